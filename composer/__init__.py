@@ -1,0 +1,1 @@
+"""Putting weighted experts into the running model."""

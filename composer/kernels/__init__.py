@@ -1,0 +1,1 @@
+"""The naive live mixture and the fast paths that must equal it."""

@@ -1,0 +1,1 @@
+"""One file per merge method: factors in, factors out."""

@@ -1,0 +1,1 @@
+"""Where adapters live: formats in, content-addressed blobs, a catalogue, search."""

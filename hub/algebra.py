@@ -1,0 +1,137 @@
+"""The algebra of low-rank updates: pure functions on factors that never form the dense delta unless asked to.
+
+A layer's update is D = b a (+ a gain and a bias). Sums concatenate ranks, inner products and norms need only R x R
+matrices, and a truncation needs two QR decompositions and the SVD of an R x R core. Reductions run in float64: near-equal
+singular values at a cut cost fp32 several digits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from loraweave.errors import AdapterUnsupported, LayerMismatch
+from loraweave.types import Factors
+
+
+def delta(factors: Factors) -> Tensor:
+    """The dense update b a as (O, I), fp32. Raises AdapterUnsupported where the update is not a matrix of its own."""
+    _require_bound(factors)
+    if factors.gain_O is not None:
+        raise AdapterUnsupported("an update with a gain (DoRA, (IA)3) has no dense delta apart from the base weight")
+    return factors.b_OR.float() @ factors.a_RI.float()
+
+
+def bind(factors: Factors, weight_OI: Tensor, bias_O: Tensor | None) -> Factors:
+    """The same update with what depends on the base layer resolved.
+
+    DoRA (Liu et al. 2024, eq. 5) with m = magnitude: y = m/|W + b a| * (W + b a) x, hence gain = m/|W + b a| - 1 and b is
+    scaled by 1 + gain. A trained bias becomes its difference to the base's.
+    """
+    if factors.bound:
+        return factors
+    b_OR, gain_O, extra_O = factors.b_OR, factors.gain_O, factors.bias_O
+    if factors.magnitude_O is not None:
+        dense_OI = weight_OI.double() + factors.b_OR.double() @ factors.a_RI.double()
+        ratio_O = factors.magnitude_O.double() / dense_OI.norm(dim=1)
+        gain_O = (ratio_O - 1).float()
+        b_OR = (factors.b_OR.double() * ratio_O[:, None]).float()
+    if factors.base_bias_O is not None:
+        base_O = torch.zeros_like(factors.base_bias_O) if bias_O is None else bias_O.float()
+        difference_O = factors.base_bias_O - base_O
+        extra_O = difference_O if extra_O is None else extra_O + difference_O
+    return replace(factors, b_OR=b_OR, gain_O=gain_O, bias_O=extra_O, magnitude_O=None, base_bias_O=None)
+
+
+def scale(factors: Factors, weight: float) -> Factors:
+    """weight * update. The weight goes onto b alone: on both factors it would count twice."""
+    _require_bound(factors)
+    return replace(
+        factors,
+        b_OR=factors.b_OR * weight,
+        gain_O=None if factors.gain_O is None else factors.gain_O * weight,
+        bias_O=None if factors.bias_O is None else factors.bias_O * weight,
+    )
+
+
+def negate(factors: Factors) -> Factors:
+    """-update: exactly one factor changes its sign, since flipping both is the identity."""
+    return scale(factors, -1.0)
+
+
+def add(terms: Sequence[Factors]) -> Factors:
+    """The exact sum of updates; ranks add up (concatenation)."""
+    first = terms[0]
+    for term in terms:
+        _require_bound(term)
+        if _signature(term) != _signature(first):
+            raise LayerMismatch(f"cannot add updates of a layer with (O, I, kind) {_signature(term)} and {_signature(first)}")
+    return replace(
+        first,
+        a_RI=torch.cat([term.a_RI for term in terms], dim=0),
+        b_OR=torch.cat([term.b_OR for term in terms], dim=1),
+        gain_O=_sum_present([term.gain_O for term in terms]),
+        bias_O=_sum_present([term.bias_O for term in terms]),
+    )
+
+
+def inner(left: Factors, right: Factors) -> float:
+    """<D_left, D_right> = tr(D_left^T D_right), from the two R x R products a a^T and b^T b."""
+    b_RR = left.b_OR.double().T @ right.b_OR.double()
+    a_RR = left.a_RI.double() @ right.a_RI.double().T
+    return float((b_RR * a_RR).sum())
+
+
+def norm(factors: Factors) -> float:
+    """The Frobenius norm of b a."""
+    # rounding can leave a square that is zero slightly below it
+    return max(inner(factors, factors), 0.0) ** 0.5
+
+
+def compress(factors: Factors, rank: int) -> tuple[Factors, float]:
+    """The best approximation of b a at `rank` or less (Eckart-Young), and its relative Frobenius error.
+
+    QR of both factors, then the SVD of the R x R core. Gain and bias are kept as they are. `rank` at or above the update's
+    own rank gives it back unchanged with error 0.
+    """
+    if rank < 1:
+        raise AdapterUnsupported(f"rank {rank} is below 1; an update without rank rows is no adapter")
+    if rank >= factors.rank:
+        return factors, 0.0
+    q_OR, r_RR = torch.linalg.qr(factors.b_OR.double())
+    p_IR, s_RR = torch.linalg.qr(factors.a_RI.double().T)
+    u_RR, sigma_R, vh_RR = torch.linalg.svd(r_RR @ s_RR.T)
+    keep = min(rank, int(sigma_R.shape[0]))
+    root_R = sigma_R[:keep].sqrt()
+    total = float(sigma_R.square().sum())
+    tail = float(sigma_R[keep:].square().sum())
+    dtype = factors.b_OR.dtype
+    b_OR = (q_OR @ u_RR[:, :keep] * root_R).to(dtype)
+    a_RI = (root_R[:, None] * vh_RR[:keep] @ p_IR.T).to(dtype)
+    return replace(factors, a_RI=a_RI, b_OR=b_OR), (tail / total) ** 0.5 if total else 0.0
+
+
+def is_zero(factors: Factors) -> bool:
+    """Whether the update leaves every output alone; unbound parts count as an effect."""
+    if not factors.bound:
+        return False
+    rest = [part for part in (factors.gain_O, factors.bias_O) if part is not None]
+    return norm(factors) == 0.0 and not any(bool(part.any()) for part in rest)
+
+
+def _signature(factors: Factors) -> tuple[int, int, str, tuple[int, ...]]:
+    return factors.b_OR.shape[0], factors.a_RI.shape[1], factors.kind, factors.kernel
+
+
+def _sum_present(parts: Sequence[Tensor | None]) -> Tensor | None:
+    present = [part for part in parts if part is not None]
+    return torch.stack(present).sum(dim=0) if present else None
+
+
+def _require_bound(factors: Factors) -> None:
+    if not factors.bound:
+        feature = "DoRA's magnitude" if factors.magnitude_O is not None else "a trained base bias"
+        raise AdapterUnsupported(f"{feature} needs the base layer: bind the adapter to its model first (Composer does)")

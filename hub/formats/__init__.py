@@ -1,0 +1,1 @@
+"""One file per adapter format: read it into factors, write it back."""

@@ -1,0 +1,128 @@
+"""A pool: adapters of one base model side by side, their rank rows concatenated layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from loraweave.errors import AdapterUnsupported, BaseModelMismatch, LayerMismatch, UnknownExpert, WeightingError
+from loraweave.hub.adapter import Adapter
+
+
+@dataclass(frozen=True, eq=False)
+class StackedFactors:
+    """One layer of a pool: a_SI and b_OS concatenated over the experts, `owner_S` the expert of each rank row.
+
+    An expert without this layer owns no row. `gain_EO` and `bias_EO` have a row per expert, zero where it has none.
+    """
+
+    a_SI: Tensor
+    b_OS: Tensor
+    owner_S: Tensor
+    gain_EO: Tensor | None = None
+    bias_EO: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False, init=False)
+class ExpertPool:
+    """Adapters as experts, in a fixed order. Takes a list of adapters, or a mapping of names (free text) to adapters.
+
+    Raises WeightingError for an empty pool or a repeated name, BaseModelMismatch when two experts contradict each other
+    about their base model, LayerMismatch when they update one layer with different shapes.
+    """
+
+    adapters: Mapping[str, Adapter]
+
+    def __init__(self, adapters: Iterable[Adapter] | Mapping[str, Adapter]) -> None:
+        if isinstance(adapters, Mapping):
+            named = dict(adapters)
+        else:
+            listed = list(adapters)
+            named = {adapter.name: adapter for adapter in listed}
+            if len(named) != len(listed):
+                twice = sorted({a.name for a in listed if sum(b.name == a.name for b in listed) > 1})
+                raise WeightingError(f"the pool has several adapters named {twice[0]!r}; pass a mapping with distinct names")
+        if not named:
+            raise WeightingError("the pool is empty: it needs at least one adapter")
+        object.__setattr__(self, "adapters", named)
+        _check_one_base(named)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.adapters)
+
+    @property
+    def base_model(self) -> str:
+        return next(iter(self.adapters.values())).base_model
+
+    def __len__(self) -> int:
+        return len(self.adapters)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.adapters)
+
+    def __getitem__(self, name: str) -> Adapter:
+        if name not in self.adapters:
+            raise UnknownExpert(f"no expert {name!r} in the pool; it has {', '.join(map(repr, self.names))}")
+        return self.adapters[name]
+
+    def subset(self, names: Iterable[str]) -> ExpertPool:
+        """The pool of the named experts, in the order given."""
+        return ExpertPool({name: self[name] for name in names})
+
+    @cached_property
+    def layer_names(self) -> tuple[str, ...]:
+        """Every layer that some expert updates, sorted."""
+        return tuple(sorted({layer for adapter in self.adapters.values() for layer in adapter.layers}))
+
+    def stacked(self, layer: str) -> StackedFactors:
+        """One layer's factors concatenated over the experts, fp32. Unbound factors are refused (AdapterUnsupported)."""
+        parts = [(index, a.layers[layer]) for index, a in enumerate(self.adapters.values()) if layer in a.layers]
+        for index, factors in parts:
+            if not factors.bound:
+                raise AdapterUnsupported(f"expert {self.names[index]!r} is not bound to a base model in layer {layer!r}")
+        owner_S = torch.cat([torch.full((factors.rank,), index, dtype=torch.long) for index, factors in parts])
+        return StackedFactors(
+            a_SI=torch.cat([factors.a_RI for _, factors in parts], dim=0),
+            b_OS=torch.cat([factors.b_OR for _, factors in parts], dim=1),
+            owner_S=owner_S,
+            gain_EO=_rows(len(self), [(index, factors.gain_O) for index, factors in parts]),
+            bias_EO=_rows(len(self), [(index, factors.bias_O) for index, factors in parts]),
+        )
+
+
+def renamed(adapter: Adapter, name: str) -> Adapter:
+    """The same adapter under another name."""
+    return replace(adapter, name=name)
+
+
+def _rows(num_experts: int, parts: list[tuple[int, Tensor | None]]) -> Tensor | None:
+    present = [(index, tensor) for index, tensor in parts if tensor is not None]
+    if not present:
+        return None
+    rows = torch.zeros(num_experts, present[0][1].shape[0])
+    for index, tensor in present:
+        rows[index] = tensor
+    return rows
+
+
+def _check_one_base(adapters: Mapping[str, Adapter]) -> None:
+    seen: dict[str, tuple[str, tuple[int, int, str, tuple[int, ...]]]] = {}
+    first_name, first = next(iter(adapters.items()))
+    for name, adapter in adapters.items():
+        if first.fingerprint and adapter.fingerprint and (why := first.fingerprint.differs(adapter.fingerprint)):
+            raise BaseModelMismatch(
+                f"experts {first_name!r} (for {first.base_model!r}) and {name!r} (for {adapter.base_model!r}) "
+                f"were made for different base models: {why}"
+            )
+        for layer, factors in adapter.layers.items():
+            shape = (factors.b_OR.shape[0], factors.a_RI.shape[1], factors.kind, factors.kernel)
+            other, known = seen.setdefault(layer, (name, shape))
+            if shape != known:
+                raise LayerMismatch(
+                    f"experts {other!r} and {name!r} update layer {layer!r} with (O, I, kind, kernel) {known} and {shape}"
+                )

@@ -1,0 +1,48 @@
+"""Where adapters and base models come from: a local folder, or a repository of the model hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from loraweave.errors import AdapterNotFound
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model*.safetensors*", "loraweave.json", "README.md")
+
+
+def local_folder(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+    allow_patterns: Sequence[str] = ADAPTER_FILES,
+) -> Path:
+    """The folder named by `source`, or the downloaded snapshot of the repository `owner/name` (only the files needed).
+
+    Raises AdapterNotFound when neither exists, with what was tried. A token never appears in a message.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if isinstance(source, Path) or str(source).startswith((".", "/", "~")) or str(source).count("/") != 1:
+        raise AdapterNotFound(f"no folder {str(source)!r}, and it has not the form owner/name of a model hub repository")
+    try:
+        path = snapshot_download(
+            str(source),
+            revision=revision,
+            token=token,
+            local_files_only=local_files_only,
+            allow_patterns=list(allow_patterns),
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        at = f" at revision {revision!r}" if revision else ""
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        raise AdapterNotFound(
+            f"no folder {str(source)!r}, and the model hub gave no repository of that id{at} ({reason}); "
+            "download it first, or pass the path of a local folder"
+        ) from error
+    return Path(path)

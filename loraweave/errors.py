@@ -1,0 +1,140 @@
+"""Every error that loraweave raises, as one tree.
+
+LoraweaveError
+├── HubError
+│   ├── AdapterNotFound (KeyError)        no adapter of that name; near misses are named
+│   ├── AdapterExists (ValueError)        the name already stands for another adapter
+│   ├── AdapterCorrupt (ValueError)       files or blobs that are damaged, truncated or not finite
+│   ├── AdapterUnsupported (ValueError)   a feature that cannot be represented exactly
+│   ├── InvalidName (ValueError)          a name that cannot be stored
+│   ├── HubLocked (TimeoutError)          another process holds the write lock
+│   ├── HubReadOnly (PermissionError)     the folder cannot be written
+│   ├── HubFull (OSError)                 the disk is full
+│   └── HubCorrupt (ValueError)           the catalogue itself is damaged or too new
+├── RetrievalError
+│   ├── EmptyIndex (LookupError)          nothing to search
+│   └── DimensionMismatch (ValueError)    an embedding of the wrong size or not finite
+├── WeightingError (ValueError)
+│   ├── ScopeError                        weights whose scope does not fit the use
+│   ├── UnknownExpert (KeyError)          a weight for an adapter that is not in the pool
+│   ├── InvalidTask                       examples, labels or settings that cannot be used
+│   └── SearchFailed (RuntimeError)       no candidate of a search could be scored
+├── CompositionError
+│   ├── LayerMismatch (ValueError)        factors and layer differ in shape or kind
+│   ├── BaseModelMismatch (ValueError)    adapters that were made for another base model
+│   └── AlreadyActive (RuntimeError)      the model is in a state that forbids the call
+├── TrainingError (RuntimeError)          training that cannot start, go on or resume
+├── PackageMissing (ImportError)          an optional package; the message has the install command
+└── UnknownName (LookupError)             no file of that name in a registry folder
+
+A leaf also inherits the built-in exception that a caller would guess. Errors are raised before anything has changed, and
+their message says what was asked, what was found, and the way out.
+"""
+
+
+class LoraweaveError(Exception):
+    """The root of every error raised by loraweave."""
+
+    def __str__(self) -> str:
+        # KeyError would show the repr of its message, which puts the whole sentence in quotes
+        return " ".join(str(argument) for argument in self.args)
+
+
+class HubError(LoraweaveError):
+    """Something about stored adapters."""
+
+
+class AdapterNotFound(HubError, KeyError):
+    """No adapter of that name."""
+
+
+class AdapterExists(HubError, ValueError):
+    """The name already stands for an adapter with other content."""
+
+
+class AdapterCorrupt(HubError, ValueError):
+    """Damaged, truncated or non-finite adapter files."""
+
+
+class AdapterUnsupported(HubError, ValueError):
+    """A feature of an adapter that cannot be represented exactly."""
+
+
+class InvalidName(HubError, ValueError):
+    """A name that cannot be stored."""
+
+
+class HubLocked(HubError, TimeoutError):
+    """Another process holds the hub's write lock."""
+
+
+class HubReadOnly(HubError, PermissionError):
+    """The hub's folder cannot be written."""
+
+
+class HubFull(HubError, OSError):
+    """The disk below the hub is full."""
+
+
+class HubCorrupt(HubError, ValueError):
+    """The catalogue is damaged, or written by a newer version."""
+
+
+class RetrievalError(LoraweaveError):
+    """Something about finding adapters."""
+
+
+class EmptyIndex(RetrievalError, LookupError):
+    """A search in which there is nothing to find."""
+
+
+class DimensionMismatch(RetrievalError, ValueError):
+    """An embedding whose size or values do not fit the index."""
+
+
+class WeightingError(LoraweaveError, ValueError):
+    """Something about mixture weights."""
+
+
+class ScopeError(WeightingError):
+    """Weights whose scope does not fit the use made of them."""
+
+
+class UnknownExpert(WeightingError, KeyError):
+    """A weight for an adapter that is not in the pool."""
+
+
+class InvalidTask(WeightingError):
+    """Examples, labels or settings that cannot be used."""
+
+
+class SearchFailed(WeightingError, RuntimeError):
+    """No candidate of a search could be scored."""
+
+
+class CompositionError(LoraweaveError):
+    """Something about putting adapters into a model."""
+
+
+class LayerMismatch(CompositionError, ValueError):
+    """Factors and layer differ in shape or kind."""
+
+
+class BaseModelMismatch(CompositionError, ValueError):
+    """Adapters that were made for another base model."""
+
+
+class AlreadyActive(CompositionError, RuntimeError):
+    """The model is in a state that forbids the call."""
+
+
+class TrainingError(LoraweaveError, RuntimeError):
+    """Training that cannot start, go on or resume."""
+
+
+class PackageMissing(LoraweaveError, ImportError):
+    """An optional package that is not installed."""
+
+
+class UnknownName(LoraweaveError, LookupError):
+    """No file of that name in a registry folder."""

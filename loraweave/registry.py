@@ -1,0 +1,54 @@
+"""A folder is a registry: `get("methods", "ties")` imports `composer/methods/ties.py` and returns its `ties` or `Ties`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from typing import Any
+
+from loraweave.errors import UnknownName
+
+FOLDERS = {
+    "methods": "loraweave.composer.methods",
+    "kernels": "loraweave.composer.kernels",
+    "routers": "loraweave.routers",
+    "experts": "loraweave.routers.experts",
+    "embedders": "loraweave.retrieval.embedders",
+    "indexes": "loraweave.retrieval.indexes",
+    "formats": "loraweave.hub.formats",
+}
+
+# modules of a registry folder that support the others and are no entries themselves
+SUPPORT = {"routers": {"mixture", "objective"}}
+
+
+def names(folder: str) -> list[str]:
+    """The sorted names that `get(folder, name)` accepts; only the folder is read, none of its files is imported."""
+    if folder not in FOLDERS:
+        raise UnknownName(f"no registry {folder!r}{_nearest(folder, list(FOLDERS))}; there are {', '.join(FOLDERS)}")
+    try:
+        package = importlib.import_module(FOLDERS[folder])
+    except ModuleNotFoundError:
+        return []
+    modules = pkgutil.iter_modules(package.__path__)
+    hidden = SUPPORT.get(folder, set())
+    return sorted(m.name for m in modules if not m.ispkg and not m.name.startswith("_") and m.name not in hidden)
+
+
+def get(folder: str, name: str) -> Any:
+    """The function `name` or the class `Name` of the file `name.py` in a registry folder."""
+    known = names(folder)
+    if name not in known:
+        raise UnknownName(f"no {folder.removesuffix('s')} {name!r}{_nearest(name, known)}; there are {', '.join(known)}")
+    module = importlib.import_module(f"{FOLDERS[folder]}.{name}")
+    camel = "".join(part.capitalize() for part in name.split("_"))
+    for attribute in (name, camel):
+        if hasattr(module, attribute):
+            return getattr(module, attribute)
+    raise UnknownName(f"{module.__name__} defines neither {name!r} nor {camel!r}")
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean {close[0]!r}?" if close else ""

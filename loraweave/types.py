@@ -1,0 +1,169 @@
+"""The nouns that two rooms share. Nothing here imports torch, so that the catalogue and the command line open at once.
+
+Shape letters, also used as suffixes of tensor names: B instances, T tokens, L adapted layers, E experts, R rank,
+S rank rows of a pool (the sum of its ranks), I input features, O output features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+from loraweave.errors import InvalidTask
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Kind = Literal["linear", "embedding", "conv"]
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """The update of one layer: x -> (x a^T) b^T + gain * y0 + bias, y0 being the base layer's output without its bias.
+
+    The LoRA scale is folded into `b_OR` once, when an adapter is read. Factors are fp32 and are never changed in place.
+    An embedding has I = vocabulary size (x is the one-hot token); a convolution has I = input channels * kernel size.
+
+    `magnitude_O` (DoRA's m) and `base_bias_O` (a trained bias that replaces the base's) are absolute values that need
+    the base layer; `algebra.bind` turns them into `gain_O` and `bias_O`, and a delta of unbound factors is refused.
+    """
+
+    a_RI: Tensor
+    b_OR: Tensor
+    gain_O: Tensor | None = None
+    bias_O: Tensor | None = None
+    magnitude_O: Tensor | None = None
+    base_bias_O: Tensor | None = None
+    kind: Kind = "linear"
+    kernel: tuple[int, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        return int(self.a_RI.shape[0])
+
+    @property
+    def bound(self) -> bool:
+        """Whether the update is known without the base layer."""
+        return self.magnitude_O is None and self.base_bias_O is None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are present, by field name."""
+        fields = ("a_RI", "b_OR", "gain_O", "bias_O", "magnitude_O", "base_bias_O")
+        return {name: getattr(self, name) for name in fields if getattr(self, name) is not None}
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What identifies a base model: a hash over its parameters' names and shapes, and sampled weights where known."""
+
+    shapes: str
+    samples: tuple[float, ...] = ()
+
+    # one unit in the last place of bf16, so that one checkpoint loaded in fp32, bf16 or fp16 is still itself
+    TOLERANCE = 2.0**-7
+
+    def differs(self, other: Fingerprint) -> str:
+        """Why `other` is another base model, as a phrase; empty when nothing contradicts that both are the same."""
+        if self.shapes != other.shapes:
+            return f"parameter names and shapes hash to {self.shapes} and {other.shapes}"
+        if not self.samples or not other.samples:
+            return ""
+        pairs = list(zip(self.samples, other.samples, strict=False))
+        far = [(a, b) for a, b in pairs if abs(a - b) > self.TOLERANCE * max(abs(a), abs(b)) + 1e-7]
+        if not far:
+            return ""
+        return f"{len(far)} of {len(pairs)} sampled weights differ, the first {far[0][0]:.6g} and {far[0][1]:.6g}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"shapes": self.shapes, "samples": list(self.samples)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Fingerprint:
+        return cls(str(data["shapes"]), tuple(float(value) for value in data.get("samples", ())))
+
+
+@dataclass(frozen=True)
+class Record:
+    """A row of the hub's catalogue: everything about an adapter but its tensors."""
+
+    name: str
+    hash: str
+    base_model: str
+    rank: int
+    target_modules: tuple[str, ...]
+    license: str | None
+    tags: tuple[str, ...]
+    description: str
+    size_bytes: int
+    created: str
+    examples: tuple[str, ...] = ()
+    fingerprint: Fingerprint | None = None
+    card: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A hit of a search: which adapter, how well it fits (inner product of unit vectors, -1 to 1), and why."""
+
+    name: str
+    score: float
+    evidence: str
+    record: Record
+
+
+@runtime_checkable
+class Router(Protocol):
+    """Makes mixture weights from a layer's input: x_BTI -> w_BTE, where B and T may be 1 (shared)."""
+
+    def weights(self, x_BTI: Tensor, layer: str) -> Tensor: ...
+
+
+DEFAULT_TEMPLATE = "{instruction}\nInput: {input}\nOutput:"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task given by a few (input, target) examples, an instruction, and how its answers are scored.
+
+    `labels` closes the set of answers: the label with the highest likelihood is predicted and `metric` becomes
+    "rank_classification". Otherwise the first line of a greedy generation is compared with the target ("exact_match").
+    `template` has the fields {instruction} and {input}. Raises InvalidTask for what cannot be used.
+    """
+
+    examples: Sequence[tuple[str, str]]
+    instruction: str = field(default="", kw_only=True)
+    labels: Sequence[str] | None = field(default=None, kw_only=True)
+    metric: str = field(default="exact_match", kw_only=True)
+    template: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        examples = tuple(self._pair(number, row) for number, row in enumerate(self.examples, start=1))
+        object.__setattr__(self, "examples", examples)
+        if self.labels is not None:
+            object.__setattr__(self, "labels", tuple(self.labels))
+            object.__setattr__(self, "metric", "rank_classification")
+        if self.metric not in ("exact_match", "rank_classification"):
+            raise InvalidTask(f"metric {self.metric!r} is neither 'exact_match' nor 'rank_classification'")
+        if self.metric == "rank_classification" and not self.labels:
+            raise InvalidTask("metric 'rank_classification' needs labels=[...], the closed set of answers")
+        for number, (_, target) in enumerate(examples, start=1):
+            if self.labels is not None and target not in self.labels:
+                raise InvalidTask(f"example {number} has target {target!r}, which is none of the labels {self.labels}")
+        if self.template is not None and "{input}" not in self.template:
+            raise InvalidTask(f"template {self.template!r} has no field {{input}}")
+
+    @staticmethod
+    def _pair(number: int, row: Any) -> tuple[str, str]:
+        if not isinstance(row, tuple | list) or len(row) != 2 or not all(isinstance(text, str) for text in row):
+            raise InvalidTask(f"example {number} is {row!r}, not a pair of texts (input, target)")
+        if not row[1].strip():
+            raise InvalidTask(f"example {number} (input {row[0]!r}) has an empty target; there is nothing to learn from it")
+        return (row[0], row[1])
+
+    def prompt(self, text: str) -> str:
+        """The text shown to the model for one input; the answer follows after a space."""
+        template = DEFAULT_TEMPLATE if self.template is None else self.template
+        # replaced in one pass over the template, so that braces in the user's text stay what they are
+        parts = template.split("{input}")
+        return text.join(part.replace("{instruction}", self.instruction) for part in parts)

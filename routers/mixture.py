@@ -1,0 +1,83 @@
+"""Mixture weights: one tensor with four named axes, and the simplest router."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from loraweave.errors import ScopeError, UnknownExpert, WeightingError
+
+RowWeights = Mapping[str, float] | None
+
+
+@dataclass(frozen=True, eq=False)
+class MixtureWeights:
+    """values_BTLE: how much each expert counts for each instance, token and layer; an axis of size 1 is shared.
+
+    `layers` names the L axis and is empty when that axis has size 1. Values are finite and of any sign.
+    Raises WeightingError for values that are not finite or do not fit the names.
+    """
+
+    values_BTLE: Tensor
+    experts: tuple[str, ...]
+    layers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.values_BTLE.shape)
+        if len(shape) != 4:
+            raise WeightingError(f"mixture weights have the four axes B, T, L, E, but these have shape {shape}")
+        if shape[3] != len(self.experts):
+            raise WeightingError(f"mixture weights have {shape[3]} experts on their last axis, but {len(self.experts)} names")
+        if shape[2] != max(len(self.layers), 1):
+            raise WeightingError(f"mixture weights have {shape[2]} layers on their axis L, but {len(self.layers)} names")
+        if not bool(torch.isfinite(self.values_BTLE).all()):
+            where = tuple(int(i) for i in (~torch.isfinite(self.values_BTLE)).nonzero()[0])
+            raise WeightingError(
+                f"the weight of expert {self.experts[where[3]]!r} at (B, T, L) {where[:3]} is "
+                f"{float(self.values_BTLE[where])}; weights must be finite"
+            )
+
+    @classmethod
+    def of(cls, weights: Mapping[str, float] | Sequence[RowWeights], experts: Sequence[str]) -> MixtureWeights:
+        """Task scope from {name: weight}; instance scope from a list with one such mapping, or None (base), per row."""
+        if isinstance(weights, MixtureWeights):
+            return weights
+        rows = [weights] if isinstance(weights, Mapping) else list(weights)
+        if not rows:
+            raise WeightingError("an empty list of mixtures: give one mapping of names to weights for each row")
+        position = {name: index for index, name in enumerate(experts)}
+        values_BE = torch.zeros(len(rows), len(position))
+        for number, row in enumerate(rows):
+            for name, weight in (row or {}).items():
+                if name not in position:
+                    raise UnknownExpert(f"no expert {name!r} in the pool; it has {', '.join(map(repr, position))}")
+                values_BE[number, position[name]] = float(weight)
+        return cls(values_BE[:, None, None, :], tuple(experts))
+
+    @property
+    def scope(self) -> Literal["task", "instance", "token"]:
+        if self.values_BTLE.shape[1] > 1:
+            return "token"
+        return "instance" if self.values_BTLE.shape[0] > 1 else "task"
+
+    def for_layer(self, layer: str) -> Tensor:
+        """w_BTE of one layer; a layer that `layers` does not name gets zeros."""
+        if not self.layers:
+            return self.values_BTLE[:, :, 0]
+        if layer not in self.layers:
+            return torch.zeros_like(self.values_BTLE[:, :, 0])
+        return self.values_BTLE[:, :, self.layers.index(layer)]
+
+    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+        """w_BTE, whatever the input."""
+        return self.for_layer(layer)
+
+    def as_dict(self) -> dict[str, float]:
+        """{name: weight} of a task-scope mixture that all layers share; ScopeError otherwise."""
+        if self.scope != "task" or self.layers:
+            raise ScopeError(f"weights of {self.scope} scope with {len(self.layers)} separate layers are no single mapping")
+        return {name: float(value) for name, value in zip(self.experts, self.values_BTLE[0, 0, 0], strict=True)}
