@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from loraweave.errors import AdapterUnsupported
@@ -55,10 +56,13 @@ class Adapter:
         own_name = name or contents.card.get("name") or str(source).rstrip("/").rsplit("/", 1)[-1]
         return cls(own_name, contents.base_model, contents.layers, contents.fingerprint, contents.card)
 
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Writes a plain PEFT folder, which `peft.PeftModel.from_pretrained` reads; returns its path."""
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Path:
+        """Writes a plain PEFT folder, which `peft.PeftModel.from_pretrained` reads; returns its path.
+
+        A half-precision `dtype` halves the file and rounds the factors, so the adapter read back has another hash.
+        """
         card = {**self.card, "name": self.name}
-        return Peft.write(Contents(self.base_model, self.layers, self.fingerprint, card), Path(folder))
+        return Peft.write(Contents(self.base_model, self.layers, self.fingerprint, card), Path(folder), dtype=dtype)
 
     @property
     def rank(self) -> int:

@@ -68,7 +68,9 @@ def add(terms: Sequence[Factors]) -> Factors:
     for term in terms:
         _require_bound(term)
         if _signature(term) != _signature(first):
-            raise LayerMismatch(f"cannot add updates of a layer with (O, I, kind) {_signature(term)} and {_signature(first)}")
+            raise LayerMismatch(
+                f"cannot add updates of a layer with (O, I, kind) {_signature(term)} and {_signature(first)}"
+            )
     return replace(
         first,
         a_RI=torch.cat([term.a_RI for term in terms], dim=0),
@@ -88,7 +90,7 @@ def inner(left: Factors, right: Factors) -> float:
 def norm(factors: Factors) -> float:
     """The Frobenius norm of b a."""
     # rounding can leave a square that is zero slightly below it
-    return max(inner(factors, factors), 0.0) ** 0.5
+    return float(max(inner(factors, factors), 0.0) ** 0.5)
 
 
 def compress(factors: Factors, rank: int) -> tuple[Factors, float]:

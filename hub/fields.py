@@ -1,0 +1,86 @@
+"""The fields of a record that people write: their types, their limits, and where they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loraweave.errors import AdapterUnsupported
+
+MAX_DESCRIPTION_BYTES = 100_000
+MAX_EXAMPLES = 1_000
+MAX_EXAMPLE_BYTES = 10_000
+MAX_TAGS = 1_000
+# tags, licenses and ids of base models
+MAX_LABEL_BYTES = 1_000
+MAX_CARD_BYTES = 4_000_000
+
+OWN_FIELDS = ("description", "examples", "tags", "license")
+
+
+@dataclass(frozen=True)
+class Fields:
+    """What a search reads: a description, example inputs, tags, and the SPDX id of the license."""
+
+    description: str = ""
+    examples: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    license: str | None = None
+
+    def as_card(self) -> dict[str, Any]:
+        """The fields that say something, as they stand in a card."""
+        values = {
+            "description": self.description,
+            "examples": list(self.examples),
+            "tags": list(self.tags),
+            "license": self.license,
+        }
+        return {key: value for key, value in values.items() if value}
+
+
+def checked_fields(name: str, given: Mapping[str, Any]) -> Fields:
+    """The fields of adapter `name` as stored; repeated tags are dropped. AdapterUnsupported for a wrong type or size."""
+    labels = _texts(name, "tags", given["tags"], MAX_TAGS, MAX_LABEL_BYTES)
+    return Fields(
+        checked_text(name, "description", given["description"], MAX_DESCRIPTION_BYTES),
+        _texts(name, "examples", given["examples"], MAX_EXAMPLES, MAX_EXAMPLE_BYTES),
+        tuple(dict.fromkeys(labels)),
+        checked_text(name, "license", given["license"] or "", MAX_LABEL_BYTES) or None,
+    )
+
+
+def fields_with_card(fields: Mapping[str, Any], card: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields given; the card's value where none was."""
+    return {key: fields[key] or card.get(key) or fields[key] for key in OWN_FIELDS}
+
+
+def one_or_many(values: Collection[str] | str | None) -> tuple[str, ...]:
+    """A single text is taken as one; None as none."""
+    if values is None:
+        return ()
+    return (values,) if isinstance(values, str) else tuple(values)
+
+
+def checked_text(name: str, field: str, text: Any, limit_bytes: int) -> str:
+    if not isinstance(text, str):
+        raise AdapterUnsupported(
+            f"the {field} of adapter {name!r} must be text, not {type(text).__name__}; pass text as {field.split('[')[0]}="
+        )
+    # surrogatepass: a lone surrogate is stored as it is, and has a size
+    size_bytes = len(text.encode("utf-8", "surrogatepass"))
+    if size_bytes > limit_bytes:
+        raise AdapterUnsupported(f"the {field} of adapter {name!r} has {size_bytes:,} bytes; the limit is {limit_bytes:,}")
+    return text
+
+
+def _texts(name: str, field: str, values: Any, max_count: int, limit_bytes: int) -> tuple[str, ...]:
+    if not isinstance(values, str | list | tuple | set | frozenset):
+        raise AdapterUnsupported(
+            f"the {field} of adapter {name!r} must be a list of texts, not {type(values).__name__}; pass them as {field}="
+        )
+    # a set has no order of its own, and the same call must store the same row
+    texts = tuple(sorted(values)) if isinstance(values, set | frozenset) else one_or_many(values)
+    if len(texts) > max_count:
+        raise AdapterUnsupported(f"adapter {name!r} has {len(texts):,} {field}; the limit is {max_count:,}")
+    return tuple(checked_text(name, f"{field}[{number}]", text, limit_bytes) for number, text in enumerate(texts))

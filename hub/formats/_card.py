@@ -1,0 +1,166 @@
+"""The card of an adapter folder: loraweave.json, README.md's front matter where that is missing, and writing both."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from loraweave.errors import AdapterCorrupt, AdapterUnsupported
+from loraweave.hub.formats._files import MAX_JSON_BYTES, opened, present, read_json
+from loraweave.types import Fingerprint
+
+SIDECAR = "loraweave.json"
+README = "README.md"
+MAX_README_BYTES = 2**20
+# front matter is a few lines; what is longer is not worth the seconds that parsing takes
+MAX_FRONT_MATTER = 2**16
+MAX_FALLBACK_TEXT = 10_000
+
+# read back from adapter_config.json and the tensors, so they are not written twice
+DERIVED = ("peft", "stored_dtype")
+
+
+def read_card(folder: Path) -> tuple[dict[str, Any], Fingerprint | None, dict[str, Any]]:
+    """(card, fingerprint, layout notes of our own writer) of a folder; README.md alone gives license, tags, description.
+
+    A damaged README never blocks. Raises AdapterCorrupt for a damaged loraweave.json: it holds the base's fingerprint.
+    """
+    if not present(folder, SIDECAR):
+        return _from_readme(folder), None, {}
+    card = read_json(folder, SIDECAR)
+    stored, layout = card.pop("fingerprint", None), card.pop("layout", None)
+    if not isinstance(card.get("name", ""), str):
+        raise AdapterCorrupt(f"{folder}: {SIDECAR} has a name that is no text")
+    try:
+        fingerprint = None if stored is None else Fingerprint.from_json(stored)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise AdapterCorrupt(f"{folder}: {SIDECAR} has a fingerprint that cannot be read ({error!r})") from error
+    return card, fingerprint, layout if isinstance(layout, dict) else {}
+
+
+def base_model_of_readme(folder: Path) -> str:
+    """The base model that README.md names, or an empty text."""
+    named = _front_matter(folder).get("base_model")
+    named = named[0] if isinstance(named, list) and len(named) == 1 else named
+    return named if isinstance(named, str) and len(named) < 500 else ""
+
+
+def sidecar_text(card: Mapping[str, Any], fingerprint: Fingerprint | None, layout: Mapping[str, Any]) -> str:
+    """loraweave.json. Raises AdapterUnsupported for a card that is no JSON or above the size that is read back."""
+    own: dict[str, Any] = {key: value for key, value in card.items() if key not in DERIVED}
+    if fingerprint is not None:
+        own["fingerprint"] = fingerprint.to_json()
+    if layout:
+        own["layout"] = layout
+    try:
+        text = json.dumps(plain(own), indent=1, ensure_ascii=False, allow_nan=False)
+        size = len(text.encode("utf-8"))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise AdapterUnsupported(f"the card is no JSON and cannot be written: {error}") from error
+    if size > MAX_JSON_BYTES:
+        raise AdapterUnsupported(f"the card has {size} bytes as JSON, more than the limit of {MAX_JSON_BYTES}")
+    return text
+
+
+def readme_text(base_model: str, card: Mapping[str, Any], facts: Mapping[str, str]) -> str:
+    """README.md: YAML front matter and what the card tells, for people. `facts` are lines about the tensors."""
+    tags = ["lora", "loraweave", *[str(tag) for tag in _listed(card.get("tags"))]]
+    matter: dict[str, Any] = {"base_model": base_model} if base_model else {}
+    matter |= {"library_name": "peft", "tags": list(dict.fromkeys(tags))}
+    if isinstance(card.get("license"), str):
+        matter["license"] = card["license"]
+    front = yaml.safe_dump(matter, allow_unicode=True, sort_keys=False)
+    parts = [f"---\n{front}---", f"# {_one_line(card.get('name') or 'LoRA adapter')}"]
+    if card.get("description"):
+        parts.append(str(card["description"]))
+    facts = {"Base model": base_model or "not recorded", **facts}
+    parts.append("\n".join(f"- {name}: {_one_line(value)}" for name, value in facts.items()))
+    if examples := _listed(card.get("examples")):
+        parts.append("## Sample inputs\n\n" + "\n\n".join(_indented(_example(example)) for example in examples[:20]))
+    titles = {
+        "scores": "Scores",
+        "data_license": "Licence of the data",
+        "data": "Data",
+        "recipe": "Recipe",
+        "sources": "Sources",
+    }
+    parts.extend(f"## {title}\n\n{_indented(_text(card[key]))}" for key, title in titles.items() if card.get(key))
+    parts.append("Load it with `PeftModel.from_pretrained(base, folder)` or `loraweave.Adapter.from_pretrained(folder)`.")
+    return "\n\n".join(parts) + "\n"
+
+
+def plain(value: Any) -> Any:
+    """Mappings, tuples and sets as the dicts and lists that JSON has."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    if isinstance(value, set | frozenset):
+        return sorted(plain(inner) for inner in value)
+    return value
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """Safe YAML without aliases, whose merging could multiply a short text without end."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not read")
+        return super().compose_node(parent, index)
+
+
+def _from_readme(folder: Path) -> dict[str, Any]:
+    matter = _front_matter(folder)
+    card: dict[str, Any] = {}
+    for key in ("license", "description"):
+        if isinstance(matter.get(key), str) and matter[key]:
+            card[key] = matter[key][:MAX_FALLBACK_TEXT]
+    tags = [tag[:200] for tag in _listed(matter.get("tags")) if isinstance(tag, str)]
+    if tags:
+        card["tags"] = tags[:100]
+    return card
+
+
+def _front_matter(folder: Path) -> dict[str, Any]:
+    if not present(folder, README):
+        return {}
+    try:
+        with opened(folder, README) as (file, size):
+            text = file.read(min(size, MAX_README_BYTES)).decode("utf-8")
+        if not text.startswith("---"):
+            return {}
+        front = text[3:].split("\n---", 1)[0]
+        value = {} if len(front) > MAX_FRONT_MATTER else yaml.load(front, Loader=_Loader)
+    except (AdapterCorrupt, yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError):
+        # a card is no reason to refuse the tensors
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    if isinstance(value, str):
+        return [value]
+    return list(value) if isinstance(value, list | tuple) else []
+
+
+def _example(example: Any) -> str:
+    if isinstance(example, list | tuple):
+        return "\n-> ".join(str(part) for part in example)
+    return _text(example)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(plain(value), indent=1, ensure_ascii=False, default=str)
+
+
+def _indented(text: str) -> str:
+    # an indented block shows any text as it is, whereas a fence could be closed by the text itself
+    return "\n".join(f"    {line}" for line in text.splitlines())
+
+
+def _one_line(value: Any) -> str:
+    return " ".join(str(value).split())

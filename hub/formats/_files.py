@@ -1,0 +1,130 @@
+"""Opening the files of a foreign folder: regular files inside it only, sizes capped, JSON without surprises."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from loraweave.errors import AdapterCorrupt
+
+LFS_MARK = b"version https://git-lfs.github.com/spec/"
+MAX_JSON_BYTES = 4 * 2**20
+MAX_LISTED = 12
+
+
+@contextmanager
+def opened(folder: Path, name: str) -> Iterator[tuple[BinaryIO, int]]:
+    """The file `name` of the folder, open for reading, and its size in bytes.
+
+    Raises AdapterCorrupt for what is no regular file (a FIFO would block, a device never end), for a link that leaves the
+    folder, and for a git-LFS pointer. Links from a snapshot of the model hub's cache to its own blobs are followed.
+    """
+    path = _inside(folder, name)
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        raise AdapterCorrupt(
+            f"{folder}: cannot open {name} ({error.strerror}); the folder holds {listing(folder)}"
+        ) from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise AdapterCorrupt(f"{folder}: {name} is {_kind(status.st_mode)}, not a regular file")
+    with os.fdopen(descriptor, "rb") as file:
+        if status.st_size < 1024 and file.read(len(LFS_MARK)) == LFS_MARK:
+            raise AdapterCorrupt(
+                f"{folder}: {name} is a git-LFS pointer of {status.st_size} bytes, not the file itself; "
+                "run `git lfs pull` in the clone, or download the repository with huggingface_hub"
+            )
+        file.seek(0)
+        yield file, status.st_size
+
+
+def read_json(folder: Path, name: str, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in a file. Raises AdapterCorrupt with the reason when it is none, or is above `max_bytes`."""
+    with opened(folder, name) as (file, size):
+        if size > max_bytes:
+            raise AdapterCorrupt(f"{folder}: {name} has {size} bytes, more than the limit of {max_bytes}")
+        raw = file.read(max_bytes + 1)
+    try:
+        value = parse_json(raw)
+    except ValueError as error:
+        raise AdapterCorrupt(f"{folder}: {name} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise AdapterCorrupt(f"{folder}: {name} holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def parse_json(raw: bytes) -> Any:
+    """JSON as the standard has it: UTF-8 without a byte order mark, no NaN or Infinity, no key twice, shallow.
+
+    Raises ValueError with the reason.
+    """
+    if raw.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError("it begins with a byte order mark; save it as UTF-8 without one")
+    try:
+        return json.loads(raw.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def listing(folder: Path) -> str:
+    """What a folder holds, as a phrase, with a hint at checkpoint folders below it."""
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        return f"nothing readable ({error.strerror})"
+    names = [f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries[:MAX_LISTED]]
+    if len(entries) > MAX_LISTED:
+        names.append(f"and {len(entries) - MAX_LISTED} more")
+    nested = [entry.name for entry in entries if entry.is_dir() and (entry / "adapter_config.json").is_file()]
+    hint = f"; did you mean {', '.join(f'{name}/' for name in nested[:3])}?" if nested else ""
+    return (", ".join(names) or "nothing") + hint
+
+
+def present(folder: Path, name: str) -> bool:
+    """Whether the folder has an entry of that name, of whatever kind; a dangling link counts."""
+    return os.path.lexists(folder / name)
+
+
+def _inside(folder: Path, name: str) -> Path:
+    path = folder / name
+    if not path.is_symlink():
+        return path
+    target = path.resolve()
+    roots = [folder.resolve(), *_cache_repository(folder)]
+    if not any(target.is_relative_to(root) for root in roots):
+        raise AdapterCorrupt(f"{folder}: {name} is a link that leaves the folder; copy the file into it")
+    return target
+
+
+def _cache_repository(folder: Path) -> list[Path]:
+    """The folder `models--owner--name` of the model hub's cache, when `folder` is a snapshot in it."""
+    absolute = folder.absolute()
+    snapshots = [parent for parent in absolute.parents if parent.name == "snapshots"]
+    return [parent.parent.resolve() for parent in snapshots if parent.parent.name.startswith("models--")]
+
+
+def _kind(mode: int) -> str:
+    if stat.S_ISDIR(mode):
+        return "a directory"
+    return "a FIFO" if stat.S_ISFIFO(mode) else "a device or socket"
+
+
+def _no_constant(literal: str) -> Any:
+    raise ValueError(f"it has the literal {literal}, which is no number in JSON")
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[:100]!r} occurs twice")
+    return result

@@ -1,0 +1,231 @@
+"""adapter_config.json: which fields change the meaning of the tensors, which do not, and which cannot be represented.
+
+Every field of PEFT's LoraConfig is in exactly one of the tables below; a field in none of them is refused unless it is
+null, false or empty, since a newer PEFT may have given it a meaning.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loraweave.errors import AdapterCorrupt, AdapterUnsupported
+from loraweave.hub.formats._patterns import PatternError, resolve
+
+MAX_RANK = 65_536
+MAX_TEXT = 4_096
+
+# read by `PeftConfig` and by the reader of the tensors
+HANDLED = {
+    "peft_type",
+    "base_model_name_or_path",
+    "revision",
+    "task_type",
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "use_dora",
+    "lora_bias",
+    "bias",
+    "fan_in_fan_out",
+    "target_modules",
+    "init_lora_weights",
+}
+
+# where the adapter was trained or how: the tensors in the file say which layers exist and what they hold
+BENIGN = {
+    "auto_mapping": "names of Python classes; never imported",
+    "peft_version": "who wrote the file",
+    "inference_mode": "whether the tensors are frozen",
+    "lora_dropout": "training only",
+    "exclude_modules": "the tensors say which layers exist",
+    "layers_to_transform": "the tensors say which layers exist",
+    "layers_pattern": "the tensors say which layers exist",
+    "megatron_core": "a module name that only megatron_config uses",
+    "loftq_config": "settings of init_lora_weights, which is judged itself",
+    "eva_config": "settings of init_lora_weights, which is judged itself",
+    "corda_config": "settings of init_lora_weights, which is judged itself",
+    "lora_ga_config": "settings of init_lora_weights, which is judged itself",
+    "qalora_group_size": "only use_qalora uses it",
+    "runtime_config": "where the computation runs",
+    "merge_weights": "how PEFT before 0.4 switched to evaluation",
+}
+
+# what has no exact form as factors, unless it is null, false or empty
+REFUSED = {
+    "modules_to_save": "trained copies of whole modules, such as a classification head",
+    "trainable_token_indices": "trained rows of the embedding",
+    "layer_replication": "a base model with repeated layers",
+    "alora_invocation_tokens": "an update that depends on an invocation sequence",
+    "target_parameters": "updates of bare parameters, such as fused experts",
+    "megatron_config": "layers of Megatron",
+    "use_qalora": "pooled inputs",
+    "arrow_config": "a router over several adapters",
+    "use_bdlora": "block-diagonal factors",
+    "kasa_config": "a truncated base weight",
+    "monteclora_config": "sampled factors",
+    "velora_config": "compressed activations with their own buffers",
+    "ensure_weight_tying": "factors shared by tied layers",
+    "enable_lora": "factors for parts of a fused projection",
+}
+
+# they choose where training starts and leave the base model's weights as they are
+HARMLESS_INITS = {"gaussian", "eva", "orthogonal", "mica"}
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """What of an adapter_config.json gives the tensors their meaning; `recorded` is what a writer puts back."""
+
+    folder: Path
+    base_model: str
+    rank: int
+    alpha: float
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    recorded: Mapping[str, Any] = field(default_factory=dict)
+
+    def ranks(self, layers: Iterable[str]) -> dict[str, int]:
+        """The rank that PEFT would give each layer."""
+        ranks: dict[str, int] = _resolved(self.folder, "rank_pattern", self.rank_pattern, layers, self.rank)[0]
+        return ranks
+
+    def scales(self, ranks: Mapping[str, int]) -> dict[str, float]:
+        """alpha / r of each layer, or alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023).
+
+        Warns where several alpha patterns of different value match a layer; the first in the file decides, as in PEFT.
+        """
+        alphas, disputed = _resolved(self.folder, "alpha_pattern", self.alpha_pattern, ranks, self.alpha)
+        if disputed:
+            layer, values = next(iter(disputed.items()))
+            warnings.warn(
+                f"{self.folder}: {len(disputed)} layers match alpha_pattern entries with different values, for one "
+                f"{layer!r} with {values}; the first in the file is taken, as PEFT does, but PEFT sorts the entries when it "
+                "saves, so training may have used another one",
+                UserWarning,
+                stacklevel=2,
+            )
+        return {layer: alphas[layer] / (math.sqrt(rank) if self.use_rslora else rank) for layer, rank in ranks.items()}
+
+
+def parse(config: Mapping[str, Any], folder: Path) -> PeftConfig:
+    """The parsed config. Raises AdapterUnsupported for what has no exact form, AdapterCorrupt for a wrong type."""
+    _check_type(config, folder)
+    for name, value in config.items():
+        if name in REFUSED and _is_set(value):
+            raise AdapterUnsupported(f"{folder}: adapter_config.json has {name}={_short(value)}: {REFUSED[name]} {_NO_FORM}")
+        if name not in HANDLED and name not in BENIGN and name not in REFUSED and _is_set(value):
+            raise AdapterUnsupported(
+                f"{folder}: adapter_config.json has the unknown field {name}={_short(value)}, which may change what the "
+                "tensors mean; remove it if it does not, or save the adapter with a PEFT version that has not got it"
+            )
+    _check_init(config.get("init_lora_weights", True), folder)
+    flags = {name: _flag(config, name, folder) for name in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out")}
+    if flags["use_dora"] and flags["lora_bias"]:
+        raise AdapterUnsupported(f"{folder}: use_dora and lora_bias are both true, which PEFT does not define")
+    if flags["use_dora"] and config.get("init_lora_weights") == "mica":
+        raise AdapterUnsupported(f"{folder}: use_dora with init_lora_weights='mica': PEFT applies only one of them")
+    if config.get("bias", "none") not in ("none", "all", "lora_only"):
+        raise AdapterCorrupt(f"{folder}: bias is {_short(config['bias'])}, none of 'none', 'all', 'lora_only'")
+    recorded = {name: config[name] for name in ("target_modules", "task_type", "r", "lora_alpha") if name in config}
+    recorded["fan_in_fan_out"] = flags["fan_in_fan_out"]
+    if revision := _text(config, "revision", folder):
+        recorded["revision"] = revision
+    _text(config, "task_type", folder)
+    ranks, alphas = _table(config, "rank_pattern", folder), _table(config, "alpha_pattern", folder)
+    return PeftConfig(
+        folder=folder,
+        base_model=_text(config, "base_model_name_or_path", folder),
+        rank=_rank(config.get("r"), "r", folder),
+        alpha=_alpha(config.get("lora_alpha"), "lora_alpha", folder),
+        rank_pattern={key: _rank(value, f"rank_pattern[{key!r}]", folder) for key, value in ranks},
+        alpha_pattern={key: _alpha(value, f"alpha_pattern[{key!r}]", folder) for key, value in alphas},
+        use_rslora=flags["use_rslora"],
+        use_dora=flags["use_dora"],
+        lora_bias=flags["lora_bias"],
+        recorded=recorded,
+    )
+
+
+_NO_FORM = "cannot be represented exactly as low-rank factors"
+
+
+def _check_type(config: Mapping[str, Any], folder: Path) -> None:
+    if "peft_type" not in config:
+        raise AdapterUnsupported(f"{folder}: adapter_config.json has no peft_type, so it is no PEFT config of a LoRA")
+    if config["peft_type"] != "LORA":
+        raise AdapterUnsupported(f"{folder}: peft_type is {_short(config['peft_type'])}; only 'LORA' can be read")
+
+
+def _check_init(init: Any, folder: Path) -> None:
+    if init is None or isinstance(init, bool) or (isinstance(init, str) and init.lower() in HARMLESS_INITS):
+        return
+    raise AdapterUnsupported(
+        f"{folder}: init_lora_weights={_short(init)} changed the base model's weights in training, so the factors are no "
+        "update of the original ones; convert the adapter with PEFT's save_pretrained(..., "
+        "path_initial_model_for_weight_conversion=...), which writes an ordinary LoRA"
+    )
+
+
+def _flag(config: Mapping[str, Any], name: str, folder: Path) -> bool:
+    value = config.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise AdapterCorrupt(f"{folder}: {name} is {_short(value)}, not true or false")
+    return bool(value)
+
+
+def _text(config: Mapping[str, Any], name: str, folder: Path) -> str:
+    value = config.get(name)
+    if value is None:
+        return ""
+    if not isinstance(value, str) or len(value) > MAX_TEXT:
+        raise AdapterCorrupt(f"{folder}: {name} is {_short(value)}, not a text of up to {MAX_TEXT} characters")
+    return value
+
+
+def _table(config: Mapping[str, Any], name: str, folder: Path) -> Iterable[tuple[str, Any]]:
+    value = config.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise AdapterCorrupt(f"{folder}: {name} is {_short(value)}, not an object of layer patterns")
+    return (value or {}).items()
+
+
+def _rank(value: Any, name: str, folder: Path) -> int:
+    if type(value) is not int or not 1 <= value <= MAX_RANK:
+        raise AdapterCorrupt(f"{folder}: {name} is {_short(value)}, not a whole number from 1 to {MAX_RANK}")
+    return value
+
+
+def _alpha(value: Any, name: str, folder: Path) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise AdapterCorrupt(f"{folder}: {name} is {_short(value)}, not a finite number")
+    return number
+
+
+def _resolved(folder: Path, name: str, patterns: Mapping[str, Any], layers: Iterable[str], default: Any) -> Any:
+    try:
+        return resolve(patterns, layers, default)
+    except PatternError as error:
+        raise AdapterUnsupported(f"{folder}: {name}: {error}; write layer names without regular expressions") from error
+
+
+def _is_set(value: Any) -> bool:
+    return value is not None and value is not False and value not in ({}, [], "")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,267 @@
+"""Writing a PEFT folder: every scale is 1 because it is already in b, and the folder appears whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from loraweave.errors import AdapterExists, AdapterUnsupported, HubFull, HubReadOnly
+from loraweave.hub.formats._card import README, SIDECAR, readme_text, sidecar_text
+from loraweave.hub.formats._contents import Contents
+from loraweave.hub.formats._peft_keys import PREFIX, Key, parse_key
+from loraweave.hub.formats._safetensors import MAX_KEY_LENGTH
+from loraweave.types import Factors
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.safetensors.index.json", README, SIDECAR)
+
+
+def write_folder(contents: Contents, folder: Path, *, dtype: torch.dtype) -> Path:
+    """What `Peft.write` promises."""
+    if dtype not in DTYPES:
+        raise AdapterUnsupported(f"cannot write {dtype} tensors; choose one of {', '.join(map(str, DTYPES))}")
+    target = folder.resolve() if folder.is_symlink() else folder
+    _check_target(target)
+    config = _config(contents)
+    tensors = _tensors(contents.layers, bool(config["lora_bias"]), dtype)
+    layout = _layout(contents.layers, bool(config["lora_bias"]))
+    texts = {
+        "adapter_config.json": json.dumps(config, indent=1, ensure_ascii=False, allow_nan=False),
+        SIDECAR: sidecar_text(contents.card, contents.fingerprint, layout),
+        README: readme_text(contents.base_model, contents.card, _facts(contents.layers, dtype)),
+    }
+    try:
+        _place(target, tensors, texts)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise HubFull(f"no room to write the adapter to {folder}; nothing was left behind") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise HubReadOnly(f"{target.parent} cannot be written, so the adapter cannot be put into {folder}") from error
+        raise
+    return folder
+
+
+def _config(contents: Contents) -> dict[str, Any]:
+    layers = contents.layers
+    for layer, factors in layers.items():
+        _check_layer(layer, factors)
+    wrapped = [layer for layer, factors in layers.items() if _is_wrapped(factors)]
+    if not wrapped:
+        raise AdapterUnsupported("the adapter has trained biases but no low-rank update, for which PEFT's LoRA has no form")
+    dora = [layer for layer in wrapped if layers[layer].magnitude_O is not None]
+    if dora and len(dora) < len(wrapped):
+        plain = next(layer for layer in wrapped if layers[layer].magnitude_O is None)
+        raise AdapterUnsupported(
+            f"layer {dora[0]!r} is DoRA and layer {plain!r} is not; PEFT has use_dora for all layers or none"
+        )
+    with_bias = [layer for layer in wrapped if layers[layer].bias_O is not None]
+    _check_bias(layers, with_bias, wrapped, dora)
+    ranks = {layer: max(layers[layer].rank, 1) for layer in wrapped}
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    # anchored, since PEFT would otherwise match the name as the end of a longer one
+    pattern = {f"^{_escaped(layer)}": rank for layer, rank in ranks.items() if rank != common}
+    stored = contents.card.get("peft")
+    known: Mapping[str, Any] = stored if isinstance(stored, Mapping) else {}
+    return {
+        "peft_type": "LORA",
+        "task_type": known.get("task_type") if isinstance(known.get("task_type"), str) else None,
+        "base_model_name_or_path": contents.base_model or None,
+        "revision": known.get("revision") if isinstance(known.get("revision"), str) else None,
+        "inference_mode": True,
+        "r": common,
+        "lora_alpha": common,
+        "rank_pattern": pattern,
+        "alpha_pattern": dict(pattern),
+        "target_modules": _targets(wrapped, [layer for layer in layers if layer not in set(wrapped)]),
+        "fan_in_fan_out": known.get("fan_in_fan_out") is True,
+        "lora_dropout": 0.0,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": bool(dora),
+        "lora_bias": bool(with_bias),
+        "bias": _bias_mode(layers),
+    }
+
+
+def _check_layer(layer: str, factors: Factors) -> None:
+    where = f"layer {layer!r}"
+    if factors.gain_O is not None:
+        raise AdapterUnsupported(
+            f"{where} has a gain (DoRA bound to a base model, or (IA)3), for which PEFT has no form; write the adapter "
+            "as it was before it was bound to a model"
+        )
+    if factors.magnitude_O is not None and (factors.kind != "linear" or not factors.rank):
+        raise AdapterUnsupported(
+            f"{where} is DoRA of kind {factors.kind!r} and rank {factors.rank}; only a linear layer can be"
+        )
+    if factors.kind == "embedding" and (factors.bias_O is not None or factors.base_bias_O is not None):
+        raise AdapterUnsupported(f"{where} is an embedding with a bias, for which PEFT has no form")
+    if _is_wrapped(factors) and not factors.a_RI.shape[1]:
+        raise AdapterUnsupported(f"{where} has a bias of its own but no inputs, so no factors can carry it")
+    key = f"{PREFIX}{layer}.lora_A.weight"
+    legible = parse_key(key) == Key(layer, "a") and parse_key(f"{PREFIX}{layer}.bias") == Key(layer, "base_bias")
+    if not legible or "base_layer" in layer.split(".") or len(key) + 16 > MAX_KEY_LENGTH or not key.isprintable():
+        raise AdapterUnsupported(f"{where} bears a name that cannot be told apart inside a PEFT file")
+    for name, tensor in factors.tensors().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterUnsupported(f"{where}: {name} has values that are NaN or infinite")
+
+
+def _check_bias(layers: Mapping[str, Factors], with_bias: list[str], wrapped: list[str], dora: list[str]) -> None:
+    if not with_bias:
+        return
+    if dora:
+        raise AdapterUnsupported(f"layer {with_bias[0]!r} has a bias of its own, which PEFT does not combine with DoRA")
+    for layer in wrapped:
+        if layers[layer].kind == "embedding":
+            raise AdapterUnsupported(
+                f"layer {with_bias[0]!r} has a bias of its own, which PEFT refuses next to an embedding ({layer!r})"
+            )
+
+
+def _is_wrapped(factors: Factors) -> bool:
+    """Whether PEFT needs factors for the layer; a trained bias alone is stored without any."""
+    return factors.rank > 0 or factors.bias_O is not None or factors.base_bias_O is None
+
+
+def _bias_mode(layers: Mapping[str, Factors]) -> str:
+    trained = [factors for factors in layers.values() if factors.base_bias_O is not None]
+    if not trained:
+        return "none"
+    return "lora_only" if all(_is_wrapped(factors) for factors in trained) else "all"
+
+
+def _targets(wrapped: list[str], others: list[str]) -> list[str] | str:
+    """Full module paths, or one expression that matches them exactly where a path could be the end of another one.
+
+    PEFT takes a listed name as the end of a module path too: `head` would also match `decoder.head`.
+    """
+    ends = tuple(f".{layer}" for layer in wrapped)
+    if all("." in layer for layer in wrapped) and not any(layer.endswith(ends) for layer in others):
+        return sorted(wrapped)
+    return "|".join(_escaped(layer) for layer in sorted(wrapped))
+
+
+def _escaped(layer: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "_-" else f"\\{letter}" for letter in layer)
+
+
+def _tensors(layers: Mapping[str, Factors], lora_bias: bool, dtype: torch.dtype) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for layer, factors in layers.items():
+        path = f"{PREFIX}{layer}"
+        for suffix, tensor in _parts(factors, lora_bias).items():
+            # cloned, because safetensors refuses tensors that share storage
+            stored = tensor.detach().to("cpu", dtype).contiguous().clone()
+            if not bool(torch.isfinite(stored).all()):
+                raise AdapterUnsupported(f"layer {layer!r} has values that {dtype} cannot hold; write it as torch.float32")
+            tensors[f"{path}.{suffix}"] = stored
+    return tensors
+
+
+def _parts(factors: Factors, lora_bias: bool) -> dict[str, Tensor]:
+    if not _is_wrapped(factors):
+        assert factors.base_bias_O is not None
+        return {"bias": factors.base_bias_O}
+    a_RI, b_OR = factors.a_RI, factors.b_OR
+    if not factors.rank:
+        # PEFT has no rank 0; one rank row of zeros is the same update
+        a_RI, b_OR = a_RI.new_zeros(1, a_RI.shape[1]), b_OR.new_zeros(b_OR.shape[0], 1)
+    if factors.kind == "embedding":
+        return {"lora_embedding_A": a_RI, "lora_embedding_B": b_OR}
+    if factors.kind == "conv":
+        a_RI = a_RI.reshape(a_RI.shape[0], -1, *factors.kernel)
+        b_OR = b_OR.reshape(*b_OR.shape, *(1 for _ in factors.kernel))
+    parts = {"lora_A.weight": a_RI, "lora_B.weight": b_OR}
+    if lora_bias:
+        parts["lora_B.bias"] = b_OR.new_zeros(b_OR.shape[0]) if factors.bias_O is None else factors.bias_O
+    if factors.magnitude_O is not None:
+        parts["lora_magnitude_vector"] = factors.magnitude_O
+    if factors.base_bias_O is not None:
+        parts["base_layer.bias"] = factors.base_bias_O
+    return parts
+
+
+def _layout(layers: Mapping[str, Factors], lora_bias: bool) -> dict[str, Any]:
+    """Where zeros were added for PEFT's sake, so that reading gives back the same factors."""
+    padded = [layer for layer, factors in layers.items() if lora_bias and _is_wrapped(factors) and factors.bias_O is None]
+    empty = {layer: int(factors.a_RI.shape[1]) for layer, factors in layers.items() if not factors.rank}
+    return {name: notes for name, notes in (("padded_bias", padded), ("rank_zero", empty)) if notes}
+
+
+def _facts(layers: Mapping[str, Factors], dtype: torch.dtype) -> dict[str, str]:
+    ranks = sorted({factors.rank for factors in layers.values()})
+    span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    return {"Layers": str(len(layers)), "Rank": span, "Stored as": str(dtype).removeprefix("torch.")}
+
+
+def _check_target(target: Path) -> None:
+    if not os.path.lexists(target):
+        return
+    if not target.is_dir():
+        raise AdapterExists(f"{target} is a file; give a folder that does not exist, is empty, or holds an adapter")
+    foreign = [name for name in _names(target) if not _is_adapter_file(target / name)]
+    if foreign:
+        raise AdapterExists(
+            f"{target} holds {len(foreign)} entries that are no part of an adapter ({', '.join(foreign[:3])}); "
+            "replacing it would lose them, so give another folder"
+        )
+
+
+def _is_adapter_file(path: Path) -> bool:
+    name = path.name
+    shard = name.startswith("adapter_model-") and name.endswith(".safetensors")
+    return (name in ADAPTER_FILES or shard) and not path.is_dir()
+
+
+def _names(folder: Path) -> Iterable[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def _place(target: Path, tensors: dict[str, Tensor], texts: Mapping[str, str]) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    token = secrets.token_hex(8)
+    temporary, old = target.parent / f".loraweave-{token}.tmp", target.parent / f".loraweave-{token}.old"
+    try:
+        temporary.mkdir()
+        save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        for name, text in texts.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        for path in temporary.iterdir():
+            _sync(path)
+        _swap(temporary, target, old)
+    finally:
+        with suppress(OSError):
+            shutil.rmtree(temporary)
+
+
+def _swap(new: Path, target: Path, old: Path) -> None:
+    """Renames `new` to `target`; what was there before comes back when that fails, and is removed only afterwards."""
+    replaces = target.exists()
+    if replaces:
+        target.rename(old)
+    try:
+        new.rename(target)
+    except BaseException:
+        if replaces:
+            old.rename(target)
+        raise
+    if replaces:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,178 @@
+"""Reading safetensors from a foreign folder: everything is checked against the file's size before memory is asked for.
+
+Tensors are copied, never mapped: a mapped file that somebody truncates kills the process.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from loraweave.errors import AdapterCorrupt, AdapterUnsupported
+from loraweave.hub.formats._files import opened, parse_json, read_json
+
+MAX_HEADER_BYTES = 100 * 10**6
+MAX_TENSORS = 200_000
+MAX_KEY_LENGTH = 512
+MAX_DIMENSIONS = 8
+
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+# known to the format, yet integers and truth values carry no scale and complex or block-scaled numbers no single value
+SIZES_OF_OTHERS = {
+    "I64": 8,
+    "U64": 8,
+    "I32": 4,
+    "U32": 4,
+    "I16": 2,
+    "U16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+    "C64": 8,
+    "F8_E8M0": 1,
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies: its dtype as the file names it, its shape, and its bytes counted from the header's end."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def read_tensors(folder: Path, names: list[str]) -> Iterator[tuple[str, str, Tensor]]:
+    """(key, dtype in the file, tensor in fp32) of every tensor in the named files, one at a time.
+
+    All headers are checked before the first tensor is read. Raises AdapterCorrupt for a damaged file or a key that two
+    files hold, AdapterUnsupported for a dtype that has no exact meaning as a factor.
+    """
+    headers = {name: _header_of(folder, name) for name in names}
+    seen: dict[str, str] = {}
+    for name, (entries, _) in headers.items():
+        for key, entry in entries.items():
+            if key in seen:
+                raise AdapterCorrupt(f"{folder}: tensor {key!r} is in both {seen[key]} and {name}")
+            seen[key] = name
+            if entry.dtype not in FLOATS:
+                raise AdapterUnsupported(
+                    f"{folder}: tensor {key!r} has dtype {entry.dtype}; only floating point factors "
+                    f"({', '.join(FLOATS)}) have an exact meaning, so save the adapter in one of them"
+                )
+    for name, (entries, start) in headers.items():
+        with opened(folder, name) as (file, _):
+            for key, entry in entries.items():
+                yield key, entry.dtype, _read_tensor(file, folder, name, key, entry, start)
+
+
+def shards(folder: Path, index_name: str) -> list[str]:
+    """The files that an index names, after checking that index and files agree on every key."""
+    weight_map = read_json(folder, index_name, max_bytes=MAX_HEADER_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise AdapterCorrupt(f"{folder}: {index_name} has no object 'weight_map'")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if "/" in name or "\\" in name or not name.endswith(".safetensors"):
+            raise AdapterCorrupt(f"{folder}: {index_name} names {name!r}, which is no safetensors file of this folder")
+    for name in names:
+        held = set(_header_of(folder, name)[0])
+        claimed = {key for key, value in weight_map.items() if value == name}
+        if held != claimed:
+            odd = sorted(held ^ claimed)[:3]
+            raise AdapterCorrupt(f"{folder}: {index_name} and {name} disagree on {len(held ^ claimed)} tensors: {odd}")
+    return names
+
+
+def _header_of(folder: Path, name: str) -> tuple[dict[str, Entry], int]:
+    """The entries of a file and where its data begins."""
+    with opened(folder, name) as (file, size):
+        try:
+            return _header(file, size)
+        except ValueError as error:
+            raise AdapterCorrupt(f"{folder}: {name} is no intact safetensors file: {error}") from error
+
+
+def _header(file: BinaryIO, size: int) -> tuple[dict[str, Entry], int]:
+    if size < 10:
+        raise ValueError(f"it has {size} bytes, fewer than the smallest header")
+    length = int.from_bytes(file.read(8), "little")
+    if length > MAX_HEADER_BYTES:
+        raise ValueError(f"its header claims {length} bytes, more than the limit of {MAX_HEADER_BYTES}")
+    if 8 + length > size:
+        raise ValueError(f"its header claims {length} bytes, but the file has {size}; it was cut off")
+    raw = file.read(length)
+    # parsed JSON takes many times the room of its text, so its parts are counted first
+    nodes = raw.count(b",") + raw.count(b"[") + raw.count(b"{")
+    if raw.count(b'"dtype"') > MAX_TENSORS or nodes > 20 * MAX_TENSORS:
+        raise ValueError(f"its header describes more than {MAX_TENSORS} tensors")
+    if not raw.startswith(b"{"):
+        raise ValueError("its header is no JSON object")
+    table = parse_json(raw)
+    metadata = table.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its __metadata__ is no mapping of texts")
+    entries = {key: _entry(key, value) for key, value in table.items()}
+    _check_cover(entries, size - 8 - length)
+    return entries, 8 + length
+
+
+def _entry(key: str, value: Any) -> Entry:
+    if not 0 < len(key) <= MAX_KEY_LENGTH or not key.isprintable():
+        raise ValueError(f"the tensor name {key[:60]!r} is empty, not printable or above {MAX_KEY_LENGTH} characters")
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"tensor {key!r} lacks dtype, shape or data_offsets")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or (dtype not in FLOATS and dtype not in SIZES_OF_OTHERS):
+        raise ValueError(f"tensor {key!r} has the unknown dtype {str(dtype)[:40]!r}")
+    if not _is_counts(shape) or len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"tensor {key!r} has the shape {str(shape)[:80]}, not up to {MAX_DIMENSIONS} counts")
+    if not _is_counts(offsets) or len(offsets) != 2:
+        raise ValueError(f"tensor {key!r} has data_offsets {str(offsets)[:80]}, not two counts")
+    item = FLOATS[dtype].itemsize if dtype in FLOATS else SIZES_OF_OTHERS[dtype]
+    if offsets[1] - offsets[0] != math.prod(shape) * item:
+        raise ValueError(
+            f"tensor {key!r} of shape {shape} and dtype {dtype} needs {math.prod(shape) * item} bytes, "
+            f"but its data_offsets span {offsets[1] - offsets[0]}"
+        )
+    return Entry(dtype, tuple(shape), offsets[0], offsets[1])
+
+
+def _is_counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(count) is int and 0 <= count < 2**63 for count in value)
+
+
+def _check_cover(entries: Mapping[str, Entry], data_bytes: int) -> None:
+    position = 0
+    for key, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != position:
+            word = "overlaps the tensor before it" if entry.begin < position else "leaves a gap before it"
+            raise ValueError(f"tensor {key!r} begins at byte {entry.begin} of the data and {word}, which ends at {position}")
+        position = entry.end
+    if position != data_bytes:
+        raise ValueError(f"its tensors need {position} bytes of data, but it holds {data_bytes}")
+
+
+def _read_tensor(file: BinaryIO, folder: Path, name: str, key: str, entry: Entry, start: int) -> Tensor:
+    if entry.begin == entry.end:
+        return torch.zeros(entry.shape)
+    buffer = bytearray(entry.end - entry.begin)
+    file.seek(start + entry.begin)
+    count = file.readinto(buffer)  # type: ignore[attr-defined]
+    if count != len(buffer):
+        raise AdapterCorrupt(f"{folder}: {name} ended within tensor {key!r}; it changed while it was read")
+    return torch.frombuffer(buffer, dtype=FLOATS[entry.dtype]).reshape(entry.shape).float()

@@ -1,0 +1,214 @@
+"""PEFT folders, read and written: adapter_config.json and adapter_model.safetensors of a LoRA (Hu et al. 2021)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraweave.errors import AdapterCorrupt, AdapterUnsupported
+from loraweave.hub import algebra
+from loraweave.hub.formats._card import base_model_of_readme, read_card
+from loraweave.hub.formats._contents import Contents
+from loraweave.hub.formats._files import listing, opened, present, read_json
+from loraweave.hub.formats._peft_config import PeftConfig, parse
+from loraweave.hub.formats._peft_keys import Part, check_all_known
+from loraweave.hub.formats._peft_write import write_folder
+from loraweave.hub.formats._safetensors import FLOATS, read_tensors, shards
+from loraweave.types import Factors
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+PICKLE = "adapter_model.bin"
+
+Parts = dict[Part, Tensor]
+
+
+class Peft:
+    """Reads and writes PEFT folders. A folder either means exactly the factors that `read` gives, or `read` raises."""
+
+    @staticmethod
+    def recognises(folder: Path) -> bool:
+        """Whether the folder has a file of a PEFT adapter; says nothing about its state."""
+        return any(present(folder, name) for name in (CONFIG, WEIGHTS, INDEX, PICKLE))
+
+    @staticmethod
+    def read(folder: Path) -> Contents:
+        """The factors of a PEFT folder in fp32 with the scale folded into b, its base model, and its card.
+
+        Which layers exist and how large they are is read from the tensors; target patterns are recorded and never run.
+        A rank that differs from what the config gives the layer is refused, since PEFT could not load the file either
+        and the scale alpha/r would be a guess. `card["peft"]` holds what of the config `write` puts back and
+        `card["stored_dtype"]` the dtypes in the file.
+        Raises AdapterCorrupt for damaged files, and AdapterUnsupported for what has no exact form as factors and for
+        an adapter without effect.
+        """
+        folder = Path(folder)
+        config = parse(_config_of(folder), folder)
+        card, fingerprint, layout = read_card(folder)
+        parts, dtypes = _parts_of(folder)
+        layers = _layers_of(parts, config, layout)
+        if all(algebra.is_zero(factors) for factors in layers.values()):
+            why = "lora_alpha is 0" if config.alpha == 0 else "every update is zero"
+            raise AdapterUnsupported(f"{folder}: the adapter is without effect: {why}")
+        card |= {"peft": dict(config.recorded), "stored_dtype": "+".join(sorted(dtypes))}
+        return Contents(config.base_model or base_model_of_readme(folder), layers, fingerprint, card)
+
+    @staticmethod
+    def write(contents: Contents, folder: Path, *, dtype: torch.dtype = torch.float32) -> Path:
+        """Writes a PEFT folder that PEFT loads key for key and whose `read` gives the same factors; returns its path.
+
+        Tensors are stored as `dtype`: float32 (exact), float16 or bfloat16 (rounded). The folder appears whole or not at
+        all; an existing one is replaced only when it is empty or holds nothing but an adapter (else AdapterExists).
+        Raises AdapterUnsupported for a gain without DoRA's magnitude, and for other updates that PEFT has no form for.
+        """
+        if not contents.layers or all(algebra.is_zero(factors) for factors in contents.layers.values()):
+            raise AdapterUnsupported(f"cannot write to {folder}: the adapter is without effect, every update is zero")
+        return write_folder(contents, Path(folder), dtype=dtype)
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    if not present(folder, CONFIG):
+        raise AdapterCorrupt(f"{folder}: no {CONFIG}; the folder holds {listing(folder)}")
+    return read_json(folder, CONFIG)
+
+
+def _weight_files(folder: Path) -> list[str]:
+    if present(folder, WEIGHTS):
+        return [WEIGHTS]
+    if present(folder, INDEX):
+        return shards(folder, INDEX)
+    if present(folder, PICKLE):
+        # opened for the checks alone: a git-LFS pointer of that name needs another way out
+        with opened(folder, PICKLE):
+            pass
+        raise AdapterUnsupported(
+            f"{folder}: the weights are only in {PICKLE}, a pickle, which can run code when it is read; if you trust it, "
+            "convert it: safetensors.torch.save_file(torch.load('adapter_model.bin', weights_only=True), "
+            f"'{WEIGHTS}')"
+        )
+    raise AdapterCorrupt(f"{folder}: no {WEIGHTS}; the folder holds {listing(folder)}")
+
+
+def _parts_of(folder: Path) -> tuple[dict[str, Parts], set[str]]:
+    """The tensors by layer and part, all finite, and the dtypes they were stored in."""
+    stored = {key: (dtype, tensor) for key, dtype, tensor in read_tensors(folder, _weight_files(folder))}
+    if not stored:
+        raise AdapterCorrupt(f"{folder}: the file holds no tensors")
+    parts: dict[str, Parts] = defaultdict(dict)
+    for key, parsed in check_all_known(stored, folder).items():
+        tensor, where = stored[key][1], f"{folder}: layer {parsed.layer!r}"
+        if parsed.part in parts[parsed.layer]:
+            raise AdapterCorrupt(
+                f"{folder}: several tensors are the part {parsed.part!r} of layer {parsed.layer!r}, one is {key!r}"
+            )
+        if num := int((~torch.isfinite(tensor)).sum()):
+            raise AdapterCorrupt(f"{where}: {num} of {tensor.numel()} values of {key!r} are NaN or infinite")
+        if tensor.numel() == 0:
+            raise AdapterCorrupt(f"{where}: {key!r} has shape {tuple(tensor.shape)} and holds nothing")
+        parts[parsed.layer][parsed.part] = tensor
+    return parts, {str(FLOATS[dtype]).removeprefix("torch.") for dtype, _ in stored.values()}
+
+
+def _layers_of(parts: Mapping[str, Parts], config: PeftConfig, layout: Mapping[str, Any]) -> dict[str, Factors]:
+    unscaled = {layer: _factors(layer, held, config) for layer, held in parts.items()}
+    found = {layer: factors.rank for layer, factors in unscaled.items() if factors.rank}
+    expected = config.ranks(found)
+    for layer, rank in found.items():
+        if rank != expected[layer]:
+            raise AdapterCorrupt(
+                f"{config.folder}: layer {layer!r} has rank {rank} in the file and rank {expected[layer]} in "
+                f"adapter_config.json (r={config.rank}, {len(config.rank_pattern)} entries in rank_pattern); the scale "
+                "alpha/r is not known, so correct r, or name the layer in rank_pattern"
+            )
+    scales = config.scales(found)
+    scaled = {layer: _scaled(layer, factors, scales.get(layer, 1.0), config) for layer, factors in unscaled.items()}
+    return {layer: _relaid(layer, factors, layout) for layer, factors in scaled.items()}
+
+
+def _factors(layer: str, held: Parts, config: PeftConfig) -> Factors:
+    """The factors of one layer before scaling; a trained bias alone gives rank 0."""
+    where = f"{config.folder}: layer {layer!r}"
+    if set(held) == {"base_bias"}:
+        bias_O = held["base_bias"]
+        _vector(bias_O, where, "the trained bias", bias_O.numel())
+        # the file does not say how many inputs the layer has
+        return Factors(torch.zeros(0, 0), torch.zeros(bias_O.shape[0], 0), base_bias_O=bias_O)
+    embedding = bool({"embedding_a", "embedding_b"} & set(held))
+    a, b = (held.get("embedding_a"), held.get("embedding_b")) if embedding else (held.get("a"), held.get("b"))
+    if a is None or b is None or (embedding and {"a", "b"} & set(held)):
+        raise AdapterCorrupt(f"{where} has {', '.join(sorted(held))}, not the two factors A and B of one update")
+    factors = _matrices(a, b, embedding, where)
+    _check_flags(held, factors, config, where)
+    size = factors.b_OR.shape[0]
+    return replace(
+        factors,
+        bias_O=_vector(held.get("bias"), where, "lora_B's bias", size),
+        magnitude_O=_vector(held.get("magnitude"), where, "DoRA's magnitude", size),
+        base_bias_O=_vector(held.get("base_bias"), where, "the trained bias", size),
+    )
+
+
+def _matrices(a: Tensor, b: Tensor, embedding: bool, where: str) -> Factors:
+    shapes = f"A of shape {tuple(a.shape)} and B of shape {tuple(b.shape)}"
+    kernel = tuple(a.shape[2:])
+    if (embedding and kernel) or not 2 <= a.dim() <= 5 or a.dim() != b.dim():
+        raise AdapterCorrupt(f"{where} has {shapes}, which are not the factors of a linear layer, embedding or convolution")
+    if any(size != 1 for size in b.shape[2:]):
+        raise AdapterCorrupt(f"{where} has {shapes}; the second convolution of an update has kernel size 1")
+    if kernel and b.shape[1] != a.shape[0] and a.shape[0] % b.shape[1] == 0:
+        raise AdapterUnsupported(f"{where} has {shapes}: a convolution in groups, which is not supported")
+    if b.shape[1] != a.shape[0]:
+        raise AdapterCorrupt(f"{where} has {shapes}; A's first size and B's second are the rank and must agree")
+    return Factors(
+        a_RI=a.flatten(1).contiguous(),
+        b_OR=b.flatten(1).contiguous(),
+        kind="embedding" if embedding else "conv" if kernel else "linear",
+        kernel=kernel,
+    )
+
+
+def _check_flags(held: Parts, factors: Factors, config: PeftConfig, where: str) -> None:
+    """Whether the file has what the config's flags announce, and nothing that PEFT would ignore without a word."""
+    if config.use_dora and factors.kind != "linear":
+        raise AdapterUnsupported(f"{where} is DoRA on a layer of kind {factors.kind!r}; only linear layers can be read")
+    if config.lora_bias and factors.kind == "embedding":
+        raise AdapterUnsupported(f"{where} is an embedding with lora_bias, which PEFT does not define")
+    for part, name, flag in (("magnitude", "use_dora", config.use_dora), ("bias", "lora_bias", config.lora_bias)):
+        if (part in held) != flag:
+            has = "has" if part in held else "lacks"
+            raise AdapterCorrupt(f"{where} {has} the tensor {part!r}, but the config says {name}={str(flag).lower()}")
+
+
+def _vector(tensor: Tensor | None, where: str, what: str, size: int) -> Tensor | None:
+    if tensor is not None and tuple(tensor.shape) != (size,):
+        raise AdapterCorrupt(f"{where}: {what} has shape {tuple(tensor.shape)}, not ({size},)")
+    return tensor
+
+
+def _scaled(layer: str, factors: Factors, scale: float, config: PeftConfig) -> Factors:
+    """b and bias times the scale, multiplied in float64 and rounded once."""
+    b_OR = (factors.b_OR.double() * scale).float()
+    bias_O = None if factors.bias_O is None else (factors.bias_O.double() * scale).float()
+    for tensor in (b_OR, bias_O):
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            raise AdapterCorrupt(f"{config.folder}: layer {layer!r}: the scale {scale:.6g} takes B beyond what fp32 holds")
+    return replace(factors, b_OR=b_OR, bias_O=bias_O)
+
+
+def _relaid(layer: str, factors: Factors, layout: Mapping[str, Any]) -> Factors:
+    """Undoes what our writer had to add for PEFT: zeros only, so that the notes in a foreign file cannot change a value."""
+    padded, rank_zero = layout.get("padded_bias"), layout.get("rank_zero")
+    if isinstance(padded, list) and layer in padded and factors.bias_O is not None and not bool(factors.bias_O.any()):
+        factors = replace(factors, bias_O=None)
+    size = rank_zero.get(layer) if isinstance(rank_zero, dict) else None
+    if type(size) is int and 0 <= size < 2**31 and not bool(factors.a_RI.any()) and not bool(factors.b_OR.any()):
+        inputs = size if factors.rank == 0 else factors.a_RI.shape[1]
+        factors = replace(factors, a_RI=torch.zeros(0, inputs), b_OR=factors.b_OR[:, :0])
+    return factors

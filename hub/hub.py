@@ -1,0 +1,389 @@
+"""The hub: adapters on disk, under names, with what a search reads.
+
+SQLite rows are the catalogue, safetensors files the blobs. A blob is complete and on disk before its row is committed, so an
+interrupted call leaves at most a file that no row names.
+
+This module and what it imports at its top do without torch: the command line lists a hub in a fraction of torch's start.
+Functions that need tensors therefore import them themselves, the accepted exception to the rule about imports in functions.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from loraweave.errors import (
+    AdapterCorrupt,
+    AdapterExists,
+    AdapterNotFound,
+    AdapterUnsupported,
+    HubCorrupt,
+    HubFull,
+    InvalidName,
+)
+from loraweave.hub import rows
+from loraweave.hub.blob_files import blob_path, remove_file, require_digest, sweep, sync_folders
+from loraweave.hub.catalogue import Catalogue, require_row
+from loraweave.hub.collect import collect
+from loraweave.hub.fields import (
+    MAX_CARD_BYTES,
+    MAX_LABEL_BYTES,
+    checked_fields,
+    checked_text,
+    fields_with_card,
+    one_or_many,
+)
+from loraweave.hub.names import checked_name, near_misses
+from loraweave.hub.storage_errors import storage_errors
+from loraweave.hub.vectors import read_vectors, write_vectors
+from loraweave.types import Candidate, Record
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from loraweave.hub.adapter import Adapter
+    from loraweave.hub.pool import ExpertPool
+    from loraweave.hub.verify import Verification
+
+
+class Hub:
+    """Opens the hub in a folder, or creates it. Several processes and threads may use one hub at once.
+
+    Writers wait up to `timeout_s` seconds for each other (HubLocked); readers never wait. A folder that cannot be written
+    is opened for reading, and writing raises HubReadOnly. HubCorrupt for a catalogue that is damaged or too new.
+    """
+
+    def __init__(self, path: str | Path, *, timeout_s: float = 30.0) -> None:
+        self.path = Path(path)
+        self._catalogue = Catalogue(self.path, timeout_s)
+        if self._catalogue.writable:
+            with storage_errors(self.path, "opening the hub"):
+                sweep(self.path)
+
+    def add(
+        self,
+        source: str | Path | Adapter,
+        *,
+        name: str | None = None,
+        description: str = "",
+        examples: Collection[str] = (),
+        tags: Collection[str] = (),
+        license: str | None = None,
+        base_model: str | None = None,
+    ) -> Record:
+        """Stores an adapter, a PEFT folder or a model hub repository; what is not given comes from the adapter and its card.
+
+        The same content under the same name is there already: its record is returned as it is, and a damaged blob is
+        replaced. AdapterExists for other content; InvalidName; AdapterCorrupt for factors that are not finite or do not
+        fit; AdapterUnsupported for an adapter without effect or above a limit. All is checked before anything is written.
+        """
+        from loraweave.hub.adapter import Adapter
+        from loraweave.hub.admission import require_storable
+        from loraweave.hub.blobs import content_hash
+
+        adapter = source if isinstance(source, Adapter) else Adapter.from_pretrained(source, name=name)
+        own_name = checked_name(adapter.name if name is None else name)
+        given = {"description": description, "examples": examples, "tags": tags, "license": license}
+        fields = checked_fields(own_name, fields_with_card(given, adapter.card))
+        require_storable(adapter)
+        record = Record(
+            name=own_name,
+            hash=content_hash(adapter.layers),
+            base_model=checked_text(own_name, "base_model", base_model or adapter.base_model, MAX_LABEL_BYTES),
+            rank=adapter.rank,
+            target_modules=tuple(sorted({layer.rsplit(".", 1)[-1] for layer in adapter.layers})),
+            license=fields.license,
+            tags=fields.tags,
+            description=fields.description,
+            size_bytes=0,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            examples=fields.examples,
+            fingerprint=adapter.fingerprint,
+            card=adapter.card,
+        )
+        text = _encode_within_limit(record)
+        doing = f"adding adapter {own_name!r}"
+        with self._catalogue.locked(doing):
+            existing = self._find(own_name)
+            if existing is not None and existing.record.hash != record.hash:
+                raise AdapterExists(
+                    f"{doing}: the name stands for another adapter, with hash {existing.record.hash}, not {record.hash}; "
+                    f"hub.remove({own_name!r}) first, or add this one under another name"
+                )
+            return self._store(adapter, record, text, existing, doing)
+
+    def __getitem__(self, name: str) -> Adapter:
+        """The adapter, its tensors mapped from the blob. AdapterNotFound names near misses; AdapterCorrupt for damage."""
+        from loraweave.hub.adapter import Adapter
+        from loraweave.hub.blobs import read_blob
+
+        row = self._row(name)
+        record = row.record
+        who = f"adapter {record.name!r}"
+        path = blob_path(self.path, record.hash)
+        with storage_errors(path, f"reading {who}"):
+            try:
+                require_digest(path, row.blob.file_sha256, who)
+                layers = read_blob(path, who).layers
+            except FileNotFoundError as error:
+                # removed and collected since the row was read? then this says so
+                self._row(name)
+                raise AdapterCorrupt(f"{who}: blob {path} is missing; add the adapter again from its source") from error
+        return Adapter(record.name, record.base_model, layers, record.fingerprint, record.card)
+
+    def __contains__(self, name: object) -> bool:
+        try:
+            return self._find(checked_name(name)) is not None
+        except InvalidName:
+            return False
+
+    def __len__(self) -> int:
+        with self._catalogue.reading() as connection:
+            return int(connection.execute("SELECT count(*) FROM adapters").fetchone()[0])
+
+    def __iter__(self) -> Iterator[Record]:
+        """The records in order of addition, as of now."""
+        return iter(self.records())
+
+    def records(
+        self,
+        *,
+        base_model: str | None = None,
+        license: Collection[str] | str | None = None,
+        tags: Collection[str] | str = (),
+    ) -> list[Record]:
+        """The records in order of addition that are for the base model, under one of the licenses and with all the tags.
+
+        Licenses are SPDX ids, which are compared without case.
+        """
+        with self._catalogue.reading() as connection:
+            found = [row.record for row in rows.every(connection)]
+        licenses = {spdx.casefold() for spdx in one_or_many(license)}
+        wanted = set(one_or_many(tags))
+        return [
+            record
+            for record in found
+            if (base_model is None or record.base_model == base_model)
+            and (license is None or (record.license or "").casefold() in licenses)
+            and wanted.issubset(record.tags)
+        ]
+
+    def record(self, name: str) -> Record:
+        """The adapter's record. AdapterNotFound names near misses."""
+        return self._row(name).record
+
+    def pool(self, names: Iterable[str] | None = None) -> ExpertPool:
+        """The named adapters as experts, in the order given; all of them, in order of addition, when no names are given."""
+        from loraweave.hub.pool import ExpertPool
+
+        chosen = [record.name for record in self.records()] if names is None else list(names)
+        return ExpertPool([self[name] for name in chosen])
+
+    def search(
+        self,
+        query: str,
+        *,
+        k: int = 5,
+        base_model: str | None = None,
+        license: Collection[str] | str | None = None,
+        tags: Collection[str] | str = (),
+        min_score: float | None = None,
+    ) -> list[Candidate]:
+        """The k adapters whose texts fit the query best, with scores and evidence; [] when none reaches `min_score`."""
+        from loraweave.hub.search import search
+
+        return search(self, query, k=k, base_model=base_model, license=license, tags=tags, min_score=min_score)
+
+    def similar(self, name: str, *, k: int = 5) -> list[Candidate]:
+        """The k adapters whose low-rank updates have the largest cosine with this one's; ties by order of addition.
+
+        Only adapters that share a layer are compared. A damaged one is left out with a warning. RetrievalError for a k
+        that does not count.
+        """
+        from loraweave.hub.search import checked_count
+        from loraweave.hub.similar import cosine
+
+        count = checked_count(k)
+        own = self[name]
+        found = []
+        for record in self.records():
+            if record.name == own.name:
+                continue
+            try:
+                other = self[record.name]
+            except (AdapterCorrupt, AdapterNotFound) as error:
+                warnings.warn(f"left out of the comparison with {own.name!r}: {error}", stacklevel=2)
+                continue
+            score, num_shared = cosine(own, other)
+            if num_shared:
+                evidence = f"updates {num_shared} of the {len(own.layers)} layers of {own.name!r}"
+                found.append(Candidate(record.name, score, evidence, record))
+        return sorted(found, key=lambda candidate: -candidate.score)[:count]
+
+    def update(
+        self,
+        name: str,
+        *,
+        description: str | None = None,
+        examples: Collection[str] | None = None,
+        tags: Collection[str] | None = None,
+        license: str | None = None,
+    ) -> Record:
+        """Replaces the fields that are given; an empty value clears one (license="")."""
+        given = {"description": description, "examples": examples, "tags": tags, "license": license}
+        with self._catalogue.writing(f"updating adapter {name!r}") as connection:
+            row = self._row(name)
+            old = {key: getattr(row.record, key) for key in given}
+            fields = checked_fields(row.record.name, {key: old[key] if new is None else new for key, new in given.items()})
+            record = replace(
+                row.record,
+                description=fields.description,
+                examples=fields.examples,
+                tags=fields.tags,
+                license=fields.license,
+            )
+            return rows.change(connection, row, record)
+
+    def rename(self, old: str, new: str) -> Record:
+        """The record under its new name. AdapterExists when that name is taken, InvalidName when it cannot be stored."""
+        target = checked_name(new)
+        with self._catalogue.writing(f"renaming adapter {old!r}") as connection:
+            row = self._row(old)
+            taken = rows.find(connection, target)
+            if taken is not None and taken.seq != row.seq:
+                raise AdapterExists(
+                    f"renaming adapter {row.record.name!r} (hash {row.record.hash}): the name {target!r} stands for "
+                    f"another one (hash {taken.record.hash}); hub.remove({target!r}) first, or choose another name"
+                )
+            return rows.change(connection, row, replace(row.record, name=target))
+
+    def remove(self, name: str) -> None:
+        """Takes the adapter out of the catalogue. Its blob stays until gc(), so what is mapped from it lives on."""
+        with self._catalogue.writing(f"removing adapter {name!r}") as connection:
+            rows.delete(connection, self._row(name))
+
+    def verify(self) -> Verification:
+        """Reads every row and every blob and reports what is damaged: `.ok`, `.problems`, `.intact`, `.orphans`."""
+        from loraweave.hub.verify import verify
+
+        return verify(self._catalogue)
+
+    def gc(self) -> int:
+        """Deletes blobs that no row names and what killed writers left; returns the bytes freed.
+
+        HubCorrupt, with nothing deleted, when a row is damaged or missing: a blob might be its.
+        """
+        return collect(self._catalogue)
+
+    @property
+    def generation(self) -> int:
+        """A number that every committed change raises, so that an index can tell whether it is stale."""
+        with self._catalogue.reading() as connection:
+            found = connection.execute("SELECT generation FROM state").fetchone()
+        return require_row(found, self._catalogue.path)[0]
+
+    def vectors(self, embedder_id: str) -> dict[str, tuple[str, np.ndarray]]:
+        """Adapter name -> (digest of the text that was embedded, fp32 vector), in order of addition."""
+        with self._catalogue.reading() as connection:
+            return read_vectors(connection, embedder_id)
+
+    def store_vectors(self, embedder_id: str, rows: Sequence[tuple[str, str, np.ndarray]]) -> None:
+        """Stores (name, digest of the text, vector) rows in one transaction; names removed meanwhile are passed over.
+
+        A vector goes with its adapter, and follows a rename. DimensionMismatch for vectors of several sizes or not finite.
+        """
+        with self._catalogue.writing(f"storing vectors of embedder {embedder_id!r}") as connection:
+            write_vectors(connection, embedder_id, rows)
+
+    def close(self) -> None:
+        """Closes the catalogue. Adapters that were read stay usable."""
+        self._catalogue.close()
+
+    def __enter__(self) -> Hub:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Hub({str(self.path)!r})"
+
+    def _find(self, name: str) -> rows.Row | None:
+        with self._catalogue.reading() as connection:
+            return rows.find(connection, name)
+
+    def _row(self, name: str) -> rows.Row:
+        try:
+            row = self._find(checked_name(name))
+        except InvalidName as error:
+            raise AdapterNotFound(f"no adapter {name!a:.80} in the hub {self.path}: {error}") from error
+        if row is not None:
+            return row
+        with self._catalogue.reading() as connection:
+            known = [known for (known,) in connection.execute("SELECT name FROM adapters ORDER BY seq").fetchall()]
+        close = near_misses(name, known)
+        hint = (
+            f"did you mean {' or '.join(map(repr, close))}?"
+            if close
+            else f"it has {len(known)} adapters, none of a like name"
+        )
+        raise AdapterNotFound(f"no adapter {name!r} in the hub {self.path}; {hint}")
+
+    def _store(self, adapter: Adapter, record: Record, text: str, existing: rows.Row | None, doing: str) -> Record:
+        """Blob first, then the row. The caller holds the lock."""
+        from loraweave.hub.blobs import write_blob
+
+        path = blob_path(self.path, record.hash)
+        absent = not path.exists()
+        try:
+            with storage_errors(self.path, doing):
+                known = self._usable_blob(record.hash)
+                written = known is None
+                if known is None:
+                    known = rows.BlobRow(record.hash, *write_blob(self.path, adapter.layers, record.hash, text))
+                else:
+                    sync_folders(self.path, path)
+            with self._catalogue.transaction(doing) as connection:
+                if written or existing is None:
+                    rows.put_blob(connection, known)
+                return rows.insert(connection, record) if existing is None else existing.record
+        except HubFull:
+            # the row is certainly not there, and the space is needed; after other errors gc decides
+            if absent:
+                remove_file(path)
+            raise
+
+    def _usable_blob(self, content: str) -> rows.BlobRow | None:
+        """The stored blob of that content; None when there is none or it is damaged, and is to be written."""
+        from loraweave.hub.blobs import examine_blob
+
+        try:
+            with self._catalogue.reading() as connection:
+                known = rows.find_blob(connection, content)
+        except HubCorrupt:
+            known = None
+        path = blob_path(self.path, content)
+        try:
+            if known is None:
+                return rows.BlobRow(content, *examine_blob(path, content))
+            require_digest(path, known.file_sha256, "blob", trust_cache=False)
+        except (AdapterCorrupt, FileNotFoundError):
+            return None
+        return known
+
+
+def _encode_within_limit(record: Record) -> str:
+    text = rows.encode(record)
+    size_bytes = len(rows.encode(replace(record, description="", examples=(), tags=())))
+    if size_bytes > MAX_CARD_BYTES:
+        raise AdapterUnsupported(
+            f"the card of adapter {record.name!r} has {size_bytes:,} bytes as JSON; the limit is {MAX_CARD_BYTES:,}"
+        )
+    return text

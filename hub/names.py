@@ -1,0 +1,53 @@
+"""The rules for an adapter's name: free text that can be shown on one line. A name never becomes a path or a module key."""
+
+from __future__ import annotations
+
+import difflib
+import unicodedata
+from collections.abc import Iterable
+
+from loraweave.errors import InvalidName
+
+MAX_NAME_CHARACTERS = 200
+
+# control characters, lone surrogates, and the two characters that Unicode breaks lines at
+_REFUSED_CATEGORIES = {"Cc", "Cs", "Zl", "Zp"}
+
+
+def checked_name(name: object) -> str:
+    """The name in Unicode form NFC, so that two ways of typing one name are one name. InvalidName when a rule forbids it."""
+    if not isinstance(name, str):
+        raise InvalidName(f"an adapter's name is text, not {type(name).__name__} {_short(name)}")
+    normal = unicodedata.normalize("NFC", name)
+    if not normal:
+        raise InvalidName("an adapter's name must have at least one character, and this one is empty")
+    if len(normal) > MAX_NAME_CHARACTERS:
+        raise InvalidName(
+            f"an adapter's name has at most {MAX_NAME_CHARACTERS} characters, not {len(normal)}: {_short(name)}"
+        )
+    if normal != normal.strip():
+        raise InvalidName(
+            f"an adapter's name neither begins nor ends with a space: {_short(name)}; try {_short(name.strip())}"
+        )
+    for position, character in enumerate(normal):
+        if unicodedata.category(character) in _REFUSED_CATEGORIES:
+            raise InvalidName(
+                f"an adapter's name has no control characters, line breaks or lone surrogates, but character "
+                f"{position + 1} of {_short(name)} is U+{ord(character):04X}"
+            )
+    return normal
+
+
+def near_misses(name: str, known: Iterable[str]) -> list[str]:
+    """At most three names of `known` that `name` may have meant, the nearest first; differences of case count little."""
+    by_folded: dict[str, list[str]] = {}
+    for other in known:
+        by_folded.setdefault(other.casefold(), []).append(other)
+    close = difflib.get_close_matches(str(name).casefold(), by_folded, n=3)
+    return [other for folded in close for other in by_folded[folded]][:3]
+
+
+def _short(value: object) -> str:
+    # ascii, so that a lone surrogate in a message cannot break the printing of it
+    text = ascii(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,58 @@
+"""Turns what the file system and SQLite raise into the hub's own errors, once, at the room's edge."""
+
+from __future__ import annotations
+
+import errno
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from loraweave.errors import HubCorrupt, HubError, HubFull, HubLocked, HubReadOnly
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
+_WAY_OUT = "Hub.verify() lists what can still be read, loraweave.hub.rebuild.rebuild(folder) saves it"
+
+
+@contextmanager
+def storage_errors(path: Path, doing: str) -> Iterator[None]:
+    """Raises a leaf of HubError, with the cause attached, for any OSError or sqlite3.Error inside. `doing`: "adding 'x'"."""
+    try:
+        yield
+    except HubError:
+        # some of them are OSErrors too, and say already what happened
+        raise
+    except sqlite3.Error as error:
+        raise _from_sqlite(error, path, doing) from error
+    except UnicodeDecodeError as error:
+        # sqlite3 lets it through from a damaged name in the schema
+        raise HubCorrupt(f"{doing}: the catalogue {path} is damaged ({error.reason}); {_WAY_OUT}") from error
+    except OSError as error:
+        raise _from_os(error, path, doing) from error
+
+
+def _from_os(error: OSError, path: Path, doing: str) -> HubError:
+    if error.errno in _FULL:
+        return HubFull(f"{doing}: no space left below {path} ({error}); nothing was changed, free some space and try again")
+    if error.errno in _READ_ONLY:
+        return HubReadOnly(f"{doing}: {path} cannot be written ({error}); reading it still works")
+    return HubError(f"{doing}: the file system failed below {path} ({error})")
+
+
+def _from_sqlite(error: sqlite3.Error, path: Path, doing: str) -> HubError:
+    # the low byte is the primary code, the rest refines it
+    code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
+    if code == sqlite3.SQLITE_FULL:
+        return HubFull(f"{doing}: no space left below {path} ({error}); nothing was changed, free some space and try again")
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return HubLocked(
+            f"{doing}: another program holds {path} ({error}); try again, or open the hub with a larger timeout_s"
+        )
+    if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH):
+        return HubReadOnly(f"{doing}: {path} cannot be written ({error}); reading it still works")
+    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT) or "decode" in str(error):
+        return HubCorrupt(f"{doing}: the catalogue {path} is damaged ({error}); {_WAY_OUT}")
+    if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR):
+        return HubError(f"{doing}: the file system failed at {path} ({error})")
+    return HubCorrupt(f"{doing}: the catalogue {path} does not behave as one ({error}); {_WAY_OUT}")

@@ -1,0 +1,142 @@
+import hashlib
+import os
+import stat
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from loraweave.errors import AdapterCorrupt
+from loraweave.hub import blob_files
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.blob_files import blob_path, require_digest, sweep
+from loraweave.hub.blobs import content_hash, examine_blob, read_blob, write_blob
+from loraweave.types import Factors
+
+ORIGIN = '{"name":"x"}'
+
+
+def factors(seed, rank=3, outputs=5, inputs=7, **parts):
+    generator = torch.Generator().manual_seed(seed)
+    return Factors(
+        torch.randn(rank, inputs, generator=generator),
+        torch.randn(outputs, rank, generator=generator),
+        **{name: torch.randn(outputs, generator=generator) for name in parts.pop("vectors", ())},
+        **parts,
+    )
+
+
+LAYERS = {
+    "model.layers.0.self_attn.q_proj": factors(0, vectors=("gain_O", "bias_O")),
+    "odd/.. path\n0.a_RI": factors(1, rank=1, outputs=1, inputs=1),
+    "wte": factors(2, kind="embedding", vectors=("magnitude_O",)),
+    "conv": factors(3, inputs=18, kind="conv", kernel=(3, 3), vectors=("base_bias_O",)),
+}
+
+
+def write(folder, layers=LAYERS):
+    content = content_hash(layers)
+    digest, _ = write_blob(folder, layers, content, ORIGIN)
+    return blob_path(folder, content), digest
+
+
+def test_a_blob_gives_every_tensor_kind_and_path_back_bit_for_bit(tmp_path):
+    path, _ = write(tmp_path)
+    layers = read_blob(path, "x").layers
+    assert set(layers) == set(LAYERS)
+    for layer, expected in LAYERS.items():
+        found = layers[layer]
+        assert (found.kind, found.kernel) == (expected.kind, expected.kernel)
+        assert found.tensors().keys() == expected.tensors().keys()
+        assert all(torch.equal(found.tensors()[part], tensor) for part, tensor in expected.tensors().items())
+
+
+def test_the_file_is_named_by_its_content_and_read_only(tmp_path):
+    path, _ = write(tmp_path)
+    name = Adapter("", "", LAYERS).hash
+    assert path == tmp_path / "blobs" / name[:2] / f"{name}.safetensors"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o444
+
+
+def test_the_digest_is_that_of_the_file(tmp_path):
+    path, digest = write(tmp_path)
+    assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert examine_blob(path, path.stem) == (digest, path.stat().st_size)
+
+
+def test_safetensors_reads_the_file_without_us(tmp_path):
+    path, _ = write(tmp_path, {"layer": LAYERS["wte"]})
+    with safe_open(path, framework="pt") as file:
+        assert torch.equal(file.get_tensor("0.a_RI"), LAYERS["wte"].a_RI)
+
+
+def test_float64_is_stored_as_fp32_under_the_hash_of_the_fp32_content(tmp_path):
+    single = factors(4)
+    double = Factors(single.a_RI.double(), single.b_OR.double())
+    path, _ = write(tmp_path, {"layer": double})
+    assert path.stem == content_hash({"layer": single})
+    assert read_blob(path, "x").layers["layer"].a_RI.dtype == torch.float32
+
+
+def test_layers_that_share_a_tensor_are_stored(tmp_path):
+    one = factors(5)
+    path, _ = write(tmp_path, {"first": one, "second": Factors(one.a_RI, factors(6).b_OR)})
+    layers = read_blob(path, "x").layers
+    assert torch.equal(layers["first"].a_RI, layers["second"].a_RI)
+
+
+def test_what_is_mapped_survives_the_removal_of_the_file_and_writing_to_it_leaves_the_file_alone(tmp_path):
+    path, digest = write(tmp_path)
+    layers = read_blob(path, "x").layers
+    layers["wte"].a_RI.add_(1.0)
+    require_digest(path, digest, "x", trust_cache=False)
+    path.unlink()
+    assert torch.equal(layers["conv"].b_OR, LAYERS["conv"].b_OR)
+
+
+@pytest.mark.parametrize("where", [0, 9, 60, -1])
+def test_a_flipped_byte_anywhere_is_found_by_its_digest(tmp_path, where):
+    path, digest = write(tmp_path)
+    require_digest(path, digest, "adapter 'x'")
+    data = bytearray(path.read_bytes())
+    data[where] ^= 1
+    os.chmod(path, 0o644)
+    path.write_bytes(data)
+    found = hashlib.sha256(data).hexdigest()
+    with pytest.raises(AdapterCorrupt, match=f"adapter 'x'.*{path.name}.*{found}, not {digest}"):
+        require_digest(path, digest, "adapter 'x'")
+
+
+@pytest.mark.parametrize("data", [b"", b"x" * 7, b"\xff" * 64, (2).to_bytes(8, "little") + b"{}"])
+def test_a_file_that_is_no_blob_is_corrupt(tmp_path, data):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(AdapterCorrupt, match=r"adapter 'x'.*cannot be read"):
+        read_blob(path, "adapter 'x'")
+
+
+def test_a_link_in_place_of_a_blob_is_refused(tmp_path):
+    path, digest = write(tmp_path)
+    moved = path.rename(tmp_path / "elsewhere")
+    path.symlink_to(moved)
+    with pytest.raises(AdapterCorrupt, match="not a regular file"):
+        require_digest(path, digest, "x")
+
+
+def test_an_unchanged_file_is_hashed_once_per_process(tmp_path, monkeypatch):
+    path, digest = write(tmp_path)
+    require_digest(path, digest, "x")
+    monkeypatch.setattr(blob_files, "file_digest", lambda path: "never")
+    require_digest(path, digest, "x")
+    with pytest.raises(AdapterCorrupt, match="never"):
+        require_digest(path, digest, "x", trust_cache=False)
+
+
+def test_only_old_temporary_files_are_swept(tmp_path):
+    (tmp_path / "tmp").mkdir()
+    old, new = tmp_path / "tmp" / "old", tmp_path / "tmp" / "new"
+    old.write_bytes(b"12345")
+    new.write_bytes(b"123")
+    os.utime(old, (0, 0))
+    assert sweep(tmp_path) == 5
+    assert [path.name for path in (tmp_path / "tmp").iterdir()] == ["new"]
