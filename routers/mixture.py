@@ -31,7 +31,9 @@ class MixtureWeights:
         if len(shape) != 4:
             raise WeightingError(f"mixture weights have the four axes B, T, L, E, but these have shape {shape}")
         if shape[3] != len(self.experts):
-            raise WeightingError(f"mixture weights have {shape[3]} experts on their last axis, but {len(self.experts)} names")
+            raise WeightingError(
+                f"mixture weights have {shape[3]} experts on their last axis, but {len(self.experts)} names"
+            )
         if shape[2] != max(len(self.layers), 1):
             raise WeightingError(f"mixture weights have {shape[2]} layers on their axis L, but {len(self.layers)} names")
         if not bool(torch.isfinite(self.values_BTLE).all()):

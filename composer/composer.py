@@ -1,0 +1,235 @@
+"""The Composer: a model and a pool of experts, woven together for as long as it is asked for."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraweave.composer import fuse
+from loraweave.composer.layers import TargetLayer, bound, target_layer
+from loraweave.composer.live import Activation, LiveLayers, claim, release
+from loraweave.composer.merge import combine, configured
+from loraweave.composer.plan import ActiveExperts, make_plan, resolve
+from loraweave.errors import AlreadyActive, BaseModelMismatch, CompositionError, ScopeError
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.fingerprint import fingerprint
+from loraweave.hub.pool import ExpertPool
+from loraweave.routers.mixture import MixtureWeights
+from loraweave.types import Factors
+
+# sets of active experts whose factors stay on the device between activations
+NUM_KEPT_SETS = 4
+
+
+class Composer:
+    """Puts the experts of `pool` into `model`: a pool, a list of adapters, or a mapping of names to adapters.
+
+    Making one changes nothing in the model. It checks every adapter against it first: the base's fingerprint where the
+    adapter has one (BaseModelMismatch), every layer's presence, kind and shape (LayerMismatch). A trained magnitude or
+    bias is resolved against the base's weights as they are now. Factors take no part in training.
+    """
+
+    def __init__(
+        self, model: nn.Module, pool: ExpertPool | Iterable[Adapter] | Mapping[str, Adapter], *, tokenizer: Any = None
+    ) -> None:
+        if hasattr(model, "_orig_mod"):
+            raise CompositionError(
+                "this model is the output of torch.compile, which never sees adapters; pass the model itself"
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+        self._lock = threading.RLock()
+        self._fused = False
+        self._closed = False
+        self._take(pool if isinstance(pool, ExpertPool) else ExpertPool(pool))
+
+    @property
+    def pool(self) -> ExpertPool:
+        """The experts, in their order."""
+        return self._pool
+
+    @property
+    def active(self) -> bool:
+        """Whether the model answers for a mixture somewhere: an activation is open in some thread, or weights are fused."""
+        return self._fused or self._live.active
+
+    def activate(self, mixture: Any) -> Activation:
+        """Mixes the experts live, from now until the handle is closed or its `with` block left.
+
+        `mixture` is {name: weight} for all rows; a list with one of these, or None for the base, per row of the batch;
+        MixtureWeights; or a router. It counts for calls in this thread (or asyncio task) only. For every layer
+        y = W x + ((x a^T) * w) b^T + sum over e of w_e (gain_e y0 + bias_e); rows of weight zero are the base bit for bit.
+        A batch of k times as many rows as the mixture has (beams, return sequences) uses each for k rows on end.
+
+        Inside another activation of this Composer the inner one replaces the outer. A backward pass with gradient
+        checkpointing belongs inside the block, since it runs the layers again. A separate torch.compile wrapper of the model
+        must be first called inside the block: one traced before keeps answering as the base.
+        Raises WeightingError for mixtures that do not fit, AlreadyActive while fused or while another Composer is active.
+        """
+        with self._lock:
+            self._require_open()
+            weights = resolve(mixture, self._pool)
+            if self._fused:
+                raise AlreadyActive("cannot activate while a mixture is fused into the weights: leave fused() first")
+            return self._live.open(make_plan(weights, self._pool.names, self._stacks))
+
+    @contextmanager
+    def fused(self, mixture: Any, *, method: str = "linear", seed: int = 0, **options: Any) -> Iterator[None]:
+        """Writes a task-scope mixture into the weights for the length of a `with` block; bit for bit the same after it.
+
+        `method` is a name of `names("methods")`, `options` are its own. Unlike activate(), it holds for all threads. The
+        originals of the touched weights are kept in memory.
+        Raises ScopeError for weights that vary per row or token, AlreadyActive while active, CompositionError for layers
+        that cannot be written to (quantised, tied); nothing has changed then.
+        """
+        self._require_idle("fuse")
+        updates = self._updates(mixture, method, seed, options)
+        modules = [self.model, *(layer.module for layer in self._layers.values())]
+        with self._lock:
+            self._require_idle("fuse")
+            claim(self._live, modules)
+            self._fused = True
+        try:
+            with fuse.fused(self.model, updates):
+                yield
+        finally:
+            self._fused = False
+            release(self._live, modules)
+
+    def generate(self, texts: Sequence[str], *, mixture: Any = None, **generate_kwargs: Any) -> list[str]:
+        """The model's continuation of each text (for an encoder-decoder, its answer), decoded without special tokens.
+
+        `mixture` is what activate() takes, with one row per text where it has rows; None leaves what is active. The other
+        arguments go to the model's own `generate`. With num_return_sequences=n, each text has n answers in a row.
+        """
+        self._require_open()
+        if self.tokenizer is None:
+            raise CompositionError("generate() needs a tokenizer: make the Composer with tokenizer=...")
+        if isinstance(texts, str):
+            raise CompositionError("generate() takes a list of texts, but got one text: put it into a list")
+        if mixture is not None:
+            resolved = resolve(mixture, self._pool)
+            num_rows = resolved.values_BTLE.shape[0] if isinstance(resolved, MixtureWeights) else 1
+            if num_rows not in (1, len(texts)):
+                raise ScopeError(f"the mixture has {num_rows} rows, but there are {len(texts)} texts; give one for each")
+        if not texts:
+            return []
+        batch, pad = self._encode(texts)
+        settings = getattr(self.model, "generation_config", None)
+        if "pad_token_id" not in generate_kwargs and getattr(settings, "pad_token_id", None) is None:
+            generate_kwargs["pad_token_id"] = pad
+        with nullcontext() if mixture is None else self.activate(mixture):
+            output = self.model.generate(**batch, **generate_kwargs)  # type: ignore[operator]
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        start = 0 if self._encodes() else batch["input_ids"].shape[1]
+        return list(self.tokenizer.batch_decode(sequences[:, start:], skip_special_tokens=True))
+
+    def swap(self, pool: ExpertPool | Iterable[Adapter] | Mapping[str, Adapter]) -> None:
+        """Takes another pool for the same model, checked like the first. Raises AlreadyActive while active."""
+        with self._lock:
+            self._require_idle("swap the pool")
+            self._take(pool if isinstance(pool, ExpertPool) else ExpertPool(pool))
+
+    def close(self) -> None:
+        """Ends the use of this Composer; the model is what it was. Raises AlreadyActive while active. Twice is fine."""
+        with self._lock:
+            if self._closed:
+                return
+            self._require_idle("close")
+            self._closed = True
+            self._kept_sets.clear()
+
+    def _take(self, pool: ExpertPool) -> None:
+        modules = dict(self.model.named_modules())
+        layers: dict[str, TargetLayer] = {}
+        own: dict[str, Any] = {}
+        base = fingerprint(self.model) if any(a.fingerprint for a in pool.adapters.values()) else None
+        for name, adapter in pool.adapters.items():
+            if base is not None and adapter.fingerprint and (why := adapter.fingerprint.differs(base)):
+                raise BaseModelMismatch(
+                    f"expert {name!r} was made for another base model ({adapter.base_model!r}) than this one: {why}; "
+                    "load that model, or leave the expert out"
+                )
+            for layer, factors in adapter.layers.items():
+                layers[layer] = target_layer(modules, layer, factors, name)
+                if fuse.is_fused(layers[layer].module):
+                    raise AlreadyActive(
+                        f"layer {layer!r} holds the weights of a fused mixture, not the base's: leave fused() first"
+                    )
+            own[name] = replace(adapter, layers=bound(adapter, layers))
+        self._pool = pool
+        self._bound = ExpertPool(own)
+        self._layers = layers
+        self._live = LiveLayers(self.model, layers)
+        self._kept_sets: OrderedDict[tuple[str, ...], ActiveExperts] = OrderedDict()
+
+    def _stacks(self, names: tuple[str, ...]) -> ActiveExperts:
+        """The factors of these experts, kept for the next activation of the same set."""
+        if names not in self._kept_sets:
+            self._kept_sets[names] = ActiveExperts(self._bound.subset(names))
+            if len(self._kept_sets) > NUM_KEPT_SETS:
+                self._kept_sets.popitem(last=False)
+        self._kept_sets.move_to_end(names)
+        return self._kept_sets[names]
+
+    def _updates(self, mixture: Any, method: str, seed: int, options: Mapping[str, Any]) -> dict[TargetLayer, Factors]:
+        """What `method` makes of a task-scope mixture, for every layer that it changes."""
+        weights = resolve(mixture, self._pool)
+        if not isinstance(weights, MixtureWeights) or weights.scope != "task":
+            scope = weights.scope if isinstance(weights, MixtureWeights) else f"router {type(weights).__name__}"
+            raise ScopeError(f"cannot fuse weights that vary with the input ({scope}): activate() them instead")
+        apply = configured(method, options)
+        updates: dict[TargetLayer, Factors] = {}
+        for name, layer in self._layers.items():
+            pairs = zip(weights.experts, weights.for_layer(name)[0, 0].tolist(), strict=True)
+            used = {expert: weight for expert, weight in pairs if weight != 0.0}
+            experts = {expert: self._bound.adapters[expert].layers.get(name) for expert in used}
+            if any(factors is not None for factors in experts.values()):
+                update = combine(apply, name, experts, list(used.values()), seed=seed)
+                if update is not None:
+                    updates[layer] = update
+        return updates
+
+    def _encode(self, texts: Sequence[str]) -> tuple[dict[str, Tensor], int]:
+        """The token ids and their mask, padded left (right for an encoder), and the id that pads."""
+        encoded = [list(self.tokenizer(text)["input_ids"]) for text in texts]
+        for number, ids in enumerate(encoded):
+            if not ids and self.tokenizer.bos_token_id is not None:
+                ids.append(self.tokenizer.bos_token_id)
+            if not ids:
+                raise CompositionError(
+                    f"text {number} ({texts[number]!r}) has no token, and the tokenizer no bos token to begin with"
+                )
+        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        # any id will do where there is none: the mask hides it
+        pad = next((token for token in candidates if token is not None), 0)
+        longest = max(map(len, encoded))
+        ids_BT = torch.full((len(encoded), longest), pad)
+        mask_BT = torch.zeros(len(encoded), longest, dtype=torch.long)
+        for row, ids in enumerate(encoded):
+            place = slice(0, len(ids)) if self._encodes() else slice(longest - len(ids), longest)
+            ids_BT[row, place] = torch.tensor(ids)
+            mask_BT[row, place] = 1
+        device = next(self.model.parameters()).device
+        return {"input_ids": ids_BT.to(device), "attention_mask": mask_BT.to(device)}, pad
+
+    def _encodes(self) -> bool:
+        return bool(getattr(getattr(self.model, "config", None), "is_encoder_decoder", False))
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise CompositionError("this Composer is closed: make a new one for the model")
+
+    def _require_idle(self, verb: str) -> None:
+        self._require_open()
+        if self._fused:
+            raise AlreadyActive(f"cannot {verb} while a mixture is fused into the weights: leave fused() first")
+        if self._live.active:
+            raise AlreadyActive(f"cannot {verb} while an activation is open: close its handle or leave its block first")

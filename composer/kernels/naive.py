@@ -1,0 +1,21 @@
+"""The live mixture written as its formula; the specification that any faster kernel must equal."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+
+def naive(x_BTI: Tensor, a_SI: Tensor, b_OS: Tensor, w_BTS: Tensor) -> Tensor:
+    """((x a^T) * w) b^T as (B, T, O): the weighted updates of all rank rows; B and T of w may be 1.
+
+    x, a and b share a dtype, in which the two products run. The weights are applied in fp32 or better. A rank row of
+    weight zero adds exactly nothing, even where its hidden value has overflowed.
+    """
+    hidden_BTS = linear(x_BTI, a_SI)
+    mixed_BTS = hidden_BTS.to(torch.promote_types(hidden_BTS.dtype, torch.float32)) * w_BTS
+    # a weight that learns keeps its gradient at zero
+    if not w_BTS.requires_grad:
+        mixed_BTS = mixed_BTS.masked_fill(w_BTS == 0, 0.0)
+    return linear(mixed_BTS.to(hidden_BTS.dtype), b_OS)

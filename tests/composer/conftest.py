@@ -1,0 +1,212 @@
+"""Tiny random transformers of every kind, and random adapters for them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from loraweave.hub.adapter import Adapter
+from loraweave.types import Factors
+
+
+def _llama(**changes: Any) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = {
+        "vocab_size": 61,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**settings, **changes}))
+
+
+def _gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=61, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=2, pad_token_id=0
+        )
+    )
+
+
+def _t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=61,
+            d_model=16,
+            d_kv=8,
+            d_ff=24,
+            num_layers=2,
+            num_heads=2,
+            pad_token_id=0,
+            eos_token_id=2,
+            decoder_start_token_id=0,
+        )
+    )
+
+
+def _bert() -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_labels=3
+        )
+    )
+
+
+MODELS = {"llama": _llama, "gpt2": _gpt2, "t5": _t5, "bert": _bert}
+TARGETS = {
+    "llama": ("q_proj", "v_proj", "down_proj", "lm_head"),
+    "gpt2": ("c_attn", "c_fc", "c_proj"),
+    "t5": ("q", "v", "wo"),
+    "bert": ("query", "value", "dense"),
+}
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., nn.Module]:
+    """make_model("llama", dtype=...): a fresh model in eval mode, of weights that matter, the same at every call."""
+
+    def make(kind: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            torch.manual_seed(0)
+            model = MODELS[kind](**changes)
+            # the usual initialisation is so small that half the layers would not be seen in the output
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    nn.init.normal_(parameter, std=0.3)
+        return model.eval().to(dtype)
+
+    return make
+
+
+@pytest.fixture
+def tiny_llama(make_model: Callable[..., nn.Module]) -> nn.Module:
+    return make_model("llama")
+
+
+@pytest.fixture
+def tiny_gpt2(make_model: Callable[..., nn.Module]) -> nn.Module:
+    return make_model("gpt2")
+
+
+@pytest.fixture
+def tiny_t5(make_model: Callable[..., nn.Module]) -> nn.Module:
+    return make_model("t5")
+
+
+@pytest.fixture
+def tiny_bert(make_model: Callable[..., nn.Module]) -> nn.Module:
+    return make_model("bert")
+
+
+def linear_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """(O, I) of every linear layer whose last name is among `targets`."""
+    found = {}
+    for name, module in model.named_modules():
+        if name.rsplit(".", 1)[-1] in targets and hasattr(module, "weight") and module.weight.dim() == 2:
+            rows, columns = module.weight.shape
+            found[name] = (columns, rows) if type(module).__name__ == "Conv1D" else (rows, columns)
+    return found
+
+
+@pytest.fixture(scope="session")
+def make_adapter() -> Callable[..., Adapter]:
+    """make_adapter(model, name, rank=..., targets=..., seed=...): random factors of size one half on the named layers."""
+
+    def make(
+        model: nn.Module,
+        name: str,
+        *,
+        rank: int = 3,
+        targets: Sequence[str] = ("q_proj", "v_proj"),
+        seed: int = 0,
+        bias: bool = False,
+        gain: bool = False,
+    ) -> Adapter:
+        generator = torch.Generator().manual_seed(seed)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator) * 0.5
+
+        layers = {
+            layer: Factors(
+                random(rank, num_in),
+                random(num_out, rank),
+                gain_O=random(num_out) if gain else None,
+                bias_O=random(num_out) if bias else None,
+            )
+            for layer, (num_out, num_in) in linear_layers(model, targets).items()
+        }
+        return Adapter(name, "tiny", layers)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_adapters(make_adapter: Callable[..., Adapter]) -> Callable[[nn.Module, str], list[Adapter]]:
+    """Three adapters "a", "b", "c" for a model of a kind, with different ranks and layers."""
+
+    def make(model: nn.Module, kind: str) -> list[Adapter]:
+        targets = TARGETS[kind]
+        return [
+            make_adapter(model, "a", rank=1, targets=targets[:2], seed=1),
+            make_adapter(model, "b", rank=4, targets=targets[1:], seed=2),
+            make_adapter(model, "c", rank=3, targets=targets, seed=3),
+        ]
+
+    return make
+
+
+def _set_dense(model: nn.Module, updates: dict[str, tuple[Tensor, Tensor | None]]) -> None:
+    with torch.no_grad():
+        for name, (dense_OI, bias_O) in updates.items():
+            module = model.get_submodule(name)
+            transposed = type(module).__name__ == "Conv1D"
+            module.weight.copy_(dense_OI.T if transposed else dense_OI)
+            if bias_O is not None:
+                module.bias.copy_(bias_O)
+
+
+@pytest.fixture(scope="session")
+def with_dense_update(make_model: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """A fresh model whose weights are W + sum of w_e b_e a_e, written out densely in float64: the formula itself."""
+
+    def make(
+        kind: str, adapters: Sequence[Adapter], weights: Sequence[float], *, dtype: torch.dtype = torch.float32
+    ) -> nn.Module:
+        model = make_model(kind, dtype=dtype)
+        updates = {}
+        for name in sorted({layer for adapter in adapters for layer in adapter.layers}):
+            module = model.get_submodule(name)
+            weight = module.weight.detach().double()
+            base_OI = weight.T if type(module).__name__ == "Conv1D" else weight
+            dense_OI, bias_O = base_OI.clone(), None if module.bias is None else module.bias.detach().double().clone()
+            for adapter, w in zip(adapters, weights, strict=True):
+                if name in adapter.layers:
+                    factors = adapter.layers[name]
+                    dense_OI += w * factors.b_OR.double() @ factors.a_RI.double()
+                    if factors.gain_O is not None:
+                        dense_OI += w * factors.gain_O.double()[:, None] * base_OI
+                    if factors.bias_O is not None:
+                        bias_O += w * factors.bias_O.double()
+            updates[name] = (dense_OI.to(dtype), None if bias_O is None else bias_O.to(dtype))
+        _set_dense(model, updates)
+        return model
+
+    return make

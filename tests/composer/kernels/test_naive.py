@@ -1,0 +1,82 @@
+"""Every kernel against the mixture written out token by token; a new file in the folder is tested when it exists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from loraweave import registry
+
+KERNELS = registry.names("kernels")
+SIZES = st.integers(1, 5)
+
+
+def token_by_token(x_BTI: Tensor, a_SI: Tensor, b_OS: Tensor, w_BTS: Tensor) -> Tensor:
+    """sum over s of w_s (a_s . x) b_s, one token after the other."""
+    w_BTS = w_BTS.expand(*x_BTI.shape[:2], -1)
+    rows = [
+        torch.stack([sum(w[s] * (a_SI[s] @ x) * b_OS[:, s] for s in range(len(w))) for x, w in zip(xs, ws, strict=True)])
+        for xs, ws in zip(x_BTI, w_BTS, strict=True)
+    ]
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@settings(max_examples=25, deadline=None)
+@given(b=SIZES, t=SIZES, i=SIZES, o=SIZES, s=SIZES, shared=st.tuples(st.booleans(), st.booleans()), seed=st.integers(0, 99))
+def test_values_and_gradients_equal_the_formula(
+    name: str, b: int, t: int, i: int, o: int, s: int, shared: tuple[bool, bool], seed: int
+) -> None:
+    kernel: Callable[..., Tensor] = registry.get("kernels", name)
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(b, t, i), (s, i), (o, s), (1 if shared[0] else b, 1 if shared[1] else t, s)]
+    tensors = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    values, gradients = [], []
+    for function in (kernel, token_by_token):
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        y_BTO = function(*leaves)
+        y_BTO.sin().sum().backward()
+        values.append(y_BTO)
+        gradients.append([leaf.grad for leaf in leaves])
+    assert values[0].shape == (b, t, o)
+    assert torch.allclose(values[0], values[1], rtol=1e-10, atol=1e-10)
+    for mine, theirs in zip(*gradients, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_result_has_the_dtype_of_the_input(name: str) -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        x, a, b = torch.ones(2, 3, 4, dtype=dtype), torch.ones(2, 4, dtype=dtype), torch.ones(5, 2, dtype=dtype)
+        y_BTO = registry.get("kernels", name)(x, a, b, torch.tensor([[[0.5, -1.5]]]))
+        assert y_BTO.dtype == dtype
+        assert torch.equal(y_BTO, torch.full((2, 3, 5), -4.0, dtype=dtype))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_weights_are_applied_in_fp32(name: str) -> None:
+    # 1 + 2^-10 is no bf16 number: rounding it first would lose it
+    x, a, b = (torch.ones(shape, dtype=torch.bfloat16) for shape in ((1, 1, 1), (1, 1), (1, 1)))
+    y_BTO = registry.get("kernels", name)(x * 96, a, b, torch.tensor([[[1 + 2.0**-8]]]))
+    assert float(y_BTO) == 96.5
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_row_of_weight_zero_adds_nothing_even_after_an_overflow(name: str) -> None:
+    x = torch.ones(1, 1, 4, dtype=torch.float16)
+    a = torch.tensor([[6e4] * 4, [1.0] * 4], dtype=torch.float16)
+    y_BTO = registry.get("kernels", name)(x, a, torch.ones(2, 2, dtype=torch.float16), torch.tensor([[[0.0, 1.0]]]))
+    assert y_BTO.tolist() == [[[4.0, 4.0]]]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_no_rows_no_tokens_and_no_ranks_are_fine(name: str) -> None:
+    for b, t, s in ((0, 3, 2), (2, 0, 2), (2, 3, 0)):
+        y_BTO = registry.get("kernels", name)(torch.ones(b, t, 4), torch.ones(s, 4), torch.ones(5, s), torch.ones(1, 1, s))
+        assert y_BTO.shape == (b, t, 5)
+        assert not y_BTO.any()

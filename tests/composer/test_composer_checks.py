@@ -1,0 +1,237 @@
+"""What a Composer checks before anything changes, and which states forbid what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from loraweave.composer.composer import Composer
+from loraweave.errors import (
+    AlreadyActive,
+    BaseModelMismatch,
+    CompositionError,
+    LayerMismatch,
+    UnknownExpert,
+    WeightingError,
+)
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.fingerprint import fingerprint
+from loraweave.hub.pool import ExpertPool
+from loraweave.routers.mixture import MixtureWeights
+from loraweave.types import Factors
+
+LAYER = "model.layers.0.self_attn.q_proj"
+
+
+def inputs(kind: str, rows: int = 3, tokens: int = 7, seed: int = 5) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 60, (rows, tokens), generator=generator)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return {**batch, "decoder_input_ids": ids[:, :4]} if kind == "t5" else batch
+
+
+@torch.no_grad()
+def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return model(**batch).logits
+
+
+@pytest.mark.parametrize("name", ["mlp", "0", "a/b", "v_proj", "🧶", "", "model.layers.0"])
+def test_any_text_is_a_name(name: str, tiny_llama: nn.Module, make_adapter: Callable[..., Adapter]) -> None:
+    adapter = make_adapter(tiny_llama, "plain")
+    with Composer(tiny_llama, [adapter]).activate({"plain": 1.0}):
+        expected = logits(tiny_llama, inputs("llama"))
+    with Composer(tiny_llama, {name: adapter}).activate({name: 1.0}):
+        assert torch.equal(logits(tiny_llama, inputs("llama")), expected)
+
+
+def refused(model: nn.Module, layer: str, factors: Factors) -> str:
+    with pytest.raises(LayerMismatch) as caught:
+        Composer(model, [Adapter("odd", "tiny", {layer: factors})])
+    return str(caught.value)
+
+
+def test_a_layer_that_the_model_lacks_is_named_with_the_nearest(tiny_llama: nn.Module) -> None:
+    message = refused(tiny_llama, LAYER.replace("layers", "layer"), Factors(torch.ones(1, 16), torch.ones(16, 1)))
+    assert "'odd'" in message
+    assert LAYER in message
+
+
+def test_another_shape_is_named_with_both(tiny_llama: nn.Module) -> None:
+    message = refused(tiny_llama, LAYER, Factors(torch.ones(1, 15), torch.ones(16, 1)))
+    assert "(16, 15)" in message
+    assert "(16, 16)" in message
+
+
+def test_a_layer_that_is_not_linear_is_refused(tiny_llama: nn.Module) -> None:
+    assert "Embedding" in refused(tiny_llama, "model.embed_tokens", Factors(torch.ones(1, 61), torch.ones(16, 1)))
+    embedding = Factors(torch.ones(1, 61), torch.ones(16, 1), kind="embedding")
+    assert "'embedding'" in refused(tiny_llama, "model.embed_tokens", embedding)
+
+
+def test_a_layer_whose_forward_is_never_called_is_refused() -> None:
+    model = nn.Sequential(nn.MultiheadAttention(4, 2))
+    assert "never calls" in refused(model, "0.out_proj", Factors(torch.ones(1, 4), torch.ones(4, 1)))
+
+
+def test_an_adapter_for_another_base_is_refused(
+    make_model: Callable[..., nn.Module], make_adapter: Callable[..., Adapter]
+) -> None:
+    model, other = make_model("llama"), make_model("llama", intermediate_size=20)
+    adapter = make_adapter(model, "a")
+    Composer(model, [replace(adapter, fingerprint=fingerprint(model))])
+    with pytest.raises(BaseModelMismatch, match="'a'"):
+        Composer(other, [replace(adapter, fingerprint=fingerprint(model))])
+
+
+@pytest.mark.parametrize(
+    ("mixture", "error"),
+    [
+        ({"z": 1.0}, UnknownExpert),
+        ({"a": float("nan")}, WeightingError),
+        ([{"a": 1.0}, {"b": float("inf")}], WeightingError),
+        ([], WeightingError),
+        ("a", WeightingError),
+        (None, WeightingError),
+        (0.5, WeightingError),
+        ([0.5, 0.5, 0.5], WeightingError),
+        (MixtureWeights(torch.ones(1, 1, 1, 1), ("z",)), UnknownExpert),
+        (MixtureWeights(torch.ones(1, 1, 1, 2), ("a", "a")), WeightingError),
+        (MixtureWeights(torch.ones(1, 1, 1, 1), ("a",), ("no.such.layer",)), WeightingError),
+    ],
+)
+def test_mixtures_that_do_not_fit_raise_and_leave_nothing(
+    mixture: Any, error: type[Exception], tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]
+) -> None:
+    engine = Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
+    with pytest.raises(error):
+        engine.activate(mixture)
+    assert not engine.active
+
+
+def test_a_router_of_the_wrong_shape_is_named(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> None:
+    class TooFew:
+        def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+            return torch.ones(1, 1, 2)
+
+    with (
+        Composer(tiny_llama, make_adapters(tiny_llama, "llama")).activate(TooFew()),
+        pytest.raises(WeightingError, match=r"TooFew.*\(1, 1, 2\).*3 experts"),
+    ):
+        logits(tiny_llama, inputs("llama"))
+
+
+def test_a_router_for_another_pool_is_refused(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> None:
+    class Reordered:
+        experts = ("b", "a", "c")
+
+        def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+            return torch.ones(1, 1, 3)
+
+    with pytest.raises(WeightingError, match="Reordered"):
+        Composer(tiny_llama, make_adapters(tiny_llama, "llama")).activate(Reordered())
+
+
+def test_making_and_closing_a_composer_changes_nothing(tiny_llama: nn.Module, make_adapters: Callable[..., Any]) -> None:
+    before = {name: (id(p), p.data_ptr(), p._version) for name, p in tiny_llama.named_parameters()}
+    kept = dict(vars(tiny_llama))
+    engine = Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
+    engine.close()
+    engine.close()
+    assert {name: (id(p), p.data_ptr(), p._version) for name, p in tiny_llama.named_parameters()} == before
+    assert vars(tiny_llama) == kept
+
+
+def test_a_closed_composer_says_so(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> None:
+    adapters = make_adapters(tiny_llama, "llama")
+    engine = Composer(tiny_llama, adapters, tokenizer=object())
+    engine.close()
+    for call in (
+        lambda: engine.activate({"a": 1.0}),
+        lambda: engine.swap(adapters),
+        lambda: engine.generate(["5"]),
+        lambda: engine.fused({"a": 1.0}).__enter__(),
+    ):
+        with pytest.raises(CompositionError, match="closed"):
+            call()
+
+
+def test_swap_takes_another_pool(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> None:
+    a, b, c = make_adapters(tiny_llama, "llama")
+    with Composer(tiny_llama, [c]).activate({"c": 1.0}):
+        expected = logits(tiny_llama, inputs("llama"))
+    engine = Composer(tiny_llama, [a, b])
+    with engine.activate({"a": 1.0}):
+        logits(tiny_llama, inputs("llama"))
+    engine.swap([c])
+    assert engine.pool.names == ("c",)
+    with engine.activate({"c": 1.0}):
+        assert torch.equal(logits(tiny_llama, inputs("llama")), expected)
+
+
+def test_a_refused_swap_keeps_the_old_pool(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> None:
+    engine = Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
+    with pytest.raises(LayerMismatch):
+        engine.swap([Adapter("odd", "tiny", {"nowhere": Factors(torch.ones(1, 4), torch.ones(4, 1))})])
+    assert engine.pool.names == ("a", "b", "c")
+
+
+def test_what_is_forbidden_while_active(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> None:
+    adapters = make_adapters(tiny_llama, "llama")
+    engine = Composer(tiny_llama, adapters)
+    with engine.activate({"a": 1.0}):
+        assert engine.active
+        for call in (lambda: engine.swap(adapters), engine.close, lambda: engine.fused({"a": 1.0}).__enter__()):
+            with pytest.raises(AlreadyActive, match="activation is open"):
+                call()
+    assert not engine.active
+
+
+def test_what_is_forbidden_while_fused(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> None:
+    adapters = make_adapters(tiny_llama, "llama")
+    engine = Composer(tiny_llama, adapters)
+    with engine.fused({"a": 1.0}):
+        assert engine.active
+        for call in (
+            lambda: engine.activate({"a": 1.0}),
+            lambda: engine.swap(adapters),
+            engine.close,
+            lambda: engine.fused({"a": 1.0}).__enter__(),
+        ):
+            with pytest.raises(AlreadyActive, match="fused"):
+                call()
+    assert not engine.active
+
+
+@pytest.mark.parametrize("first", ["activate", "fused"])
+@pytest.mark.parametrize("second", ["activate", "fused"])
+def test_two_composers_on_one_model_take_turns(
+    first: str, second: str, tiny_llama: nn.Module, make_adapter: Callable[..., Adapter]
+) -> None:
+    engines = [Composer(tiny_llama, [make_adapter(tiny_llama, "a", targets=(target,))]) for target in ("q_proj", "v_proj")]
+    base = logits(tiny_llama, inputs("llama"))
+    with getattr(engines[0], first)({"a": 1.0}):
+        with pytest.raises(AlreadyActive, match="another Composer"), getattr(engines[1], second)({"a": 1.0}):
+            pass
+        assert not engines[1].active
+    with getattr(engines[1], second)({"a": 1.0}):
+        pass
+    assert torch.equal(logits(tiny_llama, inputs("llama")), base)
+
+
+def test_a_composer_on_a_part_of_a_busy_model_waits_too(tiny_llama: nn.Module, make_adapter: Callable[..., Adapter]) -> None:
+    whole = Composer(tiny_llama, [make_adapter(tiny_llama, "a")])
+    part = Composer(tiny_llama.model, [make_adapter(tiny_llama.model, "a")])
+    with whole.activate({"a": 1.0}), pytest.raises(AlreadyActive):
+        part.activate({"a": 1.0})
+
+
+def test_a_pool_is_taken_as_it_is(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> None:
+    pool = ExpertPool(make_adapters(tiny_llama, "llama"))
+    engine = Composer(tiny_llama, pool)
+    assert engine.pool is pool
+    assert engine.model is tiny_llama

@@ -1,0 +1,130 @@
+"""Parity with the installed peft, where it is right, and of live, fused and merged with each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from loraweave.composer.composer import Composer
+from loraweave.composer.merge import merge
+from loraweave.hub.adapter import Adapter
+
+KINDS = ["llama", "gpt2", "t5", "bert"]
+
+
+def inputs(kind: str, rows: int = 3, tokens: int = 7, seed: int = 5) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 60, (rows, tokens), generator=generator)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return {**batch, "decoder_input_ids": ids[:, :4]} if kind == "t5" else batch
+
+
+@torch.no_grad()
+def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return model(**batch).logits
+
+
+def as_peft(model: nn.Module, adapters: Sequence[Adapter]) -> Any:
+    """The model as a PeftModel with these adapters, whose scale is 1."""
+    from peft import LoraConfig, get_peft_model
+
+    wrapped: Any = None
+    for adapter in adapters:
+        config = LoraConfig(
+            r=adapter.rank,
+            lora_alpha=adapter.rank,
+            target_modules=sorted(adapter.layers),
+            fan_in_fan_out=any("h.0" in layer for layer in adapter.layers),
+        )
+        own_name = f"peft {adapter.name}"
+        if wrapped is None:
+            wrapped = get_peft_model(model, config, adapter_name=own_name)
+        else:
+            wrapped.add_adapter(own_name, config)
+        with torch.no_grad():
+            for layer, factors in adapter.layers.items():
+                module = wrapped.base_model.model.get_submodule(layer)
+                module.lora_A[own_name].weight.copy_(factors.a_RI)
+                module.lora_B[own_name].weight.copy_(factors.b_OR)
+    return wrapped.eval()
+
+
+# what peft itself calls by a name that transformers is going to drop
+quiet_peft = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@quiet_peft
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_adapter_equals_peft(
+    kind: str, make_model: Callable[..., nn.Module], make_adapters: Callable[..., list[Adapter]]
+) -> None:
+    model = make_model(kind)
+    adapter = make_adapters(model, kind)[2]
+    with Composer(model, [adapter]).activate({"c": 1.0}):
+        found = logits(model, inputs(kind))
+    expected = logits(as_peft(make_model(kind), [adapter]), inputs(kind))
+    assert float((found - expected).abs().max()) <= 1e-5 * max(1.0, float(expected.abs().max()))
+
+
+@quiet_peft
+def test_a_weighted_mix_equals_pefts_cat(make_model: Callable[..., nn.Module], make_adapter: Callable[..., Adapter]) -> None:
+    model = make_model("llama")
+    adapters = [make_adapter(model, "a", rank=2, seed=1), make_adapter(model, "b", rank=5, seed=2)]
+    theirs = as_peft(make_model("llama"), adapters)
+    theirs.add_weighted_adapter(["peft a", "peft b"], [0.7, 0.3], "mix", combination_type="cat")
+    theirs.set_adapter("mix")
+    with Composer(model, adapters).activate({"a": 0.7, "b": 0.3}):
+        found = logits(model, inputs("llama"))
+    assert torch.allclose(found, logits(theirs, inputs("llama")), rtol=1e-5, atol=1e-5)
+
+
+@quiet_peft
+def test_one_mixture_per_row_equals_pefts_mixed_batch(
+    make_model: Callable[..., nn.Module], make_adapter: Callable[..., Adapter]
+) -> None:
+    model = make_model("llama")
+    adapters = [make_adapter(model, "a", rank=2, seed=1), make_adapter(model, "b", rank=5, seed=2)]
+    theirs = as_peft(make_model("llama"), adapters)
+    with torch.no_grad():
+        expected = theirs(**inputs("llama"), adapter_names=["peft b", "__base__", "peft a"]).logits
+    with Composer(model, adapters).activate([{"b": 1.0}, None, {"a": 1.0}]):
+        assert torch.allclose(logits(model, inputs("llama")), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_live_fused_and_merged_agree(
+    kind: str, make_model: Callable[..., nn.Module], make_adapters: Callable[..., list[Adapter]]
+) -> None:
+    model = make_model(kind)
+    adapters = make_adapters(model, kind)
+    engine = Composer(model, adapters)
+    with engine.activate({"a": 0.7, "b": -0.4, "c": 1.3}):
+        live = logits(model, inputs(kind))
+    with engine.fused({"a": 0.7, "b": -0.4, "c": 1.3}):
+        fused = logits(model, inputs(kind))
+    with Composer(model, [merge(adapters, [0.7, -0.4, 1.3], name="m")]).activate({"m": 1.0}):
+        merged = logits(model, inputs(kind))
+    scale = float(live.abs().max())
+    assert float((live - fused).abs().max()) <= 1e-5 * scale
+    assert float((live - merged).abs().max()) <= 1e-5 * scale
+
+
+@quiet_peft
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module is `Conv1D`:UserWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_live_mixture_equals_the_merged_adapter_reloaded_by_peft(
+    kind: str, tmp_path: Any, make_model: Callable[..., nn.Module], make_adapters: Callable[..., list[Adapter]]
+) -> None:
+    from peft import PeftModel
+
+    model = make_model(kind)
+    adapters = make_adapters(model, kind)
+    with Composer(model, adapters).activate({"a": 0.7, "b": -0.4, "c": 1.3}):
+        live = logits(model, inputs(kind))
+    folder = merge(adapters, [0.7, -0.4, 1.3], name="m").save_pretrained(tmp_path / "m")
+    reloaded = PeftModel.from_pretrained(make_model(kind), str(folder)).eval()
+    assert float((live - logits(reloaded, inputs(kind))).abs().max()) <= 1e-5 * float(live.abs().max())
