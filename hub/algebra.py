@@ -36,7 +36,11 @@ def bind(factors: Factors, weight_OI: Tensor, bias_O: Tensor | None) -> Factors:
     b_OR, gain_O, extra_O = factors.b_OR, factors.gain_O, factors.bias_O
     if factors.magnitude_O is not None:
         dense_OI = weight_OI.double() + factors.b_OR.double() @ factors.a_RI.double()
-        ratio_O = factors.magnitude_O.double() / dense_OI.norm(dim=1)
+        norm_O = dense_OI.norm(dim=1)
+        if not bool(norm_O.all()):
+            row = int((norm_O == 0).nonzero()[0])
+            raise AdapterUnsupported(f"DoRA divides by the norm of W + b a, which is 0 in row {row} of this base's weight")
+        ratio_O = factors.magnitude_O.double() / norm_O
         gain_O = (ratio_O - 1).float()
         b_OR = (factors.b_OR.double() * ratio_O[:, None]).float()
     if factors.base_bias_O is not None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from loraweave.errors import AdapterCorrupt, BaseModelMismatch, PackageMissing
@@ -67,11 +68,11 @@ def load_base(
 
 def _load_named(name: str | Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model = loader.from_pretrained(name, dtype=dtype or "auto", use_safetensors=True)
-        return model, AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        model = loader.from_pretrained(name, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False)
+        return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, SafetensorError) as error:
         raise BaseModelMismatch(
             f"cannot load a base model from {str(name)!r} ({str(error).splitlines()[0]}); give a local folder with "
             f"config.json and safetensors, a model-hub id that can be reached, or None for the embedded {EMBEDDED}"
@@ -123,14 +124,20 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _complete(folder: Path) -> bool:
-    """Whether the cached files are those that were written: sizes always, hashes once per process for each file."""
+    """Whether the cached files are those that were written, by size and hash."""
     manifest = folder / "complete.json"
     if not manifest.is_file():
         return False
-    known = json.loads(manifest.read_text())
-    for file, size in known["size_bytes"].items():
-        path = folder / file
-        if not path.is_file() or path.stat().st_size != size or _sha256(path) != known["sha256"][file]:
+    try:
+        known = json.loads(manifest.read_text())
+        files = [(folder / file, size, known["sha256"][file]) for file, size in known["size_bytes"].items()]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        files = []
+    if not files:
+        logger.warning("%s is damaged and the model is made anew", manifest)
+        return False
+    for path, size, digest in files:
+        if not path.is_file() or path.stat().st_size != size or _sha256(path) != digest:
             logger.warning("%s is damaged and is made anew", path)
             return False
     return True

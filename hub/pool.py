@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ class ExpertPool:
                 raise WeightingError(f"the pool has several adapters named {twice[0]!r}; pass a mapping with distinct names")
         if not named:
             raise WeightingError("the pool is empty: it needs at least one adapter")
-        object.__setattr__(self, "adapters", named)
+        object.__setattr__(self, "adapters", MappingProxyType(named))
         _check_one_base(named)
 
     @property
@@ -82,6 +83,8 @@ class ExpertPool:
     def stacked(self, layer: str) -> StackedFactors:
         """One layer's factors concatenated over the experts, fp32. Unbound factors are refused (AdapterUnsupported)."""
         parts = [(index, a.layers[layer]) for index, a in enumerate(self.adapters.values()) if layer in a.layers]
+        if not parts:
+            raise LayerMismatch(f"no expert of the pool updates layer {layer!r}; they update {len(self.layer_names)} others")
         for index, factors in parts:
             if not factors.bound:
                 raise AdapterUnsupported(f"expert {self.names[index]!r} is not bound to a base model in layer {layer!r}")
@@ -112,7 +115,8 @@ def _rows(num_experts: int, parts: list[tuple[int, Tensor | None]]) -> Tensor | 
 
 def _check_one_base(adapters: Mapping[str, Adapter]) -> None:
     seen: dict[str, tuple[str, tuple[int, int, str, tuple[int, ...]]]] = {}
-    first_name, first = next(iter(adapters.items()))
+    # one without a fingerprint contradicts nobody, so the first that has one speaks for the pool
+    first_name, first = next(((n, a) for n, a in adapters.items() if a.fingerprint), next(iter(adapters.items())))
     for name, adapter in adapters.items():
         if first.fingerprint and adapter.fingerprint and (why := first.fingerprint.differs(adapter.fingerprint)):
             raise BaseModelMismatch(

@@ -26,7 +26,7 @@ def local_folder(
     Raises AdapterNotFound when neither exists, with what was tried. A token never appears in a message.
     """
     folder = Path(source)
-    if folder.is_dir():
+    if str(source) and _is_folder(folder):
         return folder
     if isinstance(source, Path) or str(source).startswith((".", "/", "~")) or str(source).count("/") != 1:
         raise AdapterNotFound(f"no folder {str(source)!r}, and it has not the form owner/name of a model hub repository")
@@ -46,3 +46,11 @@ def local_folder(
             "download it first, or pass the path of a local folder"
         ) from error
     return Path(path)
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:
+        # a name longer than the file system takes
+        return False

@@ -1,0 +1,58 @@
+"""What holds for every test: no network, a seed, no cache of the user's, and the slow tests last."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+
+import pytest
+
+# before anything imports huggingface_hub, which reads it once
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def only_loopback():
+    """A connection to another machine is an error that no retry or fallback takes for an ordinary failure."""
+
+    def checked(connect):
+        def call(self, address, *rest):
+            if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in LOOPBACK:
+                raise RuntimeError(f"a test may not use the network, but this one connects to {address}")
+            return connect(self, address, *rest)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "connect_ex"):
+            patch.setattr(socket.socket, name, checked(getattr(socket.socket, name)))
+        yield
+
+
+@pytest.fixture(scope="session")
+def empty_cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(request, monkeypatch):
+    """Fast tests never see the user's cache folder; slow ones do, since the real model is kept there."""
+    if request.node.get_closest_marker("slow") is None:
+        monkeypatch.setenv("LORAWEAVE_CACHE", str(request.getfixturevalue("empty_cache")))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    import numpy as np
+    import torch
+
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)

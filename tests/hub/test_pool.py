@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from loraweave.errors import AdapterUnsupported, BaseModelMismatch, LayerMismatch, UnknownExpert, WeightingError
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.pool import ExpertPool, renamed
+from loraweave.types import Factors, Fingerprint
+
+
+def factors(seed, rank=3, outputs=5, inputs=7, **parts):
+    generator = torch.Generator().manual_seed(seed)
+    return Factors(torch.randn(rank, inputs, generator=generator), torch.randn(outputs, rank, generator=generator), **parts)
+
+
+A = Adapter("a", "base", {"q": factors(0, rank=2), "v": factors(1, rank=1)})
+B = Adapter("b", "base", {"v": factors(2, rank=4, bias_O=torch.ones(5))})
+C = Adapter("c", "base", {"q": factors(3, rank=3), "v": factors(4, rank=2, gain_O=torch.full((5,), 0.5))})
+
+
+def test_a_list_keeps_its_order_and_the_adapters_names():
+    pool = ExpertPool([C, A, B])
+    assert pool.names == ("c", "a", "b")
+    assert list(pool) == ["c", "a", "b"]
+    assert len(pool) == 3
+
+
+def test_a_mapping_gives_the_names():
+    pool = ExpertPool({"über / α": A, "model.layers.0": A})
+    assert pool.names == ("über / α", "model.layers.0")
+    assert pool["über / α"] is A
+
+
+def test_an_iterator_is_read_once():
+    assert ExpertPool(adapter for adapter in (A, B)).names == ("a", "b")
+
+
+def test_a_pool_of_one_is_a_pool():
+    assert ExpertPool([A]).names == ("a",)
+
+
+def test_an_empty_pool_is_refused():
+    for nothing in ([], {}):
+        with pytest.raises(WeightingError, match="the pool is empty"):
+            ExpertPool(nothing)
+
+
+def test_two_adapters_of_one_name_are_refused_by_name():
+    with pytest.raises(WeightingError, match="several adapters named 'a'; pass a mapping"):
+        ExpertPool([A, B, renamed(C, "a")])
+
+
+def test_an_unknown_expert_is_named_with_those_there_are():
+    with pytest.raises(UnknownExpert, match="no expert 'x' in the pool; it has 'a', 'b'"):
+        ExpertPool([A, B])["x"]
+
+
+def test_a_subset_has_the_order_asked_for():
+    assert ExpertPool([A, B, C]).subset(["c", "a"]).names == ("c", "a")
+
+
+def test_a_pool_is_frozen_and_replace_makes_another():
+    pool = ExpertPool([A, B])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        pool.adapters = {}
+    assert dataclasses.replace(pool, adapters={"z": C}).names == ("z",)
+
+
+def test_the_mapping_that_made_it_can_change_afterwards():
+    named = {"a": A}
+    pool = ExpertPool(named)
+    named["b"] = B
+    assert pool.names == ("a",)
+
+
+def test_the_layers_are_those_of_any_expert_sorted():
+    assert ExpertPool([B, A]).layer_names == ("q", "v")
+
+
+def test_stacked_rows_are_the_experts_rows_in_order_with_their_owner():
+    stack = ExpertPool([A, B, C]).stacked("v")
+    assert stack.owner_S.tolist() == [0, 1, 1, 1, 1, 2, 2]
+    assert torch.equal(stack.a_SI, torch.cat([x.layers["v"].a_RI for x in (A, B, C)], dim=0))
+    assert torch.equal(stack.b_OS, torch.cat([x.layers["v"].b_OR for x in (A, B, C)], dim=1))
+
+
+def test_an_expert_without_the_layer_owns_no_row():
+    stack = ExpertPool([A, B, C]).stacked("q")
+    assert stack.owner_S.tolist() == [0, 0, 2, 2, 2]
+    assert (stack.gain_EO, stack.bias_EO) == (None, None)
+
+
+def test_gain_and_bias_have_a_row_per_expert_and_zeros_where_one_has_none():
+    stack = ExpertPool([A, B, C]).stacked("v")
+    assert stack.bias_EO.tolist() == [[0.0] * 5, [1.0] * 5, [0.0] * 5]
+    assert stack.gain_EO.tolist() == [[0.0] * 5, [0.0] * 5, [0.5] * 5]
+
+
+def test_the_stack_times_weights_by_owner_is_the_weighted_sum_of_deltas():
+    weights = torch.tensor([0.7, -0.4, 0.0], dtype=torch.float64)
+    stack = ExpertPool([A, B, C]).stacked("v")
+    found = (stack.b_OS.double() * weights[stack.owner_S]) @ stack.a_SI.double()
+    deltas = [x.layers["v"].b_OR.double() @ x.layers["v"].a_RI.double() for x in (A, B, C)]
+    expected = sum(w * delta for w, delta in zip(weights, deltas, strict=True))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_an_expert_that_is_not_bound_to_a_base_is_refused_by_name_and_layer():
+    dora = Adapter("dora", "base", {"q": factors(5, magnitude_O=torch.ones(5))})
+    with pytest.raises(AdapterUnsupported, match="'dora' is not bound to a base model in layer 'q'"):
+        ExpertPool([A, dora]).stacked("q")
+
+
+def test_experts_of_contradicting_fingerprints_are_refused_with_both():
+    left = dataclasses.replace(A, fingerprint=Fingerprint("left", (1.0,)))
+    right = dataclasses.replace(B, base_model="other", fingerprint=Fingerprint("right", (1.0,)))
+    with pytest.raises(BaseModelMismatch, match=r"'a' \(for 'base'\) and 'b' \(for 'other'\).*left.*right"):
+        ExpertPool([left, right])
+
+
+def test_an_expert_without_a_fingerprint_contradicts_nobody():
+    left = dataclasses.replace(A, fingerprint=Fingerprint("left", (1.0,)))
+    assert ExpertPool([left, B]).names == ("a", "b")
+
+
+def test_a_contradiction_is_found_behind_an_expert_without_a_fingerprint():
+    left, right = (dataclasses.replace(x, fingerprint=Fingerprint(x.name)) for x in (A, C))
+    with pytest.raises(BaseModelMismatch):
+        ExpertPool([B, left, right])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [factors(9, outputs=6), factors(9, inputs=8), factors(9, kind="embedding"), factors(9, kind="conv", kernel=(1, 7))],
+)
+def test_experts_that_update_a_layer_with_other_shapes_are_refused_with_both(other):
+    with pytest.raises(LayerMismatch, match=r"'a' and 'x' update layer 'q'.*\(5, 7, 'linear', \(\)\) and "):
+        ExpertPool([A, Adapter("x", "base", {"q": other})])
+
+
+def test_renamed_changes_the_name_and_nothing_else():
+    other = renamed(A, "z")
+    assert (other.name, other.hash, other.base_model) == ("z", A.hash, "base")
+    assert A.name == "a"

@@ -1,0 +1,92 @@
+"""Where an adapter is looked for. The model hub itself is in test_model_hub.py; here nothing is reachable."""
+
+from __future__ import annotations
+
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from loraweave.errors import AdapterNotFound
+from loraweave.hub import sources
+from loraweave.hub.sources import local_folder
+
+
+@pytest.fixture
+def asked(monkeypatch, tmp_path):
+    """The calls that reach the model hub's client, which answers with a folder."""
+    calls = []
+
+    def download(repository, **keywords):
+        calls.append((repository, keywords))
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(sources, "snapshot_download", download)
+    return calls
+
+
+@pytest.mark.parametrize("kind", [str, lambda path: path])
+def test_a_folder_is_itself_and_nobody_is_asked(tmp_path, asked, kind):
+    assert local_folder(kind(tmp_path)) == tmp_path
+    assert asked == []
+
+
+def test_a_relative_folder_of_the_form_owner_name_is_the_folder(tmp_path, asked, monkeypatch):
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert local_folder("owner/name").resolve() == (tmp_path / "owner" / "name").resolve()
+    assert asked == []
+
+
+def test_an_id_is_downloaded_with_revision_token_and_the_adapters_files_only(tmp_path, asked):
+    assert local_folder("owner/name", revision="v1", token="secret") == tmp_path / "snapshot"
+    [(repository, keywords)] = asked
+    assert repository == "owner/name"
+    assert (keywords["revision"], keywords["token"], keywords["local_files_only"]) == ("v1", "secret", False)
+    assert "adapter_config.json" in keywords["allow_patterns"]
+    assert not any(pattern.endswith(".bin") for pattern in keywords["allow_patterns"])
+
+
+@pytest.mark.parametrize(
+    "source", ["/no/such", "./no", "../no", "~/no", "one", "a/b/c", "", "https://host/a", "C:\\x", "a\nb"]
+)
+def test_a_path_that_is_not_there_is_never_asked_of_the_hub(asked, source):
+    with pytest.raises(AdapterNotFound, match="no folder"):
+        local_folder(source)
+    assert asked == []
+
+
+def test_a_path_object_is_never_an_id(tmp_path, asked, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AdapterNotFound, match="no folder 'owner/name'"):
+        local_folder((tmp_path / "owner" / "name").relative_to(tmp_path))
+    assert asked == []
+
+
+def test_a_file_is_no_folder(tmp_path, asked):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(AdapterNotFound, match="no folder"):
+        local_folder(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    "source", ["x" * 5000, f"{'x' * 3000}/y", "a\0b", "owner/na\0me", "owner/na me", "owner/🦙", "-/-", "a/.."]
+)
+def test_a_source_that_can_be_neither_folder_nor_id_is_a_named_error(source):
+    with pytest.raises(AdapterNotFound):
+        local_folder(source)
+
+
+def test_offline_an_id_that_was_never_loaded_is_a_named_error_with_the_way_out():
+    with pytest.raises(AdapterNotFound, match=r"'owner/name'.*download it first, or pass the path of a local folder"):
+        local_folder("owner/name", revision="v1")
+
+
+def test_the_cause_is_kept_on_one_line_and_the_revision_is_named(monkeypatch):
+    def fail(*arguments, **keywords):
+        raise LocalEntryNotFoundError("first line\nsecond line")
+
+    monkeypatch.setattr(sources, "snapshot_download", fail)
+    with pytest.raises(AdapterNotFound, match=r"revision 'v1'.*first line") as caught:
+        local_folder("owner/name", revision="v1", token="secret")
+    assert "second" not in str(caught.value)
+    assert "secret" not in str(caught.value)
+    assert isinstance(caught.value.__cause__, LocalEntryNotFoundError)
