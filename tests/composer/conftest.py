@@ -210,3 +210,22 @@ def with_dense_update(make_model: Callable[..., nn.Module]) -> Callable[..., nn.
         return model
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """A token for each character of small texts, 58 in all; ids below 3 are padding, beginning and end."""
+    from tokenizers import Regex, Tokenizer, decoders
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Split
+    from transformers import PreTrainedTokenizerFast
+
+    characters = "abcdefghijklmnopqrstuvwxyzABCDEFINOPRUY0123456789 \n:,.?"
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
+    vocabulary |= {character: index for index, character in enumerate(characters, start=4)}
+    inner = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = Split(Regex(r"</s>|[\s\S]"), behavior="isolated")
+    inner.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )

@@ -1,0 +1,152 @@
+"""Prompts and targets as one left-padded batch, so that the targets of all rows end at the last position.
+
+The language head is then needed on the last few positions only (`logits_to_keep`): with a vocabulary of 49,152 the logits of
+whole prompts are what fills the memory.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from loraweave.errors import InvalidTask
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class TargetBatch:
+    """`inputs` go to the model; targets_BK are token ids, `IGNORED` where a row's target is shorter than K.
+
+    A decoder predicts targets_BK[:, k] at position T - K - 1 + k; an encoder-decoder at decoder position k.
+    """
+
+    inputs: dict[str, Tensor]
+    targets_BK: Tensor
+
+    def to(self, device: torch.device) -> TargetBatch:
+        return TargetBatch({key: value.to(device) for key, value in self.inputs.items()}, self.targets_BK.to(device))
+
+    def tiled(self, count: int) -> TargetBatch:
+        """The whole batch `count` times, one copy after the other."""
+        inputs = {key: value.repeat(count, 1) for key, value in self.inputs.items()}
+        return TargetBatch(inputs, self.targets_BK.repeat(count, 1))
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """One example as token ids."""
+
+    prompt: tuple[int, ...]
+    target: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.target)
+
+
+def encode(model: Any, tokenizer: Any, prompts: Sequence[str], targets: Sequence[str]) -> list[EncodedRow]:
+    """Token ids of each prompt and of " target" with the end-of-sequence token, tokenised apart.
+
+    Raises InvalidTask for a target without tokens and for a row longer than the model's context.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
+    prompt_ids = tokenizer(list(prompts))["input_ids"]
+    target_texts = [f" {target}{tokenizer.eos_token or ''}" for target in targets]
+    target_ids = tokenizer(target_texts, add_special_tokens=False)["input_ids"]
+    rows = []
+    for number, (prompt, target) in enumerate(zip(prompt_ids, target_ids, strict=True)):
+        if not targets[number].strip() or not target:
+            raise InvalidTask(f"row {number + 1} (prompt {prompts[number][:60]!r}) has an empty target")
+        row = EncodedRow(tuple(prompt), tuple(target))
+        if limit and len(row) > limit:
+            raise InvalidTask(
+                f"row {number + 1} has {len(row)} tokens with its target, but the model's context is {limit}; shorten it"
+            )
+        rows.append(row)
+    return rows
+
+
+def batch(model: Any, tokenizer: Any, rows: Sequence[EncodedRow]) -> TargetBatch:
+    """The rows as one batch on the model's device."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    width = max(len(row.target) for row in rows)
+    targets_BK = torch.full((len(rows), width), IGNORED)
+    device = next(model.parameters()).device
+    if model.config.is_encoder_decoder:
+        for index, row in enumerate(rows):
+            targets_BK[index, : len(row.target)] = torch.tensor(row.target)
+        ids, mask = _left_padded([row.prompt for row in rows], pad)
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        # every model of this kind shifts labels to the right itself; the helper is part of its public face
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(targets_BK.to(device)).cpu()
+        return TargetBatch(inputs, targets_BK).to(device)
+    for index, row in enumerate(rows):
+        targets_BK[index, width - len(row.target) :] = torch.tensor(row.target)
+    ids, mask = _left_padded([row.prompt + row.target for row in rows], pad)
+    return TargetBatch(with_positions(model, ids, mask), targets_BK).to(device)
+
+
+def with_positions(model: Any, ids_BT: Tensor, mask_BT: Tensor) -> dict[str, Tensor]:
+    """Decoder inputs whose positions start at each row's first real token, where the model takes positions."""
+    inputs = {"input_ids": ids_BT, "attention_mask": mask_BT}
+    if takes(model, "position_ids"):
+        inputs["position_ids"] = (mask_BT.cumsum(dim=1) - 1).clamp(min=0)
+    return inputs
+
+
+def token_losses(model: Any, batch: TargetBatch) -> Tensor:
+    """loss_BK: negative log-likelihood of every target token, fp32, 0 where the target is shorter than K."""
+    return _losses(target_logits(model, batch), batch.targets_BK)
+
+
+def token_scores(model: Any, batch: TargetBatch) -> tuple[Tensor, Tensor]:
+    """(loss_BK, hit_BK): also whether a target token is the most likely one; False beyond a shorter target."""
+    logits_BKV = target_logits(model, batch)
+    return _losses(logits_BKV, batch.targets_BK), logits_BKV.argmax(dim=2) == batch.targets_BK
+
+
+def target_logits(model: Any, batch: TargetBatch) -> Tensor:
+    """logits_BKV at the positions that predict the targets."""
+    width = batch.targets_BK.shape[1]
+    if model.config.is_encoder_decoder:
+        return cast(Tensor, model(**batch.inputs, use_cache=False).logits)
+    length = batch.inputs["input_ids"].shape[1]
+    if not takes(model, "logits_to_keep"):
+        return cast(Tensor, model(**batch.inputs, use_cache=False).logits[:, -width - 1 : -1])
+    # positions as an index tensor: for a slice, transformers hands the head a strided view, which bf16 products copy
+    keep = torch.arange(length - width - 1, length - 1, device=batch.targets_BK.device)
+    return cast(Tensor, model(**batch.inputs, logits_to_keep=keep, use_cache=False).logits)
+
+
+def _losses(logits_BKV: Tensor, targets_BK: Tensor) -> Tensor:
+    flat = functional.cross_entropy(
+        logits_BKV.float().flatten(0, 1), targets_BK.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return flat.view(targets_BK.shape)
+
+
+def mean_losses(model: Any, batch: TargetBatch) -> Tensor:
+    """loss_B: the mean over a row's target tokens."""
+    counts_B = (batch.targets_BK != IGNORED).sum(dim=1)
+    return token_losses(model, batch).sum(dim=1) / counts_B
+
+
+def takes(model: Any, argument: str) -> bool:
+    """Whether the model's forward has an argument of that name."""
+    return argument in inspect.signature(model.forward).parameters
+
+
+def _left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    longest = max(len(row) for row in rows)
+    ids_BT = torch.full((len(rows), longest), pad)
+    mask_BT = torch.zeros(len(rows), longest, dtype=torch.long)
+    for index, row in enumerate(rows):
+        ids_BT[index, longest - len(row) :] = torch.tensor(row)
+        mask_BT[index, longest - len(row) :] = 1
+    return ids_BT, mask_BT

@@ -1,0 +1,104 @@
+"""Several LoRA training jobs on one frozen base: equal row ranges of a batch belong to different adapters.
+
+The base runs once for all jobs; each target layer adds two batched products over the jobs' stacked factors. A job's
+gradients are those of training it alone, because no row of one job reaches the factors of another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from loraweave.types import Factors
+
+
+class FusedJobs:
+    """Trainable factors of J jobs: per layer a_JRI (uniform in +-1/sqrt(I), as PEFT's default) and b_JOR (zero).
+
+    `layers` gives each target layer's (O, I). A context manager: inside it the model's target layers add each job's update
+    to that job's row range. The batch has J equal row ranges, in the order of the jobs. Leaving removes every hook, also
+    after an exception.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, tuple[int, int]],
+        jobs: Sequence[str],
+        *,
+        rank: int,
+        alpha: float,
+        seed: int,
+    ) -> None:
+        self.model = model
+        self.jobs = tuple(jobs)
+        self.scale = alpha / rank
+        self.factors: dict[str, tuple[Tensor, Tensor]] = {}
+        device = next(model.parameters()).device
+        for layer, (num_outputs, num_inputs) in layers.items():
+            a_JRI = torch.stack([_initial(seed, job, layer, rank, num_inputs) for job in jobs])
+            b_JOR = torch.zeros(len(jobs), num_outputs, rank)
+            self.factors[layer] = (a_JRI.to(device).requires_grad_(), b_JOR.to(device).requires_grad_())
+        self._handles: list[Any] = []
+
+    def parameters(self) -> list[Tensor]:
+        return [tensor for pair in self.factors.values() for tensor in pair]
+
+    def __enter__(self) -> FusedJobs:
+        try:
+            for layer in self.factors:
+                module = self.model.get_submodule(layer)
+                self._handles.append(module.register_forward_hook(self._hook(layer)))
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _hook(self, layer: str) -> Any:
+        def add_update(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            a_JRI, b_JOR = self.factors[layer]
+            x_JNI = args[0].reshape(len(self.jobs), -1, args[0].shape[-1])
+            a_JRI, b_JOR = a_JRI.to(x_JNI.dtype), (self.scale * b_JOR).to(x_JNI.dtype)
+            # a product for each job: the batched product copies its transposed operand, which costs 10 times more in bf16
+            updates = [functional.linear(functional.linear(x, a), b) for x, a, b in zip(x_JNI, a_JRI, b_JOR, strict=True)]
+            return output + torch.stack(updates).view_as(output)
+
+        return add_update
+
+    def gradient_norms(self) -> Tensor:
+        """norm_J: each job's own gradient norm over all its factors."""
+        squares = [p.grad.flatten(1).square().sum(dim=1) for p in self.parameters() if p.grad is not None]
+        return torch.stack(squares).sum(dim=0).sqrt()
+
+    def clip(self, limit: float) -> None:
+        """Scales each job's gradient down to at most `limit`, independently of the others."""
+        ratio_J = (limit / (self.gradient_norms() + 1e-6)).clamp(max=1.0)
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(ratio_J[:, None, None])
+
+    def layers_of(self, job: str) -> dict[str, Factors]:
+        """One job's factors with the scale folded into b, detached copies on the CPU."""
+        index = self.jobs.index(job)
+        return {
+            layer: Factors(a[index].detach().cpu().clone(), b[index].detach().cpu() * self.scale)
+            for layer, (a, b) in self.factors.items()
+        }
+
+
+def _initial(seed: int, job: str, layer: str, rank: int, num_inputs: int) -> Tensor:
+    # seeded by names, so that a job starts the same whatever jobs share its batch
+    digest = hashlib.sha256(repr((seed, job, layer)).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
+    bound = float(num_inputs**-0.5)
+    return bound * torch.rand(rank, num_inputs, generator=generator).mul(2).sub(1)
