@@ -1,0 +1,18 @@
+"""What a search minimises: candidates in, losses out. Solvers see this protocol and never the model behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from loraweave.routers.mixture import MixtureWeights
+
+
+class Objective(Protocol):
+    """The loss of candidates, lower is better; NaN or infinity marks one that cannot be scored.
+
+    Several candidates come in one call, so that an objective can evaluate a whole population in one forward pass. The
+    result must not depend on how candidates are grouped into calls, beyond rounding.
+    """
+
+    def __call__(self, candidates: Sequence[MixtureWeights]) -> Sequence[float]: ...

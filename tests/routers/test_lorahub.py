@@ -1,0 +1,176 @@
+"""The LoraHub search: exact budgets, bounds, seeds, resuming, and objectives that fail."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+import pytest
+
+from loraweave.errors import SearchFailed, WeightingError
+from loraweave.routers.lorahub import Lorahub
+
+NAMES = ("a", "b/c", "q_proj", "🦙")
+BEST = np.array([0.9, -0.4, 0.0, 0.2])
+
+
+class Quadratic:
+    """sum of (w - BEST)^2, remembering every candidate."""
+
+    def __init__(self, spoil=()):
+        self.seen = []
+        self.spoil = set(spoil)
+
+    def __call__(self, candidates):
+        losses = []
+        for candidate in candidates:
+            values = candidate.values_BTLE[0, 0, 0].double().numpy()
+            self.seen.append(values)
+            bad = len(self.seen) - 1 in self.spoil
+            losses.append(math.nan if bad else float(((values - BEST) ** 2).sum()))
+        return losses
+
+
+@pytest.mark.parametrize("budget", [1, 2, 8, 9, 10, 40])
+def test_exactly_the_budget_is_evaluated(budget):
+    objective = Quadratic()
+    result = Lorahub(NAMES, budget=budget).solve(objective)
+    assert len(objective.seen) == result.evaluations == budget
+
+
+def test_the_search_comes_close_to_the_optimum():
+    result = Lorahub(NAMES, budget=400).solve(Quadratic())
+    assert [result.weights[name] for name in NAMES] == pytest.approx(BEST.tolist(), abs=0.02)
+
+
+def test_the_first_candidate_is_the_start_and_the_base_by_default():
+    plain, started = Quadratic(), Quadratic()
+    Lorahub(NAMES, budget=1).solve(plain)
+    Lorahub(NAMES, budget=1, start={"b/c": 1.0}).solve(started)
+    assert plain.seen[0].tolist() == [0, 0, 0, 0]
+    assert started.seen[0].tolist() == [0, 1, 0, 0]
+
+
+def test_the_result_is_never_worse_than_the_start():
+    result = Lorahub(NAMES, budget=12, seed=3).solve(Quadratic())
+    assert result.loss <= float((BEST**2).sum())
+    assert result.loss == min(result.losses)
+
+
+def test_no_candidate_leaves_the_box():
+    objective = Quadratic()
+    Lorahub(NAMES, budget=200, bound=0.3, sigma=1.0, seed=1).solve(objective)
+    # the values pass through fp32
+    assert np.abs(objective.seen).max() <= 0.3 + 1e-6
+
+
+def test_a_seed_decides_every_candidate_and_global_generators_are_left_alone():
+    np.random.seed(5)
+    random.seed(5)
+    expected = (np.random.rand(), random.random())
+    np.random.seed(5)
+    random.seed(5)
+    first, second, other = Quadratic(), Quadratic(), Quadratic()
+    Lorahub(NAMES, budget=30, seed=7).solve(first)
+    np.random.rand()
+    np.random.seed(5)
+    Lorahub(NAMES, budget=30, seed=7).solve(second)
+    Lorahub(NAMES, budget=30, seed=8).solve(other)
+    assert np.array_equal(first.seen, second.seen)
+    assert not np.array_equal(first.seen, other.seen)
+    assert (np.random.rand(), random.random()) == expected
+
+
+@pytest.mark.parametrize("num_experts", [1, 2, 31])
+def test_pools_of_any_size_can_be_searched(num_experts):
+    names = [f"expert {index}" for index in range(num_experts)]
+
+    def nearest_to_half(candidates):
+        return [float(((c.values_BTLE - 0.5) ** 2).sum()) for c in candidates]
+
+    result = Lorahub(names, budget=60).solve(nearest_to_half)
+    assert result.loss < 0.25 * num_experts
+
+
+def test_candidates_that_cannot_be_scored_count_and_are_never_chosen():
+    objective = Quadratic(spoil=range(1, 400, 3))
+    result = Lorahub(NAMES, budget=400).solve(objective)
+    assert result.evaluations == 400
+    assert [result.weights[name] for name in NAMES] == pytest.approx(BEST.tolist(), abs=0.1)
+
+
+def test_a_search_in_which_nothing_can_be_scored_ends_by_name():
+    with pytest.raises(SearchFailed, match="17 of 40 evaluations"):
+        Lorahub(NAMES).solve(lambda candidates: [math.nan] * len(candidates))
+
+
+def test_an_infinite_loss_everywhere_within_a_small_budget_ends_by_name():
+    with pytest.raises(SearchFailed, match="none of 3 candidates"):
+        Lorahub(NAMES, budget=3).solve(lambda candidates: [math.inf] * len(candidates))
+
+
+@pytest.mark.parametrize("killed_after", [1, 2, 3, 5])
+def test_an_interrupted_search_resumes_to_the_same_result(killed_after, tmp_path):
+    whole = Lorahub(NAMES, budget=40, seed=2).solve(Quadratic())
+    objective, calls = Quadratic(), 0
+
+    def killed(candidates):
+        nonlocal calls
+        calls += 1
+        if calls > killed_after:
+            raise KeyboardInterrupt
+        return objective(candidates)
+
+    log = tmp_path / "runs" / "search.json"
+    with pytest.raises(KeyboardInterrupt):
+        Lorahub(NAMES, budget=40, seed=2).solve(killed, checkpoint=log)
+    done = len(objective.seen)
+    resumed = Lorahub(NAMES, budget=40, seed=2).solve(objective, checkpoint=log)
+    assert resumed == whole
+    # nothing that was told before the interruption is evaluated again
+    assert len(objective.seen) == 40
+    assert done < 40
+
+
+def test_a_checkpoint_of_another_search_is_refused(tmp_path):
+    Lorahub(NAMES, budget=3).solve(Quadratic(), checkpoint=tmp_path / "log.json")
+    with pytest.raises(WeightingError, match="other settings"):
+        Lorahub(NAMES, budget=4).solve(Quadratic(), checkpoint=tmp_path / "log.json")
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path):
+    (tmp_path / "log.json").write_text('{"settings": ')
+    with pytest.raises(WeightingError, match="damaged"):
+        Lorahub(NAMES, budget=4).solve(Quadratic(), checkpoint=tmp_path / "log.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": 0}, "budget is 0"),
+        ({"budget": True}, "budget is True"),
+        ({"bound": -1.0}, "bound is -1.0"),
+        ({"sigma": 0.0}, "sigma is 0.0"),
+        ({"sigma": math.nan}, "sigma is nan"),
+        ({"population": 1}, "population is 1"),
+        ({"population": 0}, "population is 0"),
+        ({"start": {"x": 1.0}}, "'x'"),
+        ({"start": {"a": 2.0}}, r"weight 2.0, outside \[-1.5, 1.5\]"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused(options, message):
+    with pytest.raises(WeightingError, match=message):
+        Lorahub(NAMES, **options)
+
+
+def test_a_search_without_experts_is_refused():
+    with pytest.raises(WeightingError, match="at least one expert"):
+        Lorahub([])
+
+
+def test_losses_must_be_told_for_every_candidate():
+    search = Lorahub(NAMES)
+    search.ask()
+    with pytest.raises(WeightingError, match="2 losses were told for 1 candidates"):
+        search.tell([1.0, 2.0])
