@@ -1,0 +1,46 @@
+"""What every command shares: errors as one line and an exit status, and `--debug` wherever it is written."""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from loraweave.errors import LoraweaveError
+
+INTERRUPTED = 130
+
+
+class Application(TyperGroup):
+    """The root group. Exit status 0 done, 1 a named error on one line of stderr, 2 wrong usage, 130 interrupted.
+
+    With --debug an error keeps its traceback.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        # people write --debug at the end of the line that failed; it belongs to the root, so it is moved there
+        end = args.index("--") if "--" in args else len(args)
+        if "--debug" in args[:end]:
+            args = ["--debug", *(word for word in args[:end] if word != "--debug"), *args[end:]]
+        rest: list[str] = super().parse_args(ctx, args)
+        return rest
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+        except (LoraweaveError, OSError) as error:
+            # a reader that went away is no error of ours: click ends quietly
+            if ctx.params.get("debug") or getattr(error, "errno", None) == errno.EPIPE:
+                raise
+            typer.echo(f"{type(error).__name__}: {one_line(str(error))}", err=True)
+            raise typer.Exit(1) from None
+
+
+def one_line(text: str) -> str:
+    """The text on one line and without control characters, which could come from a damaged or hostile file."""
+    return "".join(character if character.isprintable() else " " for character in " ".join(text.split()))

@@ -1,0 +1,205 @@
+"""What commands read: rows of examples, weights, options, and adapters from folders or a hub."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from loraweave._printing import note
+from loraweave.errors import AdapterExists, AdapterNotFound, HubError, InvalidTask, WeightingError
+
+if TYPE_CHECKING:
+    import loraweave as lw
+
+ADAPTER_FILE = "adapter_config.json"
+COMPOSITION_FILE = "composition.json"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """(input, accepted targets) of a JSONL file, and the instruction that its rows agree on, if they have one."""
+
+    pairs: tuple[tuple[str, tuple[str, ...]], ...]
+    instruction: str
+
+    def examples(self) -> list[tuple[str, str]]:
+        """With the first target of each."""
+        return [(text, targets[0]) for text, targets in self.pairs]
+
+    def accepted(self) -> list[tuple[str, list[str]]]:
+        return [(text, list(targets)) for text, targets in self.pairs]
+
+
+def read_rows(path: Path, *, split: str) -> Rows:
+    """Reads lines {"input": text, "target": text or list of accepted texts}; blank lines are passed over.
+
+    Of rows with a field "split" only those of `split` count; "also_ok" adds accepted targets; "instruction" or
+    "definition", where all rows agree, is the instruction. Raises InvalidTask with the file and line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise InvalidTask(f"{path} is not UTF-8 text (byte {error.start}); give a JSONL file") from error
+    read = [_row(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not read:
+        raise InvalidTask(f'{path} has no rows; it needs lines such as {{"input": "...", "target": "..."}}')
+    kept = [row for row in read if row.get("split", split) == split]
+    if not kept:
+        found = sorted({str(row["split"]) for row in read})
+        raise InvalidTask(f"{path} has no rows of split {split!r}; its splits are {', '.join(found)}: pass --split")
+    if len(kept) < len(read):
+        note(f"{path.name}: {len(kept)} of {len(read)} rows, those of split {split!r}")
+    instructions = {str(row.get("instruction", row.get("definition", ""))) for row in kept}
+    return Rows(tuple((row["input"], row["targets"]) for row in kept), instructions.pop() if len(instructions) == 1 else "")
+
+
+def read_weights(text: str | None, count: int) -> list[float]:
+    """One number for each adapter, separated by commas; equal weights that sum to 1 when there is no text."""
+    if text is None:
+        return [1 / count] * count
+    weights = [_number(part, "--weights") for part in text.split(",")]
+    if len(weights) != count:
+        raise typer.BadParameter(f"--weights has {len(weights)} numbers for {count} adapters; give one for each")
+    return weights
+
+
+def read_options(given: Sequence[str], *, reserved: Sequence[str] = ()) -> dict[str, Any]:
+    """NAME=VALUE pairs; a value is JSON where it can be read so, else text. `reserved` names have a flag of their own."""
+    options: dict[str, Any] = {}
+    for pair in given:
+        name, equals, value = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise typer.BadParameter(f"--option takes NAME=VALUE, not {pair!r}")
+        if name in reserved:
+            raise typer.BadParameter(f"--option {name}=... is not for --option: see --help for its own flag")
+        if name in options:
+            raise typer.BadParameter(f"--option {name} is given twice")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    return options
+
+
+def read_named_weights(given: Sequence[str]) -> dict[str, float]:
+    """NAME=NUMBER pairs; the last equals sign separates, since names are free text."""
+    weights: dict[str, float] = {}
+    for pair in given:
+        name, equals, value = pair.rpartition("=")
+        if not equals or not name:
+            raise typer.BadParameter(f"--weight takes NAME=NUMBER, not {pair!r}")
+        if name in weights:
+            raise typer.BadParameter(f"--weight {name!r} is given twice")
+        weights[name] = _number(value, "--weight")
+    return weights
+
+
+def read_labels(text: str | None) -> list[str] | None:
+    """Labels separated by commas; None when there is no text."""
+    if text is None:
+        return None
+    labels = [label.strip() for label in text.split(",")]
+    if not all(labels) or len(set(labels)) < max(2, len(labels)):
+        raise typer.BadParameter(f"--labels takes two or more different labels, separated by commas, not {text!r}")
+    return labels
+
+
+def open_hub(folder: Path) -> lw.Hub:
+    """The hub in a folder. Looking at a hub never makes one: HubError when there is none."""
+    import loraweave as lw
+
+    if not (folder / "catalogue.sqlite").is_file():
+        raise HubError(
+            f"no hub in {str(folder)!r}; `loraweave hub add FOLDER --hub {folder}` makes one, "
+            "--hub or LORAWEAVE_HUB names another"
+        )
+    return lw.Hub(folder)
+
+
+def read_adapter(source: str, hub_folder: Path) -> lw.Adapter:
+    """The adapter of a folder, or of that name in the hub. A word that is both is refused (wrong usage)."""
+    import loraweave as lw
+
+    has_hub = (hub_folder / "catalogue.sqlite").is_file()
+    if not Path(source).is_dir():
+        if not has_hub:
+            raise AdapterNotFound(f"no folder {source!r}, and no hub in {str(hub_folder)!r} to have an adapter of that name")
+        with open_hub(hub_folder) as opened:
+            return opened[source]
+    if has_hub:
+        with open_hub(hub_folder) as opened:
+            if source in opened:
+                raise typer.BadParameter(
+                    f"{source!r} is a folder, and in the hub {str(hub_folder)!r} an adapter; write ./{source} for the folder"
+                )
+    return lw.Adapter.from_pretrained(Path(source))
+
+
+def read_pool(folder: Path) -> lw.ExpertPool:
+    """Every adapter folder directly in `folder`, in order of their names. WeightingError when there is none."""
+    import loraweave as lw
+
+    found = sorted(path.parent for path in folder.glob(f"*/{ADAPTER_FILE}"))
+    if not found:
+        raise WeightingError(f"{folder} has no adapter folders (with {ADAPTER_FILE}) in it; `loraweave train` makes some")
+    return lw.ExpertPool([lw.Adapter.from_pretrained(path) for path in found])
+
+
+def load_model(base: str | None) -> tuple[Any, Any]:
+    """(model, tokenizer) of a base model; the bar of its loading is for terminals only, not for logs and pipes."""
+    import loraweave as lw
+
+    if not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+    loaded: tuple[Any, Any] = lw.load_base(base)
+    return loaded
+
+
+def require_free(folder: Path, own: str) -> None:
+    """Before long work: AdapterExists when `folder` holds something else than an earlier result, known by its file `own`."""
+    if folder.exists() and not (folder.is_dir() and ((folder / own).is_file() or not any(folder.iterdir()))):
+        raise AdapterExists(f"{folder} is a file, or holds something that has no {own}; name another folder with --out")
+
+
+def recorded_base(folder: Path) -> str | None:
+    """The base model that a composition folder names; None when it names none."""
+    try:
+        named = json.loads((folder / COMPOSITION_FILE).read_text(encoding="utf-8")).get("base_model")
+    except (OSError, ValueError, AttributeError):
+        # reading the composition itself says what is wrong with the file
+        return None
+    return named if isinstance(named, str) and named else None
+
+
+def _row(path: Path, number: int, line: str) -> dict[str, Any]:
+    where = f"{path} line {number}"
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise InvalidTask(f"{where} is not JSON ({error}); every line is one object with input and target") from error
+    if not isinstance(row, dict) or not isinstance(row.get("input"), str):
+        raise InvalidTask(f'{where} is no object with a text "input": {line[:60]!r}')
+    target, also = row.get("target"), row.get("also_ok") or []
+    targets = [*(target if isinstance(target, list) else [target]), *(also if isinstance(also, list) else [also])]
+    if not targets or not all(isinstance(text, str) and text.strip() for text in targets):
+        raise InvalidTask(f'{where} has the "target" {target!r}; it must be a text that is not empty, or a list of such')
+    return {**row, "targets": tuple(targets)}
+
+
+def _number(text: str, flag: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{flag}: {text!r} is no number") from None
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{flag}: {text!r} is not finite")
+    return value

@@ -1,0 +1,94 @@
+"""What commands print: tables and JSON on stdout, notes and progress on stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from loraweave._application import one_line
+from loraweave.types import Record
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# in a pipe a row is one line, however long, so that grep and cut work
+PIPE_WIDTH = 10_000
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout, in ASCII, so that any terminal and locale can take it; NaN and infinity become null."""
+    typer.echo(json.dumps(plain(value), indent=1, allow_nan=False))
+
+
+def print_table(table: Table) -> None:
+    """Texts are shown as they are: a name like [bold] or :smile: is a name."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() or os.environ.get("COLUMNS") else PIPE_WIDTH
+    Console(markup=False, emoji=False, highlight=False, width=width).print(table)
+
+
+def print_rows(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A table; columns of numbers are right-aligned."""
+    from rich.table import Table
+
+    listed = [list(row) for row in rows]
+    table = Table()
+    for position, column in enumerate(columns):
+        number = bool(listed) and all(isinstance(row[position], int | float) for row in listed)
+        table.add_column(column, justify="right" if number else "left")
+    for row in listed:
+        table.add_row(*(_cell(value) for value in row))
+    print_table(table)
+
+
+def note(text: str) -> None:
+    """A line for the person at the terminal."""
+    typer.echo(one_line(text), err=True)
+
+
+def progress_to_stderr() -> None:
+    """Makes the bars of long calls, which use rich's own console, leave stdout to the result."""
+    import rich
+
+    rich.reconfigure(stderr=True)
+
+
+def record_row(record: Record) -> dict[str, Any]:
+    """A record without its card, as JSON."""
+    names = (
+        "name",
+        "hash",
+        "base_model",
+        "rank",
+        "target_modules",
+        "license",
+        "tags",
+        "description",
+        "size_bytes",
+        "created",
+    )
+    return {name: plain(getattr(record, name)) for name in names}
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON types."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int | bool):
+        return value
+    return str(value)
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else one_line(str(value))

@@ -1,0 +1,355 @@
+"""The command line. Thin: every command calls the public API, and imports what is heavy only when it runs."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from loraweave import __version__
+from loraweave._application import INTERRUPTED, Application
+from loraweave._inputs import (
+    ADAPTER_FILE,
+    COMPOSITION_FILE,
+    load_model,
+    open_hub,
+    read_adapter,
+    read_labels,
+    read_named_weights,
+    read_options,
+    read_pool,
+    read_rows,
+    read_weights,
+    recorded_base,
+    require_free,
+)
+from loraweave._printing import note, print_json, print_rows, print_table, progress_to_stderr
+from loraweave.cli_hub import DEFAULT_HUB, HubOption, JsonOption, hub
+
+BaseOption = Annotated[
+    str | None, typer.Option("--base", metavar="MODEL", help="Base model: a folder or hub id; the embedded one by default.")
+]
+OptionOption = Annotated[
+    list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="A setting of the method; may be repeated.")
+]
+InstructionOption = Annotated[str | None, typer.Option(help="What the task asks for; from the rows when they agree on one.")]
+LabelsOption = Annotated[str | None, typer.Option(metavar="A,B", help="The only possible answers, separated by commas.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="The same seed gives the same result.")]
+NUM_SAMPLES = 20
+
+app = typer.Typer(
+    cls=Application,
+    help="Find stored LoRA adapters, weigh them, and compose them into new skills.",
+    epilog="Start with: loraweave demo",
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(hub, name="hub")
+
+
+def main() -> None:
+    """The entry point of the command `loraweave`."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # a name that the terminal's encoding lacks must not end the command
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        app(prog_name="loraweave")
+    except KeyboardInterrupt:
+        # outside of a command, for instance while modules are loaded
+        typer.echo("interrupted", err=True)
+        sys.exit(INTERRUPTED)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"loraweave {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; works after any command.")] = False,
+) -> None:
+    progress_to_stderr()
+
+
+@app.command(epilog="Example: loraweave demo --task plural_upper --budget 20")
+def demo(
+    task: Annotated[str, typer.Option(help="A task that no adapter of the pool was trained for.")] = "negated_passive",
+    pool: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="A folder of adapter folders; examples/pool by default."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="A folder of tasks with MANIFEST.json; examples/data by default."),
+    ] = None,
+    k: Annotated[int, typer.Option(min=1, help="How many adapters to choose from.")] = 20,
+    budget: Annotated[int, typer.Option(min=1, help="How many mixtures the search tries.")] = 40,
+    seed: SeedOption = 0,
+    num_test: Annotated[int, typer.Option(min=1, help="How many test inputs to answer.")] = 50,
+    as_json: JsonOption = False,
+) -> None:
+    """Compose stored adapters for a task nobody trained, and compare with the base model."""
+    from loraweave.demo import run
+
+    run(pool=pool, data=data, task=task, k=k, budget=budget, seed=seed, num_test=num_test, as_json=as_json)
+
+
+@app.command(epilog="Example: loraweave merge trained/antonym trained/plural --weights 0.7,-0.4 --rank 8 --out merged")
+def merge(
+    sources: Annotated[list[str], typer.Argument(metavar="ADAPTER", help="Adapter folders, or names in the hub.")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the merged PEFT folder goes.")],
+    weights: Annotated[
+        str | None, typer.Option(metavar="W,W,...", help="A number for each adapter; equal shares of 1 by default.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="A merge method, one of lw.names('methods').")] = "linear",
+    rank: Annotated[int | None, typer.Option(min=1, help="Cut every layer to this rank; exact by default.")] = None,
+    name: Annotated[str | None, typer.Option(help="The merged adapter's name; the folder's by default.")] = None,
+    option: OptionOption = None,
+    seed: SeedOption = 0,
+    hub: HubOption = DEFAULT_HUB,
+    as_json: JsonOption = False,
+) -> None:
+    """Combine adapters into one, without a model."""
+    numbers = read_weights(weights, len(sources))
+    options = read_options(option or (), reserved=("method", "rank", "name", "seed", "adapters", "weights"))
+    require_free(out, ADAPTER_FILE)
+    import loraweave as lw
+
+    adapters = [read_adapter(source, hub) for source in sources]
+    merged = lw.merge(adapters, numbers, method=method, rank=rank, name=name or out.resolve().name, seed=seed, **options)
+    merged.save_pretrained(out)
+    report = merged.card["report"]
+    if as_json:
+        used = [{"name": adapter.name, "weight": weight} for adapter, weight in zip(adapters, numbers, strict=True)]
+        print_json({"out": out, "name": merged.name, "method": method, "adapters": used, "layers": report})
+        return
+    print_rows(("layers", "count", "rank before", "rank", "mean error", "worst error"), _by_module(report))
+    note(f"saved {merged.name!r} to {out}")
+
+
+@app.command(
+    epilog="Example: loraweave compose --pool examples/pool --examples examples/data/unseen/pick_color_5.jsonl "
+    "--num-examples 5 --out composed"
+)
+def compose(
+    examples: Annotated[
+        Path, typer.Option(metavar="JSONL", exists=True, dir_okay=False, help='Lines {"input": "...", "target": "..."}.')
+    ],
+    base: BaseOption = None,
+    hub: HubOption = DEFAULT_HUB,
+    pool: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="A folder of adapter folders, used whole, not a hub.")
+    ] = None,
+    num_examples: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows; all by default.")] = None,
+    split: Annotated[str, typer.Option(help='Of rows with a field "split", those of this one.')] = "train",
+    instruction: InstructionOption = None,
+    labels: LabelsOption = None,
+    method: Annotated[
+        str, typer.Option(help="How to weigh: lorahub, auto, similarity, uniform, best_single, manual.")
+    ] = "lorahub",
+    k: Annotated[int, typer.Option(min=1, help="How many adapters of the hub to choose from.")] = 20,
+    budget: Annotated[int, typer.Option(min=1, help="How many mixtures the search tries.")] = 40,
+    weight: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=NUMBER", help="For --method manual; may be repeated.")
+    ] = None,
+    option: OptionOption = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", file_okay=False, help="Keep the search here, to go on if interrupted.")
+    ] = None,
+    seed: SeedOption = 0,
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the composition goes.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the mixture of stored adapters that solves a task given by a few examples."""
+    reserved = ("method", "k", "budget", "seed", "weights", "checkpoint", "progress")
+    options = read_options(option or (), reserved=reserved)
+    if weight:
+        options["weights"] = read_named_weights(weight)
+    wanted = read_labels(labels)
+    if out is not None:
+        require_free(out, COMPOSITION_FILE)
+    rows = read_rows(examples, split=split)
+    import loraweave as lw
+
+    asked = rows.instruction if instruction is None else instruction
+    task = lw.Task(rows.examples()[:num_examples], instruction=asked, labels=wanted)
+    source = open_hub(hub) if pool is None else read_pool(pool)
+    model, tokenizer = load_model(base)
+    composed = lw.compose(
+        model,
+        tokenizer,
+        source,
+        task,
+        method=method,
+        k=k,
+        budget=budget,
+        seed=seed,
+        checkpoint=checkpoint,
+        progress=sys.stderr.isatty(),
+        **options,
+    )
+    if out is not None:
+        composed.save_pretrained(out)
+    if as_json:
+        print_json({"weights": composed.weights, "report": composed.report.to_json(), "out": out})
+        return
+    print_table(composed.report.table())
+    by_size = sorted(composed.weights, key=lambda name: abs(composed.weights[name]), reverse=True)
+    print_rows(("adapter", "weight"), [(name, composed.weights[name]) for name in by_size])
+    if out is not None:
+        note(f"saved to {out}; `loraweave eval {out} FILE.jsonl` scores it, `loraweave export` makes a PEFT folder of it")
+
+
+@app.command("eval", epilog="Example: loraweave eval composed examples/data/unseen/pick_color_5.jsonl --json")
+def evaluate(
+    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A composition's or an adapter's folder.")],
+    rows: Annotated[Path, typer.Argument(metavar="JSONL", exists=True, dir_okay=False, help="Rows with input and target.")],
+    base: BaseOption = None,
+    split: Annotated[str, typer.Option(help='Of rows with a field "split", those of this one.')] = "test",
+    instruction: InstructionOption = None,
+    labels: LabelsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Score a composition or an adapter on rows with known answers; a composition brings its own task along."""
+    composed = (folder / COMPOSITION_FILE).is_file()
+    if composed and (instruction is not None or labels is not None):
+        raise typer.BadParameter("a composition has its task's instruction and labels; leave --instruction and --labels out")
+    wanted = read_labels(labels)
+    read = read_rows(rows, split=split)
+    import loraweave as lw
+
+    if composed:
+        model, tokenizer = load_model(base or recorded_base(folder))
+        result: Mapping[str, Any] = lw.Composition.from_pretrained(folder, model, tokenizer).evaluate(read.accepted())
+    else:
+        asked = read.instruction if instruction is None else instruction
+        task = lw.Task(read.examples(), instruction=asked, labels=wanted)
+        result = _evaluate_adapter(lw.Adapter.from_pretrained(folder), base, task, read.accepted())
+    if as_json:
+        print_json(result)
+        return
+    interval = f"{result['low']:.3f} to {result['high']:.3f}"
+    print_rows(
+        ("score", "95 % interval", "loss", "rows"), [(f"{result['value']:.3f}", interval, result["loss"], result["count"])]
+    )
+
+
+@app.command(epilog="Example: loraweave train antonym.jsonl plural.jsonl --out trained --rank 8 --steps 60")
+def train(
+    files: Annotated[
+        list[Path], typer.Argument(metavar="JSONL", exists=True, dir_okay=False, help="One file, one task, one adapter.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", file_okay=False, help="Gets a PEFT folder for each file.")],
+    base: BaseOption = None,
+    instruction: Annotated[
+        list[str] | None, typer.Option(help="What a task asks for: once for each file, in order; from the rows by default.")
+    ] = None,
+    split: Annotated[str, typer.Option(help='Of rows with a field "split", those of this one.')] = "train",
+    rank: Annotated[int, typer.Option(min=1, help="The adapters' rank.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps for each adapter.")] = 60,
+    lr: Annotated[float, typer.Option(min=0.0, help="The highest learning rate.")] = 3e-3,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of each task in a step.")] = 8,
+    jobs: Annotated[int, typer.Option(min=1, help="How many adapters are trained at once.")] = 4,
+    seed: SeedOption = 0,
+    samples: Annotated[int, typer.Option(min=0, help="Sample inputs kept in each card, which searches read.")] = NUM_SAMPLES,
+    checkpoint: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", file_okay=False, help="Where work is kept; OUT/.checkpoint by default.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train an adapter for each file. After an interruption the same command goes on where it stopped."""
+    names = [path.stem for path in files]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise typer.BadParameter(f"two files would make the adapter {twice[0]!r}; rename one")
+    if instruction and len(instruction) != len(files):
+        raise typer.BadParameter(f"--instruction is given {len(instruction)} times for {len(files)} files; once for each")
+    for name in names:
+        require_free(out / name, ADAPTER_FILE)
+    read = {path.stem: read_rows(path, split=split) for path in files}
+    import loraweave as lw
+
+    asked = instruction or [rows.instruction for rows in read.values()]
+    tasks = {
+        name: lw.Task(rows.examples(), instruction=text) for (name, rows), text in zip(read.items(), asked, strict=True)
+    }
+    model, tokenizer = load_model(base)
+    trained = lw.train_adapters(
+        model,
+        tokenizer,
+        tasks,
+        rank=rank,
+        steps=steps,
+        jobs_per_batch=jobs,
+        seed=seed,
+        lr=lr,
+        batch_size=batch_size,
+        checkpoint=checkpoint or out / ".checkpoint",
+        progress=sys.stderr.isatty(),
+    )
+    results = []
+    for name, adapter in trained.items():
+        inputs = [text for text, _ in tasks[name].examples][:samples]
+        card = {**adapter.card, "description": tasks[name].instruction, "examples": inputs}
+        folder = replace(adapter, card=card).save_pretrained(out / name)
+        results.append({"name": name, "rows": len(tasks[name].examples), "rank": adapter.rank, "out": str(folder)})
+    if as_json:
+        print_json(results)
+    else:
+        print_rows(("name", "rows", "rank", "folder"), [tuple(result.values()) for result in results])
+
+
+@app.command(epilog="Example: loraweave export composed --out composed-peft")
+def export(
+    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A composition's folder.")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the PEFT folder goes.")],
+    base: BaseOption = None,
+) -> None:
+    """Write a composition as one plain PEFT folder, which peft and servers read."""
+    require_free(out, ADAPTER_FILE)
+    import loraweave as lw
+
+    model, tokenizer = load_model(base or recorded_base(folder))
+    adapter = lw.Composition.from_pretrained(folder, model, tokenizer).adapter
+    adapter.save_pretrained(out)
+    note(f"saved {len(adapter.layers)} layers of rank up to {adapter.rank} to {out}")
+
+
+def _evaluate_adapter(adapter: Any, base: str | None, task: Any, pairs: Any) -> dict[str, Any]:
+    import loraweave as lw
+    from loraweave.composer.scoring import evaluate
+
+    model, tokenizer = load_model(base or adapter.base_model or None)
+    with lw.Composer(model, [adapter]).activate({adapter.name: 1.0}):
+        score = evaluate(model, tokenizer, task, pairs)
+    return {"value": score.value, "low": score.low, "high": score.high, "loss": score.loss, "count": score.count}
+
+
+def _by_module(report: Mapping[str, Mapping[str, float]]) -> list[tuple[str, int, int, int, float, float]]:
+    """The per-layer report, summed up over layers whose paths end in the same name."""
+    groups: dict[str, list[Mapping[str, float]]] = defaultdict(list)
+    for layer, figures in report.items():
+        groups[layer.rsplit(".", 1)[-1]].append(figures)
+    return [
+        (
+            ending,
+            len(rows),
+            int(max(row["rank_in"] for row in rows)),
+            int(max(row["rank_out"] for row in rows)),
+            float(sum(row["relative_error"] for row in rows) / len(rows)),
+            float(max(row["relative_error"] for row in rows)),
+        )
+        for ending, rows in sorted(groups.items())
+    ]

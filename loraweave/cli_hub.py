@@ -1,0 +1,179 @@
+"""`loraweave hub`: adapters on disk, under names. None of these commands but add, search and verify needs torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loraweave._inputs import open_hub
+from loraweave._printing import note, plain, print_json, print_rows, record_row
+from loraweave.errors import HubCorrupt, InvalidTask
+
+HubOption = Annotated[
+    Path, typer.Option("--hub", envvar="LORAWEAVE_HUB", metavar="FOLDER", file_okay=False, help="The hub's folder.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
+DEFAULT_HUB = Path("adapters")
+
+hub = typer.Typer(help="Keep adapters under names, list them and search them.", rich_markup_mode=None, no_args_is_help=True)
+
+
+@hub.command(epilog="Example: loraweave hub add examples/pool/* --tag pool")
+def add(
+    sources: Annotated[list[str], typer.Argument(metavar="SOURCE", help="PEFT folders, or owner/name on the model hub.")],
+    name: Annotated[str | None, typer.Option(help="The name to store it under; the adapter's own by default.")] = None,
+    description: Annotated[str, typer.Option(help="What the adapter does; searches read it.")] = "",
+    examples: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="JSONL", exists=True, dir_okay=False, help='Sample inputs, {"input": ...} a line; searched too.'
+        ),
+    ] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="A tag; may be given several times.")] = None,
+    license: Annotated[str | None, typer.Option(help="SPDX id, for instance Apache-2.0.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="The base model, where the adapter does not say it.")] = None,
+    hub: HubOption = DEFAULT_HUB,
+    as_json: JsonOption = False,
+) -> None:
+    """Store adapters; makes the hub if there is none. What is not given comes from the adapter's card."""
+    if len(sources) > 1 and (name or description or examples):
+        raise typer.BadParameter("--name, --description and --examples belong to one adapter; add the adapters one by one")
+    inputs = [] if examples is None else _sample_inputs(examples)
+    import loraweave as lw
+
+    stored = []
+    with lw.Hub(hub) as opened:
+        for source in sources:
+            record = opened.add(
+                source,
+                name=name,
+                description=description,
+                examples=inputs,
+                tags=tag or (),
+                license=license,
+                base_model=base_model,
+            )
+            stored.append(record)
+            note(f"added {record.name!r}, rank {record.rank}, for {record.base_model or 'a base that it does not name'}")
+    if as_json:
+        print_json([record_row(record) for record in stored])
+
+
+@hub.command("list", epilog="Example: loraweave hub list --tag pool --json")
+def list_(
+    base_model: Annotated[str | None, typer.Option(help="Only adapters of this base model.")] = None,
+    license: Annotated[list[str] | None, typer.Option(help="Only under this license; may be given several times.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="Only with this tag; all of them when given several times.")] = None,
+    hub: HubOption = DEFAULT_HUB,
+    as_json: JsonOption = False,
+) -> None:
+    """List the adapters of a hub in order of addition."""
+    with open_hub(hub) as opened:
+        records = opened.records(base_model=base_model, license=license or None, tags=tag or ())
+    if as_json:
+        print_json([record_row(record) for record in records])
+        return
+    rows = [(r.name, r.rank, r.base_model, r.license or "", ", ".join(r.tags), _kilobytes(r.size_bytes)) for r in records]
+    print_rows(("name", "rank", "base model", "license", "tags", "kB"), rows)
+
+
+@hub.command(epilog='Example: loraweave hub search "is this review positive?" --k 3')
+def search(
+    query: Annotated[str, typer.Argument(help="A description of the task, or one of its inputs.")],
+    k: Annotated[int, typer.Option(min=1, help="How many to show at most.")] = 5,
+    base_model: Annotated[str | None, typer.Option(help="Only adapters of this base model.")] = None,
+    license: Annotated[list[str] | None, typer.Option(help="Only under this license; may be given several times.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="Only with this tag; all of them when given several times.")] = None,
+    min_score: Annotated[float | None, typer.Option(min=-1, max=1, help="Leave out what fits worse than this.")] = None,
+    hub: HubOption = DEFAULT_HUB,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the adapters that fit a text, with the reason for each."""
+    with open_hub(hub) as opened:
+        found = opened.search(
+            query, k=k, base_model=base_model, license=license or None, tags=tag or (), min_score=min_score
+        )
+    if as_json:
+        print_json([{**record_row(c.record), "score": c.score, "evidence": c.evidence} for c in found])
+        return
+    if not found:
+        note("nothing fits: the base model is the answer")
+    print_rows(("name", "score", "evidence"), [(c.name, c.score, c.evidence) for c in found])
+
+
+@hub.command(epilog="Example: loraweave hub show antonym --json")
+def show(
+    name: Annotated[str, typer.Argument(help="An adapter of the hub.")],
+    hub: HubOption = DEFAULT_HUB,
+    as_json: JsonOption = False,
+) -> None:
+    """Show everything that is known about one adapter."""
+    with open_hub(hub) as opened:
+        record = opened.record(name)
+    fields = {**record_row(record), "examples": plain(record.examples), "card": plain(record.card)}
+    if as_json:
+        fields["fingerprint"] = record.fingerprint.to_json() if record.fingerprint else None
+        print_json(fields)
+        return
+    shown = {key: value if isinstance(value, str | int) else json.dumps(value) for key, value in fields.items() if value}
+    # as text: a rank among texts is no column of numbers
+    print_rows(("field", "value"), [(key, str(value)) for key, value in shown.items()])
+
+
+@hub.command(epilog="Example: loraweave hub remove antonym")
+def remove(
+    names: Annotated[list[str], typer.Argument(metavar="NAME", help="Adapters of the hub.")],
+    hub: HubOption = DEFAULT_HUB,
+) -> None:
+    """Take adapters out of the catalogue; `gc` then frees their files."""
+    with open_hub(hub) as opened:
+        # all or none: a misspelt name is told before anything goes
+        for name in names:
+            opened.record(name)
+        for name in dict.fromkeys(names):
+            opened.remove(name)
+            note(f"removed {name!r}; `loraweave hub gc` frees its files")
+
+
+@hub.command(epilog="Example: loraweave hub verify --hub adapters")
+def verify(hub: HubOption = DEFAULT_HUB, as_json: JsonOption = False) -> None:
+    """Check every row and every file; exit status 1 when something is damaged."""
+    with open_hub(hub) as opened:
+        found = opened.verify()
+    if as_json:
+        print_json({"ok": found.ok, "problems": found.problems, "intact": found.intact, "orphans": found.orphans})
+    else:
+        if found.problems:
+            print_rows(("problem",), [(problem,) for problem in found.problems])
+        note(f"{len(found.intact)} adapters are whole; {len(found.orphans)} files belong to none (hub gc deletes them)")
+    if not found.ok:
+        raise HubCorrupt(f"the hub {hub} has {len(found.problems)} problems; add the damaged adapters again")
+
+
+@hub.command(epilog="Example: loraweave hub gc --hub adapters")
+def gc(hub: HubOption = DEFAULT_HUB, as_json: JsonOption = False) -> None:
+    """Delete the files that no adapter of the catalogue needs."""
+    with open_hub(hub) as opened:
+        freed_bytes = opened.gc()
+    if as_json:
+        print_json({"freed_bytes": freed_bytes})
+    else:
+        note(f"freed {_kilobytes(freed_bytes)} kB")
+
+
+def _sample_inputs(path: Path) -> list[str]:
+    inputs = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").split("\n"), start=1):
+        if line.strip():
+            try:
+                inputs.append(str(json.loads(line)["input"]))
+            except (ValueError, KeyError, TypeError) as error:
+                raise InvalidTask(f'{path} line {number} is no JSON object with an "input": {line[:60]!r}') from error
+    return inputs
+
+
+def _kilobytes(size_bytes: int) -> int:
+    return -(-size_bytes // 1000)

@@ -1,0 +1,140 @@
+"""The guided tour behind `loraweave demo`: stored adapters composed for a task that none was trained for."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import loraweave as lw
+from loraweave.errors import AdapterNotFound, InvalidTask
+
+NUM_EXAMPLES = 5
+NUM_SHOWN = 4
+LABELS = {"base": "base model", "best_single": "best single adapter", "uniform": "uniform mixture", "lorahub": "LoraHub"}
+
+
+@dataclass(frozen=True)
+class DemoTask:
+    """An unseen task: a few training rows chosen by the seed, and test rows to score on."""
+
+    name: str
+    task: lw.Task
+    test: list[tuple[str, list[str]]]
+    related: list[str]
+
+
+def run(
+    *, pool: Path | None, data: Path | None, task: str, k: int, budget: int, seed: int, num_test: int, as_json: bool
+) -> None:
+    """Prints the tour, or its figures as JSON. AdapterNotFound or InvalidTask when pool or data are not there."""
+    console = Console(stderr=as_json)
+    pool = pool or _shipped("pool", "--pool")
+    unseen = load_task(data or _shipped("data", "--data"), task, seed, num_test)
+    console.print(f"[bold]1. The task[/] nobody trained an adapter for: {unseen.task.instruction}")
+    for text, target in unseen.task.examples:
+        console.print(f"   {text!r} -> {target!r}", markup=False, highlight=False)
+    started = time.perf_counter()
+    model, tokenizer = lw.load_base(dtype=fast_dtype())
+    console.print(f"[bold]2. The base model[/] {model.name_or_path}, {time.perf_counter() - started:.0f} s")
+    with tempfile.TemporaryDirectory(prefix="loraweave-demo-") as folder, lw.Hub(folder) as hub:
+        paths = sorted(path for path in pool.iterdir() if path.is_dir())
+        for path in track(paths, "   adding adapters to a hub", console=console):
+            hub.add(path)
+        console.print(f"[bold]3. The hub[/] holds {len(hub)} adapters. Those nearest to the task's five inputs:")
+        inputs = [text for text, _ in unseen.task.examples]
+        for hit in lw.Retriever(hub).for_task(inputs, description=unseen.task.instruction, k=NUM_SHOWN):
+            console.print(f"   {hit.score:.3f}  {hit.name}: {hit.evidence}", markup=False, highlight=False)
+        console.print("[bold]4. The search[/] for weights, on the five examples alone")
+        composition = lw.compose(model, tokenizer, hub, unseen.task, method="auto", k=k, budget=budget, seed=seed)
+        console.print(f"[bold]5. The test[/] on {len(unseen.test)} other inputs")
+        scores = _scores(composition, unseen, console)
+    if as_json:
+        figures = {"task": unseen.name, "chosen": composition.report.chosen, "weights": composition.weights}
+        print(json.dumps({**figures, "scores": scores}, indent=1, ensure_ascii=False))
+        return
+    console.print(_table(composition, scores))
+    console.print(
+        f"The chosen composition is {LABELS[composition.report.chosen]} ({composition.report.reason}). Its weights:"
+    )
+    for name, weight in sorted(composition.weights.items(), key=lambda item: -abs(item[1])):
+        console.print(f"   {weight:+.3f}  {name}", markup=False, highlight=False)
+    console.print("Some of its answers:")
+    shown = unseen.test[:NUM_SHOWN]
+    for (text, targets), answer in zip(shown, composition.predict([text for text, _ in shown]), strict=True):
+        console.print(f"   {text!r} -> {answer!r} (wanted {targets[0]!r})", markup=False, highlight=False)
+
+
+def load_task(data: Path, name: str, seed: int, num_test: int) -> DemoTask:
+    """A task of data/unseen with five training rows drawn by the seed."""
+    manifest = json.loads((data / "MANIFEST.json").read_text())
+    entries = {entry["task"]: entry for entry in manifest["groups"]["unseen"] if (data / entry["file"]).is_file()}
+    if name not in entries:
+        raise InvalidTask(f"no task {name!r} in {data}; there are {', '.join(entries)}")
+    entry = entries[name]
+    rows = [json.loads(line) for line in (data / entry["file"]).read_text().splitlines()]
+    train = [row for row in rows if row["split"] == "train"]
+    generator = torch.Generator().manual_seed(seed)
+    chosen = [train[int(index)] for index in torch.randperm(len(train), generator=generator)[:NUM_EXAMPLES]]
+    examples = [(row["input"], row["target"]) for row in chosen]
+    task = lw.Task(examples, instruction=entry["definition"], labels=entry["labels"])
+    test = [(row["input"], [row["target"], *row.get("also_ok", [])]) for row in rows if row["split"] == "test"]
+    return DemoTask(name, task, test[:num_test], entry["related"])
+
+
+def fast_dtype() -> torch.dtype:
+    """bf16 where this machine multiplies it faster than fp32, else fp32: measured, since processors differ widely."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+        torch.nn.functional.linear(x, weight)
+        started = time.perf_counter()
+        for _ in range(5):
+            torch.nn.functional.linear(x, weight)
+        seconds[dtype] = time.perf_counter() - started
+    return min(seconds, key=lambda dtype: seconds[dtype])
+
+
+def _scores(composition: lw.Composition, unseen: DemoTask, console: Console) -> dict[str, dict[str, float]]:
+    names = ["base", "best_single", "uniform", "lorahub"]
+    scores: dict[str, dict[str, float]] = {}
+    for name in track(names, "   answering", console=console):
+        row = composition.report[name]
+        started = time.perf_counter()
+        figures = replace(composition, all_weights=row.weights, merge_method="linear").evaluate(unseen.test)
+        seconds = row.seconds + time.perf_counter() - started
+        scores[name] = {**figures, "seconds": seconds}
+    return scores
+
+
+def _table(composition: lw.Composition, scores: dict[str, dict[str, float]]) -> Table:
+    table = Table(title="Right answers on the test inputs", title_justify="left")
+    for column in ("", "score", "95 % interval", "loss", "seconds"):
+        table.add_column(column, justify="right" if column else "left")
+    chosen = composition.report.chosen
+    for name, figures in scores.items():
+        table.add_row(LABELS[name], *_cells(figures))
+    table.add_section()
+    table.add_row(f"chosen composition ({LABELS[chosen]})", *_cells(scores[chosen]), style="bold")
+    return table
+
+
+def _cells(figures: dict[str, float]) -> Iterable[str]:
+    interval = f"{figures['low']:.0%} to {figures['high']:.0%}"
+    return f"{figures['value']:.0%}", interval, f"{figures['loss']:.3f}", f"{figures['seconds']:.1f}"
+
+
+def _shipped(name: str, option: str) -> Path:
+    """examples/<name> of the checkout that this package was installed from."""
+    folder = Path(__file__).resolve().parents[1] / "examples" / name
+    if not folder.is_dir():
+        raise AdapterNotFound(f"no folder {folder}: the demo's files come with the repository, not the wheel; give {option}")
+    return folder

@@ -1,0 +1,52 @@
+#!/usr/bin/env python3
+"""Writes docs/registries.md: what can be asked for by name, from the first line of each file. Nothing of it is imported."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+from loraweave import registry
+
+ROOT = Path(__file__).resolve().parents[1]
+TARGET = ROOT / "docs" / "registries.md"
+HEAD = """# What can be asked for by name
+
+```python
+import loraweave as lw
+
+assert lw.names("methods") == {methods}
+```
+
+A folder is a registry: a file in it is an entry, its first line the description below. `scripts/tables.py` writes this page,
+and a test compares it with the folders.
+"""
+
+
+def first_line(folder: str, name: str) -> str:
+    """The first line of the entry's file, as a table cell."""
+    path = ROOT.joinpath(*registry.FOLDERS[folder].split(".")[1:], f"{name}.py")
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return text.split("\n\n")[0].replace("\n", " ").replace("|", "\\|")
+
+
+def page() -> str:
+    """The whole page; a folder without entries is left out."""
+    methods = str(registry.names("methods")).replace("'", '"')
+    parts = [HEAD.format(methods=methods)]
+    for folder in registry.FOLDERS:
+        if names := registry.names(folder):
+            place = registry.FOLDERS[folder].removeprefix("loraweave.").replace(".", "/")
+            rows = [f"| `{name}` | {first_line(folder, name)} |" for name in names]
+            parts.append(
+                "\n".join([f"## {folder}", f"Files of `{place}/`.", "", "| name | what it is |", "|---|---|", *rows, ""])
+            )
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--print"]:
+        print(page(), end="")
+    else:
+        TARGET.write_text(page(), encoding="utf-8")

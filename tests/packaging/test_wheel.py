@@ -1,0 +1,122 @@
+"""The wheel: built from a copy of the checkout, unpacked, and used where neither checkout nor editable install is seen."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+ROOMS = ("hub", "retrieval", "routers", "composer")
+FILES = ("pyproject.toml", "setup.py", "LICENSE", "NOTICE", "README.md")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel's path. It is built from a copy, since a build leaves folders beside its sources."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for room in ROOMS:
+        shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "loraweave", source / "loraweave", symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in FILES:
+        shutil.copy(ROOT / name, source / name)
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", target, source]
+    run = subprocess.run([str(part) for part in build], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    [found] = target.glob("*.whl")
+    return found
+
+
+@pytest.fixture(scope="module")
+def unpacked(wheel, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unpacked")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def run_with(unpacked, code, folder, *arguments):
+    """Runs code with the wheel and the installed dependencies alone.
+
+    -S leaves site and with it every .pth file out, so that an editable install of this project cannot step in, and -I
+    the current folder and PYTHONPATH; the dependencies' folder is put on the path by hand.
+    """
+    dependencies = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+    start = f"import sys; sys.path[:0] = {[str(unpacked)]!r}; sys.path.extend({dependencies!r})\n"
+    command = [sys.executable, "-I", "-S", "-c", start + code, *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=folder, env=environment)
+
+
+def test_the_wheel_has_every_source_file_under_loraweave_and_no_other_package(wheel):
+    expected = {f"loraweave/{path.name}" for path in (ROOT / "loraweave").glob("*.py")} | {"loraweave/py.typed"}
+    for room in ROOMS:
+        expected |= {f"loraweave/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / room).rglob("*.py")}
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name for name in names if ".dist-info/" not in name} == expected
+    assert {"loraweave/hub/hub.py", "loraweave/composer/methods/linear.py"} <= expected
+
+
+def test_the_wheel_has_its_licence_and_the_metadata_of_the_project(wheel):
+    archive = zipfile.ZipFile(wheel)
+    names = {name.partition(".dist-info/")[2]: name for name in archive.namelist() if ".dist-info/" in name}
+    assert {"licenses/LICENSE", "licenses/NOTICE", "METADATA", "entry_points.txt"} <= set(names)
+    metadata = archive.read(names["METADATA"]).decode()
+    assert re.search(r"^License-Expression: Apache-2\.0$", metadata, re.MULTILINE)
+    assert re.search(r"^Requires-Python: >=3\.11$", metadata, re.MULTILINE)
+    assert "loraweave = loraweave.cli:main" in archive.read(names["entry_points.txt"]).decode()
+
+
+def test_every_module_imports_from_the_wheel_alone(unpacked, tmp_path):
+    code = """
+import importlib, json, pkgutil
+import loraweave, loraweave.composer.composer
+for module in pkgutil.walk_packages(loraweave.__path__, "loraweave."):
+    if module.name != "loraweave.__main__":
+        importlib.import_module(module.name)
+print(json.dumps({name: module.__file__ for name, module in sys.modules.items() if name.split(".")[0] == "loraweave"}))
+"""
+    run = run_with(unpacked, code, tmp_path)
+    assert run.returncode == 0, run.stderr
+    files = json.loads(run.stdout.splitlines()[-1])
+    assert {"loraweave.composer.composer", "loraweave.hub.formats.peft"} <= set(files)
+    assert [name for name, file in files.items() if not Path(file).is_relative_to(unpacked)] == []
+
+
+def test_no_room_is_importable_by_its_bare_name(unpacked, tmp_path):
+    code = f"""
+import importlib.util
+print([name for name in {ROOMS!r} if importlib.util.find_spec(name)])
+"""
+    assert run_with(unpacked, code, tmp_path).stdout.strip() == "[]"
+
+
+def test_a_copy_of_the_tests_passes_with_the_wheel_outside_the_checkout(unpacked, tmp_path):
+    copied = tmp_path / "tests"
+    chosen = [
+        "conftest.py",
+        "test_errors.py",
+        "test_types.py",
+        "test_registry.py",
+        "hub/test_algebra.py",
+        "hub/test_adapter.py",
+    ]
+    chosen += ["hub/test_pool.py", "routers/test_mixture.py", "composer/conftest.py", "composer/test_live.py"]
+    for name in chosen:
+        (copied / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "tests" / name, copied / name)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    slow: real model\n    gpu: CUDA\n")
+    code = "import pytest\nsys.exit(pytest.main(['--import-mode=importlib', '-q', '-p', 'no:cacheprovider', *sys.argv[1:]]))"
+    run = run_with(unpacked, code, tmp_path, copied)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    assert re.search(r"\d{2,} passed", run.stdout)

@@ -1,0 +1,244 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import loraweave as lw
+from loraweave.cli import app
+from loraweave.types import Factors
+
+
+def adapter(name, seed=0, **fields):
+    generator = torch.Generator().manual_seed(seed)
+    layers = {"model.q_proj": Factors(torch.randn(2, 5, generator=generator), torch.randn(3, 2, generator=generator))}
+    return lw.Adapter(name, fields.pop("base_model", "org/base"), layers, **fields)
+
+
+def call(*words, **options):
+    return CliRunner().invoke(app, [str(word) for word in words], **options)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LORAWEAVE_HUB", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def hub(here):
+    with lw.Hub("adapters") as opened:
+        opened.add(adapter("antonym", 0), tags=["lexical"], license="MIT", description="the opposite of a word")
+        opened.add(adapter("[bold] :smile: 😀", 1, base_model="org/other", card={"steps": 3}), tags=["lexical", "odd"])
+        yield opened
+
+
+class WordEmbedder:
+    """Counts of three words, so that a search is known without a model."""
+
+    dim = 3
+    id = "words"
+
+    def embed(self, texts):
+        import numpy as np
+
+        counts = np.array([[text.count(word) + 1e-3 for word in ("opposite", "smile", "query")] for text in texts])
+        return (counts / np.linalg.norm(counts, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture
+def words_embedder(monkeypatch):
+    from loraweave import registry
+
+    get = registry.get
+    monkeypatch.setattr(registry, "get", lambda folder, name: WordEmbedder if folder == "embedders" else get(folder, name))
+
+
+def test_add_makes_a_hub_of_several_folders(here):
+    for seed, name in enumerate(("one", "two")):
+        adapter(name, seed).save_pretrained(name)
+    done = call("hub", "add", "one", "two", "--tag", "a", "--tag", "b", "--license", "MIT", "--json")
+    assert done.exit_code == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert [(row["name"], row["tags"], row["license"], row["rank"]) for row in told] == [
+        ("one", ["a", "b"], "MIT", 2),
+        ("two", ["a", "b"], "MIT", 2),
+    ]
+    with lw.Hub("adapters") as opened:
+        assert opened["two"].hash == adapter("two", 1).hash
+
+
+def test_add_takes_sample_inputs_from_a_file(here):
+    adapter("one").save_pretrained("one")
+    Path("samples.jsonl").write_text('{"input": "hello", "target": "x"}\n\n{"input": "there"}\n')
+    done = call("hub", "add", "one", "--name", "greets", "--examples", "samples.jsonl", "--description", "says hi")
+    assert done.exit_code == 0, done.stderr
+    with lw.Hub("adapters") as opened:
+        record = opened.record("greets")
+    assert (record.examples, record.description) == (("hello", "there"), "says hi")
+
+
+def test_sample_inputs_that_cannot_be_read_are_named_by_line(here):
+    adapter("one").save_pretrained("one")
+    Path("samples.jsonl").write_text('{"input": "hello"}\nhello\n')
+    done = call("hub", "add", "one", "--examples", "samples.jsonl")
+    assert done.exit_code == 1
+    assert done.stderr.startswith("InvalidTask: samples.jsonl line 2")
+    assert not Path("adapters").exists()
+
+
+def test_one_name_for_two_adapters_is_wrong_usage(here):
+    done = call("hub", "add", "one", "two", "--name", "x")
+    assert (done.exit_code, Path("adapters").exists()) == (2, False)
+
+
+def test_add_refuses_a_name_that_is_taken(hub):
+    adapter("antonym", 7).save_pretrained("other")
+    done = call("hub", "add", "other")
+    assert (done.exit_code, done.stdout, done.stderr.split(":")[0]) == (1, "", "AdapterExists")
+    assert done.stderr.count("\n") == 1
+
+
+def test_list_shows_names_as_they_are(hub):
+    lines = [line for line in call("hub", "list").stdout.splitlines() if "org/" in line]
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
+    assert [row[0] for row in cells] == ["antonym", "[bold] :smile: 😀"]
+    assert cells[0][1:5] == ["2", "org/base", "MIT", "lexical"]
+
+
+def test_list_as_json_has_a_row_for_each_record(hub):
+    done = call("hub", "list", "--json")
+    told = json.loads(done.stdout)
+    assert done.stderr == ""
+    assert [row["name"] for row in told] == ["antonym", "[bold] :smile: 😀"]
+    assert told[0]["hash"] == adapter("antonym", 0).hash
+    assert told[0]["size_bytes"] == hub.record("antonym").size_bytes
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["--tag", "lexical", "--tag", "odd"], ["[bold] :smile: 😀"]),
+        (["--license", "mit"], ["antonym"]),
+        (["--base-model", "org/other"], ["[bold] :smile: 😀"]),
+        (["--tag", "none"], []),
+    ],
+)
+def test_list_filters(hub, words, found):
+    assert [row["name"] for row in json.loads(call("hub", "list", "--json", *words).stdout)] == found
+
+
+def test_show_tells_all_that_is_known(hub):
+    told = json.loads(call("hub", "show", "[bold] :smile: 😀", "--json").stdout)
+    assert (told["card"]["steps"], told["fingerprint"], told["tags"]) == (3, None, ["lexical", "odd"])
+    shown = call("hub", "show", "antonym").stdout
+    assert "the opposite of a word" in shown
+    assert adapter("antonym", 0).hash in shown
+
+
+def test_search_gives_the_evidence(hub, words_embedder):
+    told = json.loads(call("hub", "search", "opposite", "--json").stdout)
+    assert [row["name"] for row in told] == ["antonym", "[bold] :smile: 😀"]
+    assert told[0]["evidence"] == "description 'the opposite of a word' (1.00)"
+    assert told[0]["score"] == pytest.approx(1.0, abs=1e-5)
+    assert [row["name"] for row in json.loads(call("hub", "search", "opposite", "--k", "1", "--json").stdout)] == ["antonym"]
+
+
+def test_search_says_when_nothing_fits(hub, words_embedder):
+    done = call("hub", "search", "query", "--min-score", "0.5")
+    assert (done.exit_code, done.stderr) == (0, "nothing fits: the base model is the answer\n")
+
+
+def test_remove_takes_all_or_none(hub):
+    assert call("hub", "remove", "antonym", "nobody").exit_code == 1
+    assert len(hub) == 2
+    done = call("hub", "remove", "antonym", "antonym")
+    assert done.exit_code == 0, done.stderr
+    assert [record.name for record in hub] == ["[bold] :smile: 😀"]
+
+
+def test_gc_tells_the_bytes_it_freed(hub):
+    size_bytes = sum(path.stat().st_size for path in hub.path.glob("blobs/*/*") if hub.record("antonym").hash in path.name)
+    call("hub", "remove", "antonym")
+    assert json.loads(call("hub", "gc", "--json").stdout) == {"freed_bytes": size_bytes}
+    assert call("hub", "gc").stderr == "freed 0 kB\n"
+
+
+def test_verify_of_a_whole_hub_is_quiet(hub):
+    done = call("hub", "verify", "--json")
+    assert (done.exit_code, json.loads(done.stdout)) == (
+        0,
+        {"ok": True, "problems": [], "intact": ["antonym", "[bold] :smile: 😀"], "orphans": []},
+    )
+
+
+def test_verify_of_a_damaged_hub_says_what_and_leaves_with_1(hub):
+    path = next(path for path in hub.path.glob("blobs/*/*") if hub.record("antonym").hash in path.name)
+    path.chmod(0o600)
+    path.write_bytes(b"x" + path.read_bytes()[1:])
+    done = call("hub", "verify")
+    assert done.exit_code == 1
+    assert "antonym" in done.stdout
+    assert done.stderr.splitlines()[-1].startswith("HubCorrupt: the hub adapters has 1 problems")
+    assert json.loads(call("hub", "verify", "--json").stdout)["ok"] is False
+
+
+@pytest.mark.parametrize("words", [["list"], ["search", "x"], ["show", "x"], ["remove", "x"], ["verify"], ["gc"]])
+def test_looking_at_a_hub_never_makes_one(here, words):
+    done = call("hub", *words)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr.startswith("HubError: no hub in 'adapters'; `loraweave hub add FOLDER --hub adapters` makes one")
+    assert list(here.iterdir()) == []
+
+
+def test_a_misspelt_name_is_answered_with_the_nearest(hub):
+    done = call("hub", "show", "antonmy")
+    assert (done.exit_code, done.stderr) == (
+        1,
+        "AdapterNotFound: no adapter 'antonmy' in the hub adapters; did you mean 'antonym'?\n",
+    )
+
+
+def test_the_environment_names_the_hub_and_the_flag_wins(here):
+    for folder, name in (("first", "a"), ("second", "b")):
+        with lw.Hub(folder) as opened:
+            opened.add(adapter(name))
+    env = {"LORAWEAVE_HUB": "first"}
+    assert [row["name"] for row in json.loads(call("hub", "list", "--json", env=env).stdout)] == ["a"]
+    assert [row["name"] for row in json.loads(call("hub", "list", "--json", "--hub", "second", env=env).stdout)] == ["b"]
+
+
+def test_a_hostile_description_cannot_steer_the_terminal(hub):
+    hub.update("antonym", description="fine\x1b[2Jcleared\nsecond line")
+    shown = call("hub", "show", "antonym").stdout
+    assert "\x1b" not in shown
+    assert "fine [2Jcleared second line" in shown
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes of a shell")
+@pytest.mark.parametrize("words", ["list", "list --json", "verify --json"])
+def test_a_reader_that_goes_away_is_no_error(hub, words):
+    # `true` is gone long before Python has started
+    command = f"{sys.executable} -m loraweave hub {words} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+def test_a_row_is_one_line_in_a_pipe_of_any_encoding(hub, encoding):
+    hub.update("antonym", tags=[f"tag {number:030}" for number in range(10)])
+    done = subprocess.run(
+        [sys.executable, "-m", "loraweave", "hub", "list"],
+        env={**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": ""},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if b"antonym" in line]
+    assert len(lines) == 1
+    assert f"tag {9:030}".encode() in lines[0]

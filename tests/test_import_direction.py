@@ -1,0 +1,116 @@
+"""Reads the imports of every module: rooms import upstream only, absolutely, without cycles, and only what is declared."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import re
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# upstream first
+ROOMS = ("hub", "retrieval", "routers", "composer")
+BASE = ("loraweave.types", "loraweave.errors", "loraweave.registry")
+OURS = ("loraweave", *ROOMS)
+
+
+def sources():
+    """{dotted module name: path} of everything that is installed."""
+    found = {f"loraweave.{path.stem}": path for path in (ROOT / "loraweave").glob("*.py")}
+    for room in ROOMS:
+        for path in (ROOT / room).rglob("*.py"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(("loraweave", *parts))] = path
+    return {name.removesuffix(".__init__"): path for name, path in found.items()}
+
+
+def only_for_types(node):
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+
+
+def statements(tree, *, at_run_time, inside_functions):
+    """Every import statement, without those that only a type checker sees or only a call runs, as asked."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif at_run_time and only_for_types(node):
+            continue
+        elif inside_functions or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from statements(node, at_run_time=at_run_time, inside_functions=inside_functions)
+
+
+def imported(path, modules=(), *, at_run_time=False, inside_functions=True):
+    """The dotted names of the modules that a file imports; `from a import b` is a.b where that is a module of ours."""
+    found = set()
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in statements(tree, at_run_time=at_run_time, inside_functions=inside_functions):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif node.level == 0:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if inner in modules else node.module)
+    return found
+
+
+MODULES = sources()
+IN_ROOMS = sorted(name for name in MODULES if name.count(".") >= 1 and name.split(".")[1] in ROOMS)
+OTHERS = sorted(path for folder in ("tests", "examples", "benchmarks", "scripts") for path in (ROOT / folder).rglob("*.py"))
+
+
+def test_the_modules_are_found():
+    assert {"loraweave", "loraweave.types", "loraweave.hub.hub", "loraweave.composer.methods.linear"} <= set(MODULES)
+
+
+@pytest.mark.parametrize("module", IN_ROOMS)
+def test_a_room_imports_only_itself_its_upstream_and_the_base_modules(module):
+    allowed = ROOMS[: ROOMS.index(module.split(".")[1]) + 1]
+    ours = {name for name in imported(MODULES[module], MODULES) if name.split(".")[0] == "loraweave"}
+    assert {name for name in ours - set(BASE) if name == "loraweave" or name.split(".")[1] not in allowed} == set()
+
+
+@pytest.mark.parametrize("module", BASE)
+def test_a_base_module_imports_nothing_of_ours_but_the_errors(module):
+    ours = {name for name in imported(MODULES[module], MODULES) if name.split(".")[0] == "loraweave"}
+    assert ours <= {"loraweave.errors"}
+
+
+@pytest.mark.parametrize("path", sorted({*MODULES.values(), *OTHERS}), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_are_absolute_and_never_load_a_room_as_a_top_level_package(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert [node.lineno for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level] == []
+    assert {name.split(".")[0] for name in imported(path)} & set(ROOMS) == set()
+
+
+def test_no_module_imports_itself_through_others():
+    graph = {
+        name: imported(path, MODULES, at_run_time=True, inside_functions=False) & set(MODULES)
+        for name, path in MODULES.items()
+    }
+    # raises CycleError, which names the cycle
+    assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(MODULES)
+
+
+def test_every_third_party_import_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = [line for part in (project["dependencies"], *project["optional-dependencies"].values()) for line in part]
+    normal = {re.split(r"[\s\[<>=!~;]", line)[0].lower().replace("_", "-") for line in declared}
+    distributions = packages_distributions()
+    undeclared = set()
+    for name, path in MODULES.items():
+        for package in {module.split(".")[0] for module in imported(path)} - set(OURS) - set(sys.stdlib_module_names):
+            owners = {owner.lower().replace("_", "-") for owner in distributions.get(package, [package])}
+            if not owners & normal:
+                undeclared.add((name, package))
+    assert undeclared == set()
+
+
+def test_torch_is_not_needed_to_import_the_front_door_or_the_hub():
+    # the tree, not the machine: tests/test_public_api.py looks at what a process really loads
+    for module in ("loraweave", "loraweave.types", "loraweave.registry", "loraweave.hub.hub", "loraweave.hub.catalogue"):
+        assert "torch" not in imported(MODULES[module], at_run_time=True, inside_functions=False)
