@@ -77,6 +77,11 @@ def load_state(folder: Path, key: str) -> TrainingState | None:
         return None
 
 
+def drop_state(folder: Path, key: str) -> None:
+    """Removes the state of jobs that are finished."""
+    (folder / "running" / f"{key}.safetensors").unlink(missing_ok=True)
+
+
 def save_adapter(folder: Path, key: str, adapter: Adapter) -> None:
     adapter.save_pretrained(folder / "finished" / key)
 

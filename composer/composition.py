@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -83,7 +83,8 @@ class Composition:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists() and not (target / FILE).is_file() and any(target.iterdir()):
             raise CompositionError(f"{target} holds something that is no composition; name another folder")
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+        temporary = target.parent / f".{target.name}-{uuid.uuid4().hex}"
+        temporary.mkdir()
         try:
             if self.weights:
                 self.adapter.save_pretrained(temporary / "adapter")

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from loraweave.composer.batches import IGNORED, EncodedRow, batch, encode, token_losses
-from loraweave.composer.checkpoints import TrainingState, load_adapter, load_state, save_adapter, save_state
+from loraweave.composer.checkpoints import TrainingState, drop_state, load_adapter, load_state, save_adapter, save_state
 from loraweave.composer.fused_jobs import FusedJobs
 from loraweave.composer.layers import linear_shape
 from loraweave.errors import TrainingError, UnknownName
@@ -93,13 +93,16 @@ def train_adapters(
         with _progress(progress) as bar:
             for group in groups:
                 keys = {name: _job_key(recipe, name, prepared[name], base.shapes) for name in group}
+                state_key = hashlib.sha256(repr(sorted(keys.values())).encode()).hexdigest()[:32]
                 jobs = FusedJobs(model, layers, group, rank=rank, alpha=recipe.alpha, seed=seed)
-                _train_group(model, tokenizer, jobs, {name: rows[name] for name in group}, recipe, folder, keys, bar)
+                _train_group(model, tokenizer, jobs, {name: rows[name] for name in group}, recipe, folder, state_key, bar)
                 for name in group:
                     card = {"recipe": {"method": "loraweave.train_adapters", **asdict(recipe)}}
                     finished[name] = Adapter(name, model.name_or_path, jobs.layers_of(name), base, card)
                     if folder is not None:
                         save_adapter(folder, keys[name], finished[name])
+                if folder is not None:
+                    drop_state(folder, state_key)
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
@@ -114,11 +117,10 @@ def _train_group(
     rows: Mapping[str, Sequence[EncodedRow]],
     recipe: Recipe,
     folder: Path | None,
-    keys: Mapping[str, str],
+    state_key: str,
     bar: Progress,
 ) -> None:
     optimizer = torch.optim.AdamW(jobs.parameters(), lr=recipe.lr, weight_decay=0.0)
-    state_key = hashlib.sha256(repr(sorted(keys.values())).encode()).hexdigest()[:32]
     start = 0
     if folder is not None and (state := load_state(folder, state_key)):
         start = state.restore(jobs.parameters(), optimizer)

@@ -236,7 +236,10 @@ def _place(target: Path, tensors: dict[str, Tensor], texts: Mapping[str, str]) -
     temporary, old = target.parent / f".loraweave-{token}.tmp", target.parent / f".loraweave-{token}.old"
     try:
         temporary.mkdir()
-        save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        weights = temporary / "adapter_model.safetensors"
+        save_file(tensors, weights, metadata={"format": "pt"})
+        # safetensors makes it readable for its owner alone, unlike every other file of the folder
+        weights.chmod(0o644)
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
         for path in temporary.iterdir():
