@@ -25,7 +25,7 @@ from loraweave.routers.lorahub import Lorahub
 from loraweave.types import Task
 
 METHODS = ("auto", "base", "best_single", "lorahub", "manual", "similarity", "uniform")
-MAX_FOLDS = 5
+MAX_FOLDS = 3
 # what a search's weights mean, as the name of a merge method
 SPACES = {"deltas": "linear", "factors": "factor_sum"}
 # similarity weights are a softmax of retrieval scores over this temperature

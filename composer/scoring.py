@@ -48,7 +48,9 @@ def losses(model: Any, tokenizer: Any, task: Task, pairs: Sequence[tuple[str, Ta
 
 
 @torch.no_grad()
-def predict(model: Any, tokenizer: Any, task: Task, inputs: Sequence[str]) -> list[str]:
+def predict(
+    model: Any, tokenizer: Any, task: Task, inputs: Sequence[str], *, max_new_tokens: int = MAX_NEW_TOKENS
+) -> list[str]:
     """One answer for each input: the likeliest label when the task has labels, else the first generated line."""
     prompts = [task.prompt(text) for text in inputs]
     lengths = [len(ids) for ids in tokenizer(prompts)["input_ids"]] if prompts else []
@@ -57,7 +59,10 @@ def predict(model: Any, tokenizer: Any, task: Task, inputs: Sequence[str]) -> li
     size = BATCH_SIZE if task.labels is None else max(1, 128 // len(task.labels))
     for chunk in _chunks(order, size):
         texts = [prompts[index] for index in chunk]
-        found = generate(model, tokenizer, texts) if task.labels is None else rank(model, tokenizer, texts, task.labels)
+        if task.labels is None:
+            found = generate(model, tokenizer, texts, max_new_tokens=max_new_tokens)
+        else:
+            found = rank(model, tokenizer, texts, task.labels)
         for index, answer in zip(chunk, found, strict=True):
             answers[index] = answer
     return answers
@@ -67,7 +72,12 @@ def evaluate(model: Any, tokenizer: Any, task: Task, pairs: Sequence[tuple[str, 
     """Predicts every input and compares with its accepted targets (one text, or several), after trimming white space."""
     if not pairs:
         raise InvalidTask("no (input, target) pairs to evaluate on")
-    answers = predict(model, tokenizer, task, [text for text, _ in pairs])
+    # an answer twice as long as any accepted target is wrong however it ends, and the base model often goes on and on
+    targets = [target for _, accepted in pairs for target in _accepted(accepted)]
+    longest = max(len(ids) for ids in tokenizer(targets)["input_ids"])
+    answers = predict(
+        model, tokenizer, task, [text for text, _ in pairs], max_new_tokens=min(MAX_NEW_TOKENS, 2 * longest + 4)
+    )
     right = tuple(a.strip() in [t.strip() for t in _accepted(t)] for a, (_, t) in zip(answers, pairs, strict=True))
     low, high = bootstrap(right, seed=seed)
     loss = float(np.mean(losses(model, tokenizer, task, pairs)))

@@ -61,7 +61,7 @@ def test_a_generation_is_the_greedy_one_up_to_a_line_break(tiny_llama, tokenizer
 
 
 def test_every_accepted_target_counts_as_right(tiny_llama, tokenizer, monkeypatch):
-    monkeypatch.setattr(scoring, "predict", lambda *_: ["win", " pin ", "tin"])
+    monkeypatch.setattr(scoring, "predict", lambda *_, **__: ["win", " pin ", "tin"])
     task = Task([], instruction="rhyme")
     score = scoring.evaluate(tiny_llama, tokenizer, task, [("thin", ["win", "bin"]), ("a", "pin"), ("b", "other")])
     assert score.right == (True, True, False)
