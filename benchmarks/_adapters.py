@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
+import transformers
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
@@ -80,6 +82,10 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def base_model(dtype: str = "float32") -> tuple[Any, Any]:
+def base_model() -> tuple[Any, Any]:
     """The default base model and its tokenizer."""
-    return lw.load_base(dtype=getattr(torch, dtype))
+    # peft and transformers announce names that will change; in every forward, which would be timed
+    warnings.simplefilter("ignore", FutureWarning)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return lw.load_base(dtype=torch.float32)

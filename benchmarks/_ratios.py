@@ -119,8 +119,9 @@ def compare(
     taken = interleaved(ways, rounds=rounds, seconds=seconds, label=title)
     num_rounds = len(next(iter(taken.values())))
     work = {name: way.work for name, way in ways.items()}
-    table = Table(title=f"{title}, {num_rounds} rounds", title_justify="left")
-    table.add_column("way")
+    # not as the table's title, which would be wrapped to its width
+    console.print(f"{title}, {num_rounds} rounds", highlight=False)
+    table = Table("way")
     columns = []
     for heading, (reference, rate) in tables.items():
         table.add_column(heading, justify="right")

@@ -20,7 +20,6 @@ import torch
 import typer
 from _adapters import adapters, base_model, difference, in_peft, mix_in_peft, one_by_one_in_peft
 from _ratios import Gate, Way, compare, require
-from torch import Tensor
 
 import loraweave as lw
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from loraweave.composer.gathered import Gathered, gather, gathered
 from loraweave.composer.kernels.naive import naive
 from loraweave.composer.layers import TargetLayer, is_floating
 from loraweave.errors import ScopeError, UnknownExpert, WeightingError
@@ -61,11 +62,15 @@ class ActiveExperts:
 
 @dataclass(frozen=True, eq=False)
 class _Rows:
-    """A layer's weights per expert and per rank row, and where any is not zero (None: everywhere, or unknown)."""
+    """A layer's weights per expert and per rank row, and where any is not zero (None: everywhere, or unknown).
+
+    `own` has each row's own factors, where that is worth it.
+    """
 
     w_BTE: Tensor
     w_BTS: Tensor
     touched_BT: Tensor | None
+    own: Gathered | None = None
 
 
 class _Weights(Protocol):
@@ -103,7 +108,9 @@ class _Fixed:
         touched_BT = None if self._learning else (w_BTE != 0).any(dim=-1)
         if touched_BT is not None and bool(touched_BT.all()):
             touched_BT = None
-        return _Rows(w_BTE, w_BTE[..., placed.owner_S], touched_BT)
+        w_BTS = w_BTE[..., placed.owner_S]
+        own = None if self._learning else gather(placed.a_SI, placed.b_OS, w_BTS)
+        return _Rows(w_BTE, w_BTS, touched_BT, own)
 
 
 class _Routed:
@@ -154,8 +161,11 @@ class Plan:
         x_BTI = _by_token(x_BTI, rows.w_BTE.shape[1], x.ndim)
         num_rows, num_tokens = x_BTI.shape[:2]
         w_BTE = _fit(rows.w_BTE, num_rows, num_tokens, layer.name)
-        w_BTS = _fit(rows.w_BTS, num_rows, num_tokens, layer.name)
-        update_BTO = naive(x_BTI.to(dtype), placed.a_SI, placed.b_OS, w_BTS)
+        if rows.own is not None and rows.own.pays(num_tokens):
+            update_BTO = gathered(x_BTI.to(dtype), rows.own)
+        else:
+            w_BTS = _fit(rows.w_BTS, num_rows, num_tokens, layer.name)
+            update_BTO = naive(x_BTI.to(dtype), placed.a_SI, placed.b_OS, w_BTS)
         y_BTO = y.reshape(num_rows, num_tokens, layer.num_outputs)
         update_BTO = _with_affine(update_BTO, y_BTO, w_BTE, placed, layer)
         result_BTO = y_BTO + update_BTO.to(y.dtype)

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,7 +150,10 @@ class Lorahub:
     def _evolution(self) -> Any:
         if self._strategy is None:
             # cma takes a second to import and the catalogue should not wait for it
-            import cma
+            with warnings.catch_warnings():
+                # it warns where matplotlib, which only its own plots need, is missing
+                warnings.filterwarnings("ignore", message="Could not import matplotlib")
+                import cma
 
             generator = np.random.default_rng(self.seed)
             options = {

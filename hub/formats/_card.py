@@ -77,6 +77,8 @@ def readme_text(base_model: str, card: Mapping[str, Any], facts: Mapping[str, st
     parts = [f"---\n{front}---", f"# {_one_line(card.get('name') or 'LoRA adapter')}"]
     if card.get("description"):
         parts.append(str(card["description"]))
+    if card.get("note"):
+        parts.append(str(card["note"]))
     facts = {"Base model": base_model or "not recorded", **facts}
     parts.append("\n".join(f"- {name}: {_one_line(value)}" for name, value in facts.items()))
     if examples := _listed(card.get("examples")):

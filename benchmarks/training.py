@@ -1,0 +1,139 @@
+"""What a fused step of several training jobs costs, beside peft's steps one after the other and the base's own pass.
+
+    python benchmarks/training.py
+    python benchmarks/training.py --targets all --rows 4
+
+Four jobs of rank 8, 8 rows of 24 tokens each, the last 6 being the target. All begin from the same factors; losses and
+gradients are compared before anything is timed. A step is forward, backward, clipping and AdamW; the base's pass is its
+forward and its backward through the activations, with frozen weights, over the rows of all jobs.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from _adapters import ALL, ATTENTION, RANK, base_model, difference, in_peft
+from _ratios import Gate, Way, compare, require
+from torch import Tensor
+
+from loraweave.composer.batches import TargetBatch, token_losses, with_positions
+from loraweave.composer.fused_jobs import FusedJobs
+from loraweave.composer.layers import linear_shape
+from loraweave.hub.adapter import Adapter
+
+NUM_JOBS = 4
+NUM_TOKENS = 24
+NUM_TARGETS = 6
+CLIP = 1.0
+LR = 1e-4
+LIMIT = 1e-4
+
+
+class Jobs:
+    """The same jobs, fused in our batch and as trainable adapters of one PeftModel."""
+
+    def __init__(self, model: Any, endings: tuple[str, ...], rows: int, seed: int) -> None:
+        self.model = model
+        layers = {
+            name: shape[:2]
+            for name, module in model.named_modules()
+            if name.endswith(endings) and (shape := linear_shape(module))
+        }
+        names = [f"job{number}" for number in range(NUM_JOBS)]
+        self.fused = FusedJobs(model, layers, names, rank=RANK, alpha=float(RANK), seed=seed)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for _, b_JOR in self.fused.factors.values():
+                # not zero as at the start, or a would have no gradient to compare
+                b_JOR.copy_(torch.randn(b_JOR.shape, generator=generator) * 0.02)
+        adapters = [Adapter(name, model.name_or_path, self.fused.layers_of(name)) for name in names]
+        self.peft = in_peft(model, adapters, trainable=True)
+        self.peft_base = self.peft.get_base_model()
+        ids_BT = torch.randint(0, model.config.vocab_size, (NUM_JOBS * rows, NUM_TOKENS), generator=generator)
+        self.batch = self._batch(ids_BT)
+        self.batches = {name: self._batch(ids) for name, ids in zip(names, ids_BT.chunk(NUM_JOBS), strict=True)}
+        self.optimizer = torch.optim.AdamW(self.fused.parameters(), lr=LR, weight_decay=0.0)
+        self.own = {name: [p for path, p in self.peft.named_parameters() if f".{name}." in path] for name in names}
+        self.optimizers = {name: torch.optim.AdamW(own, lr=LR, weight_decay=0.0) for name, own in self.own.items()}
+
+    def _batch(self, ids_BT: Tensor) -> TargetBatch:
+        return TargetBatch(with_positions(self.model, ids_BT, torch.ones_like(ids_BT)), ids_BT[:, -NUM_TARGETS:])
+
+    def fused_losses(self) -> Tensor:
+        """loss_J, with gradients in the factors."""
+        with self.fused:
+            loss_J = token_losses(self.model, self.batch).view(NUM_JOBS, -1).mean(dim=1)
+            self.optimizer.zero_grad()
+            loss_J.sum().backward()
+        return loss_J.detach()
+
+    def fused_step(self) -> None:
+        self.fused_losses()
+        self.fused.clip(CLIP)
+        self.optimizer.step()
+
+    def peft_loss(self, name: str) -> Tensor:
+        """A job's loss, with gradients in its factors."""
+        loss = token_losses(self.peft_base, self.batches[name]).mean()
+        self.optimizers[name].zero_grad()
+        loss.backward()
+        return loss.detach()
+
+    def peft_steps(self) -> None:
+        for name in self.batches:
+            self.peft.set_adapter(name)
+            self.peft_loss(name)
+            torch.nn.utils.clip_grad_norm_(self.own[name], CLIP)
+            self.optimizers[name].step()
+
+    def base_pass(self) -> None:
+        """The frozen base's forward, and its backward down to the embeddings' output."""
+        inputs = dict(self.batch.inputs)
+        embedded_BTI = self.model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_()
+        length = embedded_BTI.shape[1]
+        keep = torch.arange(length - NUM_TARGETS - 1, length - 1)
+        logits = self.model(inputs_embeds=embedded_BTI, **inputs, logits_to_keep=keep, use_cache=False).logits
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), self.batch.targets_BK.flatten()).backward()
+
+    def gates(self) -> list[Gate]:
+        loss_J = self.fused_losses()
+        expected, norms = [], []
+        for name in self.batches:
+            self.peft.set_adapter(name)
+            expected.append(self.peft_loss(name))
+            norms.append(torch.stack([p.grad.square().sum() for p in self.own[name]]).sum().sqrt())
+        return [
+            Gate("the losses of all jobs equal peft's", difference(loss_J, torch.stack(expected)), LIMIT),
+            Gate("and so do their gradients' norms", difference(self.fused.gradient_norms(), torch.stack(norms)), LIMIT),
+        ]
+
+
+def main(
+    targets: Annotated[Literal["qv", "all"], typer.Option(help="layers that are trained")] = "qv",
+    rows: Annotated[int, typer.Option(help="of each job in a step")] = 8,
+    rounds: Annotated[int, typer.Option(help="at most so many rounds")] = 15,
+    seconds: Annotated[float, typer.Option(help="no round that would end later")] = 60.0,
+    threads: Annotated[int, typer.Option(help="of torch")] = 1,
+    seed: Annotated[int, typer.Option(help="of the factors and the tokens")] = 0,
+) -> None:
+    """Tokens a second relative to four peft steps, and time relative to the base's own forward and backward."""
+    torch.set_num_threads(threads)
+    model, _ = base_model()
+    model.requires_grad_(False)
+    jobs = Jobs(model, ALL if targets == "all" else ATTENTION, rows, seed)
+    require(jobs.gates())
+    ways = {
+        "base alone, forward + backward": Way(jobs.base_pass),
+        f"loraweave, {NUM_JOBS} jobs in one step": Way(jobs.fused_step),
+        f"peft, {NUM_JOBS} steps in sequence": Way(jobs.peft_steps),
+    }
+    base, _, peft = ways
+    title = f"{NUM_JOBS} jobs x {rows} rows x {NUM_TOKENS} tokens, {targets}, {threads} thread(s)"
+    tables = {"tokens a second, peft = 1": (peft, True), "time, base = 1": (base, False)}
+    compare(title, ways, rounds=rounds, seconds=seconds, tables=tables)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,117 @@
+"""The arithmetic of benchmarks/_ratios.py on a clock that only moves when a way runs."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def ratios():
+    spec = spec_from_file_location("_ratios", ROOT / "benchmarks" / "_ratios.py")
+    module = module_from_spec(spec)
+    # dataclasses look their module up by name
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "_ratios", module)
+        spec.loader.exec_module(module)
+        yield module
+
+
+class Clock:
+    """Ways whose runs take the given seconds, the last of them for ever; `log` has every call in its order."""
+
+    def __init__(self, ratios, seconds):
+        self.now = 0.0
+        self.log = []
+        self.ways = {name: ratios.Way(self._run(name, list(each)), self._prepare(name)) for name, each in seconds.items()}
+
+    def __call__(self):
+        return self.now
+
+    def _run(self, name, seconds):
+        def run():
+            self.log.append(name)
+            self.now += seconds.pop(0) if len(seconds) > 1 else seconds[0]
+
+        return run
+
+    def _prepare(self, name):
+        def prepare():
+            self.log.append(f"prepare {name}")
+            self.now += 1000.0
+
+        return prepare
+
+
+def measured(ratios, seconds, rounds=3, budget=1e9):
+    clock = Clock(ratios, seconds)
+    return clock, ratios.interleaved(clock.ways, rounds=rounds, seconds=budget, clock=clock)
+
+
+def test_the_first_run_of_every_way_is_not_counted(ratios):
+    _, taken = measured(ratios, {"a": [50.0, 1.0], "b": [70.0, 2.0]})
+    assert taken == {"a": [1.0, 1.0, 1.0], "b": [2.0, 2.0, 2.0]}
+
+
+def test_preparing_is_not_timed(ratios):
+    clock, taken = measured(ratios, {"a": [1.0]}, rounds=1)
+    assert clock.log == ["prepare a", "a"] * 2
+    assert taken == {"a": [1.0]}
+
+
+def test_each_round_begins_with_the_next_way(ratios):
+    clock, _ = measured(ratios, {"a": [1.0], "b": [1.0], "c": [1.0]}, rounds=4)
+    runs = "".join(name for name in clock.log if len(name) == 1)
+    assert runs == "abc" + "abc" + "bca" + "cab" + "abc"
+
+
+def test_no_round_begins_that_would_end_after_the_budget(ratios):
+    # warm-up 1001, then 1001 a round: the third would end at 4004
+    _, taken = measured(ratios, {"a": [1.0]}, rounds=10, budget=4003.0)
+    assert taken == {"a": [1.0, 1.0]}
+
+
+def test_one_round_is_made_whatever_the_budget(ratios):
+    _, taken = measured(ratios, {"a": [1.0]}, rounds=10, budget=0.0)
+    assert taken == {"a": [1.0]}
+
+
+def test_a_ratio_is_the_median_over_rounds_of_the_quotient_within_a_round(ratios):
+    # the machine slows down tenfold in the last round, which changes no quotient: 2, 3, 4, 5 and 9
+    taken = {"a": [1.0, 1.0, 2.0, 1.0, 10.0], "b": [2.0, 3.0, 8.0, 5.0, 90.0]}
+    first, second = ratios.ratios(taken, reference="a")
+    assert (first.median, first.low, first.high) == (1.0, 1.0, 1.0)
+    assert (second.name, second.low, second.median, second.high) == ("b", 3.0, 4.0, 5.0)
+
+
+def test_a_rate_is_work_over_time(ratios):
+    taken = {"a": [8.0], "b": [2.0]}
+    _, faster = ratios.ratios(taken, reference="a", work={"a": 4.0, "b": 3.0}, rate=True)
+    assert faster.median == (3.0 / 2.0) / (4.0 / 8.0)
+    _, cheaper = ratios.ratios(taken, reference="a", work={"a": 4.0, "b": 3.0})
+    assert cheaper.median == (2.0 / 3.0) / (8.0 / 4.0)
+
+
+@pytest.mark.parametrize("difference", [1.1e-4, float("inf"), float("nan")])
+def test_a_red_gate_ends_the_benchmark_and_is_named(ratios, difference):
+    gates = [ratios.Gate("losses equal", 0.0, 1e-4), ratios.Gate("logits equal", difference, 1e-4)]
+    with pytest.raises(SystemExit, match="logits equal"):
+        ratios.require(gates)
+
+
+def test_a_difference_at_the_limit_is_green(ratios, capsys):
+    ratios.require([ratios.Gate("logits equal", 1e-4, 1e-4)])
+    assert "green" in capsys.readouterr().out
+
+
+def test_a_table_has_a_row_for_every_way_and_says_how_many_rounds(ratios, capsys):
+    ways = {"fast way": ratios.Way(lambda: None), "slow way": ratios.Way(lambda: None)}
+    ratios.compare("some title", ways, rounds=2, seconds=60.0, tables={"time, fast = 1": ("fast way", False)})
+    printed = capsys.readouterr().out
+    assert "some title, 2 rounds" in printed
+    assert [line.split()[1] for line in printed.splitlines() if " way " in line and "25" not in line] == ["fast", "slow"]

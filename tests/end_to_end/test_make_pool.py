@@ -1,0 +1,54 @@
+"""The script that makes the pool: what it says of an adapter, and that it makes the shipped one again."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import loraweave as lw
+from loraweave.hub import algebra
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+@pytest.fixture(scope="module")
+def make_pool():
+    spec = importlib.util.spec_from_file_location("make_pool", EXAMPLES / "make_pool.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "count", "expected"),
+    [
+        (0.5, 0.5, 100, False),
+        # standard error of the difference 0.0707: 0.14 is below two of them, 0.15 above
+        (0.5, 0.64, 100, False),
+        (0.5, 0.65, 100, True),
+        (0.0, 1.0, 49, True),
+        (0.9, 0.2, 100, False),
+    ],
+)
+def test_an_adapter_has_learned_when_its_score_rose_by_two_standard_errors(before, after, count, expected, make_pool):
+    scores = {"zero_shot_test": {"value": before}, "test": {"value": after, "count": count}}
+    assert make_pool.learned(scores) is expected
+
+
+@pytest.mark.slow
+def test_a_task_trained_again_gives_the_shipped_adapter_beyond_rounding(tmp_path):
+    command = [sys.executable, str(EXAMPLES / "make_pool.py"), "--data", str(EXAMPLES / "data"), "--threads", "1"]
+    command += ["--out", str(tmp_path / "pool"), "--checkpoint", str(tmp_path / "runs"), "--tasks", "country_capital"]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    again = lw.Adapter.from_pretrained(tmp_path / "pool" / "country_capital")
+    shipped = lw.Adapter.from_pretrained(EXAMPLES / "pool" / "country_capital")
+    # trained alone instead of beside three others, so that bf16 rounds otherwise; the rest is the same to the seed
+    dots = [sum(algebra.inner(x.layers[n], y.layers[n]) for n in x.layers) for x, y in ((again, shipped), (again, again))]
+    norm = sum(algebra.inner(f, f) for f in shipped.layers.values())
+    assert dots[0] / (dots[1] * norm) ** 0.5 > 0.9
+    assert again.card["scores"]["test"]["value"] == pytest.approx(shipped.card["scores"]["test"]["value"], abs=0.15)
