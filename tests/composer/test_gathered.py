@@ -84,8 +84,3 @@ def test_weights_are_applied_in_fp32():
 def test_nothing_is_gathered_where_it_does_not_pay(w):
     a, b = factors(8, dtype=torch.float32)
     assert gather(a, b, w) is None
-
-
-def test_single_tokens_in_half_precision_take_the_one_product():
-    half, single = (gather(*factors(8, dtype=dtype), row_weights(UNEVEN)) for dtype in (torch.bfloat16, torch.float32))
-    assert [half.pays(1), half.pays(2), single.pays(1)] == [False, True, True]
