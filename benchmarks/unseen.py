@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -65,8 +66,7 @@ def measure(options: argparse.Namespace) -> None:
     names = [name for name in names if not options.tasks or name in options.tasks]
     model, tokenizer = lw.load_base(dtype=fast_dtype())
     options.out.mkdir(parents=True, exist_ok=True)
-    hub_folder = options.out / f"hub-{os.getpid()}"
-    with lw.Hub(hub_folder) as hub, Progress() as progress:
+    with tempfile.TemporaryDirectory() as folder, lw.Hub(folder) as hub, Progress() as progress:
         for path in sorted(path for path in options.pool.iterdir() if path.is_dir()):
             hub.add(path)
         shown = progress.add_task("measuring", total=len(names) * len(options.seeds))

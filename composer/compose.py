@@ -67,11 +67,11 @@ def compose(
     """
     _check(method, task, k, budget, space, folds, weights, search_options)
     started = time.perf_counter()
-    pool, scores = _candidates(
-        hub_or_pool, task, k, getattr(model, "name_or_path", None), need_scores=method == "similarity"
-    )
+    base_model = getattr(model, "name_or_path", None)
+    pool, scores = _candidates(hub_or_pool, task, k, base_model, need_scores=method == "similarity")
     if pool is None:
-        report = Report((), "base", "no adapter of the hub fits this base model and task", (), 0.0, 0)
+        reason = f"none of the hub's {len(hub_or_pool)} adapters is for the base model {base_model!r}"
+        report = Report((), "base", reason, (), 0.0, 0)
         return Composition(model, tokenizer, task, None, {}, "linear", report, seed)
     engine = Composer(model, pool, tokenizer=tokenizer)
     Lorahub(pool.names, budget=budget, seed=seed, **search_options)

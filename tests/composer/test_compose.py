@@ -298,7 +298,7 @@ def test_an_empty_hub_gives_the_base_model_and_says_why(tiny_llama, tokenizer, t
     with lw.Hub(tmp_path / "hub") as hub:
         composition = compose(tiny_llama, tokenizer, hub, task)
     assert composition.weights == {}
-    assert "no adapter" in composition.report.reason
+    assert "none of the hub's 0 adapters" in composition.report.reason
 
 
 def test_the_report_prints_as_a_table_and_is_json(tiny_llama, tokenizer, pool, task):
