@@ -13,6 +13,9 @@ from rich.table import Table
 
 console = Console(width=110)
 
+# with fewer, a pause of the machine in one of them moves the median
+ENOUGH_ROUNDS = 3
+
 
 def _nothing() -> None:
     pass
@@ -67,13 +70,16 @@ def interleaved(
     rounds: int,
     seconds: float,
     clock: Callable[[], float] = time.perf_counter,
+    timer: Callable[[], float] | None = None,
     label: str = "rounds",
 ) -> dict[str, list[float]]:
-    """Seconds of every way in every round. All ways run once without being timed, then once in each round.
+    """Seconds of every way in every round, by `timer`; the budget is kept by `clock`, which by default is the timer too.
 
-    A round begins with another way each time, so that none always follows the same one. It ends after `rounds`, or before
-    a round that would go beyond `seconds` (warm-up included) if it took as long as the last; one round is always made.
+    All ways run once without being timed, then once in each round. A round begins with another way each time, so that none
+    always follows the same one. It ends after `rounds`, or before a round that would go beyond `seconds` (warm-up included)
+    if it took as long as the last; one round is always made.
     """
+    timer = timer or clock
     names = list(ways)
     taken: dict[str, list[float]] = {name: [] for name in names}
     started = clock()
@@ -91,9 +97,9 @@ def interleaved(
             first = number % len(names)
             for name in names[first:] + names[:first]:
                 ways[name].prepare()
-                before = clock()
+                before = timer()
                 ways[name].run()
-                taken[name].append(clock() - before)
+                taken[name].append(timer() - before)
             last = clock() - begun
             progress.advance(shown)
     return taken
@@ -113,14 +119,25 @@ def ratios(
 
 
 def compare(
-    title: str, ways: Mapping[str, Way], *, rounds: int, seconds: float, tables: Mapping[str, tuple[str, bool]]
+    title: str,
+    ways: Mapping[str, Way],
+    *,
+    rounds: int,
+    seconds: float,
+    tables: Mapping[str, tuple[str, bool]],
+    cpu: bool = False,
 ) -> None:
-    """Measures and prints. `tables`: heading -> (the way that is 1, whether more is better: work per time)."""
-    taken = interleaved(ways, rounds=rounds, seconds=seconds, label=title)
+    """Measures and prints. `tables`: heading -> (the way that is 1, whether more is better: work per time).
+
+    `cpu` counts the process's processor time, which leaves out its pauses on a busy machine; it means something for one
+    thread only, since the times of all threads are summed.
+    """
+    timer = time.process_time if cpu else time.perf_counter
+    taken = interleaved(ways, rounds=rounds, seconds=seconds, timer=timer, label=title)
     num_rounds = len(next(iter(taken.values())))
     work = {name: way.work for name, way in ways.items()}
     # not as the table's title, which would be wrapped to its width
-    console.print(f"{title}, {num_rounds} rounds", highlight=False)
+    console.print(f"{title}, {num_rounds} rounds{' of processor time' if cpu else ''}", highlight=False)
     table = Table("way")
     columns = []
     for heading, (reference, rate) in tables.items():
@@ -131,3 +148,5 @@ def compare(
         cells = [cell for ratio in row for cell in (f"{ratio.median:.2f}", f"{ratio.low:.2f}-{ratio.high:.2f}")]
         table.add_row(row[0].name, *cells)
     console.print(table)
+    if num_rounds < ENOUGH_ROUNDS:
+        console.print(f"[red]fewer than {ENOUGH_ROUNDS} rounds: no figures to quote[/]; raise --seconds")

@@ -5,8 +5,8 @@
     python benchmarks/live.py decode --targets all         on all seven linear layers
 
 Opening an activation and making its weights are part of our time; peft's `set_adapter` and `set_scale` are not part of its.
-Logits are compared in fp32 before anything is timed. In bfloat16 the adapters of peft are bfloat16 too, which is faster
-than its default of fp32 factors in a bfloat16 model.
+"Adapters off" is the control: peft's copy of the base, which should cost what the base does. Logits are compared in fp32
+before anything is timed. In bfloat16 the adapters of peft are bfloat16 too, like ours, where peft's default is fp32.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ class Setting:
     def __init__(self, model: Any, targets: str, seed: int) -> None:
         self.model = model
         experts = adapters(model, targets, seed)
+        # as peft leaves its copy: whether parameters learn changes which products torch chooses
+        model.requires_grad_(False)
         self.engine = lw.Composer(model, experts)
         self.peft = in_peft(model, experts)
         names = list(self.engine.pool.names)
@@ -89,10 +91,13 @@ def gates(setting: Setting) -> list[Gate]:
 
 
 def prefill_way(setting: Setting, forward: Forward, context: Callable[[], AbstractContextManager[Any]], prepare: Any) -> Way:
+    # an index: of a slice, the head of a frozen model makes a batched product that copies the vocabulary for every row
+    last = torch.tensor([PREFILL_TOKENS - 1])
+
     @torch.inference_mode()
     def run() -> None:
         with context():
-            forward(input_ids=setting.ids_BT, use_cache=False, logits_to_keep=1)
+            forward(input_ids=setting.ids_BT, use_cache=False, logits_to_keep=last)
 
     return Way(run, prepare)
 
@@ -135,6 +140,8 @@ def ways(setting: Setting, make: Callable[..., Way]) -> dict[str, Way]:
     found = {"base alone": make(setting, setting.model, nullcontext, nothing)}
     for label, mixture in setting.ours().items():
         found[label] = make(setting, setting.model, activated(mixture), nothing)
+    # the control: a copy of the base that costs something else than the base is a fault of this benchmark
+    found["control: peft, adapters off"] = make(setting, setting.peft, setting.peft.disable_adapter, nothing)
     found["peft, set_adapter of the shared 4"] = make(setting, setting.peft, nullcontext, setting.peft_shared)
     found["peft, adapter_names, one per row"] = make(setting, setting.peft_by_row, nullcontext, setting.peft_one_each)
     return found
@@ -147,6 +154,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="at most so many rounds")] = 15,
     seconds: Annotated[float, typer.Option(help="no round that would end later")] = 60.0,
     threads: Annotated[int, typer.Option(help="of torch")] = 1,
+    cpu: Annotated[bool, typer.Option("--cpu", help="count processor time, for one thread on a busy machine")] = False,
     seed: Annotated[int, typer.Option(help="of the mixtures, the tokens and random adapters")] = 0,
 ) -> None:
     """Time relative to the base model's own pass over the same tokens."""
@@ -159,7 +167,9 @@ def main(
     shape = f"8x{PREFILL_TOKENS}" if what == "prefill" else f"8 rows, {NEW_TOKENS} tokens"
     title = f"{what} {shape}, {dtype}, adapters on {targets}, {threads} thread(s)"
     make = prefill_way if what == "prefill" else decode_way
-    compare(title, ways(setting, make), rounds=rounds, seconds=seconds, tables={"time, base = 1": ("base alone", False)})
+    compare(
+        title, ways(setting, make), rounds=rounds, seconds=seconds, cpu=cpu, tables={"time, base = 1": ("base alone", False)}
+    )
 
 
 if __name__ == "__main__":

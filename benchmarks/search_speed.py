@@ -1,7 +1,7 @@
 """Evaluations a second of LoraHub's search: populations in one forward, one candidate a forward, and the original loop.
 
     python benchmarks/search_speed.py
-    python benchmarks/search_speed.py --dtype bfloat16     ours in bfloat16, the original loop in float32 as published
+    python benchmarks/search_speed.py --dtype bfloat16     ours in bfloat16, the original loop in float32
 
 20 adapters, 5 examples of an unseen task. The original loop combines the adapters' state dicts in Python, loads the result
 into a PeftModel and runs the examples with all their logits, once per candidate; its candidates are sums of factors, ours
@@ -45,7 +45,6 @@ class Search:
         self.values_CE = np.random.default_rng(seed).uniform(-BOUND, BOUND, (POPULATION, len(names))) / 5
         self.candidates = [MixtureWeights.of(dict(zip(names, row.tolist(), strict=True)), names) for row in self.values_CE]
         self.several = in_peft(model, experts)
-        # the loop recombines on the module's own tensors, one adapter being loaded
         self.states = {name: self._state(name) for name in names}
         self.single = in_peft(model, experts[:1])
         self.first = names[0]
@@ -103,11 +102,12 @@ def main(
     task: Annotated[str, typer.Option(help="of examples/data/unseen")] = "negated_passive",
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="of the base model and the factors")] = "float32",
     original_dtype: Annotated[
-        Literal["float32", "bfloat16"], typer.Option(help="of the model of the original loop, which is published in float32")
+        Literal["float32", "bfloat16"], typer.Option(help="of the model in the original loop")
     ] = "float32",
     rounds: Annotated[int, typer.Option(help="at most so many rounds")] = 15,
     seconds: Annotated[float, typer.Option(help="no round that would end later")] = 60.0,
     threads: Annotated[int, typer.Option(help="of torch")] = 1,
+    cpu: Annotated[bool, typer.Option("--cpu", help="count processor time, for one thread on a busy machine")] = False,
     seed: Annotated[int, typer.Option(help="of the examples and the candidates")] = 0,
 ) -> None:
     """Evaluations a second relative to the original loop."""
@@ -127,7 +127,9 @@ def main(
     }
     title = f"{task}, 20 adapters, {len(unseen.task.examples)} examples, ours in {dtype}, {threads} thread(s)"
     first = next(iter(ways))
-    compare(title, ways, rounds=rounds, seconds=seconds, tables={"evaluations a second, original = 1": (first, True)})
+    compare(
+        title, ways, rounds=rounds, seconds=seconds, cpu=cpu, tables={"evaluations a second, original = 1": (first, True)}
+    )
 
 
 if __name__ == "__main__":

@@ -116,6 +116,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="at most so many rounds")] = 15,
     seconds: Annotated[float, typer.Option(help="no round that would end later")] = 60.0,
     threads: Annotated[int, typer.Option(help="of torch")] = 1,
+    cpu: Annotated[bool, typer.Option("--cpu", help="count processor time, for one thread on a busy machine")] = False,
     seed: Annotated[int, typer.Option(help="of the factors and the tokens")] = 0,
 ) -> None:
     """Tokens a second relative to four peft steps, and time relative to the base's own forward and backward."""
@@ -132,7 +133,7 @@ def main(
     base, _, peft = ways
     title = f"{NUM_JOBS} jobs x {rows} rows x {NUM_TOKENS} tokens, {targets}, {threads} thread(s)"
     tables = {"tokens a second, peft = 1": (peft, True), "time, base = 1": (base, False)}
-    compare(title, ways, rounds=rounds, seconds=seconds, tables=tables)
+    compare(title, ways, rounds=rounds, seconds=seconds, cpu=cpu, tables=tables)
 
 
 if __name__ == "__main__":

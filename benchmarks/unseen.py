@@ -17,6 +17,7 @@ import os
 import random
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.box import MARKDOWN
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -195,9 +197,9 @@ def report(options: argparse.Namespace) -> None:
     relations = {entry["task"]: entry["relation"] for entry in manifest}
     found = [json.loads(path.read_text()) for path in sorted(options.out.glob("*.json"))]
     tasks = [name for name in relations if any(row["task"] == name for row in found)]
-    table = Table(title="right answers on test items, mean over seeds [95 % interval over items]", title_justify="left")
+    table = Table(box=MARKDOWN)
     for column in ("task", "relation", *WAYS, "chosen"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=True)
     items: dict[str, dict[str, np.ndarray]] = {way: {} for way in WAYS}
     for name in tasks:
         cells = []
@@ -209,12 +211,12 @@ def report(options: argparse.Namespace) -> None:
                 cells.append(f"{items[way][name].mean():.2f} [{low:.2f}, {high:.2f}]")
             else:
                 cells.append("-")
-        chosen = [row["chosen"] for row in found if row["task"] == name and row["way"] == "loraweave"]
-        table.add_row(name, relations[name], *cells, ", ".join(sorted(chosen)))
-    table.add_section()
+        chosen = Counter(row["chosen"] for row in found if row["task"] == name and row["way"] == "loraweave")
+        table.add_row(name, relations[name], *cells, ", ".join(f"{way} {count}" for way, count in chosen.most_common()))
     for label, group in _groups(tasks, relations):
         table.add_row(label, "", *(_mean_cell(items[way], group) for way in WAYS), "")
-    Console(width=200).print(table)
+    print("Right answers on test items, mean over seeds [95 % interval over items]:")
+    Console(width=300).print(table)
     _losses(found, tasks)
 
 
@@ -235,7 +237,7 @@ def _mean_cell(values: Mapping[str, np.ndarray], group: Sequence[str]) -> str:
 
 
 def _losses(found: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> None:
-    table = Table(title="mean test loss, and seconds to choose the weights", title_justify="left")
+    table = Table(box=MARKDOWN)
     for column in ("way", "loss", "seconds", "measured"):
         table.add_column(column, justify="left" if column == "way" else "right")
     for way in WAYS:
@@ -243,6 +245,7 @@ def _losses(found: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> None:
         if rows:
             loss, seconds = (float(np.mean([row[key] for row in rows])) for key in ("loss", "seconds"))
             table.add_row(way, f"{loss:.3f}", f"{seconds:.1f}", str(len(rows)))
+    print("Mean test loss, and seconds to choose the weights:")
     Console(width=120).print(table)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from loraweave.composer.gathered import Gathered, gather, gathered
+from loraweave.composer.kernels.gathered import Gathered, gather, multiplied
 from loraweave.composer.kernels.naive import naive
 from loraweave.composer.layers import TargetLayer, is_floating
 from loraweave.errors import ScopeError, UnknownExpert, WeightingError
@@ -88,28 +88,30 @@ class _Fixed:
         nonzero_L = (mixture.values_BTLE != 0).any(dim=3).flatten(0, 1).any(dim=0).tolist()
         self._shared = bool(nonzero_L[0]) or self._learning if not mixture.layers else False
         self._named = {layer for layer, used in zip(mixture.layers, nonzero_L, strict=False) if used or self._learning}
-        self._ready: dict[str, tuple[_Placed, _Rows]] = {}
+        self._ready: dict[tuple[str, bool], tuple[_Placed, _Rows]] = {}
 
     def skips(self, layer: str) -> bool:
         return not self._shared and layer not in self._named
 
     def rows(self, x_BTI: Tensor, layer: str, placed: _Placed) -> _Rows:
         if self._learning:
-            return self._make(layer, placed)
-        ready = self._ready.get(layer)
+            return self._make(layer, placed, gathering=False)
+        # a single token is bound by reading the factors, which are fewer bytes before each row has its own copy
+        key = layer, x_BTI.shape[1] > 1
+        ready = self._ready.get(key)
         if ready is None or ready[0] is not placed:
             with torch.inference_mode(False), torch.no_grad():
-                ready = (placed, self._make(layer, placed))
-            self._ready[layer] = ready
+                ready = (placed, self._make(layer, placed, gathering=key[1]))
+            self._ready[key] = ready
         return ready[1]
 
-    def _make(self, layer: str, placed: _Placed) -> _Rows:
+    def _make(self, layer: str, placed: _Placed, gathering: bool) -> _Rows:
         w_BTE = self._mixture.for_layer(layer).to(placed.device, torch.promote_types(placed.dtype, torch.float32))
         touched_BT = None if self._learning else (w_BTE != 0).any(dim=-1)
         if touched_BT is not None and bool(touched_BT.all()):
             touched_BT = None
         w_BTS = w_BTE[..., placed.owner_S]
-        own = None if self._learning else gather(placed.a_SI, placed.b_OS, w_BTS)
+        own = gather(placed.a_SI, placed.b_OS, w_BTS) if gathering else None
         return _Rows(w_BTE, w_BTS, touched_BT, own)
 
 
@@ -161,14 +163,15 @@ class Plan:
         x_BTI = _by_token(x_BTI, rows.w_BTE.shape[1], x.ndim)
         num_rows, num_tokens = x_BTI.shape[:2]
         w_BTE = _fit(rows.w_BTE, num_rows, num_tokens, layer.name)
-        if rows.own is not None and rows.own.pays(num_tokens):
-            update_BTO = gathered(x_BTI.to(dtype), rows.own)
+        if rows.own is not None:
+            update_BTO = multiplied(x_BTI.to(dtype), rows.own)
         else:
             w_BTS = _fit(rows.w_BTS, num_rows, num_tokens, layer.name)
             update_BTO = naive(x_BTI.to(dtype), placed.a_SI, placed.b_OS, w_BTS)
         y_BTO = y.reshape(num_rows, num_tokens, layer.num_outputs)
         update_BTO = _with_affine(update_BTO, y_BTO, w_BTE, placed, layer)
-        result_BTO = y_BTO + update_BTO.to(y.dtype)
+        # into the update's own memory, which nothing else refers to, rather than a third tensor of this size
+        result_BTO = update_BTO.to(y.dtype).add_(y_BTO)
         if rows.touched_BT is not None:
             touched_BT1 = _fit(rows.touched_BT[..., None], num_rows, num_tokens, layer.name)
             result_BTO = torch.where(touched_BT1, result_BTO, y_BTO)

@@ -86,7 +86,7 @@ def root(
 
 @app.command(epilog="Example: loraweave demo --task plural_upper --budget 20")
 def demo(
-    task: Annotated[str, typer.Option(help="A task that no adapter of the pool was trained for.")] = "negated_passive",
+    task: Annotated[str, typer.Option(help="A task that no adapter of the pool was trained for.")] = "pick_verb_5",
     pool: Annotated[
         Path | None,
         typer.Option(exists=True, file_okay=False, help="A folder of adapter folders; examples/pool by default."),

@@ -109,6 +109,12 @@ def test_a_difference_at_the_limit_is_green(ratios, capsys):
     assert "green" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("rounds", "warned"), [(2, True), (3, False)])
+def test_a_table_of_too_few_rounds_says_so(ratios, capsys, rounds, warned):
+    ratios.compare("t", {"a": ratios.Way(lambda: None)}, rounds=rounds, seconds=60.0, tables={"time": ("a", False)})
+    assert ("no figures to quote" in capsys.readouterr().out) is warned
+
+
 def test_a_table_has_a_row_for_every_way_and_says_how_many_rounds(ratios, capsys):
     ways = {"fast way": ratios.Way(lambda: None), "slow way": ratios.Way(lambda: None)}
     ratios.compare("some title", ways, rounds=2, seconds=60.0, tables={"time, fast = 1": ("fast way", False)})
