@@ -60,9 +60,14 @@ class Setting:
         }
 
     def peft_shared(self) -> None:
+        self.peft.base_model.enable_adapter_layers()
         mix_in_peft(self.peft, self.shared)
 
+    def peft_off(self) -> None:
+        self.peft.base_model.disable_adapter_layers()
+
     def peft_one_each(self) -> None:
+        self.peft.base_model.enable_adapter_layers()
         one_by_one_in_peft(self.peft)
 
     def peft_by_row(self, **inputs: Any) -> Any:
@@ -141,7 +146,7 @@ def ways(setting: Setting, make: Callable[..., Way]) -> dict[str, Way]:
     for label, mixture in setting.ours().items():
         found[label] = make(setting, setting.model, activated(mixture), nothing)
     # the control: a copy of the base that costs something else than the base is a fault of this benchmark
-    found["control: peft, adapters off"] = make(setting, setting.peft, setting.peft.disable_adapter, nothing)
+    found["control: peft, adapters off"] = make(setting, setting.peft, nullcontext, setting.peft_off)
     found["peft, set_adapter of the shared 4"] = make(setting, setting.peft, nullcontext, setting.peft_shared)
     found["peft, adapter_names, one per row"] = make(setting, setting.peft_by_row, nullcontext, setting.peft_one_each)
     return found
