@@ -44,7 +44,7 @@ def main() -> None:
     entries = [entry for entry in manifest if (options.data / entry["file"]).is_file()]
     entries = [entry for entry in entries if not options.tasks or entry["task"] in options.tasks]
     model, tokenizer = lw.load_base(dtype=torch.bfloat16)
-    rows = {entry["task"]: [json.loads(line) for line in (options.data / entry["file"]).open()] for entry in entries}
+    rows = {entry["task"]: read_rows(options.data / entry["file"]) for entry in entries}
     tasks = {entry["task"]: _task(entry, rows[entry["task"]]) for entry in entries}
     adapters = lw.train_adapters(model, tokenizer, tasks, checkpoint=options.checkpoint, seed=options.seed)
     results = []

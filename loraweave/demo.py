@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -80,7 +81,7 @@ def load_task(data: Path, name: str, seed: int, num_test: int) -> DemoTask:
     if name not in entries:
         raise InvalidTask(f"no task {name!r} in {data}; there are {', '.join(entries)}")
     entry = entries[name]
-    rows = [json.loads(line) for line in (data / entry["file"]).read_text().splitlines()]
+    rows = read_rows(data / entry["file"])
     train = [row for row in rows if row["split"] == "train"]
     generator = torch.Generator().manual_seed(seed)
     chosen = [train[int(index)] for index in torch.randperm(len(train), generator=generator)[:NUM_EXAMPLES]]
@@ -88,6 +89,12 @@ def load_task(data: Path, name: str, seed: int, num_test: int) -> DemoTask:
     task = lw.Task(examples, instruction=entry["definition"], labels=entry["labels"])
     test = [(row["input"], [row["target"], *row.get("also_ok", [])]) for row in rows if row["split"] == "test"]
     return DemoTask(name, task, test[:num_test], entry["related"])
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a .jsonl file."""
+    # not splitlines(), which also splits at line separators inside a text
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def fast_dtype() -> torch.dtype:

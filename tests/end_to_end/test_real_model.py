@@ -13,7 +13,7 @@ import torch
 
 import loraweave as lw
 from loraweave.composer.scoring import evaluate
-from loraweave.demo import load_task
+from loraweave.demo import load_task, read_rows
 from loraweave.hub.fingerprint import fingerprint
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -71,7 +71,7 @@ def test_data_without_a_licence_are_not_in_the_repository(adapters):
 @pytest.mark.parametrize("name", ["past_tense", "passive"])
 def test_the_score_in_a_card_is_measured_again(name, adapters, base):
     model, tokenizer = base
-    rows = [json.loads(line) for line in (EXAMPLES / "data" / "pool" / f"{name}.jsonl").open()]
+    rows = read_rows(EXAMPLES / "data" / "pool" / f"{name}.jsonl")
     test = [(row["input"], row["target"]) for row in rows if row["split"] == "test"]
     task = lw.Task([], instruction=rows[0]["definition"])
     with lw.Composer(model, [adapters[name]]).activate({name: 1.0}):
@@ -119,10 +119,11 @@ def test_the_retriever_puts_related_adapters_first_for_an_unseen_task(tmp_path):
         for folder in FOLDERS:
             hub.add(folder)
         hits = lw.Retriever(hub).for_task(
-            [text for text, _ in unseen.task.examples], description=unseen.task.instruction, k=2
+            [text for text, _ in unseen.task.examples], description=unseen.task.instruction, k=3
         )
         assert hub.verify().ok
-    assert {hit.name for hit in hits} == set(unseen.related)
+    assert hits[0].name == "passive"
+    assert {hit.name for hit in hits} >= set(unseen.related)
 
 
 def test_the_demo_answers_better_than_the_base_model(tmp_path):
