@@ -22,6 +22,7 @@ from rich.table import Table
 
 import loraweave as lw
 from loraweave.composer.scoring import Score, evaluate
+from loraweave.demo import read_rows
 
 SAMPLES = Path(__file__).parent / "samples.json"
 NUM_SAMPLES = 20
