@@ -74,6 +74,7 @@ def compose(
         report = Report((), "base", reason, (), 0.0, 0)
         return Composition(model, tokenizer, task, None, {}, "linear", report, seed)
     engine = Composer(model, pool, tokenizer=tokenizer)
+    # refuses a setting of the search before the first forward pass
     Lorahub(pool.names, budget=budget, seed=seed, **search_options)
     searched = method in ("lorahub", "auto")
     measure = Measurement(engine, tokenizer, task, _folds(len(task.examples), folds, seed) if searched else [])

@@ -23,7 +23,7 @@ class ExampleLoss:
 
     The L1 term is LoraHub's with its published 0.05. `merge_method` says what weights mean: "linear" is the sum of deltas,
     run live with one mixture a row; any other name is merged and written into the base for each candidate. `only` restricts
-    the loss to some examples, by index. `evaluations` counts the candidates scored.
+    the loss to some examples, by index.
     """
 
     def __init__(
@@ -40,7 +40,6 @@ class ExampleLoss:
         self.merge_method = merge_method
         self.l1 = l1
         self.only = list(range(len(task.examples)) if only is None else only)
-        self.evaluations = 0
         prompts = [task.prompt(text) for text, _ in task.examples]
         rows = encode(engine.model, tokenizer, prompts, [target for _, target in task.examples])
         self._batch = batch(engine.model, tokenizer, [rows[index] for index in self.only])
@@ -56,7 +55,6 @@ class ExampleLoss:
 
         A hit is an example whose target tokens are each the most likely one, so that greedy decoding would write it.
         """
-        self.evaluations += len(candidates)
         if self.merge_method != "linear":
             parts = [self._merged(candidate) for candidate in candidates]
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from loraweave.types import Task
 
 Weights = Mapping[str, float]
 Choice = Callable[[Sequence[int], str], Weights]
+Scores = Callable[[Weights, Sequence[int]], tuple[np.ndarray, np.ndarray]]
 
 
 class Measurement:
@@ -45,11 +46,12 @@ class Measurement:
 
     def fixed(self, name: str, weights: Weights) -> ReportRow:
         """A mixture that no example had a part in choosing; one evaluation."""
-        return self.chosen(name, lambda examples, part: weights, lambda: 1, merge_method="linear", cross_validate=False)
+        scores = partial(self._scores, merge_method="linear")
+        return self.chosen(name, lambda examples, part: weights, lambda: 1, scores, cross_validate=False)
 
     def best_single_row(self) -> ReportRow:
-        """The best single adapter, chosen anew for each fold; one evaluation for each adapter."""
-        return self.chosen("best_single", self.best_single, lambda: len(self.names), merge_method="linear")
+        """The best single adapter, chosen anew for each fold; one evaluation for each adapter, and no further one."""
+        return self.chosen("best_single", self.best_single, lambda: len(self.names), self._single_scores)
 
     def searched(
         self,
@@ -74,26 +76,26 @@ class Measurement:
             made[0] += result.evaluations
             return result.weights
 
-        return self.chosen("lorahub", choose, lambda: made[0], merge_method=merge_method)
+        return self.chosen("lorahub", choose, lambda: made[0], partial(self._scores, merge_method=merge_method))
 
     def chosen(
         self,
         name: str,
         choose: Choice,
         evaluations: Callable[[], int],
+        scores: Scores,
         *,
-        merge_method: str,
         cross_validate: bool = True,
     ) -> ReportRow:
         """The row of what `choose` makes of all examples, and for held-out figures of all examples but each fold."""
         started = time.perf_counter()
         weights = choose(self.everything, "all")
-        losses_N, hits_N = self._scores(weights, self.everything, merge_method)
+        losses_N, hits_N = scores(weights, self.everything)
         held_losses, held_hits = losses_N.copy(), hits_N.copy()
         for number, fold in enumerate(self.folds if cross_validate else ()):
             seen = [index for index in self.everything if index not in fold]
             fold_weights = choose(seen, f"fold-{number}")
-            held_losses[list(fold)], held_hits[list(fold)] = self._scores(fold_weights, fold, merge_method)
+            held_losses[list(fold)], held_hits[list(fold)] = scores(fold_weights, fold)
         return ReportRow(
             name=name,
             weights=dict(weights),
@@ -103,6 +105,13 @@ class Measurement:
             seconds=time.perf_counter() - started,
             evaluations=evaluations(),
         )
+
+    def _single_scores(self, weights: Weights, examples: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """(loss_N, hit_N) of one adapter with weight 1, looked up: all of them have been measured together."""
+        (name,) = weights
+        losses_EN, hits_EN = self.singles
+        row, columns = self.names.index(name), list(examples)
+        return losses_EN[row, columns], hits_EN[row, columns]
 
     def _scores(self, weights: Weights, examples: Sequence[int], merge_method: str) -> tuple[np.ndarray, np.ndarray]:
         losses_CN, hits_CN = self._loss(examples, merge_method, 0.0).scores([self._mixture(weights)])

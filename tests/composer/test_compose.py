@@ -121,6 +121,20 @@ def test_the_budget_is_counted_exactly(tiny_llama, tokenizer, pool, task):
     assert report.evaluations == 3 * 11 + 3 + 2
 
 
+def test_without_a_search_every_candidate_scored_is_one_evaluation(tiny_llama, tokenizer, pool, task, monkeypatch):
+    scored = []
+    original = ExampleLoss.scores
+
+    def spy(self, candidates):
+        scored.extend(candidates)
+        return original(self, candidates)
+
+    monkeypatch.setattr(ExampleLoss, "scores", spy)
+    report = compose(tiny_llama, tokenizer, pool, task, method="uniform").report
+    # three adapters alone, the base, the uniform mixture
+    assert len(scored) == report.evaluations == 5
+
+
 class _FakeRow:
     def __init__(self, held_out_loss):
         self.held_out_loss = held_out_loss
