@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
 
@@ -96,11 +96,6 @@ class ExpertPool:
             gain_EO=_rows(len(self), [(index, factors.gain_O) for index, factors in parts]),
             bias_EO=_rows(len(self), [(index, factors.bias_O) for index, factors in parts]),
         )
-
-
-def renamed(adapter: Adapter, name: str) -> Adapter:
-    """The same adapter under another name."""
-    return replace(adapter, name=name)
 
 
 def _rows(num_experts: int, parts: list[tuple[int, Tensor | None]]) -> Tensor | None:

@@ -7,7 +7,7 @@ import torch
 
 from loraweave.errors import AdapterUnsupported, BaseModelMismatch, LayerMismatch, UnknownExpert, WeightingError
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.pool import ExpertPool, renamed
+from loraweave.hub.pool import ExpertPool
 from loraweave.types import Factors, Fingerprint
 
 
@@ -50,7 +50,7 @@ def test_an_empty_pool_is_refused():
 
 def test_two_adapters_of_one_name_are_refused_by_name():
     with pytest.raises(WeightingError, match="several adapters named 'a'; pass a mapping"):
-        ExpertPool([A, B, renamed(C, "a")])
+        ExpertPool([A, B, dataclasses.replace(C, name="a")])
 
 
 def test_an_unknown_expert_is_named_with_those_there_are():
@@ -139,9 +139,3 @@ def test_a_contradiction_is_found_behind_an_expert_without_a_fingerprint():
 def test_experts_that_update_a_layer_with_other_shapes_are_refused_with_both(other):
     with pytest.raises(LayerMismatch, match=r"'a' and 'x' update layer 'q'.*\(5, 7, 'linear', \(\)\) and "):
         ExpertPool([A, Adapter("x", "base", {"q": other})])
-
-
-def test_renamed_changes_the_name_and_nothing_else():
-    other = renamed(A, "z")
-    assert (other.name, other.hash, other.base_model) == ("z", A.hash, "base")
-    assert A.name == "a"
