@@ -56,3 +56,11 @@ def seeded():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working folder, and no hub named by the environment."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LORAWEAVE_HUB", raising=False)
+    return tmp_path

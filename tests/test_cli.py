@@ -49,13 +49,6 @@ def write_rows(path, rows):
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("LORAWEAVE_HUB", raising=False)
-    return tmp_path
-
-
-@pytest.fixture
 def two(here):
     for seed, name in enumerate(("left", "right")):
         adapter(name, seed).save_pretrained(here / "pool" / name)

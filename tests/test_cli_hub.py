@@ -24,13 +24,6 @@ def call(*words, **options):
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("LORAWEAVE_HUB", raising=False)
-    return tmp_path
-
-
-@pytest.fixture
 def hub(here):
     with lw.Hub("adapters") as opened:
         opened.add(adapter("antonym", 0), tags=["lexical"], license="MIT", description="the opposite of a word")
