@@ -1,8 +1,7 @@
 """The algebra of low-rank updates: pure functions on factors that never form the dense delta unless asked to.
 
 A layer's update is D = b a (+ a gain and a bias). Sums concatenate ranks, inner products and norms need only R x R
-matrices, and a truncation needs two QR decompositions and the SVD of an R x R core. Reductions run in float64: near-equal
-singular values at a cut cost fp32 several digits.
+matrices. Reductions run in float64. `compress` is in a file of its own, `truncation`.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from loraweave.errors import AdapterUnsupported, LayerMismatch
+from loraweave.hub.truncation import compress as compress
 from loraweave.types import Factors
 
 
@@ -51,7 +51,9 @@ def bind(factors: Factors, weight_OI: Tensor, bias_O: Tensor | None) -> Factors:
 
 
 def scale(factors: Factors, weight: float) -> Factors:
-    """weight * update. The weight goes onto b alone: on both factors it would count twice."""
+    """weight * update. The weight goes onto b alone: on both factors it would count twice. A weight of 1 gives `factors`."""
+    if weight == 1.0:
+        return factors
     _require_bound(factors)
     return replace(
         factors,
@@ -67,14 +69,11 @@ def negate(factors: Factors) -> Factors:
 
 
 def add(terms: Sequence[Factors]) -> Factors:
-    """The exact sum of updates; ranks add up (concatenation)."""
+    """The exact sum of updates; ranks add up (concatenation). The sum of one update is itself."""
     first = terms[0]
-    for term in terms:
-        _require_bound(term)
-        if _signature(term) != _signature(first):
-            raise LayerMismatch(
-                f"cannot add updates of a layer with (O, I, kind) {_signature(term)} and {_signature(first)}"
-            )
+    if len(terms) == 1:
+        return first
+    require_alike(terms)
     return replace(
         first,
         a_RI=torch.cat([term.a_RI for term in terms], dim=0),
@@ -82,6 +81,16 @@ def add(terms: Sequence[Factors]) -> Factors:
         gain_O=_sum_present([term.gain_O for term in terms]),
         bias_O=_sum_present([term.bias_O for term in terms]),
     )
+
+
+def require_alike(terms: Sequence[Factors]) -> None:
+    """Raises AdapterUnsupported unless all are bound, LayerMismatch unless all have one shape and kind."""
+    for term in terms:
+        _require_bound(term)
+        if _signature(term) != _signature(terms[0]):
+            raise LayerMismatch(
+                f"cannot add updates of a layer with (O, I, kind) {_signature(term)} and {_signature(terms[0])}"
+            )
 
 
 def inner(left: Factors, right: Factors) -> float:
@@ -95,29 +104,6 @@ def norm(factors: Factors) -> float:
     """The Frobenius norm of b a."""
     # rounding can leave a square that is zero slightly below it
     return float(max(inner(factors, factors), 0.0) ** 0.5)
-
-
-def compress(factors: Factors, rank: int) -> tuple[Factors, float]:
-    """The best approximation of b a at `rank` or less (Eckart-Young), and its relative Frobenius error.
-
-    QR of both factors, then the SVD of the R x R core. Gain and bias are kept as they are. `rank` at or above the update's
-    own rank gives it back unchanged with error 0.
-    """
-    if rank < 1:
-        raise AdapterUnsupported(f"rank {rank} is below 1; an update without rank rows is no adapter")
-    if rank >= factors.rank:
-        return factors, 0.0
-    q_OR, r_RR = torch.linalg.qr(factors.b_OR.double())
-    p_IR, s_RR = torch.linalg.qr(factors.a_RI.double().T)
-    u_RR, sigma_R, vh_RR = torch.linalg.svd(r_RR @ s_RR.T)
-    keep = min(rank, int(sigma_R.shape[0]))
-    root_R = sigma_R[:keep].sqrt()
-    total = float(sigma_R.square().sum())
-    tail = float(sigma_R[keep:].square().sum())
-    dtype = factors.b_OR.dtype
-    b_OR = (q_OR @ u_RR[:, :keep] * root_R).to(dtype)
-    a_RI = (root_R[:, None] * vh_RR[:keep] @ p_IR.T).to(dtype)
-    return replace(factors, a_RI=a_RI, b_OR=b_OR), (tail / total) ** 0.5 if total else 0.0
 
 
 def is_zero(factors: Factors) -> bool:

@@ -171,7 +171,7 @@ def test_different_shapes_are_refused() -> None:
 
 def test_an_unbound_adapter_is_named_with_its_layer() -> None:
     with pytest.raises(AdapterUnsupported, match=f"{Q}.*'d#0'.*DoRA"):
-        merge([adapter("d", 0, magnitude_O=torch.ones(5))], [1.0])
+        merge([adapter("d", 0, magnitude_O=torch.ones(5))], [0.5])
 
 
 def test_an_option_of_a_method_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -230,11 +230,18 @@ def test_binding_what_is_bound_gives_it_back_itself():
 
 @pytest.mark.parametrize(("part", "word"), [("magnitude_O", "magnitude"), ("base_bias_O", "base bias")])
 @pytest.mark.parametrize(
-    "call", [algebra.delta, algebra.negate, lambda f: algebra.add([f]), lambda f: algebra.scale(f, 2.0)]
+    "call", [algebra.delta, algebra.negate, lambda f: algebra.add([f, f]), lambda f: algebra.scale(f, 2.0)]
 )
 def test_an_update_that_needs_the_base_layer_is_refused_with_the_way_out(part, word, call):
     with pytest.raises(AdapterUnsupported, match=f"{word} needs the base layer: bind"):
         call(factors(0, **{part: random(1, 5)}))
+
+
+@pytest.mark.parametrize("part", ["gain_O", "bias_O", "magnitude_O", "base_bias_O"])
+def test_once_an_update_alone_is_that_update_of_whatever_kind(part):
+    update = factors(0, **{part: random(1, 5)})
+    assert algebra.scale(update, 1.0) is update
+    assert algebra.add([update]) is update
 
 
 def test_an_update_with_a_gain_has_no_delta():

@@ -57,4 +57,4 @@ def test_different_shapes_are_refused() -> None:
 
 def test_unbound_updates_are_refused() -> None:
     with pytest.raises(AdapterUnsupported, match="DoRA"):
-        linear([factors(2, 0, magnitude_O=torch.ones(5))], [1.0])
+        linear([factors(2, 0, magnitude_O=torch.ones(5))], [0.5])
