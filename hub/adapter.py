@@ -11,12 +11,16 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loraweave.errors import AdapterUnsupported
 from loraweave.hub import algebra
+from loraweave.hub.export import ExportReport, export
+from loraweave.hub.formats import _reading
 from loraweave.hub.formats._contents import Contents
+from loraweave.hub.formats._conversion import MAX_ERROR
 from loraweave.hub.formats.peft import Peft
+from loraweave.hub.merge_report import MergeReport
 from loraweave.hub.sources import local_folder
 from loraweave.types import Factors, Fingerprint
 
@@ -25,7 +29,9 @@ from loraweave.types import Factors, Fingerprint
 class Adapter:
     """A stored LoRA. `layers` maps module paths, as in the base model's `named_modules()`, to their factors.
 
-    `card` is JSON: description, examples, tags, license, recipe, scores. Two adapters with equal `hash` have equal factors.
+    `card` is JSON: description, examples, tags, license, recipe, scores. `heads` maps parameter names of the base model to
+    whole trained tensors that replace the base's (PEFT's modules_to_save), fp32. Two adapters with equal `hash` have equal
+    factors and heads.
     """
 
     name: str
@@ -33,12 +39,14 @@ class Adapter:
     layers: Mapping[str, Factors]
     fingerprint: Fingerprint | None = None
     card: Mapping[str, Any] = field(default_factory=dict)
+    heads: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.layers:
             raise AdapterUnsupported(f"adapter {self.name!r} has no layers")
         object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
         object.__setattr__(self, "card", MappingProxyType(dict(self.card)))
+        object.__setattr__(self, "heads", MappingProxyType(dict(self.heads)))
 
     @classmethod
     def from_pretrained(
@@ -49,25 +57,51 @@ class Adapter:
         revision: str | None = None,
         token: str | None = None,
         local_files_only: bool = False,
+        model: nn.Module | None = None,
+        rank: int | None = None,
+        max_error: float = MAX_ERROR,
     ) -> Adapter:
-        """Reads a PEFT folder, or downloads one from the model hub when `source` is a repository id."""
+        """Reads an adapter folder, or downloads one from the model hub when `source` is a repository id.
+
+        Besides LoRA, most other types that PEFT trains become factors (docs/adapters.md). `model` is the base model, for
+        types whose file does not determine the update. An update that is not of low rank is cut to the smallest rank within
+        `max_error` (Frobenius norm, relative to the layer's update) and at most `rank`; `card["conversion"]` has both
+        figures of every layer. Raises AdapterUnsupported where `rank` leaves a larger error, and for what has no such form.
+        """
         folder = local_folder(source, revision=revision, token=token, local_files_only=local_files_only)
-        contents = Peft.read(folder)
+        contents = _reading.read(folder, model=model, rank=rank, max_error=max_error)
         own_name = name or contents.card.get("name") or str(source).rstrip("/").rsplit("/", 1)[-1]
-        return cls(own_name, contents.base_model, contents.layers, contents.fingerprint, contents.card)
+        return cls(own_name, contents.base_model, contents.layers, contents.fingerprint, contents.card, contents.heads)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Path:
-        """Writes a plain PEFT folder, which `peft.PeftModel.from_pretrained` reads; returns its path.
+        """Writes a plain PEFT folder, which `peft.PeftModel.from_pretrained` reads, heads included; returns its path.
 
         A half-precision `dtype` halves the file and rounds the factors, so the adapter read back has another hash.
         """
+        return Peft.write(self._contents(), Path(folder), dtype=dtype)
+
+    def export(self, folder: str | Path, *, target: str = "peft", max_rank: int | None = None) -> ExportReport:
+        """Writes a folder for a program that loads adapters: "peft", or "vllm", whose loader takes less.
+
+        For vLLM every layer gets one rank by adding zeros, and the report has the server's flags. `max_rank` cuts layers
+        above it; without it the update is exact. Raises UnknownName for another target, WeightingError for a rank below
+        1, AdapterUnsupported with the way out for what the target cannot express.
+        """
+        return export(self._contents(), self.name, Path(folder), target=target, max_rank=max_rank)
+
+    def _contents(self) -> Contents:
         card = {**self.card, "name": self.name}
-        return Peft.write(Contents(self.base_model, self.layers, self.fingerprint, card), Path(folder), dtype=dtype)
+        return Contents(self.base_model, self.layers, self.fingerprint, card, self.heads)
 
     @property
     def rank(self) -> int:
         """The largest rank of any layer."""
         return max(factors.rank for factors in self.layers.values())
+
+    @cached_property
+    def report(self) -> MergeReport:
+        """What the merge did that made this adapter, layer by layer; empty for an adapter that was not merged."""
+        return MergeReport.from_card(self.card)
 
     def delta(self, layer: str) -> Tensor:
         """The dense update (O, I) of one layer, fp32. KeyError for a layer that the adapter leaves alone."""
@@ -75,13 +109,16 @@ class Adapter:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 over the factors in a canonical order; names, cards and file layout do not enter."""
+        """SHA-256 over factors and heads in a canonical order; names, cards and file layout do not enter."""
         digest = hashlib.sha256()
         for layer, factors in sorted(self.layers.items()):
             digest.update(repr((layer, factors.kind, factors.kernel)).encode())
             for part, tensor in factors.tensors().items():
                 digest.update(repr((part, tuple(tensor.shape))).encode())
                 digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+        for parameter, tensor in sorted(self.heads.items()):
+            digest.update(repr(("head", parameter, tuple(tensor.shape))).encode())
+            digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def __repr__(self) -> str:

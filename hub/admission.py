@@ -1,4 +1,4 @@
-"""What an adapter must be to be stored: factors that fit each other, finite, and with an effect."""
+"""What an adapter must be to be stored: factors that fit each other, finite, with an effect, and of the form asked for."""
 
 from __future__ import annotations
 
@@ -8,21 +8,29 @@ from torch import Tensor
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub import algebra
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.stored_layers import take_apart
 from loraweave.types import Factors
 
 
-def require_storable(adapter: Adapter) -> None:
-    """AdapterCorrupt for factors that do not fit each other or are not finite, AdapterUnsupported for no effect at all."""
+def require_storable(adapter: Adapter, stored_as: str = "factors") -> None:
+    """AdapterCorrupt for factors that do not fit each other or are not finite, AdapterUnsupported for no effect at all.
+
+    Also AdapterUnsupported for factors that `stored_as` has no form for.
+    """
     for layer, factors in adapter.layers.items():
         where = f"adapter {adapter.name!r}, layer {layer!r}"
         _require_shapes(where, factors)
         for part, tensor in factors.tensors().items():
             _require_finite(f"{where}, {part}", tensor)
-    if all(algebra.is_zero(factors) for factors in adapter.layers.values()):
+    for head, tensor in adapter.heads.items():
+        _require_finite(f"adapter {adapter.name!r}, head {head!r}", tensor)
+    if not adapter.heads and all(algebra.is_zero(factors) for factors in adapter.layers.values()):
         raise AdapterUnsupported(
             f"adapter {adapter.name!r} is without effect: the updates of all its {len(adapter.layers)} layers are zero; "
             "was it saved before training, or with alpha 0?"
         )
+    if stored_as != "factors":
+        take_apart(adapter.layers, {}, stored_as=stored_as)
 
 
 def _require_shapes(where: str, factors: Factors) -> None:

@@ -75,12 +75,17 @@ class Hub:
         tags: Collection[str] = (),
         license: str | None = None,
         base_model: str | None = None,
+        stored_as: str = "factors",
     ) -> Record:
         """Stores an adapter, a PEFT folder or a model hub repository; what is not given comes from the adapter and its card.
 
         The same content under the same name is there already: its record is returned as it is, and a damaged blob is
-        replaced. AdapterExists for other content; InvalidName; AdapterCorrupt for factors that are not finite or do not
-        fit; AdapterUnsupported for an adapter without effect or above a limit. All is checked before anything is written.
+        replaced. `stored_as="compeft"` keeps the ternary factors that `compeft` makes in 0.3 to 1.5 bits an entry, bit for
+        bit; content that is stored already stays in the form it has.
+
+        AdapterExists for other content; InvalidName; AdapterCorrupt for factors that are not finite or do not fit;
+        AdapterUnsupported for an adapter without effect, above a limit, or not ternary for that form. All is checked before
+        anything is written.
         """
         from loraweave.hub.adapter import Adapter
         from loraweave.hub.admission import require_storable
@@ -90,10 +95,10 @@ class Hub:
         own_name = checked_name(adapter.name if name is None else name)
         given = {"description": description, "examples": examples, "tags": tags, "license": license}
         fields = checked_fields(own_name, fields_with_card(given, adapter.card))
-        require_storable(adapter)
+        require_storable(adapter, stored_as)
         record = Record(
             name=own_name,
-            hash=content_hash(adapter.layers),
+            hash=content_hash(adapter.layers, adapter.heads),
             base_model=checked_text(own_name, "base_model", base_model or adapter.base_model, MAX_LABEL_BYTES),
             rank=adapter.rank,
             target_modules=tuple(sorted({layer.rsplit(".", 1)[-1] for layer in adapter.layers})),
@@ -115,7 +120,7 @@ class Hub:
                     f"{doing}: the name stands for another adapter, with hash {existing.record.hash}, not {record.hash}; "
                     f"hub.remove({own_name!r}) first, or add this one under another name"
                 )
-            return self._store(adapter, record, text, existing, doing)
+            return self._store(adapter, record, text, existing, doing, stored_as)
 
     def __getitem__(self, name: str) -> Adapter:
         """The adapter, its tensors mapped from the blob. AdapterNotFound names near misses; AdapterCorrupt for damage."""
@@ -129,12 +134,12 @@ class Hub:
         with storage_errors(path, f"reading {who}"):
             try:
                 require_digest(path, row.blob.file_sha256, who)
-                layers = read_blob(path, who).layers
+                blob = read_blob(path, who)
             except FileNotFoundError as error:
                 # removed and collected since the row was read? then this says so
                 self._row(name)
                 raise AdapterCorrupt(f"{who}: blob {path} is missing; add the adapter again from its source") from error
-        return Adapter(record.name, record.base_model, layers, record.fingerprint, record.card)
+        return Adapter(record.name, record.base_model, blob.layers, record.fingerprint, record.card, blob.heads)
 
     def __contains__(self, name: object) -> bool:
         try:
@@ -336,7 +341,9 @@ class Hub:
         )
         raise AdapterNotFound(f"no adapter {name!r} in the hub {self.path}; {hint}")
 
-    def _store(self, adapter: Adapter, record: Record, text: str, existing: rows.Row | None, doing: str) -> Record:
+    def _store(
+        self, adapter: Adapter, record: Record, text: str, existing: rows.Row | None, doing: str, stored_as: str
+    ) -> Record:
         """Blob first, then the row. The caller holds the lock."""
         from loraweave.hub.blobs import write_blob
 
@@ -347,7 +354,10 @@ class Hub:
                 known = self._usable_blob(record.hash)
                 written = known is None
                 if known is None:
-                    known = rows.BlobRow(record.hash, *write_blob(self.path, adapter.layers, record.hash, text))
+                    placed = write_blob(
+                        self.path, adapter.layers, record.hash, text, heads=adapter.heads, stored_as=stored_as
+                    )
+                    known = rows.BlobRow(record.hash, *placed)
                 else:
                     sync_folders(self.path, path)
             with self._catalogue.transaction(doing) as connection:

@@ -81,11 +81,12 @@ class ExpertPool:
         return tuple(sorted({layer for adapter in self.adapters.values() for layer in adapter.layers}))
 
     def stacked(self, layer: str) -> StackedFactors:
-        """One layer's factors concatenated over the experts, fp32. Unbound factors are refused (AdapterUnsupported)."""
+        """One layer's factors concatenated over the experts, fp32. AdapterUnsupported for unbound factors or heads."""
         parts = [(index, a.layers[layer]) for index, a in enumerate(self.adapters.values()) if layer in a.layers]
         if not parts:
             raise LayerMismatch(f"no expert of the pool updates layer {layer!r}; they update {len(self.layer_names)} others")
         for index, factors in parts:
+            require_no_heads(self.names[index], self.adapters[self.names[index]])
             if not factors.bound:
                 raise AdapterUnsupported(f"expert {self.names[index]!r} is not bound to a base model in layer {layer!r}")
         owner_S = torch.cat([torch.full((factors.rank,), index, dtype=torch.long) for index, factors in parts])
@@ -95,6 +96,16 @@ class ExpertPool:
             owner_S=owner_S,
             gain_EO=_rows(len(self), [(index, factors.gain_O) for index, factors in parts]),
             bias_EO=_rows(len(self), [(index, factors.bias_O) for index, factors in parts]),
+        )
+
+
+def require_no_heads(name: str, adapter: Adapter) -> None:
+    """AdapterUnsupported for an expert with trained heads: they replace whole weights, which no mixture of updates does."""
+    if adapter.heads:
+        raise AdapterUnsupported(
+            f"expert {name!r} has a trained head ({', '.join(sorted(adapter.heads))}), which cannot be mixed into a running "
+            "model: load it alone with peft after save_pretrained(), or leave the head out with "
+            "dataclasses.replace(adapter, heads={})"
         )
 
 

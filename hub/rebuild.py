@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from loraweave.errors import AdapterCorrupt, HubError, HubLocked
 from loraweave.hub import rows
 from loraweave.hub.blob_files import file_digest, stored_blobs, sync_folder
-from loraweave.hub.blobs import content_hash, read_blob
+from loraweave.hub.blobs import read_blob
 from loraweave.hub.migrations import migrate
 from loraweave.hub.storage_errors import storage_errors
 from loraweave.types import Record
@@ -64,7 +64,7 @@ def _sound_blobs(folder: Path) -> Iterator[tuple[rows.BlobRow, Record]]:
     for file in stored_blobs(folder):
         try:
             blob = read_blob(file, "rebuilding")
-            if content_hash(blob.layers) == file.stem:
+            if blob.content_hash() == file.stem:
                 yield rows.BlobRow(file.stem, file_digest(file), file.stat().st_size), rows.record_from_json(blob.origin)
         except AdapterCorrupt:
             # it stays where it is, for whoever can mend it

@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from loraweave.errors import AdapterNotFound
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model*.safetensors*", "loraweave.json", "README.md")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model*.safetensors*", "compeft.*", "loraweave.json", "README.md")
 
 
 def local_folder(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from loraweave.errors import HubError
 from loraweave.hub import rows, vectors
 from loraweave.hub.blob_files import blob_path, require_digest, stored_blobs
-from loraweave.hub.blobs import content_hash, read_blob
+from loraweave.hub.blobs import read_blob
 from loraweave.hub.catalogue import Catalogue
 
 
@@ -84,7 +84,7 @@ def _blob_problems(catalogue: Catalogue, row: rows.Row) -> Iterator[str]:
     path = blob_path(catalogue.folder, row.blob.hash)
     try:
         require_digest(path, row.blob.file_sha256, who, trust_cache=False)
-        content = content_hash(read_blob(path, who).layers)
+        content = read_blob(path, who).content_hash()
     except FileNotFoundError:
         yield f"{who}: blob {path} is missing; add the adapter again from its source"
     except (HubError, OSError) as error:

@@ -6,14 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from loraweave.types import Factors, Fingerprint
 
 
 @dataclass(frozen=True, eq=False)
 class Contents:
-    """Layers by module path of the base model, the base model's id, its fingerprint where known, and the card as JSON."""
+    """Layers by module path of the base model, its id, its fingerprint where known, the card as JSON, and heads.
+
+    Heads are whole trained tensors by parameter name of the base model (PEFT's modules_to_save), fp32.
+    """
 
     base_model: str
     layers: Mapping[str, Factors]
     fingerprint: Fingerprint | None = None
     card: Mapping[str, Any] = field(default_factory=dict)
+    heads: Mapping[str, Tensor] = field(default_factory=dict)

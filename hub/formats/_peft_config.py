@@ -18,6 +18,7 @@ from loraweave.hub.formats._patterns import PatternError, resolve
 
 MAX_RANK = 65_536
 MAX_TEXT = 4_096
+MAX_NAMES = 1_000
 
 # read by `PeftConfig` and by the reader of the tensors
 HANDLED = {
@@ -36,6 +37,7 @@ HANDLED = {
     "fan_in_fan_out",
     "target_modules",
     "init_lora_weights",
+    "modules_to_save",
 }
 
 # where the adapter was trained or how: the tensors in the file say which layers exist and what they hold
@@ -59,7 +61,6 @@ BENIGN = {
 
 # what has no exact form as factors, unless it is null, false or empty
 REFUSED = {
-    "modules_to_save": "trained copies of whole modules, such as a classification head",
     "trainable_token_indices": "trained rows of the embedding",
     "layer_replication": "a base model with repeated layers",
     "alora_invocation_tokens": "an update that depends on an invocation sequence",
@@ -92,6 +93,9 @@ class PeftConfig:
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False
+    bias: str = "none"
+    task_type: str = ""
+    modules_to_save: tuple[str, ...] = ()
     recorded: Mapping[str, Any] = field(default_factory=dict)
 
     def ranks(self, layers: Iterable[str]) -> dict[str, int]:
@@ -140,7 +144,6 @@ def parse(config: Mapping[str, Any], folder: Path) -> PeftConfig:
     recorded["fan_in_fan_out"] = flags["fan_in_fan_out"]
     if revision := _text(config, "revision", folder):
         recorded["revision"] = revision
-    _text(config, "task_type", folder)
     ranks, alphas = _table(config, "rank_pattern", folder), _table(config, "alpha_pattern", folder)
     return PeftConfig(
         folder=folder,
@@ -152,6 +155,9 @@ def parse(config: Mapping[str, Any], folder: Path) -> PeftConfig:
         use_rslora=flags["use_rslora"],
         use_dora=flags["use_dora"],
         lora_bias=flags["lora_bias"],
+        bias=config.get("bias", "none"),
+        task_type=_text(config, "task_type", folder),
+        modules_to_save=_names(config, "modules_to_save", folder),
         recorded=recorded,
     )
 
@@ -190,6 +196,15 @@ def _text(config: Mapping[str, Any], name: str, folder: Path) -> str:
     if not isinstance(value, str) or len(value) > MAX_TEXT:
         raise AdapterCorrupt(f"{folder}: {name} is {_short(value)}, not a text of up to {MAX_TEXT} characters")
     return value
+
+
+def _names(config: Mapping[str, Any], name: str, folder: Path) -> tuple[str, ...]:
+    value = config.get(name) or []
+    if not isinstance(value, list) or not all(isinstance(entry, str) and 0 < len(entry) <= MAX_TEXT for entry in value):
+        raise AdapterCorrupt(f"{folder}: {name} is {_short(value)}, not a list of module names")
+    if len(value) > MAX_NAMES:
+        raise AdapterCorrupt(f"{folder}: {name} lists {len(value)} names, above the limit of {MAX_NAMES}")
+    return tuple(dict.fromkeys(value))
 
 
 def _table(config: Mapping[str, Any], name: str, folder: Path) -> Iterable[tuple[str, Any]]:

@@ -22,7 +22,7 @@ _PARAMETERS: dict[str, Part] = {
 
 # parts of keys that belong to features without an exact form as factors
 _FOREIGN = {
-    "modules_to_save": "a trained copy of a whole module (modules_to_save)",
+    "modules_to_save": "a trained copy of a module that the config's modules_to_save does not list",
     "token_adapter": "trained rows of the embedding (trainable_token_indices)",
     "trainable_tokens_delta": "trained rows of the embedding (trainable_token_indices)",
     "lora_diag": "KaSA's singular values",
@@ -60,14 +60,18 @@ def parse_key(key: str) -> Key | None:
 
     The prefix `base_model.model.` may be missing, there once, or doubled (a PeftModel wrapped twice).
     """
-    path = key
-    while path.startswith(PREFIX):
-        path = path[len(PREFIX) :]
-    pieces = path.split(".")
+    pieces = without_prefix(key).split(".")
     found = _lora_part(pieces) or _bias(pieces)
     if found is None or not found.layer or "" in pieces:
         return None
     return found
+
+
+def without_prefix(key: str) -> str:
+    """The name below the base model."""
+    while key.startswith(PREFIX):
+        key = key[len(PREFIX) :]
+    return key
 
 
 def check_all_known(keys: Iterable[str], folder: Path) -> dict[str, Key]:
@@ -127,7 +131,8 @@ def _refuse_foreign(key: str, found: Key | None, folder: Path) -> None:
     if found is None and pieces[-1] == "weight" and pieces[-2:-1] and pieces[-2] in _WHOLE:
         raise AdapterUnsupported(
             f"{folder}: tensor {key!r} is a whole weight of the base model (a head, or a saved embedding), not a low-rank "
-            "update; if it was not trained, save the adapter again with save_embedding_layers=False"
+            "update, and modules_to_save does not list it; if it was not trained, save the adapter again with "
+            "save_embedding_layers=False"
         )
 
 

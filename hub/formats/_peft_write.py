@@ -5,11 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-import secrets
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,9 @@ from torch import Tensor
 from loraweave.errors import AdapterExists, AdapterUnsupported, HubFull, HubReadOnly
 from loraweave.hub.formats._card import README, SIDECAR, readme_text, sidecar_text
 from loraweave.hub.formats._contents import Contents
+from loraweave.hub.formats._peft_heads import saved_modules
 from loraweave.hub.formats._peft_keys import PREFIX, Key, parse_key
+from loraweave.hub.formats._replacing import replacing
 from loraweave.hub.formats._safetensors import MAX_KEY_LENGTH
 from loraweave.types import Factors
 
@@ -35,12 +34,12 @@ def write_folder(contents: Contents, folder: Path, *, dtype: torch.dtype) -> Pat
     target = folder.resolve() if folder.is_symlink() else folder
     _check_target(target)
     config = _config(contents)
-    tensors = _tensors(contents.layers, bool(config["lora_bias"]), dtype)
+    tensors = _tensors(contents.layers, bool(config["lora_bias"]), dtype) | _heads(contents.heads, dtype)
     layout = _layout(contents.layers, bool(config["lora_bias"]))
     texts = {
         "adapter_config.json": json.dumps(config, indent=1, ensure_ascii=False, allow_nan=False),
         SIDECAR: sidecar_text(contents.card, contents.fingerprint, layout),
-        README: readme_text(contents.base_model, contents.card, _facts(contents.layers, dtype)),
+        README: readme_text(contents.base_model, contents.card, _facts(contents, dtype)),
     }
     try:
         _place(target, tensors, texts)
@@ -74,9 +73,10 @@ def _config(contents: Contents) -> dict[str, Any]:
     pattern = {f"^{_escaped(layer)}": rank for layer, rank in ranks.items() if rank != common}
     stored = contents.card.get("peft")
     known: Mapping[str, Any] = stored if isinstance(stored, Mapping) else {}
+    saved, task = saved_modules(contents.heads, layers, known)
     return {
         "peft_type": "LORA",
-        "task_type": known.get("task_type") if isinstance(known.get("task_type"), str) else None,
+        "task_type": task,
         "base_model_name_or_path": contents.base_model or None,
         "revision": known.get("revision") if isinstance(known.get("revision"), str) else None,
         "inference_mode": True,
@@ -92,6 +92,7 @@ def _config(contents: Contents) -> dict[str, Any]:
         "use_dora": bool(dora),
         "lora_bias": bool(with_bias),
         "bias": _bias_mode(layers),
+        "modules_to_save": saved or None,
     }
 
 
@@ -163,12 +164,28 @@ def _tensors(layers: Mapping[str, Factors], lora_bias: bool, dtype: torch.dtype)
     for layer, factors in layers.items():
         path = f"{PREFIX}{layer}"
         for suffix, tensor in _parts(factors, lora_bias).items():
-            # cloned, because safetensors refuses tensors that share storage
-            stored = tensor.detach().to("cpu", dtype).contiguous().clone()
-            if not bool(torch.isfinite(stored).all()):
-                raise AdapterUnsupported(f"layer {layer!r} has values that {dtype} cannot hold; write it as torch.float32")
-            tensors[f"{path}.{suffix}"] = stored
+            tensors[f"{path}.{suffix}"] = _stored(tensor, f"layer {layer!r}", dtype)
     return tensors
+
+
+def _heads(heads: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    for head, tensor in heads.items():
+        if not tensor.is_floating_point() or not tensor.numel():
+            raise AdapterUnsupported(
+                f"head {head!r} has dtype {tensor.dtype} and shape {tuple(tensor.shape)}; only floating point tensors that "
+                "hold something can be written"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterUnsupported(f"head {head!r} has values that are NaN or infinite")
+    return {f"{PREFIX}{head}": _stored(tensor, f"head {head!r}", dtype) for head, tensor in heads.items()}
+
+
+def _stored(tensor: Tensor, what: str, dtype: torch.dtype) -> Tensor:
+    # cloned, because safetensors refuses tensors that share storage
+    stored = tensor.detach().to("cpu", dtype).contiguous().clone()
+    if not bool(torch.isfinite(stored).all()):
+        raise AdapterUnsupported(f"{what} has values that {dtype} cannot hold; write it as torch.float32")
+    return stored
 
 
 def _parts(factors: Factors, lora_bias: bool) -> dict[str, Tensor]:
@@ -201,10 +218,11 @@ def _layout(layers: Mapping[str, Factors], lora_bias: bool) -> dict[str, Any]:
     return {name: notes for name, notes in (("padded_bias", padded), ("rank_zero", empty)) if notes}
 
 
-def _facts(layers: Mapping[str, Factors], dtype: torch.dtype) -> dict[str, str]:
-    ranks = sorted({factors.rank for factors in layers.values()})
+def _facts(contents: Contents, dtype: torch.dtype) -> dict[str, str]:
+    ranks = sorted({factors.rank for factors in contents.layers.values()})
     span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-    return {"Layers": str(len(layers)), "Rank": span, "Stored as": str(dtype).removeprefix("torch.")}
+    heads = {"Trained heads": ", ".join(sorted(contents.heads))} if contents.heads else {}
+    return {"Layers": str(len(contents.layers)), "Rank": span, **heads, "Stored as": str(dtype).removeprefix("torch.")}
 
 
 def _check_target(target: Path) -> None:
@@ -231,40 +249,10 @@ def _names(folder: Path) -> Iterable[str]:
 
 
 def _place(target: Path, tensors: dict[str, Tensor], texts: Mapping[str, str]) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    token = secrets.token_hex(8)
-    temporary, old = target.parent / f".loraweave-{token}.tmp", target.parent / f".loraweave-{token}.old"
-    try:
-        temporary.mkdir()
-        weights = temporary / "adapter_model.safetensors"
+    with replacing(target) as folder:
+        weights = folder / "adapter_model.safetensors"
         save_file(tensors, weights, metadata={"format": "pt"})
         # safetensors makes it readable for its owner alone, unlike every other file of the folder
         weights.chmod(0o644)
         for name, text in texts.items():
-            (temporary / name).write_text(text, encoding="utf-8")
-        for path in temporary.iterdir():
-            _sync(path)
-        _swap(temporary, target, old)
-    finally:
-        with suppress(OSError):
-            shutil.rmtree(temporary)
-
-
-def _swap(new: Path, target: Path, old: Path) -> None:
-    """Renames `new` to `target`; what was there before comes back when that fails, and is removed only afterwards."""
-    replaces = target.exists()
-    if replaces:
-        target.rename(old)
-    try:
-        new.rename(target)
-    except BaseException:
-        if replaces:
-            old.rename(target)
-        raise
-    if replaces:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+            (folder / name).write_text(text, encoding="utf-8")

@@ -30,6 +30,8 @@ FLOATS = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+# only for formats that store places in another tensor
+INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 # known to the format, yet integers and truth values carry no scale and complex or block-scaled numbers no single value
 SIZES_OF_OTHERS = {
     "I64": 8,
@@ -56,12 +58,14 @@ class Entry:
     end: int
 
 
-def read_tensors(folder: Path, names: list[str]) -> Iterator[tuple[str, str, Tensor]]:
+def read_tensors(folder: Path, names: list[str], *, integers: bool = False) -> Iterator[tuple[str, str, Tensor]]:
     """(key, dtype in the file, tensor in fp32) of every tensor in the named files, one at a time.
 
-    All headers are checked before the first tensor is read. Raises AdapterCorrupt for a damaged file or a key that two
-    files hold, AdapterUnsupported for a dtype that has no exact meaning as a factor.
+    All headers are checked before the first tensor is read. With `integers`, tensors of whole numbers (places in another
+    tensor) are read too, as int64. Raises AdapterCorrupt for a damaged file or a key that two files hold,
+    AdapterUnsupported for a dtype that has no exact meaning.
     """
+    known = {**FLOATS, **INTEGERS} if integers else FLOATS
     headers = {name: _header_of(folder, name) for name in names}
     seen: dict[str, str] = {}
     for name, (entries, _) in headers.items():
@@ -69,7 +73,7 @@ def read_tensors(folder: Path, names: list[str]) -> Iterator[tuple[str, str, Ten
             if key in seen:
                 raise AdapterCorrupt(f"{folder}: tensor {key!r} is in both {seen[key]} and {name}")
             seen[key] = name
-            if entry.dtype not in FLOATS:
+            if entry.dtype not in known:
                 raise AdapterUnsupported(
                     f"{folder}: tensor {key!r} has dtype {entry.dtype}; only floating point factors "
                     f"({', '.join(FLOATS)}) have an exact meaning, so save the adapter in one of them"
@@ -96,6 +100,11 @@ def shards(folder: Path, index_name: str) -> list[str]:
             odd = sorted(held ^ claimed)[:3]
             raise AdapterCorrupt(f"{folder}: {index_name} and {name} disagree on {len(held ^ claimed)} tensors: {odd}")
     return names
+
+
+def tensor_names(folder: Path, name: str) -> list[str]:
+    """The names of the tensors in a file; only its header is read."""
+    return list(_header_of(folder, name)[0])
 
 
 def _header_of(folder: Path, name: str) -> tuple[dict[str, Entry], int]:
@@ -175,4 +184,6 @@ def _read_tensor(file: BinaryIO, folder: Path, name: str, key: str, entry: Entry
     count = file.readinto(buffer)  # type: ignore[attr-defined]
     if count != len(buffer):
         raise AdapterCorrupt(f"{folder}: {name} ended within tensor {key!r}; it changed while it was read")
+    if entry.dtype in INTEGERS:
+        return torch.frombuffer(buffer, dtype=INTEGERS[entry.dtype]).reshape(entry.shape).long()
     return torch.frombuffer(buffer, dtype=FLOATS[entry.dtype]).reshape(entry.shape).float()

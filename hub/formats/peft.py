@@ -15,23 +15,20 @@ from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub import algebra
 from loraweave.hub.formats._card import base_model_of_readme, read_card
 from loraweave.hub.formats._contents import Contents
-from loraweave.hub.formats._files import listing, opened, present, read_json
+from loraweave.hub.formats._files import listing, present, read_json
 from loraweave.hub.formats._peft_config import PeftConfig, parse
+from loraweave.hub.formats._peft_files import CONFIG, INDEX, PICKLE, WEIGHTS, weight_files
+from loraweave.hub.formats._peft_heads import TASK_HEADS, check_heads, take_heads
 from loraweave.hub.formats._peft_keys import Part, check_all_known
 from loraweave.hub.formats._peft_write import write_folder
-from loraweave.hub.formats._safetensors import FLOATS, read_tensors, shards
+from loraweave.hub.formats._safetensors import FLOATS, read_tensors
 from loraweave.types import Factors
-
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-INDEX = f"{WEIGHTS}.index.json"
-PICKLE = "adapter_model.bin"
 
 Parts = dict[Part, Tensor]
 
 
 class Peft:
-    """Reads and writes PEFT folders. A folder either means exactly the factors that `read` gives, or `read` raises."""
+    """Reads and writes PEFT folders. A folder either means exactly the factors and heads that `read` gives, or it raises."""
 
     @staticmethod
     def recognises(folder: Path) -> bool:
@@ -39,36 +36,38 @@ class Peft:
         return any(present(folder, name) for name in (CONFIG, WEIGHTS, INDEX, PICKLE))
 
     @staticmethod
-    def read(folder: Path) -> Contents:
+    def read(folder: Path, *, assumed: Mapping[str, Any] | None = None) -> Contents:
         """The factors of a PEFT folder in fp32 with the scale folded into b, its base model, and its card.
 
         Which layers exist and how large they are is read from the tensors; target patterns are recorded and never run.
         A rank that differs from what the config gives the layer is refused, since PEFT could not load the file either
         and the scale alpha/r would be a guess. `card["peft"]` holds what of the config `write` puts back and
-        `card["stored_dtype"]` the dtypes in the file.
+        `card["stored_dtype"]` the dtypes in the file. `assumed` replaces fields of the config.
         Raises AdapterCorrupt for damaged files, and AdapterUnsupported for what has no exact form as factors and for
         an adapter without effect.
         """
         folder = Path(folder)
-        config = parse(_config_of(folder), folder)
+        config = parse({**_config_of(folder), **(assumed or {})}, folder)
         card, fingerprint, layout = read_card(folder)
-        parts, dtypes = _parts_of(folder)
-        layers = _layers_of(parts, config, layout)
-        if all(algebra.is_zero(factors) for factors in layers.values()):
+        stored, dtypes = _stored(folder)
+        heads, saved = _heads_of(stored, config)
+        layers = _layers_of(_parts_of(stored, folder), config, layout)
+        if not heads and all(algebra.is_zero(factors) for factors in layers.values()):
             why = "lora_alpha is 0" if config.alpha == 0 else "every update is zero"
             raise AdapterUnsupported(f"{folder}: the adapter is without effect: {why}")
-        card |= {"peft": dict(config.recorded), "stored_dtype": "+".join(sorted(dtypes))}
-        return Contents(config.base_model or base_model_of_readme(folder), layers, fingerprint, card)
+        recorded = dict(config.recorded) | ({"modules_to_save": saved} if saved else {})
+        card |= {"peft": recorded, "stored_dtype": "+".join(sorted(dtypes))}
+        return Contents(config.base_model or base_model_of_readme(folder), layers, fingerprint, card, heads)
 
     @staticmethod
     def write(contents: Contents, folder: Path, *, dtype: torch.dtype = torch.float32) -> Path:
-        """Writes a PEFT folder that PEFT loads key for key and whose `read` gives the same factors; returns its path.
+        """Writes a PEFT folder that PEFT loads key for key and whose `read` gives the same contents; returns its path.
 
         Tensors are stored as `dtype`: float32 (exact), float16 or bfloat16 (rounded). The folder appears whole or not at
         all; an existing one is replaced only when it is empty or holds nothing but an adapter (else AdapterExists).
-        Raises AdapterUnsupported for a gain without DoRA's magnitude, and for other updates that PEFT has no form for.
+        Raises AdapterUnsupported for a gain without DoRA's magnitude, and for other contents that PEFT has no form for.
         """
-        if not contents.layers or all(algebra.is_zero(factors) for factors in contents.layers.values()):
+        if not contents.heads and all(algebra.is_zero(factors) for factors in contents.layers.values()):
             raise AdapterUnsupported(f"cannot write to {folder}: the adapter is without effect, every update is zero")
         return write_folder(contents, Path(folder), dtype=dtype)
 
@@ -79,31 +78,32 @@ def _config_of(folder: Path) -> dict[str, Any]:
     return read_json(folder, CONFIG)
 
 
-def _weight_files(folder: Path) -> list[str]:
-    if present(folder, WEIGHTS):
-        return [WEIGHTS]
-    if present(folder, INDEX):
-        return shards(folder, INDEX)
-    if present(folder, PICKLE):
-        # opened for the checks alone: a git-LFS pointer of that name needs another way out
-        with opened(folder, PICKLE):
-            pass
-        raise AdapterUnsupported(
-            f"{folder}: the weights are only in {PICKLE}, a pickle, which can run code when it is read; if you trust it, "
-            "convert it: safetensors.torch.save_file(torch.load('adapter_model.bin', weights_only=True), "
-            f"'{WEIGHTS}')"
-        )
-    raise AdapterCorrupt(f"{folder}: no {WEIGHTS}; the folder holds {listing(folder)}")
-
-
-def _parts_of(folder: Path) -> tuple[dict[str, Parts], set[str]]:
-    """The tensors by layer and part, all finite, and the dtypes they were stored in."""
-    stored = {key: (dtype, tensor) for key, dtype, tensor in read_tensors(folder, _weight_files(folder))}
-    if not stored:
+def _stored(folder: Path) -> tuple[dict[str, Tensor], set[str]]:
+    """Every tensor in fp32 by its name in the file, and the dtypes they were stored in."""
+    tensors: dict[str, Tensor] = {}
+    dtypes: set[str] = set()
+    for key, dtype, tensor in read_tensors(folder, weight_files(folder)):
+        tensors[key] = tensor
+        dtypes.add(str(FLOATS[dtype]).removeprefix("torch."))
+    if not tensors:
         raise AdapterCorrupt(f"{folder}: the file holds no tensors")
+    return tensors, dtypes
+
+
+def _heads_of(stored: dict[str, Tensor], config: PeftConfig) -> tuple[dict[str, Tensor], list[str]]:
+    """The heads, taken out of `stored`, and the names of modules_to_save that they were found under."""
+    names = (*config.modules_to_save, *TASK_HEADS.get(config.task_type, ()))
+    heads = take_heads(stored, names, config.bias, config.folder)
+    return heads, check_heads(heads, config.modules_to_save, config.task_type, config.folder)
+
+
+def _parts_of(stored: Mapping[str, Tensor], folder: Path) -> dict[str, Parts]:
+    """The tensors by layer and part, all finite."""
+    if not stored:
+        raise AdapterUnsupported(f"{folder}: the file holds trained heads but no low-rank update, so it is no LoRA")
     parts: dict[str, Parts] = defaultdict(dict)
     for key, parsed in check_all_known(stored, folder).items():
-        tensor, where = stored[key][1], f"{folder}: layer {parsed.layer!r}"
+        tensor, where = stored[key], f"{folder}: layer {parsed.layer!r}"
         if parsed.part in parts[parsed.layer]:
             raise AdapterCorrupt(
                 f"{folder}: several tensors are the part {parsed.part!r} of layer {parsed.layer!r}, one is {key!r}"
@@ -113,7 +113,7 @@ def _parts_of(folder: Path) -> tuple[dict[str, Parts], set[str]]:
         if tensor.numel() == 0:
             raise AdapterCorrupt(f"{where}: {key!r} has shape {tuple(tensor.shape)} and holds nothing")
         parts[parsed.layer][parsed.part] = tensor
-    return parts, {str(FLOATS[dtype]).removeprefix("torch.") for dtype, _ in stored.values()}
+    return parts
 
 
 def _layers_of(parts: Mapping[str, Parts], config: PeftConfig, layout: Mapping[str, Any]) -> dict[str, Factors]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+
 import pytest
 import torch
 
@@ -9,38 +12,68 @@ from loraweave import registry
 from loraweave.errors import HubError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.formats._contents import Contents
+from loraweave.hub.formats._foreign import ForeignFormat
 from loraweave.types import Factors
 
-FORMATS = registry.names("formats")
+FORMATS = {name: registry.get("formats", name) for name in registry.names("formats")}
+# types that PEFT trains and we only read: what was read of them is written as an ordinary LoRA
+FOREIGN = {
+    name: layout for name, layout in FORMATS.items() if isinstance(layout, type) and issubclass(layout, ForeignFormat)
+}
 
 
 @pytest.fixture(params=FORMATS)
 def layout(request):
-    return registry.get("formats", request.param)
+    return FORMATS[request.param]
 
 
-def contents(seed=0):
+@pytest.fixture(params=[name for name, found in FORMATS.items() if hasattr(found, "write")])
+def written(request):
+    return FORMATS[request.param]
+
+
+def contents(seed=0, *, ternary=True):
+    """Two layers; ternary ones have values -c, 0 and c only, which every format can hold."""
     generator = torch.Generator().manual_seed(seed)
+
+    def matrix(*shape):
+        values = torch.randn(*shape, generator=generator)
+        return 0.25 * (1 + seed) * torch.where(values.abs() > 0.4, values.sign(), 0.0) if ternary else values
+
     layers = {
-        "model.layers.0.q": Factors(torch.randn(3, 5, generator=generator), torch.randn(7, 3, generator=generator)),
-        "model.layers.1.q": Factors(torch.randn(1, 5, generator=generator), torch.randn(7, 1, generator=generator)),
+        "model.layers.0.q": Factors(matrix(3, 5), matrix(7, 3)),
+        "model.layers.1.q": Factors(matrix(1, 5), matrix(7, 1)),
     }
     return Contents("base", layers, card={"description": "sorts", "tags": ["words"]})
 
 
-def test_reading_gives_back_what_was_written(layout, tmp_path):
+def test_values_of_any_kind_come_back_exactly_or_are_refused(written, tmp_path):
+    given = contents(ternary=False)
+    folder = tmp_path / "adapter"
+    with contextlib.suppress(HubError):
+        written.write(given, folder)
+    read = [Adapter("a", "base", written.read(folder).layers).hash] if folder.exists() else []
+    assert read in ([], [Adapter("b", "base", given.layers).hash])
+
+
+def test_reading_gives_back_what_was_written(written, tmp_path):
     given = contents()
-    folder = layout.write(given, tmp_path / "adapter")
-    assert layout.recognises(folder)
-    found = layout.read(folder)
+    folder = written.write(given, tmp_path / "adapter")
+    assert written.recognises(folder)
+    found = written.read(folder)
     assert Adapter("a", "base", found.layers).hash == Adapter("b", "base", given.layers).hash
     assert found.base_model == given.base_model
     assert found.card["description"] == "sorts"
 
 
-def test_every_tensor_of_the_files_matters(layout, tmp_path):
-    first, second = (layout.read(layout.write(contents(seed), tmp_path / str(seed))) for seed in (1, 2))
+def test_every_tensor_of_the_files_matters(written, tmp_path):
+    first, second = (written.read(written.write(contents(seed), tmp_path / str(seed))) for seed in (1, 2))
     assert Adapter("a", "base", first.layers).hash != Adapter("a", "base", second.layers).hash
+
+
+def test_an_adapter_of_any_written_format_is_read_without_naming_it(written, tmp_path):
+    folder = written.write(contents(), tmp_path / "adapter")
+    assert Adapter.from_pretrained(folder).hash == Adapter("a", "base", written.read(folder).layers).hash
 
 
 def test_a_folder_of_something_else_is_not_recognised_and_refused_by_name(layout, tmp_path):
@@ -48,3 +81,24 @@ def test_a_folder_of_something_else_is_not_recognised_and_refused_by_name(layout
     assert not layout.recognises(tmp_path)
     with pytest.raises(HubError, match=r"notes\.txt"):
         layout.read(tmp_path)
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_type_is_recognised_by_its_own_name_alone(name, tmp_path):
+    others = [found for found in FOREIGN.values() if found.peft_type != FOREIGN[name].peft_type]
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": FOREIGN[name].peft_type}))
+    assert not any(other.recognises(tmp_path) for other in others)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": ')
+    assert not FOREIGN[name].recognises(tmp_path)
+
+
+# the fields of LoRA are those of formats/peft.py
+@pytest.mark.parametrize("name", [name for name, found in FOREIGN.items() if found.peft_type != "LORA"])
+def test_every_field_of_a_types_config_is_known_or_refused(name):
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    found = FOREIGN[name]
+    tables = (found.handled, found.benign, set(found.refused))
+    assert sum(map(len, tables)) == len(set().union(*tables))
+    fields = set(PEFT_TYPE_TO_CONFIG_MAPPING[found.peft_type].__dataclass_fields__)
+    assert set().union(*tables) <= fields

@@ -1,12 +1,14 @@
 import hashlib
+import json
 import os
 import stat
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
-from loraweave.errors import AdapterCorrupt
+from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub import blob_files
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.blob_files import blob_path, require_digest, sweep
@@ -140,3 +142,62 @@ def test_only_old_temporary_files_are_swept(tmp_path):
     os.utime(old, (0, 0))
     assert sweep(tmp_path) == 5
     assert [path.name for path in (tmp_path / "tmp").iterdir()] == ["new"]
+
+
+HEADS = {"score.weight": torch.randn(3, 5), "odd/.. \nname": torch.ones(())}
+
+
+def test_heads_come_back_bit_for_bit_and_are_a_part_of_the_content(tmp_path):
+    content = content_hash(LAYERS, HEADS)
+    assert content != content_hash(LAYERS)
+    write_blob(tmp_path, LAYERS, content, ORIGIN, heads=HEADS)
+    path = blob_path(tmp_path, content)
+    blob = read_blob(path, "x")
+    assert blob.heads.keys() == HEADS.keys()
+    assert all(torch.equal(blob.heads[name], tensor) for name, tensor in HEADS.items())
+    assert blob.content_hash() == content
+    assert examine_blob(path, content)[1] == path.stat().st_size
+
+
+def version_of(path):
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["loraweave"])["version"]
+
+
+def test_a_blob_without_heads_in_its_own_form_is_what_older_programs_read(tmp_path):
+    path, _ = write(tmp_path)
+    assert version_of(path) == 1
+
+
+TERNARY = {
+    "q": Factors(factors(7).a_RI.sign() * 0.37, factors(7).b_OR.sign() * 0.02, bias_O=torch.randn(5)),
+    "v": Factors(torch.zeros(3, 7), factors(8).b_OR.sign() * 0.37),
+}
+
+
+def test_ternary_factors_come_back_bit_for_bit_from_few_bits(tmp_path):
+    content = content_hash(TERNARY, HEADS)
+    write_blob(tmp_path, TERNARY, content, ORIGIN, heads=HEADS, stored_as="compeft")
+    path = blob_path(tmp_path, content)
+    assert version_of(path) == 2
+    with safe_open(path, framework="pt") as file:
+        assert set(file.keys()) == {"signs", "scales", "0.bias_O", "head.0", "head.1"}
+    assert read_blob(path, "x").content_hash() == content
+
+
+def test_factors_that_are_not_ternary_leave_no_file_in_that_form(tmp_path):
+    with pytest.raises(AdapterUnsupported, match=r"a_RI of layer 'conv'.*lw\.compeft"):
+        write_blob(tmp_path, LAYERS, content_hash(LAYERS), ORIGIN, stored_as="compeft")
+    with pytest.raises(AdapterUnsupported, match="'factors' or 'compeft', not as 'zip'"):
+        write_blob(tmp_path, LAYERS, content_hash(LAYERS), ORIGIN, stored_as="zip")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_ternary_stream_is_corrupt_by_the_name_of_its_file(tmp_path):
+    tensors = {"signs": torch.tensor([1, 2, 3], dtype=torch.uint8), "scales": torch.ones(1)}
+    entry = {"path": "q", "kind": "linear", "kernel": [], "parts": [], "shape": [5, 3, 7]}
+    header = {"version": 2, "layers": [entry], "stored_as": "compeft", "origin": {}}
+    path = tmp_path / "x.safetensors"
+    save_file(tensors, path, metadata={"loraweave": json.dumps(header)})
+    with pytest.raises(AdapterCorrupt, match=r"adapter 'x': blob .*x\.safetensors cannot be read .*ternary stream"):
+        read_blob(path, "adapter 'x'")

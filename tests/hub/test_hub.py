@@ -32,6 +32,7 @@ from loraweave.errors import (
 )
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
+from loraweave.hub.rebuild import rebuild
 from loraweave.types import Factors, Fingerprint
 
 
@@ -500,3 +501,53 @@ def test_a_peft_folder_is_added_under_its_name(hub, tmp_path):
     assert hub.add(str(folder), name="other").name == "other"
     with pytest.raises(AdapterNotFound):
         hub.add(Path(tmp_path / "nowhere"))
+
+
+def ternary_adapter(**fields):
+    signs = adapter(0)
+    layers = {
+        layer: Factors(factors.a_RI.sign() * 0.37, factors.b_OR.sign() * 0.37) for layer, factors in signs.layers.items()
+    }
+    return Adapter("ternary", "org/base", layers, **fields)
+
+
+def test_heads_are_stored_verified_and_rebuilt(hub):
+    given = adapter(0, heads={"score.weight": torch.randn(2, 3)})
+    hub.add(given)
+    assert hub[given.name].hash == given.hash != adapter(0).hash
+    assert torch.equal(hub[given.name].heads["score.weight"], given.heads["score.weight"])
+    assert hub.verify().ok
+    hub.close()
+    (hub.path / "catalogue.sqlite").unlink()
+    assert rebuild(hub.path) == [given.name]
+
+
+def test_a_head_that_is_not_finite_is_refused(hub):
+    with pytest.raises(AdapterCorrupt, match=r"head 'score\.weight'.*not finite"):
+        hub.add(adapter(0, heads={"score.weight": torch.tensor([torch.nan])}))
+    assert not files(hub)
+
+
+def test_a_ternary_adapter_in_few_bits_is_read_verified_collected_and_rebuilt_like_any_other(hub):
+    given = ternary_adapter()
+    record = hub.add(given, stored_as="compeft")
+    assert record.hash == given.hash
+    assert hub["ternary"].hash == given.hash
+    assert hub.verify().ok
+    assert hub.add(given) == record
+    hub.close()
+    (hub.path / "catalogue.sqlite").unlink()
+    assert rebuild(hub.path) == ["ternary"]
+    with Hub(hub.path) as rebuilt:
+        assert rebuilt["ternary"].hash == given.hash
+        rebuilt.remove("ternary")
+        assert rebuilt.gc() == record.size_bytes
+
+
+def test_what_is_not_ternary_is_refused_in_that_form_and_nothing_is_written(hub):
+    with pytest.raises(AdapterUnsupported, match=r"lw\.compeft"):
+        hub.add(adapter(0), stored_as="compeft")
+    with pytest.raises(AdapterUnsupported, match="not as 'zip'"):
+        hub.add(adapter(0), stored_as="zip")
+    assert len(hub) == 0
+    assert not files(hub)

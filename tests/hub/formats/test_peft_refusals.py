@@ -49,7 +49,6 @@ def entry(shape, begin, end, dtype="F32"):
 
 UNSUPPORTED_CONFIGS = {
     "peft_type": "IA3",
-    "modules_to_save": ["score"],
     "trainable_token_indices": [1, 2],
     "layer_replication": [[0, 2]],
     "alora_invocation_tokens": [5],

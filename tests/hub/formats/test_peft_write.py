@@ -9,7 +9,6 @@ import yaml
 
 from loraweave.errors import AdapterCorrupt, AdapterExists, AdapterUnsupported
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.formats import _peft_write
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats.peft import Peft
 from loraweave.types import Factors, Fingerprint
@@ -239,7 +238,7 @@ def test_failure_while_writing_leaves_the_old_adapter_and_nothing_else(tmp_path,
     def broken(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_peft_write, "_sync", broken)
+    monkeypatch.setattr(os, "fsync", broken)
     with pytest.raises(KeyboardInterrupt):
         Peft.write(contents(m__q=factors(seed=5)), out)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -1,0 +1,107 @@
+"""From any update of one layer to factors, with a bound on what the cut may lose."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraweave.errors import AdapterUnsupported
+from loraweave.hub import algebra
+from loraweave.hub.factorise import factorise
+from loraweave.types import Factors, Kind
+
+MAX_ERROR = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """An update that is known as one matrix (O, I), and what it adds to the bias."""
+
+    delta_OI: Tensor
+    bias_O: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Bound:
+    """How far an update may be cut: at most `rank`, at most `max_error` (Frobenius norm, relative to the update).
+
+    With both, the smallest rank within the error; None leaves a side open, and with a rank alone that rank is used in full.
+    """
+
+    rank: int | None = None
+    max_error: float | None = MAX_ERROR
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
+            raise AdapterUnsupported(f"rank is {self.rank!r}, not a whole number of at least 1")
+        if self.max_error is not None and not 0.0 <= self.max_error <= 1.0:
+            raise AdapterUnsupported(f"max_error is {self.max_error!r}, not a number from 0 to 1")
+
+
+def cut(
+    update: Factors | Dense, bound: Bound, where: str, *, kind: Kind = "linear", kernel: tuple[int, ...] = ()
+) -> tuple[Factors, dict[str, Any]]:
+    """The update as factors within the bound, and its note {rank, relative_error} for the card.
+
+    Factors stay exactly what they are unless their rank is above `bound.rank` or above the smaller side. A matrix gets the
+    smallest rank within `max_error`. Raises AdapterUnsupported, naming both numbers, where the rank leaves a larger error.
+    """
+    if isinstance(update, Factors):
+        factors, error = _lower(update, bound, where)
+    else:
+        delta_OI = update.delta_OI.float()
+        a_RI, b_OR, error = factorise(delta_OI, rank=bound.rank, max_error=bound.max_error or 0.0)
+        factors = Factors(
+            a_RI, b_OR, bias_O=None if update.bias_O is None else update.bias_O.float(), kind=kind, kernel=kernel
+        )
+    if bound.max_error is not None and error > max(bound.max_error, 1e-6):
+        raise AdapterUnsupported(_refusal(update, bound, error, where))
+    for name, tensor in factors.tensors().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterUnsupported(f"{where}: {name} of the update has values that are NaN or infinite in fp32")
+    return factors, {"rank": factors.rank, "relative_error": float(error)}
+
+
+def _lower(factors: Factors, bound: Bound, where: str) -> tuple[Factors, float]:
+    # a sum of many terms can have more rank rows than the matrix has rows
+    limit = min(factors.a_RI.shape[1], factors.b_OR.shape[0])
+    if bound.rank is not None and factors.rank > bound.rank and not factors.bound:
+        raise AdapterUnsupported(
+            f"{where}: the update has rank {factors.rank} and parts that depend on the base layer (DoRA, a trained bias), "
+            f"so it cannot be cut to rank {bound.rank} alone; make plain factors of it first: to_lora(adapter, model)"
+        )
+    limit = limit if bound.rank is None else min(limit, bound.rank)
+    return (factors, 0.0) if factors.rank <= limit or not factors.bound else algebra.compress(factors, limit)
+
+
+def _refusal(update: Factors | Dense, bound: Bound, error: float, where: str) -> str:
+    delta_OI = algebra.delta(replace(update, gain_O=None)) if isinstance(update, Factors) else update.delta_OI
+    enough = factorise(delta_OI.float(), max_error=bound.max_error)[0].shape[0] if bound.max_error else min(delta_OI.shape)
+    return (
+        f"{where}: rank {bound.rank} leaves a relative error of {error:.3g}, above max_error={bound.max_error}; rank "
+        f"{enough} would stay within it, and max_error={_rounded_up(error)} would allow rank {bound.rank}"
+    )
+
+
+def _rounded_up(error: float) -> float:
+    step = 10.0 ** (math.floor(math.log10(error)) - 1)
+    return float(f"{min(1.0, math.ceil(error / step + 1e-9) * step):.3g}")
+
+
+def plain(
+    a_RI: Tensor,
+    b_OR: Tensor,
+    *,
+    gain_O: Tensor | None = None,
+    bias_O: Tensor | None = None,
+    kind: Kind = "linear",
+    kernel: tuple[int, ...] = (),
+) -> Factors:
+    """Factors in fp32 from tensors of any precision, which are rounded once."""
+    exact = Factors(a_RI, b_OR, gain_O=gain_O, bias_O=bias_O, kind=kind, kernel=kernel)
+    rounded: dict[str, Any] = {name: tensor.float().contiguous() for name, tensor in exact.tensors().items()}
+    return replace(exact, **rounded)

@@ -1,0 +1,362 @@
+"""What the formats of PEFT's other adapter types share: their config, their tensors by layer and part, and the conversion.
+
+A format states the names of its tensors and config fields and gives one formula, `update`, for one layer. Everything here
+is as strict as the reader of LoRA folders: safetensors only, sizes checked first, unknown names and fields refused.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from loraweave.errors import AdapterCorrupt, AdapterUnsupported, BaseModelMismatch, LayerMismatch
+from loraweave.hub import algebra
+from loraweave.hub.fingerprint import fingerprint
+from loraweave.hub.formats._base_layers import BaseLayer, base_layer
+from loraweave.hub.formats._card import base_model_of_readme, read_card
+from loraweave.hub.formats._contents import Contents
+from loraweave.hub.formats._conversion import MAX_ERROR, Bound, Dense, cut
+from loraweave.hub.formats._files import listing, present, read_json
+from loraweave.hub.formats._patterns import PatternError, resolve
+from loraweave.hub.formats._peft_files import CONFIG, weight_files
+from loraweave.hub.formats._peft_heads import TASK_HEADS, check_heads, take_heads
+from loraweave.hub.formats._safetensors import INTEGERS, read_tensors
+from loraweave.types import Factors, Fingerprint
+
+ROOT = "base_model."
+MAX_VALUES = 2**31
+
+# fields of every type that say where or how training happened, or that the common reader handles
+COMMON = frozenset(
+    {
+        "peft_type",
+        "base_model_name_or_path",
+        "revision",
+        "task_type",
+        "auto_mapping",
+        "peft_version",
+        "inference_mode",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "modules_to_save",
+        "init_weights",
+        "bias",
+        "fan_in_fan_out",
+    }
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One layer of a stored adapter: its tensors, those of the whole file, the config, and the base's layer if known.
+
+    `position` counts the adapted layers in the order of the base model's modules; None where no model was given.
+    """
+
+    name: str
+    where: str
+    tensors: Mapping[str, Tensor]
+    shared: Mapping[str, Tensor]
+    config: Config
+    known_base: BaseLayer | None
+    position: int | None
+    num_layers: int
+
+    def has(self, name: str) -> bool:
+        return name in self.tensors
+
+    def part(self, name: str, *sizes: int | None) -> Tensor:
+        """A tensor of this layer in float64 (int64 for places), after checking its sizes; None stands for any."""
+        return self._checked(self.tensors, name, sizes)
+
+    def common(self, name: str, *sizes: int | None) -> Tensor:
+        """A tensor that all layers share."""
+        return self._checked(self.shared, name, sizes)
+
+    @property
+    def base(self) -> BaseLayer:
+        """The base's layer. Raises AdapterUnsupported naming model= where none was given."""
+        if self.known_base is None:
+            raise AdapterUnsupported(
+                f"{self.where}: the file alone does not determine the update, which depends on the base layer; give the "
+                "base model: Adapter.from_pretrained(..., model=model)"
+            )
+        return self.known_base
+
+    def places(self, name: str, *sizes: int | None, below: int) -> Tensor:
+        """A tensor of places, each from 0 to `below` - 1."""
+        found = self.part(name, *sizes)
+        whole = found.long()
+        if bool((whole != found).any()) or (whole.numel() and not 0 <= int(whole.min()) <= int(whole.max()) < below):
+            raise AdapterCorrupt(f"{self.where}: {name!r} has places outside 0 to {below - 1}")
+        return whole
+
+    def _checked(self, held: Mapping[str, Tensor], name: str, sizes: tuple[int | None, ...]) -> Tensor:
+        if name not in held:
+            raise AdapterCorrupt(f"{self.where} lacks the tensor {name!r}; it has {', '.join(sorted(self.tensors))}")
+        tensor = held[name]
+        fits = len(sizes) == tensor.dim() and all(size in (None, own) for size, own in zip(sizes, tensor.shape, strict=True))
+        if sizes and not fits:
+            wanted = ", ".join("any" if size is None else str(size) for size in sizes)
+            raise AdapterCorrupt(f"{self.where}: {name!r} has shape {tuple(tensor.shape)}, not ({wanted})")
+        return tensor.double() if tensor.is_floating_point() else tensor
+
+
+@dataclass(frozen=True)
+class Config:
+    """adapter_config.json of a stored adapter; every getter checks type and range."""
+
+    folder: Path
+    fields: Mapping[str, Any]
+
+    def number(self, name: str, default: float | None = None) -> float:
+        return self._number(self.fields.get(name, default), name)
+
+    def count(self, name: str, default: int | None = None, *, least: int = 1) -> int:
+        value = self.fields.get(name, default)
+        if type(value) is not int or not least <= value < 2**31:
+            raise AdapterCorrupt(f"{self.folder}: {name} is {_short(value)}, not a whole number of at least {least}")
+        return value
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        value = self.fields.get(name, default)
+        if not isinstance(value, bool):
+            raise AdapterCorrupt(f"{self.folder}: {name} is {_short(value)}, not true or false")
+        return value
+
+    def choice(self, name: str, options: Iterable[Any], default: Any = None) -> Any:
+        value = self.fields.get(name, default)
+        known = list(options)
+        if not any(type(value) is type(option) and value == option for option in known):
+            raise AdapterUnsupported(f"{self.folder}: {name} is {_short(value)}; known are {', '.join(map(repr, known))}")
+        return value
+
+    def text(self, name: str) -> str:
+        value = self.fields.get(name)
+        if value is not None and (not isinstance(value, str) or len(value) > 4096):
+            raise AdapterCorrupt(f"{self.folder}: {name} is {_short(value)}, not a text of up to 4096 characters")
+        return value or ""
+
+    def matched(self, pattern: str, layer: str, default: str) -> float:
+        """The number that the patterns in field `pattern` give a layer by PEFT's rule, else that of field `default`."""
+        table = self.fields.get(pattern) or {}
+        if not isinstance(table, dict):
+            raise AdapterCorrupt(f"{self.folder}: {pattern} is {_short(table)}, not an object of layer patterns")
+        values = {key: self._number(value, f"{pattern}[{key!r}]") for key, value in table.items()}
+        try:
+            found, disputed = resolve(values, [layer], self.number(default))
+        except PatternError as error:
+            raise AdapterUnsupported(
+                f"{self.folder}: {pattern}: {error}; write layer names without regular expressions"
+            ) from error
+        if disputed:
+            raise AdapterUnsupported(f"{self.folder}: {pattern} gives layer {layer!r} several values, {disputed[layer]}")
+        return found[layer]
+
+    def _number(self, value: Any, name: str) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise AdapterCorrupt(f"{self.folder}: {name} is {_short(value)}, not a finite number")
+        return float(value)
+
+
+class ForeignFormat(ABC):
+    """A format of one peft_type that is not LoRA. It is read only: what has been read is written as an ordinary LoRA."""
+
+    peft_type: ClassVar[str]
+    # names below a layer's path, and below the adapter itself
+    parts: ClassVar[frozenset[str]]
+    shared: ClassVar[frozenset[str]] = frozenset()
+    # config fields that `update` reads, those that do not change what the tensors mean, and what has no form as factors
+    handled: ClassVar[frozenset[str]] = frozenset()
+    benign: ClassVar[frozenset[str]] = frozenset()
+    refused: ClassVar[Mapping[str, str]] = {}
+
+    @classmethod
+    def recognises(cls, folder: Path) -> bool:
+        """Whether the folder's config names this peft_type; says nothing about the rest of its state."""
+        try:
+            return present(folder, CONFIG) and read_json(folder, CONFIG).get("peft_type") == cls.peft_type
+        except AdapterCorrupt:
+            return False
+
+    @classmethod
+    def read(
+        cls, folder: Path, *, model: nn.Module | None = None, rank: int | None = None, max_error: float = MAX_ERROR
+    ) -> Contents:
+        """The adapter as factors of a plain LoRA. `card["conversion"]` has rank and relative error of every layer.
+
+        `model` is the base model, for types whose file does not determine the update. Updates that are not of low rank are
+        cut to the smallest rank within `max_error` (Frobenius norm, relative to the layer's update) and at most `rank`.
+        Raises AdapterUnsupported where the two contradict, and for features without a form as factors; AdapterCorrupt for
+        damaged files; LayerMismatch and BaseModelMismatch for another model.
+        """
+        folder, bound = Path(folder), Bound(rank, max_error)
+        config = cls._config(folder)
+        card, stored_print, _ = read_card(folder)
+        tensors, dtypes = _tensors(folder)
+        heads = _heads(tensors, config)
+        layers = list(cls._layers(tensors, config, model))
+        own_print = _same_base(stored_print, model, folder)
+        factors: dict[str, Factors] = {}
+        notes: dict[str, Any] = {}
+        for layer in layers:
+            factors[layer.name], notes[layer.name] = _converted(layer, cls.update(layer), bound)
+        if not heads and all(algebra.is_zero(part) for part in factors.values()):
+            raise AdapterUnsupported(f"{folder}: the adapter is without effect: every update is zero")
+        card |= {"converted_from": cls.peft_type, "conversion": notes, "stored_dtype": "+".join(sorted(dtypes))}
+        base_model = config.text("base_model_name_or_path") or base_model_of_readme(folder)
+        return Contents(base_model, factors, own_print, card, heads)
+
+    @classmethod
+    @abstractmethod
+    def update(cls, layer: Layer) -> Factors | Dense:
+        """The update of one layer by the type's formula."""
+
+    @classmethod
+    def _fields(cls, folder: Path) -> dict[str, Any]:
+        if not present(folder, CONFIG):
+            raise AdapterCorrupt(f"{folder}: no {CONFIG}; the folder holds {listing(folder)}")
+        fields = read_json(folder, CONFIG)
+        if fields.get("peft_type") != cls.peft_type:
+            raise AdapterUnsupported(f"{folder}: peft_type is {_short(fields.get('peft_type'))}, not {cls.peft_type!r}")
+        return fields
+
+    @classmethod
+    def _config(cls, folder: Path) -> Config:
+        fields = cls._fields(folder)
+        for name, value in fields.items():
+            if name in cls.refused and _is_set(value):
+                raise AdapterUnsupported(f"{folder}: {name}={_short(value)}: {cls.refused[name]}")
+            if name not in COMMON | cls.handled | cls.benign and _is_set(value):
+                raise AdapterUnsupported(
+                    f"{folder}: adapter_config.json has the unknown field {name}={_short(value)}, which may change what the "
+                    "tensors mean; remove it if it does not"
+                )
+        if fields.get("bias", "none") != "none":
+            raise AdapterUnsupported(
+                f"{folder}: bias={_short(fields['bias'])}: trained biases are read of LoRA adapters only"
+            )
+        return Config(folder, fields)
+
+    @classmethod
+    def _layers(cls, tensors: Mapping[str, Tensor], config: Config, model: nn.Module | None) -> Iterable[Layer]:
+        held: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        shared: dict[str, Tensor] = {}
+        for key, tensor in tensors.items():
+            layer, part = cls._place(key, config.folder)
+            target = shared if layer is None else held[layer]
+            if part in target:
+                raise AdapterCorrupt(f"{config.folder}: several tensors are {part!r} of layer {layer!r}, one is {key!r}")
+            target[part] = tensor
+        if not held:
+            raise AdapterCorrupt(f"{config.folder}: the file holds no layer of a {cls.peft_type} adapter")
+        modules = None if model is None else dict(model.named_modules())
+        places = {} if modules is None else {name: place for place, name in enumerate(modules)}
+        known = {} if modules is None else {name: base_layer(modules, name, str(config.folder)) for name in held}
+        order = sorted(held, key=lambda name: places[name]) if places else sorted(held)
+        for number, name in enumerate(order):
+            yield Layer(
+                name,
+                f"{config.folder}: layer {name!r}",
+                held[name],
+                shared,
+                config,
+                known.get(name),
+                number if places else None,
+                len(held),
+            )
+
+    @classmethod
+    def _place(cls, key: str, folder: Path) -> tuple[str | None, str]:
+        """(layer or None, part) of a tensor name."""
+        path = key.removeprefix(ROOT)
+        for name in cls.shared:
+            if path == name or (name.endswith(".") and path.startswith(name)):
+                return None, path
+        path = path.removeprefix("model.") if key.startswith(ROOT) else path
+        pieces = path.split(".")
+        for depth in range(1, min(len(pieces), 5)):
+            part = ".".join(pieces[-depth:])
+            if part in cls.parts and all(pieces[:-depth]):
+                return ".".join(pieces[:-depth]), part
+        raise AdapterCorrupt(
+            f"{folder}: tensor {key!r} is none of a {cls.peft_type} adapter, whose layers have "
+            f"{', '.join(sorted(cls.parts)[:12])}"
+        )
+
+
+def check_size(layer: Layer, rows: int, columns: int) -> None:
+    """Raises AdapterUnsupported for a matrix that a small file could ask for and no machine should make."""
+    if rows * columns > MAX_VALUES:
+        raise AdapterUnsupported(
+            f"{layer.where}: the update would need a matrix of {rows} x {columns}, above the limit of {MAX_VALUES} values"
+        )
+
+
+def _converted(layer: Layer, update: Factors | Dense, bound: Bound) -> tuple[Factors, dict[str, Any]]:
+    base = layer.known_base
+    shape = update.delta_OI.shape if isinstance(update, Dense) else (update.b_OR.shape[0], update.a_RI.shape[1])
+    if base is not None and tuple(shape) != (base.num_outputs, base.num_inputs):
+        raise LayerMismatch(
+            f"{layer.where}: the update has shape (O, I) = {tuple(shape)}, but the model's {type(base.module).__name__} has "
+            f"{(base.num_outputs, base.num_inputs)}"
+        )
+    kind, kernel = ("linear", ()) if base is None else (base.kind, base.kernel)
+    if isinstance(update, Factors):
+        update = replace(update, kind=kind, kernel=kernel)
+    return cut(update, bound, layer.where, kind=kind, kernel=kernel)
+
+
+def _tensors(folder: Path) -> tuple[dict[str, Tensor], set[str]]:
+    tensors: dict[str, Tensor] = {}
+    dtypes: set[str] = set()
+    for key, dtype, tensor in read_tensors(folder, weight_files(folder), integers=True):
+        if num := int((~torch.isfinite(tensor)).sum()):
+            raise AdapterCorrupt(f"{folder}: {num} of {tensor.numel()} values of {key!r} are NaN or infinite")
+        tensors[key] = tensor
+        if dtype not in INTEGERS:
+            dtypes.add({"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(dtype, dtype.lower()))
+    if not tensors:
+        raise AdapterCorrupt(f"{folder}: the file holds no tensors")
+    return tensors, dtypes
+
+
+def _heads(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """The heads (modules_to_save), taken out of `tensors`."""
+    listed = config.fields.get("modules_to_save") or []
+    if not isinstance(listed, list) or not all(isinstance(name, str) and name for name in listed):
+        raise AdapterCorrupt(f"{config.folder}: modules_to_save is {_short(listed)}, not a list of module names")
+    task = config.text("task_type")
+    found = take_heads(tensors, (*listed, *TASK_HEADS.get(task, ())), "none", config.folder)
+    heads = {parameter: tensor.float() for parameter, tensor in found.items()}
+    check_heads(heads, listed, task, config.folder)
+    return heads
+
+
+def _same_base(stored: Fingerprint | None, model: nn.Module | None, folder: Path) -> Fingerprint | None:
+    """The fingerprint of the model given. Raises BaseModelMismatch where the folder recorded another one."""
+    if model is None:
+        return stored
+    own = fingerprint(model)
+    if stored is not None and (why := stored.differs(own)):
+        raise BaseModelMismatch(f"{folder}: the adapter was made for another base model than the one given: {why}")
+    return own
+
+
+def _is_set(value: Any) -> bool:
+    return value is not None and value is not False and value not in ({}, [], "")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,152 @@
+"""Heads: whole trained modules next to the factors (modules_to_save), found and named by PEFT's own rule.
+
+PEFT trains a copy of every module whose path ends in a listed name, even within a word (`classifier` also means
+`pre_classifier`), and stores the copy under the module's own path: `base_model.model.score.weight`. Copies are never
+tied: an `lm_head` saved for a base that ties it to its embedding is a tensor of its own, and the embedding stays.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraweave.errors import AdapterCorrupt, AdapterUnsupported
+from loraweave.hub.formats._peft_keys import PREFIX, without_prefix
+from loraweave.hub.formats._safetensors import MAX_KEY_LENGTH
+
+# what PEFT adds to modules_to_save by itself for a task; only one of the names need exist in the model
+TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+_OF_ADAPTERS = {
+    "lora_A",
+    "lora_B",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "lora_magnitude_vector",
+    "base_layer",
+    "original_module",
+    "modules_to_save",
+    "token_adapter",
+    "trainable_tokens_delta",
+}
+
+
+def take_heads(stored: dict[str, Tensor], names: Sequence[str], bias: str, folder: Path) -> dict[str, Tensor]:
+    """{parameter of the base model: tensor} of what lies in modules saved under one of `names`, taken out of `stored`.
+
+    The file may have the module's own path, or PEFT's inner one (`score.modules_to_save.default.weight`). With `bias`
+    "all" PEFT also writes the bias of the copy a second time, and that of the base's module, which it does not compute
+    with. Raises AdapterUnsupported for any other part of an adapter inside such a module, AdapterCorrupt for one
+    parameter with two values.
+    """
+    heads: dict[str, Tensor] = {}
+    for key in list(stored) if names else ():
+        pieces = without_prefix(key).split(".")
+        depth = _depth(pieces, names)
+        if depth is None:
+            continue
+        tensor = stored.pop(key)
+        if bias == "all" and pieces[depth] == "original_module" and pieces[-1] == "bias":
+            continue
+        parameter = ".".join(pieces[:depth] + _own_path(key, pieces, depth, folder))
+        if (other := heads.setdefault(parameter, tensor)) is not tensor and not torch.equal(other, tensor):
+            raise AdapterCorrupt(f"{folder}: several tensors are the head {parameter!r}, one is {key!r}")
+    return heads
+
+
+def check_heads(heads: Mapping[str, Tensor], listed: Sequence[str], task: str, folder: Path) -> list[str]:
+    """The names that heads were found for. Raises AdapterCorrupt for a listed module, or values, that are missing."""
+    for parameter, tensor in heads.items():
+        if not tensor.numel():
+            raise AdapterCorrupt(f"{folder}: head {parameter!r} has shape {tuple(tensor.shape)} and holds nothing")
+        if num := int((~torch.isfinite(tensor)).sum()):
+            raise AdapterCorrupt(f"{folder}: {num} of {tensor.numel()} values of head {parameter!r} are NaN or infinite")
+    names = list(dict.fromkeys((*listed, *TASK_HEADS.get(task, ()))))
+    found = [name for name in names if any(_depth(parameter.split("."), [name]) for parameter in heads)]
+    optional = TASK_HEADS.get(task, ()) if found else ()
+    missing = [name for name in listed if name not in found and name not in optional]
+    if missing:
+        raise AdapterCorrupt(
+            f"{folder}: modules_to_save lists {missing[0]!r}, but the file has no tensor of such a module; PEFT could not "
+            "load it either, so take the name out if the base model has no such module, or save the adapter again"
+        )
+    return found
+
+
+def saved_modules(
+    heads: Mapping[str, Tensor], layers: Iterable[str], recorded: Mapping[str, Any]
+) -> tuple[list[str], str | None]:
+    """(modules_to_save, task_type) under which PEFT loads exactly these heads.
+
+    The names and the task that the adapter was read with are kept where they fit. A task for which PEFT expects a head is
+    left out when there is none, since PEFT could not load the folder. Raises AdapterUnsupported where no names fit.
+    """
+    stored = recorded.get("task_type")
+    task = stored if isinstance(stored, str) else None
+    of_task = [name for name in TASK_HEADS.get(task or "", ()) if any(_depth(head.split("."), [name]) for head in heads)]
+    if task in TASK_HEADS and not of_task:
+        task = None
+    names = _names(heads, of_task, recorded.get("modules_to_save"))
+    in_effect = [*names, *TASK_HEADS.get(task or "", ())]
+    for head in heads:
+        _check_name(head, in_effect)
+    for layer in layers if heads else ():
+        if _depth([*layer.split("."), "weight"], in_effect) is not None:
+            raise AdapterUnsupported(
+                f"layer {layer!r} has an update, but PEFT would take it for a part of the trained heads "
+                f"{', '.join(map(repr, names))} (it compares the ends of names), so no PEFT folder can hold both"
+            )
+    return names, task
+
+
+def _names(heads: Mapping[str, Tensor], of_task: Sequence[str], recorded: Any) -> list[str]:
+    kept = [name for name in recorded if isinstance(name, str)] if isinstance(recorded, list | tuple) else []
+    # PEFT runs the names as regular expressions when it looks for target modules
+    plain = [name for name in kept if re.fullmatch(r"[\w.-]+", name)]
+    known = list(dict.fromkeys([*plain, *of_task]))
+    uncovered = [head for head in heads if _depth(head.split("."), known) is None]
+    used = [name for name in known if any(_depth(head.split("."), [name]) for head in heads)]
+    return used + sorted({head.rpartition(".")[0] for head in uncovered})
+
+
+def _check_name(head: str, names: Sequence[str]) -> None:
+    key = f"{PREFIX}{head}"
+    pieces = head.split(".")
+    depth = _depth(pieces, names) if all(pieces) else None
+    if depth is None or set(pieces) & _OF_ADAPTERS or without_prefix(key) != head:
+        raise AdapterUnsupported(
+            f"head {head!r} is no parameter of a module by the name that PEFT needs (module path, then parameter)"
+        )
+    if len(key) > MAX_KEY_LENGTH or not key.isprintable():
+        raise AdapterUnsupported(f"head {head[:60]!r} bears a name that a PEFT file cannot hold")
+
+
+def _depth(pieces: Sequence[str], names: Sequence[str]) -> int | None:
+    """How many pieces of a parameter's path lead to the outermost module that PEFT saves under one of `names`."""
+    ends = tuple(names)
+    return next((depth for depth in range(1, len(pieces)) if ".".join(pieces[:depth]).endswith(ends)), None)
+
+
+def _own_path(key: str, pieces: list[str], depth: int, folder: Path) -> list[str]:
+    """The path below a saved module without PEFT's own steps."""
+    rest = pieces[depth:]
+    if rest[0] == "modules_to_save":
+        rest = rest[1:]
+        if len(rest) > 1:
+            # any other word may be an adapter's name or a module's
+            rest = rest[1:] if rest[0] == "default" else []
+    if not rest or not all(rest) or (set(pieces[:depth]) | set(rest)) & _OF_ADAPTERS:
+        raise AdapterUnsupported(
+            f"{folder}: tensor {key!r} lies in a module of modules_to_save and is none of its own parameters, so what it "
+            "means is not known; save the adapter again with PEFT"
+        )
+    return rest

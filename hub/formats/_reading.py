@@ -1,0 +1,100 @@
+"""Which format a folder has, and reading it by that one.
+
+A PEFT folder names its type; a folder without adapter_config.json is asked of every format.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from loraweave import registry
+from loraweave.errors import AdapterUnsupported
+from loraweave.hub.formats._contents import Contents
+from loraweave.hub.formats._conversion import MAX_ERROR, Bound, cut
+from loraweave.hub.formats._files import present, read_json
+from loraweave.hub.formats._foreign import ForeignFormat
+from loraweave.hub.formats._peft_files import CONFIG
+from loraweave.hub.formats.base_change import BaseChange
+from loraweave.hub.formats.lora_xs import LoraXs
+from loraweave.hub.formats.peft import Peft
+
+_PROMPT = "trained vectors in front of the text or in the cache of attention, not an update of weights"
+_ROUTED = "the update depends on the input, so that no one matrix is it"
+
+# the types of PEFT 0.21 that have no form as factors of linear layers, and those whose form the file does not determine
+REFUSED = {
+    "PROMPT_TUNING": _PROMPT,
+    "MULTITASK_PROMPT_TUNING": _PROMPT,
+    "P_TUNING": _PROMPT,
+    "PREFIX_TUNING": _PROMPT,
+    "CPT": _PROMPT,
+    "CARTRIDGE": _PROMPT,
+    "ADAPTION_PROMPT": _PROMPT,
+    "LILY": _ROUTED,
+    "POLY": _ROUTED,
+    "XLORA": _ROUTED,
+    "SHADOW": "a second model beside the base one",
+    "LN_TUNING": "trained norms, which are no linear layers",
+    "TRAINABLE_TOKENS": "trained rows of an embedding, which may be tied to the output head",
+    "ADAMSS": "its subspaces come from a randomised clustering of the base's weights that the file does not hold",
+    "FROD": "a joint decomposition of all layers by category, of which the file holds only one half",
+    "PSOFT": (
+        "a rotation between singular vectors of the base's weights that the file does not hold; their signs, which differ "
+        "between machines, change the update"
+    ),
+}
+
+
+def read(folder: Path, *, model: nn.Module | None = None, rank: int | None = None, max_error: float = MAX_ERROR) -> Contents:
+    """The contents of an adapter folder of any registered format.
+
+    `model`, `rank` and `max_error` as in `ForeignFormat.read`; a plain LoRA is cut only where `rank` asks for it. Raises
+    AdapterUnsupported for a type that has no form as factors, with the reason, and what the format's reader raises.
+    """
+    bound = Bound(rank, max_error)
+    kind = read_json(folder, CONFIG).get("peft_type") if present(folder, CONFIG) else None
+    if isinstance(kind, str) and kind in REFUSED:
+        raise AdapterUnsupported(f"{folder}: peft_type is {kind!r}, which cannot be read as factors: {REFUSED[kind]}")
+    for layout in (LoraXs, BaseChange):
+        if layout.recognises(folder):
+            return layout.read(folder, model=model, rank=rank, max_error=max_error)
+    if isinstance(kind, str) and kind != "LORA":
+        return _foreign(kind, folder).read(folder, model=model, rank=rank, max_error=max_error)
+    return _cut(_own(folder, kind).read(folder), bound, folder)
+
+
+def _foreign(kind: str, folder: Path) -> type[ForeignFormat]:
+    """The format of a peft_type. Raises AdapterUnsupported for an unknown one, with the nearest."""
+    layout = registry.get("formats", kind.lower()) if kind.lower() in registry.names("formats") else None
+    if isinstance(layout, type) and issubclass(layout, ForeignFormat) and layout.peft_type == kind:
+        return layout
+    known = [name.upper() for name in registry.names("formats")]
+    close = difflib.get_close_matches(kind.upper(), [*known, *REFUSED, "LORA"], n=1)
+    hint = f", did you mean {close[0]!r}?" if close else ""
+    raise AdapterUnsupported(f"{folder}: peft_type is {kind[:40]!r}, which no format here reads{hint}; see docs/adapters.md")
+
+
+def _own(folder: Path, kind: Any) -> Any:
+    """The format of a folder without a PEFT type of its own: one of ours that recognises it, else PEFT's LoRA."""
+    if kind is None:
+        for name in registry.names("formats"):
+            layout = registry.get("formats", name)
+            if layout is not Peft and layout.recognises(folder):
+                return layout
+    return Peft
+
+
+def _cut(contents: Contents, bound: Bound, folder: Path) -> Contents:
+    if bound.rank is None:
+        return contents
+    layers, notes = {}, {}
+    for name, factors in contents.layers.items():
+        layers[name], note = cut(factors, bound, f"{folder}: layer {name!r}")
+        if factors.rank > bound.rank:
+            notes[name] = note
+    card = {**contents.card, "conversion": notes} if notes else contents.card
+    return Contents(contents.base_model, layers, contents.fingerprint, card, contents.heads)

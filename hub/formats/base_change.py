@@ -1,0 +1,100 @@
+"""LoRA whose training began by taking A0 B0 out of the base's weights: PiSSA, OLoRA and MiLoRA, saved unconverted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraweave.errors import AdapterCorrupt, AdapterUnsupported
+from loraweave.hub.fingerprint import fingerprint
+from loraweave.hub.formats._base_layers import BaseLayer, base_layer
+from loraweave.hub.formats._contents import Contents
+from loraweave.hub.formats._conversion import MAX_ERROR, Bound, cut, plain
+from loraweave.hub.formats._files import present, read_json
+from loraweave.hub.formats._peft_config import parse
+from loraweave.hub.formats._peft_files import CONFIG
+from loraweave.hub.formats.peft import Peft
+from loraweave.types import Factors
+
+INITS = ("pissa", "olora", "milora")
+
+
+class BaseChange:
+    """Delta = s B A - s B0 A0 relative to the original weights, exactly of rank 2 r.
+
+    The part taken out is the sum of the largest singular terms of W for PiSSA (Meng et al. 2024, arXiv 2404.02948), of the
+    smallest for MiLoRA (Wang et al. 2024, arXiv 2406.09044), and s times the first columns of Q and rows of R of its QR for
+    OLoRA (Buyukakyuz 2024, arXiv 2406.01775). All three are functions of W alone, whatever signs a library gives them.
+    """
+
+    @staticmethod
+    def recognises(folder: Path) -> bool:
+        """Whether the folder's config is a LoRA with one of these starts."""
+        try:
+            return present(folder, CONFIG) and _init_of(read_json(folder, CONFIG)) in INITS
+        except AdapterCorrupt:
+            return False
+
+    @staticmethod
+    def read(
+        folder: Path, *, model: nn.Module | None = None, rank: int | None = None, max_error: float = MAX_ERROR
+    ) -> Contents:
+        """The adapter relative to the original weights of `model`, which must be given.
+
+        Raises AdapterUnsupported without a model, and for use_dora, lora_bias and layers that are not linear.
+        """
+        folder, bound = Path(folder), Bound(rank, max_error)
+        fields = read_json(folder, CONFIG)
+        init = _init_of(fields)
+        if init not in INITS:
+            raise AdapterUnsupported(f"{folder}: init_lora_weights is none of {', '.join(INITS)}")
+        if model is None:
+            raise AdapterUnsupported(
+                f"{folder}: init_lora_weights={init!r} changed the base model's weights in training, so the update of the "
+                "original ones depends on them; give the base model: Adapter.from_pretrained(..., model=model)"
+            )
+        contents = Peft.read(folder, assumed={"init_lora_weights": True})
+        scales = parse({**fields, "init_lora_weights": True}, folder).scales(
+            {name: factors.rank for name, factors in contents.layers.items()}
+        )
+        modules = dict(model.named_modules())
+        layers: dict[str, Factors] = {}
+        notes: dict[str, Any] = {}
+        for name, factors in contents.layers.items():
+            where = f"{folder}: layer {name!r}"
+            layer = base_layer(modules, name, str(folder))
+            if factors.kind != "linear" or layer.kind != "linear" or not factors.bound or factors.bias_O is not None:
+                raise AdapterUnsupported(f"{where}: {init!r} is read of plain linear updates only")
+            whole = _without_start(factors, layer, init, scales[name], where)
+            layers[name], notes[name] = cut(whole, bound, where)
+        card = {**contents.card, "converted_from": init, "conversion": notes}
+        return replace(contents, layers=layers, fingerprint=fingerprint(model), card=card)
+
+
+def _init_of(fields: dict[str, Any]) -> str:
+    init = fields.get("init_lora_weights")
+    return init.lower() if fields.get("peft_type") == "LORA" and isinstance(init, str) else ""
+
+
+def _without_start(factors: Factors, layer: BaseLayer, init: str, scale: float, where: str) -> Factors:
+    shape = (layer.num_outputs, layer.num_inputs)
+    if (factors.b_OR.shape[0], factors.a_RI.shape[1]) != shape or factors.rank > min(shape):
+        raise AdapterCorrupt(f"{where}: an update of rank {factors.rank} and the base's (O, I) = {shape} do not fit")
+    start_a_RI, start_b_OR = _start(layer.weight_OI, factors.rank, init, scale)
+    a_RI = torch.cat([factors.a_RI.double(), start_a_RI])
+    return plain(a_RI, torch.cat([factors.b_OR.double(), -start_b_OR], dim=1))
+
+
+def _start(weight_OI: Tensor, rank: int, init: str, scale: float) -> tuple[Tensor, Tensor]:
+    if init == "olora":
+        q_OR, r_RI = torch.linalg.qr(weight_OI)
+        return r_RI[:rank], q_OR[:, :rank] * scale
+    u_OR, sigma_R, vh_RI = torch.linalg.svd(weight_OI, full_matrices=False)
+    first = 0 if init == "pissa" else sigma_R.shape[0] - rank
+    terms = slice(first, first + rank)
+    root_R = sigma_R[terms].sqrt()
+    return root_R[:, None] * vh_RI[terms], u_OR[:, terms] * root_R

@@ -1,0 +1,20 @@
+"""BEFT (PEFT 0.21): a trained bias that is added to a layer's output."""
+
+from __future__ import annotations
+
+from loraweave.hub.formats._conversion import plain
+from loraweave.hub.formats._foreign import ForeignFormat, Layer
+from loraweave.types import Factors
+
+
+class Beft(ForeignFormat):
+    """An update of rank 0 with a bias: exact."""
+
+    peft_type = "BEFT"
+    parts = frozenset({"beft_bias"})
+
+    @classmethod
+    def update(cls, layer: Layer) -> Factors:
+        num_out, num_in = layer.base.num_outputs, layer.base.num_inputs
+        bias_O = layer.part("beft_bias", 1, num_out)[0]
+        return plain(bias_O.new_zeros(0, num_in), bias_O.new_zeros(num_out, 0), bias_O=bias_O)

@@ -1,0 +1,146 @@
+"""Ternary adapters in few bits: compeft.safetensors and compeft.json (ComPEFT, Yadav et al. 2023, arXiv 2311.13171).
+
+The form is this library's own; the paper's authors left none. See `loraweave.hub.ternary` for the stream.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from loraweave.errors import AdapterCorrupt, AdapterExists, AdapterUnsupported
+from loraweave.hub import algebra
+from loraweave.hub.formats._card import plain
+from loraweave.hub.formats._contents import Contents
+from loraweave.hub.formats._files import MAX_JSON_BYTES, listing, present, read_json
+from loraweave.hub.formats._replacing import replacing
+from loraweave.hub.formats._safetensors import read_tensors
+from loraweave.hub.storage_errors import storage_errors
+from loraweave.hub.stored_layers import put_together, take_apart
+from loraweave.types import Factors, Fingerprint
+
+DESCRIPTION = "compeft.json"
+WEIGHTS = "compeft.safetensors"
+FORMAT_VERSION = 1
+
+
+class Compeft:
+    """Reads and writes folders of ternary adapters; what is read is bit for bit what was written."""
+
+    # `write` takes factors whose values are -c, 0 and c only
+    ternary_only = True
+
+    @staticmethod
+    def recognises(folder: Path) -> bool:
+        """Whether the folder has a file of this form; says nothing about its state."""
+        return any(present(folder, name) for name in (DESCRIPTION, WEIGHTS))
+
+    @staticmethod
+    def read(folder: Path) -> Contents:
+        """The factors, other parts and heads of a folder, its base model, fingerprint and card.
+
+        Raises AdapterCorrupt for damaged files, with every size checked before memory is asked for, and AdapterUnsupported
+        for an adapter without effect.
+        """
+        folder = Path(folder)
+        for name in (DESCRIPTION, WEIGHTS):
+            if not present(folder, name):
+                raise AdapterCorrupt(f"{folder}: no {name}; the folder holds {listing(folder)}")
+        description = read_json(folder, DESCRIPTION)
+        tensors = {key: _as_stored(dtype, tensor) for key, dtype, tensor in read_tensors(folder, [WEIGHTS], integers=True)}
+        try:
+            if description["version"] != FORMAT_VERSION:
+                raise ValueError(f"its version is {description['version']!r:.60}, not {FORMAT_VERSION}")
+            layers, heads = put_together(description, tensors.keys(), tensors.__getitem__)
+            stored = description["fingerprint"]
+            fingerprint = None if stored is None else Fingerprint.from_json(stored)
+            base_model, card = description["base_model"], description["card"]
+            if not isinstance(base_model, str) or not isinstance(card, dict) or not isinstance(card.get("name", ""), str):
+                raise ValueError("its base_model, card or name are of another type")
+            for layer, factors in layers.items():
+                _check(layer, factors)
+            _check_finite(tensors)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise AdapterCorrupt(f"{folder}: cannot be read ({type(error).__name__}: {error})") from error
+        if not layers or (not heads and all(map(algebra.is_zero, layers.values()))):
+            raise AdapterUnsupported(f"{folder}: the adapter is without effect: every update is zero")
+        return Contents(base_model, layers, fingerprint, card, heads)
+
+    @staticmethod
+    def write(contents: Contents, folder: Path) -> Path:
+        """Writes the folder, which appears whole or not at all, and returns its path.
+
+        An existing one is replaced only when it is empty or holds nothing but such an adapter (else AdapterExists). Raises
+        AdapterUnsupported for factors that are not ternary (`lw.compeft` makes them so), and for a card that is no JSON.
+        """
+        folder = Path(folder)
+        description, tensors = take_apart(contents.layers, contents.heads, stored_as="compeft")
+        if not contents.layers or (not contents.heads and all(map(algebra.is_zero, contents.layers.values()))):
+            raise AdapterUnsupported(f"cannot write to {folder}: the adapter is without effect, every update is zero")
+        head = {
+            "version": FORMAT_VERSION,
+            "base_model": contents.base_model,
+            "fingerprint": None if contents.fingerprint is None else contents.fingerprint.to_json(),
+            "card": plain(contents.card),
+        }
+        files = {DESCRIPTION: _text({**head, **description}), WEIGHTS: save(tensors)}
+        with storage_errors(folder, f"writing an adapter to {folder}"):
+            _place(folder, files)
+        return folder
+
+
+def _as_stored(dtype: str, tensor: Tensor) -> Tensor:
+    if dtype not in ("U8", "F32"):
+        raise AdapterCorrupt(f"{WEIGHTS} has a tensor of dtype {dtype}, and this form has U8 and F32 only")
+    return tensor.to(torch.uint8) if dtype == "U8" else tensor
+
+
+def _check(layer: str, factors: Factors) -> None:
+    """ValueError for parts that do not fit each other."""
+    num_out, rank = factors.b_OR.shape
+    if (
+        not isinstance(layer, str)
+        or factors.a_RI.shape[0] != rank
+        or not all(type(n) is int and n > 0 for n in factors.kernel)
+    ):
+        raise ValueError(f"layer {layer!r:.60} has factors or a kernel that do not fit")
+    for part, tensor in factors.tensors().items():
+        if part not in ("a_RI", "b_OR") and tuple(tensor.shape) != (num_out,):
+            raise ValueError(f"layer {layer!r} has {part} of shape {tuple(tensor.shape)}, not ({num_out},)")
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"tensor {name!r} has values that are NaN or infinite")
+
+
+def _text(description: Mapping[str, Any]) -> bytes:
+    try:
+        text = json.dumps(description, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise AdapterUnsupported(f"the card is no JSON and cannot be written: {error}") from error
+    if len(text) > MAX_JSON_BYTES:
+        raise AdapterUnsupported(f"layers and card take {len(text)} bytes as JSON, more than the limit of {MAX_JSON_BYTES}")
+    return text
+
+
+def _place(folder: Path, files: Mapping[str, bytes]) -> None:
+    target = folder.resolve() if folder.is_symlink() else folder
+    if os.path.lexists(target):
+        foreign = ["a file of that name"] if not target.is_dir() else sorted({e.name for e in target.iterdir()} - set(files))
+        if foreign:
+            raise AdapterExists(
+                f"{target} holds what is no part of a ternary adapter ({', '.join(foreign[:3])}); replacing it would lose "
+                "it, so give another folder"
+            )
+    with replacing(target) as new:
+        for name, data in files.items():
+            (new / name).write_bytes(data)

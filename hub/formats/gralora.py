@@ -1,0 +1,42 @@
+"""GraLoRA (Jung et al. 2025, arXiv 2505.20355): one small LoRA for every block of the weight."""
+
+from __future__ import annotations
+
+import torch
+
+from loraweave.errors import AdapterCorrupt
+from loraweave.hub.formats._conversion import plain
+from loraweave.hub.formats._foreign import ForeignFormat, Layer, check_size
+from loraweave.types import Factors
+
+
+class Gralora(ForeignFormat):
+    """k x k blocks of rank r/k each, plus an ordinary LoRA of rank hybrid_r: exactly of rank k r + hybrid_r or less."""
+
+    peft_type = "GRALORA"
+    parts = frozenset({"gralora_A", "gralora_B", "gralora_A_general.weight", "gralora_B_general.weight"})
+    handled = frozenset({"alpha", "hybrid_r"})
+    benign = frozenset({"r", "gralora_k", "gralora_dropout"})
+
+    @classmethod
+    def update(cls, layer: Layer) -> Factors:
+        a_KIR, b_KRO = layer.part("gralora_A", None, None, None), layer.part("gralora_B", None, None, None)
+        num_blocks, inputs, rank = a_KIR.shape
+        outputs, own = b_KRO.shape[2], rank // num_blocks
+        layer.part("gralora_B", num_blocks, rank, None)
+        if rank % num_blocks:
+            raise AdapterCorrupt(f"{layer.where}: rank {rank} is no multiple of the {num_blocks} blocks")
+        check_size(layer, rank * num_blocks, num_blocks * max(inputs, outputs))
+        # rank rows by (output block m, input block n, s)
+        a = a_KIR.new_zeros(num_blocks, num_blocks, own, num_blocks, inputs)
+        b = a_KIR.new_zeros(num_blocks, outputs, num_blocks, num_blocks, own)
+        for m in range(num_blocks):
+            for n in range(num_blocks):
+                a[m, n, :, n] = a_KIR[n, :, m * own : (m + 1) * own].T
+                b[m, :, m, n] = b_KRO[m, n * own : (n + 1) * own].T
+        a_RI, b_OR = a.flatten(3).flatten(0, 2), b.flatten(2).flatten(0, 1)
+        hybrid = layer.config.count("hybrid_r", 0, least=0)
+        if hybrid:
+            a_RI = torch.cat([a_RI, layer.part("gralora_A_general.weight", hybrid, a_RI.shape[1])])
+            b_OR = torch.cat([b_OR, layer.part("gralora_B_general.weight", b_OR.shape[0], hybrid)], dim=1)
+        return plain(a_RI, b_OR * (layer.config.number("alpha") / (rank + hybrid)))

@@ -1,0 +1,24 @@
+"""HiRA (Huang et al. 2025, OpenReview TwJrTz9cRS): the base's weight times a low-rank matrix, elementwise."""
+
+from __future__ import annotations
+
+from loraweave.errors import AdapterUnsupported
+from loraweave.hub.formats._conversion import Dense
+from loraweave.hub.formats._foreign import ForeignFormat, Layer
+
+
+class Hira(ForeignFormat):
+    """Delta = W * (B A) elementwise, of rank r times that of W: cut to `max_error`."""
+
+    peft_type = "HIRA"
+    parts = frozenset({"hira_A", "hira_B"})
+    benign = frozenset({"r", "hira_dropout", "rank_pattern"})
+
+    @classmethod
+    def update(cls, layer: Layer) -> Dense:
+        if layer.base.kind != "linear":
+            raise AdapterUnsupported(
+                f"{layer.where} is a {type(layer.base.module).__name__}; only linear layers can be read"
+            )
+        a_RI = layer.part("hira_A", None, layer.base.num_inputs)
+        return Dense(layer.base.weight_OI * (layer.part("hira_B", layer.base.num_outputs, a_RI.shape[0]) @ a_RI))

@@ -1,0 +1,35 @@
+"""(IA)3 (Liu et al. 2022, arXiv 2205.05638): trained scales of a layer's outputs, or of its inputs."""
+
+from __future__ import annotations
+
+from loraweave.errors import AdapterUnsupported
+from loraweave.hub.formats._conversion import Dense, plain
+from loraweave.hub.formats._foreign import ForeignFormat, Layer
+from loraweave.types import Factors
+
+
+class Ia3(ForeignFormat):
+    """Outputs y * l are exactly a gain of l - 1 (and of the base's bias); inputs x * l are the matrix W diag(l - 1)."""
+
+    peft_type = "IA3"
+    parts = frozenset({"ia3_l"})
+    benign = frozenset({"feedforward_modules", "init_ia3_weights"})
+
+    @classmethod
+    def update(cls, layer: Layer) -> Factors | Dense:
+        num_out, num_in = layer.base.num_outputs, layer.base.num_inputs
+        if layer.base.kind != "linear":
+            raise AdapterUnsupported(
+                f"{layer.where} scales a {type(layer.base.module).__name__}; only linear layers can be read"
+            )
+        scales = layer.part("ia3_l", None, None)
+        # PEFT stores (O, 1) for outputs and (1, I) for inputs
+        if tuple(scales.shape) == (num_out, 1):
+            gain_O, bias_O = scales[:, 0] - 1, layer.base.bias_O
+            return plain(
+                scales.new_zeros(0, num_in),
+                scales.new_zeros(num_out, 0),
+                gain_O=gain_O,
+                bias_O=None if bias_O is None else gain_O * bias_O,
+            )
+        return Dense(layer.base.weight_OI * (layer.part("ia3_l", 1, num_in) - 1))

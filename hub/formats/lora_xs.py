@@ -1,0 +1,58 @@
+"""LoRA-XS (Balazy et al. 2024, arXiv 2405.17604) as its authors store it: a LoRA with a trained matrix between A and B."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from loraweave.errors import AdapterCorrupt
+from loraweave.hub.formats._conversion import plain
+from loraweave.hub.formats._foreign import Config, ForeignFormat, Layer
+from loraweave.hub.formats._peft_config import parse
+from loraweave.hub.formats._peft_files import weight_files
+from loraweave.hub.formats._safetensors import tensor_names
+from loraweave.types import Factors
+
+MIDDLE = "default_lora_latent_mapping.weight"
+# older versions of PEFT take ".default" out of every tensor name, this one's too
+GLUED = "_lora_latent_mapping.weight"
+
+
+class LoraXs(ForeignFormat):
+    """Delta = alpha/r B R A, A and B being singular vectors of the base that the file holds: exactly of rank r."""
+
+    peft_type = "LORA"
+    parts = frozenset({"lora_A.weight", "lora_B.weight", MIDDLE})
+
+    @classmethod
+    def recognises(cls, folder: Path) -> bool:
+        """Whether the folder is a LoRA whose file has a matrix between A and B."""
+        try:
+            return super().recognises(folder) and any(
+                name.endswith(GLUED) for file in weight_files(folder) for name in tensor_names(folder, file)
+            )
+        except ValueError:
+            return False
+
+    @classmethod
+    def update(cls, layer: Layer) -> Factors:
+        a_RI = layer.part("lora_A.weight", None, None)
+        rank = a_RI.shape[0]
+        b_OR, middle_RR = layer.part("lora_B.weight", None, rank), layer.part(MIDDLE, rank, rank)
+        settings = parse(layer.config.fields, layer.config.folder)
+        if settings.ranks([layer.name])[layer.name] != rank:
+            raise AdapterCorrupt(f"{layer.where} has rank {rank}, which is not what adapter_config.json gives it")
+        return plain(a_RI, b_OR @ middle_RR * settings.scales({layer.name: rank})[layer.name])
+
+    @classmethod
+    def _config(cls, folder: Path) -> Config:
+        config = Config(folder, cls._fields(folder))
+        settings = parse(config.fields, folder)
+        if settings.use_dora or settings.lora_bias:
+            raise AdapterCorrupt(f"{folder}: LoRA-XS has neither use_dora nor lora_bias")
+        return config
+
+    @classmethod
+    def _place(cls, key: str, folder: Path) -> tuple[str | None, str]:
+        if key.endswith(GLUED) and not key.endswith(f".{MIDDLE}"):
+            key = f"{key.removesuffix(GLUED)}.{MIDDLE}"
+        return super()._place(key, folder)

@@ -1,0 +1,46 @@
+"""TinyLoRA (PEFT 0.21), LoRA-XS with a middle matrix spanned by a few fixed random ones; PEFT stores all of them."""
+
+from __future__ import annotations
+
+import torch
+
+from loraweave.errors import AdapterUnsupported
+from loraweave.hub.formats._conversion import plain
+from loraweave.hub.formats._foreign import ForeignFormat, Layer
+from loraweave.types import Factors
+
+
+class Tinylora(ForeignFormat):
+    """Delta = B (sum over u of v_u P_u) A, A and B being the base's leading singular vectors: exactly of rank r."""
+
+    peft_type = "TINYLORA"
+    parts = frozenset({"tinylora_A", "tinylora_B", "tinylora_P"})
+    shared = frozenset({"tinylora_v."})
+    handled = frozenset({"weight_tying", "save_projection"})
+    benign = frozenset({"r", "u", "projection_seed", "init_v_bound", "tinylora_dropout"})
+
+    @classmethod
+    def update(cls, layer: Layer) -> Factors:
+        if not layer.has("tinylora_P"):
+            raise AdapterUnsupported(
+                f"{layer.where}: the random matrices are not in the file, only the seed they were drawn with, which gives "
+                "other numbers in another version of torch; save the adapter with save_projection=True"
+            )
+        a_RI = layer.part("tinylora_A", None, None)
+        rank = a_RI.shape[0]
+        v_U = layer.common(f"tinylora_v.{_group(layer)}", None)
+        middle_RR = torch.einsum("u,urs->rs", v_U, layer.part("tinylora_P", v_U.shape[0], rank, rank))
+        return plain(a_RI, layer.part("tinylora_B", None, rank) @ middle_RR)
+
+
+def _group(layer: Layer) -> int:
+    """Which trained vector a layer uses: groups of consecutive layers, in the order of the base model's modules."""
+    if len(layer.shared) == 1:
+        return 0
+    if layer.position is None:
+        raise AdapterUnsupported(
+            f"{layer.where}: which of the {len(layer.shared)} trained vectors belongs to it follows from the order of the "
+            "base model's modules; give the base model: Adapter.from_pretrained(..., model=model)"
+        )
+    groups = max(1, round(layer.num_layers * (1.0 - layer.config.number("weight_tying", 0.0))))
+    return min(layer.position // max(1, layer.num_layers // groups), groups - 1)

@@ -1,0 +1,50 @@
+"""VeRA (Kopiczko et al. 2023, arXiv 2310.11454): shared random factors with two trained vectors per layer."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from loraweave.errors import AdapterCorrupt, AdapterUnsupported
+from loraweave.hub.formats._conversion import plain
+from loraweave.hub.formats._foreign import ForeignFormat, Layer
+from loraweave.types import Factors
+
+
+class Vera(ForeignFormat):
+    """Delta = diag(lambda_b) B diag(lambda_d) A with A and B cut to the layer's size: exactly of rank r."""
+
+    peft_type = "VERA"
+    parts = frozenset({"vera_lambda_b", "vera_lambda_d"})
+    shared = frozenset({"vera_A", "vera_B"})
+    handled = frozenset({"save_projection"})
+    benign = frozenset({"r", "projection_prng_key", "vera_dropout", "d_initial"})
+
+    @classmethod
+    def update(cls, layer: Layer) -> Factors:
+        num_out, num_in = layer.base.num_outputs, layer.base.num_inputs
+        a_RI, b_OR = projections(layer, "vera_A", "vera_B")
+        rank = layer.part("vera_lambda_d", None).shape[0]
+        lambda_b_O, lambda_d_R = layer.part("vera_lambda_b", num_out), layer.part("vera_lambda_d", rank)
+        return plain(lambda_d_R[:, None] * a_RI[:rank, :num_in], lambda_b_O[:, None] * b_OR[:num_out, :rank])
+
+
+def projections(layer: Layer, name_a: str, name_b: str) -> tuple[Tensor, Tensor]:
+    """The shared A and B. Raises AdapterUnsupported where the file leaves them out, AdapterCorrupt for smaller ones."""
+    require_shared(layer, name_a, name_b)
+    a, b = layer.common(name_a), layer.common(name_b)
+    if a.shape[-1] < layer.base.num_inputs or b.shape[0] < layer.base.num_outputs:
+        raise AdapterCorrupt(
+            f"{layer.where}: the shared matrices {tuple(a.shape)} and {tuple(b.shape)} are smaller than the layer, which "
+            f"has (O, I) = {(layer.base.num_outputs, layer.base.num_inputs)}"
+        )
+    return a, b
+
+
+def require_shared(layer: Layer, *names: str) -> None:
+    """Raises AdapterUnsupported where the file holds a seed instead of the shared random matrices."""
+    missing = [name for name in names if name not in layer.shared]
+    if missing:
+        raise AdapterUnsupported(
+            f"{layer.config.folder}: the shared random matrix {missing[0]!r} is not in the file, only the seed it was drawn "
+            "with, which gives other numbers in another version of torch; save the adapter with save_projection=True"
+        )

@@ -1,0 +1,178 @@
+"""What a merge did, layer by layer: ranks, the error of the cut, and how far the merged adapters pulled the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from loraweave.errors import CompositionError, PackageMissing
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One merged layer.
+
+    `rank_in` is the rank of what the method's formula gives, `rank_out` that of the adapter, `relative_error` the Frobenius
+    norm of the difference between both updates over that of the first. `norms` has |w_e D_e| for each parent, `cosines`
+    those of their updates for the pairs (0, 1), (0, 2), ..., (1, 2), ..., `sign_conflict` the share of entries in which
+    two parents have opposite signs.
+    """
+
+    rank_in: int
+    rank_out: int
+    relative_error: float
+    norms: tuple[float, ...] = ()
+    cosines: tuple[float, ...] = ()
+    sign_conflict: float = 0.0
+
+
+_FIGURES = tuple(each.name for each in fields(LayerReport))
+
+
+@dataclass(frozen=True)
+class MergeReport(Mapping[str, LayerReport]):
+    """The layers of a merged adapter, by module path; empty for an adapter that was not merged."""
+
+    method: str = ""
+    names: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    layers: Mapping[str, LayerReport] = field(default_factory=dict)
+
+    def __getitem__(self, layer: str) -> LayerReport:
+        return self.layers[layer]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @classmethod
+    def from_card(cls, card: Mapping[str, Any]) -> MergeReport:
+        """The report in an adapter's card; figures that are missing or damaged there are left out."""
+        stored, recipe = card.get("report"), card.get("recipe")
+        if not isinstance(stored, Mapping) or not isinstance(recipe, Mapping):
+            return cls()
+        try:
+            parents = [(str(parent["name"]), float(parent["weight"])) for parent in recipe["parents"]]
+            layers = {
+                str(layer): LayerReport(
+                    int(row["rank_in"]),
+                    int(row["rank_out"]),
+                    float(row["relative_error"]),
+                    tuple(map(float, row.get("norms", ()))),
+                    tuple(map(float, row.get("cosines", ()))),
+                    float(row.get("sign_conflict", 0.0)),
+                )
+                for layer, row in stored.items()
+            }
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return cls()
+        names, weights = zip(*parents, strict=True) if parents else ((), ())
+        return cls(str(recipe.get("method", "")), names, weights, layers)
+
+    def to_json(self) -> dict[str, dict[str, Any]]:
+        """What the card stores: the figures of each layer, to six significant digits."""
+        return {layer: {name: _short(getattr(row, name)) for name in _FIGURES} for layer, row in self.items()}
+
+    def cosines(self) -> list[list[float]]:
+        """Cosine of the parents' whole updates, pair by pair: all layers taken as one long vector."""
+        num = len(self.names)
+        total, squares = [[0.0] * num for _ in range(num)], [0.0] * num
+        for row in self.values():
+            pairs = iter(row.cosines)
+            for first in range(num):
+                squares[first] += row.norms[first] ** 2
+                for second in range(first + 1, num):
+                    total[first][second] += next(pairs) * row.norms[first] * row.norms[second]
+        found = [[1.0] * num for _ in range(num)]
+        for first in range(num):
+            for second in range(first + 1, num):
+                scale = (squares[first] * squares[second]) ** 0.5
+                found[first][second] = found[second][first] = total[first][second] / scale if scale else 0.0
+        return found
+
+    def table(self) -> Table:
+        """The layers as a table, those of one module name in a row."""
+        from rich.table import Table
+
+        shown = " + ".join(f"{weight:g} {name}" for name, weight in zip(self.names, self.weights, strict=True))
+        table = Table(title=f"{self.method}: {shown}" if self else "not a merge", title_justify="left")
+        columns = ("layers", "count", "rank before", "rank", "mean error", "worst error", "mean cosine", "sign conflict")
+        for column in columns:
+            table.add_column(column, justify="left" if column == "layers" else "right")
+        for cells in self.rows():
+            table.add_row(*cells)
+        return table
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The cells of `table`."""
+        groups: dict[str, list[LayerReport]] = {}
+        for layer, row in self.items():
+            groups.setdefault(layer.rsplit(".", 1)[-1], []).append(row)
+        return [
+            (
+                name,
+                str(len(group)),
+                _span([row.rank_in for row in group]),
+                _span([row.rank_out for row in group]),
+                f"{fmean(row.relative_error for row in group):.2%}",
+                f"{max(row.relative_error for row in group):.2%}",
+                _mean([cosine for row in group for cosine in row.cosines]),
+                f"{fmean(row.sign_conflict for row in group):.0%}",
+            )
+            for name, group in sorted(groups.items())
+        ]
+
+    def plot(self, path: str | Path) -> Path:
+        """A heat map of layers by adapters: the share of each adapter's |w D| among all in the layer; returns the path.
+
+        The suffix names the format (.png, .svg, .pdf). Raises PackageMissing without matplotlib, CompositionError for an
+        adapter that was not merged.
+        """
+        if not self:
+            raise CompositionError("this adapter was not merged, so there is nothing to plot")
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise PackageMissing("plots need matplotlib: pip install 'loraweave[plot]'") from error
+        shares = [[norm / (sum(row.norms) or 1.0) for norm in row.norms] for row in self.values()]
+        # about an eighth of an inch for a layer keeps its name legible
+        size = (max(5.0, 2.5 + 0.5 * len(self.names)), min(max(2.5, 1.5 + 0.14 * len(self)), 200.0))
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.add_subplot()
+        image = axes.imshow(shares, aspect="auto", cmap="viridis", vmin=0.0, vmax=max(map(max, shares)))
+        axes.set_yticks(range(len(self)), list(self), fontsize=6)
+        labels = [f"{_clipped(name)} ({weight:g})" for name, weight in zip(self.names, self.weights, strict=True)]
+        axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right", fontsize=7)
+        axes.set_title(f"{self.method}: share of each adapter in a layer's update", fontsize=8)
+        figure.colorbar(image, ax=axes, label="|w D| / sum of |w D|")
+        figure.savefig(path)
+        return Path(path)
+
+
+def _span(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{fmean(values):.3f}" if values else "-"
+
+
+def _clipped(name: str) -> str:
+    # a dollar sign would begin a formula
+    shown = name if len(name) <= 24 else f"{name[:23]}…"
+    return shown.replace("$", r"\$")
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    return [_short(each) for each in value] if isinstance(value, tuple) else value
