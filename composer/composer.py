@@ -15,14 +15,17 @@ from torch import Tensor, nn
 from loraweave.composer import fuse
 from loraweave.composer.layers import TargetLayer, bound, target_layer
 from loraweave.composer.live import Activation, LiveLayers, claim, release
-from loraweave.composer.merge import combine, configured
+from loraweave.composer.merge import layer_updates
+from loraweave.composer.method_call import MethodCall
+from loraweave.composer.originals import Place
 from loraweave.composer.plan import ActiveExperts, make_plan, resolve
-from loraweave.errors import AlreadyActive, BaseModelMismatch, CompositionError, ScopeError
+from loraweave.composer.statistics import Statistics
+from loraweave.composer.truncated_update import TruncatedUpdate
+from loraweave.errors import AlreadyActive, BaseModelMismatch, CompositionError, ScopeError, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.fingerprint import fingerprint
-from loraweave.hub.pool import ExpertPool
+from loraweave.hub.pool import ExpertPool, require_no_heads
 from loraweave.routers.mixture import MixtureWeights
-from loraweave.types import Factors
 
 # sets of active experts whose factors stay on the device between activations
 NUM_KEPT_SETS = 4
@@ -81,27 +84,43 @@ class Composer:
             return self._live.open(make_plan(weights, self._pool.names, self._stacks))
 
     @contextmanager
-    def fused(self, mixture: Any, *, method: str = "linear", seed: int = 0, **options: Any) -> Iterator[None]:
+    def fused(
+        self,
+        mixture: Any,
+        *,
+        method: str = "linear",
+        seed: int = 0,
+        statistics: Mapping[str, Statistics] | None = None,
+        originals: Place = "memory",
+        **options: Any,
+    ) -> Iterator[FusedMixture]:
         """Writes a task-scope mixture into the weights for the length of a `with` block; bit for bit the same after it.
 
-        `method` is a name of `names("methods")`, `options` are its own. Unlike activate(), it holds for all threads. The
-        originals of the touched weights are kept in memory.
+        `method` is a name of `names("methods")`, `seed` that of random ones, `statistics` has for each expert what methods
+        that weigh by data need, `options` are the method's own. One layer is calculated at a time, and what the model then
+        is, is known to be finite before anything is written. Unlike activate(), it holds for all threads. The block's
+        handle can `switch` to another mixture.
+
+        The originals of the touched weights are kept, as many bytes as these have: in "memory", or on "disk", in a file in
+        the folder for temporary files (TMPDIR) that only this process can read and that is gone with it.
         Raises ScopeError for weights that vary per row or token, AlreadyActive while active, CompositionError for layers
-        that cannot be written to (quantised, tied); nothing has changed then.
+        that cannot be written to (quantised, tied) and for results that are not finite; nothing has changed then.
         """
         self._require_idle("fuse")
-        updates = self._updates(mixture, method, seed, options)
+        updates = self._updates(mixture, method, seed, statistics, options)
         modules = [self.model, *(layer.module for layer in self._layers.values())]
-        with self._lock:
-            self._require_idle("fuse")
-            claim(self._live, modules)
-            self._fused = True
+        mine = False
         try:
-            with fuse.fused(self.model, updates):
-                yield
+            with self._lock:
+                self._require_idle("fuse")
+                mine = self._fused = True
+            claim(self._live, modules)
+            with fuse.fused(self.model, updates, originals) as fusion:
+                yield FusedMixture(self, fusion)
         finally:
-            self._fused = False
-            release(self._live, modules)
+            if mine:
+                self._fused = False
+                release(self._live, modules)
 
     def generate(self, texts: Sequence[str], *, mixture: Any = None, **generate_kwargs: Any) -> list[str]:
         """The model's continuation of each text (for an encoder-decoder, its answer), decoded without special tokens.
@@ -152,6 +171,7 @@ class Composer:
         own: dict[str, Any] = {}
         base = fingerprint(self.model) if any(a.fingerprint for a in pool.adapters.values()) else None
         for name, adapter in pool.adapters.items():
+            require_no_heads(name, adapter)
             if base is not None and adapter.fingerprint and (why := adapter.fingerprint.differs(base)):
                 raise BaseModelMismatch(
                     f"expert {name!r} was made for another base model ({adapter.base_model!r}) than this one: {why}; "
@@ -179,23 +199,46 @@ class Composer:
         self._kept_sets.move_to_end(names)
         return self._kept_sets[names]
 
-    def _updates(self, mixture: Any, method: str, seed: int, options: Mapping[str, Any]) -> dict[TargetLayer, Factors]:
-        """What `method` makes of a task-scope mixture, for every layer that it changes."""
+    def _updates(
+        self,
+        mixture: Any,
+        method: str,
+        seed: int,
+        statistics: Mapping[str, Statistics] | None,
+        options: Mapping[str, Any],
+    ) -> Iterator[fuse.Update]:
+        """What `method` makes of a task-scope mixture, for every layer that it changes; one is held at a time."""
         weights = resolve(mixture, self._pool)
         if not isinstance(weights, MixtureWeights) or weights.scope != "task":
             scope = weights.scope if isinstance(weights, MixtureWeights) else f"router {type(weights).__name__}"
             raise ScopeError(f"cannot fuse weights that vary with the input ({scope}): activate() them instead")
-        apply = configured(method, options)
-        updates: dict[TargetLayer, Factors] = {}
-        for name, layer in self._layers.items():
+        call = MethodCall(method, options)
+        per_layer: dict[str, dict[str, float]] = {}
+        for name in self._layers:
             pairs = zip(weights.experts, weights.for_layer(name)[0, 0].tolist(), strict=True)
-            used = {expert: weight for expert, weight in pairs if weight != 0.0}
-            experts = {expert: self._bound.adapters[expert].layers.get(name) for expert in used}
-            if any(factors is not None for factors in experts.values()):
-                update = combine(apply, name, experts, list(used.values()), seed=seed)
-                if update is not None:
-                    updates[layer] = update
-        return updates
+            per_layer[name] = {expert: weight for expert, weight in pairs if weight != 0.0}
+        if call.takes("statistics"):
+            self._check_statistics(method, statistics or {}, {expert for used in per_layer.values() for expert in used})
+        experts = {expert: self._bound.adapters[expert].layers for expert in weights.experts}
+        hashes = {expert: self._pool.adapters[expert].hash for expert in weights.experts} if call.takes("seeds") else {}
+        found = layer_updates(call, experts, hashes, per_layer, seed=seed, statistics=statistics)
+        return (
+            (self._layers[name], update.factors if isinstance(update, TruncatedUpdate) else update) for name, update in found
+        )
+
+    def _check_statistics(self, method: str, statistics: Mapping[str, Statistics], used: set[str]) -> None:
+        for expert in sorted(used):
+            if expert not in statistics:
+                raise WeightingError(
+                    f"method {method!r} weighs by data, and there is none for expert {expert!r}: pass statistics={{name: "
+                    "collect_statistics(model, tokenizer, adapter, texts), ...}"
+                )
+            found, wanted = statistics[expert].adapter_hash, self._pool.adapters[expert].hash
+            if found != wanted:
+                raise WeightingError(
+                    f"the statistics given for expert {expert!r} (hash {wanted[:12]}) were collected with an adapter of "
+                    f"hash {found[:12]}"
+                )
 
     def _encode(self, texts: Sequence[str]) -> tuple[dict[str, Tensor], int]:
         """The token ids and their mask, padded left (right for an encoder), and the id that pads."""
@@ -233,3 +276,33 @@ class Composer:
             raise AlreadyActive(f"cannot {verb} while a mixture is fused into the weights: leave fused() first")
         if self._live.active:
             raise AlreadyActive(f"cannot {verb} while an activation is open: close its handle or leave its block first")
+
+
+class FusedMixture:
+    """What `Composer.fused` gives its block: the mixture that is in the weights, and the way to another one."""
+
+    def __init__(self, engine: Composer, fusion: fuse.Fusion) -> None:
+        self._engine = engine
+        self._fusion = fusion
+
+    @property
+    def original_bytes(self) -> int:
+        """Bytes that the originals take, where they were asked to be kept."""
+        return self._fusion.originals.num_bytes
+
+    def switch(
+        self,
+        mixture: Any,
+        *,
+        method: str = "linear",
+        seed: int = 0,
+        statistics: Mapping[str, Statistics] | None = None,
+        **options: Any,
+    ) -> None:
+        """Another mixture in place of this one: originals and update in one pass, without restoring in between.
+
+        Raises what `fused` raises, and CompositionError after the block's end or when someone else changed a fused weight.
+        A mixture, method or option that is refused changes nothing; an error while writing, or an interruption, leaves the
+        base's own weights.
+        """
+        self._fusion.write(self._engine._updates(mixture, method, seed, statistics, options))

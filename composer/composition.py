@@ -20,6 +20,7 @@ from loraweave.composer.merge import merge
 from loraweave.composer.report import Report, ReportRow
 from loraweave.errors import AdapterCorrupt, AdapterNotFound, BaseModelMismatch, CompositionError
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.export import ExportReport
 from loraweave.hub.fingerprint import fingerprint
 from loraweave.hub.pool import ExpertPool
 from loraweave.types import Fingerprint, Task
@@ -95,6 +96,13 @@ class Composition:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         return target
+
+    def export(self, folder: str | Path, *, target: str = "peft", max_rank: int | None = None) -> ExportReport:
+        """Writes the composition as one adapter for "peft" or "vllm"; what `Adapter.export` does with it.
+
+        CompositionError when the composition is the base model itself.
+        """
+        return self.adapter.export(folder, target=target, max_rank=max_rank)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, model: Any, tokenizer: Any) -> Composition:

@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import math
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from loraweave import registry
-from loraweave.errors import LoraweaveError, WeightingError
+from loraweave.composer.heads import merged_heads
+from loraweave.composer.interference import interference
+from loraweave.composer.method_call import MethodCall, Update, layer_seeds
+from loraweave.composer.progress import tracked
+from loraweave.composer.statistics import Statistics
+from loraweave.composer.truncated_update import TruncatedUpdate
+from loraweave.errors import BaseModelMismatch, WeightingError
 from loraweave.hub import algebra
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.factorise import factorise
+from loraweave.hub.merge_report import LayerReport, MergeReport
 from loraweave.hub.pool import ExpertPool
+from loraweave.hub.side_by_side import side_by_side
+from loraweave.hub.truncation import worth_a_thread
 from loraweave.types import Factors
 
-Method = Callable[[Sequence[Factors | None], Sequence[float]], Factors | None]
+# entries of a layer: larger ones are merged one at a time, so that no two dense updates of theirs exist at once
+SHARED = 2**22
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """An adapter that counts, with its weight and what was recorded of its inputs."""
+
+    adapter: Adapter
+    weight: float
+    statistics: Statistics | None
 
 
 def merge(
@@ -27,102 +45,247 @@ def merge(
     rank: int | None = None,
     name: str | None = None,
     seed: int = 0,
+    heads: str = "error",
+    statistics: Sequence[Statistics] | None = None,
+    progress: bool = True,
     **options: Any,
 ) -> Adapter:
     """The adapters combined by `method`, a name of `names("methods")`, with one finite weight each, of any sign.
 
     Experts of weight zero are left out; the order of the rest does not matter. `rank` cuts every layer to at most that
-    rank (the best approximation in the Frobenius norm). The card's "recipe" names parents, weights and method, its
-    "report" gives each layer's rank before and after the cut and the relative error of the cut.
+    rank (the best approximation in the Frobenius norm); without it the update is exact, unless the method is limited in
+    rank itself. `seed` is that of random methods, which draw for each adapter and layer apart. `heads` says what becomes
+    of trained heads: "error", "first" (the first adapter's, in the order given) or "average". `statistics`, one for each
+    adapter from `collect_statistics`, is for methods that weigh by data. The other `options` are the method's own.
 
-    Raises WeightingError for weights or options that do not fit, UnknownName for an unknown method, BaseModelMismatch
-    and LayerMismatch for adapters that do not fit together.
+    The result's `report` has each layer's rank before and after the cut, the relative error of the cut, and how far the
+    adapters pulled the same way; its card's "recipe" names parents, weights and method.
+
+    Raises WeightingError for weights, rank or options that do not fit, UnknownName for an unknown method,
+    BaseModelMismatch and LayerMismatch for adapters that do not fit together, CompositionError for heads that need a
+    choice and for results that are not finite. Nothing is left behind by an error.
     """
-    used = _used(adapters, weights)
-    apply = configured(method, options)
-    if rank is not None and rank < 1:
-        raise WeightingError(f"rank={rank} is below 1; leave it out to keep the exact rank")
-    layers: dict[str, Factors] = {}
-    report: dict[str, dict[str, float]] = {}
-    for layer in sorted({layer for adapter, _ in used for layer in adapter.layers}):
-        parts = {f"{adapter.name}#{number}": adapter.layers.get(layer) for number, (adapter, _) in enumerate(used)}
-        combined = combine(apply, layer, parts, [weight for _, weight in used], seed=seed)
-        if combined is None:
-            continue
-        layers[layer], error = (combined, 0.0) if rank is None else algebra.compress(combined, rank)
-        report[layer] = {"rank_in": combined.rank, "rank_out": layers[layer].rank, "relative_error": error}
+    given = _parts(adapters, weights, statistics)
+    call = MethodCall(method, options)
+    if call.takes("statistics") and statistics is None:
+        raise WeightingError(
+            f"method {method!r} weighs by data: pass statistics=[collect_statistics(model, tokenizer, adapter, texts), ...] "
+            "with one for each adapter"
+        )
+    _check_rank(rank, given)
+    kept_heads = merged_heads([(part.adapter, part.weight) for part in given], heads)
+    used = sorted(given, key=lambda part: (part.adapter.hash, part.weight))
+    layers, report = _merged(call, used, rank, seed, progress)
     if not layers:
-        raise WeightingError(f"method {method!r} leaves no layer of {', '.join(repr(a.name) for a, _ in used)} changed")
-    parents = [{"hash": adapter.hash, "name": adapter.name, "weight": weight, "method": method} for adapter, weight in used]
+        named = ", ".join(repr(part.adapter.name) for part in used)
+        raise WeightingError(f"method {method!r} leaves no layer of {named} changed")
+    parents = [
+        {"hash": part.adapter.hash, "name": part.adapter.name, "weight": part.weight, "method": method} for part in used
+    ]
     recipe = {"method": method, "options": options, "seed": seed, "rank": rank, "parents": parents}
+    if kept_heads:
+        recipe["heads"] = heads
+    names, numbers = [part.adapter.name for part in used], [part.weight for part in used]
+    figures = MergeReport(method, tuple(names), tuple(numbers), report)
     return Adapter(
-        name or "+".join(adapter.name for adapter, _ in used),
-        used[0][0].base_model,
+        name or "+".join(names),
+        used[0].adapter.base_model,
         layers,
-        next((adapter.fingerprint for adapter, _ in used if adapter.fingerprint), None),
-        {"recipe": recipe, "report": report},
+        next((part.adapter.fingerprint for part in used if part.adapter.fingerprint), None),
+        {"recipe": recipe, "report": figures.to_json()},
+        kept_heads,
     )
 
 
-def configured(method: str, options: Mapping[str, Any]) -> Callable[..., Factors | None]:
-    """The method of that name with its options set. Raises UnknownName, or WeightingError for an option it has not."""
-    function = registry.get("methods", method)
-    known = [parameter.name for parameter in inspect.signature(function).parameters.values()][2:]
-    takes_seed = "seed" in known
-    own = [option for option in known if option != "seed"]
-    for option in options:
-        if option not in own:
-            close = difflib.get_close_matches(option, own, n=1)
-            hint = f", did you mean {close[0]!r}?" if close else ""
-            raise WeightingError(
-                f"method {method!r} has no option {option!r}{hint}; it has {', '.join(own) if own else 'no options'}"
-            )
-
-    def apply(experts: Sequence[Factors | None], weights: Sequence[float], *, seed: int) -> Factors | None:
-        extra = {"seed": seed} if takes_seed else {}
-        result: Factors | None = function(experts, weights, **options, **extra)
-        return result
-
-    return apply
-
-
-def combine(
-    apply: Callable[..., Factors | None],
-    layer: str,
-    experts: Mapping[str, Factors | None],
-    weights: Sequence[float],
+def layer_updates(
+    call: MethodCall,
+    experts: Mapping[str, Mapping[str, Factors]],
+    hashes: Mapping[str, str],
+    weights: Mapping[str, Mapping[str, float]],
     *,
     seed: int,
-) -> Factors | None:
-    """One layer's experts combined; an error of the method also names the layer and the experts."""
-    # a seed of its own for each layer: equal ones would drop the same entries everywhere
-    layer_seed = (seed * 0x9E3779B1 + zlib.crc32(layer.encode())) % 2**63
-    try:
-        return apply(list(experts.values()), weights, seed=layer_seed)
-    except LoraweaveError as error:
-        having = ", ".join(repr(name) for name, factors in experts.items() if factors is not None)
-        raise type(error)(f"layer {layer!r} of {having}: {error}") from error
+    statistics: Mapping[str, Statistics | None] | None = None,
+    rank: int | None = None,
+) -> Iterator[tuple[str, Update]]:
+    """(layer, update) of every layer in `weights`, which has the weight of each expert by layer; unchanged layers not.
+
+    `rank` reaches the methods whose formula limits the rank; None is their own default.
+    A method that needs a look at all layers first takes one weight for each expert: raises WeightingError otherwise.
+    """
+    calls = _layer_calls(call, experts, hashes, weights, seed=seed, statistics=statistics, rank=rank)
+    return ((layer, update) for layer, combine in calls if (update := combine()) is not None)
 
 
-def _used(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[tuple[Adapter, float]]:
-    """The adapters that count, in an order of their content."""
+def _layer_calls(
+    call: MethodCall,
+    experts: Mapping[str, Mapping[str, Factors]],
+    hashes: Mapping[str, str],
+    weights: Mapping[str, Mapping[str, float]],
+    *,
+    seed: int,
+    statistics: Mapping[str, Statistics | None] | None,
+    rank: int | None,
+) -> Iterator[tuple[str, Callable[[], Update | None]]]:
+    """What `layer_updates` is made of: each layer with the call that gives its update."""
+    survey = None
+    if call.takes("survey"):
+        shared = next(iter(weights.values()), {})
+        if any(dict(of_layer) != dict(shared) for of_layer in weights.values()):
+            raise WeightingError(
+                f"method {call.method!r} looks at all layers together and takes one weight per adapter for all of them"
+            )
+        survey = call.survey(
+            ([experts[name].get(layer) for name in shared] for layer in weights), [float(w) for w in shared.values()]
+        )
+    for layer, of_layer in weights.items():
+        names = list(of_layer)
+        if not any(layer in experts[name] for name in names):
+            continue
+        yield (
+            layer,
+            partial(
+                call.combine,
+                layer,
+                {name: experts[name].get(layer) for name in names},
+                [of_layer[name] for name in names],
+                survey=survey,
+                seeds=layer_seeds(seed, [hashes[name] for name in names], layer) if call.takes("seeds") else (),
+                statistics=[_recorded(statistics, name, layer) for name in names],
+                rank=rank,
+            ),
+        )
+
+
+def _merged(
+    call: MethodCall, used: Sequence[_Part], rank: int | None, seed: int, progress: bool
+) -> tuple[dict[str, Factors], dict[str, LayerReport]]:
+    """The layers of the result, and what is reported of each."""
+    names_used = [part.adapter.name for part in used]
+    labels = {
+        name if names_used.count(name) == 1 else f"{name}#{place}": part
+        for place, (name, part) in enumerate(zip(names_used, used, strict=True))
+    }
+    experts = {label: part.adapter.layers for label, part in labels.items()}
+    numbers = {label: part.weight for label, part in labels.items()}
+    names = sorted({layer for part in used for layer in part.adapter.layers})
+    weights = list(numbers.values())
+    calls = _layer_calls(
+        call,
+        experts,
+        {label: part.adapter.hash for label, part in labels.items()} if call.takes("seeds") else {},
+        dict.fromkeys(names, numbers),
+        seed=seed,
+        statistics={label: part.statistics for label, part in labels.items()},
+        rank=rank,
+    )
+
+    def done(item: tuple[str, Callable[[], Update | None]]) -> tuple[str, Factors, LayerReport] | None:
+        layer, combine = item
+        update = combine()
+        if update is None:
+            return None
+        rank_in, factors, error = _cut(update, rank)
+        if not factors.rank and factors.bound and factors.gain_O is None and factors.bias_O is None:
+            return None
+        inner_EE = update.inner_EE if isinstance(update, TruncatedUpdate) else None
+        seen = interference([experts[label].get(layer) for label in labels], weights, inner_EE=inner_EE)
+        return layer, factors, LayerReport(rank_in, factors.rank, error, seen.norms, seen.cosines, seen.sign_conflict)
+
+    def worth(item: tuple[str, Callable[[], Update | None]]) -> bool:
+        updates = [f for found in experts.values() if (f := found.get(item[0])) is not None]
+        entries = updates[0].b_OR.shape[0] * updates[0].a_RI.shape[1]
+        return entries <= SHARED and worth_a_thread(updates)
+
+    merged = side_by_side(done, calls, worth=worth)
+    tracked_layers = tracked(merged, f"merging by {call.method}", total=len(names), shown=progress)
+    found = [each for each in tracked_layers if each is not None]
+    return {layer: factors for layer, factors, _ in found}, {layer: row for layer, _, row in found}
+
+
+def _cut(update: Update, rank: int | None) -> tuple[int, Factors, float]:
+    """The rank of the update by the method's formula, the update as factors of at most `rank`, and the relative error."""
+    if isinstance(update, TruncatedUpdate):
+        return update.rank_in, update.factors, update.relative_error
+    if isinstance(update, Factors):
+        cut, error = (update, 0.0) if rank is None else algebra.compress(update, rank)
+        return update.rank, cut, error
+    a_RI, b_OR, error = factorise(update.delta_OI, rank=rank)
+    factors = Factors(a_RI, b_OR, bias_O=update.bias_O, kind=update.kind, kernel=update.kernel)
+    return min(update.delta_OI.shape), factors, error
+
+
+def _parts(adapters: Sequence[Adapter], weights: Sequence[float], statistics: Sequence[Statistics] | None) -> list[_Part]:
+    """The adapters that count, in the order given; all that can be wrong with the arguments is found here."""
+    if not adapters:
+        raise WeightingError("merge got no adapters; give at least one, and a weight for each")
     if len(adapters) != len(weights):
         raise WeightingError(f"merge got {len(adapters)} adapters and {len(weights)} weights; it takes one weight for each")
+    if statistics is not None and len(statistics) != len(adapters):
+        raise WeightingError(f"merge got {len(adapters)} adapters and {len(statistics)} statistics; it takes one for each")
     values = [float(weight) for weight in weights]
     for adapter, weight in zip(adapters, values, strict=True):
         if not math.isfinite(weight):
             raise WeightingError(f"the weight of adapter {adapter.name!r} is {weight}; weights must be finite")
-    used = [(adapter, weight) for adapter, weight in zip(adapters, values, strict=True) if weight != 0.0]
+    recorded = list(statistics) if statistics is not None else [None] * len(adapters)
+    used = [
+        _Part(adapter, weight, seen)
+        for adapter, weight, seen in zip(adapters, values, recorded, strict=True)
+        if weight != 0.0
+    ]
     if not used:
         raise WeightingError(
             f"all {len(adapters)} weights are zero, which is the base model and no adapter; give at least one other weight"
         )
-    names = [adapter.name for adapter, _ in used]
-    # the pool's checks, with a name only where it is needed to tell two experts apart
-    ExpertPool(
-        {
-            adapter.name if names.count(adapter.name) == 1 else f"{adapter.name}#{number}": adapter
-            for number, (adapter, _) in enumerate(used)
-        }
-    )
-    return sorted(used, key=lambda pair: (pair[0].hash, pair[1]))
+    _check_together(used)
+    for part in used:
+        if part.statistics is not None and part.statistics.adapter_hash != part.adapter.hash:
+            raise WeightingError(
+                f"the statistics given for {part.adapter.name!r} (hash {part.adapter.hash[:12]}) were collected with an "
+                f"adapter of hash {part.statistics.adapter_hash[:12]}; give them in the adapters' order"
+            )
+    return used
+
+
+def _check_together(used: Sequence[_Part]) -> None:
+    """Whether the adapters have one base and one shape for each layer, and names that tell them apart."""
+    by_name: dict[str, Adapter] = {}
+    for part in used:
+        other = by_name.setdefault(part.adapter.name, part.adapter)
+        if other is not part.adapter and other.hash != part.adapter.hash:
+            raise WeightingError(
+                f"two different adapters are named {part.adapter.name!r} (hashes {other.hash[:12]} and "
+                f"{part.adapter.hash[:12]}); rename one with dataclasses.replace(adapter, name=...)"
+            )
+    ExpertPool(by_name)
+    first = used[0].adapter
+    for part in used[1:]:
+        known = part.adapter.fingerprint and first.fingerprint
+        bases = first.base_model, part.adapter.base_model
+        if not known and all(bases) and bases[0] != bases[1]:
+            raise BaseModelMismatch(
+                f"adapters {first.name!r} (for {bases[0]!r}) and {part.adapter.name!r} (for {bases[1]!r}) name different "
+                "base models; if both are one model, say so with dataclasses.replace(adapter, base_model=...)"
+            )
+
+
+def _check_rank(rank: int | None, used: Sequence[_Part]) -> None:
+    if rank is None:
+        return
+    if rank < 1:
+        raise WeightingError(f"rank={rank} is below 1; leave it out to keep the exact rank")
+    sides = {
+        layer: min(factors.b_OR.shape[0], factors.a_RI.shape[1])
+        for part in used
+        for layer, factors in part.adapter.layers.items()
+    }
+    layer = max(sides, key=lambda name: sides[name])
+    if rank > sides[layer]:
+        raise WeightingError(
+            f"rank={rank} is above {sides[layer]}, the smaller side of the largest layer ({layer!r}): no update has more; "
+            "leave it out to keep the exact rank"
+        )
+
+
+def _recorded(statistics: Mapping[str, Statistics | None] | None, name: str, layer: str) -> Any:
+    seen = statistics.get(name) if statistics is not None else None
+    return None if seen is None else seen.layers.get(layer)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import sys
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,24 +12,23 @@ from typing import Annotated, Any
 import typer
 
 from loraweave import __version__
-from loraweave._application import INTERRUPTED, Application
+from loraweave._application import INTERRUPTED, Application, one_line
 from loraweave._inputs import (
     ADAPTER_FILE,
     COMPOSITION_FILE,
     load_model,
     open_hub,
-    read_adapter,
     read_labels,
     read_named_weights,
     read_options,
     read_pool,
     read_rows,
-    read_weights,
     recorded_base,
     require_free,
 )
 from loraweave._printing import note, print_json, print_rows, print_table, progress_to_stderr
 from loraweave.cli_hub import DEFAULT_HUB, HubOption, JsonOption, hub
+from loraweave.cli_merge import MERGE_EXAMPLE, merge
 
 BaseOption = Annotated[
     str | None, typer.Option("--base", metavar="MODEL", help="Base model: a folder or hub id; the embedded one by default.")
@@ -53,6 +51,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(hub, name="hub")
+app.command(epilog=MERGE_EXAMPLE)(merge)
 
 
 def main() -> None:
@@ -105,39 +104,6 @@ def demo(
     from loraweave.demo import run
 
     run(pool=pool, data=data, task=task, k=k, budget=budget, seed=seed, num_test=num_test, as_json=as_json)
-
-
-@app.command(epilog="Example: loraweave merge trained/antonym trained/plural --weights 0.7,-0.4 --rank 8 --out merged")
-def merge(
-    sources: Annotated[list[str], typer.Argument(metavar="ADAPTER", help="Adapter folders, or names in the hub.")],
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the merged PEFT folder goes.")],
-    weights: Annotated[
-        str | None, typer.Option(metavar="W,W,...", help="A number for each adapter; equal shares of 1 by default.")
-    ] = None,
-    method: Annotated[str, typer.Option(help="A merge method, one of lw.names('methods').")] = "linear",
-    rank: Annotated[int | None, typer.Option(min=1, help="Cut every layer to this rank; exact by default.")] = None,
-    name: Annotated[str | None, typer.Option(help="The merged adapter's name; the folder's by default.")] = None,
-    option: OptionOption = None,
-    seed: SeedOption = 0,
-    hub: HubOption = DEFAULT_HUB,
-    as_json: JsonOption = False,
-) -> None:
-    """Combine adapters into one, without a model."""
-    numbers = read_weights(weights, len(sources))
-    options = read_options(option or (), reserved=("method", "rank", "name", "seed", "adapters", "weights"))
-    require_free(out, ADAPTER_FILE)
-    import loraweave as lw
-
-    adapters = [read_adapter(source, hub) for source in sources]
-    merged = lw.merge(adapters, numbers, method=method, rank=rank, name=name or out.resolve().name, seed=seed, **options)
-    merged.save_pretrained(out)
-    report = merged.card["report"]
-    if as_json:
-        used = [{"name": adapter.name, "weight": weight} for adapter, weight in zip(adapters, numbers, strict=True)]
-        print_json({"out": out, "name": merged.name, "method": method, "adapters": used, "layers": report})
-        return
-    print_rows(("layers", "count", "rank before", "rank", "mean error", "worst error"), _by_module(report))
-    note(f"saved {merged.name!r} to {out}")
 
 
 @app.command(
@@ -311,20 +277,31 @@ def train(
         print_rows(("name", "rows", "rank", "folder"), [tuple(result.values()) for result in results])
 
 
-@app.command(epilog="Example: loraweave export composed --out composed-peft")
+@app.command(epilog="Example: loraweave export composed --target vllm --max-rank 16 --out composed-vllm")
 def export(
-    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A composition's folder.")],
+    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A composition's or an adapter's folder.")],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the PEFT folder goes.")],
+    target: Annotated[str, typer.Option(help="What will read it: peft or vllm.")] = "peft",
+    max_rank: Annotated[int | None, typer.Option(min=1, help="Cut every layer to this rank; exact by default.")] = None,
     base: BaseOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Write a composition as one plain PEFT folder, which peft and servers read."""
+    """Write a composition or an adapter as one PEFT folder that peft or a server reads, and tell the server's flags."""
     require_free(out, ADAPTER_FILE)
     import loraweave as lw
 
-    model, tokenizer = load_model(base or recorded_base(folder))
-    adapter = lw.Composition.from_pretrained(folder, model, tokenizer).adapter
-    adapter.save_pretrained(out)
-    note(f"saved {len(adapter.layers)} layers of rank up to {adapter.rank} to {out}")
+    exported: lw.Composition | lw.Adapter
+    if (folder / COMPOSITION_FILE).is_file() or not (folder / ADAPTER_FILE).is_file():
+        model, tokenizer = load_model(base or recorded_base(folder))
+        exported = lw.Composition.from_pretrained(folder, model, tokenizer)
+    else:
+        exported = lw.Adapter.from_pretrained(folder)
+    report = exported.export(out, target=target, max_rank=max_rank)
+    if as_json:
+        print_json(report.to_json())
+        return
+    for line in str(report).splitlines():
+        typer.echo(one_line(line))
 
 
 def _evaluate_adapter(adapter: Any, base: str | None, task: Any, pairs: Any) -> dict[str, Any]:
@@ -335,21 +312,3 @@ def _evaluate_adapter(adapter: Any, base: str | None, task: Any, pairs: Any) -> 
     with lw.Composer(model, [adapter]).activate({adapter.name: 1.0}):
         score = evaluate(model, tokenizer, task, pairs)
     return {"value": score.value, "low": score.low, "high": score.high, "loss": score.loss, "count": score.count}
-
-
-def _by_module(report: Mapping[str, Mapping[str, float]]) -> list[tuple[str, int, int, int, float, float]]:
-    """The per-layer report, summed up over layers whose paths end in the same name."""
-    groups: dict[str, list[Mapping[str, float]]] = defaultdict(list)
-    for layer, figures in report.items():
-        groups[layer.rsplit(".", 1)[-1]].append(figures)
-    return [
-        (
-            ending,
-            len(rows),
-            int(max(row["rank_in"] for row in rows)),
-            int(max(row["rank_out"] for row in rows)),
-            float(sum(row["relative_error"] for row in rows) / len(rows)),
-            float(max(row["relative_error"] for row in rows)),
-        )
-        for ending, rows in sorted(groups.items())
-    ]

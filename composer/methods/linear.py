@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loraweave.hub import algebra
+from loraweave.composer.methods._span import combination, counted
 from loraweave.types import Factors
 
 
@@ -12,11 +12,8 @@ def linear(experts: Sequence[Factors | None], weights: Sequence[float]) -> Facto
     """One layer's sum over e of w_e * update_e, of rank sum of R_e; each weight enters once, on b.
 
     None stands for an expert without this layer, and is the answer when nothing is left. Gains and biases sum likewise.
-    Raises LayerMismatch for updates of different shape, AdapterUnsupported for unbound ones.
+    A single expert of weight 1 comes back as it is, of whatever kind. Raises LayerMismatch for updates of different
+    shape, AdapterUnsupported for any other sum with an unbound update (DoRA's magnitude, a trained base bias).
     """
-    terms = [
-        algebra.scale(factors, weight)
-        for factors, weight in zip(experts, weights, strict=True)
-        if factors is not None and weight != 0.0
-    ]
-    return algebra.add(terms) if terms else None
+    updates, values = counted(experts, weights)
+    return combination(updates, values) if updates else None

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import errno
+import os
+import sys
+import tempfile
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from loraweave.composer import fuse
+from loraweave.composer import fuse, fused_parameter, originals
 from loraweave.composer.composer import Composer
+from loraweave.composer.dense_update import DenseUpdate
+from loraweave.composer.fuse import fused
+from loraweave.composer.layers import TargetLayer
+from loraweave.composer.statistics import Statistics
 from loraweave.errors import AlreadyActive, CompositionError, LayerMismatch, ScopeError, UnknownName, WeightingError
 from loraweave.hub.adapter import Adapter
+from loraweave.registry import get
 from loraweave.routers.mixture import MixtureWeights
 from loraweave.types import Factors
 
@@ -32,15 +47,72 @@ def engine(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -
     return Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def small_model(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Three layers, of both ways to store a weight, with odd sizes and biases."""
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 3), Conv1D(7, 3), nn.Linear(7, 9, bias=False))
+    for parameter in model.parameters():
+        parameter.data.normal_(generator=generator)
+    return model.to(dtype)
+
+
+def small_adapter(name: str, seed: int, layers: str = "012", *, bias: bool = True, rank: int = 2) -> Adapter:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {"0": (3, 5), "1": (7, 3), "2": (9, 7)}
+    found = {}
+    for layer in layers:
+        num_outputs, num_inputs = sizes[layer]
+        a_RI, b_OR = (torch.randn(*shape, generator=generator) for shape in ((rank, num_inputs), (num_outputs, rank)))
+        bias_O = torch.randn(num_outputs, generator=generator) if bias and layer != "2" else None
+        found[layer] = Factors(a_RI, b_OR, bias_O=bias_O)
+    return Adapter(name, "tiny", found)
+
+
+def small_engine(dtype: torch.dtype = torch.float32) -> Composer:
+    layers = {"a": "01", "b": "12", "c": "012"}
+    return Composer(
+        small_model(dtype), [small_adapter(name, seed, layers[name], rank=seed) for seed, name in enumerate("abc", start=1)]
+    )
+
+
+def target(model: nn.Module, name: str) -> TargetLayer:
+    module = model.get_submodule(name)
+    rows, columns = module.weight.shape
+    transposed = isinstance(module, Conv1D)
+    return TargetLayer(name, module, columns if transposed else rows, rows if transposed else columns, transposed)
+
+
+def small_updates(model: nn.Module, adapter: Adapter) -> list[fuse.Update]:
+    return [(target(model, name), factors) for name, factors in adapter.layers.items()]
+
+
+@pytest.mark.parametrize("place", ["memory", "disk"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_thousand_cycles_of_sixteen_adapters_give_back_every_bit(dtype: torch.dtype, place: originals.Place) -> None:
+    model = small_model(dtype)
+    layers = ("0", "1", "01", "12")
+    updates = [small_updates(model, small_adapter("a", seed, layers[seed % 4], rank=1 + seed % 3)) for seed in range(16)]
+    before = bits(model)
+    for cycle in range(1000):
+        with fused(model, updates[cycle % 16], place) as fusion:
+            if cycle % 10 == 0:
+                assert bits(model) != before
+                fusion.write(updates[cycle % 7])
+    assert bits(model) == before
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_fifty_cycles_give_back_every_bit(
+def test_cycles_on_a_transformer_give_back_every_bit(
     kind: str, dtype: torch.dtype, make_model: Callable[..., nn.Module], make_adapters: Callable[..., list[Adapter]]
 ) -> None:
     model = make_model(kind, dtype=dtype)
     engine = Composer(model, make_adapters(model, kind))
     before = bits(model)
-    for cycle in range(50):
+    for cycle in range(5):
         with engine.fused({"a": 1.0 + cycle, "b": -0.4, "c": 1.3}):
             assert bits(model) != before
     assert bits(model) == before
@@ -72,65 +144,297 @@ def test_an_exception_inside_gives_back_every_bit(error: type[BaseException], en
     assert not engine.active
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["before the copy", "after the copy"])
-def test_an_interruption_at_any_layer_of_fusing_gives_back_every_bit(
-    late: bool, engine: Composer, monkeypatch: pytest.MonkeyPatch
+@contextmanager
+def interrupted_at(number: int, error: type[BaseException]) -> Iterator[list[int]]:
+    """Raises `error` before the line of that number that runs in the files of fusing; the list counts such lines."""
+    files = {fuse.__file__, fused_parameter.__file__, originals.__file__}
+    count = [0]
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        if frame.f_code.co_filename not in files:
+            return None
+        if event == "line":
+            count[0] += 1
+            if count[0] == number:
+                raise error
+        return trace
+
+    outer = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield count
+    finally:
+        sys.settrace(outer)
+
+
+def test_an_interruption_at_any_line_gives_back_every_bit() -> None:
+    model = small_model()
+    before = bits(model)
+    first, second = (small_updates(model, small_adapter("a", seed, layers)) for seed, layers in enumerate(("01", "12")))
+    number, count = 0, [0]
+    while count[0] == number:
+        number += 1
+        with suppress(KeyboardInterrupt), interrupted_at(number, KeyboardInterrupt) as count, fused(model, first) as fusion:
+            fusion.write(second)
+        assert bits(model) == before, f"line {number}"
+        assert not any(map(fuse.is_fused, model.modules())), f"line {number}"
+    assert number > 500
+
+
+def test_an_error_about_one_parameter_does_not_keep_the_others_from_coming_back(
+    engine: Composer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = bits(engine.model)
-    num_layers = len(engine.pool.layer_names)
-    original = fuse._put
-    for stop_at in range(num_layers):
-        calls = 0
+    original = fused_parameter.FusedParameter.restore
+    broken = f"{LAYER}.weight"
 
-        def interrupted(*args: Any, stop_at: int = stop_at) -> None:
-            nonlocal calls
-            calls += 1
-            if calls - 1 == stop_at:
-                if late:
-                    original(*args)
-                raise KeyboardInterrupt
-            original(*args)
+    def restore(kept: Any) -> None:
+        if kept.name == broken:
+            raise RuntimeError("device lost")
+        original(kept)
 
-        monkeypatch.setattr(fuse, "_put", interrupted)
-        with pytest.raises(KeyboardInterrupt), engine.fused(MIXTURE):
-            pytest.fail("the block must not be entered")
-        assert calls == stop_at + 1
-        assert bits(engine.model) == before
-        assert not engine.active
-        assert not any(map(fuse.is_fused, engine.model.modules()))
+    with pytest.raises(RuntimeError, match="device lost"), engine.fused(MIXTURE):
+        monkeypatch.setattr(fused_parameter.FusedParameter, "restore", restore)
+    after = bits(engine.model)
+    assert [name for name in before if after[name] != before[name]] == [broken]
 
 
-@pytest.mark.parametrize("action", ["restore", "changed"])
-def test_an_interruption_at_any_layer_of_restoring_gives_back_every_bit(
-    action: str, engine: Composer, monkeypatch: pytest.MonkeyPatch
+def test_an_adapter_that_is_not_finite_is_refused(tiny_llama: nn.Module) -> None:
+    versions = {name: p._version for name, p in tiny_llama.named_parameters()}
+    sound = Factors(torch.ones(1, 16), torch.ones(16, 1))
+    later = LAYER.replace("layers.0", "layers.1")
+    engine = Composer(tiny_llama, [Adapter("a", "tiny", {LAYER: sound, later: Factors(sound.a_RI * torch.nan, sound.b_OR)})])
+    with pytest.raises(CompositionError, match=rf"{later}.*NaN|NaN.*{later}"), engine.fused({"a": 1.0}):
+        pass
+    assert {name: p._version for name, p in tiny_llama.named_parameters()} == versions
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.float16, 300.0), (torch.float32, 1e20), (torch.bfloat16, 1e20)], ids=["fp16", "fp32", "bf16"]
+)
+def test_values_beyond_the_dtype_are_refused_before_anything_is_written(dtype: torch.dtype, size: float) -> None:
+    model = small_model(dtype)
+    versions = [p._version for p in model.parameters()]
+    large = Factors(torch.full((1, 7), size), torch.full((9, 1), size))
+    engine = Composer(model, [Adapter("a", "tiny", {**small_adapter("a", 0, "01").layers, "2": large})])
+    with (
+        pytest.raises(CompositionError, match=r"'2\.weight'.*float.*at most; use smaller weights"),
+        engine.fused({"a": 1.0}),
+    ):
+        pass
+    assert [p._version for p in model.parameters()] == versions
+    assert not engine.active
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layer", ["0", "1"])
+def test_a_dense_update_is_added_as_it_is(layer: str, dtype: torch.dtype) -> None:
+    model = small_model(dtype)
+    before = bits(model)
+    place = target(model, layer)
+    generator = torch.Generator().manual_seed(1)
+    delta_OI = torch.randn(place.num_outputs, place.num_inputs, generator=generator)
+    bias_O = torch.randn(place.num_outputs, generator=generator)
+    stored = delta_OI.T if place.transposed else delta_OI
+    expected = (place.module.weight.detach().float() + stored).to(dtype)
+    expected_bias = (place.module.bias.detach().float() + bias_O).to(dtype)
+    with fused(model, [(place, DenseUpdate(delta_OI, bias_O))]):
+        assert torch.equal(place.module.weight, expected)
+        assert torch.equal(place.module.bias, expected_bias)
+    assert bits(model) == before
+
+
+@pytest.mark.parametrize("block", [1, 8, 40], ids=["row by row", "two rows", "more than there are"])
+def test_the_size_of_the_blocks_changes_nothing(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = small_engine(torch.float64)
+    with engine.fused(MIXTURE):
+        expected = [p.detach().clone() for p in engine.model.parameters()]
+    monkeypatch.setattr(fused_parameter, "BLOCK", block)
+    with engine.fused(MIXTURE):
+        assert all(torch.allclose(p, q, rtol=1e-12) for p, q in zip(engine.model.parameters(), expected, strict=True))
+
+
+def test_a_method_with_a_dense_result_fuses_it(make_adapter: Callable[..., Adapter], tiny_llama: nn.Module) -> None:
+    experts = [make_adapter(tiny_llama, name, rank=2, seed=seed) for seed, name in enumerate("ab")]
+    dense = get("methods", "ties_per_layer")([expert.layers[LAYER] for expert in experts], [0.7, 0.4], density=0.5)
+    weight = tiny_llama.get_submodule(LAYER).weight
+    expected = weight.detach() + dense.delta_OI
+    with Composer(tiny_llama, experts).fused({"a": 0.7, "b": 0.4}, method="ties_per_layer", density=0.5):
+        assert torch.allclose(weight, expected, atol=1e-6)
+
+
+def test_one_update_is_held_at_a_time() -> None:
+    model = small_model()
+    alive: list[weakref.ref[Any]] = []
+
+    def updates() -> Iterator[fuse.Update]:
+        for name in "012":
+            assert not any(reference() is not None for reference in alive[:-1])
+            place = target(model, name)
+            update = DenseUpdate(torch.ones(place.num_outputs, place.num_inputs))
+            alive.append(weakref.ref(update))
+            yield place, update
+
+    with fused(model, updates()):
+        assert len(alive) == 3
+
+
+def test_originals_take_the_bytes_of_what_is_written_in_whole_pages(engine: Composer) -> None:
+    with engine.fused(MIXTURE) as now:
+        written = [p for name, p in engine.model.named_parameters() if name.rpartition(".")[0] in engine.pool.layer_names]
+        assert now.original_bytes == len(written) * 4096
+
+
+def test_originals_on_disk_have_no_name_that_another_process_could_open(
+    engine: Composer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     before = bits(engine.model)
-    original = getattr(fuse._Kept, action)
-    for stop_at in range(len(engine.pool.layer_names)):
-        calls = 0
+    with engine.fused(MIXTURE, originals="disk"):
+        assert not list(tmp_path.iterdir())
+    assert bits(engine.model) == before
 
-        def interrupted(kept: Any, stop_at: int = stop_at) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls - 1 == stop_at:
-                raise KeyboardInterrupt
-            return original(kept)
 
-        monkeypatch.setattr(fuse._Kept, action, interrupted)
-        with pytest.raises(KeyboardInterrupt), engine.fused(MIXTURE):
-            pass
+def test_a_full_disk_is_told_before_anything_is_written(engine: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = bits(engine.model)
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(CompositionError, match=r"TMPDIR.*originals='memory'"), engine.fused(MIXTURE, originals="disk"):
+        pass
+    assert bits(engine.model) == before
+
+
+def test_another_place_for_originals_is_refused(engine: Composer) -> None:
+    with pytest.raises(CompositionError, match="originals='cloud' is neither"), engine.fused(MIXTURE, originals="cloud"):
+        pass
+    assert not engine.active
+
+
+@pytest.mark.parametrize("place", ["memory", "disk"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_switching_gives_the_bits_of_fusing_afresh(dtype: torch.dtype, place: originals.Place) -> None:
+    engine = small_engine(dtype)
+    before = bits(engine.model)
+    mixtures: list[dict[str, float]] = [{"a": 0.5, "c": 1.0}, {"b": 2.0}, {}, {"a": -1.0}, {"c": 0.3, "b": 0.1}]
+    expected = []
+    for mixture in mixtures:
+        with engine.fused(mixture):
+            expected.append(bits(engine.model))
+    with engine.fused(mixtures[-1], originals=place) as now:
+        for mixture, wanted in zip(mixtures, expected, strict=True):
+            now.switch(mixture)
+            assert bits(engine.model) == wanted
+    assert bits(engine.model) == before
+
+
+def test_a_switch_that_is_refused_changes_nothing(engine: Composer) -> None:
+    with engine.fused(MIXTURE) as now:
+        before = bits(engine.model)
+        with pytest.raises(UnknownName):
+            now.switch({"a": 1.0}, method="linaer")
+        with pytest.raises(ScopeError):
+            now.switch([{"a": 1.0}, None])
         assert bits(engine.model) == before
-        assert not engine.active
 
 
-def test_an_adapter_that_is_not_finite_is_taken_out_again(tiny_llama: nn.Module) -> None:
-    before = bits(tiny_llama)
-    engine = Composer(
-        tiny_llama, [Adapter("a", "tiny", {LAYER: Factors(torch.full((1, 16), torch.nan), torch.ones(16, 1))})]
-    )
-    with engine.fused({"a": 1.0}):
-        assert bool(tiny_llama.get_submodule(LAYER).weight.isnan().any())
-    assert bits(tiny_llama) == before
+def test_a_switch_that_fails_half_way_leaves_the_base() -> None:
+    large = Factors(torch.full((1, 7), 1e20), torch.full((9, 1), 1e20))
+    unsound = Adapter("unsound", "tiny", {**small_adapter("a", 0, "01").layers, "2": large})
+    engine = Composer(small_model(), [small_adapter("a", 1), unsound])
+    base = bits(engine.model)
+    with engine.fused({"a": 1.0}) as now:
+        with pytest.raises(CompositionError, match=r"'2\.weight'"):
+            now.switch({"unsound": 1.0})
+        assert bits(engine.model) == base
+        now.switch({"a": 1.0})
+        assert bits(engine.model) != base
+    assert bits(engine.model) == base
+
+
+def test_a_switch_does_not_write_over_what_others_have_changed(engine: Composer) -> None:
+    base = bits(engine.model)
+    module = engine.model.get_submodule(LAYER)
+    block = engine.fused(MIXTURE)
+    now = block.__enter__()
+    change_weight(module, "data")
+    mine = module.weight.detach().clone()
+    with pytest.raises(CompositionError, match="would overwrite"):
+        now.switch({"a": 1.0})
+    assert torch.equal(module.weight, mine)
+    with pytest.raises(CompositionError, match="are back"):
+        block.__exit__(None, None, None)
+    assert bits(engine.model) == base
+
+
+def test_a_handle_outlives_its_block_without_effect(engine: Composer) -> None:
+    base = bits(engine.model)
+    with engine.fused(MIXTURE) as now:
+        pass
+    with pytest.raises(CompositionError, match="has ended"):
+        now.switch({"a": 1.0})
+    assert bits(engine.model) == base
+
+
+def test_switching_in_one_thread_and_leaving_in_another_ends_with_the_base(engine: Composer) -> None:
+    base = bits(engine.model)
+    refused = threading.Event()
+
+    def switch(now: Any) -> None:
+        while True:
+            try:
+                now.switch({"b": 1.0})
+            except CompositionError:
+                refused.set()
+                return
+
+    with engine.fused(MIXTURE) as now:
+        thread = threading.Thread(target=switch, args=(now,))
+        thread.start()
+    thread.join(timeout=20)
+    assert refused.is_set()
+    assert bits(engine.model) == base
+
+
+def test_a_model_made_in_inference_mode_is_fused_and_restored() -> None:
+    with torch.inference_mode():
+        model = small_model()
+        before = bits(model)
+    with Composer(model, [small_adapter("a", 1)]).fused({"a": 1.0}):
+        assert all(new != old for new, old in zip(bits(model).values(), before.values(), strict=True))
+    assert bits(model) == before
+
+
+def test_fusing_below_inference_mode_and_leaving_outside_it_works() -> None:
+    engine = small_engine()
+    before = bits(engine.model)
+    block = engine.fused(MIXTURE)
+    with torch.inference_mode():
+        now = block.__enter__()
+    now.switch({"a": 1.0})
+    block.__exit__(None, None, None)
+    assert bits(engine.model) == before
+
+
+def by_data(experts: list[Factors], weights: list[float], *, statistics: list[Any]) -> Factors:
+    assert statistics == ["recorded"]
+    return experts[0]
+
+
+def test_a_method_that_weighs_by_data_gets_the_statistics_of_its_experts(
+    engine: Composer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loraweave.registry.get", lambda folder, name: by_data)
+    layers: Any = dict.fromkeys(engine.pool.layer_names, "recorded")
+    own = Statistics(engine.pool.adapters["a"].hash, layers)
+    with engine.fused({"a": 1.0}, method="by_data", statistics={"a": own}):
+        pass
+    with pytest.raises(WeightingError, match=r"none for expert 'b'.*collect_statistics"):
+        engine.fused({"b": 1.0}, method="by_data", statistics={"a": own}).__enter__()
+    with pytest.raises(WeightingError, match=r"expert 'b' \(hash .*with an adapter of hash"):
+        engine.fused({"b": 1.0}, method="by_data", statistics={"b": own}).__enter__()
+    assert not engine.active
 
 
 @torch.no_grad()

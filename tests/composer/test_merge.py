@@ -10,8 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from loraweave.composer.dense_update import DenseUpdate
 from loraweave.composer.merge import merge
-from loraweave.errors import AdapterUnsupported, BaseModelMismatch, LayerMismatch, UnknownName, WeightingError
+from loraweave.errors import (
+    AdapterUnsupported,
+    BaseModelMismatch,
+    CompositionError,
+    LayerMismatch,
+    UnknownName,
+    WeightingError,
+)
 from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors, Fingerprint
 
@@ -99,8 +107,10 @@ def test_rank_cuts_to_the_best_approximation_and_reports_its_error() -> None:
 
 
 def test_without_a_cut_the_reported_error_is_zero() -> None:
-    report = merge([adapter("a", 0), adapter("b", 1)], [1.0, 1.0]).card["report"]
-    assert report == {layer: {"rank_in": 6, "rank_out": 6, "relative_error": 0.0} for layer in (Q, V)}
+    report = merge([adapter("a", 0), adapter("b", 1)], [1.0, 1.0]).report
+    assert {layer: (row.rank_in, row.rank_out, row.relative_error) for layer, row in report.items()} == dict.fromkeys(
+        (Q, V), (6, 6, 0.0)
+    )
 
 
 def test_the_recipe_names_the_parents_that_count() -> None:
@@ -140,14 +150,62 @@ def test_weights_that_do_not_fit_are_named(weights: list[float], message: str) -
         merge([adapter("a", 0), adapter("b", 1)], weights)
 
 
-def test_nothing_to_merge_is_named() -> None:
-    with pytest.raises(WeightingError, match="zero"):
+def test_no_adapters_are_refused() -> None:
+    with pytest.raises(WeightingError, match="no adapters"):
         merge([], [])
 
 
 def test_a_rank_below_one_is_refused() -> None:
     with pytest.raises(WeightingError, match="rank=0"):
         merge([adapter("a", 0)], [1.0], rank=0)
+
+
+def test_a_rank_that_no_layer_can_have_is_refused() -> None:
+    with pytest.raises(WeightingError, match=f"rank=6 is above 5.*{Q}"):
+        merge([adapter("a", 0)], [1.0], rank=6)
+
+
+def test_two_different_adapters_of_one_name_are_refused_and_one_given_twice_is_not() -> None:
+    with pytest.raises(WeightingError, match="two different adapters are named 'a'"):
+        merge([adapter("a", 0), adapter("a", 1)], [1.0, 1.0])
+    twice = merge([adapter("a", 0), adapter("a", 0)], [0.5, 0.5])
+    assert torch.allclose(twice.delta(Q), adapter("a", 0).delta(Q), atol=1e-5)
+
+
+def test_adapters_that_name_different_bases_without_a_fingerprint_are_refused() -> None:
+    with pytest.raises(BaseModelMismatch, match=r"'a' .for 'tiny'. and 'b' .for 'large'."):
+        merge([adapter("a", 0), replace(adapter("b", 1), base_model="large")], [1.0, 1.0])
+
+
+def test_a_sum_beyond_what_fp32_holds_is_refused() -> None:
+    huge = Adapter("huge", "tiny", {Q: Factors(torch.ones(1, 7), torch.full((5, 1), 3e38))})
+    with pytest.raises(CompositionError, match=f"NaN or infinite.*{Q}"):
+        merge([huge], [10.0])
+
+
+def test_a_dense_result_is_exact_without_a_rank_and_cut_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def squared(experts: list[Factors], weights: list[float]) -> DenseUpdate:
+        return DenseUpdate((experts[0].b_OR @ experts[0].a_RI).square(), torch.ones(5))
+
+    monkeypatch.setattr("loraweave.registry.get", lambda folder, name: squared)
+    wanted = adapter("a", 0).delta(Q).square()
+    exact, cut = merge([adapter("a", 0)], [1.0], method="squared"), merge([adapter("a", 0)], [1.0], method="squared", rank=2)
+    assert torch.equal(exact.delta(Q), wanted)
+    assert torch.equal(exact.layers[Q].bias_O, torch.ones(5))
+    u, s, vh = torch.linalg.svd(wanted.double())
+    assert torch.allclose(cut.delta(Q).double(), u[:, :2] * s[:2] @ vh[:2], atol=1e-5)
+    row = cut.report[Q]
+    assert (row.rank_in, row.rank_out) == (5, 2)
+    assert row.relative_error == pytest.approx(float(s[2:].norm() / s.norm()), rel=1e-4)
+
+
+def test_svd_without_a_rank_keeps_the_largest_of_the_adapters_and_says_what_that_cost() -> None:
+    merged = merge([adapter("a", 0, rank=1), adapter("b", 1, rank=3)], [1.0, 1.0], method="svd")
+    dense = weighted([adapter("a", 0, rank=1), adapter("b", 1, rank=3)], [1.0, 1.0], Q)
+    sigma = torch.linalg.svdvals(dense)
+    row = merged.report[Q]
+    assert (row.rank_in, row.rank_out) == (4, 3)
+    assert row.relative_error == pytest.approx(float(sigma[3:].norm() / sigma.norm()), rel=1e-4)
 
 
 def test_unknown_methods_and_options_are_named() -> None:
@@ -170,28 +228,8 @@ def test_different_shapes_are_refused() -> None:
 
 
 def test_an_unbound_adapter_is_named_with_its_layer() -> None:
-    with pytest.raises(AdapterUnsupported, match=f"{Q}.*'d#0'.*DoRA"):
+    with pytest.raises(AdapterUnsupported, match=f"{Q}.*'d'.*DoRA"):
         merge([adapter("d", 0, magnitude_O=torch.ones(5))], [0.5])
-
-
-def test_an_option_of_a_method_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[float, int]] = []
-
-    def keep_first(experts: list[Factors], weights: list[float], *, density: float = 1.0, seed: int = 0) -> Factors:
-        seen.append((density, seed))
-        return experts[0]
-
-    monkeypatch.setattr("loraweave.registry.get", lambda folder, name: keep_first)
-    merge([adapter("a", 0)], [1.0], method="any", density=0.25, seed=1)
-    merge([adapter("a", 0)], [1.0], method="any", density=0.25, seed=1)
-    merge([adapter("a", 0)], [1.0], method="any", seed=2)
-    assert [density for density, _ in seen] == [0.25] * 4 + [1.0] * 2
-    seeds = [seed for _, seed in seen]
-    assert seeds[:2] == seeds[2:4]
-    # a seed for each layer and each call's seed
-    assert len(set(seeds)) == 4
-    with pytest.raises(WeightingError, match="did you mean 'density'"):
-        merge([adapter("a", 0)], [1.0], method="any", densty=0.25)
 
 
 def test_a_merge_of_a_merge_is_a_merge() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,18 +12,53 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraweave import registry
+from loraweave.composer.dense_update import DenseUpdate
+from loraweave.composer.statistics import LayerStatistics
+from loraweave.composer.truncated_update import TruncatedUpdate
 from loraweave.types import Factors
 
 METHODS = registry.names("methods")
 # methods that mix a and b apart, and say so in their docstring: they depend on how an update is split into factors
-FACTOR_SPACE = {"factor_sum"}
+FACTOR_SPACE = {name for name in METHODS if name.startswith("factor_")} | {"hetlora", "ffa", "lego"}
+# an adapter comes back from these only in part, by their formula, however the weights are set
+LOSSY = {
+    "breadcrumbs",
+    "core_space",
+    "dare_linear",
+    "dare_ties",
+    "della",
+    "factor_dare_linear",
+    "factor_dare_ties",
+    "factor_magnitude_prune",
+    "factor_ties",
+    "iso_c",
+    "iso_cts",
+    "knots",
+    "magnitude_prune",
+    "robust_merge",
+    "ties",
+    "ties_count",
+    "ties_per_layer",
+    "ties_weighted",
+}
+# formulas for so many experts and no other number
+PAIRS = {"slerp", "nuslerp"}
+# weights are shares of a mean here, so only their proportions count and the sign has no meaning
+SHARES = {
+    "slerp",
+    "nuslerp",
+    "karcher",
+    "ffa",
+    "flexlora",
+    "hetlora",
+    "fisher",
+    "regmean",
+    "least_squares",
+    "average",
+    "factor_average",
+}
 
-Method = Callable[..., Factors | None]
-
-
-@pytest.fixture(params=METHODS)
-def method(request: pytest.FixtureRequest) -> Method:
-    return registry.get("methods", request.param)
+Update = Factors | DenseUpdate | TruncatedUpdate
 
 
 def factors(seed: int, rank: int = 3, num_out: int = 5, num_in: int = 7) -> Factors:
@@ -29,17 +66,65 @@ def factors(seed: int, rank: int = 3, num_out: int = 5, num_in: int = 7) -> Fact
     return Factors(torch.randn(rank, num_in, generator=generator), torch.randn(num_out, rank, generator=generator))
 
 
-def dense(update: Factors | None) -> torch.Tensor:
+def recorded(seed: int, num_out: int, num_in: int) -> LayerStatistics:
+    generator = torch.Generator().manual_seed(1000 + seed)
+    x_NI = torch.randn(3 * num_in, num_in, generator=generator)
+    return LayerStatistics(x_NI.T @ x_NI / len(x_NI), torch.rand(num_out, num_in, generator=generator) + 0.1, len(x_NI))
+
+
+class Method:
+    """A registered method that gets, beside experts and weights, the seeds and statistics that it asks for."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._function: Callable[..., Update | None] = registry.get("methods", name)
+        self._asks = set(inspect.signature(self._function).parameters)
+
+    def __call__(
+        self, experts: Sequence[Factors | None], weights: Sequence[float], places: Sequence[int] | None = None
+    ) -> Update | None:
+        """`places` names the experts, for seeds and statistics that follow them; their order by default."""
+        own = list(range(len(experts)) if places is None else places)
+        extra: dict[str, object] = {}
+        if "seeds" in self._asks:
+            extra["seeds"] = [11 + place for place in own]
+        if "statistics" in self._asks:
+            extra["statistics"] = [
+                None if f is None else recorded(place, f.b_OR.shape[0], f.a_RI.shape[1])
+                for place, f in zip(own, experts, strict=True)
+            ]
+        return self._function(experts, weights, **extra)
+
+    def experts(self, *wanted: Factors) -> list[Factors]:
+        """The experts as this method needs them: one A for all where its formula has one."""
+        return [replace(each, a_RI=wanted[0].a_RI.clone()) for each in wanted] if self.name == "ffa" else list(wanted)
+
+    def weights(self, *wanted: float) -> list[float]:
+        return [abs(weight) for weight in wanted] if self.name in SHARES else list(wanted)
+
+
+@pytest.fixture(params=METHODS)
+def method(request: pytest.FixtureRequest) -> Method:
+    return Method(request.param)
+
+
+def tensors(update: Update | None) -> list[torch.Tensor]:
     assert update is not None
-    return update.b_OR.double() @ update.a_RI.double()
+    held = update.factors if isinstance(update, TruncatedUpdate) else update
+    return [held.delta_OI] if isinstance(held, DenseUpdate) else [held.b_OR, held.a_RI]
+
+
+def dense(update: Update | None) -> torch.Tensor:
+    parts = [tensor.double() for tensor in tensors(update)]
+    return parts[0] if len(parts) == 1 else parts[0] @ parts[1]
 
 
 def test_there_are_methods() -> None:
-    assert {"linear", "factor_sum"} <= set(METHODS)
+    assert {"linear", "factor_sum", "ties", "svd"} <= set(METHODS)
 
 
 @pytest.mark.parametrize("name", METHODS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     num_experts=st.integers(1, 4),
     rank=st.integers(1, 4),
@@ -50,70 +135,101 @@ def test_there_are_methods() -> None:
 def test_the_result_fits_the_layer_and_is_finite(
     name: str, num_experts: int, rank: int, num_out: int, num_in: int, seed: int
 ) -> None:
-    experts = [factors(seed + n, rank, num_out, num_in) for n in range(num_experts)]
-    found = registry.get("methods", name)(experts, [0.5 - n for n in range(num_experts)])
-    assert found.b_OR.shape[0] == num_out
-    assert found.a_RI.shape[1] == num_in
-    assert found.a_RI.dtype == found.b_OR.dtype == torch.float32
+    method = Method(name)
+    if name in PAIRS:
+        num_experts = 2
+    experts = method.experts(*[factors(seed + n, rank, num_out, num_in) for n in range(num_experts)])
+    found = method(experts, method.weights(*[0.5 - n for n in range(num_experts)]))
+    if found is None:
+        return
+    assert dense(found).shape == (num_out, num_in)
+    assert all(tensor.dtype == torch.float32 for tensor in tensors(found))
     assert bool(torch.isfinite(dense(found)).all())
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda: [factors(0), factors(0)], id="identical"),
+        pytest.param(lambda: [factors(0), replace(factors(0), b_OR=-factors(0).b_OR)], id="opposite"),
+        pytest.param(lambda: [Factors(torch.zeros(2, 7), torch.zeros(5, 2)) for _ in range(2)], id="zero"),
+        pytest.param(lambda: [factors(0), Factors(torch.zeros(3, 7), torch.zeros(5, 3))], id="one zero"),
+        pytest.param(lambda: [Factors(torch.ones(1, 7), torch.ones(5, 1)) for _ in range(2)], id="equal magnitudes"),
+    ],
+)
+def test_hard_experts_give_no_nan(method: Method, make: Callable[[], list[Factors]]) -> None:
+    found = method(method.experts(*make()), [1.0, 1.0])
+    assert found is None or bool(torch.isfinite(dense(found)).all())
+
+
 def test_the_experts_are_not_changed(method: Method) -> None:
-    experts, weights = [factors(0), factors(1)], [0.7, -0.4]
+    experts, weights = method.experts(factors(0), factors(1)), method.weights(0.7, -0.4)
+    before, given_weights = [tensor.clone() for each in experts for tensor in (each.a_RI, each.b_OR)], list(weights)
     method(experts, weights)
-    for seed, expert in enumerate(experts):
-        assert torch.equal(expert.a_RI, factors(seed).a_RI)
-        assert torch.equal(expert.b_OR, factors(seed).b_OR)
-    assert weights == [0.7, -0.4]
+    assert all(map(torch.equal, before, [tensor for each in experts for tensor in (each.a_RI, each.b_OR)]))
+    assert weights == given_weights
 
 
 def test_the_result_shares_no_memory_with_an_expert_that_could_change_it(method: Method) -> None:
-    expert = factors(0)
-    found = method([expert, factors(1)], [1.0, 1.0])
+    experts = method.experts(factors(0), factors(1))
+    found = method(experts, [1.0, 1.0])
     before = dense(found)
-    expert.a_RI.zero_()
-    expert.b_OR.zero_()
+    for expert in experts:
+        expert.a_RI.zero_()
+        expert.b_OR.zero_()
     assert torch.equal(dense(found), before)
 
 
 def test_it_is_deterministic(method: Method) -> None:
-    experts = [factors(0), factors(1)]
-    assert torch.equal(dense(method(experts, [0.7, -0.4])), dense(method(experts, [0.7, -0.4])))
+    experts, weights = method.experts(factors(0), factors(1)), method.weights(0.7, -0.4)
+    assert torch.equal(dense(method(experts, weights)), dense(method(experts, weights)))
 
 
 def test_the_order_of_experts_does_not_matter(method: Method) -> None:
-    experts, weights = [factors(seed) for seed in range(3)], [0.7, -0.4, 1.3]
-    forth, back = method(experts, weights), method(experts[::-1], weights[::-1])
+    seeds, values = ([0, 1], [0.7, -0.4]) if method.name in PAIRS else ([0, 1, 2], [0.7, -0.4, 1.3])
+    experts, weights = method.experts(*map(factors, seeds)), method.weights(*values)
+    forth, back = method(experts, weights, seeds), method(experts[::-1], weights[::-1], seeds[::-1])
     assert torch.allclose(dense(forth), dense(back), rtol=1e-5, atol=1e-5)
 
 
 def test_weights_of_zero_change_nothing(method: Method) -> None:
-    found = method([factors(0), factors(1)], [0.0, 0.0])
+    found = method(method.experts(factors(0), factors(1)), [0.0, 0.0])
     assert found is None or not dense(found).any()
 
 
 def test_an_expert_of_weight_zero_does_not_count(method: Method) -> None:
-    assert torch.allclose(
-        dense(method([factors(0), factors(1)], [0.7, 0.0])), dense(method([factors(0)], [0.7])), rtol=1e-6, atol=1e-6
-    )
+    experts = method.experts(factors(0), factors(1), factors(2))
+    if method.name in PAIRS:
+        some, all_but_one = method(experts, [0.7, 0.0, 0.3]), method([experts[0], experts[2]], [0.7, 0.3])
+    else:
+        some, all_but_one = method(experts, [0.7, 0.0, 0.3]), method([experts[0], experts[2]], [0.7, 0.3], [0, 2])
+    assert torch.allclose(dense(some), dense(all_but_one), rtol=1e-6, atol=1e-6)
+
+
+def test_no_expert_with_the_layer_leaves_it_alone(method: Method) -> None:
+    assert method([None, None], [1.0, 1.0]) is None
 
 
 def test_an_expert_without_the_layer_counts_as_zero(method: Method) -> None:
-    assert method([None, None], [1.0, -1.0]) is None
+    if method.name in PAIRS or method.name in SHARES:
+        pytest.skip("an absent layer is a zero update of its own share here, which its own tests check")
     found = method([None, factors(1)], [0.5, 1.0])
-    assert torch.allclose(dense(found), dense(method([factors(1)], [1.0])), rtol=1e-6, atol=1e-6)
+    assert torch.allclose(dense(found), dense(method([factors(1)], [1.0], [1])), rtol=1e-6, atol=1e-6)
 
 
 def test_a_single_weight_of_one_gives_that_adapter(method: Method) -> None:
+    if method.name in LOSSY:
+        pytest.skip("its formula changes a single adapter too")
     for rank in (1, 3):
-        experts = [factors(0, rank), factors(1, rank), factors(2, rank)]
-        assert torch.allclose(dense(method(experts, [0.0, 1.0, 0.0])), dense(experts[1]), rtol=1e-5, atol=1e-5)
+        experts = method.experts(factors(0, rank), factors(1, rank), factors(2, rank))
+        found = method(experts, [0.0, 1.0, 0.0])
+        assert torch.allclose(dense(found), dense(experts[1]), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in FACTOR_SPACE])
 def test_only_the_updates_count_not_their_factors(name: str) -> None:
-    method: Method = registry.get("methods", name)
-    experts, weights = [factors(0), factors(1)], [0.7, -0.4]
+    method = Method(name)
+    experts, weights = [factors(0), factors(1)], method.weights(0.7, -0.4)
     turned = []
     for seed, expert in enumerate(experts):
         turn_RR = torch.randn(3, 3, generator=torch.Generator().manual_seed(seed)).double() + 3 * torch.eye(3).double()

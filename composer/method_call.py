@@ -1,0 +1,102 @@
+"""A merge method of the registry with its options set, and how it is called layer by layer."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from loraweave import registry
+from loraweave.composer.dense_update import DenseUpdate
+from loraweave.composer.truncated_update import TruncatedUpdate
+from loraweave.errors import CompositionError, LoraweaveError, WeightingError
+from loraweave.types import Factors
+
+Update = Factors | DenseUpdate | TruncatedUpdate
+
+# what a method may ask for beyond the experts and weights, and is no option of the user's
+SUPPLIED = ("seeds", "statistics", "survey", "rank")
+
+
+@dataclass(frozen=True, eq=False)
+class MethodCall:
+    """`method` with `options`. Raises UnknownName, or WeightingError for an option that the method does not have."""
+
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        known = self.own_options
+        for option in self.options:
+            if option not in known:
+                close = difflib.get_close_matches(option, known, n=1)
+                hint = f", did you mean {close[0]!r}?" if close else ""
+                has = ", ".join(known) if known else "no options"
+                raise WeightingError(f"method {self.method!r} has no option {option!r}{hint}; it has {has}")
+
+    @property
+    def own_options(self) -> list[str]:
+        """The names of the options that a user may set."""
+        return [name for name in self._parameters if name not in SUPPLIED]
+
+    def takes(self, parameter: str) -> bool:
+        """Whether the method asks for one of `SUPPLIED`."""
+        return parameter in self._parameters
+
+    def survey(self, layers: Iterable[Sequence[Factors | None]], weights: Sequence[float]) -> Any:
+        """What the method has to know of all layers before the first; None for a method that looks at each alone."""
+        if not self.takes("survey"):
+            return None
+        survey = sys.modules[self._function.__module__].survey
+        known = inspect.signature(survey).parameters
+        return survey(layers, weights, **{name: value for name, value in self.options.items() if name in known})
+
+    def combine(
+        self, layer: str, experts: Mapping[str, Factors | None], weights: Sequence[float], **supplied: Any
+    ) -> Update | None:
+        """One layer's experts combined, all finite. An error of the method also names the layer and the experts.
+
+        `supplied` has what the method asks for by `takes`; the rest of it is left out.
+        """
+        extra = {name: value for name, value in supplied.items() if self.takes(name)}
+        having = ", ".join(repr(name) for name, factors in experts.items() if factors is not None)
+        try:
+            result: Update | None = self._function(list(experts.values()), weights, **self.options, **extra)
+        except LoraweaveError as error:
+            raise type(error)(f"layer {layer!r} of {having}: {error}") from error
+        if result is not None and not _finite(result):
+            raise CompositionError(
+                f"method {self.method!r} gave values that are NaN or infinite for layer {layer!r} of {having}; the weights "
+                f"{', '.join(f'{weight:g}' for weight in weights)} take the sum beyond what fp32 holds: use smaller ones"
+            )
+        return result
+
+    @cached_property
+    def _function(self) -> Any:
+        return registry.get("methods", self.method)
+
+    @cached_property
+    def _parameters(self) -> list[str]:
+        return list(inspect.signature(self._function).parameters)[2:]
+
+
+def layer_seeds(seed: int, hashes: Sequence[str], layer: str) -> list[int]:
+    """A seed of 63 bits for each expert in this layer: it depends on the expert's content, not on its place or name."""
+    texts = (f"{seed}/{content}/{layer}" for content in hashes)
+    return [int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1 for text in texts]
+
+
+def _finite(result: Update) -> bool:
+    held = result.factors if isinstance(result, TruncatedUpdate) else result
+    tensors = [held.delta_OI] if isinstance(held, DenseUpdate) else [held.a_RI, held.b_OR]
+    tensors += [] if held.bias_O is None else [held.bias_O]
+    # a NaN or infinity anywhere is in the sum too, and a sum is read at the speed of memory
+    return all(math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all()) for tensor in tensors)
