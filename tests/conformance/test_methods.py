@@ -120,7 +120,7 @@ def dense(update: Update | None) -> torch.Tensor:
 
 
 def test_there_are_methods() -> None:
-    assert {"linear", "factor_sum", "ties", "svd"} <= set(METHODS)
+    assert {"linear", "factor_sum", "ties", "core_space", "svd", "fisher"} <= set(METHODS)
 
 
 @pytest.mark.parametrize("name", METHODS)
