@@ -37,6 +37,21 @@ def test_the_code_of_the_page_of_registered_names_runs(code):
     exec(compile(code, "docs/registries.md", "exec"), {})
 
 
+@pytest.mark.parametrize("code", blocks(ROOT / "docs" / "merging.md", "python"))
+def test_the_code_of_the_page_on_merging_runs(code, tmp_path, monkeypatch):
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(code, "docs/merging.md", "exec"), names)
+    assert (names["row"].rank_in, names["row"].rank_out) == (16, 8)
+    assert (tmp_path / "merged" / "adapter_config.json").exists()
+
+
+def test_the_page_on_merging_names_every_method():
+    page = (ROOT / "docs" / "merging.md").read_text(encoding="utf-8")
+    assert [name for name in registry.names("methods") if f"`{name}`" not in page] == []
+
+
 def test_the_architecture_page_names_every_room_and_error():
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     named = [name for name, found in vars(errors).items() if isinstance(found, type)]

@@ -18,11 +18,12 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names: dict = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     read = lw.Composition.from_pretrained("composed", names["model"], names["tokenizer"])
     assert read.weights == names["composition"].weights
     assert set(names["composition"].weights) <= {"passive", "negation", "antonym"}
+    assert names["merged"].rank == 8
     assert lw.Adapter.from_pretrained("plain").hash == names["composition"].adapter.hash
