@@ -34,15 +34,15 @@ def adapters(model: Any, targets: str, seed: int) -> list[Adapter]:
     return [random_adapter(model, f"random{number:02d}", targets, seed) for number in range(NUM_ADAPTERS)]
 
 
-def random_adapter(model: Any, name: str, targets: str, seed: int) -> Adapter:
+def random_adapter(model: Any, name: str, targets: str, seed: int, *, rank: int = RANK) -> Adapter:
     """Factors of the size of trained ones, a function of name and seed."""
     endings = ALL if targets == "all" else ATTENTION
     generator = torch.Generator().manual_seed(seed * 1000 + sum(map(ord, name)))
     layers = {}
     for layer, module in model.named_modules():
         if layer.endswith(endings):
-            a_RI = torch.randn(RANK, module.in_features, generator=generator) * module.in_features**-0.5
-            layers[layer] = Factors(a_RI, torch.randn(module.out_features, RANK, generator=generator) * 0.02)
+            a_RI = torch.randn(rank, module.in_features, generator=generator) * module.in_features**-0.5
+            layers[layer] = Factors(a_RI, torch.randn(module.out_features, rank, generator=generator) * 0.02)
     return Adapter(name, model.name_or_path, layers)
 
 
