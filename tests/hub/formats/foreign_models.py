@@ -37,7 +37,9 @@ def train(model):
     torch.manual_seed(4)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data += 0.3 * torch.randn_like(parameter)
+            # some types leave parameters as whatever was in the memory before
+            start = torch.where(parameter.data.abs() < 10, parameter.data, 0.0)
+            parameter.data = start + 0.3 * torch.randn_like(parameter)
     return model.eval()
 
 
