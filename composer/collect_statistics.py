@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from loraweave.composer.batches import EncodedRow, batch, encode, takes
 from loraweave.composer.composer import Composer
+from loraweave.composer.gradient_tap import GradientTap
 from loraweave.composer.layers import linear_shape
 from loraweave.composer.progress import tracked
 from loraweave.composer.statistics import LayerStatistics, Statistics
 from loraweave.composer.tied_parameters import tied_parameters
+from loraweave.composer.untouched import untouched
 from loraweave.errors import CompositionError, InvalidTask, LayerMismatch
 from loraweave.hub.adapter import Adapter
 
@@ -65,7 +67,7 @@ def collect_statistics(
     groups = [order[start : start + size] for start in range(0, len(order), size)]
     draws = _draws(rows, seed)
     with ExitStack() as stack:
-        stack.enter_context(_untouched(model))
+        stack.enter_context(untouched(model))
         stack.enter_context(_heads(model, adapter))
         stack.enter_context(engine.activate({adapter.name: 1.0}))
         stack.enter_context(torch.set_grad_enabled("fisher" in kinds))
@@ -110,7 +112,7 @@ class _Recorder:
                 self.gram_II.addmm_(x_TI.T, x_TI)
         if self.fisher_OI is None:
             return None
-        return _Tap.apply(output, self._wanted, x, self)  # type: ignore[no-untyped-call, no-any-return]
+        return GradientTap.apply(output, self._wanted, x, self.received)  # type: ignore[no-untyped-call, no-any-return]
 
     def received(self, gradient: Tensor, x: Tensor) -> None:
         """The gradient of log p at the layer's output. A layer that ran several times has all of them first."""
@@ -142,23 +144,6 @@ class _Recorder:
                 "tokens, so that padding cannot be told from text: use batch_size=1"
             )
         return [row[kept] for row, kept in zip(x, mask_BT, strict=True)]
-
-
-class _Tap(torch.autograd.Function):
-    """The identity, which hands the gradient that passes to a recorder."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, wanted: Tensor, x: Tensor, recorder: _Recorder) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.recorder = recorder
-        # a copy: a view that a custom function returns may not be changed in place, as some models do next
-        return output.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        (x,) = ctx.saved_tensors
-        ctx.recorder.received(gradients[0], x)
-        return gradients[0], None, None, None
 
 
 def _run(
@@ -262,23 +247,6 @@ def _inputs(model: Any, tokenizer: Any, rows: Sequence[EncodedRow]) -> tuple[dic
         mask_BT[index, : len(row)] = 1
     device = next(model.parameters()).device
     return {"input_ids": ids_BT.to(device), "attention_mask": mask_BT.to(device)}, mask_BT.to(device).bool()
-
-
-@contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and frozen parameters inside; every module and parameter as it was after it."""
-    modes = [(module, module.training) for module in model.modules()]
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        model.eval()
-        for parameter in learning:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

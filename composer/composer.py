@@ -59,6 +59,16 @@ class Composer:
         return self._pool
 
     @property
+    def bound_pool(self) -> ExpertPool:
+        """The experts with all that depends on the base layers resolved (DoRA's magnitude, a trained bias)."""
+        return self._bound
+
+    @property
+    def target_layers(self) -> Mapping[str, TargetLayer]:
+        """The model's layers that some expert updates, by module path."""
+        return self._layers
+
+    @property
     def active(self) -> bool:
         """Whether the model answers for a mixture somewhere: an activation is open in some thread, or weights are fused."""
         return self._fused or self._live.active

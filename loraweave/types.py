@@ -104,7 +104,10 @@ class Record:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A hit of a search: which adapter, how well it fits (inner product of unit vectors, -1 to 1), and why."""
+    """A hit of a search: which adapter, how well it fits (inner product of unit vectors, -1 to 1), and why.
+
+    After `rerank` the score is the fall of a loss, and the evidence begins with what was measured.
+    """
 
     name: str
     score: float

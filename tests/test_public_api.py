@@ -56,7 +56,7 @@ NOUNS = {
     "Router",
     "Task",
 }
-VERBS = {"compose", "extract", "load_base", "merge", "names", "to_lora", "train_adapters"}
+VERBS = {"compose", "extract", "load_base", "merge", "names", "rerank", "to_lora", "train_adapters"}
 ARITHMETIC = {"add", "analogy", "ema", "negate", "scale", "subtract", "subtract_general", "unlearn"}
 BESIDE_MERGE = {"Statistics", "byom", "collect_statistics", "compeft", "flexlora_clients"}
 
