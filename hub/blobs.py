@@ -19,8 +19,9 @@ from torch import Tensor
 
 from loraweave.errors import AdapterCorrupt
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.blob_files import blob_path, file_digest, place_blob
+from loraweave.hub.blob_files import file_digest
 from loraweave.hub.stored_layers import put_together, take_apart
+from loraweave.hub.stores import BlobStore
 from loraweave.types import Factors
 
 # version 2 has heads, or factors in another form than their own; a blob without either stays readable for older programs
@@ -41,7 +42,7 @@ class Blob:
 
 
 def write_blob(
-    folder: Path,
+    blobs: BlobStore,
     layers: Mapping[str, Factors],
     content_hash: str,
     origin: str,
@@ -58,7 +59,7 @@ def write_blob(
     version = 2 if heads or stored_as != "factors" else 1
     header = {"version": version, **description, "origin": json.loads(origin)}
     data: bytes = save(tensors, metadata={_METADATA_KEY: json.dumps(header, sort_keys=True)})
-    return place_blob(folder, blob_path(folder, content_hash), data), len(data)
+    return blobs.put(content_hash, data), len(data)
 
 
 def read_blob(path: Path, who: str) -> Blob:

@@ -17,9 +17,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from loraweave.errors import HubCorrupt, HubError, HubLocked, HubReadOnly
-from loraweave.hub.blob_files import stored_blobs, sync_folder
+from loraweave.hub.blob_files import sync_folder
 from loraweave.hub.migrations import migrate, needs_migration
 from loraweave.hub.storage_errors import storage_errors
+from loraweave.hub.stores import BlobStore, Connection
 
 # the log may grow to this before a write moves it into the database
 CHECKPOINT_BYTES = 4 * 2**20
@@ -29,10 +30,14 @@ _FORK_WAIT_S = 2.0
 
 
 class Catalogue:
-    """The SQLite file of one hub. `writable` says whether the folder can be written; reading works either way."""
+    """The SQLite file of one hub. `writable` says whether the folder can be written; reading works either way.
 
-    def __init__(self, folder: Path, timeout_s: float) -> None:
+    `blobs` are those that the rows describe: a hub that has some is never given an empty catalogue.
+    """
+
+    def __init__(self, folder: Path, timeout_s: float, blobs: BlobStore) -> None:
         self.folder = folder
+        self.blobs = blobs
         self.path = folder / "catalogue.sqlite"
         self.lock_path = folder / "write.lock"
         self.timeout_s = timeout_s
@@ -45,6 +50,10 @@ class Catalogue:
             self._open_or_create()
         _ALL.add(self)
         weakref.finalize(self, _close_all, self._idle)
+
+    @property
+    def where(self) -> str:
+        return str(self.path)
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
@@ -103,6 +112,11 @@ class Catalogue:
         with self.locked(doing), self.transaction(doing) as connection:
             yield connection
 
+    def problems(self, connection: Connection) -> list[str]:
+        """What SQLite's own check of the file finds."""
+        answers = [str(answer) for (answer,) in connection.execute("PRAGMA integrity_check").fetchall()]
+        return [] if answers == ["ok"] else [f"SQLite's integrity check: {answer}" for answer in answers]
+
     def empty_log(self) -> None:
         """Moves the log into the database and frees its space, unless a reader needs it. The caller holds the lock."""
         with suppress(sqlite3.Error), self._connection() as connection:
@@ -143,10 +157,10 @@ class Catalogue:
         connection = self._connect(mode)
         try:
             (version,) = connection.execute("PRAGMA user_version").fetchone()
-            if version == 0 and (blob := next(stored_blobs(self.folder), None)):
+            if version == 0 and (blob := next(iter(self.blobs.names()), None)):
                 # an empty catalogue would present the adapters as gone, and gc would then make it true
                 raise HubCorrupt(
-                    f"the catalogue {self.path} is missing or empty, but there are blobs such as {blob.name}; put its "
+                    f"the catalogue {self.path} is missing or empty, but there are blobs such as {blob}; put its "
                     "backup back, or make a new one with loraweave.hub.rebuild.rebuild(folder)"
                 )
             migrate(connection, self.path)
@@ -222,11 +236,11 @@ class Catalogue:
                 self._changed.notify_all()
 
 
-def require_row(row: tuple[int, ...] | None, path: Path) -> tuple[int, ...]:
+def require_row(row: tuple[int, ...] | None, where: str) -> tuple[int, ...]:
     """The row, or HubCorrupt: the single row of `state` is missing."""
     if row is None:
         raise HubCorrupt(
-            f"the catalogue {path} is damaged: its state row is missing; Hub.verify() lists what can still be read"
+            f"the catalogue {where} is damaged: its state row is missing; Hub.verify() lists what can still be read"
         )
     return row
 

@@ -6,13 +6,13 @@ from contextlib import suppress
 
 from loraweave.errors import HubCorrupt, HubFull
 from loraweave.hub import rows
-from loraweave.hub.blob_files import stored_blobs, sweep
-from loraweave.hub.catalogue import Catalogue, require_row
+from loraweave.hub.catalogue import require_row
 from loraweave.hub.storage_errors import storage_errors
+from loraweave.hub.stores import BlobStore, CatalogueStore
 
 
-def collect(catalogue: Catalogue) -> int:
-    """Deletes unnamed blobs and what killed writers left in tmp/; returns the bytes freed.
+def collect(catalogue: CatalogueStore, blobs: BlobStore) -> int:
+    """Deletes unnamed blobs and what killed writers left; returns the bytes freed.
 
     HubCorrupt, with nothing deleted, when a row is damaged or missing: a blob might be its.
     """
@@ -20,13 +20,12 @@ def collect(catalogue: Catalogue) -> int:
     with catalogue.locked(doing):
         named = _named_blobs(catalogue, doing)
         freed = 0
-        with storage_errors(catalogue.folder, doing):
+        with storage_errors(catalogue.where, doing):
             # under the lock every temporary file is a dead writer's
-            freed += sweep(catalogue.folder, older_than_s=0.0)
-            for path in stored_blobs(catalogue.folder):
-                if path.stem not in named:
-                    freed += path.stat().st_size
-                    path.unlink()
+            freed += blobs.sweep(older_than_s=0.0)
+            for content_hash in blobs.names():
+                if content_hash not in named:
+                    freed += blobs.remove(content_hash)
         # files first: on a full disk the catalogue can be written only once they are gone, and a blob's row without its
         # file does no harm, so that a next call may do what this one could not
         with suppress(HubFull), catalogue.transaction(doing) as connection:
@@ -35,10 +34,10 @@ def collect(catalogue: Catalogue) -> int:
     return freed
 
 
-def _named_blobs(catalogue: Catalogue, doing: str) -> set[str]:
+def _named_blobs(catalogue: CatalogueStore, doing: str) -> set[str]:
     with catalogue.reading() as connection:
         hashes = [row.record.hash for row in rows.every(connection)]
-        (num_added,) = require_row(connection.execute("SELECT num_adapters FROM state").fetchone(), catalogue.path)
+        (num_added,) = require_row(connection.execute("SELECT num_adapters FROM state").fetchone(), catalogue.where)
     if len(hashes) != num_added:
         raise HubCorrupt(
             f"{doing}: the catalogue has the rows of {len(hashes)} adapters, but {num_added} were added; nothing was "

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,25 +22,26 @@ from loraweave.errors import (
     AdapterCorrupt,
     AdapterExists,
     AdapterNotFound,
-    AdapterUnsupported,
     HubCorrupt,
+    HubError,
     HubFull,
     InvalidName,
 )
 from loraweave.hub import rows
-from loraweave.hub.blob_files import blob_path, remove_file, require_digest, sweep, sync_folders
+from loraweave.hub.blob_files import STALE_TMP_S
 from loraweave.hub.catalogue import Catalogue, require_row
 from loraweave.hub.collect import collect
 from loraweave.hub.fields import (
-    MAX_CARD_BYTES,
     MAX_LABEL_BYTES,
     checked_fields,
     checked_text,
     fields_with_card,
     one_or_many,
 )
+from loraweave.hub.folder_blobs import FolderBlobs
 from loraweave.hub.names import checked_name, near_misses
 from loraweave.hub.storage_errors import storage_errors
+from loraweave.hub.stores import BlobStore, CatalogueStore
 from loraweave.hub.vectors import read_vectors, write_vectors
 from loraweave.types import Candidate, Record
 
@@ -60,10 +62,11 @@ class Hub:
 
     def __init__(self, path: str | Path, *, timeout_s: float = 30.0) -> None:
         self.path = Path(path)
-        self._catalogue = Catalogue(self.path, timeout_s)
+        self._blobs: BlobStore = FolderBlobs(self.path)
+        self._catalogue: CatalogueStore = Catalogue(self.path, timeout_s, self._blobs)
         if self._catalogue.writable:
             with storage_errors(self.path, "opening the hub"):
-                sweep(self.path)
+                self._blobs.sweep(STALE_TMP_S)
 
     def add(
         self,
@@ -111,7 +114,7 @@ class Hub:
             fingerprint=adapter.fingerprint,
             card=adapter.card,
         )
-        text = _encode_within_limit(record)
+        text = rows.encode_within_limit(record)
         doing = f"adding adapter {own_name!r}"
         with self._catalogue.locked(doing):
             existing = self._find(own_name)
@@ -130,15 +133,14 @@ class Hub:
         row = self._row(name)
         record = row.record
         who = f"adapter {record.name!r}"
-        path = blob_path(self.path, record.hash)
-        with storage_errors(path, f"reading {who}"):
+        place = self._blobs.place(record.hash)
+        with storage_errors(place, f"reading {who}"):
             try:
-                require_digest(path, row.blob.file_sha256, who)
-                blob = read_blob(path, who)
+                blob = read_blob(self._blobs.local(record.hash, row.blob.file_sha256, who), who)
             except FileNotFoundError as error:
                 # removed and collected since the row was read? then this says so
                 self._row(name)
-                raise AdapterCorrupt(f"{who}: blob {path} is missing; add the adapter again from its source") from error
+                raise AdapterCorrupt(f"{who}: blob {place} is missing; add the adapter again from its source") from error
         return Adapter(record.name, record.base_model, blob.layers, record.fingerprint, record.card, blob.heads)
 
     def __contains__(self, name: object) -> bool:
@@ -276,21 +278,21 @@ class Hub:
         """Reads every row and every blob and reports what is damaged: `.ok`, `.problems`, `.intact`, `.orphans`."""
         from loraweave.hub.verify import verify
 
-        return verify(self._catalogue)
+        return verify(self._catalogue, self._blobs)
 
     def gc(self) -> int:
         """Deletes blobs that no row names and what killed writers left; returns the bytes freed.
 
         HubCorrupt, with nothing deleted, when a row is damaged or missing: a blob might be its.
         """
-        return collect(self._catalogue)
+        return collect(self._catalogue, self._blobs)
 
     @property
     def generation(self) -> int:
         """A number that every committed change raises, so that an index can tell whether it is stale."""
         with self._catalogue.reading() as connection:
             found = connection.execute("SELECT generation FROM state").fetchone()
-        return require_row(found, self._catalogue.path)[0]
+        return require_row(found, self._catalogue.where)[0]
 
     def vectors(self, embedder_id: str) -> dict[str, tuple[str, np.ndarray]]:
         """Adapter name -> (digest of the text that was embedded, fp32 vector), in order of addition."""
@@ -347,19 +349,18 @@ class Hub:
         """Blob first, then the row. The caller holds the lock."""
         from loraweave.hub.blobs import write_blob
 
-        path = blob_path(self.path, record.hash)
-        absent = not path.exists()
+        absent = not self._blobs.has(record.hash)
         try:
             with storage_errors(self.path, doing):
                 known = self._usable_blob(record.hash)
                 written = known is None
                 if known is None:
                     placed = write_blob(
-                        self.path, adapter.layers, record.hash, text, heads=adapter.heads, stored_as=stored_as
+                        self._blobs, adapter.layers, record.hash, text, heads=adapter.heads, stored_as=stored_as
                     )
                     known = rows.BlobRow(record.hash, *placed)
                 else:
-                    sync_folders(self.path, path)
+                    self._blobs.settle(record.hash)
             with self._catalogue.transaction(doing) as connection:
                 if written or existing is None:
                     rows.put_blob(connection, known)
@@ -367,7 +368,8 @@ class Hub:
         except HubFull:
             # the row is certainly not there, and the space is needed; after other errors gc decides
             if absent:
-                remove_file(path)
+                with suppress(OSError, HubError):
+                    self._blobs.remove(record.hash)
             raise
 
     def _usable_blob(self, content: str) -> rows.BlobRow | None:
@@ -379,21 +381,10 @@ class Hub:
                 known = rows.find_blob(connection, content)
         except HubCorrupt:
             known = None
-        path = blob_path(self.path, content)
         try:
             if known is None:
-                return rows.BlobRow(content, *examine_blob(path, content))
-            require_digest(path, known.file_sha256, "blob", trust_cache=False)
+                return rows.BlobRow(content, *examine_blob(self._blobs.local(content, None, "blob"), content))
+            self._blobs.require(content, known.file_sha256, "blob")
         except (AdapterCorrupt, FileNotFoundError):
             return None
         return known
-
-
-def _encode_within_limit(record: Record) -> str:
-    text = rows.encode(record)
-    size_bytes = len(rows.encode(replace(record, description="", examples=(), tags=())))
-    if size_bytes > MAX_CARD_BYTES:
-        raise AdapterUnsupported(
-            f"the card of adapter {record.name!r} has {size_bytes:,} bytes as JSON; the limit is {MAX_CARD_BYTES:,}"
-        )
-    return text

@@ -12,10 +12,12 @@ from filelock import FileLock, Timeout
 
 from loraweave.errors import AdapterCorrupt, HubError, HubLocked
 from loraweave.hub import rows
-from loraweave.hub.blob_files import file_digest, stored_blobs, sync_folder
+from loraweave.hub.blob_files import file_digest, sync_folder
 from loraweave.hub.blobs import read_blob
+from loraweave.hub.folder_blobs import FolderBlobs
 from loraweave.hub.migrations import migrate
 from loraweave.hub.storage_errors import storage_errors
+from loraweave.hub.stores import BlobStore
 from loraweave.types import Record
 
 _SIDE_FILES = ("", "-wal", "-shm")
@@ -34,7 +36,7 @@ def rebuild(folder: str | Path, *, timeout_s: float = 30.0) -> list[str]:
         try:
             with FileLock(folder / "write.lock", timeout=timeout_s):
                 new.unlink(missing_ok=True)
-                records = list(_records(folder, path))
+                records = list(_records(FolderBlobs(folder), path))
                 _write(new, records)
                 _set_aside(path)
                 os.replace(new, path)
@@ -44,8 +46,8 @@ def rebuild(folder: str | Path, *, timeout_s: float = 30.0) -> list[str]:
     return [record.name for record, _ in records]
 
 
-def _records(folder: Path, path: Path) -> Iterator[tuple[Record, rows.BlobRow]]:
-    sound = {blob.hash: (blob, origin) for blob, origin in _sound_blobs(folder)}
+def _records(blobs: BlobStore, path: Path) -> Iterator[tuple[Record, rows.BlobRow]]:
+    sound = {blob.hash: (blob, origin) for blob, origin in _sound_blobs(blobs)}
     taken: set[str] = set()
     used: set[str] = set()
     for record in _intact_rows(path):
@@ -60,12 +62,13 @@ def _records(folder: Path, path: Path) -> Iterator[tuple[Record, rows.BlobRow]]:
         yield replace(origin, name=name), blob
 
 
-def _sound_blobs(folder: Path) -> Iterator[tuple[rows.BlobRow, Record]]:
-    for file in stored_blobs(folder):
+def _sound_blobs(blobs: BlobStore) -> Iterator[tuple[rows.BlobRow, Record]]:
+    for content_hash in blobs.names():
         try:
+            file = blobs.local(content_hash, None, "rebuilding")
             blob = read_blob(file, "rebuilding")
-            if blob.content_hash() == file.stem:
-                yield rows.BlobRow(file.stem, file_digest(file), file.stat().st_size), rows.record_from_json(blob.origin)
+            if blob.content_hash() == content_hash:
+                yield rows.BlobRow(content_hash, file_digest(file), file.stat().st_size), rows.record_from_json(blob.origin)
         except AdapterCorrupt:
             # it stays where it is, for whoever can mend it
             continue

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sqlite3
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from loraweave.errors import AdapterUnsupported, HubCorrupt
-from loraweave.hub.fields import OWN_FIELDS, Fields
+from loraweave.hub.fields import MAX_CARD_BYTES, OWN_FIELDS, Fields
+from loraweave.hub.stores import Connection
 from loraweave.types import Fingerprint, Record
 
 _COLUMNS = "adapters.seq, adapters.name, adapters.hash, adapters.record, adapters.sha256"
@@ -36,30 +36,30 @@ class Row:
     blob: BlobRow
 
 
-def find(connection: sqlite3.Connection, name: str) -> Row | None:
+def find(connection: Connection, name: str) -> Row | None:
     """The row of that name. HubCorrupt when it is damaged."""
     found = connection.execute(f"{_SELECT} WHERE adapters.name = ?", (name,)).fetchone()
     return None if found is None else _decode(found)
 
 
-def every(connection: sqlite3.Connection) -> Iterator[Row]:
+def every(connection: Connection) -> Iterator[Row]:
     """All rows in order of addition. HubCorrupt at the first that is damaged."""
     for found in connection.execute(f"{_SELECT} ORDER BY adapters.seq").fetchall():
         yield _decode(found)
 
 
-def at(connection: sqlite3.Connection, seq: int) -> Row | None:
+def at(connection: Connection, seq: int) -> Row | None:
     """The row with that number. HubCorrupt when it is damaged."""
     found = connection.execute(f"{_SELECT} WHERE adapters.seq = ?", (seq,)).fetchone()
     return None if found is None else _decode(found)
 
 
-def find_blob(connection: sqlite3.Connection, content_hash: str) -> BlobRow | None:
+def find_blob(connection: Connection, content_hash: str) -> BlobRow | None:
     found = connection.execute(f"SELECT {_BLOB_COLUMNS} FROM blobs WHERE hash = ?", (content_hash,)).fetchone()
     return None if found is None else _decode_blob(found)
 
 
-def insert(connection: sqlite3.Connection, record: Record) -> Record:
+def insert(connection: Connection, record: Record) -> Record:
     """Adds a row, whose blob row is there, and returns its record as a reader will see it.
 
     It is read back before the commit: an error after it would tell the caller that nothing had changed.
@@ -73,7 +73,7 @@ def insert(connection: sqlite3.Connection, record: Record) -> Record:
     return _required(find(connection, record.name), record.name)
 
 
-def change(connection: sqlite3.Connection, row: Row, record: Record) -> Record:
+def change(connection: Connection, row: Row, record: Record) -> Record:
     """Gives the row another record of the same content and returns that as a reader will see it."""
     if record == row.record:
         return row.record
@@ -84,15 +84,16 @@ def change(connection: sqlite3.Connection, row: Row, record: Record) -> Record:
     return _required(find(connection, record.name), record.name)
 
 
-def delete(connection: sqlite3.Connection, row: Row) -> None:
+def delete(connection: Connection, row: Row) -> None:
     """Removes the row and, through the foreign key, its vectors; the blob stays for gc."""
     connection.execute("DELETE FROM adapters WHERE seq = ?", (row.seq,))
     connection.execute("UPDATE state SET num_adapters = num_adapters - 1")
 
 
-def put_blob(connection: sqlite3.Connection, blob: BlobRow) -> None:
+def put_blob(connection: Connection, blob: BlobRow) -> None:
     connection.execute(
-        "INSERT OR REPLACE INTO blobs VALUES (?, ?, ?, ?)",
+        "INSERT INTO blobs (hash, file_sha256, size_bytes, sha256) VALUES (?, ?, ?, ?) ON CONFLICT (hash) DO UPDATE SET "
+        "file_sha256 = excluded.file_sha256, size_bytes = excluded.size_bytes, sha256 = excluded.sha256",
         (blob.hash, blob.file_sha256, blob.size_bytes, _blob_sha256(blob)),
     )
 
@@ -124,6 +125,17 @@ def encode(record: Record) -> str:
             f"the card of adapter {record.name!r} cannot be stored as JSON ({error}); a card holds texts, finite numbers, "
             "booleans, None, lists, and mappings whose keys are texts"
         ) from error
+
+
+def encode_within_limit(record: Record) -> str:
+    """`encode`, and AdapterUnsupported for a card above the limit; the texts that searches read have their own limits."""
+    text = encode(record)
+    size_bytes = len(encode(replace(record, description="", examples=(), tags=())))
+    if size_bytes > MAX_CARD_BYTES:
+        raise AdapterUnsupported(
+            f"the card of adapter {record.name!r} has {size_bytes:,} bytes as JSON; the limit is {MAX_CARD_BYTES:,}"
+        )
+    return text
 
 
 def _plain(value: Any) -> Any:

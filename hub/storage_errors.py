@@ -16,7 +16,7 @@ _WAY_OUT = "Hub.verify() lists what can still be read, loraweave.hub.rebuild.reb
 
 
 @contextmanager
-def storage_errors(path: Path, doing: str) -> Iterator[None]:
+def storage_errors(path: Path | str, doing: str) -> Iterator[None]:
     """Raises a leaf of HubError, with the cause attached, for any OSError or sqlite3.Error inside. `doing`: "adding 'x'"."""
     try:
         yield
@@ -32,7 +32,7 @@ def storage_errors(path: Path, doing: str) -> Iterator[None]:
         raise _from_os(error, path, doing) from error
 
 
-def _from_os(error: OSError, path: Path, doing: str) -> HubError:
+def _from_os(error: OSError, path: Path | str, doing: str) -> HubError:
     if error.errno in _FULL:
         return HubFull(f"{doing}: no space left below {path} ({error}); nothing was changed, free some space and try again")
     if error.errno in _READ_ONLY:
@@ -40,7 +40,7 @@ def _from_os(error: OSError, path: Path, doing: str) -> HubError:
     return HubError(f"{doing}: the file system failed below {path} ({error})")
 
 
-def _from_sqlite(error: sqlite3.Error, path: Path, doing: str) -> HubError:
+def _from_sqlite(error: sqlite3.Error, path: Path | str, doing: str) -> HubError:
     # the low byte is the primary code, the rest refines it
     code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
     if code == sqlite3.SQLITE_FULL:

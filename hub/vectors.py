@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import sqlite3
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from loraweave.errors import DimensionMismatch
+from loraweave.hub.stores import Connection
 
 if TYPE_CHECKING:
     import numpy as np
 
 
-def read_vectors(connection: sqlite3.Connection, embedder: str) -> dict[str, tuple[str, np.ndarray]]:
+def read_vectors(connection: Connection, embedder: str) -> dict[str, tuple[str, np.ndarray]]:
     """Adapter name -> (digest of the embedded text, fp32 vector), in order of addition. A damaged row counts as absent."""
     # numpy takes 0.1 s to import, which listing a hub need not pay
     import numpy as np
 
     found = connection.execute(
         "SELECT adapters.name, vectors.seq, text_digest, vector, vectors.sha256 FROM vectors JOIN adapters USING (seq) "
-        "WHERE embedder = ? ORDER BY seq",
+        "WHERE embedder = ? ORDER BY vectors.seq",
         (embedder,),
     ).fetchall()
     return {
@@ -30,7 +30,7 @@ def read_vectors(connection: sqlite3.Connection, embedder: str) -> dict[str, tup
     }
 
 
-def write_vectors(connection: sqlite3.Connection, embedder: str, rows: Sequence[tuple[str, str, np.ndarray]]) -> None:
+def write_vectors(connection: Connection, embedder: str, rows: Sequence[tuple[str, str, np.ndarray]]) -> None:
     """Stores (name, digest of the text, vector) rows; a name that is no longer there is passed over.
 
     Vectors of another size under the same embedder are dropped: they came from another version of it.
@@ -54,7 +54,9 @@ def write_vectors(connection: sqlite3.Connection, embedder: str, rows: Sequence[
         if found is not None:
             data = vector.tobytes()
             connection.execute(
-                "INSERT OR REPLACE INTO vectors (embedder, seq, text_digest, vector, sha256) VALUES (?, ?, ?, ?, ?)",
+                "INSERT INTO vectors (embedder, seq, text_digest, vector, sha256) VALUES (?, ?, ?, ?, ?) "
+                "ON CONFLICT (embedder, seq) DO UPDATE SET "
+                "text_digest = excluded.text_digest, vector = excluded.vector, sha256 = excluded.sha256",
                 (embedder, found[0], text_digest, data, row_sha256(embedder, found[0], text_digest, data)),
             )
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 from loraweave.errors import HubError
 from loraweave.hub import rows, vectors
-from loraweave.hub.blob_files import blob_path, require_digest, stored_blobs
 from loraweave.hub.blobs import read_blob
-from loraweave.hub.catalogue import Catalogue
+from loraweave.hub.stores import BlobStore, CatalogueStore, Connection
 
 
 @dataclass(frozen=True)
@@ -26,13 +25,13 @@ class Verification:
         return not self.problems
 
 
-def verify(catalogue: Catalogue) -> Verification:
+def verify(catalogue: CatalogueStore, blobs: BlobStore) -> Verification:
     """Reads every row and every blob. Damage is reported, not raised."""
     problems: list[str] = []
     found: list[rows.Row] = []
     try:
         with catalogue.reading() as connection:
-            problems += _database_problems(connection)
+            problems += catalogue.problems(connection)
             for seq in [seq for (seq,) in connection.execute("SELECT seq FROM adapters ORDER BY seq").fetchall()]:
                 found += _row(connection, seq, problems)
             problems += _vector_problems(connection)
@@ -46,21 +45,16 @@ def verify(catalogue: Catalogue) -> Verification:
         problems.append(str(error))
     intact = []
     for row in found:
-        faults = list(_blob_problems(catalogue, row))
+        faults = list(_blob_problems(blobs, row))
         problems += faults
         if not faults:
             intact.append(row.record.name)
     named = {row.blob.hash for row in found}
-    orphans = tuple(path.stem for path in stored_blobs(catalogue.folder) if path.stem not in named)
+    orphans = tuple(content_hash for content_hash in blobs.names() if content_hash not in named)
     return Verification(tuple(problems), tuple(intact), orphans)
 
 
-def _database_problems(connection: sqlite3.Connection) -> list[str]:
-    answers = [str(answer) for (answer,) in connection.execute("PRAGMA integrity_check").fetchall()]
-    return [] if answers == ["ok"] else [f"SQLite's integrity check: {answer}" for answer in answers]
-
-
-def _row(connection: sqlite3.Connection, seq: int, problems: list[str]) -> list[rows.Row]:
+def _row(connection: Connection, seq: int, problems: list[str]) -> list[rows.Row]:
     try:
         row = rows.at(connection, seq)
     except (HubError, sqlite3.Error, UnicodeDecodeError) as error:
@@ -72,23 +66,23 @@ def _row(connection: sqlite3.Connection, seq: int, problems: list[str]) -> list[
     return [row]
 
 
-def _vector_problems(connection: sqlite3.Connection) -> Iterator[str]:
+def _vector_problems(connection: Connection) -> Iterator[str]:
     columns = "SELECT embedder, seq, text_digest, vector, sha256 FROM vectors"
     for embedder, seq, text_digest, vector, digest in connection.execute(columns).fetchall():
         if vectors.row_sha256(embedder, seq, text_digest, vector) != digest:
             yield f"the vector of row {seq} from embedder {embedder!r} is damaged; the next search makes it anew"
 
 
-def _blob_problems(catalogue: Catalogue, row: rows.Row) -> Iterator[str]:
+def _blob_problems(blobs: BlobStore, row: rows.Row) -> Iterator[str]:
     who = f"adapter {row.record.name!r}"
-    path = blob_path(catalogue.folder, row.blob.hash)
+    place = blobs.place(row.blob.hash)
     try:
-        require_digest(path, row.blob.file_sha256, who, trust_cache=False)
-        content = read_blob(path, who).content_hash()
+        blobs.require(row.blob.hash, row.blob.file_sha256, who)
+        content = read_blob(blobs.local(row.blob.hash, row.blob.file_sha256, who), who).content_hash()
     except FileNotFoundError:
-        yield f"{who}: blob {path} is missing; add the adapter again from its source"
+        yield f"{who}: blob {place} is missing; add the adapter again from its source"
     except (HubError, OSError) as error:
         yield str(error)
     else:
         if content != row.record.hash:
-            yield f"{who}: the content of blob {path} has the hash {content}, not {row.record.hash}"
+            yield f"{who}: the content of blob {place} has the hash {content}, not {row.record.hash}"

@@ -13,6 +13,7 @@ from loraweave.hub import blob_files
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.blob_files import blob_path, require_digest, sweep
 from loraweave.hub.blobs import content_hash, examine_blob, read_blob, write_blob
+from loraweave.hub.folder_blobs import FolderBlobs
 from loraweave.types import Factors
 
 ORIGIN = '{"name":"x"}'
@@ -38,7 +39,7 @@ LAYERS = {
 
 def write(folder, layers=LAYERS):
     content = content_hash(layers)
-    digest, _ = write_blob(folder, layers, content, ORIGIN)
+    digest, _ = write_blob(FolderBlobs(folder), layers, content, ORIGIN)
     return blob_path(folder, content), digest
 
 
@@ -150,7 +151,7 @@ HEADS = {"score.weight": torch.randn(3, 5), "odd/.. \nname": torch.ones(())}
 def test_heads_come_back_bit_for_bit_and_are_a_part_of_the_content(tmp_path):
     content = content_hash(LAYERS, HEADS)
     assert content != content_hash(LAYERS)
-    write_blob(tmp_path, LAYERS, content, ORIGIN, heads=HEADS)
+    write_blob(FolderBlobs(tmp_path), LAYERS, content, ORIGIN, heads=HEADS)
     path = blob_path(tmp_path, content)
     blob = read_blob(path, "x")
     assert blob.heads.keys() == HEADS.keys()
@@ -177,7 +178,7 @@ TERNARY = {
 
 def test_ternary_factors_come_back_bit_for_bit_from_few_bits(tmp_path):
     content = content_hash(TERNARY, HEADS)
-    write_blob(tmp_path, TERNARY, content, ORIGIN, heads=HEADS, stored_as="compeft")
+    write_blob(FolderBlobs(tmp_path), TERNARY, content, ORIGIN, heads=HEADS, stored_as="compeft")
     path = blob_path(tmp_path, content)
     assert version_of(path) == 2
     with safe_open(path, framework="pt") as file:
@@ -187,9 +188,9 @@ def test_ternary_factors_come_back_bit_for_bit_from_few_bits(tmp_path):
 
 def test_factors_that_are_not_ternary_leave_no_file_in_that_form(tmp_path):
     with pytest.raises(AdapterUnsupported, match=r"a_RI of layer 'conv'.*lw\.compeft"):
-        write_blob(tmp_path, LAYERS, content_hash(LAYERS), ORIGIN, stored_as="compeft")
+        write_blob(FolderBlobs(tmp_path), LAYERS, content_hash(LAYERS), ORIGIN, stored_as="compeft")
     with pytest.raises(AdapterUnsupported, match="'factors' or 'compeft', not as 'zip'"):
-        write_blob(tmp_path, LAYERS, content_hash(LAYERS), ORIGIN, stored_as="zip")
+        write_blob(FolderBlobs(tmp_path), LAYERS, content_hash(LAYERS), ORIGIN, stored_as="zip")
     assert not list(tmp_path.iterdir())
 
 

@@ -1,0 +1,105 @@
+"""What the hub asks of the place of its rows and of the place of its blobs, so that either can be on another machine.
+
+`loraweave.hub.catalogue` and `loraweave.hub.folder_blobs` are the two on this one, and the measure for every other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Cursor(Protocol):
+    """The rows that a statement found."""
+
+    def fetchone(self) -> Any: ...
+
+    def fetchall(self) -> list[Any]: ...
+
+
+class Connection(Protocol):
+    """Runs SQL that SQLite and PostgreSQL both understand, with `?` where a parameter goes."""
+
+    def execute(self, statement: str, parameters: Sequence[Any] = (), /) -> Cursor: ...
+
+
+class CatalogueStore(Protocol):
+    """The rows. Every method raises leaves of HubError; several processes and threads may use one catalogue at once."""
+
+    @property
+    def where(self) -> str:
+        """The place as a message may name it: without a password."""
+        ...
+
+    @property
+    def writable(self) -> bool: ...
+
+    def reading(self) -> AbstractContextManager[Connection]:
+        """A connection on which everything read belongs to the same moment."""
+        ...
+
+    def locked(self, doing: str) -> AbstractContextManager[None]:
+        """Holds the write lock between processes and threads. HubReadOnly, or HubLocked after the time-out."""
+        ...
+
+    def transaction(self, doing: str) -> AbstractContextManager[Connection]:
+        """One write transaction, committed on leaving; the caller holds the lock. A change of rows raises the generation."""
+        ...
+
+    def writing(self, doing: str) -> AbstractContextManager[Connection]:
+        """The write lock and a transaction."""
+        ...
+
+    def problems(self, connection: Connection) -> list[str]:
+        """What the database itself finds wrong with its files."""
+        ...
+
+    def empty_log(self) -> None:
+        """Gives back space that the database needs no more. The caller holds the lock."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class BlobStore(Protocol):
+    """The blobs, each named by the hash of its content: one is there whole or not at all, and is never written again.
+
+    FileNotFoundError where a blob is missing, AdapterCorrupt where its bytes are not those asked for, OSError or a leaf of
+    HubError where the store fails. The caller of a method that writes holds the catalogue's lock.
+    """
+
+    def place(self, content_hash: str) -> str:
+        """Where the blob lies or would lie, for messages."""
+        ...
+
+    def has(self, content_hash: str) -> bool: ...
+
+    def local(self, content_hash: str, file_sha256: str | None, who: str) -> Path:
+        """A file of this machine with the blob's bytes, to be mapped. None takes them whatever their sha256 is."""
+        ...
+
+    def require(self, content_hash: str, file_sha256: str, who: str) -> None:
+        """Reads the blob's bytes anew, from where they are stored, and compares their sha256."""
+        ...
+
+    def put(self, content_hash: str, data: bytes) -> str:
+        """Stores the blob for good, in place of a damaged one, and returns the sha256 of its bytes."""
+        ...
+
+    def settle(self, content_hash: str) -> None:
+        """Makes a blob that is there already last: a writer that was killed may have left that undone."""
+        ...
+
+    def names(self) -> Iterator[str]:
+        """The content hashes of all blobs, sorted."""
+        ...
+
+    def remove(self, content_hash: str) -> int:
+        """Deletes the blob and returns its size in bytes."""
+        ...
+
+    def sweep(self, older_than_s: float) -> int:
+        """Removes what killed writers left and returns the bytes freed."""
+        ...
