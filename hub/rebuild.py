@@ -29,21 +29,32 @@ def rebuild(folder: str | Path, *, timeout_s: float = 30.0) -> list[str]:
     Rows of the old catalogue that are intact are kept, in their order. A sound blob without one comes back under the name it
     was first added with (and a part of its hash where that is taken), even when that adapter had been removed and not
     collected. The old catalogue is kept as `catalogue.sqlite.corrupt-<n>`. No other program may have the hub open.
+    A rebuild that was interrupted is finished by the next.
     """
     folder = Path(folder)
     path, new = folder / "catalogue.sqlite", folder / "catalogue.sqlite.rebuilt"
     with storage_errors(folder, "rebuilding the catalogue"):
         try:
             with FileLock(folder / "write.lock", timeout=timeout_s):
-                new.unlink(missing_ok=True)
-                records = list(_records(FolderBlobs(folder), path))
-                _write(new, records)
+                # otherwise a rebuild was killed after it had set the old catalogue aside, whose rows the new one has
+                if path.exists() or not new.exists():
+                    _make(folder, path, new)
                 _set_aside(path)
                 os.replace(new, path)
                 sync_folder(folder)
+                return [record.name for record in _intact_rows(path)]
         except Timeout:
             raise HubLocked(f"rebuilding the catalogue: {folder / 'write.lock'} was held for {timeout_s:g} s") from None
-    return [record.name for record, _ in records]
+
+
+def _make(folder: Path, path: Path, new: Path) -> None:
+    """Writes the new catalogue beside the old one; it has its name only when it is complete."""
+    unfinished = new.with_name(f"{new.name}.unfinished")
+    for stale in (new, *(unfinished.with_name(f"{unfinished.name}{side}") for side in _SIDE_FILES)):
+        stale.unlink(missing_ok=True)
+    _write(unfinished, list(_records(FolderBlobs(folder), path)))
+    os.replace(unfinished, new)
+    sync_folder(folder)
 
 
 def _records(blobs: BlobStore, path: Path) -> Iterator[tuple[Record, rows.BlobRow]]:
@@ -111,6 +122,9 @@ def _set_aside(path: Path) -> None:
     number = 1
     while path.with_name(f"{path.name}.corrupt-{number}").exists():
         number += 1
+    if not path.exists():
+        # the log of a catalogue that an interrupted rebuild has moved already
+        number = max(number - 1, 1)
     for side in _SIDE_FILES:
         old = path.with_name(f"{path.name}{side}")
         if old.exists():

@@ -195,6 +195,32 @@ def test_a_rebuild_keeps_rows_that_are_intact_in_their_order_and_the_old_file(hu
     assert (hub.path / "catalogue.sqlite.corrupt-1").exists()
 
 
+@pytest.mark.parametrize("num_renames", [0, 1, 2, 3])
+def test_a_rebuild_that_was_interrupted_at_any_rename_is_finished_by_the_next_and_loses_no_name(
+    hub, monkeypatch, num_renames
+):
+    hub.rename("adapter 0", "zero")
+    hub.add(adapter(1, "twin"))
+    sql(hub, "DELETE FROM state")
+    left = [num_renames]
+
+    def replace(source, target):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        os.rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            rebuild(hub.path)
+    hub.close()
+    assert rebuild(hub.path) == ["zero", "adapter 1", "adapter 2", "twin"]
+    with Hub(hub.path) as rebuilt:
+        assert rebuilt.verify().ok
+        assert [record.name for record in rebuilt] == ["zero", "adapter 1", "adapter 2", "twin"]
+
+
 def test_two_blobs_first_added_under_one_name_both_come_back(hub):
     hub.rename("adapter 0", "zero")
     hub.add(adapter(5), name="adapter 0")
