@@ -1,0 +1,98 @@
+"""A program of its own: kills a process at system calls of each change, and prints what it found as JSON.
+
+Its arguments are an empty folder, and the most kills that a change gets; 0 kills at every system call. It reports nothing
+where a process may not trace its child.
+"""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import traced
+import worlds
+
+from loraweave.hub.hub import Hub
+
+
+def kill_at(number, change, path):
+    """Kills the change before the system call of that number; (whether it died of it, whether it had said it was done)."""
+    reading, writing = os.pipe()
+
+    def work():
+        change.run(path)
+        os.write(writing, b"!")
+
+    with traced.Traced(work) as child:
+        os.close(writing)
+        next((call for at, call in enumerate(child.calls()) if at == number), None)
+        child.kill()
+        died = child.status < 0
+    with os.fdopen(reading, "rb") as pipe:
+        return died, bool(pipe.read())
+
+
+def points(change, path, most):
+    """The numbers of the system calls to die before: all, or up to `most` of those that change files, spread evenly."""
+    with traced.Traced(lambda: change.run(path)) as child:
+        calls = list(child.calls())
+    if child.status:
+        raise RuntimeError(f"the change failed by itself with status {child.status}")
+    if not most:
+        return range(len(calls) + 1)
+    changing = [number for number, call in enumerate(calls) if call.name in traced.CHANGING]
+    return sorted({changing[i * len(changing) // most] for i in range(most)})
+
+
+def copy(start, path):
+    shutil.rmtree(path, ignore_errors=True)
+    if start.exists():
+        shutil.copytree(start, path)
+    return path
+
+
+def state(path):
+    with Hub(path) as hub:
+        return worlds.state(hub)
+
+
+def faults(change, path, *, done, old, new):
+    """What is wrong after a kill: the hub must be old or new, new if that was acknowledged, and a repetition must work."""
+    try:
+        found = []
+        if change.readable:
+            # a flipped blob stays flipped until the change that heals it is done
+            harmed = change.prepare is worlds.harmed and not done
+            found += worlds.faults(path, [new] if done else [old, new], may_be_harmed=harmed)
+        change.run(path)
+        return found + worlds.faults(path, [new])
+    except Exception as error:
+        return [repr(error)]
+
+
+def kill_everywhere(folder, change, most):
+    change.prepare(start := folder / "start")
+    with change.known_steps():
+        numbers = points(change, copy(start, folder / "whole"), most)
+        new = state(folder / "whole")
+        old = state(copy(start, folder / "old")) if change.readable else None
+        bad, kills = [], 0
+        for number in numbers:
+            died, done = kill_at(number, change, copy(start, folder / "killed"))
+            kills += died
+            if found := faults(change, folder / "killed", done=done, old=old, new=new):
+                bad.append([number, *found])
+    return {"kills": kills, "bad": bad[:3]}
+
+
+def main():
+    torch.set_num_threads(1)
+    folder, most = Path(sys.argv[1]), int(sys.argv[2])
+    changes = worlds.CHANGES if traced.can_trace() else {}
+    print(json.dumps({name: kill_everywhere(folder / name, change, most) for name, change in changes.items()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Hubs to be harmed, the changes that are interrupted in them, and what may be found afterwards."""
+
+import shutil
+import sqlite3
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from loraweave.hub import migrations
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.hub import Hub
+from loraweave.hub.rebuild import rebuild
+from loraweave.types import Factors
+
+NEXT_STEP = ("CREATE TABLE later (id INTEGER PRIMARY KEY)", "INSERT INTO later VALUES (1)")
+
+
+def adapter(seed):
+    generator = torch.Generator().manual_seed(seed)
+    factors = Factors(torch.randn(2, 5, generator=generator), torch.randn(3, 2, generator=generator))
+    return Adapter(f"adapter {seed}", "org/base", {"layer": factors})
+
+
+def fresh(path):
+    """A hub of three adapters under five names with vectors, something for gc to do, and a log not yet in the database."""
+    with Hub(path) as hub:
+        for seed in range(4):
+            hub.add(adapter(seed), description=f"task {seed}", tags=["a"])
+        hub.store_vectors("e", [("adapter 0", "d", np.ones(3))])
+        hub.remove("adapter 3")
+        hub.add(adapter(1), name="second name")
+
+
+def harmed(path):
+    """The same with one blob flipped, so that adding its adapter again heals it."""
+    fresh(path)
+    blob = next(file for file in path.glob("blobs/*/*") if adapter(0).hash in file.name)
+    data = bytearray(blob.read_bytes())
+    data[-1] ^= 1
+    blob.chmod(0o644)
+    blob.write_bytes(data)
+
+
+def headless(path):
+    """The same with a catalogue that lost its row of state and can be rebuilt."""
+    fresh(path)
+    connection = sqlite3.connect(path / "catalogue.sqlite", isolation_level=None)
+    connection.execute("DELETE FROM state")
+    connection.close()
+
+
+def emptied(path):
+    """No hub yet."""
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _on_open_hub(change):
+    def run(path):
+        with Hub(path) as hub:
+            change(hub)
+
+    return run
+
+
+def _migrate(path):
+    with Hub(path):
+        pass
+
+
+def _gone(hub, name):
+    if name in hub:
+        hub.remove(name)
+
+
+@dataclass(frozen=True)
+class Change:
+    """`run` changes the hub that `prepare` made; both take its folder. An interrupted `run` can be repeated.
+
+    `steps` are schema steps that the program gains in between. `readable` says whether the hub opens before the change.
+    """
+
+    prepare: Callable[[Path], None]
+    run: Callable[[Path], object]
+    steps: tuple[tuple[str, ...], ...] = ()
+    readable: bool = True
+
+    @contextmanager
+    def known_steps(self):
+        """The program as it is when the change is made."""
+        before = migrations.STEPS
+        migrations.STEPS = (*before, *self.steps)
+        try:
+            yield
+        finally:
+            migrations.STEPS = before
+
+
+CHANGES = {
+    "add": Change(fresh, _on_open_hub(lambda hub: hub.add(adapter(9), description="new"))),
+    "add known content": Change(fresh, _on_open_hub(lambda hub: hub.add(adapter(0), name="third name"))),
+    "heal": Change(harmed, _on_open_hub(lambda hub: hub.add(adapter(0)))),
+    "update": Change(fresh, _on_open_hub(lambda hub: hub.update("adapter 0", description="new", tags=["b"]))),
+    "rename": Change(fresh, _on_open_hub(lambda hub: hub.rename("adapter 0", "new") if "adapter 0" in hub else None)),
+    "remove": Change(fresh, _on_open_hub(lambda hub: _gone(hub, "adapter 0"))),
+    "reindex": Change(fresh, _on_open_hub(lambda hub: hub.store_vectors("e", [("adapter 1", "d", np.ones(3))]))),
+    "gc": Change(fresh, _on_open_hub(lambda hub: hub.gc())),
+    "migrate": Change(fresh, _migrate, steps=(NEXT_STEP,)),
+    "create": Change(emptied, _on_open_hub(lambda hub: hub.generation), readable=False),
+    "rebuild": Change(headless, rebuild, readable=False),
+}
+
+
+def state(hub):
+    """What a user sees of the hub: adapters in order with content and texts, and whose vectors there are."""
+    listed = [(record.name, record.hash, record.description, record.tags) for record in hub.records()]
+    return [*listed, *sorted(hub.vectors("e"))]
+
+
+def faults(path, allowed, *, may_be_harmed=False):
+    """What is wrong with the hub after an interruption, as sentences: [] when it is as before or as after the change."""
+    with Hub(path) as hub:
+        found = state(hub)
+        wrong = [] if found in allowed else [f"neither the old state nor the new one: {found}"]
+        report = hub.verify()
+        if may_be_harmed and len(report.problems) <= 1:
+            return wrong
+        wrong += report.problems
+        for record in hub.records():
+            if hub[record.name].hash != record.hash:
+                wrong.append(f"{record.name!r} has another content")
+        hub.gc()
+        left = sorted(file.name for file in path.glob("tmp/*"))
+        after = hub.verify()
+        if left or after.problems or after.orphans or state(hub) != found:
+            wrong.append(f"after gc: {left}, {after}")
+    return wrong
