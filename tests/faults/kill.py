@@ -21,11 +21,7 @@ def kill_at(number, change, path):
     """Kills the change before the system call of that number; (whether it died of it, whether it had said it was done)."""
     reading, writing = os.pipe()
 
-    def work():
-        change.run(path)
-        os.write(writing, b"!")
-
-    with traced.Traced(work) as child:
+    with traced.Traced(lambda: change.run(path, lambda: os.write(writing, b"!"))) as child:
         os.close(writing)
         next((call for at, call in enumerate(child.calls()) if at == number), None)
         child.kill()

@@ -58,17 +58,22 @@ def emptied(path):
     shutil.rmtree(path, ignore_errors=True)
 
 
+def _nothing():
+    pass
+
+
 def _on_open_hub(change):
-    def run(path):
+    def run(path, tell=_nothing):
         with Hub(path) as hub:
             change(hub)
+            tell()
 
     return run
 
 
-def _migrate(path):
-    with Hub(path):
-        pass
+def _rebuild(path, tell=_nothing):
+    rebuild(path)
+    tell()
 
 
 def _gone(hub, name):
@@ -80,11 +85,12 @@ def _gone(hub, name):
 class Change:
     """`run` changes the hub that `prepare` made; both take its folder. An interrupted `run` can be repeated.
 
+    `run` calls its second argument when the change is done and before the hub is closed.
     `steps` are schema steps that the program gains in between. `readable` says whether the hub opens before the change.
     """
 
     prepare: Callable[[Path], None]
-    run: Callable[[Path], object]
+    run: Callable[..., None]
     steps: tuple[tuple[str, ...], ...] = ()
     readable: bool = True
 
@@ -108,9 +114,9 @@ CHANGES = {
     "remove": Change(fresh, _on_open_hub(lambda hub: _gone(hub, "adapter 0"))),
     "reindex": Change(fresh, _on_open_hub(lambda hub: hub.store_vectors("e", [("adapter 1", "d", np.ones(3))]))),
     "gc": Change(fresh, _on_open_hub(lambda hub: hub.gc())),
-    "migrate": Change(fresh, _migrate, steps=(NEXT_STEP,)),
+    "migrate": Change(fresh, _on_open_hub(lambda hub: hub.generation), steps=(NEXT_STEP,)),
     "create": Change(emptied, _on_open_hub(lambda hub: hub.generation), readable=False),
-    "rebuild": Change(headless, rebuild, readable=False),
+    "rebuild": Change(headless, _rebuild, readable=False),
 }
 
 
