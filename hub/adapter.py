@@ -19,9 +19,10 @@ from loraweave.hub.export import ExportReport, export
 from loraweave.hub.formats import _reading
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._conversion import MAX_ERROR
+from loraweave.hub.formats._peft_files import PICKLE
 from loraweave.hub.formats.peft import Peft
 from loraweave.hub.merge_report import MergeReport
-from loraweave.hub.sources import local_folder
+from loraweave.hub.sources import ADAPTER_FILES, local_folder
 from loraweave.types import Factors, Fingerprint
 
 
@@ -60,16 +61,23 @@ class Adapter:
         model: nn.Module | None = None,
         rank: int | None = None,
         max_error: float = MAX_ERROR,
+        allow_pickle: bool = False,
     ) -> Adapter:
         """Reads an adapter folder, or downloads one from the model hub when `source` is a repository id.
+
+        A folder without an adapter of its own stands for the one adapter below it (`checkpoint-500/`). Weights that are only
+        in adapter_model.bin, a pickle, are read with `allow_pickle`, by torch's safe loader, and refused without.
 
         Besides LoRA, most other types that PEFT trains become factors (docs/adapters.md). `model` is the base model, for
         types whose file does not determine the update. An update that is not of low rank is cut to the smallest rank within
         `max_error` (Frobenius norm, relative to the layer's update) and at most `rank`; `card["conversion"]` has both
         figures of every layer. Raises AdapterUnsupported where `rank` leaves a larger error, and for what has no such form.
         """
-        folder = local_folder(source, revision=revision, token=token, local_files_only=local_files_only)
-        contents = _reading.read(folder, model=model, rank=rank, max_error=max_error)
+        wanted = (*ADAPTER_FILES, PICKLE) if allow_pickle else ADAPTER_FILES
+        folder = local_folder(
+            source, revision=revision, token=token, local_files_only=local_files_only, allow_patterns=wanted
+        )
+        contents = _reading.read(folder, model=model, rank=rank, max_error=max_error, allow_pickle=allow_pickle)
         own_name = name or contents.card.get("name") or str(source).rstrip("/").rsplit("/", 1)[-1]
         return cls(own_name, contents.base_model, contents.layers, contents.fingerprint, contents.card, contents.heads)
 

@@ -79,12 +79,13 @@ class Hub:
         license: str | None = None,
         base_model: str | None = None,
         stored_as: str = "factors",
+        allow_pickle: bool = False,
     ) -> Record:
         """Stores an adapter, a PEFT folder or a model hub repository; what is not given comes from the adapter and its card.
 
         The same content under the same name is there already: its record is returned as it is, and a damaged blob is
         replaced. `stored_as="compeft"` keeps the ternary factors that `compeft` makes in 0.3 to 1.5 bits an entry, bit for
-        bit; content that is stored already stays in the form it has.
+        bit; content that is stored already stays in the form it has. `allow_pickle` has an adapter_model.bin read.
 
         AdapterExists for other content; InvalidName; AdapterCorrupt for factors that are not finite or do not fit;
         AdapterUnsupported for an adapter without effect, above a limit, or not ternary for that form. All is checked before
@@ -94,7 +95,9 @@ class Hub:
         from loraweave.hub.admission import require_storable
         from loraweave.hub.blobs import content_hash
 
-        adapter = source if isinstance(source, Adapter) else Adapter.from_pretrained(source, name=name)
+        adapter = (
+            source if isinstance(source, Adapter) else Adapter.from_pretrained(source, name=name, allow_pickle=allow_pickle)
+        )
         own_name = checked_name(adapter.name if name is None else name)
         given = {"description": description, "examples": examples, "tags": tags, "license": license}
         fields = checked_fields(own_name, fields_with_card(given, adapter.card))

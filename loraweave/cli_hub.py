@@ -35,6 +35,9 @@ def add(
     tag: Annotated[list[str] | None, typer.Option(help="A tag; may be given several times.")] = None,
     license: Annotated[str | None, typer.Option(help="SPDX id, for instance Apache-2.0.")] = None,
     base_model: Annotated[str | None, typer.Option(help="The base model, where the adapter does not say it.")] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read weights that are only in a .bin, by torch's safe loader.")
+    ] = False,
     hub: HubOption = DEFAULT_HUB,
     as_json: JsonOption = False,
 ) -> None:
@@ -55,6 +58,7 @@ def add(
                 tags=tag or (),
                 license=license,
                 base_model=base_model,
+                allow_pickle=allow_pickle,
             )
             stored.append(record)
             note(f"added {record.name!r}, rank {record.rank}, for {record.base_model or 'a base that it does not name'}")

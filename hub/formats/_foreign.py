@@ -26,9 +26,9 @@ from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._conversion import MAX_ERROR, Bound, Dense, cut
 from loraweave.hub.formats._files import listing, present, read_json
 from loraweave.hub.formats._patterns import PatternError, resolve
-from loraweave.hub.formats._peft_files import CONFIG, weight_files
+from loraweave.hub.formats._peft_files import CONFIG, stored_tensors
 from loraweave.hub.formats._peft_heads import TASK_HEADS, check_heads, take_heads
-from loraweave.hub.formats._safetensors import INTEGERS, read_tensors
+from loraweave.hub.formats._safetensors import INTEGERS
 from loraweave.types import Factors, Fingerprint
 
 ROOT = "base_model."
@@ -191,19 +191,25 @@ class ForeignFormat(ABC):
 
     @classmethod
     def read(
-        cls, folder: Path, *, model: nn.Module | None = None, rank: int | None = None, max_error: float = MAX_ERROR
+        cls,
+        folder: Path,
+        *,
+        model: nn.Module | None = None,
+        rank: int | None = None,
+        max_error: float = MAX_ERROR,
+        allow_pickle: bool = False,
     ) -> Contents:
         """The adapter as factors of a plain LoRA. `card["conversion"]` has rank and relative error of every layer.
 
         `model` is the base model, for types whose file does not determine the update. Updates that are not of low rank are
         cut to the smallest rank within `max_error` (Frobenius norm, relative to the layer's update) and at most `rank`.
         Raises AdapterUnsupported where the two contradict, and for features without a form as factors; AdapterCorrupt for
-        damaged files; LayerMismatch and BaseModelMismatch for another model.
+        damaged files; LayerMismatch and BaseModelMismatch for another model. A .bin is read with `allow_pickle` alone.
         """
         folder, bound = Path(folder), Bound(rank, max_error)
         config = cls._config(folder)
         card, stored_print, _ = read_card(folder)
-        tensors, dtypes = _tensors(folder)
+        tensors, dtypes = _tensors(folder, allow_pickle)
         heads = _heads(tensors, config)
         layers = list(cls._layers(tensors, config, model))
         own_print = _same_base(stored_print, model, folder)
@@ -317,10 +323,10 @@ def _converted(layer: Layer, update: Factors | Dense, bound: Bound) -> tuple[Fac
     return cut(update, bound, layer.where, kind=kind, kernel=kernel)
 
 
-def _tensors(folder: Path) -> tuple[dict[str, Tensor], set[str]]:
+def _tensors(folder: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], set[str]]:
     tensors: dict[str, Tensor] = {}
     dtypes: set[str] = set()
-    for key, dtype, tensor in read_tensors(folder, weight_files(folder), integers=True):
+    for key, dtype, tensor in stored_tensors(folder, allow_pickle=allow_pickle, integers=True):
         if num := int((~torch.isfinite(tensor)).sum()):
             raise AdapterCorrupt(f"{folder}: {num} of {tensor.numel()} values of {key!r} are NaN or infinite")
         tensors[key] = tensor

@@ -6,6 +6,7 @@ A PEFT folder names its type; a folder without adapter_config.json is asked of e
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._conversion import MAX_ERROR, Bound, cut
 from loraweave.hub.formats._files import present, read_json
 from loraweave.hub.formats._foreign import ForeignFormat
+from loraweave.hub.formats._nested import adapter_folder
 from loraweave.hub.formats._peft_files import CONFIG
+from loraweave.hub.formats._unchanged import unchanged
 from loraweave.hub.formats.base_change import BaseChange
 from loraweave.hub.formats.lora_xs import LoraXs
+from loraweave.hub.formats.merged_linear import MergedLinear
 from loraweave.hub.formats.peft import Peft
 
 _PROMPT = "trained vectors in front of the text or in the cache of attention, not an update of weights"
@@ -49,22 +53,46 @@ REFUSED = {
 }
 
 
-def read(folder: Path, *, model: nn.Module | None = None, rank: int | None = None, max_error: float = MAX_ERROR) -> Contents:
-    """The contents of an adapter folder of any registered format.
+def read(
+    folder: Path,
+    *,
+    model: nn.Module | None = None,
+    rank: int | None = None,
+    max_error: float = MAX_ERROR,
+    allow_pickle: bool = False,
+) -> Contents:
+    """The contents of an adapter folder of any registered format, or of the one adapter in a folder of folders.
 
-    `model`, `rank` and `max_error` as in `ForeignFormat.read`; a plain LoRA is cut only where `rank` asks for it. Raises
-    AdapterUnsupported for a type that has no form as factors, with the reason, and what the format's reader raises.
+    `model`, `rank`, `max_error` and `allow_pickle` as in `ForeignFormat.read`; a plain LoRA is cut only where `rank` asks
+    for it. Raises AdapterUnsupported for a type that has no form as factors, with the reason, and for several adapters;
+    AdapterCorrupt when a file changed meanwhile; and what the format's reader raises.
     """
+    folder = adapter_folder(Path(folder), is_adapter)
+    with unchanged(folder):
+        return _read(folder, model, rank, max_error, allow_pickle)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter of any format; says nothing about its state."""
+    return Peft.recognises(folder) or any(layout.recognises(folder) for layout in _own_formats())
+
+
+def _read(folder: Path, model: nn.Module | None, rank: int | None, max_error: float, allow_pickle: bool) -> Contents:
     bound = Bound(rank, max_error)
     kind = read_json(folder, CONFIG).get("peft_type") if present(folder, CONFIG) else None
     if isinstance(kind, str) and kind in REFUSED:
         raise AdapterUnsupported(f"{folder}: peft_type is {kind!r}, which cannot be read as factors: {REFUSED[kind]}")
-    for layout in (LoraXs, BaseChange):
+    for layout in (LoraXs, BaseChange, MergedLinear):
         if layout.recognises(folder):
-            return layout.read(folder, model=model, rank=rank, max_error=max_error)
+            return layout.read(folder, model=model, rank=rank, max_error=max_error, allow_pickle=allow_pickle)
     if isinstance(kind, str) and kind != "LORA":
-        return _foreign(kind, folder).read(folder, model=model, rank=rank, max_error=max_error)
-    return _cut(_own(folder, kind).read(folder), bound, folder)
+        foreign = _foreign(kind, folder)
+        return foreign.read(folder, model=model, rank=rank, max_error=max_error, allow_pickle=allow_pickle)
+    if kind is None:
+        for layout in _own_formats():
+            if layout.recognises(folder):
+                return _cut(layout.read(folder), bound, folder)
+    return _cut(Peft.read(folder, allow_pickle=allow_pickle), bound, folder)
 
 
 def _foreign(kind: str, folder: Path) -> type[ForeignFormat]:
@@ -78,14 +106,12 @@ def _foreign(kind: str, folder: Path) -> type[ForeignFormat]:
     raise AdapterUnsupported(f"{folder}: peft_type is {kind[:40]!r}, which no format here reads{hint}; see docs/adapters.md")
 
 
-def _own(folder: Path, kind: Any) -> Any:
-    """The format of a folder without a PEFT type of its own: one of ours that recognises it, else PEFT's LoRA."""
-    if kind is None:
-        for name in registry.names("formats"):
-            layout = registry.get("formats", name)
-            if layout is not Peft and layout.recognises(folder):
-                return layout
-    return Peft
+def _own_formats() -> Iterator[Any]:
+    """The formats that are recognised by their files, not by a type that PEFT's config names."""
+    for name in registry.names("formats"):
+        layout = registry.get("formats", name)
+        if layout is not Peft and layout is not BaseChange and not issubclass(layout, ForeignFormat):
+            yield layout
 
 
 def _cut(contents: Contents, bound: Bound, folder: Path) -> Contents:

@@ -41,7 +41,12 @@ class BaseChange:
 
     @staticmethod
     def read(
-        folder: Path, *, model: nn.Module | None = None, rank: int | None = None, max_error: float = MAX_ERROR
+        folder: Path,
+        *,
+        model: nn.Module | None = None,
+        rank: int | None = None,
+        max_error: float = MAX_ERROR,
+        allow_pickle: bool = False,
     ) -> Contents:
         """The adapter relative to the original weights of `model`, which must be given.
 
@@ -57,7 +62,7 @@ class BaseChange:
                 f"{folder}: init_lora_weights={init!r} changed the base model's weights in training, so the update of the "
                 "original ones depends on them; give the base model: Adapter.from_pretrained(..., model=model)"
             )
-        contents = Peft.read(folder, assumed={"init_lora_weights": True})
+        contents = Peft.read(folder, assumed={"init_lora_weights": True}, allow_pickle=allow_pickle)
         scales = parse({**fields, "init_lora_weights": True}, folder).scales(
             {name: factors.rank for name, factors in contents.layers.items()}
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,11 +18,11 @@ from loraweave.hub.formats._card import base_model_of_readme, read_card
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._files import listing, present, read_json
 from loraweave.hub.formats._peft_config import PeftConfig, parse
-from loraweave.hub.formats._peft_files import CONFIG, INDEX, PICKLE, WEIGHTS, weight_files
+from loraweave.hub.formats._peft_files import CONFIG, INDEX, PICKLE, WEIGHTS, stored_tensors
 from loraweave.hub.formats._peft_heads import TASK_HEADS, check_heads, take_heads
 from loraweave.hub.formats._peft_keys import Part, check_all_known
 from loraweave.hub.formats._peft_write import write_folder
-from loraweave.hub.formats._safetensors import FLOATS, read_tensors
+from loraweave.hub.formats._safetensors import FLOATS
 from loraweave.types import Factors
 
 Parts = dict[Part, Tensor]
@@ -36,20 +37,20 @@ class Peft:
         return any(present(folder, name) for name in (CONFIG, WEIGHTS, INDEX, PICKLE))
 
     @staticmethod
-    def read(folder: Path, *, assumed: Mapping[str, Any] | None = None) -> Contents:
+    def read(folder: Path, *, assumed: Mapping[str, Any] | None = None, allow_pickle: bool = False) -> Contents:
         """The factors of a PEFT folder in fp32 with the scale folded into b, its base model, and its card.
 
         Which layers exist and how large they are is read from the tensors; target patterns are recorded and never run.
-        A rank that differs from what the config gives the layer is refused, since PEFT could not load the file either
-        and the scale alpha/r would be a guess. `card["peft"]` holds what of the config `write` puts back and
-        `card["stored_dtype"]` the dtypes in the file. `assumed` replaces fields of the config.
+        Where a tensor's rank differs from what the config gives the layer, the tensor's is r of the scale too, and a
+        warning tells. `card["peft"]` holds what of the config `write` puts back and `card["stored_dtype"]` the dtypes in
+        the file. `assumed` replaces fields of the config; `allow_pickle` has a .bin read by the safe loader.
         Raises AdapterCorrupt for damaged files, and AdapterUnsupported for what has no exact form as factors and for
         an adapter without effect.
         """
         folder = Path(folder)
         config = parse({**_config_of(folder), **(assumed or {})}, folder)
         card, fingerprint, layout = read_card(folder)
-        stored, dtypes = _stored(folder)
+        stored, dtypes = _stored(folder, allow_pickle)
         heads, saved = _heads_of(stored, config)
         layers = _layers_of(_parts_of(stored, folder), config, layout)
         if not heads and all(algebra.is_zero(factors) for factors in layers.values()):
@@ -78,11 +79,11 @@ def _config_of(folder: Path) -> dict[str, Any]:
     return read_json(folder, CONFIG)
 
 
-def _stored(folder: Path) -> tuple[dict[str, Tensor], set[str]]:
+def _stored(folder: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], set[str]]:
     """Every tensor in fp32 by its name in the file, and the dtypes they were stored in."""
     tensors: dict[str, Tensor] = {}
     dtypes: set[str] = set()
-    for key, dtype, tensor in read_tensors(folder, weight_files(folder)):
+    for key, dtype, tensor in stored_tensors(folder, allow_pickle=allow_pickle):
         tensors[key] = tensor
         dtypes.add(str(FLOATS[dtype]).removeprefix("torch."))
     if not tensors:
@@ -119,17 +120,25 @@ def _parts_of(stored: Mapping[str, Tensor], folder: Path) -> dict[str, Parts]:
 def _layers_of(parts: Mapping[str, Parts], config: PeftConfig, layout: Mapping[str, Any]) -> dict[str, Factors]:
     unscaled = {layer: _factors(layer, held, config) for layer, held in parts.items()}
     found = {layer: factors.rank for layer, factors in unscaled.items() if factors.rank}
-    expected = config.ranks(found)
-    for layer, rank in found.items():
-        if rank != expected[layer]:
-            raise AdapterCorrupt(
-                f"{config.folder}: layer {layer!r} has rank {rank} in the file and rank {expected[layer]} in "
-                f"adapter_config.json (r={config.rank}, {len(config.rank_pattern)} entries in rank_pattern); the scale "
-                "alpha/r is not known, so correct r, or name the layer in rank_pattern"
-            )
     scales = config.scales(found)
+    _warn_of_other_ranks(found, scales, config)
     scaled = {layer: _scaled(layer, factors, scales.get(layer, 1.0), config) for layer, factors in unscaled.items()}
     return {layer: _relaid(layer, factors, layout) for layer, factors in scaled.items()}
+
+
+def _warn_of_other_ranks(found: Mapping[str, int], scales: Mapping[str, float], config: PeftConfig) -> None:
+    expected = config.ranks(found)
+    others = [layer for layer, rank in found.items() if rank != expected[layer]]
+    if others:
+        layer = others[0]
+        warnings.warn(
+            f"{config.folder}: {len(others)} of {len(found)} layers have another rank in the file than in "
+            f"adapter_config.json, the first {layer!r} with {found[layer]} and {expected[layer]} (r={config.rank}, "
+            f"{len(config.rank_pattern)} entries in rank_pattern); the file's is taken, in the scale too, which is "
+            f"{scales[layer]:.6g} for that layer. If training scaled by the config's, correct lora_alpha",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _factors(layer: str, held: Parts, config: PeftConfig) -> Factors:

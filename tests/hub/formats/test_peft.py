@@ -7,6 +7,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -291,8 +292,6 @@ def test_saved_embedding_next_to_its_update_is_refused_with_the_way_out(tmp_path
 
 @pytest.mark.parametrize("style", ["prefix missing", "prefix doubled", "adapter name inside"])
 def test_keys_of_every_age_mean_the_same_layers(saved, style, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     _, folder, _ = saved("dora")
     prefix = "base_model.model."
     renamed = {
@@ -307,3 +306,15 @@ def test_keys_of_every_age_mean_the_same_layers(saved, style, tmp_path):
     (tmp_path / "adapter_config.json").write_text((Path(folder) / "adapter_config.json").read_text())
     first, second = (Adapter("x", "base", Peft.read(where).layers) for where in (folder, tmp_path))
     assert first.hash == second.hash
+
+
+def test_where_the_ranks_differ_the_tensors_win_in_the_scale_too_and_a_warning_has_both(tmp_path):
+    path = "base_model.model.model.layers.0.q_proj"
+    held = {f"{path}.lora_A.weight": torch.ones(4, 5), f"{path}.lora_B.weight": torch.ones(3, 4)}
+    save_file(held, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match=r"1 of 1 layers.*with 4 and 2.*scale too, which is 1\.5"):
+        adapter = Adapter.from_pretrained(tmp_path)
+    assert adapter.rank == 4
+    assert torch.equal(adapter.delta("model.layers.0.q_proj"), torch.full((3, 5), 4 * 6 / 4))

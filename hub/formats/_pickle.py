@@ -1,0 +1,120 @@
+"""Reading adapter_model.bin after explicit consent: an archive of torch.save whose pickle names tensors and nothing else.
+
+The pickle's classes are read from its text before anything is built from it, and torch's safe loader
+(`weights_only=True`) builds what is left. The archive may not claim more bytes than the file has.
+"""
+
+from __future__ import annotations
+
+import pickletools
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from loraweave.errors import AdapterCorrupt, AdapterUnsupported
+from loraweave.hub.formats._files import opened
+from loraweave.hub.formats._safetensors import FLOATS, INTEGERS, MAX_HEADER_BYTES, MAX_KEY_LENGTH, MAX_TENSORS
+
+_STORAGES = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte")
+ALLOWED = {
+    "collections OrderedDict",
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_parameter",
+    *(f"torch {kind}Storage" for kind in _STORAGES),
+}
+# ways to name a class that torch.save does not use for a table of tensors
+_OTHER_WAYS = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
+_NAMES = {dtype: name for name, dtype in {**FLOATS, **INTEGERS}.items()}
+
+
+def read_pickle(folder: Path, name: str, *, integers: bool = False) -> Iterator[tuple[str, str, Tensor]]:
+    """(key, dtype as safetensors names it, tensor in fp32) of every tensor in a file that torch.save wrote.
+
+    With `integers`, tensors of whole numbers are read too, as int64. Raises AdapterUnsupported, naming it, for any class
+    but plain tensors, and AdapterCorrupt for a damaged archive or one that claims more than the file holds.
+    """
+    with opened(folder, name) as (file, size):
+        where = f"{folder}: {name}"
+        _check_classes(_pickle_in(file, size, where), where)
+        file.seek(0)
+        try:
+            table = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # the unpickler raises whatever its input makes it run into
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise AdapterCorrupt(f"{where} cannot be read by torch's safe loader: {reason[:200]}") from error
+    _check_table(table, size, where, FLOATS.values() if not integers else [*FLOATS.values(), *INTEGERS.values()])
+    while table:
+        key = next(iter(table))
+        tensor = table.pop(key).detach()
+        yield key, _NAMES[tensor.dtype], tensor.float().contiguous() if tensor.is_floating_point() else tensor.long()
+
+
+def _pickle_in(file: BinaryIO, size: int, where: str) -> bytes:
+    """The archive's pickle, after checking that its entries are stored plainly and fit into the file."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            held = [entry for entry in entries if entry.filename.count("/") == 1 and entry.filename.endswith("/data.pkl")]
+            if len(held) != 1 or any(entry.filename.endswith("/constants.pkl") for entry in entries):
+                raise AdapterUnsupported(f"{where} is an archive, but not one that torch.save made of a table of tensors")
+            if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries):
+                raise AdapterCorrupt(f"{where} has compressed or encrypted entries, which torch.save never writes")
+            claimed = sum(entry.file_size for entry in entries)
+            if claimed > size or held[0].file_size > MAX_HEADER_BYTES:
+                raise AdapterCorrupt(
+                    f"{where} claims {claimed} bytes in {len(entries)} entries, {held[0].file_size} of them the pickle; the "
+                    f"file has {size} bytes, and a pickle may have {MAX_HEADER_BYTES}"
+                )
+            return archive.read(held[0])
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, AdapterCorrupt | AdapterUnsupported):
+            raise
+        raise AdapterCorrupt(
+            f"{where} is no intact archive of torch.save ({error}); files of PyTorch before 1.6 are not read, load and save "
+            "them again with a newer one"
+        ) from error
+
+
+def _check_classes(raw: bytes, where: str) -> None:
+    num_tensors = 0
+    try:
+        for opcode, argument, _ in pickletools.genops(raw):
+            named = opcode.name == "GLOBAL"
+            if opcode.name in _OTHER_WAYS or (named and argument not in ALLOWED):
+                what = str(argument).replace(" ", ".")[:120] if named else f"a class by the opcode {opcode.name}"
+                raise AdapterUnsupported(
+                    f"{where} wants {what}; only tensors are read from a pickle, since anything else may run code when it "
+                    "is built. Save the tensors alone, as safetensors"
+                )
+            num_tensors += opcode.name == "BINPERSID"
+    except AdapterUnsupported:
+        raise
+    except Exception as error:  # genops raises several kinds for a pickle that was cut off
+        raise AdapterCorrupt(f"{where} holds a damaged pickle: {error}") from error
+    if num_tensors > MAX_TENSORS:
+        raise AdapterCorrupt(f"{where} holds {num_tensors} tensors, more than the limit of {MAX_TENSORS}")
+
+
+def _check_table(table: object, size: int, where: str, dtypes: object) -> None:
+    if not isinstance(table, dict):
+        raise AdapterUnsupported(f"{where} holds a {type(table).__name__}, not a table of tensors by name")
+    total = 0
+    for key, value in table.items():
+        if not isinstance(key, str) or not 0 < len(key) <= MAX_KEY_LENGTH or not key.isprintable():
+            raise AdapterCorrupt(f"{where} has the key {key!a:.60}, which is no printable text of up to {MAX_KEY_LENGTH}")
+        if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
+            raise AdapterUnsupported(f"{where} holds a {type(value).__name__} under {key!r}, not a plain tensor")
+        if value.dtype not in dtypes:  # type: ignore[operator]
+            raise AdapterUnsupported(f"{where}: tensor {key!r} has dtype {value.dtype}, which has no exact meaning here")
+        num_bytes = value.numel() * value.itemsize
+        total += num_bytes
+        # strides of 0 make tensors of any size out of one number
+        if num_bytes > size or total > 2 * size:
+            raise AdapterCorrupt(
+                f"{where}: tensor {key!r} of shape {tuple(value.shape)} needs {num_bytes} bytes, all up to it {total}; the "
+                f"file has {size}"
+            )
