@@ -1,5 +1,6 @@
 """Blobs: an adapter's factors and heads as one immutable safetensors file, named by the hash of its content.
 
+All fp32 numbers are one tensor, and the metadata has the place of each part in it: opening is one map of the file.
 A blob appears by rename, complete and on disk, and is never written again: processes have it mapped into memory. Its
 metadata also holds what the catalogue knew when it was written, so that a hub whose catalogue is lost can be rebuilt.
 """
@@ -24,8 +25,8 @@ from loraweave.hub.stored_layers import put_together, take_apart
 from loraweave.hub.stores import BlobStore
 from loraweave.types import Factors
 
-# version 2 has heads, or factors in another form than their own; a blob without either stays readable for older programs
-FORMAT_VERSIONS = (1, 2)
+# 1: a tensor for every factor; 2: heads too, or factors in another form than their own; 3: one packed tensor
+FORMAT_VERSIONS = (1, 2, 3)
 _METADATA_KEY = "loraweave"
 
 
@@ -56,8 +57,7 @@ def write_blob(
     no temporary file behind. Raises AdapterUnsupported, with nothing written, for factors that are not ternary then.
     """
     description, tensors = take_apart(layers, heads, stored_as=stored_as)
-    version = 2 if heads or stored_as != "factors" else 1
-    header = {"version": version, **description, "origin": json.loads(origin)}
+    header = {"version": FORMAT_VERSIONS[-1], **description, "origin": json.loads(origin)}
     data: bytes = save(tensors, metadata={_METADATA_KEY: json.dumps(header, sort_keys=True)})
     return blobs.put(content_hash, data), len(data)
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from loraweave.errors import AdapterUnsupported
-from loraweave.hub import ternary
+from loraweave.hub import packing, ternary
 from loraweave.types import Factors
 
 STORED_AS = ("factors", "compeft")
@@ -20,10 +19,10 @@ KINDS = ("linear", "embedding", "conv")
 def take_apart(
     layers: Mapping[str, Factors], heads: Mapping[str, Tensor], *, stored_as: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(description, tensors by name), all fp32 and none of them shared. `stored_as` is one of `STORED_AS`.
+    """(description, tensors by name): one packed fp32 tensor. `stored_as` is one of `STORED_AS`.
 
-    "compeft" keeps the factors of all layers as one ternary stream, and the rest as it is. Raises AdapterUnsupported where
-    factors are not ternary, and for another `stored_as`.
+    "compeft" keeps the factors of all layers as one ternary stream and its scales beside it. Raises AdapterUnsupported
+    where factors are not ternary, and for another `stored_as`.
     """
     if stored_as not in STORED_AS:
         raise AdapterUnsupported(f"an adapter is stored as {' or '.join(map(repr, STORED_AS))}, not as {stored_as!r}")
@@ -37,15 +36,17 @@ def take_apart(
             entry["shape"] = [pair[1].shape[0], *pair[0].shape]
         entries.append({**entry, "parts": list(parts)})
         # numbered, since a module path may hold any character
-        tensors.update({f"{number}.{part}": _own_fp32(tensor) for part, tensor in parts.items()})
+        tensors.update({f"{number}.{part}": tensor for part, tensor in parts.items()})
     description: dict[str, Any] = {"layers": entries}
+    streams: dict[str, Tensor] = {}
     if stored_as != "factors":
         description["stored_as"] = stored_as
-        tensors |= ternary.pack(packed)
+        streams = ternary.pack(packed)
     if heads:
         description["heads"] = sorted(heads)
-        tensors |= {f"head.{number}": _own_fp32(heads[name]) for number, name in enumerate(sorted(heads))}
-    return description, tensors
+    tensors |= {f"head.{number}": heads[name] for number, name in enumerate(sorted(heads))}
+    description["places"], flat = packing.pack(tensors)
+    return description, {packing.PACKED: flat, **streams}
 
 
 def put_together(
@@ -55,6 +56,11 @@ def put_together(
 
     Raises KeyError, TypeError or ValueError for a description that is damaged, AdapterCorrupt for a damaged stream.
     """
+    if "places" in description:
+        # blobs up to version 2 have no table of places: each of their tensors has an entry of its own in the file
+        found = packing.unpack(description["places"], tensor(packing.PACKED))
+        found |= {name: tensor(name) for name in names if name != packing.PACKED}
+        names, tensor = found, found.__getitem__
     entries, heads = description["layers"], description.get("heads", [])
     stored_as = description.get("stored_as", "factors")
     if stored_as not in STORED_AS:
@@ -88,8 +94,3 @@ def _unpacked(entries: Any, tensor: Callable[[str], Tensor]) -> list[Tensor]:
         num_out, rank, num_in = sizes
         shapes += [(rank, num_in), (num_out, rank)]
     return ternary.unpack({name: tensor(name) for name in ("signs", "scales")}, shapes)
-
-
-def _own_fp32(tensor: Tensor) -> Tensor:
-    # cloned: layers may share a tensor, which safetensors refuses to write
-    return tensor.detach().to("cpu", torch.float32).contiguous().clone()

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import math
 import os
 import stat
 
@@ -70,7 +71,10 @@ def test_the_digest_is_that_of_the_file(tmp_path):
 def test_safetensors_reads_the_file_without_us(tmp_path):
     path, _ = write(tmp_path, {"layer": LAYERS["wte"]})
     with safe_open(path, framework="pt") as file:
-        assert torch.equal(file.get_tensor("0.a_RI"), LAYERS["wte"].a_RI)
+        places = json.loads(file.metadata()["loraweave"])["places"]
+        offset, shape = next(place[1:] for place in places if place[0] == "0.b_OR")
+        found = file.get_tensor("packed")[offset : offset + math.prod(shape)].view(shape)
+        assert torch.equal(found, LAYERS["wte"].b_OR)
 
 
 def test_float64_is_stored_as_fp32_under_the_hash_of_the_fp32_content(tmp_path):
@@ -165,9 +169,38 @@ def version_of(path):
         return json.loads(file.metadata()["loraweave"])["version"]
 
 
-def test_a_blob_without_heads_in_its_own_form_is_what_older_programs_read(tmp_path):
+def test_all_factors_are_one_tensor_of_the_file(tmp_path):
     path, _ = write(tmp_path)
-    assert version_of(path) == 1
+    assert version_of(path) == 3
+    with safe_open(path, framework="pt") as file:
+        assert list(file.keys()) == ["packed"]
+        assert file.get_slice("packed").get_shape() == [
+            sum(t.numel() for f in LAYERS.values() for t in f.tensors().values())
+        ]
+
+
+@pytest.mark.parametrize(("version", "heads"), [(1, {}), (2, HEADS)])
+def test_blobs_of_older_programs_with_a_tensor_for_each_factor_are_read(tmp_path, version, heads):
+    entries, tensors = [], {f"head.{number}": heads[name] for number, name in enumerate(sorted(heads))}
+    for number, (layer, found) in enumerate(sorted(LAYERS.items())):
+        entry = {"path": layer, "kind": found.kind, "kernel": list(found.kernel), "parts": list(found.tensors())}
+        entries.append(entry)
+        tensors |= {f"{number}.{part}": tensor for part, tensor in found.tensors().items()}
+    header = {"version": version, "layers": entries, "origin": {}} | ({"heads": sorted(heads)} if heads else {})
+    path = tmp_path / "x.safetensors"
+    save_file(tensors, path, metadata={"loraweave": json.dumps(header)})
+    assert read_blob(path, "x").content_hash() == content_hash(LAYERS, heads)
+
+
+def test_a_table_of_places_that_does_not_fit_the_packed_tensor_is_corrupt(tmp_path):
+    path, _ = write(tmp_path)
+    with safe_open(path, framework="pt") as file:
+        header, flat = json.loads(file.metadata()["loraweave"]), file.get_tensor("packed").clone()
+    header["places"][0][1] += 1
+    damaged = tmp_path / "x.safetensors"
+    save_file({"packed": flat}, damaged, metadata={"loraweave": json.dumps(header)})
+    with pytest.raises(AdapterCorrupt, match=r"adapter 'x': blob .*begins at 1, but the one before it ends at 0"):
+        read_blob(damaged, "adapter 'x'")
 
 
 TERNARY = {
@@ -180,9 +213,8 @@ def test_ternary_factors_come_back_bit_for_bit_from_few_bits(tmp_path):
     content = content_hash(TERNARY, HEADS)
     write_blob(FolderBlobs(tmp_path), TERNARY, content, ORIGIN, heads=HEADS, stored_as="compeft")
     path = blob_path(tmp_path, content)
-    assert version_of(path) == 2
     with safe_open(path, framework="pt") as file:
-        assert set(file.keys()) == {"signs", "scales", "0.bias_O", "head.0", "head.1"}
+        assert set(file.keys()) == {"signs", "scales", "packed"}
     assert read_blob(path, "x").content_hash() == content
 
 
