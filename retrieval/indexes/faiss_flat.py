@@ -1,63 +1,85 @@
-"""Exact search by inner product with faiss (IndexFlatIP), several times faster than numpy on many keys."""
+"""Exact search by inner product with faiss on fp32 vectors, several times faster than numpy on many keys."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from loraweave.errors import PackageMissing
-from loraweave.retrieval.indexes._vectors import checked, ranked
+from loraweave.retrieval.indexes._exact import FEW_ALLOWED, exact_best, few_best, scan_products
+from loraweave.retrieval.indexes._faiss import import_faiss, scan_vectors
+from loraweave.retrieval.indexes._vectors import Found, checked, checked_mask, saved
 
 # how far an fp32 product of unit vectors can be from the rounded float64 one that decides, with a margin
-_SLACK = 1e-5
+SLACK = 1e-5
+
+# from so many queries on, one matrix product a block is faster than faiss's row after row
+MANY_QUERIES = 8
+
+# rows that are asked for beyond k, so that the k-th is seldom among near ties with the last
+SPARE = 6
 
 
 class FaissFlat:
     """Vectors of `dim` numbers in order of addition. PackageMissing without faiss.
 
-    faiss leaves the order of ties open and answers with position -1 when k exceeds the count. So it only narrows the
-    choice: everything near the k-th score is scored again as the reference does, and the results are the reference's.
-    Nothing is saved: the catalogue is the truth, and reading an index file that someone changed is not safe in faiss.
+    faiss leaves the order of ties open and its fp32 products depend on the kernel. So it only narrows the choice: what is
+    near the k-th score is scored again as the reference does, and the results are the reference's.
     """
+
+    exact = True
 
     def __init__(self, dim: int) -> None:
         self.dim = dim
-        self._index = _faiss().IndexFlatIP(dim)
+        self._faiss: Any = import_faiss("faiss_flat")
+        self._vectors_ND = np.empty((0, dim), np.float32)
         self._largest_norm = 1.0
 
+    @classmethod
+    def from_arrays(cls, dim: int, arrays: Mapping[str, np.ndarray]) -> FaissFlat:
+        """The index of what `arrays` gave, searched in place. ValueError for arrays of another form."""
+        index = cls(dim)
+        index._vectors_ND = saved(arrays, "vectors", "<f4", (None, dim))
+        index._largest_norm = largest_norm(index._vectors_ND)
+        return index
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What is to be saved."""
+        return {"vectors": self._vectors_ND}
+
     def __len__(self) -> int:
-        return int(self._index.ntotal)
+        return len(self._vectors_ND)
 
     def add(self, vectors_ND: np.ndarray) -> None:
         """Appends vectors (N, dim). DimensionMismatch for another size, or values that are not finite."""
         vectors_ND = checked(vectors_ND, self.dim, "vectors")
-        if len(vectors_ND):
-            self._largest_norm = max(self._largest_norm, float(np.linalg.norm(vectors_ND, axis=1).max()))
-            self._index.add(vectors_ND)
+        self._largest_norm = max(self._largest_norm, largest_norm(vectors_ND))
+        self._vectors_ND = np.concatenate([self._vectors_ND, vectors_ND])
 
-    def search(self, query_QD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Scores (Q, K) descending, rounded to 6 decimals, and positions (Q, K), K = min(k, len); ties by position."""
+    def search(self, query_QD: np.ndarray, k: int, *, allowed_N: np.ndarray | None = None) -> Found:
+        """Scores (Q, K) descending, rounded to 6 decimals, and positions (Q, K), ties by position.
+
+        K is the smaller of k and the number of vectors, or of those that the mask allows.
+        """
         query_QD = checked(query_QD, self.dim, "queries")
-        num_found = min(k, len(self))
-        scores_QK = np.empty((len(query_QD), num_found), dtype=np.float32)
-        positions_QK = np.empty((len(query_QD), num_found), dtype=np.int64)
-        if not num_found or not len(query_QD):
-            return scores_QK, positions_QK
-        kth_Q = self._index.search(query_QD, num_found)[0][:, -1]
-        for row, query_D in enumerate(query_QD):
-            slack = _SLACK * max(1.0, float(np.linalg.norm(query_D))) * self._largest_norm
-            near = np.sort(self._index.range_search(query_D[None], float(kth_Q[row]) - slack)[2])
-            scores_QK[row], order = ranked(query_D, self._index.reconstruct_batch(near), num_found)
-            positions_QK[row] = near[order]
-        return scores_QK, positions_QK
+        mask_N = checked_mask(allowed_N, len(self))
+        count = len(self) if mask_N is None else int(mask_N.sum())
+        if not min(k, count) or not len(query_QD):
+            return np.empty((len(query_QD), min(k, count)), np.float32), np.empty((len(query_QD), min(k, count)), np.int64)
+        if mask_N is not None and count < FEW_ALLOWED * len(self):
+            return few_best(query_QD, self._vectors_ND, mask_N, k)
+        slack_Q = SLACK * np.maximum(1.0, np.linalg.norm(query_QD, axis=1)) * self._largest_norm
+
+        def scan(some_QD: np.ndarray, num: int) -> Found:
+            if len(some_QD) >= MANY_QUERIES:
+                return scan_products(some_QD, self._vectors_ND, num, mask_N)
+            return scan_vectors(self._faiss, some_QD, self._vectors_ND, num, mask_N)
+
+        return exact_best(scan, query_QD, self._vectors_ND, min(k, count), k + SPARE, slack_Q)
 
 
-def _faiss() -> Any:
-    try:
-        import faiss
-    except ImportError as error:
-        raise PackageMissing(
-            "the index 'faiss_flat' needs faiss: pip install 'faiss-cpu>=1.15' (or index='flat', which needs only numpy)"
-        ) from error
-    return faiss
+def largest_norm(vectors_ND: np.ndarray) -> float:
+    """Of all rows, and 1 at least."""
+    # row sums of squares without a copy of the array, which may be a mapped file larger than the memory
+    return float(np.sqrt(np.einsum("nd,nd->n", vectors_ND, vectors_ND).max(initial=1.0)))

@@ -120,3 +120,86 @@ def test_vectors_given_are_neither_changed_nor_referred_to(name):
     before = index.search(query, 6)[1].tolist()
     vectors[:] = 0
     assert index.search(query, 6)[1].tolist() == before
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=25, deadline=None)
+@given(count=st.integers(1, 60), allowed=st.integers(0, 60), queries=st.sampled_from([1, 2, 9]), k=st.integers(1, 40))
+def test_with_a_mask_the_results_are_those_of_the_allowed_vectors_alone(name, count, allowed, queries, k):
+    rng = np.random.default_rng(count * 61 + allowed)
+    vectors, query = unit_rows(count, count, 7), unit_rows(1000 + count, queries, 7)
+    mask = np.zeros(count, bool)
+    mask[rng.permutation(count)[:allowed]] = True
+    places = np.flatnonzero(mask)
+    scores, positions = filled(name, vectors).search(query, k, allowed_N=mask)
+    for row in range(queries):
+        want_scores, want = by_hand(query[row], vectors[places], k)
+        np.testing.assert_allclose(scores[row], want_scores, atol=1e-6)
+        assert positions[row].tolist() == places[want].tolist()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mask_of_another_length_is_refused_with_both(name):
+    with pytest.raises(DimensionMismatch, match=r"\(5,\).*6 vectors"):
+        filled(name, unit_rows(5, 6, 4)).search(unit_rows(6, 2, 4), 3, allowed_N=np.ones(5, bool))
+
+
+def copies(index):
+    """As a file gives them back: of the same bytes, and not to be written to."""
+    arrays = {key: array.copy() for key, array in index.arrays().items()}
+    for array in arrays.values():
+        array.flags.writeable = False
+    return arrays
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("count", [0, 1, 40])
+def test_an_index_made_of_saved_arrays_finds_the_same_and_takes_more(name, count):
+    vectors, query = unit_rows(5, count, 6), unit_rows(6, 3, 6)
+    index = filled(name, vectors)
+    loaded = type(index).from_arrays(6, copies(index))
+    assert len(loaded) == count
+    for one in (index, loaded):
+        one.add(vectors[:2])
+    for want, got in zip(index.search(query, 9), loaded.search(query, 9), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_vectors_alone_are_enough_to_make_an_index(name):
+    vectors, query = unit_rows(5, 40, 6), unit_rows(6, 3, 6)
+    made = registry.get("indexes", name).from_arrays(6, {"vectors": vectors})
+    for want, got in zip(filled(name, vectors).search(query, 9), made.search(query, 9), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_arrays_that_are_absent_or_of_another_form_are_refused(name):
+    index = filled(name, unit_rows(5, 40, 6))
+    kind = type(index)
+    with pytest.raises(ValueError, match="no array 'vectors'"):
+        kind.from_arrays(6, {})
+    with pytest.raises(ValueError, match="array 'vectors'"):
+        kind.from_arrays(5, copies(index))
+    for key, array in copies(index).items():
+        with pytest.raises(ValueError, match=f"array {key!r}"):
+            kind.from_arrays(6, copies(index) | {key: array[None]})
+        with pytest.raises(ValueError, match=f"array {key!r}"):
+            kind.from_arrays(6, copies(index) | {key: array.astype(np.complex64)})
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("queries", [1, 16])
+def test_on_clustered_vectors_the_ten_best_are_found(name, queries):
+    rng = np.random.default_rng(0)
+    centres = unit_rows(1, 50, 32)
+    vectors = centres[rng.integers(50, size=6000)] + 0.1 * rng.normal(size=(6000, 32))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    query = vectors[rng.permutation(6000)[:queries]]
+    index = filled(name, vectors)
+    mask = np.arange(6000) % 3 > 0
+    for allowed in (None, mask):
+        found = index.search(query, 10, allowed_N=allowed)[1]
+        want = filled("flat", vectors).search(query, 10, allowed_N=allowed)[1]
+        shared = sum(len(np.intersect1d(a, b)) for a, b in zip(found, want, strict=True))
+        assert shared >= (1.0 if index.exact else 0.9) * want.size

@@ -1,0 +1,72 @@
+"""Exact results from a scan that is only nearly exact: its best rows are scored again, until no other can be among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from loraweave.retrieval.indexes._vectors import Found, rescored
+
+# a scan that was not sure asks for so many times more
+_GROWTH = 8
+
+# below this share of allowed rows, scoring just these costs less than a scan that passes over the others
+FEW_ALLOWED = 1 / 16
+
+# rows whose products are taken at once: 64 queries x 4096 rows x 4 bytes stay in the second cache
+_BLOCK_ROWS = 4096
+
+Scan = Callable[[np.ndarray, int], Found]
+
+
+def exact_best(
+    scan: Scan, query_QD: np.ndarray, vectors_ND: np.ndarray, k: int, num_first: int, slack_Q: np.ndarray
+) -> Found:
+    """The k best rows of each query, as the reference ranks them: scores (Q, K) and positions, ties by position.
+
+    `scan(query_QD, r)` gives the r rows, or all there are, with the largest products, each at most `slack_Q` off, in any
+    order. It is asked for `num_first`, and for more while the k-th best score is so near the worst one it gave that a row
+    left out could be better.
+    """
+    num_asked, todo_Q = max(k, num_first), np.arange(len(query_QD))
+    scores_QK = positions_QK = np.empty((0, 0))
+    while len(todo_Q):
+        nearly_QR, rows_QR = scan(query_QD[todo_Q], num_asked)
+        some_QK, at_QK = rescored(query_QD[todo_Q], vectors_ND, rows_QR, k)
+        if len(todo_Q) == len(query_QD):
+            scores_QK, positions_QK = np.empty(some_QK.shape, np.float32), np.empty(at_QK.shape, np.int64)
+        scores_QK[todo_Q], positions_QK[todo_Q] = some_QK, at_QK
+        if nearly_QR.shape[1] < num_asked or not nearly_QR.shape[1]:
+            break
+        todo_Q = todo_Q[some_QK[:, -1] <= nearly_QR.min(axis=1) + slack_Q[todo_Q]]
+        num_asked *= _GROWTH
+    return scores_QK, positions_QK
+
+
+def few_best(query_QD: np.ndarray, vectors_ND: np.ndarray, allowed_N: np.ndarray, k: int) -> Found:
+    """The k best of the allowed rows, scored one by one."""
+    rows_R = np.flatnonzero(allowed_N)
+    return rescored(query_QD, vectors_ND, np.broadcast_to(rows_R, (len(query_QD), len(rows_R))), k)
+
+
+def scan_products(query_QD: np.ndarray, vectors_ND: np.ndarray, num: int, allowed_N: np.ndarray | None) -> Found:
+    """The `num` largest fp32 products of each query and their rows, in no order; block by block, a matrix product each.
+
+    A block's products are compared with the worst score kept so far, which few reach: so most are looked at once only.
+    """
+    num = min(num, len(vectors_ND) if allowed_N is None else int(allowed_N.sum()))
+    best_QR = np.full((len(query_QD), num), -np.inf, np.float32)
+    rows_QR = np.full((len(query_QD), num), -1, np.int64)
+    for start in range(0, len(vectors_ND) if num else 0, _BLOCK_ROWS):
+        products_QB = query_QD @ vectors_ND[start : start + _BLOCK_ROWS].T
+        if allowed_N is not None:
+            products_QB[:, ~allowed_N[start : start + _BLOCK_ROWS]] = -np.inf
+        above_QB = products_QB > best_QR.min(axis=1)[:, None]
+        for query in np.flatnonzero(above_QB.any(axis=1)):
+            new = np.flatnonzero(above_QB[query])
+            scores = np.concatenate([best_QR[query], products_QB[query, new]])
+            rows = np.concatenate([rows_QR[query], new + start])
+            kept = np.argpartition(-scores, num - 1)[:num]
+            best_QR[query], rows_QR[query] = scores[kept], rows[kept]
+    return best_QR, rows_QR

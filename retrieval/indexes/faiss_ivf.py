@@ -1,0 +1,154 @@
+"""Approximate search by inner product in the clusters nearest to a query: inverted lists, for 10^5 keys and more."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from loraweave.retrieval.indexes._clusters import centres, nearest
+from loraweave.retrieval.indexes._exact import FEW_ALLOWED, few_best
+from loraweave.retrieval.indexes._faiss import HalfScanner, import_faiss
+from loraweave.retrieval.indexes._vectors import Found, checked, checked_mask, rescored, saved
+from loraweave.retrieval.indexes.faiss_half import NUM_RESCORED, FaissHalf, halved
+
+# below this a scan of everything is as fast, and exact
+MIN_CLUSTERED = 10_000
+
+# the share of the lists that is looked into: recall@10 of benchmarks/hub.py is above 0.95 from there on
+PROBED_SHARE = 1 / 16
+
+# vectors added later are scanned one by one; when they are so many of all, the lists are made anew
+_MAX_LATE_SHARE = 0.2
+
+
+@dataclass(frozen=True, eq=False)
+class _Lists:
+    """Rows in the order of their lists: list c has those from `starts[c]` to `starts[c + 1]`, then come the late ones."""
+
+    centres_CD: np.ndarray
+    starts: np.ndarray
+    rows_N: np.ndarray
+    codes_ND: np.ndarray
+
+
+class FaissIvf:
+    """Vectors of `dim` numbers in order of addition. PackageMissing without faiss.
+
+    Scores are exact, but a row in a list that was not looked into is missed: recall@10 above 0.95 on clustered vectors,
+    which keys of texts are. Up to 10,000 vectors, and for filters that leave few, everything is scanned and nothing missed.
+    """
+
+    exact = False
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+        self._faiss: Any = import_faiss("faiss_ivf")
+        self._vectors_ND = np.empty((0, dim), np.float32)
+        self._all: FaissHalf | None = FaissHalf(dim)
+        self._lists: _Lists | None = None
+
+    @classmethod
+    def from_arrays(cls, dim: int, arrays: Mapping[str, np.ndarray]) -> FaissIvf:
+        """The index of what `arrays` gave, searched in place; with vectors alone the rest is made.
+
+        ValueError for arrays of another form.
+        """
+        index = cls(dim)
+        index._vectors_ND = vectors_ND = saved(arrays, "vectors", "<f4", (None, dim))
+        if set(arrays) == {"vectors"}:
+            index._make()
+        elif "centres" not in arrays:
+            index._all = FaissHalf.from_arrays(dim, arrays)
+        else:
+            centres_CD = saved(arrays, "centres", "<f4", (None, dim))
+            starts = saved(arrays, "starts", "<i8", (len(centres_CD) + 1,))
+            rows_N = saved(arrays, "rows", "<i8", (len(vectors_ND),))
+            if not len(centres_CD) or starts[0] or (np.diff(starts) < 0).any() or starts[-1] > len(rows_N):
+                raise ValueError(f"array 'starts' of the saved index does not divide {len(rows_N)} rows")
+            if rows_N.min() < 0 or rows_N.max() >= len(rows_N):
+                raise ValueError(f"array 'rows' of the saved index has numbers outside 0 to {len(rows_N) - 1}")
+            codes_ND = saved(arrays, "codes", "<f2", vectors_ND.shape)
+            index._all, index._lists = None, _Lists(centres_CD, starts, rows_N, codes_ND)
+        return index
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What is to be saved."""
+        if self._all is not None:
+            return self._all.arrays()
+        assert self._lists is not None
+        lists = self._lists
+        kept = {"centres": lists.centres_CD, "starts": lists.starts, "rows": lists.rows_N, "codes": lists.codes_ND}
+        return {"vectors": self._vectors_ND, **kept}
+
+    def __len__(self) -> int:
+        return len(self._vectors_ND)
+
+    def add(self, vectors_ND: np.ndarray) -> None:
+        """Appends vectors (N, dim). DimensionMismatch for another size, or values that are not finite."""
+        vectors_ND = checked(vectors_ND, self.dim, "vectors")
+        before, lists = len(self), self._lists
+        self._vectors_ND = np.concatenate([self._vectors_ND, vectors_ND])
+        if lists is None or len(self) - int(lists.starts[-1]) > _MAX_LATE_SHARE * len(self):
+            self._make()
+            return
+        rows_N = np.concatenate([lists.rows_N, np.arange(before, len(self))])
+        codes_ND = np.concatenate([lists.codes_ND, halved(vectors_ND)[0]])
+        self._lists = _Lists(lists.centres_CD, lists.starts, rows_N, codes_ND)
+
+    def search(self, query_QD: np.ndarray, k: int, *, allowed_N: np.ndarray | None = None) -> Found:
+        """Scores (Q, K) descending, rounded to 6 decimals, and positions (Q, K), ties by position.
+
+        K is the smaller of k and the number of vectors, or of those that the mask allows.
+        """
+        if self._all is not None:
+            return self._all.search(query_QD, k, allowed_N=allowed_N)
+        query_QD = checked(query_QD, self.dim, "queries")
+        mask_N = checked_mask(allowed_N, len(self))
+        count = len(self) if mask_N is None else int(mask_N.sum())
+        num_found = min(k, count)
+        if mask_N is not None and count < FEW_ALLOWED * len(self):
+            return few_best(query_QD, self._vectors_ND, mask_N, k)
+        scores_QK, positions_QK = np.empty((len(query_QD), num_found), np.float32), np.empty((len(query_QD), num_found), int)
+        scanner = HalfScanner(self._faiss, self.dim, mask_N)
+        # the rarer allowed rows are, the more lists it takes to meet as many of them
+        share = min(1.0, PROBED_SHARE * len(self) / count) if count else 1.0
+        for number, query_D in enumerate(query_QD if num_found else ()):
+            rows_R = self._near(scanner, query_D, num_found, share)
+            found = rescored(query_D[None], self._vectors_ND, rows_R[None], num_found)
+            scores_QK[number], positions_QK[number] = found[0][0], found[1][0]
+        return scores_QK, positions_QK
+
+    def _near(self, scanner: HalfScanner, query_D: np.ndarray, k: int, share: float) -> np.ndarray:
+        """Rows to score again, k at least."""
+        assert self._lists is not None
+        lists = self._lists
+        nearness_C = lists.centres_CD @ query_D
+        num_probed, num_wanted = math.ceil(len(nearness_C) * share), min(len(self), max(k, NUM_RESCORED))
+        late = (lists.codes_ND[lists.starts[-1] :], lists.rows_N[lists.starts[-1] :])
+        while True:
+            num_probed = min(num_probed, len(nearness_C))
+            probed = np.argpartition(-nearness_C, num_probed - 1)[:num_probed]
+            bounds = zip(lists.starts[probed].tolist(), lists.starts[probed + 1].tolist(), strict=True)
+            parts = [(lists.codes_ND[start:end], lists.rows_N[start:end]) for start, end in bounds]
+            rows_R = scanner.best(query_D, [*parts, late], num_wanted)[1]
+            if len(rows_R) >= k or num_probed == len(nearness_C):
+                return rows_R
+            # the mask, or a large k, leaves too few in these lists
+            num_probed *= 4
+
+    def _make(self) -> None:
+        if len(self) < MIN_CLUSTERED:
+            self._all, self._lists = FaissHalf.from_arrays(self.dim, {"vectors": self._vectors_ND}), None
+            return
+        # the work of finding the lists and that of looking into them are then of one size
+        centres_CD = centres(self._vectors_ND, round(2 * math.sqrt(len(self))))
+        nearest_N = nearest(self._vectors_ND, centres_CD)
+        rows_N = np.argsort(nearest_N, kind="stable").astype(np.int64)
+        starts = np.searchsorted(nearest_N[rows_N], np.arange(len(centres_CD) + 1)).astype(np.int64)
+        codes_ND = np.empty(self._vectors_ND.shape, np.float16)
+        codes_ND[:] = halved(self._vectors_ND)[0][rows_N]
+        self._all, self._lists = None, _Lists(centres_CD.astype(np.float32), starts, rows_N, codes_ND)
