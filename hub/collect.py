@@ -5,14 +5,14 @@ from __future__ import annotations
 from contextlib import suppress
 
 from loraweave.errors import HubCorrupt, HubFull
-from loraweave.hub import rows
+from loraweave.hub import rows, versions
 from loraweave.hub.catalogue import require_row
 from loraweave.hub.storage_errors import storage_errors
 from loraweave.hub.stores import BlobStore, CatalogueStore
 
 
 def collect(catalogue: CatalogueStore, blobs: BlobStore) -> int:
-    """Deletes unnamed blobs and what killed writers left; returns the bytes freed.
+    """Deletes blobs that no version of an adapter has, and what killed writers left; returns the bytes freed.
 
     HubCorrupt, with nothing deleted, when a row is damaged or missing: a blob might be its.
     """
@@ -29,18 +29,23 @@ def collect(catalogue: CatalogueStore, blobs: BlobStore) -> int:
         # files first: on a full disk the catalogue can be written only once they are gone, and a blob's row without its
         # file does no harm, so that a next call may do what this one could not
         with suppress(HubFull), catalogue.transaction(doing) as connection:
-            connection.execute("DELETE FROM blobs WHERE hash NOT IN (SELECT hash FROM adapters)")
+            connection.execute(
+                "DELETE FROM blobs WHERE hash NOT IN (SELECT hash FROM adapters UNION SELECT hash FROM versions)"
+            )
         catalogue.empty_log()
     return freed
 
 
 def _named_blobs(catalogue: CatalogueStore, doing: str) -> set[str]:
     with catalogue.reading() as connection:
-        hashes = [row.record.hash for row in rows.every(connection)]
-        (num_added,) = require_row(connection.execute("SELECT num_adapters FROM state").fetchone(), catalogue.where)
-    if len(hashes) != num_added:
-        raise HubCorrupt(
-            f"{doing}: the catalogue has the rows of {len(hashes)} adapters, but {num_added} were added; nothing was "
-            "deleted, and Hub.verify() lists what can still be read"
-        )
-    return set(hashes)
+        newest = [row.record.hash for row in rows.every(connection)]
+        older = [old.record.hash for key in versions.every(connection) if (old := versions.at(connection, *key))]
+        counted = require_row(connection.execute("SELECT num_adapters, num_versions FROM state").fetchone(), catalogue.where)
+    kinds = ("adapters", newest, counted[0]), ("superseded versions", older, counted[1])
+    for what, listed, num_added in kinds:
+        if len(listed) != num_added:
+            raise HubCorrupt(
+                f"{doing}: the catalogue has the rows of {len(listed)} {what}, but {num_added} were added; nothing was "
+                "deleted, and Hub.verify() lists what can still be read"
+            )
+    return {*newest, *older}

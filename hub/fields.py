@@ -12,21 +12,23 @@ MAX_DESCRIPTION_BYTES = 100_000
 MAX_EXAMPLES = 1_000
 MAX_EXAMPLE_BYTES = 10_000
 MAX_TAGS = 1_000
-# tags, licenses and ids of base models
+MAX_LANGUAGES = 1_000
+# tags, licenses, languages and ids of base models
 MAX_LABEL_BYTES = 1_000
 MAX_CARD_BYTES = 4_000_000
 
-OWN_FIELDS = ("description", "examples", "tags", "license")
+OWN_FIELDS = ("description", "examples", "tags", "license", "language")
 
 
 @dataclass(frozen=True)
 class Fields:
-    """What a search reads: a description, example inputs, tags, and the SPDX id of the license."""
+    """What a search reads: a description, example inputs, tags, the SPDX id of the license, and language codes."""
 
     description: str = ""
     examples: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
     license: str | None = None
+    language: tuple[str, ...] = ()
 
     def as_card(self) -> dict[str, Any]:
         """The fields that say something, as they stand in a card."""
@@ -35,18 +37,24 @@ class Fields:
             "examples": list(self.examples),
             "tags": list(self.tags),
             "license": self.license,
+            "language": list(self.language),
         }
         return {key: value for key, value in values.items() if value}
 
 
 def checked_fields(name: str, given: Mapping[str, Any]) -> Fields:
-    """The fields of adapter `name` as stored; repeated tags are dropped. AdapterUnsupported for a wrong type or size."""
+    """The fields of adapter `name` as stored, without repeated tags and languages.
+
+    AdapterUnsupported for a wrong type or size.
+    """
     labels = _texts(name, "tags", given["tags"], MAX_TAGS, MAX_LABEL_BYTES)
+    languages = _texts(name, "language", given["language"], MAX_LANGUAGES, MAX_LABEL_BYTES)
     return Fields(
         checked_text(name, "description", given["description"], MAX_DESCRIPTION_BYTES),
         _texts(name, "examples", given["examples"], MAX_EXAMPLES, MAX_EXAMPLE_BYTES),
         tuple(dict.fromkeys(labels)),
         checked_text(name, "license", given["license"] or "", MAX_LABEL_BYTES) or None,
+        tuple(dict.fromkeys(languages)),
     )
 
 

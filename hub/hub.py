@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -22,26 +20,17 @@ from loraweave.errors import (
     AdapterCorrupt,
     AdapterExists,
     AdapterNotFound,
-    HubCorrupt,
-    HubError,
-    HubFull,
     InvalidName,
 )
-from loraweave.hub import rows
+from loraweave.hub import rows, versions
 from loraweave.hub.blob_files import STALE_TMP_S
 from loraweave.hub.catalogue import Catalogue, require_row
 from loraweave.hub.collect import collect
-from loraweave.hub.fields import (
-    MAX_LABEL_BYTES,
-    checked_fields,
-    checked_text,
-    fields_with_card,
-    one_or_many,
-)
+from loraweave.hub.fields import checked_fields, one_or_many
 from loraweave.hub.folder_blobs import FolderBlobs
 from loraweave.hub.names import checked_name, near_misses
 from loraweave.hub.storage_errors import storage_errors
-from loraweave.hub.stores import BlobStore, CatalogueStore
+from loraweave.hub.stores import BlobStore, CatalogueStore, Connection
 from loraweave.hub.vectors import read_vectors, write_vectors
 from loraweave.types import Candidate, Record
 
@@ -80,6 +69,8 @@ class Hub:
         base_model: str | None = None,
         stored_as: str = "factors",
         allow_pickle: bool = False,
+        language: Collection[str] | str = (),
+        replace: bool = False,
     ) -> Record:
         """Stores an adapter, a PEFT folder or a model hub repository; what is not given comes from the adapter and its card.
 
@@ -87,64 +78,57 @@ class Hub:
         replaced. `stored_as="compeft"` keeps the ternary factors that `compeft` makes in 0.3 to 1.5 bits an entry, bit for
         bit; content that is stored already stays in the form it has. `allow_pickle` has an adapter_model.bin read.
 
-        AdapterExists for other content; InvalidName; AdapterCorrupt for factors that are not finite or do not fit;
-        AdapterUnsupported for an adapter without effect, above a limit, or not ternary for that form. All is checked before
-        anything is written.
+        With `replace=True` other content under the name becomes its next version, and fields that neither the caller nor the
+        card gives stay as they were. AdapterExists for other content without it; InvalidName; AdapterCorrupt for factors
+        that are not finite or do not fit; AdapterUnsupported for an adapter without effect, above a limit, or not ternary
+        for that form. All is checked before anything is written.
         """
         from loraweave.hub.adapter import Adapter
         from loraweave.hub.admission import require_storable
-        from loraweave.hub.blobs import content_hash
+        from loraweave.hub.new_record import new_record
+        from loraweave.hub.storing import store
 
         adapter = (
             source if isinstance(source, Adapter) else Adapter.from_pretrained(source, name=name, allow_pickle=allow_pickle)
         )
-        own_name = checked_name(adapter.name if name is None else name)
-        given = {"description": description, "examples": examples, "tags": tags, "license": license}
-        fields = checked_fields(own_name, fields_with_card(given, adapter.card))
+        given = {"description": description, "examples": examples, "tags": tags, "license": license, "language": language}
+        record = new_record(adapter, checked_name(adapter.name if name is None else name), given, base_model)
         require_storable(adapter, stored_as)
-        record = Record(
-            name=own_name,
-            hash=content_hash(adapter.layers, adapter.heads),
-            base_model=checked_text(own_name, "base_model", base_model or adapter.base_model, MAX_LABEL_BYTES),
-            rank=adapter.rank,
-            target_modules=tuple(sorted({layer.rsplit(".", 1)[-1] for layer in adapter.layers})),
-            license=fields.license,
-            tags=fields.tags,
-            description=fields.description,
-            size_bytes=0,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            examples=fields.examples,
-            fingerprint=adapter.fingerprint,
-            card=adapter.card,
-        )
-        text = rows.encode_within_limit(record)
-        doing = f"adding adapter {own_name!r}"
-        with self._catalogue.locked(doing):
-            existing = self._find(own_name)
-            if existing is not None and existing.record.hash != record.hash:
-                raise AdapterExists(
-                    f"{doing}: the name stands for another adapter, with hash {existing.record.hash}, not {record.hash}; "
-                    f"hub.remove({own_name!r}) first, or add this one under another name"
-                )
-            return self._store(adapter, record, text, existing, doing, stored_as)
+        return store(self._catalogue, self._blobs, adapter, record, stored_as=stored_as, as_version=replace)
 
     def __getitem__(self, name: str) -> Adapter:
         """The adapter, its tensors mapped from the blob. AdapterNotFound names near misses; AdapterCorrupt for damage."""
-        from loraweave.hub.adapter import Adapter
-        from loraweave.hub.blobs import read_blob
+        return self.get(name)
 
-        row = self._row(name)
-        record = row.record
-        who = f"adapter {record.name!r}"
-        place = self._blobs.place(record.hash)
-        with storage_errors(place, f"reading {who}"):
-            try:
-                blob = read_blob(self._blobs.local(record.hash, row.blob.file_sha256, who), who)
-            except FileNotFoundError as error:
-                # removed and collected since the row was read? then this says so
-                self._row(name)
-                raise AdapterCorrupt(f"{who}: blob {place} is missing; add the adapter again from its source") from error
-        return Adapter(record.name, record.base_model, blob.layers, record.fingerprint, record.card, blob.heads)
+    def get(self, name: str, *, version: int | None = None) -> Adapter:
+        """The adapter as it was in that version, by default the newest. AdapterNotFound names the versions there are."""
+        from loraweave.hub.stored_adapter import stored_adapter
+
+        with self._catalogue.reading() as connection:
+            row = self._found(connection, name)
+            row = row if version is None else versions.chosen(connection, row, version)
+        try:
+            return stored_adapter(self._blobs, row)
+        except AdapterCorrupt:
+            # removed and collected since the row was read? then this says so
+            self._row(name)
+            raise
+
+    def history(self, name: str) -> list[Record]:
+        """The record of every version of the adapter, oldest first; the last one is what `hub[name]` gives."""
+        with self._catalogue.reading() as connection:
+            row = self._found(connection, name)
+            return [*(old.record for old in versions.superseded(connection, row)), row.record]
+
+    def rollback(self, name: str, version: int) -> Record:
+        """Makes an earlier version's content and fields the newest again, as a version of its own: history stays whole."""
+        with self._catalogue.writing(f"rolling back adapter {name!r}") as connection:
+            return versions.restore(connection, self._found(connection, name), version)
+
+    def prune(self, name: str, *, keep: int = 1) -> int:
+        """Forgets all but the newest `keep` versions; returns how many. gc() then frees what no version needs."""
+        with self._catalogue.writing(f"pruning the versions of adapter {name!r}") as connection:
+            return versions.prune(connection, self._found(connection, name), keep)
 
     def __contains__(self, name: object) -> bool:
         try:
@@ -243,27 +227,21 @@ class Hub:
         examples: Collection[str] | None = None,
         tags: Collection[str] | None = None,
         license: str | None = None,
+        language: Collection[str] | str | None = None,
     ) -> Record:
-        """Replaces the fields that are given; an empty value clears one (license="")."""
-        given = {"description": description, "examples": examples, "tags": tags, "license": license}
+        """Replaces the fields that are given; an empty value clears one (license=""). The version stays the same."""
+        given = {"description": description, "examples": examples, "tags": tags, "license": license, "language": language}
         with self._catalogue.writing(f"updating adapter {name!r}") as connection:
-            row = self._row(name)
+            row = self._found(connection, name)
             old = {key: getattr(row.record, key) for key in given}
             fields = checked_fields(row.record.name, {key: old[key] if new is None else new for key, new in given.items()})
-            record = replace(
-                row.record,
-                description=fields.description,
-                examples=fields.examples,
-                tags=fields.tags,
-                license=fields.license,
-            )
-            return rows.change(connection, row, record)
+            return rows.change(connection, row, replace(row.record, **vars(fields)))
 
     def rename(self, old: str, new: str) -> Record:
         """The record under its new name. AdapterExists when that name is taken, InvalidName when it cannot be stored."""
         target = checked_name(new)
         with self._catalogue.writing(f"renaming adapter {old!r}") as connection:
-            row = self._row(old)
+            row = self._found(connection, old)
             taken = rows.find(connection, target)
             if taken is not None and taken.seq != row.seq:
                 raise AdapterExists(
@@ -273,9 +251,14 @@ class Hub:
             return rows.change(connection, row, replace(row.record, name=target))
 
     def remove(self, name: str) -> None:
-        """Takes the adapter out of the catalogue. Its blob stays until gc(), so what is mapped from it lives on."""
+        """Takes the adapter and all its versions out of the catalogue.
+
+        The blobs stay until gc(), so what is mapped from them lives on.
+        """
         with self._catalogue.writing(f"removing adapter {name!r}") as connection:
-            rows.delete(connection, self._row(name))
+            row = self._found(connection, name)
+            versions.forget(connection, row)
+            rows.delete(connection, row)
 
     def verify(self) -> Verification:
         """Reads every row and every blob and reports what is damaged: `.ok`, `.problems`, `.intact`, `.orphans`."""
@@ -330,14 +313,18 @@ class Hub:
             return rows.find(connection, name)
 
     def _row(self, name: str) -> rows.Row:
+        with self._catalogue.reading() as connection:
+            return self._found(connection, name)
+
+    def _found(self, connection: Connection, name: str) -> rows.Row:
+        """The row of that name. AdapterNotFound names near misses."""
         try:
-            row = self._find(checked_name(name))
+            row = rows.find(connection, checked_name(name))
         except InvalidName as error:
             raise AdapterNotFound(f"no adapter {name!a:.80} in the hub {self.path}: {error}") from error
         if row is not None:
             return row
-        with self._catalogue.reading() as connection:
-            known = [known for (known,) in connection.execute("SELECT name FROM adapters ORDER BY seq").fetchall()]
+        known = [known for (known,) in connection.execute("SELECT name FROM adapters ORDER BY seq").fetchall()]
         close = near_misses(name, known)
         hint = (
             f"did you mean {' or '.join(map(repr, close))}?"
@@ -345,49 +332,3 @@ class Hub:
             else f"it has {len(known)} adapters, none of a like name"
         )
         raise AdapterNotFound(f"no adapter {name!r} in the hub {self.path}; {hint}")
-
-    def _store(
-        self, adapter: Adapter, record: Record, text: str, existing: rows.Row | None, doing: str, stored_as: str
-    ) -> Record:
-        """Blob first, then the row. The caller holds the lock."""
-        from loraweave.hub.blobs import write_blob
-
-        absent = not self._blobs.has(record.hash)
-        try:
-            with storage_errors(self.path, doing):
-                known = self._usable_blob(record.hash)
-                written = known is None
-                if known is None:
-                    placed = write_blob(
-                        self._blobs, adapter.layers, record.hash, text, heads=adapter.heads, stored_as=stored_as
-                    )
-                    known = rows.BlobRow(record.hash, *placed)
-                else:
-                    self._blobs.settle(record.hash)
-            with self._catalogue.transaction(doing) as connection:
-                if written or existing is None:
-                    rows.put_blob(connection, known)
-                return rows.insert(connection, record) if existing is None else existing.record
-        except HubFull:
-            # the row is certainly not there, and the space is needed; after other errors gc decides
-            if absent:
-                with suppress(OSError, HubError):
-                    self._blobs.remove(record.hash)
-            raise
-
-    def _usable_blob(self, content: str) -> rows.BlobRow | None:
-        """The stored blob of that content; None when there is none or it is damaged, and is to be written."""
-        from loraweave.hub.blobs import examine_blob
-
-        try:
-            with self._catalogue.reading() as connection:
-                known = rows.find_blob(connection, content)
-        except HubCorrupt:
-            known = None
-        try:
-            if known is None:
-                return rows.BlobRow(content, *examine_blob(self._blobs.local(content, None, "blob"), content))
-            self._blobs.require(content, known.file_sha256, "blob")
-        except (AdapterCorrupt, FileNotFoundError):
-            return None
-        return known

@@ -46,6 +46,25 @@ STEPS: tuple[tuple[str, ...], ...] = (
         ) STRICT, WITHOUT ROWID""",
         "CREATE INDEX vectors_by_adapter ON vectors (seq)",
     ),
+    (
+        # versions of a name that a newer one has taken the place of; `adapters` keeps the newest
+        "ALTER TABLE state ADD COLUMN num_versions INTEGER NOT NULL DEFAULT 0",
+        """CREATE TABLE versions (
+            seq INTEGER NOT NULL REFERENCES adapters (seq) ON DELETE CASCADE,
+            version INTEGER NOT NULL,
+            hash TEXT NOT NULL,
+            record TEXT NOT NULL,
+            sha256 TEXT NOT NULL,
+            PRIMARY KEY (seq, version)
+        ) STRICT, WITHOUT ROWID""",
+        "CREATE INDEX versions_by_hash ON versions (hash)",
+        # the fingerprints that adapters of one base model's id came with, so that a second one is noticed at once
+        """CREATE TABLE bases (
+            base_model TEXT NOT NULL,
+            fingerprint TEXT NOT NULL,
+            PRIMARY KEY (base_model, fingerprint)
+        ) STRICT, WITHOUT ROWID""",
+    ),
 )
 
 

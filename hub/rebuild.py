@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from loraweave.errors import AdapterCorrupt, HubError, HubLocked
-from loraweave.hub import rows
+from loraweave.hub import rows, versions
 from loraweave.hub.blob_files import file_digest, sync_folder
 from loraweave.hub.blobs import read_blob
 from loraweave.hub.folder_blobs import FolderBlobs
@@ -22,13 +24,20 @@ from loraweave.types import Record
 
 _SIDE_FILES = ("", "-wal", "-shm")
 
+# an adapter's records, the newest version last
+History = list[Record]
+
+# content hash -> the blob's row, and what was known when it was written
+Blobs = Mapping[str, tuple[rows.BlobRow, Record]]
+
 
 def rebuild(folder: str | Path, *, timeout_s: float = 30.0) -> list[str]:
     """Gives a hub whose catalogue is damaged or lost a new one, and returns the names it holds.
 
-    Rows of the old catalogue that are intact are kept, in their order. A sound blob without one comes back under the name it
-    was first added with (and a part of its hash where that is taken), even when that adapter had been removed and not
-    collected. The old catalogue is kept as `catalogue.sqlite.corrupt-<n>`. No other program may have the hub open.
+    Rows of the old catalogue that are intact are kept, in their order, with their versions. A sound blob without one comes
+    back under the name it was first added with, even when that adapter had been removed and not collected: several blobs of
+    one name are its versions where their numbers differ, and get a part of their hash into the name where not. The old
+    catalogue is kept as `catalogue.sqlite.corrupt-<n>`. No other program may have the hub open.
     A rebuild that was interrupted is finished by the next.
     """
     folder = Path(folder)
@@ -42,7 +51,7 @@ def rebuild(folder: str | Path, *, timeout_s: float = 30.0) -> list[str]:
                 _set_aside(path)
                 os.replace(new, path)
                 sync_folder(folder)
-                return [record.name for record in _intact_rows(path)]
+                return [history[-1].name for history in _intact_rows(path)]
         except Timeout:
             raise HubLocked(f"rebuilding the catalogue: {folder / 'write.lock'} was held for {timeout_s:g} s") from None
 
@@ -52,65 +61,104 @@ def _make(folder: Path, path: Path, new: Path) -> None:
     unfinished = new.with_name(f"{new.name}.unfinished")
     for stale in (new, *(unfinished.with_name(f"{unfinished.name}{side}") for side in _SIDE_FILES)):
         stale.unlink(missing_ok=True)
-    _write(unfinished, list(_records(FolderBlobs(folder), path)))
+    blobs = dict(_sound_blobs(FolderBlobs(folder)))
+    histories = [*_listed(path, blobs)]
+    histories += _unlisted(blobs, histories)
+    _write(unfinished, histories, blobs)
     os.replace(unfinished, new)
     sync_folder(folder)
 
 
-def _records(blobs: BlobStore, path: Path) -> Iterator[tuple[Record, rows.BlobRow]]:
-    sound = {blob.hash: (blob, origin) for blob, origin in _sound_blobs(blobs)}
+def _listed(path: Path, blobs: Blobs) -> Iterator[History]:
+    """What the old catalogue still says, without the versions whose row or blob is damaged."""
     taken: set[str] = set()
-    used: set[str] = set()
-    for record in _intact_rows(path):
-        if record.hash in sound and record.name not in taken:
-            taken.add(record.name)
-            used.add(record.hash)
-            yield record, sound[record.hash][0]
-    lost = [(blob, origin) for blob, origin in sound.values() if blob.hash not in used]
-    for blob, origin in sorted(lost, key=lambda entry: (entry[1].created, entry[1].name)):
-        name = origin.name if origin.name not in taken else f"{origin.name[:180]} {blob.hash[:12]}"
-        taken.add(name)
-        yield replace(origin, name=name), blob
+    for found in _intact_rows(path):
+        history = [record for record in found if record.hash in blobs]
+        if history and history[-1].name not in taken:
+            taken.add(history[-1].name)
+            yield history
 
 
-def _sound_blobs(blobs: BlobStore) -> Iterator[tuple[rows.BlobRow, Record]]:
+def _unlisted(blobs: Blobs, listed: Sequence[History]) -> Iterator[History]:
+    """The histories of blobs that no listed one has, by what was known when each was written."""
+    used = {record.hash for history in listed for record in history}
+    taken = {history[-1].name for history in listed}
+    lost: dict[str, list[Record]] = {}
+    for origin in sorted((origin for hash, (_, origin) in blobs.items() if hash not in used), key=_age):
+        lost.setdefault(origin.name, []).append(origin)
+    for name, origins in lost.items():
+        numbers = [origin.version for origin in origins]
+        is_history = name not in taken and len(set(numbers)) == len(numbers)
+        for history in [sorted(origins, key=_number)] if is_history else [[origin] for origin in origins]:
+            own = name if name not in taken else f"{name[:180]} {history[-1].hash[:12]}"
+            taken.add(own)
+            yield [replace(origin, name=own) for origin in history]
+
+
+def _age(record: Record) -> tuple[str, str]:
+    return record.created, record.name
+
+
+def _number(record: Record) -> int:
+    return record.version
+
+
+def _sound_blobs(blobs: BlobStore) -> Iterator[tuple[str, tuple[rows.BlobRow, Record]]]:
     for content_hash in blobs.names():
         try:
             file = blobs.local(content_hash, None, "rebuilding")
             blob = read_blob(file, "rebuilding")
             if blob.content_hash() == content_hash:
-                yield rows.BlobRow(content_hash, file_digest(file), file.stat().st_size), rows.record_from_json(blob.origin)
+                row = rows.BlobRow(content_hash, file_digest(file), file.stat().st_size)
+                yield content_hash, (row, rows.record_from_json(blob.origin))
         except AdapterCorrupt:
             # it stays where it is, for whoever can mend it
             continue
 
 
-def _intact_rows(path: Path) -> Iterator[Record]:
+def _intact_rows(path: Path) -> Iterator[History]:
+    """The intact records of every adapter in the order of addition, newest version last; at most the newest is missing."""
     if not path.exists():
         return
     connection = sqlite3.connect(path, isolation_level=None)
     try:
         seqs = [seq for (seq,) in connection.execute("SELECT seq FROM adapters ORDER BY seq").fetchall()]
+        older: dict[int, list[int]] = {}
+        # a catalogue of schema 1 has no versions
+        with suppress(sqlite3.Error, UnicodeDecodeError):
+            for seq, version in versions.every(connection):
+                older.setdefault(seq, []).append(version)
         for seq in seqs:
-            try:
-                if row := rows.at(connection, seq):
-                    yield row.record
-            except (HubError, sqlite3.Error, UnicodeDecodeError):
-                continue
+            kept = [_intact(versions.at, connection, seq, version) for version in older.get(seq, ())]
+            history = [row.record for row in [*kept, _intact(rows.at, connection, seq)] if row is not None]
+            if history:
+                yield [replace(record, name=history[-1].name) for record in history]
     except (sqlite3.Error, UnicodeDecodeError):
         return
     finally:
         connection.close()
 
 
-def _write(new: Path, records: list[tuple[Record, rows.BlobRow]]) -> None:
+def _intact(read: Callable[..., rows.Row | None], *where: Any) -> rows.Row | None:
+    try:
+        return read(*where)
+    except (HubError, sqlite3.Error, UnicodeDecodeError):
+        return None
+
+
+def _write(new: Path, histories: Sequence[History], blobs: Blobs) -> None:
     connection = sqlite3.connect(new, isolation_level=None)
     try:
         migrate(connection, new)
         connection.execute("BEGIN IMMEDIATE")
-        for record, blob in records:
-            rows.put_blob(connection, blob)
-            rows.insert(connection, record)
+        for history in histories:
+            for record in history:
+                rows.put_blob(connection, blobs[record.hash][0])
+            rows.insert(connection, history[0])
+            for record in history[1:]:
+                row = rows.find(connection, record.name)
+                assert row is not None
+                versions.supersede(connection, row, record)
         connection.execute("UPDATE state SET generation = 1")
         connection.execute("COMMIT")
     finally:

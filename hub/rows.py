@@ -74,12 +74,13 @@ def insert(connection: Connection, record: Record) -> Record:
 
 
 def change(connection: Connection, row: Row, record: Record) -> Record:
-    """Gives the row another record of the same content and returns that as a reader will see it."""
+    """Gives the row another record, whose blob row is there, and returns that as a reader will see it."""
     if record == row.record:
         return row.record
     text = encode(record)
     connection.execute(
-        "UPDATE adapters SET name = ?, record = ?, sha256 = ? WHERE seq = ?", (record.name, text, _sha256(text), row.seq)
+        "UPDATE adapters SET name = ?, hash = ?, record = ?, sha256 = ? WHERE seq = ?",
+        (record.name, record.hash, text, _sha256(text), row.seq),
     )
     return _required(find(connection, record.name), record.name)
 
@@ -113,7 +114,10 @@ def encode(record: Record) -> str:
         "tags": list(record.tags),
         "description": record.description,
         "examples": list(record.examples),
+        "language": list(record.language),
         "created": record.created,
+        "version": record.version,
+        "restored": record.restored,
         "fingerprint": None if record.fingerprint is None else record.fingerprint.to_json(),
         # the fields above are the card's too; kept once, they cannot disagree
         "card": {key: value for key, value in record.card.items() if key not in OWN_FIELDS},
@@ -130,7 +134,7 @@ def encode(record: Record) -> str:
 def encode_within_limit(record: Record) -> str:
     """`encode`, and AdapterUnsupported for a card above the limit; the texts that searches read have their own limits."""
     text = encode(record)
-    size_bytes = len(encode(replace(record, description="", examples=(), tags=())))
+    size_bytes = len(encode(replace(record, description="", examples=(), tags=(), language=())))
     if size_bytes > MAX_CARD_BYTES:
         raise AdapterUnsupported(
             f"the card of adapter {record.name!r} has {size_bytes:,} bytes as JSON; the limit is {MAX_CARD_BYTES:,}"
@@ -150,6 +154,16 @@ def _required(row: Row | None, name: str) -> Record:
     return row.record
 
 
+def decode_version(found: tuple[Any, ...], version: int) -> Row:
+    """A superseded version's row; it has no name of its own beside the record's. HubCorrupt when it is damaged."""
+    row = _decode(found)
+    if row.record.version != version:
+        raise HubCorrupt(
+            f"row {row.seq} of the catalogue is damaged: its version {version} has the record of {row.record.version}"
+        )
+    return row
+
+
 def _decode(found: tuple[Any, ...]) -> Row:
     seq, name, content_hash, text, digest = found[:5]
     if not isinstance(text, str):
@@ -162,13 +176,13 @@ def _decode(found: tuple[Any, ...]) -> Row:
         )
     data = json.loads(text)
     for column, value in (("name", name), ("hash", content_hash)):
-        if data[column] != value:
+        if value is not None and data[column] != value:
             raise HubCorrupt(
                 f"row {seq} of the catalogue is damaged: column {column} is {value!r}, its record {data[column]!r}"
             )
     if found[5] is None:
         raise HubCorrupt(
-            f"the catalogue is damaged: adapter {name!r} has the hash {content_hash}, which no blob row describes"
+            f"the catalogue is damaged: adapter {data['name']!r} has the hash {content_hash}, which no blob row describes"
         )
     blob = _decode_blob(found[5:])
     return Row(seq, replace(record_from_json(data), size_bytes=blob.size_bytes), blob)
@@ -177,7 +191,9 @@ def _decode(found: tuple[Any, ...]) -> Row:
 def record_from_json(data: Mapping[str, Any]) -> Record:
     """The record that `encode` wrote, without its size."""
     fingerprint = data["fingerprint"]
-    fields = Fields(data["description"], tuple(data["examples"]), tuple(data["tags"]), data["license"])
+    # what schema 1 did not know has its default
+    languages = tuple(data.get("language", ()))
+    fields = Fields(data["description"], tuple(data["examples"]), tuple(data["tags"]), data["license"], languages)
     return Record(
         name=data["name"],
         hash=data["hash"],
@@ -190,6 +206,9 @@ def record_from_json(data: Mapping[str, Any]) -> Record:
         size_bytes=0,
         created=data["created"],
         examples=fields.examples,
+        language=fields.language,
+        version=data.get("version", 1),
+        restored=data.get("restored"),
         fingerprint=None if fingerprint is None else Fingerprint.from_json(fingerprint),
         card={**data["card"], **fields.as_card()},
     )

@@ -7,14 +7,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from loraweave.errors import HubError
-from loraweave.hub import rows, vectors
+from loraweave.hub import rows, vectors, versions
 from loraweave.hub.blobs import read_blob
 from loraweave.hub.stores import BlobStore, CatalogueStore, Connection
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What is wrong, one sentence each; which adapters are whole; and which blobs no row names (gc removes those)."""
+    """What is wrong, one sentence each; which adapters are whole; and which blobs no row names (gc removes those).
+
+    An adapter whose newest version is whole counts as whole; damage to a superseded one is a problem of its own.
+    """
 
     problems: tuple[str, ...]
     intact: tuple[str, ...]
@@ -29,28 +32,31 @@ def verify(catalogue: CatalogueStore, blobs: BlobStore) -> Verification:
     """Reads every row and every blob. Damage is reported, not raised."""
     problems: list[str] = []
     found: list[rows.Row] = []
+    older: list[rows.Row] = []
     try:
         with catalogue.reading() as connection:
             problems += catalogue.problems(connection)
             for seq in [seq for (seq,) in connection.execute("SELECT seq FROM adapters ORDER BY seq").fetchall()]:
                 found += _row(connection, seq, problems)
+            for seq, version in versions.every(connection):
+                older += _older(connection, seq, version, problems)
             problems += _vector_problems(connection)
-            counted = connection.execute("SELECT num_adapters FROM state").fetchone()
-            listed = connection.execute("SELECT count(*) FROM adapters").fetchone()
-            if counted != listed:
-                problems.append(
-                    f"the catalogue has the rows of {listed[0]} adapters, but {counted and counted[0]} were added"
-                )
+            problems += _count_problems(connection)
     except HubError as error:
         problems.append(str(error))
     intact = []
     for row in found:
-        faults = list(_blob_problems(blobs, row))
+        faults = list(_blob_problems(blobs, row, f"adapter {row.record.name!r}"))
         problems += faults
         if not faults:
             intact.append(row.record.name)
-    named = {row.blob.hash for row in found}
-    orphans = tuple(content_hash for content_hash in blobs.names() if content_hash not in named)
+    seen = {row.blob.hash for row in found}
+    for row in older:
+        # one blob serves several versions, and is read and complained about once
+        if row.blob.hash not in seen:
+            seen.add(row.blob.hash)
+            problems += _blob_problems(blobs, row, f"version {row.record.version} of adapter {row.record.name!r}")
+    orphans = tuple(content_hash for content_hash in blobs.names() if content_hash not in seen)
     return Verification(tuple(problems), tuple(intact), orphans)
 
 
@@ -66,6 +72,23 @@ def _row(connection: Connection, seq: int, problems: list[str]) -> list[rows.Row
     return [row]
 
 
+def _older(connection: Connection, seq: int, version: int, problems: list[str]) -> list[rows.Row]:
+    try:
+        row = versions.at(connection, seq, version)
+    except (HubError, sqlite3.Error, UnicodeDecodeError) as error:
+        problems.append(f"version {version} of row {seq}: {error}")
+        return []
+    return [] if row is None else [row]
+
+
+def _count_problems(connection: Connection) -> Iterator[str]:
+    counted = connection.execute("SELECT num_adapters, num_versions FROM state").fetchone() or (None, None)
+    for number, table, what in zip(counted, ("adapters", "versions"), ("adapters", "superseded versions"), strict=True):
+        (listed,) = connection.execute(f"SELECT count(*) FROM {table}").fetchone()
+        if number != listed:
+            yield f"the catalogue has the rows of {listed} {what}, but {number} were added"
+
+
 def _vector_problems(connection: Connection) -> Iterator[str]:
     columns = "SELECT embedder, seq, text_digest, vector, sha256 FROM vectors"
     for embedder, seq, text_digest, vector, digest in connection.execute(columns).fetchall():
@@ -73,8 +96,7 @@ def _vector_problems(connection: Connection) -> Iterator[str]:
             yield f"the vector of row {seq} from embedder {embedder!r} is damaged; the next search makes it anew"
 
 
-def _blob_problems(blobs: BlobStore, row: rows.Row) -> Iterator[str]:
-    who = f"adapter {row.record.name!r}"
+def _blob_problems(blobs: BlobStore, row: rows.Row, who: str) -> Iterator[str]:
     place = blobs.place(row.blob.hash)
     try:
         blobs.require(row.blob.hash, row.blob.file_sha256, who)

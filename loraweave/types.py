@@ -85,7 +85,10 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class Record:
-    """A row of the hub's catalogue: everything about an adapter but its tensors."""
+    """A row of the hub's catalogue: everything about an adapter but its tensors.
+
+    `version` counts the contents that the name has stood for; `restored` is the version that a rollback brought back.
+    """
 
     name: str
     hash: str
@@ -100,6 +103,9 @@ class Record:
     examples: tuple[str, ...] = ()
     fingerprint: Fingerprint | None = None
     card: Mapping[str, Any] = field(default_factory=dict)
+    language: tuple[str, ...] = ()
+    version: int = 1
+    restored: int | None = None
 
 
 @dataclass(frozen=True)

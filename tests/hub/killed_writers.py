@@ -84,6 +84,8 @@ CHANGES = {
     "update": lambda hub: hub.update("adapter 0", description="new"),
     "rename": lambda hub: hub.rename("adapter 0", "new"),
     "remove": lambda hub: hub.remove("adapter 0"),
+    "replace": lambda hub: hub.add(adapter(7), name="adapter 0", replace=True),
+    "rollback": lambda hub: hub.rollback("adapter 1", 1),
     "store_vectors": lambda hub: hub.store_vectors("e", [("adapter 1", "d", np.ones(3))]),
     "gc": lambda hub: hub.gc(),
 }
@@ -93,13 +95,15 @@ def state(path):
     with Hub(path) as hub:
         report = hub.verify()
         vectors = sorted(hub.vectors("e"))
-        return [(record.name, record.hash, record.description) for record in hub] + vectors, list(report.problems)
+        rows = [(record.name, record.version, record.hash, record.description) for record in hub]
+        return rows + vectors, list(report.problems)
 
 
 def fresh(path):
     with Hub(path) as hub:
         for seed in range(3):
             hub.add(adapter(seed))
+        hub.add(adapter(6), name="adapter 1", replace=True)
         # something for gc to do
         hub.remove("adapter 2")
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import loraweave.hub.catalogue
-import loraweave.hub.hub
+import loraweave.hub.clock
 from loraweave.errors import (
     AdapterCorrupt,
     AdapterExists,
@@ -95,7 +95,7 @@ def test_records_come_in_order_of_addition_whatever_the_clock_says(hub, monkeypa
         def now(cls, tz=None):
             return datetime(next(years), 1, 1, tzinfo=tz)
 
-    monkeypatch.setattr(loraweave.hub.hub, "datetime", Backwards)
+    monkeypatch.setattr(loraweave.hub.clock, "datetime", Backwards)
     for seed in (3, 1, 2):
         hub.add(adapter(seed))
     assert [record.name for record in hub] == ["adapter 3", "adapter 1", "adapter 2"]

@@ -98,7 +98,8 @@ def state(path):
     with Hub(path) as hub:
         assert hub.verify().problems == ()
         assert list((path / "tmp").glob("*")) == []
-        return [(record.name, record.hash, record.description) for record in hub], sorted(hub.vectors("e"))
+        rows = [(record.name, record.version, record.hash, record.description) for record in hub]
+        return rows, sorted(hub.vectors("e"))
 
 
 CHANGES = {
@@ -106,6 +107,8 @@ CHANGES = {
     "update": lambda hub: hub.update("adapter 0", description="new"),
     "rename": lambda hub: hub.rename("adapter 0", "new"),
     "remove": lambda hub: hub.remove("adapter 0"),
+    "replace": lambda hub: hub.add(adapter(7), name="adapter 0", replace=True),
+    "rollback": lambda hub: hub.rollback("adapter 1", 1),
     "store_vectors": lambda hub: hub.store_vectors("e", [("adapter 1", "d", np.ones(3))]),
     "gc": lambda hub: hub.gc(),
 }
@@ -128,6 +131,7 @@ def test_a_change_that_fails_at_any_step_changes_nothing_and_can_be_repeated(tmp
     with Hub(path) as hub:
         for seed in (0, 1):
             hub.add(adapter(seed))
+        hub.add(adapter(6), name="adapter 1", replace=True)
         hub.store_vectors("e", [("adapter 0", "d", np.ones(3))])
     before = state(path)
     blobs = sorted((path / "blobs").glob("*/*"))

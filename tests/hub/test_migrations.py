@@ -6,6 +6,7 @@ from loraweave.errors import HubCorrupt
 from loraweave.hub import migrations
 from loraweave.hub.hub import Hub
 
+NEWEST = len(migrations.STEPS)
 NEXT_STEP = ("ALTER TABLE state ADD COLUMN colour TEXT", "UPDATE state SET colour = 'green'")
 
 
@@ -39,9 +40,9 @@ def test_an_older_catalogue_is_copied_then_brought_up_to_date(path, monkeypatch)
     edit(path, "UPDATE state SET generation = 7")
     with Hub(path.parent) as hub:
         assert hub.generation == 7
-    assert version(path) == 2
-    backup = path.with_name("catalogue.sqlite.v1.backup")
-    assert version(backup) == 1
+    assert version(path) == NEWEST + 1
+    backup = path.with_name(f"catalogue.sqlite.v{NEWEST}.backup")
+    assert version(backup) == NEWEST
     connection = sqlite3.connect(backup)
     assert connection.execute("SELECT generation FROM state").fetchone() == (7,)
     connection.close()
@@ -52,18 +53,18 @@ def test_a_step_that_fails_leaves_the_older_catalogue_in_use(path, monkeypatch):
         patch.setattr(migrations, "STEPS", (*migrations.STEPS, (NEXT_STEP[0], "SELECT * FROM nowhere")))
         with pytest.raises(HubCorrupt, match="nowhere"):
             Hub(path.parent)
-    assert version(path) == 1
+    assert version(path) == NEWEST
     connection = sqlite3.connect(path)
-    assert [row[1] for row in connection.execute("PRAGMA table_info(state)")] == ["id", "generation", "num_adapters"]
+    assert "colour" not in [row[1] for row in connection.execute("PRAGMA table_info(state)")]
     connection.close()
     with Hub(path.parent) as hub:
         assert len(hub) == 0
 
 
 def test_a_newer_catalogue_is_refused_with_both_versions_and_not_touched(path):
-    edit(path, "PRAGMA user_version = 9", "PRAGMA wal_checkpoint(TRUNCATE)")
+    edit(path, "PRAGMA user_version = 99", "PRAGMA wal_checkpoint(TRUNCATE)")
     before = path.read_bytes()
-    with pytest.raises(HubCorrupt, match=r"schema 9.*up to 1"):
+    with pytest.raises(HubCorrupt, match=rf"schema 99.*up to {NEWEST}"):
         Hub(path.parent)
     assert path.read_bytes() == before
 

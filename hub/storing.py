@@ -1,0 +1,90 @@
+"""Puts an adapter into the store: the blob first, complete and for good, then the rows in one transaction."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import replace
+
+from loraweave.errors import AdapterCorrupt, AdapterExists, HubCorrupt, HubError, HubFull
+from loraweave.hub import rows, versions
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.blobs import examine_blob, write_blob
+from loraweave.hub.fields import OWN_FIELDS
+from loraweave.hub.storage_errors import storage_errors
+from loraweave.hub.stores import BlobStore, CatalogueStore
+from loraweave.types import Record
+
+
+def store(
+    catalogue: CatalogueStore, blobs: BlobStore, adapter: Adapter, record: Record, *, stored_as: str, as_version: bool
+) -> Record:
+    """The record as stored. What is there already, content and name, is not written again, and its record is returned.
+
+    Other content under the name becomes the next version with `as_version`, and is AdapterExists without.
+    """
+    doing = f"adding adapter {record.name!r}"
+    with catalogue.locked(doing):
+        with catalogue.reading() as connection:
+            existing = rows.find(connection, record.name)
+        if existing is not None and existing.record.hash != record.hash:
+            if not as_version:
+                raise AdapterExists(
+                    f"{doing}: the name stands for another adapter, with hash {existing.record.hash}, not {record.hash}; "
+                    f"pass replace=True to make this one its next version, hub.remove({record.name!r}) first, or choose "
+                    "another name"
+                )
+            record = _successor(existing.record, record)
+        return _store(catalogue, blobs, adapter, record, existing, stored_as)
+
+
+def _successor(old: Record, new: Record) -> Record:
+    """The next version; what people wrote about the adapter stays where nothing new was said."""
+    kept = {key: getattr(new, key) or getattr(old, key) for key in OWN_FIELDS}
+    return replace(new, version=old.version + 1, **kept)
+
+
+def _store(
+    catalogue: CatalogueStore, blobs: BlobStore, adapter: Adapter, record: Record, existing: rows.Row | None, stored_as: str
+) -> Record:
+    """The caller holds the lock."""
+    doing = f"adding adapter {record.name!r}"
+    absent = not blobs.has(record.hash)
+    try:
+        with storage_errors(catalogue.where, doing):
+            known = _usable_blob(catalogue, blobs, record.hash)
+            written = known is None
+            if known is None:
+                origin = rows.encode(record)
+                placed = write_blob(blobs, adapter.layers, record.hash, origin, heads=adapter.heads, stored_as=stored_as)
+                known = rows.BlobRow(record.hash, *placed)
+            else:
+                blobs.settle(record.hash)
+        with catalogue.transaction(doing) as connection:
+            is_new = existing is None or existing.record.hash != record.hash
+            if written or is_new:
+                rows.put_blob(connection, known)
+            if existing is None:
+                return rows.insert(connection, record)
+            return versions.supersede(connection, existing, record) if is_new else existing.record
+    except HubFull:
+        # the row is certainly not there, and the space is needed; after other errors gc decides
+        if absent:
+            with suppress(OSError, HubError):
+                blobs.remove(record.hash)
+        raise
+
+
+def _usable_blob(catalogue: CatalogueStore, blobs: BlobStore, content: str) -> rows.BlobRow | None:
+    """The stored blob of that content; None when there is none or it is damaged, and is to be written."""
+    try:
+        with catalogue.reading() as connection:
+            known = rows.find_blob(connection, content)
+    except HubCorrupt:
+        known = None
+    try:
+        if known is None:
+            return rows.BlobRow(content, *examine_blob(blobs.local(content, None, "blob"), content))
+        blobs.require(content, known.file_sha256, "blob")
+    except (AdapterCorrupt, FileNotFoundError):
+        return None
+    return known
