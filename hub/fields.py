@@ -58,11 +58,6 @@ def checked_fields(name: str, given: Mapping[str, Any]) -> Fields:
     )
 
 
-def fields_with_card(fields: Mapping[str, Any], card: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields given; the card's value where none was."""
-    return {key: fields[key] or card.get(key) or fields[key] for key in OWN_FIELDS}
-
-
 def one_or_many(values: Collection[str] | str | None) -> tuple[str, ...]:
     """A single text is taken as one; None as none."""
     if values is None:

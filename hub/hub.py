@@ -28,6 +28,7 @@ from loraweave.hub.catalogue import Catalogue, require_row
 from loraweave.hub.collect import collect
 from loraweave.hub.fields import checked_fields, one_or_many
 from loraweave.hub.folder_blobs import FolderBlobs
+from loraweave.hub.licenses import accepted, canonical
 from loraweave.hub.names import checked_name, near_misses
 from loraweave.hub.storage_errors import storage_errors
 from loraweave.hub.stores import BlobStore, CatalogueStore, Connection
@@ -153,17 +154,16 @@ class Hub:
     ) -> list[Record]:
         """The records in order of addition that are for the base model, under one of the licenses and with all the tags.
 
-        Licenses are SPDX ids, which are compared without case.
+        Licenses are SPDX expressions or ids of the model hub; "MIT OR GPL-3.0-only" is found for MIT too.
         """
         with self._catalogue.reading() as connection:
             found = [row.record for row in rows.every(connection)]
-        licenses = {spdx.casefold() for spdx in one_or_many(license)}
         wanted = set(one_or_many(tags))
         return [
             record
             for record in found
             if (base_model is None or record.base_model == base_model)
-            and (license is None or (record.license or "").casefold() in licenses)
+            and (license is None or accepted(record.license, license))
             and wanted.issubset(record.tags)
         ]
 
@@ -231,6 +231,7 @@ class Hub:
     ) -> Record:
         """Replaces the fields that are given; an empty value clears one (license=""). The version stays the same."""
         given = {"description": description, "examples": examples, "tags": tags, "license": license, "language": language}
+        given["license"] = canonical(license) if license else license
         with self._catalogue.writing(f"updating adapter {name!r}") as connection:
             row = self._found(connection, name)
             old = {key: getattr(row.record, key) for key in given}

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from loraweave.hub import rows
+from loraweave.hub import licenses, rows
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.blobs import content_hash
 from loraweave.hub.clock import now
-from loraweave.hub.fields import MAX_LABEL_BYTES, checked_fields, checked_text, fields_with_card
+from loraweave.hub.fields import MAX_LABEL_BYTES, OWN_FIELDS, checked_fields, checked_text
 from loraweave.types import Record
 
 
 def new_record(adapter: Adapter, name: str, given: Mapping[str, Any], base_model: str | None) -> Record:
     """The record of version 1 under that name. AdapterUnsupported for fields of a wrong type or above their limit."""
-    fields = checked_fields(name, fields_with_card(given, adapter.card))
+    fields = checked_fields(name, _fields_with_card(name, given, adapter.card))
     record = Record(
         name=name,
         hash=content_hash(adapter.layers, adapter.heads),
@@ -34,3 +34,13 @@ def new_record(adapter: Adapter, name: str, given: Mapping[str, Any], base_model
     )
     rows.encode_within_limit(record)
     return record
+
+
+def _fields_with_card(name: str, given: Mapping[str, Any], card: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields given; the card's value where none was."""
+    fields = {key: given[key] or card.get(key) or given[key] for key in OWN_FIELDS}
+    if isinstance(given["license"], str) and given["license"]:
+        fields["license"] = licenses.canonical(given["license"])
+    elif isinstance(fields["license"], str):
+        fields["license"] = licenses.of_card(fields["license"], f"adapter {name!r}")
+    return fields

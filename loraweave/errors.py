@@ -7,6 +7,7 @@ LoraweaveError
 │   ├── AdapterCorrupt (ValueError)       files or blobs that are damaged, truncated or not finite
 │   ├── AdapterUnsupported (ValueError)   a feature that cannot be represented exactly
 │   ├── InvalidName (ValueError)          a name that cannot be stored
+│   ├── InvalidLicense (ValueError)       a license that is no SPDX expression
 │   ├── HubLocked (TimeoutError)          another process holds the write lock
 │   ├── HubReadOnly (PermissionError)     the folder cannot be written
 │   ├── HubFull (OSError)                 the disk is full
@@ -62,6 +63,10 @@ class AdapterUnsupported(HubError, ValueError):
 
 class InvalidName(HubError, ValueError):
     """A name that cannot be stored."""
+
+
+class InvalidLicense(HubError, ValueError):
+    """A license that is no SPDX expression."""
 
 
 class HubLocked(HubError, TimeoutError):

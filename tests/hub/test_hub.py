@@ -77,9 +77,9 @@ def test_the_record_says_what_the_adapter_is(hub):
 def test_fields_come_from_the_card_unless_they_are_given(hub):
     card = {"description": "card", "examples": ["e"], "tags": ["t"], "license": "mit", "scores": [1.5]}
     record = hub.add(adapter(0, card=card), description="given", base_model="org/other")
-    assert (record.description, record.examples, record.tags, record.license) == ("given", ("e",), ("t",), "mit")
+    assert (record.description, record.examples, record.tags, record.license) == ("given", ("e",), ("t",), "MIT")
     assert record.base_model == hub["adapter 0"].base_model == "org/other"
-    assert record.card == {**card, "description": "given"}
+    assert record.card == {**card, "description": "given", "license": "MIT"}
 
 
 def test_a_card_of_read_only_mappings_and_tuples_is_stored_as_json(hub):
