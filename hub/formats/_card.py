@@ -10,6 +10,8 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
+from loraweave.hub.formats._card_license import license_fields, license_of_fields
+from loraweave.hub.formats._card_prose import description_of
 from loraweave.hub.formats._files import MAX_JSON_BYTES, opened, present, read_json
 from loraweave.types import Fingerprint
 
@@ -20,12 +22,17 @@ MAX_README_BYTES = 2**20
 MAX_FRONT_MATTER = 2**16
 MAX_FALLBACK_TEXT = 10_000
 
+# what the writer puts in front of an adapter's own tags
+OWN_TAGS = ("lora", "loraweave")
+
 # read back from adapter_config.json and the tensors, so they are not written twice
 DERIVED = ("peft", "stored_dtype")
 
 
 def read_card(folder: Path) -> tuple[dict[str, Any], Fingerprint | None, dict[str, Any]]:
-    """(card, fingerprint, layout notes of our own writer) of a folder; README.md alone gives license, tags, description.
+    """(card, fingerprint, layout notes of our own writer) of a folder.
+
+    Without loraweave.json, README.md gives license, tags, languages, data sets, and a description in its first paragraph.
 
     A damaged README never blocks. Raises AdapterCorrupt for a damaged loraweave.json: it holds the base's fingerprint.
     """
@@ -67,12 +74,16 @@ def sidecar_text(card: Mapping[str, Any], fingerprint: Fingerprint | None, layou
 
 
 def readme_text(base_model: str, card: Mapping[str, Any], facts: Mapping[str, str]) -> str:
-    """README.md: YAML front matter and what the card tells, for people. `facts` are lines about the tensors."""
-    tags = ["lora", "loraweave", *[str(tag) for tag in _listed(card.get("tags"))]]
+    """README.md: front matter as the model hub reads it, and what the card tells people. `facts` are about the tensors."""
+    tags = [*OWN_TAGS, *[str(tag) for tag in _listed(card.get("tags"))]]
     matter: dict[str, Any] = {"base_model": base_model} if base_model else {}
+    matter |= {"base_model_relation": "adapter"} if base_model else {}
     matter |= {"library_name": "peft", "tags": list(dict.fromkeys(tags))}
-    if isinstance(card.get("license"), str):
-        matter["license"] = card["license"]
+    if isinstance(card.get("license"), str) and card["license"]:
+        matter |= license_fields(card["license"])
+    for key in ("language", "datasets"):
+        if listed := [one for one in _listed(card.get(key)) if isinstance(one, str)]:
+            matter[key] = listed
     front = yaml.safe_dump(matter, allow_unicode=True, sort_keys=False)
     parts = [f"---\n{front}---", f"# {_one_line(card.get('name') or 'LoRA adapter')}"]
     if card.get("description"):
@@ -116,31 +127,43 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
 
 
 def _from_readme(folder: Path) -> dict[str, Any]:
-    matter = _front_matter(folder)
+    matter, body = _readme(folder)
     card: dict[str, Any] = {}
-    for key in ("license", "description"):
-        if isinstance(matter.get(key), str) and matter[key]:
-            card[key] = matter[key][:MAX_FALLBACK_TEXT]
-    tags = [tag[:200] for tag in _listed(matter.get("tags")) if isinstance(tag, str)]
-    if tags:
-        card["tags"] = tags[:100]
+    described = matter.get("description")
+    stated = described if isinstance(described, str) and described else description_of(body)
+    for key, value in (("license", license_of_fields(matter)), ("description", stated)):
+        if value:
+            card[key] = value[:MAX_FALLBACK_TEXT]
+    for key in ("tags", "language", "datasets"):
+        # YAML reads `no`, the code of Norwegian, as false
+        values = ["no" if one is False else one for one in _listed("no" if matter.get(key) is False else matter.get(key))]
+        listed = [one[:200] for one in values if isinstance(one, str) and one not in OWN_TAGS]
+        if listed:
+            card[key] = listed[:100]
     return card
 
 
 def _front_matter(folder: Path) -> dict[str, Any]:
+    return _readme(folder)[0]
+
+
+def _readme(folder: Path) -> tuple[dict[str, Any], str]:
+    """The front matter and the text after it; nothing of a README whose front matter is missing or damaged."""
     if not present(folder, README):
-        return {}
+        return {}, ""
     try:
         with opened(folder, README) as (file, size):
-            text = file.read(min(size, MAX_README_BYTES)).decode("utf-8")
+            # a cut in the middle of a character is no damage
+            text = file.read(min(size, MAX_README_BYTES)).decode("utf-8", "strict" if size <= MAX_README_BYTES else "ignore")
+        text = text.removeprefix("\ufeff")
         if not text.startswith("---"):
-            return {}
-        front = text[3:].split("\n---", 1)[0]
+            return {}, ""
+        front, _, body = text[3:].partition("\n---")
         value = {} if len(front) > MAX_FRONT_MATTER else yaml.load(front, Loader=_Loader)
     except (AdapterCorrupt, yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError):
         # a card is no reason to refuse the tensors
-        return {}
-    return value if isinstance(value, dict) else {}
+        return {}, ""
+    return (value, body) if isinstance(value, dict) and value else ({}, "")
 
 
 def _listed(value: Any) -> Sequence[Any]:
