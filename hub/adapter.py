@@ -22,7 +22,7 @@ from loraweave.hub.formats._conversion import MAX_ERROR
 from loraweave.hub.formats._peft_files import PICKLE
 from loraweave.hub.formats.peft import Peft
 from loraweave.hub.merge_report import MergeReport
-from loraweave.hub.sources import ADAPTER_FILES, local_folder
+from loraweave.hub.sources import ADAPTER_FILES, local_folder, repository_commit
 from loraweave.types import Factors, Fingerprint
 
 
@@ -79,7 +79,10 @@ class Adapter:
         )
         contents = _reading.read(folder, model=model, rank=rank, max_error=max_error, allow_pickle=allow_pickle)
         own_name = name or contents.card.get("name") or str(source).rstrip("/").rsplit("/", 1)[-1]
-        return cls(own_name, contents.base_model, contents.layers, contents.fingerprint, contents.card, contents.heads)
+        card = dict(contents.card)
+        if commit := repository_commit(source, folder):
+            card["source"] = {"repository": str(source), "revision": commit}
+        return cls(own_name, contents.base_model, contents.layers, contents.fingerprint, card, contents.heads)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Path:
         """Writes a plain PEFT folder, which `peft.PeftModel.from_pretrained` reads, heads included; returns its path.

@@ -5,10 +5,11 @@ from __future__ import annotations
 from contextlib import suppress
 
 from loraweave.errors import HubCorrupt, HubFull
-from loraweave.hub import rows, versions
+from loraweave.hub import known_bases, rows, versions
 from loraweave.hub.catalogue import require_row
 from loraweave.hub.storage_errors import storage_errors
 from loraweave.hub.stores import BlobStore, CatalogueStore
+from loraweave.types import Record
 
 
 def collect(catalogue: CatalogueStore, blobs: BlobStore) -> int:
@@ -18,7 +19,8 @@ def collect(catalogue: CatalogueStore, blobs: BlobStore) -> int:
     """
     doing = "collecting unused blobs"
     with catalogue.locked(doing):
-        named = _named_blobs(catalogue, doing)
+        records = _records(catalogue, doing)
+        named = {record.hash for record in records}
         freed = 0
         with storage_errors(catalogue.where, doing):
             # under the lock every temporary file is a dead writer's
@@ -29,6 +31,7 @@ def collect(catalogue: CatalogueStore, blobs: BlobStore) -> int:
         # files first: on a full disk the catalogue can be written only once they are gone, and a blob's row without its
         # file does no harm, so that a next call may do what this one could not
         with suppress(HubFull), catalogue.transaction(doing) as connection:
+            known_bases.tidy(connection, records)
             connection.execute(
                 "DELETE FROM blobs WHERE hash NOT IN (SELECT hash FROM adapters UNION SELECT hash FROM versions)"
             )
@@ -36,10 +39,11 @@ def collect(catalogue: CatalogueStore, blobs: BlobStore) -> int:
     return freed
 
 
-def _named_blobs(catalogue: CatalogueStore, doing: str) -> set[str]:
+def _records(catalogue: CatalogueStore, doing: str) -> list[Record]:
+    """Those of all versions of all adapters. HubCorrupt when one is damaged or missing."""
     with catalogue.reading() as connection:
-        newest = [row.record.hash for row in rows.every(connection)]
-        older = [old.record.hash for key in versions.every(connection) if (old := versions.at(connection, *key))]
+        newest = [row.record for row in rows.every(connection)]
+        older = [old.record for key in versions.every(connection) if (old := versions.at(connection, *key))]
         counted = require_row(connection.execute("SELECT num_adapters, num_versions FROM state").fetchone(), catalogue.where)
     kinds = ("adapters", newest, counted[0]), ("superseded versions", older, counted[1])
     for what, listed, num_added in kinds:
@@ -48,4 +52,4 @@ def _named_blobs(catalogue: CatalogueStore, doing: str) -> set[str]:
                 f"{doing}: the catalogue has the rows of {len(listed)} {what}, but {num_added} were added; nothing was "
                 "deleted, and Hub.verify() lists what can still be read"
             )
-    return {*newest, *older}
+    return [*newest, *older]

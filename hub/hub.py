@@ -22,7 +22,8 @@ from loraweave.errors import (
     AdapterNotFound,
     InvalidName,
 )
-from loraweave.hub import rows, versions
+from loraweave.hub import known_bases, rows, versions
+from loraweave.hub.base_filter import for_base
 from loraweave.hub.blob_files import STALE_TMP_S
 from loraweave.hub.catalogue import Catalogue, require_row
 from loraweave.hub.collect import collect
@@ -33,10 +34,11 @@ from loraweave.hub.names import checked_name, near_misses
 from loraweave.hub.storage_errors import storage_errors
 from loraweave.hub.stores import BlobStore, CatalogueStore, Connection
 from loraweave.hub.vectors import read_vectors, write_vectors
-from loraweave.types import Candidate, Record
+from loraweave.types import BaseKey, Candidate, Record
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import nn
 
     from loraweave.hub.adapter import Adapter
     from loraweave.hub.pool import ExpertPool
@@ -93,7 +95,9 @@ class Hub:
             source if isinstance(source, Adapter) else Adapter.from_pretrained(source, name=name, allow_pickle=allow_pickle)
         )
         given = {"description": description, "examples": examples, "tags": tags, "license": license, "language": language}
-        record = new_record(adapter, checked_name(adapter.name if name is None else name), given, base_model)
+        own_name = checked_name(adapter.name if name is None else name)
+        place = None if isinstance(source, Adapter) else source
+        record = new_record(adapter, own_name, given, base_model, place)
         require_storable(adapter, stored_as)
         return store(self._catalogue, self._blobs, adapter, record, stored_as=stored_as, as_version=replace)
 
@@ -148,12 +152,14 @@ class Hub:
     def records(
         self,
         *,
-        base_model: str | None = None,
+        base_model: str | BaseKey | None = None,
         license: Collection[str] | str | None = None,
         tags: Collection[str] | str = (),
     ) -> list[Record]:
         """The records in order of addition that are for the base model, under one of the licenses and with all the tags.
 
+        A base model is an id, or the key of a model at hand (`base_key`), which tells namesakes apart and finds the same
+        weights under another id.
         Licenses are SPDX expressions or ids of the model hub; "MIT OR GPL-3.0-only" is found for MIT too.
         """
         with self._catalogue.reading() as connection:
@@ -161,10 +167,8 @@ class Hub:
         wanted = set(one_or_many(tags))
         return [
             record
-            for record in found
-            if (base_model is None or record.base_model == base_model)
-            and (license is None or accepted(record.license, license))
-            and wanted.issubset(record.tags)
+            for record in for_base(found, base_model)
+            if (license is None or accepted(record.license, license)) and wanted.issubset(record.tags)
         ]
 
     def record(self, name: str) -> Record:
@@ -237,6 +241,20 @@ class Hub:
             old = {key: getattr(row.record, key) for key in given}
             fields = checked_fields(row.record.name, {key: old[key] if new is None else new for key, new in given.items()})
             return rows.change(connection, row, replace(row.record, **vars(fields)))
+
+    def bind(self, name: str, model: nn.Module) -> Record:
+        """Checks that the adapter fits the base model, and stores the model's revision and fingerprint with it.
+
+        BaseModelMismatch where the adapter was made for another model, LayerMismatch where a layer does not fit.
+        """
+        from loraweave.hub.binding import bound_record
+        from loraweave.hub.stored_adapter import stored_adapter
+
+        with self._catalogue.writing(f"binding adapter {name!r} to a base model") as connection:
+            row = self._found(connection, name)
+            record = bound_record(row.record, stored_adapter(self._blobs, row), model)
+            known_bases.remember(connection, record)
+            return rows.change(connection, row, record)
 
     def rename(self, old: str, new: str) -> Record:
         """The record under its new name. AdapterExists when that name is taken, InvalidName when it cannot be stored."""

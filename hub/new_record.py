@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from loraweave.hub import licenses, rows
@@ -10,10 +11,13 @@ from loraweave.hub.adapter import Adapter
 from loraweave.hub.blobs import content_hash
 from loraweave.hub.clock import now
 from loraweave.hub.fields import MAX_LABEL_BYTES, OWN_FIELDS, checked_fields, checked_text
-from loraweave.types import Record
+from loraweave.hub.sources import without_secrets
+from loraweave.types import Record, Source
 
 
-def new_record(adapter: Adapter, name: str, given: Mapping[str, Any], base_model: str | None) -> Record:
+def new_record(
+    adapter: Adapter, name: str, given: Mapping[str, Any], base_model: str | None, source: str | Path | None
+) -> Record:
     """The record of version 1 under that name. AdapterUnsupported for fields of a wrong type or above their limit."""
     fields = checked_fields(name, _fields_with_card(name, given, adapter.card))
     record = Record(
@@ -30,6 +34,8 @@ def new_record(adapter: Adapter, name: str, given: Mapping[str, Any], base_model
         examples=fields.examples,
         language=fields.language,
         fingerprint=adapter.fingerprint,
+        base_revision=_base_revision(adapter.card),
+        source=_source(adapter.card, source),
         card=adapter.card,
     )
     rows.encode_within_limit(record)
@@ -44,3 +50,20 @@ def _fields_with_card(name: str, given: Mapping[str, Any], card: Mapping[str, An
     elif isinstance(fields["license"], str):
         fields["license"] = licenses.of_card(fields["license"], f"adapter {name!r}")
     return fields
+
+
+def _base_revision(card: Mapping[str, Any]) -> str | None:
+    """The revision of the base model that PEFT's config names."""
+    config = card.get("peft")
+    revision = config.get("revision") if isinstance(config, Mapping) else None
+    return revision if isinstance(revision, str) and 0 < len(revision) <= MAX_LABEL_BYTES else None
+
+
+def _source(card: Mapping[str, Any], given: str | Path | None) -> Source | None:
+    """The repository and commit that the card has from reading it, else the place as the caller named it."""
+    known = card.get("source")
+    repository = known.get("repository") if isinstance(known, Mapping) else None
+    if isinstance(known, Mapping) and isinstance(repository, str) and given in (None, repository):
+        revision = known.get("revision")
+        return Source(repository, revision if isinstance(revision, str) else None)
+    return None if given is None else Source(without_secrets(given))

@@ -11,7 +11,7 @@ from typing import Any
 from loraweave.errors import AdapterUnsupported, HubCorrupt
 from loraweave.hub.fields import MAX_CARD_BYTES, OWN_FIELDS, Fields
 from loraweave.hub.stores import Connection
-from loraweave.types import Fingerprint, Record
+from loraweave.types import Fingerprint, Record, Source
 
 _COLUMNS = "adapters.seq, adapters.name, adapters.hash, adapters.record, adapters.sha256"
 _BLOB_COLUMNS = "blobs.hash, blobs.file_sha256, blobs.size_bytes, blobs.sha256"
@@ -118,6 +118,8 @@ def encode(record: Record) -> str:
         "created": record.created,
         "version": record.version,
         "restored": record.restored,
+        "base_revision": record.base_revision,
+        "source": None if record.source is None else [record.source.location, record.source.revision],
         "fingerprint": None if record.fingerprint is None else record.fingerprint.to_json(),
         # the fields above are the card's too; kept once, they cannot disagree
         "card": {key: value for key, value in record.card.items() if key not in OWN_FIELDS},
@@ -209,6 +211,8 @@ def record_from_json(data: Mapping[str, Any]) -> Record:
         language=fields.language,
         version=data.get("version", 1),
         restored=data.get("restored"),
+        base_revision=data.get("base_revision"),
+        source=Source(*source) if (source := data.get("source")) else None,
         fingerprint=None if fingerprint is None else Fingerprint.from_json(fingerprint),
         card={**data["card"], **fields.as_card()},
     )

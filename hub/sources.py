@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -46,6 +47,23 @@ def local_folder(
             "download it first, or pass the path of a local folder"
         ) from error
     return Path(path)
+
+
+def repository_commit(source: str | Path, folder: Path) -> str | None:
+    """The commit of the repository `source` whose snapshot `folder` is; None where the source is a folder itself."""
+    commit = folder.name
+    is_snapshot = folder.parent.name == "snapshots" and len(commit) == 40 and not set(commit) - set("0123456789abcdef")
+    return commit if is_snapshot and not _is_folder(Path(source)) else None
+
+
+def without_secrets(source: str | Path) -> str:
+    """The source as text, an address without user name, password and query, where tokens may stand."""
+    text = str(source)
+    if "://" not in text:
+        return text
+    parts = urlsplit(text)
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit((parts.scheme, host, parts.path, "", ""))
 
 
 def _is_folder(path: Path) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import suppress
 from dataclasses import replace
 
 from loraweave.errors import AdapterCorrupt, AdapterExists, HubCorrupt, HubError, HubFull
-from loraweave.hub import rows, versions
+from loraweave.hub import known_bases, rows, versions
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.blobs import examine_blob, write_blob
 from loraweave.hub.fields import OWN_FIELDS
@@ -34,7 +35,16 @@ def store(
                     "another name"
                 )
             record = _successor(existing.record, record)
-        return _store(catalogue, blobs, adapter, record, existing, stored_as)
+        with catalogue.reading() as connection:
+            other_base = known_bases.contradiction(connection, record)
+        stored = _store(catalogue, blobs, adapter, record, existing, stored_as)
+    if other_base:
+        warnings.warn(
+            f"adapter {record.name!r} is stored, but its base {record.base_model!r} is not the model that others in this "
+            f"hub call so: {other_base}; a search for a model at hand, base_model=lw.base_key(model), tells them apart",
+            stacklevel=3,
+        )
+    return stored
 
 
 def _successor(old: Record, new: Record) -> Record:
@@ -61,6 +71,8 @@ def _store(
                 blobs.settle(record.hash)
         with catalogue.transaction(doing) as connection:
             is_new = existing is None or existing.record.hash != record.hash
+            if is_new:
+                known_bases.remember(connection, record)
             if written or is_new:
                 rows.put_blob(connection, known)
             if existing is None:

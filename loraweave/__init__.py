@@ -20,6 +20,7 @@ from loraweave.errors import (
     HubFull,
     HubLocked,
     HubReadOnly,
+    InvalidLicense,
     InvalidName,
     InvalidTask,
     LayerMismatch,
@@ -34,12 +35,13 @@ from loraweave.errors import (
     WeightingError,
 )
 from loraweave.registry import names
-from loraweave.types import Candidate, Factors, Fingerprint, Record, Router, Task
+from loraweave.types import BaseKey, Candidate, Factors, Fingerprint, Record, Router, Task
 
 _LAZY = {
     "Adapter": "loraweave.hub.adapter",
     "ExpertPool": "loraweave.hub.pool",
     "Hub": "loraweave.hub.hub",
+    "base_key": "loraweave.hub.base_key",
     "load_base": "loraweave.hub.base_models",
     "Retriever": "loraweave.retrieval.retriever",
     "MixtureWeights": "loraweave.routers.mixture",
@@ -81,6 +83,7 @@ __all__ = [
     "AdapterNotFound",
     "AdapterUnsupported",
     "AlreadyActive",
+    "BaseKey",
     "BaseModelMismatch",
     "Candidate",
     "Composer",
@@ -97,6 +100,7 @@ __all__ = [
     "HubFull",
     "HubLocked",
     "HubReadOnly",
+    "InvalidLicense",
     "InvalidName",
     "InvalidTask",
     "LayerMismatch",
@@ -117,6 +121,7 @@ __all__ = [
     "WeightingError",
     "add",
     "analogy",
+    "base_key",
     "byom",
     "collect_statistics",
     "compeft",

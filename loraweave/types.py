@@ -84,6 +84,46 @@ class Fingerprint:
 
 
 @dataclass(frozen=True)
+class BaseKey:
+    """Which base model is meant: its id, and its revision and fingerprint where they are known.
+
+    Weights decide where both sides have sampled them, whatever the ids; else ids, and what else both know, must agree.
+    """
+
+    id: str
+    revision: str | None = None
+    fingerprint: Fingerprint | None = None
+
+    def differs(self, other: BaseKey) -> str:
+        """Why `other` is another base model, as a phrase; empty when both are the same as far as can be told."""
+        own, its = self.fingerprint, other.fingerprint
+        if own and its:
+            if why := own.differs(its):
+                return why
+            if own.samples and its.samples:
+                return ""
+        if self.id != other.id:
+            return f"the ids are {self.id!r} and {other.id!r}"
+        if self.revision and other.revision and _other_commits(self.revision, other.revision):
+            return f"the revisions are {self.revision!r} and {other.revision!r}"
+        return ""
+
+
+def _other_commits(left: str, right: str) -> bool:
+    """Whether both are commits and not the same one; a branch or tag can stand for any commit."""
+    commits = [text for text in (left.lower(), right.lower()) if len(text) >= 7 and not set(text) - set("0123456789abcdef")]
+    return len(commits) == 2 and not commits[0].startswith(commits[1]) and not commits[1].startswith(commits[0])
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an adapter came from: the folder as it was named, or the repository and the commit that was read."""
+
+    location: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
 class Record:
     """A row of the hub's catalogue: everything about an adapter but its tensors.
 
@@ -106,6 +146,21 @@ class Record:
     language: tuple[str, ...] = ()
     version: int = 1
     restored: int | None = None
+    base_revision: str | None = None
+    source: Source | None = None
+
+    @property
+    def base(self) -> BaseKey:
+        """The base model as a key, to compare with that of a model at hand."""
+        return BaseKey(self.base_model, self.base_revision, self.fingerprint)
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """The hashes of the adapters that this one was merged from; none for one that was trained."""
+        recipe = self.card.get("recipe")
+        parents = recipe.get("parents") if isinstance(recipe, Mapping) else None
+        listed = parents if isinstance(parents, list | tuple) else ()
+        return tuple(str(parent["hash"]) for parent in listed if isinstance(parent, Mapping) and "hash" in parent)
 
 
 @dataclass(frozen=True)

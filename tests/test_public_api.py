@@ -28,6 +28,7 @@ ERRORS = {
     "HubFull",
     "HubLocked",
     "HubReadOnly",
+    "InvalidLicense",
     "InvalidName",
     "InvalidTask",
     "LayerMismatch",
@@ -43,6 +44,7 @@ ERRORS = {
 }
 NOUNS = {
     "Adapter",
+    "BaseKey",
     "Candidate",
     "Composer",
     "Composition",
@@ -56,7 +58,7 @@ NOUNS = {
     "Router",
     "Task",
 }
-VERBS = {"compose", "extract", "load_base", "merge", "names", "rerank", "to_lora", "train_adapters"}
+VERBS = {"base_key", "compose", "extract", "load_base", "merge", "names", "rerank", "to_lora", "train_adapters"}
 ARITHMETIC = {"add", "analogy", "ema", "negate", "scale", "subtract", "subtract_general", "unlearn"}
 BESIDE_MERGE = {"Statistics", "byom", "collect_statistics", "compeft", "flexlora_clients"}
 
