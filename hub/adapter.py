@@ -63,7 +63,7 @@ class Adapter:
         max_error: float = MAX_ERROR,
         allow_pickle: bool = False,
     ) -> Adapter:
-        """Reads an adapter folder, or downloads one from the model hub when `source` is a repository id.
+        """Reads an adapter folder or a LoRA file, or downloads one from the model hub when `source` is a repository id.
 
         A folder without an adapter of its own stands for the one adapter below it (`checkpoint-500/`). Weights that are only
         in adapter_model.bin, a pickle, are read with `allow_pickle`, by torch's safe loader, and refused without.
@@ -78,7 +78,7 @@ class Adapter:
             source, revision=revision, token=token, local_files_only=local_files_only, allow_patterns=wanted
         )
         contents = _reading.read(folder, model=model, rank=rank, max_error=max_error, allow_pickle=allow_pickle)
-        own_name = name or contents.card.get("name") or str(source).rstrip("/").rsplit("/", 1)[-1]
+        own_name = name or contents.card.get("name") or _last_step(source)
         card = dict(contents.card)
         if commit := repository_commit(source, folder):
             card["source"] = {"repository": str(source), "revision": commit}
@@ -134,3 +134,8 @@ class Adapter:
 
     def __repr__(self) -> str:
         return f"Adapter({self.name!r}, base_model={self.base_model!r}, rank={self.rank}, layers={len(self.layers)})"
+
+
+def _last_step(source: str | Path) -> str:
+    last = str(source).rstrip("/").rsplit("/", 1)[-1]
+    return last.removesuffix(".safetensors") or last

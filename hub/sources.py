@@ -11,7 +11,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from loraweave.errors import AdapterNotFound
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model*.safetensors*", "compeft.*", "loraweave.json", "README.md")
+ADAPTER_FILES = (
+    "adapter_config.json",
+    "adapter_model*.safetensors*",
+    "pytorch_lora_weights.safetensors",
+    "compeft.*",
+    "loraweave.json",
+    "README.md",
+)
 
 
 def local_folder(
@@ -22,12 +29,14 @@ def local_folder(
     local_files_only: bool = False,
     allow_patterns: Sequence[str] = ADAPTER_FILES,
 ) -> Path:
-    """The folder named by `source`, or the downloaded snapshot of the repository `owner/name` (only the files needed).
+    """The folder or safetensors file named by `source`, or the downloaded snapshot of the repository `owner/name`.
+
+    Only the files needed are downloaded.
 
     Raises AdapterNotFound when neither exists, with what was tried. A token never appears in a message.
     """
     folder = Path(source)
-    if str(source) and _is_folder(folder):
+    if str(source) and (_is_folder(folder) or _is_weights(folder)):
         return folder
     if isinstance(source, Path) or str(source).startswith((".", "/", "~")) or str(source).count("/") != 1:
         raise AdapterNotFound(f"no folder {str(source)!r}, and it has not the form owner/name of a model hub repository")
@@ -71,4 +80,11 @@ def _is_folder(path: Path) -> bool:
         return path.is_dir()
     except OSError:
         # a name longer than the file system takes
+        return False
+
+
+def _is_weights(path: Path) -> bool:
+    try:
+        return path.suffix == ".safetensors" and path.is_file()
+    except OSError:
         return False

@@ -18,8 +18,10 @@ from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._conversion import MAX_ERROR, Bound, cut
 from loraweave.hub.formats._files import present, read_json
 from loraweave.hub.formats._foreign import ForeignFormat
+from loraweave.hub.formats._lora_file import FileFormat, lora_files
 from loraweave.hub.formats._nested import adapter_folder
 from loraweave.hub.formats._peft_files import CONFIG
+from loraweave.hub.formats._safetensors import tensor_names
 from loraweave.hub.formats._unchanged import unchanged
 from loraweave.hub.formats.base_change import BaseChange
 from loraweave.hub.formats.lora_xs import LoraXs
@@ -91,7 +93,11 @@ def _read(folder: Path, model: nn.Module | None, rank: int | None, max_error: fl
     if kind is None:
         for layout in _own_formats():
             if layout.recognises(folder):
+                if issubclass(layout, FileFormat):
+                    contents: Contents = layout.read(folder, model=model, rank=rank, max_error=max_error)
+                    return contents
                 return _cut(layout.read(folder), bound, folder)
+        _refuse_unknown_file(folder)
     return _cut(Peft.read(folder, allow_pickle=allow_pickle), bound, folder)
 
 
@@ -112,6 +118,20 @@ def _own_formats() -> Iterator[Any]:
         layout = registry.get("formats", name)
         if layout is not Peft and layout is not BaseChange and not issubclass(layout, ForeignFormat):
             yield layout
+
+
+def _refuse_unknown_file(source: Path) -> None:
+    """Raises for a file, or a folder with one, whose tensors have names of no layout; AdapterCorrupt for a damaged one."""
+    files = [] if Peft.recognises(source) else lora_files(source)
+    if not files:
+        return
+    folder, name = files[0]
+    names = tensor_names(folder, name)
+    layouts = [known for known in registry.names("formats") if issubclass(registry.get("formats", known), FileFormat)]
+    raise AdapterUnsupported(
+        f"{folder / name}: its {len(names)} tensors have names of no known layout ({', '.join(layouts)}): "
+        f"{', '.join(map(repr, names[:3]))}; without a config, nothing says which layers of which model they update"
+    )
 
 
 def _cut(contents: Contents, bound: Bound, folder: Path) -> Contents:

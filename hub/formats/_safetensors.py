@@ -66,7 +66,7 @@ def read_tensors(folder: Path, names: list[str], *, integers: bool = False) -> I
     AdapterUnsupported for a dtype that has no exact meaning.
     """
     known = {**FLOATS, **INTEGERS} if integers else FLOATS
-    headers = {name: _header_of(folder, name) for name in names}
+    headers = {name: _header_of(folder, name)[:2] for name in names}
     seen: dict[str, str] = {}
     for name, (entries, _) in headers.items():
         for key, entry in entries.items():
@@ -107,8 +107,13 @@ def tensor_names(folder: Path, name: str) -> list[str]:
     return list(_header_of(folder, name)[0])
 
 
-def _header_of(folder: Path, name: str) -> tuple[dict[str, Entry], int]:
-    """The entries of a file and where its data begins."""
+def file_metadata(folder: Path, name: str) -> dict[str, str]:
+    """The texts that a file's header has about the file itself."""
+    return _header_of(folder, name)[2]
+
+
+def _header_of(folder: Path, name: str) -> tuple[dict[str, Entry], int, dict[str, str]]:
+    """The entries of a file, where its data begins, and what the header says about the file."""
     with opened(folder, name) as (file, size):
         try:
             return _header(file, size)
@@ -116,7 +121,7 @@ def _header_of(folder: Path, name: str) -> tuple[dict[str, Entry], int]:
             raise AdapterCorrupt(f"{folder}: {name} is no intact safetensors file: {error}") from error
 
 
-def _header(file: BinaryIO, size: int) -> tuple[dict[str, Entry], int]:
+def _header(file: BinaryIO, size: int) -> tuple[dict[str, Entry], int, dict[str, str]]:
     if size < 10:
         raise ValueError(f"it has {size} bytes, fewer than the smallest header")
     length = int.from_bytes(file.read(8), "little")
@@ -137,7 +142,7 @@ def _header(file: BinaryIO, size: int) -> tuple[dict[str, Entry], int]:
         raise ValueError("its __metadata__ is no mapping of texts")
     entries = {key: _entry(key, value) for key, value in table.items()}
     _check_cover(entries, size - 8 - length)
-    return entries, 8 + length
+    return entries, 8 + length, metadata
 
 
 def _entry(key: str, value: Any) -> Entry:

@@ -17,6 +17,7 @@ from loraweave.hub import algebra
 from loraweave.hub.formats._card import base_model_of_readme, read_card
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._files import listing, present, read_json
+from loraweave.hub.formats._matrices import matrices
 from loraweave.hub.formats._peft_config import PeftConfig, parse
 from loraweave.hub.formats._peft_files import CONFIG, INDEX, PICKLE, WEIGHTS, stored_tensors
 from loraweave.hub.formats._peft_heads import TASK_HEADS, check_heads, take_heads
@@ -153,7 +154,7 @@ def _factors(layer: str, held: Parts, config: PeftConfig) -> Factors:
     a, b = (held.get("embedding_a"), held.get("embedding_b")) if embedding else (held.get("a"), held.get("b"))
     if a is None or b is None or (embedding and {"a", "b"} & set(held)):
         raise AdapterCorrupt(f"{where} has {', '.join(sorted(held))}, not the two factors A and B of one update")
-    factors = _matrices(a, b, embedding, where)
+    factors = matrices(a, b, embedding, where)
     _check_flags(held, factors, config, where)
     size = factors.b_OR.shape[0]
     return replace(
@@ -161,25 +162,6 @@ def _factors(layer: str, held: Parts, config: PeftConfig) -> Factors:
         bias_O=_vector(held.get("bias"), where, "lora_B's bias", size),
         magnitude_O=_vector(held.get("magnitude"), where, "DoRA's magnitude", size),
         base_bias_O=_vector(held.get("base_bias"), where, "the trained bias", size),
-    )
-
-
-def _matrices(a: Tensor, b: Tensor, embedding: bool, where: str) -> Factors:
-    shapes = f"A of shape {tuple(a.shape)} and B of shape {tuple(b.shape)}"
-    kernel = tuple(a.shape[2:])
-    if (embedding and kernel) or not 2 <= a.dim() <= 5 or a.dim() != b.dim():
-        raise AdapterCorrupt(f"{where} has {shapes}, which are not the factors of a linear layer, embedding or convolution")
-    if any(size != 1 for size in b.shape[2:]):
-        raise AdapterCorrupt(f"{where} has {shapes}; the second convolution of an update has kernel size 1")
-    if kernel and b.shape[1] != a.shape[0] and a.shape[0] % b.shape[1] == 0:
-        raise AdapterUnsupported(f"{where} has {shapes}: a convolution in groups, which is not supported")
-    if b.shape[1] != a.shape[0]:
-        raise AdapterCorrupt(f"{where} has {shapes}; A's first size and B's second are the rank and must agree")
-    return Factors(
-        a_RI=a.flatten(1).contiguous(),
-        b_OR=b.flatten(1).contiguous(),
-        kind="embedding" if embedding else "conv" if kernel else "linear",
-        kernel=kernel,
     )
 
 

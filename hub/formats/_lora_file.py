@@ -1,0 +1,207 @@
+"""LoRA files without a config: the names of the tensors say what each is, and the scale stands beside them."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraweave.errors import AdapterCorrupt, AdapterUnsupported
+from loraweave.hub import algebra
+from loraweave.hub.fingerprint import fingerprint
+from loraweave.hub.formats._card import base_model_of_readme, read_card
+from loraweave.hub.formats._contents import Contents
+from loraweave.hub.formats._conversion import MAX_ERROR, Bound, cut
+from loraweave.hub.formats._files import listing
+from loraweave.hub.formats._peft_files import WEIGHTS
+from loraweave.hub.formats._placing import BaseNames, Placement, divided
+from loraweave.hub.formats._safetensors import FLOATS, INTEGERS, file_metadata, read_tensors, tensor_names
+from loraweave.hub.formats._updates import MATRICES, rank_of, update_of
+from loraweave.types import Factors
+
+MAX_FILES = 64
+MAX_NOTES = 40
+MAX_NOTE_TEXT = 400
+
+Parts = Mapping[str, Tensor]
+
+
+class FileFormat(ABC):
+    """A layout of one safetensors file, alone or in a folder. Read only: what was read is written as an ordinary LoRA."""
+
+    @classmethod
+    @abstractmethod
+    def knows(cls, names: Collection[str]) -> bool:
+        """Whether these tensor names are of this layout; says nothing about the file's state."""
+
+    @classmethod
+    @abstractmethod
+    def split(cls, name: str) -> tuple[str, str] | None:
+        """(module as the file names it, part of its update) of a tensor, None for a name that is none of this layout."""
+
+    @classmethod
+    @abstractmethod
+    def place(cls, module: str, base: BaseNames | None, where: str) -> Placement:
+        """Where the module lies in the base. Raises AdapterUnsupported for one that cannot be told without a guess."""
+
+    @classmethod
+    def scales(cls, held: Mapping[str, Parts], metadata: Mapping[str, str], where: str) -> dict[str, float]:
+        """alpha / r of each module; 1 where the file has no alpha, as every program that reads such files has it."""
+        return {module: _alpha(parts, where, module) for module, parts in held.items()}
+
+    @classmethod
+    def recognises(cls, source: Path) -> bool:
+        """Whether `source` is a file of this layout, or a folder that holds one."""
+        return bool(cls._files(source))
+
+    @classmethod
+    def read(
+        cls,
+        source: Path,
+        *,
+        model: nn.Module | None = None,
+        rank: int | None = None,
+        max_error: float = MAX_ERROR,
+        allow_pickle: bool = False,
+    ) -> Contents:
+        """The update of every module as factors, under the paths of the base's modules.
+
+        With `model`, its names decide what the file's mean, and sizes are checked. `rank` and `max_error` cut updates as in
+        `ForeignFormat.read`. The base model's id is what the folder's README names. Raises AdapterUnsupported for names
+        that cannot be mapped without a guess, for several such files in one folder, and for an adapter without effect.
+        """
+        folder, name = cls._file(Path(source))
+        where, bound = str(folder / name), Bound(rank, max_error)
+        metadata = file_metadata(folder, name)
+        held, dtypes = cls._held(folder, name)
+        scales = cls.scales(held, metadata, where)
+        base = None if model is None else BaseNames(model)
+        layers: dict[str, Factors] = {}
+        notes: dict[str, Any] = {}
+        for module, parts in held.items():
+            placement = cls.place(module, base, where)
+            whole, note = _factors(module, parts, scales[module], placement, bound, base, where)
+            for target, factors in zip(placement.targets, divided(whole, placement, module, where), strict=True):
+                path = target if base is None else base.path(target, where)
+                if path in layers:
+                    raise AdapterCorrupt(f"{where}: several modules are layer {path!r}, one is {module!r}")
+                layers[path] = factors if base is None else base.fitted(path, factors, where)
+                notes |= {path: note} if note else {}
+        if all(algebra.is_zero(factors) for factors in layers.values()):
+            raise AdapterUnsupported(f"{where}: the adapter is without effect: every update is zero")
+        card = _card(Path(source), metadata) | {"stored_dtype": "+".join(sorted(dtypes))}
+        card |= {"conversion": notes} if notes else {}
+        readme = base_model_of_readme(folder) if Path(source).is_dir() else ""
+        return Contents(readme, layers, None if model is None else fingerprint(model), card)
+
+    @classmethod
+    def _files(cls, source: Path) -> list[str]:
+        found = []
+        for folder, name in lora_files(source):
+            try:
+                if cls.knows(tensor_names(folder, name)):
+                    found.append(name)
+            except AdapterCorrupt:
+                continue
+        return found
+
+    @classmethod
+    def _file(cls, source: Path) -> tuple[Path, str]:
+        if source.is_file():
+            return source.parent, source.name
+        found = cls._files(source)
+        if len(found) > 1:
+            raise AdapterUnsupported(
+                f"{source}: {len(found)} files in it are adapters: {', '.join(found[:12])}; give the path of one, for "
+                f"instance {str(source / found[0])!r}"
+            )
+        if not found:
+            raise AdapterUnsupported(
+                f"{source}: no LoRA file of {cls.__name__}'s layout; the folder holds {listing(source)}"
+            )
+        return source, found[0]
+
+    @classmethod
+    def _held(cls, folder: Path, name: str) -> tuple[dict[str, dict[str, Tensor]], set[str]]:
+        where = str(folder / name)
+        held: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        dtypes: set[str] = set()
+        for key, dtype, tensor in read_tensors(folder, [name], integers=True):
+            place = cls.split(key)
+            if place is None:
+                raise AdapterUnsupported(
+                    f"{where}: tensor {key!r} is none of those that are read of {cls.__name__}'s layout: "
+                    f"{', '.join(sorted(MATRICES))}, alpha"
+                )
+            module, part = place
+            if part in held[module]:
+                raise AdapterCorrupt(f"{where}: several tensors are {part!r} of module {module!r}, one is {key!r}")
+            if not tensor.numel() or not bool(torch.isfinite(tensor).all()):
+                raise AdapterCorrupt(f"{where}: {key!r} of shape {tuple(tensor.shape)} is empty, or has NaN or infinity")
+            held[module][part] = tensor
+            if dtype not in INTEGERS and part != "alpha":
+                dtypes.add(str(FLOATS[dtype]).removeprefix("torch."))
+        if not held:
+            raise AdapterCorrupt(f"{where}: the file holds no tensors")
+        return held, dtypes
+
+
+def lora_files(source: Path) -> list[tuple[Path, str]]:
+    """(folder, name) of the safetensors files that `source` is or holds, PEFT's own and our own aside."""
+    if source.is_file():
+        return [(source.parent, source.name)]
+    try:
+        names = sorted(path.name for path in source.iterdir() if path.suffix == ".safetensors")
+    except OSError:
+        return []
+    others = [
+        name for name in names if name not in (WEIGHTS, "compeft.safetensors") and not name.startswith("adapter_model-")
+    ]
+    return [(source, name) for name in others[:MAX_FILES]]
+
+
+def _alpha(parts: Parts, where: str, module: str) -> float:
+    if "alpha" not in parts:
+        return 1.0
+    alpha = parts["alpha"]
+    value = float(alpha.reshape(-1)[0]) if alpha.numel() == 1 else math.nan
+    if not math.isfinite(value):
+        raise AdapterCorrupt(f"{where}: alpha of {module!r} has shape {tuple(alpha.shape)}, not one number")
+    # a Kronecker product of two whole matrices has no rank to divide by, and its trainer takes no scale there
+    rank = rank_of(parts)
+    return value / rank if rank else 1.0
+
+
+def _factors(
+    module: str,
+    parts: Parts,
+    scale: float,
+    placement: Placement,
+    bound: Bound,
+    base: BaseNames | None,
+    where: str,
+) -> tuple[Factors, dict[str, Any]]:
+    """The update as factors, and its note for the card where it was cut or converted."""
+    known = None
+    if base is not None and len(placement.targets) == 1:
+        known = base.layers[base.path(placement.targets[0], where)]
+    here = f"{where}: module {module!r}"
+    matrices = {name: part for name, part in parts.items() if name != "alpha"}
+    update = update_of(matrices, scale, placement.targets[0], known, here)
+    if isinstance(update, Factors) and "down" in parts and (bound.rank is None or update.rank <= bound.rank):
+        return update, {}
+    kind, kernel = ("linear", ()) if known is None else (known.kind, known.kernel)
+    return cut(update, bound, here, kind=kind, kernel=kernel)
+
+
+def _card(source: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The card of a folder, and what the file says about itself; a file's neighbours say nothing about it."""
+    card = read_card(source)[0] if source.is_dir() else {}
+    notes = {key: text for key, text in sorted(metadata.items()) if len(text) <= MAX_NOTE_TEXT}
+    return card | ({"file_metadata": dict(list(notes.items())[:MAX_NOTES])} if notes else {})

@@ -1,0 +1,129 @@
+"""From a module as a LoRA file names it to the path of the base's module: by a table of rules, or by the model's names."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from loraweave.errors import AdapterUnsupported, LayerMismatch
+from loraweave.hub.formats._base_layers import BaseLayer, as_base_layer
+from loraweave.hub.formats._known_modules import Rule
+from loraweave.types import Factors
+
+# the pipeline's name for a part of it, and a step that transformers has taken out of CLIP's paths
+_OPTIONAL = re.compile(r"^(?:unet|transformer|text_encoder|text_encoder_2|text_encoder_3)\.|(?:(?<=\.)|^)text_model\.")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The paths that one module of a file stands for, and in which proportions they share the rows of B."""
+
+    targets: tuple[str, ...]
+    shares: tuple[int, ...] = (1,)
+
+
+class Rules:
+    """A table of rules, asked by names whose dots were turned into underscores."""
+
+    def __init__(self, rules: Iterable[Rule]) -> None:
+        self._by_form: dict[str, list[tuple[re.Pattern[str], Rule]]] = defaultdict(list)
+        for rule in rules:
+            flat = re.escape(rule.source.replace(".", "_")).replace(r"\#", r"(\d+)")
+            self._by_form[_form(rule.source)].append((re.compile(flat), rule))
+
+    def find(self, flat: str) -> list[Placement]:
+        """Every placement that a rule gives the name; more than one means that it is ambiguous."""
+        found: list[Placement] = []
+        for pattern, rule in self._by_form.get(_form(flat), ()):
+            hit = pattern.fullmatch(flat)
+            if hit is not None:
+                targets = tuple(_filled(target, hit.groups()) for target in rule.targets)
+                placement = Placement(targets, rule.shares)
+                found += [] if placement in found else [placement]
+        return found
+
+
+class BaseNames:
+    """The layers of a base model, by path and by path with underscores."""
+
+    def __init__(self, model: nn.Module) -> None:
+        layers = ((name, as_base_layer(name, module)) for name, module in model.named_modules())
+        self.layers: dict[str, BaseLayer] = {name: layer for name, layer in layers if layer is not None}
+        self._flat: dict[str, list[str]] = defaultdict(list)
+        for name in self.layers:
+            self._flat[name.replace(".", "_")].append(name)
+
+    def by_flat(self, flat: str, component: str) -> list[str]:
+        """The paths that a name with underscores can mean in this model, or in its part of that name."""
+        return [*self._flat.get(flat, ()), *self._flat.get(f"{component}_{flat}", ())]
+
+    def path(self, target: str, where: str) -> str:
+        """The target as this model has it, which may lack a pipeline's prefix. Raises LayerMismatch for one it has not."""
+        for name in _shorter(target):
+            if name in self.layers:
+                return name
+        close = difflib.get_close_matches(target, self.layers, n=1)
+        hint = f"; the nearest is {close[0]!r}" if close else ""
+        raise LayerMismatch(f"{where} updates layer {target!r}, which the model does not have{hint}")
+
+    def fitted(self, path: str, factors: Factors, where: str) -> Factors:
+        """The factors with the layer's kind. Raises LayerMismatch for another size."""
+        base = self.layers[path]
+        shape, own = (base.num_outputs, base.num_inputs), (factors.b_OR.shape[0], factors.a_RI.shape[1])
+        if shape != own or (factors.kernel and max(factors.kernel) > 1 and factors.kernel != base.kernel):
+            raise LayerMismatch(
+                f"{where} updates layer {path!r} with (O, I) = {own} and kernel {factors.kernel}, but the model's "
+                f"{type(base.module).__name__} has {shape} and kernel {base.kernel}"
+            )
+        return replace(factors, kind=base.kind, kernel=base.kernel)
+
+
+def only(placements: Sequence[Placement], name: str, where: str, *, model_given: bool) -> Placement:
+    """The one placement. Raises AdapterUnsupported for none, and for several, which it lists."""
+    if len(placements) == 1:
+        return placements[0]
+    ways = "" if model_given else "; give the base model, whose names decide: Adapter.from_pretrained(..., model=model)"
+    if not placements:
+        raise AdapterUnsupported(f"{where}: {name!r} is no module of the architectures whose names are known here{ways}")
+    listed = " or ".join(repr(" + ".join(placement.targets)) for placement in placements[:3])
+    raise AdapterUnsupported(f"{where}: {name!r} can mean {listed}, and nothing in the file says which{ways}")
+
+
+def divided(factors: Factors, placement: Placement, name: str, where: str) -> list[Factors]:
+    """The update of each target: all of A, and its rows of B."""
+    if len(placement.targets) == 1:
+        return [factors]
+    rows, total = factors.b_OR.shape[0], sum(placement.shares)
+    if rows % total:
+        raise AdapterUnsupported(
+            f"{where}: {name!r} is a fused projection of {rows} outputs, which do not divide into "
+            f"{' : '.join(map(str, placement.shares))} for {', '.join(placement.targets)}"
+        )
+    parts = torch.split_with_sizes(factors.b_OR, [rows // total * share for share in placement.shares])
+    return [replace(factors, b_OR=part.contiguous()) for part in parts]
+
+
+def _form(name: str) -> str:
+    return "_".join("#" if piece.isdigit() else piece for piece in re.split(r"[._]", name))
+
+
+def _filled(target: str, numbers: Sequence[str]) -> str:
+    given = iter(numbers)
+    return re.sub("#", lambda _: next(given), target)
+
+
+def _shorter(target: str) -> list[str]:
+    """The path and what is left of it without one or both of the optional steps."""
+    found = [target]
+    for name in found:
+        for hit in _OPTIONAL.finditer(name):
+            short = name[: hit.start()] + name[hit.end() :]
+            if short not in found:
+                found.append(short)
+    return found

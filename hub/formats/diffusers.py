@@ -1,0 +1,135 @@
+"""LoRA files of diffusers, of every age: `unet...to_q.lora_A.weight`, `...lora.down.weight`, `...to_q_lora.down.weight`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from loraweave.errors import AdapterCorrupt, AdapterUnsupported
+from loraweave.hub.formats._files import parse_json
+from loraweave.hub.formats._lora_file import FileFormat, Parts
+from loraweave.hub.formats._peft_config import parse
+from loraweave.hub.formats._placing import BaseNames, Placement
+from loraweave.hub.formats._updates import rank_of
+
+# the parts of diffusers' pipelines that are trained with LoRA
+COMPONENTS = (
+    "unet",
+    "transformer",
+    "transformer_2",
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+    "prior",
+    "controlnet",
+)
+# the pipeline's oldest files hold its UNet alone and do not name it
+_BARE_UNET = ("down_blocks.", "up_blocks.", "mid_block.")
+_SUFFIXES = {
+    ".lora_A.weight": "down",
+    ".lora_B.weight": "up",
+    ".lora.down.weight": "down",
+    ".lora.up.weight": "up",
+    ".lora_linear_layer.down.weight": "down",
+    ".lora_linear_layer.up.weight": "up",
+    ".lora_down.weight": "down",
+    ".lora_up.weight": "up",
+    ".alpha": "alpha",
+}
+_PROCESSOR = re.compile(r"(.+)\.processor\.(to_q|to_k|to_v|to_out|add_k_proj|add_v_proj)_lora\.(down|up)\.weight")
+_CONFIG = "lora_adapter_metadata"
+
+
+class Diffusers(FileFormat):
+    """Delta = s up down under the path `component.module`, s being alpha/r where the file has one and 1 elsewhere.
+
+    An alpha is a tensor beside the factors, or lies in the LoRA config that newer versions write into the file's header.
+    """
+
+    @classmethod
+    def knows(cls, names: Collection[str]) -> bool:
+        return any(_starts(name) and _taken_apart(name) is not None for name in names)
+
+    @classmethod
+    def split(cls, name: str) -> tuple[str, str] | None:
+        return _taken_apart(name)
+
+    @classmethod
+    def place(cls, module: str, base: BaseNames | None, where: str) -> Placement:
+        if base is not None and module in base.layers:
+            return Placement((module,))
+        if module.startswith(_BARE_UNET):
+            return Placement((f"unet.{module}",))
+        if not _component(module):
+            raise AdapterUnsupported(
+                f"{where}: {module!r} begins with no part of a pipeline ({', '.join(COMPONENTS)}), so which model it "
+                "belongs to is not said; give that model: Adapter.from_pretrained(..., model=model)"
+            )
+        return Placement((module,))
+
+    @classmethod
+    def scales(cls, held: Mapping[str, Parts], metadata: Mapping[str, str], where: str) -> dict[str, float]:
+        scales = super().scales(held, metadata, where)
+        settings = _settings(metadata, where)
+        for component, config in settings.items():
+            parsed = parse({"peft_type": "LORA", **config}, Path(where))
+            if parsed.use_dora or parsed.lora_bias:
+                raise AdapterUnsupported(
+                    f"{where}: the config of {component!r} has use_dora or lora_bias, which is not read"
+                )
+            own = {name: parts for name, parts in held.items() if _component(name) == component}
+            below = {name: name.removeprefix(f"{component}.") for name in own}
+            ranks = {below[name]: rank_of(parts) or 1 for name, parts in own.items()}
+            if any("alpha" in parts for parts in own.values()):
+                raise AdapterUnsupported(f"{where}: {component!r} has both a config and tensors of alpha, which may differ")
+            _require_ranks(parsed.ranks(ranks), ranks, component, where)
+            found = parsed.scales(ranks)
+            scales |= {name: found[path] for name, path in below.items()}
+        return scales
+
+
+def _starts(name: str) -> bool:
+    return name.startswith(_BARE_UNET) or _component(name) != ""
+
+
+def _component(name: str) -> str:
+    """The part of the pipeline that a name begins with, empty for a file of one model alone."""
+    first = name.split(".")[0]
+    return first if first in COMPONENTS else ""
+
+
+def _taken_apart(name: str) -> tuple[str, str] | None:
+    hit = _PROCESSOR.fullmatch(name)
+    if hit is not None:
+        module = "to_out.0" if hit[2] == "to_out" else hit[2]
+        return f"{hit[1]}.{module}", hit[3]
+    suffix = next((suffix for suffix in _SUFFIXES if name.endswith(suffix)), None)
+    return None if suffix is None or name == suffix else (name.removesuffix(suffix), _SUFFIXES[suffix])
+
+
+def _settings(metadata: Mapping[str, str], where: str) -> dict[str, dict[str, Any]]:
+    """The LoRA config of each component, from the file's header."""
+    if _CONFIG not in metadata:
+        return {}
+    try:
+        table = parse_json(metadata[_CONFIG].encode())
+    except ValueError as error:
+        raise AdapterCorrupt(f"{where}: the header's {_CONFIG} is no JSON: {error}") from error
+    if not isinstance(table, dict):
+        raise AdapterCorrupt(f"{where}: the header's {_CONFIG} is a {type(table).__name__}, not an object")
+    found: dict[str, dict[str, Any]] = {}
+    for key, value in table.items():
+        component = _component(key)
+        found.setdefault(component, {})[key.removeprefix(f"{component}.")] = value
+    return found
+
+
+def _require_ranks(expected: Mapping[str, int], found: Mapping[str, int], component: str, where: str) -> None:
+    for name, rank in found.items():
+        if rank != expected[name]:
+            raise AdapterUnsupported(
+                f"{where}: {component}.{name} has rank {rank}, but the config in the header says {expected[name]}, so its "
+                "scale is not known"
+            )
