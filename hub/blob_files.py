@@ -52,6 +52,18 @@ def place_blob(folder: Path, target: Path, data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def replace_file(path: Path, data: bytes) -> None:
+    """Gives the file that content for good: whoever reads it sees the old one or the new one, whole."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    try:
+        _write_synced(temporary, data)
+        os.replace(temporary, path)
+    except BaseException:
+        remove_file(temporary)
+        raise
+    sync_folder(path.parent)
+
+
 def sync_folders(folder: Path, target: Path) -> None:
     """Makes the names of a blob and of its folders last; a writer killed after its rename may have left that undone."""
     for parent in (target.parent, folder / "blobs", folder):

@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from loraweave.errors import HubCorrupt, HubError, HubLocked, HubReadOnly
 from loraweave.hub.blob_files import sync_folder
@@ -53,7 +54,7 @@ class Catalogue:
 
     @property
     def where(self) -> str:
-        return str(self.path)
+        return str(self.folder)
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
@@ -236,7 +237,7 @@ class Catalogue:
                 self._changed.notify_all()
 
 
-def require_row(row: tuple[int, ...] | None, where: str) -> tuple[int, ...]:
+def require_row(row: tuple[Any, ...] | None, where: str) -> tuple[Any, ...]:
     """The row, or HubCorrupt: the single row of `state` is missing."""
     if row is None:
         raise HubCorrupt(

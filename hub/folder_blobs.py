@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
-from loraweave.hub.blob_files import blob_path, place_blob, require_digest, stored_blobs, sweep, sync_folders
+from loraweave.hub.blob_files import blob_path, place_blob, replace_file, require_digest, stored_blobs, sweep, sync_folders
 
 
 class FolderBlobs:
@@ -13,6 +14,19 @@ class FolderBlobs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+
+    @property
+    def root(self) -> str:
+        return str(self.folder)
+
+    def owner(self) -> str | None:
+        with suppress(FileNotFoundError):
+            return (self.folder / "hub-id").read_text(encoding="ascii")
+        return None
+
+    def claim(self, identity: str) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        replace_file(self.folder / "hub-id", identity.encode("ascii"))
 
     def place(self, content_hash: str) -> str:
         return str(blob_path(self.folder, content_hash))

@@ -25,14 +25,14 @@ from loraweave.errors import (
 from loraweave.hub import known_bases, rows, versions
 from loraweave.hub.base_filter import for_base
 from loraweave.hub.blob_files import STALE_TMP_S
-from loraweave.hub.catalogue import Catalogue, require_row
+from loraweave.hub.catalogue import require_row
 from loraweave.hub.collect import collect
 from loraweave.hub.fields import checked_fields, one_or_many
-from loraweave.hub.folder_blobs import FolderBlobs
 from loraweave.hub.licenses import accepted, canonical
 from loraweave.hub.names import checked_name, near_misses
+from loraweave.hub.open_stores import open_stores
 from loraweave.hub.storage_errors import storage_errors
-from loraweave.hub.stores import BlobStore, CatalogueStore, Connection
+from loraweave.hub.stores import Connection
 from loraweave.hub.vectors import read_vectors, write_vectors
 from loraweave.types import BaseKey, Candidate, Record
 
@@ -46,18 +46,18 @@ if TYPE_CHECKING:
 
 
 class Hub:
-    """Opens the hub in a folder, or creates it. Several processes and threads may use one hub at once.
+    """Opens the hub in a folder or at `postgresql://...`, or creates it. Several processes and threads may use it at once.
 
-    Writers wait up to `timeout_s` seconds for each other (HubLocked); readers never wait. A folder that cannot be written
-    is opened for reading, and writing raises HubReadOnly. HubCorrupt for a catalogue that is damaged or too new.
+    `blobs` is a folder or the URL of a store that fsspec reaches (s3://bucket/prefix); by default the hub's own folder.
+    Writers wait up to `timeout_s` seconds for each other (HubLocked); readers never wait. A place that cannot be written is
+    opened for reading, and writing raises HubReadOnly. HubCorrupt for a catalogue that is damaged or too new. `path` is the
+    folder of the hub on this machine, in the cache when its catalogue is elsewhere.
     """
 
-    def __init__(self, path: str | Path, *, timeout_s: float = 30.0) -> None:
-        self.path = Path(path)
-        self._blobs: BlobStore = FolderBlobs(self.path)
-        self._catalogue: CatalogueStore = Catalogue(self.path, timeout_s, self._blobs)
+    def __init__(self, path: str | Path, *, blobs: str | Path | None = None, timeout_s: float = 30.0) -> None:
+        self.path, self._catalogue, self._blobs = open_stores(path, blobs, timeout_s)
         if self._catalogue.writable:
-            with storage_errors(self.path, "opening the hub"):
+            with storage_errors(self._catalogue.where, "opening the hub"):
                 self._blobs.sweep(STALE_TMP_S)
 
     def add(
@@ -297,7 +297,7 @@ class Hub:
         """A number that every committed change raises, so that an index can tell whether it is stale."""
         with self._catalogue.reading() as connection:
             found = connection.execute("SELECT generation FROM state").fetchone()
-        return require_row(found, self._catalogue.where)[0]
+        return int(require_row(found, self._catalogue.where)[0])
 
     def vectors(self, embedder_id: str) -> dict[str, tuple[str, np.ndarray]]:
         """Adapter name -> (digest of the text that was embedded, fp32 vector), in order of addition."""
@@ -325,7 +325,7 @@ class Hub:
         self.close()
 
     def __repr__(self) -> str:
-        return f"Hub({str(self.path)!r})"
+        return f"Hub({self._catalogue.where!r})"
 
     def _find(self, name: str) -> rows.Row | None:
         with self._catalogue.reading() as connection:
@@ -340,7 +340,7 @@ class Hub:
         try:
             row = rows.find(connection, checked_name(name))
         except InvalidName as error:
-            raise AdapterNotFound(f"no adapter {name!a:.80} in the hub {self.path}: {error}") from error
+            raise AdapterNotFound(f"no adapter {name!a:.80} in the hub {self._catalogue.where}: {error}") from error
         if row is not None:
             return row
         known = [known for (known,) in connection.execute("SELECT name FROM adapters ORDER BY seq").fetchall()]
@@ -350,4 +350,4 @@ class Hub:
             if close
             else f"it has {len(known)} adapters, none of a like name"
         )
-        raise AdapterNotFound(f"no adapter {name!r} in the hub {self.path}; {hint}")
+        raise AdapterNotFound(f"no adapter {name!r} in the hub {self._catalogue.where}; {hint}")

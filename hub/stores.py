@@ -70,6 +70,19 @@ class BlobStore(Protocol):
     HubError where the store fails. The caller of a method that writes holds the catalogue's lock.
     """
 
+    @property
+    def root(self) -> str:
+        """The place of all blobs, as a message may name it."""
+        ...
+
+    def owner(self) -> str | None:
+        """The identity of the hub that the blobs belong to."""
+        ...
+
+    def claim(self, identity: str) -> None:
+        """Lets the blobs belong to the hub of that identity."""
+        ...
+
     def place(self, content_hash: str) -> str:
         """Where the blob lies or would lie, for messages."""
         ...

@@ -5,11 +5,25 @@ from __future__ import annotations
 import os
 import random
 import socket
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 
 import pytest
 
 # before anything imports huggingface_hub, which reads it once
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _beside(file_name):
+    # the tests are no package, so that one file of them cannot import another
+    spec = spec_from_file_location(Path(file_name).stem, Path(__file__).with_name(file_name))
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+_servers = _beside("store_servers.py")
+postgres_server, s3_server = _servers.postgres_server, _servers.s3_server
 
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 

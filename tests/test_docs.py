@@ -47,6 +47,12 @@ def test_the_code_of_the_page_on_merging_runs(code, tmp_path, monkeypatch):
     assert (tmp_path / "merged" / "adapter_config.json").exists()
 
 
+@pytest.mark.parametrize("code", blocks(ROOT / "docs" / "stores.md", "python"))
+def test_the_code_of_the_page_on_stores_runs(code, here, capsys):
+    exec(compile(code, "docs/stores.md", "exec"), {})
+    assert capsys.readouterr().out == "Hub('adapters')\n0\n"
+
+
 def test_the_page_on_merging_names_every_method():
     page = (ROOT / "docs" / "merging.md").read_text(encoding="utf-8")
     assert [name for name in registry.names("methods") if f"`{name}`" not in page] == []

@@ -1,0 +1,381 @@
+"""What every pair of a catalogue and a place for blobs must do; SQLite and a folder, the first of them, is the measure."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from loraweave.errors import (
+    AdapterCorrupt,
+    AdapterExists,
+    AdapterNotFound,
+    DimensionMismatch,
+    HubCorrupt,
+    HubError,
+    HubLocked,
+)
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.hub import Hub
+from loraweave.retrieval.retriever import Retriever
+from loraweave.types import Factors
+
+# "share" is what fills files under their names, as network shares do
+STORES = ("sqlite+folder", "sqlite+share", "postgres+folder", "postgres+s3")
+# what another process sees
+SHARED = ("sqlite+folder", "sqlite+s3", "postgres+folder", "postgres+s3")
+DRIVER = Path(__file__).with_name("store_writers.py")
+NUMBERS = itertools.count()
+
+
+def adapter(seed, name=None):
+    generator = torch.Generator().manual_seed(seed)
+    factors = Factors(torch.randn(2, 5, generator=generator), torch.randn(3, 2, generator=generator))
+    return Adapter(name or f"adapter {seed}", "org/base", {"layer": factors}, card={"seed": seed})
+
+
+@pytest.fixture(scope="module")
+def share():
+    fsspec = pytest.importorskip("fsspec")
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class Share(MemoryFileSystem):
+        protocol = "share"
+
+    fsspec.register_implementation("share", Share, clobber=True)
+
+
+@pytest.fixture
+def place(request, tmp_path):
+    """Where the hub of a test is: the arguments of `Hub`."""
+    return new_place(request, tmp_path, request.param)
+
+
+def new_place(request, folder, stores):
+    catalogue, blobs = stores.split("+")
+    number = next(NUMBERS)
+    where = str(folder / f"hub {number}")
+    if catalogue == "postgres":
+        where = request.getfixturevalue("postgres_server").url(f"hub_{number}")
+    if blobs == "folder":
+        return where, (str(folder / f"blobs {number}") if catalogue == "postgres" else None)
+    if blobs == "share":
+        request.getfixturevalue("share")
+        return where, f"share://{number}/prefix"
+    request.getfixturevalue("s3_server")
+    import s3fs
+
+    s3fs.S3FileSystem().mkdir(f"bucket-{number}")
+    return where, f"s3://bucket-{number}/a/prefix"
+
+
+@pytest.fixture
+def hub(place):
+    with opened(place) as hub:
+        yield hub
+
+
+def opened(place, **options):
+    return Hub(place[0], blobs=place[1], **options)
+
+
+every_store = pytest.mark.parametrize("place", STORES, indirect=True)
+
+
+def same(first, second):
+    return all(
+        torch.equal(one, other)
+        for one, other in zip(
+            first.layers["layer"].tensors().values(), second.layers["layer"].tensors().values(), strict=True
+        )
+    )
+
+
+def damage(hub, content_hash):
+    """Changes the stored bytes behind the hub's back, and forgets the copy of this machine."""
+    blobs = hub._blobs
+    if hasattr(blobs, "copies"):
+        store, root = blobs._store()
+        path = f"{root}/blobs/{content_hash[:2]}/{content_hash}.safetensors"
+        data = bytearray(store.cat_file(path))
+        data[-1] ^= 4
+        store.pipe_file(path, bytes(data))
+        blobs.copies.remove(content_hash)
+        return
+    path = Path(blobs.place(content_hash))
+    os.chmod(path, 0o644)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 4
+    path.write_bytes(data)
+
+
+@every_store
+def test_an_adapter_comes_back_bit_for_bit_also_through_another_opening_without_its_copy(place, hub):
+    stored = hub.add(adapter(1), description="says hello", examples=["hello"], tags=["greeting"], license="MIT")
+    assert same(hub["adapter 1"], adapter(1))
+    if hasattr(hub._blobs, "copies"):
+        hub._blobs.copies.remove(stored.hash)
+    with opened(place) as other:
+        assert same(other["adapter 1"], adapter(1))
+        assert list(other) == [stored] == list(hub)
+        assert (stored.description, stored.examples, stored.tags, stored.license) == (
+            "says hello",
+            ("hello",),
+            ("greeting",),
+            "MIT",
+        )
+        assert other.record("adapter 1").card["seed"] == 1
+
+
+@every_store
+def test_the_same_content_is_stored_once_and_under_another_name_too(hub):
+    first = hub.add(adapter(1))
+    generation = hub.generation
+    assert hub.add(adapter(1)) == first
+    assert hub.generation == generation
+    twin = hub.add(adapter(1), name="twin")
+    assert twin.hash == first.hash
+    assert list(hub._blobs.names()) == [first.hash]
+    hub.remove("adapter 1")
+    assert hub.gc() == 0
+    assert same(hub["twin"], adapter(1))
+    with pytest.raises(AdapterExists, match="another adapter"):
+        hub.add(adapter(2), name="twin")
+
+
+@every_store
+def test_names_are_free_text_and_changes_show_at_once_in_order_of_addition(place, hub):
+    names = ["b", "a", "A", "it's 100% ?; DROP TABLE adapters", "C:\\x", "名前 🦙", "%s"]
+    for seed, name in enumerate(names):
+        hub.add(adapter(seed), name=name)
+    with opened(place) as other:
+        assert [record.name for record in other] == names
+        assert other.update("a", description="new ?", tags=["x"]).tags == ("x",)
+        assert hub.record("a").description == "new ?"
+        hub.rename("b", "zz")
+        assert [record.name for record in other.records()][:2] == ["zz", "a"]
+        with pytest.raises(AdapterExists):
+            other.rename("a", "A")
+        hub.remove("A")
+        assert "A" not in other
+        assert len(other) == len(names) - 1
+        with pytest.raises(AdapterNotFound, match="did you mean 'a'"):
+            other["A"]
+
+
+@every_store
+def test_every_change_raises_the_generation_and_nothing_else_does(hub):
+    seen = [hub.generation]
+    for change in (
+        lambda: hub.add(adapter(1)),
+        lambda: hub.update("adapter 1", description="x"),
+        lambda: hub.store_vectors("e", [("adapter 1", "d", np.ones(3))]),
+        lambda: hub.rename("adapter 1", "y"),
+        lambda: hub.remove("y"),
+    ):
+        change()
+        seen.append(hub.generation)
+    assert all(later > earlier for earlier, later in itertools.pairwise(seen))
+    hub.verify(), len(hub), list(hub), hub.vectors("e")
+    assert hub.generation == seen[-1]
+
+
+@every_store
+def test_vectors_come_back_bit_for_bit_follow_a_rename_and_go_with_their_adapter(place, hub):
+    rng = np.random.default_rng(0)
+    # subnormal and large numbers too
+    rows_ND = (rng.standard_normal((3, 33)) * 10.0 ** rng.integers(-44, 38, (3, 33))).astype(np.float32)
+    for seed in range(3):
+        hub.add(adapter(seed))
+    hub.store_vectors("e", [(f"adapter {seed}", f"d{seed}", rows_ND[seed]) for seed in (2, 0, 1)])
+    hub.store_vectors("e", [("adapter 1", "again", rows_ND[1] / 2), ("gone", "d", rows_ND[0])])
+    hub.rename("adapter 0", "zero")
+    hub.remove("adapter 2")
+    with opened(place) as other:
+        found = other.vectors("e")
+    assert list(found) == ["zero", "adapter 1"]
+    assert found["zero"][0] == "d0"
+    assert np.array_equal(found["zero"][1], rows_ND[0])
+    assert np.array_equal(found["adapter 1"][1], rows_ND[1] / 2)
+    with pytest.raises(DimensionMismatch):
+        hub.store_vectors("e", [("zero", "d", np.array([np.nan]))])
+    # another size is another version of the embedder
+    hub.store_vectors("e", [("zero", "d", np.ones(2))])
+    assert list(hub.vectors("e")) == ["zero"]
+
+
+@every_store
+def test_a_search_finds_what_it_finds_in_a_folder(tmp_path, hub):
+    words = [
+        "translate",
+        "german",
+        "french",
+        "summarise",
+        "classify",
+        "review",
+        "legal",
+        "medical",
+        "code",
+        "polite",
+        "rude",
+    ]
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(words, 4)) for _ in range(12)]
+    with Hub(tmp_path / "measure") as measure:
+        for each in (hub, measure):
+            for seed, text in enumerate(texts):
+                each.add(
+                    adapter(seed), description=text, examples=[text[::-1]] if seed % 3 else (), tags=["odd"][: seed % 2]
+                )
+        pair = [Retriever(each, embedder="hashing") for each in (hub, measure)]
+        for query, k, tags in [("translate german", 5, ()), ("a rude review", 40, ()), ("code", 3, ("odd",))]:
+            found, wanted = (
+                [(c.name, c.score, c.evidence) for c in each.candidates(query, k=k, tags=tags)] for each in pair
+            )
+            assert found == wanted
+            assert wanted
+        hub.update("adapter 3", description="code code code")
+        measure.update("adapter 3", description="code code code")
+        hub.remove("adapter 4")
+        measure.remove("adapter 4")
+        found, wanted = ([(c.name, c.score) for c in each.candidates("code", k=30)] for each in pair)
+        assert found == wanted
+
+
+@every_store
+def test_a_flipped_byte_is_found_on_reading_and_by_verify_and_adding_again_heals_it(hub):
+    for seed in range(3):
+        hub.add(adapter(seed))
+    assert hub.verify().ok
+    damage(hub, hub.record("adapter 1").hash)
+    with pytest.raises(AdapterCorrupt, match=r"'adapter 1'.*sha256 is [0-9a-f]{64}, not [0-9a-f]{64}"):
+        hub["adapter 1"]
+    report = hub.verify()
+    assert len(report.problems) == 1
+    assert report.intact == ("adapter 0", "adapter 2")
+    assert same(hub["adapter 0"], adapter(0))
+    hub.add(adapter(1))
+    assert hub.verify().ok
+    assert same(hub["adapter 1"], adapter(1))
+
+
+@every_store
+def test_a_missing_blob_is_named(hub):
+    stored = hub.add(adapter(1))
+    hub._blobs.remove(stored.hash)
+    with pytest.raises(AdapterCorrupt, match=r"'adapter 1'.*is missing"):
+        hub["adapter 1"]
+    assert hub.verify().problems != ()
+
+
+@every_store
+def test_gc_deletes_exactly_what_no_row_names_and_says_how_much(hub):
+    kept, gone = hub.add(adapter(1)), hub.add(adapter(2))
+    hub.remove("adapter 2")
+    mapped = hub["adapter 1"]
+    assert hub.verify().orphans == (gone.hash,)
+    assert hub.gc() == gone.size_bytes
+    assert list(hub._blobs.names()) == [kept.hash]
+    assert hub.verify().orphans == ()
+    assert hub.gc() == 0
+    assert same(mapped, adapter(1))
+
+
+@every_store
+def test_a_row_changed_behind_the_hubs_back_is_never_believed(hub):
+    for seed in range(2):
+        hub.add(adapter(seed))
+    with hub._catalogue.writing("damaging") as connection:
+        connection.execute(
+            "UPDATE adapters SET record = replace(record, 'org/base', 'org/evil') WHERE name = ?", ("adapter 1",)
+        )
+    with pytest.raises(HubCorrupt, match="sha256"):
+        list(hub)
+    assert hub.verify().intact == ("adapter 0",)
+    with pytest.raises(HubCorrupt):
+        hub.gc()
+    assert same(hub["adapter 0"], adapter(0))
+
+
+@every_store
+def test_a_change_that_fails_half_way_changes_nothing(hub):
+    hub.add(adapter(0))
+    before, generation = list(hub), hub.generation
+
+    def fail():
+        with hub._catalogue.writing("failing") as connection:
+            connection.execute("DELETE FROM adapters")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert (list(hub), hub.generation) == (before, generation)
+    assert hub.verify().ok
+
+
+@every_store
+def test_a_reader_sees_one_moment(place, hub):
+    hub.add(adapter(0))
+    with hub._catalogue.reading() as connection:
+        counted = connection.execute("SELECT count(*) FROM adapters").fetchone()
+        with opened(place) as other:
+            other.add(adapter(1))
+            assert len(other) == 2
+        assert connection.execute("SELECT count(*) FROM adapters").fetchone() == counted
+    assert len(hub) == 2
+
+
+@every_store
+def test_a_second_writer_waits_and_is_told_after_the_time_out(place, hub):
+    with opened(place, timeout_s=0.1) as other, hub._catalogue.locked("holding"):
+        with pytest.raises(HubLocked, match=r"adding adapter 'adapter 1'.*0\.1 s"):
+            other.add(adapter(1))
+        assert list(other) == []
+    with opened(place) as other:
+        other.add(adapter(1))
+
+
+@every_store
+def test_threads_share_a_hub(hub):
+    failed = []
+
+    def work(first):
+        try:
+            for seed in range(first, first + 4):
+                hub.add(adapter(seed))
+                assert same(hub[f"adapter {seed}"], adapter(seed))
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(first,)) for first in (0, 4, 8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    assert sorted(record.name for record in hub) == sorted(f"adapter {seed}" for seed in range(12))
+    assert hub.verify().ok
+
+
+@every_store
+def test_a_closed_hub_says_so(hub):
+    hub.close()
+    hub.close()
+    with pytest.raises(HubError, match="is closed"):
+        len(hub)
+
+
+def test_several_processes_write_read_and_collect_at_once(request, tmp_path):
+    places = [new_place(request, tmp_path, stores) for stores in SHARED]
+    run = subprocess.run([sys.executable, DRIVER, json.dumps(places)], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    names = sorted(f"adapter {seed}" for seed in (1, 2, 3, 4, 6, 7, 8, 9, 10, 11))
+    assert json.loads(run.stdout) == [[[0, 0, 0, 0], names, []]] * len(SHARED), run.stderr

@@ -1,0 +1,82 @@
+"""Which place a hub's blobs have, and that a hub never takes another's for its own."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from loraweave.errors import HubCorrupt, HubError
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.hub import Hub
+from loraweave.types import Factors
+
+
+def adapter(seed):
+    generator = torch.Generator().manual_seed(seed)
+    factors = Factors(torch.randn(2, 5, generator=generator), torch.randn(3, 2, generator=generator))
+    return Adapter(f"adapter {seed}", "org/base", {"layer": factors})
+
+
+@pytest.fixture
+def places(tmp_path):
+    with Hub(tmp_path / "hub", blobs=tmp_path / "blobs") as hub:
+        hub.add(adapter(0))
+    return tmp_path / "hub", tmp_path / "blobs"
+
+
+def test_a_hub_in_a_folder_remembers_where_its_blobs_are(places):
+    folder, blobs = places
+    assert not (folder / "blobs").exists()
+    assert len(list(blobs.glob("blobs/*/*.safetensors"))) == 1
+    for options in ({}, {"blobs": blobs}):
+        with Hub(folder, **options) as hub:
+            assert hub["adapter 0"].hash == adapter(0).hash
+            assert hub.verify().ok
+
+
+def test_another_place_for_the_blobs_is_refused_with_both_names(places, tmp_path):
+    with pytest.raises(HubError, match=f"are at {places[1]}, not at {tmp_path / 'elsewhere'}"):
+        Hub(places[0], blobs=tmp_path / "elsewhere")
+    with Hub(tmp_path / "plain") as plain:
+        plain.add(adapter(0))
+    with pytest.raises(HubError, match="keeps its blobs in its own folder"):
+        Hub(tmp_path / "plain", blobs=tmp_path / "elsewhere")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_blobs_of_another_hub_are_refused_before_gc_could_delete_them(places, tmp_path):
+    with pytest.raises(HubError, match="belong to another hub"):
+        Hub(tmp_path / "second", blobs=places[1])
+    with Hub(places[0]) as hub:
+        assert hub.verify().ok
+
+
+def test_a_place_that_is_not_mounted_is_told_from_an_empty_hub(places):
+    places[1].rename(places[1].with_name("unmounted"))
+    with pytest.raises(HubError, match=r"has 1 adapters, but .* is not the place of their blobs; is it mounted"):
+        Hub(places[0])
+    places[1].with_name("unmounted").rename(places[1])
+    with Hub(places[0]) as hub:
+        assert hub["adapter 0"].hash == adapter(0).hash
+
+
+def test_a_note_that_is_damaged_is_named_with_its_form(places):
+    (places[0] / "blobs.json").chmod(0o644)
+    (places[0] / "blobs.json").write_text("{")
+    with pytest.raises(HubCorrupt, match=r"blobs\.json is damaged"):
+        Hub(places[0])
+
+
+def test_the_note_has_no_credentials(tmp_path):
+    pytest.importorskip("fsspec")
+    with Hub(tmp_path / "hub", blobs="memory://me:secret@notes/prefix"):
+        pass
+    assert json.loads((tmp_path / "hub" / "blobs.json").read_text())["blobs"] == "memory://notes/prefix"
+
+
+def test_a_file_url_is_the_folder(tmp_path):
+    with Hub(tmp_path / "hub", blobs=f"file://{tmp_path / 'blobs'}") as hub:
+        hub.add(adapter(0))
+    assert len(list((tmp_path / "blobs").glob("blobs/*/*.safetensors"))) == 1
