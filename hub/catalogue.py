@@ -21,7 +21,7 @@ from loraweave.errors import HubCorrupt, HubError, HubLocked, HubReadOnly
 from loraweave.hub.blob_files import sync_folder
 from loraweave.hub.migrations import migrate, needs_migration
 from loraweave.hub.storage_errors import storage_errors
-from loraweave.hub.stores import BlobStore, Connection
+from loraweave.hub.stores import BlobStore, Connection, VectorSearch
 
 # the log may grow to this before a write moves it into the database
 CHECKPOINT_BYTES = 4 * 2**20
@@ -55,6 +55,10 @@ class Catalogue:
     @property
     def where(self) -> str:
         return str(self.folder)
+
+    @property
+    def vector_search(self) -> VectorSearch | None:
+        return None
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:

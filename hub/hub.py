@@ -32,7 +32,7 @@ from loraweave.hub.licenses import accepted, canonical
 from loraweave.hub.names import checked_name, near_misses
 from loraweave.hub.open_stores import open_stores
 from loraweave.hub.storage_errors import storage_errors
-from loraweave.hub.stores import Connection
+from loraweave.hub.stores import Connection, VectorSearch
 from loraweave.hub.vectors import read_vectors, write_vectors
 from loraweave.types import BaseKey, Candidate, Record
 
@@ -311,6 +311,11 @@ class Hub:
         """
         with self._catalogue.writing(f"storing vectors of embedder {embedder_id!r}") as connection:
             write_vectors(connection, embedder_id, rows)
+
+    @property
+    def vector_search(self) -> VectorSearch | None:
+        """What ranks the stored vectors in the database itself; None for a hub in a folder, whose searches read them all."""
+        return self._catalogue.vector_search
 
     def close(self) -> None:
         """Closes the catalogue. Adapters that were read stay usable."""

@@ -20,8 +20,9 @@ from loraweave.hub.catalogue import require_row
 from loraweave.hub.postgres_address import PostgresAddress, require_psycopg
 from loraweave.hub.postgres_errors import postgres_errors
 from loraweave.hub.postgres_migrations import STEPS, migrate, schema_version, set_search_path
+from loraweave.hub.postgres_search import PostgresSearch
 from loraweave.hub.postgres_vectors import make_embeddings
-from loraweave.hub.stores import Connection, Cursor
+from loraweave.hub.stores import Connection, Cursor, VectorSearch
 
 # "LoWv": advisory locks are shared with every other program that uses the database
 _LOCK_CLASS = 0x4C6F5776
@@ -54,6 +55,10 @@ class PostgresCatalogue:
     @property
     def where(self) -> str:
         return self.address.where
+
+    @property
+    def vector_search(self) -> VectorSearch:
+        return PostgresSearch(self)
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:

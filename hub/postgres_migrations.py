@@ -14,7 +14,8 @@ from loraweave.hub.postgres_address import PostgresAddress
 MAX_SEARCHED_DIM = 16_000
 
 # The columns are those of SQLite, so that both are read by the same statements. `embedding` is derived from `vector`: its
-# bytes are what a row's sha256 covers, and whoever changes them leaves the embedding to be made anew.
+# bytes are what a row's sha256 covers, and whoever changes them leaves the embedding to be made anew. `stale` marks what
+# was made before the adapter's record changed, which may have changed its texts.
 STEPS: tuple[tuple[str, ...], ...] = (
     (
         """CREATE TABLE state (
@@ -47,15 +48,20 @@ STEPS: tuple[tuple[str, ...], ...] = (
             vector BYTEA NOT NULL,
             sha256 TEXT NOT NULL,
             embedding VECTOR,
+            stale BOOLEAN NOT NULL DEFAULT false,
             PRIMARY KEY (embedder, seq)
         )""",
         "CREATE INDEX vectors_by_adapter ON vectors (seq)",
         f"""CREATE INDEX vectors_without_embedding ON vectors (embedder, seq)
             WHERE embedding IS NULL AND length(vector) <= {4 * MAX_SEARCHED_DIM}""",
-        """CREATE FUNCTION forget_embedding() RETURNS trigger LANGUAGE plpgsql
-            AS 'BEGIN NEW.embedding := NULL; RETURN NEW; END'""",
+        """CREATE FUNCTION vector_changed() RETURNS trigger LANGUAGE plpgsql
+            AS 'BEGIN NEW.embedding := NULL; NEW.stale := false; RETURN NEW; END'""",
         """CREATE TRIGGER vector_changed BEFORE UPDATE OF vector ON vectors
-            FOR EACH ROW EXECUTE FUNCTION forget_embedding()""",
+            FOR EACH ROW EXECUTE FUNCTION vector_changed()""",
+        """CREATE FUNCTION record_changed() RETURNS trigger LANGUAGE plpgsql
+            AS 'BEGIN UPDATE vectors SET stale = true WHERE vectors.seq = NEW.seq; RETURN NULL; END'""",
+        """CREATE TRIGGER record_changed AFTER UPDATE OF record ON adapters
+            FOR EACH ROW EXECUTE FUNCTION record_changed()""",
     ),
     (
         "ALTER TABLE state ADD COLUMN num_versions BIGINT NOT NULL DEFAULT 0",

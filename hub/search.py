@@ -24,6 +24,7 @@ import numpy as np
 
 from loraweave import registry
 from loraweave.errors import DimensionMismatch, HubError, RetrievalError
+from loraweave.hub.database_search import DatabaseSearch
 from loraweave.types import Candidate, Record
 
 if TYPE_CHECKING:
@@ -111,11 +112,12 @@ _SHARED: weakref.WeakKeyDictionary[Any, SearchIndex] = weakref.WeakKeyDictionary
 class SearchIndex:
     """The searchable form of a hub. It follows the hub: what was added, changed or removed counts from the next search.
 
-    `embedder` is a name of the registry or an object with `dim`, `id` and `embed`; `index` is a name, or "auto" for
-    faiss where it is installed. Raises UnknownName for other names.
+    `embedder` is a name of the registry or an object with `dim`, `id` and `embed`; `index` is a name, or "auto" for the
+    database where it ranks vectors itself, else faiss where it is installed. Raises UnknownName for other names.
     """
 
     def __init__(self, hub: Hub, *, embedder: str | Embedder = "sentence", index: str = "auto") -> None:
+        in_database = hub.vector_search if index == "auto" else None
         if index == "auto":
             index = "faiss_flat" if importlib.util.find_spec("faiss") else "flat"
         self.hub = hub
@@ -123,6 +125,9 @@ class SearchIndex:
         self._index_class = registry.get("indexes", index)
         self._snapshot: _Snapshot | None = None
         self._unstored: dict[str, tuple[str, np.ndarray]] = {}
+        self._database = (
+            None if in_database is None else DatabaseSearch(hub, in_database, self.embedder.id, self._key, _digest)
+        )
         self._embedded = lru_cache(maxsize=NUM_EVIDENCE_CACHED)(self._embed)
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
@@ -149,6 +154,13 @@ class SearchIndex:
     ) -> list[list[Hit]]:
         """For each query the k best adapters that pass the filters, by descending score, ties in order of addition."""
         checked_threshold(min_score)
+        if self._database is not None and k and len(self.hub):
+            near = self._database.hits(query_QD, k, self._allowed(base_model, license, tags))
+            if near is not None:
+                return [
+                    [Hit(n.record, n.score, n.key_D) for n in found if min_score is None or n.score >= min_score]
+                    for found in near
+                ]
         snapshot = self._current()
         num_adapters = len(snapshot.records)
         if not num_adapters:

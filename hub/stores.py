@@ -5,10 +5,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+from loraweave.types import Record
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class Cursor(Protocol):
@@ -25,6 +31,28 @@ class Connection(Protocol):
     def execute(self, statement: str, parameters: Sequence[Any] = (), /) -> Cursor: ...
 
 
+@dataclass(frozen=True, eq=False)
+class Near:
+    """An adapter whose vector is near a query, the digest of the text that the vector was made of, its score, and it."""
+
+    record: Record
+    text_digest: str
+    score: float
+    key_D: np.ndarray
+
+
+class VectorSearch(Protocol):
+    """Ranks the stored vectors where they are, with the scores and the order of the index `flat`."""
+
+    def unready(self, embedder: str, limit: int) -> list[Record]:
+        """At most `limit` adapters that have no vector of the embedder, or were changed since it was made."""
+        ...
+
+    def nearest(self, embedder: str, query_D: np.ndarray, k: int, names: Collection[str] | None) -> list[Near] | None:
+        """The k best, of the named adapters only where names are given. None when a vector is missing or damaged."""
+        ...
+
+
 class CatalogueStore(Protocol):
     """The rows. Every method raises leaves of HubError; several processes and threads may use one catalogue at once."""
 
@@ -35,6 +63,11 @@ class CatalogueStore(Protocol):
 
     @property
     def writable(self) -> bool: ...
+
+    @property
+    def vector_search(self) -> VectorSearch | None:
+        """What ranks the stored vectors in the database itself; None where that must be done here."""
+        ...
 
     def reading(self) -> AbstractContextManager[Connection]:
         """A connection on which everything read belongs to the same moment."""

@@ -17,6 +17,7 @@ import loraweave.hub.postgres_migrations
 from loraweave.errors import HubCorrupt, HubError, HubFull, HubLocked, HubReadOnly
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
+from loraweave.retrieval.retriever import Retriever
 from loraweave.types import Factors
 
 psycopg = pytest.importorskip("psycopg")
@@ -240,3 +241,66 @@ def test_a_child_of_a_fork_leaves_the_sessions_of_its_parent_alone(hub):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert len(hub) == 1
     hub.add(adapter(1))
+
+
+def test_a_search_fetches_only_what_can_be_among_the_best_and_finds_what_flat_finds(hub, monkeypatch):
+    rng = np.random.default_rng(0)
+    words = ["translate", "summarise", "classify", "review", "german", "french", "code"]
+    for seed in range(1, 40):
+        # some of them alike, so that ties occur
+        hub.add(adapter(seed), description=" ".join(rng.choice(words, 3)), tags=["odd"][: seed % 2])
+    measure, own = Retriever(hub, embedder="hashing", index="flat"), Retriever(hub, embedder="hashing")
+    options = [
+        {"k": 5},
+        {"k": 1},
+        {"k": 100},
+        {"k": 0},
+        {"k": 4, "tags": "odd"},
+        {"k": 9, "min_score": 0.5},
+        {"k": 3, "tags": "x"},
+    ]
+    wanted = [measure.candidates(["german review", "code code"], **each) for each in options]
+    with monkeypatch.context() as patch:
+        for name in ("vectors", "records"):
+            real = getattr(Hub, name)
+            patch.setattr(Hub, name, lambda self, *args, real=real, **filters: real(self, **filters) if filters else 1 / 0)
+        assert own.candidates(["german review", "code code"], k=5) == wanted[0]
+    assert [own.candidates(["german review", "code code"], **each) for each in options] == wanted
+    assert any(one.score == other.score for one, other in itertools.pairwise(wanted[2][0]))
+
+
+def test_a_search_follows_every_change_of_the_hub(hub):
+    own = Retriever(hub, embedder="hashing")
+    hub.update("adapter 0", description="german")
+    assert own.candidates("german", k=1)[0].score > 0.99
+    hub.update("adapter 0", description="french")
+    assert own.candidates("german", k=1)[0].score < 0.5
+    assert own.candidates("french", k=1)[0].score > 0.99
+    hub.add(adapter(1), description="german")
+    hub.rename("adapter 1", "renamed")
+    assert own.candidates("german", k=1)[0].name == "renamed"
+    hub.remove("renamed")
+    assert [candidate.name for candidate in own.candidates("german", k=5)] == ["adapter 0"]
+
+
+def test_a_damaged_or_foreign_vector_is_searched_around(hub):
+    hub.update("adapter 0", description="german")
+    hub.add(adapter(1), description="french")
+    measure, own = Retriever(hub, embedder="hashing", index="flat"), Retriever(hub, embedder="hashing")
+    wanted = measure.candidates("german", k=2)
+    assert own.candidates("german", k=2) == wanted
+    for change in ("SET sha256 = 'x'", "SET embedding = '[1,2,3]'", "SET text_digest = 'of another release'"):
+        with hub._catalogue.writing("damaging") as connection:
+            connection.execute(f"UPDATE vectors {change} WHERE seq = (SELECT min(seq) FROM vectors)")
+        assert own.candidates("german", k=2) == wanted
+
+
+def test_a_user_who_may_not_write_searches_all_the_same(hub, place, postgres_server, schema):
+    hub.update("adapter 0", description="german")
+    with postgres_server.connect() as connection:
+        connection.execute(f"CREATE ROLE searcher_{schema} LOGIN PASSWORD 'searcher'")
+        connection.execute(f"GRANT USAGE ON SCHEMA {schema} TO searcher_{schema}")
+        connection.execute(f"GRANT SELECT ON ALL TABLES IN SCHEMA {schema} TO searcher_{schema}")
+    with Hub(place[0].replace("weaver:s3cr%3At%2Fp%40ss", f"searcher_{schema}:searcher"), blobs=place[1]) as reader:
+        assert Retriever(reader, embedder="hashing").candidates("german")[0].name == "adapter 0"
+        assert hub.vectors(Retriever(reader, embedder="hashing")._index.embedder.id) == {}
