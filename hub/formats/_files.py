@@ -51,7 +51,8 @@ def read_json(folder: Path, name: str, *, max_bytes: int = MAX_JSON_BYTES) -> di
     with opened(folder, name) as (file, size):
         if size > max_bytes:
             raise AdapterCorrupt(f"{folder}: {name} has {size} bytes, more than the limit of {max_bytes}")
-        raw = file.read(max_bytes + 1)
+        # no more than the file's size, since reading makes room for what is asked for
+        raw = file.read(size + 1)
     try:
         value = parse_json(raw)
     except ValueError as error:
@@ -95,9 +96,13 @@ def present(folder: Path, name: str) -> bool:
 
 def _inside(folder: Path, name: str) -> Path:
     path = folder / name
-    if not path.is_symlink():
+    # os.path: a name that no file can have is no link either, and is refused on opening
+    if not os.path.islink(path):
         return path
-    target = path.resolve()
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise AdapterCorrupt(f"{folder}: {name} is a link that leads to itself; copy the file into the folder") from error
     roots = [folder.resolve(), *_cache_repository(folder)]
     if not any(target.is_relative_to(root) for root in roots):
         raise AdapterCorrupt(f"{folder}: {name} is a link that leaves the folder; copy the file into it")

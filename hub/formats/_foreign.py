@@ -216,7 +216,7 @@ class ForeignFormat(ABC):
         factors: dict[str, Factors] = {}
         notes: dict[str, Any] = {}
         for layer in layers:
-            factors[layer.name], notes[layer.name] = _converted(layer, cls.update(layer), bound)
+            factors[layer.name], notes[layer.name] = _within_memory(cls, layer, bound)
         if not heads and all(algebra.is_zero(part) for part in factors.values()):
             raise AdapterUnsupported(f"{folder}: the adapter is without effect: every update is zero")
         card |= {"converted_from": cls.peft_type, "conversion": notes, "stored_dtype": "+".join(sorted(dtypes))}
@@ -307,6 +307,20 @@ def check_size(layer: Layer, rows: int, columns: int) -> None:
         raise AdapterUnsupported(
             f"{layer.where}: the update would need a matrix of {rows} x {columns}, above the limit of {MAX_VALUES} values"
         )
+
+
+def _within_memory(layout: type[ForeignFormat], layer: Layer, bound: Bound) -> tuple[Factors, dict[str, Any]]:
+    """`_converted`, where a small file that stands for a matrix too large for this machine is a named error."""
+    try:
+        return _converted(layer, layout.update(layer), bound)
+    except (MemoryError, RuntimeError) as error:
+        # torch has no class of its own for this
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        raise AdapterUnsupported(
+            f"{layer.where}: its {layout.peft_type} form stands for a matrix that needs more memory than there is; "
+            "convert it on a larger machine"
+        ) from error
 
 
 def _converted(layer: Layer, update: Factors | Dense, bound: Bound) -> tuple[Factors, dict[str, Any]]:

@@ -18,6 +18,8 @@ from typing import TypeVar
 Number = TypeVar("Number", int, float)
 
 MAX_PATTERN_LENGTH = 1_000
+# compiling takes a tenth of a millisecond each; names of layers are compared as text first and hardly count
+MAX_EXPRESSIONS = 10_000
 MAX_COMPARISONS = 20_000_000
 TIMEOUT_S = 5.0
 
@@ -50,6 +52,9 @@ def resolve(
     for key in keys:
         if len(key) > MAX_PATTERN_LENGTH:
             raise PatternError(f"the pattern {key[:60]!r}... has {len(key)} characters, above {MAX_PATTERN_LENGTH}")
+    num_expressions = sum(not _literal_tail(key) for key in keys)
+    if num_expressions > MAX_EXPRESSIONS:
+        raise PatternError(f"{num_expressions} of {len(keys)} patterns are regular expressions, above {MAX_EXPRESSIONS}")
     simple = [(index, key) for index, key in enumerate(keys) if not set(key) & set("*+?{(")]
     others = [(index, key) for index, key in enumerate(keys) if set(key) & set("*+?{(")]
     hits = _run_here(simple, names)
@@ -63,8 +68,23 @@ def resolve(
 
 def _run_here(keys: list[tuple[int, str]], names: list[str]) -> list[list[int]]:
     """For each name the indices of the keys that match."""
-    rules = [(index, _literal_tail(key), _compiled(key)) for index, key in keys]
-    return [[index for index, tail, rule in rules if name.endswith(tail) and rule.match(name)] for name in names]
+    tails = [(index, _literal_tail(key), key) for index, key in keys]
+    # a plain layer name is a regular expression for certain, so it is compiled only for a name that ends like it
+    rules = {key: _compiled(key) for _, tail, key in tails if not tail}
+    hits = []
+    for name in names:
+        found = []
+        for index, tail, key in tails:
+            if name.endswith(tail) and _rule(rules, key).match(name):
+                found.append(index)
+        hits.append(found)
+    return hits
+
+
+def _rule(rules: dict[str, re.Pattern[str]], key: str) -> re.Pattern[str]:
+    if key not in rules:
+        rules[key] = _compiled(key)
+    return rules[key]
 
 
 def _compiled(key: str) -> re.Pattern[str]:

@@ -19,6 +19,9 @@ from loraweave.hub.formats._files import opened, parse_json, read_json
 
 MAX_HEADER_BYTES = 100 * 10**6
 MAX_TENSORS = 200_000
+# commas and opening brackets of the header: of one tensor with all its dimensions, and of the metadata
+NODES_OF_TENSOR = 16
+MAX_NODES = 500_000
 MAX_KEY_LENGTH = 512
 MAX_DIMENSIONS = 8
 
@@ -91,7 +94,7 @@ def shards(folder: Path, index_name: str) -> list[str]:
         raise AdapterCorrupt(f"{folder}: {index_name} has no object 'weight_map'")
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
-        if "/" in name or "\\" in name or not name.endswith(".safetensors"):
+        if "/" in name or "\\" in name or not name.isprintable() or not name.endswith(".safetensors"):
             raise AdapterCorrupt(f"{folder}: {index_name} names {name!r}, which is no safetensors file of this folder")
     for name in names:
         held = set(_header_of(folder, name)[0])
@@ -131,9 +134,12 @@ def _header(file: BinaryIO, size: int) -> tuple[dict[str, Entry], int, dict[str,
         raise ValueError(f"its header claims {length} bytes, but the file has {size}; it was cut off")
     raw = file.read(length)
     # parsed JSON takes many times the room of its text, so its parts are counted first
-    nodes = raw.count(b",") + raw.count(b"[") + raw.count(b"{")
-    if raw.count(b'"dtype"') > MAX_TENSORS or nodes > 20 * MAX_TENSORS:
-        raise ValueError(f"its header describes more than {MAX_TENSORS} tensors")
+    num_tensors, nodes = raw.count(b'"dtype"'), raw.count(b",") + raw.count(b"[") + raw.count(b"{")
+    if num_tensors > MAX_TENSORS or nodes > MAX_NODES + NODES_OF_TENSOR * num_tensors:
+        raise ValueError(
+            f"its header has {nodes} parts and describes {num_tensors} tensors; the limits are {MAX_TENSORS} tensors, "
+            f"{NODES_OF_TENSOR} parts for each and {MAX_NODES} for the rest"
+        )
     if not raw.startswith(b"{"):
         raise ValueError("its header is no JSON object")
     table = parse_json(raw)
