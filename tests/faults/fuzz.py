@@ -1,0 +1,151 @@
+"""A program of its own: adds mutated adapter folders to a hub, each under a limit of time and memory, and prints JSON.
+
+Its arguments are an empty folder, the number of cases, and the number of the first. The hub must take a folder or refuse it
+with an error of loraweave's; anything else is a failure, whose folder is kept in `failures/`.
+"""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import folders
+import mutations
+import torch
+
+from loraweave.errors import LoraweaveError
+from loraweave.hub.hub import Hub
+
+# one case takes about a millisecond; the longest that is defined is the time limit of a pattern
+LIMIT_S = 12.0
+# what the process may grow by, beside twice the folder's size
+ALLOWANCE_BYTES = 64 * 2**20
+NAMES = [
+    None, None, None, "../x", "a/b", "C:\\x", "\0", "", "x" * 10_000, "\u202ex", "con",
+    "a\nb", "\ud800", ".", "'; DROP TABLE x",
+]  # fmt: skip
+
+
+class TooSlow(BaseException):
+    """Not an Exception, so that no handler takes it for an ordinary error."""
+
+
+def put(files, folder):
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name, content in files.items():
+        if isinstance(content, bytes):
+            (folder / name).write_bytes(content)
+        elif content.kind == "link":
+            (folder / name).symlink_to(content.target)
+        elif content.kind == "pipe":
+            os.mkfifo(folder / name)
+        else:
+            (folder / name).mkdir()
+
+
+class Limited:
+    """Limits time and address space while it is entered."""
+
+    def __init__(self, size_bytes):
+        self.size_bytes = size_bytes
+
+    def __enter__(self):
+        with open("/proc/self/statm") as file:
+            now = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (now + 2 * self.size_bytes + ALLOWANCE_BYTES, resource.RLIM_INFINITY))
+        signal.setitimer(signal.ITIMER_REAL, LIMIT_S)
+
+    def __exit__(self, *_):
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def taken(hub, folder, name):
+    """Adds the folder, reads it back and removes it; whether what was read is what was added."""
+    record = hub.add(folder, name=name)
+    same = hub[record.name].hash == record.hash
+    hub.remove(record.name)
+    return same
+
+
+def outcome(hub, folder, name, size_bytes):
+    """(the class of what came of adding the folder, what is wrong with that or None)."""
+    try:
+        with Limited(size_bytes):
+            same = taken(hub, folder, name)
+    except LoraweaveError as error:
+        named = str(error)
+        # a message is for people; it may quote a file, but not pour it out
+        return type(error).__name__, None if 0 < len(named) < 3_000 else f"a message of {len(named)} characters"
+    except (Exception, TooSlow) as error:
+        return type(error).__name__, repr(error)[:300]
+    return "added", None if same else "what was read back is another adapter"
+
+
+def strangers(folder):
+    """What lies in the sandbox and is neither the hub's nor the suite's."""
+    own = {"hub", "case", "failures"}
+    hub = {"blobs", "tmp", "write.lock", "catalogue.sqlite", "catalogue.sqlite-wal", "catalogue.sqlite-shm"}
+    found = [path.name for path in folder.iterdir() if path.name not in own]
+    return found + [path.name for path in (folder / "hub").iterdir() if path.name not in hub]
+
+
+def fuzz(folder, first, count):
+    sound = folders.folders()
+    outcomes, made_by, failures = Counter(), Counter(), []
+    with Hub(folder / "hub") as hub:
+        for name, files in sound.items():
+            put(files, folder / "case")
+            # not limited: the first call imports
+            assert taken(hub, folder / "case", name), name
+        for number in range(first, first + count):
+            rng = random.Random(number)
+            kind = rng.choice(sorted(sound))
+            files = dict(sound[kind])
+            made = mutations.spoil(rng, files)
+            put(files, folder / "case")
+            size_bytes = sum(len(content) for content in files.values() if isinstance(content, bytes))
+            result, wrong = outcome(hub, folder / "case", rng.choice(NAMES), size_bytes)
+            outcomes[result] += 1
+            made_by.update(made)
+            if wrong or (number % 50 == 0 and strangers(folder)):
+                failures.append([number, kind, made, wrong or strangers(folder)])
+                shutil.copytree(folder / "case", folder / "failures" / str(number), symlinks=True)
+            if number % 500 == 0:
+                hub.gc()
+        hub.gc()
+        problems = list(hub.verify().problems)
+    return {
+        "cases": count,
+        "outcomes": outcomes,
+        "mutations": made_by,
+        "failures": failures[:20],
+        "num_failures": len(failures),
+        "problems": problems,
+        "left": strangers(folder),
+    }
+
+
+def too_slow(*_):
+    raise TooSlow
+
+
+def main():
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    signal.signal(signal.SIGALRM, too_slow)
+    folder, count, first = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    # a path made from a name of the file would be relative to here
+    os.chdir(folder)
+    print(json.dumps(fuzz(folder, first, count)))
+
+
+if __name__ == "__main__":
+    main()
