@@ -7,6 +7,7 @@ metadata also holds what the catalogue knew when it was written, so that a hub w
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -63,7 +64,10 @@ def write_blob(
 
 
 def read_blob(path: Path, who: str) -> Blob:
-    """The blob's content, its tensors mapped from the file. AdapterCorrupt, naming `who` and the path, for anything else."""
+    """The blob's content, its tensors mapped from the file.
+
+    AdapterCorrupt, naming `who` and the path, for any other content; OSError where the file system does not give it.
+    """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             header = json.loads((file.metadata() or {})[_METADATA_KEY])
@@ -71,10 +75,13 @@ def read_blob(path: Path, who: str) -> Blob:
                 raise ValueError(f"its version is {header['version']}, not one of {FORMAT_VERSIONS}")
             layers, heads = put_together(header, file.keys(), file.get_tensor)
             return Blob(layers, header["origin"], heads)
-    except FileNotFoundError:
-        raise
+    except RuntimeError as error:
+        # torch's way to say that a file cannot be opened or mapped, which is not the content's fault
+        if "file" in str(error):
+            raise OSError(errno.EIO, f"{who}: blob {path} cannot be mapped ({error})") from error
+        raise AdapterCorrupt(f"{who}: blob {path} cannot be read ({error})") from error
     # a damaged ternary stream is AdapterCorrupt, hence a ValueError, already, but does not know the file
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise AdapterCorrupt(f"{who}: blob {path} cannot be read ({type(error).__name__}: {error})") from error
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from loraweave.hub.blob_files import file_digest, sync_folder
 from loraweave.hub.blobs import read_blob
 from loraweave.hub.folder_blobs import FolderBlobs
 from loraweave.hub.migrations import migrate
-from loraweave.hub.storage_errors import storage_errors
+from loraweave.hub.storage_errors import is_damage, storage_errors
 from loraweave.hub.stores import BlobStore
 from loraweave.types import Record
 
@@ -121,11 +121,13 @@ def _intact_rows(path: Path) -> Iterator[History]:
     if not path.exists():
         return
     connection = sqlite3.connect(path, isolation_level=None)
+    seqs: list[int] = []
     try:
-        seqs = [seq for (seq,) in connection.execute("SELECT seq FROM adapters ORDER BY seq").fetchall()]
+        with _damage_ignored():
+            seqs = [seq for (seq,) in connection.execute("SELECT seq FROM adapters ORDER BY seq").fetchall()]
         older: dict[int, list[int]] = {}
         # a catalogue of schema 1 has no versions
-        with suppress(sqlite3.Error, UnicodeDecodeError):
+        with _damage_ignored():
             for seq, version in versions.every(connection):
                 older.setdefault(seq, []).append(version)
         for seq in seqs:
@@ -133,17 +135,27 @@ def _intact_rows(path: Path) -> Iterator[History]:
             history = [row.record for row in [*kept, _intact(rows.at, connection, seq)] if row is not None]
             if history:
                 yield [replace(record, name=history[-1].name) for record in history]
-    except (sqlite3.Error, UnicodeDecodeError):
-        return
     finally:
         connection.close()
 
 
 def _intact(read: Callable[..., rows.Row | None], *where: Any) -> rows.Row | None:
+    found: list[rows.Row | None] = []
+    with _damage_ignored():
+        found.append(read(*where))
+    return found[0] if found else None
+
+
+@contextmanager
+def _damage_ignored() -> Iterator[None]:
+    """What the old catalogue cannot say any more is left out; but a disk that fails now must not cost what it can say."""
     try:
-        return read(*where)
-    except (HubError, sqlite3.Error, UnicodeDecodeError):
-        return None
+        yield
+    except sqlite3.Error as error:
+        if not is_damage(error):
+            raise
+    except (HubError, UnicodeDecodeError):
+        return
 
 
 def _write(new: Path, histories: Sequence[History], blobs: Blobs) -> None:
@@ -161,8 +173,9 @@ def _write(new: Path, histories: Sequence[History], blobs: Blobs) -> None:
                 versions.supersede(connection, row, record)
         connection.execute("UPDATE state SET generation = 1")
         connection.execute("COMMIT")
+        # the file must be complete by itself; closing moves the log into it too, but says nothing when that fails
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
     finally:
-        # closing the only connection moves the log into the file, which is then complete by itself
         connection.close()
 
 

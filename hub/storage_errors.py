@@ -12,6 +12,17 @@ from loraweave.errors import HubCorrupt, HubError, HubFull, HubLocked, HubReadOn
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
+_PASSING = {
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_AUTH,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_NOMEM,
+}
 _WAY_OUT = "Hub.verify() lists what can still be read, loraweave.hub.rebuild.rebuild(folder) saves it"
 
 
@@ -32,6 +43,11 @@ def storage_errors(path: Path | str, doing: str) -> Iterator[None]:
         raise _from_os(error, path, doing) from error
 
 
+def is_damage(error: sqlite3.Error) -> bool:
+    """Whether the database itself is at fault, and not its file system, its lock or the room for it."""
+    return _code(error) not in _PASSING
+
+
 def _from_os(error: OSError, path: Path | str, doing: str) -> HubError:
     if error.errno in _FULL:
         return HubFull(f"{doing}: no space left below {path} ({error}); nothing was changed, free some space and try again")
@@ -41,8 +57,7 @@ def _from_os(error: OSError, path: Path | str, doing: str) -> HubError:
 
 
 def _from_sqlite(error: sqlite3.Error, path: Path | str, doing: str) -> HubError:
-    # the low byte is the primary code, the rest refines it
-    code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
+    code = _code(error)
     if code == sqlite3.SQLITE_FULL:
         return HubFull(f"{doing}: no space left below {path} ({error}); nothing was changed, free some space and try again")
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
@@ -56,3 +71,8 @@ def _from_sqlite(error: sqlite3.Error, path: Path | str, doing: str) -> HubError
     if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR):
         return HubError(f"{doing}: the file system failed at {path} ({error})")
     return HubCorrupt(f"{doing}: the catalogue {path} does not behave as one ({error}); {_WAY_OUT}")
+
+
+def _code(error: sqlite3.Error) -> int:
+    # the low byte is the primary code, the rest refines it
+    return (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF

@@ -1,5 +1,6 @@
 """Damage to blobs, rows and the whole catalogue: found, named, kept from spreading, and repaired where that can be done."""
 
+import errno
 import os
 import random
 import sqlite3
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import loraweave.hub.blobs
 from loraweave.errors import AdapterCorrupt, HubCorrupt, HubError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.blob_files import blob_path
@@ -219,6 +221,52 @@ def test_a_rebuild_that_was_interrupted_at_any_rename_is_finished_by_the_next_an
     with Hub(hub.path) as rebuilt:
         assert rebuilt.verify().ok
         assert [record.name for record in rebuilt] == ["zero", "adapter 1", "adapter 2", "twin"]
+
+
+@pytest.mark.parametrize("statement", ["SELECT seq FROM adapters", "INSERT INTO adapters", "PRAGMA wal_checkpoint"])
+def test_a_rebuild_on_a_failing_disk_is_named_and_leaves_the_old_catalogue_in_place(hub, monkeypatch, statement):
+    hub.rename("adapter 0", "zero")
+    hub.close()
+    real = sqlite3.connect
+
+    class Failing(sqlite3.Connection):
+        def execute(self, text, *args):
+            if text.startswith(statement):
+                error = sqlite3.OperationalError("disk I/O error")
+                error.sqlite_errorcode = sqlite3.SQLITE_IOERR_WRITE
+                raise error
+            return super().execute(text, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite3, "connect", lambda *args, **kwargs: real(*args, **kwargs, factory=Failing))
+        with pytest.raises(HubError, match="rebuilding the catalogue: the file system failed"):
+            rebuild(hub.path)
+    with Hub(hub.path) as same:
+        assert [record.name for record in same] == ["zero", "adapter 1", "adapter 2"]
+
+
+def test_a_file_system_that_fails_for_now_is_not_taken_for_damage(hub, monkeypatch):
+    def failing(*args, **kwargs):
+        raise RuntimeError("unable to open file <blob> in read-only mode: Input/output error (5)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loraweave.hub.blobs, "safe_open", failing)
+        with pytest.raises(HubError, match=r"the file system failed.*unable to open file") as caught:
+            hub["adapter 1"]
+        assert not isinstance(caught.value, AdapterCorrupt)
+    assert hub["adapter 1"].hash == adapter(1).hash
+
+
+def test_a_stale_handle_on_opening_is_named(hub, monkeypatch):
+    def stale(*args, **kwargs):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", stale)
+        with pytest.raises(HubError, match=r"opening the hub: the file system failed.*Stale file handle"):
+            Hub(hub.path)
+    with Hub(hub.path) as same:
+        assert len(same) == 3
 
 
 def test_two_blobs_first_added_under_one_name_both_come_back(hub):
