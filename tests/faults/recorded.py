@@ -5,8 +5,6 @@ import os
 import disk
 import traced
 
-AT_FDCWD = -100 % 2**64
-
 
 class Recorder:
     """Follows the calls of a child; `done` once it wrote to the descriptor `told_on`.
@@ -37,18 +35,16 @@ class Recorder:
         name, (first, second, third, fourth, *_) = call.name, call.args
         if name in ("write", "pwrite64", "ftruncate", "fsync", "fdatasync"):
             return self._on_descriptor(name, first, second, fourth, call.result)
-        if name in ("open", "openat"):
-            path = self._path(first if name == "open" else second, AT_FDCWD if name == "open" else first)
-            return path is not None and self._created(path, folder=False)
-        if name in ("mkdir", "mkdirat"):
-            path = self._path(first if name == "mkdir" else second, AT_FDCWD if name == "mkdir" else first)
-            return path is not None and self._created(path, folder=True)
+        if name in ("open", "openat", "mkdir", "mkdirat"):
+            path = self._path(second, first) if name.endswith("at") else self._path(first)
+            return path is not None and self._created(path, folder=name.startswith("mkdir"))
         if name in ("unlink", "rmdir", "unlinkat"):
-            path = self._path(second, first) if name == "unlinkat" else self._path(first, AT_FDCWD)
+            path = self._path(second, first) if name == "unlinkat" else self._path(first)
             return self._if_ours(self.disk.remove, path)
-        if name in ("rename", "renameat", "renameat2"):
-            paths = (first, AT_FDCWD, second, AT_FDCWD) if name == "rename" else (second, first, fourth, third)
-            return self._if_ours(self.disk.rename, self._path(*paths[:2]), self._path(*paths[2:]))
+        if name == "rename":
+            return self._if_ours(self.disk.rename, self._path(first), self._path(second))
+        if name in ("renameat", "renameat2"):
+            return self._if_ours(self.disk.rename, self._path(second, first), self._path(fourth, third))
         if name == "fchmod":
             return False
         raise NotImplementedError(f"{name} is not played on the disk")
@@ -75,11 +71,8 @@ class Recorder:
         with open(f"/proc/{self.child.pid}/fdinfo/{descriptor}") as file:
             return int(file.readline().split()[1])
 
-    def _path(self, address, folder):
-        path = self.child.text(address)
-        if not os.path.isabs(path):
-            base = "cwd" if folder == AT_FDCWD else f"fd/{folder}"
-            path = os.path.join(os.readlink(f"/proc/{self.child.pid}/{base}"), path)
+    def _path(self, address, folder=traced.AT_FDCWD):
+        path = self.child.path_at(address, folder)
         return path if path.startswith(f"{self.root}/") or path == self.root else None
 
     def _created(self, path, *, folder):

@@ -10,18 +10,22 @@ import signal
 import sys
 from dataclasses import dataclass
 
-TRACEME, DETACH, SYSCALL, SETOPTIONS, GET_SYSCALL_INFO = 0, 17, 24, 0x4200, 0x420E
+TRACEME, GETREGS, SETREGS, SYSCALL, SETOPTIONS, GET_SYSCALL_INFO = 0, 12, 13, 24, 0x4200, 0x420E
 # syscall stops are told from signals; a child whose tracer dies dies too
 OPTIONS = 0x1 | 0x100000
 ENTRY, EXIT = 1, 2
+AT_FDCWD = -100 % 2**64
+# places of a call's result and number in x86_64's struct user_regs_struct
+NUM_REGISTERS, RAX, ORIG_RAX = 27, 10, 15
 SYSCALL_STOP = signal.SIGTRAP | 0x80
 
-# the calls that change a file system, which is where a kill can matter and what a power loss undoes
+# the calls on files; those of them that change a file system are where a kill can matter and what a power loss undoes
 NAMES = {
     "x86_64": {
-        1: "write", 2: "open", 3: "close", 18: "pwrite64", 20: "writev", 32: "dup", 33: "dup2", 72: "fcntl", 74: "fsync",
-        75: "fdatasync", 76: "truncate", 77: "ftruncate", 82: "rename", 83: "mkdir", 84: "rmdir", 86: "link", 87: "unlink",
-        91: "fchmod", 257: "openat", 258: "mkdirat", 263: "unlinkat", 264: "renameat", 285: "fallocate", 316: "renameat2",
+        0: "read", 1: "write", 2: "open", 3: "close", 4: "stat", 5: "fstat", 6: "lstat", 17: "pread64", 18: "pwrite64",
+        20: "writev", 32: "dup", 33: "dup2", 72: "fcntl", 74: "fsync", 75: "fdatasync", 76: "truncate", 77: "ftruncate",
+        82: "rename", 83: "mkdir", 84: "rmdir", 86: "link", 87: "unlink", 91: "fchmod", 217: "getdents64", 257: "openat",
+        258: "mkdirat", 262: "newfstatat", 263: "unlinkat", 264: "renameat", 285: "fallocate", 316: "renameat2",
     },
     "aarch64": {
         23: "dup", 24: "dup3", 25: "fcntl", 34: "mkdirat", 35: "unlinkat", 37: "linkat", 38: "renameat", 45: "truncate",
@@ -29,7 +33,11 @@ NAMES = {
         68: "pwrite64", 82: "fsync", 83: "fdatasync", 276: "renameat2",
     },
 }.get(platform.machine(), {})  # fmt: skip
-CHANGING = set(NAMES.values()) - {"close", "dup", "dup2", "dup3", "fcntl"}
+READING = {"read", "pread64", "stat", "fstat", "lstat", "newfstatat", "getdents64"}
+CHANGING = set(NAMES.values()) - READING - {"close", "dup", "dup2", "dup3", "fcntl"}
+# whose first argument is a path, or a folder's descriptor and then a path, and not a descriptor
+BY_PATH = {"open", "stat", "lstat", "truncate", "rename", "mkdir", "rmdir", "link", "unlink"}
+BY_FOLDER = {"openat", "mkdirat", "newfstatat", "unlinkat", "renameat", "renameat2"}
 
 
 class _Info(ctypes.Structure):
@@ -64,6 +72,7 @@ class Traced:
         if self.pid == 0:
             self._run(work)
         self.status = None
+        self._failure = None
         self._wait()
         if self.status is None:
             self._ptrace(SETOPTIONS, 0, OPTIONS)
@@ -84,6 +93,9 @@ class Traced:
                 number, *args = info.words[:7]
                 entry = Call(NAMES.get(number, "other"), number, tuple(args))
                 yield entry
+            elif info.op == EXIT and self._failure is not None:
+                self._set_register(RAX, -self._failure)
+                self._failure = None
             elif info.op == EXIT and after and entry is not None:
                 yield Call(entry.name, entry.number, entry.args, ctypes.c_int64(info.words[0]).value)
 
@@ -93,6 +105,30 @@ class Traced:
             os.kill(self.pid, signal.SIGKILL)
             while self.status is None:
                 self._wait()
+
+    def fail(self, number):
+        """Has the call that the child is about to make fail with that errno instead (x86_64 only)."""
+        self._set_register(ORIG_RAX, -1)
+        self._failure = number
+
+    def path(self, call):
+        """The file that a call is about: its path, or that of its descriptor; None where there is none."""
+        if call.name in BY_PATH:
+            return self.path_at(call.args[0])
+        if call.name in BY_FOLDER:
+            return self.path_at(call.args[1], call.args[0])
+        try:
+            return os.readlink(f"/proc/{self.pid}/fd/{call.args[0]}") if call.name != "other" else None
+        except OSError:
+            return None
+
+    def path_at(self, address, folder=AT_FDCWD):
+        """The absolute form of a path in the child's memory, which may be relative to a folder's descriptor."""
+        path = self.text(address)
+        if os.path.isabs(path):
+            return path
+        base = "cwd" if folder % 2**32 == AT_FDCWD % 2**32 else f"fd/{folder}"
+        return os.path.join(os.readlink(f"/proc/{self.pid}/{base}"), path)
 
     def memory(self, address, size):
         """The bytes of the child's memory."""
@@ -137,6 +173,12 @@ class Traced:
             return os.WSTOPSIG(status)
         self.status = os.waitstatus_to_exitcode(status)
         return None
+
+    def _set_register(self, place, value):
+        registers = (ctypes.c_uint64 * NUM_REGISTERS)()
+        self._ptrace(GETREGS, 0, ctypes.addressof(registers))
+        registers[place] = value % 2**64
+        self._ptrace(SETREGS, 0, ctypes.addressof(registers))
 
     def _ptrace(self, request, address, data):
         arguments = (ctypes.c_long(request), ctypes.c_long(self.pid), ctypes.c_void_p(address), ctypes.c_void_p(data))
