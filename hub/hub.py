@@ -23,12 +23,13 @@ from loraweave.errors import (
     InvalidName,
 )
 from loraweave.hub import known_bases, rows, versions
-from loraweave.hub.base_filter import for_base
 from loraweave.hub.blob_files import STALE_TMP_S
 from loraweave.hub.catalogue import require_row
+from loraweave.hub.changes import Changes, read_changes
 from loraweave.hub.collect import collect
-from loraweave.hub.fields import checked_fields, one_or_many
-from loraweave.hub.licenses import accepted, canonical
+from loraweave.hub.fields import checked_fields
+from loraweave.hub.filtering import matching
+from loraweave.hub.licenses import canonical
 from loraweave.hub.names import checked_name, near_misses
 from loraweave.hub.open_stores import open_stores
 from loraweave.hub.storage_errors import storage_errors
@@ -143,7 +144,8 @@ class Hub:
 
     def __len__(self) -> int:
         with self._catalogue.reading() as connection:
-            return int(connection.execute("SELECT count(*) FROM adapters").fetchone()[0])
+            found = connection.execute("SELECT num_adapters FROM state").fetchone()
+        return int(require_row(found, self._catalogue.where)[0])
 
     def __iter__(self) -> Iterator[Record]:
         """The records in order of addition, as of now."""
@@ -163,13 +165,10 @@ class Hub:
         Licenses are SPDX expressions or ids of the model hub; "MIT OR GPL-3.0-only" is found for MIT too.
         """
         with self._catalogue.reading() as connection:
-            found = [row.record for row in rows.every(connection)]
-        wanted = set(one_or_many(tags))
-        return [
-            record
-            for record in for_base(found, base_model)
-            if (license is None or accepted(record.license, license)) and wanted.issubset(record.tags)
-        ]
+            if base_model is None and license is None and not tags:
+                return [row.record for row in rows.every(connection)]
+            seqs = matching(connection, base_model=base_model, license=license, tags=tags)
+            return [row.record for row in rows.some(connection, seqs)]
 
     def record(self, name: str) -> Record:
         """The adapter's record. AdapterNotFound names near misses."""
@@ -283,7 +282,7 @@ class Hub:
         """Reads every row and every blob and reports what is damaged: `.ok`, `.problems`, `.intact`, `.orphans`."""
         from loraweave.hub.verify import verify
 
-        return verify(self._catalogue, self._blobs)
+        return verify(self._catalogue, self._blobs, self.path)
 
     def gc(self) -> int:
         """Deletes blobs that no row names and what killed writers left; returns the bytes freed.
@@ -298,6 +297,32 @@ class Hub:
         with self._catalogue.reading() as connection:
             found = connection.execute("SELECT generation FROM state").fetchone()
         return int(require_row(found, self._catalogue.where)[0])
+
+    @property
+    def writable(self) -> bool:
+        """Whether the hub can be written; reading works either way."""
+        return self._catalogue.writable
+
+    def changes(self, embedder_id: str, *, since: int = 0, after: int = 0, limit: int = 4096) -> Changes:
+        """The next `limit` adapters above seq `after` that changed later than generation `since`; since 0 it is all."""
+        with self._catalogue.reading() as connection:
+            return read_changes(connection, embedder_id, since=since, after=after, limit=limit)
+
+    def records_at(self, seqs: Sequence[int]) -> dict[int, Record]:
+        """The records of those places in the order of addition that are still taken."""
+        with self._catalogue.reading() as connection:
+            return {row.seq: row.record for row in rows.some(connection, seqs)}
+
+    def seqs(
+        self,
+        *,
+        base_model: str | BaseKey | None = None,
+        license: Collection[str] | str | None = None,
+        tags: Collection[str] | str = (),
+    ) -> list[int]:
+        """The places in the order of addition of those that `records` gives, of which it reads none."""
+        with self._catalogue.reading() as connection:
+            return matching(connection, base_model=base_model, license=license, tags=tags)
 
     def vectors(self, embedder_id: str) -> dict[str, tuple[str, np.ndarray]]:
         """Adapter name -> (digest of the text that was embedded, fp32 vector), in order of addition."""
@@ -348,11 +373,10 @@ class Hub:
             raise AdapterNotFound(f"no adapter {name!a:.80} in the hub {self._catalogue.where}: {error}") from error
         if row is not None:
             return row
-        known = [known for (known,) in connection.execute("SELECT name FROM adapters ORDER BY seq").fetchall()]
-        close = near_misses(name, known)
+        close = near_misses(name, rows.names_like(connection, name))
         hint = (
             f"did you mean {' or '.join(map(repr, close))}?"
             if close
-            else f"it has {len(known)} adapters, none of a like name"
+            else f"it has {len(self)} adapters, none of a like name"
         )
         raise AdapterNotFound(f"no adapter {name!r} in the hub {self._catalogue.where}; {hint}")

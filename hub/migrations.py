@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 
 from loraweave.errors import HubCorrupt
+from loraweave.hub.filtering import fill
 
 # "LoWv", so that a file can be told from another program's database
 APPLICATION_ID = 0x4C6F5776
 
+Step = tuple[str | Callable[[sqlite3.Connection], None], ...]
+
 # A row holds its record as canonical JSON with a sha256: a damaged page can change text without SQLite noticing. For the
 # same reason `state` counts the adapters: rows that vanish are missed. `seq` orders by addition, whatever the clock says.
-STEPS: tuple[tuple[str, ...], ...] = (
+STEPS: tuple[Step, ...] = (
     (
         f"PRAGMA application_id = {APPLICATION_ID}",
         """CREATE TABLE state (
@@ -65,6 +69,23 @@ STEPS: tuple[tuple[str, ...], ...] = (
             PRIMARY KEY (base_model, fingerprint)
         ) STRICT, WITHOUT ROWID""",
     ),
+    (
+        # another for every catalogue, so that a search index of one is not taken for that of another
+        "ALTER TABLE state ADD COLUMN identity TEXT NOT NULL DEFAULT ''",
+        "UPDATE state SET identity = lower(hex(randomblob(16)))",
+        # the generation that last added, changed or deleted a row; that of a deleted one stays
+        "CREATE TABLE changes (seq INTEGER PRIMARY KEY, generation INTEGER NOT NULL) STRICT",
+        "CREATE INDEX changes_by_generation ON changes (generation, seq)",
+        # what filters ask for
+        """CREATE TABLE labels (
+            kind TEXT NOT NULL,
+            value TEXT NOT NULL,
+            seq INTEGER NOT NULL REFERENCES adapters (seq) ON DELETE CASCADE,
+            PRIMARY KEY (kind, value, seq)
+        ) STRICT, WITHOUT ROWID""",
+        "CREATE INDEX labels_by_adapter ON labels (seq)",
+        fill,
+    ),
 )
 
 
@@ -101,8 +122,11 @@ def migrate(connection: sqlite3.Connection, path: Path) -> None:
     for number, step in enumerate(STEPS[version:], start=version + 1):
         connection.execute("BEGIN IMMEDIATE")
         try:
-            for statement in step:
-                connection.execute(statement)
+            for action in step:
+                if isinstance(action, str):
+                    connection.execute(action)
+                else:
+                    action(connection)
             connection.execute(f"PRAGMA user_version = {number:d}")
             connection.execute("COMMIT")
         except BaseException:

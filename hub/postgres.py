@@ -10,9 +10,8 @@ import hashlib
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import lru_cache
 from typing import Any
 
 from loraweave.errors import HubError, HubLocked, HubReadOnly
@@ -21,8 +20,9 @@ from loraweave.hub.postgres_address import PostgresAddress, require_psycopg
 from loraweave.hub.postgres_errors import postgres_errors
 from loraweave.hub.postgres_migrations import STEPS, migrate, schema_version, set_search_path
 from loraweave.hub.postgres_search import PostgresSearch
+from loraweave.hub.postgres_session import Translating
 from loraweave.hub.postgres_vectors import make_embeddings
-from loraweave.hub.stores import Connection, Cursor, VectorSearch
+from loraweave.hub.stores import Connection, VectorSearch
 
 # "LoWv": advisory locks are shared with every other program that uses the database
 _LOCK_CLASS = 0x4C6F5776
@@ -65,7 +65,7 @@ class PostgresCatalogue:
         """A connection inside one read transaction: everything read belongs to the same moment."""
         begin = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
         with postgres_errors(self.address, "reading the hub"), self._session(begin) as session:
-            yield _Translating(session)
+            yield Translating(session)
 
     @contextmanager
     def locked(self, doing: str) -> Iterator[None]:
@@ -94,7 +94,7 @@ class PostgresCatalogue:
     def transaction(self, doing: str) -> Iterator[Connection]:
         """One write transaction, committed on leaving; the caller holds the lock. A change of rows raises the generation."""
         session = self._held.session
-        connection = _Translating(session)
+        connection = Translating(session)
         with postgres_errors(self.address, doing):
             session.execute("BEGIN")
             try:
@@ -247,26 +247,6 @@ class PostgresCatalogue:
     def _require_open(self) -> None:
         if self.closed:
             raise HubError(f"the hub {self.where} is closed; open it again")
-
-
-class _Translating:
-    """A session that takes statements with `?` for parameters, and counts the rows they change."""
-
-    def __init__(self, session: Any) -> None:
-        self._session = session
-        self.num_changed = 0
-
-    def execute(self, statement: str, parameters: Sequence[Any] = (), /) -> Cursor:
-        cursor: Any = self._session.execute(_translated(statement), tuple(parameters))
-        if cursor.description is None:
-            self.num_changed += max(0, cursor.rowcount)
-        found: Cursor = cursor
-        return found
-
-
-@lru_cache(maxsize=256)
-def _translated(statement: str) -> str:
-    return statement.replace("%", "%%").replace("?", "%s")
 
 
 def _close_all(sessions: list[Any], pid: int) -> None:

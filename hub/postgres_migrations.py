@@ -5,10 +5,14 @@ A step that has been released is never edited: a change is a new step there and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from loraweave.errors import HubCorrupt, HubError
+from loraweave.hub.filtering import fill
 from loraweave.hub.postgres_address import PostgresAddress
+from loraweave.hub.postgres_session import Translating
+from loraweave.hub.stores import Connection
 
 # pgvector stores at most this many numbers; longer vectors are kept, but searched at the client
 MAX_SEARCHED_DIM = 16_000
@@ -16,7 +20,7 @@ MAX_SEARCHED_DIM = 16_000
 # The columns are those of SQLite, so that both are read by the same statements. `embedding` is derived from `vector`: its
 # bytes are what a row's sha256 covers, and whoever changes them leaves the embedding to be made anew. `stale` marks what
 # was made before the adapter's record changed, which may have changed its texts.
-STEPS: tuple[tuple[str, ...], ...] = (
+STEPS: tuple[tuple[str | Callable[[Connection], None], ...], ...] = (
     (
         """CREATE TABLE state (
             id INTEGER PRIMARY KEY CHECK (id = 1),
@@ -80,6 +84,18 @@ STEPS: tuple[tuple[str, ...], ...] = (
             PRIMARY KEY (base_model, fingerprint)
         )""",
     ),
+    (
+        "CREATE TABLE changes (seq BIGINT PRIMARY KEY, generation BIGINT NOT NULL)",
+        "CREATE INDEX changes_by_generation ON changes (generation, seq)",
+        """CREATE TABLE labels (
+            kind TEXT COLLATE "C" NOT NULL,
+            value TEXT COLLATE "C" NOT NULL,
+            seq BIGINT NOT NULL REFERENCES adapters (seq) ON DELETE CASCADE,
+            PRIMARY KEY (kind, value, seq)
+        )""",
+        "CREATE INDEX labels_by_adapter ON labels (seq)",
+        fill,
+    ),
 )
 
 
@@ -113,8 +129,11 @@ def migrate(connection: Any, address: PostgresAddress) -> None:
         else:
             _back_up(connection, address.schema, f"{address.schema}_v{version}_backup")
         for step in STEPS[version:]:
-            for statement in step:
-                connection.execute(statement)
+            for action in step:
+                if isinstance(action, str):
+                    connection.execute(action)
+                else:
+                    action(Translating(connection))
         connection.execute("UPDATE state SET schema_version = %s", (len(STEPS),))
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from loraweave.errors import AdapterUnsupported, HubCorrupt
+from loraweave.hub import change_log, labels
 from loraweave.hub.fields import MAX_CARD_BYTES, OWN_FIELDS, Fields
 from loraweave.hub.stores import Connection
 from loraweave.types import Fingerprint, Record, Source
@@ -16,6 +17,11 @@ from loraweave.types import Fingerprint, Record, Source
 _COLUMNS = "adapters.seq, adapters.name, adapters.hash, adapters.record, adapters.sha256"
 _BLOB_COLUMNS = "blobs.hash, blobs.file_sha256, blobs.size_bytes, blobs.sha256"
 _SELECT = f"SELECT {_COLUMNS}, {_BLOB_COLUMNS} FROM adapters LEFT JOIN blobs ON blobs.hash = adapters.hash"
+_MOST_PARAMETERS = 500
+
+# comparing a name with so many others takes a tenth of a second
+_MOST_NAMES = 10_000
+_NUM_ALIKE = 3
 
 
 @dataclass(frozen=True)
@@ -48,10 +54,31 @@ def every(connection: Connection) -> Iterator[Row]:
         yield _decode(found)
 
 
+def some(connection: Connection, seqs: Sequence[int]) -> Iterator[Row]:
+    """The rows of those numbers that are there, in order of addition. HubCorrupt at the first that is damaged."""
+    # databases bound the number of parameters
+    ordered = sorted(seqs)
+    for start in range(0, len(ordered), _MOST_PARAMETERS):
+        part = ordered[start : start + _MOST_PARAMETERS]
+        marks = ", ".join("?" * len(part))
+        for found in connection.execute(f"{_SELECT} WHERE adapters.seq IN ({marks}) ORDER BY adapters.seq", part).fetchall():
+            yield _decode(found)
+
+
 def at(connection: Connection, seq: int) -> Row | None:
     """The row with that number. HubCorrupt when it is damaged."""
     found = connection.execute(f"{_SELECT} WHERE adapters.seq = ?", (seq,)).fetchone()
     return None if found is None else _decode(found)
+
+
+def names_like(connection: Connection, name: str) -> list[str]:
+    """Names that may be what `name` meant: all of a hub of ordinary size, else those that begin as it does."""
+    first = connection.execute("SELECT name FROM adapters ORDER BY seq LIMIT ?", (_MOST_NAMES + 1,)).fetchall()
+    if len(first) > _MOST_NAMES:
+        begin = name[:_NUM_ALIKE]
+        between = "SELECT name FROM adapters WHERE name >= ? AND name < ? ORDER BY name LIMIT ?"
+        first = connection.execute(between, (begin, begin + chr(0x10FFFF), _MOST_NAMES)).fetchall()
+    return [found for (found,) in first]
 
 
 def find_blob(connection: Connection, content_hash: str) -> BlobRow | None:
@@ -70,7 +97,7 @@ def insert(connection: Connection, record: Record) -> Record:
         (record.name, record.hash, text, _sha256(text)),
     )
     connection.execute("UPDATE state SET num_adapters = num_adapters + 1")
-    return _required(find(connection, record.name), record.name)
+    return _noted(connection, find(connection, record.name), record.name)
 
 
 def change(connection: Connection, row: Row, record: Record) -> Record:
@@ -82,13 +109,14 @@ def change(connection: Connection, row: Row, record: Record) -> Record:
         "UPDATE adapters SET name = ?, hash = ?, record = ?, sha256 = ? WHERE seq = ?",
         (record.name, record.hash, text, _sha256(text), row.seq),
     )
-    return _required(find(connection, record.name), record.name)
+    return _noted(connection, find(connection, record.name), record.name)
 
 
 def delete(connection: Connection, row: Row) -> None:
-    """Removes the row and, through the foreign key, its vectors; the blob stays for gc."""
+    """Removes the row and, through foreign keys, its vectors and labels; the blob stays for gc."""
     connection.execute("DELETE FROM adapters WHERE seq = ?", (row.seq,))
     connection.execute("UPDATE state SET num_adapters = num_adapters - 1")
+    change_log.note(connection, row.seq)
 
 
 def put_blob(connection: Connection, blob: BlobRow) -> None:
@@ -150,9 +178,11 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is not JSON")
 
 
-def _required(row: Row | None, name: str) -> Record:
+def _noted(connection: Connection, row: Row | None, name: str) -> Record:
     if row is None:
         raise HubCorrupt(f"the catalogue is damaged: the row of adapter {name!r}, just written, cannot be found")
+    change_log.note(connection, row.seq)
+    labels.put(connection, row.seq, row.record)
     return row.record
 
 

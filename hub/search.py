@@ -3,7 +3,8 @@
 The scheme is LoraRetriever's (Zhao et al. 2024): an adapter's key is the mean embedding of sample inputs, the query is
 the embedding of the input at hand, the score their inner product. Unlike the original, keys have unit norm again: the
 norm of a mean grows with how alike the samples are, so that it would favour narrow adapters (recall@1 on the pool's
-training inputs .49 without, .58 with). The catalogue is the truth; the index is rebuilt in memory when the hub changes.
+training inputs .49 without, .58 with). The catalogue is the truth: the index follows its log of changes, and a large one is
+kept as a file below the hub's index/, which the next process maps.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import logging
 import math
 import operator
 import weakref
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,8 +25,12 @@ import numpy as np
 
 from loraweave import registry
 from loraweave.errors import DimensionMismatch, HubError, RetrievalError
+from loraweave.hub.changes import Change
 from loraweave.hub.database_search import DatabaseSearch
-from loraweave.types import Candidate, Record
+from loraweave.hub.filtering import passes
+from loraweave.hub.keys import Choice, Found, Keys
+from loraweave.hub.saved_keys import MIN_SAVED, Stamp, load, save
+from loraweave.types import BaseKey, Candidate, Record
 
 if TYPE_CHECKING:
     from loraweave.hub.hub import Hub
@@ -40,6 +45,15 @@ MAX_SAMPLE_INPUTS = 50
 
 # adapters whose sample inputs stay embedded for the evidence: 50 x 384 x 4 bytes = 77 kB each at most
 NUM_EVIDENCE_CACHED = 1024
+
+# from so many keys on "auto" takes an approximate index (benchmarks/hub.py)
+MIN_APPROXIMATE = 200_000
+
+# of the nearest, so many more than four times those wanted are tried on a filter
+_NUM_TRIED = 32
+
+# records that a snapshot keeps
+_MAX_RECORDS = 4096
 
 _logger = logging.getLogger(__name__)
 
@@ -56,11 +70,24 @@ class Embedder(Protocol):
 
 
 class Index(Protocol):
-    """The k largest inner products of each query: scores descending, ties by position; k above the count gives all."""
+    """The k largest inner products of each query: scores descending, ties by position; k above the count gives all.
+
+    A mask leaves only the rows that it allows. `arrays` is what `from_arrays` makes an index from without copying it; of
+    "vectors" alone, which is always there, it makes the rest.
+    """
+
+    @classmethod
+    def from_arrays(cls, dim: int, arrays: Mapping[str, np.ndarray]) -> Index: ...
+
+    def arrays(self) -> dict[str, np.ndarray]: ...
+
+    def __len__(self) -> int: ...
 
     def add(self, vectors_ND: np.ndarray) -> None: ...
 
-    def search(self, query_QD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]: ...
+    def search(
+        self, query_QD: np.ndarray, k: int, *, allowed_N: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,12 +101,12 @@ class Hit:
 
 @dataclass(frozen=True, eq=False)
 class _Snapshot:
-    """The index as of one generation of the hub; never changed, so that threads can share it."""
+    """The keys as of one generation of a catalogue; threads can share it. `records` are those that were read of late."""
 
+    identity: str
     generation: int
-    records: tuple[Record, ...]
-    keys_ND: np.ndarray
-    index: Index
+    keys: Keys
+    records: dict[int, Record]
 
 
 def search(
@@ -87,7 +114,7 @@ def search(
     query: str,
     *,
     k: int = 5,
-    base_model: str | None = None,
+    base_model: str | BaseKey | None = None,
     license: Collection[str] | str | None = None,
     tags: Collection[str] | str = (),
     min_score: float | None = None,
@@ -112,17 +139,17 @@ _SHARED: weakref.WeakKeyDictionary[Any, SearchIndex] = weakref.WeakKeyDictionary
 class SearchIndex:
     """The searchable form of a hub. It follows the hub: what was added, changed or removed counts from the next search.
 
-    `embedder` is a name of the registry or an object with `dim`, `id` and `embed`; `index` is a name, or "auto" for the
-    database where it ranks vectors itself, else faiss where it is installed. Raises UnknownName for other names.
+    `embedder` is a name of the registry or an object with `dim`, `id` and `embed`; `index` is a name, or "auto": a database
+    that ranks vectors itself, else exact search up to 200,000 adapters (`faiss_half`, or `flat` where faiss is not
+    installed), from there on `faiss_ivf`. Raises UnknownName for other names.
     """
 
     def __init__(self, hub: Hub, *, embedder: str | Embedder = "sentence", index: str = "auto") -> None:
         in_database = hub.vector_search if index == "auto" else None
-        if index == "auto":
-            index = "faiss_flat" if importlib.util.find_spec("faiss") else "flat"
         self.hub = hub
         self.embedder: Embedder = registry.get("embedders", embedder)() if isinstance(embedder, str) else embedder
-        self._index_class = registry.get("indexes", index)
+        self._index = index
+        self._choice = _choice(index)
         self._snapshot: _Snapshot | None = None
         self._unstored: dict[str, tuple[str, np.ndarray]] = {}
         self._database = (
@@ -147,7 +174,7 @@ class SearchIndex:
         query_QD: np.ndarray,
         k: int,
         *,
-        base_model: str | None = None,
+        base_model: str | BaseKey | None = None,
         license: Collection[str] | str | None = None,
         tags: Collection[str] | str = (),
         min_score: float | None = None,
@@ -162,23 +189,15 @@ class SearchIndex:
                     for found in near
                 ]
         snapshot = self._current()
-        num_adapters = len(snapshot.records)
-        if not num_adapters:
+        if not len(snapshot.keys):
             _logger.info("the hub is empty, so nothing is found: hub.add(folder, description=..., examples=[...]) fills it")
-        if not num_adapters or not k:
+        if not len(snapshot.keys) or not k:
             return [[] for _ in query_QD]
-        allowed = self._allowed(base_model, license, tags)
-        # a filter may drop any number of hits, so then all are ranked
-        scores_QK, positions_QK = snapshot.index.search(query_QD, k if allowed is None else num_adapters)
-        found = []
-        # indexes report six decimals in fp32; as Python floats they get their short form back
-        for scores, positions in zip(scores_QK.tolist(), positions_QK.tolist(), strict=True):
-            ranked = [
-                Hit(snapshot.records[p], round(s, 6), snapshot.keys_ND[p]) for s, p in zip(scores, positions, strict=True)
-            ]
-            fitting = [hit for hit in ranked if allowed is None or hit.record.name in allowed]
-            found.append([hit for hit in fitting[:k] if min_score is None or hit.score >= min_score])
-        return found
+        if base_model is None and license is None and not tags:
+            ranked = self._hits(snapshot, snapshot.keys.search(query_QD, k))
+        else:
+            ranked = self._filtered(snapshot, query_QD, k, base_model, license, tags)
+        return [[hit for hit in hits if min_score is None or hit.score >= min_score] for hits in ranked]
 
     def explained(self, query_D: np.ndarray, hits: Sequence[Hit]) -> list[Candidate]:
         """The hits as candidates; the evidence is the adapter's own text that is nearest to the query."""
@@ -191,32 +210,114 @@ class SearchIndex:
         return f"{kinds[best]} {_excerpt(texts[best])!r} ({scores_N[best]:.2f})"
 
     def _allowed(
-        self, base_model: str | None, license: Collection[str] | str | None, tags: Collection[str] | str
+        self, base_model: str | BaseKey | None, license: Collection[str] | str | None, tags: Collection[str] | str
     ) -> set[str] | None:
         if base_model is None and license is None and not tags:
             return None
         return {record.name for record in self.hub.records(base_model=base_model, license=license, tags=tags)}
 
+    def _filtered(
+        self,
+        snapshot: _Snapshot,
+        query_QD: np.ndarray,
+        k: int,
+        base_model: str | BaseKey | None,
+        license: Collection[str] | str | None,
+        tags: Collection[str] | str,
+    ) -> list[list[Hit]]:
+        # a filter that lets many through is mostly met by the nearest few; the places of all that pass are a long list. For
+        # a key of a base model they are asked for, which warns of its namesakes
+        num_tried = 0 if isinstance(base_model, BaseKey) else 4 * k + _NUM_TRIED
+        tried = self._hits(snapshot, snapshot.keys.search(query_QD, num_tried))
+        passing = [
+            [hit for hit in hits if passes(hit.record, base_model=base_model, license=license, tags=tags)][:k]
+            for hits in tried
+        ]
+        if num_tried >= len(snapshot.keys) or all(len(hits) == k for hits in passing):
+            return passing
+        seqs = self.hub.seqs(base_model=base_model, license=license, tags=tags)
+        return self._hits(snapshot, snapshot.keys.search(query_QD, k, np.array(seqs, np.int64)))
+
+    def _hits(self, snapshot: _Snapshot, found: Sequence[Found]) -> list[list[Hit]]:
+        known = snapshot.records
+        missing = sorted({seq for one in found for seq in one.seqs_K.tolist()} - known.keys())
+        if missing:
+            if len(known) > _MAX_RECORDS:
+                known.clear()
+            known = {**known, **self.hub.records_at(missing)}
+            snapshot.records.update(known)
+        # indexes report six decimals in fp32; as Python floats they get their short form back. One that is removed since the
+        # snapshot has no record any more
+        return [
+            [
+                Hit(known[seq], round(score, 6), key_D)
+                for score, seq, key_D in zip(one.scores_K.tolist(), one.seqs_K.tolist(), one.keys_KD, strict=True)
+                if seq in known
+            ]
+            for one in found
+        ]
+
     def _current(self) -> _Snapshot:
-        # the generation is read before the rows: a write in between makes the next search look again, never the reverse
-        generation = self.hub.generation
         snapshot = self._snapshot
-        if snapshot is None or snapshot.generation != generation:
-            records = tuple(self.hub.records())
-            keys_ND = self._keys(records)
-            index = self._index_class(self.embedder.dim)
-            index.add(keys_ND)
-            self._snapshot = snapshot = _Snapshot(generation, records, keys_ND, index)
+        if snapshot is None:
+            opened = load(self.hub.path, self.embedder.id, self._index, self.embedder.dim, self._choice)
+            snapshot = _Snapshot(opened[1].identity, opened[1].generation, opened[0], {}) if opened else self._nothing()
+        elif snapshot.generation == self.hub.generation:
+            return snapshot
+        self._snapshot = snapshot = self._saved(self._followed(snapshot))
         return snapshot
 
-    def _keys(self, records: Sequence[Record]) -> np.ndarray:
-        """The key of every adapter (N, D): stored ones where their texts are unchanged, else made and stored."""
-        stored = self.hub.vectors(self.embedder.id)
+    def _nothing(self) -> _Snapshot:
+        return _Snapshot("", 0, Keys(self.embedder.dim, self._choice), {})
+
+    def _followed(self, old: _Snapshot) -> _Snapshot:
+        """The snapshot brought up to date by what changed since; made anew when it is not one of this catalogue's past."""
+        gone, seqs, keys, records = [], [], [], dict(old.records)
+        first, after = None, 0
+        while True:
+            changes = self.hub.changes(self.embedder.id, since=old.generation, after=after)
+            first = first or changes
+            if old.generation and (changes.identity != old.identity or changes.generation < old.generation):
+                return self._followed(self._nothing())
+            for change in changes.page:
+                records.pop(change.seq, None)
+                gone.append(change.seq)
+            present = [change for change in changes.page if change.record is not None]
+            seqs += [change.seq for change in present]
+            keys.append(self._keys(present))
+            if not changes.page:
+                break
+            after = changes.page[-1].seq
+        gone_M = np.array(gone if old.generation else [], np.int64)
+        followed = old.keys.changed(gone_M, np.array(seqs, np.int64), np.concatenate(keys))
+        if len(followed) != changes.num_adapters and changes.generation == first.generation and old.generation:
+            # a catalogue that was put back from a copy and has gone another way since has the same identity
+            return self._followed(self._nothing())
+        return _Snapshot(first.identity, first.generation, followed, records)
+
+    def _saved(self, snapshot: _Snapshot) -> _Snapshot:
+        """The snapshot, its keys mapped from a file where they are many and were not."""
+        keys = snapshot.keys
+        if (
+            len(keys.segments) != 1
+            or len(keys) < MIN_SAVED
+            or not keys.segments[0].index.arrays()["vectors"].flags.writeable
+        ):
+            return snapshot
+        stamp = Stamp(snapshot.identity, snapshot.generation, self.embedder.id, self._index)
+        opened = None
+        if self.hub.writable and save(self.hub.path, keys, stamp):
+            opened = load(self.hub.path, self.embedder.id, self._index, self.embedder.dim, self._choice)
+        return replace(snapshot, keys=opened[0]) if opened and opened[1] == stamp else snapshot
+
+    def _keys(self, changes: Sequence[Change]) -> np.ndarray:
+        """The key of every changed adapter (N, D): stored ones where their texts are unchanged, else made and stored."""
+        records = [change.record for change in changes if change.record is not None]
         digests = [_digest(record) for record in records]
         keys_ND = np.empty((len(records), self.embedder.dim), dtype=np.float32)
         missing = []
-        for position, (record, digest) in enumerate(zip(records, digests, strict=True)):
-            choices = (stored.get(record.name), self._unstored.get(record.name))
+        for position, (change, record, digest) in enumerate(zip(changes, records, digests, strict=True)):
+            choices = (change.vector, self._unstored.get(record.name))
             known = next((c[1] for c in choices if c and c[0] == digest and c[1].shape == keys_ND.shape[1:]), None)
             if known is None:
                 missing.append(position)
@@ -259,6 +360,15 @@ class SearchIndex:
                 f"for text {number + 1} of {len(texts)}: {_excerpt(texts[number])!r}"
             )
         return rows_ND
+
+
+def _choice(index: str) -> Choice:
+    if index != "auto":
+        kind = registry.get("indexes", index)
+        return lambda count: kind
+    if not importlib.util.find_spec("faiss"):
+        return lambda count: registry.get("indexes", "flat")
+    return lambda count: registry.get("indexes", "faiss_half" if count < MIN_APPROXIMATE else "faiss_ivf")
 
 
 def checked_count(k: Any) -> int:

@@ -30,6 +30,18 @@ def read_vectors(connection: Connection, embedder: str) -> dict[str, tuple[str, 
     }
 
 
+def read_vector(connection: Connection, embedder: str, seq: int) -> tuple[str, np.ndarray] | None:
+    """(digest of the embedded text, fp32 vector) of a row; None when there is none or it is damaged."""
+    import numpy as np
+
+    found = connection.execute(
+        "SELECT text_digest, vector, sha256 FROM vectors WHERE embedder = ? AND seq = ?", (embedder, seq)
+    ).fetchone()
+    if found is None or row_sha256(embedder, seq, found[0], bytes(found[1])) != found[2]:
+        return None
+    return found[0], np.frombuffer(found[1], dtype="<f4").copy()
+
+
 def write_vectors(connection: Connection, embedder: str, rows: Sequence[tuple[str, str, np.ndarray]]) -> None:
     """Stores (name, digest of the text, vector) rows; a name that is no longer there is passed over.
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from loraweave.errors import HubError
-from loraweave.hub import rows, vectors, versions
+from loraweave.hub import labels, rows, saved_keys, vectors, versions
 from loraweave.hub.blobs import read_blob
 from loraweave.hub.stores import BlobStore, CatalogueStore, Connection
 
@@ -28,8 +29,8 @@ class Verification:
         return not self.problems
 
 
-def verify(catalogue: CatalogueStore, blobs: BlobStore) -> Verification:
-    """Reads every row and every blob. Damage is reported, not raised."""
+def verify(catalogue: CatalogueStore, blobs: BlobStore, folder: Path) -> Verification:
+    """Reads every row, every blob and the search indexes below `folder`. Damage is reported, not raised."""
     problems: list[str] = []
     found: list[rows.Row] = []
     older: list[rows.Row] = []
@@ -44,6 +45,7 @@ def verify(catalogue: CatalogueStore, blobs: BlobStore) -> Verification:
             problems += _count_problems(connection)
     except HubError as error:
         problems.append(str(error))
+    problems += saved_keys.problems(folder)
     intact = []
     for row in found:
         faults = list(_blob_problems(blobs, row, f"adapter {row.record.name!r}"))
@@ -69,6 +71,8 @@ def _row(connection: Connection, seq: int, problems: list[str]) -> list[rows.Row
     if row is None:
         problems.append(f"row {seq} is listed by an index of the catalogue, but cannot be found")
         return []
+    if labels.stored(connection, seq) != labels.labels(row.record):
+        problems.append(f"row {seq}: the labels of adapter {row.record.name!r}, which filters ask for, are not its record's")
     return [row]
 
 
