@@ -29,18 +29,20 @@ def exact_best(
     order. It is asked for `num_first`, and for more while the k-th best score is so near the worst one it gave that a row
     left out could be better.
     """
-    num_asked, todo_Q = max(k, num_first), np.arange(len(query_QD))
-    scores_QK = positions_QK = np.empty((0, 0))
-    while len(todo_Q):
-        nearly_QR, rows_QR = scan(query_QD[todo_Q], num_asked)
-        some_QK, at_QK = rescored(query_QD[todo_Q], vectors_ND, rows_QR, k)
-        if len(todo_Q) == len(query_QD):
-            scores_QK, positions_QK = np.empty(some_QK.shape, np.float32), np.empty(at_QK.shape, np.int64)
-        scores_QK[todo_Q], positions_QK[todo_Q] = some_QK, at_QK
-        if nearly_QR.shape[1] < num_asked or not nearly_QR.shape[1]:
+    num_asked = max(k, num_first)
+    nearly_QR, rows_QR = scan(query_QD, num_asked)
+    scores_QK, positions_QK = rescored(query_QD, vectors_ND, rows_QR, k)
+    unsure_Q = np.arange(len(query_QD))
+    some_QK = scores_QK
+    # a scan that gives less than it was asked for has given all
+    while nearly_QR.shape[1] == num_asked:
+        unsure_Q = unsure_Q[some_QK[:, -1] <= nearly_QR.min(axis=1) + slack_Q[unsure_Q]]
+        if not len(unsure_Q):
             break
-        todo_Q = todo_Q[some_QK[:, -1] <= nearly_QR.min(axis=1) + slack_Q[todo_Q]]
         num_asked *= _GROWTH
+        nearly_QR, rows_QR = scan(query_QD[unsure_Q], num_asked)
+        some_QK, positions_QK[unsure_Q] = rescored(query_QD[unsure_Q], vectors_ND, rows_QR, k)
+        scores_QK[unsure_Q] = some_QK
     return scores_QK, positions_QK
 
 

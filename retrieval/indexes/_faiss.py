@@ -5,6 +5,7 @@ Faiss trusts its own files, which a hub's folder could bring from anywhere; a pl
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -44,27 +45,27 @@ def scan_vectors(faiss: Any, query_QD: np.ndarray, vectors_ND: np.ndarray, num: 
 
 
 class HalfScanner:
-    """Scans rows kept in half precision, `codes_ND` as fp16, with the query in full precision."""
+    """Scans rows kept in half precision, `codes_ND` as fp16, with the query in full precision. For one thread."""
 
-    def __init__(self, faiss: Any, dim: int, allowed_N: np.ndarray | None) -> None:
+    def __init__(self, faiss: Any, dim: int, allowed_N: np.ndarray | None, *, numbered: bool) -> None:
         self._faiss = faiss
         # both are referred to by the scanner, which does not keep them alive
         self._quantizer = faiss.ScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16)
         self._selector = None if allowed_N is None else selector(faiss, allowed_N)
-        self._scanners = [
-            self._quantizer.select_InvertedListScanner(faiss.METRIC_INNER_PRODUCT, None, pairs, self._selector, False)
-            for pairs in (True, False)
-        ]
+        # faiss names a row by its place in the one list, or by the number that comes with it
+        self._scanner = self._quantizer.select_InvertedListScanner(
+            faiss.METRIC_INNER_PRODUCT, None, not numbered, self._selector, False
+        )
 
     def best(self, query_D: np.ndarray, lists: list[tuple[np.ndarray, np.ndarray | None]], num: int) -> Found:
-        """The `num` largest products over all lists of (codes, rows), rows None for those of one list in order.
+        """The `num` largest products over all lists of (codes, their numbers), or over one list without; in no order.
 
-        Fewer, when there are fewer; in no order.
+        Fewer, when there are fewer.
         """
         scores_R = np.full(num, -np.finfo(np.float32).max, np.float32)
         rows_R = np.full(num, -1, np.int64)
         to_scores, to_rows = self._faiss.swig_ptr(scores_R), self._faiss.swig_ptr(rows_R)
-        scanner = self._scanners[0 if lists and lists[0][1] is None else 1]
+        scanner = self._scanner
         scanner.set_query(self._faiss.swig_ptr(query_D))
         scanner.list_no = 0
         for codes_BD, rows_B in lists:
@@ -72,8 +73,26 @@ class HalfScanner:
                 codes = self._faiss.swig_ptr(codes_BD.view(np.uint8).reshape(-1))
                 rows = None if rows_B is None else self._faiss.swig_ptr(rows_B)
                 scanner.scan_codes(len(codes_BD), codes, rows, to_scores, to_rows, num)
-        found_R = rows_R >= 0
-        return scores_R[found_R], rows_R[found_R]
+        if rows_R.min(initial=0) < 0:
+            found_R = rows_R >= 0
+            scores_R, rows_R = scores_R[found_R], rows_R[found_R]
+        return scores_R, rows_R
+
+
+class HalfScanners:
+    """Scanners of codes: one for every thread that searches without a mask, a new one for every mask."""
+
+    def __init__(self, faiss: Any, dim: int, *, numbered: bool) -> None:
+        self._faiss, self._dim, self._numbered = faiss, dim, numbered
+        self._local = threading.local()
+
+    def get(self, allowed_N: np.ndarray | None) -> HalfScanner:
+        known: HalfScanner | None = None if allowed_N is not None else getattr(self._local, "scanner", None)
+        if known is None:
+            known = HalfScanner(self._faiss, self._dim, allowed_N, numbered=self._numbered)
+            if allowed_N is None:
+                self._local.scanner = known
+        return known
 
 
 def selector(faiss: Any, allowed_N: np.ndarray) -> Any:

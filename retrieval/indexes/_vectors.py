@@ -14,6 +14,9 @@ SCORE_DECIMALS = 6
 # numbers that are widened to float64 at a time: 32 MB
 _BLOCK_NUMBERS = 2**22
 
+# as many as 64 queries have
+_FEW_NUMBERS = 2**16
+
 Found = tuple[np.ndarray, np.ndarray]
 
 
@@ -22,6 +25,8 @@ def checked(vectors_ND: np.ndarray, dim: int, what: str) -> np.ndarray:
     array = np.ascontiguousarray(vectors_ND, dtype=np.float32)
     if array.ndim != 2 or array.shape[1] != dim:
         raise DimensionMismatch(f"{what} have shape {array.shape}, but the index holds vectors of {dim} numbers: (N, {dim})")
+    if array.size <= _FEW_NUMBERS and np.isfinite(array).all():
+        return array
     # a sum over a row is finite only if each of its numbers is, so few rows are looked at closely
     with np.errstate(invalid="ignore"):
         suspects = np.flatnonzero(~np.isfinite(array.sum(axis=1, dtype=np.float64)))
@@ -72,13 +77,14 @@ def rescored(query_QD: np.ndarray, vectors_ND: np.ndarray, positions_QR: np.ndar
         part = slice(start, start + step)
         if step > 1:
             near_QRD = vectors_ND[positions_QR[part]].astype(np.float64)
-            scores_QR[part] = np.einsum("qrd,qd->qr", near_QRD, query_QD[part].astype(np.float64))
+            scores_QR[part] = np.matmul(near_QRD, query_QD[part].astype(np.float64)[:, :, None])[:, :, 0]
         else:
             scores_QR[start] = _products(query_QD[start], vectors_ND, positions_QR[start])
     scores_QR = np.round(scores_QR, SCORE_DECIMALS)
     order_QK = np.argsort(-scores_QR, axis=1, kind="stable")[:, :k]
-    scores_QK = np.take_along_axis(scores_QR, order_QK, axis=1).astype(np.float32)
-    return scores_QK, np.take_along_axis(positions_QR, order_QK, axis=1)
+    # plain indexing, since take_along_axis takes as long as the scoring
+    rows_Q1 = np.arange(len(query_QD))[:, None]
+    return scores_QR[rows_Q1, order_QK].astype(np.float32), positions_QR[rows_Q1, order_QK]
 
 
 def _products(query_D: np.ndarray, vectors_ND: np.ndarray, positions_R: np.ndarray | None = None) -> np.ndarray:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import numpy as np
 
 from loraweave.retrieval.indexes._exact import FEW_ALLOWED, exact_best, few_best, scan_products
-from loraweave.retrieval.indexes._faiss import HalfScanner, import_faiss
+from loraweave.retrieval.indexes._faiss import HalfScanner, HalfScanners, import_faiss
 from loraweave.retrieval.indexes._vectors import Found, checked, checked_mask, saved
 from loraweave.retrieval.indexes.faiss_flat import MANY_QUERIES, SLACK, SPARE, largest_norm
 
 # rows that are scored again; among so many the k-th is nearly always further from the last than fp16's rounding
-NUM_RESCORED = 64
+NUM_RESCORED = 50
 
 # rows that are rounded at a time
 _BLOCK_ROWS = 2**16
@@ -34,7 +33,7 @@ class FaissHalf:
 
     def __init__(self, dim: int) -> None:
         self.dim = dim
-        self._faiss: Any = import_faiss("faiss_half")
+        self._scanners = HalfScanners(import_faiss("faiss_half"), dim, numbered=False)
         self._vectors_ND = np.empty((0, dim), np.float32)
         self._codes_ND = np.empty((0, dim), np.float16)
         # of a row: its largest norm, and its largest distance to its code
@@ -83,7 +82,7 @@ class FaissHalf:
             return np.empty((len(query_QD), num_found), np.float32), np.empty((len(query_QD), num_found), np.int64)
         if mask_N is not None and count < FEW_ALLOWED * len(self):
             return few_best(query_QD, self._vectors_ND, mask_N, k)
-        norm_Q = np.maximum(1.0, np.linalg.norm(query_QD, axis=1))
+        norm_Q = np.maximum(1.0, np.sqrt(np.einsum("qd,qd->q", query_QD, query_QD)))
         largest, distance = self._bounds.tolist()
         if len(query_QD) >= MANY_QUERIES:
             slack_Q = SLACK * norm_Q * largest
@@ -91,8 +90,8 @@ class FaissHalf:
                 partial(self._scan_products, mask_N), query_QD, self._vectors_ND, num_found, k + SPARE, slack_Q
             )
         slack_Q = norm_Q * (SLACK * largest + distance)
-        halves = partial(self._scan_halves, HalfScanner(self._faiss, self.dim, mask_N), count)
-        return exact_best(halves, query_QD, self._vectors_ND, num_found, NUM_RESCORED, slack_Q)
+        halves = partial(self._scan_halves, self._scanners.get(mask_N), count)
+        return exact_best(halves, query_QD, self._vectors_ND, num_found, max(NUM_RESCORED, 2 * k), slack_Q)
 
     def _scan_products(self, mask_N: np.ndarray | None, query_QD: np.ndarray, num: int) -> Found:
         return scan_products(query_QD, self._vectors_ND, num, mask_N)

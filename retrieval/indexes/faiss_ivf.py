@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from loraweave.retrieval.indexes._clusters import centres, nearest
 from loraweave.retrieval.indexes._exact import FEW_ALLOWED, few_best
-from loraweave.retrieval.indexes._faiss import HalfScanner, import_faiss
+from loraweave.retrieval.indexes._faiss import HalfScanner, HalfScanners, import_faiss
 from loraweave.retrieval.indexes._vectors import Found, checked, checked_mask, rescored, saved
 from loraweave.retrieval.indexes.faiss_half import NUM_RESCORED, FaissHalf, halved
 
@@ -46,7 +45,7 @@ class FaissIvf:
 
     def __init__(self, dim: int) -> None:
         self.dim = dim
-        self._faiss: Any = import_faiss("faiss_ivf")
+        self._scanners = HalfScanners(import_faiss("faiss_ivf"), dim, numbered=True)
         self._vectors_ND = np.empty((0, dim), np.float32)
         self._all: FaissHalf | None = FaissHalf(dim)
         self._lists: _Lists | None = None
@@ -113,7 +112,7 @@ class FaissIvf:
         if mask_N is not None and count < FEW_ALLOWED * len(self):
             return few_best(query_QD, self._vectors_ND, mask_N, k)
         scores_QK, positions_QK = np.empty((len(query_QD), num_found), np.float32), np.empty((len(query_QD), num_found), int)
-        scanner = HalfScanner(self._faiss, self.dim, mask_N)
+        scanner = self._scanners.get(mask_N)
         # the rarer allowed rows are, the more lists it takes to meet as many of them
         share = min(1.0, PROBED_SHARE * len(self) / count) if count else 1.0
         for number, query_D in enumerate(query_QD if num_found else ()):
