@@ -11,7 +11,7 @@ import stat
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from loraweave.errors import AdapterCorrupt
@@ -43,7 +43,7 @@ def place_blob(folder: Path, target: Path, data: bytes) -> str:
     for parent in (folder / "tmp", folder / "blobs", target.parent):
         _make_folder(parent)
     try:
-        _write_synced(temporary, data)
+        _write(temporary, data, synced=True)
         os.replace(temporary, target)
     except BaseException:
         remove_file(temporary)
@@ -52,11 +52,39 @@ def place_blob(folder: Path, target: Path, data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def place_blobs(folder: Path, blobs: Iterable[tuple[Path, bytes]]) -> list[str]:
+    """`place_blob` for several (target, data), with every folder synced once; returns their sha256 in order.
+
+    All bytes are on disk before the first file gets its name. After an error some files may have theirs.
+    """
+    placed: list[tuple[Path, Path, str]] = []
+    try:
+        for target, data in blobs:
+            for parent in (folder / "tmp", folder / "blobs", target.parent):
+                _make_folder(parent)
+            placed.append((folder / "tmp" / f"{uuid.uuid4().hex}.safetensors", target, hashlib.sha256(data).hexdigest()))
+            _write(placed[-1][0], data)
+        # written first and synced then: the first of these calls waits for the bytes of most others too
+        for temporary, _, _ in placed:
+            _sync(temporary)
+        for temporary, target, _ in placed:
+            os.replace(temporary, target)
+        for parent in sorted({target.parent for _, target, _ in placed}):
+            sync_folder(parent)
+        for parent in (folder / "blobs", folder):
+            sync_folder(parent)
+    except BaseException:
+        for temporary, _, _ in placed:
+            remove_file(temporary)
+        raise
+    return [digest for _, _, digest in placed]
+
+
 def replace_file(path: Path, data: bytes) -> None:
     """Gives the file that content for good: whoever reads it sees the old one or the new one, whole."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:
-        _write_synced(temporary, data)
+        _write(temporary, data, synced=True)
         os.replace(temporary, path)
     except BaseException:
         remove_file(temporary)
@@ -71,11 +99,7 @@ def sync_folders(folder: Path, target: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    _sync(folder)
 
 
 def require_digest(path: Path, expected: str, who: str, *, trust_cache: bool = True) -> None:
@@ -122,14 +146,23 @@ def _digest(path: Path, who: str, trust_cache: bool) -> str:
     return known
 
 
-def _write_synced(path: Path, data: bytes) -> None:
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write(path: Path, data: bytes, *, synced: bool = False) -> None:
     # private and exclusive: the name cannot be guessed, and a planted file is not followed
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o600)
     try:
         view = memoryview(data)
         while view:
             view = view[os.write(descriptor, view) :]
-        os.fsync(descriptor)
+        if synced:
+            os.fsync(descriptor)
         os.fchmod(descriptor, 0o444)
     finally:
         os.close(descriptor)

@@ -57,10 +57,18 @@ def write_blob(
     `stored_as="compeft"` keeps ternary factors in few bits, bit for bit. The caller holds the write lock. An error leaves
     no temporary file behind. Raises AdapterUnsupported, with nothing written, for factors that are not ternary then.
     """
+    data = blob_bytes(layers, origin, heads=heads, stored_as=stored_as)
+    return blobs.put(content_hash, data), len(data)
+
+
+def blob_bytes(
+    layers: Mapping[str, Factors], origin: str, *, heads: Mapping[str, Tensor], stored_as: str = "factors"
+) -> bytes:
+    """What `write_blob` writes."""
     description, tensors = take_apart(layers, heads, stored_as=stored_as)
     header = {"version": FORMAT_VERSIONS[-1], **description, "origin": json.loads(origin)}
     data: bytes = save(tensors, metadata={_METADATA_KEY: json.dumps(header, sort_keys=True)})
-    return blobs.put(content_hash, data), len(data)
+    return data
 
 
 def read_blob(path: Path, who: str) -> Blob:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from loraweave.hub.blob_files import blob_path, place_blob, replace_file, require_digest, stored_blobs, sweep, sync_folders
+from loraweave.hub.blob_files import (
+    blob_path,
+    place_blob,
+    place_blobs,
+    replace_file,
+    require_digest,
+    stored_blobs,
+    sweep,
+    sync_folders,
+)
 
 
 class FolderBlobs:
@@ -46,6 +55,9 @@ class FolderBlobs:
 
     def put(self, content_hash: str, data: bytes) -> str:
         return place_blob(self.folder, blob_path(self.folder, content_hash), data)
+
+    def put_many(self, blobs: Iterable[tuple[str, bytes]]) -> list[str]:
+        return place_blobs(self.folder, ((blob_path(self.folder, content_hash), data) for content_hash, data in blobs))
 
     def settle(self, content_hash: str) -> None:
         sync_folders(self.folder, blob_path(self.folder, content_hash))

@@ -6,7 +6,7 @@ import hashlib
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -96,6 +96,9 @@ class RemoteBlobs:
         with suppress(OSError):
             self._keep(content_hash, data)
         return digest
+
+    def put_many(self, blobs: Iterable[tuple[str, bytes]]) -> list[str]:
+        return [self.put(content_hash, data) for content_hash, data in blobs]
 
     def settle(self, content_hash: str) -> None:
         """Nothing: what a store shows, it has."""

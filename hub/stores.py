@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +132,10 @@ class BlobStore(Protocol):
 
     def put(self, content_hash: str, data: bytes) -> str:
         """Stores the blob for good, in place of a damaged one, and returns the sha256 of its bytes."""
+        ...
+
+    def put_many(self, blobs: Iterable[tuple[str, bytes]]) -> list[str]:
+        """Stores blobs of different content as `put` does, all for good when it returns; after an error some may be."""
         ...
 
     def settle(self, content_hash: str) -> None:

@@ -12,7 +12,7 @@ from loraweave.hub.adapter import Adapter
 from loraweave.hub.blobs import examine_blob, write_blob
 from loraweave.hub.fields import OWN_FIELDS
 from loraweave.hub.storage_errors import storage_errors
-from loraweave.hub.stores import BlobStore, CatalogueStore
+from loraweave.hub.stores import BlobStore, CatalogueStore, Connection
 from loraweave.types import Record
 
 
@@ -27,24 +27,34 @@ def store(
     with catalogue.locked(doing):
         with catalogue.reading() as connection:
             existing = rows.find(connection, record.name)
-        if existing is not None and existing.record.hash != record.hash:
-            if not as_version:
-                raise AdapterExists(
-                    f"{doing}: the name stands for another adapter, with hash {existing.record.hash}, not {record.hash}; "
-                    f"pass replace=True to make this one its next version, hub.remove({record.name!r}) first, or choose "
-                    "another name"
-                )
-            record = _successor(existing.record, record)
+        record = beside(existing, record, as_version=as_version)
         with catalogue.reading() as connection:
             other_base = known_bases.contradiction(connection, record)
         stored = _store(catalogue, blobs, adapter, record, existing, stored_as)
     if other_base:
-        warnings.warn(
-            f"adapter {record.name!r} is stored, but its base {record.base_model!r} is not the model that others in this "
-            f"hub call so: {other_base}; a search for a model at hand, base_model=lw.base_key(model), tells them apart",
-            stacklevel=3,
-        )
+        warn_of_base(record, other_base)
     return stored
+
+
+def beside(existing: rows.Row | None, record: Record, *, as_version: bool) -> Record:
+    """The record as it can be stored beside what its name stands for now. AdapterExists when that is other content."""
+    if existing is None or existing.record.hash == record.hash:
+        return record
+    if not as_version:
+        raise AdapterExists(
+            f"adding adapter {record.name!r}: the name stands for another adapter, with hash {existing.record.hash}, not "
+            f"{record.hash}; pass replace=True to make this one its next version, hub.remove({record.name!r}) first, or "
+            "choose another name"
+        )
+    return _successor(existing.record, record)
+
+
+def warn_of_base(record: Record, other_base: str) -> None:
+    warnings.warn(
+        f"adapter {record.name!r} is stored, but its base {record.base_model!r} is not the model that others in this "
+        f"hub call so: {other_base}; a search for a model at hand, base_model=lw.base_key(model), tells them apart",
+        stacklevel=4,
+    )
 
 
 def _successor(old: Record, new: Record) -> Record:
@@ -61,7 +71,7 @@ def _store(
     absent = not blobs.has(record.hash)
     try:
         with storage_errors(catalogue.where, doing):
-            known = _usable_blob(catalogue, blobs, record.hash)
+            known = usable_blob(catalogue, blobs, record.hash)
             written = known is None
             if known is None:
                 origin = rows.encode(record)
@@ -70,14 +80,7 @@ def _store(
             else:
                 blobs.settle(record.hash)
         with catalogue.transaction(doing) as connection:
-            is_new = existing is None or existing.record.hash != record.hash
-            if is_new:
-                known_bases.remember(connection, record)
-            if written or is_new:
-                rows.put_blob(connection, known)
-            if existing is None:
-                return rows.insert(connection, record)
-            return versions.supersede(connection, existing, record) if is_new else existing.record
+            return put_rows(connection, record, known, existing, written=written)
     except HubFull:
         # the row is certainly not there, and the space is needed; after other errors gc decides
         if absent:
@@ -86,7 +89,21 @@ def _store(
         raise
 
 
-def _usable_blob(catalogue: CatalogueStore, blobs: BlobStore, content: str) -> rows.BlobRow | None:
+def put_rows(
+    connection: Connection, record: Record, blob: rows.BlobRow, existing: rows.Row | None, *, written: bool
+) -> Record:
+    """Stores the rows of an adapter whose blob is there, written just now or before; returns its record."""
+    is_new = existing is None or existing.record.hash != record.hash
+    if is_new:
+        known_bases.remember(connection, record)
+    if written or is_new:
+        rows.put_blob(connection, blob)
+    if existing is None:
+        return rows.insert(connection, record)
+    return versions.supersede(connection, existing, record) if is_new else existing.record
+
+
+def usable_blob(catalogue: CatalogueStore, blobs: BlobStore, content: str) -> rows.BlobRow | None:
     """The stored blob of that content; None when there is none or it is damaged, and is to be written."""
     try:
         with catalogue.reading() as connection:
