@@ -1,0 +1,149 @@
+"""Approximate search by inner product along a graph of neighbours: HNSW (Malkov and Yashunin 2016) with faiss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from loraweave.retrieval.indexes._exact import FEW_ALLOWED, few_best, scan_products
+from loraweave.retrieval.indexes._faiss import import_faiss, selector
+from loraweave.retrieval.indexes._vectors import Found, checked, checked_mask, rescored, saved
+from loraweave.retrieval.indexes.faiss_half import NUM_RESCORED, FaissHalf
+
+# below this a scan of everything is as fast, and exact
+MIN_LINKED = 10_000
+
+# neighbours of a row, twice as many in the lowest layer
+NUM_LINKS = 32
+_EF_BUILD = 80
+# how many of the nearest are kept in view; recall@10 of benchmarks/hub.py is above 0.95 from there on
+EF_SEARCH = 128
+
+# from so many wanted on, scanning everything costs less than walking to them
+_MANY_WANTED = 500
+
+
+class FaissHnsw:
+    """Vectors of `dim` numbers in order of addition. PackageMissing without faiss.
+
+    Scores are exact, but a row that the walk does not come by is missed. The graph takes minutes to make at 10^6 vectors and
+    is copied when it is loaded; one query at a time is answered in tenths of a millisecond. Up to 10,000 vectors everything
+    is scanned, and nothing is missed.
+    """
+
+    exact = False
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+        self._faiss: Any = import_faiss("faiss_hnsw")
+        self._vectors_ND = np.empty((0, dim), np.float32)
+        self._all: FaissHalf | None = FaissHalf(dim)
+        self._graph: Any = None
+
+    @classmethod
+    def from_arrays(cls, dim: int, arrays: Mapping[str, np.ndarray]) -> FaissHnsw:
+        """The index of what `arrays` gave; with vectors alone the graph is made. ValueError for arrays of another form."""
+        index = cls(dim)
+        index._vectors_ND = vectors_ND = saved(arrays, "vectors", "<f4", (None, dim))
+        if set(arrays) == {"vectors"}:
+            index._link(vectors_ND)
+        elif "levels" not in arrays:
+            index._all = FaissHalf.from_arrays(dim, arrays)
+        else:
+            levels_N = saved(arrays, "levels", "<i4", (len(vectors_ND),))
+            entry = saved(arrays, "entry", "<i8", (1,))
+            links = saved(arrays, "links", "<i4", (None,))
+            index._all, index._graph = None, index._empty()
+            index._fill(levels_N, _offsets(levels_N), links, int(entry[0]))
+        return index
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What is to be saved."""
+        if self._all is not None:
+            return self._all.arrays()
+        graph, to_array = self._graph.hnsw, self._faiss.vector_to_array
+        entry = np.array([graph.entry_point], np.int64)
+        return {
+            "vectors": self._vectors_ND,
+            "levels": to_array(graph.levels),
+            "links": to_array(graph.neighbors),
+            "entry": entry,
+        }
+
+    def __len__(self) -> int:
+        return len(self._vectors_ND)
+
+    def add(self, vectors_ND: np.ndarray) -> None:
+        """Appends vectors (N, dim). DimensionMismatch for another size, or values that are not finite."""
+        vectors_ND = checked(vectors_ND, self.dim, "vectors")
+        self._vectors_ND = np.concatenate([self._vectors_ND, vectors_ND])
+        self._link(vectors_ND)
+
+    def search(self, query_QD: np.ndarray, k: int, *, allowed_N: np.ndarray | None = None) -> Found:
+        """Scores (Q, K) descending, rounded to 6 decimals, and positions (Q, K), ties by position.
+
+        K is the smaller of k and the number of vectors, or of those that the mask allows.
+        """
+        if self._all is not None:
+            return self._all.search(query_QD, k, allowed_N=allowed_N)
+        query_QD = checked(query_QD, self.dim, "queries")
+        mask_N = checked_mask(allowed_N, len(self))
+        count = len(self) if mask_N is None else int(mask_N.sum())
+        num_found = min(k, count)
+        if not num_found or not len(query_QD):
+            return np.empty((len(query_QD), num_found), np.float32), np.empty((len(query_QD), num_found), np.int64)
+        if mask_N is not None and count < FEW_ALLOWED * len(self):
+            return few_best(query_QD, self._vectors_ND, mask_N, k)
+        if num_found > _MANY_WANTED:
+            rows_QR = scan_products(query_QD, self._vectors_ND, num_found, mask_N)[1]
+            return rescored(query_QD, self._vectors_ND, rows_QR, num_found)
+        num_wanted = min(count, max(num_found, NUM_RESCORED))
+        allowed = None if mask_N is None else selector(self._faiss, mask_N)
+        options = self._faiss.SearchParametersHNSW(efSearch=max(EF_SEARCH, 2 * num_found), sel=allowed)
+        rows_QR = self._graph.search(query_QD, num_wanted, params=options)[1]
+        # a mask can cut the walk off from all that it allows: the places left open are then filled by a scan
+        short_Q = (rows_QR < 0).any(axis=1)
+        if short_Q.any():
+            rows_QR[short_Q] = scan_products(query_QD[short_Q], self._vectors_ND, num_wanted, mask_N)[1]
+        return rescored(query_QD, self._vectors_ND, rows_QR, num_found)
+
+    def _link(self, new_ND: np.ndarray) -> None:
+        if len(self) < MIN_LINKED:
+            self._all = FaissHalf.from_arrays(self.dim, {"vectors": self._vectors_ND})
+            return
+        if self._all is not None:
+            self._all, self._graph, new_ND = None, self._empty(), self._vectors_ND
+        self._graph.add(new_ND)
+
+    def _empty(self) -> Any:
+        faiss = self._faiss
+        graph = faiss.IndexHNSWSQ(self.dim, faiss.ScalarQuantizer.QT_fp16, NUM_LINKS, faiss.METRIC_INNER_PRODUCT)
+        graph.hnsw.efConstruction = _EF_BUILD
+        return graph
+
+    def _fill(self, levels_N: np.ndarray, offsets: np.ndarray, links: np.ndarray, entry: int) -> None:
+        """Puts a saved graph into the empty one, checked first: faiss follows its numbers wherever they lead."""
+        count = len(levels_N)
+        if not 0 <= entry < count or len(links) != offsets[-1] or links.min() < -1 or links.max() >= count:
+            raise ValueError(f"array 'links' of the saved index is no graph of {count} rows")
+        # a link of a layer leads to rows that have that layer
+        within = np.arange(len(links)) - np.repeat(offsets[:-1].astype(np.int64), np.diff(offsets).astype(np.int64))
+        layers = np.maximum(0, within // NUM_LINKS - 1)
+        if (levels_N[links[links >= 0]] <= layers[links >= 0]).any() or levels_N[entry] != levels_N.max():
+            raise ValueError("array 'links' of the saved index leads to layers that rows do not have")
+        graph, copy = self._graph, self._faiss.copy_array_to_vector
+        self._faiss.downcast_index(graph.storage).add(self._vectors_ND)
+        graph.ntotal = count
+        copy(np.ascontiguousarray(levels_N), graph.hnsw.levels)
+        copy(offsets, graph.hnsw.offsets)
+        copy(np.ascontiguousarray(links), graph.hnsw.neighbors)
+        graph.hnsw.entry_point, graph.hnsw.max_level = entry, int(levels_N.max()) - 1
+
+
+def _offsets(levels_N: np.ndarray) -> np.ndarray:
+    """Where each row's links begin: two shares in its lowest layer, one in every other. ValueError for impossible levels."""
+    if not len(levels_N) or levels_N.min() < 1 or levels_N.max() > 64:
+        raise ValueError("array 'levels' of the saved index has rows outside layers 1 to 64")
+    return np.concatenate([[0], np.cumsum((levels_N.astype(np.int64) + 1) * NUM_LINKS)]).astype(np.uint64)
