@@ -38,7 +38,7 @@ def test_nearly_all_of_the_ten_best_are_found_also_among_those_added_later():
     vectors, query = clustered(3000), clustered(50, seed=1)
     index = made(vectors[:2000])
     index.add(vectors[2000:])
-    assert set(index.arrays()) == {"vectors", "levels", "links", "entry"}
+    assert set(index.arrays()) == {"vectors", "levels", "links", "entry", "effort"}
     assert recall(index, vectors, query) > 0.95
 
 
@@ -81,6 +81,8 @@ def test_a_mask_leaves_only_what_it_allows_and_most_of_that_is_found(share):
         ("links", 5, 2000),
         ("entry", 0, 2000),
         ("entry", 0, -1),
+        ("effort", 0, 0),
+        ("effort", 0, 10**6),
     ],
 )
 def test_a_saved_graph_that_leads_outside_is_refused(name, place, value):

@@ -37,7 +37,7 @@ def recall(index, vectors, query, k=10, **mask):
 def test_nine_of_the_ten_best_are_found_and_scored_as_the_reference_does():
     vectors, query = clustered(4000), clustered(50, seed=1)
     index = made(vectors)
-    assert set(index.arrays()) == {"vectors", "centres", "starts", "rows", "codes"}
+    assert set(index.arrays()) == {"vectors", "centres", "starts", "rows", "codes", "share"}
     assert recall(index, vectors, query) > 0.9
     scores, positions = index.search(query, 3)
     want = np.round(np.einsum("qkd,qd->qk", vectors[positions].astype(np.float64), query.astype(np.float64)), 6)
@@ -84,7 +84,14 @@ def test_the_same_vectors_make_the_same_lists():
 @pytest.mark.usefixtures("lists")
 @pytest.mark.parametrize(
     ("name", "change"),
-    [("starts", (0, 1)), ("starts", (2, 10**6)), ("starts", (-1, 10**6)), ("rows", (3, -1)), ("rows", (3, 1500))],
+    [
+        ("starts", (0, 1)),
+        ("starts", (2, 10**6)),
+        ("starts", (-1, 10**6)),
+        ("rows", (3, -1)),
+        ("rows", (3, 1500)),
+        ("share", (0, 0.0)),
+    ],
 )
 def test_saved_lists_that_reach_outside_the_vectors_are_refused(name, change):
     arrays = {key: array.copy() for key, array in made(clustered(1500)).arrays().items()}
@@ -98,3 +105,14 @@ def test_saved_lists_that_reach_outside_the_vectors_are_refused(name, change):
 def test_equal_vectors_by_the_hundred_are_searched():
     vectors = np.repeat(clustered(3), 400, axis=0)
     assert made(vectors).search(vectors[:1], 3)[0].tolist() == [[1.0, 1.0, 1.0]]
+
+
+@pytest.mark.usefixtures("lists")
+def test_as_many_lists_are_looked_into_as_the_vectors_take():
+    rng = np.random.default_rng(0)
+    smooth = rng.normal(size=(3000, 24)).astype(np.float32)
+    smooth /= np.linalg.norm(smooth, axis=1, keepdims=True)
+    tight = clustered(60)[rng.integers(60, size=3000)] + 0.001 * smooth
+    shares = [float(made(vectors).arrays()["share"][0]) for vectors in (tight, smooth)]
+    assert shares[0] < 0.1 < shares[1]
+    assert recall(made(smooth[:2900]), smooth[:2900], smooth[2900:]) > 0.95
