@@ -127,12 +127,14 @@ def main(
     texts += [text for task in unseen for text in (*task.inputs, task.definition)]
     encoder = Remembering(Sentence(instruction=instruction), texts, "sentence")
     hashing = Remembering(registry.get("embedders", "hashing")(), texts, "hashing")
+    with_form = Remembering(registry.get("embedders", "sentence_form")(instruction=instruction), texts, "sentence_form")
     scorers: dict[str, Scorer] = {
         "TF-IDF of words": _tfidf(tasks),
         "plain mean embedding": _mean_embedding(tasks, encoder, normalised=False),
         "unit mean embedding": _mean_embedding(tasks, encoder, normalised=True),
         "loraweave, hashing": _retriever(tasks, hashing),
         "loraweave, sentence": _retriever(tasks, encoder),
+        "loraweave, sentence_form": _retriever(tasks, with_form),
     }
     recalls = {"random": {kind: [min(k / len(tasks), 1.0) for k in KS] for kind in _queries(tasks, seed)}}
     for label, scorer in scorers.items():
