@@ -124,12 +124,13 @@ def _card(entry: dict[str, Any], rows: list[dict[str, Any]], scores: dict[str, A
         data = "The training data have no explicit licence and are not part of this repository; the sample inputs were "
         data += "written for this card."
     else:
-        samples = [row["input"] for row in rows if row["split"] == "train"][:NUM_SAMPLES]
+        samples = [(row["input"], row["target"]) for row in rows if row["split"] == "train"][:NUM_SAMPLES]
         data = f"Training data: {'; '.join(licences)}."
     effect = "" if learned(scores) else "This adapter's test score does not differ from the base model's beyond chance."
     return {
         "description": entry["definition"],
-        "examples": samples,
+        "examples": [given for given, _ in samples],
+        "outputs": [output for _, output in samples],
         "tags": [entry["category"]],
         "license": "apache-2.0",
         "data_license": licences,
