@@ -15,6 +15,7 @@ FOLDERS = {
     "routers": "loraweave.routers",
     "experts": "loraweave.routers.experts",
     "embedders": "loraweave.retrieval.embedders",
+    "keys": "loraweave.retrieval.keys",
     "indexes": "loraweave.retrieval.indexes",
     "formats": "loraweave.hub.formats",
 }

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from typing import overload
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar, overload
 
 import numpy as np
 
+from loraweave import registry
 from loraweave.errors import RetrievalError
 from loraweave.hub.hub import Hub
-from loraweave.hub.search import Embedder, Hit, SearchIndex, checked_count, checked_threshold, unit
+from loraweave.hub.search import Embedder, Hit, SearchIndex, unit
+from loraweave.retrieval.abstention import Abstention
+from loraweave.retrieval.diversity import diverse
+from loraweave.retrieval.fusion import Fusion
+from loraweave.retrieval.key import Key
+from loraweave.retrieval.keyed_search import KeyedSearch, key_name
+from loraweave.retrieval.query import Query
+from loraweave.retrieval.request import Request
 from loraweave.types import Candidate
+
+if TYPE_CHECKING:
+    from loraweave.hub.adapter import Adapter
 
 # Beside a few inputs a task's description weighs as much as their mean: on the pool's training rows the right adapter is
 # then first in .96 instead of .76 of the cases, from five inputs and another wording of the description than the card's.
 TASK_DESCRIPTION_WEIGHT = 1.0
+
+# keys that a search by examples takes when the retriever names none; the description where the query has one
+EXAMPLE_KEYS = ("mean", "outputs", "relation")
+
+Item = TypeVar("Item")
 
 # how many hits diversity chooses from, at least and per candidate wanted
 _MIN_CHOICE = 50
@@ -28,11 +44,32 @@ class Retriever:
     is [] when the hub is empty, nothing passes the filters, or nothing reaches `min_score`: then the base model is the
     answer. Texts are cut at what the embedder reads. RetrievalError for a text without a visible character, a k that is
     no int of 0 or more, a diversity outside 0 to 1.
+
+    `keys` are names of the registry or objects: with some, the `shortlist` best adapters of the index are scored by each of
+    them, and scores are what `fusion` makes of these. With `abstention` (see `calibrate`) a search by texts whose best score
+    is below its threshold finds nothing.
+
+    All searches share the filters `base_model`, `license`, `tags`, `language` (one, or any of several), `max_rank` and
+    `max_size_bytes`, and page by `after`: the last candidate of the page before.
     """
 
-    def __init__(self, hub: Hub, *, embedder: str | Embedder = "sentence", index: str = "auto") -> None:
+    def __init__(
+        self,
+        hub: Hub,
+        *,
+        embedder: str | Embedder = "sentence",
+        index: str = "auto",
+        keys: Sequence[str | Key] = (),
+        fusion: Fusion | None = None,
+        abstention: Abstention | None = None,
+        shortlist: int = 1000,
+    ) -> None:
         self.hub = hub
+        self.keys = _resolved(keys)
+        self.fusion = Fusion() if fusion is None else fusion
+        self.abstention = abstention
         self._index = SearchIndex(hub, embedder=embedder, index=index)
+        self._keyed = KeyedSearch(hub, self._index, shortlist)
 
     # mypy cannot know that the first case wins for a str, which is an Iterable[str] too
     @overload
@@ -46,6 +83,10 @@ class Retriever:
         tags: Collection[str] | str = (),
         min_score: float | None = None,
         diversity: float = 0.0,
+        language: Collection[str] | str | None = None,
+        max_rank: int | None = None,
+        max_size_bytes: int | None = None,
+        after: Candidate | None = None,
     ) -> list[Candidate]: ...
 
     @overload
@@ -59,6 +100,10 @@ class Retriever:
         tags: Collection[str] | str = (),
         min_score: float | None = None,
         diversity: float = 0.0,
+        language: Collection[str] | str | None = None,
+        max_rank: int | None = None,
+        max_size_bytes: int | None = None,
+        after: Candidate | None = None,
     ) -> list[list[Candidate]]: ...
 
     def candidates(
@@ -71,16 +116,20 @@ class Retriever:
         tags: Collection[str] | str = (),
         min_score: float | None = None,
         diversity: float = 0.0,
+        language: Collection[str] | str | None = None,
+        max_rank: int | None = None,
+        max_size_bytes: int | None = None,
+        after: Candidate | None = None,
     ) -> list[Candidate] | list[list[Candidate]]:
         """The k adapters that fit a text best, or for several texts a list for each.
 
         `diversity` above 0 trades fit for difference (maximal marginal relevance; Carbonell and Goldstein 1998): adapters
         are chosen one by one by (1 - diversity) * score - diversity * their largest similarity to one already chosen.
         """
-        _check(k, min_score, diversity)
+        request = Request(k, base_model, license, tags, min_score, diversity, max_rank, max_size_bytes, language, after)
         several = [text_or_texts] if isinstance(text_or_texts, str) else list(text_or_texts)
         query_QD = self._index.embed(several)
-        found = self._found(query_QD, k, base_model, license, tags, min_score, diversity)
+        found = self._found([Query((text,)) for text in several], query_QD, request)
         return found[0] if isinstance(text_or_texts, str) else found
 
     def for_task(
@@ -94,61 +143,230 @@ class Retriever:
         tags: Collection[str] | str = (),
         min_score: float | None = None,
         diversity: float = 0.0,
+        language: Collection[str] | str | None = None,
+        max_rank: int | None = None,
+        max_size_bytes: int | None = None,
+        after: Candidate | None = None,
     ) -> list[Candidate]:
         """The k adapters that fit one task best, by the mean embedding of several of its inputs.
 
         The mean of five inputs finds the right adapter much more often than one of them; a description of the task does
         more still. RetrievalError without any text and description.
         """
-        _check(k, min_score, diversity)
-        inputs = [texts] if isinstance(texts, str) else list(texts)
-        query_D = np.zeros(self._index.embedder.dim)
-        if inputs:
-            query_D = query_D + unit(self._index.embed(inputs).astype(np.float64).mean(axis=0))
-        if description.strip():
-            query_D = query_D + TASK_DESCRIPTION_WEIGHT * self._index.embed([description])[0]
-        elif not inputs:
-            raise RetrievalError("a task needs at least one input or a description to search by; both are empty")
-        return self._found(unit(query_D)[None], k, base_model, license, tags, min_score, diversity)[0]
+        request = Request(k, base_model, license, tags, min_score, diversity, max_rank, max_size_bytes, language, after)
+        query = Query(tuple([texts] if isinstance(texts, str) else texts), (), description)
+        return self._found([query], self._vector(query)[None], request)[0]
 
-    def _found(
+    def for_examples(
         self,
-        query_QD: np.ndarray,
-        k: int,
-        base_model: str | None,
-        license: Collection[str] | str | None,
-        tags: Collection[str] | str,
-        min_score: float | None,
-        diversity: float,
-    ) -> list[list[Candidate]]:
-        num_wanted = checked_count(k)
-        num_choice = max(_MIN_CHOICE, _CHOICE_PER_CANDIDATE * num_wanted) if diversity and num_wanted else num_wanted
-        hits = self._index.hits(query_QD, num_choice, base_model=base_model, license=license, tags=tags, min_score=min_score)
-        chosen = [_diverse(found, num_wanted, diversity) if diversity else found for found in hits]
-        return [self._index.explained(query_D, found) for query_D, found in zip(query_QD, chosen, strict=True)]
+        examples: Iterable[tuple[str, str]],
+        *,
+        description: str = "",
+        k: int = 20,
+        base_model: str | None = None,
+        license: Collection[str] | str | None = None,
+        tags: Collection[str] | str = (),
+        min_score: float | None = None,
+        diversity: float = 0.0,
+        language: Collection[str] | str | None = None,
+        max_rank: int | None = None,
+        max_size_bytes: int | None = None,
+        after: Candidate | None = None,
+    ) -> list[Candidate]:
+        """The k adapters that fit a task best, by (input, output) examples of it.
+
+        Outputs tell apart the tasks whose inputs are alike, for adapters whose cards hold `outputs` beside their examples.
+        Scored by the retriever's `keys`, or without any by `mean`, `outputs`, `relation` and, with a description,
+        `description`. RetrievalError without an example, or for one that is no pair of texts.
+        """
+        request = Request(k, base_model, license, tags, min_score, diversity, max_rank, max_size_bytes, language, after)
+        pairs = [_pair(number, example) for number, example in enumerate(examples, start=1)]
+        if not pairs:
+            raise RetrievalError(
+                "a search by examples needs at least one pair (input, output); for_task takes a description"
+            )
+        query = Query(tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs), description)
+        extra = ("description",) if description.strip() else ()
+        keys = self.keys or _resolved([*EXAMPLE_KEYS, *extra])
+        self._index.embed(query.outputs)
+        return self._by_keys(query, self._vector(query), request, keys)
+
+    def like(
+        self,
+        adapter: str | Adapter,
+        *,
+        keys: Sequence[str | Key] = ("spectral",),
+        k: int = 20,
+        base_model: str | None = None,
+        license: Collection[str] | str | None = None,
+        tags: Collection[str] | str = (),
+        min_score: float | None = None,
+        diversity: float = 0.0,
+        language: Collection[str] | str | None = None,
+        max_rank: int | None = None,
+        max_size_bytes: int | None = None,
+        after: Candidate | None = None,
+    ) -> list[Candidate]:
+        """The k adapters whose weights are most like those of an adapter, which is named or given, best first.
+
+        A named adapter is not among them. Only the keys `spectral` and `subspace` read weights. The first search reads every
+        adapter once; the sketches are kept in the catalogue. AdapterNotFound for a name that the hub does not have.
+        """
+        request = Request(k, base_model, license, tags, min_score, diversity, max_rank, max_size_bytes, language, after)
+        if diversity:
+            raise RetrievalError(f"diversity={diversity:g} compares texts, but like() searches by weights; leave it at 0")
+        own = self.hub[adapter] if isinstance(adapter, str) else adapter
+        records = [
+            record
+            for record in self.hub.records(base_model=base_model, license=license, tags=tags)
+            if request.passes(record) and not (isinstance(adapter, str) and record.name == own.name)
+        ]
+        hits = [Hit(record, 0.0, np.zeros(0)) for record in records]
+        ranked, opinions = self._keyed.ranked(Query(adapter=own), hits, _resolved(keys), Fusion())
+        page = request.page(ranked, request.k)
+        return [Candidate(hit.record.name, hit.score, opinions[hit.record.name], hit.record) for hit in page]
+
+    def calibrate(
+        self,
+        own: Iterable[str],
+        foreign: Iterable[str],
+        *,
+        false_accept: float = 0.05,
+        inputs_per_query: int = 1,
+    ) -> Abstention:
+        """Sets and returns the threshold below which a search finds nothing ("use the base model").
+
+        `own`: inputs of tasks that adapters are for, none of them a sample input; `foreign`: inputs of tasks that no adapter
+        is for. At most the share `false_accept` of the foreign ones passes. Scores grow with the number of inputs, so a
+        threshold holds for queries of `inputs_per_query` inputs, each taken in the order given.
+        """
+        own_scores, foreign_scores = (
+            [self._best_score(Query(group)) for group in _groups_of(list(texts), inputs_per_query)]
+            for texts in (own, foreign)
+        )
+        self.abstention = Abstention.calibrated(
+            own_scores,
+            foreign_scores,
+            false_accept=false_accept,
+            search=self._search_id,
+            inputs_per_query=inputs_per_query,
+        )
+        return self.abstention
+
+    def fit_fusion(self, held_out: Mapping[str, Iterable[str | tuple[str, str]]], *, inputs_per_query: int = 1) -> Fusion:
+        """Sets and returns logistic weights of the retriever's keys, learned from inputs whose adapter is known.
+
+        `held_out`: adapter name -> inputs, or (input, output) examples, that are none of its samples. RetrievalError for a
+        retriever without keys, AdapterNotFound for a name that the hub does not have.
+        """
+        if not self.keys:
+            raise RetrievalError('there are no keys to weigh: Retriever(hub, keys=("mean", "description", ...))')
+        searches = []
+        for name, rows in held_out.items():
+            right = self.hub.record(name).name
+            pairs = [(row, "") if isinstance(row, str) else row for row in rows]
+            for group in _groups_of(pairs, inputs_per_query):
+                inputs, outputs = zip(*group, strict=True)
+                query = Query(inputs, outputs if all(output.strip() for output in outputs) else ())
+                hits = self._keyed.near(self._vector(query), Request(1))
+                records = [hit.record for hit in hits]
+                place = next((i for i, record in enumerate(records) if record.name == right), -1)
+                searches.append((self._keyed.parts(query, records, self.keys), place))
+        self.fusion = Fusion.fit(searches)
+        return self.fusion
+
+    def _best_score(self, query: Query) -> float:
+        found = self._searched([query], self._vector(query)[None], Request(1))[0]
+        return found[0].score if found else -1.0
+
+    def _vector(self, query: Query) -> np.ndarray:
+        """What the index is searched by: the direction of the inputs' mean plus that of the description."""
+        query_D = np.zeros(self._index.embedder.dim)
+        if query.inputs:
+            query_D = query_D + unit(self._index.embed(query.inputs).astype(np.float64).mean(axis=0))
+        if query.description.strip():
+            query_D = query_D + TASK_DESCRIPTION_WEIGHT * self._index.embed([query.description])[0]
+        elif not query.inputs:
+            raise RetrievalError("a task needs at least one input or a description to search by; both are empty")
+        return unit(query_D)
+
+    def _found(self, queries: Sequence[Query], query_QD: np.ndarray, request: Request) -> list[list[Candidate]]:
+        return [self._kept(found, request) for found in self._searched(queries, query_QD, request)]
+
+    def _searched(self, queries: Sequence[Query], query_QD: np.ndarray, request: Request) -> list[list[Candidate]]:
+        if self.keys:
+            pairs = zip(queries, query_QD, strict=True)
+            return [self._by_keys(query, query_D, request, self.keys) for query, query_D in pairs]
+        found = []
+        for query_D, hits in zip(query_QD, self._hits(query_QD, request), strict=True):
+            chosen = diverse(hits, request.k, request.diversity) if request.diversity else hits
+            found.append(self._index.explained(query_D, chosen))
+        return found
+
+    def _hits(self, query_QD: np.ndarray, request: Request) -> list[list[Hit]]:
+        """The page of each query from the index, or what diversity chooses from."""
+        num_choice = _num_choice(request)
+        num_asked = num_choice
+        while True:
+            found = self._index.hits(
+                query_QD, num_asked, base_model=request.base_model, license=request.license, tags=request.tags
+            )
+            # the index knows nothing of some conditions: when they leave too few of what it brought, it brings more
+            if not request.narrows or all(
+                len(hits) < num_asked or request.is_settled_by(hits, num_choice) for hits in found
+            ):
+                return [request.page(hits, num_choice) for hits in found]
+            num_asked = max(_MIN_CHOICE, 4 * num_asked)
+
+    def _by_keys(self, query: Query, query_D: np.ndarray, request: Request, keys: Mapping[str, Key]) -> list[Candidate]:
+        ranked, opinions = self._keyed.ranked(query, self._keyed.near(query_D, request), keys, self.fusion)
+        page = request.page(ranked, _num_choice(request))
+        chosen = diverse(page, request.k, request.diversity) if request.diversity else page
+        evidence = [candidate.evidence for candidate in self._index.explained(query_D, chosen)]
+        return [
+            Candidate(hit.record.name, hit.score, f"{opinions[hit.record.name]}; {text}", hit.record)
+            for hit, text in zip(chosen, evidence, strict=True)
+        ]
+
+    def _kept(self, found: list[Candidate], request: Request) -> list[Candidate]:
+        """What was found, or nothing where the best is not good enough; later pages follow the first."""
+        if self.abstention is None or not found or request.after is not None:
+            return found
+        if self.abstention.search != self._search_id:
+            raise RetrievalError(
+                f"the threshold was calibrated for searches by {self.abstention.search!r}, but this one is by "
+                f"{self._search_id!r}: calibrate() again, or set abstention=None"
+            )
+        return found if found[0].score >= self.abstention.threshold else []
+
+    @property
+    def _search_id(self) -> str:
+        """What scores depend on, besides the hub."""
+        if not self.keys:
+            return self._index.embedder.id
+        return f"{self._index.embedder.id} keys {', '.join(self.keys)} fusion {self.fusion.kind}"
 
 
-def _check(k: int, min_score: float | None, diversity: float) -> None:
-    """Before the encoder is loaded and run for nothing."""
-    checked_count(k)
-    checked_threshold(min_score)
-    if not (isinstance(diversity, int | float | np.number) and 0.0 <= diversity <= 1.0):
-        raise RetrievalError(f"diversity is {diversity!r}; it must be from 0 (best fit) to 1 (most different)")
+def _resolved(keys: Sequence[str | Key]) -> dict[str, Key]:
+    """Key objects by name. UnknownName for a name that no file of retrieval/keys has."""
+    return {
+        key if isinstance(key, str) else key_name(key): registry.get("keys", key)() if isinstance(key, str) else key
+        for key in keys
+    }
 
 
-def _diverse(hits: list[Hit], num_wanted: int, diversity: float) -> list[Hit]:
-    """The hits that maximal marginal relevance chooses, in their original order (by score)."""
-    if not hits:
-        return []
-    keys_ND = np.stack([hit.key_D for hit in hits]).astype(np.float64)
-    scores_N = np.array([hit.score for hit in hits])
-    open_N = np.ones(len(hits), dtype=bool)
-    # the first is the best fit at any diversity: there is nothing yet that it could resemble
-    nearest_N = np.full(len(hits), -np.inf)
-    chosen = [0]
-    while len(chosen) < min(num_wanted, len(hits)):
-        open_N[chosen[-1]] = False
-        nearest_N = np.maximum(nearest_N, keys_ND @ keys_ND[chosen[-1]])
-        gain_N = (1 - diversity) * scores_N - diversity * nearest_N
-        chosen.append(int(np.argmax(np.where(open_N, gain_N, -np.inf))))
-    return [hits[position] for position in sorted(chosen)]
+def _groups_of(items: Sequence[Item], size: int) -> list[tuple[Item, ...]]:
+    """The items in groups of `size`, in their order; what is left over is dropped. RetrievalError for a size below 1."""
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise RetrievalError(f"inputs_per_query is {size!r}; it must be an int of 1 or more")
+    return [tuple(items[start : start + size]) for start in range(0, len(items) - size + 1, size)]
+
+
+def _pair(number: int, example: object) -> tuple[str, str]:
+    if isinstance(example, tuple | list) and len(example) == 2 and all(isinstance(text, str) for text in example):
+        return example[0], example[1]
+    raise RetrievalError(f"example {number} is {example!r}, not a pair of texts (input, output)")
+
+
+def _num_choice(request: Request) -> int:
+    return max(_MIN_CHOICE, _CHOICE_PER_CANDIDATE * request.k) if request.diversity and request.k else request.k

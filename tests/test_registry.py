@@ -36,7 +36,7 @@ def test_every_registered_name_resolves_to_a_documented_thing_of_its_own_file(fo
     assert found.__module__ == f"{registry.FOLDERS[folder_name]}.{name}"
 
 
-@pytest.mark.parametrize("folder_name", ["methods", "kernels", "routers", "embedders", "indexes", "formats"])
+@pytest.mark.parametrize("folder_name", ["methods", "kernels", "routers", "embedders", "keys", "indexes", "formats"])
 def test_every_folder_has_an_entry(folder_name):
     assert registry.names(folder_name)
 

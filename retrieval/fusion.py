@@ -1,0 +1,126 @@
+"""How the scores of several keys become one score: their mean, their ranks, or weights that were learned."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from loraweave.errors import RetrievalError
+
+KINDS = ("mean", "reciprocal_rank", "logistic")
+
+# Reciprocal ranks fall by half over this many places (Cormack, Clarke and Buettcher 2009, who use 60 for lists of 1,000).
+RANK_CONSTANT = 60
+
+# the relation of output to input is coarse: it decides among adapters whose inputs and outputs fit alike
+_MEAN_WEIGHTS = {"relation": 0.3}
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """`weights` are by key; one that is not named weighs 1 (`relation` 0.3 in a mean, and 0 for "logistic").
+
+    "mean": the weighted mean of the scores, -1 to 1. "reciprocal_rank": the weighted mean of 61 / (60 + rank), 0 to 1, which
+    needs no common scale. "logistic": the probability that an adapter is the right one, from scores that are standardised
+    over the adapters of a query; `fit` learns its weights. A key without an opinion on an adapter counts as an average one.
+    """
+
+    kind: str = "mean"
+    weights: Mapping[str, float] = field(default_factory=dict)
+    intercept: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise RetrievalError(f"fusion {self.kind!r} is unknown; there are {', '.join(KINDS)}")
+
+    def fuse(self, parts: Mapping[str, np.ndarray]) -> np.ndarray:
+        """scores_N from each key's scores_N; NaN where no key has an opinion."""
+        useful = {name: scores_N for name, scores_N in parts.items() if not np.isnan(scores_N).all()}
+        if not useful:
+            return np.full(len(next(iter(parts.values()))), np.nan)
+        if self.kind == "logistic":
+            logits_N = standardised(useful) @ np.array([self.weights.get(name, 0.0) for name in useful]) + self.intercept
+            return _known(useful, 0.5 * (1.0 + np.tanh(0.5 * logits_N)))
+        defaults = _MEAN_WEIGHTS if self.kind == "mean" else {}
+        weights_K = np.array([self.weights.get(name, defaults.get(name, 1.0)) for name in useful])
+        if not weights_K.sum() > 0:
+            raise RetrievalError(
+                f"the weights of {', '.join(useful)} sum to {weights_K.sum():g}; they must be above 0 in all"
+            )
+        shape = _ranks if self.kind == "reciprocal_rank" else _filled
+        columns_NK = np.stack([shape(scores_N) for scores_N in useful.values()], axis=1)
+        return _known(useful, columns_NK @ weights_K / weights_K.sum())
+
+    @classmethod
+    def fit(cls, searches: Iterable[tuple[Mapping[str, np.ndarray], int]]) -> Fusion:
+        """Logistic weights from searches whose right adapter is known: (each key's scores_N, its position)."""
+        from sklearn.linear_model import LogisticRegression
+
+        rows: list[np.ndarray] = []
+        labels: list[np.ndarray] = []
+        names: list[str] = []
+        for parts, right in searches:
+            names = names or list(parts)
+            rows.append(standardised({name: parts[name] for name in names}))
+            labels.append(np.arange(len(rows[-1])) == right)
+        if not rows or not any(label_N.any() and not label_N.all() for label_N in labels):
+            raise RetrievalError(
+                f"cannot learn weights from {len(rows)} searches: at least one must have the right adapter among several"
+            )
+        model = LogisticRegression(max_iter=1000).fit(np.concatenate(rows), np.concatenate(labels))
+        weights = {name: round(float(weight), 6) for name, weight in zip(names, model.coef_[0], strict=True)}
+        return cls("logistic", weights, round(float(model.intercept_[0]), 6))
+
+    def save(self, path: str | Path) -> None:
+        """Writes the fusion as JSON."""
+        Path(path).write_text(json.dumps({**asdict(self), "weights": dict(self.weights)}, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Fusion:
+        """Reads what `save` wrote. RetrievalError for anything else."""
+        try:
+            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            weights = {str(name): float(weight) for name, weight in found["weights"].items()}
+            fusion = cls(str(found["kind"]), weights, float(found["intercept"]))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RetrievalError(
+                f"{path} holds no fusion (kind, weights, intercept): {error!r}; Fusion.save writes one"
+            ) from error
+        if not np.isfinite([*weights.values(), fusion.intercept]).all():
+            raise RetrievalError(f"{path} holds weights that are not finite: {weights}")
+        return fusion
+
+
+def _known(parts: Mapping[str, np.ndarray], fused_N: np.ndarray) -> np.ndarray:
+    """The scores, NaN where no key has an opinion."""
+    silent_N = np.all([np.isnan(scores_N) for scores_N in parts.values()], axis=0)
+    known_N: np.ndarray = np.where(silent_N, np.nan, fused_N)
+    return known_N
+
+
+def standardised(parts: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Each key's scores at mean 0 and deviation 1 over the adapters (N, K); 0 where it has no opinion or all are equal."""
+    columns = []
+    for scores_N in parts.values():
+        filled_N = _filled(scores_N)
+        spread = float(filled_N.std())
+        columns.append((filled_N - filled_N.mean()) / spread if spread > 1e-9 else np.zeros(len(filled_N)))
+    return np.stack(columns, axis=1)
+
+
+def _filled(scores_N: np.ndarray) -> np.ndarray:
+    """NaN replaced by the mean of the rest."""
+    known_N = ~np.isnan(scores_N)
+    return np.where(known_N, scores_N, scores_N[known_N].mean() if known_N.any() else 0.0)
+
+
+def _ranks(scores_N: np.ndarray) -> np.ndarray:
+    """(RANK_CONSTANT + 1) / (RANK_CONSTANT + rank), the best at rank 1; equal scores share the best of their ranks."""
+    filled_N = _filled(scores_N)
+    better_N = len(filled_N) - np.searchsorted(np.sort(filled_N), filled_N, side="right")
+    shares_N: np.ndarray = (RANK_CONSTANT + 1) / (RANK_CONSTANT + 1 + better_N)
+    return shares_N

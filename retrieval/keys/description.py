@@ -1,0 +1,24 @@
+"""The adapter's description against the query's, or against its examples where it has none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from loraweave.retrieval.key_space import KeySpace
+from loraweave.retrieval.query import Query
+from loraweave.types import Record
+
+
+class Description:
+    """The cosine of the two texts; of the description with the mean over inputs and outputs for a query without one."""
+
+    def scores(self, query: Query, records: Sequence[Record], space: KeySpace) -> np.ndarray:
+        asked = [query.description] if query.description.strip() else [*query.inputs, *query.outputs]
+        query_D = space.mean(space.embed(asked))
+        scores_N = np.full(len(records), np.nan)
+        for row, record in enumerate(records):
+            if asked and record.description.strip():
+                scores_N[row] = query_D @ space.embed([record.description])[0]
+        return scores_N

@@ -1,0 +1,21 @@
+"""Mean of the sample inputs against the mean of the query's inputs (LoraRetriever, Zhao et al. 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from loraweave.retrieval.key_space import KeySpace
+from loraweave.retrieval.query import Query
+from loraweave.types import Record
+
+
+class Mean:
+    """The cosine of the two means. The strongest single key for inputs, and the cheapest."""
+
+    def scores(self, query: Query, records: Sequence[Record], space: KeySpace) -> np.ndarray:
+        query_D = space.mean(space.embed(query.inputs))
+        scores_N = np.array([query_D @ space.mean(space.samples(record)) for record in records])
+        known_N = np.array([bool(query.inputs) and len(space.samples(record)) > 0 for record in records], dtype=bool)
+        return np.where(known_N, scores_N, np.nan)

@@ -1,0 +1,24 @@
+"""Mean of the sample outputs against the mean of the query's outputs: what tells apart tasks with the same inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from loraweave.retrieval.key_space import KeySpace
+from loraweave.retrieval.query import Query
+from loraweave.types import Record
+
+
+class Outputs:
+    """The cosine of the two means. Sample outputs are what a card holds as `outputs`, one for each of its examples."""
+
+    def scores(self, query: Query, records: Sequence[Record], space: KeySpace) -> np.ndarray:
+        query_D = space.mean(space.embed(query.outputs))
+        scores_N = np.full(len(records), np.nan)
+        for row, record in enumerate(records):
+            pairs = space.pairs(record)
+            if query.outputs and pairs:
+                scores_N[row] = query_D @ space.mean(space.embed([output for _, output in pairs]))
+        return scores_N

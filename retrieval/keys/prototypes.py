@@ -1,0 +1,57 @@
+"""Several prototypes an adapter, the centres of its sample inputs by spherical k-means; the nearest one counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from loraweave.errors import RetrievalError
+from loraweave.retrieval.key_space import KeySpace
+from loraweave.retrieval.query import Query
+from loraweave.types import Record
+
+_MAX_ROUNDS = 20
+
+
+class Prototypes:
+    """For adapters of several kinds of input. `count`: prototypes of an adapter at most, 1 or more."""
+
+    def __init__(self, *, count: int = 3) -> None:
+        if count < 1:
+            raise RetrievalError(f"count is {count}; an adapter needs at least 1 prototype")
+        self.count = count
+
+    def scores(self, query: Query, records: Sequence[Record], space: KeySpace) -> np.ndarray:
+        query_QD = space.embed(query.inputs)
+        scores_N = np.full(len(records), np.nan)
+        for row, record in enumerate(records):
+            samples_MD = space.samples(record)
+            if len(query_QD) and len(samples_MD):
+                scores_N[row] = (query_QD @ centres(samples_MD, self.count).T).max(axis=1).mean()
+        return scores_N
+
+
+def centres(samples_MD: np.ndarray, count: int) -> np.ndarray:
+    """Unit vectors (K, D), K <= count: centres that start at the sample nearest to the mean, then at the farthest."""
+    chosen = [int(np.argmax(samples_MD @ samples_MD.mean(axis=0)))]
+    while len(chosen) < min(count, len(samples_MD)):
+        nearest_M = (samples_MD @ samples_MD[chosen].T).max(axis=1)
+        farthest = int(np.argmin(nearest_M))
+        # the rest repeats what is chosen
+        if nearest_M[farthest] > 1 - 1e-6:
+            break
+        chosen.append(farthest)
+    centres_KD = samples_MD[chosen]
+    owner_M = np.full(len(samples_MD), -1)
+    for _ in range(_MAX_ROUNDS):
+        nearest_M = np.argmax(samples_MD @ centres_KD.T, axis=1)
+        if np.array_equal(nearest_M, owner_M):
+            break
+        owner_M = nearest_M
+        for centre in np.unique(owner_M):
+            mean_D = samples_MD[owner_M == centre].mean(axis=0)
+            # opposite samples leave no direction; the centre then stays where it is
+            if (norm := float(np.linalg.norm(mean_D))) > 1e-9:
+                centres_KD[centre] = mean_D / norm
+    return centres_KD

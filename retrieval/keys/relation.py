@@ -1,0 +1,57 @@
+"""What an output keeps of its input: copied, contained, lengthened, in capitals, in other words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from loraweave.retrieval.key_space import KeySpace
+from loraweave.retrieval.query import Query
+from loraweave.types import Record
+
+
+class Relation:
+    """The cosine of the mean relation in the query's examples with the mean in the card's (`examples` and `outputs`)."""
+
+    def scores(self, query: Query, records: Sequence[Record], space: KeySpace) -> np.ndarray:
+        asked = list(zip(query.inputs, query.outputs, strict=False))
+        query_F = _mean(asked)
+        scores_N = np.full(len(records), np.nan)
+        for row, record in enumerate(records):
+            pairs = space.pairs(record)
+            if asked and pairs:
+                scores_N[row] = query_F @ _mean(pairs)
+        return scores_N
+
+
+def _mean(pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+    total_F = np.sum([relation_of(given, answer) for given, answer in pairs], axis=0) if pairs else np.zeros(1)
+    norm = float(np.linalg.norm(total_F))
+    unit_F: np.ndarray = total_F / norm if norm else total_F
+    return unit_F
+
+
+def relation_of(given: str, answer: str) -> np.ndarray:
+    """13 numbers from -1 to 1 that tell how the output `answer` stands to the input `given`, at unit norm together."""
+    own, other = given.casefold(), answer.casefold()
+    words, answer_words = own.split(), other.split()
+    letters, answer_letters = set(own), set(other)
+    features = [
+        given == answer,
+        own == other,
+        answer in given,
+        other in own,
+        own in other,
+        other.startswith(own[:3]),
+        len(answer) > len(given),
+        min(1.0, len(answer) / max(1, len(given)) / 2),
+        len(set(words) & set(answer_words)) / max(1, len(set(answer_words))),
+        len(letters & answer_letters) / max(1, len(answer_letters)),
+        answer == answer.upper(),
+        len(words) == len(answer_words),
+        len(answer_words) < len(words),
+    ]
+    row_F = 2.0 * np.array(features, dtype=np.float64) - 1.0
+    unit_F: np.ndarray = row_F / np.linalg.norm(row_F)
+    return unit_F

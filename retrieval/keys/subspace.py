@@ -1,0 +1,59 @@
+"""Weights: the principal angles between what two adapters read and write, layer by layer, whatever its size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loraweave.errors import HubError
+from loraweave.hub.adapter import Adapter
+from loraweave.retrieval.key_space import KeySpace
+from loraweave.retrieval.query import Query
+from loraweave.types import Factors, Record
+
+# directions below this share of the largest are rounding
+_RANK_TOLERANCE = 1e-6
+
+
+class Subspace:
+    """The mean squared cosine of the principal angles over both sides of the layers that both update: 0 to 1."""
+
+    def scores(self, query: Query, records: Sequence[Record], space: KeySpace) -> np.ndarray:
+        scores_N = np.full(len(records), np.nan)
+        if query.adapter is None:
+            return scores_N
+        for row, record in enumerate(records):
+            try:
+                scores_N[row] = overlap(query.adapter, space.adapter(record))
+            except HubError:
+                # a damaged adapter has no opinion; verify() names it
+                continue
+        return scores_N
+
+
+def overlap(left: Adapter, right: Adapter) -> float:
+    """The mean over shared layers and both sides of |U^T V|^2 / min(rank); NaN without a shared layer of one shape."""
+    found = []
+    for layer in left.layers.keys() & right.layers.keys():
+        one, other = left.layers[layer], right.layers[layer]
+        if one.a_RI.shape[1] == other.a_RI.shape[1] and one.b_OR.shape[0] == other.b_OR.shape[0]:
+            found += [_angles(a, b) for a, b in zip(_sides(one), _sides(other), strict=True)]
+    # summed in one order, whatever order a set has
+    return float(np.mean(sorted(found))) if found else float("nan")
+
+
+def _sides(factors: Factors) -> tuple[Tensor, Tensor]:
+    """Orthonormal bases of the update's row space (I, r) and column space (O, r), from the factors."""
+    qa_IR, ra_RR = torch.linalg.qr(factors.a_RI.double().T)
+    qb_OR, rb_RR = torch.linalg.qr(factors.b_OR.double())
+    u_RR, values_R, vh_RR = torch.linalg.svd(rb_RR @ ra_RR.T)
+    rank = int((values_R > _RANK_TOLERANCE * values_R[0]).sum()) if values_R.numel() else 0
+    return qa_IR @ vh_RR[:rank].T, qb_OR @ u_RR[:, :rank]
+
+
+def _angles(left_DR: Tensor, right_DR: Tensor) -> float:
+    smaller = min(left_DR.shape[1], right_DR.shape[1])
+    return float((left_DR.T @ right_DR).square().sum()) / smaller if smaller else 0.0

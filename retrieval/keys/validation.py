@@ -1,0 +1,49 @@
+"""Query -> task -> adapter: the scores that adapters reached on the tasks that the query is like (LoRAuter)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from loraweave.errors import RetrievalError
+from loraweave.retrieval.key_space import KeySpace
+from loraweave.retrieval.query import Query
+from loraweave.types import Record
+
+
+class Validation:
+    """An adapter's mean score over the tasks, each task weighted by how like the query is to it.
+
+    `tasks` names some inputs of each task; without it, tasks are the adapters themselves, by their sample inputs. Cards
+    hold the scores as `task_scores`, {task: number from 0 to 1}. A low `temperature` lets the nearest task decide.
+    """
+
+    def __init__(self, *, tasks: Mapping[str, Sequence[str]] | None = None, temperature: float = 0.05) -> None:
+        if not temperature > 0:
+            raise RetrievalError(f"temperature is {temperature}; it must be above 0")
+        self.tasks = None if tasks is None else {name: tuple(inputs) for name, inputs in tasks.items()}
+        self.temperature = temperature
+
+    def scores(self, query: Query, records: Sequence[Record], space: KeySpace) -> np.ndarray:
+        inputs = self.tasks
+        if inputs is None:
+            inputs = {record.name: record.examples for record in records if len(space.samples(record))}
+        scores_NT = np.array([[_score(record, task) for task in inputs] for record in records], dtype=np.float64)
+        if not query.inputs or not inputs:
+            return np.full(len(records), np.nan)
+        query_D = space.mean(space.embed(query.inputs))
+        similar_T = np.array([query_D @ space.mean(space.embed(texts)) for texts in inputs.values()])
+        weights_T = np.exp((similar_T - similar_T.max()) / self.temperature)
+        # a task that an adapter was not scored on says nothing about it
+        known_NT = np.isfinite(scores_NT)
+        shares_N = known_NT @ weights_T
+        sums_N = np.where(known_NT, scores_NT, 0.0) @ weights_T
+        return np.where(known_NT.any(axis=1), sums_N / np.where(shares_N > 0, shares_N, 1.0), np.nan)
+
+
+def _score(record: Record, task: str) -> float:
+    found = record.card.get("task_scores")
+    value = found.get(task) if isinstance(found, Mapping) else None
+    # a card is anybody's JSON; true is no score
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1 else np.nan

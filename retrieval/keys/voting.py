@@ -1,0 +1,30 @@
+"""Every sample input votes: the mean similarity of each of the query's inputs to the sample inputs nearest to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from loraweave.errors import RetrievalError
+from loraweave.retrieval.key_space import KeySpace
+from loraweave.retrieval.query import Query
+from loraweave.types import Record
+
+
+class Voting:
+    """`nearest`: how many sample inputs vote on one input, 1 or more; an adapter with fewer is judged by all of them."""
+
+    def __init__(self, *, nearest: int = 5) -> None:
+        if nearest < 1:
+            raise RetrievalError(f"nearest is {nearest}; at least 1 sample input must vote")
+        self.nearest = nearest
+
+    def scores(self, query: Query, records: Sequence[Record], space: KeySpace) -> np.ndarray:
+        query_QD = space.embed(query.inputs)
+        scores_N = np.full(len(records), np.nan)
+        for row, record in enumerate(records):
+            similar_QM = query_QD @ space.samples(record).T
+            if similar_QM.size:
+                scores_N[row] = np.sort(similar_QM, axis=1)[:, -self.nearest :].mean()
+        return scores_N

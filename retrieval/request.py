@@ -1,0 +1,91 @@
+"""How much of a search is wanted, and of which adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from loraweave.errors import RetrievalError
+from loraweave.hub.fields import one_or_many
+from loraweave.hub.search import Hit, checked_count, checked_threshold
+from loraweave.types import Candidate, Record
+
+
+@dataclass(frozen=True)
+class Request:
+    """The keywords that every search of Retriever shares; RetrievalError for one that cannot be meant."""
+
+    k: int
+    base_model: str | None = None
+    license: Collection[str] | str | None = None
+    tags: Collection[str] | str = ()
+    min_score: float | None = None
+    diversity: float = 0.0
+    max_rank: int | None = None
+    max_size_bytes: int | None = None
+    language: Collection[str] | str | None = None
+    after: Candidate | None = None
+
+    def __post_init__(self) -> None:
+        checked_count(self.k)
+        checked_threshold(self.min_score)
+        if not (isinstance(self.diversity, int | float | np.number) and 0.0 <= self.diversity <= 1.0):
+            raise RetrievalError(f"diversity is {self.diversity!r}; it must be from 0 (best fit) to 1 (most different)")
+        if self.after is not None and self.diversity:
+            raise RetrievalError(
+                f"after={self.after.name!r} pages through candidates by score, which diversity={self.diversity:g} does not "
+                "keep to; ask for more candidates at once, or for diversity=0"
+            )
+        for name, limit in (("max_rank", self.max_rank), ("max_size_bytes", self.max_size_bytes)):
+            if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
+                raise RetrievalError(f"{name} is {limit!r}; it must be an int of 0 or more, or None for no limit")
+
+    @property
+    def narrows(self) -> bool:
+        """Whether hits of the index have to be looked through, since it knows nothing of these conditions."""
+        conditions = (self.max_rank, self.max_size_bytes, self.language, self.after)
+        return any(condition is not None for condition in conditions)
+
+    def passes(self, record: Record) -> bool:
+        """Whether the record keeps to the limits of rank, size and language."""
+        if self.max_rank is not None and record.rank > self.max_rank:
+            return False
+        if self.max_size_bytes is not None and record.size_bytes > self.max_size_bytes:
+            return False
+        wanted = {language.casefold() for language in one_or_many(self.language)}
+        return self.language is None or bool(wanted & languages(record))
+
+    def is_settled_by(self, hits: Sequence[Hit], count: int) -> bool:
+        """Whether the page of `count` stays what it is when more hits follow these, which are in descending order."""
+        if not hits or not count:
+            return not count
+        if self.min_score is not None and hits[-1].score < self.min_score:
+            return True
+        # equals of the last candidate are before or behind it: it must have been seen, or all of its score
+        last = self.after
+        seen = last is None or hits[-1].score < last.score or any(hit.record.name == last.name for hit in hits)
+        return seen and len(self.page(hits, count)) == count
+
+    def page(self, hits: Sequence[Hit], count: int) -> list[Hit]:
+        """The first `count` of the hits that pass, after the one of `after`, and at least at `min_score`.
+
+        A candidate of an earlier page that has another score by now, or is gone, is passed by its old score: what is added
+        or removed meanwhile repeats none and loses none, but for equals of a candidate that is gone, which come again.
+        """
+        fitting = [hit for hit in hits if self.passes(hit.record)]
+        if self.after is not None:
+            last = self.after
+            place = next((i for i, h in enumerate(fitting) if h.record.name == last.name and h.score == last.score), None)
+            lower = [hit for hit in fitting if hit.score <= last.score and hit.record.name != last.name]
+            fitting = lower if place is None else fitting[place + 1 :]
+        enough = self.min_score
+        return [hit for hit in fitting[:count] if enough is None or hit.score >= enough]
+
+
+def languages(record: Record) -> set[str]:
+    """The languages that the record or its card names, without case."""
+    named = getattr(record, "language", None) or record.card.get("language") or ()
+    texts = (named,) if isinstance(named, str) else tuple(named) if isinstance(named, list | tuple) else ()
+    return {text.casefold() for text in texts if isinstance(text, str)}

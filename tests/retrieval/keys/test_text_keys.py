@@ -1,0 +1,189 @@
+"""The keys that compare texts, on texts that are angles: every number follows from a cosine."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from loraweave.errors import RetrievalError
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.hub import Hub
+from loraweave.hub.search import SearchIndex
+from loraweave.retrieval.key_space import KeySpace
+from loraweave.retrieval.keys.description import Description
+from loraweave.retrieval.keys.discriminant import Discriminant
+from loraweave.retrieval.keys.mean import Mean
+from loraweave.retrieval.keys.outputs import Outputs
+from loraweave.retrieval.keys.prototypes import Prototypes, centres
+from loraweave.retrieval.keys.relation import Relation, relation_of
+from loraweave.retrieval.keys.validation import Validation
+from loraweave.retrieval.keys.voting import Voting
+from loraweave.retrieval.query import Query
+from loraweave.types import Factors
+
+
+class Plane:
+    """Texts are angles in degrees, embedded on the unit circle."""
+
+    dim = 2
+    id = "plane"
+
+    def embed(self, texts):
+        angles = np.radians([float(text) for text in texts])
+        return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32).reshape(-1, 2)
+
+
+def cosine(degrees):
+    return pytest.approx(math.cos(math.radians(degrees)), abs=2e-6)
+
+
+@pytest.fixture
+def score(tmp_path):
+    """score(key, query, angles of the samples, ...): the key's score of one adapter."""
+    with Hub(tmp_path) as hub:
+        space = KeySpace(hub, SearchIndex(hub, embedder=Plane()))
+
+        def call(key, query, *samples, description="", **card):
+            if "one" in hub:
+                hub.remove("one")
+            layers = {"layer": Factors(torch.ones(1, 3), torch.ones(2, 1))}
+            record = hub.add(Adapter("one", "base", layers, card=card), examples=samples, description=description)
+            return key.scores(query, [record], space)[0]
+
+        yield call
+
+
+def test_mean_is_the_cosine_between_the_two_means(score):
+    assert score(Mean(), Query(("20", "60")), "0", "30") == cosine(25)
+
+
+def test_description_compares_with_the_description_and_without_one_with_the_examples(score):
+    assert score(Description(), Query(("90",), (), "30"), description="10") == cosine(20)
+    assert score(Description(), Query(("20",), ("60",)), description="10") == cosine(30)
+    assert np.isnan(score(Description(), Query(("20",)), "20"))
+
+
+def test_the_nearest_samples_vote(score):
+    expected = (math.cos(math.radians(5)) + math.cos(math.radians(10))) / 2
+    assert score(Voting(nearest=2), Query(("0",)), "5", "10", "170") == pytest.approx(expected, abs=1e-6)
+
+
+def test_votes_are_averaged_over_the_inputs(score):
+    expected = (math.cos(0) + math.cos(math.radians(30))) / 2
+    assert score(Voting(nearest=1), Query(("0", "30")), "0") == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_nearest_prototype_counts(score):
+    query = Query(("91",))
+    assert score(Prototypes(count=2), query, "0", "2", "90", "92") == cosine(0)
+    assert score(Prototypes(count=1), query, "0", "2", "90", "92") == cosine(45)
+
+
+def test_prototypes_are_the_means_of_clusters_and_no_more_than_there_are_different_samples():
+    found = centres(Plane().embed(["0", "10", "180", "190"]).astype(np.float64), 2)
+    angles = sorted(np.degrees(np.arctan2(found[:, 1], found[:, 0])) % 360)
+    np.testing.assert_allclose(angles, [5, 185], atol=1e-4)
+    assert len(centres(Plane().embed(["7", "7", "7"]).astype(np.float64), 3)) == 1
+
+
+def test_the_discriminant_counts_less_in_a_direction_in_which_samples_vary(tmp_path):
+    rng = np.random.default_rng(0)
+
+    class Given:
+        dim, id = 2, "given"
+
+        def __init__(self):
+            self.rows = {}
+
+        def embed(self, texts):
+            return np.array([self.rows[text] for text in texts], dtype=np.float32).reshape(-1, 2)
+
+    embedder = Given()
+    with Hub(tmp_path) as hub:
+        for name, centre in (("left", -1.0), ("right", 1.0)):
+            texts = [f"{name} {n}" for n in range(40)]
+            # the first coordinate tells the adapters apart, the second varies ten times as much within each
+            rows = np.stack([centre + 0.1 * rng.standard_normal(40), rng.standard_normal(40)], axis=1)
+            embedder.rows |= dict(zip(texts, rows, strict=True))
+            hub.add(Adapter(name, "b", {"l": Factors(torch.ones(1, 3), torch.ones(2, 1))}), examples=texts)
+        embedder.rows["query"] = np.array([0.5, 3.0])
+        space = KeySpace(hub, SearchIndex(hub, embedder=embedder))
+        records = hub.records()
+        query = Query(("query",))
+        left, right = Discriminant(shrinkage=0.01).scores(query, records, space)
+        # written out: whitened by the pooled covariance around the mean of the means
+        samples = [np.array([embedder.rows[text] for text in record.examples], dtype=np.float32) for record in records]
+        means = np.array([rows.astype(float).mean(axis=0) for rows in samples])
+        pooled = np.concatenate([rows - mean for rows, mean in zip(samples, means, strict=True)])
+        covariance = pooled.T @ pooled / 78
+        covariance = 0.99 * covariance + 0.01 * np.trace(covariance) / 2 * np.eye(2)
+        root = np.linalg.cholesky(np.linalg.inv(covariance)).T
+        keys, asked = (means - means.mean(axis=0)) @ root.T, root @ (np.array([0.5, 3.0]) - means.mean(axis=0))
+        expected = keys @ asked / np.linalg.norm(keys, axis=1) / np.linalg.norm(asked)
+        np.testing.assert_allclose([left, right], expected, atol=1e-6)
+        plain = Mean().scores(query, records, space)
+    assert right - left > plain[1] - plain[0]
+
+
+def test_outputs_are_compared_where_the_card_has_one_for_each_example(score):
+    query = Query(("0",), ("20",))
+    assert score(Outputs(), query, "0", "0", outputs=["30", "50"]) == cosine(20)
+    for outputs in (["30"], "30", None, [1, 2]):
+        assert np.isnan(score(Outputs(), query, "0", "0", outputs=outputs))
+
+
+def test_a_relation_tells_copies_capitals_and_spellings_apart(score):
+    upper, spelled = Query(("horse",), ("HORSE",)), Query(("horse",), ("h o r s e",))
+    for query in (upper, spelled):
+        own = score(Relation(), query, "cat", outputs=["CAT" if query is upper else "c a t"])
+        other = score(Relation(), query, "cat", outputs=["c a t" if query is upper else "CAT"])
+        assert own > other + 0.2
+    assert np.linalg.norm(relation_of("a", "b")) == pytest.approx(1.0)
+
+
+def test_validation_is_the_mean_score_over_tasks_weighted_by_their_likeness(score):
+    key = Validation(tasks={"near": ["10"], "far": ["60"], "unscored": ["0"]}, temperature=0.5)
+    weights = [math.exp(math.cos(math.radians(angle)) / 0.5) for angle in (10, 60)]
+    expected = (0.9 * weights[0] + 0.1 * weights[1]) / sum(weights)
+    found = score(key, Query(("0",)), "45", task_scores={"near": 0.9, "far": 0.1, "other": 1.0})
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_scores_that_are_none_are_no_opinion(score):
+    key = Validation(tasks={"near": ["10"]})
+    for value in (True, "0.9", 7, -1, None, float("nan")):
+        assert np.isnan(key.scores(Query(("0",)), [_with_scores(score, value)], _EMPTY)[0])
+
+
+class _Empty:
+    def embed(self, texts):
+        return Plane().embed(texts).astype(np.float64)
+
+    def mean(self, rows):
+        return rows.mean(axis=0)
+
+
+_EMPTY = _Empty()
+
+
+def _with_scores(score, value):
+    from loraweave.types import Record
+
+    return Record("one", "", "base", 1, (), None, (), "", 0, "", card={"task_scores": {"near": value}})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Voting(nearest=0), "nearest is 0"),
+        (lambda: Prototypes(count=0), "count is 0"),
+        (lambda: Discriminant(shrinkage=0.0), "shrinkage is 0.0"),
+        (lambda: Validation(temperature=0.0), "temperature is 0.0"),
+    ],
+)
+def test_settings_without_a_meaning_are_refused(make, message):
+    with pytest.raises(RetrievalError, match=message):
+        make()
