@@ -1,0 +1,103 @@
+"""What a search finds for tasks without an adapter: documented relatives, and adapters that were measured to help."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from _search_methods import Ask, PoolTask, Scorer
+
+INPUTS_PER_QUERY = 5
+
+
+@dataclass(frozen=True)
+class UnseenTask:
+    """A task without an adapter, and the pool tasks that are documented as related."""
+
+    name: str
+    definition: str
+    examples: tuple[tuple[str, str], ...]
+    related: tuple[str, ...]
+
+    def asks(self, *, description: bool = False, outputs: bool = False) -> list[Ask]:
+        """Queries of five examples each, in their order."""
+        starts = range(0, len(self.examples) - INPUTS_PER_QUERY + 1, INPUTS_PER_QUERY)
+        groups = [tuple(zip(*self.examples[start : start + INPUTS_PER_QUERY], strict=True)) for start in starts]
+        return [Ask(group[0], group[1] if outputs else (), self.definition if description else "") for group in groups]
+
+
+def relations(tasks: Sequence[PoolTask], unseen: Sequence[UnseenTask], scorer: Scorer) -> dict[str, Any]:
+    """The top 5 of each unseen task, and the rates over groups of five inputs of the tasks that have relations."""
+    rows, rates = [], {}
+    for with_definition in (False, True):
+        first, within = [], []
+        for task in unseen:
+            for number, ask in enumerate(task.asks(description=with_definition)):
+                scores_N = scorer(ask)
+                top = [tasks[i].name for i in np.argsort(-scores_N, kind="stable")[:5]]
+                if number == 0:
+                    best = [[name, round(float(score), 3)] for name, score in zip(top, -np.sort(-scores_N), strict=False)]
+                    rows.append([task.name, list(task.related), with_definition, best])
+                if task.related:
+                    first.append(top[0] in task.related)
+                    within.append(set(task.related) <= set(top[:3]))
+        label = "5 inputs + definition" if with_definition else "5 inputs"
+        rates[label] = {"related is first": float(np.mean(first)), "all related within 3": float(np.mean(within))}
+    return {"tasks": rows, "rates": rates}
+
+
+def foresight(
+    tasks: Sequence[PoolTask],
+    unseen: Sequence[UnseenTask],
+    scorers: Mapping[str, Scorer],
+    measured: Mapping[str, Any],
+    seed: int,
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """By kind of query and method: the mean Spearman correlation with the gains, and the gains of the first and best of 5.
+
+    Intervals are 95 %, by bootstrap over the unseen tasks. The oracle knows the gains.
+    """
+    gains = {task.name: np.array([measured["tasks"][task.name]["gains"][t.name] for t in tasks]) for task in unseen}
+    asks = {
+        "5 inputs": {task.name: task.asks() for task in unseen},
+        "5 examples": {task.name: task.asks(outputs=True) for task in unseen},
+        "5 examples + definition": {task.name: task.asks(description=True, outputs=True) for task in unseen},
+    }
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for kind, by_task in asks.items():
+        found[kind] = {label: _foreseen(by_task, scorer, gains, seed) for label, scorer in scorers.items()}
+        best = {name: float(np.max(gains_N)) for name, gains_N in gains.items()}
+        mean = float(np.mean(list(best.values())))
+        found[kind]["oracle"] = {"spearman": 1.0, "interval": [1.0, 1.0], "first": mean, "best_of_5": mean, "tasks": {}}
+    return found
+
+
+def _foreseen(
+    asks: Mapping[str, Sequence[Ask]], scorer: Scorer, gains: Mapping[str, np.ndarray], seed: int
+) -> dict[str, Any]:
+    from scipy.stats import spearmanr
+
+    figures: dict[str, np.ndarray] = {}
+    for name, queries in asks.items():
+        rows = []
+        for ask in queries:
+            scores_N = scorer(ask)
+            order = np.argsort(-scores_N, kind="stable")
+            # a method that scores all alike orders nothing
+            constant = np.ptp(scores_N) == 0
+            correlation = 0.0 if constant else float(spearmanr(scores_N, gains[name]).statistic)
+            rows.append([correlation, gains[name][order[0]], gains[name][order[:5]].max()])
+        figures[name] = np.mean(rows, axis=0)
+    values_T3 = np.stack(list(figures.values()))
+    rng = np.random.default_rng(seed)
+    drawn = [values_T3[rng.integers(len(values_T3), size=len(values_T3)), 0].mean() for _ in range(2000)]
+    spearman, first, best_of_5 = (float(value) for value in values_T3.mean(axis=0))
+    return {
+        "spearman": spearman,
+        "interval": [float(value) for value in np.quantile(drawn, (0.025, 0.975))],
+        "first": first,
+        "best_of_5": best_of_5,
+        "tasks": {name: round(float(row_3[0]), 3) for name, row_3 in figures.items()},
+    }

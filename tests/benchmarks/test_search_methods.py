@@ -1,0 +1,77 @@
+"""What retrieval is compared with in benchmarks/retrieval.py, against formulas written out."""
+
+from __future__ import annotations
+
+import math
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    """The benchmark's two modules by name; they are scripts and not installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        found = {}
+        for name in ("_search_methods", "_unseen_relations"):
+            spec = spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+            found[name] = module_from_spec(spec)
+            patch.setitem(sys.modules, name, found[name])
+            spec.loader.exec_module(found[name])
+        yield found
+
+
+@pytest.fixture
+def tasks(loaded):
+    make = loaded["_search_methods"].PoolTask
+    return [
+        make("one", "red red blue", (("green", "x"),), (), ()),
+        make("two", "blue", (), (), ()),
+        make("three", "yellow blue", (("pink", "y"),), (), ()),
+    ]
+
+
+def test_bm25_is_okapis_formula(loaded, tasks):
+    methods = loaded["_search_methods"]
+    found = methods.bm25(tasks)(methods.Ask(("red blue",)))
+    documents = [["green", "red", "red", "blue"], ["blue"], ["pink", "yellow", "blue"]]
+    mean_length = 8 / 3
+    expected = []
+    for words in documents:
+        score = 0.0
+        for word, holding in (("red", 1), ("blue", 3)):
+            idf = math.log(1 + (3 - holding + 0.5) / (holding + 0.5))
+            count = words.count(word)
+            score += idf * count * 2.2 / (count + 1.2 * (0.25 + 0.75 * len(words) / mean_length))
+        expected.append(score)
+    np.testing.assert_allclose(found, expected)
+
+
+def test_a_search_by_examples_uses_the_outputs_of_the_cards(loaded):
+    methods = loaded["_search_methods"]
+    from loraweave.retrieval.embedders.hashing import Hashing
+
+    tasks = [
+        methods.PoolTask("upper", "", (("cat", "CAT"), ("dog", "DOG")), (), ()),
+        methods.PoolTask("spell", "", (("cat", "c a t"), ("dog", "d o g")), (), ()),
+    ]
+    with methods.card_hub(tasks) as hub:
+        score = methods.searched(hub, methods.Remembering(Hashing(), ["cow"]), examples=True)
+        for output, best in (("COW", 0), ("c o w", 1)):
+            assert int(np.argmax(score(methods.Ask(("cow",), (output,))))) == best
+
+
+def test_foresight_is_the_rank_correlation_with_the_gains_and_what_the_first_bring(loaded, tasks):
+    relations = loaded["_unseen_relations"]
+    unseen = [relations.UnseenTask("new", "", tuple((str(n), "y") for n in range(10)), ())]
+    measured = {"tasks": {"new": {"gains": {"one": 1.0, "two": 3.0, "three": 2.0}}}}
+    scorers = {"reversed": lambda ask: np.array([3.0, 1.0, 2.0]), "half": lambda ask: np.array([1.0, 2.0, 3.0])}
+    found = relations.foresight(tasks, unseen, scorers, measured, 0)["5 inputs"]
+    assert (found["reversed"]["spearman"], found["reversed"]["first"], found["reversed"]["best_of_5"]) == (-1.0, 1.0, 3.0)
+    assert found["half"]["spearman"] == pytest.approx(0.5)
+    assert found["oracle"]["first"] == 3.0
