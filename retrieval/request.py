@@ -55,7 +55,7 @@ class Request:
         if self.max_size_bytes is not None and record.size_bytes > self.max_size_bytes:
             return False
         wanted = {language.casefold() for language in one_or_many(self.language)}
-        return self.language is None or bool(wanted & languages(record))
+        return self.language is None or any(language.casefold() in wanted for language in record.language)
 
     def is_settled_by(self, hits: Sequence[Hit], count: int) -> bool:
         """Whether the page of `count` stays what it is when more hits follow these, which are in descending order."""
@@ -82,10 +82,3 @@ class Request:
             fitting = lower if place is None else fitting[place + 1 :]
         enough = self.min_score
         return [hit for hit in fitting[:count] if enough is None or hit.score >= enough]
-
-
-def languages(record: Record) -> set[str]:
-    """The languages that the record or its card names, without case."""
-    named = getattr(record, "language", None) or record.card.get("language") or ()
-    texts = (named,) if isinstance(named, str) else tuple(named) if isinstance(named, list | tuple) else ()
-    return {text.casefold() for text in texts if isinstance(text, str)}

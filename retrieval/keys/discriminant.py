@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,6 +16,16 @@ from loraweave.types import Record
 MAX_ADAPTERS = 256
 
 
+@dataclass(frozen=True, eq=False)
+class _Whitened:
+    """The adapters' means around their centre, and the inverse of their common covariance."""
+
+    centre_D: np.ndarray
+    around_ND: np.ndarray
+    precision_DD: np.ndarray
+    norms_N: np.ndarray
+
+
 class Discriminant:
     """The cosine of the query's mean with an adapter's, both around the mean of all and whitened within adapters.
 
@@ -25,21 +36,34 @@ class Discriminant:
         if not 0 < shrinkage <= 1:
             raise RetrievalError(f"shrinkage is {shrinkage}; it must be above 0 and at most 1")
         self.shrinkage = shrinkage
+        self._last: tuple[list[Record], KeySpace, _Whitened] | None = None
 
     def scores(self, query: Query, records: Sequence[Record], space: KeySpace) -> np.ndarray:
-        sampled = [row for row, record in enumerate(records) if len(space.samples(record))]
         scores_N = np.full(len(records), np.nan)
+        sampled = [row for row, record in enumerate(records) if len(space.samples(record))]
         if not query.inputs or not sampled:
             return scores_N
-        means_ND = np.stack([space.samples(records[row]).mean(axis=0) for row in sampled])
-        centre_D = means_ND.mean(axis=0)
-        precision_DD = np.linalg.inv(self._covariance([space.samples(records[row]) for row in sampled]))
-        around_ND = means_ND - centre_D
-        query_D = space.embed(query.inputs).mean(axis=0) - centre_D
-        norms_N = np.sqrt(np.einsum("nd,de,ne->n", around_ND, precision_DD, around_ND) * (query_D @ precision_DD @ query_D))
+        whitened = self._fitted([records[row] for row in sampled], space)
+        query_D = space.embed(query.inputs).mean(axis=0) - whitened.centre_D
+        norms_N = whitened.norms_N * np.sqrt(query_D @ whitened.precision_DD @ query_D)
         # the only adapter is the centre itself: it lies in no direction
-        scores_N[sampled] = around_ND @ precision_DD @ query_D / np.where(norms_N > 1e-12, norms_N, np.inf)
+        scores_N[sampled] = whitened.around_ND @ whitened.precision_DD @ query_D / np.where(norms_N > 1e-12, norms_N, np.inf)
         return scores_N
+
+    def _fitted(self, records: list[Record], space: KeySpace) -> _Whitened:
+        """What does not depend on the query; kept, since one search after the other meets the same adapters."""
+        last = self._last
+        if last is not None and last[1] is space and last[0] == records:
+            return last[2]
+        samples = [space.samples(record) for record in records]
+        means_ND = np.stack([rows_MD.mean(axis=0) for rows_MD in samples])
+        precision_DD = np.linalg.inv(self._covariance(samples))
+        around_ND = means_ND - means_ND.mean(axis=0)
+        norms_N = np.sqrt(np.einsum("nd,nd->n", around_ND @ precision_DD, around_ND))
+        found = _Whitened(means_ND.mean(axis=0), around_ND, precision_DD, norms_N)
+        # one assignment, so that threads see the old or the new
+        self._last = (records, space, found)
+        return found
 
     def _covariance(self, samples: list[np.ndarray]) -> np.ndarray:
         chosen = samples[:: -(-len(samples) // MAX_ADAPTERS)]
