@@ -15,6 +15,7 @@ ADAPTER_FILES = (
     "adapter_config.json",
     "adapter_model*.safetensors*",
     "pytorch_lora_weights.safetensors",
+    "adapters.safetensors",
     "compeft.*",
     "loraweave.json",
     "README.md",

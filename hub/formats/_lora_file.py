@@ -56,6 +56,11 @@ class FileFormat(ABC):
         return {module: _alpha(parts, where, module) for module, parts in held.items()}
 
     @classmethod
+    def base_id(cls, folder: Path) -> str:
+        """The id of the base model that the folder names, empty where it names none."""
+        return base_model_of_readme(folder)
+
+    @classmethod
     def recognises(cls, source: Path) -> bool:
         """Whether `source` is a file of this layout, or a folder that holds one."""
         return bool(cls._files(source))
@@ -97,8 +102,8 @@ class FileFormat(ABC):
             raise AdapterUnsupported(f"{where}: the adapter is without effect: every update is zero")
         card = _card(Path(source), metadata) | {"stored_dtype": "+".join(sorted(dtypes))}
         card |= {"conversion": notes} if notes else {}
-        readme = base_model_of_readme(folder) if Path(source).is_dir() else ""
-        return Contents(readme, layers, None if model is None else fingerprint(model), card)
+        base_id = cls.base_id(folder) if Path(source).is_dir() else ""
+        return Contents(base_id, layers, None if model is None else fingerprint(model), card)
 
     @classmethod
     def _files(cls, source: Path) -> list[str]:
