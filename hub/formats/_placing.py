@@ -22,10 +22,14 @@ _OPTIONAL = re.compile(r"^(?:unet|transformer|text_encoder|text_encoder_2|text_e
 
 @dataclass(frozen=True)
 class Placement:
-    """The paths that one module of a file stands for, and in which proportions they share the rows of B."""
+    """The paths that one module of a file stands for, and in which proportions they share the rows of B.
+
+    With `groups`, B is that many equal runs of rows, each of which is shared so.
+    """
 
     targets: tuple[str, ...]
     shares: tuple[int, ...] = (1,)
+    groups: int = 1
 
 
 class Rules:
@@ -58,6 +62,7 @@ class BaseNames:
         self._flat: dict[str, list[str]] = defaultdict(list)
         for name in self.layers:
             self._flat[name.replace(".", "_")].append(name)
+        self.head_size = _head_size(getattr(model, "config", None))
 
     def by_flat(self, flat: str, component: str) -> list[str]:
         """The paths that a name with underscores can mean in this model, or in its part of that name."""
@@ -99,14 +104,24 @@ def divided(factors: Factors, placement: Placement, name: str, where: str) -> li
     """The update of each target: all of A, and its rows of B."""
     if len(placement.targets) == 1:
         return [factors]
-    rows, total = factors.b_OR.shape[0], sum(placement.shares)
+    rows, total = factors.b_OR.shape[0], placement.groups * sum(placement.shares)
     if rows % total:
         raise AdapterUnsupported(
-            f"{where}: {name!r} is a fused projection of {rows} outputs, which do not divide into "
-            f"{' : '.join(map(str, placement.shares))} for {', '.join(placement.targets)}"
+            f"{where}: {name!r} is a fused projection of {rows} outputs, which do not divide into {placement.groups} x "
+            f"({' : '.join(map(str, placement.shares))}) for {', '.join(placement.targets)}"
         )
-    parts = torch.split_with_sizes(factors.b_OR, [rows // total * share for share in placement.shares])
-    return [replace(factors, b_OR=part.contiguous()) for part in parts]
+    grouped = factors.b_OR.reshape(placement.groups, rows // placement.groups, factors.rank)
+    parts = torch.split_with_sizes(grouped, [rows // total * share for share in placement.shares], dim=1)
+    return [replace(factors, b_OR=part.reshape(-1, factors.rank).contiguous()) for part in parts]
+
+
+def _head_size(config: object) -> int | None:
+    """How many outputs belong to one attention head, by the config of a transformers model."""
+    text = getattr(config, "text_config", config)
+    size, hidden, heads = (getattr(text, name, None) for name in ("head_dim", "hidden_size", "num_attention_heads"))
+    if size is None and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+        size = hidden // heads
+    return size if isinstance(size, int) and size > 0 else None
 
 
 def _form(name: str) -> str:

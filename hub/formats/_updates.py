@@ -17,30 +17,38 @@ from loraweave.hub.formats.loha import Loha
 from loraweave.hub.formats.lokr import Lokr
 from loraweave.types import Factors
 
-# the tensors of one update, and the axis that has its rank where one alone tells
-MATRICES: dict[str, int | None] = {
-    "down": 0,
-    "up": None,
-    "mid": None,
-    "hada_w1_b": 0,
-    "hada_w1_a": None,
-    "hada_w2_a": None,
-    "hada_w2_b": None,
-    "hada_t1": None,
-    "hada_t2": None,
-    "lokr_w1_b": 0,
-    "lokr_w2_b": 0,
-    "lokr_w1": None,
-    "lokr_w1_a": None,
-    "lokr_w2": None,
-    "lokr_w2_a": None,
-    "lokr_t2": None,
-}
+# a small file could ask for a huge matrix by a wide kernel
+MAX_KERNEL = 16
+
+# the tensors of one update, and those among them whose first size is its rank
+MATRICES = frozenset(
+    {
+        "down",
+        "up",
+        "mid",
+        "hada_w1_b",
+        "hada_w1_a",
+        "hada_w2_a",
+        "hada_w2_b",
+        "hada_t1",
+        "hada_t2",
+        "lokr_w1_b",
+        "lokr_w2_b",
+        "lokr_w1",
+        "lokr_w1_a",
+        "lokr_w2",
+        "lokr_w2_a",
+        "lokr_t2",
+    }
+)
+RANKED = ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
 
 
 def rank_of(parts: Mapping[str, Tensor]) -> int | None:
     """The rank of an update, None where nothing in it is of low rank (a Kronecker product of whole matrices)."""
-    return next((parts[name].shape[axis] for name, axis in MATRICES.items() if axis is not None and name in parts), None)
+    ranked = (parts[name] for name in RANKED if name in parts)
+    # a single number is no matrix, which `update_of` says
+    return next((matrix.shape[0] for matrix in ranked if matrix.dim()), None)
 
 
 def update_of(parts: Mapping[str, Tensor], scale: float, layer: str, base: BaseLayer | None, where: str) -> Factors | Dense:
@@ -65,6 +73,8 @@ def _lora(parts: Mapping[str, Tensor], scale: float, where: str) -> Factors:
                 f"{where}: lora_down has shape {tuple(down.shape)} and lora_mid {tuple(mid.shape)}, which are not the first "
                 "two of three convolutions in a row"
             )
+        if max(mid.shape[2:]) > MAX_KERNEL:
+            raise AdapterUnsupported(f"{where}: a kernel of {tuple(mid.shape[2:])}, above the limit of {MAX_KERNEL}")
         # a convolution of width 1 before another is one convolution
         down = torch.einsum("srkl,ri->sikl", mid.double(), down[:, :, 0, 0].double())
     factors = matrices(down, up, False, where)

@@ -117,7 +117,7 @@ def test_flux_projections_that_its_authors_fuse_are_divided_among_the_layers_of_
 
 def test_a_fused_projection_that_does_not_divide_is_refused(tmp_path):
     path = put(tmp_path / "a.safetensors", lora("lora_unet_double_blocks_3_img_attn_qkv", num_out=10))
-    with pytest.raises(AdapterUnsupported, match=r"10 outputs, which do not divide into 1 : 1 : 1"):
+    with pytest.raises(AdapterUnsupported, match=r"10 outputs, which do not divide into 1 x \(1 : 1 : 1\)"):
         Adapter.from_pretrained(path)
 
 
@@ -203,6 +203,15 @@ def test_another_base_is_refused_with_both_sizes(tmp_path, layer):
 BROKEN = {
     "no up": ({f"{TO_Q}.lora_down.weight": torch.ones(2, 5)}, AdapterCorrupt, "not the parts of one update"),
     "another rank": ({**lora(TO_Q), f"{TO_Q}.lora_up.weight": torch.ones(7, 3)}, AdapterCorrupt, r"\(7, 3\)"),
+    "a kernel without bound": (
+        {
+            f"{CONV}.lora_down.weight": torch.ones(1, 5, 1, 1),
+            f"{CONV}.lora_mid.weight": torch.ones(1, 1, 900, 900),
+            f"{CONV}.lora_up.weight": torch.ones(7, 1, 1, 1),
+        },
+        AdapterUnsupported,
+        r"kernel of \(900, 900\)",
+    ),
     "NaN": ({**lora(TO_Q), f"{TO_Q}.alpha": torch.tensor(float("nan"))}, AdapterCorrupt, "NaN"),
     "two alphas": ({**lora(TO_Q), f"{TO_Q}.alpha": torch.ones(2)}, AdapterCorrupt, "not one number"),
     "no effect": (lora(TO_Q, alpha=0.0), AdapterUnsupported, "without effect"),

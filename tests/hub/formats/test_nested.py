@@ -71,3 +71,25 @@ def test_a_training_checkpoint_is_read_without_its_optimizer(tmp_path):
         # whatever opens one of these hangs: nobody writes to it
         (tmp_path / name).mkdir() if name.startswith("global") else os.mkfifo(tmp_path / name)
     assert value_of(tmp_path) == 2.0
+
+
+def test_the_output_folder_of_llama_factory_is_the_adapter_at_its_top(tmp_path):
+    put(tmp_path, 2.0)
+    for step in (100, 200):
+        put(tmp_path / f"checkpoint-{step}", 1.0)
+    for name in (
+        "all_results.json",
+        "train_results.json",
+        "trainer_state.json",
+        "tokenizer.json",
+        "special_tokens_map.json",
+    ):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "trainer_log.jsonl").write_text('{"loss": 1.0}\n')
+    (tmp_path / "llamaboard_config.yaml").write_text("top.booster: none\n")
+    (tmp_path / "training_args.bin").write_bytes(b"no pickle")
+    (tmp_path / "README.md").write_text(
+        "---\nlibrary_name: peft\nlicense: other\nbase_model: a/base\ntags:\n- llama-factory\n- lora\n---\n"
+    )
+    assert value_of(tmp_path) == 2.0
+    assert "llama-factory" in Adapter.from_pretrained(tmp_path).card["tags"]
