@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +14,10 @@ from loraweave.errors import AdapterCorrupt, HubError
 
 SUFFIXES = {".json", ".safetensors", ".md"}
 NAMES = {"adapter_model.bin"}
+# a file written so lately may be written again without another time: clocks of file systems have coarse steps
+FRESH_S = 2.0
+
+State = tuple[int, int, int, int, str]
 
 
 @contextmanager
@@ -17,18 +25,19 @@ def unchanged(folder: Path) -> Iterator[None]:
     """Raises AdapterCorrupt, naming the file, when one was replaced, rewritten, added or removed within the block.
 
     An error of the block that such a change explains is replaced by it. Files are compared by identity, size and time of
-    writing, so that no file is read twice.
+    writing, and those written within the last seconds by their hash too, so that older ones are not read twice.
     """
-    before = _states(folder)
+    fresh_ns = time.time_ns() - int(FRESH_S * 1e9)
+    before = _states(folder, fresh_ns)
     try:
         yield
     except HubError as error:
-        _compare(before, _states(folder), folder, error)
+        _compare(before, _states(folder, fresh_ns), folder, error)
         raise
-    _compare(before, _states(folder), folder, None)
+    _compare(before, _states(folder, fresh_ns), folder, None)
 
 
-def _compare(before: dict[str, tuple[int, ...]], after: dict[str, tuple[int, ...]], folder: Path, cause: object) -> None:
+def _compare(before: dict[str, State], after: dict[str, State], folder: Path, cause: object) -> None:
     changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     if changed:
         name = changed[0]
@@ -39,20 +48,33 @@ def _compare(before: dict[str, tuple[int, ...]], after: dict[str, tuple[int, ...
         ) from (cause if isinstance(cause, BaseException) else None)
 
 
-def _states(folder: Path) -> dict[str, tuple[int, ...]]:
+def _states(folder: Path, fresh_ns: int) -> dict[str, State]:
     try:
         paths = [folder] if not folder.is_dir() else [path for path in folder.iterdir() if _counts(path.name)]
     except OSError:
         paths = []
-    states: dict[str, tuple[int, ...]] = {}
+    states: dict[str, State] = {}
     for path in paths:
         try:
             status = path.stat()
         except OSError:
             # a dangling link; whoever reads it says so
             continue
-        states[path.name] = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        fresh = status.st_mtime_ns >= fresh_ns and stat.S_ISREG(status.st_mode)
+        digest = _digest(path) if fresh else ""
+        states[path.name] = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, digest)
     return states
+
+
+def _digest(path: Path) -> str:
+    try:
+        # another kind of file may have taken the place meanwhile, and opening a FIFO would wait
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        with os.fdopen(descriptor, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        # whoever reads the file says so
+        return ""
 
 
 def _counts(name: str) -> bool:

@@ -48,7 +48,14 @@ def added(folder):
     (folder / "loraweave.json").write_text("{}")
 
 
-@pytest.mark.parametrize("change", [replaced, rewritten, cut_off, added])
+def rewritten_at_the_same_time(folder):
+    path = folder / "adapter_config.json"
+    status = path.stat()
+    path.write_text(path.read_text().replace('"lora_alpha": 1', '"lora_alpha": 2'))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change", [replaced, rewritten, rewritten_at_the_same_time, cut_off, added])
 @pytest.mark.parametrize("moment", ["_stored", "_layers_of"])
 def test_a_change_between_config_and_the_end_is_named_and_nothing_is_stored(folder, tmp_path, monkeypatch, change, moment):
     own = getattr(peft, moment)
