@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,9 @@ Parts = Mapping[str, Tensor]
 
 class FileFormat(ABC):
     """A layout of one safetensors file, alone or in a folder. Read only: what was read is written as an ordinary LoRA."""
+
+    # the names of one layer's factors in such a file
+    example: ClassVar[tuple[str, str]]
 
     @classmethod
     @abstractmethod

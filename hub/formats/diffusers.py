@@ -48,6 +48,11 @@ class Diffusers(FileFormat):
     An alpha is a tensor beside the factors, or lies in the LoRA config that newer versions write into the file's header.
     """
 
+    example = (
+        "unet.mid_block.attentions.0.proj_in.lora_A.weight",
+        "unet.mid_block.attentions.0.proj_in.lora_B.weight",
+    )
+
     @classmethod
     def knows(cls, names: Collection[str]) -> bool:
         return any(_starts(name) and _taken_apart(name) is not None for name in names)

@@ -42,6 +42,11 @@ class Kohya(FileFormat):
     the part of diffusers' pipeline, as in `unet.mid_block.attentions.0.proj_in`.
     """
 
+    example = (
+        "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight",
+        "lora_unet_mid_block_attentions_0_proj_in.lora_up.weight",
+    )
+
     @classmethod
     def knows(cls, names: Collection[str]) -> bool:
         return any(_NAME.fullmatch(name) for name in names)

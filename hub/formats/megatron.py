@@ -54,6 +54,11 @@ class Megatron(FileFormat):
     tensor-parallel ranks are refused by their sizes.
     """
 
+    example = (
+        "decoder.layers.0.mlp.linear_fc2.adapter.linear_in.weight",
+        "decoder.layers.0.mlp.linear_fc2.adapter.linear_out.weight",
+    )
+
     @classmethod
     def knows(cls, names: Collection[str]) -> bool:
         return any(_NAME.fullmatch(name) and "adapter" in name for name in names)

@@ -7,16 +7,19 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from loraweave import registry
 from loraweave.errors import HubError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._foreign import ForeignFormat
+from loraweave.hub.formats._lora_file import FileFormat
 from loraweave.types import Factors
 
 FORMATS = {name: registry.get("formats", name) for name in registry.names("formats")}
 # types that PEFT trains and we only read: what was read of them is written as an ordinary LoRA
+FILES = {name: layout for name, layout in FORMATS.items() if isinstance(layout, type) and issubclass(layout, FileFormat)}
 FOREIGN = {
     name: layout for name, layout in FORMATS.items() if isinstance(layout, type) and issubclass(layout, ForeignFormat)
 }
@@ -102,3 +105,28 @@ def test_every_field_of_a_types_config_is_known_or_refused(name):
     assert sum(map(len, tables)) == len(set().union(*tables))
     fields = set(PEFT_TYPE_TO_CONFIG_MAPPING[found.peft_type].__dataclass_fields__)
     assert set().union(*tables) <= fields
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_is_known_by_the_names_in_it_and_by_one_layout_alone(name):
+    assert [other for other, found in FILES.items() if found.knows(FILES[name].example)] == [name]
+    parts = [FILES[name].split(tensor) for tensor in FILES[name].example]
+    assert parts[0][0] == parts[1][0]
+    assert [part for _, part in parts] == ["down", "up"]
+
+
+@pytest.mark.parametrize("spoiled", ["NaN", "nothing", "an unknown tensor", "a cut"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_spoiled_file_is_refused_by_name(name, spoiled, tmp_path):
+    down, up = FILES[name].example
+    held = {down: torch.ones(5, 5), up: torch.ones(5, 5)}
+    if spoiled == "an unknown tensor":
+        held["what.is.this"] = torch.ones(2)
+    else:
+        held[up] = {"NaN": torch.full((5, 5), float("nan")), "nothing": torch.ones(0, 5), "a cut": torch.ones(5, 5)}[spoiled]
+    path = tmp_path / "adapters.safetensors"
+    save_file(held, path)
+    if spoiled == "a cut":
+        path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(HubError, match=r"adapters\.safetensors|what\.is\.this"):
+        FILES[name].read(path)
