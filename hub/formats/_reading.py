@@ -24,6 +24,8 @@ from loraweave.hub.formats._peft_files import CONFIG
 from loraweave.hub.formats._safetensors import tensor_names
 from loraweave.hub.formats._unchanged import unchanged
 from loraweave.hub.formats.base_change import BaseChange
+from loraweave.hub.formats.bdlora import Bdlora
+from loraweave.hub.formats.kasa import Kasa
 from loraweave.hub.formats.lora_xs import LoraXs
 from loraweave.hub.formats.merged_linear import MergedLinear
 from loraweave.hub.formats.peft import Peft
@@ -84,7 +86,7 @@ def _read(folder: Path, model: nn.Module | None, rank: int | None, max_error: fl
     kind = read_json(folder, CONFIG).get("peft_type") if present(folder, CONFIG) else None
     if isinstance(kind, str) and kind in REFUSED:
         raise AdapterUnsupported(f"{folder}: peft_type is {kind!r}, which cannot be read as factors: {REFUSED[kind]}")
-    for layout in (LoraXs, BaseChange, MergedLinear):
+    for layout in (LoraXs, BaseChange, MergedLinear, Bdlora, Kasa):
         if layout.recognises(folder):
             return layout.read(folder, model=model, rank=rank, max_error=max_error, allow_pickle=allow_pickle)
     if isinstance(kind, str) and kind != "LORA":

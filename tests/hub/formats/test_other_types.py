@@ -4,6 +4,7 @@ import peft
 import pytest
 import torch
 from peft.tuners.boft.layer import BOFTLayer
+from peft.tuners.lora.config import BdLoraConfig, KasaConfig
 
 from loraweave.hub import algebra
 from loraweave.hub.adapter import Adapter
@@ -79,6 +80,24 @@ EXACT = {
     "deft, para": (lambda: peft.DeftConfig(r=3, para=True, **FREE), True, True, 3),
     "peanut": (lambda: peft.PeanutConfig(r=3, depth=2, scaling=0.7, **FREE), True, True, 3),
     "peanut, silu": (lambda: peft.PeanutConfig(r=3, act_fn="silu", **FREE), True, True, 3),
+    "bdlora": (
+        lambda: peft.LoraConfig(
+            r=4,
+            lora_alpha=7,
+            target_modules=TARGETS,
+            init_lora_weights=False,
+            use_bdlora=BdLoraConfig(target_modules_bd_a=["first"], target_modules_bd_b=["0"], nblocks=2, match_strict=False),
+        ),
+        False,
+        False,
+        4,
+    ),
+    "kasa": (
+        lambda: peft.LoraConfig(r=3, lora_alpha=7, use_rslora=True, target_modules=TARGETS, kasa_config=KasaConfig()),
+        True,
+        True,
+        6,
+    ),
     "osf": (lambda: peft.OSFConfig(effective_rank=7, **FREE), True, True, None),
 }
 
