@@ -92,7 +92,9 @@ class FileFormat(ABC):
         base = None if model is None else BaseNames(model)
         layers: dict[str, Factors] = {}
         notes: dict[str, Any] = {}
-        for module, parts in held.items():
+        for module in list(held):
+            # given up one by one, since the factors are copies
+            parts = held.pop(module)
             placement = cls.place(module, base, where)
             whole, note = _factors(module, parts, scales[module], placement, bound, base, where)
             for target, factors in zip(placement.targets, divided(whole, placement, module, where), strict=True):

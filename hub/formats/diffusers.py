@@ -25,6 +25,8 @@ COMPONENTS = (
     "prior",
     "controlnet",
 )
+# ComfyUI's word for whatever model denoises, under that model's own names
+_ANY_MODEL = "diffusion_model."
 # the pipeline's oldest files hold its UNet alone and do not name it
 _BARE_UNET = ("down_blocks.", "up_blocks.", "mid_block.")
 _SUFFIXES = {
@@ -63,8 +65,10 @@ class Diffusers(FileFormat):
 
     @classmethod
     def place(cls, module: str, base: BaseNames | None, where: str) -> Placement:
-        if base is not None and module in base.layers:
-            return Placement((module,))
+        known = {} if base is None else base.layers
+        for own in (module, module.removeprefix(_ANY_MODEL)):
+            if own in known:
+                return Placement((own,))
         if module.startswith(_BARE_UNET):
             return Placement((f"unet.{module}",))
         if not _component(module):
@@ -96,7 +100,7 @@ class Diffusers(FileFormat):
 
 
 def _starts(name: str) -> bool:
-    return name.startswith(_BARE_UNET) or _component(name) != ""
+    return name.startswith((*_BARE_UNET, _ANY_MODEL)) or _component(name) != ""
 
 
 def _component(name: str) -> str:

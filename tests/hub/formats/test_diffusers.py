@@ -115,6 +115,14 @@ def test_the_base_model_names_the_layers_and_a_part_that_it_is_itself_needs_no_p
     assert list(Adapter.from_pretrained(tmp_path, model=nn.ModuleDict({"unet": Unet()})).layers) == ["unet.mid.to_q"]
 
 
+def test_a_file_in_a_models_own_names_needs_that_model(tmp_path):
+    put(tmp_path, lora("diffusion_model.mid.to_q"))
+    with pytest.raises(AdapterUnsupported, match=r"'diffusion_model\.mid\.to_q'.*model=model"):
+        Adapter.from_pretrained(tmp_path)
+    model = nn.ModuleDict({"mid": nn.ModuleDict({"to_q": nn.Linear(5, 7)})})
+    assert list(Adapter.from_pretrained(tmp_path, model=model).layers) == ["mid.to_q"]
+
+
 @pytest.mark.parametrize(
     "extra",
     [
