@@ -59,9 +59,9 @@ class FileFormat(ABC):
         return {module: _alpha(parts, where, module) for module, parts in held.items()}
 
     @classmethod
-    def base_id(cls, folder: Path) -> str:
-        """The id of the base model that the folder names, empty where it names none."""
-        return base_model_of_readme(folder)
+    def base_id(cls, source: Path) -> str:
+        """The id of the base model that a folder's card names; empty for a file, of which its neighbours say nothing."""
+        return base_model_of_readme(source) if source.is_dir() else ""
 
     @classmethod
     def recognises(cls, source: Path) -> bool:
@@ -107,8 +107,8 @@ class FileFormat(ABC):
             raise AdapterUnsupported(f"{where}: the adapter is without effect: every update is zero")
         card = _card(Path(source), metadata) | {"stored_dtype": "+".join(sorted(dtypes))}
         card |= {"conversion": notes} if notes else {}
-        base_id = cls.base_id(folder) if Path(source).is_dir() else ""
-        return Contents(base_id, layers, None if model is None else fingerprint(model), card)
+        own_print = None if model is None else fingerprint(model)
+        return Contents(cls.base_id(Path(source)), layers, own_print, card)
 
     @classmethod
     def _files(cls, source: Path) -> list[str]:

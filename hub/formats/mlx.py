@@ -85,9 +85,9 @@ class Mlx(FileFormat):
         return dict.fromkeys(held, scale * alpha / rank)
 
     @classmethod
-    def base_id(cls, folder: Path) -> str:
-        named = (_fields(folder) or {}).get("model")
-        return named if isinstance(named, str) and len(named) < 500 else super().base_id(folder)
+    def base_id(cls, source: Path) -> str:
+        named = (_fields(source if source.is_dir() else source.parent) or {}).get("model")
+        return named if isinstance(named, str) and len(named) < 500 else super().base_id(source)
 
     @classmethod
     def _files(cls, source: Path) -> list[str]:

@@ -35,6 +35,9 @@ def test_numbered_checkpoints_lie_beside_the_last_state_which_is_read(tmp_path):
     put(tmp_path)
     save_file({f"{LAYER}.lora_a": 2 * A, f"{LAYER}.lora_b": B}, tmp_path / "0000100_adapters.safetensors")
     torch.testing.assert_close(Adapter.from_pretrained(tmp_path).delta(LAYER), 20.0 * (A @ B).T)
+    earlier = Adapter.from_pretrained(tmp_path / "0000100_adapters.safetensors")
+    torch.testing.assert_close(earlier.delta(LAYER), 40.0 * (A @ B).T)
+    assert earlier.base_model == "a/base"
 
 
 def test_an_embedding_is_told_from_a_linear_layer_by_the_base(tmp_path):
