@@ -129,6 +129,8 @@ def _refuse_unknown_file(source: Path) -> None:
         return
     folder, name = files[0]
     names = tensor_names(folder, name)
+    if source.is_file() and Peft.recognises(folder):
+        raise AdapterUnsupported(f"{source} is the weights alone of an adapter whose folder has its config: give {folder}")
     layouts = [known for known in registry.names("formats") if issubclass(registry.get("formats", known), FileFormat)]
     raise AdapterUnsupported(
         f"{folder / name}: its {len(names)} tensors have names of no known layout ({', '.join(layouts)}): "

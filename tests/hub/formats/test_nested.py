@@ -40,6 +40,12 @@ def test_an_adapter_above_its_checkpoints_is_the_one_that_is_meant(tmp_path):
     assert value_of(tmp_path) == 1.0
 
 
+def test_the_weights_of_an_adapter_alone_are_refused_with_its_folder(tmp_path):
+    put(tmp_path / "adapter")
+    with pytest.raises(AdapterUnsupported, match=r"the weights alone .* give .*/adapter$"):
+        Adapter.from_pretrained(tmp_path / "adapter" / "adapter_model.safetensors")
+
+
 def test_several_adapters_are_refused_and_listed_with_the_way_out(tmp_path):
     for step in (500, 1000):
         put(tmp_path / f"checkpoint-{step}")
