@@ -22,7 +22,7 @@ from loraweave.hub.formats._conversion import MAX_ERROR
 from loraweave.hub.formats._peft_files import PICKLE
 from loraweave.hub.formats.peft import Peft
 from loraweave.hub.merge_report import MergeReport
-from loraweave.hub.sources import ADAPTER_FILES, local_folder, repository_commit
+from loraweave.hub.sources import ADAPTER_FILES, name_of, opened_source, repository_commit
 from loraweave.types import Factors, Fingerprint
 
 
@@ -63,7 +63,7 @@ class Adapter:
         max_error: float = MAX_ERROR,
         allow_pickle: bool = False,
     ) -> Adapter:
-        """Reads an adapter folder or a LoRA file, or downloads one from the model hub when `source` is a repository id.
+        """Reads an adapter folder, a LoRA file or an archive (zip, tar), or downloads a repository `owner/name` of the model hub.
 
         A folder without an adapter of its own stands for the one adapter below it (`checkpoint-500/`). Weights that are only
         in adapter_model.bin, a pickle, are read with `allow_pickle`, by torch's safe loader, and refused without.
@@ -74,13 +74,14 @@ class Adapter:
         figures of every layer. Raises AdapterUnsupported where `rank` leaves a larger error, and for what has no such form.
         """
         wanted = (*ADAPTER_FILES, PICKLE) if allow_pickle else ADAPTER_FILES
-        folder = local_folder(
+        with opened_source(
             source, revision=revision, token=token, local_files_only=local_files_only, allow_patterns=wanted
-        )
-        contents = _reading.read(folder, model=model, rank=rank, max_error=max_error, allow_pickle=allow_pickle)
-        own_name = name or contents.card.get("name") or _last_step(source)
+        ) as folder:
+            contents = _reading.read(folder, model=model, rank=rank, max_error=max_error, allow_pickle=allow_pickle)
+            commit = repository_commit(source, folder)
+        own_name = name or contents.card.get("name") or name_of(source)
         card = dict(contents.card)
-        if commit := repository_commit(source, folder):
+        if commit:
             card["source"] = {"repository": str(source), "revision": commit}
         return cls(own_name, contents.base_model, contents.layers, contents.fingerprint, card, contents.heads)
 
@@ -134,8 +135,3 @@ class Adapter:
 
     def __repr__(self) -> str:
         return f"Adapter({self.name!r}, base_model={self.base_model!r}, rank={self.rank}, layers={len(self.layers)})"
-
-
-def _last_step(source: str | Path) -> str:
-    last = str(source).rstrip("/").rsplit("/", 1)[-1]
-    return last.removesuffix(".safetensors") or last

@@ -77,7 +77,7 @@ class Hub:
         language: Collection[str] | str = (),
         replace: bool = False,
     ) -> Record:
-        """Stores an adapter, a PEFT folder or a model hub repository; what is not given comes from the adapter and its card.
+        """Stores an adapter, folder, archive or model hub repository; what is not given comes from the adapter and its card.
 
         The same content under the same name is there already: its record is returned as it is, and a damaged blob is
         replaced. `stored_as="compeft"` keeps the ternary factors that `compeft` makes in 0.3 to 1.5 bits an entry, bit for

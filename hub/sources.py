@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
@@ -10,6 +11,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from loraweave.errors import AdapterNotFound
+from loraweave.hub.archives import archive_suffix, unpacked
 
 ADAPTER_FILES = (
     "adapter_config.json",
@@ -20,6 +22,32 @@ ADAPTER_FILES = (
     "loraweave.json",
     "README.md",
 )
+
+
+@contextmanager
+def opened_source(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+    allow_patterns: Sequence[str] = ADAPTER_FILES,
+) -> Iterator[Path]:
+    """The adapter's folder for as long as it is read; an archive is unpacked for the while."""
+    archive = Path(source)
+    if archive_suffix(archive) and archive.is_file():
+        with unpacked(archive) as folder:
+            yield folder
+    else:
+        yield local_folder(
+            source, revision=revision, token=token, local_files_only=local_files_only, allow_patterns=allow_patterns
+        )
+
+
+def name_of(source: str | Path) -> str:
+    """The last part of a path or id, without the suffix of an archive or of a file of weights."""
+    last = str(source).rstrip("/").rsplit("/", 1)[-1]
+    return last.removesuffix(archive_suffix(last)).removesuffix(".safetensors") or last
 
 
 def local_folder(

@@ -24,7 +24,7 @@ hub = typer.Typer(help="Keep adapters under names, list them and search them.", 
 @hub.command(epilog="Example: loraweave hub add examples/pool/* --tag pool")
 def add(
     sources: Annotated[
-        list[str], typer.Argument(metavar="SOURCE", help="PEFT folders, LoRA files, or owner/name on the model hub.")
+        list[str], typer.Argument(metavar="SOURCE", help="Folders, LoRA files, zips, tars, or owner/name on the model hub.")
     ],
     name: Annotated[str | None, typer.Option(help="The name to store it under; the adapter's own by default.")] = None,
     description: Annotated[str, typer.Option(help="What the adapter does; searches read it.")] = "",
