@@ -22,7 +22,7 @@ from loraweave.hub.formats._conversion import MAX_ERROR
 from loraweave.hub.formats._peft_files import PICKLE
 from loraweave.hub.formats.peft import Peft
 from loraweave.hub.merge_report import MergeReport
-from loraweave.hub.sources import ADAPTER_FILES, name_of, opened_source, repository_commit
+from loraweave.hub.sources import ADAPTER_FILES, name_of, opened_source
 from loraweave.types import Factors, Fingerprint
 
 
@@ -63,10 +63,11 @@ class Adapter:
         max_error: float = MAX_ERROR,
         allow_pickle: bool = False,
     ) -> Adapter:
-        """Reads an adapter folder, a LoRA file or an archive (zip, tar), or downloads a repository `owner/name` of the model hub.
+        """Reads an adapter folder, a LoRA file or an archive (zip, tar), or downloads `owner/name` from the model hub.
 
         A folder without an adapter of its own stands for the one adapter below it (`checkpoint-500/`). Weights that are only
-        in adapter_model.bin, a pickle, are read with `allow_pickle`, by torch's safe loader, and refused without.
+        in adapter_model.bin, a pickle, are read with `allow_pickle`, by torch's safe loader, and refused without. Of a
+        download `card["source"]` has the repository, the commit as revision, and the revision asked for.
 
         Besides LoRA, most other types that PEFT trains become factors (docs/adapters.md). `model` is the base model, for
         types whose file does not determine the update. An update that is not of low rank is cut to the smallest rank within
@@ -76,13 +77,10 @@ class Adapter:
         wanted = (*ADAPTER_FILES, PICKLE) if allow_pickle else ADAPTER_FILES
         with opened_source(
             source, revision=revision, token=token, local_files_only=local_files_only, allow_patterns=wanted
-        ) as folder:
-            contents = _reading.read(folder, model=model, rank=rank, max_error=max_error, allow_pickle=allow_pickle)
-            commit = repository_commit(source, folder)
+        ) as found:
+            contents = _reading.read(found.folder, model=model, rank=rank, max_error=max_error, allow_pickle=allow_pickle)
         own_name = name or contents.card.get("name") or name_of(source)
-        card = dict(contents.card)
-        if commit:
-            card["source"] = {"repository": str(source), "revision": commit}
+        card = {**contents.card, "source": dict(found.origin)} if found.origin else contents.card
         return cls(own_name, contents.base_model, contents.layers, contents.fingerprint, card, contents.heads)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Path:

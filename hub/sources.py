@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
 from loraweave.errors import AdapterNotFound
 from loraweave.hub.archives import archive_suffix, unpacked
+from loraweave.hub.model_hub import download
 
 ADAPTER_FILES = (
     "adapter_config.json",
@@ -24,6 +23,14 @@ ADAPTER_FILES = (
 )
 
 
+@dataclass(frozen=True)
+class OpenedSource:
+    """A folder to read, and where it came from: of a repository its id, the commit, and the revision asked for."""
+
+    folder: Path
+    origin: Mapping[str, str] = field(default_factory=dict)
+
+
 @contextmanager
 def opened_source(
     source: str | Path,
@@ -32,16 +39,14 @@ def opened_source(
     token: str | None = None,
     local_files_only: bool = False,
     allow_patterns: Sequence[str] = ADAPTER_FILES,
-) -> Iterator[Path]:
+) -> Iterator[OpenedSource]:
     """The adapter's folder for as long as it is read; an archive is unpacked for the while."""
     archive = Path(source)
     if archive_suffix(archive) and archive.is_file():
         with unpacked(archive) as folder:
-            yield folder
+            yield OpenedSource(folder)
     else:
-        yield local_folder(
-            source, revision=revision, token=token, local_files_only=local_files_only, allow_patterns=allow_patterns
-        )
+        yield _located(source, revision, token, local_files_only, allow_patterns)
 
 
 def name_of(source: str | Path) -> str:
@@ -64,34 +69,21 @@ def local_folder(
 
     Raises AdapterNotFound when neither exists, with what was tried. A token never appears in a message.
     """
+    return _located(source, revision, token, local_files_only, allow_patterns).folder
+
+
+def _located(
+    source: str | Path, revision: str | None, token: str | None, local_files_only: bool, allow_patterns: Sequence[str]
+) -> OpenedSource:
     folder = Path(source)
     if str(source) and (_is_folder(folder) or _is_weights(folder)):
-        return folder
+        return OpenedSource(folder)
     if isinstance(source, Path) or str(source).startswith((".", "/", "~")) or str(source).count("/") != 1:
         raise AdapterNotFound(f"no folder {str(source)!r}, and it has not the form owner/name of a model hub repository")
-    try:
-        path = snapshot_download(
-            str(source),
-            revision=revision,
-            token=token,
-            local_files_only=local_files_only,
-            allow_patterns=list(allow_patterns),
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        at = f" at revision {revision!r}" if revision else ""
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-        raise AdapterNotFound(
-            f"no folder {str(source)!r}, and the model hub gave no repository of that id{at} ({reason}); "
-            "download it first, or pass the path of a local folder"
-        ) from error
-    return Path(path)
-
-
-def repository_commit(source: str | Path, folder: Path) -> str | None:
-    """The commit of the repository `source` whose snapshot `folder` is; None where the source is a folder itself."""
-    commit = folder.name
-    is_snapshot = folder.parent.name == "snapshots" and len(commit) == 40 and not set(commit) - set("0123456789abcdef")
-    return commit if is_snapshot and not _is_folder(Path(source)) else None
+    found = download(
+        source, revision=revision, token=token, local_files_only=local_files_only, allow_patterns=allow_patterns
+    )
+    return OpenedSource(found.folder, {"repository": source, "revision": found.commit, "asked": revision or "main"})
 
 
 def without_secrets(source: str | Path) -> str:

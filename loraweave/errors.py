@@ -6,6 +6,7 @@ LoraweaveError
 │   ├── AdapterExists (ValueError)        the name already stands for another adapter
 │   ├── AdapterCorrupt (ValueError)       files or blobs that are damaged, truncated or not finite
 │   ├── AdapterUnsupported (ValueError)   a feature that cannot be represented exactly
+│   ├── SourceUnavailable (ConnectionError)  the model hub cannot be reached, limits requests, or broke off
 │   ├── InvalidName (ValueError)          a name that cannot be stored
 │   ├── InvalidLicense (ValueError)       a license that is no SPDX expression
 │   ├── HubLocked (TimeoutError)          another process holds the write lock
@@ -59,6 +60,10 @@ class AdapterCorrupt(HubError, ValueError):
 
 class AdapterUnsupported(HubError, ValueError):
     """A feature of an adapter that cannot be represented exactly."""
+
+
+class SourceUnavailable(HubError, ConnectionError):
+    """The model hub cannot be reached, limits requests, or broke off; the same call may work later."""
 
 
 class InvalidName(HubError, ValueError):

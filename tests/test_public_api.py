@@ -37,6 +37,7 @@ ERRORS = {
     "RetrievalError",
     "ScopeError",
     "SearchFailed",
+    "SourceUnavailable",
     "TrainingError",
     "UnknownExpert",
     "UnknownName",

@@ -8,21 +8,32 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import shutil
+import socket
 import sys
 import threading
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+LATER_COMMIT = "89abcdef0123456789abcdef0123456789abcdef"
 TOKEN = "hf_secretsecretsecret"
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves root/owner/name: its list of files, and the files themselves. Repositories named `private` want the token."""
+    """Serves root/owner/name: its list of files, and the files themselves.
+
+    Repositories named `private` want the token, `gated` refuses everyone, `limited` answers the first two requests with
+    429 and `flooded` all, `down` is out of order, `cut` breaks off the first answer of its weights and `severed` every one.
+    `old` has moved to `lora`, and `moving` is at another commit once its file `moved` is there.
+    """
 
     root: Path
     requests: list[str]
+    ranges: list[tuple[str, str]]
 
     def do_HEAD(self):
         self._answer(body=False)
@@ -40,26 +51,59 @@ class Handler(BaseHTTPRequestHandler):
             repository, rest = self.root / "/".join(path[2:4]), path[4:]
         else:
             repository, rest = self.root / "/".join(path[:2]), path[2:]
+        if repository.name == "old":
+            where = self.path.replace("/old", "/lora")
+            return self._send(307, b"", {"Location": where}, body=body)
+        if trouble := self._trouble(repository):
+            return self._send(*trouble, body=body)
         if not repository.is_dir():
             return self._send(404, b"", {"X-Error-Code": "RepoNotFound"}, body=body)
         if repository.name == "private" and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self._send(401, b"", {"X-Error-Code": "RepoNotFound"}, body=body)
-        if len(rest) > 1 and rest[1] not in ("main", COMMIT):
+        self.commit = LATER_COMMIT if (repository / "moved").exists() else COMMIT
+        if len(rest) > 1 and rest[1] not in ("main", COMMIT, self.commit):
             return self._send(404, b"", {"X-Error-Code": "RevisionNotFound"}, body=body)
         if path[0] == "api":
             return self._answer_api(repository, rest, body=body)
         file = repository.joinpath(*rest[2:])
         if rest[0] != "resolve" or not file.is_file():
-            return self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}, body=body)
+            return self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": self.commit}, body=body)
+        return self._send_file(repository, file, rest[1], body=body)
+
+    def _trouble(self, repository):
+        asked = sum(f"/{repository.name}" in path for path in self.requests)
+        if repository.name == "gated":
+            return 403, b"", {"X-Error-Code": "GatedRepo"}
+        if repository.name == "flooded" or (repository.name == "limited" and asked <= 2):
+            return 429, b"", {"Retry-After": "0"}
+        return (503, b"", {}) if repository.name == "down" else None
+
+    def _send_file(self, repository, file, revision, *, body):
         data = file.read_bytes()
-        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT}
-        return self._send(200, data, headers, body=body)
+        commit = self.commit if revision == "main" else revision
+        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        if not body:
+            return self._send(200, data, headers, body=False)
+        status, start = 200, 0
+        if asked := self.headers.get("Range"):
+            start = int(asked.removeprefix("bytes=").partition("-")[0])
+            status, headers["Content-Range"] = 206, f"bytes {start}-{len(data) - 1}/{len(data)}"
+        breaks = repository.name == "severed" or (repository.name == "cut" and not self.ranges)
+        if file.suffix == ".safetensors" and repository.name in ("cut", "severed"):
+            self.ranges.append((repository.name, asked or ""))
+            if breaks:
+                self._send(status, data[start:], headers, body=False)
+                self.wfile.write(data[start : start + 128] if repository.name == "cut" else b"")
+                self.wfile.flush()
+                self.close_connection = True
+                return self.connection.shutdown(socket.SHUT_RDWR)
+        return self._send(status, data[start:], headers, body=True)
 
     def _answer_api(self, repository, rest, *, body):
         files = sorted(str(file.relative_to(repository)) for file in repository.rglob("*") if file.is_file())
         if rest and rest[0] == "tree":
             found = [
-                {"type": "file", "path": name, "size": (repository / name).stat().st_size, "oid": COMMIT}
+                {"type": "file", "path": name, "size": (repository / name).stat().st_size, "oid": self.commit}
                 for name in files
                 if name.startswith("/".join(rest[2:]))
             ]
@@ -69,7 +113,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             found = {
                 "id": "/".join(repository.parts[-2:]),
-                "sha": COMMIT,
+                "sha": self.commit,
                 "private": False,
                 "tags": [],
                 "siblings": [{"rfilename": name} for name in files],
@@ -87,14 +131,14 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving(root):
-    """(address, list of the paths that were asked for) of a server over root/owner/name/files."""
+    """(address, paths asked for, (repository, range) of what breaks off) of a server over root/owner/name/files."""
     requests: list[str] = []
-    handler = type("RootedHandler", (Handler,), {"root": Path(root), "requests": requests})
+    handler = type("RootedHandler", (Handler,), {"root": Path(root), "requests": requests, "ranges": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", requests
+        yield f"http://127.0.0.1:{server.server_port}", requests, handler.ranges
     finally:
         server.shutdown()
         server.server_close()
@@ -152,5 +196,34 @@ def main(online):
     json.dump(found, sys.stdout)
 
 
+def troubles(root):
+    """What each trouble gave, with everything logged; `moving` moves in between."""
+    from huggingface_hub import constants
+
+    from loraweave.hub.adapter import Adapter
+
+    logging.basicConfig(level=logging.DEBUG)
+    # the client keeps what came in whole chunks, of 10 MB
+    constants.DOWNLOAD_CHUNK_SIZE = 64
+
+    def adapter(name, **keywords):
+        found = Adapter.from_pretrained(name, **keywords)
+        return {"hash": found.hash, "source": found.card["source"]}
+
+    found = {
+        name: _outcome(partial(adapter, f"tiny/{name}", token=TOKEN))
+        for name in ("gated", "limited", "flooded", "down", "cut", "severed", "old", "private")
+    }
+    found["before"] = _outcome(lambda: adapter("tiny/moving"))
+    (root / "tiny" / "moving" / "moved").touch()
+    shutil.copy(root / "tiny" / "second" / "adapter_model.safetensors", root / "tiny" / "moving")
+    found["after"] = _outcome(lambda: adapter("tiny/moving"))
+    found["the commit before"] = _outcome(lambda: adapter("tiny/moving", revision=COMMIT, local_files_only=True))
+    json.dump(found, sys.stdout)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1] == "online")
+    if sys.argv[1] == "troubles":
+        troubles(Path(sys.argv[2]))
+    else:
+        main(sys.argv[1] == "online")

@@ -76,7 +76,7 @@ def found(tmp_path_factory):
     shutil.copytree(root / "tiny" / "llama", pickled)
     (pickled / "model.safetensors").unlink()
     torch.save(model.state_dict(), pickled / "pytorch_model.bin")
-    with model_hub.serving(root) as (address, requests):
+    with model_hub.serving(root) as (address, requests, _):
         online = process(address, home, "online")
     return {
         "online": online,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.hub import sources
+from loraweave.hub import model_hub
 from loraweave.hub.hub import Hub
 from loraweave.hub.sources import without_secrets
 from loraweave.types import Factors, Source
@@ -32,7 +32,7 @@ def repository(tmp_path, monkeypatch):
     snapshot = tmp_path / "models--owner--name" / "snapshots" / COMMIT
     snapshot.parent.mkdir(parents=True)
     adapter("x").save_pretrained(snapshot)
-    monkeypatch.setattr(sources, "snapshot_download", lambda *args, **kwargs: str(snapshot))
+    monkeypatch.setattr(model_hub, "snapshot_download", lambda *args, **kwargs: str(snapshot))
     return snapshot
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from loraweave.errors import AdapterNotFound
-from loraweave.hub import sources
+from loraweave.errors import AdapterNotFound, SourceUnavailable
+from loraweave.hub import model_hub
 from loraweave.hub.sources import local_folder
 
 
@@ -19,7 +19,7 @@ def asked(monkeypatch, tmp_path):
         calls.append((repository, keywords))
         return str(tmp_path / "snapshot")
 
-    monkeypatch.setattr(sources, "snapshot_download", download)
+    monkeypatch.setattr(model_hub, "snapshot_download", download)
     return calls
 
 
@@ -84,8 +84,8 @@ def test_the_cause_is_kept_on_one_line_and_the_revision_is_named(monkeypatch):
     def fail(*arguments, **keywords):
         raise LocalEntryNotFoundError("first line\nsecond line")
 
-    monkeypatch.setattr(sources, "snapshot_download", fail)
-    with pytest.raises(AdapterNotFound, match=r"revision 'v1'.*first line") as caught:
+    monkeypatch.setattr(model_hub, "snapshot_download", fail)
+    with pytest.raises(SourceUnavailable, match=r"revision 'v1'.*first line") as caught:
         local_folder("owner/name", revision="v1", token="secret")
     assert "second" not in str(caught.value)
     assert "secret" not in str(caught.value)

@@ -1,0 +1,165 @@
+"""Downloads from the model hub: which commit it was, and a named error with the way out where it did not come."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import get_token, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from loraweave.errors import AdapterNotFound, HubError, HubFull, SourceUnavailable
+
+MAX_TRIES = 4
+MAX_WAIT_S = 30.0
+
+# what the client's transport raises is no OSError, and its library is none of our dependencies
+_TRANSPORT: tuple[type[Exception], ...] = tuple(
+    kind for kind in HfHubHTTPError.__mro__ if issubclass(kind, Exception) and kind is not Exception
+)
+_ERRORS: tuple[type[Exception], ...] = (*_TRANSPORT, HFValidationError, OSError, ValueError)
+_TOKEN = re.compile(r"hf_\w{4,}|api_org_\w{4,}")
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A downloaded repository: its folder, and the commit that a branch or tag stood for ("" where that is not known)."""
+
+    folder: Path
+    commit: str
+
+
+def download(
+    repository: str, *, revision: str | None, token: str | None, local_files_only: bool, allow_patterns: Sequence[str]
+) -> Snapshot:
+    """The files of `owner/name` that match a pattern, in the model hub's cache; what is there is not asked for again.
+
+    A download that broke off goes on where it stopped. A limit of requests is waited for up to three times. Raises
+    AdapterNotFound for what is not there or not permitted, SourceUnavailable for what may work later, HubFull; a token is
+    in none of their messages.
+    """
+    for number in range(1, MAX_TRIES + 1):
+        try:
+            path = snapshot_download(
+                repository,
+                revision=revision,
+                token=token,
+                local_files_only=local_files_only,
+                allow_patterns=list(allow_patterns),
+            )
+            folder = Path(path)
+            return Snapshot(folder, folder.name if folder.parent.name == "snapshots" else "")
+        except _ERRORS as error:
+            if _status(error) != 429 or number == MAX_TRIES:
+                asked = _Asked(repository, revision, token, local_files_only)
+                raise asked.named(error) from error
+            wait_s = _wait_s(error, number)
+        _logger.warning("the model hub limits requests; asking for %s again in %.0f s", repository, wait_s)
+        time.sleep(wait_s)
+    raise AssertionError("the last try returns or raises")
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What was asked for, for the sentence that says why it did not come."""
+
+    repository: str
+    revision: str | None
+    token: str | None
+    local_files_only: bool
+
+    def named(self, error: BaseException) -> HubError:
+        who = f"the repository {self.repository!r}" + (f" at revision {self.revision!r}" if self.revision else "")
+        reason, status = self._reason(error), _status(error)
+        if _has(error, GatedRepoError) or status == 403:
+            return AdapterNotFound(
+                f"{who} of the model hub is gated ({reason}); accept its terms on its page there, and pass the token of "
+                "that account as token=, or log in with `hf auth login`"
+            )
+        if _has(error, RevisionNotFoundError):
+            return AdapterNotFound(
+                f"{who} is not on the model hub ({reason}); a branch or tag can be moved or deleted there: leave revision "
+                "out for the newest, or give a commit"
+            )
+        if _has(error, RepositoryNotFoundError) or status in (401, 404):
+            return AdapterNotFound(
+                f"no folder {self.repository!r}, and the model hub gave no repository of that id to this reader ({reason}); "
+                "check the spelling, pass token= if it is private, or pass the path of a local folder"
+            )
+        if type(error).__name__ == "IncompleteSnapshotError":
+            return SourceUnavailable(
+                f"of {who} only a part was downloaded, and the rest cannot be asked for ({reason}); go online and run this "
+                "again: it goes on where it stopped"
+            )
+        if self.local_files_only or _has(error, OfflineModeIsEnabled):
+            mode = "local_files_only=True" if self.local_files_only else "offline mode (HF_HUB_OFFLINE)"
+            return AdapterNotFound(
+                f"no folder {self.repository!r}, and {who} was never downloaded, which {mode} forbids to do now; "
+                "download it first, or pass the path of a local folder"
+            )
+        return self._other(error, who, reason, status)
+
+    def _other(self, error: BaseException, who: str, reason: str, status: int | None) -> HubError:
+        if status == 429:
+            return SourceUnavailable(
+                f"the model hub limits how often it is asked, and refused {who} {MAX_TRIES} times ({reason}); wait some "
+                "minutes, or pass a token, whose limit is higher"
+            )
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return HubFull(f"no room to download {who} ({reason}); free some, or set HF_HOME to a folder with room")
+        if status is not None or isinstance(error, LocalEntryNotFoundError) or not isinstance(error, OSError | ValueError):
+            return SourceUnavailable(
+                f"no folder {self.repository!r}, and the model hub cannot be reached for {who}, or broke off ({reason}); "
+                "run it again, which goes on where it stopped, or pass the path of a local folder"
+            )
+        return AdapterNotFound(
+            f"no folder {self.repository!r}, and the model hub gave no repository of that id ({reason}); "
+            "download it first, or pass the path of a local folder"
+        )
+
+    def _reason(self, error: BaseException) -> str:
+        """The first line of the error without any token that the call could have used."""
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        text = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+        for secret in (self.token, get_token()):
+            if isinstance(secret, str) and secret:
+                text = text.replace(secret, "***")
+        return _TOKEN.sub("***", text)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _has(error: BaseException, kind: type[BaseException]) -> bool:
+    return any(isinstance(cause, kind) for cause in _chain(error))
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status behind an error; the client wraps it where its cache could not help either."""
+    responses = (getattr(cause, "response", None) for cause in _chain(error))
+    return next((response.status_code for response in responses if response is not None), None)
+
+
+def _wait_s(error: BaseException, number: int) -> float:
+    """What the hub asks to wait, else 1, 2, 4 seconds; never more than half a minute."""
+    responses = [response for cause in _chain(error) if (response := getattr(cause, "response", None)) is not None]
+    asked = responses[0].headers.get("Retry-After", "") if responses else ""
+    return min(float(asked) if asked.isdigit() else 2.0 ** (number - 1), MAX_WAIT_S)
