@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from loraweave.errors import LoraweaveError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.admission import require_storable
+from loraweave.hub.examination import examined
 from loraweave.hub.names import checked_name
 from loraweave.hub.new_record import new_record
 from loraweave.hub.stores import BlobStore, CatalogueStore
-from loraweave.hub.storing_many import store_many
+from loraweave.hub.storing_many import Prepared, store_many
 from loraweave.types import Record
 
 # a batch ends at either: what waits for it is lost when the process is killed, and lies in memory until then
@@ -55,17 +56,18 @@ def add_many(
     stored_as: str,
     allow_pickle: bool,
     replace: bool,
+    anomalies: str | Mapping[str, str],
     progress: bool,
 ) -> Added:
     """Adds all, batch by batch; `Hub.add_many`."""
     records: list[Record] = []
     refused: list[tuple[str, LoraweaveError]] = []
-    waiting: list[tuple[Adapter, Record]] = []
+    waiting: list[Prepared] = []
     waiting_bytes = 0
 
     def settle() -> None:
         outcomes = store_many(catalogue, blobs, waiting, stored_as=stored_as, as_version=replace) if waiting else []
-        for (_, record), outcome in zip(waiting, outcomes, strict=True):
+        for (_, record, _), outcome in zip(waiting, outcomes, strict=True):
             if isinstance(outcome, Record):
                 records.append(outcome)
             else:
@@ -75,7 +77,8 @@ def add_many(
     for source in _shown(sources, progress):
         addition = source if isinstance(source, Addition) else Addition(source)
         try:
-            waiting.append(prepared(addition, stored_as=stored_as, allow_pickle=allow_pickle))
+            adapter, record = prepared(addition, stored_as=stored_as, allow_pickle=allow_pickle)
+            waiting.append((adapter, *examined(catalogue, blobs, adapter, record, anomalies)))
         except LoraweaveError as error:
             refused.append((addition.label, error))
             continue

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loraweave.errors import HubCorrupt
-from loraweave.hub import rows, vectors
+from loraweave.hub import quarantine, rows, vectors
 from loraweave.hub.stores import Connection
 from loraweave.types import Record
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """An adapter's place in the order of addition, its record (None when it is gone), and its stored vector, if any.
+    """An adapter's place in the order of addition, its record, and its stored vector, if any.
 
-    `vector` is (digest of the text that was embedded, fp32 vector).
+    `record` is None for one that is gone or in quarantine, `vector` is (digest of the text that was embedded, fp32 vector).
     """
 
     seq: int
@@ -53,7 +53,9 @@ def read_changes(connection: Connection, embedder: str, *, since: int, after: in
     page = []
     for seq in seqs:
         row = rows.at(connection, seq)
+        # one that was put in quarantine is as good as gone until its release
+        row = None if row is None or row.record.quarantined else row
         vector = None if row is None else vectors.read_vector(connection, embedder, seq)
         page.append(Change(seq, None if row is None else row.record, vector))
     identity, generation, num_adapters = state
-    return Changes(str(identity), int(generation), int(num_adapters), tuple(page))
+    return Changes(str(identity), int(generation), int(num_adapters) - quarantine.count(connection), tuple(page))

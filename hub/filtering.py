@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 
-from loraweave.hub import labels, rows
+from loraweave.hub import labels, quarantine, rows
 from loraweave.hub.base_filter import for_base
 from loraweave.hub.fields import one_or_many
 from loraweave.hub.licenses import accepted
@@ -35,7 +35,7 @@ def matching(
     license: Collection[str] | str | None = None,
     tags: Collection[str] | str = (),
 ) -> list[int]:
-    """The rows that pass, in order of addition, of which one is read for every different base model.
+    """The rows that pass and are not in quarantine, in order of addition; one is read for every different base model.
 
     Adapters that only have the base model's id are left out with a warning.
     """
@@ -47,8 +47,8 @@ def matching(
         found.append({seq for value in permitted for seq in labels.seqs(connection, "license", value)})
     found += [set(labels.seqs(connection, "tag", labels.storable(tag))) for tag in sorted(set(one_or_many(tags)))]
     if not found:
-        return [seq for (seq,) in connection.execute("SELECT seq FROM adapters ORDER BY seq").fetchall()]
-    return sorted(set.intersection(*found))
+        found.append({seq for (seq,) in connection.execute("SELECT seq FROM adapters").fetchall()})
+    return sorted(set.intersection(*found) - set(quarantine.seqs(connection)))
 
 
 def fill(connection: Connection) -> None:

@@ -9,8 +9,7 @@ Functions that need tensors therefore import them themselves, the accepted excep
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -22,13 +21,13 @@ from loraweave.errors import (
     AdapterNotFound,
     InvalidName,
 )
-from loraweave.hub import known_bases, rows, versions
+from loraweave.hub import known_bases, quarantine, rows, versions
 from loraweave.hub.blob_files import STALE_TMP_S
 from loraweave.hub.catalogue import require_row
 from loraweave.hub.changes import Changes, read_changes
 from loraweave.hub.collect import collect
 from loraweave.hub.fields import checked_fields
-from loraweave.hub.filtering import matching
+from loraweave.hub.filtering import matching, passes
 from loraweave.hub.licenses import canonical
 from loraweave.hub.names import checked_name, near_misses
 from loraweave.hub.open_stores import open_stores
@@ -76,6 +75,8 @@ class Hub:
         allow_pickle: bool = False,
         language: Collection[str] | str = (),
         replace: bool = False,
+        anomalies: str | Mapping[str, str] = "report",
+        model: nn.Module | None = None,
     ) -> Record:
         """Stores an adapter, folder, archive or model hub repository; what is not given comes from the adapter and its card.
 
@@ -87,13 +88,19 @@ class Hub:
         card gives stay as they were. AdapterExists for other content without it; InvalidName; AdapterCorrupt for factors
         that are not finite or do not fit; AdapterUnsupported for an adapter without effect, above a limit, or not ternary
         for that form. All is checked before anything is written.
+
+        What looks wrong beside the hub's other adapters (docs/anomalies.md), or beside the weights of `model`, is in the
+        record's `anomalies`; with the policy `anomalies="quarantine"` the adapter is put aside until `release`, "refuse"
+        raises AdapterSuspicious, "off" does not look, and a mapping chooses by kind.
         """
         from loraweave.hub.adding import Addition, prepared
+        from loraweave.hub.examination import examined
         from loraweave.hub.storing import store
 
         addition = Addition(source, name, description, examples, tags, license, base_model, language)
         adapter, record = prepared(addition, stored_as=stored_as, allow_pickle=allow_pickle)
-        return store(self._catalogue, self._blobs, adapter, record, stored_as=stored_as, as_version=replace)
+        record, figures = examined(self._catalogue, self._blobs, adapter, record, anomalies, model)
+        return store(self._catalogue, self._blobs, adapter, record, stored_as=stored_as, as_version=replace, figures=figures)
 
     def add_many(
         self,
@@ -102,12 +109,14 @@ class Hub:
         stored_as: str = "factors",
         allow_pickle: bool = False,
         replace: bool = False,
+        anomalies: str | Mapping[str, str] = "report",
         progress: bool = False,
     ) -> Added:
         """Adds many as `add` does, in fewer waits for the disk: `.records` has those that are there now, `.refused` why not.
 
-        A batch of up to 256 is there whole or not at all. Called again after an interruption with the same sources it goes
-        on: what is there already is only read. `progress` shows a bar on the terminal.
+        A batch of up to 256 is there whole or not at all; those in it are not compared with each other for anomalies. Called
+        again after an interruption with the same sources it goes on: what is there already is only read. `progress` shows a
+        bar on the terminal.
         """
         from loraweave.hub.adding import add_many
 
@@ -118,6 +127,7 @@ class Hub:
             stored_as=stored_as,
             allow_pickle=allow_pickle,
             replace=replace,
+            anomalies=anomalies,
             progress=progress,
         )
 
@@ -125,13 +135,18 @@ class Hub:
         """The adapter, its tensors mapped from the blob. AdapterNotFound names near misses; AdapterCorrupt for damage."""
         return self.get(name)
 
-    def get(self, name: str, *, version: int | None = None) -> Adapter:
-        """The adapter as it was in that version, by default the newest. AdapterNotFound names the versions there are."""
+    def get(self, name: str, *, version: int | None = None, quarantined: bool = False) -> Adapter:
+        """The adapter as it was in that version, by default the newest. AdapterNotFound names the versions there are.
+
+        AdapterQuarantined for one in quarantine, unless `quarantined` says that this is known.
+        """
         from loraweave.hub.stored_adapter import stored_adapter
 
         with self._catalogue.reading() as connection:
             row = self._found(connection, name)
             row = row if version is None else versions.chosen(connection, row, version)
+        if not quarantined:
+            quarantine.require_released(row.record)
         try:
             return stored_adapter(self._blobs, row)
         except AdapterCorrupt:
@@ -162,9 +177,10 @@ class Hub:
             return False
 
     def __len__(self) -> int:
+        """The number of adapters that are not in quarantine."""
         with self._catalogue.reading() as connection:
             found = connection.execute("SELECT num_adapters FROM state").fetchone()
-        return int(require_row(found, self._catalogue.where)[0])
+            return int(require_row(found, self._catalogue.where)[0]) - quarantine.count(connection)
 
     def __iter__(self) -> Iterator[Record]:
         """The records in order of addition, as of now."""
@@ -176,16 +192,21 @@ class Hub:
         base_model: str | BaseKey | None = None,
         license: Collection[str] | str | None = None,
         tags: Collection[str] | str = (),
+        quarantined: bool = False,
     ) -> list[Record]:
         """The records in order of addition that are for the base model, under one of the licenses and with all the tags.
 
         A base model is an id, or the key of a model at hand (`base_key`), which tells namesakes apart and finds the same
         weights under another id.
-        Licenses are SPDX expressions or ids of the model hub; "MIT OR GPL-3.0-only" is found for MIT too.
+        Licenses are SPDX expressions or ids of the model hub; "MIT OR GPL-3.0-only" is found for MIT too. Those in
+        quarantine are left out, or with `quarantined` they alone are listed.
         """
         with self._catalogue.reading() as connection:
+            if quarantined:
+                held = [row.record for row in rows.some(connection, quarantine.seqs(connection))]
+                return [record for record in held if passes(record, base_model=base_model, license=license, tags=tags)]
             if base_model is None and license is None and not tags:
-                return [row.record for row in rows.every(connection)]
+                return [row.record for row in rows.every(connection) if not row.record.quarantined]
             seqs = matching(connection, base_model=base_model, license=license, tags=tags)
             return [row.record for row in rows.some(connection, seqs)]
 
@@ -221,25 +242,9 @@ class Hub:
         Only adapters that share a layer are compared. A damaged one is left out with a warning. RetrievalError for a k
         that does not count.
         """
-        from loraweave.hub.search import checked_count
-        from loraweave.hub.similar import cosine
+        from loraweave.hub.similar import most_similar
 
-        count = checked_count(k)
-        own = self[name]
-        found = []
-        for record in self.records():
-            if record.name == own.name:
-                continue
-            try:
-                other = self[record.name]
-            except (AdapterCorrupt, AdapterNotFound) as error:
-                warnings.warn(f"left out of the comparison with {own.name!r}: {error}", stacklevel=2)
-                continue
-            score, num_shared = cosine(own, other)
-            if num_shared:
-                evidence = f"updates {num_shared} of the {len(own.layers)} layers of {own.name!r}"
-                found.append(Candidate(record.name, score, evidence, record))
-        return sorted(found, key=lambda candidate: -candidate.score)[:count]
+        return most_similar(self, name, k)
 
     def update(
         self,
@@ -273,6 +278,18 @@ class Hub:
             record = bound_record(row.record, stored_adapter(self._blobs, row), model)
             known_bases.remember(connection, record)
             return rows.change(connection, row, record)
+
+    def quarantine(self, name: str) -> Record:
+        """Puts the adapter aside: it stays stored under its name, and nothing finds or reads it until `release`."""
+        with self._catalogue.writing(f"putting adapter {name!r} in quarantine") as connection:
+            row = self._found(connection, name)
+            return rows.change(connection, row, replace(row.record, quarantined=True))
+
+    def release(self, name: str) -> Record:
+        """Takes the adapter out of quarantine. What was found about it stays in its record."""
+        with self._catalogue.writing(f"releasing adapter {name!r}") as connection:
+            row = self._found(connection, name)
+            return rows.change(connection, row, replace(row.record, quarantined=False))
 
     def rename(self, old: str, new: str) -> Record:
         """The record under its new name. AdapterExists when that name is taken, InvalidName when it cannot be stored."""

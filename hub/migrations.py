@@ -86,6 +86,27 @@ STEPS: tuple[Step, ...] = (
         "CREATE INDEX labels_by_adapter ON labels (seq)",
         fill,
     ),
+    (
+        # what a new adapter is compared with: numbers by layer, and a sketch whose pieces find its near-duplicates
+        """CREATE TABLE figures (
+            seq INTEGER PRIMARY KEY REFERENCES adapters (seq) ON DELETE CASCADE,
+            kin TEXT NOT NULL,
+            hash TEXT NOT NULL,
+            numbers BLOB NOT NULL,
+            code BLOB NOT NULL,
+            piece_0 INTEGER NOT NULL,
+            piece_1 INTEGER NOT NULL,
+            piece_2 INTEGER NOT NULL,
+            piece_3 INTEGER NOT NULL,
+            piece_4 INTEGER NOT NULL,
+            piece_5 INTEGER NOT NULL,
+            piece_6 INTEGER NOT NULL,
+            piece_7 INTEGER NOT NULL
+        ) STRICT""",
+        "CREATE INDEX figures_by_kin ON figures (kin, hash)",
+        *(f"CREATE INDEX figures_by_piece_{number} ON figures (piece_{number})" for number in range(8)),
+        "CREATE TABLE quarantine (seq INTEGER PRIMARY KEY REFERENCES adapters (seq) ON DELETE CASCADE) STRICT",
+    ),
 )
 
 

@@ -96,6 +96,26 @@ STEPS: tuple[tuple[str | Callable[[Connection], None], ...], ...] = (
         "CREATE INDEX labels_by_adapter ON labels (seq)",
         fill,
     ),
+    (
+        """CREATE TABLE figures (
+            seq BIGINT PRIMARY KEY REFERENCES adapters (seq) ON DELETE CASCADE,
+            kin TEXT COLLATE "C" NOT NULL,
+            hash TEXT COLLATE "C" NOT NULL,
+            numbers BYTEA NOT NULL,
+            code BYTEA NOT NULL,
+            piece_0 BIGINT NOT NULL,
+            piece_1 BIGINT NOT NULL,
+            piece_2 BIGINT NOT NULL,
+            piece_3 BIGINT NOT NULL,
+            piece_4 BIGINT NOT NULL,
+            piece_5 BIGINT NOT NULL,
+            piece_6 BIGINT NOT NULL,
+            piece_7 BIGINT NOT NULL
+        )""",
+        "CREATE INDEX figures_by_kin ON figures (kin, hash)",
+        *(f"CREATE INDEX figures_by_piece_{number} ON figures (piece_{number})" for number in range(8)),
+        "CREATE TABLE quarantine (seq BIGINT PRIMARY KEY REFERENCES adapters (seq) ON DELETE CASCADE)",
+    ),
 )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from loraweave import registry
-from loraweave.hub import rows, vectors
+from loraweave.hub import quarantine, rows, vectors
 from loraweave.hub.postgres_vectors import as_text
 from loraweave.hub.stores import CatalogueStore, Connection, Near
 from loraweave.types import Record
@@ -30,7 +30,8 @@ class PostgresSearch:
             found = connection.execute(
                 "SELECT adapters.seq FROM adapters "
                 "LEFT JOIN vectors ON vectors.seq = adapters.seq AND vectors.embedder = ? "
-                "WHERE vectors.seq IS NULL OR vectors.stale ORDER BY adapters.seq LIMIT ?",
+                "WHERE (vectors.seq IS NULL OR vectors.stale) AND adapters.seq NOT IN (SELECT seq FROM quarantine) "
+                "ORDER BY adapters.seq LIMIT ?",
                 (embedder, limit),
             ).fetchall()
             listed = [rows.at(connection, seq) for (seq,) in found]
@@ -41,6 +42,7 @@ class PostgresSearch:
 
         with self._catalogue.reading() as connection:
             (num_adapters,) = connection.execute("SELECT count(*) FROM adapters").fetchone()
+            num_adapters -= quarantine.count(connection)
             num_wanted = min(k, num_adapters if names is None else len(names))
             if not num_wanted:
                 return []
@@ -75,7 +77,7 @@ def _near(
     found = connection.execute(
         "WITH scored AS MATERIALIZED ("
         "SELECT seq, CASE WHEN vector_dims(embedding) = ? THEN embedding <#> CAST(? AS vector) END AS distance "
-        f"FROM vectors WHERE embedder = ? {among}), "
+        f"FROM vectors WHERE embedder = ? AND seq NOT IN (SELECT seq FROM quarantine) {among}), "
         "best AS (SELECT distance FROM scored WHERE distance IS NOT NULL ORDER BY distance LIMIT ?) "
         "SELECT seq, text_digest, vector, sha256 FROM vectors JOIN scored USING (seq) "
         "WHERE embedder = ? AND scored.distance <= (SELECT max(distance) FROM best) + ? ORDER BY seq",

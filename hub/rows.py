@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loraweave.errors import AdapterUnsupported, HubCorrupt
-from loraweave.hub import change_log, labels
+from loraweave.hub import change_log, labels, quarantine
 from loraweave.hub.fields import MAX_CARD_BYTES, OWN_FIELDS, Fields
 from loraweave.hub.stores import Connection
-from loraweave.types import Fingerprint, Record, Source
+from loraweave.types import Anomaly, Fingerprint, Record, Source
 
 _COLUMNS = "adapters.seq, adapters.name, adapters.hash, adapters.record, adapters.sha256"
 _BLOB_COLUMNS = "blobs.hash, blobs.file_sha256, blobs.size_bytes, blobs.sha256"
@@ -97,6 +97,8 @@ def insert(connection: Connection, record: Record) -> Record:
         (record.name, record.hash, text, _sha256(text)),
     )
     connection.execute("UPDATE state SET num_adapters = num_adapters + 1")
+    if record.quarantined:
+        quarantine.mark(connection, record)
     return _noted(connection, find(connection, record.name), record.name)
 
 
@@ -109,6 +111,8 @@ def change(connection: Connection, row: Row, record: Record) -> Record:
         "UPDATE adapters SET name = ?, hash = ?, record = ?, sha256 = ? WHERE seq = ?",
         (record.name, record.hash, text, _sha256(text), row.seq),
     )
+    if record.quarantined != row.record.quarantined:
+        quarantine.mark(connection, record)
     return _noted(connection, find(connection, record.name), record.name)
 
 
@@ -149,6 +153,8 @@ def encode(record: Record) -> str:
         "base_revision": record.base_revision,
         "source": None if record.source is None else [record.source.location, record.source.revision],
         "fingerprint": None if record.fingerprint is None else record.fingerprint.to_json(),
+        "anomalies": [[anomaly.kind, anomaly.detail, anomaly.score] for anomaly in record.anomalies],
+        "quarantined": record.quarantined,
         # the fields above are the card's too; kept once, they cannot disagree
         "card": {key: value for key, value in record.card.items() if key not in OWN_FIELDS},
     }
@@ -244,6 +250,8 @@ def record_from_json(data: Mapping[str, Any]) -> Record:
         base_revision=data.get("base_revision"),
         source=Source(*source) if (source := data.get("source")) else None,
         fingerprint=None if fingerprint is None else Fingerprint.from_json(fingerprint),
+        anomalies=tuple(Anomaly(*found) for found in data.get("anomalies", ())),
+        quarantined=data.get("quarantined", False),
         card={**data["card"], **fields.as_card()},
     )
 

@@ -11,13 +11,22 @@ from loraweave.hub import known_bases, rows, versions
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.blobs import examine_blob, write_blob
 from loraweave.hub.fields import OWN_FIELDS
+from loraweave.hub.figure_rows import store_figures
+from loraweave.hub.figures import Figures
 from loraweave.hub.storage_errors import storage_errors
 from loraweave.hub.stores import BlobStore, CatalogueStore, Connection
 from loraweave.types import Record
 
 
 def store(
-    catalogue: CatalogueStore, blobs: BlobStore, adapter: Adapter, record: Record, *, stored_as: str, as_version: bool
+    catalogue: CatalogueStore,
+    blobs: BlobStore,
+    adapter: Adapter,
+    record: Record,
+    *,
+    stored_as: str,
+    as_version: bool,
+    figures: Figures | None,
 ) -> Record:
     """The record as stored. What is there already, content and name, is not written again, and its record is returned.
 
@@ -30,7 +39,7 @@ def store(
         record = beside(existing, record, as_version=as_version)
         with catalogue.reading() as connection:
             other_base = known_bases.contradiction(connection, record)
-        stored = _store(catalogue, blobs, adapter, record, existing, stored_as)
+        stored = _store(catalogue, blobs, adapter, record, existing, stored_as, figures)
     if other_base:
         warn_of_base(record, other_base)
     return stored
@@ -64,7 +73,13 @@ def _successor(old: Record, new: Record) -> Record:
 
 
 def _store(
-    catalogue: CatalogueStore, blobs: BlobStore, adapter: Adapter, record: Record, existing: rows.Row | None, stored_as: str
+    catalogue: CatalogueStore,
+    blobs: BlobStore,
+    adapter: Adapter,
+    record: Record,
+    existing: rows.Row | None,
+    stored_as: str,
+    figures: Figures | None,
 ) -> Record:
     """The caller holds the lock."""
     doing = f"adding adapter {record.name!r}"
@@ -80,7 +95,7 @@ def _store(
             else:
                 blobs.settle(record.hash)
         with catalogue.transaction(doing) as connection:
-            return put_rows(connection, record, known, existing, written=written)
+            return put_rows(connection, record, known, existing, figures, written=written)
     except HubFull:
         # the row is certainly not there, and the space is needed; after other errors gc decides
         if absent:
@@ -90,7 +105,13 @@ def _store(
 
 
 def put_rows(
-    connection: Connection, record: Record, blob: rows.BlobRow, existing: rows.Row | None, *, written: bool
+    connection: Connection,
+    record: Record,
+    blob: rows.BlobRow,
+    existing: rows.Row | None,
+    figures: Figures | None,
+    *,
+    written: bool,
 ) -> Record:
     """Stores the rows of an adapter whose blob is there, written just now or before; returns its record."""
     is_new = existing is None or existing.record.hash != record.hash
@@ -98,9 +119,12 @@ def put_rows(
         known_bases.remember(connection, record)
     if written or is_new:
         rows.put_blob(connection, blob)
-    if existing is None:
-        return rows.insert(connection, record)
-    return versions.supersede(connection, existing, record) if is_new else existing.record
+    if existing is not None and not is_new:
+        return existing.record
+    stored = rows.insert(connection, record) if existing is None else versions.supersede(connection, existing, record)
+    if figures is not None:
+        store_figures(connection, record.name, record.hash, figures)
+    return stored
 
 
 def usable_blob(catalogue: CatalogueStore, blobs: BlobStore, content: str) -> rows.BlobRow | None:

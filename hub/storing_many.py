@@ -9,16 +9,20 @@ from loraweave.errors import AdapterExists, HubError, HubFull
 from loraweave.hub import known_bases, rows
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.blobs import blob_bytes
+from loraweave.hub.figures import Figures
 from loraweave.hub.storage_errors import storage_errors
 from loraweave.hub.stores import BlobStore, CatalogueStore, Connection
 from loraweave.hub.storing import beside, put_rows, usable_blob, warn_of_base
 from loraweave.types import Record
 
+# read, checked and looked over
+Prepared = tuple[Adapter, Record, Figures | None]
+
 
 def store_many(
     catalogue: CatalogueStore,
     blobs: BlobStore,
-    batch: Sequence[tuple[Adapter, Record]],
+    batch: Sequence[Prepared],
     *,
     stored_as: str,
     as_version: bool,
@@ -41,9 +45,9 @@ def store_many(
                 written = _put(blobs, missing, stored_as)
             with catalogue.transaction(doing) as connection:
                 outcomes: list[Record | AdapterExists] = []
-                for _, record in batch:
+                for _, record, figures in batch:
                     why = known_bases.contradiction(connection, record)
-                    outcomes.append(_rows(connection, record, known, written, as_version))
+                    outcomes.append(_rows(connection, record, figures, known, written, as_version))
                     if why and isinstance(outcomes[-1], Record):
                         warned.append((outcomes[-1], why))
         except HubFull:
@@ -57,13 +61,11 @@ def store_many(
     return outcomes
 
 
-def _wanted(
-    catalogue: CatalogueStore, batch: Sequence[tuple[Adapter, Record]], as_version: bool
-) -> dict[str, tuple[Adapter, Record]]:
+def _wanted(catalogue: CatalogueStore, batch: Sequence[Prepared], as_version: bool) -> dict[str, tuple[Adapter, Record]]:
     """Content hash -> the first that has it, of those whose name can be used as far as can be told beforehand."""
     wanted: dict[str, tuple[Adapter, Record]] = {}
     with catalogue.reading() as connection:
-        for adapter, record in batch:
+        for adapter, record, _ in batch:
             with suppress(AdapterExists):
                 beside(rows.find(connection, record.name), record, as_version=as_version)
                 wanted.setdefault(record.hash, (adapter, record))
@@ -90,6 +92,7 @@ def _put(blobs: BlobStore, missing: dict[str, tuple[Adapter, Record]], stored_as
 def _rows(
     connection: Connection,
     record: Record,
+    figures: Figures | None,
     known: dict[str, rows.BlobRow | None],
     written: dict[str, rows.BlobRow],
     as_version: bool,
@@ -102,4 +105,4 @@ def _rows(
         return error
     blob = written.get(record.hash) or known[record.hash]
     assert blob is not None
-    return put_rows(connection, record, blob, existing, written=record.hash in written)
+    return put_rows(connection, record, blob, existing, figures, written=record.hash in written)

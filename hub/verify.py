@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraweave.errors import HubError
-from loraweave.hub import labels, rows, saved_keys, vectors, versions
+from loraweave.hub import labels, quarantine, rows, saved_keys, vectors, versions
 from loraweave.hub.blobs import read_blob
 from loraweave.hub.stores import BlobStore, CatalogueStore, Connection
 
@@ -43,6 +43,7 @@ def verify(catalogue: CatalogueStore, blobs: BlobStore, folder: Path) -> Verific
                 older += _older(connection, seq, version, problems)
             problems += _vector_problems(connection)
             problems += _count_problems(connection)
+            problems += quarantine.problems(connection, [(row.seq, row.record.quarantined) for row in found])
     except HubError as error:
         problems.append(str(error))
     problems += saved_keys.problems(folder)

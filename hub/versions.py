@@ -28,6 +28,7 @@ def supersede(connection: Connection, row: rows.Row, record: Record) -> Record:
     connection.execute("UPDATE state SET num_versions = num_versions + 1")
     # a vector belongs to the content it was made for
     connection.execute("DELETE FROM vectors WHERE seq = ?", (row.seq,))
+    connection.execute("DELETE FROM figures WHERE seq = ?", (row.seq,))
     return rows.change(connection, row, record)
 
 

@@ -9,6 +9,8 @@ from loraweave.errors import (
     AdapterCorrupt,
     AdapterExists,
     AdapterNotFound,
+    AdapterQuarantined,
+    AdapterSuspicious,
     AdapterUnsupported,
     AlreadyActive,
     BaseModelMismatch,
@@ -36,7 +38,7 @@ from loraweave.errors import (
     WeightingError,
 )
 from loraweave.registry import names
-from loraweave.types import BaseKey, Candidate, Factors, Fingerprint, Record, Router, Task
+from loraweave.types import Anomaly, BaseKey, Candidate, Factors, Fingerprint, Record, Router, Task
 
 _LAZY = {
     "Adapter": "loraweave.hub.adapter",
@@ -82,8 +84,11 @@ __all__ = [
     "AdapterCorrupt",
     "AdapterExists",
     "AdapterNotFound",
+    "AdapterQuarantined",
+    "AdapterSuspicious",
     "AdapterUnsupported",
     "AlreadyActive",
+    "Anomaly",
     "BaseKey",
     "BaseModelMismatch",
     "Candidate",

@@ -29,6 +29,7 @@ from loraweave._inputs import (
 from loraweave._printing import note, print_json, print_rows, print_table, progress_to_stderr
 from loraweave.cli_hub import DEFAULT_HUB, HubOption, JsonOption, hub
 from loraweave.cli_merge import MERGE_EXAMPLE, merge
+from loraweave.cli_quarantine import QUARANTINE_EXAMPLE, RELEASE_EXAMPLE, quarantine, release
 
 BaseOption = Annotated[
     str | None, typer.Option("--base", metavar="MODEL", help="Base model: a folder or hub id; the embedded one by default.")
@@ -50,6 +51,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+hub.command(epilog=QUARANTINE_EXAMPLE)(quarantine)
+hub.command(epilog=RELEASE_EXAMPLE)(release)
 app.add_typer(hub, name="hub")
 app.command(epilog=MERGE_EXAMPLE)(merge)
 

@@ -16,6 +16,9 @@ HubOption = Annotated[
     Path, typer.Option("--hub", envvar="LORAWEAVE_HUB", metavar="FOLDER", file_okay=False, help="The hub's folder.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
+AnomaliesOption = Annotated[
+    str, typer.Option(metavar="POLICY", help="What looks wrong about an adapter: off, report, quarantine or refuse.")
+]
 DEFAULT_HUB = Path("adapters")
 
 hub = typer.Typer(help="Keep adapters under names, list them and search them.", rich_markup_mode=None, no_args_is_help=True)
@@ -40,6 +43,7 @@ def add(
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read weights that are only in a .bin, by torch's safe loader.")
     ] = False,
+    anomalies: AnomaliesOption = "report",
     hub: HubOption = DEFAULT_HUB,
     as_json: JsonOption = False,
 ) -> None:
@@ -61,9 +65,14 @@ def add(
                 license=license,
                 base_model=base_model,
                 allow_pickle=allow_pickle,
+                anomalies=anomalies,
             )
             stored.append(record)
             note(f"added {record.name!r}, rank {record.rank}, for {record.base_model or 'a base that it does not name'}")
+            for anomaly in record.anomalies:
+                note(f"{record.name!r}: {anomaly.kind}: {anomaly.detail}")
+            if record.quarantined:
+                note(f"{record.name!r} is in quarantine; `loraweave hub release` takes it out")
     if as_json:
         print_json([record_row(record) for record in stored])
 
@@ -119,7 +128,9 @@ def show(
     """Show everything that is known about one adapter."""
     with open_hub(hub) as opened:
         record = opened.record(name)
-    fields = {**record_row(record), "examples": plain(record.examples), "card": plain(record.card)}
+    found = [vars(anomaly) for anomaly in record.anomalies]
+    state = {"anomalies": plain(found), "quarantined": record.quarantined}
+    fields = {**record_row(record), **state, "examples": plain(record.examples), "card": plain(record.card)}
     if as_json:
         fields["fingerprint"] = record.fingerprint.to_json() if record.fingerprint else None
         print_json(fields)

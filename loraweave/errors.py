@@ -6,6 +6,8 @@ LoraweaveError
 │   ├── AdapterExists (ValueError)        the name already stands for another adapter
 │   ├── AdapterCorrupt (ValueError)       files or blobs that are damaged, truncated or not finite
 │   ├── AdapterUnsupported (ValueError)   a feature that cannot be represented exactly
+│   ├── AdapterSuspicious (ValueError)    anomalies that the policy for adding refuses
+│   ├── AdapterQuarantined (PermissionError)  stored, and not to be used before it is released
 │   ├── SourceUnavailable (ConnectionError)  the model hub cannot be reached, limits requests, or broke off
 │   ├── InvalidName (ValueError)          a name that cannot be stored
 │   ├── InvalidLicense (ValueError)       a license that is no SPDX expression
@@ -60,6 +62,14 @@ class AdapterCorrupt(HubError, ValueError):
 
 class AdapterUnsupported(HubError, ValueError):
     """A feature of an adapter that cannot be represented exactly."""
+
+
+class AdapterSuspicious(HubError, ValueError):
+    """Anomalies that the policy for adding refuses."""
+
+
+class AdapterQuarantined(HubError, PermissionError):
+    """An adapter that is stored, and not to be used before it is released."""
 
 
 class SourceUnavailable(HubError, ConnectionError):

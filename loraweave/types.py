@@ -124,6 +124,15 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Anomaly:
+    """Something odd about an adapter: which check found it, a sentence, and by how much (docs/anomalies.md)."""
+
+    kind: str
+    detail: str
+    score: float
+
+
+@dataclass(frozen=True)
 class Record:
     """A row of the hub's catalogue: everything about an adapter but its tensors.
 
@@ -148,6 +157,8 @@ class Record:
     restored: int | None = None
     base_revision: str | None = None
     source: Source | None = None
+    anomalies: tuple[Anomaly, ...] = ()
+    quarantined: bool = False
 
     @property
     def base(self) -> BaseKey:

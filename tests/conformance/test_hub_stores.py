@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -248,6 +249,27 @@ def test_a_search_finds_what_it_finds_in_a_folder(tmp_path, hub):
         measure.remove("adapter 4")
         found, wanted = ([(c.name, c.score) for c in each.candidates("code", k=30)] for each in pair)
         assert found == wanted
+
+
+@every_store
+def test_anomalies_are_found_and_put_aside_and_a_search_finds_the_rest(place, hub):
+    for seed in range(13):
+        hub.add(adapter(seed), description="code")
+    odd = adapter(20)
+    factors = odd.layers["layer"]
+    odd = replace(odd, layers={"layer": replace(factors, b_OR=1000 * factors.b_OR)})
+    assert [found.kind for found in hub.add(odd, description="code", anomalies="quarantine").anomalies] == ["norm"]
+    copy = hub.add(adapter(3), name="copy", description="code", anomalies={"duplicate": "quarantine"})
+    assert [(found.kind, found.score) for found in copy.anomalies] == [("duplicate", 1.0)]
+    with opened(place) as other:
+        retriever = Retriever(other, embedder="hashing")
+        assert {found.name for found in retriever.candidates("code", k=99)} == {f"adapter {seed}" for seed in range(13)}
+        assert (len(other), [record.name for record in other.records(quarantined=True)]) == (13, ["adapter 20", "copy"])
+        other.release("copy")
+        assert "copy" in {found.name for found in retriever.candidates("code", k=99)}
+        other.remove("adapter 20")
+        assert (len(other), other.records(quarantined=True)) == (14, [])
+        assert other.verify().problems == ()
 
 
 @every_store

@@ -1,0 +1,128 @@
+"""What looks wrong about an adapter beside the others of its base: size, shape of the spectrum, and likeness.
+
+A score says by how many robust standard deviations (1.4826 times the median absolute deviation) a feature of the adapter
+lies from the median of those that the hub has of the same base and layers. docs/anomalies.md says how reliable that is.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from loraweave.errors import AdapterUnsupported
+from loraweave.hub import algebra
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.figures import Figures
+from loraweave.types import Anomaly
+
+Array = NDArray[Any]
+
+KINDS = ("norm", "layer_norm", "spectrum", "layer_spectra", "base_norm", "duplicate")
+POLICIES = ("off", "report", "quarantine", "refuse")
+
+# below this many others a median says little
+MIN_REFERENCE = 12
+# benign adapters of the example pool reach 3.3, each against the others (benchmarks/anomalies.py)
+THRESHOLD = 3.5
+# an update as large as the weight it changes replaces the layer
+MAX_OF_BASE = 1.0
+MIN_COSINE = 0.99
+
+# spreads below these (in logs) are those of adapters too few or too alike to tell
+_LAYER_FLOOR = 0.1
+_FLOOR = 0.02
+
+
+def checked_policy(policy: str | Mapping[str, str]) -> dict[str, str]:
+    """What to do about each kind: one policy for all, or some by kind, the others reported. AdapterUnsupported otherwise."""
+    given = dict.fromkeys(KINDS, policy) if isinstance(policy, str) else {**dict.fromkeys(KINDS, "report"), **policy}
+    for kind, chosen in given.items():
+        if kind not in KINDS or chosen not in POLICIES:
+            raise AdapterUnsupported(
+                f"anomalies={policy!r} is no policy: it is one of {', '.join(POLICIES)}, or a mapping to them from "
+                f"{', '.join(KINDS)}"
+            )
+    return given
+
+
+def against_pool(figures: Figures, reference: Sequence[tuple[Array, Array]]) -> list[Anomaly]:
+    """What lies beyond `THRESHOLD`, from (log norms, dominances) of adapters of the same kin; [] for too few of them."""
+    if len(reference) < MIN_REFERENCE:
+        return []
+    norm_NL, dominance_NL = (np.stack([pair[side] for pair in reference]) for side in (0, 1))
+    with warnings.catch_warnings():
+        # a layer that no adapter updates has no median
+        warnings.simplefilter("ignore", RuntimeWarning)
+        features_N4, names = _features(norm_NL, dominance_NL, norm_NL, dominance_NL)
+        own_4 = _features(figures.log_norm_L[None], figures.dominance_L[None], norm_NL, dominance_NL)[0][0]
+        middle_4, spread_4 = _robust(features_N4, _FLOOR)
+    score_4 = (own_4 - middle_4) / spread_4
+    found = []
+    for kind, score, own, middle in zip(names, score_4, own_4, middle_4, strict=True):
+        # a spectrum is odd on either side: a planted direction makes a dominated update less so
+        if math.isfinite(score) and (abs(score) if kind == "spectrum" else score) > THRESHOLD:
+            found.append(Anomaly(kind, _said(kind, own, middle, figures, norm_NL, len(reference)), round(float(score), 2)))
+    return found
+
+
+def against_model(adapter: Adapter, model: nn.Module) -> list[Anomaly]:
+    """The layer whose update is largest beside the model's weight, where it is larger than that."""
+    weights = dict(model.named_parameters())
+    found = []
+    for layer, factors in adapter.layers.items():
+        weight = weights.get(f"{layer}.weight")
+        size = 0.0 if weight is None else float(weight.detach().float().norm())
+        if size and (ratio := algebra.norm(factors) / size) > MAX_OF_BASE:
+            found.append((ratio, layer))
+    if not found:
+        return []
+    ratio, layer = max(found)
+    detail = f"that of {layer!r} is {ratio:.3g} times as large as the base's weight, and {len(found)} in all are larger"
+    return [Anomaly("base_norm", f"of its updates {detail}", round(ratio, 2))]
+
+
+def _features(norm_NL: Array, dominance_NL: Array, ref_norm_ML: Array, ref_dominance_ML: Array) -> tuple[Array, list[str]]:
+    middle_L, spread_L = _robust(ref_norm_ML, _LAYER_FLOOR)
+    # without the adapter's own size, which is a feature of its own
+    beyond_NL = norm_NL - middle_L
+    beyond_NL = (beyond_NL - np.nanmedian(beyond_NL, axis=1, keepdims=True)) / spread_L
+    odd_L, odd_spread_L = _robust(ref_dominance_ML, _LAYER_FLOOR)
+    features = {
+        "norm": np.nanmean(norm_NL, axis=1),
+        "layer_norm": np.nanmax(beyond_NL, axis=1),
+        "spectrum": np.nanmean(dominance_NL, axis=1),
+        "layer_spectra": np.nanmean(np.abs((dominance_NL - odd_L) / odd_spread_L), axis=1),
+    }
+    return np.stack(list(features.values()), axis=1), list(features)
+
+
+def _robust(values_NF: Array, floor: float) -> tuple[Array, Array]:
+    middle_F = np.nanmedian(values_NF, axis=0)
+    return middle_F, np.maximum(1.4826 * np.nanmedian(np.abs(values_NF - middle_F), axis=0), floor)
+
+
+def _said(kind: str, own: float, middle: float, figures: Figures, ref_norm_NL: Array, count: int) -> str:
+    others = f"the median of {count} adapters of the same base and layers"
+    if kind == "norm":
+        return f"its updates are {math.exp(own - middle):.3g} times as large as {others} (geometric mean over layers)"
+    if kind == "layer_norm":
+        beyond_L = figures.log_norm_L - np.nanmedian(ref_norm_NL, axis=0)
+        beyond_L = beyond_L - np.nanmedian(beyond_L)
+        worst = int(np.nanargmax(beyond_L))
+        return (
+            f"the update of {figures.layers[worst]!r} is {math.exp(beyond_L[worst]):.3g} times as large as its other "
+            f"layers and {others} let expect"
+        )
+    if kind == "spectrum":
+        return f"the largest singular value has {_share(own):.0%} of a layer's energy, and {_share(middle):.0%} at {others}"
+    return f"the shares of the largest singular value lie {own:.3g} deviations off by layer, and {middle:.3g} at {others}"
+
+
+def _share(logit: float) -> float:
+    return 1 / (1 + math.exp(-logit))

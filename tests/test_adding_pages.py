@@ -1,0 +1,45 @@
+"""The page on anomalies: its code runs, and what it lists is what there is."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from loraweave.hub import anomalies
+
+ROOT = Path(__file__).parents[1]
+
+
+def page(name):
+    return (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs the code of a page where the examples are, and gives its names."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+
+    def running(name):
+        names = {}
+        for code in re.findall(r"^```python\n(.*?)^```", page(name), re.MULTILINE | re.DOTALL):
+            exec(compile(code, name, "exec"), names)
+        return names
+
+    return running
+
+
+def test_the_code_of_the_page_on_anomalies_runs(run):
+    names = run("anomalies.md")
+    assert (names["again"].quarantined, names["again"].anomalies[0].kind) == (True, "duplicate")
+    assert len(names["hub"]) == 2
+
+
+def test_the_page_on_anomalies_names_every_kind_and_policy():
+    text = page("anomalies.md")
+    assert [kind for kind in anomalies.KINDS if f"| `{kind}` |" not in text] == []
+    assert [policy for policy in anomalies.POLICIES if f'`"{policy}"`' not in text] == []
+    assert f"beyond {anomalies.THRESHOLD} of them" in text
+    assert f"Below {anomalies.MIN_REFERENCE} adapters" in text
