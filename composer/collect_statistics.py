@@ -17,12 +17,12 @@ from loraweave.composer.batches import EncodedRow, batch, encode, takes
 from loraweave.composer.composer import Composer
 from loraweave.composer.gradient_tap import GradientTap
 from loraweave.composer.layers import linear_shape
-from loraweave.composer.progress import tracked
 from loraweave.composer.statistics import LayerStatistics, Statistics
 from loraweave.composer.tied_parameters import tied_parameters
 from loraweave.composer.untouched import untouched
 from loraweave.errors import CompositionError, InvalidTask, LayerMismatch
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.progress import tracked
 
 KINDS = ("gram", "fisher")
 # positions whose distribution over the vocabulary is summed up in float64 at once

@@ -11,7 +11,6 @@ from typing import Any
 from loraweave.composer.heads import merged_heads
 from loraweave.composer.interference import interference
 from loraweave.composer.method_call import MethodCall, Update, layer_seeds
-from loraweave.composer.progress import tracked
 from loraweave.composer.statistics import Statistics
 from loraweave.composer.truncated_update import TruncatedUpdate
 from loraweave.errors import BaseModelMismatch, WeightingError
@@ -20,6 +19,7 @@ from loraweave.hub.adapter import Adapter
 from loraweave.hub.factorise import factorise
 from loraweave.hub.merge_report import LayerReport, MergeReport
 from loraweave.hub.pool import ExpertPool
+from loraweave.hub.progress import tracked
 from loraweave.hub.side_by_side import side_by_side
 from loraweave.hub.truncation import worth_a_thread
 from loraweave.types import Factors

@@ -30,6 +30,7 @@ from loraweave._printing import note, print_json, print_rows, print_table, progr
 from loraweave.cli_hub import DEFAULT_HUB, HubOption, JsonOption, hub
 from loraweave.cli_merge import MERGE_EXAMPLE, merge
 from loraweave.cli_quarantine import QUARANTINE_EXAMPLE, RELEASE_EXAMPLE, quarantine, release
+from loraweave.cli_tree import TREE_EXAMPLE, add_tree
 
 BaseOption = Annotated[
     str | None, typer.Option("--base", metavar="MODEL", help="Base model: a folder or hub id; the embedded one by default.")
@@ -51,6 +52,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+hub.command("add-tree", epilog=TREE_EXAMPLE)(add_tree)
 hub.command(epilog=QUARANTINE_EXAMPLE)(quarantine)
 hub.command(epilog=RELEASE_EXAMPLE)(release)
 app.add_typer(hub, name="hub")
