@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # adapters whose texts stay embedded: 50 x 428 x 4 bytes = 86 kB each at most
 _NUM_TEXTS_CACHED = 2048
 _NUM_ADAPTERS_CACHED = 64
+# vectors that keys made of records; all are made anew after so many
+_NUM_MADE_KEPT = 8192
 
 
 class KeySpace:
@@ -29,6 +31,7 @@ class KeySpace:
         self._index = index
         self._embed = lru_cache(maxsize=_NUM_TEXTS_CACHED)(index.embed)
         self._adapter = lru_cache(maxsize=_NUM_ADAPTERS_CACHED)(self._read)
+        self._made_once: dict[tuple[str, str], tuple[Record, np.ndarray]] = {}
 
     @property
     def dim(self) -> int:
@@ -52,6 +55,21 @@ class KeySpace:
             return []
         pairs = zip(record.examples, outputs, strict=True)
         return [(i, o) for i, o in pairs if i.strip() and isinstance(o, str) and o.strip()][:MAX_SAMPLE_INPUTS]
+
+    def once(self, what: str, record: Record, make: Callable[[Record], np.ndarray]) -> np.ndarray:
+        """What `make` gives for a record, made again only when the record has changed. `what` tells makers apart."""
+        known = self._made_once.get((what, record.name))
+        if known is not None and (known[0] is record or known[0] == record):
+            return known[1]
+        if len(self._made_once) >= _NUM_MADE_KEPT:
+            self._made_once = {}
+        made = make(record)
+        self._made_once[what, record.name] = (record, made)
+        return made
+
+    def sample_mean(self, record: Record) -> np.ndarray:
+        """The direction of the mean of the sample inputs (dim,); zeros without any."""
+        return self.once("sample mean", record, lambda record: self.mean(self.samples(record)))
 
     def mean(self, rows_ND: np.ndarray) -> np.ndarray:
         """The direction of the mean (dim,); zeros without rows."""

@@ -62,7 +62,7 @@ class Retriever:
         keys: Sequence[str | Key] = (),
         fusion: Fusion | None = None,
         abstention: Abstention | None = None,
-        shortlist: int = 1000,
+        shortlist: int = 200,
     ) -> None:
         self.hub = hub
         self.keys = _resolved(keys)

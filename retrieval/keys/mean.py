@@ -16,6 +16,8 @@ class Mean:
 
     def scores(self, query: Query, records: Sequence[Record], space: KeySpace) -> np.ndarray:
         query_D = space.mean(space.embed(query.inputs))
-        scores_N = np.array([query_D @ space.mean(space.samples(record)) for record in records])
-        known_N = np.array([bool(query.inputs) and len(space.samples(record)) > 0 for record in records], dtype=bool)
-        return np.where(known_N, scores_N, np.nan)
+        scores_N = np.full(len(records), np.nan)
+        for row, record in enumerate(records):
+            if query.inputs and any(text.strip() for text in record.examples):
+                scores_N[row] = query_D @ space.sample_mean(record)
+        return scores_N

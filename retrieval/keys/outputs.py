@@ -18,7 +18,9 @@ class Outputs:
         query_D = space.mean(space.embed(query.outputs))
         scores_N = np.full(len(records), np.nan)
         for row, record in enumerate(records):
-            pairs = space.pairs(record)
-            if query.outputs and pairs:
-                scores_N[row] = query_D @ space.mean(space.embed([output for _, output in pairs]))
+            mean_D = space.once(
+                "outputs", record, lambda r: space.mean(space.embed([output for _, output in space.pairs(r)]))
+            )
+            if query.outputs and mean_D.any():
+                scores_N[row] = query_D @ mean_D
         return scores_N

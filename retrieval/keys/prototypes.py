@@ -26,14 +26,18 @@ class Prototypes:
         query_QD = space.embed(query.inputs)
         scores_N = np.full(len(records), np.nan)
         for row, record in enumerate(records):
-            samples_MD = space.samples(record)
-            if len(query_QD) and len(samples_MD):
-                scores_N[row] = (query_QD @ centres(samples_MD, self.count).T).max(axis=1).mean()
+            centres_KD = space.once(f"prototypes {self.count}", record, lambda r: centres(space.samples(r), self.count))
+            if len(query_QD) and len(centres_KD):
+                scores_N[row] = (query_QD @ centres_KD.T).max(axis=1).mean()
         return scores_N
 
 
 def centres(samples_MD: np.ndarray, count: int) -> np.ndarray:
-    """Unit vectors (K, D), K <= count: centres that start at the sample nearest to the mean, then at the farthest."""
+    """Unit vectors (K, D), K <= count: centres that start at the sample nearest to the mean, then at the farthest;
+    none without samples.
+    """
+    if not len(samples_MD):
+        return samples_MD
     chosen = [int(np.argmax(samples_MD @ samples_MD.mean(axis=0)))]
     while len(chosen) < min(count, len(samples_MD)):
         nearest_M = (samples_MD @ samples_MD[chosen].T).max(axis=1)

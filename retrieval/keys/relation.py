@@ -19,9 +19,9 @@ class Relation:
         query_F = _mean(asked)
         scores_N = np.full(len(records), np.nan)
         for row, record in enumerate(records):
-            pairs = space.pairs(record)
-            if asked and pairs:
-                scores_N[row] = query_F @ _mean(pairs)
+            mean_F = space.once("relation", record, lambda r: _mean(space.pairs(r)))
+            if asked and mean_F.any():
+                scores_N[row] = query_F @ mean_F
         return scores_N
 
 
