@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from _search_methods import Ask, PoolTask, Scorer
 
+from loraweave.retrieval.retriever import Retriever
+
 INPUTS_PER_QUERY = 5
 
 
@@ -46,6 +48,39 @@ def relations(tasks: Sequence[PoolTask], unseen: Sequence[UnseenTask], scorer: S
         label = "5 inputs + definition" if with_definition else "5 inputs"
         rates[label] = {"related is first": float(np.mean(first)), "all related within 3": float(np.mean(within))}
     return {"tasks": rows, "rates": rates}
+
+
+def abstention(
+    retriever: Retriever, tasks: Sequence[PoolTask], unseen: Sequence[UnseenTask], sizes: Sequence[int] = (1, 5)
+) -> list[dict[str, Any]]:
+    """How a calibrated threshold does on rows and on tasks that it was not calibrated with.
+
+    Foreign are the unseen tasks without a documented relation. Rows: thresholds from the even rows of every foreign task,
+    checked on the odd ones. Tasks: each foreign task in turn is left out and checked.
+    """
+    foreign = {task.name: [text for text, _ in task.examples] for task in unseen if not task.related}
+    own = [text for task in tasks for text, _ in task.queries[::2]]
+    checked_own = [text for task in tasks for text, _ in task.queries[1::2]]
+    rows = []
+    for size in sizes:
+        even = [text for texts in foreign.values() for text in texts[::2]]
+        odd = [text for texts in foreign.values() for text in texts[1::2]]
+        found = retriever.calibrate(own, even, inputs_per_query=size)
+        passed, accepted = (_passed(retriever, texts, size) for texts in (odd, checked_own))
+        rows.append({"inputs": size, "left out": "rows", "threshold": found.threshold, "foreign": passed, "own": accepted})
+        shares = []
+        for name, texts in foreign.items():
+            others = [text for other, some in foreign.items() if other != name for text in some]
+            retriever.calibrate(own, others, inputs_per_query=size)
+            shares.append(_passed(retriever, texts, size))
+        rows.append({"inputs": size, "left out": "tasks", "threshold": None, "foreign": float(np.mean(shares)), "own": None})
+    retriever.abstention = None
+    return rows
+
+
+def _passed(retriever: Retriever, texts: Sequence[str], size: int) -> float:
+    groups = [texts[start : start + size] for start in range(0, len(texts) - size + 1, size)]
+    return float(np.mean([bool(retriever.for_task(group, k=1)) for group in groups]))
 
 
 def foresight(

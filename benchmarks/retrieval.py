@@ -35,7 +35,7 @@ from _search_methods import (
     searched,
     tfidf,
 )
-from _unseen_relations import UnseenTask, foresight, relations
+from _unseen_relations import UnseenTask, abstention, foresight, relations
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -47,6 +47,7 @@ from loraweave.retrieval.retriever import Retriever
 KS = (1, 3, 5, 10)
 INPUTS_PER_KEY = 20
 NUM_FIT = 30
+NUM_DRAWS = 1000
 GAINS = Path(__file__).parent / "data" / "gains.json"
 KEYS = ("mean", "voting", "prototypes", "discriminant")
 
@@ -77,7 +78,9 @@ def main(
     tasks = [_pool_task(data, entry, pool, split, num_queries) for entry in entries]
     unseen = [_unseen_task(data, entry, num_queries) for entry in manifest["unseen"]]
     with card_hub(tasks) as hub:
-        scorers = _scorers(hub, tasks, unseen, {entry["task"]: _fit_rows(data, entry) for entry in entries}, seed)
+        fit = {entry["task"]: _fit_rows(data, entry) for entry in entries}
+        encoders = _encoders(tasks, unseen, fit)
+        scorers = _scorers(hub, tasks, encoders, fit, seed)
         if ceiling:
             scorers["learner of all rows"] = _learner(data, entries)
         queries = dict(_queries(tasks, seed))
@@ -91,23 +94,27 @@ def main(
         _print_relations(related)
         foreseen = foresight(tasks, unseen, scorers, json.loads(GAINS.read_text(encoding="utf-8")), seed)
         _print_foresight(foreseen)
+        abstained = abstention(Retriever(hub, embedder=encoders["sentence_form"]), tasks, unseen)
+        _print_abstention(abstained)
     if out is not None:
-        numbers = {"recall_at": KS, "recalls": recalls, "unseen": related, "foresight": foreseen}
+        numbers = {"recall_at": KS, "recalls": recalls, "unseen": related, "foresight": foreseen, "abstention": abstained}
         out.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
 
 
-def _scorers(
-    hub: Hub, tasks: Sequence[PoolTask], unseen: Sequence[UnseenTask], fit: dict[str, list[str]], seed: int
-) -> dict[str, Scorer]:
+def _encoders(tasks: Sequence[PoolTask], unseen: Sequence[UnseenTask], fit: dict[str, list[str]]) -> dict[str, Remembering]:
     pairs = [pair for task in tasks for pair in (*task.examples, *task.queries)] + [
         pair for t in unseen for pair in t.examples
     ]
     texts = [text for pair in pairs for text in pair] + [text for rows in fit.values() for text in rows]
     texts += [text for task in tasks for text in (*task.wordings, task.description)] + [task.definition for task in unseen]
     with console.status("embedding"):
-        encoders = {
-            name: Remembering(registry.get("embedders", name)(), texts) for name in ("sentence", "sentence_form", "hashing")
-        }
+        names = ("sentence", "sentence_form", "hashing")
+        return {name: Remembering(registry.get("embedders", name)(), texts) for name in names}
+
+
+def _scorers(
+    hub: Hub, tasks: Sequence[PoolTask], encoders: dict[str, Remembering], fit: dict[str, list[str]], seed: int
+) -> dict[str, Scorer]:
     form = encoders["sentence_form"]
     learned = Retriever(hub, embedder=form, keys=KEYS).fit_fusion(fit)
     console.print("learned weights:", ", ".join(f"{name} {weight:.2f}" for name, weight in learned.weights.items()))
@@ -202,9 +209,9 @@ def _recall(queries: Sequence[tuple[int, Ask]], scorer: Scorer, seed: int, label
         ranks_Q.append(int((scores_N > scores_N[number]).sum()) + ((scores_N == scores_N[number]).sum() - 1) / 2)
     hits_QK = np.array(ranks_Q)[:, None] < np.array(KS)
     rng = np.random.default_rng(seed)
-    groups = [np.flatnonzero(tasks_Q == task) for task in np.unique(tasks_Q)]
-    drawn = [np.concatenate([rng.choice(group, len(group)) for group in groups]) for _ in range(500)]
-    low_K, high_K = np.quantile([hits_QK[rows].mean(axis=0) for rows in drawn], (0.025, 0.975), axis=0)
+    groups = [hits_QK[tasks_Q == task] for task in np.unique(tasks_Q)]
+    drawn_DK = sum(rows_GK[rng.integers(len(rows_GK), size=(NUM_DRAWS, len(rows_GK)))].sum(axis=1) for rows_GK in groups)
+    low_K, high_K = np.quantile(drawn_DK / len(hits_QK), (0.025, 0.975), axis=0)
     return [[float(value) for value in found] for found in zip(hits_QK.mean(axis=0), low_K, high_K, strict=True)]
 
 
@@ -239,6 +246,14 @@ def _print_foresight(foreseen: dict[str, dict[str, dict[str, Any]]]) -> None:
             )
             table.add_row(label, *figures)
         console.print(table)
+
+
+def _print_abstention(rows: list[dict[str, Any]]) -> None:
+    table = Table("inputs", "left out", "threshold", "foreign let through", "own kept", title="abstention, target 0.05")
+    for row in rows:
+        figures = ("" if row[key] is None else f"{row[key]:.3f}" for key in ("threshold", "foreign", "own"))
+        table.add_row(str(row["inputs"]), row["left out"], *figures)
+    console.print(table)
 
 
 if __name__ == "__main__":
