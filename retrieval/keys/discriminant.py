@@ -40,7 +40,9 @@ class Discriminant:
 
     def scores(self, query: Query, records: Sequence[Record], space: KeySpace) -> np.ndarray:
         scores_N = np.full(len(records), np.nan)
-        sampled = [row for row, record in enumerate(records) if len(space.samples(record))]
+        # in one order, since every query brings the same adapters in another
+        rows = sorted(range(len(records)), key=lambda row: records[row].name)
+        sampled = [row for row in rows if len(space.samples(records[row]))]
         if not query.inputs or not sampled:
             return scores_N
         whitened = self._fitted([records[row] for row in sampled], space)
