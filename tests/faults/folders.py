@@ -1,9 +1,11 @@
 """Sound adapter folders of several formats, as file names and bytes: what the mutations start from."""
 
+import io
 import json
 import struct
 
 import numpy as np
+import torch
 
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, "U8": 1}
 
@@ -124,8 +126,38 @@ def _head():
     return {"adapter_config.json": settings, "adapter_model.safetensors": safetensors(tensors)}
 
 
+def _kohya():
+    path = "lora_unet_down_blocks_0_attentions_1_transformer_blocks_0_attn1_to_q"
+    tensors = {f"{path}.lora_down.weight": values(2, 5), f"{path}.lora_up.weight": values(7, 2, seed=1)}
+    tensors[f"{path}.alpha"] = "F32", (), struct.pack("<f", 3.0)
+    return {"style.safetensors": safetensors(tensors, {"ss_network_module": "networks.lora", "ss_tag_frequency": "{}"})}
+
+
+def _diffusers():
+    path = "unet.down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q"
+    tensors = {f"{path}.lora_A.weight": values(2, 5), f"{path}.lora_B.weight": values(7, 2, seed=1)}
+    return {"pytorch_lora_weights.safetensors": safetensors(tensors, {"format": "pt"})}
+
+
+def _fused():
+    path = "base_model.model.transformer.h.0.self_attention.query_key_value"
+    tensors = {f"{path}.lora_A.weight": values(4, 5), f"{path}.lora_B.weight": values(6, 2, 1, seed=1)}
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "enable_lora": [True, False, True], "fan_in_fan_out": True}
+    return {"adapter_config.json": text({**settings, "bias": "none"}), "adapter_model.safetensors": safetensors(tensors)}
+
+
+def _pickle():
+    tensors = {
+        name: torch.frombuffer(bytearray(content), dtype=torch.float32).reshape(shape).clone()
+        for name, (_, shape, content) in _lora().items()
+    }
+    file = io.BytesIO()
+    torch.save(tensors, file)
+    return {"adapter_config.json": config(), "adapter_model.bin": file.getvalue()}
+
+
 def folders():
-    """Name -> files of a folder that the hub takes."""
+    """Name -> files of a folder that the hub takes; "pickle" only with `allow_pickle`."""
     dora = safetensors(_lora(extra=[("lora_magnitude_vector.weight", 3)]))
     return {
         "plain": {"adapter_config.json": config(), "adapter_model.safetensors": safetensors(_lora())},
@@ -137,4 +169,8 @@ def folders():
         "head": _head(),
         "loha": _loha(),
         "lokr": _lokr(),
+        "kohya": _kohya(),
+        "diffusers": _diffusers(),
+        "fused": _fused(),
+        "pickle": _pickle(),
     }

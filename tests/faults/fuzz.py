@@ -67,19 +67,19 @@ class Limited:
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
-def taken(hub, folder, name):
+def taken(hub, folder, name, *, allow_pickle=True):
     """Adds the folder, reads it back and removes it; whether what was read is what was added."""
-    record = hub.add(folder, name=name)
+    record = hub.add(folder, name=name, allow_pickle=allow_pickle)
     same = hub[record.name].hash == record.hash
     hub.remove(record.name)
     return same
 
 
-def outcome(hub, folder, name, size_bytes):
+def outcome(hub, folder, name, size_bytes, *, allow_pickle=True):
     """(the class of what came of adding the folder, what is wrong with that or None)."""
     try:
         with Limited(size_bytes):
-            same = taken(hub, folder, name)
+            same = taken(hub, folder, name, allow_pickle=allow_pickle)
     except LoraweaveError as error:
         named = str(error)
         # a message is for people; it may quote a file, but not pour it out
@@ -112,7 +112,8 @@ def fuzz(folder, first, count):
             made = mutations.spoil(rng, files)
             put(files, folder / "case")
             size_bytes = sum(len(content) for content in files.values() if isinstance(content, bytes))
-            result, wrong = outcome(hub, folder / "case", rng.choice(NAMES), size_bytes)
+            consent = rng.random() < 0.5
+            result, wrong = outcome(hub, folder / "case", rng.choice(NAMES), size_bytes, allow_pickle=consent)
             outcomes[result] += 1
             made_by.update(made)
             if wrong or (number % 50 == 0 and strangers(folder)):

@@ -1,8 +1,10 @@
 """Ways to spoil an adapter folder: each takes a random generator and files (name -> bytes or Special), and changes one."""
 
+import io
 import json
 import pickle
 import struct
+import zipfile
 from dataclasses import dataclass
 
 import folders
@@ -254,6 +256,33 @@ def pickled(rng, files):
     files["adapter_model.bin"] = rng.choice([pickle.dumps(Canary()), LFS, b"", b"\x80\x04" + rng.randbytes(60)])
 
 
+def archive_changed(rng, files):
+    """An archive of torch.save whose pickle, data or entries are spoiled."""
+    with zipfile.ZipFile(io.BytesIO(files["adapter_model.bin"])) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    name = rng.choice(sorted(entries))
+    inner = next(entry for entry in entries if entry.endswith(".pkl"))
+    kind = rng.choice(["flip", "flip", "cut", "canary", "lose", "rename", "deflate", "splice"])
+    if kind == "flip":
+        flipped(rng, part := {name: entries[rng.choice([name, inner])]})
+        entries[name] = part[name]
+    elif kind == "cut":
+        cut_off(rng, entries)
+    elif kind == "canary":
+        entries[inner] = pickle.dumps(Canary(), protocol=2)
+    elif kind == "lose":
+        entries.pop(name)
+    elif kind == "rename":
+        entries[rng.choice(["../x", "/x", "", "a" * 300, "archive/data/99"])] = entries.pop(name)
+    elif kind == "splice":
+        spliced(rng, entries)
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED if kind == "deflate" else zipfile.ZIP_STORED) as archive:
+        for entry, content in entries.items():
+            archive.writestr(entry, content)
+    files["adapter_model.bin"] = file.getvalue()
+
+
 def special(rng, files):
     name = rng.choice(sorted(files))
     links = [Special("link", target) for target in ("/etc/passwd", "nowhere", name)]
@@ -291,7 +320,12 @@ MUTATIONS = [
     cut_off, flipped, flipped, spliced, extended, header_length, entry_changed, entry_changed, entry_changed, entries_moved,
     key_changed, key_twice, metadata_changed, header_replaced, data_changed, field_changed, field_changed, field_changed,
     type_changed, json_replaced, encoded_otherwise, card_replaced, index_changed, file_lost, stand_in, pickled, special,
+    archive_changed, archive_changed,
 ]  # fmt: skip
+
+
+# what a mutation runs into in a file that was spoiled before
+UNFIT = (LookupError, ValueError, TypeError, AttributeError, RecursionError, StopIteration, struct.error, zipfile.BadZipFile)
 
 
 def spoil(rng, files):
@@ -302,8 +336,7 @@ def spoil(rng, files):
         mutation = pattern_changed if rng.random() < 0.002 else rng.choice(MUTATIONS)
         try:
             mutation(rng, files)
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error, RecursionError):
-            # the file it wants was spoiled before
+        except UNFIT:
             continue
         made.append(mutation.__name__)
     return made

@@ -35,6 +35,13 @@ def fresh(path):
         hub.add(adapter(1), name="second name")
 
 
+def versioned(path):
+    """The same with a second version of one adapter."""
+    fresh(path)
+    with Hub(path) as hub:
+        hub.add(adapter(5), name="adapter 0", replace=True)
+
+
 def harmed(path):
     """The same with one blob flipped, so that adding its adapter again heals it."""
     fresh(path)
@@ -76,6 +83,11 @@ def _rebuild(path, tell=_nothing):
     tell()
 
 
+def _rolled_back(hub):
+    if hub.record("adapter 0").version == 2:
+        hub.rollback("adapter 0", 1)
+
+
 def _gone(hub, name):
     if name in hub:
         hub.remove(name)
@@ -114,6 +126,9 @@ CHANGES = {
     "remove": Change(fresh, _on_open_hub(lambda hub: _gone(hub, "adapter 0"))),
     "reindex": Change(fresh, _on_open_hub(lambda hub: hub.store_vectors("e", [("adapter 1", "d", np.ones(3))]))),
     "gc": Change(fresh, _on_open_hub(lambda hub: hub.gc())),
+    "add a version": Change(versioned, _on_open_hub(lambda hub: hub.add(adapter(6), name="adapter 0", replace=True))),
+    "roll back": Change(versioned, _on_open_hub(_rolled_back)),
+    "prune": Change(versioned, _on_open_hub(lambda hub: hub.prune("adapter 0"))),
     "migrate": Change(fresh, _on_open_hub(lambda hub: hub.generation), steps=(NEXT_STEP,)),
     "create": Change(emptied, _on_open_hub(lambda hub: hub.generation), readable=False),
     "rebuild": Change(headless, _rebuild, readable=False),
@@ -121,8 +136,11 @@ CHANGES = {
 
 
 def state(hub):
-    """What a user sees of the hub: adapters in order with content and texts, and whose vectors there are."""
-    listed = [(record.name, record.hash, record.description, record.tags) for record in hub.records()]
+    """What a user sees of the hub: adapters in order with all versions' content and texts, and whose vectors there are."""
+    listed = []
+    for newest in hub.records():
+        history = [(record.version, record.hash, record.description, record.tags) for record in hub.history(newest.name)]
+        listed.append((newest.name, *history))
     return [*listed, *sorted(hub.vectors("e"))]
 
 
@@ -135,9 +153,9 @@ def faults(path, allowed, *, may_be_harmed=False):
         if may_be_harmed and len(report.problems) <= 1:
             return wrong
         wrong += report.problems
-        for record in hub.records():
-            if hub[record.name].hash != record.hash:
-                wrong.append(f"{record.name!r} has another content")
+        for record in [record for newest in hub.records() for record in hub.history(newest.name)]:
+            if hub.get(record.name, version=record.version).hash != record.hash:
+                wrong.append(f"version {record.version} of {record.name!r} has another content")
         hub.gc()
         left = sorted(file.name for file in path.glob("tmp/*"))
         after = hub.verify()
