@@ -11,12 +11,14 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 import warnings
 from collections import Counter
 from pathlib import Path
 
 import folders
 import mutations
+import packed
 import torch
 
 from loraweave.errors import LoraweaveError
@@ -48,6 +50,16 @@ def put(files, folder):
             os.mkfifo(folder / name)
         else:
             (folder / name).mkdir()
+
+
+def keep(source, place):
+    place.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(
+            source, place / "case", symlinks=True, ignore=lambda _, names: [n for n in names if (source / n).is_fifo()]
+        )
+    else:
+        shutil.copy(source, place)
 
 
 class Limited:
@@ -91,10 +103,23 @@ def outcome(hub, folder, name, size_bytes, *, allow_pickle=True):
 
 def strangers(folder):
     """What lies in the sandbox and is neither the hub's nor the suite's."""
-    own = {"hub", "case", "failures"}
+    own = {"hub", "failures", "temporary"}
     hub = {"blobs", "tmp", "write.lock", "catalogue.sqlite", "catalogue.sqlite-wal", "catalogue.sqlite-shm"}
-    found = [path.name for path in folder.iterdir() if path.name not in own]
+    found = [path.name for path in folder.iterdir() if path.name not in own and not path.name.startswith("case")]
+    found += [path.name for path in (folder / "temporary").iterdir()]
     return found + [path.name for path in (folder / "hub").iterdir() if path.name not in hub]
+
+
+def case(rng, folder, files):
+    """Puts the files, spoiled, into a folder, or one time in eight into an archive; (source, size, what was done)."""
+    made = mutations.spoil(rng, files) if rng.random() < 0.9 else []
+    if rng.random() < 7 / 8:
+        put(files, folder / "case")
+        return folder / "case", sum(len(content) for content in files.values() if isinstance(content, bytes)), made
+    suffix, raw = packed.archive(rng, files)
+    source = folder / f"case{suffix}"
+    source.write_bytes(raw)
+    return source, len(raw), [*made, suffix]
 
 
 def fuzz(folder, first, count):
@@ -109,16 +134,14 @@ def fuzz(folder, first, count):
             rng = random.Random(number)
             kind = rng.choice(sorted(sound))
             files = dict(sound[kind])
-            made = mutations.spoil(rng, files)
-            put(files, folder / "case")
-            size_bytes = sum(len(content) for content in files.values() if isinstance(content, bytes))
+            source, size_bytes, made = case(rng, folder, files)
             consent = rng.random() < 0.5
-            result, wrong = outcome(hub, folder / "case", rng.choice(NAMES), size_bytes, allow_pickle=consent)
+            result, wrong = outcome(hub, source, rng.choice(NAMES), size_bytes, allow_pickle=consent)
             outcomes[result] += 1
             made_by.update(made)
             if wrong or (number % 50 == 0 and strangers(folder)):
                 failures.append([number, kind, made, wrong or strangers(folder)])
-                shutil.copytree(folder / "case", folder / "failures" / str(number), symlinks=True)
+                keep(source, folder / "failures" / str(number))
             if number % 500 == 0:
                 hub.gc()
         hub.gc()
@@ -145,6 +168,9 @@ def main():
     folder, count, first = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     # a path made from a name of the file would be relative to here
     os.chdir(folder)
+    # archives are unpacked there, and nothing may stay
+    (folder / "temporary").mkdir()
+    tempfile.tempdir = str(folder / "temporary")
     print(json.dumps(fuzz(folder, first, count)))
 
 
