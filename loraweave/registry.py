@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+import sys
 from typing import Any
 
 from loraweave.errors import UnknownName
@@ -39,8 +40,8 @@ def names(folder: str) -> list[str]:
 
 def get(folder: str, name: str) -> Any:
     """The function `name` or the class `Name` of the file `name.py` in a registry folder."""
-    known = names(folder)
-    if name not in known:
+    # a folder takes a millisecond to list, and reading an adapter asks for every format
+    if not _is_loaded(folder, name) and name not in (known := names(folder)):
         raise UnknownName(f"no {folder.removesuffix('s')} {name!r}{_nearest(name, known)}; there are {', '.join(known)}")
     module = importlib.import_module(f"{FOLDERS[folder]}.{name}")
     camel = "".join(part.capitalize() for part in name.split("_"))
@@ -48,6 +49,14 @@ def get(folder: str, name: str) -> Any:
         if hasattr(module, attribute):
             return getattr(module, attribute)
     raise UnknownName(f"{module.__name__} defines neither {name!r} nor {camel!r}")
+
+
+def _is_loaded(folder: str, name: str) -> bool:
+    """Whether the file of an entry has been imported; False for what is no entry."""
+    if folder not in FOLDERS or not name.isidentifier() or name.startswith("_") or name in SUPPORT.get(folder, set()):
+        return False
+    module = sys.modules.get(f"{FOLDERS[folder]}.{name}")
+    return module is not None and not hasattr(module, "__path__")
 
 
 def _nearest(name: str, known: list[str]) -> str:

@@ -55,6 +55,18 @@ def test_listing_names_imports_none_of_the_files(folder):
     assert registry.names("things") == ["broken"]
 
 
+def test_one_that_was_got_before_is_got_without_listing_the_folder_and_what_supports_others_never(folder, monkeypatch):
+    folder("plain", "def plain(): return 3")
+    folder("support", "def support(): return 4")
+    assert registry.get("things", "plain")() == 3
+    monkeypatch.setitem(registry.SUPPORT, "things", {"support"})
+    __import__("registry_fixture.support")
+    with pytest.raises(UnknownName, match="there are plain"):
+        registry.get("things", "support")
+    monkeypatch.setattr(registry, "names", None)
+    assert registry.get("things", "plain")() == 3
+
+
 def test_getting_one_imports_no_other(folder):
     folder("broken", "raise RuntimeError('imported')")
     folder("plain", "def plain(): return 3")
