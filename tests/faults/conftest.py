@@ -1,4 +1,4 @@
-"""Runs the suite's programs, which are processes of their own: they fork, and a process with threads must not."""
+"""Runs the parts of the suite in processes of their own: they fork, which a process with threads must not."""
 
 from __future__ import annotations
 
@@ -10,32 +10,48 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
+PROGRAM = Path(__file__).with_name("run.py")
+
+# the short form of every part, in one process, since starting it takes longer than most of them
+SHORT = {
+    "kill": ("kill", [10]),
+    "power": ("power", [8, 0]),
+    "unsynced": ("power", [3, 0, True]),
+    "failing": ("failing", [2]),
+    "crowd": ("crowd", [20, 3]),
+    "readonly": ("readonly", []),
+    "outsized": ("outsized", [5]),
+    "fuzz": ("fuzz", [5_000, 0]),
+}
+
+
+def reports(folder, parts, timeout_s):
+    # more threads would only take memory that is counted
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(PROGRAM), str(folder), json.dumps(parts)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="session")
+def short_reports(tmp_path_factory):
+    return dict(zip(SHORT, reports(tmp_path_factory.mktemp("faults"), list(SHORT.values()), 550), strict=True))
 
 
 @pytest.fixture
-def program(tmp_path):
-    """Calls a program of this folder with an empty folder and the arguments given, and returns what it prints as JSON."""
-
-    def run(name, *arguments, timeout_s=300):
-        command = [sys.executable, str(HERE / name), str(tmp_path), *map(str, arguments)]
-        # more threads would only take memory that is counted
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
-    return run
+def short(short_reports):
+    """What the short form of a part reports; the test is skipped where a part cannot run on this machine."""
+    return lambda part: _possible(short_reports[part])
 
 
 @pytest.fixture
-def tracing_program(program):
-    """The same for a program that traces its children; the test is skipped where that is not allowed."""
+def long(tmp_path):
+    """What a part reports with the arguments given."""
+    return lambda part, *arguments, timeout_s: _possible(reports(tmp_path, [(part, arguments)], timeout_s)[0])
 
-    def run(name, *arguments, timeout_s=300):
-        found = program(name, *arguments, timeout_s=timeout_s)
-        if not found:
-            pytest.skip("this machine lets no process trace its child by ptrace")
-        return found
 
-    return run
+def _possible(report):
+    if not report:
+        pytest.skip("this machine lets no process trace its child by ptrace")
+    return report

@@ -1,16 +1,9 @@
-"""A program of its own: many writers, readers, a long reader and gc on one hub at once; prints what they saw as JSON.
+"""Many writers, readers, a long reader and gc on one hub at once."""
 
-Its arguments are an empty folder, the number of writers, and how many adapters each adds.
-"""
-
-import json
 import os
-import sys
 import time
 from contextlib import suppress
-from pathlib import Path
 
-import torch
 import worlds
 
 import loraweave.hub.blob_files
@@ -71,9 +64,17 @@ def read(path, done):
                         yield f"{record.name} has another content"
 
 
+def report(folder, num_writers, count):
+    """What `num_writers` writers, who add `count` adapters each, two readers, a long reader and gc did to each other."""
+    loraweave.hub.blob_files.os = SlowRename()
+    try:
+        return crowd(folder, num_writers, count)
+    finally:
+        loraweave.hub.blob_files.os = os
+
+
 def crowd(folder, num_writers, count):
     path, done = folder / "hub", folder / "done"
-    loraweave.hub.blob_files.os = SlowRename()
     with Hub(path) as hub:
         hub.add(worlds.adapter(10**6), name="everyone's")
         hub.add(worlds.adapter(10**6 + 1), name="held")
@@ -113,12 +114,3 @@ def crowd(folder, num_writers, count):
             "long reader": before == after,
             "held": held.hash == worlds.adapter(10**6 + 1).hash,
         }
-
-
-def main():
-    torch.set_num_threads(1)
-    print(json.dumps(crowd(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,17 +1,10 @@
-"""A program of its own: has system calls of each change fail, and prints what it found as JSON.
-
-Its arguments are an empty folder, and the most calls of a change that fail, one a run; 0 for all. It reports nothing where
-a process may not trace its child, or on other machines than x86_64.
-"""
+"""Has system calls of each change fail. Nothing is reported where a process may not trace its child, nor off x86_64."""
 
 import errno
 import json
 import os
 import platform
-import sys
-from pathlib import Path
 
-import torch
 import traced
 import worlds
 from kill import copy, state
@@ -101,20 +94,11 @@ def fail_everywhere(folder, change, most, fault):
     return {"failures": num_calls if not most else min(most, num_calls), "named": named, "bad": bad[:3], "num_bad": len(bad)}
 
 
-def main():
-    torch.set_num_threads(1)
-    folder, most = Path(sys.argv[1]), int(sys.argv[2])
+def report(folder, most):
+    """Has up to `most` calls of each change fail by each fault, one a run; with 0 every such call."""
     able = traced.can_trace() and platform.machine() == "x86_64"
-    print(
-        json.dumps(
-            {
-                f"{name}, {fault}": fail_everywhere(folder / name / fault, change, most, fault)
-                for name, change in (worlds.CHANGES.items() if able else ())
-                for fault in FAULTS
-            }
-        )
-    )
-
-
-if __name__ == "__main__":
-    main()
+    return {
+        f"{name}, {fault}": fail_everywhere(folder / name / fault, change, most, fault)
+        for name, change in (worlds.CHANGES.items() if able else ())
+        for fault in FAULTS
+    }

@@ -1,25 +1,22 @@
-"""A program of its own: adds mutated adapter folders to a hub, each under a limit of time and memory, and prints JSON.
+"""Adds mutated adapter folders to a hub, each under a limit of time and memory.
 
-Its arguments are an empty folder, the number of cases, and the number of the first. The hub must take a folder or refuse it
-with an error of loraweave's; anything else is a failure, whose folder is kept in `failures/`.
+The hub must take a folder or refuse it with an error of loraweave's; anything else is a failure.
 """
 
-import json
 import os
 import random
 import resource
 import shutil
 import signal
-import sys
 import tempfile
 import warnings
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import folders
 import mutations
 import packed
-import torch
 
 from loraweave.errors import LoraweaveError
 from loraweave.hub.hub import Hub
@@ -65,14 +62,15 @@ def keep(source, place):
 class Limited:
     """Limits time and address space while it is entered."""
 
-    def __init__(self, size_bytes):
-        self.size_bytes = size_bytes
+    def __init__(self, size_bytes, *, allowance_bytes=ALLOWANCE_BYTES, seconds=LIMIT_S):
+        self.size_bytes = 2 * size_bytes + allowance_bytes
+        self.seconds = seconds
 
     def __enter__(self):
         with open("/proc/self/statm") as file:
             now = int(file.read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (now + 2 * self.size_bytes + ALLOWANCE_BYTES, resource.RLIM_INFINITY))
-        signal.setitimer(signal.ITIMER_REAL, LIMIT_S)
+        resource.setrlimit(resource.RLIMIT_AS, (now + self.size_bytes, resource.RLIM_INFINITY))
+        signal.setitimer(signal.ITIMER_REAL, self.seconds)
 
     def __exit__(self, *_):
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -87,10 +85,10 @@ def taken(hub, folder, name, *, allow_pickle=True):
     return same
 
 
-def outcome(hub, folder, name, size_bytes, *, allow_pickle=True):
+def outcome(hub, folder, name, limits, *, allow_pickle=True):
     """(the class of what came of adding the folder, what is wrong with that or None)."""
     try:
-        with Limited(size_bytes):
+        with limits:
             same = taken(hub, folder, name, allow_pickle=allow_pickle)
     except LoraweaveError as error:
         named = str(error)
@@ -136,7 +134,7 @@ def fuzz(folder, first, count):
             files = dict(sound[kind])
             source, size_bytes, made = case(rng, folder, files)
             consent = rng.random() < 0.5
-            result, wrong = outcome(hub, source, rng.choice(NAMES), size_bytes, allow_pickle=consent)
+            result, wrong = outcome(hub, source, rng.choice(NAMES), Limited(size_bytes), allow_pickle=consent)
             outcomes[result] += 1
             made_by.update(made)
             if wrong or (number % 50 == 0 and strangers(folder)):
@@ -157,22 +155,29 @@ def fuzz(folder, first, count):
     }
 
 
+@contextmanager
+def prepared(folder):
+    """A process in which cases can be limited, and which works in `folder`, where whatever is left behind is found."""
+    before = Path.cwd(), tempfile.tempdir
+    signal.signal(signal.SIGALRM, too_slow)
+    # a path made from a name of the file would be relative to here; archives are unpacked in the other
+    os.chdir(folder)
+    (folder / "temporary").mkdir()
+    tempfile.tempdir = str(folder / "temporary")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        os.chdir(before[0])
+        tempfile.tempdir = before[1]
+
+
 def too_slow(*_):
     raise TooSlow
 
 
-def main():
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    signal.signal(signal.SIGALRM, too_slow)
-    folder, count, first = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    # a path made from a name of the file would be relative to here
-    os.chdir(folder)
-    # archives are unpacked there, and nothing may stay
-    (folder / "temporary").mkdir()
-    tempfile.tempdir = str(folder / "temporary")
-    print(json.dumps(fuzz(folder, first, count)))
-
-
-if __name__ == "__main__":
-    main()
+def report(folder, count, first):
+    """Adds `count` cases, from the number `first` on. The folder of a failure is kept in `failures/<number>`."""
+    with prepared(folder):
+        return fuzz(folder, first, count)

@@ -1,16 +1,8 @@
-"""A program of its own: kills a process at system calls of each change, and prints what it found as JSON.
+"""Kills a process at system calls of each change. Nothing is reported where a process may not trace its child."""
 
-Its arguments are an empty folder, and the most kills that a change gets; 0 kills at every system call. It reports nothing
-where a process may not trace its child.
-"""
-
-import json
 import os
 import shutil
-import sys
-from pathlib import Path
 
-import torch
 import traced
 import worlds
 
@@ -83,12 +75,7 @@ def kill_everywhere(folder, change, most):
     return {"kills": kills, "bad": bad[:3]}
 
 
-def main():
-    torch.set_num_threads(1)
-    folder, most = Path(sys.argv[1]), int(sys.argv[2])
+def report(folder, most):
+    """Kills each change at up to `most` system calls that change files, or with 0 at every system call."""
     changes = worlds.CHANGES if traced.can_trace() else {}
-    print(json.dumps({name: kill_everywhere(folder / name, change, most) for name, change in changes.items()}))
-
-
-if __name__ == "__main__":
-    main()
+    return {name: kill_everywhere(folder / name, change, most) for name, change in changes.items()}

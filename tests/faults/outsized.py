@@ -1,17 +1,9 @@
-"""A program of its own: reads folders that ask for far more than they hold, under a limit of memory, and prints JSON.
-
-Its arguments are an empty folder and how many of the cases to run. The result of each is the class of its error, or "added".
-"""
+"""Reads folders that ask for far more than they hold, under a limit of memory."""
 
 import json
-import signal
-import sys
-import warnings
-from pathlib import Path
 
 import folders
 import fuzz
-import torch
 
 from loraweave.hub.hub import Hub
 
@@ -71,14 +63,10 @@ CASES = {
 }
 
 
-def main():
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    signal.signal(signal.SIGALRM, fuzz.too_slow)
-    fuzz.ALLOWANCE_BYTES, fuzz.LIMIT_S = 256 * 2**20, 60.0
-    folder, count = Path(sys.argv[1]), int(sys.argv[2])
+def report(folder, count):
+    """The class of the error of each of the first `count` cases, or "added", and what is wrong with that."""
     found = {}
-    with Hub(folder / "hub") as hub:
+    with fuzz.prepared(folder), Hub(folder / "hub") as hub:
         for files in folders.folders().values():
             # the first call imports, which is not the folder's doing
             fuzz.put(files, folder / "case")
@@ -86,9 +74,6 @@ def main():
         for name, make in list(CASES.items())[:count]:
             files = make()
             fuzz.put(files, folder / "case")
-            found[name] = fuzz.outcome(hub, folder / "case", None, sum(map(len, files.values())))
-    print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()
+            limits = fuzz.Limited(sum(map(len, files.values())), allowance_bytes=256 * 2**20, seconds=60.0)
+            found[name] = fuzz.outcome(hub, folder / "case", None, limits)
+    return found

@@ -1,19 +1,10 @@
-"""A program of its own: records each change of the hub, cuts the power after its calls, and prints what it found as JSON.
-
-Its arguments are an empty folder, of how many calls one is followed by a cut, and how many losses are drawn at random after
-each beside the four extreme ones. With `--unsynced` an add forgets to sync its blob. It reports nothing where a process may
-not trace its child.
-"""
+"""Records each change of the hub and cuts the power after its calls. Nothing is reported where a process may not trace."""
 
 import hashlib
-import json
 import os
 import random
 import shutil
-import sys
-from pathlib import Path
 
-import torch
 import traced
 import worlds
 from kill import copy, faults, state
@@ -86,15 +77,16 @@ class Unsynced:
         return (lambda descriptor: None) if name == "fsync" else getattr(os, name)
 
 
-def main():
-    torch.set_num_threads(1)
-    folder, every, num_random = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+def report(folder, every, num_random, unsynced=False):
+    """Cuts the power after one of `every` calls of each change; with `unsynced` an add forgets to sync its blob.
+
+    `num_random` losses are drawn after each call beside the four extreme ones.
+    """
     changes = worlds.CHANGES if traced.can_trace() else {}
-    if "--unsynced" in sys.argv:
-        blob_files.os = Unsynced()
+    if unsynced:
         changes = {name: change for name, change in changes.items() if name == "add"}
-    print(json.dumps({name: lose_power(folder / name, change, every, num_random) for name, change in changes.items()}))
-
-
-if __name__ == "__main__":
-    main()
+        blob_files.os = Unsynced()
+    try:
+        return {name: lose_power(folder / name, change, every, num_random) for name, change in changes.items()}
+    finally:
+        blob_files.os = os

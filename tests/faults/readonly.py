@@ -1,7 +1,4 @@
-"""A program of its own: opens a hub in a folder that really cannot be written, as another user where it is root.
-
-Its argument is an empty folder, which it does not use: that may lie where another user cannot reach it. Prints JSON.
-"""
+"""Opens a hub in a folder that really cannot be written, as another user where it is root."""
 
 import json
 import os
@@ -9,7 +6,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import torch
 import worlds
 
 from loraweave.errors import HubReadOnly
@@ -62,24 +58,19 @@ def unprivileged(work):
     return said
 
 
-def main():
-    torch.set_num_threads(1)
+def report(folder):
+    """What reading and writing said, and whether the hub is byte for byte what it was. `folder` may be closed to others."""
     root = Path(tempfile.mkdtemp())
     try:
         path = root / "hub"
         worlds.fresh(path)
-        for folder, _, files in os.walk(root):
-            os.chmod(folder, 0o555)
+        for parent, _, files in os.walk(root):
+            os.chmod(parent, 0o555)
             for name in files:
-                os.chmod(os.path.join(folder, name), 0o444)
+                os.chmod(os.path.join(parent, name), 0o444)
         before = contents(path)
-        found = {"said": unprivileged(lambda: attempts(path)), "unchanged": contents(path) == before}
+        return {"said": unprivileged(lambda: attempts(path)), "unchanged": contents(path) == before}
     finally:
-        for folder, _, _ in os.walk(root):
-            os.chmod(folder, 0o755)
+        for parent, _, _ in os.walk(root):
+            os.chmod(parent, 0o755)
         shutil.rmtree(root)
-    print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()

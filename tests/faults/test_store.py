@@ -115,8 +115,8 @@ def test_a_hub_of_the_first_schema_is_brought_up_to_date_with_a_backup_and_every
     assert (tmp_path / "catalogue.sqlite.v1.backup").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_read_and_every_change_is_refused_by_name(program):
-    found = program("readonly.py")
+def test_a_folder_that_cannot_be_written_is_read_and_every_change_is_refused_by_name(short):
+    found = short("readonly")
     assert found["unchanged"]
     said = found["said"]
     assert said["names"] == ["adapter 0", "adapter 1", "adapter 2", "second name"]
@@ -132,11 +132,11 @@ def require_undisturbed(found):
     assert (found["described"], found["long reader"], found["held"]) == (True, True, True)
 
 
-def test_twenty_writers_with_slow_renames_lose_nothing_beside_readers_and_gc(program):
-    require_undisturbed(program("crowd.py", 20, 3))
+def test_twenty_writers_with_slow_renames_lose_nothing_beside_readers_and_gc(short):
+    require_undisturbed(short("crowd"))
 
 
 @pytest.mark.faults_long
 @pytest.mark.timeout(3600)
-def test_twenty_writers_lose_nothing_for_minutes(program):
-    require_undisturbed(program("crowd.py", 20, 60, timeout_s=3500))
+def test_twenty_writers_lose_nothing_for_minutes(long):
+    require_undisturbed(long("crowd", 20, 60, timeout_s=3500))
