@@ -13,8 +13,8 @@ import hashlib
 import importlib.util
 import json
 import logging
-import math
 import operator
+import sys
 import weakref
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -384,7 +384,9 @@ def checked_count(k: Any) -> int:
 
 def checked_threshold(min_score: Any) -> None:
     """RetrievalError when the threshold is neither None nor a finite number."""
-    if min_score is not None and not (isinstance(min_score, int | float | np.number) and math.isfinite(min_score)):
+    # compared, since math.isfinite fails for a whole number that no float can hold
+    limit: Any = sys.float_info.max
+    if min_score is not None and not (isinstance(min_score, int | float | np.number) and -limit <= min_score <= limit):
         raise RetrievalError(f"min_score is {min_score!r}; it must be a finite number, or None for no threshold")
 
 

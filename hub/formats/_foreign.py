@@ -6,7 +6,7 @@ is as strict as the reader of LoRA folders: safetensors only, sizes checked firs
 
 from __future__ import annotations
 
-import math
+import sys
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -164,7 +164,8 @@ class Config:
         return found[layer]
 
     def _number(self, value: Any, name: str) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        # compared, since math.isfinite fails for a whole number that no float can hold
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
             raise AdapterCorrupt(f"{self.folder}: {name} is {_short(value)}, not a finite number")
         return float(value)
 

@@ -100,3 +100,10 @@ def test_a_small_file_that_stands_for_a_matrix_beyond_memory_is_refused_by_name(
     monkeypatch.setattr(Lokr, "update", update)
     with pytest.raises(AdapterUnsupported, match=r"layer 'layers.0.q_proj': its LOKR form .*more memory"):
         Adapter.from_pretrained(put(sound["lokr"]))
+
+
+def test_a_whole_number_that_no_float_can_hold_is_refused_by_name(sound, put):
+    table = json.loads(sound["lokr"][CONFIG])
+    folder = put({**sound["lokr"], CONFIG: json.dumps({**table, "alpha": 10**400}).encode()})
+    with pytest.raises(AdapterCorrupt, match=r"alpha is 1000\d+\.\.\., not a finite number"):
+        Adapter.from_pretrained(folder)

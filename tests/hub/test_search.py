@@ -270,7 +270,7 @@ def test_hub_search_gives_nothing_for_k_zero_or_when_nothing_reaches_the_thresho
     assert hub.search("nothing known", min_score=0.1) == []
 
 
-@pytest.mark.parametrize("min_score", [float("nan"), float("inf"), "0.5"])
+@pytest.mark.parametrize("min_score", [float("nan"), float("inf"), 10**400, "0.5"])
 def test_a_threshold_that_is_no_finite_number_is_refused(hub, by_counts, min_score):
     with pytest.raises(RetrievalError, match="min_score is "):
         hub.search("sum", min_score=min_score)
