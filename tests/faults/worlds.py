@@ -10,11 +10,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from loraweave.hub import migrations
+from loraweave.hub import migrations, search
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 from loraweave.hub.rebuild import rebuild
 from loraweave.types import Factors
+
+# so that a hub of a few adapters has an index file too
+search.MIN_SAVED = 1
 
 NEXT_STEP = ("CREATE TABLE later (id INTEGER PRIMARY KEY)", "INSERT INTO later VALUES (1)")
 
@@ -83,6 +86,12 @@ def _rebuild(path, tell=_nothing):
     tell()
 
 
+def _indexed(hub):
+    """A search, which keeps its keys in the catalogue and its index in a file."""
+    index = search.SearchIndex(hub, embedder="hashing", index="flat")
+    index.hits(index.embed(["task 1"]), 3)
+
+
 def _rolled_back(hub):
     if hub.record("adapter 0").version == 2:
         hub.rollback("adapter 0", 1)
@@ -120,6 +129,8 @@ class Change:
 CHANGES = {
     "add": Change(fresh, _on_open_hub(lambda hub: hub.add(adapter(9), description="new"))),
     "add known content": Change(fresh, _on_open_hub(lambda hub: hub.add(adapter(0), name="third name"))),
+    "add many": Change(fresh, _on_open_hub(lambda hub: hub.add_many([adapter(seed) for seed in (7, 0, 8)]))),
+    "search": Change(fresh, _on_open_hub(_indexed)),
     "heal": Change(harmed, _on_open_hub(lambda hub: hub.add(adapter(0)))),
     "update": Change(fresh, _on_open_hub(lambda hub: hub.update("adapter 0", description="new", tags=["b"]))),
     "rename": Change(fresh, _on_open_hub(lambda hub: hub.rename("adapter 0", "new") if "adapter 0" in hub else None)),
