@@ -106,6 +106,6 @@ def _is_folder(path: Path) -> bool:
 
 def _is_weights(path: Path) -> bool:
     try:
-        return path.suffix == ".safetensors" and path.is_file()
+        return path.suffix in (".safetensors", ".bin", ".ckpt", ".pt", ".pth") and path.is_file()
     except OSError:
         return False

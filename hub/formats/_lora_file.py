@@ -18,13 +18,16 @@ from loraweave.hub.fingerprint import fingerprint
 from loraweave.hub.formats._card import base_model_of_readme, read_card
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._conversion import MAX_ERROR, Bound, cut
-from loraweave.hub.formats._files import listing
+from loraweave.hub.formats._files import listing, opened
 from loraweave.hub.formats._peft_files import WEIGHTS
+from loraweave.hub.formats._pickle import read_pickle, texts_in_pickle
 from loraweave.hub.formats._placing import BaseNames, Placement, divided
 from loraweave.hub.formats._safetensors import FLOATS, INTEGERS, file_metadata, read_tensors, tensor_names
 from loraweave.hub.formats._updates import MATRICES, rank_of, update_of
 from loraweave.types import Factors
 
+# as diffusers and NeMo name them
+PICKLES = ("pytorch_lora_weights.bin", "model_weights.ckpt")
 MAX_FILES = 64
 MAX_NOTES = 40
 MAX_NOTE_TEXT = 400
@@ -64,9 +67,9 @@ class FileFormat(ABC):
         return base_model_of_readme(source) if source.is_dir() else ""
 
     @classmethod
-    def recognises(cls, source: Path) -> bool:
-        """Whether `source` is a file of this layout, or a folder that holds one."""
-        return bool(cls._files(source))
+    def recognises(cls, source: Path, *, allow_pickle: bool = False) -> bool:
+        """Whether `source` is a file of this layout, or a folder that holds one; pickles count with `allow_pickle`."""
+        return bool(cls._files(source, allow_pickle))
 
     @classmethod
     def read(
@@ -84,9 +87,9 @@ class FileFormat(ABC):
         `ForeignFormat.read`. The base model's id is what the folder's README names. Raises AdapterUnsupported for names
         that cannot be mapped without a guess, for several such files in one folder, and for an adapter without effect.
         """
-        folder, name = cls._file(Path(source))
+        folder, name = cls._file(Path(source), allow_pickle)
         where, bound = str(folder / name), Bound(rank, max_error)
-        metadata = file_metadata(folder, name)
+        metadata = {} if is_pickle(name) else file_metadata(folder, name)
         held, dtypes = cls._held(folder, name)
         scales = cls.scales(held, metadata, where)
         base = None if model is None else BaseNames(model)
@@ -111,21 +114,24 @@ class FileFormat(ABC):
         return Contents(cls.base_id(Path(source)), layers, own_print, card)
 
     @classmethod
-    def _files(cls, source: Path) -> list[str]:
+    def _files(cls, source: Path, allow_pickle: bool = False) -> list[str]:
         found = []
         for folder, name in lora_files(source):
+            if is_pickle(name) and not allow_pickle:
+                continue
             try:
-                if cls.knows(tensor_names(folder, name)):
+                if cls.knows(texts_in_pickle(folder, name) if is_pickle(name) else tensor_names(folder, name)):
                     found.append(name)
-            except AdapterCorrupt:
+            except (AdapterCorrupt, AdapterUnsupported):
                 continue
         return found
 
     @classmethod
-    def _file(cls, source: Path) -> tuple[Path, str]:
+    def _file(cls, source: Path, allow_pickle: bool) -> tuple[Path, str]:
         if source.is_file():
+            refuse_pickle(source.parent, source.name, allow_pickle)
             return source.parent, source.name
-        found = cls._files(source)
+        found = cls._files(source, allow_pickle)
         if len(found) > 1:
             raise AdapterUnsupported(
                 f"{source}: {len(found)} files in it are adapters: {', '.join(found[:12])}; give the path of one, for "
@@ -142,7 +148,9 @@ class FileFormat(ABC):
         where = str(folder / name)
         held: dict[str, dict[str, Tensor]] = defaultdict(dict)
         dtypes: set[str] = set()
-        for key, dtype, tensor in read_tensors(folder, [name], integers=True):
+        pickled = is_pickle(name)
+        stored = read_pickle(folder, name, integers=True) if pickled else read_tensors(folder, [name], integers=True)
+        for key, dtype, tensor in stored:
             place = cls.split(key)
             if place is None:
                 raise AdapterUnsupported(
@@ -163,17 +171,37 @@ class FileFormat(ABC):
 
 
 def lora_files(source: Path) -> list[tuple[Path, str]]:
-    """(folder, name) of the safetensors files that `source` is or holds, PEFT's own and our own aside."""
+    """(folder, name) of the files of weights that `source` is or holds, PEFT's own and our own aside.
+
+    Of pickles in a folder only those by the names that diffusers and NeMo give them, where no safetensors stand for them.
+    """
     if source.is_file():
         return [(source.parent, source.name)]
     try:
-        names = sorted(path.name for path in source.iterdir() if path.suffix == ".safetensors")
+        held = sorted(path.name for path in source.iterdir())
     except OSError:
         return []
-    others = [
-        name for name in names if name not in (WEIGHTS, "compeft.safetensors") and not name.startswith("adapter_model-")
-    ]
-    return [(source, name) for name in others[:MAX_FILES]]
+    names = [name for name in held if name.endswith(".safetensors")]
+    own = (WEIGHTS, "compeft.safetensors")
+    others = [name for name in names if name not in own and not name.startswith("adapter_model-")]
+    pickles = [name for name in PICKLES if name in held and f"{Path(name).stem}.safetensors" not in names]
+    return [(source, name) for name in [*others[:MAX_FILES], *pickles]]
+
+
+def is_pickle(name: str) -> bool:
+    return not name.endswith(".safetensors")
+
+
+def refuse_pickle(folder: Path, name: str, allow_pickle: bool) -> None:
+    """Raises AdapterUnsupported for a pickle without consent, with the ways out."""
+    if is_pickle(name) and not allow_pickle:
+        with opened(folder, name):
+            # for the checks alone: a git-LFS pointer of that name needs another way out
+            pass
+        raise AdapterUnsupported(
+            f"{folder / name} is a pickle, which can run code when it is read; have it read by the safe loader: "
+            "allow_pickle=True (--allow-pickle in the shell), or save its tensors as safetensors"
+        )
 
 
 def _alpha(parts: Parts, where: str, module: str) -> float:

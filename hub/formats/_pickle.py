@@ -53,6 +53,13 @@ def read_pickle(folder: Path, name: str, *, integers: bool = False) -> Iterator[
         yield key, _NAMES[tensor.dtype], tensor.float().contiguous() if tensor.is_floating_point() else tensor.long()
 
 
+def texts_in_pickle(folder: Path, name: str) -> list[str]:
+    """The texts in the file's pickle, the tensors' names among them; nothing is built. Raises as `read_pickle` does."""
+    with opened(folder, name) as (file, size):
+        where = f"{folder}: {name}"
+        return _check_classes(_pickle_in(file, size, where), where)
+
+
 def _pickle_in(file: BinaryIO, size: int, where: str) -> bytes:
     """The archive's pickle, after checking that its entries are stored plainly and fit into the file."""
     try:
@@ -79,8 +86,9 @@ def _pickle_in(file: BinaryIO, size: int, where: str) -> bytes:
         ) from error
 
 
-def _check_classes(raw: bytes, where: str) -> None:
-    num_tensors = 0
+def _check_classes(raw: bytes, where: str) -> list[str]:
+    """The texts of the pickle, once every class that it names is an allowed one."""
+    num_tensors, texts = 0, []
     try:
         for opcode, argument, _ in pickletools.genops(raw):
             named = opcode.name == "GLOBAL"
@@ -91,12 +99,14 @@ def _check_classes(raw: bytes, where: str) -> None:
                     "is built. Save the tensors alone, as safetensors"
                 )
             num_tensors += opcode.name == "BINPERSID"
+            texts += [str(argument)] if opcode.name == "BINUNICODE" else []
     except AdapterUnsupported:
         raise
     except Exception as error:  # genops raises several kinds for a pickle that was cut off
         raise AdapterCorrupt(f"{where} holds a damaged pickle: {error}") from error
     if num_tensors > MAX_TENSORS:
         raise AdapterCorrupt(f"{where} holds {num_tensors} tensors, more than the limit of {MAX_TENSORS}")
+    return texts
 
 
 def _check_table(table: object, size: int, where: str, dtypes: object) -> None:

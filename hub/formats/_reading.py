@@ -18,9 +18,10 @@ from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._conversion import MAX_ERROR, Bound, cut
 from loraweave.hub.formats._files import present, read_json
 from loraweave.hub.formats._foreign import ForeignFormat
-from loraweave.hub.formats._lora_file import FileFormat, lora_files
+from loraweave.hub.formats._lora_file import PICKLES, FileFormat, is_pickle, lora_files, refuse_pickle
 from loraweave.hub.formats._nested import adapter_folder
 from loraweave.hub.formats._peft_files import CONFIG
+from loraweave.hub.formats._pickle import texts_in_pickle
 from loraweave.hub.formats._safetensors import tensor_names
 from loraweave.hub.formats._unchanged import unchanged
 from loraweave.hub.formats.base_change import BaseChange
@@ -78,7 +79,9 @@ def read(
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter of any format; says nothing about its state."""
-    return Peft.recognises(folder) or any(layout.recognises(folder) for layout in _own_formats())
+    # a pickle that is not opened here is one by its name
+    pickled = any(name in PICKLES for _, name in lora_files(folder))
+    return Peft.recognises(folder) or pickled or any(layout.recognises(folder) for layout in _own_formats())
 
 
 def _read(folder: Path, model: nn.Module | None, rank: int | None, max_error: float, allow_pickle: bool) -> Contents:
@@ -94,12 +97,15 @@ def _read(folder: Path, model: nn.Module | None, rank: int | None, max_error: fl
         return foreign.read(folder, model=model, rank=rank, max_error=max_error, allow_pickle=allow_pickle)
     if kind is None:
         for layout in _own_formats():
-            if layout.recognises(folder):
-                if issubclass(layout, FileFormat):
-                    contents: Contents = layout.read(folder, model=model, rank=rank, max_error=max_error)
+            if issubclass(layout, FileFormat):
+                if layout.recognises(folder, allow_pickle=allow_pickle):
+                    contents: Contents = layout.read(
+                        folder, model=model, rank=rank, max_error=max_error, allow_pickle=allow_pickle
+                    )
                     return contents
+            elif layout.recognises(folder):
                 return _cut(layout.read(folder), bound, folder)
-        _refuse_unknown_file(folder)
+        _refuse_unknown_file(folder, allow_pickle)
     return _cut(Peft.read(folder, allow_pickle=allow_pickle), bound, folder)
 
 
@@ -122,18 +128,19 @@ def _own_formats() -> Iterator[Any]:
             yield layout
 
 
-def _refuse_unknown_file(source: Path) -> None:
+def _refuse_unknown_file(source: Path, allow_pickle: bool) -> None:
     """Raises for a file, or a folder with one, whose tensors have names of no layout; AdapterCorrupt for a damaged one."""
     files = [] if Peft.recognises(source) else lora_files(source)
     if not files:
         return
     folder, name = files[0]
-    names = tensor_names(folder, name)
     if source.is_file() and Peft.recognises(folder):
         raise AdapterUnsupported(f"{source} is the weights alone of an adapter whose folder has its config: give {folder}")
+    refuse_pickle(folder, name, allow_pickle)
+    names = texts_in_pickle(folder, name) if is_pickle(name) else tensor_names(folder, name)
     layouts = [known for known in registry.names("formats") if issubclass(registry.get("formats", known), FileFormat)]
     raise AdapterUnsupported(
-        f"{folder / name}: its {len(names)} tensors have names of no known layout ({', '.join(layouts)}): "
+        f"{folder / name}: its tensors have names of no known layout ({', '.join(layouts)}): "
         f"{', '.join(map(repr, names[:3]))}; without a config, nothing says which layers of which model they update"
     )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from loraweave.errors import AdapterCorrupt, HubError
 
 SUFFIXES = {".json", ".safetensors", ".md"}
-NAMES = {"adapter_model.bin"}
+NAMES = {"adapter_model.bin", "pytorch_lora_weights.bin", "model_weights.ckpt"}
 # a file written so lately may be written again without another time: clocks of file systems have coarse steps
 FRESH_S = 2.0
 

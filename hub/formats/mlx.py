@@ -37,11 +37,11 @@ class Mlx(FileFormat):
         return any(name.endswith(".lora_a") for name in names)
 
     @classmethod
-    def recognises(cls, source: Path) -> bool:
+    def recognises(cls, source: Path, *, allow_pickle: bool = False) -> bool:
         """Whether `source` is such a file or folder, with MLX's config beside the weights."""
         folder = source.parent if source.is_file() else source
         try:
-            return _fields(folder) is not None and super().recognises(source)
+            return _fields(folder) is not None and super().recognises(source, allow_pickle=allow_pickle)
         except AdapterCorrupt:
             return False
 
@@ -90,8 +90,8 @@ class Mlx(FileFormat):
         return named if isinstance(named, str) and len(named) < 500 else super().base_id(source)
 
     @classmethod
-    def _files(cls, source: Path) -> list[str]:
-        found = super()._files(source)
+    def _files(cls, source: Path, allow_pickle: bool = False) -> list[str]:
+        found = super()._files(source, allow_pickle)
         # numbered checkpoints lie beside the last state
         return [WEIGHTS] if WEIGHTS in found else found
 

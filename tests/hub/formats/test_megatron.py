@@ -127,3 +127,14 @@ def test_what_cannot_be_told_is_refused_by_name(tmp_path, model, case):
 def test_without_the_base_nothing_says_how_the_projection_divides(tmp_path):
     with pytest.raises(AdapterUnsupported, match=r"fused projections.*model=model"):
         Adapter.from_pretrained(put(tmp_path, {QKV: FITS}))
+
+
+def test_the_pickle_of_an_unpacked_nemo_file_is_read_on_consent(tmp_path, model):
+    module = f"{NEMO}self_attention.adapter_layer.lora_dense_attention_adapter"
+    down, up = pair(HIDDEN, HEADS * SIZE, 1)
+    torch.save({f"{module}.linear_in.weight": down, f"{module}.linear_out.weight": up}, tmp_path / "model_weights.ckpt")
+    (tmp_path / "model_config.yaml").write_text(f"peft:\n  lora_tuning:\n    adapter_dim: {RANK}\n")
+    adapter = Adapter.from_pretrained(tmp_path, model=model, allow_pickle=True)
+    torch.testing.assert_close(adapter.delta("model.layers.1.self_attn.o_proj"), up @ down, rtol=1e-5, atol=1e-5)
+    with pytest.raises(AdapterUnsupported, match="allow_pickle=True"):
+        Adapter.from_pretrained(tmp_path, model=model)
