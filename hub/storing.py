@@ -36,9 +36,8 @@ def store(
     with catalogue.locked(doing):
         with catalogue.reading() as connection:
             existing = rows.find(connection, record.name)
-        record = beside(existing, record, as_version=as_version)
-        with catalogue.reading() as connection:
             other_base = known_bases.contradiction(connection, record)
+        record = beside(existing, record, as_version=as_version)
         stored = _store(catalogue, blobs, adapter, record, existing, stored_as, figures)
     if other_base:
         warn_of_base(record, other_base)

@@ -73,8 +73,14 @@ def record_row(record: Record) -> dict[str, Any]:
         "description",
         "size_bytes",
         "created",
+        "language",
+        "version",
+        "restored",
+        "base_revision",
     )
-    return {name: plain(getattr(record, name)) for name in names}
+    source = record.source and {"location": record.source.location, "revision": record.source.revision}
+    shown = {name: plain(getattr(record, name)) for name in names}
+    return {**shown, "source": source, "parents": plain(record.parents)}
 
 
 def plain(value: Any) -> Any:

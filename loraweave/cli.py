@@ -31,6 +31,7 @@ from loraweave.cli_hub import DEFAULT_HUB, HubOption, JsonOption, hub
 from loraweave.cli_merge import MERGE_EXAMPLE, merge
 from loraweave.cli_quarantine import QUARANTINE_EXAMPLE, RELEASE_EXAMPLE, quarantine, release
 from loraweave.cli_tree import TREE_EXAMPLE, add_tree
+from loraweave.cli_versions import versions
 
 BaseOption = Annotated[
     str | None, typer.Option("--base", metavar="MODEL", help="Base model: a folder or hub id; the embedded one by default.")
@@ -55,6 +56,7 @@ app = typer.Typer(
 hub.command("add-tree", epilog=TREE_EXAMPLE)(add_tree)
 hub.command(epilog=QUARANTINE_EXAMPLE)(quarantine)
 hub.command(epilog=RELEASE_EXAMPLE)(release)
+hub.add_typer(versions)
 app.add_typer(hub, name="hub")
 app.command(epilog=MERGE_EXAMPLE)(merge)
 

@@ -38,7 +38,11 @@ def add(
         ),
     ] = None,
     tag: Annotated[list[str] | None, typer.Option(help="A tag; may be given several times.")] = None,
-    license: Annotated[str | None, typer.Option(help="SPDX id, for instance Apache-2.0.")] = None,
+    license: Annotated[str | None, typer.Option(help="SPDX expression, for instance Apache-2.0.")] = None,
+    language: Annotated[list[str] | None, typer.Option(help="A language code; may be given several times.")] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Make it the next version where the name stands for another adapter.")
+    ] = False,
     base_model: Annotated[str | None, typer.Option(help="The base model, where the adapter does not say it.")] = None,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read weights that are only in a .bin, by torch's safe loader.")
@@ -66,9 +70,13 @@ def add(
                 base_model=base_model,
                 allow_pickle=allow_pickle,
                 anomalies=anomalies,
+                language=language or (),
+                replace=replace,
             )
             stored.append(record)
-            note(f"added {record.name!r}, rank {record.rank}, for {record.base_model or 'a base that it does not name'}")
+            base = record.base_model or "a base that it does not name"
+            version = f" as version {record.version}" if record.version > 1 else ""
+            note(f"added {record.name!r}{version}, rank {record.rank}, for {base}")
             for anomaly in record.anomalies:
                 note(f"{record.name!r}: {anomaly.kind}: {anomaly.detail}")
             if record.quarantined:
@@ -80,7 +88,7 @@ def add(
 @hub.command("list", epilog="Example: loraweave hub list --tag pool --json")
 def list_(
     base_model: Annotated[str | None, typer.Option(help="Only adapters of this base model.")] = None,
-    license: Annotated[list[str] | None, typer.Option(help="Only under this license; may be given several times.")] = None,
+    license: Annotated[list[str] | None, typer.Option(help="A license that you accept; may be given several times.")] = None,
     tag: Annotated[list[str] | None, typer.Option(help="Only with this tag; all of them when given several times.")] = None,
     hub: HubOption = DEFAULT_HUB,
     as_json: JsonOption = False,
@@ -127,14 +135,18 @@ def show(
 ) -> None:
     """Show everything that is known about one adapter."""
     with open_hub(hub) as opened:
-        record = opened.record(name)
+        *older, record = opened.history(name)
     found = [vars(anomaly) for anomaly in record.anomalies]
     state = {"anomalies": plain(found), "quarantined": record.quarantined}
     fields = {**record_row(record), **state, "examples": plain(record.examples), "card": plain(record.card)}
+    fields["versions"] = [{"version": r.version, "created": r.created, "hash": r.hash} for r in (*older, record)]
     if as_json:
         fields["fingerprint"] = record.fingerprint.to_json() if record.fingerprint else None
         print_json(fields)
         return
+    if record.fingerprint:
+        # the samples are for comparing, not for reading
+        fields["fingerprint"] = f"shapes {record.fingerprint.shapes}, {len(record.fingerprint.samples)} sampled weights"
     shown = {key: value if isinstance(value, str | int) else json.dumps(value) for key, value in fields.items() if value}
     # as text: a rank among texts is no column of numbers
     print_rows(("field", "value"), [(key, str(value)) for key, value in shown.items()])

@@ -53,6 +53,19 @@ def test_the_code_of_the_page_on_stores_runs(code, here, capsys):
     assert capsys.readouterr().out == "Hub('adapters')\n0\n"
 
 
+@pytest.mark.parametrize("code", blocks(ROOT / "docs" / "identity.md", "python"))
+def test_the_code_of_the_page_on_identity_runs(code, tmp_path, monkeypatch):
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(code, "docs/identity.md", "exec"), names)
+    history = names["hub"].history("antonym")
+    assert [record.version for record in history] == [1, 2, 3]
+    assert history[0].hash == history[2].hash == names["first"].hash
+    assert history[1].description == names["record"].description
+    assert "license: apache-2.0" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_the_page_on_merging_names_every_method():
     page = (ROOT / "docs" / "merging.md").read_text(encoding="utf-8")
     assert [name for name in registry.names("methods") if f"`{name}`" not in page] == []

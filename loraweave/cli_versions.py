@@ -1,0 +1,85 @@
+"""`loraweave hub history`, `rollback`, `prune` and `bind`: the versions of an adapter, and the base model it belongs to."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from loraweave._inputs import load_model, open_hub
+from loraweave._printing import note, print_json, print_rows, record_row
+from loraweave.cli_hub import DEFAULT_HUB, HubOption, JsonOption
+
+versions = typer.Typer(rich_markup_mode=None)
+
+NameArgument = Annotated[str, typer.Argument(help="An adapter of the hub.")]
+
+
+@versions.command(epilog="Example: loraweave hub history antonym")
+def history(name: NameArgument, hub: HubOption = DEFAULT_HUB, as_json: JsonOption = False) -> None:
+    """List the versions of an adapter, oldest first; the last one is in use."""
+    with open_hub(hub) as opened:
+        records = opened.history(name)
+    if as_json:
+        print_json([record_row(record) for record in records])
+        return
+    rows = [
+        (r.version, r.created, r.hash[:12], f"back to {r.restored}" if r.restored else "", r.description) for r in records
+    ]
+    print_rows(("version", "created", "hash", "rollback", "description"), rows)
+
+
+@versions.command(epilog="Example: loraweave hub rollback antonym 1")
+def rollback(
+    name: NameArgument,
+    version: Annotated[int, typer.Argument(help="The version to go back to; `hub history` lists them.")],
+    hub: HubOption = DEFAULT_HUB,
+    as_json: JsonOption = False,
+) -> None:
+    """Bring an earlier version back, as a new one: nothing of the history is lost."""
+    with open_hub(hub) as opened:
+        record = opened.rollback(name, version)
+    if as_json:
+        print_json(record_row(record))
+    else:
+        note(f"{record.name!r} is at version {record.version}, with the content of version {record.restored or version}")
+
+
+@versions.command(epilog="Example: loraweave hub prune antonym --keep 3")
+def prune(
+    name: NameArgument,
+    keep: Annotated[int, typer.Option(min=1, help="How many versions stay, the newest ones.")] = 1,
+    hub: HubOption = DEFAULT_HUB,
+    as_json: JsonOption = False,
+) -> None:
+    """Forget old versions of an adapter; `gc` then frees their files."""
+    with open_hub(hub) as opened:
+        num_forgotten = opened.prune(name, keep=keep)
+    if as_json:
+        print_json({"forgotten": num_forgotten})
+    else:
+        note(f"{num_forgotten} versions of {name!r} are forgotten; `loraweave hub gc` frees their files")
+
+
+@versions.command(epilog="Example: loraweave hub bind antonym --base path/to/model")
+def bind(
+    names: Annotated[list[str], typer.Argument(metavar="NAME", help="Adapters of the hub.")],
+    base: Annotated[
+        str | None,
+        typer.Option("--base", metavar="MODEL", help="Base model: a folder or hub id; the embedded one by default."),
+    ] = None,
+    hub: HubOption = DEFAULT_HUB,
+    as_json: JsonOption = False,
+) -> None:
+    """Check adapters against their base model and store its revision and fingerprint with them."""
+    with open_hub(hub) as opened:
+        # a misspelt name is told before a model is loaded
+        for name in names:
+            opened.record(name)
+        model, _ = load_model(base)
+        records = [opened.bind(name, model) for name in dict.fromkeys(names)]
+    if as_json:
+        print_json([record_row(record) for record in records])
+        return
+    for record in records:
+        note(f"{record.name!r} fits {record.base_model!r}, whose fingerprint it has now")
