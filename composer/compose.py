@@ -18,11 +18,12 @@ from loraweave.composer.example_loss import REGULARISATION
 from loraweave.composer.measurement import Measurement
 from loraweave.composer.report import Report, ReportRow
 from loraweave.errors import InvalidTask, UnknownName, WeightingError
+from loraweave.hub.base_key import base_key
 from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
 from loraweave.retrieval.retriever import Retriever
 from loraweave.routers.lorahub import Lorahub
-from loraweave.types import Task
+from loraweave.types import BaseKey, Task
 
 METHODS = ("auto", "base", "best_single", "lorahub", "manual", "similarity", "uniform")
 MAX_FOLDS = 3
@@ -62,15 +63,17 @@ def compose(
     way to the better of these two when it is worse there. `folds=0` turns cross-validation and the guard off.
 
     With `checkpoint`, a folder, an interrupted search goes on where it stopped, to the same result. `search_options` go to
-    the search (`sigma`, `bound`, `population`). A hub without an adapter for this base gives the base model, and says so.
+    the search (`sigma`, `bound`, `population`). A hub without an adapter for this base gives the base model, and says so;
+    the base is known by its weights where an adapter has sampled them, else by its id.
     Raises UnknownName, InvalidTask and WeightingError before anything is run.
     """
     _check(method, task, k, budget, space, folds, weights, search_options)
     started = time.perf_counter()
-    base_model = getattr(model, "name_or_path", None)
-    pool, scores = _candidates(hub_or_pool, task, k, base_model, need_scores=method == "similarity")
+    # a model without a name can only be told by its shapes, which adapters seldom know: then all are tried
+    base = base_key(model) if hasattr(model, "name_or_path") else None
+    pool, scores = _candidates(hub_or_pool, task, k, base, need_scores=method == "similarity")
     if pool is None:
-        reason = f"none of the hub's {len(hub_or_pool)} adapters is for the base model {base_model!r}"
+        reason = f"none of the hub's {len(hub_or_pool)} adapters is for the base model {base.id if base else None!r}"
         report = Report((), "base", reason, (), 0.0, 0)
         return Composition(model, tokenizer, task, None, {}, "linear", report, seed)
     engine = Composer(model, pool, tokenizer=tokenizer)
@@ -108,7 +111,7 @@ def compose(
 
 
 def _candidates(
-    hub_or_pool: Hub | ExpertPool, task: Task, k: int, base_model: str | None, *, need_scores: bool
+    hub_or_pool: Hub | ExpertPool, task: Task, k: int, base: BaseKey | None, *, need_scores: bool
 ) -> tuple[ExpertPool | None, dict[str, float]]:
     """The pool to search in, and each adapter's retrieval score where a hub was asked."""
     if isinstance(hub_or_pool, ExpertPool):
@@ -116,7 +119,7 @@ def _candidates(
             raise WeightingError("method 'similarity' weighs by retrieval scores, so it needs a hub, not a pool")
         return hub_or_pool, {}
     inputs = [text for text, _ in task.examples]
-    hits = Retriever(hub_or_pool).for_task(inputs, description=task.instruction, k=k, base_model=base_model)
+    hits = Retriever(hub_or_pool).for_task(inputs, description=task.instruction, k=k, base_model=base)
     scores = {hit.name: hit.score for hit in hits}
     return (hub_or_pool.pool(list(scores)) if scores else None), scores
 

@@ -226,7 +226,7 @@ class Hub:
         query: str,
         *,
         k: int = 5,
-        base_model: str | None = None,
+        base_model: str | BaseKey | None = None,
         license: Collection[str] | str | None = None,
         tags: Collection[str] | str = (),
         min_score: float | None = None,

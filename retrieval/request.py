@@ -10,7 +10,7 @@ import numpy as np
 from loraweave.errors import RetrievalError
 from loraweave.hub.fields import one_or_many
 from loraweave.hub.search import Hit, checked_count, checked_threshold
-from loraweave.types import Candidate, Record
+from loraweave.types import BaseKey, Candidate, Record
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Request:
     """The keywords that every search of Retriever shares; RetrievalError for one that cannot be meant."""
 
     k: int
-    base_model: str | None = None
+    base_model: str | BaseKey | None = None
     license: Collection[str] | str | None = None
     tags: Collection[str] | str = ()
     min_score: float | None = None

@@ -18,7 +18,7 @@ from loraweave.retrieval.key import Key
 from loraweave.retrieval.keyed_search import KeyedSearch, key_name
 from loraweave.retrieval.query import Query
 from loraweave.retrieval.request import Request
-from loraweave.types import Candidate
+from loraweave.types import BaseKey, Candidate
 
 if TYPE_CHECKING:
     from loraweave.hub.adapter import Adapter
@@ -78,7 +78,7 @@ class Retriever:
         text_or_texts: str,
         *,
         k: int = 20,
-        base_model: str | None = None,
+        base_model: str | BaseKey | None = None,
         license: Collection[str] | str | None = None,
         tags: Collection[str] | str = (),
         min_score: float | None = None,
@@ -95,7 +95,7 @@ class Retriever:
         text_or_texts: Iterable[str],
         *,
         k: int = 20,
-        base_model: str | None = None,
+        base_model: str | BaseKey | None = None,
         license: Collection[str] | str | None = None,
         tags: Collection[str] | str = (),
         min_score: float | None = None,
@@ -111,7 +111,7 @@ class Retriever:
         text_or_texts: str | Iterable[str],
         *,
         k: int = 20,
-        base_model: str | None = None,
+        base_model: str | BaseKey | None = None,
         license: Collection[str] | str | None = None,
         tags: Collection[str] | str = (),
         min_score: float | None = None,
@@ -138,7 +138,7 @@ class Retriever:
         *,
         description: str = "",
         k: int = 20,
-        base_model: str | None = None,
+        base_model: str | BaseKey | None = None,
         license: Collection[str] | str | None = None,
         tags: Collection[str] | str = (),
         min_score: float | None = None,
@@ -163,7 +163,7 @@ class Retriever:
         *,
         description: str = "",
         k: int = 20,
-        base_model: str | None = None,
+        base_model: str | BaseKey | None = None,
         license: Collection[str] | str | None = None,
         tags: Collection[str] | str = (),
         min_score: float | None = None,
@@ -197,7 +197,7 @@ class Retriever:
         *,
         keys: Sequence[str | Key] = ("spectral",),
         k: int = 20,
-        base_model: str | None = None,
+        base_model: str | BaseKey | None = None,
         license: Collection[str] | str | None = None,
         tags: Collection[str] | str = (),
         min_score: float | None = None,

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 import loraweave as lw
+from loraweave import registry
 from loraweave.composer import compose as composing
 from loraweave.composer.batches import batch, encode, mean_losses
 from loraweave.composer.example_loss import ExampleLoss
 from loraweave.errors import CompositionError, InvalidTask, UnknownExpert, UnknownName, WeightingError
+from loraweave.hub.fingerprint import fingerprint
 
 EXAMPLES = [("a", "ab"), ("b", "ba"), ("cc", "c"), ("d", "DD"), ("e f", "fe")]
 
@@ -313,6 +315,33 @@ def test_an_empty_hub_gives_the_base_model_and_says_why(tiny_llama, tokenizer, t
         composition = compose(tiny_llama, tokenizer, hub, task)
     assert composition.weights == {}
     assert "none of the hub's 0 adapters" in composition.report.reason
+
+
+class LetterEmbedder:
+    """The share of two letters, so that a search is known without a model."""
+
+    dim = 2
+    id = "letters"
+
+    def embed(self, texts):
+        counts = np.array([[text.count("a") + 1.0, text.count("b") + 1.0] for text in texts])
+        return (counts / np.linalg.norm(counts, axis=1, keepdims=True)).astype(np.float32)
+
+
+def test_candidates_are_for_the_weights_of_the_base_and_not_for_its_name(
+    tiny_llama, tokenizer, pool, task, tmp_path, monkeypatch
+):
+    get = registry.get
+    monkeypatch.setattr(registry, "get", lambda folder, name: LetterEmbedder if folder == "embedders" else get(folder, name))
+    own = fingerprint(tiny_llama)
+    other = dataclasses.replace(own, samples=tuple(value + 1 for value in own.samples))
+    right, namesake, _ = pool.adapters.values()
+    with lw.Hub(tmp_path / "hub") as hub:
+        hub.add(dataclasses.replace(right, name="right", base_model="the same, in a folder", fingerprint=own))
+        hub.add(dataclasses.replace(namesake, name="namesake", base_model=tiny_llama.name_or_path, fingerprint=other))
+        with pytest.warns(UserWarning, match=r"1 adapters are left out, 'namesake' the first.*sampled weights differ"):
+            composition = compose(tiny_llama, tokenizer, hub, task, method="uniform")
+    assert composition.weights == {"right": 1.0}
 
 
 def test_the_report_prints_as_a_table_and_is_json(tiny_llama, tokenizer, pool, task):
