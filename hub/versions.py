@@ -81,9 +81,10 @@ def forget(connection: Connection, row: rows.Row, keep: int = 0) -> int:
 
 
 def restore(connection: Connection, row: rows.Row, version: int) -> Record:
-    """Makes an older version's record and content the newest again, as a version of its own; the newest's if it is that."""
-    old = chosen(connection, row, version)
-    if old.record.version == row.record.version:
-        return row.record
-    fresh = replace(old.record, version=row.record.version + 1, created=now(), restored=version)
+    """Makes an older version's record and content the newest again, as a version of its own unless they are so already."""
+    old = chosen(connection, row, version).record
+    newest = row.record
+    if replace(old, version=newest.version, created=newest.created, restored=newest.restored) == newest:
+        return newest
+    fresh = replace(old, version=newest.version + 1, created=now(), restored=version)
     return supersede(connection, row, fresh)

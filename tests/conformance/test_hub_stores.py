@@ -153,6 +153,30 @@ def test_the_same_content_is_stored_once_and_under_another_name_too(hub):
 
 
 @every_store
+def test_a_name_has_versions_that_every_opening_sees_and_gc_keeps(place, hub):
+    hub.add(adapter(1, "x"), description="first")
+    hub.add(adapter(2, "x"), replace=True)
+    hub.add(adapter(3, "x"), replace=True, description="third")
+    with opened(place) as other:
+        other.rollback("x", 1)
+        found = [(record.version, record.hash, record.description) for record in hub.history("x")]
+        hashes = [adapter(seed).hash for seed in (1, 2, 3, 1)]
+        assert found == list(zip((1, 2, 3, 4), hashes, ("first", "first", "third", "first"), strict=True))
+        assert hub.gc() == 0
+        assert same(other.get("x", version=2), adapter(2))
+        assert hub.verify().ok
+        assert other.prune("x", keep=2) == 2
+        assert hub.gc() > 0
+        assert list(hub._blobs.names()) == sorted({adapter(1).hash, adapter(3).hash})
+        with pytest.raises(AdapterNotFound, match="it has 3, 4"):
+            hub.get("x", version=1)
+        other.remove("x")
+        hub.gc()
+        assert list(hub._blobs.names()) == []
+        assert hub.verify().ok
+
+
+@every_store
 def test_names_are_free_text_and_changes_show_at_once_in_order_of_addition(place, hub):
     names = ["b", "a", "A", "it's 100% ?; DROP TABLE adapters", "C:\\x", "名前 🦙", "%s"]
     for seed, name in enumerate(names):

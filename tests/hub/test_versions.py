@@ -91,6 +91,7 @@ def test_a_rollback_is_a_version_of_its_own_with_the_old_content_and_fields(hub)
     assert (record.version, record.restored, record.hash, record.description) == (4, 1, adapter(0).hash, "first")
     assert told(hub) == [*THREE, (4, adapter(0).hash, "first")]
     assert hub["x"].hash == adapter(0).hash
+    assert hub.rollback("x", 1) == record
     assert hub.add(adapter(6), replace=True).restored is None
     assert hub.rollback("x", 5) == hub.record("x")
     assert hub.record("x").version == 5
