@@ -257,4 +257,6 @@ def _named_errors(archive: Path) -> Iterator[None]:
         IndexError,
         lzma.LZMAError,
     ) as error:
-        raise AdapterCorrupt(f"the archive {archive} is damaged ({type(error).__name__}: {error})") from error
+        # zipfile quotes the bytes that stand where a name should be, up to 64 KiB of them
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise AdapterCorrupt(f"the archive {archive} is damaged ({reason})") from error

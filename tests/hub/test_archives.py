@@ -232,6 +232,18 @@ def test_a_zip_that_claims_less_than_it_holds_gives_no_more_than_it_claims(tmp_p
         Adapter.from_pretrained(zip_with(tmp_path / "a.zip", shrink))
 
 
+def test_an_error_never_pours_out_the_bytes_of_an_archive(tmp_path):
+    path = tmp_path / "a.zip"
+    zip_of(path, [("name", b"abcdefgh" * 5000)], zipfile.ZIP_STORED)
+    data = bytearray(path.read_bytes())
+    # the length of the name in the entry's own header
+    struct.pack_into("<H", data, 26, 20_000)
+    path.write_bytes(data)
+    with pytest.raises(AdapterCorrupt, match="is damaged") as caught:
+        Adapter.from_pretrained(path)
+    assert len(str(caught.value)) < 1000
+
+
 def test_a_zip_that_claims_more_than_it_holds_is_damaged(tmp_path):
     def grow(data):
         central = data.index(b"PK\x01\x02")
