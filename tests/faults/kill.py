@@ -72,7 +72,7 @@ def kill_everywhere(folder, change, most):
             kills += died
             if found := faults(change, folder / "killed", done=done, old=old, new=new):
                 bad.append([number, *found])
-    return {"kills": kills, "bad": bad[:3]}
+    return {"kills": kills, "points": len(numbers), "bad": bad[:3]}
 
 
 def report(folder, most):

@@ -10,7 +10,9 @@ def bad(found):
 def test_a_change_killed_before_a_call_that_changes_files_loses_nothing_and_can_be_repeated(short):
     found = short("kill")
     assert bad(found) == {}
-    assert all(result["kills"] >= 8 for result in found.values()), found
+    # a change of few calls has few points to be killed at
+    assert all(result["kills"] >= min(8, result["points"]) for result in found.values()), found
+    assert all(result["points"] >= 5 for result in found.values()), found
 
 
 @pytest.mark.faults_long
