@@ -251,7 +251,7 @@ def _print_foresight(foreseen: dict[str, dict[str, dict[str, Any]]]) -> None:
 def _print_abstention(rows: list[dict[str, Any]]) -> None:
     table = Table("inputs", "left out", "threshold", "foreign let through", "own kept", title="abstention, target 0.05")
     for row in rows:
-        figures = ("" if row[key] is None else f"{row[key]:.3f}" for key in ("threshold", "foreign", "own"))
+        figures = (f"{row[key]:.3f}" for key in ("threshold", "foreign", "own"))
         table.add_row(str(row["inputs"]), row["left out"], *figures)
     console.print(table)
 
