@@ -52,6 +52,9 @@ GAINS = Path(__file__).parent / "data" / "gains.json"
 KEYS = ("mean", "voting", "prototypes", "discriminant")
 
 console = Console()
+if not console.is_terminal:
+    # a file has no edge at which figures would have to be cut off
+    console = Console(width=140)
 
 
 def main(
@@ -64,6 +67,9 @@ def main(
     seed: Annotated[int, typer.Option(help="of the random groups of inputs, and of the bootstrap")] = 0,
     ceiling: Annotated[
         bool, typer.Option("--ceiling", help="also a classifier that is trained on all training rows; embeds all of them")
+    ] = False,
+    hidden_state: Annotated[
+        bool, typer.Option("--hidden-state", help="also the embedder hidden_state; the base model reads all texts")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="also write the numbers to this JSON file")] = None,
 ) -> None:
@@ -79,7 +85,7 @@ def main(
     unseen = [_unseen_task(data, entry, num_queries) for entry in manifest["unseen"]]
     with card_hub(tasks) as hub:
         fit = {entry["task"]: _fit_rows(data, entry) for entry in entries}
-        encoders = _encoders(tasks, unseen, fit)
+        encoders = _encoders(tasks, unseen, fit, hidden_state)
         scorers = _scorers(hub, tasks, encoders, fit, seed)
         if ceiling:
             scorers["learner of all rows"] = _learner(data, entries)
@@ -101,14 +107,16 @@ def main(
         out.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
 
 
-def _encoders(tasks: Sequence[PoolTask], unseen: Sequence[UnseenTask], fit: dict[str, list[str]]) -> dict[str, Remembering]:
+def _encoders(
+    tasks: Sequence[PoolTask], unseen: Sequence[UnseenTask], fit: dict[str, list[str]], hidden_state: bool
+) -> dict[str, Remembering]:
     pairs = [pair for task in tasks for pair in (*task.examples, *task.queries)] + [
         pair for t in unseen for pair in t.examples
     ]
     texts = [text for pair in pairs for text in pair] + [text for rows in fit.values() for text in rows]
     texts += [text for task in tasks for text in (*task.wordings, task.description)] + [task.definition for task in unseen]
     with console.status("embedding"):
-        names = ("sentence", "sentence_form", "hashing")
+        names = ("sentence", "sentence_form", "hashing", *(["hidden_state"] if hidden_state else []))
         return {name: Remembering(registry.get("embedders", name)(), texts) for name in names}
 
 
@@ -133,6 +141,7 @@ def _scorers(
         "same, key discriminant": searched(hub, form, ("discriminant",)),
         "same, four keys learned": searched(hub, form, KEYS, learned),
         "same, by examples": searched(hub, form, examples=True),
+        **({"loraweave, hidden_state": searched(hub, encoders["hidden_state"])} if "hidden_state" in encoders else {}),
     }
 
 
