@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from loraweave.errors import AdapterNotFound, RetrievalError, UnknownName
+from loraweave.errors import AdapterNotFound, DimensionMismatch, RetrievalError, UnknownName
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 from loraweave.retrieval.abstention import Abstention
@@ -241,3 +241,24 @@ def test_an_empty_hub_finds_nothing(tmp_path, keys):
         retriever = Retriever(hub, embedder=Plane(), keys=keys)
         assert retriever.candidates("10") == []
         assert retriever.for_examples([("10", "20")]) == []
+
+
+@pytest.mark.parametrize("text", ["x" * 1_000_000, "\x00\x01\x02", "lone \ud83d surrogate", "מבחן", "🦜" * 50])
+def test_odd_texts_are_searched_by_every_text_key_like_any_other(tmp_path, text):
+    keys = ("mean", "description", "voting", "prototypes", "discriminant", "outputs", "relation")
+    with Hub(tmp_path) as hub:
+        for angle in (1, 2):
+            add(hub, f"at {angle}", angle, outputs=["y"])
+        found = Retriever(hub, embedder="hashing", keys=keys).for_examples([(text, text)])
+    assert len(found) == 2
+    assert all(math.isfinite(candidate.score) for candidate in found)
+
+
+@pytest.mark.parametrize("row", [[float("nan"), 1.0], [1.0, 0.0, 0.0]])
+def test_an_embedder_that_breaks_its_word_is_named(hub, row):
+    class Broken(Plane):
+        def embed(self, texts):
+            return np.tile(np.array(row, dtype=np.float32), (len(texts), 1))
+
+    with pytest.raises(DimensionMismatch, match="embedder 'plane' gave"):
+        Retriever(hub, embedder=Broken(), keys=("mean",)).for_examples([("1", "2")])
