@@ -14,10 +14,12 @@ from filelock import FileLock, Timeout
 
 from loraweave.errors import AdapterCorrupt, HubError, HubLocked
 from loraweave.hub import rows, versions
+from loraweave.hub.blob_claims import read_claim
 from loraweave.hub.blob_files import file_digest, sync_folder
 from loraweave.hub.blobs import read_blob
 from loraweave.hub.folder_blobs import FolderBlobs
 from loraweave.hub.migrations import migrate
+from loraweave.hub.open_stores import open_blobs
 from loraweave.hub.storage_errors import is_damage, storage_errors
 from loraweave.hub.stores import BlobStore
 from loraweave.types import Record
@@ -61,7 +63,9 @@ def _make(folder: Path, path: Path, new: Path) -> None:
     unfinished = new.with_name(f"{new.name}.unfinished")
     for stale in (new, *(unfinished.with_name(f"{unfinished.name}{side}") for side in _SIDE_FILES)):
         stale.unlink(missing_ok=True)
-    blobs = dict(_sound_blobs(FolderBlobs(folder)))
+    claim = read_claim(folder)
+    place = FolderBlobs(folder) if claim is None else open_blobs(claim.place, str(folder.absolute()))
+    blobs = dict(_sound_blobs(place))
     histories = [*_listed(path, blobs)]
     histories += _unlisted(blobs, histories)
     _write(unfinished, histories, blobs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -111,33 +112,38 @@ def read_labels(text: str | None) -> list[str] | None:
     return labels
 
 
-def open_hub(folder: Path) -> lw.Hub:
-    """The hub in a folder. Looking at a hub never makes one: HubError when there is none."""
+def hub_exists(place: str) -> bool:
+    """Whether there is a hub in a folder. Of one at a URL only its server can say so."""
+    return "://" in place or (Path(place) / "catalogue.sqlite").is_file()
+
+
+def open_hub(place: str) -> lw.Hub:
+    """The hub in a folder or at a URL. Looking at a folder never makes a hub in it: HubError when there is none."""
     import loraweave as lw
 
-    if not (folder / "catalogue.sqlite").is_file():
+    if not hub_exists(place):
         raise HubError(
-            f"no hub in {str(folder)!r}; `loraweave hub add FOLDER --hub {folder}` makes one, "
-            "--hub or LORAWEAVE_HUB names another"
+            f"no hub in {place!r}; `loraweave hub add FOLDER --hub {place}` makes one, --hub or LORAWEAVE_HUB names another"
         )
-    return lw.Hub(folder)
+    # a hub in a folder knows where its blobs are, and one on PostgreSQL when they are at a URL
+    return lw.Hub(place, blobs=os.environ.get("LORAWEAVE_BLOBS") if "://" in place else None)
 
 
-def read_adapter(source: str, hub_folder: Path) -> lw.Adapter:
+def read_adapter(source: str, hub: str) -> lw.Adapter:
     """The adapter of a folder, or of that name in the hub. A word that is both is refused (wrong usage)."""
     import loraweave as lw
 
-    has_hub = (hub_folder / "catalogue.sqlite").is_file()
+    has_hub = hub_exists(hub)
     if not Path(source).is_dir():
         if not has_hub:
-            raise AdapterNotFound(f"no folder {source!r}, and no hub in {str(hub_folder)!r} to have an adapter of that name")
-        with open_hub(hub_folder) as opened:
+            raise AdapterNotFound(f"no folder {source!r}, and no hub in {hub!r} to have an adapter of that name")
+        with open_hub(hub) as opened:
             return opened[source]
     if has_hub:
-        with open_hub(hub_folder) as opened:
+        with open_hub(hub) as opened:
             if source in opened:
                 raise typer.BadParameter(
-                    f"{source!r} is a folder, and in the hub {str(hub_folder)!r} an adapter; write ./{source} for the folder"
+                    f"{source!r} is a folder, and in {opened} an adapter; write ./{source} for the folder"
                 )
     return lw.Adapter.from_pretrained(Path(source))
 

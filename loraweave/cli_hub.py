@@ -13,13 +13,13 @@ from loraweave._printing import note, plain, print_json, print_rows, record_row
 from loraweave.errors import HubCorrupt, InvalidTask
 
 HubOption = Annotated[
-    Path, typer.Option("--hub", envvar="LORAWEAVE_HUB", metavar="FOLDER", file_okay=False, help="The hub's folder.")
+    str, typer.Option("--hub", envvar="LORAWEAVE_HUB", metavar="PLACE", help="The hub: a folder, or postgresql://...")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
 AnomaliesOption = Annotated[
     str, typer.Option(metavar="POLICY", help="What looks wrong about an adapter: off, report, quarantine or refuse.")
 ]
-DEFAULT_HUB = Path("adapters")
+DEFAULT_HUB = "adapters"
 
 hub = typer.Typer(help="Keep adapters under names, list them and search them.", rich_markup_mode=None, no_args_is_help=True)
 
@@ -49,6 +49,12 @@ def add(
     ] = False,
     anomalies: AnomaliesOption = "report",
     hub: HubOption = DEFAULT_HUB,
+    blobs: Annotated[
+        str | None,
+        typer.Option(
+            envvar="LORAWEAVE_BLOBS", metavar="PLACE", help="Where a new hub keeps its files: a folder, or s3://..."
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Store adapters; makes the hub if there is none. What is not given comes from the adapter's card."""
@@ -58,7 +64,7 @@ def add(
     import loraweave as lw
 
     stored = []
-    with lw.Hub(hub) as opened:
+    with lw.Hub(hub, blobs=blobs) as opened:
         for source in sources:
             record = opened.add(
                 source,

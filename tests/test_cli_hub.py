@@ -252,3 +252,16 @@ def test_a_row_is_one_line_in_a_pipe_of_any_encoding(hub, encoding):
     lines = [line for line in done.stdout.splitlines() if b"antonym" in line]
     assert len(lines) == 1
     assert f"tag {9:030}".encode() in lines[0]
+
+
+def test_a_hub_on_a_server_is_named_by_a_url_and_its_files_by_another(here, postgres_server, monkeypatch):
+    place, blobs = postgres_server.url("of_the_shell"), str(here / "blobs")
+    adapter("one").save_pretrained("one")
+    assert call("hub", "add", "one", "--hub", place, "--blobs", blobs).exit_code == 0
+    monkeypatch.setenv("LORAWEAVE_HUB", place)
+    monkeypatch.setenv("LORAWEAVE_BLOBS", blobs)
+    assert [record["name"] for record in json.loads(call("hub", "list", "--json").stdout)] == ["one"]
+    failed = call("hub", "show", "two")
+    assert failed.exit_code == 1
+    assert "AdapterNotFound: no adapter 'two' in the hub postgresql://weaver@127.0.0.1" in failed.stderr
+    assert postgres_server.password not in failed.stderr

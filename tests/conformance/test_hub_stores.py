@@ -314,6 +314,29 @@ def test_a_flipped_byte_is_found_on_reading_and_by_verify_and_adding_again_heals
 
 
 @every_store
+def test_versions_of_a_name_are_kept_restored_and_pruned(place, hub):
+    hub.add(adapter(1), name="x", description="first")
+    hub.add(adapter(2), name="x", replace=True, description="second")
+    hub.store_vectors("e", [("x", "d", np.ones(3))])
+    with opened(place) as other:
+        assert [record.version for record in other.history("x")] == [1, 2]
+        assert same(other["x"], adapter(2))
+        assert same(other.get("x", version=1), adapter(1))
+        assert other.gc() == 0
+        assert other.rollback("x", 1).version == 3
+    assert [record.description for record in hub.history("x")] == ["first", "second", "first"]
+    assert same(hub["x"], adapter(1))
+    assert hub.vectors("e") == {}
+    assert hub.prune("x") == 2
+    assert hub.gc() > 0
+    assert hub.verify().ok
+    assert same(hub["x"], adapter(1))
+    hub.remove("x")
+    assert hub.gc() > 0
+    assert list(hub._blobs.names()) == []
+
+
+@every_store
 def test_a_missing_blob_is_named(hub):
     stored = hub.add(adapter(1))
     hub._blobs.remove(stored.hash)

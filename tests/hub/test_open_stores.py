@@ -10,6 +10,7 @@ import torch
 from loraweave.errors import HubCorrupt, HubError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
+from loraweave.hub.rebuild import rebuild
 from loraweave.types import Factors
 
 
@@ -80,3 +81,23 @@ def test_a_file_url_is_the_folder(tmp_path):
     with Hub(tmp_path / "hub", blobs=f"file://{tmp_path / 'blobs'}") as hub:
         hub.add(adapter(0))
     assert len(list((tmp_path / "blobs").glob("blobs/*/*.safetensors"))) == 1
+
+
+def test_a_lost_catalogue_is_rebuilt_from_blobs_that_are_elsewhere(places):
+    (places[0] / "catalogue.sqlite").unlink()
+    with pytest.raises(HubCorrupt, match=r"missing or empty.*rebuild"):
+        Hub(places[0])
+    assert rebuild(places[0]) == ["adapter 0"]
+    with Hub(places[0]) as hub:
+        assert hub["adapter 0"].hash == adapter(0).hash
+        assert hub.verify().ok
+
+
+def test_a_damaged_blob_elsewhere_is_left_out_of_a_rebuild(places):
+    with Hub(places[0]) as hub:
+        hub.add(adapter(1))
+        path = places[1] / "blobs" / hub.record("adapter 0").hash[:2] / f"{hub.record('adapter 0').hash}.safetensors"
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes()[:-1])
+    (places[0] / "catalogue.sqlite").write_bytes(b"nothing of use" * 300)
+    assert rebuild(places[0]) == ["adapter 1"]
