@@ -95,6 +95,9 @@ STEPS: tuple[tuple[str | Callable[[Connection], None], ...], ...] = (
         )""",
         "CREATE INDEX labels_by_adapter ON labels (seq)",
         fill,
+        # a search reads every embedding: in the row it is read in passing, and the bytes that it was made of are elsewhere
+        "ALTER TABLE vectors ALTER COLUMN embedding SET STORAGE MAIN",
+        "ALTER TABLE vectors ALTER COLUMN vector SET STORAGE EXTERNAL",
     ),
     (
         """CREATE TABLE figures (

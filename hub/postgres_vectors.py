@@ -35,4 +35,4 @@ def make_embeddings(connection: Connection) -> None:
 
 def as_text(vector_D: np.ndarray) -> str:
     """The vector as pgvector reads it, with as many digits as bring the same fp32 numbers back."""
-    return f"[{','.join(map(str, vector_D.tolist()))}]"
+    return f"[{','.join([f'{number:.9g}' for number in vector_D.tolist()])}]"
