@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,8 +39,8 @@ class DatabaseSearch:
         self._digest = digest
         self._ready: int | None = None
 
-    def hits(self, query_QD: np.ndarray, k: int, names: Collection[str] | None) -> list[list[Near]] | None:
-        """For each query the k best of the named adapters, by descending score, ties in order of addition.
+    def hits(self, query_QD: np.ndarray, k: int, seqs: Sequence[int] | None) -> list[list[Near]] | None:
+        """For each query the k best, by descending score, ties in order of addition; of `seqs` only, if they are given.
 
         None when the stored vectors do not suffice, because they cannot be written, or one of them is damaged or was made
         by another release: then all adapters have to be looked at here.
@@ -53,7 +53,7 @@ class DatabaseSearch:
             return None
         found = []
         for query_D in query_QD:
-            nearest = self._search.nearest(self._embedder, query_D, k, names)
+            nearest = self._search.nearest(self._embedder, query_D, k, seqs)
             if nearest is None or any(near.text_digest != self._digest(near.record) for near in nearest):
                 return None
             found.append(nearest)

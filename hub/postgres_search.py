@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from loraweave import registry
@@ -34,36 +34,34 @@ class PostgresSearch:
                 "ORDER BY adapters.seq LIMIT ?",
                 (embedder, limit),
             ).fetchall()
-            listed = [rows.at(connection, seq) for (seq,) in found]
-        return [row.record for row in listed if row is not None]
+            return [row.record for row in rows.some(connection, [seq for (seq,) in found])]
 
-    def nearest(self, embedder: str, query_D: np.ndarray, k: int, names: Collection[str] | None) -> list[Near] | None:
+    def nearest(self, embedder: str, query_D: np.ndarray, k: int, seqs: Sequence[int] | None) -> list[Near] | None:
         import numpy as np
 
         with self._catalogue.reading() as connection:
             (num_adapters,) = connection.execute("SELECT count(*) FROM adapters").fetchone()
             num_adapters -= quarantine.count(connection)
-            num_wanted = min(k, num_adapters if names is None else len(names))
+            num_wanted = min(k, num_adapters if seqs is None else len(seqs))
             if not num_wanted:
                 return []
-            near = _near(connection, embedder, query_D, num_wanted, names)
+            near = _near(connection, embedder, query_D, num_wanted, seqs)
             if len(near) < num_wanted:
                 return None
             # the index that is the reference has the last word on order and score
             index = registry.get("indexes", "flat")(len(query_D))
             index.add(np.stack([key_D for _, _, key_D in near]))
             (scores_K,), (positions_K,) = index.search(query_D[None], num_wanted)
-            found = []
-            for score, position in zip(scores_K.tolist(), positions_K.tolist(), strict=True):
-                seq, text_digest, key_D = near[position]
-                row = rows.at(connection, seq)
-                assert row is not None
-                found.append(Near(row.record, text_digest, round(score, 6), key_D))
-        return found
+            best = [near[position] for position in positions_K.tolist()]
+            records = {row.seq: row.record for row in rows.some(connection, [seq for seq, _, _ in best])}
+        return [
+            Near(records[seq], text_digest, round(score, 6), key_D)
+            for score, (seq, text_digest, key_D) in zip(scores_K.tolist(), best, strict=True)
+        ]
 
 
 def _near(
-    connection: Connection, embedder: str, query_D: np.ndarray, k: int, names: Collection[str] | None
+    connection: Connection, embedder: str, query_D: np.ndarray, k: int, seqs: Sequence[int] | None
 ) -> list[tuple[int, str, np.ndarray]]:
     """(number, digest of the text, vector) of all that can be among the k best, in order of addition.
 
@@ -71,8 +69,8 @@ def _near(
     """
     import numpy as np
 
-    among = "" if names is None else "AND seq IN (SELECT seq FROM adapters WHERE name = ANY (CAST(? AS text[]))) "
-    given = [] if names is None else [list(names)]
+    among = "" if seqs is None else "AND seq = ANY (CAST(? AS bigint[])) "
+    given = [] if seqs is None else [list(seqs)]
     slack = _SLACK * max(1.0, float(np.linalg.norm(query_D)))
     found = connection.execute(
         "WITH scored AS MATERIALIZED ("

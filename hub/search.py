@@ -182,7 +182,9 @@ class SearchIndex:
         """For each query the k best adapters that pass the filters, by descending score, ties in order of addition."""
         checked_threshold(min_score)
         if self._database is not None and k and len(self.hub):
-            near = self._database.hits(query_QD, k, self._allowed(base_model, license, tags))
+            is_filtered = base_model is not None or license is not None or bool(tags)
+            seqs = self.hub.seqs(base_model=base_model, license=license, tags=tags) if is_filtered else None
+            near = self._database.hits(query_QD, k, seqs)
             if near is not None:
                 return [
                     [Hit(n.record, n.score, n.key_D) for n in found if min_score is None or n.score >= min_score]
@@ -208,13 +210,6 @@ class SearchIndex:
         scores_N = self._embedded(texts).astype(np.float64) @ query_D
         best = int(np.argmax(scores_N))
         return f"{kinds[best]} {_excerpt(texts[best])!r} ({scores_N[best]:.2f})"
-
-    def _allowed(
-        self, base_model: str | BaseKey | None, license: Collection[str] | str | None, tags: Collection[str] | str
-    ) -> set[str] | None:
-        if base_model is None and license is None and not tags:
-            return None
-        return {record.name for record in self.hub.records(base_model=base_model, license=license, tags=tags)}
 
     def _filtered(
         self,

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,8 +48,8 @@ class VectorSearch(Protocol):
         """At most `limit` adapters that have no vector of the embedder, or were changed since it was made."""
         ...
 
-    def nearest(self, embedder: str, query_D: np.ndarray, k: int, names: Collection[str] | None) -> list[Near] | None:
-        """The k best, of the named adapters only where names are given. None when a vector is missing or damaged."""
+    def nearest(self, embedder: str, query_D: np.ndarray, k: int, seqs: Sequence[int] | None) -> list[Near] | None:
+        """The k best, of those numbers only where `seqs` are given. None when a vector is missing or damaged."""
         ...
 
 

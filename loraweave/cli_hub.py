@@ -19,6 +19,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, 
 AnomaliesOption = Annotated[
     str, typer.Option(metavar="POLICY", help="What looks wrong about an adapter: off, report, quarantine or refuse.")
 ]
+BlobsOption = Annotated[
+    str | None,
+    typer.Option(envvar="LORAWEAVE_BLOBS", metavar="PLACE", help="Where a new hub keeps its files: a folder, or s3://..."),
+]
 DEFAULT_HUB = "adapters"
 
 hub = typer.Typer(help="Keep adapters under names, list them and search them.", rich_markup_mode=None, no_args_is_help=True)
@@ -49,12 +53,7 @@ def add(
     ] = False,
     anomalies: AnomaliesOption = "report",
     hub: HubOption = DEFAULT_HUB,
-    blobs: Annotated[
-        str | None,
-        typer.Option(
-            envvar="LORAWEAVE_BLOBS", metavar="PLACE", help="Where a new hub keeps its files: a folder, or s3://..."
-        ),
-    ] = None,
+    blobs: BlobsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Store adapters; makes the hub if there is none. What is not given comes from the adapter's card."""

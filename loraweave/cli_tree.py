@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from loraweave._printing import note, plain, print_json, print_rows
-from loraweave.cli_hub import DEFAULT_HUB, AnomaliesOption, HubOption, JsonOption
+from loraweave.cli_hub import DEFAULT_HUB, AnomaliesOption, BlobsOption, HubOption, JsonOption
 
 TREE_EXAMPLE = "Example: loraweave hub add-tree examples/pool --tag pool --report added.json"
 
@@ -24,13 +24,14 @@ def add_tree(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only find and name them.")] = False,
     report: Annotated[Path | None, typer.Option(metavar="JSON", dir_okay=False, help="Write the report here too.")] = None,
     hub: HubOption = DEFAULT_HUB,
+    blobs: BlobsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Store every adapter below a folder; run again, it goes on, and reads only what was changed."""
     import loraweave as lw
     from loraweave.hub.add_tree import add_tree
 
-    with lw.Hub(hub) as opened:
+    with lw.Hub(hub, blobs=blobs) as opened:
         found = add_tree(
             opened,
             folder,

@@ -337,6 +337,41 @@ def test_versions_of_a_name_are_kept_restored_and_pruned(place, hub):
 
 
 @every_store
+def test_many_are_added_in_batches_and_again_without_a_second_copy(place, hub):
+    added = hub.add_many([adapter(1), adapter(2), adapter(1, "twin"), adapter(3, "not a\nname")])
+    assert [record.name for record in added.records] == ["adapter 1", "adapter 2", "twin"]
+    assert len(added.refused) == 1
+    with opened(place) as other:
+        assert same(other["twin"], adapter(1))
+        assert len(list(other._blobs.names())) == 2
+        generation = other.generation
+        assert len(other.add_many([adapter(1), adapter(2)]).records) == 2
+        assert other.generation == generation
+        assert other.verify().ok
+
+
+@every_store
+def test_filters_pass_the_same_adapters(hub):
+    hub.add(adapter(0), license="MIT", tags=["a", "b", "ß ?"])
+    hub.add(adapter(1), license="MIT OR GPL-3.0-only", tags=["a"])
+    hub.add(adapter(2), base_model="org/other", license="Apache-2.0")
+    for options, wanted in [
+        ({"tags": "a"}, [0, 1]),
+        ({"tags": ["a", "ß ?"]}, [0]),
+        ({"license": "mit"}, [0, 1]),
+        ({"license": ["GPL-3.0-only", "Apache-2.0"]}, [1, 2]),
+        ({"base_model": "org/other"}, [2]),
+        ({"base_model": "org/none"}, []),
+        ({"base_model": "org/base", "tags": "b", "license": "MIT"}, [0]),
+    ]:
+        assert [record.name for record in hub.records(**options)] == [f"adapter {seed}" for seed in wanted], options
+        found = Retriever(hub, embedder="hashing").candidates("adapter", **options)
+        assert sorted(candidate.name for candidate in found) == [f"adapter {seed}" for seed in wanted], options
+    hub.update("adapter 0", tags=[])
+    assert [record.name for record in hub.records(tags="a")] == ["adapter 1"]
+
+
+@every_store
 def test_a_missing_blob_is_named(hub):
     stored = hub.add(adapter(1))
     hub._blobs.remove(stored.hash)
