@@ -121,21 +121,26 @@ class FaissIvf:
         num_found = min(k, count)
         if mask_N is not None and count < FEW_ALLOWED * len(self):
             return few_best(query_QD, self._vectors_ND, mask_N, k)
-        scores_QK, positions_QK = np.empty((len(query_QD), num_found), np.float32), np.empty((len(query_QD), num_found), int)
-        scanner = self._scanners.get(mask_N)
+        if not num_found or not len(query_QD):
+            return np.empty((len(query_QD), num_found), np.float32), np.empty((len(query_QD), num_found), np.int64)
         # the rarer allowed rows are, the more lists it takes to meet as many of them
-        share = min(1.0, self._lists.share * len(self) / count) if count else 1.0
-        for number, query_D in enumerate(query_QD if num_found else ()):
-            rows_R = self._near(scanner, query_D, num_found, share)
-            found = rescored(query_D[None], self._vectors_ND, rows_R[None], num_found)
-            scores_QK[number], positions_QK[number] = found[0][0], found[1][0]
-        return scores_QK, positions_QK
+        return self._looked(query_QD, num_found, min(1.0, self._lists.share * len(self) / count), mask_N)
 
-    def _near(self, scanner: HalfScanner, query_D: np.ndarray, k: int, share: float) -> np.ndarray:
+    def _looked(self, query_QD: np.ndarray, k: int, share: float, mask_N: np.ndarray | None) -> Found:
+        """The k best rows of that share of the lists, and of more lists where those have less than k."""
+        assert self._lists is not None
+        scanner = self._scanners.get(mask_N)
+        nearness_QC = query_QD @ self._lists.centres_CD.T
+        rows = [self._near(scanner, query_D, n_C, k, share) for query_D, n_C in zip(query_QD, nearness_QC, strict=True)]
+        if len({len(rows_R) for rows_R in rows}) == 1:
+            return rescored(query_QD, self._vectors_ND, np.stack(rows), k)
+        found = [rescored(q_D[None], self._vectors_ND, rows_R[None], k) for q_D, rows_R in zip(query_QD, rows, strict=True)]
+        return np.concatenate([scores for scores, _ in found]), np.concatenate([at for _, at in found])
+
+    def _near(self, scanner: HalfScanner, query_D: np.ndarray, nearness_C: np.ndarray, k: int, share: float) -> np.ndarray:
         """Rows to score again, k at least."""
         assert self._lists is not None
         lists = self._lists
-        nearness_C = lists.centres_CD @ query_D
         num_probed, num_wanted = math.ceil(len(nearness_C) * share), min(len(self), max(k, NUM_RESCORED))
         late = (lists.codes_ND[lists.starts[-1] :], lists.rows_N[lists.starts[-1] :])
         while True:
@@ -162,9 +167,5 @@ class FaissIvf:
         codes_ND[:] = halved(self._vectors_ND)[0][rows_N]
         made = _Lists(1.0, centres_CD.astype(np.float32), starts, rows_N, codes_ND)
         self._all, self._lists = None, made
-        self._lists = replace(made, share=least_effort(SHARES, self._looked, self._vectors_ND))
-
-    def _looked(self, query_QD: np.ndarray, k: int, share: float) -> np.ndarray:
-        scanner = self._scanners.get(None)
-        rows = [self._near(scanner, query_D, k, share) for query_D in query_QD]
-        return np.stack([rescored(q[None], self._vectors_ND, r[None], k)[1][0] for q, r in zip(query_QD, rows, strict=True)])
+        share = least_effort(SHARES, lambda query_QD, k, share: self._looked(query_QD, k, share, None)[1], self._vectors_ND)
+        self._lists = replace(made, share=share)
