@@ -60,7 +60,10 @@ def write_vectors(connection: Connection, embedder: str, rows: Sequence[tuple[st
         if not np.isfinite(vector).all():
             raise DimensionMismatch(f"the vector of {name!r} from embedder {embedder!r} is not finite")
     if vectors:
-        connection.execute("DELETE FROM vectors WHERE embedder = ? AND length(vector) <> ?", (embedder, vectors[0].nbytes))
+        # all that are there have one size, since every call sees to it: looking at each would cost a scan of the table
+        one = connection.execute("SELECT length(vector) FROM vectors WHERE embedder = ? LIMIT 1", (embedder,)).fetchone()
+        if one is not None and one[0] != vectors[0].nbytes:
+            connection.execute("DELETE FROM vectors WHERE embedder = ?", (embedder,))
     for (name, text_digest, _), vector in zip(rows, vectors, strict=True):
         found = connection.execute("SELECT seq FROM adapters WHERE name = ?", (name,)).fetchone()
         if found is not None:
