@@ -1,0 +1,273 @@
+"""What the hub costs as it grows, its searches beside bare faiss, and opening an adapter beside reading its file.
+
+    python benchmarks/hub.py scale [--largest 1000000]     adding, opening, looking up, searching, memory, disk
+    python benchmarks/hub.py speed [--count 200000]        queries a second and recall@10 beside bare faiss
+    python benchmarks/hub.py blobs                         opening an adapter of 420 tensors
+
+Adapters are synthetic: real rows of the catalogue and real keys of 384 dimensions, clustered as keys of texts are, and files
+for a sample only. One thread (OMP_NUM_THREADS=1) unless said.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+import faiss
+import numpy as np
+import torch
+import typer
+from _ratios import Gate, Way, compare, console, require
+from _synthetic_hub import DIM, Synthetic, batches, fill, keys, small_adapter, smooth_keys
+from rich.table import Table
+from safetensors.torch import load_file, save_file
+
+from loraweave import registry
+from loraweave.errors import AdapterNotFound
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.blob_files import blob_path
+from loraweave.hub.blobs import read_blob
+from loraweave.hub.hub import Hub
+from loraweave.hub.search import SearchIndex
+from loraweave.types import Factors
+
+app = typer.Typer(add_completion=False, help=__doc__)
+
+_NUM_QUERIES = 64
+
+
+def _fastest(run: Callable[[], object], times: int = 5) -> float:
+    taken = []
+    for _ in range(times):
+        before = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - before)
+    return min(taken)
+
+
+def _once(run: Callable[[], object]) -> float:
+    return _fastest(run, 1)
+
+
+@app.command()
+def probe(folder: Path, count: int) -> None:
+    """What one fresh process measures on a hub that is there; prints JSON. `scale` calls it."""
+    found: dict[str, float] = {}
+    opened: list[Hub] = []
+    found["open"] = _once(lambda: opened.append(Hub(folder)))
+    hub = opened[0]
+    found["len"] = _fastest(lambda: len(hub))
+    found["by name"] = _fastest(lambda: hub.record(f"adapter {count // 2:07d}"))
+
+    def misspelt() -> None:
+        with suppress(AdapterNotFound):
+            hub.record("adaptor 12")
+
+    found["by a name that is not there"] = _fastest(misspelt, 2)
+    found["10 records of a rare tag"] = _fastest(lambda: hub.records(tags="ten"))
+    embedder = Synthetic()
+    index = SearchIndex(hub, embedder=embedder)
+    query_QD = keys(count, num_keys=_NUM_QUERIES, seed=9)
+    found["first search"] = _once(lambda: index.hits(query_QD[:1], 10))
+    found["search"] = _fastest(lambda: index.hits(query_QD[:1], 10), 20)
+    found["search, batch of 64"] = _fastest(lambda: index.hits(query_QD, 10), 3)
+    for tag in ("half", "hundredth", "ten"):
+        found[f"search, filter: {tag}"] = _fastest(lambda tag=tag: index.hits(query_QD[:1], 10, tags=tag))
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    for name in ("RssAnon", "RssFile"):
+        found[f"{name}, MB"] = int(status[name].split()[0]) / 1000
+    print(json.dumps(found))
+
+
+def _probed(folder: Path, count: int) -> dict[str, float]:
+    run = subprocess.run([sys.executable, __file__, "probe", str(folder), str(count)], capture_output=True, text=True)
+    if run.returncode:
+        raise SystemExit(run.stderr)
+    found: dict[str, float] = json.loads(run.stdout)
+    return found
+
+
+def _measured(folder: Path, count: int) -> dict[str, float]:
+    vectors_ND = keys(count)
+    found: dict[str, float] = {}
+    start, begun = 0, 0.0
+    for records in batches(count):
+        before = time.perf_counter()
+        fill(folder, records, vectors_ND[start : start + len(records)])
+        begun += time.perf_counter() - before
+        start += len(records)
+    found["a row and its key, in transactions"] = begun / count
+    with Hub(folder) as hub:
+        made = [small_adapter(f"real {number}", number) for number in range(64)]
+        found["add, one by one"] = _once(lambda: [hub.add(one) for one in made]) / len(made)
+        many = [small_adapter(f"many {number}", 1000 + number) for number in range(256)]
+        found["add, a batch of 256"] = _once(lambda: hub.add_many(many)) / len(many)
+        # its keys are made first, so that following one change is measured and not the encoder
+        index = SearchIndex(hub, embedder=Synthetic())
+        query_QD = keys(count, num_keys=1, seed=8)
+        found["index made of the rows"] = _once(lambda: index.hits(query_QD, 10))
+        index.hits(query_QD, 10)
+
+        def changed() -> None:
+            hub.update("adapter 0000001", description=f"another text {time.perf_counter()}")
+            index.hits(query_QD, 10)
+
+        found["update and search"] = _fastest(changed)
+        found["list all, a record"] = _once(hub.records) / len(hub)
+    return found | _probed(folder, count) | _sizes(folder)
+
+
+def _sizes(folder: Path) -> dict[str, float]:
+    catalogue = sum(path.stat().st_size for path in folder.glob("catalogue.sqlite*"))
+    index = sum(path.stat().st_size for path in (folder / "index").glob("*")) if (folder / "index").exists() else 0
+    return {"catalogue, MB": catalogue / 1e6, "index file, MB": index / 1e6}
+
+
+@app.command()
+def scale(
+    largest: Annotated[int, typer.Option(help="adapters; powers of ten from 1000 on")] = 1_000_000,
+    folder: Annotated[Path | None, typer.Option(help="where the hubs are made; they need 6 kB an adapter")] = None,
+) -> None:
+    """Every cost at 10^3, 10^4, ... adapters, and its growth over the last power of ten: 0 is constant, 1 linear."""
+    counts = [10**power for power in range(3, round(math.log10(largest)) + 1)]
+    columns = []
+    for count in counts:
+        place = Path(tempfile.mkdtemp(prefix="hub-", dir=folder))
+        try:
+            columns.append(_measured(place / "hub", count))
+        finally:
+            shutil.rmtree(place)
+        console.print(f"{count:,}: {json.dumps({name: float(f'{value:.4g}') for name, value in columns[-1].items()})}")
+    table = Table("milliseconds, or as said", *(f"{count:,}" for count in counts), "growth")
+    for name in columns[0]:
+        values = [column[name] * (1 if name.endswith("MB") else 1e3) for column in columns]
+        growth = math.log10(values[-1] / values[-2]) if len(values) > 1 and values[-2] > 0 else math.nan
+        table.add_row(name, *(f"{value:.3g}" for value in values), f"{growth:.2f}")
+    console.print(table)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    console.print(f"peak memory of the process that made them: {peak:,.0f} MB")
+
+
+@app.command()
+def speed(
+    count: Annotated[int, typer.Option(help="keys, 20,000 or more")] = 200_000,
+    rounds: int = 9,
+    seconds: float = 60.0,
+    smooth: Annotated[bool, typer.Option(help="keys without clusters, the worst case of the lists")] = False,
+    graph: Annotated[bool, typer.Option(help="also faiss_hnsw, which takes minutes to make")] = False,
+) -> None:
+    """Searching an index beside bare faiss on the same keys and of the same kind, k = 10, processor time of one thread."""
+    faiss.omp_set_num_threads(1)
+    made = smooth_keys if smooth else keys
+    vectors_ND, query_QD = made(count), made(count, num_keys=256, seed=9)
+    flat = faiss.IndexFlatIP(DIM)
+    flat.add(vectors_ND)
+    half = faiss.IndexScalarQuantizer(DIM, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+    half.add(vectors_ND)
+    ours: dict[str, Any] = {}
+    for name in ("faiss_flat", "faiss_half", "faiss_ivf", *(["faiss_hnsw"] if graph else [])):
+        before = time.perf_counter()
+        ours[name] = registry.get("indexes", name).from_arrays(DIM, {"vectors": vectors_ND})
+        console.print(f"{name} is made in {time.perf_counter() - before:.1f} s")
+    bare = {"IndexFlatIP": flat, "IndexScalarQuantizer": half, "IndexIVFScalarQuantizer": _bare_ivf(ours["faiss_ivf"])}
+    if "faiss_hnsw" in ours:
+        bare["IndexHNSWSQ"] = ours["faiss_hnsw"]._graph
+        bare["IndexHNSWSQ"].hnsw.efSearch = ours["faiss_hnsw"]._effort
+    want = ours["faiss_flat"].search(query_QD, 10)[1]
+    require([Gate("faiss_flat and IndexFlatIP, share of the ten best that differ", 1 - _recall(flat, query_QD, want), 1e-3)])
+    for name, index in {**bare, **ours}.items():
+        console.print(f"recall@10 of {name}: {_recall(index, query_QD, want):.4f}")
+    for batch in (1, 64):
+        ways = {name: _way(index, query_QD, batch) for name, index in {**bare, **ours}.items()}
+        title = f"{count:,} keys, {batch} queries a call"
+        for own, its in zip(ours, bare, strict=True):
+            pair = {its: ways[its], own: ways[own]}
+            tables = {f"time, {its} = 1": (its, False)}
+            compare(title, pair, rounds=rounds, seconds=seconds, cpu=True, tables=tables)
+        for name, way in ways.items():
+            before = time.process_time()
+            way.run()
+            console.print(f"{name}: {way.work / (time.process_time() - before):,.0f} queries a second")
+
+
+def _bare_ivf(ours: Any) -> Any:
+    """faiss's own inverted lists of fp16 codes over the same centres, looking into as many lists."""
+    arrays = ours.arrays()
+    centres_CD = np.ascontiguousarray(arrays["centres"])
+    coarse = faiss.IndexFlatIP(DIM)
+    coarse.add(centres_CD)
+    index = faiss.IndexIVFScalarQuantizer(
+        coarse, DIM, len(centres_CD), faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT, False
+    )
+    index.train(arrays["vectors"][:1000])
+    index.add(arrays["vectors"])
+    index.nprobe = math.ceil(len(centres_CD) * float(arrays["share"][0]))
+    console.print(f"{index.nprobe} of {len(centres_CD)} lists are looked into")
+    return index
+
+
+def _way(index: Any, query_QD: np.ndarray, batch: int) -> Way:
+    calls = [query_QD[start : start + batch] for start in range(0, 8 if batch == 1 else batch, batch)]
+    return Way(lambda: [index.search(part, 10) for part in calls], work=len(calls) * batch)
+
+
+def _recall(index: Any, query_QD: np.ndarray, want_QK: np.ndarray) -> float:
+    found_QK = index.search(query_QD, 10)[1]
+    return float(np.mean([len(np.intersect1d(a, b)) for a, b in zip(found_QK, want_QK, strict=True)]) / want_QK.shape[1])
+
+
+@app.command()
+def blobs(rounds: int = 15, seconds: float = 120.0) -> None:
+    """Opening an adapter of 210 layers of SmolLM2-135M, rank 8, beside `load_file`, and beside copying its bytes."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"q": (576, 576), "k": (576, 192), "v": (576, 192), "o": (576, 576)}
+    sizes |= {"gate": (576, 1536), "up": (576, 1536), "down": (1536, 576)}
+    layers = {
+        f"model.layers.{block}.{module}_proj": Factors(
+            torch.randn(8, num_in, generator=generator), torch.randn(num_out, 8, generator=generator)
+        )
+        for block in range(30)
+        for module, (num_in, num_out) in sizes.items()
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        hub = Hub(Path(folder) / "hub")
+        record = hub.add(Adapter("big", "base", layers))
+        path = blob_path(hub.path, record.hash)
+        apart = Path(folder) / "apart.safetensors"
+        tensors = {f"{layer}.{part}": tensor for layer, f in layers.items() for part, tensor in f.tensors().items()}
+        save_file(tensors, apart)
+        numbers = torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
+        read = read_blob(path, "big").layers
+        wrong = sum(
+            not torch.equal(f.a_RI, read[layer].a_RI) or not torch.equal(f.b_OR, read[layer].b_OR)
+            for layer, f in layers.items()
+        )
+        require([Gate("layers that come back changed", float(wrong), 0.0)])
+        ways = {
+            "safetensors load_file, 420 tensors": Way(lambda: load_file(apart)),
+            "read_blob": Way(lambda: read_blob(path, "big")),
+            "hub[name], digest known": Way(lambda: hub["big"]),
+            "read_blob, and every number copied": Way(
+                lambda: [tensor.clone() for f in read_blob(path, "big").layers.values() for tensor in f.tensors().values()]
+            ),
+            "a copy of the numbers in memory": Way(lambda: numbers.clone()),
+        }
+        title = f"opening {len(tensors)} tensors of {numbers.nbytes / 1e6:.1f} MB"
+        tables = {"time, load_file = 1": (next(iter(ways)), False), "a copy = 1": ("a copy of the numbers in memory", False)}
+        compare(title, ways, rounds=rounds, seconds=seconds, tables=tables)
+        console.print(f"read_blob: {1e3 * _fastest(ways['read_blob'].run, 20):.2f} ms")
+        hub.close()
+
+
+if __name__ == "__main__":
+    app()
