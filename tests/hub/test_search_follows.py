@@ -13,6 +13,7 @@ from loraweave.errors import HubCorrupt
 from loraweave.hub import saved_keys
 from loraweave.hub import search as search_module
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.changes import CHANGED
 from loraweave.hub.hub import Hub
 from loraweave.hub.search import SearchIndex
 from loraweave.types import BaseKey, Factors
@@ -281,3 +282,9 @@ def test_changes_come_in_pages_by_seq(hub):
     assert seen == [(1, "cat"), (4, None), (5, "word")]
     assert (first.generation, first.num_adapters) == (before + 4, 4)
     assert not hub.changes("counts", since=before + 4).page
+
+
+def test_what_changed_is_found_by_its_generation_and_not_among_all_rows(hub):
+    with hub._catalogue.reading() as connection:
+        plan = connection.execute(f"EXPLAIN QUERY PLAN {CHANGED}", (1, 0, 9)).fetchall()
+    assert "changes_by_generation (generation>?)" in plan[0][3]
