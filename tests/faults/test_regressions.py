@@ -107,3 +107,13 @@ def test_a_whole_number_that_no_float_can_hold_is_refused_by_name(sound, put):
     folder = put({**sound["lokr"], CONFIG: json.dumps({**table, "alpha": 10**400}).encode()})
     with pytest.raises(AdapterCorrupt, match=r"alpha is 1000\d+\.\.\., not a finite number"):
         Adapter.from_pretrained(folder)
+
+
+def test_an_archive_of_torch_whose_entry_claims_gigabytes_is_refused_without_making_room(sound, put):
+    raw = bytearray(sound["pickle"]["adapter_model.bin"])
+    # the first entry of the directory at the end, whose second size is at its byte 20
+    place = raw.index(b"PK\1\2") + 20
+    raw[place : place + 4] = (3_000_000_000).to_bytes(4, "little")
+    folder = put({**sound["pickle"], "adapter_model.bin": bytes(raw)})
+    with pytest.raises(AdapterCorrupt, match=r"data.pkl' has \d+ bytes, but 3000000000 in the archive"):
+        Adapter.from_pretrained(folder, allow_pickle=True)
