@@ -29,13 +29,14 @@ def adapter(seed):
 
 
 def fresh(path):
-    """A hub of three adapters under five names with vectors, something for gc to do, and a log not yet in the database."""
+    """A hub of three adapters under four names, one in quarantine, with vectors and something for gc to do."""
     with Hub(path) as hub:
         for seed in range(4):
             hub.add(adapter(seed), description=f"task {seed}", tags=["a"])
         hub.store_vectors("e", [("adapter 0", "d", np.ones(3))])
         hub.remove("adapter 3")
         hub.add(adapter(1), name="second name")
+        hub.quarantine("adapter 2")
 
 
 def versioned(path):
@@ -140,6 +141,7 @@ CHANGES = {
     "add a version": Change(versioned, _on_open_hub(lambda hub: hub.add(adapter(6), name="adapter 0", replace=True))),
     "roll back": Change(versioned, _on_open_hub(_rolled_back)),
     "prune": Change(versioned, _on_open_hub(lambda hub: hub.prune("adapter 0"))),
+    "quarantine": Change(fresh, _on_open_hub(lambda hub: hub.quarantine("adapter 0"))),
     "migrate": Change(fresh, _on_open_hub(lambda hub: hub.generation), steps=(NEXT_STEP,)),
     "create": Change(emptied, _on_open_hub(lambda hub: hub.generation), readable=False),
     "rebuild": Change(headless, _rebuild, readable=False),
@@ -149,9 +151,9 @@ CHANGES = {
 def state(hub):
     """What a user sees of the hub: adapters in order with all versions' content and texts, and whose vectors there are."""
     listed = []
-    for newest in hub.records():
+    for newest in [*hub.records(), *hub.records(quarantined=True)]:
         history = [(record.version, record.hash, record.description, record.tags) for record in hub.history(newest.name)]
-        listed.append((newest.name, *history))
+        listed.append((newest.name, newest.quarantined, *history))
     return [*listed, *sorted(hub.vectors("e"))]
 
 
@@ -164,8 +166,9 @@ def faults(path, allowed, *, may_be_harmed=False):
         if may_be_harmed and len(report.problems) <= 1:
             return wrong
         wrong += report.problems
-        for record in [record for newest in hub.records() for record in hub.history(newest.name)]:
-            if hub.get(record.name, version=record.version).hash != record.hash:
+        newest = [*hub.records(), *hub.records(quarantined=True)]
+        for record in [record for one in newest for record in hub.history(one.name)]:
+            if hub.get(record.name, version=record.version, quarantined=True).hash != record.hash:
                 wrong.append(f"version {record.version} of {record.name!r} has another content")
         hub.gc()
         left = sorted(file.name for file in path.glob("tmp/*"))
