@@ -86,8 +86,8 @@ def _pickle_in(file: BinaryIO, size: int, where: str) -> bytes:
         if isinstance(error, AdapterCorrupt | AdapterUnsupported):
             raise
         raise AdapterCorrupt(
-            f"{where} is no intact archive of torch.save ({error}); files of PyTorch before 1.6 are not read, load and save "
-            "them again with a newer one"
+            f"{where} is no intact archive of torch.save ({error!s:.300}); files of PyTorch before 1.6 are not read, "
+            "load and save them again with a newer one"
         ) from error
 
 

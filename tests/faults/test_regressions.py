@@ -1,7 +1,9 @@
 """What the fuzz found once, each as the smallest folder that showed it."""
 
+import io
 import json
 import tracemalloc
+import zipfile
 
 import pytest
 
@@ -117,3 +119,17 @@ def test_an_archive_of_torch_whose_entry_claims_gigabytes_is_refused_without_mak
     folder = put({**sound["pickle"], "adapter_model.bin": bytes(raw)})
     with pytest.raises(AdapterCorrupt, match=r"data.pkl' has \d+ bytes, but 3000000000 in the archive"):
         Adapter.from_pretrained(folder, allow_pickle=True)
+
+
+def test_the_message_on_a_damaged_archive_does_not_pour_out_its_bytes(sound, put):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("adapter_config.json", sound["plain"][CONFIG])
+        archive.writestr("padding", b"\xff" * 60_000)
+    raw = bytearray(file.getvalue())
+    # the length of the first name, in the header before it
+    raw[26:28] = (50_000).to_bytes(2, "little")
+    folder = put({"case.zip": bytes(raw)})
+    with pytest.raises(AdapterCorrupt, match=r"case.zip is damaged") as caught:
+        Adapter.from_pretrained(folder / "case.zip")
+    assert len(str(caught.value)) < 1_000
