@@ -63,8 +63,10 @@ def faults(change, path, *, done, old, new):
 def kill_everywhere(folder, change, most):
     change.prepare(start := folder / "start")
     with change.known_steps():
+        # here first: what a child imports, the next one would import again, by other calls
+        change.run(copy(start, folder / "new"))
+        new = state(folder / "new")
         numbers = points(change, copy(start, folder / "whole"), most)
-        new = state(folder / "whole")
         old = state(copy(start, folder / "old")) if change.readable else None
         bad, kills = [], 0
         for number in numbers:
