@@ -16,12 +16,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from loraweave.composer.batches import IGNORED, EncodedRow, batch, encode, token_losses
-from loraweave.composer.checkpoints import TrainingState, drop_state, load_adapter, load_state, save_adapter, save_state
+from loraweave.composer.checkpoints import load_adapter, save_adapter
 from loraweave.composer.fused_jobs import FusedJobs
 from loraweave.composer.layers import linear_shape
 from loraweave.errors import TrainingError, UnknownName
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.fingerprint import fingerprint
+from loraweave.retrieval.training_state import TrainingState, drop_state, load_state, save_state
 from loraweave.types import Task
 
 logger = logging.getLogger(__name__)

@@ -19,6 +19,7 @@ import weakref
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -139,15 +140,15 @@ _SHARED: weakref.WeakKeyDictionary[Any, SearchIndex] = weakref.WeakKeyDictionary
 class SearchIndex:
     """The searchable form of a hub. It follows the hub: what was added, changed or removed counts from the next search.
 
-    `embedder` is a name of the registry or an object with `dim`, `id` and `embed`; `index` is a name, or "auto": a database
-    that ranks vectors itself, else exact search up to 200,000 adapters (`faiss_half`, or `flat` where faiss is not
-    installed), from there on `faiss_ivf`. Raises UnknownName for other names.
+    `embedder` is a name of the registry, a folder that `train_encoder` wrote, or an object with `dim`, `id` and `embed`;
+    `index` is a name, or "auto": a database that ranks vectors itself, else exact search up to 200,000 adapters
+    (`faiss_half`, or `flat` where faiss is not installed), from there on `faiss_ivf`. Raises UnknownName for other names.
     """
 
     def __init__(self, hub: Hub, *, embedder: str | Embedder = "sentence", index: str = "auto") -> None:
         in_database = hub.vector_search if index == "auto" else None
         self.hub = hub
-        self.embedder: Embedder = registry.get("embedders", embedder)() if isinstance(embedder, str) else embedder
+        self.embedder = _embedder(embedder)
         self._index = index
         self._choice = _choice(index)
         self._snapshot: _Snapshot | None = None
@@ -364,6 +365,17 @@ def _choice(index: str) -> Choice:
     if not importlib.util.find_spec("faiss"):
         return lambda count: registry.get("indexes", "flat")
     return lambda count: registry.get("indexes", "faiss_half" if count < MIN_APPROXIMATE else "faiss_ivf")
+
+
+def _embedder(given: str | Embedder) -> Embedder:
+    """The embedder of that name, or of the folder that `train_encoder` wrote; an object is itself."""
+    if not isinstance(given, str):
+        return given
+    if given not in registry.names("embedders") and Path(given).is_dir():
+        trained: Embedder = registry.get("embedders", "sentence")(folder=given)
+        return trained
+    named: Embedder = registry.get("embedders", given)()
+    return named
 
 
 def checked_count(k: Any) -> int:

@@ -57,6 +57,7 @@ _LAZY = {
     "Statistics": "loraweave.composer.statistics",
     "flexlora_clients": "loraweave.composer.federated",
     "train_adapters": "loraweave.composer.train_adapters",
+    "train_encoder": "loraweave.retrieval.training",
     "extract": "loraweave.hub.extract",
     "to_lora": "loraweave.hub.to_lora",
     **dict.fromkeys(("byom", "compeft"), "loraweave.composer.compression"),
@@ -146,5 +147,6 @@ __all__ = [
     "subtract_general",
     "to_lora",
     "train_adapters",
+    "train_encoder",
     "unlearn",
 ]

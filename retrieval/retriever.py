@@ -38,7 +38,8 @@ _CHOICE_PER_CANDIDATE = 5
 
 
 class Retriever:
-    """Searches a hub. `embedder` and `index` are names of the registry (`loraweave.names`) or, for the first, an object.
+    """Searches a hub. `embedder` and `index` are names of the registry (`loraweave.names`) or, for the first, an object or
+    the folder of an encoder that `train_encoder` wrote.
 
     Scores are inner products of unit vectors, -1 to 1. Results are sorted by score, ties by order of addition. A result
     is [] when the hub is empty, nothing passes the filters, or nothing reaches `min_score`: then the base model is the

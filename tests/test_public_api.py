@@ -62,7 +62,18 @@ NOUNS = {
     "Router",
     "Task",
 }
-VERBS = {"base_key", "compose", "extract", "load_base", "merge", "names", "rerank", "to_lora", "train_adapters"}
+VERBS = {
+    "base_key",
+    "compose",
+    "extract",
+    "load_base",
+    "merge",
+    "names",
+    "rerank",
+    "to_lora",
+    "train_adapters",
+    "train_encoder",
+}
 ARITHMETIC = {"add", "analogy", "ema", "negate", "scale", "subtract", "subtract_general", "unlearn"}
 BESIDE_MERGE = {"Statistics", "byom", "collect_statistics", "compeft", "flexlora_clients"}
 

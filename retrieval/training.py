@@ -1,0 +1,257 @@
+"""Fine-tunes the sentence encoder on the sample inputs of adapters, so that inputs of one task come to lie together.
+
+LoraRetriever's loss (Zhao et al. 2024, arXiv 2402.09997): for an input x and another input x+ of the same task,
+-log exp(cos(x, x+) / t) / (exp(cos(x, x+) / t) + sum over inputs x- of the batch's other tasks of exp(cos(x, x-) / t)).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from loraweave.errors import TrainingError
+from loraweave.hub.hub import Hub
+from loraweave.retrieval.embedders._text import readable
+from loraweave.retrieval.embedders.sentence import ENCODER_FILE, MAX_TOKENS, MODEL_FILES, Sentence
+from loraweave.retrieval.training_state import TrainingState, drop_state, load_state, save_state
+
+GRADIENT_LIMIT = 1.0
+CHECKPOINT_STEPS = 20
+RECIPE_FILE = "recipe.json"
+
+
+@dataclass(frozen=True)
+class EncoderRecipe:
+    """What determines a fine-tuned encoder, besides the texts and the encoder that it began as."""
+
+    steps: int
+    tasks_per_step: int
+    inputs_per_task: int
+    lr: float
+    temperature: float
+    seed: int
+
+
+def train_encoder(
+    hub_or_inputs: Hub | Mapping[str, Sequence[str]],
+    out: str | Path,
+    *,
+    steps: int = 100,
+    tasks_per_step: int = 16,
+    inputs_per_task: int = 4,
+    lr: float = 2e-5,
+    temperature: float = 0.05,
+    seed: int = 0,
+    start: Sentence | None = None,
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
+) -> Sentence:
+    """The encoder, fine-tuned and saved in the folder `out`: `Retriever(hub, embedder=...)` takes it, or the folder.
+
+    Trains on a mapping of task names to inputs, or on the sample inputs in a hub's cards; tasks with fewer than two
+    different inputs are left out. Each step has `inputs_per_task` inputs of `tasks_per_step` tasks. `start` is the encoder
+    to begin with, all-MiniLM-L6-v2 by default; its word embeddings stay as they are. AdamW without weight decay or dropout,
+    warm-up over a tenth of the steps, then a cosine to zero, gradients clipped to norm 1. The same seed gives the same bits
+    on one machine. With `checkpoint`, a folder, the same call goes on where it was interrupted, to the same result.
+
+    Raises TrainingError for settings out of range, fewer than two tasks, an `out` that holds something, a checkpoint of
+    another training, and a loss that is not finite; PackageMissing without the encoder's weights.
+    """
+    recipe = EncoderRecipe(steps, tasks_per_step, inputs_per_task, lr, temperature, seed)
+    inputs = _inputs(hub_or_inputs)
+    target = Path(out)
+    _check(recipe, inputs, target)
+    begin = Sentence() if start is None else start
+    folder = None if checkpoint is None else Path(checkpoint)
+    key = _key(recipe, inputs, begin)
+    if folder is not None:
+        _claim(folder, recipe, key)
+    tokenizer, model = begin.loaded_copy()
+    _train(tokenizer, model, begin.instruction, inputs, recipe, folder, key, progress)
+    _save(target, begin, model, recipe, sorted(inputs))
+    if folder is not None:
+        drop_state(folder, key)
+    return Sentence(folder=target)
+
+
+def contrastive_loss(unit_ND: Tensor, task_N: Tensor, temperature: float) -> Tensor:
+    """The mean of LoraRetriever's loss over rows; a row's positive is the next row of its task, the last one's the first.
+
+    Rows of one task lie side by side, and each task has at least two.
+    """
+    similarity_NN = unit_ND @ unit_ND.T / temperature
+    same_NN = task_N[:, None] == task_N[None, :]
+    index_N = torch.arange(len(task_N))
+    first_N = same_NN.int().argmax(dim=1)
+    following_N = first_N + (index_N - first_N + 1) % same_NN.sum(dim=1)
+    positive_N = similarity_NN[index_N, following_N]
+    # other inputs of the same task are neither the positive nor negatives
+    negative_NN = similarity_NN.masked_fill(same_NN, -math.inf)
+    return (torch.logsumexp(torch.cat([positive_N[:, None], negative_NN], dim=1), dim=1) - positive_N).mean()
+
+
+def _train(
+    tokenizer: Any,
+    model: Any,
+    instruction: str,
+    inputs: Mapping[str, Sequence[str]],
+    recipe: EncoderRecipe,
+    folder: Path | None,
+    key: str,
+    progress: bool,
+) -> None:
+    learning = _learning(model)
+    optimizer = torch.optim.AdamW(learning, lr=recipe.lr, weight_decay=0.0)
+    first = 0
+    if folder is not None and (state := load_state(folder, key)):
+        first = state.restore(learning, optimizer)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[loss]}"), disable=not progress) as bar:
+        shown = bar.add_task("training the encoder", total=recipe.steps, completed=first, loss="")
+        for step in range(first, recipe.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.lr * _schedule(step, recipe.steps)
+            texts, task_N = _batch(inputs, recipe, step)
+            unit_ND = _embedded(tokenizer, model, [instruction + readable(text) for text in texts])
+            loss = contrastive_loss(unit_ND, task_N, recipe.temperature)
+            if not math.isfinite(float(loss.detach())):
+                raise TrainingError(f"the loss is {float(loss.detach())} at step {step + 1}; lower lr ({recipe.lr:g})")
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(learning, GRADIENT_LIMIT)
+            optimizer.step()
+            bar.update(shown, advance=1, loss=f"loss {float(loss.detach()):.3f}")
+            if folder is not None and (step + 1) % CHECKPOINT_STEPS == 0 and step + 1 < recipe.steps:
+                save_state(folder, key, TrainingState.of(step + 1, learning, optimizer))
+
+
+def _learning(model: Any) -> list[Tensor]:
+    """The parameters that learn: all but the word embeddings, and the pooler, which a mean of hidden states leaves out."""
+    words = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
+    model.requires_grad_(False)
+    learning = [p for name, p in model.named_parameters() if id(p) not in words and not name.startswith("pooler.")]
+    for parameter in learning:
+        parameter.requires_grad_(True)
+    return learning
+
+
+def _embedded(tokenizer: Any, model: Any, texts: Sequence[str]) -> Tensor:
+    """unit_ND as the embedder `sentence` computes it, with a gradient."""
+    tokens = tokenizer(list(texts), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+    hidden_NTD = model(**tokens).last_hidden_state
+    mask_NT1 = tokens["attention_mask"][..., None].to(hidden_NTD.dtype)
+    return normalize((hidden_NTD * mask_NT1).sum(dim=1) / mask_NT1.sum(dim=1), dim=1)
+
+
+def _batch(inputs: Mapping[str, Sequence[str]], recipe: EncoderRecipe, step: int) -> tuple[list[str], Tensor]:
+    """Texts of one step and the task of each, a function of the seed and the step alone."""
+    digest = hashlib.sha256(f"{recipe.seed}/{step}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
+    names = sorted(inputs)
+    chosen = torch.randperm(len(names), generator=generator)[: recipe.tasks_per_step].tolist()
+    texts, tasks = [], []
+    for place in chosen:
+        pool = inputs[names[place]]
+        some = torch.randperm(len(pool), generator=generator)[: recipe.inputs_per_task].tolist()
+        texts += [pool[index] for index in some]
+        tasks += [place] * len(some)
+    return texts, torch.tensor(tasks)
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Linear warm-up to 1, then half a cosine down to 0 at `steps`."""
+    warmup = max(1, steps // 10)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def _inputs(hub_or_inputs: Hub | Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """The different inputs of every task that has two or more of them."""
+    if isinstance(hub_or_inputs, Hub):
+        given: Mapping[str, Sequence[str]] = {record.name: record.examples for record in hub_or_inputs.records()}
+    else:
+        given = hub_or_inputs
+    different = {name: list(dict.fromkeys(text for text in texts if text.strip())) for name, texts in given.items()}
+    return {name: texts for name, texts in different.items() if len(texts) >= 2}
+
+
+def _save(target: Path, begin: Sentence, model: Any, recipe: EncoderRecipe, tasks: Sequence[str]) -> None:
+    """The folder under a temporary name beside it, then renamed, so that it is whole or not there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".writing-"))
+    try:
+        for name in MODEL_FILES:
+            if name != "model.safetensors":
+                shutil.copyfile(begin.files / name, temporary / name)
+        tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        about = {"instruction": begin.instruction, "started_from": begin.id, "recipe": asdict(recipe), "tasks": list(tasks)}
+        (temporary / ENCODER_FILE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        # an empty folder may be there: a rename replaces it
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _key(recipe: EncoderRecipe, inputs: Mapping[str, Sequence[str]], begin: Sentence) -> str:
+    content = json.dumps([asdict(recipe), inputs, begin.id], sort_keys=True)
+    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def _claim(folder: Path, recipe: EncoderRecipe, key: str) -> None:
+    """Notes in the checkpoint folder what it is for; TrainingError when it is for something else."""
+    path = folder / RECIPE_FILE
+    own = {**asdict(recipe), "key": key}
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            found = None
+        if found != own:
+            other = found if isinstance(found, dict) else {}
+            differing = [name for name in own if other.get(name) != own[name]]
+            shown = ", ".join(f"{name} {other.get(name)!r} there and {own[name]!r} here" for name in differing)
+            raise TrainingError(
+                f"the checkpoint {folder} is of another training: {shown} (the key is of texts and encoder too); "
+                "give another folder, or the same settings"
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".writing-")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(json.dumps(own, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def _check(recipe: EncoderRecipe, inputs: Mapping[str, Sequence[str]], target: Path) -> None:
+    least = {"steps": 1, "tasks_per_step": 2, "inputs_per_task": 2, "seed": 0}
+    for field, smallest in least.items():
+        value = getattr(recipe, field)
+        if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+            raise TrainingError(f"{field} is {value!r}; it must be a whole number of at least {smallest}")
+    for field in ("lr", "temperature"):
+        value = getattr(recipe, field)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not (value > 0 and math.isfinite(value)):
+            raise TrainingError(f"{field} is {value!r}; it must be a finite number above 0")
+    if len(inputs) < 2:
+        raise TrainingError(
+            f"{len(inputs)} tasks have two or more different inputs, and two are needed: each is told from the others; "
+            "give more tasks, or store adapters with examples=[...]"
+        )
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise TrainingError(f"{target} is a file, or a folder that holds something; name another folder for the encoder")

@@ -1,0 +1,79 @@
+"""The state of a running training: safetensors, visible only when whole."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Parameters and AdamW moments after `step` steps."""
+
+    step: int
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, step: int, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> TrainingState:
+        tensors = {"step": torch.tensor([step])}
+        for index, parameter in enumerate(parameters):
+            tensors[f"{index}.value"] = parameter.detach().clone()
+            for moment in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{index}.{moment}"] = optimizer.state[parameter][moment].clone()
+        return cls(step, tensors)
+
+    def restore(self, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> int:
+        """Puts the state back and returns the number of steps already done."""
+        with torch.no_grad():
+            for index, parameter in enumerate(parameters):
+                parameter.copy_(self.tensors[f"{index}.value"])
+                optimizer.state[parameter] = {
+                    "step": torch.tensor(float(self.step)),
+                    "exp_avg": self.tensors[f"{index}.exp_avg"].to(parameter.device),
+                    "exp_avg_sq": self.tensors[f"{index}.exp_avg_sq"].to(parameter.device),
+                }
+        return self.step
+
+
+def save_state(folder: Path, key: str, state: TrainingState) -> None:
+    """Writes the state under a temporary name, then renames. A full disk is said and does not end the training."""
+    path = folder / "running" / f"{key}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
+    os.close(handle)
+    try:
+        save_file(state.tensors, temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        logger.warning("the checkpoint at step %d was not written (%s); training goes on", state.step, error)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def load_state(folder: Path, key: str) -> TrainingState | None:
+    """The last whole state, or None; a damaged file counts as none and is said."""
+    path = folder / "running" / f"{key}.safetensors"
+    if not path.is_file():
+        return None
+    try:
+        tensors = load_file(path)
+        return TrainingState(int(tensors.pop("step")), tensors)
+    except (SafetensorError, KeyError) as error:
+        logger.warning("the checkpoint %s is damaged (%s); its jobs start again", path, error)
+        return None
+
+
+def drop_state(folder: Path, key: str) -> None:
+    """Removes the state of jobs that are finished."""
+    (folder / "running" / f"{key}.safetensors").unlink(missing_ok=True)
