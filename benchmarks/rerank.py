@@ -5,8 +5,9 @@
     python benchmarks/rerank.py --out runs/rerank --speed       (one backward pass beside a probe for each adapter)
 
 For each unseen task, every adapter of the pool runs alone at weight 1 on held-out rows; the fall of the loss there is the
-truth. The rankings see five other rows: first-order loss change, gradient similarity, a probe of each adapter, probes of the
-first ten by first order, retrieval (five inputs, and with the definition), and chance. A task's figures are kept in --out.
+truth. The rankings see five other rows: first-order loss change and gradient similarity (at the base, at the uniform
+mixture), a probe of each adapter (all five rows, one row, the first ten by first order), retrieval, and chance. A task's
+figures are kept in --out.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import argparse
 import json
 import os
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +38,18 @@ from loraweave.routers.mixture import MixtureWeights
 ROOT = Path(__file__).resolve().parents[1] / "examples"
 KS = (1, 3, 5, 10)
 SHORT_LIST = 10
-WAYS = (
-    "chance",
-    "retrieval, inputs",
-    "retrieval, inputs + definition",
-    "first_order",
-    "gradient_similarity",
-    "first_order, then probe of 10",
-    "probe",
-)
-console = Console(width=160)
+# by what rerank() asks the model
+ASKED: dict[str, dict[str, Any]] = {
+    "first order at the base": {"by": "first_order", "around": "base"},
+    "gradient similarity at the base": {"by": "gradient_similarity", "around": "base"},
+    "first order at uniform": {"by": "first_order"},
+    "gradient similarity at uniform": {"by": "gradient_similarity"},
+    "probe": {"by": "probe"},
+}
+SHORT = f"first order at uniform, then probe of {SHORT_LIST}"
+ONE = "probe of one example"
+WAYS = ("chance", "retrieval, inputs", "retrieval, inputs + definition", *ASKED, ONE, SHORT)
+console = Console(width=200)
 
 
 def main() -> None:
@@ -81,41 +84,44 @@ def measure(options: argparse.Namespace, model: Any, tokenizer: Any, hub: lw.Hub
         for name in names:
             progress.update(shown, description=name)
             path = options.out / f"{name}-{options.seed}.json"
-            if not path.is_file():
+            figures = json.loads(path.read_text()) if path.is_file() else {"task": name, "seed": options.seed}
+            if not set(WAYS[1:]) <= set(figures.get("scores", ())):
                 unseen = load_task(options.data, name, options.seed, options.num_held_out)
-                figures = {"task": name, "seed": options.seed, "related": unseen.related}
-                figures |= _figures(model, tokenizer, hub, retriever, unseen)
+                if "gain" not in figures:
+                    figures |= _gains(model, tokenizer, hub, unseen)
+                figures["scores"] = _scores(model, tokenizer, hub, retriever, unseen)
                 temporary = path.with_suffix(f".{os.getpid()}")
                 temporary.write_text(json.dumps(figures))
                 os.replace(temporary, path)
             progress.advance(shown)
 
 
-def _figures(model: Any, tokenizer: Any, hub: lw.Hub, retriever: lw.Retriever, unseen: DemoTask) -> dict[str, Any]:
-    """The fall of the loss on held-out rows for each adapter ("gain"), its score by each way, and the seconds of a way."""
-    task, names = unseen.task, tuple(record.name for record in hub)
-    held_out = lw.Task([(text, targets[0]) for text, targets in unseen.test], instruction=task.instruction)
+def _gains(model: Any, tokenizer: Any, hub: lw.Hub, unseen: DemoTask) -> dict[str, Any]:
+    """The base model's loss on the held-out rows, and its fall with each adapter at weight 1."""
+    names = tuple(record.name for record in hub)
+    held_out = lw.Task([(text, targets[0]) for text, targets in unseen.test], instruction=unseen.task.instruction)
     loss = ExampleLoss(lw.Composer(model, hub.pool(names)), tokenizer, held_out, l1=0.0)
     mixtures = [MixtureWeights.of(mixture, names) for mixture in ({}, *({name: 1.0} for name in names))]
     base, *losses = loss.scores(mixtures)[0].mean(axis=1).tolist()
+    return {"base": base, "gain": {name: base - value for name, value in zip(names, losses, strict=True)}}
+
+
+def _scores(model: Any, tokenizer: Any, hub: lw.Hub, retriever: lw.Retriever, unseen: DemoTask) -> dict[str, dict[str, int]]:
+    """{way: {adapter: minus its place}}: places, since scores of two measures do not compare."""
+    task, count = unseen.task, len(hub)
     inputs = [text for text, _ in task.examples]
-    found: dict[str, list[lw.Candidate]] = {}
-    seconds = {}
-    bare = retriever.for_task(inputs, k=len(names))
-    found["retrieval, inputs"] = bare
-    found["retrieval, inputs + definition"] = retriever.for_task(inputs, description=task.instruction, k=len(names))
-    for by in ("first_order", "gradient_similarity", "probe"):
-        started = time.perf_counter()
-        found[by] = lw.rerank(model, tokenizer, hub, task, bare, by=by)
-        seconds[by] = time.perf_counter() - started
-    first = found["first_order"]
-    short = lw.rerank(model, tokenizer, hub, task, first[:SHORT_LIST], by="probe")
+    bare = retriever.for_task(inputs, k=count)
+    found = {
+        "retrieval, inputs": bare,
+        "retrieval, inputs + definition": retriever.for_task(inputs, description=task.instruction, k=count),
+    }
+    for way, asked in ASKED.items():
+        found[way] = lw.rerank(model, tokenizer, hub, task, bare, **asked)
+    found[ONE] = lw.rerank(model, tokenizer, hub, replace(task, examples=task.examples[:1]), bare, by="probe")
+    first = found["first order at uniform"]
     # the rest keeps its order below the short list
-    found["first_order, then probe of 10"] = [*short, *first[SHORT_LIST:]]
-    # a place, since scores of two measures do not compare
-    scores = {way: {c.name: -place for place, c in enumerate(listed)} for way, listed in found.items()}
-    gain = {name: base - value for name, value in zip(names, losses, strict=True)}
-    return {"base": base, "gain": gain, "scores": scores, "seconds": seconds}
+    found[SHORT] = [*lw.rerank(model, tokenizer, hub, task, first[:SHORT_LIST], by="probe"), *first[SHORT_LIST:]]
+    return {way: {c.name: -place for place, c in enumerate(listed)} for way, listed in found.items()}
 
 
 def report(folder: Path) -> None:
@@ -135,12 +141,19 @@ def report(folder: Path) -> None:
     console.print(f"{len(found)} tasks, {len(found[0]['gain'])} adapters; means over tasks [95 % interval over tasks]:")
     console.print(table)
     each = Table(box=MARKDOWN)
-    for column in ("task", "base loss", "best adapter (fall)", "first by first_order (fall)", "Spearman", "of retrieval"):
+    for column in (
+        "task",
+        "base loss",
+        "best adapter (fall)",
+        "first by first order at uniform (fall)",
+        "Spearman",
+        "of retrieval",
+    ):
         each.add_column(column)
     for figures in found:
-        gain, first = figures["gain"], max(figures["scores"]["first_order"].items(), key=lambda item: item[1])[0]
+        gain, first = figures["gain"], max(figures["scores"]["first order at uniform"].items(), key=lambda item: item[1])[0]
         best = max(gain, key=lambda name: gain[name])
-        spearman = [f"{_row(figures, way)[0]:.2f}" for way in ("first_order", "retrieval, inputs + definition")]
+        spearman = [f"{_row(figures, way)[0]:.2f}" for way in ("first order at uniform", "retrieval, inputs + definition")]
         cells = (f"{figures['base']:.2f}", f"{best} ({gain[best]:.2f})", f"{first} ({gain[first]:.2f})")
         each.add_row(figures["task"], *cells, *spearman)
     console.print(each)

@@ -1,6 +1,6 @@
-"""How the loss begins to change when an adapter is faded in, for a whole pool from one backward pass over the base model.
+"""How the loss begins to change when an adapter is faded in, for a whole pool from one backward pass.
 
-At weight zero d loss / d w_e = sum over layers of <G, B_e A_e>, with G the loss's gradient by the layer's weight. G is a
+At any mixture d loss / d w_e = sum over layers of <G, B_e A_e>, with G the loss's gradient by the layer's weight. G is a
 sum over tokens of g x^T, so that the product is sum over tokens of (A_e x) . (B_e^T g): the factors meet the layer's input
 and the gradient at its output, and neither G nor an update is ever formed. Gain and bias meet sum g * y0 and sum g.
 """
@@ -30,18 +30,21 @@ from loraweave.types import Factors, Task
 
 @dataclass(frozen=True)
 class FirstOrder:
-    """The base model's loss on the examples, and each expert's d loss / d weight at weight zero."""
+    """The loss on the examples at a mixture, and each expert's d loss / d weight there."""
 
     loss: float
     slopes: Mapping[str, float]
 
 
-def first_order(engine: Composer, tokenizer: Any, task: Task, *, batch_size: int = 8) -> FirstOrder:
+def first_order(
+    engine: Composer, tokenizer: Any, task: Task, *, mixture: Mapping[str, float] | None = None, batch_size: int = 8
+) -> FirstOrder:
     """The slope of the loss for every expert of the engine's pool; the loss is the mean over the task's examples.
 
-    One forward and one backward pass for each `batch_size` examples, whatever the size of the pool. The products run in
-    fp32 or better. The model is left as it was. Raises InvalidTask for examples that cannot be encoded, AlreadyActive
-    while another Composer is active, CompositionError for a loss that is not finite.
+    It is taken at a `mixture`, by default at the base model. One forward and one backward pass for each `batch_size`
+    examples, whatever the size of the pool. The products run in fp32 or better. The model is left as it was.
+    Raises InvalidTask for examples that cannot be encoded, AlreadyActive while another Composer is active, CompositionError
+    for a loss that is not finite.
     """
     model, pool = engine.model, engine.bound_pool
     rows = encode(model, tokenizer, [task.prompt(text) for text, _ in task.examples], [t for _, t in task.examples])
@@ -49,8 +52,8 @@ def first_order(engine: Composer, tokenizer: Any, task: Task, *, batch_size: int
     total = 0.0
     with ExitStack() as stack:
         stack.enter_context(untouched(model))
-        # no expert, but other Composers are kept away from the model meanwhile
-        stack.enter_context(engine.activate({}))
+        # also without a mixture: other Composers are kept away from the model meanwhile
+        stack.enter_context(engine.activate(mixture or {}))
         # below a caller's inference_mode, tensors would take no part in a backward pass
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -63,8 +66,8 @@ def first_order(engine: Composer, tokenizer: Any, task: Task, *, batch_size: int
             total += float(loss.detach())
             if not math.isfinite(total):
                 raise CompositionError(
-                    f"the base model's loss on the examples is {total}, so nothing can be said of its change; load the "
-                    "model in a wider dtype, or look for damaged weights"
+                    f"the loss on the examples is {total}, so nothing can be said of its change; load the model in a wider "
+                    "dtype, or look for damaged weights"
                 )
             if loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loraweave.composer.composer import Composer
 from loraweave.composer.example_loss import ExampleLoss
-from loraweave.composer.first_order import first_order, update_norm
+from loraweave.composer.first_order import FirstOrder, first_order, update_norm
 from loraweave.errors import InvalidTask, SearchFailed, UnknownName, WeightingError
 from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
@@ -19,6 +19,16 @@ from loraweave.types import Candidate, Task
 
 # score (higher is better) and evidence of every expert
 _Ranking = dict[str, tuple[float, str]]
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """How to rank: at which weight, around which mixture, how many examples at once."""
+
+    by: str
+    weight: float
+    around: str
+    batch_size: int
 
 
 def rerank(
@@ -30,27 +40,31 @@ def rerank(
     *,
     by: str = "first_order",
     weight: float = 1.0,
+    around: str = "uniform",
     batch_size: int = 8,
 ) -> list[Candidate]:
     """The candidates, best first by what they do on the task's examples; score and evidence say what that is.
 
-    `by`: "first_order" scores by how much the loss would fall at `weight` if it went on as it begins (one backward pass
-    over the base for all candidates together), "gradient_similarity" by the same divided by the norm of the adapter's
+    `by`: "first_order" scores by how much the loss would fall by `weight` more of the adapter if it went on as it begins
+    (one backward pass for all candidates together), "gradient_similarity" by the same divided by the norm of the adapter's
     update (its cosine with the descent direction, times the gradient's norm, which all share), "probe" by how much the loss
     does fall with the adapter live at `weight` (a forward pass over the examples for each candidate).
+    `around` is where the first two begin: at the "uniform" mixture of the candidates, whose weights sum to `weight`, or at
+    the "base" model.
 
     Equal scores keep their order. The loss is the mean over the examples of the mean loss of their target tokens.
     Raises UnknownName, InvalidTask and WeightingError before anything is run; what Composer raises for an adapter that does
-    not fit the model or has a trained head (name it out of the candidates); SearchFailed where no score is finite.
+    not fit the model or has a trained head; SearchFailed where no score is finite.
     """
     asked = task if isinstance(task, Task) else Task(list(task))
-    ranking = _chosen(by, asked, weight, batch_size)
+    settings = _Settings(by, weight, around, batch_size)
+    _check(settings, asked)
     if not candidates:
         return []
     names = list(dict.fromkeys(candidate.name for candidate in candidates))
     pool = hub_or_pool.subset(names) if isinstance(hub_or_pool, ExpertPool) else hub_or_pool.pool(names)
     engine = Composer(model, pool, tokenizer=tokenizer)
-    ranked = ranking(engine, tokenizer, asked, weight, batch_size)
+    ranked = _WAYS[by](engine, tokenizer, asked, settings)
     engine.close()
     if not any(math.isfinite(score) for score, _ in ranked.values()):
         raise SearchFailed(f"none of the {len(names)} candidates has a finite score by {by!r} on the examples")
@@ -62,30 +76,39 @@ def rerank(
     return sorted(found, key=lambda candidate: -candidate.score)
 
 
-def _by_first_order(engine: Composer, tokenizer: Any, task: Task, weight: float, batch_size: int) -> _Ranking:
-    found = first_order(engine, tokenizer, task, batch_size=batch_size)
+def _by_first_order(engine: Composer, tokenizer: Any, task: Task, settings: _Settings) -> _Ranking:
+    found, weight = _slopes(engine, tokenizer, task, settings), settings.weight
+    where = _where(found, settings)
     return {
-        name: (-slope * weight, f"loss {found.loss:.3f} begins to change by {slope * weight:+.3f} at weight {weight:g}")
+        name: (-slope * weight, f"{where} begins to change by {slope * weight:+.3f} at weight {weight:g}")
         for name, slope in found.slopes.items()
     }
 
 
-def _by_gradient_similarity(engine: Composer, tokenizer: Any, task: Task, weight: float, batch_size: int) -> _Ranking:
-    found = first_order(engine, tokenizer, task, batch_size=batch_size)
+def _by_gradient_similarity(engine: Composer, tokenizer: Any, task: Task, settings: _Settings) -> _Ranking:
+    found = _slopes(engine, tokenizer, task, settings)
+    where = _where(found, settings)
     ranking = {}
     for name, slope in found.slopes.items():
         norm = update_norm(engine, name)
         # an update of norm zero points nowhere
-        score = -slope * math.copysign(1.0, weight) / norm if norm else 0.0
-        ranking[name] = (
-            score,
-            f"loss {found.loss:.3f} begins to change by {-score:+.4f} for each unit of the update's norm",
-        )
+        score = -slope * math.copysign(1.0, settings.weight) / norm if norm else 0.0
+        ranking[name] = (score, f"{where} begins to change by {-score:+.4f} per unit of the update's norm")
     return ranking
 
 
-def _by_probe(engine: Composer, tokenizer: Any, task: Task, weight: float, batch_size: int) -> _Ranking:
+def _where(found: FirstOrder, settings: _Settings) -> str:
+    return f"loss {found.loss:.3f} of the {'base model' if settings.around == 'base' else 'uniform mixture'}"
+
+
+def _slopes(engine: Composer, tokenizer: Any, task: Task, settings: _Settings) -> FirstOrder:
     names = engine.pool.names
+    mixture = {} if settings.around == "base" else dict.fromkeys(names, settings.weight / len(names))
+    return first_order(engine, tokenizer, task, mixture=mixture, batch_size=settings.batch_size)
+
+
+def _by_probe(engine: Composer, tokenizer: Any, task: Task, settings: _Settings) -> _Ranking:
+    names, weight = engine.pool.names, settings.weight
     objective = ExampleLoss(engine, tokenizer, task, l1=0.0)
     mixtures = [MixtureWeights.of(mixture, names) for mixture in ({}, *({name: weight} for name in names))]
     base, *losses = objective.scores(mixtures)[0].mean(axis=1).tolist()
@@ -95,22 +118,26 @@ def _by_probe(engine: Composer, tokenizer: Any, task: Task, weight: float, batch
     }
 
 
-_WAYS: dict[str, Callable[[Composer, Any, Task, float, int], _Ranking]] = {
+_WAYS: dict[str, Callable[[Composer, Any, Task, _Settings], _Ranking]] = {
     "first_order": _by_first_order,
     "gradient_similarity": _by_gradient_similarity,
     "probe": _by_probe,
 }
+_PLACES = ("uniform", "base")
 
 
-def _chosen(by: str, task: Task, weight: float, batch_size: int) -> Callable[[Composer, Any, Task, float, int], _Ranking]:
-    if by not in _WAYS:
-        close = difflib.get_close_matches(str(by), _WAYS, n=1)
-        hint = f", did you mean {close[0]!r}?" if close else ""
-        raise UnknownName(f"no way {by!r} to rerank by{hint}; there are {', '.join(_WAYS)}")
+def _check(settings: _Settings, task: Task) -> None:
+    for given, known, what in ((settings.by, tuple(_WAYS), "way"), (settings.around, _PLACES, "place")):
+        if given not in known:
+            close = difflib.get_close_matches(str(given), known, n=1)
+            hint = f", did you mean {close[0]!r}?" if close else ""
+            raise UnknownName(
+                f"no {what} {given!r} to rerank {'by' if what == 'way' else 'around'}{hint}; there are {', '.join(known)}"
+            )
     if not task.examples:
         raise InvalidTask("the task has no examples to rerank by; give at least one (input, target) pair")
+    weight, batch_size = settings.weight, settings.batch_size
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight == 0:
         raise WeightingError(f"weight is {weight!r}; it must be a finite number other than 0")
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise WeightingError(f"batch_size is {batch_size!r}; it must be a whole number of at least 1")
-    return _WAYS[by]

@@ -75,6 +75,21 @@ def test_slopes_are_those_of_autograd_through_the_weights_of_a_live_mixture(
     )
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_slopes_at_a_mixture_are_those_of_autograd_there(make_model, make_adapters, tokenizer, kind):
+    model, adapters = adapters_of_all_parts(make_model, make_adapters, kind)
+    engine = Composer(model, adapters)
+    at = [0.3, -0.2, 0.0, 0.1]
+    weights = torch.tensor(at, dtype=torch.float64).view(1, 1, 1, -1).requires_grad_()
+    with engine.activate(MixtureWeights(weights, engine.pool.names)):
+        loss = losses_of(model, tokenizer, TASK)
+        loss.backward()
+    found = first_order(engine, tokenizer, TASK, mixture=dict(zip(engine.pool.names, at, strict=True)))
+    assert found.loss == pytest.approx(float(loss.detach()), rel=1e-5)
+    slope_E = torch.tensor(list(found.slopes.values()), dtype=torch.float64)
+    torch.testing.assert_close(slope_E, weights.grad.flatten(), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_slopes_are_the_difference_quotients_of_the_dense_model(
     make_model, make_adapters, with_dense_update, tokenizer, kind

@@ -39,16 +39,24 @@ def candidates(pool):
 
 def test_first_order_scores_are_the_falls_that_the_slopes_promise(tiny_llama, tokenizer, pool, candidates):
     slopes = first_order(lw.Composer(tiny_llama, pool), tokenizer, lw.Task(EXAMPLES)).slopes
-    found = lw.rerank(tiny_llama, tokenizer, pool, EXAMPLES, candidates, weight=0.5)
+    found = lw.rerank(tiny_llama, tokenizer, pool, EXAMPLES, candidates, weight=0.5, around="base")
     assert [c.name for c in found] == sorted(slopes, key=lambda name: slopes[name])
     assert [c.score for c in found] == [pytest.approx(-0.5 * slopes[c.name]) for c in found]
+
+
+def test_by_default_the_slopes_are_those_at_the_uniform_mixture(tiny_llama, tokenizer, pool, candidates):
+    uniform = dict.fromkeys(pool.names, 0.6 / 3)
+    there = first_order(lw.Composer(tiny_llama, pool), tokenizer, lw.Task(EXAMPLES), mixture=uniform)
+    found = lw.rerank(tiny_llama, tokenizer, pool, EXAMPLES, candidates, weight=0.6)
+    assert {c.name: c.score for c in found} == {name: pytest.approx(-0.6 * s) for name, s in there.slopes.items()}
+    assert found[0].evidence.startswith(f"loss {there.loss:.3f} of the uniform mixture begins to change by ")
 
 
 def test_gradient_similarity_is_the_slope_by_the_norm_of_the_update(tiny_llama, tokenizer, pool, candidates):
     engine = lw.Composer(tiny_llama, pool)
     slopes = first_order(engine, tokenizer, lw.Task(EXAMPLES)).slopes
     want = {name: -slope / update_norm(engine, name) for name, slope in slopes.items()}
-    found = lw.rerank(tiny_llama, tokenizer, pool, EXAMPLES, candidates, by="gradient_similarity")
+    found = lw.rerank(tiny_llama, tokenizer, pool, EXAMPLES, candidates, by="gradient_similarity", around="base")
     assert {c.name: c.score for c in found} == pytest.approx(want)
     assert [c.name for c in found] == sorted(want, key=lambda name: -want[name])
 
@@ -56,7 +64,8 @@ def test_gradient_similarity_is_the_slope_by_the_norm_of_the_update(tiny_llama, 
 def test_gradient_similarity_does_not_see_the_length_of_an_update(tiny_llama, tokenizer, pool, candidates):
     longer = lw.ExpertPool({name: lw.scale(pool[name], 3.0) for name in pool.names})
     short, long = (
-        lw.rerank(tiny_llama, tokenizer, p, EXAMPLES, candidates, by="gradient_similarity") for p in (pool, longer)
+        lw.rerank(tiny_llama, tokenizer, p, EXAMPLES, candidates, by="gradient_similarity", around="base")
+        for p in (pool, longer)
     )
     assert [c.score for c in long] == pytest.approx([c.score for c in short], rel=1e-5)
 
@@ -76,7 +85,7 @@ def test_near_weight_zero_the_first_order_is_the_probe(make_model, make_adapters
     pool = lw.ExpertPool(make_adapters(model, "llama"))
     known = candidates_for(pool.names)
     promised, measured = (
-        {c.name: c.score for c in lw.rerank(model, tokenizer, pool, EXAMPLES, known, by=by, weight=1e-4)}
+        {c.name: c.score for c in lw.rerank(model, tokenizer, pool, EXAMPLES, known, by=by, weight=1e-4, around="base")}
         for by in ("first_order", "probe")
     )
     # the losses are taken in fp32, so that a difference of 1e-4 has two digits
@@ -126,6 +135,7 @@ def test_a_candidate_that_breaks_the_model_is_last(tiny_llama, tokenizer, pool):
     ("options", "error", "said"),
     [
         ({"by": "first-order"}, UnknownName, "did you mean 'first_order'"),
+        ({"around": "unifrom"}, UnknownName, "no place 'unifrom' to rerank around, did you mean 'uniform'"),
         ({"weight": 0.0}, WeightingError, "weight is 0.0"),
         ({"weight": float("nan")}, WeightingError, "weight is nan"),
         ({"batch_size": 0}, WeightingError, "batch_size is 0"),
