@@ -27,6 +27,7 @@ from loraweave._inputs import (
     require_free,
 )
 from loraweave._printing import note, print_json, print_rows, print_table, progress_to_stderr
+from loraweave.cli_encoder import ENCODER_EXAMPLE, train_encoder
 from loraweave.cli_hub import DEFAULT_HUB, HubOption, JsonOption, hub
 from loraweave.cli_merge import MERGE_EXAMPLE, merge
 from loraweave.cli_quarantine import QUARANTINE_EXAMPLE, RELEASE_EXAMPLE, quarantine, release
@@ -56,6 +57,7 @@ app = typer.Typer(
 hub.command("add-tree", epilog=TREE_EXAMPLE)(add_tree)
 hub.command(epilog=QUARANTINE_EXAMPLE)(quarantine)
 hub.command(epilog=RELEASE_EXAMPLE)(release)
+hub.command("train-encoder", epilog=ENCODER_EXAMPLE)(train_encoder)
 hub.add_typer(versions)
 app.add_typer(hub, name="hub")
 app.command(epilog=MERGE_EXAMPLE)(merge)

@@ -116,12 +116,17 @@ def search(
     license: Annotated[list[str] | None, typer.Option(help="Only under this license; may be given several times.")] = None,
     tag: Annotated[list[str] | None, typer.Option(help="Only with this tag; all of them when given several times.")] = None,
     min_score: Annotated[float | None, typer.Option(min=-1, max=1, help="Leave out what fits worse than this.")] = None,
+    encoder: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="An encoder of hub train-encoder, or the name of an embedder.")
+    ] = None,
     hub: HubOption = DEFAULT_HUB,
     as_json: JsonOption = False,
 ) -> None:
     """Find the adapters that fit a text, with the reason for each."""
+    import loraweave as lw
+
     with open_hub(hub) as opened:
-        found = opened.search(
+        found = lw.Retriever(opened, embedder=encoder or "sentence").candidates(
             query, k=k, base_model=base_model, license=license or None, tags=tag or (), min_score=min_score
         )
     if as_json:

@@ -192,9 +192,10 @@ def _inputs(hub_or_inputs: Hub | Mapping[str, Sequence[str]]) -> dict[str, list[
 
 def _save(target: Path, begin: Sentence, model: Any, recipe: EncoderRecipe, tasks: Sequence[str]) -> None:
     """The folder under a temporary name beside it, then renamed, so that it is whole or not there."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".writing-"))
+    temporary = None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".writing-"))
         for name in MODEL_FILES:
             if name != "model.safetensors":
                 shutil.copyfile(begin.files / name, temporary / name)
@@ -204,8 +205,14 @@ def _save(target: Path, begin: Sentence, model: Any, recipe: EncoderRecipe, task
         (temporary / ENCODER_FILE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         # an empty folder may be there: a rename replaces it
         os.replace(temporary, target)
+    except OSError as error:
+        raise TrainingError(
+            f"the trained encoder could not be written to {target} ({error}); with checkpoint=..., its state is kept there: "
+            "call again with another folder"
+        ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _key(recipe: EncoderRecipe, inputs: Mapping[str, Sequence[str]], begin: Sentence) -> str:

@@ -16,7 +16,19 @@ from loraweave.cli_hub import hub as hub_app
 from loraweave.types import Factors
 
 COMMANDS = ["compose", "demo", "eval", "export", "merge", "train"]
-HUB_COMMANDS = ["add", "add-tree", "gc", "list", "quarantine", "release", "remove", "search", "show", "verify"]
+HUB_COMMANDS = [
+    "add",
+    "add-tree",
+    "gc",
+    "list",
+    "quarantine",
+    "release",
+    "remove",
+    "search",
+    "show",
+    "train-encoder",
+    "verify",
+]
 LAYERS = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj")
 PAIRS = [("a", "b"), ("c", "d"), ("e", "f")]
 SETTINGS = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -27,31 +27,9 @@ INPUTS = {
 SETTINGS = {"steps": 6, "tasks_per_step": 3, "inputs_per_task": 2, "lr": 1e-3, "progress": False}
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """The folder of a BERT of two layers, with a token for each character."""
-    from safetensors.torch import save_file
-    from tokenizers import Regex, Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Split
-    from tokenizers.processors import TemplateProcessing
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("tiny-encoder")
-    known = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghijklmnopqrstuvwxyz0123456789 "]
-    inner = Tokenizer(WordLevel({token: index for index, token in enumerate(known)}, unk_token="[UNK]"))
-    inner.pre_tokenizer = Split(Regex(r"[\s\S]"), behavior="isolated")
-    inner.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    PreTrainedTokenizerFast(tokenizer_object=inner, **names).save_pretrained(folder)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-        model = BertModel(BertConfig(vocab_size=len(known), max_position_embeddings=256, **sizes))
-    model.config.save_pretrained(folder)
-    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / ENCODER_FILE).write_text(json.dumps({"instruction": "task: "}))
-    return folder
+@pytest.fixture
+def tiny(tiny_encoder):
+    return tiny_encoder
 
 
 def train(tiny, out, inputs=INPUTS, **options):
@@ -208,6 +186,24 @@ def test_a_folder_that_holds_something_is_never_written_over(tiny, tmp_path):
     with pytest.raises(TrainingError, match="holds something"):
         train(tiny, tmp_path / "out", steps=1, seed=9)
     assert weights(tmp_path / "out") == kept
+
+
+def test_a_folder_that_fills_while_training_is_left_alone_and_the_work_is_kept(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "CHECKPOINT_STEPS", 2)
+    out = tmp_path / "out"
+
+    def fill(*arguments):
+        out.mkdir(exist_ok=True)
+        (out / "other").touch()
+        return contrastive_loss(*arguments)
+
+    monkeypatch.setattr(training, "contrastive_loss", fill)
+    with pytest.raises(TrainingError, match=r"could not be written to .*out.*call again with another folder"):
+        train(tiny, out, checkpoint=tmp_path / "state")
+    assert [path.name for path in out.iterdir()] == ["other"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "state"]
+    again = train(tiny, tmp_path / "elsewhere", checkpoint=tmp_path / "state")
+    assert weights(again.folder) == weights(train(tiny, tmp_path / "whole").folder)
 
 
 def test_a_loss_that_is_not_finite_ends_the_training_with_the_step(tiny, tmp_path, monkeypatch):
