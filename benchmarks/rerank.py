@@ -194,7 +194,7 @@ def speed(options: argparse.Namespace, model: Any, tokenizer: Any, hub: lw.Hub) 
         ways[f"first_order, {count} adapters"] = Way(lambda some=some: lw.rerank(model, tokenizer, pool, task, some))
     ways[f"probe, {len(found)} adapters"] = Way(lambda: lw.rerank(model, tokenizer, pool, task, found, by="probe"))
     compare(
-        "five examples", ways, rounds=7, seconds=300.0, cpu=True, tables={"times a forward pass": (next(iter(ways)), False)}
+        "five examples", ways, rounds=5, seconds=900.0, cpu=True, tables={"times a forward pass": (next(iter(ways)), False)}
     )
 
 

@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for encoders, checkpoints and figures")
     parser.add_argument("--splits", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--choose", action="store_true", help="hold out a part of the training tasks instead")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--inputs-per-task", type=int, default=4)
     parser.add_argument("--lr", type=float, default=2e-5)
     parser.add_argument("--temperature", type=float, default=0.05)

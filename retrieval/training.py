@@ -50,7 +50,7 @@ def train_encoder(
     hub_or_inputs: Hub | Mapping[str, Sequence[str]],
     out: str | Path,
     *,
-    steps: int = 100,
+    steps: int = 60,
     tasks_per_step: int = 16,
     inputs_per_task: int = 4,
     lr: float = 2e-5,
