@@ -91,7 +91,7 @@ def _features(norm_NL: Array, dominance_NL: Array, ref_norm_ML: Array, ref_domin
     middle_L, spread_L = _robust(ref_norm_ML, _LAYER_FLOOR)
     # without the adapter's own size, which is a feature of its own
     beyond_NL = norm_NL - middle_L
-    beyond_NL = (beyond_NL - np.nanmedian(beyond_NL, axis=1, keepdims=True)) / spread_L
+    beyond_NL = (beyond_NL - _median(beyond_NL.T)[:, None]) / spread_L
     odd_L, odd_spread_L = _robust(ref_dominance_ML, _LAYER_FLOOR)
     features = {
         "norm": np.nanmean(norm_NL, axis=1),
@@ -103,8 +103,18 @@ def _features(norm_NL: Array, dominance_NL: Array, ref_norm_ML: Array, ref_domin
 
 
 def _robust(values_NF: Array, floor: float) -> tuple[Array, Array]:
-    middle_F = np.nanmedian(values_NF, axis=0)
-    return middle_F, np.maximum(1.4826 * np.nanmedian(np.abs(values_NF - middle_F), axis=0), floor)
+    middle_F = _median(values_NF)
+    return middle_F, np.maximum(1.4826 * _median(np.abs(values_NF - middle_F)), floor)
+
+
+def _median(values_NF: Array) -> Array:
+    """Over the first axis without NaN; NaN where there is nothing else. Several times as fast as numpy's nanmedian."""
+    ordered_NF = np.sort(values_NF, axis=0)
+    count_F = (~np.isnan(ordered_NF)).sum(axis=0)
+    low_F, high_F = np.maximum(count_F - 1, 0) // 2, np.minimum(count_F // 2, len(values_NF) - 1)
+    middle_2F = np.take_along_axis(ordered_NF, np.stack([low_F, high_F]), axis=0)
+    median_F: Array = middle_2F.mean(axis=0)
+    return median_F
 
 
 def _said(kind: str, own: float, middle: float, figures: Figures, ref_norm_NL: Array, count: int) -> str:
@@ -112,8 +122,8 @@ def _said(kind: str, own: float, middle: float, figures: Figures, ref_norm_NL: A
     if kind == "norm":
         return f"its updates are {math.exp(own - middle):.3g} times as large as {others} (geometric mean over layers)"
     if kind == "layer_norm":
-        beyond_L = figures.log_norm_L - np.nanmedian(ref_norm_NL, axis=0)
-        beyond_L = beyond_L - np.nanmedian(beyond_L)
+        beyond_L = figures.log_norm_L - _median(ref_norm_NL)
+        beyond_L = beyond_L - float(_median(beyond_L[:, None])[0])
         worst = int(np.nanargmax(beyond_L))
         return (
             f"the update of {figures.layers[worst]!r} is {math.exp(beyond_L[worst]):.3g} times as large as its other "

@@ -12,7 +12,8 @@ from torch import nn
 
 from loraweave.errors import AdapterNotFound, AdapterQuarantined, AdapterSuspicious, AdapterUnsupported
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.anomalies import MIN_REFERENCE, against_model, checked_policy
+from loraweave.hub.anomalies import MIN_REFERENCE, against_model, against_pool, checked_policy
+from loraweave.hub.figures import Figures
 from loraweave.hub.hub import Hub
 from loraweave.hub.rebuild import rebuild
 from loraweave.hub.search import SearchIndex
@@ -100,6 +101,18 @@ def test_the_same_content_under_another_name_is_a_duplicate(hub):
 def test_a_different_adapter_of_another_base_is_compared_with_none(hub):
     assert kinds(hub.add(adapter(20, size=30.0, base="org/other"))) == []
     assert kinds(hub.add(adapter(5, base="org/third"), name="same numbers")) == []
+
+
+def test_layers_that_some_of_the_pool_leave_alone_are_measured_by_the_rest():
+    rng = np.random.default_rng(0)
+    norm_NL, dominance_NL = rng.standard_normal((2, 20, 5))
+    norm_NL[::3, 1], dominance_NL[::3, 1], norm_NL[:, 4], dominance_NL[:, 4] = np.nan, np.nan, np.nan, np.nan
+    own_L = np.array([9.0, 9.0, 9.0, 9.0, np.nan])
+    figures = Figures("kin", tuple("abcde"), own_L, dominance_NL[1], b"")
+    [found] = against_pool(figures, list(zip(norm_NL, dominance_NL, strict=True)))
+    means_N = np.nanmean(norm_NL, axis=1)
+    spread = 1.4826 * np.nanmedian(np.abs(means_N - np.nanmedian(means_N)))
+    assert (found.kind, found.score) == ("norm", pytest.approx((9.0 - np.nanmedian(means_N)) / spread, abs=0.01))
 
 
 def test_too_few_others_say_nothing(tmp_path):
