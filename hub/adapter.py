@@ -19,6 +19,7 @@ from loraweave.hub.export import ExportReport, export
 from loraweave.hub.formats import _reading
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._conversion import MAX_ERROR
+from loraweave.hub.formats._lora_file import PICKLES
 from loraweave.hub.formats._peft_files import PICKLE
 from loraweave.hub.formats.peft import Peft
 from loraweave.hub.merge_report import MergeReport
@@ -74,7 +75,7 @@ class Adapter:
         `max_error` (Frobenius norm, relative to the layer's update) and at most `rank`; `card["conversion"]` has both
         figures of every layer. Raises AdapterUnsupported where `rank` leaves a larger error, and for what has no such form.
         """
-        wanted = (*ADAPTER_FILES, PICKLE) if allow_pickle else ADAPTER_FILES
+        wanted = (*ADAPTER_FILES, PICKLE, *PICKLES) if allow_pickle else ADAPTER_FILES
         with opened_source(
             source, revision=revision, token=token, local_files_only=local_files_only, allow_patterns=wanted
         ) as found:

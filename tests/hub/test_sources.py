@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from loraweave.errors import AdapterNotFound, SourceUnavailable
+from loraweave.errors import AdapterCorrupt, AdapterNotFound, SourceUnavailable
 from loraweave.hub import model_hub
+from loraweave.hub.adapter import Adapter
 from loraweave.hub.sources import local_folder
 
 
@@ -43,6 +44,15 @@ def test_an_id_is_downloaded_with_revision_token_and_the_adapters_files_only(tmp
     assert (keywords["revision"], keywords["token"], keywords["local_files_only"]) == ("v1", "secret", False)
     assert "adapter_config.json" in keywords["allow_patterns"]
     assert not any(pattern.endswith(".bin") for pattern in keywords["allow_patterns"])
+
+
+def test_consent_asks_for_the_pickles_of_every_layout_and_nothing_else_does(asked, tmp_path):
+    (tmp_path / "snapshot").mkdir()
+    for consent in (False, True):
+        with pytest.raises(AdapterCorrupt):
+            Adapter.from_pretrained("owner/name", allow_pickle=consent)
+    without, with_it = (set(keywords["allow_patterns"]) for _, keywords in asked)
+    assert with_it - without == {"adapter_model.bin", "pytorch_lora_weights.bin", "model_weights.ckpt"}
 
 
 @pytest.mark.parametrize(
