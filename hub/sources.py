@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
-from loraweave.errors import AdapterNotFound
+from loraweave.errors import AdapterNotFound, AdapterUnsupported
 from loraweave.hub.archives import archive_suffix, unpacked
 from loraweave.hub.model_hub import download
 
+README = "README.md"
 ADAPTER_FILES = (
     "adapter_config.json",
     "adapter_model*.safetensors*",
@@ -19,8 +20,9 @@ ADAPTER_FILES = (
     "adapters.safetensors",
     "compeft.*",
     "loraweave.json",
-    "README.md",
+    README,
 )
+_WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,12 @@ def local_folder(
     local_files_only: bool = False,
     allow_patterns: Sequence[str] = ADAPTER_FILES,
 ) -> Path:
-    """The folder or safetensors file named by `source`, or the downloaded snapshot of the repository `owner/name`.
+    """The folder or file named by `source`, or what was downloaded of the repository `owner/name` or `owner/name/file`.
 
     Only the files needed are downloaded.
 
-    Raises AdapterNotFound when neither exists, with what was tried. A token never appears in a message.
+    Raises AdapterNotFound when neither exists, with what was tried, AdapterUnsupported for a repository without a file in
+    which adapters are kept. A token never appears in a message.
     """
     return _located(source, revision, token, local_files_only, allow_patterns).folder
 
@@ -78,12 +81,38 @@ def _located(
     folder = Path(source)
     if str(source) and (_is_folder(folder) or _is_weights(folder)):
         return OpenedSource(folder)
-    if isinstance(source, Path) or str(source).startswith((".", "/", "~")) or str(source).count("/") != 1:
-        raise AdapterNotFound(f"no folder {str(source)!r}, and it has not the form owner/name of a model hub repository")
-    found = download(
-        source, revision=revision, token=token, local_files_only=local_files_only, allow_patterns=allow_patterns
-    )
-    return OpenedSource(found.folder, {"repository": source, "revision": found.commit, "asked": revision or "main"})
+    owner, name, file = _parts(source)
+    repository = f"{owner}/{name}"
+    patterns = [file, README] if file else allow_patterns
+    found = download(repository, revision=revision, token=token, local_files_only=local_files_only, allow_patterns=patterns)
+    origin = {"repository": str(source), "revision": found.commit, "asked": revision or "main"}
+    if file:
+        if not _is_weights(found.folder / file):
+            raise AdapterNotFound(
+                f"the repository {repository!r} of the model hub has no file {file!r}; see its list of files there"
+            )
+        return OpenedSource(found.folder / file, origin)
+    if not any(path.suffix in _WEIGHTS or path.name.startswith("compeft.") for path in found.folder.iterdir()):
+        raise AdapterUnsupported(
+            f"the repository {repository!r} of the model hub has no weights under a name that adapters usually have; give a "
+            f"LoRA file by its own, as in {repository + '/file.safetensors'!r}, or allow_pickle=True if it has only pickles "
+            "such as adapter_model.bin"
+        )
+    return OpenedSource(found.folder, origin)
+
+
+def _parts(source: str | Path) -> tuple[str, str, str]:
+    """Owner, name and file ("" for all) of a repository. AdapterNotFound where the source has not that form."""
+    text = str(source)
+    parts = text.split("/")
+    file = "/".join(parts[2:])
+    well_formed = len(parts) >= 2 and not {"", ".", ".."}.intersection(parts) and not text.startswith("~")
+    if isinstance(source, Path) or not well_formed or (file and Path(file).suffix not in _WEIGHTS):
+        raise AdapterNotFound(
+            f"no folder {text!r}, and it has not the form owner/name of a model hub repository, or "
+            "owner/name/file.safetensors of a file there"
+        )
+    return parts[0], parts[1], file
 
 
 def without_secrets(source: str | Path) -> str:
@@ -106,6 +135,6 @@ def _is_folder(path: Path) -> bool:
 
 def _is_weights(path: Path) -> bool:
     try:
-        return path.suffix in (".safetensors", ".bin", ".ckpt", ".pt", ".pth") and path.is_file()
+        return path.suffix in _WEIGHTS and path.is_file()
     except OSError:
         return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from loraweave.errors import AdapterCorrupt, AdapterNotFound, SourceUnavailable
+from loraweave.errors import AdapterNotFound, AdapterUnsupported, SourceUnavailable
 from loraweave.hub import model_hub
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.sources import local_folder
@@ -15,6 +15,7 @@ from loraweave.hub.sources import local_folder
 def asked(monkeypatch, tmp_path):
     """The calls that reach the model hub's client, which answers with a folder."""
     calls = []
+    (tmp_path / "snapshot").mkdir()
 
     def download(repository, **keywords):
         calls.append((repository, keywords))
@@ -38,6 +39,7 @@ def test_a_relative_folder_of_the_form_owner_name_is_the_folder(tmp_path, asked,
 
 
 def test_an_id_is_downloaded_with_revision_token_and_the_adapters_files_only(tmp_path, asked):
+    (tmp_path / "snapshot" / "adapter_model.safetensors").touch()
     assert local_folder("owner/name", revision="v1", token="secret") == tmp_path / "snapshot"
     [(repository, keywords)] = asked
     assert repository == "owner/name"
@@ -46,17 +48,31 @@ def test_an_id_is_downloaded_with_revision_token_and_the_adapters_files_only(tmp
     assert not any(pattern.endswith(".bin") for pattern in keywords["allow_patterns"])
 
 
-def test_consent_asks_for_the_pickles_of_every_layout_and_nothing_else_does(asked, tmp_path):
-    (tmp_path / "snapshot").mkdir()
+def test_consent_asks_for_the_pickles_of_every_layout_and_nothing_else_does(asked):
     for consent in (False, True):
-        with pytest.raises(AdapterCorrupt):
+        with pytest.raises(AdapterUnsupported, match=r"owner/name' .* has no weights .* allow_pickle=True"):
             Adapter.from_pretrained("owner/name", allow_pickle=consent)
     without, with_it = (set(keywords["allow_patterns"]) for _, keywords in asked)
     assert with_it - without == {"adapter_model.bin", "pytorch_lora_weights.bin", "model_weights.ckpt"}
 
 
+def test_a_file_of_a_repository_is_named_after_it_and_comes_alone(tmp_path, asked):
+    file = tmp_path / "snapshot" / "styles" / "ink.safetensors"
+    file.parent.mkdir()
+    file.touch()
+    assert local_folder("owner/name/styles/ink.safetensors") == file
+    [(repository, keywords)] = asked
+    assert (repository, keywords["allow_patterns"]) == ("owner/name", ["styles/ink.safetensors", "README.md"])
+
+
+def test_a_file_that_the_repository_has_not_is_named(asked):
+    with pytest.raises(AdapterNotFound, match=r"owner/name' .* no file 'other.safetensors'"):
+        local_folder("owner/name/other.safetensors")
+
+
 @pytest.mark.parametrize(
-    "source", ["/no/such", "./no", "../no", "~/no", "one", "a/b/c", "", "https://host/a", "C:\\x", "a\nb"]
+    "source",
+    ["/no/such", "./no", "../no", "~/no", "one", "a/b/c", "", "https://host/a", "C:\\x", "a\nb", "a/b/../../c.safetensors"],
 )
 def test_a_path_that_is_not_there_is_never_asked_of_the_hub(asked, source):
     with pytest.raises(AdapterNotFound, match="no folder"):
