@@ -24,6 +24,8 @@ BlobsOption = Annotated[
     typer.Option(envvar="LORAWEAVE_BLOBS", metavar="PLACE", help="Where a new hub keeps its files: a folder, or s3://..."),
 ]
 DEFAULT_HUB = "adapters"
+# what `show` prints of one field
+MAX_CELL = 400
 
 hub = typer.Typer(help="Keep adapters under names, list them and search them.", rich_markup_mode=None, no_args_is_help=True)
 
@@ -159,7 +161,12 @@ def show(
         fields["fingerprint"] = f"shapes {record.fingerprint.shapes}, {len(record.fingerprint.samples)} sampled weights"
     shown = {key: value if isinstance(value, str | int) else json.dumps(value) for key, value in fields.items() if value}
     # as text: a rank among texts is no column of numbers
-    print_rows(("field", "value"), [(key, str(value)) for key, value in shown.items()])
+    print_rows(("field", "value"), [(key, _brief(str(value))) for key, value in shown.items()])
+
+
+def _brief(text: str) -> str:
+    """A text that fits a table; a card can be of a megabyte."""
+    return text if len(text) <= MAX_CELL else f"{text[:MAX_CELL]} ... ({len(text)} characters; --json has all)"
 
 
 @hub.command(epilog="Example: loraweave hub remove antonym")

@@ -149,9 +149,10 @@ class Record:
     description: str
     size_bytes: int
     created: str
-    examples: tuple[str, ...] = ()
-    fingerprint: Fingerprint | None = None
-    card: Mapping[str, Any] = field(default_factory=dict)
+    # what takes pages stays out of the representation
+    examples: tuple[str, ...] = field(default=(), repr=False)
+    fingerprint: Fingerprint | None = field(default=None, repr=False)
+    card: Mapping[str, Any] = field(default_factory=dict, repr=False)
     language: tuple[str, ...] = ()
     version: int = 1
     restored: int | None = None
@@ -184,7 +185,7 @@ class Candidate:
     name: str
     score: float
     evidence: str
-    record: Record
+    record: Record = field(repr=False)
 
 
 @runtime_checkable

@@ -151,6 +151,13 @@ def test_show_tells_all_that_is_known(hub):
     assert adapter("antonym", 0).hash in shown
 
 
+def test_show_cuts_what_no_table_can_hold_and_says_so(hub):
+    hub.update("antonym", examples=["x" * 300] * 5)
+    shown = call("hub", "show", "antonym").stdout
+    assert max(map(len, shown.splitlines())) < 600
+    assert "characters; --json has all)" in shown
+
+
 def test_search_gives_the_evidence(hub, words_embedder):
     told = json.loads(call("hub", "search", "opposite", "--json").stdout)
     assert [row["name"] for row in told] == ["antonym", "[bold] :smile: 😀"]

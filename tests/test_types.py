@@ -141,3 +141,11 @@ def test_braces_in_an_instruction_stay_what_they_are(instruction):
 def test_what_cannot_be_a_task_is_refused_with_what_was_found(arguments, message):
     with pytest.raises(InvalidTask, match=message):
         Task(**arguments)
+
+
+def test_a_candidate_is_shown_in_a_line_without_its_card_and_examples():
+    record = Record("a", "0" * 64, "base", 8, ("q",), None, (), "", 0, "", ("x" * 10_000,), card={"note": "y" * 10_000})
+    assert repr(Candidate("a", 0.5, "sample input 'x' (0.50)", record)) == (
+        "Candidate(name='a', score=0.5, evidence=\"sample input 'x' (0.50)\")"
+    )
+    assert len(repr(record)) < 500
