@@ -235,10 +235,10 @@ def _recall(index: Any, query_QD: np.ndarray, want_QK: np.ndarray) -> float:
 
 @app.command()
 def blobs(rounds: int = 15, seconds: float = 120.0) -> None:
-    """Opening an adapter of 210 layers of SmolLM2-135M, rank 8, beside `load_file`, and beside copying its bytes."""
+    """Opening an adapter of 210 layers of SmolLM2-135M, rank 8, beside `load_file`, peft, and copying its bytes."""
     generator = torch.Generator().manual_seed(0)
-    sizes = {"q": (576, 576), "k": (576, 192), "v": (576, 192), "o": (576, 576)}
-    sizes |= {"gate": (576, 1536), "up": (576, 1536), "down": (1536, 576)}
+    sizes = {f"self_attn.{module}": (576, num_out) for module, num_out in zip("qkvo", (576, 192, 192, 576), strict=True)}
+    sizes |= {"mlp.gate": (576, 1536), "mlp.up": (576, 1536), "mlp.down": (1536, 576)}
     layers = {
         f"model.layers.{block}.{module}_proj": Factors(
             torch.randn(8, num_in, generator=generator), torch.randn(num_out, 8, generator=generator)
@@ -268,12 +268,30 @@ def blobs(rounds: int = 15, seconds: float = 120.0) -> None:
                 lambda: [tensor.clone() for f in read_blob(path, "big").layers.values() for tensor in f.tensors().values()]
             ),
             "a copy of the numbers in memory": Way(lambda: numbers.clone()),
+            "peft load_adapter": Way(_peft_loading(hub["big"], Path(folder) / "peft")),
         }
         title = f"opening {len(tensors)} tensors of {numbers.nbytes / 1e6:.1f} MB"
         tables = {"time, load_file = 1": (next(iter(ways)), False), "a copy = 1": ("a copy of the numbers in memory", False)}
         compare(title, ways, rounds=rounds, seconds=seconds, tables=tables)
         console.print(f"read_blob: {1e3 * _fastest(ways['read_blob'].run, 20):.2f} ms")
         hub.close()
+
+
+def _peft_loading(adapter: Adapter, folder: Path) -> Callable[[], object]:
+    """peft putting the adapter into a model of SmolLM2-135M's shape that has another already, and taking it out again."""
+    from peft import PeftModel
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    adapter.save_pretrained(folder)
+    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 64}
+    config = LlamaConfig(**shape, num_attention_heads=9, num_key_value_heads=3)
+    model = PeftModel.from_pretrained(LlamaForCausalLM(config), folder)
+
+    def load() -> None:
+        model.load_adapter(folder, "other")
+        model.delete_adapter("other")
+
+    return load
 
 
 if __name__ == "__main__":
