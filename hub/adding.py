@@ -28,7 +28,7 @@ class Addition:
     source: str | Path | Adapter
     name: str | None = None
     description: str = ""
-    examples: Collection[str] = ()
+    examples: Collection[str] | Collection[tuple[str, str]] = ()
     tags: Collection[str] = ()
     license: str | None = None
     base_model: str | None = None

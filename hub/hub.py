@@ -31,6 +31,7 @@ from loraweave.hub.filtering import matching, passes
 from loraweave.hub.licenses import canonical
 from loraweave.hub.names import checked_name, near_misses
 from loraweave.hub.open_stores import open_stores
+from loraweave.hub.sample_pairs import card_with_outputs, split_pairs
 from loraweave.hub.storage_errors import storage_errors
 from loraweave.hub.stores import Connection, VectorSearch
 from loraweave.hub.vectors import read_vectors, write_vectors
@@ -67,7 +68,7 @@ class Hub:
         *,
         name: str | None = None,
         description: str = "",
-        examples: Collection[str] = (),
+        examples: Collection[str] | Collection[tuple[str, str]] = (),
         tags: Collection[str] = (),
         license: str | None = None,
         base_model: str | None = None,
@@ -83,6 +84,8 @@ class Hub:
         The same content under the same name is there already: its record is returned as it is, and a damaged blob is
         replaced. `stored_as="compeft"` keeps the ternary factors that `compeft` makes in 0.3 to 1.5 bits an entry, bit for
         bit; content that is stored already stays in the form it has. `allow_pickle` has an adapter_model.bin read.
+        `examples` are sample inputs, or pairs (input, output), which tell tasks of the same inputs apart
+        (`Retriever.for_examples`).
 
         With `replace=True` other content under the name becomes its next version, and fields that neither the caller nor the
         card gives stay as they were. AdapterExists for other content without it; InvalidName; AdapterCorrupt for factors
@@ -251,19 +254,25 @@ class Hub:
         name: str,
         *,
         description: str | None = None,
-        examples: Collection[str] | None = None,
+        examples: Collection[str] | Collection[tuple[str, str]] | None = None,
         tags: Collection[str] | None = None,
         license: str | None = None,
         language: Collection[str] | str | None = None,
     ) -> Record:
-        """Replaces the fields that are given; an empty value clears one (license=""). The version stays the same."""
+        """Replaces the fields that are given; an empty value clears one (license=""). The version stays the same.
+
+        Outputs that stood beside the sample inputs go with them where `examples` are others.
+        """
         given = {"description": description, "examples": examples, "tags": tags, "license": license, "language": language}
         given["license"] = canonical(license) if license else license
         with self._catalogue.writing(f"updating adapter {name!r}") as connection:
             row = self._found(connection, name)
             old = {key: getattr(row.record, key) for key in given}
+            inputs, outputs = (None, ()) if examples is None else split_pairs(row.record.name, examples)
+            given["examples"] = inputs
             fields = checked_fields(row.record.name, {key: old[key] if new is None else new for key, new in given.items()})
-            return rows.change(connection, row, replace(row.record, **vars(fields)))
+            card = card_with_outputs(row.record.card, row.record.examples, fields.examples, outputs)
+            return rows.change(connection, row, replace(row.record, card=card, **vars(fields)))
 
     def bind(self, name: str, model: nn.Module) -> Record:
         """Checks that the adapter fits the base model, and stores the model's revision and fingerprint with it.

@@ -11,6 +11,7 @@ from loraweave.hub.adapter import Adapter
 from loraweave.hub.blobs import content_hash
 from loraweave.hub.clock import now
 from loraweave.hub.fields import MAX_LABEL_BYTES, OWN_FIELDS, checked_fields, checked_text
+from loraweave.hub.sample_pairs import card_with_outputs, split_pairs
 from loraweave.hub.sources import without_secrets
 from loraweave.types import Record, Source
 
@@ -19,7 +20,9 @@ def new_record(
     adapter: Adapter, name: str, given: Mapping[str, Any], base_model: str | None, source: str | Path | None
 ) -> Record:
     """The record of version 1 under that name. AdapterUnsupported for fields of a wrong type or above their limit."""
-    fields = checked_fields(name, _fields_with_card(name, given, adapter.card))
+    inputs, outputs = split_pairs(name, given["examples"])
+    fields = checked_fields(name, _fields_with_card(name, {**given, "examples": inputs}, adapter.card))
+    card = card_with_outputs(adapter.card, adapter.card.get("examples") or (), fields.examples, outputs)
     record = Record(
         name=name,
         hash=content_hash(adapter.layers, adapter.heads),
@@ -36,7 +39,7 @@ def new_record(
         fingerprint=adapter.fingerprint,
         base_revision=_base_revision(adapter.card),
         source=_source(adapter.card, source),
-        card=adapter.card,
+        card=card,
     )
     rows.encode_within_limit(record)
     return record

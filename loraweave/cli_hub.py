@@ -40,7 +40,10 @@ def add(
     examples: Annotated[
         Path | None,
         typer.Option(
-            metavar="JSONL", exists=True, dir_okay=False, help='Sample inputs, {"input": ...} a line; searched too.'
+            metavar="JSONL",
+            exists=True,
+            dir_okay=False,
+            help='Sample inputs, {"input": ..., "target": ...} a line; searched too.',
         ),
     ] = None,
     tag: Annotated[list[str] | None, typer.Option(help="A tag; may be given several times.")] = None,
@@ -61,7 +64,7 @@ def add(
     """Store adapters; makes the hub if there is none. What is not given comes from the adapter's card."""
     if len(sources) > 1 and (name or description or examples):
         raise typer.BadParameter("--name, --description and --examples belong to one adapter; add the adapters one by one")
-    inputs = [] if examples is None else _sample_inputs(examples)
+    samples = [] if examples is None else _samples(examples)
     import loraweave as lw
 
     stored = []
@@ -71,7 +74,7 @@ def add(
                 source,
                 name=name,
                 description=description,
-                examples=inputs,
+                examples=samples,
                 tags=tag or (),
                 license=license,
                 base_model=base_model,
@@ -210,15 +213,24 @@ def gc(hub: HubOption = DEFAULT_HUB, as_json: JsonOption = False) -> None:
         note(f"freed {_kilobytes(freed_bytes)} kB")
 
 
-def _sample_inputs(path: Path) -> list[str]:
-    inputs = []
+def _samples(path: Path) -> list[str] | list[tuple[str, str]]:
+    """The inputs of the lines, with their targets where every line has one."""
+    pairs: list[tuple[str, str | None]] = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").split("\n"), start=1):
         if line.strip():
             try:
-                inputs.append(str(json.loads(line)["input"]))
-            except (ValueError, KeyError, TypeError) as error:
+                row = json.loads(line)
+                pairs.append((str(row["input"]), _target(row.get("target"))))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InvalidTask(f'{path} line {number} is no JSON object with an "input": {line[:60]!r}') from error
-    return inputs
+    whole = [(text, target) for text, target in pairs if target is not None]
+    return whole if len(whole) == len(pairs) else [text for text, _ in pairs]
+
+
+def _target(value: object) -> str | None:
+    """The target, or the first of several accepted ones."""
+    first = value[0] if isinstance(value, list) and value else value
+    return first if isinstance(first, str) else None
 
 
 def _kilobytes(size_bytes: int) -> int:

@@ -151,6 +151,18 @@ def test_show_tells_all_that_is_known(hub):
     assert adapter("antonym", 0).hash in shown
 
 
+def test_targets_beside_sample_inputs_are_stored_where_every_line_has_one(here):
+    adapter("one").save_pretrained("one")
+    Path("whole.jsonl").write_text('{"input": "ox", "target": "oxen"}\n{"input": "foot", "target": ["feet", "foots"]}\n')
+    Path("partly.jsonl").write_text('{"input": "ox", "target": "oxen"}\n{"input": "foot"}\n')
+    for name in ("whole", "partly"):
+        assert call("hub", "add", "one", "--name", name, "--examples", f"{name}.jsonl").exit_code == 0
+    with lw.Hub("adapters") as opened:
+        assert opened.record("whole").card["outputs"] == ["oxen", "feet"]
+        assert opened.record("partly").examples == ("ox", "foot")
+        assert "outputs" not in opened.record("partly").card
+
+
 def test_show_cuts_what_no_table_can_hold_and_says_so(hub):
     hub.update("antonym", examples=["x" * 300] * 5)
     shown = call("hub", "show", "antonym").stdout

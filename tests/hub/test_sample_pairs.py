@@ -1,0 +1,60 @@
+"""Outputs beside sample inputs: given, kept, and gone with the inputs they belong to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loraweave.errors import AdapterUnsupported
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.hub import Hub
+from loraweave.types import Factors
+
+PAIRS = [("horse", "horses"), ("child", "children")]
+
+
+@pytest.fixture
+def hub(tmp_path):
+    with Hub(tmp_path / "hub") as opened:
+        yield opened
+
+
+def adapter(**card):
+    return Adapter("plural", "base", {"q": Factors(torch.ones(1, 3), torch.ones(2, 1))}, card=card)
+
+
+def test_pairs_become_sample_inputs_with_an_output_each(hub):
+    hub.add(adapter(), examples=PAIRS)
+    record = hub.record("plural")
+    assert record.examples == ("horse", "child")
+    assert record.card["outputs"] == ["horses", "children"]
+
+
+def test_outputs_of_the_card_stay_with_its_own_examples(hub):
+    card = {"examples": ["horse", "child"], "outputs": ["horses", "children"]}
+    assert hub.add(adapter(**card)).card["outputs"] == ["horses", "children"]
+
+
+def test_other_examples_of_the_same_number_do_not_take_over_the_outputs_of_the_card(hub):
+    card = {"examples": ["horse", "child"], "outputs": ["horses", "children"]}
+    assert "outputs" not in hub.add(adapter(**card), examples=["ox", "foot"]).card
+
+
+def test_an_update_of_the_examples_drops_their_outputs_and_another_update_keeps_them(hub):
+    hub.add(adapter(), examples=PAIRS)
+    hub.update("plural", tags=["words"])
+    assert hub.record("plural").card["outputs"] == ["horses", "children"]
+    hub.update("plural", examples=["ox", "foot"])
+    assert "outputs" not in hub.record("plural").card
+    hub.update("plural", examples=[("ox", "oxen")])
+    assert (hub.record("plural").examples, hub.record("plural").card["outputs"]) == (("ox",), ["oxen"])
+
+
+@pytest.mark.parametrize(
+    ("examples", "words"),
+    [([("horse", "horses"), "child"], r"1 of the 2 examples .* 'child'"), ([("horse", 3)], r"examples\[0\] .* not int")],
+)
+def test_a_mixture_and_an_output_that_is_no_text_are_refused_before_anything_is_stored(hub, examples, words):
+    with pytest.raises(AdapterUnsupported, match=words):
+        hub.add(adapter(), examples=examples)
+    assert len(hub) == 0
