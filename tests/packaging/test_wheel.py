@@ -105,6 +105,7 @@ def test_a_copy_of_the_tests_passes_with_the_wheel_outside_the_checkout(unpacked
     copied = tmp_path / "tests"
     chosen = [
         "conftest.py",
+        "store_servers.py",
         "test_errors.py",
         "test_types.py",
         "test_registry.py",
