@@ -11,11 +11,12 @@ from typing import cast
 import numpy as np
 import torch
 
-from loraweave.hub import labels, rows, search, vectors
+from loraweave.hub import search
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 from loraweave.hub.keys import Keys
 from loraweave.hub.saved_keys import Stamp, save
+from loraweave.hub.tables import labels, rows, vectors
 from loraweave.types import Factors, Record
 
 DIM = 384

@@ -23,9 +23,9 @@ from rich.table import Table
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.algebra import compress, norm
 from loraweave.hub.anomalies import KINDS, against_pool
-from loraweave.hub.figure_rows import MAX_DISTANCE, NUM_PIECES
 from loraweave.hub.figures import CODE_BITS, Figures, figures_of, hamming
 from loraweave.hub.similar import cosine
+from loraweave.hub.tables.figure_rows import MAX_DISTANCE, NUM_PIECES
 from loraweave.types import Factors
 
 POOL = Path(__file__).parents[1] / "examples" / "pool"

@@ -35,10 +35,10 @@ from safetensors.torch import load_file, save_file
 from loraweave import registry
 from loraweave.errors import AdapterNotFound
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.blob_files import blob_path
 from loraweave.hub.blobs import read_blob
 from loraweave.hub.hub import Hub
 from loraweave.hub.search import SearchIndex
+from loraweave.hub.stores.blob_files import blob_path
 from loraweave.types import Factors
 
 app = typer.Typer(add_completion=False, help=__doc__)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loraweave.errors import AdapterCorrupt, AdapterNotFound
-from loraweave.hub.storage_errors import storage_errors
+from loraweave.hub.stores.storage_errors import storage_errors
 
 FORMAT_VERSION = 1
 _METADATA_KEY = "loraweave_statistics"

@@ -22,8 +22,8 @@ from loraweave.hub.formats._conversion import MAX_ERROR
 from loraweave.hub.formats._lora_file import PICKLES
 from loraweave.hub.formats._peft_files import PICKLE
 from loraweave.hub.formats.peft import Peft
+from loraweave.hub.intake.sources import ADAPTER_FILES, name_of, opened_source
 from loraweave.hub.merge_report import MergeReport
-from loraweave.hub.sources import ADAPTER_FILES, name_of, opened_source
 from loraweave.types import Factors, Fingerprint
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from loraweave.hub.blob_files import remove_file, sync_folder
+from loraweave.hub.stores.blob_files import remove_file, sync_folder
 
 _DTYPES = {"F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4"}
 _MAX_HEADER_BYTES = 2**20

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from loraweave.errors import AdapterCorrupt
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.blob_files import file_digest
 from loraweave.hub.stored_layers import put_together, take_apart
-from loraweave.hub.stores import BlobStore
+from loraweave.hub.stores.blob_files import file_digest
+from loraweave.hub.stores.protocols import BlobStore
 from loraweave.types import Factors
 
 # 1: a tensor for every factor; 2: heads too, or factors in another form than their own; 3: one packed tensor

@@ -5,10 +5,10 @@ from __future__ import annotations
 from contextlib import suppress
 
 from loraweave.errors import HubCorrupt, HubFull
-from loraweave.hub import known_bases, rows, versions
-from loraweave.hub.catalogue import require_row
-from loraweave.hub.storage_errors import storage_errors
-from loraweave.hub.stores import BlobStore, CatalogueStore
+from loraweave.hub.stores.catalogue import require_row
+from loraweave.hub.stores.protocols import BlobStore, CatalogueStore
+from loraweave.hub.stores.storage_errors import storage_errors
+from loraweave.hub.tables import known_bases, rows, versions
 from loraweave.types import Record
 
 

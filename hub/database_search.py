@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loraweave.errors import HubError
-from loraweave.hub.stores import Near, VectorSearch
+from loraweave.hub.stores.protocols import Near, VectorSearch
 from loraweave.types import Record
 
 if TYPE_CHECKING:

@@ -9,14 +9,14 @@ from dataclasses import replace
 from torch import nn
 
 from loraweave.errors import AdapterSuspicious, HubError
-from loraweave.hub import rows
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.anomalies import MIN_COSINE, against_model, against_pool, checked_policy
-from loraweave.hub.figure_rows import alike, reference
 from loraweave.hub.figures import Figures, figures_of
 from loraweave.hub.similar import cosine
 from loraweave.hub.stored_adapter import stored_adapter
-from loraweave.hub.stores import BlobStore, CatalogueStore
+from loraweave.hub.stores.protocols import BlobStore, CatalogueStore
+from loraweave.hub.tables import rows
+from loraweave.hub.tables.figure_rows import alike, reference
 from loraweave.types import Anomaly, Record
 
 # whose cosine is computed from the stored factors; their sketches are the nearest

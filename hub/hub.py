@@ -21,20 +21,21 @@ from loraweave.errors import (
     AdapterNotFound,
     InvalidName,
 )
-from loraweave.hub import known_bases, quarantine, rows, versions
-from loraweave.hub.blob_files import STALE_TMP_S
-from loraweave.hub.catalogue import require_row
-from loraweave.hub.changes import Changes, read_changes
+from loraweave.hub import quarantine
 from loraweave.hub.collect import collect
 from loraweave.hub.fields import checked_fields
-from loraweave.hub.filtering import matching, passes
+from loraweave.hub.intake.sample_pairs import card_with_outputs, split_pairs
 from loraweave.hub.licenses import canonical
 from loraweave.hub.names import checked_name, near_misses
-from loraweave.hub.open_stores import open_stores
-from loraweave.hub.sample_pairs import card_with_outputs, split_pairs
-from loraweave.hub.storage_errors import storage_errors
-from loraweave.hub.stores import Connection, VectorSearch
-from loraweave.hub.vectors import read_vectors, write_vectors
+from loraweave.hub.stores.blob_files import STALE_TMP_S
+from loraweave.hub.stores.catalogue import require_row
+from loraweave.hub.stores.open_stores import open_stores
+from loraweave.hub.stores.protocols import Connection, VectorSearch
+from loraweave.hub.stores.storage_errors import storage_errors
+from loraweave.hub.tables import known_bases, rows, versions
+from loraweave.hub.tables.changes import Changes, read_changes
+from loraweave.hub.tables.filtering import matching, passes
+from loraweave.hub.tables.vectors import read_vectors, write_vectors
 from loraweave.types import BaseKey, Candidate, Record
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from loraweave.hub.adapter import Adapter
-    from loraweave.hub.adding import Added, Addition
+    from loraweave.hub.intake.adding import Added, Addition
     from loraweave.hub.pool import ExpertPool
     from loraweave.hub.verify import Verification
 
@@ -96,8 +97,8 @@ class Hub:
         record's `anomalies`; with the policy `anomalies="quarantine"` the adapter is put aside until `release`, "refuse"
         raises AdapterSuspicious, "off" does not look, and a mapping chooses by kind.
         """
-        from loraweave.hub.adding import Addition, prepared
         from loraweave.hub.examination import examined
+        from loraweave.hub.intake.adding import Addition, prepared
         from loraweave.hub.storing import store
 
         addition = Addition(source, name, description, examples, tags, license, base_model, language)
@@ -121,7 +122,7 @@ class Hub:
         again after an interruption with the same sources it goes on: what is there already is only read. `progress` shows a
         bar on the terminal.
         """
-        from loraweave.hub.adding import add_many
+        from loraweave.hub.intake.adding import add_many
 
         return add_many(
             self._catalogue,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from loraweave.errors import AdapterQuarantined
-from loraweave.hub.stores import Connection
+from loraweave.hub.stores.protocols import Connection
 from loraweave.types import Record
 
 

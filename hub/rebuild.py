@@ -13,15 +13,15 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from loraweave.errors import AdapterCorrupt, HubError, HubLocked
-from loraweave.hub import rows, versions
-from loraweave.hub.blob_claims import read_claim
-from loraweave.hub.blob_files import file_digest, sync_folder
 from loraweave.hub.blobs import read_blob
-from loraweave.hub.folder_blobs import FolderBlobs
-from loraweave.hub.migrations import migrate
-from loraweave.hub.open_stores import open_blobs
-from loraweave.hub.storage_errors import is_damage, storage_errors
-from loraweave.hub.stores import BlobStore
+from loraweave.hub.stores.blob_claims import read_claim
+from loraweave.hub.stores.blob_files import file_digest, sync_folder
+from loraweave.hub.stores.folder_blobs import FolderBlobs
+from loraweave.hub.stores.migrations import migrate
+from loraweave.hub.stores.open_stores import open_blobs
+from loraweave.hub.stores.protocols import BlobStore
+from loraweave.hub.stores.storage_errors import is_damage, storage_errors
+from loraweave.hub.tables import rows, versions
 from loraweave.types import Record
 
 _SIDE_FILES = ("", "-wal", "-shm")

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from loraweave.hub.array_files import map_arrays, write_arrays
-from loraweave.hub.blob_files import STALE_TMP_S, remove_file
 from loraweave.hub.keys import Choice, Keys, Segment
+from loraweave.hub.stores.blob_files import STALE_TMP_S, remove_file
 
 # another number for another meaning of the arrays
 _FORMAT = 1

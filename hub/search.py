@@ -26,11 +26,11 @@ import numpy as np
 
 from loraweave import registry
 from loraweave.errors import DimensionMismatch, HubError, RetrievalError
-from loraweave.hub.changes import Change
 from loraweave.hub.database_search import DatabaseSearch
-from loraweave.hub.filtering import passes
 from loraweave.hub.keys import Choice, Found, Keys
 from loraweave.hub.saved_keys import MIN_SAVED, Stamp, load, save
+from loraweave.hub.tables.changes import Change
+from loraweave.hub.tables.filtering import passes
 from loraweave.types import BaseKey, Candidate, Record
 
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from loraweave.errors import AdapterCorrupt
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.blobs import read_blob
-from loraweave.hub.rows import Row
-from loraweave.hub.storage_errors import storage_errors
-from loraweave.hub.stores import BlobStore
+from loraweave.hub.stores.protocols import BlobStore
+from loraweave.hub.stores.storage_errors import storage_errors
+from loraweave.hub.tables.rows import Row
 
 
 def stored_adapter(blobs: BlobStore, row: Row) -> Adapter:

@@ -7,14 +7,14 @@ from contextlib import suppress
 from dataclasses import replace
 
 from loraweave.errors import AdapterCorrupt, AdapterExists, HubCorrupt, HubError, HubFull
-from loraweave.hub import known_bases, rows, versions
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.blobs import examine_blob, write_blob
 from loraweave.hub.fields import OWN_FIELDS
-from loraweave.hub.figure_rows import store_figures
 from loraweave.hub.figures import Figures
-from loraweave.hub.storage_errors import storage_errors
-from loraweave.hub.stores import BlobStore, CatalogueStore, Connection
+from loraweave.hub.stores.protocols import BlobStore, CatalogueStore, Connection
+from loraweave.hub.stores.storage_errors import storage_errors
+from loraweave.hub.tables import known_bases, rows, versions
+from loraweave.hub.tables.figure_rows import store_figures
 from loraweave.types import Record
 
 

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 from loraweave.errors import AdapterExists, HubError, HubFull
-from loraweave.hub import known_bases, rows
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.blobs import blob_bytes
 from loraweave.hub.figures import Figures
-from loraweave.hub.storage_errors import storage_errors
-from loraweave.hub.stores import BlobStore, CatalogueStore, Connection
+from loraweave.hub.stores.protocols import BlobStore, CatalogueStore, Connection
+from loraweave.hub.stores.storage_errors import storage_errors
 from loraweave.hub.storing import beside, put_rows, usable_blob, warn_of_base
+from loraweave.hub.tables import known_bases, rows
 from loraweave.types import Record
 
 # read, checked and looked over

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraweave.errors import HubError
-from loraweave.hub import labels, quarantine, rows, saved_keys, vectors, versions
+from loraweave.hub import quarantine, saved_keys
 from loraweave.hub.blobs import read_blob
-from loraweave.hub.stores import BlobStore, CatalogueStore, Connection
+from loraweave.hub.stores.protocols import BlobStore, CatalogueStore, Connection
+from loraweave.hub.tables import labels, rows, vectors, versions
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from loraweave.hub import anomalies, archives
+from loraweave.hub import anomalies
+from loraweave.hub.intake import archives
 
 ROOT = Path(__file__).parents[1]
 

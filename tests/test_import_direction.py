@@ -112,5 +112,11 @@ def test_every_third_party_import_is_declared():
 
 def test_torch_is_not_needed_to_import_the_front_door_or_the_hub():
     # the tree, not the machine: tests/test_public_api.py looks at what a process really loads
-    for module in ("loraweave", "loraweave.types", "loraweave.registry", "loraweave.hub.hub", "loraweave.hub.catalogue"):
+    for module in (
+        "loraweave",
+        "loraweave.types",
+        "loraweave.registry",
+        "loraweave.hub.hub",
+        "loraweave.hub.stores.catalogue",
+    ):
         assert "torch" not in imported(MODULES[module], at_run_time=True, inside_functions=False)

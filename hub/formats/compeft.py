@@ -22,8 +22,8 @@ from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._files import MAX_JSON_BYTES, listing, present, read_json
 from loraweave.hub.formats._replacing import replacing
 from loraweave.hub.formats._safetensors import read_tensors
-from loraweave.hub.storage_errors import storage_errors
 from loraweave.hub.stored_layers import put_together, take_apart
+from loraweave.hub.stores.storage_errors import storage_errors
 from loraweave.types import Factors, Fingerprint
 
 DESCRIPTION = "compeft.json"

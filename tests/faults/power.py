@@ -10,7 +10,7 @@ import worlds
 from kill import copy, faults, state
 from recorded import Recorder
 
-from loraweave.hub import blob_files
+from loraweave.hub.stores import blob_files
 
 
 def losses(disk, num_random, rng):

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from loraweave.hub import migrations, search
+from loraweave.hub import search
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 from loraweave.hub.rebuild import rebuild
+from loraweave.hub.stores import migrations
 from loraweave.types import Factors
 
 # so that a hub of a few adapters has an index file too

@@ -10,11 +10,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
-from loraweave.hub import blob_files
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.blob_files import blob_path, require_digest, sweep
 from loraweave.hub.blobs import content_hash, examine_blob, read_blob, write_blob
-from loraweave.hub.folder_blobs import FolderBlobs
+from loraweave.hub.stores import blob_files
+from loraweave.hub.stores.blob_files import blob_path, require_digest, sweep
+from loraweave.hub.stores.folder_blobs import FolderBlobs
 from loraweave.types import Factors
 
 ORIGIN = '{"name":"x"}'

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-import loraweave.hub.catalogue
 import loraweave.hub.clock
+import loraweave.hub.stores.catalogue
 from loraweave.errors import (
     AdapterCorrupt,
     AdapterExists,
@@ -390,7 +390,7 @@ def test_a_folder_that_cannot_be_written_is_read_and_writing_is_refused(hub, mon
     hub.add(adapter(0))
     hub.close()
     before = sorted(hub.path.rglob("*"))
-    monkeypatch.setattr(loraweave.hub.catalogue.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(loraweave.hub.stores.catalogue.os, "access", lambda path, mode: False)
     with Hub(hub.path) as frozen:
         assert [record.name for record in frozen] == ["adapter 0"]
         assert frozen["adapter 0"].hash == adapter(0).hash
@@ -410,7 +410,7 @@ def test_a_folder_that_cannot_be_written_is_read_and_writing_is_refused(hub, mon
 
 
 def test_no_hub_is_created_where_nothing_can_be_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(loraweave.hub.catalogue.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(loraweave.hub.stores.catalogue.os, "access", lambda path, mode: False)
     with pytest.raises(PermissionError, match="holds no hub"):
         Hub(tmp_path / "hub")
     assert not (tmp_path / "hub").exists()
@@ -461,7 +461,7 @@ def test_threads_add_and_read_one_hub_without_losing_anything(hub):
 
 
 def test_the_log_is_moved_into_the_catalogue_once_it_is_large(hub, monkeypatch):
-    monkeypatch.setattr(loraweave.hub.catalogue, "CHECKPOINT_BYTES", 50_000)
+    monkeypatch.setattr(loraweave.hub.stores.catalogue, "CHECKPOINT_BYTES", 50_000)
     hub.add(adapter(0))
     log = hub.path / "catalogue.sqlite-wal"
     largest = 0

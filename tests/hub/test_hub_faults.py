@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-import loraweave.hub.blob_files
-import loraweave.hub.catalogue
+import loraweave.hub.stores.blob_files
+import loraweave.hub.stores.catalogue
 from loraweave.errors import HubError, HubFull, HubReadOnly
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
@@ -67,8 +67,10 @@ def faulty(monkeypatch, countdown):
 
     real = sqlite3.connect
     with monkeypatch.context() as patch:
-        patch.setattr(loraweave.hub.blob_files, "os", FaultyOs(countdown))
-        patch.setattr(loraweave.hub.catalogue.sqlite3, "connect", lambda *args, **kw: real(*args, **kw, factory=Connection))
+        patch.setattr(loraweave.hub.stores.blob_files, "os", FaultyOs(countdown))
+        patch.setattr(
+            loraweave.hub.stores.catalogue.sqlite3, "connect", lambda *args, **kw: real(*args, **kw, factory=Connection)
+        )
         yield
 
 
@@ -166,7 +168,7 @@ def test_a_full_database_is_named_and_leaves_the_hub_as_it_was(tmp_path, monkeyp
 
     with monkeypatch.context() as patch, Hub(path) as hub:
         hub.close()
-        patch.setattr(loraweave.hub.catalogue.sqlite3, "connect", small)
+        patch.setattr(loraweave.hub.stores.catalogue.sqlite3, "connect", small)
         with Hub(path) as full, pytest.raises(HubFull, match=r"adding adapter 'adapter 1'.*nothing was changed") as caught:
             full.add(adapter(1), description="x" * 90_000)
     assert isinstance(caught.value, OSError)
@@ -202,7 +204,7 @@ def test_a_write_in_pieces_is_put_together(tmp_path, monkeypatch):
         def __getattr__(self, name):
             return (lambda fd, data: os.write(fd, data[:7])) if name == "write" else getattr(os, name)
 
-    monkeypatch.setattr(loraweave.hub.blob_files, "os", Slow(None))
+    monkeypatch.setattr(loraweave.hub.stores.blob_files, "os", Slow(None))
     with Hub(tmp_path) as hub:
         hub.add(adapter(0))
         assert hub["adapter 0"].hash == adapter(0).hash
@@ -212,7 +214,7 @@ def test_a_write_in_pieces_is_put_together(tmp_path, monkeypatch):
 def test_a_disk_that_turns_read_only_is_named(tmp_path, monkeypatch):
     with Hub(tmp_path) as hub:
         countdown = Countdown(1, raise_os(errno.EROFS))
-        monkeypatch.setattr(loraweave.hub.blob_files, "os", FaultyOs(countdown))
+        monkeypatch.setattr(loraweave.hub.stores.blob_files, "os", FaultyOs(countdown))
         with pytest.raises(HubReadOnly, match="cannot be written"):
             hub.add(adapter(0))
         assert len(hub) == 0

@@ -6,8 +6,8 @@ import torch
 
 from loraweave.errors import RetrievalError
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.blob_files import blob_path
 from loraweave.hub.hub import Hub
+from loraweave.hub.stores.blob_files import blob_path
 from loraweave.types import Factors
 
 

@@ -12,9 +12,9 @@ import torch
 import loraweave.hub.blobs
 from loraweave.errors import AdapterCorrupt, HubCorrupt, HubError
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.blob_files import blob_path
 from loraweave.hub.hub import Hub
 from loraweave.hub.rebuild import rebuild
+from loraweave.hub.stores.blob_files import blob_path
 from loraweave.types import Factors
 
 

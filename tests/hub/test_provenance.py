@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.hub import model_hub
 from loraweave.hub.hub import Hub
-from loraweave.hub.sources import without_secrets
+from loraweave.hub.intake import model_hub
+from loraweave.hub.intake.sources import without_secrets
 from loraweave.types import Factors, Source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -13,9 +13,9 @@ from loraweave.errors import HubCorrupt
 from loraweave.hub import saved_keys
 from loraweave.hub import search as search_module
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.changes import CHANGED
 from loraweave.hub.hub import Hub
 from loraweave.hub.search import SearchIndex
+from loraweave.hub.tables.changes import CHANGED
 from loraweave.types import BaseKey, Factors
 
 WORDS = ("cat", "dog", "sum", "film", "word")
@@ -226,7 +226,7 @@ def test_filters_equal_a_choice_from_everything_ranked(hub, monkeypatch):
 
 
 def test_a_filter_reads_the_records_that_it_lets_through_and_no_others(hub, monkeypatch):
-    from loraweave.hub import rows
+    from loraweave.hub.tables import rows
 
     seen, original = [], rows._decode
     monkeypatch.setattr(rows, "_decode", lambda found: seen.append(found[1]) or original(found))

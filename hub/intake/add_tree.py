@@ -1,0 +1,243 @@
+"""Every adapter of a tree of folders into the hub, under names made of their paths; what cannot be added is told."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import unicodedata
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from loraweave.errors import (
+    AdapterExists,
+    AdapterNotFound,
+    AdapterSuspicious,
+    HubCorrupt,
+    HubError,
+    HubFull,
+    HubLocked,
+    HubReadOnly,
+    InvalidName,
+    LoraweaveError,
+)
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.anomalies import checked_policy
+from loraweave.hub.blobs import content_hash
+from loraweave.hub.hub import Hub
+from loraweave.hub.intake.adding import MAX_BATCH, MAX_BATCH_BYTES, Addition
+from loraweave.hub.intake.archives import archive_suffix
+from loraweave.hub.intake.tree_journal import Noted, TreeJournal, stamp
+from loraweave.hub.intake.tree_sources import tree_sources
+from loraweave.hub.names import MAX_NAME_CHARACTERS, checked_name
+from loraweave.hub.progress import tracked
+from loraweave.types import Record
+
+# what is wrong with the hub, and not with one adapter, ends the walk; it goes on there when it is called again
+_ENDING = (HubFull, HubLocked, HubReadOnly, HubCorrupt)
+_TAG_CHARACTERS = 8
+
+
+@dataclass(frozen=True)
+class TreeReport:
+    """What became of every adapter found, in order of their paths; `entries` have path, state, name, hash and why.
+
+    A state is "added", "updated" (a next version, since the files changed), "present", "refused" or, of a dry run, "found".
+    """
+
+    root: Path
+    entries: tuple[Noted, ...] = field(default=())
+
+    def of(self, state: str) -> tuple[Noted, ...]:
+        return tuple(entry for entry in self.entries if entry.state == state)
+
+    def counts(self) -> dict[str, int]:
+        """How many there are of each state that occurs."""
+        states = ("added", "updated", "present", "found", "refused")
+        return {state: len(self.of(state)) for state in states if self.of(state)}
+
+    def to_json(self) -> dict[str, Any]:
+        entries = [{key: value for key, value in vars(entry).items() if key != "stamp" and value} for entry in self.entries]
+        return {"root": str(self.root), "counts": self.counts(), "entries": entries}
+
+
+def add_tree(
+    hub: Hub,
+    root: str | Path,
+    *,
+    prefix: str = "",
+    tags: Collection[str] = (),
+    license: str | None = None,
+    anomalies: str | Mapping[str, str] = "report",
+    dry_run: bool = False,
+    progress: bool = False,
+) -> TreeReport:
+    """Adds every folder, LoRA file and archive at or below `root` that is an adapter; links are not followed.
+
+    A name is `prefix` and the path; where it stands for something else already, a part of the path's hash is added. Called
+    again, also after an interruption, it reads only what was changed since, the refused ones too. `dry_run` only finds and
+    names. AdapterNotFound for a tree without adapters; what is wrong with the hub itself is raised.
+    """
+    folder = Path(root)
+    if not folder.is_dir():
+        raise AdapterNotFound(f"cannot add the adapters below {str(root)!r}: it is no folder")
+    unread: list[OSError] = []
+    sources = tree_sources(folder, unread.append)
+    if not sources and not unread:
+        raise AdapterNotFound(f"no folder or archive at or below {str(root)!r} holds an adapter")
+    options = {"tags": sorted(tags), "license": license, "prefix": prefix, "anomalies": checked_policy(anomalies)}
+    journal = TreeJournal(hub.path, folder)
+    walk = _Walk(hub, folder, prefix, options, {} if dry_run else journal.read())
+    entries = [_unread(folder, error) for error in unread]
+    for source in tracked(sources, "adapters", total=len(sources), shown=progress):
+        if dry_run:
+            entries.append(walk.found(source))
+            continue
+        for entry in walk.taken(source):
+            entries.append(entry)
+            if walk.known.get(entry.path) != entry:
+                journal.write(entry)
+    for entry in walk.settled():
+        entries.append(entry)
+        journal.write(entry)
+    return TreeReport(folder, tuple(sorted(entries, key=lambda entry: entry.path)))
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """An adapter that has been read and named, and waits for its batch."""
+
+    adapter: Adapter
+    path: str
+    stamp: str
+    name: str
+
+
+@dataclass
+class _Walk:
+    """One walk: where names come from, what is known from before, and the names that this walk has given."""
+
+    hub: Hub
+    root: Path
+    prefix: str
+    options: Mapping[str, Any]
+    known: Mapping[str, Noted]
+    given: dict[str, str] = field(default_factory=dict)
+    waiting: list[_Waiting] = field(default_factory=list)
+    waiting_bytes: int = 0
+
+    def found(self, source: Path) -> Noted:
+        path = self._path(source)
+        name = self._names(path)[0]
+        name = self._names(path)[1] if name in self.given else name
+        self.given[name] = path
+        return Noted(path, "", "found", name)
+
+    def taken(self, source: Path) -> list[Noted]:
+        """Reads one source, unless it is known and as it was; what became of it, and of the batch that it filled."""
+        path = self._path(source)
+        try:
+            now = stamp(source, self.options)
+        except OSError as error:
+            return [Noted(path, "", "refused", "", why=f"it cannot be read: {error}")]
+        before = self.known.get(path)
+        if before is not None and before.stamp == now and self._still_true(before):
+            self.given[before.name] = path
+            return [replace(before, state="refused" if before.state == "refused" else "present")]
+        try:
+            done = self._read(source, path, now, before)
+        except _ENDING:
+            raise
+        except HubError as error:
+            return [_refused(path, now, self._names(path)[0], error)]
+        if not done:
+            layers = self.waiting[-1].adapter.layers.values()
+            self.waiting_bytes += sum(tensor.nbytes for factors in layers for tensor in factors.tensors().values())
+        full = len(self.waiting) >= MAX_BATCH or self.waiting_bytes >= MAX_BATCH_BYTES
+        return [*done, *(self.settled() if full else [])]
+
+    def settled(self) -> list[Noted]:
+        """Adds the batch that waits, and says what became of each."""
+        waiting, self.waiting, self.waiting_bytes = self.waiting, [], 0
+        if not waiting:
+            return []
+        tags, license = self.options["tags"], self.options["license"]
+        additions = [Addition(one.adapter, one.name, tags=tags, license=license) for one in waiting]
+        added = self.hub.add_many(additions, anomalies=self.options["anomalies"])
+        records = {record.name: record for record in added.records}
+        errors = dict(added.refused)
+        found = []
+        for one in waiting:
+            record = records.get(one.name)
+            if record is None:
+                found.append(_refused(one.path, one.stamp, one.name, errors[one.name]))
+            else:
+                found.append(Noted(one.path, one.stamp, "added", one.name, record.hash, _odd(record)))
+        return found
+
+    def _still_true(self, before: Noted) -> bool:
+        record = self._record(before.name)
+        return before.state == "refused" or (record is not None and record.hash == before.hash)
+
+    def _read(self, source: Path, path: str, now: str, before: Noted | None) -> list[Noted]:
+        """What became of one source; nothing for one that waits for its batch."""
+        adapter = Adapter.from_pretrained(source)
+        content = content_hash(adapter.layers, adapter.heads)
+        for name in self._names(path):
+            record = self._record(name)
+            ours = before is not None and before.name == name and record is not None and before.hash == record.hash
+            if self.given.get(name, path) != path or not (record is None or record.hash == content or ours):
+                continue
+            self.given[name] = path
+            if record is None:
+                self.waiting.append(_Waiting(adapter, path, now, name))
+                return []
+            if record.hash == content:
+                return [Noted(path, now, "present", name, content)]
+            tags, license, anomalies = (self.options[key] for key in ("tags", "license", "anomalies"))
+            added = self.hub.add(adapter, name=name, tags=tags, license=license, replace=True, anomalies=anomalies)
+            return [Noted(path, now, "updated", name, content, _odd(added))]
+        names = " and ".join(map(repr, self._names(path)))
+        raise AdapterExists(f"{path!r}: the names {names} stand for other adapters; give a prefix")
+
+    def _record(self, name: str) -> Record | None:
+        return self.hub.record(name) if name in self.hub else None
+
+    def _path(self, source: Path) -> str:
+        # a byte that is no text is shown, and gives a name that can be stored
+        return os.fsencode(source.relative_to(self.root)).decode("utf-8", "backslashreplace")
+
+    def _names(self, path: str) -> tuple[str, str]:
+        """The name of a path, and the one to take where that stands for another adapter."""
+        own = (
+            self.root.resolve().name if path == "." else path.removesuffix(archive_suffix(path)).removesuffix(".safetensors")
+        )
+        shown = "".join("_" if unicodedata.category(letter)[0] == "C" else letter for letter in f"{self.prefix}{own}")
+        tag = f"~{hashlib.sha256(path.encode()).hexdigest()[:_TAG_CHARACTERS]}"
+        short = unicodedata.normalize("NFC", shown).strip() or "adapter"
+        tagged = f"{short[-(MAX_NAME_CHARACTERS - len(tag)) :].strip()}{tag}"
+        return (short if _can_be_stored(short) else tagged), tagged
+
+
+def _refused(path: str, now: str, name: str, error: LoraweaveError) -> Noted:
+    # what the hub holds decided, not the files: the next walk looks again
+    now = "" if isinstance(error, AdapterExists | AdapterSuspicious) else now
+    return Noted(path, now, "refused", name, why=f"{type(error).__name__}: {error}")
+
+
+def _odd(record: Record) -> str:
+    found = "; ".join(f"{anomaly.kind}: {anomaly.detail}" for anomaly in record.anomalies)
+    return f"in quarantine: {found}" if record.quarantined else found
+
+
+def _can_be_stored(name: str) -> bool:
+    try:
+        return checked_name(name) == name
+    except InvalidName:
+        return False
+
+
+def _unread(root: Path, error: OSError) -> Noted:
+    path = os.path.relpath(error.filename or root, root)
+    return Noted(path, "", "refused", "", why=f"the folder cannot be read: {error.strerror}")

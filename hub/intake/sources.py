@@ -1,0 +1,140 @@
+"""Where adapters and base models come from: a local folder, or a repository of the model hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+from loraweave.errors import AdapterNotFound, AdapterUnsupported
+from loraweave.hub.intake.archives import archive_suffix, unpacked
+from loraweave.hub.intake.model_hub import download
+
+README = "README.md"
+ADAPTER_FILES = (
+    "adapter_config.json",
+    "adapter_model*.safetensors*",
+    "pytorch_lora_weights.safetensors",
+    "adapters.safetensors",
+    "compeft.*",
+    "loraweave.json",
+    README,
+)
+_WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
+
+
+@dataclass(frozen=True)
+class OpenedSource:
+    """A folder to read, and where it came from: of a repository its id, the commit, and the revision asked for."""
+
+    folder: Path
+    origin: Mapping[str, str] = field(default_factory=dict)
+
+
+@contextmanager
+def opened_source(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+    allow_patterns: Sequence[str] = ADAPTER_FILES,
+) -> Iterator[OpenedSource]:
+    """The adapter's folder for as long as it is read; an archive is unpacked for the while."""
+    archive = Path(source)
+    if archive_suffix(archive) and archive.is_file():
+        with unpacked(archive) as folder:
+            yield OpenedSource(folder)
+    else:
+        yield _located(source, revision, token, local_files_only, allow_patterns)
+
+
+def name_of(source: str | Path) -> str:
+    """The last part of a path or id, without the suffix of an archive or of a file of weights."""
+    last = str(source).rstrip("/").rsplit("/", 1)[-1]
+    return last.removesuffix(archive_suffix(last)).removesuffix(".safetensors") or last
+
+
+def local_folder(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+    allow_patterns: Sequence[str] = ADAPTER_FILES,
+) -> Path:
+    """The folder or file named by `source`, or what was downloaded of the repository `owner/name` or `owner/name/file`.
+
+    Only the files needed are downloaded.
+
+    Raises AdapterNotFound when neither exists, with what was tried, AdapterUnsupported for a repository without a file in
+    which adapters are kept. A token never appears in a message.
+    """
+    return _located(source, revision, token, local_files_only, allow_patterns).folder
+
+
+def _located(
+    source: str | Path, revision: str | None, token: str | None, local_files_only: bool, allow_patterns: Sequence[str]
+) -> OpenedSource:
+    folder = Path(source)
+    if str(source) and (_is_folder(folder) or _is_weights(folder)):
+        return OpenedSource(folder)
+    owner, name, file = _parts(source)
+    repository = f"{owner}/{name}"
+    patterns = [file, README] if file else allow_patterns
+    found = download(repository, revision=revision, token=token, local_files_only=local_files_only, allow_patterns=patterns)
+    origin = {"repository": str(source), "revision": found.commit, "asked": revision or "main"}
+    if file:
+        if not _is_weights(found.folder / file):
+            raise AdapterNotFound(
+                f"the repository {repository!r} of the model hub has no file {file!r}; see its list of files there"
+            )
+        return OpenedSource(found.folder / file, origin)
+    if not any(path.suffix in _WEIGHTS or path.name.startswith("compeft.") for path in found.folder.iterdir()):
+        raise AdapterUnsupported(
+            f"the repository {repository!r} of the model hub has no weights under a name that adapters usually have; give a "
+            f"LoRA file by its own, as in {repository + '/file.safetensors'!r}, or allow_pickle=True if it has only pickles "
+            "such as adapter_model.bin"
+        )
+    return OpenedSource(found.folder, origin)
+
+
+def _parts(source: str | Path) -> tuple[str, str, str]:
+    """Owner, name and file ("" for all) of a repository. AdapterNotFound where the source has not that form."""
+    text = str(source)
+    parts = text.split("/")
+    file = "/".join(parts[2:])
+    well_formed = len(parts) >= 2 and not {"", ".", ".."}.intersection(parts) and not text.startswith("~")
+    if isinstance(source, Path) or not well_formed or (file and Path(file).suffix not in _WEIGHTS):
+        raise AdapterNotFound(
+            f"no folder {text!r}, and it has not the form owner/name of a model hub repository, or "
+            "owner/name/file.safetensors of a file there"
+        )
+    return parts[0], parts[1], file
+
+
+def without_secrets(source: str | Path) -> str:
+    """The source as text, an address without user name, password and query, where tokens may stand."""
+    text = str(source)
+    if "://" not in text:
+        return text
+    parts = urlsplit(text)
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit((parts.scheme, host, parts.path, "", ""))
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:
+        # a name longer than the file system takes
+        return False
+
+
+def _is_weights(path: Path) -> bool:
+    try:
+        return path.suffix in _WEIGHTS and path.is_file()
+    except OSError:
+        return False

@@ -1,0 +1,257 @@
+"""The catalogue on PostgreSQL: the rows of `catalogue.py`, for hubs that several machines share.
+
+Writers take an advisory lock, which the server gives back when their session ends, however it ends. The transaction runs in
+the session that holds the lock: without the lock there is no commit. Readers take no lock and see one moment.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from loraweave.errors import HubError, HubLocked, HubReadOnly
+from loraweave.hub.stores.catalogue import require_row
+from loraweave.hub.stores.postgres_address import PostgresAddress, require_psycopg
+from loraweave.hub.stores.postgres_errors import postgres_errors
+from loraweave.hub.stores.postgres_migrations import STEPS, migrate, schema_version, set_search_path
+from loraweave.hub.stores.postgres_search import PostgresSearch
+from loraweave.hub.stores.postgres_session import Translating
+from loraweave.hub.stores.postgres_vectors import make_embeddings
+from loraweave.hub.stores.protocols import Connection, VectorSearch
+
+# "LoWv": advisory locks are shared with every other program that uses the database
+_LOCK_CLASS = 0x4C6F5776
+
+# sessions that a fork left to this process belong to its parent: closing one would end the parent's
+_INHERITED: list[Any] = []
+
+
+class PostgresCatalogue:
+    """The rows of one hub in a schema of a PostgreSQL database. `writable` says whether this user may write them."""
+
+    def __init__(self, address: PostgresAddress, timeout_s: float) -> None:
+        self.address = address
+        self.timeout_s = timeout_s
+        self.closed = False
+        self._psycopg = require_psycopg()
+        self._pid = os.getpid()
+        self._idle: list[Any] = []
+        self._guard = threading.Lock()
+        self._held = threading.local()
+        self.writable = True
+        try:
+            with postgres_errors(address, "opening the hub"):
+                self._open_or_create()
+        except BaseException:
+            self.close()
+            raise
+        weakref.finalize(self, _close_all, self._idle, self._pid)
+
+    @property
+    def where(self) -> str:
+        return self.address.where
+
+    @property
+    def vector_search(self) -> VectorSearch:
+        return PostgresSearch(self)
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """A connection inside one read transaction: everything read belongs to the same moment."""
+        begin = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
+        with postgres_errors(self.address, "reading the hub"), self._session(begin) as session:
+            yield Translating(session)
+
+    @contextmanager
+    def locked(self, doing: str) -> Iterator[None]:
+        """Holds the write lock between machines, processes and threads. HubReadOnly, or HubLocked after `timeout_s`."""
+        self._require_open()
+        if not self.writable:
+            raise HubReadOnly(f"{doing}: {self.where} cannot be written by this user; reading it still works")
+        with postgres_errors(self.address, doing), self._session("SELECT 1") as session:
+            try:
+                session.execute("SELECT pg_advisory_lock(%s, %s)", self._lock_key())
+            except self._psycopg.errors.LockNotAvailable:
+                raise HubLocked(
+                    f"{doing}: another writer held the lock of {self.where} for {self.timeout_s:g} s; try again when it is "
+                    "done, or open the hub with a larger timeout_s"
+                ) from None
+            self._held.session = session
+            try:
+                yield
+            finally:
+                self._held.session = None
+                # a session that is lost has lost its lock too
+                with suppress(self._psycopg.OperationalError):
+                    session.execute("SELECT pg_advisory_unlock(%s, %s)", self._lock_key())
+
+    @contextmanager
+    def transaction(self, doing: str) -> Iterator[Connection]:
+        """One write transaction, committed on leaving; the caller holds the lock. A change of rows raises the generation."""
+        session = self._held.session
+        connection = Translating(session)
+        with postgres_errors(self.address, doing):
+            session.execute("BEGIN")
+            try:
+                yield connection
+                make_embeddings(connection)
+                if connection.num_changed:
+                    connection.execute("UPDATE state SET generation = generation + 1")
+                self._commit(session, doing)
+            except BaseException:
+                with suppress(self._psycopg.Error):
+                    session.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def writing(self, doing: str) -> Iterator[Connection]:
+        """The write lock and a transaction."""
+        with self.locked(doing), self.transaction(doing) as connection:
+            yield connection
+
+    def problems(self, connection: Connection) -> list[str]:
+        """Indexes that PostgreSQL does not trust; it checks its pages itself where data checksums are on."""
+        broken = connection.execute(
+            "SELECT indexrelid::regclass::text FROM pg_index WHERE NOT indisvalid AND indrelid = ANY (ARRAY["
+            "'state'::regclass, 'adapters'::regclass, 'blobs'::regclass, 'vectors'::regclass])"
+        ).fetchall()
+        return [f"PostgreSQL's index {name} is not valid: REINDEX it" for (name,) in broken]
+
+    def claim(self) -> tuple[str, str | None]:
+        """The hub's identity, and the URL of its blobs where one is noted."""
+        with self.reading() as connection:
+            identity, place = require_row(connection.execute("SELECT identity, blobs FROM state").fetchone(), self.where)
+        return identity, place
+
+    def note_blobs(self, place: str) -> None:
+        """Notes the URL of the hub's blobs, so that the next opening need not give it."""
+        with self.writing("opening the hub") as connection:
+            connection.execute("UPDATE state SET blobs = ?", (place,))
+
+    def empty_log(self) -> None:
+        """Nothing: PostgreSQL gives space back by itself."""
+
+    def close(self) -> None:
+        """Closes the sessions; a second call does nothing."""
+        self.closed = True
+        with self._guard:
+            _close_all(self._idle, self._pid)
+
+    def _open_or_create(self) -> None:
+        with self._session("SELECT 1") as session:
+            version = schema_version(session, self.address)
+            self.writable = self._may_write(session, version)
+        if version == len(STEPS):
+            return
+        if not self.writable:
+            raise HubReadOnly(
+                f"{self.where} holds no hub of schema {len(STEPS)} (but {version}), and this user may not bring it there"
+            )
+        with self.locked("creating the hub" if version == 0 else "bringing the hub's catalogue up to date"):
+            # another process may have been faster; then this finds what it made
+            migrate(self._held.session, self.address)
+        # the sessions so far do not know where pgvector's type is
+        with self._guard:
+            _close_all(self._idle, self._pid)
+
+    def _may_write(self, session: Any, version: int) -> bool:
+        statement = "SELECT pg_is_in_recovery() OR current_setting('default_transaction_read_only')::bool"
+        if session.execute(statement).fetchone() == (True,):
+            return False
+        if version == 0:
+            statement, parameter = "SELECT has_database_privilege(current_database(), %s)", "CREATE"
+        else:
+            statement, parameter = "SELECT has_table_privilege('adapters', %s)", "INSERT"
+        return bool(session.execute(statement, (parameter,)).fetchone()[0])
+
+    @contextmanager
+    def _session(self, first: str) -> Iterator[Any]:
+        """A session in which the statement `first` has run."""
+        self._require_open()
+        session = self._begun(first)
+        try:
+            yield session
+        finally:
+            self._give_back(session)
+
+    def _begun(self, first: str) -> Any:
+        while (session := self._take()) is not None:
+            try:
+                session.execute(first)
+                return session
+            except self._psycopg.OperationalError:
+                # the server was restarted, or the network gone, since the session was used last
+                session.close()
+        session = self._connect()
+        session.execute(first)
+        return session
+
+    def _take(self) -> Any:
+        with self._guard:
+            if self._pid != os.getpid():
+                _INHERITED.extend(self._idle)
+                self._idle.clear()
+                self._pid = os.getpid()
+            return self._idle.pop() if self._idle else None
+
+    def _give_back(self, session: Any) -> None:
+        try:
+            if session.info.transaction_status != self._psycopg.pq.TransactionStatus.IDLE:
+                session.execute("ROLLBACK")
+        except self._psycopg.Error:
+            session.close()
+        with self._guard:
+            if session.closed or self.closed or self._pid != os.getpid():
+                session.close()
+            else:
+                self._idle.append(session)
+
+    def _connect(self) -> Any:
+        wait_s = max(2, round(self.timeout_s))
+        # a partition of the network must end a call, not hang it
+        own = {"connect_timeout": wait_s, "tcp_user_timeout": 1000 * wait_s, "keepalives_idle": 30}
+        parameters = {"application_name": "loraweave", **own, **self.address.parameters, "client_encoding": "utf8"}
+        session = self._psycopg.connect(**parameters, autocommit=True)
+        try:
+            session.execute("SELECT set_config('lock_timeout', %s, false)", (f"{max(1, round(1000 * self.timeout_s))}ms",))
+            # what add() has returned must outlive the server
+            session.execute(
+                "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"
+            )
+            set_search_path(session, self.address)
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+    def _commit(self, session: Any, doing: str) -> None:
+        try:
+            session.execute("COMMIT")
+        except self._psycopg.OperationalError as error:
+            if session.closed:
+                raise HubError(
+                    f"{doing}: the connection to {self.where} was lost while the change was committed "
+                    f"({self.address.redacted(str(error))}); whether it was made shows when the hub is read again"
+                ) from error
+            raise
+
+    def _lock_key(self) -> tuple[int, int]:
+        digest = hashlib.sha256(self.address.schema.encode()).digest()
+        return _LOCK_CLASS, int.from_bytes(digest[:4], "big", signed=True)
+
+    def _require_open(self) -> None:
+        if self.closed:
+            raise HubError(f"the hub {self.where} is closed; open it again")
+
+
+def _close_all(sessions: list[Any], pid: int) -> None:
+    if pid != os.getpid():
+        _INHERITED.extend(sessions)
+        sessions.clear()
+    while sessions:
+        sessions.pop().close()

@@ -1,0 +1,194 @@
+"""The schema of a catalogue on PostgreSQL as numbered steps, kept in step with those of SQLite in `migrations.py`.
+
+A step that has been released is never edited: a change is a new step there and one here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from loraweave.errors import HubCorrupt, HubError
+from loraweave.hub.stores.postgres_address import PostgresAddress
+from loraweave.hub.stores.postgres_session import Translating
+from loraweave.hub.stores.protocols import Connection
+from loraweave.hub.tables.filtering import fill
+
+# pgvector stores at most this many numbers; longer vectors are kept, but searched at the client
+MAX_SEARCHED_DIM = 16_000
+
+# The columns are those of SQLite, so that both are read by the same statements. `embedding` is derived from `vector`: its
+# bytes are what a row's sha256 covers, and whoever changes them leaves the embedding to be made anew. `stale` marks what
+# was made before the adapter's record changed, which may have changed its texts.
+STEPS: tuple[tuple[str | Callable[[Connection], None], ...], ...] = (
+    (
+        """CREATE TABLE state (
+            id INTEGER PRIMARY KEY CHECK (id = 1),
+            schema_version INTEGER NOT NULL,
+            identity TEXT NOT NULL,
+            blobs TEXT,
+            generation BIGINT NOT NULL,
+            num_adapters BIGINT NOT NULL
+        )""",
+        "INSERT INTO state VALUES (1, 0, gen_random_uuid()::text, NULL, 0, 0)",
+        """CREATE TABLE adapters (
+            seq BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+            name TEXT COLLATE "C" NOT NULL UNIQUE,
+            hash TEXT COLLATE "C" NOT NULL,
+            record TEXT NOT NULL,
+            sha256 TEXT NOT NULL
+        )""",
+        "CREATE INDEX adapters_by_hash ON adapters (hash)",
+        """CREATE TABLE blobs (
+            hash TEXT COLLATE "C" PRIMARY KEY,
+            file_sha256 TEXT NOT NULL,
+            size_bytes BIGINT NOT NULL,
+            sha256 TEXT NOT NULL
+        )""",
+        """CREATE TABLE vectors (
+            embedder TEXT COLLATE "C" NOT NULL,
+            seq BIGINT NOT NULL REFERENCES adapters (seq) ON DELETE CASCADE,
+            text_digest TEXT NOT NULL,
+            vector BYTEA NOT NULL,
+            sha256 TEXT NOT NULL,
+            embedding VECTOR,
+            stale BOOLEAN NOT NULL DEFAULT false,
+            PRIMARY KEY (embedder, seq)
+        )""",
+        "CREATE INDEX vectors_by_adapter ON vectors (seq)",
+        f"""CREATE INDEX vectors_without_embedding ON vectors (embedder, seq)
+            WHERE embedding IS NULL AND length(vector) <= {4 * MAX_SEARCHED_DIM}""",
+        """CREATE FUNCTION vector_changed() RETURNS trigger LANGUAGE plpgsql
+            AS 'BEGIN NEW.embedding := NULL; NEW.stale := false; RETURN NEW; END'""",
+        """CREATE TRIGGER vector_changed BEFORE UPDATE OF vector ON vectors
+            FOR EACH ROW EXECUTE FUNCTION vector_changed()""",
+        """CREATE FUNCTION record_changed() RETURNS trigger LANGUAGE plpgsql
+            AS 'BEGIN UPDATE vectors SET stale = true WHERE vectors.seq = NEW.seq; RETURN NULL; END'""",
+        """CREATE TRIGGER record_changed AFTER UPDATE OF record ON adapters
+            FOR EACH ROW EXECUTE FUNCTION record_changed()""",
+    ),
+    (
+        "ALTER TABLE state ADD COLUMN num_versions BIGINT NOT NULL DEFAULT 0",
+        """CREATE TABLE versions (
+            seq BIGINT NOT NULL REFERENCES adapters (seq) ON DELETE CASCADE,
+            version BIGINT NOT NULL,
+            hash TEXT COLLATE "C" NOT NULL,
+            record TEXT NOT NULL,
+            sha256 TEXT NOT NULL,
+            PRIMARY KEY (seq, version)
+        )""",
+        "CREATE INDEX versions_by_hash ON versions (hash)",
+        """CREATE TABLE bases (
+            base_model TEXT COLLATE "C" NOT NULL,
+            fingerprint TEXT COLLATE "C" NOT NULL,
+            PRIMARY KEY (base_model, fingerprint)
+        )""",
+    ),
+    (
+        "CREATE TABLE changes (seq BIGINT PRIMARY KEY, generation BIGINT NOT NULL)",
+        "CREATE INDEX changes_by_generation ON changes (generation, seq)",
+        """CREATE TABLE labels (
+            kind TEXT COLLATE "C" NOT NULL,
+            value TEXT COLLATE "C" NOT NULL,
+            seq BIGINT NOT NULL REFERENCES adapters (seq) ON DELETE CASCADE,
+            PRIMARY KEY (kind, value, seq)
+        )""",
+        "CREATE INDEX labels_by_adapter ON labels (seq)",
+        fill,
+        # a search reads every embedding: in the row it is read in passing, and the bytes that it was made of are elsewhere
+        "ALTER TABLE vectors ALTER COLUMN embedding SET STORAGE MAIN",
+        "ALTER TABLE vectors ALTER COLUMN vector SET STORAGE EXTERNAL",
+    ),
+    (
+        """CREATE TABLE figures (
+            seq BIGINT PRIMARY KEY REFERENCES adapters (seq) ON DELETE CASCADE,
+            kin TEXT COLLATE "C" NOT NULL,
+            hash TEXT COLLATE "C" NOT NULL,
+            numbers BYTEA NOT NULL,
+            code BYTEA NOT NULL,
+            piece_0 BIGINT NOT NULL,
+            piece_1 BIGINT NOT NULL,
+            piece_2 BIGINT NOT NULL,
+            piece_3 BIGINT NOT NULL,
+            piece_4 BIGINT NOT NULL,
+            piece_5 BIGINT NOT NULL,
+            piece_6 BIGINT NOT NULL,
+            piece_7 BIGINT NOT NULL
+        )""",
+        "CREATE INDEX figures_by_kin ON figures (kin, hash)",
+        *(f"CREATE INDEX figures_by_piece_{number} ON figures (piece_{number})" for number in range(8)),
+        "CREATE TABLE quarantine (seq BIGINT PRIMARY KEY REFERENCES adapters (seq) ON DELETE CASCADE)",
+    ),
+)
+
+
+def schema_version(connection: Any, address: PostgresAddress) -> int:
+    """The step that the catalogue is at, 0 for none. HubCorrupt when it is newer than this program."""
+    found = connection.execute("SELECT to_regclass(%s)", (f"{address.schema}.state",)).fetchone()
+    if found == (None,):
+        return 0
+    row = connection.execute("SELECT schema_version FROM state").fetchone()
+    if row is None:
+        raise HubCorrupt(f"the catalogue {address.where} is damaged: its state row is missing; restore it from a dump")
+    if row[0] > len(STEPS):
+        raise HubCorrupt(
+            f"the catalogue {address.where} has schema {row[0]}, but this version of loraweave knows schemas up to "
+            f"{len(STEPS)}; install the newer loraweave that wrote it"
+        )
+    return int(row[0])
+
+
+def migrate(connection: Any, address: PostgresAddress) -> None:
+    """Runs the missing steps in one transaction, after the tables were copied to a schema `<schema>_v<old>_backup`.
+
+    The caller holds the write lock. A step that fails leaves the catalogue as it was.
+    """
+    version = schema_version(connection, address)
+    if version == len(STEPS):
+        return
+    with connection.transaction():
+        if version == 0:
+            _create_schema(connection, address)
+        else:
+            _back_up(connection, address.schema, f"{address.schema}_v{version}_backup")
+        for step in STEPS[version:]:
+            for action in step:
+                if isinstance(action, str):
+                    connection.execute(action)
+                else:
+                    action(Translating(connection))
+        connection.execute("UPDATE state SET schema_version = %s", (len(STEPS),))
+
+
+def _create_schema(connection: Any, address: PostgresAddress) -> None:
+    (encoding,) = connection.execute("SELECT current_setting('server_encoding')").fetchone()
+    if encoding != "UTF8":
+        raise HubError(
+            f"the database {address.where} stores text as {encoding}, which cannot hold every name; "
+            "create one with ENCODING 'UTF8'"
+        )
+    (available,) = connection.execute("SELECT count(*) FROM pg_available_extensions WHERE name = 'vector'").fetchone()
+    if not available:
+        raise HubError(
+            f"the server of {address.where} does not have the extension pgvector, which searches need; install it there "
+            "(Debian: postgresql-17-pgvector)"
+        )
+    connection.execute(f"CREATE SCHEMA IF NOT EXISTS {address.schema}")
+    connection.execute("CREATE EXTENSION IF NOT EXISTS vector WITH SCHEMA public")
+    set_search_path(connection, address)
+
+
+def set_search_path(connection: Any, address: PostgresAddress) -> None:
+    """The hub's tables and pgvector's type get their short names in this session."""
+    statement = "SELECT nspname FROM pg_extension JOIN pg_namespace n ON n.oid = extnamespace WHERE extname = 'vector'"
+    found = [schema for (schema,) in connection.execute(statement).fetchall()]
+    path = ", ".join('"' + name.replace('"', '""') + '"' for name in (address.schema, *found))
+    connection.execute("SELECT set_config('search_path', %s, false)", (path,))
+
+
+def _back_up(connection: Any, schema: str, target: str) -> None:
+    connection.execute(f"CREATE SCHEMA IF NOT EXISTS {target}")
+    listed = "SELECT tablename FROM pg_tables WHERE schemaname = %s"
+    for (table,) in connection.execute(listed, (schema,)).fetchall():
+        connection.execute(f"DROP TABLE IF EXISTS {target}.{table}")
+        connection.execute(f"CREATE TABLE {target}.{table} AS TABLE {schema}.{table}")

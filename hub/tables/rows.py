@@ -1,0 +1,275 @@
+"""Rows of the catalogue and what they hold: canonical JSON that carries its own sha256."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from loraweave.errors import AdapterUnsupported, HubCorrupt
+from loraweave.hub import quarantine
+from loraweave.hub.fields import MAX_CARD_BYTES, OWN_FIELDS, Fields
+from loraweave.hub.stores.protocols import Connection
+from loraweave.hub.tables import change_log, labels
+from loraweave.types import Anomaly, Fingerprint, Record, Source
+
+_COLUMNS = "adapters.seq, adapters.name, adapters.hash, adapters.record, adapters.sha256"
+_BLOB_COLUMNS = "blobs.hash, blobs.file_sha256, blobs.size_bytes, blobs.sha256"
+_SELECT = f"SELECT {_COLUMNS}, {_BLOB_COLUMNS} FROM adapters LEFT JOIN blobs ON blobs.hash = adapters.hash"
+_MOST_PARAMETERS = 500
+
+# comparing a name with so many others takes a tenth of a second
+_MOST_NAMES = 10_000
+_NUM_ALIKE = 3
+
+
+@dataclass(frozen=True)
+class BlobRow:
+    """A stored file: the content hash that names it, the sha256 of its bytes, and their number."""
+
+    hash: str
+    file_sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """An adapter's place in the order of addition, its record and its blob."""
+
+    seq: int
+    record: Record
+    blob: BlobRow
+
+
+def find(connection: Connection, name: str) -> Row | None:
+    """The row of that name. HubCorrupt when it is damaged."""
+    found = connection.execute(f"{_SELECT} WHERE adapters.name = ?", (name,)).fetchone()
+    return None if found is None else _decode(found)
+
+
+def every(connection: Connection) -> Iterator[Row]:
+    """All rows in order of addition. HubCorrupt at the first that is damaged."""
+    for found in connection.execute(f"{_SELECT} ORDER BY adapters.seq").fetchall():
+        yield _decode(found)
+
+
+def some(connection: Connection, seqs: Sequence[int]) -> Iterator[Row]:
+    """The rows of those numbers that are there, in order of addition. HubCorrupt at the first that is damaged."""
+    # databases bound the number of parameters
+    ordered = sorted(seqs)
+    for start in range(0, len(ordered), _MOST_PARAMETERS):
+        part = ordered[start : start + _MOST_PARAMETERS]
+        marks = ", ".join("?" * len(part))
+        for found in connection.execute(f"{_SELECT} WHERE adapters.seq IN ({marks}) ORDER BY adapters.seq", part).fetchall():
+            yield _decode(found)
+
+
+def at(connection: Connection, seq: int) -> Row | None:
+    """The row with that number. HubCorrupt when it is damaged."""
+    found = connection.execute(f"{_SELECT} WHERE adapters.seq = ?", (seq,)).fetchone()
+    return None if found is None else _decode(found)
+
+
+def names_like(connection: Connection, name: str) -> list[str]:
+    """Names that may be what `name` meant: all of a hub of ordinary size, else those that begin as it does."""
+    first = connection.execute("SELECT name FROM adapters ORDER BY seq LIMIT ?", (_MOST_NAMES + 1,)).fetchall()
+    if len(first) > _MOST_NAMES:
+        begin = name[:_NUM_ALIKE]
+        between = "SELECT name FROM adapters WHERE name >= ? AND name < ? ORDER BY name LIMIT ?"
+        first = connection.execute(between, (begin, begin + chr(0x10FFFF), _MOST_NAMES)).fetchall()
+    return [found for (found,) in first]
+
+
+def find_blob(connection: Connection, content_hash: str) -> BlobRow | None:
+    found = connection.execute(f"SELECT {_BLOB_COLUMNS} FROM blobs WHERE hash = ?", (content_hash,)).fetchone()
+    return None if found is None else _decode_blob(found)
+
+
+def insert(connection: Connection, record: Record) -> Record:
+    """Adds a row, whose blob row is there, and returns its record as a reader will see it.
+
+    It is read back before the commit: an error after it would tell the caller that nothing had changed.
+    """
+    text = encode(record)
+    connection.execute(
+        "INSERT INTO adapters (name, hash, record, sha256) VALUES (?, ?, ?, ?)",
+        (record.name, record.hash, text, _sha256(text)),
+    )
+    connection.execute("UPDATE state SET num_adapters = num_adapters + 1")
+    if record.quarantined:
+        quarantine.mark(connection, record)
+    return _noted(connection, find(connection, record.name), record.name)
+
+
+def change(connection: Connection, row: Row, record: Record) -> Record:
+    """Gives the row another record, whose blob row is there, and returns that as a reader will see it."""
+    if record == row.record:
+        return row.record
+    text = encode(record)
+    connection.execute(
+        "UPDATE adapters SET name = ?, hash = ?, record = ?, sha256 = ? WHERE seq = ?",
+        (record.name, record.hash, text, _sha256(text), row.seq),
+    )
+    if record.quarantined != row.record.quarantined:
+        quarantine.mark(connection, record)
+    return _noted(connection, find(connection, record.name), record.name)
+
+
+def delete(connection: Connection, row: Row) -> None:
+    """Removes the row and, through foreign keys, its vectors and labels; the blob stays for gc."""
+    connection.execute("DELETE FROM adapters WHERE seq = ?", (row.seq,))
+    connection.execute("UPDATE state SET num_adapters = num_adapters - 1")
+    change_log.note(connection, row.seq)
+
+
+def put_blob(connection: Connection, blob: BlobRow) -> None:
+    connection.execute(
+        "INSERT INTO blobs (hash, file_sha256, size_bytes, sha256) VALUES (?, ?, ?, ?) ON CONFLICT (hash) DO UPDATE SET "
+        "file_sha256 = excluded.file_sha256, size_bytes = excluded.size_bytes, sha256 = excluded.sha256",
+        (blob.hash, blob.file_sha256, blob.size_bytes, _blob_sha256(blob)),
+    )
+
+
+def encode(record: Record) -> str:
+    """The record as canonical JSON in ASCII, which SQLite stores whatever characters a text has.
+
+    The size belongs to the blob. Raises AdapterUnsupported when the card is not JSON.
+    """
+    data = {
+        "name": record.name,
+        "hash": record.hash,
+        "base_model": record.base_model,
+        "rank": record.rank,
+        "target_modules": list(record.target_modules),
+        "license": record.license,
+        "tags": list(record.tags),
+        "description": record.description,
+        "examples": list(record.examples),
+        "language": list(record.language),
+        "created": record.created,
+        "version": record.version,
+        "restored": record.restored,
+        "base_revision": record.base_revision,
+        "source": None if record.source is None else [record.source.location, record.source.revision],
+        "fingerprint": None if record.fingerprint is None else record.fingerprint.to_json(),
+        "anomalies": [[anomaly.kind, anomaly.detail, anomaly.score] for anomaly in record.anomalies],
+        "quarantined": record.quarantined,
+        # the fields above are the card's too; kept once, they cannot disagree
+        "card": {key: value for key, value in record.card.items() if key not in OWN_FIELDS},
+    }
+    try:
+        return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False, default=_plain)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise AdapterUnsupported(
+            f"the card of adapter {record.name!r} cannot be stored as JSON ({error}); a card holds texts, finite numbers, "
+            "booleans, None, lists, and mappings whose keys are texts"
+        ) from error
+
+
+def encode_within_limit(record: Record) -> str:
+    """`encode`, and AdapterUnsupported for a card above the limit; the texts that searches read have their own limits."""
+    text = encode(record)
+    size_bytes = len(encode(replace(record, description="", examples=(), tags=(), language=())))
+    if size_bytes > MAX_CARD_BYTES:
+        raise AdapterUnsupported(
+            f"the card of adapter {record.name!r} has {size_bytes:,} bytes as JSON; the limit is {MAX_CARD_BYTES:,}"
+        )
+    return text
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+def _noted(connection: Connection, row: Row | None, name: str) -> Record:
+    if row is None:
+        raise HubCorrupt(f"the catalogue is damaged: the row of adapter {name!r}, just written, cannot be found")
+    change_log.note(connection, row.seq)
+    labels.put(connection, row.seq, row.record)
+    return row.record
+
+
+def decode_version(found: tuple[Any, ...], version: int) -> Row:
+    """A superseded version's row; it has no name of its own beside the record's. HubCorrupt when it is damaged."""
+    row = _decode(found)
+    if row.record.version != version:
+        raise HubCorrupt(
+            f"row {row.seq} of the catalogue is damaged: its version {version} has the record of {row.record.version}"
+        )
+    return row
+
+
+def _decode(found: tuple[Any, ...]) -> Row:
+    seq, name, content_hash, text, digest = found[:5]
+    if not isinstance(text, str):
+        # a damaged page can change even the type of a strict column
+        raise HubCorrupt(f"row {seq} of the catalogue is damaged: its record is {type(text).__name__}, not text")
+    if _sha256(text) != digest:
+        raise HubCorrupt(
+            f"row {seq} of the catalogue (adapter {name!r}) is damaged: its sha256 is {_sha256(text)}, not {digest}; "
+            "Hub.verify() lists what can still be read"
+        )
+    data = json.loads(text)
+    for column, value in (("name", name), ("hash", content_hash)):
+        if value is not None and data[column] != value:
+            raise HubCorrupt(
+                f"row {seq} of the catalogue is damaged: column {column} is {value!r}, its record {data[column]!r}"
+            )
+    if found[5] is None:
+        raise HubCorrupt(
+            f"the catalogue is damaged: adapter {data['name']!r} has the hash {content_hash}, which no blob row describes"
+        )
+    blob = _decode_blob(found[5:])
+    return Row(seq, replace(record_from_json(data), size_bytes=blob.size_bytes), blob)
+
+
+def record_from_json(data: Mapping[str, Any]) -> Record:
+    """The record that `encode` wrote, without its size."""
+    fingerprint = data["fingerprint"]
+    # what schema 1 did not know has its default
+    languages = tuple(data.get("language", ()))
+    fields = Fields(data["description"], tuple(data["examples"]), tuple(data["tags"]), data["license"], languages)
+    return Record(
+        name=data["name"],
+        hash=data["hash"],
+        base_model=data["base_model"],
+        rank=data["rank"],
+        target_modules=tuple(data["target_modules"]),
+        license=fields.license,
+        tags=fields.tags,
+        description=fields.description,
+        size_bytes=0,
+        created=data["created"],
+        examples=fields.examples,
+        language=fields.language,
+        version=data.get("version", 1),
+        restored=data.get("restored"),
+        base_revision=data.get("base_revision"),
+        source=Source(*source) if (source := data.get("source")) else None,
+        fingerprint=None if fingerprint is None else Fingerprint.from_json(fingerprint),
+        anomalies=tuple(Anomaly(*found) for found in data.get("anomalies", ())),
+        quarantined=data.get("quarantined", False),
+        card={**data["card"], **fields.as_card()},
+    )
+
+
+def _decode_blob(found: tuple[Any, ...]) -> BlobRow:
+    blob = BlobRow(*found[:3])
+    if _blob_sha256(blob) != found[3]:
+        raise HubCorrupt(
+            f"the row of blob {blob.hash} is damaged: its sha256 is {_blob_sha256(blob)}, not the stored {found[3]}; "
+            "adding the adapter under another name repairs it"
+        )
+    return blob
+
+
+def _blob_sha256(blob: BlobRow) -> str:
+    return _sha256(f"{blob.hash} {blob.file_sha256} {blob.size_bytes}")
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,82 @@
+"""Embeddings in the catalogue: one vector per adapter and embedder, so that a search need not embed every text."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from loraweave.errors import DimensionMismatch
+from loraweave.hub.stores.protocols import Connection
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def read_vectors(connection: Connection, embedder: str) -> dict[str, tuple[str, np.ndarray]]:
+    """Adapter name -> (digest of the embedded text, fp32 vector), in order of addition. A damaged row counts as absent."""
+    # numpy takes 0.1 s to import, which listing a hub need not pay
+    import numpy as np
+
+    found = connection.execute(
+        "SELECT adapters.name, vectors.seq, text_digest, vector, vectors.sha256 FROM vectors JOIN adapters USING (seq) "
+        "WHERE embedder = ? ORDER BY vectors.seq",
+        (embedder,),
+    ).fetchall()
+    return {
+        name: (text_digest, np.frombuffer(vector, dtype="<f4").copy())
+        for name, seq, text_digest, vector, digest in found
+        if row_sha256(embedder, seq, text_digest, vector) == digest
+    }
+
+
+def read_vector(connection: Connection, embedder: str, seq: int) -> tuple[str, np.ndarray] | None:
+    """(digest of the embedded text, fp32 vector) of a row; None when there is none or it is damaged."""
+    import numpy as np
+
+    found = connection.execute(
+        "SELECT text_digest, vector, sha256 FROM vectors WHERE embedder = ? AND seq = ?", (embedder, seq)
+    ).fetchone()
+    if found is None or row_sha256(embedder, seq, found[0], bytes(found[1])) != found[2]:
+        return None
+    return found[0], np.frombuffer(found[1], dtype="<f4").copy()
+
+
+def write_vectors(connection: Connection, embedder: str, rows: Sequence[tuple[str, str, np.ndarray]]) -> None:
+    """Stores (name, digest of the text, vector) rows; a name that is no longer there is passed over.
+
+    Vectors of another size under the same embedder are dropped: they came from another version of it.
+    Raises DimensionMismatch for vectors that differ in size, are not one-dimensional or not finite.
+    """
+    import numpy as np
+
+    vectors = [np.ascontiguousarray(vector, dtype="<f4") for _, _, vector in rows]
+    for (name, _, _), vector in zip(rows, vectors, strict=True):
+        if vector.ndim != 1 or vector.shape != vectors[0].shape or not vector.size:
+            raise DimensionMismatch(
+                f"the vector of {name!r} from embedder {embedder!r} has shape {vector.shape}, the first {vectors[0].shape}; "
+                "vectors of one embedder have one axis of one size"
+            )
+        if not np.isfinite(vector).all():
+            raise DimensionMismatch(f"the vector of {name!r} from embedder {embedder!r} is not finite")
+    if vectors:
+        # all that are there have one size, since every call sees to it: looking at each would cost a scan of the table
+        one = connection.execute("SELECT length(vector) FROM vectors WHERE embedder = ? LIMIT 1", (embedder,)).fetchone()
+        if one is not None and one[0] != vectors[0].nbytes:
+            connection.execute("DELETE FROM vectors WHERE embedder = ?", (embedder,))
+    for (name, text_digest, _), vector in zip(rows, vectors, strict=True):
+        found = connection.execute("SELECT seq FROM adapters WHERE name = ?", (name,)).fetchone()
+        if found is not None:
+            data = vector.tobytes()
+            connection.execute(
+                "INSERT INTO vectors (embedder, seq, text_digest, vector, sha256) VALUES (?, ?, ?, ?, ?) "
+                "ON CONFLICT (embedder, seq) DO UPDATE SET "
+                "text_digest = excluded.text_digest, vector = excluded.vector, sha256 = excluded.sha256",
+                (embedder, found[0], text_digest, data, row_sha256(embedder, found[0], text_digest, data)),
+            )
+
+
+def row_sha256(embedder: str, seq: int, text_digest: str, vector: bytes) -> str:
+    digest = hashlib.sha256(repr((embedder, seq, text_digest)).encode())
+    digest.update(vector)
+    return digest.hexdigest()

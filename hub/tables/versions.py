@@ -1,0 +1,90 @@
+"""Versions of one name: the newest is the adapter's row, and those before it keep their records, numbers and blobs.
+
+A superseded version is a copy of the row as it was, in the table `versions`, under the adapter's place in the order of
+addition. It goes when its adapter goes, or when it is pruned. `state` counts these rows too: one that vanishes is missed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from loraweave.errors import AdapterNotFound, HubError
+from loraweave.hub.clock import now
+from loraweave.hub.stores.protocols import Connection
+from loraweave.hub.tables import rows
+from loraweave.types import Record
+
+_COLUMNS = "versions.seq, NULL, versions.hash, versions.record, versions.sha256"
+_BLOBS = "blobs.hash, blobs.file_sha256, blobs.size_bytes, blobs.sha256"
+_SELECT = f"SELECT {_COLUMNS}, {_BLOBS} FROM versions LEFT JOIN blobs ON blobs.hash = versions.hash"
+
+
+def supersede(connection: Connection, row: rows.Row, record: Record) -> Record:
+    """Makes `record`, whose blob row is there, the newest version of the row's adapter; what was the newest is kept."""
+    connection.execute(
+        "INSERT INTO versions SELECT seq, ?, hash, record, sha256 FROM adapters WHERE seq = ?", (row.record.version, row.seq)
+    )
+    connection.execute("UPDATE state SET num_versions = num_versions + 1")
+    # a vector belongs to the content it was made for
+    connection.execute("DELETE FROM vectors WHERE seq = ?", (row.seq,))
+    connection.execute("DELETE FROM figures WHERE seq = ?", (row.seq,))
+    return rows.change(connection, row, record)
+
+
+def superseded(connection: Connection, row: rows.Row) -> list[rows.Row]:
+    """The versions before the newest, oldest first, under the name of now. HubCorrupt when one is damaged."""
+    numbers = connection.execute("SELECT version FROM versions WHERE seq = ? ORDER BY version", (row.seq,)).fetchall()
+    found = (at(connection, row.seq, number) for (number,) in numbers)
+    return [replace(old, record=replace(old.record, name=row.record.name)) for old in found if old is not None]
+
+
+def chosen(connection: Connection, row: rows.Row, version: int) -> rows.Row:
+    """The version of that number, the newest included. AdapterNotFound names those that there are."""
+    known = [*superseded(connection, row), row]
+    for one in known:
+        if one.record.version == version and not isinstance(version, bool):
+            return one
+    listed = ", ".join(str(one.record.version) for one in known[-20:])
+    raise AdapterNotFound(f"adapter {row.record.name!r} has no version {version!r}; it has {listed}")
+
+
+def at(connection: Connection, seq: int, version: int) -> rows.Row | None:
+    """One superseded version, under the name it had then. HubCorrupt when it is damaged."""
+    found = connection.execute(f"{_SELECT} WHERE versions.seq = ? AND versions.version = ?", (seq, version)).fetchone()
+    return None if found is None else rows.decode_version(found, version)
+
+
+def every(connection: Connection) -> Iterator[tuple[int, int]]:
+    """(seq, version) of every superseded version."""
+    yield from connection.execute("SELECT seq, version FROM versions ORDER BY seq, version").fetchall()
+
+
+def prune(connection: Connection, row: rows.Row, keep: int) -> int:
+    """Forgets all but the newest `keep` versions, the newest of all included; how many. HubError for a count below 1."""
+    if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
+        raise HubError(
+            f"pruning adapter {row.record.name!r}: keep is {keep!r}, but at least 1 version stays; hub.remove() takes all"
+        )
+    return forget(connection, row, keep - 1)
+
+
+def forget(connection: Connection, row: rows.Row, keep: int = 0) -> int:
+    """Drops the superseded versions but the newest `keep`; how many. The blobs stay for gc."""
+    numbers = connection.execute("SELECT version FROM versions WHERE seq = ? ORDER BY version DESC", (row.seq,)).fetchall()
+    dropped = numbers[keep:]
+    if dropped:
+        (newest,) = dropped[0]
+        connection.execute("DELETE FROM versions WHERE seq = ? AND version <= ?", (row.seq, newest))
+        connection.execute("UPDATE state SET num_versions = num_versions - ?", (len(dropped),))
+    return len(dropped)
+
+
+def restore(connection: Connection, row: rows.Row, version: int) -> Record:
+    """Makes an older version's record and content the newest again, as a version of its own unless they are so already."""
+    old = chosen(connection, row, version).record
+    newest = row.record
+    if replace(old, version=newest.version, created=newest.created, restored=newest.restored) == newest:
+        return newest
+    fresh = replace(old, version=newest.version + 1, created=now(), restored=version)
+    return supersede(connection, row, fresh)
