@@ -23,7 +23,7 @@ def new_record(
     """The record of version 1 under that name. AdapterUnsupported for fields of a wrong type or above their limit."""
     inputs, outputs = split_pairs(name, given["examples"])
     fields = checked_fields(name, _fields_with_card(name, {**given, "examples": inputs}, adapter.card))
-    card = card_with_outputs(adapter.card, adapter.card.get("examples") or (), fields.examples, outputs)
+    card = card_with_outputs(adapter.card, adapter.card.get("examples") or None, fields.examples, outputs)
     record = Record(
         name=name,
         hash=content_hash(adapter.layers, adapter.heads),

@@ -31,11 +31,18 @@ def split_pairs(name: str, examples: Any) -> tuple[Any, tuple[str, ...]]:
 
 
 def card_with_outputs(
-    card: Mapping[str, Any], before: Sequence[str], examples: Sequence[str], outputs: Sequence[str]
+    card: Mapping[str, Any], before: Sequence[str] | None, examples: Sequence[str], outputs: Sequence[str]
 ) -> Mapping[str, Any]:
-    """The card with these outputs; without any, with its own if the examples are still those it had `before`."""
+    """The card with these outputs; without any, with its own as long as they belong to the examples.
+
+    They do where the examples are still those of `before`, or where nothing was before and there are as many.
+    """
     if outputs:
         return {**card, "outputs": list(outputs)}
-    if "outputs" in card and (not examples or list(before) != list(examples)):
-        return {key: value for key, value in card.items() if key != "outputs"}
-    return card
+    own = card.get("outputs")
+    if own is None:
+        return card
+    as_many = before is None and isinstance(own, list | tuple) and len(own) == len(examples)
+    if as_many or (before is not None and list(before) == list(examples)):
+        return card
+    return {key: value for key, value in card.items() if key != "outputs"}

@@ -35,6 +35,11 @@ def test_outputs_of_the_card_stay_with_its_own_examples(hub):
     assert hub.add(adapter(**card)).card["outputs"] == ["horses", "children"]
 
 
+@pytest.mark.parametrize(("examples", "kept"), [(["horse", "child"], True), (["horse"], False), ([], False)])
+def test_outputs_of_a_card_without_examples_belong_to_as_many_that_are_given(hub, examples, kept):
+    assert ("outputs" in hub.add(adapter(outputs=["horses", "children"]), examples=examples).card) == kept
+
+
 def test_other_examples_of_the_same_number_do_not_take_over_the_outputs_of_the_card(hub):
     card = {"examples": ["horse", "child"], "outputs": ["horses", "children"]}
     assert "outputs" not in hub.add(adapter(**card), examples=["ox", "foot"]).card
