@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sqlite3
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
@@ -14,9 +12,7 @@ import torch
 from loraweave.hub import search
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
-from loraweave.hub.keys import Keys
-from loraweave.hub.saved_keys import Stamp, save
-from loraweave.hub.tables import labels, rows, vectors
+from loraweave.hub.tables import rows, vectors
 from loraweave.types import Factors, Record
 
 DIM = 384
@@ -92,33 +88,6 @@ def fill(folder: Path, records: Sequence[Record], keys_ND: np.ndarray) -> None:
             rows.insert(connection, one)
         made = [(one.name, search._digest(one), key_D) for one, key_D in zip(records, keys_ND, strict=True)]
         vectors.write_vectors(connection, Synthetic.id, made)
-
-
-def fill_at_once(folder: Path, count: int) -> None:
-    """The rows of `fill` by bare SQL, without vectors, for hubs that would take an hour to fill."""
-    with Hub(folder) as hub, hub._catalogue.writing("filling") as connection:
-        many = cast(sqlite3.Connection, connection).executemany
-        for number, records in enumerate(batches(count)):
-            first = number * _BATCH + 1
-            texts = [rows.encode(one) for one in records]
-            blobs = [rows.BlobRow(one.hash, "0" * 64, 1000) for one in records]
-            many("INSERT INTO blobs VALUES (?, ?, ?, ?)", [(*vars(b).values(), rows._blob_sha256(b)) for b in blobs])
-            made = [(one.name, one.hash, text, rows._sha256(text)) for one, text in zip(records, texts, strict=True)]
-            many("INSERT INTO adapters (name, hash, record, sha256) VALUES (?, ?, ?, ?)", made)
-            numbered = list(enumerate(records, start=first))
-            many("INSERT INTO changes VALUES (?, 1)", [(seq,) for seq, _ in numbered])
-            found = [(kind, value, seq) for seq, one in numbered for kind, value in labels.labels(one)]
-            many("INSERT INTO labels VALUES (?, ?, ?)", sorted(found))
-        connection.execute("UPDATE state SET num_adapters = ?", (count,))
-
-
-def save_index(folder: Path, vectors_ND: np.ndarray) -> None:
-    """The index that a search over these keys would save."""
-    with Hub(folder) as hub:
-        nothing, seqs_N = np.empty(0, np.int64), np.arange(1, len(vectors_ND) + 1)
-        made = Keys(DIM, search._choice("auto")).changed(nothing, seqs_N, vectors_ND)
-        identity = hub.changes(Synthetic.id, after=len(vectors_ND)).identity
-        assert save(hub.path, made, Stamp(identity, hub.generation, Synthetic.id, "auto"))
 
 
 def small_adapter(name: str, number: int) -> Adapter:
