@@ -99,6 +99,14 @@ def _rolled_back(hub):
         hub.rollback("adapter 0", 1)
 
 
+def _bound(hub):
+    """The adapter with its base model at hand, whose fingerprint the record then has."""
+    base = torch.nn.ModuleDict({"layer": torch.nn.Linear(5, 3)})
+    torch.nn.init.constant_(base["layer"].weight, 0.5)
+    base.name_or_path = "org/base"
+    hub.bind("adapter 0", base)
+
+
 def _gone(hub, name):
     if name in hub:
         hub.remove(name)
@@ -143,6 +151,8 @@ CHANGES = {
     "roll back": Change(versioned, _on_open_hub(_rolled_back)),
     "prune": Change(versioned, _on_open_hub(lambda hub: hub.prune("adapter 0"))),
     "quarantine": Change(fresh, _on_open_hub(lambda hub: hub.quarantine("adapter 0"))),
+    "release": Change(fresh, _on_open_hub(lambda hub: hub.release("adapter 2"))),
+    "bind": Change(fresh, _on_open_hub(_bound)),
     "migrate": Change(fresh, _on_open_hub(lambda hub: hub.generation), steps=(NEXT_STEP,)),
     "create": Change(emptied, _on_open_hub(lambda hub: hub.generation), readable=False),
     "rebuild": Change(headless, _rebuild, readable=False),
@@ -150,10 +160,10 @@ CHANGES = {
 
 
 def state(hub):
-    """What a user sees of the hub: adapters in order with all versions' content and texts, and whose vectors there are."""
+    """What a user sees of the hub: adapters in order, all their versions, and whose vectors there are."""
     listed = []
     for newest in [*hub.records(), *hub.records(quarantined=True)]:
-        history = [(record.version, record.hash, record.description, record.tags) for record in hub.history(newest.name)]
+        history = [(one.version, one.hash, one.description, one.tags, one.fingerprint) for one in hub.history(newest.name)]
         listed.append((newest.name, newest.quarantined, *history))
     return [*listed, *sorted(hub.vectors("e"))]
 
