@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraweave.errors import LoraweaveError
+from loraweave.errors import AdapterSuspicious, LoraweaveError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.examination import examined
 from loraweave.hub.intake.admission import require_storable
@@ -78,8 +78,13 @@ def add_many(
         addition = source if isinstance(source, Addition) else Addition(source)
         try:
             adapter, record = prepared(addition, stored_as=stored_as, allow_pickle=allow_pickle)
-            waiting.append((adapter, *examined(catalogue, blobs, adapter, record, anomalies)))
         except LoraweaveError as error:
+            refused.append((addition.label, error))
+            continue
+        try:
+            # what else fails here is the hub's own store, for which no adapter is to blame
+            waiting.append((adapter, *examined(catalogue, blobs, adapter, record, anomalies)))
+        except AdapterSuspicious as error:
             refused.append((addition.label, error))
             continue
         waiting_bytes += sum(t.nbytes for factors in waiting[-1][0].layers.values() for t in factors.tensors().values())

@@ -174,3 +174,19 @@ def test_nothing_to_add_adds_nothing(hub):
 def test_progress_goes_to_the_terminal_and_not_to_the_output(hub, capsys):
     assert len(hub.add_many(MANY[:2], progress=True).records) == 2
     assert capsys.readouterr().out == ""
+
+
+def test_a_store_that_fails_while_an_adapter_is_looked_over_is_told_and_no_adapter_is_blamed(hub, monkeypatch):
+    real, looked_over = adding.examined, []
+
+    def failing(catalogue, blobs, one, *rest):
+        looked_over.append(one.name)
+        if len(looked_over) == 3:
+            raise HubError("reading the hub: stale file handle")
+        return real(catalogue, blobs, one, *rest)
+
+    monkeypatch.setattr(adding, "examined", failing)
+    with pytest.raises(HubError, match="stale"):
+        hub.add_many(MANY)
+    assert len(hub) == 0
+    assert len(hub.add_many(MANY).records) == len(MANY)
