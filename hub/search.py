@@ -160,6 +160,11 @@ class SearchIndex:
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors (Q, D) of query texts. RetrievalError for what is not a text or has no visible character."""
+        self.check(texts)
+        return self._embed(tuple(texts))
+
+    def check(self, texts: Sequence[str]) -> None:
+        """RetrievalError for what is not a text or has no visible character."""
         for number, text in enumerate(texts, start=1):
             if not isinstance(text, str):
                 raise RetrievalError(f"query {number} of {len(texts)} is {type(text).__name__}, not a text")
@@ -168,7 +173,6 @@ class SearchIndex:
                     f"query {number} of {len(texts)} is empty ({text[:20]!r}): it says nothing about a task; "
                     "search by an example input or a description of the task"
                 )
-        return self._embed(tuple(texts))
 
     def hits(
         self,

@@ -189,7 +189,7 @@ class Retriever:
         query = Query(tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs), description)
         extra = ("description",) if description.strip() else ()
         keys = self.keys or _resolved([*EXAMPLE_KEYS, *extra])
-        self._index.embed(query.outputs)
+        self._index.check(query.outputs)
         return self._by_keys(query, self._vector(query), request, keys)
 
     def like(
@@ -300,8 +300,7 @@ class Retriever:
             return [self._by_keys(query, query_D, request, self.keys) for query, query_D in pairs]
         found = []
         for query_D, hits in zip(query_QD, self._hits(query_QD, request), strict=True):
-            chosen = diverse(hits, request.k, request.diversity) if request.diversity else hits
-            found.append(self._index.explained(query_D, chosen))
+            found.append(self._index.explained(query_D, _chosen(hits, request)))
         return found
 
     def _hits(self, query_QD: np.ndarray, request: Request) -> list[list[Hit]]:
@@ -321,8 +320,7 @@ class Retriever:
 
     def _by_keys(self, query: Query, query_D: np.ndarray, request: Request, keys: Mapping[str, Key]) -> list[Candidate]:
         ranked, opinions = self._keyed.ranked(query, self._keyed.near(query_D, request), keys, self.fusion)
-        page = request.page(ranked, _num_choice(request))
-        chosen = diverse(page, request.k, request.diversity) if request.diversity else page
+        chosen = _chosen(request.page(ranked, _num_choice(request)), request)
         evidence = [candidate.evidence for candidate in self._index.explained(query_D, chosen)]
         return [
             Candidate(hit.record.name, hit.score, f"{opinions[hit.record.name]}; {text}", hit.record)
@@ -367,6 +365,11 @@ def _pair(number: int, example: object) -> tuple[str, str]:
     if isinstance(example, tuple | list) and len(example) == 2 and all(isinstance(text, str) for text in example):
         return example[0], example[1]
     raise RetrievalError(f"example {number} is {example!r}, not a pair of texts (input, output)")
+
+
+def _chosen(hits: list[Hit], request: Request) -> list[Hit]:
+    """Of the page, or of what diversity chooses from, what is answered."""
+    return diverse(hits, request.k, request.diversity) if request.diversity else hits
 
 
 def _num_choice(request: Request) -> int:

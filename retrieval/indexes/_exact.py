@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from loraweave.retrieval.indexes._vectors import Found, rescored
+from loraweave.retrieval.indexes._vectors import Found, checked, checked_mask, rescored
 
 # a scan that was not sure asks for so many times more
 _GROWTH = 8
@@ -44,6 +44,24 @@ def exact_best(
         some_QK, positions_QK[unsure_Q] = rescored(query_QD[unsure_Q], vectors_ND, rows_QR, k)
         scores_QK[unsure_Q] = some_QK
     return scores_QK, positions_QK
+
+
+def asked(
+    query_QD: np.ndarray, vectors_ND: np.ndarray, k: int, allowed_N: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray | None, int, Found | None]:
+    """The queries and the mask, checked; how many rows it allows; and the answer where no index is needed for it.
+
+    That is where nothing can be found, or where the mask leaves so few rows that each is scored.
+    """
+    query_QD = checked(query_QD, vectors_ND.shape[1], "queries")
+    mask_N = checked_mask(allowed_N, len(vectors_ND))
+    count = len(vectors_ND) if mask_N is None else int(mask_N.sum())
+    shape = (len(query_QD), min(k, count))
+    if not all(shape):
+        return query_QD, mask_N, count, (np.empty(shape, np.float32), np.empty(shape, np.int64))
+    if mask_N is not None and count < FEW_ALLOWED * len(vectors_ND):
+        return query_QD, mask_N, count, few_best(query_QD, vectors_ND, mask_N, k)
+    return query_QD, mask_N, count, None
 
 
 def few_best(query_QD: np.ndarray, vectors_ND: np.ndarray, allowed_N: np.ndarray, k: int) -> Found:

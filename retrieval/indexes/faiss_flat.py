@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from loraweave.retrieval.indexes._exact import FEW_ALLOWED, exact_best, few_best, scan_products
+from loraweave.retrieval.indexes._exact import asked, exact_best, scan_products
 from loraweave.retrieval.indexes._faiss import import_faiss, scan_vectors
-from loraweave.retrieval.indexes._vectors import Found, checked, checked_mask, saved
+from loraweave.retrieval.indexes._vectors import Found, checked, saved
 
 # how far an fp32 product of unit vectors can be from the rounded float64 one that decides, with a margin
 SLACK = 1e-5
@@ -62,13 +62,9 @@ class FaissFlat:
 
         K is the smaller of k and the number of vectors, or of those that the mask allows.
         """
-        query_QD = checked(query_QD, self.dim, "queries")
-        mask_N = checked_mask(allowed_N, len(self))
-        count = len(self) if mask_N is None else int(mask_N.sum())
-        if not min(k, count) or not len(query_QD):
-            return np.empty((len(query_QD), min(k, count)), np.float32), np.empty((len(query_QD), min(k, count)), np.int64)
-        if mask_N is not None and count < FEW_ALLOWED * len(self):
-            return few_best(query_QD, self._vectors_ND, mask_N, k)
+        query_QD, mask_N, count, answer = asked(query_QD, self._vectors_ND, k, allowed_N)
+        if answer is not None:
+            return answer
         slack_Q = SLACK * np.maximum(1.0, np.linalg.norm(query_QD, axis=1)) * self._largest_norm
 
         def scan(some_QD: np.ndarray, num: int) -> Found:

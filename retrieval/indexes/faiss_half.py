@@ -7,9 +7,9 @@ from functools import partial
 
 import numpy as np
 
-from loraweave.retrieval.indexes._exact import FEW_ALLOWED, exact_best, few_best, scan_products
+from loraweave.retrieval.indexes._exact import asked, exact_best, scan_products
 from loraweave.retrieval.indexes._faiss import HalfScanner, HalfScanners, import_faiss
-from loraweave.retrieval.indexes._vectors import Found, checked, checked_mask, saved
+from loraweave.retrieval.indexes._vectors import Found, checked, saved
 from loraweave.retrieval.indexes.faiss_flat import MANY_QUERIES, SLACK, SPARE, largest_norm
 
 # rows that are scored again; among so many the k-th is nearly always further from the last than fp16's rounding
@@ -74,14 +74,10 @@ class FaissHalf:
 
         K is the smaller of k and the number of vectors, or of those that the mask allows.
         """
-        query_QD = checked(query_QD, self.dim, "queries")
-        mask_N = checked_mask(allowed_N, len(self))
-        count = len(self) if mask_N is None else int(mask_N.sum())
+        query_QD, mask_N, count, answer = asked(query_QD, self._vectors_ND, k, allowed_N)
+        if answer is not None:
+            return answer
         num_found = min(k, count)
-        if not num_found or not len(query_QD):
-            return np.empty((len(query_QD), num_found), np.float32), np.empty((len(query_QD), num_found), np.int64)
-        if mask_N is not None and count < FEW_ALLOWED * len(self):
-            return few_best(query_QD, self._vectors_ND, mask_N, k)
         norm_Q = np.maximum(1.0, np.sqrt(np.einsum("qd,qd->q", query_QD, query_QD)))
         largest, distance = self._bounds.tolist()
         if len(query_QD) >= MANY_QUERIES:

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from loraweave.retrieval.indexes._exact import FEW_ALLOWED, few_best, scan_products
+from loraweave.retrieval.indexes._exact import asked, scan_products
 from loraweave.retrieval.indexes._faiss import import_faiss, selector
 from loraweave.retrieval.indexes._recall import least_effort
-from loraweave.retrieval.indexes._vectors import Found, checked, checked_mask, rescored, saved
+from loraweave.retrieval.indexes._vectors import Found, checked, rescored, saved
 from loraweave.retrieval.indexes.faiss_half import NUM_RESCORED, FaissHalf
 
 # below this a scan of everything is as fast, and exact
@@ -94,14 +94,10 @@ class FaissHnsw:
         """
         if self._all is not None:
             return self._all.search(query_QD, k, allowed_N=allowed_N)
-        query_QD = checked(query_QD, self.dim, "queries")
-        mask_N = checked_mask(allowed_N, len(self))
-        count = len(self) if mask_N is None else int(mask_N.sum())
+        query_QD, mask_N, count, answer = asked(query_QD, self._vectors_ND, k, allowed_N)
+        if answer is not None:
+            return answer
         num_found = min(k, count)
-        if not num_found or not len(query_QD):
-            return np.empty((len(query_QD), num_found), np.float32), np.empty((len(query_QD), num_found), np.int64)
-        if mask_N is not None and count < FEW_ALLOWED * len(self):
-            return few_best(query_QD, self._vectors_ND, mask_N, k)
         if num_found > _MANY_WANTED:
             rows_QR = scan_products(query_QD, self._vectors_ND, num_found, mask_N)[1]
             return rescored(query_QD, self._vectors_ND, rows_QR, num_found)

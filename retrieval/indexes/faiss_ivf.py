@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from loraweave.retrieval.indexes._clusters import centres, nearest
-from loraweave.retrieval.indexes._exact import FEW_ALLOWED, few_best
+from loraweave.retrieval.indexes._exact import asked
 from loraweave.retrieval.indexes._faiss import HalfScanner, HalfScanners, import_faiss
 from loraweave.retrieval.indexes._recall import least_effort
-from loraweave.retrieval.indexes._vectors import Found, checked, checked_mask, rescored, saved
+from loraweave.retrieval.indexes._vectors import Found, checked, rescored, saved
 from loraweave.retrieval.indexes.faiss_half import NUM_RESCORED, FaissHalf, halved
 
 # below this a scan of everything is as fast, and exact
@@ -115,14 +115,10 @@ class FaissIvf:
         if self._all is not None:
             return self._all.search(query_QD, k, allowed_N=allowed_N)
         assert self._lists is not None
-        query_QD = checked(query_QD, self.dim, "queries")
-        mask_N = checked_mask(allowed_N, len(self))
-        count = len(self) if mask_N is None else int(mask_N.sum())
+        query_QD, mask_N, count, answer = asked(query_QD, self._vectors_ND, k, allowed_N)
+        if answer is not None:
+            return answer
         num_found = min(k, count)
-        if mask_N is not None and count < FEW_ALLOWED * len(self):
-            return few_best(query_QD, self._vectors_ND, mask_N, k)
-        if not num_found or not len(query_QD):
-            return np.empty((len(query_QD), num_found), np.float32), np.empty((len(query_QD), num_found), np.int64)
         # the rarer allowed rows are, the more lists it takes to meet as many of them
         return self._looked(query_QD, num_found, min(1.0, self._lists.share * len(self) / count), mask_N)
 
