@@ -28,7 +28,7 @@ class KeyedSearch:
         self.hub = hub
         self.shortlist = shortlist
         self._index = index
-        self._space = KeySpace(hub, index)
+        self.space = KeySpace(hub, index)
 
     def near(self, query_D: np.ndarray, request: Request) -> list[Hit]:
         """The shortlist of the index that passes the filters."""
@@ -39,7 +39,7 @@ class KeyedSearch:
 
     def parts(self, query: Query, records: Sequence[Record], keys: Mapping[str, Key]) -> dict[str, np.ndarray]:
         """Each key's scores_N of the records."""
-        return {name: key.scores(query, records, self._space) for name, key in keys.items()}
+        return {name: key.scores(query, records, self.space) for name, key in keys.items()}
 
     def ranked(
         self, query: Query, hits: Sequence[Hit], keys: Mapping[str, Key], fusion: Fusion

@@ -282,11 +282,14 @@ class Retriever:
 
     def _vector(self, query: Query) -> np.ndarray:
         """What the index is searched by: the direction of the inputs' mean plus that of the description."""
+        # through the keys' space, which keeps the vectors for the keys
+        embed = self._keyed.space.embed
         query_D = np.zeros(self._index.embedder.dim)
         if query.inputs:
-            query_D = query_D + unit(self._index.embed(query.inputs).astype(np.float64).mean(axis=0))
+            self._index.check(query.inputs)
+            query_D = query_D + unit(embed(query.inputs).mean(axis=0))
         if query.description.strip():
-            query_D = query_D + TASK_DESCRIPTION_WEIGHT * self._index.embed([query.description])[0]
+            query_D = query_D + TASK_DESCRIPTION_WEIGHT * embed([query.description])[0]
         elif not query.inputs:
             raise RetrievalError("a task needs at least one input or a description to search by; both are empty")
         return unit(query_D)
