@@ -10,8 +10,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from loraweave.errors import AdapterUnsupported, BaseModelMismatch, LayerMismatch, UnknownExpert, WeightingError
+from loraweave.errors import AdapterUnsupported, BaseModelMismatch, LayerMismatch, WeightingError
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.unknown_expert import unknown_expert
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +69,7 @@ class ExpertPool:
 
     def __getitem__(self, name: str) -> Adapter:
         if name not in self.adapters:
-            raise UnknownExpert(f"no expert {name!r} in the pool; it has {', '.join(map(repr, self.names))}")
+            raise unknown_expert(name, self.names)
         return self.adapters[name]
 
     def subset(self, names: Iterable[str]) -> ExpertPool:

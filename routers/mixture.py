@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from loraweave.errors import ScopeError, UnknownExpert, WeightingError
+from loraweave.errors import ScopeError, WeightingError
+from loraweave.hub.unknown_expert import unknown_expert
+
+LARGEST = torch.finfo(torch.float32).max
 
 RowWeights = Mapping[str, float] | None
 
@@ -54,10 +58,12 @@ class MixtureWeights:
         position = {name: index for index, name in enumerate(experts)}
         values_BE = torch.zeros(len(rows), len(position))
         for number, row in enumerate(rows):
+            if not (row is None or isinstance(row, Mapping)):
+                raise WeightingError(f"row {number} of the mixtures is {row!r}; give {{name: weight}}, or None for the base")
             for name, weight in (row or {}).items():
                 if name not in position:
-                    raise UnknownExpert(f"no expert {name!r} in the pool; it has {', '.join(map(repr, position))}")
-                values_BE[number, position[name]] = float(weight)
+                    raise unknown_expert(name, position)
+                values_BE[number, position[name]] = _number(name, weight)
         return cls(values_BE[:, None, None, :], tuple(experts))
 
     @property
@@ -83,3 +89,20 @@ class MixtureWeights:
         if self.scope != "task" or self.layers:
             raise ScopeError(f"weights of {self.scope} scope with {len(self.layers)} separate layers are no single mapping")
         return {name: float(value) for name, value in zip(self.experts, self.values_BTLE[0, 0, 0], strict=True)}
+
+
+def _number(name: str, weight: Any) -> float:
+    """The weight given for an expert as a number of fp32; one that is NaN or infinite is for MixtureWeights to refuse."""
+    if isinstance(weight, Tensor) and weight.requires_grad:
+        raise WeightingError(
+            f"the weight of expert {name!r} is to be learned, and a mapping would cut it off from its gradient: "
+            "give MixtureWeights, whose tensor is used as it is"
+        )
+    try:
+        value: float | None = float(weight)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        value = None
+    # float() reads the text "0.5" too, and a weight that is a text is a mistake made elsewhere
+    if value is None or isinstance(weight, str) or LARGEST < abs(value) < math.inf:
+        raise WeightingError(f"the weight of expert {name!r} is {weight!r}, which is no number that fp32 holds")
+    return value

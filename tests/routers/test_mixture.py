@@ -54,6 +54,39 @@ def test_an_unknown_expert_is_named_with_those_there_are():
         MixtureWeights.of([{"a": 1.0}, {"d": 1.0}], EXPERTS)
 
 
+def test_a_near_miss_of_an_experts_name_is_named():
+    with pytest.raises(UnknownExpert, match="no expert 'Sentimet' in the pool, did you mean 'sentiment'"):
+        MixtureWeights.of({"Sentimet": 1.0}, ("antonym", "sentiment"))
+
+
+def test_the_names_of_a_large_pool_are_not_all_listed():
+    with pytest.raises(UnknownExpert, match="and 992 more") as caught:
+        MixtureWeights.of({"zzz": 1.0}, tuple(f"expert {n}" for n in range(1000)))
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("weight", [None, "0.5", "much", [1.0], 1e300, -1e39, 10**400, {"a": 1.0}, torch.ones(2)])
+def test_a_weight_that_is_no_number_is_named(weight):
+    with pytest.raises(WeightingError, match=r"weight of expert 'b' is .*no number that fp32 holds"):
+        MixtureWeights.of([{"a": 1.0}, {"b": weight}], EXPERTS)
+
+
+@pytest.mark.parametrize("weight", [1, np.float32(1.0), torch.tensor(1.0), torch.tensor([1.0])])
+def test_numbers_of_every_library_are_weights(weight):
+    assert MixtureWeights.of({"b": weight}, EXPERTS).values_BTLE.flatten().tolist() == [0.0, 1.0, 0.0]
+
+
+def test_a_weight_that_learns_is_not_cut_off_without_a_word():
+    with pytest.raises(WeightingError, match=r"expert 'a' is to be learned.*give MixtureWeights"):
+        MixtureWeights.of({"a": torch.ones((), requires_grad=True)}, EXPERTS)
+
+
+@pytest.mark.parametrize("row", [0.5, "a", ("a", 1.0)])
+def test_a_row_that_is_no_mapping_is_named(row):
+    with pytest.raises(WeightingError, match="row 1 of the mixtures is"):
+        MixtureWeights.of([{"a": 1.0}, row], EXPERTS)
+
+
 def test_a_list_without_rows_is_refused():
     with pytest.raises(WeightingError, match="empty list"):
         MixtureWeights.of([], EXPERTS)
