@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -24,7 +24,9 @@ from loraweave.hub.formats._peft_files import PICKLE
 from loraweave.hub.formats.peft import Peft
 from loraweave.hub.intake.sources import ADAPTER_FILES, name_of, opened_source
 from loraweave.hub.merge_report import MergeReport
-from loraweave.types import Factors, Fingerprint
+from loraweave.types import Factors, Fingerprint, Kind
+
+Form = tuple[tuple[str, int, int, Kind, tuple[int, ...], bool], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +121,19 @@ class Adapter:
         return algebra.delta(self.layers[layer])
 
     @cached_property
+    def form(self) -> Form:
+        """(layer, O, I, kind, kernel, bound) of each layer: whether the adapter fits a model or another adapter.
+
+        Adapters of one form have the very same tuple, whatever their ranks.
+        """
+        return _one_tuple(
+            tuple(
+                (layer, factors.b_OR.shape[0], factors.a_RI.shape[1], factors.kind, factors.kernel, factors.bound)
+                for layer, factors in self.layers.items()
+            )
+        )
+
+    @cached_property
     def hash(self) -> str:
         """SHA-256 over factors and heads in a canonical order; names, cards and file layout do not enter."""
         digest = hashlib.sha256()
@@ -134,3 +149,9 @@ class Adapter:
 
     def __repr__(self) -> str:
         return f"Adapter({self.name!r}, base_model={self.base_model!r}, rank={self.rank}, layers={len(self.layers)})"
+
+
+@lru_cache(maxsize=256)
+def _one_tuple(form: Form) -> Form:
+    """The first tuple that was equal to this one: a check of many adapters can then tell by identity what it has seen."""
+    return form

@@ -144,19 +144,10 @@ class Hub:
 
         AdapterQuarantined for one in quarantine, unless `quarantined` says that this is known.
         """
-        from loraweave.hub.stored_adapter import stored_adapter
-
-        with self._catalogue.reading() as connection:
-            row = self._found(connection, name)
-            row = row if version is None else versions.chosen(connection, row, version)
+        row = self._row(name) if version is None else self._version(name, version)
         if not quarantined:
             quarantine.require_released(row.record)
-        try:
-            return stored_adapter(self._blobs, row)
-        except AdapterCorrupt:
-            # removed and collected since the row was read? then this says so
-            self._row(name)
-            raise
+        return self._opened(row)
 
     def history(self, name: str) -> list[Record]:
         """The record of every version of the adapter, oldest first; the last one is what `hub[name]` gives."""
@@ -218,10 +209,18 @@ class Hub:
         """The adapter's record. AdapterNotFound names near misses."""
         return self._row(name).record
 
-    def pool(self, names: Iterable[str] | None = None) -> ExpertPool:
-        """The named adapters as experts, in the order given; all of them, in order of addition, when no names are given."""
+    def pool(self, names: Iterable[str] | None = None, *, lazy: bool = False) -> ExpertPool:
+        """The named adapters as experts, in the order given; all of them, in order of addition, when no names are given.
+
+        With `lazy` no adapter is opened before it is used, so that a pool may be larger than memory. Each expert stays the
+        version that it is now: AdapterNotFound on first use for one that is gone by then, or has other content.
+        """
         from loraweave.hub.pool import ExpertPool
 
+        if lazy:
+            listed = self.records() if names is None else [self.record(name) for name in names]
+            pinned = {record.name: (record.version, record.hash) for record in listed}
+            return ExpertPool.on_demand([record.name for record in listed], lambda name: self._pinned(name, *pinned[name]))
         chosen = [record.name for record in self.records()] if names is None else list(names)
         return ExpertPool([self[name] for name in chosen])
 
@@ -410,6 +409,31 @@ class Hub:
     def _row(self, name: str) -> rows.Row:
         with self._catalogue.reading() as connection:
             return self._found(connection, name)
+
+    def _version(self, name: str, version: int) -> rows.Row:
+        with self._catalogue.reading() as connection:
+            return versions.chosen(connection, self._found(connection, name), version)
+
+    def _pinned(self, name: str, version: int, content_hash: str) -> Adapter:
+        """That version, whatever came since. AdapterNotFound for other content under its number, as after remove and add."""
+        row = self._version(name, version)
+        quarantine.require_released(row.record)
+        if row.record.hash != content_hash:
+            raise AdapterNotFound(
+                f"version {version} of adapter {name!r} had the hash {content_hash[:12]} when the pool was made, and has "
+                f"{row.record.hash[:12]} now; make the pool again"
+            )
+        return self._opened(row)
+
+    def _opened(self, row: rows.Row) -> Adapter:
+        from loraweave.hub.stored_adapter import stored_adapter
+
+        try:
+            return stored_adapter(self._blobs, row)
+        except AdapterCorrupt:
+            # removed and collected since the row was read? then this says so
+            self._row(row.record.name)
+            raise
 
     def _found(self, connection: Connection, name: str) -> rows.Row:
         """The row of that name. AdapterNotFound names near misses."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from loraweave.errors import AdapterUnsupported, BaseModelMismatch, LayerMismatch, WeightingError
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.on_demand import OnDemand
 from loraweave.hub.unknown_expert import unknown_expert
 
 
@@ -33,6 +35,8 @@ class StackedFactors:
 class ExpertPool:
     """Adapters as experts, in a fixed order. Takes a list of adapters, or a mapping of names (free text) to adapters.
 
+    A pool that is `lazy` knows its names only and opens an adapter when it is asked for; what is said below about the
+    experts beside each other is then for the Composer to find, which compares each with the model when it is first used.
     Raises WeightingError for an empty pool or a repeated name, BaseModelMismatch when two experts contradict each other
     about their base model, LayerMismatch when they update one layer with different shapes.
     """
@@ -40,18 +44,30 @@ class ExpertPool:
     adapters: Mapping[str, Adapter]
 
     def __init__(self, adapters: Iterable[Adapter] | Mapping[str, Adapter]) -> None:
-        if isinstance(adapters, Mapping):
-            named = dict(adapters)
+        if isinstance(adapters, OnDemand):
+            named: Mapping[str, Adapter] = adapters
+        elif isinstance(adapters, Mapping):
+            named = MappingProxyType(dict(adapters))
         else:
-            listed = list(adapters)
-            named = {adapter.name: adapter for adapter in listed}
-            if len(named) != len(listed):
-                twice = sorted({a.name for a in listed if sum(b.name == a.name for b in listed) > 1})
-                raise WeightingError(f"the pool has several adapters named {twice[0]!r}; pass a mapping with distinct names")
+            named = MappingProxyType(_by_name(list(adapters)))
         if not named:
             raise WeightingError("the pool is empty: it needs at least one adapter")
-        object.__setattr__(self, "adapters", MappingProxyType(named))
-        _check_one_base(named)
+        object.__setattr__(self, "adapters", named)
+        if not self.lazy:
+            _check_one_base(named)
+
+    @classmethod
+    def on_demand(cls, names: Iterable[str], opener: Callable[[str], Adapter]) -> ExpertPool:
+        """The lazy pool of these names; `opener` gives the adapter of one, the same content every time, to any thread.
+
+        The adapters asked for last stay open, 32 of them. `Hub.pool(lazy=True)` makes one of a hub.
+        """
+        return cls(OnDemand(names, opener))
+
+    @property
+    def lazy(self) -> bool:
+        """Whether adapters are opened when they are asked for, and dropped again."""
+        return isinstance(self.adapters, OnDemand)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -68,18 +84,36 @@ class ExpertPool:
         return iter(self.adapters)
 
     def __getitem__(self, name: str) -> Adapter:
+        return self.adapters[self._known(name)]
+
+    def _known(self, name: str) -> str:
         if name not in self.adapters:
             raise unknown_expert(name, self.names)
-        return self.adapters[name]
+        return name
 
     def subset(self, names: Iterable[str]) -> ExpertPool:
-        """The pool of the named experts, in the order given."""
+        """The pool of the named experts, in the order given; lazy where this one is."""
+        if isinstance(self.adapters, OnDemand):
+            return ExpertPool(self.adapters.subset(map(self._known, names)))
         return ExpertPool({name: self[name] for name in names})
+
+    def including(self, name: str, adapter: Adapter) -> ExpertPool:
+        """This pool and one more expert, at its end; under a name that is there already, in its place."""
+        if isinstance(self.adapters, OnDemand):
+            return ExpertPool(self.adapters.including(name, adapter))
+        return ExpertPool({**self.adapters, name: adapter})
+
+    def without(self, name: str) -> ExpertPool:
+        """This pool but one expert. WeightingError where it was the last."""
+        self._known(name)
+        return self.subset(other for other in self.adapters if other != name)
 
     @cached_property
     def layer_names(self) -> tuple[str, ...]:
-        """Every layer that some expert updates, sorted."""
-        return tuple(sorted({layer for adapter in self.adapters.values() for layer in adapter.layers}))
+        """Every layer that some expert updates, sorted. A lazy pool opens all its adapters to know."""
+        # adapters of one form share its tuple, so that a pool of thousands looks at a few
+        forms = {id(form): form for form in (adapter.form for adapter in self.adapters.values())}
+        return tuple(sorted({layer for form in forms.values() for layer, *_ in form}))
 
     def stacked(self, layer: str) -> StackedFactors:
         """One layer's factors concatenated over the experts, fp32. AdapterUnsupported for unbound factors or heads."""
@@ -120,18 +154,32 @@ def _rows(num_experts: int, parts: list[tuple[int, Tensor | None]]) -> Tensor | 
     return rows
 
 
+def _by_name(adapters: list[Adapter]) -> dict[str, Adapter]:
+    named = {adapter.name: adapter for adapter in adapters}
+    if len(named) != len(adapters):
+        counts = Counter(adapter.name for adapter in adapters)
+        twice = min(name for name, count in counts.items() if count > 1)
+        raise WeightingError(f"the pool has several adapters named {twice!r}; pass a mapping with distinct names")
+    return named
+
+
 def _check_one_base(adapters: Mapping[str, Adapter]) -> None:
     seen: dict[str, tuple[str, tuple[int, int, str, tuple[int, ...]]]] = {}
+    forms: set[int] = set()
     # one without a fingerprint contradicts nobody, so the first that has one speaks for the pool
     first_name, first = next(((n, a) for n, a in adapters.items() if a.fingerprint), next(iter(adapters.items())))
     for name, adapter in adapters.items():
-        if first.fingerprint and adapter.fingerprint and (why := first.fingerprint.differs(adapter.fingerprint)):
+        its = adapter.fingerprint
+        if first.fingerprint and its and its != first.fingerprint and (why := first.fingerprint.differs(its)):
             raise BaseModelMismatch(
                 f"experts {first_name!r} (for {first.base_model!r}) and {name!r} (for {adapter.base_model!r}) "
                 f"were made for different base models: {why}"
             )
-        for layer, factors in adapter.layers.items():
-            shape = (factors.b_OR.shape[0], factors.a_RI.shape[1], factors.kind, factors.kernel)
+        if id(adapter.form) in forms:
+            continue
+        forms.add(id(adapter.form))
+        for layer, num_out, num_in, kind, kernel, _ in adapter.form:
+            shape = (num_out, num_in, kind, kernel)
             other, known = seen.setdefault(layer, (name, shape))
             if shape != known:
                 raise LayerMismatch(

@@ -139,3 +139,27 @@ def test_a_contradiction_is_found_behind_an_expert_without_a_fingerprint():
 def test_experts_that_update_a_layer_with_other_shapes_are_refused_with_both(other):
     with pytest.raises(LayerMismatch, match=r"'a' and 'x' update layer 'q'.*\(5, 7, 'linear', \(\)\) and "):
         ExpertPool([A, Adapter("x", "base", {"q": other})])
+
+
+def test_a_pool_including_one_more_has_it_at_its_end_and_checks_it():
+    pool = ExpertPool([A, B])
+    assert pool.including("c", C).names == ("a", "b", "c")
+    assert pool.including("a", C)["a"] is C
+    assert pool.names == ("a", "b")
+    with pytest.raises(LayerMismatch, match="'a' and 'x' update layer 'q'"):
+        pool.including("x", Adapter("x", "base", {"q": factors(9, outputs=6)}))
+
+
+def test_a_pool_without_one_has_the_others_in_order():
+    assert ExpertPool([A, B, C]).without("b").names == ("a", "c")
+    with pytest.raises(UnknownExpert, match="no expert 'x' in the pool"):
+        ExpertPool([A, B]).without("x")
+
+
+def test_adapters_of_one_form_share_its_tuple_and_others_do_not():
+    other_rank = Adapter("x", "other", {"q": factors(7, rank=9), "v": factors(8, rank=1)})
+    assert A.form is other_rank.form
+    assert A.form == (("q", 5, 7, "linear", (), True), ("v", 5, 7, "linear", (), True))
+    assert C.form is A.form
+    unbound = Adapter("x", "base", {"q": factors(7), "v": factors(8, magnitude_O=torch.ones(5))})
+    assert unbound.form != A.form
