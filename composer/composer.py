@@ -6,14 +6,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from loraweave.composer import fuse
-from loraweave.composer.layers import TargetLayer, bound, target_layer
+from loraweave.composer.fitting import Fitting
+from loraweave.composer.layers import TargetLayer
 from loraweave.composer.live import Activation, LiveLayers, claim, release
 from loraweave.composer.merge import layer_updates
 from loraweave.composer.method_call import MethodCall
@@ -21,10 +21,9 @@ from loraweave.composer.originals import Place
 from loraweave.composer.plan import ActiveExperts, make_plan, resolve
 from loraweave.composer.statistics import Statistics
 from loraweave.composer.truncated_update import TruncatedUpdate
-from loraweave.errors import AlreadyActive, BaseModelMismatch, CompositionError, ScopeError, WeightingError
+from loraweave.errors import AlreadyActive, CompositionError, ScopeError, WeightingError
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.fingerprint import fingerprint
-from loraweave.hub.pool import ExpertPool, require_no_heads
+from loraweave.hub.pool import ExpertPool
 from loraweave.routers.mixture import MixtureWeights
 
 # sets of active experts whose factors stay on the device between activations
@@ -36,7 +35,8 @@ class Composer:
 
     Making one changes nothing in the model. It checks every adapter against it first: the base's fingerprint where the
     adapter has one (BaseModelMismatch), every layer's presence, kind and shape (LayerMismatch). A trained magnitude or
-    bias is resolved against the base's weights as they are now. Factors take no part in training.
+    bias is resolved against the base's weights as they are now. Factors take no part in training. For the experts of a
+    lazy pool all this happens when one is first used, before the model runs.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class Composer:
 
     @property
     def target_layers(self) -> Mapping[str, TargetLayer]:
-        """The model's layers that some expert updates, by module path."""
-        return self._layers
+        """The model's layers that some expert updates, by module path; of a lazy pool, some expert that was opened."""
+        return self._fitting.layers
 
     @property
     def active(self) -> bool:
@@ -91,7 +91,9 @@ class Composer:
             weights = resolve(mixture, self._pool)
             if self._fused:
                 raise AlreadyActive("cannot activate while a mixture is fused into the weights: leave fused() first")
-            return self._live.open(make_plan(weights, self._pool.names, self._stacks))
+            plan = make_plan(weights, self._pool.names, self._stacks)
+            self._live.add(self._fitting.layers)
+            return self._live.open(plan)
 
     @contextmanager
     def fused(
@@ -118,7 +120,7 @@ class Composer:
         """
         self._require_idle("fuse")
         updates = self._updates(mixture, method, seed, statistics, options)
-        modules = [self.model, *(layer.module for layer in self._layers.values())]
+        modules = [self.model, *(layer.module for layer in self.target_layers.values())]
         mine = False
         try:
             with self._lock:
@@ -176,28 +178,11 @@ class Composer:
             self._kept_sets.clear()
 
     def _take(self, pool: ExpertPool) -> None:
-        modules = dict(self.model.named_modules())
-        layers: dict[str, TargetLayer] = {}
-        own: dict[str, Any] = {}
-        base = fingerprint(self.model) if any(a.fingerprint for a in pool.adapters.values()) else None
-        for name, adapter in pool.adapters.items():
-            require_no_heads(name, adapter)
-            if base is not None and adapter.fingerprint and (why := adapter.fingerprint.differs(base)):
-                raise BaseModelMismatch(
-                    f"expert {name!r} was made for another base model ({adapter.base_model!r}) than this one: {why}; "
-                    "load that model, or leave the expert out"
-                )
-            for layer, factors in adapter.layers.items():
-                layers[layer] = target_layer(modules, layer, factors, name)
-                if fuse.is_fused(layers[layer].module):
-                    raise AlreadyActive(
-                        f"layer {layer!r} holds the weights of a fused mixture, not the base's: leave fused() first"
-                    )
-            own[name] = replace(adapter, layers=bound(adapter, layers))
+        fitting = Fitting(self.model)
+        self._bound = fitting.pool(pool)
         self._pool = pool
-        self._bound = ExpertPool(own)
-        self._layers = layers
-        self._live = LiveLayers(self.model, layers)
+        self._fitting = fitting
+        self._live = LiveLayers(self.model, fitting.layers)
         self._kept_sets: OrderedDict[tuple[str, ...], ActiveExperts] = OrderedDict()
 
     def _stacks(self, names: tuple[str, ...]) -> ActiveExperts:
@@ -223,18 +208,19 @@ class Composer:
             scope = weights.scope if isinstance(weights, MixtureWeights) else f"router {type(weights).__name__}"
             raise ScopeError(f"cannot fuse weights that vary with the input ({scope}): activate() them instead")
         call = MethodCall(method, options)
+        used = weights.values_BTLE[0, 0].any(dim=0).nonzero()[:, 0].tolist()
+        experts = {weights.experts[place]: self._bound.adapters[weights.experts[place]].layers for place in used}
+        # after the experts, since those of a lazy pool bring their layers along
+        layers = self.target_layers
         per_layer: dict[str, dict[str, float]] = {}
-        for name in self._layers:
-            pairs = zip(weights.experts, weights.for_layer(name)[0, 0].tolist(), strict=True)
+        for name in layers:
+            pairs = zip(experts, weights.for_layer(name)[0, 0, used].tolist(), strict=True)
             per_layer[name] = {expert: weight for expert, weight in pairs if weight != 0.0}
         if call.takes("statistics"):
             self._check_statistics(method, statistics or {}, {expert for used in per_layer.values() for expert in used})
-        experts = {expert: self._bound.adapters[expert].layers for expert in weights.experts}
-        hashes = {expert: self._pool.adapters[expert].hash for expert in weights.experts} if call.takes("seeds") else {}
+        hashes = {expert: self._pool.adapters[expert].hash for expert in experts} if call.takes("seeds") else {}
         found = layer_updates(call, experts, hashes, per_layer, seed=seed, statistics=statistics)
-        return (
-            (self._layers[name], update.factors if isinstance(update, TruncatedUpdate) else update) for name, update in found
-        )
+        return ((layers[name], update.factors if isinstance(update, TruncatedUpdate) else update) for name, update in found)
 
     def _check_statistics(self, method: str, statistics: Mapping[str, Statistics], used: set[str]) -> None:
         for expert in sorted(used):

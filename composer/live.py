@@ -139,6 +139,21 @@ class LiveLayers:
             raise
         return activation
 
+    def add(self, layers: Mapping[str, TargetLayer]) -> None:
+        """Takes more target layers: those of an adapter that was opened later. Open activations then reach them too."""
+        with self._lock:
+            more = {name: layer for name, layer in layers.items() if name not in self._layers}
+            if self._open:
+                num_hooked = len(self._handles)
+                claim(self, [layer.module for layer in more.values()])
+                try:
+                    self._hook(more)
+                except BaseException:
+                    self._unhook(num_hooked)
+                    raise
+            self._layers |= more
+            self._modules += [layer.module for layer in more.values()]
+
     def end(self, activation: Activation) -> None:
         """Closes the activation; with the last one, the hooks go."""
         with self._lock:
@@ -170,15 +185,21 @@ class LiveLayers:
                 "activate() on the uncompiled model, or fuse"
             )
         claim(self, self._modules)
-        for layer in self._layers.values():
+        self._hook(self._layers)
+
+    def _hook(self, layers: Mapping[str, TargetLayer]) -> None:
+        for layer in layers.values():
             hook: Callable[..., Any] = _Hook(self, layer)
             # first among the hooks: the others then see the layer as if its own weights were the mixture's
             self._handles.append(layer.module.register_forward_hook(hook, prepend=True, with_kwargs=True))
 
-    def _uninstall(self) -> None:
-        while self._handles:
+    def _unhook(self, num_left: int) -> None:
+        while len(self._handles) > num_left:
             self._handles[-1].remove()
             self._handles.pop()
+
+    def _uninstall(self) -> None:
+        self._unhook(0)
         release(self, self._modules)
 
 

@@ -1,0 +1,84 @@
+"""Compares adapters with the model that is to take them, each form of adapter once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import nn
+
+from loraweave.composer import fuse
+from loraweave.composer.layers import TargetLayer, bound, target_layer
+from loraweave.errors import AlreadyActive, BaseModelMismatch
+from loraweave.hub.adapter import Adapter, Form
+from loraweave.hub.fingerprint import fingerprint
+from loraweave.hub.on_demand import OnDemand
+from loraweave.hub.pool import ExpertPool, require_no_heads
+from loraweave.types import Fingerprint
+
+
+class Fitting:
+    """One model, as it was when this was made, beside which adapters are held."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._modules = dict(model.named_modules())
+        self._lock = threading.RLock()
+        self._layers: dict[str, TargetLayer] = {}
+        # the tuples themselves, so that none is another's successor in memory
+        self._forms: dict[int, Form] = {}
+        self._base: Fingerprint | None = None
+        self._same_base: Fingerprint | None = None
+
+    @property
+    def layers(self) -> Mapping[str, TargetLayer]:
+        """The target layers of all adapters so far, by module path."""
+        with self._lock:
+            return dict(self._layers)
+
+    def pool(self, pool: ExpertPool) -> ExpertPool:
+        """The pool's experts as `adapter` gives them, now, or for a lazy pool when each is opened."""
+        if pool.lazy:
+            return ExpertPool(OnDemand(pool.names, lambda name: self.adapter(name, pool.adapters[name])))
+        return ExpertPool({name: self.adapter(name, adapter) for name, adapter in pool.adapters.items()})
+
+    def adapter(self, name: str, adapter: Adapter) -> Adapter:
+        """The adapter with all that depends on the base layers resolved (DoRA's magnitude, a trained bias).
+
+        Raises BaseModelMismatch, LayerMismatch or AdapterUnsupported, naming the expert, where it does not fit;
+        AlreadyActive where the base's own weights are needed and a fused mixture is in their place.
+        """
+        require_no_heads(name, adapter)
+        with self._lock:
+            self._require_base(name, adapter)
+            if id(adapter.form) not in self._forms:
+                found = {layer: target_layer(self._modules, layer, part, name) for layer, part in adapter.layers.items()}
+                _require_own_weights({layer: found[layer] for layer in found if layer not in self._layers})
+                self._layers |= found
+                self._forms[id(adapter.form)] = adapter.form
+            layers = self._layers
+        unbound = [layer for layer, *_, is_bound in adapter.form if not is_bound]
+        if not unbound:
+            return adapter
+        _require_own_weights({layer: layers[layer] for layer in unbound})
+        return replace(adapter, layers=bound(adapter, layers))
+
+    def _require_base(self, name: str, adapter: Adapter) -> None:
+        its = adapter.fingerprint
+        if its is None or its == self._same_base:
+            return
+        if self._base is None:
+            self._base = fingerprint(self._model)
+        if why := its.differs(self._base):
+            raise BaseModelMismatch(
+                f"expert {name!r} was made for another base model ({adapter.base_model!r}) than this one: {why}; "
+                "load that model, or leave the expert out"
+            )
+        self._same_base = its
+
+
+def _require_own_weights(layers: Mapping[str, TargetLayer]) -> None:
+    for name, layer in layers.items():
+        if fuse.is_fused(layer.module):
+            raise AlreadyActive(f"layer {name!r} holds the weights of a fused mixture, not the base's: leave fused() first")
