@@ -20,7 +20,7 @@ from torch import Tensor
 
 from loraweave.composer.batches import TargetBatch, token_losses, with_positions
 from loraweave.composer.fused_jobs import FusedJobs
-from loraweave.composer.layers import linear_shape
+from loraweave.composer.layer_kinds.linear import shape as linear_shape
 from loraweave.hub.adapter import Adapter
 
 NUM_JOBS = 4

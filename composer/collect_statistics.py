@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from loraweave.composer.batches import EncodedRow, batch, encode, takes
 from loraweave.composer.composer import Composer
 from loraweave.composer.gradient_tap import GradientTap
-from loraweave.composer.layers import linear_shape
+from loraweave.composer.layer_kinds.linear import shape as linear_shape
 from loraweave.composer.statistics import LayerStatistics, Statistics
 from loraweave.composer.tied_parameters import tied_parameters
 from loraweave.composer.untouched import untouched

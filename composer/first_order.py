@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn import functional
 
 from loraweave.composer.batches import batch, encode, mean_losses
 from loraweave.composer.composer import Composer
 from loraweave.composer.gradient_tap import GradientTap
+from loraweave.composer.layer_kinds import linear
 from loraweave.composer.layers import TargetLayer
 from loraweave.composer.untouched import untouched
 from loraweave.errors import CompositionError
@@ -86,6 +87,7 @@ class _Slopes:
 
     def __init__(self, target: TargetLayer, stack: StackedFactors, num_experts: int) -> None:
         self.target = target
+        self._kind = target.kind
         parameter = next(target.module.parameters())
         self.slope_E = torch.zeros(num_experts, dtype=torch.float64, device=parameter.device)
         self._stack = stack
@@ -99,33 +101,38 @@ class _Slopes:
     @torch.no_grad()
     def received(self, gradient: Tensor, x: Tensor) -> None:
         """Adds the products of one call of the layer."""
-        g_NO = gradient.reshape(-1, self.target.num_outputs)
+        g_NO = self._kind.rows(self.target.module, gradient).flatten(0, 1)
         # padding gets no gradient, and neither do tokens that no target looks back to
         touched_N = g_NO.any(dim=1)
-        exact = torch.promote_types(x.dtype, torch.float32)
+        exact = torch.promote_types(gradient.dtype, torch.float32)
         g_NO = g_NO[touched_N].to(exact)
-        x_NI = x.reshape(-1, self.target.num_inputs)[touched_N].to(exact)
-        stack = self._on(x_NI)
-        slope_S = (linear(x_NI, stack.a_SI) * (g_NO @ stack.b_OS)).sum(dim=0, dtype=torch.float64)
+        stack = self._on(g_NO)
+        slope_S = (self._project(x, stack.a_SI, touched_N) * (g_NO @ stack.b_OS)).sum(dim=0, dtype=torch.float64)
         self.slope_E.index_add_(0, stack.owner_S, slope_S)
         if stack.gain_EO is not None:
-            y_NO = linear(x_NI, self.target.dense_weight_OI().to(exact))
+            y_NO = self._project(x, self.target.dense_weight_OI().to(exact), touched_N)
             self.slope_E += stack.gain_EO.double() @ (g_NO * y_NO).sum(dim=0, dtype=torch.float64)
         if stack.bias_EO is not None:
             self.slope_E += stack.bias_EO.double() @ g_NO.sum(dim=0, dtype=torch.float64)
 
-    def _on(self, x_NI: Tensor) -> StackedFactors:
+    def _project(self, x: Tensor, rows_SI: Tensor, touched_N: Tensor) -> Tensor:
+        """x rows^T of the touched tokens."""
+        if self._kind is linear:
+            return functional.linear(x.reshape(-1, self.target.num_inputs)[touched_N].to(rows_SI.dtype), rows_SI)
+        return self._kind.project(self.target.module, x, rows_SI).flatten(0, 1)[touched_N]
+
+    def _on(self, g_NO: Tensor) -> StackedFactors:
         """The factors where the layer is, in the dtype of the products."""
-        if x_NI.dtype not in self._placed:
+        if g_NO.dtype not in self._placed:
             device, given = self.slope_E.device, self._stack
-            self._placed[x_NI.dtype] = StackedFactors(
-                given.a_SI.to(device, x_NI.dtype),
-                given.b_OS.to(device, x_NI.dtype),
+            self._placed[g_NO.dtype] = StackedFactors(
+                given.a_SI.to(device, g_NO.dtype),
+                given.b_OS.to(device, g_NO.dtype),
                 given.owner_S.to(device),
                 None if given.gain_EO is None else given.gain_EO.to(device),
                 None if given.bias_EO is None else given.bias_EO.to(device),
             )
-        return self._placed[x_NI.dtype]
+        return self._placed[g_NO.dtype]
 
 
 def _squared_norm(factors: Factors, layer: TargetLayer) -> float:

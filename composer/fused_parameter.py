@@ -118,9 +118,9 @@ class FusedParameter:
                 self._put(exact.add_(update.bias_O.to(exact)), target)
 
     def _sum_weight(self, update: Factors | DenseUpdate, base: Tensor, target: Tensor, scratch: Scratch) -> None:
-        """Block by block of rows as they are stored (of the matrix (I, O) where it is stored so)."""
+        """Block by block of rows as they are stored (of the matrix (I, O) where it is stored so; of a kernel all axes)."""
         device, dtype = self._parameter.device, torch.promote_types(base.dtype, torch.float32)
-        num_rows, num_columns = base.shape
+        num_rows, num_columns = base.shape[0], base.shape[1:].numel()
         step = max(1, BLOCK // num_columns)
         gain_O = delta = left = right = None
         if isinstance(update, DenseUpdate):
@@ -131,7 +131,7 @@ class FusedParameter:
             gain_O = None if update.gain_O is None else 1 + update.gain_O.to(device, dtype)
         for start in range(0, num_rows, step):
             rows = slice(start, min(start + step, num_rows))
-            exact = scratch.like((rows.stop - rows.start, num_columns), dtype, device).copy_(base[rows])
+            exact = scratch.like((rows.stop - rows.start, num_columns), dtype, device).copy_(base[rows].flatten(1))
             if gain_O is not None:
                 exact.mul_(gain_O if self.layer.transposed else gain_O[rows, None])
             if delta is not None:
@@ -151,12 +151,13 @@ class FusedParameter:
                     f"cannot fuse into {self.name!r}: its new values would be from {lowest:g} to {highest:g}, and "
                     f"{target.dtype} holds {limit:g} at most; use smaller weights, or leave out what is not sound"
                 )
-        target.copy_(exact)
+        target.copy_(exact.view(target.shape))
 
 
 def _row_sums(tensor: Tensor) -> Tensor:
     """The sum of each row's bits, as whole numbers of eight bytes where rows divide into such."""
     whole = tensor.detach().contiguous()
+    whole = whole.flatten(1) if whole.ndim > 2 else whole
     offset, row = (count * whole.element_size() for count in (whole.storage_offset(), whole.shape[-1]))
     word = next(word for word in _WORDS if offset % word.itemsize == 0 and row % word.itemsize == 0)
     return whole.view(word).sum(dim=-1, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""What can be a target layer: the linear layers of a model, seen as one weight (O, I) whatever their storage."""
+"""What can be a target layer: a module of a known kind, seen as one weight (O, I) whatever its storage."""
 
 from __future__ import annotations
 
@@ -9,41 +9,47 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from transformers.pytorch_utils import Conv1D
 
+from loraweave.composer.layer_kinds import conv, embedding, linear
+from loraweave.composer.layer_kinds._kind import LayerKind
 from loraweave.errors import CompositionError, LayerMismatch
 from loraweave.hub import algebra
 from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors
 
+KINDS: tuple[LayerKind, ...] = (linear, embedding, conv)
+
 
 @dataclass(frozen=True, eq=False)
 class TargetLayer:
-    """A linear layer under its module path. `transposed` says that its weight is stored as (I, O)."""
+    """A layer under its module path. `transposed` says that its weight is stored as (I, O)."""
 
     name: str
     module: nn.Module
     num_outputs: int
     num_inputs: int
     transposed: bool
+    kind: LayerKind = linear
 
     def parameter(self, part: str) -> Tensor | None:
         """The tensor "weight" or "bias" as it is now; None where the layer has none, or computes it on the way."""
         found = getattr(self.module, part, None)
+        # torch's quantised layers have methods of these names
+        found = found() if callable(found) and not isinstance(found, Tensor) else found
         return found if isinstance(found, Tensor) else None
 
     def dense_weight_OI(self) -> Tensor:
         """The weight as (O, I). Raises CompositionError where it is not a plain matrix (quantised, packed, meta)."""
         weight = self.parameter("weight")
         stored = (self.num_inputs, self.num_outputs) if self.transposed else (self.num_outputs, self.num_inputs)
-        if weight is None or weight.is_meta or not is_floating(weight.dtype) or tuple(weight.shape) != stored:
+        plain = weight is not None and not weight.is_meta and is_floating(weight.dtype) and weight.ndim > 1
+        if weight is None or not plain or tuple(weight.flatten(1).shape) != stored:
             what = "no tensor" if weight is None else f"{weight.dtype} {tuple(weight.shape)} on {weight.device}"
             raise CompositionError(
                 f"the weight of layer {self.name!r} ({type(self.module).__name__}) is {what}, not a matrix of "
                 f"floating point numbers {stored}; activate() plain LoRA adapters on it, or load the model unquantised"
             )
-        return weight.T if self.transposed else weight
+        return weight.T if self.transposed else weight.flatten(1)
 
 
 def is_floating(dtype: torch.dtype) -> bool:
@@ -51,52 +57,77 @@ def is_floating(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and dtype.itemsize >= 2
 
 
-def linear_shape(module: nn.Module) -> tuple[int, int, bool] | None:
-    """(O, I, whether the weight is stored as (I, O)) of a linear layer; None for any other module."""
-    if isinstance(module, Conv1D):
-        return int(module.nf), int(module.weight.shape[0]), True
-    if isinstance(module, nn.Linear):
-        return int(module.out_features), int(module.in_features), False
-    return None
-
-
 def target_layer(modules: Mapping[str, nn.Module], name: str, factors: Factors, expert: str) -> TargetLayer:
     """The layer that `factors` update; `modules` is the model's named_modules().
 
-    Raises LayerMismatch, naming expert and layer, for a layer that the model has not, that is not linear, whose forward
-    is bypassed by its owner, or whose shape is another one.
+    Raises LayerMismatch, naming expert and layer, for a layer that the model has not, that is of no known kind or of
+    another one than the factors, that has another shape, or whose forward is not that of its weight alone; and
+    CompositionError for a layer without values that nothing loads.
     """
     module = modules.get(name)
+    asked = f"expert {expert!r} updates layer {name!r}"
     if module is None:
-        close = difflib.get_close_matches(name, modules, n=1)
-        hint = f"; the nearest is {close[0]!r}" if close else ""
-        raise LayerMismatch(f"expert {expert!r} updates layer {name!r}, which the model does not have{hint}")
-    kind = type(module).__name__
-    if factors.kind != "linear":
+        raise LayerMismatch(f"{asked}, which the model does not have{_hint(modules, name)}")
+    what = type(module).__name__
+    kind = next((kind for kind in KINDS if kind.shape(module) is not None), None)
+    shape = None if kind is None else kind.shape(module)
+    if kind is None or shape is None:
+        known = "; ".join(f"{each.modules} ({each.name})" for each in KINDS)
+        raise LayerMismatch(f"{asked}, which is a {what}{_bare(module)}; what can be composed is {known}")
+    if factors.kind != kind.name:
         raise LayerMismatch(
-            f"expert {expert!r} updates layer {name!r} ({kind}) with factors of kind {factors.kind!r}; only linear layers "
-            "can be composed: take an adapter that leaves this layer alone"
+            f"{asked} with factors of kind {factors.kind!r}, but a {what} takes kind {kind.name!r}; was the adapter made "
+            "for another base model?"
         )
-    # MultiheadAttention reads the weight of this one and never calls it, so that an update would be lost without a word
-    if isinstance(module, NonDynamicallyQuantizableLinear):
-        raise LayerMismatch(
-            f"expert {expert!r} updates layer {name!r} ({kind}), whose forward its attention module never calls; "
-            "take an adapter that leaves this layer alone"
+    if why := kind.refusal(module):
+        raise LayerMismatch(f"{asked} ({what}), {why}; take an adapter that leaves this layer alone")
+    found = (int(factors.b_OR.shape[0]), int(factors.a_RI.shape[1]), factors.kernel)
+    wanted = (shape.num_outputs, shape.num_inputs, shape.kernel)
+    if found != wanted:
+        form, sizes = ("(O, I, kernel)", 3) if shape.kernel or factors.kernel else ("(O, I)", 2)
+        raise LayerMismatch(f"{asked} with shape {form} = {found[:sizes]}, but the model's {what} has {wanted[:sizes]}")
+    layer = TargetLayer(name, module, shape.num_outputs, shape.num_inputs, shape.transposed, kind)
+    _require_values(layer, factors, asked)
+    return layer
+
+
+def _hint(modules: Mapping[str, nn.Module], name: str) -> str:
+    """The nearest name that there is, or that the layer is now a part of a bare parameter."""
+    parent = name
+    while parent := parent.rpartition(".")[0]:
+        if parent in modules:
+            if bare := _bare(modules[parent]):
+                return f"; {parent!r} is a {type(modules[parent]).__name__}{bare}"
+            break
+    close = difflib.get_close_matches(name, modules, n=1)
+    return f"; the nearest is {close[0]!r}" if close else ""
+
+
+def _bare(module: nn.Module) -> str:
+    """A phrase for a module that has the weights of many experts in one parameter."""
+    stacked = [part for part, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3]
+    if not stacked:
+        return ""
+    return (
+        f", which has the weights of all its experts in {' and '.join(map(repr, stacked))}: merge the adapter into the "
+        "model with peft and load that as the base, or take one that leaves these experts alone"
+    )
+
+
+def _require_values(layer: TargetLayer, factors: Factors, asked: str) -> None:
+    """A weight on the meta device has values only while its layer runs, where accelerate offloads it, or never."""
+    weight, bias = layer.parameter("weight"), layer.parameter("bias")
+    if weight is None or not weight.is_meta:
+        return
+    if not hasattr(layer.module, "_hf_hook"):
+        raise CompositionError(
+            f"{asked}, whose weight is on the meta device and has no values: load the model's weights first"
         )
-    shape = linear_shape(module)
-    if shape is None:
-        raise LayerMismatch(
-            f"expert {expert!r} updates layer {name!r}, which is a {kind}; only torch.nn.Linear and transformers' Conv1D "
-            "can be composed"
+    if (factors.gain_O is not None and bias is not None) or not factors.bound:
+        raise CompositionError(
+            f"{asked} with a gain (DoRA, (IA)3) or a trained bias, which needs the values of the base's own parameters, but "
+            "these are offloaded; give the layer a device of its own in device_map"
         )
-    num_outputs, num_inputs, transposed = shape
-    found = (int(factors.b_OR.shape[0]), int(factors.a_RI.shape[1]))
-    if found != (num_outputs, num_inputs):
-        raise LayerMismatch(
-            f"expert {expert!r} updates layer {name!r} with shape (O, I) = {found}, "
-            f"but the model's {kind} has {(num_outputs, num_inputs)}"
-        )
-    return TargetLayer(name, module, num_outputs, num_inputs, transposed)
 
 
 def bound(adapter: Adapter, layers: Mapping[str, TargetLayer]) -> Mapping[str, Factors]:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from loraweave.composer.kernels.gathered import Gathered, gather, multiplied
-from loraweave.composer.kernels.naive import naive
+from loraweave.composer.kernels.naive import expanded, naive
+from loraweave.composer.layer_kinds import linear
 from loraweave.composer.layers import TargetLayer, is_floating
 from loraweave.errors import ScopeError, UnknownExpert, WeightingError
 from loraweave.hub.pool import ExpertPool
@@ -157,6 +158,8 @@ class Plan:
         weight = layer.parameter("weight")
         dtype = weight.dtype if weight is not None and is_floating(weight.dtype) else y.dtype
         placed = self._experts.on(layer.name, y.device, dtype)
+        if layer.kind is not linear:
+            return self._apply_projected(layer, x.to(y.device), y, placed)
         x_BTI = x.to(y.device)
         x_BTI = x_BTI.reshape(*_leading(x_BTI), layer.num_inputs)
         rows = self._weights.rows(x_BTI, layer.name, placed)
@@ -176,6 +179,25 @@ class Plan:
             touched_BT1 = _fit(rows.touched_BT[..., None], num_rows, num_tokens, layer.name)
             result_BTO = torch.where(touched_BT1, result_BTO, y_BTO)
         return result_BTO.reshape(y.shape)
+
+    def _apply_projected(self, layer: TargetLayer, x: Tensor, y: Tensor, placed: _Placed) -> Tensor:
+        """The same for a layer whose hidden values are no product of x with a matrix: an embedding, a convolution."""
+        y_BTO = layer.kind.rows(layer.module, y)
+        x_BTI = layer.kind.inputs(layer.module, x, placed.a_SI) if isinstance(self._weights, _Routed) else y_BTO[:, :1]
+        rows = self._weights.rows(x_BTI, layer.name, placed)
+        if placed.a_SI.shape[0]:
+            hidden_BTS = layer.kind.project(layer.module, x, placed.a_SI)
+        else:
+            hidden_BTS = y_BTO.new_zeros(*y_BTO.shape[:2], 0)
+        y_BTO, hidden_BTS = (_by_token(each, rows.w_BTE.shape[1], y.ndim) for each in (y_BTO, hidden_BTS))
+        num_rows, num_tokens = y_BTO.shape[:2]
+        w_BTE, w_BTS = (_fit(each, num_rows, num_tokens, layer.name) for each in (rows.w_BTE, rows.w_BTS))
+        update_BTO = _with_affine(expanded(hidden_BTS, placed.b_OS, w_BTS), y_BTO, w_BTE, placed, layer)
+        result_BTO = update_BTO.to(y.dtype).add_(y_BTO)
+        if rows.touched_BT is not None:
+            touched_BT1 = _fit(rows.touched_BT[..., None], num_rows, num_tokens, layer.name)
+            result_BTO = torch.where(touched_BT1, result_BTO, y_BTO)
+        return layer.kind.put_back(result_BTO, y)
 
 
 def _leading(x: Tensor) -> tuple[int, int]:

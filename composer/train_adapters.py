@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from loraweave.composer.batches import IGNORED, EncodedRow, batch, encode, token_losses
 from loraweave.composer.checkpoints import load_adapter, save_adapter
 from loraweave.composer.fused_jobs import FusedJobs
-from loraweave.composer.layers import linear_shape
+from loraweave.composer.layer_kinds.linear import shape as linear_shape
 from loraweave.errors import TrainingError, UnknownName
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.fingerprint import fingerprint

@@ -103,10 +103,8 @@ def _check_layer(layer: str, factors: Factors) -> None:
             f"{where} has a gain (DoRA bound to a base model, or (IA)3), for which PEFT has no form; write the adapter "
             "as it was before it was bound to a model"
         )
-    if factors.magnitude_O is not None and (factors.kind != "linear" or not factors.rank):
-        raise AdapterUnsupported(
-            f"{where} is DoRA of kind {factors.kind!r} and rank {factors.rank}; only a linear layer can be"
-        )
+    if factors.magnitude_O is not None and not factors.rank:
+        raise AdapterUnsupported(f"{where} is DoRA of rank 0, which PEFT has no form for")
     if factors.kind == "embedding" and (factors.bias_O is not None or factors.base_bias_O is not None):
         raise AdapterUnsupported(f"{where} is an embedding with a bias, for which PEFT has no form")
     if _is_wrapped(factors) and not factors.a_RI.shape[1]:
@@ -196,16 +194,16 @@ def _parts(factors: Factors, lora_bias: bool) -> dict[str, Tensor]:
     if not factors.rank:
         # PEFT has no rank 0; one rank row of zeros is the same update
         a_RI, b_OR = a_RI.new_zeros(1, a_RI.shape[1]), b_OR.new_zeros(b_OR.shape[0], 1)
+    magnitude = {} if factors.magnitude_O is None else {"lora_magnitude_vector": factors.magnitude_O}
     if factors.kind == "embedding":
-        return {"lora_embedding_A": a_RI, "lora_embedding_B": b_OR}
+        return {"lora_embedding_A": a_RI, "lora_embedding_B": b_OR, **magnitude}
     if factors.kind == "conv":
+        magnitude = {name: tensor.reshape(1, -1, *(1 for _ in factors.kernel)) for name, tensor in magnitude.items()}
         a_RI = a_RI.reshape(a_RI.shape[0], -1, *factors.kernel)
         b_OR = b_OR.reshape(*b_OR.shape, *(1 for _ in factors.kernel))
-    parts = {"lora_A.weight": a_RI, "lora_B.weight": b_OR}
+    parts = {"lora_A.weight": a_RI, "lora_B.weight": b_OR, **magnitude}
     if lora_bias:
         parts["lora_B.bias"] = b_OR.new_zeros(b_OR.shape[0]) if factors.bias_O is None else factors.bias_O
-    if factors.magnitude_O is not None:
-        parts["lora_magnitude_vector"] = factors.magnitude_O
     if factors.base_bias_O is not None:
         parts["base_layer.bias"] = factors.base_bias_O
     return parts

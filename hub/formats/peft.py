@@ -160,15 +160,13 @@ def _factors(layer: str, held: Parts, config: PeftConfig) -> Factors:
     return replace(
         factors,
         bias_O=_vector(held.get("bias"), where, "lora_B's bias", size),
-        magnitude_O=_vector(held.get("magnitude"), where, "DoRA's magnitude", size),
+        magnitude_O=_magnitude(held.get("magnitude"), where, factors),
         base_bias_O=_vector(held.get("base_bias"), where, "the trained bias", size),
     )
 
 
 def _check_flags(held: Parts, factors: Factors, config: PeftConfig, where: str) -> None:
     """Whether the file has what the config's flags announce, and nothing that PEFT would ignore without a word."""
-    if config.use_dora and factors.kind != "linear":
-        raise AdapterUnsupported(f"{where} is DoRA on a layer of kind {factors.kind!r}; only linear layers can be read")
     if config.lora_bias and factors.kind == "embedding":
         raise AdapterUnsupported(f"{where} is an embedding with lora_bias, which PEFT does not define")
     for part, name, flag in (("magnitude", "use_dora", config.use_dora), ("bias", "lora_bias", config.lora_bias)):
@@ -181,6 +179,14 @@ def _vector(tensor: Tensor | None, where: str, what: str, size: int) -> Tensor |
     if tensor is not None and tuple(tensor.shape) != (size,):
         raise AdapterCorrupt(f"{where}: {what} has shape {tuple(tensor.shape)}, not ({size},)")
     return tensor
+
+
+def _magnitude(tensor: Tensor | None, where: str, factors: Factors) -> Tensor | None:
+    """DoRA's magnitude, which PEFT stores as (1, O, 1, ...) for a convolution."""
+    stored = (1, factors.b_OR.shape[0], *(1 for _ in factors.kernel))
+    if tensor is not None and factors.kind == "conv" and tuple(tensor.shape) == stored:
+        tensor = tensor.flatten()
+    return _vector(tensor, where, "DoRA's magnitude", factors.b_OR.shape[0])
 
 
 def _scaled(layer: str, factors: Factors, scale: float, config: PeftConfig) -> Factors:

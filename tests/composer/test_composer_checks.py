@@ -67,12 +67,6 @@ def test_another_shape_is_named_with_both(tiny_llama: nn.Module) -> None:
     assert "(16, 16)" in message
 
 
-def test_a_layer_that_is_not_linear_is_refused(tiny_llama: nn.Module) -> None:
-    assert "Embedding" in refused(tiny_llama, "model.embed_tokens", Factors(torch.ones(1, 61), torch.ones(16, 1)))
-    embedding = Factors(torch.ones(1, 61), torch.ones(16, 1), kind="embedding")
-    assert "'embedding'" in refused(tiny_llama, "model.embed_tokens", embedding)
-
-
 def test_a_layer_whose_forward_is_never_called_is_refused() -> None:
     model = nn.Sequential(nn.MultiheadAttention(4, 2))
     assert "never calls" in refused(model, "0.out_proj", Factors(torch.ones(1, 4), torch.ones(4, 1)))

@@ -75,6 +75,19 @@ def test_slopes_are_those_of_autograd_through_the_weights_of_a_live_mixture(
     )
 
 
+def test_slopes_of_an_embedding_are_those_of_autograd(make_model, tokenizer):
+    model = make_model("llama", dtype=torch.float64)
+    generator = torch.Generator().manual_seed(9)
+    a_RI, b_OR, gain_O = (torch.randn(*shape, generator=generator) * 0.3 for shape in ((2, 61), (16, 2), (16,)))
+    factors = Factors(a_RI, b_OR, gain_O=gain_O, kind="embedding")
+    engine = Composer(model, [Adapter("a", "tiny", {"model.embed_tokens": factors})])
+    weights = torch.zeros(1, 1, 1, 1, dtype=torch.float64, requires_grad=True)
+    with engine.activate(MixtureWeights(weights, ("a",))):
+        losses_of(model, tokenizer, TASK).backward()
+    found = first_order(engine, tokenizer, TASK, batch_size=3)
+    assert found.slopes["a"] == pytest.approx(float(weights.grad), rel=1e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_slopes_at_a_mixture_are_those_of_autograd_there(make_model, make_adapters, tokenizer, kind):
     model, adapters = adapters_of_all_parts(make_model, make_adapters, kind)

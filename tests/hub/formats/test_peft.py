@@ -107,6 +107,8 @@ CASES = {
     "dora on conv1d of gpt2": ("gpt2", {"r": 4, "target_modules": ["c_attn"], "fan_in_fan_out": True, "use_dora": True}),
     "embedding": ("mixed", {"r": 3, "lora_alpha": 5, "target_modules": ["emb", "head"]}),
     "convolutions": ("mixed", {"r": 2, "lora_alpha": 5, "target_modules": ["conv1", "conv2", "head"]}),
+    "dora on an embedding": ("mixed", {"r": 3, "lora_alpha": 5, "target_modules": ["emb", "head"], "use_dora": True}),
+    "dora on convolutions": ("mixed", {"r": 2, "lora_alpha": 5, "target_modules": ["conv1", "conv2"], "use_dora": True}),
     "lora_bias on a convolution": ("mixed", {"r": 2, "target_modules": ["conv1", "head"], "lora_bias": True}),
 }
 

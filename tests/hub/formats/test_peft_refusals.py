@@ -323,23 +323,23 @@ ODD_PAIRS = {
     "lora_bias without biases": ({"lora_bias": True}, {}, AdapterCorrupt, "lora_bias=true"),
     "use_dora with lora_bias": ({"use_dora": True, "lora_bias": True}, {}, AdapterUnsupported, "lora_bias"),
     "alpha of zero": ({"lora_alpha": 0}, {}, AdapterUnsupported, "lora_alpha is 0"),
-    "DoRA on a convolution": (
+    "DoRA on a convolution along another axis": (
         {"use_dora": True},
-        {A: torch.ones(2, 5, 3), B: torch.ones(3, 2, 1), f"{PATH}.lora_magnitude_vector": torch.ones(1, 3, 1)},
-        AdapterUnsupported,
-        "conv",
+        {A: torch.ones(2, 5, 3), B: torch.ones(3, 2, 1), f"{PATH}.lora_magnitude_vector": torch.ones(3, 1, 1)},
+        AdapterCorrupt,
+        r"magnitude has shape \(3, 1, 1\), not \(3,\)",
     ),
-    "DoRA on an embedding": (
+    "DoRA on an embedding along the vocabulary": (
         {"use_dora": True},
         {
             A: None,
             B: None,
             f"{PATH}.lora_embedding_A": torch.ones(2, 5),
             f"{PATH}.lora_embedding_B": torch.ones(3, 2),
-            f"{PATH}.lora_magnitude_vector": torch.ones(3),
+            f"{PATH}.lora_magnitude_vector": torch.ones(5),
         },
-        AdapterUnsupported,
-        "embedding",
+        AdapterCorrupt,
+        r"magnitude has shape \(5,\), not \(3,\)",
     ),
     "embedding stored transposed": (
         {},

@@ -45,6 +45,11 @@ ROUND_TRIPS = {
         "m__q": factors(magnitude_O=torch.ones(3)),
         "m__k": factors(magnitude_O=torch.ones(3), base_bias_O=torch.ones(3)),
     },
+    "DoRA of every kind": {
+        "m__q": factors(magnitude_O=torch.ones(3)),
+        "emb": factors(kind="embedding", magnitude_O=torch.ones(3)),
+        "c2": factors(1, 12, kind="conv", kernel=(3, 2), magnitude_O=torch.ones(3)),
+    },
     "kinds": {
         "emb": factors(kind="embedding"),
         "c1": factors(2, 12, kind="conv", kernel=(3,)),
@@ -65,7 +70,7 @@ def test_reading_gives_back_what_was_written(case, tmp_path):
 REFUSED = {
     "gain": ({"m__q": factors(gain_O=torch.ones(3))}, "gain"),
     "DoRA next to plain": ({"m__q": factors(magnitude_O=torch.ones(3)), "m__k": factors()}, "use_dora|all or none"),
-    "DoRA of a convolution": ({"m__q": factors(1, 6, magnitude_O=torch.ones(3), kind="conv", kernel=(3,))}, "linear"),
+    "DoRA of rank zero": ({"m__q": factors(0, magnitude_O=torch.ones(3))}, "DoRA of rank 0"),
     "DoRA with a bias": ({"m__q": factors(magnitude_O=torch.ones(3), bias_O=torch.ones(3))}, "DoRA"),
     "bias of an embedding": ({"m__q": factors(kind="embedding", bias_O=torch.ones(3))}, "embedding"),
     "bias next to an embedding": ({"m__q": factors(bias_O=torch.ones(3)), "emb": factors(kind="embedding")}, "embedding"),
