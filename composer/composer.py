@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from loraweave.composer import fuse
 from loraweave.composer.fitting import Fitting
+from loraweave.composer.generation import generation_call
 from loraweave.composer.layers import TargetLayer
 from loraweave.composer.live import Activation, LiveLayers, claim, release
 from loraweave.composer.merge import layer_updates
@@ -20,11 +20,13 @@ from loraweave.composer.method_call import MethodCall
 from loraweave.composer.originals import Place
 from loraweave.composer.plan import ActiveExperts, make_plan, resolve
 from loraweave.composer.statistics import Statistics
+from loraweave.composer.streaming import streamed
 from loraweave.composer.truncated_update import TruncatedUpdate
 from loraweave.errors import AlreadyActive, CompositionError, ScopeError, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.mixture import MixtureWeights
+from loraweave.types import Router
 
 # sets of active experts whose factors stay on the device between activations
 NUM_KEPT_SETS = 4
@@ -134,33 +136,69 @@ class Composer:
                 self._fused = False
                 release(self._live, modules)
 
-    def generate(self, texts: Sequence[str], *, mixture: Any = None, **generate_kwargs: Any) -> list[str]:
+    def generate(
+        self, texts: Sequence[str], *, mixture: Any = None, seeds: Sequence[int] | None = None, **generate_kwargs: Any
+    ) -> list[str]:
         """The model's continuation of each text (for an encoder-decoder, its answer), decoded without special tokens.
 
         `mixture` is what activate() takes, with one row per text where it has rows; None leaves what is active. The other
-        arguments go to the model's own `generate`. With num_return_sequences=n, each text has n answers in a row.
+        arguments go to the model's own `generate`. With num_return_sequences=n, each text has n answers in a row. `seeds`,
+        one per text, make sampling draw for each text what it would draw alone under its seed.
+        Raises ScopeError for rows or seeds that are not as many as the texts, CompositionError for ways of decoding that run
+        downloaded code or a thread of their own; docs/generation.md has the list.
         """
-        self._require_open()
-        if self.tokenizer is None:
-            raise CompositionError("generate() needs a tokenizer: make the Composer with tokenizer=...")
-        if isinstance(texts, str):
-            raise CompositionError("generate() takes a list of texts, but got one text: put it into a list")
-        if mixture is not None:
-            resolved = resolve(mixture, self._pool)
-            num_rows = resolved.values_BTLE.shape[0] if isinstance(resolved, MixtureWeights) else 1
-            if num_rows not in (1, len(texts)):
-                raise ScopeError(f"the mixture has {num_rows} rows, but there are {len(texts)} texts; give one for each")
+        resolved = self._resolved(texts, mixture)
         if not texts:
             return []
-        batch, pad = self._encode(texts)
-        settings = getattr(self.model, "generation_config", None)
-        if "pad_token_id" not in generate_kwargs and getattr(settings, "pad_token_id", None) is None:
-            generate_kwargs["pad_token_id"] = pad
-        with nullcontext() if mixture is None else self.activate(mixture):
-            output = self.model.generate(**batch, **generate_kwargs)  # type: ignore[operator]
-        sequences = output if isinstance(output, Tensor) else output.sequences
-        start = 0 if self._encodes() else batch["input_ids"].shape[1]
-        return list(self.tokenizer.batch_decode(sequences[:, start:], skip_special_tokens=True))
+        call = generation_call(self.model, self.tokenizer, texts, seeds, generate_kwargs)
+        with nullcontext() if resolved is None else self.activate(resolved):
+            return call.texts(call.output(self.model))
+
+    def stream(
+        self, texts: Sequence[str], *, mixture: Any = None, seeds: Sequence[int] | None = None, **generate_kwargs: Any
+    ) -> Iterator[list[str]]:
+        """generate(), as it comes: lists with one piece of text per answer, which together are what generate() returns.
+
+        The model runs in a thread of its own, under the mixture that generate() would use here, also where the block around
+        this call is left before the last piece. To stop early, close the iterator or drop it.
+        Raises what generate() raises, at once where that is possible, and CompositionError for beams.
+        """
+        resolved = self._resolved(texts, mixture)
+        if not texts:
+            return iter(())
+        call = generation_call(self.model, self.tokenizer, texts, seeds, generate_kwargs)
+        call.require_streaming()
+        outer = self._live.current() if resolved is None else None
+
+        def generate(streamer: Any) -> None:
+            if outer is not None:
+                outer.run(call.output, self.model, streamer)
+                return
+            with nullcontext() if resolved is None else self.activate(resolved):
+                call.output(self.model, streamer)
+
+        return streamed(generate, self.tokenizer)
+
+    def _resolved(self, texts: Sequence[str], mixture: Any) -> MixtureWeights | Router | None:
+        """The mixture for these texts, both looked over."""
+        self._require_open()
+        if self.tokenizer is None:
+            raise CompositionError("generate() and stream() need a tokenizer: make the Composer with tokenizer=...")
+        if isinstance(texts, str):
+            raise CompositionError("generate() and stream() take a list of texts, but got one text: put it into a list")
+        if mixture is None:
+            return None
+        resolved = resolve(mixture, self._pool)
+        if isinstance(resolved, MixtureWeights):
+            num_rows, num_tokens = resolved.values_BTLE.shape[:2]
+            if num_rows not in (1, len(texts)):
+                raise ScopeError(f"the mixture has {num_rows} rows, but there are {len(texts)} texts; give one for each")
+            if num_tokens != 1:
+                raise ScopeError(
+                    f"the mixture has weights for {num_tokens} tokens, and none for those to come: give a router, or "
+                    "weights that all tokens share"
+                )
+        return resolved
 
     def swap(self, pool: ExpertPool | Iterable[Adapter] | Mapping[str, Adapter]) -> None:
         """Takes another pool for the same model, checked like the first. Raises AlreadyActive while active."""
@@ -235,32 +273,6 @@ class Composer:
                     f"the statistics given for expert {expert!r} (hash {wanted[:12]}) were collected with an adapter of "
                     f"hash {found[:12]}"
                 )
-
-    def _encode(self, texts: Sequence[str]) -> tuple[dict[str, Tensor], int]:
-        """The token ids and their mask, padded left (right for an encoder), and the id that pads."""
-        encoded = [list(self.tokenizer(text)["input_ids"]) for text in texts]
-        for number, ids in enumerate(encoded):
-            if not ids and self.tokenizer.bos_token_id is not None:
-                ids.append(self.tokenizer.bos_token_id)
-            if not ids:
-                raise CompositionError(
-                    f"text {number} ({texts[number]!r}) has no token, and the tokenizer no bos token to begin with"
-                )
-        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
-        # any id will do where there is none: the mask hides it
-        pad = next((token for token in candidates if token is not None), 0)
-        longest = max(map(len, encoded))
-        ids_BT = torch.full((len(encoded), longest), pad)
-        mask_BT = torch.zeros(len(encoded), longest, dtype=torch.long)
-        for row, ids in enumerate(encoded):
-            place = slice(0, len(ids)) if self._encodes() else slice(longest - len(ids), longest)
-            ids_BT[row, place] = torch.tensor(ids)
-            mask_BT[row, place] = 1
-        device = next(self.model.parameters()).device
-        return {"input_ids": ids_BT.to(device), "attention_mask": mask_BT.to(device)}, pad
-
-    def _encodes(self) -> bool:
-        return bool(getattr(getattr(self.model, "config", None), "is_encoder_decoder", False))
 
     def _require_open(self) -> None:
         if self._closed:

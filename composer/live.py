@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,6 +21,8 @@ from torch.utils.hooks import RemovableHandle
 from loraweave.composer.layers import TargetLayer
 from loraweave.composer.plan import Plan
 from loraweave.errors import AlreadyActive, CompositionError
+
+T = TypeVar("T")
 
 _CURRENT: ContextVar[Activation | None] = ContextVar("loraweave_activation", default=None)
 
@@ -72,6 +74,18 @@ class Activation:
                 f"this activation was opened by thread {self._thread.name!r} and counts only there: close it in that thread"
             )
         self._end()
+
+    def run(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """What `call` returns, under this activation's mixture, in whatever thread it is called.
+
+        For threads that one starts oneself: `Thread(target=activation.run, args=(model.generate,), kwargs=batch)`. A run
+        that has begun keeps the mixture to its end, also when the activation is closed meanwhile.
+        Raises CompositionError when it is closed before.
+        """
+        if self.closed:
+            raise CompositionError("this activation is closed, and runs nothing: call run() while it is open")
+        with self.live.open(self.plan):
+            return call(*args, **kwargs)
 
     def _end(self) -> None:
         self.live.end(self)

@@ -15,6 +15,7 @@ from loraweave.errors import (
     ScopeError,
 )
 from loraweave.hub.adapter import Adapter
+from loraweave.routers.mixture import MixtureWeights
 
 
 def inputs(kind: str, rows: int = 3, tokens: int = 7, seed: int = 5) -> dict[str, Tensor]:
@@ -49,12 +50,17 @@ ROWS = [{"a": 1.0}, {"b": 0.5, "c": -0.5}, None]
 
 @pytest.mark.parametrize(
     "settings",
-    [{"num_beams": 1}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}],
-    ids=["greedy", "beams", "several beams"],
+    [
+        {"num_beams": 1},
+        {"num_beams": 3},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"num_beams": 2, "length_penalty": -1.0, "early_stopping": True, "repetition_penalty": 1.2},
+    ],
+    ids=["greedy", "beams", "several beams", "penalties"],
 )
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
 def test_generation_of_a_mixed_batch_equals_each_text_alone(
-    kind: str, settings: dict[str, int], make_model: Callable[..., nn.Module], make_adapters: Callable[..., list[Adapter]]
+    kind: str, settings: dict[str, Any], make_model: Callable[..., nn.Module], make_adapters: Callable[..., list[Adapter]]
 ) -> None:
     model = make_model(kind, dtype=torch.float64)
     engine = Composer(model, make_adapters(model, kind), tokenizer=Tokens())
@@ -111,6 +117,166 @@ def test_generation_returns_the_continuation_only(
     assert engine.generate(["9"], max_new_tokens=4, do_sample=False) == Tokens().batch_decode(
         expected[:, 1:], skip_special_tokens=True
     )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"cache_implementation": "static"},
+        {"cache_implementation": "dynamic"},
+        {"use_cache": False},
+    ],
+    ids=["static", "dynamic", "no cache"],
+)
+def test_every_kind_of_cache_gives_each_text_its_own_continuation(
+    settings: dict[str, Any], make_model: Callable[..., nn.Module], make_adapters: Callable[..., Any]
+) -> None:
+    model = make_model("llama", dtype=torch.float64)
+    engine = Composer(model, make_adapters(model, "llama"), tokenizer=Tokens())
+    together = engine.generate(TEXTS, mixture=ROWS, max_new_tokens=6, do_sample=False, **settings)
+    for index, text in enumerate(TEXTS):
+        alone = engine.generate([text], mixture=ROWS[index] or {}, max_new_tokens=6, do_sample=False, **settings)
+        assert [together[index]] == alone
+
+
+@pytest.mark.parametrize("each", [1, 3])
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_seeded_sampling_draws_for_each_text_what_it_draws_alone(
+    kind: str, each: int, make_model: Callable[..., nn.Module], make_adapters: Callable[..., list[Adapter]]
+) -> None:
+    model = make_model(kind, dtype=torch.float64)
+    engine = Composer(model, make_adapters(model, kind), tokenizer=Tokens())
+    settings = {"do_sample": True, "max_new_tokens": 8, "num_return_sequences": each, "temperature": 2.0, "top_k": 30}
+    together = engine.generate(TEXTS, mixture=ROWS, seeds=[5, 6, 7], **settings)
+    for index, text in enumerate(TEXTS):
+        # what transformers itself draws for the text alone under that seed
+        with torch.random.fork_rng():
+            torch.manual_seed(5 + index)
+            alone = engine.generate([text], mixture=ROWS[index] or {}, **settings)
+        assert together[index * each : (index + 1) * each] == alone
+    assert together != engine.generate(TEXTS, mixture=ROWS, seeds=[8, 9, 10], **settings)
+
+
+@pytest.mark.parametrize(
+    "assistance",
+    [{"prompt_lookup_num_tokens": 3}, {"assistant_early_exit": 1}, {"assistant_model": "another"}],
+    ids=["prompt lookup", "early exit", "another model"],
+)
+def test_assisted_generation_gives_the_mixtures_own_tokens(
+    assistance: dict[str, Any], make_model: Callable[..., nn.Module], make_adapters: Callable[..., list[Adapter]]
+) -> None:
+    model = make_model("llama", dtype=torch.float64)
+    engine = Composer(model, make_adapters(model, "llama"), tokenizer=Tokens())
+    if "assistant_model" in assistance:
+        # the same base, which guesses without the mixture: many guesses are wrong, and are taken back
+        assistance = {"assistant_model": make_model("llama", dtype=torch.float64)}
+    text = "5 8 13 5 8 13 5 8"
+    found = engine.generate([text], mixture=ROWS[1], max_new_tokens=12, do_sample=False, **assistance)
+    assert found == engine.generate([text], mixture=ROWS[1], max_new_tokens=12, do_sample=False)
+    assert found != engine.generate([text], max_new_tokens=12, do_sample=False)
+
+
+def test_a_cache_of_a_common_beginning_is_used_on(
+    make_model: Callable[..., nn.Module], make_adapters: Callable[..., list[Adapter]]
+) -> None:
+    model = make_model("llama", dtype=torch.float64)
+    engine = Composer(model, make_adapters(model, "llama"))
+    batch = inputs("llama", tokens=7)
+    with engine.activate(ROWS):
+        expected = model.generate(**batch, max_new_tokens=6, do_sample=False)
+        cache = model(input_ids=batch["input_ids"][:, :5]).past_key_values
+        found = model.generate(**batch, **{_name_of_the_cache(model): cache}, max_new_tokens=6, do_sample=False)
+    assert torch.equal(found, expected)
+
+
+def _name_of_the_cache(model: nn.Module) -> str:
+    import inspect
+
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def test_stopping_criteria_end_each_text_by_itself(tiny_llama: nn.Module, make_adapters: Callable[..., Any]) -> None:
+    from transformers import StoppingCriteriaList
+
+    engine = Composer(tiny_llama, make_adapters(tiny_llama, "llama"), tokenizer=Tokens())
+    lengths = torch.tensor([7, 8, 9])
+
+    def stop(ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        return ids.shape[1] >= lengths
+
+    criteria = StoppingCriteriaList([stop])
+    full = engine.generate(TEXTS, mixture=ROWS, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    found = engine.generate(TEXTS, mixture=ROWS, max_new_tokens=6, do_sample=False, stopping_criteria=criteria)
+    # five tokens of prompt
+    assert [text.split() for text in found] == [text.split()[: int(n) - 5] for text, n in zip(full, lengths, strict=True)]
+
+
+def test_stop_strings_need_no_tokenizer_of_the_callers(
+    tiny_llama: nn.Module, make_adapters: Callable[..., Any], tokenizer: Any
+) -> None:
+    engine = Composer(tiny_llama, make_adapters(tiny_llama, "llama"), tokenizer=tokenizer)
+    (full,) = engine.generate(["what"], mixture={"a": 1.0}, max_new_tokens=8, do_sample=False)
+    (found,) = engine.generate(["what"], mixture={"a": 1.0}, max_new_tokens=8, do_sample=False, stop_strings=full[2:4])
+    assert found == full[: full.index(full[2:4]) + 2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive search"),
+        ({"dola_layers": "low"}, "dola generation"),
+        ({"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5}, "group beam search"),
+        ({"num_beams": 4, "force_words_ids": [[5]]}, "constrained beam search"),
+        ({"custom_generate": "somebody/something"}, "code that transformers downloads"),
+        ({"cache_implementation": "paged"}, "continuous batching"),
+        ({"prompt_lookup_num_tokens": 3}, "one text at a time, but there are 3"),
+        ({"seeds": [1, 2]}, "2 seeds, but 3 texts"),
+        ({"seeds": [1, 2, 3]}, "seeds are for sampling, and this call is greedy search"),
+        ({"seeds": [1, 2, 3], "do_sample": True, "num_beams": 2}, "this call is beam sample"),
+    ],
+)
+@pytest.mark.parametrize("call", ["generate", "stream"])
+def test_ways_of_decoding_that_would_leave_the_mixture_are_refused(
+    call: str, settings: dict[str, Any], message: str, tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]
+) -> None:
+    engine = Composer(tiny_llama, make_adapters(tiny_llama, "llama"), tokenizer=Tokens())
+    with pytest.raises((CompositionError, ScopeError), match=message):
+        getattr(engine, call)(TEXTS, mixture=ROWS, max_new_tokens=3, **settings)
+    assert not engine.active
+
+
+def test_settings_may_come_as_a_generation_config(
+    tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]
+) -> None:
+    from transformers import GenerationConfig
+
+    engine = Composer(tiny_llama, make_adapters(tiny_llama, "llama"), tokenizer=Tokens())
+    config = GenerationConfig(max_new_tokens=4, do_sample=False, num_beams=2)
+    expected = engine.generate(TEXTS, mixture=ROWS, max_new_tokens=4, do_sample=False, num_beams=2)
+    assert engine.generate(TEXTS, mixture=ROWS, generation_config=config) == expected
+    with pytest.raises(CompositionError, match="dola"):
+        engine.generate(TEXTS, mixture=ROWS, generation_config=GenerationConfig(dola_layers="high"))
+
+
+def test_a_decoding_function_of_ones_own_is_passed_on(tiny_llama: nn.Module, make_adapters: Callable[..., Any]) -> None:
+    engine = Composer(tiny_llama, make_adapters(tiny_llama, "llama"), tokenizer=Tokens())
+
+    def decode(model: Any, input_ids: Tensor, **_: Any) -> Tensor:
+        return torch.cat([input_ids, model(input_ids=input_ids).logits[:, -1:].argmax(-1)], dim=1)
+
+    found = engine.generate(["5 8", "9 7"], mixture=ROWS[:2], custom_generate=decode, max_new_tokens=1)
+    assert found == engine.generate(["5 8", "9 7"], mixture=ROWS[:2], do_sample=False, max_new_tokens=1)
+
+
+def test_weights_for_fixed_tokens_are_refused(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> None:
+    engine = Composer(tiny_llama, make_adapters(tiny_llama, "llama"), tokenizer=Tokens())
+    with pytest.raises(ScopeError, match="5 tokens, and none for those to come"):
+        engine.generate(["5 6 7 8 9"], mixture=MixtureWeights(torch.ones(1, 5, 1, 1), ("a",)), max_new_tokens=2)
+
+
+def test_a_model_that_does_not_generate_is_named(tiny_bert: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> None:
+    with pytest.raises(CompositionError, match="BertForSequenceClassification does not generate"):
+        Composer(tiny_bert, make_adapters(tiny_bert, "bert"), tokenizer=Tokens()).generate(["5"])
 
 
 def test_generation_refuses_what_it_cannot_do(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> None:

@@ -141,6 +141,53 @@ def test_the_handle_of_a_thread_that_ended_can_be_closed(engine: Composer) -> No
     assert not engine.active
 
 
+def test_a_thread_of_ones_own_is_the_base_unless_the_activation_runs_it(engine: Composer) -> None:
+    base = logits(engine.model)
+    with engine.activate([{"a": 1.0}, None, {"b": 1.0}]) as activation:
+        inside = logits(engine.model)
+        assert torch.equal(in_thread(lambda: logits(engine.model)), base)
+        assert torch.equal(in_thread(lambda: activation.run(logits, engine.model, ids=IDS)), inside)
+        # the call's own context is left as it was
+        with engine.activate({"c": 1.0}):
+            inner = logits(engine.model)
+            assert torch.equal(activation.run(logits, engine.model), inside)
+            assert torch.equal(logits(engine.model), inner)
+    with pytest.raises(CompositionError, match="closed, and runs nothing"):
+        activation.run(logits, engine.model)
+
+
+def test_a_run_keeps_its_mixture_when_the_activation_is_closed_meanwhile(engine: Composer) -> None:
+    entered, closed = threading.Event(), threading.Event()
+
+    def work() -> Tensor:
+        entered.set()
+        closed.wait(10)
+        return logits(engine.model)
+
+    with engine.activate({"a": 1.0}):
+        expected = logits(engine.model)
+    found: list[Tensor] = []
+    with engine.activate({"a": 1.0}) as activation:
+        thread = threading.Thread(target=lambda: found.append(activation.run(work)))
+        thread.start()
+        entered.wait(10)
+    assert engine.active
+    closed.set()
+    thread.join()
+    assert torch.equal(found[0], expected)
+    assert not engine.active
+
+
+def test_to_thread_takes_the_mixture_along(engine: Composer) -> None:
+    async def answer() -> Tensor:
+        with engine.activate({"a": 1.0}):
+            return await asyncio.to_thread(logits, engine.model)
+
+    found = asyncio.run(answer())
+    with engine.activate({"a": 1.0}):
+        assert torch.equal(found, logits(engine.model))
+
+
 def test_threads_with_different_mixtures_do_not_meet(engine: Composer) -> None:
     mixtures: list[Any] = [{"a": 1.0}, {"b": -1.0}, None]
     expected = []
