@@ -54,7 +54,7 @@ def draw(explanation: Explanation) -> Any:
     if not explanation.w_TLE.numel():
         counts = [len(names) for names in (explanation.tokens, explanation.layers, explanation.experts)]
         raise CompositionError(
-            f"nothing to plot in {counts[0]} tokens, {counts[1]} layers and {counts[2]} experts; the base model has no expert"
+            f"nothing to plot in {counts[0]} tokens, {counts[1]} layers and {counts[2]} experts; the base has no expert"
         )
     try:
         from matplotlib.figure import Figure
