@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -113,6 +114,12 @@ def tiny_t5(make_model: Callable[..., nn.Module]) -> nn.Module:
 @pytest.fixture
 def tiny_bert(make_model: Callable[..., nn.Module]) -> nn.Module:
     return make_model("bert")
+
+
+@pytest.fixture(scope="session")
+def cache_argument() -> Callable[[nn.Module], str]:
+    """What this version of transformers calls the argument that takes a cache."""
+    return lambda model: "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def linear_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, tuple[int, int]]:

@@ -177,7 +177,9 @@ def test_assisted_generation_gives_the_mixtures_own_tokens(
 
 
 def test_a_cache_of_a_common_beginning_is_used_on(
-    make_model: Callable[..., nn.Module], make_adapters: Callable[..., list[Adapter]]
+    make_model: Callable[..., nn.Module],
+    make_adapters: Callable[..., list[Adapter]],
+    cache_argument: Callable[[nn.Module], str],
 ) -> None:
     model = make_model("llama", dtype=torch.float64)
     engine = Composer(model, make_adapters(model, "llama"))
@@ -185,14 +187,8 @@ def test_a_cache_of_a_common_beginning_is_used_on(
     with engine.activate(ROWS):
         expected = model.generate(**batch, max_new_tokens=6, do_sample=False)
         cache = model(input_ids=batch["input_ids"][:, :5]).past_key_values
-        found = model.generate(**batch, **{_name_of_the_cache(model): cache}, max_new_tokens=6, do_sample=False)
+        found = model.generate(**batch, **{cache_argument(model): cache}, max_new_tokens=6, do_sample=False)
     assert torch.equal(found, expected)
-
-
-def _name_of_the_cache(model: nn.Module) -> str:
-    import inspect
-
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def test_stopping_criteria_end_each_text_by_itself(tiny_llama: nn.Module, make_adapters: Callable[..., Any]) -> None:
