@@ -21,7 +21,7 @@ IDS = torch.randint(3, 60, (3, 9), generator=torch.Generator().manual_seed(5))
 
 @contextmanager
 def by_token(model: nn.Module, adapters: list[Adapter], rows_T: list[list[Any]]) -> Iterator[None]:
-    """Token scope written out densely: token t of row b goes through W + sum of w_e b_e a_e, with the weights rows_T[t][b]."""
+    """Token scope, densely: token t of row b goes through W + sum of w_e b_e a_e, with the weights w of rows_T[t][b]."""
     by_name = {adapter.name: adapter for adapter in adapters}
 
     def dense(name: str, module: nn.Module) -> Callable[..., Tensor]:

@@ -1,0 +1,280 @@
+"""The running model under what users do to it: errors anywhere, threads, forks, hooks of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from loraweave.composer.composer import Composer
+from loraweave.hub.adapter import Adapter
+
+IDS = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(5))
+ROWS: list[Any] = [{"a": 1.0}, None, {"b": 1.0, "c": -0.5}]
+SETTINGS = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 4, "do_sample": False}
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    return model(input_ids=IDS).logits
+
+
+def num_hooks(model: nn.Module) -> int:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+
+
+@pytest.fixture
+def engine(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> Composer:
+    return Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
+
+
+@pytest.fixture
+def unharmed(engine: Composer) -> Any:
+    """After the test: nothing active, no hook, the base's bits, and an engine that still works."""
+    base = logits(engine.model)
+    state = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
+    with engine.activate(ROWS):
+        mixed = logits(engine.model)
+    yield
+    assert not engine.active
+    assert num_hooks(engine.model) == 0
+    assert torch.equal(logits(engine.model), base)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in engine.model.state_dict().items())
+    with engine.activate(ROWS):
+        assert torch.equal(logits(engine.model), mixed)
+
+
+class Stumbling:
+    """A router that raises at its n-th layer."""
+
+    def __init__(self, at: int, error: type[BaseException]) -> None:
+        self.left = at
+        self.error = error
+
+    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+        if self.left == 0:
+            raise self.error("injected")
+        self.left -= 1
+        return torch.ones(1, 1, 3)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError, KeyboardInterrupt])
+@pytest.mark.usefixtures("unharmed")
+def test_a_router_that_raises_at_any_layer_leaves_nothing(error: type[BaseException], engine: Composer) -> None:
+    for at in range(len(engine.target_layers)):
+        with pytest.raises(error, match="injected"), engine.activate(Stumbling(at, error)):
+            logits(engine.model)
+        assert not engine.active
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.usefixtures("unharmed")
+def test_an_exception_at_any_module_of_a_later_token_leaves_nothing(error: type[BaseException], engine: Composer) -> None:
+    for module in (each for each in engine.model.modules() if not isinstance(each, nn.ModuleList)):
+        calls = 0
+
+        def fail(*_: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == 2:
+                raise error("injected")
+
+        handle = module.register_forward_hook(fail)
+        with pytest.raises(error, match="injected"), engine.activate(ROWS):
+            engine.model.generate(IDS, **SETTINGS)
+        handle.remove()
+        assert not engine.active
+        assert num_hooks(engine.model) == 0
+
+
+@pytest.mark.usefixtures("unharmed")
+def test_an_exception_in_a_streamer_leaves_nothing(engine: Composer) -> None:
+    class Failing:
+        def put(self, tokens: Tensor) -> None:
+            if tokens.ndim == 1:
+                raise BrokenPipeError
+
+        def end(self) -> None:
+            pass
+
+    with pytest.raises(BrokenPipeError), engine.activate(ROWS):
+        engine.model.generate(IDS, **SETTINGS, streamer=Failing())
+
+
+@pytest.mark.parametrize(
+    "where", ["lm_head", "model.layers.1.mlp.down_proj", "model.layers.0.self_attn.q_proj", "model.norm"]
+)
+@pytest.mark.usefixtures("unharmed")
+def test_an_exception_in_the_backward_leaves_nothing(where: str, engine: Composer) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("injected")
+
+    handle = engine.model.get_submodule(where).register_full_backward_hook(fail)
+    with pytest.raises(RuntimeError, match="injected"), engine.activate(ROWS):
+        engine.model(input_ids=IDS, labels=IDS).loss.backward()
+    handle.remove()
+    engine.model.zero_grad()
+
+
+@pytest.mark.usefixtures("unharmed")
+def test_interruptions_at_any_moment_of_a_forward_leave_nothing(engine: Composer) -> None:
+    stopped = 0
+    for tenths_of_ms in range(1, 41):
+        handle = engine.activate(ROWS)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, tenths_of_ms / 10_000)
+            for _ in range(100):
+                logits(engine.model)
+        except _Alarm:
+            stopped += 1
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            handle.close()
+        assert not engine.active
+    assert stopped > 30
+
+
+class _Alarm(BaseException):
+    pass
+
+
+@pytest.fixture(autouse=True)
+def alarms() -> Any:
+    def ring(*_: Any) -> None:
+        raise _Alarm
+
+    before = signal.signal(signal.SIGALRM, ring)
+    yield
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.usefixtures("unharmed")
+def test_eight_threads_generate_under_their_own_mixtures(engine: Composer) -> None:
+    mixtures: list[Any] = [{"a": 1.0}, {"b": 1.0}, {"c": 1.0}, ROWS, ROWS[::-1], {"a": -1.0, "c": 0.5}, {}, None]
+
+    def generated(mixture: Any) -> Tensor:
+        with contextlib.nullcontext() if mixture is None else engine.activate(mixture):
+            return engine.model.generate(IDS, **SETTINGS)
+
+    expected = [generated(mixture) for mixture in mixtures]
+    barrier = threading.Barrier(len(mixtures))
+    wrong: list[Any] = []
+
+    def work(index: int) -> None:
+        barrier.wait()
+        for _ in range(4):
+            found = generated(mixtures[index])
+            if not torch.equal(found, expected[index]):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(mixtures))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def in_child(call: Callable[[], bool]) -> bool:
+    """Whether `call` returns True in a forked process, within ten seconds."""
+    process = os.fork()
+    if process == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(10)
+        try:
+            os._exit(0 if call() else 1)
+        except BaseException:
+            os._exit(2)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.usefixtures("unharmed")
+def test_a_forked_process_answers_like_its_parent(engine: Composer) -> None:
+    base = logits(engine.model)
+    with engine.activate(ROWS):
+        expected = logits(engine.model)
+        assert in_child(lambda: torch.equal(logits(engine.model), expected))
+
+        def close_in_child() -> bool:
+            with engine.activate({"a": 1.0}):
+                logits(engine.model)
+            return torch.equal(logits(engine.model), expected)
+
+        assert in_child(close_in_child)
+        assert torch.equal(logits(engine.model), expected)
+    assert in_child(lambda: torch.equal(logits(engine.model), base))
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_users_own_hooks_meet_the_layer_as_if_its_weights_were_the_mixtures(
+    order: str,
+    make_model: Callable[..., nn.Module],
+    make_adapters: Callable[..., list[Adapter]],
+    with_dense_update: Callable[..., nn.Module],
+) -> None:
+    model = make_model("llama", dtype=torch.float64)
+    adapters = make_adapters(model, "llama")
+    dense = with_dense_update("llama", adapters, [1.0, 0.0, -0.5], dtype=torch.float64)
+
+    def hooked(model: nn.Module, seen: list[Tensor]) -> list[Any]:
+        layer = model.model.layers[1].self_attn.v_proj
+        return [
+            layer.register_forward_pre_hook(lambda module, args: (args[0] * 1.5,)),
+            layer.register_forward_hook(lambda module, args, output: output.tanh()),
+            layer.register_full_backward_hook(lambda module, inputs, outputs: seen.extend([*inputs, *outputs])),
+            layer.register_full_backward_pre_hook(lambda module, outputs: (outputs[0] * 2.0,)),
+            model.register_forward_hook(lambda module, args, output: seen.append(output.logits.detach())),
+        ]
+
+    def run(model: nn.Module) -> None:
+        # the input's gradient exists only below a parameter that learns
+        model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+
+    expected: list[Tensor] = []
+    hooked(dense, expected)
+    run(dense)
+
+    found: list[Tensor] = []
+    handles = hooked(model, found) if order == "before" else []
+    with Composer(model, adapters).activate({"a": 1.0, "c": -0.5}):
+        handles += hooked(model, found) if order == "after" else []
+        run(model)
+        for handle in handles:
+            handle.remove()
+    assert num_hooks(model) == 0
+    assert len(found) == len(expected) == 3
+    assert all(torch.allclose(one, other, rtol=1e-9, atol=1e-9) for one, other in zip(found, expected, strict=True))
+
+
+def test_what_users_set_on_the_model_while_active_stays(engine: Composer) -> None:
+    with engine.activate(ROWS):
+        mixed = logits(engine.model)
+        engine.model.train()
+        engine.model.requires_grad_(False)
+        assert torch.equal(logits(engine.model), mixed)
+    assert engine.model.training
+    assert not any(parameter.requires_grad for parameter in engine.model.parameters())
+    assert num_hooks(engine.model) == 0
+
+
+@pytest.mark.usefixtures("unharmed")
+def test_ten_thousand_activations_leave_memory_flat(engine: Composer) -> None:
+    def open_and_close(times: int) -> int:
+        for number in range(times):
+            with engine.activate([{"a": float(number)}, None, {"b": 1.0}]):
+                pass
+        gc.collect()
+        return len(gc.get_objects())
+
+    first = open_and_close(100)
+    assert open_and_close(10_000) <= first + 20
