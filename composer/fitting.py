@@ -9,7 +9,8 @@ from dataclasses import replace
 from torch import nn
 
 from loraweave.composer import fuse
-from loraweave.composer.layers import TargetLayer, bound, target_layer
+from loraweave.composer.batch_order import out_of_order
+from loraweave.composer.layers import TargetLayer, bound, require_values, target_layer
 from loraweave.errors import AlreadyActive, BaseModelMismatch
 from loraweave.hub.adapter import Adapter, Form
 from loraweave.hub.fingerprint import fingerprint
@@ -26,6 +27,8 @@ class Fitting:
         self._modules = dict(model.named_modules())
         self._lock = threading.RLock()
         self._layers: dict[str, TargetLayer] = {}
+        self._offloaded: dict[str, TargetLayer] = {}
+        self._out_of_order: dict[str, str] = {}
         # the tuples themselves, so that none is another's successor in memory
         self._forms: dict[int, Form] = {}
         self._base: Fingerprint | None = None
@@ -36,6 +39,11 @@ class Fitting:
         """The target layers of all adapters so far, by module path."""
         with self._lock:
             return dict(self._layers)
+
+    @property
+    def out_of_order(self) -> Mapping[str, str]:
+        """The target layers so far for which weights cannot vary by row, each with the reason."""
+        return self._out_of_order
 
     def pool(self, pool: ExpertPool) -> ExpertPool:
         """The pool's experts as `adapter` gives them, now, or for a lazy pool when each is opened."""
@@ -54,10 +62,14 @@ class Fitting:
             self._require_base(name, adapter)
             if id(adapter.form) not in self._forms:
                 found = {layer: target_layer(self._modules, layer, part, name) for layer, part in adapter.layers.items()}
-                _require_own_weights({layer: found[layer] for layer in found if layer not in self._layers})
+                new = {layer: found[layer] for layer in found if layer not in self._layers}
+                _require_own_weights(new)
+                self._out_of_order |= out_of_order(self._model, new)
+                self._offloaded |= {layer: target for layer, target in new.items() if target.offloaded}
                 self._layers |= found
                 self._forms[id(adapter.form)] = adapter.form
             layers = self._layers
+        require_values(name, adapter, self._offloaded)
         unbound = [layer for layer, *_, is_bound in adapter.form if not is_bound]
         if not unbound:
             return adapter

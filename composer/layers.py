@@ -38,6 +38,12 @@ class TargetLayer:
         found = found() if callable(found) and not isinstance(found, Tensor) else found
         return found if isinstance(found, Tensor) else None
 
+    @property
+    def offloaded(self) -> bool:
+        """Whether accelerate keeps the layer's values elsewhere, and loads them when the layer runs."""
+        weight = self.parameter("weight")
+        return weight is not None and weight.is_meta and hasattr(self.module, "_hf_hook")
+
     def dense_weight_OI(self) -> Tensor:
         """The weight as (O, I). Raises CompositionError where it is not a plain matrix (quantised, packed, meta)."""
         weight = self.parameter("weight")
@@ -61,8 +67,8 @@ def target_layer(modules: Mapping[str, nn.Module], name: str, factors: Factors, 
     """The layer that `factors` update; `modules` is the model's named_modules().
 
     Raises LayerMismatch, naming expert and layer, for a layer that the model has not, that is of no known kind or of
-    another one than the factors, that has another shape, or whose forward is not that of its weight alone; and
-    CompositionError for a layer without values that nothing loads.
+    another one than the factors, that has another shape, that never runs, or whose forward is not that of its weight
+    alone; CompositionError for a layer without values that nothing loads.
     """
     module = modules.get(name)
     asked = f"expert {expert!r} updates layer {name!r}"
@@ -86,19 +92,37 @@ def target_layer(modules: Mapping[str, nn.Module], name: str, factors: Factors, 
     if found != wanted:
         form, sizes = ("(O, I, kernel)", 3) if shape.kernel or factors.kernel else ("(O, I)", 2)
         raise LayerMismatch(f"{asked} with shape {form} = {found[:sizes]}, but the model's {what} has {wanted[:sizes]}")
+    if _is_never_called(modules, name):
+        raise LayerMismatch(
+            f"{asked}, whose weight the encoder and the decoder read through embeddings of their own, so that it never "
+            "runs: give its factors to 'encoder.embed_tokens' and 'decoder.embed_tokens' beside it"
+        )
     layer = TargetLayer(name, module, shape.num_outputs, shape.num_inputs, shape.transposed, kind)
-    _require_values(layer, factors, asked)
+    weight = layer.parameter("weight")
+    if weight is not None and weight.is_meta and not layer.offloaded:
+        raise CompositionError(
+            f"{asked}, whose weight is on the meta device and has no values: load the model's weights first"
+        )
     return layer
 
 
+def _is_never_called(modules: Mapping[str, nn.Module], name: str) -> bool:
+    """Whether it is the `shared` embedding of an encoder-decoder, which since transformers 5 only holds the weight."""
+    place, _, last = name.rpartition(".")
+    prefix = f"{place}." if place else ""
+    own = modules.get(f"{prefix}encoder.embed_tokens")
+    return last == "shared" and own is not None and own is not modules[name]
+
+
 def _hint(modules: Mapping[str, nn.Module], name: str) -> str:
-    """The nearest name that there is, or that the layer is now a part of a bare parameter."""
-    parent = name
-    while parent := parent.rpartition(".")[0]:
-        if parent in modules:
-            if bare := _bare(modules[parent]):
-                return f"; {parent!r} is a {type(modules[parent]).__name__}{bare}"
-            break
+    """The nearest name that there is, or for one of many experts, that they are a part of a bare parameter here."""
+    if ".experts." in name:
+        parent = name
+        while parent and parent not in modules:
+            parent = parent.rpartition(".")[0]
+        for place, module in modules.items():
+            if f"{place}.".startswith(f"{parent}.") and (bare := _bare(module)):
+                return f"; {place!r} is a {type(module).__name__}{bare}"
     close = difflib.get_close_matches(name, modules, n=1)
     return f"; the nearest is {close[0]!r}" if close else ""
 
@@ -114,20 +138,17 @@ def _bare(module: nn.Module) -> str:
     )
 
 
-def _require_values(layer: TargetLayer, factors: Factors, asked: str) -> None:
-    """A weight on the meta device has values only while its layer runs, where accelerate offloads it, or never."""
-    weight, bias = layer.parameter("weight"), layer.parameter("bias")
-    if weight is None or not weight.is_meta:
-        return
-    if not hasattr(layer.module, "_hf_hook"):
-        raise CompositionError(
-            f"{asked}, whose weight is on the meta device and has no values: load the model's weights first"
-        )
-    if (factors.gain_O is not None and bias is not None) or not factors.bound:
-        raise CompositionError(
-            f"{asked} with a gain (DoRA, (IA)3) or a trained bias, which needs the values of the base's own parameters, but "
-            "these are offloaded; give the layer a device of its own in device_map"
-        )
+def require_values(name: str, adapter: Adapter, layers: Mapping[str, TargetLayer]) -> None:
+    """Raises CompositionError, naming the expert, for a part that needs values of the base in a layer that is offloaded."""
+    for layer in layers.values():
+        factors = adapter.layers.get(layer.name)
+        if factors is None or not layer.offloaded:
+            continue
+        if not factors.bound or (factors.gain_O is not None and layer.parameter("bias") is not None):
+            raise CompositionError(
+                f"expert {name!r} has a gain (DoRA, (IA)3) or a trained bias for layer {layer.name!r}, which needs the "
+                "base's own parameters, but these are offloaded; give the layer a device of its own in device_map"
+            )
 
 
 def bound(adapter: Adapter, layers: Mapping[str, TargetLayer]) -> Mapping[str, Factors]:
