@@ -49,8 +49,11 @@ class TargetLayer:
         weight = self.parameter("weight")
         stored = (self.num_inputs, self.num_outputs) if self.transposed else (self.num_outputs, self.num_inputs)
         plain = weight is not None and not weight.is_meta and is_floating(weight.dtype) and weight.ndim > 1
+        # a quantised tensor may give itself out as one of floats
+        plain = plain and weight is not None and type(weight.data) is Tensor
         if weight is None or not plain or tuple(weight.flatten(1).shape) != stored:
             what = "no tensor" if weight is None else f"{weight.dtype} {tuple(weight.shape)} on {weight.device}"
+            what = what if weight is None or type(weight.data) is Tensor else f"a {type(weight.data).__name__} of {what}"
             raise CompositionError(
                 f"the weight of layer {self.name!r} ({type(self.module).__name__}) is {what}, not a matrix of "
                 f"floating point numbers {stored}; activate() plain LoRA adapters on it, or load the model unquantised"

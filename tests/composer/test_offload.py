@@ -1,0 +1,104 @@
+"""Models whose weights accelerate keeps elsewhere: they are on the meta device but for the moment in which a layer runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload, dispatch_model
+from torch import Tensor, nn
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+
+from loraweave.composer.composer import Composer
+from loraweave.errors import CompositionError
+from loraweave.hub.adapter import Adapter
+from loraweave.types import Factors
+
+IDS = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(5))
+EVERY = ("q_proj", "down_proj", "lm_head")
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    return model(input_ids=IDS).logits
+
+
+def _by_cpu(model: nn.Module, folder: Path) -> nn.Module:
+    return cpu_offload(model, execution_device=torch.device("cpu"))  # type: ignore[no-any-return]
+
+
+def _by_disk(model: nn.Module, folder: Path) -> nn.Module:
+    disk_offload(model, str(folder), execution_device=torch.device("cpu"))
+    return model
+
+
+def _by_device_map(model: nn.Module, folder: Path) -> nn.Module:
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu"}
+    places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}
+    return dispatch_model(model, places, main_device="cpu", offload_dir=str(folder))  # type: ignore[no-any-return]
+
+
+offloading = pytest.mark.parametrize("offload", [_by_cpu, _by_disk, _by_device_map])
+
+
+@pytest.fixture
+def adapters(make_adapter: Callable[..., Adapter], tiny_llama: nn.Module) -> list[Adapter]:
+    embedding = Factors(torch.randn(2, 61), torch.randn(16, 2), kind="embedding")
+    first = make_adapter(tiny_llama, "a", targets=EVERY, seed=1)
+    return [
+        Adapter("a", "tiny", {**first.layers, "model.embed_tokens": embedding}),
+        make_adapter(tiny_llama, "b", targets=EVERY, seed=2, gain=True),
+    ]
+
+
+@offloading
+def test_offloaded_layers_mix_live_and_are_offloaded_again(
+    offload: Callable[..., nn.Module], make_model: Callable[..., nn.Module], adapters: list[Adapter], tmp_path: Path
+) -> None:
+    rows: Any = [{"a": 1.0}, {"a": 0.5, "b": -0.5}, None]
+    plain = make_model("llama")
+    with Composer(plain, adapters).activate(rows):
+        expected = logits(plain)
+    model = offload(make_model("llama"), tmp_path)
+    assert model.model.layers[0].self_attn.q_proj.weight.is_meta
+    base = logits(model)
+    assert torch.equal(base, logits(plain))
+    with Composer(model, adapters).activate(rows):
+        assert torch.equal(logits(model), expected)
+    assert model.model.layers[0].self_attn.q_proj.weight.is_meta
+    assert torch.equal(logits(model), base)
+
+
+@offloading
+def test_fusing_into_offloaded_layers_is_refused(
+    offload: Callable[..., nn.Module], make_model: Callable[..., nn.Module], adapters: list[Adapter], tmp_path: Path
+) -> None:
+    model = offload(make_model("llama"), tmp_path)
+    base = logits(model)
+    with pytest.raises(CompositionError, match=r"on meta.*activate\(\)"), Composer(model, adapters).fused({"a": 1.0}):
+        pass
+    assert torch.equal(logits(model), base)
+
+
+def test_what_needs_an_offloaded_layers_own_values_is_refused_before_anything_runs() -> None:
+    model = cpu_offload(nn.Sequential(nn.Linear(4, 3)), execution_device=torch.device("cpu"))
+    factors = {"a_RI": torch.ones(1, 4), "b_OR": torch.ones(3, 1)}
+    Composer(model, [Adapter("a", "tiny", {"0": Factors(**factors)})])
+    for part in ("magnitude_O", "base_bias_O", "gain_O"):
+        adapter = Adapter("a", "tiny", {"0": Factors(**factors, **{part: torch.ones(3)})})
+        with pytest.raises(CompositionError, match=r"'a' has a gain.*layer '0'.*offloaded"):
+            Composer(model, [adapter])
+
+
+def test_an_offloaded_embedding_keeps_its_scale() -> None:
+    torch.manual_seed(0)
+    update = Factors(torch.randn(2, 61), torch.randn(16, 2), kind="embedding")
+    module = Gemma3TextScaledWordEmbedding(61, 16, 0, embed_scale=4.0)
+    with torch.no_grad():
+        expected = module(IDS) + 4.0 * (update.b_OR @ update.a_RI).T[IDS]
+    model = cpu_offload(nn.Sequential(module), execution_device=torch.device("cpu"))
+    with Composer(model, [Adapter("a", "tiny", {"0": update})]).activate({"a": 1.0}), torch.no_grad():
+        assert torch.allclose(model(IDS), expected, rtol=1e-5, atol=1e-5)
