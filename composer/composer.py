@@ -96,6 +96,7 @@ class Composer:
                 raise AlreadyActive("cannot activate while a mixture is fused into the weights: leave fused() first")
             plan = make_plan(weights, self._pool.names, self._stacks)
             require_batch_order(weights, self._fitting.out_of_order, self._bound.adapters)
+            self._fitting.require_unchanged()
             self._live.add(self._fitting.layers)
             return self._live.open(plan)
 
@@ -123,6 +124,7 @@ class Composer:
         that cannot be written to (quantised, tied) and for results that are not finite; nothing has changed then.
         """
         self._require_idle("fuse")
+        self._fitting.require_unchanged()
         updates = self._updates(mixture, method, seed, statistics, options)
         modules = [self.model, *(layer.module for layer in self.target_layers.values())]
         mine = False

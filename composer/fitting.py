@@ -11,6 +11,7 @@ from torch import nn
 from loraweave.composer import fuse
 from loraweave.composer.batch_order import out_of_order
 from loraweave.composer.layers import TargetLayer, bound, require_values, target_layer
+from loraweave.composer.module_paths import ModulePaths
 from loraweave.errors import AlreadyActive, BaseModelMismatch
 from loraweave.hub.adapter import Adapter, Form
 from loraweave.hub.fingerprint import fingerprint
@@ -26,6 +27,7 @@ class Fitting:
         self._model = model
         self._modules = dict(model.named_modules())
         self._lock = threading.RLock()
+        self._paths = ModulePaths(model)
         self._layers: dict[str, TargetLayer] = {}
         self._offloaded: dict[str, TargetLayer] = {}
         self._out_of_order: dict[str, str] = {}
@@ -44,6 +46,10 @@ class Fitting:
     def out_of_order(self) -> Mapping[str, str]:
         """The target layers so far for which weights cannot vary by row, each with the reason."""
         return self._out_of_order
+
+    def require_unchanged(self) -> None:
+        """Raises CompositionError when the model has another module in the place of a target layer so far."""
+        self._paths.require_unchanged()
 
     def pool(self, pool: ExpertPool) -> ExpertPool:
         """The pool's experts as `adapter` gives them, now, or for a lazy pool when each is opened."""
@@ -66,6 +72,7 @@ class Fitting:
                 _require_own_weights(new)
                 self._out_of_order |= out_of_order(self._model, new)
                 self._offloaded |= {layer: target for layer, target in new.items() if target.offloaded}
+                self._paths.add(new)
                 self._layers |= found
                 self._forms[id(adapter.form)] = adapter.form
             layers = self._layers

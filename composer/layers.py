@@ -78,6 +78,11 @@ def target_layer(modules: Mapping[str, nn.Module], name: str, factors: Factors, 
     if module is None:
         raise LayerMismatch(f"{asked}, which the model does not have{_hint(modules, name)}")
     what = type(module).__name__
+    if hasattr(module, "base_layer"):
+        raise LayerMismatch(
+            f"{asked}, where peft has put adapters of its own ({what}): take them out with peft's unload(), and give them "
+            "to the pool instead"
+        )
     kind = next((kind for kind in KINDS if kind.shape(module) is not None), None)
     shape = None if kind is None else kind.shape(module)
     if kind is None or shape is None:

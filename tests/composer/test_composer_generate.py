@@ -98,6 +98,29 @@ def test_sampled_return_sequences_are_scored_by_their_own_mixture(
         assert torch.allclose(scored[index].double(), alone, rtol=1e-5, atol=1e-5)
 
 
+def test_sampled_beams_are_scored_by_their_own_mixture(
+    make_model: Callable[..., nn.Module], make_adapters: Callable[..., list[Adapter]]
+) -> None:
+    model = make_model("llama", dtype=torch.float64)
+    engine = Composer(model, make_adapters(model, "llama"))
+    settings = {"num_beams": 3, "do_sample": True, "top_k": 0, "length_penalty": 0.0, "num_return_sequences": 2}
+    torch.manual_seed(0)
+    with engine.activate(ROWS):
+        output = model.generate(
+            **inputs("llama"),
+            **settings,
+            min_new_tokens=4,
+            max_new_tokens=4,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+    for index, sequence in enumerate(output.sequences):
+        with engine.activate(ROWS[index // 2] or {}):
+            alone_TV = logits(model, {"input_ids": sequence[None]})[0, 6:-1]
+        expected = alone_TV.log_softmax(-1).gather(1, sequence[7:, None]).sum()
+        assert torch.allclose(output.sequences_scores[index].double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_cached_generation_equals_uncached(make_model: Callable[..., nn.Module], make_adapters: Callable[..., Any]) -> None:
     model = make_model("llama", dtype=torch.float64)
     engine = Composer(model, make_adapters(model, "llama"), tokenizer=Tokens())
