@@ -357,3 +357,8 @@ def test_an_adapter_of_one_of_two_tied_uses_changes_only_that_one_as_in_peft(lay
     assert torch.equal(hidden[0], hidden[1]) == (layer == "lm_head")
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(output(model, inputs), base)
+
+
+def test_the_page_on_models_names_every_family() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    assert [family for family in FAMILIES if f"`{family}`" not in page] == []

@@ -48,8 +48,9 @@ def base() -> nn.Module:
 
 
 def trained(folder: Path, seed: int, **options: Any) -> Path:
-    """A folder that peft has written, of an adapter on all layers with random values in all that it trains."""
-    model = get_peft_model(base(), LoraConfig(target_modules=LAYERS, **options))  # type: ignore[arg-type]
+    """A folder that peft has written, of an adapter with random values in all that it trains."""
+    options = {"target_modules": LAYERS, **options}
+    model = get_peft_model(base(), LoraConfig(**options))  # type: ignore[arg-type]
     torch.manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -65,7 +66,17 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
     assert float((found - expected).abs().max()) <= 1e-5 * max(1.0, float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("options", [{"r": 3, "lora_alpha": 5}, {"r": 2, "use_dora": True}], ids=["plain", "DoRA"])
+OPTIONS = {
+    "plain": {"r": 3, "lora_alpha": 5},
+    "DoRA": {"r": 2, "use_dora": True},
+    # peft has no bias beside an embedding's factors, and merges none into a layer that lacks one
+    "biases of the updates": {"r": 2, "lora_bias": True, "target_modules": ["conv1", "conv2", "conv3", "head"]},
+    "trained biases": {"r": 2, "bias": "all"},
+    "trained biases beside DoRA": {"r": 2, "bias": "lora_only", "use_dora": True},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 @torch.no_grad()
 def test_one_adapter_live_fused_and_saved_again_equals_peft(options: dict[str, Any], tmp_path: Path) -> None:
     theirs = PeftModel.from_pretrained(base(), str(trained(tmp_path / "theirs", 1, **options))).eval()
