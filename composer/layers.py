@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,7 +36,7 @@ class TargetLayer:
         """The tensor "weight" or "bias" as it is now; None where the layer has none, or computes it on the way."""
         found = getattr(self.module, part, None)
         # torch's quantised layers have methods of these names
-        found = found() if callable(found) and not isinstance(found, Tensor) else found
+        found = found() if inspect.ismethod(found) else found
         return found if isinstance(found, Tensor) else None
 
     @property

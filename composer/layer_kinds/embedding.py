@@ -37,7 +37,7 @@ def project(module: nn.Module, x: Tensor, a_SI: Tensor) -> Tensor:
 
 def inputs(module: nn.Module, x: Tensor, like: Tensor) -> Tensor:
     """The tokens as one-hot rows of vocabulary size, times the embedding's scale: as many values as logits have."""
-    one_hot = functional.one_hot(x, int(module.num_embeddings)).to(like.dtype)  # type: ignore[arg-type]
+    one_hot = functional.one_hot(x.long(), int(module.num_embeddings)).to(like.dtype)  # type: ignore[arg-type]
     return _scaled(module, by_row(one_hot)).to(like.dtype)
 
 

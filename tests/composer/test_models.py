@@ -56,6 +56,10 @@ def speech() -> dict[str, Tensor]:
     return {"input_features": features, "decoder_input_ids": text()["input_ids"][:, :4]}
 
 
+def waves() -> dict[str, Tensor]:
+    return {"input_values": torch.randn(NUM_ROWS, 80, generator=torch.Generator().manual_seed(1))}
+
+
 SPECIAL = {"vocab_size": 61, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 DECODER = {**SPECIAL, **SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -65,6 +69,8 @@ EXPERTS |= {"num_experts": 4, "num_local_experts": 4}
 SEQUENCES = {**SPECIAL, "d_model": 16, "decoder_start_token_id": 0}
 LAYERS = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
 LAYERS |= {"encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+WAVES = {"conv_dim": (8, 8), "conv_stride": (2, 2), "conv_kernel": (3, 2), "num_feat_extract_layers": 2}
+WAVES |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
 LM, SEQ2SEQ = "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"
 IMAGES = "AutoModelForImageClassification"
 GATED = ("embed_tokens", "q_proj", "v_proj", "down_proj", "lm_head")
@@ -88,6 +94,19 @@ FAMILIES = {
     "gpt_neox": Family(LM, DECODER, ("embed_in", "query_key_value", "dense_4h_to_h"), text),
     "opt": Family(
         LM, {**SPECIAL, **SIZES, "ffn_dim": 24, "word_embed_proj_dim": 16}, ("embed_tokens", "k_proj", "fc1"), text
+    ),
+    "falcon": Family(LM, {**SPECIAL, **SIZES}, ("word_embeddings", "query_key_value", "dense_4h_to_h"), text),
+    "bloom": Family(
+        LM,
+        {**SPECIAL, "hidden_size": 16, "n_layer": 2, "n_head": 2},
+        ("word_embeddings", "dense", "dense_h_to_4h"),
+        text,
+    ),
+    "mamba": Family(
+        LM,
+        {**SPECIAL, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
+        ("embeddings", "in_proj", "x_proj"),
+        text,
     ),
     "mixtral": Family(LM, EXPERTS, ("embed_tokens", "q_proj", "o_proj", "lm_head"), text),
     "qwen2_moe": Family(LM, EXPERTS, ("q_proj", "shared_expert.down_proj", "shared_expert_gate"), text),
@@ -118,8 +137,22 @@ FAMILIES = {
         text,
     ),
     "roberta": Family("AutoModelForMaskedLM", {**SPECIAL, **SIZES}, ("word_embeddings", "query", "dense"), text),
+    "distilbert": Family(
+        "AutoModelForSequenceClassification",
+        {**SPECIAL, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "num_labels": 3},
+        ("word_embeddings", "q_lin", "lin2", "classifier"),
+        text,
+    ),
+    "wav2vec2": Family("AutoModelForCTC", {**SPECIAL, **SIZES, **WAVES}, ("conv_layers.1.conv", "k_proj", "lm_head"), waves),
     "vit": Family(
         IMAGES, {**SIZES, "image_size": 8, "patch_size": 4, "num_labels": 3}, ("projection", "q_proj", "fc1"), pixels
+    ),
+    "swin": Family(
+        IMAGES,
+        {"image_size": 8, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 2}
+        | {"num_labels": 3},
+        ("projection", "q_proj", "fc2", "reduction"),
+        pixels,
     ),
     "resnet": Family(
         IMAGES,
@@ -153,7 +186,7 @@ def make(family: str) -> nn.Module:
 @torch.no_grad()
 def output(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     # without a cache: tiny encoder-decoders warn of it
-    cached = {} if "pixel_values" in inputs or "labels" in inputs else {"use_cache": False}
+    cached = {} if "pixel_values" in inputs or "input_values" in inputs else {"use_cache": False}
     return model(**inputs, **cached).logits  # type: ignore[no-any-return]
 
 

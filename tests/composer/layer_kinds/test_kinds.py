@@ -231,6 +231,19 @@ def test_one_input_without_a_batch_axis_is_one_row() -> None:
             assert torch.allclose(model(x[0]), model(x[:1])[0], rtol=1e-12)
 
 
+def test_tokens_may_be_numbers_of_32_bits() -> None:
+    model, x, adapters = setting(CASES["embedding"])
+
+    class Constant:
+        def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+            return torch.tensor([[[1.0, 0.5]]])
+
+    engine = Composer(model, adapters)
+    for mixture in ({"a": 1.0, "b": 0.5}, Constant()):
+        with engine.activate(mixture):
+            assert torch.equal(model(x.int()), model(x))
+
+
 def test_tokens_that_lie_row_by_row_meet_their_own_weights() -> None:
     model, x, adapters = setting(CASES["embedding"])
     values_BTE = random(NUM_ROWS, 5, 2, seed=7)
