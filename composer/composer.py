@@ -11,7 +11,6 @@ from typing import Any
 from torch import nn
 
 from loraweave.composer import fuse
-from loraweave.composer.batch_order import require_batch_order
 from loraweave.composer.fitting import Fitting
 from loraweave.composer.generation import generation_call
 from loraweave.composer.layers import TargetLayer
@@ -95,7 +94,7 @@ class Composer:
             if self._fused:
                 raise AlreadyActive("cannot activate while a mixture is fused into the weights: leave fused() first")
             plan = make_plan(weights, self._pool.names, self._stacks)
-            require_batch_order(weights, self._fitting.out_of_order, self._bound.adapters)
+            self._fitting.limits.require(weights, self._bound.adapters)
             self._fitting.require_unchanged()
             self._live.add(self._fitting.layers)
             return self._live.open(plan)

@@ -9,8 +9,8 @@ from dataclasses import replace
 from torch import nn
 
 from loraweave.composer import fuse
-from loraweave.composer.batch_order import out_of_order
 from loraweave.composer.layers import TargetLayer, bound, require_values, target_layer
+from loraweave.composer.live_limits import LiveLimits
 from loraweave.composer.module_paths import ModulePaths
 from loraweave.errors import AlreadyActive, BaseModelMismatch
 from loraweave.hub.adapter import Adapter, Form
@@ -30,7 +30,7 @@ class Fitting:
         self._paths = ModulePaths(model)
         self._layers: dict[str, TargetLayer] = {}
         self._offloaded: dict[str, TargetLayer] = {}
-        self._out_of_order: dict[str, str] = {}
+        self.limits = LiveLimits(model)
         # the tuples themselves, so that none is another's successor in memory
         self._forms: dict[int, Form] = {}
         self._base: Fingerprint | None = None
@@ -41,11 +41,6 @@ class Fitting:
         """The target layers of all adapters so far, by module path."""
         with self._lock:
             return dict(self._layers)
-
-    @property
-    def out_of_order(self) -> Mapping[str, str]:
-        """The target layers so far for which weights cannot vary by row, each with the reason."""
-        return self._out_of_order
 
     def require_unchanged(self) -> None:
         """Raises CompositionError when the model has another module in the place of a target layer so far."""
@@ -70,7 +65,7 @@ class Fitting:
                 found = {layer: target_layer(self._modules, layer, part, name) for layer, part in adapter.layers.items()}
                 new = {layer: found[layer] for layer in found if layer not in self._layers}
                 _require_own_weights(new)
-                self._out_of_order |= out_of_order(self._model, new)
+                self.limits.add(new)
                 self._offloaded |= {layer: target for layer, target in new.items() if target.offloaded}
                 self._paths.add(new)
                 self._layers |= found

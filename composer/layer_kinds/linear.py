@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from loraweave.composer.layer_kinds._kind import Shape, by_row
@@ -25,9 +24,7 @@ def shape(module: nn.Module) -> Shape | None:
 
 
 def refusal(module: nn.Module) -> str:
-    """Not exact are a layer that is never called, and one whose forward is more than W x + bias."""
-    if isinstance(module, NonDynamicallyQuantizableLinear):
-        return "whose forward its attention module never calls"
+    """Not exact is a layer whose forward is more than W x + bias."""
     if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward and not _is_plain(module):
         return "whose forward is its own, and is not W x + bias"
     return ""

@@ -67,11 +67,6 @@ def test_another_shape_is_named_with_both(tiny_llama: nn.Module) -> None:
     assert "(16, 16)" in message
 
 
-def test_a_layer_whose_forward_is_never_called_is_refused() -> None:
-    model = nn.Sequential(nn.MultiheadAttention(4, 2))
-    assert "never calls" in refused(model, "0.out_proj", Factors(torch.ones(1, 4), torch.ones(4, 1)))
-
-
 def test_an_adapter_for_another_base_is_refused(
     make_model: Callable[..., nn.Module], make_adapter: Callable[..., Adapter]
 ) -> None:

@@ -1,0 +1,114 @@
+"""Layers that a live mixture cannot reach are refused when it is activated, and can be fused into."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from loraweave.composer.composer import Composer
+from loraweave.composer.weight_readers import use_of
+from loraweave.errors import LayerMismatch
+from loraweave.hub.adapter import Adapter
+from loraweave.types import Factors
+
+
+def adapter(layer: str, num_out: int, num_in: int) -> Adapter:
+    torch.manual_seed(0)
+    return Adapter("a", "tiny", {layer: Factors(torch.randn(2, num_in), torch.randn(num_out, 2))})
+
+
+class Everything(nn.Module):
+    """Uses its layers in every way that there is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.read, self.both = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.asked, self.typed, self.within = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.unused = nn.Linear(4, 4)
+        nn.init.ones_(self.called.weight)
+
+    def tie_weights(self) -> None:
+        self.called.weight = self.called.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.called(x) if x.ndim else self.both(x)
+        x = nn.functional.linear(x, self.read.weight, self.read.bias)
+        x = x @ self.both.weight.T
+        if isinstance(self.typed.weight, Tensor) and self.asked.weight.dtype == x.dtype:
+            x = self.typed(x) + self.asked(x.to(self.asked.weight.device))
+        return sum([x @ weight for weight in [self.within.weight]])  # type: ignore[return-value]
+
+
+USES = {"called": "called", "read": "read", "both": "both", "asked": "called", "typed": "called", "within": "read"}
+
+
+@pytest.mark.parametrize(("name", "use"), [*USES.items(), ("unused", "called")])
+def test_how_a_layer_is_used_is_seen_from_its_owners_methods(name: str, use: str) -> None:
+    assert use_of(Everything(), name) == use
+
+    class Inheriting(Everything):
+        pass
+
+    assert use_of(Inheriting(), name) == use
+
+
+def _attention() -> tuple[nn.Module, str, Any]:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 4)
+    return nn.Sequential(nn.MultiheadAttention(4, 2)).eval(), "0.out_proj", lambda model: model[0](x, x, x)[0]
+
+
+def _wavlm() -> tuple[nn.Module, str, Any]:
+    torch.manual_seed(0)
+    config = transformers.WavLMConfig(
+        hidden_size=4,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        conv_dim=(8,),
+        conv_stride=(2,),
+        conv_kernel=(3,),
+        num_feat_extract_layers=1,
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+    )
+    model = transformers.WavLMModel(config).eval()
+    x = torch.randn(2, 20)
+    return model, "encoder.layers.0.attention.v_proj", lambda model: model(x).last_hidden_state
+
+
+@pytest.mark.parametrize("make", [_attention, _wavlm])
+@torch.no_grad()
+def test_a_layer_that_its_owner_never_calls_is_refused_live_and_fused_right(make: Any) -> None:
+    model, layer, run = make()
+    own = adapter(layer, 4, 4)
+    base = run(model)
+    engine = Composer(model, [own])
+    for mixture in ({"a": 1.0}, [{"a": 1.0}, None]):
+        with pytest.raises(LayerMismatch, match=rf"'a' updates layer '{layer}'.*never calls.*use fused\(\)"):
+            engine.activate(mixture)
+    with engine.activate({"a": 0.0}):
+        assert torch.equal(run(model), base)
+    module = model.get_submodule(layer)
+    original = module.weight.clone()
+    module.weight += own.layers[layer].b_OR @ own.layers[layer].a_RI
+    expected = run(model)
+    module.weight.copy_(original)
+    with engine.fused({"a": 1.0}):
+        assert torch.allclose(run(model), expected, rtol=1e-5, atol=1e-5)
+    assert float((expected - base).abs().max()) > 1e-3
+    assert torch.equal(run(model), base)
+
+
+def test_a_router_is_refused_for_a_layer_that_never_runs() -> None:
+    class Constant:
+        def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+            return torch.ones(1, 1, 1)
+
+    model, layer, _ = _attention()
+    with pytest.raises(LayerMismatch, match="never calls"):
+        Composer(model, [adapter(layer, 4, 4)]).activate(Constant())
