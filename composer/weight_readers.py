@@ -1,7 +1,7 @@
 """Layers that are not called, or not always: their owner reads the weight and computes with it itself.
 
-A hook on such a layer never fires, and an update would be lost without a word. How the methods of a class use their layers
-is seen from their bytecode, which is there without the source and quick to look through.
+A hook on such a layer never fires, and an update would be lost without a word. How a class uses its layers is seen
+from the bytecode of its methods, which is there without the source and quick to look through.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ Use = Literal["called", "read", "both"]
 
 # what one may ask a weight about without computing with it
 _ABOUT = frozenset({"dtype", "device", "shape", "ndim", "size", "dim", "is_meta", "requires_grad", "numel", "element_size"})
-# methods that make, tie or keep a weight, by a part of their names
-_MAKING = ("init", "reset", "tie", "weight_norm", "resize", "load", "save", "prune", "get_", "set_")
-
 _KNOWN: WeakKeyDictionary[type[nn.Module], tuple[set[str], set[str]]] = WeakKeyDictionary()
 
 
 def use_of(owner: nn.Module, attribute: str) -> Use:
-    """Whether the owner's methods call `self.<attribute>`, compute with its weight, or do both; "called" where unclear."""
+    """Whether the owner's forward, and what it leads to, calls `self.<attribute>`, computes with its weight, or does both.
+
+    "called" also where neither is seen: others may call the layer.
+    """
     reads, others = _uses(type(owner))
     if attribute not in reads:
         return "called"
@@ -39,15 +39,32 @@ def _uses(owner: type[nn.Module]) -> tuple[set[str], set[str]]:
         return _KNOWN[owner]
     reads: set[str] = set()
     others: set[str] = set()
-    for cls in owner.__mro__[: owner.__mro__.index(nn.Module)]:
-        for name, member in vars(cls).items():
-            function = inspect.unwrap(member) if callable(member) else member
-            code = getattr(function, "__code__", None)
-            if isinstance(code, CodeType) and not any(part in name for part in _MAKING):
-                for attribute, read in _loads(code):
-                    (reads if read else others).add(attribute)
+    for code in _reachable(owner):
+        for attribute, read in _loads(code):
+            (reads if read else others).add(attribute)
     _KNOWN[owner] = reads, others
     return reads, others
+
+
+def _reachable(owner: type[nn.Module]) -> list[CodeType]:
+    """The code of forward and of all methods that are named in it, in those, and so on: not what only makes or saves."""
+    names, seen, found = ["forward"], {"forward"}, []
+    while names:
+        function = inspect.unwrap(getattr(owner, names.pop(), None))  # type: ignore[arg-type]
+        code = getattr(function, "__code__", None)
+        if isinstance(code, CodeType):
+            found.append(code)
+            more = {name for name in _names(code) if name not in seen and hasattr(owner, name)}
+            seen |= more
+            names.extend(sorted(more))
+    return found
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
 
 
 def _loads(code: CodeType) -> Iterator[tuple[str, bool]]:

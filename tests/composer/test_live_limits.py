@@ -28,15 +28,20 @@ class Everything(nn.Module):
         super().__init__()
         self.called, self.read, self.both = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
         self.asked, self.typed, self.within = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
-        self.unused = nn.Linear(4, 4)
+        self.elsewhere, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
         nn.init.ones_(self.called.weight)
 
     def tie_weights(self) -> None:
         self.called.weight = self.called.weight
 
+    def fused_weights(self) -> Tensor:
+        return torch.cat([self.elsewhere.weight, self.called.weight])
+
     def forward(self, x: Tensor) -> Tensor:
         x = self.called(x) if x.ndim else self.both(x)
-        x = nn.functional.linear(x, self.read.weight, self.read.bias)
+        return self.rest(nn.functional.linear(x, self.read.weight, self.read.bias))
+
+    def rest(self, x: Tensor) -> Tensor:
         x = x @ self.both.weight.T
         if isinstance(self.typed.weight, Tensor) and self.asked.weight.dtype == x.dtype:
             x = self.typed(x) + self.asked(x.to(self.asked.weight.device))
@@ -46,7 +51,7 @@ class Everything(nn.Module):
 USES = {"called": "called", "read": "read", "both": "both", "asked": "called", "typed": "called", "within": "read"}
 
 
-@pytest.mark.parametrize(("name", "use"), [*USES.items(), ("unused", "called")])
+@pytest.mark.parametrize(("name", "use"), [*USES.items(), ("elsewhere", "called"), ("unused", "called")])
 def test_how_a_layer_is_used_is_seen_from_its_owners_methods(name: str, use: str) -> None:
     assert use_of(Everything(), name) == use
 
