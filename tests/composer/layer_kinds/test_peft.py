@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from loraweave.composer.composer import Composer
+from loraweave.composer.merge import merge
 from loraweave.hub.adapter import Adapter
+from loraweave.types import Factors
 
 TOKENS = torch.randint(19, (3, 6, 9), generator=torch.Generator().manual_seed(3))
 
@@ -119,6 +121,19 @@ def test_a_weighted_mix_equals_pefts_cat(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+def test_a_live_mixture_equals_the_merged_adapter_that_peft_reloads(tmp_path: Path) -> None:
+    own = [Adapter.from_pretrained(trained(tmp_path / name, seed, r=3)) for seed, name in enumerate("ab")]
+    model = base()
+    with Composer(model, own).activate({"a": 0.7, "b": -0.4}):
+        live = model(TOKENS)
+    merged = merge(own, [0.7, -0.4], name="m")
+    with Composer(model, [merged]).activate({"m": 1.0}):
+        assert_near(model(TOKENS), live)
+    reloaded = PeftModel.from_pretrained(base(), str(merged.export(tmp_path / "out").folder)).eval()
+    assert_near(reloaded(TOKENS), live)
+
+
+@torch.no_grad()
 def test_peft_leaves_out_the_dilation_and_padding_mode_that_its_merged_weight_has() -> None:
     model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=2, dilation=2, padding_mode="circular"))
     x = torch.randn(1, 2, 6, 6)
@@ -126,8 +141,6 @@ def test_peft_leaves_out_the_dilation_and_padding_mode_that_its_merged_weight_ha
     factors = wrapped.base_model.model[0]
     with pytest.raises(RuntimeError, match="must match"):
         wrapped(x)
-    from loraweave.types import Factors
-
     a, b = factors.lora_A["default"].weight.detach(), factors.lora_B["default"].weight.detach()
     own = Factors(a.flatten(1).clone(), b.flatten(1) * factors.scaling["default"], kind="conv", kernel=(3, 3))
     wrapped.merge_adapter()
