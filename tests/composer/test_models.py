@@ -273,6 +273,23 @@ def test_a_batch_of_mixtures_equals_each_row_alone(family: str, saved: Callable[
         assert_near(together[number : number + 1], alone)
 
 
+@pytest.mark.parametrize("family", ["gemma", "gpt2", "mixtral", "t5", "bart"])
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_rows_with_mixtures_of_embeddings_too_generate_what_each_alone_does(
+    num_beams: int, family: str, saved: Callable[[str], list[Path]]
+) -> None:
+    model, inputs = make(family), text()
+    rows = [{"a": 1.0}, None, {"a": 0.6, "b": -1.2}]
+    engine = Composer(model, adapters(saved(family)))
+    options: dict[str, Any] = {"max_new_tokens": 5, "min_new_tokens": 5, "num_beams": num_beams, "do_sample": False}
+    with engine.activate(rows):
+        together = model.generate(**inputs, **options)
+    for number, row in enumerate(rows):
+        with engine.activate(row or {}):
+            alone = model.generate(**{name: tensor[number : number + 1] for name, tensor in inputs.items()}, **options)
+        assert together[number].tolist() == alone[0].tolist()
+
+
 @every_family
 def test_a_mixture_equals_the_weights_that_peft_would_merge(family: str, saved: Callable[[str], list[Path]]) -> None:
     model, inputs = make(family), FAMILIES[family].inputs()
