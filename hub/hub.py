@@ -27,6 +27,7 @@ from loraweave.hub.fields import checked_fields
 from loraweave.hub.intake.sample_pairs import card_with_outputs, split_pairs
 from loraweave.hub.licenses import canonical
 from loraweave.hub.names import checked_name, near_misses
+from loraweave.hub.paused_collector import paused_collector
 from loraweave.hub.stores.blob_files import STALE_TMP_S
 from loraweave.hub.stores.catalogue import require_row
 from loraweave.hub.stores.open_stores import open_stores
@@ -222,7 +223,8 @@ class Hub:
             pinned = {record.name: (record.version, record.hash) for record in listed}
             return ExpertPool.on_demand([record.name for record in listed], lambda name: self._pinned(name, *pinned[name]))
         chosen = [record.name for record in self.records()] if names is None else list(names)
-        return ExpertPool([self[name] for name in chosen])
+        with paused_collector():
+            return ExpertPool([self[name] for name in chosen])
 
     def search(
         self,
