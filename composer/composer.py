@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -18,18 +18,24 @@ from loraweave.composer.live import Activation, LiveLayers, claim, release
 from loraweave.composer.merge import layer_updates
 from loraweave.composer.method_call import MethodCall
 from loraweave.composer.originals import Place
-from loraweave.composer.plan import ActiveExperts, make_plan, resolve
+from loraweave.composer.plan import Plan, make_plan
+from loraweave.composer.residents import Residents
+from loraweave.composer.resolve import resolve
 from loraweave.composer.statistics import Statistics
 from loraweave.composer.streaming import streamed
 from loraweave.composer.truncated_update import TruncatedUpdate
+from loraweave.composer.workspace import Workspace
 from loraweave.errors import AlreadyActive, CompositionError, ScopeError, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.mixture import MixtureWeights
 from loraweave.types import Router
 
-# sets of active experts whose factors stay on the device between activations
-NUM_KEPT_SETS = 4
+# mixtures that keep what was made of them for the layers between activations, and how much of it they keep together
+NUM_KEPT_PLANS = 4
+KEPT_BYTES = 2**30
+# of weights with more elements, comparing takes longer than making them anew
+LARGEST_KEPT = 2**16
 
 
 class Composer:
@@ -93,11 +99,16 @@ class Composer:
             weights = resolve(mixture, self._pool)
             if self._fused:
                 raise AlreadyActive("cannot activate while a mixture is fused into the weights: leave fused() first")
-            plan = make_plan(weights, self._pool.names, self._stacks)
-            self._fitting.limits.require(weights, self._bound.adapters)
-            self._fitting.require_unchanged()
-            self._live.add(self._fitting.layers)
-            return self._live.open(plan)
+            plan = self._plan(weights)
+            lease = self._residents.lease(plan.experts)
+            try:
+                self._fitting.limits.require(weights, self._bound.adapters)
+                self._fitting.require_unchanged()
+                self._live.add(self._fitting.layers)
+            except BaseException:
+                lease.release()
+                raise
+            return self._live.open(plan, lease)
 
     @contextmanager
     def fused(
@@ -216,7 +227,7 @@ class Composer:
                 return
             self._require_idle("close")
             self._closed = True
-            self._kept_sets.clear()
+            self._kept_plans.clear()
 
     def _take(self, pool: ExpertPool) -> None:
         fitting = Fitting(self.model)
@@ -224,16 +235,21 @@ class Composer:
         self._pool = pool
         self._fitting = fitting
         self._live = LiveLayers(self.model, fitting.layers)
-        self._kept_sets: OrderedDict[tuple[str, ...], ActiveExperts] = OrderedDict()
+        self._residents = Residents(self._bound.adapters.__getitem__)
+        self._workspace = Workspace(KEPT_BYTES)
+        self._kept_plans: OrderedDict[Hashable, Plan] = OrderedDict()
 
-    def _stacks(self, names: tuple[str, ...]) -> ActiveExperts:
-        """The factors of these experts, kept for the next activation of the same set."""
-        if names not in self._kept_sets:
-            self._kept_sets[names] = ActiveExperts(self._bound.subset(names))
-            if len(self._kept_sets) > NUM_KEPT_SETS:
-                self._kept_sets.popitem(last=False)
-        self._kept_sets.move_to_end(names)
-        return self._kept_sets[names]
+    def _plan(self, weights: MixtureWeights | Router) -> Plan:
+        """The plan for these weights, kept for the next activation of the same."""
+        key = _identity(weights)
+        if key is None:
+            return make_plan(weights, self._pool.names, self._workspace)
+        plan = self._kept_plans.pop(key, None) or make_plan(weights, self._pool.names, self._workspace)
+        total = plan.num_bytes + sum(kept.num_bytes for kept in self._kept_plans.values())
+        while self._kept_plans and (len(self._kept_plans) >= NUM_KEPT_PLANS or total > KEPT_BYTES):
+            total -= self._kept_plans.popitem(last=False)[1].num_bytes
+        self._kept_plans[key] = plan
+        return plan
 
     def _updates(
         self,
@@ -287,6 +303,16 @@ class Composer:
             raise AlreadyActive(f"cannot {verb} while a mixture is fused into the weights: leave fused() first")
         if self._live.active:
             raise AlreadyActive(f"cannot {verb} while an activation is open: close its handle or leave its block first")
+
+
+def _identity(weights: MixtureWeights | Router) -> Hashable | None:
+    """What tells weights that are known from others; None for routers, and for what learns or is large."""
+    if not isinstance(weights, MixtureWeights) or weights.values_BTLE.requires_grad:
+        return None
+    values = weights.values_BTLE
+    if values.numel() > LARGEST_KEPT or values.device.type != "cpu":
+        return None
+    return weights.experts, weights.layers, tuple(values.shape), values.dtype, tuple(values.flatten().tolist())
 
 
 class FusedMixture:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from loraweave.composer.layer_kinds import conv, embedding, linear
 from loraweave.composer.layer_kinds._kind import LayerKind
@@ -18,12 +19,18 @@ from loraweave.hub import algebra
 from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors
 
+# forwards that are known to return new memory
+FRESH = (nn.Linear.forward, Conv1D.forward)
+
 KINDS: tuple[LayerKind, ...] = (linear, embedding, conv)
 
 
 @dataclass(frozen=True, eq=False)
 class TargetLayer:
-    """A layer under its module path. `transposed` says that its weight is stored as (I, O)."""
+    """A layer under its module path. `transposed` says that its weight is stored as (I, O).
+
+    `fresh` says that every call's output is a new tensor, which nothing else refers to.
+    """
 
     name: str
     module: nn.Module
@@ -31,6 +38,7 @@ class TargetLayer:
     num_inputs: int
     transposed: bool
     kind: LayerKind = linear
+    fresh: bool = False
 
     def parameter(self, part: str) -> Tensor | None:
         """The tensor "weight" or "bias" as it is now; None where the layer has none, or computes it on the way."""
@@ -106,7 +114,8 @@ def target_layer(modules: Mapping[str, nn.Module], name: str, factors: Factors, 
             f"{asked}, whose weight the encoder and the decoder read through embeddings of their own, so that it never "
             "runs: give its factors to 'encoder.embed_tokens' and 'decoder.embed_tokens' beside it"
         )
-    layer = TargetLayer(name, module, shape.num_outputs, shape.num_inputs, shape.transposed, kind)
+    fresh = type(module).forward in FRESH and "forward" not in vars(module)
+    layer = TargetLayer(name, module, shape.num_outputs, shape.num_inputs, shape.transposed, kind, fresh)
     weight = layer.parameter("weight")
     if weight is not None and weight.is_meta and not layer.offloaded:
         raise CompositionError(

@@ -1,8 +1,8 @@
-"""Live mixing: forward hooks on the target layers that add what the current context's activation asks for.
+"""Live mixing: while an activation is open, each target layer's `forward` adds what the current context asks for.
 
-The hooks exist only while an activation is open. Which one counts is a context variable, so threads and asyncio tasks do
-not see each other's mixtures, and one without a mixture gets the plain base. Nothing else in the model changes: its
-class, parameters and state_dict stay, and a copy or a pickle of it carries hooks that do nothing.
+Which activation counts is a context variable, so threads and asyncio tasks do not see each other's mixtures, and one
+without a mixture gets the plain base. Nothing else in the model changes: its class, parameters and state_dict stay, and a
+copy or a pickle of it has its own forwards.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
-from types import TracebackType
+from types import MethodType, TracebackType
 from typing import Any, Self, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,15 @@ from torch.utils.hooks import RemovableHandle
 
 from loraweave.composer.layers import TargetLayer
 from loraweave.composer.plan import Plan
+from loraweave.composer.residents import Lease
 from loraweave.errors import AlreadyActive, CompositionError
 
 T = TypeVar("T")
 
 _CURRENT: ContextVar[Activation | None] = ContextVar("loraweave_activation", default=None)
+
+# arguments of transformers' models whose first axis are the rows of the batch
+MAIN_INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_features", "input_values")
 
 _CLAIM_LOCK = threading.Lock()
 _CLAIMS: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
@@ -54,9 +58,10 @@ def release(owner: object, modules: Iterable[nn.Module]) -> None:
 class Activation:
     """An open activation. `close()` or leaving its `with` block ends it; ending it twice does nothing."""
 
-    def __init__(self, live: LiveLayers, plan: Plan, outer: Activation | None) -> None:
+    def __init__(self, live: LiveLayers, plan: Plan, lease: Lease, outer: Activation | None) -> None:
         self.live = live
         self.plan = plan
+        self.lease = lease
         self.outer = outer
         self.closed = False
         self._thread = threading.current_thread()
@@ -84,7 +89,7 @@ class Activation:
         """
         if self.closed:
             raise CompositionError("this activation is closed, and runs nothing: call run() while it is open")
-        with self.live.open(self.plan):
+        with self.live.open(self.plan, self.lease.renew()):
             return call(*args, **kwargs)
 
     def _end(self) -> None:
@@ -124,7 +129,7 @@ def _current(live: LiveLayers) -> Activation | None:
 
 
 class LiveLayers:
-    """The target layers of one Composer, with hooks on them as long as an activation is open in any thread."""
+    """The target layers of one Composer, mixed as long as an activation is open in any thread."""
 
     def __init__(self, model: nn.Module, layers: Mapping[str, TargetLayer]) -> None:
         self._model = model
@@ -132,16 +137,16 @@ class LiveLayers:
         self._modules = [model, *(layer.module for layer in self._layers.values())]
         self._lock = threading.RLock()
         self._open: list[Activation] = []
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[RemovableHandle | _MixedForward] = []
 
     @property
     def active(self) -> bool:
         """Whether an activation is open, in whatever thread."""
         return bool(self._open)
 
-    def open(self, plan: Plan) -> Activation:
-        """A new activation, which replaces the outer one in this context until it is closed."""
-        activation = Activation(self, plan, _nearest_open(_CURRENT.get()))
+    def open(self, plan: Plan, lease: Lease) -> Activation:
+        """A new activation, which replaces the outer one in this context until it is closed. It releases the lease."""
+        activation = Activation(self, plan, lease, _nearest_open(_CURRENT.get()))
         try:
             with self._lock:
                 if not self._open:
@@ -158,20 +163,21 @@ class LiveLayers:
         with self._lock:
             more = {name: layer for name, layer in layers.items() if name not in self._layers}
             if self._open:
-                num_hooked = len(self._handles)
+                num_before = len(self._handles)
                 claim(self, [layer.module for layer in more.values()])
                 try:
-                    self._hook(more)
+                    self._take_over(more)
                 except BaseException:
-                    self._unhook(num_hooked)
+                    self._give_back(num_before)
                     raise
             self._layers |= more
             self._modules += [layer.module for layer in more.values()]
 
     def end(self, activation: Activation) -> None:
-        """Closes the activation; with the last one, the hooks go."""
+        """Closes the activation; with the last one, the layers get their own forwards back."""
         with self._lock:
             activation.closed = True
+            activation.lease.release()
             if activation in self._open:
                 self._open.remove(activation)
             if not self._open:
@@ -199,44 +205,82 @@ class LiveLayers:
                 "activate() on the uncompiled model, or fuse"
             )
         claim(self, self._modules)
-        self._hook(self._layers)
+        self._handles.append(self._model.register_forward_pre_hook(_Entry(self, self._model), with_kwargs=True))
+        self._take_over(self._layers)
 
-    def _hook(self, layers: Mapping[str, TargetLayer]) -> None:
+    def _take_over(self, layers: Mapping[str, TargetLayer]) -> None:
         for layer in layers.values():
-            hook: Callable[..., Any] = _Hook(self, layer)
-            # first among the hooks: the others then see the layer as if its own weights were the mixture's
-            self._handles.append(layer.module.register_forward_hook(hook, prepend=True, with_kwargs=True))
+            forward = _MixedForward(self, layer)
+            self._handles.append(forward)
+            layer.module.forward = forward
 
-    def _unhook(self, num_left: int) -> None:
+    def _give_back(self, num_left: int) -> None:
         while len(self._handles) > num_left:
             self._handles[-1].remove()
             self._handles.pop()
 
     def _uninstall(self) -> None:
-        self._unhook(0)
+        self._give_back(0)
         release(self, self._modules)
 
 
-class _Hook:
-    """Adds the current activation's update to the output of one layer."""
+class _MixedForward:
+    """Stands in for one layer's `forward` while an activation is open: what that gives, and the update on top.
+
+    In the place of a forward hook, since it costs a fraction of one in every call. A copy or a pickle of the model has
+    the layer's own forward instead.
+    """
 
     def __init__(self, live: LiveLayers, layer: TargetLayer) -> None:
         self._live = live
         self._layer = layer
+        self._own = vars(layer.module).get("forward")
+        self._forward = layer.module.forward
 
-    def __call__(
-        self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
-    ) -> Tensor | None:
-        if module is not self._layer.module:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        y = self._forward(*args, **kwargs)
+        activation = _CURRENT.get()
+        if activation is None or activation.live is not self._live or activation.closed:
+            activation = self._live.current()
+            if activation is None:
+                return y
+        x = args[0] if args else next(iter(kwargs.values()))
+        return activation.plan.apply(self._layer, x, y, activation.lease)
+
+    def remove(self) -> None:
+        """Gives the layer its own forward back. Where another stands in for this one by now, that stays, and calls this."""
+        module = self._layer.module
+        if vars(module).get("forward") is self:
+            if self._own is None:
+                del module.forward
+            else:
+                module.forward = self._own
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return _own_forward, (self._layer.module, self._own)
+
+
+def _own_forward(module: nn.Module, own: Callable[..., Any] | None) -> Callable[..., Any]:
+    """The forward of a copied module."""
+    return MethodType(type(module).forward, module) if own is None else own
+
+
+class _Entry:
+    """Looks at a call of the model before any layer runs."""
+
+    def __init__(self, live: LiveLayers, model: nn.Module) -> None:
+        self._live = live
+        self._model = ref(model)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module is not self._model():
             raise CompositionError(
-                f"layer {self._layer.name!r} runs as a replica of the model (DataParallel), whose threads have no mixture; "
+                f"a replica of the model ({type(module).__name__}) runs (DataParallel), whose threads have no mixture; "
                 "use one process per device, each with its own Composer"
             )
         activation = self._live.current()
-        if activation is None:
-            return None
-        x = args[0] if args else next(iter(kwargs.values()))
-        return activation.plan.apply(self._layer, x, output)
+        if activation is not None:
+            activation.plan.require_rows(_num_rows(args, kwargs))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return _inert
@@ -245,7 +289,13 @@ class _Hook:
         return _get_inert, ()
 
 
-def _inert(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+def _num_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """The rows of a batch, where they can be told from a model's arguments."""
+    known = args[:1] or [kwargs[name] for name in MAIN_INPUTS if kwargs.get(name) is not None]
+    return known[0].shape[0] if known and isinstance(known[0], Tensor) and known[0].ndim > 1 else None
+
+
+def _inert(module: nn.Module, args: Any, kwargs: Any) -> None:
     """The hook of a copied model: does nothing."""
 
 

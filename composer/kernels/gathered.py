@@ -1,62 +1,97 @@
 """Per-row mixtures as batched products: each row meets its own experts' factors only, not those of the whole batch.
 
-Equals `kernels.naive` with the rank rows of weight zero left out. The rows' factors are gathered once per activation.
+The idea is BGMV's (Punica, Chen et al., MLSys 2024), for mixtures of any ranks and for any number of tokens a row: the
+rows' factors are gathered once, with the weights in b, and used by every forward pass of the activation.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from loraweave.composer.kernels._parts import Part, RowSets, rank_rows, row_sets
 from loraweave.composer.kernels.naive import naive
-
-# bounds by judgement: gathering was measured at 1/8 and 1/4 of the rank rows, with copies of once and twice the factors
-LARGEST_SHARE = 0.5
-LARGEST_COPY = 4
 
 
 @dataclass(frozen=True, eq=False)
 class Gathered:
-    """The factors of B mixtures, each with its own R rank rows, filled up with rank rows of weight zero."""
+    """The factors of B mixtures, each filled up with zeros to the R rank rows of the largest; weights are in b."""
 
     a_BRI: Tensor
     b_BRO: Tensor
-    w_B1R: Tensor
+
+    @classmethod
+    def of(
+        cls, parts: Sequence[Part], rows: RowSets, dtype: torch.dtype, empty: Callable[[int], Tensor] | None = None
+    ) -> Gathered:
+        """Of rows that each have at least one part, the parts in `dtype`. `empty` gives flat tensors of `dtype` to fill."""
+        ranks = [part.a_RI.shape[0] for part in parts]
+        largest = max(sum(ranks[p] for p, _ in row) for row in rows)
+        zeros_RI, zeros_RO = (tensor.new_zeros(largest, tensor.shape[1]) for tensor in (parts[0].a_RI, parts[0].b_RO))
+        a_pieces: list[Tensor] = []
+        b_pieces: list[Tensor] = []
+        weights: list[float] = []
+        for row in rows:
+            used = 0
+            for p, weight in row:
+                a_pieces.append(parts[p].a_RI)
+                b_pieces.append(parts[p].b_RO)
+                weights.extend([weight] * ranks[p])
+                used += ranks[p]
+            if used < largest:
+                a_pieces.append(zeros_RI[used:])
+                b_pieces.append(zeros_RO[used:])
+                weights.extend([0.0] * (largest - used))
+        a_BRI = _joined(a_pieces, len(weights), empty).view(len(rows), largest, -1)
+        b_SO = _joined(b_pieces, len(weights), empty)
+        if any(weight not in (0.0, 1.0) for weight in weights):
+            w_S1 = torch.tensor(weights, dtype=torch.promote_types(dtype, torch.float32), device=b_SO.device)[:, None]
+            # a product of a half and a single is rounded once
+            b_SO = b_SO * w_S1 if empty is None else b_SO.mul_(w_S1)
+        return cls(a_BRI, b_SO.to(dtype).view(len(rows), largest, -1))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.b_BRO.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return self.a_BRI.nbytes + self.b_BRO.nbytes
+
+    def update(self, x_BTI: Tensor) -> Tensor:
+        num_mixtures, _, num_inputs = self.a_BRI.shape
+        # not -1, which is ambiguous for an input without tokens
+        tokens = x_BTI.shape[0] * x_BTI.shape[1] // num_mixtures
+        hidden_BTR = self._hidden(x_BTI.reshape(num_mixtures, tokens, num_inputs))
+        return torch.bmm(hidden_BTR, self.b_BRO).view(*x_BTI.shape[:2], self.b_BRO.shape[2])
+
+    def add_(self, x_BTI: Tensor, y_BTO: Tensor) -> None:
+        num_mixtures = self.a_BRI.shape[0]
+        if x_BTI.shape[0] != num_mixtures:
+            x_BTI = x_BTI.reshape(num_mixtures, -1, self.a_BRI.shape[2])
+            y_BTO = y_BTO.view(num_mixtures, -1, self.b_BRO.shape[2])
+        y_BTO.baddbmm_(self._hidden(x_BTI), self.b_BRO)
+
+    def _hidden(self, x_BTI: Tensor) -> Tensor:
+        if x_BTI.shape[1] == 1:
+            # the same numbers; a product with one column reads the factors a fifth faster than one with one row
+            return torch.bmm(self.a_BRI, x_BTI.mT).mT
+        return torch.bmm(x_BTI, self.a_BRI.mT)
 
 
-def gather(a_SI: Tensor, b_OS: Tensor, w_BTS: Tensor) -> Gathered | None:
-    """The rows' own factors; None where weights vary by token or are shared, or where the rows use most of the factors."""
-    num_rows, num_tokens, num_ranks = w_BTS.shape
-    if num_rows < 2 or num_tokens != 1:
-        return None
-    used_BS = w_BTS[:, 0] != 0
-    own = int(used_BS.sum(dim=1).max())
-    if own == 0 or own > LARGEST_SHARE * num_ranks or num_rows * own > LARGEST_COPY * num_ranks:
-        return None
-    # stable, so that a row's experts stay in the order of the pool
-    place_BR = used_BS.int().argsort(dim=1, descending=True, stable=True)[:, :own]
-    return Gathered(
-        a_BRI=a_SI[place_BR],
-        b_BRO=b_OS.T[place_BR].contiguous(),
-        w_B1R=w_BTS[:, 0].gather(1, place_BR)[:, None],
-    )
+def _joined(pieces: list[Tensor], num_rows: int, empty: Callable[[int], Tensor] | None) -> Tensor:
+    if empty is None:
+        return torch.cat(pieces)
+    width = pieces[0].shape[1]
+    return torch.cat(pieces, out=empty(num_rows * width).view(num_rows, width))
 
 
 def gathered(x_BTI: Tensor, a_SI: Tensor, b_OS: Tensor, w_BTS: Tensor) -> Tensor:
-    """The same as `naive`, by each row's own factors where that pays."""
-    own = gather(a_SI, b_OS, w_BTS)
-    return naive(x_BTI, a_SI, b_OS, w_BTS) if own is None else multiplied(x_BTI, own)
-
-
-def multiplied(x_BTI: Tensor, rows: Gathered) -> Tensor:
-    """The weighted updates as (B, T, O); x may have k rows on end for each mixture. Dtypes as in `naive`."""
-    num_mixtures, _, num_inputs = rows.a_BRI.shape
-    # not -1, which is ambiguous for an input without tokens
-    tokens = x_BTI.shape[0] * x_BTI.shape[1] // num_mixtures
-    hidden_BTR = torch.bmm(x_BTI.reshape(num_mixtures, tokens, num_inputs), rows.a_BRI.mT)
-    mixed_BTR = hidden_BTR.to(torch.promote_types(hidden_BTR.dtype, torch.float32)) * rows.w_B1R
-    mixed_BTR = mixed_BTR.masked_fill(rows.w_B1R == 0, 0.0)
-    update_BTO = torch.bmm(mixed_BTR.to(hidden_BTR.dtype), rows.b_BRO)
-    return update_BTO.view(*x_BTI.shape[:2], rows.b_BRO.shape[2])
+    """The same as `naive`, by each row's own factors where every row has some."""
+    rows = row_sets(w_BTS)
+    if not rows or not all(rows):
+        return naive(x_BTI, a_SI, b_OS, w_BTS)
+    return Gathered.of(rank_rows(a_SI, b_OS), rows, x_BTI.dtype).update(x_BTI)

@@ -13,13 +13,13 @@ def naive(x_BTI: Tensor, a_SI: Tensor, b_OS: Tensor, w_BTS: Tensor) -> Tensor:
     x, a and b share a dtype, in which the two products run. The weights are applied in fp32 or better. A rank row of
     weight zero adds exactly nothing, even where its hidden value has overflowed.
     """
-    return expanded(linear(x_BTI, a_SI), b_OS, w_BTS)
+    return linear(mixed(linear(x_BTI, a_SI), w_BTS), b_OS)
 
 
-def expanded(hidden_BTS: Tensor, b_OS: Tensor, w_BTS: Tensor) -> Tensor:
-    """(hidden * w) b^T as (B, T, O), for hidden values of whatever layer, in the dtype of b or a wider one."""
+def mixed(hidden_BTS: Tensor, w_BTS: Tensor) -> Tensor:
+    """The hidden values times their weights, in the dtype of the hidden values."""
     mixed_BTS = hidden_BTS.to(torch.promote_types(hidden_BTS.dtype, torch.float32)) * w_BTS
     # a weight that learns keeps its gradient at zero
     if not w_BTS.requires_grad:
         mixed_BTS = mixed_BTS.masked_fill(w_BTS == 0, 0.0)
-    return linear(mixed_BTS.to(b_OS.dtype), b_OS)
+    return mixed_BTS.to(hidden_BTS.dtype)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from loraweave.composer import live
 from loraweave.composer.composer import Composer
 from loraweave.errors import AlreadyActive, CompositionError
 from loraweave.hub.adapter import Adapter
@@ -31,7 +32,11 @@ def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
 
 
 def num_hooks(model: nn.Module) -> int:
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+    """Hooks, and forwards that stand in for a module's own."""
+    return sum(
+        len(module._forward_hooks) + len(module._forward_pre_hooks) + ("forward" in vars(module))
+        for module in model.modules()
+    )
 
 
 @pytest.fixture
@@ -366,12 +371,10 @@ def test_gradient_checkpointing_gives_the_same_gradients(
 
 
 def test_a_replica_of_the_model_is_refused(engine: Composer) -> None:
-    layer = engine.model.model.layers[0].self_attn.q_proj
-    # what DataParallel makes for each device: another object with the same hooks
-    replica = layer._replicate_for_data_parallel()
-    replica.weight, replica.bias = layer.weight, None
     with engine.activate({"a": 1.0}):
-        answer = in_thread(lambda: replica(torch.ones(1, 1, 16)))
+        # what DataParallel makes for each device: another object with the same attributes
+        replica = engine.model._replicate_for_data_parallel()
+        answer = in_thread(lambda: replica(IDS))
     assert isinstance(answer, CompositionError)
     assert "replica" in str(answer)
 
@@ -419,20 +422,22 @@ def test_a_composer_is_freed_with_its_last_reference(tiny_llama: nn.Module, make
     assert gone() is None
 
 
-def test_an_interruption_while_hooks_are_installed_leaves_nothing(engine: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = nn.Module.register_forward_hook
+def test_an_interruption_while_layers_are_taken_over_leaves_nothing(
+    engine: Composer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = live._MixedForward
     for stop_at in range(len(engine.pool.layer_names)):
         calls = 0
 
-        def interrupted(module: nn.Module, *args: Any, stop_at: int = stop_at, **kwargs: Any) -> Any:
+        def interrupted(*args: Any, stop_at: int = stop_at) -> Any:
             nonlocal calls
             calls += 1
             if calls - 1 == stop_at:
                 raise KeyboardInterrupt
-            return original(module, *args, **kwargs)
+            return original(*args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(nn.Module, "register_forward_hook", interrupted)
+            patch.setattr(live, "_MixedForward", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 engine.activate({"a": 1.0})
         assert num_hooks(engine.model) == 0

@@ -1,86 +1,100 @@
-"""Rows' own factors against the formula written out row by row."""
+"""Kernels of per-row mixtures of whole experts against the formula written out row by row."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
-from loraweave.composer.kernels.gathered import gather, multiplied
+from loraweave.composer.kernels._parts import Kernel, Part, RankRow, RowSets
+from loraweave.composer.kernels._some_rows import SomeRows
+from loraweave.composer.kernels.gathered import Gathered
+from loraweave.composer.kernels.segments import Segments
+
+RANKS = (2, 1, 4)
+# rows of one, two and all experts; the first and the third have the same mixture
+ROWS: RowSets = (((0, 0.5),), ((1, 1.0), (2, -1.5)), ((0, 0.5),), ((0, 2.0), (1, 0.3), (2, 1.0)))
 
 
-def factors(s, i=7, o=5, dtype=torch.float64):
+def experts(i: int = 7, o: int = 5, dtype: torch.dtype = torch.float64) -> list[Part]:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(s, i, generator=generator, dtype=dtype), torch.randn(o, s, generator=generator, dtype=dtype)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=dtype)
+
+    return [RankRow(random(rank, i), random(rank, o)) for rank in RANKS]
 
 
-def row_weights(pattern):
-    return torch.tensor(pattern, dtype=torch.float64)[:, None]
-
-
-def expected(x, a, b, w, copies=1):
-    rows = []
+def expected(x: Tensor, parts: list[Part], rows: RowSets, copies: int = 1) -> Tensor:
+    found = []
     for number, x_TI in enumerate(x):
-        w_S = w[number // copies, 0]
-        rows.append(sum(w_S[s] * torch.outer(x_TI @ a[s], b[:, s]) for s in range(len(a))))
-    return torch.stack(rows)
+        dense_IO = torch.zeros(x.shape[2], parts[0].b_RO.shape[1], dtype=x.dtype)
+        for p, weight in rows[number // copies]:
+            for a_I, b_O in zip(parts[p].a_RI, parts[p].b_RO, strict=True):
+                dense_IO += weight * torch.outer(a_I, b_O)
+        found.append(x_TI @ dense_IO)
+    return torch.stack(found)
 
 
-UNEVEN = [[0, 0, 2.0, 0, 0, 0, 0, -1.5], [0.0] * 8, [0, 0.3, 0, 0, 0, 1.0, 0.7, 0]]
+KERNELS = {"gathered": Gathered.of, "segments": Segments.of}
 
 
+@pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("tokens", [1, 3, 0])
-def test_rows_with_different_numbers_of_experts_get_their_own_sums(tokens):
-    a, b = factors(8)
-    w = row_weights(UNEVEN)
-    x = torch.randn(3, tokens, 7, dtype=torch.float64)
-    rows = gather(a, b, w)
-    assert rows.a_BRI.shape == (3, 3, 7)
-    assert torch.allclose(multiplied(x, rows), expected(x, a, b, w), rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("copies", [1, 2])
+def test_rows_get_their_own_sums_for_as_many_rows_on_end_as_the_batch_is_larger(name: str, tokens: int, copies: int) -> None:
+    parts = experts()
+    kernel = KERNELS[name](parts, ROWS, torch.float64)
+    x = torch.randn(4 * copies, tokens, 7, dtype=torch.float64)
+    y = torch.randn(4 * copies, tokens, 5, dtype=torch.float64)
+    updates = expected(x, parts, ROWS, copies)
+    assert torch.allclose(kernel.update(x), updates, rtol=1e-12, atol=1e-12)
+    sums = y + updates
+    kernel.add_(x, y)
+    assert torch.allclose(y, sums, rtol=1e-12, atol=1e-12)
 
 
-def test_each_mixture_counts_for_as_many_rows_on_end_as_the_batch_is_larger():
-    a, b = factors(8)
-    w = row_weights(UNEVEN)
-    x = torch.randn(6, 4, 7, dtype=torch.float64)
-    assert torch.allclose(multiplied(x, gather(a, b, w)), expected(x, a, b, w, copies=2), rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("place", [slice(1, 5), torch.tensor([0, 2, 3, 5])], ids=["on end", "scattered"])
+def test_rows_of_the_base_alone_take_no_part(name: str, place: slice | Tensor) -> None:
+    parts = experts()
+    kernel = SomeRows(KERNELS[name](parts, ROWS, torch.float64), 6, place)
+    numbers = torch.arange(6)[place].tolist()
+    rows = tuple(ROWS[numbers.index(number)] if number in numbers else () for number in range(6))
+    # NaN would spread from any row that took part in a product
+    x = torch.randn(12, 3, 7, dtype=torch.float64)
+    for number in set(range(6)) - set(numbers):
+        x[2 * number : 2 * number + 2] = torch.nan
+    y = torch.randn(12, 3, 5, dtype=torch.float64)
+    updates = expected(x.nan_to_num(), parts, rows, copies=2)
+    assert torch.allclose(kernel.update(x), updates, rtol=1e-12, atol=1e-12)
+    sums = y + updates
+    kernel.add_(x, y)
+    assert torch.allclose(y, sums, rtol=1e-12, atol=1e-12)
 
 
-def test_the_gradient_of_the_input_is_that_of_the_formula():
-    a, b = factors(8)
-    w = row_weights(UNEVEN)
-    grads = []
-    for function in (lambda x: multiplied(x, gather(a, b, w)), lambda x: expected(x, a, b, w)):
-        x = torch.linspace(-1, 1, 3 * 2 * 7, dtype=torch.float64).view(3, 2, 7).requires_grad_()
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_gradient_of_the_input_is_that_of_the_formula(name: str) -> None:
+    parts = experts()
+    kernel: Kernel = SomeRows(KERNELS[name](parts, ROWS, torch.float64), 5, slice(1, 5))
+    gradients = []
+    for function in (kernel.update, lambda x: expected(x, parts, ((), *ROWS))):
+        x = torch.linspace(-1, 1, 5 * 2 * 7, dtype=torch.float64).view(5, 2, 7).requires_grad_()
         function(x).sin().sum().backward()
-        grads.append(x.grad)
-    assert torch.allclose(grads[0], grads[1], rtol=1e-12, atol=1e-12)
+        gradients.append(x.grad)
+    assert torch.allclose(gradients[0], gradients[1], rtol=1e-12, atol=1e-12)
 
 
-def test_a_rank_row_of_weight_zero_adds_nothing_even_after_an_overflow():
-    a, b = torch.full((4, 2), 6e4, dtype=torch.float16), torch.ones(1, 4, dtype=torch.float16)
-    a[3] = 1.0
-    rows = gather(a, b, torch.tensor([[[0.0, 0, 0, 1.0]], [[0.0, 0, 0, 0.0]]]))
-    assert multiplied(torch.full((2, 1, 2), 2.0, dtype=torch.float16), rows).flatten().tolist() == [4.0, 0.0]
+def test_a_row_depends_on_no_other_by_a_bit_where_ranks_are_equal() -> None:
+    parts = [part for part in experts(dtype=torch.float32) if part.a_RI.shape[0] == 4] * 3
+    x = torch.randn(3, 5, 7)
+    together = Gathered.of(parts, (((0, 0.5),), ((1, 2.0),), ((2, -1.0),)), torch.float32).update(x)
+    alone = Gathered.of(parts, (((1, 2.0),),), torch.float32).update(x[1:2])
+    assert torch.equal(together[1:2], alone)
 
 
-def test_weights_are_applied_in_fp32():
-    # 1 + 2^-8 is no bf16 number: rounding it first would lose it
-    a, b = torch.ones(4, 1, dtype=torch.bfloat16), torch.ones(1, 4, dtype=torch.bfloat16)
-    w = torch.tensor([[[1 + 2.0**-8, 0, 0, 0]], [[0, 1.0, 0, 0]]])
-    assert multiplied(torch.full((2, 1, 1), 96.0, dtype=torch.bfloat16), gather(a, b, w)).flatten().tolist() == [96.5, 96.0]
-
-
-@pytest.mark.parametrize(
-    "w",
-    [
-        torch.ones(1, 1, 8),
-        torch.eye(8)[:3, None].expand(3, 2, 8),
-        torch.zeros(3, 1, 8),
-        torch.ones(2, 1, 8),
-        torch.eye(8)[[0] * 40, None],
-    ],
-    ids=["shared", "by token", "nothing", "all experts in every row", "copies far larger than the factors"],
-)
-def test_nothing_is_gathered_where_it_does_not_pay(w):
-    a, b = factors(8, dtype=torch.float32)
-    assert gather(a, b, w) is None
+def test_padding_to_the_largest_rank_adds_nothing_even_after_an_overflow() -> None:
+    parts = [RankRow(torch.full((2, 2), 6e4, dtype=torch.float16), torch.ones(2, 1, dtype=torch.float16))]
+    parts.append(RankRow(torch.ones(1, 2, dtype=torch.float16), torch.ones(1, 1, dtype=torch.float16)))
+    kernel = Gathered.of(parts, (((0, 1.0),), ((1, 1.0),)), torch.float16)
+    assert kernel.update(torch.full((2, 1, 2), 2.0, dtype=torch.float16))[1].item() == 4.0

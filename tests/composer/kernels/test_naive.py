@@ -26,26 +26,41 @@ def token_by_token(x_BTI: Tensor, a_SI: Tensor, b_OS: Tensor, w_BTS: Tensor) -> 
     return torch.stack(rows)
 
 
+@pytest.mark.parametrize("learning", [True, False], ids=["weights learn", "weights are fixed"])
 @pytest.mark.parametrize("name", KERNELS)
 @settings(max_examples=25, deadline=None)
-@given(b=SIZES, t=SIZES, i=SIZES, o=SIZES, s=SIZES, shared=st.tuples(st.booleans(), st.booleans()), seed=st.integers(0, 99))
+@given(
+    b=SIZES,
+    t=SIZES,
+    i=SIZES,
+    o=SIZES,
+    s=SIZES,
+    shared=st.tuples(st.booleans(), st.booleans()),
+    zeros=st.booleans(),
+    seed=st.integers(0, 99),
+)
 def test_values_and_gradients_equal_the_formula(
-    name: str, b: int, t: int, i: int, o: int, s: int, shared: tuple[bool, bool], seed: int
+    name: str, learning: bool, b: int, t: int, i: int, o: int, s: int, shared: tuple[bool, bool], zeros: bool, seed: int
 ) -> None:
     kernel: Callable[..., Tensor] = registry.get("kernels", name)
     generator = torch.Generator().manual_seed(seed)
     shapes = [(b, t, i), (s, i), (o, s), (1 if shared[0] else b, 1 if shared[1] else t, s)]
     tensors = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    if zeros:
+        tensors[3] *= torch.rand(shapes[3], generator=generator) < 0.5
     values, gradients = [], []
     for function in (kernel, token_by_token):
-        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        leaves = [tensor.clone().requires_grad_(learning or index < 3) for index, tensor in enumerate(tensors)]
         y_BTO = function(*leaves)
-        y_BTO.sin().sum().backward()
+        # a mixture without a weight has no graph
+        (y_BTO.sin() + 0 * leaves[0].sum()).sum().backward()
         values.append(y_BTO)
         gradients.append([leaf.grad for leaf in leaves])
     assert values[0].shape == (b, t, o)
     assert torch.allclose(values[0], values[1], rtol=1e-10, atol=1e-10)
-    for mine, theirs in zip(*gradients, strict=True):
+    for mine, theirs in list(zip(*gradients, strict=True))[: 4 if learning else 3]:
+        # one that takes no part in the result has no gradient, or one of zeros
+        mine, theirs = (torch.zeros((), dtype=torch.float64) if grad is None else grad for grad in (mine, theirs))
         assert torch.allclose(mine, theirs, rtol=1e-10, atol=1e-10)
 
 
@@ -60,10 +75,10 @@ def test_the_result_has_the_dtype_of_the_input(name: str) -> None:
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_weights_are_applied_in_fp32(name: str) -> None:
-    # 1 + 2^-10 is no bf16 number: rounding it first would lose it
-    x, a, b = (torch.ones(shape, dtype=torch.bfloat16) for shape in ((1, 1, 1), (1, 1), (1, 1)))
-    y_BTO = registry.get("kernels", name)(x * 96, a, b, torch.tensor([[[1 + 2.0**-8]]]))
-    assert float(y_BTO) == 96.5
+    # 1 + 2^-8 is no bf16 number: rounding it first would lose it. With it, 96 becomes 96.5, and the product 9264 rounds up.
+    x, a, b = (torch.full((1,) * axes, value, dtype=torch.bfloat16) for axes, value in ((3, 96.0), (2, 1.0), (2, 96.0)))
+    y_BTO = registry.get("kernels", name)(x, a, b, torch.tensor([[[1 + 2.0**-8]]]))
+    assert float(y_BTO) == 9280.0
 
 
 @pytest.mark.parametrize("name", KERNELS)

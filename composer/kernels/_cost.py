@@ -1,0 +1,117 @@
+"""Which fast path a mixture takes: each one's arithmetic, bytes and calls, priced with measured rates.
+
+The rates were fitted to timings of all paths over many shapes (`benchmarks/kernels.py`); only their ratios matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One layer's part of a forward pass.
+
+    `num_mixtures` rows of the mixture that use any expert, each with `tokens` tokens; `largest` and `total` are the
+    largest rank sum of a row and the sum over rows; `num_segments` distinct mixtures have `distinct` rank rows together,
+    and all their experts `stacked`.
+    """
+
+    num_mixtures: int
+    tokens: int
+    largest: int
+    total: int
+    num_segments: int
+    distinct: int
+    stacked: int
+    num_inputs: int
+    num_outputs: int
+    itemsize: int
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a path does beside the base layer: floating point operations, bytes read and written, and calls."""
+
+    flops: float
+    num_bytes: float
+    calls: float
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds per floating point operation, per byte, and per call."""
+
+    s_per_flop: float
+    s_per_byte: float
+    s_per_call: float
+
+    def seconds(self, cost: Cost) -> float:
+        return cost.flops * self.s_per_flop + cost.num_bytes * self.s_per_byte + cost.calls * self.s_per_call
+
+
+RATES: Mapping[tuple[str, int], Rates] = {
+    ("cpu", 4): Rates(6e-12, 2.5e-11, 2.5e-6),
+    ("cpu", 8): Rates(1.2e-11, 2.5e-11, 2.5e-6),
+    ("cpu", 2): Rates(2e-12, 2.5e-11, 1.2e-5),
+    ("cuda", 4): Rates(1e-13, 5e-13, 6e-6),
+    ("cuda", 8): Rates(5e-13, 5e-13, 6e-6),
+    ("cuda", 2): Rates(2e-14, 5e-13, 6e-6),
+}
+
+
+def costs(work: Workload) -> dict[str, Cost]:
+    """What each path that can do it would do; a mixture that all rows share may be "merged"."""
+    width = work.num_inputs + work.num_outputs
+    num_tokens = work.num_mixtures * work.tokens
+    # x is read, y read and written
+    moved = num_tokens * (work.num_inputs + 2 * work.num_outputs)
+
+    def priced(rank_tokens: float, rank_rows: float, calls: float, extra: float = 0.0) -> Cost:
+        return Cost(2 * rank_tokens * width, work.itemsize * (moved + rank_rows * width + 2 * rank_tokens + extra), calls)
+
+    if work.num_segments == 1:
+        full = work.num_inputs * work.num_outputs
+        return {
+            "shared": priced(num_tokens * work.largest, work.largest, 2),
+            "merged": Cost(2 * num_tokens * full, work.itemsize * (moved + full), 1),
+        }
+    return {
+        "gathered": priced(num_tokens * work.largest, work.num_mixtures * work.largest, 2),
+        "segments": priced(work.total * work.tokens, work.distinct, 3 * work.num_segments),
+        # the hidden values go through fp32 and a mask
+        "dense": priced(num_tokens * work.stacked, work.stacked, 6, extra=6 * num_tokens * work.stacked),
+    }
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A path; `exact` if it runs in fp32 although the layer's own dtype is shorter."""
+
+    path: str
+    exact: bool = False
+
+
+@lru_cache(maxsize=4096)
+def choose(work: Workload) -> Choice:
+    """The cheapest path.
+
+    On a CPU, products of a few tokens are faster in fp32 than in half precision, whose library calls take longer than
+    the products themselves.
+    """
+    priced = {Choice(path): _rates(work).seconds(cost) for path, cost in costs(work).items()}
+    if work.device == "cpu" and work.itemsize == 2:
+        wide = replace(work, itemsize=4)
+        # x goes to fp32, and the update back
+        cast = Cost(0, 6 * work.num_mixtures * work.tokens * (work.num_inputs + work.num_outputs), 2)
+        for path, cost in costs(wide).items():
+            if path != "merged":
+                priced[Choice(path, exact=True)] = _rates(wide).seconds(cost) + _rates(wide).seconds(cast)
+    return min(priced, key=lambda choice: priced[choice])
+
+
+def _rates(work: Workload) -> Rates:
+    return RATES.get((work.device, work.itemsize), RATES["cuda", work.itemsize])

@@ -1,0 +1,76 @@
+"""What a fast path is made of: the factors of single experts, and the weights of each row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+# of each row of a batch: which parts count for it, and how much; parts of weight 0 are left out
+RowSets = tuple[tuple[tuple[int, float], ...], ...]
+
+
+class Part(Protocol):
+    """One expert's factors in one layer."""
+
+    @property
+    def a_RI(self) -> Tensor: ...
+
+    @property
+    def b_RO(self) -> Tensor: ...
+
+
+class Kernel(Protocol):
+    """A mixture of one layer, ready for inputs in `dtype`. x has k rows on end for each row of the mixture."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the tensors that the kernel made for itself."""
+        ...
+
+    def update(self, x_BTI: Tensor) -> Tensor:
+        """The weighted updates as (B, T, O) in `dtype`; gradients reach x."""
+        ...
+
+    def add_(self, x_BTI: Tensor, y_BTO: Tensor) -> None:
+        """The same, added into y's own memory; for contiguous tensors that take part in no gradient."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class RankRow:
+    """A rank row of stacked factors as a part of its own."""
+
+    a_RI: Tensor
+    b_RO: Tensor
+
+
+def rank_rows(a_SI: Tensor, b_OS: Tensor) -> list[RankRow]:
+    """Each rank row of stacked factors as a part."""
+    return [RankRow(a_SI[s : s + 1], b_OS[:, s : s + 1].T) for s in range(a_SI.shape[0])]
+
+
+def row_sets(w_BTP: Tensor) -> RowSets | None:
+    """The rows of weights that are the same for all tokens; None where they vary by token, or learn."""
+    if w_BTP.shape[1] != 1 or w_BTP.requires_grad:
+        return None
+    return tuple(tuple((p, w) for p, w in enumerate(row) if w != 0) for row in w_BTP[:, 0].tolist())
+
+
+def stacked_a(parts: Sequence[Part], dtype: torch.dtype) -> Tensor:
+    """a_SI of the parts, one below the other."""
+    return torch.cat([part.a_RI for part in parts]).to(dtype)
+
+
+def weighted_b(parts: Sequence[Part], weights: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """b_SO of the parts with their weights multiplied in, in fp32 or better, and rounded once."""
+    if all(weight == 1.0 for weight in weights):
+        return torch.cat([part.b_RO for part in parts]).to(dtype)
+    exact = torch.promote_types(parts[0].b_RO.dtype, torch.float32)
+    return torch.cat([part.b_RO.to(exact) * weight for part, weight in zip(parts, weights, strict=True)]).to(dtype)

@@ -1,0 +1,78 @@
+"""Rows sorted by their mixture, and one pair of products for all rows of the same one.
+
+The idea is SGMV's (Punica, Chen et al., MLSys 2024). Ranks differ from segment to segment without being filled up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loraweave.composer.kernels._parts import Part, RowSets, rank_rows, row_sets
+from loraweave.composer.kernels.naive import naive
+from loraweave.composer.kernels.shared import Shared
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """The distinct mixtures of B rows, and which rows each is for: a slice where they lie on end, else an index."""
+
+    num_rows: int
+    num_outputs: int
+    mixtures: tuple[tuple[slice | Tensor, Shared], ...]
+
+    @classmethod
+    def of(cls, parts: Sequence[Part], rows: RowSets, dtype: torch.dtype) -> Segments:
+        """Rows without a part are in no segment."""
+        members: dict[tuple[tuple[int, float], ...], list[int]] = {}
+        for number, row in enumerate(rows):
+            if row:
+                members.setdefault(row, []).append(number)
+        device = parts[0].a_RI.device
+        found = tuple((_place(numbers, device), Shared.of(parts, row, dtype)) for row, numbers in members.items())
+        return cls(len(rows), parts[0].b_RO.shape[1], found)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.mixtures[0][1].dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(mixture.num_bytes for _, mixture in self.mixtures)
+
+    def update(self, x_BTI: Tensor) -> Tensor:
+        tokens = x_BTI.shape[0] // self.num_rows * x_BTI.shape[1]
+        x_MNI = x_BTI.reshape(self.num_rows, tokens, x_BTI.shape[2])
+        update_MNO = x_BTI.new_zeros(self.num_rows, tokens, self.num_outputs)
+        for place, mixture in self.mixtures:
+            update_MNO[place] = mixture.update(x_MNI[place])
+        return update_MNO.view(*x_BTI.shape[:2], self.num_outputs)
+
+    def add_(self, x_BTI: Tensor, y_BTO: Tensor) -> None:
+        tokens = x_BTI.shape[0] // self.num_rows * x_BTI.shape[1]
+        x_MNI = x_BTI.reshape(self.num_rows, tokens, x_BTI.shape[2])
+        y_MNO = y_BTO.view(self.num_rows, tokens, self.num_outputs)
+        for place, mixture in self.mixtures:
+            if isinstance(place, slice):
+                mixture.add_(x_MNI[place], y_MNO[place])
+            else:
+                y_MNO.index_add_(0, place, mixture.update(x_MNI[place]))
+
+
+def _place(numbers: list[int], device: torch.device) -> slice | Tensor:
+    if numbers[-1] - numbers[0] + 1 == len(numbers):
+        return slice(numbers[0], numbers[-1] + 1)
+    return torch.tensor(numbers, device=device)
+
+
+def segments(x_BTI: Tensor, a_SI: Tensor, b_OS: Tensor, w_BTS: Tensor) -> Tensor:
+    """The same as `naive`, by one pair of products for each distinct mixture of rows."""
+    rows = row_sets(w_BTS)
+    if not rows or not any(rows):
+        return naive(x_BTI, a_SI, b_OS, w_BTS)
+    if len(rows) == 1:
+        rows = rows * max(x_BTI.shape[0], 1)
+    return Segments.of(rank_rows(a_SI, b_OS), rows, x_BTI.dtype).update(x_BTI)

@@ -1,0 +1,172 @@
+"""Weights that vary by token, learn, or come from a router: one stack of all experts a layer, weighted in every call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loraweave.composer.affine import AffineTable
+from loraweave.composer.kernels.dense import Stack
+from loraweave.composer.kernels.sorted_tokens import SortedTokens
+from loraweave.composer.layers import TargetLayer
+from loraweave.composer.residents import Lease
+from loraweave.composer.row_weights import LayerMixture
+from loraweave.errors import ScopeError, WeightingError
+from loraweave.routers.mixture import MixtureWeights
+from loraweave.types import Router
+
+# with fewer rank rows, looking for the experts that no token chose costs more than they do
+SPARSE_RANKS = 256
+# tokens sorted by expert pay where no more than this share of (token, rank row) pairs is chosen
+SPARSE_SHARE = 0.125
+
+
+@dataclass(frozen=True, eq=False)
+class _LayerStack:
+    """One layer's experts side by side: the names of those with factors, and their places among all where some have none."""
+
+    device: torch.device
+    dtype: torch.dtype
+    experts: tuple[str, ...]
+    place_P: Tensor | None
+    stack: Stack | None
+    table: AffineTable | None
+
+
+class TokenWeights:
+    """`weights(x_BTI, layer)` gives w_BTE over `experts`, where B and T may be 1."""
+
+    def __init__(
+        self,
+        experts: tuple[str, ...],
+        weights: Callable[[Tensor, str], Tensor],
+        layers: frozenset[str] | None,
+        num_mixtures: int = 1,
+        num_tokens: int = 1,
+    ) -> None:
+        self._experts = experts
+        self.weights = weights
+        self._only = layers
+        self.is_routed = False
+        self.num_mixtures = num_mixtures
+        self.num_tokens = num_tokens
+        self._layers: dict[str, _LayerStack] = {}
+
+    @classmethod
+    def fixed(cls, mixture: MixtureWeights) -> TokenWeights:
+        """Of weights that are known, but vary by token or learn."""
+        learning = mixture.values_BTLE.requires_grad
+        used_L = (mixture.values_BTLE != 0).any(dim=3).flatten(0, 1).any(dim=0).tolist()
+        only = frozenset(layer for layer, used in zip(mixture.layers, used_L, strict=False) if used or learning)
+        num_mixtures, num_tokens = mixture.values_BTLE.shape[:2]
+        return cls(mixture.experts, mixture.weights, only if mixture.layers else None, num_mixtures, num_tokens)
+
+    @classmethod
+    def routed(cls, router: Router, experts: tuple[str, ...]) -> TokenWeights:
+        """Of weights that a router computes from each layer's input."""
+
+        def weights(x_BTI: Tensor, layer: str) -> Tensor:
+            w_BTE = router.weights(x_BTI, layer)
+            if not isinstance(w_BTE, Tensor) or w_BTE.ndim != 3 or w_BTE.shape[2] != len(experts):
+                found = tuple(w_BTE.shape) if isinstance(w_BTE, Tensor) else type(w_BTE).__name__
+                raise WeightingError(
+                    f"router {type(router).__name__} gave {found} for layer {layer!r}; expected w_BTE with the "
+                    f"{len(experts)} experts of the pool on its last axis"
+                )
+            return w_BTE
+
+        found = cls(experts, weights, None)
+        found.is_routed = True
+        return found
+
+    @property
+    def num_bytes(self) -> int:
+        """What the stacks that were made so far keep."""
+        return sum(found.stack.num_bytes for found in self._layers.values() if found.stack is not None)
+
+    def escaped(self) -> None:
+        """Says that a graph of autograd may keep the stacks longer than this object; nothing else uses their memory."""
+
+    def skips(self, layer: str) -> bool:
+        return self._only is not None and layer not in self._only
+
+    def mixture(
+        self, layer: TargetLayer, x_BTI: Tensor, device: torch.device, dtype: torch.dtype, lease: Lease
+    ) -> LayerMixture:
+        """Raises ScopeError, naming the layer and both counts, where rows or tokens are not the weights'."""
+        found = self._stack(layer.name, device, dtype, lease)
+        w_BTE = self._weights(x_BTI, x_BTI, layer.name, found)
+        affine = None if found.table is None else found.table.weighted(w_BTE)
+        if found.stack is None:
+            return LayerMixture(None, affine)
+        w_BTP = w_BTE if found.place_P is None else w_BTE[..., found.place_P]
+        if _sparse(found.stack, w_BTP):
+            parts = [lease.part(name, layer.name, device, dtype) for name in found.experts]
+            return LayerMixture(SortedTokens([part for part in parts if part is not None], w_BTP, dtype), affine)
+        return LayerMixture(found.stack.weighted(w_BTP), affine)
+
+    def projected(
+        self, layer: TargetLayer, x: Tensor, y_BTO: Tensor, device: torch.device, dtype: torch.dtype, lease: Lease
+    ) -> Tensor:
+        """What to add to y for a layer whose hidden values are no product of x with a matrix: an embedding, a convolution.
+
+        As (B, T, O) like y, in fp32 or better where some expert has a gain or a bias. Raises like `mixture`.
+        """
+        found = self._stack(layer.name, device, dtype, lease)
+        like = y_BTO.new_empty(0, dtype=dtype)
+        w_BTE = self._weights(
+            layer.kind.inputs(layer.module, x, like) if self.is_routed else y_BTO, y_BTO, layer.name, found
+        )
+        update_BTO = torch.zeros((), device=device, dtype=dtype)
+        if found.stack is not None:
+            w_BTP = w_BTE if found.place_P is None else w_BTE[..., found.place_P]
+            hidden_BTS = layer.kind.project(layer.module, x, found.stack.a_SI)
+            hidden_BTS = hidden_BTS.reshape(*y_BTO.shape[:2], hidden_BTS.shape[2])
+            update_BTO = found.stack.weighted(w_BTP).expanded(hidden_BTS)
+        if found.table is not None:
+            update_BTO = update_BTO + found.table.weighted(w_BTE).on(y_BTO, layer.parameter("bias"))
+        return update_BTO
+
+    def _weights(self, x_BTI: Tensor, rows: Tensor, layer: str, found: _LayerStack) -> Tensor:
+        w_BTE = self.weights(x_BTI, layer).to(found.device, torch.promote_types(found.dtype, torch.float32))
+        _require_fit(w_BTE, rows, layer)
+        return w_BTE
+
+    def _stack(self, layer: str, device: torch.device, dtype: torch.dtype, lease: Lease) -> _LayerStack:
+        found = self._layers.get(layer)
+        if found is None or found.device != device or found.dtype != dtype:
+            with torch.inference_mode(False), torch.no_grad():
+                found = self._layers[layer] = self._made(layer, device, dtype, lease)
+        return found
+
+    def _made(self, layer: str, device: torch.device, dtype: torch.dtype, lease: Lease) -> _LayerStack:
+        placed = [lease.part(name, layer, device, dtype) for name in self._experts]
+        with_rank = {index: part for index, part in enumerate(placed) if part is not None and part.a_RI.shape[0]}
+        place_P = None if len(with_rank) == len(placed) else torch.tensor(list(with_rank), device=device)
+        stack = Stack.of(list(with_rank.values()), dtype) if with_rank else None
+        experts = tuple(self._experts[index] for index in with_rank)
+        return _LayerStack(device, dtype, experts, place_P, stack, AffineTable.of(placed))
+
+
+def _sparse(stack: Stack, w_BTP: Tensor) -> bool:
+    """Whether sorting the tokens by expert pays; on a CPU only, since it has to look at the weights."""
+    if stack.a_SI.shape[0] <= SPARSE_RANKS or w_BTP.requires_grad or w_BTP.device.type != "cpu":
+        return False
+    return int(torch.count_nonzero(w_BTP)) <= SPARSE_SHARE * w_BTP.numel()
+
+
+def _require_fit(w_BTE: Tensor, x_BTI: Tensor, layer: str) -> None:
+    num_rows, num_tokens = x_BTI.shape[:2]
+    if w_BTE.shape[1] not in (1, num_tokens):
+        raise ScopeError(
+            f"the weights have {w_BTE.shape[1]} tokens, but the input of layer {layer!r} has {num_tokens}; give weights for "
+            "exactly the tokens of this call, or activate() a router, which computes them from the input"
+        )
+    if num_rows % max(w_BTE.shape[0], 1):
+        raise ScopeError(
+            f"the weights have {w_BTE.shape[0]} rows, but the input of layer {layer!r} has {num_rows}, no multiple; "
+            "give one mixture for each row of the batch, or one mapping for all"
+        )
