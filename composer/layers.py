@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loraweave.composer.layer_kinds import conv, embedding, linear
 from loraweave.composer.layer_kinds._kind import LayerKind
+from loraweave.composer.weight_readers import use_of
 from loraweave.errors import CompositionError, LayerMismatch
 from loraweave.hub import algebra
 from loraweave.hub.adapter import Adapter
@@ -29,7 +30,8 @@ KINDS: tuple[LayerKind, ...] = (linear, embedding, conv)
 class TargetLayer:
     """A layer under its module path. `transposed` says that its weight is stored as (I, O).
 
-    `fresh` says that every call's output is a new tensor, which nothing else refers to.
+    `fresh` says that every call's output is a new tensor, which nothing else refers to. `owner` is the module around it,
+    where that does not always call the layer but may compute with its weight itself.
     """
 
     name: str
@@ -39,6 +41,7 @@ class TargetLayer:
     transposed: bool
     kind: LayerKind = linear
     fresh: bool = False
+    owner: nn.Module | None = None
 
     def parameter(self, part: str) -> Tensor | None:
         """The tensor "weight" or "bias" as it is now; None where the layer has none, or computes it on the way."""
@@ -92,8 +95,7 @@ def target_layer(modules: Mapping[str, nn.Module], name: str, factors: Factors, 
             f"{asked}, where peft has put adapters of its own ({what}): take them out with peft's unload(), and give them "
             "to the pool instead"
         )
-    kind = next((kind for kind in KINDS if kind.shape(module) is not None), None)
-    shape = None if kind is None else kind.shape(module)
+    kind, shape = next(((kind, shape) for kind in KINDS if (shape := kind.shape(module))), (None, None))
     if kind is None or shape is None:
         known = "; ".join(f"{each.modules} ({each.name})" for each in KINDS)
         raise LayerMismatch(f"{asked}, which is a {what}{_bare(module)}; what can be composed is {known}")
@@ -115,7 +117,9 @@ def target_layer(modules: Mapping[str, nn.Module], name: str, factors: Factors, 
             "runs: give its factors to 'encoder.embed_tokens' and 'decoder.embed_tokens' beside it"
         )
     fresh = type(module).forward in FRESH and "forward" not in vars(module)
-    layer = TargetLayer(name, module, shape.num_outputs, shape.num_inputs, shape.transposed, kind, fresh)
+    place, _, attribute = name.rpartition(".")
+    owner = modules[place] if place in modules and use_of(modules[place], attribute) == "both" else None
+    layer = TargetLayer(name, module, shape.num_outputs, shape.num_inputs, shape.transposed, kind, fresh, owner)
     weight = layer.parameter("weight")
     if weight is not None and weight.is_meta and not layer.offloaded:
         raise CompositionError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
+from functools import partial
 from types import MethodType, TracebackType
 from typing import Any, Self, TypeVar
 from weakref import WeakKeyDictionary, ref
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from loraweave.composer.layers import TargetLayer
+from loraweave.composer.owner_watch import watch
 from loraweave.composer.plan import Plan
 from loraweave.composer.residents import Lease
 from loraweave.errors import AlreadyActive, CompositionError
@@ -213,6 +215,12 @@ class LiveLayers:
             forward = _MixedForward(self, layer)
             self._handles.append(forward)
             layer.module.forward = forward
+            if layer.owner is not None:
+                self._handles += watch(layer.name, layer.module, layer.owner, partial(self._reaches, layer.name))
+
+    def _reaches(self, layer: str) -> bool:
+        activation = self.current()
+        return activation is not None and activation.plan.reaches(layer, activation.lease)
 
     def _give_back(self, num_left: int) -> None:
         while len(self._handles) > num_left:

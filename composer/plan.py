@@ -72,6 +72,13 @@ class Plan:
                 "for each row of the batch, or one mapping for all"
             )
 
+    def reaches(self, layer: str, lease: Lease) -> bool:
+        """Whether some active expert updates the layer, with weights that may not all be zero."""
+        if self._weights.skips(layer):
+            return False
+        cpu, exact = torch.device("cpu"), torch.float32
+        return any(lease.part(name, layer, cpu, exact) is not None for name in self.experts)
+
     def apply(self, layer: TargetLayer, x: Tensor, y: Tensor, lease: Lease) -> Tensor:
         """The layer's output y = W x + bias with the weighted updates added; y itself where nothing is to be added.
 

@@ -75,7 +75,7 @@ def _looks_up_and_scales(module: nn.Embedding) -> bool:
     tokens_BT = torch.arange(min(4, module.num_embeddings), device=weight.device).flip(0)[None]
     with torch.no_grad():
         try:
-            y = module.forward(tokens_BT)
+            y = type(module).forward(module, tokens_BT)
         # positional embeddings take other arguments, and say so in various ways
         except Exception:
             return False

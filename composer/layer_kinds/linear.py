@@ -65,7 +65,7 @@ def _is_plain(module: nn.Linear) -> bool:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 2, module.in_features, generator=generator).to(weight.device, weight.dtype)
     with torch.no_grad():
-        y = module.forward(x)
+        y = type(module).forward(module, x)
         expected = functional.linear(x, weight, bias)
     if not isinstance(y, Tensor) or y.shape != expected.shape:
         return False

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import threading
 from typing import Any
 
 import pytest
@@ -11,7 +14,7 @@ from torch import Tensor, nn
 
 from loraweave.composer.composer import Composer
 from loraweave.composer.weight_readers import use_of
-from loraweave.errors import LayerMismatch
+from loraweave.errors import CompositionError, LayerMismatch
 from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors
 
@@ -117,3 +120,49 @@ def test_a_router_is_refused_for_a_layer_that_never_runs() -> None:
     model, layer, _ = _attention()
     with pytest.raises(LayerMismatch, match="never calls"):
         Composer(model, [adapter(layer, 4, 4)]).activate(Constant())
+
+
+class Sometimes(nn.Module):
+    """Calls its layer, or with `fast` computes with its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.fast = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.inner.weight, self.inner.bias) if self.fast else self.inner(x)
+
+
+@torch.no_grad()
+def test_an_owner_that_did_not_call_its_layer_this_time_is_noticed() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Sometimes()), torch.randn(2, 4)
+    base = model(x)
+    own = adapter("0.inner", 4, 4)
+    engine = Composer(model, [own])
+    with engine.activate({"a": 1.0}):
+        live = model(x)
+        model[0].fast = True
+        with pytest.raises(CompositionError, match=r"layer '0.inner' did not run: its Sometimes.*use fused\(\)"):
+            model(x)
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.allclose(copied(x), base)
+        with engine.activate({}):
+            assert torch.allclose(model(x), base)
+        assert in_thread(lambda: model(x)).shape == base.shape
+        model[0].fast = False
+        assert torch.equal(model(x), live)
+    model[0].fast = True
+    assert torch.allclose(model(x), base)
+    with engine.fused({"a": 1.0}):
+        assert torch.allclose(model(x), live, rtol=1e-5, atol=1e-5)
+    assert sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()) == 0
+
+
+def in_thread(call: Any) -> Any:
+    answers: list[Any] = []
+    thread = threading.Thread(target=lambda: answers.append(call()))
+    thread.start()
+    thread.join()
+    return answers[0]

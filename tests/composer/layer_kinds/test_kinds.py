@@ -15,7 +15,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 
 from loraweave.composer.composer import Composer
 from loraweave.composer.layers import target_layer
-from loraweave.errors import ScopeError
+from loraweave.errors import CompositionError, ScopeError
 from loraweave.hub.adapter import Adapter
 from loraweave.routers.mixture import MixtureWeights
 from loraweave.types import Factors, Kind
@@ -257,9 +257,19 @@ def test_a_fused_kernel_keeps_its_memory_format() -> None:
         assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_someone_elses_write_to_a_fused_kernel_is_noticed() -> None:
-    from loraweave.errors import CompositionError
+def test_a_weight_that_is_computed_on_the_way_mixes_live_and_is_not_fused_into() -> None:
+    model, x, adapters = setting(CASES["conv1d"])
+    base = model(x)
+    update = dense(model, adapters[:1], [1.0])(x) - base
+    nn.utils.parametrizations.weight_norm(model[0])
+    engine = Composer(model, adapters)
+    with engine.activate({"a": 0.5}):
+        assert torch.allclose(model(x), base + 0.5 * update, rtol=1e-12, atol=1e-12)
+    with pytest.raises(CompositionError, match="computed on the way"), engine.fused({"a": 1.0}):
+        pass
 
+
+def test_someone_elses_write_to_a_fused_kernel_is_noticed() -> None:
     model, x, adapters = setting(CASES["conv2d"], dtype=torch.bfloat16)
     base = model(x)
     with pytest.raises(CompositionError, match="changed by others"), Composer(model, adapters).fused({"a": 1.0}):

@@ -1,0 +1,63 @@
+"""Notices a layer that its owner calls in one case and computes with itself in another, as mamba's and bloom's do.
+
+In the second case a live update would be lost without a word, so that it is an error as soon as the owner has run.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from loraweave.errors import CompositionError
+
+
+def watch(name: str, module: nn.Module, owner: nn.Module, expected: Callable[[], bool]) -> list[RemovableHandle]:
+    """Hooks that raise CompositionError when the owner has run without calling the layer, although it was `expected`."""
+    seen = threading.local()
+
+    def begin() -> None:
+        seen.called = False
+
+    def call() -> None:
+        seen.called = True
+
+    def end() -> None:
+        if not getattr(seen, "called", True) and expected():
+            raise CompositionError(
+                f"layer {name!r} did not run: its {type(owner).__name__} computed with its weight itself, as it does for "
+                "some settings and on some devices, and the live update would be lost; use fused(), or another setting"
+            )
+
+    return [
+        owner.register_forward_pre_hook(_Step(begin)),
+        module.register_forward_hook(_Step(call)),
+        owner.register_forward_hook(_Step(end)),
+    ]
+
+
+class _Step:
+    """A hook; that of a copied or unpickled model does nothing."""
+
+    def __init__(self, step: Callable[[], None]) -> None:
+        self._step = step
+
+    def __call__(self, *given: Any) -> None:
+        self._step()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return _nothing
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
+        return _get_nothing, ()
+
+
+def _nothing(*given: Any) -> None:
+    """The hook of a copied model."""
+
+
+def _get_nothing() -> Callable[..., None]:
+    return _nothing
