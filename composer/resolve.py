@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from loraweave.errors import UnknownExpert, WeightingError
+import torch
+
+from loraweave.errors import ScopeError, WeightingError
 from loraweave.hub.pool import ExpertPool
+from loraweave.hub.unknown_expert import unknown_expert
+from loraweave.routers.by_row import ByRow
 from loraweave.routers.mixture import MixtureWeights
 from loraweave.types import Router
 
@@ -14,22 +18,53 @@ from loraweave.types import Router
 def resolve(mixture: Any, pool: ExpertPool) -> MixtureWeights | Router:
     """What activate() takes, as weights in the order of the pool's experts, or as the router that it is.
 
+    A list has one mixture for each row of the batch: {name: weight}, None, MixtureWeights of one row, or a router.
     Raises WeightingError for anything else, UnknownExpert for a name that the pool has not.
     """
     if isinstance(mixture, MixtureWeights):
         return _aligned(mixture, pool)
     if isinstance(mixture, Mapping):
-        return MixtureWeights.of(mixture, pool.names)
+        return _named([mixture], pool)
     if callable(getattr(mixture, "weights", None)):
         return mixture  # type: ignore[no-any-return]
     if isinstance(mixture, Iterable) and not isinstance(mixture, str):
         rows = list(mixture)
         if all(row is None or isinstance(row, Mapping) for row in rows):
-            return MixtureWeights.of(rows, pool.names)
+            return _named(rows, pool)
+        return ByRow([_row(number, row, pool) for number, row in enumerate(rows)], pool.names)
     raise WeightingError(
         f"a mixture is {{name: weight}}, a list with one of these (None: the base) per row, MixtureWeights or a router, "
         f"not {mixture!r}; {{}} is the base model"
     )
+
+
+def _named(rows: list[Mapping[str, float] | None], pool: ExpertPool) -> MixtureWeights:
+    """Weights over the experts that the rows name, so that their number and not the pool's size is what counts."""
+    used = {name for row in rows if row for name in row}
+    for name in used:
+        if name not in pool.places:
+            raise unknown_expert(name, pool.names)
+    return MixtureWeights.of(rows, sorted(used, key=pool.places.__getitem__))
+
+
+def _row(number: int, row: Any, pool: ExpertPool) -> Router | None:
+    """One row's mixture as a router over all of the pool's experts."""
+    if row is None:
+        return None
+    resolved = resolve(row, pool)
+    if not isinstance(resolved, MixtureWeights):
+        own = getattr(resolved, "experts", pool.names)
+        if isinstance(resolved, ByRow) or tuple(own) != pool.names:
+            raise WeightingError(
+                f"row {number} of the mixture is a {type(resolved).__name__} for {own}, but the pool has {pool.names}, in "
+                "this order; give each row a router for this pool"
+            )
+        return resolved
+    if resolved.values_BTLE.shape[0] != 1:
+        raise ScopeError(f"row {number} of the mixture has weights for {resolved.values_BTLE.shape[0]} rows; give one row")
+    place_E = torch.tensor([pool.places[name] for name in resolved.experts], dtype=torch.long)
+    values_BTLE = resolved.values_BTLE.new_zeros(*resolved.values_BTLE.shape[:3], len(pool))
+    return MixtureWeights(values_BTLE.index_copy(3, place_E, resolved.values_BTLE), pool.names, resolved.layers)
 
 
 def _aligned(mixture: MixtureWeights, pool: ExpertPool) -> MixtureWeights:
@@ -37,12 +72,11 @@ def _aligned(mixture: MixtureWeights, pool: ExpertPool) -> MixtureWeights:
         raise WeightingError(f"the mixture names an expert twice: {', '.join(map(repr, mixture.experts))}")
     for name in mixture.experts:
         if name not in pool.adapters:
-            raise UnknownExpert(f"no expert {name!r} in the pool; it has {', '.join(map(repr, pool.names))}")
-    place = {name: index for index, name in enumerate(pool.names)}
+            raise unknown_expert(name, pool.names)
     known = set(pool.layer_names)
     for index, layer in enumerate(mixture.layers):
         if layer not in known and bool((mixture.values_BTLE[:, :, index] != 0).any()):
             raise WeightingError(f"the mixture gives weights to layer {layer!r}, which no expert of the pool updates")
     # in the order of the pool, so that one set of experts is one set, and gives the same bits, however it was named
-    order = sorted(range(len(mixture.experts)), key=lambda index: place[mixture.experts[index]])
+    order = sorted(range(len(mixture.experts)), key=lambda index: pool.places[mixture.experts[index]])
     return MixtureWeights(mixture.values_BTLE[..., order], tuple(mixture.experts[index] for index in order), mixture.layers)

@@ -12,7 +12,7 @@ from loraweave.composer.affine import AffineTable
 from loraweave.composer.kernels.dense import Stack
 from loraweave.composer.kernels.sorted_tokens import SortedTokens
 from loraweave.composer.layers import TargetLayer
-from loraweave.composer.residents import Lease
+from loraweave.composer.residents import Lease, PlacedFactors
 from loraweave.composer.row_weights import LayerMixture
 from loraweave.errors import ScopeError, WeightingError
 from loraweave.routers.mixture import MixtureWeights
@@ -24,16 +24,20 @@ SPARSE_RANKS = 256
 SPARSE_SHARE = 0.125
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _LayerStack:
-    """One layer's experts side by side: the names of those with factors, and their places among all where some have none."""
+    """One layer's experts: the names of those with factors, and their places among all where some have none.
+
+    Their factors are put side by side when they are first needed so.
+    """
 
     device: torch.device
     dtype: torch.dtype
     experts: tuple[str, ...]
     place_P: Tensor | None
-    stack: Stack | None
+    num_ranks: int
     table: AffineTable | None
+    stack: Stack | None = None
 
 
 class TokenWeights:
@@ -78,7 +82,7 @@ class TokenWeights:
                 )
             return w_BTE
 
-        found = cls(experts, weights, None)
+        found = cls(experts, weights, None, getattr(router, "num_rows", 1))
         found.is_routed = True
         return found
 
@@ -100,13 +104,12 @@ class TokenWeights:
         found = self._stack(layer.name, device, dtype, lease)
         w_BTE = self._weights(x_BTI, x_BTI, layer.name, found)
         affine = None if found.table is None else found.table.weighted(w_BTE)
-        if found.stack is None:
+        if not found.experts:
             return LayerMixture(None, affine)
         w_BTP = w_BTE if found.place_P is None else w_BTE[..., found.place_P]
-        if _sparse(found.stack, w_BTP):
-            parts = [lease.part(name, layer.name, device, dtype) for name in found.experts]
-            return LayerMixture(SortedTokens([part for part in parts if part is not None], w_BTP, dtype), affine)
-        return LayerMixture(found.stack.weighted(w_BTP), affine)
+        if _sparse(found.num_ranks, w_BTP):
+            return LayerMixture(SortedTokens(_parts(found, layer.name, lease), w_BTP, dtype), affine)
+        return LayerMixture(self._side_by_side(found, layer.name, lease).weighted(w_BTP), affine)
 
     def projected(
         self, layer: TargetLayer, x: Tensor, y_BTO: Tensor, device: torch.device, dtype: torch.dtype, lease: Lease
@@ -121,11 +124,12 @@ class TokenWeights:
             layer.kind.inputs(layer.module, x, like) if self.is_routed else y_BTO, y_BTO, layer.name, found
         )
         update_BTO = torch.zeros((), device=device, dtype=dtype)
-        if found.stack is not None:
-            w_BTP = w_BTE if found.place_P is None else w_BTE[..., found.place_P]
-            hidden_BTS = layer.kind.project(layer.module, x, found.stack.a_SI)
+        if found.experts:
+            stack = self._side_by_side(found, layer.name, lease)
+            hidden_BTS = layer.kind.project(layer.module, x, stack.a_SI)
             hidden_BTS = hidden_BTS.reshape(*y_BTO.shape[:2], hidden_BTS.shape[2])
-            update_BTO = found.stack.weighted(w_BTP).expanded(hidden_BTS)
+            w_BTP = w_BTE if found.place_P is None else w_BTE[..., found.place_P]
+            update_BTO = stack.weighted(w_BTP).expanded(hidden_BTS)
         if found.table is not None:
             update_BTO = update_BTO + found.table.weighted(w_BTE).on(y_BTO, layer.parameter("bias"))
         return update_BTO
@@ -146,14 +150,26 @@ class TokenWeights:
         placed = [lease.part(name, layer, device, dtype) for name in self._experts]
         with_rank = {index: part for index, part in enumerate(placed) if part is not None and part.a_RI.shape[0]}
         place_P = None if len(with_rank) == len(placed) else torch.tensor(list(with_rank), device=device)
-        stack = Stack.of(list(with_rank.values()), dtype) if with_rank else None
         experts = tuple(self._experts[index] for index in with_rank)
-        return _LayerStack(device, dtype, experts, place_P, stack, AffineTable.of(placed))
+        num_ranks = sum(part.a_RI.shape[0] for part in with_rank.values())
+        return _LayerStack(device, dtype, experts, place_P, num_ranks, AffineTable.of(placed))
+
+    @staticmethod
+    def _side_by_side(found: _LayerStack, layer: str, lease: Lease) -> Stack:
+        if found.stack is None:
+            with torch.inference_mode(False), torch.no_grad():
+                found.stack = Stack.of(_parts(found, layer, lease), found.dtype)
+        return found.stack
 
 
-def _sparse(stack: Stack, w_BTP: Tensor) -> bool:
+def _parts(found: _LayerStack, layer: str, lease: Lease) -> list[PlacedFactors]:
+    parts = [lease.part(name, layer, found.device, found.dtype) for name in found.experts]
+    return [part for part in parts if part is not None]
+
+
+def _sparse(num_ranks: int, w_BTP: Tensor) -> bool:
     """Whether sorting the tokens by expert pays; on a CPU only, since it has to look at the weights."""
-    if stack.a_SI.shape[0] <= SPARSE_RANKS or w_BTP.requires_grad or w_BTP.device.type != "cpu":
+    if num_ranks <= SPARSE_RANKS or w_BTP.requires_grad or w_BTP.device.type != "cpu":
         return False
     return int(torch.count_nonzero(w_BTP)) <= SPARSE_SHARE * w_BTP.numel()
 

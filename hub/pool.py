@@ -109,6 +109,11 @@ class ExpertPool:
         return self.subset(other for other in self.adapters if other != name)
 
     @cached_property
+    def places(self) -> Mapping[str, int]:
+        """Each expert's place in the order of the pool."""
+        return {name: place for place, name in enumerate(self.adapters)}
+
+    @cached_property
     def layer_names(self) -> tuple[str, ...]:
         """Every layer that some expert updates, sorted. A lazy pool opens all its adapters to know."""
         # adapters of one form share its tuple, so that a pool of thousands looks at a few

@@ -22,7 +22,7 @@ FOLDERS = {
 }
 
 # modules of a registry folder that support the others and are no entries themselves
-SUPPORT = {"routers": {"mixture", "objective"}}
+SUPPORT = {"routers": {"by_row", "mixture", "objective"}}
 
 
 def names(folder: str) -> list[str]:
