@@ -5,25 +5,31 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 
 from loraweave.composer import fuse
+from loraweave.composer.explain import reading
+from loraweave.composer.explanation import Explanation
 from loraweave.composer.fitting import Fitting
 from loraweave.composer.generation import generation_call
 from loraweave.composer.layers import TargetLayer
 from loraweave.composer.live import Activation, LiveLayers, claim, release
 from loraweave.composer.merge import layer_updates
 from loraweave.composer.method_call import MethodCall
+from loraweave.composer.mixture_cost import Cost, mixture_cost
 from loraweave.composer.originals import Place
 from loraweave.composer.plan import Plan, make_plan
+from loraweave.composer.recording import Setting, Trace, last_weights, recording
 from loraweave.composer.residents import Residents
 from loraweave.composer.resolve import resolve
 from loraweave.composer.statistics import Statistics
 from loraweave.composer.streaming import streamed
 from loraweave.composer.truncated_update import TruncatedUpdate
+from loraweave.composer.used_weights import UsedWeights
 from loraweave.composer.workspace import Workspace
 from loraweave.errors import AlreadyActive, CompositionError, ScopeError, WeightingError
 from loraweave.hub.adapter import Adapter
@@ -109,6 +115,48 @@ class Composer:
                 lease.release()
                 raise
             return self._live.open(plan, lease)
+
+    @property
+    def last_weights(self) -> UsedWeights:
+        """The weights that the last forward under an activation used, as {layer: w_BTE}, with load() and entropy.
+
+        Of this thread (or asyncio task); empty where none has run in it, or since swap(). A layer that ran several times
+        counts with its last call. Raises CompositionError for weights by token of over 64 MiB, which only record() keeps.
+        """
+        return last_weights(self._live, Setting(self._bound, self._fitting))
+
+    def cost(self, used: UsedWeights | None = None) -> Cost:
+        """FLOPs and bytes that a mixture adds to its layers, beside the layers' own; None: in the last forward."""
+        return mixture_cost(self.last_weights if used is None else used, self._bound, self.target_layers)
+
+    def record(self) -> AbstractContextManager[Trace]:
+        """`with engine.record() as trace:` keeps the weights of every call in this thread; trace.weights joins them.
+
+        All of them, on the model's devices, until the trace goes. Of the pool that the engine has when this is called.
+        """
+        return recording(self._live, Setting(self._bound, self._fitting))
+
+    def explain(self, text: str, mixture: Any = None, *, max_new_tokens: int = 0) -> Explanation:
+        """What each token of a text gets from each expert in each layer, gathered in one forward.
+
+        `mixture` is what activate() takes; None explains what is active. With `max_new_tokens`, the greedy continuation (an
+        encoder-decoder's answer) is explained too, but for its last token, which the model never reads. An encoder-decoder's
+        tokens are those of the text and then those of the answer, with the token that it begins with.
+        Raises CompositionError without a tokenizer, ScopeError for a mixture of several rows, AlreadyActive while fused.
+        """
+        self._require_open()
+        if self.tokenizer is None:
+            raise CompositionError("explain() needs a tokenizer: make the Composer with tokenizer=...")
+        if not isinstance(text, str):
+            raise CompositionError(f"explain() takes one text, but got {type(text).__name__}: explain texts one by one")
+        if self._fused:
+            raise AlreadyActive("a mixture that is fused into the weights has none to explain: leave fused() first")
+        with torch.no_grad(), nullcontext() if mixture is None else self.activate(mixture):
+            read = reading(self.model, self.tokenizer, text, max_new_tokens)
+            with self.record() as trace:
+                self.model(**read.inputs)
+        order = [name for name, _ in self.model.named_modules() if name in self.target_layers]
+        return read.explanation(self.tokenizer, trace, order)
 
     @contextmanager
     def fused(

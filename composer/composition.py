@@ -8,14 +8,18 @@ import shutil
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from loraweave.composer import scoring
 from loraweave.composer.composer import Composer
+from loraweave.composer.explain import pieces, reading
+from loraweave.composer.explanation import Explanation
 from loraweave.composer.merge import merge
 from loraweave.composer.report import Report, ReportRow
 from loraweave.errors import AdapterCorrupt, AdapterNotFound, BaseModelMismatch, CompositionError
@@ -77,6 +81,21 @@ class Composition:
         with self._active():
             score = scoring.evaluate(self.model, self.tokenizer, self.task, pairs)
         return {"value": score.value, "low": score.low, "high": score.high, "loss": score.loss, "count": score.count}
+
+    def explain(self, text: str, *, max_new_tokens: int = 0) -> Explanation:
+        """What each token of the prompt for an input gets from each adapter: the composition's weights, in every layer.
+
+        With `max_new_tokens`, tokens of the greedy continuation are explained too; Composer.explain says which.
+        """
+        prompt = self.task.prompt(text)
+        if not self.weights:
+            with torch.no_grad():
+                ids = torch.cat(reading(self.model, self.tokenizer, prompt, max_new_tokens).parts).tolist()
+            return Explanation(pieces(self.tokenizer, ids), (), (), torch.empty(len(ids), 0, 0))
+        engine = Composer(self.model, [self.adapter], tokenizer=self.tokenizer)
+        merged = engine.explain(prompt, {self.adapter.name: 1.0}, max_new_tokens=max_new_tokens)
+        weights_E = torch.tensor(list(self.weights.values()))
+        return replace(merged, experts=tuple(self.weights), w_TLE=merged.w_TLE * weights_E)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Writes composition.json and, unless it is the base model, the merged adapter as a PEFT folder."""

@@ -68,7 +68,8 @@ class Explanation:
         total = self.total
         table = Table(title=self._title(total), title_justify="left")
         for column in ("expert", "share", "chosen", "mean weight", "most in layer", "most at tokens"):
-            table.add_column(column, justify="left" if column in ("expert", "most in layer", "most at tokens") else "right")
+            words = column in ("expert", "most in layer", "most at tokens")
+            table.add_column(column, justify="left" if words else "right", overflow="fold")
         order = total.share_E.argsort(descending=True, stable=True).tolist()
         for at in order[:MAX_ROWS]:
             figures = (total.share_E[at], total.chosen_E[at], self.by_layer_LE[:, at].nanmean())
@@ -104,11 +105,17 @@ class Explanation:
     def plot(self, path: str | Path) -> Path:
         """Draws weight by layer and by token, and every token with its strongest expert; returns the path.
 
-        The suffix names the format (.png, .svg, .pdf). Raises PackageMissing without matplotlib, CompositionError where no
-        expert takes part.
+        The suffix names the format (.png, .svg, .pdf). Raises PackageMissing without matplotlib, CompositionError for
+        another suffix, and where no expert takes part.
         """
-        draw(self).savefig(path)
-        return Path(path)
+        figure, target = draw(self), Path(path)
+        formats = figure.canvas.get_supported_filetypes()
+        if target.suffix.lower().lstrip(".") not in formats:
+            raise CompositionError(
+                f"a picture's name ends in one of {', '.join(sorted(formats))}, but this is {str(path)!r}"
+            )
+        figure.savefig(target)
+        return target
 
     def _title(self, total: Load) -> str:
         if not self.experts:

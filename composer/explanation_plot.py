@@ -220,7 +220,8 @@ class _Strip:
         cut = f", the first {len(self._boxes):,} of {len(tokens):,} tokens" if len(self._boxes) < len(tokens) else ""
         axes = figure.add_axes((0, 0, 1, 1), xlim=(0, INCHES), ylim=(inches, 0))
         axes.axis("off")
-        said = "each token's strongest expert (number, colour) and its share of the weight (fullness of the colour)"
+        highest = max(self._share) or 1.0
+        said = f"each token's strongest expert (number, colour) and its share of the weight (fullness, up to {highest:.0%})"
         axes.text(0.1, 0.18, f"({letter}) {said}{cut}", fontsize=8)
         begun = -1
         for at, line, column, text in self._boxes:
@@ -231,7 +232,7 @@ class _Strip:
             best = self._best[at]
             colour: Any = "white"
             if best is not None:
-                fullness = 0.15 + 0.75 * self._share[at]
+                fullness = 0.15 + 0.75 * self._share[at] / highest
                 base = to_rgb(self.colour_of.get(best, OTHER))
                 colour = tuple(1 - fullness * (1 - part) for part in base)
                 size = max(width(text), len(str(best + 1))) * COLUMN_INCHES

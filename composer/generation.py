@@ -69,7 +69,7 @@ def generation_call(
             f"assisted generation and prompt lookup take one text at a time, but there are {len(texts)}: give them one by "
             "one, or leave the assistant out"
         )
-    batch, pad = _encode(model, tokenizer, texts)
+    batch, pad = encode(model, tokenizer, texts)
     own = getattr(model, "generation_config", None)
     if "pad_token_id" not in arguments and getattr(own, "pad_token_id", None) is None:
         arguments["pad_token_id"] = pad
@@ -77,7 +77,7 @@ def generation_call(
         arguments["stopping_criteria"] = _stopping_at(stop, tokenizer, arguments.get("stopping_criteria"))
     if seeds is not None:
         _require_seedable(mode, seeds, len(texts), settings)
-    start = 0 if _encodes(model) else batch["input_ids"].shape[1]
+    start = 0 if encodes(model) else batch["input_ids"].shape[1]
     return GenerationCall(tokenizer, {**batch, **arguments}, seeds, mode, start)
 
 
@@ -129,7 +129,7 @@ def _stopping_at(stop: str | Sequence[str], tokenizer: Any, others: Any) -> Any:
     return StoppingCriteriaList([*(others or ()), StopStringCriteria(tokenizer, stop)])
 
 
-def _encode(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> tuple[dict[str, Tensor], int]:
+def encode(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> tuple[dict[str, Tensor], int]:
     """The token ids and their mask, padded left (right for an encoder), and the id that pads."""
     encoded = [list(tokenizer(text)["input_ids"]) for text in texts]
     for number, ids in enumerate(encoded):
@@ -146,12 +146,13 @@ def _encode(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> tuple[dic
     ids_BT = torch.full((len(encoded), longest), pad)
     mask_BT = torch.zeros(len(encoded), longest, dtype=torch.long)
     for row, ids in enumerate(encoded):
-        place = slice(0, len(ids)) if _encodes(model) else slice(longest - len(ids), longest)
+        place = slice(0, len(ids)) if encodes(model) else slice(longest - len(ids), longest)
         ids_BT[row, place] = torch.tensor(ids)
         mask_BT[row, place] = 1
     device = next(model.parameters()).device
     return {"input_ids": ids_BT.to(device), "attention_mask": mask_BT.to(device)}, pad
 
 
-def _encodes(model: nn.Module) -> bool:
+def encodes(model: nn.Module) -> bool:
+    """Whether it is an encoder-decoder."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))

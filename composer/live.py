@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from loraweave.composer.layers import TargetLayer
 from loraweave.composer.owner_watch import watch
 from loraweave.composer.plan import Plan
+from loraweave.composer.recording import Usage
 from loraweave.composer.residents import Lease
 from loraweave.errors import AlreadyActive, CompositionError
 
@@ -64,6 +65,7 @@ class Activation:
         self.live = live
         self.plan = plan
         self.lease = lease
+        self.usage = Usage(live, plan.experts, plan.mixture)
         self.outer = outer
         self.closed = False
         self._thread = threading.current_thread()
@@ -253,7 +255,7 @@ class _MixedForward:
             if activation is None:
                 return y
         x = args[0] if args else next(iter(kwargs.values()))
-        return activation.plan.apply(self._layer, x, y, activation.lease)
+        return activation.plan.apply(self._layer, x, y, activation.lease, activation.usage)
 
     def remove(self) -> None:
         """Gives the layer its own forward back. Where another stands in for this one by now, that stays, and calls this."""

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from loraweave.composer.kernels._parts import Kernel
+from loraweave.composer.kernels._some_rows import SomeRows
 from loraweave.composer.layer_kinds import linear
 from loraweave.composer.layers import TargetLayer, is_floating
+from loraweave.composer.recording import Note, Usage
 from loraweave.composer.residents import Lease
 from loraweave.composer.row_weights import LayerMixture, RowWeights
 from loraweave.composer.token_weights import TokenWeights
@@ -41,14 +43,20 @@ class _Weights(Protocol):
     ) -> LayerMixture: ...
 
 
-_Remembered = tuple[Kernel, torch.dtype, torch.device]
+_Remembered = tuple[Kernel, torch.dtype, torch.device, Note]
 
 
 class Plan:
-    """The active experts' names and their weights. What it makes of them for a layer is kept for the next call."""
+    """The active experts' names and their weights. What it makes of them for a layer is kept for the next call.
 
-    def __init__(self, experts: tuple[str, ...], weights: _Weights, by_token: TokenWeights) -> None:
+    `mixture` has the weights of the active experts; None where each call makes them, of its input or of what learns.
+    """
+
+    def __init__(
+        self, experts: tuple[str, ...], mixture: MixtureWeights | None, weights: _Weights, by_token: TokenWeights
+    ) -> None:
         self.experts = experts
+        self.mixture = mixture
         self._weights = weights
         # the same weights, for layers whose hidden values are no product with a matrix
         self._by_token = by_token
@@ -79,7 +87,7 @@ class Plan:
         cpu, exact = torch.device("cpu"), torch.float32
         return any(lease.part(name, layer, cpu, exact) is not None for name in self.experts)
 
-    def apply(self, layer: TargetLayer, x: Tensor, y: Tensor, lease: Lease) -> Tensor:
+    def apply(self, layer: TargetLayer, x: Tensor, y: Tensor, lease: Lease, usage: Usage) -> Tensor:
         """The layer's output y = W x + bias with the weighted updates added; y itself where nothing is to be added.
 
         The rows of x are its first axis. Weights for B rows meet x of B * k rows by counting each k times in a row, as
@@ -91,7 +99,7 @@ class Plan:
         if by_shape is not None:
             remembered = by_shape.get(x.shape)
             if remembered is not None:
-                kernel, dtype, device = remembered
+                kernel, dtype, device, note = remembered
                 if (
                     x.dtype is dtype
                     and y.dtype is dtype
@@ -100,29 +108,33 @@ class Plan:
                     and not (torch.is_grad_enabled() and y.requires_grad)
                     and y.is_contiguous()
                 ):
+                    usage.saw(layer.name, note)
                     if kernel.dtype is dtype:
                         kernel.add_(x, y)
                     else:
                         y.add_(kernel.update(x.to(kernel.dtype)))
                     return y
         if not self.experts or self._weights.skips(layer.name):
+            usage.saw(layer.name, Note(y.shape))
             return y
-        return self._general(layer, x, y, lease)
+        return self._general(layer, x, y, lease, usage)
 
-    def _general(self, layer: TargetLayer, x: Tensor, y: Tensor, lease: Lease) -> Tensor:
+    def _general(self, layer: TargetLayer, x: Tensor, y: Tensor, lease: Lease, usage: Usage) -> Tensor:
         weight = layer.parameter("weight")
         dtype = weight.dtype if weight is not None and is_floating(weight.dtype) else y.dtype
         if layer.kind is not linear:
-            return self._projected(layer, x.to(y.device), y, dtype, lease)
+            return self._projected(layer, x.to(y.device), y, dtype, lease, usage)
         x_BTI = x.to(y.device)
         x_BTI = _by_token(x_BTI.reshape(*_leading(x_BTI), layer.num_inputs), self._weights.num_tokens, x.ndim)
         mixture = self._weights.mixture(layer, x_BTI, y.device, dtype, lease)
         kernel, affine = mixture.kernel, mixture.affine
+        note = Note(y.shape, _kernel_class(kernel))
+        self._tell(usage, layer.name, note, mixture.w_BTE)
         if kernel is not None and affine is None and x.ndim == 3 and layer.fresh and isinstance(self._weights, RowWeights):
             by_shape = self._remembered.setdefault(layer.name, {})
             if len(by_shape) >= NUM_KEPT_SHAPES:
                 by_shape.clear()
-            by_shape[x.shape] = kernel, dtype, y.device
+            by_shape[x.shape] = kernel, dtype, y.device, note
         if torch.is_grad_enabled() and x.requires_grad:
             self._weights.escaped()
         y_BTO = y.reshape(*x_BTI.shape[:2], layer.num_outputs)
@@ -137,10 +149,21 @@ class Plan:
             result_BTO = kernel.update(x_BTI.to(kernel.dtype)).to(y.dtype).add_(y_BTO)
         return result_BTO.reshape(y.shape)
 
-    def _projected(self, layer: TargetLayer, x: Tensor, y: Tensor, dtype: torch.dtype, lease: Lease) -> Tensor:
+    def _projected(self, layer: TargetLayer, x: Tensor, y: Tensor, dtype: torch.dtype, lease: Lease, usage: Usage) -> Tensor:
         y_BTO = _by_token(layer.kind.rows(layer.module, y), self._weights.num_tokens, y.ndim)
-        update_BTO = self._by_token.projected(layer, x, y_BTO, y.device, dtype, lease)
+        update_BTO, w_BTE = self._by_token.projected(layer, x, y_BTO, y.device, dtype, lease)
+        self._tell(usage, layer.name, Note(y.shape), w_BTE)
         return layer.kind.put_back(y_BTO + update_BTO.to(y.dtype), y)
+
+    def _tell(self, usage: Usage, layer: str, note: Note, w_BTE: Tensor | None) -> None:
+        if self.mixture is not None or w_BTE is None:
+            usage.saw(layer, note)
+        else:
+            usage.chose(layer, note, w_BTE)
+
+
+def _kernel_class(kernel: Kernel | None) -> type | None:
+    return type(kernel.kernel if isinstance(kernel, SomeRows) else kernel) if kernel is not None else None
 
 
 def _leading(x: Tensor) -> tuple[int, int]:
@@ -174,7 +197,7 @@ def make_plan(weights: MixtureWeights | Router, names: tuple[str, ...], workspac
                 "make the router for this pool, or swap() to pool.subset(router.experts)"
             )
         routed = TokenWeights.routed(weights, names)
-        return Plan(names, routed, routed)
+        return Plan(names, None, routed, routed)
     with torch.inference_mode(False):
         values_BTLE = weights.values_BTLE
         if not values_BTLE.requires_grad:
@@ -185,5 +208,5 @@ def make_plan(weights: MixtureWeights | Router, names: tuple[str, ...], workspac
         mixture = MixtureWeights(values_BTLE[..., used_E], active, weights.layers)
     by_token = TokenWeights.fixed(mixture)
     if values_BTLE.requires_grad or values_BTLE.shape[1] > 1:
-        return Plan(active, by_token, by_token)
-    return Plan(active, RowWeights(mixture, workspace), by_token)
+        return Plan(active, None if values_BTLE.requires_grad else mixture, by_token, by_token)
+    return Plan(active, mixture, RowWeights(mixture, workspace), by_token)

@@ -27,10 +27,14 @@ from loraweave.routers.mixture import MixtureWeights
 
 @dataclass(frozen=True, eq=False)
 class LayerMixture:
-    """What a layer adds in one forward pass: a product and an affine part, each None where no expert has one."""
+    """What a layer adds in one forward pass: a product and an affine part, each None where no expert has one.
+
+    `w_BTE` are the weights, where they are made in the call.
+    """
 
     kernel: Kernel | None
     affine: Affine | None
+    w_BTE: Tensor | None = None
 
 
 class RowWeights:

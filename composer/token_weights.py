@@ -105,18 +105,18 @@ class TokenWeights:
         w_BTE = self._weights(x_BTI, x_BTI, layer.name, found)
         affine = None if found.table is None else found.table.weighted(w_BTE)
         if not found.experts:
-            return LayerMixture(None, affine)
+            return LayerMixture(None, affine, w_BTE)
         w_BTP = w_BTE if found.place_P is None else w_BTE[..., found.place_P]
         if _sparse(found.num_ranks, w_BTP):
-            return LayerMixture(SortedTokens(_parts(found, layer.name, lease), w_BTP, dtype), affine)
-        return LayerMixture(self._side_by_side(found, layer.name, lease).weighted(w_BTP), affine)
+            return LayerMixture(SortedTokens(_parts(found, layer.name, lease), w_BTP, dtype), affine, w_BTE)
+        return LayerMixture(self._side_by_side(found, layer.name, lease).weighted(w_BTP), affine, w_BTE)
 
     def projected(
         self, layer: TargetLayer, x: Tensor, y_BTO: Tensor, device: torch.device, dtype: torch.dtype, lease: Lease
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """What to add to y for a layer whose hidden values are no product of x with a matrix: an embedding, a convolution.
 
-        As (B, T, O) like y, in fp32 or better where some expert has a gain or a bias. Raises like `mixture`.
+        As (B, T, O) like y, in fp32 or better where some expert has a gain or a bias; and w_BTE. Raises like `mixture`.
         """
         found = self._stack(layer.name, device, dtype, lease)
         like = y_BTO.new_empty(0, dtype=dtype)
@@ -132,7 +132,7 @@ class TokenWeights:
             update_BTO = stack.weighted(w_BTP).expanded(hidden_BTS)
         if found.table is not None:
             update_BTO = update_BTO + found.table.weighted(w_BTE).on(y_BTO, layer.parameter("bias"))
-        return update_BTO
+        return update_BTO, w_BTE
 
     def _weights(self, x_BTI: Tensor, rows: Tensor, layer: str, found: _LayerStack) -> Tensor:
         w_BTE = self.weights(x_BTI, layer).to(found.device, torch.promote_types(found.dtype, torch.float32))

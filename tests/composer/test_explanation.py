@@ -114,3 +114,10 @@ def test_a_plot_without_matplotlib_says_what_to_install(
 @pytest.mark.parametrize(("suffix", "begin"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
 def test_the_suffix_names_the_format(known: Explanation, suffix: str, begin: bytes, tmp_path: Path) -> None:
     assert known.plot(tmp_path / f"map.{suffix}").read_bytes().startswith(begin)
+
+
+@pytest.mark.parametrize("name", ["map.xyz", "map"])
+def test_a_format_that_nobody_knows_is_named_and_nothing_is_written(known: Explanation, name: str, tmp_path: Path) -> None:
+    with pytest.raises(CompositionError, match=f"ends in one of .*png.*{name}"):
+        known.plot(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
