@@ -28,6 +28,7 @@ from loraweave._inputs import (
 )
 from loraweave._printing import note, print_json, print_rows, print_table, progress_to_stderr
 from loraweave.cli_encoder import ENCODER_EXAMPLE, train_encoder
+from loraweave.cli_explain import EXPLAIN_EXAMPLE, explain
 from loraweave.cli_hub import DEFAULT_HUB, HubOption, JsonOption, hub
 from loraweave.cli_merge import MERGE_EXAMPLE, merge
 from loraweave.cli_quarantine import QUARANTINE_EXAMPLE, RELEASE_EXAMPLE, quarantine, release
@@ -61,6 +62,7 @@ hub.command("train-encoder", epilog=ENCODER_EXAMPLE)(train_encoder)
 hub.add_typer(versions)
 app.add_typer(hub, name="hub")
 app.command(epilog=MERGE_EXAMPLE)(merge)
+app.command(epilog=EXPLAIN_EXAMPLE)(explain)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from loraweave.cli import app
 from loraweave.cli_hub import hub as hub_app
 from loraweave.types import Factors
 
-COMMANDS = ["compose", "demo", "eval", "export", "merge", "train"]
+COMMANDS = ["compose", "demo", "eval", "explain", "export", "merge", "train"]
 HUB_COMMANDS = [
     "add",
     "add-tree",
