@@ -1,0 +1,33 @@
+"""docs/explain.md: its code runs on the embedded model, and what it says about the picture is so."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "explain.md"
+
+
+@pytest.mark.slow
+def test_the_code_of_the_page_runs_and_says_what_the_page_says(tmp_path, monkeypatch):
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    for code in blocks:
+        exec(compile(code, "docs/explain.md", "exec"), names)
+    explanation = names["explanation"]
+    assert explanation.w_TLE.shape == (21, 60, 20)
+    assert (tmp_path / "weights.png").read_bytes()[:4] == b"\x89PNG"
+    strongest = {
+        token.strip(): [explanation.experts[at] for at in w_E.argsort(descending=True)[:2].tolist()]
+        for token, w_E in zip(explanation.tokens, explanation.by_token_TE, strict=True)
+    }
+    assert strongest["seventeen"] == ["number_words", "addition"]
+    assert (strongest["German"][0], strongest["letters"][0]) == ("intent_domain", "second_letter")
+    shares = dict(zip(names["used"].experts, names["load"].share_E.tolist(), strict=True))
+    assert sum(shares.values()) == pytest.approx(1)
+    assert {layer.num_tokens for layer in names["trace"].weights.layers.values()} <= set(range(5, 12))
