@@ -50,7 +50,7 @@ class ByRow:
         fits = w_BTE.ndim == 3 and w_BTE.shape[0] in (1, copies) and w_BTE.shape[2] == len(self.experts)
         if not fits or w_BTE.shape[1] not in (1, num_tokens):
             raise WeightingError(
-                f"{type(router).__name__} of row {number} gave weights {tuple(w_BTE.shape)} for layer {layer!r}, whose input "
-                f"has {copies} rows of {num_tokens} tokens; expected these and {len(self.experts)} experts, or size 1"
+                f"{type(router).__name__} of row {number} gave weights {tuple(w_BTE.shape)} for layer {layer!r}, whose "
+                f"input has {copies} rows of {num_tokens} tokens; expected these and {len(self.experts)} experts, or size 1"
             )
         return w_BTE.to(x_BTI.device).expand(copies, -1, -1)
