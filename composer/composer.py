@@ -58,7 +58,7 @@ class Composer:
     ) -> None:
         if hasattr(model, "_orig_mod"):
             raise CompositionError(
-                "this model is the output of torch.compile, which never sees adapters; pass the model itself"
+                "this model is the wrapper that torch.compile made; pass the model itself: the wrapper follows it"
             )
         self.model = model
         self.tokenizer = tokenizer
@@ -96,8 +96,8 @@ class Composer:
         A batch of k times as many rows as the mixture has (beams, return sequences) uses each for k rows on end.
 
         Inside another activation of this Composer the inner one replaces the outer. A backward pass with gradient
-        checkpointing belongs inside the block, since it runs the layers again. A separate torch.compile wrapper of the model
-        must be first called inside the block: one traced before keeps answering as the base.
+        checkpointing belongs inside the block, since it runs the layers again, and so does one of a model compiled by
+        torch.compile, whose code follows activations whenever it was made.
         Raises WeightingError for mixtures that do not fit, AlreadyActive while fused or while another Composer is active.
         """
         with self._lock:

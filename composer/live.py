@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from loraweave.composer.compiled import bind, mixed, number_of_layer, number_of_mixing, outside
 from loraweave.composer.layers import TargetLayer
 from loraweave.composer.owner_watch import watch
 from loraweave.composer.plan import Plan
@@ -68,7 +69,12 @@ class Activation:
         self.usage = Usage(live, plan.experts, plan.mixture)
         self.outer = outer
         self.closed = False
+        self.number = number_of_mixing(self)
         self._thread = threading.current_thread()
+
+    def apply(self, layer: TargetLayer, x: Tensor, y: Tensor) -> Tensor:
+        """The output of a layer that gives y for x without a mixture; maybe in y's own memory."""
+        return self.plan.apply(layer, x, y, self.lease, self.usage)
 
     def close(self) -> None:
         """Ends the activation. Raises AlreadyActive, and changes nothing, while an inner one is open in this context, or
@@ -142,6 +148,8 @@ class LiveLayers:
         self._lock = threading.RLock()
         self._open: list[Activation] = []
         self._handles: list[RemovableHandle | _MixedForward] = []
+        self._numbers: dict[str, Tensor] = {}
+        self.mixes_outside: Callable[[_MixedForward, Tensor, Tensor], Tensor] | None = None
 
     @property
     def active(self) -> bool:
@@ -156,6 +164,7 @@ class LiveLayers:
                 if not self._open:
                     self._install()
                 self._open.append(activation)
+                self._choose_place()
             _CURRENT.set(activation)
         except BaseException:
             activation._end()
@@ -184,8 +193,13 @@ class LiveLayers:
             activation.lease.release()
             if activation in self._open:
                 self._open.remove(activation)
+                self._choose_place()
             if not self._open:
                 self._uninstall()
+
+    def _choose_place(self) -> None:
+        learns = any(each.plan.learns for each in self._open)
+        self.mixes_outside = outside() if learns else None
 
     def current(self) -> Activation | None:
         """What counts for the running call."""
@@ -202,21 +216,18 @@ class LiveLayers:
         return activation
 
     def _install(self) -> None:
-        compiled = [name for name, part in self._model.named_modules() if getattr(part, "_compiled_call_impl", None)]
-        if compiled:
-            raise CompositionError(
-                f"module {compiled[0] or 'the model'!r} was compiled before, and compiled code never sees the adapters; "
-                "activate() on the uncompiled model, or fuse"
-            )
         claim(self, self._modules)
         self._handles.append(self._model.register_forward_pre_hook(_Entry(self, self._model), with_kwargs=True))
         self._take_over(self._layers)
 
     def _take_over(self, layers: Mapping[str, TargetLayer]) -> None:
         for layer in layers.values():
-            forward = _MixedForward(self, layer)
+            if layer.name not in self._numbers:
+                self._numbers[layer.name] = number_of_layer()
+            forward = _MixedForward(self, layer, self._numbers[layer.name])
             self._handles.append(forward)
-            layer.module.forward = forward
+            # a bound method: of any other object torch.compile would look at the identity
+            layer.module.forward = forward.run
             if layer.owner is not None:
                 self._handles += watch(layer.name, layer.module, layer.owner, partial(self._reaches, layer.name))
 
@@ -237,42 +248,63 @@ class LiveLayers:
 class _MixedForward:
     """Stands in for one layer's `forward` while an activation is open: what that gives, and the update on top.
 
-    In the place of a forward hook, since it costs a fraction of one in every call. A copy or a pickle of the model has
+    In the place of a forward hook, since it costs a fraction of one in every call, and since torch.compile looks whether a
+    module has a forward of its own, but takes hooks for something that never changes. A copy or a pickle of the model has
     the layer's own forward instead.
     """
 
-    def __init__(self, live: LiveLayers, layer: TargetLayer) -> None:
-        self._live = live
-        self._layer = layer
+    def __init__(self, live: LiveLayers, layer: TargetLayer, number: Tensor) -> None:
+        self._live: LiveLayers | None = live
+        self.layer = layer
+        self._number = number
         self._own = vars(layer.module).get("forward")
         self._forward = layer.module.forward
+        bind(number, self)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def mixing(self) -> Activation | None:
+        """What counts for the running call."""
+        return None if self._live is None else self._live.current()
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's forward."""
         y = self._forward(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return self._traced(args[0] if args else next(iter(kwargs.values())), y)
         activation = _CURRENT.get()
         if activation is None or activation.live is not self._live or activation.closed:
-            activation = self._live.current()
+            activation = self.mixing()
             if activation is None:
                 return y
         x = args[0] if args else next(iter(kwargs.values()))
-        return activation.plan.apply(self._layer, x, y, activation.lease, activation.usage)
+        return activation.plan.apply(self.layer, x, y, activation.lease, activation.usage)
+
+    def _traced(self, x: Tensor, y: Tensor) -> Tensor:
+        """What torch.compile sees in the place of a mixture."""
+        if self._live is None:
+            return y
+        if torch.is_grad_enabled() and self._live.mixes_outside is not None and not torch.compiler.is_exporting():
+            return self._live.mixes_outside(self, x, y)
+        return mixed(self._number, x, y, self.layer.parameter("bias"))
 
     def remove(self) -> None:
         """Gives the layer its own forward back. Where another stands in for this one by now, that stays, and calls this."""
-        module = self._layer.module
-        if vars(module).get("forward") is self:
+        module = self.layer.module
+        if getattr(vars(module).get("forward"), "__self__", None) is self:
             if self._own is None:
                 del module.forward
             else:
                 module.forward = self._own
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return _own_forward, (self._layer.module, self._own)
+        return _copied, (self.layer.module, self._own)
 
 
-def _own_forward(module: nn.Module, own: Callable[..., Any] | None) -> Callable[..., Any]:
-    """The forward of a copied module."""
-    return MethodType(type(module).forward, module) if own is None else own
+def _copied(module: nn.Module, own: Callable[..., Any] | None) -> _MixedForward:
+    """What stands in for the forward of a copied module: mixes nothing."""
+    copied = _MixedForward.__new__(_MixedForward)
+    copied._live = None
+    copied._forward = MethodType(type(module).forward, module) if own is None else own
+    return copied
 
 
 class _Entry:
@@ -283,6 +315,9 @@ class _Entry:
         self._model = ref(model)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            # each layer looks at its rows when the code runs
+            return
         if module is not self._model():
             raise CompositionError(
                 f"a replica of the model ({type(module).__name__}) runs (DataParallel), whose threads have no mixture; "

@@ -26,6 +26,9 @@ NUM_KEPT_SHAPES = 64
 
 class _Weights(Protocol):
     @property
+    def learns(self) -> bool: ...
+
+    @property
     def num_mixtures(self) -> int: ...
 
     @property
@@ -61,6 +64,11 @@ class Plan:
         # the same weights, for layers whose hidden values are no product with a matrix
         self._by_token = by_token
         self._remembered: dict[str, dict[torch.Size, _Remembered]] = {}
+
+    @property
+    def learns(self) -> bool:
+        """Whether gradients may reach more than the layers' inputs: weights that learn, or a router's parameters."""
+        return self._weights.learns
 
     @property
     def num_mixtures(self) -> int:

@@ -40,6 +40,8 @@ class LayerMixture:
 class RowWeights:
     """A mixture for each of M rows, M = 1 for all; `mixture` names the active experts only."""
 
+    learns = False
+
     def __init__(self, mixture: MixtureWeights, workspace: Workspace) -> None:
         self._mixture = mixture
         self._workspace = workspace

@@ -50,7 +50,9 @@ class TokenWeights:
         layers: frozenset[str] | None,
         num_mixtures: int = 1,
         num_tokens: int = 1,
+        learns: bool = True,
     ) -> None:
+        self.learns = learns
         self._experts = experts
         self.weights = weights
         self._only = layers
@@ -66,7 +68,7 @@ class TokenWeights:
         used_L = (mixture.values_BTLE != 0).any(dim=3).flatten(0, 1).any(dim=0).tolist()
         only = frozenset(layer for layer, used in zip(mixture.layers, used_L, strict=False) if used or learning)
         num_mixtures, num_tokens = mixture.values_BTLE.shape[:2]
-        return cls(mixture.experts, mixture.weights, only if mixture.layers else None, num_mixtures, num_tokens)
+        return cls(mixture.experts, mixture.weights, only if mixture.layers else None, num_mixtures, num_tokens, learning)
 
     @classmethod
     def routed(cls, router: Router, experts: tuple[str, ...]) -> TokenWeights:

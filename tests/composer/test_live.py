@@ -379,14 +379,6 @@ def test_a_replica_of_the_model_is_refused(engine: Composer) -> None:
     assert "replica" in str(answer)
 
 
-def test_a_model_that_was_compiled_before_is_refused(engine: Composer) -> None:
-    engine.model.lm_head.compile(backend="eager")
-    with pytest.raises(CompositionError, match="'lm_head' was compiled"):
-        engine.activate({"a": 1.0})
-    assert not engine.active
-    assert num_hooks(engine.model) == 0
-
-
 def test_other_activations_do_not_see_each_others_engines(make_adapter: Callable[..., Adapter]) -> None:
     models = [nn.Sequential(nn.Linear(4, 4)) for _ in range(2)]
     adapter = Adapter("a", "tiny", {"0": Factors(torch.ones(1, 4), torch.ones(4, 1))})

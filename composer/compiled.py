@@ -1,0 +1,198 @@
+"""Live mixing below torch.compile: what is traced is one opaque operator per layer, which asks what is active when it runs.
+
+So no part of a mixture is in a graph or its guards, and another mixture compiles nothing anew. The operator's gradient is
+that of the eager mixture, calculated again in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from itertools import count
+from typing import Any, Protocol
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from loraweave.errors import CompositionError
+
+
+class Mixing(Protocol):
+    """What counts for a layer at one call: an open activation. `number` is from `numbered`."""
+
+    number: int
+    closed: bool
+
+    def apply(self, layer: Any, x: Tensor, y: Tensor) -> Tensor: ...
+
+
+class Mixed(Protocol):
+    """A layer whose output is mixed."""
+
+    layer: Any
+
+    def mixing(self) -> Mixing | None: ...
+
+
+_NUMBERS = count(1)
+_LAYERS: WeakValueDictionary[int, Mixed] = WeakValueDictionary()
+_MIXINGS: WeakValueDictionary[int, Mixing] = WeakValueDictionary()
+
+
+def number_of_layer() -> Tensor:
+    """A number for `bind` and `mixed`."""
+    # a tensor, whose value no guard looks at: layers that share their code then share what it was compiled to
+    with torch.inference_mode(False):
+        return torch.tensor(next(_NUMBERS))
+
+
+def bind(number: Tensor, layer: Mixed) -> None:
+    """Lets `mixed` find the layer by its number, as long as the layer lives."""
+    _LAYERS[int(number)] = layer
+
+
+def number_of_mixing(mixing: Mixing) -> int:
+    """What a backward pass finds the mixing by, as long as it lives."""
+    number = next(_NUMBERS)
+    _MIXINGS[number] = mixing
+    return number
+
+
+def mixed(layer: Tensor, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+    """The layer's output y with what is active at the time that this runs; `bias` is the layer's own.
+
+    Its backward pass belongs inside the activation: CompositionError after that has ended.
+    """
+    output: Tensor
+    if torch.is_grad_enabled():
+        output, _ = torch.ops.loraweave.mixed_for_backward(layer, x, y, bias)
+    else:
+        output = torch.ops.loraweave.mixed(layer, x, y)
+    return output
+
+
+@cache
+def outside() -> Callable[[Mixed, Tensor, Tensor], Tensor]:
+    """The eager mixture as something that torch.compile leaves out of its graph, so that gradients reach all they should."""
+    found: Callable[[Mixed, Tensor, Tensor], Tensor] = torch.compiler.disable(  # type: ignore[no-untyped-call]
+        _eager,
+        reason="a mixture by a router, or of weights that learn, has gradients that a graph would lose, and stays outside; "
+        "compile without fullgraph=True, or run under torch.no_grad()",
+    )
+    return found
+
+
+def _eager(layer: Mixed, x: Tensor, y: Tensor) -> Tensor:
+    mixing = layer.mixing()
+    return y if mixing is None else mixing.apply(layer.layer, x, y)
+
+
+def _mixed(layer: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return _mixed_by(layer, x, y)[0]
+
+
+def _mixed_for_backward(layer: Tensor, x: Tensor, y: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The output, and the number of what was active (0: nothing), for the backward pass."""
+    with torch.no_grad():
+        output, mixing = _mixed_by(layer, x, y)
+    return output, torch.tensor(0 if mixing is None else mixing.number)
+
+
+def _mixed_by(layer: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Mixing | None]:
+    # an operator leaves its inputs alone, and its output is none of them
+    y = y.clone(memory_format=torch.contiguous_format)
+    # not there: the code was traced inside an activation, and runs when none is open in any thread
+    target = _LAYERS.get(int(layer))
+    mixing = None if target is None else target.mixing()
+    if target is None or mixing is None:
+        return y, None
+    return mixing.apply(target.layer, x, y).contiguous(), mixing
+
+
+def _mixed_shape(layer: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return torch.empty_like(y, memory_format=torch.contiguous_format)
+
+
+def _mixed_for_backward_shapes(layer: Tensor, x: Tensor, y: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    return _mixed_shape(layer, x, y), torch.empty_like(layer)
+
+
+def _mixed_backward(
+    grad: Tensor, layer: Tensor, mixing: Tensor, x: Tensor, y: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, y and bias (empty where there is none)."""
+    no_bias = grad.new_empty(0) if bias is None else torch.zeros_like(bias)
+    if not int(mixing):
+        return torch.zeros_like(x, memory_format=torch.contiguous_format), _copy(grad), no_bias
+    found = _MIXINGS.get(int(mixing))
+    if found is None or found.closed:
+        raise CompositionError(
+            "the backward pass of a compiled model needs the activation that its forward pass ran in, and that has ended: "
+            "call backward() inside the block"
+        )
+    target = _LAYERS[int(layer)].layer
+    with torch.enable_grad():
+        # token ids have no gradient
+        x, y = x.detach().requires_grad_(x.is_floating_point()), y.detach().requires_grad_()
+        own_bias = target.parameter("bias")
+        inputs = {"x": x, "y": y} if own_bias is None else {"x": x, "y": y, "bias": own_bias}
+        wanted = {name: each for name, each in inputs.items() if each.requires_grad}
+        output = found.apply(target, x, y)
+        found_grads = torch.autograd.grad(output, list(wanted.values()), grad, allow_unused=True)
+    grads = {name: each for name, each in zip(wanted, found_grads, strict=True) if each is not None}
+    return (
+        _copy(grads["x"]) if "x" in grads else torch.zeros_like(x, memory_format=torch.contiguous_format),
+        _copy(grads["y"]) if "y" in grads else torch.zeros_like(y, memory_format=torch.contiguous_format),
+        _copy(grads["bias"]) if "bias" in grads else no_bias,
+    )
+
+
+def _mixed_backward_shapes(
+    grad: Tensor, layer: Tensor, mixing: Tensor, x: Tensor, y: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        torch.empty_like(y, memory_format=torch.contiguous_format),
+        grad.new_empty(0) if bias is None else torch.empty_like(bias),
+    )
+
+
+def _copy(grad: Tensor) -> Tensor:
+    return grad.clone(memory_format=torch.contiguous_format)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    layer, x, y, bias = inputs
+    ctx.save_for_backward(layer, output[1], x, y, bias)
+
+
+def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    layer, mixing, x, y, bias = ctx.saved_tensors
+    grad_x, grad_y, grad_bias = torch.ops.loraweave.mixed_backward(grad, layer, mixing, x, y, bias)
+    return None, grad_x if x.is_floating_point() else None, grad_y, None if bias is None else grad_bias
+
+
+def _define(name: str, schema: str, run: Callable[..., Any], shapes: Callable[..., Any]) -> None:
+    # its inputs do not say what it does: a CUDA graph would replay the mixture that was active when it was recorded
+    tags = (torch.Tag.cudagraph_unsafe,)
+    torch.library.define(f"loraweave::{name}", schema, lib=_LIBRARY, tags=tags)
+    torch.library.impl(f"loraweave::{name}", "CompositeExplicitAutograd", run, lib=_LIBRARY)
+    torch.library.register_fake(f"loraweave::{name}", shapes, lib=_LIBRARY)
+
+
+_LIBRARY = torch.library.Library("loraweave", "DEF")  # type: ignore[no-untyped-call]
+_define("mixed", "(Tensor layer, Tensor x, Tensor y) -> Tensor", _mixed, _mixed_shape)
+_define(
+    "mixed_for_backward",
+    "(Tensor layer, Tensor x, Tensor y, Tensor? bias) -> (Tensor, Tensor)",
+    _mixed_for_backward,
+    _mixed_for_backward_shapes,
+)
+_define(
+    "mixed_backward",
+    "(Tensor grad, Tensor layer, Tensor mixing, Tensor x, Tensor y, Tensor? bias) -> (Tensor, Tensor, Tensor)",
+    _mixed_backward,
+    _mixed_backward_shapes,
+)
+torch.library.register_autograd("loraweave::mixed_for_backward", _gradients, setup_context=_save, lib=_LIBRARY)
