@@ -60,6 +60,7 @@ class TokenWeights:
         self.num_mixtures = num_mixtures
         self.num_tokens = num_tokens
         self._layers: dict[str, _LayerStack] = {}
+        self._sent: dict[str, Tensor] = {}
 
     @classmethod
     def fixed(cls, mixture: MixtureWeights) -> TokenWeights:
@@ -137,7 +138,15 @@ class TokenWeights:
         return update_BTO, w_BTE
 
     def _weights(self, x_BTI: Tensor, rows: Tensor, layer: str, found: _LayerStack) -> Tensor:
-        w_BTE = self.weights(x_BTI, layer).to(found.device, torch.promote_types(found.dtype, torch.float32))
+        exact = torch.promote_types(found.dtype, torch.float32)
+        if self.learns:
+            w_BTE = self.weights(x_BTI, layer).to(found.device, exact)
+        elif (sent_BTE := self._sent.get(layer)) is not None and (sent_BTE.device, sent_BTE.dtype) == (found.device, exact):
+            w_BTE = sent_BTE
+        else:
+            # sent to the device once, and as ordinary tensors even below inference_mode
+            with torch.inference_mode(False), torch.no_grad():
+                w_BTE = self._sent[layer] = self.weights(x_BTI, layer).to(found.device, exact)
         _require_fit(w_BTE, rows, layer)
         return w_BTE
 
