@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from functools import partial
 from types import MethodType, TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from loraweave.composer.compiled import bind, mixed, number_of_layer, number_of_mixing, outside
 from loraweave.composer.layers import TargetLayer
@@ -138,6 +137,10 @@ def _current(live: LiveLayers) -> Activation | None:
     return next((each for each in _chain(_CURRENT.get()) if each.live is live and not each.closed), None)
 
 
+class _Handle(Protocol):
+    def remove(self) -> None: ...
+
+
 class LiveLayers:
     """The target layers of one Composer, mixed as long as an activation is open in any thread."""
 
@@ -147,7 +150,7 @@ class LiveLayers:
         self._modules = [model, *(layer.module for layer in self._layers.values())]
         self._lock = threading.RLock()
         self._open: list[Activation] = []
-        self._handles: list[RemovableHandle | _MixedForward] = []
+        self._handles: list[_Handle] = []
         self._numbers: dict[str, Tensor] = {}
         self.mixes_outside: Callable[[_MixedForward, Tensor, Tensor], Tensor] | None = None
 

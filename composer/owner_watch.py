@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -15,7 +16,9 @@ from torch.utils.hooks import RemovableHandle
 from loraweave.errors import CompositionError
 
 
-def watch(name: str, module: nn.Module, owner: nn.Module, expected: Callable[[], bool]) -> list[RemovableHandle]:
+def watch(
+    name: str, module: nn.Module, owner: nn.Module, expected: Callable[[], bool]
+) -> list[RemovableHandle | _OwnForward]:
     """Hooks that raise CompositionError when the owner has run without calling the layer, although it was `expected`."""
     seen = threading.local()
 
@@ -33,10 +36,26 @@ def watch(name: str, module: nn.Module, owner: nn.Module, expected: Callable[[],
             )
 
     return [
+        _OwnForward(owner),
         owner.register_forward_pre_hook(_Step(begin)),
         module.register_forward_hook(_Step(call)),
         owner.register_forward_hook(_Step(end)),
     ]
+
+
+class _OwnForward:
+    """Its class's forward as the module's own, until `remove`: what torch.compile made before is then made anew, with the
+    hooks, which it takes for something that never changes."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._forward = None if "forward" in vars(module) else MethodType(type(module).forward, module)
+        if self._forward is not None:
+            module.forward = self._forward
+
+    def remove(self) -> None:
+        if self._forward is not None and vars(self._module).get("forward") is self._forward:
+            del self._module.forward
 
 
 class _Step:

@@ -156,6 +156,32 @@ def test_a_forward_of_the_layers_own_is_kept_and_noticed_too(engine: Composer) -
     assert layer.forward is patched
 
 
+# bloom's own activation function
+@pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("compile_it", [wrapped, itself])
+def test_a_layer_that_its_owner_reads_instead_of_calling_is_noticed_in_code_that_was_compiled_before(
+    compile_it: Callable[..., Callable[..., Any]],
+) -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    model = BloomForCausalLM(BloomConfig(vocab_size=61, hidden_size=16, n_layer=1, n_head=2)).eval()
+    layer = model.transformer.h[0].mlp.dense_4h_to_h
+    factors = Factors(torch.ones(1, layer.in_features), torch.ones(layer.out_features, 1))
+    engine = Composer(model, [Adapter("a", "tiny", {"transformer.h.0.mlp.dense_4h_to_h": factors})])
+    compiled = compile_it(model, backend="eager")
+    base = logits(compiled)
+    with engine.activate({"a": 1.0}):
+        found = logits(compiled)
+    assert not torch.equal(found, base)
+    # it then multiplies by slices of the layer's weight
+    model.transformer.h[0].mlp.slow_but_exact, model.transformer.h[0].mlp.pretraining_tp = True, 2
+    assert torch.allclose(logits(compiled), base, atol=1e-5)
+    with engine.activate({"a": 1.0}), pytest.raises(CompositionError, match="did not run"):
+        logits(compiled)
+    assert torch.allclose(logits(compiled), base, atol=1e-5)
+    assert not [module for module in model.modules() if "forward" in vars(module)]
+
+
 def test_another_pool_and_another_composer_compile_nothing_anew(
     engine: Composer, make_adapters: Callable[..., list[Adapter]]
 ) -> None:
