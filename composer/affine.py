@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraweave.composer.residents import PlacedFactors
+from loraweave.composer.layout import PlacedFactors
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -17,13 +18,16 @@ from loraweave.composer.explanation import Explanation
 from loraweave.composer.fitting import Fitting
 from loraweave.composer.generation import generation_call
 from loraweave.composer.layers import TargetLayer
+from loraweave.composer.layout import Place as LayerPlace
 from loraweave.composer.live import Activation, LiveLayers, claim, release
 from loraweave.composer.merge import layer_updates
 from loraweave.composer.method_call import MethodCall
 from loraweave.composer.mixture_cost import Cost, mixture_cost
 from loraweave.composer.originals import Place
+from loraweave.composer.placement import placement
 from loraweave.composer.plan import Plan, make_plan
 from loraweave.composer.recording import Setting, Trace, last_weights, recording
+from loraweave.composer.residency import Residency
 from loraweave.composer.residents import Residents
 from loraweave.composer.resolve import resolve
 from loraweave.composer.statistics import Statistics
@@ -51,10 +55,19 @@ class Composer:
     adapter has one (BaseModelMismatch), every layer's presence, kind and shape (LayerMismatch). A trained magnitude or
     bias is resolved against the base's weights as they are now. Factors take no part in training. For the experts of a
     lazy pool all this happens when one is first used, before the model runs.
+
+    Experts that were used stay where the layers are. `device_budget_bytes` bounds what they take on devices other than the
+    CPU, `host_budget_bytes` in the CPU's memory; those used longest ago then make room (docs/pools.md). None is no limit.
     """
 
     def __init__(
-        self, model: nn.Module, pool: ExpertPool | Iterable[Adapter] | Mapping[str, Adapter], *, tokenizer: Any = None
+        self,
+        model: nn.Module,
+        pool: ExpertPool | Iterable[Adapter] | Mapping[str, Adapter],
+        *,
+        tokenizer: Any = None,
+        device_budget_bytes: int | None = None,
+        host_budget_bytes: int | None = None,
     ) -> None:
         if hasattr(model, "_orig_mod"):
             raise CompositionError(
@@ -65,7 +78,15 @@ class Composer:
         self._lock = threading.RLock()
         self._fused = False
         self._closed = False
-        self._take(pool if isinstance(pool, ExpertPool) else ExpertPool(pool))
+        self._workspace = Workspace(KEPT_BYTES)
+        self._kept_plans: OrderedDict[Hashable, Plan] = OrderedDict()
+        self._fitting = Fitting(model)
+        self._pool = pool if isinstance(pool, ExpertPool) else ExpertPool(pool)
+        self._bound = self._fitting.pool(self._pool)
+        self._live = LiveLayers(model, self._fitting.layers)
+        self._residents = Residents(
+            *self._source(), device_budget_bytes=device_budget_bytes, host_budget_bytes=host_budget_bytes
+        )
 
     @property
     def pool(self) -> ExpertPool:
@@ -87,6 +108,11 @@ class Composer:
         """Whether the model answers for a mixture somewhere: an activation is open in some thread, or weights are fused."""
         return self._fused or self._live.active
 
+    @property
+    def residency(self) -> Residency:
+        """Hits, misses, evictions and bytes moved so far, and what is resident now; it prints as a small table."""
+        return self._residents.residency
+
     def activate(self, mixture: Any) -> Activation:
         """Mixes the experts live, from now until the handle is closed or its `with` block left.
 
@@ -98,7 +124,8 @@ class Composer:
         Inside another activation of this Composer the inner one replaces the outer. A backward pass with gradient
         checkpointing belongs inside the block, since it runs the layers again, and so does one of a model compiled by
         torch.compile, whose code follows activations whenever it was made.
-        Raises WeightingError for mixtures that do not fit, AlreadyActive while fused or while another Composer is active.
+        Raises WeightingError for mixtures that do not fit, BudgetExceeded for experts that need more bytes than they may
+        have, AlreadyActive while fused or while another Composer is active.
         """
         with self._lock:
             self._require_open()
@@ -262,11 +289,69 @@ class Composer:
                 )
         return resolved
 
+    def prefetch(self, wanted: Any) -> Future[None]:
+        """Begins to bring experts to where the layers are, in the background: those of a mixture, or of a list of names.
+
+        The future is for who wants to wait. What goes wrong is the future's, and is raised again by the activation that
+        wants the expert. Raises UnknownExpert for a name that the pool has not.
+        """
+        with self._lock:
+            self._require_open()
+            names = [wanted] if isinstance(wanted, str) else wanted
+            if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names):
+                return self._residents.prefetch(self._pool.known(names))
+            return self._residents.prefetch(self._plan(resolve(wanted, self._pool)).experts)
+
+    def load(self, name: str, adapter: Adapter) -> None:
+        """One more expert, at the end of the pool, also while others are in use; only it is compared with the model.
+
+        Raises WeightingError for a name that is there already, and what making a Composer raises. AlreadyActive while fused.
+        """
+        with self._lock:
+            self._require_not_fused("load an expert")
+            if name in self._pool.adapters:
+                raise WeightingError(f"the pool has an expert {name!r} already: unload() it first, or give another name")
+            fitted = self._fitting.adapter(name, adapter)
+            self._pool, self._bound = self._pool.including(name, adapter), self._bound.including(name, fitted)
+            self._residents.take_from(*self._source())
+
+    def unload(self, name: str) -> None:
+        """Takes an expert out of the pool, and its factors with it.
+
+        Raises AlreadyActive for one that an open activation uses, and while fused; WeightingError for the last one.
+        """
+        with self._lock:
+            self._require_not_fused("unload an expert")
+            pool, bound = self._pool.without(name), self._bound.without(name)
+            self._residents.settle()
+            if self._residents.in_use(name):
+                raise AlreadyActive(
+                    f"expert {name!r} is in use by an open activation: close its handle or leave its block first"
+                )
+            self._residents.forget(lambda other: other == name)
+            self._kept_plans.clear()
+            self._pool, self._bound = pool, bound
+            self._residents.take_from(*self._source())
+
     def swap(self, pool: ExpertPool | Iterable[Adapter] | Mapping[str, Adapter]) -> None:
-        """Takes another pool for the same model, checked like the first. Raises AlreadyActive while active."""
+        """Takes another pool for the same model, checked like the first. Raises AlreadyActive while active.
+
+        What is resident of adapters that are in both stays.
+        """
         with self._lock:
             self._require_idle("swap the pool")
-            self._take(pool if isinstance(pool, ExpertPool) else ExpertPool(pool))
+            pool = pool if isinstance(pool, ExpertPool) else ExpertPool(pool)
+            fitting = Fitting(self.model)
+            bound, before = fitting.pool(pool), self._bound
+            stay: set[str] = set()
+            if not bound.lazy and not before.lazy:
+                stay = {name for name, adapter in bound.adapters.items() if before.adapters.get(name) is adapter}
+            self._residents.settle()
+            self._residents.forget(lambda name: name not in stay)
+            self._kept_plans.clear()
+            self._fitting, self._pool, self._bound = fitting, pool, bound
+            self._live = LiveLayers(self.model, fitting.layers)
+            self._residents.take_from(*self._source())
 
     def close(self) -> None:
         """Ends the use of this Composer; the model is what it was. Raises AlreadyActive while active. Twice is fine."""
@@ -276,16 +361,13 @@ class Composer:
             self._require_idle("close")
             self._closed = True
             self._kept_plans.clear()
+            self._workspace = Workspace(0)
+            self._residents.close()
 
-    def _take(self, pool: ExpertPool) -> None:
-        fitting = Fitting(self.model)
-        self._bound = fitting.pool(pool)
-        self._pool = pool
-        self._fitting = fitting
-        self._live = LiveLayers(self.model, fitting.layers)
-        self._residents = Residents(self._bound.adapters.__getitem__)
-        self._workspace = Workspace(KEPT_BYTES)
-        self._kept_plans: OrderedDict[Hashable, Plan] = OrderedDict()
+    def _source(self) -> tuple[Callable[[str], Adapter], Callable[[], Mapping[str, LayerPlace]]]:
+        """What the residents ask for an expert and for the layers' places: not this object, which would make a cycle."""
+        model, fitting, adapters = self.model, self._fitting, self._bound.adapters
+        return adapters.__getitem__, lambda: placement(model, fitting.layers)
 
     def _plan(self, weights: MixtureWeights | Router) -> Plan:
         """The plan for these weights, kept for the next activation of the same."""
@@ -345,10 +427,13 @@ class Composer:
         if self._closed:
             raise CompositionError("this Composer is closed: make a new one for the model")
 
-    def _require_idle(self, verb: str) -> None:
+    def _require_not_fused(self, verb: str) -> None:
         self._require_open()
         if self._fused:
             raise AlreadyActive(f"cannot {verb} while a mixture is fused into the weights: leave fused() first")
+
+    def _require_idle(self, verb: str) -> None:
+        self._require_not_fused(verb)
         if self._live.active:
             raise AlreadyActive(f"cannot {verb} while an activation is open: close its handle or leave its block first")
 

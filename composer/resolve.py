@@ -73,10 +73,12 @@ def _aligned(mixture: MixtureWeights, pool: ExpertPool) -> MixtureWeights:
     for name in mixture.experts:
         if name not in pool.adapters:
             raise unknown_expert(name, pool.names)
-    known = set(pool.layer_names)
-    for index, layer in enumerate(mixture.layers):
-        if layer not in known and bool((mixture.values_BTLE[:, :, index] != 0).any()):
-            raise WeightingError(f"the mixture gives weights to layer {layer!r}, which no expert of the pool updates")
+    if mixture.layers:
+        # those of a lazy pool are opened to be known, so only those that the mixture names
+        known = set((pool.subset(mixture.experts) if pool.lazy and mixture.experts else pool).layer_names)
+        for index, layer in enumerate(mixture.layers):
+            if layer not in known and bool((mixture.values_BTLE[:, :, index] != 0).any()):
+                raise WeightingError(f"the mixture gives weights to layer {layer!r}, which no expert of the pool updates")
     # in the order of the pool, so that one set of experts is one set, and gives the same bits, however it was named
     order = sorted(range(len(mixture.experts)), key=lambda index: pool.places[mixture.experts[index]])
     return MixtureWeights(mixture.values_BTLE[..., order], tuple(mixture.experts[index] for index in order), mixture.layers)

@@ -19,7 +19,8 @@ from loraweave.composer.kernels.merged import Merged
 from loraweave.composer.kernels.segments import Segments
 from loraweave.composer.kernels.shared import Shared
 from loraweave.composer.layers import TargetLayer
-from loraweave.composer.residents import Lease, PlacedFactors
+from loraweave.composer.layout import PlacedFactors
+from loraweave.composer.residents import Lease
 from loraweave.composer.workspace import Workspace
 from loraweave.errors import ScopeError
 from loraweave.routers.mixture import MixtureWeights

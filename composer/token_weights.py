@@ -12,7 +12,8 @@ from loraweave.composer.affine import AffineTable
 from loraweave.composer.kernels.dense import Stack
 from loraweave.composer.kernels.sorted_tokens import SortedTokens
 from loraweave.composer.layers import TargetLayer
-from loraweave.composer.residents import Lease, PlacedFactors
+from loraweave.composer.layout import PlacedFactors
+from loraweave.composer.residents import Lease
 from loraweave.composer.row_weights import LayerMixture
 from loraweave.errors import ScopeError, WeightingError
 from loraweave.routers.mixture import MixtureWeights

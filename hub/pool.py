@@ -84,17 +84,21 @@ class ExpertPool:
         return iter(self.adapters)
 
     def __getitem__(self, name: str) -> Adapter:
-        return self.adapters[self._known(name)]
+        self.known([name])
+        return self.adapters[name]
 
-    def _known(self, name: str) -> str:
-        if name not in self.adapters:
-            raise unknown_expert(name, self.names)
-        return name
+    def known(self, names: Iterable[str]) -> tuple[str, ...]:
+        """The names as they are. UnknownExpert, which says what was perhaps meant, for one that the pool has not."""
+        names = tuple(names)
+        for name in names:
+            if name not in self.adapters:
+                raise unknown_expert(name, self.names)
+        return names
 
     def subset(self, names: Iterable[str]) -> ExpertPool:
         """The pool of the named experts, in the order given; lazy where this one is."""
         if isinstance(self.adapters, OnDemand):
-            return ExpertPool(self.adapters.subset(map(self._known, names)))
+            return ExpertPool(self.adapters.subset(self.known(names)))
         return ExpertPool({name: self[name] for name in names})
 
     def including(self, name: str, adapter: Adapter) -> ExpertPool:
@@ -105,7 +109,7 @@ class ExpertPool:
 
     def without(self, name: str) -> ExpertPool:
         """This pool but one expert. WeightingError where it was the last."""
-        self._known(name)
+        self.known([name])
         return self.subset(other for other in self.adapters if other != name)
 
     @cached_property

@@ -26,7 +26,8 @@ LoraweaveError
 ├── CompositionError
 │   ├── LayerMismatch (ValueError)        factors and layer differ in shape or kind
 │   ├── BaseModelMismatch (ValueError)    adapters that were made for another base model
-│   └── AlreadyActive (RuntimeError)      the model is in a state that forbids the call
+│   ├── AlreadyActive (RuntimeError)      the model is in a state that forbids the call
+│   └── BudgetExceeded (MemoryError)      experts that need more bytes than they may have
 ├── TrainingError (RuntimeError)          training that cannot start, go on or resume
 ├── PackageMissing (ImportError)          an optional package; the message has the install command
 └── UnknownName (LookupError)             no file of that name in a registry folder
@@ -146,6 +147,10 @@ class BaseModelMismatch(CompositionError, ValueError):
 
 class AlreadyActive(CompositionError, RuntimeError):
     """The model is in a state that forbids the call."""
+
+
+class BudgetExceeded(CompositionError, MemoryError):
+    """Experts that need more bytes than they may have."""
 
 
 class TrainingError(LoraweaveError, RuntimeError):

@@ -76,6 +76,12 @@ def test_the_code_of_the_page_on_models_runs(code):
     exec(compile(code, "docs/models.md", "exec"), {})
 
 
+@pytest.mark.parametrize("code", blocks(ROOT / "docs" / "pools.md", "python"))
+def test_the_code_of_the_page_on_pools_runs(code, capsys):
+    exec(compile(code, "docs/pools.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("hits ")
+
+
 def test_the_page_on_merging_names_every_method():
     page = (ROOT / "docs" / "merging.md").read_text(encoding="utf-8")
     assert [name for name in registry.names("methods") if f"`{name}`" not in page] == []

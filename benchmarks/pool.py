@@ -1,0 +1,308 @@
+"""What pools of tens to ten thousand adapters cost: attaching them, running rows with them, and paging their factors.
+
+    python benchmarks/pool.py attach         20 to 1,000 adapters of a hub, beside reading the files; one more, beside peft
+    python benchmarks/pool.py rows prefill   8 rows with 8 adapters, pools of 20 to 10,000 (or: rows decode)
+    python benchmarks/pool.py paging         bringing adapters where the layers are, beside copying as many bytes
+
+The adapters are of rank 8 on all seven linear layers of the default model, random, 9.8 MB each in fp32. Names share contents
+beyond `--distinct`, which keeps the disk small; each name is opened from its file all the same. A process compares a file's
+checksum when it first opens it, which is most of that opening's time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import peft
+import torch
+import typer
+from _adapters import base_model, difference, random_adapter
+from _ratios import Gate, Way, compare, console, interleaved, require
+from rich.table import Table
+
+import loraweave as lw
+from loraweave.composer.residents import Residents
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.paused_collector import paused_collector
+from loraweave.hub.stores import blob_files
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+NUM_ROWS = 8
+PREFILL_TOKENS = 64
+PROMPT_TOKENS = 16
+NEW_TOKENS = 16
+LIMIT = 1e-4
+NUM_EACH = 5
+MARKS = (1, 10, 20, 50, 100, 200, 500, 1000)
+
+
+@contextmanager
+def hub_of(model: Any, num_names: int, distinct: int, folder: Path) -> Iterator[lw.Hub]:
+    """A hub with so many names in a new folder, which goes at the end."""
+    path = Path(tempfile.mkdtemp(prefix="pool", dir=folder))
+    try:
+        hub = lw.Hub(path / "hub")
+        contents = [random_adapter(model, "random", "all", seed) for seed in range(min(distinct, num_names))]
+        named = (renamed(contents[number % distinct], f"adapter{number:05d}") for number in range(num_names))
+        hub.add_many(named, anomalies="off")
+        del contents
+        yield hub
+    finally:
+        shutil.rmtree(path)
+
+
+def renamed(adapter: Adapter, name: str) -> Adapter:
+    return Adapter(name, adapter.base_model, adapter.layers)
+
+
+def per_adapter(title: str, taken: Mapping[str, Sequence[float]], num_adapters: int, reference: str) -> None:
+    """Prints milliseconds an adapter, and their ratio to the reference within each round."""
+    console.print(f"{title}, {len(taken[reference])} rounds", highlight=False)
+    table = Table("way", "ms an adapter", "25-75 %", f"{reference} = 1")
+    for name, seconds in taken.items():
+        each = np.asarray(seconds) / num_adapters * 1e3
+        low, median, high = np.percentile(each, [25, 50, 75])
+        ratio = float(np.median(np.asarray(seconds) / np.asarray(taken[reference])))
+        table.add_row(name, f"{median:.2f}", f"{low:.2f}-{high:.2f}", f"{ratio:.2f}")
+    console.print(table)
+
+
+@app.command()
+def attach(
+    sizes: Annotated[list[int], typer.Option("--size", help="adapters in the pool")] = [20, 100, 1000],  # noqa: B006
+    distinct: Annotated[int, typer.Option(help="files that the names share")] = 100,
+    in_peft: Annotated[int, typer.Option(help="adapters to load into peft, one after the other")] = 100,
+    rounds: Annotated[int, typer.Option(help="at most so many")] = 7,
+    seconds: Annotated[float, typer.Option(help="for each size")] = 120.0,
+    folder: Annotated[Path, typer.Option(help="for the hub and peft's folders")] = Path("/dev/shm"),
+) -> None:
+    """A hub's adapters into a running model: all at once, and one more beside those that are there."""
+    torch.set_num_threads(1)
+    model, _ = base_model()
+    with hub_of(model, max(sizes) + NUM_EACH, distinct, folder) as hub:
+        names = [record.name for record in hub]
+        for size in sizes:
+            ways = attaching(model, hub, names[:size])
+            taken = interleaved(ways, rounds=rounds, seconds=seconds, label=f"{size} adapters")
+            per_adapter(f"attaching {size:,} adapters", taken, size, next(iter(ways)))
+        one_more(model, hub, names, in_peft, folder)
+
+
+def attaching(model: Any, hub: lw.Hub, names: Sequence[str]) -> dict[str, Way]:
+    """Reading the files, and making a Composer of the pool in three ways."""
+    digests = {record.name: record.hash for record in hub}
+    files = [hub.path / "blobs" / digests[name][:2] / f"{digests[name]}.safetensors" for name in names]
+
+    def read() -> int:
+        return sum(len(file.read_bytes()) for file in files)
+
+    def read_and_digest() -> None:
+        for file in files:
+            hashlib.sha256(file.read_bytes()).digest()
+
+    def unseen(name: str) -> Any:
+        # of a file that has not changed, the process remembers the checksum
+        blob_files._digests.clear()
+        return hub.get(name)
+
+    def first_time() -> None:
+        # as Hub.pool does
+        with paused_collector():
+            lw.Composer(model, [unseen(name) for name in names])
+
+    return {
+        "reading the files": Way(read),
+        "reading the files and their checksums": Way(read_and_digest),
+        "loraweave, files not seen before": Way(first_time),
+        "loraweave, files seen before": Way(lambda: lw.Composer(model, hub.pool(names)), lambda: seen(hub)),
+        "loraweave, lazy": Way(lambda: lw.Composer(model, hub.pool(names, lazy=True))),
+    }
+
+
+def seen(hub: lw.Hub) -> None:
+    """Every file's checksum compared, and remembered."""
+    for name in {record.hash: record.name for record in hub}.values():
+        hub.get(name)
+
+
+def one_more(model: Any, hub: lw.Hub, names: Sequence[str], in_peft: int, folder: Path) -> None:
+    """The next adapter beside so many: peft's load_adapter from a folder, and a Composer's load from the hub."""
+    table = Table("loaded before", "peft load_adapter, ms", "loraweave, ms")
+    theirs = loading_into_peft(model, hub, names[: in_peft + NUM_EACH], folder)
+    for mark in MARKS:
+        if mark > max(in_peft, len(names) - NUM_EACH):
+            continue
+        there = theirs[mark : mark + NUM_EACH] if mark <= in_peft else []
+        here = []
+        if mark <= len(names) - NUM_EACH:
+            engine = lw.Composer(model, hub.pool(names[:mark]))
+            for name in names[mark : mark + NUM_EACH]:
+                blob_files._digests.clear()
+                before = time.perf_counter()
+                engine.load(name, hub.get(name))
+                here.append(time.perf_counter() - before)
+        table.add_row(f"{mark:,}", *(f"{np.median(each) * 1e3:.1f}" if each else "" for each in (there, here)))
+    console.print(f"one more adapter, from its file (not seen before), median of {NUM_EACH}", highlight=False)
+    console.print(table)
+
+
+def loading_into_peft(model: Any, hub: lw.Hub, names: Sequence[str], folder: Path) -> list[float]:
+    """Seconds of each load_adapter, one after the other into one model."""
+    copied, _ = base_model()
+    taken: list[float] = []
+    found: Any = None
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        for name in names:
+            path = hub[name].save_pretrained(Path(place) / "adapter")
+            before = time.perf_counter()
+            if found is None:
+                found = peft.PeftModel.from_pretrained(copied, path, adapter_name=name)
+            else:
+                found.load_adapter(path, adapter_name=name)
+            taken.append(time.perf_counter() - before)
+            shutil.rmtree(path)
+    return taken
+
+
+@app.command()
+def rows(
+    what: Annotated[str, typer.Argument(help="prefill or decode")] = "prefill",
+    sizes: Annotated[list[int], typer.Option("--size", help="adapters in the pool")] = [20, 100, 1000, 10_000],  # noqa: B006
+    distinct: Annotated[int, typer.Option(help="contents that the names share")] = 20,
+    rounds: Annotated[int, typer.Option(help="at most so many")] = 15,
+    seconds: Annotated[float, typer.Option(help="in all")] = 300.0,
+) -> None:
+    """8 rows with 8 different adapters, the activation included, for pools of several sizes."""
+    torch.set_num_threads(1)
+    model, _ = base_model()
+    model.requires_grad_(False)
+    contents = [random_adapter(model, "random", "all", seed) for seed in range(distinct)]
+    generator = torch.Generator().manual_seed(0)
+    ids_BT = torch.randint(0, model.config.vocab_size, (NUM_ROWS, PREFILL_TOKENS), generator=generator)
+    engines = {}
+    for size in sizes:
+        named = {f"adapter{number:05d}": contents[number % distinct] for number in range(size)}
+        engines[f"pool of {size:,}"] = lw.Composer(model, named)
+        if size == max(sizes):
+            lazy = lw.ExpertPool.on_demand(named, named.__getitem__)
+            engines[f"pool of {size:,}, lazy"] = lw.Composer(model, lazy)
+    require(equal_answers(model, engines, distinct, ids_BT[:, :9]))
+    run = prefilled if what == "prefill" else decoded
+    ways = {"base alone": Way(run(model, ids_BT, None, distinct))}
+    ways |= {name: Way(run(model, ids_BT, engine, distinct)) for name, engine in engines.items()}
+    shape = f"8x{PREFILL_TOKENS}" if what == "prefill" else f"8 rows, {NEW_TOKENS} tokens"
+    tables = {"time, base = 1": ("base alone", False), "smallest pool = 1": (f"pool of {sizes[0]:,}", False)}
+    compare(f"{what} {shape}, own adapter per row, rank 8", ways, rounds=rounds, seconds=seconds, tables=tables)
+
+
+def chosen(engine: lw.Composer, distinct: int) -> list[dict[str, float]]:
+    """Eight adapters of different contents, spread over the pool."""
+    names = engine.pool.names
+    step = max(len(names) // distinct // NUM_ROWS, 1) * distinct
+    return [{names[(row * step + row) % len(names)]: 1.0} for row in range(NUM_ROWS)]
+
+
+@torch.inference_mode()
+def equal_answers(model: Any, engines: Mapping[str, lw.Composer], distinct: int, ids_BT: torch.Tensor) -> list[Gate]:
+    found = []
+    for engine in engines.values():
+        with engine.activate(chosen(engine, distinct)):
+            found.append(model(ids_BT).logits)
+    base = model(ids_BT).logits
+    gates = [
+        Gate(f"{name} answers as the first", difference(logits, found[0]), LIMIT)
+        for name, logits in zip(engines, found, strict=True)
+    ]
+    nearest = min(difference(found[0][row], base[row]) for row in range(NUM_ROWS))
+    return [*gates, Gate("limit over the change that the adapters make", LIMIT / max(nearest, 1e-30), 0.1)]
+
+
+def prefilled(model: Any, ids_BT: torch.Tensor, engine: lw.Composer | None, distinct: int) -> Callable[[], None]:
+    # an index: of a slice, the head of a frozen model makes a batched product that copies the vocabulary for every row
+    last = torch.tensor([PREFILL_TOKENS - 1])
+
+    @torch.inference_mode()
+    def run() -> None:
+        if engine is None:
+            model(input_ids=ids_BT, use_cache=False, logits_to_keep=last)
+        else:
+            with engine.activate(chosen(engine, distinct)):
+                model(input_ids=ids_BT, use_cache=False, logits_to_keep=last)
+
+    return run
+
+
+def decoded(model: Any, ids_BT: torch.Tensor, engine: lw.Composer | None, distinct: int) -> Callable[[], None]:
+    settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
+    prompt_BT = ids_BT[:, :PROMPT_TOKENS]
+    mask_BT = torch.ones_like(prompt_BT)
+
+    @torch.inference_mode()
+    def run() -> None:
+        if engine is None:
+            model.generate(prompt_BT, attention_mask=mask_BT, **settings)
+        else:
+            with engine.activate(chosen(engine, distinct)):
+                model.generate(prompt_BT, attention_mask=mask_BT, **settings)
+
+    return run
+
+
+@app.command()
+def paging(
+    num_adapters: Annotated[int, typer.Option("--adapters", help="brought to their places in each run")] = 16,
+    rounds: Annotated[int, typer.Option(help="at most so many")] = 15,
+    seconds: Annotated[float, typer.Option(help="in all")] = 120.0,
+    folder: Annotated[Path, typer.Option(help="for the hub")] = Path("/dev/shm"),
+) -> None:
+    """Leases of adapters that are not in their places yet; the CPU stands for a device, too."""
+    torch.set_num_threads(1)
+    model, _ = base_model()
+    with hub_of(model, num_adapters, num_adapters, folder) as hub:
+        seen(hub)
+        adapters = {record.name: hub.get(record.name) for record in hub}
+        layers = next(iter(adapters.values())).layers
+        num_bytes = sum(f.a_RI.nbytes + f.b_OR.nbytes for adapter in adapters.values() for f in adapter.layers.values())
+        source, target = torch.ones(num_bytes // 4), torch.empty(num_bytes // 4)
+
+        def leased(dtype: torch.dtype, staged: bool, opener: Callable[[str], Adapter] = adapters.__getitem__) -> Way:
+            places = dict.fromkeys(layers, (torch.device("cpu"), dtype))
+            return Way(lambda: Residents(opener, lambda: places, staged=lambda device: staged).lease(adapters).release())
+
+        ways = {
+            "one copy of as many fp32 bytes": Way(lambda: target.copy_(source)),
+            "to the CPU, fp32": leased(torch.float32, staged=False),
+            "to the CPU, fp32, each opened from its file": leased(torch.float32, staged=False, opener=hub.get),
+            "to the CPU, bf16": leased(torch.bfloat16, staged=False),
+            "to the host, and on to a device, fp32": leased(torch.float32, staged=True),
+            "from the host's copy to a device, fp32": again_on_device(adapters),
+        }
+        table = {"time, copy = 1": ("one copy of as many fp32 bytes", False)}
+        title = f"{num_adapters} adapters, {num_bytes / 1e6:.0f} MB in fp32"
+        compare(title, ways, rounds=rounds, seconds=seconds, tables=table)
+
+
+def again_on_device(adapters: Mapping[str, Adapter]) -> Way:
+    """Each adapter in turn, on a device that has room for one, from a host that has them all."""
+    places = dict.fromkeys(next(iter(adapters.values())).layers, (torch.device("cpu"), torch.float32))
+    largest = max(sum(f.a_RI.nbytes + f.b_OR.nbytes for f in adapter.layers.values()) for adapter in adapters.values())
+    residents = Residents(adapters.__getitem__, lambda: places, staged=lambda device: True, device_budget_bytes=largest)
+
+    def run() -> None:
+        for name in adapters:
+            residents.lease([name]).release()
+
+    return Way(run)
+
+
+if __name__ == "__main__":
+    app()
