@@ -72,7 +72,7 @@ class Fitting:
                 self._forms[id(adapter.form)] = adapter.form
             layers = self._layers
         require_values(name, adapter, self._offloaded)
-        unbound = [layer for layer, *_, is_bound in adapter.form if not is_bound]
+        unbound = [layer for layer, _, num_inputs, *_, is_bound in adapter.form if not is_bound or not num_inputs]
         if not unbound:
             return adapter
         _require_own_weights({layer: layers[layer] for layer in unbound})

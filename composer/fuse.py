@@ -139,14 +139,18 @@ class Fusion:
 
     def _parts(self, layer: TargetLayer, update: Factors | DenseUpdate) -> list[str]:
         """Which parameters the update changes. Raises CompositionError for those that cannot be written to."""
-        layer.dense_weight_OI()
-        weight, bias = layer.module._parameters.get("weight"), layer.module._parameters.get("bias")
-        if weight is None or type(weight.data) is not Tensor:
-            found = "computed on the way" if weight is None else f"a {type(weight.data).__name__}"
-            raise CompositionError(
-                f"cannot fuse into layer {layer.name!r}: its weight is {found}, not a plain parameter; activate() instead"
-            )
-        parts = ["weight"]
+        parts = []
+        if not isinstance(update, Factors) or update.rank or update.gain_O is not None:
+            layer.dense_weight_OI()
+            weight = layer.module._parameters.get("weight")
+            if weight is None or type(weight.data) is not Tensor:
+                found = "computed on the way" if weight is None else f"a {type(weight.data).__name__}"
+                raise CompositionError(
+                    f"cannot fuse into layer {layer.name!r}: its weight is {found}, not a plain parameter; activate() "
+                    "instead"
+                )
+            parts.append("weight")
+        bias = layer.module._parameters.get("bias")
         if update.bias_O is not None and bool(update.bias_O.any()):
             if bias is None:
                 raise CompositionError(

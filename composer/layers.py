@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from loraweave.composer.layer_kinds import conv, embedding, linear
+from loraweave.composer.layer_kinds import conv, embedding, linear, norm
 from loraweave.composer.layer_kinds._kind import LayerKind
 from loraweave.composer.weight_readers import use_of
 from loraweave.errors import CompositionError, LayerMismatch
@@ -95,11 +95,14 @@ def target_layer(modules: Mapping[str, nn.Module], name: str, factors: Factors, 
             f"{asked}, where peft has put adapters of its own ({what}): take them out with peft's unload(), and give them "
             "to the pool instead"
         )
-    kind, shape = next(((kind, shape) for kind in KINDS if (shape := kind.shape(module))), (None, None))
+    # a trained bias alone, stored without the layer's kind and number of inputs
+    bias_alone = factors.rank == 0 and factors.a_RI.shape[1] == 0
+    kinds = (*KINDS, norm) if bias_alone else KINDS
+    kind, shape = next(((kind, shape) for kind in kinds if (shape := kind.shape(module))), (None, None))
     if kind is None or shape is None:
         known = "; ".join(f"{each.modules} ({each.name})" for each in KINDS)
         raise LayerMismatch(f"{asked}, which is a {what}{_bare(module)}; what can be composed is {known}")
-    if factors.kind != kind.name:
+    if factors.kind != kind.name and not bias_alone:
         raise LayerMismatch(
             f"{asked} with factors of kind {factors.kind!r}, but a {what} takes kind {kind.name!r}; was the adapter made "
             "for another base model?"
@@ -108,7 +111,7 @@ def target_layer(modules: Mapping[str, nn.Module], name: str, factors: Factors, 
         raise LayerMismatch(f"{asked} ({what}), {why}; take an adapter that leaves this layer alone")
     found = (int(factors.b_OR.shape[0]), int(factors.a_RI.shape[1]), factors.kernel)
     wanted = (shape.num_outputs, shape.num_inputs, shape.kernel)
-    if found != wanted:
+    if found != wanted and not (bias_alone and found[0] == wanted[0]):
         form, sizes = ("(O, I, kernel)", 3) if shape.kernel or factors.kernel else ("(O, I)", 2)
         raise LayerMismatch(f"{asked} with shape {form} = {found[:sizes]}, but the model's {what} has {wanted[:sizes]}")
     if _is_never_called(modules, name):
@@ -174,13 +177,23 @@ def require_values(name: str, adapter: Adapter, layers: Mapping[str, TargetLayer
 
 
 def bound(adapter: Adapter, layers: Mapping[str, TargetLayer]) -> Mapping[str, Factors]:
-    """The adapter's factors with all that depends on the base layers resolved (DoRA's magnitude, a trained bias)."""
+    """The adapter's factors with all that depends on the base layers resolved (DoRA's magnitude, a trained bias).
+
+    A bias that is alone gets the layer's kind and number of inputs.
+    """
     factors = dict(adapter.layers)
     for name, part in factors.items():
+        layer = layers[name]
+        if part.rank == 0 and part.a_RI.shape[1] == 0:
+            shape = layer.kind.shape(layer.module)
+            assert shape is not None
+            part = replace(part, a_RI=part.a_RI.new_zeros(0, shape.num_inputs), kind=layer.kind.name, kernel=shape.kernel)
+            factors[name] = part
         if not part.bound:
             with torch.inference_mode(False), torch.no_grad():
-                layer = layers[name]
-                factors[name] = algebra.bind(_on_cpu(part), layer.dense_weight_OI().cpu(), _cpu(layer.parameter("bias")))
+                # nothing but DoRA looks at the weight, which may be quantised
+                weight_OI = torch.zeros(0) if part.magnitude_O is None else layer.dense_weight_OI().cpu()
+                factors[name] = algebra.bind(_on_cpu(part), weight_OI, _cpu(layer.parameter("bias")))
     return factors
 
 

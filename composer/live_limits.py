@@ -12,6 +12,7 @@ from loraweave.composer.layers import TargetLayer
 from loraweave.composer.weight_readers import use_of
 from loraweave.errors import LayerMismatch, ScopeError
 from loraweave.hub.adapter import Adapter
+from loraweave.routers.by_row import ByRow
 from loraweave.routers.mixture import MixtureWeights
 from loraweave.types import Router
 
@@ -44,31 +45,45 @@ class LiveLimits:
         """Raises LayerMismatch where a layer that never runs has weights that are not zero, or a router's; ScopeError where
         weights that vary by row or token meet a layer whose first axis need not be the batch.
 
-        A router computes its weights from the layer's own input, whatever the order of that is.
+        A router for all rows computes its weights from the layer's own input, whatever the order of that is.
         """
         for name, why in self._never_called.items():
             for expert in _users(name, weights, adapters):
                 raise LayerMismatch(
                     f"expert {expert!r} updates layer {name!r}, {why}: use fused(), which changes the weight"
                 )
-        if not isinstance(weights, MixtureWeights) or weights.scope == "task":
-            return
-        for name, why in self._out_of_order.items():
+        varies = _varies(weights)
+        for name, why in self._out_of_order.items() if varies else ():
             for expert in _users(name, weights, adapters):
                 raise ScopeError(
-                    f"the weights vary by {'row' if weights.scope == 'instance' else 'token'}, but layer {name!r}, which "
+                    f"the weights vary by {varies}, but layer {name!r}, which "
                     f"expert {expert!r} updates, {why}: give one mixture for all rows, or name the other layers in "
                     "MixtureWeights(layers=...)"
                 )
 
 
+def _varies(weights: MixtureWeights | Router) -> str:
+    """By what the weights vary that is told from the place on an axis; empty where by nothing."""
+    if isinstance(weights, ByRow):
+        return "row" if weights.num_rows > 1 else ""
+    if not isinstance(weights, MixtureWeights) or weights.scope == "task":
+        return ""
+    return "row" if weights.scope == "instance" else "token"
+
+
 def _users(layer: str, weights: MixtureWeights | Router, adapters: Mapping[str, Adapter]) -> Iterable[str]:
     """The experts that update the layer and may have a weight there that is not zero."""
-    names: Iterable[str] = adapters
+    return (name for name in _used(layer, weights, adapters) if layer in adapters[name].layers)
+
+
+def _used(layer: str, weights: MixtureWeights | Router, adapters: Mapping[str, Adapter]) -> Iterable[str]:
+    if isinstance(weights, ByRow):
+        rows = [_used(layer, row, adapters) for row in weights.routers if row is not None]
+        return {name for names in rows for name in names}
     if isinstance(weights, MixtureWeights):
         used_E = (weights.for_layer(layer) != 0).flatten(0, 1).any(dim=0).tolist()
-        names = [name for name, used in zip(weights.experts, used_E, strict=True) if used]
-    return (name for name in names if layer in adapters[name].layers)
+        return [name for name, used in zip(weights.experts, used_E, strict=True) if used]
+    return adapters
 
 
 def _token_embeddings(model: nn.Module) -> set[int] | None:

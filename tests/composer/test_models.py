@@ -319,6 +319,36 @@ def test_fused_equals_live_or_names_the_tied_weight(family: str, saved: Callable
     assert torch.equal(output(model, inputs), base)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "bert", "phi", "qwen2", "whisper", "vit"])
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_of_layers_and_norms_equal_pefts(bias: str, family: str, tmp_path: Path) -> None:
+    inputs = FAMILIES[family].inputs()
+    theirs = get_peft_model(make(family), LoraConfig(r=2, bias=bias, target_modules=[FAMILIES[family].targets[-1]]))  # type: ignore[arg-type]
+    torch.manual_seed(3)
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    theirs.save_pretrained(str(tmp_path), save_embedding_layers=False)
+    expected = output(theirs.eval(), inputs)
+    adapter = Adapter.from_pretrained(tmp_path)
+    alone = [layer for layer, factors in adapter.layers.items() if not factors.rank]
+    assert bool(alone) == (bias == "all")
+    model = make(family)
+    base = output(model, inputs)
+    engine = Composer(model, {"a": adapter})
+    with engine.activate({"a": 1.0}):
+        assert_near(output(model, inputs), expected)
+    with engine.activate([{"a": 1.0}, None, {"a": 0.5}]):
+        live = output(model, inputs)
+    assert_near(live[:1], expected[:1])
+    assert torch.equal(live[1:2], base[1:2])
+    with engine.activate({"a": 0.5}):
+        assert_near(output(model, inputs)[2:], live[2:])
+    with engine.fused({"a": 1.0}):
+        assert_near(output(model, inputs), expected)
+    assert torch.equal(output(model, inputs), base)
+
+
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"])
 def test_an_adapter_of_fused_experts_is_refused_with_the_way_out(family: str) -> None:
     model = make(family)
@@ -355,7 +385,8 @@ def test_an_embedding_of_no_tokens_takes_one_mixture_for_all_rows(family: str, l
     with engine.fused({"a": 1.0}):
         assert_near(live, output(model, inputs))
     assert float((live - base).abs().max()) > 1e-2
-    for mixture in ([{"a": 1.0}, None, None], MixtureWeights(torch.ones(1, 6, 1, 1), ("a",))):
+    one_row = MixtureWeights(torch.ones(1, 1, 1, 1), ("a",))
+    for mixture in ([{"a": 1.0}, None, None], [one_row, None, {}], MixtureWeights(torch.ones(1, 6, 1, 1), ("a",))):
         with pytest.raises(ScopeError, match=f"'{layer}'.*'a' updates, is no embedding of tokens"):
             engine.activate(mixture)
     assert not engine.active

@@ -80,13 +80,30 @@ def test_live_adds_the_update_to_the_quantised_layers_output(name: str) -> None:
     assert torch.equal(model(x), base)
 
 
+def bias_of(module: nn.Module) -> Tensor:
+    bias: Any = module.bias
+    return (bias if isinstance(bias, Tensor) else bias()).detach().double()
+
+
+@every_base
+@torch.no_grad()
+def test_a_trained_bias_takes_the_place_of_the_layers(name: str) -> None:
+    model, x, adapter = setting(name, base_bias_O=torch.linspace(-1, 1, 32))
+    factors = adapter.layers["0"]
+    update = x.double() @ factors.a_RI.double().T @ factors.b_OR.double().T
+    expected = model(x).double() + update + factors.base_bias_O.double() - bias_of(model[0])
+    with Composer(model, [adapter]).activate({"a": 1.0}):
+        found = model(x).double()
+    tolerance = 1e-5 if x.dtype == torch.float32 else 2e-2
+    assert torch.allclose(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+
+
 @every_base
 @torch.no_grad()
 def test_a_gain_takes_the_output_without_its_bias(name: str) -> None:
     model, x, adapter = setting(name, gain_O=torch.linspace(-0.5, 0.5, 32))
     factors = adapter.layers["0"]
-    bias = model[0].bias
-    bias_O = (bias() if callable(bias) and not isinstance(bias, Tensor) else bias).double()
+    bias_O = bias_of(model[0])
     base = model(x).double()
     update = x.double() @ factors.a_RI.double().T @ factors.b_OR.double().T
     expected = base + update + factors.gain_O.double() * (base - bias_O)
