@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -46,7 +46,34 @@ class _Weights(Protocol):
     ) -> LayerMixture: ...
 
 
-_Remembered = tuple[Kernel, torch.dtype, torch.device, Note]
+class _Remembered(NamedTuple):
+    """A kernel that fits a layer's inputs of one shape, what they and the outputs have to be, and what to note of it."""
+
+    kernel: Kernel
+    dtype: torch.dtype
+    device: torch.device
+    note: Note
+
+    def into(self, x: Tensor, y: Tensor) -> Tensor:
+        """y with the update added in its own memory."""
+        if self.kernel.dtype is self.dtype:
+            self.kernel.add_(x, y)
+        else:
+            y.add_(self.kernel.update(x.to(self.kernel.dtype)))
+        return y
+
+
+def _in_place(remembered: _Remembered, x: Tensor, y: Tensor) -> bool:
+    """Whether y may be written to, since nothing else refers to it and no gradient goes through it."""
+    _, dtype, device, _ = remembered
+    return (
+        x.dtype is dtype
+        and y.dtype is dtype
+        and x.device == device
+        and y.device == device
+        and not (torch.is_grad_enabled() and y.requires_grad)
+        and y.is_contiguous()
+    )
 
 
 class Plan:
@@ -104,24 +131,10 @@ class Plan:
         Raises ScopeError, naming the layer and both counts, where that does not come out even.
         """
         by_shape = self._remembered.get(layer.name)
-        if by_shape is not None:
-            remembered = by_shape.get(x.shape)
-            if remembered is not None:
-                kernel, dtype, device, note = remembered
-                if (
-                    x.dtype is dtype
-                    and y.dtype is dtype
-                    and x.device == device
-                    and y.device == device
-                    and not (torch.is_grad_enabled() and y.requires_grad)
-                    and y.is_contiguous()
-                ):
-                    usage.saw(layer.name, note)
-                    if kernel.dtype is dtype:
-                        kernel.add_(x, y)
-                    else:
-                        y.add_(kernel.update(x.to(kernel.dtype)))
-                    return y
+        remembered = None if by_shape is None else by_shape.get(x.shape)
+        if remembered is not None and _in_place(remembered, x, y):
+            usage.saw(layer.name, remembered.note)
+            return remembered.into(x, y)
         if not self.experts or self._weights.skips(layer.name):
             usage.saw(layer.name, Note(y.shape))
             return y
@@ -139,10 +152,9 @@ class Plan:
         note = Note(y.shape, _kernel_class(kernel))
         self._tell(usage, layer.name, note, mixture.w_BTE)
         if kernel is not None and affine is None and x.ndim == 3 and layer.fresh and isinstance(self._weights, RowWeights):
-            by_shape = self._remembered.setdefault(layer.name, {})
-            if len(by_shape) >= NUM_KEPT_SHAPES:
-                by_shape.clear()
-            by_shape[x.shape] = kernel, dtype, y.device, note
+            remembered = self._remember(layer.name, x.shape, _Remembered(kernel, dtype, y.device, note))
+            if _in_place(remembered, x, y):
+                return remembered.into(x, y)
         if torch.is_grad_enabled() and x.requires_grad:
             self._weights.escaped()
         y_BTO = y.reshape(*x_BTI.shape[:2], layer.num_outputs)
@@ -156,6 +168,13 @@ class Plan:
             # into the update's own memory, which nothing else refers to, rather than a third tensor of this size
             result_BTO = kernel.update(x_BTI.to(kernel.dtype)).to(y.dtype).add_(y_BTO)
         return result_BTO.reshape(y.shape)
+
+    def _remember(self, layer: str, shape: torch.Size, kernel: _Remembered) -> _Remembered:
+        by_shape = self._remembered.setdefault(layer, {})
+        if len(by_shape) >= NUM_KEPT_SHAPES:
+            by_shape.clear()
+        by_shape[shape] = kernel
+        return kernel
 
     def _projected(self, layer: TargetLayer, x: Tensor, y: Tensor, dtype: torch.dtype, lease: Lease, usage: Usage) -> Tensor:
         y_BTO = _by_token(layer.kind.rows(layer.module, y), self._weights.num_tokens, y.ndim)
