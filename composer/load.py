@@ -9,6 +9,9 @@ from torch import Tensor
 
 from loraweave.errors import ScopeError
 
+# weights that are looked at in one piece
+CHUNK = 2**20
+
 
 @dataclass(frozen=True, eq=False)
 class Load:
@@ -32,16 +35,20 @@ def load(w_BTE: Tensor, mask_BT: Tensor | None = None) -> Load:
     """
     if mask_BT is not None:
         w_BTE = spread(w_BTE, *mask_BT.shape)
-    w_NE = w_BTE.detach().double().flatten(0, 1)
+    w_NE = w_BTE.detach().flatten(0, 1)
     if mask_BT is not None:
         w_NE = w_NE[mask_BT.flatten().to(w_NE.device) != 0]
-    total_E = w_NE.abs().sum(dim=0)
+    total_E, chosen_E = torch.zeros(2, w_NE.shape[1], dtype=torch.float64, device=w_NE.device)
+    entropies_N = []
+    for part_NE in torch.split(w_NE, max(1, CHUNK // max(w_NE.shape[1], 1))):
+        total_E += part_NE.double().abs().sum(dim=0)
+        chosen_E += (part_NE != 0).sum(dim=0)
+        entropies_N.append(entropies(part_NE))
     total = total_E.sum()
-    entropy_N = entropies(w_NE)
     return Load(
         share_E=total_E / total if total > 0 else total_E,
-        chosen_E=(w_NE != 0).double().sum(dim=0) / max(len(w_NE), 1),
-        entropy=float(entropy_N.nanmean()),
+        chosen_E=chosen_E / max(len(w_NE), 1),
+        entropy=float(torch.cat(entropies_N).nanmean()),
         num_tokens=len(w_NE),
     )
 
@@ -49,9 +56,11 @@ def load(w_BTE: Tensor, mask_BT: Tensor | None = None) -> Load:
 def entropies(w_NE: Tensor) -> Tensor:
     """entropy_N of |w| normalised over the last axis, in nats and float64; NaN where all weights are 0."""
     magnitude_NE = w_NE.detach().double().abs()
-    share_NE = magnitude_NE / magnitude_NE.sum(dim=-1, keepdim=True)
+    total_N = magnitude_NE.sum(dim=-1)
+    share_NE = magnitude_NE / total_N[..., None]
     # abs: one expert alone would give -0
-    return torch.xlogy(share_NE, share_NE).sum(dim=-1).abs()
+    entropy_N = torch.xlogy(share_NE, share_NE).sum(dim=-1).abs()
+    return torch.where(total_N > 0, entropy_N, torch.nan)
 
 
 def spread(w_BTE: Tensor, num_rows: int, num_tokens: int) -> Tensor:

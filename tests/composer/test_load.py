@@ -40,9 +40,13 @@ def test_tokens_without_weight_are_left_out_of_the_entropy_and_counted_in_the_ch
 
 
 def test_without_any_weight_the_load_is_zero_and_the_entropy_is_unknown() -> None:
-    for w_BTE, mask_BT in ((torch.zeros(2, 1, 3), None), (torch.ones(1, 2, 3), torch.zeros(1, 2))):
+    for w_BTE, mask_BT in (
+        (torch.zeros(2, 1, 3), None),
+        (torch.ones(1, 2, 3), torch.zeros(1, 2)),
+        (torch.ones(1, 2, 0), None),
+    ):
         found = load(w_BTE, mask_BT)
-        assert found.share_E.tolist() == found.chosen_E.tolist() == [0.0, 0.0, 0.0]
+        assert found.share_E.tolist() == found.chosen_E.tolist() == [0.0] * w_BTE.shape[2]
         assert math.isnan(found.entropy)
 
 
@@ -67,3 +71,13 @@ def test_shared_axes_count_for_every_token_of_the_mask() -> None:
 def test_a_mask_of_another_batch_is_named(shape: tuple[int, int]) -> None:
     with pytest.raises(ScopeError, match=f"2 rows and 4 tokens do not fit .* {shape[0]} rows and {shape[1]} tokens"):
         load(torch.ones(2, 4, 3), torch.ones(shape))
+
+
+def test_many_weights_are_looked_at_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    w_BTE = torch.randn(3, 7, 5)
+    whole = load(w_BTE)
+    monkeypatch.setattr("loraweave.composer.load.CHUNK", 11)
+    pieces = load(w_BTE)
+    assert torch.allclose(pieces.share_E, whole.share_E, rtol=1e-14)
+    assert torch.equal(pieces.chosen_E, whole.chosen_E)
+    assert pieces.entropy == pytest.approx(whole.entropy, rel=1e-14)

@@ -290,3 +290,21 @@ def test_the_mask_of_another_batch_is_named(engine: Composer) -> None:
         run(engine)
     with pytest.raises(ScopeError, match="mask of 2 rows and 7 tokens is none for a forward of 3 rows and 7 tokens"):
         engine.last_weights.load(torch.ones(2, 7))
+
+
+def test_beams_count_with_the_mixture_and_the_mask_of_their_text(alike: Composer) -> None:
+    mask_BT = torch.ones_like(IDS)
+    mask_BT[0, :3] = 0
+    with alike.activate([{"a": 1.0}, {"b": 1.0}, None]), alike.record() as trace:
+        alike.model.generate(input_ids=IDS, attention_mask=mask_BT, num_beams=2, max_new_tokens=1, do_sample=False)
+    for load in trace.weights.load(mask_BT).values():
+        assert (load.num_tokens, load.chosen_E.tolist()) == (36, [8 / 36, 14 / 36])
+
+
+def test_a_router_for_one_row_and_weights_for_another_are_both_seen(alike: Composer) -> None:
+    with alike.activate([ByInput(), {"b": 0.5}, None]):
+        run(alike)
+    for layer, w_BTE in alike.last_weights.items():
+        assert w_BTE.shape == (3, 7, 3), layer
+        assert w_BTE[1:].tolist() == [[[0.0, 0.5, 0.0]] * 7, [[0.0] * 3] * 7]
+        assert bool((w_BTE[0] != 0).all())
