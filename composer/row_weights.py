@@ -12,12 +12,15 @@ from torch import Tensor
 from loraweave.composer.affine import Affine, AffineTable
 from loraweave.composer.kernels._cost import Workload, choose
 from loraweave.composer.kernels._parts import Kernel, RowSets, row_sets
+from loraweave.composer.kernels._rank_tables import triton_runs
 from loraweave.composer.kernels._some_rows import SomeRows
 from loraweave.composer.kernels.dense import Stack
 from loraweave.composer.kernels.gathered import Gathered
 from loraweave.composer.kernels.merged import Merged
 from loraweave.composer.kernels.segments import Segments
 from loraweave.composer.kernels.shared import Shared
+from loraweave.composer.kernels.triton_gathered import TritonGathered
+from loraweave.composer.kernels.triton_segments import TritonSegments
 from loraweave.composer.layers import TargetLayer
 from loraweave.composer.layout import PlacedFactors
 from loraweave.composer.residents import Lease
@@ -135,6 +138,10 @@ class RowWeights:
             kernel = Gathered.of(parts, rows, dtype, partial(self._borrow, dtype, found.device))
         elif path == "segments":
             kernel = Segments.of(parts, rows, dtype)
+        elif path == "triton_gathered":
+            kernel = TritonGathered.of(parts, rows, dtype)
+        elif path == "triton_segments":
+            kernel = TritonSegments.of(parts, rows, dtype)
         else:
             kernel = Stack.of(parts, dtype).weighted(_stacked_weights(rows, len(parts), dtype, found.device))
         touched = found.touched
@@ -198,6 +205,7 @@ class _LayerRows:
             num_outputs=num_outputs,
             itemsize=self.dtype.itemsize,
             device=self.device.type,
+            triton=triton_runs(self.device, self.dtype),
         )
 
 

@@ -1,6 +1,7 @@
 """Which fast path a mixture takes: each one's arithmetic, bytes and calls, priced with measured rates.
 
 The rates were fitted to timings of all paths over many shapes (`benchmarks/kernels.py`); only their ratios matter.
+Those of "cuda" are data-sheet values.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+# of one segment, in one block of a Triton kernel
+TRITON_TOKENS = 32
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -16,7 +20,7 @@ class Workload:
 
     `num_mixtures` rows of the mixture that use any expert, each with `tokens` tokens; `largest` and `total` are the
     largest rank sum of a row and the sum over rows; `num_segments` distinct mixtures have `distinct` rank rows together,
-    and all their experts `stacked`.
+    and all their experts `stacked`. `triton` says that its kernels run there.
     """
 
     num_mixtures: int
@@ -30,6 +34,7 @@ class Workload:
     num_outputs: int
     itemsize: int
     device: str = "cpu"
+    triton: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,12 +84,19 @@ def costs(work: Workload) -> dict[str, Cost]:
             "shared": priced(num_tokens * work.largest, work.largest, 2),
             "merged": Cost(2 * num_tokens * full, work.itemsize * (moved + full), 1),
         }
-    return {
+    found = {
         "gathered": priced(num_tokens * work.largest, work.num_mixtures * work.largest, 2),
         "segments": priced(work.total * work.tokens, work.distinct, 3 * work.num_segments),
         # the hidden values go through fp32 and a mask
         "dense": priced(num_tokens * work.stacked, work.stacked, 6, extra=6 * num_tokens * work.stacked),
     }
+    if work.triton:
+        # a launch by Triton takes about as long as two calls of a library; every token reads its own rank rows, every
+        # block of a segment's tokens the segment's
+        num_blocks = -(-num_tokens // (TRITON_TOKENS * work.num_segments))
+        found["triton_gathered"] = priced(work.total * work.tokens, work.total * work.tokens, 4)
+        found["triton_segments"] = priced(work.total * work.tokens, work.distinct * num_blocks, 4)
+    return found
 
 
 @dataclass(frozen=True)
