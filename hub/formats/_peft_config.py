@@ -64,7 +64,7 @@ REFUSED = {
     "trainable_token_indices": "trained rows of the embedding",
     "layer_replication": "a base model with repeated layers",
     "alora_invocation_tokens": "an update that depends on an invocation sequence",
-    "target_parameters": "updates of bare parameters, such as fused experts",
+    "target_parameters": "updates of bare parameters, such as fused experts (peft's merge_and_unload() writes them)",
     "megatron_config": "layers of Megatron",
     "use_qalora": "pooled inputs",
     "arrow_config": "a router over several adapters",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from loraweave.composer.composer import Composer
@@ -137,3 +139,26 @@ def test_a_gradient_passes_through_the_update_of_a_quantised_layer() -> None:
         model(x).sum().backward()
     expected = (torch.ones(32) @ factors.b_OR @ factors.a_RI).expand_as(x)
     assert torch.allclose(x.grad, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_model_that_torchao_quantised_equals_peft_on_it(make_model: Callable[..., nn.Module], tmp_path: Path) -> None:
+    quantization = imported("torchao.quantization")
+
+    def model() -> nn.Module:
+        made = make_model("llama")
+        quantization.quantize_(made.model.layers, quantization.Int8WeightOnlyConfig())
+        return made
+
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "down_proj", "embed_tokens"])
+    theirs = get_peft_model(model(), config).eval()  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    for name, parameter in theirs.named_parameters():
+        if "lora" in name:
+            parameter.data = 0.3 * torch.randn_like(parameter)
+    theirs.save_pretrained(str(tmp_path), save_embedding_layers=False)
+    own, ids = model(), torch.arange(3, 24).view(3, 7)
+    with Composer(own, {"a": Adapter.from_pretrained(tmp_path)}).activate({"a": 1.0}):
+        found = own(input_ids=ids).logits
+    expected = theirs(input_ids=ids).logits
+    assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
