@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -73,6 +74,7 @@ class Residents:
         self._num_leases: Counter[str] = Counter()
         self._hits = self._misses = self._from_disk = self._to_device = 0
         self._worker: ThreadPoolExecutor | None = None
+        self._process = os.getpid()
 
     def take_from(self, adapter: Callable[[str], Adapter], places: Callable[[], Mapping[str, Place]]) -> None:
         """Other experts in place of those that were given at first; `forget` the names that stand for another one now."""
@@ -101,14 +103,14 @@ class Residents:
         """
         wanted = tuple(names)
         with self._lock:
-            if self._worker is None:
-                self._worker = ThreadPoolExecutor(1, thread_name_prefix="loraweave-prefetch")
-            return self._worker.submit(lambda: self.lease(wanted).release())
+            worker = self._worker = self._own_worker() or ThreadPoolExecutor(1, thread_name_prefix="loraweave-prefetch")
+            return worker.submit(lambda: self.lease(wanted).release())
 
     def settle(self) -> None:
         """Waits until what was asked to be prefetched so far is there, or has failed."""
         with self._lock:
-            done = None if self._worker is None else self._worker.submit(lambda: None)
+            worker = self._own_worker()
+            done = None if worker is None else worker.submit(lambda: None)
         if done is not None:
             done.result()
 
@@ -126,7 +128,7 @@ class Residents:
 
     def close(self) -> None:
         """Ends prefetching, and lets go of all that is not in use."""
-        worker, self._worker = self._worker, None
+        worker, self._worker = self._own_worker(), None
         if worker is not None:
             worker.shutdown(cancel_futures=True)
         self.forget()
@@ -148,6 +150,12 @@ class Residents:
                 device_budget_bytes=self._device.budget_bytes,
                 host_budget_bytes=self._host.budget_bytes,
             )
+
+    def _own_worker(self) -> ThreadPoolExecutor | None:
+        """The thread that prefetches; None in a process that was forked since, where it does not run."""
+        if self._process != os.getpid():
+            self._worker, self._process = None, os.getpid()
+        return self._worker
 
     def _taken(self, names: tuple[str, ...]) -> Lease:
         """A lease whose pages have their room, and are not all there yet."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 import tracemalloc
 from collections.abc import Callable, Mapping
@@ -77,7 +78,7 @@ def assert_the_adapters_own(lease: Lease, name: str, place: Place = FP32) -> Non
         assert torch.equal(part.b_RO, factors.b_OR.T.to(*place))
         for found, own in ((part.gain_O, factors.gain_O), (part.bias_O, factors.bias_O)):
             assert (found is None) == (own is None)
-            assert found is None or torch.equal(found, own)
+            assert found is None or torch.equal(found.cpu(), own)
 
 
 @pytest.mark.parametrize("staged", [None, everything])
@@ -292,6 +293,41 @@ def test_prefetched_experts_are_hits_and_an_error_is_the_futures_and_again_the_l
     assert isinstance(residents.prefetch(["lost"]).exception(timeout=10), AdapterNotFound)
     with pytest.raises(AdapterNotFound, match="no adapter 'lost'"):
         residents.lease(["lost"])
+    residents.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_forked_process_does_not_wait_for_the_thread_that_it_does_not_have() -> None:
+    residents = Residents(ADAPTERS.__getitem__, lambda: PLACES)
+    residents.prefetch(["e1"]).result(timeout=10)
+    child = os.fork()
+    if not child:
+        try:
+            residents.settle()
+            residents.prefetch(["e2"]).result(timeout=10)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    residents.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_is_filled_from_pinned_memory_within_its_budget() -> None:
+    place = (torch.device("cuda", 0), torch.float32)
+    budget = 3 * max(map(size_of, NAMES))
+    residents = Residents(
+        ADAPTERS.__getitem__, lambda: dict.fromkeys(LAYERS, place), device_budget_bytes=budget, host_budget_bytes=budget
+    )
+    for turn in range(20):
+        name = NAMES[turn * 3 % 8]
+        residents.prefetch([name]).result(timeout=10)
+        lease = residents.lease([name])
+        assert_the_adapters_own(lease, name, place)
+        lease.release()
+        assert residents.residency.device_bytes <= budget
     residents.close()
 
 
