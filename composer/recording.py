@@ -218,5 +218,7 @@ def _joined(layer: str, parts: list[UsedLayer]) -> UsedLayer:
             f"the recorded calls of layer {layer!r} had {', '.join(map(str, rows))} rows, and are no one batch: record them "
             "one by one"
         )
-    w_BTE = torch.cat([spread(part.w_BTE, part.num_rows, part.num_tokens) for part in parts], dim=1)
+    # a mixture's own weights stay where they were made, a router's are where the layer is
+    device = parts[0].w_BTE.device
+    w_BTE = torch.cat([spread(part.w_BTE.to(device), part.num_rows, part.num_tokens) for part in parts], dim=1)
     return UsedLayer(w_BTE, parts[0].num_rows, w_BTE.shape[1])

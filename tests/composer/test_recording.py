@@ -308,3 +308,16 @@ def test_a_router_for_one_row_and_weights_for_another_are_both_seen(alike: Compo
         assert w_BTE.shape == (3, 7, 3), layer
         assert w_BTE[1:].tolist() == [[[0.0, 0.5, 0.0]] * 7, [[0.0] * 3] * 7]
         assert bool((w_BTE[0] != 0).all())
+
+
+def test_compiled_code_is_seen_too(alike: Composer) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(alike.model, backend="eager", fullgraph=True)
+    for mixture in ({"a": 1.0}, {"b": 0.5}, ByInput()):
+        with torch.no_grad(), alike.activate(mixture), alike.record() as trace:
+            compiled(input_ids=IDS, use_cache=False)
+        found, recorded = plain(alike), trace.weights.layers.values()
+        with alike.activate(mixture):
+            run(alike, use_cache=False)
+        assert found == plain(alike)
+        assert {used.num_tokens for used in recorded} == {7}
