@@ -57,6 +57,10 @@ def test_a_fixed_mixture_is_the_same_for_all_tokens_and_layers(engine: Composer)
     assert torch.equal(found.w_TLE, torch.tensor([0.5, -1.0]).expand(len(TEXT), len(found.layers), 2))
 
 
+def test_a_mixture_of_one_row_is_explained_like_that_of_all(engine: Composer) -> None:
+    assert engine.explain(TEXT, [{"a": 0.5, "b": -1.0}]).to_json() == engine.explain(TEXT, {"a": 0.5, "b": -1.0}).to_json()
+
+
 def test_a_layer_that_an_expert_leaves_alone_has_no_weight_of_it(
     tiny_llama: nn.Module, make_adapters: Make, tokenizer: Any
 ) -> None:
