@@ -60,8 +60,7 @@ def engine(make_model: Callable[..., nn.Module], make_adapters: Callable[..., li
     return Composer(model, make_adapters(model, "llama"))
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize(("kind", "backend"), [("llama", "aot_eager"), ("gpt2", "eager")])
 def test_every_mixture_answers_as_eagerly_and_compiles_nothing_anew(
     kind: str, backend: str, make_model: Callable[..., nn.Module], make_adapters: Callable[..., list[Adapter]]
 ) -> None:
@@ -215,7 +214,7 @@ def test_layers_that_share_their_code_share_what_it_was_compiled_to(
 
 def test_batches_of_other_shapes_compile_no_more_than_the_base_does(engine: Composer) -> None:
     model = engine.model
-    shapes = [(3, 7), (2, 5), (4, 9), (1, 3), (8, 1)]
+    shapes = [(3, 7), (2, 5), (1, 3), (8, 1)]
     counts = []
     for active in (False, True):
         torch._dynamo.reset()
@@ -232,8 +231,7 @@ def test_batches_of_other_shapes_compile_no_more_than_the_base_does(engine: Comp
     assert counts[0] == counts[1]
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize(("kind", "backend"), [("llama", "eager"), ("gpt2", "aot_eager")])
 def test_gradients_are_those_of_the_eager_model(
     kind: str, backend: str, make_model: Callable[..., nn.Module], make_adapter: Callable[..., Adapter]
 ) -> None:
@@ -281,6 +279,14 @@ def test_weights_that_learn_and_routers_get_their_gradients(routed: bool, engine
         assert learned.grad is not None
         found.append(learned.grad.clone())
     assert torch.allclose(found[0], found[1], rtol=1e-4, atol=1e-4 * float(found[0].abs().max()))
+    # the next steps compile nothing anew
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for _ in range(2):
+        with torch.no_grad():
+            learned -= 0.1
+        with engine.activate(mixture):
+            compiled(input_ids=IDS, use_cache=False).logits.sin().sum().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
 
 
 def test_a_router_in_one_whole_graph_works_without_gradients_and_is_refused_with_them(engine: Composer) -> None:
@@ -358,6 +364,40 @@ def test_a_thread_without_a_mixture_gets_the_base_from_the_same_compiled_model(e
         inside = logits(compiled)
         assert torch.equal(in_thread(lambda: logits(compiled)), base)
         assert torch.equal(logits(compiled), inside)
+
+
+def test_threads_with_different_mixtures_share_a_compiled_model(engine: Composer) -> None:
+    compiled = torch.compile(engine.model, backend="aot_eager", fullgraph=True)
+    expected = []
+    for mixture in MIXTURES:
+        with engine.activate(mixture):
+            expected.append(logits(compiled))
+    wrong: list[int] = []
+
+    def work(index: int) -> None:
+        for _ in range(10):
+            with engine.activate(MIXTURES[index]):
+                if not torch.equal(logits(compiled), expected[index]):
+                    wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(MIXTURES))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_the_weights_of_a_compiled_forward_are_told_like_those_of_an_eager_one(engine: Composer) -> None:
+    compiled = torch.compile(engine.model, backend="eager", fullgraph=True)
+    found = []
+    for each in (engine.model, compiled):
+        with engine.activate([{"a": 1.0}, None, {"b": 2.0, "c": 0.5}]), engine.record() as trace:
+            logits(each)
+            found.append((engine.last_weights, trace.weights))
+    for eager, other in zip(*found, strict=True):
+        assert eager.layers.keys() == other.layers.keys()
+        assert all(torch.equal(used.w_BTE, other.layers[name].w_BTE) for name, used in eager.layers.items())
 
 
 def test_a_copy_made_while_active_compiles_to_the_base(engine: Composer) -> None:
