@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -79,41 +79,53 @@ class Cost(Mapping[str, LayerCost]):
 
 def mixture_cost(used: UsedWeights, pool: ExpertPool, layers: Mapping[str, TargetLayer]) -> Cost:
     """The cost of a forward that used these weights. `pool` has the bound factors of the experts that took part."""
-    return Cost({name: _layer_cost(layers[name], found, _factors(used, pool, name)) for name, found in used.layers.items()})
+    # expert by expert, since one of a lazy pool is opened for it
+    by_expert = [
+        {layer: _Part.of(factors) for layer, factors in pool.adapters[expert].layers.items() if layer in used.layers}
+        for expert in used.experts
+    ]
+    return Cost(
+        {
+            name: _layer_cost(layers[name], found, [parts.get(name) for parts in by_expert])
+            for name, found in used.layers.items()
+        }
+    )
 
 
-def _factors(used: UsedWeights, pool: ExpertPool, layer: str) -> list[Factors | None]:
-    return [pool.adapters[expert].layers.get(layer) for expert in used.experts]
+class _Part(NamedTuple):
+    """The sizes of one expert's factors in one layer; `affine` are FLOPs per output for gain and bias."""
+
+    rank: int
+    num_values: int
+    affine: int
+
+    @classmethod
+    def of(cls, factors: Factors) -> _Part:
+        affine = 3 * (factors.gain_O is not None) + 2 * (factors.bias_O is not None)
+        return cls(factors.rank, sum(tensor.numel() for tensor in factors.tensors().values()), affine)
 
 
-def _layer_cost(layer: TargetLayer, used: UsedLayer, factors: list[Factors | None]) -> LayerCost:
+def _layer_cost(layer: TargetLayer, used: UsedLayer, parts: list[_Part | None]) -> LayerCost:
     num_out, num_in = layer.num_outputs, layer.num_inputs
     looks_up = layer.kind.name == "embedding"
+    num_tokens = used.num_rows * used.num_tokens
     # tokens that an axis of size one stands for
-    times = used.num_rows * used.num_tokens // max(used.w_BTE.shape[0] * used.w_BTE.shape[1], 1)
+    times = num_tokens // max(used.w_BTE.shape[0] * used.w_BTE.shape[1], 1)
     chosen_BTE = used.w_BTE != 0
     tokens_E = (chosen_BTE.sum(dim=(0, 1)) * times).tolist()
-    touched = int(chosen_BTE.any(dim=-1).sum()) * times
     weight, bias = layer.parameter("weight"), layer.parameter("bias")
     itemsize = weight.dtype.itemsize if weight is not None and is_floating(weight.dtype) else 4
-    flops = num_out * touched
+    flops = num_out * int(chosen_BTE.any(dim=-1).sum()) * times
     num_values = 0
-    for tokens, part in zip(tokens_E, factors, strict=True):
-        if part is None or not tokens:
-            continue
-        read = 0 if looks_up else num_in
-        affine = 3 * (part.gain_O is not None) + 2 * (part.bias_O is not None)
-        flops += tokens * (2 * part.rank * (read + num_out) + part.rank + affine * num_out)
-        num_values += sum(tensor.numel() for tensor in part.tensors().values())
-        if looks_up:
-            num_values += part.rank * (min(tokens, num_in) - num_in)
-    num_tokens = used.num_rows * used.num_tokens
-    base_bytes = _size(weight) + _size(bias)
-    if looks_up:
-        base_bytes = min(num_tokens, num_in) * num_out * itemsize
+    for tokens, part in zip(tokens_E, parts, strict=True):
+        if part is not None and tokens:
+            read = 0 if looks_up else num_in
+            flops += tokens * (2 * part.rank * (read + num_out) + part.rank + part.affine * num_out)
+            # a look-up reads one column of a for each token
+            num_values += part.num_values - (part.rank * (num_in - min(tokens, num_in)) if looks_up else 0)
     return LayerCost(
         base_flops=0 if looks_up else 2 * num_tokens * num_out * num_in,
-        base_bytes=base_bytes,
+        base_bytes=min(num_tokens, num_in) * num_out * itemsize if looks_up else _size(weight) + _size(bias),
         added_flops=flops,
         added_bytes=num_values * itemsize,
         kernel=used.kernel,

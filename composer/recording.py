@@ -30,11 +30,19 @@ from loraweave.routers.mixture import MixtureWeights
 KEPT_BYTES = 64 * 2**20
 
 
-class Setting(NamedTuple):
+class Setting:
     """What it takes to read notes: the engine's experts, bound to the model, and what knows the model's layers."""
 
-    pool: ExpertPool
-    fitting: Fitting
+    def __init__(self, pool: ExpertPool, fitting: Fitting) -> None:
+        self._pool = pool
+        self.fitting = fitting
+        self._layers_of: dict[str, frozenset[str]] = {}
+
+    def updates(self, expert: str, layer: str) -> bool:
+        """Whether the expert has something to add to the layer. One of a lazy pool is opened once for all layers."""
+        if expert not in self._layers_of:
+            self._layers_of[expert] = frozenset(self._pool.adapters[expert].layers)
+        return layer in self._layers_of[expert]
 
 
 class Note(NamedTuple):
@@ -103,8 +111,10 @@ class Usage:
                 f"the weights of the last forward are more than the {KEPT_BYTES // 2**20} MiB that are kept unasked: run it "
                 "inside `with engine.record() as trace:`, and read trace.weights"
             )
-        targets, pool = setting.fitting.layers, setting.pool
-        return UsedWeights(experts, {name: _used(self, note, targets[name], experts, pool) for name, note in notes.items()})
+        layers = setting.fitting.layers
+        return UsedWeights(
+            experts, {name: _used(self, note, layers[name], experts, setting) for name, note in notes.items()}
+        )
 
 
 class Trace:
@@ -133,9 +143,9 @@ class Trace:
         found = []
         for (_, by_input, _), group in groupby(self._calls.get(layer, []), key=_kind_of_call):
             same = list(group)
-            first = _used(*same[0], target, experts, self._setting.pool)
+            first = _used(*same[0], target, experts, self._setting)
             if by_input or first.w_BTE.shape[1] > 1:
-                rest = [_used(usage, note, target, experts, self._setting.pool) for usage, note in same[1:]]
+                rest = [_used(usage, note, target, experts, self._setting) for usage, note in same[1:]]
                 found += [first, *rest]
             else:
                 counts = Counter(note.shape for _, note in same)
@@ -187,14 +197,14 @@ def _kind_of_call(call: tuple[Usage, Note]) -> tuple[object, bool, int]:
     return id(usage), note.w_BTE is not None, note.shape[0] if note.shape else 1
 
 
-def _used(usage: Usage, note: Note, target: TargetLayer, experts: tuple[str, ...], pool: ExpertPool) -> UsedLayer:
+def _used(usage: Usage, note: Note, target: TargetLayer, experts: tuple[str, ...], setting: Setting) -> UsedLayer:
     """The note's weights over `experts`, with 0 for those that leave the layer alone or were not active."""
     own = usage.experts
     w_BTE = note.w_BTE
     if w_BTE is None:
         w_BTE = torch.zeros(1, 1, len(own)) if usage.mixture is None else usage.mixture.for_layer(target.name)
     place = {name: at for at, name in enumerate(experts)}
-    taking_part = [at for at, name in enumerate(own) if target.name in pool.adapters[name].layers]
+    taking_part = [at for at, name in enumerate(own) if setting.updates(name, target.name)]
     found_BTE = w_BTE.new_zeros(*w_BTE.shape[:2], len(experts))
     found_BTE[..., [place[own[at]] for at in taking_part]] = w_BTE[..., taking_part]
     kernel = "" if note.kernel is None else note.kernel.__module__.rpartition(".")[2]

@@ -17,6 +17,7 @@ from loraweave.composer import recording
 from loraweave.composer.composer import Composer
 from loraweave.errors import CompositionError, ScopeError
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.pool import ExpertPool
 from loraweave.routers.mixture import MixtureWeights
 from loraweave.types import Factors
 
@@ -321,3 +322,26 @@ def test_compiled_code_is_seen_too(alike: Composer) -> None:
             run(alike, use_cache=False)
         assert found == plain(alike)
         assert {used.num_tokens for used in recorded} == {7}
+
+
+def test_reading_the_weights_of_a_lazy_pool_opens_each_expert_once(alike: Composer) -> None:
+    opened: list[str] = []
+
+    def opener(name: str) -> Adapter:
+        opened.append(name)
+        return alike.pool[name]
+
+    names = [f"expert {number}" for number in range(40)]
+    adapters = {name: alike.pool["abc"[number % 3]] for number, name in enumerate(names)}
+    lazy = Composer(alike.model, ExpertPool.on_demand(names, lambda name: opener("abc"[names.index(name) % 3])))
+    with lazy.activate(MixtureWeights(torch.ones(1, 1, 1, 40), tuple(names))):
+        run(lazy)
+        opened.clear()
+        used = lazy.last_weights
+        assert len(opened) <= 40
+        opened.clear()
+        cost = lazy.cost(used)
+        assert len(opened) <= 40
+    assert all(w_BTE.tolist() == [[[1.0] * 40]] for w_BTE in used.values())
+    ranks = sum(adapter.rank for adapter in adapters.values())
+    assert cost["model.layers.0.self_attn.q_proj"].added_bytes == 4 * ranks * 32
