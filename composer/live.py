@@ -18,9 +18,10 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
+from loraweave.composer.batch_axis import begin_call, end_call
 from loraweave.composer.compiled import bind, mixed, number_of_layer, number_of_mixing, outside
 from loraweave.composer.layers import TargetLayer
-from loraweave.composer.owner_watch import watch
+from loraweave.composer.owner_watch import Step, watch
 from loraweave.composer.plan import Plan
 from loraweave.composer.recording import Usage
 from loraweave.composer.residents import Lease
@@ -221,6 +222,7 @@ class LiveLayers:
     def _install(self) -> None:
         claim(self, self._modules)
         self._handles.append(self._model.register_forward_pre_hook(_Entry(self, self._model), with_kwargs=True))
+        self._handles.append(self._model.register_forward_hook(Step(end_call), always_call=True))
         self._take_over(self._layers)
 
     def _take_over(self, layers: Mapping[str, TargetLayer]) -> None:
@@ -328,7 +330,9 @@ class _Entry:
             )
         activation = self._live.current()
         if activation is not None:
-            activation.plan.require_rows(_num_rows(args, kwargs))
+            num_rows = _num_rows(args, kwargs)
+            activation.plan.require_rows(num_rows)
+            begin_call(num_rows)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return _inert

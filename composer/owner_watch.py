@@ -37,9 +37,9 @@ def watch(
 
     return [
         _OwnForward(owner),
-        owner.register_forward_pre_hook(_Step(begin)),
-        module.register_forward_hook(_Step(call)),
-        owner.register_forward_hook(_Step(end)),
+        owner.register_forward_pre_hook(Step(begin)),
+        module.register_forward_hook(Step(call)),
+        owner.register_forward_hook(Step(end)),
     ]
 
 
@@ -58,8 +58,8 @@ class _OwnForward:
             del self._module.forward
 
 
-class _Step:
-    """A hook; that of a copied or unpickled model does nothing."""
+class Step:
+    """A hook that looks at nothing it is given; that of a copied or unpickled model does nothing."""
 
     def __init__(self, step: Callable[[], None]) -> None:
         self._step = step

@@ -7,9 +7,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from loraweave.composer.batch_axis import require_batch_first
 from loraweave.composer.kernels._parts import Kernel
 from loraweave.composer.kernels._some_rows import SomeRows
-from loraweave.composer.layer_kinds import linear
+from loraweave.composer.layer_kinds import conv, linear
 from loraweave.composer.layers import TargetLayer, is_floating
 from loraweave.composer.recording import Note, Usage
 from loraweave.composer.residents import Lease
@@ -98,6 +99,11 @@ class Plan:
         return self._weights.learns
 
     @property
+    def _by_place(self) -> bool:
+        """Whether a weight is told from its place among rows or tokens."""
+        return self._weights.num_mixtures > 1 or self._weights.num_tokens > 1
+
+    @property
     def num_mixtures(self) -> int:
         """Rows of the mixture; 1 where all rows of a batch share one, or a router looks at each."""
         return self._weights.num_mixtures
@@ -145,6 +151,8 @@ class Plan:
         dtype = weight.dtype if weight is not None and is_floating(weight.dtype) else y.dtype
         if layer.kind is not linear:
             return self._projected(layer, x.to(y.device), y, dtype, lease, usage)
+        if self._by_place:
+            require_batch_first(layer.name, x.shape)
         x_BTI = x.to(y.device)
         x_BTI = _by_token(x_BTI.reshape(*_leading(x_BTI), layer.num_inputs), self._weights.num_tokens, x.ndim)
         mixture = self._weights.mixture(layer, x_BTI, y.device, dtype, lease)
@@ -177,6 +185,8 @@ class Plan:
         return kernel
 
     def _projected(self, layer: TargetLayer, x: Tensor, y: Tensor, dtype: torch.dtype, lease: Lease, usage: Usage) -> Tensor:
+        if self._by_place and layer.kind is not conv:
+            require_batch_first(layer.name, y.shape)
         y_BTO = _by_token(layer.kind.rows(layer.module, y), self._weights.num_tokens, y.ndim)
         update_BTO, w_BTE = self._by_token.projected(layer, x, y_BTO, y.device, dtype, lease)
         self._tell(usage, layer.name, Note(y.shape), w_BTE)

@@ -1,0 +1,96 @@
+"""Models that put something else than the batch first: weights by row are refused there, one mixture for all rows works."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from loraweave.composer import batch_axis
+from loraweave.composer.composer import Composer
+from loraweave.errors import ScopeError
+from loraweave.hub.adapter import Adapter
+from loraweave.routers.mixture import MixtureWeights
+from loraweave.types import Factors, Kind
+
+IDS = torch.randint(3, 60, (3, 6), generator=torch.Generator().manual_seed(1))
+
+
+def _xlnet() -> tuple[nn.Module, str, Kind]:
+    config = transformers.XLNetConfig(vocab_size=61, d_model=16, n_layer=1, n_head=2, d_inner=24)
+    return transformers.XLNetModel(config), "layer.0.ff.layer_1", "linear"
+
+
+def _xlnet_embedding() -> tuple[nn.Module, str, Kind]:
+    return _xlnet()[0], "word_embedding", "embedding"
+
+
+def _longformer() -> tuple[nn.Module, str, Kind]:
+    config = transformers.LongformerConfig(
+        vocab_size=61,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        attention_window=4,
+        pad_token_id=0,
+        max_position_embeddings=64,
+    )
+    return transformers.LongformerModel(config), "encoder.layer.0.attention.self.value", "linear"
+
+
+@pytest.mark.parametrize("make", [_xlnet, _xlnet_embedding, _longformer])
+@torch.no_grad()
+def test_weights_by_row_are_refused_where_the_tokens_come_first(make: Any) -> None:
+    torch.manual_seed(0)
+    model, layer, kind = make()
+    model.eval()
+    module = model.get_submodule(layer)
+    size = (16, 61) if kind == "embedding" else tuple(module.weight.shape)
+    update = Factors(torch.randn(2, size[1]), torch.randn(size[0], 2), kind=kind)
+    engine = Composer(model, [Adapter("a", "tiny", {layer: update})])
+    base = model(input_ids=IDS).last_hidden_state
+    for mixture in ([{"a": 1.0}, None, None], MixtureWeights(torch.ones(1, 3, 1, 1), ("a",))):
+        with engine.activate(mixture), pytest.raises(ScopeError, match=rf"'{layer}' is \(\d, 3, .*second axis"):
+            model(input_ids=IDS)
+    delta_OI = update.b_OR @ update.a_RI
+    with engine.activate({"a": 1.0}):
+        live = model(input_ids=IDS).last_hidden_state
+    module.weight += delta_OI.T if kind == "embedding" else delta_OI
+    assert torch.allclose(live, model(input_ids=IDS).last_hidden_state, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(live, base, atol=1e-2)
+
+
+class Counting(nn.Module):
+    """A layer that meets three windows of each row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] == 5:
+            raise RuntimeError("injected")
+        return self.inner(x.unflatten(1, (3, -1)).flatten(0, 1))
+
+
+@torch.no_grad()
+def test_windows_of_a_row_are_its_own_and_an_error_leaves_no_rows_behind() -> None:
+    torch.manual_seed(0)
+    model = Counting()
+    update = Factors(torch.randn(2, 4), torch.randn(4, 2))
+    engine = Composer(model, [Adapter("a", "tiny", {"inner": update})])
+    x = torch.randn(2, 9, 4)
+    base = model(x)
+    with engine.activate([{"a": 1.0}, None]):
+        live = model(x)
+        assert batch_axis._ROWS.get() is None
+        with pytest.raises(RuntimeError, match="injected"):
+            model(torch.randn(2, 5, 4))
+        assert batch_axis._ROWS.get() is None
+    assert torch.equal(live[3:], base[3:])
+    update_BTO = x.reshape(6, 3, 4)[:3] @ update.a_RI.T @ update.b_OR.T
+    assert torch.allclose(live[:3], base[:3] + update_BTO, rtol=1e-5, atol=1e-5)
