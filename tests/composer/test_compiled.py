@@ -450,6 +450,38 @@ def test_the_operators_keep_torchs_rules() -> None:
         torch.library.opcheck(torch.ops.loraweave.mixed_for_backward, (number, x, y, model[0].bias))
 
 
+class _Convolved(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.convolve = nn.Conv1d(6, 5, 2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        features: Tensor = self.convolve(self.embed(ids).mT)
+        return features
+
+
+def test_embeddings_and_convolutions_are_compiled_with_the_eager_outputs_and_gradients() -> None:
+    model, ids = _Convolved(), torch.randint(0, 11, (3, 4))
+    factors = {
+        "embed": Factors(torch.randn(2, 11), torch.randn(6, 2), kind="embedding"),
+        "convolve": Factors(torch.randn(2, 12), torch.randn(5, 2), kind="conv", kernel=(2,)),
+    }
+    engine = Composer(model, [Adapter("a", "tiny", factors)])
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for mixture in ({"a": 1.0}, [{"a": 0.5}, None, {"a": -1.0}]):
+        found = []
+        for each in (model, compiled):
+            model.zero_grad()
+            with engine.activate(mixture):
+                output = each(ids)
+                output.sin().sum().backward()
+            found.append([output.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+        assert len(found[0]) == 4
+        for eager, other in zip(*found, strict=True):
+            assert torch.allclose(eager, other, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="inductor needs a C++ compiler")
 # torch's own, on its import
 @pytest.mark.filterwarnings("ignore")

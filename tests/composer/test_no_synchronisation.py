@@ -80,3 +80,26 @@ def test_a_forward_asks_the_device_for_nothing_and_sends_it_nothing(mixture: str
         with _Watch() as watch:
             assert engine.model(x_BTI).shape == (3, 4, 3)
     assert watch.found == []
+
+
+@pytest.mark.parametrize("mixture", ["shared", "rows", "some rows", "tokens"])
+@pytest.mark.parametrize("kind", ["embedding", "conv"])
+def test_neither_does_one_of_another_kind_of_layer(kind: str, mixture: str) -> None:
+    model: nn.Module
+    if kind == "embedding":
+        model, num_inputs, options = nn.Embedding(6, 5), 6, {}
+        x = torch.empty(3, 4, dtype=torch.long, device="meta")
+    else:
+        model, num_inputs, options = nn.Conv1d(3, 5, 2), 6, {"kernel": (2,)}
+        x = torch.empty(3, 3, 5, device="meta")
+    adapters = [
+        Adapter(name, "tiny", {"0": Factors(torch.ones(r, num_inputs), torch.ones(5, r), kind=kind, **options)})
+        for r, name in enumerate(NAMES, start=1)
+    ]
+    engine = Composer(nn.Sequential(model), adapters)
+    engine.model.to("meta")
+    with engine.activate(MIXTURES[mixture]()), torch.no_grad():
+        engine.model(x)
+        with _Watch() as watch:
+            engine.model(x)
+    assert watch.found == []
