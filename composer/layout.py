@@ -84,7 +84,7 @@ class Layout:
     ) -> dict[Place, Tensor]:
         """New flat tensors on the CPU with the adapter's numbers, for the places that are wanted."""
         exact = {place: np.empty(size, np.float32) for place, size in self._num_elements.items() if wanted(place[0])}
-        for layer, parts in self._layers.items():
+        for layer, parts in self._layers.items() if exact else ():
             tensors = _tensors(adapter.layers[layer])
             for part in parts:
                 if part.offset is not None and part.place in exact:
@@ -106,15 +106,17 @@ class Layout:
         """Each layer's factors as views of the flat tensors; `adapter` is needed for parts that stay where it has them."""
         found = {}
         for layer, parts in self._layers.items():
+            if not wanted(parts[0].place[0]):
+                continue
+            kept = adapter is not None and any(part.offset is None for part in parts)
+            own = _tensors(adapter.layers[layer]) if adapter is not None and kept else {}
             tensors: dict[str, Any] = {"gain_O": None, "bias_O": None}
             for part in parts:
-                if part.offset is not None and wanted(part.place[0]):
-                    tensors[part.name] = _view(flats[part.place], part)
-                elif wanted(part.place[0]):
-                    assert adapter is not None
-                    tensors[part.name] = _as_it_is(_tensors(adapter.layers[layer])[part.name], part.place)
-            if "a_RI" in tensors:
-                found[layer] = PlacedFactors(**tensors)
+                if part.offset is None:
+                    tensors[part.name] = _as_it_is(own[part.name])
+                else:
+                    tensors[part.name] = _view(flats[part.place], part.shape, part.offset)
+            found[layer] = PlacedFactors(**tensors)
         return found
 
     def _next(self, place: Place, tensor: Tensor) -> int:
@@ -138,20 +140,20 @@ def place_factors(factors: Factors, device: torch.device, dtype: torch.dtype) ->
 
 def _tensors(factors: Factors) -> dict[str, Tensor]:
     """By the names of `PlacedFactors`."""
-    found = {"a_RI": factors.a_RI.detach(), "b_RO": factors.b_OR.detach().T}
+    found = {"a_RI": factors.a_RI, "b_RO": factors.b_OR.T}
     if factors.gain_O is not None:
-        found["gain_O"] = factors.gain_O.detach()
+        found["gain_O"] = factors.gain_O
     if factors.bias_O is not None:
-        found["bias_O"] = factors.bias_O.detach()
-    return found
+        found["bias_O"] = factors.bias_O
+    # factors take no part in training
+    return {name: tensor.detach() if tensor.requires_grad else tensor for name, tensor in found.items()}
 
 
-def _as_it_is(tensor: Tensor, place: Place) -> Tensor:
-    found = tensor.to(*place)
+def _as_it_is(tensor: Tensor) -> Tensor:
+    found = tensor.to(*IN_PLACE)
     # one that was read below inference_mode could take no part in a later training step
     return found.clone() if found.is_inference() else found
 
 
-def _view(flat: Tensor, part: Part) -> Tensor:
-    assert part.offset is not None
-    return flat[part.offset : part.offset + math.prod(part.shape)].view(part.shape)
+def _view(flat: Tensor, shape: tuple[int, ...], offset: int) -> Tensor:
+    return flat.as_strided(shape, (shape[1], 1) if len(shape) == 2 else (1,), offset)

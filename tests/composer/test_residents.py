@@ -157,7 +157,7 @@ def test_an_expert_that_was_used_lately_is_not_opened_again() -> None:
 
 
 @pytest.mark.parametrize("staged", [None, everything])
-def test_a_budget_too_small_for_one_activation_is_refused_with_both_figures_before_anything_is_opened_up(
+def test_a_budget_too_small_for_one_activation_is_refused_with_both_figures_before_anything_is_allocated(
     staged: Callable[[torch.device], bool] | None,
 ) -> None:
     sizes = [size_of(name) for name in NAMES]
