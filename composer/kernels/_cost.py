@@ -39,32 +39,36 @@ class Workload:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a path does beside the base layer: floating point operations, bytes read and written, and calls."""
+    """What a path does beside the base layer: floating point operations, bytes read and written, calls, and the items of
+    batched calls."""
 
     flops: float
     num_bytes: float
     calls: float
+    items: float = 0.0
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds per floating point operation, per byte, and per call."""
+    """Seconds per floating point operation, per byte, per call, and per item of a batched call."""
 
     s_per_flop: float
     s_per_byte: float
     s_per_call: float
+    s_per_item: float
 
     def seconds(self, cost: Cost) -> float:
-        return cost.flops * self.s_per_flop + cost.num_bytes * self.s_per_byte + cost.calls * self.s_per_call
+        arithmetic = cost.flops * self.s_per_flop + cost.num_bytes * self.s_per_byte
+        return arithmetic + cost.calls * self.s_per_call + cost.items * self.s_per_item
 
 
 RATES: Mapping[tuple[str, int], Rates] = {
-    ("cpu", 4): Rates(6e-12, 2.5e-11, 2.5e-6),
-    ("cpu", 8): Rates(1.2e-11, 2.5e-11, 2.5e-6),
-    ("cpu", 2): Rates(2e-12, 2.5e-11, 1.2e-5),
-    ("cuda", 4): Rates(1e-13, 5e-13, 6e-6),
-    ("cuda", 8): Rates(5e-13, 5e-13, 6e-6),
-    ("cuda", 2): Rates(2e-14, 5e-13, 6e-6),
+    ("cpu", 4): Rates(7e-12, 2.8e-11, 2.3e-6, 1e-7),
+    ("cpu", 8): Rates(1.4e-11, 2.8e-11, 2.3e-6, 1e-7),
+    ("cpu", 2): Rates(1.6e-12, 4e-11, 8e-6, 1.5e-6),
+    ("cuda", 4): Rates(1e-13, 5e-13, 6e-6, 0.0),
+    ("cuda", 8): Rates(5e-13, 5e-13, 6e-6, 0.0),
+    ("cuda", 2): Rates(2e-14, 5e-13, 6e-6, 0.0),
 }
 
 
@@ -75,8 +79,9 @@ def costs(work: Workload) -> dict[str, Cost]:
     # x is read, y read and written
     moved = num_tokens * (work.num_inputs + 2 * work.num_outputs)
 
-    def priced(rank_tokens: float, rank_rows: float, calls: float, extra: float = 0.0) -> Cost:
-        return Cost(2 * rank_tokens * width, work.itemsize * (moved + rank_rows * width + 2 * rank_tokens + extra), calls)
+    def priced(rank_tokens: float, rank_rows: float, calls: float, items: float = 0.0, extra: float = 0.0) -> Cost:
+        num_bytes = work.itemsize * (moved + rank_rows * width + 2 * rank_tokens + extra)
+        return Cost(2 * rank_tokens * width, num_bytes, calls, items)
 
     if work.num_segments == 1:
         full = work.num_inputs * work.num_outputs
@@ -85,7 +90,7 @@ def costs(work: Workload) -> dict[str, Cost]:
             "merged": Cost(2 * num_tokens * full, work.itemsize * (moved + full), 1),
         }
     found = {
-        "gathered": priced(num_tokens * work.largest, work.num_mixtures * work.largest, 2),
+        "gathered": priced(num_tokens * work.largest, work.num_mixtures * work.largest, 2, 2 * work.num_mixtures),
         "segments": priced(work.total * work.tokens, work.distinct, 3 * work.num_segments),
         # the hidden values go through fp32 and a mask
         "dense": priced(num_tokens * work.stacked, work.stacked, 6, extra=6 * num_tokens * work.stacked),
