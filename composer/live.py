@@ -103,6 +103,7 @@ class Activation:
             return call(*args, **kwargs)
 
     def _end(self) -> None:
+        end_call()
         self.live.end(self)
         current = _CURRENT.get()
         if current is not None and current.closed:
@@ -222,7 +223,9 @@ class LiveLayers:
     def _install(self) -> None:
         claim(self, self._modules)
         self._handles.append(self._model.register_forward_pre_hook(_Entry(self, self._model), with_kwargs=True))
-        self._handles.append(self._model.register_forward_hook(Step(end_call), always_call=True))
+        # not one that is always called, whose number torch.compile would remember; after an error, the end of the
+        # activation does the same
+        self._handles.append(self._model.register_forward_hook(Step(end_call)))
         self._take_over(self._layers)
 
     def _take_over(self, layers: Mapping[str, TargetLayer]) -> None:

@@ -90,7 +90,7 @@ def test_windows_of_a_row_are_its_own_and_an_error_leaves_no_rows_behind() -> No
         assert batch_axis._ROWS.get() is None
         with pytest.raises(RuntimeError, match="injected"):
             model(torch.randn(2, 5, 4))
-        assert batch_axis._ROWS.get() is None
+    assert batch_axis._ROWS.get() is None
     assert torch.equal(live[3:], base[3:])
     update_BTO = x.reshape(6, 3, 4)[:3] @ update.a_RI.T @ update.b_OR.T
     assert torch.allclose(live[:3], base[:3] + update_BTO, rtol=1e-5, atol=1e-5)
