@@ -181,9 +181,9 @@ class Residents:
         """How often the model has moved, each expert's layout since, and the adapters that were opened to know it."""
         opened: dict[str, Adapter] = {}
         while True:
-            places = self._places_now()
             with self._lock:
-                self._look_at(places)
+                # below the lock, so that an older look does not come after a newer one
+                self._look_at(self._places_now())
                 for name, adapter in opened.items():
                     self._layout_of.setdefault(name, self._layout(adapter))
                 unknown = [name for name in names if name not in self._layout_of]

@@ -378,6 +378,26 @@ def test_a_hundred_cycles_of_loading_and_unloading_leave_memory_flat() -> None:
     assert residents.residency.device_bytes == residents.residency.host_bytes == 0
 
 
+def test_layers_that_become_known_while_others_lease_move_nothing() -> None:
+    places: dict[str, Place] = {}
+
+    def opener(name: str) -> Adapter:
+        places.update(dict.fromkeys(ADAPTERS[name].layers, FP32))
+        return ADAPTERS[name]
+
+    residents = Residents(opener, lambda: dict(places))
+
+    def work(number: int) -> None:
+        for turn in range(16):
+            lease = residents.lease([NAMES[(number * 2 + turn) % 8]])
+            assert_the_adapters_own(lease, *lease.names)
+            lease.release()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert residents.residency.bytes_from_disk == sum(map(size_of, NAMES))
+
+
 def test_threads_that_lease_the_same_experts_at_once_bring_each_once() -> None:
     residents = Residents(ADAPTERS.__getitem__, lambda: PLACES, staged=everything)
     barrier = threading.Barrier(4)
