@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -20,6 +19,7 @@ from loraweave.composer.generation import generation_call
 from loraweave.composer.layers import TargetLayer
 from loraweave.composer.layout import Place as LayerPlace
 from loraweave.composer.live import Activation, LiveLayers, claim, release
+from loraweave.composer.lock_after_fork import lock_of
 from loraweave.composer.merge import layer_updates
 from loraweave.composer.method_call import MethodCall
 from loraweave.composer.mixture_cost import Cost, mixture_cost
@@ -75,7 +75,7 @@ class Composer:
             )
         self.model = model
         self.tokenizer = tokenizer
-        self._lock = threading.RLock()
+        self._lock = lock_of(self)
         self._fused = False
         self._closed = False
         self._workspace = Workspace(KEPT_BYTES)
@@ -83,7 +83,7 @@ class Composer:
         self._fitting = Fitting(model)
         self._pool = pool if isinstance(pool, ExpertPool) else ExpertPool(pool)
         self._bound = self._fitting.pool(self._pool)
-        self._live = LiveLayers(model, self._fitting.layers)
+        self._live = LiveLayers(model, self._fitting.layers, self._fitting.require_unchanged)
         self._residents = Residents(
             *self._source(), device_budget_bytes=device_budget_bytes, host_budget_bytes=host_budget_bytes
         )
@@ -350,7 +350,7 @@ class Composer:
             self._residents.forget(lambda name: name not in stay)
             self._kept_plans.clear()
             self._fitting, self._pool, self._bound = fitting, pool, bound
-            self._live = LiveLayers(self.model, fitting.layers)
+            self._live = LiveLayers(self.model, fitting.layers, fitting.require_unchanged)
             self._residents.take_from(*self._source())
 
     def close(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -11,6 +10,7 @@ from torch import nn
 from loraweave.composer import fuse
 from loraweave.composer.layers import TargetLayer, bound, require_values, target_layer
 from loraweave.composer.live_limits import LiveLimits
+from loraweave.composer.lock_after_fork import lock_of
 from loraweave.composer.module_paths import ModulePaths
 from loraweave.errors import AlreadyActive, BaseModelMismatch
 from loraweave.hub.adapter import Adapter, Form
@@ -26,7 +26,7 @@ class Fitting:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._modules = dict(model.named_modules())
-        self._lock = threading.RLock()
+        self._lock = lock_of(self)
         self._paths = ModulePaths(model)
         self._layers: dict[str, TargetLayer] = {}
         self._offloaded: dict[str, TargetLayer] = {}

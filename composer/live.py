@@ -7,13 +7,14 @@ copy or a pickle of it has its own forwards.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from functools import partial
 from types import MethodType, TracebackType
 from typing import Any, Protocol, Self, TypeVar
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from loraweave.composer.batch_axis import begin_call, end_call
 from loraweave.composer.compiled import bind, mixed, number_of_layer, number_of_mixing, outside
 from loraweave.composer.layers import TargetLayer
+from loraweave.composer.lock_after_fork import lock_of
 from loraweave.composer.owner_watch import Step, watch
 from loraweave.composer.plan import Plan
 from loraweave.composer.recording import Usage
@@ -33,6 +35,9 @@ _CURRENT: ContextVar[Activation | None] = ContextVar("loraweave_activation", def
 
 # arguments of transformers' models whose first axis are the rows of the batch
 MAIN_INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_features", "input_values")
+
+# what only transformers' continuous batching gives a model
+PAGED_INPUTS = ("cu_seq_lens_q", "write_index")
 
 _CLAIM_LOCK = threading.Lock()
 _CLAIMS: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
@@ -113,6 +118,14 @@ class Activation:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self._leave()
+        except BaseException:
+            # an interruption: what it kept from being done is done before it goes on
+            self._leave()
+            raise
+
+    def _leave(self) -> None:
         # whatever was opened inside and not closed ends too, so that an exception leaves nothing active
         current = _current(self.live)
         if current is not None and self in _chain(current):
@@ -144,17 +157,23 @@ class _Handle(Protocol):
 
 
 class LiveLayers:
-    """The target layers of one Composer, mixed as long as an activation is open in any thread."""
+    """The target layers of one Composer, mixed as long as an activation is open in any thread.
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, TargetLayer]) -> None:
+    `require_unchanged` raises where the model no longer runs these layers; it is called before each of its forwards.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, TargetLayer], require_unchanged: Callable[[], None]) -> None:
         self._model = model
+        self.require_unchanged = require_unchanged
         self._layers = dict(layers)
         self._modules = [model, *(layer.module for layer in self._layers.values())]
-        self._lock = threading.RLock()
+        self._lock = lock_of(self)
         self._open: list[Activation] = []
         self._handles: list[_Handle] = []
+        self._own_hooks = _Entry(self, model), Step(end_call)
         self._numbers: dict[str, Tensor] = {}
         self.mixes_outside: Callable[[_MixedForward, Tensor, Tensor], Tensor] | None = None
+        _ALL.add(self)
 
     @property
     def active(self) -> bool:
@@ -206,6 +225,14 @@ class LiveLayers:
         learns = any(each.plan.learns for each in self._open)
         self.mixes_outside = outside() if learns else None
 
+    def end_those_of_other_threads(self) -> None:
+        """In a forked process, which has none of its parent's other threads: closes what only they could close."""
+        for activation in list(self._open):
+            if activation._thread is not threading.current_thread():
+                self.end(activation)
+        if not self._open:
+            self._uninstall()
+
     def current(self) -> Activation | None:
         """What counts for the running call."""
         activation = _current(self)
@@ -222,10 +249,12 @@ class LiveLayers:
 
     def _install(self) -> None:
         claim(self, self._modules)
-        self._handles.append(self._model.register_forward_pre_hook(_Entry(self, self._model), with_kwargs=True))
+        self._remove_own_hooks()
+        before, after = self._own_hooks
+        self._handles.append(self._model.register_forward_pre_hook(before, with_kwargs=True))
         # not one that is always called, whose number torch.compile would remember; after an error, the end of the
         # activation does the same
-        self._handles.append(self._model.register_forward_hook(Step(end_call)))
+        self._handles.append(self._model.register_forward_hook(after))
         self._take_over(self._layers)
 
     def _take_over(self, layers: Mapping[str, TargetLayer]) -> None:
@@ -249,8 +278,35 @@ class LiveLayers:
             self._handles.pop()
 
     def _uninstall(self) -> None:
-        self._give_back(0)
-        release(self, self._modules)
+        try:
+            self._give_back(0)
+        finally:
+            # once more after an interruption, where it stopped
+            self._give_back(0)
+            self._remove_own_hooks()
+            release(self, self._modules)
+
+    def _remove_own_hooks(self) -> None:
+        """Also those whose handles an interruption has kept from being noted."""
+        model = self._model
+        for hooks in (model._forward_pre_hooks, model._forward_hooks):
+            for key in [key for key, hook in hooks.items() if any(hook is own for own in self._own_hooks)]:
+                del hooks[key]
+                model._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+_ALL: WeakSet[LiveLayers] = WeakSet()
+
+
+def _after_fork() -> None:
+    global _CLAIM_LOCK
+    _CLAIM_LOCK = threading.Lock()
+    for live in list(_ALL):
+        live.end_those_of_other_threads()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class _MixedForward:
@@ -302,6 +358,8 @@ class _MixedForward:
                 del module.forward
             else:
                 module.forward = self._own
+        else:
+            self._live = None
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return _copied, (self.layer.module, self._own)
@@ -319,7 +377,7 @@ class _Entry:
     """Looks at a call of the model before any layer runs."""
 
     def __init__(self, live: LiveLayers, model: nn.Module) -> None:
-        self._live = live
+        self.live = live
         self._model = ref(model)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -331,8 +389,14 @@ class _Entry:
                 f"a replica of the model ({type(module).__name__}) runs (DataParallel), whose threads have no mixture; "
                 "use one process per device, each with its own Composer"
             )
-        activation = self._live.current()
+        if all(name in kwargs for name in PAGED_INPUTS):
+            raise CompositionError(
+                "continuous batching packs requests into one row and runs the model in a thread that has no mixture: leave "
+                "the activation first and use fused(), or generate() with a mixture per text"
+            )
+        activation = self.live.current()
         if activation is not None:
+            self.live.require_unchanged()
             num_rows = _num_rows(args, kwargs)
             activation.plan.require_rows(num_rows)
             begin_call(num_rows)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from loraweave.composer.layout import Layout, Place, PlacedFactors, place_factors
+from loraweave.composer.lock_after_fork import lock_of
 from loraweave.composer.residency import Residency
 from loraweave.composer.shelf import Shelf, Slot
 from loraweave.hub.adapter import Adapter
@@ -62,7 +63,7 @@ class Residents:
         self._adapter = adapter
         self._places_now = places
         self._staged = staged
-        self._lock = threading.RLock()
+        self._lock = lock_of(self)
         # one expert at a time goes by way of the host, so that room for one is enough there
         self._staging = threading.Lock()
         self._places: Mapping[str, Place] = {}

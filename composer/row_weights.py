@@ -71,7 +71,8 @@ class RowWeights:
     @property
     def num_bytes(self) -> int:
         """What the kernels that were made so far keep."""
-        return sum(rows.num_bytes for rows in self._layers.values())
+        # of a list, since a forward in another thread may add a layer meanwhile
+        return sum(rows.num_bytes for rows in list(self._layers.values()))
 
     def escaped(self) -> None:
         """Says that a graph of autograd may keep what was gathered longer than this object."""
@@ -190,7 +191,7 @@ class _LayerRows:
 
     @property
     def num_bytes(self) -> int:
-        return sum(kernel.num_bytes for kernel in self.kernels.values())
+        return sum(kernel.num_bytes for kernel in list(self.kernels.values()))
 
     def workload(self, num_inputs: int, num_outputs: int, tokens: int) -> Workload:
         return Workload(

@@ -93,7 +93,7 @@ class TokenWeights:
     @property
     def num_bytes(self) -> int:
         """What the stacks that were made so far keep."""
-        return sum(found.stack.num_bytes for found in self._layers.values() if found.stack is not None)
+        return sum(found.stack.num_bytes for found in list(self._layers.values()) if found.stack is not None)
 
     def escaped(self) -> None:
         """Says that a graph of autograd may keep the stacks longer than this object; nothing else uses their memory."""

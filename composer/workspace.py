@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+
+from loraweave.composer.lock_after_fork import lock_of
 
 _Kind = tuple[int, torch.dtype, torch.device]
 
@@ -17,7 +18,7 @@ class Workspace:
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._lock = threading.Lock()
+        self._lock = lock_of(self)
         self._free: OrderedDict[_Kind, list[Tensor]] = OrderedDict()
         self.num_bytes = 0
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import transformers
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from loraweave.composer.composer import Composer
@@ -264,6 +269,50 @@ def test_ways_of_decoding_that_would_leave_the_mixture_are_refused(
     assert not engine.active
 
 
+@pytest.mark.skipif(not hasattr(transformers, "ContinuousBatchingConfig"), reason="of later versions of transformers")
+def test_continuous_batching_is_refused_while_an_activation_is_open_and_works_under_fused(
+    make_model: Callable[..., nn.Module],
+    make_adapters: Callable[..., list[Adapter]],
+    with_dense_update: Callable[..., nn.Module],
+) -> None:
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
+    model = make_model("llama")
+    adapters = make_adapters(model, "llama")
+    engine = Composer(model, adapters)
+    config = transformers.ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=32)
+
+    def batched(model: Any) -> list[Any]:
+        prompts = [[5, 8, 13, 21], [9, 7]]
+        found = model.generate_batch(prompts, max_new_tokens=3, continuous_batching_config=config, warmup=False)
+        return [(each.generated_tokens, each.error) for each in found.values()]
+
+    with engine.fused({"a": 1.0}):
+        assert batched(model) == batched(with_dense_update("llama", adapters[:1], [1.0]))
+    with engine.activate({"a": 1.0}):
+        answers = batched(model)
+    assert [tokens for tokens, _ in answers] == [[], []]
+    assert all("continuous batching packs requests" in str(error) for _, error in answers)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 5])
+@torch.no_grad()
+def test_rows_that_do_not_fit_are_refused_before_the_cache_takes_anything(
+    rows: int,
+    tiny_llama: nn.Module,
+    make_adapter: Callable[..., Adapter],
+    cache_argument: Callable[[nn.Module], str],
+) -> None:
+    # an expert for the last layer alone: those before it would have run
+    engine = Composer(tiny_llama, [make_adapter(tiny_llama, name, targets=("lm_head",)) for name in "ab"])
+    ids = inputs("llama", rows=rows)["input_ids"]
+    cache = tiny_llama(input_ids=ids[:, :4]).past_key_values
+    with engine.activate([{"a": 1.0}, {"b": 1.0}, None]):
+        for batch in ({"input_ids": ids[:, 4:]}, {"inputs_embeds": tiny_llama.get_input_embeddings()(ids[:, 4:])}):
+            with pytest.raises(ScopeError, match=f"3 rows, but the batch has {rows}"):
+                tiny_llama(**batch, **{cache_argument(tiny_llama): cache})
+    assert cache.get_seq_length() == 4
+
+
 def test_settings_may_come_as_a_generation_config(
     tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]
 ) -> None:
@@ -308,3 +357,27 @@ def test_generation_refuses_what_it_cannot_do(tiny_llama: nn.Module, make_adapte
     with pytest.raises(ScopeError, match="3 rows, but there are 2 texts"):
         engine.generate(["5", "6"], mixture=ROWS)
     assert engine.generate([], mixture={"a": 1.0}) == []
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(st.integers(3, 60), min_size=1, max_size=9),
+            st.none() | st.dictionaries(st.sampled_from("abc"), st.sampled_from([-1.0, 0.5, 1.0]), max_size=3),
+        ),
+        min_size=1,
+        max_size=5,
+    ),
+    st.integers(1, 3),
+)
+@hypothesis_settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_texts_of_any_lengths_and_mixtures_share_a_batch(
+    make_model: Callable[..., nn.Module], make_adapters: Callable[..., Any], rows: list[Any], num_beams: int
+) -> None:
+    model = make_model("llama", dtype=torch.float64)
+    engine = Composer(model, make_adapters(model, "llama"), tokenizer=Tokens())
+    options = {"max_new_tokens": 4, "do_sample": False, "num_beams": num_beams}
+    texts = [" ".join(map(str, ids)) for ids, _ in rows]
+    together = engine.generate(texts, mixture=[mixture for _, mixture in rows], **options)
+    for text, (_, mixture), found in zip(texts, rows, together, strict=True):
+        assert engine.generate([text], mixture=mixture or {}, **options) == [found]

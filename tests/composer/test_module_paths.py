@@ -80,6 +80,22 @@ def test_resized_token_embeddings_are_noticed_where_they_replace_a_target(
     assert torch.equal(logits(tiny_llama), base)
 
 
+def test_a_layer_replaced_while_active_is_refused_before_any_layer_runs(engine: Composer) -> None:
+    base = logits(engine.model)
+    own = engine.model.lm_head
+    with engine.activate({"a": 1.0}):
+        engine.model.lm_head = nn.Linear(16, 61)
+        calls: list[Any] = []
+        handle = engine.model.model.embed_tokens.register_forward_hook(lambda *_: calls.append(1))
+        with pytest.raises(CompositionError, match="'lm_head' of the model is not the Linear that was there"):
+            logits(engine.model)
+        assert calls == []
+        handle.remove()
+        engine.model.lm_head = own
+    assert torch.equal(logits(engine.model), base)
+    assert "forward" not in vars(own)
+
+
 def peft_model(model: nn.Module) -> Any:
     config = peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
     return peft.get_peft_model(model, config)
