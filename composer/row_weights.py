@@ -124,7 +124,7 @@ class RowWeights:
         dtype = torch.promote_types(found.dtype, torch.float32) if choice.exact else found.dtype
         key = choice.path, dtype
         if key not in found.kernels:
-            parts = [lease.part(name, layer.name, found.device, dtype) for name in found.experts]
+            parts = [lease.part(name, layer.name, found.device, found.dtype) for name in found.experts]
             found.kernels[key] = self._make(choice.path, found, [part for part in parts if part is not None], dtype)
         return found.kernels[key]
 

@@ -27,7 +27,7 @@ class Gathered:
     def of(
         cls, parts: Sequence[Part], rows: RowSets, dtype: torch.dtype, empty: Callable[[int], Tensor] | None = None
     ) -> Gathered:
-        """Of rows that each have at least one part, the parts in `dtype`. `empty` gives flat tensors of `dtype` to fill."""
+        """Of rows that each have at least one part. `empty` gives flat tensors of `dtype` to fill."""
         ranks = [part.a_RI.shape[0] for part in parts]
         largest = max(sum(ranks[p] for p, _ in row) for row in rows)
         zeros_RI, zeros_RO = (tensor.new_zeros(largest, tensor.shape[1]) for tensor in (parts[0].a_RI, parts[0].b_RO))
@@ -45,7 +45,7 @@ class Gathered:
                 a_pieces.append(zeros_RI[used:])
                 b_pieces.append(zeros_RO[used:])
                 weights.extend([0.0] * (largest - used))
-        a_BRI = _joined(a_pieces, len(weights), empty).view(len(rows), largest, -1)
+        a_BRI = _joined(a_pieces, len(weights), empty).to(dtype).view(len(rows), largest, -1)
         b_SO = _joined(b_pieces, len(weights), empty)
         if any(weight not in (0.0, 1.0) for weight in weights):
             w_S1 = torch.tensor(weights, dtype=torch.promote_types(dtype, torch.float32), device=b_SO.device)[:, None]

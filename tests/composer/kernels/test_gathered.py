@@ -98,3 +98,12 @@ def test_padding_to_the_largest_rank_adds_nothing_even_after_an_overflow() -> No
     parts.append(RankRow(torch.ones(1, 2, dtype=torch.float16), torch.ones(1, 1, dtype=torch.float16)))
     kernel = Gathered.of(parts, (((0, 1.0),), ((1, 1.0),)), torch.float16)
     assert kernel.update(torch.full((2, 1, 2), 2.0, dtype=torch.float16))[1].item() == 4.0
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_factors_of_a_shorter_dtype_are_widened_and_not_rounded_again(name: str) -> None:
+    parts = [RankRow(part.a_RI.bfloat16(), part.b_RO.bfloat16()) for part in experts()]
+    exact = [RankRow(part.a_RI.double(), part.b_RO.double()) for part in parts]
+    x = torch.randn(4, 3, 7)
+    found = KERNELS[name](parts, ROWS, torch.float32).update(x)
+    assert torch.allclose(found.double(), expected(x.double(), exact, ROWS), rtol=1e-5, atol=1e-5)
