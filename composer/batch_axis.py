@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 
-import torch
 from torch import Size
 
 from loraweave.errors import ScopeError
@@ -20,9 +19,7 @@ def begin_call(num_rows: int | None) -> None:
 
 def end_call() -> None:
     """The call is over, however it ended."""
-    # torch.compile sees no context, and looks at no rows
-    if not torch.compiler.is_compiling():
-        _ROWS.set(None)
+    _ROWS.set(None)
 
 
 def require_batch_first(layer: str, shape: Size) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -59,13 +60,17 @@ class _OwnForward:
 
 
 class Step:
-    """A hook that looks at nothing it is given; that of a copied or unpickled model does nothing."""
+    """A hook that looks at nothing it is given; that of a copied or unpickled model does nothing.
+
+    Nothing either in code that torch.compile traces, which keeps no state between calls.
+    """
 
     def __init__(self, step: Callable[[], None]) -> None:
         self._step = step
 
     def __call__(self, *given: Any) -> None:
-        self._step()
+        if not torch.compiler.is_compiling():
+            self._step()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return _nothing

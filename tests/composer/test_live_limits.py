@@ -166,3 +166,14 @@ def in_thread(call: Any) -> Any:
     thread.start()
     thread.join()
     return answers[0]
+
+
+@torch.no_grad()
+def test_a_layer_with_a_watched_owner_can_be_compiled() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Sometimes()), torch.randn(2, 4)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    base = compiled(x)
+    with Composer(model, [adapter("0.inner", 4, 4)]).activate([{"a": 1.0}, None]):
+        assert torch.allclose(compiled(x), model(x), rtol=1e-5, atol=1e-6)
+    assert torch.equal(compiled(x), base)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
@@ -222,6 +223,23 @@ def test_the_factors_follow_the_device_and_dtype_of_the_output(case: Case) -> No
     assert after.dtype == torch.float64
     assert torch.allclose(before.double(), after, rtol=1e-4, atol=1e-5)
     assert (elsewhere.device.type, elsewhere.shape) == ("meta", after.shape)
+
+
+@pytest.mark.parametrize("name", ["gemma's embedding", "conv1d", "channels last"])
+@torch.no_grad()
+def test_compiled_code_gives_the_same_and_is_traced_once_for_all_mixtures(name: str) -> None:
+    torch._dynamo.reset()
+    model, x, adapters = setting(CASES[name], gain=True, dtype=torch.float32)
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    engine = Composer(model, adapters)
+    base = compiled(x)
+    for mixture in ({"a": 1.0}, [{"a": 1.0}, None, {"b": 2.0}], {"a": 0.5, "b": 0.25}):
+        with engine.activate(mixture):
+            assert torch.allclose(compiled(x), model(x), rtol=1e-5, atol=1e-6)
+    assert torch.equal(compiled(x), base)
+    # the base, and mixtures
+    assert counter.frame_count == 2
 
 
 def test_one_input_without_a_batch_axis_is_one_row() -> None:
