@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -140,7 +141,12 @@ def _is_never_called(modules: Mapping[str, nn.Module], name: str) -> bool:
 
 
 def _hint(modules: Mapping[str, nn.Module], name: str) -> str:
-    """The nearest name that there is, or for one of many experts, that they are a part of a bare parameter here."""
+    """The nearest name that there is; the first name of a module that has several; or for one of many experts, that they
+    are a part of a bare parameter here."""
+    with suppress(AttributeError, KeyError):
+        module = modules[""].get_submodule(name)
+        first = next(place for place, other in modules.items() if other is module)
+        return f" under this name: it is {first!r}, which has two places in the model, so give the update to that one"
     if ".experts." in name:
         parent = name
         while parent and parent not in modules:

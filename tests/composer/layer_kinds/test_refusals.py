@@ -99,3 +99,25 @@ def test_a_linear_layer_that_does_more_is_refused() -> None:
 def test_a_layer_without_values_is_refused(kind: Kind) -> None:
     module = nn.Linear(5, 4, device="meta") if kind == "linear" else nn.Embedding(5, 4, device="meta")
     assert "meta device and has no values" in refused(module, (4, 5), kind)
+
+
+def test_the_second_name_of_a_module_is_answered_with_the_first_which_changes_both_uses() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 4)
+            self.second = self.first
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x))
+
+    torch.manual_seed(0)
+    model, x = Twice().double(), torch.randn(2, 4).double()
+    factors = Factors(torch.randn(1, 4), torch.randn(4, 1))
+    with pytest.raises(LayerMismatch, match="'second', which the model does not have under this name: it is 'first'"):
+        Composer(model, [Adapter("odd", "tiny", {"second": factors})])
+    with Composer(model, [Adapter("a", "tiny", {"first": factors})]).activate({"a": 1.0}), torch.no_grad():
+        found = model(x)
+    weight_OI = model.first.weight + factors.b_OR.double() @ factors.a_RI.double()
+    expected = nn.functional.linear(nn.functional.linear(x, weight_OI, model.first.bias), weight_OI, model.first.bias)
+    assert torch.allclose(found, expected, rtol=1e-12)
