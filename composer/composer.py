@@ -38,6 +38,7 @@ from loraweave.composer.workspace import Workspace
 from loraweave.errors import AlreadyActive, CompositionError, ScopeError, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
+from loraweave.routers.by_row import ByRow
 from loraweave.routers.mixture import MixtureWeights
 from loraweave.types import Router
 
@@ -278,15 +279,16 @@ class Composer:
         if mixture is None:
             return None
         resolved = resolve(mixture, self._pool)
+        num_rows, num_tokens = resolved.num_rows if isinstance(resolved, ByRow) else 1, 1
         if isinstance(resolved, MixtureWeights):
             num_rows, num_tokens = resolved.values_BTLE.shape[:2]
-            if num_rows not in (1, len(texts)):
-                raise ScopeError(f"the mixture has {num_rows} rows, but there are {len(texts)} texts; give one for each")
-            if num_tokens != 1:
-                raise ScopeError(
-                    f"the mixture has weights for {num_tokens} tokens, and none for those to come: give a router, or "
-                    "weights that all tokens share"
-                )
+        if num_rows not in (1, len(texts)):
+            raise ScopeError(f"the mixture has {num_rows} rows, but there are {len(texts)} texts; give one for each")
+        if num_tokens != 1:
+            raise ScopeError(
+                f"the mixture has weights for {num_tokens} tokens, and none for those to come: give a router, or "
+                "weights that all tokens share"
+            )
         return resolved
 
     def prefetch(self, wanted: Any) -> Future[None]:

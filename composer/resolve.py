@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from loraweave.errors import ScopeError, WeightingError
+from loraweave.hub.names import near_misses
 from loraweave.hub.pool import ExpertPool
 from loraweave.hub.unknown_expert import unknown_expert
 from loraweave.routers.by_row import ByRow
@@ -78,7 +79,11 @@ def _aligned(mixture: MixtureWeights, pool: ExpertPool) -> MixtureWeights:
         known = set((pool.subset(mixture.experts) if pool.lazy and mixture.experts else pool).layer_names)
         for index, layer in enumerate(mixture.layers):
             if layer not in known and bool((mixture.values_BTLE[:, :, index] != 0).any()):
-                raise WeightingError(f"the mixture gives weights to layer {layer!r}, which no expert of the pool updates")
+                close = near_misses(layer, known)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise WeightingError(
+                    f"the mixture gives weights to layer {layer!r}, which no expert of the pool updates{hint}"
+                )
     # in the order of the pool, so that one set of experts is one set, and gives the same bits, however it was named
     order = sorted(range(len(mixture.experts)), key=lambda index: pool.places[mixture.experts[index]])
     return MixtureWeights(mixture.values_BTLE[..., order], tuple(mixture.experts[index] for index in order), mixture.layers)

@@ -16,6 +16,7 @@ from loraweave.composer.layout import PlacedFactors
 from loraweave.composer.residents import Lease
 from loraweave.composer.row_weights import LayerMixture
 from loraweave.errors import ScopeError, WeightingError
+from loraweave.routers.by_row import ByRow
 from loraweave.routers.mixture import MixtureWeights
 from loraweave.types import Router
 
@@ -86,7 +87,7 @@ class TokenWeights:
                 )
             return w_BTE
 
-        found = cls(experts, weights, None, getattr(router, "num_rows", 1))
+        found = cls(experts, weights, None, router.num_rows if isinstance(router, ByRow) else 1)
         found.is_routed = True
         return found
 

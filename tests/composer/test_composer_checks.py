@@ -102,6 +102,13 @@ def test_mixtures_that_do_not_fit_raise_and_leave_nothing(
     assert not engine.active
 
 
+def test_a_near_miss_of_a_layers_name_is_named(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> None:
+    engine = Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
+    misspelt = LAYER.replace("self_attn", "selfattn")
+    with pytest.raises(WeightingError, match=f"layer '{misspelt}'.* did you mean '{LAYER}'"):
+        engine.activate(MixtureWeights(torch.ones(1, 1, 1, 1), ("a",), (misspelt,)))
+
+
 def test_a_router_of_the_wrong_shape_is_named(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> None:
     class TooFew:
         def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
@@ -143,6 +150,7 @@ def test_a_closed_composer_says_so(tiny_llama: nn.Module, make_adapters: Callabl
         lambda: engine.activate({"a": 1.0}),
         lambda: engine.swap(adapters),
         lambda: engine.generate(["5"]),
+        lambda: engine.stream(["5"]),
         lambda: engine.fused({"a": 1.0}).__enter__(),
     ):
         with pytest.raises(CompositionError, match="closed"):

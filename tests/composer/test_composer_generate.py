@@ -336,6 +336,26 @@ def test_a_decoding_function_of_ones_own_is_passed_on(tiny_llama: nn.Module, mak
     assert found == engine.generate(["5 8", "9 7"], mixture=ROWS[:2], do_sample=False, max_new_tokens=1)
 
 
+class _Halves:
+    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+        return torch.full((1, 1, 3), 0.5)
+
+
+def test_a_router_per_text_is_for_as_many_texts(
+    make_model: Callable[..., nn.Module], make_adapters: Callable[..., list[Adapter]]
+) -> None:
+    model = make_model("llama", dtype=torch.float64)
+    engine = Composer(model, make_adapters(model, "llama"), tokenizer=Tokens())
+    rows = [_Halves(), {"b": 0.5, "c": -0.5}, None]
+    options = {"max_new_tokens": 6, "do_sample": False}
+    expected = engine.generate(TEXTS, mixture=[{"a": 0.5, "b": 0.5, "c": 0.5}, *ROWS[1:]], **options)
+    assert engine.generate(TEXTS, mixture=rows, **options) == expected
+    with pytest.raises(ScopeError, match="3 rows, but there are 6 texts"):
+        engine.generate([*TEXTS, *TEXTS], mixture=rows, **options)
+    with engine.activate(rows), pytest.raises(ScopeError, match="3 rows, but the batch has 4"):
+        logits(model, inputs("llama", rows=4))
+
+
 def test_weights_for_fixed_tokens_are_refused(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> None:
     engine = Composer(tiny_llama, make_adapters(tiny_llama, "llama"), tokenizer=Tokens())
     with pytest.raises(ScopeError, match="5 tokens, and none for those to come"):

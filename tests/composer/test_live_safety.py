@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -385,3 +386,33 @@ def test_activations_by_the_thousand_leave_memory_flat(times: int, engine: Compo
 
     first = open_and_close(100)
     assert open_and_close(times) <= first + 20
+
+
+def test_a_forward_that_someone_put_around_a_layer_meanwhile_stays_and_mixes_once(engine: Composer) -> None:
+    base = logits(engine.model)
+    with engine.activate(ROWS):
+        mixed = logits(engine.model)
+        inner = engine.model.lm_head.forward
+        engine.model.lm_head.forward = lambda x: inner(x)
+        assert torch.equal(logits(engine.model), mixed)
+    assert torch.equal(logits(engine.model), base)
+    for _ in range(2):
+        with engine.activate(ROWS):
+            assert torch.allclose(logits(engine.model), mixed, rtol=1e-5, atol=1e-5)
+        assert torch.equal(logits(engine.model), base)
+
+
+def test_a_model_is_freed_with_its_last_reference(
+    make_model: Callable[..., nn.Module], make_adapters: Callable[..., list[Adapter]], tokenizer: Any
+) -> None:
+    model = make_model("llama")
+    engine = Composer(model, make_adapters(model, "llama"), tokenizer=tokenizer)
+    with engine.activate(ROWS) as closed:
+        logits(model)
+    pieces = engine.stream(["ab"], mixture={"a": 1.0}, max_new_tokens=8)
+    next(pieces)
+    engine.generate(["ab"], mixture={"b": 1.0}, max_new_tokens=2)
+    gone = [weakref.ref(engine), weakref.ref(model), weakref.ref(model.lm_head), weakref.ref(closed)]
+    del engine, model, pieces, closed
+    gc.collect()
+    assert [reference() for reference in gone] == [None] * 4
