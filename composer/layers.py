@@ -122,7 +122,9 @@ def target_layer(modules: Mapping[str, nn.Module], name: str, factors: Factors, 
         )
     fresh = type(module).forward in FRESH and "forward" not in vars(module)
     place, _, attribute = name.rpartition(".")
-    owner = modules[place] if place in modules and use_of(modules[place], attribute) == "both" else None
+    owner = modules.get(place)
+    if owner is not None and (use_of(owner, attribute) != "both" or _embeds_tokens(owner, module)):
+        owner = None
     layer = TargetLayer(name, module, shape.num_outputs, shape.num_inputs, shape.transposed, kind, fresh, owner)
     weight = layer.parameter("weight")
     if weight is not None and weight.is_meta and not layer.offloaded:
@@ -130,6 +132,11 @@ def target_layer(modules: Mapping[str, nn.Module], name: str, factors: Factors, 
             f"{asked}, whose weight is on the meta device and has no values: load the model's weights first"
         )
     return layer
+
+
+def _embeds_tokens(owner: nn.Module, module: nn.Module) -> bool:
+    """Whether the owner runs without this layer when it is given inputs_embeds, in which the layer has had its part."""
+    return isinstance(module, nn.Embedding) and getattr(owner, "get_input_embeddings", lambda: None)() is module
 
 
 def _is_never_called(modules: Mapping[str, nn.Module], name: str) -> bool:

@@ -177,3 +177,28 @@ def test_a_layer_with_a_watched_owner_can_be_compiled() -> None:
     with Composer(model, [adapter("0.inner", 4, 4)]).activate([{"a": 1.0}, None]):
         assert torch.allclose(compiled(x), model(x), rtol=1e-5, atol=1e-6)
     assert torch.equal(compiled(x), base)
+
+
+class Model(nn.Module):
+    """Embeds tokens unless they are embedded already, and looks its own weight up, as gemma 4 does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(5, 4)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def forward(self, ids: Tensor | None = None, embedded: Tensor | None = None) -> Tensor:
+        embedded = self.embed_tokens(ids) if embedded is None else embedded
+        return (embedded[:, :, None] == self.embed_tokens.weight).all(dim=-1)
+
+
+@torch.no_grad()
+def test_tokens_may_come_embedded() -> None:
+    model, ids = nn.Sequential(Model()), torch.tensor([[1, 4, 2]])
+    update = Factors(torch.ones(1, 5), torch.ones(4, 1), kind="embedding")
+    with Composer(model, [Adapter("a", "tiny", {"0.embed_tokens": update})]).activate({"a": 1.0}):
+        assert not bool(model(ids).any())
+        embedded = model[0].embed_tokens(ids)
+        assert torch.equal(model[0](embedded=embedded), model(ids))
