@@ -118,7 +118,8 @@ class Composer:
         """Mixes the experts live, from now until the handle is closed or its `with` block left.
 
         `mixture` is {name: weight} for all rows; a list with one of these, or None for the base, per row of the batch;
-        MixtureWeights; or a router. It counts for calls in this thread (or asyncio task) only. For every layer
+        MixtureWeights; or a router. It counts for calls in this thread (or asyncio task) only; the
+        handle's `run` takes it into another. For every layer
         y = W x + ((x a^T) * w) b^T + sum over e of w_e (gain_e y0 + bias_e); rows of weight zero are the base bit for bit.
         A batch of k times as many rows as the mixture has (beams, return sequences) uses each for k rows on end.
 

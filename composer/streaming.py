@@ -18,21 +18,29 @@ INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 def streamed(generate: Callable[[Any], None], tokenizer: Any) -> Iterator[list[str]]:
     """One piece of text per sequence, as often as there is any; the pieces of a sequence make up its whole text.
 
-    `generate(streamer)` runs in a thread of its own. What it raises is raised here. Whoever stops reading, stops it at its
-    next token: the iterator's `close()`, or its end of life, waits for that.
+    `generate(streamer)` runs in a thread of its own, from the first piece that is asked for on. What it raises is raised
+    here. Whoever stops reading, stops it at its next token: the iterator's `close()`, or its end of life, waits for that.
     """
-    pieces: queue.SimpleQueue[list[str] | BaseException | None] = queue.SimpleQueue()
-    streamer = _Streamer(tokenizer, pieces.put)
     # autocast is a thread's own
     devices = ("cpu", "cuda", "mps", "xpu")
     autocasts = [(device, torch.get_autocast_dtype(device)) for device in devices if torch.is_autocast_enabled(device)]
 
+    def generate_alike(streamer: Any) -> None:
+        with ExitStack() as stack:
+            for device, dtype in autocasts:
+                stack.enter_context(torch.autocast(device, dtype))
+            generate(streamer)
+
+    return _pieces(generate_alike, tokenizer)
+
+
+def _pieces(generate: Callable[[Any], None], tokenizer: Any) -> Iterator[list[str]]:
+    pieces: queue.SimpleQueue[list[str] | BaseException | None] = queue.SimpleQueue()
+    streamer = _Streamer(tokenizer, pieces.put)
+
     def work() -> None:
         try:
-            with ExitStack() as stack:
-                for device, dtype in autocasts:
-                    stack.enter_context(torch.autocast(device, dtype))
-                generate(streamer)
+            generate(streamer)
         except _Stopped:
             pass
         except BaseException as error:
@@ -49,7 +57,9 @@ def streamed(generate: Callable[[Any], None], tokenizer: Any) -> Iterator[list[s
             yield found
     finally:
         streamer.stopped = True
-        thread.join()
+        # the garbage collector may end an abandoned iterator in whatever thread it runs
+        if thread is not threading.current_thread():
+            thread.join()
 
 
 class _Stopped(Exception):

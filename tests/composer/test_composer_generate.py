@@ -167,6 +167,35 @@ def test_every_kind_of_cache_gives_each_text_its_own_continuation(
         assert [together[index]] == alone
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"cache_implementation": "static"},
+        {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}},
+        {"cache_implementation": "dynamic", "prefill_chunk_size": 2},
+    ],
+    ids=["static", "8-bit", "in chunks"],
+)
+def test_caches_of_other_kinds_give_the_tokens_of_a_model_with_these_weights(
+    settings: dict[str, Any],
+    make_model: Callable[..., nn.Module],
+    make_adapters: Callable[..., list[Adapter]],
+    with_dense_update: Callable[..., nn.Module],
+) -> None:
+    if "cache_config" in settings and not hasattr(transformers.cache_utils, "Fp8QuantizedLayer"):
+        pytest.skip("of later versions of transformers")
+    model = make_model("llama", dtype=torch.float64)
+    adapters = make_adapters(model, "llama")
+    dense = Composer(
+        with_dense_update("llama", adapters, [0.5, -0.25, 1.0], dtype=torch.float64), adapters, tokenizer=Tokens()
+    )
+    engine = Composer(model, adapters, tokenizer=Tokens())
+    options = {"max_new_tokens": 8, "do_sample": False, **settings}
+    found = engine.generate(TEXTS, mixture={"a": 0.5, "b": -0.25, "c": 1.0}, **options)
+    assert found == dense.generate(TEXTS, **options)
+    assert found != engine.generate(TEXTS, **options)
+
+
 @pytest.mark.parametrize("each", [1, 3])
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_seeded_sampling_draws_for_each_text_what_it_draws_alone(

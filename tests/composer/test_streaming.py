@@ -146,6 +146,25 @@ def test_no_texts_give_no_pieces(engine: Composer) -> None:
     assert list(engine.stream([], mixture={"a": 1.0})) == []
 
 
+def test_an_iterator_may_end_in_its_own_thread(tokenizer: Any) -> None:
+    ended = threading.Event()
+    held: list[Any] = []
+
+    def generate(streamer: Any) -> None:
+        streamer.put(torch.zeros(1, 1, dtype=torch.long))
+        streamer.put(torch.tensor([5]))
+        while not held:
+            pass
+        # as the garbage collector would
+        held.pop().close()
+        ended.set()
+
+    pieces = streamed(generate, tokenizer)
+    next(pieces)
+    held.append(pieces)
+    assert ended.wait(10)
+
+
 def byte_tokenizer() -> Any:
     """A token for each byte, so that most characters of the world take several."""
     from tokenizers import Tokenizer, decoders
@@ -195,6 +214,7 @@ def test_autocast_holds_in_the_streams_thread(engine: Composer) -> None:
     seen: list[Tensor] = []
     handle = engine.model.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, args, output: seen.append(output))
     with torch.autocast("cpu", torch.bfloat16):
-        list(engine.stream(TEXTS[:1], mixture={"a": 1.0}, max_new_tokens=2, do_sample=False))
+        pieces = engine.stream(TEXTS[:1], mixture={"a": 1.0}, max_new_tokens=2, do_sample=False)
+    list(pieces)
     handle.remove()
     assert {each.dtype for each in seen} == {torch.bfloat16}
