@@ -61,6 +61,11 @@ def generation_call(
         raise CompositionError(
             f"{type(model).__name__} does not generate: load a causal or an encoder-decoder language model"
         )
+    for name in ("input_ids", "inputs", "inputs_embeds", "attention_mask"):
+        if settings.get(name) is not None:
+            raise CompositionError(
+                f"{name} is made from the texts: leave it out, or call the model's own generate() inside activate()"
+            )
     arguments = dict(settings)
     mode = _mode(model, settings)
     _require_local(mode, settings)
@@ -78,7 +83,7 @@ def generation_call(
     if seeds is not None:
         _require_seedable(mode, seeds, len(texts), settings)
     start = 0 if encodes(model) else batch["input_ids"].shape[1]
-    return GenerationCall(tokenizer, {**batch, **arguments}, seeds, mode, start)
+    return GenerationCall(tokenizer, {**arguments, **batch}, seeds, mode, start)
 
 
 def _mode(model: nn.Module, settings: Mapping[str, Any]) -> str:

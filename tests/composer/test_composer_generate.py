@@ -282,6 +282,8 @@ def test_stop_strings_need_no_tokenizer_of_the_callers(
         ({"num_beams": 4, "force_words_ids": [[5]]}, "constrained beam search"),
         ({"custom_generate": "somebody/something"}, "code that transformers downloads"),
         ({"cache_implementation": "paged"}, "continuous batching"),
+        ({"attention_mask": torch.ones(3, 2)}, "attention_mask is made from the texts"),
+        ({"inputs_embeds": torch.ones(3, 2, 16)}, "inputs_embeds is made from the texts"),
         ({"prompt_lookup_num_tokens": 3}, "one text at a time, but there are 3"),
         ({"seeds": [1, 2]}, "2 seeds, but 3 texts"),
         ({"seeds": [1, 2, 3]}, "seeds are for sampling, and this call is greedy search"),
