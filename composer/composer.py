@@ -367,6 +367,11 @@ class Composer:
             self._workspace = Workspace(0)
             self._residents.close()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise CompositionError(
+            "a Composer stands beside one model and cannot be copied or pickled: copy the model, and make a Composer for it"
+        )
+
     def _source(self) -> tuple[Callable[[str], Adapter], Callable[[], Mapping[str, LayerPlace]]]:
         """What the residents ask for an expert and for the layers' places: not this object, which would make a cycle."""
         model, fitting, adapters = self.model, self._fitting, self._bound.adapters

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -155,6 +157,14 @@ def test_a_closed_composer_says_so(tiny_llama: nn.Module, make_adapters: Callabl
     ):
         with pytest.raises(CompositionError, match="closed"):
             call()
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_copy_of_a_composer_is_refused_with_the_way_out(
+    copied: Callable[[Any], Any], tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]
+) -> None:
+    with pytest.raises(CompositionError, match="copy the model, and make a Composer for it"):
+        copied(Composer(tiny_llama, make_adapters(tiny_llama, "llama")))
 
 
 def test_swap_takes_another_pool(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> None:

@@ -111,6 +111,18 @@ def test_peft_on_the_same_model_is_named(engine: Composer) -> None:
     use(engine, "activate")
 
 
+def test_peft_put_in_while_active_is_named_and_goes_without_a_trace(engine: Composer) -> None:
+    base = logits(engine.model)
+    with engine.activate({"a": 1.0}):
+        mixed = logits(engine.model)
+        wrapped = peft_model(engine.model)
+        with pytest.raises(CompositionError, match=r"q_proj' of the model .*unload\(\)"):
+            logits(engine.model)
+        wrapped.unload()
+        assert torch.equal(logits(engine.model), mixed)
+    assert torch.equal(logits(engine.model), base)
+
+
 def test_a_model_with_pefts_adapters_in_it_is_refused(
     make_model: Callable[..., nn.Module], make_adapters: Callable[..., list[Adapter]]
 ) -> None:
