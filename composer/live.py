@@ -14,13 +14,14 @@ from contextvars import ContextVar
 from functools import partial
 from types import MethodType, TracebackType
 from typing import Any, Protocol, Self, TypeVar
-from weakref import WeakKeyDictionary, WeakSet, ref
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from loraweave.composer.batch_axis import begin_call, end_call
+from loraweave.composer.batch_axis import end_call
 from loraweave.composer.compiled import bind, mixed, number_of_layer, number_of_mixing, outside
+from loraweave.composer.entry import Entry
 from loraweave.composer.layers import TargetLayer
 from loraweave.composer.lock_after_fork import lock_of
 from loraweave.composer.owner_watch import Step, watch
@@ -32,12 +33,6 @@ from loraweave.errors import AlreadyActive, CompositionError
 T = TypeVar("T")
 
 _CURRENT: ContextVar[Activation | None] = ContextVar("loraweave_activation", default=None)
-
-# arguments of transformers' models whose first axis are the rows of the batch
-MAIN_INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_features", "input_values")
-
-# what only transformers' continuous batching gives a model
-PAGED_INPUTS = ("cu_seq_lens_q", "write_index")
 
 _CLAIM_LOCK = threading.Lock()
 _CLAIMS: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
@@ -164,13 +159,12 @@ class LiveLayers:
 
     def __init__(self, model: nn.Module, layers: Mapping[str, TargetLayer], require_unchanged: Callable[[], None]) -> None:
         self._model = model
-        self.require_unchanged = require_unchanged
         self._layers = dict(layers)
         self._modules = [model, *(layer.module for layer in self._layers.values())]
         self._lock = lock_of(self)
         self._open: list[Activation] = []
         self._handles: list[_Handle] = []
-        self._own_hooks = _Entry(self, model), Step(end_call)
+        self._own_hooks = Entry(model, require_unchanged, self._current_plan), Step(end_call)
         self._numbers: dict[str, Tensor] = {}
         self.mixes_outside: Callable[[_MixedForward, Tensor, Tensor], Tensor] | None = None
         _ALL.add(self)
@@ -246,6 +240,10 @@ class LiveLayers:
                 )
             return candidates[0] if candidates else None
         return activation
+
+    def _current_plan(self) -> Plan | None:
+        activation = self.current()
+        return None if activation is None else activation.plan
 
     def _install(self) -> None:
         claim(self, self._modules)
@@ -371,55 +369,6 @@ def _copied(module: nn.Module, own: Callable[..., Any] | None) -> _MixedForward:
     copied._live = None
     copied._forward = MethodType(type(module).forward, module) if own is None else own
     return copied
-
-
-class _Entry:
-    """Looks at a call of the model before any layer runs."""
-
-    def __init__(self, live: LiveLayers, model: nn.Module) -> None:
-        self.live = live
-        self._model = ref(model)
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
-            # each layer looks at its rows when the code runs
-            return
-        if module is not self._model():
-            raise CompositionError(
-                f"a replica of the model ({type(module).__name__}) runs (DataParallel), whose threads have no mixture; "
-                "use one process per device, each with its own Composer"
-            )
-        if all(name in kwargs for name in PAGED_INPUTS):
-            raise CompositionError(
-                "continuous batching packs requests into one row and runs the model in a thread that has no mixture: leave "
-                "the activation first and use fused(), or generate() with a mixture per text"
-            )
-        activation = self.live.current()
-        if activation is not None:
-            self.live.require_unchanged()
-            num_rows = _num_rows(args, kwargs)
-            activation.plan.require_rows(num_rows)
-            begin_call(num_rows)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return _inert
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
-        return _get_inert, ()
-
-
-def _num_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """The rows of a batch, where they can be told from a model's arguments."""
-    known = args[:1] or [kwargs[name] for name in MAIN_INPUTS if kwargs.get(name) is not None]
-    return known[0].shape[0] if known and isinstance(known[0], Tensor) and known[0].ndim > 1 else None
-
-
-def _inert(module: nn.Module, args: Any, kwargs: Any) -> None:
-    """The hook of a copied model: does nothing."""
-
-
-def _get_inert() -> Callable[..., None]:
-    return _inert
 
 
 def _in_backward_thread() -> bool:

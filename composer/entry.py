@@ -1,0 +1,75 @@
+"""What looks at a call of the model before any layer runs: a mistake is named while no cache has taken anything yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from loraweave.composer.batch_axis import begin_call
+from loraweave.composer.plan import Plan
+from loraweave.errors import CompositionError
+
+# arguments of transformers' models whose first axis are the rows of the batch
+MAIN_INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_features", "input_values")
+
+# what only transformers' continuous batching gives a model
+PAGED_INPUTS = ("cu_seq_lens_q", "write_index")
+
+
+class Entry:
+    """A hook for the model, before its forward. A copied or unpickled model has one that does nothing.
+
+    `require_unchanged` raises where the model runs other layers than it did; `current_plan` is the running call's, if any.
+    """
+
+    def __init__(
+        self, model: nn.Module, require_unchanged: Callable[[], None], current_plan: Callable[[], Plan | None]
+    ) -> None:
+        self._model = ref(model)
+        self._require_unchanged = require_unchanged
+        self._current_plan = current_plan
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            # each layer looks at its rows when the code runs
+            return
+        if module is not self._model():
+            raise CompositionError(
+                f"a replica of the model ({type(module).__name__}) runs (DataParallel), whose threads have no mixture; "
+                "use one process per device, each with its own Composer"
+            )
+        if all(name in kwargs for name in PAGED_INPUTS):
+            raise CompositionError(
+                "continuous batching packs requests into one row and runs the model in a thread that has no mixture: leave "
+                "the activation first and use fused(), or generate() with a mixture per text"
+            )
+        plan = self._current_plan()
+        if plan is not None:
+            self._require_unchanged()
+            num_rows = _num_rows(args, kwargs)
+            plan.require_rows(num_rows)
+            begin_call(num_rows)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return _inert
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
+        return _get_inert, ()
+
+
+def _num_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """The rows of a batch, where they can be told from a model's arguments."""
+    known = args[:1] or [kwargs[name] for name in MAIN_INPUTS if kwargs.get(name) is not None]
+    return known[0].shape[0] if known and isinstance(known[0], Tensor) and known[0].ndim > 1 else None
+
+
+def _inert(module: nn.Module, args: Any, kwargs: Any) -> None:
+    """The hook of a copied model."""
+
+
+def _get_inert() -> Callable[..., None]:
+    return _inert
