@@ -83,18 +83,21 @@ def attach(
     in_peft: Annotated[int, typer.Option(help="adapters to load into peft, one after the other")] = 100,
     rounds: Annotated[int, typer.Option(help="at most so many")] = 7,
     seconds: Annotated[float, typer.Option(help="for each size")] = 120.0,
+    cpu: Annotated[bool, typer.Option("--cpu", help="count processor time, for a machine that is busy")] = False,
     folder: Annotated[Path, typer.Option(help="for the hub and peft's folders")] = Path("/dev/shm"),
 ) -> None:
     """A hub's adapters into a running model: all at once, and one more beside those that are there."""
     torch.set_num_threads(1)
+    timer = time.process_time if cpu else time.perf_counter
     model, _ = base_model()
     with hub_of(model, max(sizes) + NUM_EACH, distinct, folder) as hub:
         names = [record.name for record in hub]
         for size in sizes:
+            title = f"attaching {size:,} adapters{', processor time' if cpu else ''}"
             ways = attaching(model, hub, names[:size])
-            taken = interleaved(ways, rounds=rounds, seconds=seconds, label=f"{size} adapters")
-            per_adapter(f"attaching {size:,} adapters", taken, size, next(iter(ways)))
-        one_more(model, hub, names, in_peft, folder)
+            taken = interleaved(ways, rounds=rounds, seconds=seconds, clock=time.perf_counter, timer=timer, label=title)
+            per_adapter(title, taken, size, next(iter(ways)))
+        one_more(model, hub, names, in_peft, folder, timer)
 
 
 def attaching(model: Any, hub: lw.Hub, names: Sequence[str]) -> dict[str, Way]:
@@ -134,10 +137,10 @@ def seen(hub: lw.Hub) -> None:
         hub.get(name)
 
 
-def one_more(model: Any, hub: lw.Hub, names: Sequence[str], in_peft: int, folder: Path) -> None:
+def one_more(model: Any, hub: lw.Hub, names: Sequence[str], in_peft: int, folder: Path, timer: Callable[[], float]) -> None:
     """The next adapter beside so many: peft's load_adapter from a folder, and a Composer's load from the hub."""
     table = Table("loaded before", "peft load_adapter, ms", "loraweave, ms")
-    theirs = loading_into_peft(model, hub, names[: in_peft + NUM_EACH], folder)
+    theirs = loading_into_peft(hub, names[: in_peft + NUM_EACH], folder, timer)
     for mark in MARKS:
         if mark > max(in_peft, len(names) - NUM_EACH):
             continue
@@ -147,15 +150,15 @@ def one_more(model: Any, hub: lw.Hub, names: Sequence[str], in_peft: int, folder
             engine = lw.Composer(model, hub.pool(names[:mark]))
             for name in names[mark : mark + NUM_EACH]:
                 blob_files._digests.clear()
-                before = time.perf_counter()
+                before = timer()
                 engine.load(name, hub.get(name))
-                here.append(time.perf_counter() - before)
+                here.append(timer() - before)
         table.add_row(f"{mark:,}", *(f"{np.median(each) * 1e3:.1f}" if each else "" for each in (there, here)))
     console.print(f"one more adapter, from its file (not seen before), median of {NUM_EACH}", highlight=False)
     console.print(table)
 
 
-def loading_into_peft(model: Any, hub: lw.Hub, names: Sequence[str], folder: Path) -> list[float]:
+def loading_into_peft(hub: lw.Hub, names: Sequence[str], folder: Path, timer: Callable[[], float]) -> list[float]:
     """Seconds of each load_adapter, one after the other into one model."""
     copied, _ = base_model()
     taken: list[float] = []
@@ -163,12 +166,12 @@ def loading_into_peft(model: Any, hub: lw.Hub, names: Sequence[str], folder: Pat
     with tempfile.TemporaryDirectory(dir=folder) as place:
         for name in names:
             path = hub[name].save_pretrained(Path(place) / "adapter")
-            before = time.perf_counter()
+            before = timer()
             if found is None:
                 found = peft.PeftModel.from_pretrained(copied, path, adapter_name=name)
             else:
                 found.load_adapter(path, adapter_name=name)
-            taken.append(time.perf_counter() - before)
+            taken.append(timer() - before)
             shutil.rmtree(path)
     return taken
 
@@ -180,6 +183,7 @@ def rows(
     distinct: Annotated[int, typer.Option(help="contents that the names share")] = 20,
     rounds: Annotated[int, typer.Option(help="at most so many")] = 15,
     seconds: Annotated[float, typer.Option(help="in all")] = 300.0,
+    cpu: Annotated[bool, typer.Option("--cpu", help="count processor time, for a machine that is busy")] = False,
 ) -> None:
     """8 rows with 8 different adapters, the activation included, for pools of several sizes."""
     torch.set_num_threads(1)
@@ -201,7 +205,7 @@ def rows(
     ways |= {name: Way(run(model, ids_BT, engine, distinct)) for name, engine in engines.items()}
     shape = f"8x{PREFILL_TOKENS}" if what == "prefill" else f"8 rows, {NEW_TOKENS} tokens"
     tables = {"time, base = 1": ("base alone", False), "smallest pool = 1": (f"pool of {sizes[0]:,}", False)}
-    compare(f"{what} {shape}, own adapter per row, rank 8", ways, rounds=rounds, seconds=seconds, tables=tables)
+    compare(f"{what} {shape}, own adapter per row, rank 8", ways, rounds=rounds, seconds=seconds, cpu=cpu, tables=tables)
 
 
 def chosen(engine: lw.Composer, distinct: int) -> list[dict[str, float]]:
@@ -262,6 +266,7 @@ def paging(
     num_adapters: Annotated[int, typer.Option("--adapters", help="brought to their places in each run")] = 16,
     rounds: Annotated[int, typer.Option(help="at most so many")] = 15,
     seconds: Annotated[float, typer.Option(help="in all")] = 120.0,
+    cpu: Annotated[bool, typer.Option("--cpu", help="count processor time, for a machine that is busy")] = False,
     folder: Annotated[Path, typer.Option(help="for the hub")] = Path("/dev/shm"),
 ) -> None:
     """Leases of adapters that are not in their places yet; the CPU stands for a device, too."""
@@ -288,7 +293,7 @@ def paging(
         }
         table = {"time, copy = 1": ("one copy of as many fp32 bytes", False)}
         title = f"{num_adapters} adapters, {num_bytes / 1e6:.0f} MB in fp32"
-        compare(title, ways, rounds=rounds, seconds=seconds, tables=table)
+        compare(title, ways, rounds=rounds, seconds=seconds, cpu=cpu, tables=table)
 
 
 def again_on_device(adapters: Mapping[str, Adapter]) -> Way:
