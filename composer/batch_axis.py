@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 
+import torch
 from torch import Size
 
 from loraweave.errors import ScopeError
@@ -19,7 +20,9 @@ def begin_call(num_rows: int | None) -> None:
 
 def end_call() -> None:
     """The call is over, however it ended."""
-    _ROWS.set(None)
+    # torch.compile sees no context, and looks at no rows
+    if not torch.compiler.is_compiling():
+        _ROWS.set(None)
 
 
 def require_batch_first(layer: str, shape: Size) -> None:

@@ -22,19 +22,36 @@ def watch(
 ) -> list[RemovableHandle | _OwnForward]:
     """Hooks that raise CompositionError when the owner has run without calling the layer, although it was `expected`."""
     seen = threading.local()
+    traced = _Traced()
 
     def begin() -> None:
-        seen.called = False
+        if torch.compiler.is_compiling():
+            traced.called = False
+        else:
+            seen.called = False
 
     def call() -> None:
-        seen.called = True
+        if torch.compiler.is_compiling():
+            traced.called = True
+        else:
+            seen.called = True
 
-    def end() -> None:
-        if not getattr(seen, "called", True) and expected():
+    def require_unexpected() -> None:
+        if expected():
             raise CompositionError(
                 f"layer {name!r} did not run: its {type(owner).__name__} computed with its weight itself, as it does for "
                 "some settings and on some devices, and the live update would be lost; use fused(), or another setting"
             )
+
+    # what is expected is known when the code runs, and not when it is traced
+    outside = torch.compiler.disable(require_unexpected)  # type: ignore[no-untyped-call]
+
+    def end() -> None:
+        if torch.compiler.is_compiling():
+            if not traced.called:
+                outside()
+        elif not getattr(seen, "called", True):
+            require_unexpected()
 
     return [
         _OwnForward(owner),
@@ -42,6 +59,13 @@ def watch(
         module.register_forward_hook(Step(call)),
         owner.register_forward_hook(Step(end)),
     ]
+
+
+class _Traced:
+    """Whether code that torch.compile traces calls the layer: one thread traces at a time, and a thread's own values would
+    break its graph."""
+
+    called = True
 
 
 class _OwnForward:
@@ -60,17 +84,13 @@ class _OwnForward:
 
 
 class Step:
-    """A hook that looks at nothing it is given; that of a copied or unpickled model does nothing.
-
-    Nothing either in code that torch.compile traces, which keeps no state between calls.
-    """
+    """A hook that looks at nothing it is given; that of a copied or unpickled model does nothing."""
 
     def __init__(self, step: Callable[[], None]) -> None:
         self._step = step
 
     def __call__(self, *given: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self._step()
+        self._step()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return _nothing

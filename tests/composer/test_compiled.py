@@ -175,8 +175,10 @@ def test_a_layer_that_its_owner_reads_instead_of_calling_is_noticed_in_code_that
     # it then multiplies by slices of the layer's weight
     model.transformer.h[0].mlp.slow_but_exact, model.transformer.h[0].mlp.pretraining_tp = True, 2
     assert torch.allclose(logits(compiled), base, atol=1e-5)
-    with engine.activate({"a": 1.0}), pytest.raises(CompositionError, match="did not run"):
-        logits(compiled)
+    another = Composer(model, engine.pool)
+    for each in (engine, another):
+        with each.activate({"a": 1.0}), pytest.raises(CompositionError, match="did not run"):
+            logits(compiled)
     assert torch.allclose(logits(compiled), base, atol=1e-5)
     assert not [module for module in model.modules() if "forward" in vars(module)]
 
