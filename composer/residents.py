@@ -17,6 +17,7 @@ from loraweave.composer.layout import Layout, Place, PlacedFactors, place_factor
 from loraweave.composer.lock_after_fork import lock_of
 from loraweave.composer.residency import Residency
 from loraweave.composer.shelf import Shelf, Slot
+from loraweave.errors import CompositionError
 from loraweave.hub.adapter import Adapter
 
 
@@ -153,10 +154,16 @@ class Residents:
             )
 
     def _own_worker(self) -> ThreadPoolExecutor | None:
-        """The thread that prefetches; None in a process that was forked since, where it does not run."""
-        if self._process != os.getpid():
-            self._worker, self._process = None, os.getpid()
+        """The thread that prefetches, where there is one in this process."""
+        self._forget_other_processes()
         return self._worker
+
+    def _forget_other_processes(self) -> None:
+        """In a process that was forked since: lets go of the threads of the other one, and of what they were about."""
+        if self._process != os.getpid():
+            self._process, self._worker, self._staging = os.getpid(), None, threading.Lock()
+            for shelf in (self._device, self._host):
+                shelf.unlock()
 
     def _taken(self, names: tuple[str, ...]) -> Lease:
         """A lease whose pages have their room, and are not all there yet."""
@@ -164,6 +171,7 @@ class Residents:
         while True:
             moves, layouts, opened = self._laid_out(names)
             with self._lock:
+                self._forget_other_processes()
                 if moves != self._moves:
                     continue
                 keys = {_Key(name, False, moves): layouts[name] for name in names}
@@ -299,8 +307,19 @@ class Lease:
         self._parts[name] = parts
 
     def renew(self) -> Lease:
-        """Another lease of the same experts, which this one's end does not end."""
-        return self._residents.lease(self.names)
+        """Another lease of the very same factors, which this one's end does not end. CompositionError after that end."""
+        residents = self._residents
+        with residents._lock:
+            if self._released:
+                raise CompositionError("this activation is closed, and runs nothing: call run() while it is open")
+            taken = [
+                shelf.take({key: slot.num_bytes for key, slot in slots.items()}, "they")
+                for shelf, slots in ((residents._device, self.on_device), (residents._host, self.on_host))
+            ]
+            residents._num_leases.update(self.names)
+            again = Lease(residents, self.moves, self._layouts, taken[0], taken[1], [])
+            again._parts, again._elsewhere = self._parts, dict(self._elsewhere)
+            return again
 
     def part(self, name: str, layer: str, device: torch.device, dtype: torch.dtype) -> PlacedFactors | None:
         """The expert's factors in a layer, there and in that dtype; None where it has none.

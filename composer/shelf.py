@@ -95,6 +95,11 @@ class Shelf(Generic[Key, Thing]):
         for key in [key for key in self._idle if unwanted(key)]:
             self._remove(key)
 
+    def unlock(self) -> None:
+        """Frees the locks of all slots, where those who hold them are no more."""
+        for slot in self._slots.values():
+            slot.lock = threading.Lock()
+
     def _used(self, slot: Slot[Thing]) -> Slot[Thing]:
         if slot.num_users == 0:
             self._bytes_in_use += slot.num_bytes

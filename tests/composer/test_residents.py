@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import threading
+import time
 import tracemalloc
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -203,6 +205,25 @@ def test_experts_of_other_leases_stay_and_are_named_where_there_is_no_room_besid
     assert_the_adapters_own(residents.lease(["e3"]), "e3")
 
 
+def test_a_renewed_lease_holds_the_same_factors_after_the_first_has_ended_and_an_ended_one_is_not_renewed() -> None:
+    residents = Residents(ADAPTERS.__getitem__, lambda: PLACES, host_budget_bytes=size_of("e5"))
+    first = residents.lease(["e5"])
+    second = first.renew()
+    before = residents.residency
+    first.release()
+    with pytest.raises(CompositionError, match="this activation is closed"):
+        first.renew()
+    # nothing that stands for the name now takes the place of what the lease holds
+    residents.forget()
+    residents.take_from(lambda name: adapter(1), lambda: PLACES)
+    assert_the_adapters_own(second, "e5")
+    with pytest.raises(BudgetExceeded):
+        residents.lease(["e1"])
+    second.release()
+    assert not residents.in_use("e5")
+    assert residents.residency.num_hits == before.num_hits
+
+
 def test_the_expert_used_longest_ago_goes_first() -> None:
     residents = Residents(lambda name: adapter(1), lambda: PLACES, host_budget_bytes=3 * size_of("e1"))
     for name in ("a", "b", "c", "a", "d"):
@@ -296,20 +317,53 @@ def test_prefetched_experts_are_hits_and_an_error_is_the_futures_and_again_the_l
     residents.close()
 
 
+def succeeds_in_a_fork(call: Callable[[], object]) -> bool:
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        try:
+            call()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_a_forked_process_does_not_wait_for_the_thread_that_it_does_not_have() -> None:
     residents = Residents(ADAPTERS.__getitem__, lambda: PLACES)
     residents.prefetch(["e1"]).result(timeout=10)
-    child = os.fork()
-    if not child:
-        try:
-            residents.settle()
-            residents.prefetch(["e2"]).result(timeout=10)
-            os._exit(0)
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+    def there() -> None:
+        residents.settle()
+        residents.prefetch(["e2"]).result(timeout=10)
+
+    assert succeeds_in_a_fork(there)
+    residents.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_process_forked_while_an_expert_is_on_its_way_brings_it_itself() -> None:
+    begun, go = threading.Event(), threading.Event()
+    here = os.getpid()
+
+    def opener(name: str) -> Adapter:
+        if os.getpid() == here and begun.is_set():
+            go.wait(timeout=20)
+        begun.set()
+        return ADAPTERS[name]
+
+    residents = Residents(opener, lambda: PLACES, staged=everything)
+    coming = residents.prefetch(["e1"])
+    begun.wait(timeout=10)
+    # the second opening, for the page itself, holds the locks on its way
+    while not residents.in_use("e1"):
+        time.sleep(0.001)
+    assert succeeds_in_a_fork(lambda: assert_the_adapters_own(residents.lease(["e1", "e2"]), "e1"))
+    go.set()
+    coming.result(timeout=10)
     residents.close()
 
 
