@@ -57,6 +57,9 @@ class OnDemand(Mapping[str, Adapter]):
         """These and one that is in memory, at the end; under a name that is there already, in its place."""
         return self._sharing(self._adapters | {name: adapter})
 
+    def __repr__(self) -> str:
+        return f"OnDemand({len(self):,} adapters, {self.num_open:,} open)"
+
     def _sharing(self, adapters: dict[str, Adapter | None]) -> Self:
         other = object.__new__(type(self))
         other._adapters, other._opened = adapters, self._opened

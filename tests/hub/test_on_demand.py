@@ -65,6 +65,13 @@ def test_no_more_than_those_asked_for_last_stay_open():
     assert shelf.opened == [*NAMES, "e000"]
 
 
+def test_a_lazy_pool_shows_how_many_it_has_and_how_many_are_open():
+    pool = ExpertPool.on_demand([f"{number}" for number in range(2000)], Shelf())
+    held = pool["7"]
+    assert repr(pool) == "ExpertPool(adapters=OnDemand(2,000 adapters, 1 open))"
+    assert held.name == "7"
+
+
 def test_pools_made_of_a_lazy_one_share_what_is_open():
     shelf = Shelf()
     pool = ExpertPool.on_demand(NAMES, shelf)
