@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from loraweave.composer.layout import PlacedFactors
+from loraweave.composer.own_precision import own_precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,11 +29,12 @@ class AffineTable:
     def weighted(self, w_BTE: Tensor) -> Affine:
         """The sums over the experts; B and T may be 1."""
         touched_BT = (w_BTE != 0).any(dim=-1)
-        return Affine(
-            None if self.gain_EO is None else w_BTE.to(self.gain_EO.dtype) @ self.gain_EO,
-            None if self.bias_EO is None else w_BTE.to(self.bias_EO.dtype) @ self.bias_EO,
-            None if w_BTE.requires_grad else touched_BT[..., None],
-        )
+        with own_precision(w_BTE.device):
+            return Affine(
+                None if self.gain_EO is None else w_BTE.to(self.gain_EO.dtype) @ self.gain_EO,
+                None if self.bias_EO is None else w_BTE.to(self.bias_EO.dtype) @ self.bias_EO,
+                None if w_BTE.requires_grad else touched_BT[..., None],
+            )
 
 
 @dataclass(frozen=True, eq=False)

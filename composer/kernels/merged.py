@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 
 from loraweave.composer.kernels._parts import Part, rank_rows, row_sets, stacked_a, weighted_b
 from loraweave.composer.kernels.naive import naive
+from loraweave.composer.own_precision import own_precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +24,8 @@ class Merged:
     def of(cls, parts: Sequence[Part], row: Sequence[tuple[int, float]], dtype: torch.dtype) -> Merged:
         used = [parts[p] for p, _ in row]
         exact = torch.promote_types(dtype, torch.float32)
-        delta_OI = weighted_b(used, [w for _, w in row], exact).T @ stacked_a(used, exact)
+        with own_precision(used[0].a_RI.device):
+            delta_OI = weighted_b(used, [w for _, w in row], exact).T @ stacked_a(used, exact)
         return cls(delta_OI.to(dtype))
 
     @property

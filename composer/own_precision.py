@@ -1,0 +1,13 @@
+"""Products that are kept for other calls, in their own precision whatever the call that makes them runs in."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+
+def own_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Within it, products on the device are in the dtype of their factors, also below autocast."""
+    # some devices, as meta, know no autocast
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
