@@ -37,7 +37,7 @@ class TritonGathered:
         return self.tables.num_bytes
 
     def update(self, x_BTI: Tensor) -> Tensor:
-        update_BTO: Tensor = _Product.apply(x_BTI, self.tables)  # type: ignore[no-untyped-call]
+        update_BTO: Tensor = _Product.apply(x_BTI, self.tables, False)  # type: ignore[no-untyped-call]
         return update_BTO
 
     def add_(self, x_BTI: Tensor, y_BTO: Tensor) -> None:
@@ -48,18 +48,15 @@ class _Product(torch.autograd.Function):
     """x a^T * w b; its gradient is the same with a and b in each other's place."""
 
     @staticmethod
-    def forward(ctx: Any, x_BTI: Tensor, tables: RankTables) -> Tensor:
-        ctx.tables = tables
-        return _run(x_BTI, tables.a_DI, tables.b_DO, tables, _empty(x_BTI, tables.b_DO), add=False)
+    def forward(ctx: Any, x_BTI: Tensor, tables: RankTables, turned: bool) -> Tensor:
+        ctx.tables, ctx.turned = tables, turned
+        in_DI, out_DO = (tables.b_DO, tables.a_DI) if turned else (tables.a_DI, tables.b_DO)
+        return _run(x_BTI, in_DI, out_DO, tables, x_BTI.new_empty(*x_BTI.shape[:2], out_DO.shape[1]), add=False)
 
     @staticmethod
-    def backward(ctx: Any, grad_BTO: Tensor) -> tuple[Tensor, None]:
-        tables: RankTables = ctx.tables
-        return _run(grad_BTO, tables.b_DO, tables.a_DI, tables, _empty(grad_BTO, tables.a_DI), add=False), None
-
-
-def _empty(x_BTI: Tensor, out_DO: Tensor) -> Tensor:
-    return x_BTI.new_empty(*x_BTI.shape[:2], out_DO.shape[1])
+    def backward(ctx: Any, grad_BTO: Tensor) -> tuple[Tensor, None, None]:
+        # as a product with a gradient of its own, for those who differentiate twice
+        return _Product.apply(grad_BTO, ctx.tables, not ctx.turned), None, None  # type: ignore[no-untyped-call]
 
 
 def _run(x_BTI: Tensor, in_DI: Tensor, out_DO: Tensor, tables: RankTables, y_BTO: Tensor, *, add: bool) -> Tensor:

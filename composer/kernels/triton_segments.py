@@ -57,7 +57,7 @@ class TritonSegments:
         return self.tables.num_bytes + self.member_M.nbytes + self.first_G.nbytes
 
     def update(self, x_BTI: Tensor) -> Tensor:
-        update_BTO: Tensor = _Product.apply(x_BTI, self)  # type: ignore[no-untyped-call]
+        update_BTO: Tensor = _Product.apply(x_BTI, self, False)  # type: ignore[no-untyped-call]
         return update_BTO
 
     def add_(self, x_BTI: Tensor, y_BTO: Tensor) -> None:
@@ -92,17 +92,16 @@ class _Product(torch.autograd.Function):
     """x a^T * w b; its gradient is the same with a and b in each other's place."""
 
     @staticmethod
-    def forward(ctx: Any, x_BTI: Tensor, segments: TritonSegments) -> Tensor:
-        ctx.segments = segments
-        a_DI, b_DO = segments.tables.a_DI, segments.tables.b_DO
-        return segments.run(x_BTI, a_DI, b_DO, x_BTI.new_zeros(*x_BTI.shape[:2], b_DO.shape[1]), add=False)
+    def forward(ctx: Any, x_BTI: Tensor, segments: TritonSegments, turned: bool) -> Tensor:
+        ctx.segments, ctx.turned = segments, turned
+        tables = segments.tables
+        in_DI, out_DO = (tables.b_DO, tables.a_DI) if turned else (tables.a_DI, tables.b_DO)
+        return segments.run(x_BTI, in_DI, out_DO, x_BTI.new_zeros(*x_BTI.shape[:2], out_DO.shape[1]), add=False)
 
     @staticmethod
-    def backward(ctx: Any, grad_BTO: Tensor) -> tuple[Tensor, None]:
-        segments: TritonSegments = ctx.segments
-        a_DI, b_DO = segments.tables.a_DI, segments.tables.b_DO
-        grad_BTI = grad_BTO.new_zeros(*grad_BTO.shape[:2], a_DI.shape[1])
-        return segments.run(grad_BTO, b_DO, a_DI, grad_BTI, add=False), None
+    def backward(ctx: Any, grad_BTO: Tensor) -> tuple[Tensor, None, None]:
+        # as a product with a gradient of its own, for those who differentiate twice
+        return _Product.apply(grad_BTO, ctx.segments, not ctx.turned), None, None  # type: ignore[no-untyped-call]
 
 
 def triton_segments(x_BTI: Tensor, a_SI: Tensor, b_OS: Tensor, w_BTS: Tensor) -> Tensor:

@@ -98,6 +98,18 @@ def test_added_in_place_it_is_rounded_once(
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+def test_a_gradient_can_be_differentiated_again(kernel: Callable[..., Tensor]) -> None:
+    x_BTI, a_SI, b_OS, w_BTS, _ = case((3, 1, 2, 5, 4, 3), torch.float32)
+    found = []
+    for product in (kernel, naive):
+        x = x_BTI.detach().clone().requires_grad_()
+        (first,) = torch.autograd.grad(product(x, a_SI, b_OS, w_BTS).square().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), x)
+        found.append(second)
+    assert torch.allclose(found[0], found[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_an_input_without_tokens_or_mixtures_has_an_empty_or_no_update(kernel: Callable[..., Tensor]) -> None:
     x_BTI, a_SI, b_OS, w_BTS, _ = case((3, 1, 2, 5, 4, 3), torch.float32)
     assert kernel(x_BTI[:, :0], a_SI, b_OS, w_BTS).shape == (3, 0, 4)
