@@ -36,7 +36,7 @@ class LiveLimits:
             # MultiheadAttention is the owner of such a layer, in which it keeps a weight for its own product
             if isinstance(layer.module, NonDynamicallyQuantizableLinear) or use_of(owner, attribute) == "read":
                 self._never_called[name] = f"which its {type(owner).__name__} never calls, computing with its weight itself"
-            if re.search(r"(^|\.)experts\.\d+\.", name):
+            if re.search(r"(^|\.)experts\.(expert_)?\d+\.", name):
                 self._out_of_order[name] = "sees the tokens that are routed to it, in an order of their own"
             elif name in embeddings and of_tokens is not None and id(layer.module) not in of_tokens:
                 self._out_of_order[name] = "is no embedding of tokens, and may be called once for all rows"

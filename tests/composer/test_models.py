@@ -404,13 +404,16 @@ def test_an_embedding_of_no_tokens_takes_one_mixture_for_all_rows(family: str, l
         engine.activate(elsewhere)
 
 
-def test_an_expert_in_a_list_of_modules_takes_one_mixture_for_all_rows() -> None:
+# in a list, and in a dictionary as switch_transformers and nllb_moe have them
+@pytest.mark.parametrize("name", ["0", "expert_0"])
+def test_an_expert_among_modules_takes_one_mixture_for_all_rows(name: str) -> None:
     class Experts(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.experts = nn.ModuleList([nn.Sequential(nn.Linear(4, 4))])
+            self.experts = nn.ModuleDict({name: nn.Sequential(nn.Linear(4, 4))})
 
-    engine = Composer(Experts(), [Adapter("a", "tiny", {"experts.0.0": Factors(torch.ones(1, 4), torch.ones(4, 1))})])
+    update = Factors(torch.ones(1, 4), torch.ones(4, 1))
+    engine = Composer(Experts(), [Adapter("a", "tiny", {f"experts.{name}.0": update})])
     with pytest.raises(ScopeError, match="tokens that are routed to it"):
         engine.activate([{"a": 1.0}, None])
     with engine.activate({"a": 1.0}):
