@@ -25,6 +25,12 @@ def end_call() -> None:
         _ROWS.set(None)
 
 
+def can_be_batch(num_rows: int) -> bool:
+    """Whether so many rows are those of the model's call, as far as these are known."""
+    rows = _ROWS.get()
+    return rows is None or num_rows == rows
+
+
 def require_batch_first(layer: str, shape: Size) -> None:
     """Raises ScopeError for (A, B, features) where B and not A is the rows of the model's call.
 

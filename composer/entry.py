@@ -50,9 +50,11 @@ class Entry:
         plan = self._current_plan()
         if plan is not None:
             self._require_unchanged()
-            num_rows = _num_rows(args, kwargs)
+            given = _main_input(args, kwargs)
+            num_rows = None if given is None else given.shape[0]
             plan.require_rows(num_rows)
-            begin_call(num_rows)
+            # features by (row * token) do not say how many rows they are
+            begin_call(None if given is None or (given.ndim == 2 and given.is_floating_point()) else num_rows)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return _inert
@@ -61,10 +63,10 @@ class Entry:
         return _get_inert, ()
 
 
-def _num_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """The rows of a batch, where they can be told from a model's arguments."""
+def _main_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The tensor whose first axis are the rows of a batch, where it can be told from a model's arguments."""
     known = args[:1] or [kwargs[name] for name in MAIN_INPUTS if kwargs.get(name) is not None]
-    return known[0].shape[0] if known and isinstance(known[0], Tensor) and known[0].ndim > 1 else None
+    return known[0] if known and isinstance(known[0], Tensor) and known[0].ndim > 1 else None
 
 
 def _inert(module: nn.Module, args: Any, kwargs: Any) -> None:

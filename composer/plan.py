@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from loraweave.composer.batch_axis import require_batch_first
+from loraweave.composer.batch_axis import can_be_batch, require_batch_first
 from loraweave.composer.kernels._parts import Kernel
 from loraweave.composer.kernels._some_rows import SomeRows
 from loraweave.composer.layer_kinds import conv, linear
@@ -214,9 +214,10 @@ def _leading(x: Tensor) -> tuple[int, int]:
 
 
 def _by_token(x_BTI: Tensor, num_tokens: int, num_axes: int) -> Tensor:
-    """An x of two axes split into rows of as many tokens as the weights have."""
-    if num_axes == 2 and num_tokens > 1 and x_BTI.shape[0] % num_tokens == 0:
-        return x_BTI.reshape(-1, num_tokens, x_BTI.shape[2])
+    """An x of two axes split into rows of as many tokens as the weights have, if those can be the batch's rows."""
+    num_rows, rest = divmod(x_BTI.shape[0], num_tokens)
+    if num_axes == 2 and num_tokens > 1 and not rest and can_be_batch(num_rows):
+        return x_BTI.reshape(num_rows, num_tokens, x_BTI.shape[2])
     return x_BTI
 
 

@@ -94,3 +94,38 @@ def test_windows_of_a_row_are_its_own_and_an_error_leaves_no_rows_behind() -> No
     assert torch.equal(live[3:], base[3:])
     update_BTO = x.reshape(6, 3, 4)[:3] @ update.a_RI.T @ update.b_OR.T
     assert torch.allclose(live[:3], base[:3] + update_BTO, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_pooled_rows_are_no_tokens_of_one_row() -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    model = transformers.BertModel(transformers.BertConfig(num_hidden_layers=1, **sizes)).eval()
+    engine = Composer(model, [Adapter("a", "tiny", {"pooler.dense": Factors(torch.randn(2, 16), torch.randn(16, 2))})])
+    weights = MixtureWeights(torch.tensor([1.0, 0.0, 0.0, 0.0]).view(1, 4, 1, 1), ("a",))
+    with (
+        engine.activate(weights),
+        pytest.raises(ScopeError, match=r"4 tokens, but the input of layer 'pooler\.dense' has 1"),
+    ):
+        model(input_ids=torch.randint(3, 60, (4, 4)))
+
+
+@pytest.mark.parametrize("flattened", ["by the caller", "by the model"])
+@torch.no_grad()
+def test_tokens_in_one_axis_are_those_of_the_rows(flattened: str) -> None:
+    class Flattening(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x.flatten(0, -2))
+
+    torch.manual_seed(0)
+    model, update = Flattening(), Factors(torch.randn(2, 4), torch.randn(4, 2))
+    engine = Composer(model, [Adapter("a", "tiny", {"inner": update})])
+    x_BTI, w_BT = torch.randn(2, 3, 4), torch.randn(2, 3)
+    with engine.activate(MixtureWeights(w_BT.view(2, 3, 1, 1), ("a",))):
+        live = model(x_BTI if flattened == "by the model" else x_BTI.flatten(0, 1))
+    update_BTO = w_BT[..., None] * (x_BTI @ update.a_RI.T @ update.b_OR.T)
+    assert torch.allclose(live, model(x_BTI) + update_BTO.flatten(0, 1), rtol=1e-5, atol=1e-5)
