@@ -79,6 +79,11 @@ def is_floating(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and dtype.itemsize >= 2
 
 
+def gives_new_memory(module: nn.Module) -> bool:
+    """Whether every output of the module is a new tensor, which nothing else refers to."""
+    return type(module).forward in FRESH and "forward" not in vars(module)
+
+
 def target_layer(modules: Mapping[str, nn.Module], name: str, factors: Factors, expert: str) -> TargetLayer:
     """The layer that `factors` update; `modules` is the model's named_modules().
 
@@ -120,12 +125,13 @@ def target_layer(modules: Mapping[str, nn.Module], name: str, factors: Factors, 
             f"{asked}, whose weight the encoder and the decoder read through embeddings of their own, so that it never "
             "runs: give its factors to 'encoder.embed_tokens' and 'decoder.embed_tokens' beside it"
         )
-    fresh = type(module).forward in FRESH and "forward" not in vars(module)
     place, _, attribute = name.rpartition(".")
     owner = modules.get(place)
     if owner is not None and (use_of(owner, attribute) != "both" or _embeds_tokens(owner, module)):
         owner = None
-    layer = TargetLayer(name, module, shape.num_outputs, shape.num_inputs, shape.transposed, kind, fresh, owner)
+    layer = TargetLayer(
+        name, module, shape.num_outputs, shape.num_inputs, shape.transposed, kind, gives_new_memory(module), owner
+    )
     weight = layer.parameter("weight")
     if weight is not None and weight.is_meta and not layer.offloaded:
         raise CompositionError(

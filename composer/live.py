@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import partial
 from types import MethodType, TracebackType
 from typing import Any, Protocol, Self, TypeVar
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from loraweave.composer.batch_axis import end_call
 from loraweave.composer.compiled import bind, mixed, number_of_layer, number_of_mixing, outside
 from loraweave.composer.entry import Entry
-from loraweave.composer.layers import TargetLayer
+from loraweave.composer.layers import TargetLayer, gives_new_memory
 from loraweave.composer.lock_after_fork import lock_of
 from loraweave.composer.owner_watch import Step, watch
 from loraweave.composer.plan import Plan
@@ -317,7 +318,8 @@ class _MixedForward:
 
     def __init__(self, live: LiveLayers, layer: TargetLayer, number: Tensor) -> None:
         self._live: LiveLayers | None = live
-        self.layer = layer
+        # a forward may have been replaced since the layer was looked at
+        self.layer = replace(layer, fresh=False) if layer.fresh and not gives_new_memory(layer.module) else layer
         self._number = number
         self._own = vars(layer.module).get("forward")
         self._forward = layer.module.forward

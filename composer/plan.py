@@ -138,7 +138,7 @@ class Plan:
         """
         by_shape = self._remembered.get(layer.name)
         remembered = None if by_shape is None else by_shape.get(x.shape)
-        if remembered is not None and _in_place(remembered, x, y):
+        if remembered is not None and layer.fresh and _in_place(remembered, x, y):
             usage.saw(layer.name, remembered.note)
             return remembered.into(x, y)
         if not self.experts or self._weights.skips(layer.name):

@@ -1,0 +1,105 @@
+"""A layer's output is written to only where nothing else needs it as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from loraweave.composer.composer import Composer
+from loraweave.hub.adapter import Adapter
+from loraweave.types import Factors
+
+
+@pytest.fixture
+def engine() -> Composer:
+    """Of one layer that is frozen, and adapters "a" and "b" of different ranks."""
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 5)).double().requires_grad_(False)
+    factors = [Factors(*(torch.randn(*s, generator=generator) for s in ((r, 7), (5, r)))) for r in (2, 3)]
+    return Composer(model, [Adapter(name, "tiny", {"0": f}) for name, f in zip("ab", factors, strict=True)])
+
+
+def formula(engine: Composer, x: Tensor, rows: list[dict[str, float]]) -> Tensor:
+    """What the layer should give, row by row, with dense updates."""
+    found = []
+    for x_TI, row in zip(x, rows, strict=True):
+        weight_OI = engine.model[0].weight
+        for name, weight in row.items():
+            factors = engine.pool[name].layers["0"]
+            weight_OI = weight_OI + weight * factors.b_OR.double() @ factors.a_RI.double()
+        found.append(nn.functional.linear(x_TI, weight_OI, engine.model[0].bias))
+    return torch.stack(found)
+
+
+ROWS: list[dict[str, float]] = [{"a": 1.0}, {"b": -0.5, "a": 0.25}]
+
+
+@pytest.mark.parametrize("mixture", [{"a": 1.0}, ROWS], ids=["one for all", "by row"])
+def test_an_output_that_a_forward_of_the_users_remembers_stays(mixture: Any, engine: Composer) -> None:
+    layer, x = engine.model[0], torch.randn(2, 3, 7, dtype=torch.float64)
+    with engine.activate(mixture):
+        wanted = layer(x)
+    own, known = layer.forward, {}
+
+    def remembering(x: Tensor) -> Tensor:
+        if x not in known:
+            known[x] = own(x)
+        return known[x]
+
+    # after the engine has looked at the layer, and has mixed it once
+    layer.forward = remembering
+    base = layer(x).clone()
+    with engine.activate(mixture):
+        assert torch.allclose(layer(x), wanted, rtol=1e-12)
+        assert torch.allclose(layer(x), wanted, rtol=1e-12)
+    assert torch.equal(layer(x), base)
+
+
+# torch itself uses what it warns of
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("rows", [[ROWS[0]] * 2, ROWS], ids=["one for all", "by row"])
+def test_forward_mode_derivatives_go_through_what_is_written_to(rows: list[dict[str, float]], engine: Composer) -> None:
+    x, direction = torch.randn(2, 2, 3, 7, dtype=torch.float64)
+    wanted = torch.func.jvp(lambda x: formula(engine, x, rows), (x,), (direction,))
+    with engine.activate(rows):
+        for _ in range(2):
+            found = torch.func.jvp(engine.model, (x,), (direction,))
+    assert all(torch.allclose(one, other, rtol=1e-10) for one, other in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("rows", [[ROWS[0]] * 2, ROWS], ids=["one for all", "by row"])
+def test_gradients_of_gradients_are_the_formulas(rows: list[dict[str, float]], engine: Composer) -> None:
+    x = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
+    found = []
+    with engine.activate(rows):
+        for call in (engine.model, lambda x: formula(engine, x, rows)):
+            (first,) = torch.autograd.grad(call(x).tanh().square().sum(), x, create_graph=True)
+            found.append(torch.autograd.grad(first.square().sum(), x)[0])
+    assert torch.allclose(found[0], found[1], rtol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("rows", [[ROWS[0]] * 2, ROWS], ids=["one for all", "by row"])
+def test_batches_of_batches_are_mixed_one_by_one(rows: list[dict[str, float]], engine: Composer) -> None:
+    x = torch.randn(4, 2, 3, 7, dtype=torch.float64)
+    with engine.activate(rows):
+        for _ in range(2):
+            found = torch.vmap(engine.model)(x)
+    assert torch.allclose(found, torch.stack([formula(engine, each, rows) for each in x]), rtol=1e-10)
+
+
+def test_a_gradient_outlives_the_mixture_whose_memory_others_want(engine: Composer) -> None:
+    x = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
+    with engine.activate(ROWS):
+        y = engine.model(x)
+    for number in range(9):
+        # as many elements, so that they would take the same memory
+        with engine.activate([{"a": number + 2.0}, {"b": 0.5, "a": number + 2.0}]):
+            engine.model(x)
+    y.square().sum().backward()
+    (wanted,) = torch.autograd.grad(formula(engine, x, ROWS).square().sum(), x)
+    assert x.grad is not None
+    assert torch.allclose(x.grad, wanted, rtol=1e-10)
