@@ -71,6 +71,11 @@ def test_the_code_of_the_page_on_torch_compile_runs(code):
     exec(compile(code, "docs/compile.md", "exec"), {})
 
 
+@pytest.mark.parametrize("code", blocks(ROOT / "docs" / "mixing.md", "python"))
+def test_the_code_of_the_page_on_live_mixtures_runs(code):
+    exec(compile(code, "docs/mixing.md", "exec"), {})
+
+
 @pytest.mark.parametrize("code", blocks(ROOT / "docs" / "models.md", "python"))
 def test_the_code_of_the_page_on_models_runs(code):
     exec(compile(code, "docs/models.md", "exec"), {})
