@@ -49,7 +49,7 @@ def test_a_row_of_a_layer_is_what_it_is_alone(
         for number, row in enumerate(rows):
             # as many rows, since the base's own products depend on their number by some bits
             with engine.activate(row or {}):
-                alone = model(x_BTI[number].expand(len(rows), -1, -1))[number]
+                alone = model(x_BTI[number].repeat(len(rows), 1, 1))[number]
             assert float((together[number] - alone).abs().max()) <= limit * scale(alone)
             assert row or torch.equal(together[number], alone)
 
