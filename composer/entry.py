@@ -16,6 +16,9 @@ from loraweave.errors import CompositionError
 # arguments of transformers' models whose first axis are the rows of the batch
 MAIN_INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_features", "input_values")
 
+# those of them, and others, of which one row of text may have several
+BESIDE_TEXT = ("pixel_values", "pixel_values_videos", "input_features", "input_values")
+
 # what only transformers' continuous batching gives a model
 PAGED_INPUTS = ("cu_seq_lens_q", "write_index")
 
@@ -54,7 +57,8 @@ class Entry:
             num_rows = None if given is None else given.shape[0]
             plan.require_rows(num_rows)
             # features by (row * token) do not say how many rows they are
-            begin_call(None if given is None or (given.ndim == 2 and given.is_floating_point()) else num_rows)
+            known = None if given is None or (given.ndim == 2 and given.is_floating_point()) else num_rows
+            begin_call(known, beside=any(kwargs.get(name) is not None and kwargs[name] is not given for name in BESIDE_TEXT))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return _inert

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from loraweave.composer.batch_axis import can_be_batch, require_batch_first
+from loraweave.composer.batch_axis import can_be_batch, is_beside, require_batch_first, require_own_rows
 from loraweave.composer.kernels._parts import Kernel
 from loraweave.composer.kernels._some_rows import SomeRows
 from loraweave.composer.layer_kinds import conv, linear
@@ -138,7 +138,7 @@ class Plan:
         """
         by_shape = self._remembered.get(layer.name)
         remembered = None if by_shape is None else by_shape.get(x.shape)
-        if remembered is not None and layer.fresh and _in_place(remembered, x, y):
+        if remembered is not None and layer.fresh and _in_place(remembered, x, y) and not is_beside():
             usage.saw(layer.name, remembered.note)
             return remembered.into(x, y)
         if not self.experts or self._weights.skips(layer.name):
@@ -152,6 +152,7 @@ class Plan:
         if layer.kind is not linear:
             return self._projected(layer, x.to(y.device), y, dtype, lease, usage)
         if self._by_place:
+            require_own_rows(layer.name, x.shape[0])
             require_batch_first(layer.name, x.shape)
         x_BTI = x.to(y.device)
         x_BTI = _by_token(x_BTI.reshape(*_leading(x_BTI), layer.num_inputs), self._weights.num_tokens, x.ndim)
@@ -188,6 +189,8 @@ class Plan:
         if self._by_place and layer.kind is not conv:
             require_batch_first(layer.name, y.shape)
         y_BTO = _by_token(layer.kind.rows(layer.module, y), self._weights.num_tokens, y.ndim)
+        if self._by_place:
+            require_own_rows(layer.name, y_BTO.shape[0])
         update_BTO, w_BTE = self._by_token.projected(layer, x, y_BTO, y.device, dtype, lease)
         self._tell(usage, layer.name, Note(y.shape), w_BTE)
         return layer.kind.put_back(y_BTO + update_BTO.to(y.dtype), y)

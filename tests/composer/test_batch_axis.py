@@ -129,3 +129,50 @@ def test_tokens_in_one_axis_are_those_of_the_rows(flattened: str) -> None:
         live = model(x_BTI if flattened == "by the model" else x_BTI.flatten(0, 1))
     update_BTO = w_BT[..., None] * (x_BTI @ update.a_RI.T @ update.b_OR.T)
     assert torch.allclose(live, model(x_BTI) + update_BTO.flatten(0, 1), rtol=1e-5, atol=1e-5)
+
+
+class Seeing(nn.Module):
+    """Reads texts, and looks at images, of which a text may have any number, as llava does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.patch = nn.Embedding(9, 4), nn.Conv2d(3, 4, 2, stride=2)
+        self.look, self.read = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        seen = None if pixel_values is None else self.look(self.patch(pixel_values).flatten(2).mT)
+        return self.read(self.embed(input_ids)), seen
+
+
+SEEING = {"look": ((4, 4), "linear", ()), "patch": ((4, 12), "conv", (2, 2)), "read": ((4, 4), "linear", ())}
+
+
+@pytest.mark.parametrize("layer", ["look", "patch"])
+@torch.no_grad()
+def test_images_that_are_not_one_for_each_text_take_no_weights_by_row(layer: str) -> None:
+    torch.manual_seed(0)
+    updates = {
+        name: Factors(torch.randn(2, size[1]), torch.randn(size[0], 2), kind=kind, kernel=kernel)  # type: ignore[arg-type]
+        for name, (size, kind, kernel) in SEEING.items()
+        if name in (layer, "read")
+    }
+    model = Seeing()
+    engine = Composer(model, [Adapter("a", "tiny", updates)])
+    ids, pixels = torch.randint(9, (4, 5)), torch.randn(4, 3, 4, 4)
+    rows = [{"a": 1.0}, None]
+    with engine.activate({"a": 1.0}):
+        read, seen = model(input_ids=ids, pixel_values=pixels)
+    base_read, base_seen = model(input_ids=ids, pixel_values=pixels)
+    with engine.activate(rows):
+        # twice, since the second call finds what the first has made
+        for _ in range(2):
+            found_read, found_seen = model(input_ids=ids, pixel_values=pixels)
+        assert torch.allclose(found_read, torch.cat([read[:2], base_read[2:]]), atol=1e-6)
+        assert torch.allclose(found_seen, torch.cat([seen[:2], base_seen[2:]]), atol=1e-6)
+        with pytest.raises(ScopeError, match=f"layer '{layer}' has 4 rows in a call of 2 texts with images"):
+            model(input_ids=ids[:2], pixel_values=pixels)
+        assert torch.allclose(model(input_ids=ids[:2])[0], torch.cat([read[:1], base_read[1:2]]), atol=1e-6)
+    with engine.activate(MixtureWeights(torch.tensor([1.0, 0.0]).view(2, 1, 1, 1), ("a",), ("read",))):
+        found_read, found_seen = model(input_ids=ids[:2], pixel_values=pixels)
+    assert torch.allclose(found_read, torch.cat([read[:1], base_read[1:2]]), atol=1e-6)
+    assert torch.equal(found_seen, base_seen)
