@@ -165,7 +165,7 @@ def ways(setting: Setting, make: Callable[..., Way], prefill: bool) -> dict[str,
     what = "adapter" if setting.shape.experts == 1 else "mixture"
     found = {"base alone": make(setting, model, nullcontext, nothing)}
     found[f"loraweave, own {what} per row"] = make(setting, model, lambda: engine.activate(rows), nothing)
-    found["loraweave, new mixture"] = make(setting, model, lambda: engine.activate(rows), engine._kept_plans.clear)
+    found["loraweave, new mixture"] = make(setting, model, lambda: engine.activate(rows), engine._plans.clear)
     found[f"loraweave, one {what} for all"] = make(setting, model, lambda: engine.activate(rows[0]), nothing)
     if setting.peft is not None:
         theirs = setting.peft

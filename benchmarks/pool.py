@@ -29,7 +29,7 @@ from _ratios import Gate, Way, compare, console, interleaved, require
 from rich.table import Table
 
 import loraweave as lw
-from loraweave.composer.residents import Residents
+from loraweave.composer.paging.residents import Residents
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.paused_collector import paused_collector
 from loraweave.hub.stores import blob_files

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -12,41 +11,32 @@ import torch
 from torch import nn
 
 from loraweave.composer import fuse
-from loraweave.composer.explain import reading
-from loraweave.composer.explanation import Explanation
 from loraweave.composer.fitting import Fitting
-from loraweave.composer.generation import generation_call
+from loraweave.composer.fused_mixture import FusedMixture, mixture_updates
+from loraweave.composer.generation.call import generation_call
+from loraweave.composer.generation.streaming import streamed
+from loraweave.composer.introspection.explain import reading
+from loraweave.composer.introspection.explanation import Explanation
+from loraweave.composer.introspection.mixture_cost import Cost, mixture_cost
+from loraweave.composer.introspection.recording import Setting, Trace, last_weights, recording
+from loraweave.composer.introspection.used_weights import UsedWeights
 from loraweave.composer.layers import TargetLayer
-from loraweave.composer.layout import Place as LayerPlace
 from loraweave.composer.live import Activation, LiveLayers, claim, release
 from loraweave.composer.lock_after_fork import lock_of
-from loraweave.composer.merge import layer_updates
-from loraweave.composer.method_call import MethodCall
-from loraweave.composer.mixture_cost import Cost, mixture_cost
+from loraweave.composer.mixing.kept_plans import KeptPlans
+from loraweave.composer.mixing.resolve import resolve
 from loraweave.composer.originals import Place
-from loraweave.composer.placement import placement
-from loraweave.composer.plan import Plan, make_plan
-from loraweave.composer.recording import Setting, Trace, last_weights, recording
-from loraweave.composer.residency import Residency
-from loraweave.composer.residents import Residents
-from loraweave.composer.resolve import resolve
+from loraweave.composer.paging.layout import Place as LayerPlace
+from loraweave.composer.paging.placement import placement
+from loraweave.composer.paging.residency import Residency
+from loraweave.composer.paging.residents import Residents
 from loraweave.composer.statistics import Statistics
-from loraweave.composer.streaming import streamed
-from loraweave.composer.truncated_update import TruncatedUpdate
-from loraweave.composer.used_weights import UsedWeights
-from loraweave.composer.workspace import Workspace
 from loraweave.errors import AlreadyActive, CompositionError, ScopeError, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.by_row import ByRow
 from loraweave.routers.mixture import MixtureWeights
 from loraweave.types import Router
-
-# mixtures that keep what was made of them for the layers between activations, and how much of it they keep together
-NUM_KEPT_PLANS = 4
-KEPT_BYTES = 2**30
-# of weights with more elements, comparing takes longer than making them anew
-LARGEST_KEPT = 2**16
 
 
 class Composer:
@@ -79,8 +69,7 @@ class Composer:
         self._lock = lock_of(self)
         self._fused = False
         self._closed = False
-        self._workspace = Workspace(KEPT_BYTES)
-        self._kept_plans: OrderedDict[Hashable, Plan] = OrderedDict()
+        self._plans = KeptPlans()
         self._fitting = Fitting(model)
         self._pool = pool if isinstance(pool, ExpertPool) else ExpertPool(pool)
         self._bound = self._fitting.pool(self._pool)
@@ -134,7 +123,7 @@ class Composer:
             weights = resolve(mixture, self._pool)
             if self._fused:
                 raise AlreadyActive("cannot activate while a mixture is fused into the weights: leave fused() first")
-            plan = self._plan(weights)
+            plan = self._plans.plan(weights, self._pool.names)
             lease = self._residents.lease(plan.experts)
             try:
                 self._fitting.limits.require(weights, self._bound.adapters)
@@ -221,7 +210,7 @@ class Composer:
                 mine = self._fused = True
             claim(self._live, modules)
             with fuse.fused(self.model, updates, originals) as fusion:
-                yield FusedMixture(self, fusion)
+                yield FusedMixture(self._updates, fusion)
         finally:
             if mine:
                 self._fused = False
@@ -303,7 +292,7 @@ class Composer:
             names = [wanted] if isinstance(wanted, str) else wanted
             if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names):
                 return self._residents.prefetch(self._pool.known(names))
-            return self._residents.prefetch(self._plan(resolve(wanted, self._pool)).experts)
+            return self._residents.prefetch(self._plans.plan(resolve(wanted, self._pool), self._pool.names).experts)
 
     def load(self, name: str, adapter: Adapter) -> None:
         """One more expert, at the end of the pool, also while others are in use; only it is compared with the model.
@@ -332,7 +321,7 @@ class Composer:
                     f"expert {name!r} is in use by an open activation: close its handle or leave its block first"
                 )
             self._residents.forget(lambda other: other == name)
-            self._kept_plans.clear()
+            self._plans.clear()
             self._pool, self._bound = pool, bound
             self._residents.take_from(*self._source())
 
@@ -351,7 +340,7 @@ class Composer:
                 stay = {name for name, adapter in bound.adapters.items() if before.adapters.get(name) is adapter}
             self._residents.settle()
             self._residents.forget(lambda name: name not in stay)
-            self._kept_plans.clear()
+            self._plans.clear()
             self._fitting, self._pool, self._bound = fitting, pool, bound
             self._live = LiveLayers(self.model, fitting.layers, fitting.require_unchanged)
             self._residents.take_from(*self._source())
@@ -363,8 +352,7 @@ class Composer:
                 return
             self._require_idle("close")
             self._closed = True
-            self._kept_plans.clear()
-            self._workspace = Workspace(0)
+            self._plans = KeptPlans(0)
             self._residents.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -377,18 +365,6 @@ class Composer:
         model, fitting, adapters = self.model, self._fitting, self._bound.adapters
         return adapters.__getitem__, lambda: placement(model, fitting.layers)
 
-    def _plan(self, weights: MixtureWeights | Router) -> Plan:
-        """The plan for these weights, kept for the next activation of the same."""
-        key = _identity(weights)
-        if key is None:
-            return make_plan(weights, self._pool.names, self._workspace)
-        plan = self._kept_plans.pop(key, None) or make_plan(weights, self._pool.names, self._workspace)
-        total = plan.num_bytes + sum(kept.num_bytes for kept in self._kept_plans.values())
-        while self._kept_plans and (len(self._kept_plans) >= NUM_KEPT_PLANS or total > KEPT_BYTES):
-            total -= self._kept_plans.popitem(last=False)[1].num_bytes
-        self._kept_plans[key] = plan
-        return plan
-
     def _updates(
         self,
         mixture: Any,
@@ -397,39 +373,7 @@ class Composer:
         statistics: Mapping[str, Statistics] | None,
         options: Mapping[str, Any],
     ) -> Iterator[fuse.Update]:
-        """What `method` makes of a task-scope mixture, for every layer that it changes; one is held at a time."""
-        weights = resolve(mixture, self._pool)
-        if not isinstance(weights, MixtureWeights) or weights.scope != "task":
-            scope = weights.scope if isinstance(weights, MixtureWeights) else f"router {type(weights).__name__}"
-            raise ScopeError(f"cannot fuse weights that vary with the input ({scope}): activate() them instead")
-        call = MethodCall(method, options)
-        used = weights.values_BTLE[0, 0].any(dim=0).nonzero()[:, 0].tolist()
-        experts = {weights.experts[place]: self._bound.adapters[weights.experts[place]].layers for place in used}
-        # after the experts, since those of a lazy pool bring their layers along
-        layers = self.target_layers
-        per_layer: dict[str, dict[str, float]] = {}
-        for name in layers:
-            pairs = zip(experts, weights.for_layer(name)[0, 0, used].tolist(), strict=True)
-            per_layer[name] = {expert: weight for expert, weight in pairs if weight != 0.0}
-        if call.takes("statistics"):
-            self._check_statistics(method, statistics or {}, {expert for used in per_layer.values() for expert in used})
-        hashes = {expert: self._pool.adapters[expert].hash for expert in experts} if call.takes("seeds") else {}
-        found = layer_updates(call, experts, hashes, per_layer, seed=seed, statistics=statistics)
-        return ((layers[name], update.factors if isinstance(update, TruncatedUpdate) else update) for name, update in found)
-
-    def _check_statistics(self, method: str, statistics: Mapping[str, Statistics], used: set[str]) -> None:
-        for expert in sorted(used):
-            if expert not in statistics:
-                raise WeightingError(
-                    f"method {method!r} weighs by data, and there is none for expert {expert!r}: pass statistics={{name: "
-                    "collect_statistics(model, tokenizer, adapter, texts), ...}"
-                )
-            found, wanted = statistics[expert].adapter_hash, self._pool.adapters[expert].hash
-            if found != wanted:
-                raise WeightingError(
-                    f"the statistics given for expert {expert!r} (hash {wanted[:12]}) were collected with an adapter of "
-                    f"hash {found[:12]}"
-                )
+        return mixture_updates(self._pool, self._bound, self._fitting, mixture, method, seed, statistics, options)
 
     def _require_open(self) -> None:
         if self._closed:
@@ -444,43 +388,3 @@ class Composer:
         self._require_not_fused(verb)
         if self._live.active:
             raise AlreadyActive(f"cannot {verb} while an activation is open: close its handle or leave its block first")
-
-
-def _identity(weights: MixtureWeights | Router) -> Hashable | None:
-    """What tells weights that are known from others; None for routers, and for what learns or is large."""
-    if not isinstance(weights, MixtureWeights) or weights.values_BTLE.requires_grad:
-        return None
-    values = weights.values_BTLE
-    if values.numel() > LARGEST_KEPT or values.device.type != "cpu":
-        return None
-    return weights.experts, weights.layers, tuple(values.shape), values.dtype, tuple(values.flatten().tolist())
-
-
-class FusedMixture:
-    """What `Composer.fused` gives its block: the mixture that is in the weights, and the way to another one."""
-
-    def __init__(self, engine: Composer, fusion: fuse.Fusion) -> None:
-        self._engine = engine
-        self._fusion = fusion
-
-    @property
-    def original_bytes(self) -> int:
-        """Bytes that the originals take, where they were asked to be kept."""
-        return self._fusion.originals.num_bytes
-
-    def switch(
-        self,
-        mixture: Any,
-        *,
-        method: str = "linear",
-        seed: int = 0,
-        statistics: Mapping[str, Statistics] | None = None,
-        **options: Any,
-    ) -> None:
-        """Another mixture in place of this one: originals and update in one pass, without restoring in between.
-
-        Raises what `fused` raises, and CompositionError after the block's end or when someone else changed a fused weight.
-        A mixture, method or option that is refused changes nothing; an error while writing, or an interruption, leaves the
-        base's own weights.
-        """
-        self._fusion.write(self._engine._updates(mixture, method, seed, statistics, options))

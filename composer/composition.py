@@ -18,8 +18,8 @@ import torch
 
 from loraweave.composer import scoring
 from loraweave.composer.composer import Composer
-from loraweave.composer.explain import pieces, reading
-from loraweave.composer.explanation import Explanation
+from loraweave.composer.introspection.explain import pieces, reading
+from loraweave.composer.introspection.explanation import Explanation
 from loraweave.composer.merge import merge
 from loraweave.composer.report import Report, ReportRow
 from loraweave.errors import AdapterCorrupt, AdapterNotFound, BaseModelMismatch, CompositionError

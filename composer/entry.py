@@ -9,8 +9,8 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from loraweave.composer.batch_axis import begin_call
-from loraweave.composer.plan import Plan
+from loraweave.composer.limits.batch_axis import begin_call
+from loraweave.composer.mixing.plan import Plan
 from loraweave.errors import CompositionError
 
 # arguments of transformers' models whose first axis are the rows of the batch

@@ -9,9 +9,9 @@ from torch import nn
 
 from loraweave.composer import fuse
 from loraweave.composer.layers import TargetLayer, bound, require_values, target_layer
-from loraweave.composer.live_limits import LiveLimits
+from loraweave.composer.limits.live_limits import LiveLimits
+from loraweave.composer.limits.module_paths import ModulePaths
 from loraweave.composer.lock_after_fork import lock_of
-from loraweave.composer.module_paths import ModulePaths
 from loraweave.errors import AlreadyActive, BaseModelMismatch
 from loraweave.hub.adapter import Adapter, Form
 from loraweave.hub.fingerprint import fingerprint

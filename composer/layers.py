@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loraweave.composer.layer_kinds import conv, embedding, linear, norm
 from loraweave.composer.layer_kinds._kind import LayerKind
-from loraweave.composer.weight_readers import use_of
+from loraweave.composer.limits.weight_readers import use_of
 from loraweave.errors import CompositionError, LayerMismatch
 from loraweave.hub import algebra
 from loraweave.hub.adapter import Adapter

@@ -20,15 +20,15 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
-from loraweave.composer.batch_axis import end_call
 from loraweave.composer.compiled import bind, mixed, number_of_layer, number_of_mixing, outside
 from loraweave.composer.entry import Entry
+from loraweave.composer.introspection.recording import Usage
 from loraweave.composer.layers import TargetLayer, gives_new_memory
+from loraweave.composer.limits.batch_axis import end_call
+from loraweave.composer.limits.owner_watch import Step, watch
 from loraweave.composer.lock_after_fork import lock_of
-from loraweave.composer.owner_watch import Step, watch
-from loraweave.composer.plan import Plan
-from loraweave.composer.recording import Usage
-from loraweave.composer.residents import Lease
+from loraweave.composer.mixing.plan import Plan
+from loraweave.composer.paging.residents import Lease
 from loraweave.errors import AlreadyActive, CompositionError
 
 T = TypeVar("T")

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from loraweave.composer.kernels._own_precision import own_precision
 from loraweave.composer.kernels._parts import Part, rank_rows, row_sets, stacked_a, weighted_b
 from loraweave.composer.kernels.naive import naive
-from loraweave.composer.own_precision import own_precision
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from loraweave.composer import row_weights
 from loraweave.composer.composer import Composer
 from loraweave.composer.kernels._cost import Choice
+from loraweave.composer.mixing import row_weights
 from loraweave.hub.adapter import Adapter
 
 WEIGHT = st.floats(-2, 2, width=32)

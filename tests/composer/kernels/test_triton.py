@@ -16,7 +16,7 @@ from loraweave.composer.composer import Composer
 from loraweave.composer.kernels._cost import Choice, choose
 from loraweave.composer.kernels.triton_gathered import TritonGathered
 from loraweave.composer.kernels.triton_segments import TritonSegments
-from loraweave.composer.row_weights import _LayerRows
+from loraweave.composer.mixing.row_weights import _LayerRows
 from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors
 
@@ -94,7 +94,7 @@ def test_a_layer_on_a_gpu_is_offered_them_where_triton_is_installed(
 
 @pytest.mark.parametrize("path", ["triton_gathered", "triton_segments"])
 def test_what_was_chosen_is_what_a_layer_gets(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loraweave.composer.row_weights.choose", lambda workload: Choice(path))
+    monkeypatch.setattr("loraweave.composer.mixing.row_weights.choose", lambda workload: Choice(path))
     found = []
     for kernel in (TritonGathered, TritonSegments):
         monkeypatch.setattr(kernel, "update", lambda self, x_BTI: found.append(type(self)) or x_BTI.new_zeros(2, 1, 3))

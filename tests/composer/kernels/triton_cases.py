@@ -127,7 +127,7 @@ def test_no_row_depends_on_another(kernel: Callable[..., Tensor]) -> None:
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("path", ["triton_gathered", "triton_segments"])
 def test_a_model_is_mixed_by_them_through_the_composer(path: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loraweave.composer.row_weights.choose", lambda workload: Choice(path))
+    monkeypatch.setattr("loraweave.composer.mixing.row_weights.choose", lambda workload: Choice(path))
     generator = torch.Generator().manual_seed(0)
     factors = [Factors(*(torch.randn(*s, generator=generator) for s in ((r, 7), (5, r)))) for r in (2, 3)]
     model = nn.Sequential(nn.Linear(7, 5)).to(DEVICE)

@@ -1,0 +1,145 @@
+"""What a text's tokens got from each expert in each layer: figures, a table, and a picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from loraweave.composer.introspection.explanation_plot import draw
+from loraweave.composer.introspection.load import Load, load
+from loraweave.errors import CompositionError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+MAX_ROWS = 30
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """`w_TLE`: the weight that each token gave each expert in each layer, fp32.
+
+    NaN for tokens that a layer never sees (an encoder's text in the decoder). An expert that leaves a layer alone has 0
+    there. `tokens` are pieces of text; a character that several tokens share is shown at each.
+    Raises CompositionError for names that do not fit the weights.
+    """
+
+    tokens: tuple[str, ...]
+    layers: tuple[str, ...]
+    experts: tuple[str, ...]
+    w_TLE: Tensor
+
+    def __post_init__(self) -> None:
+        named, found = (len(self.tokens), len(self.layers), len(self.experts)), tuple(self.w_TLE.shape)
+        if found != named:
+            raise CompositionError(f"the weights have shape {found}, but the tokens, layers and experts named are {named}")
+
+    @cached_property
+    def by_layer_LE(self) -> Tensor:
+        """The mean weight over the tokens."""
+        return self.w_TLE.nanmean(dim=0)
+
+    @cached_property
+    def by_token_TE(self) -> Tensor:
+        """The mean weight over the layers."""
+        return self.w_TLE.nanmean(dim=1)
+
+    @property
+    def load(self) -> dict[str, Load]:
+        """Load and entropy of each layer, over the tokens that it sees."""
+        seen_TL = ~self.w_TLE.isnan().any(dim=2)
+        return {layer: load(self.w_TLE[seen_TL[:, at], at][None]) for at, layer in enumerate(self.layers)}
+
+    @property
+    def total(self) -> Load:
+        """Load and entropy over all tokens and layers."""
+        return load(self.w_TLE[~self.w_TLE.isnan().any(dim=2)][None])
+
+    def table(self) -> Table:
+        """The experts by their share of the weight, with where they count most. Long pools end in a row for the others."""
+        from rich.table import Table
+        from rich.text import Text
+
+        total = self.total
+        table = Table(title=self._title(total), title_justify="left")
+        for column in ("expert", "share", "chosen", "mean weight", "most in layer", "most at tokens"):
+            words = column in ("expert", "most in layer", "most at tokens")
+            table.add_column(column, justify="left" if words else "right", overflow="fold")
+        order = total.share_E.argsort(descending=True, stable=True).tolist()
+        for at in order[:MAX_ROWS]:
+            figures = (total.share_E[at], total.chosen_E[at], self.by_layer_LE[:, at].nanmean())
+            cells = (f"{figures[0]:.1%}", f"{figures[1]:.1%}", f"{figures[2]:.4g}", self._layer(at), self._tokens(at))
+            # as Text, which nobody reads as markup: names are free
+            table.add_row(Text(_clean(self.experts[at])), *(Text(cell) for cell in cells))
+        if rest := order[MAX_ROWS:]:
+            table.add_row(f"{len(rest)} others", f"{total.share_E[rest].sum():.1%}", "", "", "", "")
+        return table
+
+    def to_json(self) -> dict[str, Any]:
+        """Names, and `weights` as nested lists [token][layer][expert] to six digits, null for NaN.
+
+        As in MixtureWeights, an axis on which nothing varies has size 1. `load` has a row for each layer.
+        """
+        w_TLE = self.w_TLE
+        for axis in (0, 1):
+            first = w_TLE.narrow(axis, 0, min(1, w_TLE.shape[axis]))
+            if torch.equal(first.expand_as(w_TLE), w_TLE):
+                w_TLE = first
+        rows = {
+            layer: {
+                "share": [_short(value) for value in found.share_E.tolist()],
+                "chosen": [_short(value) for value in found.chosen_E.tolist()],
+                "entropy": _short(found.entropy),
+                "num_tokens": found.num_tokens,
+            }
+            for layer, found in self.load.items()
+        }
+        weights = [[[_short(value) for value in each] for each in token] for token in w_TLE.tolist()]
+        return {"tokens": self.tokens, "layers": self.layers, "experts": self.experts, "weights": weights, "load": rows}
+
+    def plot(self, path: str | Path) -> Path:
+        """Draws weight by layer and by token, and every token with its strongest expert; returns the path.
+
+        The suffix names the format (.png, .svg, .pdf). Raises PackageMissing without matplotlib, CompositionError for
+        another suffix, and where no expert takes part.
+        """
+        figure, target = draw(self), Path(path)
+        formats = figure.canvas.get_supported_filetypes()
+        if target.suffix.lower().lstrip(".") not in formats:
+            raise CompositionError(
+                f"a picture's name ends in one of {', '.join(sorted(formats))}, but this is {str(path)!r}"
+            )
+        figure.savefig(target)
+        return target
+
+    def _title(self, total: Load) -> str:
+        if not self.experts:
+            return "the base model itself: no expert takes part"
+        of = f"{len(self.tokens)} tokens, {len(self.layers)} layers, {len(self.experts)} experts"
+        return f"{of}; mean entropy of a token's weights {total.entropy:.3f} nats"
+
+    def _layer(self, at: int) -> str:
+        by_layer_L = self.by_layer_LE[:, at].abs().nan_to_num()
+        if torch.allclose(by_layer_L, by_layer_L[:1]):
+            return "all alike"
+        return _clean(self.layers[int(by_layer_L.argmax())])
+
+    def _tokens(self, at: int) -> str:
+        by_token_T = self.by_token_TE[:, at].abs().nan_to_num()
+        if torch.allclose(by_token_T, by_token_T[:1]):
+            return "all alike"
+        best = by_token_T.argsort(descending=True, stable=True)[:3].tolist()
+        return ", ".join(repr(self.tokens[token]) for token in best if by_token_T[token] > 0)
+
+
+def _clean(text: str) -> str:
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+def _short(value: float) -> float | None:
+    return float(f"{value:.6g}") if value == value else None

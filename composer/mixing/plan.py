@@ -1,0 +1,253 @@
+"""What one activation does to one layer's output: which experts, with which weight for which row."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from loraweave.composer.introspection.recording import Note, Usage
+from loraweave.composer.kernels._parts import Kernel
+from loraweave.composer.kernels._some_rows import SomeRows
+from loraweave.composer.layer_kinds import conv, linear
+from loraweave.composer.layers import TargetLayer, is_floating
+from loraweave.composer.limits.batch_axis import can_be_batch, is_beside, require_batch_first, require_own_rows
+from loraweave.composer.mixing.row_weights import LayerMixture, RowWeights
+from loraweave.composer.mixing.token_weights import TokenWeights
+from loraweave.composer.mixing.workspace import Workspace
+from loraweave.composer.paging.residents import Lease
+from loraweave.errors import ScopeError, WeightingError
+from loraweave.routers.mixture import MixtureWeights
+from loraweave.types import Router
+
+# of a layer's input, for which the kernel is remembered
+NUM_KEPT_SHAPES = 64
+
+
+class _Weights(Protocol):
+    @property
+    def learns(self) -> bool: ...
+
+    @property
+    def num_mixtures(self) -> int: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def skips(self, layer: str) -> bool: ...
+
+    def escaped(self) -> None: ...
+
+    def mixture(
+        self, layer: TargetLayer, x_BTI: Tensor, device: torch.device, dtype: torch.dtype, lease: Lease
+    ) -> LayerMixture: ...
+
+
+class _Remembered(NamedTuple):
+    """A kernel that fits a layer's inputs of one shape, what they and the outputs have to be, and what to note of it."""
+
+    kernel: Kernel
+    dtype: torch.dtype
+    device: torch.device
+    note: Note
+
+    def into(self, x: Tensor, y: Tensor) -> Tensor:
+        """y with the update added in its own memory."""
+        if self.kernel.dtype is self.dtype:
+            self.kernel.add_(x, y)
+        else:
+            y.add_(self.kernel.update(x.to(self.kernel.dtype)))
+        return y
+
+
+def _in_place(remembered: _Remembered, x: Tensor, y: Tensor) -> bool:
+    """Whether y may be written to, since nothing else refers to it and no gradient goes through it."""
+    _, dtype, device, _ = remembered
+    return (
+        x.dtype is dtype
+        and y.dtype is dtype
+        and x.device == device
+        and y.device == device
+        and not (torch.is_grad_enabled() and y.requires_grad)
+        and y.is_contiguous()
+    )
+
+
+class Plan:
+    """The active experts' names and their weights. What it makes of them for a layer is kept for the next call.
+
+    `mixture` has the weights of the active experts; None where each call makes them, of its input or of what learns.
+    """
+
+    def __init__(
+        self, experts: tuple[str, ...], mixture: MixtureWeights | None, weights: _Weights, by_token: TokenWeights
+    ) -> None:
+        self.experts = experts
+        self.mixture = mixture
+        self._weights = weights
+        # the same weights, for layers whose hidden values are no product with a matrix
+        self._by_token = by_token
+        self._remembered: dict[str, dict[torch.Size, _Remembered]] = {}
+
+    @property
+    def learns(self) -> bool:
+        """Whether gradients may reach more than the layers' inputs: weights that learn, or a router's parameters."""
+        return self._weights.learns
+
+    @property
+    def _by_place(self) -> bool:
+        """Whether a weight is told from its place among rows or tokens."""
+        return self._weights.num_mixtures > 1 or self._weights.num_tokens > 1
+
+    @property
+    def num_mixtures(self) -> int:
+        """Rows of the mixture; 1 where all rows of a batch share one, or a router looks at each."""
+        return self._weights.num_mixtures
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the tensors made for the layers so far."""
+        return self._weights.num_bytes + (self._by_token.num_bytes if self._by_token is not self._weights else 0)
+
+    def require_rows(self, num_rows: int | None) -> None:
+        """Raises ScopeError for a batch whose rows are no multiple of the mixture's; None where they are not known."""
+        if num_rows is not None and num_rows % self.num_mixtures:
+            raise ScopeError(
+                f"the mixture has {self.num_mixtures} rows, but the batch has {num_rows}, no multiple; give one mixture "
+                "for each row of the batch, or one mapping for all"
+            )
+
+    def reaches(self, layer: str, lease: Lease) -> bool:
+        """Whether some active expert updates the layer, with weights that may not all be zero."""
+        if self._weights.skips(layer):
+            return False
+        cpu, exact = torch.device("cpu"), torch.float32
+        return any(lease.part(name, layer, cpu, exact) is not None for name in self.experts)
+
+    def apply(self, layer: TargetLayer, x: Tensor, y: Tensor, lease: Lease, usage: Usage) -> Tensor:
+        """The layer's output y = W x + bias with the weighted updates added; y itself where nothing is to be added.
+
+        The rows of x are its first axis. Weights for B rows meet x of B * k rows by counting each k times in a row, as
+        beams and return sequences are laid out; an x of two axes (N, I) holds its tokens row by row, so the same holds.
+        Where y takes part in no gradient, the result is written into its own memory.
+        Raises ScopeError, naming the layer and both counts, where that does not come out even.
+        """
+        by_shape = self._remembered.get(layer.name)
+        remembered = None if by_shape is None else by_shape.get(x.shape)
+        if remembered is not None and layer.fresh and _in_place(remembered, x, y) and not is_beside():
+            usage.saw(layer.name, remembered.note)
+            return remembered.into(x, y)
+        if not self.experts or self._weights.skips(layer.name):
+            usage.saw(layer.name, Note(y.shape))
+            return y
+        return self._general(layer, x, y, lease, usage)
+
+    def _general(self, layer: TargetLayer, x: Tensor, y: Tensor, lease: Lease, usage: Usage) -> Tensor:
+        weight = layer.parameter("weight")
+        dtype = weight.dtype if weight is not None and is_floating(weight.dtype) else y.dtype
+        if layer.kind is not linear:
+            return self._projected(layer, x.to(y.device), y, dtype, lease, usage)
+        if self._by_place:
+            require_own_rows(layer.name, x.shape[0])
+            require_batch_first(layer.name, x.shape)
+        x_BTI = x.to(y.device)
+        x_BTI = _by_token(x_BTI.reshape(*_leading(x_BTI), layer.num_inputs), self._weights.num_tokens, x.ndim)
+        mixture = self._weights.mixture(layer, x_BTI, y.device, dtype, lease)
+        kernel, affine = mixture.kernel, mixture.affine
+        note = Note(y.shape, _kernel_class(kernel))
+        self._tell(usage, layer.name, note, mixture.w_BTE)
+        if kernel is not None and affine is None and x.ndim == 3 and layer.fresh and isinstance(self._weights, RowWeights):
+            remembered = self._remember(layer.name, x.shape, _Remembered(kernel, dtype, y.device, note))
+            if _in_place(remembered, x, y):
+                return remembered.into(x, y)
+        if torch.is_grad_enabled() and x.requires_grad:
+            self._weights.escaped()
+        y_BTO = y.reshape(*x_BTI.shape[:2], layer.num_outputs)
+        result_BTO = y_BTO
+        if affine is not None:
+            addition_BTO = affine.on(y_BTO, layer.parameter("bias"))
+            if kernel is not None:
+                addition_BTO = addition_BTO + kernel.update(x_BTI.to(kernel.dtype))
+            result_BTO = y_BTO + addition_BTO.to(y.dtype)
+        elif kernel is not None:
+            # into the update's own memory, which nothing else refers to, rather than a third tensor of this size
+            result_BTO = kernel.update(x_BTI.to(kernel.dtype)).to(y.dtype).add_(y_BTO)
+        return result_BTO.reshape(y.shape)
+
+    def _remember(self, layer: str, shape: torch.Size, kernel: _Remembered) -> _Remembered:
+        by_shape = self._remembered.setdefault(layer, {})
+        if len(by_shape) >= NUM_KEPT_SHAPES:
+            by_shape.clear()
+        by_shape[shape] = kernel
+        return kernel
+
+    def _projected(self, layer: TargetLayer, x: Tensor, y: Tensor, dtype: torch.dtype, lease: Lease, usage: Usage) -> Tensor:
+        if self._by_place and layer.kind is not conv:
+            require_batch_first(layer.name, y.shape)
+        y_BTO = _by_token(layer.kind.rows(layer.module, y), self._weights.num_tokens, y.ndim)
+        if self._by_place:
+            require_own_rows(layer.name, y_BTO.shape[0])
+        update_BTO, w_BTE = self._by_token.projected(layer, x, y_BTO, y.device, dtype, lease)
+        self._tell(usage, layer.name, Note(y.shape), w_BTE)
+        return layer.kind.put_back(y_BTO + update_BTO.to(y.dtype), y)
+
+    def _tell(self, usage: Usage, layer: str, note: Note, w_BTE: Tensor | None) -> None:
+        if self.mixture is not None or w_BTE is None:
+            usage.saw(layer, note)
+        else:
+            usage.chose(layer, note, w_BTE)
+
+
+def _kernel_class(kernel: Kernel | None) -> type | None:
+    return type(kernel.kernel if isinstance(kernel, SomeRows) else kernel) if kernel is not None else None
+
+
+def _leading(x: Tensor) -> tuple[int, int]:
+    """(rows, tokens) of an input whose last axis are the features."""
+    if x.ndim == 1:
+        return 1, 1
+    tokens = 1
+    for size in x.shape[1:-1]:
+        tokens *= size
+    return x.shape[0], tokens
+
+
+def _by_token(x_BTI: Tensor, num_tokens: int, num_axes: int) -> Tensor:
+    """An x of two axes split into rows of as many tokens as the weights have, if those can be the batch's rows."""
+    num_rows, rest = divmod(x_BTI.shape[0], num_tokens)
+    if num_axes == 2 and num_tokens > 1 and not rest and can_be_batch(num_rows):
+        return x_BTI.reshape(num_rows, num_tokens, x_BTI.shape[2])
+    return x_BTI
+
+
+def make_plan(weights: MixtureWeights | Router, names: tuple[str, ...], workspace: Workspace) -> Plan:
+    """The plan for resolved weights over a pool of these names; `workspace` has memory for gathered factors.
+
+    Only experts with a weight that is not zero are active, or that learns; a router may use all of them.
+    Raises WeightingError for a router that names other experts, or in another order.
+    """
+    if not isinstance(weights, MixtureWeights):
+        own = getattr(weights, "experts", None)
+        if isinstance(own, tuple | list) and all(isinstance(name, str) for name in own) and tuple(own) != names:
+            raise WeightingError(
+                f"router {type(weights).__name__} is for experts {tuple(own)}, but the pool has {names}, in this order; "
+                "make the router for this pool, or swap() to pool.subset(router.experts)"
+            )
+        routed = TokenWeights.routed(weights, names)
+        return Plan(names, None, routed, routed)
+    with torch.inference_mode(False):
+        values_BTLE = weights.values_BTLE
+        if not values_BTLE.requires_grad:
+            # the caller may go on to change or to reuse the tensor
+            values_BTLE = values_BTLE.detach().clone()
+        used_E = (values_BTLE != 0).flatten(0, 2).any(dim=0) | values_BTLE.requires_grad
+        active = tuple(name for name, used in zip(weights.experts, used_E.tolist(), strict=True) if used)
+        mixture = MixtureWeights(values_BTLE[..., used_E], active, weights.layers)
+    by_token = TokenWeights.fixed(mixture)
+    if values_BTLE.requires_grad or values_BTLE.shape[1] > 1:
+        return Plan(active, None if values_BTLE.requires_grad else mixture, by_token, by_token)
+    return Plan(active, mixture, RowWeights(mixture, workspace), by_token)

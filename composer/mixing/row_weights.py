@@ -1,0 +1,218 @@
+"""Weights that are known before the model runs and that all tokens of a row share: each layer's kernel is made once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from weakref import finalize
+
+import torch
+from torch import Tensor
+
+from loraweave.composer.kernels._cost import Workload, choose
+from loraweave.composer.kernels._parts import Kernel, RowSets, row_sets
+from loraweave.composer.kernels._rank_tables import triton_runs
+from loraweave.composer.kernels._some_rows import SomeRows
+from loraweave.composer.kernels.dense import Stack
+from loraweave.composer.kernels.gathered import Gathered
+from loraweave.composer.kernels.merged import Merged
+from loraweave.composer.kernels.segments import Segments
+from loraweave.composer.kernels.shared import Shared
+from loraweave.composer.kernels.triton_gathered import TritonGathered
+from loraweave.composer.kernels.triton_segments import TritonSegments
+from loraweave.composer.layers import TargetLayer
+from loraweave.composer.mixing.affine import Affine, AffineTable
+from loraweave.composer.mixing.workspace import Workspace
+from loraweave.composer.paging.layout import PlacedFactors
+from loraweave.composer.paging.residents import Lease
+from loraweave.errors import ScopeError
+from loraweave.routers.mixture import MixtureWeights
+
+
+@dataclass(frozen=True, eq=False)
+class LayerMixture:
+    """What a layer adds in one forward pass: a product and an affine part, each None where no expert has one.
+
+    `w_BTE` are the weights, where they are made in the call.
+    """
+
+    kernel: Kernel | None
+    affine: Affine | None
+    w_BTE: Tensor | None = None
+
+
+class RowWeights:
+    """A mixture for each of M rows, M = 1 for all; `mixture` names the active experts only."""
+
+    learns = False
+
+    def __init__(self, mixture: MixtureWeights, workspace: Workspace) -> None:
+        self._mixture = mixture
+        self._workspace = workspace
+        # gathered factors go back with this object, which alone refers to them
+        self._borrowed: list[Tensor] = []
+        self._return = finalize(self, workspace.give, self._borrowed)
+        self._return.atexit = False
+        self._num_mixtures = mixture.values_BTLE.shape[0]
+        self._common = _rows(mixture.values_BTLE[:, :, 0]) if not mixture.layers else None
+        self._used = {
+            layer for index, layer in enumerate(mixture.layers) if bool((mixture.values_BTLE[:, :, index] != 0).any())
+        }
+        self._layers: dict[str, _LayerRows] = {}
+
+    @property
+    def num_mixtures(self) -> int:
+        return self._num_mixtures
+
+    @property
+    def num_tokens(self) -> int:
+        return 1
+
+    @property
+    def num_bytes(self) -> int:
+        """What the kernels that were made so far keep."""
+        # of a list, since a forward in another thread may add a layer meanwhile
+        return sum(rows.num_bytes for rows in list(self._layers.values()))
+
+    def escaped(self) -> None:
+        """Says that a graph of autograd may keep what was gathered longer than this object."""
+        self._return.detach()
+
+    def skips(self, layer: str) -> bool:
+        return not any(self._common) if self._common is not None else layer not in self._used
+
+    def weights(self, layer: str) -> Tensor:
+        """w_BTE of a layer, for the active experts."""
+        return self._mixture.for_layer(layer)
+
+    def mixture(
+        self, layer: TargetLayer, x_BTI: Tensor, device: torch.device, dtype: torch.dtype, lease: Lease
+    ) -> LayerMixture:
+        """Raises ScopeError, naming the layer and both counts, where the rows are no multiple of the mixture's."""
+        num_rows, num_tokens = x_BTI.shape[:2]
+        if num_rows % self._num_mixtures:
+            raise ScopeError(
+                f"the weights have {self._num_mixtures} rows, but the input of layer {layer.name!r} has {num_rows}, no "
+                "multiple; give one mixture for each row of the batch, or one mapping for all"
+            )
+        found = self._layers.get(layer.name)
+        with torch.inference_mode(False), torch.no_grad():
+            if found is None or found.device != device or found.dtype != dtype:
+                found = self._layers[layer.name] = self._made(layer.name, device, dtype, lease)
+            kernel = None
+            if found.touched:
+                kernel = self._kernel(found, layer, num_rows // self._num_mixtures * num_tokens, lease)
+        return LayerMixture(kernel, found.affine)
+
+    def _made(self, layer: str, device: torch.device, dtype: torch.dtype, lease: Lease) -> _LayerRows:
+        w_BTE = self._mixture.for_layer(layer)
+        rows = self._common if self._common is not None else _rows(w_BTE)
+        placed = [lease.part(name, layer, device, dtype) for name in self._mixture.experts]
+        ranks = {index: part.a_RI.shape[0] for index, part in enumerate(placed) if part is not None and part.a_RI.shape[0]}
+        if len(ranks) < len(placed):
+            place = {index: number for number, index in enumerate(ranks)}
+            rows = tuple(tuple((place[index], w) for index, w in row if index in place) for row in rows)
+        table = AffineTable.of(placed)
+        experts = tuple(self._mixture.experts[index] for index in ranks)
+        return _LayerRows(
+            device, dtype, experts, list(ranks.values()), rows, None if table is None else table.weighted(w_BTE.to(device))
+        )
+
+    def _kernel(self, found: _LayerRows, layer: TargetLayer, tokens: int, lease: Lease) -> Kernel:
+        """The kernel for so many tokens a row; those of one choice share it."""
+        choice = choose(found.workload(layer.num_inputs, layer.num_outputs, tokens))
+        dtype = torch.promote_types(found.dtype, torch.float32) if choice.exact else found.dtype
+        key = choice.path, dtype
+        if key not in found.kernels:
+            parts = [lease.part(name, layer.name, found.device, found.dtype) for name in found.experts]
+            found.kernels[key] = self._make(choice.path, found, [part for part in parts if part is not None], dtype)
+        return found.kernels[key]
+
+    def _make(self, path: str, found: _LayerRows, parts: list[PlacedFactors], dtype: torch.dtype) -> Kernel:
+        rows = found.rows
+        kernel: Kernel
+        if path == "shared":
+            kernel = Shared.of(parts, rows[0], dtype)
+        elif path == "merged":
+            kernel = Merged.of(parts, rows[0], dtype)
+        elif path == "gathered":
+            kernel = Gathered.of(parts, rows, dtype, partial(self._borrow, dtype, found.device))
+        elif path == "segments":
+            kernel = Segments.of(parts, rows, dtype)
+        elif path == "triton_gathered":
+            kernel = TritonGathered.of(parts, rows, dtype)
+        elif path == "triton_segments":
+            kernel = TritonSegments.of(parts, rows, dtype)
+        else:
+            kernel = Stack.of(parts, dtype).weighted(_stacked_weights(rows, len(parts), dtype, found.device))
+        touched = found.touched
+        if len(touched) == self._num_mixtures:
+            return kernel
+        if touched[-1] - touched[0] + 1 == len(touched):
+            return SomeRows(kernel, self._num_mixtures, slice(touched[0], touched[-1] + 1))
+        return SomeRows(kernel, self._num_mixtures, torch.tensor(touched, device=found.device))
+
+    def _borrow(self, dtype: torch.dtype, device: torch.device, num_elements: int) -> Tensor:
+        tensor = self._workspace.take(num_elements, dtype, device)
+        self._borrowed.append(tensor)
+        return tensor
+
+
+def _rows(w_BTE: Tensor) -> RowSets:
+    rows = row_sets(w_BTE.detach())
+    assert rows is not None
+    return rows
+
+
+class _LayerRows:
+    """One layer's experts, the sets of those rows that use any of them, and the kernels that were made of these."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        experts: tuple[str, ...],
+        ranks: list[int],
+        rows: RowSets,
+        affine: Affine | None,
+    ) -> None:
+        self.device = device
+        self.dtype = dtype
+        self.experts = experts
+        self.affine = affine
+        self.touched = [number for number, row in enumerate(rows) if row]
+        self.rows = tuple(rows[number] for number in self.touched)
+        self.kernels: dict[tuple[str, torch.dtype], Kernel] = {}
+        self._sums = [sum(ranks[p] for p, _ in row) for row in self.rows]
+        distinct = set(self.rows)
+        self._num_segments = len(distinct)
+        self._distinct = sum(sum(ranks[p] for p, _ in row) for row in distinct)
+        self._stacked = sum(ranks[p] for p in {p for row in distinct for p, _ in row})
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(kernel.num_bytes for kernel in list(self.kernels.values()))
+
+    def workload(self, num_inputs: int, num_outputs: int, tokens: int) -> Workload:
+        return Workload(
+            num_mixtures=len(self.touched),
+            tokens=tokens,
+            largest=max(self._sums),
+            total=sum(self._sums),
+            num_segments=self._num_segments,
+            distinct=self._distinct,
+            stacked=self._stacked,
+            num_inputs=num_inputs,
+            num_outputs=num_outputs,
+            itemsize=self.dtype.itemsize,
+            device=self.device.type,
+            triton=triton_runs(self.device, self.dtype),
+        )
+
+
+def _stacked_weights(rows: RowSets, num_parts: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    w_B1P = torch.zeros(len(rows), 1, num_parts, dtype=torch.promote_types(dtype, torch.float32))
+    for number, row in enumerate(rows):
+        for p, weight in row:
+            w_B1P[number, 0, p] = weight
+    return w_B1P.to(device)

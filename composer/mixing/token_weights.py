@@ -1,0 +1,201 @@
+"""Weights that vary by token, learn, or come from a router: one stack of all experts a layer, weighted in every call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loraweave.composer.kernels.dense import Stack
+from loraweave.composer.kernels.sorted_tokens import SortedTokens
+from loraweave.composer.layers import TargetLayer
+from loraweave.composer.mixing.affine import AffineTable
+from loraweave.composer.mixing.row_weights import LayerMixture
+from loraweave.composer.paging.layout import PlacedFactors
+from loraweave.composer.paging.residents import Lease
+from loraweave.errors import ScopeError, WeightingError
+from loraweave.routers.by_row import ByRow
+from loraweave.routers.mixture import MixtureWeights
+from loraweave.types import Router
+
+# with fewer rank rows, looking for the experts that no token chose costs more than they do
+SPARSE_RANKS = 256
+# tokens sorted by expert pay where no more than this share of (token, rank row) pairs is chosen
+SPARSE_SHARE = 0.125
+
+
+@dataclass(eq=False)
+class _LayerStack:
+    """One layer's experts: the names of those with factors, and their places among all where some have none.
+
+    Their factors are put side by side when they are first needed so.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    experts: tuple[str, ...]
+    place_P: Tensor | None
+    num_ranks: int
+    table: AffineTable | None
+    stack: Stack | None = None
+
+
+class TokenWeights:
+    """`weights(x_BTI, layer)` gives w_BTE over `experts`, where B and T may be 1."""
+
+    def __init__(
+        self,
+        experts: tuple[str, ...],
+        weights: Callable[[Tensor, str], Tensor],
+        layers: frozenset[str] | None,
+        num_mixtures: int = 1,
+        num_tokens: int = 1,
+        learns: bool = True,
+    ) -> None:
+        self.learns = learns
+        self._experts = experts
+        self.weights = weights
+        self._only = layers
+        self.is_routed = False
+        self.num_mixtures = num_mixtures
+        self.num_tokens = num_tokens
+        self._layers: dict[str, _LayerStack] = {}
+        self._sent: dict[str, Tensor] = {}
+
+    @classmethod
+    def fixed(cls, mixture: MixtureWeights) -> TokenWeights:
+        """Of weights that are known, but vary by token or learn."""
+        learning = mixture.values_BTLE.requires_grad
+        used_L = (mixture.values_BTLE != 0).any(dim=3).flatten(0, 1).any(dim=0).tolist()
+        only = frozenset(layer for layer, used in zip(mixture.layers, used_L, strict=False) if used or learning)
+        num_mixtures, num_tokens = mixture.values_BTLE.shape[:2]
+        return cls(mixture.experts, mixture.weights, only if mixture.layers else None, num_mixtures, num_tokens, learning)
+
+    @classmethod
+    def routed(cls, router: Router, experts: tuple[str, ...]) -> TokenWeights:
+        """Of weights that a router computes from each layer's input."""
+
+        def weights(x_BTI: Tensor, layer: str) -> Tensor:
+            w_BTE = router.weights(x_BTI, layer)
+            if not isinstance(w_BTE, Tensor) or w_BTE.ndim != 3 or w_BTE.shape[2] != len(experts):
+                found = tuple(w_BTE.shape) if isinstance(w_BTE, Tensor) else type(w_BTE).__name__
+                raise WeightingError(
+                    f"router {type(router).__name__} gave {found} for layer {layer!r}; expected w_BTE with the "
+                    f"{len(experts)} experts of the pool on its last axis"
+                )
+            return w_BTE
+
+        found = cls(experts, weights, None, router.num_rows if isinstance(router, ByRow) else 1)
+        found.is_routed = True
+        return found
+
+    @property
+    def num_bytes(self) -> int:
+        """What the stacks that were made so far keep."""
+        return sum(found.stack.num_bytes for found in list(self._layers.values()) if found.stack is not None)
+
+    def escaped(self) -> None:
+        """Says that a graph of autograd may keep the stacks longer than this object; nothing else uses their memory."""
+
+    def skips(self, layer: str) -> bool:
+        return self._only is not None and layer not in self._only
+
+    def mixture(
+        self, layer: TargetLayer, x_BTI: Tensor, device: torch.device, dtype: torch.dtype, lease: Lease
+    ) -> LayerMixture:
+        """Raises ScopeError, naming the layer and both counts, where rows or tokens are not the weights'."""
+        found = self._stack(layer.name, device, dtype, lease)
+        w_BTE = self._weights(x_BTI, x_BTI, layer.name, found)
+        affine = None if found.table is None else found.table.weighted(w_BTE)
+        if not found.experts:
+            return LayerMixture(None, affine, w_BTE)
+        w_BTP = w_BTE if found.place_P is None else w_BTE[..., found.place_P]
+        if _sparse(found.num_ranks, w_BTP):
+            return LayerMixture(SortedTokens(_parts(found, layer.name, lease), w_BTP, dtype), affine, w_BTE)
+        return LayerMixture(self._side_by_side(found, layer.name, lease).weighted(w_BTP), affine, w_BTE)
+
+    def projected(
+        self, layer: TargetLayer, x: Tensor, y_BTO: Tensor, device: torch.device, dtype: torch.dtype, lease: Lease
+    ) -> tuple[Tensor, Tensor]:
+        """What to add to y for a layer whose hidden values are no product of x with a matrix: an embedding, a convolution.
+
+        As (B, T, O) like y, in fp32 or better where some expert has a gain or a bias; and w_BTE. Raises like `mixture`.
+        """
+        found = self._stack(layer.name, device, dtype, lease)
+        like = y_BTO.new_empty(0, dtype=dtype)
+        w_BTE = self._weights(
+            layer.kind.inputs(layer.module, x, like) if self.is_routed else y_BTO, y_BTO, layer.name, found
+        )
+        update_BTO = torch.zeros((), device=device, dtype=dtype)
+        if found.experts:
+            stack = self._side_by_side(found, layer.name, lease)
+            hidden_BTS = layer.kind.project(layer.module, x, stack.a_SI)
+            hidden_BTS = hidden_BTS.reshape(*y_BTO.shape[:2], hidden_BTS.shape[2])
+            w_BTP = w_BTE if found.place_P is None else w_BTE[..., found.place_P]
+            update_BTO = stack.weighted(w_BTP).expanded(hidden_BTS)
+        if found.table is not None:
+            update_BTO = update_BTO + found.table.weighted(w_BTE).on(y_BTO, layer.parameter("bias"))
+        return update_BTO, w_BTE
+
+    def _weights(self, x_BTI: Tensor, rows: Tensor, layer: str, found: _LayerStack) -> Tensor:
+        exact = torch.promote_types(found.dtype, torch.float32)
+        if self.learns:
+            w_BTE = self.weights(x_BTI, layer).to(found.device, exact)
+        elif (sent_BTE := self._sent.get(layer)) is not None and (sent_BTE.device, sent_BTE.dtype) == (found.device, exact):
+            w_BTE = sent_BTE
+        else:
+            # sent to the device once, and as ordinary tensors even below inference_mode
+            with torch.inference_mode(False), torch.no_grad():
+                w_BTE = self._sent[layer] = self.weights(x_BTI, layer).to(found.device, exact)
+        _require_fit(w_BTE, rows, layer)
+        return w_BTE
+
+    def _stack(self, layer: str, device: torch.device, dtype: torch.dtype, lease: Lease) -> _LayerStack:
+        found = self._layers.get(layer)
+        if found is None or found.device != device or found.dtype != dtype:
+            with torch.inference_mode(False), torch.no_grad():
+                found = self._layers[layer] = self._made(layer, device, dtype, lease)
+        return found
+
+    def _made(self, layer: str, device: torch.device, dtype: torch.dtype, lease: Lease) -> _LayerStack:
+        placed = [lease.part(name, layer, device, dtype) for name in self._experts]
+        with_rank = {index: part for index, part in enumerate(placed) if part is not None and part.a_RI.shape[0]}
+        place_P = None if len(with_rank) == len(placed) else torch.tensor(list(with_rank), device=device)
+        experts = tuple(self._experts[index] for index in with_rank)
+        num_ranks = sum(part.a_RI.shape[0] for part in with_rank.values())
+        return _LayerStack(device, dtype, experts, place_P, num_ranks, AffineTable.of(placed))
+
+    @staticmethod
+    def _side_by_side(found: _LayerStack, layer: str, lease: Lease) -> Stack:
+        if found.stack is None:
+            with torch.inference_mode(False), torch.no_grad():
+                found.stack = Stack.of(_parts(found, layer, lease), found.dtype)
+        return found.stack
+
+
+def _parts(found: _LayerStack, layer: str, lease: Lease) -> list[PlacedFactors]:
+    parts = [lease.part(name, layer, found.device, found.dtype) for name in found.experts]
+    return [part for part in parts if part is not None]
+
+
+def _sparse(num_ranks: int, w_BTP: Tensor) -> bool:
+    """Whether sorting the tokens by expert pays; on a CPU only, since it has to look at the weights."""
+    if num_ranks <= SPARSE_RANKS or w_BTP.requires_grad or w_BTP.device.type != "cpu":
+        return False
+    return int(torch.count_nonzero(w_BTP)) <= SPARSE_SHARE * w_BTP.numel()
+
+
+def _require_fit(w_BTE: Tensor, x_BTI: Tensor, layer: str) -> None:
+    num_rows, num_tokens = x_BTI.shape[:2]
+    if w_BTE.shape[1] not in (1, num_tokens):
+        raise ScopeError(
+            f"the weights have {w_BTE.shape[1]} tokens, but the input of layer {layer!r} has {num_tokens}; give weights for "
+            "exactly the tokens of this call, or activate() a router, which computes them from the input"
+        )
+    if num_rows % max(w_BTE.shape[0], 1):
+        raise ScopeError(
+            f"the weights have {w_BTE.shape[0]} rows, but the input of layer {layer!r} has {num_rows}, no multiple; "
+            "give one mixture for each row of the batch, or one mapping for all"
+        )

@@ -1,0 +1,1 @@
+"""Where the experts of a pool are: on disk, on the host, on the devices, within budgets."""
