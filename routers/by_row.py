@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from loraweave.errors import ScopeError, WeightingError
+from loraweave.routers.mixture import MixtureWeights
 from loraweave.types import Router
 
 
 class ByRow:
-    """w_BTE whose rows come from one router each; None is the base. All are over `experts`, in this order.
+    """w_BTE whose rows come from one router each; None is the base. All are over `experts`, in this order, but for
+    MixtureWeights, which may name some of them only.
 
     A batch of k times as many rows uses each for k rows on end. A router sees its own rows only.
     """
@@ -47,6 +49,9 @@ class ByRow:
         if router is None:
             return x_BTI.new_zeros(copies, 1, len(self.experts), dtype=torch.float32)
         w_BTE = router.weights(x_BTI, layer)
+        if isinstance(router, MixtureWeights) and router.experts != self.experts:
+            place_E = torch.tensor([self.experts.index(name) for name in router.experts], device=w_BTE.device)
+            w_BTE = w_BTE.new_zeros(*w_BTE.shape[:2], len(self.experts)).index_copy(2, place_E, w_BTE)
         fits = w_BTE.ndim == 3 and w_BTE.shape[0] in (1, copies) and w_BTE.shape[2] == len(self.experts)
         if not fits or w_BTE.shape[1] not in (1, num_tokens):
             raise WeightingError(

@@ -239,15 +239,15 @@ def make_plan(weights: MixtureWeights | Router, names: tuple[str, ...], workspac
             )
         routed = TokenWeights.routed(weights, names)
         return Plan(names, None, routed, routed)
+    if weights.values_BTLE.requires_grad:
+        # the tensor itself, looked at in each call: an optimizer may change it in between
+        learning = TokenWeights.fixed(weights)
+        return Plan(weights.experts, None, learning, learning)
     with torch.inference_mode(False):
-        values_BTLE = weights.values_BTLE
-        if not values_BTLE.requires_grad:
-            # the caller may go on to change or to reuse the tensor
-            values_BTLE = values_BTLE.detach().clone()
-        used_E = (values_BTLE != 0).flatten(0, 2).any(dim=0) | values_BTLE.requires_grad
+        # the caller may go on to change or to reuse the tensor
+        values_BTLE = weights.values_BTLE.detach().clone()
+        used_E = (values_BTLE != 0).flatten(0, 2).any(dim=0)
         active = tuple(name for name, used in zip(weights.experts, used_E.tolist(), strict=True) if used)
         mixture = MixtureWeights(values_BTLE[..., used_E], active, weights.layers)
     by_token = TokenWeights.fixed(mixture)
-    if values_BTLE.requires_grad or values_BTLE.shape[1] > 1:
-        return Plan(active, None if values_BTLE.requires_grad else mixture, by_token, by_token)
-    return Plan(active, mixture, RowWeights(mixture, workspace), by_token)
+    return Plan(active, mixture, by_token if mixture.values_BTLE.shape[1] > 1 else RowWeights(mixture, workspace), by_token)

@@ -19,7 +19,8 @@ from loraweave.types import Router
 def resolve(mixture: Any, pool: ExpertPool) -> MixtureWeights | Router:
     """What activate() takes, as weights in the order of the pool's experts, or as the router that it is.
 
-    A list has one mixture for each row of the batch: {name: weight}, None, MixtureWeights of one row, or a router.
+    Weights that learn stay in the order that they are given in, since a copy would not follow them. A list has one mixture
+    for each row of the batch: {name: weight}, None, MixtureWeights of one row, or a router.
     Raises WeightingError for anything else, UnknownExpert for a name that the pool has not.
     """
     if isinstance(mixture, MixtureWeights):
@@ -49,7 +50,7 @@ def _named(rows: list[Mapping[str, float] | None], pool: ExpertPool) -> MixtureW
 
 
 def _row(number: int, row: Any, pool: ExpertPool) -> Router | None:
-    """One row's mixture as a router over all of the pool's experts."""
+    """One row's mixture as a router over all of the pool's experts; weights that learn stay those of their own."""
     if row is None:
         return None
     resolved = resolve(row, pool)
@@ -63,6 +64,8 @@ def _row(number: int, row: Any, pool: ExpertPool) -> Router | None:
         return resolved
     if resolved.values_BTLE.shape[0] != 1:
         raise ScopeError(f"row {number} of the mixture has weights for {resolved.values_BTLE.shape[0]} rows; give one row")
+    if resolved.values_BTLE.requires_grad:
+        return resolved
     place_E = torch.tensor([pool.places[name] for name in resolved.experts], dtype=torch.long)
     values_BTLE = resolved.values_BTLE.new_zeros(*resolved.values_BTLE.shape[:3], len(pool))
     return MixtureWeights(values_BTLE.index_copy(3, place_E, resolved.values_BTLE), pool.names, resolved.layers)
@@ -84,6 +87,9 @@ def _aligned(mixture: MixtureWeights, pool: ExpertPool) -> MixtureWeights:
                 raise WeightingError(
                     f"the mixture gives weights to layer {layer!r}, which no expert of the pool updates{hint}"
                 )
+    if mixture.values_BTLE.requires_grad:
+        # the very tensor, which an optimizer changes between calls
+        return mixture
     # in the order of the pool, so that one set of experts is one set, and gives the same bits, however it was named
     order = sorted(range(len(mixture.experts)), key=lambda index: pool.places[mixture.experts[index]])
     return MixtureWeights(mixture.values_BTLE[..., order], tuple(mixture.experts[index] for index in order), mixture.layers)

@@ -58,6 +58,36 @@ def test_only_the_experts_that_are_named_are_weighed(tiny_llama: nn.Module, make
     assert found.values_BTLE[:, 0, 0].tolist() == [[0.0, 1.0], [0.5, pytest.approx(0.1)], [0.0, 0.0]]
 
 
+@pytest.mark.parametrize("by_row", [False, True], ids=["for all", "in a list"])
+@pytest.mark.parametrize("names", ["ac", "ca"], ids="".join)
+def test_weights_that_learn_are_followed_from_step_to_step(
+    names: str, by_row: bool, make_model: Callable[..., nn.Module], make_adapters: Callable[..., list[Adapter]]
+) -> None:
+    model = make_model("llama", dtype=torch.float64).requires_grad_(False)
+    engine = Composer(model, make_adapters(model, "llama"))
+    start = torch.tensor([0.5, -0.25])
+
+    def losses_of(activate: Callable[[MixtureWeights], Any], *, once: bool) -> list[float]:
+        values = start.clone().view(1, 1, 1, 2).requires_grad_()
+        optimizer, losses = torch.optim.SGD([values], lr=0.01), []
+        for _ in range(1 if once else 3):
+            with activate(MixtureWeights(values, tuple(names))):
+                for _ in range(3 if once else 1):
+                    optimizer.zero_grad()
+                    loss = model(input_ids=IDS, labels=IDS).loss
+                    loss.backward()
+                    optimizer.step()
+                    losses.append(float(loss.detach()))
+        return losses
+
+    def activate(weights: MixtureWeights) -> Any:
+        return engine.activate([weights] * 5 if by_row else weights)
+
+    losses = losses_of(activate, once=True)
+    assert len(set(losses)) == 3
+    assert losses == losses_of(activate, once=False)
+
+
 def test_a_row_that_is_no_row_is_named(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> None:
     engine = Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
     two = MixtureWeights(torch.ones(2, 1, 1, 3), ("a", "b", "c"))
