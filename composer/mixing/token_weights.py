@@ -194,7 +194,7 @@ def _require_fit(w_BTE: Tensor, x_BTI: Tensor, layer: str) -> None:
             f"the weights have {w_BTE.shape[1]} tokens, but the input of layer {layer!r} has {num_tokens}; give weights for "
             "exactly the tokens of this call, or activate() a router, which computes them from the input"
         )
-    if num_rows % max(w_BTE.shape[0], 1):
+    if num_rows % w_BTE.shape[0] if w_BTE.shape[0] else num_rows:
         raise ScopeError(
             f"the weights have {w_BTE.shape[0]} rows, but the input of layer {layer!r} has {num_rows}, no multiple; "
             "give one mixture for each row of the batch, or one mapping for all"
