@@ -18,28 +18,35 @@ class AffineTable:
 
     gain_EO: Tensor | None
     bias_EO: Tensor | None
+    has_gain_E: Tensor
 
     @classmethod
     def of(cls, parts: Sequence[PlacedFactors | None]) -> AffineTable | None:
         """Of a layer's experts, None for one that leaves the layer alone; None where no expert has a gain or a bias."""
         gain_EO = _table([None if part is None else part.gain_O for part in parts])
         bias_EO = _table([None if part is None else part.bias_O for part in parts])
-        return None if gain_EO is None and bias_EO is None else cls(gain_EO, bias_EO)
+        present = gain_EO if gain_EO is not None else bias_EO
+        if present is None:
+            return None
+        has_gain = [part is not None and part.gain_O is not None for part in parts]
+        return cls(gain_EO, bias_EO, torch.tensor(has_gain, device=present.device))
 
     def weighted(self, w_BTE: Tensor) -> Affine:
         """The sums over the experts; B and T may be 1."""
-        touched_BT = (w_BTE != 0).any(dim=-1)
+        touched_BT1 = None
+        if self.gain_EO is not None and not w_BTE.requires_grad:
+            touched_BT1 = ((w_BTE != 0) & self.has_gain_E).any(dim=-1, keepdim=True)
         with own_precision(w_BTE.device):
             return Affine(
                 None if self.gain_EO is None else w_BTE.to(self.gain_EO.dtype) @ self.gain_EO,
                 None if self.bias_EO is None else w_BTE.to(self.bias_EO.dtype) @ self.bias_EO,
-                None if w_BTE.requires_grad else touched_BT[..., None],
+                touched_BT1,
             )
 
 
 @dataclass(frozen=True, eq=False)
 class Affine:
-    """The mixed gain and bias of each row (and token, where weights vary by token), and where any weight is not zero."""
+    """The mixed gain and bias of each row (and token, where weights vary by token), and where some expert's gain counts."""
 
     gain_BTO: Tensor | None
     bias_BTO: Tensor | None
@@ -52,11 +59,11 @@ class Affine:
             y0_BTO = y_BTO.to(self.gain_BTO.dtype)
             y0_BTO = y0_BTO if base_bias_O is None else y0_BTO - base_bias_O.to(y0_BTO)
             total = self._fitted(self.gain_BTO, y_BTO) * y0_BTO
+            if self.touched_BT1 is not None:
+                # a row without a gain stays what it is also where the base has overflowed
+                total = torch.where(self._fitted(self.touched_BT1, y_BTO), total, 0.0)
         if self.bias_BTO is not None:
             total = total + self._fitted(self.bias_BTO, y_BTO)
-        if self.touched_BT1 is not None:
-            # a row without weight stays the base even where that has overflowed
-            total = torch.where(self._fitted(self.touched_BT1, y_BTO), total, 0.0)
         return total
 
     @staticmethod
