@@ -132,3 +132,37 @@ def choose(work: Workload) -> Choice:
 
 def _rates(work: Workload) -> Rates:
     return RATES.get((work.device, work.itemsize), RATES["cuda", work.itemsize])
+
+
+# of an indexing or elementwise call on a CPU
+S_PER_OP = 2e-6
+
+
+@dataclass(frozen=True)
+class TokenWorkload:
+    """One layer's part of a forward pass with weights by token: `chosen` (token, expert) pairs have one that is not zero.
+
+    The experts have `stacked` rank rows together.
+    """
+
+    num_tokens: int
+    chosen: int
+    num_experts: int
+    stacked: int
+    num_inputs: int
+    num_outputs: int
+    itemsize: int
+
+
+def sorting_pays(work: TokenWorkload) -> bool:
+    """Whether, on a CPU, tokens sorted by expert (`sorted_tokens`) take less time than all experts for all (`dense`)."""
+    rates = RATES["cpu", work.itemsize]
+    width = work.num_inputs + work.num_outputs
+    elements = work.num_tokens * work.stacked
+    dense = Cost(2 * elements * width, work.itemsize * (work.stacked * width + 8 * elements), 6)
+    num_used = min(work.num_experts, work.chosen)
+    # a chosen token's input is copied, and its output read and written twice
+    moved = work.chosen * (2 * work.num_inputs + 3 * work.num_outputs) + work.stacked * width
+    ranks = work.chosen * work.stacked / work.num_experts
+    by_expert = Cost(2 * ranks * width, work.itemsize * moved + 24 * work.num_tokens * work.num_experts, 2 * num_used)
+    return rates.seconds(by_expert) + S_PER_OP * (5 * num_used + 10) < rates.seconds(dense)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loraweave.composer.kernels._cost import TokenWorkload, sorting_pays
 from loraweave.composer.kernels.dense import Stack
 from loraweave.composer.kernels.sorted_tokens import SortedTokens
 from loraweave.composer.layers import TargetLayer
@@ -19,11 +20,6 @@ from loraweave.errors import ScopeError, WeightingError
 from loraweave.routers.by_row import ByRow
 from loraweave.routers.mixture import MixtureWeights
 from loraweave.types import Router
-
-# with fewer rank rows, looking for the experts that no token chose costs more than they do
-SPARSE_RANKS = 256
-# tokens sorted by expert pay where no more than this share of (token, rank row) pairs is chosen
-SPARSE_SHARE = 0.125
 
 
 @dataclass(eq=False)
@@ -112,7 +108,7 @@ class TokenWeights:
         if not found.experts:
             return LayerMixture(None, affine, w_BTE)
         w_BTP = w_BTE if found.place_P is None else w_BTE[..., found.place_P]
-        if _sparse(found.num_ranks, w_BTP):
+        if _sorts(found, layer, w_BTP, x_BTI):
             return LayerMixture(SortedTokens(_parts(found, layer.name, lease), w_BTP, dtype), affine, w_BTE)
         return LayerMixture(self._side_by_side(found, layer.name, lease).weighted(w_BTP), affine, w_BTE)
 
@@ -180,11 +176,17 @@ def _parts(found: _LayerStack, layer: str, lease: Lease) -> list[PlacedFactors]:
     return [part for part in parts if part is not None]
 
 
-def _sparse(num_ranks: int, w_BTP: Tensor) -> bool:
+def _sorts(found: _LayerStack, layer: TargetLayer, w_BTP: Tensor, x_BTI: Tensor) -> bool:
     """Whether sorting the tokens by expert pays; on a CPU only, since it has to look at the weights."""
-    if num_ranks <= SPARSE_RANKS or w_BTP.requires_grad or w_BTP.device.type != "cpu":
+    if w_BTP.requires_grad or w_BTP.device.type != "cpu":
         return False
-    return int(torch.count_nonzero(w_BTP)) <= SPARSE_SHARE * w_BTP.numel()
+    num_tokens = x_BTI.shape[0] * x_BTI.shape[1]
+    sizes = (len(found.experts), found.num_ranks, layer.num_inputs, layer.num_outputs, found.dtype.itemsize)
+    # not worth a look where not even one expert a token would make it worth it
+    if not sorting_pays(TokenWorkload(num_tokens, num_tokens, *sizes)):
+        return False
+    chosen = int(torch.count_nonzero(w_BTP)) * num_tokens // (w_BTP.shape[0] * w_BTP.shape[1])
+    return sorting_pays(TokenWorkload(num_tokens, chosen, *sizes))
 
 
 def _require_fit(w_BTE: Tensor, x_BTI: Tensor, layer: str) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from loraweave.composer.kernels._cost import Choice, Workload, choose
+import pytest
+
+from loraweave.composer.kernels._cost import Choice, TokenWorkload, Workload, choose, sorting_pays
 
 # eight rows of 128 tokens, each with one adapter of rank 8 of its own
 OWN = Workload(
@@ -56,3 +58,27 @@ def test_triton_takes_rows_of_different_ranks_by_token_and_by_segment_where_it_r
     assert not choose(replace(wide, triton=False)).path.startswith("triton")
     # two calls of a library are less than two launches where that is all there is to do
     assert choose(replace(on_gpu, num_mixtures=2, largest=8, total=16, num_segments=2)).path == "gathered"
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "per_token", "num_experts", "pays"),
+    [
+        # measured on one core in fp32: times of all experts for all tokens over those of tokens sorted by expert
+        (1024, 1, 16, True),  # 4.4
+        (1024, 2, 64, True),  # 7.1
+        (1024, 4, 256, True),  # 11.1
+        (8, 1, 128, True),  # 3.7
+        (8, 4, 32, False),  # 0.47
+        (8, 2, 16, False),  # 0.55
+        (64, 4, 16, False),  # 0.84
+    ],
+)
+def test_tokens_are_sorted_by_expert_where_that_was_measured_to_pay(
+    num_tokens: int, per_token: int, num_experts: int, pays: bool
+) -> None:
+    work = TokenWorkload(num_tokens, num_tokens * per_token, num_experts, num_experts * 8, 576, 1536, itemsize=4)
+    assert sorting_pays(work) == pays
+
+
+def test_tokens_that_use_every_expert_are_not_sorted() -> None:
+    assert not sorting_pays(TokenWorkload(1024, 1024 * 20, 20, 160, 576, 1536, itemsize=4))
