@@ -50,7 +50,8 @@ class SortedTokens:
                 hidden_NR = linear(x_NI[token_N], part.a_RI.to(self.dtype))
                 exact = torch.promote_types(hidden_NR.dtype, torch.float32)
                 mixed_NR = (hidden_NR.to(exact) * w_NP[token_N, index, None]).to(self.dtype)
-                sum_NO = sum_NO.index_add_(0, token_N, mixed_NR @ part.b_RO.to(self.dtype))
+                # the product is in half precision below autocast
+                sum_NO = sum_NO.index_add_(0, token_N, (mixed_NR @ part.b_RO.to(self.dtype)).to(sum_NO.dtype))
         return sum_NO
 
 

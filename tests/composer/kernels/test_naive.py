@@ -73,6 +73,19 @@ def test_the_result_has_the_dtype_of_the_input(name: str) -> None:
         assert torch.equal(y_BTO, torch.full((2, 3, 5), -4.0, dtype=dtype))
 
 
+@pytest.mark.parametrize("tokens", [1, 3], ids=["by row", "by token"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_sums_are_the_same_in_half_precision_below_autocast(name: str, tokens: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 3, 4), (20, 4), (5, 20), (2, tokens, 20))
+    x, a, b, w = (torch.randn(*shape, generator=generator) for shape in shapes)
+    w *= torch.rand(w.shape, generator=generator) < 0.3
+    with torch.autocast("cpu", torch.bfloat16):
+        found = registry.get("kernels", name)(x, a, b, w)
+    expected = token_by_token(x, a, b, w)
+    assert float((found - expected).abs().max()) <= 0.02 * float(expected.abs().max())
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_weights_are_applied_in_fp32(name: str) -> None:
     # 1 + 2^-8 is no bf16 number: rounding it first would lose it. With it, 96 becomes 96.5, and the product 9264 rounds up.
