@@ -81,10 +81,6 @@ class RowWeights:
     def skips(self, layer: str) -> bool:
         return not any(self._common) if self._common is not None else layer not in self._used
 
-    def weights(self, layer: str) -> Tensor:
-        """w_BTE of a layer, for the active experts."""
-        return self._mixture.for_layer(layer)
-
     def mixture(
         self, layer: TargetLayer, x_BTI: Tensor, device: torch.device, dtype: torch.dtype, lease: Lease
     ) -> LayerMixture:
