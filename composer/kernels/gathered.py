@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,27 +30,25 @@ class Gathered:
         cls, parts: Sequence[Part], rows: RowSets, dtype: torch.dtype, empty: Callable[[int], Tensor] | None = None
     ) -> Gathered:
         """Of rows that each have at least one part. `empty` gives flat tensors of `dtype` to fill."""
-        ranks = [part.a_RI.shape[0] for part in parts]
-        largest = max(sum(ranks[p] for p, _ in row) for row in rows)
-        zeros_RI, zeros_RO = (tensor.new_zeros(largest, tensor.shape[1]) for tensor in (parts[0].a_RI, parts[0].b_RO))
-        a_pieces: list[Tensor] = []
-        b_pieces: list[Tensor] = []
-        weights: list[float] = []
-        for row in rows:
-            used = 0
-            for p, weight in row:
-                a_pieces.append(parts[p].a_RI)
-                b_pieces.append(parts[p].b_RO)
-                weights.extend([weight] * ranks[p])
-                used += ranks[p]
-            if used < largest:
-                a_pieces.append(zeros_RI[used:])
-                b_pieces.append(zeros_RO[used:])
-                weights.extend([0.0] * (largest - used))
-        a_BRI = _joined(a_pieces, len(weights), empty).to(dtype).view(len(rows), largest, -1)
-        b_SO = _joined(b_pieces, len(weights), empty)
-        if any(weight not in (0.0, 1.0) for weight in weights):
-            w_S1 = torch.tensor(weights, dtype=torch.promote_types(dtype, torch.float32), device=b_SO.device)[:, None]
+        filling = _filling(rows, tuple(part.a_RI.shape[0] for part in parts))
+        largest = filling.largest
+        a_pieces = [part.a_RI for part in parts]
+        b_pieces = [part.b_RO for part in parts]
+        if filling.padded:
+            a_pieces.append(a_pieces[0].new_zeros(largest, a_pieces[0].shape[1]))
+            b_pieces.append(b_pieces[0].new_zeros(largest, b_pieces[0].shape[1]))
+            a_pieces = [a_pieces[p] if size is None else a_pieces[p][:size] for p, size in filling.pieces]
+            b_pieces = [b_pieces[p] if size is None else b_pieces[p][:size] for p, size in filling.pieces]
+        else:
+            a_pieces = [a_pieces[p] for p, _ in filling.pieces]
+            b_pieces = [b_pieces[p] for p, _ in filling.pieces]
+        num_rows = len(rows) * largest
+        a_BRI = _joined(a_pieces, num_rows, empty).to(dtype).view(len(rows), largest, -1)
+        b_SO = _joined(b_pieces, num_rows, empty)
+        if filling.weights is not None:
+            w_S1 = torch.tensor(filling.weights, dtype=torch.promote_types(dtype, torch.float32), device=b_SO.device)[
+                :, None
+            ]
             # a product of a half and a single is rounded once
             b_SO = b_SO * w_S1 if empty is None else b_SO.mul_(w_S1)
         return cls(a_BRI, b_SO.to(dtype).view(len(rows), largest, -1))
@@ -80,6 +80,36 @@ class Gathered:
             # the same numbers; a product with one column reads the factors a fifth faster than one with one row
             return torch.bmm(self.a_BRI, x_BTI.mT).mT
         return torch.bmm(x_BTI, self.a_BRI.mT)
+
+
+class _Filling(NamedTuple):
+    """What B rows are gathered from, in order: parts, each whole or, of the zeros after the last part, so many rows.
+
+    `weights` are those of the rank rows; None where all are one.
+    """
+
+    largest: int
+    pieces: list[tuple[int, int | None]]
+    padded: bool
+    weights: list[float] | None
+
+
+@lru_cache(maxsize=64)
+def _filling(rows: RowSets, ranks: tuple[int, ...]) -> _Filling:
+    """The same for all layers in which the experts have the same ranks."""
+    largest = max(sum(ranks[p] for p, _ in row) for row in rows)
+    pieces: list[tuple[int, int | None]] = []
+    weights: list[float] = []
+    for row in rows:
+        for p, weight in row:
+            pieces.append((p, None))
+            weights.extend([weight] * ranks[p])
+        missing = largest - sum(ranks[p] for p, _ in row)
+        if missing:
+            pieces.append((len(ranks), missing))
+            weights.extend([0.0] * missing)
+    padded = any(size is not None for _, size in pieces)
+    return _Filling(largest, pieces, padded, None if all(w in (0.0, 1.0) for w in weights) else weights)
 
 
 def _joined(pieces: list[Tensor], num_rows: int, empty: Callable[[int], Tensor] | None) -> Tensor:

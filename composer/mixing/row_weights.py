@@ -59,6 +59,8 @@ class RowWeights:
             layer for index, layer in enumerate(mixture.layers) if bool((mixture.values_BTLE[:, :, index] != 0).any())
         }
         self._layers: dict[str, _LayerRows] = {}
+        # of the layers in which the experts have these ranks, 0 where one has none
+        self._ranked: dict[tuple[int, ...], RankedRows] = {}
 
     @property
     def num_mixtures(self) -> int:
@@ -96,23 +98,20 @@ class RowWeights:
             if found is None or found.device != device or found.dtype != dtype:
                 found = self._layers[layer.name] = self._made(layer.name, device, dtype, lease)
             kernel = None
-            if found.touched:
+            if found.ranked.touched:
                 kernel = self._kernel(found, layer, num_rows // self._num_mixtures * num_tokens, lease)
         return LayerMixture(kernel, found.affine)
 
     def _made(self, layer: str, device: torch.device, dtype: torch.dtype, lease: Lease) -> _LayerRows:
-        w_BTE = self._mixture.for_layer(layer)
-        rows = self._common if self._common is not None else _rows(w_BTE)
         placed = [lease.part(name, layer, device, dtype) for name in self._mixture.experts]
-        ranks = {index: part.a_RI.shape[0] for index, part in enumerate(placed) if part is not None and part.a_RI.shape[0]}
-        if len(ranks) < len(placed):
-            place = {index: number for number, index in enumerate(ranks)}
-            rows = tuple(tuple((place[index], w) for index, w in row if index in place) for row in rows)
+        ranks = tuple(0 if part is None else part.a_RI.shape[0] for part in placed)
+        if self._common is None:
+            ranked = RankedRows.of(_rows(self._mixture.for_layer(layer)), ranks)
+        else:
+            ranked = self._ranked.get(ranks) or self._ranked.setdefault(ranks, RankedRows.of(self._common, ranks))
         table = AffineTable.of(placed)
-        experts = tuple(self._mixture.experts[index] for index in ranks)
-        return _LayerRows(
-            device, dtype, experts, list(ranks.values()), rows, None if table is None else table.weighted(w_BTE.to(device))
-        )
+        affine = None if table is None else table.weighted(self._mixture.for_layer(layer).to(device))
+        return _LayerRows(device, dtype, ranked, affine)
 
     def _kernel(self, found: _LayerRows, layer: TargetLayer, tokens: int, lease: Lease) -> Kernel:
         """The kernel for so many tokens a row; those of one choice share it."""
@@ -120,12 +119,13 @@ class RowWeights:
         dtype = torch.promote_types(found.dtype, torch.float32) if choice.exact else found.dtype
         key = choice.path, dtype
         if key not in found.kernels:
-            parts = [lease.part(name, layer.name, found.device, found.dtype) for name in found.experts]
+            names = [self._mixture.experts[place] for place in found.ranked.places]
+            parts = [lease.part(name, layer.name, found.device, found.dtype) for name in names]
             found.kernels[key] = self._make(choice.path, found, [part for part in parts if part is not None], dtype)
         return found.kernels[key]
 
     def _make(self, path: str, found: _LayerRows, parts: list[PlacedFactors], dtype: torch.dtype) -> Kernel:
-        rows = found.rows
+        rows = found.ranked.rows
         kernel: Kernel
         if path == "shared":
             kernel = Shared.of(parts, rows[0], dtype)
@@ -141,7 +141,7 @@ class RowWeights:
             kernel = TritonSegments.of(parts, rows, dtype)
         else:
             kernel = Stack.of(parts, dtype).weighted(_stacked_weights(rows, len(parts), dtype, found.device))
-        touched = found.touched
+        touched = found.ranked.touched
         if len(touched) == self._num_mixtures:
             return kernel
         if touched[-1] - touched[0] + 1 == len(touched):
@@ -160,44 +160,71 @@ def _rows(w_BTE: Tensor) -> RowSets:
     return rows
 
 
-class _LayerRows:
-    """One layer's experts, the sets of those rows that use any of them, and the kernels that were made of these."""
+@dataclass(frozen=True, eq=False)
+class RankedRows:
+    """Rows of mixtures in layers where the experts have certain ranks.
 
-    def __init__(
-        self,
-        device: torch.device,
-        dtype: torch.dtype,
-        experts: tuple[str, ...],
-        ranks: list[int],
-        rows: RowSets,
-        affine: Affine | None,
-    ) -> None:
+    `places` are the experts that have any, `touched` the numbers of the rows that use one of those, and `rows` their sets,
+    by place among `places`. The sums of ranks are those of a `Workload`.
+    """
+
+    places: tuple[int, ...]
+    touched: tuple[int, ...]
+    rows: RowSets
+    largest: int
+    total: int
+    num_segments: int
+    distinct: int
+    stacked: int
+
+    @classmethod
+    def of(cls, rows: RowSets, ranks: tuple[int, ...]) -> RankedRows:
+        """Of the sets of all rows, for experts of these ranks; 0 for one that has no factors."""
+        places = tuple(place for place, rank in enumerate(ranks) if rank)
+        if len(places) < len(ranks):
+            number = {place: number for number, place in enumerate(places)}
+            rows = tuple(tuple((number[place], w) for place, w in row if place in number) for row in rows)
+        own = [ranks[place] for place in places]
+        touched = tuple(number for number, row in enumerate(rows) if row)
+        rows = tuple(rows[number] for number in touched)
+        sums = [sum(own[p] for p, _ in row) for row in rows]
+        distinct = set(rows)
+        return cls(
+            places,
+            touched,
+            rows,
+            largest=max(sums, default=0),
+            total=sum(sums),
+            num_segments=len(distinct),
+            distinct=sum(sum(own[p] for p, _ in row) for row in distinct),
+            stacked=sum(own[p] for p in {p for row in distinct for p, _ in row}),
+        )
+
+
+class _LayerRows:
+    """One layer's rows, and the kernels that were made of them."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, ranked: RankedRows, affine: Affine | None) -> None:
         self.device = device
         self.dtype = dtype
-        self.experts = experts
+        self.ranked = ranked
         self.affine = affine
-        self.touched = [number for number, row in enumerate(rows) if row]
-        self.rows = tuple(rows[number] for number in self.touched)
         self.kernels: dict[tuple[str, torch.dtype], Kernel] = {}
-        self._sums = [sum(ranks[p] for p, _ in row) for row in self.rows]
-        distinct = set(self.rows)
-        self._num_segments = len(distinct)
-        self._distinct = sum(sum(ranks[p] for p, _ in row) for row in distinct)
-        self._stacked = sum(ranks[p] for p in {p for row in distinct for p, _ in row})
 
     @property
     def num_bytes(self) -> int:
         return sum(kernel.num_bytes for kernel in list(self.kernels.values()))
 
     def workload(self, num_inputs: int, num_outputs: int, tokens: int) -> Workload:
+        ranked = self.ranked
         return Workload(
-            num_mixtures=len(self.touched),
+            num_mixtures=len(ranked.touched),
             tokens=tokens,
-            largest=max(self._sums),
-            total=sum(self._sums),
-            num_segments=self._num_segments,
-            distinct=self._distinct,
-            stacked=self._stacked,
+            largest=ranked.largest,
+            total=ranked.total,
+            num_segments=ranked.num_segments,
+            distinct=ranked.distinct,
+            stacked=ranked.stacked,
             num_inputs=num_inputs,
             num_outputs=num_outputs,
             itemsize=self.dtype.itemsize,
