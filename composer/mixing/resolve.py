@@ -74,6 +74,8 @@ def _row(number: int, row: Any, pool: ExpertPool) -> Router | None:
 def _aligned(mixture: MixtureWeights, pool: ExpertPool) -> MixtureWeights:
     if len(set(mixture.experts)) != len(mixture.experts):
         raise WeightingError(f"the mixture names an expert twice: {', '.join(map(repr, mixture.experts))}")
+    if len(set(mixture.layers)) != len(mixture.layers):
+        raise WeightingError(f"the mixture names a layer twice: {', '.join(map(repr, mixture.layers))}")
     for name in mixture.experts:
         if name not in pool.adapters:
             raise unknown_expert(name, pool.names)

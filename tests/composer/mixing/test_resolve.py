@@ -100,3 +100,13 @@ def test_a_row_that_is_no_row_is_named(tiny_llama: nn.Module, make_adapters: Cal
     with pytest.raises(WeightingError, match="3"):
         engine.activate([None, 3])
     assert not engine.active
+
+
+@pytest.mark.parametrize("learning", [False, True])
+def test_a_layer_that_is_named_twice_is_refused(
+    learning: bool, tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]
+) -> None:
+    engine = Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
+    values = torch.tensor([[[[1.0], [2.0]]]], requires_grad=learning)
+    with pytest.raises(WeightingError, match=f"names a layer twice: '{LAYERS[0]}', '{LAYERS[0]}'"):
+        engine.activate(MixtureWeights(values, ("a",), (LAYERS[0], LAYERS[0])))
