@@ -16,7 +16,7 @@ from loraweave.composer.composer import Composer
 from loraweave.composer.kernels._cost import Choice, choose
 from loraweave.composer.kernels.triton_gathered import TritonGathered
 from loraweave.composer.kernels.triton_segments import TritonSegments
-from loraweave.composer.mixing.row_weights import _LayerRows
+from loraweave.composer.mixing.row_weights import RankedRows, _LayerRows
 from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors
 
@@ -81,12 +81,10 @@ def test_a_layer_on_a_gpu_is_offered_them_where_triton_is_installed(
 ) -> None:
     monkeypatch.setattr("loraweave.composer.kernels._rank_tables._is_installed", lambda: installed)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    names = tuple(map(str, range(32)))
-    rows = tuple(((number, 1.0),) for number in range(32))
-    ranks = [64] + 31 * [8]
+    ranked = RankedRows.of(tuple(((number, 1.0),) for number in range(32)), (64, *31 * [8]))
     chosen = []
     for device, dtype in (("cuda", torch.bfloat16), ("cuda", torch.float64), ("cpu", torch.bfloat16)):
-        layer = _LayerRows(torch.device(device), dtype, names, ranks, rows, None)
+        layer = _LayerRows(torch.device(device), dtype, ranked, None)
         chosen.append([choose(layer.workload(4096, 4096, tokens)).path for tokens in (1, 128)])
     assert chosen[0] == ["triton_gathered", "triton_segments"] if installed else "triton" not in "".join(chosen[0])
     assert not any(path.startswith("triton") for path in chosen[1] + chosen[2])
