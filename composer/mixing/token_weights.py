@@ -178,7 +178,7 @@ def _parts(found: _LayerStack, layer: str, lease: Lease) -> list[PlacedFactors]:
 
 def _sorts(found: _LayerStack, layer: TargetLayer, w_BTP: Tensor, x_BTI: Tensor) -> bool:
     """Whether sorting the tokens by expert pays; on a CPU only, since it has to look at the weights."""
-    if w_BTP.requires_grad or w_BTP.device.type != "cpu":
+    if w_BTP.requires_grad or w_BTP.device.type != "cpu" or not w_BTP.numel():
         return False
     num_tokens = x_BTI.shape[0] * x_BTI.shape[1]
     sizes = (len(found.experts), found.num_ranks, layer.num_inputs, layer.num_outputs, found.dtype.itemsize)

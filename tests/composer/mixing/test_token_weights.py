@@ -38,6 +38,14 @@ def test_weights_of_other_rows_or_tokens_are_named(shape: tuple[int, ...], named
         engine.model(torch.ones(2, 5, 4))
 
 
+@pytest.mark.parametrize("shape", [(0, 5, 4), (2, 0, 4)], ids=["rows", "tokens"])
+def test_a_batch_without_rows_or_tokens_is_mixed_by_a_router_of_many_experts(shape: tuple[int, ...]) -> None:
+    adapters = [Adapter(name, "tiny", {"0": Factors(torch.ones(9, 4), torch.ones(3, 9))}) for name in "abcdef"]
+    engine = Composer(nn.Sequential(nn.Linear(4, 3)).bfloat16(), adapters)
+    with engine.activate(Constant(*shape[:2], 6)), torch.no_grad():
+        assert engine.model(torch.ones(shape).bfloat16()).shape == (*shape[:2], 3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64, torch.bool], ids=str)
 def test_weights_of_any_dtype_count_as_numbers(dtype: torch.dtype, engine: Composer) -> None:
     x_BTI = torch.randn(2, 5, 4)
