@@ -181,9 +181,11 @@ def alarms() -> Any:
     def ring(*_: Any) -> None:
         raise _Alarm
 
-    before = signal.signal(signal.SIGALRM, ring)
+    before, grad_enabled = signal.signal(signal.SIGALRM, ring), torch.is_grad_enabled()
     yield
     signal.signal(signal.SIGALRM, before)
+    # one that strikes while torch leaves a no_grad block keeps the thread in it
+    torch.set_grad_enabled(grad_enabled)
 
 
 @pytest.mark.usefixtures("unharmed")
