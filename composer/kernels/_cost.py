@@ -1,6 +1,6 @@
 """Which fast path a mixture takes: each one's arithmetic, bytes and calls, priced with measured rates.
 
-The rates were fitted to timings of all paths over many shapes (`benchmarks/kernels.py`); only their ratios matter.
+The rates were fitted to timings of all paths over many shapes (`benchmarks/paths.py`); only their ratios matter.
 Those of "cuda" are data-sheet values.
 """
 

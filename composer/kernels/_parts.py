@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,6 +11,8 @@ from torch import Tensor
 
 # of each row of a batch: which parts count for it, and how much; parts of weight 0 are left out
 RowSets = tuple[tuple[tuple[int, float], ...], ...]
+
+Adder = Callable[[Tensor, Tensor], object]
 
 
 class Part(Protocol):
@@ -41,6 +43,26 @@ class Kernel(Protocol):
     def add_(self, x_BTI: Tensor, y_BTO: Tensor) -> None:
         """The same, added into y's own memory; for contiguous tensors that take part in no gradient."""
         ...
+
+    def adder(self, dtype: torch.dtype, shape: torch.Size) -> Adder:
+        """`add_` for many calls with x of one shape, x and y in `dtype`, which may be shorter than the kernel's.
+
+        The fewer calls are made on the way the better: a step of generation goes through hundreds of layers.
+        """
+        ...
+
+
+class AddsInPlace:
+    """What a kernel's `adder` is unless it knows a shorter way."""
+
+    def adder(self: Kernel, dtype: torch.dtype, shape: torch.Size) -> Adder:
+        if self.dtype is dtype:
+            return self.add_
+
+        def add(x_BTI: Tensor, y_BTO: Tensor) -> None:
+            y_BTO.add_(self.update(x_BTI.to(self.dtype)))
+
+        return add
 
 
 @dataclass(frozen=True, eq=False)

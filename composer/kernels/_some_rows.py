@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraweave.composer.kernels._parts import Kernel
+from loraweave.composer.kernels._parts import AddsInPlace, Kernel
 
 
 @dataclass(frozen=True, eq=False)
-class SomeRows:
+class SomeRows(AddsInPlace):
     """`kernel` for the mixtures at `place` among `num_rows`: a slice where they lie on end, else an index."""
 
     kernel: Kernel

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from loraweave.composer.kernels._parts import Part, rank_rows, stacked_a
+from loraweave.composer.kernels._parts import AddsInPlace, Part, rank_rows, stacked_a
 from loraweave.composer.kernels.naive import mixed
 
 
@@ -40,7 +40,7 @@ class Stack:
 
 
 @dataclass(frozen=True, eq=False)
-class Dense:
+class Dense(AddsInPlace):
     """A stack of factors and the weight of each rank row, in fp32 or better."""
 
     stack: Stack

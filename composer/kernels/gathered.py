@@ -14,12 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loraweave.composer.kernels._parts import Part, RowSets, rank_rows, row_sets
+from loraweave.composer.kernels._parts import Adder, AddsInPlace, Part, RowSets, rank_rows, row_sets
 from loraweave.composer.kernels.naive import naive
 
 
 @dataclass(frozen=True, eq=False)
-class Gathered:
+class Gathered(AddsInPlace):
     """The factors of B mixtures, each filled up with zeros to the R rank rows of the largest; weights are in b."""
 
     a_BRI: Tensor
@@ -74,6 +74,19 @@ class Gathered:
             x_BTI = x_BTI.reshape(num_mixtures, -1, self.a_BRI.shape[2])
             y_BTO = y_BTO.view(num_mixtures, -1, self.b_BRO.shape[2])
         y_BTO.baddbmm_(self._hidden(x_BTI), self.b_BRO)
+
+    def adder(self, dtype: torch.dtype, shape: torch.Size) -> Adder:
+        a_BRI, b_BRO, wide = self.a_BRI, self.b_BRO, self.dtype
+        if shape[:2] != (a_BRI.shape[0], 1):
+            return super().adder(dtype, shape)
+
+        def add(x_B1I: Tensor, y_B1O: Tensor) -> None:
+            y_B1O.baddbmm_(torch.bmm(a_BRI, x_B1I.mT).mT, b_BRO)
+
+        def add_wide(x_B1I: Tensor, y_B1O: Tensor) -> None:
+            y_B1O.add_(torch.bmm(torch.bmm(a_BRI, x_B1I.to(wide).mT).mT, b_BRO))
+
+        return add if wide is dtype else add_wide
 
     def _hidden(self, x_BTI: Tensor) -> Tensor:
         if x_BTI.shape[1] == 1:

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from loraweave.composer.kernels._own_precision import own_precision
-from loraweave.composer.kernels._parts import Part, rank_rows, row_sets, stacked_a, weighted_b
+from loraweave.composer.kernels._parts import AddsInPlace, Part, rank_rows, row_sets, stacked_a, weighted_b
 from loraweave.composer.kernels.naive import naive
 
 
 @dataclass(frozen=True, eq=False)
-class Merged:
+class Merged(AddsInPlace):
     """The sum of w_e b_e a_e, multiplied in fp32 or better and rounded once."""
 
     delta_OI: Tensor

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraweave.composer.kernels._parts import Part, RowSets, rank_rows, row_sets
+from loraweave.composer.kernels._parts import AddsInPlace, Part, RowSets, rank_rows, row_sets
 from loraweave.composer.kernels.naive import naive
 from loraweave.composer.kernels.shared import Shared
 
 
 @dataclass(frozen=True, eq=False)
-class Segments:
+class Segments(AddsInPlace):
     """The distinct mixtures of B rows, and which rows each is for: a slice where they lie on end, else an index."""
 
     num_rows: int

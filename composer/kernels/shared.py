@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from loraweave.composer.kernels._parts import Part, rank_rows, row_sets, stacked_a, weighted_b
+from loraweave.composer.kernels._parts import AddsInPlace, Part, rank_rows, row_sets, stacked_a, weighted_b
 from loraweave.composer.kernels.naive import naive
 
 
 @dataclass(frozen=True, eq=False)
-class Shared:
+class Shared(AddsInPlace):
     """The factors of one mixture, its weights in b."""
 
     a_RI: Tensor

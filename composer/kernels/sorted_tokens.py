@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from loraweave.composer.kernels._parts import Part, rank_rows
+from loraweave.composer.kernels._parts import AddsInPlace, Part, rank_rows
 
 
 @dataclass(frozen=True, eq=False)
-class SortedTokens:
+class SortedTokens(AddsInPlace):
     """Single experts' factors and their weights w_BTP for each token, in fp32 or better."""
 
     parts: Sequence[Part]

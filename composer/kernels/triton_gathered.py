@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraweave.composer.kernels._parts import Part, RowSets, rank_rows, row_sets
+from loraweave.composer.kernels._parts import AddsInPlace, Part, RowSets, rank_rows, row_sets
 from loraweave.composer.kernels._rank_tables import RankTables, triton_runs
 from loraweave.composer.kernels.naive import naive
 
 
 @dataclass(frozen=True, eq=False)
-class TritonGathered:
+class TritonGathered(AddsInPlace):
     """A mixture for each of B rows. Rows without a part get zeros."""
 
     tables: RankTables

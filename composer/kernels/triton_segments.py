@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraweave.composer.kernels._parts import Part, RowSets, rank_rows, row_sets
+from loraweave.composer.kernels._parts import AddsInPlace, Part, RowSets, rank_rows, row_sets
 from loraweave.composer.kernels._rank_tables import RankTables, triton_runs
 from loraweave.composer.kernels.naive import naive
 
 
 @dataclass(frozen=True, eq=False)
-class TritonSegments:
+class TritonSegments(AddsInPlace):
     """The distinct mixtures of B rows; the rows member_M[first_G[g] : first_G[g + 1]] have mixture g.
 
     Rows without a part are in no segment. `largest` is the most rows of one.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from loraweave.composer.introspection.recording import Note, Usage
-from loraweave.composer.kernels._parts import Kernel
+from loraweave.composer.kernels._parts import Adder, Kernel
 from loraweave.composer.kernels._some_rows import SomeRows
 from loraweave.composer.layer_kinds import conv, linear
 from loraweave.composer.layers import TargetLayer, is_floating
@@ -48,33 +48,12 @@ class _Weights(Protocol):
 
 
 class _Remembered(NamedTuple):
-    """A kernel that fits a layer's inputs of one shape, what they and the outputs have to be, and what to note of it."""
+    """How a layer's update is added for inputs of one shape, what they and the outputs have to be, and what to note."""
 
-    kernel: Kernel
+    add: Adder
     dtype: torch.dtype
     device: torch.device
     note: Note
-
-    def into(self, x: Tensor, y: Tensor) -> Tensor:
-        """y with the update added in its own memory."""
-        if self.kernel.dtype is self.dtype:
-            self.kernel.add_(x, y)
-        else:
-            y.add_(self.kernel.update(x.to(self.kernel.dtype)))
-        return y
-
-
-def _in_place(remembered: _Remembered, x: Tensor, y: Tensor) -> bool:
-    """Whether y may be written to, since nothing else refers to it and no gradient goes through it."""
-    _, dtype, device, _ = remembered
-    return (
-        x.dtype is dtype
-        and y.dtype is dtype
-        and x.device == device
-        and y.device == device
-        and not (torch.is_grad_enabled() and y.requires_grad)
-        and y.is_contiguous()
-    )
 
 
 class Plan:
@@ -137,10 +116,12 @@ class Plan:
         Raises ScopeError, naming the layer and both counts, where that does not come out even.
         """
         by_shape = self._remembered.get(layer.name)
-        remembered = None if by_shape is None else by_shape.get(x.shape)
-        if remembered is not None and layer.fresh and _in_place(remembered, x, y) and not is_beside():
-            usage.saw(layer.name, remembered.note)
-            return remembered.into(x, y)
+        if by_shape is not None and layer.fresh and (remembered := by_shape.get(x.shape)) is not None:
+            add, dtype, device, note = remembered
+            if _in_place(x, y, dtype, device) and not is_beside():
+                usage.saw(layer.name, note)
+                add(x, y)
+                return y
         if not self.experts or self._weights.skips(layer.name):
             usage.saw(layer.name, Note(y.shape))
             return y
@@ -161,9 +142,11 @@ class Plan:
         note = Note(y.shape, _kernel_class(kernel))
         self._tell(usage, layer.name, note, mixture.w_BTE)
         if kernel is not None and affine is None and x.ndim == 3 and layer.fresh and isinstance(self._weights, RowWeights):
-            remembered = self._remember(layer.name, x.shape, _Remembered(kernel, dtype, y.device, note))
-            if _in_place(remembered, x, y):
-                return remembered.into(x, y)
+            add = kernel.adder(dtype, x.shape)
+            self._remember(layer.name, x.shape, _Remembered(add, dtype, y.device, note))
+            if _in_place(x, y, dtype, y.device):
+                add(x, y)
+                return y
         if torch.is_grad_enabled() and x.requires_grad:
             self._weights.escaped()
         y_BTO = y.reshape(*x_BTI.shape[:2], layer.num_outputs)
@@ -178,12 +161,11 @@ class Plan:
             result_BTO = kernel.update(x_BTI.to(kernel.dtype)).to(y.dtype).add_(y_BTO)
         return result_BTO.reshape(y.shape)
 
-    def _remember(self, layer: str, shape: torch.Size, kernel: _Remembered) -> _Remembered:
+    def _remember(self, layer: str, shape: torch.Size, remembered: _Remembered) -> None:
         by_shape = self._remembered.setdefault(layer, {})
         if len(by_shape) >= NUM_KEPT_SHAPES:
             by_shape.clear()
-        by_shape[shape] = kernel
-        return kernel
+        by_shape[shape] = remembered
 
     def _projected(self, layer: TargetLayer, x: Tensor, y: Tensor, dtype: torch.dtype, lease: Lease, usage: Usage) -> Tensor:
         if self._by_place and layer.kind is not conv:
@@ -204,6 +186,11 @@ class Plan:
 
 def _kernel_class(kernel: Kernel | None) -> type | None:
     return type(kernel.kernel if isinstance(kernel, SomeRows) else kernel) if kernel is not None else None
+
+
+def _in_place(x: Tensor, y: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a layer's new output may be written to: no gradient goes through it. x is where y is, or it had failed."""
+    return x.dtype is dtype and y.dtype is dtype and y.device == device and not y.requires_grad and y.is_contiguous()
 
 
 def _leading(x: Tensor) -> tuple[int, int]:

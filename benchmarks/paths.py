@@ -1,7 +1,7 @@
 """How long each path of a live mixture takes for one layer, the rates that explain it, and what the choice costs.
 
-    python benchmarks/kernels.py                           float32: every path over a grid of shapes
-    python benchmarks/kernels.py --dtype bfloat16
+    python benchmarks/paths.py                           float32: every path over a grid of shapes
+    python benchmarks/paths.py --dtype bfloat16
 
 Each path meets factors that are not in a cache, as in a model whose other layers run in between. The fit minimises the
 relative error of seconds = flops * a + bytes * b + calls * c + items * d: these are the rates to write into
