@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -201,7 +202,8 @@ class Composer:
         """
         self._require_idle("fuse")
         self._fitting.require_unchanged()
-        updates = self._updates(mixture, method, seed, statistics, options)
+        make = partial(mixture_updates, self._pool, self._bound, self._fitting)
+        updates = make(mixture, method, seed, statistics, options)
         modules = [self.model, *(layer.module for layer in self.target_layers.values())]
         mine = False
         try:
@@ -210,7 +212,7 @@ class Composer:
                 mine = self._fused = True
             claim(self._live, modules)
             with fuse.fused(self.model, updates, originals) as fusion:
-                yield FusedMixture(self._updates, fusion)
+                yield FusedMixture(make, fusion)
         finally:
             if mine:
                 self._fused = False
@@ -364,16 +366,6 @@ class Composer:
         """What the residents ask for an expert and for the layers' places: not this object, which would make a cycle."""
         model, fitting, adapters = self.model, self._fitting, self._bound.adapters
         return adapters.__getitem__, lambda: placement(model, fitting.layers)
-
-    def _updates(
-        self,
-        mixture: Any,
-        method: str,
-        seed: int,
-        statistics: Mapping[str, Statistics] | None,
-        options: Mapping[str, Any],
-    ) -> Iterator[fuse.Update]:
-        return mixture_updates(self._pool, self._bound, self._fitting, mixture, method, seed, statistics, options)
 
     def _require_open(self) -> None:
         if self._closed:

@@ -85,6 +85,35 @@ def row_sets(w_BTP: Tensor) -> RowSets | None:
     return tuple(tuple((p, w) for p, w in enumerate(row) if w != 0) for row in w_BTP[:, 0].tolist())
 
 
+def rows_by_mixture(rows: RowSets) -> dict[tuple[tuple[int, float], ...], list[int]]:
+    """The distinct mixtures of rows, in their order, and the numbers of each one's rows; rows without parts are left out."""
+    found: dict[tuple[tuple[int, float], ...], list[int]] = {}
+    for number, row in enumerate(rows):
+        if row:
+            found.setdefault(row, []).append(number)
+    return found
+
+
+def place_of(numbers: Sequence[int], device: torch.device) -> slice | Tensor:
+    """Rows as a slice where they lie on end, else as an index."""
+    if numbers[-1] - numbers[0] + 1 == len(numbers):
+        return slice(numbers[0], numbers[-1] + 1)
+    return torch.tensor(numbers, device=device)
+
+
+def by_mixture(x_BTI: Tensor, num_mixtures: int) -> Tensor:
+    """x with the rows that a mixture counts for on end as one row of the tokens of all."""
+    # not -1, which is ambiguous for an input without tokens
+    return x_BTI.reshape(num_mixtures, x_BTI.shape[0] * x_BTI.shape[1] // num_mixtures, x_BTI.shape[2])
+
+
+def repeated(w_BTE: Tensor, num_rows: int) -> Tensor:
+    """Weights with each row k times on end for k times as many rows; a size of 1 stays, and broadcasts."""
+    if w_BTE.shape[0] in (1, num_rows):
+        return w_BTE
+    return w_BTE.repeat_interleave(num_rows // w_BTE.shape[0], dim=0)
+
+
 def stacked_a(parts: Sequence[Part], dtype: torch.dtype) -> Tensor:
     """a_SI of the parts, one below the other."""
     return torch.cat([part.a_RI for part in parts]).to(dtype)

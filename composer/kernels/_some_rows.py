@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraweave.composer.kernels._parts import AddsInPlace, Kernel
+from loraweave.composer.kernels._parts import AddsInPlace, Kernel, by_mixture
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,19 +27,16 @@ class SomeRows(AddsInPlace):
         return self.kernel.num_bytes
 
     def update(self, x_BTI: Tensor) -> Tensor:
-        found_MNO = self.kernel.update(self._by_mixture(x_BTI)[self.place])
+        found_MNO = self.kernel.update(by_mixture(x_BTI, self.num_rows)[self.place])
         update_MNO = found_MNO.new_zeros(self.num_rows, *found_MNO.shape[1:])
         update_MNO[self.place] = found_MNO
         return update_MNO.view(*x_BTI.shape[:2], found_MNO.shape[2])
 
     def add_(self, x_BTI: Tensor, y_BTO: Tensor) -> None:
-        x_MNI, y_MNO = self._by_mixture(x_BTI), self._by_mixture(y_BTO)
+        x_MNI = by_mixture(x_BTI, self.num_rows)
+        y_MNO = y_BTO.view(*x_MNI.shape[:2], y_BTO.shape[2])
         if isinstance(self.place, slice):
             self.kernel.add_(x_MNI[self.place], y_MNO[self.place])
         else:
             update_MNO = self.kernel.update(x_MNI[self.place])
             y_MNO.index_add_(0, self.place, update_MNO.to(y_BTO.dtype))
-
-    def _by_mixture(self, x_BTI: Tensor) -> Tensor:
-        tokens = x_BTI.shape[0] // self.num_rows * x_BTI.shape[1]
-        return x_BTI.reshape(self.num_rows, tokens, x_BTI.shape[2])

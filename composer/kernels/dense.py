@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from loraweave.composer.kernels._parts import AddsInPlace, Part, rank_rows, stacked_a
+from loraweave.composer.kernels._parts import AddsInPlace, Part, rank_rows, repeated, stacked_a
 from loraweave.composer.kernels.naive import mixed
 
 
@@ -67,10 +67,7 @@ class Dense(AddsInPlace):
         y_BTO.view(-1, b_SO.shape[1]).addmm_(mixed_BTS.view(-1, b_SO.shape[0]), b_SO)
 
     def _mixed(self, hidden_BTS: Tensor) -> Tensor:
-        w_BTS = self.w_BTS
-        if w_BTS.shape[0] not in (1, hidden_BTS.shape[0]):
-            w_BTS = w_BTS.repeat_interleave(hidden_BTS.shape[0] // w_BTS.shape[0], dim=0)
-        return mixed(hidden_BTS, w_BTS)
+        return mixed(hidden_BTS, repeated(self.w_BTS, hidden_BTS.shape[0]))
 
 
 def dense(x_BTI: Tensor, a_SI: Tensor, b_OS: Tensor, w_BTS: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loraweave.composer.kernels._parts import Adder, AddsInPlace, Part, RowSets, rank_rows, row_sets
+from loraweave.composer.kernels._parts import Adder, AddsInPlace, Part, RowSets, by_mixture, rank_rows, row_sets
 from loraweave.composer.kernels.naive import naive
 
 
@@ -62,18 +62,12 @@ class Gathered(AddsInPlace):
         return self.a_BRI.nbytes + self.b_BRO.nbytes
 
     def update(self, x_BTI: Tensor) -> Tensor:
-        num_mixtures, _, num_inputs = self.a_BRI.shape
-        # not -1, which is ambiguous for an input without tokens
-        tokens = x_BTI.shape[0] * x_BTI.shape[1] // num_mixtures
-        hidden_BTR = self._hidden(x_BTI.reshape(num_mixtures, tokens, num_inputs))
+        hidden_BTR = self._hidden(by_mixture(x_BTI, self.a_BRI.shape[0]))
         return torch.bmm(hidden_BTR, self.b_BRO).view(*x_BTI.shape[:2], self.b_BRO.shape[2])
 
     def add_(self, x_BTI: Tensor, y_BTO: Tensor) -> None:
-        num_mixtures = self.a_BRI.shape[0]
-        if x_BTI.shape[0] != num_mixtures:
-            x_BTI = x_BTI.reshape(num_mixtures, -1, self.a_BRI.shape[2])
-            y_BTO = y_BTO.view(num_mixtures, -1, self.b_BRO.shape[2])
-        y_BTO.baddbmm_(self._hidden(x_BTI), self.b_BRO)
+        x_MNI = by_mixture(x_BTI, self.a_BRI.shape[0])
+        y_BTO.view(*x_MNI.shape[:2], self.b_BRO.shape[2]).baddbmm_(self._hidden(x_MNI), self.b_BRO)
 
     def adder(self, dtype: torch.dtype, shape: torch.Size) -> Adder:
         a_BRI, b_BRO, wide = self.a_BRI, self.b_BRO, self.dtype

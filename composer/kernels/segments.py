@@ -11,7 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraweave.composer.kernels._parts import AddsInPlace, Part, RowSets, rank_rows, row_sets
+from loraweave.composer.kernels._parts import (
+    AddsInPlace,
+    Part,
+    RowSets,
+    by_mixture,
+    place_of,
+    rank_rows,
+    row_sets,
+    rows_by_mixture,
+)
 from loraweave.composer.kernels.naive import naive
 from loraweave.composer.kernels.shared import Shared
 
@@ -27,12 +36,9 @@ class Segments(AddsInPlace):
     @classmethod
     def of(cls, parts: Sequence[Part], rows: RowSets, dtype: torch.dtype) -> Segments:
         """Rows without a part are in no segment."""
-        members: dict[tuple[tuple[int, float], ...], list[int]] = {}
-        for number, row in enumerate(rows):
-            if row:
-                members.setdefault(row, []).append(number)
         device = parts[0].a_RI.device
-        found = tuple((_place(numbers, device), Shared.of(parts, row, dtype)) for row, numbers in members.items())
+        members = rows_by_mixture(rows).items()
+        found = tuple((place_of(numbers, device), Shared.of(parts, row, dtype)) for row, numbers in members)
         return cls(len(rows), parts[0].b_RO.shape[1], found)
 
     @property
@@ -44,28 +50,20 @@ class Segments(AddsInPlace):
         return sum(mixture.num_bytes for _, mixture in self.mixtures)
 
     def update(self, x_BTI: Tensor) -> Tensor:
-        tokens = x_BTI.shape[0] // self.num_rows * x_BTI.shape[1]
-        x_MNI = x_BTI.reshape(self.num_rows, tokens, x_BTI.shape[2])
-        update_MNO = x_BTI.new_zeros(self.num_rows, tokens, self.num_outputs)
+        x_MNI = by_mixture(x_BTI, self.num_rows)
+        update_MNO = x_BTI.new_zeros(*x_MNI.shape[:2], self.num_outputs)
         for place, mixture in self.mixtures:
             update_MNO[place] = mixture.update(x_MNI[place])
         return update_MNO.view(*x_BTI.shape[:2], self.num_outputs)
 
     def add_(self, x_BTI: Tensor, y_BTO: Tensor) -> None:
-        tokens = x_BTI.shape[0] // self.num_rows * x_BTI.shape[1]
-        x_MNI = x_BTI.reshape(self.num_rows, tokens, x_BTI.shape[2])
-        y_MNO = y_BTO.view(self.num_rows, tokens, self.num_outputs)
+        x_MNI = by_mixture(x_BTI, self.num_rows)
+        y_MNO = y_BTO.view(*x_MNI.shape[:2], self.num_outputs)
         for place, mixture in self.mixtures:
             if isinstance(place, slice):
                 mixture.add_(x_MNI[place], y_MNO[place])
             else:
                 y_MNO.index_add_(0, place, mixture.update(x_MNI[place]))
-
-
-def _place(numbers: list[int], device: torch.device) -> slice | Tensor:
-    if numbers[-1] - numbers[0] + 1 == len(numbers):
-        return slice(numbers[0], numbers[-1] + 1)
-    return torch.tensor(numbers, device=device)
 
 
 def segments(x_BTI: Tensor, a_SI: Tensor, b_OS: Tensor, w_BTS: Tensor) -> Tensor:

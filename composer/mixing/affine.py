@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from loraweave.composer.kernels._own_precision import own_precision
+from loraweave.composer.kernels._parts import repeated
 from loraweave.composer.paging.layout import PlacedFactors
 
 
@@ -58,19 +59,13 @@ class Affine:
         if self.gain_BTO is not None:
             y0_BTO = y_BTO.to(self.gain_BTO.dtype)
             y0_BTO = y0_BTO if base_bias_O is None else y0_BTO - base_bias_O.to(y0_BTO)
-            total = self._fitted(self.gain_BTO, y_BTO) * y0_BTO
+            total = repeated(self.gain_BTO, y_BTO.shape[0]) * y0_BTO
             if self.touched_BT1 is not None:
                 # a row without a gain stays what it is also where the base has overflowed
-                total = torch.where(self._fitted(self.touched_BT1, y_BTO), total, 0.0)
+                total = torch.where(repeated(self.touched_BT1, y_BTO.shape[0]), total, 0.0)
         if self.bias_BTO is not None:
-            total = total + self._fitted(self.bias_BTO, y_BTO)
+            total = total + repeated(self.bias_BTO, y_BTO.shape[0])
         return total
-
-    @staticmethod
-    def _fitted(part_BTO: Tensor, y_BTO: Tensor) -> Tensor:
-        if part_BTO.shape[0] in (1, y_BTO.shape[0]):
-            return part_BTO
-        return part_BTO.repeat_interleave(y_BTO.shape[0] // part_BTO.shape[0], dim=0)
 
 
 def _table(rows: list[Tensor | None]) -> Tensor | None:

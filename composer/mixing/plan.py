@@ -11,6 +11,7 @@ from loraweave.composer.introspection.recording import Note, Usage
 from loraweave.composer.kernels._parts import Adder, Kernel
 from loraweave.composer.kernels._some_rows import SomeRows
 from loraweave.composer.layer_kinds import conv, linear
+from loraweave.composer.layer_kinds._kind import by_row
 from loraweave.composer.layers import TargetLayer, is_floating
 from loraweave.composer.limits.batch_axis import can_be_batch, is_beside, require_batch_first, require_own_rows
 from loraweave.composer.mixing.row_weights import LayerMixture, RowWeights
@@ -104,8 +105,7 @@ class Plan:
         """Whether some active expert updates the layer, with weights that may not all be zero."""
         if self._weights.skips(layer):
             return False
-        cpu, exact = torch.device("cpu"), torch.float32
-        return any(lease.part(name, layer, cpu, exact) is not None for name in self.experts)
+        return any(lease.updates(name, layer) for name in self.experts)
 
     def apply(self, layer: TargetLayer, x: Tensor, y: Tensor, lease: Lease, usage: Usage) -> Tensor:
         """The layer's output y = W x + bias with the weighted updates added; y itself where nothing is to be added.
@@ -136,7 +136,7 @@ class Plan:
             require_own_rows(layer.name, x.shape[0])
             require_batch_first(layer.name, x.shape)
         x_BTI = x.to(y.device)
-        x_BTI = _by_token(x_BTI.reshape(*_leading(x_BTI), layer.num_inputs), self._weights.num_tokens, x.ndim)
+        x_BTI = _by_token(by_row(x_BTI), self._weights.num_tokens, x.ndim)
         mixture = self._weights.mixture(layer, x_BTI, y.device, dtype, lease)
         kernel, affine = mixture.kernel, mixture.affine
         note = Note(y.shape, _kernel_class(kernel))
@@ -191,16 +191,6 @@ def _kernel_class(kernel: Kernel | None) -> type | None:
 def _in_place(x: Tensor, y: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a layer's new output may be written to: no gradient goes through it. x is where y is, or it had failed."""
     return x.dtype is dtype and y.dtype is dtype and y.device == device and not y.requires_grad and y.is_contiguous()
-
-
-def _leading(x: Tensor) -> tuple[int, int]:
-    """(rows, tokens) of an input whose last axis are the features."""
-    if x.ndim == 1:
-        return 1, 1
-    tokens = 1
-    for size in x.shape[1:-1]:
-        tokens *= size
-    return x.shape[0], tokens
 
 
 def _by_token(x_BTI: Tensor, num_tokens: int, num_axes: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loraweave.composer.kernels._cost import Workload, choose
-from loraweave.composer.kernels._parts import Kernel, RowSets, row_sets
+from loraweave.composer.kernels._parts import Kernel, RowSets, place_of, row_sets
 from loraweave.composer.kernels._rank_tables import triton_runs
 from loraweave.composer.kernels._some_rows import SomeRows
 from loraweave.composer.kernels.dense import Stack
@@ -144,9 +144,7 @@ class RowWeights:
         touched = found.ranked.touched
         if len(touched) == self._num_mixtures:
             return kernel
-        if touched[-1] - touched[0] + 1 == len(touched):
-            return SomeRows(kernel, self._num_mixtures, slice(touched[0], touched[-1] + 1))
-        return SomeRows(kernel, self._num_mixtures, torch.tensor(touched, device=found.device))
+        return SomeRows(kernel, self._num_mixtures, place_of(touched, found.device))
 
     def _borrow(self, dtype: torch.dtype, device: torch.device, num_elements: int) -> Tensor:
         tensor = self._workspace.take(num_elements, dtype, device)

@@ -321,13 +321,17 @@ class Lease:
             again._parts, again._elsewhere = self._parts, dict(self._elsewhere)
             return again
 
+    def updates(self, name: str, layer: str) -> bool:
+        """Whether the expert has factors in a layer, wherever that is."""
+        return layer in self._layouts[name].layers
+
     def part(self, name: str, layer: str, device: torch.device, dtype: torch.dtype) -> PlacedFactors | None:
         """The expert's factors in a layer, there and in that dtype; None where it has none.
 
         A layer whose place was not known, or that has moved since, has its factors placed anew, beside the budget.
         """
         found = self._parts[name].get(layer)
-        if found is None and layer not in self._layouts[name].layers:
+        if found is None and not self.updates(name, layer):
             return None
         if found is None or found.a_RI.device != device or found.a_RI.dtype != dtype:
             found = self._elsewhere.get((name, layer))
