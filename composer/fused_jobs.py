@@ -20,9 +20,12 @@ from loraweave.types import Factors
 class FusedJobs:
     """Trainable factors of J jobs: per layer a_JRI (uniform in +-1/sqrt(I), as PEFT's default) and b_JOR (zero).
 
-    `layers` gives each target layer's (O, I). A context manager: inside it the model's target layers add each job's update
-    to that job's row range. The batch has J equal row ranges, in the order of the jobs. Leaving removes every hook, also
-    after an exception.
+    `layers` gives each target layer's (O, I). A job in `start` begins as those factors instead, with their layers and ranks:
+    to the bit where `alpha / rank` is a power of two, else to rounding. Where jobs differ in layers or rank, R is the
+    largest and the others are filled up with zeros, which have no gradient and so stay zeros.
+
+    A context manager: inside it the model's target layers add each job's update to that job's row range. The batch has J
+    equal row ranges, in the order of the jobs. Leaving removes every hook, also after an exception.
     """
 
     def __init__(
@@ -34,17 +37,30 @@ class FusedJobs:
         rank: int,
         alpha: float,
         seed: int,
+        start: Mapping[str, Mapping[str, Factors]] | None = None,
     ) -> None:
         self.model = model
         self.jobs = tuple(jobs)
         self.scale = alpha / rank
         self.factors: dict[str, tuple[Tensor, Tensor]] = {}
-        device = next(model.parameters()).device
-        for layer, (num_outputs, num_inputs) in layers.items():
-            a_JRI = torch.stack([_initial(seed, job, layer, rank, num_inputs) for job in jobs])
-            b_JOR = torch.zeros(len(jobs), num_outputs, rank)
-            self.factors[layer] = (a_JRI.to(device).requires_grad_(), b_JOR.to(device).requires_grad_())
         self._handles: list[Any] = []
+        device = next(model.parameters()).device
+        begins = {job: self._begin(job, layers, rank, seed, (start or {}).get(job)) for job in jobs}
+        self._ranks = {job: {layer: len(a_RI) for layer, (a_RI, _) in found.items()} for job, found in begins.items()}
+        for layer in dict.fromkeys(layer for found in begins.values() for layer in found):
+            parts = [begins[job].get(layer) for job in jobs]
+            self.factors[layer] = tuple(tensor.to(device).requires_grad_() for tensor in _stacked(parts))  # type: ignore[assignment]
+
+    def _begin(
+        self, job: str, layers: Mapping[str, tuple[int, int]], rank: int, seed: int, start: Mapping[str, Factors] | None
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """(a_RI, b_OR) of each of the job's layers before the first step, the scale not in b."""
+        if start is not None:
+            return {layer: (part.a_RI.float().cpu(), part.b_OR.float().cpu() / self.scale) for layer, part in start.items()}
+        return {
+            layer: (_initial(seed, job, layer, rank, num_inputs), torch.zeros(num_outputs, rank))
+            for layer, (num_outputs, num_inputs) in layers.items()
+        }
 
     def parameters(self) -> list[Tensor]:
         return [tensor for pair in self.factors.values() for tensor in pair]
@@ -90,10 +106,23 @@ class FusedJobs:
     def layers_of(self, job: str) -> dict[str, Factors]:
         """One job's factors with the scale folded into b, detached copies on the CPU."""
         index = self.jobs.index(job)
-        return {
-            layer: Factors(a[index].detach().cpu().clone(), b[index].detach().cpu() * self.scale)
-            for layer, (a, b) in self.factors.items()
-        }
+        found = {}
+        for layer, rank in self._ranks[job].items():
+            a_RI, b_OR = (tensor[index].detach().cpu() for tensor in self.factors[layer])
+            found[layer] = Factors(a_RI[:rank].clone(), b_OR[:, :rank] * self.scale)
+        return found
+
+
+def _stacked(parts: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor]:
+    """(a_JRI, b_JOR) at the largest rank, zeros beyond a job's own; None is a job that leaves the layer alone."""
+    present = [part for part in parts if part is not None]
+    rank = max(len(a_RI) for a_RI, _ in present)
+    a_JRI = torch.zeros(len(parts), rank, present[0][0].shape[1])
+    b_JOR = torch.zeros(len(parts), present[0][1].shape[0], rank)
+    for index, part in enumerate(parts):
+        if part is not None:
+            a_JRI[index, : len(part[0])], b_JOR[index, :, : len(part[0])] = part
+    return a_JRI, b_JOR
 
 
 def _initial(seed: int, job: str, layer: str, rank: int, num_inputs: int) -> Tensor:

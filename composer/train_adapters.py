@@ -19,6 +19,7 @@ from loraweave.composer.batches import IGNORED, EncodedRow, batch, encode, token
 from loraweave.composer.checkpoints import load_adapter, save_adapter
 from loraweave.composer.fused_jobs import FusedJobs
 from loraweave.composer.layer_kinds.linear import shape as linear_shape
+from loraweave.composer.starts import require_startable
 from loraweave.errors import TrainingError, UnknownName
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.fingerprint import fingerprint
@@ -43,6 +44,7 @@ class Recipe:
     batch_size: int
     target_modules: tuple[str, ...]
     seed: int
+    warmup: int = WARMUP_STEPS
 
 
 def train_adapters(
@@ -58,30 +60,39 @@ def train_adapters(
     lr: float = 3e-3,
     batch_size: int = 8,
     target_modules: Sequence[str] = ("q_proj", "v_proj"),
+    start: Mapping[str, Adapter] | None = None,
+    warmup: int = WARMUP_STEPS,
     checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> dict[str, Adapter]:
     """{task name: Adapter}, in the order of `tasks`; the loss is the mean over target tokens, the base stays as it is.
 
     Each step runs `jobs_per_batch` jobs of similar length through the frozen base together, `batch_size` rows of each; a job
-    gets the gradients of training it alone. AdamW without weight decay, 10 steps of warm-up, then a cosine to zero, each
-    job's gradient clipped to norm 1. `alpha` is 2 * rank by default. With `checkpoint`, a folder, finished adapters and the
-    state of running ones are kept there, and the same call goes on where it was interrupted, to the same result.
+    gets the gradients of training it alone. AdamW without weight decay, `warmup` steps of warm-up (at most half of all),
+    then a cosine to zero, each job's gradient clipped to norm 1. `alpha` is 2 * rank by default. With `checkpoint`, a
+    folder, finished adapters and the state of running ones are kept there, and the same call goes on where it was
+    interrupted, to the same result.
 
-    Raises InvalidTask for examples that cannot be used, UnknownName when no layer matches `target_modules`, TrainingError
-    for a loss that is not finite (finished jobs stay in the checkpoint) and for a checkpoint of another recipe.
+    A task named in `start` begins as that adapter: a merge, say, which a few steps then fit to the examples. It keeps that
+    adapter's layers and ranks, whatever `rank` and `target_modules` are for the others; `alpha / rank` is the scale of all.
+
+    Raises InvalidTask for examples that cannot be used, UnknownName when no layer matches `target_modules` or no task a name
+    in `start`, TrainingError for a loss that is not finite (finished jobs stay in the checkpoint); for an adapter to start
+    from BaseModelMismatch, LayerMismatch, and AdapterUnsupported where it is more than factors of linear layers.
     """
-    recipe = Recipe(rank, 2.0 * rank if alpha is None else alpha, steps, lr, batch_size, tuple(target_modules), seed)
+    scale_alpha = 2.0 * rank if alpha is None else alpha
+    recipe = Recipe(rank, scale_alpha, steps, lr, batch_size, tuple(target_modules), seed, warmup)
     _check(recipe, tasks, jobs_per_batch)
-    layers = _target_layers(model, recipe.target_modules)
+    begins = require_startable(model, tasks, start or {})
+    layers = _target_layers(model, recipe.target_modules) if len(begins) < len(tasks) else {}
     prepared = {name: task if isinstance(task, Task) else Task(list(task)) for name, task in tasks.items()}
     rows = {name: _encoded(model, tokenizer, task) for name, task in prepared.items()}
     base = fingerprint(model)
     folder = None if checkpoint is None else Path(checkpoint)
+    keys = {name: _job_key(recipe, name, task, base.shapes, begins.get(name)) for name, task in prepared.items()}
     finished: dict[str, Adapter] = {}
-    for name, task in prepared.items():
-        key = _job_key(recipe, name, task, base.shapes)
-        if folder is not None and (adapter := load_adapter(folder, key)):
+    for name in prepared:
+        if folder is not None and (adapter := load_adapter(folder, keys[name])):
             finished[name] = adapter
     waiting = sorted((name for name in prepared if name not in finished), key=lambda name: _mean_length(rows[name]))
     groups = [waiting[start : start + jobs_per_batch] for start in range(0, len(waiting), jobs_per_batch)]
@@ -93,12 +104,12 @@ def train_adapters(
             parameter.requires_grad_(False)
         with _progress(progress) as bar:
             for group in groups:
-                keys = {name: _job_key(recipe, name, prepared[name], base.shapes) for name in group}
-                state_key = hashlib.sha256(repr(sorted(keys.values())).encode()).hexdigest()[:32]
-                jobs = FusedJobs(model, layers, group, rank=rank, alpha=recipe.alpha, seed=seed)
+                state_key = hashlib.sha256(repr(sorted(keys[name] for name in group)).encode()).hexdigest()[:32]
+                given = {name: begins[name].layers for name in group if name in begins}
+                jobs = FusedJobs(model, layers, group, rank=rank, alpha=recipe.alpha, seed=seed, start=given)
                 _train_group(model, tokenizer, jobs, {name: rows[name] for name in group}, recipe, folder, state_key, bar)
                 for name in group:
-                    card = {"recipe": {"method": "loraweave.train_adapters", **asdict(recipe)}}
+                    card = {"recipe": _card(recipe, begins.get(name))}
                     finished[name] = Adapter(name, model.name_or_path, jobs.layers_of(name), base, card)
                     if folder is not None:
                         save_adapter(folder, keys[name], finished[name])
@@ -129,7 +140,7 @@ def _train_group(
     with jobs:
         for step in range(start, recipe.steps):
             for group in optimizer.param_groups:
-                group["lr"] = recipe.lr * _schedule(step, recipe.steps)
+                group["lr"] = recipe.lr * _schedule(step, recipe)
             chosen = [row for job in jobs.jobs for row in _rows_of_step(rows[job], recipe, job, step)]
             losses_J = _job_losses(model, tokenizer, chosen, len(jobs.jobs))
             _require_finite(losses_J, jobs, step)
@@ -161,12 +172,12 @@ def _rows_of_step(rows: Sequence[EncodedRow], recipe: Recipe, job: str, step: in
     return chosen
 
 
-def _schedule(step: int, steps: int) -> float:
-    """Linear warm-up to 1, then half a cosine down to 0 at `steps`."""
-    warmup = min(WARMUP_STEPS, steps // 2)
+def _schedule(step: int, recipe: Recipe) -> float:
+    """Linear warm-up to 1, then half a cosine down to 0 after the last step."""
+    warmup = min(recipe.warmup, recipe.steps // 2)
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, recipe.steps - warmup)))
 
 
 def _require_finite(losses_J: Tensor, jobs: FusedJobs, step: int) -> None:
@@ -197,8 +208,15 @@ def _encoded(model: Any, tokenizer: Any, task: Task) -> list[EncodedRow]:
     return encode(model, tokenizer, prompts, [target for _, target in task.examples])
 
 
-def _job_key(recipe: Recipe, name: str, task: Task, base: str) -> str:
-    content = json.dumps([asdict(recipe), name, task.examples, task.instruction, task.template, base], sort_keys=True)
+def _card(recipe: Recipe, start: Adapter | None) -> dict[str, Any]:
+    card = {"method": "loraweave.train_adapters", **asdict(recipe)}
+    return card if start is None else {**card, "start": {"hash": start.hash, "name": start.name}}
+
+
+def _job_key(recipe: Recipe, name: str, task: Task, base: str, start: Adapter | None) -> str:
+    begin = None if start is None else start.hash
+    parts = [asdict(recipe), name, task.examples, task.instruction, task.template, base, begin]
+    content = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
@@ -213,6 +231,8 @@ def _check(recipe: Recipe, tasks: Mapping[str, Any], jobs_per_batch: int) -> Non
     for field, value in counts.items():
         if not isinstance(value, int) or value < 1:
             raise TrainingError(f"{field} is {value!r}; it must be a whole number of at least 1")
+    if not isinstance(recipe.warmup, int) or recipe.warmup < 0:
+        raise TrainingError(f"warmup is {recipe.warmup!r}; it must be a whole number of at least 0")
     for field, rate in {"lr": recipe.lr, "alpha": recipe.alpha}.items():
         if not rate > 0 or not math.isfinite(rate):
             raise TrainingError(f"{field} is {rate!r}; it must be above 0")
