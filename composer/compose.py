@@ -63,8 +63,8 @@ def compose(
     way to the better of these two when it is worse there. `folds=0` turns cross-validation and the guard off.
 
     With `checkpoint`, a folder, an interrupted search goes on where it stopped, to the same result. `search_options` go to
-    the search (`sigma`, `bound`, `population`). A hub without an adapter for this base gives the base model, and says so;
-    the base is known by its weights where an adapter has sampled them, else by its id.
+    the search (`sigma`, `low`, `high`, `population`). A hub without an adapter for this base gives the base model, and
+    says so; the base is known by its weights where an adapter has sampled them, else by its id.
     Raises UnknownName, InvalidTask and WeightingError before anything is run.
     """
     _check(method, task, k, budget, space, folds, weights, search_options)
@@ -170,8 +170,8 @@ def _check(
             hint = f", did you mean {close[0]!r}?" if close else ""
             raise UnknownName(f"no {what} {name!r} to compose with{hint}; there are {', '.join(known)}")
     for name in search_options:
-        if name not in ("sigma", "bound", "population"):
-            raise WeightingError(f"method {method!r} has no option {name!r}; it has sigma, bound and population")
+        if name not in ("sigma", "low", "high", "population"):
+            raise WeightingError(f"method {method!r} has no option {name!r}; it has sigma, low, high and population")
     for name, value, least in (("k", k, 1), ("budget", budget, 1), ("folds", folds, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise WeightingError(f"{name} is {value!r}; it must be a whole number of at least {least}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from torch import Tensor
+
 from loraweave.routers.mixture import MixtureWeights
 
 
@@ -16,3 +18,11 @@ class Objective(Protocol):
     """
 
     def __call__(self, candidates: Sequence[MixtureWeights]) -> Sequence[float]: ...
+
+
+class DifferentiableObjective(Objective, Protocol):
+    """An objective that can say how each loss changes with the candidate's weights."""
+
+    def gradients(self, candidates: Sequence[MixtureWeights]) -> tuple[Sequence[float], Sequence[Tensor]]:
+        """The loss of each candidate, and d loss / d values_BTLE, in the shape of its values."""
+        ...

@@ -1,0 +1,67 @@
+"""What a search has been told, in one JSON file that is replaced whole: asked again, it comes to the same candidates."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loraweave.errors import WeightingError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Told:
+    """Losses, and gradients where the search wants them, of all candidates so far, and the seconds they took.
+
+    `sizes` are the numbers of candidates that were asked for at a time. A gradient is written in hexadecimal notation,
+    which gives back every bit.
+    """
+
+    sizes: list[int] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    gradients: list[list[float]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @classmethod
+    def read(cls, path: Path, settings: Mapping[str, Any]) -> Told:
+        """What a checkpoint has, nothing where there is no file; WeightingError for a damaged one or other settings."""
+        if not path.is_file():
+            return cls()
+        try:
+            stored = json.loads(path.read_text())
+            known, sizes = stored["settings"], [int(size) for size in stored["sizes"]]
+            losses = [math.inf if loss is None else float(loss) for loss in stored["losses"]]
+            gradients = [[float.fromhex(value) for value in row] for row in stored["gradients"]]
+            seconds = float(stored["seconds"])
+            if sum(sizes) != len(losses):
+                raise ValueError(f"{len(losses)} losses of {sum(sizes)} candidates")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise WeightingError(f"the checkpoint {path} is damaged ({error}); delete it to start again") from error
+        if known != json.loads(json.dumps(settings)):
+            raise WeightingError(f"the checkpoint {path} belongs to a search with other settings; name another file")
+        return cls(sizes, losses, gradients, seconds)
+
+    def write(self, path: Path, settings: Mapping[str, Any]) -> None:
+        """Replaces the checkpoint; where that cannot be done the search goes on and the log says so."""
+        content = {
+            "settings": settings,
+            "sizes": self.sizes,
+            "losses": [loss if math.isfinite(loss) else None for loss in self.losses],
+            "gradients": [[value.hex() for value in row] for row in self.gradients],
+            "seconds": self.seconds,
+        }
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(content))
+            os.replace(temporary, path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            logger.warning("the search goes on without its checkpoint %s: %s", path, error)
