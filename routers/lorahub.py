@@ -28,6 +28,9 @@ class Lorahub(Solver):
     `sigma` is the first step size. Without a start the search begins at the base model. The other arguments are `Solver`'s.
     """
 
+    # the paper's
+    l1 = 0.05
+
     def __init__(
         self,
         experts: Sequence[str],

@@ -90,6 +90,24 @@ class MixtureWeights:
             raise ScopeError(f"weights of {self.scope} scope with {len(self.layers)} separate layers are no single mapping")
         return {name: float(value) for name, value in zip(self.experts, self.values_BTLE[0, 0, 0], strict=True)}
 
+    def by_layer(self) -> dict[str, dict[str, float]]:
+        """{layer: {name: weight}} of a task-scope mixture whose layers have weights of their own; ScopeError otherwise."""
+        if self.scope != "task" or not self.layers:
+            raise ScopeError(f"{self.scope} weights with {len(self.layers)} separate layers are no mapping by layer")
+        return {layer: dict(zip(self.experts, self.for_layer(layer)[0, 0].tolist(), strict=True)) for layer in self.layers}
+
+    @classmethod
+    def of_layers(cls, weights: Mapping[str, Mapping[str, float]], experts: Sequence[str]) -> MixtureWeights:
+        """Task scope from {layer: {name: weight}}; experts that a layer does not name get 0 there."""
+        rows = [cls.of(of_layer, experts).values_BTLE[0, 0] for of_layer in weights.values()]
+        return cls(torch.cat(rows)[None, None], tuple(experts), tuple(weights))
+
+    def means(self) -> dict[str, float]:
+        """{name: weight} of a task-scope mixture, averaged over its layers."""
+        if self.scope != "task":
+            raise ScopeError(f"weights of {self.scope} scope are no single mapping")
+        return dict(zip(self.experts, self.values_BTLE[0, 0].double().mean(dim=0).tolist(), strict=True))
+
 
 def _number(name: str, weight: Any) -> float:
     """The weight given for an expert as a number of fp32; one that is NaN or infinite is for MixtureWeights to refuse."""

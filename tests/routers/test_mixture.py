@@ -157,3 +157,15 @@ def test_it_is_frozen_and_replace_checks_again():
         weights.experts = ()
     with pytest.raises(WeightingError):
         dataclasses.replace(weights, experts=("a", "b"))
+
+
+def test_weights_by_layer_are_read_back_and_averaged():
+    nested = {"q": {"a": 0.5, "b": -1.0}, "v": {"b": 2.0, "a": 0.0}}
+    mixture = MixtureWeights.of_layers(nested, ["a", "b"])
+    assert mixture.for_layer("v").tolist() == [[[0.0, 2.0]]]
+    assert mixture.by_layer() == nested
+    assert mixture.means() == {"a": 0.25, "b": 0.5}
+    with pytest.raises(ScopeError, match="no mapping by layer"):
+        MixtureWeights.of({"a": 1.0}, ["a"]).by_layer()
+    with pytest.raises(ScopeError, match="instance scope"):
+        MixtureWeights.of([{"a": 1.0}, None], ["a"]).means()
