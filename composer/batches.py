@@ -55,7 +55,7 @@ def encode(model: Any, tokenizer: Any, prompts: Sequence[str], targets: Sequence
 
     Raises InvalidTask for a target without tokens and for a row longer than the model's context.
     """
-    limit = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
+    limit = context_length(model)
     prompt_ids = tokenizer(list(prompts))["input_ids"]
     target_texts = [f" {target}{tokenizer.eos_token or ''}" for target in targets]
     target_ids = tokenizer(target_texts, add_special_tokens=False)["input_ids"]
@@ -70,6 +70,11 @@ def encode(model: Any, tokenizer: Any, prompts: Sequence[str], targets: Sequence
             )
         rows.append(row)
     return rows
+
+
+def context_length(model: Any) -> int | None:
+    """The number of tokens that the model can attend to, where its configuration says so."""
+    return getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
 
 
 def batch(model: Any, tokenizer: Any, rows: Sequence[EncodedRow]) -> TargetBatch:
@@ -100,15 +105,23 @@ def with_positions(model: Any, ids_BT: Tensor, mask_BT: Tensor) -> dict[str, Ten
     return inputs
 
 
+def left_aligned(ids_BT: Tensor, mask_BT: Tensor | None) -> dict[str, Tensor]:
+    """Token ids and mask with all padding moved to the left; no mask is one without padding."""
+    if mask_BT is None:
+        return {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}
+    order_BT = mask_BT.ne(0).int().argsort(dim=1, stable=True)
+    return {"input_ids": ids_BT.gather(1, order_BT), "attention_mask": mask_BT.gather(1, order_BT)}
+
+
 def token_losses(model: Any, batch: TargetBatch) -> Tensor:
     """loss_BK: negative log-likelihood of every target token, fp32, 0 where the target is shorter than K."""
-    return _losses(target_logits(model, batch), batch.targets_BK)
+    return losses_of(target_logits(model, batch), batch.targets_BK)
 
 
 def token_scores(model: Any, batch: TargetBatch) -> tuple[Tensor, Tensor]:
     """(loss_BK, hit_BK): also whether a target token is the most likely one; False beyond a shorter target."""
     logits_BKV = target_logits(model, batch)
-    return _losses(logits_BKV, batch.targets_BK), logits_BKV.argmax(dim=2) == batch.targets_BK
+    return losses_of(logits_BKV, batch.targets_BK), logits_BKV.argmax(dim=2) == batch.targets_BK
 
 
 def target_logits(model: Any, batch: TargetBatch) -> Tensor:
@@ -124,10 +137,10 @@ def target_logits(model: Any, batch: TargetBatch) -> Tensor:
     return cast(Tensor, model(**batch.inputs, logits_to_keep=keep, use_cache=False).logits)
 
 
-def _losses(logits_BKV: Tensor, targets_BK: Tensor) -> Tensor:
-    flat = functional.cross_entropy(
-        logits_BKV.float().flatten(0, 1), targets_BK.flatten(), ignore_index=IGNORED, reduction="none"
-    )
+def losses_of(logits_BKV: Tensor, targets_BK: Tensor) -> Tensor:
+    """loss_BK in fp32 or better: negative log-likelihood of each target, 0 where it is `IGNORED`."""
+    exact_NV = logits_BKV.to(torch.promote_types(logits_BKV.dtype, torch.float32)).flatten(0, 1)
+    flat = functional.cross_entropy(exact_NV, targets_BK.flatten(), ignore_index=IGNORED, reduction="none")
     return flat.view(targets_BK.shape)
 
 

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from loraweave.composer.batches import batch, encode, mean_losses, takes, token_losses, with_positions
+from loraweave.composer.batches import (
+    IGNORED,
+    TargetBatch,
+    batch,
+    context_length,
+    encode,
+    losses_of,
+    mean_losses,
+    takes,
+    token_losses,
+    with_positions,
+)
 from loraweave.errors import InvalidTask
 from loraweave.types import Task
 
@@ -52,19 +62,25 @@ def predict(
     model: Any, tokenizer: Any, task: Task, inputs: Sequence[str], *, max_new_tokens: int = MAX_NEW_TOKENS
 ) -> list[str]:
     """One answer for each input: the likeliest label when the task has labels, else the first generated line."""
-    prompts = [task.prompt(text) for text in inputs]
-    lengths = [len(ids) for ids in tokenizer(prompts)["input_ids"]] if prompts else []
-    order = sorted(range(len(prompts)), key=lambda index: lengths[index])
-    answers = [""] * len(prompts)
-    size = BATCH_SIZE if task.labels is None else max(1, 128 // len(task.labels))
-    for chunk in _chunks(order, size):
-        texts = [prompts[index] for index in chunk]
+
+    def answer(prompts: Sequence[str]) -> list[str]:
         if task.labels is None:
-            found = generate(model, tokenizer, texts, max_new_tokens=max_new_tokens)
-        else:
-            found = rank(model, tokenizer, texts, task.labels)
-        for index, answer in zip(chunk, found, strict=True):
-            answers[index] = answer
+            return generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+        return rank(model, tokenizer, prompts, task.labels)
+
+    size = BATCH_SIZE if task.labels is None else max(1, 128 // len(task.labels))
+    return by_length(tokenizer, [task.prompt(text) for text in inputs], size, answer)
+
+
+def by_length(
+    tokenizer: Any, prompts: Sequence[str], size: int, answer: Callable[[Sequence[str]], Sequence[str]]
+) -> list[str]:
+    """answer(prompts) of up to `size` prompts of similar length at a time, in the order of the prompts."""
+    lengths = [len(ids) for ids in tokenizer(list(prompts))["input_ids"]] if prompts else []
+    answers = [""] * len(prompts)
+    for chunk in _chunks(sorted(range(len(prompts)), key=lambda index: lengths[index]), size):
+        for index, found in zip(chunk, answer([prompts[index] for index in chunk]), strict=True):
+            answers[index] = found
     return answers
 
 
@@ -92,8 +108,18 @@ def bootstrap(values: Sequence[float], *, seed: int = 0) -> tuple[float, float]:
     return float(np.percentile(means, 2.5)), float(np.percentile(means, 97.5))
 
 
-def generate(model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int = MAX_NEW_TOKENS) -> list[str]:
-    """The first line of each greedy continuation; generation ends at a line break."""
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    processors: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
+) -> list[str]:
+    """The first line of each greedy continuation; generation ends at a line break.
+
+    `processors` change a step's scores before the best token is taken, as transformers' logits processors do.
+    """
     inputs = left_padded(model, tokenizer, prompts)
     ends = sorted({tokenizer.eos_token_id, *_line_breaks(tokenizer)} - {None})
     with warnings.catch_warnings():
@@ -107,6 +133,7 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_toke
             num_beams=1,
             eos_token_id=ends,
             pad_token_id=tokenizer.pad_token_id,
+            logits_processor=list(processors),
         )
     start = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
     texts = tokenizer.batch_decode(output[:, start:], skip_special_tokens=True)
@@ -114,43 +141,64 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_toke
 
 
 def rank(model: Any, tokenizer: Any, prompts: Sequence[str], labels: Sequence[str]) -> list[str]:
-    """The label of the highest summed log-likelihood after each prompt, the end-of-sequence token included.
+    """The label of the highest summed log-likelihood after each prompt, the end-of-sequence token included."""
+    inputs = left_padded(model, tokenizer, prompts)
+    losses_BL = label_losses(model, inputs["input_ids"], inputs["attention_mask"], label_ids(tokenizer, labels))
+    return [labels[int(best)] for best in losses_BL.argmin(dim=1)]
 
-    A decoder reads each prompt once; its labels share the prompt's keys and values.
+
+def label_ids(tokenizer: Any, labels: Sequence[str]) -> list[list[int]]:
+    """Token ids of " label" and the end of sequence. Raises InvalidTask for a label without tokens."""
+    ids: list[list[int]] = tokenizer([f" {label}{tokenizer.eos_token or ''}" for label in labels], add_special_tokens=False)[
+        "input_ids"
+    ]
+    for label, tokens in zip(labels, ids, strict=True):
+        if not label.strip() or not tokens:
+            raise InvalidTask(f"label {label!r} is empty; a label is the text of an answer")
+    return ids
+
+
+def label_losses(model: Any, ids_BT: Tensor, mask_BT: Tensor, labels: Sequence[Sequence[int]]) -> Tensor:
+    """loss_BL: the summed negative log-likelihood of each label's tokens after each prompt, which is padded on the left.
+
+    A decoder reads each prompt once; its labels share the prompt's keys and values. Raises InvalidTask for labels that
+    lie beyond the model's context.
     """
+    width = max(map(len, labels))
+    targets_LK = torch.tensor([[*label, *[IGNORED] * (width - len(label))] for label in labels], device=ids_BT.device)
+    targets_NK = targets_LK.repeat(len(ids_BT), 1)
+    limit, longest = context_length(model), int(mask_BT.sum(dim=1).max())
+    if limit and longest + width > limit:
+        raise InvalidTask(
+            f"a prompt of {longest} tokens and a label of {width} exceed the model's context of {limit}; shorten them"
+        )
     if model.config.is_encoder_decoder:
-        pairs = [(prompt, label) for prompt in prompts for label in labels]
-        rows = encode(model, tokenizer, [prompt for prompt, _ in pairs], [label for _, label in pairs])
-        sums_N = token_losses(model, batch(model, tokenizer, rows)).sum(dim=1)
+        inputs = {"input_ids": ids_BT, "attention_mask": mask_BT}
+        inputs = {key: value.repeat_interleave(len(labels), dim=0) for key, value in inputs.items()}
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(targets_NK)
+        losses_NK = token_losses(model, TargetBatch(inputs, targets_NK))
     else:
-        sums_N = _label_losses(model, tokenizer, prompts, labels)
-    return [labels[int(best)] for best in sums_N.view(len(prompts), len(labels)).argmin(dim=1)]
+        losses_NK = _losses_after(model, ids_BT, mask_BT, targets_NK)
+    return losses_NK.sum(dim=1).view(len(ids_BT), len(labels))
 
 
-def _label_losses(model: Any, tokenizer: Any, prompts: Sequence[str], labels: Sequence[str]) -> Tensor:
-    rows = encode(model, tokenizer, [prompts[0]] * len(labels), labels)
-    prefix = left_padded(model, tokenizer, prompts)
-    prompt_mask_BT = prefix["attention_mask"]
-    width = max(len(row.target) for row in rows)
-    label_LK = torch.tensor([[*row.target, *[row.target[-1]] * (width - len(row.target))] for row in rows]).to(model.device)
-    real_LK = torch.tensor([[1] * len(row.target) + [0] * (width - len(row.target)) for row in rows]).to(model.device)
+def _losses_after(model: Any, ids_BT: Tensor, mask_BT: Tensor, targets_NK: Tensor) -> Tensor:
+    """loss_NK of a decoder, from one pass over the prompts and one over N / B targets for each, in the prompts' order."""
+    count, width = len(targets_NK) // len(ids_BT), targets_NK.shape[1]
     keep = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
-    first = model(**prefix, **keep, use_cache=True)
-    count = len(prompts)
+    first = model(**with_positions(model, ids_BT, mask_BT), **keep, use_cache=True)
     # transformers 5.24 renamed the argument; the floor 5.3 has the old name
     name = "cache" if takes(model, "cache") else "past_key_values"
     cache = first[name]
-    cache.batch_repeat_interleave(len(labels))
-    label_NK, real_NK = label_LK.repeat(count, 1), real_LK.repeat(count, 1)
-    mask_NT = torch.cat([prompt_mask_BT.repeat_interleave(len(labels), dim=0), real_NK], dim=1)
-    inputs = with_positions(model, label_NK, mask_NT)
+    cache.batch_repeat_interleave(count)
+    real_NK = targets_NK != IGNORED
+    mask_NT = torch.cat([mask_BT.repeat_interleave(count, dim=0), real_NK.to(mask_BT.dtype)], dim=1)
+    inputs = with_positions(model, targets_NK.clamp(min=0), mask_NT)
     if "position_ids" in inputs:
         inputs["position_ids"] = inputs["position_ids"][:, -width:]
     rest_NKV = model(**inputs, **{name: cache}, use_cache=True).logits
-    head_NKV = first.logits[:, -1:].repeat_interleave(len(labels), dim=0)
-    logits_NKV = torch.cat([head_NKV, rest_NKV[:, :-1]], dim=1).float()
-    losses_NK = functional.cross_entropy(logits_NKV.flatten(0, 1), label_NK.flatten(), reduction="none").view(label_NK.shape)
-    return (losses_NK * real_NK).sum(dim=1)
+    logits_NKV = torch.cat([first.logits[:, -1:].repeat_interleave(count, dim=0), rest_NKV[:, :-1]], dim=1)
+    return losses_of(logits_NKV, targets_NK)
 
 
 def left_padded(model: Any, tokenizer: Any, prompts: Sequence[str]) -> dict[str, Tensor]:

@@ -65,6 +65,7 @@ NOUNS = {
 VERBS = {
     "base_key",
     "compose",
+    "ensemble",
     "extract",
     "load_base",
     "merge",

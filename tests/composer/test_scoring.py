@@ -25,7 +25,8 @@ def summed(model, tokenizer, prompt, label):
 @torch.no_grad()
 def test_label_losses_with_a_shared_cache_equal_those_of_whole_rows(kind, make_model, tokenizer):
     model = make_model(kind)
-    found = scoring._label_losses(model, tokenizer, PROMPTS, LABELS).view(3, 3)
+    inputs = scoring.left_padded(model, tokenizer, PROMPTS)
+    found = scoring.label_losses(model, inputs["input_ids"], inputs["attention_mask"], scoring.label_ids(tokenizer, LABELS))
     expected = [[-summed(model, tokenizer, prompt, label) for label in LABELS] for prompt in PROMPTS]
     np.testing.assert_allclose(found.double().numpy(), expected, atol=5e-4)
 

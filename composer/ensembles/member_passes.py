@@ -1,0 +1,110 @@
+"""The members of an ensemble beside each other in one batch: the rows of one, then the next one's, under their mixtures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraweave.composer.composer import Composer
+from loraweave.composer.mixing.resolve import resolve
+from loraweave.errors import CompositionError, WeightingError
+from loraweave.routers.mixture import MixtureWeights
+
+# of one forward pass: bounds what the layers hold, and what the language head gives
+MAX_TOKENS = 2**14
+MAX_LOGITS = 2**26
+
+Inputs = dict[str, Any]
+
+
+def member_passes(
+    engine: Composer,
+    mixtures: Sequence[Any],
+    batch: Mapping[str, Any],
+    read: Callable[[Inputs], Tensor],
+    *,
+    rows_per_pass: int,
+) -> Tensor:
+    """read(inputs) of every member's rows, (M, B, ...); `read` runs the model and gives a tensor whose first axis is rows.
+
+    Several members share a forward pass where `rows_per_pass` lets them; a batch above it is run in parts. Tensors of the
+    batch whose first axis has its number of rows are laid out by row, all else is passed on as it is.
+    """
+    num_rows = rows_of(batch)
+    members_per_pass = max(1, rows_per_pass // num_rows)
+    parts = []
+    with torch.no_grad():
+        for row in range(0, num_rows, rows_per_pass):
+            size = min(rows_per_pass, num_rows - row)
+            found = []
+            for member in range(0, len(mixtures), members_per_pass):
+                some = list(mixtures[member : member + members_per_pass])
+                with engine.activate(some):
+                    values = read(_laid_out(batch, slice(row, row + size), len(some)))
+                found.append(values.view(len(some), size, *values.shape[1:]))
+            parts.append(torch.cat(found))
+    return torch.cat(parts, dim=1)
+
+
+def known_members(engine: Composer, mixtures: Sequence[Any]) -> list[Any]:
+    """The members, each what activate() takes for one row. Raises WeightingError for anything else, UnknownExpert."""
+    if isinstance(mixtures, str | Mapping | MixtureWeights) or not isinstance(mixtures, Sequence) or not mixtures:
+        raise WeightingError(
+            f"the members of an ensemble are a list of at least one mixture, not {mixtures!r}; put a single one into a list"
+        )
+    for number, mixture in enumerate(mixtures):
+        if isinstance(mixture, str | list | tuple):
+            raise WeightingError(
+                f"member {number} of the ensemble is {mixture!r}; a member is one mixture for all rows: {{name: weight}}, "
+                "None for the base, MixtureWeights of one row, or a router"
+            )
+    members = [_by_name(mixture) for mixture in mixtures]
+    resolve(members, engine.pool)
+    return members
+
+
+def member_weights(weights: Sequence[float] | None, num_members: int) -> Tensor:
+    """weight_M of the members in fp64, which sum to 1; None is the same for all. WeightingError for what are no shares."""
+    if weights is None:
+        return torch.full((num_members,), 1 / num_members, dtype=torch.float64)
+    weight_M = torch.tensor([float(weight) for weight in weights], dtype=torch.float64)
+    if len(weight_M) != num_members:
+        raise WeightingError(f"there are {len(weight_M)} weights for {num_members} members; give one for each")
+    if not bool(torch.isfinite(weight_M).all()) or bool((weight_M < 0).any()) or not float(weight_M.sum()) > 0:
+        raise WeightingError(
+            f"the members' weights are {weight_M.tolist()}; they are shares of an average: at least 0, and not all 0"
+        )
+    return weight_M / weight_M.sum()
+
+
+def rows_of(batch: Mapping[str, Any]) -> int:
+    """The number of rows of what goes to the model; CompositionError where there are none."""
+    for value in batch.values():
+        if isinstance(value, Tensor) and value.dim() and len(value):
+            return len(value)
+    raise CompositionError("the batch has no tensor with rows; give the model's inputs, as a tokenizer returns them")
+
+
+def rows_that_fit(batch: Mapping[str, Any], logits_per_row: int) -> int:
+    """How many rows one forward pass may have, by the tokens of the longest input and by the logits that a row gives."""
+    num_tokens = max(value[0].numel() for value in batch.values() if isinstance(value, Tensor) and value.dim())
+    return max(1, min(MAX_TOKENS // num_tokens, MAX_LOGITS // logits_per_row))
+
+
+def _laid_out(batch: Mapping[str, Any], rows: slice, count: int) -> Inputs:
+    """Some rows of the batch, all of them `count` times; what is no tensor by row stays what it is."""
+    num_rows, inputs = rows_of(batch), dict(batch)
+    for key, value in batch.items():
+        if isinstance(value, Tensor) and value.dim() and len(value) == num_rows:
+            inputs[key] = value[rows].repeat(count, *[1] * (value.dim() - 1))
+    return inputs
+
+
+def _by_name(mixture: Any) -> Any:
+    """A member whose weights all layers share as {name: weight}, so that such members mix as one set of rows."""
+    if isinstance(mixture, MixtureWeights) and mixture.scope == "task" and not mixture.layers:
+        return mixture.as_dict()
+    return mixture
