@@ -22,7 +22,8 @@ class FusedJobs:
 
     `layers` gives each target layer's (O, I). A job in `start` begins as those factors instead, with their layers and ranks:
     to the bit where `alpha / rank` is a power of two, else to rounding. Where jobs differ in layers or rank, R is the
-    largest and the others are filled up with zeros, which have no gradient and so stay zeros.
+    largest and the others are filled up with zeros, which have no gradient and so stay zeros. With `common`, all other jobs
+    begin with the same a.
 
     A context manager: inside it the model's target layers add each job's update to that job's row range. The batch has J
     equal row ranges, in the order of the jobs. Leaving removes every hook, also after an exception.
@@ -38,6 +39,7 @@ class FusedJobs:
         alpha: float,
         seed: int,
         start: Mapping[str, Mapping[str, Factors]] | None = None,
+        common: bool = False,
     ) -> None:
         self.model = model
         self.jobs = tuple(jobs)
@@ -45,25 +47,21 @@ class FusedJobs:
         self.factors: dict[str, tuple[Tensor, Tensor]] = {}
         self._handles: list[Any] = []
         device = next(model.parameters()).device
-        begins = {job: self._begin(job, layers, rank, seed, (start or {}).get(job)) for job in jobs}
-        self._ranks = {job: {layer: len(a_RI) for layer, (a_RI, _) in found.items()} for job, found in begins.items()}
+        given = start or {}
+        begins = {
+            job: self._given(given[job]) if job in given else _new("" if common else job, layers, rank, seed) for job in jobs
+        }
+        self.ranks = {job: {layer: len(a_RI) for layer, (a_RI, _) in found.items()} for job, found in begins.items()}
         for layer in dict.fromkeys(layer for found in begins.values() for layer in found):
             parts = [begins[job].get(layer) for job in jobs]
             self.factors[layer] = tuple(tensor.to(device).requires_grad_() for tensor in _stacked(parts))  # type: ignore[assignment]
 
-    def _begin(
-        self, job: str, layers: Mapping[str, tuple[int, int]], rank: int, seed: int, start: Mapping[str, Factors] | None
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        """(a_RI, b_OR) of each of the job's layers before the first step, the scale not in b."""
-        if start is not None:
-            return {layer: (part.a_RI.float().cpu(), part.b_OR.float().cpu() / self.scale) for layer, part in start.items()}
-        return {
-            layer: (_initial(seed, job, layer, rank, num_inputs), torch.zeros(num_outputs, rank))
-            for layer, (num_outputs, num_inputs) in layers.items()
-        }
+    def _given(self, start: Mapping[str, Factors]) -> dict[str, tuple[Tensor, Tensor]]:
+        return {layer: (part.a_RI.float().cpu(), part.b_OR.float().cpu() / self.scale) for layer, part in start.items()}
 
     def parameters(self) -> list[Tensor]:
-        return [tensor for pair in self.factors.values() for tensor in pair]
+        """The factors that are trained."""
+        return [tensor for pair in self.factors.values() for tensor in pair if tensor.requires_grad]
 
     def __enter__(self) -> FusedJobs:
         try:
@@ -82,14 +80,20 @@ class FusedJobs:
 
     def _hook(self, layer: str) -> Any:
         def add_update(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            a_JRI, b_JOR = self.factors[layer]
             x_JNI = args[0].reshape(len(self.jobs), -1, args[0].shape[-1])
-            a_JRI, b_JOR = a_JRI.to(x_JNI.dtype), (self.scale * b_JOR).to(x_JNI.dtype)
-            # a product for each job: the batched product copies its transposed operand, which costs 10 times more in bf16
-            updates = [functional.linear(functional.linear(x, a), b) for x, a, b in zip(x_JNI, a_JRI, b_JOR, strict=True)]
-            return output + torch.stack(updates).view_as(output)
+            return output + torch.stack(self.update(layer, x_JNI)).view_as(output)
 
         return add_update
+
+    def update(self, layer: str, x_JNI: Tensor) -> list[Tensor]:
+        """update_NO of each job for its rows of the layer's input."""
+        a_JRI, b_JOR = self.factors[layer]
+        return self._products(x_JNI, a_JRI, b_JOR)
+
+    def _products(self, x_JNI: Tensor, a_JRI: Tensor, b_JOR: Tensor) -> list[Tensor]:
+        a_JRI, b_JOR = a_JRI.to(x_JNI.dtype), (self.scale * b_JOR).to(x_JNI.dtype)
+        # a product for each job: the batched product copies its transposed operand, which costs 10 times more in bf16
+        return [functional.linear(functional.linear(x, a), b) for x, a, b in zip(x_JNI, a_JRI, b_JOR, strict=True)]
 
     def gradient_norms(self) -> Tensor:
         """norm_J: each job's own gradient norm over all its factors."""
@@ -107,7 +111,7 @@ class FusedJobs:
         """One job's factors with the scale folded into b, detached copies on the CPU."""
         index = self.jobs.index(job)
         found = {}
-        for layer, rank in self._ranks[job].items():
+        for layer, rank in self.ranks[job].items():
             a_RI, b_OR = (tensor[index].detach().cpu() for tensor in self.factors[layer])
             found[layer] = Factors(a_RI[:rank].clone(), b_OR[:, :rank] * self.scale)
         return found
@@ -123,6 +127,13 @@ def _stacked(parts: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Ten
         if part is not None:
             a_JRI[index, : len(part[0])], b_JOR[index, :, : len(part[0])] = part
     return a_JRI, b_JOR
+
+
+def _new(job: str, layers: Mapping[str, tuple[int, int]], rank: int, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
+    return {
+        layer: (_initial(seed, job, layer, rank, num_inputs), torch.zeros(num_outputs, rank))
+        for layer, (num_outputs, num_inputs) in layers.items()
+    }
 
 
 def _initial(seed: int, job: str, layer: str, rank: int, num_inputs: int) -> Tensor:

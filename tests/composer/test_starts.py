@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from loraweave.composer import train_adapters as training
+from loraweave.composer import job_training
 from loraweave.composer.batches import batch, encode, token_losses
 from loraweave.composer.fused_jobs import FusedJobs
+from loraweave.composer.train_adapters import train_adapters
+from loraweave.composer.training_recipe import Recipe
 from loraweave.errors import AdapterUnsupported, BaseModelMismatch, LayerMismatch, TrainingError, UnknownName
 from loraweave.hub.fingerprint import fingerprint
 
@@ -23,7 +25,7 @@ LAYERS = {"model.layers.0.self_attn.q_proj": (16, 16), "model.layers.1.self_attn
 
 def train(model, tokenizer, tasks=TASKS, **options):
     settings = {"rank": 3, "steps": 5, "batch_size": 2, "lr": 1e-2, "progress": False}
-    return training.train_adapters(model, tokenizer, tasks, **{**settings, **options})
+    return train_adapters(model, tokenizer, tasks, **{**settings, **options})
 
 
 @pytest.fixture
@@ -93,8 +95,8 @@ def test_a_started_adapter_keeps_layers_and_ranks_and_says_what_it_began_from(ti
 
 def test_folds_of_one_task_are_jobs_of_one_batch(tiny_llama, tokenizer, begin, monkeypatch):
     widths = []
-    original = training._job_losses
-    monkeypatch.setattr(training, "_job_losses", lambda *a: widths.append((len(a[2]), a[3])) or original(*a))
+    original = job_training.job_losses
+    monkeypatch.setattr(job_training, "job_losses", lambda *a: widths.append((len(a[2]), a[3])) or original(*a))
     folds = {f"fold-{index}": TASKS["upper"][:index] + TASKS["upper"][index + 2 :] for index in range(3)}
     found = train(tiny_llama, tokenizer, folds, start=dict.fromkeys(folds, begin), batch_size=3, steps=2)
     assert widths == [(9, 3), (9, 3)]
@@ -112,8 +114,8 @@ def test_the_checkpoint_of_one_start_is_not_that_of_another(tiny_llama, tokenize
     ("warmup", "expected"), [(0, [1.0, 0.853553, 0.5, 0.146447]), (1, [1.0, 1.0, 0.75, 0.25]), (9, [0.5, 1.0, 1.0, 0.5])]
 )
 def test_warm_up_takes_as_many_steps_as_asked_and_at_most_half(warmup, expected):
-    recipe = training.Recipe(2, 4.0, 4, 1e-3, 1, ("q_proj",), 0, warmup)
-    assert [training._schedule(step, recipe) for step in range(4)] == pytest.approx(expected, abs=1e-6)
+    recipe = Recipe(2, 4.0, 4, 1.0, 1, ("q_proj",), 0, warmup)
+    assert [recipe.rate(step) for step in range(4)] == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_start_that_does_not_fit_is_refused_before_the_first_step(tiny_llama, make_model, tokenizer, make_adapter, begin):

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from loraweave.composer import train_adapters as training
+from loraweave.composer import job_training
 from loraweave.composer.batches import encode
 from loraweave.composer.fused_jobs import FusedJobs
+from loraweave.composer.train_adapters import train_adapters
 from loraweave.errors import InvalidTask, TrainingError, UnknownName
 from loraweave.hub.fingerprint import fingerprint
 from loraweave.types import Task
@@ -23,7 +24,7 @@ LAYERS = {"model.layers.0.self_attn.q_proj": (16, 16), "model.layers.1.self_attn
 
 def train(model, tokenizer, tasks=TASKS, **options):
     settings = {"rank": 3, "steps": 6, "batch_size": 4, "lr": 1e-2, "progress": False, "jobs_per_batch": 3}
-    return training.train_adapters(model, tokenizer, tasks, **{**settings, **options})
+    return train_adapters(model, tokenizer, tasks, **{**settings, **options})
 
 
 def rows_of(model, tokenizer, name):
@@ -40,7 +41,7 @@ def test_the_gradients_of_a_job_are_those_of_training_it_alone(make_model, token
             b_JOR.normal_(generator=torch.Generator().manual_seed(1))
     rows = [row for name in names for row in rows_of(model, tokenizer, name)]
     with fused:
-        training._job_losses(model, tokenizer, rows, len(names)).sum().backward()
+        job_training.job_losses(model, tokenizer, rows, len(names)).sum().backward()
     for index, name in enumerate(names):
         expected = _plain_lora_gradients(model, tokenizer, fused, index, rows_of(model, tokenizer, name))
         for layer, pair in fused.factors.items():
@@ -118,10 +119,10 @@ class _Killed(Exception):
 
 
 def test_interrupted_training_resumes_to_the_same_bits(tiny_llama, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "CHECKPOINT_STEPS", 2)
+    monkeypatch.setattr(job_training, "CHECKPOINT_STEPS", 2)
     whole = train(tiny_llama, tokenizer, jobs_per_batch=2)
     calls = 0
-    original = training._job_losses
+    original = job_training.job_losses
 
     def killed_at_the_ninth_step(*arguments):
         nonlocal calls
@@ -130,7 +131,7 @@ def test_interrupted_training_resumes_to_the_same_bits(tiny_llama, tokenizer, tm
             raise _Killed
         return original(*arguments)
 
-    monkeypatch.setattr(training, "_job_losses", killed_at_the_ninth_step)
+    monkeypatch.setattr(job_training, "job_losses", killed_at_the_ninth_step)
     with pytest.raises(_Killed):
         train(tiny_llama, tokenizer, jobs_per_batch=2, checkpoint=tmp_path)
     assert not any(module._forward_hooks for module in tiny_llama.modules())
@@ -180,7 +181,7 @@ def test_what_cannot_be_trained_is_refused_before_the_first_step(tasks, options,
 def test_a_loss_that_is_not_finite_ends_training_with_the_step_and_keeps_what_was_finished(
     tiny_llama, tokenizer, tmp_path, monkeypatch
 ):
-    original = training._job_losses
+    original = job_training.job_losses
     calls = 0
 
     def breaks_at_the_eighth_step(*arguments):
@@ -188,7 +189,7 @@ def test_a_loss_that_is_not_finite_ends_training_with_the_step_and_keeps_what_wa
         calls += 1
         return original(*arguments) * (float("nan") if calls == 8 else 1.0)
 
-    monkeypatch.setattr(training, "_job_losses", breaks_at_the_eighth_step)
+    monkeypatch.setattr(job_training, "job_losses", breaks_at_the_eighth_step)
     with pytest.raises(TrainingError, match="is nan at step 2"):
         train(tiny_llama, tokenizer, jobs_per_batch=2, checkpoint=tmp_path)
     assert len(list(tmp_path.glob("finished/*"))) == 2
