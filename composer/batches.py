@@ -7,7 +7,7 @@ whole prompts are what fills the memory.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -37,6 +37,21 @@ class TargetBatch:
         """The whole batch `count` times, one copy after the other."""
         inputs = {key: value.repeat(count, 1) for key, value in self.inputs.items()}
         return TargetBatch(inputs, self.targets_BK.repeat(count, 1))
+
+    def rows(self, index: Sequence[int]) -> TargetBatch:
+        """These rows, without the padding that all of them have."""
+        chosen = torch.tensor(index, device=self.targets_BK.device)
+        inputs = {key: value[chosen] for key, value in self.inputs.items()}
+        targets_BK = self.targets_BK[chosen]
+        used_K = (targets_BK != IGNORED).any(dim=0).nonzero()
+        first, last = int(used_K[0]), int(used_K[-1]) + 1
+        start = int(inputs["attention_mask"].any(dim=0).nonzero()[0])
+        for name in ("input_ids", "attention_mask", "position_ids"):
+            if name in inputs:
+                inputs[name] = inputs[name][:, start:]
+        if "decoder_input_ids" in inputs:
+            inputs["decoder_input_ids"] = inputs["decoder_input_ids"][:, :last]
+        return TargetBatch(inputs, targets_BK[:, first:last])
 
 
 @dataclass(frozen=True)
@@ -126,15 +141,19 @@ def token_scores(model: Any, batch: TargetBatch) -> tuple[Tensor, Tensor]:
 
 def target_logits(model: Any, batch: TargetBatch) -> Tensor:
     """logits_BKV at the positions that predict the targets."""
-    width = batch.targets_BK.shape[1]
     if model.config.is_encoder_decoder:
         return cast(Tensor, model(**batch.inputs, use_cache=False).logits)
-    length = batch.inputs["input_ids"].shape[1]
+    width, length = batch.targets_BK.shape[1], batch.inputs["input_ids"].shape[1]
+    return logits_at(model, batch.inputs, length - width - 1, length - 1)
+
+
+def logits_at(model: Any, inputs: Mapping[str, Tensor], start: int, end: int) -> Tensor:
+    """A decoder's logits at the positions from `start` to `end`, without it, of every row."""
     if not takes(model, "logits_to_keep"):
-        return cast(Tensor, model(**batch.inputs, use_cache=False).logits[:, -width - 1 : -1])
+        return cast(Tensor, model(**inputs, use_cache=False).logits[:, start:end])
     # positions as an index tensor: for a slice, transformers hands the head a strided view, which bf16 products copy
-    keep = torch.arange(length - width - 1, length - 1, device=batch.targets_BK.device)
-    return cast(Tensor, model(**batch.inputs, logits_to_keep=keep, use_cache=False).logits)
+    keep = torch.arange(start, end, device=inputs["input_ids"].device)
+    return cast(Tensor, model(**inputs, logits_to_keep=keep, use_cache=False).logits)
 
 
 def losses_of(logits_BKV: Tensor, targets_BK: Tensor) -> Tensor:

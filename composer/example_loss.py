@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import copy
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any, Self
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from loraweave.composer.batches import IGNORED, batch, encode, token_scores
 from loraweave.composer.composer import Composer
+from loraweave.composer.encoded_examples import EncodedExamples
+from loraweave.composer.failures import Failures
+from loraweave.composer.objectives._row_sums import Kind, RowSums
+from loraweave.composer.penalty import LORAHUB_L1, Penalty
+from loraweave.composer.population import Job, learning_sums, row_sums
+from loraweave.errors import WeightingError
+from loraweave.registry import get
 from loraweave.routers.mixture import MixtureWeights
 from loraweave.types import Task
 
-# rows of one forward pass times their target width: bounds the logits over the vocabulary that are held at once
-MAX_LOGITS = 768
-REGULARISATION = 0.05
+REGULARISATION = LORAHUB_L1
 
 
 class ExampleLoss:
-    """An objective: mean over the examples of the mean loss of their target tokens, plus `l1` * mean|w|.
+    """An objective: the mean over a task's examples of a kind of loss, and terms for the weights alone.
 
-    The L1 term is LoraHub's with its published 0.05. `merge_method` says what weights mean: "linear" is the sum of deltas,
-    run live with one mixture a row; any other name is merged and written into the base for each candidate. `only` restricts
-    the loss to some examples, by index.
+    `kind` is a name of `names("objectives")`, by default the mean loss of the target's tokens. The terms are `l1` * mean|w|,
+    LoraHub's with its published 0.05, `l2` * mean(w^2) and `sparsity` * (how many experts have a weight above 0.01 in size).
+    `merge_method` says what weights mean: "linear" is the sum of deltas, run live with one mixture a row; any other name is
+    merged and written into the base for each candidate. `only` restricts the loss to some examples, by index.
+
+    A candidate that raises an error, or whose loss is not finite, has the loss NaN; `failures` counts these.
+    Raises InvalidTask for examples that the kind cannot be taken of, WeightingError for terms that cannot be used.
     """
 
     def __init__(
@@ -32,61 +44,147 @@ class ExampleLoss:
         tokenizer: Any,
         task: Task,
         *,
+        kind: str = "cross_entropy",
         merge_method: str = "linear",
         l1: float = REGULARISATION,
+        l2: float = 0.0,
+        sparsity: float = 0.0,
         only: Sequence[int] | None = None,
     ) -> None:
         self.engine = engine
         self.merge_method = merge_method
-        self.l1 = l1
-        self.only = list(range(len(task.examples)) if only is None else only)
-        prompts = [task.prompt(text) for text, _ in task.examples]
-        rows = encode(engine.model, tokenizer, prompts, [target for _, target in task.examples])
-        self._batch = batch(engine.model, tokenizer, [rows[index] for index in self.only])
+        self.penalty = Penalty(l1, l2, sparsity)
+        self.only = tuple(range(len(task.examples)) if only is None else only)
+        self.failures = Failures()
+        self.kind: Kind = get("objectives", kind)(task)
+        self.encoded = EncodedExamples(engine.model, tokenizer, task, self.kind)
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether `gradients` can be asked for."""
+        return self.kind.differentiable and self.merge_method == "linear"
+
+    def view(self, only: Sequence[int], *, penalised: bool = True) -> Self:
+        """The same objective on these examples, by their index among all of the task's; without terms unless `penalised`.
+
+        It shares what was tokenised, and counts failures of its own.
+        """
+        found = copy.copy(self)
+        found.only = tuple(only)
+        found.failures = Failures()
+        if not penalised:
+            found.penalty = Penalty(0.0, 0.0, 0.0)
+        return found
 
     def __call__(self, candidates: Sequence[MixtureWeights]) -> list[float]:
-        losses_CN, _ = self.scores(candidates)
-        penalties = [self.l1 * float(candidate.values_BTLE.abs().mean()) for candidate in candidates]
-        return [float(losses.mean()) + penalty for losses, penalty in zip(losses_CN, penalties, strict=True)]
+        return scored([(self, candidate) for candidate in candidates])
 
-    @torch.no_grad()
-    def scores(self, candidates: Sequence[MixtureWeights]) -> tuple[np.ndarray, np.ndarray]:
-        """(loss_CN, hit_CN) of every candidate on every example, without the L1 term.
+    def gradients(self, candidates: Sequence[MixtureWeights]) -> tuple[list[float], list[Tensor]]:
+        """The loss of each candidate, and d loss / d values_BTLE, of the shape of its values; NaN for a failed one.
 
-        A hit is an example whose target tokens are each the most likely one, so that greedy decoding would write it.
+        Several candidates share a forward and a backward pass. The products run in the model's dtype, the weights and
+        their gradients have fp32 or better. |w| has the slope 0 at 0, and the count of experts has none.
+        Raises WeightingError where there are no gradients: for a count of misses, and for merges other than the sum.
         """
-        if self.merge_method != "linear":
-            parts = [self._merged(candidate) for candidate in candidates]
-        else:
-            per_pass = max(1, MAX_LOGITS // self._batch.targets_BK.numel())
-            parts = [self._live(candidates[start : start + per_pass]) for start in range(0, len(candidates), per_pass)]
-        losses, hits = zip(*parts, strict=True)
-        return np.concatenate(losses), np.concatenate(hits)
+        found = scored_with_gradients([(self, candidate) for candidate in candidates])
+        return [loss for loss, _ in found], [gradient for _, gradient in found]
 
-    def _live(self, candidates: Sequence[MixtureWeights]) -> tuple[np.ndarray, np.ndarray]:
-        count, num_rows = len(candidates), len(self.only)
-        repeated = self._batch.tiled(count)
-        values_CTLE = torch.cat([candidate.values_BTLE for candidate in candidates])
-        weights = MixtureWeights(values_CTLE, candidates[0].experts)
-        # candidate c owns rows c * num_rows to (c + 1) * num_rows, the order in which live mixing expands rows
-        with self.engine.activate(weights):
-            losses_BK, hits_BK = token_scores(self.engine.model, repeated)
-        return self._per_example(losses_BK, hits_BK, repeated.targets_BK, (count, num_rows))
+    def scores(self, candidates: Sequence[MixtureWeights]) -> tuple[np.ndarray, np.ndarray]:
+        """(loss_CN, hit_CN) of every candidate on every example, without the terms for its weights.
 
-    def _merged(self, candidate: MixtureWeights) -> tuple[np.ndarray, np.ndarray]:
-        weights = {name: value for name, value in candidate.as_dict().items() if value}
-        if not weights:
-            losses_BK, hits_BK = token_scores(self.engine.model, self._batch)
-        else:
-            with self.engine.fused(weights, method=self.merge_method):
-                losses_BK, hits_BK = token_scores(self.engine.model, self._batch)
-        return self._per_example(losses_BK, hits_BK, self._batch.targets_BK, (1, len(self.only)))
+        A hit is an example that the model would answer with its target: in greedy decoding, or among the labels.
+        """
+        sums = _sums([(self, candidate) for candidate in candidates], self.kind.needs | self.kind.hit_needs)
+        losses = [self.kind.losses(each).double().numpy() for each in sums]
+        hits = [self.kind.hits(each).numpy() for each in sums]
+        return np.stack(losses), np.stack(hits)
 
-    @staticmethod
-    def _per_example(
-        losses_BK: torch.Tensor, hits_BK: torch.Tensor, targets_BK: torch.Tensor, shape: tuple[int, int]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        real_BK = targets_BK != IGNORED
-        loss_B = losses_BK.sum(dim=1) / real_BK.sum(dim=1)
-        hit_B = (hits_BK | ~real_BK).all(dim=1)
-        return loss_B.double().cpu().view(shape).numpy(), hit_B.cpu().view(shape).numpy()
+    def total(self, sums: RowSums, values_BTLE: Tensor) -> Tensor:
+        """The loss of a candidate of these values, of what was summed up for it."""
+        return self.kind.losses(sums).double().mean() + self.penalty(values_BTLE).double()
+
+    def require_gradients(self) -> None:
+        """Raises WeightingError where there are none."""
+        if not self.differentiable:
+            raise WeightingError(
+                f"no gradients of objective {type(self.kind).__name__} with merge method {self.merge_method!r}: use "
+                "'cross_entropy', 'labels' or 'entropy' with 'linear', or a solver that needs none"
+            )
+
+
+Pairs = Sequence[tuple[ExampleLoss, MixtureWeights]]
+# the loss of a candidate and, where it was asked for, its gradient
+Found = tuple[float, Tensor | None]
+
+
+def scored(pairs: Pairs) -> list[float]:
+    """The loss of each pair's candidate by its objective; the objectives are views of one. NaN for a failed candidate."""
+    return [loss for loss, _ in _contained(pairs, _losses)]
+
+
+def scored_with_gradients(pairs: Pairs) -> list[tuple[float, Tensor]]:
+    """The same, with the gradient by the candidate's values; NaN too for a failed candidate."""
+    for objective, _ in pairs:
+        objective.require_gradients()
+    found = _contained(pairs, _slopes)
+    return [
+        (loss, torch.full_like(candidate.values_BTLE, math.nan) if gradient is None else gradient)
+        for (_, candidate), (loss, gradient) in zip(pairs, found, strict=True)
+    ]
+
+
+def _contained(pairs: Pairs, evaluate: Callable[[Pairs], list[Found]]) -> list[Found]:
+    """What `evaluate` finds for pairs; where it raises an error, those at fault are found by halving."""
+    try:
+        found = evaluate(pairs) if pairs else []
+    # an interruption is no Exception, and ends the search
+    except Exception as error:
+        if len(pairs) == 1:
+            pairs[0][0].failures.add(error)
+            return [(math.nan, None)]
+        half = len(pairs) // 2
+        return _contained(pairs[:half], evaluate) + _contained(pairs[half:], evaluate)
+    for number, ((objective, _), (loss, gradient)) in enumerate(zip(pairs, found, strict=True)):
+        if not math.isfinite(loss):
+            objective.failures.add(f"its loss is {loss}")
+            found[number] = math.nan, None
+        elif gradient is not None and not bool(torch.isfinite(gradient).all()):
+            objective.failures.add("its gradient is not finite")
+            found[number] = math.nan, None
+    return found
+
+
+def _losses(pairs: Pairs) -> list[Found]:
+    sums = _sums(pairs, pairs[0][0].kind.needs)
+    return [(float(each.total(own, mixture.values_BTLE)), None) for (each, mixture), own in zip(pairs, sums, strict=True)]
+
+
+def _sums(pairs: Pairs, needs: frozenset[str]) -> list[RowSums]:
+    """The sums of each pair, of one forward pass for many, or of one for each where a merge is written into the base."""
+    first, _ = pairs[0]
+    if first.merge_method == "linear":
+        return row_sums(first.engine, first.encoded, [Job(mixture, each.only) for each, mixture in pairs], needs)
+    first.encoded.prepare()
+    found = []
+    for objective, mixture in pairs:
+        weights = {name: value for name, value in mixture.as_dict().items() if value}
+        # without a weight there is nothing to merge
+        with first.engine.fused(weights, method=first.merge_method) if weights else nullcontext():
+            found += row_sums(first.engine, first.encoded, [Job(None, objective.only)], needs)
+    return found
+
+
+def _slopes(pairs: Pairs) -> list[Found]:
+    first, _ = pairs[0]
+    jobs = [Job(mixture, objective.only) for objective, mixture in pairs]
+    found: list[Found] = []
+    for values_CTLE, sums in learning_sums(first.engine, first.encoded, jobs, first.kind.needs):
+        part = pairs[len(found) : len(found) + len(sums)]
+        losses = [
+            objective.total(own, values_CTLE[number : number + 1])
+            for number, ((objective, _), own) in enumerate(zip(part, sums, strict=True))
+        ]
+        # a candidate's loss depends on its own values alone
+        (gradient_CTLE,) = torch.autograd.grad(torch.stack(losses).sum(), values_CTLE)
+        found += [(float(loss.detach()), each[None]) for loss, each in zip(losses, gradient_CTLE, strict=True)]
+    return found

@@ -13,6 +13,7 @@ from loraweave.errors import UnknownName
 FOLDERS = {
     "methods": "loraweave.composer.methods",
     "kernels": "loraweave.composer.kernels",
+    "objectives": "loraweave.composer.objectives",
     "routers": "loraweave.routers",
     "experts": "loraweave.routers.experts",
     "embedders": "loraweave.retrieval.embedders",

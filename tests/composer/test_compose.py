@@ -65,7 +65,7 @@ def test_candidates_score_the_same_alone_and_in_a_population(tiny_llama, tokeniz
     objective = ExampleLoss(engine, tokenizer, task)
     together = objective(candidates)
     alone = [objective([candidate])[0] for candidate in candidates]
-    monkeypatch.setattr("loraweave.composer.example_loss.MAX_LOGITS", 45)
+    monkeypatch.setattr("loraweave.composer.population.MAX_LOGITS", 45)
     assert together == pytest.approx(alone, abs=1e-4)
     assert objective(candidates) == pytest.approx(alone, abs=1e-4)
 

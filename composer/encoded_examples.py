@@ -1,0 +1,156 @@
+"""The rows of a task's examples, tokenised once, as batches for any selection; as trees where the model takes these."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraweave.composer.batches import IGNORED, EncodedRow, TargetBatch, batch, encode, logits_at, target_logits
+from loraweave.composer.limits.token_trees import runs_trees
+from loraweave.composer.objectives._row_sums import Kind
+from loraweave.composer.token_tree import TokenTree, token_tree, tree_inputs
+from loraweave.types import Task
+
+
+@dataclass(frozen=True, eq=False)
+class JobBatch:
+    """One batch for several jobs, each a selection of examples; job j has the next rows_of_job[j] rows of the batch.
+
+    Slots count a row's kept logits from the last one (-1) backwards. Targets are `IGNORED` beyond a shorter one;
+    real_BR says which of a batch row's R text rows there are.
+    """
+
+    inputs: dict[str, Tensor]
+    num_kept: int
+    slot_BRK: Tensor
+    target_BRK: Tensor
+    real_BR: Tensor
+    rows_of_job: tuple[int, ...]
+
+    def logits(self, model: Any) -> Tensor:
+        """logits_BPV of the positions that predict targets."""
+        if "decoder_input_ids" in self.inputs:
+            return target_logits(model, TargetBatch(self.inputs, self.target_BRK[:, 0]))
+        # in a tree the last token predicts too, in a plain row it is predicted
+        length = self.inputs["input_ids"].shape[1]
+        end = length if self.inputs["attention_mask"].ndim == 4 else length - 1
+        return logits_at(model, self.inputs, end - self.num_kept, end)
+
+
+class EncodedExamples:
+    """Every example has as many rows as the kind of loss looks at texts after its prompt."""
+
+    def __init__(self, model: Any, tokenizer: Any, task: Task, kind: Kind) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self.num_texts = len(kind.targets[0])
+        self.right_N = torch.tensor(kind.right)
+        prompts = [task.prompt(text) for (text, _), texts in zip(task.examples, kind.targets, strict=True) for _ in texts]
+        targets = [text for texts in kind.targets for text in texts]
+        self._rows = encode(model, tokenizer, prompts, targets)
+        self._trees: dict[tuple[int, ...], list[TokenTree]] = {}
+
+    @cached_property
+    def _shares(self) -> bool:
+        """Whether rows are run as trees. The first use of this runs the model, without a mixture."""
+        return runs_trees(self._model, self._tokenizer, self._rows)
+
+    @cached_property
+    def _plain(self) -> TargetBatch:
+        return batch(self._model, self._tokenizer, self._rows)
+
+    def prepare(self) -> None:
+        """Finds out how rows are to be run; to be called where no mixture is active."""
+        _ = self._shares
+
+    def has_trees(self, examples: tuple[int, ...]) -> bool:
+        """Whether a job's rows are run as trees."""
+        return bool(self._trees_of(examples))
+
+    def counts(self, examples: Sequence[int]) -> Tensor:
+        """count_NR: the target tokens of each row."""
+        counts = [[len(row.target) for row in self._rows_of([example])] for example in examples]
+        return torch.tensor(counts)
+
+    def size(self, examples: tuple[int, ...]) -> tuple[int, int]:
+        """Tokens that are read and logits that are made for one job."""
+        trees = self._trees_of(examples)
+        if trees:
+            longest, kept = max(map(len, trees)), max(tree.num_predictors for tree in trees)
+            return len(trees) * longest, len(trees) * kept
+        rows = self._rows_of(examples)
+        return len(rows) * max(map(len, rows)), len(rows) * max(len(row.target) for row in rows)
+
+    def batch(self, jobs: Sequence[tuple[int, ...]]) -> JobBatch:
+        """All jobs as one batch."""
+        if self._trees_of(jobs[0]):
+            return self._as_trees([self._trees_of(job) for job in jobs])
+        index = [row for job in jobs for example in job for row in self._places(example)]
+        chosen = self._plain.rows(index)
+        target_BRK = chosen.targets_BK[:, None]
+        num_kept = target_BRK.shape[2]
+        slot_BRK = torch.arange(-num_kept, 0, device=target_BRK.device).expand(target_BRK.shape)
+        real_BR = torch.ones(target_BRK.shape[:2], dtype=torch.bool, device=target_BRK.device)
+        rows_of_job = tuple(len(job) * self.num_texts for job in jobs)
+        return JobBatch(chosen.inputs, num_kept, slot_BRK, target_BRK, real_BR, rows_of_job)
+
+    def _as_trees(self, jobs: Sequence[list[TokenTree]]) -> JobBatch:
+        trees = [tree for job in jobs for tree in job]
+        parameter = next(parameter for parameter in self._model.parameters() if parameter.is_floating_point())
+        num_rows = max(tree.target_RK.shape[0] for tree in trees)
+        width = max(tree.target_RK.shape[1] for tree in trees)
+        slot_BRK = torch.full((len(trees), num_rows, width), -1)
+        target_BRK = torch.full((len(trees), num_rows, width), IGNORED)
+        for number, tree in enumerate(trees):
+            place = number, slice(tree.target_RK.shape[0]), slice(tree.target_RK.shape[1])
+            slot_BRK[place], target_BRK[place] = tree.slot_RK, tree.target_RK
+        inputs = tree_inputs(trees, 0, parameter.dtype, parameter.device)
+        target_BRK = target_BRK.to(parameter.device)
+        return JobBatch(
+            inputs,
+            max(tree.num_predictors for tree in trees),
+            slot_BRK.to(parameter.device),
+            target_BRK,
+            (target_BRK != IGNORED).any(dim=2),
+            tuple(map(len, jobs)),
+        )
+
+    def _trees_of(self, examples: tuple[int, ...]) -> list[TokenTree]:
+        """The trees of a job, of which each is a row; none where its rows are better run plainly."""
+        if examples not in self._trees:
+            self._trees[examples] = self._planted(examples) if self._shares else []
+        return self._trees[examples]
+
+    def _planted(self, examples: tuple[int, ...]) -> list[TokenTree]:
+        rows = self._rows_of(examples)
+        best: list[TokenTree] = []
+        least = self._cost(len(rows), max(map(len, rows)))
+        size = len(examples)
+        # in more, smaller trees more tokens are read, and each sees fewer
+        while True:
+            groups = [examples[start : start + size] for start in range(0, len(examples), size)]
+            trees = [token_tree(self._rows_of(group)) for group in groups]
+            cost = self._cost(len(trees), max(map(len, trees)))
+            if cost < least:
+                best, least = trees, cost
+            if size == 1:
+                return best
+            size = (size + 1) // 2
+
+    def _cost(self, num_rows: int, length: int) -> int:
+        """Of a decoder layer's products, in units of two products of a token's hidden values with a number each.
+
+        12 h^2 a token in the weights and 2 h a token for each that it meets in attention, whether it sees it or not.
+        """
+        return num_rows * length * (6 * int(self._model.config.get_text_config().hidden_size) + length)
+
+    def _rows_of(self, examples: Sequence[int]) -> list[EncodedRow]:
+        return [self._rows[place] for example in examples for place in self._places(example)]
+
+    def _places(self, example: int) -> range:
+        return range(example * self.num_texts, (example + 1) * self.num_texts)

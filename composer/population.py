@@ -1,0 +1,148 @@
+"""Candidates on examples: as many as fit in one forward pass, a mixture a row, with or without a backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loraweave.composer.batches import IGNORED
+from loraweave.composer.composer import Composer
+from loraweave.composer.encoded_examples import EncodedExamples, JobBatch
+from loraweave.composer.objectives._row_sums import RowSums
+from loraweave.composer.untouched import untouched
+from loraweave.errors import ScopeError
+from loraweave.routers.mixture import MixtureWeights
+
+# of one forward pass: what bounds the logits over the vocabulary and the hidden values that are held at once
+MAX_LOGITS = 768
+MAX_TOKENS = 8192
+# a backward pass keeps the hidden values of every layer
+MAX_TOKENS_WITH_GRADIENTS = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One candidate, to be scored on some examples by index; without a mixture, the model as it is."""
+
+    mixture: MixtureWeights | None
+    examples: tuple[int, ...]
+
+
+def row_sums(engine: Composer, encoded: EncodedExamples, jobs: Sequence[Job], needs: frozenset[str]) -> list[RowSums]:
+    """The sums that each job needs, in the order of the jobs; without gradients."""
+    encoded.prepare()
+    found: list[RowSums] = []
+    with untouched(engine.model), torch.no_grad():
+        for part in _passes(encoded, jobs, MAX_TOKENS):
+            found += _forward(engine, encoded, part, needs)
+    return found
+
+
+def learning_sums(
+    engine: Composer, encoded: EncodedExamples, jobs: Sequence[Job], needs: frozenset[str]
+) -> Iterator[tuple[Tensor, list[RowSums]]]:
+    """(values_CTLE, the sums of C jobs) of one forward pass after the other.
+
+    The values take part in gradients, which are to be taken before the next pass. They have fp32 or better.
+    """
+    encoded.prepare()
+    with ExitStack() as stack:
+        stack.enter_context(untouched(engine.model))
+        # below a caller's inference_mode, tensors would take no part in a backward pass
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for part in _passes(encoded, jobs, MAX_TOKENS_WITH_GRADIENTS):
+            values_CTLE = _values(part).detach().clone()
+            values_CTLE = values_CTLE.to(torch.promote_types(values_CTLE.dtype, torch.float32)).requires_grad_()
+            yield values_CTLE, _forward(engine, encoded, part, needs, values_CTLE)
+
+
+def _passes(encoded: EncodedExamples, jobs: Sequence[Job], max_tokens: int) -> Iterator[list[Job]]:
+    """The jobs in their order, as many at once as belong together and fit; one at least."""
+    part: list[Job] = []
+    longest = (0, 0)
+    for job in jobs:
+        tokens, logits = encoded.size(job.examples)
+        size = max(longest[0], tokens), max(longest[1], logits)
+        fits = size[0] * (len(part) + 1) <= max_tokens and size[1] * (len(part) + 1) <= MAX_LOGITS
+        if part and not (fits and _alike(encoded, part[0], job)):
+            yield part
+            part, size = [], (tokens, logits)
+        part.append(job)
+        longest = size
+    if part:
+        yield part
+
+
+def _alike(encoded: EncodedExamples, one: Job, other: Job) -> bool:
+    """Whether one batch can hold both, under one activation."""
+    if encoded.has_trees(one.examples) != encoded.has_trees(other.examples):
+        return False
+    if one.mixture is None or other.mixture is None:
+        return one.mixture is other.mixture
+    return (one.mixture.experts, one.mixture.layers) == (other.mixture.experts, other.mixture.layers)
+
+
+def _values(jobs: Sequence[Job]) -> Tensor:
+    """values_CTLE of jobs that have a mixture. Raises ScopeError for one that varies by row or token."""
+    mixtures = [job.mixture for job in jobs if job.mixture is not None]
+    for mixture in mixtures:
+        if mixture.scope != "task":
+            raise ScopeError(
+                f"a candidate has one mixture for all examples, but this one has values of shape "
+                f"{tuple(mixture.values_BTLE.shape)} (B, T, L, E), of scope {mixture.scope}; give B and T the size 1"
+            )
+    return torch.cat([mixture.values_BTLE for mixture in mixtures])
+
+
+def _forward(
+    engine: Composer,
+    encoded: EncodedExamples,
+    jobs: Sequence[Job],
+    needs: frozenset[str],
+    values_CTLE: Tensor | None = None,
+) -> list[RowSums]:
+    """`values_CTLE` are the jobs' own where gradients are to reach them."""
+    batch = encoded.batch([job.examples for job in jobs])
+    first = jobs[0].mixture
+    with ExitStack() as stack:
+        if first is not None:
+            values = _values(jobs) if values_CTLE is None else values_CTLE
+            if len(set(batch.rows_of_job)) > 1:
+                values = values.repeat_interleave(torch.tensor(batch.rows_of_job, device=values.device), dim=0)
+            # job c owns rows c * k to (c + 1) * k, the order in which live mixing expands rows
+            stack.enter_context(engine.activate(MixtureWeights(values, first.experts, first.layers)))
+        sums = _sums(batch.logits(engine.model), batch, needs)
+    sizes = [len(job.examples) for job in jobs]
+    parts = {name: sum_M.view(-1, encoded.num_texts) for name, sum_M in sums.items()}
+    found, start = [], 0
+    for job, size in zip(jobs, sizes, strict=True):
+        own = {f"{name}_NR": part[start : start + size].cpu() for name, part in parts.items()}
+        start += size
+        found.append(RowSums(encoded.counts(job.examples), encoded.right_N[list(job.examples)], **own))
+    return found
+
+
+def _sums(logits_BPV: Tensor, batch: JobBatch, needs: frozenset[str]) -> dict[str, Tensor]:
+    """Of each text row that there is, in order: sums over its target tokens."""
+    num_rows, num_kept, num_words = logits_BPV.shape
+    start_B11 = num_kept * torch.arange(1, num_rows + 1, device=logits_BPV.device)[:, None, None]
+    place_BRK = start_B11 + batch.slot_BRK
+    known_BRK = batch.target_BRK != IGNORED
+    target_BRK = batch.target_BRK.clamp(min=0)
+    logits_NV = logits_BPV.reshape(-1, num_words)
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    values = {}
+    if "loss" in needs:
+        log_sum_N = logits_NV.logsumexp(dim=1)
+        values["loss"] = log_sum_N[place_BRK] - logits_NV[place_BRK, target_BRK]
+    if "miss" in needs:
+        values["miss"] = (logits_NV.argmax(dim=1)[place_BRK] != target_BRK).to(logits_NV.dtype)
+    if "entropy" in needs:
+        logs_NV = logits_NV.log_softmax(dim=1)
+        values["entropy"] = -(logs_NV.exp() * logs_NV).sum(dim=1)[place_BRK]
+    return {name: torch.where(known_BRK, value_BRK, 0.0).sum(dim=2)[batch.real_BR] for name, value_BRK in values.items()}
