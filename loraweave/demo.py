@@ -74,8 +74,8 @@ def run(
         console.print(f"   {text!r} -> {answer!r} (wanted {targets[0]!r})", markup=False, highlight=False)
 
 
-def load_task(data: Path, name: str, seed: int, num_test: int) -> DemoTask:
-    """A task of data/unseen with five training rows drawn by the seed."""
+def load_task(data: Path, name: str, seed: int, num_test: int, *, num_examples: int = NUM_EXAMPLES) -> DemoTask:
+    """A task of data/unseen with a few training rows drawn by the seed; fewer rows are the first of more."""
     manifest = json.loads((data / "MANIFEST.json").read_text())
     entries = {entry["task"]: entry for entry in manifest["groups"]["unseen"] if (data / entry["file"]).is_file()}
     if name not in entries:
@@ -84,7 +84,7 @@ def load_task(data: Path, name: str, seed: int, num_test: int) -> DemoTask:
     rows = read_rows(data / entry["file"])
     train = [row for row in rows if row["split"] == "train"]
     generator = torch.Generator().manual_seed(seed)
-    chosen = [train[int(index)] for index in torch.randperm(len(train), generator=generator)[:NUM_EXAMPLES]]
+    chosen = [train[int(index)] for index in torch.randperm(len(train), generator=generator)[:num_examples]]
     examples = [(row["input"], row["target"]) for row in chosen]
     task = lw.Task(examples, instruction=entry["definition"], labels=entry["labels"])
     test = [(row["input"], [row["target"], *row.get("also_ok", [])]) for row in rows if row["split"] == "test"]

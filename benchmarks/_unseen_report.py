@@ -1,0 +1,241 @@
+"""Tables of what benchmarks/unseen.py has measured.
+
+Every interval is the central 95 % of bootstrap draws: each draw takes a task's seeds anew, and its test items anew, the same
+ones for all ways that are compared with each other.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from _unseen_store import NO_SEED, NO_SHOTS, Key, Measured
+from _unseen_ways import WITHOUT_EXAMPLES
+from rich.box import MARKDOWN
+from rich.console import Console
+from rich.table import Table
+
+RESAMPLES = 2000
+
+
+class Results:
+    """All measurements with one number of examples; `relations` names the tasks, in the order of the tables."""
+
+    def __init__(self, measured: Mapping[Key, Measured], shots: int, relations: Mapping[str, str]) -> None:
+        self.shots = shots
+        self.relations = relations
+        self.by: dict[tuple[str, str], dict[int, Measured]] = {}
+        for key, found in measured.items():
+            if key.task in relations and key.shots in (shots, NO_SHOTS):
+                self.by.setdefault((key.task, key.way), {})[key.seed] = found
+
+    @property
+    def ways(self) -> list[str]:
+        return list(dict.fromkeys(way for _, way in self.by))
+
+    def tasks(self, ways: Iterable[str]) -> list[str]:
+        """Those in which all these ways were measured with a seed in common."""
+        wanted = list(ways)
+        return [task for task in self.relations if self._seeds(task, wanted)]
+
+    def _seeds(self, task: str, ways: Sequence[str]) -> list[int]:
+        if not all((task, way) in self.by for way in ways):
+            return []
+        drawn = [set(self.by[task, way]) for way in ways if way not in WITHOUT_EXAMPLES]
+        return sorted(set.intersection(*drawn)) if drawn else [NO_SEED]
+
+    def right_WSN(self, task: str, ways: Sequence[str]) -> np.ndarray:
+        """The seeds and the items that all ways have."""
+        seeds = self._seeds(task, ways)
+        rows = [[self._found(task, way, seed).right_N for seed in seeds] for way in ways]
+        num_items = min(len(right_N) for row in rows for right_N in row)
+        return np.array([[right_N[:num_items] for right_N in row] for row in rows], dtype=np.float64)
+
+    def _found(self, task: str, way: str, seed: int) -> Measured:
+        return self.by[task, way][NO_SEED if way in WITHOUT_EXAMPLES else seed]
+
+    def draws_RW(self, task: str, ways: Sequence[str]) -> np.ndarray:
+        """The scores of the ways; row 0 is the measurement itself, the others are drawn."""
+        right_WSN = self.right_WSN(task, ways)
+        _, num_seeds, num_items = right_WSN.shape
+        generator = np.random.default_rng(zlib.crc32(task.encode()))
+        seeds_RS = generator.integers(0, num_seeds, (RESAMPLES, num_seeds))
+        items_RN = generator.integers(0, num_items, (RESAMPLES, num_items))
+        drawn_WR = right_WSN[:, seeds_RS[:, :, None], items_RN[:, None, :]].mean(axis=(2, 3))
+        return np.concatenate([right_WSN.mean(axis=(1, 2))[None], drawn_WR.T])
+
+
+def print_report(measured: Mapping[Key, Measured], relations: Mapping[str, str], ways: Sequence[str]) -> None:
+    """Every table, for each number of examples; `ways` in this order, those that were measured."""
+    for shots in sorted({key.shots for key in measured} - {NO_SHOTS}):
+        results = Results(measured, shots, relations)
+        shown = [way for way in ways if way in results.ways] + [way for way in results.ways if way not in ways]
+        console = Console(width=400)
+        console.print(f"## {shots} examples\n\nRight answers on test items [95 % interval]:\n")
+        console.print(_scores(results, [way for way in shown if way != "any_single"]))
+        if results.tasks(["base", "oracle"]):
+            console.print("\nShare of the oracle's gain over the base that is recovered:\n")
+            console.print(_shares(results, [way for way in shown if way not in WITHOUT_EXAMPLES]))
+        console.print("\nTo choose, and the loss on test items:\n")
+        console.print(_times(results, shown))
+        if "auto" in shown:
+            console.print("\nThe goals:\n")
+            console.print(_goals(results))
+        console.print("\nTwo skills of the pool joined:\n")
+        console.print(_joined(results, shown))
+        console.print()
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=MARKDOWN)
+    for column in columns:
+        table.add_column(column, no_wrap=True)
+    return table
+
+
+def _scores(results: Results, ways: Sequence[str]) -> Table:
+    table = _table("task", "relation", *ways, "auto chose")
+    tasks = results.tasks(["base"])
+    drawn = {way: {task: results.draws_RW(task, [way])[:, 0] for task in results.tasks([way])} for way in ways}
+    for task in tasks:
+        chosen = Counter(found.notes["chosen"] for found in results.by.get((task, "auto"), {}).values())
+        cells = [_cell(drawn[way][task]) if task in drawn[way] else "-" for way in ways]
+        table.add_row(
+            task, results.relations[task], *cells, ", ".join(f"{name} {count}" for name, count in chosen.most_common())
+        )
+    groups = {
+        f"mean of {relation}": [task for task in tasks if results.relations[task] == relation]
+        for relation in dict.fromkeys(results.relations[task] for task in tasks)
+    }
+    for label, group in {**groups, "mean of all": tasks}.items():
+        table.add_row(label, "", *(_mean_cell(drawn[way], group) for way in ways), "")
+    return table
+
+
+def _mean_cell(drawn: Mapping[str, np.ndarray], group: Sequence[str]) -> str:
+    known = [drawn[task] for task in group if task in drawn]
+    if len(known) < len(group):
+        return f"({len(known)} of {len(group)})"
+    return _cell(np.mean(known, axis=0), 3)
+
+
+def _cell(draws_R: np.ndarray, digits: int = 2) -> str:
+    low, high = np.percentile(draws_R[1:], [2.5, 97.5])
+    return f"{draws_R[0]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def gaining(results: Results) -> tuple[list[str], list[str]]:
+    """The tasks on which the oracle gains beyond its interval, and the others."""
+    known = results.tasks(["base", "oracle"])
+    gains = {task: np.diff(results.draws_RW(task, ["base", "oracle"]), axis=1)[1:, 0] for task in known}
+    kept = [task for task in known if np.percentile(gains[task], 2.5) > 0]
+    return kept, [task for task in known if task not in kept]
+
+
+def share_draws(results: Results, way: str, tasks: Sequence[str]) -> dict[str, np.ndarray]:
+    """(way - base) / (oracle - base) by task, draw by draw."""
+    found = {}
+    for task in tasks:
+        base_R, way_R, oracle_R = results.draws_RW(task, ["base", way, "oracle"]).T
+        # a draw in which the oracle gains nothing says nothing of a share
+        gain_R = np.where(oracle_R > base_R, oracle_R - base_R, np.nan)
+        found[task] = (way_R - base_R) / gain_R
+    return found
+
+
+def _shares(results: Results, ways: Sequence[str]) -> Table:
+    kept, left_out = gaining(results)
+    table = _table("task", *ways)
+    by_way = {way: share_draws(results, way, [task for task in results.tasks([way]) if task in kept]) for way in ways}
+    for task in kept:
+        table.add_row(task, *(_share_cell(by_way[way].get(task)) for way in ways))
+    table.add_row("mean", *(_mean_share(by_way[way], kept) for way in ways))
+    pooled = [_share_cell(_pooled(results, way, kept)) if 0 < len(kept) == len(by_way[way]) else "-" for way in ways]
+    table.add_row("of the summed gains", *pooled)
+    for task in left_out:
+        base_R, oracle_R = results.draws_RW(task, ["base", "oracle"]).T
+        table.add_row(f"(left out: {task}, oracle {oracle_R[0]:.2f} against base {base_R[0]:.2f})", *[""] * len(ways))
+    return table
+
+
+def _pooled(results: Results, way: str, tasks: Sequence[str]) -> np.ndarray:
+    drawn = np.sum([results.draws_RW(task, ["base", way, "oracle"]) for task in tasks], axis=0)
+    pooled: np.ndarray = (drawn[:, 1] - drawn[:, 0]) / (drawn[:, 2] - drawn[:, 0])
+    return pooled
+
+
+def _share_cell(draws_R: np.ndarray | None) -> str:
+    if draws_R is None:
+        return "-"
+    low, high = np.nanpercentile(draws_R[1:], [2.5, 97.5])
+    return f"{draws_R[0]:.0%} [{low:.0%}, {high:.0%}]"
+
+
+def _mean_share(by_task: Mapping[str, np.ndarray], tasks: Sequence[str]) -> str:
+    if len(by_task) < len(tasks) or not tasks:
+        return f"({len(by_task)} of {len(tasks)})"
+    return _share_cell(np.nanmean(list(by_task.values()), axis=0))
+
+
+def _times(results: Results, ways: Sequence[str]) -> Table:
+    table = _table("way", "seconds", "processor seconds", "test loss", "measured", "tasks", "seeds")
+    for way in ways:
+        found = [one for (_, its), by_seed in results.by.items() if its == way for one in by_seed.values()]
+        seconds, cpu, loss = (np.mean([getattr(one, name) for one in found]) for name in ("seconds", "cpu_seconds", "loss"))
+        counts = [len({one.key.task for one in found}), len({one.key.seed for one in found})]
+        table.add_row(way, f"{seconds:.1f}", f"{cpu:.1f}", f"{loss:.3f}", str(len(found)), *map(str, counts))
+    return table
+
+
+def _goals(results: Results) -> Table:
+    """What `auto` is meant to do, over the tasks and seeds that both sides of each comparison have."""
+    table = _table("goal", "found")
+    kept, _ = gaining(results)
+    if tasks := [task for task in results.tasks(["auto", "lorahub_original"]) if task in kept]:
+        ours, theirs = (_mean_shares(results, way, tasks) for way in ("auto", "lorahub_original"))
+        with np.errstate(divide="ignore"):
+            ratio = ours / theirs
+        table.add_row("recovers at least 2 times lorahub_original's share", f"{_cell(ratio)} ({len(tasks)} tasks)")
+        spent, allowed = (_mean_cpu_seconds(results, way, tasks) for way in ("auto", "lorahub_original"))
+        table.add_row("takes at most its time", f"{spent / allowed:.2f} times ({spent:.1f} s against {allowed:.1f} s)")
+    if tasks := results.tasks(["auto", "base", "best_single"]):
+        worse = [cell for task in tasks if (cell := _worse(results, task))]
+        table.add_row("is worse than the better of base and best single on no task", ", ".join(worse) or "none")
+    if tasks := results.tasks(["auto", "lora_examples"]):
+        drawn = [np.diff(results.draws_RW(task, ["lora_examples", "auto"]))[:, 0] for task in tasks]
+        table.add_row("scores above lora_examples", f"{_cell(np.mean(drawn, axis=0), 3)} ({len(tasks)} tasks)")
+    return table
+
+
+def _mean_shares(results: Results, way: str, tasks: Sequence[str]) -> np.ndarray:
+    shares: np.ndarray = np.nanmean(list(share_draws(results, way, tasks).values()), axis=0)
+    return shares
+
+
+def _mean_cpu_seconds(results: Results, way: str, tasks: Sequence[str]) -> float:
+    return float(np.mean([np.mean([one.cpu_seconds for one in results.by[task, way].values()]) for task in tasks]))
+
+
+def _worse(results: Results, task: str) -> str:
+    """How much worse, or nothing when the interval reaches 0."""
+    base_R, single_R, auto_R = results.draws_RW(task, ["base", "best_single", "auto"]).T
+    better_R = base_R if base_R[0] > single_R[0] else single_R
+    return f"{task} {_cell(auto_R - better_R)}" if np.percentile((auto_R - better_R)[1:], 97.5) < 0 else ""
+
+
+def _joined(results: Results, ways: Sequence[str]) -> Table:
+    """On tasks that join two skills: every way less the adapter that is best on the test items."""
+    table = _table("task", "any_single", *(way for way in ways if way != "any_single"))
+    for task in results.tasks(["any_single"]):
+        if results.relations[task] != "compositional":
+            continue
+        cells = []
+        for way in ways:
+            if way != "any_single":
+                known = task in results.tasks([way])
+                cells.append(_cell(np.diff(results.draws_RW(task, ["any_single", way]))[:, 0]) if known else "-")
+        (single,) = results.by[task, "any_single"].values()
+        table.add_row(task, f"{single.right_N.mean():.2f} ({single.notes['chosen']})", *cells)
+    return table

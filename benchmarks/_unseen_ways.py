@@ -1,0 +1,176 @@
+"""What benchmarks/unseen.py compares, a function for each way to answer a task; and the methods of compose()."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+import loraweave as lw
+from loraweave.composer.batches import IGNORED, batch, encode, token_losses
+from loraweave.composer.scoring import Score, evaluate
+from loraweave.demo import DemoTask
+from loraweave.errors import CompositionError
+
+RECIPE_POOL = 20
+RECIPE_BOUND = 1.5
+RECIPE_BUDGET = 40
+RECIPE_L1 = 0.05
+# what did best of 5 to 40 steps at 1e-3 and 3e-3 on eight of the tasks
+FEW_SHOT = {"steps": 30, "lr": 1e-3, "warmup": 3}
+ORACLE = {"steps": 120, "lr": 3e-3}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One unseen task with its few examples, its whole training set, and what there is to solve it with."""
+
+    model: Any
+    tokenizer: Any
+    hub: lw.Hub
+    unseen: DemoTask
+    training: list[tuple[str, str]]
+    seed: int
+    k: int
+    budget: int
+
+    @property
+    def task(self) -> lw.Task:
+        return self.unseen.task
+
+    def score(self, found: Found) -> Score:
+        """On the test items; what the way itself has measured stands."""
+        if found.score is not None:
+            return found.score
+        task = found.task or self.task
+        if found.adapter is None:
+            return evaluate(self.model, self.tokenizer, task, self.unseen.test)
+        with lw.Composer(self.model, [found.adapter]).activate({found.adapter.name: 1.0}):
+            return evaluate(self.model, self.tokenizer, task, self.unseen.test)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What answers: an adapter, or the base model without one; `task` where it is asked in another form."""
+
+    adapter: lw.Adapter | None = None
+    task: lw.Task | None = None
+    score: Score | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+def find(case: Case, way: str) -> Found:
+    """By a function of this file, or by the method of compose() that has the name."""
+    return OWN[way](case) if way in OWN else _composed(case, way)
+
+
+def base(case: Case) -> Found:
+    return Found()
+
+
+def in_context(case: Case) -> Found:
+    """The base model with the examples in front of the prompt, each with its answer."""
+    shown = "".join(f"{case.task.prompt(text)} {target}\n\n" for text, target in case.task.examples)
+    return Found(task=replace(case.task, template=shown + case.task.prompt("{input}")))
+
+
+def retrieved_first(case: Case) -> Found:
+    """The adapter that retrieval puts first."""
+    inputs = [text for text, _ in case.task.examples]
+    (first,) = lw.Retriever(case.hub).for_task(inputs, description=case.task.instruction, k=1)
+    return Found(case.hub[first.name], notes={"chosen": first.name})
+
+
+def lorahub_original(case: Case) -> Found:
+    """LoraHub as published: adapters at random, A and B mixed apart, 40 evaluations of NGOpt, the loss as it was coded."""
+    import nevergrad
+
+    model = case.model
+    names = random.Random(case.seed).sample([record.name for record in case.hub], RECIPE_POOL)
+    engine = lw.Composer(model, case.hub.pool(names))
+    prompts, targets = [case.task.prompt(text) for text, _ in case.task.examples], [t for _, t in case.task.examples]
+    prepared = batch(model, case.tokenizer, encode(model, case.tokenizer, prompts, targets))
+    num_tokens = int((prepared.targets_BK != IGNORED).sum())
+
+    @torch.no_grad()
+    def objective(values_E: np.ndarray) -> float:
+        weights = {name: float(value) for name, value in zip(names, values_E, strict=True) if value}
+        with engine.fused(weights, method="factor_sum") if weights else nullcontext():
+            # the mean token loss of the one batch, divided by the number of examples once more, as published
+            loss = float(token_losses(model, prepared).sum()) / num_tokens / len(targets)
+        return loss + RECIPE_L1 * float(np.abs(values_E).mean())
+
+    space = nevergrad.p.Array(init=np.zeros(len(names)), lower=-RECIPE_BOUND, upper=RECIPE_BOUND)
+    space.random_state = np.random.RandomState(case.seed)
+    optimizer = nevergrad.optimizers.NGOpt(parametrization=space, budget=RECIPE_BUDGET)
+    best_E = optimizer.minimize(objective).value
+    engine.close()
+    adapters = [case.hub[name] for name in names]
+    return Found(lw.merge(adapters, best_E.tolist(), method="factor_sum", name="original"))
+
+
+def lora_examples(case: Case) -> Found:
+    """A LoRA of rank 8 trained on the examples alone, all of them (at most 8) in each step."""
+    return Found(_trained(case, case.task, batch_size=min(8, len(case.task.examples)), **FEW_SHOT))
+
+
+def oracle(case: Case) -> Found:
+    """The same LoRA trained on the task's whole training set."""
+    return Found(_trained(case, replace(case.task, examples=case.training), batch_size=8, **ORACLE))
+
+
+def any_single(case: Case) -> Found:
+    """The adapter that answers most of the *test items* right, of the whole hub: more than any choice could know."""
+    scores = {record.name: case.score(Found(case.hub[record.name])) for record in case.hub}
+    best = max(scores, key=lambda name: (scores[name].value, -scores[name].loss))
+    return Found(score=scores[best], notes={"chosen": best})
+
+
+OWN: dict[str, Callable[[Case], Found]] = {
+    way.__name__: way for way in (base, in_context, retrieved_first, lorahub_original, lora_examples, oracle, any_single)
+}
+# these know nothing of the few examples
+WITHOUT_EXAMPLES = ("base", "oracle", "any_single")
+
+
+def _composed(case: Case, method: str) -> Found:
+    composition = lw.compose(
+        case.model,
+        case.tokenizer,
+        case.hub,
+        case.task,
+        method=method,
+        k=case.k,
+        budget=case.budget,
+        seed=case.seed,
+        progress=False,
+    )
+    report = composition.report
+    notes = {"chosen": report.chosen, "evaluations": report.evaluations}
+    if report.chosen == "best_single":
+        notes["single"] = next(iter(composition.weights))
+    try:
+        return Found(composition.adapter, notes=notes)
+    except CompositionError:
+        # the base model itself, which no adapter expresses
+        return Found(notes=notes)
+
+
+def _trained(case: Case, task: lw.Task, *, steps: int, lr: float, batch_size: int, warmup: int = 10) -> lw.Adapter:
+    trained = lw.train_adapters(
+        case.model,
+        case.tokenizer,
+        {case.unseen.name: task},
+        steps=steps,
+        lr=lr,
+        batch_size=batch_size,
+        warmup=warmup,
+        seed=case.seed,
+        progress=False,
+    )
+    return trained[case.unseen.name]
