@@ -44,7 +44,7 @@ class Solver(ABC):
     needs_gradients: ClassVar[bool] = False
     # what compose() minimises and what its weights mean, unless it is told otherwise
     loss: ClassVar[str] = "cross_entropy"
-    merge_method: ClassVar[str] = "linear"
+    merge_method: str = "linear"
     l1: ClassVar[float] = 0.0
     # False for weights that no example had a part in
     learns: ClassVar[bool] = True

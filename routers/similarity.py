@@ -1,0 +1,90 @@
+"""Weights from how near each adapter is to the input: LoraRetriever's compositions and token-level adaptation's softmax.
+
+LoraRetriever (Zhao et al. 2024, arXiv 2402.09997) takes the nearest adapter ("selection"), or the k nearest with 1/k each,
+as a sum of updates ("mixture") or of the factors apart ("fusion"). Token-level adaptation (Belofsky 2023, arXiv 2311.10847)
+takes softmax(cosine / temperature), the cosine being that of the input's embedding and the mean of an adapter's examples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from loraweave.errors import UnknownName, WeightingError
+from loraweave.hub.unknown_expert import unknown_expert
+from loraweave.routers.search.closed_form import ClosedForm
+
+# LoraRetriever's k of its mixtures and fusions
+NEAREST = 3
+TEMPERATURE = 0.1
+FORMS = ("selection", "mixture", "fusion", "softmax")
+
+
+class Similarity(ClosedForm):
+    """Weights that sum to 1 from `scores`, {expert: score}, higher is nearer; experts without a score get 0.
+
+    `form`: "selection" is the nearest alone; "mixture" and "fusion" are 1/k for the `k` nearest (by default 3, or as many as
+    have a score); "softmax" is exp(score / `temperature`), normalised, over the `k` nearest (by default all with a score).
+    Of equal scores the one named first is nearer. `merge_method` is the method that composes the weights as published.
+
+    Raises UnknownName for another form, UnknownExpert for scores of other experts, WeightingError for scores that are not
+    finite, for none, for k beyond their number and for a temperature not above 0.
+    """
+
+    def __init__(
+        self,
+        experts: Sequence[str],
+        *,
+        scores: Mapping[str, float],
+        form: str = "softmax",
+        k: int | None = None,
+        temperature: float = TEMPERATURE,
+        budget: int | None = 40,
+        seconds: float | None = None,
+        seed: int = 0,
+        groups: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        _require_scores(scores, experts)
+        count = _count(form, k, len(scores))
+        if not temperature > 0 or not math.isfinite(temperature):
+            raise WeightingError(f"temperature is {temperature!r}; it must be above 0")
+        # fusion is of the factors apart, cross terms and all
+        self.merge_method = "factor_sum" if form == "fusion" else "linear"
+        nearest = sorted(scores, key=lambda name: -scores[name])[:count]
+        weights = _softmax([scores[name] for name in nearest], temperature) if form == "softmax" else [1 / count] * count
+        chosen = dict(zip(nearest, weights, strict=True))
+        super().__init__(experts, chosen, budget=budget, seconds=seconds, seed=seed, groups=groups)
+
+
+def _require_scores(scores: Mapping[str, float], experts: Sequence[str]) -> None:
+    if not scores:
+        raise WeightingError("no expert has a score, so none is nearest; compose with the base model instead")
+    for name, score in scores.items():
+        if name not in experts:
+            raise unknown_expert(name, dict.fromkeys(experts))
+        if not math.isfinite(score):
+            raise WeightingError(
+                f"the score of {name!r} is {score}; scores are finite. A key made of no examples at all gives NaN: leave "
+                "such an expert out"
+            )
+
+
+def _count(form: str, k: int | None, num_scored: int) -> int:
+    """How many experts get a weight."""
+    if form not in FORMS:
+        raise UnknownName(f"no form {form!r} of similarity weights; there are {', '.join(FORMS)}")
+    if form == "selection" and k not in (None, 1):
+        raise WeightingError(f"k is {k!r}, but a selection is of 1 expert; 'mixture' takes several")
+    if k is None:
+        return {"selection": 1, "softmax": num_scored}.get(form, min(NEAREST, num_scored))
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= num_scored:
+        raise WeightingError(f"k is {k!r}, but {num_scored} experts have a score; k is a whole number from 1 to that")
+    return k
+
+
+def _softmax(scores: Sequence[float], temperature: float) -> list[float]:
+    highest = max(scores)
+    powers = np.array([math.exp((score - highest) / temperature) for score in scores])
+    return [float(power) for power in powers / powers.sum()]
