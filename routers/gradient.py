@@ -1,0 +1,116 @@
+"""Weights learned by gradient descent on a few examples, the experts frozen.
+
+Three published forms. `softmax` (Asadi et al. 2024, arXiv 2402.15414): w_l = softmax(p_l) over the experts of each layer,
+p = 0 at first, which is the uniform mixture. `free` (LoRA Soups' CAT, Prabhakar et al. 2025, arXiv 2410.13025): a weight of
+any sign for each expert and layer. `softmax_bias` (LoRA-Flow, Wang et al. 2024, arXiv 2402.11455, in its task-level limit):
+softmax(W_g x) + b with a gate that sees no input, which leaves softmax(p) + b. The paper's secondary sources disagree on
+where the bias is; outside the softmax, as here, weights can leave the simplex.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from loraweave.errors import UnknownName, WeightingError
+from loraweave.routers.mixture import MixtureWeights
+from loraweave.routers.search.adam import Adam
+from loraweave.routers.search.forms import Form, Free, Softmax, SoftmaxBias
+from loraweave.routers.search.layer_groups import layer_groups
+from loraweave.routers.search.solver import Solver
+
+FORMS: Mapping[str, type[Form]] = {"softmax": Softmax, "free": Free, "softmax_bias": SoftmaxBias}
+# the step of Adam for each form: a weight moves by up to 0.05, a logit by 0.3, in each of some twenty steps
+RATES = {"softmax": 0.3, "free": 0.05, "softmax_bias": 0.05}
+
+
+class Gradient(Solver):
+    """Takes one step of Adam for each candidate told, and returns the best candidate, not the last.
+
+    `layers`, those of the pool, have weights of their own, each or by `groups`; without both, or with `by_layer=False`, all
+    share theirs. By default softmax and free weights go by layer and `softmax_bias` does not. Without a start it begins at
+    the uniform mixture; a softmax begins as near to the start as it can. `lr` is Adam's (by default 0.3 for logits, 0.05
+    for weights). With `patience`, so many candidates on end without a lower loss end the search. A candidate that cannot be
+    scored sends it back to the best one, with half the step from then on. Penalties are the objective's matter; the other
+    arguments are `Solver`'s.
+    """
+
+    needs_gradients: ClassVar[bool] = True
+    cost: ClassVar[int] = 2
+
+    def __init__(
+        self,
+        experts: Sequence[str],
+        *,
+        budget: int | None = 40,
+        seconds: float | None = None,
+        seed: int = 0,
+        start: Mapping[str, float] | MixtureWeights | None = None,
+        low: float = -1.5,
+        high: float = 1.5,
+        groups: Mapping[str, Sequence[str]] | None = None,
+        layers: Sequence[str] | None = None,
+        by_layer: bool | None = None,
+        form: str = "softmax",
+        lr: float | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        patience: int | None = None,
+    ) -> None:
+        if form not in FORMS:
+            raise UnknownName(f"no form {form!r} of learned weights; there are {', '.join(FORMS)}")
+        self.form = form
+        self.lr = RATES[form] if lr is None else lr
+        self.betas = betas
+        self.patience = patience
+        start = dict.fromkeys(experts, 1 / max(len(experts), 1)) if start is None else start
+        groups = layer_groups(groups, layers, by_layer=form != "softmax_bias" if by_layer is None else by_layer)
+        super().__init__(experts, budget=budget, seconds=seconds, seed=seed, start=start, low=low, high=high, groups=groups)
+        self._form = FORMS[form](self.space)
+        self._parameters = self._form.parameters(self.start)
+        self._adam = Adam(self._form.size, betas)
+        self._step = self.lr
+        # the parameters of the lowest loss, that loss, and the gradient by them
+        self._best: tuple[np.ndarray, float, np.ndarray] | None = None
+        self._fruitless = 0
+
+    @property
+    def num_trained(self) -> int:
+        return self._form.size
+
+    def _propose(self) -> list[np.ndarray]:
+        return [self._form.vector(self._parameters)]
+
+    def _learn(self, vectors: Sequence[np.ndarray], losses: Sequence[float], gradients: Sequence[np.ndarray]) -> None:
+        loss = losses[0]
+        if math.isfinite(loss):
+            gradient = self._form.pull(self._parameters, gradients[0])
+            better = self._best is None or loss < self._best[1]
+            if better:
+                self._best = self._parameters, loss, gradient
+            self._fruitless = 0 if better else self._fruitless + 1
+        elif self._best is None:
+            # nothing is known of where it would be better
+            self._finished = True
+            return
+        else:
+            self._parameters, _, gradient = self._best
+            self._step /= 2
+            self._fruitless += 1
+        self._parameters = self._form.inside(self._parameters + self._adam.step(gradient, self._step))
+        self._finished = self.patience is not None and self._fruitless >= self.patience
+
+    def settings(self) -> dict[str, Any]:
+        own = {"form": self.form, "lr": self.lr, "betas": list(self.betas), "patience": self.patience}
+        return {**super().settings(), **own}
+
+    def _require_options(self) -> None:
+        if not self.lr > 0 or not math.isfinite(self.lr):
+            raise WeightingError(f"lr is {self.lr!r}; a step must be above 0")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise WeightingError(f"betas are {self.betas!r}; Adam has two, each at least 0 and below 1")
+        patience = self.patience
+        if patience is not None and (isinstance(patience, bool) or not isinstance(patience, int) or patience < 1):
+            raise WeightingError(f"patience is {patience!r} candidates; it must be a whole number of at least 1")
