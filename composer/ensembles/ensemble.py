@@ -10,7 +10,6 @@ from torch import Tensor
 
 from loraweave.composer.batches import left_aligned, takes
 from loraweave.composer.composer import Composer
-from loraweave.composer.ensembles.last_positions import last_positions, with_row_positions
 from loraweave.composer.ensembles.member_passes import (
     known_members,
     member_passes,
@@ -18,6 +17,7 @@ from loraweave.composer.ensembles.member_passes import (
     rows_of,
     rows_that_fit,
 )
+from loraweave.composer.ensembles.padding import last_positions, without_left_padding
 from loraweave.composer.ensembles.prediction import EnsemblePrediction
 from loraweave.composer.scoring import label_ids, label_losses
 from loraweave.errors import CompositionError, InvalidTask
@@ -60,7 +60,7 @@ def ensemble(
         members_MBL = _label_members(engine, members, batch, tuple(labels), rows_per_pass)
         return EnsemblePrediction(members_MBL, weight_M, tuple(labels))
     reader = _NextTokens(engine.model, num_positions, None if tokens is None else _checked(engine.model, tokens))
-    inputs = with_row_positions(engine.model, batch)
+    inputs = without_left_padding(engine.model, batch)
     fitting = rows_that_fit(batch, reader.logits_per_row(batch)) if rows_per_pass is None else rows_per_pass
     members_MBV = member_passes(engine, members, inputs, reader.read, rows_per_pass=min(fitting, num_rows * len(members)))
     return EnsemblePrediction(members_MBV, weight_M, () if tokens is None else tuple(tokens))

@@ -1,4 +1,4 @@
-"""The last real tokens of each row, wherever a batch has its padding."""
+"""Padding of a batch on either side: where each row's last real tokens are, and how positions count from its first."""
 
 from __future__ import annotations
 
@@ -31,15 +31,29 @@ def last_positions(batch: Mapping[str, Any], count: int, length: int, mask_name:
     return end_B[:, None] + torch.arange(1 - count, 1, device=end_B.device)
 
 
-def with_row_positions(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The batch with position ids from its mask where a decoder's padding comes first and none are given.
+def without_left_padding(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch such that padding before a row's tokens does not count as positions, where it has such padding.
 
-    Without them a model of absolute positions (GPT-2) would let the padding into what a row gets.
+    A decoder gets position ids from the mask, unless some are given; for any other model the padding goes to the end.
     """
+    mask = batch.get("attention_mask")
+    if mask is None or mask.dim() != 2 or not bool((mask[:, 0] == 0).any()):
+        return dict(batch)
+    if "position_ids" in batch:
+        return dict(batch)
+    if model.can_generate() and not model.config.is_encoder_decoder and takes(model, "position_ids"):
+        return {**batch, "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)}
+    return right_aligned(batch)
+
+
+def right_aligned(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch with all padding after a row's tokens: every tensor of the mask's shape moves with it."""
     inputs = dict(batch)
     mask = batch.get("attention_mask")
-    if mask is None or mask.dim() != 2 or "position_ids" in batch or not bool((mask[:, 0] == 0).any()):
+    if mask is None or mask.dim() != 2:
         return inputs
-    if model.can_generate() and not model.config.is_encoder_decoder and takes(model, "position_ids"):
-        inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    order_BT = mask.eq(0).int().argsort(dim=1, stable=True)
+    for key, value in batch.items():
+        if isinstance(value, Tensor) and value.shape == mask.shape and not key.startswith("decoder"):
+            inputs[key] = value.gather(1, order_BT)
     return inputs
