@@ -21,15 +21,20 @@ from loraweave.composer.composer import Composer
 from loraweave.composer.introspection.explain import pieces, reading
 from loraweave.composer.introspection.explanation import Explanation
 from loraweave.composer.merge import merge
+from loraweave.composer.merge_by_layer import merge_by_layer
+from loraweave.composer.refine.cut import cut
+from loraweave.composer.refine.prune import leave_one_out, prune
+from loraweave.composer.refine.tune import Tuning, tune
 from loraweave.composer.report import Report, ReportRow
 from loraweave.errors import AdapterCorrupt, AdapterNotFound, BaseModelMismatch, CompositionError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.export import ExportReport
 from loraweave.hub.fingerprint import fingerprint
 from loraweave.hub.pool import ExpertPool
+from loraweave.routers.mixture import MixtureWeights
 from loraweave.types import Fingerprint, Task
 
-FORMAT = 1
+FORMAT = 2
 FILE = "composition.json"
 PACKAGES = ("loraweave", "torch", "transformers", "cma")
 
@@ -38,8 +43,10 @@ PACKAGES = ("loraweave", "torch", "transformers", "cma")
 class Composition:
     """Weights over the adapters of a pool for one task, on one model.
 
-    `weights` is {name: weight}; adapters of weight 0 are left out. `pool` is None when nothing but the base is used, or when
-    the composition was read from a folder. `merge_method` says what the weights mean (a name of `names("methods")`).
+    `pool` is None when nothing but the base is used, or when the composition was read from a folder. `merge_method` says
+    what the weights mean (a name of `names("methods")`). `all_weights` are means over the layers where `by_layer`,
+    {layer: {name: weight}}, has them. `stored` is the adapter itself where it is more than the weights say: read from a
+    folder, cut in rank, or trained on for `tuned_steps` steps.
     """
 
     model: Any
@@ -52,20 +59,41 @@ class Composition:
     seed: int = 0
     stored: Adapter | None = None
     parents: Sequence[Mapping[str, Any]] = ()
+    by_layer: Mapping[str, Mapping[str, float]] | None = None
+    tuned_steps: int = 0
 
     @property
-    def weights(self) -> dict[str, float]:
-        return {name: float(weight) for name, weight in self.all_weights.items() if weight}
+    def weights(self) -> dict[str, float] | MixtureWeights:
+        """{name: weight} without the adapters of weight 0; MixtureWeights where layers have weights of their own."""
+        if self.by_layer is not None:
+            names = list(self.mean_weights)
+            used = {layer: {name: row[name] for name in names if name in row} for layer, row in self.by_layer.items()}
+            return MixtureWeights.of_layers(used, names)
+        return self.mean_weights
+
+    @property
+    def mean_weights(self) -> dict[str, float]:
+        """{name: weight}, averaged over the layers, of the adapters that have a weight somewhere."""
+        layers = self.by_layer.values() if self.by_layer is not None else (self.all_weights,)
+        used = {name for of_layer in layers for name, weight in of_layer.items() if weight}
+        return {name: float(weight) for name, weight in self.all_weights.items() if name in used}
+
+    @property
+    def is_base(self) -> bool:
+        """Whether this is the base model itself, with nothing added."""
+        return self.stored is None and not self.mean_weights
 
     @cached_property
     def adapter(self) -> Adapter:
         """The composition as one adapter. CompositionError when it is the base model itself, which no adapter expresses."""
         if self.stored is not None:
             return self.stored
-        if not self.weights or self.pool is None:
+        if self.is_base or self.pool is None:
             raise CompositionError("this composition is the base model itself: there is no adapter to give")
-        used = self.pool.subset(self.weights)
-        return merge(list(used.adapters.values()), list(self.weights.values()), method=self.merge_method, name="composition")
+        if self.by_layer is not None:
+            return merge_by_layer(self.pool, self.by_layer, method=self.merge_method, name="composition")
+        used, numbers = self.pool.subset(self.mean_weights), list(self.mean_weights.values())
+        return merge(list(used.adapters.values()), numbers, method=self.merge_method, name="composition", progress=False)
 
     def predict(self, inputs: Sequence[str]) -> list[str]:
         """One answer for each input: a label when the task has labels, else the first line of a greedy generation."""
@@ -82,20 +110,61 @@ class Composition:
             score = scoring.evaluate(self.model, self.tokenizer, self.task, pairs)
         return {"value": score.value, "low": score.low, "high": score.high, "loss": score.loss, "count": score.count}
 
+    def losses(self) -> list[float]:
+        """The mean loss of the target's tokens for each of the task's examples."""
+        with self._active():
+            return scoring.losses(self.model, self.tokenizer, self.task, self.task.examples)
+
+    def leave_one_out(self) -> dict[str, float]:
+        """By how much the mean loss of the examples rises without each adapter; negative where it is better without it."""
+        return leave_one_out(self)
+
+    def prune(self, tolerance: float = 0.01, *, progress: bool = True) -> Composition:
+        """Without the adapters that are missed least, as long as the loss rises by at most `tolerance` nats in all.
+
+        Raises CompositionError for a composition of which only the merged adapter is left.
+        """
+        return prune(self, tolerance, progress=progress)
+
+    def cut(self, rank: int) -> Composition:
+        """With every layer's update cut to at most `rank`; the report says the error and the loss before and after."""
+        return cut(self, rank)
+
+    def tune(
+        self,
+        steps: int = Tuning.steps,
+        *,
+        lr: float = Tuning.lr,
+        rank: int = Tuning.rank,
+        checkpoint: str | Path | None = None,
+        progress: bool = True,
+    ) -> Composition:
+        """Trained on, on the examples, for `steps` steps from the merged adapter, cut to `rank` first where it is higher.
+
+        Raises what `train_adapters` raises: AdapterUnsupported where the adapter is more than factors of linear layers.
+        """
+        kept = None if checkpoint is None else Path(checkpoint)
+        return tune(self, Tuning(steps, lr, rank, seed=self.seed), checkpoint=kept, progress=progress)
+
     def explain(self, text: str, *, max_new_tokens: int = 0) -> Explanation:
         """What each token of the prompt for an input gets from each adapter: the composition's weights, in every layer.
 
         With `max_new_tokens`, tokens of the greedy continuation are explained too; Composer.explain says which.
         """
         prompt = self.task.prompt(text)
-        if not self.weights:
+        if self.is_base:
             with torch.no_grad():
                 ids = torch.cat(reading(self.model, self.tokenizer, prompt, max_new_tokens).parts).tolist()
             return Explanation(pieces(self.tokenizer, ids), (), (), torch.empty(len(ids), 0, 0))
         engine = Composer(self.model, [self.adapter], tokenizer=self.tokenizer)
         merged = engine.explain(prompt, {self.adapter.name: 1.0}, max_new_tokens=max_new_tokens)
-        weights_E = torch.tensor(list(self.weights.values()))
-        return replace(merged, experts=tuple(self.weights), w_TLE=merged.w_TLE * weights_E)
+        if self.tuned_steps:
+            # what was trained on is of no single expert
+            return merged
+        names = list(self.mean_weights)
+        rows = [self.mean_weights if self.by_layer is None else self.by_layer.get(layer, {}) for layer in merged.layers]
+        weights_LE = torch.tensor([[float(row.get(name, 0.0)) for name in names] for row in rows])
+        return replace(merged, experts=tuple(names), w_TLE=merged.w_TLE * weights_LE)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Writes composition.json and, unless it is the base model, the merged adapter as a PEFT folder."""
@@ -106,7 +175,7 @@ class Composition:
         temporary = target.parent / f".{target.name}-{uuid.uuid4().hex}"
         temporary.mkdir()
         try:
-            if self.weights:
+            if not self.is_base:
                 self.adapter.save_pretrained(temporary / "adapter")
             (temporary / FILE).write_text(json.dumps(self._recipe(), indent=1, ensure_ascii=False))
             if target.exists():
@@ -141,7 +210,10 @@ class Composition:
             raise AdapterCorrupt(f"{path} is damaged ({type(error).__name__}: {error})") from error
         if why := base.differs(fingerprint(model)):
             raise BaseModelMismatch(f"{folder} was composed for {recipe['base_model']!r}, and this model is another: {why}")
-        stored = Adapter.from_pretrained(Path(folder) / "adapter", name="composition") if recipe["weights"] else None
+        kept = Path(folder) / "adapter"
+        stored = Adapter.from_pretrained(kept, name="composition") if kept.is_dir() else None
+        if stored is None and (recipe["weights"] or recipe["tuned_steps"]):
+            raise AdapterCorrupt(f"{folder} has weights, but its folder adapter is gone; compose again")
         return cls(
             model,
             tokenizer,
@@ -153,22 +225,27 @@ class Composition:
             recipe["seed"],
             stored,
             recipe["parents"],
+            recipe["by_layer"],
+            recipe["tuned_steps"],
         )
 
     def _active(self) -> Any:
-        if not self.weights:
+        if self.is_base:
             # no Composer can exist without an adapter: the model as it is answers
             return nullcontext()
         return Composer(self.model, [self.adapter]).activate({self.adapter.name: 1.0})
 
     def _recipe(self) -> dict[str, Any]:
-        members = self.pool.subset(self.weights).adapters if self.pool and self.weights else {}
-        parents = [{"name": name, "hash": a.hash, "weight": self.weights[name]} for name, a in members.items()]
+        weights = self.mean_weights
+        members = self.pool.subset(weights).adapters if self.pool and weights else {}
+        parents = [{"name": name, "hash": a.hash, "weight": weights[name]} for name, a in members.items()]
         return {
             "format": FORMAT,
             "base_model": getattr(self.model, "name_or_path", ""),
             "fingerprint": fingerprint(self.model).to_json(),
-            "weights": self.weights,
+            "weights": weights,
+            "by_layer": self.by_layer,
+            "tuned_steps": self.tuned_steps,
             "parents": parents or list(self.parents),
             "merge_method": self.merge_method,
             "seed": self.seed,

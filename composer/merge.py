@@ -184,7 +184,7 @@ def _merged(
         update = combine()
         if update is None:
             return None
-        rank_in, factors, error = _cut(update, rank)
+        rank_in, factors, error = cut(update, rank)
         if not factors.rank and factors.bound and factors.gain_O is None and factors.bias_O is None:
             return None
         inner_EE = update.inner_EE if isinstance(update, TruncatedUpdate) else None
@@ -202,7 +202,7 @@ def _merged(
     return {layer: factors for layer, factors, _ in found}, {layer: row for layer, _, row in found}
 
 
-def _cut(update: Update, rank: int | None) -> tuple[int, Factors, float]:
+def cut(update: Update, rank: int | None) -> tuple[int, Factors, float]:
     """The rank of the update by the method's formula, the update as factors of at most `rank`, and the relative error."""
     if isinstance(update, TruncatedUpdate):
         return update.rank_in, update.factors, update.relative_error

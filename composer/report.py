@@ -14,16 +14,22 @@ class ReportRow:
     """One way to answer the task, measured on its examples.
 
     `held_out_loss` is the mean loss of examples that had no part in choosing the weights (cross-validated), `loss` that of
-    all examples after choosing on all; `held_out_hits` is the share of held-out examples that greedy decoding would write.
+    all examples after choosing on all, None for a way that lost a race and was not run on all; `held_out_hits` is the share
+    of held-out examples that greedy decoding would write. Both held-out figures are None for what was made of a composition
+    afterwards. `weights` are means over the layers where `by_layer` is given.
+    `num_trained` counts the scalars that were chosen, `failed` the candidates that could not be scored.
     """
 
     name: str
     weights: Mapping[str, float]
-    loss: float
-    held_out_loss: float
-    held_out_hits: float
+    loss: float | None
+    held_out_loss: float | None
+    held_out_hits: float | None
     seconds: float
     evaluations: int
+    by_layer: Mapping[str, Mapping[str, float]] | None = None
+    num_trained: int = 0
+    failed: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,10 +52,15 @@ class Report:
     def table(self) -> Table:
         """The rows as a table; the chosen one is marked."""
         table = Table(title=f"chosen: {self.chosen} ({self.reason})", title_justify="left")
-        for column in ("", "loss", "held-out loss", "held-out hits", "seconds", "evaluations"):
+        for column in ("", "loss", "held-out loss", "held-out hits", "trained", "seconds", "evaluations"):
             table.add_column(column, justify="left" if not column else "right")
         for row in self.rows:
-            figures = (f"{row.loss:.3f}", f"{row.held_out_loss:.3f}", f"{row.held_out_hits:.0%}", f"{row.seconds:.1f}")
+            figures = (_cell(row.loss, ".3f"), _cell(row.held_out_loss, ".3f"), _cell(row.held_out_hits, ".0%"))
+            spent = (str(row.num_trained), f"{row.seconds:.1f}", str(row.evaluations))
             style = "bold" if row.name == self.chosen else ""
-            table.add_row(row.name, *figures, str(row.evaluations), style=style)
+            table.add_row(row.name, *figures, *spent, style=style)
         return table
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

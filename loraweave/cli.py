@@ -135,7 +135,10 @@ def compose(
     instruction: InstructionOption = None,
     labels: LabelsOption = None,
     method: Annotated[
-        str, typer.Option(help="How to weigh: lorahub, auto, similarity, uniform, best_single, manual.")
+        str,
+        typer.Option(
+            help="How to weigh: auto, base, best_single, or a search of `names('routers')`: lorahub, gradient, ..."
+        ),
     ] = "lorahub",
     k: Annotated[int, typer.Option(min=1, help="How many adapters of the hub to choose from.")] = 20,
     budget: Annotated[int, typer.Option(min=1, help="How many mixtures the search tries.")] = 40,
@@ -181,11 +184,13 @@ def compose(
     if out is not None:
         composed.save_pretrained(out)
     if as_json:
-        print_json({"weights": composed.weights, "report": composed.report.to_json(), "out": out})
+        print_json({"weights": composed.mean_weights, "report": composed.report.to_json(), "out": out})
         return
     print_table(composed.report.table())
-    by_size = sorted(composed.weights, key=lambda name: abs(composed.weights[name]), reverse=True)
-    print_rows(("adapter", "weight"), [(name, composed.weights[name]) for name in by_size])
+    weights = composed.mean_weights
+    heading = "weight" if composed.by_layer is None else "mean weight over layers"
+    by_size = sorted(weights, key=lambda name: abs(weights[name]), reverse=True)
+    print_rows(("adapter", heading), [(name, weights[name]) for name in by_size])
     if out is not None:
         note(f"saved to {out}; `loraweave eval {out} FILE.jsonl` scores it, `loraweave export` makes a PEFT folder of it")
 

@@ -59,14 +59,14 @@ def run(
         console.print(f"[bold]5. The test[/] on {len(unseen.test)} other inputs")
         scores = _scores(composition, unseen, console)
     if as_json:
-        figures = {"task": unseen.name, "chosen": composition.report.chosen, "weights": composition.weights}
+        figures = {"task": unseen.name, "chosen": composition.report.chosen, "weights": composition.mean_weights}
         print(json.dumps({**figures, "scores": scores}, indent=1, ensure_ascii=False))
         return
     console.print(_table(composition, scores))
     console.print(
         f"The chosen composition is {LABELS[composition.report.chosen]} ({composition.report.reason}). Its weights:"
     )
-    for name, weight in sorted(composition.weights.items(), key=lambda item: -abs(item[1])):
+    for name, weight in sorted(composition.mean_weights.items(), key=lambda item: -abs(item[1])):
         console.print(f"   {weight:+.3f}  {name}", markup=False, highlight=False)
     console.print("Some of its answers:")
     shown = unseen.test[:NUM_SHOWN]

@@ -25,12 +25,12 @@ FORMS = ("selection", "mixture", "fusion", "softmax")
 class Similarity(ClosedForm):
     """Weights that sum to 1 from `scores`, {expert: score}, higher is nearer; experts without a score get 0.
 
-    `form`: "selection" is the nearest alone; "mixture" and "fusion" are 1/k for the `k` nearest (by default 3, or as many as
-    have a score); "softmax" is exp(score / `temperature`), normalised, over the `k` nearest (by default all with a score).
+    `form`: "selection" is the nearest alone; "mixture" and "fusion" are 1/n for the `nearest` (by default 3, or all that
+    have a score); "softmax" is exp(score / `temperature`), normalised, over the `nearest` ones (by default all of them).
     Of equal scores the one named first is nearer. `merge_method` is the method that composes the weights as published.
 
     Raises UnknownName for another form, UnknownExpert for scores of other experts, WeightingError for scores that are not
-    finite, for none, for k beyond their number and for a temperature not above 0.
+    finite, for none, for `nearest` beyond their number and for a temperature not above 0.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Similarity(ClosedForm):
         *,
         scores: Mapping[str, float],
         form: str = "softmax",
-        k: int | None = None,
+        nearest: int | None = None,
         temperature: float = TEMPERATURE,
         budget: int | None = 40,
         seconds: float | None = None,
@@ -47,14 +47,14 @@ class Similarity(ClosedForm):
         groups: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         _require_scores(scores, experts)
-        count = _count(form, k, len(scores))
+        count = _count(form, nearest, len(scores))
         if not temperature > 0 or not math.isfinite(temperature):
             raise WeightingError(f"temperature is {temperature!r}; it must be above 0")
         # fusion is of the factors apart, cross terms and all
         self.merge_method = "factor_sum" if form == "fusion" else "linear"
-        nearest = sorted(scores, key=lambda name: -scores[name])[:count]
-        weights = _softmax([scores[name] for name in nearest], temperature) if form == "softmax" else [1 / count] * count
-        chosen = dict(zip(nearest, weights, strict=True))
+        names = sorted(scores, key=lambda name: -scores[name])[:count]
+        weights = _softmax([scores[name] for name in names], temperature) if form == "softmax" else [1 / count] * count
+        chosen = dict(zip(names, weights, strict=True))
         super().__init__(experts, chosen, budget=budget, seconds=seconds, seed=seed, groups=groups)
 
 
@@ -71,17 +71,19 @@ def _require_scores(scores: Mapping[str, float], experts: Sequence[str]) -> None
             )
 
 
-def _count(form: str, k: int | None, num_scored: int) -> int:
+def _count(form: str, nearest: int | None, num_scored: int) -> int:
     """How many experts get a weight."""
     if form not in FORMS:
         raise UnknownName(f"no form {form!r} of similarity weights; there are {', '.join(FORMS)}")
-    if form == "selection" and k not in (None, 1):
-        raise WeightingError(f"k is {k!r}, but a selection is of 1 expert; 'mixture' takes several")
-    if k is None:
+    if form == "selection" and nearest not in (None, 1):
+        raise WeightingError(f"nearest is {nearest!r}, but a selection is of 1 expert; 'mixture' takes several")
+    if nearest is None:
         return {"selection": 1, "softmax": num_scored}.get(form, min(NEAREST, num_scored))
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= num_scored:
-        raise WeightingError(f"k is {k!r}, but {num_scored} experts have a score; k is a whole number from 1 to that")
-    return k
+    if isinstance(nearest, bool) or not isinstance(nearest, int) or not 1 <= nearest <= num_scored:
+        raise WeightingError(
+            f"nearest is {nearest!r}, but {num_scored} experts have a score; it is a whole number from 1 to that"
+        )
+    return nearest
 
 
 def _softmax(scores: Sequence[float], temperature: float) -> list[float]:

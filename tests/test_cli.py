@@ -313,7 +313,7 @@ def test_merge_replaces_an_earlier_result_and_nothing_else(two):
 
 
 def test_a_composition_is_made_scored_and_exported(two, base, rows):
-    words = ["--base", base, "--pool", two, "--examples", rows, "--budget", "4", "--out", "c", "--json"]
+    words = ["--base", base, "--pool", two, "--examples", rows, "--budget", "9", "--out", "c", "--json"]
     made = process("compose", *words, cwd=two.parent)
     assert made.returncode == 0, made.stderr
     told = json.loads(made.stdout)

@@ -12,8 +12,9 @@ import torch
 
 import loraweave as lw
 from loraweave import registry
-from loraweave.composer import compose as composing
 from loraweave.composer.batches import batch, encode, mean_losses
+from loraweave.composer.composing import searched as searched_way
+from loraweave.composer.composing.guard import guard
 from loraweave.composer.example_loss import ExampleLoss
 from loraweave.errors import CompositionError, InvalidTask, UnknownExpert, UnknownName, WeightingError
 from loraweave.hub.fingerprint import fingerprint
@@ -137,11 +138,6 @@ def test_without_a_search_every_candidate_scored_is_one_evaluation(tiny_llama, t
     assert len(scored) == report.evaluations == 5
 
 
-class _FakeRow:
-    def __init__(self, held_out_loss):
-        self.held_out_loss = held_out_loss
-
-
 @pytest.mark.parametrize(
     ("method", "base", "single", "search", "chosen"),
     [
@@ -157,8 +153,8 @@ class _FakeRow:
 def test_the_guard_gives_way_to_base_or_best_single_when_the_search_is_worse_on_held_out_examples(
     method, base, single, search, chosen
 ):
-    rows = {"base": _FakeRow(base), "best_single": _FakeRow(single), "uniform": _FakeRow(9.0), "lorahub": _FakeRow(search)}
-    assert composing._guard(method, rows, guarded=True)[0] == chosen
+    losses = {"base": base, "best_single": single, "uniform": 9.0, "lorahub": search}
+    assert guard(method, losses, guarded=True)[0] == chosen
 
 
 @pytest.mark.parametrize(("method", "seed"), list(itertools.product(["lorahub", "auto"], range(4))))
@@ -170,13 +166,13 @@ def test_what_is_returned_is_never_worse_on_held_out_examples(method, seed, tiny
 
 def test_folds_cover_the_examples_once_and_never_meet_their_search(tiny_llama, tokenizer, pool, task, monkeypatch):
     searched = []
-    original = ExampleLoss.__call__
+    original = searched_way.scored
 
-    def spy(self, candidates):
-        searched.append(frozenset(self.only))
-        return original(self, candidates)
+    def spy(pairs):
+        searched.extend(frozenset(objective.only) for objective, _ in pairs)
+        return original(pairs)
 
-    monkeypatch.setattr(ExampleLoss, "__call__", spy)
+    monkeypatch.setattr(searched_way, "scored", spy)
     compose(tiny_llama, tokenizer, pool, task, folds=5)
     folds = [set(range(5)) - seen for seen in set(searched) if len(seen) < 5]
     assert sorted(index for fold in folds for index in fold) == [0, 1, 2, 3, 4]
@@ -195,14 +191,14 @@ def test_the_same_seed_gives_the_same_weights_and_pool_order_does_not_matter_for
 
 def test_an_interrupted_compose_resumes_to_the_same_weights(tiny_llama, tokenizer, pool, task, tmp_path, monkeypatch):
     whole = compose(tiny_llama, tokenizer, pool, task)
-    original, calls = ExampleLoss.__call__, itertools.count()
+    original, calls = searched_way.scored, itertools.count()
 
-    def killed(self, candidates):
-        if next(calls) == 4:
+    def killed(pairs):
+        if next(calls) == 1:
             raise KeyboardInterrupt
-        return original(self, candidates)
+        return original(pairs)
 
-    monkeypatch.setattr(ExampleLoss, "__call__", killed)
+    monkeypatch.setattr(searched_way, "scored", killed)
     with pytest.raises(KeyboardInterrupt):
         compose(tiny_llama, tokenizer, pool, task, checkpoint=tmp_path)
     assert not any(module._forward_hooks for module in tiny_llama.modules())

@@ -38,7 +38,7 @@ def test_the_softmax_of_cosines_to_centroids_is_that_of_token_level_adaptation()
 def test_a_softmax_of_the_k_nearest_leaves_the_others_out():
     ratio = math.exp((0.8 - 0.79) / 0.1)
     expected = {"a": 0, "b": 1 / (1 + ratio), "c": ratio / (1 + ratio), "d": 0, "e": 0}
-    assert weights(form="softmax", k=2) == pytest.approx(expected, rel=1e-6)
+    assert weights(form="softmax", nearest=2) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-300, 1e-320])
@@ -53,8 +53,8 @@ def test_a_selection_is_the_nearest_alone():
 @pytest.mark.parametrize("form", ["mixture", "fusion"])
 def test_a_mixture_has_one_kth_for_each_of_the_k_nearest_and_k_is_3_as_published(form):
     assert weights(form=form) == pytest.approx({"a": 0, "b": 1 / 3, "c": 1 / 3, "d": 1 / 3, "e": 0})
-    assert weights(form=form, k=2) == {"a": 0, "b": 0.5, "c": 0.5, "d": 0, "e": 0}
-    assert weights(form=form, k=1) == weights(form="selection")
+    assert weights(form=form, nearest=2) == {"a": 0, "b": 0.5, "c": 0.5, "d": 0, "e": 0}
+    assert weights(form=form, nearest=1) == weights(form="selection")
 
 
 def test_with_fewer_than_3_scores_a_mixture_takes_all_of_them():
@@ -90,10 +90,10 @@ def merge(pool, weights, method):
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"temperature": -0.1}, "temperature is -0.1"),
         ({"temperature": math.nan}, "temperature is nan"),
-        ({"form": "mixture", "k": 5}, "k is 5, but 4 experts have a score"),
-        ({"form": "mixture", "k": 0}, "k is 0"),
-        ({"form": "softmax", "k": True}, "k is True"),
-        ({"form": "selection", "k": 2}, "k is 2, but a selection is of 1"),
+        ({"form": "mixture", "nearest": 5}, "nearest is 5, but 4 experts have a score"),
+        ({"form": "mixture", "nearest": 0}, "nearest is 0"),
+        ({"form": "softmax", "nearest": True}, "nearest is True"),
+        ({"form": "selection", "nearest": 2}, "nearest is 2, but a selection is of 1"),
         ({"scores": {}}, "no expert has a score"),
         ({"scores": {"a": math.nan}}, "the score of 'a' is nan"),
         ({"scores": {"a": math.inf}}, "the score of 'a' is inf"),

@@ -1,0 +1,129 @@
+"""Measures ways of composing on the few examples of a task, cross-validated where the examples have a say in them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from loraweave.composer.composer import Composer
+from loraweave.composer.composing.choice import Choice, Way
+from loraweave.composer.composing.parts import Part, whole
+from loraweave.composer.example_loss import ExampleLoss
+from loraweave.composer.report import ReportRow
+from loraweave.types import Task
+
+
+@dataclass(eq=False)
+class Trial:
+    """A way, and what was measured of it: on held-out examples, and once it is finished on all."""
+
+    way: Way
+    seconds: float = 0.0
+    held_losses_N: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    held_hits_N: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    choice: Choice | None = None
+    losses_N: np.ndarray | None = None
+    fold_choices: list[Choice] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.way.name
+
+    @property
+    def held_out_loss(self) -> float:
+        return float(self.held_losses_N.mean())
+
+    def row(self) -> ReportRow:
+        """The way's row of a report. Its weights are those that a training began as, where it went on from there."""
+        choice = self.choice
+        origin = choice if choice is None or choice.origin is None else choice.origin
+        means = {} if origin is None else origin.mixture.means()
+        by_layer = origin.mixture.by_layer() if origin is not None and origin.mixture.layers else None
+        return ReportRow(
+            name=self.name,
+            weights={name: weight for name, weight in means.items() if weight},
+            loss=None if self.losses_N is None else float(self.losses_N.mean()),
+            held_out_loss=self.held_out_loss,
+            held_out_hits=float(self.held_hits_N.mean()),
+            seconds=self.seconds,
+            evaluations=self.way.evaluations,
+            by_layer=by_layer,
+            num_trained=0 if choice is None else choice.num_trained,
+            failed=0 if choice is None else choice.failed,
+        )
+
+
+class Measurement:
+    """Trials on one task. `folds` are the parts of cross-validation; none means that nothing is held out."""
+
+    def __init__(self, tokenizer: Any, task: Task, folds: Sequence[Part]) -> None:
+        self._tokenizer = tokenizer
+        self._task = task
+        self._folds = folds
+        self._all = whole(len(task.examples))
+        self._losses: dict[tuple[Composer, str], ExampleLoss] = {}
+
+    def trial(self, way: Way) -> Trial:
+        """The way measured on held-out examples and on all."""
+        trial = Trial(way)
+        started = time.perf_counter()
+        folds = self._folds if way.learns else []
+        *trial.fold_choices, trial.choice = way.choose([*folds, self._all])
+        self._hold_out(trial)
+        self._finish(trial)
+        trial.seconds = time.perf_counter() - started
+        return trial
+
+    def held_out(self, way: Way) -> Trial:
+        """The way measured on held-out examples only."""
+        trial = Trial(way)
+        started = time.perf_counter()
+        trial.fold_choices = way.choose(self._folds)
+        self._hold_out(trial)
+        trial.seconds = time.perf_counter() - started
+        return trial
+
+    def finished(self, trial: Trial) -> Trial:
+        """The trial with the way's choice on all examples, too."""
+        if trial.choice is None:
+            started = time.perf_counter()
+            (trial.choice,) = trial.way.choose([self._all])
+            self._finish(trial)
+            trial.seconds += time.perf_counter() - started
+        return trial
+
+    def _hold_out(self, trial: Trial) -> None:
+        if not trial.fold_choices:
+            return
+        trial.held_losses_N, trial.held_hits_N = np.zeros(len(self._all.seen)), np.zeros(len(self._all.seen))
+        for part, choice in zip(self._folds, trial.fold_choices, strict=True):
+            held = list(part.held)
+            trial.held_losses_N[held], trial.held_hits_N[held] = self._scores(choice, part.held)
+
+    def _finish(self, trial: Trial) -> None:
+        assert trial.choice is not None
+        trial.losses_N, hits_N = self._scores(trial.choice, self._all.seen)
+        if not trial.fold_choices:
+            trial.held_losses_N, trial.held_hits_N = trial.losses_N, hits_N
+
+    def _scores(self, choice: Choice, examples: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """(loss_N, hit_N) of a choice on these examples, without terms for its weights."""
+        if choice.known is not None:
+            losses_N, hits_N = choice.known
+            return losses_N[list(examples)], hits_N[list(examples)]
+        loss = self._loss(choice).view(examples)
+        losses_CN, hits_CN = loss.scores([choice.mixture])
+        return losses_CN[0], hits_CN[0]
+
+    def _loss(self, choice: Choice) -> ExampleLoss:
+        """The loss by the choice's engine, tokenised once for each."""
+        key = choice.engine, choice.merge_method
+        if key not in self._losses:
+            self._losses[key] = ExampleLoss(
+                choice.engine, self._tokenizer, self._task, merge_method=choice.merge_method, l1=0.0
+            )
+        return self._losses[key]

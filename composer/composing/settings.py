@@ -1,0 +1,69 @@
+"""What compose() was asked for, looked over before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loraweave.composer.composing.solver_options import OTHER_WAYS, check_options, solver_class, takes
+from loraweave.errors import InvalidTask, UnknownName, WeightingError
+from loraweave.types import Task
+
+# what a search's weights mean, as the name of a merge method
+SPACES = {"deltas": "linear", "factors": "factor_sum"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of compose() that say how to search."""
+
+    method: str
+    k: int
+    budget: int | None
+    seconds: float | None
+    seed: int
+    folds: int
+    space: str | None
+    weights: Mapping[str, float] | None
+    objective: str | None
+    l1: float | None
+    l2: float
+    sparsity: float
+    checkpoint: Path | None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def learns(self) -> bool:
+        """Whether the examples have a say in the weights, so that some must be held out to judge them."""
+        if self.method in OTHER_WAYS:
+            return self.method == "auto"
+        return solver_class(self.method).learns
+
+    @property
+    def merge_method(self) -> str | None:
+        """What the search's weights mean; None for what the search itself says."""
+        return None if self.space is None else SPACES[self.space]
+
+    def check(self, task: Task, *, from_hub: bool) -> None:
+        """Raises UnknownName, WeightingError or InvalidTask for what cannot be done."""
+        if self.method not in OTHER_WAYS and takes(solver_class(self.method), "scores") and not from_hub:
+            raise WeightingError(f"method {self.method!r} weighs by retrieval scores, so it needs a hub, not a pool")
+        if self.space is not None and self.space not in SPACES:
+            close = difflib.get_close_matches(self.space, SPACES, n=1)
+            hint = f", did you mean {close[0]!r}?" if close else ""
+            raise UnknownName(f"no space {self.space!r} to compose with{hint}; there are {', '.join(SPACES)}")
+        check_options(self.method, self.options)
+        for name, value, least in (("k", self.k, 1), ("folds", self.folds, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise WeightingError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+        if not task.examples:
+            raise InvalidTask("the task has no examples; give at least two (input, target) pairs")
+        if (self.method == "manual") != (self.weights is not None):
+            raise WeightingError("method 'manual' takes weights={name: weight}, and no other method does")
+        if self.learns and self.folds and len(task.examples) < 2:
+            raise InvalidTask("one example cannot be both searched on and held out: give two or more, or pass folds=0")
+        if self.learns and self.folds == 1:
+            raise WeightingError("folds is 1, which would hold out every example; pass 2 or more, or 0 for none")

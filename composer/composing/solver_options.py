@@ -1,0 +1,71 @@
+"""A solver of routers/ by its name, with the options that a user may set and what compose() supplies."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from loraweave import registry
+from loraweave.errors import UnknownName, WeightingError
+from loraweave.routers.search.solver import Solver
+
+# ways of compose() that are no solvers
+OTHER_WAYS = ("auto", "base", "best_single")
+# what compose() gives a solver that asks for it: retrieval scores, the pool's layers, the weights of "manual"
+SUPPLIED = ("scores", "layers", "weights")
+_LIMITS = ("experts", "budget", "seconds", "seed")
+
+
+def solver_class(method: str) -> type[Solver]:
+    """The class of that name; UnknownName, which names near misses, for one that compose() cannot use."""
+    known = (*OTHER_WAYS, *registry.names("routers"))
+    if method not in known:
+        close = difflib.get_close_matches(method, known, n=1)
+        hint = f", did you mean {close[0]!r}?" if close else ""
+        raise UnknownName(f"no method {method!r} to compose with{hint}; there are {', '.join(sorted(known))}")
+    found = registry.get("routers", method)
+    if not (isinstance(found, type) and issubclass(found, Solver)):
+        raise UnknownName(f"router {method!r} does not search for weights: activate() it instead of composing with it")
+    return found
+
+
+def own_options(found: type[Solver]) -> list[str]:
+    """The names of the options that a user may set, `start` among them where the solver has one."""
+    parameters = list(inspect.signature(found).parameters)
+    return [name for name in parameters if name not in (*_LIMITS, *SUPPLIED)]
+
+
+def takes(found: type[Solver], name: str) -> bool:
+    """Whether the solver's __init__ has an argument of that name."""
+    return name in inspect.signature(found).parameters
+
+
+def check_options(method: str, options: Mapping[str, Any]) -> None:
+    """Raises WeightingError for an option that the method does not have."""
+    known = [] if method in OTHER_WAYS else own_options(solver_class(method))
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f", did you mean {close[0]!r}?" if close else ""
+            has = ", ".join(known) if known else "no options"
+            raise WeightingError(f"method {method!r} has no option {name!r}{hint}; it has {has}")
+
+
+def make_solver(
+    found: type[Solver],
+    experts: Sequence[str],
+    *,
+    budget: int | None,
+    seconds: float | None,
+    seed: int,
+    supplied: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> Solver:
+    """The solver with its limits; of `supplied` (also `start`) it gets what it takes and the options do not say."""
+    arguments = {name: value for name, value in supplied.items() if takes(found, name)}
+    arguments |= options
+    limits = {"budget": budget, "seconds": seconds, "seed": seed}
+    arguments |= {name: value for name, value in limits.items() if takes(found, name)}
+    return found(experts, **arguments)
