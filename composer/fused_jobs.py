@@ -6,7 +6,6 @@ gradients are those of training it alone, because no row of one job reaches the 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from loraweave.composer.seeding import seeded
 from loraweave.types import Factors
 
 
@@ -62,6 +62,11 @@ class FusedJobs:
     def parameters(self) -> list[Tensor]:
         """The factors that are trained."""
         return [tensor for pair in self.factors.values() for tensor in pair if tensor.requires_grad]
+
+    def freeze_a(self) -> None:
+        """From now on b alone is trained."""
+        for a_JRI, _ in self.factors.values():
+            a_JRI.requires_grad_(False)
 
     def __enter__(self) -> FusedJobs:
         try:
@@ -138,7 +143,5 @@ def _new(job: str, layers: Mapping[str, tuple[int, int]], rank: int, seed: int) 
 
 def _initial(seed: int, job: str, layer: str, rank: int, num_inputs: int) -> Tensor:
     # seeded by names, so that a job starts the same whatever jobs share its batch
-    digest = hashlib.sha256(repr((seed, job, layer)).encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
     bound = float(num_inputs**-0.5)
-    return bound * torch.rand(rank, num_inputs, generator=generator).mul(2).sub(1)
+    return bound * torch.rand(rank, num_inputs, generator=seeded(seed, job, layer)).mul(2).sub(1)

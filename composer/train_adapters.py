@@ -13,6 +13,8 @@ from torch import nn
 
 from loraweave.composer.batches import EncodedRow, encode
 from loraweave.composer.checkpoints import load_adapter, save_adapter
+from loraweave.composer.continual._course import Course
+from loraweave.composer.continual_training import require_way, train_in_order
 from loraweave.composer.fused_jobs import FusedJobs
 from loraweave.composer.job_training import JobTraining, training_progress
 from loraweave.composer.layer_kinds.linear import shape as linear_shape
@@ -20,11 +22,11 @@ from loraweave.composer.linearized_jobs import LinearizedJobs
 from loraweave.composer.starts import require_startable
 from loraweave.composer.training_recipe import WARMUP_STEPS, Recipe, require_trainable
 from loraweave.composer.untouched import untouched
-from loraweave.errors import UnknownName
+from loraweave.errors import TrainingError, UnknownName
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.fingerprint import fingerprint
 from loraweave.retrieval.training_state import drop_state
-from loraweave.types import Task
+from loraweave.types import Fingerprint, Task
 
 
 def train_adapters(
@@ -42,6 +44,8 @@ def train_adapters(
     target_modules: Sequence[str] = ("q_proj", "v_proj"),
     start: Mapping[str, Adapter] | None = None,
     linearized: bool = False,
+    continual: str | None = None,
+    continual_options: Mapping[str, Any] | None = None,
     warmup: int = WARMUP_STEPS,
     checkpoint: str | Path | None = None,
     progress: bool = True,
@@ -61,6 +65,10 @@ def train_adapters(
     common beginning learn superposes exactly in each layer, at any weights. Tasks without a start all begin with the same a,
     which stays; one with a start gets twice its rank, and `tangent(adapter, start)` is what it learned alone.
 
+    With `continual` the tasks are trained one after the other, in the order given and in that way (`lw.names("continual")`,
+    docs/continual.md), with the way's own `continual_options`; the adapter of a task is then the whole model after it, and
+    `start` can only have the first task's. A checkpoint keeps what each finished task left.
+
     Raises InvalidTask for examples that cannot be used, UnknownName when no layer matches `target_modules` or no task a name
     in `start`, TrainingError for a loss that is not finite (finished jobs stay in the checkpoint); for an adapter to start
     from BaseModelMismatch, LayerMismatch, and AdapterUnsupported where it is more than factors of linear layers.
@@ -68,35 +76,67 @@ def train_adapters(
     scale_alpha = 2.0 * rank if alpha is None else alpha
     recipe = Recipe(rank, scale_alpha, steps, lr, batch_size, tuple(target_modules), seed, warmup, linearized)
     require_trainable(recipe, tasks, jobs_per_batch)
+    options = dict(continual_options or {})
+    _require_one_way(continual, options, linearized)
+    if continual is not None:
+        require_way(continual, options, tasks, start or {})
     begins = require_startable(model, tasks, start or {})
-    layers = _target_layers(model, recipe.target_modules) if len(begins) < len(tasks) else {}
+    needs_layers = continual is not None or len(begins) < len(tasks)
+    layers = _target_layers(model, recipe.target_modules) if needs_layers else {}
     prepared = {name: task if isinstance(task, Task) else Task(list(task)) for name, task in tasks.items()}
     rows = {name: _encoded(model, tokenizer, task) for name, task in prepared.items()}
     base = fingerprint(model)
     folder = None if checkpoint is None else Path(checkpoint)
-    keys = {name: _job_key(recipe, name, task, base.shapes, begins.get(name)) for name, task in prepared.items()}
-    finished: dict[str, Adapter] = {}
-    for name in prepared:
-        if folder is not None and (adapter := load_adapter(folder, keys[name])):
-            finished[name] = adapter
-    waiting = sorted((name for name in prepared if name not in finished), key=lambda name: _mean_length(rows[name]))
-    groups = [waiting[first : first + jobs_per_batch] for first in range(0, len(waiting), jobs_per_batch)]
-    make = LinearizedJobs if linearized else FusedJobs
     with untouched(model), training_progress(progress) as bar:
         training = JobTraining(model, tokenizer, recipe, bar)
-        for group in groups:
-            state_key = hashlib.sha256(repr(sorted(keys[name] for name in group)).encode()).hexdigest()[:32]
-            given = {name: begins[name].layers for name in group if name in begins}
-            jobs = make(model, layers, group, rank=rank, alpha=recipe.alpha, seed=seed, start=given)
-            training.run(jobs, training.plain(jobs, rows), kept=None if folder is None else (folder, state_key))
-            for name in group:
-                card = {"recipe": _card(recipe, begins.get(name))}
-                finished[name] = Adapter(name, model.name_or_path, jobs.layers_of(name), base, card)
-                if folder is not None:
-                    save_adapter(folder, keys[name], finished[name])
+        if continual is None:
+            return _train_apart(training, layers, prepared, rows, begins, base, jobs_per_batch, folder)
+        begin = begins.get(next(iter(tasks)))
+        return train_in_order(
+            Course(continual, options, training, layers, prepared, rows, begin, base, jobs_per_batch, folder)
+        )
+
+
+def _train_apart(
+    training: JobTraining,
+    layers: Mapping[str, tuple[int, int]],
+    tasks: Mapping[str, Task],
+    rows: Mapping[str, Sequence[EncodedRow]],
+    begins: Mapping[str, Adapter],
+    base: Fingerprint,
+    jobs_per_batch: int,
+    folder: Path | None,
+) -> dict[str, Adapter]:
+    """Each task as if it were alone, in groups of similar length."""
+    model, recipe = training.model, training.recipe
+    keys = {name: _job_key(recipe, name, task, base.shapes, begins.get(name)) for name, task in tasks.items()}
+    finished: dict[str, Adapter] = {}
+    for name in tasks:
+        if folder is not None and (adapter := load_adapter(folder, keys[name])):
+            finished[name] = adapter
+    waiting = sorted((name for name in tasks if name not in finished), key=lambda name: _mean_length(rows[name]))
+    groups = [waiting[first : first + jobs_per_batch] for first in range(0, len(waiting), jobs_per_batch)]
+    make = LinearizedJobs if recipe.linearized else FusedJobs
+    for group in groups:
+        state_key = hashlib.sha256(repr(sorted(keys[name] for name in group)).encode()).hexdigest()[:32]
+        given = {name: begins[name].layers for name in group if name in begins}
+        jobs = make(model, layers, group, rank=recipe.rank, alpha=recipe.alpha, seed=recipe.seed, start=given)
+        training.run(jobs, training.plain(jobs, rows), kept=None if folder is None else (folder, state_key))
+        for name in group:
+            card = {"recipe": _card(recipe, begins.get(name))}
+            finished[name] = Adapter(name, model.name_or_path, jobs.layers_of(name), base, card)
             if folder is not None:
-                drop_state(folder, state_key)
-    return {name: finished[name] for name in prepared}
+                save_adapter(folder, keys[name], finished[name])
+        if folder is not None:
+            drop_state(folder, state_key)
+    return {name: finished[name] for name in tasks}
+
+
+def _require_one_way(continual: str | None, options: Mapping[str, Any], linearized: bool) -> None:
+    if continual is None and options:
+        raise TrainingError(f"continual_options has {', '.join(options)}, but continual names no way to train")
+    if continual is not None and linearized:
+        raise TrainingError(f"continual={continual!r} trains adapters that are not linearized: pass one of both")
 
 
 def _target_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, tuple[int, int]]:

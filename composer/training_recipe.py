@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from loraweave.composer.batches import EncodedRow
+from loraweave.composer.seeding import seeded
 from loraweave.errors import TrainingError
 from loraweave.types import Task
 
@@ -43,9 +43,8 @@ class Recipe:
         chosen = []
         for place in range(step * self.batch_size, (step + 1) * self.batch_size):
             epoch, offset = divmod(place, len(rows))
-            digest = hashlib.sha256(repr((self.seed, job, epoch)).encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
-            chosen.append(rows[int(torch.randperm(len(rows), generator=generator)[offset])])
+            order = torch.randperm(len(rows), generator=seeded(self.seed, job, epoch))
+            chosen.append(rows[int(order[offset])])
         return chosen
 
 

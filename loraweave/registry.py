@@ -14,6 +14,7 @@ FOLDERS = {
     "methods": "loraweave.composer.methods",
     "kernels": "loraweave.composer.kernels",
     "objectives": "loraweave.composer.objectives",
+    "continual": "loraweave.composer.continual",
     "routers": "loraweave.routers",
     "experts": "loraweave.routers.experts",
     "embedders": "loraweave.retrieval.embedders",

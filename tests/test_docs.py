@@ -66,6 +66,11 @@ def test_the_code_of_the_page_on_identity_runs(code, tmp_path, monkeypatch):
     assert "license: apache-2.0" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_the_page_on_continual_training_names_every_way():
+    page = (ROOT / "docs" / "continual.md").read_text(encoding="utf-8")
+    assert [name for name in registry.names("continual") if f"| `{name}` |" not in page] == []
+
+
 @pytest.mark.parametrize("code", blocks(ROOT / "docs" / "compile.md", "python"))
 def test_the_code_of_the_page_on_torch_compile_runs(code):
     exec(compile(code, "docs/compile.md", "exec"), {})

@@ -1,0 +1,1 @@
+"""Ways of training one task after the other, one file each."""
