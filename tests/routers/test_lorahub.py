@@ -10,6 +10,7 @@ import pytest
 
 from loraweave.errors import SearchFailed, WeightingError
 from loraweave.routers.lorahub import Lorahub
+from loraweave.routers.similarity import Similarity
 
 NAMES = ("a", "b/c", "q_proj", "🦙")
 BEST = np.array([0.9, -0.4, 0.0, 0.2])
@@ -80,6 +81,84 @@ def test_a_seed_decides_every_candidate_and_global_generators_are_left_alone():
     assert np.array_equal(first.seen, second.seen)
     assert not np.array_equal(first.seen, other.seen)
     assert (np.random.rand(), random.random()) == expected
+
+
+class Wells:
+    """A loss with a well every half, the deepest of them at 0.7 for each weight; remembers the sizes of populations."""
+
+    def __init__(self):
+        self.sizes = []
+
+    def __call__(self, candidates):
+        self.sizes.append(len(candidates))
+        away = [candidate.values_BTLE[0, 0, 0].double().numpy() - 0.7 for candidate in candidates]
+        return [float((10 * (1 - np.cos(4 * math.pi * values)) + 40 * values**2).sum()) for values in away]
+
+
+def test_a_search_that_is_stuck_begins_anew_with_twice_the_population():
+    stuck, restarted = Wells(), Wells()
+    once = Lorahub(NAMES[:3], budget=6000, restarts=0).solve(stuck)
+    result = Lorahub(NAMES[:3], budget=2000, restarts=1).solve(restarted)
+    # it ends where it is stuck, with most of its budget left
+    assert once.loss > 5
+    assert once.evaluations < 1000
+    assert set(stuck.sizes) == {1, 8}
+    assert result.loss < 1e-6
+    assert restarted.sizes == sorted(restarted.sizes)
+    assert set(restarted.sizes) == {1, 8, 16}
+    assert restarted.sizes[: len(stuck.sizes)] == stuck.sizes
+
+
+def test_restarts_go_on_until_the_budget_is_used_up():
+    objective = Wells()
+    assert Lorahub(NAMES[:3], budget=3001).solve(objective).evaluations == 3001
+    assert {8, 16, 32} <= set(objective.sizes)
+
+
+def test_a_search_that_restarted_resumes_to_the_same_result(tmp_path):
+    whole = Lorahub(NAMES[:3], budget=1500, seed=1).solve(Wells())
+
+    class Killed(Wells):
+        def __call__(self, candidates):
+            if sum(self.sizes) > 1200:
+                raise KeyboardInterrupt
+            return super().__call__(candidates)
+
+    objective = Killed()
+    with pytest.raises(KeyboardInterrupt):
+        Lorahub(NAMES[:3], budget=1500, seed=1).solve(objective, checkpoint=tmp_path / "log.json")
+    assert 16 in objective.sizes
+    assert Lorahub(NAMES[:3], budget=1500, seed=1).solve(Wells(), checkpoint=tmp_path / "log.json") == whole
+
+
+def test_a_box_need_not_be_symmetric_and_the_search_may_begin_at_its_edge():
+    objective = Quadratic()
+    result = Lorahub(NAMES, budget=600, low=-0.1, high=1.0, start={"a": 1.0}).solve(objective)
+    assert objective.seen[0].tolist() == [1, 0, 0, 0]
+    assert np.min(objective.seen) >= -0.1 - 1e-6
+    assert np.max(objective.seen) <= 1.0 + 1e-6
+    # the nearest point of the box to BEST
+    assert list(result.weights.values()) == pytest.approx([0.9, -0.1, 0.0, 0.2], abs=0.02)
+
+
+def test_a_search_can_begin_at_the_softmax_of_retrieval_scores():
+    objective = Quadratic()
+    start = Similarity(NAMES, scores={"a": 0.9, "b/c": 0.7, "q_proj": 0.7}).ask()[0]
+    Lorahub(NAMES, budget=9, start=start).solve(objective)
+    total = 1 + 2 * math.exp(-2)
+    assert objective.seen[0] == pytest.approx([1 / total, math.exp(-2) / total, math.exp(-2) / total, 0])
+
+
+def test_groups_of_layers_are_searched_together():
+    target_LE = np.array([[0.9, 0.0], [0.9, 0.0], [-0.4, 0.2]])
+
+    def objective(candidates):
+        return [float(((candidate.values_BTLE[0, 0].double().numpy() - target_LE) ** 2).sum()) for candidate in candidates]
+
+    groups = {"early": ["q0", "q1"], "late": ["q2"]}
+    result = Lorahub(["a", "b"], budget=500, groups=groups).solve(objective)
+    assert result.mixture.values_BTLE[0, 0].double().numpy() == pytest.approx(target_LE, abs=0.02)
+    assert result.num_trained == 4
 
 
 @pytest.mark.parametrize("num_experts", [1, 2, 31])
@@ -158,6 +237,8 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path):
         ({"sigma": math.nan}, "sigma is nan"),
         ({"population": 1}, "population is 1"),
         ({"population": 0}, "population is 0"),
+        ({"restarts": -1}, "restarts is -1"),
+        ({"tolerance": math.nan}, "tolerance is nan"),
         ({"start": {"x": 1.0}}, "'x'"),
         ({"start": {"a": 2.0}}, r"weight 2.0, outside \[-1.5, 1.5\]"),
     ],
