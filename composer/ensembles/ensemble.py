@@ -10,6 +10,7 @@ from torch import Tensor
 
 from loraweave.composer.batches import left_aligned, takes
 from loraweave.composer.composer import Composer
+from loraweave.composer.ensembles.inputs import last_positions, without_cache, without_left_padding
 from loraweave.composer.ensembles.member_passes import (
     known_members,
     member_passes,
@@ -17,7 +18,6 @@ from loraweave.composer.ensembles.member_passes import (
     rows_of,
     rows_that_fit,
 )
-from loraweave.composer.ensembles.padding import last_positions, without_left_padding
 from loraweave.composer.ensembles.prediction import EnsemblePrediction
 from loraweave.composer.scoring import label_ids, label_losses
 from loraweave.errors import CompositionError, InvalidTask
@@ -45,7 +45,7 @@ def ensemble(
     log-likelihood after the row (after a space, and with the end of sequence, as Composition.predict ranks them); this
     needs the engine's tokenizer. A model that classifies rows gives its classes.
 
-    Members run beside each other, `rows_per_pass` rows in a forward pass, by default as many as 2^14 tokens and 2^26 logits
+    Members run beside each other, `rows_per_pass` rows in a forward pass, by default as many as 2^13 tokens and 2^26 logits
     allow. Raises WeightingError for members or weights that are none, UnknownExpert, InvalidTask for labels or tokens,
     CompositionError for a batch that cannot be read so; the model is left as it was.
     """
@@ -83,7 +83,7 @@ def _label_members(
     prefix = left_aligned(batch["input_ids"], batch.get("attention_mask"))
     if rows_per_pass is None:
         logits_per_row = len(ids) * width * model.config.get_text_config().vocab_size
-        rows_per_pass = rows_that_fit(batch, logits_per_row)
+        rows_per_pass = rows_that_fit(prefix, logits_per_row, copies=len(ids))
 
     def read(inputs: dict[str, Any]) -> Tensor:
         losses_NL = label_losses(model, inputs["input_ids"], inputs["attention_mask"], ids)
@@ -110,7 +110,7 @@ class _NextTokens:
     def read(self, inputs: dict[str, Any]) -> Tensor:
         kept = self._kept(inputs)
         arguments = inputs if kept is None else {**inputs, "logits_to_keep": kept}
-        logits = self.model(**arguments).logits
+        logits = self.model(**without_cache(self.model, arguments)).logits
         if logits.dim() == 2:
             if self.num_positions is not None:
                 raise CompositionError("this model classifies whole rows, and has no num_positions=")

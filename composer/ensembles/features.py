@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from loraweave.composer.batches import takes
 from loraweave.composer.composer import Composer
+from loraweave.composer.ensembles.inputs import last_positions, right_aligned, without_cache
 from loraweave.composer.ensembles.member_passes import known_members, member_passes, rows_that_fit
-from loraweave.composer.ensembles.padding import last_positions, right_aligned
 from loraweave.errors import CompositionError, InvalidTask
 from loraweave.hub.progress import tracked
 
@@ -71,7 +71,8 @@ def _last_hidden(model: Any, inputs: dict[str, Any]) -> Tensor:
     body = model.get_decoder() if model.config.is_encoder_decoder else model.base_model
     handle = body.register_forward_hook(see)
     try:
-        model(**inputs, **({"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}))
+        arguments = {**inputs, "logits_to_keep": 1} if takes(model, "logits_to_keep") else inputs
+        model(**without_cache(model, arguments))
     finally:
         handle.remove()
     if not seen or seen[-1] is None:

@@ -14,7 +14,7 @@ from loraweave.errors import CompositionError, WeightingError
 from loraweave.routers.mixture import MixtureWeights
 
 # of one forward pass: bounds what the layers hold, and what the language head gives
-MAX_TOKENS = 2**14
+MAX_TOKENS = 2**13
 MAX_LOGITS = 2**26
 
 Inputs = dict[str, Any]
@@ -88,10 +88,13 @@ def rows_of(batch: Mapping[str, Any]) -> int:
     raise CompositionError("the batch has no tensor with rows; give the model's inputs, as a tokenizer returns them")
 
 
-def rows_that_fit(batch: Mapping[str, Any], logits_per_row: int) -> int:
-    """How many rows one forward pass may have, by the tokens of the longest input and by the logits that a row gives."""
+def rows_that_fit(batch: Mapping[str, Any], logits_per_row: int, *, copies: int = 1) -> int:
+    """How many rows one forward pass may have, by the tokens of the longest input and by the logits that a row gives.
+
+    `copies` is how many rows of keys and values come to be for each row.
+    """
     num_tokens = max(value[0].numel() for value in batch.values() if isinstance(value, Tensor) and value.dim())
-    return max(1, min(MAX_TOKENS // num_tokens, MAX_LOGITS // logits_per_row))
+    return max(1, min(MAX_TOKENS // (num_tokens * copies), MAX_LOGITS // logits_per_row))
 
 
 def _laid_out(batch: Mapping[str, Any], rows: slice, count: int) -> Inputs:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from loraweave.composer.composer import Composer
 from loraweave.composer.ensembles.features import features
+from loraweave.composer.ensembles.inputs import right_aligned, without_cache
 from loraweave.composer.ensembles.member_passes import known_members, member_passes, rows_that_fit
-from loraweave.composer.ensembles.padding import right_aligned
 from loraweave.errors import CompositionError, UnknownName, WeightingError
 from loraweave.hub.names import near_misses
 
@@ -112,7 +112,7 @@ def _own_rewards(engine: Composer, members: Sequence[Any], batch: Mapping[str, A
         )
 
     def read(inputs: dict[str, Any]) -> Tensor:
-        logits_N1: Tensor = engine.model(**inputs).logits
+        logits_N1: Tensor = engine.model(**without_cache(engine.model, inputs)).logits
         return logits_N1.to(torch.promote_types(logits_N1.dtype, torch.float32))[:, 0]
 
     return member_passes(engine, members, right_aligned(batch), read, rows_per_pass=fitting)

@@ -1,4 +1,4 @@
-"""Padding of a batch on either side: where each row's last real tokens are, and how positions count from its first."""
+"""What goes to the model from a batch padded on either side: positions, where rows end, and no cache that nobody reads."""
 
 from __future__ import annotations
 
@@ -57,3 +57,8 @@ def right_aligned(batch: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, Tensor) and value.shape == mask.shape and not key.startswith("decoder"):
             inputs[key] = value.gather(1, order_BT)
     return inputs
+
+
+def without_cache(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of a call after which no other follows: keys and values are kept only where the batch asks for them."""
+    return {"use_cache": False, **inputs} if takes(model, "use_cache") else dict(inputs)
