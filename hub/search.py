@@ -16,9 +16,9 @@ import logging
 import operator
 import sys
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -57,6 +57,8 @@ _NUM_TRIED = 32
 _MAX_RECORDS = 4096
 
 _logger = logging.getLogger(__name__)
+
+_Embed = Callable[[tuple[str, ...]], np.ndarray]
 
 
 class Embedder(Protocol):
@@ -156,7 +158,7 @@ class SearchIndex:
         self._database = (
             None if in_database is None else DatabaseSearch(hub, in_database, self.embedder.id, self._key, _digest)
         )
-        self._embedded = lru_cache(maxsize=NUM_EVIDENCE_CACHED)(self._embed)
+        self._embedded = _own_texts(hub, self.embedder)
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors (Q, D) of query texts. RetrievalError for what is not a text or has no visible character."""
@@ -348,18 +350,35 @@ class SearchIndex:
         return unit(key_D + DESCRIPTION_WEIGHT * rows_ND[-1]) if kinds[-1] == "description" else key_D
 
     def _embed(self, texts: tuple[str, ...]) -> np.ndarray:
-        rows_ND = np.asarray(self.embedder.embed(texts), dtype=np.float32)
-        wanted = (len(texts), self.embedder.dim)
-        if rows_ND.shape != wanted:
-            raise DimensionMismatch(
-                f"embedder {self.embedder.id!r} gave embeddings of shape {rows_ND.shape} instead of {wanted} (texts, dim)"
-            )
-        for number in np.flatnonzero(~np.isfinite(rows_ND).all(axis=1))[:1]:
-            raise DimensionMismatch(
-                f"embedder {self.embedder.id!r} gave an embedding that is not finite, "
-                f"for text {number + 1} of {len(texts)}: {_excerpt(texts[number])!r}"
-            )
-        return rows_ND
+        return _checked(self.embedder, texts)
+
+
+# for each hub, what an embedder made of adapters' own texts: a new search of the hub does not embed them again
+_OWN_TEXTS: weakref.WeakKeyDictionary[Any, dict[tuple[type, str], _Embed]] = weakref.WeakKeyDictionary()
+
+
+def _own_texts(hub: Hub, embedder: Embedder) -> _Embed:
+    """What embeds an adapter's texts together and remembers it, shared by the hub's searches with such an embedder."""
+    cache = lru_cache(maxsize=NUM_EVIDENCE_CACHED)(partial(_checked, embedder))
+    if isinstance(hub, weakref.ProxyTypes):
+        return cache
+    return _OWN_TEXTS.setdefault(hub, {}).setdefault((type(embedder), embedder.id), cache)
+
+
+def _checked(embedder: Embedder, texts: tuple[str, ...]) -> np.ndarray:
+    """Vectors (N, dim) of the texts; DimensionMismatch where the embedder gives something else."""
+    rows_ND = np.asarray(embedder.embed(texts), dtype=np.float32)
+    wanted = (len(texts), embedder.dim)
+    if rows_ND.shape != wanted:
+        raise DimensionMismatch(
+            f"embedder {embedder.id!r} gave embeddings of shape {rows_ND.shape} instead of {wanted} (texts, dim)"
+        )
+    for number in np.flatnonzero(~np.isfinite(rows_ND).all(axis=1))[:1]:
+        raise DimensionMismatch(
+            f"embedder {embedder.id!r} gave an embedding that is not finite, "
+            f"for text {number + 1} of {len(texts)}: {_excerpt(texts[number])!r}"
+        )
+    return rows_ND
 
 
 def _choice(index: str) -> Choice:
