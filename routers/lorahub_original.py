@@ -1,0 +1,107 @@
+"""LoraHub's published search (Huang et al. 2023, arXiv 2307.13269, algorithm.py): 40 evaluations of nevergrad's NGOpt.
+
+NGOpt is no algorithm but a choice among many by dimensions and budget: for 20 adapters and 40 evaluations nevergrad 1.0.12
+takes COBYLA, where the paper names CMA-ES. The recipe's other parts are 20 adapters drawn at random, A and B summed apart
+(merge method "factor_sum") and the loss as its authors coded it, `OriginalLoss` of composer/original_loss.py.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from loraweave.errors import PackageMissing, SearchFailed
+from loraweave.routers.mixture import MixtureWeights
+from loraweave.routers.search.solver import Solver
+
+
+class LorahubOriginal(Solver):
+    """Asks for one candidate after the other, the start first, of the same draws as the authors' code has for the seed.
+
+    The arguments are `Solver`'s, with the published values as defaults. Raises PackageMissing without nevergrad, and
+    SearchFailed where NGOpt itself fails.
+    """
+
+    def __init__(
+        self,
+        experts: Sequence[str],
+        *,
+        budget: int | None = 40,
+        seconds: float | None = None,
+        seed: int = 0,
+        start: Mapping[str, float] | MixtureWeights | None = None,
+        low: float = -1.5,
+        high: float = 1.5,
+        groups: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        super().__init__(experts, budget=budget, seconds=seconds, seed=seed, start=start, low=low, high=high, groups=groups)
+        self._worst = -math.inf
+        self._candidate: Any = None
+        self._optimizer = self._ngopt()
+
+    def _propose(self) -> list[np.ndarray]:
+        if self._candidate is None:
+            self._candidate = self._guarded(self._optimizer.ask)
+        return [np.array(self._candidate.value)]
+
+    def _learn(self, vectors: Sequence[np.ndarray], losses: Sequence[float], gradients: Sequence[np.ndarray]) -> None:
+        (loss,) = losses
+        if math.isfinite(loss):
+            self._worst = max(self._worst, loss)
+        # nevergrad has no failed candidates: one counts as slightly worse than the worst
+        told = loss if math.isfinite(loss) else 1.0 + (self._worst if math.isfinite(self._worst) else 0.0)
+        self._candidate = self._guarded(lambda: self._next(told))
+
+    def _next(self, loss: float) -> Any:
+        """The candidate after the one that has this loss, asked for at once: so no thread of nevergrad's is left running."""
+        self._optimizer.tell(self._candidate, loss)
+        return self._optimizer.ask() if self._left() else None
+
+    def _ngopt(self) -> Any:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                import nevergrad
+        except ImportError as error:
+            raise PackageMissing("the original LoraHub searches with nevergrad: pip install 'loraweave[search]'") from error
+        kept = np.random.get_state()
+        try:
+            space = nevergrad.p.Array(init=self.start, lower=self.space.low, upper=self.space.high)
+        finally:
+            # making an array takes a number from numpy's global generator
+            np.random.set_state(kept)
+        # that number, after the authors' numpy.random.seed(seed)
+        first = np.random.RandomState(self.seed).randint(2**32, dtype=np.uint32)
+        space.random_state = np.random.RandomState(first)
+        return nevergrad.optimizers.NGOpt(parametrization=space, budget=self.budget)
+
+    def _guarded(self, call: Callable[[], Any]) -> Any:
+        """What a call of nevergrad gives."""
+        outcome: list[Any] = []
+
+        def run() -> None:
+            try:
+                outcome.append(call())
+            except Exception as error:
+                outcome.append(error)
+
+        # nevergrad runs scipy's searches in threads that wait for losses. They inherit being a daemon from this one, without
+        # which a search that was left early would keep the interpreter from ending
+        thread = threading.Thread(target=run, daemon=True)
+        with warnings.catch_warnings():
+            # about the losses and its own choices
+            warnings.simplefilter("ignore")
+            thread.start()
+            thread.join()
+        (found,) = outcome
+        if isinstance(found, Exception):
+            raise SearchFailed(
+                f"nevergrad's NGOpt failed for {self.space.size} weights and {self.budget} evaluations after {self.spent} "
+                f"({type(found).__name__}: {found}); take another budget, or method 'lorahub'"
+            ) from found
+        return found
