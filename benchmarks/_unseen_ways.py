@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-import torch
-
 import loraweave as lw
-from loraweave.composer.batches import IGNORED, batch, encode, token_losses
+from loraweave.composer.original_loss import OriginalLoss
 from loraweave.composer.scoring import Score, evaluate
 from loraweave.demo import DemoTask
 from loraweave.errors import CompositionError
+from loraweave.routers.lorahub_original import LorahubOriginal
 
 RECIPE_POOL = 20
-RECIPE_BOUND = 1.5
-RECIPE_BUDGET = 40
-RECIPE_L1 = 0.05
 # what did best of 5 to 40 steps at 1e-3 and 3e-3 on eight of the tasks
 FEW_SHOT = {"steps": 30, "lr": 1e-3, "warmup": 3}
 ORACLE = {"steps": 120, "lr": 3e-3}
@@ -88,30 +82,13 @@ def retrieved_first(case: Case) -> Found:
 
 def lorahub_original(case: Case) -> Found:
     """LoraHub as published: adapters at random, A and B mixed apart, 40 evaluations of NGOpt, the loss as it was coded."""
-    import nevergrad
-
-    model = case.model
     names = random.Random(case.seed).sample([record.name for record in case.hub], RECIPE_POOL)
-    engine = lw.Composer(model, case.hub.pool(names))
-    prompts, targets = [case.task.prompt(text) for text, _ in case.task.examples], [t for _, t in case.task.examples]
-    prepared = batch(model, case.tokenizer, encode(model, case.tokenizer, prompts, targets))
-    num_tokens = int((prepared.targets_BK != IGNORED).sum())
-
-    @torch.no_grad()
-    def objective(values_E: np.ndarray) -> float:
-        weights = {name: float(value) for name, value in zip(names, values_E, strict=True) if value}
-        with engine.fused(weights, method="factor_sum") if weights else nullcontext():
-            # the mean token loss of the one batch, divided by the number of examples once more, as published
-            loss = float(token_losses(model, prepared).sum()) / num_tokens / len(targets)
-        return loss + RECIPE_L1 * float(np.abs(values_E).mean())
-
-    space = nevergrad.p.Array(init=np.zeros(len(names)), lower=-RECIPE_BOUND, upper=RECIPE_BOUND)
-    space.random_state = np.random.RandomState(case.seed)
-    optimizer = nevergrad.optimizers.NGOpt(parametrization=space, budget=RECIPE_BUDGET)
-    best_E = optimizer.minimize(objective).value
+    engine = lw.Composer(case.model, case.hub.pool(names))
+    best = LorahubOriginal(names, seed=case.seed).solve(OriginalLoss(engine, case.tokenizer, case.task))
     engine.close()
     adapters = [case.hub[name] for name in names]
-    return Found(lw.merge(adapters, best_E.tolist(), method="factor_sum", name="original"))
+    weights = [best.weights[name] for name in names]
+    return Found(lw.merge(adapters, weights, method=OriginalLoss.merge_method, name="original"))
 
 
 def lora_examples(case: Case) -> Found:
