@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import loraweave as lw
 from loraweave.composer.composer import Composer
+from loraweave.composer.ensembles import member_passes
 from loraweave.composer.ensembles.ensemble import ensemble
 from loraweave.errors import CompositionError, InvalidTask, ScopeError, UnknownExpert, WeightingError
 from loraweave.hub.adapter import Adapter
@@ -111,6 +112,28 @@ def test_all_members_share_one_forward_pass_where_they_fit(engine: Composer) -> 
     ensemble(engine, MEMBERS, padded("left"), rows_per_pass=6)
     handle.remove()
     assert rows == [12, 6, 6]
+
+
+def test_passes_follow_from_the_tokens_and_logits_that_one_may_hold(engine: Composer, monkeypatch: Any) -> None:
+    rows = []
+    handle = engine.model.register_forward_pre_hook(
+        lambda model, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    monkeypatch.setattr(member_passes, "MAX_TOKENS", 6 * 7)
+    ensemble(engine, MEMBERS, padded("left"))
+    monkeypatch.setattr(member_passes, "MAX_LOGITS", 3 * 61)
+    ensemble(engine, MEMBERS, padded("left"))
+    handle.remove()
+    assert rows == [6, 6, 3, 3, 3, 3]
+
+
+def test_no_keys_and_values_are_kept_unless_the_batch_asks_for_them(engine: Composer) -> None:
+    kept = []
+    handle = engine.model.register_forward_hook(lambda model, args, output: kept.append(output.past_key_values is not None))
+    ensemble(engine, MEMBERS, padded("left"))
+    ensemble(engine, MEMBERS, {**padded("left"), "use_cache": True})
+    handle.remove()
+    assert kept == [False, True]
 
 
 def test_tokens_restrict_the_softmax_of_each_member(engine: Composer) -> None:

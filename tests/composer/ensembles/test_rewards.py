@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from loraweave.composer.composer import Composer
 from loraweave.composer.ensembles.features import features
 from loraweave.composer.ensembles.rewards import Rewards, rewards
-from loraweave.errors import CompositionError, UnknownName, WeightingError
+from loraweave.errors import AdapterUnsupported, CompositionError, UnknownName, WeightingError
 
 MEMBERS = [{"a": 1.0}, {"b": 0.7, "c": -0.4}, None]
 LENGTHS = (7, 4, 6)
@@ -105,6 +106,19 @@ def test_each_member_has_its_own_head_or_all_have_one(make_model: Any, make_adap
         expected = torch.stack([h @ head.weight[0] + head.bias for head, h in zip(heads, found_MBH, strict=True)])
         assert torch.allclose(own, expected)
         assert torch.allclose(shared, found_MBH @ heads[0].weight[0] + heads[0].bias)
+
+
+def test_a_head_that_came_with_an_adapter_is_one_of_the_heads(make_model: Any, make_adapters: Any) -> None:
+    model = make_model("llama", dtype=torch.float64)
+    head_1H = torch.randn(1, 16, dtype=torch.float64)
+    own = replace(make_adapters(model, "llama")[0], heads={"score.weight": head_1H})
+    with pytest.raises(AdapterUnsupported, match=r"score\.weight"):
+        Composer(model, [own])
+    engine = Composer(model, [replace(own, heads={})])
+    head = nn.Linear(16, 1, bias=False, dtype=torch.float64)
+    head.load_state_dict({"weight": own.heads["score.weight"]})
+    found = rewards(engine, [{"a": 1.0}], padded("right"), heads=head).rewards_MB
+    assert torch.allclose(found[0], features(engine, [{"a": 1.0}], padded("right"))[0] @ head_1H[0])
 
 
 VALUES = [[1.0, -2.0, 3.0], [4.0, 0.5, 3.0], [1.5, -7.0, 3.0], [0.0, 2.0, 3.0]]
