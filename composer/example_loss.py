@@ -5,20 +5,21 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from loraweave.composer.active_candidate import active_candidate
 from loraweave.composer.composer import Composer
 from loraweave.composer.encoded_examples import EncodedExamples
 from loraweave.composer.failures import Failures
 from loraweave.composer.objectives._row_sums import Kind, RowSums
+from loraweave.composer.own_answers import with_own_answers
 from loraweave.composer.penalty import LORAHUB_L1, Penalty
 from loraweave.composer.population import Job, learning_sums, row_sums
-from loraweave.errors import WeightingError
+from loraweave.errors import InvalidTask, WeightingError
 from loraweave.registry import get
 from loraweave.routers.mixture import MixtureWeights
 from loraweave.types import Task
@@ -32,7 +33,8 @@ class ExampleLoss:
     `kind` is a name of `names("objectives")`, by default the mean loss of the target's tokens. The terms are `l1` * mean|w|,
     LoraHub's with its published 0.05, `l2` * mean(w^2) and `sparsity` * (how many experts have a weight above 0.01 in size).
     `merge_method` says what weights mean: "linear" is the sum of deltas, run live with one mixture a row; any other name is
-    merged and written into the base for each candidate. `only` restricts the loss to some examples, by index.
+    merged and written into the base for each candidate. `only` restricts the loss to some examples, by index. `inputs`, for
+    "entropy" alone, are texts without targets that take the place of the task's examples.
 
     A candidate that raises an error, or whose loss is not finite, has the loss NaN; `failures` counts these.
     Raises InvalidTask for examples that the kind cannot be taken of, WeightingError for terms that cannot be used.
@@ -50,7 +52,11 @@ class ExampleLoss:
         l2: float = 0.0,
         sparsity: float = 0.0,
         only: Sequence[int] | None = None,
+        inputs: Sequence[str] | None = None,
     ) -> None:
+        if inputs is not None and kind != "entropy":
+            raise InvalidTask(f"objective {kind!r} needs targets; inputs without them are for 'entropy'")
+        task = task if inputs is None else with_own_answers(engine, tokenizer, task, inputs)
         self.engine = engine
         self.merge_method = merge_method
         self.penalty = Penalty(l1, l2, sparsity)
@@ -167,9 +173,7 @@ def _sums(pairs: Pairs, needs: frozenset[str]) -> list[RowSums]:
     first.encoded.prepare()
     found = []
     for objective, mixture in pairs:
-        weights = {name: value for name, value in mixture.as_dict().items() if value}
-        # without a weight there is nothing to merge
-        with first.engine.fused(weights, method=first.merge_method) if weights else nullcontext():
+        with active_candidate(first.engine, mixture, first.merge_method):
             found += row_sums(first.engine, first.encoded, [Job(None, objective.only)], needs)
     return found
 

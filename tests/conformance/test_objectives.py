@@ -1,0 +1,101 @@
+"""What every kind of loss promises; a new file in composer/objectives is tested from the moment it exists."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import loraweave as lw
+from loraweave import registry
+from loraweave.composer.example_loss import ExampleLoss
+from loraweave.hub.adapter import Adapter
+from loraweave.types import Factors
+
+TASKS = {
+    "free": lw.Task([("a", "b c"), ("c d", "a"), ("b", "d d d")], template="z y {input} z"),
+    "labels": lw.Task([("a", "b c"), ("c d", "a"), ("b", "b c")], labels=("a", "b c", "d"), template="z y {input} z"),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "</s>", *"abcdyz"]
+    inner = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<pad>"))
+    inner.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>")
+
+
+@pytest.fixture(scope="module")
+def engine():
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=8, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=1)
+    model = GPT2LMHeadModel(config).eval().double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    layers = [f"transformer.h.{n}.mlp.c_fc" for n in range(2)]
+    adapters = [
+        Adapter(name, "tiny", {layer: Factors(torch.randn(2, 16) / 2, torch.randn(64, 2) / 2) for layer in layers})
+        for name in "abc"
+    ]
+    return lw.Composer(model, adapters)
+
+
+def candidates(count):
+    values = torch.randn(count, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64) * 0.4
+    return [lw.MixtureWeights(row[None, None, None], tuple("abc")) for row in values]
+
+
+@pytest.fixture(params=[(name, task) for name in registry.names("objectives") for task in TASKS], ids="-".join)
+def objective(request, engine, tokenizer):
+    name, task = request.param
+    if name == "labels" and task == "free":
+        pytest.skip("ranks labels")
+    return ExampleLoss(engine, tokenizer, TASKS[task], kind=name, l1=0.0)
+
+
+def test_losses_are_finite_and_one_for_each_example(objective):
+    losses, hits = objective.scores(candidates(4))
+    assert losses.shape == hits.shape == (4, 3)
+    assert hits.dtype == bool
+    assert np.isfinite(losses).all()
+    assert (losses >= 0).all()
+
+
+def test_a_population_has_the_losses_of_each_candidate_alone(objective):
+    together = objective(candidates(4))
+    assert together == pytest.approx([objective([each])[0] for each in candidates(4)], rel=1e-9)
+    assert together == pytest.approx(objective.scores(candidates(4))[0].mean(axis=1).tolist(), rel=1e-6)
+
+
+def test_an_example_has_the_same_loss_among_others_and_alone(objective):
+    losses, hits = objective.scores(candidates(2))
+    for index in range(3):
+        own_losses, own_hits = objective.view([index]).scores(candidates(2))
+        assert own_losses[:, 0] == pytest.approx(losses[:, index], rel=1e-9)
+        assert (own_hits[:, 0] == hits[:, index]).all()
+
+
+def test_the_order_of_experts_does_not_matter(objective):
+    turned = [lw.MixtureWeights(each.values_BTLE.flip(3), ("c", "b", "a")) for each in candidates(3)]
+    assert objective(turned) == pytest.approx(objective(candidates(3)), rel=1e-9)
+
+
+def test_gradients_are_slopes_where_there_are_any(objective):
+    if not objective.differentiable:
+        pytest.skip("has none")
+    (each,) = candidates(1)
+    (loss,), (gradient,) = objective.gradients([each])
+    assert loss == pytest.approx(objective([each])[0], rel=1e-9)
+    for place in range(3):
+        step = torch.zeros_like(each.values_BTLE)
+        step[..., place] = 1e-5
+        ahead, behind = (lw.MixtureWeights(each.values_BTLE + sign * step, each.experts) for sign in (1, -1))
+        slope = (objective([ahead])[0] - objective([behind])[0]) / 2e-5
+        assert float(gradient[0, 0, 0, place]) == pytest.approx(slope, rel=1e-5, abs=1e-8)
