@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from loraweave.composer.composing.settings import Settings
 from loraweave.composer.composing.ways import Ways
 from loraweave.composer.composition import Composition
 from loraweave.composer.report import Report
+from loraweave.composer.user_loss import Examples
 from loraweave.hub.base_key import base_key
 from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
@@ -40,7 +41,8 @@ def compose(
     space: str | None = None,
     folds: int = MAX_FOLDS,
     weights: Mapping[str, float] | None = None,
-    objective: str | None = None,
+    objective: str | Callable[[Any, Examples], float] | None = None,
+    inputs: Sequence[str] | None = None,
     l1: float | None = None,
     l2: float = 0.0,
     sparsity: float = 0.0,
@@ -54,8 +56,9 @@ def compose(
     examples) or `seconds`, "best_single" the adapter of the lowest loss, "manual" the `weights` given, "base" none; "auto"
     races several searches under the one budget and takes whatever does best on held-out examples (docs/search.md).
     `space`: "deltas" mixes the adapters' updates; "factors" mixes A and B apart, as LoraHub's authors do. `objective`
-    is a name of `names("objectives")`, to which come `l1` * mean|w|, `l2` * mean(w^2) and `sparsity` * the number of
-    adapters used; objective, space and `l1` are the search's own by default.
+    is a name of `names("objectives")`, or any function of (model, examples); "entropy" looks at `inputs` without targets, by
+    default those of the examples. To it come `l1` * mean|w|, `l2` * mean(w^2) and `sparsity` * the number of
+    adapters used. Objective, space and `l1` are the search's own by default.
 
     The guard: a searched composition is compared with the base and with the best single adapter on held-out examples
     (cross-validation over at most `folds` folds; each fold's search has the same budget and never sees the fold) and gives
@@ -68,7 +71,7 @@ def compose(
     """
     folder = None if checkpoint is None else Path(checkpoint)
     settings = Settings(
-        method, k, budget, seconds, seed, folds, space, weights, objective, l1, l2, sparsity, folder, search_options
+        method, k, budget, seconds, seed, folds, space, weights, objective, inputs, l1, l2, sparsity, folder, search_options
     )
     settings.check(task, from_hub=isinstance(hub_or_pool, Hub))
     started = time.perf_counter()

@@ -9,7 +9,7 @@ ones need not be right ones.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from loraweave.routers.gradient import Gradient
 from loraweave.routers.mixture import MixtureWeights
@@ -29,6 +29,11 @@ class Adamerging(Gradient):
     """
 
     loss: ClassVar[str] = "entropy"
+
+    @classmethod
+    def begins(cls, options: Mapping[str, Any]) -> str | None:
+        """At 0.3 each, as published."""
+        return None
 
     def __init__(
         self,
@@ -61,6 +66,7 @@ class Adamerging(Gradient):
             by_layer=by_layer,
             form="free",
             lr=REACH / steps if lr is None else lr,
+            schedule="constant",
             betas=betas,
             patience=patience,
         )

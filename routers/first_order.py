@@ -58,6 +58,11 @@ class FirstOrder(Solver):
         self._foretold = 0.0
         super().__init__(experts, budget=budget, seconds=seconds, seed=seed, start=start, low=low, high=high, groups=groups)
 
+    @classmethod
+    def begins(cls, options: Mapping[str, Any]) -> str | None:
+        """At the base model: one backward pass there has the slopes of all adapters."""
+        return None
+
     @property
     def _least(self) -> tuple[int, str]:
         return 2 * self.cost, "the start and one step, each with its gradient"

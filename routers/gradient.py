@@ -23,8 +23,10 @@ from loraweave.routers.search.layer_groups import layer_groups
 from loraweave.routers.search.solver import Solver
 
 FORMS: Mapping[str, type[Form]] = {"softmax": Softmax, "free": Free, "softmax_bias": SoftmaxBias}
-# the step of Adam for each form: a weight moves by up to 0.05, a logit by 0.3, in each of some twenty steps
-RATES = {"softmax": 0.3, "free": 0.05, "softmax_bias": 0.05}
+# the largest step of Adam for each form: on five examples free weights overfit with 0.05 and 0.1
+RATES = {"softmax": 0.3, "free": 0.02, "softmax_bias": 0.05}
+WARMUP = 2
+SCHEDULES = ("cosine", "constant")
 
 
 class Gradient(Solver):
@@ -32,10 +34,11 @@ class Gradient(Solver):
 
     `layers`, those of the pool, have weights of their own, each or by `groups`; without both, or with `by_layer=False`, all
     share theirs. By default softmax and free weights go by layer and `softmax_bias` does not. Without a start it begins at
-    the uniform mixture; a softmax begins as near to the start as it can. `lr` is Adam's (by default 0.3 for logits, 0.05
-    for weights). With `patience`, so many candidates on end without a lower loss end the search. A candidate that cannot be
-    scored sends it back to the best one, with half the step from then on. Penalties are the objective's matter; the other
-    arguments are `Solver`'s.
+    the uniform mixture; a softmax begins as near to the start as it can. `lr` is Adam's largest (by default 0.3 for logits,
+    0.02 for free weights, 0.05 for softmax and bias): with `schedule="cosine"` two steps of half of it are followed by half
+    a cosine down to 0 at the end of the budget; "constant", and a budget in seconds alone, keep it. With `patience`, so
+    many candidates on end without a lower loss end the search. A candidate that cannot be scored sends it back to the best
+    one, with half the step from then on. Penalties are the objective's matter; the other arguments are `Solver`'s.
     """
 
     needs_gradients: ClassVar[bool] = True
@@ -54,8 +57,9 @@ class Gradient(Solver):
         groups: Mapping[str, Sequence[str]] | None = None,
         layers: Sequence[str] | None = None,
         by_layer: bool | None = None,
-        form: str = "softmax",
+        form: str = "free",
         lr: float | None = None,
+        schedule: str = "cosine",
         betas: tuple[float, float] = (0.9, 0.999),
         patience: int | None = None,
     ) -> None:
@@ -63,6 +67,7 @@ class Gradient(Solver):
             raise UnknownName(f"no form {form!r} of learned weights; there are {', '.join(FORMS)}")
         self.form = form
         self.lr = RATES[form] if lr is None else lr
+        self.schedule = schedule
         self.betas = betas
         self.patience = patience
         start = dict.fromkeys(experts, 1 / max(len(experts), 1)) if start is None else start
@@ -75,6 +80,11 @@ class Gradient(Solver):
         # the parameters of the lowest loss, that loss, and the gradient by them
         self._best: tuple[np.ndarray, float, np.ndarray] | None = None
         self._fruitless = 0
+
+    @classmethod
+    def begins(cls, options: Mapping[str, Any]) -> str | None:
+        """Free weights go best from the three best adapters, the published softmax from all alike."""
+        return "best_three" if options.get("form", "free") == "free" else "uniform"
 
     @property
     def num_trained(self) -> int:
@@ -99,16 +109,33 @@ class Gradient(Solver):
             self._parameters, _, gradient = self._best
             self._step /= 2
             self._fruitless += 1
-        self._parameters = self._form.inside(self._parameters + self._adam.step(gradient, self._step))
+        self._parameters = self._form.inside(self._parameters + self._adam.step(gradient, self._step * self._factor()))
         self._finished = self.patience is not None and self._fruitless >= self.patience
 
+    def _factor(self) -> float:
+        """What of the step is taken now, 0 to 1."""
+        if self.schedule == "constant" or self.budget is None:
+            return 1.0
+        steps, made = self.budget // self.cost, len(self._vectors)
+        warmup = min(WARMUP, steps // 3)
+        # the step before the last candidate is the last that is taken
+        return 0.5 if made <= warmup else 0.5 * (1 + math.cos(math.pi * (made - warmup) / max(steps - warmup, 1)))
+
     def settings(self) -> dict[str, Any]:
-        own = {"form": self.form, "lr": self.lr, "betas": list(self.betas), "patience": self.patience}
+        own = {
+            "form": self.form,
+            "lr": self.lr,
+            "schedule": self.schedule,
+            "betas": list(self.betas),
+            "patience": self.patience,
+        }
         return {**super().settings(), **own}
 
     def _require_options(self) -> None:
         if not self.lr > 0 or not math.isfinite(self.lr):
             raise WeightingError(f"lr is {self.lr!r}; a step must be above 0")
+        if self.schedule not in SCHEDULES:
+            raise UnknownName(f"no schedule {self.schedule!r} of steps; there are {', '.join(SCHEDULES)}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise WeightingError(f"betas are {self.betas!r}; Adam has two, each at least 0 and below 1")
         patience = self.patience

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from loraweave.composer.composing.solver_options import OTHER_WAYS, check_options, solver_class, takes
+from loraweave.composer.user_loss import Examples
 from loraweave.errors import InvalidTask, UnknownName, WeightingError
 from loraweave.types import Task
 
@@ -28,7 +29,8 @@ class Settings:
     folds: int
     space: str | None
     weights: Mapping[str, float] | None
-    objective: str | None
+    objective: str | Callable[[Any, Examples], float] | None
+    inputs: Sequence[str] | None
     l1: float | None
     l2: float
     sparsity: float

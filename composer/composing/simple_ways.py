@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from loraweave.composer.composer import Composer
 from loraweave.composer.composing.choice import Choice
 from loraweave.composer.composing.parts import Part
@@ -40,16 +42,16 @@ class BestSingle:
         self._losses_EN, self._hits_EN = loss.scores([MixtureWeights.of({name: 1.0}, self._names) for name in self._names])
         self.evaluations = len(self._names)
 
-    def weights(self, examples: Sequence[int]) -> dict[str, float]:
-        """{name: 1.0} of the adapter that is best on these examples."""
-        return {self._names[self._best(examples)]: 1.0}
+    def best(self, examples: Sequence[int], count: int) -> dict[str, float]:
+        """1/count each for the adapters of the lowest losses on these examples; for all where there are fewer."""
+        means_E = self._losses_EN[:, list(examples)].mean(axis=1)
+        # stable, and NaN is last: of equal ones the earlier
+        order = np.argsort(means_E, kind="stable")[:count]
+        return {self._names[place]: 1 / len(order) for place in order}
 
     def choose(self, parts: Sequence[Part]) -> list[Choice]:
-        return [self._choice(self._best(part.seen)) for part in parts]
+        return [self._choice(next(iter(self.best(part.seen, 1)))) for part in parts]
 
-    def _best(self, examples: Sequence[int]) -> int:
-        return int(self._losses_EN[:, list(examples)].mean(axis=1).argmin())
-
-    def _choice(self, place: int) -> Choice:
-        alone = MixtureWeights.of({self._names[place]: 1.0}, self._names)
+    def _choice(self, name: str) -> Choice:
+        alone, place = MixtureWeights.of({name: 1.0}, self._names), self._names.index(name)
         return Choice(self._engine, alone, known=(self._losses_EN[place], self._hits_EN[place]))

@@ -83,6 +83,11 @@ class Solver(ABC):
     def experts(self) -> tuple[str, ...]:
         return self.space.experts
 
+    @classmethod
+    def begins(cls, options: Mapping[str, Any]) -> str | None:
+        """Where compose() starts it unless told otherwise: a name of its `STARTS`, None for the solver's own default."""
+        return "best_single"
+
     @property
     def num_trained(self) -> int:
         """The number of scalars that are chosen."""

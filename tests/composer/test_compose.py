@@ -166,13 +166,13 @@ def test_what_is_returned_is_never_worse_on_held_out_examples(method, seed, tiny
 
 def test_folds_cover_the_examples_once_and_never_meet_their_search(tiny_llama, tokenizer, pool, task, monkeypatch):
     searched = []
-    original = searched_way.scored
+    original = searched_way.together
 
-    def spy(pairs):
-        searched.extend(frozenset(objective.only) for objective, _ in pairs)
-        return original(pairs)
+    def spy(objectives, candidates):
+        searched.extend(frozenset(objective.only) for objective in objectives)
+        return original(objectives, candidates)
 
-    monkeypatch.setattr(searched_way, "scored", spy)
+    monkeypatch.setattr(searched_way, "together", spy)
     compose(tiny_llama, tokenizer, pool, task, folds=5)
     folds = [set(range(5)) - seen for seen in set(searched) if len(seen) < 5]
     assert sorted(index for fold in folds for index in fold) == [0, 1, 2, 3, 4]
@@ -191,14 +191,14 @@ def test_the_same_seed_gives_the_same_weights_and_pool_order_does_not_matter_for
 
 def test_an_interrupted_compose_resumes_to_the_same_weights(tiny_llama, tokenizer, pool, task, tmp_path, monkeypatch):
     whole = compose(tiny_llama, tokenizer, pool, task)
-    original, calls = searched_way.scored, itertools.count()
+    original, calls = searched_way.together, itertools.count()
 
-    def killed(pairs):
+    def killed(objectives, candidates):
         if next(calls) == 1:
             raise KeyboardInterrupt
-        return original(pairs)
+        return original(objectives, candidates)
 
-    monkeypatch.setattr(searched_way, "scored", killed)
+    monkeypatch.setattr(searched_way, "together", killed)
     with pytest.raises(KeyboardInterrupt):
         compose(tiny_llama, tokenizer, pool, task, checkpoint=tmp_path)
     assert not any(module._forward_hooks for module in tiny_llama.modules())

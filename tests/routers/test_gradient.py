@@ -51,7 +51,7 @@ def softmax(p):
 @pytest.mark.parametrize("layers", [None, LAYERS])
 def test_softmax_is_asadis_update_from_zero_logits_by_adam(layers):
     valley = Valley()
-    Gradient(NAMES, budget=12, layers=layers, lr=0.1).solve(valley)
+    Gradient(NAMES, budget=12, layers=layers, form="softmax", lr=0.1, schedule="constant").solve(valley)
     p_LE = torch.zeros(2 if layers else 1, 3, dtype=torch.float64, requires_grad=True)
     adam = torch.optim.Adam([p_LE], lr=0.1)
     for seen_LE in valley.seen:
@@ -63,13 +63,13 @@ def test_softmax_is_asadis_update_from_zero_logits_by_adam(layers):
 
 
 def test_softmax_begins_at_the_uniform_mixture():
-    mixture = Gradient(NAMES, layers=LAYERS).ask()[0]
+    mixture = Gradient(NAMES, form="softmax", layers=LAYERS).ask()[0]
     assert torch.allclose(mixture.values_BTLE, torch.full((1, 1, 2, 3), 1 / 3), atol=1e-6)
 
 
 def test_free_weights_are_cats_one_for_each_adapter_and_layer_by_adam():
     valley = Valley()
-    Gradient(NAMES, budget=12, layers=LAYERS, form="free", lr=0.1, betas=(0.5, 0.9)).solve(valley)
+    Gradient(NAMES, budget=12, layers=LAYERS, form="free", lr=0.1, schedule="constant", betas=(0.5, 0.9)).solve(valley)
     w_LE = torch.full((2, 3), 1 / 3, dtype=torch.float64, requires_grad=True)
     adam = torch.optim.Adam([w_LE], lr=0.1, betas=(0.5, 0.9))
     for seen_LE in valley.seen:
@@ -81,7 +81,7 @@ def test_free_weights_are_cats_one_for_each_adapter_and_layer_by_adam():
 
 def test_softmax_bias_is_loraflows_limit_for_a_whole_task_by_adam():
     valley = Valley()
-    Gradient(NAMES, budget=16, form="softmax_bias", lr=0.1).solve(valley)
+    Gradient(NAMES, budget=16, form="softmax_bias", lr=0.1, schedule="constant").solve(valley)
     p_E = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     b_E = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     adam = torch.optim.Adam([p_E, b_E], lr=0.1)
@@ -108,14 +108,23 @@ def test_the_number_of_trained_scalars_is_in_the_result(form, layers, count):
     assert Gradient(NAMES, budget=2, form=form, layers=layers).solve(Valley()).num_trained == count
 
 
+def test_the_step_is_half_at_first_and_then_goes_down_half_a_cosine_to_zero():
+    valley = Valley()
+    Gradient(NAMES, budget=24, form="free", lr=0.1, betas=(0.0, 0.0)).solve(valley)
+    # without memory Adam moves each weight by the step, up or down
+    moved = torch.stack(valley.seen).double().diff(dim=0).abs().amax(dim=(1, 2))
+    expected = [0.05, 0.05, *(0.05 * (1 + math.cos(math.pi * step / 10)) for step in range(1, 10))]
+    assert moved.tolist() == pytest.approx(expected, abs=1e-6)
+
+
 @pytest.mark.parametrize("form", ["free", "softmax_bias"])
 def test_with_enough_steps_the_optimum_is_found(form):
-    result = Gradient(NAMES, budget=800, form=form).solve(Valley())
+    result = Gradient(NAMES, budget=800, form=form, schedule="constant").solve(Valley())
     assert list(result.weights.values()) == pytest.approx([0.9, -0.4, 0.2], abs=0.01)
 
 
 def test_softmax_finds_the_best_mixture_of_the_simplex():
-    result = Gradient(NAMES, budget=800).solve(Valley(best=(0.6, 0.3, 0.1)))
+    result = Gradient(NAMES, budget=800, form="softmax").solve(Valley(best=(0.6, 0.3, 0.1)))
     assert list(result.weights.values()) == pytest.approx([0.6, 0.3, 0.1], abs=0.01)
 
 
@@ -148,7 +157,7 @@ def test_patience_ends_it_after_so_many_steps_without_a_lower_loss():
 
 def test_after_a_candidate_without_a_score_half_the_step_is_tried_from_the_best():
     valley = Valley(spoil={3})
-    Gradient(NAMES, budget=10, form="free", lr=0.1, betas=(0.0, 0.0)).solve(valley)
+    Gradient(NAMES, budget=10, form="free", lr=0.1, schedule="constant", betas=(0.0, 0.0)).solve(valley)
     # without memory Adam moves each weight by lr, up or down
     best, failed, again = (valley.seen[number][0].double() for number in (2, 3, 4))
     assert (failed - best).abs().tolist() == pytest.approx([0.1] * 3, abs=1e-6)
@@ -226,7 +235,7 @@ def test_groups_of_layers_share_their_weights():
         ({"patience": 0}, "patience is 0"),
         ({"start": {"x": 1.0}}, "'x'"),
         ({"layers": ["l0", "l0"]}, "'l0' twice"),
-        ({"low": 0.0, "high": 0.5}, r"bounds are \[0.0, 0.5\]"),
+        ({"form": "softmax", "low": 0.0, "high": 0.5}, r"bounds are \[0.0, 0.5\]"),
         ({"low": 1.0, "high": 0.0}, "swap them"),
     ],
 )
@@ -238,6 +247,8 @@ def test_settings_that_cannot_be_used_are_refused(options, message):
 def test_a_form_that_there_is_not_is_answered_with_those_there_are():
     with pytest.raises(UnknownName, match="softmax, free, softmax_bias"):
         Gradient(NAMES, form="sigmoid")
+    with pytest.raises(UnknownName, match="cosine, constant"):
+        Gradient(NAMES, schedule="linear")
 
 
 def test_an_objective_without_gradients_is_refused():
