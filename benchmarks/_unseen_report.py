@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from _unseen_store import NO_SEED, NO_SHOTS, Key, Measured
-from _unseen_ways import WITHOUT_EXAMPLES
+from _unseen_ways import OF_JOINED_SKILLS, WITHOUT_EXAMPLES
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
@@ -74,7 +74,7 @@ def print_report(measured: Mapping[Key, Measured], relations: Mapping[str, str],
         shown = [way for way in ways if way in results.ways] + [way for way in results.ways if way not in ways]
         console = Console(width=400)
         console.print(f"## {shots} examples\n\nRight answers on test items [95 % interval]:\n")
-        console.print(_scores(results, [way for way in shown if way != "any_single"]))
+        console.print(_scores(results, [way for way in shown if way not in OF_JOINED_SKILLS]))
         if results.tasks(["base", "oracle"]):
             console.print("\nShare of the oracle's gain over the base that is recovered:\n")
             console.print(_shares(results, [way for way in shown if way not in WITHOUT_EXAMPLES]))

@@ -9,7 +9,7 @@ The ways: the base model without an example (`base`) and with the examples in it
 the examples alone (`lora_examples`); the adapter that retrieval puts first (`retrieved_first`); the published LoraHub recipe
 (`lorahub_original`: 20 adapters at random, A and B mixed apart, 40 evaluations by nevergrad's NGOpt, the loss as its authors
 coded it); a LoRA trained on the whole training set (`oracle`); for joined skills the adapter that is best on the test items
-(`any_single`); and every method of `compose()` by its name.
+(`any_single`), and both skills one after the other (`two_passes`); and every method of `compose()` by its name.
 
 Every measurement is kept in --out as it is made, so that an interrupted run goes on; it goes on, too, from what
 benchmarks/data/unseen.json holds. Several processes share the work by --part. --again measures ways anew.
@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from _unseen_report import print_report
 from _unseen_store import NO_SEED, NO_SHOTS, Key, Measured, Store, write_together
-from _unseen_ways import WITHOUT_EXAMPLES, Case, find
+from _unseen_ways import OF_JOINED_SKILLS, WITHOUT_EXAMPLES, Case, find
 from rich.progress import Progress
 
 import loraweave as lw
@@ -53,6 +53,7 @@ WAYS = (
     "auto",
     "oracle",
     "any_single",
+    "two_passes",
 )
 
 
@@ -111,7 +112,7 @@ def _keys(options: argparse.Namespace, relations: dict[str, str]) -> Iterator[Ke
         for seed in options.seeds:
             for task in tasks:
                 for way in options.ways:
-                    if way == "any_single" and relations[task] != "compositional":
+                    if way in OF_JOINED_SKILLS and relations[task] != "compositional":
                         continue
                     if way not in WITHOUT_EXAMPLES:
                         yield Key(task, way, shots, seed)

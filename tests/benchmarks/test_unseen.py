@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import sys
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
+import loraweave as lw
+from loraweave.demo import DemoTask
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 MODULES = ("_unseen_store", "_unseen_ways", "_unseen_report")
@@ -89,6 +94,49 @@ def test_the_report_says_which_goals_are_reached(unseen, measured, capsys):
     assert goals["is worse than the better of base and best single on no task"] == "none"
     assert goals["scores above lora_examples"].startswith(f"{(0.1 + 0.3 + 0) / 3:.3f} [")
     assert "left out: flat, oracle 0.50 against base 0.50" in printed
+
+
+def test_two_passes_hand_the_first_skills_answer_to_the_second(unseen, monkeypatch):
+    ways = unseen["_unseen_ways"]
+    active = []
+
+    class Engine:
+        def __init__(self, model, adapters):
+            (self.name,) = adapters
+
+        @contextmanager
+        def activate(self, weights):
+            assert weights == {self.name: 1.0}
+            active.append(self.name)
+            yield
+            active.pop()
+
+    class Hub(dict):
+        def record(self, name):
+            return SimpleNamespace(name=name, description=f"do {name}")
+
+    def predict(model, tokenizer, task, texts):
+        assert (active, task.instruction) == (["plural"], "do plural")
+        return [f"{text}s" for text in texts]
+
+    def evaluate(model, tokenizer, task, pairs):
+        assert (active, task.instruction) == (["upper"], "do upper")
+        return pairs
+
+    monkeypatch.setattr(ways.lw, "Composer", Engine)
+    monkeypatch.setattr(ways, "predict", predict)
+    monkeypatch.setattr(ways, "evaluate", evaluate)
+    task = DemoTask("plural_upper", lw.Task([("a", "AS")]), [("cat", ["CATS"])], ["plural", "upper"])
+    found = ways.two_passes(ways.Case(None, None, Hub(plural="plural", upper="upper"), task, [], 0, 20, 40))
+    assert found.score == [("cats", ["CATS"])]
+
+
+def test_the_examples_come_before_the_prompt_in_context(unseen):
+    ways = unseen["_unseen_ways"]
+    task = DemoTask("t", lw.Task([("a {x}", "b"), ("c", "d")], instruction="Say it."), [], [])
+    found = ways.in_context(ways.Case(None, None, None, task, [], 0, 20, 40))
+    shown = "Say it.\nInput: a {x}\nOutput: b\n\nSay it.\nInput: c\nOutput: d\n\nSay it.\nInput: e\nOutput:"
+    assert found.task.prompt("e") == shown
 
 
 def test_a_task_on_which_auto_is_worse_is_named(unseen, measured):
