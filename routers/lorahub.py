@@ -35,6 +35,9 @@ class Lorahub(Solver):
     is over. The other arguments are `Solver`'s.
     """
 
+    # the paper's
+    l1 = 0.05
+
     def __init__(
         self,
         experts: Sequence[str],

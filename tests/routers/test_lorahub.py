@@ -33,6 +33,10 @@ class Quadratic:
         return losses
 
 
+def test_it_asks_for_the_papers_l1_term():
+    assert Lorahub(NAMES).l1 == 0.05
+
+
 @pytest.mark.parametrize("budget", [9, 10, 16, 17, 40])
 def test_exactly_the_budget_is_evaluated(budget):
     objective = Quadratic()
