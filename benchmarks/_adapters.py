@@ -26,12 +26,12 @@ ATTENTION = ("q_proj", "v_proj")
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def adapters(model: Any, targets: str, seed: int) -> list[Adapter]:
-    """20 adapters of rank 8: the example pool's where it has as many and `targets` is "qv", else random ones."""
+def adapters(model: Any, targets: str, seed: int, *, rank: int = RANK) -> list[Adapter]:
+    """20 adapters: the example pool's where it has as many of that rank and `targets` is "qv", else random ones."""
     folders = sorted(path.parent for path in POOL.glob("*/adapter_config.json"))[:NUM_ADAPTERS]
-    if targets == "qv" and len(folders) == NUM_ADAPTERS:
+    if targets == "qv" and rank == RANK and len(folders) == NUM_ADAPTERS:
         return [Adapter.from_pretrained(folder) for folder in folders]
-    return [random_adapter(model, f"random{number:02d}", targets, seed) for number in range(NUM_ADAPTERS)]
+    return [random_adapter(model, f"random{number:02d}", targets, seed, rank=rank) for number in range(NUM_ADAPTERS)]
 
 
 def random_adapter(model: Any, name: str, targets: str, seed: int, *, rank: int = RANK) -> Adapter:

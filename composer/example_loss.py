@@ -14,6 +14,7 @@ from torch import Tensor
 from loraweave.composer.active_candidate import active_candidate
 from loraweave.composer.composer import Composer
 from loraweave.composer.encoded_examples import EncodedExamples
+from loraweave.composer.factor_candidates import MAX_CANDIDATES, can_be_factor_sums, factor_sums
 from loraweave.composer.failures import Failures
 from loraweave.composer.objectives._row_sums import Kind, RowSums
 from loraweave.composer.own_answers import with_own_answers
@@ -171,10 +172,28 @@ def _sums(pairs: Pairs, needs: frozenset[str]) -> list[RowSums]:
     if first.merge_method == "linear":
         return row_sums(first.engine, first.encoded, [Job(mixture, each.only) for each, mixture in pairs], needs)
     first.encoded.prepare()
+    if first.merge_method == "factor_sum" and can_be_factor_sums(first.engine.bound_pool, [mixture for _, mixture in pairs]):
+        return _factor_sums(pairs, needs)
     found = []
     for objective, mixture in pairs:
         with active_candidate(first.engine, mixture, first.merge_method):
             found += row_sums(first.engine, first.encoded, [Job(None, objective.only)], needs)
+    return found
+
+
+def _factor_sums(pairs: Pairs, needs: frozenset[str]) -> list[RowSums]:
+    """The same for LoraHub's sums of factors, of one forward pass for many: each candidate is an expert of its own."""
+    first, _ = pairs[0]
+    found = []
+    for start in range(0, len(pairs), MAX_CANDIDATES):
+        part = pairs[start : start + MAX_CANDIDATES]
+        engine = factor_sums(first.engine, [mixture for _, mixture in part])
+        rows = torch.eye(len(part))[:, None, None, None]
+        jobs = [
+            Job(MixtureWeights(row, engine.pool.names), objective.only)
+            for row, (objective, _) in zip(rows, part, strict=True)
+        ]
+        found += row_sums(engine, first.encoded, jobs, needs)
     return found
 
 
