@@ -22,6 +22,9 @@ from loraweave.composer.ensembles.prediction import EnsemblePrediction
 from loraweave.composer.scoring import label_ids, label_losses
 from loraweave.errors import CompositionError, InvalidTask
 
+# positions follow from the first two; tokenizers say that a text has one segment
+TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+
 
 def ensemble(
     engine: Composer,
@@ -76,8 +79,10 @@ def _label_members(
         raise CompositionError("labels= need a tokenizer: make the Composer with tokenizer=..., or give tokens=[ids]")
     if len(set(labels)) != len(labels) or not labels:
         raise InvalidTask(f"labels are {labels!r}; give at least one, each once")
-    if "input_ids" not in batch:
-        raise CompositionError(f"labels= follow a text, but the batch has {', '.join(batch)} and no input_ids")
+    if "input_ids" not in batch or set(batch) - set(TEXT_INPUTS):
+        raise CompositionError(
+            f"labels= follow a text ({', '.join(TEXT_INPUTS)}), but the batch has {', '.join(batch)}; give tokens=[ids]"
+        )
     ids = label_ids(tokenizer, labels)
     width = max(map(len, ids))
     prefix = left_aligned(batch["input_ids"], batch.get("attention_mask"))

@@ -32,8 +32,10 @@ def member_passes(
 
     Several members share a forward pass where `rows_per_pass` lets them; a batch above it is run in parts. Tensors of the
     batch whose first axis has its number of rows are laid out by row, all else is passed on as it is.
+    Raises CompositionError for what is neither by row nor shared: a cache, several images for a text.
     """
     num_rows = rows_of(batch)
+    _require_rows(batch, num_rows)
     members_per_pass = max(1, rows_per_pass // num_rows)
     parts = []
     with torch.no_grad():
@@ -47,6 +49,17 @@ def member_passes(
                 found.append(values.view(len(some), size, *values.shape[1:]))
             parts.append(torch.cat(found))
     return torch.cat(parts, dim=1)
+
+
+def _require_rows(batch: Mapping[str, Any], num_rows: int) -> None:
+    for key, value in batch.items():
+        by_row = not isinstance(value, Tensor) or value.dim() < 2 or len(value) in (1, num_rows)
+        if not by_row or (key in ("past_key_values", "cache") and value is not None):
+            what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise CompositionError(
+                f"{key!r} of the batch ({what}) cannot be given to each member's {num_rows} rows: give inputs that have as "
+                "many rows as the batch, and no cache"
+            )
 
 
 def known_members(engine: Composer, mixtures: Sequence[Any]) -> list[Any]:

@@ -265,6 +265,12 @@ def test_what_cannot_be_asked_is_refused_before_the_model_runs(engine: Composer,
         with pytest.raises(InvalidTask, match="below 61"):
             ensemble(engine, MEMBERS, padded("left"), tokens=tokens)
     speaking = Composer(engine.model, engine.pool, tokenizer=tokenizer)
+    with pytest.raises(CompositionError, match="no cache"):
+        ensemble(engine, MEMBERS, {**padded("left"), "past_key_values": object()})
+    with pytest.raises(CompositionError, match=r"'pixel_values' of the batch \(shape \(6, 3, 2, 2\)\)"):
+        ensemble(engine, MEMBERS, {**padded("left"), "pixel_values": torch.zeros(6, 3, 2, 2)})
+    with pytest.raises(CompositionError, match="labels= follow a text"):
+        ensemble(speaking, MEMBERS, {**padded("left"), "pixel_values": torch.zeros(3, 3, 2, 2)}, labels=LABELS)
     for labels in ([], ["no", "no"], ["no", " "]):
         with pytest.raises(InvalidTask, match="label"):
             ensemble(speaking, MEMBERS, padded("left"), labels=labels)
