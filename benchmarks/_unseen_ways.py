@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import loraweave as lw
-from loraweave.composer.original_loss import OriginalLoss
+from loraweave.composer.example_loss import ExampleLoss
 from loraweave.composer.scoring import Score, evaluate, predict
 from loraweave.demo import DemoTask
 from loraweave.errors import CompositionError
@@ -84,11 +84,14 @@ def lorahub_original(case: Case) -> Found:
     """LoraHub as published: adapters at random, A and B mixed apart, 40 evaluations of NGOpt, the loss as it was coded."""
     names = random.Random(case.seed).sample([record.name for record in case.hub], RECIPE_POOL)
     engine = lw.Composer(case.model, case.hub.pool(names))
-    best = LorahubOriginal(names, seed=case.seed).solve(OriginalLoss(engine, case.tokenizer, case.task))
+    solver = LorahubOriginal(names, seed=case.seed)
+    method = solver.merge_method
+    loss = ExampleLoss(engine, case.tokenizer, case.task, kind=solver.loss, merge_method=method, l1=solver.l1)
+    best = solver.solve(loss)
     engine.close()
     adapters = [case.hub[name] for name in names]
     weights = [best.weights[name] for name in names]
-    return Found(lw.merge(adapters, weights, method=OriginalLoss.merge_method, name="original"))
+    return Found(lw.merge(adapters, weights, method=method, name="original"))
 
 
 def lora_examples(case: Case) -> Found:

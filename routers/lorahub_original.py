@@ -1,8 +1,7 @@
 """LoraHub's published search (Huang et al. 2023, arXiv 2307.13269, algorithm.py): 40 evaluations of nevergrad's NGOpt.
 
 NGOpt is no algorithm but a choice among many by dimensions and budget: for 20 adapters and 40 evaluations nevergrad 1.0.12
-takes COBYLA, where the paper names CMA-ES. The recipe's other parts are 20 adapters drawn at random, A and B summed apart
-(merge method "factor_sum") and the loss as its authors coded it, `OriginalLoss` of composer/original_loss.py.
+takes COBYLA, where the paper names CMA-ES. The recipe's other part is that the 20 adapters are drawn at random.
 """
 
 from __future__ import annotations
@@ -16,16 +15,20 @@ from typing import Any
 import numpy as np
 
 from loraweave.errors import PackageMissing, SearchFailed
-from loraweave.routers.mixture import MixtureWeights
 from loraweave.routers.search.solver import Solver
 
 
 class LorahubOriginal(Solver):
-    """Asks for one candidate after the other, the start first, of the same draws as the authors' code has for the seed.
+    """Asks for one candidate after the other, the base model first, with the draws that the authors' code has for the seed.
 
-    The arguments are `Solver`'s, with the published values as defaults. Raises PackageMissing without nevergrad, and
-    SearchFailed where NGOpt itself fails.
+    It is for the loss as they coded it, the objective "lorahub_original", and for A and B summed apart. The arguments are
+    `Solver`'s, with the published values as defaults. Raises PackageMissing without nevergrad, and SearchFailed where NGOpt
+    itself fails.
     """
+
+    loss = "lorahub_original"
+    merge_method = "factor_sum"
+    l1 = 0.05
 
     def __init__(
         self,
@@ -34,12 +37,11 @@ class LorahubOriginal(Solver):
         budget: int | None = 40,
         seconds: float | None = None,
         seed: int = 0,
-        start: Mapping[str, float] | MixtureWeights | None = None,
         low: float = -1.5,
         high: float = 1.5,
         groups: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        super().__init__(experts, budget=budget, seconds=seconds, seed=seed, start=start, low=low, high=high, groups=groups)
+        super().__init__(experts, budget=budget, seconds=seconds, seed=seed, low=low, high=high, groups=groups)
         self._worst = -math.inf
         self._candidate: Any = None
         self._optimizer = self._ngopt()
