@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from loraweave.errors import PackageMissing, SearchFailed
+from loraweave.errors import PackageMissing, SearchFailed, WeightingError
 from loraweave.routers.search.solver import Solver
 
 
@@ -45,6 +45,13 @@ class LorahubOriginal(Solver):
         self._worst = -math.inf
         self._candidate: Any = None
         self._optimizer = self._ngopt()
+
+    def _require_options(self) -> None:
+        if self.budget is None and self.seconds is not None:
+            raise WeightingError(
+                f"NGOpt chooses an algorithm by the number of evaluations, but there are only {self.seconds} seconds; "
+                "give a budget too"
+            )
 
     def _propose(self) -> list[np.ndarray]:
         if self._candidate is None:

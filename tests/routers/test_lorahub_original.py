@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from loraweave.errors import PackageMissing, SearchFailed
+from loraweave.errors import PackageMissing, SearchFailed, WeightingError
 from loraweave.routers.lorahub_original import LorahubOriginal
 
 nevergrad = pytest.importorskip("nevergrad")
@@ -104,6 +104,11 @@ def test_a_failure_inside_nevergrad_is_named(monkeypatch):
     monkeypatch.setattr(search._optimizer, "ask", broken)
     with pytest.raises(SearchFailed, match=r"NGOpt failed for 5 weights and 40 evaluations after 0 \(TypeError: only 0"):
         search.ask()
+
+
+def test_seconds_alone_are_refused():
+    with pytest.raises(WeightingError, match=r"only 3.0 seconds; give a budget too"):
+        LorahubOriginal(NAMES, budget=None, seconds=3.0)
 
 
 def test_without_nevergrad_the_error_says_how_to_install_it(monkeypatch):
