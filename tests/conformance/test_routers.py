@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
 from loraweave import registry
+from loraweave.errors import SearchFailed, WeightingError
+from loraweave.routers.search import solver as solver_module
 from loraweave.routers.search.closed_form import ClosedForm
+from loraweave.routers.search.told import Told
 
 NAMES = ("b", "a", "v_proj")
-SEARCHES = [name for name in registry.names("routers") if hasattr(registry.get("routers", name), "ask")]
+CLASSES = {name: registry.get("routers", name) for name in registry.names("routers")}
+SEARCHES = [name for name, found in CLASSES.items() if hasattr(found, "ask")]
+FORMULAS = [name for name in SEARCHES if issubclass(CLASSES[name], ClosedForm)]
+LEARNING = [name for name in SEARCHES if name not in FORMULAS]
 # what a solver cannot do without, besides the experts
 NEEDED = {
     "grid": {"strengths": (0.0, 1.0)},
@@ -17,56 +26,200 @@ NEEDED = {
     "similarity": {"scores": {"a": 0.2, "v_proj": 0.1}},
 }
 # these may come to an end of their own within the budget
-ENDING = {"greedy", "grid", "manual", "similarity", "uniform"}
+ENDING = {"first_order", "greedy", "grid", *FORMULAS}
+# these give every expert what it has, wherever it stands: no draw and no order is in them
+ORDERLESS = ("adamerging", "first_order", "gradient", "greedy", "uniform")
 
 
-@pytest.fixture(params=SEARCHES)
-def search(request):
-    found, needed = registry.get("routers", request.param), NEEDED.get(request.param, {})
-    return lambda experts, **options: found(experts, **needed, **options)
+def make(name, experts, **options):
+    needed = NEEDED.get(name, {})
+    if name in FORMULAS and len(experts) == 1:
+        needed = {key: {experts[0]: 0.7} for key in needed}
+    return CLASSES[name](experts, **needed, **options)
 
 
 class Distance:
-    """sum of |w - 0.3|, with gradients, remembering every candidate."""
+    """sum of |w - target|, with gradients, remembering every candidate; those of the numbers in `spoil` have no loss."""
 
-    def __init__(self):
+    def __init__(self, target=0.3, spoil=()):
+        self.target = torch.as_tensor(target)
+        self.spoil = spoil
         self.seen = []
+        self.sizes = []
 
     def __call__(self, candidates):
+        first = len(self.seen)
         self.seen.extend(candidates)
-        return [float((candidate.values_BTLE - 0.3).abs().sum()) for candidate in candidates]
+        self.sizes.append(len(candidates))
+        losses = [float((candidate.values_BTLE - self.target).abs().sum()) for candidate in candidates]
+        return [math.nan if first + number in self.spoil else loss for number, loss in enumerate(losses)]
 
     def gradients(self, candidates):
-        return self(candidates), [(candidate.values_BTLE - 0.3).sign() for candidate in candidates]
+        return self(candidates), [(candidate.values_BTLE - self.target).sign() for candidate in candidates]
+
+    @property
+    def values(self):
+        """All candidates' values side by side."""
+        return torch.cat([candidate.values_BTLE for candidate in self.seen])
 
 
 @pytest.mark.parametrize("budget", [9, 12, 17])
-def test_it_stops_after_exactly_its_budget_and_returns_the_best(search, budget):
-    solver, told = search(NAMES, budget=budget, seed=1), []
-    while not solver.stop():
-        losses, gradients = Distance().gradients(solver.ask())
+@pytest.mark.parametrize("name", SEARCHES)
+def test_it_stops_after_exactly_its_budget_and_returns_the_best(name, budget):
+    solver, told = make(name, NAMES, budget=budget, seed=1), []
+    while not solver.stop() and (candidates := solver.ask()):
+        losses, gradients = Distance().gradients(candidates)
         told += losses
         solver.tell(losses, gradients)
     # what costs two evaluations leaves one of an odd budget
     assert len(told) <= budget // solver.cost
-    assert len(told) == budget // solver.cost or type(solver).__name__.lower() in ENDING
-    assert len(told) == 1 or not isinstance(solver, ClosedForm)
-    assert solver.result().loss == min(told)
+    assert len(told) == budget // solver.cost or name in ENDING
+    assert len(told) == 1 or name not in FORMULAS
+    assert solver.stop()
+    assert solver.ask() == []
+    result = solver.result()
+    assert result.loss == min(told)
+    assert result.evaluations == solver.spent == solver.cost * len(told)
 
 
-def test_candidates_are_finite_task_weights_of_its_experts_and_the_result_is_one_of_them(search):
+@pytest.mark.parametrize("name", SEARCHES)
+def test_candidates_are_finite_task_weights_of_its_experts_and_the_result_is_one_of_them(name):
     objective = Distance()
-    result = search(NAMES, budget=12, seed=0).solve(objective)
+    result = make(name, NAMES, budget=12, seed=0).solve(objective)
     assert all(candidate.scope == "task" and candidate.experts == NAMES for candidate in objective.seen)
-    assert all(bool(torch.isfinite(candidate.values_BTLE).all()) for candidate in objective.seen)
-    best = [candidate.as_dict() for candidate in objective.seen][result.losses.index(result.loss)]
-    assert result.weights == pytest.approx(best, abs=1e-6)
+    assert bool(torch.isfinite(objective.values).all())
+    best = objective.seen[result.losses.index(result.loss)]
+    assert result.weights == pytest.approx(best.as_dict(), abs=1e-6)
 
 
-def test_the_same_seed_gives_the_same_candidates(search):
-    runs = []
-    for _ in range(2):
-        objective = Distance()
-        search(NAMES, budget=12, seed=4).solve(objective)
-        runs.append(torch.cat([candidate.values_BTLE for candidate in objective.seen]))
-    assert torch.equal(*runs)
+@pytest.mark.parametrize("name", LEARNING)
+def test_no_candidate_leaves_the_box(name):
+    objective = Distance(target=3.0)
+    make(name, NAMES, budget=40, low=-0.25, high=1.0).solve(objective)
+    assert float(objective.values.min()) >= -0.25
+    assert float(objective.values.max()) <= 1.0
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_the_same_seed_gives_the_same_candidates_and_global_generators_are_left_alone(name):
+    first, second = Distance(), Distance()
+    np.random.seed(5)
+    torch.manual_seed(5)
+    expected = np.random.rand(), torch.rand(1)
+    np.random.seed(5)
+    torch.manual_seed(5)
+    make(name, NAMES, budget=12, seed=4).solve(first)
+    assert (np.random.rand(), torch.rand(1)) == expected
+    make(name, NAMES, budget=12, seed=4).solve(second)
+    assert torch.equal(first.values, second.values)
+
+
+@pytest.mark.parametrize("killed_after", [1, 4])
+@pytest.mark.parametrize("name", LEARNING)
+def test_a_search_that_was_interrupted_goes_on_bit_for_bit(name, killed_after, tmp_path):
+    class Killed(Distance):
+        def __call__(self, candidates):
+            if len(self.sizes) == killed_after:
+                raise KeyboardInterrupt
+            return super().__call__(candidates)
+
+    whole, before, after = Distance(spoil=(2,)), Killed(spoil=(2,)), Distance()
+    log = tmp_path / "search.json"
+    expected = make(name, NAMES, budget=40, seed=2).solve(whole)
+    try:
+        make(name, NAMES, budget=40, seed=2).solve(before, checkpoint=log)
+    except KeyboardInterrupt:
+        # what is told after the interruption has numbers of its own
+        after.spoil = {number - len(before.seen) for number in (2,)}
+    assert make(name, NAMES, budget=40, seed=2).solve(after, checkpoint=log) == expected
+    seen = [objective.values for objective in (before, after) if objective.seen]
+    assert torch.equal(torch.cat(seen), whole.values)
+    stored = Told.read(log, make(name, NAMES, budget=40, seed=2).settings())
+    assert len(stored.losses) == len(whole.seen)
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_pool_of_one_can_be_searched(name):
+    objective = Distance(target=0.6)
+    result = make(name, ["alone"], budget=40, seed=1).solve(objective)
+    assert list(result.weights) == ["alone"]
+    assert result.loss == min(result.losses) <= 0.6
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_groups_of_layers_have_weights_of_their_own(name):
+    groups = {"early": ["q0", "q1"], "late": ["q2"]}
+    objective = Distance(target=[[0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
+    result = make(name, ["a", "b"], budget=60, groups=groups).solve(objective)
+    assert result.mixture.layers == ("q0", "q1", "q2")
+    assert bool((objective.values[:, :, 0] == objective.values[:, :, 1]).all())
+    assert bool((objective.values[:, :, 0] != objective.values[:, :, 2]).any())
+    assert result.num_trained == 4
+
+
+@pytest.mark.parametrize("name", ORDERLESS)
+def test_the_order_of_the_experts_does_not_matter(name):
+    target_E, order = torch.tensor([0.4, -0.1, 0.2, 0.9]), [2, 0, 3, 1]
+    names = ["d", "a", "c", "b"]
+    first = make(name, names, budget=40).solve(Distance(target_E)).weights
+    second = make(name, [names[place] for place in order], budget=40).solve(Distance(target_E[order])).weights
+    assert second == pytest.approx(first, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_seconds_end_it_too(name, monkeypatch):
+    class Clock:
+        now = 100.0
+
+    class Slow(Distance):
+        def __call__(self, candidates):
+            Clock.now += len(candidates)
+            return super().__call__(candidates)
+
+    monkeypatch.setattr(solver_module.time, "monotonic", lambda: Clock.now)
+    solver, objective = make(name, NAMES, budget=40, seconds=13.0), Slow()
+    result = solver.solve(objective)
+    # the first population is whole, whatever it takes
+    assert result.seconds <= max(13.0, objective.sizes[0])
+    assert result.seconds == 13.0 or name in ENDING
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_candidates_without_a_loss_count_and_are_never_chosen(name):
+    objective = Distance(spoil=range(1, 40, 3))
+    result = make(name, NAMES, budget=40).solve(objective)
+    assert result.failed == len([number for number in objective.spoil if number < len(objective.seen)])
+    assert math.isfinite(result.loss)
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_search_without_any_loss_fails_by_name(name):
+    with pytest.raises(SearchFailed, match="could be scored"):
+        make(name, NAMES, budget=40).solve(Distance(spoil=range(40)))
+
+
+@pytest.mark.parametrize("name", LEARNING)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"low": 1.0, "high": -1.0}, "low is 1.0 and high is -1.0; swap them"),
+        ({"budget": 0}, "budget is 0 evaluations"),
+        ({"budget": None}, "a budget of evaluations, or of seconds"),
+        ({"seconds": -1.0}, "seconds is -1.0"),
+        ({"groups": {"early": []}}, "group 'early' has no layers"),
+    ],
+)
+def test_settings_that_no_search_can_use_are_refused(name, options, message):
+    with pytest.raises(WeightingError, match=message):
+        make(name, NAMES, **options)
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_its_curve_can_be_drawn(name, tmp_path):
+    pytest.importorskip("matplotlib")
+    result = make(name, NAMES, budget=12).solve(Distance())
+    path = result.plot(tmp_path / "curve.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    spent, lowest = zip(*result.curve(), strict=True)
+    assert spent[-1] == result.evaluations
+    assert list(lowest) == sorted(lowest, reverse=True)
