@@ -64,6 +64,18 @@ def test_the_base_is_left_as_it_was(way, tiny_llama, tokenizer):
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("kind", "targets"), [("t5", ("q", "v", "wo")), ("gpt2", ("c_attn",))])
+def test_encoder_decoders_and_transposed_weights_are_trained_too(way, kind, targets, make_model, tokenizer):
+    model = make_model(kind)
+    before = train(model, tokenizer, way, target_modules=targets, lr=1e-30)
+    after = train(model, tokenizer, way, target_modules=targets)
+    moved = [
+        layer for layer in after["count"].layers if not torch.equal(*(a["count"].delta(layer) for a in (before, after)))
+    ]
+    assert moved == list(after["count"].layers)
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_without_a_step_worth_the_name_every_model_is_the_start(way, tiny_llama, tokenizer, begin):
     for start in ({}, {"upper": begin}):
         for adapter in train(tiny_llama, tokenizer, way, start=start, lr=1e-30).values():
