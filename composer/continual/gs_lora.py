@@ -24,7 +24,7 @@ def gs_lora(
     retain: Task | Sequence[tuple[str, str]] = (),
     bound: float = 5.0,
     strength: float = 0.15,
-    sparsity: float = 0.1,
+    sparsity: float = 0.3,
     dense_steps: int = 10,
 ) -> dict[str, Adapter]:
     """{task t: the sum of the updates that made the model forget tasks 0 to t}. The tasks are what is to be forgotten.
@@ -37,7 +37,8 @@ def gs_lora(
     A gradient of the norms never makes a block zero. Instead, after each step but the first `dense_steps`, theta_g is drawn
     towards 0 by rate * sparsity * sqrt(n_g), and where that is more than its norm the block is 0 from there on (the proximal
     step; without gradient in a and b it could not come back). AdamW moves an entry by about the rate in a step, hence the
-    sqrt(n_g), which the paper does not have: a sparsity of 1 takes back all that a step can do.
+    sqrt(n_g), which the paper does not have: a sparsity of 1 takes back all that a step can do, and a block that does not
+    learn is 0 after rates of about 0.02 / sparsity in all.
     Raises TrainingError without `retain`.
     """
     require_within("bound", bound, 0.0, float("inf"))

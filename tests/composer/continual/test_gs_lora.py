@@ -103,7 +103,7 @@ def test_what_is_to_be_forgotten_loses_and_what_is_retained_does_not(course, tin
     both = {"all": [*examples, *RETAIN]}
     knows = lw.train_adapters(tiny_llama, tokenizer, both, rank=2, steps=60, lr=2e-2, progress=False)
     settings["start"] = {"forget": knows["all"]}
-    found = course("gs_lora", {"forget": examples}, retain=RETAIN, strength=1.0, settings=settings)
+    found = course("gs_lora", {"forget": examples}, retain=RETAIN, strength=1.0, sparsity=0.02, settings=settings)
     engine = lw.Composer(tiny_llama, {"before": knows["all"], "after": found["forget"]})
     figures = {}
     for name in ("before", "after"):
