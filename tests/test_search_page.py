@@ -24,6 +24,8 @@ def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
     assert names["result"].loss <= names["result"].losses[0]
     assert (tmp_path / "runs" / "lorahub.json").is_file()
     assert names["found"].loss < 0.01
+    assert names["learned"].num_trained == 3 * len(names["engine"].target_layers)
+    assert names["learned"].loss < names["learned"].losses[0]
     assert names["composition"].report["greedy"].evaluations <= 4 * 12
 
 
