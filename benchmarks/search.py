@@ -13,6 +13,7 @@ of 20 active adapters. Then the rank correlation of bfloat16 and float32 losses.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -42,9 +43,8 @@ class Search:
     """The objectives of one task and a population of candidates."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, task: lw.Task, targets: str, rank: int, population: int, seed: int
+        self, model: Any, tokenizer: Any, task: lw.Task, experts: Sequence[lw.Adapter], population: int, seed: int
     ) -> None:
-        experts = adapters(model, targets, seed, rank=rank)
         self.engine = lw.Composer(model, experts)
         self.deltas = ExampleLoss(self.engine, tokenizer, task, l1=0.0)
         self.factors = ExampleLoss(self.engine, tokenizer, task, l1=0.0, merge_method="factor_sum")
@@ -120,7 +120,7 @@ class Search:
 
 
 def main(
-    task: Annotated[str, typer.Option(help="of the unseen tasks in --data")] = "negated_passive",
+    task: Annotated[str, typer.Option(help="of the unseen tasks in --data")] = "rhyme",
     data: Annotated[Path, typer.Option(help="a folder with tasks, as examples/data")] = DATA,
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="of the base model and the factors")] = "float32",
     original_dtype: Annotated[

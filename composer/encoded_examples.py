@@ -16,6 +16,9 @@ from loraweave.composer.objectives._row_sums import Kind
 from loraweave.composer.token_tree import TokenTree, token_tree, tree_inputs
 from loraweave.types import Task
 
+# tokens of the texts of one tree, whose mask has as many rows and columns
+MAX_TREE = 2048
+
 
 @dataclass(frozen=True, eq=False)
 class JobBatch:
@@ -77,6 +80,11 @@ class EncodedExamples:
         counts = [[len(row.target) for row in self._rows_of([example])] for example in examples]
         return torch.tensor(counts)
 
+    def num_targets(self, examples: Sequence[int]) -> int:
+        """The tokens of the examples' own targets."""
+        right = self.right_N[list(examples)]
+        return int(self.counts(examples).gather(1, right[:, None]).sum())
+
     def size(self, examples: tuple[int, ...]) -> tuple[int, int]:
         """Tokens that are read and logits that are made for one job."""
         trees = self._trees_of(examples)
@@ -130,7 +138,7 @@ class EncodedExamples:
         rows = self._rows_of(examples)
         best: list[TokenTree] = []
         least = self._cost(len(rows), max(map(len, rows)))
-        size = len(examples)
+        size = min(len(examples), max(1, MAX_TREE // (self.num_texts * max(map(len, rows)))))
         # in more, smaller trees more tokens are read, and each sees fewer
         while True:
             groups = [examples[start : start + size] for start in range(0, len(examples), size)]

@@ -110,6 +110,14 @@ class ExampleLoss:
         """The loss of a candidate of these values, of what was summed up for it."""
         return self.kind.losses(sums).double().mean() + self.penalty(values_BTLE).double()
 
+    def term(self, values_BTLE: Tensor) -> tuple[float, Tensor]:
+        """The terms for the weights alone, and their gradient; in fp32 or better."""
+        with torch.inference_mode(False), torch.enable_grad():
+            values = values_BTLE.detach().clone().to(torch.promote_types(values_BTLE.dtype, torch.float32)).requires_grad_()
+            term = self.penalty(values)
+            (gradient,) = torch.autograd.grad(term, values) if term.requires_grad else (torch.zeros_like(values),)
+        return float(term.detach()), gradient.detach()
+
     def require_gradients(self) -> None:
         """Raises WeightingError where there are none."""
         if not self.differentiable:
@@ -200,14 +208,16 @@ def _factor_sums(pairs: Pairs, needs: frozenset[str]) -> list[RowSums]:
 def _slopes(pairs: Pairs) -> list[Found]:
     first, _ = pairs[0]
     jobs = [Job(mixture, objective.only) for objective, mixture in pairs]
-    found: list[Found] = []
-    for values_CTLE, sums in learning_sums(first.engine, first.encoded, jobs, first.kind.needs):
-        part = pairs[len(found) : len(found) + len(sums)]
+    found = [objective.term(mixture.values_BTLE) for objective, mixture in pairs]
+    for values_CTLE, numbers, sums in learning_sums(first.engine, first.encoded, jobs, first.kind.needs):
+        # of a job in parts, each has its examples' share of the mean
         losses = [
-            objective.total(own, values_CTLE[number : number + 1])
-            for number, ((objective, _), own) in enumerate(zip(part, sums, strict=True))
+            first.kind.losses(own).double().sum() / len(pairs[number][0].only)
+            for number, own in zip(numbers, sums, strict=True)
         ]
         # a candidate's loss depends on its own values alone
         (gradient_CTLE,) = torch.autograd.grad(torch.stack(losses).sum(), values_CTLE)
-        found += [(float(loss.detach()), each[None]) for loss, each in zip(losses, gradient_CTLE, strict=True)]
-    return found
+        for number, loss, each in zip(numbers, losses, gradient_CTLE, strict=True):
+            known, gradient = found[number]
+            found[number] = known + float(loss.detach()), gradient + each[None]
+    return [(loss, gradient) for loss, gradient in found]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,39 +27,62 @@ MAX_TOKENS_WITH_GRADIENTS = 1024
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One candidate, to be scored on some examples by index; without a mixture, the model as it is."""
+    """One candidate, to be scored on some examples by index; without a mixture, the model as it is.
+
+    A part of a job has the `num_targets` of the whole.
+    """
 
     mixture: MixtureWeights | None
     examples: tuple[int, ...]
+    num_targets: int | None = None
 
 
 def row_sums(engine: Composer, encoded: EncodedExamples, jobs: Sequence[Job], needs: frozenset[str]) -> list[RowSums]:
     """The sums that each job needs, in the order of the jobs; without gradients."""
     encoded.prepare()
+    pieces = [_pieces(encoded, job, MAX_TOKENS) for job in jobs]
     found: list[RowSums] = []
     with untouched(engine.model), torch.no_grad():
-        for part in _passes(encoded, jobs, MAX_TOKENS):
+        for part in _passes(encoded, [piece for own in pieces for piece in own], MAX_TOKENS):
             found += _forward(engine, encoded, part, needs)
-    return found
+    in_order = iter(found)
+    return [RowSums.joined([next(in_order) for _ in own]) for own in pieces]
 
 
 def learning_sums(
     engine: Composer, encoded: EncodedExamples, jobs: Sequence[Job], needs: frozenset[str]
-) -> Iterator[tuple[Tensor, list[RowSums]]]:
-    """(values_CTLE, the sums of C jobs) of one forward pass after the other.
+) -> Iterator[tuple[Tensor, list[int], list[RowSums]]]:
+    """(values_CTLE, number_C, sums of C) of one forward pass after the other: C jobs by their number, or parts of jobs.
 
-    The values take part in gradients, which are to be taken before the next pass. They have fp32 or better.
+    A job of many examples comes in parts, each with the sums of some of them. The values take part in gradients, which are
+    to be taken before the next pass. They have fp32 or better.
     """
     encoded.prepare()
+    pieces = [
+        (number, piece) for number, job in enumerate(jobs) for piece in _pieces(encoded, job, MAX_TOKENS_WITH_GRADIENTS)
+    ]
+    numbers = iter([number for number, _ in pieces])
     with ExitStack() as stack:
         stack.enter_context(untouched(engine.model))
         # below a caller's inference_mode, tensors would take no part in a backward pass
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        for part in _passes(encoded, jobs, MAX_TOKENS_WITH_GRADIENTS):
+        for part in _passes(encoded, [piece for _, piece in pieces], MAX_TOKENS_WITH_GRADIENTS):
             values_CTLE = _values(part).detach().clone()
             values_CTLE = values_CTLE.to(torch.promote_types(values_CTLE.dtype, torch.float32)).requires_grad_()
-            yield values_CTLE, _forward(engine, encoded, part, needs, values_CTLE)
+            yield values_CTLE, [next(numbers) for _ in part], _forward(engine, encoded, part, needs, values_CTLE)
+
+
+def _pieces(encoded: EncodedExamples, job: Job, max_tokens: int) -> list[Job]:
+    """The job in parts of consecutive examples that each fit into one pass, where that can be."""
+    tokens, logits = encoded.size(job.examples)
+    count = min(len(job.examples), max(math.ceil(tokens / max_tokens), math.ceil(logits / MAX_LOGITS)))
+    size = math.ceil(len(job.examples) / count)
+    num_targets = encoded.num_targets(job.examples)
+    return [
+        replace(job, examples=job.examples[start : start + size], num_targets=num_targets)
+        for start in range(0, len(job.examples), size)
+    ]
 
 
 def _passes(encoded: EncodedExamples, jobs: Sequence[Job], max_tokens: int) -> Iterator[list[Job]]:
@@ -123,7 +147,8 @@ def _forward(
     for job, size in zip(jobs, sizes, strict=True):
         own = {f"{name}_NR": part[start : start + size].cpu() for name, part in parts.items()}
         start += size
-        found.append(RowSums(encoded.counts(job.examples), encoded.right_N[list(job.examples)], **own))
+        num_targets = encoded.num_targets(job.examples) if job.num_targets is None else job.num_targets
+        found.append(RowSums(encoded.counts(job.examples), encoded.right_N[list(job.examples)], num_targets, **own))
     return found
 
 

@@ -15,20 +15,22 @@ from loraweave.composer.untouched import untouched
 # attention over less than the whole row, whose masks are the model's own affair
 WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window")
 MASKED = ("eager", "sdpa")
+NUM_TRIED = 4
 
 
 def runs_trees(model: nn.Module, tokenizer: Any, rows: Sequence[EncodedRow]) -> bool:
-    """Whether these rows have the same losses as a tree, to rounding, in the model as it is.
+    """Whether these rows have the same losses as a tree, to rounding, in the model as it is; some of them are tried.
 
     False, without a trial, for encoder-decoders, for models that take no positions (recurrent ones, ALiBi), for attention
     that takes no mask of four axes, and for windows that are shorter than the longest row.
     """
     if not _could(model, rows):
         return False
+    tried = _some(rows)
     with untouched(model), torch.no_grad():
-        apart_B = mean_losses(model, batch(model, tokenizer, rows)).double()
+        apart_B = mean_losses(model, batch(model, tokenizer, tried)).double()
         try:
-            together_B = _as_tree(model, rows, tokenizer)
+            together_B = _as_tree(model, tried)
         # whatever a model raises for a mask it did not expect
         except Exception:
             return False
@@ -48,7 +50,14 @@ def _could(model: Any, rows: Sequence[EncodedRow]) -> bool:
     return getattr(config, "_attn_implementation", None) in MASKED
 
 
-def _as_tree(model: Any, rows: Sequence[EncodedRow], tokenizer: Any) -> torch.Tensor:
+def _some(rows: Sequence[EncodedRow]) -> list[EncodedRow]:
+    """Short and long ones, that differ."""
+    distinct = sorted(dict.fromkeys(rows), key=len)
+    step = max(1, (len(distinct) - 1) / (NUM_TRIED - 1))
+    return [distinct[int(number * step)] for number in range(min(NUM_TRIED, len(distinct)))]
+
+
+def _as_tree(model: Any, rows: Sequence[EncodedRow]) -> torch.Tensor:
     tree = token_tree(rows)
     device = next(model.parameters()).device
     inputs = tree_inputs([tree], 0, _dtype(model), device)

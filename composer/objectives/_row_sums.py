@@ -18,13 +18,29 @@ class RowSums:
 
     loss: negative log-likelihoods; miss: how many tokens are not the most likely one; entropy: that of the predicted
     distributions, in nats. count_NR has the number of target tokens, right_N which of its rows is an example's target.
+    `num_targets` counts the tokens of the targets of all examples of the loss, of which these N may be a part.
     """
 
     count_NR: Tensor
     right_N: Tensor
+    num_targets: int
     loss_NR: Tensor | None = None
     miss_NR: Tensor | None = None
     entropy_NR: Tensor | None = None
+
+    @classmethod
+    def joined(cls, parts: Sequence[RowSums]) -> RowSums:
+        """Those of the parts' examples, in order; of all parts the same have been asked for."""
+        if len(parts) == 1:
+            return parts[0]
+
+        def whole(name: str) -> Tensor | None:
+            own = [getattr(part, name) for part in parts]
+            return None if own[0] is None else torch.cat(own)
+
+        count_NR = torch.cat([part.count_NR for part in parts])
+        right_N = torch.cat([part.right_N for part in parts])
+        return cls(count_NR, right_N, parts[0].num_targets, whole("loss_NR"), whole("miss_NR"), whole("entropy_NR"))
 
     def asked(self, name: str) -> Tensor:
         """One of the three, which has been asked for."""

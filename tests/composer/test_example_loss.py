@@ -89,6 +89,24 @@ def test_gradients_do_not_depend_on_how_candidates_are_split_into_passes(objecti
     assert torch.allclose(torch.cat(gradients), torch.cat(gradients_alone), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_many_examples_are_scored_in_parts_to_the_same_losses_and_gradients(family, objective, monkeypatch):
+    loss, candidates = objective(family, l2=0.1), [candidate(1), candidate(2)]
+    expected, hits = loss.scores(candidates)
+    whole, gradients = loss.gradients(candidates)
+    monkeypatch.setattr(population, "MAX_TOKENS", 60)
+    monkeypatch.setattr(population, "MAX_TOKENS_WITH_GRADIENTS", 60)
+    passes = []
+    loss.engine.model.register_forward_hook(lambda *_: passes.append(1))
+    found, found_hits = loss.scores(candidates)
+    assert len(passes) > len(candidates)
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert (found_hits == hits).all()
+    losses, in_parts = loss.gradients(candidates)
+    assert losses == pytest.approx(whole, rel=1e-9)
+    assert torch.allclose(torch.cat(in_parts), torch.cat(gradients), rtol=1e-6, atol=1e-9)
+
+
 def test_gradients_leave_the_model_as_it_was(objective):
     loss = objective()
     model = loss.engine.model.train()
