@@ -9,6 +9,7 @@ import torch
 from torch.func import jvp
 
 import loraweave as lw
+from loraweave.composer import job_training
 from loraweave.composer.batches import encode
 from loraweave.composer.job_training import job_losses
 from loraweave.composer.linearized_jobs import LinearizedJobs
@@ -172,6 +173,30 @@ def test_training_lowers_the_loss(tiny_llama, tokenizer, begin):
             with engine.activate({"upper": 1.0}):
                 after = float(job_losses(tiny_llama, tokenizer, rows, 1))
         assert after < 0.7 * before
+
+
+class _Killed(Exception):
+    pass
+
+
+def test_interrupted_training_resumes_to_the_same_bits(tiny_llama, tokenizer, begin, tmp_path, monkeypatch):
+    monkeypatch.setattr(job_training, "CHECKPOINT_STEPS", 2)
+    # one job with a trained a beside one whose a stays
+    whole = train(tiny_llama, tokenizer, start={"double": begin})
+    original, calls = job_training.job_losses, []
+
+    def killed_at_the_fifth_step(*arguments):
+        calls.append(1)
+        if len(calls) == 5:
+            raise _Killed
+        return original(*arguments)
+
+    monkeypatch.setattr(job_training, "job_losses", killed_at_the_fifth_step)
+    with pytest.raises(_Killed):
+        train(tiny_llama, tokenizer, start={"double": begin}, checkpoint=tmp_path)
+    resumed = train(tiny_llama, tokenizer, start={"double": begin}, checkpoint=tmp_path)
+    assert len(calls) == 5 + 2
+    assert {name: adapter.hash for name, adapter in resumed.items()} == {name: a.hash for name, a in whole.items()}
 
 
 def test_compose_searches_over_linearised_adapters(tiny_llama, tokenizer):
