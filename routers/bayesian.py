@@ -27,7 +27,7 @@ NEAREST, FARTHEST = 0.01, 0.3
 
 
 class Bayesian(Solver):
-    """Asks for the start and `initial` - 1 points that fill the box, then for `population` candidates at a time.
+    """Asks for the start and `initial` - 1 points spread around it, then for `population` candidates at a time.
 
     Each of those is chosen as if the ones before it had the losses expected of them. A failed candidate counts as the worst
     so far. By default a third of the budget is initial, and at most one more than twice the number of weights. The other
@@ -81,19 +81,27 @@ class Bayesian(Solver):
         return [low + (high - low) * unit for unit in chosen]
 
     def _filling(self) -> list[np.ndarray]:
-        """A Latin hypercube: of each weight, every part of the box has one point."""
+        """A Latin hypercube around the start: of each weight, every part of its range has one point."""
         count, generator = self._num_initial - 1, np.random.default_rng([self.seed, 0])
         places = np.stack([generator.permutation(count) for _ in range(self.space.size)], axis=1)
         units = (places + generator.uniform(size=places.shape)) / max(count, 1)
-        return list(self.space.low + (self.space.high - self.space.low) * units)
+        points = self.space.low + (self.space.high - self.space.low) * units
+        # many adapters at once with weights of the box's size spoil any model: their sizes together stay those of two
+        spread = min(1.0, 2 / self.space.size)
+        return list(self.start + spread * (points - self.start))
 
     def _observed(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where the candidates are in the unit box, and their losses, of mean 0 and deviation 1."""
+        """Where the candidates are in the unit box, and the logarithms of their losses, of mean 0 and deviation 1.
+
+        The logarithm begins at the lowest loss: spoilt models have losses of a hundred times the differences that matter.
+        """
         losses = np.array(self._told.losses)
         scored = losses[np.isfinite(losses)]
-        losses = np.where(np.isfinite(losses), losses, scored.max() if len(scored) else 0.0)
+        above = np.where(np.isfinite(losses), losses, scored.max() if len(scored) else 0.0)
+        above = above - above.min()
+        logs = np.log1p(above / (np.median(above) or 1.0))
         units = (np.stack(self._vectors) - self.space.low) / (self.space.high - self.space.low)
-        return units, (losses - losses.mean()) / (losses.std() or 1.0)
+        return units, (logs - logs.mean()) / (logs.std() or 1.0)
 
     def _draws(self, generator: np.random.Generator, best: np.ndarray) -> np.ndarray:
         half, size = NUM_DRAWS // 2, self.space.size

@@ -53,13 +53,24 @@ def test_the_bottom_of_a_bowl_is_found_in_forty_evaluations(num_experts):
     assert Bayesian(names).solve(Recorded(bowl)).loss < 0.005
 
 
-def test_the_first_points_are_the_start_and_one_in_every_part_of_the_box():
+def test_the_first_points_are_the_start_and_one_in_every_part_of_the_box_drawn_together_around_it():
     objective = Recorded(bowl)
     Bayesian(NAMES, budget=12, initial=6, low=-1.0, high=1.5, start={"a": 0.5}).solve(objective)
     assert objective.sizes == [6, 4, 2]
     assert objective.seen[0].tolist() == [0.5, 0, 0]
-    parts = np.floor((np.array(objective.seen[1:6]) + 1.0) / 0.5).astype(int)
+    # by two thirds, for three weights
+    points = objective.seen[0] + (np.array(objective.seen[1:6]) - objective.seen[0]) * 3 / 2
+    parts = np.floor((points + 1.0) / 0.5).astype(int)
     assert np.sort(parts, axis=0).tolist() == [[part] * 3 for part in range(5)]
+
+
+def test_losses_that_explode_far_from_the_optimum_do_not_hide_it():
+    names = [f"expert {number}" for number in range(8)]
+    target = np.resize([0.5, -0.2, 0.1], 8)
+    steep = Recorded(lambda values: float(np.expm1(3 * ((values - target) ** 2).sum())))
+    found = [Bayesian(names, seed=seed).solve(steep).loss for seed in range(3)]
+    # the start has 13.4, and half of the box more than e^20
+    assert max(found) < 3.0
 
 
 def test_a_third_of_a_small_budget_is_initial():
