@@ -13,8 +13,8 @@ from loraweave.hub import ternary
 
 EXAMPLES = [("a", "ab"), ("b", "ba"), ("cc", "c"), ("d", "DD")]
 CLASSES = {name: solver_class(name) for name in lw.names("routers")}
-# those that need retrieval scores or weights have nothing to search, and other losses may end where the base's is lower
-SEARCHES = [name for name, found in CLASSES.items() if found.learns and found.loss == "cross_entropy"]
+# those that need retrieval scores or weights have nothing to search, and the entropy may end where that of the base is lower
+SEARCHES = [name for name, found in CLASSES.items() if found.learns and found.loss != "entropy"]
 OPTIONS = {"grid": {"coordinate": True}}
 
 
