@@ -24,7 +24,8 @@ from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
 from loraweave.types import Task
 
-MAX_FOLDS = 3
+# a race pays for its folds out of one budget
+FOLDS, FOLDS_OF_A_RACE = 3, 2
 
 
 def compose(
@@ -39,7 +40,7 @@ def compose(
     seconds: float | None = None,
     seed: int = 0,
     space: str | None = None,
-    folds: int = MAX_FOLDS,
+    folds: int | None = None,
     weights: Mapping[str, float] | None = None,
     objective: str | Callable[[Any, Examples], float] | None = None,
     inputs: Sequence[str] | None = None,
@@ -61,8 +62,9 @@ def compose(
     adapters used. Objective, space and `l1` are the search's own by default.
 
     The guard: a searched composition is compared with the base and with the best single adapter on held-out examples
-    (cross-validation over at most `folds` folds; each fold's search has the same budget and never sees the fold) and gives
-    way to the better of these two when it is worse there. `folds=0` turns cross-validation and the guard off.
+    (cross-validation over at most `folds` folds, 3 by default; each fold's search has the same budget and never sees the
+    fold) and gives way to the better of these two when it is worse there. `folds=0` turns cross-validation and the guard
+    off. The budget of "auto" pays for its folds, 2 by default, and for all that races.
 
     With `checkpoint`, a folder, an interrupted search goes on where it stopped, to the same result. `search_options` go to
     the search. A hub without an adapter for this base gives the base model, and says so; the base is known by its weights
@@ -70,6 +72,7 @@ def compose(
     Raises UnknownName, InvalidTask and WeightingError before anything is run, SearchFailed when nothing can be scored.
     """
     folder = None if checkpoint is None else Path(checkpoint)
+    folds = (FOLDS_OF_A_RACE if method == "auto" else FOLDS) if folds is None else folds
     settings = Settings(
         method, k, budget, seconds, seed, folds, space, weights, objective, inputs, l1, l2, sparsity, folder, search_options
     )
@@ -84,8 +87,9 @@ def compose(
     engine = Composer(model, pool, tokenizer=tokenizer)
     parts = make_folds(len(task.examples), folds, seed) if settings.learns else []
     with _progress(progress) as bar:
-        ways = Ways(engine, tokenizer, task, settings, scores, _shown(bar, settings, len(pool), len(parts)))
-        trials = _trials(Measurement(tokenizer, task, parts), ways, settings)
+        advance = _shown(bar, settings, len(pool), len(parts))
+        ways = Ways(engine, tokenizer, task, settings, scores, len(parts), advance)
+        trials = _trials(Measurement(tokenizer, task, parts, ways.loss), ways, settings)
     engine.close()
     by_name = {trial.name: trial for trial in trials}
     losses = {name: trial.held_out_loss for name, trial in by_name.items()}
@@ -127,7 +131,8 @@ def _composition(model: Any, tokenizer: Any, task: Task, taken: Trial, report: R
 def _shown(bar: Progress, settings: Settings, num_experts: int, num_folds: int) -> Callable[[int], object]:
     """What advances the bar, by evaluations."""
     per_part = settings.budget if settings.learns else 0
-    total = None if per_part is None else num_experts + (1 + num_folds) * per_part
+    parts = 1 if settings.method == "auto" else 1 + num_folds
+    total = None if per_part is None else num_experts + parts * per_part
     task = bar.add_task("searching weights" if settings.learns else "measuring adapters", total=total)
     return lambda count: bar.update(task, advance=count)
 

@@ -83,6 +83,12 @@ class ExampleLoss:
             found.penalty = Penalty(0.0, 0.0, 0.0)
         return found
 
+    def penalised(self, penalty: Penalty) -> Self:
+        """The same objective with these terms for the weights; it shares what was tokenised."""
+        found = self.view(self.only)
+        found.penalty = penalty
+        return found
+
     def __call__(self, candidates: Sequence[MixtureWeights]) -> list[float]:
         return scored([(self, candidate) for candidate in candidates])
 

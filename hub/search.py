@@ -208,9 +208,10 @@ class SearchIndex:
             ranked = self._filtered(snapshot, query_QD, k, base_model, license, tags)
         return [[hit for hit in hits if min_score is None or hit.score >= min_score] for hits in ranked]
 
-    def explained(self, query_D: np.ndarray, hits: Sequence[Hit]) -> list[Candidate]:
-        """The hits as candidates; the evidence is the adapter's own text that is nearest to the query."""
-        return [Candidate(hit.record.name, hit.score, self._evidence(query_D, hit.record), hit.record) for hit in hits]
+    def explained(self, query_D: np.ndarray, hits: Sequence[Hit], *, evidence: bool = True) -> list[Candidate]:
+        """The hits as candidates; the evidence is the adapter's own text that is nearest to the query, if it is wanted."""
+        found = [self._evidence(query_D, hit.record) if evidence else "" for hit in hits]
+        return [Candidate(hit.record.name, hit.score, text, hit.record) for hit, text in zip(hits, found, strict=True)]
 
     def _evidence(self, query_D: np.ndarray, record: Record) -> str:
         kinds, texts = zip(*_texts(record), strict=True)

@@ -20,7 +20,14 @@ from loraweave.errors import AdapterNotFound, InvalidTask
 
 NUM_EXAMPLES = 5
 NUM_SHOWN = 4
-LABELS = {"base": "base model", "best_single": "best single adapter", "uniform": "uniform mixture", "lorahub": "LoraHub"}
+MAX_WEIGHTS = 10
+LABELS = {
+    "base": "base model",
+    "best_single": "best single adapter",
+    "uniform": "uniform mixture",
+    "gradient": "weights by layer, learned",
+    "lorahub": "LoraHub",
+}
 
 
 @dataclass(frozen=True)
@@ -63,10 +70,10 @@ def run(
         print(json.dumps({**figures, "scores": scores}, indent=1, ensure_ascii=False))
         return
     console.print(_table(composition, scores))
-    console.print(
-        f"The chosen composition is {LABELS[composition.report.chosen]} ({composition.report.reason}). Its weights:"
-    )
-    for name, weight in sorted(composition.mean_weights.items(), key=lambda item: -abs(item[1])):
+    chosen = composition.report.chosen
+    kind = "weights" if composition.by_layer is None else "weights, which each layer has of its own, on the mean over layers"
+    console.print(f"The chosen composition is {LABELS.get(chosen, chosen)} ({composition.report.reason}). Its {kind}:")
+    for name, weight in sorted(composition.mean_weights.items(), key=lambda item: -abs(item[1]))[:MAX_WEIGHTS]:
         console.print(f"   {weight:+.3f}  {name}", markup=False, highlight=False)
     console.print("Some of its answers:")
     shown = unseen.test[:NUM_SHOWN]
@@ -111,14 +118,17 @@ def fast_dtype() -> torch.dtype:
 
 
 def _scores(composition: lw.Composition, unseen: DemoTask, console: Console) -> dict[str, dict[str, float]]:
-    names = ["base", "best_single", "uniform", "lorahub"]
+    """Of every way that was run on all examples."""
+    rows = [row for row in composition.report.rows if row.loss is not None]
     scores: dict[str, dict[str, float]] = {}
-    for name in track(names, "   answering", console=console):
-        row = composition.report[name]
+    for row in track(rows, "   answering", console=console):
         started = time.perf_counter()
-        figures = replace(composition, all_weights=row.weights, merge_method="linear").evaluate(unseen.test)
-        seconds = row.seconds + time.perf_counter() - started
-        scores[name] = {**figures, "seconds": seconds}
+        if row.name == composition.report.chosen:
+            figures = composition.evaluate(unseen.test)
+        else:
+            other = replace(composition, all_weights=row.weights, by_layer=row.by_layer, merge_method="linear", stored=None)
+            figures = other.evaluate(unseen.test)
+        scores[row.name] = {**figures, "seconds": row.seconds + time.perf_counter() - started}
     return scores
 
 
@@ -128,9 +138,9 @@ def _table(composition: lw.Composition, scores: dict[str, dict[str, float]]) -> 
         table.add_column(column, justify="right" if column else "left")
     chosen = composition.report.chosen
     for name, figures in scores.items():
-        table.add_row(LABELS[name], *_cells(figures))
+        table.add_row(LABELS.get(name, name), *_cells(figures))
     table.add_section()
-    table.add_row(f"chosen composition ({LABELS[chosen]})", *_cells(scores[chosen]), style="bold")
+    table.add_row(f"chosen composition ({LABELS.get(chosen, chosen)})", *_cells(scores[chosen]), style="bold")
     return table
 
 

@@ -27,6 +27,7 @@ class Request:
     max_size_bytes: int | None = None
     language: Collection[str] | str | None = None
     after: Candidate | None = None
+    evidence: bool = True
 
     def __post_init__(self) -> None:
         checked_count(self.k)

@@ -148,13 +148,17 @@ class Retriever:
         max_rank: int | None = None,
         max_size_bytes: int | None = None,
         after: Candidate | None = None,
+        evidence: bool = True,
     ) -> list[Candidate]:
         """The k adapters that fit one task best, by the mean embedding of several of its inputs.
 
         The mean of five inputs finds the right adapter much more often than one of them; a description of the task does
-        more still. RetrievalError without any text and description.
+        more still. Without `evidence`, what matched is left empty, which saves embedding the found adapters' own texts.
+        RetrievalError without any text and description.
         """
-        request = Request(k, base_model, license, tags, min_score, diversity, max_rank, max_size_bytes, language, after)
+        request = Request(
+            k, base_model, license, tags, min_score, diversity, max_rank, max_size_bytes, language, after, evidence
+        )
         query = Query(tuple([texts] if isinstance(texts, str) else texts), (), description)
         return self._found([query], self._vector(query)[None], request)[0]
 
@@ -303,7 +307,7 @@ class Retriever:
             return [self._by_keys(query, query_D, request, self.keys) for query, query_D in pairs]
         found = []
         for query_D, hits in zip(query_QD, self._hits(query_QD, request), strict=True):
-            found.append(self._index.explained(query_D, _chosen(hits, request)))
+            found.append(self._index.explained(query_D, _chosen(hits, request), evidence=request.evidence))
         return found
 
     def _hits(self, query_QD: np.ndarray, request: Request) -> list[list[Hit]]:
@@ -324,7 +328,7 @@ class Retriever:
     def _by_keys(self, query: Query, query_D: np.ndarray, request: Request, keys: Mapping[str, Key]) -> list[Candidate]:
         ranked, opinions = self._keyed.ranked(query, self._keyed.near(query_D, request), keys, self.fusion)
         chosen = _chosen(request.page(ranked, _num_choice(request)), request)
-        evidence = [candidate.evidence for candidate in self._index.explained(query_D, chosen)]
+        evidence = [candidate.evidence for candidate in self._index.explained(query_D, chosen, evidence=request.evidence)]
         return [
             Candidate(hit.record.name, hit.score, f"{opinions[hit.record.name]}; {text}", hit.record)
             for hit, text in zip(chosen, evidence, strict=True)

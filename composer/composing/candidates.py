@@ -15,6 +15,6 @@ def candidates(
     if isinstance(hub_or_pool, ExpertPool):
         return hub_or_pool, {}
     inputs = [text for text, _ in task.examples]
-    hits = Retriever(hub_or_pool).for_task(inputs, description=task.instruction, k=k, base_model=base)
+    hits = Retriever(hub_or_pool).for_task(inputs, description=task.instruction, k=k, base_model=base, evidence=False)
     scores = {hit.name: hit.score for hit in hits}
     return (hub_or_pool.pool(list(scores)) if scores else None), scores

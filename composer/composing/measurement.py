@@ -58,20 +58,23 @@ class Trial:
 
 
 class Measurement:
-    """Trials on one task. `folds` are the parts of cross-validation; none means that nothing is held out."""
+    """Trials on one task. `folds` are the parts of cross-validation; none means that nothing is held out.
 
-    def __init__(self, tokenizer: Any, task: Task, folds: Sequence[Part]) -> None:
+    `loss` is that of sums of updates over all examples, without terms for the weights.
+    """
+
+    def __init__(self, tokenizer: Any, task: Task, folds: Sequence[Part], loss: ExampleLoss) -> None:
         self._tokenizer = tokenizer
         self._task = task
-        self._folds = folds
+        self.folds = folds
         self._all = whole(len(task.examples))
-        self._losses: dict[tuple[Composer, str], ExampleLoss] = {}
+        self._losses: dict[tuple[Composer, str], ExampleLoss] = {(loss.engine, loss.merge_method): loss}
 
     def trial(self, way: Way) -> Trial:
         """The way measured on held-out examples and on all."""
         trial = Trial(way)
         started = time.perf_counter()
-        folds = self._folds if way.learns else []
+        folds = self.folds if way.learns else []
         *trial.fold_choices, trial.choice = way.choose([*folds, self._all])
         self._hold_out(trial)
         self._finish(trial)
@@ -82,7 +85,7 @@ class Measurement:
         """The way measured on held-out examples only."""
         trial = Trial(way)
         started = time.perf_counter()
-        trial.fold_choices = way.choose(self._folds)
+        trial.fold_choices = way.choose(self.folds)
         self._hold_out(trial)
         trial.seconds = time.perf_counter() - started
         return trial
@@ -100,7 +103,7 @@ class Measurement:
         if not trial.fold_choices:
             return
         trial.held_losses_N, trial.held_hits_N = np.zeros(len(self._all.seen)), np.zeros(len(self._all.seen))
-        for part, choice in zip(self._folds, trial.fold_choices, strict=True):
+        for part, choice in zip(self.folds, trial.fold_choices, strict=True):
             held = list(part.held)
             trial.held_losses_N[held], trial.held_hits_N[held] = self._scores(choice, part.held)
 

@@ -4,42 +4,31 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from loraweave.composer.composer import Composer
 from loraweave.composer.composing.choice import Way
 from loraweave.composer.composing.measurement import Measurement, Trial
 from loraweave.composer.composing.parts import Part
+from loraweave.composer.composing.race import RACERS, Entry, entries, tuned_steps
 from loraweave.composer.composing.searched import Searched
 from loraweave.composer.composing.settings import Settings
 from loraweave.composer.composing.simple_ways import BestSingle, Fixed
 from loraweave.composer.composing.solver_options import OTHER_WAYS, make_solver, solver_class
+from loraweave.composer.composing.tuned import Tuned
 from loraweave.composer.example_loss import ExampleLoss
 from loraweave.composer.make_objective import make_objective
+from loraweave.composer.penalty import Penalty
+from loraweave.composer.refine.tune import Tuning
 from loraweave.composer.user_loss import UserLoss
 from loraweave.errors import UnknownName
 from loraweave.routers.mixture import MixtureWeights
 from loraweave.routers.search.solver import Solver
 from loraweave.types import Task
 
-
-@dataclass(frozen=True)
-class Entry:
-    """A search that is run: a solver, its options, and its share of the budget."""
-
-    name: str
-    method: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    share: float = 1.0
-
-
 Start = Mapping[str, float] | MixtureWeights | None
 # where a search can begin, by name: how many of the best adapters share the weight 1; none, and all alike
 STARTS = {"best_single": 1, "best_three": 3, "base": 0, "uniform": 0}
-
-# what method="auto" races
-RACE = (Entry("lorahub", "lorahub"),)
 
 
 class Ways:
@@ -52,6 +41,7 @@ class Ways:
         task: Task,
         settings: Settings,
         scores: Mapping[str, float],
+        num_folds: int,
         on_progress: Callable[[int], object],
     ) -> None:
         self._engine = engine
@@ -61,16 +51,11 @@ class Ways:
         self._scores = scores
         self._on_progress = on_progress
         self._names = engine.pool.names
-        if settings.method == "auto":
-            self._entries: tuple[Entry, ...] = RACE
-        elif settings.method in OTHER_WAYS:
-            self._entries = ()
-        else:
-            self._entries = (Entry(settings.method, settings.method, settings.options),)
-        for entry in self._entries:
-            _check_start(entry)
-        self._solvers = {entry.name: self._solver(entry, _given_start(entry)) for entry in self._entries}
-        self._singles = BestSingle(engine, ExampleLoss(engine, tokenizer, task, l1=0.0))
+        self._solvers: dict[str, Solver] = {}
+        self._entries = self._entered(num_folds)
+        self._tuned_steps = self._steps_after(num_folds)
+        self.loss = ExampleLoss(engine, tokenizer, task, l1=0.0)
+        self._singles = BestSingle(engine, self.loss)
         on_progress(len(engine.pool))
 
     def plain(self) -> list[Way]:
@@ -81,21 +66,67 @@ class Ways:
     def asked(self) -> Way:
         """The method that was asked for."""
         (entry,) = self._entries
-        solver = self._solvers[entry.name]
+        solver = self._solvers[entry.method]
         if solver.learns:
             return self._searched(entry)
         (mixture,) = solver.ask()
-        return Fixed(entry.name, self._engine, mixture, self._merge_method(entry))
+        return Fixed(entry.method, self._engine, mixture, self._merge_method(entry))
 
     def race(self, measure: Measurement, plain: Sequence[Trial]) -> list[Trial]:
         """The plain trials, and those of the searches that race, of which only the best one is run on all examples."""
+        if not self._settings.folds:
+            return [*plain, *(measure.trial(self._searched(entry)) for entry in self._entries)]
         raced = [measure.held_out(self._searched(entry)) for entry in self._entries]
+        if self._tuned_steps:
+            raced.append(measure.held_out(self._tuned(raced[0], measure.folds)))
         measure.finished(min(raced, key=lambda trial: trial.held_out_loss))
         return [*plain, *raced]
 
+    def _entered(self, num_folds: int) -> list[Entry]:
+        """The searches that will run. Raises what their settings raise, before the first forward pass."""
+        settings = self._settings
+        if settings.method == "auto":
+            racers = [method for method in RACERS if self._can_run(method)]
+            entered = entries(racers, settings.budget, settings.seconds, num_folds)
+        elif settings.method in OTHER_WAYS:
+            return []
+        else:
+            entered = [Entry(settings.method, settings.budget, settings.seconds, settings.options)]
+        for entry in entered:
+            _check_start(entry)
+            self._solvers[entry.method] = self._solver(entry, _given_start(entry))
+        return entered
+
+    def _can_run(self, method: str) -> bool:
+        """Whether the objective gives the search the gradients that it needs."""
+        settings, found = self._settings, solver_class(method)
+        if not found.needs_gradients:
+            return True
+        smooth = not callable(settings.objective) and settings.objective != "exact_match"
+        return smooth and settings.merge_method in (None, "linear")
+
+    def _steps_after(self, num_folds: int) -> int:
+        """The steps of training that race too; none where an adapter is more than factors of linear layers."""
+        settings, adapters = self._settings, self._engine.bound_pool.adapters.values()
+        if settings.method != "auto" or settings.merge_method not in (None, "linear"):
+            return 0
+        plain = all(
+            factors.kind == "linear" and factors.gain_O is None and factors.bias_O is None
+            for adapter in adapters
+            for factors in adapter.layers.values()
+        )
+        return tuned_steps(self._entries, settings.budget, num_folds) if plain else 0
+
+    def _tuned(self, first: Trial, folds: Sequence[Part]) -> Tuned:
+        tuning = Tuning(self._tuned_steps, seed=self._settings.seed)
+        kept = self._settings.checkpoint
+        way = Tuned(first.way, self._tokenizer, self._task, tuning, checkpoint=kept, on_progress=self._on_progress)
+        way.known(folds, first.fold_choices)
+        return way
+
     def _searched(self, entry: Entry) -> Searched:
         return Searched(
-            entry.name,
+            entry.method,
             lambda part: self._solver(entry, self._start(entry, part)),
             self._objective(entry),
             checkpoint=self._settings.checkpoint,
@@ -114,7 +145,7 @@ class Ways:
 
     def _inputs(self, entry: Entry) -> Sequence[str] | None:
         """The inputs of an objective that looks at no targets; by default those of the examples."""
-        if (self._settings.objective or self._solvers[entry.name].loss) != "entropy":
+        if (self._settings.objective or self._solvers[entry.method].loss) != "entropy":
             return None
         given = self._settings.inputs
         return [text for text, _ in self._task.examples] if given is None else given
@@ -124,8 +155,8 @@ class Ways:
         return make_solver(
             solver_class(entry.method),
             self._names,
-            budget=None if settings.budget is None else int(settings.budget * entry.share),
-            seconds=None if settings.seconds is None else settings.seconds * entry.share,
+            budget=entry.budget,
+            seconds=entry.seconds,
             seed=settings.seed,
             supplied={
                 "scores": self._scores,
@@ -137,21 +168,25 @@ class Ways:
         )
 
     def _objective(self, entry: Entry) -> ExampleLoss | UserLoss:
-        settings, solver = self._settings, self._solvers[entry.name]
+        settings, solver = self._settings, self._solvers[entry.method]
+        loss, merge_method = settings.objective or solver.loss, self._merge_method(entry)
+        l1 = solver.l1 if settings.l1 is None else settings.l1
+        if loss == "cross_entropy" and merge_method == "linear":
+            return self.loss.penalised(Penalty(l1, settings.l2, settings.sparsity))
         return make_objective(
             self._engine,
             self._tokenizer,
             self._task,
-            settings.objective or solver.loss,
-            merge_method=self._merge_method(entry),
-            l1=solver.l1 if settings.l1 is None else settings.l1,
+            loss,
+            merge_method=merge_method,
+            l1=l1,
             l2=settings.l2,
             sparsity=settings.sparsity,
             inputs=self._inputs(entry),
         )
 
     def _merge_method(self, entry: Entry) -> str:
-        return self._settings.merge_method or self._solvers[entry.name].merge_method
+        return self._settings.merge_method or self._solvers[entry.method].merge_method
 
     def _fixed(self, name: str, weights: Mapping[str, float]) -> Fixed:
         return Fixed(name, self._engine, MixtureWeights.of(weights, self._names))

@@ -194,3 +194,10 @@ def test_the_default_embedder_finds_by_meaning(tmp_path):
     assert names(searched) == names(found[1])
     # another batch, another padding: equal to the noise of fp32
     np.testing.assert_allclose([c.score for c in searched], [c.score for c in found[1]], atol=3e-6)
+
+
+def test_without_evidence_the_hits_are_the_same_and_no_text_of_an_adapter_is_embedded(retriever):
+    told = retriever.for_task(["20", "60"], k=2)
+    silent = retriever.for_task(["20", "60"], k=2, evidence=False)
+    assert [(hit.name, hit.score) for hit in silent] == [(hit.name, hit.score) for hit in told]
+    assert [hit.evidence for hit in silent] == ["", ""]
