@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -11,6 +13,9 @@ import loraweave as lw
 from loraweave.composer.batches import batch, encode, mean_losses
 from loraweave.composer.example_loss import ExampleLoss
 from loraweave.composer.limits.token_trees import runs_trees
+from loraweave.demo import load_task
+
+ROOT = Path(__file__).parents[3]
 
 SPECIAL = {"vocab_size": 61, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -134,3 +139,20 @@ def test_rows_are_run_as_smaller_trees_where_one_would_be_too_wide(tiny_llama, t
     encoded = ExampleLoss(engine(tiny_llama, "llama"), tokenizer, task).encoded
     batch = encoded.batch([tuple(range(12))])
     assert 1 < batch.rows_of_job[0] < 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_real_model_runs_trees_of_its_examples(dtype):
+    model, tokenizer = lw.load_base(dtype=dtype)
+    task = load_task(ROOT / "examples" / "data", "rhyme", 0, num_test=0).task
+    engine = lw.Composer(model, [lw.Adapter.from_pretrained(ROOT / "examples" / "pool" / "emotion")])
+    objective = ExampleLoss(engine, tokenizer, task, l1=0.0)
+    candidate = lw.MixtureWeights.of({"emotion": 0.5}, ("emotion",))
+    with torch.no_grad(), engine.activate({"emotion": 0.5}):
+        texts = [task.prompt(text) for text, _ in task.examples], [target for _, target in task.examples]
+        expected = mean_losses(model, batch(model, tokenizer, encode(model, tokenizer, *texts)))
+    # five texts of 19 tokens, 13 of which are common; the last ones predict nothing
+    assert objective.encoded.size(objective.only)[0] == 13 + 5 * (19 - 13 - 1)
+    found = torch.tensor(objective.scores([candidate])[0][0])
+    assert torch.allclose(found, expected.double(), rtol=1e-5 if dtype == torch.float32 else 3e-2)
