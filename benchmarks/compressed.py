@@ -1,0 +1,115 @@
+"""What composing loses when the hub keeps its adapters in few bits: the pool as it ships, and ternary at several densities.
+
+    python benchmarks/compressed.py
+    python benchmarks/compressed.py --tasks plural_upper --densities 0.2
+
+Each pool is a hub of its own, stored with stored_as="compeft". Two scales of the ternary values: the one nearest to the
+factors ("nearest", scale="least_squares"), and the one at which the update has its norm ("norm"), which ComPEFT's tuned
+scale comes near to. compose() searches with the same budget and examples in each; the score is on other items. What a
+search finds with few evaluations is partly luck, so a first column has none: the mean loss of six adapters, each on test
+items of its own task.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+import loraweave as lw
+from loraweave.composer.scoring import losses
+from loraweave.demo import DemoTask, fast_dtype, load_task, read_rows
+from loraweave.hub import algebra
+
+ROOT = Path(__file__).resolve().parents[1]
+TASKS = ["pick_verb_5", "negated_passive", "plural_upper"]
+DENSITIES = [0.5, 0.2, 0.1]
+SEEDS = [0, 1]
+OWN = ["antonym", "negation", "passive", "past_tense", "pick_first_5", "plural"]
+NUM_OWN = 16
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="folder with unseen/*.jsonl and MANIFEST.json")] = ROOT / "examples" / "data",
+    pool: Annotated[Path, typer.Option(help="folder of adapter folders")] = ROOT / "examples" / "pool",
+    tasks: Annotated[list[str], typer.Option(help="unseen tasks")] = TASKS,
+    densities: Annotated[list[float], typer.Option(help="shares of the entries that stay")] = DENSITIES,
+    num_test: Annotated[int, typer.Option(help="test items of each task")] = 50,
+    budget: Annotated[int, typer.Option(help="evaluations of each search")] = 40,
+    seeds: Annotated[list[int], typer.Option(help="of the examples and the search; the cells are means")] = SEEDS,
+    threads: Annotated[int, typer.Option(help="of torch")] = 1,
+) -> None:
+    """A table with a row for each way to keep the pool: its bytes, the error, and each task's score and loss."""
+    torch.set_num_threads(threads)
+    model, tokenizer = lw.load_base(dtype=fast_dtype())
+    adapters = [lw.Adapter.from_pretrained(path) for path in sorted(pool.iterdir()) if path.is_dir()]
+    print(
+        "| pool | MB | cosine | own tasks: loss | " + " | ".join(f"{task}: score, loss" for task in tasks) + " | seconds |"
+    )
+    print("|---|---|---|---|" + "---|" * (len(tasks) + 1))
+    for label, kept in pools(adapters, densities):
+        started, cells = time.perf_counter(), []
+        with tempfile.TemporaryDirectory() as folder, lw.Hub(folder) as hub:
+            for adapter in kept:
+                hub.add(adapter, stored_as="factors" if label == "as shipped" else "compeft", anomalies="off")
+            size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.suffix == ".safetensors")
+            for name in tasks:
+                found = [
+                    _composed(model, tokenizer, hub, load_task(data, name, seed, num_test), budget, seed) for seed in seeds
+                ]
+                score, loss = (sum(part[field] for part in found) / len(found) for field in ("value", "loss"))
+                cells.append(f"{score:.0%}, {loss:.2f}")
+        cosine = sum(map(_cosine, adapters, kept)) / len(kept)
+        print(
+            f"| {label} | {size / 1e6:.1f} | {cosine:.2f} | {' | '.join(cells)} | {time.perf_counter() - started:.0f} |",
+            flush=True,
+        )
+
+
+def _composed(model: Any, tokenizer: Any, hub: lw.Hub, unseen: DemoTask, budget: int, seed: int) -> dict[str, float]:
+    composed = lw.compose(model, tokenizer, hub, unseen.task, budget=budget, folds=0, seed=seed, progress=False)
+    return composed.evaluate(unseen.test)
+
+
+def pools(adapters: list[lw.Adapter], densities: list[float]) -> Iterator[tuple[str, list[lw.Adapter]]]:
+    yield "as shipped", adapters
+    for density in densities:
+        nearest = [lw.compeft(adapter, density=density, scale="least_squares") for adapter in adapters]
+        yield f"{density:g}, nearest", nearest
+        yield f"{density:g}, norm", [_with_norm(adapter, density) for adapter in adapters]
+
+
+def own_loss(model: Any, tokenizer: Any, adapters: list[lw.Adapter], data: Path) -> float:
+    """The mean over the adapters of OWN of the loss on their own task's first test items."""
+    engine, found = lw.Composer(model, [adapter for adapter in adapters if adapter.name in OWN]), []
+    for name in engine.pool.names:
+        rows = read_rows(data / "pool" / f"{name}.jsonl")
+        pairs = [(row["input"], row["target"]) for row in rows if row["split"] == "test"][:NUM_OWN]
+        with engine.activate({name: 1.0}):
+            found += losses(model, tokenizer, lw.Task(pairs, instruction=rows[0]["definition"]), pairs)
+    return sum(found) / len(found)
+
+
+def _with_norm(adapter: lw.Adapter, density: float) -> lw.Adapter:
+    """Ternary, with the Frobenius norm of the update as it was; the scale is in a and in b."""
+    ratio = _norm(adapter) / _norm(lw.compeft(adapter, density=density))
+    return lw.compeft(adapter, density=density, scale=math.sqrt(ratio))
+
+
+def _norm(adapter: lw.Adapter) -> float:
+    return math.sqrt(sum(algebra.inner(factors, factors) for factors in adapter.layers.values()))
+
+
+def _cosine(left: lw.Adapter, right: lw.Adapter) -> float:
+    inner = sum(algebra.inner(left.layers[layer], right.layers[layer]) for layer in left.layers)
+    return inner / (_norm(left) * _norm(right))
+
+
+if __name__ == "__main__":
+    typer.run(main)
