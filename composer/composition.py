@@ -203,7 +203,7 @@ class Composition:
             if recipe["format"] != FORMAT:
                 raise CompositionError(f"{path} has format {recipe['format']}, but this version reads {FORMAT}")
             task = Task([(text, target) for text, target in recipe["task"].pop("examples")], **recipe["task"])
-            rows = tuple(ReportRow(**row) for row in recipe["report"].pop("rows"))
+            rows = tuple(ReportRow(**{**row, "losses": tuple(row["losses"])}) for row in recipe["report"].pop("rows"))
             report = Report(rows, **{**recipe["report"], "candidates": tuple(map(tuple, recipe["report"]["candidates"]))})
             base = Fingerprint.from_json(recipe["fingerprint"])
         except (ValueError, KeyError, TypeError) as error:

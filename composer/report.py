@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+
+from loraweave.errors import CompositionError, PackageMissing
 
 
 @dataclass(frozen=True)
@@ -17,7 +22,8 @@ class ReportRow:
     all examples after choosing on all, None for a way that lost a race and was not run on all; `held_out_hits` is the share
     of held-out examples that greedy decoding would write. Both held-out figures are None for what was made of a composition
     afterwards. `weights` are means over the layers where `by_layer` is given.
-    `num_trained` counts the scalars that were chosen, `failed` the candidates that could not be scored.
+    `num_trained` counts the scalars that were chosen, `losses` are those of a search's candidates, terms for the weights
+    included, and None for the `failed` ones that could not be scored.
     """
 
     name: str
@@ -30,6 +36,7 @@ class ReportRow:
     by_layer: Mapping[str, Mapping[str, float]] | None = None
     num_trained: int = 0
     failed: int = 0
+    losses: tuple[float | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,35 @@ class Report:
             style = "bold" if row.name == self.chosen else ""
             table.add_row(row.name, *figures, *spent, style=style)
         return table
+
+    def plot(self, path: str | Path) -> Path:
+        """Draws the lowest loss so far of every search that was run on all examples; the suffix names the format.
+
+        Raises PackageMissing without matplotlib, CompositionError where nothing was searched.
+        """
+        searched = [row for row in self.rows if row.losses]
+        if not searched:
+            raise CompositionError("nothing was searched, so there is no curve to draw: the ways compared are in table()")
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise PackageMissing(
+                "the curves of searches are drawn with matplotlib: pip install 'loraweave[plot]'"
+            ) from error
+        figure = Figure(figsize=(6.0, 3.5), layout="constrained")
+        axes = figure.subplots()
+        for row in searched:
+            losses = [math.inf if loss is None else loss for loss in row.losses]
+            axes.step(range(1, len(losses) + 1), list(accumulate(losses, min)), where="post", label=row.name)
+        for row in self.rows:
+            if row.name in ("base", "best_single") and row.loss is not None:
+                axes.axhline(row.loss, linestyle=":", color="#999999")
+                axes.annotate(row.name, (1, row.loss), color="#666666", fontsize="small")
+        axes.set_xlabel("candidates")
+        axes.set_ylabel("loss on the examples")
+        axes.legend(frameon=False)
+        figure.savefig(path)
+        return Path(path)
 
 
 def _cell(value: float | None, form: str) -> str:

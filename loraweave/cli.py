@@ -149,6 +149,13 @@ def compose(
     checkpoint: Annotated[
         Path | None, typer.Option(metavar="FOLDER", file_okay=False, help="Keep the search here, to go on if interrupted.")
     ] = None,
+    prune: Annotated[
+        float | None, typer.Option(min=0.0, metavar="NATS", help="Then leave adapters out while the loss rises by less.")
+    ] = None,
+    tune: Annotated[
+        int | None, typer.Option(min=1, metavar="STEPS", help="Then train the merge on, on the examples.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Then cut every layer to this rank.")] = None,
     seed: SeedOption = 0,
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the composition goes.")] = None,
     as_json: JsonOption = False,
@@ -181,6 +188,13 @@ def compose(
         progress=sys.stderr.isatty(),
         **options,
     )
+    shown = sys.stderr.isatty()
+    if prune is not None and not composed.is_base:
+        composed = composed.prune(prune, progress=shown)
+    if tune is not None:
+        composed = composed.tune(tune, progress=shown)
+    if rank is not None and not composed.is_base:
+        composed = composed.cut(rank)
     if out is not None:
         composed.save_pretrained(out)
     if as_json:

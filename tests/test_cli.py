@@ -329,6 +329,19 @@ def test_a_composition_is_made_scored_and_exported(two, base, rows):
     )
 
 
+def test_a_composition_is_pruned_tuned_and_cut_on_the_way(two, base, rows):
+    words = ["--base", base, "--pool", two, "--examples", rows, "--out", "c", "--method", "manual"]
+    made = call(
+        "compose", *words, "--weight", "left=1", "--weight", "right=1", "--prune", "100", "--tune", "2", "--rank", "1"
+    )
+    assert made.exit_code == 0, made.stderr
+    assert "rank" in made.stdout
+    model, tokenizer = lw.load_base(str(base))
+    kept = lw.Composition.from_pretrained("c", model, tokenizer)
+    assert [row.name for row in kept.report.rows][-3:] == ["pruned", "tuned", "cut"]
+    assert (len(kept.weights), kept.adapter.rank, kept.tuned_steps) == (1, 1, 2)
+
+
 def test_export_gives_the_weighted_sum_as_a_peft_folder(two, base, rows):
     words = ["--base", base, "--pool", two, "--examples", rows, "--out", "c", "--method", "manual"]
     made = call("compose", *words, "--weight", "left=0.25", "--weight", "right=-1")

@@ -18,8 +18,9 @@ from loraweave.routers.mixture import MixtureWeights
 class Choice:
     """A mixture over the experts of `engine`, and what `merge_method` makes of its weights.
 
-    `known` is (loss_N, hit_N) on all examples where they have been measured already. `adapter` is what a mixture was trained
-    on to for `tuned_steps`: the engine then has it as an expert, of weight 1, and `origin` is the choice that it began as.
+    `losses` are those of the search's candidates in their order. `known` is (loss_N, hit_N) on all examples where they have
+    been measured already. `adapter` is what a mixture was trained on to for `tuned_steps`: the engine then has it as an
+    expert, of weight 1, and `origin` is the choice that it began as.
     """
 
     engine: Composer
@@ -27,6 +28,7 @@ class Choice:
     merge_method: str = "linear"
     num_trained: int = 0
     failed: int = 0
+    losses: tuple[float, ...] = ()
     known: tuple[np.ndarray, np.ndarray] | None = None
     adapter: Adapter | None = None
     origin: Choice | None = None

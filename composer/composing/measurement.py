@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -54,6 +55,7 @@ class Trial:
             by_layer=by_layer,
             num_trained=0 if choice is None else choice.num_trained,
             failed=0 if choice is None else choice.failed,
+            losses=() if choice is None else tuple(loss if math.isfinite(loss) else None for loss in choice.losses),
         )
 
 

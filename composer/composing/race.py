@@ -33,10 +33,12 @@ class Entry:
 
 
 def entries(racers: Sequence[str], budget: int | None, seconds: float | None, num_folds: int) -> list[Entry]:
-    """Those of `racers` that the budget admits, the first in any case; equal shares of seconds.
+    """Those of `racers` that the budget admits, the first in any case; equal shares of seconds. None of none.
 
     Raises WeightingError for a budget that is not enough for the first.
     """
+    if not racers:
+        return []
     if budget is None:
         share_s = None if seconds is None else seconds / (len(racers) + 1)
         return [Entry(method, None, share_s) for method in racers]
@@ -52,7 +54,7 @@ def entries(racers: Sequence[str], budget: int | None, seconds: float | None, nu
 
 def tuned_steps(entered: Sequence[Entry], budget: int | None, num_folds: int) -> int:
     """How many steps of training may follow the first racer, with what the racers leave of the budget."""
-    if budget is None or not num_folds:
+    if budget is None or not num_folds or not entered:
         return 0
     each = entered[0].budget or 0
     left = budget - each - len(entered) * each * (num_folds - 1)

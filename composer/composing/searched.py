@@ -70,7 +70,12 @@ class Searched:
     def _choice(self, search: _Search) -> Choice:
         result = search.result()
         return Choice(
-            self._objective.engine, result.mixture, self._objective.merge_method, result.num_trained, result.failed
+            self._objective.engine,
+            result.mixture,
+            self._objective.merge_method,
+            result.num_trained,
+            result.failed,
+            result.losses,
         )
 
 

@@ -21,14 +21,16 @@ from loraweave.composer.make_objective import make_objective
 from loraweave.composer.penalty import Penalty
 from loraweave.composer.refine.tune import Tuning
 from loraweave.composer.user_loss import UserLoss
-from loraweave.errors import UnknownName
+from loraweave.errors import UnknownName, WeightingError
 from loraweave.routers.mixture import MixtureWeights
 from loraweave.routers.search.solver import Solver
+from loraweave.routers.similarity import Similarity
 from loraweave.types import Task
 
 Start = Mapping[str, float] | MixtureWeights | None
-# where a search can begin, by name: how many of the best adapters share the weight 1; none, and all alike
-STARTS = {"best_single": 1, "best_three": 3, "base": 0, "uniform": 0}
+# how many of the best adapters share the weight 1 at a start of that name; what else a search can begin at
+BEST = {"best_single": 1, "best_three": 3}
+STARTS = (*BEST, "base", "uniform", "retrieval")
 
 
 class Ways:
@@ -74,6 +76,8 @@ class Ways:
 
     def race(self, measure: Measurement, plain: Sequence[Trial]) -> list[Trial]:
         """The plain trials, and those of the searches that race, of which only the best one is run on all examples."""
+        if not self._entries:
+            return list(plain)
         if not self._settings.folds:
             return [*plain, *(measure.trial(self._searched(entry)) for entry in self._entries)]
         raced = [measure.held_out(self._searched(entry)) for entry in self._entries]
@@ -85,15 +89,22 @@ class Ways:
     def _entered(self, num_folds: int) -> list[Entry]:
         """The searches that will run. Raises what their settings raise, before the first forward pass."""
         settings = self._settings
+        alone = len(self._names) == 1
+        if alone and settings.learns and settings.method not in ("auto", "grid"):
+            raise WeightingError(
+                f"method {settings.method!r} weighs adapters against each other, but there is only {self._names[0]!r}: "
+                "take it as it is (method='best_single'), let method='grid' find its strength, or give more adapters"
+            )
         if settings.method == "auto":
-            racers = [method for method in RACERS if self._can_run(method)]
+            # of one adapter there is only with and without
+            racers = [] if alone else [method for method in RACERS if self._can_run(method)]
             entered = entries(racers, settings.budget, settings.seconds, num_folds)
         elif settings.method in OTHER_WAYS:
             return []
         else:
             entered = [Entry(settings.method, settings.budget, settings.seconds, settings.options)]
         for entry in entered:
-            _check_start(entry)
+            _check_start(entry, bool(self._scores))
             self._solvers[entry.method] = self._solver(entry, _given_start(entry))
         return entered
 
@@ -141,7 +152,9 @@ class Ways:
             return given
         if given == "uniform":
             return dict.fromkeys(self._names, 1 / len(self._names))
-        return {} if given == "base" else self._singles.best(part.seen, STARTS[given])
+        if given == "retrieval":
+            return Similarity(self._names, scores=self._scores).ask()[0]
+        return {} if given == "base" else self._singles.best(part.seen, BEST[given])
 
     def _inputs(self, entry: Entry) -> Sequence[str] | None:
         """The inputs of an objective that looks at no targets; by default those of the examples."""
@@ -198,9 +211,11 @@ def _given_start(entry: Entry) -> Start:
     return None if isinstance(given, str) else given
 
 
-def _check_start(entry: Entry) -> None:
+def _check_start(entry: Entry, retrieved: bool) -> None:
     given = entry.options.get("start")
     if isinstance(given, str) and given not in STARTS:
         close = difflib.get_close_matches(given, STARTS, n=1)
         hint = f", did you mean {close[0]!r}?" if close else ""
         raise UnknownName(f"no start {given!r} of a search{hint}; there are {', '.join(STARTS)}, or give weights")
+    if given == "retrieval" and not retrieved:
+        raise WeightingError("start='retrieval' takes the softmax of retrieval scores, so it needs a hub, not a pool")

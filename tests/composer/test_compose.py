@@ -346,3 +346,31 @@ def test_the_report_prints_as_a_table_and_is_json(tiny_llama, tokenizer, pool, t
     report = compose(tiny_llama, tokenizer, pool, task).report
     assert json.loads(json.dumps(report.to_json()))["chosen"] == report.chosen
     assert report.table().row_count == 4
+
+
+def test_the_curve_of_a_search_is_in_its_report_and_is_drawn(tiny_llama, tokenizer, pool, task, tmp_path):
+    pytest.importorskip("matplotlib")
+    composition = compose(tiny_llama, tokenizer, pool, task, folds=0)
+    row = composition.report["lorahub"]
+    assert len(row.losses) == row.evaluations == 12
+    assert min(row.losses) == pytest.approx(row.loss + 0.05 * sum(map(abs, row.weights.values())) / 3, abs=1e-3)
+    assert composition.report.plot(tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    again = lw.Composition.from_pretrained(composition.save_pretrained(tmp_path / "kept"), tiny_llama, tokenizer)
+    assert again.report == composition.report
+    with pytest.raises(CompositionError, match="nothing was searched"):
+        compose(tiny_llama, tokenizer, pool, task, method="uniform").report.plot(tmp_path / "none.png")
+
+
+def test_a_search_begins_where_retrieval_points(tiny_llama, tokenizer, pool, task, tmp_path, monkeypatch):
+    get = registry.get
+    monkeypatch.setattr(registry, "get", lambda folder, name: LetterEmbedder if folder == "embedders" else get(folder, name))
+    with lw.Hub(tmp_path / "hub") as hub:
+        for (name, adapter), example in zip(pool.adapters.items(), ("aaa", "bbb", "ab"), strict=True):
+            hub.add(dataclasses.replace(adapter, name=name, base_model=tiny_llama.name_or_path), examples=[example])
+        composition = compose(tiny_llama, tokenizer, hub, task, method="random", start="retrieval", folds=0, budget=1)
+    scores = dict(composition.report.candidates)
+    powers = {name: math.exp(score / 0.1) for name, score in scores.items()}
+    expected = {name: power / sum(powers.values()) for name, power in powers.items()}
+    assert composition.report["random"].weights == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(WeightingError, match="needs a hub"):
+        compose(tiny_llama, tokenizer, pool, task, start="retrieval")

@@ -135,3 +135,12 @@ def test_entropy_looks_at_inputs_and_never_at_targets(tiny_llama, tokenizer, poo
     ]
     first, second = (composition.report["adamerging"].by_layer for composition in found)
     assert first == second
+
+
+def test_one_adapter_alone_is_not_searched_but_its_strength_is(tiny_llama, tokenizer, pool):
+    one = pool.subset(["a"])
+    with pytest.raises(WeightingError, match="'lorahub' weighs adapters against each other, but there is only 'a'"):
+        compose(tiny_llama, tokenizer, one, method="lorahub")
+    found = compose(tiny_llama, tokenizer, one, method="grid", folds=0).report["grid"].weights
+    assert set(found) <= {"a"}
+    assert [row.name for row in compose(tiny_llama, tokenizer, one).report.rows] == ["base", "best_single", "uniform"]
