@@ -64,7 +64,7 @@ def factor_sums(engine: Composer, mixtures: Sequence[MixtureWeights]) -> Compose
 
 def _sums(w_CP: Tensor, parts: Sequence[Tensor]) -> Tensor:
     """sum over p of w_cp part_p, for each c."""
-    return (w_CP @ torch.stack(list(parts)).flatten(1)).view(len(w_CP), *parts[0].shape)
+    return (w_CP @ torch.stack(list(parts)).float().flatten(1)).view(len(w_CP), *parts[0].shape)
 
 
 def _biases(w_CP: Tensor, factors: Sequence[Factors]) -> Tensor | None:

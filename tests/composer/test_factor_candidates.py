@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -103,3 +104,21 @@ def test_a_mixture_that_leaves_out_what_does_not_fit_is_scored_all_the_same(tiny
     assert alone == pytest.approx(only_a(mixtures([[0.5]], "a"))[0], rel=1e-5)
     assert both != both
     assert objective.failures.first.startswith("LayerMismatch: ")
+
+
+def test_factors_in_bf16_are_summed_as_the_same_numbers_in_fp32(tiny_llama, make_adapter, tokenizer):
+    def rounded(adapter, dtype):
+        layers = {
+            layer: replace(each, a_RI=each.a_RI.bfloat16().to(dtype), b_OR=each.b_OR.bfloat16().to(dtype))
+            for layer, each in adapter.layers.items()
+        }
+        return replace(adapter, layers=layers)
+
+    adapters = [make_adapter(tiny_llama, name, seed=seed) for seed, name in enumerate("abc")]
+    half, exact = (
+        ExampleLoss(
+            lw.Composer(tiny_llama, [rounded(each, dtype) for each in adapters]), tokenizer, TASK, merge_method="factor_sum"
+        )
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert half(mixtures()) == exact(mixtures())
