@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -70,6 +71,11 @@ class EncodedExamples:
     def prepare(self) -> None:
         """Finds out how rows are to be run; to be called where no mixture is active."""
         _ = self._shares
+
+    def digest(self, examples: Sequence[int]) -> str:
+        """A hash of the tokens of these examples, and of which of their texts is right."""
+        rows = [(row.prompt, row.target) for row in self._rows_of(examples)]
+        return hashlib.sha256(repr((rows, self.right_N[list(examples)].tolist())).encode()).hexdigest()
 
     def has_trees(self, examples: tuple[int, ...]) -> bool:
         """Whether a job's rows are run as trees."""

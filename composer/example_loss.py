@@ -13,6 +13,7 @@ from torch import Tensor
 
 from loraweave.composer.active_candidate import active_candidate
 from loraweave.composer.composer import Composer
+from loraweave.composer.described_mixtures import described_mixtures
 from loraweave.composer.encoded_examples import EncodedExamples
 from loraweave.composer.factor_candidates import MAX_CANDIDATES, can_be_factor_sums, factor_sums
 from loraweave.composer.failures import Failures
@@ -65,6 +66,14 @@ class ExampleLoss:
         self.failures = Failures()
         self.kind: Kind = get("objectives", kind)(task)
         self.encoded = EncodedExamples(engine.model, tokenizer, task, self.kind)
+
+    def describe(self) -> dict[str, Any]:
+        """What the losses depend on: the kind and its terms, the tokens, the experts and the base model."""
+        return {
+            "kind": type(self.kind).__name__,
+            "tokens": self.encoded.digest(self.only),
+            **described_mixtures(self.engine, self.merge_method, self.penalty),
+        }
 
     @property
     def differentiable(self) -> bool:

@@ -11,6 +11,7 @@ import torch
 
 from loraweave.composer.active_candidate import active_candidate
 from loraweave.composer.composer import Composer
+from loraweave.composer.described_mixtures import described_mixtures
 from loraweave.composer.failures import Failures
 from loraweave.composer.penalty import LORAHUB_L1, Penalty
 from loraweave.composer.untouched import untouched
@@ -49,6 +50,16 @@ class UserLoss:
         self.penalty = Penalty(l1, l2, sparsity)
         self.only = tuple(range(len(task.examples)) if only is None else only)
         self.failures = Failures()
+
+    def describe(self) -> dict[str, Any]:
+        """What the losses depend on; of the function itself the name alone."""
+        name = getattr(self.function, "__qualname__", type(self.function).__name__)
+        return {
+            "function": name,
+            "instruction": self.task.instruction,
+            "examples": [list(self.task.examples[index]) for index in self.only],
+            **described_mixtures(self.engine, self.merge_method, self.penalty),
+        }
 
     def view(self, only: Sequence[int], *, penalised: bool = True) -> Self:
         """The same objective on these examples, by their index among all of the task's; without terms unless `penalised`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -18,6 +18,12 @@ class Objective(Protocol):
     """
 
     def __call__(self, candidates: Sequence[MixtureWeights]) -> Sequence[float]: ...
+
+
+def described(objective: Objective) -> dict[str, Any]:
+    """What an objective with `describe()` says that its losses depend on, for JSON; nothing of any other."""
+    describe = getattr(objective, "describe", None)
+    return {} if describe is None else {"objective": describe()}
 
 
 class DifferentiableObjective(Objective, Protocol):

@@ -13,6 +13,7 @@ from loraweave.composer.example_loss import ExampleLoss
 from loraweave.composer.lockstep import together, together_with_gradients
 from loraweave.composer.user_loss import UserLoss
 from loraweave.errors import SearchFailed
+from loraweave.routers.objective import described
 from loraweave.routers.search.result import SearchResult
 from loraweave.routers.search.solver import Solver
 from loraweave.routers.search.told import Told
@@ -86,8 +87,9 @@ class _Search:
         self.solver = solver
         self.objective = objective
         self._log = log
+        self._kept = {} if log is None else {**solver.settings(), **described(objective)}
         if log is not None:
-            solver.replay(Told.read(log, solver.settings()))
+            solver.replay(Told.read(log, self._kept))
 
     def tell(self, losses: Sequence[float], gradients: Sequence[Tensor]) -> None:
         """Also writes the checkpoint. SearchFailed, with why the first candidate could not be scored, when none can be."""
@@ -96,7 +98,7 @@ class _Search:
         except SearchFailed as error:
             raise self._explained(error) from error
         if self._log is not None:
-            self.solver.keep(self._log)
+            self.solver.keep(self._log, self._kept)
 
     def result(self) -> SearchResult:
         """The best candidate; SearchFailed as above."""

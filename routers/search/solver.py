@@ -18,7 +18,7 @@ from torch import Tensor
 
 from loraweave.errors import SearchFailed, WeightingError
 from loraweave.routers.mixture import MixtureWeights
-from loraweave.routers.objective import DifferentiableObjective, Objective
+from loraweave.routers.objective import DifferentiableObjective, Objective, described
 from loraweave.routers.search.result import SearchResult
 from loraweave.routers.search.space import Space
 from loraweave.routers.search.told import Told
@@ -177,18 +177,20 @@ class Solver(ABC):
         """Runs the search to its end and returns the best candidate.
 
         With `checkpoint`, a JSON file, all that is told is kept; the same search resumed from it asks for the same
-        candidates and comes to the same result. `on_progress` is called with the number of evaluations just made;
+        candidates and comes to the same result. A file of other settings is refused, and so is one of another objective
+        where that has `describe()`. `on_progress` is called with the number of evaluations just made;
         `progress` shows a bar with the lowest loss so far.
         """
         path = None if checkpoint is None else Path(checkpoint)
+        kept = {} if path is None else {**self.settings(), **described(objective)}
         if path is not None:
-            self.replay(Told.read(path, self.settings()))
+            self.replay(Told.read(path, kept))
         with _progress(progress) as bar:
             shown = bar.add_task(type(self).__name__.lower(), total=self.budget, completed=self.spent, best="")
             while not self.stop() and (candidates := self.ask()):
                 self.tell(*self._evaluated(objective, candidates))
                 if path is not None:
-                    self.keep(path)
+                    self.keep(path, kept)
                 made = self.cost * len(candidates)
                 if on_progress:
                     on_progress(made)
@@ -205,10 +207,10 @@ class Solver(ABC):
             self._take(told.losses[position : position + size], gradients)
             position += size
 
-    def keep(self, path: Path) -> None:
-        """Writes all that was told so far to a checkpoint."""
+    def keep(self, path: Path, settings: Mapping[str, Any]) -> None:
+        """Writes all that was told so far to a checkpoint of these settings."""
         self._told.seconds = self._elapsed()
-        self._told.write(path, self.settings())
+        self._told.write(path, settings)
 
     def settings(self) -> dict[str, Any]:
         """What determines the candidates, besides the losses; a checkpoint of other settings is refused."""

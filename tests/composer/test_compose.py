@@ -207,6 +207,23 @@ def test_an_interrupted_compose_resumes_to_the_same_weights(tiny_llama, tokenize
     assert resumed.report["lorahub"].held_out_loss == whole.report["lorahub"].held_out_loss
 
 
+@pytest.mark.parametrize("changed", ["task", "objective", "l2", "adapter", "base"])
+def test_the_checkpoint_of_another_objective_is_refused(tiny_llama, tokenizer, pool, task, tmp_path, changed):
+    random = {"method": "random", "start": "base", "checkpoint": tmp_path}
+    compose(tiny_llama, tokenizer, pool, task, **random)
+    if changed == "task":
+        task = lw.Task([*EXAMPLES[1:], ("a", "aa")], instruction="swap")
+    if changed == "adapter":
+        first, second, *rest = pool.adapters.values()
+        pool = lw.ExpertPool({"a": second, "b": first, "c": rest[0]})
+    if changed == "base":
+        with torch.no_grad():
+            tiny_llama.lm_head.weight.mul_(0.5)
+    options = {"objective": {"objective": "exact_match"}, "l2": {"l2": 0.1}}.get(changed, {})
+    with pytest.raises(WeightingError, match="belongs to a search with other settings"):
+        compose(tiny_llama, tokenizer, pool, task, **random, **options)
+
+
 def test_manual_weights_are_taken_as_given(tiny_llama, tokenizer, pool, task):
     composition = compose(tiny_llama, tokenizer, pool, task, method="manual", weights={"c": -0.25, "a": 1.5})
     assert composition.weights == {"c": -0.25, "a": 1.5}
