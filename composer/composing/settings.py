@@ -45,6 +45,13 @@ class Settings:
         return solver_class(self.method).learns
 
     @property
+    def _loss(self) -> str | Callable[[Any, Examples], float] | None:
+        """What the search minimises; None where nothing is searched."""
+        if not self.learns:
+            return None
+        return self.objective or ("cross_entropy" if self.method == "auto" else solver_class(self.method).loss)
+
+    @property
     def merge_method(self) -> str | None:
         """What the search's weights mean; None for what the search itself says."""
         return None if self.space is None else SPACES[self.space]
@@ -63,6 +70,12 @@ class Settings:
                 raise WeightingError(f"{name} is {value!r}; it must be a whole number of at least {least}")
         if not task.examples:
             raise InvalidTask("the task has no examples; give at least two (input, target) pairs")
+        if self.inputs is not None and self._loss != "entropy":
+            given = "a function" if callable(self._loss) else repr(self._loss)
+            raise InvalidTask(
+                f"inputs without targets are for objective 'entropy', but method {self.method!r} has {given}: pass "
+                "objective='entropy', or leave inputs out"
+            )
         if (self.method == "manual") != (self.weights is not None):
             raise WeightingError("method 'manual' takes weights={name: weight}, and no other method does")
         if self.learns and self.folds and len(task.examples) < 2:

@@ -102,11 +102,22 @@ class Ways:
         elif settings.method in OTHER_WAYS:
             return []
         else:
+            self._require_gradients(settings.method)
             entered = [Entry(settings.method, settings.budget, settings.seconds, settings.options)]
         for entry in entered:
             _check_start(entry, bool(self._scores))
             self._solvers[entry.method] = self._solver(entry, _given_start(entry))
         return entered
+
+    def _require_gradients(self, method: str) -> None:
+        settings = self._settings
+        if not self._can_run(method):
+            given = "a function" if callable(settings.objective) else repr(settings.objective or "cross_entropy")
+            where = "" if settings.space is None else f" in space {settings.space!r}"
+            raise WeightingError(
+                f"method {method!r} follows the gradients of its objective, but there are no gradients of {given}{where}: "
+                "take 'cross_entropy', 'labels' or 'entropy' in space 'deltas', or a method that needs none, as 'lorahub'"
+            )
 
     def _can_run(self, method: str) -> bool:
         """Whether the objective gives the search the gradients that it needs."""

@@ -224,6 +224,23 @@ def test_the_checkpoint_of_another_objective_is_refused(tiny_llama, tokenizer, p
         compose(tiny_llama, tokenizer, pool, task, **random, **options)
 
 
+@pytest.mark.parametrize(
+    "options", [{"objective": lambda model, examples: 1.0}, {"objective": "exact_match"}, {"space": "factors"}]
+)
+def test_a_search_by_gradients_of_an_objective_without_them_is_refused_before_anything_runs(
+    tiny_llama, tokenizer, pool, task, options, monkeypatch
+):
+    monkeypatch.setattr(tiny_llama, "forward", None)
+    with pytest.raises(WeightingError, match="there are no gradients of"):
+        compose(tiny_llama, tokenizer, pool, task, method="gradient", **options)
+
+
+@pytest.mark.parametrize("method", ["lorahub", "auto", "best_single", "uniform"])
+def test_inputs_without_targets_are_refused_where_nothing_looks_at_them(tiny_llama, tokenizer, pool, task, method):
+    with pytest.raises(InvalidTask, match="objective 'entropy'"):
+        compose(tiny_llama, tokenizer, pool, task, method=method, inputs=["a"])
+
+
 def test_manual_weights_are_taken_as_given(tiny_llama, tokenizer, pool, task):
     composition = compose(tiny_llama, tokenizer, pool, task, method="manual", weights={"c": -0.25, "a": 1.5})
     assert composition.weights == {"c": -0.25, "a": 1.5}
