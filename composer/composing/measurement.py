@@ -15,6 +15,7 @@ from loraweave.composer.composing.choice import Choice, Way
 from loraweave.composer.composing.parts import Part, whole
 from loraweave.composer.example_loss import ExampleLoss
 from loraweave.composer.report import ReportRow
+from loraweave.routers.mixture import MixtureWeights
 from loraweave.types import Task
 
 
@@ -42,11 +43,10 @@ class Trial:
         """The way's row of a report. Its weights are those that a training began as, where it went on from there."""
         choice = self.choice
         origin = choice if choice is None or choice.origin is None else choice.origin
-        means = {} if origin is None else origin.mixture.means()
         by_layer = origin.mixture.by_layer() if origin is not None and origin.mixture.layers else None
         return ReportRow(
             name=self.name,
-            weights={name: weight for name, weight in means.items() if weight},
+            weights={} if origin is None else _used_means(origin.mixture),
             loss=None if self.losses_N is None else float(self.losses_N.mean()),
             held_out_loss=self.held_out_loss,
             held_out_hits=float(self.held_hits_N.mean()),
@@ -132,3 +132,9 @@ class Measurement:
                 choice.engine, self._tokenizer, self._task, merge_method=choice.merge_method, l1=0.0
             )
         return self._losses[key]
+
+
+def _used_means(mixture: MixtureWeights) -> dict[str, float]:
+    """{name: mean weight} of the experts that have a weight in some layer, also where these cancel out."""
+    used_E = mixture.values_BTLE.flatten(0, 2).any(dim=0).tolist()
+    return {name: mean for (name, mean), used in zip(mixture.means().items(), used_E, strict=True) if used}

@@ -241,6 +241,16 @@ def test_inputs_without_targets_are_refused_where_nothing_looks_at_them(tiny_lla
         compose(tiny_llama, tokenizer, pool, task, method=method, inputs=["a"])
 
 
+def test_an_expert_whose_weights_by_layer_cancel_out_is_still_part_of_the_composition(tiny_llama, tokenizer, pool, task):
+    first, second, *_ = lw.Composer(tiny_llama, pool).target_layers
+    start = lw.MixtureWeights.of_layers({first: {"c": 0.5, "a": 0.2}, second: {"c": -0.5}}, pool.names)
+    groups = {"first": [first], "second": [second]}
+    found = compose(tiny_llama, tokenizer, pool, task, method="random", budget=1, folds=0, start=start, groups=groups)
+    assert found.mean_weights == pytest.approx({"a": 0.1, "c": 0.0})
+    assert found.report["random"].loss == pytest.approx(np.mean(found.losses()), rel=1e-4)
+    assert list(found.leave_one_out()) == ["a", "c"]
+
+
 def test_manual_weights_are_taken_as_given(tiny_llama, tokenizer, pool, task):
     composition = compose(tiny_llama, tokenizer, pool, task, method="manual", weights={"c": -0.25, "a": 1.5})
     assert composition.weights == {"c": -0.25, "a": 1.5}
