@@ -54,7 +54,9 @@ class Report:
         return next(row for row in self.rows if row.name == name)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """All of it; a loss that is not finite, which JSON has no number for, is None."""
+        rows = [_finite(asdict(row)) for row in self.rows]
+        return {**asdict(self), "rows": rows}
 
     def table(self) -> Table:
         """The rows as a table; the chosen one is marked."""
@@ -96,6 +98,10 @@ class Report:
         axes.legend(frameon=False)
         figure.savefig(path)
         return Path(path)
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
 
 
 def _cell(value: float | None, form: str) -> str:

@@ -37,7 +37,9 @@ class Trial:
 
     @property
     def held_out_loss(self) -> float:
-        return float(self.held_losses_N.mean())
+        """Infinite where it is no number, so that nothing is worse."""
+        loss = float(self.held_losses_N.mean())
+        return loss if math.isfinite(loss) else math.inf
 
     def row(self) -> ReportRow:
         """The way's row of a report. Its weights are those that a training began as, where it went on from there."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 
 import numpy as np
@@ -249,6 +250,19 @@ def test_an_expert_whose_weights_by_layer_cancel_out_is_still_part_of_the_compos
     assert found.mean_weights == pytest.approx({"a": 0.1, "c": 0.0})
     assert found.report["random"].loss == pytest.approx(np.mean(found.losses()), rel=1e-4)
     assert list(found.leave_one_out()) == ["a", "c"]
+
+
+def test_a_composition_whose_held_out_loss_is_no_number_gives_way_to_the_base(
+    tiny_llama, tokenizer, pool, task, make_adapter
+):
+    huge = make_adapter(tiny_llama, "huge", targets=("lm_head",))
+    layers = {name: dataclasses.replace(each, b_OR=each.b_OR.sign() * 3e38) for name, each in huge.layers.items()}
+    spoilt = lw.ExpertPool([*pool.adapters.values(), dataclasses.replace(huge, layers=layers)])
+    options = {"method": "random", "budget": 1, "start": {"huge": 1.0}, "objective": lambda model, examples: 0.0}
+    found = compose(tiny_llama, tokenizer, spoilt, task, **options)
+    assert not math.isfinite(found.report["random"].held_out_loss)
+    assert found.report.chosen in ("base", "best_single")
+    assert json.loads(json.dumps(found.report.to_json(), allow_nan=False))["rows"][3]["held_out_loss"] is None
 
 
 def test_manual_weights_are_taken_as_given(tiny_llama, tokenizer, pool, task):
