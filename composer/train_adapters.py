@@ -109,7 +109,7 @@ def _train_apart(
 ) -> dict[str, Adapter]:
     """Each task as if it were alone, in groups of similar length."""
     model, recipe = training.model, training.recipe
-    keys = {name: _job_key(recipe, name, task, base.shapes, begins.get(name)) for name, task in tasks.items()}
+    keys = {name: _job_key(recipe, name, task, base, begins.get(name)) for name, task in tasks.items()}
     finished: dict[str, Adapter] = {}
     for name in tasks:
         if folder is not None and (adapter := load_adapter(folder, keys[name])):
@@ -163,9 +163,9 @@ def _card(recipe: Recipe, start: Adapter | None) -> dict[str, Any]:
     return card if start is None else {**card, "start": {"hash": start.hash, "name": start.name}}
 
 
-def _job_key(recipe: Recipe, name: str, task: Task, base: str, start: Adapter | None) -> str:
+def _job_key(recipe: Recipe, name: str, task: Task, base: Fingerprint, start: Adapter | None) -> str:
     begin = None if start is None else start.hash
-    parts = [asdict(recipe), name, task.examples, task.instruction, task.template, base, begin]
+    parts = [asdict(recipe), name, task.examples, task.instruction, task.template, base.to_json(), begin]
     content = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 

@@ -115,7 +115,7 @@ class Course:
         """A hash of all that an update which is known after `name` depends on."""
         until = [[task, *asdict(self.tasks[task]).values()] for task in self._until(name)]
         settings = sorted((key, repr(value)) for key, value in self.settings.items())
-        content = json.dumps([self._recipe, settings, until, len(self.tasks), self.base.shapes, kind], sort_keys=True)
+        content = json.dumps([self._recipe, settings, until, len(self.tasks), self.base.to_json(), kind], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:32]
 
     def _ordered(self, adapter: Adapter) -> Adapter:

@@ -141,6 +141,16 @@ def test_interrupted_training_resumes_to_the_same_bits(tiny_llama, tokenizer, tm
     assert {name: adapter.hash for name, adapter in resumed.items()} == {n: a.hash for n, a in whole.items()}
 
 
+@pytest.mark.parametrize("continual", [None, "sequential"])
+def test_the_checkpoint_of_another_base_of_the_same_shapes_is_not_used(tiny_llama, tokenizer, tmp_path, continual):
+    train(tiny_llama, tokenizer, continual=continual, checkpoint=tmp_path)
+    with torch.no_grad():
+        tiny_llama.model.layers[0].self_attn.q_proj.weight.neg_()
+    again = train(tiny_llama, tokenizer, continual=continual, checkpoint=tmp_path)
+    fresh = train(tiny_llama, tokenizer, continual=continual)
+    assert {n: a.hash for n, a in again.items()} == {n: a.hash for n, a in fresh.items()}
+
+
 def test_a_damaged_checkpoint_is_said_and_its_jobs_start_again(tiny_llama, tokenizer, tmp_path, caplog):
     whole = train(tiny_llama, tokenizer, checkpoint=tmp_path)
     for path in tmp_path.glob("finished/*/adapter_model.safetensors"):
