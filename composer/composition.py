@@ -90,10 +90,12 @@ class Composition:
             return self.stored
         if self.is_base or self.pool is None:
             raise CompositionError("this composition is the base model itself: there is no adapter to give")
+        # DoRA's magnitudes and trained biases are resolved against the model
+        used = Composer(self.model, self.pool.subset(self.mean_weights)).bound_pool
         if self.by_layer is not None:
-            return merge_by_layer(self.pool, self.by_layer, method=self.merge_method, name="composition")
-        used, numbers = self.pool.subset(self.mean_weights), list(self.mean_weights.values())
-        return merge(list(used.adapters.values()), numbers, method=self.merge_method, name="composition", progress=False)
+            return merge_by_layer(used, self.by_layer, method=self.merge_method, name="composition")
+        adapters, numbers = list(used.adapters.values()), list(self.mean_weights.values())
+        return merge(adapters, numbers, method=self.merge_method, name="composition", progress=False)
 
     def predict(self, inputs: Sequence[str]) -> list[str]:
         """One answer for each input: a label when the task has labels, else the first line of a greedy generation."""

@@ -265,6 +265,18 @@ def test_a_composition_whose_held_out_loss_is_no_number_gives_way_to_the_base(
     assert json.loads(json.dumps(found.report.to_json(), allow_nan=False))["rows"][3]["held_out_loss"] is None
 
 
+@pytest.mark.parametrize("method", ["random", "gradient"])
+def test_adapters_with_magnitudes_are_composed_to_what_was_searched(tiny_llama, tokenizer, make_adapter, task, method):
+    def dora(adapter):
+        norms = {name: tiny_llama.get_submodule(name).weight.detach().norm(dim=1) for name in adapter.layers}
+        layers = {name: dataclasses.replace(each, magnitude_O=1.1 * norms[name]) for name, each in adapter.layers.items()}
+        return dataclasses.replace(adapter, layers=layers)
+
+    pool = lw.ExpertPool([dora(make_adapter(tiny_llama, name, seed=seed)) for seed, name in enumerate("ab")])
+    found = compose(tiny_llama, tokenizer, pool, task, method=method, folds=0)
+    assert found.report[method].loss == pytest.approx(np.mean(found.losses()), rel=1e-4)
+
+
 def test_manual_weights_are_taken_as_given(tiny_llama, tokenizer, pool, task):
     composition = compose(tiny_llama, tokenizer, pool, task, method="manual", weights={"c": -0.25, "a": 1.5})
     assert composition.weights == {"c": -0.25, "a": 1.5}
