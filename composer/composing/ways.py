@@ -61,9 +61,10 @@ class Ways:
         on_progress(len(engine.pool))
 
     def plain(self) -> list[Way]:
-        """The base model, the best single adapter, and the uniform mixture."""
-        uniform = dict.fromkeys(self._names, 1 / len(self._names))
-        return [self._fixed("base", {}), self._singles, self._fixed("uniform", uniform)]
+        """The base model, the best single adapter, and the uniform mixture, in the way it was asked for if it was."""
+        weights = dict.fromkeys(self._names, 1 / len(self._names))
+        uniform = self.asked() if self._settings.method == "uniform" else self._fixed("uniform", weights)
+        return [self._fixed("base", {}), self._singles, uniform]
 
     def asked(self) -> Way:
         """The method that was asked for."""
@@ -107,7 +108,16 @@ class Ways:
         for entry in entered:
             _check_start(entry, bool(self._scores))
             self._solvers[entry.method] = self._solver(entry, _given_start(entry))
+            self._require_one_merge(entry)
         return entered
+
+    def _require_one_merge(self, entry: Entry) -> None:
+        groups, merge_method = self._solvers[entry.method].space.groups, self._merge_method(entry)
+        if groups and merge_method != "linear":
+            raise WeightingError(
+                f"method {entry.method!r} is to weigh {len(groups)} groups of layers apart, but what its weights mean is "
+                f"{merge_method!r}, which takes one weight for each adapter: leave out groups=, or pass space='deltas'"
+            )
 
     def _require_gradients(self, method: str) -> None:
         settings = self._settings

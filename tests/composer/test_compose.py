@@ -265,6 +265,26 @@ def test_a_composition_whose_held_out_loss_is_no_number_gives_way_to_the_base(
     assert json.loads(json.dumps(found.report.to_json(), allow_nan=False))["rows"][3]["held_out_loss"] is None
 
 
+def test_groups_of_layers_in_the_space_of_factors_are_refused_before_anything_runs(
+    tiny_llama, tokenizer, pool, task, monkeypatch
+):
+    monkeypatch.setattr(tiny_llama, "forward", None)
+    groups = {"all": list(lw.Composer(tiny_llama, pool).target_layers)}
+    with pytest.raises(WeightingError, match="one weight for each adapter"):
+        compose(tiny_llama, tokenizer, pool, task, space="factors", groups=groups)
+
+
+def test_the_uniform_mixture_is_of_the_space_and_the_groups_asked_for(tiny_llama, tokenizer, make_adapter, task):
+    pool = lw.ExpertPool([make_adapter(tiny_llama, name, seed=seed) for seed, name in enumerate("ab")])
+    first, *_ = lw.Composer(tiny_llama, pool).target_layers
+    factors = compose(tiny_llama, tokenizer, pool, task, method="uniform", space="factors")
+    assert factors.merge_method == "factor_sum"
+    grouped = compose(tiny_llama, tokenizer, pool, task, method="uniform", groups={"first": [first]})
+    assert grouped.by_layer == {first: {"a": 0.5, "b": 0.5}}
+    for found in (factors, grouped):
+        assert found.report["uniform"].loss == pytest.approx(np.mean(found.losses()), rel=1e-4)
+
+
 @pytest.mark.parametrize("method", ["random", "gradient"])
 def test_adapters_with_magnitudes_are_composed_to_what_was_searched(tiny_llama, tokenizer, make_adapter, task, method):
     def dora(adapter):
