@@ -17,6 +17,7 @@ from loraweave.routers.lorahub_original import LorahubOriginal
 RECIPE_POOL = 20
 # about the processor time of the published recipe; twice the steps or three times the rate came out alike
 FEW_SHOT = {"steps": 20, "lr": 1e-3, "warmup": 3}
+LEARNED_STEPS = 8
 ORACLE = {"steps": 80, "lr": 3e-3}
 
 
@@ -99,6 +100,24 @@ def lora_examples(case: Case) -> Found:
     return Found(_trained(case, case.task, batch_size=min(8, len(case.task.examples)), **FEW_SHOT))
 
 
+def composed_and_tuned(case: Case) -> Found:
+    """Learned weights, and from their merge the training that `lora_examples` begins from nothing."""
+    composition = lw.compose(
+        case.model,
+        case.tokenizer,
+        case.hub,
+        case.task,
+        method="gradient",
+        k=case.k,
+        budget=2 * LEARNED_STEPS,
+        folds=0,
+        seed=case.seed,
+        progress=False,
+    )
+    tuned = composition.tune(FEW_SHOT["steps"], lr=FEW_SHOT["lr"], progress=False)
+    return Found(tuned.adapter, notes={"chosen": composition.report.chosen})
+
+
 def oracle(case: Case) -> Found:
     """The same LoRA trained on the task's whole training set."""
     return Found(_trained(case, replace(case.task, examples=case.training), batch_size=8, **ORACLE))
@@ -129,7 +148,17 @@ def _asked(skill: lw.Record) -> lw.Task:
 
 OWN: dict[str, Callable[[Case], Found]] = {
     way.__name__: way
-    for way in (base, in_context, retrieved_first, lorahub_original, lora_examples, oracle, any_single, two_passes)
+    for way in (
+        base,
+        in_context,
+        retrieved_first,
+        lorahub_original,
+        lora_examples,
+        composed_and_tuned,
+        oracle,
+        any_single,
+        two_passes,
+    )
 }
 # these know nothing of the few examples
 WITHOUT_EXAMPLES = ("base", "oracle", "any_single", "two_passes")

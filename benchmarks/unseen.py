@@ -6,10 +6,11 @@
     python benchmarks/unseen.py --out runs/unseen --data DATA --together    (writes benchmarks/data/unseen.json)
 
 The ways: the base model without an example (`base`) and with the examples in its prompt (`in_context`); a LoRA trained on
-the examples alone (`lora_examples`); the adapter that retrieval puts first (`retrieved_first`); the published LoraHub recipe
-(`lorahub_original`: 20 adapters at random, A and B mixed apart, 40 evaluations by nevergrad's NGOpt, the loss as its authors
-coded it); a LoRA trained on the whole training set (`oracle`); for joined skills the adapter that is best on the test items
-(`any_single`), and both skills one after the other (`two_passes`); and every method of `compose()` by its name.
+the examples alone (`lora_examples`), and one that begins as a composition (`composed_and_tuned`); the adapter that
+retrieval puts first (`retrieved_first`); the published LoraHub recipe (`lorahub_original`: 20 adapters at random, A and B
+mixed apart, 40 evaluations by nevergrad's NGOpt, the loss as its authors coded it); a LoRA trained on the whole training
+set (`oracle`); for joined skills the adapter that is best on the test items (`any_single`), and both skills one after the
+other (`two_passes`); and every method of `compose()` by its name.
 
 Every measurement is kept in --out as it is made, so that an interrupted run goes on; it goes on, too, from what
 benchmarks/data/unseen.json holds. Several processes share the work by --part. --again measures ways anew.
@@ -40,6 +41,7 @@ WAYS = (
     "base",
     "in_context",
     "lora_examples",
+    "composed_and_tuned",
     "retrieved_first",
     "best_single",
     "uniform",
