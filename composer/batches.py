@@ -1,4 +1,4 @@
-"""Prompts and targets as one left-padded batch, so that the targets of all rows end at the last position.
+"""Prompts and targets as one left-padded batch, so that the targets of all rows end at the last position of a decoder.
 
 The language head is then needed on the last few positions only (`logits_to_keep`): with a vocabulary of 49,152 the logits of
 whole prompts are what fills the memory.
@@ -45,10 +45,10 @@ class TargetBatch:
         targets_BK = self.targets_BK[chosen]
         used_K = (targets_BK != IGNORED).any(dim=0).nonzero()
         first, last = int(used_K[0]), int(used_K[-1]) + 1
-        start = int(inputs["attention_mask"].any(dim=0).nonzero()[0])
+        real_T = inputs["attention_mask"].any(dim=0)
         for name in ("input_ids", "attention_mask", "position_ids"):
             if name in inputs:
-                inputs[name] = inputs[name][:, start:]
+                inputs[name] = inputs[name][:, real_T]
         if "decoder_input_ids" in inputs:
             inputs["decoder_input_ids"] = inputs["decoder_input_ids"][:, :last]
         return TargetBatch(inputs, targets_BK[:, first:last])
@@ -101,7 +101,8 @@ def batch(model: Any, tokenizer: Any, rows: Sequence[EncodedRow]) -> TargetBatch
     if model.config.is_encoder_decoder:
         for index, row in enumerate(rows):
             targets_BK[index, : len(row.target)] = torch.tensor(row.target)
-        ids, mask = _left_padded([row.prompt for row in rows], pad)
+        # an encoder that has learned its positions counts them from the first column
+        ids, mask = (tensor.flip(1) for tensor in _left_padded([row.prompt[::-1] for row in rows], pad))
         inputs = {"input_ids": ids, "attention_mask": mask}
         # every model of this kind shifts labels to the right itself; the helper is part of its public face
         inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(targets_BK.to(device)).cpu()

@@ -120,7 +120,7 @@ def generate(
 
     `processors` change a step's scores before the best token is taken, as transformers' logits processors do.
     """
-    inputs = left_padded(model, tokenizer, prompts)
+    inputs = padded(model, tokenizer, prompts)
     ends = sorted({tokenizer.eos_token_id, *_line_breaks(tokenizer)} - {None})
     with warnings.catch_warnings():
         # a checkpoint's own sampling settings (temperature, top_p) are warned about in every greedy call
@@ -142,7 +142,7 @@ def generate(
 
 def rank(model: Any, tokenizer: Any, prompts: Sequence[str], labels: Sequence[str]) -> list[str]:
     """The label of the highest summed log-likelihood after each prompt, the end-of-sequence token included."""
-    inputs = left_padded(model, tokenizer, prompts)
+    inputs = padded(model, tokenizer, prompts)
     losses_BL = label_losses(model, inputs["input_ids"], inputs["attention_mask"], label_ids(tokenizer, labels))
     return [labels[int(best)] for best in losses_BL.argmin(dim=1)]
 
@@ -159,7 +159,7 @@ def label_ids(tokenizer: Any, labels: Sequence[str]) -> list[list[int]]:
 
 
 def label_losses(model: Any, ids_BT: Tensor, mask_BT: Tensor, labels: Sequence[Sequence[int]]) -> Tensor:
-    """loss_BL: the summed negative log-likelihood of each label's tokens after each prompt, which is padded on the left.
+    """loss_BL: the summed negative log-likelihood of each label's tokens after each prompt, padded as `padded` does.
 
     A decoder reads each prompt once; its labels share the prompt's keys and values. Raises InvalidTask for labels that
     lie beyond the model's context.
@@ -201,11 +201,11 @@ def _losses_after(model: Any, ids_BT: Tensor, mask_BT: Tensor, targets_NK: Tenso
     return losses_of(logits_NKV, targets_NK)
 
 
-def left_padded(model: Any, tokenizer: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
-    """Prompts as one batch padded on the left, on the model's device."""
+def padded(model: Any, tokenizer: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Prompts as one batch on the model's device, padded on the left for a decoder, on the right for an encoder."""
     side = tokenizer.padding_side
     try:
-        tokenizer.padding_side = "left"
+        tokenizer.padding_side = "right" if model.config.is_encoder_decoder else "left"
         inputs = tokenizer(list(prompts), return_tensors="pt", padding=True)
     finally:
         tokenizer.padding_side = side

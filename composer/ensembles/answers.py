@@ -39,7 +39,7 @@ def answers(
     model, labels, shares = engine.model, task.labels, weight_M.tolist()
 
     def rank(prompts: Sequence[str]) -> list[str]:
-        return ensemble(engine, members, scoring.left_padded(model, tokenizer, prompts), weights=shares, labels=labels).best  # type: ignore[return-value]
+        return ensemble(engine, members, scoring.padded(model, tokenizer, prompts), weights=shares, labels=labels).best  # type: ignore[return-value]
 
     def decode(prompts: Sequence[str]) -> list[str]:
         with torch.no_grad(), engine.activate(members):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loraweave.composer.batches import left_aligned, takes
 from loraweave.composer.composer import Composer
-from loraweave.composer.ensembles.inputs import last_positions, without_cache, without_left_padding
+from loraweave.composer.ensembles.inputs import last_positions, right_aligned, without_cache, without_left_padding
 from loraweave.composer.ensembles.member_passes import (
     known_members,
     member_passes,
@@ -86,6 +86,8 @@ def _label_members(
     ids = label_ids(tokenizer, labels)
     width = max(map(len, ids))
     prefix = left_aligned(batch["input_ids"], batch.get("attention_mask"))
+    if model.config.is_encoder_decoder:
+        prefix = right_aligned(prefix)
     if rows_per_pass is None:
         logits_per_row = len(ids) * width * model.config.get_text_config().vocab_size
         rows_per_pass = rows_that_fit(prefix, logits_per_row, copies=len(ids))

@@ -70,7 +70,30 @@ def _bert() -> nn.Module:
     )
 
 
-MODELS = {"llama": _llama, "gpt2": _gpt2, "t5": _t5, "bert": _bert}
+def _bart() -> nn.Module:
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    return BartForConditionalGeneration(
+        BartConfig(
+            vocab_size=61,
+            d_model=16,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=24,
+            decoder_ffn_dim=24,
+            max_position_embeddings=64,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=2,
+            forced_eos_token_id=None,
+        )
+    )
+
+
+MODELS = {"llama": _llama, "gpt2": _gpt2, "t5": _t5, "bert": _bert, "bart": _bart}
 TARGETS = {
     "llama": ("q_proj", "v_proj", "down_proj", "lm_head"),
     "gpt2": ("c_attn", "c_fc", "c_proj"),

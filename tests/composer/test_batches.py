@@ -32,13 +32,20 @@ def test_the_losses_of_a_padded_batch_are_those_of_each_row_alone(kind, make_mod
         assert not losses[row, : -len(expected)].any()
 
 
+@pytest.mark.parametrize("kind", ["t5", "bart"])
 @torch.no_grad()
-def test_an_encoder_decoder_is_scored_through_its_labels(tiny_t5, tokenizer):
-    prepared = batch(tiny_t5, tokenizer, encode(tiny_t5, tokenizer, PROMPTS, TARGETS))
+def test_an_encoder_decoder_is_scored_through_its_labels(kind, make_model, tokenizer):
+    model = make_model(kind)
+    prepared = batch(model, tokenizer, encode(model, tokenizer, PROMPTS, TARGETS))
+    chosen = prepared.rows([0, 2])
+    assert chosen.inputs["input_ids"].shape[1] == len(PROMPTS[0])
+    losses, losses_of_chosen = mean_losses(model, prepared), mean_losses(model, chosen)
     for row, (prompt, target) in enumerate(zip(PROMPTS, TARGETS, strict=True)):
         labels = torch.tensor([tokenizer(f" {target}</s>", add_special_tokens=False)["input_ids"]])
-        expected = tiny_t5(input_ids=torch.tensor([tokenizer(prompt)["input_ids"]]), labels=labels).loss
-        assert float(mean_losses(tiny_t5, prepared)[row]) == pytest.approx(float(expected), abs=2e-4)
+        expected = model(input_ids=torch.tensor([tokenizer(prompt)["input_ids"]]), labels=labels).loss
+        assert float(losses[row]) == pytest.approx(float(expected), abs=2e-4)
+        if row != 1:
+            assert float(losses_of_chosen[row // 2]) == pytest.approx(float(expected), abs=2e-4)
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ def summed(model, tokenizer, prompt, label):
 @torch.no_grad()
 def test_label_losses_with_a_shared_cache_equal_those_of_whole_rows(kind, make_model, tokenizer):
     model = make_model(kind)
-    inputs = scoring.left_padded(model, tokenizer, PROMPTS)
+    inputs = scoring.padded(model, tokenizer, PROMPTS)
     found = scoring.label_losses(model, inputs["input_ids"], inputs["attention_mask"], scoring.label_ids(tokenizer, LABELS))
     expected = [[-summed(model, tokenizer, prompt, label) for label in LABELS] for prompt in PROMPTS]
     np.testing.assert_allclose(found.double().numpy(), expected, atol=5e-4)
@@ -37,15 +37,20 @@ def test_the_label_of_the_highest_summed_likelihood_wins(tiny_llama, tokenizer):
     assert scoring.rank(tiny_llama, tokenizer, PROMPTS, LABELS) == best
 
 
+@pytest.mark.parametrize("kind", ["t5", "bart"])
 @torch.no_grad()
-def test_an_encoder_decoder_ranks_labels_too(tiny_t5, tokenizer):
+def test_an_encoder_decoder_ranks_labels_too(kind, make_model, tokenizer):
+    model = make_model(kind)
     expected = []
     for prompt in PROMPTS:
         ids = torch.tensor([tokenizer(prompt)["input_ids"]])
         labels = [torch.tensor([tokenizer(f" {label}</s>", add_special_tokens=False)["input_ids"]]) for label in LABELS]
-        losses = [float(tiny_t5(input_ids=ids, labels=label).loss) * label.shape[1] for label in labels]
-        expected.append(LABELS[int(np.argmin(losses))])
-    assert scoring.rank(tiny_t5, tokenizer, PROMPTS, LABELS) == expected
+        expected.append([float(model(input_ids=ids, labels=label).loss) * label.shape[1] for label in labels])
+    inputs = scoring.padded(model, tokenizer, PROMPTS)
+    found = scoring.label_losses(model, inputs["input_ids"], inputs["attention_mask"], scoring.label_ids(tokenizer, LABELS))
+    np.testing.assert_allclose(found.double().numpy(), expected, atol=5e-4)
+    best = [LABELS[int(np.argmin(losses))] for losses in expected]
+    assert scoring.rank(model, tokenizer, PROMPTS, LABELS) == best
 
 
 @torch.no_grad()
@@ -84,5 +89,5 @@ def test_nothing_to_evaluate_is_refused(tiny_llama, tokenizer):
 
 def test_the_tokenizer_keeps_its_padding_side(tiny_llama, tokenizer):
     tokenizer.padding_side = "right"
-    scoring.left_padded(tiny_llama, tokenizer, PROMPTS)
+    scoring.padded(tiny_llama, tokenizer, PROMPTS)
     assert tokenizer.padding_side == "right"
