@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import loraweave as lw
-from loraweave.composer.example_loss import ExampleLoss
+from loraweave.composer.evaluation.example_loss import ExampleLoss
 from loraweave.composer.scoring import Score, evaluate, predict
 from loraweave.demo import DemoTask
 from loraweave.errors import CompositionError

@@ -31,7 +31,7 @@ from rich.table import Table
 from scipy.stats import spearmanr
 
 import loraweave as lw
-from loraweave.composer.example_loss import ExampleLoss
+from loraweave.composer.evaluation.example_loss import ExampleLoss
 from loraweave.demo import DemoTask, load_task
 from loraweave.routers.mixture import MixtureWeights
 

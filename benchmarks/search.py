@@ -28,7 +28,7 @@ from torch import Tensor
 
 import loraweave as lw
 from loraweave.composer.batches import IGNORED, batch, encode, token_losses
-from loraweave.composer.example_loss import ExampleLoss
+from loraweave.composer.evaluation.example_loss import ExampleLoss
 from loraweave.demo import load_task
 from loraweave.routers.mixture import MixtureWeights
 

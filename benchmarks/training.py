@@ -19,8 +19,8 @@ from _ratios import Gate, Way, compare, require
 from torch import Tensor
 
 from loraweave.composer.batches import TargetBatch, token_losses, with_positions
-from loraweave.composer.fused_jobs import FusedJobs
 from loraweave.composer.layer_kinds.linear import shape as linear_shape
+from loraweave.composer.training.fused_jobs import FusedJobs
 from loraweave.hub.adapter import Adapter
 
 NUM_JOBS = 4

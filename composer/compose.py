@@ -17,8 +17,8 @@ from loraweave.composer.composing.parts import folds as make_folds
 from loraweave.composer.composing.settings import Settings
 from loraweave.composer.composing.ways import Ways
 from loraweave.composer.composition import Composition
+from loraweave.composer.evaluation.user_loss import Examples
 from loraweave.composer.report import Report
-from loraweave.composer.user_loss import Examples
 from loraweave.hub.base_key import base_key
 from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool

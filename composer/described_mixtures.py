@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from loraweave.composer.composer import Composer
-from loraweave.composer.penalty import Penalty
+from loraweave.composer.evaluation.penalty import Penalty
 from loraweave.hub.fingerprint import fingerprint
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loraweave.composer.composer import Composer
-from loraweave.composer.example_loss import ExampleLoss
+from loraweave.composer.evaluation.example_loss import ExampleLoss
 from loraweave.composer.first_order import FirstOrder, first_order, update_norm
 from loraweave.errors import InvalidTask, SearchFailed, UnknownName, WeightingError
 from loraweave.hub.hub import Hub

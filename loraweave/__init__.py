@@ -57,7 +57,7 @@ _LAZY = {
     "collect_statistics": "loraweave.composer.collect_statistics",
     "Statistics": "loraweave.composer.statistics",
     "flexlora_clients": "loraweave.composer.federated",
-    "train_adapters": "loraweave.composer.train_adapters",
+    "train_adapters": "loraweave.composer.training.train_adapters",
     "train_encoder": "loraweave.retrieval.training",
     "extract": "loraweave.hub.extract",
     "to_lora": "loraweave.hub.to_lora",

@@ -456,7 +456,9 @@ def test_train_goes_on_from_its_checkpoint(here, base, rows, monkeypatch):
     words = ["train", rows, "--out", "trained", "--base", base, "--rank", "1", "--steps", "2"]
     assert call(*words).exit_code == 0
     first = lw.Adapter.from_pretrained("trained/rows").hash
-    monkeypatch.setattr("loraweave.composer.job_training.JobTraining.run", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(
+        "loraweave.composer.training.job_training.JobTraining.run", lambda *_, **__: pytest.fail("trained again")
+    )
     assert call(*words).exit_code == 0
     assert lw.Adapter.from_pretrained("trained/rows").hash == first
 
@@ -493,7 +495,7 @@ def test_only_the_rows_of_the_split_are_used(here, base, monkeypatch):
     file = write_rows(here / "s.jsonl", [{"input": s, "target": "b", "split": s} for s in ("train", "test", "train")])
     seen = []
     monkeypatch.setattr(
-        "loraweave.composer.train_adapters.train_adapters", lambda _m, _t, tasks, **_: seen.append(tasks) or {}
+        "loraweave.composer.training.train_adapters.train_adapters", lambda _m, _t, tasks, **_: seen.append(tasks) or {}
     )
     call("train", file, "--out", "t", "--base", base)
     call("train", file, "--out", "t", "--base", base, "--split", "test")

@@ -13,7 +13,7 @@ import numpy as np
 from loraweave.composer.composer import Composer
 from loraweave.composer.composing.choice import Choice, Way
 from loraweave.composer.composing.parts import Part, whole
-from loraweave.composer.example_loss import ExampleLoss
+from loraweave.composer.evaluation.example_loss import ExampleLoss
 from loraweave.composer.report import ReportRow
 from loraweave.routers.mixture import MixtureWeights
 from loraweave.types import Task

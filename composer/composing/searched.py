@@ -9,9 +9,9 @@ from torch import Tensor
 
 from loraweave.composer.composing.choice import Choice
 from loraweave.composer.composing.parts import Part
-from loraweave.composer.example_loss import ExampleLoss
-from loraweave.composer.lockstep import together, together_with_gradients
-from loraweave.composer.user_loss import UserLoss
+from loraweave.composer.evaluation.example_loss import ExampleLoss
+from loraweave.composer.evaluation.lockstep import together, together_with_gradients
+from loraweave.composer.evaluation.user_loss import UserLoss
 from loraweave.errors import SearchFailed
 from loraweave.routers.objective import described
 from loraweave.routers.search.result import SearchResult

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loraweave.composer.composing.solver_options import OTHER_WAYS, check_options, solver_class, takes
-from loraweave.composer.user_loss import Examples
+from loraweave.composer.evaluation.user_loss import Examples
 from loraweave.errors import InvalidTask, UnknownName, WeightingError
 from loraweave.types import Task
 

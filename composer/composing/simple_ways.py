@@ -9,7 +9,7 @@ import numpy as np
 from loraweave.composer.composer import Composer
 from loraweave.composer.composing.choice import Choice
 from loraweave.composer.composing.parts import Part
-from loraweave.composer.example_loss import ExampleLoss
+from loraweave.composer.evaluation.example_loss import ExampleLoss
 from loraweave.routers.mixture import MixtureWeights
 
 

@@ -16,11 +16,11 @@ from loraweave.composer.composing.settings import Settings
 from loraweave.composer.composing.simple_ways import BestSingle, Fixed
 from loraweave.composer.composing.solver_options import OTHER_WAYS, make_solver, solver_class
 from loraweave.composer.composing.tuned import Tuned
-from loraweave.composer.example_loss import ExampleLoss
-from loraweave.composer.make_objective import make_objective
-from loraweave.composer.penalty import Penalty
+from loraweave.composer.evaluation.example_loss import ExampleLoss
+from loraweave.composer.evaluation.make_objective import make_objective
+from loraweave.composer.evaluation.penalty import Penalty
+from loraweave.composer.evaluation.user_loss import UserLoss
 from loraweave.composer.refine.tune import Tuning
-from loraweave.composer.user_loss import UserLoss
 from loraweave.errors import UnknownName, WeightingError
 from loraweave.routers.mixture import MixtureWeights
 from loraweave.routers.search.solver import Solver

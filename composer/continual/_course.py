@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from loraweave.composer.batches import EncodedRow, encode
-from loraweave.composer.checkpoints import load_adapter, save_adapter
-from loraweave.composer.fused_jobs import FusedJobs
-from loraweave.composer.job_training import JobTraining, Losses, job_losses
+from loraweave.composer.training.checkpoints import load_adapter, save_adapter
+from loraweave.composer.training.fused_jobs import FusedJobs
+from loraweave.composer.training.job_training import JobTraining, Losses, job_losses
 from loraweave.errors import TrainingError
 from loraweave.hub import algebra
 from loraweave.hub.adapter import Adapter

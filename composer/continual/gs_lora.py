@@ -11,8 +11,8 @@ from torch import Tensor
 from loraweave.composer.batches import EncodedRow
 from loraweave.composer.continual._course import Course, Layers, require_count, require_within
 from loraweave.composer.continual._prefix import by_prefix
-from loraweave.composer.fused_jobs import FusedJobs
-from loraweave.composer.job_training import job_losses
+from loraweave.composer.training.fused_jobs import FusedJobs
+from loraweave.composer.training.job_training import job_losses
 from loraweave.errors import TrainingError
 from loraweave.hub.adapter import Adapter
 from loraweave.types import Task

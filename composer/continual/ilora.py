@@ -12,9 +12,9 @@ from torch import Tensor
 
 from loraweave.composer.batches import IGNORED, EncodedRow, TargetBatch, batch, token_losses
 from loraweave.composer.continual._course import Course, Layers, require_count, require_within
-from loraweave.composer.fused_jobs import FusedJobs
-from loraweave.composer.job_training import job_losses
-from loraweave.composer.seeding import seeded
+from loraweave.composer.training.fused_jobs import FusedJobs
+from loraweave.composer.training.job_training import job_losses
+from loraweave.composer.training.seeding import seeded
 from loraweave.hub.adapter import Adapter
 
 

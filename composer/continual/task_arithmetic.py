@@ -10,8 +10,8 @@ from torch import Tensor
 
 from loraweave.composer.batches import EncodedRow
 from loraweave.composer.continual._course import Course, Layers, added, require_count, require_within
-from loraweave.composer.job_training import job_losses
-from loraweave.composer.seeding import seeded
+from loraweave.composer.training.job_training import job_losses
+from loraweave.composer.training.seeding import seeded
 from loraweave.hub import algebra
 from loraweave.hub.adapter import Adapter
 

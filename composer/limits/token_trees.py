@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from loraweave.composer.batches import EncodedRow, batch, logits_at, mean_losses, takes
-from loraweave.composer.token_tree import token_tree, tree_inputs
+from loraweave.composer.evaluation.token_tree import token_tree, tree_inputs
 from loraweave.composer.untouched import untouched
 
 # attention over less than the whole row, whose masks are the model's own affair

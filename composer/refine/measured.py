@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from loraweave.composer.composer import Composer
-from loraweave.composer.example_loss import ExampleLoss
+from loraweave.composer.evaluation.example_loss import ExampleLoss
 from loraweave.composer.report import ReportRow
 from loraweave.errors import CompositionError
 from loraweave.hub.adapter import Adapter

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from loraweave.composer.example_loss import ExampleLoss
+from loraweave.composer.evaluation.example_loss import ExampleLoss
 from loraweave.composer.refine.measured import example_loss, renewed, weighed_pool
 from loraweave.errors import WeightingError
 from loraweave.hub.progress import tracked

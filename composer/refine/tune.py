@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraweave.composer.compression import byom
 from loraweave.composer.refine.measured import adapter_loss, renewed
-from loraweave.composer.train_adapters import train_adapters
+from loraweave.composer.training.train_adapters import train_adapters
 from loraweave.hub.adapter import Adapter
 from loraweave.types import Task
 

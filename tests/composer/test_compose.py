@@ -16,7 +16,7 @@ from loraweave import registry
 from loraweave.composer.batches import batch, encode, mean_losses
 from loraweave.composer.composing import searched as searched_way
 from loraweave.composer.composing.guard import guard
-from loraweave.composer.example_loss import ExampleLoss
+from loraweave.composer.evaluation.example_loss import ExampleLoss
 from loraweave.errors import CompositionError, InvalidTask, UnknownExpert, UnknownName, WeightingError
 from loraweave.hub.fingerprint import fingerprint
 
@@ -67,7 +67,7 @@ def test_candidates_score_the_same_alone_and_in_a_population(tiny_llama, tokeniz
     objective = ExampleLoss(engine, tokenizer, task)
     together = objective(candidates)
     alone = [objective([candidate])[0] for candidate in candidates]
-    monkeypatch.setattr("loraweave.composer.population.MAX_LOGITS", 45)
+    monkeypatch.setattr("loraweave.composer.evaluation.population.MAX_LOGITS", 45)
     assert together == pytest.approx(alone, abs=1e-4)
     assert objective(candidates) == pytest.approx(alone, abs=1e-4)
 

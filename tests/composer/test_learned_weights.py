@@ -8,7 +8,7 @@ from torch.func import functional_call
 
 import loraweave as lw
 from loraweave.composer.batches import batch, encode, token_losses
-from loraweave.composer.example_loss import ExampleLoss
+from loraweave.composer.evaluation.example_loss import ExampleLoss
 from loraweave.errors import SearchFailed
 from loraweave.routers.adamerging import Adamerging
 from loraweave.routers.first_order import FirstOrder

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.composer.example_loss import ExampleLoss
+from loraweave.composer.evaluation.example_loss import ExampleLoss
 from loraweave.composer.first_order import first_order, update_norm
 from loraweave.errors import AdapterUnsupported, InvalidTask, SearchFailed, UnknownExpert, UnknownName, WeightingError
 from loraweave.routers.mixture import MixtureWeights

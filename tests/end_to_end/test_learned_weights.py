@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import loraweave as lw
-from loraweave.composer.example_loss import ExampleLoss
+from loraweave.composer.evaluation.example_loss import ExampleLoss
 from loraweave.demo import load_task
 from loraweave.routers.first_order import FirstOrder
 from loraweave.routers.gradient import Gradient

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.composer.own_parts import own_parts
+from loraweave.composer.training.own_parts import own_parts
 from loraweave.errors import LayerMismatch
 
 UPPER = [("a", "A"), ("b", "B"), ("c", "C"), ("d", "D")]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.composer.job_training import JobTraining
+from loraweave.composer.training.job_training import JobTraining
 from loraweave.errors import TrainingError, UnknownName
 
 TASKS = {

@@ -7,9 +7,9 @@ import torch
 
 import loraweave as lw
 from loraweave.composer.continual import gs_lora as way
-from loraweave.composer.fused_jobs import FusedJobs
-from loraweave.composer.job_training import JobTraining
-from loraweave.composer.own_parts import own_parts
+from loraweave.composer.training.fused_jobs import FusedJobs
+from loraweave.composer.training.job_training import JobTraining
+from loraweave.composer.training.own_parts import own_parts
 
 RETAIN = [("x", "y"), ("y", "z"), ("z", "u")]
 LAYERS = {

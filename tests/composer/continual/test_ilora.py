@@ -10,9 +10,9 @@ import torch
 import loraweave as lw
 from loraweave.composer.batches import batch, encode
 from loraweave.composer.continual import ilora as way
-from loraweave.composer.fused_jobs import FusedJobs
-from loraweave.composer.job_training import JobTraining, job_losses
-from loraweave.composer.training_recipe import Recipe
+from loraweave.composer.training.fused_jobs import FusedJobs
+from loraweave.composer.training.job_training import JobTraining, job_losses
+from loraweave.composer.training.training_recipe import Recipe
 from loraweave.types import Task
 
 TASKS = {

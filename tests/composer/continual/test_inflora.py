@@ -7,7 +7,7 @@ import torch
 
 import loraweave as lw
 from loraweave.composer.continual.inflora import designed, grown
-from loraweave.composer.own_parts import own_parts
+from loraweave.composer.training.own_parts import own_parts
 
 
 def gram(rank=9, seed=0, size=12):

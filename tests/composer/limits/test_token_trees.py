@@ -11,7 +11,7 @@ from torch import nn
 
 import loraweave as lw
 from loraweave.composer.batches import batch, encode, mean_losses
-from loraweave.composer.example_loss import ExampleLoss
+from loraweave.composer.evaluation.example_loss import ExampleLoss
 from loraweave.composer.limits.token_trees import runs_trees
 from loraweave.demo import load_task
 

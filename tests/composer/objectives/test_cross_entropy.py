@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import loraweave as lw
-from loraweave.composer.example_loss import ExampleLoss
+from loraweave.composer.evaluation.example_loss import ExampleLoss
 
 TASK = lw.Task([("a", "ab"), ("bb", "b"), ("cc", "dCcc")], instruction="swap")
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.composer.example_loss import ExampleLoss
-from loraweave.composer.own_answers import with_own_answers
+from loraweave.composer.evaluation.example_loss import ExampleLoss
+from loraweave.composer.evaluation.own_answers import with_own_answers
 from loraweave.errors import InvalidTask
 
 LABELS = ("yes", "no", "not a")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.composer.example_loss import ExampleLoss
+from loraweave.composer.evaluation.example_loss import ExampleLoss
 from loraweave.composer.scoring import rank
 from loraweave.errors import WeightingError
 
@@ -35,7 +35,7 @@ def test_an_example_counts_unless_greedy_decoding_writes_its_target(engine, toke
     task = lw.Task([(text, "xy") for text in INPUTS])
     written = [greedy(engine, tokenizer, task.prompt(text)) for text in INPUTS]
     targets = [written[0], [*written[1][:2], (written[1][2] + 1) % 58], written[2]]
-    monkeypatch.setattr("loraweave.composer.encoded_examples.encode", encoded_as(targets))
+    monkeypatch.setattr("loraweave.composer.evaluation.encoded_examples.encode", encoded_as(targets))
     objective = ExampleLoss(engine, tokenizer, task, kind="exact_match", l1=0.0)
     losses, hits = objective.scores([candidate])
     assert losses.tolist() == [[0.0, 1.0, 0.0]]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.composer.example_loss import ExampleLoss
+from loraweave.composer.evaluation.example_loss import ExampleLoss
 from loraweave.errors import InvalidTask
 
 LABELS = ("yes", "no", "not a")

@@ -7,7 +7,7 @@ import torch
 
 import loraweave as lw
 from loraweave.composer.composer import Composer
-from loraweave.composer.example_loss import ExampleLoss
+from loraweave.composer.evaluation.example_loss import ExampleLoss
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.lorahub_original import LorahubOriginal
 from loraweave.routers.mixture import MixtureWeights

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.composer import population
-from loraweave.composer.example_loss import ExampleLoss
+from loraweave.composer.evaluation import population
+from loraweave.composer.evaluation.example_loss import ExampleLoss
+from loraweave.composer.evaluation.lockstep import together, together_with_gradients
 from loraweave.composer.first_order import first_order
-from loraweave.composer.lockstep import together, together_with_gradients
 from loraweave.errors import WeightingError
 
 EXAMPLES = [("a", "ab"), ("b", "ba"), ("cc", "c"), ("d", "DD"), ("e f", "fe")]
@@ -145,7 +145,7 @@ def test_a_view_has_the_loss_of_its_examples_alone(method, family, objective, to
 
 def test_a_view_tokenises_nothing_again(objective, monkeypatch):
     whole = objective()
-    monkeypatch.setattr("loraweave.composer.encoded_examples.encode", None)
+    monkeypatch.setattr("loraweave.composer.evaluation.encoded_examples.encode", None)
     assert math.isfinite(whole.view([2])([candidate(1)])[0])
 
 

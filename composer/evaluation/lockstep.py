@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from loraweave.composer.example_loss import ExampleLoss, scored, scored_with_gradients
+from loraweave.composer.evaluation.example_loss import ExampleLoss, scored, scored_with_gradients
 from loraweave.routers.mixture import MixtureWeights
 from loraweave.routers.objective import Objective
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from loraweave.composer.batches import IGNORED, EncodedRow
-from loraweave.composer.token_tree import token_tree, tree_inputs
+from loraweave.composer.evaluation.token_tree import token_tree, tree_inputs
 
 ROWS = [EncodedRow((7, 8, 9), (1, 2)), EncodedRow((7, 8, 9), (1, 3, 2)), EncodedRow((7, 8), (5,)), EncodedRow((4,), (9,))]
 

@@ -12,8 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from loraweave.composer.batches import IGNORED, EncodedRow, batch, token_losses
-from loraweave.composer.fused_jobs import FusedJobs
-from loraweave.composer.training_recipe import Recipe
+from loraweave.composer.training.fused_jobs import FusedJobs
+from loraweave.composer.training.training_recipe import Recipe
 from loraweave.errors import TrainingError
 from loraweave.retrieval.training_state import TrainingState, load_state, save_state
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from loraweave.composer.composer import Composer
-from loraweave.composer.example_loss import ExampleLoss
-from loraweave.composer.penalty import LORAHUB_L1
-from loraweave.composer.user_loss import Examples, UserLoss
+from loraweave.composer.evaluation.example_loss import ExampleLoss
+from loraweave.composer.evaluation.penalty import LORAHUB_L1
+from loraweave.composer.evaluation.user_loss import Examples, UserLoss
 from loraweave.errors import InvalidTask
 from loraweave.types import Task
 

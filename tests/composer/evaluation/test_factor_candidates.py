@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.composer import example_loss
 from loraweave.composer.batches import batch, encode, mean_losses
-from loraweave.composer.example_loss import ExampleLoss
-from loraweave.composer.factor_candidates import can_be_factor_sums, factor_sums
-from loraweave.composer.lockstep import together
+from loraweave.composer.evaluation import example_loss
+from loraweave.composer.evaluation.example_loss import ExampleLoss
+from loraweave.composer.evaluation.factor_candidates import can_be_factor_sums, factor_sums
+from loraweave.composer.evaluation.lockstep import together
 
 TASK = lw.Task([("a", "ab"), ("b", "ba"), ("cc", "c")], instruction="swap")
 VALUES = [[0.7, -0.6, 0.3], [0.0, 0.0, 0.0], [0.4, 0.0, -0.2], [1.1, 0.2, 0.5]]

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.composer.lockstep import together
-from loraweave.composer.make_objective import make_objective
-from loraweave.composer.user_loss import UserLoss
+from loraweave.composer.evaluation.lockstep import together
+from loraweave.composer.evaluation.make_objective import make_objective
+from loraweave.composer.evaluation.user_loss import UserLoss
 from loraweave.errors import InvalidTask, UnknownName
 from loraweave.routers.lorahub import Lorahub
 

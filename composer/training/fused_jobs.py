@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loraweave.composer.seeding import seeded
+from loraweave.composer.training.seeding import seeded
 from loraweave.types import Factors
 
 

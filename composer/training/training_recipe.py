@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from loraweave.composer.batches import EncodedRow
-from loraweave.composer.seeding import seeded
+from loraweave.composer.training.seeding import seeded
 from loraweave.errors import TrainingError
 from loraweave.types import Task
 

@@ -12,15 +12,15 @@ from typing import Any
 from torch import nn
 
 from loraweave.composer.batches import EncodedRow, encode
-from loraweave.composer.checkpoints import load_adapter, save_adapter
 from loraweave.composer.continual._course import Course
-from loraweave.composer.continual_training import require_way, train_in_order
-from loraweave.composer.fused_jobs import FusedJobs
-from loraweave.composer.job_training import JobTraining, training_progress
 from loraweave.composer.layer_kinds.linear import shape as linear_shape
-from loraweave.composer.linearized_jobs import LinearizedJobs
-from loraweave.composer.starts import require_startable
-from loraweave.composer.training_recipe import WARMUP_STEPS, Recipe, require_trainable
+from loraweave.composer.training.checkpoints import load_adapter, save_adapter
+from loraweave.composer.training.continual_training import require_way, train_in_order
+from loraweave.composer.training.fused_jobs import FusedJobs
+from loraweave.composer.training.job_training import JobTraining, training_progress
+from loraweave.composer.training.linearized_jobs import LinearizedJobs
+from loraweave.composer.training.starts import require_startable
+from loraweave.composer.training.training_recipe import WARMUP_STEPS, Recipe, require_trainable
 from loraweave.composer.untouched import untouched
 from loraweave.errors import TrainingError, UnknownName
 from loraweave.hub.adapter import Adapter

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from loraweave.composer.fused_jobs import FusedJobs
+from loraweave.composer.training.fused_jobs import FusedJobs
 from loraweave.types import Factors
 
 

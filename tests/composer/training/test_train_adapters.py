@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from loraweave.composer import job_training
 from loraweave.composer.batches import encode
-from loraweave.composer.fused_jobs import FusedJobs
-from loraweave.composer.train_adapters import train_adapters
+from loraweave.composer.training import job_training
+from loraweave.composer.training.fused_jobs import FusedJobs
+from loraweave.composer.training.train_adapters import train_adapters
 from loraweave.errors import InvalidTask, TrainingError, UnknownName
 from loraweave.hub.fingerprint import fingerprint
 from loraweave.types import Task

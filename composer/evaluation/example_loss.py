@@ -11,16 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loraweave.composer.active_candidate import active_candidate
 from loraweave.composer.composer import Composer
 from loraweave.composer.described_mixtures import described_mixtures
-from loraweave.composer.encoded_examples import EncodedExamples
-from loraweave.composer.factor_candidates import MAX_CANDIDATES, can_be_factor_sums, factor_sums
-from loraweave.composer.failures import Failures
+from loraweave.composer.evaluation.active_candidate import active_candidate
+from loraweave.composer.evaluation.encoded_examples import EncodedExamples
+from loraweave.composer.evaluation.factor_candidates import MAX_CANDIDATES, can_be_factor_sums, factor_sums
+from loraweave.composer.evaluation.failures import Failures
+from loraweave.composer.evaluation.own_answers import with_own_answers
+from loraweave.composer.evaluation.penalty import LORAHUB_L1, Penalty
+from loraweave.composer.evaluation.population import Job, learning_sums, row_sums
 from loraweave.composer.objectives._row_sums import Kind, RowSums
-from loraweave.composer.own_answers import with_own_answers
-from loraweave.composer.penalty import LORAHUB_L1, Penalty
-from loraweave.composer.population import Job, learning_sums, row_sums
 from loraweave.errors import InvalidTask, WeightingError
 from loraweave.registry import get
 from loraweave.routers.mixture import MixtureWeights

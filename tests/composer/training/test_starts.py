@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from loraweave.composer import job_training
 from loraweave.composer.batches import batch, encode, token_losses
-from loraweave.composer.fused_jobs import FusedJobs
-from loraweave.composer.train_adapters import train_adapters
-from loraweave.composer.training_recipe import Recipe
+from loraweave.composer.training import job_training
+from loraweave.composer.training.fused_jobs import FusedJobs
+from loraweave.composer.training.train_adapters import train_adapters
+from loraweave.composer.training.training_recipe import Recipe
 from loraweave.errors import AdapterUnsupported, BaseModelMismatch, LayerMismatch, TrainingError, UnknownName
 from loraweave.hub.fingerprint import fingerprint
 

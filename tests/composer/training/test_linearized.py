@@ -9,11 +9,11 @@ import torch
 from torch.func import jvp
 
 import loraweave as lw
-from loraweave.composer import job_training
 from loraweave.composer.batches import encode
-from loraweave.composer.job_training import job_losses
-from loraweave.composer.linearized_jobs import LinearizedJobs
-from loraweave.composer.tangent import tangent
+from loraweave.composer.training import job_training
+from loraweave.composer.training.job_training import job_losses
+from loraweave.composer.training.linearized_jobs import LinearizedJobs
+from loraweave.composer.training.tangent import tangent
 from loraweave.errors import LayerMismatch
 from loraweave.hub import algebra
 

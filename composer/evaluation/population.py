@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loraweave.composer.batches import IGNORED
 from loraweave.composer.composer import Composer
-from loraweave.composer.encoded_examples import EncodedExamples, JobBatch
+from loraweave.composer.evaluation.encoded_examples import EncodedExamples, JobBatch
 from loraweave.composer.objectives._row_sums import RowSums
 from loraweave.composer.untouched import untouched
 from loraweave.errors import ScopeError

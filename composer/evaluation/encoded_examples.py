@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from loraweave.composer.batches import IGNORED, EncodedRow, TargetBatch, batch, encode, logits_at, target_logits
+from loraweave.composer.evaluation.token_tree import TokenTree, token_tree, tree_inputs
 from loraweave.composer.limits.token_trees import runs_trees
 from loraweave.composer.objectives._row_sums import Kind
-from loraweave.composer.token_tree import TokenTree, token_tree, tree_inputs
 from loraweave.types import Task
 
 # tokens of the texts of one tree, whose mask has as many rows and columns
