@@ -47,6 +47,8 @@ class LorahubOriginal(Solver):
         self._optimizer = self._ngopt()
 
     def _require_options(self) -> None:
+        if isinstance(self.seed, int) and self.seed >= 2**32:
+            raise WeightingError(f"seed is {self.seed}, but the authors' generator takes seeds below 2**32")
         if self.budget is None and self.seconds is not None:
             raise WeightingError(
                 f"NGOpt chooses an algorithm by the number of evaluations, but there are only {self.seconds} seconds; "

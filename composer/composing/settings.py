@@ -65,7 +65,7 @@ class Settings:
             hint = f", did you mean {close[0]!r}?" if close else ""
             raise UnknownName(f"no space {self.space!r} to compose with{hint}; there are {', '.join(SPACES)}")
         check_options(self.method, self.options)
-        for name, value, least in (("k", self.k, 1), ("folds", self.folds, 0)):
+        for name, value, least in (("k", self.k, 1), ("folds", self.folds, 0), ("seed", self.seed, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise WeightingError(f"{name} is {value!r}; it must be a whole number of at least {least}")
         if not task.examples:

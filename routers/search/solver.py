@@ -259,6 +259,8 @@ class Solver(ABC):
             raise WeightingError("a search needs a budget of evaluations, or of seconds, or both")
         if self.seconds is not None and not self.seconds > 0:
             raise WeightingError(f"seconds is {self.seconds!r}; it must be above 0")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise WeightingError(f"seed is {self.seed!r}; it must be a whole number of at least 0")
         if self.budget is None:
             return
         if isinstance(self.budget, bool) or not isinstance(self.budget, int) or self.budget < 1:

@@ -45,7 +45,7 @@ class Told:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise WeightingError(f"the checkpoint {path} is damaged ({error}); delete it to start again") from error
         if known != json.loads(json.dumps(settings)):
-            raise WeightingError(f"the checkpoint {path} belongs to a search with other settings; name another file")
+            raise WeightingError(f"the checkpoint {path} belongs to a search with other settings; name another")
         return cls(sizes, losses, gradients, seconds)
 
     def write(self, path: Path, settings: Mapping[str, Any]) -> None:

@@ -206,6 +206,8 @@ def test_a_search_without_any_loss_fails_by_name(name):
         ({"budget": 0}, "budget is 0 evaluations"),
         ({"budget": None}, "a budget of evaluations, or of seconds"),
         ({"seconds": -1.0}, "seconds is -1.0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": None}, "seed is None"),
         ({"groups": {"early": []}}, "group 'early' has no layers"),
     ],
 )
