@@ -68,7 +68,7 @@ class EncodedRow:
 def encode(model: Any, tokenizer: Any, prompts: Sequence[str], targets: Sequence[str]) -> list[EncodedRow]:
     """Token ids of each prompt and of " target" with the end-of-sequence token, tokenised apart.
 
-    Raises InvalidTask for a target without tokens and for a row longer than the model's context.
+    Raises InvalidTask for a prompt or a target without tokens and for a row longer than the model's context.
     """
     limit = context_length(model)
     prompt_ids = tokenizer(list(prompts))["input_ids"]
@@ -78,6 +78,8 @@ def encode(model: Any, tokenizer: Any, prompts: Sequence[str], targets: Sequence
     for number, (prompt, target) in enumerate(zip(prompt_ids, target_ids, strict=True)):
         if not targets[number].strip() or not target:
             raise InvalidTask(f"row {number + 1} (prompt {prompts[number][:60]!r}) has an empty target")
+        if not prompt:
+            raise InvalidTask(f"row {number + 1} (target {targets[number][:60]!r}) has an empty prompt to predict it from")
         row = EncodedRow(tuple(prompt), tuple(target))
         if limit and len(row) > limit:
             raise InvalidTask(

@@ -73,6 +73,11 @@ def test_an_empty_target_is_refused_with_its_row(target, tiny_llama, tokenizer):
         encode(tiny_llama, tokenizer, ["a", "b"], ["c", target])
 
 
+def test_an_empty_prompt_is_refused_with_its_row(tiny_llama, tokenizer):
+    with pytest.raises(InvalidTask, match=r"row 2 .*empty prompt"):
+        encode(tiny_llama, tokenizer, ["a", ""], ["c", "d"])
+
+
 def test_a_row_longer_than_the_context_is_refused_with_both_lengths(tiny_gpt2, tokenizer):
     with pytest.raises(InvalidTask, match=r"row 1 has 73 tokens.*context is 64"):
         encode(tiny_gpt2, tokenizer, ["a" * 70], ["b"])
