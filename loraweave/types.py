@@ -219,6 +219,8 @@ class Task:
         if self.labels is not None:
             object.__setattr__(self, "labels", tuple(self.labels))
             object.__setattr__(self, "metric", "rank_classification")
+            if len(set(self.labels)) < len(self.labels):
+                raise InvalidTask(f"labels are {self.labels}; each is ranked against the others, so give each once")
         if self.metric not in ("exact_match", "rank_classification"):
             raise InvalidTask(f"metric {self.metric!r} is neither 'exact_match' nor 'rank_classification'")
         if self.metric == "rank_classification" and not self.labels:
