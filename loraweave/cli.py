@@ -161,7 +161,8 @@ def compose(
     as_json: JsonOption = False,
 ) -> None:
     """Find the mixture of stored adapters that solves a task given by a few examples."""
-    reserved = ("method", "k", "budget", "seed", "weights", "checkpoint", "progress")
+    given = ("model", "tokenizer", "hub_or_pool", "task")
+    reserved = (*given, "method", "k", "budget", "seed", "weights", "checkpoint", "progress")
     options = read_options(option or (), reserved=reserved)
     if weight:
         options["weights"] = read_named_weights(weight)

@@ -144,6 +144,7 @@ def test_the_module_runs_like_the_command(tmp_path):
         (["merge", "pool/left", "--out", "m", "--option", "rank=3"], "its own flag"),
         (["compose", "--examples", "missing.jsonl"], "'missing.jsonl' does not exist"),
         (["compose", "--examples", "rows.jsonl", "--weight", "0.5"], "takes NAME=NUMBER"),
+        (["compose", "--examples", "rows.jsonl", "--option", "task=pick"], "its own flag"),
         (["compose", "--examples", "rows.jsonl", "--labels", "b,b"], "two or more different labels"),
         (["compose", "--examples", "rows.jsonl", "--budget", "0"], "--budget"),
         (["eval", "nowhere", "rows.jsonl"], "'nowhere' does not exist"),

@@ -68,6 +68,13 @@ class Settings:
         for name, value, least in (("k", self.k, 1), ("folds", self.folds, 0), ("seed", self.seed, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise WeightingError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+        for name, number in (("seconds", self.seconds), ("l1", self.l1), ("l2", self.l2), ("sparsity", self.sparsity)):
+            if number is not None and not isinstance(number, int | float):
+                raise WeightingError(f"{name} is {number!r}; it must be a number")
+        if not (self.objective is None or isinstance(self.objective, str) or callable(self.objective)):
+            raise WeightingError(
+                f"objective is {self.objective!r}; give the name of one, or a function of (model, examples)"
+            )
         if not task.examples:
             raise InvalidTask("the task has no examples; give at least two (input, target) pairs")
         if self.inputs is not None and self._loss != "entropy":

@@ -43,14 +43,18 @@ def takes(found: type[Solver], name: str) -> bool:
 
 
 def check_options(method: str, options: Mapping[str, Any]) -> None:
-    """Raises WeightingError for an option that the method does not have."""
+    """Raises WeightingError for an option that the method does not have, and for a text where a number belongs."""
     known = [] if method in OTHER_WAYS else own_options(solver_class(method))
-    for name in options:
+    for name, value in options.items():
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f", did you mean {close[0]!r}?" if close else ""
             has = ", ".join(known) if known else "no options"
             raise WeightingError(f"method {method!r} has no option {name!r}{hint}; it has {has}")
+        wanted = str(inspect.signature(solver_class(method)).parameters[name].annotation)
+        # a start may have a name, whatever the solver takes
+        if isinstance(value, str) and "str" not in wanted and name != "start":
+            raise WeightingError(f"option {name!r} of method {method!r} is the text {value!r}; it must be {wanted}")
 
 
 def make_solver(
