@@ -96,7 +96,6 @@ def context_length(model: Any) -> int | None:
 
 def batch(model: Any, tokenizer: Any, rows: Sequence[EncodedRow]) -> TargetBatch:
     """The rows as one batch on the model's device."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     width = max(len(row.target) for row in rows)
     targets_BK = torch.full((len(rows), width), IGNORED)
     device = next(model.parameters()).device
@@ -104,15 +103,32 @@ def batch(model: Any, tokenizer: Any, rows: Sequence[EncodedRow]) -> TargetBatch
         for index, row in enumerate(rows):
             targets_BK[index, : len(row.target)] = torch.tensor(row.target)
         # an encoder that has learned its positions counts them from the first column
-        ids, mask = (tensor.flip(1) for tensor in _left_padded([row.prompt[::-1] for row in rows], pad))
+        ids, mask = padded_rows(tokenizer, [row.prompt for row in rows], left=False)
         inputs = {"input_ids": ids, "attention_mask": mask}
         # every model of this kind shifts labels to the right itself; the helper is part of its public face
         inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(targets_BK.to(device)).cpu()
         return TargetBatch(inputs, targets_BK).to(device)
     for index, row in enumerate(rows):
         targets_BK[index, width - len(row.target) :] = torch.tensor(row.target)
-    ids, mask = _left_padded([row.prompt + row.target for row in rows], pad)
+    ids, mask = padded_rows(tokenizer, [row.prompt + row.target for row in rows])
     return TargetBatch(with_positions(model, ids, mask), targets_BK).to(device)
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The token that rows are filled up with: the end of sequence where a tokenizer has none for padding."""
+    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
+def padded_rows(tokenizer: Any, rows: Sequence[Sequence[int]], *, left: bool = True) -> tuple[Tensor, Tensor]:
+    """(ids_BT, mask_BT) of rows of token ids, filled up on one side."""
+    longest = max(len(row) for row in rows)
+    ids_BT = torch.full((len(rows), longest), pad_id(tokenizer))
+    mask_BT = torch.zeros(len(rows), longest, dtype=torch.long)
+    for index, row in enumerate(rows):
+        start = longest - len(row) if left else 0
+        ids_BT[index, start : start + len(row)] = torch.tensor(row)
+        mask_BT[index, start : start + len(row)] = 1
+    return ids_BT, mask_BT
 
 
 def with_positions(model: Any, ids_BT: Tensor, mask_BT: Tensor) -> dict[str, Tensor]:
@@ -175,13 +191,3 @@ def mean_losses(model: Any, batch: TargetBatch) -> Tensor:
 def takes(model: Any, argument: str) -> bool:
     """Whether the model's forward has an argument of that name."""
     return argument in inspect.signature(model.forward).parameters
-
-
-def _left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    longest = max(len(row) for row in rows)
-    ids_BT = torch.full((len(rows), longest), pad)
-    mask_BT = torch.zeros(len(rows), longest, dtype=torch.long)
-    for index, row in enumerate(rows):
-        ids_BT[index, longest - len(row) :] = torch.tensor(row)
-        mask_BT[index, longest - len(row) :] = 1
-    return ids_BT, mask_BT

@@ -19,6 +19,8 @@ from loraweave.composer.batches import (
     encode,
     losses_of,
     mean_losses,
+    pad_id,
+    padded_rows,
     takes,
     token_losses,
     with_positions,
@@ -132,7 +134,7 @@ def generate(
             do_sample=False,
             num_beams=1,
             eos_token_id=ends,
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=pad_id(tokenizer),
             logits_processor=list(processors),
         )
     start = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
@@ -203,17 +205,9 @@ def _losses_after(model: Any, ids_BT: Tensor, mask_BT: Tensor, targets_NK: Tenso
 
 def padded(model: Any, tokenizer: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
     """Prompts as one batch on the model's device, padded on the left for a decoder, on the right for an encoder."""
-    side = tokenizer.padding_side
-    try:
-        tokenizer.padding_side = "right" if model.config.is_encoder_decoder else "left"
-        inputs = tokenizer(list(prompts), return_tensors="pt", padding=True)
-    finally:
-        tokenizer.padding_side = side
-    device = next(model.parameters()).device
-    ids, mask = inputs["input_ids"].to(device), inputs["attention_mask"].to(device)
-    return (
-        {"input_ids": ids, "attention_mask": mask} if model.config.is_encoder_decoder else with_positions(model, ids, mask)
-    )
+    left, device = not model.config.is_encoder_decoder, next(model.parameters()).device
+    ids, mask = (tensor.to(device) for tensor in padded_rows(tokenizer, tokenizer(list(prompts))["input_ids"], left=left))
+    return with_positions(model, ids, mask) if left else {"input_ids": ids, "attention_mask": mask}
 
 
 def _line_breaks(tokenizer: Any) -> list[int]:

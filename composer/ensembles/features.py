@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraweave.composer.batches import takes
+from loraweave.composer.batches import padded_rows, takes
 from loraweave.composer.composer import Composer
 from loraweave.composer.ensembles.inputs import last_positions, right_aligned, without_cache
 from loraweave.composer.ensembles.member_passes import known_members, member_passes, rows_that_fit
@@ -81,10 +81,6 @@ def _last_hidden(model: Any, inputs: dict[str, Any]) -> Tensor:
 
 
 def _right_padded(engine: Composer, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    tokenizer: Any = engine.tokenizer
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    width = max(map(len, rows))
     device = next(engine.model.parameters()).device
-    ids_BT = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], device=device)
-    mask_BT = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
-    return {"input_ids": ids_BT, "attention_mask": mask_BT}
+    ids_BT, mask_BT = padded_rows(engine.tokenizer, rows, left=False)
+    return {"input_ids": ids_BT.to(device), "attention_mask": mask_BT.to(device)}

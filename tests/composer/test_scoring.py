@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -87,7 +89,10 @@ def test_nothing_to_evaluate_is_refused(tiny_llama, tokenizer):
         scoring.evaluate(tiny_llama, tokenizer, Task([]), [])
 
 
-def test_the_tokenizer_keeps_its_padding_side(tiny_llama, tokenizer):
-    tokenizer.padding_side = "right"
-    scoring.padded(tiny_llama, tokenizer, PROMPTS)
-    assert tokenizer.padding_side == "right"
+def test_a_tokenizer_without_a_padding_token_answers_the_same(tiny_llama, tokenizer):
+    without = copy.deepcopy(tokenizer)
+    without.pad_token = None
+    for task in (Task([]), Task([], labels=LABELS)):
+        found = scoring.predict(tiny_llama, without, task, PROMPTS, max_new_tokens=5)
+        assert found == scoring.predict(tiny_llama, tokenizer, task, PROMPTS, max_new_tokens=5)
+    assert without.pad_token is None
