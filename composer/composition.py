@@ -6,8 +6,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -26,6 +26,7 @@ from loraweave.composer.refine.cut import cut
 from loraweave.composer.refine.prune import leave_one_out, prune
 from loraweave.composer.refine.tune import Tuning, tune
 from loraweave.composer.report import Report, ReportRow
+from loraweave.composer.untouched import untouched
 from loraweave.errors import AdapterCorrupt, AdapterNotFound, BaseModelMismatch, CompositionError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.export import ExportReport
@@ -231,11 +232,15 @@ class Composition:
             recipe["tuned_steps"],
         )
 
-    def _active(self) -> Any:
-        if self.is_base:
-            # no Composer can exist without an adapter: the model as it is answers
-            return nullcontext()
-        return Composer(self.model, [self.adapter]).activate({self.adapter.name: 1.0})
+    @contextmanager
+    def _active(self) -> Iterator[None]:
+        """The model answers for the composition, without dropout."""
+        with ExitStack() as stack:
+            stack.enter_context(untouched(self.model))
+            # no Composer can exist without an adapter: the base is the model as it is
+            if not self.is_base:
+                stack.enter_context(Composer(self.model, [self.adapter]).activate({self.adapter.name: 1.0}))
+            yield
 
     def _recipe(self) -> dict[str, Any]:
         weights = self.mean_weights

@@ -297,6 +297,15 @@ def test_adapters_with_magnitudes_are_composed_to_what_was_searched(tiny_llama, 
     assert found.report[method].loss == pytest.approx(np.mean(found.losses()), rel=1e-4)
 
 
+def test_a_composition_answers_without_dropout_whatever_the_mode_of_the_model(make_model, make_adapter, tokenizer, task):
+    model = make_model("llama", attention_dropout=0.5)
+    found = compose(model, tokenizer, lw.ExpertPool([make_adapter(model, "a")]), task, method="best_single")
+    expected = found.losses(), found.predict(["a", "b"]), found.evaluate(EXAMPLES)
+    model.train()
+    assert (found.losses(), found.predict(["a", "b"]), found.evaluate(EXAMPLES)) == expected
+    assert model.training
+
+
 def test_manual_weights_are_taken_as_given(tiny_llama, tokenizer, pool, task):
     composition = compose(tiny_llama, tokenizer, pool, task, method="manual", weights={"c": -0.25, "a": 1.5})
     assert composition.weights == {"c": -0.25, "a": 1.5}
