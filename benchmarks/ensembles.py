@@ -30,7 +30,7 @@ from rich.progress import track
 from rich.table import Table
 
 import loraweave as lw
-from loraweave.composer.scoring import left_padded
+from loraweave.composer.scoring import padded
 from loraweave.demo import load_task, read_rows
 
 ROOT = Path(__file__).resolve().parents[1] / "examples"
@@ -117,7 +117,7 @@ def measure(
     parts, averages = [], []
     for start in range(0, len(test), ROWS_PER_CALL):
         texts = [task.prompt(text) for text, _ in test[start : start + ROWS_PER_CALL]]
-        batch = left_padded(engine.model, engine.tokenizer, texts)
+        batch = padded(engine.model, engine.tokenizer, texts)
         # the base and the mixture ride along without a say
         shares = [1.0] * len(members) + [0.0, 0.0]
         found = lw.ensemble(engine, [*members, uniform, None], batch, labels=task.labels, weights=shares)
