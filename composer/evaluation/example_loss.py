@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from loraweave.composer.composer import Composer
-from loraweave.composer.described_mixtures import described_mixtures
 from loraweave.composer.evaluation.active_candidate import active_candidate
+from loraweave.composer.evaluation.described_mixtures import described_mixtures
 from loraweave.composer.evaluation.encoded_examples import EncodedExamples
 from loraweave.composer.evaluation.factor_candidates import MAX_CANDIDATES, can_be_factor_sums, factor_sums
 from loraweave.composer.evaluation.failures import Failures

@@ -10,8 +10,8 @@ from typing import Any, Self
 import torch
 
 from loraweave.composer.composer import Composer
-from loraweave.composer.described_mixtures import described_mixtures
 from loraweave.composer.evaluation.active_candidate import active_candidate
+from loraweave.composer.evaluation.described_mixtures import described_mixtures
 from loraweave.composer.evaluation.failures import Failures
 from loraweave.composer.evaluation.penalty import LORAHUB_L1, Penalty
 from loraweave.composer.untouched import untouched

@@ -208,7 +208,7 @@ def test_an_interrupted_compose_resumes_to_the_same_weights(tiny_llama, tokenize
     assert resumed.report["lorahub"].held_out_loss == whole.report["lorahub"].held_out_loss
 
 
-@pytest.mark.parametrize("changed", ["task", "objective", "l2", "adapter", "base"])
+@pytest.mark.parametrize("changed", ["task", "objective", "l2", "adapter", "base", "dtype"])
 def test_the_checkpoint_of_another_objective_is_refused(tiny_llama, tokenizer, pool, task, tmp_path, changed):
     random = {"method": "random", "start": "base", "checkpoint": tmp_path}
     compose(tiny_llama, tokenizer, pool, task, **random)
@@ -220,6 +220,8 @@ def test_the_checkpoint_of_another_objective_is_refused(tiny_llama, tokenizer, p
     if changed == "base":
         with torch.no_grad():
             tiny_llama.lm_head.weight.mul_(0.5)
+    if changed == "dtype":
+        tiny_llama.bfloat16()
     options = {"objective": {"objective": "exact_match"}, "l2": {"l2": 0.1}}.get(changed, {})
     with pytest.raises(WeightingError, match="belongs to a search with other settings"):
         compose(tiny_llama, tokenizer, pool, task, **random, **options)
