@@ -11,7 +11,7 @@ from loraweave.composer.composer import Composer
 from loraweave.composer.composing.choice import Choice, Way
 from loraweave.composer.composing.parts import Part
 from loraweave.composer.merge_by_layer import merge_mixture
-from loraweave.composer.refine.tune import STEP_COST, Tuning, tuned_adapters
+from loraweave.composer.refine.tune import STEP_COST, Tuning, targets_of, tuned_adapters
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.mixture import MixtureWeights
@@ -54,7 +54,16 @@ class Tuned:
         model = origins[0].engine.model
         starts = {part.name: _merged(choice) for part, choice in zip(parts, origins, strict=True)}
         seen = {part.name: part.seen for part in parts}
-        trained = tuned_adapters(model, self._tokenizer, self._task, starts, seen, self._tuning, checkpoint=self._checkpoint)
+        trained = tuned_adapters(
+            model,
+            self._tokenizer,
+            self._task,
+            starts,
+            seen,
+            self._tuning,
+            target_modules=targets_of(origins[0].engine.pool),
+            checkpoint=self._checkpoint,
+        )
         made = STEP_COST * self._tuning.steps * len(parts)
         self.evaluations += made
         self._on_progress(made)

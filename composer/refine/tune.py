@@ -12,6 +12,7 @@ from loraweave.composer.compression import byom
 from loraweave.composer.refine.measured import adapter_loss, renewed
 from loraweave.composer.training.train_adapters import train_adapters
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.pool import ExpertPool
 from loraweave.types import Task
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 # forward, backward by the activations and backward by the factors
 STEP_COST = 3
+# of a new adapter, where no pool says otherwise
+TARGETS = ("q_proj", "v_proj")
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,14 @@ def tuned_adapters(
     examples: Mapping[str, Sequence[int]],
     tuning: Tuning,
     *,
+    target_modules: Sequence[str] = TARGETS,
     checkpoint: Path | None = None,
     progress: bool = False,
 ) -> dict[str, Adapter]:
-    """{name: adapter} trained on some of the task's examples each, all in one batch; None begins a new adapter."""
+    """{name: adapter} trained on some of the task's examples each, all in one batch; None begins a new adapter.
+
+    `target_modules` are for new adapters.
+    """
     begun = {
         name: start if start.rank <= tuning.rank else byom(start, tuning.rank)
         for name, start in starts.items()
@@ -62,6 +69,7 @@ def tuned_adapters(
         lr=tuning.lr,
         batch_size=min(tuning.batch_size, max(len(chosen) for chosen in examples.values())),
         jobs_per_batch=len(jobs),
+        target_modules=target_modules,
         warmup=0,
         seed=tuning.seed,
         checkpoint=checkpoint,
@@ -70,14 +78,25 @@ def tuned_adapters(
 
 
 def tune(composition: Composition, tuning: Tuning, *, checkpoint: Path | None = None, progress: bool = True) -> Composition:
-    """The merged adapter trained on all of the composition's examples; from nothing where it is the base model itself."""
+    """The merged adapter trained on all of the composition's examples; from nothing where it is the base model itself.
+
+    A new adapter updates the linear layers that those of the pool update.
+    """
     started = time.perf_counter()
     start = None if composition.is_base else composition.adapter
     before = adapter_loss(composition, start)
     everything = {"composition": range(len(composition.task.examples))}
     model, tokenizer, task = composition.model, composition.tokenizer, composition.task
     found = tuned_adapters(
-        model, tokenizer, task, {"composition": start}, everything, tuning, checkpoint=checkpoint, progress=progress
+        model,
+        tokenizer,
+        task,
+        {"composition": start},
+        everything,
+        tuning,
+        target_modules=targets_of(composition.pool),
+        checkpoint=checkpoint,
+        progress=progress,
     )["composition"]
     after = adapter_loss(composition, found)
     return renewed(
@@ -93,3 +112,10 @@ def tune(composition: Composition, tuning: Tuning, *, checkpoint: Path | None = 
         stored=found,
         tuned_steps=composition.tuned_steps + tuning.steps,
     )
+
+
+def targets_of(pool: ExpertPool | None) -> Sequence[str]:
+    """What the paths of the linear layers of a pool's adapters end in."""
+    adapters = [] if pool is None else pool.adapters.values()
+    linear = {layer for adapter in adapters for layer, factors in adapter.layers.items() if factors.kind == "linear"}
+    return sorted({layer.rsplit(".", 1)[-1] for layer in linear}) or TARGETS

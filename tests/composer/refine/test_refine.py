@@ -153,6 +153,16 @@ def test_a_tuned_composition_is_kept_whole(composed, tmp_path):
     assert again.explain("de").experts == tuned.explain("de").experts == ("composition",)
 
 
+def test_what_is_tuned_from_the_base_updates_the_layers_of_the_pool(tiny_gpt2, make_adapter, tokenizer):
+    pool = lw.ExpertPool(
+        [make_adapter(tiny_gpt2, "a", targets=("c_attn",)), make_adapter(tiny_gpt2, "b", targets=("c_fc",))]
+    )
+    base = lw.compose(tiny_gpt2, tokenizer, pool, lw.Task(EXAMPLES), method="base", progress=False)
+    tuned = base.tune(3, progress=False)
+    assert {layer.rsplit(".", 1)[-1] for layer in tuned.adapter.layers} == {"c_attn", "c_fc"}
+    assert tuned.report["tuned"].loss < base.report["base"].loss
+
+
 def test_the_base_model_itself_can_be_tuned(composed, tmp_path):
     base = composed({})
     tuned = base.tune(20, lr=1e-2, progress=False)
