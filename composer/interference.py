@@ -89,8 +89,8 @@ def _sign_conflict(experts: Sequence[_Expert]) -> float:
         part = (expert.b_OR[rows] * expert.weight).astype(np.float32) @ expert.a_RI[:, columns]
         low, high = np.minimum(low, part), np.maximum(high, part)
     below, above = low < 0, high > 0
-    touched = np.count_nonzero(below | above)
-    return np.count_nonzero(below & above) / touched if touched else 0.0
+    touched = int(np.count_nonzero(below | above))
+    return int(np.count_nonzero(below & above)) / touched if touched else 0.0
 
 
 def _spaced(size: int) -> slice:

@@ -73,7 +73,7 @@ class HalfScanner:
                 codes = self._faiss.swig_ptr(codes_BD.view(np.uint8).reshape(-1))
                 rows = None if rows_B is None else self._faiss.swig_ptr(rows_B)
                 scanner.scan_codes(len(codes_BD), codes, rows, to_scores, to_rows, num)
-        if rows_R.min(initial=0) < 0:
+        if bool((rows_R < 0).any()):
             found_R = rows_R >= 0
             scores_R, rows_R = scores_R[found_R], rows_R[found_R]
         return scores_R, rows_R
