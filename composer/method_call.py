@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import inspect
 import math
@@ -37,8 +36,7 @@ class MethodCall:
         known = self.own_options
         for option in self.options:
             if option not in known:
-                close = difflib.get_close_matches(option, known, n=1)
-                hint = f", did you mean {close[0]!r}?" if close else ""
+                hint = registry.nearest(option, known)
                 has = ", ".join(known) if known else "no options"
                 raise WeightingError(f"method {self.method!r} has no option {option!r}{hint}; it has {has}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from loraweave.composer.first_order import FirstOrder, first_order, update_norm
 from loraweave.errors import InvalidTask, SearchFailed, UnknownName, WeightingError
 from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
+from loraweave.registry import nearest
 from loraweave.routers.mixture import MixtureWeights
 from loraweave.types import Candidate, Task
 
@@ -129,8 +129,7 @@ _PLACES = ("uniform", "base")
 def _check(settings: _Settings, task: Task) -> None:
     for given, known, what in ((settings.by, tuple(_WAYS), "way"), (settings.around, _PLACES, "place")):
         if given not in known:
-            close = difflib.get_close_matches(str(given), known, n=1)
-            hint = f", did you mean {close[0]!r}?" if close else ""
+            hint = nearest(str(given), known)
             raise UnknownName(
                 f"no {what} {given!r} to rerank {'by' if what == 'way' else 'around'}{hint}; there are {', '.join(known)}"
             )

@@ -8,7 +8,6 @@ that name.
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import shlex
@@ -23,6 +22,7 @@ from loraweave.errors import AdapterUnsupported, UnknownName, WeightingError
 from loraweave.hub import algebra
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats.peft import Peft
+from loraweave.registry import nearest
 from loraweave.types import Factors
 
 TARGETS = ("peft", "vllm")
@@ -87,8 +87,7 @@ def export(contents: Contents, name: str, folder: Path, *, target: str, max_rank
     express; nothing is written then.
     """
     if target not in TARGETS:
-        close = difflib.get_close_matches(target, TARGETS, n=1)
-        hint = f", did you mean {close[0]!r}?" if close else ""
+        hint = nearest(target, TARGETS)
         raise UnknownName(f"no export target {target!r}{hint}; there are {', '.join(TARGETS)}")
     if max_rank is not None and max_rank < 1:
         raise WeightingError(f"max_rank={max_rank} is below 1; leave it out to keep the exact rank")

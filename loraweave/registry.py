@@ -6,6 +6,7 @@ import difflib
 import importlib
 import pkgutil
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from loraweave.errors import UnknownName
@@ -30,7 +31,7 @@ SUPPORT = {"routers": {"by_row", "mixture", "objective"}}
 def names(folder: str) -> list[str]:
     """The sorted names that `get(folder, name)` accepts; only the folder is read, none of its files is imported."""
     if folder not in FOLDERS:
-        raise UnknownName(f"no registry {folder!r}{_nearest(folder, list(FOLDERS))}; there are {', '.join(FOLDERS)}")
+        raise UnknownName(f"no registry {folder!r}{nearest(folder, list(FOLDERS))}; there are {', '.join(FOLDERS)}")
     try:
         package = importlib.import_module(FOLDERS[folder])
     except ModuleNotFoundError:
@@ -44,7 +45,7 @@ def get(folder: str, name: str) -> Any:
     """The function `name` or the class `Name` of the file `name.py` in a registry folder."""
     # a folder takes a millisecond to list, and reading an adapter asks for every format
     if not _is_loaded(folder, name) and name not in (known := names(folder)):
-        raise UnknownName(f"no {folder.removesuffix('s')} {name!r}{_nearest(name, known)}; there are {', '.join(known)}")
+        raise UnknownName(f"no {folder.removesuffix('s')} {name!r}{nearest(name, known)}; there are {', '.join(known)}")
     module = importlib.import_module(f"{FOLDERS[folder]}.{name}")
     camel = "".join(part.capitalize() for part in name.split("_"))
     for attribute in (name, camel):
@@ -61,6 +62,7 @@ def _is_loaded(folder: str, name: str) -> bool:
     return module is not None and not hasattr(module, "__path__")
 
 
-def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ ", did you mean 'x'?" with the one of `known` that is most like a name, for an error; "" where none is alike."""
+    close = difflib.get_close_matches(name, list(known), n=1)
     return f", did you mean {close[0]!r}?" if close else ""

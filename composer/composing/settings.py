@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from loraweave.composer.composing.solver_options import OTHER_WAYS, check_options, solver_class, takes
 from loraweave.composer.evaluation.user_loss import Examples
 from loraweave.errors import InvalidTask, UnknownName, WeightingError
+from loraweave.registry import nearest
 from loraweave.types import Task
 
 # what a search's weights mean, as the name of a merge method
@@ -61,8 +61,7 @@ class Settings:
         if self.method not in OTHER_WAYS and takes(solver_class(self.method), "scores") and not from_hub:
             raise WeightingError(f"method {self.method!r} weighs by retrieval scores, so it needs a hub, not a pool")
         if self.space is not None and self.space not in SPACES:
-            close = difflib.get_close_matches(self.space, SPACES, n=1)
-            hint = f", did you mean {close[0]!r}?" if close else ""
+            hint = nearest(self.space, SPACES)
             raise UnknownName(f"no space {self.space!r} to compose with{hint}; there are {', '.join(SPACES)}")
         check_options(self.method, self.options)
         for name, value, least in (("k", self.k, 1), ("folds", self.folds, 0), ("seed", self.seed, 0)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,8 +21,7 @@ def solver_class(method: str) -> type[Solver]:
     """The class of that name; UnknownName, which names near misses, for one that compose() cannot use."""
     known = (*OTHER_WAYS, *registry.names("routers"))
     if method not in known:
-        close = difflib.get_close_matches(method, known, n=1)
-        hint = f", did you mean {close[0]!r}?" if close else ""
+        hint = registry.nearest(method, known)
         raise UnknownName(f"no method {method!r} to compose with{hint}; there are {', '.join(sorted(known))}")
     found = registry.get("routers", method)
     if not (isinstance(found, type) and issubclass(found, Solver)):
@@ -47,8 +45,7 @@ def check_options(method: str, options: Mapping[str, Any]) -> None:
     known = [] if method in OTHER_WAYS else own_options(solver_class(method))
     for name, value in options.items():
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f", did you mean {close[0]!r}?" if close else ""
+            hint = registry.nearest(name, known)
             has = ", ".join(known) if known else "no options"
             raise WeightingError(f"method {method!r} has no option {name!r}{hint}; it has {has}")
         wanted = str(inspect.signature(solver_class(method)).parameters[name].annotation)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from loraweave.composer.evaluation.penalty import Penalty
 from loraweave.composer.evaluation.user_loss import UserLoss
 from loraweave.composer.refine.tune import Tuning
 from loraweave.errors import UnknownName, WeightingError
+from loraweave.registry import nearest
 from loraweave.routers.mixture import MixtureWeights
 from loraweave.routers.search.solver import Solver
 from loraweave.routers.similarity import Similarity
@@ -235,8 +235,7 @@ def _given_start(entry: Entry) -> Start:
 def _check_start(entry: Entry, retrieved: bool) -> None:
     given = entry.options.get("start")
     if isinstance(given, str) and given not in STARTS:
-        close = difflib.get_close_matches(given, STARTS, n=1)
-        hint = f", did you mean {close[0]!r}?" if close else ""
+        hint = nearest(given, STARTS)
         raise UnknownName(f"no start {given!r} of a search{hint}; there are {', '.join(STARTS)}, or give weights")
     if given == "retrieval" and not retrieved:
         raise WeightingError("start='retrieval' takes the softmax of retrieval scores, so it needs a hub, not a pool")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Mapping
 from typing import Any, cast
@@ -18,8 +17,7 @@ def require_way(way: str, options: Mapping[str, Any], tasks: Mapping[str, Any], 
     known = _options(way)
     for option in options:
         if option not in known:
-            close = difflib.get_close_matches(option, known, n=1)
-            hint = f", did you mean {close[0]!r}?" if close else ""
+            hint = registry.nearest(option, known)
             raise TrainingError(f"continual {way!r} has no option {option!r}{hint}; it has {', '.join(known) or 'none'}")
     first = next(iter(tasks))
     if later := [name for name in start if name != first]:

@@ -5,7 +5,6 @@ A PEFT folder names its type; a folder without adapter_config.json is asked of e
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,8 +114,7 @@ def _foreign(kind: str, folder: Path) -> type[ForeignFormat]:
     if isinstance(layout, type) and issubclass(layout, ForeignFormat) and layout.peft_type == kind:
         return layout
     known = [name.upper() for name in registry.names("formats")]
-    close = difflib.get_close_matches(kind.upper(), [*known, *REFUSED, "LORA"], n=1)
-    hint = f", did you mean {close[0]!r}?" if close else ""
+    hint = registry.nearest(kind.upper(), [*known, *REFUSED, "LORA"])
     raise AdapterUnsupported(f"{folder}: peft_type is {kind[:40]!r}, which no format here reads{hint}; see docs/adapters.md")
 
 
