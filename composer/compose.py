@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from loraweave.composer.composer import Composer
 from loraweave.composer.composing.candidates import candidates
@@ -22,6 +22,7 @@ from loraweave.composer.report import Report
 from loraweave.hub.base_key import base_key
 from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
+from loraweave.hub.progress import progress_bar
 from loraweave.types import Task
 
 # a race pays for its folds out of one budget
@@ -86,7 +87,7 @@ def compose(
         return Composition(model, tokenizer, task, None, {}, "linear", Report((), "base", reason, (), 0.0, 0), seed)
     engine = Composer(model, pool, tokenizer=tokenizer)
     parts = make_folds(len(task.examples), folds, seed) if settings.learns else []
-    with _progress(progress) as bar:
+    with progress_bar(progress) as bar:
         advance = _shown(bar, settings, len(pool), len(parts))
         ways = Ways(engine, tokenizer, task, settings, scores, len(parts), advance)
         trials = _trials(Measurement(tokenizer, task, parts, ways.loss), ways, settings)
@@ -135,8 +136,3 @@ def _shown(bar: Progress, settings: Settings, num_experts: int, num_folds: int) 
     total = None if per_part is None else num_experts + parts * per_part
     task = bar.add_task("searching weights" if settings.learns else "measuring adapters", total=total)
     return lambda count: bar.update(task, advance=count)
-
-
-def _progress(shown: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, disable=not shown)

@@ -15,6 +15,13 @@ PATIENCE_S = 1.0
 Item = TypeVar("Item")
 
 
+def progress_bar(shown: bool, *, field: str = "") -> Progress:
+    """A bar with the task's description, count and time left, and with a text that the task has in `field`, if any."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    texts = [TextColumn(f"{{task.fields[{field}]}}")] if field else []
+    return Progress(*columns, *texts, disable=not shown)
+
+
 def tracked(items: Iterable[Item], label: str, *, total: int, shown: bool = True) -> Iterator[Item]:
     """The items one by one; a bar on stderr from the first second on, if that is a terminal and `shown` is true."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from loraweave.errors import TrainingError
 from loraweave.hub.hub import Hub
+from loraweave.hub.progress import progress_bar
 from loraweave.retrieval.embedders._text import readable
 from loraweave.retrieval.embedders.sentence import ENCODER_FILE, MAX_TOKENS, MODEL_FILES, Sentence
 from loraweave.retrieval.training_state import TrainingState, drop_state, load_state, save_state
@@ -119,8 +119,7 @@ def _train(
     first = 0
     if folder is not None and (state := load_state(folder, key)):
         first = state.restore(learning, optimizer)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[loss]}"), disable=not progress) as bar:
+    with progress_bar(progress, field="loss") as bar:
         shown = bar.add_task("training the encoder", total=recipe.steps, completed=first, loss="")
         for step in range(first, recipe.steps):
             for group in optimizer.param_groups:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -16,6 +15,7 @@ from loraweave.composer.composer import Composer
 from loraweave.composer.ensembles.features import text_features
 from loraweave.composer.ensembles.member_passes import known_members
 from loraweave.errors import InvalidTask, TrainingError
+from loraweave.hub.progress import progress_bar
 
 T = TypeVar("T")
 Pairs = Sequence[tuple[str, str]]
@@ -87,8 +87,7 @@ def fit(head: nn.Module, preferred_MNH: Tensor, other_MNH: Tensor, settings: Set
     """Trains a head of features_MBH (M may be 1) on pairs of features, in place."""
     optimizer = torch.optim.AdamW(head.parameters(), lr=settings.lr, weight_decay=0.0)
     order = _Epochs(preferred_MNH.shape[1], settings.seed)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with torch.enable_grad(), Progress(*columns, TextColumn("{task.fields[loss]}"), disable=not progress) as bar:
+    with torch.enable_grad(), progress_bar(progress, field="loss") as bar:
         shown = bar.add_task("training the reward head", total=settings.steps, loss="")
         for step in range(settings.steps):
             chosen = order.next(settings.batch_size)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch import Tensor
 
 from loraweave.composer.batches import IGNORED, EncodedRow, batch, token_losses
@@ -83,11 +83,6 @@ def job_losses(model: Any, tokenizer: Any, rows: Sequence[EncodedRow], num_jobs:
     losses_JN = token_losses(model, stacked).view(num_jobs, -1)
     counts_J = (stacked.targets_BK != IGNORED).view(num_jobs, -1).sum(dim=1)
     return losses_JN.sum(dim=1) / counts_J
-
-
-def training_progress(shown: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, TextColumn("{task.fields[loss]}"), disable=not shown)
 
 
 def _require_finite(loss_J: Tensor, jobs: FusedJobs, step: int) -> None:

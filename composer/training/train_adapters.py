@@ -17,7 +17,7 @@ from loraweave.composer.layer_kinds.linear import shape as linear_shape
 from loraweave.composer.training.checkpoints import load_adapter, save_adapter
 from loraweave.composer.training.continual_training import require_way, train_in_order
 from loraweave.composer.training.fused_jobs import FusedJobs
-from loraweave.composer.training.job_training import JobTraining, training_progress
+from loraweave.composer.training.job_training import JobTraining
 from loraweave.composer.training.linearized_jobs import LinearizedJobs
 from loraweave.composer.training.starts import require_startable
 from loraweave.composer.training.training_recipe import WARMUP_STEPS, Recipe, require_trainable
@@ -25,6 +25,7 @@ from loraweave.composer.untouched import untouched
 from loraweave.errors import TrainingError, UnknownName
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.fingerprint import fingerprint
+from loraweave.hub.progress import progress_bar
 from loraweave.retrieval.training_state import drop_state
 from loraweave.types import Fingerprint, Task
 
@@ -87,7 +88,7 @@ def train_adapters(
     rows = {name: _encoded(model, tokenizer, task) for name, task in prepared.items()}
     base = fingerprint(model)
     folder = None if checkpoint is None else Path(checkpoint)
-    with untouched(model), training_progress(progress) as bar:
+    with untouched(model), progress_bar(progress, field="loss") as bar:
         training = JobTraining(model, tokenizer, recipe, bar)
         if continual is None:
             return _train_apart(training, layers, prepared, rows, begins, base, jobs_per_batch, folder)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from loraweave.errors import SearchFailed, WeightingError
+from loraweave.hub.progress import progress_bar
 from loraweave.routers.mixture import MixtureWeights
 from loraweave.routers.objective import DifferentiableObjective, Objective, described
 from loraweave.routers.search.result import SearchResult
@@ -185,7 +185,7 @@ class Solver(ABC):
         kept = {} if path is None else {**self.settings(), **described(objective)}
         if path is not None:
             self.replay(Told.read(path, kept))
-        with _progress(progress) as bar:
+        with progress_bar(progress, field="best") as bar:
             shown = bar.add_task(type(self).__name__.lower(), total=self.budget, completed=self.spent, best="")
             while not self.stop() and (candidates := self.ask()):
                 self.tell(*self._evaluated(objective, candidates))
@@ -271,8 +271,3 @@ class Solver(ABC):
                 f"budget is {self.budget} evaluations, but {type(self).__name__} needs at least {least}, {what}; "
                 "raise the budget, or ask for less"
             )
-
-
-def _progress(shown: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, TextColumn("{task.fields[best]}"), disable=not shown)
