@@ -10,6 +10,7 @@ import numpy as np
 from loraweave.errors import RetrievalError
 from loraweave.hub.fields import one_or_many
 from loraweave.hub.search import Hit, checked_count, checked_threshold
+from loraweave.hub.whole_number import is_whole
 from loraweave.types import BaseKey, Candidate, Record
 
 
@@ -40,7 +41,7 @@ class Request:
                 "keep to; ask for more candidates at once, or for diversity=0"
             )
         for name, limit in (("max_rank", self.max_rank), ("max_size_bytes", self.max_size_bytes)):
-            if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
+            if limit is not None and not is_whole(limit, 0):
                 raise RetrievalError(f"{name} is {limit!r}; it must be an int of 0 or more, or None for no limit")
 
     @property

@@ -11,6 +11,7 @@ from loraweave import registry
 from loraweave.errors import RetrievalError
 from loraweave.hub.hub import Hub
 from loraweave.hub.search import Embedder, Hit, SearchIndex, unit
+from loraweave.hub.whole_number import is_whole
 from loraweave.retrieval.abstention import Abstention
 from loraweave.retrieval.diversity import diverse
 from loraweave.retrieval.fusion import Fusion
@@ -363,7 +364,7 @@ def _resolved(keys: Sequence[str | Key]) -> dict[str, Key]:
 
 def _groups_of(items: Sequence[Item], size: int) -> list[tuple[Item, ...]]:
     """The items in groups of `size`, in their order; what is left over is dropped. RetrievalError for a size below 1."""
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+    if not is_whole(size, 1):
         raise RetrievalError(f"inputs_per_query is {size!r}; it must be an int of 1 or more")
     return [tuple(items[start : start + size]) for start in range(0, len(items) - size + 1, size)]
 

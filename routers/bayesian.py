@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from loraweave.errors import WeightingError
+from loraweave.hub.whole_number import is_whole
 from loraweave.routers.mixture import MixtureWeights
 from loraweave.routers.search.expected_improvement import expected_improvement
 from loraweave.routers.search.solver import Solver
@@ -118,7 +119,7 @@ class Bayesian(Solver):
         for name, (value, fewest) in least.items():
             if value is None and name == "initial":
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < fewest:
+            if not is_whole(value, fewest):
                 raise WeightingError(f"{name} is {value!r}; it must be a whole number of at least {fewest}")
 
 

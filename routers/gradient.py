@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from loraweave.errors import UnknownName, WeightingError
+from loraweave.hub.whole_number import is_whole
 from loraweave.routers.mixture import MixtureWeights
 from loraweave.routers.search.adam import Adam
 from loraweave.routers.search.forms import Form, Free, Softmax, SoftmaxBias
@@ -139,5 +140,5 @@ class Gradient(Solver):
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise WeightingError(f"betas are {self.betas!r}; Adam has two, each at least 0 and below 1")
         patience = self.patience
-        if patience is not None and (isinstance(patience, bool) or not isinstance(patience, int) or patience < 1):
+        if patience is not None and not is_whole(patience, 1):
             raise WeightingError(f"patience is {patience!r} candidates; it must be a whole number of at least 1")

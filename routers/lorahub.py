@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from loraweave.errors import WeightingError
+from loraweave.hub.whole_number import is_whole
 from loraweave.routers.mixture import MixtureWeights
 from loraweave.routers.search.solver import Solver
 
@@ -122,9 +123,9 @@ class Lorahub(Solver):
     def _require_options(self) -> None:
         if not self.sigma > 0 or not math.isfinite(self.sigma):
             raise WeightingError(f"sigma is {self.sigma!r}; the first step size must be above 0")
-        if isinstance(self.population, bool) or not isinstance(self.population, int) or self.population < 2:
+        if not is_whole(self.population, 2):
             raise WeightingError(f"population is {self.population!r}; a generation has at least 2 candidates")
-        if isinstance(self.restarts, bool) or not isinstance(self.restarts, int) or self.restarts < 0:
+        if not is_whole(self.restarts, 0):
             raise WeightingError(f"restarts is {self.restarts!r}; it must be a whole number, 0 for none")
         if not self.tolerance >= 0 or not math.isfinite(self.tolerance):
             raise WeightingError(f"tolerance is {self.tolerance!r}; it is a difference of losses, 0 or more")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from loraweave.errors import WeightingError
+from loraweave.hub.whole_number import is_whole
 from loraweave.routers.mixture import MixtureWeights
 from loraweave.routers.search.solver import Solver
 
@@ -54,7 +55,7 @@ class Random(Solver):
         return {**super().settings(), "simplex": self.simplex, "population": self.population}
 
     def _require_options(self) -> None:
-        if isinstance(self.population, bool) or not isinstance(self.population, int) or self.population < 1:
+        if not is_whole(self.population, 1):
             raise WeightingError(f"population is {self.population!r}; at least 1 candidate is asked for at a time")
         if self.simplex and not (self.space.low <= 0 and self.space.high >= 1):
             raise WeightingError(

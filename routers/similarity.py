@@ -14,6 +14,7 @@ import numpy as np
 
 from loraweave.errors import UnknownName, WeightingError
 from loraweave.hub.unknown_expert import unknown_expert
+from loraweave.hub.whole_number import is_whole
 from loraweave.routers.search.closed_form import ClosedForm
 
 # LoraRetriever's k of its mixtures and fusions
@@ -79,7 +80,7 @@ def _count(form: str, nearest: int | None, num_scored: int) -> int:
         raise WeightingError(f"nearest is {nearest!r}, but a selection is of 1 expert; 'mixture' takes several")
     if nearest is None:
         return {"selection": 1, "softmax": num_scored}.get(form, min(NEAREST, num_scored))
-    if isinstance(nearest, bool) or not isinstance(nearest, int) or not 1 <= nearest <= num_scored:
+    if not is_whole(nearest, 1) or nearest > num_scored:
         raise WeightingError(
             f"nearest is {nearest!r}, but {num_scored} experts have a score; it is a whole number from 1 to that"
         )

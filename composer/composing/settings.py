@@ -10,6 +10,7 @@ from typing import Any
 from loraweave.composer.composing.solver_options import OTHER_WAYS, check_options, solver_class, takes
 from loraweave.composer.evaluation.user_loss import Examples
 from loraweave.errors import InvalidTask, UnknownName, WeightingError
+from loraweave.hub.whole_number import is_whole
 from loraweave.registry import nearest
 from loraweave.types import Task
 
@@ -65,7 +66,7 @@ class Settings:
             raise UnknownName(f"no space {self.space!r} to compose with{hint}; there are {', '.join(SPACES)}")
         check_options(self.method, self.options)
         for name, value, least in (("k", self.k, 1), ("folds", self.folds, 0), ("seed", self.seed, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if not is_whole(value, least):
                 raise WeightingError(f"{name} is {value!r}; it must be a whole number of at least {least}")
         for name, number in (("seconds", self.seconds), ("l1", self.l1), ("l2", self.l2), ("sparsity", self.sparsity)):
             if number is not None and not isinstance(number, int | float):

@@ -20,6 +20,7 @@ from loraweave.composer.training.job_training import JobTraining, Losses, job_lo
 from loraweave.errors import TrainingError
 from loraweave.hub import algebra
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.whole_number import is_whole
 from loraweave.types import Factors, Fingerprint, Task
 
 Layers = Mapping[str, Factors]
@@ -138,5 +139,5 @@ def require_within(name: str, value: Any, low: float, high: float) -> None:
 
 def require_count(name: str, value: Any, least: int) -> None:
     """TrainingError for what is no whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if not is_whole(value, least):
         raise TrainingError(f"{name} is {value!r}; it must be a whole number of at least {least}")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Generic, TypeVar
 
 from loraweave.errors import BudgetExceeded, CompositionError
+from loraweave.hub.whole_number import is_whole
 
 Key = TypeVar("Key", bound=Hashable)
 Thing = TypeVar("Thing")
@@ -27,9 +28,7 @@ class Shelf(Generic[Key, Thing]):
     """Slots by key, at most `budget_bytes` together (None: no limit). The caller holds one lock around every call."""
 
     def __init__(self, option: str, budget_bytes: int | None) -> None:
-        if budget_bytes is not None and (
-            isinstance(budget_bytes, bool) or not isinstance(budget_bytes, int) or budget_bytes < 1
-        ):
+        if budget_bytes is not None and not is_whole(budget_bytes, 1):
             raise CompositionError(
                 f"{option} is {budget_bytes!r}; it is a number of bytes, at least 1, or None for no limit"
             )

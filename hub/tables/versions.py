@@ -13,6 +13,7 @@ from loraweave.errors import AdapterNotFound, HubError
 from loraweave.hub.clock import now
 from loraweave.hub.stores.protocols import Connection
 from loraweave.hub.tables import rows
+from loraweave.hub.whole_number import is_whole
 from loraweave.types import Record
 
 _COLUMNS = "versions.seq, NULL, versions.hash, versions.record, versions.sha256"
@@ -62,7 +63,7 @@ def every(connection: Connection) -> Iterator[tuple[int, int]]:
 
 def prune(connection: Connection, row: rows.Row, keep: int) -> int:
     """Forgets all but the newest `keep` versions, the newest of all included; how many. HubError for a count below 1."""
-    if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
+    if not is_whole(keep, 1):
         raise HubError(
             f"pruning adapter {row.record.name!r}: keep is {keep!r}, but at least 1 version stays; hub.remove() takes all"
         )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from loraweave.errors import SearchFailed, WeightingError
 from loraweave.hub.progress import progress_bar
+from loraweave.hub.whole_number import is_whole
 from loraweave.routers.mixture import MixtureWeights
 from loraweave.routers.objective import DifferentiableObjective, Objective, described
 from loraweave.routers.search.result import SearchResult
@@ -259,11 +260,11 @@ class Solver(ABC):
             raise WeightingError("a search needs a budget of evaluations, or of seconds, or both")
         if self.seconds is not None and not self.seconds > 0:
             raise WeightingError(f"seconds is {self.seconds!r}; it must be above 0")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+        if not is_whole(self.seed, 0):
             raise WeightingError(f"seed is {self.seed!r}; it must be a whole number of at least 0")
         if self.budget is None:
             return
-        if isinstance(self.budget, bool) or not isinstance(self.budget, int) or self.budget < 1:
+        if not is_whole(self.budget, 1):
             raise WeightingError(f"budget is {self.budget!r} evaluations; it must be a whole number of at least 1")
         least, what = self._least
         if self.budget < least:
