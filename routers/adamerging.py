@@ -8,11 +8,11 @@ ones need not be right ones.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from loraweave.routers.gradient import Gradient
-from loraweave.routers.mixture import MixtureWeights
 
 # as published: 1000 steps of 1e-3 from 0.3, so that a weight can go about 1 from where it began
 START = 0.3
@@ -20,6 +20,7 @@ REACH = 1.0
 BUDGET = 2000
 
 
+@dataclass(eq=False, kw_only=True)
 class Adamerging(Gradient):
     """`Gradient` of free weights with the published start, step and number of steps; 1000 steps are 2000 evaluations.
 
@@ -30,43 +31,19 @@ class Adamerging(Gradient):
 
     loss: ClassVar[str] = "entropy"
 
+    budget: int | None = BUDGET
+    by_layer: bool | None = True
+    form: str = field(default="free", init=False)
+    schedule: str = field(default="constant", init=False)
+
+    def __post_init__(self) -> None:
+        if self.lr is None:
+            self.lr = REACH / max((BUDGET if self.budget is None else self.budget) // self.cost, 1)
+        if self.start is None:
+            self.start = dict.fromkeys(self.experts, START)
+        super().__post_init__()
+
     @classmethod
     def begins(cls, options: Mapping[str, Any]) -> str | None:
         """At 0.3 each, as published."""
         return None
-
-    def __init__(
-        self,
-        experts: Sequence[str],
-        *,
-        budget: int | None = BUDGET,
-        seconds: float | None = None,
-        seed: int = 0,
-        start: Mapping[str, float] | MixtureWeights | None = None,
-        low: float = -1.5,
-        high: float = 1.5,
-        groups: Mapping[str, Sequence[str]] | None = None,
-        layers: Sequence[str] | None = None,
-        by_layer: bool = True,
-        lr: float | None = None,
-        betas: tuple[float, float] = (0.9, 0.999),
-        patience: int | None = None,
-    ) -> None:
-        steps = max((BUDGET if budget is None else budget) // self.cost, 1)
-        super().__init__(
-            experts,
-            budget=budget,
-            seconds=seconds,
-            seed=seed,
-            start=dict.fromkeys(experts, START) if start is None else start,
-            low=low,
-            high=high,
-            groups=groups,
-            layers=layers,
-            by_layer=by_layer,
-            form="free",
-            lr=REACH / steps if lr is None else lr,
-            schedule="constant",
-            betas=betas,
-            patience=patience,
-        )

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from loraweave.errors import WeightingError
 from loraweave.hub.whole_number import is_whole
-from loraweave.routers.mixture import MixtureWeights
 from loraweave.routers.search.expected_improvement import expected_improvement
 from loraweave.routers.search.solver import Solver
 
@@ -27,6 +26,7 @@ NUM_DRAWS = 1024
 NEAREST, FARTHEST = 0.01, 0.3
 
 
+@dataclass(eq=False, kw_only=True)
 class Bayesian(Solver):
     """Asks for the start and `initial` - 1 points spread around it, then for `population` candidates at a time.
 
@@ -35,23 +35,8 @@ class Bayesian(Solver):
     arguments are `Solver`'s.
     """
 
-    def __init__(
-        self,
-        experts: Sequence[str],
-        *,
-        budget: int | None = 40,
-        seconds: float | None = None,
-        seed: int = 0,
-        start: Mapping[str, float] | MixtureWeights | None = None,
-        low: float = -1.5,
-        high: float = 1.5,
-        groups: Mapping[str, Sequence[str]] | None = None,
-        initial: int | None = None,
-        population: int = POPULATION,
-    ) -> None:
-        self.initial = initial
-        self.population = population
-        super().__init__(experts, budget=budget, seconds=seconds, seed=seed, start=start, low=low, high=high, groups=groups)
+    initial: int | None = None
+    population: int = POPULATION
 
     @property
     def _num_initial(self) -> int:
@@ -67,7 +52,7 @@ class Bayesian(Solver):
     def _propose(self) -> list[np.ndarray]:
         made = len(self._vectors)
         if made < self._num_initial:
-            return [self.start, *self._filling()][made:]
+            return [self.first, *self._filling()][made:]
         units, losses = self._observed()
         kernel = _fitted(units, losses)
         generator = np.random.default_rng([self.seed, made])
@@ -89,7 +74,7 @@ class Bayesian(Solver):
         points = self.space.low + (self.space.high - self.space.low) * units
         # many adapters at once with weights of the box's size spoil any model: their sizes together stay those of two
         spread = min(1.0, 2 / self.space.size)
-        return list(self.start + spread * (points - self.start))
+        return list(self.first + spread * (points - self.first))
 
     def _observed(self) -> tuple[np.ndarray, np.ndarray]:
         """Where the candidates are in the unit box, and the logarithms of their losses, of mean 0 and deviation 1.
@@ -110,9 +95,6 @@ class Bayesian(Solver):
         scales = np.exp(generator.uniform(np.log(NEAREST), np.log(FARTHEST), (half, 1)))
         near = best + scales * generator.standard_normal((half, size))
         return np.vstack([anywhere, np.clip(near, 0.0, 1.0)])
-
-    def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "initial": self.initial, "population": self.population}
 
     def _require_options(self) -> None:
         least = {"initial": (self.initial, 2), "population": (self.population, 1)}

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
 from loraweave.errors import WeightingError
-from loraweave.routers.mixture import MixtureWeights
 from loraweave.routers.search.quadratic import fitted
 from loraweave.routers.search.solver import Solver
 
@@ -26,6 +26,7 @@ LEAST_STEP = 1e-5
 LEAST_FALL = 1e-9
 
 
+@dataclass(eq=False, kw_only=True)
 class FirstOrder(Solver):
     """Asks for the start, the base model unless given, and then for the lowest point of the model, one at a time.
 
@@ -36,27 +37,15 @@ class FirstOrder(Solver):
     needs_gradients: ClassVar[bool] = True
     cost: ClassVar[int] = 2
 
-    def __init__(
-        self,
-        experts: Sequence[str],
-        *,
-        budget: int | None = 40,
-        seconds: float | None = None,
-        seed: int = 0,
-        start: Mapping[str, float] | MixtureWeights | None = None,
-        low: float = -1.5,
-        high: float = 1.5,
-        groups: Mapping[str, Sequence[str]] | None = None,
-        radius: float = RADIUS,
-        ridge: float = RIDGE,
-    ) -> None:
-        self.radius = radius
-        self.ridge = ridge
+    radius: float = RADIUS
+    ridge: float = RIDGE
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         # the candidates with a score: where, its loss, and its gradient
         self._known: list[tuple[np.ndarray, float, np.ndarray]] = []
-        self._trusted = radius
+        self._trusted = self.radius
         self._foretold = 0.0
-        super().__init__(experts, budget=budget, seconds=seconds, seed=seed, start=start, low=low, high=high, groups=groups)
 
     @classmethod
     def begins(cls, options: Mapping[str, Any]) -> str | None:
@@ -69,7 +58,7 @@ class FirstOrder(Solver):
 
     def _propose(self) -> list[np.ndarray]:
         if not self._known:
-            return [] if self._vectors else [self.start]
+            return [] if self._vectors else [self.first]
         best, loss, slope = self._best()
         others = [(w - best, gradient - slope) for w, _, gradient in self._known if not np.array_equal(w, best)]
         steps_KD = np.array([step for step, _ in others]).reshape(-1, len(best))
@@ -100,9 +89,6 @@ class FirstOrder(Solver):
 
     def _best(self) -> tuple[np.ndarray, float, np.ndarray]:
         return min(self._known, key=lambda known: known[1])
-
-    def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "radius": self.radius, "ridge": self.ridge}
 
     def _require_options(self) -> None:
         if not self.radius > 0 or not math.isfinite(self.radius):

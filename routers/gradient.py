@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
 from loraweave.errors import UnknownName, WeightingError
 from loraweave.hub.whole_number import is_whole
-from loraweave.routers.mixture import MixtureWeights
 from loraweave.routers.search.adam import Adam
 from loraweave.routers.search.forms import Form, Free, Softmax, SoftmaxBias
 from loraweave.routers.search.layer_groups import layer_groups
@@ -30,6 +30,7 @@ WARMUP = 2
 SCHEDULES = ("cosine", "constant")
 
 
+@dataclass(eq=False, kw_only=True)
 class Gradient(Solver):
     """Takes one step of Adam for each candidate told, and returns the best candidate, not the last.
 
@@ -45,39 +46,28 @@ class Gradient(Solver):
     needs_gradients: ClassVar[bool] = True
     cost: ClassVar[int] = 2
 
-    def __init__(
-        self,
-        experts: Sequence[str],
-        *,
-        budget: int | None = 40,
-        seconds: float | None = None,
-        seed: int = 0,
-        start: Mapping[str, float] | MixtureWeights | None = None,
-        low: float = -1.5,
-        high: float = 1.5,
-        groups: Mapping[str, Sequence[str]] | None = None,
-        layers: Sequence[str] | None = None,
-        by_layer: bool | None = None,
-        form: str = "free",
-        lr: float | None = None,
-        schedule: str = "cosine",
-        betas: tuple[float, float] = (0.9, 0.999),
-        patience: int | None = None,
-    ) -> None:
-        if form not in FORMS:
-            raise UnknownName(f"no form {form!r} of learned weights; there are {', '.join(FORMS)}")
-        self.form = form
-        self.lr = RATES[form] if lr is None else lr
-        self.schedule = schedule
-        self.betas = betas
-        self.patience = patience
-        start = dict.fromkeys(experts, 1 / max(len(experts), 1)) if start is None else start
-        groups = layer_groups(groups, layers, by_layer=form != "softmax_bias" if by_layer is None else by_layer)
-        super().__init__(experts, budget=budget, seconds=seconds, seed=seed, start=start, low=low, high=high, groups=groups)
-        self._form = FORMS[form](self.space)
-        self._parameters = self._form.parameters(self.start)
-        self._adam = Adam(self._form.size, betas)
+    layers: Sequence[str] | None = None
+    by_layer: bool | None = None
+    form: str = "free"
+    lr: float | None = None
+    schedule: str = "cosine"
+    betas: tuple[float, float] = (0.9, 0.999)
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise UnknownName(f"no form {self.form!r} of learned weights; there are {', '.join(FORMS)}")
+        if self.lr is None:
+            self.lr = RATES[self.form]
+        if self.start is None:
+            self.start = dict.fromkeys(self.experts, 1 / max(len(self.experts), 1))
+        by_layer = self.form != "softmax_bias" if self.by_layer is None else self.by_layer
+        self.groups = layer_groups(self.groups, self.layers, by_layer=by_layer)
         self._step = self.lr
+        super().__post_init__()
+        self._form = FORMS[self.form](self.space)
+        self._parameters = self._form.parameters(self.first)
+        self._adam = Adam(self._form.size, self.betas)
         # the parameters of the lowest loss, that loss, and the gradient by them
         self._best: tuple[np.ndarray, float, np.ndarray] | None = None
         self._fruitless = 0
@@ -122,18 +112,8 @@ class Gradient(Solver):
         # the step before the last candidate is the last that is taken
         return 0.5 if made <= warmup else 0.5 * (1 + math.cos(math.pi * (made - warmup) / max(steps - warmup, 1)))
 
-    def settings(self) -> dict[str, Any]:
-        own = {
-            "form": self.form,
-            "lr": self.lr,
-            "schedule": self.schedule,
-            "betas": list(self.betas),
-            "patience": self.patience,
-        }
-        return {**super().settings(), **own}
-
     def _require_options(self) -> None:
-        if not self.lr > 0 or not math.isfinite(self.lr):
+        if not self._step > 0 or not math.isfinite(self._step):
             raise WeightingError(f"lr is {self.lr!r}; a step must be above 0")
         if self.schedule not in SCHEDULES:
             raise UnknownName(f"no schedule {self.schedule!r} of steps; there are {', '.join(SCHEDULES)}")

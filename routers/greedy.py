@@ -6,16 +6,16 @@ AdapterSoup averages adapters that a retriever picks (Chronopoulou et al. 2023, 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from loraweave.errors import WeightingError
-from loraweave.routers.mixture import MixtureWeights
 from loraweave.routers.search.solver import Solver
 
 
+@dataclass(eq=False, kw_only=True)
 class Greedy(Solver):
     """Asks for the start and every expert alone, then adds experts, then takes out those that do not help.
 
@@ -25,22 +25,11 @@ class Greedy(Solver):
     layers an expert is a member of each group apart. The other arguments are `Solver`'s.
     """
 
-    def __init__(
-        self,
-        experts: Sequence[str],
-        *,
-        budget: int | None = 40,
-        seconds: float | None = None,
-        seed: int = 0,
-        start: Mapping[str, float] | MixtureWeights | None = None,
-        low: float = -1.5,
-        high: float = 1.5,
-        groups: Mapping[str, Sequence[str]] | None = None,
-        strength: float | None = None,
-    ) -> None:
-        self.strength = strength
+    strength: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._loss = math.inf
-        super().__init__(experts, budget=budget, seconds=seconds, seed=seed, start=start, low=low, high=high, groups=groups)
         self._members: list[int] = []
         self._untried: list[int] = []
 
@@ -50,7 +39,7 @@ class Greedy(Solver):
 
     def _propose(self) -> list[np.ndarray]:
         if not self._vectors:
-            return [self.start, *(self._soup([place]) for place in range(self.space.size))]
+            return [self.first, *(self._soup([place]) for place in range(self.space.size))]
         if self._untried:
             return [self._soup([*self._members, self._untried[0]])]
         # of two members each has been measured alone
@@ -90,9 +79,6 @@ class Greedy(Solver):
         chosen_GE = chosen.reshape(-1, len(self.experts))
         counts_G1 = np.maximum(chosen_GE.sum(axis=1, keepdims=True), 1)
         return np.asarray(chosen_GE / counts_G1).flatten()
-
-    def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "strength": self.strength}
 
     def _require_options(self) -> None:
         alone = 1.0 if self.strength is None else self.strength

@@ -6,13 +6,12 @@ A lattice has strengths ** weights points, so this is for few adapters; coordina
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from loraweave.errors import WeightingError
-from loraweave.routers.mixture import MixtureWeights
 from loraweave.routers.search.solver import Solver
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -20,6 +19,7 @@ STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 POPULATION = 8
 
 
+@dataclass(eq=False, kw_only=True)
 class Grid(Solver):
     """Asks for the start, then for every other point of the lattice in order, the last weight varying fastest.
 
@@ -28,30 +28,19 @@ class Grid(Solver):
     for a budget that does not reach the end of the lattice, or of a sweep that improves nothing.
     """
 
-    def __init__(
-        self,
-        experts: Sequence[str],
-        *,
-        budget: int | None = 40,
-        seconds: float | None = None,
-        seed: int = 0,
-        start: Mapping[str, float] | MixtureWeights | None = None,
-        low: float = -1.5,
-        high: float = 1.5,
-        groups: Mapping[str, Sequence[str]] | None = None,
-        strengths: Sequence[float] = STRENGTHS,
-        coordinate: bool = False,
-    ) -> None:
-        self.strengths = tuple(dict.fromkeys(float(strength) for strength in strengths))
-        self.coordinate = coordinate
+    strengths: Sequence[float] = STRENGTHS
+    coordinate: bool = False
+
+    def __post_init__(self) -> None:
+        self.strengths = tuple(dict.fromkeys(float(strength) for strength in self.strengths))
         self._place = 0
         self._unchanged = 0
-        super().__init__(experts, budget=budget, seconds=seconds, seed=seed, start=start, low=low, high=high, groups=groups)
-        self._best, self._loss = self.start, math.inf
+        super().__post_init__()
+        self._best, self._loss = self.first, math.inf
 
     def _propose(self) -> list[np.ndarray]:
         if not self._vectors:
-            return [self.start]
+            return [self.first]
         return self._line() if self.coordinate else self._points()
 
     def _points(self) -> list[np.ndarray]:
@@ -71,10 +60,10 @@ class Grid(Solver):
     @property
     def _start_number(self) -> int:
         """The start's place in the lattice, or the number of its points when it is none of them."""
-        if not set(self.start.tolist()) <= set(self.strengths):
+        if not set(self.first.tolist()) <= set(self.strengths):
             return self._size
         number = 0
-        for strength in self.start.tolist():
+        for strength in self.first.tolist():
             number = number * len(self.strengths) + self.strengths.index(strength)
         return number
 
@@ -115,9 +104,6 @@ class Grid(Solver):
         self._place = (self._place + 1) % self.space.size
         self._unchanged = unchanged
 
-    def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "strengths": list(self.strengths), "coordinate": self.coordinate}
-
     def _require_options(self) -> None:
         if not self.strengths:
             raise WeightingError("a grid needs at least one strength")
@@ -138,5 +124,5 @@ class Grid(Solver):
     def _least(self) -> tuple[int, str]:
         if not self.coordinate:
             return super()._least
-        others = [len(set(self.strengths) - {value}) for value in self.start.tolist()]
+        others = [len(set(self.strengths) - {value}) for value in self.first.tolist()]
         return 1 + sum(others), f"the start and every other strength of {self.space.size} weights"

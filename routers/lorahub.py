@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from loraweave.errors import WeightingError
 from loraweave.hub.whole_number import is_whole
-from loraweave.routers.mixture import MixtureWeights
 from loraweave.routers.search.solver import Solver
 
 # at 40 evaluations in 20 dimensions a step of 0.5 hardly improves; 0.2 halves the loss
@@ -26,6 +26,7 @@ RESTARTS = 9
 TOLERANCE = 1e-6
 
 
+@dataclass(eq=False, kw_only=True)
 class Lorahub(Solver):
     """Asks for the start alone, then for generations of `population` candidates; the last one is cut to the budget.
 
@@ -39,29 +40,15 @@ class Lorahub(Solver):
     # the paper's
     l1 = 0.05
 
-    def __init__(
-        self,
-        experts: Sequence[str],
-        *,
-        budget: int | None = 40,
-        seconds: float | None = None,
-        seed: int = 0,
-        start: Mapping[str, float] | MixtureWeights | None = None,
-        low: float = -1.5,
-        high: float = 1.5,
-        groups: Mapping[str, Sequence[str]] | None = None,
-        sigma: float = SIGMA,
-        population: int = POPULATION,
-        restarts: int = RESTARTS,
-        tolerance: float = TOLERANCE,
-    ) -> None:
-        self.sigma = sigma
-        self.population = population
-        self.restarts = restarts
-        self.tolerance = tolerance
+    sigma: float = SIGMA
+    population: int = POPULATION
+    restarts: int = RESTARTS
+    tolerance: float = TOLERANCE
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._strategy: Any = None
-        super().__init__(experts, budget=budget, seconds=seconds, seed=seed, start=start, low=low, high=high, groups=groups)
-        self._generator = np.random.default_rng(seed)
+        self._generator = np.random.default_rng(self.seed)
         self._restarted = 0
 
     @property
@@ -70,7 +57,7 @@ class Lorahub(Solver):
 
     def _propose(self) -> list[np.ndarray]:
         if not self._vectors:
-            return [self.start]
+            return [self.first]
         if self._strategy is None:
             self._strategy = self._evolution()
         return list(self._strategy.ask())
@@ -107,18 +94,9 @@ class Lorahub(Solver):
             "randn": lambda *shape: self._generator.standard_normal(shape),
         }
         if not self._restarted:
-            return cma.CMAEvolutionStrategy(self.start, self.sigma, options)
+            return cma.CMAEvolutionStrategy(self.first, self.sigma, options)
         place = self._generator.uniform(low, high, self.space.size)
         return cma.CMAEvolutionStrategy(place, (high - low) / 4, options)
-
-    def settings(self) -> dict[str, Any]:
-        return {
-            **super().settings(),
-            "sigma": self.sigma,
-            "population": self.population,
-            "restarts": self.restarts,
-            "tolerance": self.tolerance,
-        }
 
     def _require_options(self) -> None:
         if not self.sigma > 0 or not math.isfinite(self.sigma):

@@ -9,15 +9,17 @@ from __future__ import annotations
 import math
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from loraweave.errors import PackageMissing, SearchFailed, WeightingError
-from loraweave.routers.search.solver import Solver
+from loraweave.routers.search.solver import Solver, Start
 
 
+@dataclass(eq=False, kw_only=True)
 class LorahubOriginal(Solver):
     """Asks for one candidate after the other, the base model first, with the draws that the authors' code has for the seed.
 
@@ -30,18 +32,11 @@ class LorahubOriginal(Solver):
     merge_method = "factor_sum"
     l1 = 0.05
 
-    def __init__(
-        self,
-        experts: Sequence[str],
-        *,
-        budget: int | None = 40,
-        seconds: float | None = None,
-        seed: int = 0,
-        low: float = -1.5,
-        high: float = 1.5,
-        groups: Mapping[str, Sequence[str]] | None = None,
-    ) -> None:
-        super().__init__(experts, budget=budget, seconds=seconds, seed=seed, low=low, high=high, groups=groups)
+    # the base model, as published
+    start: Start = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._worst = -math.inf
         self._candidate: Any = None
         self._optimizer = self._ngopt()
@@ -82,7 +77,7 @@ class LorahubOriginal(Solver):
             raise PackageMissing("the original LoraHub searches with nevergrad: pip install 'loraweave[search]'") from error
         kept = np.random.get_state()
         try:
-            space = nevergrad.p.Array(init=self.start, lower=self.space.low, upper=self.space.high)
+            space = nevergrad.p.Array(init=self.first, lower=self.space.low, upper=self.space.high)
         finally:
             # making an array takes a number from numpy's global generator
             np.random.set_state(kept)

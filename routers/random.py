@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from loraweave.errors import WeightingError
 from loraweave.hub.whole_number import is_whole
-from loraweave.routers.mixture import MixtureWeights
 from loraweave.routers.search.solver import Solver
 
 POPULATION = 8
 
 
+@dataclass(eq=False, kw_only=True)
 class Random(Solver):
     """Asks for the start, then for draws, `population` at a time; the other arguments are `Solver`'s.
 
@@ -22,27 +21,12 @@ class Random(Solver):
     each group of layers), which a box with 0 and 1 in it must hold. Draw n depends on the seed and on n alone.
     """
 
-    def __init__(
-        self,
-        experts: Sequence[str],
-        *,
-        budget: int | None = 40,
-        seconds: float | None = None,
-        seed: int = 0,
-        start: Mapping[str, float] | MixtureWeights | None = None,
-        low: float = -1.5,
-        high: float = 1.5,
-        groups: Mapping[str, Sequence[str]] | None = None,
-        simplex: bool = False,
-        population: int = POPULATION,
-    ) -> None:
-        self.simplex = simplex
-        self.population = population
-        super().__init__(experts, budget=budget, seconds=seconds, seed=seed, start=start, low=low, high=high, groups=groups)
+    simplex: bool = False
+    population: int = POPULATION
 
     def _propose(self) -> list[np.ndarray]:
         made = len(self._vectors)
-        return [self._draw(number) if number else self.start for number in range(made, made + self.population)]
+        return [self._draw(number) if number else self.first for number in range(made, made + self.population)]
 
     def _draw(self, number: int) -> np.ndarray:
         generator = np.random.default_rng([self.seed, number])
@@ -50,9 +34,6 @@ class Random(Solver):
             return generator.uniform(self.space.low, self.space.high, self.space.size)
         num_experts = len(self.experts)
         return generator.dirichlet(np.ones(num_experts), self.space.size // num_experts).flatten()
-
-    def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "simplex": self.simplex, "population": self.population}
 
     def _require_options(self) -> None:
         if not is_whole(self.population, 1):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,6 +24,7 @@ TEMPERATURE = 0.1
 FORMS = ("selection", "mixture", "fusion", "softmax")
 
 
+@dataclass(eq=False, kw_only=True)
 class Similarity(ClosedForm):
     """Weights that sum to 1 from `scores`, {expert: score}, higher is nearer; experts without a score get 0.
 
@@ -34,29 +36,23 @@ class Similarity(ClosedForm):
     finite, for none, for `nearest` beyond their number and for a temperature not above 0.
     """
 
-    def __init__(
-        self,
-        experts: Sequence[str],
-        *,
-        scores: Mapping[str, float],
-        form: str = "softmax",
-        nearest: int | None = None,
-        temperature: float = TEMPERATURE,
-        budget: int | None = 40,
-        seconds: float | None = None,
-        seed: int = 0,
-        groups: Mapping[str, Sequence[str]] | None = None,
-    ) -> None:
-        _require_scores(scores, experts)
-        count = _count(form, nearest, len(scores))
-        if not temperature > 0 or not math.isfinite(temperature):
-            raise WeightingError(f"temperature is {temperature!r}; it must be above 0")
+    scores: Mapping[str, float]
+    form: str = "softmax"
+    nearest: int | None = None
+    temperature: float = TEMPERATURE
+
+    def _weights(self) -> Mapping[str, float]:
+        scores = self.scores
+        _require_scores(scores, self.experts)
+        count = _count(self.form, self.nearest, len(scores))
+        if not self.temperature > 0 or not math.isfinite(self.temperature):
+            raise WeightingError(f"temperature is {self.temperature!r}; it must be above 0")
         # fusion is of the factors apart, cross terms and all
-        self.merge_method = "factor_sum" if form == "fusion" else "linear"
+        self.merge_method = "factor_sum" if self.form == "fusion" else "linear"
         names = sorted(scores, key=lambda name: -scores[name])[:count]
-        weights = _softmax([scores[name] for name in names], temperature) if form == "softmax" else [1 / count] * count
-        chosen = dict(zip(names, weights, strict=True))
-        super().__init__(experts, chosen, budget=budget, seconds=seconds, seed=seed, groups=groups)
+        if self.form != "softmax":
+            return dict.fromkeys(names, 1 / count)
+        return dict(zip(names, _softmax([scores[name] for name in names], self.temperature), strict=True))
 
 
 def _require_scores(scores: Mapping[str, float], experts: Sequence[str]) -> None:

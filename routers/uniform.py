@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from loraweave.routers.search.closed_form import ClosedForm
 
@@ -10,14 +10,5 @@ from loraweave.routers.search.closed_form import ClosedForm
 class Uniform(ClosedForm):
     """w_e = 1/E; with `groups`, in their layers only."""
 
-    def __init__(
-        self,
-        experts: Sequence[str],
-        *,
-        budget: int | None = 40,
-        seconds: float | None = None,
-        seed: int = 0,
-        groups: Mapping[str, Sequence[str]] | None = None,
-    ) -> None:
-        weights = dict.fromkeys(experts, 1 / max(len(experts), 1))
-        super().__init__(experts, weights, budget=budget, seconds=seconds, seed=seed, groups=groups)
+    def _weights(self) -> Mapping[str, float]:
+        return dict.fromkeys(self.experts, 1 / max(len(self.experts), 1))

@@ -2,45 +2,52 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import numpy as np
 
 from loraweave.routers.mixture import LARGEST, MixtureWeights
-from loraweave.routers.search.solver import Solver
+from loraweave.routers.search.solver import Solver, Start
 
 
+@dataclass(eq=False, kw_only=True)
 class ClosedForm(Solver):
-    """Asks for the given weights and is done: it chooses nothing, and makes one evaluation whatever the budget.
+    """Asks for the weights of the formula and is done: it chooses nothing, and makes one evaluation whatever the budget.
 
     MixtureWeights by layer are asked for as they are, also without `groups`. Raises WeightingError as `Solver` does.
     """
 
     learns: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        experts: Sequence[str],
-        weights: Mapping[str, float] | MixtureWeights,
-        *,
-        budget: int | None = 40,
-        seconds: float | None = None,
-        seed: int = 0,
-        groups: Mapping[str, Sequence[str]] | None = None,
-    ) -> None:
-        start = weights if isinstance(weights, MixtureWeights) else MixtureWeights.of(weights, experts)
-        if groups is None:
-            groups = {layer: (layer,) for layer in start.layers}
-        limits = {"low": -LARGEST, "high": LARGEST}
-        super().__init__(experts, budget=budget, seconds=seconds, seed=seed, start=start, groups=groups, **limits)
+    start: Start = field(default=None, init=False)
+    low: float = field(default=-LARGEST, init=False)
+    high: float = field(default=LARGEST, init=False)
+
+    def __post_init__(self) -> None:
+        weights = self._weights()
+        found = weights if isinstance(weights, MixtureWeights) else MixtureWeights.of(weights, self.experts)
+        if self.groups is None:
+            self.groups = {layer: (layer,) for layer in found.layers}
+        self.start = found
+        super().__post_init__()
+
+    @abstractmethod
+    def _weights(self) -> Mapping[str, float] | MixtureWeights:
+        """What the formula gives."""
+
+    def settings(self) -> dict[str, Any]:
+        """Of what the formula takes, the start has all that there is to say."""
+        return {name: value for name, value in super().settings().items() if name not in ("scores", "weights")}
 
     @property
     def num_trained(self) -> int:
         return 0
 
     def _propose(self) -> list[np.ndarray]:
-        return [self.start]
+        return [self.first]
 
     def _learn(self, vectors: Sequence[np.ndarray], losses: Sequence[float], gradients: Sequence[np.ndarray]) -> None:
         self._finished = True

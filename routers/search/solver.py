@@ -9,6 +9,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -24,10 +25,13 @@ from loraweave.routers.search.result import SearchResult
 from loraweave.routers.search.space import Space
 from loraweave.routers.search.told import Told
 
+Start = Mapping[str, float] | MixtureWeights | None
+
 # candidates on end that cannot be scored, after which a search gives up
 MAX_FAILED = 16
 
 
+@dataclass(eq=False)
 class Solver(ABC):
     """Asks for candidates until `budget` evaluations are spent, or `seconds`, whichever comes first.
 
@@ -36,7 +40,8 @@ class Solver(ABC):
     One evaluation is one candidate scored on all examples; a candidate counts for `cost` of them. With `budget=None` the
     seconds alone count; a population is cut to what is left of either.
 
-    A subclass stores its own options first and then calls this __init__, which looks all of them over.
+    A subclass is a dataclass, too, whose own options are its fields; what else it needs is made in its __post_init__, after
+    this one has looked the options over.
 
     The same settings and losses give the same candidates, bit for bit. numpy's global generator is left alone.
     Raises WeightingError for settings that cannot be used, SearchFailed when no candidate can be scored.
@@ -45,31 +50,28 @@ class Solver(ABC):
     needs_gradients: ClassVar[bool] = False
     # what compose() minimises and what its weights mean, unless it is told otherwise
     loss: ClassVar[str] = "cross_entropy"
-    merge_method: str = "linear"
+    merge_method = "linear"
     l1: ClassVar[float] = 0.0
     # False for weights that no example had a part in
     learns: ClassVar[bool] = True
     # a backward pass through frozen weights is as much arithmetic as the forward pass
     cost: ClassVar[int] = 1
 
-    def __init__(
-        self,
-        experts: Sequence[str],
-        *,
-        budget: int | None = 40,
-        seconds: float | None = None,
-        seed: int = 0,
-        start: Mapping[str, float] | MixtureWeights | None = None,
-        low: float = -1.5,
-        high: float = 1.5,
-        groups: Mapping[str, Sequence[str]] | None = None,
-    ) -> None:
-        self.budget = budget
-        self.seconds = seconds
-        self.seed = seed
-        grouped = {name: tuple(layers) for name, layers in (groups or {}).items()}
-        self.space = Space(tuple(experts), low, high, grouped)
-        self.start = self.space.vector(start)
+    experts: Sequence[str]
+    _: KW_ONLY
+    budget: int | None = 40
+    seconds: float | None = None
+    seed: int = 0
+    start: Start = None
+    low: float = -1.5
+    high: float = 1.5
+    groups: Mapping[str, Sequence[str]] | None = None
+
+    def __post_init__(self) -> None:
+        grouped = {name: tuple(layers) for name, layers in (self.groups or {}).items()}
+        self.space = Space(tuple(self.experts), self.low, self.high, grouped)
+        # the vector of the start
+        self.first = self.space.vector(self.start)
         self._require_options()
         self._require_limits()
         self._asked: list[np.ndarray] = []
@@ -79,10 +81,6 @@ class Solver(ABC):
         self._earlier_s = 0.0
         # a subclass sets it when it has nothing further to ask
         self._finished = False
-
-    @property
-    def experts(self) -> tuple[str, ...]:
-        return self.space.experts
 
     @classmethod
     def begins(cls, options: Mapping[str, Any]) -> str | None:
@@ -215,17 +213,9 @@ class Solver(ABC):
 
     def settings(self) -> dict[str, Any]:
         """What determines the candidates, besides the losses; a checkpoint of other settings is refused."""
-        return {
-            "solver": type(self).__name__,
-            "experts": list(self.experts),
-            "budget": self.budget,
-            "seconds": self.seconds,
-            "seed": self.seed,
-            "start": self.start.tolist(),
-            "low": self.space.low,
-            "high": self.space.high,
-            "groups": {name: list(layers) for name, layers in self.space.groups.items()},
-        }
+        options = {option.name: getattr(self, option.name) for option in fields(self)}
+        experts, groups = self.space.experts, self.space.groups
+        return {"solver": type(self).__name__, **options, "experts": experts, "start": self.first.tolist(), "groups": groups}
 
     def _evaluated(
         self, objective: Objective, candidates: Sequence[MixtureWeights]

@@ -20,7 +20,7 @@ class Walk(Solver):
     """Three candidates at a time, each a step further from the last that was told best."""
 
     def _propose(self):
-        base = self._vectors[int(np.argmin(self._told.losses))] if self._vectors else self.start
+        base = self._vectors[int(np.argmin(self._told.losses))] if self._vectors else self.first
         return [base + 0.1 * step for step in (0, 1, 2)]
 
 
@@ -32,7 +32,7 @@ class Descent(Solver):
 
     def __init__(self, experts, **options):
         super().__init__(experts, **options)
-        self.place = self.start
+        self.place = self.first
 
     def _propose(self):
         return [self.place]
