@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from loraweave.errors import PackageMissing, SearchFailed, WeightingError
+from loraweave.routers.lorahub import Lorahub
 from loraweave.routers.search.solver import Solver, Start
 
 
@@ -30,7 +31,7 @@ class LorahubOriginal(Solver):
 
     loss = "lorahub_original"
     merge_method = "factor_sum"
-    l1 = 0.05
+    l1 = Lorahub.l1
 
     # the base model, as published
     start: Start = field(default=None, init=False)

@@ -11,7 +11,7 @@ from loraweave.composer.composer import Composer
 from loraweave.composer.composing.choice import Choice, Way
 from loraweave.composer.composing.parts import Part
 from loraweave.composer.merge_by_layer import merge_mixture
-from loraweave.composer.refine.tune import STEP_COST, Tuning, targets_of, tuned_adapters
+from loraweave.composer.refine.tune import STEP_COST, Tuning, num_scalars, targets_of, tuned_adapters
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.mixture import MixtureWeights
@@ -75,7 +75,7 @@ class Tuned:
         return Choice(
             engine,
             MixtureWeights.of({name: 1.0}, engine.pool.names),
-            num_trained=sum(factors.a_RI.numel() + factors.b_OR.numel() for factors in adapter.layers.values()),
+            num_trained=num_scalars(adapter),
             adapter=replace(adapter, name="composition"),
             origin=origin,
             tuned_steps=self._tuning.steps,

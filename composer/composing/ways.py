@@ -157,13 +157,14 @@ class Ways:
         return way
 
     def _searched(self, entry: Entry) -> Searched:
+        inputs = self._inputs(entry)
         return Searched(
             entry.method,
             lambda part: self._solver(entry, self._start(entry, part)),
-            self._objective(entry),
+            self._objective(entry, inputs),
             checkpoint=self._settings.checkpoint,
             on_progress=self._on_progress,
-            num_inputs=None if self._inputs(entry) is None else len(self._inputs(entry) or ()),
+            num_inputs=None if inputs is None else len(inputs),
         )
 
     def _start(self, entry: Entry, part: Part) -> Start:
@@ -201,7 +202,7 @@ class Ways:
             options={name: value for name, value in entry.options.items() if name != "start"},
         )
 
-    def _objective(self, entry: Entry) -> ExampleLoss | UserLoss:
+    def _objective(self, entry: Entry, inputs: Sequence[str] | None) -> ExampleLoss | UserLoss:
         settings, solver = self._settings, self._solvers[entry.method]
         loss, merge_method = settings.objective or solver.loss, self._merge_method(entry)
         l1 = solver.l1 if settings.l1 is None else settings.l1
@@ -216,7 +217,7 @@ class Ways:
             l1=l1,
             l2=settings.l2,
             sparsity=settings.sparsity,
-            inputs=self._inputs(entry),
+            inputs=inputs,
         )
 
     def _merge_method(self, entry: Entry) -> str:

@@ -26,8 +26,6 @@ from loraweave.registry import get
 from loraweave.routers.mixture import MixtureWeights
 from loraweave.types import Task
 
-REGULARISATION = LORAHUB_L1
-
 
 class ExampleLoss:
     """An objective: the mean over a task's examples of a kind of loss, and terms for the weights alone.
@@ -50,7 +48,7 @@ class ExampleLoss:
         *,
         kind: str = "cross_entropy",
         merge_method: str = "linear",
-        l1: float = REGULARISATION,
+        l1: float = LORAHUB_L1,
         l2: float = 0.0,
         sparsity: float = 0.0,
         only: Sequence[int] | None = None,

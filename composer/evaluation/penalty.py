@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from loraweave.errors import WeightingError
+from loraweave.routers.lorahub import Lorahub
 
-# LoraHub's published factor of mean|w|
-LORAHUB_L1 = 0.05
+# its published factor of mean|w|
+LORAHUB_L1 = Lorahub.l1
 # an expert whose weights are all of this size or smaller is not counted
 COUNTED = 0.01
 

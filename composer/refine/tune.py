@@ -108,10 +108,15 @@ def tune(composition: Composition, tuning: Tuning, *, checkpoint: Path | None = 
         evaluations=STEP_COST * tuning.steps + 2,
         weights=composition.all_weights,
         by_layer=composition.by_layer,
-        num_trained=sum(factors.a_RI.numel() + factors.b_OR.numel() for factors in found.layers.values()),
+        num_trained=num_scalars(found),
         stored=found,
         tuned_steps=composition.tuned_steps + tuning.steps,
     )
+
+
+def num_scalars(adapter: Adapter) -> int:
+    """Of all its factors a and b."""
+    return sum(factors.a_RI.numel() + factors.b_OR.numel() for factors in adapter.layers.values())
 
 
 def targets_of(pool: ExpertPool | None) -> Sequence[str]:
