@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from loraweave.composer.evaluation.described_mixtures import described_mixtures
 from loraweave.composer.evaluation.encoded_examples import EncodedExamples
 from loraweave.composer.evaluation.factor_candidates import MAX_CANDIDATES, can_be_factor_sums, factor_sums
 from loraweave.composer.evaluation.failures import Failures
+from loraweave.composer.evaluation.on_examples import OnExamples
 from loraweave.composer.evaluation.own_answers import with_own_answers
 from loraweave.composer.evaluation.penalty import LORAHUB_L1, Penalty
 from loraweave.composer.evaluation.population import Job, learning_sums, row_sums
@@ -27,7 +27,7 @@ from loraweave.routers.mixture import MixtureWeights
 from loraweave.types import Task
 
 
-class ExampleLoss:
+class ExampleLoss(OnExamples):
     """An objective: the mean over a task's examples of a kind of loss, and terms for the weights alone.
 
     `kind` is a name of `names("objectives")`, by default the mean loss of the target's tokens. The terms are `l1` * mean|w|,
@@ -77,24 +77,6 @@ class ExampleLoss:
     def differentiable(self) -> bool:
         """Whether `gradients` can be asked for."""
         return self.kind.differentiable and self.merge_method == "linear"
-
-    def view(self, only: Sequence[int], *, penalised: bool = True) -> Self:
-        """The same objective on these examples, by their index among all of the task's; without terms unless `penalised`.
-
-        It shares what was tokenised, and counts failures of its own.
-        """
-        found = copy.copy(self)
-        found.only = tuple(only)
-        found.failures = Failures()
-        if not penalised:
-            found.penalty = Penalty(0.0, 0.0, 0.0)
-        return found
-
-    def penalised(self, penalty: Penalty) -> Self:
-        """The same objective with these terms for the weights; it shares what was tokenised."""
-        found = self.view(self.only)
-        found.penalty = penalty
-        return found
 
     def __call__(self, candidates: Sequence[MixtureWeights]) -> list[float]:
         return scored([(self, candidate) for candidate in candidates])

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -13,6 +12,7 @@ from loraweave.composer.composer import Composer
 from loraweave.composer.evaluation.active_candidate import active_candidate
 from loraweave.composer.evaluation.described_mixtures import described_mixtures
 from loraweave.composer.evaluation.failures import Failures
+from loraweave.composer.evaluation.on_examples import OnExamples
 from loraweave.composer.evaluation.penalty import LORAHUB_L1, Penalty
 from loraweave.composer.untouched import untouched
 from loraweave.routers.mixture import MixtureWeights
@@ -21,7 +21,7 @@ from loraweave.types import Task
 Examples = list[tuple[str, str]]
 
 
-class UserLoss:
+class UserLoss(OnExamples):
     """An objective: `function(model, examples)`, a number, lower is better, and the terms of ExampleLoss.
 
     `model` answers for the candidate, in evaluation mode and without gradients; `examples` are (input, target) pairs. A
@@ -60,15 +60,6 @@ class UserLoss:
             "examples": [list(self.task.examples[index]) for index in self.only],
             **described_mixtures(self.engine, self.merge_method, self.penalty),
         }
-
-    def view(self, only: Sequence[int], *, penalised: bool = True) -> Self:
-        """The same objective on these examples, by their index among all of the task's; without terms unless `penalised`."""
-        found = copy.copy(self)
-        found.only = tuple(only)
-        found.failures = Failures()
-        if not penalised:
-            found.penalty = Penalty(0.0, 0.0, 0.0)
-        return found
 
     def __call__(self, candidates: Sequence[MixtureWeights]) -> list[float]:
         return [self._loss(candidate) for candidate in candidates]
