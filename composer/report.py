@@ -11,7 +11,8 @@ from typing import Any
 
 from rich.table import Table
 
-from loraweave.errors import CompositionError, PackageMissing
+from loraweave.errors import CompositionError
+from loraweave.hub.drawing import blank_figure
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,7 @@ class Report:
         searched = [row for row in self.rows if row.losses]
         if not searched:
             raise CompositionError("nothing was searched, so there is no curve to draw: the ways compared are in table()")
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise PackageMissing(
-                "the curves of searches are drawn with matplotlib: pip install 'loraweave[plot]'"
-            ) from error
-        figure = Figure(figsize=(6.0, 3.5), layout="constrained")
+        figure = blank_figure("the curves of searches are drawn with matplotlib", figsize=(6.0, 3.5), layout="constrained")
         axes = figure.subplots()
         for row in searched:
             losses = [math.inf if loss is None else loss for loss in row.losses]

@@ -8,7 +8,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from loraweave.errors import CompositionError, PackageMissing
+from loraweave.errors import CompositionError
+from loraweave.hub.drawing import blank_figure
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -138,14 +139,10 @@ class MergeReport(Mapping[str, LayerReport]):
         """
         if not self:
             raise CompositionError("this adapter was not merged, so there is nothing to plot")
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise PackageMissing("plots need matplotlib: pip install 'loraweave[plot]'") from error
         shares = [[norm / (sum(row.norms) or 1.0) for norm in row.norms] for row in self.values()]
         # about an eighth of an inch for a layer keeps its name legible
         size = (max(5.0, 2.5 + 0.5 * len(self.names)), min(max(2.5, 1.5 + 0.14 * len(self)), 200.0))
-        figure = Figure(figsize=size, layout="constrained")
+        figure = blank_figure("plots need matplotlib", figsize=size, layout="constrained")
         axes = figure.add_subplot()
         image = axes.imshow(shares, aspect="auto", cmap="viridis", vmin=0.0, vmax=max(map(max, shares)))
         axes.set_yticks(range(len(self)), list(self), fontsize=6)

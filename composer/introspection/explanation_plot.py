@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from loraweave.composer.introspection.plot_text import Glyphs, width
-from loraweave.errors import CompositionError, PackageMissing
+from loraweave.errors import CompositionError
+from loraweave.hub.drawing import blank_figure
 
 if TYPE_CHECKING:
     from loraweave.composer.introspection.explanation import Explanation
@@ -56,10 +57,6 @@ def draw(explanation: Explanation) -> Any:
         raise CompositionError(
             f"nothing to plot in {counts[0]} tokens, {counts[1]} layers and {counts[2]} experts; the base has no expert"
         )
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PackageMissing("plots need matplotlib: pip install 'loraweave[plot]'") from error
     share_E = explanation.total.share_E
     # in their own order, so that pictures of one pool can be laid side by side
     shown = share_E.argsort(descending=True, stable=True)[:MAX_EXPERTS].sort().values
@@ -69,7 +66,7 @@ def draw(explanation: Explanation) -> Any:
     maps.append(_token_map(explanation.tokens, explanation.by_token_TE.T[shown]))
     top = 2 * (ROW_INCHES * max(len(shown), 4) + 1.05)
     bottom = strip.num_lines * LINE_INCHES + 0.45
-    figure = Figure(figsize=(INCHES, top + bottom), layout="constrained", dpi=150)
+    figure = blank_figure("plots need matplotlib", figsize=(INCHES, top + bottom), layout="constrained", dpi=150)
     parts: Any = figure.subfigures(2, 1, height_ratios=(top, bottom))
     _draw_maps(parts[0], maps, rows)
     strip.draw(parts[1], "abcd"[len(maps)], bottom)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from loraweave.errors import PackageMissing
+from loraweave.hub.drawing import blank_figure
 from loraweave.routers.mixture import MixtureWeights
 
 
@@ -52,12 +52,8 @@ class SearchResult:
 
         Raises PackageMissing without matplotlib.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise PackageMissing("the curve of a search is drawn with matplotlib: pip install 'loraweave[plot]'") from error
         spent, best = zip(*self.curve(), strict=True)
-        figure = Figure(figsize=(6.0, 3.5), layout="constrained")
+        figure = blank_figure("the curve of a search is drawn with matplotlib", figsize=(6.0, 3.5), layout="constrained")
         axes = figure.subplots()
         axes.plot(spent, self.losses, ".", color="#999999", label="candidate")
         axes.step(spent, best, where="post", color="#0072B2", label="lowest so far")
