@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.progress import Progress
-
 from loraweave.composer.composer import Composer
 from loraweave.composer.composing.candidates import candidates
 from loraweave.composer.composing.guard import guard
@@ -88,8 +86,11 @@ def compose(
     engine = Composer(model, pool, tokenizer=tokenizer)
     parts = make_folds(len(task.examples), folds, seed) if settings.learns else []
     with progress_bar(progress) as bar:
-        advance = _shown(bar, settings, len(pool), len(parts))
-        ways = Ways(engine, tokenizer, task, settings, scores, len(parts), advance)
+        shown = bar.add_task("measuring adapters", total=len(pool))
+        ways = Ways(engine, tokenizer, task, settings, scores, len(parts), lambda made: bar.update(shown, advance=made))
+        if ways.planned != 0:
+            total = None if ways.planned is None else len(pool) + ways.planned
+            bar.update(shown, description="searching weights", total=total)
         trials = _trials(Measurement(tokenizer, task, parts, ways.loss), ways, settings)
     engine.close()
     by_name = {trial.name: trial for trial in trials}
@@ -127,12 +128,3 @@ def _composition(model: Any, tokenizer: Any, task: Task, taken: Trial, report: R
         by_layer=row.by_layer,
         tuned_steps=choice.tuned_steps,
     )
-
-
-def _shown(bar: Progress, settings: Settings, num_experts: int, num_folds: int) -> Callable[[int], object]:
-    """What advances the bar, by evaluations."""
-    per_part = settings.budget if settings.learns else 0
-    parts = 1 if settings.method == "auto" else 1 + num_folds
-    total = None if per_part is None else num_experts + parts * per_part
-    task = bar.add_task("searching weights" if settings.learns else "measuring adapters", total=total)
-    return lambda count: bar.update(task, advance=count)

@@ -52,6 +52,19 @@ def entries(racers: Sequence[str], budget: int | None, seconds: float | None, nu
     return [Entry(method, each, seconds) for method in racers[: min(count, len(racers))]]
 
 
+def planned(entered: Sequence[Entry], steps: int, num_folds: int) -> int | None:
+    """The evaluations to come, each candidate on however many examples counted whole: each fold's and a winner's on all.
+
+    None where only time bounds them.
+    """
+    budgets = [entry.budget for entry in entered]
+    if None in budgets:
+        return None
+    numbers = [budget or 0 for budget in budgets]
+    final = max(numbers, default=0) if num_folds else sum(numbers)
+    return num_folds * sum(numbers) + final + STEP_COST * steps * (num_folds + 1)
+
+
 def tuned_steps(entered: Sequence[Entry], budget: int | None, num_folds: int) -> int:
     """How many steps of training may follow the first racer, with what the racers leave of the budget."""
     if budget is None or not num_folds or not entered:

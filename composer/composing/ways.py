@@ -9,7 +9,7 @@ from loraweave.composer.composer import Composer
 from loraweave.composer.composing.choice import Way
 from loraweave.composer.composing.measurement import Measurement, Trial
 from loraweave.composer.composing.parts import Part
-from loraweave.composer.composing.race import RACERS, Entry, entries, tuned_steps
+from loraweave.composer.composing.race import RACERS, Entry, entries, planned, tuned_steps
 from loraweave.composer.composing.searched import Searched
 from loraweave.composer.composing.settings import Settings
 from loraweave.composer.composing.simple_ways import BestSingle, Fixed
@@ -56,6 +56,9 @@ class Ways:
         self._solvers: dict[str, Solver] = {}
         self._entries = self._entered(num_folds)
         self._tuned_steps = self._steps_after(num_folds)
+        # evaluations of the searches; a formula has none
+        searched = [entry for entry in self._entries if self._solvers[entry.method].learns]
+        self.planned = planned(searched, self._tuned_steps, num_folds)
         self.loss = ExampleLoss(engine, tokenizer, task, l1=0.0)
         self._singles = BestSingle(engine, self.loss)
         on_progress(len(engine.pool))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from rich.progress import Progress
 
 import loraweave as lw
 from loraweave.composer.composing import searched as searched_way
@@ -144,3 +145,22 @@ def test_one_adapter_alone_is_not_searched_but_its_strength_is(tiny_llama, token
     found = compose(tiny_llama, tokenizer, one, method="grid", folds=0).report["grid"].weights
     assert set(found) <= {"a"}
     assert [row.name for row in compose(tiny_llama, tokenizer, one).report.rows] == ["base", "best_single", "uniform"]
+
+
+@pytest.mark.parametrize(
+    ("options", "num_folds"),
+    [({"method": "lorahub", "budget": 11}, 3), ({"method": "random", "budget": 5, "folds": 0}, 0), ({"budget": 32}, 2)],
+)
+def test_the_bar_ends_at_its_total(options, num_folds, tiny_llama, tokenizer, pool, monkeypatch):
+    made, totals = [], []
+    update = Progress.update
+
+    def spy(bar, task, **changes):
+        made.append(changes.get("advance", 0))
+        totals.append(changes.get("total"))
+        update(bar, task, **changes)
+
+    monkeypatch.setattr(Progress, "update", spy)
+    compose(tiny_llama, tokenizer, pool, progress=True, **options)
+    each = 16 if options.get("method") is None else options["budget"]
+    assert sum(made) == max(filter(None, totals)) == len(pool) + (num_folds + 1) * each
