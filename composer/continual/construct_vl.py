@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loraweave.composer.continual._course import Course, Layers
-from loraweave.composer.continual._prefix import by_prefix
+from loraweave.composer.continual._one_by_one import by_prefix
 from loraweave.hub.adapter import Adapter
 
 

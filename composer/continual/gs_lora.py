@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loraweave.composer.batches import EncodedRow
 from loraweave.composer.continual._course import Course, Layers, require_count, require_within
-from loraweave.composer.continual._prefix import by_prefix
+from loraweave.composer.continual._one_by_one import by_prefix
 from loraweave.composer.training.fused_jobs import FusedJobs
 from loraweave.composer.training.job_training import job_losses
 from loraweave.errors import TrainingError

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from loraweave.composer.continual._course import Course, Layers
+from loraweave.composer.continual._one_by_one import one_by_one
 from loraweave.hub.adapter import Adapter
 
 
 def sequential(course: Course) -> dict[str, Adapter]:
     """{task: the adapter after that task}. Nothing holds what earlier tasks taught."""
-    found: dict[str, Adapter] = {}
-    layers = course.first
-    for name in course.rows:
-        (found[name],) = course.once(name, partial(_learn, course, name, layers))
-        layers = found[name].layers
-    return found
+    return one_by_one(course, lambda name, layers: _learn(course, name, layers))
 
 
-def _learn(course: Course, name: str, layers: Layers) -> list[Layers]:
+def _learn(course: Course, name: str, layers: Layers) -> Layers:
     jobs = course.jobs([name], layers or None)
     course.training.run(jobs, course.plain(jobs, {}))
-    return [jobs.layers_of(name)]
+    return jobs.layers_of(name)
