@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from loraweave.composer.limits.batch_axis import begin_call
+from loraweave.composer.mixing.begun import Begun, arguments_of
 from loraweave.composer.mixing.plan import Plan
 from loraweave.errors import CompositionError
 
@@ -27,14 +28,20 @@ class Entry:
     """A hook for the model, before its forward. A copied or unpickled model has one that does nothing.
 
     `require_unchanged` raises where the model runs other layers than it did; `current_plan` is the running call's, if any.
+    `begin` shows the call's arguments to a router that looks at all of them first.
     """
 
     def __init__(
-        self, model: nn.Module, require_unchanged: Callable[[], None], current_plan: Callable[[], Plan | None]
+        self,
+        model: nn.Module,
+        require_unchanged: Callable[[], None],
+        current_plan: Callable[[], Plan | None],
+        begin: Callable[[Begun, dict[str, Any]], None],
     ) -> None:
         self._model = ref(model)
         self._require_unchanged = require_unchanged
         self._current_plan = current_plan
+        self._begin = begin
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
@@ -56,6 +63,8 @@ class Entry:
             given = _main_input(args, kwargs)
             num_rows = None if given is None else given.shape[0]
             plan.require_rows(num_rows)
+            if plan.begun is not None:
+                self._begin(plan.begun, arguments_of(module, args, kwargs))
             # features by (row * token) do not say how many rows they are
             known = None if given is None or (given.ndim == 2 and given.is_floating_point()) else num_rows
             begin_call(known, beside=any(kwargs.get(name) is not None and kwargs[name] is not given for name in BESIDE_TEXT))

@@ -27,6 +27,7 @@ from loraweave.composer.layers import TargetLayer, gives_new_memory
 from loraweave.composer.limits.batch_axis import end_call
 from loraweave.composer.limits.owner_watch import Step, watch
 from loraweave.composer.lock_after_fork import lock_of
+from loraweave.composer.mixing.begun import Begun, end_begun
 from loraweave.composer.mixing.plan import Plan
 from loraweave.composer.paging.residents import Lease
 from loraweave.errors import AlreadyActive, CompositionError
@@ -104,7 +105,7 @@ class Activation:
             return call(*args, **kwargs)
 
     def _end(self) -> None:
-        end_call()
+        _end()
         self.live.end(self)
         current = _CURRENT.get()
         if current is not None and current.closed:
@@ -131,6 +132,12 @@ class Activation:
                 if inner.live is self.live:
                     inner._end()
         self._end()
+
+
+def _end() -> None:
+    """The running call of the model is over, however it ended."""
+    end_call()
+    end_begun()
 
 
 def _chain(activation: Activation | None) -> Iterable[Activation]:
@@ -165,7 +172,7 @@ class LiveLayers:
         self._lock = lock_of(self)
         self._open: list[Activation] = []
         self._handles: list[_Handle] = []
-        self._own_hooks = Entry(model, require_unchanged, self._current_plan), Step(end_call)
+        self._own_hooks = Entry(model, require_unchanged, self._current_plan, self._begin), Step(_end)
         self._numbers: dict[str, Tensor] = {}
         self.mixes_outside: Callable[[_MixedForward, Tensor, Tensor], Tensor] | None = None
         _ALL.add(self)
@@ -245,6 +252,14 @@ class LiveLayers:
     def _current_plan(self) -> Plan | None:
         activation = self.current()
         return None if activation is None else activation.plan
+
+    def _begin(self, begun: Begun, arguments: dict[str, Any]) -> None:
+        """Shows a router a call's arguments, while no mixture counts in this context."""
+        before = _CURRENT.set(None)
+        try:
+            begun.begin(self._model, arguments)
+        finally:
+            _CURRENT.reset(before)
 
     def _install(self) -> None:
         claim(self, self._modules)

@@ -71,6 +71,7 @@ VERBS = {
     "merge",
     "names",
     "rerank",
+    "router",
     "to_lora",
     "train_adapters",
     "train_encoder",

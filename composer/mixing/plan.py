@@ -14,6 +14,7 @@ from loraweave.composer.layer_kinds import conv, linear
 from loraweave.composer.layer_kinds._kind import by_row
 from loraweave.composer.layers import TargetLayer, is_floating
 from loraweave.composer.limits.batch_axis import can_be_batch, is_beside, require_batch_first, require_own_rows
+from loraweave.composer.mixing.begun import Begun
 from loraweave.composer.mixing.row_weights import LayerMixture, RowWeights
 from loraweave.composer.mixing.token_weights import TokenWeights
 from loraweave.composer.mixing.workspace import Workspace
@@ -92,6 +93,11 @@ class Plan:
     def num_bytes(self) -> int:
         """Of the tensors made for the layers so far."""
         return self._weights.num_bytes + (self._by_token.num_bytes if self._by_token is not self._weights else 0)
+
+    @property
+    def begun(self) -> Begun | None:
+        """The router where it looks at the whole input first."""
+        return self._by_token.begun
 
     def require_rows(self, num_rows: int | None) -> None:
         """Raises ScopeError for a batch whose rows are no multiple of the mixture's; None where they are not known."""

@@ -13,6 +13,7 @@ from loraweave.hub.pool import ExpertPool
 from loraweave.hub.unknown_expert import unknown_expert
 from loraweave.routers.by_row import ByRow
 from loraweave.routers.mixture import MixtureWeights
+from loraweave.routers.routing.token_router import TokenRouter
 from loraweave.types import Router
 
 
@@ -21,13 +22,15 @@ def resolve(mixture: Any, pool: ExpertPool) -> MixtureWeights | Router:
 
     Weights that learn stay in the order that they are given in, since a copy would not follow them. A list has one mixture
     for each row of the batch: {name: weight}, None, MixtureWeights of one row, or a router.
-    Raises WeightingError for anything else, UnknownExpert for a name that the pool has not.
+    Raises WeightingError for anything else and for a router of another pool, UnknownExpert for a name that the pool has not.
     """
     if isinstance(mixture, MixtureWeights):
         return _aligned(mixture, pool)
     if isinstance(mixture, Mapping):
         return _named([mixture], pool)
     if callable(getattr(mixture, "weights", None)):
+        if isinstance(mixture, TokenRouter):
+            mixture.require_pool(pool)
         return mixture  # type: ignore[no-any-return]
     if isinstance(mixture, Iterable) and not isinstance(mixture, str):
         rows = list(mixture)

@@ -13,6 +13,7 @@ from loraweave.composer.kernels.dense import Stack
 from loraweave.composer.kernels.sorted_tokens import SortedTokens
 from loraweave.composer.layers import TargetLayer
 from loraweave.composer.mixing.affine import AffineTable
+from loraweave.composer.mixing.begun import Begun
 from loraweave.composer.mixing.row_weights import LayerMixture
 from loraweave.composer.paging.layout import PlacedFactors
 from loraweave.composer.paging.residents import Lease
@@ -55,6 +56,7 @@ class TokenWeights:
         self.weights = weights
         self._only = layers
         self.is_routed = False
+        self.begun: Begun | None = None
         self.num_mixtures = num_mixtures
         self.num_tokens = num_tokens
         self._layers: dict[str, _LayerStack] = {}
@@ -72,9 +74,11 @@ class TokenWeights:
     @classmethod
     def routed(cls, router: Router, experts: tuple[str, ...]) -> TokenWeights:
         """Of weights that a router computes from each layer's input."""
+        begun = Begun(router) if hasattr(router, "begin") else None
+        asked = begun or router
 
         def weights(x_BTI: Tensor, layer: str) -> Tensor:
-            w_BTE = router.weights(x_BTI, layer)
+            w_BTE = asked.weights(x_BTI, layer)
             if not isinstance(w_BTE, Tensor) or w_BTE.ndim != 3 or w_BTE.shape[2] != len(experts):
                 found = tuple(w_BTE.shape) if isinstance(w_BTE, Tensor) else type(w_BTE).__name__
                 raise WeightingError(
@@ -84,7 +88,7 @@ class TokenWeights:
             return w_BTE
 
         found = cls(experts, weights, None, router.num_rows if isinstance(router, ByRow) else 1)
-        found.is_routed = True
+        found.is_routed, found.begun = True, begun
         return found
 
     @property

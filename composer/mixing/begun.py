@@ -1,0 +1,59 @@
+"""Routers that look at a call's whole input before its first layer runs (`begin`), and what they made of it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraweave.errors import ScopeError
+from loraweave.types import Router
+
+# the router that was asked, and the one that it gave for the running call
+_CALL: ContextVar[tuple[Begun, Router] | None] = ContextVar("loraweave_begun", default=None)
+
+
+class Begun:
+    """Such a router, as one whose weights are those of the running call."""
+
+    def __init__(self, router: Any) -> None:
+        self._router = router
+        self._last: Router | None = None
+
+    def begin(self, model: nn.Module, arguments: Mapping[str, Any]) -> None:
+        """Shows the router the arguments of a call of the model, by name, while the model is without a mixture."""
+        self._last = self._router.begin(model, arguments)
+        _CALL.set((self, self._last))
+
+    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+        """w_BTE. Raises ScopeError outside a call of the model."""
+        found = _CALL.get()
+        if found is not None and found[0] is self:
+            return found[1].weights(x_BTI, layer)
+        # gradient checkpointing runs layers again when the call has ended
+        if self._last is not None and torch._C._current_graph_task_id() != -1:
+            return self._last.weights(x_BTI, layer)
+        raise ScopeError(
+            f"router {type(self._router).__name__} looks at the input of the whole model first, but layer {layer!r} ran in "
+            "none of its calls: call the model itself rather than a part of it, and not one that torch.compile made"
+        )
+
+
+def end_begun() -> None:
+    """The running call is over."""
+    if not torch.compiler.is_compiling():
+        _CALL.set(None)
+
+
+def arguments_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of the model, by name."""
+    signature = inspect.signature(model.forward)
+    found = dict(signature.bind_partial(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            found |= found.pop(name, {})
+    return found

@@ -1,0 +1,52 @@
+"""From scores to weights: a softmax over the few best experts, each token for itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from loraweave.errors import WeightingError
+from loraweave.hub.whole_number import is_whole
+
+
+def top_k_softmax(scores_BTE: Tensor, top_k: int | None = None, temperature: float = 1.0) -> Tensor:
+    """w_BTE: softmax(score / temperature) over the `top_k` highest scores of each token, 0 for the others; sums to 1.
+
+    A score of -inf takes no part. None is all experts.
+    """
+    scores_BTE = scores_BTE / temperature if temperature != 1.0 else scores_BTE
+    if top_k is None or top_k >= scores_BTE.shape[-1]:
+        return scores_BTE.softmax(dim=-1)
+    best = scores_BTE.topk(top_k, dim=-1)
+    return torch.zeros_like(scores_BTE).scatter(-1, best.indices, best.values.softmax(dim=-1))
+
+
+def without(scores_BTE: Tensor, present: Sequence[int]) -> Tensor:
+    """The scores with -inf for the experts whose places are not in `present`."""
+    if len(present) == scores_BTE.shape[-1]:
+        return scores_BTE
+    absent_E = torch.ones(scores_BTE.shape[-1], dtype=torch.bool, device=scores_BTE.device)
+    absent_E[list(present)] = False
+    return scores_BTE.masked_fill(absent_E, -math.inf)
+
+
+def require_top_k(router: str, top_k: int | None, num_experts: int) -> None:
+    """Raises WeightingError for a top_k that is no number of the pool's experts."""
+    if top_k is not None and not (is_whole(top_k, 1) and top_k <= num_experts):
+        raise WeightingError(
+            f"top_k of router {router!r} is {top_k!r}, but the pool has {num_experts} experts; it is a whole number from 1 "
+            "to that, or None for all of them"
+        )
+
+
+def require_temperature(router: str, temperature: float) -> None:
+    """Raises WeightingError for a temperature that is not finite and above 0."""
+    # NaN and infinity too
+    if not 0 < temperature < math.inf:
+        raise WeightingError(
+            f"temperature of router {router!r} is {temperature!r}; it must be above 0: small values choose one expert, "
+            "large ones weigh all alike"
+        )

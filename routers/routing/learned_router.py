@@ -1,0 +1,65 @@
+"""The form of every router with parameters: what it notes while it trains, and what is asked of it besides the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from loraweave.hub.pool import ExpertPool
+from loraweave.routers.routing.members import Members
+from loraweave.routers.routing.token_router import TokenRouter
+
+
+@dataclass(eq=False)
+class Step:
+    """One training step: which tokens are real, whose data each row is, and what each layer made of it.
+
+    `expert_B` is the place of the expert whose task a row belongs to, -1 where that is not known. `scores` are before, and
+    `weights` after, softmax and top-k.
+    """
+
+    mask_BT: Tensor
+    expert_B: Tensor
+    scores: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+class LearnedRouter(TokenRouter):
+    """A router whose parameters `fit` trains; the adapters and the base stay as they are.
+
+    `weights` calls `note` with what it made. `losses` may add terms to the model's loss, each under a name.
+    """
+
+    learned: ClassVar[bool] = True
+    # whether every row of the training data has to name the expert whose task it is
+    needs_experts: ClassVar[bool] = False
+    # what fit() takes unless it is told otherwise
+    lr: ClassVar[float] = 1e-3
+
+    def __init__(self, pool: ExpertPool | Members) -> None:
+        super().__init__(pool)
+        self.step: Step | None = None
+
+    def note(self, layer: str, scores_BTE: Tensor, w_BTE: Tensor) -> Tensor:
+        """The weights as they are, after a training step has taken note of them."""
+        # a layer that a backward pass runs again was noted before
+        if self.step is not None and torch._C._current_graph_task_id() == -1:
+            self.step.scores[layer] = scores_BTE
+            self.step.weights[layer] = w_BTE
+        return w_BTE
+
+    def losses(self, step: Step) -> Mapping[str, Tensor]:
+        """Named terms to add to the loss of the step that has just run, already with their coefficients."""
+        return {}
+
+    def fit(self, engine: Any, dataset: Any, **settings: Any) -> Self:
+        """Trains the parameters on a dataset, through `engine`, a Composer with a tokenizer; returns self.
+
+        `settings` are those of `loraweave.composer.router_training.settings.Settings`.
+        """
+        engine.fit(self, dataset, **settings)
+        return self

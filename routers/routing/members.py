@@ -1,0 +1,84 @@
+"""Whom a router is for: experts by name and content, the layers that they update, and their base model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, Self
+
+from loraweave.hub.pool import ExpertPool
+from loraweave.types import BaseKey, Fingerprint, Kind
+
+
+@dataclass(frozen=True)
+class RoutedLayer:
+    """A layer of a pool: its inputs and outputs, and which experts, by their places, update it."""
+
+    num_inputs: int
+    num_outputs: int
+    kind: Kind
+    experts: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Members:
+    """The experts of a pool without their tensors."""
+
+    names: tuple[str, ...]
+    hashes: tuple[str, ...]
+    base_model: str
+    fingerprint: Fingerprint | None
+    layers: Mapping[str, RoutedLayer]
+
+    @classmethod
+    def of(cls, pool: ExpertPool | Members) -> Members:
+        """Of a pool; a lazy one opens all its adapters. Members are their own."""
+        if isinstance(pool, Members):
+            return pool
+        places: dict[str, list[int]] = {}
+        shapes: dict[str, tuple[int, int, Kind]] = {}
+        for place, adapter in enumerate(pool.adapters.values()):
+            for layer, num_outputs, num_inputs, kind, *_ in adapter.form:
+                places.setdefault(layer, []).append(place)
+                # a trained bias alone is stored without the layer's kind and number of inputs
+                if num_inputs or layer not in shapes:
+                    shapes[layer] = (num_inputs, num_outputs, kind)
+        layers = {layer: RoutedLayer(*shapes[layer], tuple(places[layer])) for layer in sorted(places)}
+        adapters = list(pool.adapters.values())
+        known = next((adapter.fingerprint for adapter in adapters if adapter.fingerprint), None)
+        return cls(pool.names, tuple(a.hash for a in adapters), pool.base_model, known, MappingProxyType(layers))
+
+    @cached_property
+    def places(self) -> Mapping[str, int]:
+        """Each expert's place in their order."""
+        return {name: place for place, name in enumerate(self.names)}
+
+    @property
+    def base(self) -> BaseKey:
+        return BaseKey(self.base_model, None, self.fingerprint)
+
+    def to_json(self) -> dict[str, Any]:
+        layers = {
+            name: [layer.num_inputs, layer.num_outputs, layer.kind, list(layer.experts)]
+            for name, layer in self.layers.items()
+        }
+        return {
+            "experts": [list(pair) for pair in zip(self.names, self.hashes, strict=True)],
+            "base_model": self.base_model,
+            "fingerprint": None if self.fingerprint is None else self.fingerprint.to_json(),
+            "layers": layers,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Raises KeyError, ValueError or TypeError for data of another form."""
+        names, hashes = zip(*((str(name), str(digest)) for name, digest in data["experts"]), strict=True)
+        layers = {
+            str(name): RoutedLayer(int(num_inputs), int(num_outputs), kind, tuple(map(int, experts)))
+            for name, (num_inputs, num_outputs, kind, experts) in data["layers"].items()
+        }
+        stored = data["fingerprint"]
+        known = None if stored is None else Fingerprint.from_json(stored)
+        return cls(names, hashes, str(data["base_model"]), known, MappingProxyType(layers))

@@ -1,0 +1,152 @@
+"""What every router of routers/ that looks at the input must do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loraweave.composer.composer import Composer
+from loraweave.errors import WeightingError
+from loraweave.hub.pool import ExpertPool
+from loraweave.routers.routing.make import router, router_names
+
+ROUTERS = router_names()
+# what a router cannot do without, besides the pool
+NEEDED = {}
+IDS_BT = torch.tensor([[5, 9, 11, 2, 30], [0, 0, 7, 8, 3], [4, 4, 4, 4, 4]])
+MASK_BT = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+POSITIONS_BT = (MASK_BT.cumsum(dim=1) - 1).clamp(min=0)
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model("llama")
+
+
+@pytest.fixture
+def pool(model, make_adapters):
+    return ExpertPool(make_adapters(model, "llama"))
+
+
+def make(name, pool):
+    torch.manual_seed(3)
+    made = router(name, pool, **NEEDED.get(name, {})).eval()
+    # what is learned starts where all experts count alike, which would hide mistakes
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.7 * torch.randn(parameter.shape))
+    return made
+
+
+def weights_of(model, pool, made, rows=slice(None), columns=slice(None)):
+    """{layer: w_BTE} and logits of one forward of the rows."""
+    engine = Composer(model, pool)
+    inputs = {
+        "input_ids": IDS_BT[rows, columns],
+        "attention_mask": MASK_BT[rows, columns],
+        "position_ids": POSITIONS_BT[rows, columns],
+    }
+    with torch.no_grad(), engine.activate(made):
+        logits = model(**inputs).logits
+    used = engine.last_weights
+    shape = (*inputs["input_ids"].shape, len(used.experts))
+    return {layer: used[layer].expand(shape) for layer in used}, logits
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_weights_are_finite_numbers_for_the_experts_of_the_pool(name, model, pool):
+    made = make(name, pool)
+    assert made.experts == pool.names
+    weights, _ = weights_of(model, pool, made)
+    assert set(weights) == set(pool.layer_names)
+    for layer, w_BTE in weights.items():
+        assert bool(torch.isfinite(w_BTE).all())
+        absent = [place for place, a in enumerate(pool.adapters.values()) if layer not in a.layers]
+        assert not bool(w_BTE[..., absent].any())
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_weights_of_every_token_sum_to_1_where_the_router_says_so(name, model, pool):
+    made = make(name, pool)
+    weights, _ = weights_of(model, pool, made)
+    sums = torch.cat([w_BTE[MASK_BT.bool()].sum(dim=-1) for w_BTE in weights.values()])
+    if made.simplex:
+        assert torch.allclose(sums, torch.ones_like(sums), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_it_is_deterministic(name, model, pool):
+    made = make(name, pool)
+    assert torch.equal(weights_of(model, pool, made)[1], weights_of(model, pool, made)[1])
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_row_does_not_depend_on_the_others_nor_on_padding(name, model, pool):
+    made = make(name, pool)
+    weights, logits = weights_of(model, pool, made)
+    alone, own = weights_of(model, pool, made, rows=[1], columns=slice(2, None))
+    assert torch.allclose(logits[1, 2:], own[0], atol=1e-5)
+    for layer, w_BTE in alone.items():
+        assert torch.allclose(weights[layer][1, 2:], w_BTE[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_generation_with_the_cache_is_generation_without(name, model, pool):
+    made = make(name, pool)
+    settings = {"max_new_tokens": 6, "do_sample": False, "attention_mask": MASK_BT, "pad_token_id": 0}
+    with torch.no_grad(), Composer(model, pool).activate(made):
+        cached = model.generate(IDS_BT, use_cache=True, **settings)
+        uncached = model.generate(IDS_BT, use_cache=False, **settings)
+    assert torch.equal(cached, uncached)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_the_order_of_the_experts_does_not_matter(name, model, pool):
+    first = make(name, pool)
+    if first.learned:
+        pytest.skip("its parameters are in the order of the experts")
+    turned = pool.subset(reversed(pool.names))
+    second = make(name, turned)
+    assert torch.allclose(weights_of(model, pool, first)[1], weights_of(model, turned, second)[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_every_parameter_gets_a_gradient_through_the_model(name, model, pool):
+    made = make(name, pool).train()
+    if not made.learned:
+        assert list(made.parameters()) == []
+        return
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with Composer(model, pool).activate(made):
+        model(input_ids=IDS_BT, labels=IDS_BT).loss.backward()
+    still = [name for name, parameter in made.named_parameters() if parameter.grad is None or not parameter.grad.any()]
+    assert still == []
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_another_pool_is_refused_by_name(name, model, pool, make_adapter):
+    made = make(name, pool)
+    changed = pool.including("b", make_adapter(model, "b", rank=2, targets=("q_proj",), seed=99))
+    with pytest.raises(WeightingError, match="for an expert 'b' with hash"), Composer(model, changed).activate(made):
+        pass
+    fewer = pool.subset(["c", "a"])
+    with pytest.raises(WeightingError, match="in this order"), Composer(model, fewer).activate(made):
+        pass
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_the_model_is_bit_for_bit_what_it_was_after_an_error(name, model, pool):
+    made = make(name, pool)
+    with torch.no_grad():
+        before = model(IDS_BT).logits
+
+    def interrupted(*_):
+        raise RuntimeError("stop")
+
+    hook = model.model.layers[1].register_forward_pre_hook(interrupted)
+    with pytest.raises(RuntimeError, match="stop"), torch.no_grad(), Composer(model, pool).activate(made):
+        model(IDS_BT)
+    hook.remove()
+    with torch.no_grad():
+        assert torch.equal(model(IDS_BT).logits, before)
