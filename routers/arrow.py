@@ -2,45 +2,81 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from loraweave.errors import UnknownName
 from loraweave.hub.pool import ExpertPool
-from loraweave.routers.routing.choosing import require_temperature, require_top_k, top_k_softmax, without
+from loraweave.registry import nearest
+from loraweave.routers.routing.choosing import without
 from loraweave.routers.routing.layer_tensors import LayerTensors
 from loraweave.routers.routing.members import Members
-from loraweave.routers.routing.token_router import TokenRouter, by_layer
+from loraweave.routers.routing.scored_router import ScoredRouter
+from loraweave.routers.routing.spectrum import parts, power_iteration, top_direction
+from loraweave.routers.routing.token_router import by_layer
 
 TOP_K = 4
+# of PEFT's power iteration
+STEPS = 15
+DIRECTIONS = ("exact", "power_iteration")
+NORMS = ("none", "unit")
 
 
-class Arrow(TokenRouter):
+class Arrow(ScoredRouter):
     """w = softmax over the `top_k` largest of |v_e x| / temperature, v_e the top right singular vector of b_e a_e.
 
-    `top_k` is by default 4, as published, or all experts of a smaller pool.
+    `top_k` is by default 4, as published, or all experts of a smaller pool. As published, x counts with its length, so that
+    a layer with inputs ten times as long has a temperature a tenth as high; `input_norm="unit"` takes |v_e x| / |x|, between
+    0 and 1, with which a temperature of 0.05 to 0.2 tells experts apart.
+
+    `direction="power_iteration"` is PEFT's Arrow: 15 steps from a random vector, the same for all experts and layers, which
+    `seed` draws. Where two singular values are close it is not the top right singular vector, and another seed routes
+    differently; `top_k` is 3 there. "exact" has neither a seed nor a tolerance.
+
+    Raises UnknownName for another direction or norm, and what `ScoredRouter` raises.
     """
 
-    def __init__(self, pool: ExpertPool | Members, *, top_k: int | None = None, temperature: float = 1.0) -> None:
-        super().__init__(pool)
-        self.top_k = min(TOP_K, len(self.experts)) if top_k is None else top_k
-        self.temperature = temperature
-        require_top_k("arrow", self.top_k, len(self.experts))
-        require_temperature("arrow", temperature)
-        self.directions_ = LayerTensors(by_layer(pool, _directions))
+    def __init__(
+        self,
+        pool: ExpertPool | Members,
+        *,
+        top_k: int | None = None,
+        temperature: float = 1.0,
+        input_norm: str = "none",
+        direction: str = "exact",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(pool, top_k, temperature, default=TOP_K)
+        for option, value, known in (("input_norm", input_norm, NORMS), ("direction", direction, DIRECTIONS)):
+            if value not in known:
+                raise UnknownName(f"no {option} {value!r} of Arrow{nearest(value, known)}; there are {', '.join(known)}")
+        self.input_norm = input_norm
+        self.direction = direction
+        self.seed = seed
+        make = partial(_directions, seed=seed if direction == "power_iteration" else None)
+        self.directions_ = LayerTensors(by_layer(pool, make))
 
-    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+    def scores(self, x_BTI: Tensor, layer: str) -> Tensor:
+        """|v_e x|, -inf for experts that leave the layer alone."""
         v_EI = self.directions_[layer]
-        scores_BTE = (x_BTI.to(v_EI.dtype) @ v_EI.T).abs()
-        return top_k_softmax(without(scores_BTE, self.members.layers[layer].experts), self.top_k, self.temperature)
+        x_BTI = x_BTI.to(v_EI.dtype)
+        scores_BTE = (x_BTI @ v_EI.T).abs()
+        if self.input_norm == "unit":
+            # 0 stays 0
+            scores_BTE = scores_BTE / x_BTI.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(v_EI.dtype).tiny)
+        return without(scores_BTE, self.members.layers[layer].experts)
 
 
-def _directions(pool: ExpertPool, layer: str) -> Tensor:
+def _directions(pool: ExpertPool, layer: str, *, seed: int | None) -> Tensor:
     """v_EI of one layer, unit vectors; zero for an expert without factors there."""
-    factors = pool.stacked(layer)
-    v_EI = torch.zeros(len(pool), factors.a_SI.shape[1])
-    for place in range(len(pool)):
-        mine_S = factors.owner_S == place
-        if bool(mine_S.any()):
-            _, r_RR = torch.linalg.qr(factors.b_OS[:, mine_S].double())
-            v_EI[place] = torch.linalg.svd(r_RR @ factors.a_SI[mine_S].double(), full_matrices=False).Vh[0].float()
+    num_inputs = Members.of(pool).layers[layer].num_inputs
+    v_EI = torch.zeros(len(pool), num_inputs)
+    for place, a_RI, b_OR in parts(pool, layer):
+        if seed is None:
+            v_EI[place] = top_direction(a_RI, b_OR)
+        else:
+            start_I = torch.randn(num_inputs, generator=torch.Generator().manual_seed(seed))
+            v_EI[place] = power_iteration(a_RI, b_OR, start_I, STEPS)
     return v_EI

@@ -33,12 +33,12 @@ def without(scores_BTE: Tensor, present: Sequence[int]) -> Tensor:
     return scores_BTE.masked_fill(absent_E, -math.inf)
 
 
-def require_top_k(router: str, top_k: int | None, num_experts: int) -> None:
-    """Raises WeightingError for a top_k that is no number of the pool's experts."""
+def require_top_k(router: str, top_k: int | None, num_experts: int, *, option: str = "top_k") -> None:
+    """Raises WeightingError for a top_k, or another option, that is no number of the pool's experts."""
     if top_k is not None and not (is_whole(top_k, 1) and top_k <= num_experts):
         raise WeightingError(
-            f"top_k of router {router!r} is {top_k!r}, but the pool has {num_experts} experts; it is a whole number from 1 "
-            "to that, or None for all of them"
+            f"{option} of router {router!r} is {top_k!r}, but the pool has {num_experts} experts; it is a whole number "
+            "from 1 to that, or None for the default"
         )
 
 
