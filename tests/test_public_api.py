@@ -77,7 +77,7 @@ VERBS = {
     "train_encoder",
 }
 ARITHMETIC = {"add", "analogy", "ema", "negate", "scale", "subtract", "subtract_general", "unlearn"}
-BESIDE_MERGE = {"Statistics", "byom", "collect_statistics", "compeft", "flexlora_clients"}
+BESIDE_MERGE = {"clusters", "genknowsub", "Statistics", "byom", "collect_statistics", "compeft", "flexlora_clients"}
 
 HEAVY = ("torch", "transformers", "peft", "sklearn", "faiss", "scipy", "cma", "matplotlib")
 

@@ -32,7 +32,8 @@ def top_direction(a_RI: Tensor, b_OR: Tensor) -> Tensor:
     """The top right singular vector v_I of b a, the sign being that of its largest entry; zero where b a is."""
     _, values_R, vectors_RI = torch.linalg.svd(core(a_RI, b_OR), full_matrices=False)
     v_I: Tensor = vectors_RI[0]
-    return v_I * v_I[v_I.abs().argmax()].sign() * (values_R[0] > 0)
+    sign = v_I[v_I.abs().argmax()].sign()
+    return v_I.mul(sign).mul(values_R[0] > 0)
 
 
 def power_iteration(a_RI: Tensor, b_OR: Tensor, start_I: Tensor, steps: int) -> Tensor:
