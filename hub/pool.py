@@ -87,6 +87,10 @@ class ExpertPool:
         self.known([name])
         return self.adapters[name]
 
+    def __deepcopy__(self, memo: dict[int, object]) -> ExpertPool:
+        # nothing of it ever changes
+        return self
+
     def known(self, names: Iterable[str]) -> tuple[str, ...]:
         """The names as they are. UnknownExpert, which says what was perhaps meant, for one that the pool has not."""
         names = tuple(names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ class Arrow(ScoredRouter):
 
     Raises UnknownName for another direction or norm, and what `ScoredRouter` raises.
     """
+
+    per_expert: ClassVar = {"directions_": None}
 
     def __init__(
         self,

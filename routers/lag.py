@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ class Lag(ScoredRouter):
     By default 4 candidates (or all experts of a smaller pool), of which the best one has weight 1. Each token and layer
     chooses for itself. Raises WeightingError for fewer candidates than top_k, and what `ScoredRouter` raises.
     """
+
+    per_expert: ClassVar = {}
+    counts: ClassVar[tuple[str, ...]] = ("top_k", "candidates")
 
     def __init__(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,8 @@ class MixtureOfTop1(TokenRouter):
     `score` names the router whose scores count. A probability below 1 in the place of the 1 would shrink an update that was
     trained at its full strength (unit scale; Hard-Routed MoR-LoRA, arXiv 2606.31413). Raises UnknownName for another score.
     """
+
+    per_expert: ClassVar = {}
 
     def __init__(self, pool: ExpertPool | Members, *, score: str = "arrow") -> None:
         super().__init__(pool)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,8 @@ class Spectr(ScoredRouter):
     only R numbers an expert are made for a token: with b = q r, |b a x| = |r a x|. `top_k` is by default 4, or all experts
     of a smaller pool. Raises what `ScoredRouter` raises.
     """
+
+    per_expert: ClassVar = {"cores_": "owners_"}
 
     def __init__(self, pool: ExpertPool | Members, *, top_k: int | None = None, temperature: float = 1.0) -> None:
         super().__init__(pool, top_k, temperature, default=TOP_K)

@@ -23,9 +23,10 @@ def replacing(target: Path) -> Iterator[Path]:
     try:
         new.mkdir()
         yield new
-        for path in new.iterdir():
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
+        for path in new.rglob("*"):
+            if path.is_file():
+                with path.open("rb+") as file:
+                    os.fsync(file.fileno())
         _swap(new, target, old)
     finally:
         with suppress(OSError):

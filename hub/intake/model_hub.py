@@ -30,7 +30,7 @@ MAX_WAIT_S = 30.0
 _TRANSPORT: tuple[type[Exception], ...] = tuple(
     kind for kind in HfHubHTTPError.__mro__ if issubclass(kind, Exception) and kind is not Exception
 )
-_ERRORS: tuple[type[Exception], ...] = (*_TRANSPORT, HFValidationError, OSError, ValueError)
+ERRORS: tuple[type[Exception], ...] = (*_TRANSPORT, HFValidationError, OSError, ValueError)
 _TOKEN = re.compile(r"hf_\w{4,}|api_org_\w{4,}")
 
 _logger = logging.getLogger(__name__)
@@ -64,8 +64,8 @@ def download(
             )
             folder = Path(path)
             return Snapshot(folder, folder.name if folder.parent.name == "snapshots" else "")
-        except _ERRORS as error:
-            if _status(error) != 429 or number == MAX_TRIES:
+        except ERRORS as error:
+            if status_of(error) != 429 or number == MAX_TRIES:
                 asked = _Asked(repository, revision, token, local_files_only)
                 raise asked.named(error) from error
             wait_s = _wait_s(error, number)
@@ -85,7 +85,7 @@ class _Asked:
 
     def named(self, error: BaseException) -> HubError:
         who = f"the repository {self.repository!r}" + (f" at revision {self.revision!r}" if self.revision else "")
-        reason, status = self._reason(error), _status(error)
+        reason, status = reason_of(error, self.token), status_of(error)
         if _has(error, GatedRepoError) or status == 403:
             return AdapterNotFound(
                 f"{who} of the model hub is gated ({reason}); accept its terms on its page there, and pass the token of "
@@ -132,14 +132,15 @@ class _Asked:
             "download it first, or pass the path of a local folder"
         )
 
-    def _reason(self, error: BaseException) -> str:
-        """The first line of the error without any token that the call could have used."""
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        text = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
-        for secret in (self.token, get_token()):
-            if isinstance(secret, str) and secret:
-                text = text.replace(secret, "***")
-        return _TOKEN.sub("***", text)
+
+def reason_of(error: BaseException, token: str | None) -> str:
+    """The first line of the error without any token that the call could have used."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    for secret in (token, get_token()):
+        if isinstance(secret, str) and secret:
+            text = text.replace(secret, "***")
+    return _TOKEN.sub("***", text)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -152,7 +153,7 @@ def _has(error: BaseException, kind: type[BaseException]) -> bool:
     return any(isinstance(cause, kind) for cause in _chain(error))
 
 
-def _status(error: BaseException) -> int | None:
+def status_of(error: BaseException) -> int | None:
     """The HTTP status behind an error; the client wraps it where its cache could not help either."""
     responses = (getattr(cause, "response", None) for cause in _chain(error))
     return next((response.status_code for response in responses if response is not None), None)

@@ -28,6 +28,9 @@ class LayerTensors(nn.Module):
         found: Tensor = self._tensors[_key(layer)]
         return found
 
+    def __delitem__(self, layer: str) -> None:
+        del self._tensors[_key(layer)]
+
     def __contains__(self, layer: object) -> bool:
         return isinstance(layer, str) and _key(layer) in self._tensors
 

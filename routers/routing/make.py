@@ -11,24 +11,44 @@ from loraweave import registry
 from loraweave.errors import UnknownName, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
+from loraweave.routers.routing.reading import folder_of, read_router, read_saved
 from loraweave.routers.routing.token_router import TokenRouter, option_names
 
 
 def router(
-    name: str | Path, pool: ExpertPool | Iterable[Adapter] | Mapping[str, Adapter] | None = None, **options: Any
+    name: str | Path,
+    pool: ExpertPool | Iterable[Adapter] | Mapping[str, Adapter] | None = None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+    **options: Any,
 ) -> TokenRouter:
-    """The router of that name, for the experts of a pool; or the one that `save_pretrained` wrote to a folder.
+    """The router of that name for the experts of a pool; or a saved one: of a folder, or of `owner/name` of the model hub.
 
-    Raises UnknownName, which names near misses, for what is neither, WeightingError for an option that the router has not.
+    A saved router has its options, and is for the experts that it was saved with, which its `pool` has where they were saved
+    too. With `pool` it is for the experts of that one, in whatever order and beside whatever others (`TokenRouter.onto`).
+
+    Raises UnknownName, which names near misses, for no router's name, WeightingError for an option that the router has not
+    and for a pool without its experts, AdapterNotFound for what holds no router, AdapterCorrupt for damaged files,
+    AdapterUnsupported for those of a newer version, and what a download raises.
     """
-    found = router_class(str(name))
-    if pool is None:
+    experts = pool if pool is None or isinstance(pool, ExpertPool) else ExpertPool(pool)
+    if isinstance(name, Path) or "/" in name or (name not in registry.names("routers") and Path(name).is_dir()):
+        if options:
+            raise WeightingError(f"a saved router has its options already: leave out {', '.join(options)}")
+        folder = folder_of(name, revision=revision, token=token, local_files_only=local_files_only)
+        saved = read_saved(folder)
+        found = read_router(folder, saved, router_class(saved.name))
+        return found if experts is None else found.onto(experts)
+    made_of = router_class(name)
+    if experts is None:
         raise WeightingError(f"router {name!r} is made for the experts of a pool: pass one, or the folder of a saved router")
     for option in options:
-        if option not in (known := option_names(found)):
+        if option not in (known := option_names(made_of)):
             has = ", ".join(known) or "none"
             raise WeightingError(f"router {name!r} has no option {option!r}{registry.nearest(option, known)}; it has {has}")
-    return found(pool if isinstance(pool, ExpertPool) else ExpertPool(pool), **options)
+    return made_of(experts, **options)
 
 
 def router_class(name: str) -> type[TokenRouter]:

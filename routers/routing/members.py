@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Self
 
+from loraweave.errors import BaseModelMismatch, LayerMismatch, WeightingError
+from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
+from loraweave.hub.unknown_expert import unknown_expert
 from loraweave.types import BaseKey, Fingerprint, Kind
 
 
@@ -20,6 +23,10 @@ class RoutedLayer:
     num_outputs: int
     kind: Kind
     experts: tuple[int, ...]
+
+    @property
+    def form(self) -> tuple[int, int, Kind]:
+        return self.num_inputs, self.num_outputs, self.kind
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +57,10 @@ class Members:
         known = next((adapter.fingerprint for adapter in adapters if adapter.fingerprint), None)
         return cls(pool.names, tuple(a.hash for a in adapters), pool.base_model, known, MappingProxyType(layers))
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Members:
+        # nothing of it ever changes
+        return self
+
     @cached_property
     def places(self) -> Mapping[str, int]:
         """Each expert's place in their order."""
@@ -58,6 +69,49 @@ class Members:
     @property
     def base(self) -> BaseKey:
         return BaseKey(self.base_model, None, self.fingerprint)
+
+    def without(self, name: str) -> Members:
+        """Them but one, in the same order. UnknownExpert for a name that is not among them, WeightingError for the last."""
+        if name not in self.places:
+            raise unknown_expert(name, self.names)
+        if len(self.names) == 1:
+            raise WeightingError(f"{name!r} is the only expert of the router: one without any has nothing to weigh")
+        gone = self.places[name]
+        layers = {
+            layer: replace(routed, experts=tuple(place - (place > gone) for place in routed.experts if place != gone))
+            for layer, routed in self.layers.items()
+        }
+        left = {layer: routed for layer, routed in layers.items() if routed.experts}
+        return replace(self, names=_but(self.names, gone), hashes=_but(self.hashes, gone), layers=MappingProxyType(left))
+
+    def including(self, name: str, adapter: Adapter) -> Members:
+        """Them and one more, at the end.
+
+        Raises WeightingError for a name that is there already, BaseModelMismatch for an adapter of another base,
+        LayerMismatch where it updates a layer of other shape.
+        """
+        if name in self.places:
+            raise WeightingError(f"the router has an expert {name!r} already: remove it first, or give another name")
+        own = Members.of(ExpertPool({name: adapter}))
+        if why := self.base.differs(own.base):
+            raise BaseModelMismatch(f"expert {name!r} was made for another base model than the router's: {why}")
+        layers = dict(self.layers)
+        for layer, new in own.layers.items():
+            old = layers.get(layer, replace(new, experts=()))
+            # a trained bias alone is stored without the layer's kind and number of inputs
+            if new.num_inputs and old.num_inputs and old.form != new.form:
+                raise LayerMismatch(
+                    f"expert {name!r} updates layer {layer!r} with (I, O, kind) {new.form}, the others {old.form}"
+                )
+            shaped = old if old.num_inputs else new
+            layers[layer] = replace(shaped, experts=(*old.experts, len(self.names)))
+        return Members(
+            (*self.names, name),
+            (*self.hashes, adapter.hash),
+            self.base_model,
+            self.fingerprint or adapter.fingerprint,
+            MappingProxyType(dict(sorted(layers.items()))),
+        )
 
     def to_json(self) -> dict[str, Any]:
         layers = {
@@ -82,3 +136,7 @@ class Members:
         stored = data["fingerprint"]
         known = None if stored is None else Fingerprint.from_json(stored)
         return cls(names, hashes, str(data["base_model"]), known, MappingProxyType(layers))
+
+
+def _but(values: tuple[str, ...], place: int) -> tuple[str, ...]:
+    return (*values[:place], *values[place + 1 :])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from loraweave.hub.pool import ExpertPool
@@ -16,6 +18,8 @@ class ScoredRouter(TokenRouter):
     Without a `top_k` it is `default`, or all experts of a smaller pool. Raises WeightingError for a top_k above the pool
     and a temperature that is not above 0.
     """
+
+    counts: ClassVar[tuple[str, ...]] = ("top_k",)
 
     def __init__(self, pool: ExpertPool | Members, top_k: int | None, temperature: float, *, default: int) -> None:
         super().__init__(pool)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
 from loraweave.errors import BaseModelMismatch, ScopeError, WeightingError
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.intake.upload import upload
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.routing.members import Members
+from loraweave.routers.routing.rows import with_rows, without_rows
+from loraweave.routers.routing.writing import write_router
 
 
 class TokenRouter(nn.Module):
@@ -28,6 +33,16 @@ class TokenRouter(nn.Module):
     learned: ClassVar[bool] = False
     # whether the weights of every token sum to 1
     simplex: ClassVar[bool] = True
+    # tensors with rows of experts: None where row e is of expert e, else the name of the tensor that says whose each row is;
+    # None for a router that weighs all experts together, so that none can join or leave it
+    per_expert: ClassVar[Mapping[str, str | None] | None] = None
+    # options that are at most the number of experts
+    counts: ClassVar[tuple[str, ...]] = ()
+
+    # how it was trained, as JSON
+    report: Mapping[str, Any] | None = None
+    # the adapters that lay in its folder
+    pool: ExpertPool | None = None
 
     def __init__(self, pool: ExpertPool | Members) -> None:
         super().__init__()
@@ -73,19 +88,77 @@ class TokenRouter(nn.Module):
         if why := own.base.differs(Members.of(pool).base):
             raise BaseModelMismatch(f"router {self.name!r} was made for another base model than the pool's: {why}")
 
+    def onto(self, pool: ExpertPool) -> TokenRouter:
+        """The same router for a pool that has its experts in another order, under other names, or among others.
+
+        They are known by their content; experts that it does not know get weight 0. Raises WeightingError, which lists the
+        differences, for a pool without some of its experts, BaseModelMismatch for one of another base.
+        """
+        from loraweave.routers.routing.placed import placed
+
+        return placed(self, pool)
+
+    @property
+    def parts(self) -> list[TokenRouter]:
+        """Itself and the routers that it is made of."""
+        return [part for part in self.modules() if isinstance(part, TokenRouter)]
+
+    def alone(self, pool: ExpertPool) -> Self:
+        """A router like this one for a pool of one expert, from which `add_expert` takes the rows."""
+        options = {name: value for name, value in self.options.items() if name not in self.counts}
+        return type(self)(pool, **options)
+
     def add_expert(self, name: str, adapter: Adapter) -> Self:
-        """One more expert, at the end, where that is possible without training the others again; else ScopeError."""
-        raise ScopeError(
-            f"router {self.name!r} weighs all its experts together, and cannot take {name!r} beside them: make one for the "
-            "larger pool, and fit() it where it is a learned one"
-        )
+        """A router with one more expert, at the end, where that is possible without training the others again.
+
+        Their rows are those of this router, which stays as it is. Raises ScopeError where it is not possible, WeightingError
+        for a name that it has already, BaseModelMismatch or LayerMismatch for an adapter that does not go with the others.
+        """
+        if any(part.per_expert is None for part in self.parts):
+            raise ScopeError(
+                f"router {self.name!r} weighs all its experts together, and cannot take {name!r} beside them: make one for "
+                "the larger pool, and fit() it where it is a learned one"
+            )
+        return with_rows(self, name, adapter)
 
     def remove_expert(self, name: str) -> Self:
-        """Without one expert, the rest as before, where that has a meaning; else ScopeError."""
-        raise ScopeError(
-            f"router {self.name!r} weighs all its experts together, and has no meaning without {name!r}: make one for the "
-            "smaller pool, and fit() it where it is a learned one"
-        )
+        """A router without one expert, the rest as before, where that has a meaning; this one stays as it is.
+
+        Raises ScopeError where it has none, UnknownExpert for a name that it has not, WeightingError for the last one.
+        """
+        if any(part.per_expert is None for part in self.parts):
+            raise ScopeError(
+                f"router {self.name!r} weighs all its experts together, and has no meaning without {name!r}: make one for "
+                "the smaller pool, and fit() it where it is a learned one"
+            )
+        return without_rows(self, name)
+
+    def save_pretrained(self, folder: str | Path, *, pool: ExpertPool | None = None) -> Path:
+        """Writes router.json and router.safetensors, and with `pool` the adapters of its experts, as PEFT folders.
+
+        `lw.router(folder)` reads it again. The folder appears whole or not at all. Raises WeightingError for a folder that
+        holds something else, and for a pool without its experts.
+        """
+        return write_router(self, Path(folder), pool)
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        pool: ExpertPool | None = None,
+        token: str | None = None,
+        private: bool = False,
+        commit_message: str | None = None,
+    ) -> str:
+        """Puts what `save_pretrained` writes into `owner/name` of the model hub, made if need be; returns the commit's id.
+
+        `lw.router("owner/name")` reads it again. Raises HubReadOnly where the token may not write there, SourceUnavailable
+        for what may work later, AdapterNotFound for an id of another form.
+        """
+        with TemporaryDirectory() as place:
+            folder = self.save_pretrained(Path(place) / "router", pool=pool)
+            message = commit_message or f"router {self.name} for {len(self.experts)} experts"
+            return upload(folder, repository, token=token, private=private, message=message)
 
 
 def option_names(router: type[TokenRouter]) -> list[str]:

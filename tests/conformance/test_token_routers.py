@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loraweave.composer.composer import Composer
-from loraweave.errors import WeightingError
+from loraweave.errors import ScopeError, WeightingError
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.routing.make import router, router_names
 
@@ -133,6 +133,51 @@ def test_another_pool_is_refused_by_name(name, model, pool, make_adapter):
     fewer = pool.subset(["c", "a"])
     with pytest.raises(WeightingError, match="in this order"), Composer(model, fewer).activate(made):
         pass
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_saved_and_read_again_it_gives_the_same_logits(name, model, pool, tmp_path):
+    made = make(name, pool)
+    made.save_pretrained(tmp_path / "router")
+    again = router(tmp_path / "router")
+    assert type(again) is type(made)
+    assert again.options == made.options
+    assert torch.equal(weights_of(model, pool, again)[1], weights_of(model, pool, made)[1])
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_for_a_pool_of_other_order_and_more_experts_it_gives_the_same_logits(name, model, pool, make_adapter, tmp_path):
+    made = make(name, pool)
+    made.save_pretrained(tmp_path / "router")
+    larger = ExpertPool({"new": make_adapter(model, "new", rank=2, targets=("o_proj", "q_proj")), "x": pool["b"]})
+    for other in ("c", "a"):
+        larger = larger.including(other, pool[other])
+    again = router(tmp_path / "router", larger)
+    assert again.experts == ("new", "x", "c", "a")
+    weights, logits = weights_of(model, larger, again)
+    assert torch.allclose(logits, weights_of(model, pool, made)[1], atol=1e-5)
+    assert not any(w_BTE[..., 0].any() for w_BTE in weights.values())
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_an_expert_that_joins_and_leaves_again_leaves_the_rest_as_it_was(name, model, pool, make_adapter):
+    made = make(name, pool)
+    new = make_adapter(model, "new", rank=3, targets=("q_proj", "o_proj"))
+    if any(part.per_expert is None for part in made.parts):
+        with pytest.raises(ScopeError, match="'new'"):
+            made.add_expert("new", new)
+        with pytest.raises(ScopeError, match="'b'"):
+            made.remove_expert("b")
+        return
+    more = made.add_expert("new", new)
+    larger = pool.including("new", new)
+    assert set(weights_of(model, larger, more)[0]) == set(larger.layer_names)
+    back = more.remove_expert("new")
+    assert {key: value.tolist() for key, value in back.state_dict().items()} == {
+        key: value.tolist() for key, value in made.state_dict().items()
+    }
+    fewer = made.remove_expert("b")
+    weights_of(model, pool.without("b"), fewer)
 
 
 @pytest.mark.parametrize("name", ROUTERS)

@@ -1,0 +1,132 @@
+"""A router from the folder that `save_pretrained` wrote, or from a repository of the model hub with such files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from loraweave.errors import AdapterCorrupt, AdapterNotFound, AdapterUnsupported, LoraweaveError
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.formats._files import listing, opened, present, read_json
+from loraweave.hub.formats._safetensors import tensor_names
+from loraweave.hub.intake.model_hub import download
+from loraweave.hub.intake.sources import ADAPTER_FILES
+from loraweave.hub.pool import ExpertPool
+from loraweave.hub.whole_number import is_whole
+from loraweave.routers.routing.layer_tensors import LayerTensors
+from loraweave.routers.routing.members import Members
+from loraweave.routers.routing.token_router import TokenRouter
+from loraweave.routers.routing.writing import ADAPTERS, FILE, FORMAT, TENSORS
+
+# the members of a pool of thousands
+MAX_JSON_BYTES = 64 * 2**20
+FILES = (FILE, TENSORS, *(f"{ADAPTERS}/*/{name}" for name in ADAPTER_FILES))
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What router.json says; the router's own module is looked up by its name."""
+
+    name: str
+    options: Mapping[str, Any]
+    members: Members
+    sha256: str
+    num_adapters: int
+    report: Mapping[str, Any] | None
+
+
+def folder_of(source: str | Path, *, revision: str | None, token: str | None, local_files_only: bool) -> Path:
+    """The local folder, or what was downloaded of `owner/name`. AdapterNotFound for what is neither."""
+    path = Path(source)
+    if path.is_dir():
+        return path
+    parts = str(source).split("/")
+    if isinstance(source, Path) or len(parts) != 2 or not all(parts) or str(source).startswith((".", "~")):
+        raise AdapterNotFound(f"no folder {str(source)!r} with a saved router; save_pretrained() of a router writes one")
+    found = download(str(source), revision=revision, token=token, local_files_only=local_files_only, allow_patterns=FILES)
+    return found.folder
+
+
+def read_saved(folder: Path) -> Saved:
+    """Raises AdapterNotFound for a folder that is no router, AdapterCorrupt for a damaged one, AdapterUnsupported for one
+    that a newer version wrote."""
+    if not present(folder, FILE):
+        raise AdapterNotFound(f"{folder} is no router: it has no {FILE}, and holds {listing(folder)}")
+    recipe = read_json(folder, FILE, max_bytes=MAX_JSON_BYTES)
+    found = recipe.get("format")
+    if is_whole(found, FORMAT + 1):
+        raise AdapterUnsupported(
+            f"{folder / FILE} has format {found}, which a newer version of loraweave wrote: update it; this one "
+            f"reads {FORMAT}"
+        )
+    try:
+        if found != FORMAT:
+            raise ValueError(f"its format is {found!r}, not {FORMAT}")
+        members = Members.from_json(recipe["members"])
+        options, count = dict(recipe["options"]), int(recipe["adapters"])
+        report = None if recipe["report"] is None else dict(recipe["report"])
+        if count not in (0, len(members.names)):
+            raise ValueError(f"it has {count} adapters of {len(members.names)} experts")
+        return Saved(str(recipe["router"]), options, members, str(recipe["sha256"]), count, report)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise AdapterCorrupt(f"{folder / FILE} is damaged ({type(error).__name__}: {error})") from error
+
+
+def read_router(folder: Path, saved: Saved, made_of: type[TokenRouter]) -> TokenRouter:
+    """The router, with its adapters as `pool` where the folder has them.
+
+    Raises AdapterCorrupt for files that are not as they were written, and what the router's class raises for its options.
+    """
+    tensors = _tensors(folder, saved.sha256)
+    try:
+        router = made_of(saved.members, **saved.options)
+        router.load_state_dict(tensors)
+    except LoraweaveError:
+        raise
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        raise AdapterCorrupt(f"{folder} is no router {saved.name!r} ({type(error).__name__}: {error})") from error
+    for part in router.modules():
+        if isinstance(part, LayerTensors) and (strange := sorted(set(part) - set(saved.members.layers))):
+            raise AdapterCorrupt(f"{folder / TENSORS} has a tensor for layer {strange[0]!r}, which no expert updates")
+    router.report = saved.report
+    if saved.num_adapters:
+        router.pool = _pool(folder, saved.members)
+    return router.eval()
+
+
+def _tensors(folder: Path, digest: str) -> dict[str, Tensor]:
+    # the header is looked over first
+    tensor_names(folder, TENSORS)
+    with opened(folder, TENSORS) as (file, size):
+        raw = file.read(size)
+    if (found := hashlib.sha256(raw).hexdigest()) != digest:
+        raise AdapterCorrupt(
+            f"{folder / TENSORS} has SHA-256 {found[:12]}, but {FILE} says {digest[:12]}: one of them is damaged or of "
+            "another router; copy or download the folder again"
+        )
+    try:
+        tensors: dict[str, Tensor] = load(raw)
+    except (SafetensorError, ValueError) as error:
+        raise AdapterCorrupt(f"{folder / TENSORS} is no intact safetensors file: {error}") from error
+    return tensors
+
+
+def _pool(folder: Path, members: Members) -> ExpertPool:
+    adapters = {}
+    for number, (name, digest) in enumerate(zip(members.names, members.hashes, strict=True)):
+        where = folder / ADAPTERS / str(number)
+        if not where.is_dir():
+            raise AdapterCorrupt(f"{folder} has no folder {ADAPTERS}/{number}, which is expert {name!r}")
+        adapters[name] = Adapter.from_pretrained(where)
+        if adapters[name].hash != digest:
+            raise AdapterCorrupt(
+                f"{where} is not expert {name!r} as the router knows it: its hash is {adapters[name].hash}, not {digest}"
+            )
+    return ExpertPool(adapters)

@@ -1,0 +1,68 @@
+"""A router as a folder: router.json says what it is and for whom, router.safetensors has its tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save
+
+from loraweave.errors import WeightingError
+from loraweave.hub.formats._replacing import replacing
+from loraweave.hub.pool import ExpertPool
+from loraweave.routers.routing.places import places_in
+
+if TYPE_CHECKING:
+    from loraweave.routers.routing.token_router import TokenRouter
+
+FORMAT = 1
+FILE, TENSORS, ADAPTERS = "router.json", "router.safetensors", "adapters"
+PACKAGES = ("loraweave", "torch", "transformers")
+
+
+def write_router(router: TokenRouter, folder: Path, pool: ExpertPool | None) -> Path:
+    """Writes the folder whole or not at all, with the adapters of the router's experts where a pool is given.
+
+    Each adapter's folder has a number and not its name, which is free text. Raises WeightingError for a folder that holds
+    something else, for options that JSON has no form for, and for a pool without some of the router's experts.
+    """
+    if folder.exists() and not (folder / FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise WeightingError(f"{folder} holds something that is no router; name another folder")
+    adapters = [] if pool is None else [pool.adapters[name] for name in places_in(router, pool)]
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in router.state_dict().items()}
+    raw = save(tensors)
+    text = _recipe(router, hashlib.sha256(raw).hexdigest(), len(adapters))
+    with replacing(folder) as new:
+        for number, adapter in enumerate(adapters):
+            adapter.save_pretrained(new / ADAPTERS / str(number))
+        (new / TENSORS).write_bytes(raw)
+        (new / FILE).write_text(text, encoding="utf-8")
+    return folder
+
+
+def _recipe(router: TokenRouter, digest: str, num_adapters: int) -> str:
+    found = {
+        "format": FORMAT,
+        "router": router.name,
+        "options": {name: _json(router.name, name, value) for name, value in router.options.items()},
+        "members": router.members.to_json(),
+        "sha256": digest,
+        "adapters": num_adapters,
+        "report": router.report,
+        "versions": {package: version(package) for package in PACKAGES},
+    }
+    return json.dumps(found, indent=1, ensure_ascii=False)
+
+
+def _json(router: str, option: str, value: Any) -> Any:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise WeightingError(
+            f"router {router!r} has {option}={value!r}, which JSON has no form for ({error}): make it with numbers, "
+            "texts, lists or mappings of them"
+        ) from error
+    return value
