@@ -11,12 +11,12 @@ from loraweave.errors import AdapterNotFound, HubError, HubReadOnly, SourceUnava
 from loraweave.hub.intake.model_hub import ERRORS, reason_of, status_of
 
 
-def upload(folder: Path, repository: str, *, token: str | None, private: bool, message: str) -> str:
+def upload(folder: Path, repository: str, *, token: str | None, private: bool | None, message: str) -> str:
     """Commits the folder's files to `owner/name`, which is made where there is none; returns the last commit's id.
 
-    `private` counts when it is made. Files of before stay there. Raises HubReadOnly where the token, or the one of
-    `hf auth login`, may not write, AdapterNotFound for an id of another form, SourceUnavailable for what may work later; a
-    token is in none of their messages.
+    `private` counts when it is made; None is what the owner's settings say. Files of before stay there. Raises HubReadOnly
+    where the token, or the one of `hf auth login`, may not write, AdapterNotFound for an id of another form,
+    SourceUnavailable for what may work later; a token is in none of their messages.
     """
     api = HfApi(token=token)
     try:

@@ -147,13 +147,14 @@ class TokenRouter(nn.Module):
         *,
         pool: ExpertPool | None = None,
         token: str | None = None,
-        private: bool = False,
+        private: bool | None = None,
         commit_message: str | None = None,
     ) -> str:
         """Puts what `save_pretrained` writes into `owner/name` of the model hub, made if need be; returns the commit's id.
 
-        `lw.router("owner/name")` reads it again. Raises HubReadOnly where the token may not write there, SourceUnavailable
-        for what may work later, AdapterNotFound for an id of another form.
+        A repository that is made is as the owner's settings have it, unless `private` says. `lw.router("owner/name")` reads
+        it again. Raises HubReadOnly where the token may not write there, SourceUnavailable for what may work later,
+        AdapterNotFound for an id of another form.
         """
         with TemporaryDirectory() as place:
             folder = self.save_pretrained(Path(place) / "router", pool=pool)

@@ -6,6 +6,7 @@ folder and writes one JSON object to stdout: what each call gave.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import logging
@@ -29,6 +30,8 @@ class Handler(BaseHTTPRequestHandler):
     Repositories named `private` want the token, `gated` refuses everyone, `limited` answers the first two requests with
     429 and `flooded` all, `down` is out of order, `cut` breaks off the first answer of its weights and `severed` every one.
     `old` has moved to `lora`, and `moving` is at another commit once its file `moved` is there.
+
+    Whoever has the token may make repositories of `mine` and commit files to them, `full` excepted, which is out of order.
     """
 
     root: Path
@@ -40,6 +43,47 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         self._answer(body=True)
+
+    def do_POST(self):
+        self.requests.append(self.path)
+        raw = self.rfile.read(int(self.headers["Content-Length"]))
+        path = self.path.partition("?")[0].strip("/").split("/")[1:]
+        sent = [json.loads(line) for line in raw.splitlines()]
+        if path[-1] == "create":
+            owner, name = sent[0]["organization"], sent[0]["name"]
+        else:
+            owner, name = path[1:3]
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self._send(401, b"", {}, body=True)
+        if owner != "mine":
+            return self._send(403, b"", {}, body=True)
+        if name == "full":
+            return self._send(503, b"", {}, body=True)
+        if path[-1] == "create":
+            return self._send_json(self._create(self.root / owner / name, sent[0]))
+        if path[3] == "preupload":
+            files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in sent[0]["files"]]
+            return self._send_json({"files": files})
+        return self._send_json(self._commit(self.root / owner / name, sent))
+
+    def _create(self, repository, sent):
+        repository.mkdir(parents=True, exist_ok=True)
+        (repository / "made").write_text(json.dumps(sent))
+        return {"url": f"http://127.0.0.1:{self.server.server_port}/{repository.parent.name}/{repository.name}"}
+
+    def _commit(self, repository, sent):
+        for line in sent:
+            if line["key"] == "file":
+                place = repository / line["value"]["path"]
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.write_bytes(base64.b64decode(line["value"]["content"]))
+            else:
+                (repository / "message").write_text(line["value"]["summary"])
+        where = f"http://127.0.0.1:{self.server.server_port}/{repository.parent.name}/{repository.name}/commit/{COMMIT}"
+        return {"commitUrl": where, "commitOid": COMMIT}
+
+    def _send_json(self, found):
+        self._send(200, json.dumps(found).encode(), {"Content-Type": "application/json"}, body=True)
 
     def log_message(self, *arguments):
         pass
@@ -222,8 +266,39 @@ def troubles(root):
     json.dump(found, sys.stdout)
 
 
+def routers(folder):
+    """A saved router pushed and read from there, and what cannot be; everything logged."""
+    import loraweave as lw
+
+    logging.basicConfig(level=logging.DEBUG)
+    made = lw.router(folder)
+
+    def read(name, **keywords):
+        found = lw.router(name, **keywords)
+        return {"state": {key: value.tolist() for key, value in found.state_dict().items()}, "pool": list(found.pool or ())}
+
+    found = {
+        "push": _outcome(
+            lambda: made.push_to_hub("mine/arrow", pool=made.pool, token=TOKEN, private=True, commit_message="an arrow")
+        ),
+        "read": _outcome(lambda: read("mine/arrow", revision=COMMIT)),
+        "cached": _outcome(lambda: read("mine/arrow", revision=COMMIT, local_files_only=True)),
+        "alone": _outcome(lambda: made.push_to_hub("mine/alone", token=TOKEN)),
+        "alone, read": _outcome(lambda: read("mine/alone")),
+        "wrong token": _outcome(lambda: made.push_to_hub("mine/arrow", token="hf_wrongwrongwrong")),
+        "others'": _outcome(lambda: made.push_to_hub("theirs/arrow", token=TOKEN)),
+        "no id": _outcome(lambda: made.push_to_hub("a/b/c", token=TOKEN)),
+        "out of order": _outcome(lambda: made.push_to_hub("mine/full", token=TOKEN)),
+        "unknown": _outcome(lambda: read("mine/nothing")),
+        "no router": _outcome(lambda: read("tiny/lora")),
+    }
+    json.dump(found, sys.stdout)
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "troubles":
         troubles(Path(sys.argv[2]))
+    elif sys.argv[1] == "routers":
+        routers(Path(sys.argv[2]))
     else:
         main(sys.argv[1] == "online")
