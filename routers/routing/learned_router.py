@@ -37,6 +37,8 @@ class LearnedRouter(TokenRouter):
     learned: ClassVar[bool] = True
     # whether every row of the training data has to name the expert whose task it is
     needs_experts: ClassVar[bool] = False
+    # parameters, by the first part of their names, without a gradient in the first step: their factor starts at 0
+    silent_at_first: ClassVar[tuple[str, ...]] = ()
     # what fit() takes unless it is told otherwise
     lr: ClassVar[float] = 1e-3
 

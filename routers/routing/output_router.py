@@ -8,7 +8,7 @@ from torch import Tensor
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.routing.layer_tensors import LayerTensors
 from loraweave.routers.routing.learned_router import LearnedRouter
-from loraweave.routers.routing.members import Members
+from loraweave.routers.routing.members import Members, RoutedLayer
 from loraweave.routers.routing.spectrum import parts
 
 
@@ -28,8 +28,8 @@ class OutputRouter(LearnedRouter):
         self.bases_ = LayerTensors({})
         self.owners_ = LayerTensors({})
         if isinstance(pool, ExpertPool):
-            for layer in self.layers:
-                self.cores_[layer], self.bases_[layer], self.owners_[layer] = _rows(pool, layer)
+            for layer, routed in self.members.layers.items():
+                self.cores_[layer], self.bases_[layer], self.owners_[layer] = _rows(pool, layer, routed)
 
     def latents(self, x_BTI: Tensor, layer: str) -> Tensor:
         """z_BTS: the outputs of the layer's experts in the coordinates of their bases."""
@@ -45,9 +45,8 @@ class OutputRouter(LearnedRouter):
         return zeros_BTE.index_add(2, self.owners_[layer], values_BTS)
 
 
-def _rows(pool: ExpertPool, layer: str) -> tuple[Tensor, Tensor, Tensor]:
+def _rows(pool: ExpertPool, layer: str, routed: RoutedLayer) -> tuple[Tensor, Tensor, Tensor]:
     """c_SI, q_SO and owner_S of one layer; an expert of more rank than outputs has as many rows as outputs."""
-    routed = Members.of(pool).layers[layer]
     cores, bases, owners = [torch.zeros(0, routed.num_inputs)], [torch.zeros(0, routed.num_outputs)], []
     for place, a_RI, b_OR in parts(pool, layer):
         q_OQ, r_QR = torch.linalg.qr(b_OR)
