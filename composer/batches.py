@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from loraweave.errors import InvalidTask
+from loraweave.routers.routing.prompts import prompted
 
 IGNORED = -100
 
@@ -163,7 +164,10 @@ def target_logits(model: Any, batch: TargetBatch) -> Tensor:
     if model.config.is_encoder_decoder:
         return cast(Tensor, model(**batch.inputs, use_cache=False).logits)
     width, length = batch.targets_BK.shape[1], batch.inputs["input_ids"].shape[1]
-    return logits_at(model, batch.inputs, length - width - 1, length - 1)
+    prompt_BT = batch.inputs["attention_mask"].clone()
+    prompt_BT[:, -width:] *= batch.targets_BK == IGNORED
+    with prompted(batch.inputs["input_ids"], prompt_BT):
+        return logits_at(model, batch.inputs, length - width - 1, length - 1)
 
 
 def logits_at(model: Any, inputs: Mapping[str, Tensor], start: int, end: int) -> Tensor:

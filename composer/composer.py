@@ -125,6 +125,8 @@ class Composer:
             if self._fused:
                 raise AlreadyActive("cannot activate while a mixture is fused into the weights: leave fused() first")
             plan = self._plans.plan(weights, self._pool.names)
+            if plan.begun is not None:
+                plan.begun.take_tokenizer(self.tokenizer)
             lease = self._residents.lease(plan.experts)
             try:
                 self._fitting.limits.require(weights, self._bound.adapters)

@@ -29,6 +29,7 @@ from loraweave.composer.limits.owner_watch import Step, watch
 from loraweave.composer.lock_after_fork import lock_of
 from loraweave.composer.mixing.begun import Begun, end_begun
 from loraweave.composer.mixing.plan import Plan
+from loraweave.composer.mixing.prompted_generate import PromptedGenerate
 from loraweave.composer.paging.residents import Lease
 from loraweave.errors import AlreadyActive, CompositionError
 
@@ -189,6 +190,8 @@ class LiveLayers:
             with self._lock:
                 if not self._open:
                     self._install()
+                if plan.begun is not None and plan.begun.reads_text:
+                    self._tell_prompts()
                 self._open.append(activation)
                 self._choose_place()
             _CURRENT.set(activation)
@@ -270,6 +273,17 @@ class LiveLayers:
         # activation does the same
         self._handles.append(self._model.register_forward_hook(after))
         self._take_over(self._layers)
+
+    def _tell_prompts(self) -> None:
+        if callable(getattr(self._model, "generate", None)) and not any(
+            isinstance(h, PromptedGenerate) for h in self._handles
+        ):
+            self._handles.append(PromptedGenerate(self._model, self._begin_call))
+
+    def _begin_call(self, arguments: dict[str, Any]) -> None:
+        plan = self._current_plan()
+        if plan is not None and plan.begun is not None:
+            self._begin(plan.begun, arguments)
 
     def _take_over(self, layers: Mapping[str, TargetLayer]) -> None:
         for layer in layers.values():

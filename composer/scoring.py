@@ -26,6 +26,7 @@ from loraweave.composer.batches import (
     with_positions,
 )
 from loraweave.errors import InvalidTask
+from loraweave.routers.routing.prompts import prompted
 from loraweave.types import Task
 
 BATCH_SIZE = 32
@@ -180,7 +181,8 @@ def label_losses(model: Any, ids_BT: Tensor, mask_BT: Tensor, labels: Sequence[S
         inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(targets_NK)
         losses_NK = token_losses(model, TargetBatch(inputs, targets_NK))
     else:
-        losses_NK = _losses_after(model, ids_BT, mask_BT, targets_NK)
+        with prompted(ids_BT, mask_BT):
+            losses_NK = _losses_after(model, ids_BT, mask_BT, targets_NK)
     return losses_NK.sum(dim=1).view(len(ids_BT), len(labels))
 
 

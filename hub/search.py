@@ -150,7 +150,7 @@ class SearchIndex:
     def __init__(self, hub: Hub, *, embedder: str | Embedder = "sentence", index: str = "auto") -> None:
         in_database = hub.vector_search if index == "auto" else None
         self.hub = hub
-        self.embedder = _embedder(embedder)
+        self.embedder = embedder_of(embedder)
         self._index = index
         self._choice = _choice(index)
         self._snapshot: _Snapshot | None = None
@@ -391,7 +391,7 @@ def _choice(index: str) -> Choice:
     return lambda count: registry.get("indexes", "faiss_half" if count < MIN_APPROXIMATE else "faiss_ivf")
 
 
-def _embedder(given: str | Embedder) -> Embedder:
+def embedder_of(given: str | Embedder) -> Embedder:
     """The embedder of that name, or of the folder that `train_encoder` wrote; an object is itself."""
     if not isinstance(given, str):
         return given

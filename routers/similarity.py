@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from loraweave.errors import UnknownName, WeightingError
 from loraweave.hub.unknown_expert import unknown_expert
 from loraweave.hub.whole_number import is_whole
+from loraweave.routers.routing.similarity import Similarity as SimilarityRouter
 from loraweave.routers.search.closed_form import ClosedForm
 
 # LoraRetriever's k of its mixtures and fusions
@@ -35,6 +37,8 @@ class Similarity(ClosedForm):
     Raises UnknownName for another form, UnknownExpert for scores of other experts, WeightingError for scores that are not
     finite, for none, for `nearest` beyond their number and for a temperature not above 0.
     """
+
+    token_router: ClassVar[type] = SimilarityRouter
 
     scores: Mapping[str, float]
     form: str = "softmax"

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraweave.errors import ScopeError
+from loraweave.errors import CompositionError, ScopeError
+from loraweave.routers.routing.tokenizers import with_tokenizer
 from loraweave.types import Router
 
 # the router that was asked, and the one that it gave for the running call
@@ -23,10 +24,27 @@ class Begun:
     def __init__(self, router: Any) -> None:
         self._router = router
         self._last: Router | None = None
+        self._tokenizer: Any = None
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the router, or one that it is made of, chooses by text."""
+        parts = getattr(self._router, "parts", [self._router])
+        return any(getattr(part, "needs_tokenizer", False) for part in parts)
+
+    def take_tokenizer(self, tokenizer: Any) -> None:
+        """The tokenizer of the model, for routers that read text. CompositionError where one needs it and it is None."""
+        if self.reads_text and tokenizer is None:
+            raise CompositionError(
+                f"router {type(self._router).__name__} reads the text of the model's input, and this Composer cannot: make "
+                "it with tokenizer=..."
+            )
+        self._tokenizer = tokenizer
 
     def begin(self, model: nn.Module, arguments: Mapping[str, Any]) -> None:
         """Shows the router the arguments of a call of the model, by name, while the model is without a mixture."""
-        self._last = self._router.begin(model, arguments)
+        with with_tokenizer(self._tokenizer):
+            self._last = self._router.begin(model, arguments)
         _CALL.set((self, self._last))
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:

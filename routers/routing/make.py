@@ -56,7 +56,7 @@ def router_class(name: str) -> type[TokenRouter]:
     known = router_names()
     if name not in registry.names("routers"):
         raise UnknownName(f"no router {name!r}{registry.nearest(name, known)}; there are {', '.join(known)}")
-    found = registry.get("routers", name)
+    found = _found(name)
     if not _is_router(found):
         raise UnknownName(
             f"{name!r} searches for the weights of a task and is no router: compose(method={name!r}) runs it; routers are "
@@ -67,7 +67,13 @@ def router_class(name: str) -> type[TokenRouter]:
 
 def router_names() -> list[str]:
     """The names of the routers that look at the input; each file of the registry is imported."""
-    return [name for name in registry.names("routers") if _is_router(registry.get("routers", name))]
+    return [name for name in registry.names("routers") if _is_router(_found(name))]
+
+
+def _found(name: str) -> Any:
+    found = registry.get("routers", name)
+    # a search may have a router beside it that has the same formula for each input
+    return getattr(found, "token_router", found)
 
 
 def _is_router(found: Any) -> bool:

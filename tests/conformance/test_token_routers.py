@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,10 +14,25 @@ from loraweave.routers.routing.make import router, router_names
 
 ROUTERS = router_names()
 # what a router cannot do without, besides the pool
-NEEDED = {}
+NEEDED = {"similarity": {"embedder": "hashing"}}
 IDS_BT = torch.tensor([[5, 9, 11, 2, 30], [0, 0, 7, 8, 3], [4, 4, 4, 4, 4]])
 MASK_BT = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
 POSITIONS_BT = (MASK_BT.cumsum(dim=1) - 1).clamp(min=0)
+
+
+class Letters:
+    """A tokenizer as far as routers need one: a letter for each token."""
+
+    def decode(self, ids, *, skip_special_tokens):
+        return " ".join("abcdefghijklmnopqrstuvwxyz"[token % 26] for token in ids)
+
+
+def composer(model, pool):
+    return Composer(model, pool, tokenizer=Letters())
+
+
+def shown(adapter, examples):
+    return replace(adapter, card={"examples": examples})
 
 
 @pytest.fixture
@@ -25,7 +42,8 @@ def model(make_model):
 
 @pytest.fixture
 def pool(model, make_adapters):
-    return ExpertPool(make_adapters(model, "llama"))
+    texts = [["f j l", "c e"], ["h i d", "h h"], ["e e e", "f e"]]
+    return ExpertPool([shown(a, own) for a, own in zip(make_adapters(model, "llama"), texts, strict=True)])
 
 
 def make(name, pool):
@@ -40,7 +58,7 @@ def make(name, pool):
 
 def weights_of(model, pool, made, rows=slice(None), columns=slice(None)):
     """{layer: w_BTE} and logits of one forward of the rows."""
-    engine = Composer(model, pool)
+    engine = composer(model, pool)
     inputs = {
         "input_ids": IDS_BT[rows, columns],
         "attention_mask": MASK_BT[rows, columns],
@@ -94,7 +112,7 @@ def test_a_row_does_not_depend_on_the_others_nor_on_padding(name, model, pool):
 def test_generation_with_the_cache_is_generation_without(name, model, pool):
     made = make(name, pool)
     settings = {"max_new_tokens": 6, "do_sample": False, "attention_mask": MASK_BT, "pad_token_id": 0}
-    with torch.no_grad(), Composer(model, pool).activate(made):
+    with torch.no_grad(), composer(model, pool).activate(made):
         cached = model.generate(IDS_BT, use_cache=True, **settings)
         uncached = model.generate(IDS_BT, use_cache=False, **settings)
     assert torch.equal(cached, uncached)
@@ -118,7 +136,7 @@ def test_every_parameter_gets_a_gradient_through_the_model(name, model, pool):
         return
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    with Composer(model, pool).activate(made):
+    with composer(model, pool).activate(made):
         model(input_ids=IDS_BT, labels=IDS_BT).loss.backward()
     still = [name for name, parameter in made.named_parameters() if parameter.grad is None or not parameter.grad.any()]
     assert still == []
@@ -128,10 +146,10 @@ def test_every_parameter_gets_a_gradient_through_the_model(name, model, pool):
 def test_another_pool_is_refused_by_name(name, model, pool, make_adapter):
     made = make(name, pool)
     changed = pool.including("b", make_adapter(model, "b", rank=2, targets=("q_proj",), seed=99))
-    with pytest.raises(WeightingError, match="for an expert 'b' with hash"), Composer(model, changed).activate(made):
+    with pytest.raises(WeightingError, match="for an expert 'b' with hash"), composer(model, changed).activate(made):
         pass
     fewer = pool.subset(["c", "a"])
-    with pytest.raises(WeightingError, match="in this order"), Composer(model, fewer).activate(made):
+    with pytest.raises(WeightingError, match="in this order"), composer(model, fewer).activate(made):
         pass
 
 
@@ -162,7 +180,7 @@ def test_for_a_pool_of_other_order_and_more_experts_it_gives_the_same_logits(nam
 @pytest.mark.parametrize("name", ROUTERS)
 def test_an_expert_that_joins_and_leaves_again_leaves_the_rest_as_it_was(name, model, pool, make_adapter):
     made = make(name, pool)
-    new = make_adapter(model, "new", rank=3, targets=("q_proj", "o_proj"))
+    new = shown(make_adapter(model, "new", rank=3, targets=("q_proj", "o_proj")), ["b h j"])
     if any(part.per_expert is None for part in made.parts):
         with pytest.raises(ScopeError, match="'new'"):
             made.add_expert("new", new)
@@ -190,7 +208,7 @@ def test_the_model_is_bit_for_bit_what_it_was_after_an_error(name, model, pool):
         raise RuntimeError("stop")
 
     hook = model.model.layers[1].register_forward_pre_hook(interrupted)
-    with pytest.raises(RuntimeError, match="stop"), torch.no_grad(), Composer(model, pool).activate(made):
+    with pytest.raises(RuntimeError, match="stop"), torch.no_grad(), composer(model, pool).activate(made):
         model(IDS_BT)
     hook.remove()
     with torch.no_grad():

@@ -1,0 +1,51 @@
+"""What the rows of the running calls begin with, where somebody knows it: a call alone does not tell prompt from answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """Token ids of the prompts of a batch; the mask is 0 where a token is padding, or follows the prompt."""
+
+    ids_BT: Tensor
+    mask_BT: Tensor
+
+    @cached_property
+    def rows(self) -> list[list[int]]:
+        """The real tokens of each prompt."""
+        return real_tokens(self.ids_BT, self.mask_BT)
+
+
+_PROMPTS: ContextVar[Prompts | None] = ContextVar("loraweave_prompts", default=None)
+
+
+@contextmanager
+def prompted(ids_BT: Tensor, mask_BT: Tensor) -> Iterator[None]:
+    """Says, for the calls inside, what their rows begin with.
+
+    A batch of k times as many rows has each prompt k times on end. What a block around this one has said stays.
+    """
+    token = _PROMPTS.set(_PROMPTS.get() or Prompts(ids_BT, mask_BT))
+    try:
+        yield
+    finally:
+        _PROMPTS.reset(token)
+
+
+def current_prompts() -> Prompts | None:
+    """Those of the running calls, where they are known."""
+    return _PROMPTS.get()
+
+
+def real_tokens(ids_BT: Tensor, mask_BT: Tensor) -> list[list[int]]:
+    """The ids of each row whose mask is not 0."""
+    pairs = zip(ids_BT.tolist(), mask_BT.tolist(), strict=True)
+    return [[token for token, real in zip(*row, strict=True) if real] for row in pairs]

@@ -1,0 +1,161 @@
+"""The form of routers that choose by the text of a row: what they keep of texts, and how a model's call gets its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from loraweave.errors import ScopeError, WeightingError
+from loraweave.hub.pool import ExpertPool
+from loraweave.hub.search import Embedder, embedder_of
+from loraweave.hub.unknown_expert import unknown_expert
+from loraweave.routers.routing.call_text import context_lengths, given_tokens, require_whole
+from loraweave.routers.routing.members import Members
+from loraweave.routers.routing.prompts import current_prompts, real_tokens
+from loraweave.routers.routing.text_weights import TextWeights
+from loraweave.routers.routing.token_router import TokenRouter
+from loraweave.routers.routing.tokenizers import current_tokenizer
+
+# texts whose vectors are kept: each token that is generated asks for those of its prompt again
+NUM_KEPT = 4096
+
+
+class TextRouter(TokenRouter):
+    """Weights from the embedding of a text; the rows of a batch have those of what each of them says.
+
+    A row's text is its prompt where that is known: in `generate`, and where losses and labels are scored. In any other call
+    it is the whole row, and under a cache the row of the call that began it. The model's Composer needs a tokenizer.
+
+    Weights sum to 1 over the experts. In a layer that an expert leaves alone its weight is 0 and the others' are as they
+    are, so that a router that chooses one adapter gives that adapter. A subclass says how vectors become weights.
+    """
+
+    simplex: ClassVar[bool] = False
+    needs_tokenizer: ClassVar[bool] = True
+    # whether all tokens of a row share its weights
+    per: Literal["row", "token"] = "row"
+    # of weights per token, for how many tokens the context stays that gives them
+    refresh: int = 1
+
+    embedder_id_: Tensor
+
+    def __init__(self, pool: ExpertPool | Members, embedder: str) -> None:
+        super().__init__(pool)
+        if not isinstance(embedder, str):
+            raise WeightingError(
+                f"embedder of router {self.name!r} is a {type(embedder).__name__}, which no file could keep: give a name of "
+                "names('embedders'), or the folder of an encoder that train_encoder wrote"
+            )
+        self.embedder = embedder
+        self._kept: dict[str, Tensor] = {}
+        self.register_buffer("embedder_id_", torch.empty(0, dtype=torch.uint8))
+
+    @cached_property
+    def _embedder(self) -> Embedder:
+        return embedder_of(self.embedder)
+
+    def weights_of(self, vectors_ND: Tensor) -> Tensor:
+        """w_NE in fp32 for texts with these vectors (float64, of norm 1); rows sum to 1."""
+        raise NotImplementedError
+
+    def of_texts(self, texts: Sequence[str]) -> Tensor:
+        """w_NE in fp32 for texts. Raises what `require_embedder` raises."""
+        self.require_embedder()
+        return self.weights_of(self.vectors(texts))
+
+    def vectors(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors (N, D) of texts in float64, where the router's own tensors are."""
+        known = {text: self._kept[text] for text in dict.fromkeys(texts) if text in self._kept}
+        if missing := [text for text in dict.fromkeys(texts) if text not in known]:
+            rows_ND = np.asarray(self._embedder.embed(missing), dtype=np.float64)
+            made = dict(zip(missing, torch.from_numpy(rows_ND), strict=True))
+            known |= made
+            # another thread may have looked at the old one, which stays as it is
+            self._kept = made if len(self._kept) + len(made) > NUM_KEPT else self._kept | made
+        return torch.stack([known[text] for text in texts]).to(self.embedder_id_.device)
+
+    def remember_embedder(self) -> None:
+        """Keeps by which embedder all was made that is kept of texts."""
+        self.embedder_id_ = torch.tensor(list(self._embedder.id.encode()), dtype=torch.uint8)
+
+    def require_embedder(self) -> None:
+        """Raises WeightingError where nothing is kept of texts yet, and where the embedder has changed since it was."""
+        made_by = bytes(self.embedder_id_.tolist()).decode()
+        if not made_by:
+            raise WeightingError(f"router {self.name!r} knows no text of its experts yet: fit() it first")
+        if made_by != (found := self._embedder.id):
+            raise WeightingError(
+                f"what router {self.name!r} knows of texts was made by the embedder {made_by!r}, but {self.embedder!r} is "
+                f"now {found!r}: make the router again with this one"
+            )
+
+    def require_of_each(self, given: Mapping[str, Any], what: str) -> None:
+        """Raises UnknownExpert for names that the pool has not, WeightingError that names the experts with nothing."""
+        for name in given:
+            if name not in self.members.places:
+                raise unknown_expert(name, self.experts)
+        if missing := [name for name in self.experts if not given.get(name)]:
+            raise WeightingError(
+                f"router {self.name!r} needs {what} of every expert, and has none of {', '.join(map(repr, missing))}: give "
+                "some, or make the router for pool.subset(...) without these"
+            )
+
+    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+        raise ScopeError(
+            f"router {self.name!r} looks at texts, and at no input of layer {layer!r}: activate() it in a Composer, whose "
+            "calls begin with it, or ask of_texts()"
+        )
+
+    def begin(self, model: nn.Module, arguments: Mapping[str, Any]) -> TextWeights:
+        """Raises ScopeError for a call whose text is not known: embeddings alone, or a cache that was filled elsewhere."""
+        self.require_embedder()
+        with torch.inference_mode(False), torch.no_grad():
+            per_row = self.per == "row"
+            w_BTE = self._per_row(arguments) if per_row else self._per_token(model, arguments)
+        return TextWeights(w_BTE, self.members)
+
+    def _per_row(self, arguments: Mapping[str, Any]) -> Tensor:
+        prompts = current_prompts()
+        if prompts is not None:
+            return self._of_tokens(prompts.rows).to(prompts.ids_BT.device)[:, None]
+        ids_BT, mask_BT = given_tokens(self.name, arguments)
+        require_whole(self.name, arguments)
+        return self._of_tokens(real_tokens(ids_BT, mask_BT)).to(ids_BT.device)[:, None]
+
+    def _per_token(self, model: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise ScopeError(
+                f"router {self.name!r} gives each token the weights of what stands before it, and an encoder reads a text "
+                "as a whole: make the router with per='row'"
+            )
+        ids_BT, mask_BT = given_tokens(self.name, arguments)
+        require_whole(self.name, arguments)
+        rows = real_tokens(ids_BT, mask_BT)
+        lengths = context_lengths(self.name, rows, self.refresh)
+        w_NE = self._of_tokens([row[:length] for row, own in zip(rows, lengths, strict=True) for length in own])
+        w_BTE = w_NE.new_zeros(*ids_BT.shape, len(self.experts))
+        w_BTE[mask_BT.to(w_NE.device).bool()] = w_NE
+        return w_BTE.to(ids_BT.device)
+
+    def _of_tokens(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """w_NE of the texts of token ids. Raises ScopeError without a tokenizer."""
+        tokenizer = current_tokenizer()
+        if tokenizer is None:
+            raise ScopeError(
+                f"router {self.name!r} reads text, and has no tokenizer to turn token ids into it: make the Composer with "
+                "tokenizer=..."
+            )
+        texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+        return self.weights_of(self.vectors(texts))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # as many as the router was made from, which is known from the file alone
+        for name in self._buffers:
+            if isinstance(found := state_dict.get(prefix + name), Tensor):
+                self._buffers[name] = found.clone()
+        super()._load_from_state_dict(state_dict, prefix, *rest)
