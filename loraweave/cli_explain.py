@@ -26,11 +26,16 @@ def explain(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the weights by layer and token: .png, .svg or .pdf.")
     ] = None,
+    page: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write all weights as a page for a browser: .html.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show how much each adapter of a composition counts for the tokens of an input, layer by layer."""
     if plot is not None and plot.suffix.lower() not in FORMATS:
         raise typer.BadParameter(f"--plot takes a file that ends in {', '.join(FORMATS)}, not {plot.name!r}")
+    if page is not None and page.suffix.lower() != ".html":
+        raise typer.BadParameter(f"--page takes a file that ends in .html, not {page.name!r}")
     import loraweave as lw
 
     model, tokenizer = load_model(base or recorded_base(folder))
@@ -38,9 +43,13 @@ def explain(
     explanation = composed.explain(text, max_new_tokens=max_new_tokens)
     if plot is not None:
         explanation.plot(plot)
+    if page is not None:
+        explanation.page(page)
     if as_json:
-        print_json({**explanation.to_json(), "plot": plot})
+        print_json({**explanation.to_json(), "plot": plot, "page": page})
         return
     print_table(explanation.table())
     if plot is not None:
         note(f"drew {plot}")
+    if page is not None:
+        note(f"wrote {page}")

@@ -81,6 +81,12 @@ def test_the_plot_is_written_where_it_is_wanted(saved, here):
     assert "<svg" in (here / "weights.svg").read_text()
 
 
+def test_the_page_is_written_where_it_is_wanted(saved, here):
+    done = call("explain", saved, "ab", "--page", "weights.html")
+    assert (done.exit_code, done.stderr) == (0, "wrote weights.html\n")
+    assert (here / "weights.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
 def test_the_base_model_has_a_table_and_no_picture(base, here):
     folder = compose(base, here / "c", {})
     assert "the base model itself" in call("explain", folder, "ab").stdout
@@ -96,6 +102,7 @@ def test_the_base_model_has_a_table_and_no_picture(base, here):
         (("empty", "ab"), 1, "AdapterNotFound: empty holds no composition.json"),
         (("composed",), 2, "Missing argument 'text'"),
         (("composed", "ab", "--plot", "x.bmp2"), 2, "ends in .png, .svg, .pdf, not 'x.bmp2'"),
+        (("composed", "ab", "--page", "x.png"), 2, "ends in .html, not 'x.png'"),
         (("composed", "ab", "--max-new-tokens", "-1"), 2, "--max-new-tokens"),
         (("composed", "ab", "--plot", "no/such/folder/x.png"), 1, "FileNotFoundError"),
     ],

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
+from loraweave.composer.introspection.explanation_page import page
 from loraweave.composer.introspection.explanation_plot import draw
 from loraweave.composer.introspection.load import Load, load
 from loraweave.errors import CompositionError
+from loraweave.hub.unknown_expert import unknown_expert
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 MAX_ROWS = 30
+PAGE_SUFFIXES = (".html", ".htm")
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +29,8 @@ class Explanation:
     """`w_TLE`: the weight that each token gave each expert in each layer, fp32.
 
     NaN for tokens that a layer never sees (an encoder's text in the decoder). An expert that leaves a layer alone has 0
-    there. `tokens` are pieces of text; a character that several tokens share is shown at each.
+    there. `tokens` are pieces of text; a character that several tokens share is shown at each. `effects` says of experts by
+    how much a loss rises without them, in nats (leave_one_out()); what is not known is left out.
     Raises CompositionError for names that do not fit the weights.
     """
 
@@ -33,11 +38,19 @@ class Explanation:
     layers: tuple[str, ...]
     experts: tuple[str, ...]
     w_TLE: Tensor
+    effects: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         named, found = (len(self.tokens), len(self.layers), len(self.experts)), tuple(self.w_TLE.shape)
         if found != named:
             raise CompositionError(f"the weights have shape {found}, but the tokens, layers and experts named are {named}")
+
+    def with_effects(self, effects: Mapping[str, float]) -> Self:
+        """The same, and what leave_one_out() said. UnknownExpert for a name that is none of the experts'."""
+        for name in effects:
+            if name not in self.experts:
+                raise unknown_expert(name, self.experts)
+        return replace(self, effects=dict(effects))
 
     @cached_property
     def by_layer_LE(self) -> Tensor:
@@ -67,23 +80,28 @@ class Explanation:
 
         total = self.total
         table = Table(title=self._title(total), title_justify="left")
-        for column in ("expert", "share", "chosen", "mean weight", "most in layer", "most at tokens"):
+        effect = ("loss without it",) if self.effects else ()
+        for column in ("expert", "share", "chosen", "mean weight", *effect, "most in layer", "most at tokens"):
             words = column in ("expert", "most in layer", "most at tokens")
             table.add_column(column, justify="left" if words else "right", overflow="fold")
         order = total.share_E.argsort(descending=True, stable=True).tolist()
         for at in order[:MAX_ROWS]:
             figures = (total.share_E[at], total.chosen_E[at], self.by_layer_LE[:, at].nanmean())
-            cells = (f"{figures[0]:.1%}", f"{figures[1]:.1%}", f"{figures[2]:.4g}", self._layer(at), self._tokens(at))
+            cells = [f"{figures[0]:.1%}", f"{figures[1]:.1%}", f"{figures[2]:.4g}"]
+            if self.effects:
+                cells.append(f"{self.effects[name]:+.4f}" if (name := self.experts[at]) in self.effects else "")
+            cells += [self._layer(at), self._tokens(at)]
             # as Text, which nobody reads as markup: names are free
             table.add_row(Text(_clean(self.experts[at])), *(Text(cell) for cell in cells))
         if rest := order[MAX_ROWS:]:
-            table.add_row(f"{len(rest)} others", f"{total.share_E[rest].sum():.1%}", "", "", "", "")
+            table.add_row(f"{len(rest)} others", f"{total.share_E[rest].sum():.1%}", *[""] * (4 + len(effect)))
         return table
 
     def to_json(self) -> dict[str, Any]:
         """Names, and `weights` as nested lists [token][layer][expert] to six digits, null for NaN.
 
-        As in MixtureWeights, an axis on which nothing varies has size 1. `load` has a row for each layer.
+        As in MixtureWeights, an axis on which nothing varies has size 1. `load` has a row for each layer, `effects` what is
+        known of the experts.
         """
         w_TLE = self.w_TLE
         for axis in (0, 1):
@@ -100,21 +118,36 @@ class Explanation:
             for layer, found in self.load.items()
         }
         weights = [[[_short(value) for value in each] for each in token] for token in w_TLE.tolist()]
-        return {"tokens": self.tokens, "layers": self.layers, "experts": self.experts, "weights": weights, "load": rows}
+        effects = {name: _short(value) for name, value in self.effects.items()}
+        names = {"tokens": self.tokens, "layers": self.layers, "experts": self.experts}
+        return {**names, "weights": weights, "load": rows, "effects": effects}
 
     def plot(self, path: str | Path) -> Path:
         """Draws weight by layer and by token, and every token with its strongest expert; returns the path.
 
-        The suffix names the format (.png, .svg, .pdf). Raises PackageMissing without matplotlib, CompositionError for
-        another suffix, and where no expert takes part.
+        The suffix names the format (.png, .svg, .pdf; .html is page()). Raises PackageMissing without matplotlib,
+        CompositionError for another suffix, and where no expert takes part.
         """
-        figure, target = draw(self), Path(path)
+        target = Path(path)
+        if target.suffix.lower() in PAGE_SUFFIXES:
+            return self.page(target)
+        figure = draw(self)
         formats = figure.canvas.get_supported_filetypes()
         if target.suffix.lower().lstrip(".") not in formats:
             raise CompositionError(
                 f"a picture's name ends in one of {', '.join(sorted(formats))}, but this is {str(path)!r}"
             )
         figure.savefig(target)
+        return target
+
+    def page(self, path: str | Path) -> Path:
+        """Writes one HTML file with every weight in it, to be looked at in a browser; returns the path.
+
+        It needs no server, no network and nothing beside it. Raises CompositionError where no expert takes part.
+        """
+        target = Path(path)
+        text = page(self, self._title(self.total) if self.experts else "")
+        target.write_text(text, encoding="utf-8")
         return target
 
     def _title(self, total: Load) -> str:

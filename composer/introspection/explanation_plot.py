@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from loraweave.composer.introspection.layer_groups import block_and_kind, common_prefix, last_parts, places
 from loraweave.composer.introspection.plot_text import Glyphs, width
+from loraweave.composer.introspection.strongest import OTHER, Strongest
 from loraweave.errors import CompositionError
 from loraweave.hub.drawing import blank_figure
 
@@ -26,9 +27,6 @@ MAX_NAMED = 48
 NAME_WIDTH, TOKEN_WIDTH, LAYER_WIDTH = 30, 14, 36
 INCHES = 8.5
 ROW_INCHES = 0.155
-# Okabe and Ito's colours, told apart with any kind of colour vision; numbers say the same
-PALETTE = ("#56B4E9", "#E69F00", "#009E73", "#F0E442", "#CC79A7", "#0072B2", "#D55E00")
-OTHER = "#999999"
 # one column of the strip's font, and one of its lines
 STRIP_POINTS = 7.0
 COLUMN_INCHES = STRIP_POINTS * 0.602 / 72
@@ -75,14 +73,14 @@ def draw(explanation: Explanation) -> Any:
 
 def _layer_maps(layers: tuple[str, ...], w_EL: Tensor) -> list[_Map]:
     """A column for each layer; of many layers one for each block, and beside it one for each kind of layer."""
-    blocks = [_block(layer) for layer in layers]
+    blocks = [block_and_kind(layer) for layer in layers]
     if len(layers) <= MAX_LAYERS or len({block for block, _ in blocks}) == len(layers):
-        prefix = _common_prefix(layers)
+        prefix = common_prefix(layers)
         names = [layer.removeprefix(prefix) for layer in layers]
         return [_Map(w_EL, names, f"layer of {prefix[:-1]}" if prefix else "layer", "weight by layer, mean over tokens", 1)]
     whole = _grouped(w_EL, [block for block, _ in blocks])
     kinds = _grouped(w_EL, [kind for _, kind in blocks])
-    prefix = _common_prefix(tuple(whole))
+    prefix = common_prefix(tuple(whole))
     axis = f"block of {prefix[:-1]}" if prefix else "block"
     return [
         _Map(
@@ -94,7 +92,7 @@ def _layer_maps(layers: tuple[str, ...], w_EL: Tensor) -> list[_Map]:
         ),
         _Map(
             torch.stack(list(kinds.values()), dim=1),
-            _last_parts(list(kinds)),
+            last_parts(list(kinds)),
             "kind of layer",
             "by kind, mean over blocks",
             max(len(kinds), len(whole) // 3),
@@ -114,12 +112,21 @@ class _Rows:
     def __init__(self, explanation: Explanation, shown: Tensor, colour_of: Mapping[int, str]) -> None:
         self.glyphs = Glyphs([*explanation.experts, *explanation.layers, *explanation.tokens])
         self._places = shown.tolist()
-        self._names = [self.glyphs.show(explanation.experts[at], NAME_WIDTH) for at in self._places]
+        self._names = [self._name(explanation, at) for at in self._places]
         self._colours = [colour_of.get(at) for at in self._places]
         self._title = "expert"
         if len(self._places) < len(explanation.experts):
             share = float(explanation.total.share_E[shown].sum())
             self._title = f"expert (the {len(shown)} with {share:.0%} of the weight, of {len(explanation.experts):,})"
+        if explanation.effects:
+            self._title += ", rise of the loss without it"
+
+    def _name(self, explanation: Explanation, at: int) -> str:
+        shown, effect = (
+            self.glyphs.show(explanation.experts[at], NAME_WIDTH),
+            explanation.effects.get(explanation.experts[at]),
+        )
+        return shown if effect is None else f"{shown}  {effect:+.3f}"
 
     def name(self, axes: Any) -> None:
         """Writes them beside the axes."""
@@ -164,11 +171,11 @@ def _name_columns(axes: Any, shown: _Map, glyphs: Glyphs, inches: float) -> None
     if not shown.names:
         return
     step = -(-len(shown.names) // MAX_NAMED)
-    places = range(0, len(shown.names), step)
-    labels = [glyphs.show(shown.names[at], TOKEN_WIDTH if shown.axis == "token" else LAYER_WIDTH) for at in places]
-    level = (max(map(width, labels)) + 0.5) * LABEL_INCHES < inches / len(places)
+    named = range(0, len(shown.names), step)
+    labels = [glyphs.show(shown.names[at], TOKEN_WIDTH if shown.axis == "token" else LAYER_WIDTH) for at in named]
+    level = (max(map(width, labels)) + 0.5) * LABEL_INCHES < inches / len(named)
     rotation = 0 if level else 90
-    axes.set_xticks(places, labels, rotation=rotation, fontsize=6, parse_math=False, family=glyphs.families)
+    axes.set_xticks(named, labels, rotation=rotation, fontsize=6, parse_math=False, family=glyphs.families)
 
 
 class _Strip:
@@ -177,21 +184,10 @@ class _Strip:
     def __init__(self, explanation: Explanation) -> None:
         self._explanation = explanation
         self._glyphs = Glyphs(explanation.tokens, "mono")
-        magnitude_TE = explanation.by_token_TE.abs().nan_to_num()
-        total_T = magnitude_TE.sum(dim=1)
-        best_T = magnitude_TE.argmax(dim=1)
-        self._best = [int(best) if total else None for best, total in zip(best_T, total_T.tolist(), strict=True)]
-        share_T = magnitude_TE.amax(dim=1) / total_T.clamp(min=torch.finfo(total_T.dtype).tiny)
-        self._share = share_T.tolist()
-        self.colour_of = self._colours()
+        self._strongest = Strongest.of(explanation.by_token_TE)
+        self.colour_of = self._strongest.colours
         self._boxes = self._laid_out()
         self.num_lines = max(line for _, line, _, _ in self._boxes) + 1
-
-    def _colours(self) -> dict[int, str]:
-        """Colours for the experts that are strongest most often."""
-        used = [best for best in self._best if best is not None]
-        often = sorted(set(used), key=lambda expert: (-used.count(expert), expert))[: len(PALETTE)]
-        return dict(zip(often, PALETTE, strict=False))
 
     def _laid_out(self) -> list[tuple[int, int, int, str]]:
         """(token, line, column, shown text) of the tokens that fit."""
@@ -200,7 +196,7 @@ class _Strip:
         for at, token in enumerate(self._explanation.tokens):
             text = self._glyphs.show(token if token.strip(" ") else "␣" * max(len(token), 1), 2 * TOKEN_WIDTH)
             # an expert's number needs its place too
-            size = max(width(text), len(str((self._best[at] or 0) + 1)))
+            size = max(width(text), len(str((self._strongest.experts[at] or 0) + 1)))
             if column and column + size > num_columns:
                 line, column = line + 1, 0
             if line == MAX_LINES:
@@ -217,7 +213,7 @@ class _Strip:
         cut = f", the first {len(self._boxes):,} of {len(tokens):,} tokens" if len(self._boxes) < len(tokens) else ""
         axes = figure.add_axes((0, 0, 1, 1), xlim=(0, INCHES), ylim=(inches, 0))
         axes.axis("off")
-        highest = max(self._share) or 1.0
+        highest = max(self._strongest.shares) or 1.0
         said = f"each token's strongest expert (number, colour) and its share of the weight (fullness, up to {highest:.0%})"
         axes.text(0.1, 0.18, f"({letter}) {said}{cut}", fontsize=8)
         begun = -1
@@ -226,10 +222,10 @@ class _Strip:
             if line != begun:
                 axes.text(STRIP_MARGIN - 0.08, y + 0.075, str(at), fontsize=5.5, color="0.4", ha="right", va="center")
                 begun = line
-            best = self._best[at]
+            best = self._strongest.experts[at]
             colour: Any = "white"
             if best is not None:
-                fullness = 0.15 + 0.75 * self._share[at] / highest
+                fullness = 0.15 + 0.75 * self._strongest.shares[at] / highest
                 base = to_rgb(self.colour_of.get(best, OTHER))
                 colour = tuple(1 - fullness * (1 - part) for part in base)
                 size = max(width(text), len(str(best + 1))) * COLUMN_INCHES
@@ -239,30 +235,6 @@ class _Strip:
             axes.text(x, y + 0.08, text, fontsize=STRIP_POINTS, va="center", parse_math=False, family=self._glyphs.families)
 
 
-def _block(layer: str) -> tuple[str, str]:
-    """(the path up to its first number, what follows) of a layer; a layer outside blocks is its own block and kind."""
-    found = re.match(r"(.*?(?:^|\.)\d+)\.(.+)", layer)
-    return (found[1], found[2]) if found else (layer, layer)
-
-
 def _grouped(w_EL: Tensor, groups: list[str]) -> dict[str, Tensor]:
     """w_E of each group: the mean over its layers, in order of their first appearance."""
-    return {
-        group: w_EL[:, [at for at, each in enumerate(groups) if each == group]].nanmean(dim=1)
-        for group in dict.fromkeys(groups)
-    }
-
-
-def _common_prefix(paths: tuple[str, ...]) -> str:
-    """The parts that all paths begin with, with their last dot; never a whole path."""
-    shortest = min((path.split(".")[:-1] for path in paths), key=len)
-    count = 0
-    while count < len(shortest) and len({tuple(path.split(".")[: count + 1]) for path in paths}) == 1:
-        count += 1
-    return "".join(f"{part}." for part in paths[0].split(".")[:count])
-
-
-def _last_parts(kinds: list[str]) -> list[str]:
-    """The last part of each, where that still tells them apart."""
-    last = [kind.rsplit(".", 1)[-1] for kind in kinds]
-    return last if len(set(last)) == len(kinds) else kinds
+    return {group: w_EL[:, members].nanmean(dim=1) for group, members in places(groups).items()}

@@ -62,6 +62,8 @@ def test_the_wheel_has_every_source_file_under_loraweave_and_no_other_package(wh
     expected = {f"loraweave/{path.name}" for path in (ROOT / "loraweave").glob("*.py")} | {"loraweave/py.typed"}
     for room in ROOMS:
         expected |= {f"loraweave/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / room).rglob("*.py")}
+    page = ROOT / "composer" / "introspection" / "page"
+    expected |= {f"loraweave/{path.relative_to(ROOT).as_posix()}" for path in page.iterdir()}
     names = zipfile.ZipFile(wheel).namelist()
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert {"loraweave/hub/hub.py", "loraweave/composer/methods/linear.py"} <= expected

@@ -106,3 +106,11 @@ def test_the_strip_names_each_tokens_strongest_expert() -> None:
 def test_a_long_text_is_cut_and_says_so() -> None:
     said = [text.get_text() for text in texts_of(draw(make(2000, 1, 2))) if "of 2,000 tokens" in text.get_text()]
     assert len(said) == 1
+
+
+def test_effects_stand_behind_the_experts_names() -> None:
+    explanation = make(3, 2, 2).with_effects({NAMES[1]: -0.0625})
+    first, _ = axes_of(draw(explanation))
+    names = [label.get_text() for label in first.get_yticklabels()]
+    assert [name.endswith("  -0.062") for name in names] == [False, True]
+    assert first.get_ylabel() == "expert, rise of the loss without it"
