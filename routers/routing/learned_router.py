@@ -16,14 +16,17 @@ from loraweave.routers.routing.token_router import TokenRouter
 
 @dataclass(eq=False)
 class Step:
-    """One training step: which tokens are real, whose data each row is, and what each layer made of it.
+    """A pass of a training step: which tokens are real, whose data each row is, and what each layer made of it.
 
-    `expert_B` is the place of the expert whose task a row belongs to, -1 where that is not known. `scores` are before, and
-    `weights` after, softmax and top-k.
+    `expert_B` is the place of the expert whose task a row belongs to, -1 where that is not known. `rows_B` are the rows'
+    numbers in the training data, and `kept` is the same mapping in all passes of one training: what does not change for a
+    row may be kept there, without its padding. `scores` are before, and `weights` after, softmax and top-k.
     """
 
     mask_BT: Tensor
     expert_B: Tensor
+    rows_B: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    kept: dict[Any, Any] = field(default_factory=dict)
     scores: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
 
@@ -39,6 +42,9 @@ class LearnedRouter(TokenRouter):
     needs_experts: ClassVar[bool] = False
     # parameters, by the first part of their names, without a gradient in the first step: their factor starts at 0
     silent_at_first: ClassVar[tuple[str, ...]] = ()
+    # whether each expert has parameters of its own, learned from its own rows alone: the loss is then the sum over experts
+    # of each one's mean, every step has rows of each, and no gradient is made shorter for the sake of another's
+    apart: ClassVar[bool] = False
     # what fit() takes unless it is told otherwise
     lr: ClassVar[float] = 1e-3
 
