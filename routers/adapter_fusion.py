@@ -47,6 +47,6 @@ class AdapterFusion(OutputAttention):
             self.keys_[layer] = STD * torch.randn(size, routed.num_outputs)
             self.query_biases_[layer] = torch.zeros(size)
 
-    def query(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """The query of each token, (B, T, dim)."""
-        return super().query(x_BTI, layer) + self.query_biases_[layer]
+    def query_bias(self, layer: str) -> Tensor:
+        """c of the layer."""
+        return self.query_biases_[layer]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn import functional
 
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.routing.choosing import without
@@ -28,18 +29,15 @@ class OutputAttention(OutputRouter):
         """The layers that have inputs to ask with: all but those with trained biases alone, where the experts score 0."""
         return {layer: routed for layer, routed in self.members.layers.items() if routed.num_inputs}
 
-    def query(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """The query of each token, (B, T, D)."""
-        q_DI = self.queries_[layer]
-        return x_BTI.to(q_DI.dtype) @ q_DI.T
+    def query_bias(self, layer: str) -> Tensor | None:
+        """What a layer's queries have besides q x, if anything."""
+        return None
 
     def scores(self, x_BTI: Tensor, layer: str) -> Tensor:
         """s_BTE of the layer's experts, -inf for the others."""
         z_BTS = self.latents(x_BTI, layer)
         if layer in self.queries_:
-            # k E_e(x) = k q z: the keys meet the bases once a call, and no output is formed
-            k_SD = self.bases_[layer] @ self.keys_[layer].T
-            z_BTS = z_BTS * (self.query(x_BTI, layer) @ k_SD.T) * self.scale
+            z_BTS = z_BTS * self._asked(x_BTI, layer) * self.scale
         scores_BTE = self.by_expert(z_BTS, layer)
         return without(scores_BTE, self.members.layers[layer].experts)
 
@@ -47,3 +45,14 @@ class OutputAttention(OutputRouter):
         """w_BTE; they sum to 1."""
         scores_BTE = self.scores(x_BTI, layer)
         return self.note(layer, scores_BTE, scores_BTE.softmax(dim=-1))
+
+    def _asked(self, x_BTI: Tensor, layer: str) -> Tensor:
+        """k_s . query(x) for each row s of the bases, (B, T, S), in the cheaper order of the two."""
+        q_DI, bias_D = self.queries_[layer], self.query_bias(layer)
+        x_BTI = x_BTI.to(q_DI.dtype)
+        # k E_e(x) = k q z: the keys meet the bases once a call, and no output is formed
+        k_SD = self.bases_[layer] @ self.keys_[layer].T
+        (size, num_inputs), num_rows, num_tokens = q_DI.shape, len(k_SD), x_BTI.shape[0] * x_BTI.shape[1]
+        if num_tokens * (size * (num_inputs + num_rows) - num_rows * num_inputs) > num_rows * size * num_inputs:
+            return functional.linear(x_BTI, k_SD @ q_DI, None if bias_D is None else k_SD @ bias_D)
+        return functional.linear(functional.linear(x_BTI, q_DI, bias_D), k_SD)

@@ -46,7 +46,9 @@ def outputs(pool, x_BTI):
 
 
 @pytest.mark.parametrize("options", [{}, {"dim": 3}, {"temperature": 7.0}])
-def test_weights_are_the_published_attention_whatever_bias_its_keys_have(pool, x_BTI, options):
+@pytest.mark.parametrize("num_tokens", [1, 5, 200])
+def test_weights_are_the_published_attention_whatever_bias_its_keys_have(pool, num_tokens, options):
+    x_BTI = torch.randn(2, num_tokens, 20, dtype=torch.float64)
     made = trained(pool, **options)
     q_DI, c_D, k_DO = (each[LAYER].detach() for each in (made.queries_, made.query_biases_, made.keys_))
     key_bias_D = torch.randn(len(c_D), dtype=torch.float64)

@@ -65,9 +65,11 @@ def written_out(pool, made, x_BTI, layer):
     return torch.stack(scores, dim=-1)
 
 
+@pytest.mark.parametrize("num_tokens", [1, 7, 200])
 @pytest.mark.parametrize("rank", [1, 8, 30])
 @pytest.mark.parametrize("layer", [LAYER, "v"])
-def test_weights_are_the_attention_of_the_router_lora_over_the_outputs(pool, x_BTI, layer, rank):
+def test_weights_are_the_attention_of_the_router_lora_over_the_outputs(pool, layer, rank, num_tokens):
+    x_BTI = torch.randn(2, num_tokens, 20, dtype=torch.float64)
     made = trained(pool, rank=rank)
     expected = written_out(pool, made, x_BTI, layer).softmax(dim=-1)
     assert torch.allclose(made.weights(x_BTI, layer), expected, atol=1e-5)
