@@ -121,7 +121,7 @@ class Composer:
         """
         with self._lock:
             self._require_open()
-            weights = resolve(mixture, self._pool)
+            weights = resolve(mixture, self._pool, self._bound)
             if self._fused:
                 raise AlreadyActive("cannot activate while a mixture is fused into the weights: leave fused() first")
             plan = self._plans.plan(weights, self._pool.names)
@@ -272,7 +272,7 @@ class Composer:
             raise CompositionError("generate() and stream() take a list of texts, but got one text: put it into a list")
         if mixture is None:
             return None
-        resolved = resolve(mixture, self._pool)
+        resolved = resolve(mixture, self._pool, self._bound)
         num_rows, num_tokens = resolved.num_rows if isinstance(resolved, ByRow) else 1, 1
         if isinstance(resolved, MixtureWeights):
             num_rows, num_tokens = resolved.values_BTLE.shape[:2]
@@ -296,7 +296,8 @@ class Composer:
             names = [wanted] if isinstance(wanted, str) else wanted
             if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names):
                 return self._residents.prefetch(self._pool.known(names))
-            return self._residents.prefetch(self._plans.plan(resolve(wanted, self._pool), self._pool.names).experts)
+            weights = resolve(wanted, self._pool, self._bound)
+            return self._residents.prefetch(self._plans.plan(weights, self._pool.names).experts)
 
     def load(self, name: str, adapter: Adapter) -> None:
         """One more expert, at the end of the pool, also while others are in use; only it is compared with the model.

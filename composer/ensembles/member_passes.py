@@ -75,7 +75,7 @@ def known_members(engine: Composer, mixtures: Sequence[Any]) -> list[Any]:
                 "None for the base, MixtureWeights of one row, or a router"
             )
     members = [_by_name(mixture) for mixture in mixtures]
-    resolve(members, engine.pool)
+    resolve(members, engine.pool, engine.bound_pool)
     return members
 
 

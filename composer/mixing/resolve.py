@@ -17,9 +17,10 @@ from loraweave.routers.routing.token_router import TokenRouter
 from loraweave.types import Router
 
 
-def resolve(mixture: Any, pool: ExpertPool) -> MixtureWeights | Router:
+def resolve(mixture: Any, pool: ExpertPool, bound: ExpertPool | None = None) -> MixtureWeights | Router:
     """What activate() takes, as weights in the order of the pool's experts, or as the router that it is.
 
+    `bound` has the same experts with all that depends on the base resolved; a router may be for these.
     Weights that learn stay in the order that they are given in, since a copy would not follow them. A list has one mixture
     for each row of the batch: {name: weight}, None, MixtureWeights of one row, or a router.
     Raises WeightingError for anything else and for a router of another pool, UnknownExpert for a name that the pool has not.
@@ -30,13 +31,13 @@ def resolve(mixture: Any, pool: ExpertPool) -> MixtureWeights | Router:
         return _named([mixture], pool)
     if callable(getattr(mixture, "weights", None)):
         if isinstance(mixture, TokenRouter):
-            mixture.require_pool(pool)
+            mixture.require_pool(bound if bound is not None and _is_for(mixture, bound) else pool)
         return mixture  # type: ignore[no-any-return]
     if isinstance(mixture, Iterable) and not isinstance(mixture, str):
         rows = list(mixture)
         if all(row is None or isinstance(row, Mapping) for row in rows):
             return _named(rows, pool)
-        return ByRow([_row(number, row, pool) for number, row in enumerate(rows)], pool.names)
+        return ByRow([_row(number, row, pool, bound) for number, row in enumerate(rows)], pool.names)
     raise WeightingError(
         f"a mixture is {{name: weight}}, a list with one of these (None: the base) per row, MixtureWeights or a router, "
         f"not {mixture!r}; {{}} is the base model"
@@ -52,11 +53,19 @@ def _named(rows: list[Mapping[str, float] | None], pool: ExpertPool) -> MixtureW
     return MixtureWeights.of(rows, sorted(used, key=pool.places.__getitem__))
 
 
-def _row(number: int, row: Any, pool: ExpertPool) -> Router | None:
+def _is_for(router: TokenRouter, pool: ExpertPool) -> bool:
+    """Whether a pool is, to the contents, the one that a router was made for."""
+    members = router.members
+    return pool.names == members.names and all(
+        pool.adapters[name].hash == digest for name, digest in zip(members.names, members.hashes, strict=True)
+    )
+
+
+def _row(number: int, row: Any, pool: ExpertPool, bound: ExpertPool | None) -> Router | None:
     """One row's mixture as a router over all of the pool's experts; weights that learn stay those of their own."""
     if row is None:
         return None
-    resolved = resolve(row, pool)
+    resolved = resolve(row, pool, bound)
     if not isinstance(resolved, MixtureWeights):
         own = getattr(resolved, "experts", pool.names)
         if isinstance(resolved, ByRow) or tuple(own) != pool.names:

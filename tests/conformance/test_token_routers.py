@@ -11,6 +11,7 @@ from loraweave.composer.composer import Composer
 from loraweave.errors import ScopeError, WeightingError
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.routing.make import router, router_names
+from loraweave.types import Factors
 
 ROUTERS = router_names()
 # what a router cannot do without, besides the pool
@@ -196,6 +197,25 @@ def test_an_expert_that_joins_and_leaves_again_leaves_the_rest_as_it_was(name, m
     }
     fewer = made.remove_expert("b")
     weights_of(model, pool.without("b"), fewer)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_experts_that_need_their_base_layers_are_routed_as_bound_ones(name, model, pool):
+    dora = {
+        layer: replace(part, magnitude_O=torch.linspace(0.5, 2, len(part.b_OR))) for layer, part in pool["a"].layers.items()
+    }
+    # a layer of its own has but a bias, whose file does not say how many inputs the layer has
+    bias = Factors(torch.zeros(0, 0), torch.zeros(16, 0), base_bias_O=torch.linspace(-1, 1, 16))
+    alone = {"model.layers.1.self_attn.o_proj": bias, "model.layers.0.self_attn.q_proj": bias}
+    unbound = pool.including("a", replace(pool["a"], layers=dora)).including("d", replace(pool["c"], name="d", layers=alone))
+    engine = composer(model, unbound)
+    made = make(name, engine.bound_pool)
+    with torch.no_grad(), engine.activate(made):
+        logits = model(IDS_BT).logits
+    assert bool(torch.isfinite(logits).all())
+    weights, expected = weights_of(model, engine.bound_pool, made, rows=slice(2, None))
+    assert torch.allclose(logits[2:], expected, atol=1e-5)
+    assert set(weights) == set(unbound.layer_names)
 
 
 @pytest.mark.parametrize("name", ROUTERS)
