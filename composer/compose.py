@@ -21,6 +21,7 @@ from loraweave.hub.base_key import base_key
 from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
 from loraweave.hub.progress import progress_bar
+from loraweave.routers.routing.token_router import TokenRouter
 from loraweave.types import Task
 
 # a race pays for its folds out of one budget
@@ -33,7 +34,7 @@ def compose(
     hub_or_pool: Hub | ExpertPool,
     task: Task,
     *,
-    method: str = "lorahub",
+    method: str | TokenRouter = "lorahub",
     k: int = 20,
     budget: int | None = 40,
     seconds: float | None = None,
@@ -54,7 +55,9 @@ def compose(
 
     A pool is used whole. `method` is a search of `names("routers")` with `budget` evaluations (candidates scored on all
     examples) or `seconds`, "best_single" the adapter of the lowest loss, "manual" the `weights` given, "base" none; "auto"
-    races several searches under the one budget and takes whatever does best on held-out examples (docs/search.md).
+    races several searches under the one budget and takes whatever does best on held-out examples (docs/search.md). A router
+    by its name, with its options, weighs every token by itself; one that learns is trained on the examples for `steps`
+    steps, by default a third of the budget, at the rate `lr`. One that was made, and maybe fitted, is taken as it is.
     `space`: "deltas" mixes the adapters' updates; "factors" mixes A and B apart, as LoraHub's authors do. `objective`
     is a name of `names("objectives")`, or any function of (model, examples); "entropy" looks at `inputs` without targets, by
     default those of the examples. To it come `l1` * mean|w|, `l2` * mean(w^2) and `sparsity` * the number of
@@ -95,7 +98,7 @@ def compose(
     engine.close()
     by_name = {trial.name: trial for trial in trials}
     losses = {name: trial.held_out_loss for name, trial in by_name.items()}
-    chosen, reason = guard(method, losses, guarded=bool(parts))
+    chosen, reason = guard(settings.name, losses, guarded=bool(parts))
     taken = by_name[chosen]
     rows = tuple(trial.row() for trial in trials)
     spent = time.perf_counter() - started, sum(row.evaluations for row in rows)
@@ -108,7 +111,7 @@ def _trials(measure: Measurement, ways: Ways, settings: Settings) -> list[Trial]
     if settings.method == "auto":
         return ways.race(measure, trials)
     known = [trial.name for trial in trials]
-    return trials if settings.method in known else [*trials, measure.trial(ways.asked())]
+    return trials if settings.name in known and not settings.routes else [*trials, measure.trial(ways.asked())]
 
 
 def _composition(model: Any, tokenizer: Any, task: Task, taken: Trial, report: Report, seed: int) -> Composition:
@@ -127,4 +130,5 @@ def _composition(model: Any, tokenizer: Any, task: Task, taken: Trial, report: R
         choice.adapter,
         by_layer=row.by_layer,
         tuned_steps=choice.tuned_steps,
+        router=choice.router,
     )

@@ -24,6 +24,7 @@ from loraweave.composer.merge import merge
 from loraweave.composer.merge_by_layer import merge_by_layer
 from loraweave.composer.refine.cut import cut
 from loraweave.composer.refine.prune import leave_one_out, prune
+from loraweave.composer.refine.routed import require_no_router, saved_router
 from loraweave.composer.refine.tune import Tuning, tune
 from loraweave.composer.report import Report, ReportRow
 from loraweave.composer.untouched import untouched
@@ -33,9 +34,10 @@ from loraweave.hub.export import ExportReport
 from loraweave.hub.fingerprint import fingerprint
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.mixture import MixtureWeights
-from loraweave.types import Fingerprint, Task
+from loraweave.routers.routing.make import router as read_router
+from loraweave.types import Fingerprint, Router, Task
 
-FORMAT = 2
+FORMAT, FORMAT_WITH_ROUTER = 2, 3
 FILE = "composition.json"
 PACKAGES = ("loraweave", "torch", "transformers", "cma")
 
@@ -47,7 +49,8 @@ class Composition:
     `pool` is None when nothing but the base is used, or when the composition was read from a folder. `merge_method` says
     what the weights mean (a name of `names("methods")`). `all_weights` are means over the layers where `by_layer`,
     {layer: {name: weight}}, has them. `stored` is the adapter itself where it is more than the weights say: read from a
-    folder, cut in rank, or trained on for `tuned_steps` steps.
+    folder, cut in rank, or trained on for `tuned_steps` steps. Where there is a `router`, it weighs the experts of the pool
+    for every token and layer: such a composition answers live, and no adapter and no merge has what it does.
     """
 
     model: Any
@@ -62,10 +65,14 @@ class Composition:
     parents: Sequence[Mapping[str, Any]] = ()
     by_layer: Mapping[str, Mapping[str, float]] | None = None
     tuned_steps: int = 0
+    router: Router | None = None
 
     @property
-    def weights(self) -> dict[str, float] | MixtureWeights:
-        """{name: weight} without the adapters of weight 0; MixtureWeights where layers have weights of their own."""
+    def weights(self) -> dict[str, float] | MixtureWeights | Router:
+        """{name: weight} without the adapters of weight 0; MixtureWeights where layers have weights of their own; a router
+        where tokens have."""
+        if self.router is not None:
+            return self.router
         if self.by_layer is not None:
             names = list(self.mean_weights)
             used = {layer: {name: row[name] for name in names if name in row} for layer, row in self.by_layer.items()}
@@ -82,11 +89,15 @@ class Composition:
     @property
     def is_base(self) -> bool:
         """Whether this is the base model itself, with nothing added."""
-        return self.stored is None and not self.mean_weights
+        return self.stored is None and self.router is None and not self.mean_weights
 
     @cached_property
     def adapter(self) -> Adapter:
-        """The composition as one adapter. CompositionError when it is the base model itself, which no adapter expresses."""
+        """The composition as one adapter.
+
+        CompositionError when it is the base model itself, which no adapter expresses, ScopeError where a router weighs.
+        """
+        require_no_router(self.router, "be one adapter")
         if self.stored is not None:
             return self.stored
         if self.is_base or self.pool is None:
@@ -125,7 +136,7 @@ class Composition:
     def prune(self, tolerance: float = 0.01, *, progress: bool = True) -> Composition:
         """Without the adapters that are missed least, as long as the loss rises by at most `tolerance` nats in all.
 
-        Raises CompositionError for a composition of which only the merged adapter is left.
+        Raises CompositionError for a composition of which only the merged adapter is left, ScopeError where a router weighs.
         """
         return prune(self, tolerance, progress=progress)
 
@@ -159,6 +170,8 @@ class Composition:
             with torch.no_grad():
                 ids = torch.cat(reading(self.model, self.tokenizer, prompt, max_new_tokens).parts).tolist()
             return Explanation(pieces(self.tokenizer, ids), (), (), torch.empty(len(ids), 0, 0))
+        if self.router is not None:
+            return self.engine.explain(prompt, self.router, max_new_tokens=max_new_tokens)
         engine = Composer(self.model, [self.adapter], tokenizer=self.tokenizer)
         merged = engine.explain(prompt, {self.adapter.name: 1.0}, max_new_tokens=max_new_tokens)
         if self.tuned_steps:
@@ -170,7 +183,10 @@ class Composition:
         return replace(merged, experts=tuple(names), w_TLE=merged.w_TLE * weights_LE)
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Writes composition.json and, unless it is the base model, the merged adapter as a PEFT folder."""
+        """Writes composition.json and, unless it is the base model, the merged adapter as a PEFT folder.
+
+        Where a router weighs, it and its adapters; ScopeError for one that is none of `lw.router`.
+        """
         target = Path(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists() and not (target / FILE).is_file() and any(target.iterdir()):
@@ -178,7 +194,9 @@ class Composition:
         temporary = target.parent / f".{target.name}-{uuid.uuid4().hex}"
         temporary.mkdir()
         try:
-            if not self.is_base:
+            if self.router is not None:
+                saved_router(self.router).save_pretrained(temporary / "router", pool=self.pool)
+            elif not self.is_base:
                 self.adapter.save_pretrained(temporary / "adapter")
             (temporary / FILE).write_text(json.dumps(self._recipe(), indent=1, ensure_ascii=False))
             if target.exists():
@@ -203,8 +221,10 @@ class Composition:
             raise AdapterNotFound(f"{folder} holds no {FILE}; save_pretrained() of a composition writes it")
         try:
             recipe = json.loads(path.read_text())
-            if recipe["format"] != FORMAT:
-                raise CompositionError(f"{path} has format {recipe['format']}, but this version reads {FORMAT}")
+            if recipe["format"] not in (FORMAT, FORMAT_WITH_ROUTER):
+                raise CompositionError(
+                    f"{path} has format {recipe['format']}, but this version reads {FORMAT} and {FORMAT_WITH_ROUTER}"
+                )
             task = Task([(text, target) for text, target in recipe["task"].pop("examples")], **recipe["task"])
             rows = tuple(ReportRow(**{**row, "losses": tuple(row["losses"])}) for row in recipe["report"].pop("rows"))
             report = Report(rows, **{**recipe["report"], "candidates": tuple(map(tuple, recipe["report"]["candidates"]))})
@@ -213,6 +233,12 @@ class Composition:
             raise AdapterCorrupt(f"{path} is damaged ({type(error).__name__}: {error})") from error
         if why := base.differs(fingerprint(model)):
             raise BaseModelMismatch(f"{folder} was composed for {recipe['base_model']!r}, and this model is another: {why}")
+        if recipe["format"] == FORMAT_WITH_ROUTER:
+            router = read_router(Path(folder) / "router")
+            if router.pool is None:
+                raise AdapterCorrupt(f"{folder} has a router without its adapters; compose again")
+            fields = {"seed": recipe["seed"], "parents": recipe["parents"], "router": router}
+            return cls(model, tokenizer, task, router.pool, {}, recipe["merge_method"], report, **fields)
         kept = Path(folder) / "adapter"
         stored = Adapter.from_pretrained(kept, name="composition") if kept.is_dir() else None
         if stored is None and (recipe["weights"] or recipe["tuned_steps"]):
@@ -232,22 +258,31 @@ class Composition:
             recipe["tuned_steps"],
         )
 
+    @property
+    def engine(self) -> Composer:
+        """A Composer of the model and the pool that the router weighs."""
+        assert self.pool is not None
+        return Composer(self.model, self.pool, tokenizer=self.tokenizer)
+
     @contextmanager
     def _active(self) -> Iterator[None]:
         """The model answers for the composition, without dropout."""
         with ExitStack() as stack:
             stack.enter_context(untouched(self.model))
             # no Composer can exist without an adapter: the base is the model as it is
-            if not self.is_base:
+            if self.router is not None:
+                stack.enter_context(self.engine.activate(self.router))
+            elif not self.is_base:
                 stack.enter_context(Composer(self.model, [self.adapter]).activate({self.adapter.name: 1.0}))
             yield
 
     def _recipe(self) -> dict[str, Any]:
         weights = self.mean_weights
-        members = self.pool.subset(weights).adapters if self.pool and weights else {}
-        parents = [{"name": name, "hash": a.hash, "weight": weights[name]} for name, a in members.items()]
+        used = weights if self.router is None or self.pool is None else self.pool.names
+        members = self.pool.subset(used).adapters if self.pool and used else {}
+        parents = [{"name": name, "hash": a.hash, "weight": weights.get(name)} for name, a in members.items()]
         return {
-            "format": FORMAT,
+            "format": FORMAT if self.router is None else FORMAT_WITH_ROUTER,
             "base_model": getattr(self.model, "name_or_path", ""),
             "fingerprint": fingerprint(self.model).to_json(),
             "weights": weights,

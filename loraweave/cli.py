@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -34,6 +34,9 @@ from loraweave.cli_merge import MERGE_EXAMPLE, merge
 from loraweave.cli_quarantine import QUARANTINE_EXAMPLE, RELEASE_EXAMPLE, quarantine, release
 from loraweave.cli_tree import TREE_EXAMPLE, add_tree
 from loraweave.cli_versions import versions
+
+if TYPE_CHECKING:
+    import loraweave as lw
 
 BaseOption = Annotated[
     str | None, typer.Option("--base", metavar="MODEL", help="Base model: a folder or hub id; the embedded one by default.")
@@ -137,7 +140,8 @@ def compose(
     method: Annotated[
         str,
         typer.Option(
-            help="How to weigh: auto, base, best_single, or a search of `names('routers')`: lorahub, gradient, ..."
+            help="How to weigh: auto, base, best_single, or one of `names('routers')`: a search (lorahub, gradient, ...), "
+            "or a router, which weighs every token by itself (arrow, spectr, ...)."
         ),
     ] = "lorahub",
     k: Annotated[int, typer.Option(min=1, help="How many adapters of the hub to choose from.")] = 20,
@@ -199,15 +203,24 @@ def compose(
     if out is not None:
         composed.save_pretrained(out)
     if as_json:
-        print_json({"weights": composed.mean_weights, "report": composed.report.to_json(), "out": out})
+        router = None if composed.router is None else method
+        print_json({"weights": composed.mean_weights, "router": router, "report": composed.report.to_json(), "out": out})
         return
     print_table(composed.report.table())
+    if composed.router is None:
+        _print_weights(composed)
+    else:
+        note(f"router {method!r} weighs every adapter for each token and layer: `loraweave explain` shows what counted")
+    if out is not None:
+        more = ", `loraweave export` makes a PEFT folder of it" if composed.router is None else ""
+        note(f"saved to {out}; `loraweave eval {out} FILE.jsonl` scores it{more}")
+
+
+def _print_weights(composed: lw.Composition) -> None:
     weights = composed.mean_weights
     heading = "weight" if composed.by_layer is None else "mean weight over layers"
     by_size = sorted(weights, key=lambda name: abs(weights[name]), reverse=True)
     print_rows(("adapter", heading), [(name, weights[name]) for name in by_size])
-    if out is not None:
-        note(f"saved to {out}; `loraweave eval {out} FILE.jsonl` scores it, `loraweave export` makes a PEFT folder of it")
 
 
 @app.command("eval", epilog="Example: loraweave eval composed examples/data/unseen/pick_color_5.jsonl --json")

@@ -330,6 +330,24 @@ def test_a_composition_is_made_scored_and_exported(two, base, rows):
     )
 
 
+def test_a_composition_by_a_router_is_made_scored_and_explained_and_never_exported(two, base, rows):
+    words = ["--base", base, "--pool", two, "--examples", rows, "--method", "arrow", "--out", "c"]
+    made = call("compose", *words, "--option", "top_k=1")
+    assert made.exit_code == 0, made.stderr
+    assert "router 'arrow' weighs every adapter for each token and layer" in made.stderr
+    told = json.loads(call("compose", *words, "--json").stdout)
+    assert (told["weights"], told["router"], told["report"]["chosen"]) == ({}, "arrow", "arrow")
+    scored = call("eval", "c", rows, "--json")
+    model, tokenizer = lw.load_base(str(base))
+    kept = lw.Composition.from_pretrained("c", model, tokenizer)
+    assert json.loads(scored.stdout) == pytest.approx(kept.evaluate(PAIRS), rel=1e-6)
+    explained = json.loads(call("explain", "c", "a text", "--json").stdout)
+    assert explained["experts"] == ["left", "right"]
+    exported = call("export", "c", "--out", "p")
+    assert (exported.exit_code, exported.stderr.split(":")[0]) == (1, "ScopeError")
+    assert not Path("p").exists()
+
+
 def test_a_composition_is_pruned_tuned_and_cut_on_the_way(two, base, rows):
     words = ["--base", base, "--pool", two, "--examples", rows, "--out", "c", "--method", "manual"]
     made = call(

@@ -12,6 +12,7 @@ from loraweave.composer.composer import Composer
 from loraweave.composer.composing.parts import Part
 from loraweave.hub.adapter import Adapter
 from loraweave.routers.mixture import MixtureWeights
+from loraweave.types import Router
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +21,7 @@ class Choice:
 
     `losses` are those of the search's candidates in their order. `known` is (loss_N, hit_N) on all examples where they have
     been measured already. `adapter` is what a mixture was trained on to for `tuned_steps`: the engine then has it as an
-    expert, of weight 1, and `origin` is the choice that it began as.
+    expert, of weight 1, and `origin` is the choice that it began as. Where there is a `router`, it counts and no mixture.
     """
 
     engine: Composer
@@ -33,6 +34,7 @@ class Choice:
     adapter: Adapter | None = None
     origin: Choice | None = None
     tuned_steps: int = 0
+    router: Router | None = None
 
 
 class Way(Protocol):

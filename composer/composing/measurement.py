@@ -14,6 +14,7 @@ from loraweave.composer.composer import Composer
 from loraweave.composer.composing.choice import Choice, Way
 from loraweave.composer.composing.parts import Part, whole
 from loraweave.composer.evaluation.example_loss import ExampleLoss
+from loraweave.composer.evaluation.routed_examples import RoutedExamples
 from loraweave.composer.report import ReportRow
 from loraweave.routers.mixture import MixtureWeights
 from loraweave.types import Task
@@ -72,6 +73,7 @@ class Measurement:
         self._task = task
         self.folds = folds
         self._all = whole(len(task.examples))
+        self._routed: dict[Composer, RoutedExamples] = {}
         self._losses: dict[tuple[Composer, str], ExampleLoss] = {(loss.engine, loss.merge_method): loss}
 
     def trial(self, way: Way) -> Trial:
@@ -122,9 +124,17 @@ class Measurement:
         if choice.known is not None:
             losses_N, hits_N = choice.known
             return losses_N[list(examples)], hits_N[list(examples)]
+        if choice.router is not None:
+            return self._routed_examples(choice.engine).scores(choice.router, examples)
         loss = self._loss(choice).view(examples)
         losses_CN, hits_CN = loss.scores([choice.mixture])
         return losses_CN[0], hits_CN[0]
+
+    def _routed_examples(self, engine: Composer) -> RoutedExamples:
+        """The examples as rows, tokenised once for each engine."""
+        if engine not in self._routed:
+            self._routed[engine] = RoutedExamples(engine, self._tokenizer, self._task)
+        return self._routed[engine]
 
     def _loss(self, choice: Choice) -> ExampleLoss:
         """The loss by the choice's engine, tokenised once for each."""

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loraweave.composer.composing.router_method import check_router, is_trained, router_type
 from loraweave.composer.composing.solver_options import OTHER_WAYS, check_options, solver_class, takes
 from loraweave.composer.evaluation.user_loss import Examples
 from loraweave.errors import InvalidTask, UnknownName, WeightingError
 from loraweave.hub.whole_number import is_whole
 from loraweave.registry import nearest
+from loraweave.routers.routing.token_router import TokenRouter
 from loraweave.types import Task
 
 # what a search's weights mean, as the name of a merge method
@@ -22,7 +24,7 @@ SPACES = {"deltas": "linear", "factors": "factor_sum"}
 class Settings:
     """The arguments of compose() that say how to search."""
 
-    method: str
+    method: str | TokenRouter
     k: int
     budget: int | None
     seconds: float | None
@@ -39,32 +41,55 @@ class Settings:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def name(self) -> str:
+        """That of the method."""
+        return self.method.name if isinstance(self.method, TokenRouter) else self.method
+
+    @property
+    def routes(self) -> bool:
+        """Whether a router makes the weights, and no search."""
+        return router_type(self.method) is not None
+
+    @property
     def learns(self) -> bool:
         """Whether the examples have a say in the weights, so that some must be held out to judge them."""
+        if self.routes:
+            return is_trained(self.method)
         if self.method in OTHER_WAYS:
             return self.method == "auto"
-        return solver_class(self.method).learns
+        return solver_class(self.name).learns
 
     @property
     def _loss(self) -> str | Callable[[Any, Examples], float] | None:
         """What the search minimises; None where nothing is searched."""
-        if not self.learns:
+        if not self.learns or self.routes:
             return None
-        return self.objective or ("cross_entropy" if self.method == "auto" else solver_class(self.method).loss)
+        return self.objective or ("cross_entropy" if self.method == "auto" else solver_class(self.name).loss)
 
     @property
     def merge_method(self) -> str | None:
         """What the search's weights mean; None for what the search itself says."""
         return None if self.space is None else SPACES[self.space]
 
-    def check(self, task: Task, *, from_hub: bool) -> None:
-        """Raises UnknownName, WeightingError or InvalidTask for what cannot be done."""
-        if self.method not in OTHER_WAYS and takes(solver_class(self.method), "scores") and not from_hub:
+    def _for_searches(self) -> dict[str, Any]:
+        """The arguments that mean nothing to a router."""
+        names = ("seconds", "space", "objective", "inputs", "l1", "l2", "sparsity")
+        return {name: getattr(self, name) for name in names}
+
+    def _check_search(self, from_hub: bool) -> None:
+        if self.method not in OTHER_WAYS and takes(solver_class(self.name), "scores") and not from_hub:
             raise WeightingError(f"method {self.method!r} weighs by retrieval scores, so it needs a hub, not a pool")
         if self.space is not None and self.space not in SPACES:
             hint = nearest(self.space, SPACES)
             raise UnknownName(f"no space {self.space!r} to compose with{hint}; there are {', '.join(SPACES)}")
-        check_options(self.method, self.options)
+        check_options(self.name, self.options)
+
+    def check(self, task: Task, *, from_hub: bool) -> None:
+        """Raises UnknownName, WeightingError or InvalidTask for what cannot be done."""
+        if self.routes:
+            check_router(self.method, self.options, self._for_searches(), from_hub=from_hub)
+        else:
+            self._check_search(from_hub)
         for name, value, least in (("k", self.k, 1), ("folds", self.folds, 0), ("seed", self.seed, 0)):
             if not is_whole(value, least):
                 raise WeightingError(f"{name} is {value!r}; it must be a whole number of at least {least}")
@@ -80,7 +105,7 @@ class Settings:
         if self.inputs is not None and self._loss != "entropy":
             given = "a function" if callable(self._loss) else repr(self._loss)
             raise InvalidTask(
-                f"inputs without targets are for objective 'entropy', but method {self.method!r} has {given}: pass "
+                f"inputs without targets are for objective 'entropy', but method {self.name!r} has {given}: pass "
                 "objective='entropy', or leave inputs out"
             )
         if (self.method == "manual") != (self.weights is not None):

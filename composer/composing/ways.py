@@ -10,6 +10,7 @@ from loraweave.composer.composing.choice import Way
 from loraweave.composer.composing.measurement import Measurement, Trial
 from loraweave.composer.composing.parts import Part
 from loraweave.composer.composing.race import RACERS, Entry, entries, planned, tuned_steps
+from loraweave.composer.composing.routed import Routed, Training
 from loraweave.composer.composing.searched import Searched
 from loraweave.composer.composing.settings import Settings
 from loraweave.composer.composing.simple_ways import BestSingle, Fixed
@@ -54,11 +55,14 @@ class Ways:
         self._on_progress = on_progress
         self._names = engine.pool.names
         self._solvers: dict[str, Solver] = {}
-        self._entries = self._entered(num_folds)
+        self._routed = self._router() if settings.routes else None
+        self._entries = [] if settings.routes else self._entered(num_folds)
         self._tuned_steps = self._steps_after(num_folds)
         # evaluations of the searches; a formula has none
         searched = [entry for entry in self._entries if self._solvers[entry.method].learns]
         self.planned = planned(searched, self._tuned_steps, num_folds)
+        if self._routed is not None:
+            self.planned = self._routed.planned(num_folds)
         self.loss = ExampleLoss(engine, tokenizer, task, l1=0.0)
         self._singles = BestSingle(engine, self.loss)
         on_progress(len(engine.pool))
@@ -71,6 +75,8 @@ class Ways:
 
     def asked(self) -> Way:
         """The method that was asked for."""
+        if self._routed is not None:
+            return self._routed
         (entry,) = self._entries
         solver = self._solvers[entry.method]
         if solver.learns:
@@ -90,13 +96,18 @@ class Ways:
         measure.finished(min(raced, key=lambda trial: trial.held_out_loss))
         return [*plain, *raced]
 
+    def _router(self) -> Routed:
+        settings = self._settings
+        training = Training.of(settings.options, settings.budget, settings.seed, settings.checkpoint)
+        return Routed(settings.method, self._engine, self._task, training, settings.options, self._on_progress)
+
     def _entered(self, num_folds: int) -> list[Entry]:
         """The searches that will run. Raises what their settings raise, before the first forward pass."""
         settings = self._settings
         alone = len(self._names) == 1
         if alone and settings.learns and settings.method not in ("auto", "grid"):
             raise WeightingError(
-                f"method {settings.method!r} weighs adapters against each other, but there is only {self._names[0]!r}: "
+                f"method {settings.name!r} weighs adapters against each other, but there is only {self._names[0]!r}: "
                 "take it as it is (method='best_single'), let method='grid' find its strength, or give more adapters"
             )
         if settings.method == "auto":
@@ -106,8 +117,8 @@ class Ways:
         elif settings.method in OTHER_WAYS:
             return []
         else:
-            self._require_gradients(settings.method)
-            entered = [Entry(settings.method, settings.budget, settings.seconds, settings.options)]
+            self._require_gradients(settings.name)
+            entered = [Entry(settings.name, settings.budget, settings.seconds, settings.options)]
         for entry in entered:
             _check_start(entry, bool(self._scores))
             self._solvers[entry.method] = self._solver(entry, _given_start(entry))

@@ -38,19 +38,19 @@ class JobBatch:
 
     def logits(self, model: Any) -> Tensor:
         """logits_BPV of the positions that predict targets."""
-        if "decoder_input_ids" in self.inputs:
+        if self.inputs["attention_mask"].ndim != 4:
             return target_logits(model, TargetBatch(self.inputs, self.target_BRK[:, 0]))
         # in a tree the last token predicts too, in a plain row it is predicted
         length = self.inputs["input_ids"].shape[1]
-        end = length if self.inputs["attention_mask"].ndim == 4 else length - 1
-        return logits_at(model, self.inputs, end - self.num_kept, end)
+        return logits_at(model, self.inputs, length - self.num_kept, length)
 
 
 class EncodedExamples:
-    """Every example has as many rows as the kind of loss looks at texts after its prompt."""
+    """Every example has as many rows as the kind of loss looks at texts after its prompt. Without `trees` they stay rows."""
 
-    def __init__(self, model: Any, tokenizer: Any, task: Task, kind: Kind) -> None:
+    def __init__(self, model: Any, tokenizer: Any, task: Task, kind: Kind, *, trees: bool = True) -> None:
         self._model = model
+        self._may_share = trees
         self._tokenizer = tokenizer
         self.num_texts = len(kind.targets[0])
         self.right_N = torch.tensor(kind.right)
@@ -62,7 +62,7 @@ class EncodedExamples:
     @cached_property
     def _shares(self) -> bool:
         """Whether rows are run as trees. The first use of this runs the model, without a mixture."""
-        return runs_trees(self._model, self._tokenizer, self._rows)
+        return self._may_share and runs_trees(self._model, self._tokenizer, self._rows)
 
     @cached_property
     def _plain(self) -> TargetBatch:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraweave.composer.composer import Composer
 from loraweave.composer.evaluation.example_loss import ExampleLoss
+from loraweave.composer.refine.routed import require_no_router
 from loraweave.composer.report import ReportRow
 from loraweave.errors import CompositionError
 from loraweave.hub.adapter import Adapter
@@ -23,6 +24,7 @@ def weighed_pool(composition: Composition, verb: str) -> tuple[ExpertPool, Mixtu
 
     Raises CompositionError for a composition without a pool, and for one that is more than its weights say.
     """
+    require_no_router(composition.router, verb)
     if composition.stored is not None or composition.pool is None:
         raise CompositionError(
             f"cannot {verb} a composition that was read from a folder, cut or tuned: only the merged adapter is left of it. "
@@ -32,7 +34,7 @@ def weighed_pool(composition: Composition, verb: str) -> tuple[ExpertPool, Mixtu
         raise CompositionError(f"cannot {verb} this composition: it is the base model itself")
     pool = composition.pool.subset(composition.mean_weights)
     weights = composition.weights
-    return pool, weights if isinstance(weights, MixtureWeights) else MixtureWeights.of(weights, pool.names)
+    return pool, weights if isinstance(weights, MixtureWeights) else MixtureWeights.of(composition.mean_weights, pool.names)
 
 
 def example_loss(composition: Composition, pool: ExpertPool, merge_method: str) -> ExampleLoss:
