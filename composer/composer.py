@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from loraweave.composer import fuse
+from loraweave.composer.expert_losses import expert_losses
 from loraweave.composer.fitting import Fitting
 from loraweave.composer.fused_mixture import FusedMixture, mixture_updates
 from loraweave.composer.generation.call import generation_call
@@ -37,7 +38,7 @@ from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.by_row import ByRow
 from loraweave.routers.mixture import MixtureWeights
-from loraweave.types import Router
+from loraweave.types import Router, Task
 
 
 class Composer:
@@ -178,6 +179,14 @@ class Composer:
                 self.model(**read.inputs)
         order = [name for name, _ in self.model.named_modules() if name in self.target_layers]
         return read.explanation(self.tokenizer, trace, order)
+
+    def expert_losses(self, tasks: Mapping[str, Task], *, progress: bool = True) -> dict[str, dict[str, float]]:
+        """{task: {expert: loss}}: the mean loss of the target tokens of each task's examples, that expert alone at weight 1.
+
+        Raises CompositionError without a tokenizer, InvalidTask for examples that the model cannot read.
+        """
+        self._require_not_fused("measure experts")
+        return expert_losses(self, tasks, progress=progress)
 
     @contextmanager
     def fused(

@@ -7,7 +7,7 @@ Per row it is LoraRetriever's composition (Zhao et al. 2024, arXiv 2402.09997), 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -76,11 +76,6 @@ class Similarity(TextRouter):
             self.keys_ = torch.stack([self._key(texts[name]) for name in self.experts])
             self.remember_embedder()
 
-    @property
-    def options(self) -> dict[str, Any]:
-        # what is made of the examples is kept in their place
-        return {"examples": None} | {name: getattr(self, name) for name in OPTIONS}
-
     def weights_of(self, vectors_ND: Tensor) -> Tensor:
         scores_NE = vectors_ND @ self.keys_.double().T
         count = self._count
@@ -121,6 +116,3 @@ class Similarity(TextRouter):
         require_temperature("similarity", self.temperature)
         if not is_whole(self.refresh, 1):
             raise WeightingError(f"refresh of router 'similarity' is {self.refresh!r}; it is a number of tokens, 1 or more")
-
-
-OPTIONS = ("embedder", "form", "nearest", "temperature", "per", "refresh", "template")

@@ -18,7 +18,7 @@ from loraweave.routers.routing.call_text import context_lengths, given_tokens, r
 from loraweave.routers.routing.members import Members
 from loraweave.routers.routing.prompts import current_prompts, real_tokens
 from loraweave.routers.routing.text_weights import TextWeights
-from loraweave.routers.routing.token_router import TokenRouter
+from loraweave.routers.routing.token_router import TokenRouter, option_names
 from loraweave.routers.routing.tokenizers import current_tokenizer
 
 # texts whose vectors are kept: each token that is generated asks for those of its prompt again
@@ -58,6 +58,11 @@ class TextRouter(TokenRouter):
     @cached_property
     def _embedder(self) -> Embedder:
         return embedder_of(self.embedder)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options by name, without the texts: its tensors have what was made of those."""
+        return {name: getattr(self, name) for name in option_names(type(self)) if name in vars(self)}
 
     def weights_of(self, vectors_ND: Tensor) -> Tensor:
         """w_NE in fp32 for texts with these vectors (float64, of norm 1); rows sum to 1."""

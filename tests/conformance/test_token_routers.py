@@ -15,7 +15,15 @@ from loraweave.types import Factors
 
 ROUTERS = router_names()
 # what a router cannot do without, besides the pool
-NEEDED = {"similarity": {"embedder": "hashing"}}
+NEEDED = {
+    "similarity": {"embedder": "hashing"},
+    "logistic": {"embedder": "hashing"},
+    "lorauter": {
+        "embedder": "hashing",
+        "tasks": {"first": ["f j l"], "second": ["e e e", "f e"]},
+        "losses": {"first": {"a": 0.2, "b": 0.1, "c": 0.5, "d": 1.0}, "second": {"a": 0.1, "b": 0.2, "c": 0.3, "d": 1.0}},
+    },
+}
 IDS_BT = torch.tensor([[5, 9, 11, 2, 30], [0, 0, 7, 8, 3], [4, 4, 4, 4, 4]])
 MASK_BT = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
 POSITIONS_BT = (MASK_BT.cumsum(dim=1) - 1).clamp(min=0)

@@ -1,0 +1,59 @@
+"""How well each expert alone answers each task: a table, measured with several experts to a forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from loraweave.composer.batches import TargetBatch, batch, encode, mean_losses
+from loraweave.composer.untouched import untouched
+from loraweave.errors import CompositionError
+from loraweave.hub.progress import progress_bar
+from loraweave.types import Task
+
+if TYPE_CHECKING:
+    from loraweave.composer.composer import Composer
+
+# rows of one forward pass, an example under one expert each
+MAX_ROWS = 64
+
+
+@torch.no_grad()
+def expert_losses(engine: Composer, tasks: Mapping[str, Task], *, progress: bool = True) -> dict[str, dict[str, float]]:
+    """{task: {expert: loss}}: the mean over a task's examples of the mean loss of their target tokens, that expert at 1.
+
+    Raises CompositionError without a tokenizer, InvalidTask for examples that the model cannot read.
+    """
+    if engine.tokenizer is None:
+        raise CompositionError("experts are measured on texts: make the Composer with tokenizer=...")
+    names = engine.pool.names
+    batches = {name: list(_batches(engine, task)) for name, task in tasks.items()}
+    table: dict[str, dict[str, float]] = {name: dict.fromkeys(names, 0.0) for name in tasks}
+    with untouched(engine.model), progress_bar(progress) as bar:
+        shown = bar.add_task("measuring experts", total=len(names) * len(tasks))
+        for name, task in tasks.items():
+            for first in range(0, len(names), chunk := max(1, MAX_ROWS // len(task.examples))):
+                some = names[first : first + chunk]
+                for part in batches[name]:
+                    for expert, total in zip(some, _sums(engine, part, some), strict=True):
+                        table[name][expert] += total / len(task.examples)
+                bar.update(shown, advance=len(some))
+    return table
+
+
+def _batches(engine: Composer, task: Task) -> Iterator[TargetBatch]:
+    prompts, targets = zip(*((task.prompt(text), target) for text, target in task.examples), strict=True)
+    rows = sorted(encode(engine.model, engine.tokenizer, prompts, targets), key=len)
+    for start in range(0, len(rows), MAX_ROWS):
+        yield batch(engine.model, engine.tokenizer, rows[start : start + MAX_ROWS])
+
+
+def _sums(engine: Composer, part: TargetBatch, experts: tuple[str, ...]) -> list[float]:
+    """The summed loss of a batch's rows, for each of some experts."""
+    num_rows = len(part.targets_BK)
+    with engine.activate([{expert: 1.0} for expert in experts for _ in range(num_rows)]):
+        losses_B = mean_losses(engine.model, part.tiled(len(experts)))
+    sums: list[float] = losses_B.view(len(experts), num_rows).double().sum(dim=1).tolist()
+    return sums
