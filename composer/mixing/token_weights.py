@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from loraweave.composer.kernels._cost import TokenWorkload, sorting_pays
+from loraweave.composer.kernels._own_precision import own_precision
 from loraweave.composer.kernels.dense import Stack
 from loraweave.composer.kernels.sorted_tokens import SortedTokens
 from loraweave.composer.layers import TargetLayer
@@ -20,6 +22,7 @@ from loraweave.composer.paging.residents import Lease
 from loraweave.errors import ScopeError, WeightingError
 from loraweave.routers.by_row import ByRow
 from loraweave.routers.mixture import MixtureWeights
+from loraweave.routers.routing.token_router import TokenRouter
 from loraweave.types import Router
 
 
@@ -76,9 +79,12 @@ class TokenWeights:
         """Of weights that a router computes from each layer's input."""
         begun = Begun(router) if hasattr(router, "begin") else None
         asked = begun or router
+        # which promise weights in fp32 or better; others may need autocast for inputs of another dtype than their own
+        exact = isinstance(router, TokenRouter)
 
         def weights(x_BTI: Tensor, layer: str) -> Tensor:
-            w_BTE = asked.weights(x_BTI, layer)
+            with own_precision(x_BTI.device) if exact and torch._C._is_any_autocast_enabled() else nullcontext():
+                w_BTE = asked.weights(x_BTI, layer)
             if not isinstance(w_BTE, Tensor) or w_BTE.ndim != 3 or w_BTE.shape[2] != len(experts):
                 found = tuple(w_BTE.shape) if isinstance(w_BTE, Tensor) else type(w_BTE).__name__
                 raise WeightingError(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from loraweave.composer.composer import Composer
 from loraweave.errors import ScopeError
 from loraweave.hub.adapter import Adapter
+from loraweave.routers.routing.make import router
 from loraweave.types import Factors
 
 
@@ -53,3 +54,17 @@ def test_weights_of_any_dtype_count_as_numbers(dtype: torch.dtype, engine: Compo
         found = engine.model(x_BTI)
     assert found.dtype == torch.float32
     assert torch.allclose(found, engine.model(x_BTI) + x_BTI.sum(dim=-1, keepdim=True), atol=1e-5)
+
+
+def test_a_router_answers_in_its_own_precision_below_autocast() -> None:
+    draw = torch.Generator().manual_seed(0)
+    adapters = [
+        Adapter(name, "tiny", {"0": Factors(torch.randn(3, 64, generator=draw), torch.randn(32, 3, generator=draw))})
+        for name in ("a", "b", "c")
+    ]
+    engine = Composer(nn.Sequential(nn.Linear(64, 32)), adapters)
+    made = router("arrow", adapters)
+    x_BTI = torch.randn(2, 5, 64, generator=draw)
+    with torch.no_grad(), engine.activate(made), torch.autocast("cpu", torch.bfloat16):
+        engine.model(x_BTI)
+    assert torch.equal(engine.last_weights["0"], made.weights(x_BTI, "0"))
