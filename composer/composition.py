@@ -24,7 +24,7 @@ from loraweave.composer.merge import merge
 from loraweave.composer.merge_by_layer import merge_by_layer
 from loraweave.composer.refine.cut import cut
 from loraweave.composer.refine.prune import leave_one_out, prune
-from loraweave.composer.refine.routed import require_no_router, saved_router
+from loraweave.composer.refine.routed import pool_of, require_no_router, saved_router
 from loraweave.composer.refine.tune import Tuning, tune
 from loraweave.composer.report import Report, ReportRow
 from loraweave.composer.untouched import untouched
@@ -195,7 +195,8 @@ class Composition:
         temporary.mkdir()
         try:
             if self.router is not None:
-                saved_router(self.router).save_pretrained(temporary / "router", pool=self.pool)
+                router = saved_router(self.router)
+                router.save_pretrained(temporary / "router", pool=pool_of(router, self.engine))
             elif not self.is_base:
                 self.adapter.save_pretrained(temporary / "adapter")
             (temporary / FILE).write_text(json.dumps(self._recipe(), indent=1, ensure_ascii=False))

@@ -13,6 +13,7 @@ from loraweave.composer.composer import Composer
 from loraweave.composer.composing.choice import Choice
 from loraweave.composer.composing.parts import Part
 from loraweave.composer.composing.router_method import TRAINING, is_trained
+from loraweave.composer.refine.routed import pool_of
 from loraweave.composer.refine.tune import STEP_COST
 from loraweave.routers.mixture import MixtureWeights
 from loraweave.routers.routing.learned_router import LearnedRouter
@@ -62,7 +63,7 @@ class Routed:
         self._options = {name: value for name, value in options.items() if name not in TRAINING or not self.learns}
         self._on_progress = on_progress
         # what its options or the pool forbid is raised before anything runs
-        self._router = self._made() if isinstance(method, str) else method.onto(engine.pool)
+        self._router = self._made() if isinstance(method, str) else method.onto(pool_of(method, engine))
 
     def planned(self, num_folds: int) -> int:
         """The evaluations to come."""
@@ -76,7 +77,7 @@ class Routed:
     def _made(self) -> TokenRouter:
         with torch.random.fork_rng():
             torch.manual_seed(self._training.seed)
-            return router(self.name, self._engine.pool, **self._options)
+            return router(self.name, self._engine.bound_pool, **self._options)
 
     def _trained(self, part: Part) -> TokenRouter:
         made = self._made()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from loraweave.composer.composer import Composer
 from loraweave.errors import ScopeError
+from loraweave.hub.pool import ExpertPool
+from loraweave.routers.routing.members import Members
 from loraweave.routers.routing.token_router import TokenRouter
 from loraweave.types import Router
 
@@ -15,6 +18,14 @@ def require_no_router(router: Router | None, verb: str) -> None:
             "live, save_pretrained() keeps router and adapters, and engine.activate(composition.weights) does the same "
             "elsewhere; for weights that can be merged, compose() with a search"
         )
+
+
+def pool_of(router: TokenRouter, engine: Composer) -> ExpertPool:
+    """The engine's pool as it was given, or bound to the base, where only then it has what the router was made for."""
+    wanted, given = set(router.members.hashes), set(Members.of(engine.pool).hashes)
+    if wanted <= given or not wanted <= set(Members.of(engine.bound_pool).hashes):
+        return engine.pool
+    return engine.bound_pool
 
 
 def saved_router(router: Router) -> TokenRouter:

@@ -10,7 +10,7 @@ import torch
 
 import loraweave as lw
 from loraweave.composer.batches import batch, encode, mean_losses
-from loraweave.errors import AdapterCorrupt, CompositionError, ScopeError, UnknownName, WeightingError
+from loraweave.errors import AdapterCorrupt, AdapterUnsupported, CompositionError, ScopeError, UnknownName, WeightingError
 
 EXAMPLES = [("a", "ab"), ("b", "ba"), ("cc", "c"), ("d", "DD"), ("e f", "fe")]
 
@@ -164,6 +164,8 @@ def test_fusing_a_router_is_refused_with_the_way_out(tiny_llama, pool):
     [
         ({"method": "arow"}, UnknownName, "did you mean 'arrow'"),
         ({"method": "arrow", "top_q": 2}, WeightingError, "has no option 'top_q'.*did you mean 'top_k'"),
+        ({"method": "ramole", "steps": 0}, WeightingError, "steps of method 'ramole' is 0"),
+        ({"method": "ramole", "folds": 1}, WeightingError, "would hold out every example"),
         ({"method": "arrow", "steps": 2}, WeightingError, "has no option 'steps'"),
         ({"method": "arrow", "top_k": 9}, WeightingError, "top_k of router 'arrow' is 9"),
         ({"method": "arrow", "space": "factors"}, WeightingError, "leave space out"),
@@ -195,6 +197,80 @@ def test_a_router_is_made_for_what_retrieval_finds(tiny_llama, tokenizer, pool, 
     composed = compose(tiny_llama, tokenizer, hub, task, method="arrow", k=2)
     assert len(composed.weights.experts) == 2
     assert composed.weights.experts == composed.pool.names
+
+
+def test_adapters_with_magnitudes_are_routed_and_not_written(tiny_llama, tokenizer, make_adapter, task, tmp_path):
+    def dora(adapter):
+        norms = {name: tiny_llama.get_submodule(name).weight.detach().norm(dim=1) for name in adapter.layers}
+        layers = {name: dataclasses.replace(each, magnitude_O=1.1 * norms[name]) for name, each in adapter.layers.items()}
+        return dataclasses.replace(adapter, layers=layers)
+
+    pool = lw.ExpertPool([dora(make_adapter(tiny_llama, name, seed=seed)) for seed, name in enumerate("ab")])
+    composed = compose(tiny_llama, tokenizer, pool, task, method="spectr")
+    expected = losses_under(tiny_llama, tokenizer, pool, task, composed.weights)
+    assert composed.losses() == pytest.approx(expected, rel=1e-4)
+    assert compose(tiny_llama, tokenizer, pool, task, method=composed.weights).losses() == composed.losses()
+    with pytest.raises(AdapterUnsupported):
+        composed.save_pretrained(tmp_path / "composed")
+    assert not list(tmp_path.iterdir())
+
+
+class Fitted:
+    """Stands in for Composer.fit: moves every parameter, and notes what it was given."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, engine, router, rows, **settings):
+        self.calls.append((list(rows), settings, [p.detach().clone() for p in router.parameters()]))
+        with torch.no_grad():
+            for parameter in router.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(rows))))
+
+
+@pytest.fixture
+def fitted(monkeypatch):
+    stand_in = Fitted()
+    monkeypatch.setattr(lw.Composer, "fit", lambda *given, **settings: stand_in(*given, **settings), raising=False)
+    return stand_in
+
+
+def test_a_learned_router_is_trained_on_what_each_fold_sees(tiny_llama, tokenizer, pool, task, fitted, tmp_path):
+    composed = compose(
+        tiny_llama, tokenizer, pool, task, method="ramole", rank=2, budget=14, lr=0.02, seed=5, checkpoint=tmp_path / "kept"
+    )
+    everything = [(task.prompt(text), target) for text, target in EXAMPLES]
+    *folds, (rows, settings, _) = fitted.calls
+    assert rows == everything
+    held = [[row for row in everything if row not in seen] for seen, *_ in folds]
+    assert sorted(row for part in held for row in part) == sorted(everything)
+    assert all(seen + part and not set(seen) & set(part) for (seen, *_), part in zip(folds, held, strict=True))
+    assert (settings["steps"], settings["lr"], settings["seed"], settings["batch_size"]) == (4, 0.02, 5, 5)
+    assert settings["checkpoint"] == tmp_path / "kept" / "ramole-all"
+    begun = [parameters for *_, parameters in fitted.calls]
+    assert all(torch.equal(a, b) for other in begun[1:] for a, b in zip(begun[0], other, strict=True))
+    row = composed.report["ramole"]
+    assert row.num_trained == sum(p.numel() for p in lw.router("ramole", pool, rank=2).parameters())
+    assert row.evaluations == 3 * 3 * 4
+
+
+def test_a_learned_router_is_held_out_and_guarded(tiny_llama, tokenizer, pool, task, fitted):
+    composed = compose(tiny_llama, tokenizer, pool, task, method="ramole", steps=1)
+    report = composed.report
+    assert report["ramole"].held_out_loss != report["ramole"].loss
+    best = min(report[name].held_out_loss for name in ("base", "best_single"))
+    if report["ramole"].held_out_loss > best:
+        assert report.chosen in ("base", "best_single")
+        assert composed.router is None
+    else:
+        assert (report.chosen, composed.weights.name) == ("ramole", "ramole")
+
+
+def test_a_learned_composition_is_read_again_with_what_it_learned(tiny_llama, tokenizer, pool, task, fitted, tmp_path):
+    composed = compose(tiny_llama, tokenizer, pool, task, method="ramole", steps=1, folds=0)
+    assert composed.report.chosen == "ramole"
+    folder = composed.save_pretrained(tmp_path / "composed")
+    assert lw.Composition.from_pretrained(folder, tiny_llama, tokenizer).losses() == composed.losses()
 
 
 def test_a_newer_composition_is_refused(tiny_llama, tokenizer, pool, task, tmp_path):
