@@ -38,7 +38,10 @@ class Spectr(ScoredRouter):
         c_SI, owner_S = self.cores_[layer], self.owners_[layer]
         squares_BTS = (x_BTI.to(c_SI.dtype) @ c_SI.T).square()
         zeros_BTE = squares_BTS.new_zeros(*squares_BTS.shape[:2], len(self.experts))
-        return without(zeros_BTE.index_add(2, owner_S, squares_BTS).sqrt(), self.members.layers[layer].experts)
+        squares_BTE = zeros_BTE.index_add(2, owner_S, squares_BTS)
+        # the root of 0 has no gradient
+        lengths_BTE = squares_BTE.clamp_min(torch.finfo(squares_BTE.dtype).tiny).sqrt()
+        return without(lengths_BTE, self.members.layers[layer].experts)
 
 
 def _cores(pool: ExpertPool, layer: str) -> Tensor:

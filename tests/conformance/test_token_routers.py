@@ -152,6 +152,17 @@ def test_every_parameter_gets_a_gradient_through_the_model(name, model, pool):
 
 
 @pytest.mark.parametrize("name", ROUTERS)
+def test_gradients_through_it_are_finite(name, model, pool):
+    made = make(name, pool)
+    # a token whose every hidden value is 0 in the first layer
+    with torch.no_grad():
+        model.get_input_embeddings().weight[IDS_BT[0, 0]] = 0
+    with composer(model, pool).activate(made):
+        model(input_ids=IDS_BT, labels=IDS_BT).loss.backward()
+    assert all(bool(torch.isfinite(p.grad).all()) for p in (*model.parameters(), *made.parameters()) if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
 def test_another_pool_is_refused_by_name(name, model, pool, make_adapter):
     made = make(name, pool)
     changed = pool.including("b", make_adapter(model, "b", rank=2, targets=("q_proj",), seed=99))
