@@ -41,7 +41,7 @@ class AdapterFusion(OutputAttention):
         self.dim = dim
         self.temperature = temperature
         self.query_biases_ = LayerTensors({}, learned=True)
-        for layer, routed in self.attending.items():
+        for layer, routed in self.informed.items():
             size = dim or min(routed.num_inputs, routed.num_outputs)
             self.queries_[layer] = STD * torch.randn(size, routed.num_inputs)
             self.keys_[layer] = STD * torch.randn(size, routed.num_outputs)

@@ -44,15 +44,18 @@ class Mole(OutputRouter):
             raise WeightingError(f"balance of router 'mole' is {balance!r}; it is a coefficient of a loss, 0 or more")
         self.balance = balance
         self.masked = self._known(masked)
-        layers = self.members.layers
+        self.gates_ = LayerTensors({}, learned=True)
+        self.log_temperatures_ = LayerTensors({}, learned=True)
         num_experts = len(self.experts)
-        gates = {layer: STD * torch.randn(num_experts, each.num_outputs, num_experts) for layer, each in layers.items()}
-        self.gates_ = LayerTensors(gates, learned=True)
-        self.log_temperatures_ = LayerTensors({layer: torch.zeros(()) for layer in layers}, learned=True)
+        for layer, routed in self.informed.items():
+            self.gates_[layer] = STD * torch.randn(num_experts, routed.num_outputs, num_experts)
+            self.log_temperatures_[layer] = torch.zeros(())
 
     def scores(self, x_BTI: Tensor, layer: str) -> Tensor:
         """s_BTE / tau of the layer's experts, -inf for the others."""
         z_BTS = self.latents(x_BTI, layer)
+        if layer not in self.gates_:
+            return without(self.by_expert(z_BTS, layer), self._present(layer))
         # z is as long as the output; an expert that adds nothing stays 0
         lengths_BTE = self.by_expert(z_BTS.square(), layer).clamp_min(SHORTEST**2).sqrt()
         units_BTS = z_BTS / lengths_BTE[..., self.owners_[layer]]

@@ -63,18 +63,16 @@ class Ramole(OutputAttention):
         theirs = Members.of(pool)
         if why := self.members.base.differs(theirs.base):
             raise BaseModelMismatch(f"router 'ramole' was trained for another base model than the pool's: {why}")
-        known = [layer for layer in theirs.layers if layer in self.queries_]
+        made = type(self)(pool, **self.options).train(self.training)
+        known = [layer for layer in made.queries_ if layer in self.queries_]
         if not known:
             raise WeightingError(
                 f"router 'ramole' was trained for {len(self.queries_)} layers, the first {next(iter(self.queries_))!r}, but "
                 f"the pool updates {len(theirs.layers)} others, the first {next(iter(theirs.layers))!r}: fit() one for it"
             )
-        made = type(self)(pool, **self.options).train(self.training)
         for layer in known:
-            made.queries_[layer], made.keys_[layer] = (
-                self.queries_[layer].detach().clone(),
-                self.keys_[layer].detach().clone(),
-            )
+            made.queries_[layer] = self.queries_[layer].detach().clone()
+            made.keys_[layer] = self.keys_[layer].detach().clone()
         return made.to(next(self.parameters()))
 
     def alone(self, pool: ExpertPool) -> Self:
@@ -90,14 +88,13 @@ class Ramole(OutputAttention):
 
     def _settle(self) -> Self:
         """Itself, with a RouterLoRA for each of its layers and no other; a new one weighs all experts alike."""
-        for layer in set(self.queries_) - set(self.attending):
+        for layer in set(self.queries_) - set(self.informed):
             del self.queries_[layer], self.keys_[layer]
-        for layer, routed in self.attending.items():
+        for layer, routed in self.informed.items():
             if layer not in self.queries_:
-                like = self.cores_[layer] if layer in self.cores_ else torch.zeros(0)
-                bound = 1 / math.sqrt(routed.num_inputs)
-                self.queries_[layer] = torch.empty(self.rank, routed.num_inputs).uniform_(-bound, bound).to(like)
-                self.keys_[layer] = torch.zeros(self.rank, routed.num_outputs).to(like)
+                like, bound = self.cores_[layer], 1 / math.sqrt(routed.num_inputs)
+                self.queries_[layer] = like.new_empty(self.rank, routed.num_inputs).uniform_(-bound, bound)
+                self.keys_[layer] = like.new_zeros(self.rank, routed.num_outputs)
         return self
 
 

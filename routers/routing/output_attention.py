@@ -8,14 +8,15 @@ from torch.nn import functional
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.routing.choosing import without
 from loraweave.routers.routing.layer_tensors import LayerTensors
-from loraweave.routers.routing.members import Members, RoutedLayer
+from loraweave.routers.routing.members import Members
 from loraweave.routers.routing.output_router import OutputRouter
 
 
 class OutputAttention(OutputRouter):
     """s_e = scale * query(x) . k E_e(x), with learned query(x) = q x and k of each layer; no parameter is one expert's own.
 
-    A subclass puts q_DI into `queries_` and k_DO into `keys_` for each of the `attending` layers, D being any number.
+    A subclass puts q_DI into `queries_` and k_DO into `keys_` for each of the `informed` layers, D being any number; in all
+    others the experts score 0.
     """
 
     def __init__(self, pool: ExpertPool | Members, *, scale: float) -> None:
@@ -23,11 +24,6 @@ class OutputAttention(OutputRouter):
         self.scale = scale
         self.queries_ = LayerTensors({}, learned=True)
         self.keys_ = LayerTensors({}, learned=True)
-
-    @property
-    def attending(self) -> dict[str, RoutedLayer]:
-        """The layers that have inputs to ask with: all but those with trained biases alone, where the experts score 0."""
-        return {layer: routed for layer, routed in self.members.layers.items() if routed.num_inputs}
 
     def query_bias(self, layer: str) -> Tensor | None:
         """What a layer's queries have besides q x, if anything."""

@@ -17,8 +17,9 @@ class OutputRouter(LearnedRouter):
 
     The columns of q of one expert are orthonormal, so that its z is as long as E_e(x). Gains and biases of experts take no
     part: E_e(x) is the update of low rank alone. The router keeps a copy of its experts' factors, and is as large as they
-    are when it is saved. Raises AdapterUnsupported for experts that need their base layer first (DoRA):
-    Composer.bound_pool has them resolved.
+    are when it is saved. A subclass has parameters for the `informed` layers; made of `Members`, for those in its file.
+
+    Raises AdapterUnsupported for experts that need their base layer first (DoRA): Composer.bound_pool has them resolved.
     """
 
     def __init__(self, pool: ExpertPool | Members) -> None:
@@ -30,6 +31,11 @@ class OutputRouter(LearnedRouter):
         if isinstance(pool, ExpertPool):
             for layer, routed in self.members.layers.items():
                 self.cores_[layer], self.bases_[layer], self.owners_[layer] = _rows(pool, layer, routed)
+
+    @property
+    def informed(self) -> dict[str, RoutedLayer]:
+        """The layers with outputs to look at: all but those whose experts have gains or biases alone."""
+        return {layer: self.members.layers[layer] for layer in self.cores_ if len(self.cores_[layer])}
 
     def latents(self, x_BTI: Tensor, layer: str) -> Tensor:
         """z_BTS: the outputs of the layer's experts in the coordinates of their bases."""
