@@ -159,14 +159,16 @@ def token_scores(model: Any, batch: TargetBatch) -> tuple[Tensor, Tensor]:
     return losses_of(logits_BKV, batch.targets_BK), logits_BKV.argmax(dim=2) == batch.targets_BK
 
 
-def target_logits(model: Any, batch: TargetBatch) -> Tensor:
-    """logits_BKV at the positions that predict the targets."""
+def target_logits(model: Any, batch: TargetBatch, *, whole: bool = False) -> Tensor:
+    """logits_BKV at the positions that predict the targets; with `whole`, the head sees all of a decoder's tokens."""
     if model.config.is_encoder_decoder:
         return cast(Tensor, model(**batch.inputs, use_cache=False).logits)
     width, length = batch.targets_BK.shape[1], batch.inputs["input_ids"].shape[1]
     prompt_BT = batch.inputs["attention_mask"].clone()
     prompt_BT[:, -width:] *= batch.targets_BK == IGNORED
     with prompted(batch.inputs["input_ids"], prompt_BT):
+        if whole:
+            return cast(Tensor, model(**batch.inputs, use_cache=False).logits[:, -width - 1 : -1])
         return logits_at(model, batch.inputs, length - width - 1, length - 1)
 
 

@@ -32,12 +32,14 @@ from loraweave.composer.paging.layout import Place as LayerPlace
 from loraweave.composer.paging.placement import placement
 from loraweave.composer.paging.residency import Residency
 from loraweave.composer.paging.residents import Residents
+from loraweave.composer.router_training.fit import fit
 from loraweave.composer.statistics import Statistics
 from loraweave.errors import AlreadyActive, CompositionError, ScopeError, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.by_row import ByRow
 from loraweave.routers.mixture import MixtureWeights
+from loraweave.routers.routing.learned_router import LearnedRouter
 from loraweave.types import Router, Task
 
 
@@ -293,6 +295,21 @@ class Composer:
                 "weights that all tokens share"
             )
         return resolved
+
+    def fit(self, router: LearnedRouter, dataset: Any, **settings: Any) -> None:
+        """Trains a router's parameters on `dataset`; base and adapters take no part, and are as they were after it.
+
+        {name of an expert or a task: rows or a Task}, or rows: pairs (input, target), {"input", "target"} with "instruction"
+        and "expert" where known, {"prompt", "target"}, or {"input_ids", "labels"}. The loss is that of the targets alone.
+        `settings` are those of `composer/router_training/settings.py`; docs/router_training.md explains them. Afterwards the
+        router is in evaluation mode, on the model's device, and has a `report`.
+
+        Raises InvalidTask for rows that cannot be used, UnknownExpert for experts that the pool has not, TrainingError for
+        settings out of range, for parameters without a gradient, and for a loss or gradient that is not finite: the router
+        then has the last good parameters.
+        """
+        self._require_open()
+        fit(self, router, dataset, settings)
 
     def prefetch(self, wanted: Any) -> Future[None]:
         """Begins to bring experts to where the layers are, in the background: those of a mixture, or of a list of names.

@@ -9,9 +9,11 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from loraweave.errors import TrainingError
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.routing.members import Members
 from loraweave.routers.routing.token_router import TokenRouter
+from loraweave.routers.routing.training_report import TrainingReport
 
 
 @dataclass(eq=False)
@@ -51,6 +53,13 @@ class LearnedRouter(TokenRouter):
     def __init__(self, pool: ExpertPool | Members) -> None:
         super().__init__(pool)
         self.step: Step | None = None
+
+    @property
+    def training_report(self) -> TrainingReport:
+        """How fit() went, also of a router that was saved after it. TrainingError where it was not fitted."""
+        if self.report is None:
+            raise TrainingError(f"router {self.name!r} has not been trained: fit() it first")
+        return TrainingReport.from_json(self.report)
 
     def note(self, layer: str, scores_BTE: Tensor, w_BTE: Tensor) -> Tensor:
         """The weights as they are, after a training step has taken note of them."""

@@ -1,0 +1,35 @@
+"""Gradient checkpointing of a model in evaluation mode, which transformers' own leaves out there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from loraweave.errors import TrainingError
+
+
+@contextmanager
+def checkpointed_blocks(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Inside, each block keeps its inputs alone and runs again in the backward pass; the model is as it was after it.
+
+    Raises TrainingError for a model without such blocks.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)] if wanted else []
+    if wanted and not blocks:
+        raise TrainingError(f"{type(model).__name__} has no blocks to run again: leave gradient_checkpointing out")
+    before = [vars(block).get("forward") for block in blocks]
+    try:
+        for block in blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        yield
+    finally:
+        for block, own in zip(blocks, before, strict=True):
+            if own is None:
+                vars(block).pop("forward", None)
+            else:
+                block.forward = own

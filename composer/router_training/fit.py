@@ -1,0 +1,52 @@
+"""Trains a router's parameters; the base and the adapters stay as they are."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from loraweave.composer.router_training.accelerating import accelerating
+from loraweave.composer.router_training.checkpointed_blocks import checkpointed_blocks
+from loraweave.composer.router_training.kept_state import KeptState
+from loraweave.composer.router_training.rows import RowReader
+from loraweave.composer.router_training.run import Run
+from loraweave.composer.router_training.settings import Settings
+from loraweave.composer.untouched import untouched
+from loraweave.errors import TrainingError
+from loraweave.hub.progress import progress_bar
+from loraweave.routers.routing.learned_router import LearnedRouter
+
+if TYPE_CHECKING:
+    from loraweave.composer.composer import Composer
+
+
+def fit(engine: Composer, router: Any, dataset: Any, given: Mapping[str, Any]) -> None:
+    """Trains `router` on a dataset with these `Settings`, live in the engine's model; what `Composer.fit` says."""
+    if not isinstance(router, LearnedRouter):
+        name = getattr(router, "name", type(router).__name__)
+        raise TrainingError(f"{name!r} learns nothing, so there is nothing to fit: it can be activated as it is")
+    settings = Settings.of(router, given)
+    router.require_pool(engine.pool)
+    if not any(parameter.requires_grad for parameter in router.parameters()):
+        raise TrainingError(f"no parameter of router {router.name!r} requires a gradient, so there is nothing to fit")
+    model = engine.model
+    reader = RowReader(router, model, engine.tokenizer)
+    rows = reader.read(dataset)
+    held = [] if settings.evaluation is None else reader.read(settings.evaluation, what="evaluation", first=len(rows))
+    device = next(model.parameters()).device
+    router.to(device)
+    started = time.monotonic()
+    with ExitStack() as stack:
+        stack.enter_context(untouched(model))
+        stack.enter_context(checkpointed_blocks(model, settings.gradient_checkpointing))
+        accelerator = stack.enter_context(accelerating(device, settings.mixed_precision))
+        bar = stack.enter_context(progress_bar(settings.progress and accelerator.is_main_process, field="seen"))
+        stack.enter_context(engine.activate(router))
+        run = Run(engine, router, settings, rows, held, accelerator, bar)
+        try:
+            run.all_steps(KeptState.of(router, settings, rows, held), started)
+        finally:
+            router.step = None
+            router.eval()

@@ -1,0 +1,68 @@
+"""A training's state in its checkpoint folder: parameters, moments, the best so far and the report, in one file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from loraweave.composer.router_training.rows import TrainingRow
+from loraweave.composer.router_training.settings import Settings
+from loraweave.retrieval.training_state import TrainingState, load_state, save_state
+from loraweave.routers.routing.learned_router import LearnedRouter
+from loraweave.routers.routing.training_report import TrainingReport
+
+BEST, REPORT = "best", "report"
+
+
+@dataclass(frozen=True)
+class KeptState:
+    """Where the state of one call of fit() is kept: in `folder`, if there is one, under a key of all that determines it."""
+
+    folder: Path | None
+    key: str
+
+    @classmethod
+    def of(cls, router: LearnedRouter, settings: Settings, rows: Sequence[TrainingRow], held: Sequence[TrainingRow]) -> Self:
+        if settings.checkpoint is None:
+            return cls(None, "")
+        learning = [name for name, parameter in router.named_parameters() if parameter.requires_grad]
+        options = {name: repr(value) for name, value in router.options.items()}
+        data = [[(row.encoded.prompt, row.encoded.target, row.labels, row.expert) for row in part] for part in (rows, held)]
+        parts = [router.name, options, router.members.to_json(), learning, settings.determining(), data]
+        digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return cls(Path(settings.checkpoint), f"{router.name}-{digest[:24]}")
+
+    def save(
+        self,
+        step: int,
+        parameters: Sequence[Tensor],
+        optimizer: torch.optim.Optimizer,
+        best: Sequence[Tensor],
+        report: TrainingReport,
+    ) -> None:
+        """Visible only when whole. A full disk is said and does not end the training."""
+        if self.folder is None:
+            return
+        tensors = TrainingState.of(step, parameters, optimizer).tensors
+        tensors |= {f"{index}.{BEST}": value for index, value in enumerate(best)}
+        tensors[REPORT] = torch.frombuffer(bytearray(json.dumps(report.to_json()).encode()), dtype=torch.uint8)
+        save_state(self.folder, self.key, TrainingState(step, tensors))
+
+    def restore(
+        self, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer
+    ) -> tuple[int, list[Tensor], TrainingReport] | None:
+        """(steps done, best parameters, report) after putting the state back; None where there is none."""
+        state = None if self.folder is None else load_state(self.folder, self.key)
+        if state is None:
+            return None
+        step = state.restore(parameters, optimizer)
+        best = [state.tensors[name] for index in range(len(parameters)) if (name := f"{index}.{BEST}") in state.tensors]
+        report = TrainingReport.from_json(json.loads(bytes(state.tensors[REPORT].tolist())))
+        return step, best, report

@@ -1,0 +1,196 @@
+"""The data of a router's training as rows of token ids, each with the expert whose task it is, where that is known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loraweave.composer.batches import IGNORED, EncodedRow, context_length, encode
+from loraweave.errors import InvalidTask
+from loraweave.hub.unknown_expert import unknown_expert
+from loraweave.routers.routing.learned_router import LearnedRouter
+from loraweave.types import Task
+
+TOKENS = ("input_ids", "labels")
+SPLITS = {"train", "training", "test", "validation", "valid", "dev", "eval"}
+UNKNOWN = -1
+
+FORMS = (
+    "rows are pairs of texts (input, target), {'input', 'target'} with 'instruction' and 'expert' where known, "
+    "{'prompt', 'target'} with the whole prompt, or {'input_ids', 'labels'}"
+)
+
+
+@dataclass(frozen=True)
+class TrainingRow:
+    """One row. `labels` is the target with `IGNORED` where no loss is asked; `expert` is a place in the pool, or -1."""
+
+    encoded: EncodedRow
+    labels: tuple[int, ...]
+    expert: int
+    number: int
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    @property
+    def num_targets(self) -> int:
+        return sum(label != IGNORED for label in self.labels)
+
+
+@dataclass(frozen=True)
+class _Text:
+    prompt: str
+    target: str
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    prompt: tuple[int, ...]
+    labels: tuple[int, ...]
+    target: tuple[int, ...]
+
+
+class RowReader:
+    """Reads datasets for one router on one model: {name of an expert or task: rows or a Task}, or the rows themselves."""
+
+    def __init__(self, router: LearnedRouter, model: Any, tokenizer: Any) -> None:
+        self._router = router
+        self._model = model
+        self._tokenizer = tokenizer
+
+    def read(self, dataset: Any, *, what: str = "dataset", first: int = 0) -> list[TrainingRow]:
+        """The rows in their order, numbered from `first`.
+
+        Raises InvalidTask for what is no such data, UnknownExpert for an expert that the pool has not.
+        """
+        found = [
+            (content, expert)
+            for name, rows in self._parts(dataset, what)
+            for content, expert in self._rows(name, rows, what if name is None else f"{what}[{name!r}]")
+        ]
+        if not found:
+            raise InvalidTask(f"{what} is empty: {FORMS}")
+        texts = [content for content, _ in found if isinstance(content, _Text)]
+        if texts and self._tokenizer is None:
+            raise InvalidTask(
+                f"{what} has texts, but the Composer has no tokenizer: make it with tokenizer=..., or give token ids"
+            )
+        encoded = iter(
+            encode(self._model, self._tokenizer, [text.prompt for text in texts], [text.target for text in texts])
+            if texts
+            else ()
+        )
+        rows = []
+        for number, (content, expert) in enumerate(found, start=first):
+            row = next(encoded) if isinstance(content, _Text) else EncodedRow(content.prompt, content.target)
+            labels = row.target if isinstance(content, _Text) else content.labels
+            rows.append(TrainingRow(row, labels, expert, number))
+        return rows
+
+    def _parts(self, dataset: Any, what: str) -> list[tuple[str | None, Any]]:
+        """(name, rows) of each part of the data; the name is None where rows are given without one."""
+        if isinstance(dataset, Task):
+            return [(None, dataset)]
+        if not isinstance(dataset, Mapping):
+            return [(None, dataset)]
+        if set(dataset) & set(TOKENS) or "target" in dataset:
+            raise InvalidTask(f"{what} is one row, {sorted(dataset)}: pass a list of rows")
+        if splits := SPLITS & set(map(str, dataset)) - set(self._router.experts):
+            raise InvalidTask(
+                f"{what} has the parts {', '.join(map(repr, sorted(splits)))}, no experts, but perhaps splits: pass the "
+                "rows of one, and those held out as evaluation="
+            )
+        return list(dataset.items())
+
+    def _rows(self, name: str | None, rows: Any, where: str) -> Iterable[tuple[_Text | _Tokens, int]]:
+        own = UNKNOWN if name is None else self._place(name, where)
+        task = rows if isinstance(rows, Task) else Task(())
+        given = task.examples if isinstance(rows, Task) else rows
+        if isinstance(given, str | bytes) or not isinstance(given, Iterable):
+            raise InvalidTask(f"{where} is {given!r:.80}, not rows: {FORMS}")
+        empty = True
+        for number, row in enumerate(given, start=1):
+            empty = False
+            yield self._row(row, task, own, f"row {number} of {where}")
+        if empty and name is not None:
+            raise InvalidTask(f"{where} is empty: {FORMS}")
+
+    def _row(self, row: Any, task: Task, own: int, where: str) -> tuple[_Text | _Tokens, int]:
+        if not isinstance(row, Mapping):
+            (text, target) = _pair(row, where)
+            return _Text(task.prompt(text), target), self._required(own, where)
+        expert = own if row.get("expert") is None else self._known(row["expert"], where)
+        return self._content(row, task, where), self._required(expert, where)
+
+    def _content(self, row: Mapping[str, Any], task: Task, where: str) -> _Text | _Tokens:
+        if "input_ids" in row:
+            return self._tokens(row, where)
+        missing = [name for name in ("input", "target") if name not in row and not (name == "input" and "prompt" in row)]
+        if missing:
+            raise InvalidTask(f"{where} has {sorted(row)}, and no {' and no '.join(map(repr, missing))}: {FORMS}")
+        text, target = _pair((row["prompt"] if "prompt" in row else row["input"], row["target"]), where)
+        if "prompt" in row:
+            return _Text(text, target)
+        instruction = row.get("instruction") or task.instruction
+        return _Text(Task((), instruction=instruction, template=task.template).prompt(text), target)
+
+    def _tokens(self, row: Mapping[str, Any], where: str) -> _Tokens:
+        """A row of token ids; labels are aligned with them (IGNORED: no loss), or a decoder's of their own."""
+        if "labels" not in row:
+            raise InvalidTask(f"{where} has 'input_ids' and no 'labels': the loss is that of labels other than {IGNORED}")
+        ids, labels = _ints(row["input_ids"], where), _ints(row["labels"], where)
+        if "attention_mask" in row:
+            mask = _ints(row["attention_mask"], where)
+            if len(labels) == len(ids):
+                labels = tuple(label for label, real in zip(labels, mask, strict=False) if real)
+            ids = tuple(token for token, real in zip(ids, mask, strict=False) if real)
+        if self._model.config.is_encoder_decoder:
+            target = tuple(label for label in labels if label != IGNORED)
+            found = _Tokens(ids, target, target)
+        elif len(labels) != len(ids):
+            raise InvalidTask(f"{where} has {len(ids)} input_ids, but {len(labels)} labels; a decoder's are aligned")
+        else:
+            # nothing comes before the first token to predict it from
+            start = next((place for place, label in enumerate(labels) if place and label != IGNORED), len(labels))
+            found = _Tokens(ids[:start], labels[start:], ids[start:])
+        if not found.prompt or not found.labels:
+            raise InvalidTask(f"{where} has no label to predict after its first token")
+        limit = context_length(self._model)
+        if limit and len(found.prompt) + len(found.target) > limit:
+            raise InvalidTask(f"{where} has {len(ids)} tokens, but the model's context is {limit}; shorten it")
+        return found
+
+    def _place(self, name: Any, where: str) -> int:
+        """An expert's place; where the router does not ask for experts, other names are those of tasks."""
+        return self._known(name, where) if self._router.needs_experts else self._router.members.places.get(name, UNKNOWN)
+
+    def _known(self, name: Any, where: str) -> int:
+        if not isinstance(name, str) or name not in self._router.members.places:
+            error = unknown_expert(name, self._router.experts)
+            raise type(error)(f"{where}: {error}")
+        return self._router.members.places[name]
+
+    def _required(self, expert: int, where: str) -> int:
+        if expert == UNKNOWN and self._router.needs_experts:
+            raise InvalidTask(
+                f"{where} does not say whose task it is, which router {self._router.name!r} learns from: give it an "
+                "'expert', or pass {name of an expert: rows}"
+            )
+        return expert
+
+
+def _pair(row: Any, where: str) -> tuple[str, str]:
+    if not isinstance(row, Sequence) or len(row) != 2 or not all(isinstance(text, str) for text in row):
+        raise InvalidTask(f"{where} is {row!r:.80}: {FORMS}")
+    if not row[1].strip():
+        raise InvalidTask(f"{where} (input {row[0]!r:.60}) has an empty target; there is nothing to learn from it")
+    return row[0], row[1]
+
+
+def _ints(values: Any, where: str) -> tuple[int, ...]:
+    found = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(found, Sequence) or not all(isinstance(value, int) for value in found):
+        raise InvalidTask(f"{where} has {values!r:.60}, which is no list of token ids")
+    return tuple(found)

@@ -1,0 +1,108 @@
+"""What determines a router's training besides its data and its experts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+from loraweave.errors import TrainingError
+from loraweave.hub.whole_number import is_whole
+from loraweave.registry import nearest
+from loraweave.routers.routing.learned_router import LearnedRouter
+
+PRECISIONS = ("no", "bf16")
+COUNTS = ("steps", "batch_size", "gradient_accumulation", "evaluate_every", "checkpoint_every")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """AdamW over `steps` steps of `batch_size` rows each; a router that learns each expert's part from that expert's rows
+    alone takes `batch_size` rows of every expert.
+
+    `lr`, by default the router's own, is reached after `warmup` steps (at most half of all) and goes to 0 as half a cosine.
+    A gradient longer than `clip` is shortened to it, None for no limit; a router that learns each expert apart has none.
+    `gradient_accumulation` splits a step's rows into as many passes: less memory, the same gradient; None takes about
+    `batch_size` rows at once. `gradient_checkpointing` runs the model's blocks a second time in the backward pass instead of
+    keeping what is inside them. `mixed_precision` "bf16" lets the model calculate its products in bfloat16; parameters and
+    loss stay as they are.
+
+    `balance` times the balance loss is added to the loss: it is 1 where all experts get alike, E where one of E gets all. So
+    is `z` times the mean squared logarithm of the scores' partition sum, which keeps scores small. 0.01 and 0.001 are usual.
+
+    `evaluation` is a dataset whose loss is measured before the first and after every `evaluate_every` steps, and after the
+    last; the parameters with the lowest are kept. With `patience`, the training ends once so many evaluations in a row have
+    been no better. `checkpoint` is a folder: every `checkpoint_every` steps the state is kept there, and the same call goes
+    on where it was interrupted, to the same bits.
+    """
+
+    steps: int = 100
+    lr: float | None = None
+    batch_size: int = 8
+    seed: int = 0
+    warmup: int = 10
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+    balance: float = 0.0
+    z: float = 0.0
+    gradient_accumulation: int | None = None
+    gradient_checkpointing: bool = False
+    mixed_precision: str = "no"
+    evaluation: Mapping[str, Any] | Iterable[Any] | None = None
+    evaluate_every: int = 20
+    patience: int | None = None
+    checkpoint: str | Path | None = None
+    checkpoint_every: int = 20
+    progress: bool = True
+
+    @classmethod
+    def of(cls, router: LearnedRouter, given: Mapping[str, Any]) -> Self:
+        """The settings of a call of fit(). Raises TrainingError for unknown ones and for values out of range."""
+        known = [field.name for field in fields(cls)]
+        for name in given:
+            if name not in known:
+                raise TrainingError(f"fit() has no setting {name!r}{nearest(name, known)}; it has {', '.join(known)}")
+        settings = cls(**given)
+        settings = replace(settings, lr=router.lr if settings.lr is None else settings.lr)
+        settings._require_ranges()
+        return settings
+
+    def determining(self) -> dict[str, Any]:
+        """Those that the result depends on, as JSON; the rows held out are left to the caller."""
+        aside = ("evaluation", "checkpoint", "checkpoint_every", "progress")
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in aside}
+
+    @property
+    def highest_rate(self) -> float:
+        assert self.lr is not None
+        return self.lr
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        warmup = min(self.warmup, self.steps // 2)
+        if step < warmup:
+            return self.highest_rate * (step + 1) / warmup
+        return self.highest_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.steps - warmup)))
+
+    def _require_ranges(self) -> None:
+        for name in COUNTS:
+            if not is_whole(value := getattr(self, name), 1) and not (value is None and name == "gradient_accumulation"):
+                raise TrainingError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        if not is_whole(self.warmup, 0):
+            raise TrainingError(f"warmup is {self.warmup!r}; it must be a whole number of steps, 0 for none")
+        if self.patience is not None and not is_whole(self.patience, 1):
+            raise TrainingError(f"patience is {self.patience!r}; it must be a whole number of evaluations, or None")
+        if self.patience is not None and self.evaluation is None:
+            raise TrainingError("patience counts evaluations, but there is no evaluation: pass evaluation=rows held out")
+        # NaN fails every comparison
+        if not 0 < self.highest_rate < math.inf:
+            raise TrainingError(f"lr is {self.lr!r}; it must be above 0")
+        if self.clip is not None and not self.clip > 0:
+            raise TrainingError(f"clip is {self.clip!r}; it must be above 0, or None for no limit")
+        for name in ("balance", "z", "weight_decay"):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise TrainingError(f"{name} is {value!r}; it must be at least 0, which is without")
+        if self.mixed_precision not in PRECISIONS:
+            raise TrainingError(f"mixed_precision is {self.mixed_precision!r}; it must be 'no' or 'bf16'")

@@ -1,0 +1,94 @@
+"""What the weights of a training's steps are like: the load of each expert, entropy, who gets nothing and who gets all."""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from loraweave.routers.routing.learned_router import LearnedRouter, Step
+from loraweave.routers.routing.training_report import TrainingReport
+
+WINDOW = 20
+COLLAPSED = 0.95
+# of an equal share
+DEAD = 0.01
+# steps whose load is kept in the report
+POINTS = 100
+
+
+class Watch:
+    """Looks at the passes of each step, and writes what it sees into the report."""
+
+    def __init__(self, router: LearnedRouter, report: TrainingReport, steps: int, taught: Sequence[int]) -> None:
+        self._report = report
+        self._every = max(1, steps // POINTS)
+        # rows of one expert alone are rightly all its own
+        self._one_taught = len(set(taught)) == 1 and -1 not in taught
+        present = torch.zeros(len(router.experts), dtype=torch.float64)
+        for layer in router.members.layers.values():
+            present[list(layer.experts)] += 1 / len(layer.experts)
+        # share_E of experts that are used alike wherever they are present
+        self._equal_E = present / present.sum()
+        self._recent: deque[Tensor] = deque(maxlen=WINDOW)
+        self._loads: list[Tensor] = []
+        self._entropies: list[float] = []
+
+    def saw(self, step: Step) -> None:
+        """One pass of the running step."""
+        seen = [_of_layer(w_BTE.detach(), step.mask_BT) for w_BTE in step.weights.values()]
+        if seen:
+            loads, entropies = zip(*seen, strict=True)
+            self._loads.append(torch.stack(loads).mean(dim=0).double().cpu())
+            self._entropies.append(float(torch.stack(entropies).mean()))
+
+    def stepped(self, number: int) -> str:
+        """The step, the `number`th, is over: what to show of it. Warns, once, when one expert has almost all weight."""
+        if not self._loads:
+            return ""
+        load_E = torch.stack(self._loads).mean(dim=0)
+        entropy = sum(self._entropies) / len(self._entropies)
+        self._loads.clear()
+        self._entropies.clear()
+        self._recent.append(load_E)
+        report = self._report
+        report.entropy.append(entropy)
+        if number % self._every == 0 or number == 1:
+            report.load.append((number, [round(share, 4) for share in load_E.tolist()]))
+        if len(self._recent) == WINDOW:
+            self._judge(number, torch.stack(list(self._recent)).mean(dim=0))
+        top = int(load_E.argmax())
+        dead = f"  dead {len(report.dead)}" if report.dead else ""
+        return f"  entropy {entropy:.2f}  top {report.experts[top]} {float(load_E[top]):.0%}{dead}"
+
+    def _judge(self, number: int, mean_E: Tensor) -> None:
+        report = self._report
+        report.dead = [
+            name for name, dead in zip(report.experts, (mean_E < DEAD * self._equal_E).tolist(), strict=True) if dead
+        ]
+        top = int(mean_E.argmax())
+        if len(mean_E) > 1 and report.collapsed is None and not self._one_taught and float(mean_E[top]) > COLLAPSED:
+            report.collapsed = number
+            warnings.warn(
+                f"the router has collapsed: over the last {WINDOW} steps expert {report.experts[top]!r} had "
+                f"{float(mean_E[top]):.0%} of all weight; a balance loss (balance=0.01) or a lower lr keeps others in use",
+                stacklevel=5,
+            )
+
+
+def _of_layer(w_BTE: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """(load_E, entropy) of a layer's weights, each token's taken as shares; means over the real tokens."""
+    w_NE = _real(w_BTE.abs().float(), mask_BT)
+    share_NE = w_NE / w_NE.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return share_NE.mean(dim=0), torch.special.entr(share_NE).sum(dim=1).mean()
+
+
+def _real(w_BTE: Tensor, mask_BT: Tensor) -> Tensor:
+    """w_NE of the real tokens; all of them in a layer with other tokens than the mask's, such as a decoder's."""
+    if w_BTE.shape[1] not in (1, mask_BT.shape[1]) or mask_BT.shape[0] % w_BTE.shape[0]:
+        return w_BTE.flatten(0, 1)
+    w_BTE = w_BTE.repeat_interleave(mask_BT.shape[0] // w_BTE.shape[0], dim=0)
+    return w_BTE.expand(*mask_BT.shape, -1)[mask_BT.bool()]
