@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from loraweave.errors import BaseModelMismatch, LayerMismatch, WeightingError
 from loraweave.hub.adapter import Adapter
@@ -133,6 +133,11 @@ class Members:
             str(name): RoutedLayer(int(num_inputs), int(num_outputs), kind, tuple(map(int, experts)))
             for name, (num_inputs, num_outputs, kind, experts) in data["layers"].items()
         }
+        if len(set(names)) < len(names):
+            raise ValueError("an expert is named twice")
+        for name, routed in layers.items():
+            if not routed.experts or not set(routed.experts) <= set(range(len(names))) or routed.kind not in get_args(Kind):
+                raise ValueError(f"layer {name!r} is said to be of kind {routed.kind!r}, of experts {routed.experts}")
         stored = data["fingerprint"]
         known = None if stored is None else Fingerprint.from_json(stored)
         return cls(names, hashes, str(data["base_model"]), known, MappingProxyType(layers))

@@ -125,6 +125,15 @@ def test_a_damaged_recipe_is_refused(tmp_path, pool, fields):
         router(folder)
 
 
+@pytest.mark.parametrize("routed", [[16, 16, "linear", [3]], [16, 16, "linear", []], [16, 16, "strange", [0]], [16, "x"]])
+def test_layers_of_no_expert_or_kind_are_refused(tmp_path, pool, routed):
+    folder = router("arrow", pool).save_pretrained(tmp_path / "router")
+    members = json.loads((folder / "router.json").read_text())["members"]
+    changed(folder, members={**members, "layers": {**members["layers"], "lm_head": routed}})
+    with pytest.raises(AdapterCorrupt, match="is damaged"):
+        router(folder)
+
+
 def test_damaged_tensors_are_refused(tmp_path, pool):
     folder = router("arrow", pool).save_pretrained(tmp_path / "router")
     path = folder / "router.safetensors"
