@@ -63,7 +63,7 @@ class Routed:
         self._options = {name: value for name, value in options.items() if name not in TRAINING or not self.learns}
         self._on_progress = on_progress
         # what its options or the pool forbid is raised before anything runs
-        self._router = self._made() if isinstance(method, str) else method.onto(pool_of(method, engine))
+        self._router = self._made() if isinstance(method, str) else method.onto(pool_of(method, engine)).to(self._device)
 
     def planned(self, num_folds: int) -> int:
         """The evaluations to come."""
@@ -74,10 +74,14 @@ class Routed:
             return [self._choice(self._router)] * len(parts)
         return [self._choice(self._trained(part)) for part in parts]
 
+    @property
+    def _device(self) -> torch.device:
+        return next(self._engine.model.parameters()).device
+
     def _made(self) -> TokenRouter:
         with torch.random.fork_rng():
             torch.manual_seed(self._training.seed)
-            return router(self.name, self._engine.bound_pool, **self._options)
+            return router(self.name, self._engine.bound_pool, **self._options).to(self._device)
 
     def _trained(self, part: Part) -> TokenRouter:
         made = self._made()
