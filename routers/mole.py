@@ -46,6 +46,7 @@ class Mole(OutputRouter):
         self.masked = self._known(masked)
         self.gates_ = LayerTensors({}, learned=True)
         self.log_temperatures_ = LayerTensors({}, learned=True)
+        self._counted: dict[str, tuple[Tensor, list[int]]] = {}
         num_experts = len(self.experts)
         for layer, routed in self.informed.items():
             self.gates_[layer] = STD * torch.randn(num_experts, routed.num_outputs, num_experts)
@@ -103,10 +104,17 @@ class Mole(OutputRouter):
     def _projected(self, layer: str) -> Tensor:
         """p_SE: each row of the bases with its own expert's projections, once a call instead of once a token."""
         q_SO, e_EOE = self.bases_[layer], self.gates_[layer]
-        owner_S = self.owners_[layer]
-        counts = torch.bincount(owner_S, minlength=len(self.experts)).tolist()
-        rows = [q_RO @ e_OE for q_RO, e_OE in zip(torch.split(q_SO, counts), e_EOE, strict=True)]
+        rows = [q_RO @ e_OE for q_RO, e_OE in zip(torch.split(q_SO, self._num_rows(layer)), e_EOE, strict=True)]
         return torch.cat(rows)
+
+    def _num_rows(self, layer: str) -> list[int]:
+        """Of each expert in the bases; asked of the device once."""
+        owner_S = self.owners_[layer]
+        known = self._counted.get(layer)
+        if known is None or known[0] is not owner_S:
+            known = owner_S, torch.bincount(owner_S, minlength=len(self.experts)).tolist()
+            self._counted[layer] = known
+        return known[1]
 
     def _mean_weights(self, step: Step) -> Tensor:
         """q of each expert that some layer could weigh: the mean over real tokens, then over those layers."""

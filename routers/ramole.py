@@ -13,6 +13,7 @@ from loraweave.errors import BaseModelMismatch, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
 from loraweave.hub.whole_number import is_whole
+from loraweave.routers.routing.choosing import without
 from loraweave.routers.routing.members import Members
 from loraweave.routers.routing.output_attention import OutputAttention
 
@@ -100,10 +101,8 @@ class Ramole(OutputAttention):
 
 def _leaving_out(scores_BTE: Tensor, present: Sequence[int], dropout: float) -> Tensor:
     """The scores with -inf, row by row, for each of the experts with that probability; two random ones always stay."""
-    num_rows = scores_BTE.shape[0]
-    noise_BP = torch.rand(num_rows, len(present), device=scores_BTE.device)
-    stays_BP = noise_BP >= dropout
-    stays_BP.scatter_(1, noise_BP.topk(min(2, len(present)), dim=1).indices, True)
-    out_BE = torch.zeros(num_rows, scores_BTE.shape[2], dtype=torch.bool, device=scores_BTE.device)
-    out_BE[:, list(present)] = ~stays_BP
+    noise_BE = torch.rand(scores_BTE.shape[0], scores_BTE.shape[2], device=scores_BTE.device)
+    noise_BE = without(noise_BE, present, filling=-1)
+    out_BE = noise_BE < dropout
+    out_BE.scatter_(1, noise_BE.topk(min(2, len(present)), dim=1).indices, False)
     return scores_BTE.masked_fill(out_BE[:, None], -math.inf)

@@ -82,7 +82,15 @@ class TokenWeights:
         # which promise weights in fp32 or better; others may need autocast for inputs of another dtype than their own
         exact = isinstance(router, TokenRouter)
 
+        device: torch.device | None = None
+
         def weights(x_BTI: Tensor, layer: str) -> Tensor:
+            nonlocal device
+            if exact and begun is None and x_BTI.device != device:
+                # where the layers are, and with the layers where they are on several
+                with torch.inference_mode(False):
+                    router.to(x_BTI.device)  # type: ignore[attr-defined]
+                device = x_BTI.device
             with own_precision(x_BTI.device) if exact and torch._C._is_any_autocast_enabled() else nullcontext():
                 w_BTE = asked.weights(x_BTI, layer)
             if not isinstance(w_BTE, Tensor) or w_BTE.ndim != 3 or w_BTE.shape[2] != len(experts):

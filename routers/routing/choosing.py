@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -24,13 +25,18 @@ def top_k_softmax(scores_BTE: Tensor, top_k: int | None = None, temperature: flo
     return torch.zeros_like(scores_BTE).scatter(-1, best.indices, best.values.softmax(dim=-1))
 
 
-def without(scores_BTE: Tensor, present: Sequence[int]) -> Tensor:
-    """The scores with -inf for the experts whose places are not in `present`."""
+def without(scores_BTE: Tensor, present: Sequence[int], filling: float = -math.inf) -> Tensor:
+    """The scores with -inf, or another `filling`, for the experts whose places are not in `present`."""
     if len(present) == scores_BTE.shape[-1]:
         return scores_BTE
-    absent_E = torch.ones(scores_BTE.shape[-1], dtype=torch.bool, device=scores_BTE.device)
-    absent_E[list(present)] = False
-    return scores_BTE.masked_fill(absent_E, -math.inf)
+    return scores_BTE.masked_fill(_absent(tuple(present), scores_BTE.shape[-1], scores_BTE.device), filling)
+
+
+# sent to a device once
+@lru_cache(maxsize=1024)
+def _absent(present: tuple[int, ...], num_experts: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor([place not in present for place in range(num_experts)], device=device)
 
 
 def require_top_k(router: str, top_k: int | None, num_experts: int, *, option: str = "top_k") -> None:

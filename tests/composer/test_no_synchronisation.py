@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from loraweave.composer.composer import Composer
 from loraweave.hub.adapter import Adapter
 from loraweave.routers.mixture import MixtureWeights
+from loraweave.routers.routing.make import router
 from loraweave.types import Factors
 
 # copies a value to the host, or has a size that only the device knows, or comes from the host
@@ -54,6 +55,8 @@ MIXTURES: dict[str, Callable[[], Any]] = {
     "layers and tokens": lambda: MixtureWeights(VALUES.expand(3, 4, 2, 3), NAMES, ("0", "2")),
     "router": _Router,
 }
+# mole asks how many rows each expert has, once a layer, and the text routers look at token ids
+TOKEN_ROUTERS = ("arrow", "spectr", "mixture_of_top1", "lag", "ramole", "adapter_fusion")
 
 
 @pytest.fixture(params=[False, True], ids=["factors", "gain and bias"])
@@ -80,6 +83,19 @@ def test_a_forward_asks_the_device_for_nothing_and_sends_it_nothing(mixture: str
         with _Watch() as watch:
             assert engine.model(x_BTI).shape == (3, 4, 3)
     assert watch.found == []
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", TOKEN_ROUTERS)
+def test_neither_does_a_router_which_goes_to_where_the_layers_are(name: str, training: bool, engine: Composer) -> None:
+    x_BTI = torch.empty(3, 4, 6, device="meta")
+    made = router(name, engine.pool).train(training)
+    with engine.activate(made), torch.set_grad_enabled(training):
+        engine.model(x_BTI)
+        with _Watch() as watch:
+            assert engine.model(x_BTI).shape == (3, 4, 3)
+    assert watch.found == []
+    assert all(tensor.device.type == "meta" for tensor in made.state_dict().values())
 
 
 @pytest.mark.parametrize("mixture", ["shared", "rows", "some rows", "tokens"])
