@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
@@ -32,6 +33,7 @@ from loraweave.composer.mixing.plan import Plan
 from loraweave.composer.mixing.prompted_generate import PromptedGenerate
 from loraweave.composer.paging.residents import Lease
 from loraweave.errors import AlreadyActive, CompositionError
+from loraweave.routers.routing.followed_caches import FollowedCaches
 
 T = TypeVar("T")
 
@@ -71,6 +73,7 @@ class Activation:
         self.lease = lease
         self.usage = Usage(live, plan.experts, plan.mixture)
         self.outer = outer
+        self.followed = FollowedCaches()
         self.closed = False
         self.number = number_of_mixing(self)
         self._thread = threading.current_thread()
@@ -219,6 +222,7 @@ class LiveLayers:
         """Closes the activation; with the last one, the layers get their own forwards back."""
         with self._lock:
             activation.closed = True
+            activation.followed.release()
             activation.lease.release()
             if activation in self._open:
                 self._open.remove(activation)
@@ -258,9 +262,11 @@ class LiveLayers:
 
     def _begin(self, begun: Begun, arguments: dict[str, Any]) -> None:
         """Shows a router a call's arguments, while no mixture counts in this context."""
+        activation = self.current()
         before = _CURRENT.set(None)
         try:
-            begun.begin(self._model, arguments)
+            with nullcontext() if activation is None else activation.followed.entered():
+                begun.begin(self._model, arguments)
         finally:
             _CURRENT.reset(before)
 

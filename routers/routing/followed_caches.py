@@ -1,0 +1,152 @@
+"""Key-value caches whose changes others follow: beams are reordered, tokens taken back, rows repeated.
+
+While an activation is open, a followed cache is of a class that is its own but for the five methods below; nothing is added
+to the object, and it is of its own class again when the activation ends. A copy or a pickle is of the cache's own class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from copy import deepcopy
+from typing import Any, Protocol
+from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
+
+from torch import Tensor
+
+
+class Follower(Protocol):
+    """What is changed as the cache is. A DynamicCache is one."""
+
+    def get_seq_length(self) -> int: ...
+
+    def reorder_cache(self, beam_idx: Tensor, /) -> None: ...
+
+    def crop(self, tokens_to_remove: int, /) -> None: ...
+
+    def batch_repeat_interleave(self, repeats: int, /) -> None: ...
+
+    def batch_select_indices(self, indices: Tensor, /) -> None: ...
+
+    def reset(self) -> None: ...
+
+
+METHODS = ("reorder_cache", "crop", "batch_repeat_interleave", "batch_select_indices", "reset")
+
+# by cache and by owner
+_FOLLOWERS: WeakKeyDictionary[Any, WeakKeyDictionary[object, Any]] = WeakKeyDictionary()
+# {class of a cache: its followed twin}
+_KINDS: dict[Any, type] = {}
+# the tensors that a cache had when it was last followed
+_LAST_TENSORS: WeakKeyDictionary[Any, list[ReferenceType[Tensor]]] = WeakKeyDictionary()
+
+
+class FollowedCaches:
+    """The caches that are followed as long as one activation is open."""
+
+    def __init__(self) -> None:
+        self._caches: WeakSet[Any] = WeakSet()
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """What begins to be followed inside counts among these."""
+        before = _CURRENT.set(self)
+        try:
+            yield
+        finally:
+            _CURRENT.reset(before)
+
+    def add(self, cache: Any) -> None:
+        self._caches.add(cache)
+
+    def release(self) -> None:
+        """No longer follows them. One that then stays as it is can be followed again."""
+        for cache in list(self._caches):
+            self._caches.discard(cache)
+            _release(cache)
+
+
+_CURRENT: ContextVar[FollowedCaches | None] = ContextVar("loraweave_followed_caches", default=None)
+
+
+def follower(cache: Any, owner: object) -> Any:
+    """The owner's follower of a cache; None where it has none, or the cache was changed while it was not followed."""
+    if cache not in _FOLLOWERS:
+        return None
+    if not _is_followed(cache):
+        before, now = _LAST_TENSORS.get(cache), _tensors(cache)
+        if before is None or len(before) != len(now) or any(a() is not b for a, b in zip(before, now, strict=True)):
+            del _FOLLOWERS[cache]
+            return None
+    return _FOLLOWERS[cache].get(owner)
+
+
+def follow(cache: Any, owner: object, state: Follower) -> None:
+    """From now on, and until the activation ends, `state` is changed as the cache is."""
+    _FOLLOWERS.setdefault(cache, WeakKeyDictionary())[owner] = state
+    if not _is_followed(cache):
+        kind = type(cache)
+        cache.__class__ = _KINDS.setdefault(kind, _KINDS.get(kind) or _followed(kind))
+    if (current := _CURRENT.get()) is not None:
+        current.add(cache)
+
+
+def _release(cache: Any) -> None:
+    if _is_followed(cache):
+        _LAST_TENSORS[cache] = [ref(tensor) for tensor in _tensors(cache)]
+        cache.__class__ = type(cache).__bases__[0]
+
+
+def _is_followed(cache: Any) -> bool:
+    return "_loraweave_follows" in vars(type(cache))
+
+
+def _tensors(cache: Any) -> list[Tensor]:
+    return [layer.keys for layer in cache.layers if isinstance(getattr(layer, "keys", None), Tensor)]
+
+
+def _followed(kind: Any) -> type:
+    methods: dict[str, Any] = {name: _following(kind, name) for name in METHODS}
+
+    def deep_copied(cache: Any, memo: dict[int, Any]) -> Any:
+        copied = memo[id(cache)] = _empty(kind)
+        copied.__dict__.update(deepcopy(vars(cache), memo))
+        _FOLLOWERS[copied] = WeakKeyDictionary(
+            {owner: deepcopy(state, memo) for owner, state in _FOLLOWERS.get(cache, {}).items()}
+        )
+        _LAST_TENSORS[copied] = [ref(tensor) for tensor in _tensors(copied)]
+        return copied
+
+    def reduced(cache: Any, protocol: Any) -> Any:
+        return _empty, (kind,), vars(cache)
+
+    own = {"__deepcopy__": deep_copied, "__reduce_ex__": reduced, "__module__": kind.__module__, "_loraweave_follows": True}
+    return type(kind.__name__, (kind,), methods | own)
+
+
+def _empty(kind: Any) -> Any:
+    return kind.__new__(kind)
+
+
+def _following(kind: Any, name: str) -> Callable[..., None]:
+    """A method of the cache, which does the same to its followers."""
+    own = getattr(kind, name)
+
+    def method(cache: Any, *args: Any, **kwargs: Any) -> None:
+        num_before = cache.get_seq_length()
+        own(cache, *args, **kwargs)
+        for state in list(_FOLLOWERS.get(cache, {}).values()):
+            if name == "crop":
+                crop(state, num_before - cache.get_seq_length())
+            else:
+                getattr(state, name)(*args, *kwargs.values())
+
+    return method
+
+
+def crop(state: Follower, num_tokens: int) -> None:
+    """Takes the last tokens from a follower."""
+    # what keeps more than its window until it is cropped is cropped by nothing, too
+    if num_tokens or any(getattr(layer, "record_past", False) for layer in getattr(state, "layers", ())):
+        state.crop(-num_tokens)
