@@ -177,7 +177,7 @@ class Composer:
             raise AlreadyActive("a mixture that is fused into the weights has none to explain: leave fused() first")
         with torch.no_grad(), nullcontext() if mixture is None else self.activate(mixture):
             read = reading(self.model, self.tokenizer, text, max_new_tokens)
-            with self.record() as trace:
+            with self.record() as trace, read.prompted():
                 self.model(**read.inputs)
         order = [name for name, _ in self.model.named_modules() if name in self.target_layers]
         return read.explanation(self.tokenizer, trace, order)

@@ -23,7 +23,7 @@ from loraweave.routers.routing.text_router import TextRouter
 
 # ours: the abstract, by which this is written, names none
 NUM_TASKS = 3
-TEMPERATURE = 0.1
+TEMPERATURE = 0.05
 
 
 class Lorauter(TextRouter):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from loraweave.composer.introspection.explanation import Explanation
 from loraweave.composer.introspection.recording import Trace
 from loraweave.composer.introspection.used_weights import UsedLayer
 from loraweave.errors import CompositionError
+from loraweave.routers.routing.prompts import prompted
 
 # what a token decodes to that is no whole character
 BROKEN = "\N{REPLACEMENT CHARACTER}"
@@ -23,12 +25,20 @@ BROKEN = "\N{REPLACEMENT CHARACTER}"
 class Reading:
     """The arguments of one forward, and the token ids in it: of the text, and for an encoder-decoder of its answer.
 
-    `lengths` are how many tokens a layer is called with for each part, which never are the same for two.
+    `lengths` are how many tokens a layer is called with for each part, which never are the same for two. The first
+    `num_prompt` tokens are the text.
     """
 
     inputs: Mapping[str, Tensor]
     parts: tuple[Tensor, ...]
     lengths: tuple[int, ...]
+    num_prompt: int
+
+    def prompted(self) -> AbstractContextManager[None]:
+        """For the forward: says that the text is a prompt, and what follows is its answer."""
+        prompt_BT = self.inputs["attention_mask"].clone()
+        prompt_BT[:, self.num_prompt :] = 0
+        return prompted(self.inputs["input_ids"], prompt_BT)
 
     def explanation(self, tokenizer: Any, trace: Trace, layers: Sequence[str]) -> Explanation:
         """The traced forward as an Explanation of the layers, in this order."""
@@ -57,14 +67,18 @@ def reading(model: nn.Module, tokenizer: Any, text: str, max_new_tokens: int) ->
         answer_ids = (output if isinstance(output, Tensor) else output.sequences)[0, call.start : -1]
     if not encodes(model):
         ids = torch.cat([text_ids, answer_ids])
-        return Reading({"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])}, (ids,), (len(ids),))
+        return Reading(
+            {"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])}, (ids,), (len(ids),), len(text_ids)
+        )
     if not max_new_tokens:
         answer_ids = torch.full_like(text_ids[:1], _start_token(model))
     given = answer_ids
     if len(given) == len(text_ids):
         # one more, which changes none before it, so that the length of a call says which part it saw
         given = torch.cat([given, torch.full_like(given[:1], pad)])
-    return Reading({**inputs, "decoder_input_ids": given[None]}, (text_ids, answer_ids), (len(text_ids), len(given)))
+    return Reading(
+        {**inputs, "decoder_input_ids": given[None]}, (text_ids, answer_ids), (len(text_ids), len(given)), len(text_ids)
+    )
 
 
 def pieces(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:

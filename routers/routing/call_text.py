@@ -1,64 +1,109 @@
-"""What the rows of a call of the model say, as token ids, and how much of it decides on the weights of a token."""
+"""What the rows of a call of the model say: the tokens of the call, after those that its cache has seen."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from loraweave.errors import ScopeError
-from loraweave.routers.routing.prompts import current_prompts
+from loraweave.routers.routing.beside_cache import BesideCache
+from loraweave.routers.routing.prompts import Prompts, current_prompts, real_tokens
+from loraweave.routers.routing.seen_tokens import SeenTokens
 
 
-def given_tokens(router: str, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """(ids_BT, mask_BT) of the tokens that the call was given; the mask is also of those before, where there is a cache.
+@dataclass(frozen=True, eq=False)
+class CallText:
+    """Token ids so far and their mask; the first `num_first` began the cache, the last `num_new` are the call's own."""
 
-    Raises ScopeError for a call by embeddings, and for a mask that does not say which tokens are real.
+    ids_BT: Tensor
+    mask_BT: Tensor
+    num_first: int
+    num_new: int
+
+    @classmethod
+    def of(cls, router: str, beside: BesideCache[SeenTokens], arguments: Mapping[str, Any]) -> Self:
+        """Of a call of the model, whose tokens are kept beside its cache from now on.
+
+        Raises ScopeError for a call by embeddings, for a mask that does not say which tokens are real, and for a cache with
+        tokens that the router has not seen.
+        """
+        new_BT, cache = arguments.get("input_ids"), arguments.get("past_key_values", arguments.get("cache"))
+        if not isinstance(new_BT, Tensor):
+            raise ScopeError(
+                f"router {router!r} chooses by the text of a row, and this call of the model has no input_ids: call it with "
+                "token ids, or generate() from them"
+            )
+        state = None if cache is None else _seen(beside, cache, len(new_BT))
+        if state is None:
+            state = SeenTokens(new_BT)
+        else:
+            state.append(new_BT)
+        if cache is not None:
+            beside.keep(cache, state)
+        mask_BT = _mask(router, arguments.get("attention_mask"), state.ids_BT)
+        return cls(state.ids_BT, mask_BT, state.num_first, new_BT.shape[1])
+
+    def rows(self) -> list[list[int]]:
+        """The real tokens of each row that began it."""
+        return real_tokens(self.ids_BT[:, : self.num_first], self.mask_BT[:, : self.num_first])
+
+    def contexts(self, router: str, refresh: int) -> tuple[list[list[int]], Tensor]:
+        """For each real token of the call, row by row, the tokens that decide on its weights; and which are real, (B, T)."""
+        rows, own_BT = real_tokens(self.ids_BT, self.mask_BT), self.mask_BT[:, -self.num_new :].bool()
+        begins = _prompt_lengths(router, len(rows))
+        contexts = []
+        for row, num_own, begin in zip(rows, own_BT.sum(dim=1).tolist(), begins, strict=True):
+            numbers = range(len(row) - num_own + 1, len(row) + 1)
+            contexts += [row[: context_length(number, begin, refresh)] for number in numbers]
+        return contexts, own_BT
+
+
+def context_length(number: int, num_prompt: int | None, refresh: int) -> int:
+    """How many tokens of a row decide on the weights of the number-th, from 1.
+
+    After a prompt of n tokens n + refresh * floor(i / refresh) for the i-th, and n for the prompt's own; where no prompt is
+    known, refresh * floor(number / refresh), or 1.
     """
-    ids_BT, mask_BT = arguments.get("input_ids"), arguments.get("attention_mask")
-    if not isinstance(ids_BT, Tensor):
-        raise ScopeError(
-            f"router {router!r} chooses by the text of a row, and this call of the model has no input_ids: call it with "
-            "token ids, or generate() from them"
-        )
-    if mask_BT is None:
-        return ids_BT, torch.ones_like(ids_BT)
-    if not isinstance(mask_BT, Tensor) or mask_BT.ndim != 2:
-        raise ScopeError(
-            f"router {router!r} chooses by the text of a row, and an attention mask of another form than (rows, tokens) "
-            "does not say which tokens that is: give such a mask, or none"
-        )
-    return ids_BT, mask_BT
+    if num_prompt is None:
+        return max(refresh * (number // refresh), 1)
+    return num_prompt + refresh * (max(number - num_prompt, 0) // refresh)
 
 
-def require_whole(router: str, arguments: Mapping[str, Any]) -> None:
-    """Raises ScopeError for a call that goes on under a cache, whose earlier tokens are not known here."""
-    cache = arguments.get("past_key_values", arguments.get("cache"))
-    if cache is not None and cache.get_seq_length():
-        raise ScopeError(
-            f"router {router!r} chooses by the text of a row, and this call has a cache with tokens that it has not "
-            "seen: use generate(), or call the model with the whole text"
-        )
-
-
-def context_lengths(router: str, rows: Sequence[Sequence[int]], refresh: int) -> list[list[int]]:
-    """For each real token of each row, how many of the row's tokens are the context that decides on its weights.
-
-    With a known prompt of n tokens, n for its own tokens and n + refresh * floor(i / refresh) for the i-th token after it;
-    without, refresh * floor(t / refresh) for the t-th token (both from 1), and 1 before that.
-    """
+def _seen(beside: BesideCache[SeenTokens], cache: Any, num_rows: int) -> SeenTokens | None:
+    """What a cache has seen: beside it, or as the prompts, where these are what it has."""
     prompts = current_prompts()
-    if prompts is None:
-        return [[max(refresh * (t // refresh), 1) for t in range(1, len(row) + 1)] for row in rows]
-    if len(rows) % len(prompts.rows):
+    try:
+        return beside.of(cache)
+    except ScopeError:
+        # a cache that the model made itself in a call without one
+        if prompts is None or cache.get_seq_length() != prompts.ids_BT.shape[1]:
+            raise
+        return SeenTokens(prompts.ids_BT.repeat_interleave(num_rows // len(prompts.ids_BT), dim=0))
+
+
+def _mask(router: str, given: Any, ids_BT: Tensor) -> Tensor:
+    if given is None:
+        return torch.ones_like(ids_BT)
+    if not isinstance(given, Tensor) or given.shape != ids_BT.shape:
+        found = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
         raise ScopeError(
-            f"router {router!r} knows {len(prompts.rows)} prompts, but the call has {len(rows)} rows, no multiple: call the "
+            f"router {router!r} chooses by the text of a row, and cannot tell from the attention mask {found} which of its "
+            f"tokens {tuple(ids_BT.shape)} are real: give a mask of that shape, or none"
+        )
+    return given
+
+
+def _prompt_lengths(router: str, num_rows: int) -> Sequence[int | None]:
+    prompts: Prompts | None = current_prompts()
+    if prompts is None:
+        return [None] * num_rows
+    if num_rows % len(prompts.rows):
+        raise ScopeError(
+            f"router {router!r} knows {len(prompts.rows)} prompts, but the call has {num_rows} rows, no multiple: call the "
             "model with the rows of the prompts"
         )
-    begins = [len(prompt) for prompt in prompts.rows for _ in range(len(rows) // len(prompts.rows))]
-    return [
-        [n + refresh * (max(t - n, 0) // refresh) for t in range(1, len(row) + 1)]
-        for row, n in zip(rows, begins, strict=True)
-    ]
+    return [len(prompt) for prompt in prompts.rows for _ in range(num_rows // len(prompts.rows))]

@@ -14,9 +14,11 @@ from loraweave.errors import ScopeError, WeightingError
 from loraweave.hub.pool import ExpertPool
 from loraweave.hub.search import Embedder, embedder_of
 from loraweave.hub.unknown_expert import unknown_expert
-from loraweave.routers.routing.call_text import context_lengths, given_tokens, require_whole
+from loraweave.routers.routing.beside_cache import BesideCache
+from loraweave.routers.routing.call_text import CallText
 from loraweave.routers.routing.members import Members
-from loraweave.routers.routing.prompts import current_prompts, real_tokens
+from loraweave.routers.routing.prompts import current_prompts
+from loraweave.routers.routing.seen_tokens import SeenTokens
 from loraweave.routers.routing.text_weights import TextWeights
 from loraweave.routers.routing.token_router import TokenRouter, option_names
 from loraweave.routers.routing.tokenizers import current_tokenizer
@@ -53,6 +55,7 @@ class TextRouter(TokenRouter):
             )
         self.embedder = embedder
         self._kept: dict[str, Tensor] = {}
+        self._beside: BesideCache[SeenTokens] = BesideCache(self.name)
         self.register_buffer("embedder_id_", torch.empty(0, dtype=torch.uint8))
 
     @cached_property
@@ -122,15 +125,14 @@ class TextRouter(TokenRouter):
         with torch.inference_mode(False), torch.no_grad():
             per_row = self.per == "row"
             w_BTE = self._per_row(arguments) if per_row else self._per_token(model, arguments)
-        return TextWeights(w_BTE, self.members)
+        return TextWeights(w_BTE, self.members, arguments.get("logits_to_keep"))
 
     def _per_row(self, arguments: Mapping[str, Any]) -> Tensor:
         prompts = current_prompts()
         if prompts is not None:
             return self._of_tokens(prompts.rows).to(prompts.ids_BT.device)[:, None]
-        ids_BT, mask_BT = given_tokens(self.name, arguments)
-        require_whole(self.name, arguments)
-        return self._of_tokens(real_tokens(ids_BT, mask_BT)).to(ids_BT.device)[:, None]
+        text = CallText.of(self.name, self._beside, arguments)
+        return self._of_tokens(text.rows()).to(text.ids_BT.device)[:, None]
 
     def _per_token(self, model: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
@@ -138,14 +140,12 @@ class TextRouter(TokenRouter):
                 f"router {self.name!r} gives each token the weights of what stands before it, and an encoder reads a text "
                 "as a whole: make the router with per='row'"
             )
-        ids_BT, mask_BT = given_tokens(self.name, arguments)
-        require_whole(self.name, arguments)
-        rows = real_tokens(ids_BT, mask_BT)
-        lengths = context_lengths(self.name, rows, self.refresh)
-        w_NE = self._of_tokens([row[:length] for row, own in zip(rows, lengths, strict=True) for length in own])
-        w_BTE = w_NE.new_zeros(*ids_BT.shape, len(self.experts))
-        w_BTE[mask_BT.to(w_NE.device).bool()] = w_NE
-        return w_BTE.to(ids_BT.device)
+        text = CallText.of(self.name, self._beside, arguments)
+        contexts, real_BT = text.contexts(self.name, self.refresh)
+        w_NE = self._of_tokens(contexts)
+        w_BTE = w_NE.new_zeros(*real_BT.shape, len(self.experts))
+        w_BTE[real_BT.to(w_NE.device)] = w_NE
+        return w_BTE.to(text.ids_BT.device)
 
     def _of_tokens(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """w_NE of the texts of token ids. Raises ScopeError without a tokenizer."""
@@ -156,6 +156,8 @@ class TextRouter(TokenRouter):
                 "tokenizer=..."
             )
         texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+        if not texts:
+            return torch.zeros(0, len(self.experts))
         return self.weights_of(self.vectors(texts))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

@@ -9,16 +9,23 @@ from loraweave.routers.routing.members import Members
 
 
 class TextWeights:
-    """w_BTE, with 0 for an expert in the layers that it leaves alone."""
+    """w_BTE, with 0 for an expert in the layers that it leaves alone.
 
-    def __init__(self, w_BTE: Tensor, members: Members) -> None:
+    `logits_to_keep` is the call's argument, which has the language head see fewer tokens: the last, or those of an index.
+    """
+
+    def __init__(self, w_BTE: Tensor, members: Members, logits_to_keep: int | Tensor | None) -> None:
         self._w_BTE = w_BTE
         self._members = members
+        self._logits_to_keep = logits_to_keep
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
-        present = self._members.layers[layer].experts
+        w_BTE, present = self._w_BTE, self._members.layers[layer].experts
+        keep = self._logits_to_keep
+        if keep is not None and w_BTE.shape[1] not in (1, x_BTI.shape[1]):
+            w_BTE = w_BTE[:, keep] if isinstance(keep, Tensor) else w_BTE[:, -keep:]
         if len(present) == len(self._members.names):
-            return self._w_BTE
-        present_E = torch.zeros(len(self._members.names), dtype=torch.bool, device=self._w_BTE.device)
+            return w_BTE
+        present_E = torch.zeros(len(self._members.names), dtype=torch.bool, device=w_BTE.device)
         present_E[list(present)] = True
-        return self._w_BTE.masked_fill(~present_E, 0.0)
+        return w_BTE.masked_fill(~present_E, 0.0)

@@ -47,7 +47,7 @@ def cosines(texts, examples=EXAMPLES):
     return np.array([[v @ k / np.linalg.norm(v) / np.linalg.norm(k) for k in keys] for v in vectors])
 
 
-def softmax(scores_NE, temperature=0.1):
+def softmax(scores_NE, temperature=0.05):
     powers = np.exp((scores_NE - scores_NE.max(axis=1, keepdims=True)) / temperature)
     return powers / powers.sum(axis=1, keepdims=True)
 
