@@ -21,8 +21,7 @@ from loraweave.hub.base_key import base_key
 from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
 from loraweave.hub.progress import progress_bar
-from loraweave.routers.routing.token_router import TokenRouter
-from loraweave.types import Task
+from loraweave.types import Router, Task
 
 # a race pays for its folds out of one budget
 FOLDS, FOLDS_OF_A_RACE = 3, 2
@@ -34,7 +33,7 @@ def compose(
     hub_or_pool: Hub | ExpertPool,
     task: Task,
     *,
-    method: str | TokenRouter = "lorahub",
+    method: str | Router = "lorahub",
     k: int = 20,
     budget: int | None = 40,
     seconds: float | None = None,

@@ -13,13 +13,13 @@ from loraweave.composer.composer import Composer
 from loraweave.composer.composing.choice import Choice
 from loraweave.composer.composing.parts import Part
 from loraweave.composer.composing.router_method import TRAINING, is_trained
-from loraweave.composer.refine.routed import pool_of
+from loraweave.composer.refine.routed import pool_of, router_name
 from loraweave.composer.refine.tune import STEP_COST
 from loraweave.routers.mixture import MixtureWeights
 from loraweave.routers.routing.learned_router import LearnedRouter
 from loraweave.routers.routing.make import router
 from loraweave.routers.routing.token_router import TokenRouter
-from loraweave.types import Task
+from loraweave.types import Router, Task
 
 # without a budget
 STEPS = 20
@@ -47,14 +47,14 @@ class Routed:
 
     def __init__(
         self,
-        method: str | TokenRouter,
+        method: str | Router,
         engine: Composer,
         task: Task,
         training: Training,
         options: Mapping[str, Any],
         on_progress: Callable[[int], object],
     ) -> None:
-        self.name = method if isinstance(method, str) else method.name
+        self.name = router_name(method)
         self.learns = is_trained(method)
         self.evaluations = 0 if self.learns else 1
         self._engine = engine
@@ -63,7 +63,7 @@ class Routed:
         self._options = {name: value for name, value in options.items() if name not in TRAINING or not self.learns}
         self._on_progress = on_progress
         # what its options or the pool forbid is raised before anything runs
-        self._router = self._made() if isinstance(method, str) else method.onto(pool_of(method, engine)).to(self._device)
+        self._router = self._made() if isinstance(method, str) else self._given(method)
 
     def planned(self, num_folds: int) -> int:
         """The evaluations to come."""
@@ -77,6 +77,9 @@ class Routed:
     @property
     def _device(self) -> torch.device:
         return next(self._engine.model.parameters()).device
+
+    def _given(self, router: Router) -> Router:
+        return router.onto(pool_of(router, self._engine)).to(self._device) if isinstance(router, TokenRouter) else router
 
     def _made(self) -> TokenRouter:
         with torch.random.fork_rng():
@@ -104,6 +107,6 @@ class Routed:
         self._on_progress(made_evaluations)
         return made.eval()
 
-    def _choice(self, made: TokenRouter) -> Choice:
-        num_trained = sum(parameter.numel() for parameter in made.parameters()) if self.learns else 0
+    def _choice(self, made: Router) -> Choice:
+        num_trained = sum(p.numel() for p in made.parameters()) if isinstance(made, LearnedRouter) and self.learns else 0
         return Choice(self._engine, MixtureWeights.of({}, self._engine.pool.names), num_trained=num_trained, router=made)

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loraweave.composer.composing.router_method import check_router, is_trained, router_type
+from loraweave.composer.composing.router_method import check_router, is_trained, routes
 from loraweave.composer.composing.solver_options import OTHER_WAYS, check_options, solver_class, takes
 from loraweave.composer.evaluation.user_loss import Examples
+from loraweave.composer.refine.routed import router_name
 from loraweave.errors import InvalidTask, UnknownName, WeightingError
 from loraweave.hub.whole_number import is_whole
 from loraweave.registry import nearest
-from loraweave.routers.routing.token_router import TokenRouter
-from loraweave.types import Task
+from loraweave.types import Router, Task
 
 # what a search's weights mean, as the name of a merge method
 SPACES = {"deltas": "linear", "factors": "factor_sum"}
@@ -24,7 +24,7 @@ SPACES = {"deltas": "linear", "factors": "factor_sum"}
 class Settings:
     """The arguments of compose() that say how to search."""
 
-    method: str | TokenRouter
+    method: str | Router
     k: int
     budget: int | None
     seconds: float | None
@@ -43,12 +43,12 @@ class Settings:
     @property
     def name(self) -> str:
         """That of the method."""
-        return self.method.name if isinstance(self.method, TokenRouter) else self.method
+        return router_name(self.method)
 
     @property
     def routes(self) -> bool:
         """Whether a router makes the weights, and no search."""
-        return router_type(self.method) is not None
+        return routes(self.method)
 
     @property
     def learns(self) -> bool:

@@ -37,6 +37,8 @@ def saved_router(router: Router) -> TokenRouter:
     return router
 
 
-def router_name(router: Router) -> str:
-    """Its name in the registry, or of its class where it is in none."""
+def router_name(router: str | Router) -> str:
+    """Its name in the registry, or of its class where it is in none; a name is its own."""
+    if isinstance(router, str):
+        return router
     return router.name if isinstance(router, TokenRouter) else type(router).__name__

@@ -122,8 +122,9 @@ def _pool(folder: Path, members: Members) -> ExpertPool:
     adapters = {}
     for number, (name, digest) in enumerate(zip(members.names, members.hashes, strict=True)):
         where = folder / ADAPTERS / str(number)
-        if not where.is_dir():
-            raise AdapterCorrupt(f"{folder} has no folder {ADAPTERS}/{number}, which is expert {name!r}")
+        # a link could lead anywhere
+        if not where.is_dir() or not where.resolve().is_relative_to(folder.resolve()):
+            raise AdapterCorrupt(f"{folder} has no folder {ADAPTERS}/{number} in it, which is expert {name!r}")
         adapters[name] = Adapter.from_pretrained(where)
         if adapters[name].hash != digest:
             raise AdapterCorrupt(

@@ -141,8 +141,8 @@ def test_a_router_that_was_made_already_is_taken_as_it_is(tiny_llama, tokenizer,
 
 
 def test_a_router_of_ones_own_makes_a_composition_that_answers(tiny_llama, tokenizer, pool, task, tmp_path):
-    composed = compose(tiny_llama, tokenizer, pool, task, method="base")
-    composed = dataclasses.replace(composed, pool=pool, router=Half())
+    composed = compose(tiny_llama, tokenizer, pool, task, method=Half())
+    assert composed.report.chosen == "Half"
     expected = losses_under(tiny_llama, tokenizer, pool, task, {"a": 0.5, "b": 0.5})
     assert composed.losses() == pytest.approx(expected, rel=1e-4)
     with pytest.raises(ScopeError, match="router 'Half' is none that loraweave can write"):
@@ -163,6 +163,9 @@ def test_fusing_a_router_is_refused_with_the_way_out(tiny_llama, pool):
     ("options", "error", "message"),
     [
         ({"method": "arow"}, UnknownName, "did you mean 'arrow'"),
+        ({"method": 5}, WeightingError, "method is 5; give the name of"),
+        ({"method": lw.MixtureWeights.of({"a": 1.0}, ["a"])}, WeightingError, "method='manual'"),
+        ({"method": Half(), "top_k": 2}, WeightingError, "method 'Half' has no option 'top_k'"),
         ({"method": "arrow", "top_q": 2}, WeightingError, "has no option 'top_q'.*did you mean 'top_k'"),
         ({"method": "ramole", "steps": 0}, WeightingError, "steps of method 'ramole' is 0"),
         ({"method": "ramole", "folds": 1}, WeightingError, "would hold out every example"),

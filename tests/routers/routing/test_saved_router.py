@@ -172,6 +172,16 @@ def test_an_adapter_of_other_content_in_the_folder_is_refused(tmp_path, pool):
         router(folder)
 
 
+def test_adapters_outside_of_the_folder_are_not_read(tmp_path, pool):
+    folder = router("arrow", pool).save_pretrained(tmp_path / "router", pool=pool)
+    (folder / "adapters").rename(tmp_path / "elsewhere")
+    with pytest.raises(AdapterCorrupt, match="has no folder adapters/0"):
+        router(folder)
+    (folder / "adapters").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(AdapterCorrupt, match="has no folder adapters/0"):
+        router(folder)
+
+
 def test_a_folder_with_something_else_is_left_alone(tmp_path, pool):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "diary.txt").write_text("dear diary")
