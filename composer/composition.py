@@ -235,7 +235,7 @@ class Composition:
         if why := base.differs(fingerprint(model)):
             raise BaseModelMismatch(f"{folder} was composed for {recipe['base_model']!r}, and this model is another: {why}")
         if recipe["format"] == FORMAT_WITH_ROUTER:
-            router = read_router(Path(folder) / "router").to(next(model.parameters()).device)
+            router = read_router(Path(folder) / "router")
             if router.pool is None:
                 raise AdapterCorrupt(f"{folder} has a router without its adapters; compose again")
             fields = {"seed": recipe["seed"], "parents": recipe["parents"], "router": router}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,29 +74,24 @@ class Routed:
             return [self._choice(self._router)] * len(parts)
         return [self._choice(self._trained(part)) for part in parts]
 
-    @property
-    def _device(self) -> torch.device:
-        return next(self._engine.model.parameters()).device
-
     def _given(self, router: Router) -> Router:
-        return router.onto(pool_of(router, self._engine)).to(self._device) if isinstance(router, TokenRouter) else router
+        return router.onto(pool_of(router, self._engine)) if isinstance(router, TokenRouter) else router
 
     def _made(self) -> TokenRouter:
         with torch.random.fork_rng():
             torch.manual_seed(self._training.seed)
-            return router(self.name, self._engine.bound_pool, **self._options).to(self._device)
+            return router(self.name, self._engine.bound_pool, **self._options)
 
     def _trained(self, part: Part) -> TokenRouter:
         made = self._made()
         assert isinstance(made, LearnedRouter)
         training = self._training
-        rows = [(self._task.prompt(text), target) for text, target in (self._task.examples[place] for place in part.seen)]
         made.fit(
             self._engine,
-            rows,
+            replace(self._task, examples=[self._task.examples[place] for place in part.seen]),
             steps=training.steps,
             lr=training.lr,
-            batch_size=min(BATCH_SIZE, len(rows)),
+            batch_size=min(BATCH_SIZE, len(part.seen)),
             seed=training.seed,
             warmup=0,
             checkpoint=None if training.checkpoint is None else training.checkpoint / f"{self.name}-{part.name}",

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from loraweave.composer.mixing.resolve import resolve
 from loraweave.composer.router_training.accelerating import accelerating
 from loraweave.composer.router_training.checkpointed_blocks import checkpointed_blocks
 from loraweave.composer.router_training.kept_state import KeptState
@@ -28,7 +29,7 @@ def fit(engine: Composer, router: Any, dataset: Any, given: Mapping[str, Any]) -
         name = getattr(router, "name", type(router).__name__)
         raise TrainingError(f"{name!r} learns nothing, so there is nothing to fit: it can be activated as it is")
     settings = Settings.of(router, given)
-    router.require_pool(engine.pool)
+    resolve(router, engine.pool, engine.bound_pool)
     if not any(parameter.requires_grad for parameter in router.parameters()):
         raise TrainingError(f"no parameter of router {router.name!r} requires a gradient, so there is nothing to fit")
     model = engine.model
