@@ -18,7 +18,7 @@ from loraweave.retrieval.training_state import TrainingState, load_state, save_s
 from loraweave.routers.routing.learned_router import LearnedRouter
 from loraweave.routers.routing.training_report import TrainingReport
 
-BEST, REPORT = "best", "report"
+BEST, RECENT, REPORT = "best", "recent", "report"
 
 
 @dataclass(frozen=True)
@@ -45,24 +45,30 @@ class KeptState:
         parameters: Sequence[Tensor],
         optimizer: torch.optim.Optimizer,
         best: Sequence[Tensor],
+        recent: Sequence[Tensor],
         report: TrainingReport,
     ) -> None:
         """Visible only when whole. A full disk is said and does not end the training."""
         if self.folder is None:
             return
         tensors = TrainingState.of(step, parameters, optimizer).tensors
-        tensors |= {f"{index}.{BEST}": value for index, value in enumerate(best)}
+        for part, values in ((BEST, best), (RECENT, recent)):
+            tensors |= {f"{index}.{part}": value for index, value in enumerate(values)}
         tensors[REPORT] = torch.frombuffer(bytearray(json.dumps(report.to_json()).encode()), dtype=torch.uint8)
         save_state(self.folder, self.key, TrainingState(step, tensors))
 
     def restore(
         self, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer
-    ) -> tuple[int, list[Tensor], TrainingReport] | None:
-        """(steps done, best parameters, report) after putting the state back; None where there is none."""
+    ) -> tuple[int, list[Tensor], list[Tensor], TrainingReport] | None:
+        """(steps done, best parameters, recent loads, report) after putting the state back; None where there is none."""
         state = None if self.folder is None else load_state(self.folder, self.key)
         if state is None:
             return None
         step = state.restore(parameters, optimizer)
-        best = [state.tensors[name] for index in range(len(parameters)) if (name := f"{index}.{BEST}") in state.tensors]
         report = TrainingReport.from_json(json.loads(bytes(state.tensors[REPORT].tolist())))
-        return step, best, report
+        return step, _numbered(state, BEST), _numbered(state, RECENT), report
+
+
+def _numbered(state: TrainingState, part: str) -> list[Tensor]:
+    names = (name for name in state.tensors if name.endswith(f".{part}"))
+    return [state.tensors[name] for name in sorted(names, key=lambda name: int(name.partition(".")[0]))]

@@ -69,14 +69,15 @@ class Run:
 
     def all_steps(self, state: KeptState, started: float) -> None:
         """Takes what steps are left, and leaves the router with the best parameters and its report."""
-        first = self._resumed(state)
+        first, recent = self._resumed(state)
+        watch = self._watch = Watch(self._router, self._report, self._settings.steps, sorted(self._taught))
+        watch.recent.extend(recent)
         before, settings = self._report.seconds, self._settings
-        watch = Watch(self._router, self._report, settings.steps, sorted(self._taught))
         shown = self._bar.add_task(f"fit {self._router.name}", total=settings.steps, completed=first, seen="")
         for number in range(first + 1, settings.steps + 1):
             if number == 1:
                 self._evaluate(0)
-            loss = self._step(number, watch)
+            loss = self._step(number)
             seen = watch.stepped(number)
             if number % settings.evaluate_every == 0 or number == settings.steps:
                 self._evaluate(number)
@@ -89,7 +90,7 @@ class Run:
                 break
         self._finish()
 
-    def _step(self, number: int, watch: Watch) -> float:
+    def _step(self, number: int) -> float:
         """One step of the optimizer; the mean loss over its target tokens."""
         settings = self._settings
         for group in self._optimizer.param_groups:
@@ -100,7 +101,7 @@ class Run:
         self._router.train()
         totals: dict[str, float] = {}
         for index, part in enumerate(passes(groups, num_passes)):
-            for name, value in self._pass(number, index, part, watch).items():
+            for name, value in self._pass(number, index, part).items():
                 totals[name] = totals.get(name, 0.0) + value
         loss = totals.pop("loss") / len(groups)
         self._require_finite(number, {"the loss": loss, **{f"term {name!r}": value for name, value in totals.items()}})
@@ -119,7 +120,7 @@ class Run:
             self._report.terms.setdefault(name, []).append(value)
         return loss
 
-    def _pass(self, number: int, index: int, part: Pass, watch: Watch) -> dict[str, float]:
+    def _pass(self, number: int, index: int, part: Pass) -> dict[str, float]:
         """Adds the gradient of one pass; what it contributes to the step's loss and to each term."""
         inputs = target_batch(self._model, self._tokenizer, part.rows)
         device = inputs.targets_BK.device
@@ -137,7 +138,7 @@ class Run:
                 self._accelerator.backward(torch.stack([loss, *terms.values()]).sum())
         finally:
             self._router.step = None
-        watch.saw(step)
+        self._watch.saw(step)
         self._report.tokens += sum(map(len, part.rows))
         return {"loss": float(loss.detach()), **{name: float(value.detach()) for name, value in terms.items()}}
 
@@ -200,19 +201,20 @@ class Run:
         return f"  held out {self._report.evaluations[-1][1]:.3f}" if self._report.evaluations else ""
 
     def _save(self, state: KeptState, number: int) -> None:
-        state.save(number, self._parameters, self._optimizer, self._best.values, self._report)
+        recent = list(self._watch.recent)
+        state.save(number, self._parameters, self._optimizer, self._best.values, recent, self._report)
 
-    def _resumed(self, state: KeptState) -> int:
-        """How many steps were done before, by this call when it was interrupted."""
+    def _resumed(self, state: KeptState) -> tuple[int, Sequence[Tensor]]:
+        """How many steps were done before, by this call when it was interrupted, and the load of the last ones."""
         found = state.restore(self._parameters, self._optimizer)
         if found is None:
-            return 0
-        step, values, self._report = found
+            return 0, ()
+        step, values, recent, self._report = found
         for _, loss in self._report.evaluations:
             self._best.waited += 1
             if loss < self._best.loss:
                 self._best = _Best(loss, values)
-        return step
+        return step, recent
 
     def _finish(self) -> None:
         if self._best.values:

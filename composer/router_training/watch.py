@@ -33,7 +33,8 @@ class Watch:
             present[list(layer.experts)] += 1 / len(layer.experts)
         # share_E of experts that are used alike wherever they are present
         self._equal_E = present / present.sum()
-        self._recent: deque[Tensor] = deque(maxlen=WINDOW)
+        # load_E of the last steps
+        self.recent: deque[Tensor] = deque(maxlen=WINDOW)
         self._loads: list[Tensor] = []
         self._entropies: list[float] = []
 
@@ -53,13 +54,13 @@ class Watch:
         entropy = sum(self._entropies) / len(self._entropies)
         self._loads.clear()
         self._entropies.clear()
-        self._recent.append(load_E)
+        self.recent.append(load_E)
         report = self._report
         report.entropy.append(entropy)
         if number % self._every == 0 or number == 1:
             report.load.append((number, [round(share, 4) for share in load_E.tolist()]))
-        if len(self._recent) == WINDOW:
-            self._judge(number, torch.stack(list(self._recent)).mean(dim=0))
+        if len(self.recent) == WINDOW:
+            self._judge(number, torch.stack(list(self.recent)).mean(dim=0))
         top = int(load_E.argmax())
         dead = f"  dead {len(report.dead)}" if report.dead else ""
         return f"  entropy {entropy:.2f}  top {report.experts[top]} {float(load_E[top]):.0%}{dead}"
