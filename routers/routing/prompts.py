@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
-    """Token ids of the prompts of a batch; the mask is 0 where a token is padding, or follows the prompt."""
+    """Token ids of the prompts of a batch; the mask is 0 where a token is padding, or follows the prompt.
+
+    `weights` is what routers made of them.
+    """
 
     ids_BT: Tensor
     mask_BT: Tensor
+    weights: WeakKeyDictionary[object, Tensor] = field(default_factory=WeakKeyDictionary)
 
     @cached_property
     def rows(self) -> list[list[int]]:

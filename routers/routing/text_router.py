@@ -130,7 +130,10 @@ class TextRouter(TokenRouter):
     def _per_row(self, arguments: Mapping[str, Any]) -> Tensor:
         prompts = current_prompts()
         if prompts is not None:
-            return self._of_tokens(prompts.rows).to(prompts.ids_BT.device)[:, None]
+            # each token that is generated asks again
+            if self not in prompts.weights:
+                prompts.weights[self] = self._of_tokens(prompts.rows).to(prompts.ids_BT.device)[:, None]
+            return prompts.weights[self]
         text = CallText.of(self.name, self._beside, arguments)
         return self._of_tokens(text.rows()).to(text.ids_BT.device)[:, None]
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from loraweave.routers.routing.choosing import without
 from loraweave.routers.routing.members import Members
 
 
@@ -24,8 +24,4 @@ class TextWeights:
         keep = self._logits_to_keep
         if keep is not None and w_BTE.shape[1] not in (1, x_BTI.shape[1]):
             w_BTE = w_BTE[:, keep] if isinstance(keep, Tensor) else w_BTE[:, -keep:]
-        if len(present) == len(self._members.names):
-            return w_BTE
-        present_E = torch.zeros(len(self._members.names), dtype=torch.bool, device=w_BTE.device)
-        present_E[list(present)] = True
-        return w_BTE.masked_fill(~present_E, 0.0)
+        return without(w_BTE, present, filling=0.0)

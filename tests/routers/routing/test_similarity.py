@@ -236,3 +236,9 @@ def test_a_call_without_text_is_refused_by_name(engine, model, pool, tokenizer):
     embeds = model.get_input_embeddings()(encoded(tokenizer, TEXTS)["input_ids"])
     with engine.activate(similarity(pool)), pytest.raises(ScopeError, match="has no input_ids"):
         model(inputs_embeds=embeds)
+
+
+def test_a_copy_of_a_router_that_was_in_use_gives_the_same(engine, pool):
+    router = similarity(pool, per="token")
+    engine.generate(TEXTS, mixture=router, max_new_tokens=2)
+    assert torch.equal(copy.deepcopy(router).of_texts(TEXTS), router.of_texts(TEXTS))

@@ -201,3 +201,26 @@ def test_threads_that_generate_at_once_under_one_router_have_their_own_texts(eng
     alone = [answer(text) for text in TEXTS]
     with ThreadPoolExecutor(3) as threads:
         assert list(threads.map(answer, TEXTS)) == alone
+
+
+@pytest.mark.parametrize("per", ["row", "token"])
+def test_a_stream_is_what_generate_gives(engine, pool, per):
+    router = by_token(pool, per=per)
+    settings = {"mixture": router, "max_new_tokens": 9, "do_sample": False}
+    pieces = list(engine.stream(TEXTS, **settings))
+    assert ["".join(own) for own in zip(*pieces, strict=True)] == engine.generate(TEXTS, **settings)
+
+
+@pytest.mark.parametrize("per", ["row", "token"])
+def test_tokens_that_are_looked_up_and_taken_back_change_nothing(engine, pool, per):
+    settings = {"mixture": by_token(pool, per=per, refresh=1), "max_new_tokens": 12, "do_sample": False}
+    text = "one two one two one two one"
+    assert engine.generate([text], prompt_lookup_num_tokens=3, **settings) == engine.generate([text], **settings)
+
+
+@pytest.mark.parametrize("per", ["row", "token"])
+def test_inference_mode_changes_nothing(engine, pool, per):
+    settings = {"mixture": by_token(pool, per=per), "max_new_tokens": 6, "do_sample": False}
+    with torch.inference_mode():
+        found = engine.generate(TEXTS, **settings)
+    assert engine.generate(TEXTS, **settings) == found
