@@ -15,6 +15,7 @@ from loraweave.hub.adapter import Adapter
 from loraweave.hub.intake.upload import upload
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.routing.members import Members
+from loraweave.routers.routing.router_card import router_card
 from loraweave.routers.routing.rows import with_rows, without_rows
 from loraweave.routers.routing.writing import write_router
 
@@ -150,7 +151,7 @@ class TokenRouter(nn.Module):
         private: bool | None = None,
         commit_message: str | None = None,
     ) -> str:
-        """Puts what `save_pretrained` writes into `owner/name` of the model hub, made if need be; returns the commit's id.
+        """Puts what `save_pretrained` writes into `owner/name` of the model hub, with a card; returns the commit's id.
 
         A repository that is made is as the owner's settings have it, unless `private` says. `lw.router("owner/name")` reads
         it again. Raises HubReadOnly where the token may not write there, SourceUnavailable for what may work later,
@@ -158,6 +159,7 @@ class TokenRouter(nn.Module):
         """
         with TemporaryDirectory() as place:
             folder = self.save_pretrained(Path(place) / "router", pool=pool)
+            (folder / "README.md").write_text(router_card(self, repository, with_pool=pool is not None), encoding="utf-8")
             message = commit_message or f"router {self.name} for {len(self.experts)} experts"
             return upload(folder, repository, token=token, private=private, message=message)
 

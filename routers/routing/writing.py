@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,10 +53,19 @@ def _recipe(router: TokenRouter, digest: str, num_adapters: int) -> str:
         "members": router.members.to_json(),
         "sha256": digest,
         "adapters": num_adapters,
-        "report": router.report,
+        "report": _finite(router.report),
         "versions": {package: version(package) for package in PACKAGES},
     }
-    return json.dumps(found, indent=1, ensure_ascii=False)
+    return json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """None where a number is not finite, which JSON has no form for."""
+    if isinstance(value, Mapping):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _json(router: str, option: str, value: Any) -> Any:

@@ -80,6 +80,14 @@ def weights_of(model, pool, made, rows=slice(None), columns=slice(None)):
     return {layer: used[layer].expand(shape) for layer in used}, logits
 
 
+@torch.no_grad()
+def generated(model, pool, made, **settings):
+    """Six tokens after each row."""
+    greedy = {"max_new_tokens": 6, "do_sample": False, "attention_mask": MASK_BT, "pad_token_id": 0}
+    with composer(model, pool).activate(made):
+        return model.generate(IDS_BT, **greedy, **settings)
+
+
 @pytest.mark.parametrize("name", ROUTERS)
 def test_weights_are_finite_numbers_for_the_experts_of_the_pool(name, model, pool):
     made = make(name, pool)
@@ -120,11 +128,7 @@ def test_a_row_does_not_depend_on_the_others_nor_on_padding(name, model, pool):
 @pytest.mark.parametrize("name", ROUTERS)
 def test_generation_with_the_cache_is_generation_without(name, model, pool):
     made = make(name, pool)
-    settings = {"max_new_tokens": 6, "do_sample": False, "attention_mask": MASK_BT, "pad_token_id": 0}
-    with torch.no_grad(), composer(model, pool).activate(made):
-        cached = model.generate(IDS_BT, use_cache=True, **settings)
-        uncached = model.generate(IDS_BT, use_cache=False, **settings)
-    assert torch.equal(cached, uncached)
+    assert torch.equal(generated(model, pool, made, use_cache=True), generated(model, pool, made, use_cache=False))
 
 
 @pytest.mark.parametrize("name", ROUTERS)
@@ -195,6 +199,7 @@ def test_for_a_pool_of_other_order_and_more_experts_it_gives_the_same_logits(nam
     weights, logits = weights_of(model, larger, again)
     assert torch.allclose(logits, weights_of(model, pool, made)[1], atol=1e-5)
     assert not any(w_BTE[..., 0].any() for w_BTE in weights.values())
+    assert torch.equal(generated(model, larger, again), generated(model, pool, made))
 
 
 @pytest.mark.parametrize("name", ROUTERS)

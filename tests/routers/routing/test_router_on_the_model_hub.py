@@ -15,6 +15,7 @@ import torch
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.routing.make import router
+from loraweave.routers.routing.router_card import router_card
 from loraweave.types import Factors
 
 DRIVER = Path(__file__).parents[2] / "hub" / "intake" / "model_hub.py"
@@ -78,7 +79,19 @@ def test_the_message_of_the_commit_can_be_given(found):
 def test_a_router_without_its_pool_is_two_files(found):
     assert found["alone, read"] == {"state": found["state"], "pool": []}
     files = {path.name for path in (found["root"] / "alone").iterdir()}
-    assert files == {"made", "message", "router.json", "router.safetensors"}
+    assert files == {"README.md", "made", "message", "router.json", "router.safetensors"}
+
+
+def test_the_card_names_base_and_experts_and_no_folder_as_the_base(found):
+    card = (found["root"] / "arrow" / "README.md").read_text()
+    assert "base_model: tiny\n" in card
+    assert "\n    a\n    b\n" in card
+    assert "lw.router('mine/arrow')" in card
+    torch.manual_seed(0)
+    local = Adapter("# x\n---", "/home/me/base", {"layer": Factors(torch.randn(2, 8), torch.randn(6, 2))})
+    text = router_card(router("arrow", [local]), "mine/arrow", with_pool=False)
+    assert "base_model" not in text
+    assert text.endswith("\n    # x ---\n")
 
 
 @pytest.mark.parametrize(

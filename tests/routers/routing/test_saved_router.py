@@ -200,6 +200,8 @@ def test_how_it_was_trained_is_kept(tmp_path, pool):
     arrow = router("arrow", pool)
     arrow.report = {"steps": 3, "losses": [1.0, 0.5]}
     assert router(arrow.save_pretrained(tmp_path / "router")).report == arrow.report
+    arrow.report = {"losses": [float("nan"), 0.5]}
+    assert router(arrow.save_pretrained(tmp_path / "router")).report == {"losses": [None, 0.5]}
 
 
 @pytest.mark.parametrize("name", ["arrow", "spectr", "lag", "mixture_of_top1"])
