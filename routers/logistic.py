@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ class Logistic(TextRouter):
     `examples`, `template` and `embedder` are those of router `similarity`; where the cards have no sample inputs either,
     `fit` comes first. Raises WeightingError that names the experts without examples, and for options out of range.
     """
+
+    by_expert: ClassVar[tuple[str, ...]] = ("coefficients_", "intercepts_")
 
     coefficients_: Tensor
     intercepts_: Tensor

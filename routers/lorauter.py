@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ class Lorauter(TextRouter):
 
     Raises WeightingError for options out of range and for a table that lacks a task or an expert.
     """
+
+    by_expert: ClassVar[tuple[str, ...]] = ("losses_",)
 
     keys_: Tensor
     losses_: Tensor
@@ -82,9 +84,9 @@ class Lorauter(TextRouter):
         nearest_NK = scores_NT.argsort(dim=1, descending=True, stable=True)[:, : self.num_tasks]
         shares_NK = (scores_NT.gather(1, nearest_NK) / self.temperature).softmax(dim=1)
         # stable: of equal losses the expert that stands first is better
-        best_TM = self.losses_.argsort(dim=1, stable=True)[:, : self.best]
-        answers_TE = torch.zeros_like(self.losses_, dtype=torch.float64).scatter(1, best_TM, 1 / self.best)
-        return torch.einsum("nk,nke->ne", shares_NK, answers_TE[nearest_NK]).float()
+        best_MT = self.losses_.argsort(dim=0, stable=True)[: self.best]
+        answers_ET = torch.zeros_like(self.losses_, dtype=torch.float64).scatter(0, best_MT, 1 / self.best)
+        return torch.einsum("nk,nke->ne", shares_NK, answers_ET.T[nearest_NK]).float()
 
     def _learn(self, prompts: Mapping[str, list[str]], losses: Mapping[str, Mapping[str, float]]) -> None:
         if prompts.keys() != losses.keys() or not prompts:
@@ -93,7 +95,7 @@ class Lorauter(TextRouter):
                 f"router 'lorauter' needs the prompts and the losses of the same tasks, but {odd} have only one of them; "
                 "fit() measures the losses"
             )
-        self.losses_ = torch.tensor([self._row(name, losses[name]) for name in prompts])
+        self.losses_ = torch.tensor([self._row(name, losses[name]) for name in prompts]).T.contiguous()
         if empty := [name for name, texts in prompts.items() if not texts]:
             raise InvalidTask(f"task {empty[0]!r} of router 'lorauter' has no prompts to know it by")
         keys = [functional.normalize(self.vectors(texts).mean(dim=0), dim=0) for texts in prompts.values()]

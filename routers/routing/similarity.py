@@ -50,6 +50,7 @@ class Similarity(TextRouter):
     """
 
     per_expert: ClassVar[Mapping[str, str | None] | None] = {"keys_": None}
+    by_expert: ClassVar[tuple[str, ...]] = ("keys_",)
     counts: ClassVar[tuple[str, ...]] = ("nearest",)
 
     keys_: Tensor

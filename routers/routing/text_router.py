@@ -39,6 +39,8 @@ class TextRouter(TokenRouter):
 
     simplex: ClassVar[bool] = False
     needs_tokenizer: ClassVar[bool] = True
+    # buffers with a row for each expert
+    by_expert: ClassVar[tuple[str, ...]] = ()
     # whether all tokens of a row share its weights
     per: Literal["row", "token"] = "row"
     # of weights per token, for how many tokens the context stays that gives them
@@ -169,3 +171,10 @@ class TextRouter(TokenRouter):
             if isinstance(found := state_dict.get(prefix + name), Tensor):
                 self._buffers[name] = found.clone()
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        problems: list[str] = rest[-1]
+        counts = {name: len(self.get_buffer(name)) for name in self.by_expert}
+        problems += [
+            f"{name} has {count} rows, but there are {len(self.experts)} experts"
+            for name, count in counts.items()
+            if count not in (0, len(self.experts))
+        ]
