@@ -55,9 +55,18 @@ def pool(model, make_adapters):
     return ExpertPool([shown(a, own) for a, own in zip(make_adapters(model, "llama"), texts, strict=True)])
 
 
+def measured(made):
+    """With means for those that have none yet, as fit() of average_activation leaves them."""
+    for layer in getattr(made, "means_", ()):
+        for expert, mean_I in zip(made.experts, made.means_[layer], strict=True):
+            if not bool(mean_I.any()):
+                mean_I.normal_(generator=torch.Generator().manual_seed(sum(expert.encode())))
+
+
 def make(name, pool):
     torch.manual_seed(3)
     made = router(name, pool, **NEEDED.get(name, {})).eval()
+    measured(made)
     # what is learned starts where all experts count alike, which would hide mistakes
     with torch.no_grad():
         for parameter in made.parameters():
@@ -213,6 +222,7 @@ def test_an_expert_that_joins_and_leaves_again_leaves_the_rest_as_it_was(name, m
             made.remove_expert("b")
         return
     more = made.add_expert("new", new)
+    measured(more)
     larger = pool.including("new", new)
     assert set(weights_of(model, larger, more)[0]) == set(larger.layer_names)
     back = more.remove_expert("new")
