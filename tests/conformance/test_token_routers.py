@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
+from loraweave.composer.compose import compose
 from loraweave.composer.composer import Composer
+from loraweave.composer.composition import Composition
 from loraweave.errors import ScopeError, WeightingError
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.routing.make import router, router_names
-from loraweave.types import Factors
+from loraweave.types import Factors, Task
 
 ROUTERS = router_names()
 # what a router cannot do without, besides the pool
@@ -267,3 +270,16 @@ def test_the_model_is_bit_for_bit_what_it_was_after_an_error(name, model, pool):
     hook.remove()
     with torch.no_grad():
         assert torch.equal(model(IDS_BT).logits, before)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_composition_by_it_is_the_same_when_read_again(name, model, pool, tokenizer, tmp_path):
+    task = Task([("a", "ab"), ("b c", "ba")], instruction="swap")
+    composed = compose(model, tokenizer, pool, task, method=make(name, pool), progress=False)
+    again = Composition.from_pretrained(composed.save_pretrained(tmp_path / "composed"), model, tokenizer)
+    assert again.losses() == composed.losses()
+    assert again.predict(["a c"]) == composed.predict(["a c"])
+    assert again.explain("a c").experts == pool.names
+    rise = composed.leave_one_out()
+    assert list(rise) == list(pool.names)
+    assert all(math.isfinite(value) for value in rise.values())
