@@ -46,7 +46,7 @@ PACKAGES = ("loraweave", "torch", "transformers", "cma")
 class Composition:
     """Weights over the adapters of a pool for one task, on one model.
 
-    `pool` is None when nothing but the base is used, or when the composition was read from a folder. `merge_method` says
+    `pool` is None when nothing but the base is used, and for weights that were read from a folder. `merge_method` says
     what the weights mean (a name of `names("methods")`). `all_weights` are means over the layers where `by_layer`,
     {layer: {name: weight}}, has them. `stored` is the adapter itself where it is more than the weights say: read from a
     folder, cut in rank, or trained on for `tuned_steps` steps. Where there is a `router`, it weighs the experts of the pool

@@ -27,6 +27,11 @@ def fit(engine: Composer, router: Any, dataset: Any, given: Mapping[str, Any]) -
     """Trains `router` on a dataset with these `Settings`, live in the engine's model; what `Composer.fit` says."""
     if not isinstance(router, LearnedRouter):
         name = getattr(router, "name", type(router).__name__)
+        if any(isinstance(part, LearnedRouter) for part in getattr(router, "parts", ())):
+            raise TrainingError(
+                f"router {name!r} is the one of another pool, at the places of this one's experts: fit() it in an engine of "
+                "its own pool, and put it onto() this one afterwards"
+            )
         raise TrainingError(f"{name!r} learns nothing, so there is nothing to fit: it can be activated as it is")
     settings = Settings.of(router, given)
     resolve(router, engine.pool, engine.bound_pool)

@@ -15,6 +15,7 @@ from loraweave.errors import (
     BaseModelMismatch,
     LayerMismatch,
     ScopeError,
+    TrainingError,
     UnknownName,
     WeightingError,
 )
@@ -254,6 +255,13 @@ def test_a_router_on_another_pool_neither_grows_nor_shrinks(pool):
     turned = router("arrow", pool).onto(pool.subset(["c", "a", "b"]))
     with pytest.raises(ScopeError):
         turned.add_expert("new", pool["a"])
+
+
+def test_a_router_on_another_pool_is_not_trained(tiny_llama, pool):
+    larger = ExpertPool({"x": pool["a"], **pool.adapters})
+    turned = router("ramole", pool).onto(larger)
+    with pytest.raises(TrainingError, match="fit\\(\\) it in an engine of its own pool"):
+        Composer(tiny_llama, larger).fit(turned, [("a", "b")])
 
 
 def test_the_router_for_its_own_pool_is_itself(pool):
