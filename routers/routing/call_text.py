@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loraweave.errors import ScopeError
 from loraweave.routers.routing.beside_cache import BesideCache
-from loraweave.routers.routing.prompts import Prompts, current_prompts, real_tokens
+from loraweave.routers.routing.prompts import copies_of, current_prompts, real_tokens
 from loraweave.routers.routing.seen_tokens import SeenTokens
 
 
@@ -98,12 +98,14 @@ def _mask(router: str, given: Any, ids_BT: Tensor) -> Tensor:
 
 
 def _prompt_lengths(router: str, num_rows: int) -> Sequence[int | None]:
-    prompts: Prompts | None = current_prompts()
+    prompts = current_prompts()
     if prompts is None:
         return [None] * num_rows
-    if num_rows % len(prompts.rows):
-        raise ScopeError(
-            f"router {router!r} knows {len(prompts.rows)} prompts, but the call has {num_rows} rows, no multiple: call the "
-            "model with the rows of the prompts"
-        )
-    return [len(prompt) for prompt in prompts.rows for _ in range(num_rows // len(prompts.rows))]
+    copies = copies_of(router, prompts, num_rows)
+    return [len(prompt) for prompt in prompts.rows for _ in range(copies)]
+
+
+def rows_of_call(arguments: Mapping[str, Any]) -> int:
+    """How many rows a call of the model has, by its arguments; 0 where that is not known."""
+    given = (arguments.get(name) for name in ("decoder_input_ids", "input_ids", "inputs_embeds", "decoder_inputs_embeds"))
+    return next((len(tensor) for tensor in given if isinstance(tensor, Tensor)), 0)

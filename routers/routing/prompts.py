@@ -11,6 +11,8 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
+from loraweave.errors import ScopeError
+
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
@@ -48,6 +50,16 @@ def prompted(ids_BT: Tensor, mask_BT: Tensor) -> Iterator[None]:
 def current_prompts() -> Prompts | None:
     """Those of the running calls, where they are known."""
     return _PROMPTS.get()
+
+
+def copies_of(router: str, prompts: Prompts, num_rows: int) -> int:
+    """How many rows of a call each prompt has, on end. Raises ScopeError where that does not come out even."""
+    if not num_rows or num_rows % len(prompts.rows):
+        raise ScopeError(
+            f"router {router!r} knows {len(prompts.rows)} prompts, but the call has {num_rows} rows, no multiple: call the "
+            "model with the rows of the prompts"
+        )
+    return num_rows // len(prompts.rows)
 
 
 def real_tokens(ids_BT: Tensor, mask_BT: Tensor) -> list[list[int]]:

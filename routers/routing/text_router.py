@@ -15,9 +15,9 @@ from loraweave.hub.pool import ExpertPool
 from loraweave.hub.search import Embedder, embedder_of
 from loraweave.hub.unknown_expert import unknown_expert
 from loraweave.routers.routing.beside_cache import BesideCache
-from loraweave.routers.routing.call_text import CallText
+from loraweave.routers.routing.call_text import CallText, rows_of_call
 from loraweave.routers.routing.members import Members
-from loraweave.routers.routing.prompts import current_prompts
+from loraweave.routers.routing.prompts import copies_of, current_prompts
 from loraweave.routers.routing.seen_tokens import SeenTokens
 from loraweave.routers.routing.text_weights import TextWeights
 from loraweave.routers.routing.token_router import TokenRouter, option_names
@@ -135,7 +135,8 @@ class TextRouter(TokenRouter):
             # each token that is generated asks again
             if self not in prompts.weights:
                 prompts.weights[self] = self._of_tokens(prompts.rows).to(prompts.ids_BT.device)[:, None]
-            return prompts.weights[self]
+            copies = copies_of(self.name, prompts, rows_of_call(arguments))
+            return prompts.weights[self].repeat_interleave(copies, dim=0)
         text = CallText.of(self.name, self._beside, arguments)
         return self._of_tokens(text.rows()).to(text.ids_BT.device)[:, None]
 
