@@ -13,6 +13,7 @@ from loraweave.hub.pool import ExpertPool
 from loraweave.hub.unknown_expert import unknown_expert
 from loraweave.routers.by_row import ByRow
 from loraweave.routers.mixture import MixtureWeights
+from loraweave.routers.routing.by_row_begun import by_row
 from loraweave.routers.routing.token_router import TokenRouter
 from loraweave.types import Router
 
@@ -37,7 +38,7 @@ def resolve(mixture: Any, pool: ExpertPool, bound: ExpertPool | None = None) -> 
         rows = list(mixture)
         if all(row is None or isinstance(row, Mapping) for row in rows):
             return _named(rows, pool)
-        return ByRow([_row(number, row, pool, bound) for number, row in enumerate(rows)], pool.names)
+        return by_row([_row(number, row, pool, bound) for number, row in enumerate(rows)], pool.names)
     raise WeightingError(
         f"a mixture is {{name: weight}}, a list with one of these (None: the base) per row, MixtureWeights or a router, "
         f"not {mixture!r}; {{}} is the base model"

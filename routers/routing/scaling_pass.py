@@ -1,0 +1,72 @@
+"""A pass through the model's own decoder, without its head: what a router reads that looks at last hidden states."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from loraweave.errors import ScopeError
+from loraweave.routers.routing.beside_cache import BesideCache
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache
+
+CACHE_NAMES = ("cache", "past_key_values")
+# arguments of the whole model that are not its decoder's, or that ask for more than is read here
+OF_THE_MODEL = (
+    "labels",
+    "logits_to_keep",
+    "num_items_in_batch",
+    "return_dict",
+    "use_cache",
+    "output_hidden_states",
+    "output_attentions",
+    "output_router_logits",
+)
+
+
+def last_hidden(router: str, model: Any, arguments: Mapping[str, Any], beside: BesideCache[DynamicCache]) -> Tensor:
+    """hidden_BTD after the last layer and its norm, for a call of the model with these arguments; without a gradient.
+
+    Under the caller's cache only the new tokens run: those before are in a cache of the router's own, which lies `beside`
+    it. Raises ScopeError for an encoder-decoder and for a model that gives no last hidden state, and what `BesideCache.of`
+    raises.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ScopeError(
+            f"router {router!r} reads the last hidden state of the very tokens that it weighs, and {type(model).__name__} "
+            "has an encoder and a decoder, whose tokens differ: take one that looks at each layer's input, or at the text"
+        )
+    decoder = getattr(model, "base_model", model)
+    given = next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
+    passed = {name: value for name, value in arguments.items() if name not in (*OF_THE_MODEL, *CACHE_NAMES)}
+    parameters = inspect.signature(decoder.forward).parameters
+    own = None if given is None else beside.of(given) or _cache_like(given, model)
+    if own is not None:
+        passed[next(name for name in CACHE_NAMES if name in parameters)] = own
+    if "use_cache" in parameters:
+        passed["use_cache"] = own is not None
+    with torch.no_grad():
+        hidden = getattr(decoder(**passed), "last_hidden_state", None)
+    if not isinstance(hidden, Tensor) or hidden.ndim != 3:
+        raise ScopeError(
+            f"router {router!r} reads the last hidden state (rows, tokens, features), and {type(decoder).__name__} gives "
+            "none: take a router that looks at each layer's input"
+        )
+    if own is not None:
+        beside.keep(given, own)
+    return hidden
+
+
+def _cache_like(given: Any, model: Any) -> DynamicCache:
+    """An empty cache for the same model, which keeps tokens to be taken back where the given one does."""
+    from transformers import DynamicCache
+
+    own: Any = DynamicCache(config=model.config)
+    if any(getattr(layer, "record_past", False) for layer in given.layers):
+        own.activate_past_recording()
+    return own  # type: ignore[no-any-return]
