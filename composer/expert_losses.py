@@ -9,7 +9,7 @@ import torch
 
 from loraweave.composer.batches import TargetBatch, batch, encode, mean_losses
 from loraweave.composer.untouched import untouched
-from loraweave.errors import CompositionError
+from loraweave.errors import CompositionError, InvalidTask
 from loraweave.hub.progress import progress_bar
 from loraweave.types import Task
 
@@ -24,10 +24,12 @@ MAX_ROWS = 64
 def expert_losses(engine: Composer, tasks: Mapping[str, Task], *, progress: bool = True) -> dict[str, dict[str, float]]:
     """{task: {expert: loss}}: the mean over a task's examples of the mean loss of their target tokens, that expert at 1.
 
-    Raises CompositionError without a tokenizer, InvalidTask for examples that the model cannot read.
+    Raises CompositionError without a tokenizer, InvalidTask for a task without examples that the model can read.
     """
     if engine.tokenizer is None:
         raise CompositionError("experts are measured on texts: make the Composer with tokenizer=...")
+    if empty := [name for name, task in tasks.items() if not task.examples]:
+        raise InvalidTask(f"a task without examples, {empty[0]!r}, tells nothing about experts: give some")
     names = engine.pool.names
     batches = {name: list(_batches(engine, task)) for name, task in tasks.items()}
     table: dict[str, dict[str, float]] = {name: dict.fromkeys(names, 0.0) for name in tasks}

@@ -100,13 +100,6 @@ def test_a_fit_measures_every_adapter_on_every_task(engine, model, pool, tokeniz
     assert torch.equal(again.of_texts(TEXTS), router.of_texts(TEXTS))
 
 
-def test_more_rows_than_a_pass_holds_are_measured_alike(engine, pool, monkeypatch):
-    tasks = {"count": lw.Task([(f"{n} {n}", str(n)) for n in range(7)])}
-    once = engine.expert_losses(tasks, progress=False)
-    monkeypatch.setattr("loraweave.composer.expert_losses.MAX_ROWS", 3)
-    assert engine.expert_losses(tasks, progress=False)["count"] == pytest.approx(once["count"], abs=1e-5)
-
-
 def test_saved_it_gives_the_same_and_says_what_was_measured(pool, tmp_path):
     made = lorauter(pool)
     made.save_pretrained(tmp_path / "router")

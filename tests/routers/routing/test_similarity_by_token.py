@@ -224,3 +224,13 @@ def test_inference_mode_changes_nothing(engine, pool, per):
     with torch.inference_mode():
         found = engine.generate(TEXTS, **settings)
     assert engine.generate(TEXTS, **settings) == found
+
+
+@pytest.mark.parametrize("per", ["row", "token"])
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"use_cache": False}])
+def test_rows_of_a_batch_can_have_it_beside_other_mixtures(engine, pool, per, settings):
+    router = by_token(pool, per=per)
+    arguments = {"max_new_tokens": 8, "do_sample": False, **settings}
+    found = engine.generate(TEXTS, mixture=[router, {"b": 0.5}, None], **arguments)
+    mixtures = (router, {"b": 0.5}, {})
+    assert found == [engine.generate([t], mixture=m, **arguments)[0] for t, m in zip(TEXTS, mixtures, strict=True)]
