@@ -48,7 +48,8 @@ def router(
         if option not in (known := option_names(made_of)):
             has = ", ".join(known) or "none"
             raise WeightingError(f"router {name!r} has no option {option!r}{registry.nearest(option, known)}; it has {has}")
-    return made_of(experts, **options)
+    # what is not being trained answers alike every time
+    return made_of(experts, **options).eval()
 
 
 def router_class(name: str) -> type[TokenRouter]:
