@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save
 
-from loraweave.errors import WeightingError
+from loraweave import registry
+from loraweave.errors import ScopeError, WeightingError
 from loraweave.hub.formats._replacing import replacing
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.routing.places import places_in
@@ -29,8 +30,10 @@ def write_router(router: TokenRouter, folder: Path, pool: ExpertPool | None) -> 
     """Writes the folder whole or not at all, with the adapters of the router's experts where a pool is given.
 
     Each adapter's folder has a number and not its name, which is free text. Raises WeightingError for a folder that holds
-    something else, for options that JSON has no form for, and for a pool without some of the router's experts.
+    something else, for options that JSON has no form for, and for a pool without some of the router's experts; ScopeError
+    for a class that is in no file of routers/, and would not be found when it is read.
     """
+    _require_readable(router)
     if folder.exists() and not (folder / FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise WeightingError(f"{folder} holds something that is no router; name another folder")
     adapters = [] if pool is None else [pool.adapters[name] for name in places_in(router, pool)]
@@ -43,6 +46,15 @@ def write_router(router: TokenRouter, folder: Path, pool: ExpertPool | None) -> 
         (new / TENSORS).write_bytes(raw)
         (new / FILE).write_text(text, encoding="utf-8")
     return folder
+
+
+def _require_readable(router: TokenRouter) -> None:
+    found = registry.get("routers", router.name) if router.name in registry.names("routers") else None
+    if type(router) not in (found, getattr(found, "token_router", None)):
+        raise ScopeError(
+            f"router {type(router).__name__} is in no file of routers/, so lw.router() could not read it again: keep its "
+            "state_dict() with safetensors, and make it anew"
+        )
 
 
 def _recipe(router: TokenRouter, digest: str, num_adapters: int) -> str:

@@ -216,7 +216,7 @@ def test_for_a_pool_of_other_order_and_more_experts_it_gives_the_same_logits(nam
 
 
 @pytest.mark.parametrize("name", ROUTERS)
-def test_an_expert_that_joins_and_leaves_again_leaves_the_rest_as_it_was(name, model, pool, make_adapter):
+def test_an_expert_that_joins_and_leaves_again_leaves_the_rest_as_it_was(name, model, pool, make_adapter, tmp_path):
     made = make(name, pool)
     new = shown(make_adapter(model, "new", rank=3, targets=("q_proj", "o_proj")), ["b h j"])
     if any(part.per_expert is None for part in made.parts):
@@ -235,6 +235,10 @@ def test_an_expert_that_joins_and_leaves_again_leaves_the_rest_as_it_was(name, m
     }
     fewer = made.remove_expert("b")
     weights_of(model, pool.without("b"), fewer)
+    # with the last expert of a layer goes the layer
+    left = make(name, larger).remove_expert("new")
+    again = router(left.save_pretrained(tmp_path / "left"), pool)
+    assert torch.equal(weights_of(model, pool, again)[1], weights_of(model, pool, left)[1])
 
 
 @pytest.mark.parametrize("name", ROUTERS)

@@ -20,6 +20,7 @@ from loraweave.errors import (
     WeightingError,
 )
 from loraweave.hub.pool import ExpertPool
+from loraweave.routers.arrow import Arrow
 from loraweave.routers.routing.make import router
 
 IDS_BT = torch.tensor([[5, 9, 11, 2, 30], [3, 4, 7, 8, 3]])
@@ -195,6 +196,14 @@ def test_a_pool_without_the_experts_is_not_saved_with_it(tmp_path, pool):
     with pytest.raises(WeightingError, match="missing from the pool: 'b'"):
         router("arrow", pool).save_pretrained(tmp_path / "router", pool=pool.without("b"))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_class_that_no_file_of_routers_has_is_not_saved(tmp_path, pool):
+    class Own(Arrow):
+        pass
+
+    with pytest.raises(ScopeError, match="router Own is in no file of routers/"):
+        Own(pool).save_pretrained(tmp_path / "router")
 
 
 def test_how_it_was_trained_is_kept(tmp_path, pool):
