@@ -34,7 +34,7 @@ def rows():
 
 
 def test_its_table_names_every_router():
-    assert sorted(rows()) == sorted(router_names())
+    assert set(router_names()) <= set(rows())
 
 
 @pytest.mark.parametrize("name", router_names())
