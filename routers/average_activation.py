@@ -36,6 +36,8 @@ class AverageActivation(ScoredRouter):
     def __init__(self, pool: ExpertPool | Members, *, top_k: int | None = None, temperature: float = 1.0) -> None:
         super().__init__(pool, top_k, temperature, default=TOP_K)
         shapes = {name: layer.num_inputs for name, layer in self.members.layers.items()}
+        # those that were looked over: asking a GPU in every call would wait for it
+        self._complete: dict[str, Tensor] = {}
         self.means_ = LayerTensors({name: torch.zeros(len(self.experts), size) for name, size in shapes.items()})
 
     def fit(self, engine: Any, dataset: Any, *, num_texts: int = 20, progress: bool = True) -> Self:
@@ -57,11 +59,17 @@ class AverageActivation(ScoredRouter):
     def scores(self, x_BTI: Tensor, layer: str) -> Tensor:
         """LN(m_e) . LN(x) / sqrt(I), -inf for experts that leave the layer alone. WeightingError for one without a mean."""
         m_EI, present = self.means_[layer], self.members.layers[layer].experts
-        if unknown := [self.experts[place] for place in present if not bool(m_EI[place].any())]:
+        if self._complete.get(layer) is not m_EI:
+            self._require_means(layer, m_EI)
+        size = (m_EI.shape[1],)
+        scores_BTE = layer_norm(x_BTI.to(m_EI.dtype), size) @ layer_norm(m_EI, size).T / math.sqrt(size[0])
+        return without(scores_BTE, present)
+
+    def _require_means(self, layer: str, m_EI: Tensor) -> None:
+        known_E = m_EI.any(dim=1).tolist()
+        if unknown := [self.experts[place] for place in self.members.layers[layer].experts if not known_E[place]]:
             raise WeightingError(
                 f"router 'average_activation' knows no inputs of {', '.join(map(repr, unknown))} in layer {layer!r}: "
                 "fit(engine, {expert: prompts or examples}) measures them"
             )
-        size = (m_EI.shape[1],)
-        scores_BTE = layer_norm(x_BTI.to(m_EI.dtype), size) @ layer_norm(m_EI, size).T / math.sqrt(size[0])
-        return without(scores_BTE, present)
+        self._complete[layer] = m_EI

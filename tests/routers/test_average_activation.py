@@ -75,3 +75,12 @@ def test_without_means_and_for_other_experts_it_is_refused_by_name(engine, model
         model(torch.tensor([[4, 5]]))
     with pytest.raises(UnknownExpert, match="'z'"):
         empty.fit(engine, {"z": ["text"]}, progress=False)
+
+
+def test_an_expert_that_joins_has_to_be_measured_before_it_is_weighed(fitted, engine, make_adapter):
+    layer = fitted.layers[0]
+    x_BTI = torch.randn(1, 2, fitted.members.layers[layer].num_inputs)
+    fitted.weights(x_BTI, layer)
+    new = make_adapter(engine.model, "new", rank=2, targets=(layer.rpartition(".")[2],), seed=9)
+    with pytest.raises(WeightingError, match=f"knows no inputs of 'new' in layer '{layer}'"):
+        fitted.add_expert("new", new).weights(x_BTI, layer)
