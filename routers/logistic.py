@@ -61,7 +61,7 @@ class Logistic(TextRouter):
     def fit(self, engine: Any, dataset: Any) -> Self:
         """Learns which expert a text is for, and returns self.
 
-        `dataset` is {expert: (input, target) pairs, a Task, or prompts}, or rows {"input", "target", "expert"}; `engine` a
+        `dataset` is {expert: rows, a Task, or prompts}, or rows that name their "expert", as for `Composer.fit`; `engine` a
         Composer with the router's pool. Raises InvalidTask for rows that name no expert, WeightingError that names the
         experts without examples, UnknownExpert for others.
         """

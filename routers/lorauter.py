@@ -70,8 +70,8 @@ class Lorauter(TextRouter):
     def fit(self, engine: Any, dataset: Any, *, progress: bool = True) -> Self:
         """Measures every adapter on the examples of every task; returns self.
 
-        `engine` is a Composer with a tokenizer and the router's pool, `dataset` {task: (input, target) pairs or a Task}, of
-        any names, or rows {"input", "target", "expert"}. The table is in `report["losses"]`.
+        `engine` is a Composer with a tokenizer and the router's pool, `dataset` {task: rows or a Task}, of any names, or
+        rows that name an "expert", as for `Composer.fit`. The table is in `report["losses"]`.
         """
         self.require_pool(engine.pool)
         tasks = labelled_tasks(dataset)

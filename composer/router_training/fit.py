@@ -32,6 +32,8 @@ def fit(engine: Composer, router: Any, dataset: Any, given: Mapping[str, Any]) -
                 f"router {name!r} is the one of another pool, at the places of this one's experts: fit() it in an engine of "
                 "its own pool, and put it onto() this one afterwards"
             )
+        if callable(getattr(router, "fit", None)):
+            raise TrainingError(f"router {name!r} has no parameters to train: router.fit(engine, dataset) is its own way")
         raise TrainingError(f"{name!r} learns nothing, so there is nothing to fit: it can be activated as it is")
     settings = Settings.of(router, given)
     resolve(router, engine.pool, engine.bound_pool)

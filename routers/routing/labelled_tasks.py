@@ -2,39 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from loraweave.errors import InvalidTask
 from loraweave.types import Task
 
+FORM = "rows are pairs (input, target), or {'input' or 'prompt', 'target'} with 'instruction' and 'expert' where known"
+
 
 def labelled_tasks(dataset: Any) -> dict[str, Task]:
-    """{name: task} of {name: Task or (input, target) pairs}, or of rows {"input", "target", "expert"}.
+    """{name: task} of {name: Task or rows}, or of rows that each name their 'expert'.
 
-    Raises InvalidTask for rows of another form, for rows that name no expert and for names without any.
+    A row is a pair (input, target), or {"input", "target"} with an "instruction" if any, or {"prompt", "target"}, as for
+    `Composer.fit`. Raises InvalidTask for rows of another form, for rows that name no expert and for names without any.
     """
     grouped: Mapping[str, Any] = dataset if isinstance(dataset, Mapping) else _by_expert(dataset)
     if not grouped:
         raise InvalidTask("the data set is empty: give {name: [(input, target), ...]}")
-    tasks = {name: given if isinstance(given, Task) else Task(list(given)) for name, given in grouped.items()}
+    tasks = {name: given if isinstance(given, Task) else _task(name, given) for name, given in grouped.items()}
     for name, task in tasks.items():
         if not task.examples:
             raise InvalidTask(f"the data set has no examples of {name!r}: give some, or leave the name out")
     return tasks
 
 
-def _by_expert(rows: Any) -> dict[str, list[tuple[str, str]]]:
-    grouped: dict[str, list[tuple[str, str]]] = {}
+def _task(name: str, rows: Any) -> Task:
+    if isinstance(rows, str) or not isinstance(rows, Iterable):
+        raise InvalidTask(f"the data set has {rows!r:.80} for {name!r}, which are no rows: {FORM}")
+    pairs = [_prompt_and_target(row, f"row {number} of {name!r}") for number, row in enumerate(rows, start=1)]
+    return Task(pairs, template="{input}")
+
+
+def _prompt_and_target(row: Any, where: str) -> tuple[str, str]:
+    if not isinstance(row, Mapping):
+        # Task says what is wrong with a row that is no pair
+        text, target = Task([row]).examples[0]
+        return Task(()).prompt(text), target
+    if "target" not in row or not {"input", "prompt"} & row.keys():
+        raise InvalidTask(f"{where} is {row!r:.80}: {FORM}")
+    if "prompt" in row:
+        return row["prompt"], row["target"]
+    return Task((), instruction=row.get("instruction") or "").prompt(row["input"]), row["target"]
+
+
+def _by_expert(rows: Any) -> dict[str, list[Any]]:
+    grouped: dict[str, list[Any]] = {}
     for number, row in enumerate(rows, start=1):
-        if not isinstance(row, Mapping) or not {"input", "target"} <= row.keys():
+        if not isinstance(row, Mapping) or not row.get("expert"):
             raise InvalidTask(
-                f"row {number} of the data set is {row!r:.80}; it is a mapping with 'input', 'target' and 'expert'"
+                f"row {number} of the data set, {row!r:.80}, names no expert, and this router learns which expert answers "
+                "what: give each row an 'expert', or {expert: rows}"
             )
-        if not row.get("expert"):
-            raise InvalidTask(
-                f"row {number} of the data set names no expert, and this router learns which expert answers what: give each "
-                "row an 'expert', or {expert: [(input, target), ...]}"
-            )
-        grouped.setdefault(row["expert"], []).append((row["input"], row["target"]))
+        grouped.setdefault(row["expert"], []).append(row)
     return grouped

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from loraweave.routers.routing.labelled_tasks import labelled_tasks
-from loraweave.types import Task
 
 
 def labelled_texts(dataset: Any) -> dict[str, list[str]]:
@@ -17,4 +16,5 @@ def labelled_texts(dataset: Any) -> dict[str, list[str]]:
 
 
 def _are_texts(given: Any) -> bool:
-    return not isinstance(given, str | Task) and all(isinstance(text, str) for text in given)
+    # an iterator would be spent by looking
+    return isinstance(given, list | tuple) and all(isinstance(text, str) for text in given)

@@ -40,7 +40,7 @@ class Similarity(TextRouter):
     With a prompt of n tokens, these have its weights, and the i-th token after it those of the first n + refresh *
     floor(i / refresh) tokens. Where no prompt is known (in calls beside generating and scoring) the t-th token of a row
     has those of its first refresh * floor(t / refresh) tokens, or of one. So a token keeps its weights under a cache, and
-    cached generation is generation without.
+    cached generation is generation without. A call embeds a context for each `refresh` of its tokens.
 
     `examples`: {expert: texts}, as the model will be asked; a Hub, for its records' sample inputs; None, for those of the
     adapters' cards. Sample inputs become prompts by `template`, with the description as the instruction (None: as they are);

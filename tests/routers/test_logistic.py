@@ -99,8 +99,8 @@ def test_before_it_was_fitted_it_says_so(pool, engine):
         ({}, InvalidTask, "the data set is empty"),
         ({"a": ["x"]}, WeightingError, "needs examples of every expert, and has none of 'b', 'c'"),
         ({**EXAMPLES, "d": ["x"]}, UnknownExpert, "no expert 'd'"),
-        ([("x", "y")], InvalidTask, "row 1 of the data set is"),
-        ([{"input": "x", "target": "y"}], InvalidTask, "row 1 of the data set names no expert"),
+        ([("x", "y")], InvalidTask, "row 1 of the data set.* names no expert"),
+        ([{"input": "x", "target": "y"}], InvalidTask, "row 1 of the data set.* names no expert"),
         ({"a": []}, WeightingError, "has none of 'a', 'b', 'c'"),
     ],
 )
@@ -120,3 +120,8 @@ def test_a_data_set_without_the_labels_it_needs_is_refused(pool, engine, dataset
 def test_what_cannot_be_used_is_refused_by_name(pool, options, error, message):
     with pytest.raises(error, match=message):
         logistic(pool, **options)
+
+
+def test_the_engines_own_fit_points_to_the_routers(pool, engine):
+    with pytest.raises(lw.TrainingError, match=r"router\.fit"):
+        engine.fit(logistic(pool), EXAMPLES)

@@ -17,11 +17,19 @@ def test_rows_are_gathered_by_their_expert_in_the_order_that_they_come_in():
         {"input": "3", "target": "three", "expert": "b"},
     ]
     found = labelled_tasks(iter(rows))
-    assert {name: task.examples for name, task in found.items()} == {
-        "b": (("1", "one"), ("3", "three")),
-        "a": (("2", "two"),),
+    asked = {name: [(task.prompt(text), target) for text, target in task.examples] for name, task in found.items()}
+    assert asked == {
+        "b": [("\nInput: 1\nOutput:", "one"), ("\nInput: 3\nOutput:", "three")],
+        "a": [("\nInput: 2\nOutput:", "two")],
     }
     assert list(found) == ["b", "a"]
+
+
+def test_a_row_may_have_its_instruction_or_be_the_whole_prompt():
+    rows = [("1", "one"), {"input": "2", "target": "two", "instruction": "Spell."}, {"prompt": "3 =", "target": "three"}]
+    task = labelled_tasks({"a": rows})["a"]
+    asked = [(task.prompt(text), target) for text, target in task.examples]
+    assert asked == [("\nInput: 1\nOutput:", "one"), ("Spell.\nInput: 2\nOutput:", "two"), ("3 =", "three")]
 
 
 def test_texts_are_prompts_already_and_examples_become_prompts():
@@ -36,8 +44,10 @@ def test_texts_are_prompts_already_and_examples_become_prompts():
         ({}, "is empty"),
         ({"a": lw.Task([])}, "no examples of 'a'"),
         ({"a": [("x",)]}, "example 1 is"),
-        ([{"input": "x", "target": "y", "expert": ""}], "row 1 of the data set names no expert"),
-        ([{"input": "x"}], "row 1 of the data set is"),
+        ({"a": 3}, "has 3 for 'a', which are no rows"),
+        ({"a": [{"input": "x"}]}, "row 1 of 'a' is"),
+        ([{"input": "x", "target": "y", "expert": ""}], "row 1 of the data set.* names no expert"),
+        ([("x", "y")], "row 1 of the data set.* names no expert"),
     ],
 )
 def test_what_is_no_such_data_set_is_refused(dataset, message):
