@@ -199,6 +199,21 @@ class Router(Protocol):
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor: ...
 
 
+@runtime_checkable
+class AlongDirections(Protocol):
+    """A router that looks at how far inputs go along some directions, z_BTP = x v^T, which come with the experts' products.
+
+    `weights_along(x v^T, x, layer)` equals `weights(x, layer)` up to rounding, with z in the dtype of v. `directions` gives
+    the same tensor as long as it does not change.
+    """
+
+    def directions(self, layer: str) -> Tensor: ...
+
+    def weights_along(self, z_BTP: Tensor, x_BTI: Tensor, layer: str) -> Tensor: ...
+
+    def weights(self, x_BTI: Tensor, layer: str) -> Tensor: ...
+
+
 DEFAULT_TEMPLATE = "{instruction}\nInput: {input}\nOutput:"
 
 

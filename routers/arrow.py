@@ -65,10 +65,21 @@ class Arrow(ScoredRouter):
         """|v_e x|, -inf for experts that leave the layer alone."""
         v_EI = self.directions_[layer]
         x_BTI = x_BTI.to(v_EI.dtype)
-        scores_BTE = (x_BTI @ v_EI.T).abs()
+        return self._scores(x_BTI @ v_EI.T, x_BTI, layer)
+
+    def directions(self, layer: str) -> Tensor:
+        """v_EI."""
+        return self.directions_[layer]
+
+    def weights_along(self, z_BTP: Tensor, x_BTI: Tensor, layer: str) -> Tensor:
+        """The weights of x for z = x v^T."""
+        return self.chosen(self._scores(z_BTP, x_BTI, layer))
+
+    def _scores(self, z_BTE: Tensor, x_BTI: Tensor, layer: str) -> Tensor:
+        scores_BTE = z_BTE.abs()
         if self.input_norm == "unit":
             # 0 stays 0
-            scores_BTE = scores_BTE / x_BTI.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(v_EI.dtype).tiny)
+            scores_BTE = scores_BTE / x_BTI.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(z_BTE.dtype).tiny)
         return without(scores_BTE, self.members.layers[layer].experts)
 
 

@@ -44,6 +44,10 @@ class Kernel(Protocol):
         """The same, added into y's own memory; for contiguous tensors that take part in no gradient."""
         ...
 
+    def plus(self, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
+        """y and the updates, in the dtype of y, maybe in its memory, which nothing else refers to; gradients reach both."""
+        ...
+
     def adder(self, dtype: torch.dtype, shape: torch.Size) -> Adder:
         """`add_` for many calls with x of one shape, x and y in `dtype`, which may be shorter than the kernel's.
 
@@ -53,7 +57,11 @@ class Kernel(Protocol):
 
 
 class AddsInPlace:
-    """What a kernel's `adder` is unless it knows a shorter way."""
+    """What a kernel's `plus` and `adder` are unless it knows a shorter way."""
+
+    def plus(self: Kernel, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
+        # into the update's own memory rather than a third tensor of this size
+        return self.update(x_BTI).to(y_BTO.dtype).add_(y_BTO)
 
     def adder(self: Kernel, dtype: torch.dtype, shape: torch.Size) -> Adder:
         if self.dtype is dtype:

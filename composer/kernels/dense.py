@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from loraweave.composer.kernels._parts import AddsInPlace, Part, rank_rows, repeated, stacked_a
+from loraweave.composer.kernels._weighted_product import WeightedProduct, weigh
 from loraweave.composer.kernels.naive import mixed
 
 
@@ -28,23 +29,24 @@ class Stack:
     def of(cls, parts: Sequence[Part], dtype: torch.dtype) -> Stack:
         owner = [number for number, part in enumerate(parts) for _ in range(part.a_RI.shape[0])]
         b_SO = torch.cat([part.b_RO for part in parts]).to(dtype)
-        return cls(stacked_a(parts, dtype), b_SO, torch.tensor(owner, device=b_SO.device))
+        return cls(by_input(stacked_a(parts, dtype)), b_SO, torch.tensor(owner, device=b_SO.device))
 
     @property
     def num_bytes(self) -> int:
         return self.a_SI.nbytes + self.b_SO.nbytes
 
-    def weighted(self, w_BTP: Tensor) -> Dense:
-        """With the weights of the parts; B and T may be 1."""
-        return Dense(self, w_BTP[..., self.owner_S])
+    def weighted(self, w_BTP: Tensor, hidden_SN: Tensor | None = None) -> Dense:
+        """With the weights of the parts; B and T may be 1. `hidden_SN` is x a^T of the x to come, where it is known."""
+        return Dense(self, w_BTP, hidden_SN)
 
 
 @dataclass(frozen=True, eq=False)
 class Dense(AddsInPlace):
-    """A stack of factors and the weight of each rank row, in fp32 or better."""
+    """A stack of factors and the weights of its experts, in fp32 or better."""
 
     stack: Stack
-    w_BTS: Tensor
+    w_BTP: Tensor
+    hidden_SN: Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -52,22 +54,63 @@ class Dense(AddsInPlace):
 
     @property
     def num_bytes(self) -> int:
-        return self.w_BTS.nbytes
+        return self.w_BTP.nbytes
 
     def expanded(self, hidden_BTS: Tensor) -> Tensor:
         """(hidden * w) b^T, for the hidden values of whatever layer."""
-        return self._mixed(hidden_BTS).to(self.dtype) @ self.stack.b_SO
+        w_BTS = repeated(self.w_BTP[..., self.stack.owner_S], hidden_BTS.shape[0])
+        return mixed(hidden_BTS, w_BTS).to(self.dtype) @ self.stack.b_SO
 
     def update(self, x_BTI: Tensor) -> Tensor:
-        return self.expanded(linear(x_BTI, self.stack.a_SI))
+        if self._plain():
+            return self.expanded(linear(x_BTI, self.stack.a_SI))
+        return self._product(None, x_BTI).view(*x_BTI.shape[:2], self.stack.b_SO.shape[1])
 
     def add_(self, x_BTI: Tensor, y_BTO: Tensor) -> None:
         b_SO = self.stack.b_SO
-        mixed_BTS = self._mixed(linear(x_BTI, self.stack.a_SI))
-        y_BTO.view(-1, b_SO.shape[1]).addmm_(mixed_BTS.view(-1, b_SO.shape[0]), b_SO)
+        hidden_SN = self.hidden_SN
+        if hidden_SN is None:
+            hidden_SN = linear(x_BTI.reshape(-1, x_BTI.shape[2]), self.stack.a_SI).T.contiguous()
+        mixed_SN = weigh(hidden_SN, self._by_expert(x_BTI).index_select(0, self.stack.owner_S), learns=False)
+        # below autocast the hidden values are in half precision
+        y_BTO.view(-1, b_SO.shape[1]).addmm_(mixed_SN.T.to(b_SO.dtype), b_SO)
 
-    def _mixed(self, hidden_BTS: Tensor) -> Tensor:
-        return mixed(hidden_BTS, repeated(self.w_BTS, hidden_BTS.shape[0]))
+    def plus(self, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
+        """In y's own memory where autograd allows that: no layer needs its own output for its gradients."""
+        if self._plain() or y_BTO.dtype is not self.dtype or not _may_change(y_BTO):
+            return super().plus(x_BTI, y_BTO)
+        if torch.is_grad_enabled() and any(each.requires_grad for each in (x_BTI, y_BTO, self.w_BTP)):
+            return self._product(y_BTO, x_BTI)
+        self.add_(x_BTI, y_BTO)
+        return y_BTO
+
+    def _plain(self) -> bool:
+        """Whether autograd goes through every step: where factors learn, and below torch.func."""
+        stack = self.stack
+        return stack.a_SI.requires_grad or stack.b_SO.requires_grad or torch._C._are_functorch_transforms_active()
+
+    def _product(self, y_BTO: Tensor | None, x_BTI: Tensor) -> Tensor:
+        stack = self.stack
+        found: Tensor = WeightedProduct.apply(  # type: ignore[no-untyped-call]
+            y_BTO, x_BTI.reshape(-1, x_BTI.shape[2]), self._by_expert(x_BTI), stack.a_SI, stack.b_SO, stack.owner_S
+        )
+        return found
+
+    def _by_expert(self, x_BTI: Tensor) -> Tensor:
+        """w_PN for the tokens of x, row by row; w_P1 where all share them."""
+        w_BTP = repeated(self.w_BTP, x_BTI.shape[0])
+        if w_BTP.shape[0] * w_BTP.shape[1] != 1:
+            w_BTP = w_BTP.expand(*x_BTI.shape[:2], w_BTP.shape[2])
+        return w_BTP.reshape(w_BTP.shape[0] * w_BTP.shape[1], w_BTP.shape[2]).T.contiguous()
+
+
+def by_input(a_SI: Tensor) -> Tensor:
+    """The same values with those of one input on end, as which x a^T takes half the time on a CPU."""
+    return a_SI.T.contiguous().T
+
+
+def _may_change(y_BTO: Tensor) -> bool:
+    return y_BTO.is_contiguous() and not (y_BTO.requires_grad and (y_BTO.is_leaf or y_BTO._is_view()))
 
 
 def dense(x_BTI: Tensor, a_SI: Tensor, b_OS: Tensor, w_BTS: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ class Plan:
 
         The rows of x are its first axis. Weights for B rows meet x of B * k rows by counting each k times in a row, as
         beams and return sequences are laid out; an x of two axes (N, I) holds its tokens row by row, so the same holds.
-        Where y takes part in no gradient, the result is written into its own memory.
+        The result may be written into y's own memory.
         Raises ScopeError, naming the layer and both counts, where that does not come out even.
         """
         by_shape = self._remembered.get(layer.name)
@@ -155,13 +155,16 @@ class Plan:
                 return y
         if torch.is_grad_enabled() and x.requires_grad:
             self._weights.escaped()
-        y_BTO = y.reshape(*x_BTI.shape[:2], layer.num_outputs)
+        # a view of it could not be changed where it has a gradient
+        y_BTO = y if y.shape[:-1] == x_BTI.shape[:2] else y.reshape(*x_BTI.shape[:2], layer.num_outputs)
         result_BTO = y_BTO
         if affine is not None:
             addition_BTO = affine.on(y_BTO, layer.parameter("bias"))
             if kernel is not None:
                 addition_BTO = addition_BTO + kernel.update(x_BTI.to(kernel.dtype))
             result_BTO = y_BTO + addition_BTO.to(y.dtype)
+        elif kernel is not None and layer.fresh:
+            result_BTO = kernel.plus(x_BTI.to(kernel.dtype), y_BTO)
         elif kernel is not None:
             # into the update's own memory, which nothing else refers to, rather than a third tensor of this size
             result_BTO = kernel.update(x_BTI.to(kernel.dtype)).to(y.dtype).add_(y_BTO)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from loraweave.composer.kernels._cost import TokenWorkload, sorting_pays
 from loraweave.composer.kernels._own_precision import own_precision
-from loraweave.composer.kernels.dense import Stack
+from loraweave.composer.kernels.dense import Stack, by_input
 from loraweave.composer.kernels.sorted_tokens import SortedTokens
 from loraweave.composer.layers import TargetLayer
 from loraweave.composer.mixing.affine import AffineTable
@@ -23,7 +24,10 @@ from loraweave.errors import ScopeError, WeightingError
 from loraweave.routers.by_row import ByRow
 from loraweave.routers.mixture import MixtureWeights
 from loraweave.routers.routing.token_router import TokenRouter
-from loraweave.types import Router
+from loraweave.types import AlongDirections, Router
+
+# experts of a token that sorting has to beat before a router looks at its input
+SOME_CHOSEN = 2
 
 
 @dataclass(eq=False)
@@ -40,6 +44,24 @@ class _LayerStack:
     num_ranks: int
     table: AffineTable | None
     stack: Stack | None = None
+    # the rows of a_SI, which lie in the same memory, and a router's directions below them
+    joint_QI: Tensor | None = None
+    directions_PI: Tensor | None = None
+    version: int = 0
+
+    def joined(self, stack: Stack, v_PI: Tensor) -> Tensor:
+        """joint_QI for directions as they are now."""
+        if self.joint_QI is None or self.directions_PI is not v_PI or self.version != v_PI._version:
+            with torch.inference_mode(False), torch.no_grad():
+                self.joint_QI = by_input(torch.cat([stack.a_SI, v_PI]))
+                self.stack = replace(stack, a_SI=self.joint_QI[: self.num_ranks])
+            self.directions_PI, self.version = v_PI, v_PI._version
+        return self.joint_QI
+
+    @property
+    def num_bytes(self) -> int:
+        extra = 0 if self.directions_PI is None else self.directions_PI.nbytes
+        return extra + (0 if self.stack is None else self.stack.num_bytes)
 
 
 class TokenWeights:
@@ -60,6 +82,7 @@ class TokenWeights:
         self._only = layers
         self.is_routed = False
         self.begun: Begun | None = None
+        self._along: AlongDirections | None = None
         self.num_mixtures = num_mixtures
         self.num_tokens = num_tokens
         self._layers: dict[str, _LayerStack] = {}
@@ -93,22 +116,19 @@ class TokenWeights:
                 device = x_BTI.device
             with own_precision(x_BTI.device) if exact and torch._C._is_any_autocast_enabled() else nullcontext():
                 w_BTE = asked.weights(x_BTI, layer)
-            if not isinstance(w_BTE, Tensor) or w_BTE.ndim != 3 or w_BTE.shape[2] != len(experts):
-                found = tuple(w_BTE.shape) if isinstance(w_BTE, Tensor) else type(w_BTE).__name__
-                raise WeightingError(
-                    f"router {type(router).__name__} gave {found} for layer {layer!r}; expected w_BTE with the "
-                    f"{len(experts)} experts of the pool on its last axis"
-                )
+            _require_experts(w_BTE, router, layer, len(experts))
             return w_BTE
 
         found = cls(experts, weights, None, router.num_rows if isinstance(router, ByRow) else 1)
         found.is_routed, found.begun = True, begun
+        if begun is None and isinstance(router, AlongDirections):
+            found._along = router
         return found
 
     @property
     def num_bytes(self) -> int:
         """What the stacks that were made so far keep."""
-        return sum(found.stack.num_bytes for found in list(self._layers.values()) if found.stack is not None)
+        return sum(found.num_bytes for found in list(self._layers.values()))
 
     def escaped(self) -> None:
         """Says that a graph of autograd may keep the stacks longer than this object; nothing else uses their memory."""
@@ -121,14 +141,14 @@ class TokenWeights:
     ) -> LayerMixture:
         """Raises ScopeError, naming the layer and both counts, where rows or tokens are not the weights'."""
         found = self._stack(layer.name, device, dtype, lease)
-        w_BTE = self._weights(x_BTI, x_BTI, layer.name, found)
+        w_BTE, hidden_SN = self._at_once(layer, x_BTI, found, lease)
         affine = None if found.table is None else found.table.weighted(w_BTE)
         if not found.experts:
             return LayerMixture(None, affine, w_BTE)
         w_BTP = w_BTE if found.place_P is None else w_BTE[..., found.place_P]
-        if _sorts(found, layer, w_BTP, x_BTI):
+        if hidden_SN is None and _sorts(found, layer, w_BTP, x_BTI):
             return LayerMixture(SortedTokens(_parts(found, layer.name, lease), w_BTP, dtype), affine, w_BTE)
-        return LayerMixture(self._side_by_side(found, layer.name, lease).weighted(w_BTP), affine, w_BTE)
+        return LayerMixture(self._side_by_side(found, layer.name, lease).weighted(w_BTP, hidden_SN), affine, w_BTE)
 
     def projected(
         self, layer: TargetLayer, x: Tensor, y_BTO: Tensor, device: torch.device, dtype: torch.dtype, lease: Lease
@@ -152,6 +172,25 @@ class TokenWeights:
         if found.table is not None:
             update_BTO = update_BTO + found.table.weighted(w_BTE).on(y_BTO, layer.parameter("bias"))
         return update_BTO, w_BTE
+
+    def _at_once(self, layer: TargetLayer, x_BTI: Tensor, found: _LayerStack, lease: Lease) -> tuple[Tensor, Tensor | None]:
+        """w_BTE; and x a^T as (S, N), where that and what a router looks at are one product.
+
+        Not where gradients go through the router, nor where the product would be less exact than the router's own.
+        """
+        if self._along is not None and found.experts and not _sorting_may_pay(found, layer, x_BTI, SOME_CHOSEN):
+            v_PI = self._along.directions(layer.name)
+            learns = torch.is_grad_enabled() and (x_BTI.requires_grad or v_PI.requires_grad)
+            own = v_PI.dtype is found.dtype is x_BTI.dtype and v_PI.device == found.device and not v_PI.is_inference()
+            if own and not learns and not torch._C._is_any_autocast_enabled():
+                joint_QI = found.joined(self._side_by_side(found, layer.name, lease), v_PI)
+                both_QN = linear(x_BTI.reshape(-1, x_BTI.shape[2]), joint_QI).T.contiguous()
+                z_BTP = both_QN[found.num_ranks :].T.view(*x_BTI.shape[:2], v_PI.shape[0])
+                w_BTE = self._along.weights_along(z_BTP, x_BTI, layer.name)
+                _require_experts(w_BTE, self._along, layer.name, len(self._experts))
+                _require_fit(w_BTE, x_BTI, layer.name)
+                return w_BTE.to(found.device, found.dtype), both_QN[: found.num_ranks]
+        return self._weights(x_BTI, x_BTI, layer.name, found), None
 
     def _weights(self, x_BTI: Tensor, rows: Tensor, layer: str, found: _LayerStack) -> Tensor:
         exact = torch.promote_types(found.dtype, torch.float32)
@@ -196,15 +235,29 @@ def _parts(found: _LayerStack, layer: str, lease: Lease) -> list[PlacedFactors]:
 
 def _sorts(found: _LayerStack, layer: TargetLayer, w_BTP: Tensor, x_BTI: Tensor) -> bool:
     """Whether sorting the tokens by expert pays; on a CPU only, since it has to look at the weights."""
-    if w_BTP.requires_grad or w_BTP.device.type != "cpu" or not w_BTP.numel():
+    if w_BTP.requires_grad or not w_BTP.numel() or not _sorting_may_pay(found, layer, x_BTI, 1):
+        # not worth a look where not even one expert a token would make it worth it
+        return False
+    chosen = int(torch.count_nonzero(w_BTP)) / (w_BTP.shape[0] * w_BTP.shape[1])
+    return _sorting_may_pay(found, layer, x_BTI, chosen)
+
+
+def _sorting_may_pay(found: _LayerStack, layer: TargetLayer, x_BTI: Tensor, chosen: float) -> bool:
+    """Whether sorting pays where a token has so many experts."""
+    if found.device.type != "cpu":
         return False
     num_tokens = x_BTI.shape[0] * x_BTI.shape[1]
     sizes = (len(found.experts), found.num_ranks, layer.num_inputs, layer.num_outputs, found.dtype.itemsize)
-    # not worth a look where not even one expert a token would make it worth it
-    if not sorting_pays(TokenWorkload(num_tokens, num_tokens, *sizes)):
-        return False
-    chosen = int(torch.count_nonzero(w_BTP)) * num_tokens // (w_BTP.shape[0] * w_BTP.shape[1])
-    return sorting_pays(TokenWorkload(num_tokens, chosen, *sizes))
+    return sorting_pays(TokenWorkload(num_tokens, int(chosen * num_tokens), *sizes))
+
+
+def _require_experts(w_BTE: Tensor, router: object, layer: str, num_experts: int) -> None:
+    if not isinstance(w_BTE, Tensor) or w_BTE.ndim != 3 or w_BTE.shape[2] != num_experts:
+        found = tuple(w_BTE.shape) if isinstance(w_BTE, Tensor) else type(w_BTE).__name__
+        raise WeightingError(
+            f"router {type(router).__name__} gave {found} for layer {layer!r}; expected w_BTE with the {num_experts} "
+            "experts of the pool on its last axis"
+        )
 
 
 def _require_fit(w_BTE: Tensor, x_BTI: Tensor, layer: str) -> None:

@@ -34,4 +34,8 @@ class ScoredRouter(TokenRouter):
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
         """w_BTE; they sum to 1."""
-        return top_k_softmax(self.scores(x_BTI, layer), self.top_k, self.temperature)
+        return self.chosen(self.scores(x_BTI, layer))
+
+    def chosen(self, scores_BTE: Tensor) -> Tensor:
+        """w_BTE of scores."""
+        return top_k_softmax(scores_BTE, self.top_k, self.temperature)
