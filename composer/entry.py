@@ -76,6 +76,22 @@ class Entry:
         return _get_inert, ()
 
 
+class Exit:
+    """A hook for the model, after its forward. That of a copied or unpickled model does nothing."""
+
+    def __init__(self, end: Callable[[Any], None]) -> None:
+        self._end = end
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._end(output)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return _inert
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
+        return _get_inert, ()
+
+
 def _main_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The tensor whose first axis are the rows of a batch, where it can be told from a model's arguments."""
     known = args[:1] or [kwargs[name] for name in MAIN_INPUTS if kwargs.get(name) is not None]

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
@@ -22,17 +22,21 @@ import torch
 from torch import Tensor, nn
 
 from loraweave.composer.compiled import bind, mixed, number_of_layer, number_of_mixing, outside
-from loraweave.composer.entry import Entry
+from loraweave.composer.entry import Entry, Exit
 from loraweave.composer.introspection.recording import Usage
 from loraweave.composer.layers import TargetLayer, gives_new_memory
 from loraweave.composer.limits.batch_axis import end_call
-from loraweave.composer.limits.owner_watch import Step, watch
+from loraweave.composer.limits.owner_watch import watch
 from loraweave.composer.lock_after_fork import lock_of
 from loraweave.composer.mixing.begun import Begun, end_begun
-from loraweave.composer.mixing.plan import Plan
+from loraweave.composer.mixing.kept_plans import KEPT_BYTES
+from loraweave.composer.mixing.plan import Plan, make_plan
 from loraweave.composer.mixing.prompted_generate import PromptedGenerate
+from loraweave.composer.mixing.workspace import Workspace
 from loraweave.composer.paging.residents import Lease
 from loraweave.errors import AlreadyActive, CompositionError
+from loraweave.routers.mixture import MixtureWeights
+from loraweave.routers.routing.answering import answering
 from loraweave.routers.routing.followed_caches import FollowedCaches
 
 T = TypeVar("T")
@@ -74,6 +78,7 @@ class Activation:
         self.usage = Usage(live, plan.experts, plan.mixture)
         self.outer = outer
         self.followed = FollowedCaches()
+        self.answering: dict[frozenset[tuple[str, float]], Activation] = {}
         self.closed = False
         self.number = number_of_mixing(self)
         self._thread = threading.current_thread()
@@ -176,7 +181,7 @@ class LiveLayers:
         self._lock = lock_of(self)
         self._open: list[Activation] = []
         self._handles: list[_Handle] = []
-        self._own_hooks = Entry(model, require_unchanged, self._current_plan, self._begin), Step(_end)
+        self._own_hooks = Entry(model, require_unchanged, self._current_plan, self._begin), Exit(self._end_call)
         self._numbers: dict[str, Tensor] = {}
         self.mixes_outside: Callable[[_MixedForward, Tensor, Tensor], Tensor] | None = None
         _ALL.add(self)
@@ -265,10 +270,35 @@ class LiveLayers:
         activation = self.current()
         before = _CURRENT.set(None)
         try:
-            with nullcontext() if activation is None else activation.followed.entered():
+            if activation is None:
+                begun.begin(self._model, arguments)
+                return
+            with activation.followed.entered(), answering(partial(self._answering, activation)):
                 begun.begin(self._model, arguments)
         finally:
             _CURRENT.reset(before)
+
+    @contextmanager
+    def _answering(self, asking: Activation, weights: Mapping[str, float]) -> Iterator[None]:
+        """Inside, a mixture counts of the experts of the activation that asks; nobody is told what it used."""
+        key = frozenset(weights.items())
+        if key not in asking.answering:
+            names = asking.plan.experts
+            plan = make_plan(MixtureWeights.of(weights, names), names, Workspace(KEPT_BYTES))
+            inner = asking.answering[key] = Activation(self, plan, asking.lease, None)
+            inner.usage = Usage(plan, plan.experts, plan.mixture)
+        before = _CURRENT.set(asking.answering[key])
+        try:
+            yield
+        finally:
+            _CURRENT.reset(before)
+
+    def _end_call(self, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            activation = _current(self)
+            if activation is not None and activation.plan.begun is not None:
+                activation.followed.returned(output)
+        _end()
 
     def _install(self) -> None:
         claim(self, self._modules)

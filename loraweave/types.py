@@ -193,7 +193,8 @@ class Router(Protocol):
     """Makes mixture weights from a layer's input: x_BTI -> w_BTE, where B and T may be 1 (shared).
 
     One that looks at the model's whole input first has `begin(model, arguments) -> Router` too: it is shown the arguments of
-    each call by name, while the model answers as the base, and gives the router of that one call.
+    each call by name, while the model answers as the base, and gives the router of that one call. Inside `begin`,
+    `loraweave.routers.routing.answering.under` makes the model answer with other weights.
     """
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor: ...

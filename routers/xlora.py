@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
@@ -14,6 +16,7 @@ from loraweave import registry
 from loraweave.errors import ScopeError, WeightingError
 from loraweave.hub.pool import ExpertPool
 from loraweave.hub.whole_number import is_whole
+from loraweave.routers.routing.answering import under
 from loraweave.routers.routing.beside_cache import BesideCache
 from loraweave.routers.routing.choosing import require_temperature, require_top_k, top_k_softmax
 from loraweave.routers.routing.learned_router import LearnedRouter
@@ -41,6 +44,7 @@ class Xlora(LearnedRouter):
     "all" as it comes, "top_k" (at temperature 1) with enable_softmax_topk alone, "twice" with both, "none" with neither.
     An expert that leaves a layer alone takes no part in its softmax.
 
+    The state is the base's, or with a `scaling_pass_value` v of the base with each adapter at weight v * global_scaling.
     `hidden_size` is by default the size that inputs and outputs of the pool's layers have most often.
 
     Every call of the model is preceded by a pass of its tokens through the base. Under a key-value cache that pass has a
@@ -62,6 +66,7 @@ class Xlora(LearnedRouter):
         top_k: int | None = None,
         temperature: float = 1.0,
         softmax: Softmax = "top_k",
+        scaling_pass_value: float = 0.0,
         global_scaling: float = 1.0,
         hidden_size: int | None = None,
     ) -> None:
@@ -73,6 +78,7 @@ class Xlora(LearnedRouter):
         self.top_k = top_k
         self.temperature = temperature
         self.softmax = softmax
+        self.scaling_pass_value = scaling_pass_value
         self.global_scaling = global_scaling
         self.hidden_size = _most_frequent_size(self.members) if hidden_size is None else hidden_size
         self._require_options()
@@ -131,20 +137,24 @@ class Xlora(LearnedRouter):
         """hidden_BTD of a call; what is known of a row that trains is not computed again."""
         step = self.step
         if step is None or model.training or step.mask_BT.shape[0] != step.rows_B.shape[0]:
-            return last_hidden(self.name, model, arguments, self._beside)
+            return self._read(model, arguments)
         keys, mask_BT = [(self, number) for number in step.rows_B.tolist()], step.mask_BT.bool()
         if all(key in step.kept for key in keys):
             known_ND = torch.cat([step.kept[key] for key in keys])
             hidden_BTD = known_ND.new_zeros(*mask_BT.shape, known_ND.shape[1])
             hidden_BTD[mask_BT] = known_ND
             return hidden_BTD
-        without_cache = {name: value for name, value in arguments.items() if name != "use_cache"}
-        hidden_BTD = last_hidden(self.name, model, without_cache, self._beside)
+        hidden_BTD = self._read(model, {**arguments, "use_cache": False})
         for key, row_TD, mask_T in zip(keys, hidden_BTD, mask_BT, strict=True):
             num_bytes = step.kept.get(self, 0) + row_TD[mask_T].nbytes
             if key not in step.kept and num_bytes <= KEPT_BYTES:
                 step.kept[key], step.kept[self] = row_TD[mask_T], num_bytes
         return hidden_BTD
+
+    def _read(self, model: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
+        weight = self.scaling_pass_value * self.global_scaling
+        with under(dict.fromkeys(self.experts, weight)) if weight else nullcontext():
+            return last_hidden(self.name, model, arguments, self._beside)
 
     def _made_head(self) -> nn.Sequential:
         sizes = [self.hidden_size, *[self.size] * (self.depth - 1)]
@@ -162,9 +172,13 @@ class Xlora(LearnedRouter):
                 raise WeightingError(f"{option} of router {self.name!r} is {value!r}; it is a whole number from 1")
         if not 0 <= self.dropout < 1:
             raise WeightingError(f"dropout of router {self.name!r} is {self.dropout!r}; it is at least 0 and below 1")
-        if not 0 < abs(self.global_scaling) < torch.inf:
+        if not 0 < abs(self.global_scaling) < math.inf:
             raise WeightingError(
                 f"global_scaling of router {self.name!r} is {self.global_scaling!r}; it is finite and not 0"
+            )
+        if not math.isfinite(self.scaling_pass_value):
+            raise WeightingError(
+                f"scaling_pass_value of router {self.name!r} is {self.scaling_pass_value!r}; it is finite, 0 for the base"
             )
         if self.softmax not in (known := get_args(Softmax)):
             close = registry.nearest(str(self.softmax), known)

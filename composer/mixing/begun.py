@@ -44,8 +44,10 @@ class Begun:
     def begin(self, model: nn.Module, arguments: Mapping[str, Any]) -> None:
         """Shows the router the arguments of a call of the model, by name, while the model is without a mixture."""
         with with_tokenizer(self._tokenizer):
-            self._last = self._router.begin(model, arguments)
-        _CALL.set((self, self._last))
+            found = self._router.begin(model, arguments)
+        # for a backward pass that runs layers again
+        self._last = found if torch.is_grad_enabled() else None
+        _CALL.set((self, found))
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
         """w_BTE. Raises ScopeError outside a call of the model."""

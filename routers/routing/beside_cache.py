@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Generic, TypeVar
 
 from loraweave.errors import ScopeError
-from loraweave.routers.routing.followed_caches import METHODS, Follower, crop, follow, follower
+from loraweave.routers.routing.followed_caches import METHODS, Follower, crop, follow, follow_returned, follower
 
 S = TypeVar("S", bound=Follower)
 
@@ -44,6 +44,10 @@ class BesideCache(Generic[S]):
     def keep(self, cache: Any, state: S) -> None:
         """Keeps the state beside the cache from now on."""
         follow(cache, self, state)
+
+    def keep_returned(self, state: S) -> None:
+        """Keeps the state beside the cache that the running call makes, if it gives one back."""
+        follow_returned(self, state)
 
     def _require_followable(self, cache: Any) -> None:
         from transformers.cache_utils import BaseQuantizedLayer, Cache, DynamicLayer

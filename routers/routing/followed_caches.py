@@ -6,7 +6,7 @@ to the object, and it is of its own class again when the activation ends. A copy
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
@@ -47,10 +47,13 @@ class FollowedCaches:
 
     def __init__(self) -> None:
         self._caches: WeakSet[Any] = WeakSet()
+        # for the cache that a call makes
+        self._waiting: list[tuple[object, Any]] = []
 
     @contextmanager
     def entered(self) -> Iterator[None]:
         """What begins to be followed inside counts among these."""
+        self._waiting.clear()
         before = _CURRENT.set(self)
         try:
             yield
@@ -59,6 +62,19 @@ class FollowedCaches:
 
     def add(self, cache: Any) -> None:
         self._caches.add(cache)
+
+    def wait(self, owner: object, state: Follower) -> None:
+        self._waiting.append((owner, state))
+
+    def returned(self, output: Any) -> None:
+        """What a call gives back: its new cache, if it has one, is followed from now on."""
+        for owner, state in self._waiting:
+            values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
+            cache = next((value for value in values if isinstance(value, type(state))), None)
+            if cache is not None and cache.get_seq_length() == state.get_seq_length():
+                follow(cache, owner, state)
+                self.add(cache)
+        self._waiting.clear()
 
     def release(self) -> None:
         """No longer follows them. One that then stays as it is can be followed again."""
@@ -90,6 +106,12 @@ def follow(cache: Any, owner: object, state: Follower) -> None:
         cache.__class__ = _KINDS.setdefault(kind, _KINDS.get(kind) or _followed(kind))
     if (current := _CURRENT.get()) is not None:
         current.add(cache)
+
+
+def follow_returned(owner: object, state: Follower) -> None:
+    """`state` is changed as the cache is that the running call gives back."""
+    if (current := _CURRENT.get()) is not None:
+        current.wait(owner, state)
 
 
 def _release(cache: Any) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from loraweave.hub.pool import ExpertPool
+from loraweave.routers.routing.answering import renamed
 from loraweave.routers.routing.places import places_in
 from loraweave.routers.routing.token_router import TokenRouter
 from loraweave.types import Router
@@ -35,6 +36,7 @@ class _Placed(TokenRouter):
     def __init__(self, router: TokenRouter, pool: ExpertPool, names: tuple[str, ...]) -> None:
         super().__init__(pool)
         self.router = router
+        self.names_of_own = dict(zip(router.experts, names, strict=True))
         self._own = ExpertPool({own: pool.adapters[name] for own, name in zip(router.experts, names, strict=True)})
         self.register_buffer("place_P", torch.tensor([pool.places[name] for name in names]), persistent=False)
 
@@ -64,7 +66,8 @@ class _PlacedWhole(_Placed):
     def begin(self, model: Any, arguments: Mapping[str, Any]) -> Router:
         """The router of one call."""
         begun: Any = self.router
-        return _OfCall(self, begun.begin(model, arguments))
+        with renamed(self.names_of_own):
+            return _OfCall(self, begun.begin(model, arguments))
 
 
 class _OfCall:

@@ -45,9 +45,14 @@ def last_hidden(router: str, model: Any, arguments: Mapping[str, Any], beside: B
     given = next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
     passed = {name: value for name, value in arguments.items() if name not in (*OF_THE_MODEL, *CACHE_NAMES)}
     parameters = inspect.signature(decoder.forward).parameters
-    own = None if given is None else beside.of(given) or _cache_like(given, model)
+    own = None
+    if given is not None:
+        own = beside.of(given)
+        own = _cache_like(given, model) if own is None else own
+    elif _makes_cache(model, arguments):
+        own = _cache_like(None, model)
     if own is not None:
-        passed[next(name for name in CACHE_NAMES if name in parameters)] = own
+        passed["cache" if "cache" in parameters else "past_key_values"] = own
     if "use_cache" in parameters:
         passed["use_cache"] = own is not None
     with torch.no_grad():
@@ -57,16 +62,26 @@ def last_hidden(router: str, model: Any, arguments: Mapping[str, Any], beside: B
             f"router {router!r} reads the last hidden state (rows, tokens, features), and {type(decoder).__name__} gives "
             "none: take a router that looks at each layer's input"
         )
-    if own is not None:
+    if given is not None and own is not None:
         beside.keep(given, own)
+    elif own is not None:
+        beside.keep_returned(own)
     return hidden
 
 
-def _cache_like(given: Any, model: Any) -> DynamicCache:
+def _makes_cache(model: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether a call that is given no cache gives one back."""
+    wanted = arguments.get("use_cache")
+    if not callable(getattr(model, "can_generate", None)) or not model.can_generate():
+        return False
+    return bool(getattr(model.config, "use_cache", False) if wanted is None else wanted)
+
+
+def _cache_like(given: Any | None, model: Any) -> DynamicCache:
     """An empty cache for the same model, which keeps tokens to be taken back where the given one does."""
     from transformers import DynamicCache
 
     own: Any = DynamicCache(config=model.config)
-    if any(getattr(layer, "record_past", False) for layer in given.layers):
+    if any(getattr(layer, "record_past", False) for layer in getattr(given, "layers", ())):
         own.activate_past_recording()
     return own  # type: ignore[no-any-return]

@@ -139,6 +139,10 @@ PARITY = {
     ),
     "both": ({"top_k_lora": 2, "enable_softmax_topk": True}, {"top_k": 2, "softmax": "twice"}),
     "no softmax": ({"enable_softmax": False}, {"softmax": "none"}),
+    "scaling pass under the adapters": (
+        {"scaling_pass_value": 0.3, "global_scaling_weight": 0.6},
+        {"scaling_pass_value": 0.3, "global_scaling": 0.6},
+    ),
     "global scaling": ({"global_scaling_weight": 0.6}, {"global_scaling": 0.6}),
 }
 
@@ -232,6 +236,75 @@ def test_a_conversation_goes_on_under_its_cache(model, pool, cache_argument):
         model(IDS_BT[:1, :2], **{name: cache})
         with engine.activate(made), pytest.raises(ScopeError, match="of the 7 in this one it has seen 0"):
             model(IDS_BT[:1, :2], **{name: cache})
+
+
+def test_a_call_that_makes_the_cache_itself_can_be_gone_on_from(model, pool, cache_argument):
+    made, name = xlora(pool), cache_argument(model)
+    with torch.no_grad(), Composer(model, pool).activate(made):
+        whole = model(IDS_BT, use_cache=False).logits
+        first = model(IDS_BT[:, :2], use_cache=True)
+        second = model(IDS_BT[:, 2:3], **{name: first[name]})
+        third = model(IDS_BT[:, 3:], **{name: second[name]})
+    assert torch.allclose(torch.cat([first.logits, second.logits, third.logits], dim=1), whole, atol=1e-5)
+    assert type(third[name]) is DynamicCache
+
+
+def test_a_scaling_pass_under_the_adapters_is_cached_and_not_recorded(model, pool, make_adapter):
+    made = xlora(pool, scaling_pass_value=0.4)
+    engine = Composer(model, pool)
+    with torch.no_grad():
+        with engine.activate({"0": 0.4, "1": 0.4, "2": 0.4}):
+            hidden_BTD = last_hidden(model, IDS_BT)
+        expected_BTE = (hidden_BTD @ made.head[0].weight.T + made.head[0].bias).softmax(dim=-1)
+        with engine.activate(made), engine.record() as trace:
+            model(IDS_BT)
+        assert all(len(trace.calls(layer)) == 1 for layer in pool.layer_names)
+        assert all(torch.allclose(engine.last_weights[layer], expected_BTE, atol=1e-5) for layer in pool.layer_names)
+        settings = {"attention_mask": MASK_BT, "max_new_tokens": 8, "min_new_tokens": 8, "pad_token_id": 0}
+        larger = ExpertPool({"0": make_adapter(model, "0", rank=2, seed=9), "2": pool["0"], "0b": pool["2"], "1": pool["1"]})
+        found = []
+        for where, mixed in ((engine, made), (Composer(model, larger), made.onto(larger))):
+            for use_cache in (True, False):
+                with where.activate(mixed):
+                    found.append(model.generate(IDS_BT, do_sample=False, use_cache=use_cache, **settings))
+    assert all(torch.equal(found[0], other) for other in found)
+
+
+def test_a_row_that_trains_again_needs_no_scaling_pass_again(model, pool):
+    rows = [{"input_ids": [5, 9, 11, 2 + number], "labels": [-100, 9, 11, 2 + number]} for number in range(5)]
+    rows.append({"input_ids": [7, 8], "labels": [-100, 8]})
+    calls, heads = [], []
+    model.model.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    for keeps in (True, False):
+        calls.clear()
+        torch.manual_seed(3)
+        made = router("xlora", pool)
+        if not keeps:
+            # as if nothing fitted
+            made._hidden = made._read
+        made.fit(
+            Composer(model, pool), rows, steps=9, batch_size=2, gradient_accumulation=1, seed=4, lr=1e-2, progress=False
+        )
+        heads.append(made.head[0].weight.detach())
+        assert calls.count(True) == 9
+        # three batches of two rows are an epoch
+        assert calls.count(False) == (3 if keeps else 9)
+    assert torch.allclose(*heads, atol=1e-5)
+
+
+def test_a_classifier_that_reads_both_ways_has_weights_of_its_hidden_states(make_model, make_adapter):
+    model = make_model("bert")
+    pool = ExpertPool([make_adapter(model, name, targets=("query", "value"), seed=seed) for seed, name in enumerate("ab")])
+    made = xlora(pool, hidden_size=16)
+    batch = {"input_ids": IDS_BT, "attention_mask": MASK_BT}
+    with torch.no_grad():
+        hidden_BTD = model(**batch, output_hidden_states=True).hidden_states[-1]
+        engine = Composer(model, pool)
+        with engine.activate(made):
+            model(**batch)
+    expected_BTE = (hidden_BTD @ made.head[0].weight.T + made.head[0].bias).softmax(dim=-1)
+    layer = next(name for name in pool.layer_names if name.endswith("query"))
+    assert torch.allclose(engine.last_weights[layer], expected_BTE, atol=1e-5)
 
 
 def test_a_static_cache_and_an_encoder_decoder_are_refused_by_name(model, pool, make_model, make_adapters):
