@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from loraweave.composer.composer import Composer
+from loraweave.composer.router_training.checkpointed_blocks import checkpointed_blocks
 from loraweave.errors import BaseModelMismatch, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
@@ -224,3 +225,23 @@ def test_training_lowers_the_loss(make_model, make_adapters):
             optimiser.step()
         made.eval()
         assert loss().item() < before - 0.05
+
+
+def test_gradient_checkpointing_leaves_out_the_same_experts_again(make_model, make_adapters):
+    model = make_model("llama").requires_grad_(False)
+    pool = ExpertPool(make_adapters(model, "llama"))
+    ids_BT = torch.randint(3, 61, (4, 8), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(2)
+    made = router("ramole", pool).train()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    gradients = []
+    for checkpointing in (False, True):
+        made.zero_grad()
+        torch.manual_seed(5)
+        with checkpointed_blocks(model, checkpointing), Composer(model, pool).activate(made):
+            model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in made.parameters()])
+    assert all(torch.allclose(plain, again, atol=1e-6) for plain, again in zip(*gradients, strict=True))
+    assert any(bool(gradient.any()) for gradient in gradients[0])
