@@ -231,9 +231,10 @@ def make_plan(weights: MixtureWeights | Router, names: tuple[str, ...], workspac
         return Plan(weights.experts, None, learning, learning)
     with torch.inference_mode(False):
         # the caller may go on to change or to reuse the tensor
-        values_BTLE = weights.values_BTLE.detach().clone()
-        used_E = (values_BTLE != 0).flatten(0, 2).any(dim=0)
+        # with the weights of a layer on end, where its tokens' are many
+        values_LEBT = weights.values_BTLE.detach().permute(2, 3, 0, 1).clone(memory_format=torch.contiguous_format)
+        used_E = (values_LEBT != 0).transpose(0, 1).flatten(1).any(dim=1)
         active = tuple(name for name, used in zip(weights.experts, used_E.tolist(), strict=True) if used)
-        mixture = MixtureWeights(values_BTLE[..., used_E], active, weights.layers)
+        mixture = MixtureWeights(values_LEBT[:, used_E].permute(2, 3, 0, 1), active, weights.layers)
     by_token = TokenWeights.fixed(mixture)
     return Plan(active, mixture, by_token if mixture.values_BTLE.shape[1] > 1 else RowWeights(mixture, workspace), by_token)
