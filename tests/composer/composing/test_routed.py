@@ -11,6 +11,7 @@ import torch
 import loraweave as lw
 from loraweave.composer.batches import batch, encode, mean_losses
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported, CompositionError, ScopeError, UnknownName, WeightingError
+from loraweave.routers.ramole import Ramole
 
 EXAMPLES = [("a", "ab"), ("b", "ba"), ("cc", "c"), ("d", "DD"), ("e f", "fe")]
 
@@ -250,6 +251,13 @@ def test_a_learned_router_is_trained_on_what_each_fold_sees(tiny_llama, tokenize
     expected = sum(loss * len(part) for loss, part in zip(losses, held, strict=True)) / len(EXAMPLES)
     assert row.held_out_loss == pytest.approx(expected, rel=1e-4)
     assert row.loss == pytest.approx(own_loss(calls[-1][3], tiny_llama, tokenizer, pool, task, EXAMPLES), rel=1e-4)
+
+
+def test_a_router_that_needs_rows_of_experts_is_refused_by_name(tiny_llama, tokenizer, pool, task, monkeypatch):
+    monkeypatch.setattr(Ramole, "needs_experts", True)
+    with pytest.raises(WeightingError, match=r"'ramole' learns from rows that name their expert.*method=router"):
+        compose(tiny_llama, tokenizer, pool, task, method="ramole")
+    assert compose(tiny_llama, tokenizer, pool, task, method=lw.router("ramole", pool)).report.chosen == "ramole"
 
 
 def test_the_same_seed_trains_the_same_router(tiny_llama, tokenizer, pool, task):
