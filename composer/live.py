@@ -32,6 +32,7 @@ from loraweave.composer.mixing.begun import Begun, end_begun
 from loraweave.composer.mixing.kept_plans import KEPT_BYTES
 from loraweave.composer.mixing.plan import Plan, make_plan
 from loraweave.composer.mixing.prompted_generate import PromptedGenerate
+from loraweave.composer.mixing.watching import WatchedBlock
 from loraweave.composer.mixing.workspace import Workspace
 from loraweave.composer.paging.residents import Lease
 from loraweave.errors import AlreadyActive, CompositionError
@@ -200,6 +201,7 @@ class LiveLayers:
                     self._install()
                 if plan.begun is not None and plan.begun.reads_text:
                     self._tell_prompts()
+                self._watch(plan.watched)
                 self._open.append(activation)
                 self._choose_place()
             _CURRENT.set(activation)
@@ -315,6 +317,12 @@ class LiveLayers:
             isinstance(h, PromptedGenerate) for h in self._handles
         ):
             self._handles.append(PromptedGenerate(self._model, self._begin_call))
+
+    def _watch(self, blocks: Iterable[str]) -> None:
+        known = {handle.path for handle in self._handles if isinstance(handle, WatchedBlock)}
+        for path in dict.fromkeys(blocks):
+            if path not in known:
+                self._handles.append(WatchedBlock(path, self._model.get_submodule(path)))
 
     def _begin_call(self, arguments: dict[str, Any]) -> None:
         plan = self._current_plan()

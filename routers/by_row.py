@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,11 @@ class ByRow:
     @property
     def num_rows(self) -> int:
         return len(self.routers)
+
+    @property
+    def parts(self) -> list[Any]:
+        """The routers that it is made of."""
+        return [part for router in self.routers if router is not None for part in getattr(router, "parts", [router])]
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
         """Raises ScopeError for rows that are no multiple of the routers, WeightingError for weights of another shape."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
+
+from loraweave.routers.routing.blocks import block_of
 
 
 def block_and_kind(layer: str) -> tuple[str, str]:
     """(the path up to its first number, what follows) of a layer; a layer outside blocks is its own block and kind."""
-    found = re.match(r"(.*?(?:^|\.)\d+)\.(.+)", layer)
-    return (found[1], found[2]) if found else (layer, layer)
+    block = block_of(layer)
+    return (layer, layer) if block is None else (block, layer[len(block) + 1 :])
 
 
 def places(groups: Sequence[str]) -> dict[str, list[int]]:

@@ -29,8 +29,7 @@ class Begun:
     @property
     def reads_text(self) -> bool:
         """Whether the router, or one that it is made of, chooses by text."""
-        parts = getattr(self._router, "parts", [self._router])
-        return any(getattr(part, "needs_tokenizer", False) for part in parts)
+        return any(getattr(part, "needs_tokenizer", False) for part in parts_of(self._router))
 
     def take_tokenizer(self, tokenizer: Any) -> None:
         """The tokenizer of the model, for routers that read text. CompositionError where one needs it and it is None."""
@@ -61,6 +60,11 @@ class Begun:
             f"router {type(self._router).__name__} looks at the input of the whole model first, but layer {layer!r} ran in "
             "none of its calls: call the model itself rather than a part of it, and not one that torch.compile made"
         )
+
+
+def parts_of(router: Any) -> list[Any]:
+    """A router and those that it is made of."""
+    return list(getattr(router, "parts", [router]))
 
 
 def end_begun() -> None:

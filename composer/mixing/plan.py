@@ -99,6 +99,11 @@ class Plan:
         """The router where it looks at the whole input first."""
         return self._by_token.begun
 
+    @property
+    def watched(self) -> tuple[str, ...]:
+        """The blocks of the model whose input the router looks at."""
+        return self._by_token.watched
+
     def require_rows(self, num_rows: int | None) -> None:
         """Raises ScopeError for a batch whose rows are no multiple of the mixture's; None where they are not known."""
         if num_rows is not None and num_rows % self.num_mixtures:

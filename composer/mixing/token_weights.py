@@ -16,7 +16,7 @@ from loraweave.composer.kernels.dense import Stack, by_input
 from loraweave.composer.kernels.sorted_tokens import SortedTokens
 from loraweave.composer.layers import TargetLayer
 from loraweave.composer.mixing.affine import AffineTable
-from loraweave.composer.mixing.begun import Begun
+from loraweave.composer.mixing.begun import Begun, parts_of
 from loraweave.composer.mixing.row_weights import LayerMixture
 from loraweave.composer.paging.layout import PlacedFactors
 from loraweave.composer.paging.residents import Lease
@@ -83,6 +83,8 @@ class TokenWeights:
         self.is_routed = False
         self.begun: Begun | None = None
         self._along: AlongDirections | None = None
+        # blocks whose input the router looks at
+        self.watched: tuple[str, ...] = ()
         self.num_mixtures = num_mixtures
         self.num_tokens = num_tokens
         self._layers: dict[str, _LayerStack] = {}
@@ -123,6 +125,7 @@ class TokenWeights:
         found.is_routed, found.begun = True, begun
         if begun is None and isinstance(router, AlongDirections):
             found._along = router
+        found.watched = tuple(path for part in parts_of(router) for path in getattr(part, "watched", ()))
         return found
 
     @property

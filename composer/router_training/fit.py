@@ -48,10 +48,11 @@ def fit(engine: Composer, router: Any, dataset: Any, given: Mapping[str, Any]) -
     started = time.monotonic()
     with ExitStack() as stack:
         stack.enter_context(untouched(model))
-        stack.enter_context(checkpointed_blocks(model, settings.gradient_checkpointing))
         accelerator = stack.enter_context(accelerating(device, settings.mixed_precision))
         bar = stack.enter_context(progress_bar(settings.progress and accelerator.is_main_process, field="seen"))
         stack.enter_context(engine.activate(router))
+        # around what the activation has put in: blocks that run again are watched again
+        stack.enter_context(checkpointed_blocks(model, settings.gradient_checkpointing))
         run = Run(engine, router, settings, rows, held, accelerator, bar)
         try:
             run.all_steps(KeptState.of(router, settings, rows, held), started)

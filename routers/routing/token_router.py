@@ -100,6 +100,11 @@ class TokenRouter(nn.Module):
         return placed(self, pool)
 
     @property
+    def watched(self) -> tuple[str, ...]:
+        """Paths of blocks of the model whose input it looks at (`routing.blocks.running_block`)."""
+        return ()
+
+    @property
     def parts(self) -> list[TokenRouter]:
         """Itself and the routers that it is made of."""
         return [part for part in self.modules() if isinstance(part, TokenRouter)]
