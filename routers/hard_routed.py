@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-from torch.nn import functional
 
 from loraweave.hub.pool import ExpertPool
+from loraweave.routers.routing.choosing import straight_through
 from loraweave.routers.routing.input_gates import InputGates, drawn
 from loraweave.routers.routing.members import Members
 
@@ -26,9 +25,4 @@ class HardRouted(InputGates):
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
         """w_BTE; one of each token's is 1."""
         scores_BTE = self.scores(x_BTI, layer)
-        p_BTE = scores_BTE.softmax(dim=-1)
-        chosen_BTE = functional.one_hot(scores_BTE.argmax(dim=-1), len(self.experts)).to(p_BTE.dtype)
-        if torch.is_grad_enabled() and p_BTE.requires_grad:
-            # the difference is 0, but for its gradient
-            chosen_BTE = chosen_BTE + (p_BTE - p_BTE.detach())
-        return self.note(layer, scores_BTE, chosen_BTE)
+        return self.note(layer, scores_BTE, straight_through(scores_BTE))

@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from loraweave.errors import WeightingError
 from loraweave.hub.whole_number import is_whole
@@ -37,6 +38,16 @@ def without(scores_BTE: Tensor, present: Sequence[int], filling: float = -math.i
 def _absent(present: tuple[int, ...], num_experts: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor([place not in present for place in range(num_experts)], device=device)
+
+
+def straight_through(scores_BTE: Tensor) -> Tensor:
+    """w_BTE: exactly 1 for each token's highest score and 0 for the others, with the gradient of softmax(scores)."""
+    p_BTE = scores_BTE.softmax(dim=-1)
+    chosen_BTE = functional.one_hot(scores_BTE.argmax(dim=-1), scores_BTE.shape[-1]).to(p_BTE.dtype)
+    if not (torch.is_grad_enabled() and p_BTE.requires_grad):
+        return chosen_BTE
+    # the difference is 0, but for its gradient
+    return chosen_BTE + (p_BTE - p_BTE.detach())
 
 
 def require_top_k(router: str, top_k: int | None, num_experts: int, *, option: str = "top_k") -> None:
