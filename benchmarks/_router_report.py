@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 from _unseen_store import Key, Measured
+from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
 UNSEEN = Path(__file__).resolve().parent / "data" / "unseen.json"
 DRAWS = 2000
-# of benchmarks/data/unseen.json, which know more than a router does
-FROM_UNSEEN = {"oracle": "one LoRA for each, trained on it", "any_single": "best adapter on the test items"}
+# on tasks without an adapter the oracle is a LoRA that was trained on the task, of benchmarks/data/unseen.json
+ORACLE = "oracle"
+RETRIEVED = "retrieved_first"
 
 
 def print_report(measured: Mapping[Key, Measured], entries: Mapping[str, Mapping[str, Any]]) -> None:
@@ -34,13 +36,15 @@ def print_report(measured: Mapping[Key, Measured], entries: Mapping[str, Mapping
     for way, task, right_N in _from_unseen(counts):
         known.setdefault((way, task), [right_N])
     seeds = {way: max(len(found) for (other, _), found in known.items() if other == way) for way, _ in known}
-    table = Table("way", "seeds", *_columns(groups, counts), "share of the oracle's in the pool")
+    shares = ["share of the oracle's, pool", "above retrieved_first, unseen"]
+    table = Table("way", "seeds", *_columns(groups, counts), *shares, box=MARKDOWN)
     rows = [(way, {name: _draws(known, way, tasks) for name, tasks in groups.items()}) for way in seeds]
-    oracle_R = dict(rows).get("oracle", {}).get("pool")
+    oracle_R, retrieved_R = (dict(rows).get(way, {}).get(of) for way, of in ((ORACLE, "pool"), (RETRIEVED, "unseen")))
     for way, drawn in sorted(rows, key=lambda row: -1 if row[1]["pool"] is None else -row[1]["pool"][0]):
         share = "" if drawn["pool"] is None or oracle_R is None else _cell(drawn["pool"] / oracle_R)
-        table.add_row(way, str(seeds[way]), *(_cell(drawn[name]) for name in groups), share)
-    Console(width=140).print(table)
+        above = "" if drawn["unseen"] is None or retrieved_R is None else _cell(drawn["unseen"] - retrieved_R)
+        table.add_row(way, str(seeds[way]), *(_cell(drawn[name]) for name in groups), share, above)
+    Console(width=220).print(table)
 
 
 def _columns(groups: Mapping[str, Sequence[str]], counts: Mapping[str, int]) -> list[str]:
@@ -71,5 +75,5 @@ def _from_unseen(counts: Mapping[str, int]) -> list[tuple[str, str, np.ndarray]]
     return [
         (found.key.way, found.key.task, found.right_N[: counts[found.key.task]])
         for found in rows
-        if found.key.way in FROM_UNSEEN and found.key.task in counts
+        if found.key.way == ORACLE and found.key.task in counts
     ]

@@ -19,6 +19,7 @@ from loraweave.composer.generation.call import generation_call
 from loraweave.composer.generation.streaming import streamed
 from loraweave.composer.introspection.explain import reading
 from loraweave.composer.introspection.explanation import Explanation
+from loraweave.composer.introspection.leave_one_out import leave_one_out
 from loraweave.composer.introspection.mixture_cost import Cost, mixture_cost
 from loraweave.composer.introspection.recording import Setting, Trace, last_weights, recording
 from loraweave.composer.introspection.used_weights import UsedWeights
@@ -189,6 +190,18 @@ class Composer:
         """
         self._require_not_fused("measure experts")
         return expert_losses(self, tasks, progress=progress)
+
+    def leave_one_out(
+        self, task: Task, mixture: Any, *, renormalise: bool = False, progress: bool = True
+    ) -> dict[str, float]:
+        """By how much the mean loss of a task's examples rises, in nats, when an expert's weight is taken as 0.
+
+        `mixture` is what activate() takes, of one row. Negative where the model is better without the expert. The others
+        keep the weights that they have; with `renormalise` each token's are scaled to the sum that they had before.
+        Raises CompositionError without a tokenizer, ScopeError for a mixture of several rows, AlreadyActive while fused.
+        """
+        self._require_not_fused("leave experts out")
+        return leave_one_out(self, task, mixture, renormalise=renormalise, progress=progress)
 
     @contextmanager
     def fused(

@@ -22,6 +22,8 @@ def test_the_code_of_the_page_runs_and_says_what_the_page_says(tmp_path, monkeyp
     explanation = names["explanation"]
     assert explanation.w_TLE.shape == (21, 60, 20)
     assert (tmp_path / "weights.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "weights.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert list(names["effects"]) == list(explanation.experts)
     strongest = {
         token.strip(): [explanation.experts[at] for at in w_E.argsort(descending=True)[:2].tolist()]
         for token, w_E in zip(explanation.tokens, explanation.by_token_TE, strict=True)

@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from loraweave.composer.evaluation.example_loss import ExampleLoss
-from loraweave.composer.evaluation.routed_examples import RoutedExamples
+from loraweave.composer.introspection.leave_one_out import leave_one_out as left_out_of_engine
 from loraweave.composer.refine.measured import example_loss, renewed, weighed_pool
 from loraweave.errors import WeightingError
 from loraweave.hub.progress import tracked
 from loraweave.routers.mixture import MixtureWeights
-from loraweave.routers.routing.masked import masked
-from loraweave.types import Router
 
 if TYPE_CHECKING:
     from loraweave.composer.composition import Composition
@@ -28,21 +26,11 @@ def leave_one_out(composition: Composition) -> dict[str, float]:
     weighs, in a pass for each, and the others' weights are what it gives them.
     """
     if composition.router is not None:
-        return _left_out_of_router(composition, composition.router)
+        return left_out_of_engine(composition.engine, composition.task, composition.router)
     pool, mixture = weighed_pool(composition, "leave adapters out of")
     objective = example_loss(composition, pool, composition.merge_method)
     whole, *losses = _losses(objective, [mixture, *(_without(mixture, [name]) for name in pool.names)])
     return {name: loss - whole for name, loss in zip(pool.names, losses, strict=True)}
-
-
-def _left_out_of_router(composition: Composition, router: Router) -> dict[str, float]:
-    engine = composition.engine
-    examples = RoutedExamples(engine, composition.tokenizer, composition.task)
-    places = range(len(composition.task.examples))
-    names = engine.pool.names
-    whole = examples.scores(router, places)[0].mean()
-    losses = [examples.scores(masked(router, place), places)[0].mean() for place in range(len(names))]
-    return {name: float(loss - whole) for name, loss in zip(names, losses, strict=True)}
 
 
 def prune(composition: Composition, tolerance: float, *, progress: bool = True) -> Composition:
