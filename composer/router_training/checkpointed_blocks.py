@@ -8,7 +8,6 @@ from functools import partial
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from loraweave.errors import TrainingError
 
@@ -19,6 +18,9 @@ def checkpointed_blocks(model: nn.Module, wanted: bool) -> Iterator[None]:
 
     Raises TrainingError for a model without such blocks.
     """
+    # its import brings torch's compiler with it
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)] if wanted else []
     if wanted and not blocks:
         raise TrainingError(f"{type(model).__name__} has no blocks to run again: leave gradient_checkpointing out")

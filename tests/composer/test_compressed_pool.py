@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.composer.composing.solver_options import solver_class
+from loraweave import registry
 from loraweave.hub import ternary
 
 EXAMPLES = [("a", "ab"), ("b", "ba"), ("cc", "c"), ("d", "DD")]
-CLASSES = {name: solver_class(name) for name in lw.names("routers")}
+CLASSES = {name: registry.get("routers", name) for name in registry.names("routers")}
 # those that need retrieval scores or weights have nothing to search, and the entropy may end where that of the base is lower
-SEARCHES = [name for name, found in CLASSES.items() if found.learns and found.loss != "entropy"]
+SEARCHES = [name for name, found in CLASSES.items() if hasattr(found, "ask") and found.learns and found.loss != "entropy"]
 OPTIONS = {"grid": {"coordinate": True}}
 
 
