@@ -31,3 +31,12 @@ def test_the_code_of_the_page_on_training_runs():
         "past tense": 16,
         "plural": 16,
     }
+
+
+@pytest.mark.slow
+def test_the_code_of_the_page_on_training_routers_runs(tmp_path, monkeypatch):
+    (tmp_path / "examples").symlink_to(DOCS.parent / "examples")
+    monkeypatch.chdir(tmp_path)
+    report = run("router_training.md")["report"]
+    assert [step for step, _ in report.evaluations] == [0, 1, 2]
+    assert (tmp_path / "curve.png").is_file()

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from loraweave.composer.router_training.terms import real_tokens
 from loraweave.routers.routing.learned_router import LearnedRouter, Step
 from loraweave.routers.routing.training_report import TrainingReport
 
@@ -82,14 +83,6 @@ class Watch:
 
 def _of_layer(w_BTE: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
     """(load_E, entropy) of a layer's weights, each token's taken as shares; means over the real tokens."""
-    w_NE = _real(w_BTE.abs().float(), mask_BT)
+    w_NE = real_tokens(w_BTE.abs().float(), mask_BT)
     share_NE = w_NE / w_NE.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     return share_NE.mean(dim=0), torch.special.entr(share_NE).sum(dim=1).mean()
-
-
-def _real(w_BTE: Tensor, mask_BT: Tensor) -> Tensor:
-    """w_NE of the real tokens; all of them in a layer with other tokens than the mask's, such as a decoder's."""
-    if w_BTE.shape[1] not in (1, mask_BT.shape[1]) or mask_BT.shape[0] % w_BTE.shape[0]:
-        return w_BTE.flatten(0, 1)
-    w_BTE = w_BTE.repeat_interleave(mask_BT.shape[0] // w_BTE.shape[0], dim=0)
-    return w_BTE.expand(*mask_BT.shape, -1)[mask_BT.bool()]

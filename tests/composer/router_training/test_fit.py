@@ -252,3 +252,12 @@ def test_a_router_whose_parameters_are_all_frozen_is_refused(engine, gates, pool
 def test_a_router_of_another_pool_is_refused(engine, gates, pool, data):
     with pytest.raises(WeightingError, match="in this order"):
         gates(ExpertPool(list(pool.adapters.values())[:2])).fit(engine, data)
+
+
+def test_an_encoder_decoder_is_trained_on_its_answers(make_model, make_adapters, tokenizer, gates, data):
+    model = make_model("t5")
+    pool = ExpertPool(make_adapters(model, "t5"))
+    engine = Composer(model, pool, tokenizer=tokenizer)
+    made = gates(pool).fit(engine, data, balance=0.01, evaluation=data, evaluate_every=40, **{**SETTINGS, "steps": 40})
+    (_, first), (_, last) = made.report["evaluations"]
+    assert last < first
