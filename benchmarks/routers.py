@@ -1,9 +1,12 @@
 """Measures routers over the adapters of examples/pool.
 
+    python benchmarks/routers.py cost forward
     python benchmarks/routers.py quality --out runs/routers
     python benchmarks/routers.py quality --out runs/routers --routers base oracle arrow --items 4
     python benchmarks/routers.py quality --out runs/routers --report      (the table of what has been measured so far)
     python benchmarks/routers.py quality --out runs/routers --together    (writes benchmarks/data/routers.json)
+
+`cost`: what they add to the time of the base model, beside peft.
 
 `quality`: right answers on test inputs of the pool's own tasks (nobody says which adapter an input is for), on unseen tasks
 and on tasks that join two skills. Beside every router: the base model, the task's own adapter (`oracle`), the adapter of
@@ -16,9 +19,10 @@ from __future__ import annotations
 
 import argparse
 
+import _router_cost
 import _router_quality
 
-COMMANDS = {"quality": _router_quality}
+COMMANDS = {"cost": _router_cost, "quality": _router_quality}
 
 
 def main() -> None:
