@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,7 +36,7 @@ class LoraFlow(LearnedRouter):
     when it runs.
     """
 
-    simplex: ClassVar[bool] = False
+    simplex: bool = False
 
     def __init__(self, pool: ExpertPool | Members, *, bias: str = "outside", width: int | None = None) -> None:
         super().__init__(pool)

@@ -84,7 +84,7 @@ class Xlora(LearnedRouter):
         self._require_options()
         # what sums to something else says so
         if softmax == "none" or global_scaling != 1 or (softmax == "all" and top_k is not None):
-            self.simplex = False  # type: ignore[misc]
+            self.simplex = False
         self.head = self._made_head()
         self._beside: BesideCache[DynamicCache] = BesideCache(self.name)
         # layers that share logits and have the same experts share weights, too

@@ -19,10 +19,11 @@ _CALL: ContextVar[tuple[Begun, Router] | None] = ContextVar("loraweave_begun", d
 
 
 class Begun:
-    """Such a router, as one whose weights are those of the running call."""
+    """Such a router, as one whose weights are those of the running call; `name` is for messages."""
 
-    def __init__(self, router: Any) -> None:
+    def __init__(self, router: Any, name: str) -> None:
         self._router = router
+        self._name = name
         self._last: Router | None = None
         self._tokenizer: Any = None
 
@@ -35,7 +36,7 @@ class Begun:
         """The tokenizer of the model, for routers that read text. CompositionError where one needs it and it is None."""
         if self.reads_text and tokenizer is None:
             raise CompositionError(
-                f"router {type(self._router).__name__} reads the text of the model's input, and this Composer cannot: make "
+                f"router {self._name} reads the text of the model's input, and this Composer cannot: make "
                 "it with tokenizer=..."
             )
         self._tokenizer = tokenizer
@@ -57,7 +58,7 @@ class Begun:
         if self._last is not None and torch._C._current_graph_task_id() != -1:
             return self._last.weights(x_BTI, layer)
         raise ScopeError(
-            f"router {type(self._router).__name__} looks at the input of the whole model first, but layer {layer!r} ran in "
+            f"router {self._name} looks at the input of the whole model first, but layer {layer!r} ran in "
             "none of its calls: call the model itself rather than a part of it, and not one that torch.compile made"
         )
 

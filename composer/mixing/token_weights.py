@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,11 +10,11 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from loraweave.composer.kernels._cost import TokenWorkload, sorting_pays
-from loraweave.composer.kernels._own_precision import own_precision
 from loraweave.composer.kernels.dense import Stack, by_input
 from loraweave.composer.kernels.sorted_tokens import SortedTokens
 from loraweave.composer.layers import TargetLayer
 from loraweave.composer.mixing.affine import AffineTable
+from loraweave.composer.mixing.asked import asked
 from loraweave.composer.mixing.begun import Begun, parts_of
 from loraweave.composer.mixing.row_weights import LayerMixture
 from loraweave.composer.paging.layout import PlacedFactors
@@ -23,7 +22,6 @@ from loraweave.composer.paging.residents import Lease
 from loraweave.errors import ScopeError, WeightingError
 from loraweave.routers.by_row import ByRow
 from loraweave.routers.mixture import MixtureWeights
-from loraweave.routers.routing.token_router import TokenRouter
 from loraweave.types import AlongDirections, Router
 
 # experts of a token that sorting has to beat before a router looks at its input
@@ -102,22 +100,11 @@ class TokenWeights:
     @classmethod
     def routed(cls, router: Router, experts: tuple[str, ...]) -> TokenWeights:
         """Of weights that a router computes from each layer's input."""
-        begun = Begun(router) if hasattr(router, "begin") else None
-        asked = begun or router
-        # which promise weights in fp32 or better; others may need autocast for inputs of another dtype than their own
-        exact = isinstance(router, TokenRouter)
-
-        device: torch.device | None = None
+        own = asked(router)
+        begun = Begun(own, type(router).__name__) if hasattr(own, "begin") else None
 
         def weights(x_BTI: Tensor, layer: str) -> Tensor:
-            nonlocal device
-            if exact and begun is None and x_BTI.device != device:
-                # where the layers are, and with the layers where they are on several
-                with torch.inference_mode(False):
-                    router.to(x_BTI.device)  # type: ignore[attr-defined]
-                device = x_BTI.device
-            with own_precision(x_BTI.device) if exact and torch._C._is_any_autocast_enabled() else nullcontext():
-                w_BTE = asked.weights(x_BTI, layer)
+            w_BTE = (begun or own).weights(x_BTI, layer)
             _require_experts(w_BTE, router, layer, len(experts))
             return w_BTE
 

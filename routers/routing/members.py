@@ -61,6 +61,14 @@ class Members:
         # nothing of it ever changes
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        # a read-only view has no pickle
+        own = {name: getattr(self, name) for name in ("names", "hashes", "base_model", "fingerprint")}
+        return {**own, "layers": dict(self.layers)}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state, layers=MappingProxyType(state["layers"]))
+
     @cached_property
     def places(self) -> Mapping[str, int]:
         """Each expert's place in their order."""

@@ -36,6 +36,8 @@ class _Placed(TokenRouter):
     def __init__(self, router: TokenRouter, pool: ExpertPool, names: tuple[str, ...]) -> None:
         super().__init__(pool)
         self.router = router
+        # in layers that it does not know all weights are 0
+        self.simplex = router.simplex and set(self.layers) <= set(router.layers)
         self.names_of_own = dict(zip(router.experts, names, strict=True))
         self._own = ExpertPool({own: pool.adapters[name] for own, name in zip(router.experts, names, strict=True)})
         self.register_buffer("place_P", torch.tensor([pool.places[name] for name in names]), persistent=False)

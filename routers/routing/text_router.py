@@ -37,7 +37,7 @@ class TextRouter(TokenRouter):
     are, so that a router that chooses one adapter gives that adapter. A subclass says how vectors become weights.
     """
 
-    simplex: ClassVar[bool] = False
+    simplex: bool = False
     needs_tokenizer: ClassVar[bool] = True
     # buffers with a row for each expert
     by_expert: ClassVar[tuple[str, ...]] = ()

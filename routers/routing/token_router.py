@@ -33,7 +33,7 @@ class TokenRouter(nn.Module):
     # whether fit() is needed before the weights mean anything
     learned: ClassVar[bool] = False
     # whether the weights of every token sum to 1
-    simplex: ClassVar[bool] = True
+    simplex: bool = True
     # tensors with rows of experts: None where row e is of expert e, else the name of the tensor that says whose each row is;
     # None for a router that weighs all experts together, so that none can join or leave it
     per_expert: ClassVar[Mapping[str, str | None] | None] = None

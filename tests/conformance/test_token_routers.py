@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import pickle
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -209,6 +211,8 @@ def test_for_a_pool_of_other_order_and_more_experts_it_gives_the_same_logits(nam
         larger = larger.including(other, pool[other])
     again = router(tmp_path / "router", larger)
     assert again.experts == ("new", "x", "c", "a")
+    # a layer that the new expert alone updates has no weights
+    assert not again.simplex
     weights, logits = weights_of(model, larger, again)
     assert torch.allclose(logits, weights_of(model, pool, made)[1], atol=1e-5)
     assert not any(w_BTE[..., 0].any() for w_BTE in weights.values())
@@ -288,3 +292,25 @@ def test_a_composition_by_it_is_the_same_when_read_again(name, model, pool, toke
     rise = composed.leave_one_out()
     assert list(rise) == list(pool.names)
     assert all(math.isfinite(value) for value in rise.values())
+
+
+@pytest.mark.parametrize("name", [name for name in ROUTERS if name != "lora_flow"])
+def test_rows_of_a_batch_have_it_in_its_own_precision_below_autocast(name, model, pool):
+    made = make(name, pool)
+    engine, whole = composer(model, pool), {}
+    for mixture in (made, [made] * len(IDS_BT)):
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16), engine.activate(mixture):
+            model(input_ids=IDS_BT, attention_mask=MASK_BT, position_ids=POSITIONS_BT)
+        used = engine.last_weights
+        for layer in used:
+            w_BTE = used[layer].expand(*IDS_BT.shape, -1)
+            assert w_BTE.dtype is torch.float32
+            assert torch.allclose(whole.setdefault(layer, w_BTE), w_BTE, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_copy_and_a_pickle_give_the_same_logits(name, model, pool):
+    made = make(name, pool)
+    logits = weights_of(model, pool, made)[1]
+    for again in (deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert torch.equal(weights_of(model, pool, again)[1], logits)

@@ -37,7 +37,7 @@ class Apart(Gates):
 
     apart: ClassVar[bool] = True
     needs_experts: ClassVar[bool] = True
-    simplex: ClassVar[bool] = False
+    simplex: bool = False
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
         scores_BTE = x_BTI.float() @ self.gates_[layer].T
