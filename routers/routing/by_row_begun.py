@@ -25,31 +25,43 @@ class _BegunByRow(ByRow):
         """The routers that it is made of."""
         return [part for router in self.routers if router is not None for part in getattr(router, "parts", [router])]
 
-    def begin(self, model: Any, arguments: Mapping[str, Any]) -> ByRow:
+    def begin(self, model: Any, arguments: Mapping[str, Any]) -> Router:
         """The routers of one call."""
         whole: dict[Router, Router] = {}
         for router in self.routers:
             begin = getattr(router, "begin", None)
             if router is not None and begin is not None and router not in whole:
                 whole[router] = begin(model, arguments)
+        return _OfCall(self, whole)
+
+
+class _OfCall:
+    """Each router of the call is given the rows that it was shown, all of them, once a layer."""
+
+    def __init__(self, rows: ByRow, whole: Mapping[Router, Router]) -> None:
+        self._rows = rows
+        self._whole = whole
+
+    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+        given = {router: begun.weights(x_BTI, layer) for router, begun in self._whole.items()}
+        num_rows = self._rows.num_rows
         found = [
-            _OwnRows(whole[router], number, self.num_rows) if router is not None and router in whole else router
-            for number, router in enumerate(self.routers)
+            _OwnRows(given[router], number, num_rows) if router is not None and router in given else router
+            for number, router in enumerate(self._rows.routers)
         ]
-        return ByRow(found, self.experts)
+        return ByRow(found, self._rows.experts).weights(x_BTI, layer)
 
 
 class _OwnRows:
     """One row's part of what a router gives to a batch."""
 
-    def __init__(self, router: Router, number: int, num_rows: int) -> None:
-        self._router = router
+    def __init__(self, w_BTE: Tensor, number: int, num_rows: int) -> None:
+        self._w_BTE = w_BTE
         self._number = number
         self._num_rows = num_rows
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
-        w_BTE = self._router.weights(x_BTI, layer)
         copies = x_BTI.shape[0]
-        if w_BTE.shape[0] == self._num_rows * copies:
-            return w_BTE[self._number * copies : (self._number + 1) * copies]
-        return w_BTE
+        if self._w_BTE.shape[0] == self._num_rows * copies:
+            return self._w_BTE[self._number * copies : (self._number + 1) * copies]
+        return self._w_BTE

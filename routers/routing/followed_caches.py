@@ -68,9 +68,13 @@ class FollowedCaches:
 
     def returned(self, output: Any) -> None:
         """What a call gives back: its new cache, if it has one, is followed from now on."""
+        if not self._waiting:
+            return
+        from transformers import DynamicCache
+
         for owner, state in self._waiting:
             values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
-            cache = next((value for value in values if isinstance(value, type(state))), None)
+            cache = next((value for value in values if isinstance(value, DynamicCache)), None)
             if cache is not None and cache.get_seq_length() == state.get_seq_length():
                 follow(cache, owner, state)
                 self.add(cache)
