@@ -1,12 +1,13 @@
-"""What routers cost over the base model, beside peft's Arrow: a forward, and tokens generated one by one."""
+"""What routers cost over the base model, beside peft's: a forward, tokens generated one by one, a training step."""
 
 from __future__ import annotations
 
 import argparse
 import copy
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import peft
 import torch
 from _adapters import base_model, difference, random_adapter
 from _ratios import Gate, Way, compare, console, require
+from _xlora_cost import Xlora, passes
 from peft.tuners.lora.arrow import create_arrow_model
 
 import loraweave as lw
@@ -26,14 +28,15 @@ SEED = 42
 PROMPT_TOKENS = 32
 NEW_TOKENS = 32
 LIMIT = 1e-4
+ROUTERS = ("arrow", "xlora")
 
 Context = Callable[[], AbstractContextManager[Any]]
 
 
 class Setting:
-    """One base model with our Composer, and a copy of it in peft with the same experts."""
+    """One base model with our Composer, and for each router a copy of it in peft with the same experts."""
 
-    def __init__(self, rows: int, tokens: int, rank: int, *, peers: bool, seed: int) -> None:
+    def __init__(self, rows: int, tokens: int, rank: int, routers: Sequence[str], *, peers: bool, seed: int) -> None:
         self.model, _ = base_model()
         self.model.requires_grad_(False)
         adapters = [random_adapter(self.model, f"random{n:02d}", "all", seed, rank=rank) for n in range(NUM_EXPERTS)]
@@ -45,7 +48,9 @@ class Setting:
         self.given = MixtureWeights(values_BTLE, self.pool.names, tuple(self.pool.layer_names))
         # as peft's, whose vectors are those of 15 steps
         self.arrow = lw.router("arrow", self.pool, top_k=TOP_K, direction="power_iteration", seed=SEED)
-        self.peft = self._in_peft() if peers else None
+        self.routers = routers
+        self.peft = self._in_peft() if peers and "arrow" in routers else None
+        self.xlora = Xlora(self.engine, peers=peers, seed=seed) if "xlora" in routers else None
 
     def _in_peft(self) -> Any:
         config = peft.ArrowConfig(top_k=TOP_K, router_temperature=1.0, rng_seed=SEED)
@@ -76,7 +81,14 @@ def gates(setting: Setting) -> list[Gate]:
     return [*checks, Gate("limit over the change that the adapters make", LIMIT / difference(found, base), 0.1)]
 
 
-def forward_way(setting: Setting, forward: Callable[..., Any], context: Context) -> Way:
+def all_gates(setting: Setting) -> list[Gate]:
+    """Those of every router that is measured."""
+    found = gates(setting) if "arrow" in setting.routers else []
+    return found if setting.xlora is None else [*found, *setting.xlora.gates(setting.ids_BT[:2])]
+
+
+def forward_way(setting: Setting, forward: Callable[..., Any], context: Context, *, cached: bool = True) -> Way:
+    """All tokens at once, and logits of the last one. Nothing is cached."""
     last = torch.tensor([setting.ids_BT.shape[1] - 1])
 
     @torch.inference_mode()
@@ -87,8 +99,8 @@ def forward_way(setting: Setting, forward: Callable[..., Any], context: Context)
     return Way(run)
 
 
-def generate_way(setting: Setting, forward: Callable[..., Any], context: Context) -> Way:
-    """Greedy tokens with the key-value cache, the prompt's pass among them."""
+def generate_way(setting: Setting, forward: Callable[..., Any], context: Context, *, cached: bool = True) -> Way:
+    """Greedy tokens with the key-value cache, the prompt's pass among them; else all tokens again for each."""
     prompt_BT = setting.ids_BT[:, :PROMPT_TOKENS]
 
     @torch.inference_mode()
@@ -96,26 +108,36 @@ def generate_way(setting: Setting, forward: Callable[..., Any], context: Context
         token_BT, cache = prompt_BT, None
         with context():
             for _ in range(NEW_TOKENS):
-                output = forward(input_ids=token_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                token_BT, cache = output.logits[:, -1:].argmax(dim=-1), output.past_key_values
+                if cached:
+                    output = forward(input_ids=token_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                    token_BT, cache = output.logits[:, -1:].argmax(dim=-1), output.past_key_values
+                else:
+                    output = forward(input_ids=token_BT, use_cache=False, logits_to_keep=1)
+                    token_BT = torch.cat([token_BT, output.logits[:, -1:].argmax(dim=-1)], dim=1)
 
     return Way(run)
 
 
-def ways(setting: Setting, make: Callable[..., Way], *, forward: bool) -> Mapping[str, Way]:
+def ways(setting: Setting, what: str) -> Mapping[str, Way]:
     """Every way by its label, the base first."""
-    found = {"base alone": make(setting, setting.model, nullcontext)}
-    if forward:
-        found["loraweave, weights given by token"] = make(setting, setting.model, setting.active(setting.given))
-    found["loraweave, arrow"] = make(setting, setting.model, setting.active(setting.arrow))
-    if setting.peft is not None:
-        found["peft, arrow"] = make(setting, setting.peft, nullcontext)
-    return found
+    if what == "train":
+        assert setting.xlora is not None
+        return setting.xlora.training_ways(setting.ids_BT)
+    make = partial(forward_way if what == "forward" else generate_way, setting)
+    found = {"base alone": make(setting.model, nullcontext)}
+    if "arrow" in setting.routers:
+        if what == "forward":
+            found["loraweave, weights given by token"] = make(setting.model, setting.active(setting.given))
+        found["loraweave, arrow"] = make(setting.model, setting.active(setting.arrow))
+        if setting.peft is not None:
+            found["peft, arrow"] = make(setting.peft, nullcontext)
+    return found if setting.xlora is None else found | passes(setting.xlora, make, cached=False)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What of it is measured."""
-    parser.add_argument("what", choices=("forward", "generate"), help="which pass is measured")
+    parser.add_argument("what", choices=("forward", "generate", "train"), help="which pass is measured")
+    parser.add_argument("--routers", nargs="+", choices=ROUTERS, default=ROUTERS, help="train: xlora alone")
     parser.add_argument("--rows", type=int, default=8, help="of the batch")
     parser.add_argument("--tokens", type=int, default=128, help="of a row in forward, at least 32")
     parser.add_argument("--rank", type=int, default=8, help="of each adapter")
@@ -130,15 +152,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> None:
     """Prints the gates, and the ratios if they are green; SystemExit where they are not."""
     torch.set_num_threads(options.threads)
-    setting = Setting(options.rows, options.tokens, options.rank, peers=not options.no_peers, seed=options.seed)
-    require(gates(setting))
-    forward = options.what == "forward"
+    what = options.what
+    routers = ["xlora"] if what == "train" else options.routers
+    setting = Setting(options.rows, options.tokens, options.rank, routers, peers=not options.no_peers, seed=options.seed)
+    require(all_gates(setting))
     steps = f"{NEW_TOKENS} tokens after {PROMPT_TOKENS}"
-    size = f"{options.rows}x{options.tokens}" if forward else f"{options.rows} rows, {steps}"
+    size = f"{options.rows} rows, {steps}" if what == "generate" else f"{options.rows}x{options.tokens}"
     console.print(f"peft {peft.__version__}, torch {torch.__version__}, {options.threads} thread(s)", highlight=False)
     compare(
-        f"{options.what} {size}, {NUM_EXPERTS} adapters of rank {options.rank} on all linear layers, fp32",
-        ways(setting, forward_way if forward else generate_way, forward=forward),
+        f"{what} {size}, {NUM_EXPERTS} adapters of rank {options.rank} on all linear layers, fp32",
+        ways(setting, what),
         rounds=options.rounds,
         seconds=options.seconds,
         cpu=options.cpu,
