@@ -190,18 +190,27 @@ class Xlora(LearnedRouter):
 class _OfCall:
     """What an X-LoRA made of one call's tokens; `head_tokens` are those that the model's own head is asked for."""
 
+    # the tensors that weights() gives stay as they are: what is made of one for a layer counts for others
+    shares_weights = True
+
     def __init__(self, router: Xlora, scores_BTGE: Tensor, w_BTGE: Tensor, head_tokens: Any) -> None:
         self._router = router
         self._scores_BTGE = scores_BTGE
         self._w_BTGE = w_BTGE
+        # as they come, and scaled
+        self._of_group: dict[int, tuple[Tensor, Tensor]] = {}
         self._head_tokens = slice(-head_tokens, None) if isinstance(head_tokens, int) and head_tokens else head_tokens
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
-        group = self._router._group_of[layer]
-        w_BTE = self._router.note(layer, self._scores_BTGE[:, :, group], self._w_BTGE[:, :, group])
+        group, scaling = self._router._group_of[layer], self._router.global_scaling
+        if group not in self._of_group:
+            w_BTE = self._w_BTGE[:, :, group]
+            self._of_group[group] = w_BTE, w_BTE if scaling == 1 else w_BTE * scaling
+        noted_BTE, w_BTE = self._of_group[group]
+        self._router.note(layer, self._scores_BTGE[:, :, group], noted_BTE)
         if x_BTI.shape[1] != w_BTE.shape[1] and isinstance(self._head_tokens, slice | Tensor):
-            w_BTE = w_BTE[:, self._head_tokens]
-        return w_BTE if self._router.global_scaling == 1 else w_BTE * self._router.global_scaling
+            return w_BTE[:, self._head_tokens]
+        return w_BTE
 
 
 def _most_frequent_size(members: Members) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -54,10 +55,10 @@ class WeightedProduct(torch.autograd.Function):
         return grad_y, grad_x, grad_w, None, None, None
 
 
-def weigh(hidden_SN: Tensor, w_SN: Tensor, *, learns: bool) -> Tensor:
-    """The hidden values times their weights, in their own dtype."""
-    mixed_SN = hidden_SN.to(w_SN.dtype) * w_SN
+def weigh(hidden: Tensor, w: Tensor, *, learns: bool) -> Tensor:
+    """The hidden values times their weights, in their own dtype; the axes broadcast."""
+    mixed = hidden.to(w.dtype) * w
     # a sum over what has not overflowed is finite, and costs less than a mask; elsewhere than on a CPU one would wait for it
-    if not learns and not (mixed_SN.device.type == "cpu" and bool(mixed_SN.sum().isfinite())):
-        mixed_SN = mixed_SN.masked_fill(w_SN == 0, 0.0)
-    return mixed_SN.to(hidden_SN.dtype)
+    if not learns and not (mixed.device.type == "cpu" and math.isfinite(float(mixed.sum()))):
+        mixed = mixed.masked_fill(w == 0, 0.0)
+    return mixed.to(hidden.dtype)

@@ -16,6 +16,9 @@ from loraweave.composer.kernels._parts import AddsInPlace, Part, rank_rows, repe
 from loraweave.composer.kernels._weighted_product import WeightedProduct, weigh
 from loraweave.composer.kernels.naive import mixed
 
+# what was made of one tensor of weights, for layers with the same ranks: w_NS by these and the axes of the tokens
+Made = dict[tuple[tuple[int, ...], torch.Size], Tensor]
+
 
 @dataclass(frozen=True, eq=False)
 class Stack:
@@ -24,20 +27,22 @@ class Stack:
     a_SI: Tensor
     b_SO: Tensor
     owner_S: Tensor
+    ranks: tuple[int, ...]
 
     @classmethod
     def of(cls, parts: Sequence[Part], dtype: torch.dtype) -> Stack:
-        owner = [number for number, part in enumerate(parts) for _ in range(part.a_RI.shape[0])]
+        ranks = tuple(part.a_RI.shape[0] for part in parts)
+        owner = [number for number, rank in enumerate(ranks) for _ in range(rank)]
         b_SO = torch.cat([part.b_RO for part in parts]).to(dtype)
-        return cls(by_input(stacked_a(parts, dtype)), b_SO, torch.tensor(owner, device=b_SO.device))
+        return cls(by_input(stacked_a(parts, dtype)), b_SO, torch.tensor(owner, device=b_SO.device), ranks)
 
     @property
     def num_bytes(self) -> int:
         return self.a_SI.nbytes + self.b_SO.nbytes
 
-    def weighted(self, w_BTP: Tensor, hidden_SN: Tensor | None = None) -> Dense:
-        """With the weights of the parts; B and T may be 1. `hidden_SN` is x a^T of the x to come, where it is known."""
-        return Dense(self, w_BTP, hidden_SN)
+    def weighted(self, w_BTP: Tensor, hidden_NS: Tensor | None = None, made: Made | None = None) -> Dense:
+        """With the weights of the parts; B and T may be 1. `hidden_NS` is x a^T of the x to come, where it is known."""
+        return Dense(self, w_BTP, hidden_NS, made)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +51,8 @@ class Dense(AddsInPlace):
 
     stack: Stack
     w_BTP: Tensor
-    hidden_SN: Tensor | None = None
+    hidden_NS: Tensor | None = None
+    made: Made | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -68,12 +74,11 @@ class Dense(AddsInPlace):
 
     def add_(self, x_BTI: Tensor, y_BTO: Tensor) -> None:
         b_SO = self.stack.b_SO
-        hidden_SN = self.hidden_SN
-        if hidden_SN is None:
-            hidden_SN = linear(x_BTI.reshape(-1, x_BTI.shape[2]), self.stack.a_SI).T.contiguous()
-        mixed_SN = weigh(hidden_SN, self._by_expert(x_BTI).index_select(0, self.stack.owner_S), learns=False)
+        hidden_NS = self.hidden_NS
+        if hidden_NS is None:
+            hidden_NS = linear(x_BTI.reshape(-1, x_BTI.shape[2]), self.stack.a_SI)
         # below autocast the hidden values are in half precision
-        y_BTO.view(-1, b_SO.shape[1]).addmm_(mixed_SN.T.to(b_SO.dtype), b_SO)
+        y_BTO.view(-1, b_SO.shape[1]).addmm_(self._mixed(hidden_NS, x_BTI.shape).to(b_SO.dtype), b_SO)
 
     def plus(self, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
         """In y's own memory where autograd allows that: no layer needs its own output for its gradients."""
@@ -91,17 +96,33 @@ class Dense(AddsInPlace):
 
     def _product(self, y_BTO: Tensor | None, x_BTI: Tensor) -> Tensor:
         stack = self.stack
+        w_PN = self._by_token(x_BTI.shape).T.contiguous()
+        x_NI = x_BTI.reshape(-1, x_BTI.shape[2])
         found: Tensor = WeightedProduct.apply(  # type: ignore[no-untyped-call]
-            y_BTO, x_BTI.reshape(-1, x_BTI.shape[2]), self._by_expert(x_BTI), stack.a_SI, stack.b_SO, stack.owner_S
+            y_BTO, x_NI, w_PN, stack.a_SI, stack.b_SO, stack.owner_S
         )
         return found
 
-    def _by_expert(self, x_BTI: Tensor) -> Tensor:
-        """w_PN for the tokens of x, row by row; w_P1 where all share them."""
-        w_BTP = repeated(self.w_BTP, x_BTI.shape[0])
+    def _mixed(self, hidden_NS: Tensor, shape: torch.Size) -> Tensor:
+        """The hidden values of inputs of that shape times their weights."""
+        ranks = self.stack.ranks
+        if self.made is None and len(set(ranks)) == 1:
+            hidden_NPR = hidden_NS.view(-1, len(ranks), ranks[0])
+            return weigh(hidden_NPR, self._by_token(shape).unsqueeze(2), learns=False).flatten(1)
+        key = (ranks, shape[:2])
+        w_NS = None if self.made is None else self.made.get(key)
+        if w_NS is None:
+            w_NS = self._by_token(shape).index_select(1, self.stack.owner_S)
+            if self.made is not None:
+                self.made[key] = w_NS
+        return weigh(hidden_NS, w_NS, learns=False)
+
+    def _by_token(self, shape: torch.Size) -> Tensor:
+        """w_NP for the tokens of inputs of that shape, row by row; w_1P where all share them."""
+        w_BTP = repeated(self.w_BTP, shape[0])
         if w_BTP.shape[0] * w_BTP.shape[1] != 1:
-            w_BTP = w_BTP.expand(*x_BTI.shape[:2], w_BTP.shape[2])
-        return w_BTP.reshape(w_BTP.shape[0] * w_BTP.shape[1], w_BTP.shape[2]).T.contiguous()
+            w_BTP = w_BTP.expand(*shape[:2], w_BTP.shape[2])
+        return w_BTP.reshape(w_BTP.shape[0] * w_BTP.shape[1], w_BTP.shape[2])
 
 
 def by_input(a_SI: Tensor) -> Tensor:

@@ -49,6 +49,12 @@ class Begun:
         self._last = found if torch.is_grad_enabled() else None
         _CALL.set((self, found))
 
+    @property
+    def shares_weights(self) -> bool:
+        """Whether the router of the running call says that no tensor it gives changes before the call ends."""
+        found = _CALL.get()
+        return found is not None and found[0] is self and bool(getattr(found[1], "shares_weights", False))
+
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
         """w_BTE. Raises ScopeError outside a call of the model."""
         found = _CALL.get()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from loraweave.composer.kernels._cost import TokenWorkload, sorting_pays
-from loraweave.composer.kernels.dense import Stack, by_input
+from loraweave.composer.kernels.dense import Made, Stack, by_input
 from loraweave.composer.kernels.sorted_tokens import SortedTokens
 from loraweave.composer.layers import TargetLayer
 from loraweave.composer.mixing.affine import AffineTable
@@ -62,6 +63,15 @@ class _LayerStack:
         return extra + (0 if self.stack is None else self.stack.num_bytes)
 
 
+@dataclass(eq=False)
+class _Known:
+    """Of weights: how many a token are not zero, once that was counted; for what layers share, also what was made of it."""
+
+    w_BTP: Tensor | None = None
+    made: Made | None = None
+    chosen: float | None = None
+
+
 class TokenWeights:
     """`weights(x_BTI, layer)` gives w_BTE over `experts`, where B and T may be 1."""
 
@@ -87,6 +97,8 @@ class TokenWeights:
         self.num_tokens = num_tokens
         self._layers: dict[str, _LayerStack] = {}
         self._sent: dict[str, Tensor] = {}
+        self._given: dict[str, _Known] = {}
+        self._shared: _Known | None = None
 
     @classmethod
     def fixed(cls, mixture: MixtureWeights) -> TokenWeights:
@@ -131,14 +143,28 @@ class TokenWeights:
     ) -> LayerMixture:
         """Raises ScopeError, naming the layer and both counts, where rows or tokens are not the weights'."""
         found = self._stack(layer.name, device, dtype, lease)
-        w_BTE, hidden_SN = self._at_once(layer, x_BTI, found, lease)
+        w_BTE, hidden_NS = self._at_once(layer, x_BTI, found, lease)
         affine = None if found.table is None else found.table.weighted(w_BTE)
         if not found.experts:
             return LayerMixture(None, affine, w_BTE)
         w_BTP = w_BTE if found.place_P is None else w_BTE[..., found.place_P]
-        if hidden_SN is None and _sorts(found, layer, w_BTP, x_BTI):
+        known = self._known_of(layer.name, w_BTP)
+        if hidden_NS is None and _sorts(found, layer, w_BTP, known, x_BTI):
             return LayerMixture(SortedTokens(_parts(found, layer.name, lease), w_BTP, dtype), affine, w_BTE)
-        return LayerMixture(self._side_by_side(found, layer.name, lease).weighted(w_BTP, hidden_SN), affine, w_BTE)
+        stack = self._side_by_side(found, layer.name, lease)
+        return LayerMixture(stack.weighted(w_BTP, hidden_NS, known.made), affine, w_BTE)
+
+    def _known_of(self, layer: str, w_BTP: Tensor) -> _Known:
+        """What is known of these weights: of those that were given, or that several layers of a call share."""
+        if not self.learns:
+            return self._given.setdefault(layer, _Known())
+        # a gradient's graph has to have what is made of them in each layer
+        if self.begun is None or w_BTP.requires_grad or not self.begun.shares_weights:
+            return _Known()
+        shared = self._shared
+        if shared is None or shared.w_BTP is not w_BTP:
+            shared = self._shared = _Known(w_BTP, {})
+        return shared
 
     def projected(
         self, layer: TargetLayer, x: Tensor, y_BTO: Tensor, device: torch.device, dtype: torch.dtype, lease: Lease
@@ -164,7 +190,7 @@ class TokenWeights:
         return update_BTO, w_BTE
 
     def _at_once(self, layer: TargetLayer, x_BTI: Tensor, found: _LayerStack, lease: Lease) -> tuple[Tensor, Tensor | None]:
-        """w_BTE; and x a^T as (S, N), where that and what a router looks at are one product.
+        """w_BTE; and x a^T as (N, S), where that and what a router looks at are one product.
 
         Not where gradients go through the router, nor where the product would be less exact than the router's own.
         """
@@ -174,12 +200,12 @@ class TokenWeights:
             own = v_PI.dtype is found.dtype is x_BTI.dtype and v_PI.device == found.device and not v_PI.is_inference()
             if own and not learns and not torch._C._is_any_autocast_enabled():
                 joint_QI = found.joined(self._side_by_side(found, layer.name, lease), v_PI)
-                both_QN = linear(x_BTI.reshape(-1, x_BTI.shape[2]), joint_QI).T.contiguous()
-                z_BTP = both_QN[found.num_ranks :].T.view(*x_BTI.shape[:2], v_PI.shape[0])
+                both_BTQ = linear(x_BTI, joint_QI)
+                z_BTP = both_BTQ[..., found.num_ranks :]
                 w_BTE = self._along.weights_along(z_BTP, x_BTI, layer.name)
                 _require_experts(w_BTE, self._along, layer.name, len(self._experts))
                 _require_fit(w_BTE, x_BTI, layer.name)
-                return w_BTE.to(found.device, found.dtype), both_QN[: found.num_ranks]
+                return w_BTE.to(found.device, found.dtype), both_BTQ[..., : found.num_ranks].flatten(0, 1)
         return self._weights(x_BTI, x_BTI, layer.name, found), None
 
     def _weights(self, x_BTI: Tensor, rows: Tensor, layer: str, found: _LayerStack) -> Tensor:
@@ -223,13 +249,14 @@ def _parts(found: _LayerStack, layer: str, lease: Lease) -> list[PlacedFactors]:
     return [part for part in parts if part is not None]
 
 
-def _sorts(found: _LayerStack, layer: TargetLayer, w_BTP: Tensor, x_BTI: Tensor) -> bool:
+def _sorts(found: _LayerStack, layer: TargetLayer, w_BTP: Tensor, known: _Known, x_BTI: Tensor) -> bool:
     """Whether sorting the tokens by expert pays; on a CPU only, since it has to look at the weights."""
     if w_BTP.requires_grad or not w_BTP.numel() or not _sorting_may_pay(found, layer, x_BTI, 1):
         # not worth a look where not even one expert a token would make it worth it
         return False
-    chosen = int(torch.count_nonzero(w_BTP)) / (w_BTP.shape[0] * w_BTP.shape[1])
-    return _sorting_may_pay(found, layer, x_BTI, chosen)
+    if known.chosen is None:
+        known.chosen = int(torch.count_nonzero(w_BTP)) / (w_BTP.shape[0] * w_BTP.shape[1])
+    return _sorting_may_pay(found, layer, x_BTI, known.chosen)
 
 
 def _sorting_may_pay(found: _LayerStack, layer: TargetLayer, x_BTI: Tensor, chosen: float) -> bool:
@@ -238,7 +265,12 @@ def _sorting_may_pay(found: _LayerStack, layer: TargetLayer, x_BTI: Tensor, chos
         return False
     num_tokens = x_BTI.shape[0] * x_BTI.shape[1]
     sizes = (len(found.experts), found.num_ranks, layer.num_inputs, layer.num_outputs, found.dtype.itemsize)
-    return sorting_pays(TokenWorkload(num_tokens, int(chosen * num_tokens), *sizes))
+    return _pays(num_tokens, int(chosen * num_tokens), *sizes)
+
+
+@lru_cache(maxsize=1024)
+def _pays(*sizes: int) -> bool:
+    return sorting_pays(TokenWorkload(*sizes))
 
 
 def _require_experts(w_BTE: Tensor, router: object, layer: str, num_experts: int) -> None:

@@ -8,14 +8,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from loraweave.composer.kernels._parts import RankRow
-from loraweave.composer.kernels.dense import Dense, Stack
+from loraweave.composer.kernels.dense import Dense, Made, Stack
 
 RANKS = (2, 1, 4)
 
 
-def stack(dtype: torch.dtype = torch.float64, i: int = 7, o: int = 5) -> Stack:
+def stack(dtype: torch.dtype = torch.float64, i: int = 7, o: int = 5, ranks: tuple[int, ...] = RANKS) -> Stack:
     generator = torch.Generator().manual_seed(0)
-    draw = [(torch.randn(r, i, generator=generator), torch.randn(r, o, generator=generator)) for r in RANKS]
+    draw = [(torch.randn(r, i, generator=generator), torch.randn(r, o, generator=generator)) for r in ranks]
     return Stack.of([RankRow(a_RI.to(dtype), b_RO.to(dtype)) for a_RI, b_RO in draw], dtype)
 
 
@@ -141,3 +141,30 @@ def test_vectorised_calls_are_the_formula_too() -> None:
     kept = stack()
     found = torch.func.vmap(lambda x: Dense(kept, w).update(x))(torch.stack([x, 2 * x]))
     assert torch.allclose(found[1], 2 * formula(x, w, kept), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("ranks", [(2, 1, 4), (2, 2, 2)], ids=["unequal ranks", "equal ranks"])
+def test_without_gradients_it_is_the_formula_also_where_layers_share_what_is_made_of_weights(
+    ranks: tuple[int, ...], shape: tuple[int, int]
+) -> None:
+    x, y, w = inputs(shape)
+    made: Made = {}
+    for of in (stack(ranks=ranks), stack(ranks=ranks, o=6), stack(ranks=(4, 3, 1))):
+        z = torch.cat([y, y], dim=2)[..., : of.b_SO.shape[1]].contiguous()
+        expected = z + formula(x, w, of)
+        for shared in (None, made, made):
+            assert torch.allclose(of.weighted(w, made=shared).plus(x, z.clone()), expected, rtol=1e-12, atol=1e-12)
+    # of the first two layers, and of the third
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize("ranks", [(2, 1, 4), (2, 2, 2)], ids=["unequal ranks", "equal ranks"])
+def test_an_expert_of_weight_zero_adds_nothing_where_its_hidden_values_overflow(ranks: tuple[int, ...]) -> None:
+    x, y, w = inputs((4, 3))
+    of = stack(ranks=ranks)
+    of.a_SI[of.owner_S == 1] = torch.inf
+    w[..., 1] = 0.0
+    found = of.weighted(w).plus(x, y.clone())
+    of.a_SI[of.owner_S == 1] = 0.0
+    assert torch.allclose(found, y + formula(x, w, of), rtol=1e-12, atol=1e-12)

@@ -87,3 +87,38 @@ def test_nothing_of_a_call_is_left_after_an_error_in_it(model, adapters):
             model(torch.tensor([[5, 999]]))
         with torch.no_grad():
             assert torch.isfinite(model(IDS_BT).logits).all()
+
+
+class OneTensor:
+    """Every layer gets the same tensor; it is twice as much in each further layer, unless it says that it stays."""
+
+    def __init__(self, w_BTE, stays):
+        self.w_BTE, self.stays = w_BTE, stays
+
+    def begin(self, model, arguments):
+        return self.OfCall(self.w_BTE.clone(), self.stays)
+
+    def weights(self, x_BTI, layer):
+        raise AssertionError("the router of the call is asked")
+
+    class OfCall:
+        def __init__(self, w_BTE, stays):
+            self.w_BTE, self.shares_weights = w_BTE, stays
+
+        def weights(self, x_BTI, layer):
+            return self.w_BTE if self.shares_weights else self.w_BTE.mul_(2)
+
+
+@pytest.mark.parametrize("stays", [True, False], ids=["it stays", "it changes"])
+def test_a_tensor_for_all_layers_counts_as_it_is_in_each(stays, model, adapters):
+    engine, names = Composer(model, adapters), tuple(a.name for a in adapters)
+    router = OneTensor(torch.rand(2, 4, len(names), generator=torch.Generator().manual_seed(0), dtype=torch.float64), stays)
+    with torch.no_grad(), engine.activate(router):
+        for scale in (1.0, 3.0):
+            router.w_BTE.mul_(scale)
+            with engine.record() as trace:
+                found = model(IDS_BT).logits
+            layers = list(trace.weights)
+            by_layer = [router.w_BTE * (1 if stays else 2 ** (at + 1)) for at in range(len(layers))]
+            with engine.activate(MixtureWeights(torch.stack(by_layer, dim=2), names, tuple(layers))):
+                assert torch.allclose(model(IDS_BT).logits, found, atol=1e-12)
