@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from loraweave.errors import UnknownName
+from loraweave.errors import UnknownName, WeightingError
 from loraweave.hub.pool import ExpertPool
+from loraweave.hub.whole_number import is_whole
 from loraweave.registry import nearest
 from loraweave.routers.routing.choosing import without
 from loraweave.routers.routing.layer_tensors import LayerTensors
@@ -55,6 +56,8 @@ class Arrow(ScoredRouter):
         for option, value, known in (("input_norm", input_norm, NORMS), ("direction", direction, DIRECTIONS)):
             if value not in known:
                 raise UnknownName(f"no {option} {value!r} of Arrow{nearest(value, known)}; there are {', '.join(known)}")
+        if not is_whole(seed, 0):
+            raise WeightingError(f"seed of router {self.name!r} is {seed!r}; it is a whole number from 0")
         self.input_norm = input_norm
         self.direction = direction
         self.seed = seed

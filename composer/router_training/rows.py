@@ -157,6 +157,11 @@ class RowReader:
             found = _Tokens(ids[:start], labels[start:], ids[start:])
         if not found.prompt or not found.labels:
             raise InvalidTask(f"{where} has no label to predict after its first token")
+        known = len(self._model.get_input_embeddings().weight)
+        if strange := [token for token in (*found.prompt, *found.target) if not 0 <= token < known]:
+            raise InvalidTask(f"{where} has token {strange[0]}, but the model knows those from 0 to {known - 1}")
+        if strange := [label for label in found.labels if label != IGNORED and not 0 <= label < known]:
+            raise InvalidTask(f"{where} has label {strange[0]}, which is no token of the model's {known} and not {IGNORED}")
         limit = context_length(self._model)
         if limit and len(found.prompt) + len(found.target) > limit:
             raise InvalidTask(f"{where} has {len(ids)} tokens, but the model's context is {limit}; shorten it")

@@ -64,12 +64,13 @@ class Run:
         self._report = TrainingReport(router.experts, settings=settings.determining())
         self._kept: dict[Any, Any] = {}
         self._best = _Best()
-        # what the loss was last finite with
-        self._good: list[Tensor] = []
+        # after how many steps, and which, parameters the loss was last finite with
+        self._good: tuple[int, list[Tensor]] = (0, [])
 
     def all_steps(self, state: KeptState, started: float) -> None:
         """Takes what steps are left, and leaves the router with the best parameters and its report."""
         first, recent = self._resumed(state)
+        self._good = (first, self._copied())
         watch = self._watch = Watch(self._router, self._report, self._settings.steps, sorted(self._taught))
         watch.recent.extend(recent)
         before, settings = self._report.seconds, self._settings
@@ -113,7 +114,7 @@ class Run:
             for parameter in self._parameters:
                 assert parameter.grad is not None
                 parameter.grad.mul_(settings.clip / norm)
-        self._good = [parameter.detach().clone() for parameter in self._parameters]
+        self._good = (number - 1, self._copied())
         self._optimizer.step()
         self._report.losses.append(loss)
         for name, value in totals.items():
@@ -166,14 +167,15 @@ class Run:
         for name, value in values.items():
             if math.isfinite(value):
                 continue
-            good = 0
-            if self._good:
-                good = max(0, number - 2)
-                _put(self._good, self._parameters)
+            good, values_then = self._good
+            _put(values_then, self._parameters)
             raise TrainingError(
                 f"{name} is {value} at step {number} of router {self._router.name!r}: lower lr, or look for damaged rows. "
                 f"The router has the parameters after {good} steps, with which it was last finite"
             )
+
+    def _copied(self) -> list[Tensor]:
+        return [parameter.detach().clone() for parameter in self._parameters]
 
     @torch.no_grad()
     def _evaluate(self, number: int) -> None:
@@ -192,7 +194,7 @@ class Run:
         self._require_finite(number + 1, {"the loss of the rows held out": loss})
         self._report.evaluations.append((number, loss))
         if loss < self._best.loss:
-            self._best = _Best(loss, [parameter.detach().clone() for parameter in self._parameters])
+            self._best = _Best(loss, self._copied())
             self._report.kept = number
         else:
             self._best.waited += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any, Self
 
@@ -96,6 +97,10 @@ class Settings:
             raise TrainingError(f"patience is {self.patience!r}; it must be a whole number of evaluations, or None")
         if self.patience is not None and self.evaluation is None:
             raise TrainingError("patience counts evaluations, but there is no evaluation: pass evaluation=rows held out")
+        for name in ("lr", "clip", "balance", "z", "weight_decay"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+                raise TrainingError(f"{name} is {value!r}; it must be a number")
         # NaN fails every comparison
         if not 0 < self.highest_rate < math.inf:
             raise TrainingError(f"lr is {self.lr!r}; it must be above 0")

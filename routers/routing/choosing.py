@@ -66,7 +66,8 @@ def require_top_k(router: str, top_k: int | None, num_experts: int, *, option: s
 def require_temperature(router: str, temperature: float) -> None:
     """Raises WeightingError for a temperature that is not finite and above 0."""
     # NaN and infinity too
-    if not 0 < temperature < math.inf:
+    is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+    if not (is_number and 0 < temperature < math.inf):
         raise WeightingError(
             f"temperature of router {router!r} is {temperature!r}; it must be above 0: small values choose one expert, "
             "large ones weigh all alike"

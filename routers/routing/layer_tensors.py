@@ -13,13 +13,13 @@ class LayerTensors(nn.Module):
 
     def __init__(self, tensors: Mapping[str, Tensor], *, learned: bool = False) -> None:
         super().__init__()
-        self._learned = learned
+        self.learned = learned
         for layer, tensor in tensors.items():
             self[layer] = tensor
 
     def __setitem__(self, layer: str, tensor: Tensor) -> None:
         key = _key(layer)
-        if self._learned:
+        if self.learned:
             self._parameters[key] = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
         else:
             self._buffers[key] = tensor
@@ -42,7 +42,7 @@ class LayerTensors(nn.Module):
 
     @property
     def _tensors(self) -> dict[str, Any]:
-        return self._parameters if self._learned else self._buffers
+        return self._parameters if self.learned else self._buffers
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         for name in [name for name in state_dict if name.startswith(prefix)]:

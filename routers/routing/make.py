@@ -33,6 +33,8 @@ def router(
     and for a pool without its experts, AdapterNotFound for what holds no router, AdapterCorrupt for damaged files,
     AdapterUnsupported for those of a newer version, and what a download raises.
     """
+    if not isinstance(name, str | Path) or name == "":
+        raise UnknownName(f"{name!r} is no router; give a name of {', '.join(router_names())}, or the folder of a saved one")
     experts = pool if pool is None or isinstance(pool, ExpertPool) else ExpertPool(pool)
     if isinstance(name, Path) or "/" in name or (name not in registry.names("routers") and Path(name).is_dir()):
         if options:

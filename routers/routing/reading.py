@@ -92,13 +92,27 @@ def read_router(folder: Path, saved: Saved, made_of: type[TokenRouter]) -> Token
         raise
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
         raise AdapterCorrupt(f"{folder} is no router {saved.name!r} ({type(error).__name__}: {error})") from error
-    for part in router.modules():
-        if isinstance(part, LayerTensors) and (strange := sorted(set(part) - set(saved.members.layers))):
-            raise AdapterCorrupt(f"{folder / TENSORS} has a tensor for layer {strange[0]!r}, which no expert updates")
+    _require_tensors(router, folder / TENSORS)
     router.report = saved.report
     if saved.num_adapters:
         router.pool = _pool(folder, saved.members)
     return router.eval()
+
+
+def _require_tensors(router: TokenRouter, file: Path) -> None:
+    """Raises AdapterCorrupt for numbers that are not finite, and for tensors that are not those of the router's layers."""
+    for name, tensor in router.state_dict().items():
+        if not bool(tensor.isfinite().all()):
+            raise AdapterCorrupt(f"{file} has numbers in {name!r} that are not finite: copy or download the folder again")
+    layers = set(router.members.layers)
+    for part in router.modules():
+        if not isinstance(part, LayerTensors):
+            continue
+        if strange := sorted(set(part) - layers):
+            raise AdapterCorrupt(f"{file} has a tensor for layer {strange[0]!r}, which no expert updates")
+        # what is learned may be of some layers alone
+        if not part.learned and (missing := sorted(layers - set(part))):
+            raise AdapterCorrupt(f"{file} has no tensor for layer {missing[0]!r}, which an expert updates")
 
 
 def _tensors(folder: Path, digest: str) -> dict[str, Tensor]:

@@ -134,6 +134,8 @@ def test_the_named_mode_is_the_installed_peft(make_model, make_adapter, tmp_path
     [
         ({"top_k": 6}, WeightingError, "top_k of router 'arrow' is 6, but the pool has 5 experts"),
         ({"top_k": 0}, WeightingError, "top_k of router 'arrow' is 0"),
+        ({"temperature": "cold"}, WeightingError, "it must be above 0"),
+        ({"seed": "a"}, WeightingError, "seed of router .arrow. is .a."),
         ({"temperature": 0.0}, WeightingError, "temperature of router 'arrow' is 0.0; it must be above 0"),
         ({"temperature": float("nan")}, WeightingError, "it must be above 0"),
         ({"direction": "power_iterations"}, UnknownName, "did you mean 'power_iteration'"),

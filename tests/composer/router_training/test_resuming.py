@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from loraweave.errors import TrainingError
 from loraweave.retrieval.training_state import load_state
 
 SCRIPT = Path(__file__).with_name("killed.py")
@@ -53,6 +55,26 @@ def test_it_goes_on_to_the_same_bits_and_the_same_report(engine, gates, pool, da
     for name, value in whole.state_dict().items():
         assert torch.equal(other.state_dict()[name], value)
     assert figures(other) == figures(whole)
+
+
+def test_a_loss_that_is_not_finite_leaves_the_state_from_which_it_went_on(engine, gates, pool, data, tmp_path):
+    first = interrupted_at(gates, pool, 7)
+    with pytest.raises(KeyboardInterrupt):
+        first.fit(engine, data, checkpoint=tmp_path, **SETTINGS)
+
+    class Breaks(gates):
+        def losses(self, step):
+            return {"own": torch.tensor(float("nan"))}
+
+    Breaks.__module__ = gates.__module__
+    second = Breaks(pool, dropout=0.1)
+    with pytest.raises(TrainingError, match=r"nan at step 6 .* has the parameters after 5 steps"):
+        second.fit(engine, data, checkpoint=tmp_path, **SETTINGS)
+    (path,) = (tmp_path / "running").iterdir()
+    kept = load_file(path)
+    assert int(kept["step"]) == 5
+    for number, parameter in enumerate(second.parameters()):
+        assert torch.equal(parameter, kept[f"{number}.value"])
 
 
 def test_a_call_that_was_finished_is_not_run_again(engine, gates, pool, data, tmp_path):

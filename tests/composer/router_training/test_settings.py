@@ -17,6 +17,8 @@ from loraweave.errors import TrainingError
         ({"gradient_accumulation": 0}, "gradient_accumulation is 0"),
         ({"lr": 0.0}, "lr is 0.0"),
         ({"lr": float("nan")}, "lr is nan"),
+        ({"lr": "fast"}, "lr is 'fast'; it must be a number"),
+        ({"balance": True}, "balance is True; it must be a number"),
         ({"clip": 0}, "clip is 0"),
         ({"warmup": -1}, "warmup is -1"),
         ({"balance": -1.0}, "balance is -1.0"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 
@@ -165,6 +166,27 @@ def test_tensors_of_layers_that_no_expert_updates_are_refused(tmp_path, pool):
     changed(folder, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
     with pytest.raises(AdapterCorrupt, match="strange"):
         router(folder)
+
+
+@pytest.mark.parametrize("name", ["arrow", "spectr", "mole"])
+def test_numbers_that_are_not_finite_and_layers_without_any_are_refused(name, tmp_path, pool):
+    folder = router(name, pool).save_pretrained(tmp_path / "router")
+    tensors = load_file(folder / "router.safetensors")
+    of_factors = next(key for key in tensors if key.startswith(("directions_", "cores_")))
+    for damaged, said in (
+        ({key: tensors[key] for key in tensors if key != of_factors}, "no tensor for layer"),
+        ({**tensors, of_factors: tensors[of_factors] / 0}, "not finite"),
+    ):
+        save_file(damaged, folder / "router.safetensors")
+        changed(folder, sha256=hashlib.sha256((folder / "router.safetensors").read_bytes()).hexdigest())
+        with pytest.raises(AdapterCorrupt, match=said):
+            router(folder)
+
+
+@pytest.mark.parametrize("name", ["", None, 3])
+def test_what_is_no_name_is_refused(name, pool):
+    with pytest.raises(UnknownName, match="is no router; give a name"):
+        router(name, pool)
 
 
 def test_an_adapter_of_other_content_in_the_folder_is_refused(tmp_path, pool):
