@@ -67,7 +67,7 @@ class LdMole(InputGates):
     def losses(self, step: Step) -> Mapping[str, Tensor]:
         """{"sparsity": sparsity * the mean of max(0, least lambda - lambda)}."""
         shortfalls = [
-            (least_lambda(scores_BTE.detach(), self.target) - step.beside[layer]).clamp_min(0)[step.mask_BT.bool()].mean()
+            step.real((least_lambda(scores_BTE.detach(), self.target) - step.beside[layer]).clamp_min(0)).mean()
             for layer, scores_BTE in step.scores.items()
             if len(self.experts) > self.target
         ]

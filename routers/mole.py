@@ -121,8 +121,7 @@ class Mole(OutputRouter):
         num_experts = len(self.experts)
         sum_E, layers_E = step.mask_BT.new_zeros(num_experts, dtype=torch.float32), [0] * num_experts
         for layer, w_BTE in step.weights.items():
-            mask_BT1 = step.mask_BT.to(w_BTE)[..., None]
-            sum_E = sum_E + (w_BTE * mask_BT1).sum(dim=(0, 1)) / mask_BT1.sum()
+            sum_E = sum_E + step.real(w_BTE).mean(dim=0)
             for place in self._present(layer):
                 layers_E[place] += 1
         weighed = [place for place, count in enumerate(layers_E) if count]

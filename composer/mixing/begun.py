@@ -25,6 +25,9 @@ class Begun:
         self._router = router
         self._name = name
         self._last: Router | None = None
+        # those that a backward pass may still run layers of again
+        self._num_calls = 0
+        self._ran_again = False
         self._tokenizer: Any = None
 
     @property
@@ -47,6 +50,8 @@ class Begun:
             found = self._router.begin(model, arguments)
         # for a backward pass that runs layers again
         self._last = found if torch.is_grad_enabled() else None
+        self._num_calls = (0 if self._ran_again else self._num_calls) + torch.is_grad_enabled()
+        self._ran_again = False
         _CALL.set((self, found))
 
     @property
@@ -62,6 +67,13 @@ class Begun:
             return found[1].weights(x_BTI, layer)
         # gradient checkpointing runs layers again when the call has ended
         if self._last is not None and torch._C._current_graph_task_id() != -1:
+            if self._num_calls > 1:
+                raise CompositionError(
+                    f"gradient checkpointing runs layer {layer!r} again after {self._num_calls} calls of the model, and "
+                    f"router {self._name} cannot tell of which: call backward() after each, or do without that; a call "
+                    "without a backward() belongs under torch.no_grad()"
+                )
+            self._ran_again = True
             return self._last.weights(x_BTI, layer)
         raise ScopeError(
             f"router {self._name} looks at the input of the whole model first, but layer {layer!r} ran in "

@@ -16,7 +16,7 @@ def balance_loss(step: Step) -> Tensor:
     """
     losses = []
     for layer, scores_BTE in step.scores.items():
-        scores_NE, w_NE = real_tokens(scores_BTE, step.mask_BT), real_tokens(step.weights[layer], step.mask_BT).detach()
+        scores_NE, w_NE = step.real(scores_BTE), step.real(step.weights[layer]).detach()
         total_N1 = w_NE.sum(dim=1, keepdim=True)
         # a token to which its layer gives nothing has no shares
         share_E = (w_NE / total_N1.where(total_N1 != 0, 1.0)).mean(dim=0)
@@ -27,13 +27,5 @@ def balance_loss(step: Step) -> Tensor:
 
 def z_loss(step: Step) -> Tensor:
     """The mean over real tokens and layers of logsumexp(scores)^2 (Zoph et al. 2022, arXiv 2202.08906)."""
-    losses = [real_tokens(scores_BTE, step.mask_BT).logsumexp(dim=1).square().mean() for scores_BTE in step.scores.values()]
+    losses = [step.real(scores_BTE).logsumexp(dim=1).square().mean() for scores_BTE in step.scores.values()]
     return torch.stack(losses).mean()
-
-
-def real_tokens(values_BTE: Tensor, mask_BT: Tensor) -> Tensor:
-    """values_NE of the real tokens; all of them in a layer with other tokens than the mask's, such as a decoder's."""
-    if values_BTE.shape[1] not in (1, mask_BT.shape[1]) or mask_BT.shape[0] % values_BTE.shape[0]:
-        return values_BTE.flatten(0, 1)
-    values_BTE = values_BTE.repeat_interleave(mask_BT.shape[0] // values_BTE.shape[0], dim=0)
-    return values_BTE.expand(*mask_BT.shape, -1)[mask_BT.bool()]

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loraweave.composer.router_training.terms import real_tokens
 from loraweave.routers.routing.learned_router import LearnedRouter, Step
 from loraweave.routers.routing.training_report import TrainingReport
 
@@ -41,7 +40,7 @@ class Watch:
 
     def saw(self, step: Step) -> None:
         """One pass of the running step."""
-        seen = [_of_layer(w_BTE.detach(), step.mask_BT) for w_BTE in step.weights.values()]
+        seen = [_of_layer(step.real(w_BTE.detach())) for w_BTE in step.weights.values()]
         if seen:
             loads, entropies = zip(*seen, strict=True)
             self._loads.append(torch.stack(loads).mean(dim=0).double().cpu())
@@ -81,8 +80,8 @@ class Watch:
             )
 
 
-def _of_layer(w_BTE: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """(load_E, entropy) of a layer's weights, each token's taken as shares; means over the real tokens."""
-    w_NE = real_tokens(w_BTE.abs().float(), mask_BT)
+def _of_layer(w_NE: Tensor) -> tuple[Tensor, Tensor]:
+    """(load_E, entropy) of a layer's weights, each token's taken as shares; means over the tokens."""
+    w_NE = w_NE.abs().float()
     share_NE = w_NE / w_NE.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     return share_NE.mean(dim=0), torch.special.entr(share_NE).sum(dim=1).mean()

@@ -34,6 +34,13 @@ class Step:
     weights: dict[str, Tensor] = field(default_factory=dict)
     beside: dict[str, Tensor] = field(default_factory=dict)
 
+    def real(self, values_BTE: Tensor) -> Tensor:
+        """values_NE of the real tokens; all of them in a layer with other tokens than the mask's, such as a decoder's."""
+        if values_BTE.shape[1] not in (1, self.mask_BT.shape[1]) or self.mask_BT.shape[0] % values_BTE.shape[0]:
+            return values_BTE.flatten(0, 1)
+        values_BTE = values_BTE.repeat_interleave(self.mask_BT.shape[0] // values_BTE.shape[0], dim=0)
+        return values_BTE.expand(*self.mask_BT.shape, -1)[self.mask_BT.bool()]
+
 
 class LearnedRouter(TokenRouter):
     """A router whose parameters `fit` trains; the adapters and the base stay as they are.

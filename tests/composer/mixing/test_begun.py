@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loraweave.composer.composer import Composer
-from loraweave.errors import ScopeError
+from loraweave.errors import CompositionError, ScopeError
 from loraweave.routers.mixture import MixtureWeights
 
 IDS_BT = torch.tensor([[5, 9, 11, 2], [7, 8, 3, 30]])
@@ -78,6 +78,23 @@ def test_gradient_checkpointing_gives_the_same_gradient(model, adapters):
         found.append(scale.grad)
     assert torch.allclose(*found, atol=1e-12)
     assert bool(found[0].any())
+
+
+@pytest.mark.filterwarnings("ignore:`(gradient_checkpointing_enable|is_gradient_checkpointing)` is deprecated:FutureWarning")
+def test_layers_that_run_again_after_two_calls_are_refused_and_after_each_are_not(model, adapters):
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    router = ByLastHidden(tuple(a.name for a in adapters), scale)
+    with Composer(model, adapters).activate(router):
+        for _ in range(2):
+            model(IDS_BT, labels=IDS_BT).loss.backward()
+        once = model(IDS_BT, labels=IDS_BT).loss
+        twice = once + model(IDS_BT.flip(1), labels=IDS_BT).loss
+        with pytest.raises(CompositionError, match=r"again after 2 calls .* call backward\(\) after each"):
+            twice.backward()
 
 
 def test_nothing_of_a_call_is_left_after_an_error_in_it(model, adapters):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 
 import pytest
@@ -14,6 +15,7 @@ from loraweave.composer.composer import Composer
 from loraweave.errors import TrainingError, WeightingError
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.arrow import Arrow
+from loraweave.routers.routing.make import router
 from loraweave.routers.routing.training_report import TrainingReport
 
 SETTINGS = {"steps": 12, "batch_size": 4, "warmup": 2, "progress": False}
@@ -261,3 +263,20 @@ def test_an_encoder_decoder_is_trained_on_its_answers(make_model, make_adapters,
     made = gates(pool).fit(engine, data, balance=0.01, evaluation=data, evaluate_every=40, **{**SETTINGS, "steps": 40})
     (_, first), (_, last) = made.report["evaluations"]
     assert last < first
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("mole", {}), ("ld_mole", {"sparsity": 0.1, "target": 1}), ("mixture_of_adapters", {"decision": "token"})],
+)
+def test_terms_of_routers_have_the_tokens_of_encoder_and_decoder(name, options, make_model, make_adapters):
+    model = make_model("t5")
+    pool = ExpertPool(make_adapters(model, "t5"))
+    rows = [
+        {"input_ids": [5, 9, 11, 2], "labels": [7, 8, 2], "expert": "a"},
+        {"input_ids": [7, 3], "labels": [5, 2], "expert": "b"},
+    ]
+    made = router(name, pool, **options).fit(Composer(model, pool), rows, **SETTINGS)
+    (term,) = made.report["terms"].values()
+    assert len(term) == SETTINGS["steps"]
+    assert all(math.isfinite(value) for value in term)
