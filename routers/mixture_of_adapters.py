@@ -133,6 +133,10 @@ class _OfCall:
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
         """w_BTE. Raises ScopeError for a layer that sees other tokens than the call's, or did not see those before."""
         router = self._router
+        parameter = next(router.parameters(), None)
+        if parameter is not None and parameter.device != x_BTI.device:
+            with torch.inference_mode(False):
+                router.to(x_BTI.device)
         if block_of(layer) is None:
             return router._of_tokens(x_BTI, layer)
         self._require_tokens(x_BTI, layer)

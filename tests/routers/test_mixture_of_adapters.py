@@ -298,6 +298,14 @@ def test_a_layer_that_runs_twice_a_call_cannot_be_gone_on_with(model, pool, cach
         made.begin(model, {"input_ids": IDS_BT, cache_argument(model): cache}).weights(x_BTI, layer)
 
 
+def test_it_goes_to_where_a_layer_is(model, pool):
+    made = sharp(pool)
+    call = made.begin(model, {"input_ids": IDS_BT, "attention_mask": MASK_BT})
+    for layer in made.layers:
+        x_BTI = torch.empty(3, 5, made.members.layers[layer].num_inputs, device="meta")
+        assert call.weights(x_BTI, layer).device.type == "meta"
+
+
 @pytest.mark.parametrize("decision", ["token", "sequence"])
 def test_the_loss_is_eta_times_the_sum_over_layers_of_the_cross_entropy_with_the_rows_expert(decision, model, pool):
     made = made_of(pool, eta=0.3, decision=decision)
