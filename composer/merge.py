@@ -13,7 +13,7 @@ from loraweave.composer.interference import interference
 from loraweave.composer.method_call import MethodCall, Update, layer_seeds
 from loraweave.composer.statistics import Statistics
 from loraweave.composer.truncated_update import TruncatedUpdate
-from loraweave.errors import BaseModelMismatch, WeightingError
+from loraweave.errors import BaseModelMismatch, ScopeError, WeightingError
 from loraweave.hub import algebra
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.factorise import factorise
@@ -218,6 +218,11 @@ def _parts(adapters: Sequence[Adapter], weights: Sequence[float], statistics: Se
     """The adapters that count, in the order given; all that can be wrong with the arguments is found here."""
     if not adapters:
         raise WeightingError("merge got no adapters; give at least one, and a weight for each")
+    if callable(getattr(weights, "weights", None)):
+        raise ScopeError(
+            f"cannot merge by {type(weights).__name__}: merge takes one number for each adapter. activate() it instead; "
+            "what a router gives depends on the input, and no one adapter has it"
+        )
     if len(adapters) != len(weights):
         raise WeightingError(f"merge got {len(adapters)} adapters and {len(weights)} weights; it takes one weight for each")
     if statistics is not None and len(statistics) != len(adapters):

@@ -136,7 +136,10 @@ class ExpertPool:
         for index, factors in parts:
             require_no_heads(self.names[index], self.adapters[self.names[index]])
             if not factors.bound:
-                raise AdapterUnsupported(f"expert {self.names[index]!r} is not bound to a base model in layer {layer!r}")
+                raise AdapterUnsupported(
+                    f"expert {self.names[index]!r} is not bound to a base model in layer {layer!r}: take the bound_pool of "
+                    "a Composer(model, pool)"
+                )
         owner_S = torch.cat([torch.full((factors.rank,), index, dtype=torch.long) for index, factors in parts])
         return StackedFactors(
             a_SI=torch.cat([factors.a_RI for _, factors in parts], dim=0),

@@ -46,7 +46,7 @@ class AverageActivation(ScoredRouter):
         `dataset` is what `Logistic.fit` takes, `engine` a Composer with a tokenizer and the router's pool. The rows of the
         other experts stay as they are. Raises InvalidTask for rows that name no expert, UnknownExpert for others.
         """
-        self.require_pool(engine.pool)
+        self.require_engine(engine)
         texts = {name: given[:num_texts] for name, given in labelled_texts(dataset).items()}
         engine.pool.known(texts)
         layers = {layer: self.members.layers[layer].experts for layer in self.layers}

@@ -65,7 +65,7 @@ class Logistic(TextRouter):
         Composer with the router's pool. Raises InvalidTask for rows that name no expert, WeightingError that names the
         experts without examples, UnknownExpert for others.
         """
-        self.require_pool(engine.pool)
+        self.require_engine(engine)
         self._learn(labelled_texts(dataset))
         return self
 

@@ -73,7 +73,7 @@ class Lorauter(TextRouter):
         `engine` is a Composer with a tokenizer and the router's pool, `dataset` {task: rows or a Task}, of any names, or
         rows that name an "expert", as for `Composer.fit`. The table is in `report["losses"]`.
         """
-        self.require_pool(engine.pool)
+        self.require_engine(engine)
         tasks = labelled_tasks(dataset)
         losses = engine.expert_losses(tasks, progress=progress)
         self._learn({name: [task.prompt(text) for text, _ in task.examples] for name, task in tasks.items()}, losses)

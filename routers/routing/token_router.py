@@ -89,6 +89,11 @@ class TokenRouter(nn.Module):
         if why := own.base.differs(Members.of(pool).base):
             raise BaseModelMismatch(f"router {self.name!r} was made for another base model than the pool's: {why}")
 
+    def require_engine(self, engine: Any) -> None:
+        """Raises what `require_pool` raises for a Composer that has neither given nor bound experts as this router's."""
+        bound: ExpertPool = engine.bound_pool
+        self.require_pool(bound if Members.of(bound).hashes == self.members.hashes else engine.pool)
+
     def onto(self, pool: ExpertPool) -> TokenRouter:
         """The same router for a pool that has its experts in another order, under other names, or among others.
 

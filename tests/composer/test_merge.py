@@ -17,10 +17,13 @@ from loraweave.errors import (
     BaseModelMismatch,
     CompositionError,
     LayerMismatch,
+    ScopeError,
     UnknownName,
     WeightingError,
 )
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.pool import ExpertPool
+from loraweave.routers.routing.make import router
 from loraweave.types import Factors, Fingerprint
 
 Q, V = "layers.0.q", "layers.0.v"
@@ -236,3 +239,9 @@ def test_a_merge_of_a_merge_is_a_merge() -> None:
     a, b, c = adapter("a", 0), adapter("b", 1), adapter("c", 2)
     nested = merge([merge([a, b], [0.5, 2.0]), c], [-1.0, 0.3])
     assert torch.allclose(nested.delta(Q).double(), weighted([a, b, c], [-0.5, -2.0, 0.3], Q), rtol=1e-5, atol=1e-5)
+
+
+def test_a_router_is_no_weights_to_merge_by(tiny_llama, make_adapters) -> None:
+    adapters = make_adapters(tiny_llama, "llama")
+    with pytest.raises(ScopeError, match="cannot merge by Arrow: merge takes one number for each adapter"):
+        merge(adapters, router("arrow", ExpertPool(adapters)))  # type: ignore[arg-type]

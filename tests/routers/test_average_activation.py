@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -84,3 +86,14 @@ def test_an_expert_that_joins_has_to_be_measured_before_it_is_weighed(fitted, en
     new = make_adapter(engine.model, "new", rank=2, targets=(layer.rpartition(".")[2],), seed=9)
     with pytest.raises(WeightingError, match=f"knows no inputs of 'new' in layer '{layer}'"):
         fitted.add_expert("new", new).weights(x_BTI, layer)
+
+
+def test_inputs_of_experts_that_need_their_base_are_measured_for_the_bound_ones(engine, model, tokenizer):
+    dora = {
+        layer: replace(part, magnitude_O=torch.linspace(0.5, 2, len(part.b_OR)))
+        for layer, part in engine.pool["a"].layers.items()
+    }
+    unbound = Composer(model, engine.pool.including("a", replace(engine.pool["a"], layers=dora)), tokenizer=tokenizer)
+    made = router("average_activation", unbound.bound_pool).fit(unbound, TEXTS, progress=False)
+    with torch.no_grad(), unbound.activate(made):
+        assert bool(model(torch.tensor([[5, 9, 11]])).logits.isfinite().all())
