@@ -74,6 +74,7 @@ class _AskedWhole:
 class _OfCall:
     def __init__(self, router: Router) -> None:
         self._router = router
+        self.shares_weights = bool(getattr(router, "shares_weights", False))
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
         return _in_own_precision(self._router, x_BTI, layer)

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from loraweave.composer.composer import Composer
+from loraweave.composer.mixing.asked import asked
 from loraweave.errors import CompositionError, ScopeError
 from loraweave.routers.mixture import MixtureWeights
+from loraweave.routers.routing.make import router
 
 IDS_BT = torch.tensor([[5, 9, 11, 2], [7, 8, 3, 30]])
 
@@ -139,3 +141,10 @@ def test_a_tensor_for_all_layers_counts_as_it_is_in_each(stays, model, adapters)
             by_layer = [router.w_BTE * (1 if stays else 2 ** (at + 1)) for at in range(len(layers))]
             with engine.activate(MixtureWeights(torch.stack(by_layer, dim=2), names, tuple(layers))):
                 assert torch.allclose(model(IDS_BT).logits, found, atol=1e-12)
+
+
+def test_layers_share_what_is_made_of_the_weights_of_xlora(model, adapters):
+    begun = asked(router("xlora", adapters[:1])).begin(model, {"input_ids": IDS_BT})
+    first, last = (begun.weights(torch.zeros(2, 4, 1), list(adapters[0].layers)[at]) for at in (0, -1))
+    assert begun.shares_weights
+    assert first is last
