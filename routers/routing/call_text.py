@@ -44,6 +44,8 @@ class CallText:
             state.append(new_BT)
         if cache is not None:
             beside.keep(cache, state)
+        else:
+            beside.keep_returned(state)
         mask_BT = _mask(router, arguments.get("attention_mask"), state.ids_BT)
         return cls(state.ids_BT, mask_BT, state.num_first, new_BT.shape[1])
 

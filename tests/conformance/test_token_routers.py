@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from loraweave.composer.compose import compose
 from loraweave.composer.composer import Composer
@@ -314,3 +315,13 @@ def test_a_copy_and_a_pickle_give_the_same_logits(name, model, pool):
     logits = weights_of(model, pool, made)[1]
     for again in (deepcopy(made), pickle.loads(pickle.dumps(made))):
         assert torch.equal(weights_of(model, pool, again)[1], logits)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_cache_that_the_model_made_is_continued_like_one_that_was_passed(name, model, pool):
+    made, found = make(name, pool), []
+    for cache in (None, DynamicCache(config=model.config)):
+        with torch.no_grad(), composer(model, pool).activate(made):
+            begun = model(IDS_BT[:, :3], cache=cache, use_cache=True)
+            found.append(model(IDS_BT[:, 3:], cache=begun.cache, use_cache=True).logits)
+    assert torch.equal(*found)
