@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
@@ -86,6 +87,7 @@ def read_router(folder: Path, saved: Saved, made_of: type[TokenRouter]) -> Token
     """
     tensors = _tensors(folder, saved.sha256)
     try:
+        _require_room(made_of, saved, tensors, folder)
         router = made_of(saved.members, **saved.options)
         router.load_state_dict(tensors)
     except LoraweaveError:
@@ -97,6 +99,18 @@ def read_router(folder: Path, saved: Saved, made_of: type[TokenRouter]) -> Token
     if saved.num_adapters:
         router.pool = _pool(folder, saved.members)
     return router.eval()
+
+
+def _require_room(made_of: type[TokenRouter], saved: Saved, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Raises AdapterCorrupt for members and options that ask for more memory than the file's tensors have, before it is
+    taken."""
+    with torch.device("meta"):
+        asked = sum(tensor.nbytes for tensor in made_of(saved.members, **saved.options).state_dict().values())
+    if asked > (held := sum(tensor.nbytes for tensor in tensors.values())):
+        raise AdapterCorrupt(
+            f"{folder / FILE} asks for a router of {asked} bytes, but {TENSORS} has {held}: one of them is damaged or of "
+            "another router; copy or download the folder again"
+        )
 
 
 def _require_tensors(router: TokenRouter, file: Path) -> None:

@@ -137,6 +137,17 @@ def test_layers_of_no_expert_or_kind_are_refused(tmp_path, pool, routed):
         router(folder)
 
 
+@pytest.mark.parametrize("name", ["average_activation", "hard_routed", "xlora", "ld_mole"])
+def test_sizes_that_the_tensors_do_not_have_are_refused_before_memory_is_taken(name, tmp_path, pool):
+    folder = router(name, pool).save_pretrained(tmp_path / "router")
+    recipe = json.loads((folder / "router.json").read_text())
+    layers = {layer: [2**44, 2**44, kind, experts] for layer, (*_, kind, experts) in recipe["members"]["layers"].items()}
+    options = recipe["options"] | ({"hidden_size": 2**44} if name == "xlora" else {})
+    changed(folder, members={**recipe["members"], "layers": layers}, options=options)
+    with pytest.raises(AdapterCorrupt, match=r"asks for a router of \d+ bytes"):
+        router(folder)
+
+
 def test_damaged_tensors_are_refused(tmp_path, pool):
     folder = router("arrow", pool).save_pretrained(tmp_path / "router")
     path = folder / "router.safetensors"
