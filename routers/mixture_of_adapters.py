@@ -45,6 +45,7 @@ class MixtureOfAdapters(InputGates):
     """
 
     needs_experts: ClassVar[bool] = True
+    lr: ClassVar[float] = 1e-2
 
     def __init__(self, pool: ExpertPool | Members, *, eta: float = 0.1, decision: Decision = "sequence") -> None:
         if not 0 <= eta < math.inf:

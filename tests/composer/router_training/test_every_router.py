@@ -18,11 +18,12 @@ def test_every_parameter_learns_and_the_loss_of_the_data_falls(name, engine, mod
     torch.manual_seed(0)
     made = router(name, pool)
     before = {key: value.detach().clone() for key, value in made.named_parameters()}
-    # gates that learn apart are used in another way than the one that they learn in, by which another loss may rise
-    settings = {**SETTINGS, "steps": 40} | ({} if made.apart else {"evaluation": data, "evaluate_every": 40})
+    # what learns whose a row is lowers another loss than the model's: with random adapters the two have little in common
+    settings = {**SETTINGS, "steps": 40} | ({} if made.needs_experts else {"evaluation": data, "evaluate_every": 40})
     made.fit(engine, data, **settings)
-    if made.apart:
-        assert sum(made.report["losses"][-5:]) < sum(made.report["losses"][:5])
+    if made.needs_experts:
+        own = made.report["terms"].get("domain", made.report["losses"])
+        assert sum(own[-5:]) < sum(own[:5])
     else:
         (_, first), (_, last) = made.report["evaluations"]
         assert last < first
@@ -37,8 +38,9 @@ def test_it_trains_with_what_saves_memory(name, engine, pool, data, setting):
     plain = router(name, pool)
     saving = router(name, pool)
     saving.load_state_dict(plain.state_dict())
-    plain.fit(engine, data, **SETTINGS)
-    saving.fit(engine, data, **SETTINGS, **setting)
+    # steps so small that rounding turns no choice of an expert
+    plain.fit(engine, data, lr=1e-3, **SETTINGS)
+    saving.fit(engine, data, lr=1e-3, **SETTINGS, **setting)
     within = 0.05 if "mixed_precision" in setting else 1e-3
     assert saving.report["losses"] == pytest.approx(plain.report["losses"], rel=within)
 
