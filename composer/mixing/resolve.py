@@ -32,7 +32,7 @@ def resolve(mixture: Any, pool: ExpertPool, bound: ExpertPool | None = None) -> 
         return _named([mixture], pool)
     if callable(getattr(mixture, "weights", None)):
         if isinstance(mixture, TokenRouter):
-            mixture.require_pool(bound if bound is not None and _is_for(mixture, bound) else pool)
+            mixture.require_pool(bound if bound is not None and mixture.members.same_experts(bound) else pool)
         return mixture  # type: ignore[no-any-return]
     if isinstance(mixture, Iterable) and not isinstance(mixture, str):
         rows = list(mixture)
@@ -52,14 +52,6 @@ def _named(rows: list[Mapping[str, float] | None], pool: ExpertPool) -> MixtureW
         if name not in pool.places:
             raise unknown_expert(name, pool.names)
     return MixtureWeights.of(rows, sorted(used, key=pool.places.__getitem__))
-
-
-def _is_for(router: TokenRouter, pool: ExpertPool) -> bool:
-    """Whether a pool is, to the contents, the one that a router was made for."""
-    members = router.members
-    return pool.names == members.names and all(
-        pool.adapters[name].hash == digest for name, digest in zip(members.names, members.hashes, strict=True)
-    )
 
 
 def _row(number: int, row: Any, pool: ExpertPool, bound: ExpertPool | None) -> Router | None:

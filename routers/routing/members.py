@@ -7,12 +7,16 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Self, get_args
+from weakref import WeakKeyDictionary
 
 from loraweave.errors import BaseModelMismatch, LayerMismatch, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
 from loraweave.hub.unknown_expert import unknown_expert
 from loraweave.types import BaseKey, Fingerprint, Kind
+
+# a pool never changes
+_KNOWN: WeakKeyDictionary[ExpertPool, Members] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,15 @@ class Members:
 
     @classmethod
     def of(cls, pool: ExpertPool | Members) -> Members:
-        """Of a pool; a lazy one opens all its adapters. Members are their own."""
+        """Of a pool, found once; a lazy one opens all its adapters. Members are their own."""
         if isinstance(pool, Members):
             return pool
+        if pool not in _KNOWN:
+            _KNOWN[pool] = cls._of(pool)
+        return _KNOWN[pool]
+
+    @classmethod
+    def _of(cls, pool: ExpertPool) -> Members:
         places: dict[str, list[int]] = {}
         shapes: dict[str, tuple[int, int, Kind]] = {}
         for place, adapter in enumerate(pool.adapters.values()):
@@ -56,6 +66,11 @@ class Members:
         adapters = list(pool.adapters.values())
         known = next((adapter.fingerprint for adapter in adapters if adapter.fingerprint), None)
         return cls(pool.names, tuple(a.hash for a in adapters), pool.base_model, known, MappingProxyType(layers))
+
+    def same_experts(self, pool: ExpertPool) -> bool:
+        """Whether a pool has these experts, with this content, under these names and in this order."""
+        other = Members.of(pool)
+        return (self.names, self.hashes) == (other.names, other.hashes)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Members:
         # nothing of it ever changes

@@ -92,7 +92,7 @@ class TokenRouter(nn.Module):
     def require_engine(self, engine: Any) -> None:
         """Raises what `require_pool` raises for a Composer that has neither given nor bound experts as this router's."""
         bound: ExpertPool = engine.bound_pool
-        self.require_pool(bound if Members.of(bound).hashes == self.members.hashes else engine.pool)
+        self.require_pool(bound if self.members.same_experts(bound) else engine.pool)
 
     def onto(self, pool: ExpertPool) -> TokenRouter:
         """The same router for a pool that has its experts in another order, under other names, or among others.
