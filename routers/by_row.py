@@ -10,6 +10,7 @@ from torch import Tensor
 
 from loraweave.errors import ScopeError, WeightingError
 from loraweave.routers.mixture import MixtureWeights
+from loraweave.routers.routing.parts import parts_of
 from loraweave.types import Router
 
 
@@ -31,7 +32,7 @@ class ByRow:
     @property
     def parts(self) -> list[Any]:
         """The routers that it is made of."""
-        return [part for router in self.routers if router is not None for part in getattr(router, "parts", [router])]
+        return [part for router in self.routers if router is not None for part in parts_of(router)]
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
         """Raises ScopeError for rows that are no multiple of the routers, WeightingError for weights of another shape."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from loraweave.errors import CompositionError, ScopeError
+from loraweave.routers.routing.parts import parts_of
 from loraweave.routers.routing.tokenizers import with_tokenizer
 from loraweave.types import Router
 
@@ -79,11 +80,6 @@ class Begun:
             f"router {self._name} looks at the input of the whole model first, but layer {layer!r} ran in "
             "none of its calls: call the model itself rather than a part of it, and not one that torch.compile made"
         )
-
-
-def parts_of(router: Any) -> list[Any]:
-    """A router and those that it is made of."""
-    return list(getattr(router, "parts", [router]))
 
 
 def end_begun() -> None:

@@ -16,13 +16,14 @@ from loraweave.composer.kernels.sorted_tokens import SortedTokens
 from loraweave.composer.layers import TargetLayer
 from loraweave.composer.mixing.affine import AffineTable
 from loraweave.composer.mixing.asked import asked
-from loraweave.composer.mixing.begun import Begun, parts_of
+from loraweave.composer.mixing.begun import Begun
 from loraweave.composer.mixing.row_weights import LayerMixture
 from loraweave.composer.paging.layout import PlacedFactors
 from loraweave.composer.paging.residents import Lease
 from loraweave.errors import ScopeError, WeightingError
 from loraweave.routers.by_row import ByRow
 from loraweave.routers.mixture import MixtureWeights
+from loraweave.routers.routing.parts import parts_of
 from loraweave.types import AlongDirections, Router
 
 # experts of a token that sorting has to beat before a router looks at its input

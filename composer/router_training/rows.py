@@ -91,8 +91,6 @@ class RowReader:
 
     def _parts(self, dataset: Any, what: str) -> list[tuple[str | None, Any]]:
         """(name, rows) of each part of the data; the name is None where rows are given without one."""
-        if isinstance(dataset, Task):
-            return [(None, dataset)]
         if not isinstance(dataset, Mapping):
             return [(None, dataset)]
         if set(dataset) & set(TOKENS) or "target" in dataset:

@@ -20,11 +20,6 @@ def by_row(routers: Sequence[Router | None], experts: tuple[str, ...]) -> ByRow:
 class _BegunByRow(ByRow):
     """Each router is shown the whole batch once, and what it gives counts for its own rows, which depend on no others."""
 
-    @property
-    def parts(self) -> list[Any]:
-        """The routers that it is made of."""
-        return [part for router in self.routers if router is not None for part in getattr(router, "parts", [router])]
-
     def begin(self, model: Any, arguments: Mapping[str, Any]) -> Router:
         """The routers of one call."""
         whole: dict[Router, Router] = {}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from loraweave.routers.mixture import MixtureWeights
+from loraweave.routers.routing.parts import parts_of
 from loraweave.types import Router
 
 
@@ -32,7 +33,7 @@ class _Masked:
     @property
     def parts(self) -> list[Any]:
         """The routers that it is made of."""
-        return list(getattr(self._router, "parts", [self._router]))
+        return parts_of(self._router)
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
         return _left(self._router.weights(x_BTI, layer), self._place, self._renormalise)
