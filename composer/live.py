@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
@@ -32,6 +32,7 @@ from loraweave.composer.mixing.begun import Begun, end_begun
 from loraweave.composer.mixing.kept_plans import KEPT_BYTES
 from loraweave.composer.mixing.plan import Plan, make_plan
 from loraweave.composer.mixing.prompted_generate import PromptedGenerate
+from loraweave.composer.mixing.standing_in import give_back
 from loraweave.composer.mixing.watching import WatchedBlock
 from loraweave.composer.mixing.workspace import Workspace
 from loraweave.composer.paging.residents import Lease
@@ -39,6 +40,7 @@ from loraweave.errors import AlreadyActive, CompositionError
 from loraweave.routers.mixture import MixtureWeights
 from loraweave.routers.routing.answering import answering
 from loraweave.routers.routing.followed_caches import FollowedCaches
+from loraweave.routers.routing.holding import holding
 
 T = TypeVar("T")
 
@@ -270,18 +272,14 @@ class LiveLayers:
     def _begin(self, begun: Begun, arguments: dict[str, Any]) -> None:
         """Shows a router a call's arguments, while no mixture counts in this context."""
         activation = self.current()
-        before = _CURRENT.set(None)
-        try:
-            if activation is None:
-                begun.begin(self._model, arguments)
-                return
-            with activation.followed.entered(), answering(partial(self._answering, activation)):
-                begun.begin(self._model, arguments)
-        finally:
-            _CURRENT.reset(before)
+        with ExitStack() as stack:
+            stack.enter_context(holding(_CURRENT, None))
+            if activation is not None:
+                stack.enter_context(activation.followed.entered())
+                stack.enter_context(answering(partial(self._answering, activation)))
+            begun.begin(self._model, arguments)
 
-    @contextmanager
-    def _answering(self, asking: Activation, weights: Mapping[str, float]) -> Iterator[None]:
+    def _answering(self, asking: Activation, weights: Mapping[str, float]) -> AbstractContextManager[None]:
         """Inside, a mixture counts of the experts of the activation that asks; nobody is told what it used."""
         key = frozenset(weights.items())
         if key not in asking.answering:
@@ -289,11 +287,7 @@ class LiveLayers:
             plan = make_plan(MixtureWeights.of(weights, names), names, Workspace(KEPT_BYTES))
             inner = asking.answering[key] = Activation(self, plan, asking.lease, None)
             inner.usage = Usage(plan, plan.experts, plan.mixture)
-        before = _CURRENT.set(asking.answering[key])
-        try:
-            yield
-        finally:
-            _CURRENT.reset(before)
+        return holding(_CURRENT, asking.answering[key])
 
     def _end_call(self, output: Any) -> None:
         if not torch.compiler.is_compiling():
@@ -425,13 +419,7 @@ class _MixedForward:
 
     def remove(self) -> None:
         """Gives the layer its own forward back. Where another stands in for this one by now, that stays, and calls this."""
-        module = self.layer.module
-        if getattr(vars(module).get("forward"), "__self__", None) is self:
-            if self._own is None:
-                del module.forward
-            else:
-                module.forward = self._own
-        else:
+        if not give_back(self.layer.module, "forward", self._own, self):
             self._live = None
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loraweave.composer.mixing.standing_in import give_back
 from loraweave.routers.routing.prompts import prompted
 
 
@@ -50,12 +51,7 @@ class PromptedGenerate:
 
     def remove(self) -> None:
         """Gives the model its own `generate` back."""
-        if getattr(vars(self._model).get("generate"), "__self__", None) is not self:
-            return
-        if self._own is None:
-            del vars(self._model)["generate"]
-        else:
-            vars(self._model)["generate"] = self._own
+        give_back(self._model, "generate", self._own, self)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return _copied, (self._model, self._own)

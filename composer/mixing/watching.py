@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loraweave.composer.mixing.standing_in import give_back
 from loraweave.routers.routing.blocks import BlockInput, running
 
 # how transformers calls what runs a block without keeping what is inside it
@@ -60,11 +61,7 @@ class WatchedBlock:
         """Gives the block back what it had. Where another stands in for this one by now, that stays, and calls this."""
         self._tells = False
         for name, own in self._own.items():
-            if getattr(vars(self._block).get(name), "__self__", None) is self:
-                if own is None:
-                    del vars(self._block)[name]
-                else:
-                    vars(self._block)[name] = own
+            give_back(self._block, name, own, self)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return _copied, (self._block, self._own)

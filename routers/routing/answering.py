@@ -7,20 +7,16 @@ from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 
 from loraweave.errors import ScopeError
+from loraweave.routers.routing.holding import holding
 
 Answering = Callable[[Mapping[str, float]], AbstractContextManager[None]]
 
 _ANSWERING: ContextVar[Answering | None] = ContextVar("loraweave_answering", default=None)
 
 
-@contextmanager
-def answering(with_weights: Answering) -> Iterator[None]:
+def answering(with_weights: Answering) -> AbstractContextManager[None]:
     """Inside, `under` is this."""
-    before = _ANSWERING.set(with_weights)
-    try:
-        yield
-    finally:
-        _ANSWERING.reset(before)
+    return holding(_ANSWERING, with_weights)
 
 
 @contextmanager

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +12,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from loraweave.errors import ScopeError
+from loraweave.routers.routing.holding import holding
 
 
 def block_of(layer: str) -> str | None:
@@ -38,14 +38,9 @@ class BlockInput:
 _RUNNING: ContextVar[BlockInput | None] = ContextVar("loraweave_block_input", default=None)
 
 
-@contextmanager
-def running(given: BlockInput) -> Iterator[None]:
+def running(given: BlockInput) -> AbstractContextManager[None]:
     """The block runs inside."""
-    token = _RUNNING.set(given)
-    try:
-        yield
-    finally:
-        _RUNNING.reset(token)
+    return holding(_RUNNING, given)
 
 
 def running_block(router: str, layer: str, x_BTI: Tensor) -> BlockInput:

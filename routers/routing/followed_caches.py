@@ -6,14 +6,16 @@ to the object, and it is of its own class again when the activation ends. A copy
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from copy import deepcopy
 from typing import Any, Protocol
 from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
 
 from torch import Tensor
+
+from loraweave.routers.routing.holding import holding
 
 
 class Follower(Protocol):
@@ -50,15 +52,10 @@ class FollowedCaches:
         # for the cache that a call makes
         self._waiting: list[tuple[object, Any]] = []
 
-    @contextmanager
-    def entered(self) -> Iterator[None]:
+    def entered(self) -> AbstractContextManager[None]:
         """What begins to be followed inside counts among these."""
         self._waiting.clear()
-        before = _CURRENT.set(self)
-        try:
-            yield
-        finally:
-            _CURRENT.reset(before)
+        return holding(_CURRENT, self)
 
     def add(self, cache: Any) -> None:
         self._caches.add(cache)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +11,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from loraweave.errors import ScopeError
+from loraweave.routers.routing.holding import holding
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,17 +34,12 @@ class Prompts:
 _PROMPTS: ContextVar[Prompts | None] = ContextVar("loraweave_prompts", default=None)
 
 
-@contextmanager
-def prompted(ids_BT: Tensor, mask_BT: Tensor) -> Iterator[None]:
+def prompted(ids_BT: Tensor, mask_BT: Tensor) -> AbstractContextManager[None]:
     """Says, for the calls inside, what their rows begin with.
 
     A batch of k times as many rows has each prompt k times on end. What a block around this one has said stays.
     """
-    token = _PROMPTS.set(_PROMPTS.get() or Prompts(ids_BT, mask_BT))
-    try:
-        yield
-    finally:
-        _PROMPTS.reset(token)
+    return holding(_PROMPTS, _PROMPTS.get() or Prompts(ids_BT, mask_BT))
 
 
 def current_prompts() -> Prompts | None:

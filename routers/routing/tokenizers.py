@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
+
+from loraweave.routers.routing.holding import holding
 
 _TOKENIZER: ContextVar[Any] = ContextVar("loraweave_tokenizer", default=None)
 
 
-@contextmanager
-def with_tokenizer(tokenizer: Any) -> Iterator[None]:
+def with_tokenizer(tokenizer: Any) -> AbstractContextManager[None]:
     """Hands a tokenizer to the routers that begin inside."""
-    token = _TOKENIZER.set(tokenizer)
-    try:
-        yield
-    finally:
-        _TOKENIZER.reset(token)
+    return holding(_TOKENIZER, tokenizer)
 
 
 def current_tokenizer() -> Any:
