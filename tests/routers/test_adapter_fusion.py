@@ -95,25 +95,9 @@ def test_the_order_of_the_experts_does_not_matter_to_their_weights(pool, x_BTI):
     assert torch.allclose(turned.weights(x_BTI, LAYER), made.weights(x_BTI, LAYER)[..., order], atol=1e-6)
 
 
-def test_gradients_are_those_of_finite_differences(pool, x_BTI):
-    made = trained(pool, dim=2)
-
-    class Weighing(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.made = made
-
-        def forward(self, x_BTI):
-            return made.weights(x_BTI, LAYER)
-
-    names = ("queries_", "query_biases_", "keys_")
-
-    def weights(x_BTI, *parameters):
-        named = {f"made.{name}.{LAYER}": each for name, each in zip(names, parameters, strict=True)}
-        return torch.func.functional_call(Weighing(), named, (x_BTI,))
-
-    arguments = (x_BTI[:1, :2] / 4, *(getattr(made, name)[LAYER].detach().clone() for name in names))
-    assert torch.autograd.gradcheck(weights, [tensor.requires_grad_() for tensor in arguments])
+def test_gradients_are_those_of_finite_differences(pool, x_BTI, has_exact_gradients):
+    names = [f"{name}.{LAYER}" for name in ("queries_", "query_biases_", "keys_")]
+    assert has_exact_gradients(trained(pool, dim=2), LAYER, x_BTI[:1, :2] / 4, names)
 
 
 def test_bad_options_and_changes_of_the_pool_are_refused_by_name(pool):

@@ -9,20 +9,9 @@ import torch
 
 from loraweave.composer.composer import Composer
 from loraweave.errors import UnknownExpert, WeightingError
-from loraweave.hub.pool import ExpertPool
 from loraweave.routers.routing.make import router
 
 TEXTS = {"a": ["abc d", "Hello"], "b": ["0123"], "c": ["what is it?", "no"]}
-
-
-@pytest.fixture
-def model(make_model):
-    return make_model("llama")
-
-
-@pytest.fixture
-def engine(model, make_adapters, tokenizer):
-    return Composer(model, ExpertPool(make_adapters(model, "llama")), tokenizer=tokenizer)
 
 
 @pytest.fixture

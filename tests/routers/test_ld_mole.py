@@ -74,24 +74,9 @@ def test_lambda_begins_where_several_experts_take_part_and_hidden_units_have_gra
     assert bool(made.lambdas_["20"].first.weight.grad.any())
 
 
-def test_gradients_are_those_of_finite_differences(pool, x_BTI):
-    made = made_of(pool)
-
-    def weights(x_BTI, g_EI, hidden, last):
-        class Weighing(torch.nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.made = made
-
-            def forward(self, x_BTI):
-                return self.made.weights(x_BTI, "q")
-
-        values = {"gates_.q": g_EI, "lambdas_.20.first.weight": hidden, "lambdas_.20.last.weight": last}
-        return torch.func.functional_call(Weighing(), {f"made.{name}": value for name, value in values.items()}, (x_BTI,))
-
-    parameters = [made.gates_["q"], made.lambdas_["20"].first.weight, made.lambdas_["20"].last.weight]
-    arguments = [x_BTI[:1, :2], *(parameter.detach().clone() for parameter in parameters)]
-    assert torch.autograd.gradcheck(weights, [argument.requires_grad_() for argument in arguments])
+def test_gradients_are_those_of_finite_differences(pool, x_BTI, has_exact_gradients):
+    names = ("gates_.q", "lambdas_.20.first.weight", "lambdas_.20.last.weight")
+    assert has_exact_gradients(made_of(pool), "q", x_BTI[:1, :2], names)
 
 
 def test_the_sparsity_loss_is_how_far_lambda_is_below_the_least_for_the_target(pool, x_BTI):

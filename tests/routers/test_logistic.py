@@ -8,28 +8,11 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 import loraweave as lw
-from loraweave.composer.composer import Composer
 from loraweave.errors import InvalidTask, UnknownExpert, UnknownName, WeightingError
-from loraweave.hub.pool import ExpertPool
 from loraweave.retrieval.embedders.hashing import Hashing
 
 EXAMPLES = {"a": ["red apple", "green apple", "a pear"], "b": ["one two", "four"], "c": ["paris in france", "rome"]}
 TEXTS = ["an apple", "two and four", "is rome in france"]
-
-
-@pytest.fixture
-def model(make_model):
-    return make_model("llama")
-
-
-@pytest.fixture
-def pool(model, make_adapters):
-    return ExpertPool(make_adapters(model, "llama"))
-
-
-@pytest.fixture
-def engine(model, pool, tokenizer):
-    return Composer(model, pool, tokenizer=tokenizer)
 
 
 def logistic(pool, **options):

@@ -18,16 +18,6 @@ from loraweave.routers.routing.make import router
 IDS_BT = torch.tensor([[5, 9, 11, 2, 30], [8, 8, 7, 8, 3]])
 
 
-@pytest.fixture
-def model(make_model):
-    return make_model("llama")
-
-
-@pytest.fixture
-def pool(model, make_adapters):
-    return ExpertPool(make_adapters(model, "llama"))
-
-
 def trained(pool, **options):
     torch.manual_seed(2)
     made = router("lora_flow", pool, **options)

@@ -11,7 +11,6 @@ import torch
 import loraweave as lw
 from loraweave.composer.composer import Composer
 from loraweave.errors import CompositionError, ScopeError, WeightingError
-from loraweave.hub.pool import ExpertPool
 from loraweave.retrieval.embedders.hashing import Hashing
 
 TASKS = {"fruit": ["red apple", "green apple"], "numbers": ["one two three", "four"], "places": ["paris in france"]}
@@ -21,21 +20,6 @@ LOSSES = {
     "places": {"a": 0.3, "b": 0.3, "c": 0.2},
 }
 TEXTS = ["an apple", "two and four", "is rome in france"]
-
-
-@pytest.fixture
-def model(make_model):
-    return make_model("llama")
-
-
-@pytest.fixture
-def pool(model, make_adapters):
-    return ExpertPool(make_adapters(model, "llama"))
-
-
-@pytest.fixture
-def engine(model, pool, tokenizer):
-    return Composer(model, pool, tokenizer=tokenizer)
 
 
 def lorauter(pool, **options):

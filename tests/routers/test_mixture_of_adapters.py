@@ -22,16 +22,6 @@ MASK_BT = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12, "pad_token_id": 0}
 
 
-@pytest.fixture
-def model(make_model):
-    return make_model("llama")
-
-
-@pytest.fixture
-def pool(model, make_adapters):
-    return ExpertPool(make_adapters(model, "llama"))
-
-
 def made_of(pool, **options):
     torch.manual_seed(2)
     return router("mixture_of_adapters", pool, **options)

@@ -118,23 +118,9 @@ def test_experts_in_another_order_have_the_same_weights(pool, x_BTI):
     assert torch.allclose(turned.weights(x_BTI, LAYER), made.weights(x_BTI, LAYER)[..., order], atol=1e-12)
 
 
-def test_gradients_are_those_of_finite_differences(pool, x_BTI):
-    made = trained(pool, rank=2)
-
-    class Weighing(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.made = made
-
-        def forward(self, x_BTI):
-            return made.weights(x_BTI, LAYER)
-
-    def weights(x_BTI, queries, keys):
-        parameters = {f"made.queries_.{LAYER}": queries, f"made.keys_.{LAYER}": keys}
-        return torch.func.functional_call(Weighing(), parameters, (x_BTI,))
-
-    arguments = (x_BTI[:1, :2], made.queries_[LAYER].detach().clone(), made.keys_[LAYER].detach().clone())
-    assert torch.autograd.gradcheck(weights, [tensor.requires_grad_() for tensor in arguments])
+def test_gradients_are_those_of_finite_differences(pool, x_BTI, has_exact_gradients):
+    names = (f"queries_.{LAYER}", f"keys_.{LAYER}")
+    assert has_exact_gradients(trained(pool, rank=2), LAYER, x_BTI[:1, :2], names)
 
 
 def test_an_expert_that_was_never_trained_joins_and_the_others_keep_their_ratios(pool, x_BTI):

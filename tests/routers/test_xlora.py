@@ -20,11 +20,6 @@ MASK_BT = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
 
 
 @pytest.fixture
-def model(make_model):
-    return make_model("llama")
-
-
-@pytest.fixture
 def pool(model, make_adapter):
     """Of three experts that update the same layers."""
     return ExpertPool([make_adapter(model, name, rank=rank, seed=rank) for name, rank in (("0", 2), ("1", 3), ("2", 4))])

@@ -20,21 +20,6 @@ EXAMPLES = {"a": ["red apple", "green apple"], "b": ["one two three", "four"], "
 TEXTS = ["an apple", "two and four", "is rome in france"]
 
 
-@pytest.fixture
-def model(make_model):
-    return make_model("llama")
-
-
-@pytest.fixture
-def pool(model, make_adapters):
-    return ExpertPool(make_adapters(model, "llama"))
-
-
-@pytest.fixture
-def engine(model, pool, tokenizer):
-    return Composer(model, pool, tokenizer=tokenizer)
-
-
 def similarity(pool, **options):
     return lw.router("similarity", pool, **{"examples": EXAMPLES, "embedder": "hashing"} | options)
 

@@ -21,21 +21,6 @@ TEXTS = ["an apple", "two and four", "is rome in france"]
 
 
 @pytest.fixture
-def model(make_model):
-    return make_model("llama")
-
-
-@pytest.fixture
-def pool(model, make_adapters):
-    return ExpertPool(make_adapters(model, "llama"))
-
-
-@pytest.fixture
-def engine(model, pool, tokenizer):
-    return Composer(model, pool, tokenizer=tokenizer)
-
-
-@pytest.fixture
 def layer(pool):
     """One that all experts update, whose weights are therefore all there."""
     return next(name for name in pool.layer_names if all(name in a.layers for a in pool.adapters.values()))
