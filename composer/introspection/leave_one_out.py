@@ -24,7 +24,7 @@ def leave_one_out(
     """{expert: rise of the mean loss of the task's examples without it}; what `Composer.leave_one_out` says."""
     if engine.tokenizer is None:
         raise CompositionError("leave_one_out() needs a tokenizer: make the Composer with tokenizer=...")
-    router = resolve(mixture, engine.pool)
+    router = resolve(mixture, engine.pool, engine.bound_pool)
     names, num_rows = engine.pool.names, 1
     if isinstance(router, MixtureWeights):
         names, num_rows = router.experts, router.values_BTLE.shape[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -52,6 +53,28 @@ class Whole:
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
         raise AssertionError("the router of a call is another")
+
+
+def test_a_router_of_the_bound_pool_is_taken_as_activate_takes_it(
+    tiny_llama: nn.Module, make_adapter: Make, tokenizer: Any
+) -> None:
+    layers = {name: module for name, module in tiny_llama.named_modules() if name.endswith("q_proj")}
+    adapters = [make_adapter(tiny_llama, name, targets=("q_proj",), seed=at) for at, name in enumerate("ab")]
+    with_magnitudes = [
+        replace(
+            adapter,
+            layers={
+                name: replace(part, magnitude_O=1.1 * layers[name].weight.detach().norm(dim=1))
+                for name, part in adapter.layers.items()
+            },
+        )
+        for adapter in adapters
+    ]
+    engine = Composer(tiny_llama, with_magnitudes, tokenizer=tokenizer)
+    router = lw.router("arrow", engine.bound_pool)
+    found = engine.leave_one_out(TASK, router, progress=False)
+    keeping_b = Changed(router, lambda w_BTE: w_BTE * torch.tensor([0.0, 1.0]))
+    assert found["a"] == pytest.approx(mean_loss(engine, keeping_b) - mean_loss(engine, router), abs=1e-5)
 
 
 def test_known_weights_are_left_out_one_by_one(engine: Composer) -> None:
