@@ -56,14 +56,14 @@ def router(
 
 def router_class(name: str) -> type[TokenRouter]:
     """The class of that name. UnknownName for none, and for a search, which makes weights of a task and no router."""
-    known = router_names()
     if name not in registry.names("routers"):
+        known = router_names()
         raise UnknownName(f"no router {name!r}{registry.nearest(name, known)}; there are {', '.join(known)}")
     found = _found(name)
     if not _is_router(found):
         raise UnknownName(
             f"{name!r} searches for the weights of a task and is no router: compose(method={name!r}) runs it; routers are "
-            f"{', '.join(known)}"
+            f"{', '.join(router_names())}"
         )
     return found  # type: ignore[no-any-return]
 
