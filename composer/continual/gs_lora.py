@@ -92,7 +92,7 @@ def shrink(jobs: FusedJobs, threshold: float, zeroed: set[str]) -> None:
 def blocks(jobs: FusedJobs) -> dict[str, list[Tensor]]:
     """The factors of each block; a layer's block is its path up to the first number, or the whole path without one."""
     found: dict[str, list[Tensor]] = {}
-    for layer, pair in jobs.factors.items():
+    for layer, pair in (item for job in jobs.members for item in job.factors.items()):
         parts = layer.split(".")
         end = next((place + 1 for place, part in enumerate(parts) if part.isdecimal()), len(parts))
         found.setdefault(".".join(parts[:end]), []).extend(pair)

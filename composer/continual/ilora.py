@@ -80,9 +80,8 @@ def _learn(
 @torch.no_grad()
 def follow(slow: FusedJobs, fast: FusedJobs, decay: float) -> None:
     """slow = decay * slow + (1 - decay) * fast, factor by factor."""
-    for layer, pair in slow.factors.items():
-        for own, its in zip(pair, fast.factors[layer], strict=True):
-            own.mul_(decay).add_(its, alpha=1 - decay)
+    for own, its in zip(slow.parameters(), fast.parameters(), strict=True):
+        own.mul_(decay).add_(its, alpha=1 - decay)
 
 
 def lag(plastic: Tensor, stable: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from loraweave.composer.training.checkpoints import load_adapter, save_adapter
 from loraweave.composer.training.continual_training import require_way, train_in_order
 from loraweave.composer.training.fused_jobs import FusedJobs
 from loraweave.composer.training.job_training import JobTraining
-from loraweave.composer.training.linearized_jobs import LinearizedJobs
 from loraweave.composer.training.starts import require_startable
 from loraweave.composer.training.training_recipe import WARMUP_STEPS, Recipe, require_trainable
 from loraweave.composer.untouched import untouched
@@ -62,7 +61,7 @@ def train_adapters(
     A task named in `start` begins as that adapter: a merge, say, which a few steps then fit to the examples. It keeps that
     adapter's layers and ranks, whatever `rank` and `target_modules` are for the others; `alpha / rank` is the scale of all.
 
-    With `linearized` every adapter is trained to first order at its beginning (L-LoRA, `LinearizedJobs`): what tasks with a
+    With `linearized` every adapter is trained to first order at its beginning (L-LoRA, `LinearizedJob`): what tasks with a
     common beginning learn superposes exactly in each layer, at any weights. Tasks without a start all begin with the same a,
     which stays; one with a start gets twice its rank, and `tangent(adapter, start)` is what it learned alone.
 
@@ -117,11 +116,19 @@ def _train_apart(
             finished[name] = adapter
     waiting = sorted((name for name in tasks if name not in finished), key=lambda name: _mean_length(rows[name]))
     groups = [waiting[first : first + jobs_per_batch] for first in range(0, len(waiting), jobs_per_batch)]
-    make = LinearizedJobs if recipe.linearized else FusedJobs
     for group in groups:
         state_key = hashlib.sha256(repr(sorted(keys[name] for name in group)).encode()).hexdigest()[:32]
         given = {name: begins[name].layers for name in group if name in begins}
-        jobs = make(model, layers, group, rank=recipe.rank, alpha=recipe.alpha, seed=recipe.seed, start=given)
+        jobs = FusedJobs(
+            model,
+            layers,
+            group,
+            rank=recipe.rank,
+            alpha=recipe.alpha,
+            seed=recipe.seed,
+            start=given,
+            linearized=recipe.linearized,
+        )
         training.run(jobs, training.plain(jobs, rows), kept=None if folder is None else (folder, state_key))
         for name in group:
             card = {"recipe": _card(recipe, begins.get(name))}

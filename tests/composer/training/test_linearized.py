@@ -11,8 +11,8 @@ from torch.func import jvp
 import loraweave as lw
 from loraweave.composer.batches import encode
 from loraweave.composer.training import job_training
+from loraweave.composer.training.fused_jobs import FusedJobs
 from loraweave.composer.training.job_training import job_losses
-from loraweave.composer.training.linearized_jobs import LinearizedJobs
 from loraweave.composer.training.tangent import tangent
 from loraweave.errors import LayerMismatch
 from loraweave.hub import algebra
@@ -35,17 +35,16 @@ def begin(tiny_llama, make_adapter):
 @pytest.fixture
 def moved(tiny_llama, begin):
     """Jobs in float64, one with b0 = 0 and one with a start, moved away from where they began."""
-    jobs = LinearizedJobs(
-        tiny_llama, {LAYER: (16, 16)}, ["new", "old"], rank=3, alpha=6.0, seed=0, start={"old": begin.layers}
-    )
+    layers, given = {LAYER: (16, 16)}, {"old": begin.layers}
+    jobs = FusedJobs(tiny_llama, layers, ["new", "old"], rank=3, alpha=6.0, seed=0, start=given, linearized=True)
     generator = torch.Generator().manual_seed(2)
-    for held in (jobs.factors, jobs.origin):
-        for layer, pair in held.items():
-            held[layer] = tuple(tensor.detach().double() for tensor in pair)
-    for layer, pair in jobs.origin.items():
-        jobs.factors[layer] = tuple(t + torch.randn(t.shape, generator=generator).double() for t in pair)
-        jobs.factors[layer][0].requires_grad_()
-    return jobs
+    for job in jobs.members:
+        job.origin = {layer: tuple(tensor.double() for tensor in pair) for layer, pair in job.origin.items()}
+        for layer, (a0, b0) in job.origin.items():
+            trained = job.factors[layer][0].requires_grad
+            a, b = (t + torch.randn(t.shape, generator=generator).double() for t in (a0, b0))
+            job.factors[layer] = (a.requires_grad_(), b) if trained else (a0, b)
+    return jobs.members
 
 
 # torch's own rules of forward differentiation are compiled by what it has deprecated
@@ -53,25 +52,25 @@ def moved(tiny_llama, begin):
 @pytest.mark.parametrize("index", [0, 1])
 def test_the_update_of_a_layer_is_the_jvp_of_lora_at_the_beginning(moved, index):
     x_NI = torch.randn(7, 16, generator=torch.Generator().manual_seed(1)).double()
-    a, b = (tensor[index].detach() for tensor in moved.factors[LAYER])
-    a0, b0 = (tensor[index] for tensor in moved.origin[LAYER])
+    a, b = (tensor.detach() for tensor in moved[index].factors[LAYER])
+    a0, b0 = moved[index].origin[LAYER]
     value, slope = jvp(lambda a, b: SCALE * x_NI @ a.T @ b.T, (a0, b0), (a - a0, b - b0))
-    found = moved.update(LAYER, x_NI.expand(2, 7, 16))[index]
+    found = moved[index].update(LAYER, x_NI)
     assert torch.allclose(found, value + slope, atol=1e-12)
 
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_the_update_of_a_layer_changes_as_finite_differences_of_lora_do(moved, index):
     x_NI = torch.randn(7, 16, generator=torch.Generator().manual_seed(1)).double()
-    a, b = (tensor[index].detach() for tensor in moved.factors[LAYER])
-    a0, b0 = (tensor[index] for tensor in moved.origin[LAYER])
+    a, b = (tensor.detach() for tensor in moved[index].factors[LAYER])
+    a0, b0 = moved[index].origin[LAYER]
     h = 1e-5
 
     def lora(t):
         return SCALE * x_NI @ (a0 + t * (a - a0)).T @ (b0 + t * (b - b0)).T
 
     slope = (lora(h) - lora(-h)) / (2 * h)
-    found = moved.update(LAYER, x_NI.expand(2, 7, 16))[index]
+    found = moved[index].update(LAYER, x_NI)
     assert torch.allclose(found - lora(0.0), slope, atol=1e-8)
 
 
@@ -79,14 +78,14 @@ def test_parameters_merged_around_the_beginning_superpose_in_each_layer(tiny_lla
     x_NI = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
     names = ["u", "v", "merged", "none"]
     given = dict.fromkeys(names, begin.layers)
-    jobs = LinearizedJobs(tiny_llama, {}, names, rank=3, alpha=6.0, seed=0, start=given)
+    jobs = FusedJobs(tiny_llama, {}, names, rank=3, alpha=6.0, seed=0, start=given, linearized=True)
     weights = (0.7, -0.4)
     with torch.no_grad():
-        for tensor in jobs.factors[LAYER]:
-            start = tensor[3].clone()
-            tensor[:2] += torch.randn(tensor[:2].shape, generator=torch.Generator().manual_seed(3))
-            tensor[2] = start + sum(w * (part - start) for w, part in zip(weights, tensor[:2], strict=True))
-        u, v, merged, none = jobs.update(LAYER, x_NI.expand(4, 5, 16))
+        for u, v, merged, none in zip(*(job.factors[LAYER] for job in jobs.members), strict=True):
+            u += torch.randn(u.shape, generator=torch.Generator().manual_seed(3))
+            v += torch.randn(v.shape, generator=torch.Generator().manual_seed(4))
+            merged += sum(w * (part - none) for w, part in zip(weights, (u, v), strict=True))
+        u, v, merged, none = (job.update(LAYER, x_NI) for job in jobs.members)
     assert torch.allclose(merged - none, 0.7 * (u - none) - 0.4 * (v - none), atol=1e-4)
     assert not torch.allclose(u, none, atol=1e-1)
 
@@ -109,13 +108,13 @@ def test_without_a_start_a_merge_of_parameters_is_the_mixture_of_updates(tiny_ll
         assert torch.allclose(algebra.delta(factors), mixed.delta(layer), atol=1e-6)
 
 
-def test_a_trained_adapter_is_the_update_of_the_training_forward(tiny_llama, moved):
+def test_a_trained_adapter_is_the_update_of_the_training_forward(moved):
     x_NI = torch.randn(7, 16, generator=torch.Generator().manual_seed(1)).double()
-    for index, (job, rank) in enumerate({"new": 3, "old": 10}.items()):
-        factors = moved.layers_of(job)[LAYER]
+    for job, rank in zip(moved, (3, 10), strict=True):
+        factors = job.result()[LAYER]
         assert factors.rank == rank
         found = x_NI @ factors.a_RI.T @ factors.b_OR.T
-        expected = moved.update(LAYER, x_NI.expand(2, 7, 16))[index]
+        expected = job.update(LAYER, x_NI)
         assert torch.allclose(found, expected, atol=1e-9)
 
 

@@ -37,21 +37,22 @@ def test_the_gradients_of_a_job_are_those_of_training_it_alone(make_model, token
     names = list(TASKS)
     fused = FusedJobs(model, LAYERS, names, rank=3, alpha=6.0, seed=0)
     with torch.no_grad():
-        for _, b_JOR in fused.factors.values():
-            b_JOR.normal_(generator=torch.Generator().manual_seed(1))
+        for index, job in enumerate(fused.members):
+            for _, b_OR in job.factors.values():
+                b_OR.normal_(generator=torch.Generator().manual_seed(index))
     rows = [row for name in names for row in rows_of(model, tokenizer, name)]
     with fused:
         job_training.job_losses(model, tokenizer, rows, len(names)).sum().backward()
     for index, name in enumerate(names):
         expected = _plain_lora_gradients(model, tokenizer, fused, index, rows_of(model, tokenizer, name))
-        for layer, pair in fused.factors.items():
+        for layer, pair in fused.members[index].factors.items():
             for parameter, wanted in zip(pair, expected[layer], strict=True):
-                assert torch.allclose(parameter.grad[index].double(), wanted, rtol=1e-5, atol=1e-7)
+                assert torch.allclose(parameter.grad.double(), wanted, rtol=1e-5, atol=1e-7)
 
 
 def _plain_lora_gradients(model, tokenizer, fused, index, rows):
     """One job alone: W + (alpha / r) B A as a dense weight, unpadded rows one at a time, autograd through the product."""
-    leaves = {layer: (a[index].detach().double(), b[index].detach().double()) for layer, (a, b) in fused.factors.items()}
+    leaves = {layer: (a.detach().double(), b.detach().double()) for layer, (a, b) in fused.members[index].factors.items()}
     for a, b in leaves.values():
         a.requires_grad_()
         b.requires_grad_()
@@ -108,8 +109,7 @@ def test_the_trained_adapter_in_peft_gives_the_logits_of_the_training_forward(ti
     adapter.save_pretrained(tmp_path / "count")
     ids = torch.tensor([[5, 9, 30, 41]])
     loaded = peft.PeftModel.from_pretrained(make_model("llama"), tmp_path / "count").eval()
-    fused = FusedJobs(tiny_llama, LAYERS, ["count"], rank=3, alpha=6.0, seed=0)
-    fused.factors = {layer: (f.a_RI[None].clone(), f.b_OR[None].clone() / 2.0) for layer, f in adapter.layers.items()}
+    fused = FusedJobs(tiny_llama, {}, ["count"], rank=3, alpha=6.0, seed=0, start={"count": adapter.layers})
     with torch.no_grad(), fused:
         assert torch.allclose(tiny_llama(input_ids=ids).logits, loaded(input_ids=ids).logits, atol=1e-5)
 
