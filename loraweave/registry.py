@@ -18,6 +18,8 @@ FOLDERS = {
     "continual": "loraweave.composer.continual",
     "routers": "loraweave.routers",
     "experts": "loraweave.routers.experts",
+    "losses": "loraweave.routers.losses",
+    "forms": "loraweave.composer.experts.forms",
     "embedders": "loraweave.retrieval.embedders",
     "keys": "loraweave.retrieval.keys",
     "indexes": "loraweave.retrieval.indexes",

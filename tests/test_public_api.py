@@ -66,6 +66,7 @@ VERBS = {
     "base_key",
     "compose",
     "ensemble",
+    "experts",
     "extract",
     "load_base",
     "merge",

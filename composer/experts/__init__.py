@@ -1,0 +1,1 @@
+"""Trainable mixtures of LoRA experts, live on a base model."""

@@ -1,0 +1,256 @@
+"""A base model with trainable LoRA experts, as `lw.experts` makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from loraweave import registry
+from loraweave.composer.experts.forms._form import placed
+from loraweave.composer.experts.running import RUNNING, Running
+from loraweave.composer.training.seeding import seeded
+from loraweave.errors import ScopeError, UnknownName
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.fingerprint import fingerprint
+from loraweave.hub.whole_number import is_whole
+from loraweave.routers.experts._recipe import ExpertShape, Recipe, Site
+from loraweave.routers.gates.call import UNKNOWN, Call
+from loraweave.routers.gates.gate import Gate, Weighing
+from loraweave.routers.routing.holding import holding
+from loraweave.routers.routing.prompts import prompted
+
+
+class ExpertModel(nn.Module):
+    """The experts and gates of a recipe, live in the calls of this model; the base, called itself, is as it was.
+
+    Called and generated with like the base, whose parameters are frozen until `close()`. `task` gives the tasks of the rows,
+    by name or id, one for each or one for all, to recipes that look at them. In training mode the recipe's losses are added
+    to the loss of a call with labels; `terms` has those of the last call.
+
+    `shapes` has the experts of each site instead of the recipe's own.
+    """
+
+    def __init__(
+        self,
+        base_model: nn.Module,
+        recipe: Recipe,
+        *,
+        tokenizer: Any = None,
+        shapes: Mapping[str, ExpertShape] | None = None,
+    ) -> None:
+        super().__init__()
+        self.base_model = base_model
+        self.recipe = recipe
+        self.tokenizer = tokenizer
+        self.terms: dict[str, Tensor] = {}
+        # what the gates did in the last call with notes
+        self.notes: Any = None
+        self.report: Mapping[str, Any] | None = None
+        form = registry.get("forms", recipe.form)
+        found = form.sites(base_model, recipe)
+        own = {site: recipe.shape(site) if shapes is None else shapes.get(site.name) for site in found}
+        self.sites: dict[str, Site] = {site.name: site for site, shape in own.items() if shape is not None}
+        if not self.sites:
+            raise UnknownName(f"recipe {recipe.name!r} gives no layer of the model experts: widen target_modules")
+        self.layers, self.gates = nn.ModuleDict(), nn.ModuleDict()
+        for site, shape in own.items():
+            if shape is None:
+                continue
+            like = _tensor_of(base_model.get_submodule(site.name))
+            layer = form(recipe, site, shape)
+            layer.reset([recipe.start(site, *_drawn(recipe, site, expert, rank)) for expert, rank in enumerate(shape.ranks)])
+            self.layers[_key(site.name)] = placed(layer, like)
+            if (key := _key(recipe.gate_key(site))) not in self.gates and (gate := recipe.gate(site, shape.num_experts)):
+                gate.reset(seeded(recipe.seed, "gate", key))
+                self.gates[key] = placed(gate, like)
+        self._learning = [parameter for parameter in base_model.parameters() if parameter.requires_grad]
+        base_model.requires_grad_(False)
+        self._handles = [base_model.register_forward_pre_hook(self._begin, with_kwargs=True)]
+        for name, site in self.sites.items():
+            self._handles.append(base_model.get_submodule(name).register_forward_hook(self._hook(site)))
+
+    @property
+    def config(self) -> Any:
+        return self.base_model.config
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.base_model.parameters()).device
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What a row may belong to, in the order of the ids."""
+        return self.recipe.tasks
+
+    def forward(self, *args: Any, task: Any = None, **kwargs: Any) -> Any:
+        """The base's output, with the recipe's losses in its `loss` in training mode."""
+        running = Running(self, self._task_ids(task), notes=self.training)
+        with holding(RUNNING, running):
+            output = self.base_model(*args, **kwargs)
+        self.terms = {}
+        if running.call.step is not None:
+            self.notes = running.call.step
+            self.terms = dict(self.recipe.losses(running.call.step))
+            if self.terms and getattr(output, "loss", None) is not None:
+                output.loss = output.loss + torch.stack([term.to(output.loss) for term in self.terms.values()]).sum()
+        return output
+
+    def generate(self, *args: Any, task: Any = None, **kwargs: Any) -> Any:
+        """The base's generate; what a gate decides by the prompt holds for the answer."""
+        ids_BT = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        running = Running(self, self._task_ids(task))
+        with holding(RUNNING, running), self._prompts(ids_BT, kwargs.get("attention_mask")):
+            return self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def expert_state(self) -> dict[str, Tensor]:
+        """The tensors of experts and gates, by name."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("base_model.")}
+
+    def expert_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of experts and gates, by name."""
+        return {name: value for name, value in self.named_parameters() if not name.startswith("base_model.")}
+
+    def expert(self, number: int) -> Adapter:
+        """One expert alone, at weight 1 wherever it is, as an adapter of its own.
+
+        Raises ScopeError for a form that is no update of layers, UnknownName for a number that no expert has.
+        """
+        self._require_updates(f"expert {number}")
+        layers = {
+            name: layer.factors(torch.eye(layer.shape.num_experts)[number])
+            for name, layer in self._named_layers()
+            if is_whole(number, 0) and number < layer.shape.num_experts and layer.shape.ranks[number]
+        }
+        if not layers:
+            most = max(layer.shape.num_experts for _, layer in self._named_layers())
+            raise UnknownName(f"recipe {self.recipe.name!r} has no expert {number!r}; its experts are 0 to {most - 1}")
+        return self._adapter(f"{self.recipe.name}-{number}", layers, {"expert": number})
+
+    def adapter(self, task: str | int | None = None) -> Adapter:
+        """The whole mixture as one adapter, where its weights depend on nothing, or on the task alone, which is then given.
+
+        Raises ScopeError for weights that depend on the input, UnknownName for a task that there is not.
+        """
+        self._require_updates("the mixture")
+        if not all(gate.static for gate in self.gates.values()):
+            raise ScopeError(
+                f"the weights of recipe {self.recipe.name!r} depend on the input, so that no one adapter has them: export "
+                "its experts one by one (expert(number)), or save_pretrained() the whole"
+            )
+        task_B = self._task_ids(task)
+        call, layers = Call(task_B=task_B), {}
+        with torch.no_grad():
+            for name, layer in self._named_layers():
+                gate = self._gate(self.sites[name])
+                w_E = torch.ones(layer.shape.num_experts) if gate is None else gate(None, call).w_BTE.flatten()
+                layers[name] = layer.factors(w_E)
+        named = self.recipe.name if task is None else f"{self.recipe.name}-{task}"
+        return self._adapter(named, layers, {} if task is None else {"task": str(task)})
+
+    def close(self) -> None:
+        """Takes the experts out: the base is what it was, byte for byte. Closing twice does nothing."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for parameter in self._learning:
+            parameter.requires_grad_(True)
+        self._learning = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        running = RUNNING.get()
+        if running is not None and running.owner is self:
+            running.begin(module, args, kwargs)
+
+    def _hook(self, site: Site) -> Callable[..., Any]:
+        layer: Any = self.layers[_key(site.name)]
+        gate = self._gate(site)
+
+        def add_experts(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
+            running = RUNNING.get()
+            if running is None or running.owner is not self:
+                return y
+            found: Tensor = layer(module, args, y, partial(self._weigh, site, layer.shape.num_experts, gate, running.call))
+            return found
+
+        return add_experts
+
+    def _weigh(self, site: Site, num_experts: int, gate: Gate | None, call: Call, x_BTI: Tensor) -> Tensor:
+        """w_BTE of a site, of which a training step takes note."""
+        if gate is None:
+            return x_BTI.new_ones(1, 1, num_experts, dtype=torch.float32)
+        weighing: Weighing = gate(x_BTI, call)
+        w_BTE, scores_BTE = weighing
+        # a layer that a backward pass runs again was noted before
+        if call.step is not None and torch._C._current_graph_task_id() == -1:
+            call.step.weights[site.name] = w_BTE
+            if scores_BTE is not None:
+                call.step.scores[site.name] = scores_BTE
+        return w_BTE
+
+    def _gate(self, site: Site) -> Gate | None:
+        return dict(self.gates.items()).get(_key(self.recipe.gate_key(site)))  # type: ignore[return-value]
+
+    def _named_layers(self) -> list[tuple[str, Any]]:
+        return [(name, self.layers[_key(name)]) for name in self.sites]
+
+    def _require_updates(self, what: str) -> None:
+        if not all(layer.is_update for _, layer in self._named_layers()):
+            raise ScopeError(
+                f"{what} of recipe {self.recipe.name!r} is no update of layers, and no adapter: save_pretrained() the whole"
+            )
+
+    def _adapter(self, name: str, layers: Mapping[str, Any], card: Mapping[str, Any]) -> Adapter:
+        recipe = {"method": "loraweave.experts", "recipe": self.recipe.name, **card}
+        base = str(getattr(self.base_model, "name_or_path", ""))
+        return Adapter(name, base, layers, fingerprint(self.base_model), {"recipe": recipe})
+
+    def _task_ids(self, task: Any) -> Tensor | None:
+        """task_B of names or ids, one for each row, or one for all. Raises UnknownName for one that there is not."""
+        if task is None:
+            if self.recipe.needs_tasks:
+                known = ", ".join(map(repr, self.tasks))
+                raise ScopeError(f"recipe {self.recipe.name!r} looks at the task of each row: give task=..., of {known}")
+            return None
+        given = task.tolist() if isinstance(task, Tensor) else task
+        given = [given] if isinstance(given, str | int) else list(given)
+        return torch.tensor([self._task_id(each) for each in given], device=self.device)
+
+    def _task_id(self, task: Any) -> int:
+        if isinstance(task, str) and task in self.tasks:
+            return self.tasks.index(task)
+        unknown = task == UNKNOWN and not self.recipe.needs_tasks
+        if unknown or (is_whole(task, 0) and task < len(self.tasks)):
+            return int(task)
+        known = ", ".join(map(repr, self.tasks)) or "none: pass tasks=(...) or fit() it on {task: rows}"
+        close = registry.nearest(task, self.tasks) if isinstance(task, str) else ""
+        raise UnknownName(f"recipe {self.recipe.name!r} has no task {task!r}{close}; it has {known}")
+
+    @staticmethod
+    def _prompts(ids_BT: Any, mask_BT: Any) -> AbstractContextManager[None]:
+        if not isinstance(ids_BT, Tensor) or ids_BT.ndim != 2 or ids_BT.is_floating_point():
+            return nullcontext()
+        return prompted(ids_BT, mask_BT if isinstance(mask_BT, Tensor) else torch.ones_like(ids_BT))
+
+
+def _drawn(recipe: Recipe, site: Site, expert: int, rank: int) -> tuple[int, int, torch.Generator]:
+    return expert, rank, seeded(recipe.seed, site.name, expert)
+
+
+def _key(path: str) -> str:
+    # torch takes a dot in a name for a step down
+    return path.replace(".", "/")
+
+
+def _tensor_of(module: nn.Module) -> Tensor:
+    return next(module.parameters())

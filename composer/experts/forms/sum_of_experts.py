@@ -1,0 +1,108 @@
+"""Experts whose updates are added, weighted, to the output of a linear layer or a convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from loraweave.composer.experts.forms._form import Weigh
+from loraweave.composer.experts.sites import layer_sites
+from loraweave.composer.kernels._expert_product import ExpertProduct, RankRows
+from loraweave.composer.layer_kinds import conv, linear
+from loraweave.composer.layers import gives_new_memory
+from loraweave.errors import ScopeError
+from loraweave.routers.experts._recipe import ExpertShape, Recipe, Site
+from loraweave.types import Factors
+
+
+class SumOfExperts(nn.Module):
+    """y0 + scale * sum over e of w_e * gain_e * (dropout(x) a_e^T) b_e^T.
+
+    Factors are stacked by rank rows: a_SI and b_SO, or those of one expert where all share them. All experts of a place see
+    the same dropout.
+    """
+
+    is_update: ClassVar[bool] = True
+    owner_S: Tensor
+    own_row_S: Tensor
+
+    def __init__(self, recipe: Recipe, site: Site, shape: ExpertShape) -> None:
+        super().__init__()
+        self.site = site
+        self.shape = shape
+        self.scale = recipe.scale
+        self.dropout = recipe.dropout
+        num_ranks = sum(shape.ranks)
+        self.a_SI = nn.Parameter(torch.zeros(max(shape.ranks) if shape.shared_a else num_ranks, site.num_inputs))
+        self.b_SO = nn.Parameter(torch.zeros(max(shape.ranks) if shape.shared_b else num_ranks, site.num_outputs))
+        self.gain_EO = nn.Parameter(torch.zeros(shape.num_experts, site.num_outputs)) if shape.gains else None
+        owner_S = torch.arange(shape.num_experts).repeat_interleave(torch.tensor(shape.ranks))
+        own_row_S = torch.cat([torch.arange(rank) for rank in shape.ranks])
+        self.register_buffer("owner_S", owner_S, persistent=False)
+        self.register_buffer("own_row_S", own_row_S, persistent=False)
+
+    @staticmethod
+    def sites(model: nn.Module, recipe: Recipe) -> list[Site]:
+        return layer_sites(model, recipe.target_modules, kinds=(linear, conv))
+
+    @torch.no_grad()
+    def reset(self, starts: Sequence[tuple[Tensor, Tensor]]) -> None:
+        own_a, own_b = zip(*starts, strict=True)
+        longest = max(range(len(self.shape.ranks)), key=lambda expert: self.shape.ranks[expert])
+        self.a_SI.copy_(own_a[longest] if self.shape.shared_a else torch.cat(own_a))
+        self.b_SO.copy_(own_b[longest] if self.shape.shared_b else torch.cat(own_b))
+
+    def forward(self, module: nn.Module, args: tuple[Any, ...], y: Tensor, weigh: Weigh) -> Tensor:
+        """Raises ScopeError, naming the layer and both counts, where rows or tokens are not the weights'."""
+        kind = conv if self.site.kernel else linear
+        dtype = torch.get_autocast_dtype(y.device.type) if torch.is_autocast_enabled(y.device.type) else y.dtype
+        x, y_BTO = args[0], kind.rows(module, y)
+        w_BTE = self._fitting(weigh(kind.inputs(module, x, self.a_SI)), y_BTO) * self.scale
+        x = functional.dropout(x, self.dropout, self.training) if self.dropout else x
+        a, b = self.a_SI.to(dtype), self._scaled_b().to(dtype)
+        rows = RankRows(self.owner_S, *self._shared_rows())
+        if kind is conv:
+            hidden_BTR = conv.project(module, x.to(dtype), a)
+            mixed_BTS = rows.of_a(hidden_BTR) * w_BTE.to(hidden_BTR.dtype)[..., self.owner_S]
+            return y + conv.put_back(mixed_BTS @ rows.of_b(b), y).to(y.dtype)
+        in_place = gives_new_memory(module) and y.is_contiguous()
+        w_NE = w_BTE.reshape(1, -1) if w_BTE.numel() == w_BTE.shape[2] else w_BTE.expand(*y_BTO.shape[:2], -1).flatten(0, 1)
+        x_NI = x.reshape(-1, x.shape[-1]).to(dtype)
+        made: Tensor = ExpertProduct.apply(y if in_place else None, x_NI, w_NE, a, b, rows)  # type: ignore[no-untyped-call]
+        return made if in_place else y + made.view(y.shape).to(y.dtype)
+
+    @torch.no_grad()
+    def factors(self, w_E: Tensor) -> Factors:
+        rows = RankRows(self.owner_S, *self._shared_rows())
+        w_S1 = self.scale * w_E.to(self.b_SO)[self.owner_S][:, None]
+        a_SI = self.a_SI if rows.a_row_S is None else self.a_SI[rows.a_row_S]
+        b_SO = self._scaled_b() if rows.b_row_S is None else self._scaled_b()[rows.b_row_S]
+        used_S = (w_S1[:, 0] != 0).cpu()
+        a_SI, b_OS = a_SI.float().cpu()[used_S], (w_S1 * b_SO).float().cpu()[used_S].T.contiguous()
+        return Factors(a_SI, b_OS, kind="conv" if self.site.kernel else "linear", kernel=self.site.kernel)
+
+    def _shared_rows(self) -> tuple[Tensor | None, Tensor | None]:
+        """Which row of a, and of b, each rank row has; with gains every expert has a b of its own."""
+        b_row_S = self.own_row_S if self.shape.shared_b and self.gain_EO is None else None
+        return self.own_row_S if self.shape.shared_a else None, b_row_S
+
+    def _scaled_b(self) -> Tensor:
+        """b with each expert's gains."""
+        if self.gain_EO is None:
+            return self.b_SO
+        b_SO = self.b_SO[self.own_row_S] if self.shape.shared_b else self.b_SO
+        return b_SO * self.gain_EO[self.owner_S]
+
+    def _fitting(self, w_BTE: Tensor, y_BTO: Tensor) -> Tensor:
+        """w_BTE in fp32 or better, for each row of y or one for all."""
+        num_rows, num_tokens = y_BTO.shape[:2]
+        if w_BTE.shape[0] not in (1, num_rows) or w_BTE.shape[1] not in (1, num_tokens):
+            raise ScopeError(
+                f"the weights are for {w_BTE.shape[0]} rows of {w_BTE.shape[1]} tokens, but layer {self.site.name!r} sees "
+                f"{num_rows} of {num_tokens}: leave it out of target_modules, or take a gate that looks at the layer's input"
+            )
+        return w_BTE.to(torch.promote_types(w_BTE.dtype, torch.float32))

@@ -1,0 +1,86 @@
+"""Which expert model the running calls of a base are of, and what its gates know of the present one."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraweave.composer.batches import IGNORED
+from loraweave.composer.mixing.begun import arguments_of
+from loraweave.errors import ScopeError
+from loraweave.routers.gates.call import Call
+from loraweave.routers.routing.learned_router import Step
+from loraweave.routers.routing.prompts import current_prompts
+
+
+@dataclass(eq=False)
+class Running:
+    """One call of an expert model, or one generation, which is many calls of its base.
+
+    `owner` is the expert model; `task_B` the tasks of the rows that it was given. `call` is the present call of the base.
+    """
+
+    owner: object
+    task_B: Tensor | None = None
+    notes: bool = False
+    kept: dict[Hashable, Any] = field(default_factory=dict)
+    call: Call = field(default_factory=Call)
+
+    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """A call of the base with these arguments begins. Raises ScopeError for tasks of another number of rows."""
+        found = arguments_of(model, args, kwargs)
+        ids_BT, given = found.get("input_ids"), found.get("inputs_embeds")
+        main = ids_BT if given is None else given
+        if main is None:
+            main = next((value for value in found.values() if isinstance(value, Tensor)), None)
+        num_rows = 0 if main is None else main.shape[0]
+        real_BT = _real_tokens(main, found.get("attention_mask"))
+        task_B = None if self.task_B is None else self._tasks(num_rows, self.task_B)
+        step = None
+        if self.notes:
+            labels_B = torch.full((num_rows,), -1) if task_B is None else task_B
+            mask_BT = torch.ones(num_rows, 1) if main is None or main.ndim < 2 else torch.ones(main.shape[:2])
+            step = Step(mask_BT.to(main.device) if real_BT is None and main is not None else real_BT, labels_B)  # type: ignore[arg-type]
+        past = found.get("past_key_values")
+        follows = past is not None and past.get_seq_length() > 0
+        prompt_BT = None if main is None else _prompt_tokens(main, real_BT, found.get("labels"))
+        self.call = Call(real_BT, prompt_BT, ids_BT, task_B, follows, self.kept, step)
+
+    def _tasks(self, num_rows: int, task_B: Tensor) -> Tensor:
+        if not num_rows or num_rows % len(task_B):
+            raise ScopeError(
+                f"{len(task_B)} tasks were given for {num_rows} rows: one for each row, in the order of the rows"
+            )
+        # a generation has each prompt's beams on end
+        return task_B.repeat_interleave(num_rows // len(task_B))
+
+
+# in each thread and asyncio task
+RUNNING: ContextVar[Running | None] = ContextVar("loraweave_experts", default=None)
+
+
+def _real_tokens(main: Tensor | None, mask: Any) -> Tensor | None:
+    """real_BT of the call's own tokens; None where no mask of that form was given."""
+    if main is None or main.ndim < 2 or not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < main.shape[1]:
+        return None
+    return mask[:, -main.shape[1] :].bool()
+
+
+def _prompt_tokens(main: Tensor, real_BT: Tensor | None, labels: Any) -> Tensor | None:
+    """prompt_BT of the call's tokens: those that `prompted` says, or that stand before the first label; None for all."""
+    known = current_prompts()
+    if known is not None:
+        # in a generation the first call has the prompts alone, each as often as it has beams
+        copies, beyond = divmod(main.shape[0], len(known.mask_BT))
+        if beyond or known.mask_BT.shape[1] != main.shape[1]:
+            return real_BT
+        return known.mask_BT.to(main.device).bool().repeat_interleave(copies, dim=0)
+    if isinstance(labels, Tensor) and labels.shape == main.shape[:2]:
+        before_BT = (labels != IGNORED).cumsum(dim=1) == 0
+        return before_BT if real_BT is None else before_BT & real_BT
+    return real_BT

@@ -1,0 +1,145 @@
+"""The form of every recipe: data that says what a trainable mixture is made of; `composer/experts` puts it into a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from loraweave.errors import WeightingError
+from loraweave.hub.whole_number import is_whole
+from loraweave.routers.gates.gate import Gate
+from loraweave.routers.routing.learned_router import Step
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place of the model that gets experts: its module's path, its sizes, and its block's place among `num_blocks`.
+
+    `block` is None outside the blocks. A convolution's inputs are those of its kernel.
+    """
+
+    name: str
+    num_inputs: int
+    num_outputs: int
+    block: int | None = None
+    num_blocks: int = 0
+    kernel: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """The experts of a site by their ranks, and what they have in common.
+
+    `shared_a` and `shared_b` say that all have one a, or one b. With `gains` each has a learned factor for each output,
+    which begins as 0.
+    """
+
+    ranks: tuple[int, ...]
+    shared_a: bool = False
+    shared_b: bool = False
+    gains: bool = False
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.ranks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Options that every recipe has. y = y0 + sum over e of w_e * alpha / rank * B_e A_e dropout(x) at each site.
+
+    `target_modules` are endings of module paths. `tasks` names what a row may belong to, in the order of their ids; fit()
+    takes the names of its dataset where it is left empty. `seed` determines all initial values.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = ATTENTION + FEED_FORWARD
+    tasks: tuple[str, ...] = ()
+    seed: int = 0
+
+    # how the experts of a site enter its output: a file of composer/experts/forms
+    form: ClassVar[str] = "sum_of_experts"
+    # whether every row has to have a task
+    needs_tasks: ClassVar[bool] = False
+    # what fit() takes unless it is told otherwise
+    lr: ClassVar[float] = 3e-3
+    # parts of parameters' names without a gradient in the first step, because their factor begins as 0
+    silent_at_first: ClassVar[tuple[str, ...]] = ("a_SI",)
+
+    def __post_init__(self) -> None:
+        if not is_whole(self.rank, 1):
+            self.refuse("rank", "it is a whole number of at least 1")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            self.refuse("alpha", "it is above 0, or None for twice the rank")
+        if not 0 <= self.dropout < 1:
+            self.refuse("dropout", "it is the share of inputs that training leaves out, at least 0 and below 1")
+        if not self.target_modules:
+            self.refuse("target_modules", "name the endings of the layers that get experts")
+        if len(set(self.tasks)) < len(self.tasks):
+            self.refuse("tasks", "each name once")
+
+    @property
+    def name(self) -> str:
+        """The recipe's name in the registry."""
+        return type(self).__module__.rpartition(".")[2]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that it was made with, by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank, or what the recipe puts before its sum instead."""
+        return (2.0 * self.rank if self.alpha is None else self.alpha) / self.rank
+
+    def shape(self, site: Site) -> ExpertShape | None:
+        """The experts of a site; None for one that gets none."""
+        raise NotImplementedError
+
+    def gate_key(self, site: Site) -> str:
+        """Sites with the same key share a gate; by default each has its own."""
+        return site.name
+
+    def gate(self, site: Site, num_experts: int) -> Gate | None:
+        """What weighs the experts of the site; None for weights of 1."""
+        raise NotImplementedError
+
+    def start(self, site: Site, expert: int, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """(a_RI, b_RO) an expert begins with: a uniform between -1/sqrt(I) and 1/sqrt(I), b zero."""
+        a_RI = uniform(rank, site.num_inputs, generator)
+        return a_RI, torch.zeros(rank, site.num_outputs)
+
+    def losses(self, step: Step) -> Mapping[str, Tensor]:
+        """Named terms to add to the model's loss, with their coefficients."""
+        return {}
+
+    def refuse(self, option: str, way_out: str) -> None:
+        """Raises WeightingError for an option's value."""
+        raise WeightingError(f"{option} of recipe {self.name!r} is {getattr(self, option)!r}: {way_out}")
+
+    def require_count(self, option: str, num_experts: int, least: int = 1) -> None:
+        """Raises WeightingError for an option that is no number of the experts."""
+        value = getattr(self, option)
+        if value is not None and not (is_whole(value, least) and value <= num_experts):
+            self.refuse(option, f"it is a whole number from {least} to the number of experts, {num_experts}")
+
+
+def uniform(rank: int, num_inputs: int, generator: torch.Generator) -> Tensor:
+    """a_RI between -1/sqrt(I) and 1/sqrt(I), as PEFT draws it (kaiming_uniform with a = sqrt(5))."""
+    return float(num_inputs**-0.5) * torch.rand(rank, num_inputs, generator=generator).mul(2).sub(1)
+
+
+def by_layer(step: Step, loss: Callable[[Tensor], Tensor]) -> Tensor:
+    """loss_L of the scores_NE of the real tokens of each layer that has scores."""
+    return torch.stack([loss(step.real(scores_BTE)) for scores_BTE in step.scores.values()])

@@ -1,0 +1,17 @@
+"""The balance loss of top-k mixtures."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def mixtral(scores_NE: Tensor, top_k: int) -> Tensor:
+    """E * sum over j < k and e of f_je p_e, of the real tokens of one layer (Mixtral's `load_balancing_loss_func`).
+
+    f_je is the fraction of tokens whose j-th choice is e, p_e the mean of softmax(scores). k where all experts are alike,
+    for every k, and E where every token has all its probability on one expert.
+    """
+    p_NE = scores_NE.softmax(dim=1)
+    num_tokens, num_experts = scores_NE.shape
+    counts_E = p_NE.detach().topk(top_k, dim=1).indices.flatten().bincount(minlength=num_experts)
+    return num_experts * (counts_E.to(p_NE.dtype) / num_tokens * p_NE.mean(dim=0)).sum()

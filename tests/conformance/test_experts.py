@@ -1,0 +1,151 @@
+"""What every recipe of trainable experts promises, by the file that it is in."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+
+import loraweave as lw
+from loraweave.composer.experts.make import recipe as make_recipe
+from loraweave.errors import WeightingError
+
+RECIPES = lw.names("experts")
+# options that a recipe needs beside its defaults, on a model of two blocks with 16 features
+OPTIONS: dict[str, dict] = {}
+TASKS = ("sums", "colours")
+
+
+@pytest.fixture(params=RECIPES)
+def name(request):
+    return request.param
+
+
+def built(name, model, **more):
+    made = make_recipe(name, OPTIONS.get(name, {}))
+    tasks = {"tasks": TASKS} if made.needs_tasks and "tasks" not in OPTIONS.get(name, {}) else {}
+    return lw.experts(name, model, **{**OPTIONS.get(name, {}), **tasks, **more})
+
+
+@pytest.fixture
+def experts(name, make_model):
+    with built(name, make_model("llama", dtype=torch.float64)) as experts:
+        yield experts
+
+
+@pytest.fixture
+def trained(experts):
+    """With values that differ from those at the beginning everywhere."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in experts.expert_parameters().values():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    return experts
+
+
+def batch(rows, *, length=9):
+    """Rows of real tokens, padded on the left."""
+    ids_BT = torch.zeros(len(rows), length, dtype=torch.long)
+    mask_BT = torch.zeros(len(rows), length, dtype=torch.long)
+    for number, row in enumerate(rows):
+        ids_BT[number, length - len(row) :] = torch.tensor(row)
+        mask_BT[number, length - len(row) :] = 1
+    positions_BT = (mask_BT.cumsum(dim=1) - 1).clamp(min=0)
+    return {"input_ids": ids_BT, "attention_mask": mask_BT, "position_ids": positions_BT}
+
+
+def tasks_of(experts, *ids):
+    return {"task": list(ids)} if experts.recipe.needs_tasks else {}
+
+
+ROWS = ([3, 9, 27, 20, 60, 58], [5, 25, 3, 15], [11, 7, 44, 19, 8, 21, 33])
+
+
+def test_before_training_it_is_the_base(name, make_model):
+    model = make_model("llama")
+    inputs = batch(ROWS)
+    base = model(**inputs).logits
+    with built(name, model) as experts:
+        torch.testing.assert_close(experts(**inputs, **tasks_of(experts, 0, 1, 0)).logits, base, rtol=1e-5, atol=1e-5)
+
+
+def test_the_base_called_itself_is_as_it_was_and_stays_so(trained):
+    inputs, before = batch(ROWS), copy.deepcopy(trained.base_model.state_dict())
+    assert not torch.equal(
+        trained(**inputs, **tasks_of(trained, 0, 1, 0)).logits, base := trained.base_model(**inputs).logits
+    )
+    trained.close()
+    assert torch.equal(trained.base_model(**inputs).logits, base)
+    after = trained.base_model.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert all(parameter.requires_grad for parameter in trained.base_model.parameters())
+
+
+def test_a_row_depends_on_no_other_row_and_no_padding(trained):
+    together = trained(**batch(ROWS), **tasks_of(trained, 0, 1, 0)).logits
+    for number, row in enumerate(ROWS):
+        alone = trained(**batch([row], length=len(row)), **tasks_of(trained, (0, 1, 0)[number])).logits
+        torch.testing.assert_close(together[number, -len(row) :], alone[0], rtol=1e-8, atol=1e-8)
+
+
+def test_generation_with_a_cache_is_generation_without(trained):
+    inputs = {key: value for key, value in batch(ROWS).items() if key != "position_ids"}
+    settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    tasks = tasks_of(trained, 1, 0, 1)
+    cached = trained.generate(**inputs, **tasks, **settings, use_cache=True)
+    assert torch.equal(cached, trained.generate(**inputs, **tasks, **settings, use_cache=False))
+
+
+def test_generation_of_beams_is_that_of_each_row_alone(trained):
+    settings = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2, "eos_token_id": None, "pad_token_id": 0}
+    inputs = {key: value for key, value in batch(ROWS).items() if key != "position_ids"}
+    together = trained.generate(**inputs, **tasks_of(trained, 1, 0, 1), **settings)
+    for number, row in enumerate(ROWS):
+        alone = batch([row], length=len(row))
+        del alone["position_ids"]
+        answer = trained.generate(**alone, **tasks_of(trained, (1, 0, 1)[number]), **settings)
+        assert torch.equal(together[number, -4:], answer[0, -4:])
+
+
+def test_after_one_step_all_that_learns_has_a_gradient(experts):
+    inputs = batch(ROWS)
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    inputs["labels"][:, :-3] = -100
+    optimizer = torch.optim.SGD(experts.expert_parameters().values(), lr=0.5)
+    experts.train()
+    for _ in range(2):
+        optimizer.zero_grad()
+        experts(**inputs, **tasks_of(experts, 0, 1, 0)).loss.backward()
+        optimizer.step()
+    silent = [key for key, value in experts.expert_parameters().items() if value.requires_grad and not _learns(value)]
+    # an expert that no token of these three rows chose has none, and shares its tensor with one that has
+    assert not silent
+    assert all(parameter.grad is None for parameter in experts.base_model.parameters())
+
+
+def _learns(parameter):
+    return parameter.grad is not None and bool(parameter.grad.any())
+
+
+def test_its_values_are_determined_by_its_seed(name, make_model):
+    first, again, other = (built(name, make_model("llama"), seed=seed).expert_state() for seed in (3, 3, 4))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert any(not torch.equal(first[key], other[key]) for key in first)
+
+
+def test_its_options_are_json(experts, name):
+    again = make_recipe(name, json.loads(json.dumps(experts.recipe.options)))
+    assert again == experts.recipe
+
+
+def test_an_unknown_option_is_refused_by_name(name, make_model):
+    with pytest.raises(WeightingError, match="did you mean 'dropout'"):
+        built(name, make_model("llama"), dropuot=0.1)
+
+
+def test_evaluation_answers_alike_every_time(trained):
+    inputs = batch(ROWS)
+    first = trained(**inputs, **tasks_of(trained, 0, 1, 0)).logits
+    assert torch.equal(trained(**inputs, **tasks_of(trained, 0, 1, 0)).logits, first)

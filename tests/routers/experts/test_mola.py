@@ -1,0 +1,102 @@
+"""More experts in higher layers, each token's best two."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+import loraweave as lw
+from loraweave.errors import UnknownName, WeightingError
+
+
+def test_each_group_of_blocks_has_its_number_of_experts(make_model):
+    with lw.experts(
+        "mola", make_model("llama", num_hidden_layers=5), num_experts=(2, 3), target_modules=("q_proj",)
+    ) as made:
+        assert [layer.shape.num_experts for layer in made.layers.values()] == [2, 2, 2, 3, 3]
+
+
+def test_a_site_adds_its_formula(make_model):
+    model = make_model("llama", dtype=torch.float64)
+    layer = "model.layers.1.mlp.up_proj"
+    with lw.experts("mola", model, num_experts=(3,), rank=2, alpha=6.0, target_modules=(layer,)) as made:
+        torch.manual_seed(0)
+        key = layer.replace(".", "/")
+        factors, gate = made.layers[key], made.gates[key]
+        torch.nn.init.normal_(factors.b_SO)
+        seen = {}
+        model.get_submodule(layer).register_forward_hook(lambda _, args, y: seen.update(x=args[0], y=y))
+        made(input_ids=torch.tensor([[3, 9, 27, 20]]))
+        x_TI, made_TO = seen["x"][0], seen["y"][0]
+        weight = model.get_submodule(layer).weight
+        for x_I, y_O in zip(x_TI, made_TO, strict=True):
+            p_E = functional.softmax(gate.r_EI @ x_I, dim=0)
+            best = p_E.topk(2).indices
+            expected_O = weight @ x_I
+            for expert in best.tolist():
+                a_RI, b_RO = factors.a_SI[2 * expert : 2 * expert + 2], factors.b_SO[2 * expert : 2 * expert + 2]
+                expected_O = expected_O + p_E[expert] / p_E[best].sum() * 6.0 / 2 * (b_RO.T @ (a_RI @ x_I))
+            torch.testing.assert_close(y_O, expected_O)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_one_expert_equals_a_lora_of_peft(make_model):
+    from peft import LoraConfig, get_peft_model
+
+    model, inputs = make_model("llama", dtype=torch.float64), {"input_ids": torch.tensor([[3, 9, 27, 20, 11]])}
+    with lw.experts("mola", model, num_experts=(1,), top_k=1, rank=3, alpha=5.0, target_modules=("v_proj",)) as made:
+        torch.manual_seed(0)
+        for layer in made.layers.values():
+            torch.nn.init.normal_(layer.b_SO)
+        own = made(**inputs).logits
+        adapter = made.expert(0)
+    peft = get_peft_model(model, LoraConfig(r=3, lora_alpha=5.0, target_modules=["v_proj"])).double()
+    for name, factors in adapter.layers.items():
+        module = peft.get_submodule(f"base_model.model.{name}")
+        module.lora_A["default"].weight.data.copy_(factors.a_RI)
+        module.lora_B["default"].weight.data.copy_(factors.b_OR / (5.0 / 3))
+    torch.testing.assert_close(peft(**inputs).logits, own, rtol=1e-5, atol=1e-6)
+
+
+def test_an_expert_is_an_adapter_like_any_other(make_model, tmp_path):
+    with lw.experts("mola", make_model("llama"), num_experts=(2, 3)) as made:
+        for layer in made.layers.values():
+            torch.nn.init.normal_(layer.b_SO)
+        hub = lw.Hub(tmp_path / "hub")
+        hub.add(made.expert(1))
+        assert hub["mola-1"].hash == made.expert(1).hash
+        # the first block has two experts
+        assert len(made.expert(2).layers) == 7
+        with pytest.raises(UnknownName, match="no expert 3; its experts are 0 to 2"):
+            made.expert(3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_k": 3, "num_experts": (2, 4)}, r"top_k of recipe 'mola' is 3: .* from 1 to the number of experts, 2"),
+        ({"num_experts": (0,)}, r"num_experts of recipe 'mola' is \(0,\)"),
+        ({"rank": 0}, "rank of recipe 'mola' is 0"),
+        ({"dropout": 1.0}, "dropout of recipe 'mola' is 1.0"),
+        ({"balance": float("nan")}, "balance of recipe 'mola' is nan"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(make_model, options, message):
+    with pytest.raises(WeightingError, match=message):
+        lw.experts("mola", make_model("llama"), **options)
+
+
+def test_a_pattern_that_matches_nothing_says_what_there_is(make_model):
+    with pytest.raises(UnknownName, match=r"no layer matches 'query' .* end in down_proj, gate_proj"):
+        lw.experts("mola", make_model("llama"), target_modules=("query",))
+
+
+def test_the_balance_loss_is_added_in_training_alone(make_model):
+    ids_BT = torch.tensor([[3, 9, 27, 20]])
+    with lw.experts("mola", make_model("llama"), balance=0.5) as made:
+        plain = made(input_ids=ids_BT, labels=ids_BT).loss
+        assert not made.terms
+        with_balance = made.train()(input_ids=ids_BT, labels=ids_BT).loss
+        assert float(made.terms["balance"].detach()) >= 0.5 * 2 - 1e-6
+        torch.testing.assert_close(with_balance, plain + made.terms["balance"])
+    with lw.experts("mola", make_model("llama"), balance=0.5, as_released=True) as made:
+        assert not made.train()(input_ids=ids_BT, labels=ids_BT) or not made.terms
