@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Self
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from loraweave import registry
 from loraweave.composer.experts.forms._form import placed
+from loraweave.composer.experts.hooks import AfterSite, BeforeCall
 from loraweave.composer.experts.running import RUNNING, Running
 from loraweave.composer.training.seeding import seeded
 from loraweave.errors import ScopeError, UnknownName
@@ -70,9 +71,9 @@ class ExpertModel(nn.Module):
                 self.gates[key] = placed(gate, like)
         self._learning = [parameter for parameter in base_model.parameters() if parameter.requires_grad]
         base_model.requires_grad_(False)
-        self._handles = [base_model.register_forward_pre_hook(self._begin, with_kwargs=True)]
-        for name, site in self.sites.items():
-            self._handles.append(base_model.get_submodule(name).register_forward_hook(self._hook(site)))
+        self._handles = [base_model.register_forward_pre_hook(BeforeCall(self), with_kwargs=True)]
+        for name in self.sites:
+            self._handles.append(base_model.get_submodule(name).register_forward_hook(AfterSite(self, name)))
 
     @property
     def config(self) -> Any:
@@ -106,6 +107,13 @@ class ExpertModel(nn.Module):
         running = Running(self, self._task_ids(task))
         with holding(RUNNING, running), self._prompts(ids_BT, kwargs.get("attention_mask")):
             return self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def with_experts(self, name: str, module: nn.Module, args: tuple[Any, ...], y: Tensor, call: Call) -> Tensor:
+        """The output of a site whose module gave y for `args` in this call."""
+        site = self.sites[name]
+        layer: Any = self.layers[_key(name)]
+        found: Tensor = layer(module, args, y, partial(self._weigh, site, layer.shape.num_experts, self._gate(site), call))
+        return found
 
     def expert_state(self) -> dict[str, Tensor]:
         """The tensors of experts and gates, by name."""
@@ -166,24 +174,6 @@ class ExpertModel(nn.Module):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        running = RUNNING.get()
-        if running is not None and running.owner is self:
-            running.begin(module, args, kwargs)
-
-    def _hook(self, site: Site) -> Callable[..., Any]:
-        layer: Any = self.layers[_key(site.name)]
-        gate = self._gate(site)
-
-        def add_experts(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
-            running = RUNNING.get()
-            if running is None or running.owner is not self:
-                return y
-            found: Tensor = layer(module, args, y, partial(self._weigh, site, layer.shape.num_experts, gate, running.call))
-            return found
-
-        return add_experts
 
     def _weigh(self, site: Site, num_experts: int, gate: Gate | None, call: Call, x_BTI: Tensor) -> Tensor:
         """w_BTE of a site, of which a training step takes note."""

@@ -149,3 +149,16 @@ def test_evaluation_answers_alike_every_time(trained):
     inputs = batch(ROWS)
     first = trained(**inputs, **tasks_of(trained, 0, 1, 0)).logits
     assert torch.equal(trained(**inputs, **tasks_of(trained, 0, 1, 0)).logits, first)
+
+
+def test_a_copy_has_the_experts_and_goes_its_own_way(trained):
+    inputs, tasks = batch(ROWS), tasks_of(trained, 0, 1, 0)
+    before = trained(**inputs, **tasks).logits
+    copied = copy.deepcopy(trained)
+    assert torch.equal(copied(**inputs, **tasks).logits, before)
+    with torch.no_grad():
+        for parameter in copied.expert_parameters().values():
+            parameter.zero_()
+    assert torch.equal(trained(**inputs, **tasks).logits, before)
+    base = copy.deepcopy(trained.base_model)
+    assert torch.equal(base(**inputs).logits, trained.base_model(**inputs).logits)

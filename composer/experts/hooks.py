@@ -1,0 +1,55 @@
+"""What an expert model puts into its base: hooks that do nothing in the calls of others.
+
+A copy or a pickle of the expert model has hooks of its own, which know the copy; a copy of the base alone has none that act.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+
+from torch import Tensor, nn
+
+from loraweave.composer.experts.running import RUNNING, Running
+
+if TYPE_CHECKING:
+    from loraweave.composer.experts.expert_model import ExpertModel
+
+
+class _Hook:
+    """A hook of one expert model; `owner` is None in a copy of the base alone."""
+
+    def __init__(self, owner: ExpertModel | None) -> None:
+        self.owner = owner
+
+    @property
+    def running(self) -> Running | None:
+        """The call of the owner that runs, if one does."""
+        running = RUNNING.get()
+        return running if running is not None and running.owner is self.owner else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        copied = type(self).__new__(type(self))
+        vars(copied).update(vars(self), owner=memo.get(id(self.owner)))
+        return copied
+
+
+class BeforeCall(_Hook):
+    """Before the base's forward: tells the gates what the call is."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if (running := self.running) is not None:
+            running.begin(module, args, kwargs)
+
+
+class AfterSite(_Hook):
+    """After a site's forward: its output with its experts."""
+
+    def __init__(self, owner: ExpertModel, site: str) -> None:
+        super().__init__(owner)
+        self.site = site
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
+        if (running := self.running) is None:
+            return y
+        assert self.owner is not None
+        return self.owner.with_experts(self.site, module, args, y, running.call)
