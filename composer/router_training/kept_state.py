@@ -14,6 +14,7 @@ from torch import Tensor
 
 from loraweave.composer.router_training.rows import TrainingRow
 from loraweave.composer.router_training.settings import Settings
+from loraweave.errors import TrainingError
 from loraweave.retrieval.training_state import TrainingState, load_state, save_state
 from loraweave.routers.routing.learned_router import LearnedRouter
 from loraweave.routers.routing.training_report import TrainingReport
@@ -30,14 +31,22 @@ class KeptState:
 
     @classmethod
     def of(cls, router: LearnedRouter, settings: Settings, rows: Sequence[TrainingRow], held: Sequence[TrainingRow]) -> Self:
+        """Raises TrainingError for a folder that cannot be made."""
         if settings.checkpoint is None:
             return cls(None, "")
+        folder = Path(settings.checkpoint)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TrainingError(
+                f"checkpoint is {str(folder)!r}, which cannot be made a folder ({error}): name another"
+            ) from error
         learning = [name for name, parameter in router.named_parameters() if parameter.requires_grad]
         options = {name: repr(value) for name, value in router.options.items()}
         data = [[(row.encoded.prompt, row.encoded.target, row.labels, row.expert) for row in part] for part in (rows, held)]
         parts = [router.name, options, router.members.to_json(), learning, settings.determining(), data]
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-        return cls(Path(settings.checkpoint), f"{router.name}-{digest[:24]}")
+        return cls(folder, f"{router.name}-{digest[:24]}")
 
     def save(
         self,

@@ -12,9 +12,12 @@ from typing import Any, Self
 from loraweave.errors import TrainingError
 from loraweave.hub.whole_number import is_whole
 from loraweave.registry import nearest
+from loraweave.routers.mixture import LARGEST
 from loraweave.routers.routing.learned_router import LearnedRouter
 
 PRECISIONS = ("no", "bf16")
+# AdamW divides its first step by 1 - beta1
+FIRST_STEP = 10
 COUNTS = ("steps", "batch_size", "gradient_accumulation", "evaluate_every", "checkpoint_every")
 
 
@@ -109,5 +112,12 @@ class Settings:
         for name in ("balance", "z", "weight_decay"):
             if not 0 <= (value := getattr(self, name)) < math.inf:
                 raise TrainingError(f"{name} is {value!r}; it must be at least 0, which is without")
+        if self.highest_rate * max(FIRST_STEP, self.weight_decay) > LARGEST:
+            raise TrainingError(
+                f"lr is {self.lr!r} and weight_decay {self.weight_decay!r}: AdamW's steps would be beyond {LARGEST:.1e}, "
+                "the largest number of fp32; rates are usually below 1"
+            )
+        if not isinstance(self.checkpoint, str | Path | None):
+            raise TrainingError(f"checkpoint is {self.checkpoint!r}; it must be a folder, or None")
         if self.mixed_precision not in PRECISIONS:
             raise TrainingError(f"mixed_precision is {self.mixed_precision!r}; it must be 'no' or 'bf16'")

@@ -57,6 +57,16 @@ def test_it_goes_on_to_the_same_bits_and_the_same_report(engine, gates, pool, da
     assert figures(other) == figures(whole)
 
 
+def test_a_checkpoint_that_can_be_no_folder_is_refused_before_the_first_step(engine, gates, pool, data, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    made = gates(pool)
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(TrainingError, match="cannot be made a folder"):
+            made.fit(engine, data, checkpoint=place, **SETTINGS)
+    assert made.report is None
+    assert (tmp_path / "file").read_text() == "kept"
+
+
 def test_a_loss_that_is_not_finite_leaves_the_state_from_which_it_went_on(engine, gates, pool, data, tmp_path):
     first = interrupted_at(gates, pool, 7)
     with pytest.raises(KeyboardInterrupt):
