@@ -37,8 +37,8 @@ class ExpertPool:
 
     A pool that is `lazy` knows its names only and opens an adapter when it is asked for; what is said below about the
     experts beside each other is then for the Composer to find, which compares each with the model when it is first used.
-    Raises WeightingError for an empty pool or a repeated name, BaseModelMismatch when two experts contradict each other
-    about their base model, LayerMismatch when they update one layer with different shapes.
+    Raises WeightingError for an empty pool, a repeated name or what is no adapter, BaseModelMismatch when two experts
+    contradict each other about their base model, LayerMismatch when they update one layer with different shapes.
     """
 
     adapters: Mapping[str, Adapter]
@@ -47,9 +47,11 @@ class ExpertPool:
         if isinstance(adapters, OnDemand):
             named: Mapping[str, Adapter] = adapters
         elif isinstance(adapters, Mapping):
-            named = MappingProxyType(dict(adapters))
+            named = MappingProxyType({name: _adapter(adapter) for name, adapter in adapters.items()})
+        elif isinstance(adapters, Iterable):
+            named = MappingProxyType(_by_name([_adapter(adapter) for adapter in adapters]))
         else:
-            named = MappingProxyType(_by_name(list(adapters)))
+            raise WeightingError(f"a pool is made of a list of adapters or of {{name: adapter}}, not of {adapters!r:.80}")
         if not named:
             raise WeightingError("the pool is empty: it needs at least one adapter")
         object.__setattr__(self, "adapters", named)
@@ -168,6 +170,15 @@ def _rows(num_experts: int, parts: list[tuple[int, Tensor | None]]) -> Tensor | 
     for index, tensor in present:
         rows[index] = tensor
     return rows
+
+
+def _adapter(found: object) -> Adapter:
+    if not isinstance(found, Adapter):
+        raise WeightingError(
+            f"a pool is made of adapters, but one of them is {found!r:.80}: Adapter.from_pretrained() opens a folder, and a "
+            "hub's pool() those that it stores"
+        )
+    return found
 
 
 def _by_name(adapters: list[Adapter]) -> dict[str, Adapter]:

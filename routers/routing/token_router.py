@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Self
@@ -94,7 +94,7 @@ class TokenRouter(nn.Module):
         bound: ExpertPool = engine.bound_pool
         self.require_pool(bound if self.members.same_experts(bound) else engine.pool)
 
-    def onto(self, pool: ExpertPool) -> TokenRouter:
+    def onto(self, pool: ExpertPool | Iterable[Adapter] | Mapping[str, Adapter]) -> TokenRouter:
         """The same router for a pool that has its experts in another order, under other names, or among others.
 
         They are known by their content; experts that it does not know get weight 0. Raises WeightingError, which lists the
@@ -102,7 +102,7 @@ class TokenRouter(nn.Module):
         """
         from loraweave.routers.routing.placed import placed
 
-        return placed(self, pool)
+        return placed(self, pool if isinstance(pool, ExpertPool) else ExpertPool(pool))
 
     @property
     def watched(self) -> tuple[str, ...]:

@@ -48,6 +48,18 @@ def test_an_empty_pool_is_refused():
             ExpertPool(nothing)
 
 
+@pytest.mark.parametrize(("given", "said"), [(3, "not of 3"), (None, "not of None")])
+def test_what_holds_no_adapters_is_refused(given, said):
+    with pytest.raises(WeightingError, match=f"a list of adapters or of {{name: adapter}}, {said}"):
+        ExpertPool(given)
+
+
+@pytest.mark.parametrize("given", [["x"], [A, "x"], {"a": "x"}, "x"])
+def test_what_is_no_adapter_is_refused_by_what_it_is(given):
+    with pytest.raises(WeightingError, match="one of them is 'x'"):
+        ExpertPool(given)
+
+
 def test_two_adapters_of_one_name_are_refused_by_name():
     with pytest.raises(WeightingError, match="several adapters named 'a'; pass a mapping"):
         ExpertPool([A, B, dataclasses.replace(C, name="a")])
