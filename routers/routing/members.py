@@ -159,6 +159,8 @@ class Members:
         if len(set(names)) < len(names):
             raise ValueError("an expert is named twice")
         for name, routed in layers.items():
+            if len(set(routed.experts)) < len(routed.experts):
+                raise ValueError(f"layer {name!r} names an expert twice: {routed.experts}")
             if not routed.experts or not set(routed.experts) <= set(range(len(names))) or routed.kind not in get_args(Kind):
                 raise ValueError(f"layer {name!r} is said to be of kind {routed.kind!r}, of experts {routed.experts}")
         stored = data["fingerprint"]

@@ -24,6 +24,14 @@ from loraweave.hub.pool import ExpertPool
 from loraweave.routers.arrow import Arrow
 from loraweave.routers.routing.make import router
 
+# of an expert that there is not, of none, of one that is named twice, of a strange kind, of another form
+LAYERS_OF_NONE = [
+    [16, 61, "linear", [3]],
+    [16, 61, "linear", []],
+    [16, 61, "linear", [1, 2, 1]],
+    [16, 61, "strange", [0]],
+    [16, "x"],
+]
 IDS_BT = torch.tensor([[5, 9, 11, 2, 30], [3, 4, 7, 8, 3]])
 
 
@@ -128,7 +136,7 @@ def test_a_damaged_recipe_is_refused(tmp_path, pool, fields):
         router(folder)
 
 
-@pytest.mark.parametrize("routed", [[16, 16, "linear", [3]], [16, 16, "linear", []], [16, 16, "strange", [0]], [16, "x"]])
+@pytest.mark.parametrize("routed", LAYERS_OF_NONE)
 def test_layers_of_no_expert_or_kind_are_refused(tmp_path, pool, routed):
     folder = router("arrow", pool).save_pretrained(tmp_path / "router")
     members = json.loads((folder / "router.json").read_text())["members"]
@@ -198,6 +206,18 @@ def test_numbers_that_are_not_finite_and_layers_without_any_are_refused(name, tm
 def test_what_is_no_name_is_refused(name, pool):
     with pytest.raises(UnknownName, match="is no router; give a name"):
         router(name, pool)
+
+
+def test_what_is_no_pool_is_refused(pool):
+    with pytest.raises(WeightingError, match="not of 3"):
+        router("arrow", 3)
+    with pytest.raises(WeightingError, match="one of them is 'x'"):
+        router("arrow", pool).onto("x")
+
+
+def test_a_router_is_put_onto_a_list_of_adapters_too(pool):
+    turned = [pool["c"], pool["a"], pool["b"]]
+    assert router("arrow", pool).onto(turned).experts == ("c", "a", "b")
 
 
 def test_an_adapter_of_other_content_in_the_folder_is_refused(tmp_path, pool):
