@@ -8,12 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from loraweave.routers.by_row import ByRow
+from loraweave.routers.routing.parts import parts_of
 from loraweave.types import Router
 
 
 def by_row(routers: Sequence[Router | None], experts: tuple[str, ...]) -> ByRow:
-    """ByRow of these routers, as one that looks at whole inputs where one of them does."""
-    whole = any(hasattr(router, "begin") for router in routers)
+    """ByRow of these routers, as one that looks at whole inputs where one of them looks at those of a call or a block."""
+    whole = any(hasattr(router, "begin") or _looks_at_blocks(router) for router in routers)
     return _BegunByRow(routers, experts) if whole else ByRow(routers, experts)
 
 
@@ -24,10 +25,18 @@ class _BegunByRow(ByRow):
         """The routers of one call."""
         whole: dict[Router, Router] = {}
         for router in self.routers:
-            begin = getattr(router, "begin", None)
-            if router is not None and begin is not None and router not in whole:
+            if router is None or router in whole:
+                continue
+            if (begin := getattr(router, "begin", None)) is not None:
                 whole[router] = begin(model, arguments)
+            elif _looks_at_blocks(router):
+                whole[router] = router
         return _OfCall(self, whole)
+
+
+def _looks_at_blocks(router: Router | None) -> bool:
+    """Whether it compares what a layer is given with what its block was, which has all rows."""
+    return router is not None and any(getattr(part, "watched", ()) for part in parts_of(router))
 
 
 class _OfCall:

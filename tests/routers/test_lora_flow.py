@@ -149,6 +149,22 @@ def test_a_layer_outside_a_call_of_its_block_is_refused(model, pool):
         model.model.layers[0].self_attn.q_proj(torch.ones(1, 2, 16))
 
 
+def test_in_a_list_of_mixtures_a_row_has_the_weights_that_it_has_alone(model, pool):
+    made, other, engine = trained(pool), router("arrow", pool), Composer(model, pool)
+    rows = torch.cat([IDS_BT, IDS_BT.flip(1)])[:3]
+
+    def logits(mixture, ids_BT):
+        with torch.no_grad(), engine.activate(mixture):
+            return model(ids_BT).logits
+
+    # each row three times, as a batch with beams has it
+    found = logits([made, other, made.onto(pool)], rows.repeat_interleave(3, dim=0))
+    for number, mixture in enumerate([made, other, made]):
+        alone = logits(mixture, rows[number : number + 1])
+        assert torch.allclose(found[3 * number : 3 * number + 3], alone.expand(3, -1, -1), atol=1e-5)
+    assert torch.allclose(logits([None, made], rows[:2])[0], logits({}, rows[:1])[0], atol=1e-5)
+
+
 @pytest.mark.parametrize("num_targets", [3, 5])
 def test_cross_attention_is_refused_also_where_both_texts_are_as_long(make_model, make_adapter, num_targets):
     model = make_model("t5")
