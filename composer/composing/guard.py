@@ -22,5 +22,5 @@ def guard(method: str, held_out_losses: Mapping[str, float], *, guarded: bool) -
         return method, "as asked"
     if held_out_losses[method] > held_out_losses[plain]:
         figures = f"{held_out_losses[method]:.3f} against {held_out_losses[plain]:.3f}"
-        return plain, f"the search was worse than {plain} on held-out examples: loss {figures}"
+        return plain, f"{method} was worse than {plain} on held-out examples: loss {figures}"
     return method, "not worse than base and best single on held-out examples"

@@ -158,6 +158,12 @@ def test_the_guard_gives_way_to_base_or_best_single_when_the_search_is_worse_on_
     assert guard(method, losses, guarded=True)[0] == chosen
 
 
+def test_the_guards_reason_names_the_way_that_was_worse():
+    losses = {"base": 2.0, "best_single": 1.0, "arrow": 1.5}
+    reason = "arrow was worse than best_single on held-out examples: loss 1.500 against 1.000"
+    assert guard("arrow", losses, guarded=True) == ("best_single", reason)
+
+
 @pytest.mark.parametrize(("method", "seed"), list(itertools.product(["lorahub", "auto"], range(4))))
 def test_what_is_returned_is_never_worse_on_held_out_examples(method, seed, tiny_llama, tokenizer, pool, task):
     report = compose(tiny_llama, tokenizer, pool, task, method=method, seed=seed).report
