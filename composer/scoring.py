@@ -13,6 +13,7 @@ from torch import Tensor
 
 from loraweave.composer.batches import (
     IGNORED,
+    EncodedRow,
     TargetBatch,
     batch,
     context_length,
@@ -48,10 +49,19 @@ class Score:
     right: tuple[bool, ...]
 
 
-@torch.no_grad()
 def losses(model: Any, tokenizer: Any, task: Task, pairs: Sequence[tuple[str, Targets]]) -> list[float]:
     """The mean negative log-likelihood of each pair's (first) target, given its prompt."""
-    rows = encode(model, tokenizer, [task.prompt(text) for text, _ in pairs], [_accepted(t)[0] for _, t in pairs])
+    return losses_of_rows(model, tokenizer, encoded(model, tokenizer, task, pairs))
+
+
+def encoded(model: Any, tokenizer: Any, task: Task, pairs: Sequence[tuple[str, Targets]]) -> list[EncodedRow]:
+    """Token ids of each pair's prompt and (first) target."""
+    return encode(model, tokenizer, [task.prompt(text) for text, _ in pairs], [_accepted(t)[0] for _, t in pairs])
+
+
+@torch.no_grad()
+def losses_of_rows(model: Any, tokenizer: Any, rows: Sequence[EncodedRow]) -> list[float]:
+    """The mean negative log-likelihood of each row's target, given its prompt."""
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     values = [0.0] * len(rows)
     for chunk in _chunks(order, BATCH_SIZE):

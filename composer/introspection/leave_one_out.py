@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from loraweave.composer import scoring
+from loraweave.composer.batches import EncodedRow
 from loraweave.composer.mixing.resolve import resolve
 from loraweave.composer.untouched import untouched
 from loraweave.errors import CompositionError, ScopeError
@@ -32,12 +34,13 @@ def leave_one_out(
         num_rows = router.num_rows
     if num_rows != 1:
         raise ScopeError(f"leave_one_out() takes one mixture for all examples, but this one has {num_rows} rows")
-    whole = _mean_loss(engine, task, router)
+    rows = scoring.encoded(engine.model, engine.tokenizer, task, task.examples)
+    whole = _mean_loss(engine, rows, router)
     places = tracked(range(len(names)), "leaving experts out", total=len(names), shown=progress)
-    return {names[at]: _mean_loss(engine, task, masked(router, at, renormalise=renormalise)) - whole for at in places}
+    return {names[at]: _mean_loss(engine, rows, masked(router, at, renormalise=renormalise)) - whole for at in places}
 
 
-def _mean_loss(engine: Composer, task: Task, router: Router) -> float:
+def _mean_loss(engine: Composer, rows: Sequence[EncodedRow], router: Router) -> float:
     with untouched(engine.model), engine.activate(router):
-        losses = scoring.losses(engine.model, engine.tokenizer, task, task.examples)
+        losses = scoring.losses_of_rows(engine.model, engine.tokenizer, rows)
     return sum(losses) / len(losses)

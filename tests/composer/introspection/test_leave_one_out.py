@@ -111,6 +111,20 @@ def test_the_only_expert_renormalised_leaves_the_base(engine: Composer) -> None:
     assert found["b"] == pytest.approx(mean_loss(engine, {}) - mean_loss(engine, {"b": 0.7}), abs=1e-6)
 
 
+def test_the_examples_are_tokenised_once_for_all_experts(engine: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts: list[str] = []
+    plain = type(engine.tokenizer).__call__
+
+    def counting(self: Any, text: Any, **settings: Any) -> Any:
+        texts.extend(text)
+        return plain(self, text, **settings)
+
+    monkeypatch.setattr(type(engine.tokenizer), "__call__", counting)
+    engine.leave_one_out(TASK, lw.router("arrow", engine.pool), progress=False)
+    # a prompt and a target of each example
+    assert len(texts) == len(set(texts)) == 2 * len(TASK.examples)
+
+
 def test_effects_go_into_the_explanation(engine: Composer) -> None:
     router = lw.router("arrow", engine.pool)
     effects = engine.leave_one_out(TASK, router, progress=False)
