@@ -25,6 +25,9 @@ from loraweave.routers.routing.make import router_class, router_names
 ROOT = Path(__file__).resolve().parents[1]
 TOGETHER = ROOT / "benchmarks" / "data" / "routers.json"
 BATCH_SIZE = 32
+BATCH_ROWS = 8
+# notes that say how it was trained
+TRAINING = ("steps", "batch_size", "lr")
 # what is no router: known weights, or one adapter for all
 OTHERS = ("base", "oracle", "best_single", "uniform", "retrieved_first", "one_lora")
 # by name and options; those that are not here are as lw.router() makes them
@@ -32,6 +35,7 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "retrieved_first": ("similarity", {"form": "selection"}),
     "arrow_sharp": ("arrow", {"temperature": 0.05}),
     "spectr_top1": ("mixture_of_top1", {"score": "spectr"}),
+    "xlora_layerwise": ("xlora", {"layerwise": True}),
 }
 
 
@@ -69,7 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--items", type=int, default=8, help="test items of each task")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="of what is trained")
     parser.add_argument("--rows", type=int, default=40, help="training rows of each task")
-    parser.add_argument("--steps", type=int, default=60, help="of each training, of 8 rows")
+    parser.add_argument("--steps", type=int, default=60, help="of each training")
+    parser.add_argument("--batch-size", type=int, default=BATCH_ROWS, help="rows of each step of a training")
+    parser.add_argument("--lr", type=float, help="of routers, by default each one's own")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report", action="store_true", help="only print the table of what has been measured")
     parser.add_argument("--together", action="store_true", help=f"only write all measurements into {TOGETHER.name}")
@@ -101,9 +107,13 @@ def measure(options: argparse.Namespace, entries: Mapping[str, Mapping[str, Any]
         for way, seed in wanted:
             known = store.all()
             keys = {name: Key(name, way, NO_SHOTS, seed) for name in items}
-            # of another number of items it would be another measurement
+            # of another number of items, or of another training, it would be another measurement
             left = [
-                name for name in items if (key := keys[name]) not in known or len(known[key].right_N) != len(items[name])
+                name
+                for name in items
+                if (key := keys[name]) not in known
+                or len(known[key].right_N) != len(items[name])
+                or _trained(options, way) != {of: value for of, value in known[key].notes.items() if of in TRAINING}
             ]
             if way == "oracle":
                 left = [name for name in left if name in bench.pool.names]
@@ -120,9 +130,22 @@ def _entries(data: Path) -> dict[str, Mapping[str, Any]]:
 
 
 def _seeds(way: str, seeds: Sequence[int]) -> Sequence[int]:
+    return seeds if way == "one_lora" or _learns(way) else (NO_SEED,)
+
+
+def _learns(way: str) -> bool:
     name = VARIANTS[way][0] if way in VARIANTS else way
-    learned = way == "one_lora" or (name not in OTHERS and issubclass(router_class(name), LearnedRouter))
-    return seeds if learned else (NO_SEED,)
+    return name not in OTHERS and issubclass(router_class(name), LearnedRouter)
+
+
+def _trained(options: argparse.Namespace, way: str) -> dict[str, Any]:
+    """What tells the training of a way from another one of it; what was left as it is by default is not named."""
+    if way != "one_lora" and not _learns(way):
+        return {}
+    found = {"steps": options.steps}
+    if options.batch_size != BATCH_ROWS:
+        found["batch_size"] = options.batch_size
+    return found if options.lr is None or way == "one_lora" else {**found, "lr": options.lr}
 
 
 def _task(entry: Mapping[str, Any], examples: Sequence[tuple[str, str]] = ()) -> lw.Task:
@@ -219,15 +242,15 @@ def _way(bench: Bench, way: str, seed: int) -> tuple[lw.Composer, MixtureOf, dic
     if way == "one_lora":
         adapter = _one_lora(bench, seed)
         engine = lw.Composer(bench.engine.model, [adapter], tokenizer=bench.engine.tokenizer)
-        return engine, lambda rows: {adapter.name: 1.0}, {"steps": bench.options.steps}
+        return engine, lambda rows: {adapter.name: 1.0}, _trained(bench.options, way)
     router = _router(bench, way, seed)
     router.eval()
-    return bench.engine, lambda rows: router, {"steps": bench.options.steps} if isinstance(router, LearnedRouter) else {}
+    return bench.engine, lambda rows: router, _trained(bench.options, way)
 
 
 def _router(bench: Bench, way: str, seed: int) -> Any:
     name, settings = VARIANTS.get(way, (way, {}))
-    folder = bench.out / "trained" / f"{way}-{seed}"
+    folder = _folder(bench, way, seed)
     if folder.is_dir():
         return lw.router(folder)
     torch.manual_seed(seed)
@@ -240,13 +263,18 @@ def _router(bench: Bench, way: str, seed: int) -> Any:
         size = (
             {"batch_size": 1, "steps": max(1, bench.options.steps // 4)}
             if router.apart
-            else {"batch_size": 8, "steps": bench.options.steps}
+            else {"batch_size": bench.options.batch_size, "steps": bench.options.steps}
         )
-        router.fit(bench.engine, bench.training, seed=seed, progress=False, **size)
+        router.fit(bench.engine, bench.training, seed=seed, lr=bench.options.lr, progress=False, **size)
         router.save_pretrained(folder)
     elif name in ("logistic", "average_activation"):
         router.fit(bench.engine, bench.training)
     return router
+
+
+def _folder(bench: Bench, way: str, seed: int) -> Path:
+    training = "-".join(f"{name}{value}" for name, value in _trained(bench.options, way).items())
+    return bench.out / "trained" / f"{way}-{seed}-{training}"
 
 
 def _expert_losses(bench: Bench) -> dict[str, dict[str, float]]:
@@ -260,7 +288,7 @@ def _expert_losses(bench: Bench) -> dict[str, dict[str, float]]:
 
 def _one_lora(bench: Bench, seed: int) -> lw.Adapter:
     """One adapter of rank 8 for all tasks, trained on the rows and for the steps that a router gets."""
-    folder = bench.out / "trained" / f"one_lora-{seed}"
+    folder = _folder(bench, "one_lora", seed)
     if not folder.is_dir():
         examples = [(task.prompt(text), target) for task in bench.training.values() for text, target in task.examples]
         task = lw.Task(examples, template="{input}")
@@ -270,7 +298,7 @@ def _one_lora(bench: Bench, seed: int) -> lw.Adapter:
             {"one_lora": task},
             steps=bench.options.steps,
             lr=3e-3,
-            batch_size=8,
+            batch_size=bench.options.batch_size,
             seed=seed,
             progress=False,
         )
