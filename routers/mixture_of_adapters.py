@@ -86,9 +86,11 @@ class MixtureOfAdapters(InputGates):
         return {"domain": self.eta * torch.stack(sums).sum()} if self.eta and sums else {}
 
     def _taught(self, step: Step, layer: str) -> Tensor:
-        """real_BT: the tokens of rows whose own expert updates the layer; a decoder's are all taken for real."""
+        """real_BT: the real tokens of rows whose own expert updates the layer."""
         num_tokens = step.scores[layer].shape[1]
-        real_BT = step.mask_BT.bool() if num_tokens == step.mask_BT.shape[1] else step.mask_BT.new_ones(1, num_tokens).bool()
+        real_BT = step.mask_of(num_tokens)
+        if real_BT is None or real_BT.shape[1] != num_tokens:
+            real_BT = step.mask_BT.new_ones(1, num_tokens).bool()
         present_P = torch.tensor(self.members.layers[layer].experts, device=step.expert_B.device)
         return real_BT & torch.isin(step.expert_B, present_P)[:, None]
 

@@ -53,7 +53,8 @@ class Ramole(OutputAttention):
         scores_BTE = super().scores(x_BTI, layer)
         if not self.training:
             return scores_BTE
-        return _leaving_out(scores_BTE, self.members.layers[layer].experts, self.dropout)
+        noise_BE = self._noise(scores_BTE, layer).to(scores_BTE.device)
+        return _leaving_out(scores_BTE, noise_BE, self.members.layers[layer].experts, self.dropout)
 
     def for_pool(self, pool: ExpertPool) -> Self:
         """The same RouterLoRA for the experts of another pool of this base, without training.
@@ -87,6 +88,13 @@ class Ramole(OutputAttention):
         """A router without one expert. Raises UnknownExpert for a name that it has not, WeightingError for the last one."""
         return super().remove_expert(name)._settle()
 
+    def _noise(self, scores_BTE: Tensor, layer: str) -> Tensor:
+        """u_BE; in a training each row's own, so that splitting a step into passes leaves out the same experts."""
+        num_rows, _, num_experts = scores_BTE.shape
+        if self.step is None or len(self.step.seeds_B) != num_rows:
+            return torch.rand(num_rows, num_experts, device=scores_BTE.device)
+        return self.step.uniform(num_experts, self.layers.index(layer))
+
     def _settle(self) -> Self:
         """Itself, with a RouterLoRA for each of its layers and no other; a new one weighs all experts alike."""
         for layer in set(self.queries_) - set(self.informed):
@@ -99,9 +107,8 @@ class Ramole(OutputAttention):
         return self
 
 
-def _leaving_out(scores_BTE: Tensor, present: Sequence[int], dropout: float) -> Tensor:
+def _leaving_out(scores_BTE: Tensor, noise_BE: Tensor, present: Sequence[int], dropout: float) -> Tensor:
     """The scores with -inf, row by row, for each of the experts with that probability; two random ones always stay."""
-    noise_BE = torch.rand(scores_BTE.shape[0], scores_BTE.shape[2], device=scores_BTE.device)
     noise_BE = without(noise_BE, present, filling=-1)
     out_BE = noise_BE < dropout
     out_BE.scatter_(1, noise_BE.topk(min(2, len(present)), dim=1).indices, False)

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from loraweave.composer.batches import TargetBatch, batch
+from loraweave.composer.batches import IGNORED, TargetBatch, batch
 from loraweave.composer.router_training.rows import TrainingRow
 from loraweave.composer.training.seeding import seeded
 
@@ -53,11 +54,13 @@ class Pass:
     """Rows that go through the model together.
 
     The step's loss is the sum over passes of sum over b and k of per_token_B * loss_BK, plus `share` times the pass's terms.
+    `first` is the place of the first row among the step's, which are in the same order however many passes there are.
     """
 
     rows: Sequence[TrainingRow]
     per_token_B: Tensor
     share: float
+    first: int
 
 
 def passes(groups: Sequence[Sequence[TrainingRow]], num_passes: int) -> list[Pass]:
@@ -69,8 +72,13 @@ def passes(groups: Sequence[Sequence[TrainingRow]], num_passes: int) -> list[Pas
     # stable: equal lengths keep the order in which they were drawn
     weighted.sort(key=lambda pair: len(pair[0]))
     size = -(-len(weighted) // num_passes)
-    parts = [weighted[start : start + size] for start in range(0, len(weighted), size)]
-    return [Pass([row for row, _ in part], torch.tensor([share for _, share in part]), 1 / len(parts)) for part in parts]
+    starts = range(0, len(weighted), size)
+    found = []
+    for start in starts:
+        part = weighted[start : start + size]
+        per_token_B = torch.tensor([share for _, share in part])
+        found.append(Pass([row for row, _ in part], per_token_B, 1 / len(starts), start))
+    return found
 
 
 def target_batch(model: Any, tokenizer: Any, rows: Sequence[TrainingRow]) -> TargetBatch:
@@ -82,3 +90,19 @@ def target_batch(model: Any, tokenizer: Any, rows: Sequence[TrainingRow]) -> Tar
             start = 0 if model.config.is_encoder_decoder else width - count
             made.targets_BK[index, start : start + count] = torch.tensor(row.labels, device=made.targets_BK.device)
     return made
+
+
+def told_apart(given: TargetBatch) -> TargetBatch:
+    """The batch of an encoder-decoder with more padding where it takes some to give the decoder another number of tokens
+    than the encoder, and more than 1: the width of what a layer sees then says whose tokens these are."""
+    inputs, targets_BK = dict(given.inputs), given.targets_BK
+    if targets_BK.shape[1] == 1:
+        targets_BK = functional.pad(targets_BK, (0, 1), value=IGNORED)
+        inputs["decoder_input_ids"] = inputs["decoder_input_ids"].repeat(1, 2)
+    if targets_BK.shape[1] == inputs["input_ids"].shape[1]:
+        inputs = {
+            **inputs,
+            "input_ids": torch.cat([inputs["input_ids"], inputs["input_ids"][:, -1:]], dim=1),
+            "attention_mask": functional.pad(inputs["attention_mask"], (0, 1)),
+        }
+    return TargetBatch(inputs, targets_BK)

@@ -15,7 +15,7 @@ from torch import Tensor
 from loraweave.composer.batches import IGNORED, TargetBatch, losses_of, target_logits
 from loraweave.composer.router_training.first_step import require_gradients
 from loraweave.composer.router_training.kept_state import KeptState
-from loraweave.composer.router_training.passes import Pass, passes, streams, target_batch
+from loraweave.composer.router_training.passes import Pass, passes, streams, target_batch, told_apart
 from loraweave.composer.router_training.rows import TrainingRow
 from loraweave.composer.router_training.settings import Settings
 from loraweave.composer.router_training.terms import balance_loss, z_loss
@@ -123,12 +123,17 @@ class Run:
 
     def _pass(self, number: int, index: int, part: Pass) -> dict[str, float]:
         """Adds the gradient of one pass; what it contributes to the step's loss and to each term."""
-        inputs = target_batch(self._model, self._tokenizer, part.rows)
+        inputs, decoder_BT = target_batch(self._model, self._tokenizer, part.rows), None
+        if self._model.config.is_encoder_decoder:
+            inputs = told_apart(inputs)
+            decoder_BT = inputs.targets_BK != IGNORED
         device = inputs.targets_BK.device
         mask_BT = inputs.inputs["attention_mask"]
         experts_B = torch.tensor([row.expert for row in part.rows], device=device)
         rows_B = torch.tensor([row.number for row in part.rows])
-        step = self._router.step = Step(mask_BT, experts_B, rows_B, self._kept)
+        places = range(part.first, part.first + len(part.rows))
+        seeds_B = tuple(seeded(self._settings.seed, "row", number, place).initial_seed() for place in places)
+        step = self._router.step = Step(mask_BT, experts_B, rows_B, self._kept, decoder_BT=decoder_BT, seeds_B=seeds_B)
         try:
             with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
                 torch.manual_seed(seeded(self._settings.seed, "dropout", number, index).initial_seed())

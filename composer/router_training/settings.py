@@ -28,10 +28,11 @@ class Settings:
 
     `lr`, by default the router's own, is reached after `warmup` steps (at most half of all) and goes to 0 as half a cosine.
     A gradient longer than `clip` is shortened to it, None for no limit; a router that learns each expert apart has none.
-    `gradient_accumulation` splits a step's rows into as many passes: less memory, the same gradient; None takes about
-    `batch_size` rows at once. `gradient_checkpointing` runs the model's blocks a second time in the backward pass instead of
-    keeping what is inside them. `mixed_precision` "bf16" lets the model calculate its products in bfloat16; parameters and
-    loss stay as they are.
+    `gradient_accumulation` splits a step's rows into as many passes: less memory, the same gradient of the loss, but for
+    what dropout between a router's own layers draws (`xlora` with depth above 1); a term is the mean of the passes' own.
+    None takes about `batch_size` rows at once. `gradient_checkpointing` runs the model's blocks a second time in the
+    backward pass instead of keeping what is inside them. `mixed_precision` "bf16" lets the model calculate its products in
+    bfloat16; parameters and loss stay as they are.
 
     `balance` times the balance loss is added to the loss: it is 1 where all experts get alike, E where one of E gets all. So
     is `z` times the mean squared logarithm of the scores' partition sum, which keeps scores small. 0.01 and 0.001 are usual.

@@ -23,7 +23,8 @@ class Step:
     `expert_B` is the place of the expert whose task a row belongs to, -1 where that is not known. `rows_B` are the rows'
     numbers in the training data, and `kept` is the same mapping in all passes of one training: what does not change for a
     row may be kept there, without its padding. `scores` are before, and `weights` after, softmax and top-k; `beside` is what
-    a router's own losses need besides.
+    a router's own losses need besides. `decoder_BT` are the real tokens of a decoder beside an encoder, of another number
+    than the encoder's. `seeds_B` are what a row's random numbers in this step follow from, whatever pass it is in.
     """
 
     mask_BT: Tensor
@@ -33,13 +34,26 @@ class Step:
     scores: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
     beside: dict[str, Tensor] = field(default_factory=dict)
+    decoder_BT: Tensor | None = None
+    seeds_B: tuple[int, ...] = ()
+
+    def mask_of(self, num_tokens: int) -> Tensor | None:
+        """mask_BT of a layer that sees so many tokens, 1 being a value for all of them; None where they are not known."""
+        known = [mask_BT for mask_BT in (self.mask_BT, self.decoder_BT) if mask_BT is not None]
+        return next((mask_BT.bool() for mask_BT in known if num_tokens in (1, mask_BT.shape[1])), None)
 
     def real(self, values_BTE: Tensor) -> Tensor:
-        """values_NE of the real tokens; all of them in a layer with other tokens than the mask's, such as a decoder's."""
-        if values_BTE.shape[1] not in (1, self.mask_BT.shape[1]) or self.mask_BT.shape[0] % values_BTE.shape[0]:
+        """values_NE of the real tokens; all of them in a layer with other tokens than are known."""
+        mask_BT = self.mask_of(values_BTE.shape[1])
+        if mask_BT is None or mask_BT.shape[0] % values_BTE.shape[0]:
             return values_BTE.flatten(0, 1)
-        values_BTE = values_BTE.repeat_interleave(self.mask_BT.shape[0] // values_BTE.shape[0], dim=0)
-        return values_BTE.expand(*self.mask_BT.shape, -1)[self.mask_BT.bool()]
+        values_BTE = values_BTE.repeat_interleave(mask_BT.shape[0] // values_BTE.shape[0], dim=0)
+        return values_BTE.expand(*mask_BT.shape, -1)[mask_BT]
+
+    def uniform(self, count: int, place: int) -> Tensor:
+        """u_BN of `count` numbers in [0, 1) for each row; those of another `place` are others."""
+        draws = (torch.Generator().manual_seed(seed + place) for seed in self.seeds_B)
+        return torch.stack([torch.rand(count, generator=draw) for draw in draws])
 
 
 class LearnedRouter(TokenRouter):

@@ -323,6 +323,33 @@ def test_the_loss_is_eta_times_the_sum_over_layers_of_the_cross_entropy_with_the
     assert made_of(pool, eta=0.0).losses(made.step) == {}
 
 
+def test_a_decoders_padding_counts_in_no_loss(make_model, make_adapters):
+    model = make_model("t5")
+    pool = ExpertPool(make_adapters(model, "t5"))
+    rows = [
+        {"input_ids": [5, 9, 11, 2], "labels": [7, 8, 9, 2], "expert": "c"},
+        {"input_ids": [7, 3], "labels": [5, 2], "expert": "a"},
+    ]
+    torch.manual_seed(3)
+    made = router("mixture_of_adapters", pool, eta=0.3, decision="token")
+    alone = []
+    for row in rows:
+        made.step = Step(torch.ones(1, len(row["input_ids"])), torch.tensor([pool.places[row["expert"]]]))
+        with torch.no_grad(), Composer(model, pool).activate(made):
+            model(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]]))
+        alone.append(made.step)
+    expected = 0.0
+    for layer, routed in made.members.layers.items():
+        logs = [
+            step.scores[layer].log_softmax(dim=-1)[0, :, int(step.expert_B)]
+            for step in alone
+            if int(step.expert_B) in routed.experts
+        ]
+        expected -= float(torch.cat(logs).mean())
+    made.fit(Composer(model, pool), rows, steps=1, batch_size=2, lr=1e-9, progress=False)
+    assert made.report["terms"]["domain"] == pytest.approx([0.3 * expected], rel=1e-5)
+
+
 def test_fit_teaches_layers_which_experts_rows_they_read(model, pool, tokenizer):
     made, engine = made_of(pool, eta=1.0), Composer(model, pool, tokenizer=tokenizer)
     made.fit(engine, DATA, steps=60, lr=0.02, batch_size=6, warmup=0, progress=False)

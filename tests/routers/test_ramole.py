@@ -13,6 +13,7 @@ from loraweave.errors import BaseModelMismatch, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.ramole import Ramole
+from loraweave.routers.routing.learned_router import Step
 from loraweave.routers.routing.make import router
 from loraweave.types import Factors
 
@@ -36,6 +37,20 @@ def pool():
     adapters = [adapter(name, place, {LAYER: RANKS[place]}) for place, name in enumerate(NAMES)]
     adapters[1], adapters[3] = adapter("e1", 1, {LAYER: 2, "v": 3}), adapter("e3", 3, {LAYER: 1, "v": 2})
     return ExpertPool(adapters)
+
+
+@pytest.fixture
+def engine_of_four(make_model, make_adapter):
+    """(engine, made_of): of four experts, so that there is something to leave out, and routers drawn alike."""
+    model = make_model("llama").requires_grad_(False)
+    adapters = [make_adapter(model, name, targets=("q_proj", "down_proj"), seed=at) for at, name in enumerate("abcd")]
+    pool = ExpertPool(adapters)
+
+    def made_of():
+        torch.manual_seed(2)
+        return router("ramole", pool)
+
+    return Composer(model, pool), made_of
 
 
 @pytest.fixture
@@ -211,6 +226,30 @@ def test_training_lowers_the_loss(make_model, make_adapters):
             optimiser.step()
         made.eval()
         assert loss().item() < before - 0.05
+
+
+def test_a_step_in_several_passes_leaves_out_the_same_experts(engine_of_four):
+    engine, made_of = engine_of_four
+    rows = [{"input_ids": [5, 9, 11, 30, 7][:count], "labels": [5, 9, 11, 30, 7][:count]} for count in (5, 2, 4, 3, 5)]
+    settings = {"steps": 3, "batch_size": 5, "lr": 0.1, "seed": 4, "progress": False}
+    plain = made_of().fit(engine, rows, **settings).state_dict()
+    split = made_of().fit(engine, rows, gradient_accumulation=3, **settings).state_dict()
+    other = made_of().fit(engine, rows, **{**settings, "seed": 5}).state_dict()
+    assert all(torch.allclose(split[name], value, atol=1e-4) for name, value in plain.items())
+    assert not all(torch.allclose(other[name], value, atol=1e-2) for name, value in plain.items())
+
+
+def test_in_a_training_each_row_and_each_layer_leaves_out_experts_of_its_own(pool):
+    made = trained(pool).train()
+    x_BTI = torch.randn(1, 1, 20, dtype=torch.float64).expand(4000, 1, 20)
+    made.step = Step(torch.ones(4000, 1), torch.full((4000,), -1), seeds_B=tuple(range(4000)))
+    found = made.weights(x_BTI, LAYER)[:, 0] > 0
+    counts = found.sum(dim=1).bincount(minlength=5) / 4000
+    # as above: of 4 with probability one half each, but never fewer than two
+    assert torch.allclose(counts, torch.tensor([0, 0, 11, 4, 1]) / 16, atol=0.03)
+    assert torch.equal(made.weights(x_BTI, LAYER)[:, 0] > 0, found)
+    made.step = Step(torch.ones(2, 1), torch.full((2,), -1), seeds_B=(7, 7))
+    assert torch.equal(*made.weights(x_BTI[:2], LAYER))
 
 
 def test_gradient_checkpointing_leaves_out_the_same_experts_again(make_model, make_adapters):

@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 
+from loraweave.composer.composer import Composer
 from loraweave.composer.router_training.terms import balance_loss, z_loss
+from loraweave.hub.pool import ExpertPool
 from loraweave.routers.routing.choosing import top_k_softmax
 from loraweave.routers.routing.learned_router import Step
 
@@ -56,6 +58,42 @@ def test_the_z_loss_is_the_mean_square_of_the_log_of_the_partition_sum():
         if MASK_BT[b, t]
     )
     assert float(z_loss(step_of(scores_BTE))) == pytest.approx(expected / 5, rel=1e-9)
+
+
+# of prompt and target, with one as long as the longest of the other, and targets of one token
+@pytest.mark.parametrize(
+    "lengths", [[(4, 3), (2, 2)], [(4, 4), (2, 2)], [(5, 3), (3, 1)], [(3, 1), (5, 1)], [(1, 2), (1, 4)]]
+)
+@pytest.mark.parametrize(("kind", "targets"), [("t5", ("q", "v", "wo")), ("bart", ("q_proj", "v_proj", "fc2"))])
+def test_padding_of_encoder_and_decoder_counts_in_no_term(kind, targets, lengths, make_model, make_adapter, gates):
+    model = make_model(kind)
+    pool = ExpertPool([make_adapter(model, name, targets=targets[at:], seed=at) for at, name in enumerate("abc")])
+    made, twin = gates(pool), gates(pool)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.normal_()
+    twin.load_state_dict(made.state_dict())
+    ids = [7, 9, 11, 30, 5, 12]
+    rows = [{"input_ids": ids[:prompt], "labels": ids[-target:]} for prompt, target in lengths]
+    engine = Composer(model, pool)
+    made.fit(engine, rows, steps=1, batch_size=2, balance=1.0, z=1.0, lr=1e-9, progress=False)
+    alone = []
+    for row in rows:
+        twin.step = Step(torch.ones(1, len(row["input_ids"])), torch.tensor([-1]))
+        with torch.no_grad(), engine.activate(twin):
+            model(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]]))
+        alone.append(twin.step)
+    terms, loads = {"balance": [], "z": []}, []
+    for layer in alone[0].scores:
+        scores_NE = torch.cat([step.scores[layer].flatten(0, 1) for step in alone])
+        share_NE = scores_NE.softmax(dim=1)
+        terms["balance"].append(len(made.members.layers[layer].experts) * share_NE.mean(dim=0).square().sum())
+        terms["z"].append(scores_NE.logsumexp(dim=1).square().mean())
+        loads.append(share_NE.mean(dim=0))
+    for name, found in terms.items():
+        assert made.report["terms"][name] == pytest.approx([float(torch.stack(found).mean())], rel=1e-4)
+    load_E = torch.stack(loads).mean(dim=0)
+    assert made.report["load"][0][1] == pytest.approx(load_E.tolist(), abs=1e-4)
 
 
 def test_the_balance_loss_pulls_down_the_scores_of_who_has_most():
