@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, Self
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from loraweave import registry
 from loraweave.composer.experts.forms._form import placed
 from loraweave.composer.experts.hooks import AfterSite, BeforeCall
-from loraweave.composer.experts.running import RUNNING, Running
+from loraweave.composer.experts.running import RUNNING, Running, input_embeddings
 from loraweave.composer.training.seeding import seeded
 from loraweave.errors import ScopeError, UnknownName
 from loraweave.hub.adapter import Adapter
@@ -24,6 +25,7 @@ from loraweave.routers.gates.call import UNKNOWN, Call
 from loraweave.routers.gates.gate import Gate, Weighing
 from loraweave.routers.routing.holding import holding
 from loraweave.routers.routing.prompts import prompted
+from loraweave.routers.routing.tokenizers import with_tokenizer
 
 
 class ExpertModel(nn.Module):
@@ -53,7 +55,8 @@ class ExpertModel(nn.Module):
         self.notes: Any = None
         self.report: Mapping[str, Any] | None = None
         form = registry.get("forms", recipe.form)
-        found = form.sites(base_model, recipe)
+        num_features = 0 if (embeddings := input_embeddings(base_model)) is None else embeddings.weight.shape[1]
+        found = [replace(site, num_features=num_features) for site in form.sites(base_model, recipe)]
         own = {site: recipe.shape(site) if shapes is None else shapes.get(site.name) for site in found}
         self.sites: dict[str, Site] = {site.name: site for site, shape in own.items() if shape is not None}
         if not self.sites:
@@ -106,7 +109,15 @@ class ExpertModel(nn.Module):
         ids_BT = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         running = Running(self, self._task_ids(task))
         with holding(RUNNING, running), self._prompts(ids_BT, kwargs.get("attention_mask")):
+            running.begin_generation(self.base_model)
+            self.show_gates(running.call)
             return self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def show_gates(self, call: Call) -> None:
+        """Shows every gate a call that begins."""
+        with with_tokenizer(self.tokenizer):
+            for gate in self.gates.values():
+                gate.begin(call)  # type: ignore[operator]
 
     def with_experts(self, name: str, module: nn.Module, args: tuple[Any, ...], y: Tensor, call: Call) -> Tensor:
         """The output of a site whose module gave y for `args` in this call."""
@@ -178,7 +189,7 @@ class ExpertModel(nn.Module):
     def _weigh(self, site: Site, num_experts: int, gate: Gate | None, call: Call, x_BTI: Tensor) -> Tensor:
         """w_BTE of a site, of which a training step takes note."""
         if gate is None:
-            return x_BTI.new_ones(1, 1, num_experts, dtype=torch.float32)
+            return x_BTI.new_ones(1, 1, num_experts, dtype=torch.promote_types(x_BTI.dtype, torch.float32))
         weighing: Weighing = gate(x_BTI, call)
         w_BTE, scores_BTE = weighing
         # a layer that a backward pass runs again was noted before

@@ -38,7 +38,9 @@ class BeforeCall(_Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if (running := self.running) is not None:
+            assert self.owner is not None
             running.begin(module, args, kwargs)
+            self.owner.show_gates(running.call)
 
 
 class AfterSite(_Hook):

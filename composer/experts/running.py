@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,8 +49,21 @@ class Running:
             step = Step(mask_BT.to(main.device) if real_BT is None and main is not None else real_BT, labels_B)  # type: ignore[arg-type]
         past = found.get("past_key_values")
         follows = past is not None and past.get_seq_length() > 0
-        prompt_BT = None if main is None else _prompt_tokens(main, real_BT, found.get("labels"))
-        self.call = Call(real_BT, prompt_BT, ids_BT, task_B, follows, self.kept, step)
+        two_sequences = has_two_sequences(model)
+        # those of an encoder and a decoder are the decoder's
+        labels = None if two_sequences else found.get("labels")
+        prompt_BT = None if main is None else _prompt_tokens(main, real_BT, labels)
+        embed = None if ids_BT is None and given is None else partial(_embedded, model, ids_BT, given)
+        self.call = Call(real_BT, prompt_BT, ids_BT, task_B, follows, self.kept, step, embed, two_sequences)
+
+    def begin_generation(self, model: nn.Module) -> None:
+        """A generation from the prompts that are known begins: an encoder runs outside the calls of the base."""
+        if (known := current_prompts()) is None:
+            return
+        ids_BT, real_BT = known.ids_BT, known.mask_BT.bool()
+        task_B = None if self.task_B is None else self._tasks(len(ids_BT), self.task_B)
+        embed = partial(_embedded, model, ids_BT, None)
+        self.call = Call(real_BT, real_BT, ids_BT, task_B, False, self.kept, None, embed, has_two_sequences(model))
 
     def _tasks(self, num_rows: int, task_B: Tensor) -> Tensor:
         if not num_rows or num_rows % len(task_B):
@@ -69,6 +83,30 @@ def _real_tokens(main: Tensor | None, mask: Any) -> Tensor | None:
     if main is None or main.ndim < 2 or not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < main.shape[1]:
         return None
     return mask[:, -main.shape[1] :].bool()
+
+
+def _embedded(model: nn.Module, ids_BT: Tensor | None, given: Tensor | None) -> Tensor:
+    """x_BTI, what the model's first layer gets of each token. Raises ScopeError where the model has no embeddings."""
+    if given is not None:
+        return given
+    if (embeddings := input_embeddings(model)) is None:
+        raise ScopeError(f"{type(model).__name__} has no input embeddings to decide by: call it with inputs_embeds")
+    x_BTI: Tensor = embeddings(ids_BT)
+    return x_BTI
+
+
+def input_embeddings(model: nn.Module) -> Any:
+    """The module of the model's token embeddings, or None where it has none."""
+    try:
+        found: Any = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if isinstance(found, nn.Embedding) else None
+
+
+def has_two_sequences(model: nn.Module) -> bool:
+    """Whether the model has an encoder and a decoder, whose tokens differ."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def _prompt_tokens(main: Tensor, real_BT: Tensor | None, labels: Any) -> Tensor | None:

@@ -23,7 +23,8 @@ FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 class Site:
     """A place of the model that gets experts: its module's path, its sizes, and its block's place among `num_blocks`.
 
-    `block` is None outside the blocks. A convolution's inputs are those of its kernel.
+    `block` is None outside the blocks. A convolution's inputs are those of its kernel. `num_features` is the size of the
+    model's input embeddings, 0 where it has none.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Site:
     block: int | None = None
     num_blocks: int = 0
     kernel: tuple[int, ...] = ()
+    num_features: int = 0
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +18,11 @@ class Call:
     """One pass of the model: its tokens, and what each row is.
 
     `real_BT` and `prompt_BT` say which tokens are no padding, and which of those are of the row's prompt; None is all.
-    `ids_BT` are the tokens themselves, where they are known. `task_B` has the place of each row's task among the recipe's
-    tasks, `UNKNOWN` where it has none; None where no task was given. `follows` says that a cache has tokens before these.
-    `kept` is the same mapping in all passes of a generation: what a gate has decided for a row is kept there. `step` takes
-    notes for losses and reports, where there are some.
+    `ids_BT` are the tokens themselves and `embed` gives their input embeddings x_BTI, where they are known. `task_B` has the
+    place of each row's task among the recipe's tasks, `UNKNOWN` where it has none; None where no task was given. `follows`
+    says that a cache has tokens before these. `kept` is the same mapping in all passes of a generation: what a gate has
+    decided for a row is kept there. `step` takes notes for losses and reports, where there are some. `two_sequences` says
+    that the model has an encoder and a decoder.
     """
 
     real_BT: Tensor | None = None
@@ -31,6 +32,8 @@ class Call:
     follows: bool = False
     kept: dict[Hashable, Any] = field(default_factory=dict)
     step: Step | None = None
+    embed: Callable[[], Tensor] | None = None
+    two_sequences: bool = False
 
     def real_of(self, x_BTI: Tensor) -> Tensor | None:
         """real_BT for the tokens of a layer's input; None where all are real, or are others than the call's."""

@@ -35,6 +35,9 @@ class Gate(nn.Module):
     def reset(self, generator: torch.Generator) -> None:
         """Draws what the gate begins with."""
 
+    def begin(self, call: Call) -> None:
+        """Looks at a call, or at the prompts of a generation, before any layer runs."""
+
     def forward(self, x_BTI: Tensor, call: Call) -> Weighing:
         """Row b depends on row b alone, and on no padding."""
         raise NotImplementedError

@@ -1,0 +1,113 @@
+"""Small experts whose weights depend on the task of the row."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+import loraweave as lw
+from loraweave.errors import ScopeError, UnknownName, WeightingError
+
+TASKS = ("ct", "mri", "drugs")
+LAYER = "model.layers.1.self_attn.q_proj"
+IDS_BT = torch.tensor([[3, 9, 27, 20], [5, 25, 3, 15]])
+
+
+def trained(made):
+    """With experts that differ from those at the beginning."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for value in made.expert_parameters().values():
+            value.add_(0.3 * torch.randn(value.shape, generator=generator, dtype=value.dtype))
+    return made
+
+
+def test_a_site_adds_its_formula(make_model):
+    model = make_model("llama", dtype=torch.float64)
+    options = {"tasks": TASKS, "rank": 6, "num_experts": 3, "alpha": 9.0, "num_features": 5, "target_modules": (LAYER,)}
+    with lw.experts("moelora", model, **options) as made:
+        trained(made)
+        key = LAYER.replace(".", "/")
+        factors, gate = made.layers[key], made.gates[key]
+        seen = {}
+        model.get_submodule(LAYER).register_forward_hook(lambda _, args, y: seen.update(x=args[0], y=y))
+        made(input_ids=IDS_BT, task=["drugs", "ct"])
+        weight = model.get_submodule(LAYER).weight
+        for row, task in enumerate((2, 0)):
+            w_E = functional.softmax(gate.g_ED @ gate.e_KD[task], dim=0)
+            for x_I, y_O in zip(seen["x"][row], seen["y"][row], strict=True):
+                expected_O = weight @ x_I
+                for expert in range(3):
+                    a_RI, b_RO = factors.a_SI[2 * expert : 2 * expert + 2], factors.b_SO[2 * expert : 2 * expert + 2]
+                    expected_O = expected_O + 9.0 / 6 * w_E[expert] * (b_RO.T @ (a_RI @ x_I))
+                torch.testing.assert_close(y_O, expected_O)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_adapter_of_a_task_is_the_model_of_that_task(make_model, shared):
+    model = make_model("llama", dtype=torch.float64)
+    with lw.experts("moelora", model, tasks=TASKS, rank=4, num_experts=4, shared=shared) as made:
+        own = trained(made)(input_ids=IDS_BT, task="mri").logits
+        adapter, other = made.adapter("mri"), made.adapter("ct")
+    assert adapter.name == "moelora-mri"
+    with lw.Composer(model, lw.ExpertPool([adapter, other])).activate({adapter.name: 1.0}):
+        torch.testing.assert_close(model(input_ids=IDS_BT).logits, own, rtol=1e-4, atol=1e-5)
+    with lw.Composer(model, lw.ExpertPool([adapter, other])).activate({other.name: 1.0}):
+        assert not torch.allclose(model(input_ids=IDS_BT).logits, own, rtol=1e-2)
+
+
+def test_the_mixture_without_a_task_is_no_adapter(make_model):
+    with lw.experts("moelora", make_model("llama"), tasks=TASKS) as made, pytest.raises(ScopeError, match="give task="):
+        made.adapter()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_gate_is_of_each_site_or_of_all(make_model, shared):
+    with lw.experts("moelora", make_model("llama"), tasks=TASKS, shared=shared) as made:
+        assert len(made.layers) == 14
+        assert len(made.gates) == (1 if shared else 14)
+
+
+def test_a_begins_normal_with_a_standard_deviation_of_a_hundredth(make_model):
+    with lw.experts("moelora", make_model("llama"), tasks=TASKS) as made:
+        a = torch.cat([layer.a_SI.detach().flatten() for layer in made.layers.values()])
+        # 14 sites of 16 rows: the error of a standard deviation from n numbers is 1 / sqrt(2 n) of it
+        assert abs(float(a.std()) / 0.01 - 1) < 5 / (2 * len(a)) ** 0.5
+        assert abs(float(a.mean())) < 5 * 0.01 / len(a) ** 0.5
+
+
+def test_an_encoder_and_its_decoder_generate_by_the_task(make_model):
+    settings = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2}
+    with lw.experts("moelora", make_model("t5"), tasks=TASKS, target_modules=("q", "v")) as made:
+        together = trained(made).generate(input_ids=IDS_BT, task=["drugs", "ct"], **settings)
+        for row, task in enumerate(("drugs", "ct")):
+            alone = made.generate(input_ids=IDS_BT[row : row + 1], task=task, **settings)
+            length = min(alone.shape[1], together.shape[1])
+            assert torch.equal(together[row, :length], alone[0, :length])
+            # what follows an end is padding
+            assert not together[row, length:].any()
+            assert not alone[0, length:].any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 6, "num_experts": 4}, "rank of recipe 'moelora' is 6: the 4 experts .* evenly"),
+        ({"num_experts": 0}, "num_experts of recipe 'moelora' is 0"),
+        ({"num_features": 0}, "num_features of recipe 'moelora' is 0"),
+        ({"tasks": ()}, r"tasks of recipe 'moelora' is \(\): .* name them"),
+        ({"tasks": ("ct", "ct")}, "tasks of recipe 'moelora' .* each name once"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(make_model, options, message):
+    with pytest.raises(WeightingError, match=message):
+        lw.experts("moelora", make_model("llama"), **{"tasks": TASKS, **options})
+
+
+def test_a_task_that_there_is_not_is_refused_by_name(make_model):
+    with lw.experts("moelora", make_model("llama"), tasks=TASKS) as made:
+        with pytest.raises(UnknownName, match=r"no task 'drug', did you mean 'drugs'\?; it has 'ct', 'mri', 'drugs'"):
+            made(input_ids=IDS_BT, task="drug")
+        with pytest.raises(UnknownName, match="no task -1"):
+            made(input_ids=IDS_BT, task=[-1, 0])
+        with pytest.raises(ScopeError, match="3 tasks were given for 2 rows"):
+            made(input_ids=IDS_BT, task=[0, 1, 2])
