@@ -6,16 +6,17 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from loraweave import registry
-from loraweave.composer.experts.forms._form import placed
 from loraweave.composer.experts.hooks import AfterSite, BeforeCall
-from loraweave.composer.experts.running import RUNNING, Running, input_embeddings
-from loraweave.composer.training.seeding import seeded
+from loraweave.composer.experts.parts import Parts, Starts, key_of, make_parts, shapes_of
+from loraweave.composer.experts.running import RUNNING, Running
+from loraweave.composer.experts.saving import read_saved_experts, write_experts
 from loraweave.errors import ScopeError, UnknownName
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.fingerprint import fingerprint
@@ -35,7 +36,7 @@ class ExpertModel(nn.Module):
     by name or id, one for each or one for all, to recipes that look at them. In training mode the recipe's losses are added
     to the loss of a call with labels; `terms` has those of the last call.
 
-    `shapes` has the experts of each site instead of the recipe's own.
+    `shapes` has the experts of each site instead of the recipe's own, `starts` what they begin with.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class ExpertModel(nn.Module):
         *,
         tokenizer: Any = None,
         shapes: Mapping[str, ExpertShape] | None = None,
+        starts: Starts | None = None,
     ) -> None:
         super().__init__()
         self.base_model = base_model
@@ -54,24 +56,9 @@ class ExpertModel(nn.Module):
         # what the gates did in the last call with notes
         self.notes: Any = None
         self.report: Mapping[str, Any] | None = None
-        form = registry.get("forms", recipe.form)
-        num_features = 0 if (embeddings := input_embeddings(base_model)) is None else embeddings.weight.shape[1]
-        found = [replace(site, num_features=num_features) for site in form.sites(base_model, recipe)]
-        own = {site: recipe.shape(site) if shapes is None else shapes.get(site.name) for site in found}
-        self.sites: dict[str, Site] = {site.name: site for site, shape in own.items() if shape is not None}
-        if not self.sites:
-            raise UnknownName(f"recipe {recipe.name!r} gives no layer of the model experts: widen target_modules")
-        self.layers, self.gates = nn.ModuleDict(), nn.ModuleDict()
-        for site, shape in own.items():
-            if shape is None:
-                continue
-            like = _tensor_of(base_model.get_submodule(site.name))
-            layer = form(recipe, site, shape)
-            layer.reset([recipe.start(site, *_drawn(recipe, site, expert, rank)) for expert, rank in enumerate(shape.ranks)])
-            self.layers[_key(site.name)] = placed(layer, like)
-            if (key := _key(recipe.gate_key(site))) not in self.gates and (gate := recipe.gate(site, shape.num_experts)):
-                gate.reset(seeded(recipe.seed, "gate", key))
-                self.gates[key] = placed(gate, like)
+        self._given, self._starts = shapes, starts
+        self.sites: dict[str, Site] = {}
+        self._take(make_parts(base_model, recipe, shapes, starts))
         self._learning = [parameter for parameter in base_model.parameters() if parameter.requires_grad]
         base_model.requires_grad_(False)
         self._handles = [base_model.register_forward_pre_hook(BeforeCall(self), with_kwargs=True)]
@@ -85,6 +72,11 @@ class ExpertModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.base_model.parameters()).device
+
+    @property
+    def shapes(self) -> dict[str, ExpertShape]:
+        """The experts of each site."""
+        return {name: layer.shape for name, layer in self._named_layers()}
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -122,7 +114,7 @@ class ExpertModel(nn.Module):
     def with_experts(self, name: str, module: nn.Module, args: tuple[Any, ...], y: Tensor, call: Call) -> Tensor:
         """The output of a site whose module gave y for `args` in this call."""
         site = self.sites[name]
-        layer: Any = self.layers[_key(name)]
+        layer: Any = self.layers[key_of(name)]
         found: Tensor = layer(module, args, y, partial(self._weigh, site, layer.shape.num_experts, self._gate(site), call))
         return found
 
@@ -171,6 +163,42 @@ class ExpertModel(nn.Module):
         named = self.recipe.name if task is None else f"{self.recipe.name}-{task}"
         return self._adapter(named, layers, {} if task is None else {"task": str(task)})
 
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Writes experts, gates, recipe and report as a folder, whole or not at all, that `lw.experts(folder, base)` reads.
+
+        Raises WeightingError for a folder that holds something else.
+        """
+        return write_experts(self, Path(folder))
+
+    def load(self, folder: str | Path) -> Self:
+        """Puts in what an expert model of the same recipe and base has saved; tasks are taken over where this has none.
+
+        Raises AdapterNotFound for a folder without one, AdapterCorrupt for a damaged one, BaseModelMismatch for another
+        base, WeightingError for another recipe; this model is then as it was.
+        """
+        saved = read_saved_experts(Path(folder))
+        recipe = replace(self.recipe, tasks=self.tasks or tuple(saved.options.get("tasks", ())))
+        saved.require_base(self.base_model)
+        saved.require_same(recipe, shapes_of(self.base_model, recipe, self._given))
+        tensors = saved.tensors(self.base_model, recipe)
+        if recipe != self.recipe:
+            self.take_tasks(recipe.tasks)
+        self.load_state_dict(tensors, strict=False)
+        self.report = saved.report
+        return self
+
+    def take_tasks(self, tasks: tuple[str, ...]) -> None:
+        """Names what rows may belong to. Parts whose size depends on their number are made anew, others stay as they are."""
+        recipe = replace(self.recipe, tasks=tasks)
+        parts = make_parts(self.base_model, recipe, self._given, self._starts)
+        before = self.expert_state()
+        self.recipe = recipe
+        self._take(parts)
+        with torch.no_grad():
+            for name, value in self.expert_state().items():
+                if name in before and before[name].shape == value.shape:
+                    value.copy_(before[name])
+
     def close(self) -> None:
         """Takes the experts out: the base is what it was, byte for byte. Closing twice does nothing."""
         for handle in self._handles:
@@ -186,6 +214,12 @@ class ExpertModel(nn.Module):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _take(self, parts: Parts) -> None:
+        self.sites, self.layers, self.gates = parts
+        # a new module is in training mode
+        self.layers.train(self.training)
+        self.gates.train(self.training)
+
     def _weigh(self, site: Site, num_experts: int, gate: Gate | None, call: Call, x_BTI: Tensor) -> Tensor:
         """w_BTE of a site, of which a training step takes note."""
         if gate is None:
@@ -200,10 +234,10 @@ class ExpertModel(nn.Module):
         return w_BTE
 
     def _gate(self, site: Site) -> Gate | None:
-        return dict(self.gates.items()).get(_key(self.recipe.gate_key(site)))  # type: ignore[return-value]
+        return dict(self.gates.items()).get(key_of(self.recipe.gate_key(site)))  # type: ignore[return-value]
 
     def _named_layers(self) -> list[tuple[str, Any]]:
-        return [(name, self.layers[_key(name)]) for name in self.sites]
+        return [(name, self.layers[key_of(name)]) for name in self.sites]
 
     def _require_updates(self, what: str) -> None:
         if not all(layer.is_update for _, layer in self._named_layers()):
@@ -242,16 +276,3 @@ class ExpertModel(nn.Module):
         if not isinstance(ids_BT, Tensor) or ids_BT.ndim != 2 or ids_BT.is_floating_point():
             return nullcontext()
         return prompted(ids_BT, mask_BT if isinstance(mask_BT, Tensor) else torch.ones_like(ids_BT))
-
-
-def _drawn(recipe: Recipe, site: Site, expert: int, rank: int) -> tuple[int, int, torch.Generator]:
-    return expert, rank, seeded(recipe.seed, site.name, expert)
-
-
-def _key(path: str) -> str:
-    # torch takes a dot in a name for a step down
-    return path.replace(".", "/")
-
-
-def _tensor_of(module: nn.Module) -> Tensor:
-    return next(module.parameters())

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor
 
 from loraweave.errors import AdapterCorrupt, AdapterNotFound, AdapterUnsupported, LoraweaveError
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.formats._files import listing, opened, present, read_json
-from loraweave.hub.formats._safetensors import tensor_names
+from loraweave.hub.formats._files import listing, present, read_json
+from loraweave.hub.formats._hashed import hashed_tensors
 from loraweave.hub.intake.model_hub import download
 from loraweave.hub.intake.sources import ADAPTER_FILES
 from loraweave.hub.pool import ExpertPool
@@ -85,7 +82,7 @@ def read_router(folder: Path, saved: Saved, made_of: type[TokenRouter]) -> Token
 
     Raises AdapterCorrupt for files that are not as they were written, and what the router's class raises for its options.
     """
-    tensors = _tensors(folder, saved.sha256)
+    tensors = hashed_tensors(folder, TENSORS, saved.sha256, said_by=FILE)
     try:
         _require_room(made_of, saved, tensors, folder)
         router = made_of(saved.members, **saved.options)
@@ -127,23 +124,6 @@ def _require_tensors(router: TokenRouter, file: Path) -> None:
         # what is learned may be of some layers alone
         if not part.learned and (missing := sorted(layers - set(part))):
             raise AdapterCorrupt(f"{file} has no tensor for layer {missing[0]!r}, which an expert updates")
-
-
-def _tensors(folder: Path, digest: str) -> dict[str, Tensor]:
-    # the header is looked over first
-    tensor_names(folder, TENSORS)
-    with opened(folder, TENSORS) as (file, size):
-        raw = file.read(size)
-    if (found := hashlib.sha256(raw).hexdigest()) != digest:
-        raise AdapterCorrupt(
-            f"{folder / TENSORS} has SHA-256 {found[:12]}, but {FILE} says {digest[:12]}: one of them is damaged or of "
-            "another router; copy or download the folder again"
-        )
-    try:
-        tensors: dict[str, Tensor] = load(raw)
-    except (SafetensorError, ValueError) as error:
-        raise AdapterCorrupt(f"{folder / TENSORS} is no intact safetensors file: {error}") from error
-    return tensors
 
 
 def _pool(folder: Path, members: Members) -> ExpertPool:

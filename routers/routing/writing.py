@@ -61,31 +61,32 @@ def _recipe(router: TokenRouter, digest: str, num_adapters: int) -> str:
     found = {
         "format": FORMAT,
         "router": router.name,
-        "options": {name: _json(router.name, name, value) for name, value in router.options.items()},
+        "options": {name: with_json_form(f"router {router.name!r}", name, value) for name, value in router.options.items()},
         "members": router.members.to_json(),
         "sha256": digest,
         "adapters": num_adapters,
-        "report": _finite(router.report),
+        "report": finite(router.report),
         "versions": {package: version(package) for package in PACKAGES},
     }
     return json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False)
 
 
-def _finite(value: Any) -> Any:
-    """None where a number is not finite, which JSON has no form for."""
+def finite(value: Any) -> Any:
+    """A report with None where a number is not finite, which JSON has no form for."""
     if isinstance(value, Mapping):
-        return {name: _finite(inner) for name, inner in value.items()}
+        return {name: finite(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _json(router: str, option: str, value: Any) -> Any:
+def with_json_form(what: str, option: str, value: Any) -> Any:
+    """The value as it is. Raises WeightingError where JSON has no form for it."""
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise WeightingError(
-            f"router {router!r} has {option}={value!r}, which JSON has no form for ({error}): make it with numbers, "
-            "texts, lists or mappings of them"
+            f"{what} has {option}={value!r}, which JSON has no form for ({error}): make it with numbers, texts, lists or "
+            "mappings of them"
         ) from error
     return value

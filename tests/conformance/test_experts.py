@@ -162,3 +162,14 @@ def test_a_copy_has_the_experts_and_goes_its_own_way(trained):
     assert torch.equal(trained(**inputs, **tasks).logits, before)
     base = copy.deepcopy(trained.base_model)
     assert torch.equal(base(**inputs).logits, trained.base_model(**inputs).logits)
+
+
+def test_what_was_saved_answers_alike_bit_for_bit(trained, name, make_model, tmp_path):
+    inputs, tasks = batch(ROWS), tasks_of(trained, 0, 1, 0)
+    expected = trained(**inputs, **tasks).logits
+    trained.save_pretrained(tmp_path / "saved")
+    with lw.experts(tmp_path / "saved", make_model("llama", dtype=torch.float64)) as again:
+        assert again.recipe == trained.recipe
+        assert torch.equal(again(**inputs, **tasks).logits, expected)
+    with built(name, make_model("llama", dtype=torch.float64)) as other:
+        assert torch.equal(other.load(tmp_path / "saved")(**inputs, **tasks).logits, expected)

@@ -40,7 +40,7 @@ class SumOfExperts(nn.Module):
         self.a_SI = nn.Parameter(torch.zeros(max(shape.ranks) if shape.shared_a else num_ranks, site.num_inputs))
         self.b_SO = nn.Parameter(torch.zeros(max(shape.ranks) if shape.shared_b else num_ranks, site.num_outputs))
         self.gain_EO = nn.Parameter(torch.zeros(shape.num_experts, site.num_outputs)) if shape.gains else None
-        owner_S = torch.arange(shape.num_experts).repeat_interleave(torch.tensor(shape.ranks))
+        owner_S = torch.arange(shape.num_experts).repeat_interleave(torch.tensor(shape.ranks), output_size=num_ranks)
         own_row_S = torch.cat([torch.arange(rank) for rank in shape.ranks])
         self.register_buffer("owner_S", owner_S, persistent=False)
         self.register_buffer("own_row_S", own_row_S, persistent=False)

@@ -1,0 +1,174 @@
+"""An expert model as a folder: experts.json says what it is and on which base, experts.safetensors has its tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from loraweave.composer.experts.parts import asked_tensors
+from loraweave.errors import (
+    AdapterCorrupt,
+    AdapterNotFound,
+    AdapterUnsupported,
+    BaseModelMismatch,
+    LoraweaveError,
+    WeightingError,
+)
+from loraweave.hub.fingerprint import fingerprint
+from loraweave.hub.formats._files import listing, present, read_json
+from loraweave.hub.formats._hashed import hashed_tensors
+from loraweave.hub.formats._replacing import replacing
+from loraweave.hub.whole_number import is_whole
+from loraweave.routers.experts._recipe import ExpertShape, Recipe
+from loraweave.routers.routing.reading import MAX_JSON_BYTES
+from loraweave.routers.routing.writing import PACKAGES, finite, with_json_form
+from loraweave.types import Fingerprint
+
+if TYPE_CHECKING:
+    from loraweave.composer.experts.expert_model import ExpertModel
+
+FORMAT = 1
+FILE, TENSORS = "experts.json", "experts.safetensors"
+
+
+@dataclass(frozen=True)
+class SavedExperts:
+    """What experts.json says."""
+
+    folder: Path
+    recipe: str
+    options: Mapping[str, Any]
+    shapes: Mapping[str, ExpertShape]
+    base_model: str
+    fingerprint: Fingerprint
+    sha256: str
+    report: Mapping[str, Any] | None
+
+    def require_base(self, model: nn.Module) -> None:
+        """Raises BaseModelMismatch for another base than the experts were trained on."""
+        if why := self.fingerprint.differs(fingerprint(model)):
+            raise BaseModelMismatch(
+                f"the experts in {self.folder} were trained on another base model ({self.base_model!r}) than this one: "
+                f"{why}; load that model"
+            )
+
+    def require_same(self, recipe: Recipe, shapes: Mapping[str, ExpertShape]) -> None:
+        """Raises WeightingError, naming what differs, for another recipe, other options than its seed, or other experts."""
+        instead = f"lw.experts({str(self.folder)!r}, base_model) makes the saved one"
+        if recipe.name != self.recipe:
+            raise WeightingError(f"{self.folder} has experts of recipe {self.recipe!r}, not {recipe.name!r}: {instead}")
+        own = json.loads(json.dumps(recipe.options))
+        for option in sorted(set(own) | set(self.options)):
+            if option != "seed" and own.get(option) != self.options.get(option):
+                raise WeightingError(
+                    f"{self.folder} has recipe {self.recipe!r} with {option} {self.options.get(option)!r}, but this model "
+                    f"has {own.get(option)!r}: {instead}"
+                )
+        for site in sorted(set(shapes) | set(self.shapes)):
+            if shapes.get(site) != self.shapes.get(site):
+                raise WeightingError(
+                    f"{self.folder} has {_described(self.shapes.get(site))} at {site!r}, but this model has "
+                    f"{_described(shapes.get(site))}: {instead}"
+                )
+
+    def tensors(self, model: nn.Module, recipe: Recipe) -> dict[str, Tensor]:
+        """The tensors of experts and gates by name, as the recipe asks for them on this model.
+
+        Raises AdapterCorrupt for a file that has others, of other shapes, or with numbers that are not finite.
+        """
+        file = self.folder / TENSORS
+        found = hashed_tensors(self.folder, TENSORS, self.sha256, said_by=FILE)
+        try:
+            asked = asked_tensors(model, recipe, self.shapes)
+        except LoraweaveError:
+            raise
+        except (TypeError, ValueError, KeyError, RuntimeError) as error:
+            raise AdapterCorrupt(f"{self.folder / FILE} is damaged ({type(error).__name__}: {error})") from error
+        if odd := sorted(set(asked) ^ set(found)):
+            where = "is missing from" if odd[0] in asked else "is in"
+            raise AdapterCorrupt(f"tensor {odd[0]!r} {where} {file}, which is not what recipe {self.recipe!r} asks for")
+        for name, value in found.items():
+            if tuple(value.shape) != asked[name]:
+                raise AdapterCorrupt(
+                    f"{file} has {name!r} with shape {tuple(value.shape)}, but {FILE} asks for {asked[name]}: copy or "
+                    "download the folder again"
+                )
+            if value.is_floating_point() and not bool(value.isfinite().all()):
+                raise AdapterCorrupt(
+                    f"{file} has numbers in {name!r} that are not finite: copy or download the folder again"
+                )
+        return found
+
+
+def write_experts(model: ExpertModel, folder: Path) -> Path:
+    """Writes the folder whole or not at all.
+
+    Raises WeightingError for a folder that holds something else, and for options that JSON has no form for.
+    """
+    if folder.exists() and not (folder / FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise WeightingError(f"{folder} holds something that is no expert model; name another folder")
+    raw = save({name: value.detach().cpu().contiguous().clone() for name, value in model.expert_state().items()})
+    recipe = model.recipe
+    found = {
+        "format": FORMAT,
+        "recipe": recipe.name,
+        "options": {name: with_json_form(f"recipe {recipe.name!r}", name, value) for name, value in recipe.options.items()},
+        "sites": {name: asdict(shape) for name, shape in model.shapes.items()},
+        "base_model": str(getattr(model.base_model, "name_or_path", "")),
+        "fingerprint": fingerprint(model.base_model).to_json(),
+        "sha256": hashlib.sha256(raw).hexdigest(),
+        "report": finite(model.report),
+        "versions": {package: version(package) for package in PACKAGES},
+    }
+    text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False)
+    with replacing(folder) as new:
+        (new / TENSORS).write_bytes(raw)
+        (new / FILE).write_text(text, encoding="utf-8")
+    return folder
+
+
+def read_saved_experts(folder: Path) -> SavedExperts:
+    """Raises AdapterNotFound for a folder that is no expert model, AdapterCorrupt for a damaged one, AdapterUnsupported for
+    one that a newer version wrote."""
+    if not present(folder, FILE):
+        raise AdapterNotFound(f"{folder} is no saved expert model: it has no {FILE}, and holds {listing(folder)}")
+    found = read_json(folder, FILE, max_bytes=MAX_JSON_BYTES)
+    if is_whole(found.get("format"), FORMAT + 1):
+        raise AdapterUnsupported(
+            f"{folder / FILE} has format {found['format']}, which a newer version of loraweave wrote: update it; this one "
+            f"reads {FORMAT}"
+        )
+    try:
+        if found["format"] != FORMAT:
+            raise ValueError(f"its format is {found['format']!r}, not {FORMAT}")
+        return SavedExperts(
+            folder,
+            str(found["recipe"]),
+            dict(found["options"]),
+            {str(name): _shape(shape) for name, shape in found["sites"].items()},
+            str(found["base_model"]),
+            Fingerprint.from_json(found["fingerprint"]),
+            str(found["sha256"]),
+            None if found["report"] is None else dict(found["report"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise AdapterCorrupt(f"{folder / FILE} is damaged ({type(error).__name__}: {error})") from error
+
+
+def _described(shape: ExpertShape | None) -> str:
+    return "no experts" if shape is None else f"experts of ranks {shape.ranks}"
+
+
+def _shape(data: Mapping[str, Any]) -> ExpertShape:
+    ranks = tuple(data["ranks"])
+    if not ranks or not all(is_whole(rank, 0) for rank in ranks):
+        raise ValueError(f"ranks {str(ranks)[:80]} are no whole numbers of at least 0")
+    return ExpertShape(**{**data, "ranks": ranks})
