@@ -54,7 +54,9 @@ class Running:
         labels = None if two_sequences else found.get("labels")
         prompt_BT = None if main is None else _prompt_tokens(main, real_BT, labels)
         embed = None if ids_BT is None and given is None else partial(_embedded, model, ids_BT, given)
-        self.call = Call(real_BT, prompt_BT, ids_BT, task_B, follows, self.kept, step, embed, two_sequences)
+        self.call = Call(
+            real_BT, prompt_BT, ids_BT, task_B, follows, self.kept, step, embed, two_sequences, num_rows or None
+        )
 
     def begin_generation(self, model: nn.Module) -> None:
         """A generation from the prompts that are known begins: an encoder runs outside the calls of the base."""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from loraweave.errors import WeightingError
+from loraweave.errors import LayerMismatch, WeightingError
 from loraweave.hub.whole_number import is_whole
 from loraweave.routers.gates.gate import Gate
 from loraweave.routers.routing.learned_router import Step
@@ -129,6 +129,15 @@ class Recipe:
     def refuse(self, option: str, way_out: str) -> None:
         """Raises WeightingError for an option's value."""
         raise WeightingError(f"{option} of recipe {self.name!r} is {getattr(self, option)!r}: {way_out}")
+
+    def embedding_size(self, site: Site) -> int:
+        """The size of the model's input embeddings. Raises LayerMismatch where it has none."""
+        if not site.num_features:
+            raise LayerMismatch(
+                f"the gate of recipe {self.name!r} looks at embeddings of tokens, and this model has none: "
+                "take a recipe whose gates look at the layers' inputs"
+            )
+        return site.num_features
 
     def require_count(self, option: str, num_experts: int, least: int = 1) -> None:
         """Raises WeightingError for an option that is no number of the experts."""

@@ -22,7 +22,7 @@ class Call:
     place of each row's task among the recipe's tasks, `UNKNOWN` where it has none; None where no task was given. `follows`
     says that a cache has tokens before these. `kept` is the same mapping in all passes of a generation: what a gate has
     decided for a row is kept there. `step` takes notes for losses and reports, where there are some. `two_sequences` says
-    that the model has an encoder and a decoder.
+    that the model has an encoder and a decoder, `num_rows` how many rows the call has, where that is known.
     """
 
     real_BT: Tensor | None = None
@@ -34,6 +34,7 @@ class Call:
     step: Step | None = None
     embed: Callable[[], Tensor] | None = None
     two_sequences: bool = False
+    num_rows: int | None = None
 
     def real_of(self, x_BTI: Tensor) -> Tensor | None:
         """real_BT for the tokens of a layer's input; None where all are real, or are others than the call's."""
