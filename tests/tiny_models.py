@@ -93,7 +93,55 @@ def _bart() -> nn.Module:
     )
 
 
-MODELS = {"llama": _llama, "gpt2": _gpt2, "t5": _t5, "bert": _bert, "bart": _bart}
+def _segformer(**changes: Any) -> nn.Module:
+    """Dense prediction on images of 3 channels: two stages, convolutions of stride 2 and of one pixel."""
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    settings = {
+        "num_encoder_blocks": 2,
+        "depths": [2, 1],
+        "sr_ratios": [2, 1],
+        "hidden_sizes": [8, 16],
+        "patch_sizes": [3, 3],
+        "strides": [2, 2],
+        "num_attention_heads": [1, 2],
+        "mlp_ratios": [2, 2],
+        "decoder_hidden_size": 8,
+        "num_labels": 4,
+        "drop_path_rate": 0.0,
+        "classifier_dropout_prob": 0.0,
+    }
+    return SegformerForSemanticSegmentation(SegformerConfig(**{**settings, **changes}))
+
+
+def _upernet(**changes: Any) -> nn.Module:
+    """Dense prediction with Swin's windows, and convolutions of 3 by 3 in the decoder."""
+    from transformers import SwinConfig, UperNetConfig, UperNetForSemanticSegmentation
+
+    backbone = SwinConfig(
+        image_size=16,
+        patch_size=2,
+        embed_dim=8,
+        depths=[2, 1],
+        num_heads=[1, 2],
+        window_size=4,
+        mlp_ratio=2.0,
+        drop_path_rate=0.0,
+        out_features=["stage1", "stage2"],
+    )
+    settings = {"hidden_size": 8, "pool_scales": [1, 2], "use_auxiliary_head": False, "num_labels": 4}
+    return UperNetForSemanticSegmentation(UperNetConfig(backbone_config=backbone, **{**settings, **changes}))
+
+
+MODELS = {
+    "llama": _llama,
+    "gpt2": _gpt2,
+    "t5": _t5,
+    "bert": _bert,
+    "bart": _bart,
+    "segformer": _segformer,
+    "upernet": _upernet,
+}
 TARGETS = {
     "llama": ("q_proj", "v_proj", "down_proj", "lm_head"),
     "gpt2": ("c_attn", "c_fc", "c_proj"),

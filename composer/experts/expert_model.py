@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from loraweave import registry
-from loraweave.composer.experts.hooks import AfterSite, BeforeCall
+from loraweave.composer.experts.hooks import AfterSite, BeforeBranch, BeforeCall
 from loraweave.composer.experts.parts import Parts, Starts, key_of, make_parts, shapes_of
-from loraweave.composer.experts.running import RUNNING, Running
+from loraweave.composer.experts.running import RUNNING, Branch, Running, shared_stream
 from loraweave.composer.experts.saving import read_saved_experts, write_experts
+from loraweave.composer.experts.sites import closing_blocks
 from loraweave.errors import ScopeError, UnknownName
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.fingerprint import fingerprint
@@ -64,6 +65,11 @@ class ExpertModel(nn.Module):
         self._handles = [base_model.register_forward_pre_hook(BeforeCall(self), with_kwargs=True)]
         for name in self.sites:
             self._handles.append(base_model.get_submodule(name).register_forward_hook(AfterSite(self, name)))
+        if recipe.branches:
+            for block in closing_blocks(base_model):
+                if any(name.startswith(f"{block}.") for name in self.sites):
+                    hook = BeforeBranch(self, block)
+                    self._handles.append(base_model.get_submodule(block).register_forward_pre_hook(hook))
 
     @property
     def config(self) -> Any:
@@ -86,6 +92,8 @@ class ExpertModel(nn.Module):
     def forward(self, *args: Any, task: Any = None, **kwargs: Any) -> Any:
         """The base's output, with the recipe's losses in its `loss` in training mode."""
         running = Running(self, self._task_ids(task), notes=self.training)
+        if self.recipe.branches:
+            running.branch = Branch(left=True, noted=shared_stream(self, args, kwargs))
         with holding(RUNNING, running):
             output = self.base_model(*args, **kwargs)
         self.terms = {}
@@ -98,6 +106,8 @@ class ExpertModel(nn.Module):
 
     def generate(self, *args: Any, task: Any = None, **kwargs: Any) -> Any:
         """The base's generate; what a gate decides by the prompt holds for the answer."""
+        if self.recipe.branches:
+            raise ScopeError(f"recipe {self.recipe.name!r} has branches for tasks, and generates no tokens: call the model")
         ids_BT = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         running = Running(self, self._task_ids(task))
         with holding(RUNNING, running), self._prompts(ids_BT, kwargs.get("attention_mask")):
@@ -219,6 +229,14 @@ class ExpertModel(nn.Module):
         # a new module is in training mode
         self.layers.train(self.training)
         self.gates.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """Statistics of batches are the base's, which is not trained: its batch norms stay in evaluation mode."""
+        super().train(mode)
+        for module in self.base_model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
 
     def _weigh(self, site: Site, num_experts: int, gate: Gate | None, call: Call, x_BTI: Tensor) -> Tensor:
         """w_BTE of a site, of which a training step takes note."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 from torch import Tensor, nn
 
 from loraweave.composer.experts.running import RUNNING, Running
+from loraweave.errors import ScopeError
 
 if TYPE_CHECKING:
     from loraweave.composer.experts.expert_model import ExpertModel
@@ -55,3 +56,26 @@ class AfterSite(_Hook):
             return y
         assert self.owner is not None
         return self.owner.with_experts(self.site, module, args, y, running.call)
+
+
+class BeforeBranch(_Hook):
+    """Before the block where branches leave the shared stream: its input is the shared stream's."""
+
+    def __init__(self, owner: ExpertModel, block: str) -> None:
+        super().__init__(owner)
+        self.block = block
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        running = self.running
+        if running is None or running.branch is None:
+            return None
+        if not args:
+            raise ScopeError(
+                f"block {self.block!r} is given its input by name, so that no branch of a task can leave there: take a "
+                "recipe without branches"
+            )
+        if running.branch.left:
+            return running.branch.take(self.block), *args[1:]
+        # blocks may add to it in its own memory
+        running.branch.note(self.block, args[0].clone())
+        return None

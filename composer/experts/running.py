@@ -6,7 +6,7 @@ from collections.abc import Hashable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,41 @@ from loraweave.composer.batches import IGNORED
 from loraweave.composer.mixing.begun import arguments_of
 from loraweave.errors import ScopeError
 from loraweave.routers.gates.call import Call
+from loraweave.routers.routing.holding import holding
 from loraweave.routers.routing.learned_router import Step
 from loraweave.routers.routing.prompts import current_prompts
+
+if TYPE_CHECKING:
+    from loraweave.composer.experts.expert_model import ExpertModel
+
+
+@dataclass(eq=False)
+class Branch:
+    """What the branches of tasks take over from the shared stream, by path: inputs of blocks, and outputs of sites.
+
+    It is noted while the shared stream runs, and taken once the branches have `left` it.
+    """
+
+    left: bool = False
+    noted: dict[str, Tensor] = field(default_factory=dict)
+
+    def note(self, path: str, value: Tensor) -> None:
+        """Raises ScopeError for a place that runs twice in a call."""
+        # a layer that a backward pass runs again was noted before
+        if torch._C._current_graph_task_id() != -1:
+            return
+        if path in self.noted:
+            raise ScopeError(
+                f"{path!r} runs more than once in a call, so that a task's branch has no one place to leave: leave it out "
+                "of target_modules"
+            )
+        self.noted[path] = value
+
+    def take(self, path: str) -> Tensor:
+        """What was noted, as a copy. Raises ScopeError where the shared stream did not run there."""
+        if path not in self.noted:
+            raise ScopeError(f"{path!r} runs for a task, but not in the shared stream: the model has to run the same layers")
+        return self.noted[path].clone()
 
 
 @dataclass(eq=False)
@@ -24,6 +57,7 @@ class Running:
     """One call of an expert model, or one generation, which is many calls of its base.
 
     `owner` is the expert model; `task_B` the tasks of the rows that it was given. `call` is the present call of the base.
+    `branch` is for recipes with branches.
     """
 
     owner: object
@@ -31,6 +65,7 @@ class Running:
     notes: bool = False
     kept: dict[Hashable, Any] = field(default_factory=dict)
     call: Call = field(default_factory=Call)
+    branch: Branch | None = None
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A call of the base with these arguments begins. Raises ScopeError for tasks of another number of rows."""
@@ -78,6 +113,16 @@ class Running:
 
 # in each thread and asyncio task
 RUNNING: ContextVar[Running | None] = ContextVar("loraweave_experts", default=None)
+
+
+def shared_stream(owner: ExpertModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What the branches of tasks take over from a call of the base: it runs without tasks. Raises ScopeError for a cache."""
+    if kwargs.get("past_key_values") is not None:
+        raise ScopeError(f"recipe {owner.recipe.name!r} runs the model twice and takes no cache: give all tokens at once")
+    branch = Branch()
+    with holding(RUNNING, Running(owner, branch=branch)):
+        owner.base_model(*args, **{name: value for name, value in kwargs.items() if name != "labels"})
+    return branch.noted
 
 
 def _real_tokens(main: Tensor | None, mask: Any) -> Tensor | None:

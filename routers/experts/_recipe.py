@@ -24,7 +24,8 @@ class Site:
     """A place of the model that gets experts: its module's path, its sizes, and its block's place among `num_blocks`.
 
     `block` is None outside the blocks. A convolution's inputs are those of its kernel. `num_features` is the size of the
-    model's input embeddings, 0 where it has none.
+    model's input embeddings, 0 where it has none. `closing` says that it lies in the last block of its stage, or of its
+    stack in a model without stages, or outside the blocks.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Site:
     num_blocks: int = 0
     kernel: tuple[int, ...] = ()
     num_features: int = 0
+    closing: bool = True
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class Recipe:
     form: ClassVar[str] = "sum_of_experts"
     # whether every row has to have a task
     needs_tasks: ClassVar[bool] = False
+    # whether rows' tasks have branches of their own in the last block of each stage
+    branches: ClassVar[bool] = False
     # what fit() takes unless it is told otherwise
     lr: ClassVar[float] = 3e-3
     # parts of parameters' names without a gradient in the first step, because their factor begins as 0

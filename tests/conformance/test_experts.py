@@ -14,8 +14,12 @@ from loraweave.errors import WeightingError
 
 RECIPES = lw.names("experts")
 # options that a recipe needs beside its defaults, on a model of two blocks with 16 features
-OPTIONS: dict[str, dict] = {}
 TASKS = ("sums", "colours")
+OPTIONS: dict[str, dict] = {"mtlora": {"tasks": TASKS, "rank": 3, "task_rank": 2}}
+# recipes for dense prediction, on images
+VISION = ("mtlora",)
+TEXT = tuple(name for name in RECIPES if name not in VISION)
+on_text = pytest.mark.parametrize("name", TEXT, indirect=True)
 
 
 @pytest.fixture(params=RECIPES)
@@ -29,9 +33,13 @@ def built(name, model, **more):
     return lw.experts(name, model, **{**OPTIONS.get(name, {}), **tasks, **more})
 
 
+def kind_of(name):
+    return "segformer" if name in VISION else "llama"
+
+
 @pytest.fixture
 def experts(name, make_model):
-    with built(name, make_model("llama", dtype=torch.float64)) as experts:
+    with built(name, make_model(kind_of(name), dtype=torch.float64)) as experts:
         yield experts
 
 
@@ -56,6 +64,24 @@ def batch(rows, *, length=9):
     return {"input_ids": ids_BT, "attention_mask": mask_BT, "position_ids": positions_BT}
 
 
+def images(rows):
+    """An image of 16 by 12 pixels for each row."""
+    return {"pixel_values": torch.stack([torch.sin(torch.arange(576.0) * row[0]).view(3, 16, 12) for row in rows])}
+
+
+def inputs_for(name, rows, dtype=torch.float64, **settings):
+    """The rows as what the recipe's model takes."""
+    return {"pixel_values": images(rows)["pixel_values"].to(dtype)} if name in VISION else batch(rows, **settings)
+
+
+def labels_for(name, inputs):
+    if name in VISION:
+        return (inputs["pixel_values"][:, 0, ::2, ::2] > 0).long()
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    labels[:, :-3] = -100
+    return labels
+
+
 def tasks_of(experts, *ids):
     return {"task": list(ids)} if experts.recipe.needs_tasks else {}
 
@@ -64,15 +90,15 @@ ROWS = ([3, 9, 27, 20, 60, 58], [5, 25, 3, 15], [11, 7, 44, 19, 8, 21, 33])
 
 
 def test_before_training_it_is_the_base(name, make_model):
-    model = make_model("llama")
-    inputs = batch(ROWS)
+    model = make_model(kind_of(name))
+    inputs = inputs_for(name, ROWS, torch.float32)
     base = model(**inputs).logits
     with built(name, model) as experts:
         torch.testing.assert_close(experts(**inputs, **tasks_of(experts, 0, 1, 0)).logits, base, rtol=1e-5, atol=1e-5)
 
 
-def test_the_base_called_itself_is_as_it_was_and_stays_so(trained):
-    inputs, before = batch(ROWS), copy.deepcopy(trained.base_model.state_dict())
+def test_the_base_called_itself_is_as_it_was_and_stays_so(name, trained):
+    inputs, before = inputs_for(name, ROWS), copy.deepcopy(trained.base_model.state_dict())
     assert not torch.equal(
         trained(**inputs, **tasks_of(trained, 0, 1, 0)).logits, base := trained.base_model(**inputs).logits
     )
@@ -83,13 +109,14 @@ def test_the_base_called_itself_is_as_it_was_and_stays_so(trained):
     assert all(parameter.requires_grad for parameter in trained.base_model.parameters())
 
 
-def test_a_row_depends_on_no_other_row_and_no_padding(trained):
-    together = trained(**batch(ROWS), **tasks_of(trained, 0, 1, 0)).logits
+def test_a_row_depends_on_no_other_row_and_no_padding(name, trained):
+    together = trained(**inputs_for(name, ROWS), **tasks_of(trained, 0, 1, 0)).logits
     for number, row in enumerate(ROWS):
-        alone = trained(**batch([row], length=len(row)), **tasks_of(trained, (0, 1, 0)[number])).logits
-        torch.testing.assert_close(together[number, -len(row) :], alone[0], rtol=1e-8, atol=1e-8)
+        alone = trained(**inputs_for(name, [row], length=len(row)), **tasks_of(trained, (0, 1, 0)[number])).logits
+        torch.testing.assert_close(together[number, -alone.shape[1] :], alone[0], rtol=1e-8, atol=1e-8)
 
 
+@on_text
 def test_generation_with_a_cache_is_generation_without(trained):
     inputs = {key: value for key, value in batch(ROWS).items() if key != "position_ids"}
     settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -98,6 +125,7 @@ def test_generation_with_a_cache_is_generation_without(trained):
     assert torch.equal(cached, trained.generate(**inputs, **tasks, **settings, use_cache=False))
 
 
+@on_text
 def test_generation_of_beams_is_that_of_each_row_alone(trained):
     settings = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2, "eos_token_id": None, "pad_token_id": 0}
     inputs = {key: value for key, value in batch(ROWS).items() if key != "position_ids"}
@@ -109,10 +137,9 @@ def test_generation_of_beams_is_that_of_each_row_alone(trained):
         assert torch.equal(together[number, -4:], answer[0, -4:])
 
 
-def test_after_one_step_all_that_learns_has_a_gradient(experts):
-    inputs = batch(ROWS)
-    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-    inputs["labels"][:, :-3] = -100
+def test_after_one_step_all_that_learns_has_a_gradient(name, experts):
+    inputs = inputs_for(name, ROWS)
+    inputs["labels"] = labels_for(name, inputs)
     optimizer = torch.optim.SGD(experts.expert_parameters().values(), lr=0.5)
     experts.train()
     for _ in range(2):
@@ -130,7 +157,7 @@ def _learns(parameter):
 
 
 def test_its_values_are_determined_by_its_seed(name, make_model):
-    first, again, other = (built(name, make_model("llama"), seed=seed).expert_state() for seed in (3, 3, 4))
+    first, again, other = (built(name, make_model(kind_of(name)), seed=seed).expert_state() for seed in (3, 3, 4))
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert any(not torch.equal(first[key], other[key]) for key in first)
 
@@ -142,17 +169,17 @@ def test_its_options_are_json(experts, name):
 
 def test_an_unknown_option_is_refused_by_name(name, make_model):
     with pytest.raises(WeightingError, match="did you mean 'dropout'"):
-        built(name, make_model("llama"), dropuot=0.1)
+        built(name, make_model(kind_of(name)), dropuot=0.1)
 
 
-def test_evaluation_answers_alike_every_time(trained):
-    inputs = batch(ROWS)
+def test_evaluation_answers_alike_every_time(name, trained):
+    inputs = inputs_for(name, ROWS)
     first = trained(**inputs, **tasks_of(trained, 0, 1, 0)).logits
     assert torch.equal(trained(**inputs, **tasks_of(trained, 0, 1, 0)).logits, first)
 
 
-def test_a_copy_has_the_experts_and_goes_its_own_way(trained):
-    inputs, tasks = batch(ROWS), tasks_of(trained, 0, 1, 0)
+def test_a_copy_has_the_experts_and_goes_its_own_way(name, trained):
+    inputs, tasks = inputs_for(name, ROWS), tasks_of(trained, 0, 1, 0)
     before = trained(**inputs, **tasks).logits
     copied = copy.deepcopy(trained)
     assert torch.equal(copied(**inputs, **tasks).logits, before)
@@ -165,11 +192,11 @@ def test_a_copy_has_the_experts_and_goes_its_own_way(trained):
 
 
 def test_what_was_saved_answers_alike_bit_for_bit(trained, name, make_model, tmp_path):
-    inputs, tasks = batch(ROWS), tasks_of(trained, 0, 1, 0)
+    inputs, tasks = inputs_for(name, ROWS), tasks_of(trained, 0, 1, 0)
     expected = trained(**inputs, **tasks).logits
     trained.save_pretrained(tmp_path / "saved")
-    with lw.experts(tmp_path / "saved", make_model("llama", dtype=torch.float64)) as again:
+    with lw.experts(tmp_path / "saved", make_model(kind_of(name), dtype=torch.float64)) as again:
         assert again.recipe == trained.recipe
         assert torch.equal(again(**inputs, **tasks).logits, expected)
-    with built(name, make_model("llama", dtype=torch.float64)) as other:
+    with built(name, make_model(kind_of(name), dtype=torch.float64)) as other:
         assert torch.equal(other.load(tmp_path / "saved")(**inputs, **tasks).logits, expected)

@@ -98,8 +98,12 @@ class SumOfExperts(nn.Module):
         return b_SO * self.gain_EO[self.owner_S]
 
     def _fitting(self, w_BTE: Tensor, y_BTO: Tensor) -> Tensor:
-        """w_BTE in fp32 or better, for each row of y or one for all."""
+        """w_BTE in fp32 or better, for each row of y or one for all. Windows of a row, on end, have the row's weights."""
         num_rows, num_tokens = y_BTO.shape[:2]
+        # where the second axis is as long as the batch, the rows could lie there
+        copies, beyond = divmod(num_rows, len(w_BTE))
+        if w_BTE.shape[1] == 1 and copies > 1 and not beyond and num_tokens not in (1, len(w_BTE)):
+            w_BTE = w_BTE.repeat_interleave(copies, dim=0)
         if w_BTE.shape[0] not in (1, num_rows) or w_BTE.shape[1] not in (1, num_tokens):
             raise ScopeError(
                 f"the weights are for {w_BTE.shape[0]} rows of {w_BTE.shape[1]} tokens, but layer {self.site.name!r} sees "

@@ -1,0 +1,57 @@
+"""Experts of a shared stream, and of the branches that leave it for each row's task."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from loraweave.composer.experts.forms._form import Weigh
+from loraweave.composer.experts.forms.sum_of_experts import SumOfExperts
+from loraweave.composer.experts.running import RUNNING
+from loraweave.composer.layer_kinds import conv, linear
+from loraweave.routers.experts._recipe import ExpertShape, Site
+from loraweave.routers.experts.mtlora import Mtlora
+
+
+class TaskBranches(SumOfExperts):
+    """The sum of experts, which a branch adds to what the shared stream had at the place: its base's output, or all of it.
+
+    The recipe's `mode` says which. With "addition" the shared stream has y0 + LayerNorm(sum over t of (y0 + update_t)).
+    """
+
+    # a branch adds to another stream's output
+    is_update: ClassVar[bool] = False
+
+    def __init__(self, recipe: Mtlora, site: Site, shape: ExpertShape) -> None:
+        super().__init__(recipe, site, shape)
+        self.mode = recipe.mode
+        self.num_tasks = len(recipe.tasks)
+        self.is_branched = recipe.is_branched(site)
+        self.norm: nn.LayerNorm | None = None
+        if self.is_branched and self.mode == "addition":
+            self.norm = nn.LayerNorm(site.num_outputs)
+            nn.init.constant_(self.norm.weight, float(recipe.as_released))
+
+    def forward(self, module: nn.Module, args: tuple[Any, ...], y: Tensor, weigh: Weigh) -> Tensor:
+        running = RUNNING.get()
+        branch = None if running is None else running.branch
+        if branch is None or not self.is_branched:
+            return super().forward(module, args, y, weigh)
+        if branch.left:
+            return super().forward(module, args, branch.take(self.site.name), weigh)
+        y0 = y.clone()
+        made = super().forward(module, args, y, weigh)
+        if self.norm is not None:
+            made = self._normed(module, made, y0)
+        branch.note(self.site.name, made.clone() if self.mode == "matrixv2" else y0)
+        return made
+
+    def _normed(self, module: nn.Module, made: Tensor, y0: Tensor) -> Tensor:
+        """y0 + LayerNorm(sum over t of (y0 + update_t)), of made = y0 + the sum of the updates."""
+        assert self.norm is not None
+        kind = conv if self.site.kernel else linear
+        summed_BTO = kind.rows(module, made + (self.num_tasks - 1) * y0)
+        normed_BTO: Tensor = self.norm(summed_BTO.to(self.norm.weight.dtype))
+        found: Tensor = y0 + kind.put_back(normed_BTO.to(y0.dtype), y0)
+        return found
