@@ -113,7 +113,7 @@ def measure(options: argparse.Namespace, entries: Mapping[str, Mapping[str, Any]
                 for name in items
                 if (key := keys[name]) not in known
                 or len(known[key].right_N) != len(items[name])
-                or _trained(options, way) != {of: value for of, value in known[key].notes.items() if of in TRAINING}
+                or not _was_trained_so(known[key].notes, options, way)
             ]
             if way == "oracle":
                 left = [name for name in left if name in bench.pool.names]
@@ -146,6 +146,10 @@ def _trained(options: argparse.Namespace, way: str) -> dict[str, Any]:
     if options.batch_size != BATCH_ROWS:
         found["batch_size"] = options.batch_size
     return found if options.lr is None or way == "one_lora" else {**found, "lr": options.lr}
+
+
+def _was_trained_so(notes: Mapping[str, Any], options: argparse.Namespace, way: str) -> bool:
+    return _trained(options, way) == {name: value for name, value in notes.items() if name in TRAINING}
 
 
 def _task(entry: Mapping[str, Any], examples: Sequence[tuple[str, str]] = ()) -> lw.Task:
