@@ -78,16 +78,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lr", type=float, help="of routers, by default each one's own")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report", action="store_true", help="only print the table of what has been measured")
-    parser.add_argument("--together", action="store_true", help=f"only write all measurements into {TOGETHER.name}")
+    parser.add_argument("--together", action="store_true", help="only write all measurements into --kept")
+    parser.add_argument("--kept", type=Path, default=TOGETHER, help="measurements of earlier runs, by default %(default)s")
 
 
 def main(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
-    store = Store(options.out, TOGETHER)
+    store = Store(options.out, options.kept)
     entries = _entries(options.data)
     if options.together:
-        write_together(store.all().values(), TOGETHER)
+        write_together(store.all().values(), options.kept)
         return
     if not options.report:
         measure(options, entries, store)

@@ -6,7 +6,7 @@
     python benchmarks/routers.py quality --out runs/routers
     python benchmarks/routers.py quality --out runs/routers --routers base oracle arrow --items 4
     python benchmarks/routers.py quality --out runs/routers --report      (the table of what has been measured so far)
-    python benchmarks/routers.py quality --out runs/routers --together    (writes benchmarks/data/routers.json)
+    python benchmarks/routers.py quality --out runs/routers --together    (writes benchmarks/data/routers.json, or --kept)
 
 `cost`: time relative to the base model's own pass, or its forward and backward through the activations, for arrow and xlora
 beside peft's and for weights given by token. Opening an activation is part of our time. Logits and gradients are compared
