@@ -1,0 +1,32 @@
+"""Measures trainable mixtures of LoRA experts: what they cost, and what they are worth beside one LoRA.
+
+    python benchmarks/experts.py cost step            a training step of 8 rows of 64 tokens, top 2 of 8 experts of rank 8
+    python benchmarks/experts.py cost decode          32 greedy tokens with KV cache after a prompt of 32
+    python benchmarks/experts.py cost memory          bytes that a step keeps between forward and backward
+
+`cost`: time relative to one LoRA in peft of the rank that is active for a token. Beside it: the base alone, one LoRA of as
+many parameters, and the same experts and gates as the published code computes them (a loop over experts with masks), in
+mergoo's layer and in MoE-PEFT's, where these are installed (`pip install --no-deps mergoo moe_peft`, and datasets). All
+models share their base's weights. Logits and gradients are compared first, and nothing is reported where they differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import _experts_cost
+
+COMMANDS = {"cost": _experts_cost}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, module in COMMANDS.items():
+        module.add_arguments(commands.add_parser(name))
+    options = parser.parse_args()
+    COMMANDS[options.command].main(options)
+
+
+if __name__ == "__main__":
+    main()
