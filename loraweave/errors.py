@@ -27,7 +27,7 @@ LoraweaveError
 │   ├── LayerMismatch (ValueError)        factors and layer differ in shape or kind
 │   ├── BaseModelMismatch (ValueError)    adapters that were made for another base model
 │   ├── AlreadyActive (RuntimeError)      the model is in a state that forbids the call
-│   └── BudgetExceeded (MemoryError)      experts that need more bytes than they may have
+│   └── BudgetExceeded (MemoryError)      experts, or a training, that need more bytes than they may
 ├── TrainingError (RuntimeError)          training that cannot start, go on or resume
 ├── PackageMissing (ImportError)          an optional package; the message has the install command
 └── UnknownName (LookupError)             no file of that name in a registry folder
@@ -150,7 +150,7 @@ class AlreadyActive(CompositionError, RuntimeError):
 
 
 class BudgetExceeded(CompositionError, MemoryError):
-    """Experts that need more bytes than they may have."""
+    """Experts, or a training, that need more bytes than they may have."""
 
 
 class TrainingError(LoraweaveError, RuntimeError):

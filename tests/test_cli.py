@@ -476,7 +476,7 @@ def test_train_goes_on_from_its_checkpoint(here, base, rows, monkeypatch):
     assert call(*words).exit_code == 0
     first = lw.Adapter.from_pretrained("trained/rows").hash
     monkeypatch.setattr(
-        "loraweave.composer.training.job_training.JobTraining.run", lambda *_, **__: pytest.fail("trained again")
+        "loraweave.composer.training.fused_training.FusedTraining.run", lambda *_, **__: pytest.fail("trained again")
     )
     assert call(*words).exit_code == 0
     assert lw.Adapter.from_pretrained("trained/rows").hash == first

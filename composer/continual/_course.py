@@ -13,9 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
-from loraweave.composer.batches import EncodedRow, encode
+from loraweave.composer.batches import EncodedRow
 from loraweave.composer.training.checkpoints import load_adapter, save_adapter
 from loraweave.composer.training.fused_jobs import FusedJobs
+from loraweave.composer.training.held_out import encoded_task
 from loraweave.composer.training.job_training import JobTraining, Losses, job_losses
 from loraweave.errors import TrainingError
 from loraweave.hub import algebra
@@ -84,8 +85,7 @@ class Course:
     def encoded(self, examples: Task | Sequence[tuple[str, str]]) -> list[EncodedRow]:
         """Examples that an option brings, in token ids."""
         task = examples if isinstance(examples, Task) else Task(list(examples))
-        prompts = [task.prompt(text) for text, _ in task.examples]
-        return encode(self.training.model, self.training.tokenizer, prompts, [target for _, target in task.examples])
+        return encoded_task(self.training.model, self.training.tokenizer, task)
 
     def once(self, name: str, make: Callable[[], Sequence[Layers]], kinds: Sequence[str] = ("",)) -> list[Adapter]:
         """The updates, one of each kind, that are known when task `name` is learned: made, or taken from the checkpoint."""

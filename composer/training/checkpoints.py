@@ -1,12 +1,16 @@
-"""Adapters that a training has finished, in its checkpoint folder."""
+"""What a training keeps in its checkpoint folder: adapters that are finished, and the state of jobs that run."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from loraweave.errors import LoraweaveError
 from loraweave.hub.adapter import Adapter
+from loraweave.retrieval.training_state import TrainingState, drop_state, load_state, save_state
 
 logger = logging.getLogger(__name__)
 
@@ -25,3 +29,35 @@ def load_adapter(folder: Path, key: str) -> Adapter | None:
     except LoraweaveError as error:
         logger.warning("the finished adapter %s is damaged (%s); it is trained again", path, error)
         return None
+
+
+@dataclass(frozen=True)
+class RunningState:
+    """The state of the jobs that run together; `keys` has for each job of a training a key of what its result depends on.
+
+    A state is that of this very training: other jobs, or another way to share batches (`sharing`), make other neighbours.
+    """
+
+    folder: Path
+    keys: Mapping[str, str]
+    sharing: object
+
+    @property
+    def key(self) -> str:
+        parts = [sorted(self.keys.values()), self.sharing]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+    def write(self, state: TrainingState) -> None:
+        save_state(self.folder, self.key, state)
+
+    def read(self) -> TrainingState | None:
+        return load_state(self.folder, self.key)
+
+    def names(self) -> set[str]:
+        """The jobs that were running. They go on from there even if one has ended since, so that all do to the same bits."""
+        state = self.read()
+        running = set() if state is None else {key.split("/")[1] for key in state.tensors if "/" in key}
+        return {name for name, key in self.keys.items() if key in running}
+
+    def drop(self) -> None:
+        drop_state(self.folder, self.key)

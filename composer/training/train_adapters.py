@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from loraweave.composer.batches import EncodedRow, encode
 from loraweave.composer.continual._course import Course
 from loraweave.composer.layer_kinds.linear import shape as linear_shape
-from loraweave.composer.training.checkpoints import load_adapter, save_adapter
+from loraweave.composer.training.apart_training import Apart
 from loraweave.composer.training.continual_training import require_way, train_in_order
-from loraweave.composer.training.fused_jobs import FusedJobs
+from loraweave.composer.training.held_out import Judging
 from loraweave.composer.training.job_training import JobTraining
 from loraweave.composer.training.starts import require_startable
 from loraweave.composer.training.training_recipe import WARMUP_STEPS, Recipe, require_trainable
+from loraweave.composer.training.training_report import TrainedAdapters
 from loraweave.composer.untouched import untouched
 from loraweave.errors import TrainingError, UnknownName
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.fingerprint import fingerprint
 from loraweave.hub.progress import progress_bar
-from loraweave.retrieval.training_state import drop_state
-from loraweave.types import Fingerprint, Task
+from loraweave.hub.whole_number import is_whole
+from loraweave.types import Task
 
 
 def train_adapters(
@@ -47,16 +44,26 @@ def train_adapters(
     continual: str | None = None,
     continual_options: Mapping[str, Any] | None = None,
     warmup: int = WARMUP_STEPS,
+    held_out: float | Mapping[str, Sequence[tuple[str, str]]] | None = None,
+    evaluate_every: int = 10,
+    patience: int | None = None,
+    memory_bytes: int | None = None,
     checkpoint: str | Path | None = None,
     progress: bool = True,
-) -> dict[str, Adapter]:
+) -> TrainedAdapters:
     """{task name: Adapter}, in the order of `tasks`; the loss is the mean over target tokens, the base stays as it is.
 
-    Each step runs `jobs_per_batch` jobs of similar length through the frozen base together, `batch_size` rows of each; a job
-    gets the gradients of training it alone. AdamW without weight decay, `warmup` steps of warm-up (at most half of all),
-    then a cosine to zero, each job's gradient clipped to norm 1. `alpha` is 2 * rank by default. With `checkpoint`, a
-    folder, finished adapters and the state of running ones are kept there, and the same call goes on where it was
-    interrupted, to the same result.
+    Each step runs up to `jobs_per_batch` jobs of similar length through the frozen base together, `batch_size` rows of each;
+    a job gets the gradients of training it alone. When one ends early, the next takes its place. `memory_bytes` is what a
+    step may take, base and all, by an estimate (`MemoryModel`): fewer jobs then share a step; by default it is what is free.
+    AdamW without weight decay, `warmup` steps of warm-up (at most half of all), then a cosine to zero, each job's gradient
+    clipped to norm 1. `alpha` is 2 * rank by default. The dict's `report` has tokens a second, padding, memory, and how each
+    job ended. With `checkpoint`, a folder, finished adapters and the state of running ones are kept there, and the same call
+    goes on where it was interrupted, to the same result.
+
+    `held_out` is a share of each task's examples, above 0 and below 1, or examples by task: not trained on, but evaluated
+    after every `evaluate_every` steps and after the last, and it has the factors of the lowest loss (the report also
+    has the loss before the first step). With `patience`, a task ends when so many evaluations in a row brought none lower.
 
     A task named in `start` begins as that adapter: a merge, say, which a few steps then fit to the examples. It keeps that
     adapter's layers and ranks, whatever `rank` and `target_modules` are for the others; `alpha / rank` is the scale of all.
@@ -70,81 +77,58 @@ def train_adapters(
     `start` can only have the first task's. A checkpoint keeps what each finished task left.
 
     Raises InvalidTask for examples that cannot be used, UnknownName when no layer matches `target_modules` or no task a name
-    in `start`, TrainingError for a loss that is not finite (finished jobs stay in the checkpoint); for an adapter to start
-    from BaseModelMismatch, LayerMismatch, and AdapterUnsupported where it is more than factors of linear layers.
+    in `start` or `held_out`, BudgetExceeded for a task that does not fit into memory alone, TrainingError for a loss that is
+    not finite (finished jobs stay in the checkpoint); for an adapter to start from BaseModelMismatch, LayerMismatch, and
+    AdapterUnsupported where it is more than factors of linear layers.
     """
     scale_alpha = 2.0 * rank if alpha is None else alpha
     recipe = Recipe(rank, scale_alpha, steps, lr, batch_size, tuple(target_modules), seed, warmup, linearized)
     require_trainable(recipe, tasks, jobs_per_batch)
+    prepared = {name: task if isinstance(task, Task) else Task(list(task)) for name, task in tasks.items()}
+    judging = Judging(held_out, evaluate_every, patience)
+    judging.require(prepared)
+    if memory_bytes is not None and not is_whole(memory_bytes, 1):
+        raise TrainingError(f"memory_bytes is {memory_bytes!r}; it must be None or a whole number of at least 1")
     options = dict(continual_options or {})
-    _require_one_way(continual, options, linearized)
+    _require_one_way(continual, options, linearized, held_out is not None or memory_bytes is not None)
     if continual is not None:
         require_way(continual, options, tasks, start or {})
     begins = require_startable(model, tasks, start or {})
     needs_layers = continual is not None or len(begins) < len(tasks)
     layers = _target_layers(model, recipe.target_modules) if needs_layers else {}
-    prepared = {name: task if isinstance(task, Task) else Task(list(task)) for name, task in tasks.items()}
-    rows = {name: _encoded(model, tokenizer, task) for name, task in prepared.items()}
+    rows, held_out_rows = judging.parted(model, tokenizer, prepared, seed)
     base = fingerprint(model)
     folder = None if checkpoint is None else Path(checkpoint)
     with untouched(model), progress_bar(progress, field="loss") as bar:
-        training = JobTraining(model, tokenizer, recipe, bar)
         if continual is None:
-            return _train_apart(training, layers, prepared, rows, begins, base, jobs_per_batch, folder)
+            apart = Apart(
+                model,
+                tokenizer,
+                recipe,
+                layers,
+                prepared,
+                rows,
+                held_out_rows,
+                begins,
+                base,
+                jobs_per_batch,
+                memory_bytes,
+                folder,
+            )
+            return apart.train(bar)
+        training = JobTraining(model, tokenizer, recipe, bar)
         begin = begins.get(next(iter(tasks)))
-        return train_in_order(
-            Course(continual, options, training, layers, prepared, rows, begin, base, jobs_per_batch, folder)
-        )
+        course = Course(continual, options, training, layers, prepared, rows, begin, base, jobs_per_batch, folder)
+        return TrainedAdapters(train_in_order(course))
 
 
-def _train_apart(
-    training: JobTraining,
-    layers: Mapping[str, tuple[int, int]],
-    tasks: Mapping[str, Task],
-    rows: Mapping[str, Sequence[EncodedRow]],
-    begins: Mapping[str, Adapter],
-    base: Fingerprint,
-    jobs_per_batch: int,
-    folder: Path | None,
-) -> dict[str, Adapter]:
-    """Each task as if it were alone, in groups of similar length."""
-    model, recipe = training.model, training.recipe
-    keys = {name: _job_key(recipe, name, task, base, begins.get(name)) for name, task in tasks.items()}
-    finished: dict[str, Adapter] = {}
-    for name in tasks:
-        if folder is not None and (adapter := load_adapter(folder, keys[name])):
-            finished[name] = adapter
-    waiting = sorted((name for name in tasks if name not in finished), key=lambda name: _mean_length(rows[name]))
-    groups = [waiting[first : first + jobs_per_batch] for first in range(0, len(waiting), jobs_per_batch)]
-    for group in groups:
-        state_key = hashlib.sha256(repr(sorted(keys[name] for name in group)).encode()).hexdigest()[:32]
-        given = {name: begins[name].layers for name in group if name in begins}
-        jobs = FusedJobs(
-            model,
-            layers,
-            group,
-            rank=recipe.rank,
-            alpha=recipe.alpha,
-            seed=recipe.seed,
-            start=given,
-            linearized=recipe.linearized,
-        )
-        training.run(jobs, training.plain(jobs, rows), kept=None if folder is None else (folder, state_key))
-        for name in group:
-            card = {"recipe": _card(recipe, begins.get(name))}
-            finished[name] = Adapter(name, model.name_or_path, jobs.layers_of(name), base, card)
-            if folder is not None:
-                save_adapter(folder, keys[name], finished[name])
-        if folder is not None:
-            drop_state(folder, state_key)
-    return {name: finished[name] for name in tasks}
-
-
-def _require_one_way(continual: str | None, options: Mapping[str, Any], linearized: bool) -> None:
+def _require_one_way(continual: str | None, options: Mapping[str, Any], linearized: bool, scheduled: bool) -> None:
     if continual is None and options:
         raise TrainingError(f"continual_options has {', '.join(options)}, but continual names no way to train")
     if continual is not None and linearized:
         raise TrainingError(f"continual={continual!r} trains adapters that are not linearized: pass one of both")
+    if continual is not None and scheduled:
+        raise TrainingError(f"continual={continual!r} has neither held_out nor memory_bytes: leave them out")
 
 
 def _target_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
@@ -159,24 +143,3 @@ def _target_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, tuple[
         found |= matching
     # in the model's order, whatever the order of the targets
     return {name: shape for name, shape in linear.items() if name in found}
-
-
-def _encoded(model: Any, tokenizer: Any, task: Task) -> list[EncodedRow]:
-    prompts = [task.prompt(text) for text, _ in task.examples]
-    return encode(model, tokenizer, prompts, [target for _, target in task.examples])
-
-
-def _card(recipe: Recipe, start: Adapter | None) -> dict[str, Any]:
-    card = {"method": "loraweave.train_adapters", **asdict(recipe)}
-    return card if start is None else {**card, "start": {"hash": start.hash, "name": start.name}}
-
-
-def _job_key(recipe: Recipe, name: str, task: Task, base: Fingerprint, start: Adapter | None) -> str:
-    begin = None if start is None else start.hash
-    parts = [asdict(recipe), name, task.examples, task.instruction, task.template, base.to_json(), begin]
-    content = json.dumps(parts, sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:32]
-
-
-def _mean_length(rows: Sequence[EncodedRow]) -> float:
-    return sum(len(row) for row in rows) / len(rows)

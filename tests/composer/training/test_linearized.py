@@ -10,7 +10,7 @@ from torch.func import jvp
 
 import loraweave as lw
 from loraweave.composer.batches import encode
-from loraweave.composer.training import job_training
+from loraweave.composer.training import fused_training
 from loraweave.composer.training.fused_jobs import FusedJobs
 from loraweave.composer.training.job_training import job_losses
 from loraweave.composer.training.tangent import tangent
@@ -179,10 +179,10 @@ class _Killed(Exception):
 
 
 def test_interrupted_training_resumes_to_the_same_bits(tiny_llama, tokenizer, begin, tmp_path, monkeypatch):
-    monkeypatch.setattr(job_training, "CHECKPOINT_STEPS", 2)
+    monkeypatch.setattr(fused_training, "CHECKPOINT_STEPS", 2)
     # one job with a trained a beside one whose a stays
     whole = train(tiny_llama, tokenizer, start={"double": begin})
-    original, calls = job_training.job_losses, []
+    original, calls = fused_training.range_losses, []
 
     def killed_at_the_fifth_step(*arguments):
         calls.append(1)
@@ -190,7 +190,7 @@ def test_interrupted_training_resumes_to_the_same_bits(tiny_llama, tokenizer, be
             raise _Killed
         return original(*arguments)
 
-    monkeypatch.setattr(job_training, "job_losses", killed_at_the_fifth_step)
+    monkeypatch.setattr(fused_training, "range_losses", killed_at_the_fifth_step)
     with pytest.raises(_Killed):
         train(tiny_llama, tokenizer, start={"double": begin}, checkpoint=tmp_path)
     resumed = train(tiny_llama, tokenizer, start={"double": begin}, checkpoint=tmp_path)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from loraweave.composer.batches import batch, encode, token_losses
-from loraweave.composer.training import job_training
+from loraweave.composer.training import fused_training
 from loraweave.composer.training.fused_jobs import FusedJobs
 from loraweave.composer.training.train_adapters import train_adapters
 from loraweave.composer.training.training_recipe import Recipe
@@ -91,11 +91,11 @@ def test_a_started_adapter_keeps_layers_and_ranks_and_says_what_it_began_from(ti
 
 def test_folds_of_one_task_are_jobs_of_one_batch(tiny_llama, tokenizer, begin, monkeypatch):
     widths = []
-    original = job_training.job_losses
-    monkeypatch.setattr(job_training, "job_losses", lambda *a: widths.append((len(a[2]), a[3])) or original(*a))
+    original = fused_training.range_losses
+    monkeypatch.setattr(fused_training, "range_losses", lambda *a: widths.append((len(a[2]), a[3])) or original(*a))
     folds = {f"fold-{index}": TASKS["upper"][:index] + TASKS["upper"][index + 2 :] for index in range(3)}
     found = train(tiny_llama, tokenizer, folds, start=dict.fromkeys(folds, begin), batch_size=3, steps=2)
-    assert widths == [(9, 3), (9, 3)]
+    assert widths == [(9, [3, 3, 3])] * 2
     assert len({adapter.hash for adapter in found.values()}) == 3
 
 

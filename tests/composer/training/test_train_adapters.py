@@ -7,8 +7,9 @@ import torch
 from torch.nn import functional
 
 from loraweave.composer.batches import encode
-from loraweave.composer.training import job_training
+from loraweave.composer.training import fused_training
 from loraweave.composer.training.fused_jobs import FusedJobs
+from loraweave.composer.training.job_training import job_losses
 from loraweave.composer.training.train_adapters import train_adapters
 from loraweave.errors import InvalidTask, TrainingError, UnknownName
 from loraweave.hub.fingerprint import fingerprint
@@ -42,7 +43,7 @@ def test_the_gradients_of_a_job_are_those_of_training_it_alone(make_model, token
                 b_OR.normal_(generator=torch.Generator().manual_seed(index))
     rows = [row for name in names for row in rows_of(model, tokenizer, name)]
     with fused:
-        job_training.job_losses(model, tokenizer, rows, len(names)).sum().backward()
+        job_losses(model, tokenizer, rows, len(names)).sum().backward()
     for index, name in enumerate(names):
         expected = _plain_lora_gradients(model, tokenizer, fused, index, rows_of(model, tokenizer, name))
         for layer, pair in fused.members[index].factors.items():
@@ -119,10 +120,10 @@ class _Killed(Exception):
 
 
 def test_interrupted_training_resumes_to_the_same_bits(tiny_llama, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(job_training, "CHECKPOINT_STEPS", 2)
+    monkeypatch.setattr(fused_training, "CHECKPOINT_STEPS", 2)
     whole = train(tiny_llama, tokenizer, jobs_per_batch=2)
     calls = 0
-    original = job_training.job_losses
+    original = fused_training.range_losses
 
     def killed_at_the_ninth_step(*arguments):
         nonlocal calls
@@ -131,7 +132,7 @@ def test_interrupted_training_resumes_to_the_same_bits(tiny_llama, tokenizer, tm
             raise _Killed
         return original(*arguments)
 
-    monkeypatch.setattr(job_training, "job_losses", killed_at_the_ninth_step)
+    monkeypatch.setattr(fused_training, "range_losses", killed_at_the_ninth_step)
     with pytest.raises(_Killed):
         train(tiny_llama, tokenizer, jobs_per_batch=2, checkpoint=tmp_path)
     assert not any(module._forward_hooks for module in tiny_llama.modules())
@@ -191,7 +192,7 @@ def test_what_cannot_be_trained_is_refused_before_the_first_step(tasks, options,
 def test_a_loss_that_is_not_finite_ends_training_with_the_step_and_keeps_what_was_finished(
     tiny_llama, tokenizer, tmp_path, monkeypatch
 ):
-    original = job_training.job_losses
+    original = fused_training.range_losses
     calls = 0
 
     def breaks_at_the_eighth_step(*arguments):
@@ -199,8 +200,8 @@ def test_a_loss_that_is_not_finite_ends_training_with_the_step_and_keeps_what_wa
         calls += 1
         return original(*arguments) * (float("nan") if calls == 8 else 1.0)
 
-    monkeypatch.setattr(job_training, "job_losses", breaks_at_the_eighth_step)
+    monkeypatch.setattr(fused_training, "range_losses", breaks_at_the_eighth_step)
     with pytest.raises(TrainingError, match="is nan at step 2"):
-        train(tiny_llama, tokenizer, jobs_per_batch=2, checkpoint=tmp_path)
-    assert len(list(tmp_path.glob("finished/*"))) == 2
+        train(tiny_llama, tokenizer, jobs_per_batch=1, checkpoint=tmp_path)
+    assert len(list(tmp_path.glob("finished/*"))) == 1
     assert not any(module._forward_hooks for module in tiny_llama.modules())

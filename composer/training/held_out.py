@@ -1,0 +1,88 @@
+"""Rows that a job is not trained on, by whose loss it is judged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from loraweave.composer.batches import EncodedRow, encode
+from loraweave.composer.training.seeding import seeded
+from loraweave.errors import TrainingError, UnknownName
+from loraweave.hub.whole_number import is_whole
+from loraweave.types import Task
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """`rows` are evaluated before the first step, for comparison, then after every `every` steps and after the last.
+
+    With `patience`, the job ends when so many of the latter in a row have brought no lower loss.
+    """
+
+    rows: Sequence[EncodedRow]
+    every: int
+    patience: int | None = None
+
+
+@dataclass(frozen=True)
+class Judging:
+    """What is asked for: a share of each task's examples, or examples of tasks by name, and when they are evaluated."""
+
+    held_out: float | Mapping[str, Sequence[tuple[str, str]]] | None
+    every: int
+    patience: int | None
+
+    def require(self, tasks: Mapping[str, Task]) -> None:
+        """TrainingError for what is out of range or misses its counterpart, UnknownName for rows of no task."""
+        if not is_whole(self.every, 1):
+            raise TrainingError(f"evaluate_every is {self.every!r}; it must be a whole number of at least 1")
+        if self.patience is not None and not is_whole(self.patience, 1):
+            raise TrainingError(f"patience is {self.patience!r}; it must be None or a whole number of at least 1")
+        if self.held_out is None:
+            if self.patience is not None:
+                raise TrainingError(
+                    f"patience is {self.patience}, but nothing is held out to judge by; pass held_out=0.2, say"
+                )
+            return
+        if isinstance(self.held_out, Mapping):
+            if unknown := [name for name in self.held_out if name not in tasks]:
+                raise UnknownName(f"held_out has rows of {unknown[0]!r}, which is no task; there are {', '.join(tasks)}")
+            if empty := [name for name, examples in self.held_out.items() if not examples]:
+                raise TrainingError(f"held_out has no rows of task {empty[0]!r}; leave it out, or give it some")
+        elif isinstance(self.held_out, bool) or not 0 < self.held_out < 1:
+            raise TrainingError(f"held_out is {self.held_out!r}; it must be a share above 0 and below 1, or rows by task")
+        elif alone := [name for name, task in tasks.items() if len(task.examples) < 2]:
+            raise TrainingError(
+                f"task {alone[0]!r} has one example, of which no share can be held out; pass rows as held_out={{name: rows}}"
+            )
+
+    def parted(
+        self, model: Any, tokenizer: Any, tasks: Mapping[str, Task], seed: int
+    ) -> tuple[dict[str, list[EncodedRow]], dict[str, HeldOut]]:
+        """(rows to train on, rows to judge by) of each task, those without the latter left out of the second."""
+        rows = {name: encoded_task(model, tokenizer, task) for name, task in tasks.items()}
+        if self.held_out is None:
+            return rows, {}
+        if isinstance(self.held_out, Mapping):
+            given = {name: replace(tasks[name], examples=list(examples)) for name, examples in self.held_out.items()}
+            judged = {name: encoded_task(model, tokenizer, task) for name, task in given.items()}
+        else:
+            both = {name: _split(name, own, self.held_out, seed) for name, own in rows.items()}
+            rows, judged = ({name: pair[part] for name, pair in both.items()} for part in (0, 1))
+        return rows, {name: HeldOut(own, self.every, self.patience) for name, own in judged.items()}
+
+
+def encoded_task(model: Any, tokenizer: Any, task: Task) -> list[EncodedRow]:
+    """The examples of a task in token ids, each in the task's prompt."""
+    prompts = [task.prompt(text) for text, _ in task.examples]
+    return encode(model, tokenizer, prompts, [target for _, target in task.examples])
+
+
+def _split(name: str, rows: Sequence[EncodedRow], share: float, seed: int) -> tuple[list[EncodedRow], list[EncodedRow]]:
+    """(those to train on, those held out), at least one of each, by the seed and the name."""
+    count = min(len(rows) - 1, max(1, round(share * len(rows))))
+    chosen = set(torch.randperm(len(rows), generator=seeded(seed, name, "held out")).tolist()[:count])
+    return [row for index, row in enumerate(rows) if index not in chosen], [rows[index] for index in sorted(chosen)]

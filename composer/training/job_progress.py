@@ -1,0 +1,110 @@
+"""One job on its way: its optimiser, its step, and the best that it has been."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from loraweave.composer.batches import EncodedRow
+from loraweave.composer.training.job_training import GRADIENT_LIMIT
+from loraweave.composer.training.planned_job import PlannedJob
+from loraweave.composer.training.training_report import JobReport
+from loraweave.retrieval.training_state import TrainingState
+
+ALL_STEPS = "all steps"
+
+
+class JobProgress:
+    """A job that runs. Its state depends on its own losses alone, so that nothing changes when another leaves its batch."""
+
+    def __init__(self, planned: PlannedJob) -> None:
+        self.planned = planned
+        self.job = planned.make()
+        self.step = 0
+        self.losses: list[float] = []
+        self.held_out: list[tuple[int, float]] = []
+        self.num_tokens = 0
+        self._best: list[Tensor] | None = None
+        self._optimizer = torch.optim.AdamW(self.job.parameters(), lr=planned.recipe.lr, weight_decay=0.0)
+
+    def next_rows(self) -> list[EncodedRow]:
+        """Those of the step to be taken."""
+        return self.planned.recipe.rows(self.planned.rows, self.planned.name, self.step)
+
+    def take_step(self, loss: float, num_tokens: int) -> None:
+        """Down the gradient that the parameters have, clipped to norm 1, and forgets it."""
+        nn.utils.clip_grad_norm_(self.job.parameters(), GRADIENT_LIMIT)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.planned.recipe.rate(self.step)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self.step += 1
+        self.losses.append(loss)
+        self.num_tokens += num_tokens
+
+    @property
+    def due(self) -> bool:
+        """Whether the held-out rows are to be evaluated now."""
+        plan = self.planned.held_out
+        if plan is None or (self.held_out and self.held_out[-1][0] == self.step):
+            return False
+        return self.step % plan.every == 0 or self.step == self.planned.recipe.steps
+
+    @torch.no_grad()
+    def evaluated(self, loss: float) -> None:
+        """Takes note of the held-out loss at this step, and of the parameters where none was lower after an earlier one."""
+        self.held_out.append((self.step, loss))
+        if self.step and self._since_best() == 0:
+            self._best = [parameter.detach().clone() for parameter in self.job.parameters()]
+
+    @property
+    def stopped(self) -> str | None:
+        """Why it ends here; None while it goes on."""
+        patience = None if self.planned.held_out is None else self.planned.held_out.patience
+        if patience is not None and self._since_best() >= patience:
+            return f"no lower held-out loss in {patience} evaluations"
+        return ALL_STEPS if self.step >= self.planned.recipe.steps else None
+
+    def _since_best(self) -> int:
+        losses = [loss for step, loss in self.held_out if step]
+        return len(losses) - 1 - losses.index(min(losses)) if losses else 0
+
+    @torch.no_grad()
+    def finish(self) -> JobReport:
+        """What it did; the job has the best of its evaluated parameters from here on."""
+        best_step = self.step
+        if self._best is not None:
+            for parameter, best in zip(self.job.parameters(), self._best, strict=True):
+                parameter.copy_(best)
+            best_step = min((point for point in self.held_out if point[0]), key=lambda point: point[1])[0]
+        return JobReport(
+            steps=self.step,
+            best_step=best_step,
+            stopped=self.stopped or "",
+            num_tokens=self.num_tokens,
+            losses=tuple(self.losses),
+            held_out=tuple(self.held_out),
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """All that `restore` needs to go on from here to the same bits."""
+        # before its first step an optimiser has no moments
+        begun = TrainingState.of(self.step, self.job.parameters(), self._optimizer).tensors if self.step else {}
+        best = {f"best.{index}": tensor for index, tensor in enumerate(self._best or [])}
+        points = torch.tensor([list(point) for point in self.held_out], dtype=torch.float64).view(-1, 2)
+        losses = torch.tensor(self.losses, dtype=torch.float64)
+        counts = {"step": torch.tensor([self.step]), "num_tokens": torch.tensor([self.num_tokens])}
+        return {**begun, **best, **counts, "held_out": points, "losses": losses}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on from what `state` has given."""
+        self.step, self.num_tokens = int(state["step"]), int(state["num_tokens"])
+        self.losses = state["losses"].tolist()
+        self.held_out = [(int(step), loss) for step, loss in state["held_out"].tolist()]
+        parameters = self.job.parameters()
+        if self.step:
+            TrainingState(self.step, dict(state)).restore(parameters, self._optimizer)
+        if "best.0" in state:
+            self._best = [state[f"best.{index}"].to(parameter.device) for index, parameter in enumerate(parameters)]
