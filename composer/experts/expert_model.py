@@ -7,13 +7,14 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from loraweave import registry
-from loraweave.composer.experts.hooks import AfterSite, BeforeBranch, BeforeCall
+from loraweave.composer.experts.forms._form import Weigh
+from loraweave.composer.experts.hooks import AfterPart, AfterSite, BeforeBranch, BeforeCall, BeforePart
 from loraweave.composer.experts.parts import Parts, Starts, key_of, make_parts, shapes_of
 from loraweave.composer.experts.running import RUNNING, Branch, Running, shared_stream
 from loraweave.composer.experts.saving import read_saved_experts, write_experts
@@ -63,8 +64,13 @@ class ExpertModel(nn.Module):
         self._learning = [parameter for parameter in base_model.parameters() if parameter.requires_grad]
         base_model.requires_grad_(False)
         self._handles = [base_model.register_forward_pre_hook(BeforeCall(self), with_kwargs=True)]
-        for name in self.sites:
-            self._handles.append(base_model.get_submodule(name).register_forward_hook(AfterSite(self, name)))
+        for name, site in self.sites.items():
+            if not site.parts:
+                self._handles.append(base_model.get_submodule(name).register_forward_hook(AfterSite(self, name)))
+            for number, part in enumerate(site.parts):
+                module = base_model.get_submodule(part.name)
+                self._handles.append(module.register_forward_pre_hook(BeforePart(self, name, number)))
+                self._handles.append(module.register_forward_hook(AfterPart(self, name, number)))
         if recipe.branches:
             for block in closing_blocks(base_model):
                 if any(name.startswith(f"{block}.") for name in self.sites):
@@ -123,9 +129,23 @@ class ExpertModel(nn.Module):
 
     def with_experts(self, name: str, module: nn.Module, args: tuple[Any, ...], y: Tensor, call: Call) -> Tensor:
         """The output of a site whose module gave y for `args` in this call."""
-        site = self.sites[name]
+        found: Tensor = self.layers[key_of(name)](module, args, y, self._weighing(name, call))
+        return found
+
+    def before_part(self, name: str, part: int, args: tuple[Any, ...], running: Running) -> tuple[Any, ...]:
+        """What a part of a site is called with instead of `args`."""
         layer: Any = self.layers[key_of(name)]
-        found: Tensor = layer(module, args, y, partial(self._weigh, site, layer.shape.num_experts, self._gate(site), call))
+        seen = running.within.setdefault(name, {})
+        module = self.base_model.get_submodule(name)
+        found: tuple[Any, ...] = layer.before(part, module, args, self._weighing(name, running.call), seen)
+        return found
+
+    def after_part(self, name: str, part: int, args: tuple[Any, ...], y: Tensor, running: Running) -> Tensor:
+        """The output of a part of a site, whose module gave y for `args`."""
+        layer: Any = self.layers[key_of(name)]
+        is_last = part + 1 == len(self.sites[name].parts)
+        seen = running.within.pop(name) if is_last else running.within[name]
+        found: Tensor = layer.after(part, self.base_model.get_submodule(name), args, y, seen)
         return found
 
     def expert_state(self) -> dict[str, Tensor]:
@@ -237,6 +257,10 @@ class ExpertModel(nn.Module):
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
         return self
+
+    def _weighing(self, name: str, call: Call) -> Weigh:
+        site, layer = self.sites[name], cast(Any, self.layers[key_of(name)])
+        return partial(self._weigh, site, layer.shape.num_experts, self._gate(site), call)
 
     def _weigh(self, site: Site, num_experts: int, gate: Gate | None, call: Call, x_BTI: Tensor) -> Tensor:
         """w_BTE of a site, of which a training step takes note."""

@@ -79,3 +79,28 @@ class BeforeBranch(_Hook):
         # blocks may add to it in its own memory
         running.branch.note(self.block, args[0].clone())
         return None
+
+
+class BeforePart(_Hook):
+    """Before the forward of a layer within a site: its input with the experts of the site."""
+
+    def __init__(self, owner: ExpertModel, site: str, part: int) -> None:
+        super().__init__(owner)
+        self.site = site
+        self.part = part
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if (running := self.running) is None:
+            return None
+        assert self.owner is not None
+        return self.owner.before_part(self.site, self.part, args, running)
+
+
+class AfterPart(BeforePart):
+    """After the forward of a layer within a site: its output with the experts of the site."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:  # type: ignore[override]
+        if (running := self.running) is None:
+            return y
+        assert self.owner is not None
+        return self.owner.after_part(self.site, self.part, args, y, running)

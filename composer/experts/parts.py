@@ -16,7 +16,7 @@ from loraweave.composer.training.seeding import seeded
 from loraweave.errors import UnknownName
 from loraweave.routers.experts._recipe import ExpertShape, Recipe, Site
 
-# (a_RI, b_RO) of each expert of a site
+# (a_RI, b_RO) of each expert of a site, or of a part of one
 Starts = Mapping[str, Sequence[tuple[Tensor, Tensor]]]
 
 
@@ -44,8 +44,7 @@ def make_parts(
     for site, shape in sites.items():
         like = next(base_model.get_submodule(site.name).parameters())
         layer = form(recipe, site, shape)
-        own = None if starts is None else starts.get(site.name)
-        layer.reset([_drawn(recipe, site, *each) for each in enumerate(shape.ranks)] if own is None else own)
+        layer.reset([start for part in site.parts or (site,) for start in _starts(recipe, part, shape, starts)])
         layers[key_of(site.name)] = placed(layer, like)
         key = key_of(recipe.gate_key(site))
         if key not in gates and (gate := recipe.gate(site, shape.num_experts)) is not None:
@@ -90,5 +89,11 @@ def _sites(base_model: nn.Module, recipe: Recipe, shapes: Mapping[str, ExpertSha
     return given
 
 
-def _drawn(recipe: Recipe, site: Site, expert: int, rank: int) -> tuple[Tensor, Tensor]:
-    return recipe.start(site, expert, rank, seeded(recipe.seed, site.name, expert))
+def _starts(recipe: Recipe, site: Site, shape: ExpertShape, starts: Starts | None) -> Sequence[tuple[Tensor, Tensor]]:
+    """What each expert begins with at a site, or at a part of one: the given, or the recipe's own."""
+    own = None if starts is None else starts.get(site.name)
+    if own is not None:
+        return own
+    return [
+        recipe.start(site, expert, rank, seeded(recipe.seed, site.name, expert)) for expert, rank in enumerate(shape.ranks)
+    ]

@@ -56,8 +56,8 @@ class Branch:
 class Running:
     """One call of an expert model, or one generation, which is many calls of its base.
 
-    `owner` is the expert model; `task_B` the tasks of the rows that it was given. `call` is the present call of the base.
-    `branch` is for recipes with branches.
+    `owner` is the expert model; `task_B` the tasks of the rows that it was given. `call` is the present call of the base,
+    `within` what the parts of sites that are running have seen. `branch` is for recipes with branches.
     """
 
     owner: object
@@ -66,6 +66,7 @@ class Running:
     kept: dict[Hashable, Any] = field(default_factory=dict)
     call: Call = field(default_factory=Call)
     branch: Branch | None = None
+    within: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A call of the base with these arguments begins. Raises ScopeError for tasks of another number of rows."""

@@ -25,7 +25,8 @@ class Site:
 
     `block` is None outside the blocks. A convolution's inputs are those of its kernel. `num_features` is the size of the
     model's input embeddings, 0 where it has none. `closing` says that it lies in the last block of its stage, or of its
-    stack in a model without stages, or outside the blocks.
+    stack in a model without stages, or outside the blocks. `parts` are the layers in it that have factors, in the order in
+    which they run, where it is no layer itself.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Site:
     kernel: tuple[int, ...] = ()
     num_features: int = 0
     closing: bool = True
+    parts: tuple[Site, ...] = ()
 
 
 @dataclass(frozen=True)

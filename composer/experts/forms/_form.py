@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from loraweave.errors import ScopeError
 from loraweave.routers.experts._recipe import ExpertShape, Recipe, Site
 from loraweave.types import Factors
 
@@ -29,10 +30,21 @@ class Form(Protocol):
         LayerMismatch where a place cannot have experts of this form."""
 
     def reset(self, starts: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Puts in what each expert begins with: (a_RI, b_RO)."""
+        """Puts in what each expert begins with: (a_RI, b_RO), of one part of the site after the other."""
 
     def forward(self, module: nn.Module, args: tuple[Any, ...], y: Tensor, weigh: Weigh) -> Tensor:
-        """The output of the place, whose module gave y for `args`; maybe in y's own memory."""
+        """The output of the place, whose module gave y for `args`; maybe in y's own memory. For sites without parts."""
+
+    def before(
+        self, part: int, module: nn.Module, args: tuple[Any, ...], weigh: Weigh, seen: dict[str, Any]
+    ) -> tuple[Any, ...]:
+        """What a part of the place is called with instead of `args`, where `module` is that of the whole place.
+
+        `seen` is the same mapping until the last part has run.
+        """
+
+    def after(self, part: int, module: nn.Module, args: tuple[Any, ...], y: Tensor, seen: dict[str, Any]) -> Tensor:
+        """What a part of the place gives instead of y."""
 
     def factors(self, w_E: Tensor) -> Factors:
         """The update that the experts make at these constant weights, as detached fp32 copies on the CPU."""
@@ -41,3 +53,20 @@ class Form(Protocol):
 def placed(module: nn.Module, like: Tensor) -> nn.Module:
     """The module on the device of a tensor of the base; parameters are fp32, or fp64 where the base is."""
     return module.to(like.device, torch.promote_types(like.dtype, torch.float32))
+
+
+def fitting(w_BTE: Tensor, site: Site, num_rows: int, num_tokens: int) -> Tensor:
+    """w_BTE in fp32 or better, for each row and token or one for all. Windows of a row, on end, have the row's weights.
+
+    Raises ScopeError, naming the site and both counts, where rows or tokens are not the weights'.
+    """
+    # where the second axis is as long as the batch, the rows could lie there
+    copies, beyond = divmod(num_rows, len(w_BTE))
+    if w_BTE.shape[1] == 1 and copies > 1 and not beyond and num_tokens not in (1, len(w_BTE)):
+        w_BTE = w_BTE.repeat_interleave(copies, dim=0)
+    if w_BTE.shape[0] not in (1, num_rows) or w_BTE.shape[1] not in (1, num_tokens):
+        raise ScopeError(
+            f"the weights are for {w_BTE.shape[0]} rows of {w_BTE.shape[1]} tokens, but layer {site.name!r} sees "
+            f"{num_rows} of {num_tokens}: leave it out of target_modules, or take a gate that looks at the layer's input"
+        )
+    return w_BTE.to(torch.promote_types(w_BTE.dtype, torch.float32))

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loraweave.composer.experts.forms._form import Weigh
+from loraweave.composer.experts.forms._form import Weigh, fitting
 from loraweave.composer.experts.sites import layer_sites
 from loraweave.composer.kernels._expert_product import ExpertProduct, RankRows
 from loraweave.composer.layer_kinds import conv, linear
 from loraweave.composer.layers import gives_new_memory
-from loraweave.errors import ScopeError
 from loraweave.routers.experts._recipe import ExpertShape, Recipe, Site
 from loraweave.types import Factors
 
@@ -61,7 +60,7 @@ class SumOfExperts(nn.Module):
         kind = conv if self.site.kernel else linear
         dtype = torch.get_autocast_dtype(y.device.type) if torch.is_autocast_enabled(y.device.type) else y.dtype
         x, y_BTO = args[0], kind.rows(module, y)
-        w_BTE = self._fitting(weigh(kind.inputs(module, x, self.a_SI)), y_BTO) * self.scale
+        w_BTE = fitting(weigh(kind.inputs(module, x, self.a_SI)), self.site, *y_BTO.shape[:2]) * self.scale
         x = functional.dropout(x, self.dropout, self.training) if self.dropout else x
         a, b = self.a_SI.to(dtype), self._scaled_b().to(dtype)
         rows = RankRows(self.owner_S, *self._shared_rows())
@@ -96,17 +95,3 @@ class SumOfExperts(nn.Module):
             return self.b_SO
         b_SO = self.b_SO[self.own_row_S] if self.shape.shared_b else self.b_SO
         return b_SO * self.gain_EO[self.owner_S]
-
-    def _fitting(self, w_BTE: Tensor, y_BTO: Tensor) -> Tensor:
-        """w_BTE in fp32 or better, for each row of y or one for all. Windows of a row, on end, have the row's weights."""
-        num_rows, num_tokens = y_BTO.shape[:2]
-        # where the second axis is as long as the batch, the rows could lie there
-        copies, beyond = divmod(num_rows, len(w_BTE))
-        if w_BTE.shape[1] == 1 and copies > 1 and not beyond and num_tokens not in (1, len(w_BTE)):
-            w_BTE = w_BTE.repeat_interleave(copies, dim=0)
-        if w_BTE.shape[0] not in (1, num_rows) or w_BTE.shape[1] not in (1, num_tokens):
-            raise ScopeError(
-                f"the weights are for {w_BTE.shape[0]} rows of {w_BTE.shape[1]} tokens, but layer {self.site.name!r} sees "
-                f"{num_rows} of {num_tokens}: leave it out of target_modules, or take a gate that looks at the layer's input"
-            )
-        return w_BTE.to(torch.promote_types(w_BTE.dtype, torch.float32))
