@@ -99,7 +99,7 @@ def _does_what_it_says(block: nn.Module, layout: Layout) -> bool:
     layers = [block.get_submodule(name) for name in layout.first]
     shape = linear.shape(layers[0])
     assert shape is not None
-    x = torch.randn(1, 3, shape.num_inputs, generator=torch.Generator().manual_seed(0)).to(weights[0])
+    x = torch.randn(1, 3, shape.num_inputs, generator=torch.Generator().manual_seed(0), device="cpu").to(weights[0])
     training = [module for module in block.modules() if module.training]
     block.eval()
     try:
