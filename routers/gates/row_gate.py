@@ -20,8 +20,8 @@ class RowGate(Gate):
     What was decided for a row holds for the tokens that follow its prompt. A subclass says how means become weights.
     """
 
-    def of_means(self, mean_BI: Tensor) -> Weighing:
-        """w_B1E and scores_B1E of rows whose prompts have these means, in fp32 or better."""
+    def of_means(self, mean_BI: Tensor, call: Call) -> Weighing:
+        """w_B1E and scores_B1E of the call's rows, whose prompts have these means, in fp32 or better."""
         raise NotImplementedError
 
     def forward(self, x_BTI: Tensor, call: Call) -> Weighing:
@@ -30,7 +30,7 @@ class RowGate(Gate):
         if self in call.kept and torch._C._current_graph_task_id() == -1:
             return of_rows(call.kept[self], len(x_BTI))
         self._require_prompts(x_BTI, call)
-        found = self.of_means(prompt_mean(x_BTI, call))
+        found = self.of_means(prompt_mean(x_BTI, call), call)
         call.kept[self] = found
         return found
 

@@ -15,7 +15,10 @@ from loraweave.errors import WeightingError
 RECIPES = lw.names("experts")
 # options that a recipe needs beside its defaults, on a model of two blocks with 16 features
 TASKS = ("sums", "colours")
-OPTIONS: dict[str, dict] = {"mtlora": {"tasks": TASKS, "rank": 3, "task_rank": 2}}
+OPTIONS: dict[str, dict] = {
+    "mtlora": {"tasks": TASKS, "rank": 3, "task_rank": 2},
+    "mixture_of_loras": {"tasks": TASKS},
+}
 # recipes for dense prediction, on images
 VISION = ("mtlora",)
 TEXT = tuple(name for name in RECIPES if name not in VISION)

@@ -1,0 +1,59 @@
+"""One more domain or task for a trained mixture."""
+
+import pytest
+import torch
+
+import loraweave as lw
+from loraweave.composer.experts.adding import with_task
+from loraweave.errors import WeightingError
+
+IDS_BT = torch.tensor([[3, 9, 27, 20, 41], [6, 2, 25, 3, 15]])
+
+
+def trained(made):
+    """With experts and gates that differ from those at the beginning."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for value in made.expert_parameters().values():
+            value.add_(0.3 * torch.randn(value.shape, generator=generator, dtype=value.dtype))
+    return made
+
+
+def test_the_others_experts_and_gates_stay_the_same_bits(make_model):
+    first = trained(lw.experts("mixture_of_loras", make_model("llama"), tasks=("law", "games"), rank=3))
+    before, adapters = (
+        {name: value.clone() for name, value in first.expert_state().items()},
+        [first.expert(0), first.expert(1)],
+    )
+    with with_task(first, "health") as made:
+        assert made.tasks == ("law", "games", "health")
+        assert [made.expert(number).hash for number in (0, 1)] == [adapter.hash for adapter in adapters]
+        assert len(made.expert(2).layers) == 14
+        for name, value in made.expert_state().items():
+            assert torch.equal(value[: len(before[name])], before[name])
+            assert len(value) == len(before[name]) * 3 // 2
+
+
+def test_a_row_of_an_old_domain_is_answered_as_before(make_model):
+    first = trained(lw.experts("mixture_of_loras", make_model("llama"), tasks=("law", "games"), oracle=True))
+    before = first(input_ids=IDS_BT, task=["games", "law"]).logits
+    with with_task(first, "health") as made:
+        torch.testing.assert_close(made(input_ids=IDS_BT, task=["games", "law"]).logits, before, rtol=1e-5, atol=1e-5)
+        base = made.base_model(input_ids=IDS_BT).logits
+        torch.testing.assert_close(made(input_ids=IDS_BT, task="health").logits, base)
+
+
+def test_a_gate_of_tasks_has_one_more(make_model):
+    first = trained(lw.experts("moelora", make_model("llama"), tasks=("law", "games")))
+    before = first.adapter("games")
+    with with_task(first, "health") as made:
+        assert made.adapter("games").hash == before.hash
+        assert made.adapter("health").hash != before.hash
+
+
+def test_a_task_that_it_has_is_refused_and_leaves_the_model_as_it_was(make_model):
+    with trained(lw.experts("mixture_of_loras", make_model("llama"), tasks=("law", "games"))) as made:
+        before = made(input_ids=IDS_BT).logits
+        with pytest.raises(WeightingError, match="each name once"):
+            with_task(made, "law")
+        assert torch.equal(made(input_ids=IDS_BT).logits, before)

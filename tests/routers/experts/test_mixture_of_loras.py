@@ -1,0 +1,128 @@
+"""One LoRA for each domain, of which every layer chooses one for a row."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+import loraweave as lw
+from loraweave.errors import ScopeError, WeightingError
+
+DOMAINS = ("law", "games", "health")
+LAYER = "model.layers.1.self_attn.v_proj"
+# the second row is padded on the left
+IDS_BT = torch.tensor([[3, 9, 27, 20, 41], [0, 0, 25, 3, 15]])
+MASK_BT = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+LABELS_BT = torch.tensor([[-100, -100, 27, 20, 41], [-100, -100, -100, 3, 15]])
+
+
+def trained(made):
+    """With experts and gates that differ from those at the beginning."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for value in made.expert_parameters().values():
+            value.add_(0.3 * torch.randn(value.shape, generator=generator, dtype=value.dtype))
+    return made
+
+
+def test_a_site_adds_its_formula(make_model):
+    model = make_model("llama", dtype=torch.float64)
+    options = {"tasks": DOMAINS, "rank": 2, "alpha": 5.0, "target_modules": (LAYER,)}
+    with lw.experts("mixture_of_loras", model, **options) as made:
+        key = LAYER.replace(".", "/")
+        factors, gate = trained(made).layers[key], made.gates[key]
+        seen = {}
+        model.get_submodule(LAYER).register_forward_hook(lambda _, args, y: seen.update(x=args[0], y=y))
+        made(input_ids=IDS_BT, attention_mask=MASK_BT, labels=LABELS_BT)
+        weight, prompts = model.get_submodule(LAYER).weight, (slice(0, 2), slice(2, 3))
+        for row, prompt in enumerate(prompts):
+            best = int((gate.r_EI @ seen["x"][row, prompt].mean(dim=0)).argmax())
+            a_RI, b_RO = factors.a_SI[2 * best : 2 * best + 2], factors.b_SO[2 * best : 2 * best + 2]
+            for x_I, y_O in zip(seen["x"][row], seen["y"][row], strict=True):
+                torch.testing.assert_close(y_O, weight @ x_I + 5.0 / 2 * (b_RO.T @ (a_RI @ x_I)))
+
+
+def test_the_loss_is_the_sum_over_sites_of_the_cross_entropy_with_the_row_s_domain(make_model):
+    model = make_model("llama", dtype=torch.float64)
+    inputs = {"input_ids": IDS_BT, "attention_mask": MASK_BT, "labels": LABELS_BT}
+    with lw.experts("mixture_of_loras", model, tasks=DOMAINS, eta=0.7) as made:
+        plain = trained(made)(**inputs).loss
+        loss = made.train()(**inputs, task=["health", "law"]).loss
+        expected = 0.0
+        for scores_B1E in made.notes.scores.values():
+            log_p_BE = functional.log_softmax(scores_B1E[:, 0], dim=-1)
+            expected = expected - 0.7 * (log_p_BE[0, 2] + log_p_BE[1, 0]) / 2
+        torch.testing.assert_close(made.terms["domain"], expected)
+        # transformers has losses in fp32
+        torch.testing.assert_close(loss.double(), plain + expected, rtol=1e-6, atol=0.0)
+
+
+def test_a_row_without_a_domain_adds_nothing_to_the_loss(make_model):
+    inputs = {"input_ids": IDS_BT, "attention_mask": MASK_BT, "labels": LABELS_BT}
+    with lw.experts("mixture_of_loras", make_model("llama"), tasks=DOMAINS) as made:
+        trained(made).train()(**inputs, task=[-1, -1])
+        assert float(made.terms["domain"].detach()) == 0.0
+        made(**inputs, task=[-1, 1])
+        of_one = made.terms["domain"].detach()
+        made(input_ids=IDS_BT[1:], attention_mask=MASK_BT[1:], labels=LABELS_BT[1:], task="games")
+        torch.testing.assert_close(of_one, made.terms["domain"].detach())
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_with_oracle_a_domain_s_row_has_the_lora_of_that_domain(make_model, domain):
+    model = make_model("llama", dtype=torch.float64)
+    inputs = {"input_ids": IDS_BT[:1]}
+    with lw.experts("mixture_of_loras", model, tasks=DOMAINS, oracle=True) as made:
+        own = trained(made)(**inputs, task=domain).logits
+        adapter = made.expert(DOMAINS.index(domain))
+    with lw.Composer(model, lw.ExpertPool([adapter])).activate({adapter.name: 1.0}):
+        torch.testing.assert_close(model(**inputs).logits, own, rtol=1e-4, atol=1e-4)
+
+
+def test_with_oracle_the_gates_choose_for_rows_of_no_domain(make_model):
+    inputs = {"input_ids": IDS_BT, "attention_mask": MASK_BT, "labels": LABELS_BT}
+    with lw.experts("mixture_of_loras", make_model("llama"), tasks=DOMAINS, oracle=True) as made:
+        trained(made).train()(**inputs, task=[-1, 1])
+        for weights_B1E, scores_B1E in zip(made.notes.weights.values(), made.notes.scores.values(), strict=True):
+            assert int(weights_B1E[0, 0].argmax()) == int(scores_B1E[0, 0].argmax())
+            assert weights_B1E[1, 0].tolist() == [0.0, 1.0, 0.0]
+
+
+def test_a_gate_learns_from_the_model_s_loss_by_the_gradient_of_its_softmax(make_model):
+    model = make_model("llama", dtype=torch.float64)
+    with lw.experts("mixture_of_loras", model, tasks=DOMAINS, eta=0.0, target_modules=(LAYER,)) as made:
+        trained(made).train()
+        loss = made(input_ids=IDS_BT, attention_mask=MASK_BT, labels=LABELS_BT).loss
+        ((w_B1E,), (scores_B1E,)) = made.notes.weights.values(), made.notes.scores.values()
+        (of_w_B1E, of_scores_B1E) = torch.autograd.grad(loss, (w_B1E, scores_B1E))
+        p_B1E = scores_B1E.softmax(dim=-1)
+        expected_B1E = p_B1E * (of_w_B1E - (of_w_B1E * p_B1E).sum(dim=-1, keepdim=True))
+        assert bool(of_scores_B1E.any())
+        torch.testing.assert_close(of_scores_B1E, expected_B1E)
+
+
+def test_a_model_with_an_encoder_and_a_decoder_is_refused(make_model):
+    with (
+        lw.experts("mixture_of_loras", make_model("t5"), tasks=DOMAINS, target_modules=("q",)) as made,
+        pytest.raises(ScopeError, match="an encoder and a decoder, whose tokens differ: take a recipe with one gate"),
+    ):
+        made(input_ids=IDS_BT, labels=IDS_BT)
+
+
+def test_a_site_that_sees_the_last_token_alone_is_refused(make_model):
+    with lw.experts("mixture_of_loras", make_model("llama"), tasks=DOMAINS, target_modules=("lm_head",)) as made:
+        assert made(input_ids=IDS_BT).logits.shape == (2, 5, 61)
+        with pytest.raises(ScopeError, match="2 rows of 5 tokens, but its site sees 2 of 1: leave such layers out"):
+            made.generate(input_ids=IDS_BT, attention_mask=MASK_BT, max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tasks": ()}, r"tasks of recipe 'mixture_of_loras' is \(\): they are the domains"),
+        ({"eta": -0.1}, "eta of recipe 'mixture_of_loras' is -0.1"),
+        ({"eta": float("nan")}, "eta of recipe 'mixture_of_loras' is nan"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(make_model, options, message):
+    with pytest.raises(WeightingError, match=message):
+        lw.experts("mixture_of_loras", make_model("llama"), **{"tasks": DOMAINS, **options})
