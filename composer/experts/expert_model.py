@@ -186,6 +186,7 @@ class ExpertModel(nn.Module):
         task_B = self._task_ids(task)
         call, layers = Call(task_B=task_B), {}
         with torch.no_grad():
+            self.show_gates(call)
             for name, layer in self._named_layers():
                 gate = self._gate(self.sites[name])
                 w_E = torch.ones(layer.shape.num_experts) if gate is None else gate(None, call).w_BTE.flatten()

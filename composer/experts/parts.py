@@ -18,6 +18,8 @@ from loraweave.routers.experts._recipe import ExpertShape, Recipe, Site
 
 # (a_RI, b_RO) of each expert of a site, or of a part of one
 Starts = Mapping[str, Sequence[tuple[Tensor, Tensor]]]
+# among the gates
+READER = "reader"
 
 
 class Parts(NamedTuple):
@@ -50,6 +52,9 @@ def make_parts(
         if key not in gates and (gate := recipe.gate(site, shape.num_experts)) is not None:
             gate.reset(seeded(recipe.seed, "gate", key))
             gates[key] = placed(gate, like)
+    if (reader := recipe.reader()) is not None:
+        reader.reset(seeded(recipe.seed, READER))
+        gates[READER] = placed(reader, next(base_model.parameters()))
     return Parts({site.name: site for site in sites}, layers, gates)
 
 
@@ -62,6 +67,8 @@ def asked_tensors(base_model: nn.Module, recipe: Recipe, shapes: Mapping[str, Ex
             layers[key_of(site.name)] = form(recipe, site, shape)
             if (gate := recipe.gate(site, shape.num_experts)) is not None:
                 gates[key_of(recipe.gate_key(site))] = gate
+        if (reader := recipe.reader()) is not None:
+            gates[READER] = reader
     state = nn.ModuleDict({"layers": layers, "gates": gates}).state_dict()
     return {name: tuple(value.shape) for name, value in state.items()}
 

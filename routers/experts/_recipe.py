@@ -123,6 +123,10 @@ class Recipe:
         """What weighs the experts of the site; None for weights of 1."""
         raise NotImplementedError
 
+    def reader(self) -> Gate | None:
+        """What looks at every call for the gates of all sites, before layers run; None where each looks for itself."""
+        return None
+
     def start(self, site: Site, expert: int, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """(a_RI, b_RO) an expert begins with: a uniform between -1/sqrt(I) and 1/sqrt(I), b zero."""
         a_RI = uniform(rank, site.num_inputs, generator)

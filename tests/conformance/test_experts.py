@@ -18,6 +18,7 @@ TASKS = ("sums", "colours")
 OPTIONS: dict[str, dict] = {
     "mtlora": {"tasks": TASKS, "rank": 3, "task_rank": 2},
     "mixture_of_loras": {"tasks": TASKS},
+    "mocle": {"by_task": True, "tasks": TASKS},
 }
 # recipes for dense prediction, on images
 VISION = ("mtlora",)

@@ -1,0 +1,57 @@
+"""MoCLE (Gou et al. 2023, arXiv 2312.12379): an expert of the cluster that a prompt is in, beside a universal one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loraweave.hub.whole_number import is_whole
+from loraweave.routers.experts._recipe import ExpertShape, Recipe, Site
+from loraweave.routers.gates.cluster_gate import ClusterGate, ClusterReader
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mocle(Recipe):
+    """y = y0 + p E_best(x) + (1 - p) E_universal(x), p the highest of softmax(g c / temperature) of `num_experts` experts.
+
+    c is the learned embedding, of `num_features` numbers, of the cluster that a row is in; each site has its own g, and the
+    universal expert is one more. Clusters are the centroids of `num_clusters` groups of texts' embeddings, which
+    `fit_clusters(model, texts)` finds by k-means before training; a row is in the one nearest to its prompt, all of whose
+    tokens have the same weights. The model needs a tokenizer then. With `by_task` the clusters are `tasks` instead, a call
+    gives them as task=, and `adapter(task)` is the model of one.
+
+    The paper's are 64 clusters, 4 experts of rank 8 and a temperature of 0.05; it has no size of c.
+    """
+
+    num_experts: int = 4
+    num_clusters: int = 64
+    num_features: int = 64
+    temperature: float = 0.05
+    embedder: str = "sentence"
+    by_task: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option in ("num_experts", "num_clusters", "num_features"):
+            if not is_whole(getattr(self, option), 1):
+                self.refuse(option, "it is a whole number of at least 1")
+        if not 0 < self.temperature < float("inf"):
+            self.refuse("temperature", "it is above 0: small values choose one expert, large ones weigh all alike")
+
+    @property
+    def needs_tasks(self) -> bool:  # type: ignore[override]
+        return self.by_task
+
+    def shape(self, site: Site) -> ExpertShape:
+        # the last one is universal
+        return ExpertShape((self.rank,) * (self.num_experts + 1))
+
+    def gate(self, site: Site, num_experts: int) -> ClusterGate:
+        return ClusterGate(self.num_features, num_experts, temperature=self.temperature, static=self.by_task)
+
+    def reader(self) -> ClusterReader:
+        """Raises WeightingError for clusters that are tasks without names, UnknownName for an embedder that there is not."""
+        if not self.by_task:
+            return ClusterReader(self.num_clusters, self.num_features, embedder=self.embedder)
+        if not self.tasks:
+            self.refuse("tasks", "with by_task they are the clusters: name them in tasks=(...)")
+        return ClusterReader(len(self.tasks), self.num_features, embedder=None)
