@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from loraweave.routers.losses.z import z
 from loraweave.routers.routing.learned_router import Step
 
 
@@ -27,5 +28,4 @@ def balance_loss(step: Step) -> Tensor:
 
 def z_loss(step: Step) -> Tensor:
     """The mean over real tokens and layers of logsumexp(scores)^2 (Zoph et al. 2022, arXiv 2202.08906)."""
-    losses = [step.real(scores_BTE).logsumexp(dim=1).square().mean() for scores_BTE in step.scores.values()]
-    return torch.stack(losses).mean()
+    return torch.stack([z(step.real(scores_BTE)) for scores_BTE in step.scores.values()]).mean()

@@ -149,6 +149,11 @@ class Recipe:
             )
         return site.num_features
 
+    def require_coefficient(self, option: str) -> None:
+        """Raises WeightingError for an option that is no coefficient of a loss."""
+        if not 0 <= getattr(self, option) < math.inf:
+            self.refuse(option, "it is a coefficient of a loss, 0 or more")
+
     def require_count(self, option: str, num_experts: int, least: int = 1) -> None:
         """Raises WeightingError for an option that is no number of the experts."""
         value = getattr(self, option)

@@ -33,8 +33,7 @@ class Mola(Recipe):
         if not self.num_experts or not all(is_whole(count, 1) for count in self.num_experts):
             self.refuse("num_experts", "it has a whole number of at least 1 for each group of blocks, as in (2, 4, 6, 8)")
         self.require_count("top_k", min(self.num_experts))
-        if not self.balance >= 0:
-            self.refuse("balance", "it is a coefficient of a loss, 0 or more")
+        self.require_coefficient("balance")
 
     def shape(self, site: Site) -> ExpertShape:
         return ExpertShape((self.rank,) * self.num_experts[_group(site, len(self.num_experts))])
