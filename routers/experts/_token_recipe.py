@@ -1,0 +1,44 @@
+"""What recipes share whose sites all have the same number of experts, each token its own weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from loraweave.hub.whole_number import is_whole
+from loraweave.routers.experts._recipe import ExpertShape, Recipe, Site, by_layer
+from loraweave.routers.losses.mixtral import mixtral
+from loraweave.routers.routing.learned_router import Step
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRecipe(Recipe):
+    """`num_experts` experts of the recipe's rank at each site."""
+
+    num_experts: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_whole(self.num_experts, 1):
+            self.refuse("num_experts", "it is a whole number of at least 1")
+
+    def shape(self, site: Site) -> ExpertShape:
+        return ExpertShape((self.rank,) * self.num_experts)
+
+    def require_capacity(self, option: str = "capacity") -> None:
+        """Raises WeightingError for a capacity that is neither above 0 nor None."""
+        value = getattr(self, option)
+        if value is not None and not 0 < value < math.inf:
+            self.refuse(
+                option, "it is a multiple of an expert's even share of a row's tokens, above 0, or None for no limit"
+            )
+
+
+def balanced(coefficient: float, step: Step, top_k: int) -> Mapping[str, Tensor]:
+    """{"balance": coefficient * the mean over sites of the loss `mixtral`}, of `switch` for a `top_k` of 1; {} for 0."""
+    if not coefficient:
+        return {}
+    return {"balance": coefficient * by_layer(step, lambda scores_NE: mixtral(scores_NE, top_k)).mean()}

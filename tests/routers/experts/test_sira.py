@@ -1,0 +1,80 @@
+"""Sparse top-k with capacity and dropout of experts in training, and with neither in evaluation."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+import loraweave as lw
+from loraweave.errors import WeightingError
+
+LAYER = "model.layers.1.self_attn.v_proj"
+SMALL = {"num_experts": 4, "top_k": 2, "rank": 2, "alpha": 6.0}
+
+
+def expected(site, kept=None):
+    """y_TO of the formula; of an expert's tokens only the first `kept`."""
+    rows, used_E = [], [0] * 4
+    for x_I, y0_O in zip(site.x_TI, site.y0_TO, strict=True):
+        p_E = functional.softmax(site.gate.r_EI @ x_I, dim=0)
+        y_O = y0_O
+        for expert in p_E.topk(2).indices.tolist():
+            used_E[expert] += 1
+            if kept is None or used_E[expert] <= kept:
+                y_O = y_O + p_E[expert] * 3.0 * site.b_ERO[expert].T @ (site.a_ERI[expert] @ x_I)
+        rows.append(y_O)
+    return torch.stack(rows)
+
+
+def test_a_site_adds_its_formula(seen_at):
+    site = seen_at("sira", LAYER, **SMALL)
+    torch.testing.assert_close(site.y_TO, expected(site))
+
+
+def test_in_training_what_overflows_an_experts_capacity_adds_nothing(seen_at):
+    # 0.5 of 7 tokens * 2 / 4 experts, rounded up
+    site = seen_at("sira", LAYER, training=True, capacity=0.5, expert_dropout=0.0, **SMALL)
+    torch.testing.assert_close(site.y_TO, expected(site, kept=2))
+    dropped_T = (expected(site, kept=2) == site.y0_TO).all(dim=1)
+    assert dropped_T.any()
+    assert torch.equal(site.y_TO[dropped_T], site.y0_TO[dropped_T])
+
+
+def test_a_capacity_of_all_tokens_is_no_limit(seen_at):
+    limited = seen_at("sira", LAYER, training=True, capacity=2.0, expert_dropout=0.0, **SMALL)
+    free = seen_at("sira", LAYER, training=True, capacity=None, expert_dropout=0.0, **SMALL)
+    assert torch.equal(limited.y_TO, free.y_TO)
+
+
+def test_in_training_tokens_do_without_experts_that_they_have_in_evaluation(terms_of):
+    batch = {"input_ids": torch.arange(40).view(2, 20)}
+    _, notes = terms_of("sira", batch, expert_dropout=0.4, capacity=None, target_modules=("q_proj", "up_proj"))
+    for layer, w_BTE in notes.weights.items():
+        gone_BTE = notes.scores[layer] == -torch.inf
+        assert float(gone_BTE.double().mean()) == pytest.approx(0.4, abs=0.08)
+        assert not w_BTE[gone_BTE].any()
+        assert torch.equal((w_BTE != 0).sum(dim=-1), torch.full((2, 20), 4))
+
+
+def test_its_loss_is_the_balance_of_the_scores_that_chose(terms_of):
+    batch = {"input_ids": torch.tensor([[3, 9, 27, 20, 5]])}
+    terms, notes = terms_of("sira", batch, balance=0.5, num_experts=4, top_k=2, target_modules=(LAYER,))
+    (scores_BTE,) = notes.scores.values()
+    p_NE = scores_BTE[0].softmax(dim=1)
+    counts_E = torch.zeros(4, dtype=torch.float64)
+    for p_E in p_NE:
+        counts_E[p_E.topk(2).indices] += 1
+    torch.testing.assert_close(terms["balance"], 0.5 * 4 * (counts_E / 5 * p_NE.mean(dim=0)).sum())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_k": 17}, r"top_k of recipe 'sira' is 17: .* from 1 to the number of experts, 16"),
+        ({"capacity": 0.0}, r"capacity of recipe 'sira' is 0\.0: .* above 0, or None for no limit"),
+        ({"expert_dropout": 1.0}, r"expert_dropout of recipe 'sira' is 1\.0: .* at least 0 and below 1"),
+        ({"balance": float("nan")}, "balance of recipe 'sira' is nan"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(make_model, options, message):
+    with pytest.raises(WeightingError, match=message):
+        lw.experts("sira", make_model("llama"), **options)
