@@ -50,6 +50,14 @@ class Step:
         values_BTE = values_BTE.repeat_interleave(mask_BT.shape[0] // values_BTE.shape[0], dim=0)
         return values_BTE.expand(*mask_BT.shape, -1)[mask_BT]
 
+    def row_means(self, values_BTE: Tensor) -> Tensor:
+        """values_BE, the mean over each row's real tokens; over all in a layer with other tokens than are known."""
+        mask_BT = self.mask_of(values_BTE.shape[1])
+        if mask_BT is None or mask_BT.shape != values_BTE.shape[:2]:
+            return values_BTE.mean(dim=1)
+        real_BT1 = mask_BT[..., None].to(values_BTE.dtype)
+        return (values_BTE * real_BT1).sum(dim=1) / real_BT1.sum(dim=1).clamp(min=1)
+
     def uniform(self, count: int, place: int) -> Tensor:
         """u_BN of `count` numbers in [0, 1) for each row; those of another `place` are others."""
         draws = (torch.Generator().manual_seed(seed + place) for seed in self.seeds_B)
