@@ -16,12 +16,18 @@ RECIPES = lw.names("experts")
 # options that a recipe needs beside its defaults, on a model of two blocks with 16 features
 TASKS = ("sums", "colours")
 OPTIONS: dict[str, dict] = {
-    "mtlora": {"tasks": TASKS, "rank": 3, "task_rank": 2},
     "mixture_of_loras": {"tasks": TASKS},
     "mocle": {"by_task": True, "tasks": TASKS},
+    "mlore": {
+        "ranks": (1, 3, 2),
+        "top_k": 2,
+        "rank": 2,
+        "target_modules": ("stages.0.patch_embeddings.proj", "linear_fuse"),
+    },
+    "mtlora": {"tasks": TASKS, "rank": 3, "task_rank": 2},
 }
 # recipes for dense prediction, on images
-VISION = ("mtlora",)
+VISION = ("mlore", "mtlora")
 TEXT = tuple(name for name in RECIPES if name not in VISION)
 on_text = pytest.mark.parametrize("name", TEXT, indirect=True)
 

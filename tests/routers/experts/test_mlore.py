@@ -1,0 +1,128 @@
+"""Convolutions of low rank, mixed for each task and image, beside one that all share and one of each task's own."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+import loraweave as lw
+from loraweave.errors import ScopeError, WeightingError
+
+TASKS = ("segmentation", "depth")
+PLACE = "decode_head.fpn_convs.0.conv"
+OPTIONS = {"tasks": TASKS, "ranks": (1, 4, 2, 3), "top_k": 2, "rank": 2, "target_modules": (PLACE,)}
+
+
+@pytest.fixture
+def pixels():
+    return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model("upernet", dtype=torch.float64)
+
+
+def trained(model, **options):
+    made = lw.experts("mlore", model, **{**OPTIONS, **options})
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for layer in made.layers.values():
+            layer.b_SO.normal_()
+    return made
+
+
+def seen_at(made, pixels, task):
+    """(input, output, w_BE) of the place in a call."""
+    seen = {}
+    module = made.base_model.get_submodule(PLACE)
+    hook = module.register_forward_hook(lambda _, args, y: seen.update(x=args[0], y=y))
+    gate = made.gates[PLACE.replace(".", "/")]
+    weighed = gate.register_forward_hook(lambda _, args, out: seen.update(w=out.w_BTE[:, 0]))
+    made(pixel_values=pixels, task=task)
+    hook.remove()
+    weighed.remove()
+    return seen["x"], seen["y"], seen["w"]
+
+
+def test_a_place_adds_its_branches(model, pixels):
+    with trained(model) as made:
+        x, y, w_BE = seen_at(made, pixels, ["depth", "segmentation", "depth"])
+        layer, module = made.layers[PLACE.replace(".", "/")], model.get_submodule(PLACE)
+        assert layer.shape.ranks == (1, 4, 2, 3, 8, 2, 2)
+        expected = functional.conv2d(x, module.weight, module.bias, padding=1)
+        start = 0
+        for expert, rank in enumerate(layer.shape.ranks):
+            # a convolution to the rank, then one of a pixel
+            a = layer.a_SI[start : start + rank].view(rank, 8, 3, 3)
+            b = layer.b_SO[start : start + rank].T.reshape(8, rank, 1, 1)
+            expected = expected + w_BE[:, expert, None, None, None] * functional.conv2d(
+                functional.conv2d(x, a, padding=1), b
+            )
+            start += rank
+        torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
+        assert torch.equal(w_BE[:, 4], torch.ones(3, dtype=torch.float64))
+        assert torch.equal(w_BE[:, 5:] != 0, torch.tensor([[False, True], [True, False], [False, True]]))
+
+
+def test_each_images_branches_are_one_convolution(model, pixels):
+    with trained(model) as made:
+        x, y, w_BE = seen_at(made, pixels, [1, 0, 1])
+        module = model.get_submodule(PLACE)
+        for x_CHW, y_CHW, w_E in zip(x, y, w_BE, strict=True):
+            factors = made.layers[PLACE.replace(".", "/")].factors(w_E)
+            weight = module.weight + (factors.b_OR @ factors.a_RI).view_as(module.weight)
+            torch.testing.assert_close(
+                functional.conv2d(x_CHW[None], weight, module.bias, padding=1)[0], y_CHW, rtol=1e-4, atol=1e-4
+            )
+
+
+def test_the_generic_path_can_be_any_update_of_the_weight(model):
+    with trained(model, ranks=(1,), top_k=1) as made:
+        layer = made.layers[PLACE.replace(".", "/")]
+        w_E = torch.tensor([0.0, 1.0, 0.0, 0.0])
+        factors = layer.factors(w_E)
+        assert torch.linalg.matrix_rank(factors.b_OR @ factors.a_RI) == min(8, 72)
+    with trained(model, generic=False) as made:
+        assert made.layers[PLACE.replace(".", "/")].shape.ranks == (1, 4, 2, 3, 2, 2)
+
+
+def test_as_released_it_does_not_begin_as_the_base(model, pixels):
+    base = model(pixel_values=pixels).logits
+    for as_released in (False, True):
+        with lw.experts("mlore", model, as_released=as_released, **OPTIONS) as made:
+            found = made(pixel_values=pixels, task="depth").logits
+            assert torch.allclose(found, base, rtol=1e-9) is not as_released
+            b_SO = made.layers[PLACE.replace(".", "/")].b_SO
+            # kaiming_uniform of a 1 x 1 convolution from 4 channels
+            assert b_SO[1:5].abs().max() <= 4**-0.5
+
+
+def test_balance_is_the_variation_of_the_mean_weights_of_the_mixed_experts(model, pixels):
+    with trained(model, balance=0.5) as made:
+        made.train()(pixel_values=pixels, task=[0, 1, 1])
+        use_E = made.notes.weights[PLACE][:, 0, :4].mean(dim=0)
+        expected = 0.5 * (use_E.std() / use_E.mean()) ** 2
+        torch.testing.assert_close(made.terms["balance"], expected, rtol=1e-6, atol=1e-9)
+        made.eval()(pixel_values=pixels, task=0)
+        assert not made.terms
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_k": 5}, r"top_k of recipe 'mlore' is 5: .* from 1 to the number of experts, 4"),
+        ({"ranks": ()}, r"ranks of recipe 'mlore' is \(\)"),
+        ({"ranks": (2, 0)}, r"ranks of recipe 'mlore' is \(2, 0\)"),
+        ({"balance": -1.0}, "balance of recipe 'mlore' is -1.0"),
+        ({"alpha": 2.0}, "alpha of recipe 'mlore' is 2.0"),
+        ({"tasks": ()}, r"tasks of recipe 'mlore' is \(\)"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(model, options, message):
+    with pytest.raises(WeightingError, match=message):
+        lw.experts("mlore", model, **{**OPTIONS, **options})
+
+
+def test_layers_that_see_windows_are_refused(model, pixels):
+    with trained(model, target_modules=("q_proj",)) as made, pytest.raises(ScopeError, match="looks at whole images, 3 in"):
+        made(pixel_values=pixels, task=[0, 1, 1])
