@@ -19,6 +19,7 @@ from loraweave.composer.experts.parts import Parts, Starts, key_of, make_parts, 
 from loraweave.composer.experts.running import RUNNING, Branch, Running, shared_stream
 from loraweave.composer.experts.saving import read_saved_experts, write_experts
 from loraweave.composer.experts.sites import closing_blocks
+from loraweave.composer.kernels._own_precision import own_precision
 from loraweave.errors import ScopeError, UnknownName
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.fingerprint import fingerprint
@@ -123,7 +124,7 @@ class ExpertModel(nn.Module):
 
     def show_gates(self, call: Call) -> None:
         """Shows every gate a call that begins."""
-        with with_tokenizer(self.tokenizer):
+        with with_tokenizer(self.tokenizer), own_precision(self.device):
             for gate in self.gates.values():
                 gate.begin(call)  # type: ignore[operator]
 
@@ -267,7 +268,8 @@ class ExpertModel(nn.Module):
         """w_BTE of a site, of which a training step takes note."""
         if gate is None:
             return x_BTI.new_ones(1, 1, num_experts, dtype=torch.promote_types(x_BTI.dtype, torch.float32))
-        weighing: Weighing = gate(x_BTI, call)
+        with own_precision(x_BTI.device):
+            weighing: Weighing = gate(x_BTI, call)
         w_BTE, scores_BTE = weighing
         # a layer that a backward pass runs again was noted before
         if call.step is not None and torch._C._current_graph_task_id() == -1:

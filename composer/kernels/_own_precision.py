@@ -9,5 +9,6 @@ import torch
 
 def own_precision(device: torch.device) -> AbstractContextManager[object]:
     """Within it, products on the device are in the dtype of their factors, also below autocast."""
-    # some devices, as meta, know no autocast
-    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
+    # some devices, as meta, know no autocast; and without one there is nothing to turn off
+    running = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if running else nullcontext()
