@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from loraweave.composer.batches import EncodedRow
+from loraweave.composer.training.flat_parameters import FlatParameters
 from loraweave.composer.training.job_training import GRADIENT_LIMIT
 from loraweave.composer.training.planned_job import PlannedJob
 from loraweave.composer.training.training_report import JobReport
@@ -27,7 +28,8 @@ class JobProgress:
         self.held_out: list[tuple[int, float]] = []
         self.num_tokens = 0
         self._best: list[Tensor] | None = None
-        self._optimizer = torch.optim.AdamW(self.job.parameters(), lr=planned.recipe.lr, weight_decay=0.0)
+        self._flat = FlatParameters(self.job.parameters())
+        self._optimizer = torch.optim.AdamW(self._flat.vectors, lr=planned.recipe.lr, weight_decay=0.0)
 
     def next_rows(self) -> list[EncodedRow]:
         """Those of the step to be taken."""
@@ -35,11 +37,11 @@ class JobProgress:
 
     def take_step(self, loss: float, num_tokens: int) -> None:
         """Down the gradient that the parameters have, clipped to norm 1, and forgets it."""
-        nn.utils.clip_grad_norm_(self.job.parameters(), GRADIENT_LIMIT)
+        nn.utils.clip_grad_norm_(self._flat.vectors, GRADIENT_LIMIT)
         for group in self._optimizer.param_groups:
             group["lr"] = self.planned.recipe.rate(self.step)
         self._optimizer.step()
-        self._optimizer.zero_grad()
+        self._flat.zero_grad()
         self.step += 1
         self.losses.append(loss)
         self.num_tokens += num_tokens
@@ -57,7 +59,7 @@ class JobProgress:
         """Takes note of the held-out loss at this step, and of the parameters where none was lower after an earlier one."""
         self.held_out.append((self.step, loss))
         if self.step and self._since_best() == 0:
-            self._best = [parameter.detach().clone() for parameter in self.job.parameters()]
+            self._best = [vector.detach().clone() for vector in self._flat.vectors]
 
     @property
     def stopped(self) -> str | None:
@@ -76,8 +78,8 @@ class JobProgress:
         """What it did; the job has the best of its evaluated parameters from here on."""
         best_step = self.step
         if self._best is not None:
-            for parameter, best in zip(self.job.parameters(), self._best, strict=True):
-                parameter.copy_(best)
+            for vector, best in zip(self._flat.vectors, self._best, strict=True):
+                vector.copy_(best)
             best_step = min((point for point in self.held_out if point[0]), key=lambda point: point[1])[0]
         return JobReport(
             steps=self.step,
@@ -91,7 +93,7 @@ class JobProgress:
     def state(self) -> dict[str, Tensor]:
         """All that `restore` needs to go on from here to the same bits."""
         # before its first step an optimiser has no moments
-        begun = TrainingState.of(self.step, self.job.parameters(), self._optimizer).tensors if self.step else {}
+        begun = TrainingState.of(self.step, self._flat.vectors, self._optimizer).tensors if self.step else {}
         best = {f"best.{index}": tensor for index, tensor in enumerate(self._best or [])}
         points = torch.tensor([list(point) for point in self.held_out], dtype=torch.float64).view(-1, 2)
         losses = torch.tensor(self.losses, dtype=torch.float64)
@@ -103,8 +105,8 @@ class JobProgress:
         self.step, self.num_tokens = int(state["step"]), int(state["num_tokens"])
         self.losses = state["losses"].tolist()
         self.held_out = [(int(step), loss) for step, loss in state["held_out"].tolist()]
-        parameters = self.job.parameters()
+        vectors = self._flat.vectors
         if self.step:
-            TrainingState(self.step, dict(state)).restore(parameters, self._optimizer)
+            TrainingState(self.step, dict(state)).restore(vectors, self._optimizer)
         if "best.0" in state:
-            self._best = [state[f"best.{index}"].to(parameter.device) for index, parameter in enumerate(parameters)]
+            self._best = [state[f"best.{index}"].to(vector.device) for index, vector in enumerate(vectors)]

@@ -21,7 +21,9 @@ class LoraJob:
     def __init__(self, name: str, factors: Pairs, scale: float) -> None:
         self.name = name
         self.scale = scale
-        self.factors = {layer: (a_RI.requires_grad_(), b_OR.requires_grad_()) for layer, (a_RI, b_OR) in factors.items()}
+        # by rank row in memory, as the products of the gradient give it
+        laid = {layer: (a_RI, b_OR.T.contiguous().T) for layer, (a_RI, b_OR) in factors.items()}
+        self.factors = {layer: (a_RI.requires_grad_(), b_OR.requires_grad_()) for layer, (a_RI, b_OR) in laid.items()}
 
     @property
     def layers(self) -> Collection[str]:
@@ -51,7 +53,7 @@ class LoraJob:
         """The update as factors with the scale folded into b, detached copies on the CPU."""
         products = {layer: self.low_rank(layer) for layer in self.layers}
         return {
-            layer: Factors(a_RI.detach().cpu().clone(), b_OR.detach().cpu() * scale)
+            layer: Factors(a_RI.detach().cpu().clone(), (b_OR.detach().cpu() * scale).contiguous())
             for layer, (a_RI, b_OR, scale) in products.items()
         }
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 
-@dataclass(frozen=True)
-class RowRange:
+class RowRange(NamedTuple):
     """Flat tokens `start` to `stop` (without it), whose update has this scale."""
 
     start: int
@@ -57,10 +55,10 @@ class _RowProducts(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, x: Tensor, ranges: tuple[RowRange, ...], *factors: Tensor) -> Tensor:
         x_NI, y_NO = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         hidden = []
-        for part, a_RI, b_OR in zip(ranges, factors[::2], factors[1::2], strict=True):
-            hidden_MR = x_NI[part.start : part.stop] @ a_RI.to(x.dtype).T
+        for (start, stop, scale), a_RI, b_OR in zip(ranges, factors[::2], factors[1::2], strict=True):
+            hidden_MR = (x_NI[start:stop] @ a_RI.to(x.dtype).T).mul_(scale)
             # below autocast y may be of another dtype than x
-            y_NO[part.start : part.stop].addmm_(hidden_MR.to(y.dtype), b_OR.to(x.dtype).to(y.dtype).T, alpha=part.scale)
+            y_NO[start:stop].addmm_(hidden_MR.to(y.dtype), b_OR.to(x.dtype).to(y.dtype).T)
             hidden.append(hidden_MR)
         ctx.mark_dirty(y)
         ctx.ranges = ranges
@@ -77,13 +75,13 @@ class _RowProducts(torch.autograd.Function):
         whole = sum(part.stop - part.start for part in ranges) == len(x_NI)
         grad_x_NI = (torch.empty_like if whole else torch.zeros_like)(x_NI) if needed[1] else None
         found: list[Tensor | None] = []
-        for index, part in enumerate(ranges):
-            rows, (a_RI, b_OR) = slice(part.start, part.stop), factors[2 * index : 2 * index + 2]
-            mixed_MR = (grad_NO[rows] @ b_OR.to(x.dtype)).mul_(part.scale)
+        for index, (start, stop, scale) in enumerate(ranges):
+            a_RI, b_OR = factors[2 * index : 2 * index + 2]
+            grad_MO = grad_NO[start:stop]
+            mixed_MR = (grad_MO @ b_OR.to(x.dtype)).mul_(scale)
             if grad_x_NI is not None:
-                torch.mm(mixed_MR, a_RI.to(x.dtype), out=grad_x_NI[rows])
-            # the narrow operand is the one that is transposed: a transposed wide one is copied in bf16
-            found.append((mixed_MR.T @ x_NI[rows]).to(a_RI.dtype) if needed[3 + 2 * index] else None)
-            grad_b = (hidden[index].T @ grad_NO[rows]).T.to(b_OR.dtype).mul_(part.scale) if needed[4 + 2 * index] else None
-            found.append(grad_b)
+                torch.mm(mixed_MR, a_RI.to(x.dtype), out=grad_x_NI[start:stop])
+            # the narrow operand is the one that is transposed: a wide one would be copied in bf16
+            found.append((mixed_MR.T @ x_NI[start:stop]).to(a_RI.dtype) if needed[3 + 2 * index] else None)
+            found.append((hidden[index].T @ grad_MO).T.to(b_OR.dtype) if needed[4 + 2 * index] else None)
         return grad if needed[0] else None, None if grad_x_NI is None else grad_x_NI.view_as(x), None, *found
