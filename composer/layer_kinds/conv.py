@@ -48,6 +48,17 @@ def inputs(module: nn.Module, x: Tensor, like: Tensor) -> Tensor:
     return project(module, x, torch.eye(size.num_inputs, dtype=like.dtype, device=like.device))
 
 
+def middle(module: nn.Module, x: Tensor, like: Tensor) -> Tensor:
+    """x_BTC: the channels below the middle of the kernel at each output position, with the dtype of `like`."""
+    assert isinstance(module, _CLASSES)
+    kernel = torch.zeros(1, 1, *module.kernel_size, dtype=like.dtype, device=like.device)
+    kernel.view(-1)[kernel.numel() // 2] = 1
+    # each channel as a row of its own, as the layer pads and strides all alike
+    x_BC = (x if x.ndim == 2 + len(module.kernel_size) else x[None]).to(like.dtype)
+    found: Tensor = module._conv_forward(x_BC.flatten(0, 1)[:, None], kernel, None)
+    return found.reshape(*x_BC.shape[:2], -1).mT
+
+
 def rows(module: nn.Module, y: Tensor) -> Tensor:
     """The output's channels by row and position; an output without a batch axis is one row."""
     assert isinstance(module, _CLASSES)

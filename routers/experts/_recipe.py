@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -79,6 +79,8 @@ class Recipe:
     needs_tasks: ClassVar[bool] = False
     # whether rows' tasks have branches of their own in the last block of each stage
     branches: ClassVar[bool] = False
+    # what gates look at of a convolution's input: all below the "kernel" at each position, its "middle", or "nothing"
+    gates_see: ClassVar[Literal["kernel", "middle", "nothing"]] = "kernel"
     # what fit() takes unless it is told otherwise
     lr: ClassVar[float] = 3e-3
     # parts of parameters' names without a gradient in the first step, because their factor begins as 0

@@ -47,6 +47,7 @@ class Mlore(Recipe):
     as_released: bool = False
 
     needs_tasks: ClassVar[bool] = True
+    gates_see = "middle"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -44,6 +44,7 @@ class Mtlora(Recipe):
 
     form: ClassVar[str] = "task_branches"
     branches: ClassVar[bool] = True
+    gates_see = "nothing"
     needs_tasks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

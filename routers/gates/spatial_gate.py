@@ -20,8 +20,8 @@ class SpatialGate(Gate):
 
     Of the mixed experts, those with the `top_k` highest m + s * noise count: softmax over these, or softmax over all if not
     `renormalised`. Noise is in training alone. The generic expert, where there is one, has 1; the one of the row's task p,
-    and those of other tasks 0. They are in that order. All U, LN and V are the task's own; x are the channels that the
-    middle of the kernel sees.
+    and those of other tasks 0. They are in that order. All U, LN and V are the task's own; x_BTC are the channels at each
+    position.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class SpatialGate(Gate):
         renormalised: bool,
     ) -> None:
         super().__init__(num_mixed + generic + num_tasks, most=top_k + generic + 1)
-        self.num_channels, self.num_mixed, self.num_tasks = num_channels, num_mixed, num_tasks
+        self.num_mixed, self.num_tasks = num_mixed, num_tasks
         self.generic, self.top_k, self.renormalised = generic, top_k, renormalised
         # of fewer than 4 values, LayerNorm leaves next to nothing
         width = max(4, num_channels // 4)
@@ -50,12 +50,10 @@ class SpatialGate(Gate):
             if isinstance(part, _Linear):
                 part.reset(generator)
 
-    def forward(self, x_BTI: Tensor, call: Call) -> Weighing:
+    def forward(self, x_BTC: Tensor, call: Call) -> Weighing:
         """Raises ScopeError for a layer that sees parts of images, for texts, and for a call whose tasks are not known."""
-        task_B = self._tasks(x_BTI, call)
-        x_BTC = x_BTI.reshape(*x_BTI.shape[:2], self.num_channels, -1)
-        # a copy, as training keeps it, and would keep all that the kernel sees
-        x_BTC = x_BTC[..., x_BTC.shape[-1] // 2].contiguous().to(self.v.weight_KOI.dtype)
+        task_B = self._tasks(x_BTC, call)
+        x_BTC = x_BTC.to(self.v.weight_KOI.dtype)
         each_B1H = self.u3(functional.gelu(self.norm1(self.u1(x_BTC, task_B), task_B)), task_B).mean(dim=1, keepdim=True)
         mean_B1H = self.u2(functional.gelu(self.norm2(x_BTC.mean(dim=1, keepdim=True), task_B)), task_B)
         made_B1V = self.v(torch.cat([each_B1H, mean_B1H], dim=-1), task_B)
@@ -67,7 +65,7 @@ class SpatialGate(Gate):
         own_B1K = functional.one_hot(task_B, self.num_tasks).to(p_B11)[:, None] * p_B11
         return Weighing(torch.cat([choose(scores_B1E, self.top_k), ones_B1G, own_B1K], dim=-1), scores_B1E)
 
-    def _tasks(self, x_BTI: Tensor, call: Call) -> Tensor:
+    def _tasks(self, x_BTC: Tensor, call: Call) -> Tensor:
         if call.ids_BT is not None or call.follows:
             raise ScopeError(
                 "the gate looks at all positions of an image at once: for texts, take a recipe with another gate"
@@ -76,9 +74,9 @@ class SpatialGate(Gate):
             raise ScopeError(
                 "the gate looks at the task of each row, and this call has none: give task=..., one for each row"
             )
-        if len(call.task_B) != len(x_BTI):
+        if len(call.task_B) != len(x_BTC):
             raise ScopeError(
-                f"the gate looks at whole images, {len(call.task_B)} in this call, but its layer sees {len(x_BTI)} parts of "
+                f"the gate looks at whole images, {len(call.task_B)} in this call, but its layer sees {len(x_BTC)} parts of "
                 "them: leave layers that see windows out of target_modules"
             )
         return call.task_B

@@ -30,6 +30,6 @@ class TaskSwitch(Gate):
             self.register_buffer("scale_E", torch.tensor(scales), persistent=False)
 
     def forward(self, x_BTI: Tensor | None, call: Call) -> Weighing:
-        task_B = torch.tensor([UNKNOWN], device=self.used_KE.device) if call.task_B is None else call.task_B
         # UNKNOWN is -1, the last one
-        return Weighing((self.used_KE[task_B] * self.scale_E)[:, None])
+        used_BE = self.used_KE[UNKNOWN:] if call.task_B is None else self.used_KE[call.task_B]
+        return Weighing((used_BE * self.scale_E)[:, None])

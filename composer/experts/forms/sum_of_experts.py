@@ -35,6 +35,7 @@ class SumOfExperts(nn.Module):
         self.shape = shape
         self.scale = recipe.scale
         self.dropout = recipe.dropout
+        self.gates_see = recipe.gates_see
         num_ranks = sum(shape.ranks)
         self.a_SI = nn.Parameter(torch.zeros(max(shape.ranks) if shape.shared_a else num_ranks, site.num_inputs))
         self.b_SO = nn.Parameter(torch.zeros(max(shape.ranks) if shape.shared_b else num_ranks, site.num_outputs))
@@ -60,7 +61,7 @@ class SumOfExperts(nn.Module):
         kind = conv if self.site.kernel else linear
         dtype = torch.get_autocast_dtype(y.device.type) if torch.is_autocast_enabled(y.device.type) else y.dtype
         x, y_BTO = args[0], kind.rows(module, y)
-        w_BTE = fitting(weigh(kind.inputs(module, x, self.a_SI)), self.site, *y_BTO.shape[:2]) * self.scale
+        w_BTE = fitting(weigh(self._seen(module, x)), self.site, *y_BTO.shape[:2]) * self.scale
         x = functional.dropout(x, self.dropout, self.training) if self.dropout else x
         a, b = self.a_SI.to(dtype), self._scaled_b().to(dtype)
         rows = RankRows(self.owner_S, *self._shared_rows())
@@ -83,6 +84,14 @@ class SumOfExperts(nn.Module):
         used_S = (w_S1[:, 0] != 0).cpu()
         a_SI, b_OS = a_SI.float().cpu()[used_S], (w_S1 * b_SO).float().cpu()[used_S].T.contiguous()
         return Factors(a_SI, b_OS, kind="conv" if self.site.kernel else "linear", kernel=self.site.kernel)
+
+    def _seen(self, module: nn.Module, x: Tensor) -> Tensor:
+        """What the gate looks at, by row and position. All below a convolution's kernels is many times its input."""
+        if not self.site.kernel:
+            return linear.inputs(module, x, self.a_SI)
+        if self.gates_see == "nothing":
+            return x.new_empty(0)
+        return (conv.middle if self.gates_see == "middle" else conv.inputs)(module, x, self.a_SI)
 
     def _shared_rows(self) -> tuple[Tensor | None, Tensor | None]:
         """Which row of a, and of b, each rank row has; with gains every expert has a b of its own."""

@@ -129,6 +129,38 @@ def test_a_gate_sees_the_patch_below_the_kernel_at_each_position():
     torch.testing.assert_close(gate.seen[0], expected)
 
 
+class Middle(Three):
+    gates_see = "middle"
+
+
+class Nothing(Three):
+    gates_see = "nothing"
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_a_gate_may_see_the_middle_of_the_kernel_alone_and_have_the_same_gradients(kind):
+    torch.manual_seed(0)
+    base = nn.Sequential(CONVOLUTIONS[kind]()).double()
+    gates = []
+    for recipe in (Three, Middle):
+        made = ExpertModel(base, recipe(w_BTE=drawn(2, 1, 3)))
+        x = image(base[0]).requires_grad_()
+        made(x)
+        gates.append((made.gates["0"].seen[0], x))
+    (patches, x), (middle, x_again) = gates
+    taps = patches.unflatten(-1, (3, -1))
+    expected = taps[..., taps.shape[-1] // 2]
+    assert torch.equal(middle, expected)
+    grad = drawn(*middle.shape, seed=4)
+    assert torch.equal(torch.autograd.grad(middle, x_again, grad)[0], torch.autograd.grad(expected, x, grad)[0])
+
+
+def test_a_gate_that_sees_nothing_costs_no_look_at_the_input():
+    made = ExpertModel(nn.Sequential(nn.Conv2d(3, 5, 3)).double(), Nothing(w_BTE=drawn(2, 1, 3)))
+    made(drawn(2, 3, 7, 6))
+    assert made.gates["0"].seen[0].numel() == 0
+
+
 def test_the_update_of_a_convolution_is_an_adapter_of_its_own():
     made, module, layer, gate = built(lambda: nn.Conv2d(3, 5, 3, padding=1), drawn(1, 1, 3))
     factors = layer.factors(gate.w_BTE.detach()[0, 0])
