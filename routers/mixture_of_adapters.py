@@ -8,11 +8,11 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from loraweave import registry
 from loraweave.errors import ScopeError, WeightingError
 from loraweave.hub.pool import ExpertPool
+from loraweave.routers.losses.domain import domain
 from loraweave.routers.routing.beside_cache import BesideCache
 from loraweave.routers.routing.blocks import block_of
 from loraweave.routers.routing.choosing import best_of, straight_through, without
@@ -79,7 +79,7 @@ class MixtureOfAdapters(InputGates):
     def losses(self, step: Step) -> Mapping[str, Tensor]:
         """{"domain": eta * the sum over layers of the cross-entropy with each row's own expert}."""
         sums = [
-            functional.cross_entropy(scores_BTE[real_BT], step.expert_B[:, None].expand_as(real_BT)[real_BT])
+            domain(scores_BTE[real_BT], step.expert_B[:, None].expand_as(real_BT)[real_BT])
             for layer, scores_BTE in step.scores.items()
             if bool((real_BT := self._taught(step, layer)).any())
         ]

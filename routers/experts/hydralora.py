@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from random import Random
 
 from loraweave.errors import WeightingError
 from loraweave.hub.whole_number import is_whole
@@ -12,6 +13,8 @@ from loraweave.routers.experts._recipe import ExpertShape, Site
 from loraweave.routers.experts._token_recipe import TokenRecipe
 from loraweave.routers.gates.token_gate import TokenGate
 
+# a silhouette looks at every pair of texts
+MOST_TEXTS = 5000
 WORD = r"(?u)\b\w+\b"
 
 
@@ -38,9 +41,9 @@ class Hydralora(TokenRecipe):
     def experts_for(texts: Sequence[str], *, most: int = 10, seed: int = 0) -> int:
         """How many clusters the training texts have: the number of k-means over TF-IDF with the best mean silhouette.
 
-        From 2 to `most`, at most one less than there are different texts with a word; 1 for fewer than three. The paper
-        clusters such features by k-means; the silhouette is our choice among numbers. Raises WeightingError for a `most`
-        below 2.
+        From 2 to `most`, at most one less than there are different texts with a word; 1 for fewer than three. Of more than
+        5000 a part is drawn by `seed`. The paper finds the number by k-means; the silhouette is our measure of it. Raises
+        WeightingError for a `most` below 2.
         """
         if not is_whole(most, 2):
             raise WeightingError(
@@ -51,6 +54,8 @@ class Hydralora(TokenRecipe):
         from sklearn.metrics import silhouette_score
 
         different = sorted({text for text in texts if re.search(WORD, text)})
+        if len(different) > MOST_TEXTS:
+            different = Random(seed).sample(different, MOST_TEXTS)
         features = TfidfVectorizer(token_pattern=WORD).fit_transform(different) if len(different) > 2 else None
         best, found = -1.0, 1
         for number in range(2, min(most, len(different) - 1) + 1):

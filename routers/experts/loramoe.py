@@ -26,9 +26,8 @@ class Loramoe(TokenRecipe):
     where the loss is least. Without `knowledge` all experts shall be used alike (`delta` 0). Tasks of rows are looked at in
     training alone.
 
-    Sizes are those of the released code, whose script leaves the constraint out, as `as_released` does; the paper has 6
-    experts and 0.1 for both coefficients. The code sums over padding, too; here, only real tokens count, and a row counts as
-    much as another of any length.
+    Sizes are those of the released code, whose script leaves the constraint out, as `as_released` does. The code sums over
+    padding, too; here, only real tokens count, and a row counts as much as another of any length.
     """
 
     rank: int = 4

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from loraweave.hub.whole_number import is_whole
-from loraweave.routers.experts._recipe import ExpertShape, Recipe, Site, by_layer
+from loraweave.routers.experts._recipe import ExpertShape, Recipe, Site
+from loraweave.routers.experts._token_recipe import balanced
 from loraweave.routers.gates.token_gate import TokenGate
-from loraweave.routers.losses.mixtral import mixtral
 from loraweave.routers.routing.learned_router import Step
 
 
@@ -42,9 +42,7 @@ class Mola(Recipe):
         return TokenGate(site.num_inputs, num_experts, top_k=self.top_k)
 
     def losses(self, step: Step) -> Mapping[str, Tensor]:
-        if self.as_released or not self.balance:
-            return {}
-        return {"balance": self.balance * by_layer(step, lambda scores_NE: mixtral(scores_NE, self.top_k)).mean()}
+        return balanced(0.0 if self.as_released else self.balance, step, self.top_k)
 
 
 def _group(site: Site, num_groups: int) -> int:

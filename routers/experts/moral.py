@@ -19,7 +19,7 @@ class Moral(TokenRecipe):
 
     What sets MoRAL apart is what it learns from, pairs of a question and its answer one after the other, and how that is
     measured; its mixture is this plain one. `balance` times the mean over sites of the loss `mixtral` may be added, by
-    default nothing. The number of experts, k and the rank are no published ones.
+    default nothing. The defaults of the number of experts, k and the rank are ours.
     """
 
     top_k: int = 2

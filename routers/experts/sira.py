@@ -23,8 +23,8 @@ class Sira(TokenRecipe):
     where with it an output would depend on other tokens than its own. `balance` times the mean over sites of the loss
     `mixtral` is added, which is k where all experts are alike.
 
-    Published: 16 experts, of which each token has 4. The shares of dropout and capacity are no published ones, and whose
-    tokens are counted together is decided here: each row's, so that no row depends on another.
+    Published: 16 experts, of which each token has 4. The defaults of dropout and capacity are ours, and so is whose tokens
+    are counted together: each row's, so that no row depends on another.
     """
 
     num_experts: int = 16

@@ -50,3 +50,8 @@ def test_no_more_experts_are_asked_for_than_may_be():
     assert Hydralora.experts_for(TEXTS, most=2) == 2
     with pytest.raises(WeightingError, match="most is 1: it is the largest number"):
         Hydralora.experts_for(TEXTS, most=1)
+
+
+def test_of_many_texts_a_part_is_looked_at_that_the_seed_determines(monkeypatch):
+    monkeypatch.setattr("loraweave.routers.experts.hydralora.MOST_TEXTS", 11)
+    assert Hydralora.experts_for(TEXTS, seed=1) == Hydralora.experts_for(TEXTS[::-1], seed=1) == 3
