@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from loraweave.errors import TrainingError
 
+# around a block's forward, and around its second run
+Contexts = tuple[AbstractContextManager[object], AbstractContextManager[object]]
+
 
 @contextmanager
-def checkpointed_blocks(model: nn.Module, wanted: bool) -> Iterator[None]:
+def checkpointed_blocks(
+    model: nn.Module, wanted: bool, *, context_fn: Callable[[], Contexts] = noop_context_fn
+) -> Iterator[None]:
     """Inside, each block keeps its inputs alone and runs again in the backward pass; the model is as it was after it.
 
-    Raises TrainingError for a model without such blocks.
+    `context_fn` is that of `torch.utils.checkpoint`, asked whenever a block runs. Raises TrainingError for a model without
+    such blocks.
     """
     # its import brings torch's compiler with it
     from transformers.modeling_layers import GradientCheckpointingLayer
@@ -27,7 +33,7 @@ def checkpointed_blocks(model: nn.Module, wanted: bool) -> Iterator[None]:
     before = [vars(block).get("forward") for block in blocks]
     try:
         for block in blocks:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=context_fn)
         yield
     finally:
         for block, own in zip(blocks, before, strict=True):

@@ -11,7 +11,7 @@ from loraweave.composer.mixing.resolve import resolve
 from loraweave.composer.router_training.accelerating import accelerating
 from loraweave.composer.router_training.checkpointed_blocks import checkpointed_blocks
 from loraweave.composer.router_training.kept_state import KeptState
-from loraweave.composer.router_training.rows import RowReader
+from loraweave.composer.router_training.rows import Owners, RowReader
 from loraweave.composer.router_training.run import Run
 from loraweave.composer.router_training.settings import Settings
 from loraweave.composer.untouched import untouched
@@ -40,7 +40,7 @@ def fit(engine: Composer, router: Any, dataset: Any, given: Mapping[str, Any]) -
     if not any(parameter.requires_grad for parameter in router.parameters()):
         raise TrainingError(f"no parameter of router {router.name!r} requires a gradient, so there is nothing to fit")
     model = engine.model
-    reader = RowReader(router, model, engine.tokenizer)
+    reader = RowReader(Owners.of(router), model, engine.tokenizer)
     rows = reader.read(dataset)
     held = [] if settings.evaluation is None else reader.read(settings.evaluation, what="evaluation", first=len(rows))
     device = next(model.parameters()).device
@@ -55,7 +55,13 @@ def fit(engine: Composer, router: Any, dataset: Any, given: Mapping[str, Any]) -
         stack.enter_context(checkpointed_blocks(model, settings.gradient_checkpointing))
         run = Run(engine, router, settings, rows, held, accelerator, bar)
         try:
-            run.all_steps(KeptState.of(router, settings, rows, held), started)
+            run.all_steps(KeptState.of(router.name, _determining(router), settings, rows, held), started)
         finally:
             router.step = None
             router.eval()
+
+
+def _determining(router: LearnedRouter) -> list[Any]:
+    """What is trained, as JSON."""
+    learning = [name for name, parameter in router.named_parameters() if parameter.requires_grad]
+    return [{name: repr(value) for name, value in router.options.items()}, router.members.to_json(), learning]

@@ -7,16 +7,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from loraweave.composer.router_training.rows import TrainingRow
-from loraweave.composer.router_training.settings import Settings
+from loraweave.composer.router_training.settings import TrainingSettings
 from loraweave.errors import TrainingError
 from loraweave.retrieval.training_state import TrainingState, load_state, save_state
-from loraweave.routers.routing.learned_router import LearnedRouter
 from loraweave.routers.routing.training_report import TrainingReport
 
 BEST, RECENT, REPORT = "best", "recent", "report"
@@ -30,8 +29,15 @@ class KeptState:
     key: str
 
     @classmethod
-    def of(cls, router: LearnedRouter, settings: Settings, rows: Sequence[TrainingRow], held: Sequence[TrainingRow]) -> Self:
-        """Raises TrainingError for a folder that cannot be made."""
+    def of(
+        cls,
+        name: str,
+        determining: Sequence[Any],
+        settings: TrainingSettings,
+        rows: Sequence[TrainingRow],
+        held: Sequence[TrainingRow],
+    ) -> Self:
+        """`determining` is JSON of what is trained. Raises TrainingError for a folder that cannot be made."""
         if settings.checkpoint is None:
             return cls(None, "")
         folder = Path(settings.checkpoint)
@@ -41,12 +47,10 @@ class KeptState:
             raise TrainingError(
                 f"checkpoint is {str(folder)!r}, which cannot be made a folder ({error}): name another"
             ) from error
-        learning = [name for name, parameter in router.named_parameters() if parameter.requires_grad]
-        options = {name: repr(value) for name, value in router.options.items()}
         data = [[(row.encoded.prompt, row.encoded.target, row.labels, row.expert) for row in part] for part in (rows, held)]
-        parts = [router.name, options, router.members.to_json(), learning, settings.determining(), data]
+        parts = [name, *determining, settings.determining(), data]
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-        return cls(folder, f"{router.name}-{digest[:24]}")
+        return cls(folder, f"{name}-{digest[:24]}")
 
     def save(
         self,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Self
 
 from loraweave.composer.batches import IGNORED, EncodedRow, context_length, encode
 from loraweave.errors import InvalidTask
@@ -16,15 +17,49 @@ TOKENS = ("input_ids", "labels")
 SPLITS = {"train", "training", "test", "validation", "valid", "dev", "eval"}
 UNKNOWN = -1
 
-FORMS = (
-    "rows are pairs of texts (input, target), {'input', 'target'} with 'instruction' and 'expert' where known, "
-    "{'prompt', 'target'} with the whole prompt, or {'input_ids', 'labels'}"
-)
+
+@dataclass(frozen=True)
+class Owners:
+    """Whose task rows may be: the experts of a router's pool, or the tasks of a recipe of trained experts, by their places.
+
+    `learner` is who asks, for messages, and `key` what a row has its owner under. With `needed` every row has to have one.
+    With `grows` a name that is not known yet gets the next place.
+    """
+
+    places: dict[str, int]
+    learner: str
+    key: str
+    needed: bool
+    unknown: Callable[[object], Exception]
+    grows: bool = False
+
+    @classmethod
+    def of(cls, router: LearnedRouter) -> Self:
+        """The experts of a router."""
+        unknown = partial(unknown_expert, known=router.experts)
+        return cls(dict(router.members.places), f"router {router.name!r}", "expert", router.needs_experts, unknown)
+
+    @property
+    def forms(self) -> str:
+        """What rows may be like."""
+        return (
+            "rows are pairs of texts (input, target), {'input', 'target'} with 'instruction' and "
+            f"{self.key!r} where known, {{'prompt', 'target'}} with the whole prompt, or {{'input_ids', 'labels'}}"
+        )
+
+    def known(self, name: Any, where: str) -> int:
+        """The place of an owner. Raises what `unknown` gives for another name."""
+        if isinstance(name, str) and self.grows:
+            return self.places.setdefault(name, len(self.places))
+        if not isinstance(name, str) or name not in self.places:
+            error = self.unknown(name)
+            raise type(error)(f"{where}: {error}")
+        return self.places[name]
 
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """One row. `labels` is the target with `IGNORED` where no loss is asked; `expert` is a place in the pool, or -1."""
+    """One row. `labels` is the target with `IGNORED` where no loss is asked; `expert` is the place of its owner, or -1."""
 
     encoded: EncodedRow
     labels: tuple[int, ...]
@@ -53,10 +88,10 @@ class _Tokens:
 
 
 class RowReader:
-    """Reads datasets for one router on one model: {name of an expert or task: rows or a Task}, or the rows themselves."""
+    """Reads datasets for one learner on one model: {name of an owner or task: rows or a Task}, or the rows themselves."""
 
-    def __init__(self, router: LearnedRouter, model: Any, tokenizer: Any) -> None:
-        self._router = router
+    def __init__(self, owners: Owners, model: Any, tokenizer: Any) -> None:
+        self._owners = owners
         self._model = model
         self._tokenizer = tokenizer
 
@@ -71,11 +106,11 @@ class RowReader:
             for content, expert in self._rows(name, rows, what if name is None else f"{what}[{name!r}]")
         ]
         if not found:
-            raise InvalidTask(f"{what} is empty: {FORMS}")
+            raise InvalidTask(f"{what} is empty: {self._owners.forms}")
         texts = [content for content, _ in found if isinstance(content, _Text)]
         if texts and self._tokenizer is None:
             raise InvalidTask(
-                f"{what} has texts, but the Composer has no tokenizer: make it with tokenizer=..., or give token ids"
+                f"{what} has texts, but no tokenizer is known: pass tokenizer=... (a Composer is made with it), or token ids"
             )
         encoded = iter(
             encode(self._model, self._tokenizer, [text.prompt for text in texts], [text.target for text in texts])
@@ -95,10 +130,10 @@ class RowReader:
             return [(None, dataset)]
         if set(dataset) & set(TOKENS) or "target" in dataset:
             raise InvalidTask(f"{what} is one row, {sorted(dataset)}: pass a list of rows")
-        if splits := SPLITS & set(map(str, dataset)) - set(self._router.experts):
+        if splits := SPLITS & set(map(str, dataset)) - set(self._owners.places):
             raise InvalidTask(
-                f"{what} has the parts {', '.join(map(repr, sorted(splits)))}, no experts, but perhaps splits: pass the "
-                "rows of one, and those held out as evaluation="
+                f"{what} has the parts {', '.join(map(repr, sorted(splits)))}, no {self._owners.key}s, but perhaps splits: "
+                "pass the rows of one, and those held out as evaluation="
             )
         return list(dataset.items())
 
@@ -107,19 +142,19 @@ class RowReader:
         task = rows if isinstance(rows, Task) else Task(())
         given = task.examples if isinstance(rows, Task) else rows
         if isinstance(given, str | bytes) or not isinstance(given, Iterable):
-            raise InvalidTask(f"{where} is {given!r:.80}, not rows: {FORMS}")
+            raise InvalidTask(f"{where} is {given!r:.80}, not rows: {self._owners.forms}")
         empty = True
         for number, row in enumerate(given, start=1):
             empty = False
             yield self._row(row, task, own, f"row {number} of {where}")
         if empty and name is not None:
-            raise InvalidTask(f"{where} is empty: {FORMS}")
+            raise InvalidTask(f"{where} is empty: {self._owners.forms}")
 
     def _row(self, row: Any, task: Task, own: int, where: str) -> tuple[_Text | _Tokens, int]:
         if not isinstance(row, Mapping):
-            (text, target) = _pair(row, where)
+            (text, target) = self._pair(row, where)
             return _Text(task.prompt(text), target), self._required(own, where)
-        expert = own if row.get("expert") is None else self._known(row["expert"], where)
+        expert = own if row.get(self._owners.key) is None else self._owners.known(row[self._owners.key], where)
         return self._content(row, task, where), self._required(expert, where)
 
     def _content(self, row: Mapping[str, Any], task: Task, where: str) -> _Text | _Tokens:
@@ -127,8 +162,10 @@ class RowReader:
             return self._tokens(row, where)
         missing = [name for name in ("input", "target") if name not in row and not (name == "input" and "prompt" in row)]
         if missing:
-            raise InvalidTask(f"{where} has {sorted(row)}, and no {' and no '.join(map(repr, missing))}: {FORMS}")
-        text, target = _pair((row["prompt"] if "prompt" in row else row["input"], row["target"]), where)
+            raise InvalidTask(
+                f"{where} has {sorted(row)}, and no {' and no '.join(map(repr, missing))}: {self._owners.forms}"
+            )
+        text, target = self._pair((row["prompt"] if "prompt" in row else row["input"], row["target"]), where)
         if "prompt" in row:
             return _Text(text, target)
         instruction = row.get("instruction") or task.instruction
@@ -166,30 +203,27 @@ class RowReader:
         return found
 
     def _place(self, name: Any, where: str) -> int:
-        """An expert's place; where the router does not ask for experts, other names are those of tasks."""
-        return self._known(name, where) if self._router.needs_experts else self._router.members.places.get(name, UNKNOWN)
+        """An owner's place; where the learner does not ask for owners, other names are those of tasks."""
+        if self._owners.needed or self._owners.grows:
+            return self._owners.known(name, where)
+        return self._owners.places.get(name, UNKNOWN)
 
-    def _known(self, name: Any, where: str) -> int:
-        if not isinstance(name, str) or name not in self._router.members.places:
-            error = unknown_expert(name, self._router.experts)
-            raise type(error)(f"{where}: {error}")
-        return self._router.members.places[name]
-
-    def _required(self, expert: int, where: str) -> int:
-        if expert == UNKNOWN and self._router.needs_experts:
+    def _required(self, owner: int, where: str) -> int:
+        if owner == UNKNOWN and self._owners.needed:
+            key = self._owners.key
+            an = "an" if key == "expert" else "a"
             raise InvalidTask(
-                f"{where} does not say whose task it is, which router {self._router.name!r} learns from: give it an "
-                "'expert', or pass {name of an expert: rows}"
+                f"{where} does not say whose task it is, which {self._owners.learner} learns from: give it {an} {key!r}, or "
+                f"pass {{name of {an} {key}: rows}}"
             )
-        return expert
+        return owner
 
-
-def _pair(row: Any, where: str) -> tuple[str, str]:
-    if not isinstance(row, Sequence) or len(row) != 2 or not all(isinstance(text, str) for text in row):
-        raise InvalidTask(f"{where} is {row!r:.80}: {FORMS}")
-    if not row[1].strip():
-        raise InvalidTask(f"{where} (input {row[0]!r:.60}) has an empty target; there is nothing to learn from it")
-    return row[0], row[1]
+    def _pair(self, row: Any, where: str) -> tuple[str, str]:
+        if not isinstance(row, Sequence) or len(row) != 2 or not all(isinstance(text, str) for text in row):
+            raise InvalidTask(f"{where} is {row!r:.80}: {self._owners.forms}")
+        if not row[1].strip():
+            raise InvalidTask(f"{where} (input {row[0]!r:.60}) has an empty target; there is nothing to learn from it")
+        return row[0], row[1]
 
 
 def _ints(values: Any, where: str) -> tuple[int, ...]:

@@ -71,7 +71,10 @@ class Run:
         """Takes what steps are left, and leaves the router with the best parameters and its report."""
         first, recent = self._resumed(state)
         self._good = (first, self._copied())
-        watch = self._watch = Watch(self._router, self._report, self._settings.steps, sorted(self._taught))
+        layers = self._router.members.layers.values()
+        watch = self._watch = Watch(
+            [layer.experts for layer in layers], self._report, self._settings.steps, sorted(self._taught)
+        )
         watch.recent.extend(recent)
         before, settings = self._report.seconds, self._settings
         shown = self._bar.add_task(f"fit {self._router.name}", total=settings.steps, completed=first, seen="")

@@ -7,13 +7,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from numbers import Real
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Protocol, Self
 
 from loraweave.errors import TrainingError
 from loraweave.hub.whole_number import is_whole
 from loraweave.registry import nearest
 from loraweave.routers.mixture import LARGEST
-from loraweave.routers.routing.learned_router import LearnedRouter
 
 PRECISIONS = ("no", "bf16")
 # AdamW divides its first step by 1 - beta1
@@ -21,21 +20,21 @@ FIRST_STEP = 10
 COUNTS = ("steps", "batch_size", "gradient_accumulation", "evaluate_every", "checkpoint_every")
 
 
+class Learner(Protocol):
+    """What has a learning rate of its own."""
+
+    lr: ClassVar[float]
+
+
 @dataclass(frozen=True)
-class Settings:
-    """AdamW over `steps` steps of `batch_size` rows each; a router that learns each expert's part from that expert's rows
-    alone takes `batch_size` rows of every expert.
+class TrainingSettings:
+    """AdamW over `steps` steps of `batch_size` rows each.
 
-    `lr`, by default the router's own, is reached after `warmup` steps (at most half of all) and goes to 0 as half a cosine.
-    A gradient longer than `clip` is shortened to it, None for no limit; a router that learns each expert apart has none.
-    `gradient_accumulation` splits a step's rows into as many passes: less memory, the same gradient of the loss, but for
-    what dropout between a router's own layers draws (`xlora` with depth above 1); a term is the mean of the passes' own.
-    None takes about `batch_size` rows at once. `gradient_checkpointing` runs the model's blocks a second time in the
-    backward pass instead of keeping what is inside them. `mixed_precision` "bf16" lets the model calculate its products in
-    bfloat16; parameters and loss stay as they are.
-
-    `balance` times the balance loss is added to the loss: it is 1 where all experts get alike, E where one of E gets all. So
-    is `z` times the mean squared logarithm of the scores' partition sum, which keeps scores small. 0.01 and 0.001 are usual.
+    `lr`, by default the learner's own, is reached after `warmup` steps (at most half of all) and goes to 0 as half a cosine.
+    A gradient longer than `clip` is shortened to it, None for no limit. `gradient_accumulation` splits a step's rows into as
+    many passes: less memory, the same gradient of the loss; a term is the mean of the passes' own.
+    `gradient_checkpointing` runs the model's blocks a second time in the backward pass instead of keeping what is inside
+    them. `mixed_precision` "bf16" lets the model calculate its products in bfloat16; parameters and loss stay as they are.
 
     `evaluation` is a dataset whose loss is measured before the first and after every `evaluate_every` steps, and after the
     last; the parameters with the lowest are kept. With `patience`, the training ends once so many evaluations in a row have
@@ -50,8 +49,6 @@ class Settings:
     warmup: int = 10
     weight_decay: float = 0.0
     clip: float | None = 1.0
-    balance: float = 0.0
-    z: float = 0.0
     gradient_accumulation: int | None = None
     gradient_checkpointing: bool = False
     mixed_precision: str = "no"
@@ -62,15 +59,18 @@ class Settings:
     checkpoint_every: int = 20
     progress: bool = True
 
+    # coefficients, which are 0 or more
+    coefficients: ClassVar[tuple[str, ...]] = ("weight_decay",)
+
     @classmethod
-    def of(cls, router: LearnedRouter, given: Mapping[str, Any]) -> Self:
+    def of(cls, learner: Learner, given: Mapping[str, Any]) -> Self:
         """The settings of a call of fit(). Raises TrainingError for unknown ones and for values out of range."""
         known = [field.name for field in fields(cls)]
         for name in given:
             if name not in known:
                 raise TrainingError(f"fit() has no setting {name!r}{nearest(name, known)}; it has {', '.join(known)}")
         settings = cls(**given)
-        settings = replace(settings, lr=router.lr if settings.lr is None else settings.lr)
+        settings = replace(settings, lr=learner.lr if settings.lr is None else settings.lr)
         settings._require_ranges()
         return settings
 
@@ -101,7 +101,7 @@ class Settings:
             raise TrainingError(f"patience is {self.patience!r}; it must be a whole number of evaluations, or None")
         if self.patience is not None and self.evaluation is None:
             raise TrainingError("patience counts evaluations, but there is no evaluation: pass evaluation=rows held out")
-        for name in ("lr", "clip", "balance", "z", "weight_decay"):
+        for name in ("lr", "clip", *self.coefficients):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
                 raise TrainingError(f"{name} is {value!r}; it must be a number")
@@ -110,7 +110,7 @@ class Settings:
             raise TrainingError(f"lr is {self.lr!r}; it must be above 0")
         if self.clip is not None and not self.clip > 0:
             raise TrainingError(f"clip is {self.clip!r}; it must be above 0, or None for no limit")
-        for name in ("balance", "z", "weight_decay"):
+        for name in self.coefficients:
             if not 0 <= (value := getattr(self, name)) < math.inf:
                 raise TrainingError(f"{name} is {value!r}; it must be at least 0, which is without")
         if self.highest_rate * max(FIRST_STEP, self.weight_decay) > LARGEST:
@@ -122,3 +122,21 @@ class Settings:
             raise TrainingError(f"checkpoint is {self.checkpoint!r}; it must be a folder, or None")
         if self.mixed_precision not in PRECISIONS:
             raise TrainingError(f"mixed_precision is {self.mixed_precision!r}; it must be 'no' or 'bf16'")
+
+
+@dataclass(frozen=True)
+class Settings(TrainingSettings):
+    """Those of a router: as `TrainingSettings`, but where the router learns each expert's part from that expert's rows alone
+    a step has `batch_size` rows of every expert, and no gradient is shortened.
+
+    `gradient_accumulation` None takes about `batch_size` rows at once. However many passes, the gradient of the loss is the
+    same but for what dropout between a router's own layers draws (`xlora` with depth above 1).
+
+    `balance` times the balance loss is added to the loss: it is 1 where all experts get alike, E where one of E gets all. So
+    is `z` times the mean squared logarithm of the scores' partition sum, which keeps scores small. 0.01 and 0.001 are usual.
+    """
+
+    balance: float = 0.0
+    z: float = 0.0
+
+    coefficients: ClassVar[tuple[str, ...]] = ("balance", "z", "weight_decay")

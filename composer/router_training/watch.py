@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from loraweave.routers.routing.learned_router import LearnedRouter, Step
+from loraweave.routers.routing.learned_router import Step
 from loraweave.routers.routing.training_report import TrainingReport
 
 WINDOW = 20
@@ -23,14 +24,17 @@ POINTS = 100
 class Watch:
     """Looks at the passes of each step, and writes what it sees into the report."""
 
-    def __init__(self, router: LearnedRouter, report: TrainingReport, steps: int, taught: Sequence[int]) -> None:
+    def __init__(
+        self, experts_of_layers: Iterable[Sequence[int]], report: TrainingReport, steps: int, taught: Sequence[int]
+    ) -> None:
+        """Each layer has some of the report's experts, by their places; `taught` are the owners of the rows."""
         self._report = report
         self._every = max(1, steps // POINTS)
         # rows of one expert alone are rightly all its own
         self._one_taught = len(set(taught)) == 1 and -1 not in taught
-        present = torch.zeros(len(router.experts), dtype=torch.float64)
-        for layer in router.members.layers.values():
-            present[list(layer.experts)] += 1 / len(layer.experts)
+        present = torch.zeros(len(report.experts), dtype=torch.float64)
+        for experts in experts_of_layers:
+            present[list(experts)] += 1 / len(experts)
         # share_E of experts that are used alike wherever they are present
         self._equal_E = present / present.sum()
         # load_E of the last steps
@@ -40,7 +44,8 @@ class Watch:
 
     def saw(self, step: Step) -> None:
         """One pass of the running step."""
-        seen = [_of_layer(step.real(w_BTE.detach())) for w_BTE in step.weights.values()]
+        num_experts = len(self._report.experts)
+        seen = [_of_layer(step.real(w_BTE.detach()), num_experts) for w_BTE in step.weights.values()]
         if seen:
             loads, entropies = zip(*seen, strict=True)
             self._loads.append(torch.stack(loads).mean(dim=0).double().cpu())
@@ -80,8 +85,11 @@ class Watch:
             )
 
 
-def _of_layer(w_NE: Tensor) -> tuple[Tensor, Tensor]:
-    """(load_E, entropy) of a layer's weights, each token's taken as shares; means over the tokens."""
-    w_NE = w_NE.abs().float()
+def _of_layer(w_NE: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """(load_E, entropy) of a layer's weights, each token's taken as shares; means over the tokens.
+
+    A layer may have the first of the experts alone.
+    """
+    w_NE = functional.pad(w_NE.abs().float(), (0, num_experts - w_NE.shape[1]))
     share_NE = w_NE / w_NE.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     return share_NE.mean(dim=0), torch.special.entr(share_NE).sum(dim=1).mean()

@@ -6,19 +6,19 @@ import pytest
 
 from loraweave.composer.batches import IGNORED
 from loraweave.composer.composer import Composer
-from loraweave.composer.router_training.rows import RowReader
+from loraweave.composer.router_training.rows import Owners, RowReader
 from loraweave.errors import InvalidTask, UnknownExpert
 from loraweave.types import Task
 
 
 @pytest.fixture
 def read(gates, pool, model, tokenizer):
-    return RowReader(gates(pool), model, tokenizer).read
+    return RowReader(Owners.of(gates(pool)), model, tokenizer).read
 
 
 @pytest.fixture
 def read_apart(apart, pool, model, tokenizer):
-    return RowReader(apart(pool), model, tokenizer).read
+    return RowReader(Owners.of(apart(pool)), model, tokenizer).read
 
 
 def texts(rows, tokenizer):
@@ -133,4 +133,4 @@ def test_a_router_that_learns_from_each_experts_rows_has_to_know_them(read_apart
 def test_a_row_longer_than_the_models_context_is_refused(gates, pool, make_model, tokenizer):
     short = make_model("llama", max_position_embeddings=8)
     with pytest.raises(InvalidTask, match="context is 8"):
-        RowReader(gates(pool), short, tokenizer).read([{"input_ids": [4] * 9, "labels": [4] * 9}])
+        RowReader(Owners.of(gates(pool)), short, tokenizer).read([{"input_ids": [4] * 9, "labels": [4] * 9}])
