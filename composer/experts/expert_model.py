@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from loraweave import registry
+from loraweave.composer.experts.checkpointing import same_call
+from loraweave.composer.experts.fit import fit
 from loraweave.composer.experts.forms._form import Weigh
 from loraweave.composer.experts.hooks import AfterPart, AfterSite, BeforeBranch, BeforeCall, BeforePart
 from loraweave.composer.experts.parts import Parts, Starts, key_of, make_parts, shapes_of
@@ -20,7 +22,7 @@ from loraweave.composer.experts.running import RUNNING, Branch, Running, shared_
 from loraweave.composer.experts.saving import read_saved_experts, write_experts
 from loraweave.composer.experts.sites import closing_blocks
 from loraweave.composer.kernels._own_precision import own_precision
-from loraweave.errors import ScopeError, UnknownName
+from loraweave.errors import ScopeError, TrainingError, UnknownName
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.fingerprint import fingerprint
 from loraweave.hub.whole_number import is_whole
@@ -30,6 +32,7 @@ from loraweave.routers.gates.gate import Gate, Weighing
 from loraweave.routers.routing.holding import holding
 from loraweave.routers.routing.prompts import prompted
 from loraweave.routers.routing.tokenizers import with_tokenizer
+from loraweave.routers.routing.training_report import TrainingReport
 
 
 class ExpertModel(nn.Module):
@@ -56,6 +59,8 @@ class ExpertModel(nn.Module):
         self.recipe = recipe
         self.tokenizer = tokenizer
         self.terms: dict[str, Tensor] = {}
+        # of the last call with labels, without the terms
+        self.own_loss: Tensor | None = None
         # what the gates did in the last call with notes
         self.notes: Any = None
         self.report: Mapping[str, Any] | None = None
@@ -87,6 +92,16 @@ class ExpertModel(nn.Module):
         return next(self.base_model.parameters()).device
 
     @property
+    def expert_names(self) -> tuple[str, ...]:
+        """A name for each expert of the site that has most."""
+        return tuple(map(str, range(max(shape.num_experts for shape in self.shapes.values()))))
+
+    @property
+    def hf_device_map(self) -> Any:
+        """The base's, where it is spread over devices. AttributeError where it is not."""
+        return self.base_model.hf_device_map
+
+    @property
     def shapes(self) -> dict[str, ExpertShape]:
         """The experts of each site."""
         return {name: layer.shape for name, layer in self._named_layers()}
@@ -103,7 +118,7 @@ class ExpertModel(nn.Module):
             running.branch = Branch(left=True, noted=shared_stream(self, args, kwargs))
         with holding(RUNNING, running):
             output = self.base_model(*args, **kwargs)
-        self.terms = {}
+        self.terms, self.own_loss = {}, getattr(output, "loss", None)
         if running.call.step is not None:
             self.notes = running.call.step
             self.terms = dict(self.recipe.losses(running.call.step))
@@ -194,6 +209,33 @@ class ExpertModel(nn.Module):
                 layers[name] = layer.factors(w_E)
         named = self.recipe.name if task is None else f"{self.recipe.name}-{task}"
         return self._adapter(named, layers, {} if task is None else {"task": str(task)})
+
+    def fit(self, dataset: Any, tokenizer: Any = None, **settings: Any) -> Self:
+        """Trains experts and gates on a dataset, by transformers' Trainer, and returns the model, which is then for use.
+
+        {name of a task: rows or a Task}, or rows: pairs (input, target), {"input", "target"} with "instruction" and "task"
+        where known, {"prompt", "target"}, or {"input_ids", "labels"}. The loss is that of the targets, with the recipe's
+        terms. Where the recipe has no tasks, it takes the dataset's names. `settings` are those of
+        `composer/experts/settings.py`; docs/experts.md explains them. Afterwards there is a `training_report`.
+
+        Raises InvalidTask for rows that cannot be used, UnknownName for tasks that the recipe has not, TrainingError for
+        settings out of range, for parameters without a gradient, and for a loss or gradient that is not finite: the model
+        then has the last good parameters.
+        """
+        fit(self, dataset, self.tokenizer if tokenizer is None else tokenizer, settings)
+        return self
+
+    @property
+    def training_report(self) -> TrainingReport:
+        """How fit() went, also of a model that was saved after it. TrainingError where it was not fitted."""
+        if self.report is None:
+            raise TrainingError(f"recipe {self.recipe.name!r} has not been trained: fit() it first")
+        return TrainingReport.from_json(self.report)
+
+    def gradient_checkpointing_enable(self, **settings: Any) -> None:
+        """The base's own, where each block's second run is told what the call was; `fit` has a setting for it instead."""
+        kwargs = {**settings.pop("gradient_checkpointing_kwargs", {}), "use_reentrant": False, "context_fn": same_call}
+        self.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs, **settings)  # type: ignore[operator]
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Writes experts, gates, recipe and report as a folder, whole or not at all, that `lw.experts(folder, base)` reads.

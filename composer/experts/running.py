@@ -83,6 +83,8 @@ class Running:
             labels_B = torch.full((num_rows,), -1) if task_B is None else task_B
             mask_BT = torch.ones(num_rows, 1) if main is None or main.ndim < 2 else torch.ones(main.shape[:2])
             step = Step(mask_BT.to(main.device) if real_BT is None and main is not None else real_BT, labels_B)  # type: ignore[arg-type]
+            if has_two_sequences(model) and isinstance(found.get("labels"), Tensor):
+                step.decoder_BT = found["labels"] != IGNORED
         past = found.get("past_key_values")
         follows = past is not None and past.get_seq_length() > 0
         two_sequences = has_two_sequences(model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
 
@@ -46,6 +46,10 @@ class Owners:
             "rows are pairs of texts (input, target), {'input', 'target'} with 'instruction' and "
             f"{self.key!r} where known, {{'prompt', 'target'}} with the whole prompt, or {{'input_ids', 'labels'}}"
         )
+
+    def closed(self) -> Self:
+        """The same, to which no name is added any more."""
+        return replace(self, grows=False)
 
     def known(self, name: Any, where: str) -> int:
         """The place of an owner. Raises what `unknown` gives for another name."""

@@ -61,6 +61,8 @@ class TrainingSettings:
 
     # coefficients, which are 0 or more
     coefficients: ClassVar[tuple[str, ...]] = ("weight_decay",)
+    # what the result does not depend on, or the caller looks at itself
+    aside: ClassVar[tuple[str, ...]] = ("evaluation", "checkpoint", "checkpoint_every", "progress")
 
     @classmethod
     def of(cls, learner: Learner, given: Mapping[str, Any]) -> Self:
@@ -76,8 +78,7 @@ class TrainingSettings:
 
     def determining(self) -> dict[str, Any]:
         """Those that the result depends on, as JSON; the rows held out are left to the caller."""
-        aside = ("evaluation", "checkpoint", "checkpoint_every", "progress")
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in aside}
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in self.aside}
 
     @property
     def highest_rate(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -51,12 +51,15 @@ class Watch:
             self._loads.append(torch.stack(loads).mean(dim=0).double().cpu())
             self._entropies.append(float(torch.stack(entropies).mean()))
 
-    def stepped(self, number: int) -> str:
-        """The step, the `number`th, is over: what to show of it. Warns, once, when one expert has almost all weight."""
+    def stepped(self, number: int, *, mean: Callable[[Tensor], Tensor] = lambda seen: seen) -> str:
+        """The step, the `number`th, is over: what to show of it. Warns, once, when one expert has almost all weight.
+
+        `mean` makes the mean over processes of what this one has seen.
+        """
         if not self._loads:
             return ""
-        load_E = torch.stack(self._loads).mean(dim=0)
-        entropy = sum(self._entropies) / len(self._entropies)
+        seen = mean(torch.cat([torch.stack(self._loads).mean(dim=0), torch.tensor(self._entropies).double().mean()[None]]))
+        load_E, entropy = seen[:-1], float(seen[-1])
         self._loads.clear()
         self._entropies.clear()
         self.recent.append(load_E)

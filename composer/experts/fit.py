@@ -1,0 +1,98 @@
+"""Trains the experts and gates of an expert model; the base stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from loraweave.composer.experts.checkpointing import same_call
+from loraweave.composer.experts.settings import ExpertSettings
+from loraweave.composer.router_training.checkpointed_blocks import checkpointed_blocks
+from loraweave.composer.router_training.kept_state import KeptState
+from loraweave.composer.router_training.rows import Owners, RowReader
+from loraweave.composer.training.caller_randomness import caller_randomness
+from loraweave.errors import TrainingError, UnknownName
+from loraweave.hub.progress import progress_bar
+from loraweave.registry import nearest
+
+if TYPE_CHECKING:
+    from loraweave.composer.experts.expert_model import ExpertModel
+
+
+def fit(model: ExpertModel, dataset: Any, tokenizer: Any, given: Mapping[str, Any]) -> None:
+    """Trains `model` on a dataset with these `ExpertSettings`; what `ExpertModel.fit` says."""
+    # transformers' Trainer is slow to import
+    from loraweave.composer.experts.course import Course
+    from loraweave.composer.experts.trainer import ExpertTrainer
+
+    settings = ExpertSettings.of(model.recipe, given)
+    owners = _owners(model)
+    rows = RowReader(owners, model.base_model, tokenizer).read(dataset)
+    held = []
+    if settings.evaluation is not None:
+        reader = RowReader(owners.closed(), model.base_model, tokenizer)
+        held = reader.read(settings.evaluation, what="evaluation", first=len(rows))
+    if tuple(owners.places) != model.tasks:
+        model.take_tasks(tuple(owners.places))
+    learning = [name for name, parameter in model.expert_parameters().items() if parameter.requires_grad]
+    if not learning:
+        raise TrainingError(f"no parameter of recipe {model.recipe.name!r} requires a gradient, so there is nothing to fit")
+    kept = KeptState.of(model.recipe.name, _determining(model, learning), settings, rows, held)
+    course = Course(model, settings, rows, held, kept)
+    with ExitStack() as stack:
+        stack.enter_context(caller_randomness())
+        stack.enter_context(_as_it_was(model))
+        stack.enter_context(checkpointed_blocks(model.base_model, settings.gradient_checkpointing, context_fn=same_call))
+        folder = stack.enter_context(TemporaryDirectory(prefix="loraweave-"))
+        trainer = ExpertTrainer(model, settings, rows, tokenizer, course, folder=folder)
+        bar = stack.enter_context(progress_bar(settings.progress and trainer.is_world_process_zero(), field="seen"))
+        course.show(bar)
+        if course.first < settings.steps:
+            trainer.train_from(course.first)
+        course.finish()
+
+
+def _owners(model: ExpertModel) -> Owners:
+    """The tasks that rows may belong to; those that a dataset names, where the recipe has none."""
+    name, tasks = model.recipe.name, model.tasks
+
+    def unknown(task: object) -> UnknownName:
+        close = nearest(task, tasks) if isinstance(task, str) else ""
+        return UnknownName(f"recipe {name!r} has no task {task!r}{close}; it has {', '.join(map(repr, tasks))}")
+
+    places = {task: place for place, task in enumerate(tasks)}
+    return Owners(places, f"recipe {name!r}", "task", model.recipe.needs_tasks, unknown, grows=not tasks)
+
+
+def _determining(model: ExpertModel, learning: list[str]) -> list[Any]:
+    """What is trained, as JSON."""
+    options = {name: repr(value) for name, value in model.recipe.options.items()}
+    return [options, {name: repr(shape) for name, shape in model.shapes.items()}, learning]
+
+
+@contextmanager
+def _as_it_was(model: ExpertModel) -> Iterator[None]:
+    """After it, each module of the base is in the mode in which it was, and its settings are; the experts are for use."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    modes = [(module, module.training) for module in model.base_model.modules()]
+    use_cache = getattr(model.config, "use_cache", None)
+    shared = [(each._shared_state, dict(each._shared_state)) for each in (AcceleratorState, GradientState, PartialState)]
+    try:
+        yield
+    finally:
+        for state, before in shared:
+            state.clear()
+            state.update(before)
+        for parameter in model.expert_parameters().values():
+            parameter.grad = None
+        # what mixed precision of a launched accelerate has put in its place
+        for name in ("forward", "_original_forward"):
+            vars(model).pop(name, None)
+        if use_cache is not None:
+            model.config.use_cache = use_cache
+        model.eval()
+        for module, mode in modes:
+            module.training = mode

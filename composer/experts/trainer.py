@@ -1,0 +1,208 @@
+"""transformers' Trainer for expert models: rows in an order that seed and step determine, no state of its own kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
+
+from loraweave.composer.batches import IGNORED
+from loraweave.composer.experts.labelled import called, labelled
+from loraweave.composer.experts.running import has_two_sequences
+from loraweave.composer.experts.settings import ExpertSettings
+from loraweave.composer.router_training.passes import Stream
+from loraweave.composer.router_training.rows import TrainingRow
+from loraweave.composer.training.seeding import seeded
+from loraweave.errors import TrainingError
+
+if TYPE_CHECKING:
+    from loraweave.composer.experts.course import Course
+    from loraweave.composer.experts.expert_model import ExpertModel
+
+
+class ExpertTrainer(Trainer):  # type: ignore[misc]
+    """Trains an expert model; what is kept, watched and checked on the way is its `Course`'s.
+
+    The model stays on its device in one process, and each process has it on its own where there are several.
+    """
+
+    def __init__(
+        self,
+        model: ExpertModel,
+        settings: ExpertSettings,
+        rows: Sequence[TrainingRow],
+        tokenizer: Any,
+        course: Course,
+        *,
+        folder: str,
+    ) -> None:
+        self._settings, self._course = settings, course
+        self._two_sequences = has_two_sequences(model.base_model)
+        head = getattr(model.base_model, "get_output_embeddings", lambda: None)()
+        self._collate = partial(
+            labelled,
+            model.base_model,
+            tokenizer,
+            # where the head has experts, it sees all tokens that the others see
+            whole=any(model.base_model.get_submodule(site) is head for site in model.sites),
+        )
+        super().__init__(
+            model=model,
+            args=_arguments(model, settings, folder),
+            data_collator=self._collate,
+            train_dataset=_RowsOfSteps(rows, settings),
+            optimizers=(course.optimizer, _scheduler(course, settings)),
+            callbacks=[course, *settings.callbacks],
+        )
+        self.remove_callback(PrinterCallback)
+        # compute_loss counts each pass for what it is of its step
+        self.loss_is_scaled_for_ga = True
+        course.begin(self)
+
+    def get_train_dataloader(self) -> Any:
+        """The rows of all steps, one after the other."""
+        return self.accelerator.prepare(
+            DataLoader(self.train_dataset, batch_size=self.args.per_device_train_batch_size, collate_fn=self._collate)
+        )
+
+    def compute_loss_context_manager(self) -> ExitStack:
+        """Products in bfloat16, where the settings ask for them; random numbers of this pass of this step alone."""
+        stack: ExitStack = super().compute_loss_context_manager()
+        device = self.model.device
+        stack.enter_context(torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type))
+        place = self._course.num_passes * self.args.world_size + self.args.process_index
+        torch.manual_seed(seeded(self._settings.seed, "dropout", self.state.global_step, place).initial_seed())
+        stack.enter_context(self.products())
+        return stack
+
+    def products(self) -> Any:
+        """The precision of the model's products."""
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self._settings.mixed_precision == "bf16")
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """What the pass counts in its step's loss: the mean over the step's target tokens, and over passes of the terms."""
+        output = self.called(model, inputs)
+        if num_items_in_batch is None:
+            num_items_in_batch = (inputs["labels"] != IGNORED).sum()
+        loss = self.model.own_loss * ((inputs["labels"] != IGNORED).sum() / num_items_in_batch)
+        terms = {name: term / self.args.gradient_accumulation_steps for name, term in self.model.terms.items()}
+        self._course.saw(loss, terms, inputs)
+        # gradients of several processes are averaged
+        whole = torch.stack([self.accelerator.num_processes * loss, *(term.to(loss) for term in terms.values())]).sum()
+        return (whole, output) if return_outputs else whole
+
+    def called(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
+        """The output of a model for inputs with labels. Raises TrainingError where it has no loss."""
+        output = called(model, inputs, two_sequences=self._two_sequences)
+        if self.model.own_loss is None:
+            raise TrainingError(
+                f"{type(self.model.base_model).__name__} gives no loss for labels, so there is nothing to learn"
+            )
+        return output
+
+    def inputs_of(self, rows: Sequence[TrainingRow]) -> dict[str, Tensor]:
+        """The rows as inputs of the model."""
+        return self._collate(rows)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The course has put the state back before."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As above."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Random numbers follow from seed and step."""
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if self.args.world_size > 1:
+            super()._move_model_to_device(model, device)
+
+    def train_from(self, step: int) -> None:
+        """Takes the steps that are left after so many."""
+        if not step:
+            self.train()
+            return
+        # how Trainer learns where to go on: its folder of a checkpoint, of which it reads this file alone
+        args, folder = self.args, Path(self.args.output_dir)
+        TrainerState(
+            global_step=step,
+            max_steps=args.max_steps,
+            logging_steps=args.logging_steps,
+            eval_steps=args.eval_steps,
+            save_steps=args.save_steps,
+            train_batch_size=args.train_batch_size,
+        ).save_to_json(str(folder / "trainer_state.json"))
+        self.train(resume_from_checkpoint=str(folder))
+
+
+class _RowsOfSteps(Dataset[TrainingRow]):
+    """The rows of all steps; those of a step are ordered by length, so that passes have little padding."""
+
+    def __init__(self, rows: Sequence[TrainingRow], settings: ExpertSettings) -> None:
+        self._stream = Stream(rows, settings.seed, "rows")
+        self._settings = settings
+        self._step: tuple[int, list[TrainingRow]] = (-1, [])
+
+    def __len__(self) -> int:
+        return self._settings.steps * self._settings.batch_size
+
+    def __getitem__(self, place: int) -> TrainingRow:
+        step, offset = divmod(place, self._settings.batch_size)
+        if self._step[0] != step:
+            self._step = (step, sorted(self._stream.at(step, self._settings.batch_size), key=len))
+        return self._step[1][offset]
+
+
+def _arguments(model: ExpertModel, settings: ExpertSettings, folder: str) -> TrainingArguments:
+    """Raises TrainingError where the rows of a step do not divide among passes and processes, or the device is not ours."""
+    accumulation = settings.gradient_accumulation or 1
+    args = TrainingArguments(
+        output_dir=folder,
+        max_steps=settings.steps,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=settings.highest_rate,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.clip or 0.0,
+        seed=settings.seed,
+        use_cpu=model.device.type == "cpu",
+        average_tokens_across_devices=True,
+        label_names=["labels"],
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    parts = accumulation * args.world_size
+    if settings.batch_size % parts:
+        raise TrainingError(
+            f"batch_size is {settings.batch_size}, which does not divide by {accumulation} passes (gradient_accumulation) "
+            f"of {args.world_size} processes: take a multiple of {parts}"
+        )
+    args.per_device_train_batch_size = settings.batch_size // parts
+    # a Trainer in one process would spread the model over all GPUs
+    args._n_gpu = min(1, args.n_gpu)
+    device, own = model.device, args.device
+    if args.world_size == 1 and device.type == "cuda" and device != own and not hasattr(model, "hf_device_map"):
+        raise TrainingError(
+            f"the model is on {device}, but Trainer trains on {own}: move it there, or set CUDA_VISIBLE_DEVICES"
+        )
+    return args
+
+
+def _scheduler(course: Course, settings: ExpertSettings) -> torch.optim.lr_scheduler.LambdaLR:
+    for group in course.optimizer.param_groups:
+        group["initial_lr"] = settings.highest_rate
+    return torch.optim.lr_scheduler.LambdaLR(
+        course.optimizer, lambda step: settings.rate(step) / settings.highest_rate, last_epoch=course.first - 1
+    )

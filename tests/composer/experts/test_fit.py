@@ -1,0 +1,276 @@
+"""Training of experts and gates: the loss it lowers, what it leaves alone, and what it refuses."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import TrainerCallback
+
+import loraweave as lw
+from loraweave.errors import InvalidTask, TrainingError, UnknownName
+
+OPTIONS = {"num_experts": (2, 3), "rank": 2, "target_modules": ("q_proj", "down_proj")}
+SETTINGS = {"steps": 3, "batch_size": 4, "warmup": 0, "progress": False}
+ROWS = [
+    {"input_ids": [3 + i, *[9] * (1 + i % 3), 5 + i, 6], "labels": [-100, *[-100] * (1 + i % 3), 5 + i, 6]} for i in range(7)
+]
+TASKS = {
+    "sums": [("1 2", "3"), ("2 2", "4"), ("3 4", "7")],
+    "capitals": [("france", "paris"), ("italy", "rome")],
+}
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model("llama")
+
+
+def state(made):
+    return {name: value.clone() for name, value in made.expert_state().items()}
+
+
+def assert_same_bits(first, second):
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_the_first_loss_is_the_mean_over_the_target_tokens_of_the_step(model):
+    made = lw.experts("mola", model, **OPTIONS).fit(ROWS[:4], **{**SETTINGS, "steps": 1})
+    losses = []
+    for row in ROWS[:4]:
+        logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0]
+        for place, label in enumerate(row["labels"]):
+            if label != -100:
+                losses.append(-functional.log_softmax(logits[place - 1], dim=0)[label])
+    assert made.training_report.losses[0] == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
+
+
+def test_the_loss_of_the_rows_held_out_falls_and_the_best_parameters_are_kept(model):
+    made = lw.experts("mola", model, **OPTIONS)
+    made.fit(ROWS, **{**SETTINGS, "steps": 30, "lr": 0.03}, evaluation=ROWS, evaluate_every=10)
+    found = dict(made.training_report.evaluations)
+    assert found[30] < 0.8 * found[0]
+    assert found[made.training_report.kept] == min(found.values())
+    assert not made.training
+
+
+def test_terms_of_the_recipe_count_in_the_loss(model):
+    plain, with_terms = ({**OPTIONS, "balance": balance} for balance in (0.0, 50.0))
+    first = lw.experts("mola", model, **plain).fit(ROWS, **SETTINGS)
+    second = lw.experts("mola", model, **with_terms).fit(ROWS, **SETTINGS)
+    assert first.training_report.terms == {}
+    # k times the coefficient where all experts are alike
+    assert second.training_report.terms["balance"][0] == pytest.approx(100.0, rel=0.1)
+    assert any(not torch.equal(value, second.expert_state()[name]) for name, value in first.expert_state().items())
+
+
+def test_passes_of_a_step_add_up_to_its_gradient(make_model):
+    settings = {**SETTINGS, "batch_size": 6, "clip": None}
+    made = []
+    for passes in (None, 3):
+        model = make_model("llama", dtype=torch.float64)
+        # a term of whole passes is another with other passes
+        made.append(lw.experts("mola", model, **OPTIONS, balance=0.0).fit(ROWS, **settings, gradient_accumulation=passes))
+    assert made[1].training_report.losses == pytest.approx(made[0].training_report.losses, rel=1e-4)
+    # transformers takes logits in fp32 to their loss, and AdamW divides small gradients by themselves
+    for name, value in made[0].expert_state().items():
+        torch.testing.assert_close(made[1].expert_state()[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_the_base_and_the_callers_random_numbers_are_as_they_were(model):
+    before = copy.deepcopy(model.state_dict())
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    use_cache = model.config.use_cache
+    with lw.experts("mola", model, **OPTIONS) as made:
+        model.train()
+        made.fit(ROWS, **SETTINGS)
+    assert torch.equal(torch.rand(3), expected)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    assert all(module.training for module in model.modules())
+    assert model.config.use_cache == use_cache
+
+
+def test_names_of_the_dataset_become_the_tasks_of_a_recipe_without_any(model, tokenizer):
+    made = lw.experts("mola", model, **OPTIONS, tokenizer=tokenizer)
+    made.fit(TASKS, **SETTINGS, evaluation={"capitals": [("spain", "madrid")]})
+    assert made.tasks == ("sums", "capitals")
+    with pytest.raises(UnknownName, match=r"evaluation\['capital'\].* no task 'capital', did you mean 'capitals'"):
+        lw.experts("moelora", model, rank=8, tasks=("sums", "capitals")).fit(
+            TASKS, tokenizer, **SETTINGS, evaluation={"capital": [("spain", "madrid")]}
+        )
+
+
+def test_rows_are_trained_with_their_own_task(model, tokenizer):
+    made = lw.experts("moelora", model, rank=8, tasks=("sums", "capitals", "never")).fit(TASKS, tokenizer, **SETTINGS)
+    gate = next(iter(made.gates.values()))
+    fresh = next(iter(lw.experts("moelora", model, rank=8, tasks=("sums", "capitals", "never")).gates.values()))
+    (name,) = (name for name, value in gate.named_parameters() if value.shape[0] == 3)
+    changed = (gate.get_parameter(name) != fresh.get_parameter(name)).any(dim=1)
+    assert changed.tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"input": "a", "label": "b"}], "no 'target'"),
+        ([{"input_ids": [3, 4]}], "no 'labels'"),
+        ([("a", "b")], "no tokenizer is known"),
+        ([], "dataset is empty"),
+        ({"train": ROWS}, "no tasks, but perhaps splits"),
+    ],
+)
+def test_data_that_cannot_be_used_is_refused_by_name(model, rows, said):
+    with pytest.raises(InvalidTask, match=said):
+        lw.experts("mola", model, **OPTIONS).fit(rows, **SETTINGS)
+
+
+def test_a_row_without_its_task_is_refused_where_the_recipe_looks_at_tasks(model):
+    made = lw.experts("moelora", model, rank=8, tasks=("sums", "capitals"))
+    with pytest.raises(InvalidTask, match="whose task it is, which recipe 'moelora' learns from: give it a 'task'"):
+        made.fit(ROWS, **SETTINGS)
+
+
+def test_rows_that_do_not_divide_among_passes_are_refused(model):
+    with pytest.raises(TrainingError, match=r"batch_size is 4, which does not divide by 3 passes .* take a multiple of 3"):
+        lw.experts("mola", model, **OPTIONS).fit(ROWS, **SETTINGS, gradient_accumulation=3)
+
+
+def test_an_unknown_setting_is_refused_by_name(model):
+    with pytest.raises(TrainingError, match="no setting 'step', did you mean 'steps'"):
+        lw.experts("mola", model, **OPTIONS).fit(ROWS, step=3)
+
+
+def test_a_parameter_without_a_gradient_is_named_and_all_is_put_back(model):
+    made = lw.experts("mola", model, **OPTIONS)
+    name = next(name for name in made.expert_parameters() if name.endswith("b_SO"))
+    made.expert_parameters()[name].register_hook(torch.zeros_like)
+    before = state(made)
+    with pytest.raises(
+        TrainingError, match=rf"after 0 steps; 1 parameters of recipe 'mola' had no gradient after 1 steps: {name}"
+    ):
+        made.fit(ROWS, **SETTINGS)
+    assert_same_bits(state(made), before)
+
+
+def test_a_gate_without_a_gradient_is_named_after_the_second_step(model):
+    made = lw.experts("mola", model, **OPTIONS)
+    name = next(name for name in made.expert_parameters() if name.startswith("gates."))
+    made.expert_parameters()[name].register_hook(torch.zeros_like)
+    before = state(made)
+    with pytest.raises(TrainingError, match=rf"had no gradient after 2 steps: {name}"):
+        made.fit(ROWS, **SETTINGS)
+    assert_same_bits(state(made), before)
+
+
+def test_a_loss_that_is_not_finite_ends_the_training_with_the_last_good_parameters(model):
+    class Damage(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **_):
+            if state.global_step == 2:
+                with torch.no_grad():
+                    next(iter(model.expert_parameters().values())).fill_(float("nan"))
+
+    made = lw.experts("mola", model, **OPTIONS)
+    with pytest.raises(TrainingError, match=r"the loss is nan at step 3 .* after 1 steps, with which it was last finite"):
+        made.fit(ROWS, **SETTINGS, callbacks=[Damage()])
+    assert_same_bits(
+        state(made), state(lw.experts("mola", model, **OPTIONS).fit(ROWS, **SETTINGS, callbacks=[StopAfter(1)]))
+    )
+
+
+class StopAfter(TrainerCallback):
+    """Ends the training after so many steps."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **_):
+        control.should_training_stop = state.global_step >= self.steps
+
+
+class Killed(TrainerCallback):
+    """Ends the training by an error, for which no state is saved, after so many steps."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == self.steps:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("killed_after", [3, 4])
+def test_an_interrupted_training_goes_on_to_the_same_bits(model, tmp_path, killed_after):
+    settings = {**SETTINGS, "steps": 6, "evaluation": ROWS[:3], "evaluate_every": 2, "checkpoint_every": 2}
+    options = {**OPTIONS, "dropout": 0.2}
+    whole = lw.experts("mola", model, **options).fit(ROWS, **settings)
+    with pytest.raises(KeyboardInterrupt):
+        lw.experts("mola", model, **options).fit(ROWS, **settings, checkpoint=tmp_path, callbacks=[Killed(killed_after)])
+    seen = []
+
+    class Seen(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            seen.append(state.global_step)
+
+    resumed = lw.experts("mola", model, **options).fit(ROWS, **settings, checkpoint=tmp_path, callbacks=[Seen()])
+    assert seen == list(range(killed_after // 2 * 2, 6))
+    assert_same_bits(state(resumed), state(whole))
+    for field in ("losses", "evaluations", "entropy", "load"):
+        assert resumed.report[field] == whole.report[field]
+    # what is finished is read, not trained again
+    again = lw.experts("mola", model, **options).fit(ROWS, **settings, checkpoint=tmp_path)
+    assert_same_bits(state(again), state(whole))
+    assert not [file for file in tmp_path.rglob("*") if file.suffix not in ("", ".safetensors")]
+
+
+def test_callbacks_are_told_loss_entropy_and_the_load_of_each_expert(model):
+    told = []
+
+    class Logged(TrainerCallback):
+        def on_log(self, args, state, control, logs, **_):
+            told.append(logs)
+
+    made = lw.experts("mola", model, **OPTIONS).fit(ROWS, **SETTINGS, callbacks=[Logged()])
+    assert [logs["loss"] for logs in told[:3]] == made.training_report.losses
+    assert sum(told[0][f"load/{name}"] for name in made.expert_names) == pytest.approx(1.0, abs=1e-3)
+    assert 0 < told[0]["entropy"] <= 1.1
+
+
+def test_patience_ends_a_training_that_gets_no_better(model):
+    made = lw.experts("mola", model, **OPTIONS)
+    # such steps change no fp32 number of the loss
+    settings = {**SETTINGS, "steps": 9, "lr": 1e-30}
+    report = made.fit(ROWS, **settings, evaluation=ROWS, evaluate_every=1, patience=2).training_report
+    assert len(report.losses) == 2
+    assert report.kept == 0
+
+
+def test_mixed_precision_keeps_parameters_and_comes_near_the_exact_losses(model):
+    exact = lw.experts("mola", model, **OPTIONS).fit(ROWS, **SETTINGS)
+    mixed = lw.experts("mola", model, **OPTIONS).fit(ROWS, **SETTINGS, mixed_precision="bf16")
+    assert {value.dtype for value in mixed.expert_parameters().values()} == {torch.float32}
+    assert mixed.training_report.losses != exact.training_report.losses
+    assert mixed.training_report.losses == pytest.approx(exact.training_report.losses, rel=0.03)
+
+
+def test_an_encoder_decoder_is_trained_on_its_answers(make_model, tokenizer):
+    made = lw.experts("mola", make_model("t5"), num_experts=(2,), target_modules=("q", "v"), tokenizer=tokenizer)
+    report = made.fit(TASKS, **{**SETTINGS, "steps": 30, "lr": 0.05}).training_report
+    assert report.losses[-1] < 0.95 * report.losses[0]
+
+
+def test_what_was_trained_is_saved_with_its_report(model, make_model, tmp_path):
+    made = lw.experts("mola", model, **OPTIONS).fit(ROWS, **SETTINGS)
+    again = lw.experts(made.save_pretrained(tmp_path / "saved"), make_model("llama"))
+    assert again.training_report == made.training_report
+    made.training_report.plot(tmp_path / "training.png")
+    assert (tmp_path / "training.png").stat().st_size > 10_000
+
+
+def test_an_untrained_model_has_no_report(model):
+    with pytest.raises(TrainingError, match=r"has not been trained: fit\(\) it first"):
+        _ = lw.experts("mola", model, **OPTIONS).training_report
