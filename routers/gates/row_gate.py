@@ -18,7 +18,10 @@ class RowGate(Gate):
     """Weighs the experts of a site by the mean of its input over the real tokens of a row's prompt.
 
     What was decided for a row holds for the tokens that follow its prompt. A subclass says how means become weights.
+    `padding` counts the prompt's padding in its mean.
     """
+
+    padding = False
 
     def of_means(self, mean_BI: Tensor, call: Call) -> Weighing:
         """w_B1E and scores_B1E of the call's rows, whose prompts have these means, in fp32 or better."""
@@ -30,7 +33,7 @@ class RowGate(Gate):
         if self in call.kept and torch._C._current_graph_task_id() == -1:
             return of_rows(call.kept[self], len(x_BTI))
         self._require_prompts(x_BTI, call)
-        found = self.of_means(prompt_mean(x_BTI, call), call)
+        found = self.of_means(prompt_mean(x_BTI, call, padding=self.padding), call)
         call.kept[self] = found
         return found
 

@@ -1,0 +1,81 @@
+"""Factors of rank 1 in two pools, of which each row gets its own few, paired by how good they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from loraweave.composer.experts.forms._form import Weigh, fitting
+from loraweave.composer.experts.sites import layer_sites
+from loraweave.composer.layer_kinds import linear
+from loraweave.composer.layer_kinds._kind import by_row
+from loraweave.composer.training.seeding import seeded
+from loraweave.routers.experts._recipe import ExpertShape, Recipe, Site
+from loraweave.routers.experts.mixlora_conditional import MixloraConditional
+
+
+class SelectedFactors(nn.Module):
+    """y0 + scale * sum over p of b_p (a_p dropout(x)), where a_p and b_p have the p-th best scores of their pools in a row.
+
+    A site's weights are scores of the factors a, then of the factors b. With k_REI those of b get, times `a_weight`, a
+    softmax over the sum of softmax(k_p a_p).
+    """
+
+    is_update: ClassVar[bool] = False
+
+    def __init__(self, recipe: Recipe, site: Site, shape: ExpertShape) -> None:
+        super().__init__()
+        assert isinstance(recipe, MixloraConditional)
+        self.recipe = recipe
+        self.site = site
+        self.shape = shape
+        self.a_EI = nn.Parameter(torch.zeros(shape.num_experts, site.num_inputs))
+        self.b_EO = nn.Parameter(torch.zeros(shape.num_experts, site.num_outputs))
+        k_REI = torch.zeros(recipe.rank, shape.num_experts, site.num_inputs)
+        self.k_REI = nn.Parameter(k_REI) if recipe.conditional else None
+
+    @staticmethod
+    def sites(model: nn.Module, recipe: Recipe) -> list[Site]:
+        return layer_sites(model, recipe.target_modules, kinds=(linear,))
+
+    @torch.no_grad()
+    def reset(self, starts: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """k_REI begins as torch draws a linear layer of all chosen factors on end."""
+        own_a, own_b = zip(*starts, strict=True)
+        self.a_EI.copy_(torch.cat(own_a))
+        self.b_EO.copy_(torch.cat(own_b))
+        if self.k_REI is not None:
+            bound = (self.recipe.rank * self.site.num_inputs) ** -0.5
+            self.k_REI.uniform_(-bound, bound, generator=seeded(self.recipe.seed, "conditional", self.site.name))
+
+    def forward(self, module: nn.Module, args: tuple[Any, ...], y: Tensor, weigh: Weigh) -> Tensor:
+        """Raises ScopeError, naming the layer and both counts, where rows are not the weights'."""
+        x_BTI, y_BTO = by_row(args[0]), by_row(y)
+        scores_BTE = fitting(weigh(x_BTI), self.site, *x_BTI.shape[:2])
+        of_a_BE, of_b_BE = scores_BTE[:, 0].chunk(2, dim=1)
+        a_BRI, a_BR = self._chosen(self.a_EI, of_a_BE)
+        if self.k_REI is not None:
+            # what was chosen of a, as it enters the layer
+            along_BRE = torch.einsum("bri,rei->bre", a_BRI * a_BR[..., None], self.k_REI)
+            of_b_BE = of_b_BE + self.recipe.a_weight * along_BRE.softmax(dim=-1).sum(dim=1).softmax(dim=-1)
+            b_BRO, b_BR = self._chosen(self.b_EO, of_b_BE, of_b_BE.softmax(dim=-1))
+        else:
+            b_BRO, b_BR = self._chosen(self.b_EO, of_b_BE)
+        dtype = torch.get_autocast_dtype(y.device.type) if torch.is_autocast_enabled(y.device.type) else y.dtype
+        x_BTI = functional.dropout(x_BTI, self.recipe.dropout, self.training).to(dtype)
+        w_BR = a_BR * b_BR * self.recipe.scale
+        inner_BTR = (x_BTI @ a_BRI.to(dtype).transpose(1, 2)) * w_BR[:, None].to(dtype)
+        return (y_BTO + (inner_BTR @ b_BRO.to(dtype)).to(y.dtype)).view(y.shape)
+
+    def _chosen(self, factors: Tensor, scores_BE: Tensor, p_BE: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The factors of the highest scores of each row, best first, and for each a 1 with the gradient of its p."""
+        best_BR = scores_BE.topk(self.recipe.rank, dim=1).indices
+        p_BR = (scores_BE if p_BE is None else p_BE).gather(1, best_BR)
+        ones_BR = torch.ones_like(p_BR)
+        if not (self.recipe.as_released or not p_BR.requires_grad):
+            ones_BR = ones_BR + (p_BR - p_BR.detach())
+        return factors[best_BR], ones_BR

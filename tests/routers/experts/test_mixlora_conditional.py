@@ -1,0 +1,46 @@
+"""Factors that the prompt of a row chooses: options and refusals."""
+
+import pytest
+import torch
+
+import loraweave as lw
+from loraweave.composer.experts.make import recipe
+from loraweave.errors import ScopeError, WeightingError
+
+
+def test_the_scale_is_that_of_the_released_script():
+    assert recipe("mixlora_conditional", {"num_experts": 16, "rank": 4}).scale == 8.0
+    assert recipe("mixlora_conditional", {"num_experts": 16, "rank": 4, "alpha": 4.0}).scale == 1.0
+
+
+def test_its_factors_are_no_adapters(make_model):
+    made = lw.experts("mixlora_conditional", make_model("llama"), target_modules=("q_proj",))
+    with pytest.raises(ScopeError, match="expert 0 of recipe 'mixlora_conditional' is no update of layers"):
+        made.expert(0)
+
+
+def test_what_was_chosen_by_the_prompt_holds_for_the_answer(make_model):
+    with lw.experts("mixlora_conditional", make_model("llama"), num_experts=6, target_modules=("q_proj",)) as made:
+        torch.manual_seed(0)
+        for layer in made.layers.values():
+            torch.nn.init.normal_(layer.b_EO)
+        ids_BT = torch.tensor([[3, 9, 27, 20, 11, 7]])
+        labels = ids_BT.clone()
+        labels[:, :3] = -100
+        answer = made(input_ids=ids_BT, labels=labels).logits
+        longer = torch.cat([ids_BT, torch.tensor([[44, 58]])], dim=1)
+        labels = torch.cat([labels, longer[:, -2:]], dim=1)
+        torch.testing.assert_close(made(input_ids=longer, labels=labels).logits[:, :6], answer)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_experts": 3, "rank": 4}, "rank of recipe 'mixlora_conditional' is 4: .* of the 3 of num_experts"),
+        ({"num_experts": 0}, "num_experts of recipe 'mixlora_conditional' is 0"),
+        ({"a_weight": -1.0}, "a_weight of recipe 'mixlora_conditional' is -1.0: it is 0 or more"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(options, message):
+    with pytest.raises(WeightingError, match=message):
+        recipe("mixlora_conditional", options)
