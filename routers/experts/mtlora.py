@@ -27,6 +27,8 @@ class Mtlora(Recipe):
     `rank` and `shared_scale` s are of the shared experts; `task_rank` and `task_scale` s_t of the tasks', one for all or one
     for each, as published for Swin-T. There is no alpha / rank. `trainable_scales` lets the scales learn.
 
+    Dropout is before every update; the released code has none before those of a branch whose x_t is its own.
+
     The published model gives the outputs of all tasks for an image; here a row has one task, and an image that is asked for
     several is several rows. A place outside the blocks is of the branch.
     """

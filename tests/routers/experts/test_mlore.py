@@ -76,6 +76,33 @@ def test_each_images_branches_are_one_convolution(model, pixels):
             )
 
 
+def test_a_linear_layer_that_sees_whole_images_has_the_same_formula(make_model, pixels):
+    model, place = make_model("segformer", dtype=torch.float64), "decode_head.linear_projections.1.proj"
+    with trained(model, target_modules=(place,), generic=False) as made:
+        layer, gate, seen = made.layers[place.replace(".", "/")], made.gates[place.replace(".", "/")], {}
+        model.get_submodule(place).register_forward_hook(lambda _, args, y: seen.update(x=args[0], y=y))
+        gate.register_forward_hook(lambda _, args, out: seen.update(w=out.w_BTE[:, 0]))
+        made(pixel_values=pixels, task=[0, 1, 0])
+        w_BS = seen["w"].repeat_interleave(torch.tensor(layer.shape.ranks), dim=1)
+        module = model.get_submodule(place)
+        weights_BOI = module.weight + torch.einsum("bs,so,si->boi", w_BS, layer.b_SO, layer.a_SI)
+        expected = torch.einsum("bti,boi->bto", seen["x"], weights_BOI) + module.bias
+        torch.testing.assert_close(seen["y"], expected, rtol=1e-10, atol=1e-10)
+
+
+def test_an_expert_is_an_adapter_that_a_composer_mixes(model, pixels):
+    with trained(model) as made:
+        adapter = made.expert(1)
+        assert {name: factors.kernel for name, factors in adapter.layers.items()} == {PLACE: (3, 3)}
+        layer, module = made.layers[PLACE.replace(".", "/")], model.get_submodule(PLACE)
+        update = (layer.b_SO[1:5].T @ layer.a_SI[1:5]).view(8, 8, 3, 3).detach()
+    with lw.Composer(model, [adapter]).activate({adapter.name: 1.0}):
+        live = model(pixel_values=pixels).logits
+    with torch.no_grad():
+        module.weight += update
+    torch.testing.assert_close(live, model(pixel_values=pixels).logits, rtol=1e-5, atol=1e-5)
+
+
 def test_the_generic_path_can_be_any_update_of_the_weight(model):
     with trained(model, ranks=(1,), top_k=1) as made:
         layer = made.layers[PLACE.replace(".", "/")]
