@@ -37,10 +37,8 @@ class MixtureOfLoras(Recipe):
             self.refuse("eta", "it is a coefficient of a loss, 0 or more")
 
     def shape(self, site: Site) -> ExpertShape:
-        """Raises WeightingError where there are no domains."""
-        if not self.tasks:
-            self.refuse("tasks", "they are the domains, each with an expert of its own: name them in tasks=(...)")
-        return ExpertShape((self.rank,) * len(self.tasks))
+        # until fit() knows the domains there is one expert
+        return ExpertShape((self.rank,) * max(len(self.tasks), 1))
 
     def gate(self, site: Site, num_experts: int) -> DomainGate:
         return DomainGate(site.num_inputs, num_experts, oracle=self.oracle)

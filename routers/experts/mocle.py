@@ -49,9 +49,7 @@ class Mocle(Recipe):
         return ClusterGate(self.num_features, num_experts, temperature=self.temperature, static=self.by_task)
 
     def reader(self) -> ClusterReader:
-        """Raises WeightingError for clusters that are tasks without names, UnknownName for an embedder that there is not."""
-        if not self.by_task:
-            return ClusterReader(self.num_clusters, self.num_features, embedder=self.embedder)
-        if not self.tasks:
-            self.refuse("tasks", "with by_task they are the clusters: name them in tasks=(...)")
-        return ClusterReader(len(self.tasks), self.num_features, embedder=None)
+        """Raises UnknownName for an embedder that there is not."""
+        if self.by_task:
+            return ClusterReader(len(self.tasks), self.num_features, embedder=None)
+        return ClusterReader(self.num_clusters, self.num_features, embedder=self.embedder)

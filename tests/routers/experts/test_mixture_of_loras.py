@@ -118,7 +118,6 @@ def test_a_site_that_sees_the_last_token_alone_is_refused(make_model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tasks": ()}, r"tasks of recipe 'mixture_of_loras' is \(\): they are the domains"),
         ({"eta": -0.1}, "eta of recipe 'mixture_of_loras' is -0.1"),
         ({"eta": float("nan")}, "eta of recipe 'mixture_of_loras' is nan"),
     ],
@@ -126,3 +125,10 @@ def test_a_site_that_sees_the_last_token_alone_is_refused(make_model):
 def test_values_out_of_range_are_refused_by_name(make_model, options, message):
     with pytest.raises(WeightingError, match=message):
         lw.experts("mixture_of_loras", make_model("llama"), **{"tasks": DOMAINS, **options})
+
+
+def test_without_domains_there_is_one_expert_until_there_are_some(make_model):
+    with lw.experts("mixture_of_loras", make_model("llama")) as made:
+        assert {shape.num_experts for shape in made.shapes.values()} == {1}
+        made.take_tasks(DOMAINS)
+        assert {shape.num_experts for shape in made.shapes.values()} == {3}

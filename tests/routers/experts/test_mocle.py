@@ -198,7 +198,6 @@ def test_a_recipe_without_clusters_of_texts_is_refused(make_model):
         ({"num_clusters": 0}, "num_clusters of recipe 'mocle' is 0"),
         ({"num_features": 0}, "num_features of recipe 'mocle' is 0"),
         ({"temperature": 0.0}, "temperature of recipe 'mocle' is 0.0"),
-        ({"by_task": True}, r"tasks of recipe 'mocle' is \(\): with by_task they are the clusters"),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(make_model, options, message):

@@ -94,7 +94,6 @@ def test_an_encoder_and_its_decoder_generate_by_the_task(make_model):
         ({"rank": 6, "num_experts": 4}, "rank of recipe 'moelora' is 6: the 4 experts .* evenly"),
         ({"num_experts": 0}, "num_experts of recipe 'moelora' is 0"),
         ({"num_features": 0}, "num_features of recipe 'moelora' is 0"),
-        ({"tasks": ()}, r"tasks of recipe 'moelora' is \(\): .* name them"),
         ({"tasks": ("ct", "ct")}, "tasks of recipe 'moelora' .* each name once"),
     ],
 )
@@ -111,3 +110,13 @@ def test_a_task_that_there_is_not_is_refused_by_name(make_model):
             made(input_ids=IDS_BT, task=[-1, 0])
         with pytest.raises(ScopeError, match="3 tasks were given for 2 rows"):
             made(input_ids=IDS_BT, task=[0, 1, 2])
+
+
+@pytest.mark.parametrize(("recipe", "options"), [("moelora", {}), ("mocle", {"by_task": True})])
+def test_without_tasks_there_is_nothing_to_call_it_for_until_there_are_some(make_model, recipe, options):
+    with lw.experts(recipe, make_model("llama"), **options) as made:
+        with pytest.raises(UnknownName, match=r"it has none: pass tasks=\(\.\.\.\) or fit\(\) it on \{task: rows\}"):
+            made(input_ids=IDS_BT, task=0)
+        made.take_tasks(TASKS)
+        made(input_ids=IDS_BT, task=["mri", "ct"])
+        assert set(made.adapter("drugs").layers) == set(made.sites)
