@@ -113,7 +113,7 @@ class ExpertModel(nn.Module):
 
     def forward(self, *args: Any, task: Any = None, **kwargs: Any) -> Any:
         """The base's output, with the recipe's losses in its `loss` in training mode."""
-        running = Running(self, self._task_ids(task), notes=self.training)
+        running = Running(self, self.task_ids(task), notes=self.training)
         if self.recipe.branches:
             running.branch = Branch(left=True, noted=shared_stream(self, args, kwargs))
         with holding(RUNNING, running):
@@ -131,7 +131,7 @@ class ExpertModel(nn.Module):
         if self.recipe.branches:
             raise ScopeError(f"recipe {self.recipe.name!r} has branches for tasks, and generates no tokens: call the model")
         ids_BT = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-        running = Running(self, self._task_ids(task))
+        running = Running(self, self.task_ids(task))
         with holding(RUNNING, running), self._prompts(ids_BT, kwargs.get("attention_mask")):
             running.begin_generation(self.base_model)
             self.show_gates(running.call)
@@ -199,7 +199,7 @@ class ExpertModel(nn.Module):
                 f"the weights of recipe {self.recipe.name!r} depend on the input, so that no one adapter has them: export "
                 "its experts one by one (expert(number)), or save_pretrained() the whole"
             )
-        task_B = self._task_ids(task)
+        task_B = self.task_ids(task)
         call, layers = Call(task_B=task_B), {}
         with torch.no_grad():
             self.show_gates(call)
@@ -337,7 +337,7 @@ class ExpertModel(nn.Module):
         base = str(getattr(self.base_model, "name_or_path", ""))
         return Adapter(name, base, layers, fingerprint(self.base_model), {"recipe": recipe})
 
-    def _task_ids(self, task: Any) -> Tensor | None:
+    def task_ids(self, task: Any) -> Tensor | None:
         """task_B of names or ids, one for each row, or one for all. Raises UnknownName for one that there is not."""
         if task is None:
             if self.recipe.needs_tasks:

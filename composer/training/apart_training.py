@@ -99,7 +99,7 @@ class Apart:
             num_parameters = sum(recipe.rank * (outputs + inputs) for outputs, inputs in self.layers.values())
         else:
             num_parameters = sum(part.a_RI.numel() + part.b_OR.numel() for part in start.values())
-        return PlannedJob(name, make, num_parameters, self.rows[name], recipe, self.held_out.get(name))
+        return PlannedJob(name, make, num_parameters, self.rows[name], recipe.pace, self.held_out.get(name))
 
     def _adapter(self, job: LoraJob, report: JobReport) -> Adapter:
         start = self.begins.get(job.name)

@@ -6,15 +6,17 @@ parameters of another (Ye et al. 2023, arXiv 2312.02515).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from loraweave.composer.mixing.begun import arguments_of
 from loraweave.composer.training.row_products import RowRange, add_products
 from loraweave.composer.training.training_job import TrainingJob
+from loraweave.routers.routing.prompts import current_prompts
 
 
 class FusedPass:
@@ -32,6 +34,7 @@ class FusedPass:
 
     def __enter__(self) -> FusedPass:
         try:
+            self._handles.append(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
             for layer in dict.fromkeys(layer for job in self.members for layer in job.layers):
                 module = self.model.get_submodule(layer)
                 self._handles.append(module.register_forward_hook(self._hook(layer)))
@@ -44,6 +47,15 @@ class FusedPass:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        inputs, known = arguments_of(model, args, kwargs), current_prompts()
+        start, num_rows = 0, sum(self.row_counts)
+        for job, count in zip(self.members, self.row_counts, strict=True):
+            place = (start, start + count, num_rows)
+            own = {name: _cut(value, *place) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+            job.begin(own, None if known is None else _cut(known.mask_BT, *place))
+            start += count
 
     def _hook(self, layer: str) -> Any:
         def add_updates(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -78,3 +90,11 @@ class FusedPass:
             parts += [y_NO[end:start], y_NO[start:stop] + update_NO]
             end = stop
         return torch.cat([*parts, y_NO[end:]]).view_as(y)
+
+
+def _cut(value: Tensor, start: int, stop: int, num_rows: int) -> Tensor:
+    """The part of its first axis that is a job's, where that has the batch's rows; what has not is for all."""
+    if value.ndim == 0 or len(value) % num_rows:
+        return value
+    copies = len(value) // num_rows
+    return value[start * copies : stop * copies]

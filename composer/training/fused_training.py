@@ -73,7 +73,7 @@ class FusedTraining:
         self._memory = self._measured_model()
         self._require_room()
         usage = MemoryUse(self._device)
-        self._total = sum(job.recipe.steps for job in self._waiting.values())
+        self._total = sum(job.pace.steps for job in self._waiting.values())
         shown = self._bar.add_task("", total=self._total, loss="")
         self._resume()
         while self._running or self._waiting:
@@ -179,8 +179,8 @@ class FusedTraining:
     def _show(self, shown: TaskID) -> None:
         names = ", ".join(run.planned.name for run in self._running)
         done = sum(run.step for run in self._running)
-        ahead = sum(run.planned.recipe.steps for run in self._running)
-        ahead += sum(job.recipe.steps for job in self._waiting.values())
+        ahead = sum(run.planned.pace.steps for run in self._running)
+        ahead += sum(job.pace.steps for job in self._waiting.values())
         # what a job that ended early does not take counts as done
         losses = [run.losses[-1] for run in self._running if run.losses]
         mean = f"loss {sum(losses) / len(losses):.3f}, " if losses else ""

@@ -18,7 +18,7 @@ def held_out_losses(model: Any, tokenizer: Any, due: Sequence[JobProgress]) -> l
     waiting = {run: list(run.planned.held_out.rows) for run in due if run.planned.held_out is not None}
     totals, counts = dict.fromkeys(due, 0.0), dict.fromkeys(due, 0)
     while runs := [run for run, rows in waiting.items() if rows]:
-        chosen = {run: waiting[run][: run.planned.recipe.batch_size] for run in runs}
+        chosen = {run: waiting[run][: run.planned.pace.batch_size] for run in runs}
         for run, (total, count) in _summed(model, tokenizer, chosen).items():
             totals[run] += total
             counts[run] += count

@@ -29,17 +29,17 @@ class JobProgress:
         self.num_tokens = 0
         self._best: list[Tensor] | None = None
         self._flat = FlatParameters(self.job.parameters())
-        self._optimizer = torch.optim.AdamW(self._flat.vectors, lr=planned.recipe.lr, weight_decay=0.0)
+        self._optimizer = torch.optim.AdamW(self._flat.vectors, lr=planned.pace.lr, weight_decay=0.0)
 
     def next_rows(self) -> list[EncodedRow]:
         """Those of the step to be taken."""
-        return self.planned.recipe.rows(self.planned.rows, self.planned.name, self.step)
+        return self.planned.pace.rows(self.planned.rows, self.planned.name, self.step)
 
     def take_step(self, loss: float, num_tokens: int) -> None:
         """Down the gradient that the parameters have, clipped to norm 1, and forgets it."""
         nn.utils.clip_grad_norm_(self._flat.vectors, GRADIENT_LIMIT)
         for group in self._optimizer.param_groups:
-            group["lr"] = self.planned.recipe.rate(self.step)
+            group["lr"] = self.planned.pace.rate(self.step)
         self._optimizer.step()
         self._flat.zero_grad()
         self.step += 1
@@ -52,7 +52,7 @@ class JobProgress:
         plan = self.planned.held_out
         if plan is None or (self.held_out and self.held_out[-1][0] == self.step):
             return False
-        return self.step % plan.every == 0 or self.step == self.planned.recipe.steps
+        return self.step % plan.every == 0 or self.step == self.planned.pace.steps
 
     @torch.no_grad()
     def evaluated(self, loss: float) -> None:
@@ -67,7 +67,7 @@ class JobProgress:
         patience = None if self.planned.held_out is None else self.planned.held_out.patience
         if patience is not None and self._since_best() >= patience:
             return f"no lower held-out loss in {patience} evaluations"
-        return ALL_STEPS if self.step >= self.planned.recipe.steps else None
+        return ALL_STEPS if self.step >= self.planned.pace.steps else None
 
     def _since_best(self) -> int:
         losses = [loss for step, loss in self.held_out if step]

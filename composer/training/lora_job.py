@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,9 @@ class LoraJob:
         """From now on b alone is trained."""
         for a_RI, _ in self.factors.values():
             a_RI.requires_grad_(False)
+
+    def begin(self, inputs: Mapping[str, Any], prompt_BT: Tensor | None) -> None:
+        """Nothing: factors are the same for all rows."""
 
     def low_rank(self, layer: str) -> LowRank:
         return LowRank(*self.factors[layer], self.scale)

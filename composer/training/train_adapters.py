@@ -14,8 +14,9 @@ from loraweave.composer.training.apart_training import Apart
 from loraweave.composer.training.continual_training import require_way, train_in_order
 from loraweave.composer.training.held_out import Judging
 from loraweave.composer.training.job_training import JobTraining
+from loraweave.composer.training.pace import WARMUP_STEPS
 from loraweave.composer.training.starts import require_startable
-from loraweave.composer.training.training_recipe import WARMUP_STEPS, Recipe, require_trainable
+from loraweave.composer.training.training_recipe import Recipe, require_trainable
 from loraweave.composer.training.training_report import TrainedAdapters
 from loraweave.composer.untouched import untouched
 from loraweave.errors import TrainingError, UnknownName

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import NamedTuple, Protocol
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -20,9 +20,10 @@ class TrainingJob(Protocol):
     """Parameters, and what they add to the outputs of the base's layers, for the rows of a batch that are the job's own.
 
     An adapter's is one product of factors in each layer (`LoraJob`); all jobs' products of a layer then are one step of
-    autograd. A model of experts gives no product but computes its own `update`, from the inputs of its rows alone: gates,
-    experts, whatever it has, with the parameters that it names; what its loss has beside that of the targets is its
-    `penalty`. No row of one job reaches the parameters of another, so that the gradients are those of training it alone.
+    autograd. A model of experts gives no product but computes its own `update` from the inputs of its rows alone: gates,
+    experts, whatever it has, with the parameters that it names (`composer/experts/expert_job.py`). What its loss has beside
+    that of the targets is its `penalty`. No row of one job reaches the parameters of another: its gradients are those of
+    training it alone.
     """
 
     @property
@@ -35,6 +36,13 @@ class TrainingJob(Protocol):
 
     def parameters(self) -> list[Tensor]:
         """What is trained, in an order that does not change."""
+        ...
+
+    def begin(self, inputs: Mapping[str, Any], prompt_BT: Tensor | None) -> None:
+        """A forward begins with these arguments of the model, cut to the job's rows; so is the mask of what is prompt.
+
+        With gradients it is a step of training, without it is an evaluation.
+        """
         ...
 
     def low_rank(self, layer: str) -> LowRank | None:

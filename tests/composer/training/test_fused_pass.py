@@ -29,6 +29,9 @@ class Gated:
     def parameters(self):
         return [self.gate_EI, self.a_ERI, self.b_EOR]
 
+    def begin(self, inputs, prompt_BT):
+        self.seen = inputs["input_ids"].tolist(), prompt_BT.tolist() if prompt_BT is not None else None
+
     def low_rank(self, layer):
         return None
 
@@ -119,3 +122,17 @@ def test_leaving_after_an_exception_removes_every_hook(model):
     with pytest.raises(AttributeError):
         FusedPass(model, jobs[:1]).__enter__()
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("counts", [[1, 3, 2], None])
+def test_a_job_is_told_the_inputs_of_its_own_rows_and_which_are_prompt(model, tokenizer, counts):
+    jobs = jobs_of(torch.Generator().manual_seed(5))
+    rows = encode(model, tokenizer, [text for text, _ in ROWS], [target for _, target in ROWS])
+    stacked = batch(model, tokenizer, rows)
+    with torch.no_grad(), FusedPass(model, jobs, counts):
+        token_losses(model, stacked)
+    own = slice(1, 4) if counts else slice(2, 4)
+    ids, prompts = jobs[1].seen
+    assert ids == stacked.inputs["input_ids"][own].tolist()
+    lengths = [sum(row) for row in prompts]
+    assert lengths == [len(row.prompt) for row in rows[own]]

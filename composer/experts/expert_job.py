@@ -1,0 +1,74 @@
+"""An expert model as one of many jobs on its base."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraweave.composer.experts.expert_model import ExpertModel
+from loraweave.composer.experts.parts import key_of
+from loraweave.composer.experts.running import Running
+from loraweave.composer.layer_kinds.linear import shape as linear_shape
+from loraweave.errors import TrainingError
+
+
+class ExpertJob:
+    """A `TrainingJob`: the experts and gates of the model, for rows that are all of `task` where the recipe asks for one.
+
+    Gates see the job's own rows alone, and the recipe's losses are its penalty. What a step draws (dropout, noise of gates)
+    comes from torch's generator, so it is drawn otherwise beside other jobs; all else is as alone. Raises TrainingError for
+    recipes whose experts are no updates of linear layers, ScopeError or UnknownName for a task that is missing or unknown.
+    """
+
+    def __init__(self, name: str, model: ExpertModel, *, task: str | int | None = None) -> None:
+        self.name = name
+        self.model = model
+        self.task = task
+        self._running = Running(model, model.task_ids(task))
+        for site in model.sites:
+            module, form = model.base_model.get_submodule(site), model.layers[key_of(site)]
+            if model.recipe.branches or model.sites[site].parts or not form.is_update or linear_shape(module) is None:
+                raise TrainingError(
+                    f"job {name!r}: the experts of recipe {model.recipe.name!r} at {site!r} are no update of a linear "
+                    "layer, so its rows cannot share a pass with others: train it alone"
+                )
+
+    @property
+    def layers(self) -> Collection[str]:
+        return self.model.sites.keys()
+
+    def parameters(self) -> list[Tensor]:
+        """Those of experts and gates."""
+        return [parameter for parameter in self.model.expert_parameters().values() if parameter.requires_grad]
+
+    def begin(self, inputs: Mapping[str, Any], prompt_BT: Tensor | None) -> None:
+        """Shows the gates the job's rows; with gradients, takes notes for the recipe's losses."""
+        learns = torch.is_grad_enabled()
+        # not the base, which keeps its own mode
+        self.model.layers.train(learns)
+        self.model.gates.train(learns)
+        self._running = Running(self.model, self.model.task_ids(self.task), notes=learns)
+        self._running.begin(self.model.base_model, (), inputs)
+        if prompt_BT is not None:
+            self._running.call.prompt_BT = prompt_BT.bool()
+        self.model.show_gates(self._running.call)
+
+    def low_rank(self, layer: str) -> None:
+        """Never: the weights are the gates'."""
+
+    def update(self, layer: str, x_BTI: Tensor) -> Tensor:
+        """What the site's experts add to its output."""
+        module: nn.Module = self.model.base_model.get_submodule(layer)
+        shape = linear_shape(module)
+        assert shape is not None
+        zero_BTO = x_BTI.new_zeros(*x_BTI.shape[:-1], shape.num_outputs)
+        return self.model.with_experts(layer, module, (x_BTI,), zero_BTO, self._running.call)
+
+    def penalty(self) -> Tensor | None:
+        """The recipe's losses together, if it has any."""
+        step = self._running.call.step
+        terms = {} if step is None else self.model.recipe.losses(step)
+        return torch.stack(list(terms.values())).sum() if terms else None
