@@ -232,10 +232,18 @@ class ExpertModel(nn.Module):
             raise TrainingError(f"recipe {self.recipe.name!r} has not been trained: fit() it first")
         return TrainingReport.from_json(self.report)
 
-    def gradient_checkpointing_enable(self, **settings: Any) -> None:
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **settings: Any) -> None:
         """The base's own, where each block's second run is told what the call was; `fit` has a setting for it instead."""
-        kwargs = {**settings.pop("gradient_checkpointing_kwargs", {}), "use_reentrant": False, "context_fn": same_call}
-        self.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs, **settings)  # type: ignore[operator]
+        kwargs = {**(gradient_checkpointing_kwargs or {}), "use_reentrant": False, "context_fn": same_call}
+        base: Any = self.base_model
+        if hasattr(base, "activation_checkpointing_enable"):
+            base.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs, **settings)
+        else:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs, **settings)
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **settings: Any) -> None:
+        """`gradient_checkpointing_enable` by the name that later versions of transformers have for it."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **settings)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Writes experts, gates, recipe and report as a folder, whole or not at all, that `lw.experts(folder, base)` reads.

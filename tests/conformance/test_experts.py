@@ -210,3 +210,19 @@ def test_what_was_saved_answers_alike_bit_for_bit(trained, name, make_model, tmp
         assert torch.equal(again(**inputs, **tasks).logits, expected)
     with built(name, make_model(kind_of(name), dtype=torch.float64)) as other:
         assert torch.equal(other.load(tmp_path / "saved")(**inputs, **tasks).logits, expected)
+
+
+@on_text
+def test_blocks_that_run_again_in_the_backward_pass_have_the_same_gradients(name, trained):
+    inputs, found = batch(ROWS), []
+    inputs["labels"] = labels_for(name, inputs)
+    trained.train()
+    for _ in range(2):
+        trained.zero_grad()
+        torch.manual_seed(0)
+        trained(**inputs, **tasks_of(trained, 0, 1, 0), use_cache=False).loss.backward()
+        found.append({key: value.grad for key, value in trained.expert_parameters().items()})
+        trained.gradient_checkpointing_enable()
+    assert any(bool(gradient.any()) for gradient in found[0].values() if gradient is not None)
+    for key, gradient in found[0].items():
+        torch.testing.assert_close(found[1][key], gradient, rtol=0, atol=0)

@@ -274,3 +274,12 @@ def test_what_was_trained_is_saved_with_its_report(model, make_model, tmp_path):
 def test_an_untrained_model_has_no_report(model):
     with pytest.raises(TrainingError, match=r"has not been trained: fit\(\) it first"):
         _ = lw.experts("mola", model, **OPTIONS).training_report
+
+
+@pytest.mark.parametrize("name", ["mola", "moelora"])
+def test_blocks_that_run_again_train_to_the_same_bits(model, name):
+    options = {**OPTIONS, "dropout": 0.3} if name == "mola" else {"rank": 8, "tasks": ("sums", "capitals"), "dropout": 0.3}
+    rows = [{**row, "task": ("sums", "capitals")[place % 2]} for place, row in enumerate(ROWS)]
+    plain = lw.experts(name, model, **options).fit(rows, **SETTINGS)
+    again = lw.experts(name, model, **options).fit(rows, **SETTINGS, gradient_checkpointing=True)
+    assert_same_bits(state(again), state(plain))
