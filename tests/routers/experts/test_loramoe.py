@@ -79,3 +79,19 @@ def test_knowledge_that_is_no_task_is_refused_with_the_nearest(make_model):
 def test_values_out_of_range_are_refused_by_name(make_model, options, message):
     with pytest.raises(WeightingError, match=message):
         lw.experts("loramoe", make_model("llama"), **options)
+
+
+def test_training_makes_tasks_of_knowledge_use_the_first_half_and_others_the_second(make_model, tokenizer):
+    dataset = {
+        "sums": [("1 2", "3"), ("2 2", "4"), ("3 4", "7")],
+        "facts": [("france", "paris"), ("italy", "rome"), ("spain", "madrid")],
+    }
+    options = {"knowledge": ("facts",), "num_experts": 4, "balance": 30.0, "delta": 0.3, "target_modules": (LAYER,)}
+    with lw.experts("loramoe", make_model("llama"), tokenizer=tokenizer, **options) as made:
+        made.fit(dataset, steps=25, lr=0.06, batch_size=6, warmup=0, progress=False)
+        for task, texts in dataset.items():
+            ids_BT = tokenizer([" ".join(texts[0])], return_tensors="pt")["input_ids"]
+            made.train()(input_ids=ids_BT, task=task)
+            use_E = made.notes.weights[LAYER].detach().mean(dim=(0, 1))
+            ratio = float(use_E[:2].sum() / use_E[2:].sum())
+            assert ratio > 1.2 if task == "facts" else ratio < 1 / 1.2

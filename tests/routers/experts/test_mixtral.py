@@ -3,9 +3,14 @@
 import pytest
 import torch
 from torch.nn import functional
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 import loraweave as lw
 from loraweave.errors import WeightingError
+from loraweave.routers.experts._recipe import Site
+from loraweave.routers.experts.mixtral import Mixtral
+from loraweave.routers.gates.call import Call
 
 LAYER = "model.layers.0.mlp.down_proj"
 BATCH = {
@@ -23,6 +28,17 @@ def test_a_site_adds_its_formula(seen_at):
             p_E[expert] / p_E[best].sum() * 3.0 * site.b_ERO[expert].T @ (site.a_ERI[expert] @ x_I) for expert in best
         )
         torch.testing.assert_close(y_O, y0_O + update_O)
+
+
+def test_its_gate_is_the_router_of_transformers():
+    theirs = MixtralTopKRouter(MixtralConfig(hidden_size=5, num_local_experts=4, num_experts_per_tok=2))
+    gate, x_BTI = Mixtral(num_experts=4, top_k=2).gate(Site("up_proj", 5, 7), 4), torch.randn(2, 6, 5)
+    torch.nn.init.normal_(gate.r_EI)
+    theirs.weight.data.copy_(gate.r_EI.data)
+    w_BTE, scores_BTE = gate(x_BTI, Call())
+    scores_NE, weights_NK, chosen_NK = theirs(x_BTI)
+    torch.testing.assert_close(scores_BTE.flatten(0, 1), scores_NE)
+    torch.testing.assert_close(w_BTE.flatten(0, 1), torch.zeros_like(scores_NE).scatter(1, chosen_NK, weights_NK))
 
 
 def test_its_loss_counts_the_real_tokens_alone(terms_of):

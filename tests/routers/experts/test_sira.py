@@ -78,3 +78,15 @@ def test_its_loss_is_the_balance_of_the_scores_that_chose(terms_of):
 def test_values_out_of_range_are_refused_by_name(make_model, options, message):
     with pytest.raises(WeightingError, match=message):
         lw.experts("sira", make_model("llama"), **options)
+
+
+def test_gradient_checkpointing_draws_the_same_experts_again(make_model):
+    rows = [{"input_ids": [3 + i, 9, 9, 5 + i, 6], "labels": [-100, 9, 9, 5 + i, 6]} for i in range(4)]
+    drawing = {"expert_dropout": 0.4, "capacity": 0.5, "target_modules": ("q_proj", "down_proj")}
+    reports = []
+    for checkpointing in (False, True):
+        made = lw.experts("sira", make_model("llama", dtype=torch.float64), **drawing)
+        made.fit(rows, steps=3, batch_size=4, warmup=0, progress=False, gradient_checkpointing=checkpointing)
+        reports.append(made.training_report)
+    assert reports[0].losses == pytest.approx(reports[1].losses, rel=1e-12)
+    assert reports[0].terms["balance"] == pytest.approx(reports[1].terms["balance"], rel=1e-12)
