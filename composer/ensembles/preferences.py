@@ -70,13 +70,7 @@ def train_reward_heads(
 
 def pair_features(engine: Composer, mixtures: Sequence[Any], pairs: Pairs, *, progress: bool) -> tuple[Tensor, Tensor]:
     """(preferred_MNH, other_MNH): features of both texts of each pair, each text run once under each member."""
-    for number, pair in enumerate(pairs, start=1):
-        if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise InvalidTask(f"pair {number} is {pair!r}, not two texts: the preferred one, and the other")
-        if pair[0] == pair[1]:
-            raise InvalidTask(f"pair {number} prefers {pair[0][:60]!r} to itself")
-    if not pairs:
-        raise InvalidTask("there are no pairs to learn a preference from")
+    require_pairs(pairs)
     texts = list(dict.fromkeys(text for pair in pairs for text in pair))
     place = {text: index for index, text in enumerate(texts)}
     found_MNH = text_features(engine, known_members(engine, mixtures), texts, progress=progress)
@@ -84,10 +78,21 @@ def pair_features(engine: Composer, mixtures: Sequence[Any], pairs: Pairs, *, pr
     return found_MNH[:, preferred], found_MNH[:, other]
 
 
+def require_pairs(pairs: Pairs) -> None:
+    """Raises InvalidTask for pairs that are none."""
+    for number, pair in enumerate(pairs, start=1):
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise InvalidTask(f"pair {number} is {pair!r}, not two texts: the preferred one, and the other")
+        if pair[0] == pair[1]:
+            raise InvalidTask(f"pair {number} prefers {pair[0][:60]!r} to itself")
+    if not pairs:
+        raise InvalidTask("there are no pairs to learn a preference from")
+
+
 def fit(head: nn.Module, preferred_MNH: Tensor, other_MNH: Tensor, settings: Settings, *, progress: bool) -> None:
     """Trains a head of features_MBH (M may be 1) on pairs of features, in place."""
     optimizer = torch.optim.AdamW(head.parameters(), lr=settings.lr, weight_decay=0.0)
-    order = _Epochs(preferred_MNH.shape[1], settings.seed)
+    order = Epochs(preferred_MNH.shape[1], settings.seed)
     with torch.enable_grad(), progress_bar(progress, field="loss") as bar:
         shown = bar.add_task("training the reward head", total=settings.steps, loss="")
         for step in range(settings.steps):
@@ -109,7 +114,7 @@ def seeded(seed: int, make: Callable[[], T]) -> T:
         return make()
 
 
-class _Epochs:
+class Epochs:
     """Indices in shuffled epochs, a function of the seed alone."""
 
     def __init__(self, size: int, seed: int) -> None:

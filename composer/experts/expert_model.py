@@ -121,7 +121,7 @@ class ExpertModel(nn.Module):
         self.terms, self.own_loss = {}, getattr(output, "loss", None)
         if running.call.step is not None:
             self.notes = running.call.step
-            self.terms = dict(self.recipe.losses(running.call.step))
+            self.terms = {**self.recipe.losses(running.call.step), **self.recipe.factor_losses(self._factors())}
             if self.terms and getattr(output, "loss", None) is not None:
                 output.loss = output.loss + torch.stack([term.to(output.loss) for term in self.terms.values()]).sum()
         return output
@@ -330,6 +330,10 @@ class ExpertModel(nn.Module):
 
     def _gate(self, site: Site) -> Gate | None:
         return dict(self.gates.items()).get(key_of(self.recipe.gate_key(site)))  # type: ignore[return-value]
+
+    def _factors(self) -> dict[str, Tensor]:
+        """a_SI of each site that has them."""
+        return {name: layer.a_SI for name, layer in self._named_layers() if hasattr(layer, "a_SI")}
 
     def _named_layers(self) -> list[tuple[str, Any]]:
         return [(name, self.layers[key_of(name)]) for name in self.sites]

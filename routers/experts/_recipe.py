@@ -138,6 +138,10 @@ class Recipe:
         """Named terms to add to the model's loss, with their coefficients."""
         return {}
 
+    def factor_losses(self, a_SI: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Named terms of what the experts' factors a are at each site, with their coefficients."""
+        return {}
+
     def refuse(self, option: str, way_out: str) -> None:
         """Raises WeightingError for an option's value."""
         raise WeightingError(f"{option} of recipe {self.name!r} is {getattr(self, option)!r}: {way_out}")

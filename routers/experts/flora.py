@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraweave.routers.experts._recipe import ExpertShape, Recipe, Site
-from loraweave.routers.gates.task_switch import TaskSwitch
+from loraweave.routers.experts._own_expert import OwnExpert
+from loraweave.routers.experts._recipe import Site
 
 MODES = ("multiplicative", "additive")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flora(Recipe):
+class Flora(OwnExpert):
     """Each of `tasks` has an expert of its own, and a row that of its task: y = (W * (b_e^T a_e)) x + bias, elementwise.
 
     That is the sum over ranks of b_er * (W (a_er * x)), so that one product with W serves rows of all tasks. The first rank
@@ -24,7 +24,6 @@ class Flora(Recipe):
 
     mode: str = "multiplicative"
 
-    needs_tasks = True
     silent_at_first = ("a_SI", "a_ERI")
 
     def __post_init__(self) -> None:
@@ -39,16 +38,6 @@ class Flora(Recipe):
     @property
     def form(self) -> str:  # type: ignore[override]
         return "multiplied" if self.mode == "multiplicative" else "sum_of_experts"
-
-    def shape(self, site: Site) -> ExpertShape:
-        """Raises WeightingError where there are no tasks."""
-        if not self.tasks:
-            self.refuse("tasks", "each has an expert of its own: name them in tasks=(...)")
-        return ExpertShape((self.rank,) * len(self.tasks))
-
-    def gate(self, site: Site, num_experts: int) -> TaskSwitch:
-        own = [[expert == task for expert in range(num_experts)] for task in range(num_experts)]
-        return TaskSwitch([*own, [False] * num_experts], [1.0] * num_experts)
 
     def start(self, site: Site, expert: int, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         if self.mode == "additive":

@@ -1,0 +1,25 @@
+"""What recipes share in which each task has a LoRA of its own, and a row that of its task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loraweave.routers.experts._recipe import ExpertShape, Recipe, Site
+from loraweave.routers.gates.task_switch import TaskSwitch
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnExpert(Recipe):
+    """y = y0 + alpha / rank * B_e A_e dropout(x), e the expert of the row's task."""
+
+    needs_tasks = True
+
+    def shape(self, site: Site) -> ExpertShape:
+        """Raises WeightingError where there are no tasks."""
+        if not self.tasks:
+            self.refuse("tasks", "each has an expert of its own: name them in tasks=(...)")
+        return ExpertShape((self.rank,) * len(self.tasks))
+
+    def gate(self, site: Site, num_experts: int) -> TaskSwitch:
+        own = [[expert == task for expert in range(num_experts)] for task in range(num_experts)]
+        return TaskSwitch([*own, [False] * num_experts], [1.0] * num_experts)
