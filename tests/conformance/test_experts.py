@@ -25,6 +25,9 @@ OPTIONS: dict[str, dict] = {
         "target_modules": ("stages.0.patch_embeddings.proj", "linear_fuse"),
     },
     "mtlora": {"tasks": TASKS, "rank": 3, "task_rank": 2},
+    # a language model has no head for rewards
+    "reward_ensemble": {"tasks": TASKS, "target_modules": ("q_proj", "down_proj")},
+    "dmoerm": {"tasks": TASKS, "target_modules": ("q_proj", "down_proj")},
 }
 # recipes for dense prediction, on images
 VISION = ("mlore", "mtlora")
