@@ -42,13 +42,19 @@ def test_multiplied_weights_are_no_adapter(make_model):
             made(input_ids=IDS, task="colour")
 
 
+def test_without_tasks_it_waits_for_those_of_fit(make_model):
+    with lw.experts("flora", make_model("llama")) as made:
+        assert {shape.num_experts for shape in made.shapes.values()} == {1}
+        with pytest.raises(ScopeError, match="recipe 'flora' looks at the task of each row"):
+            made(input_ids=IDS)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"mode": "sum"}, "mode of recipe 'flora' is 'sum': it is one of 'multiplicative', 'additive'"),
         ({"alpha": 4.0}, "alpha of recipe 'flora' is 4.0: it is None where the experts multiply"),
         ({"dropout": 0.1}, "dropout of recipe 'flora' is 0.1: it is 0 where the experts multiply"),
-        ({"tasks": ()}, r"tasks of recipe 'flora' is \(\): each has an expert of its own"),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(make_model, options, message):
