@@ -22,8 +22,8 @@ class MixloraConditional(Recipe):
     2 * num_experts, as in the released script.
 
     In the released code no score meets a factor, so that the selectors keep their random beginning, and padding counts in
-    the mean: `as_released`. There the mean is of all tokens, in training those of the answer too, and in a generation of the
-    latest one alone; here it is of the prompt, also then.
+    the mean: `as_released`, where they are frozen. There the mean is of all tokens, in training those of the answer too, and
+    in a generation of the latest one alone; here it is of the prompt, also then.
     """
 
     rank: int = 4
@@ -33,6 +33,7 @@ class MixloraConditional(Recipe):
     as_released: bool = False
 
     form: ClassVar[str] = "selected_factors"
+    silent_at_first: ClassVar[tuple[str, ...]] = ("a_EI", "k_REI")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,4 +52,6 @@ class MixloraConditional(Recipe):
         return ExpertShape((1,) * self.num_experts)
 
     def gate(self, site: Site, num_experts: int) -> FactorGate:
-        return FactorGate(site.num_inputs, num_experts, padding=self.as_released)
+        gate = FactorGate(site.num_inputs, num_experts, padding=self.as_released)
+        # nothing that it says has a gradient
+        return gate.requires_grad_(not self.as_released)

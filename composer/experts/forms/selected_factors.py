@@ -36,7 +36,7 @@ class SelectedFactors(nn.Module):
         self.a_EI = nn.Parameter(torch.zeros(shape.num_experts, site.num_inputs))
         self.b_EO = nn.Parameter(torch.zeros(shape.num_experts, site.num_outputs))
         k_REI = torch.zeros(recipe.rank, shape.num_experts, site.num_inputs)
-        self.k_REI = nn.Parameter(k_REI) if recipe.conditional else None
+        self.k_REI = nn.Parameter(k_REI, requires_grad=not recipe.as_released) if recipe.conditional else None
 
     @staticmethod
     def sites(model: nn.Module, recipe: Recipe) -> list[Site]:

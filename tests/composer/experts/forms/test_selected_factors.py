@@ -124,6 +124,7 @@ def test_selectors_learn_as_if_factors_were_times_their_scores(make_trained):
 def test_as_released_the_selectors_have_no_gradient(make_trained):
     made = make_trained(as_released=True)
     made(**ROWS).logits.square().sum().backward()
-    assert made.gates[KEY].r_EI.grad is None
-    assert made.layers[KEY].k_REI.grad is None
+    for selector in (made.gates[KEY].r_EI, made.layers[KEY].k_REI):
+        assert selector.grad is None
+        assert not selector.requires_grad
     assert made.layers[KEY].a_EI.grad.any()
