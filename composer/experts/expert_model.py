@@ -16,7 +16,7 @@ from loraweave import registry
 from loraweave.composer.experts.checkpointing import same_call
 from loraweave.composer.experts.fit import fit
 from loraweave.composer.experts.forms._form import Weigh
-from loraweave.composer.experts.hooks import AfterPart, AfterSite, BeforeBranch, BeforeCall, BeforePart
+from loraweave.composer.experts.hooks import AfterBranch, AfterPart, AfterSite, BeforeBranch, BeforeCall, BeforePart
 from loraweave.composer.experts.parts import Parts, Starts, key_of, make_parts, shapes_of
 from loraweave.composer.experts.running import RUNNING, Branch, Running, shared_stream
 from loraweave.composer.experts.saving import read_saved_experts, write_experts
@@ -80,8 +80,9 @@ class ExpertModel(nn.Module):
         if recipe.branches:
             for block in closing_blocks(base_model):
                 if any(name.startswith(f"{block}.") for name in self.sites):
-                    hook = BeforeBranch(self, block)
-                    self._handles.append(base_model.get_submodule(block).register_forward_pre_hook(hook))
+                    module = base_model.get_submodule(block)
+                    self._handles.append(module.register_forward_pre_hook(BeforeBranch(self, block)))
+                    self._handles.append(module.register_forward_hook(AfterBranch(self)))
 
     @property
     def config(self) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from loraweave.composer.experts.running import RUNNING, Running
@@ -78,7 +79,21 @@ class BeforeBranch(_Hook):
             return running.branch.take(self.block), *args[1:]
         # blocks may add to it in its own memory
         running.branch.note(self.block, args[0].clone())
-        return None
+        num_streams = running.branch.num_streams
+        return None if num_streams == 1 else (torch.cat([args[0]] * num_streams), *args[1:])
+
+
+class AfterBranch(_Hook):
+    """After the block where branches leave the shared stream: its output alone goes on, while it runs."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        running = self.running
+        if running is None or running.branch is None or running.branch.left or running.branch.num_streams == 1:
+            return output
+        share = running.branch.num_streams
+        return (
+            tuple(_first_rows(each, share) for each in output) if isinstance(output, tuple) else _first_rows(output, share)
+        )
 
 
 class BeforePart(_Hook):
@@ -104,3 +119,8 @@ class AfterPart(BeforePart):
             return y
         assert self.owner is not None
         return self.owner.after_part(self.site, self.part, args, y, running)
+
+
+def _first_rows(output: Any, share: int) -> Any:
+    """The first of so many equal parts of the rows; what is no tensor as it is."""
+    return output[: len(output) // share] if isinstance(output, Tensor) else output

@@ -27,10 +27,12 @@ if TYPE_CHECKING:
 class Branch:
     """What the branches of tasks take over from the shared stream, by path: inputs of blocks, and outputs of sites.
 
-    It is noted while the shared stream runs, and taken once the branches have `left` it.
+    It is noted while the shared stream runs, and taken once the branches have `left` it. While it runs, `num_streams` times
+    its rows are in the blocks where branches leave: its own, and those of each task where it is made of theirs.
     """
 
     left: bool = False
+    num_streams: int = 1
     noted: dict[str, Tensor] = field(default_factory=dict)
 
     def note(self, path: str, value: Tensor) -> None:
@@ -122,7 +124,7 @@ def shared_stream(owner: ExpertModel, args: tuple[Any, ...], kwargs: Mapping[str
     """What the branches of tasks take over from a call of the base: it runs without tasks. Raises ScopeError for a cache."""
     if kwargs.get("past_key_values") is not None:
         raise ScopeError(f"recipe {owner.recipe.name!r} runs the model twice and takes no cache: give all tokens at once")
-    branch = Branch()
+    branch = Branch(num_streams=owner.recipe.num_streams)
     with holding(RUNNING, Running(owner, branch=branch)):
         owner.base_model(*args, **{name: value for name, value in kwargs.items() if name != "labels"})
     return branch.noted

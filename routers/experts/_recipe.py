@@ -109,6 +109,11 @@ class Recipe:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
+    def num_streams(self) -> int:
+        """How many streams run side by side in the blocks where branches leave: 1 is the shared one alone."""
+        return 1
+
+    @property
     def scale(self) -> float:
         """alpha / rank, or what the recipe puts before its sum instead."""
         return (2.0 * self.rank if self.alpha is None else self.alpha) / self.rank

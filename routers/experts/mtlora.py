@@ -21,8 +21,8 @@ class Mtlora(Recipe):
     the branch, which goes to the task's output.
 
     `mode` "matrix" is that; with "matrixv2" the branch has s B A x, too. With "addition" the shared stream has
-    W x + LayerNorm(sum over t of (W x + s_t B_t A_t x)) at these places. The LayerNorm's factor begins as 0, so that it
-    begins as the base, and as 1 with `as_released`, as in the released code.
+    W x + LayerNorm(sum over t of y_t) at these places, inside blocks. The LayerNorm's factor begins as 0, so that it begins
+    as the base, and as 1 with `as_released`, as in the released code.
 
     `rank` and `shared_scale` s are of the shared experts; `task_rank` and `task_scale` s_t of the tasks', one for all or one
     for each, as published for Swin-T. There is no alpha / rank. `trainable_scales` lets the scales learn.
@@ -70,6 +70,10 @@ class Mtlora(Recipe):
     def scale(self) -> float:
         return 1.0
 
+    @property
+    def num_streams(self) -> int:
+        return len(self.tasks) + 1 if self.mode == "addition" else 1
+
     def shape(self, site: Site) -> ExpertShape:
         shared = (self.rank,) * self._num_shared(site)
         return ExpertShape(shared + (self._for_tasks("task_rank") if self.is_branched(site) else ()))
@@ -92,7 +96,12 @@ class Mtlora(Recipe):
         """Whether the tasks have experts of their own here."""
         if not self.tasks:
             raise WeightingError(f"tasks of recipe {self.name!r} is (): name those that get experts of their own")
-        return site.closing and any(_ends(site.name, ending) for ending in self.task_modules)
+        found = site.closing and any(_ends(site.name, ending) for ending in self.task_modules)
+        if found and self.mode == "addition" and site.block is None:
+            self.refuse(
+                "mode", f"{site.name!r} is outside the blocks, where tasks have no streams: leave it out, or take 'matrix'"
+            )
+        return found
 
     def _for_tasks(self, option: str) -> tuple[Any, ...]:
         """One value for each task."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from loraweave.composer.experts.forms._form import Weigh
@@ -17,7 +18,8 @@ from loraweave.routers.experts.mtlora import Mtlora
 class TaskBranches(SumOfExperts):
     """The sum of experts, which a branch adds to what the shared stream had at the place: its base's output, or all of it.
 
-    The recipe's `mode` says which. With "addition" the shared stream has y0 + LayerNorm(sum over t of (y0 + update_t)).
+    The recipe's `mode` says which. With "addition" the shared stream has y0 + LayerNorm(sum over t of y_t), so that the
+    streams of all tasks run beside it.
     """
 
     # a branch adds to another stream's output
@@ -40,18 +42,26 @@ class TaskBranches(SumOfExperts):
             return super().forward(module, args, y, weigh)
         if branch.left:
             return super().forward(module, args, branch.take(self.site.name), weigh)
-        y0 = y.clone()
-        made = super().forward(module, args, y, weigh)
         if self.norm is not None:
-            made = self._normed(module, made, y0)
+            y0, made = self._summed(module, args, y, weigh)
+        else:
+            y0 = y.clone()
+            made = super().forward(module, args, y, weigh)
         branch.note(self.site.name, made.clone() if self.mode == "matrixv2" else y0)
         return made
 
-    def _normed(self, module: nn.Module, made: Tensor, y0: Tensor) -> Tensor:
-        """y0 + LayerNorm(sum over t of (y0 + update_t)), of made = y0 + the sum of the updates."""
+    def _summed(self, module: nn.Module, args: tuple[Any, ...], y: Tensor, weigh: Weigh) -> tuple[Tensor, Tensor]:
+        """y0 of the shared stream, and all streams on end: y0 + LayerNorm(sum over t of y_t), and each y_t."""
         assert self.norm is not None
+        num_streams = self.num_tasks + 1
+        y0 = y[: len(y) // num_streams].clone()
+
+        def weigh_streams(x_BTI: Tensor) -> Tensor:
+            own_SE = weigh(x_BTI)[0, 0].diag()
+            return torch.cat([torch.zeros_like(own_SE[:1]), own_SE])[:, None].repeat_interleave(len(y0), dim=0)
+
+        y_t = super().forward(module, args, torch.cat([y0] * num_streams), weigh_streams)[len(y0) :]
         kind = conv if self.site.kernel else linear
-        summed_BTO = kind.rows(module, made + (self.num_tasks - 1) * y0)
+        summed_BTO = kind.rows(module, torch.stack(y_t.chunk(self.num_tasks)).sum(dim=0))
         normed_BTO: Tensor = self.norm(summed_BTO.to(self.norm.weight.dtype))
-        found: Tensor = y0 + kind.put_back(normed_BTO.to(y0.dtype), y0)
-        return found
+        return y0, torch.cat([y0 + kind.put_back(normed_BTO.to(y0.dtype), y0), y_t])

@@ -74,22 +74,22 @@ def update(made, path, expert, x):
     return gate.scale_E[expert] * (x @ layer.a_SI[rows].T @ layer.b_SO[rows])
 
 
-def both(made, stage, number, name, x, x_t, task):
-    """(shared stream's, branch's) output of a place of the last block of a stage, as the paper's code has it."""
+def streams(made, stage, number, name, x, xs_t):
+    """(shared stream's, each branch's) output of a place of the last block of a stage, as the paper's code has it."""
     path = f"stages.{stage}.blocks.{number}.{name}"
     module, mode = made.base_model.get_submodule(path), made.recipe.mode
     y0 = functional.linear(x, module.weight, module.bias)
     if mode == "addition":
         norm = made.layers[path.replace(".", "/")].norm
-        sums = sum(y0 + update(made, path, each, x) for each in range(len(TASKS)))
-        shared = y0 + functional.layer_norm(sums, sums.shape[-1:], norm.weight, norm.bias)
-        return shared, y0 + update(made, path, task, x_t)
+        ys_t = [y0 + update(made, path, task, x_t) for task, x_t in enumerate(xs_t)]
+        return y0 + functional.layer_norm(sum(ys_t), y0.shape[-1:], norm.weight, norm.bias), ys_t
     shared = y0 + update(made, path, 0, x)
-    return shared, (shared if mode == "matrixv2" else y0) + update(made, path, 1 + task, x_t)
+    ys_t = [(shared if mode == "matrixv2" else y0) + update(made, path, 1 + task, x_t) for task, x_t in enumerate(xs_t)]
+    return shared, ys_t
 
 
 def published(made, x, task):
-    """One row's features, with the two streams written out."""
+    """One row's features, with the streams of all tasks written out."""
     features = []
     for stage, depth in enumerate((2, 1)):
         for number in range(depth):
@@ -104,12 +104,12 @@ def published(made, x, task):
                 x = x + shared_of("o_proj", inner)
                 x = x + shared_of("fc2", functional.gelu(shared_of("fc1", block.norm2(x))))
                 continue
-            out, out_t = both(made, stage, number, "o_proj", inner, inner, task)
-            x, x_t = x + out, x + out_t
-            out, out_t = both(made, stage, number, "fc1", block.norm2(x), block.norm2(x_t), task)
-            out, out_t = both(made, stage, number, "fc2", functional.gelu(out), functional.gelu(out_t), task)
-            x, x_t = x + out, x_t + out_t
-        features.append(x_t)
+            out, outs = streams(made, stage, number, "o_proj", inner, [inner] * len(TASKS))
+            xs_t, x = [x + out_t for out_t in outs], x + out
+            out, outs = streams(made, stage, number, "fc1", block.norm2(x), [block.norm2(x_t) for x_t in xs_t])
+            out, outs = streams(made, stage, number, "fc2", functional.gelu(out), [functional.gelu(out_t) for out_t in outs])
+            xs_t, x = [x_t + out_t for x_t, out_t in zip(xs_t, outs, strict=True)], x + out
+        features.append(xs_t[task])
     return torch.cat(features, dim=-1)
 
 
@@ -169,13 +169,34 @@ def test_addition_begins_as_the_base_and_as_released_it_does_not(stages, x_BTI):
 
 
 @pytest.mark.parametrize("kind", ["segformer", "upernet"])
-def test_a_batch_of_tasks_is_each_row_with_its_own(make_model, kind):
+@pytest.mark.parametrize("mode", ["matrix", "addition"])
+def test_a_batch_of_tasks_is_each_row_with_its_own(make_model, kind, mode):
     pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    with drawn(lw.experts("mtlora", make_model(kind, dtype=torch.float64), **OPTIONS)) as made:
+    with drawn(lw.experts("mtlora", make_model(kind, dtype=torch.float64), mode=mode, **OPTIONS)) as made:
         together = made(pixel_values=pixels, task=[2, 0, 1]).logits
         for number, task in enumerate((2, 0, 1)):
             alone = made(pixel_values=pixels[number : number + 1], task=task).logits
             torch.testing.assert_close(together[number], alone[0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("mode", ["matrix", "matrixv2", "addition"])
+def test_blocks_that_run_again_for_their_gradients_give_the_same(make_model, mode):
+    pixels = torch.randn(2, 3, 16, 12, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    with drawn(
+        lw.experts("mtlora", make_model("segformer", dtype=torch.float64), mode=mode, dropout=0.3, **OPTIONS)
+    ) as made:
+        made.train()
+        found = []
+        for again in (False, True):
+            if again:
+                made.gradient_checkpointing_enable()
+            torch.manual_seed(4)
+            made.zero_grad()
+            made(pixel_values=pixels, task=[2, 0]).logits.square().mean().backward()
+            found.append({name: value.grad for name, value in made.expert_parameters().items() if value.grad is not None})
+        assert found[0].keys() == found[1].keys()
+        assert all(torch.equal(grad, found[1][name]) for name, grad in found[0].items())
 
 
 def test_statistics_of_batches_stay_the_bases_while_it_trains(make_model):
@@ -202,6 +223,12 @@ def test_statistics_of_batches_stay_the_bases_while_it_trains(make_model):
 def test_values_out_of_range_are_refused_by_name(stages, options, message):
     with pytest.raises(WeightingError, match=message):
         lw.experts("mtlora", stages, **{**OPTIONS, "task_rank": 2, **TARGETS, **options})
+
+
+def test_addition_outside_the_blocks_is_refused(make_model):
+    options = {**OPTIONS, "target_modules": ("classifier",), "task_modules": ("classifier",)}
+    with pytest.raises(WeightingError, match=r"mode of recipe 'mtlora' is 'addition': 'decode_head\.classifier' is outside"):
+        lw.experts("mtlora", make_model("segformer"), mode="addition", **options)
 
 
 def test_a_row_needs_a_task_that_is_known(stages, x_BTI):
