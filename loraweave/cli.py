@@ -272,7 +272,14 @@ def train(
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps for each adapter.")] = 60,
     lr: Annotated[float, typer.Option(min=0.0, help="The highest learning rate.")] = 3e-3,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of each task in a step.")] = 8,
-    jobs: Annotated[int, typer.Option(min=1, help="How many adapters are trained at once.")] = 4,
+    jobs: Annotated[int, typer.Option(min=1, help="How many adapters are trained at once, at most.")] = 4,
+    held_out: Annotated[
+        float | None, typer.Option(help="Share of the rows that is not trained on but tells which factors are the best.")
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(min=1, help="Stop after so many evaluations, 10 steps apart, without a lower held-out loss."),
+    ] = None,
     seed: SeedOption = 0,
     samples: Annotated[int, typer.Option(min=0, help="Sample inputs kept in each card, which searches read.")] = NUM_SAMPLES,
     checkpoint: Annotated[
@@ -306,6 +313,8 @@ def train(
         seed=seed,
         lr=lr,
         batch_size=batch_size,
+        held_out=held_out,
+        patience=patience,
         checkpoint=checkpoint or out / ".checkpoint",
         progress=sys.stderr.isatty(),
     )

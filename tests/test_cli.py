@@ -471,6 +471,17 @@ def test_train_makes_a_folder_for_each_file(here, base):
     assert list(read_pool(Path("trained"))) == ["next", "previous"]
 
 
+def test_train_holds_out_a_share_of_the_rows_and_ends_by_patience(here, base, rows):
+    words = ["train", rows, "--out", "trained", "--base", base, "--rank", "1", "--steps", "40", "--lr", "0.5"]
+    assert call(*words, "--held-out", "0.5", "--patience", "1").exit_code == 0
+    told = lw.Adapter.from_pretrained("trained/rows").card["training"]
+    points = [loss for step, loss in told["held_out"] if step]
+    assert told["steps"] == 10 * len(points) == told["best_step"] + 10
+    assert points[-1] >= points[-2]
+    refused = call(*words, "--patience", "1")
+    assert (refused.exit_code, "patience is 1, but nothing is held out" in refused.stderr) == (1, True)
+
+
 def test_train_goes_on_from_its_checkpoint(here, base, rows, monkeypatch):
     words = ["train", rows, "--out", "trained", "--base", base, "--rank", "1", "--steps", "2"]
     assert call(*words).exit_code == 0
