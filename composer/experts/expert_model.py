@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -42,7 +42,8 @@ class ExpertModel(nn.Module):
     by name or id, one for each or one for all, to recipes that look at them. In training mode the recipe's losses are added
     to the loss of a call with labels; `terms` has those of the last call.
 
-    `shapes` has the experts of each site instead of the recipe's own, `starts` what they begin with.
+    `shapes` has the experts of each site instead of the recipe's own, `starts` what they begin with;
+    `names` are those of the first experts.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class ExpertModel(nn.Module):
         tokenizer: Any = None,
         shapes: Mapping[str, ExpertShape] | None = None,
         starts: Starts | None = None,
+        names: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.base_model = base_model
@@ -65,6 +67,7 @@ class ExpertModel(nn.Module):
         self.notes: Any = None
         self.report: Mapping[str, Any] | None = None
         self._given, self._starts = shapes, starts
+        self.names = tuple(names)
         self.sites: dict[str, Site] = {}
         self._take(make_parts(base_model, recipe, shapes, starts))
         self._learning = [parameter for parameter in base_model.parameters() if parameter.requires_grad]
@@ -95,7 +98,8 @@ class ExpertModel(nn.Module):
     @property
     def expert_names(self) -> tuple[str, ...]:
         """A name for each expert of the site that has most."""
-        return tuple(map(str, range(max(shape.num_experts for shape in self.shapes.values()))))
+        most = max(shape.num_experts for shape in self.shapes.values())
+        return (*self.names, *map(str, range(len(self.names), most)))
 
     @property
     def hf_device_map(self) -> Any:
@@ -267,7 +271,7 @@ class ExpertModel(nn.Module):
         if recipe != self.recipe:
             self.take_tasks(recipe.tasks)
         self.load_state_dict(tensors, strict=False)
-        self.report = saved.report
+        self.names, self.report = saved.names, saved.report
         return self
 
     def take_tasks(self, tasks: tuple[str, ...]) -> None:

@@ -16,8 +16,8 @@ from loraweave.composer.training.seeding import seeded
 from loraweave.errors import UnknownName
 from loraweave.routers.experts._recipe import ExpertShape, Recipe, Site
 
-# (a_RI, b_RO) of each expert of a site, or of a part of one
-Starts = Mapping[str, Sequence[tuple[Tensor, Tensor]]]
+# (a_RI, b_RO) of each expert of a site; the recipe's own where there is none, or no more
+Starts = Mapping[str, Sequence[tuple[Tensor, Tensor] | None]]
 # among the gates
 READER = "reader"
 
@@ -98,9 +98,9 @@ def _sites(base_model: nn.Module, recipe: Recipe, shapes: Mapping[str, ExpertSha
 
 def _starts(recipe: Recipe, site: Site, shape: ExpertShape, starts: Starts | None) -> Sequence[tuple[Tensor, Tensor]]:
     """What each expert begins with at a site, or at a part of one: the given, or the recipe's own."""
-    own = None if starts is None else starts.get(site.name)
-    if own is not None:
-        return own
+    found: list[tuple[Tensor, Tensor] | None] = list(() if starts is None else starts.get(site.name, ()))
+    found += [None] * (shape.num_experts - len(found))
     return [
-        recipe.start(site, expert, rank, seeded(recipe.seed, site.name, expert)) for expert, rank in enumerate(shape.ranks)
+        recipe.start(site, expert, rank, seeded(recipe.seed, site.name, expert)) if given is None else given
+        for expert, (rank, given) in enumerate(zip(shape.ranks, found, strict=True))
     ]

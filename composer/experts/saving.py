@@ -50,6 +50,7 @@ class SavedExperts:
     base_model: str
     fingerprint: Fingerprint
     sha256: str
+    names: tuple[str, ...]
     report: Mapping[str, Any] | None
 
     def require_base(self, model: nn.Module) -> None:
@@ -124,6 +125,7 @@ def write_experts(model: ExpertModel, folder: Path) -> Path:
         "sites": {name: asdict(shape) for name, shape in model.shapes.items()},
         "base_model": str(getattr(model.base_model, "name_or_path", "")),
         "fingerprint": fingerprint(model.base_model).to_json(),
+        "names": list(model.names),
         "sha256": hashlib.sha256(raw).hexdigest(),
         "report": finite(model.report),
         "versions": {package: version(package) for package in PACKAGES},
@@ -157,6 +159,7 @@ def read_saved_experts(folder: Path) -> SavedExperts:
             str(found["base_model"]),
             Fingerprint.from_json(found["fingerprint"]),
             str(found["sha256"]),
+            tuple(map(str, found["names"])),
             None if found["report"] is None else dict(found["report"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:

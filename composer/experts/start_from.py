@@ -1,0 +1,122 @@
+"""An expert model whose experts begin as stored adapters (upcycling), or as what groups of them have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from torch import Tensor, nn
+
+from loraweave import registry
+from loraweave.composer.clusters import clusters
+from loraweave.composer.experts.expert_model import ExpertModel
+from loraweave.composer.experts.parts import shapes_of
+from loraweave.composer.experts.recipes import recipe as make_recipe
+from loraweave.composer.fitting import Fitting
+from loraweave.composer.merge import merge
+from loraweave.errors import AdapterUnsupported, ScopeError, WeightingError
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.hub import Hub
+from loraweave.hub.pool import ExpertPool
+from loraweave.hub.whole_number import is_whole
+from loraweave.routers.experts._recipe import ExpertShape, Recipe
+from loraweave.types import Candidate, Factors
+
+FORM = "sum_of_experts"
+
+
+def start_from(
+    name: str, base_model: nn.Module, pool: Any, *, hub: Hub | None, tokenizer: Any, options: Mapping[str, Any]
+) -> ExpertModel:
+    """The recipe on the pool's layers, with experts that begin as its adapters; what `lw.experts` says of `pool`."""
+    if "target_modules" in options:
+        raise WeightingError(
+            "target_modules cannot be given with a pool: the layers that get experts are those of its adapters"
+        )
+    num_experts = options.get("num_experts")
+    members = _grouped(_pool_of(pool, hub), num_experts, options.get("seed", 0))
+    # each adapter is compared with the model before it is touched
+    members = Fitting(base_model).pool(members)
+    _require_updates(members)
+    recipe = make_recipe(name, {**options, **_following(name, members, options), "target_modules": members.layer_names})
+    shapes = {site: _shape(recipe, site, own, members) for site, own in shapes_of(base_model, recipe).items()}
+    starts = {site: [_start(recipe, adapter.layers.get(site)) for adapter in members.adapters.values()] for site in shapes}
+    return ExpertModel(base_model, recipe, tokenizer=tokenizer, shapes=shapes, starts=starts, names=members.names)
+
+
+def _pool_of(pool: Any, hub: Hub | None) -> ExpertPool:
+    """Raises WeightingError for what is no pool, and for candidates of a search without the hub that has them."""
+    if isinstance(pool, ExpertPool):
+        return ExpertPool({name: pool[name] for name in pool.names}) if pool.lazy else pool
+    given = pool if isinstance(pool, Mapping) else list(pool) if isinstance(pool, Iterable) else [pool]
+    found = list(given.values() if isinstance(given, Mapping) else given)
+    if found and all(isinstance(each, Candidate) for each in found):
+        if hub is None:
+            raise WeightingError(
+                "the pool is what a search found, whose adapters are in a hub: pass hub=... beside pool=..."
+            )
+        return hub.pool([candidate.name for candidate in found])
+    if strange := [each for each in found if not isinstance(each, Adapter)]:
+        raise WeightingError(
+            f"the pool has {strange[0]!r:.80}, which is no adapter: pass an ExpertPool, adapters, a mapping of names to "
+            "adapters, or what hub.search found with hub=hub"
+        )
+    return ExpertPool(given)
+
+
+def _grouped(pool: ExpertPool, num_experts: Any, seed: int) -> ExpertPool:
+    """The pool, or the means of as many groups of alike adapters as there are to be experts."""
+    if num_experts is None or num_experts == len(pool):
+        return pool
+    if not is_whole(num_experts, 1) or num_experts > len(pool):
+        raise WeightingError(
+            f"num_experts is {num_experts!r}, but the pool has {len(pool)} adapters: it is a whole number from 1 to that, "
+            "or None for all of them"
+        )
+    merged = {}
+    for names in clusters(pool, num_clusters=num_experts, seed=seed):
+        adapters = [pool[name] for name in names]
+        alone = len(names) == 1
+        merged["+".join(names)] = adapters[0] if alone else merge(adapters, [1 / len(names)] * len(names), method="linear")
+    return ExpertPool(merged)
+
+
+def _require_updates(pool: ExpertPool) -> None:
+    """Raises AdapterUnsupported, naming expert and layer, for what is no product of two factors of a layer."""
+    for name, adapter in pool.adapters.items():
+        for layer, factors in adapter.layers.items():
+            if factors.kind not in ("linear", "conv") or factors.gain_O is not None or factors.bias_O is not None:
+                raise AdapterUnsupported(
+                    f"expert {name!r} changes layer {layer!r} by more than a product of two factors ({factors.kind}), which "
+                    "no trained expert begins as: leave it out of the pool"
+                )
+
+
+def _following(name: str, pool: ExpertPool, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that say how many experts there are: `num_experts`, or else the tasks, each with an expert of its own."""
+    known = {field.name: field for field in fields(registry.get("experts", name))}
+    if "num_experts" in known:
+        return {"num_experts": (len(pool),) if isinstance(known["num_experts"].default, tuple) else len(pool)}
+    return {"tasks": options.get("tasks", pool.names)}
+
+
+def _shape(recipe: Recipe, site: str, own: ExpertShape, pool: ExpertPool) -> ExpertShape:
+    """The ranks of the pool's adapters at a site, before those of experts that the recipe has besides."""
+    if recipe.form != FORM or own.shared_a or own.shared_b or own.gains:
+        raise ScopeError(
+            f"the experts of recipe {recipe.name!r} are not each a product of two factors of its own, and cannot begin as "
+            "adapters: take another recipe, or train it from the start, without a pool"
+        )
+    if own.num_experts < len(pool):
+        raise WeightingError(
+            f"recipe {recipe.name!r} has {own.num_experts} experts at {site!r}, but the pool has {len(pool)} adapters: "
+            "change what their number follows from"
+        )
+    ranks = tuple(adapter.layers[site].rank if site in adapter.layers else 0 for adapter in pool.adapters.values())
+    return ExpertShape(ranks + own.ranks[len(pool) :])
+
+
+def _start(recipe: Recipe, factors: Factors | None) -> tuple[Tensor, Tensor] | None:
+    """What the recipe's scale makes the adapter's update of."""
+    return None if factors is None else (factors.a_RI.clone(), factors.b_OR.T / recipe.scale)
