@@ -28,13 +28,12 @@ class TokenRecipe(Recipe):
     def shape(self, site: Site) -> ExpertShape:
         return ExpertShape((self.rank,) * self.num_experts)
 
-    def require_capacity(self, option: str = "capacity") -> None:
-        """Raises WeightingError for a capacity that is neither above 0 nor None."""
-        value = getattr(self, option)
-        if value is not None and not 0 < value < math.inf:
-            self.refuse(
-                option, "it is a multiple of an expert's even share of a row's tokens, above 0, or None for no limit"
-            )
+    def require_capacity(self) -> None:
+        """Raises WeightingError for an option `capacity` that is neither above 0 nor None."""
+        capacity = self.options["capacity"]
+        if capacity is not None and not 0 < capacity < math.inf:
+            way_out = "it is a multiple of an expert's even share of a row's tokens, above 0, or None for no limit"
+            self.refuse("capacity", way_out)
 
 
 def balanced(coefficient: float, step: Step, top_k: int) -> Mapping[str, Tensor]:

@@ -44,7 +44,7 @@ def test_a_capacity_of_all_experts_shares_is_no_limit(seen_at):
 
 
 def test_its_losses_are_the_published_ones_with_their_coefficients(terms_of):
-    terms, notes = terms_of("switch", BATCH, num_experts=3, balance=0.5, z_loss=0.25, target_modules=("up_proj", "v_proj"))
+    terms, notes = terms_of("switch", BATCH, num_experts=3, balance=0.5, z=0.25, target_modules=("up_proj", "v_proj"))
     balances, squares = [], []
     for scores_BTE in notes.scores.values():
         scores_NE = scores_BTE[0]
@@ -63,7 +63,7 @@ def test_its_losses_are_the_published_ones_with_their_coefficients(terms_of):
         ({"num_experts": 0}, "num_experts of recipe 'switch' is 0"),
         ({"capacity": 0}, "capacity of recipe 'switch' is 0: .* above 0, or None"),
         ({"balance": -1.0}, r"balance of recipe 'switch' is -1\.0"),
-        ({"z_loss": float("nan")}, "z_loss of recipe 'switch' is nan"),
+        ({"z": float("nan")}, "z of recipe 'switch' is nan"),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(make_model, options, message):
