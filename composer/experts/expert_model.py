@@ -334,7 +334,10 @@ class ExpertModel(nn.Module):
         return w_BTE
 
     def _gate(self, site: Site) -> Gate | None:
-        return dict(self.gates.items()).get(key_of(self.recipe.gate_key(site)))  # type: ignore[return-value]
+        key = key_of(self.recipe.gate_key(site))
+        if key not in self.gates:
+            return None
+        return self.gates[key]  # type: ignore[return-value]
 
     def _factors(self) -> dict[str, Tensor]:
         """a_SI of each site that has them."""

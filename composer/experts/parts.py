@@ -52,6 +52,8 @@ def make_parts(
         if key not in gates and (gate := recipe.gate(site, shape.num_experts)) is not None:
             gate.reset(seeded(recipe.seed, "gate", key))
             gates[key] = placed(gate, like)
+        if key in gates and gates[key].skips:
+            layer.most = gates[key].most  # type: ignore[assignment]
     if (reader := recipe.reader()) is not None:
         reader.reset(seeded(recipe.seed, READER))
         gates[READER] = placed(reader, next(base_model.parameters()))

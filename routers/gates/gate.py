@@ -21,11 +21,13 @@ class Weighing(NamedTuple):
 class Gate(nn.Module):
     """Weighs the experts of one place of a model, or of several that share it.
 
-    `most` is how many weights of a token can be other than 0. `static` says that the weights depend on no input: with None
-    as x_BTI and a call of one task, or of none, they are the same ones.
+    `most` is how many weights of a token can be other than 0. `skips` says that a weight of exactly 0 has no gradient, so
+    that its expert may be left out. `static` says that the weights depend on no input: with None as x_BTI and a call of one
+    task, or of none, they are the same ones.
     """
 
     static: bool = False
+    skips: bool = False
 
     def __init__(self, num_experts: int, *, most: int | None = None) -> None:
         super().__init__()

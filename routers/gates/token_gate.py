@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from loraweave.errors import WeightingError
 from loraweave.routers.gates.call import Call
@@ -30,6 +31,9 @@ class TokenGate(Gate):
 
     The weighing's scores are what the softmax was taken of.
     """
+
+    # the softmax or the choice that made a weight 0 passes no gradient on
+    skips = True
 
     def __init__(
         self,
@@ -66,7 +70,9 @@ class TokenGate(Gate):
 
     def forward(self, x_BTI: Tensor, call: Call) -> Weighing:
         x_BTI = x_BTI.to(self.r_EI.dtype)
-        scores_BTE = x_BTI @ self.r_EI.T / self.temperature
+        scores_BTE = functional.linear(x_BTI, self.r_EI)
+        if self.temperature != 1.0:
+            scores_BTE = scores_BTE / self.temperature
         if self.training and self.n_EI is not None:
             scores_BTE = noisy(scores_BTE, x_BTI @ self.n_EI.T)
         if self.training and self.expert_dropout:

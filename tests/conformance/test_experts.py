@@ -10,6 +10,7 @@ import torch
 
 import loraweave as lw
 from loraweave.composer.experts.make import recipe as make_recipe
+from loraweave.composer.kernels import _added_experts
 from loraweave.errors import WeightingError
 
 RECIPES = lw.names("experts")
@@ -167,6 +168,20 @@ def test_after_one_step_all_that_learns_has_a_gradient(name, experts):
 
 def _learns(parameter):
     return parameter.grad is not None and bool(parameter.grad.any())
+
+
+def test_tokens_sorted_by_expert_have_the_values_and_gradients_of_all_experts_for_all(name, trained, monkeypatch):
+    inputs = inputs_for(name, ROWS)
+    inputs["labels"] = labels_for(name, inputs)
+    found = []
+    for pays in (True, False):
+        monkeypatch.setattr(_added_experts, "sorting_pays", lambda work, pays=pays: pays)
+        trained.zero_grad()
+        output = trained(**inputs, **tasks_of(trained, 0, 1, 0))
+        output.loss.backward()
+        gradients = {key: value.grad for key, value in trained.expert_parameters().items() if value.grad is not None}
+        found.append((output.logits, gradients))
+    torch.testing.assert_close(*found)
 
 
 def test_its_values_are_determined_by_its_seed(name, make_model):

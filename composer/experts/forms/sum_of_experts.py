@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from loraweave.composer.experts.forms._form import Weigh, fitting
 from loraweave.composer.experts.sites import layer_sites
-from loraweave.composer.kernels._expert_product import ExpertProduct, RankRows
+from loraweave.composer.kernels._added_experts import added_experts
+from loraweave.composer.kernels._expert_product import RankRows
 from loraweave.composer.layer_kinds import conv, linear
 from loraweave.composer.layers import gives_new_memory
 from loraweave.routers.experts._recipe import ExpertShape, Recipe, Site
@@ -36,6 +37,8 @@ class SumOfExperts(nn.Module):
         self.scale = recipe.scale
         self.dropout = recipe.dropout
         self.gates_see = recipe.gates_see
+        # experts that can count in a token; fewer where the gate skips the others
+        self.most = shape.num_experts
         num_ranks = sum(shape.ranks)
         self.a_SI = nn.Parameter(torch.zeros(max(shape.ranks) if shape.shared_a else num_ranks, site.num_inputs))
         self.b_SO = nn.Parameter(torch.zeros(max(shape.ranks) if shape.shared_b else num_ranks, site.num_outputs))
@@ -61,7 +64,8 @@ class SumOfExperts(nn.Module):
         kind = conv if self.site.kernel else linear
         dtype = torch.get_autocast_dtype(y.device.type) if torch.is_autocast_enabled(y.device.type) else y.dtype
         x, y_BTO = args[0], kind.rows(module, y)
-        w_BTE = fitting(weigh(self._seen(module, x)), self.site, *y_BTO.shape[:2]) * self.scale
+        w_BTE = fitting(weigh(self._seen(module, x)), self.site, *y_BTO.shape[:2])
+        w_BTE = w_BTE * self.scale if self.scale != 1.0 else w_BTE
         x = functional.dropout(x, self.dropout, self.training) if self.dropout else x
         a, b = self.a_SI.to(dtype), self._scaled_b().to(dtype)
         rows = RankRows(self.owner_S, *self._shared_rows())
@@ -72,7 +76,7 @@ class SumOfExperts(nn.Module):
         in_place = gives_new_memory(module) and y.is_contiguous()
         w_NE = w_BTE.reshape(1, -1) if w_BTE.numel() == w_BTE.shape[2] else w_BTE.expand(*y_BTO.shape[:2], -1).flatten(0, 1)
         x_NI = x.reshape(-1, x.shape[-1]).to(dtype)
-        made: Tensor = ExpertProduct.apply(y if in_place else None, x_NI, w_NE, a, b, rows)  # type: ignore[no-untyped-call]
+        made = added_experts(y if in_place else None, x_NI, w_NE, a, b, rows, ranks=self.shape.ranks, most=self.most)
         return made if in_place else y + made.view(y.shape).to(y.dtype)
 
     @torch.no_grad()
