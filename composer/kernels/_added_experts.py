@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from loraweave.composer.kernels._chosen_product import ChosenProduct
-from loraweave.composer.kernels._cost import TokenWorkload, sorting_pays
+from loraweave.composer.kernels._cost import TokenWorkload, choosing_pays, gathering_pays
 from loraweave.composer.kernels._expert_product import ExpertProduct, RankRows, plain_product
 
 
@@ -31,10 +31,6 @@ def added_experts(
     learns = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (y, x_NI, w_NE, a, b))
     own_rows = rows.a_row_S is None and rows.b_row_S is None
     if most < len(ranks) and own_rows and len(w_NE) == len(x_NI) and x_NI.device.type == "cpu":
-        if len(x_NI) == 1 and not learns:
-            # of one token the rows of its experts are fewer bytes
-            some_S = w_NE[0].index_select(0, rows.owner_S).nonzero()[:, 0]
-            return plain_product(y, x_NI, w_NE, a[some_S], b[some_S], RankRows(rows.owner_S[some_S]))
         work = TokenWorkload(
             num_tokens=len(x_NI),
             chosen=len(x_NI) * most,
@@ -44,7 +40,10 @@ def added_experts(
             num_outputs=b.shape[1],
             itemsize=a.element_size(),
         )
-        if sorting_pays(work):
+        if len(x_NI) == 1 and not learns and gathering_pays(work):
+            some_S = w_NE[0].index_select(0, rows.owner_S).nonzero()[:, 0]
+            return plain_product(y, x_NI, w_NE, a[some_S], b[some_S], RankRows(rows.owner_S[some_S]))
+        if choosing_pays(work, learns=learns):
             found: Tensor = ChosenProduct.apply(y, x_NI, w_NE, a, b, tuple(ranks))  # type: ignore[no-untyped-call]
             return found
     if not learns:

@@ -166,3 +166,35 @@ def sorting_pays(work: TokenWorkload) -> bool:
     ranks = work.chosen * work.stacked / work.num_experts
     by_expert = Cost(2 * ranks * width, work.itemsize * moved + 24 * work.num_tokens * work.num_experts, 2 * num_used)
     return rates.seconds(by_expert) + S_PER_OP * (5 * num_used + 10) < rates.seconds(dense)
+
+
+# of an operation on one expert's tokens, which are few and copied before it
+S_PER_EXPERT_OP = 8e-6
+# estimates are right to about a third
+CLEARLY = 0.75
+
+
+def choosing_pays(work: TokenWorkload, *, learns: bool) -> bool:
+    """Whether, on a CPU, trained experts that meet only the tokens which chose them (`_chosen_product`) clearly take less
+    time than all experts for all tokens (`_expert_product`): in the forward pass, or where they learn in both passes."""
+    rates = RATES["cpu", work.itemsize]
+    width, rank = work.num_inputs + work.num_outputs, work.stacked / work.num_experts
+    products, operations = (6, 13) if learns else (2, 5)
+    # inputs and gradients are copied; a sum is read and written, and so is what is added to it
+    moved = work.chosen * (
+        8 * work.num_inputs + 6 * work.num_outputs if learns else 2 * work.num_inputs + 4 * work.num_outputs
+    )
+    # products with few rank rows are slower than long ones
+    flops = products * work.chosen * rank * width * (1 + 8 / rank)
+    chosen = rates.seconds(Cost(flops, 2 * work.itemsize * moved, 0))
+    chosen += S_PER_EXPERT_OP * (operations * min(work.num_experts, work.chosen) + 10)
+    return chosen < CLEARLY * rates.seconds(Cost(products * work.num_tokens * work.stacked * width, 0, 0))
+
+
+def gathering_pays(work: TokenWorkload) -> bool:
+    """Whether, on a CPU, one token with the factors of its own experts, copied, takes less time than with those of all."""
+    rates, width = RATES["cpu", work.itemsize], work.num_inputs + work.num_outputs
+    chosen = work.stacked * work.chosen / work.num_experts
+    # a copy is read and written, and read again
+    saved = work.itemsize * width * (work.stacked - 3 * chosen)
+    return saved * rates.s_per_byte > S_PER_OP * 8

@@ -175,7 +175,7 @@ def test_tokens_sorted_by_expert_have_the_values_and_gradients_of_all_experts_fo
     inputs["labels"] = labels_for(name, inputs)
     found = []
     for pays in (True, False):
-        monkeypatch.setattr(_added_experts, "sorting_pays", lambda work, pays=pays: pays)
+        monkeypatch.setattr(_added_experts, "choosing_pays", lambda work, learns, pays=pays: pays)
         trained.zero_grad()
         output = trained(**inputs, **tasks_of(trained, 0, 1, 0))
         output.loss.backward()

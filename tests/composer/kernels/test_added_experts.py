@@ -35,13 +35,15 @@ def added(values, y=None, *, most=1, rows=None):
 def sorted_calls(monkeypatch):
     """How often tokens were sorted, where that always pays."""
     calls, apply = [], ChosenProduct.apply
-    monkeypatch.setattr(_added_experts, "sorting_pays", lambda work: True)
+    monkeypatch.setattr(_added_experts, "choosing_pays", lambda work, learns: True)
     monkeypatch.setattr(ChosenProduct, "apply", lambda *args: calls.append(1) or apply(*args))
     return calls
 
 
+@pytest.mark.parametrize("gathers", [True, False])
 @pytest.mark.parametrize("num_tokens", [1, 5])
-def test_without_gradients_it_equals_the_formula(num_tokens):
+def test_without_gradients_it_equals_the_formula(num_tokens, gathers, monkeypatch):
+    monkeypatch.setattr(_added_experts, "gathering_pays", lambda work: gathers)
     values = example(num_tokens)
     torch.testing.assert_close(added(values), by_formula(*values))
     y = torch.ones(num_tokens, 6, dtype=torch.float64)

@@ -6,7 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from loraweave.composer.kernels._cost import Choice, TokenWorkload, Workload, choose, sorting_pays
+from loraweave.composer.kernels._cost import (
+    Choice,
+    TokenWorkload,
+    Workload,
+    choose,
+    choosing_pays,
+    gathering_pays,
+    sorting_pays,
+)
 
 # eight rows of 128 tokens, each with one adapter of rank 8 of its own
 OWN = Workload(
@@ -82,3 +90,19 @@ def test_tokens_are_sorted_by_expert_where_that_was_measured_to_pay(
 
 def test_tokens_that_use_every_expert_are_not_sorted() -> None:
     assert not sorting_pays(TokenWorkload(1024, 1024 * 20, 20, 160, 576, 1536, itemsize=4))
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "rank", "pays"),
+    [(512, 8, 8, False), (512, 8, 32, True), (512, 32, 8, False), (512, 32, 16, True), (8, 32, 16, False)],
+)
+def test_trained_experts_meet_their_own_tokens_alone_where_all_have_many_rank_rows(
+    num_tokens: int, num_experts: int, rank: int, pays: bool
+) -> None:
+    work = TokenWorkload(num_tokens, num_tokens * 2, num_experts, num_experts * rank, 576, 576, itemsize=4)
+    assert choosing_pays(work, learns=True) == pays
+
+
+@pytest.mark.parametrize(("num_experts", "rank", "pays"), [(8, 8, False), (16, 16, True), (4, 64, False)])
+def test_one_token_has_copies_of_its_experts_where_the_others_are_many(num_experts: int, rank: int, pays: bool) -> None:
+    assert gathering_pays(TokenWorkload(1, 2, num_experts, num_experts * rank, 576, 576, itemsize=4)) == pays
