@@ -17,16 +17,21 @@ from loraweave.routers.routing.blocks import block_of
 
 @dataclass(frozen=True)
 class Layout:
-    """down(dropout(act(first x))), or down(dropout(act(first x) * second x)), by the names that a block has for them."""
+    """down(dropout(act(first x))), or down(dropout(act(first x) * second x)), by the names that a block has for them.
+
+    With `halves` one layer gives what the first and the second do, one after the other.
+    """
 
     first: tuple[str, ...]
     down: str
     act: str
     dropout: str | None = None
+    halves: bool = False
 
     def between(self, block: nn.Module, made: Sequence[Tensor]) -> Tensor:
         """What goes to the last layer, but for dropout, from what the first layers gave."""
         act: Callable[[Tensor], Tensor] = getattr(block, self.act)
+        made = made[0].chunk(2, dim=-1) if self.halves else made
         return act(made[0]) if len(made) == 1 else act(made[0]) * made[1]
 
     def is_that_of(self, block: nn.Module) -> bool:
@@ -40,6 +45,7 @@ class Layout:
 
 LAYOUTS = (
     Layout(("gate_proj", "up_proj"), "down_proj", "act_fn"),
+    Layout(("gate_up_proj",), "down_proj", "activation_fn", halves=True),
     Layout(("wi_0", "wi_1"), "wo", "act", "dropout"),
     Layout(("wi",), "wo", "act", "dropout"),
     Layout(("c_fc",), "c_proj", "act"),

@@ -81,7 +81,7 @@ class FeedForward(nn.Module):
         made = [y.reshape(-1, y.shape[-1]) for y in made]
         x_NI = functional.dropout(x.reshape(-1, x.shape[-1]), self.dropout, self.training).to(dtype)
         kept_NF = self._kept(block, made[0])
-        h_NF = own.reshape(made[0].shape) if kept_NF is None else self.layout.between(block, made) * kept_NF
+        h_NF = own.reshape(-1, own.shape[-1]) if kept_NF is None else self.layout.between(block, made) * kept_NF
         mixed_NF = h_NF.to(wide, copy=True)
         update_NO = mixed_NF.new_zeros(len(x_NI), self.site.num_outputs)
         for expert, rows in enumerate(_chosen(w_NE)):

@@ -10,6 +10,28 @@ from loraweave.errors import LayerMismatch, ScopeError, UnknownName
 
 IDS = torch.tensor([[3, 9, 27, 20, 60], [5, 25, 3, 15, 44]])
 BLOCKS = {"llama": "mlp", "gpt2": "mlp", "t5": "DenseReluDense"}
+SIZES = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def phi():
+    from transformers import PhiConfig, PhiForCausalLM
+
+    return PhiForCausalLM(PhiConfig(**SIZES)), "mlp", {"input_ids": IDS}
+
+
+def phi3():
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    settings = {**SIZES, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return Phi3ForCausalLM(Phi3Config(**settings)), "mlp", {"input_ids": IDS}
+
+
+def gated_t5():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"vocab_size": 61, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    config = T5Config(**sizes, feed_forward_proj="gated-gelu", decoder_start_token_id=0, pad_token_id=0)
+    return T5ForConditionalGeneration(config), "DenseReluDense", {"input_ids": IDS, "decoder_input_ids": IDS[:, :3]}
 
 
 def inputs(kind):
@@ -45,11 +67,18 @@ class Copies(torch.nn.Module):
 def make_pair(make_model):
     """(the expert model, the same as copies): both in fp64, with values that matter."""
 
-    def make(kind, *, top_k, **options):
-        base = make_model(kind, dtype=torch.float64)
+    def make(kind, *, top_k, block=None, **options):
+        base = make_model(kind, dtype=torch.float64) if isinstance(kind, str) else kind.eval().double()
         twin = copy.deepcopy(base)
         made = lw.experts(
-            "mixlora", base, num_experts=3, top_k=top_k, rank=2, alpha=3.0, target_modules=(BLOCKS[kind],), **options
+            "mixlora",
+            base,
+            num_experts=3,
+            top_k=top_k,
+            rank=2,
+            alpha=3.0,
+            target_modules=(block or BLOCKS[kind],),
+            **options,
         )
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
@@ -74,6 +103,15 @@ def test_it_is_a_weighted_sum_of_copies_in_value_and_gradient(make_pair, kind, t
     learned = list(made.expert_parameters().values())
     gradients = [torch.autograd.grad(logits.logsumexp(dim=-1).sum(), learned) for logits in (own, expected)]
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("kind", [phi, phi3, gated_t5])
+def test_so_it_is_in_blocks_of_other_names(make_pair, kind):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, block, given = kind()
+    made, twin = make_pair(model, top_k=2, block=block)
+    torch.testing.assert_close(made(**given).logits, twin(**given).logits)
 
 
 def test_dropout_of_the_block_drops_the_same_of_all_experts(make_pair):
