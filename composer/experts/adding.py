@@ -1,14 +1,23 @@
-"""One more domain or task for a trained mixture, whose others stay byte for byte what they are."""
+"""Other options for a trained mixture, such as one more domain, while what it has stays byte for byte the same."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import zip_longest
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from loraweave import registry
 from loraweave.composer.experts.expert_model import ExpertModel
+from loraweave.composer.experts.forms.sum_of_experts import SumOfExperts
 from loraweave.errors import WeightingError
-from loraweave.routers.experts._recipe import ExpertShape, Site
+from loraweave.routers.experts._recipe import ExpertShape
+
+# a_RI and b_RO of an expert
+Start = tuple[Tensor, Tensor]
+FACTORS = ("a_SI", "b_SO")
 
 
 def with_task(model: ExpertModel, task: str) -> ExpertModel:
@@ -16,23 +25,66 @@ def with_task(model: ExpertModel, task: str) -> ExpertModel:
 
     All tensors of the others are the same bits. The given model is closed. Raises WeightingError for a task that it has.
     """
-    wider = replace(model.recipe, tasks=(*model.recipe.tasks, task))
-    shapes = {name: _wider(model, site, wider.shape(site)) for name, site in model.sites.items()}
-    known, was_training = model.expert_state(), model.training
-    model.close()
-    made = ExpertModel(model.base_model, wider, tokenizer=model.tokenizer, shapes=shapes).train(was_training)
-    with torch.no_grad():
-        for name, value in made.expert_state().items():
-            before = known[name]
-            value[tuple(slice(0, size) for size in before.shape)] = before
-    return made
+    return with_options(model, tasks=(*model.tasks, task))
 
 
-def _wider(model: ExpertModel, site: Site, new: ExpertShape | None) -> ExpertShape:
-    """The experts that the site has, and after them those that the recipe has for the new task."""
-    own, before = model.shapes[site.name], model.recipe.shape(site)
-    if new is None or before is None or new.ranks[: len(before.ranks)] != before.ranks:
-        raise WeightingError(
-            f"recipe {model.recipe.name!r} has other experts at {site.name!r} for one more task, not one more: train it anew"
-        )
-    return replace(own, ranks=own.ranks + new.ranks[len(before.ranks) :])
+def with_options(model: ExpertModel, **options: Any) -> ExpertModel:
+    """The model with these options of its recipe instead. Experts, and rows of gates, that it has are the same bits; those
+    that are new, or have another rank, are untrained.
+
+    The given model is closed. Raises WeightingError for options that the recipe has not, or whose values are out of range,
+    and where tensors that both have do not fit into the new ones; the model then stays as it was.
+    """
+    recipe = model.recipe
+    for option in options:
+        if option not in recipe.options:
+            close = registry.nearest(option, list(recipe.options))
+            raise WeightingError(
+                f"recipe {recipe.name!r} has no option {option!r}{close}; it has {', '.join(recipe.options)}"
+            )
+    other = replace(recipe, **options)
+    shapes = {}
+    for name, site in model.sites.items():
+        if (new := other.shape(site)) is not None:
+            shapes[name] = _shape(model.shapes[name], recipe.shape(site), new)
+    made = ExpertModel(model.base_model, other, tokenizer=model.tokenizer, shapes=shapes)
+    try:
+        _take_over(model, made)
+    except WeightingError:
+        made.close()
+        raise
+    model.hand_over(made)
+    return made.train(model.training)
+
+
+def _shape(own: ExpertShape, before: ExpertShape | None, new: ExpertShape) -> ExpertShape:
+    """The new experts, with the ranks that the site has where the options change nothing."""
+    old_ranks = () if before is None else before.ranks
+    kept = [expert < len(old_ranks) and old_ranks[expert] == rank for expert, rank in enumerate(new.ranks)]
+    ranks = [own.ranks[expert] if is_kept else new.ranks[expert] for expert, is_kept in enumerate(kept)]
+    return replace(new, ranks=tuple(ranks))
+
+
+@torch.no_grad()
+def _take_over(model: ExpertModel, made: ExpertModel) -> None:
+    known, by_expert = model.expert_state(), []
+    for key, layer in made.layers.items():
+        old = dict(model.layers.items()).get(key)
+        if isinstance(layer, SumOfExperts) and isinstance(old, SumOfExperts):
+            by_expert += [f"layers.{key}.{name}" for name in (*FACTORS, *(f"frozen_{name}" for name in FACTORS))]
+            pairs = zip_longest(layer.starts(), old.starts())
+            layer.reset([_either(*pair) for pair in pairs if pair[0] is not None])
+    for name, value in made.expert_state().items():
+        if name in by_expert or name not in known:
+            continue
+        old_sizes, sizes = tuple(known[name].shape), tuple(value.shape)
+        if len(old_sizes) != len(sizes) or any(old > new for old, new in zip(old_sizes, sizes, strict=True)):
+            raise WeightingError(
+                f"{name!r} is {old_sizes} and would be {sizes}, with no place for all that was learned: make a new model"
+            )
+        value[tuple(slice(0, size) for size in old_sizes)] = known[name]
+
+
+def _either(new: Start, old: Start | None) -> Start:
+    """What an expert was, unless it has another rank now."""
+    return new if old is None or len(old[0]) != len(new[0]) else old

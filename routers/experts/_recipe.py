@@ -172,6 +172,18 @@ class Recipe:
             self.refuse(option, f"it is a whole number from {least} to the number of experts, {num_experts}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Frozen(Recipe):
+    """A recipe some of whose experts do not learn."""
+
+    form: ClassVar[str] = "partly_frozen"
+
+    @property
+    def frozen(self) -> tuple[int, ...]:
+        """The places of those experts."""
+        raise NotImplementedError
+
+
 def uniform(rank: int, num_inputs: int, generator: torch.Generator) -> Tensor:
     """a_RI between -1/sqrt(I) and 1/sqrt(I), as PEFT draws it (kaiming_uniform with a = sqrt(5))."""
     return float(num_inputs**-0.5) * torch.rand(rank, num_inputs, generator=generator).mul(2).sub(1)

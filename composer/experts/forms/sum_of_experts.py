@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
@@ -59,6 +60,14 @@ class SumOfExperts(nn.Module):
         self.a_SI.copy_(own_a[longest] if self.shape.shared_a else torch.cat(own_a))
         self.b_SO.copy_(own_b[longest] if self.shape.shared_b else torch.cat(own_b))
 
+    @torch.no_grad()
+    def starts(self) -> list[tuple[Tensor, Tensor]]:
+        """Copies of what `reset` takes, of the experts as they are; gains are none of it."""
+        a, b = self._stacked()
+        a_SI = a[self.own_row_S] if self.shape.shared_a else a
+        b_SO = b[self.own_row_S] if self.shape.shared_b else b
+        return [(a_SI[own_S].clone(), b_SO[own_S].clone()) for own_S in self._own_rows()]
+
     def forward(self, module: nn.Module, args: tuple[Any, ...], y: Tensor, weigh: Weigh) -> Tensor:
         """Raises ScopeError, naming the layer and both counts, where rows or tokens are not the weights'."""
         kind = conv if self.site.kernel else linear
@@ -67,7 +76,7 @@ class SumOfExperts(nn.Module):
         w_BTE = fitting(weigh(self._seen(module, x)), self.site, *y_BTO.shape[:2])
         w_BTE = w_BTE * self.scale if self.scale != 1.0 else w_BTE
         x = functional.dropout(x, self.dropout, self.training) if self.dropout else x
-        a, b = self.a_SI.to(dtype), self._scaled_b().to(dtype)
+        a, b = self._stacked()[0].to(dtype), self._scaled_b().to(dtype)
         rows = RankRows(self.owner_S, *self._shared_rows())
         if kind is conv:
             hidden_BTR = conv.project(module, x.to(dtype), a)
@@ -82,8 +91,8 @@ class SumOfExperts(nn.Module):
     @torch.no_grad()
     def factors(self, w_E: Tensor) -> Factors:
         rows = RankRows(self.owner_S, *self._shared_rows())
-        w_S1 = self.scale * w_E.to(self.b_SO)[self.owner_S][:, None]
-        a_SI = self.a_SI if rows.a_row_S is None else self.a_SI[rows.a_row_S]
+        w_S1, a = self.scale * w_E.to(self.b_SO)[self.owner_S][:, None], self._stacked()[0]
+        a_SI = a if rows.a_row_S is None else a[rows.a_row_S]
         b_SO = self._scaled_b() if rows.b_row_S is None else self._scaled_b()[rows.b_row_S]
         used_S = (w_S1[:, 0] != 0).cpu()
         a_SI, b_OS = a_SI.float().cpu()[used_S], (w_S1 * b_SO).float().cpu()[used_S].T.contiguous()
@@ -97,6 +106,15 @@ class SumOfExperts(nn.Module):
             return x.new_empty(0)
         return (conv.middle if self.gates_see == "middle" else conv.inputs)(module, x, self.a_SI)
 
+    def _stacked(self) -> tuple[Tensor, Tensor]:
+        """a and b of all experts, or of one where all share them."""
+        return self.a_SI, self.b_SO
+
+    def _own_rows(self) -> list[slice]:
+        """The rank rows of each expert."""
+        ends = list(accumulate(self.shape.ranks))
+        return [slice(end - rank, end) for end, rank in zip(ends, self.shape.ranks, strict=True)]
+
     def _shared_rows(self) -> tuple[Tensor | None, Tensor | None]:
         """Which row of a, and of b, each rank row has; with gains every expert has a b of its own."""
         b_row_S = self.own_row_S if self.shape.shared_b and self.gain_EO is None else None
@@ -104,7 +122,8 @@ class SumOfExperts(nn.Module):
 
     def _scaled_b(self) -> Tensor:
         """b with each expert's gains."""
+        b = self._stacked()[1]
         if self.gain_EO is None:
-            return self.b_SO
-        b_SO = self.b_SO[self.own_row_S] if self.shape.shared_b else self.b_SO
+            return b
+        b_SO = b[self.own_row_S] if self.shape.shared_b else b
         return b_SO * self.gain_EO[self.owner_S]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.composer.experts.adding import with_task
+from loraweave.composer.experts.adding import with_options, with_task
 from loraweave.errors import WeightingError
 
 IDS_BT = torch.tensor([[3, 9, 27, 20, 41], [6, 2, 25, 3, 15]])
@@ -57,3 +57,32 @@ def test_a_task_that_it_has_is_refused_and_leaves_the_model_as_it_was(make_model
         with pytest.raises(WeightingError, match="each name once"):
             with_task(made, "law")
         assert torch.equal(made(input_ids=IDS_BT).logits, before)
+
+
+def test_other_options_leave_experts_and_gates_the_same_bits(make_model):
+    first = trained(lw.experts("mola", make_model("llama"), num_experts=(2, 3), top_k=2))
+    before = {name: value.clone() for name, value in first.expert_state().items()}
+    with with_options(first, top_k=1, dropout=0.5) as made:
+        assert (made.recipe.top_k, made.recipe.dropout) == (1, 0.5)
+        assert not made.training
+        assert all(torch.equal(value, before[name]) for name, value in made.expert_state().items())
+
+
+def test_experts_of_another_rank_begin_anew(make_model):
+    first = trained(lw.experts("mola", make_model("llama"), num_experts=(2,), rank=3))
+    gates = {name: value.clone() for name, value in first.gates.state_dict().items()}
+    with with_options(first, rank=5) as made:
+        assert torch.equal(made(input_ids=IDS_BT).logits, made.base_model(input_ids=IDS_BT).logits)
+        assert all(torch.equal(value, gates[name]) for name, value in made.gates.state_dict().items())
+
+
+def test_options_that_have_no_place_for_what_was_learned_are_refused(make_model):
+    with trained(lw.experts("mola", make_model("llama"), num_experts=(3,))) as made:
+        before = made(input_ids=IDS_BT).logits
+        with pytest.raises(WeightingError, match=r"r_EI' is \(3, 16\) and would be \(2, 16\), with no place for all"):
+            with_options(made, num_experts=(2,))
+        with pytest.raises(WeightingError, match="has no option 'top_n', did you mean 'top_k'"):
+            with_options(made, top_n=1)
+        assert torch.equal(made(input_ids=IDS_BT).logits, before)
+        assert not any(parameter.requires_grad for parameter in made.base_model.parameters())
+    assert all(parameter.requires_grad for parameter in made.base_model.parameters())

@@ -1,0 +1,122 @@
+"""What clients of a federation exchange: experts and gates of their models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from loraweave.composer.experts.expert_model import ExpertModel
+from loraweave.composer.experts.forms.sum_of_experts import SumOfExperts
+from loraweave.composer.experts.parts import key_of
+from loraweave.errors import LayerMismatch, ScopeError, UnknownName, WeightingError
+from loraweave.hub.adapter import Adapter
+
+# a_RI and b_RO of an expert
+Start = tuple[Tensor, Tensor]
+
+
+def put_expert(model: ExpertModel, expert: int, adapter: Adapter) -> ExpertModel:
+    """The model, whose expert of that number is the adapter from now on, at weight 1.
+
+    Layers that the adapter has not are zero, and ranks below the expert's are filled with zeros. Raises LayerMismatch for
+    layers that the model has no expert for, of other sizes or of a larger rank, UnknownName for a number that no expert
+    has, ScopeError for a recipe whose experts are no updates; the model is then as it was.
+    """
+    layers = _layers([model], (expert,))[0]
+    if beyond := sorted(set(adapter.layers) - set(layers)):
+        raise LayerMismatch(
+            f"adapter {adapter.name!r} updates {beyond[0]!r}, which has no experts here: widen target_modules of recipe "
+            f"{model.recipe.name!r}"
+        )
+    put = {name: _start(name, layer, expert, adapter) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        layer.reset([put[name] if number == expert else start for number, start in enumerate(layer.starts())])
+    return model
+
+
+def federated_average(
+    models: Sequence[ExpertModel], sizes: Sequence[float], *, experts: Sequence[int] = (), gates: bool = False
+) -> None:
+    """Gives all clients the mean of what they exchange, weighted by their shares of the data: FedAvg (McMahan et al. 2017).
+
+    a and b of the `experts` are averaged apart, with each client's scale in b; with `gates` the gates' parameters are. All
+    else of a client stays as it is, and clients may have different bases where these layers are alike. Raises LayerMismatch
+    for clients whose experts or gates differ in place or size, WeightingError for sizes that are none; the models are then
+    as they were.
+    """
+    if len(sizes) != len(models) or not models or not all(0 <= size < math.inf for size in sizes) or not sum(sizes):
+        raise WeightingError(f"sizes {list(sizes)} are not {len(models)} amounts of data, 0 or more, one for each client")
+    shares = [size / sum(sizes) for size in sizes]
+    clients = _layers(models, experts)
+    means: dict[tuple[str, int], Start] = {}
+    for name in clients[0] if clients else ():
+        each = [client[name] for client in clients]
+        for expert in experts:
+            of_all = [layer.starts()[expert] for layer in each]
+            _require_same(models, f"expert {expert} at {name!r}", [tuple(a.shape + b.shape) for a, b in of_all])
+            scaled = [(a, b * layer.scale) for (a, b), layer in zip(of_all, each, strict=True)]
+            means[name, expert] = (_mean([a for a, _ in scaled], shares), _mean([b for _, b in scaled], shares))
+    learned = [dict(model.gates.named_parameters()) for model in models] if gates else []
+    _require_same(models, "the gates", [{name: tuple(value.shape) for name, value in each.items()} for each in learned])
+    gate_means = {name: _mean([each[name] for each in learned], shares) for name in (learned[0] if learned else ())}
+    for client in clients:
+        for name, layer in client.items():
+            starts = layer.starts()
+            for expert in experts:
+                a_RI, b_RO = means[name, expert]
+                starts[expert] = (a_RI, b_RO / layer.scale)
+            layer.reset(starts)
+    for parameters in learned:
+        for name, value in parameters.items():
+            value.data.copy_(gate_means[name])
+
+
+def _layers(models: Sequence[ExpertModel], experts: Sequence[int]) -> list[dict[str, SumOfExperts]]:
+    """The layers of each model that have one of these experts."""
+    found: list[dict[str, SumOfExperts]] = []
+    for model in models if experts else ():
+        layers = {}
+        for name in model.sites:
+            layer = model.layers[key_of(name)]
+            if not isinstance(layer, SumOfExperts) or not layer.is_update:
+                raise ScopeError(f"experts of recipe {model.recipe.name!r} are no updates of layers, and are not exchanged")
+            if any(0 <= expert < layer.shape.num_experts and layer.shape.ranks[expert] for expert in experts):
+                layers[name] = layer
+        if not layers:
+            raise UnknownName(f"recipe {model.recipe.name!r} has no expert {experts[0]!r} in any layer")
+        found.append(layers)
+    _require_same(models, "the layers with these experts", [sorted(layers) for layers in found])
+    return found
+
+
+def _start(name: str, layer: SumOfExperts, expert: int, adapter: Adapter) -> Start:
+    a_RI, b_RO = (torch.zeros_like(values) for values in layer.starts()[expert])
+    if (factors := adapter.layers.get(name)) is None:
+        return a_RI, b_RO
+    sizes, own = (factors.rank, factors.a_RI.shape[1], factors.b_OR.shape[0]), (*a_RI.shape, b_RO.shape[1])
+    if factors.gain_O is not None or factors.bias_O is not None or sizes[1:] != own[1:] or sizes[0] > own[0]:
+        raise LayerMismatch(
+            f"adapter {adapter.name!r} has rank, inputs and outputs {sizes} at {name!r}, and expert {expert} takes {own}, "
+            "or a smaller rank, and no gains or biases: make the recipe with that rank"
+        )
+    a_RI[: factors.rank] = factors.a_RI.to(a_RI)
+    b_RO[: factors.rank] = factors.b_OR.T.to(b_RO) / layer.scale
+    return a_RI, b_RO
+
+
+def _require_same(models: Sequence[ExpertModel], what: str, found: Sequence[object]) -> None:
+    for number, each in enumerate(found):
+        if each != found[0]:
+            raise LayerMismatch(
+                f"{what} of client {number} ({models[number].recipe.name}) are {str(each)[:200]}, but those of client 0 "
+                f"{str(found[0])[:200]}: clients exchange what all have alike"
+            )
+
+
+def _mean(values: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    return torch.stack([share * value.detach().double().cpu() for value, share in zip(values, shares, strict=True)]).sum(
+        dim=0
+    )
