@@ -12,8 +12,9 @@ from torch import Tensor
 from loraweave import registry
 from loraweave.composer.experts.expert_model import ExpertModel
 from loraweave.composer.experts.forms.sum_of_experts import SumOfExperts
+from loraweave.composer.experts.parts import shapes_of
 from loraweave.errors import WeightingError
-from loraweave.routers.experts._recipe import ExpertShape
+from loraweave.routers.experts._recipe import ExpertShape, Recipe
 
 # a_RI and b_RO of an expert
 Start = tuple[Tensor, Tensor]
@@ -43,10 +44,7 @@ def with_options(model: ExpertModel, **options: Any) -> ExpertModel:
                 f"recipe {recipe.name!r} has no option {option!r}{close}; it has {', '.join(recipe.options)}"
             )
     other = replace(recipe, **options)
-    shapes = {}
-    for name, site in model.sites.items():
-        if (new := other.shape(site)) is not None:
-            shapes[name] = _shape(model.shapes[name], recipe.shape(site), new)
+    shapes = _shapes(model, other)
     made = ExpertModel(model.base_model, other, tokenizer=model.tokenizer, shapes=shapes)
     try:
         _take_over(model, made)
@@ -55,6 +53,18 @@ def with_options(model: ExpertModel, **options: Any) -> ExpertModel:
         raise
     model.hand_over(made)
     return made.train(model.training)
+
+
+def _shapes(model: ExpertModel, other: Recipe) -> dict[str, ExpertShape]:
+    """The experts of each site that the model has, or that the other options give experts alone."""
+    before, after = shapes_of(model.base_model, model.recipe), shapes_of(model.base_model, other)
+    if gone := sorted(set(model.sites) - set(after)):
+        raise WeightingError(f"{gone[0]!r} would have no experts, and what they learned no place: make a new model")
+    return {
+        name: _shape(model.shapes[name], before.get(name), new) if name in model.sites else new
+        for name, new in after.items()
+        if name in model.sites or name not in before
+    }
 
 
 def _shape(own: ExpertShape, before: ExpertShape | None, new: ExpertShape) -> ExpertShape:

@@ -86,3 +86,14 @@ def test_options_that_have_no_place_for_what_was_learned_are_refused(make_model)
         assert torch.equal(made(input_ids=IDS_BT).logits, before)
         assert not any(parameter.requires_grad for parameter in made.base_model.parameters())
     assert all(parameter.requires_grad for parameter in made.base_model.parameters())
+
+
+def test_more_target_modules_have_new_experts_beside_those_there_are(make_model):
+    first = trained(lw.experts("mola", make_model("llama"), num_experts=(2,), target_modules=("q_proj",)))
+    before, logits = {name: value.clone() for name, value in first.expert_state().items()}, first(input_ids=IDS_BT).logits
+    with with_options(first, target_modules=("q_proj", "v_proj")) as made:
+        assert len(made.sites) == 4
+        assert all(torch.equal(made.expert_state()[name], value) for name, value in before.items())
+        torch.testing.assert_close(made(input_ids=IDS_BT).logits, logits)
+        with pytest.raises(WeightingError, match=r"'model.layers.0.self_attn.v_proj' would have no experts"):
+            with_options(made, target_modules=("q_proj",))
