@@ -16,7 +16,7 @@ class FirstSteps:
     """Notes which parameters have got a gradient.
 
     One factor of an expert begins as 0: in the first step it alone has a gradient, and the other factor and the gates have
-    one from the second on. What belongs to tasks is due when each has had a row.
+    one from the second on, or from the recipe's `num_first_steps`. What belongs to tasks is due when each has had a row.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class FirstSteps:
         self._due -= {name for name in self._due if bool(self._parameters[name].grad.any())}  # type: ignore[union-attr]
         if number > 1:
             self._unseen -= {row.expert for row in self._stream.at(number - 1, self._settings.batch_size)}
-        silent = sorted(name for name in self._due if number > 1 or not self._waits(name))
+        silent = sorted(name for name in self._due if number >= self._recipe.num_first_steps or not self._waits(name))
         if not silent or self._unseen or (number == 1 and self._recipe.needs_tasks):
             return ""
         shown = ", ".join(silent[:5]) + (f" and {len(silent) - 5} more" if len(silent) > 5 else "")

@@ -114,6 +114,15 @@ class Recipe:
         return 1
 
     @property
+    def num_first_steps(self) -> int:
+        """How many steps of training it takes at most until all that learns has had a gradient.
+
+        In the first step one factor is 0 and the other learns. Where a row has few of the experts, they may be others in the
+        second, and one of E is met again by the step of number E + 1.
+        """
+        return 2
+
+    @property
     def scale(self) -> float:
         """alpha / rank, or what the recipe puts before its sum instead."""
         return (2.0 * self.rank if self.alpha is None else self.alpha) / self.rank

@@ -36,6 +36,10 @@ class MixtureOfLoras(Recipe):
         if not 0 <= self.eta < math.inf:
             self.refuse("eta", "it is a coefficient of a loss, 0 or more")
 
+    @property
+    def num_first_steps(self) -> int:
+        return max(len(self.tasks), 1) + 1
+
     def shape(self, site: Site) -> ExpertShape:
         # until fit() knows the domains there is one expert
         return ExpertShape((self.rank,) * max(len(self.tasks), 1))

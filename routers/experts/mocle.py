@@ -41,6 +41,11 @@ class Mocle(Recipe):
     def needs_tasks(self) -> bool:  # type: ignore[override]
         return self.by_task
 
+    @property
+    def num_first_steps(self) -> int:
+        # a gate that is sure leaves the universal expert out
+        return self.num_experts + 1
+
     def shape(self, site: Site) -> ExpertShape:
         # the last one is universal
         return ExpertShape((self.rank,) * (self.num_experts + 1))

@@ -33,6 +33,10 @@ class Octavius(Recipe):
         self.require_count("top_k", self.num_experts)
 
     @property
+    def num_first_steps(self) -> int:
+        return self.num_experts + 1
+
+    @property
     def scale(self) -> float:
         return 1.0 if self.as_released else super().scale
 

@@ -132,3 +132,11 @@ def test_without_domains_there_is_one_expert_until_there_are_some(make_model):
         assert {shape.num_experts for shape in made.shapes.values()} == {1}
         made.take_tasks(DOMAINS)
         assert {shape.num_experts for shape in made.shapes.values()} == {3}
+
+
+def test_training_waits_for_a_site_to_choose_an_expert_again(make_model):
+    rows = [{"input_ids": [5, 9, 7, 8], "labels": [-100, -100, 7, 8], "task": task} for task in DOMAINS[:2]]
+    with lw.experts("mixture_of_loras", make_model("llama"), tasks=DOMAINS[:2], target_modules=("k_proj",)) as made:
+        # the second step chooses experts whose b is still 0
+        made.fit(rows, steps=4, batch_size=2, lr=1.0, warmup=0, progress=False)
+        assert len(made.training_report.losses) == 4
