@@ -45,7 +45,7 @@ def with_options(model: ExpertModel, **options: Any) -> ExpertModel:
             )
     other = replace(recipe, **options)
     shapes = _shapes(model, other)
-    made = ExpertModel(model.base_model, other, tokenizer=model.tokenizer, shapes=shapes)
+    made = ExpertModel(model.base_model, other, tokenizer=model.tokenizer, shapes=shapes, names=model.names)
     try:
         _take_over(model, made)
     except WeightingError:

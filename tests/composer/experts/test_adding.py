@@ -97,3 +97,13 @@ def test_more_target_modules_have_new_experts_beside_those_there_are(make_model)
         torch.testing.assert_close(made(input_ids=IDS_BT).logits, logits)
         with pytest.raises(WeightingError, match=r"'model.layers.0.self_attn.v_proj' would have no experts"):
             with_options(made, target_modules=("q_proj",))
+
+
+def test_experts_that_began_as_adapters_keep_their_names_and_ranks(make_model, make_adapter):
+    model = make_model("llama")
+    pool = [make_adapter(model, "plural", rank=2), make_adapter(model, "past tense", rank=3, seed=1)]
+    first = lw.experts("mola", model, pool=pool)
+    before = [first.expert(number).hash for number in (0, 1)]
+    with with_options(first, top_k=1) as made:
+        assert made.expert_names == ("plural", "past tense")
+        assert [made.expert(number).hash for number in (0, 1)] == before
