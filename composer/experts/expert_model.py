@@ -291,7 +291,12 @@ class ExpertModel(nn.Module):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for parameter in self._learning:
+        hooks = self.base_model._forward_pre_hooks.values()
+        others = [hook.owner for hook in hooks if isinstance(hook, BeforeCall) and hook.owner is not None]
+        for other in others[:1]:
+            # the base stays frozen for those that are still on it
+            other._learning += self._learning
+        for parameter in [] if others else self._learning:
             parameter.requires_grad_(True)
         self._learning = []
 

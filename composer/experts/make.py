@@ -13,7 +13,7 @@ from loraweave.composer.experts.expert_model import ExpertModel
 from loraweave.composer.experts.recipes import recipe
 from loraweave.composer.experts.saving import read_saved_experts
 from loraweave.composer.experts.start_from import start_from
-from loraweave.errors import WeightingError
+from loraweave.errors import CompositionError, WeightingError
 from loraweave.hub.hub import Hub
 
 
@@ -35,10 +35,15 @@ def experts(
 
     `lw.names("experts")` are the recipes, whose options their classes document. Raises UnknownName, which names near misses,
     for no recipe's name and for target_modules that match no layer, WeightingError for an option that the recipe has not, or
-    whose value is out of its range, or for what is no pool, LayerMismatch for a layer that cannot have experts;
-    BaseModelMismatch for adapters of another base, AdapterUnsupported for those that are more than products of two factors,
-    ScopeError for recipes whose experts are not; and what `ExpertModel.load` raises for a folder.
+    whose value is out of its range, or for what is no pool, LayerMismatch for a layer that cannot have experts,
+    CompositionError for what is no model; BaseModelMismatch for adapters of another base, AdapterUnsupported for those that
+    are more than products of two factors, ScopeError for recipes whose experts are not; and what `ExpertModel.load` raises
+    for a folder.
     """
+    if not isinstance(base_model, nn.Module):
+        raise CompositionError(
+            f"experts go onto a model, and {base_model!r:.60} is none: load it first, as lw.load_base() does"
+        )
     if isinstance(name, Path) or (name not in registry.names("experts") and Path(name).is_dir()):
         return _saved(Path(name), base_model, tokenizer, options | ({} if pool is None else {"pool": pool}))
     if pool is not None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_type_hints
 
 import torch
 from torch import Tensor
 
 from loraweave.errors import LayerMismatch, WeightingError
 from loraweave.hub.whole_number import is_whole
+from loraweave.routers.experts._option_types import described, fits
 from loraweave.routers.gates.gate import Gate
 from loraweave.routers.routing.learned_router import Step
 
@@ -87,6 +88,10 @@ class Recipe:
     silent_at_first: ClassVar[tuple[str, ...]] = ("a_SI",)
 
     def __post_init__(self) -> None:
+        kinds = get_type_hints(type(self))
+        for option, value in self.options.items():
+            if not fits(value, kinds[option]):
+                self.refuse(option, f"it is {described(kinds[option])}")
         if not is_whole(self.rank, 1):
             self.refuse("rank", "it is a whole number of at least 1")
         if self.alpha is not None and not 0 < self.alpha < math.inf:

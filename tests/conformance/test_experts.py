@@ -264,3 +264,17 @@ def test_blocks_that_run_again_in_the_backward_pass_have_the_same_gradients(name
     assert any(bool(gradient.any()) for gradient in found[0].values() if gradient is not None)
     for key, gradient in found[0].items():
         torch.testing.assert_close(found[1][key], gradient, rtol=0, atol=0)
+
+
+def test_an_option_of_another_type_is_refused_by_name(name, make_model):
+    with pytest.raises(WeightingError, match=f"dropout of recipe '{name}' is 'much': it is a number"):
+        built(name, make_model(kind_of(name)), dropout="much")
+
+
+def test_a_base_stays_frozen_until_the_last_recipe_has_left_it(name, make_model):
+    model = make_model(kind_of(name))
+    first, second = built(name, model), built(name, model)
+    first.close()
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    second.close()
+    assert all(parameter.requires_grad for parameter in model.parameters())
