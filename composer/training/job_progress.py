@@ -29,7 +29,9 @@ class JobProgress:
         self.num_tokens = 0
         self._best: list[Tensor] | None = None
         self._flat = FlatParameters(self.job.parameters())
-        self._optimizer = torch.optim.AdamW(self._flat.vectors, lr=planned.pace.lr, weight_decay=0.0)
+        # the fused one goes through memory once, and on a GPU wants its count of steps there
+        is_fused = all(vector.device.type == "cpu" for vector in self._flat.vectors)
+        self._optimizer = torch.optim.AdamW(self._flat.vectors, lr=planned.pace.lr, weight_decay=0.0, fused=is_fused or None)
 
     def next_rows(self) -> list[EncodedRow]:
         """Those of the step to be taken."""
