@@ -51,7 +51,7 @@ def with_options(model: ExpertModel, **options: Any) -> ExpertModel:
     except WeightingError:
         made.close()
         raise
-    model.hand_over(made)
+    model.close()
     return made.train(model.training)
 
 

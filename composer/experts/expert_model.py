@@ -300,11 +300,6 @@ class ExpertModel(nn.Module):
             parameter.requires_grad_(True)
         self._learning = []
 
-    def hand_over(self, other: ExpertModel) -> None:
-        """Closes; from now on the other model on the same base knows which of its parameters learned before."""
-        other._learning, self._learning = self._learning, []
-        self.close()
-
     def __enter__(self) -> Self:
         return self
 

@@ -68,6 +68,7 @@ def test_from_one_phase_to_the_other_both_experts_stay_the_same_bits(make_model)
     [
         ({"shared_rank": 0}, "shared_rank of recipe 'pfedlora' is 0"),
         ({"mu": 1.0}, "mu of recipe 'pfedlora' is 1.0"),
+        ({"phase": 3}, "phase of recipe 'pfedlora' is 3: it is a text"),
         ({"phase": "locl"}, "phase of recipe 'pfedlora' is 'locl': it is one of local, shared, did you mean 'local'"),
     ],
 )
