@@ -24,6 +24,7 @@ from loraweave.errors import (
 from loraweave.hub import quarantine
 from loraweave.hub.collect import collect
 from loraweave.hub.fields import checked_fields
+from loraweave.hub.found import Found
 from loraweave.hub.intake.sample_pairs import card_with_outputs, split_pairs
 from loraweave.hub.licenses import canonical
 from loraweave.hub.names import checked_name, near_misses
@@ -236,10 +237,14 @@ class Hub:
         tags: Collection[str] | str = (),
         min_score: float | None = None,
     ) -> list[Candidate]:
-        """The k adapters whose texts fit the query best, with scores and evidence; [] when none reaches `min_score`."""
+        """The k adapters whose texts fit the query best, with scores and evidence; [] when none reaches `min_score`.
+
+        The list knows this hub as its `hub`, so that it can be the pool of `lw.experts`.
+        """
         from loraweave.hub.search import search
 
-        return search(self, query, k=k, base_model=base_model, license=license, tags=tags, min_score=min_score)
+        found = search(self, query, k=k, base_model=base_model, license=license, tags=tags, min_score=min_score)
+        return Found(found, self)
 
     def similar(self, name: str, *, k: int = 5) -> list[Candidate]:
         """The k adapters whose low-rank updates have the largest cosine with this one's; ties by order of addition.

@@ -30,8 +30,9 @@ def experts(
     that `ExpertModel.save_pretrained` wrote, what was saved.
 
     With a `pool` the experts begin as its adapters, of whatever ranks, in the layers that these update: an ExpertPool,
-    adapters, a mapping of names to adapters, or what `hub.search` found, with the `hub`. `num_experts` fewer than adapters
-    begin as the means of so many groups of alike ones (`lw.clusters`). Experts that a recipe has besides begin as it says.
+    adapters, a mapping of names to adapters, a hub, what `hub.search` found, or candidates of a Retriever with their `hub`.
+    `num_experts` fewer than adapters begin as the means of so many groups of alike ones (`lw.clusters`). Experts that a
+    recipe has besides begin as it says.
 
     `lw.names("experts")` are the recipes, whose options their classes document. Raises UnknownName, which names near misses,
     for no recipe's name and for target_modules that match no layer, WeightingError for an option that the recipe has not, or

@@ -49,6 +49,9 @@ def _pool_of(pool: Any, hub: Hub | None) -> ExpertPool:
     """Raises WeightingError for what is no pool, and for candidates of a search without the hub that has them."""
     if isinstance(pool, ExpertPool):
         return ExpertPool({name: pool[name] for name in pool.names}) if pool.lazy else pool
+    if isinstance(pool, Hub):
+        return pool.pool([record.name for record in pool])
+    hub = getattr(pool, "hub", None) if hub is None else hub
     given = pool if isinstance(pool, Mapping) else list(pool) if isinstance(pool, Iterable) else [pool]
     found = list(given.values() if isinstance(given, Mapping) else given)
     if found and all(isinstance(each, Candidate) for each in found):
@@ -60,7 +63,7 @@ def _pool_of(pool: Any, hub: Hub | None) -> ExpertPool:
     if strange := [each for each in found if not isinstance(each, Adapter)]:
         raise WeightingError(
             f"the pool has {strange[0]!r:.80}, which is no adapter: pass an ExpertPool, adapters, a mapping of names to "
-            "adapters, or what hub.search found with hub=hub"
+            "adapters, a hub, or what hub.search found"
         )
     return ExpertPool(given)
 

@@ -77,10 +77,16 @@ def test_what_a_search_found_is_taken_from_its_hub(model, adapters, tmp_path):
     for adapter in adapters:
         hub.add(adapter, description=f"task {adapter.name}")
     found = hub.search("task b", k=2)
+    names = tuple(candidate.name for candidate in found)
+    with lw.experts("mixtral", model, pool=found) as made:
+        assert made.expert_names == names
+    with lw.experts("mixtral", model, pool=hub) as made:
+        assert made.expert_names == ("a", "b", "c")
+    # candidates alone do not know it
     with pytest.raises(WeightingError, match=r"whose adapters are in a hub: pass hub=\.\.\. beside pool"):
-        lw.experts("mixtral", model, pool=found)
-    with lw.experts("mixtral", model, pool=found, hub=hub) as made:
-        assert made.expert_names == tuple(candidate.name for candidate in found)
+        lw.experts("mixtral", model, pool=list(found))
+    with lw.experts("mixtral", model, pool=list(found), hub=hub) as made:
+        assert made.expert_names == names
 
 
 def test_it_is_trained_saved_and_read_with_its_names(model, make_model, adapters, tmp_path):
