@@ -62,6 +62,7 @@ _LAZY = {
     "Statistics": "loraweave.composer.statistics",
     "flexlora_clients": "loraweave.composer.federated",
     "train_adapters": "loraweave.composer.training.train_adapters",
+    "train_experts": "loraweave.composer.experts.train_experts",
     "train_encoder": "loraweave.retrieval.training",
     "extract": "loraweave.hub.extract",
     "to_lora": "loraweave.hub.to_lora",
@@ -158,5 +159,6 @@ __all__ = [
     "to_lora",
     "train_adapters",
     "train_encoder",
+    "train_experts",
     "unlearn",
 ]

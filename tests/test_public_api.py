@@ -76,6 +76,7 @@ VERBS = {
     "to_lora",
     "train_adapters",
     "train_encoder",
+    "train_experts",
 }
 ARITHMETIC = {"add", "analogy", "ema", "negate", "scale", "subtract", "subtract_general", "unlearn"}
 BESIDE_MERGE = {"clusters", "genknowsub", "Statistics", "byom", "collect_statistics", "compeft", "flexlora_clients"}
