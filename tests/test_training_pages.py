@@ -40,3 +40,12 @@ def test_the_code_of_the_page_on_training_routers_runs(tmp_path, monkeypatch):
     report = run("router_training.md")["report"]
     assert [step for step, _ in report.evaluations] == [0, 1, 2]
     assert (tmp_path / "curve.png").is_file()
+
+
+@pytest.mark.slow
+def test_the_code_of_the_page_on_trained_experts_runs(tmp_path, monkeypatch):
+    (tmp_path / "examples").symlink_to(DOCS.parent / "examples")
+    monkeypatch.chdir(tmp_path)
+    names = run("experts.md")
+    assert names["report"].experts == ("0", "1", "2")
+    assert names["hub"]["mola-0"].rank == 4

@@ -61,6 +61,11 @@ class ExpertTrainer(Trainer):  # type: ignore[misc]
             optimizers=(course.optimizer, _scheduler(course, settings)),
             callbacks=[course, *settings.callbacks],
         )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise TrainingError(
+                "experts are trained with the whole base in each process, but FSDP or DeepSpeed was launched: launch "
+                "processes without them, or one with a model that device_map spreads"
+            )
         self.remove_callback(PrinterCallback)
         # compute_loss counts each pass for what it is of its step
         self.loss_is_scaled_for_ga = True
