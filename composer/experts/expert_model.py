@@ -227,6 +227,8 @@ class ExpertModel(nn.Module):
         settings out of range, for parameters without a gradient, and for a loss or gradient that is not finite: the model
         then has the last good parameters.
         """
+        if not self._handles:
+            raise TrainingError("the expert model is closed, and its experts are in no call: make it anew, and load() it")
         fit(self, dataset, self.tokenizer if tokenizer is None else tokenizer, settings)
         return self
 

@@ -69,6 +69,8 @@ class ExpertTrainer(Trainer):  # type: ignore[misc]
         self.remove_callback(PrinterCallback)
         # compute_loss counts each pass for what it is of its step
         self.loss_is_scaled_for_ga = True
+        # older versions have accelerate divide by the passes a second time
+        self.accelerator.gradient_accumulation_steps = 1
         course.begin(self)
 
     def get_train_dataloader(self) -> Any:

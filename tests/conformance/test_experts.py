@@ -278,3 +278,15 @@ def test_a_base_stays_frozen_until_the_last_recipe_has_left_it(name, make_model)
     assert not any(parameter.requires_grad for parameter in model.parameters())
     second.close()
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@on_text
+def test_fit_reaches_all_that_learns_and_lowers_the_loss(name, make_model):
+    rows = [
+        {"input_ids": [*row, 5 + number, 6], "labels": [-100] * len(row) + [5 + number, 6], "task": TASKS[number % 2]}
+        for number, row in enumerate(ROWS * 2)
+    ]
+    with built(name, make_model("llama")) as experts:
+        experts.fit(rows, steps=12, batch_size=6, warmup=0, lr=0.02, evaluation=rows, evaluate_every=12, progress=False)
+        (_, before), *_, (_, after) = experts.training_report.evaluations
+        assert after < before

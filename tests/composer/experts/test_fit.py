@@ -283,3 +283,10 @@ def test_blocks_that_run_again_train_to_the_same_bits(model, name):
     plain = lw.experts(name, model, **options).fit(rows, **SETTINGS)
     again = lw.experts(name, model, **options).fit(rows, **SETTINGS, gradient_checkpointing=True)
     assert_same_bits(state(again), state(plain))
+
+
+def test_a_closed_model_is_not_trained(model):
+    made = lw.experts("mola", model, **OPTIONS)
+    made.close()
+    with pytest.raises(TrainingError, match="the expert model is closed"):
+        made.fit(ROWS, **SETTINGS)
