@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -22,6 +22,7 @@ from loraweave.composer.experts.running import RUNNING, Branch, Running, shared_
 from loraweave.composer.experts.saving import read_saved_experts, write_experts
 from loraweave.composer.experts.sites import closing_blocks
 from loraweave.composer.kernels._own_precision import own_precision
+from loraweave.composer.mixing.begun import arguments_of
 from loraweave.errors import ScopeError, TrainingError, UnknownName
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.fingerprint import fingerprint
@@ -123,22 +124,30 @@ class ExpertModel(nn.Module):
             running.branch = Branch(left=True, noted=shared_stream(self, args, kwargs))
         with holding(RUNNING, running):
             output = self.base_model(*args, **kwargs)
-        self.terms, self.own_loss = {}, getattr(output, "loss", None)
+        # without return_dict the loss is the first of a tuple
+        of_tuple = isinstance(output, tuple) and arguments_of(self.base_model, args, kwargs).get("labels") is not None
+        loss = output[0] if of_tuple else getattr(output, "loss", None)
+        self.terms, self.own_loss = {}, loss
         if running.call.step is not None:
             self.notes = running.call.step
             self.terms = {**self.recipe.losses(running.call.step), **self.recipe.factor_losses(self._factors())}
-            if self.terms and getattr(output, "loss", None) is not None:
-                output.loss = output.loss + torch.stack([term.to(output.loss) for term in self.terms.values()]).sum()
+            if self.terms and loss is not None:
+                loss = loss + torch.stack([term.to(loss) for term in self.terms.values()]).sum()
+                if of_tuple:
+                    return (loss, *output[1:])
+                output.loss = loss
         return output
 
     def generate(self, *args: Any, task: Any = None, **kwargs: Any) -> Any:
         """The base's generate; what a gate decides by the prompt holds for the answer."""
         if self.recipe.branches:
             raise ScopeError(f"recipe {self.recipe.name!r} has branches for tasks, and generates no tokens: call the model")
-        ids_BT = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-        running = Running(self, self.task_ids(task))
-        with holding(RUNNING, running), self._prompts(ids_BT, kwargs.get("attention_mask")):
-            running.begin_generation(self.base_model)
+        names = ("inputs", "input_ids", "inputs_embeds", getattr(self.base_model, "main_input_name", "input_ids"))
+        given = args[0] if args else next((kwargs[name] for name in names if kwargs.get(name) is not None), None)
+        mask_BT = kwargs.get("attention_mask")
+        running = Running(self, self.task_ids(task), generates=True)
+        with holding(RUNNING, running), self._prompts(given, mask_BT):
+            running.begin_generation(self.base_model, given, kwargs.get("inputs_embeds"), mask_BT)
             self.show_gates(running.call)
             return self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
 
@@ -205,6 +214,8 @@ class ExpertModel(nn.Module):
                 "its experts one by one (expert(number)), or save_pretrained() the whole"
             )
         task_B = self.task_ids(task)
+        if task_B is not None and len(task_B) != 1:
+            raise ScopeError(f"one adapter is the mixture of one task, and {len(task_B)} are given: make one of each")
         call, layers = Call(task_B=task_B), {}
         with torch.no_grad():
             self.show_gates(call)
@@ -281,12 +292,16 @@ class ExpertModel(nn.Module):
         recipe = replace(self.recipe, tasks=tasks)
         parts = make_parts(self.base_model, recipe, self._given, self._starts)
         before = self.expert_state()
+        learns = {name: parameter.requires_grad for name, parameter in self.expert_parameters().items()}
         self.recipe = recipe
         self._take(parts)
         with torch.no_grad():
             for name, value in self.expert_state().items():
                 if name in before and before[name].shape == value.shape:
                     value.copy_(before[name])
+        for name, parameter in self.expert_parameters().items():
+            # what was frozen by hand stays so
+            parameter.requires_grad_(learns.get(name, parameter.requires_grad))
 
     def close(self) -> None:
         """Takes the experts out: the base is what it was, byte for byte. Closing twice does nothing."""
@@ -371,8 +386,10 @@ class ExpertModel(nn.Module):
                 known = ", ".join(map(repr, self.tasks))
                 raise ScopeError(f"recipe {self.recipe.name!r} looks at the task of each row: give task=..., of {known}")
             return None
-        given = task.tolist() if isinstance(task, Tensor) else task
-        given = [given] if isinstance(given, str | int) else list(given)
+        given = task.tolist() if hasattr(task, "tolist") else task
+        given = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+        if not given:
+            raise ScopeError("task is empty: give the task of each row, one for all, or None")
         return torch.tensor([self._task_id(each) for each in given], device=self.device)
 
     def _task_id(self, task: Any) -> int:

@@ -58,13 +58,15 @@ class Branch:
 class Running:
     """One call of an expert model, or one generation, which is many calls of its base.
 
-    `owner` is the expert model; `task_B` the tasks of the rows that it was given. `call` is the present call of the base,
+    `owner` is the expert model; `task_B` the tasks of the rows that it was given, of which a call that `generates` may have
+    several copies on end. `call` is the present call of the base,
     `within` what the parts of sites that are running have seen. `branch` is for recipes with branches.
     """
 
     owner: object
     task_B: Tensor | None = None
     notes: bool = False
+    generates: bool = False
     kept: dict[Hashable, Any] = field(default_factory=dict)
     call: Call = field(default_factory=Call)
     branch: Branch | None = None
@@ -79,7 +81,7 @@ class Running:
             main = next((value for value in found.values() if isinstance(value, Tensor)), None)
         num_rows = 0 if main is None else main.shape[0]
         real_BT = _real_tokens(main, found.get("attention_mask"))
-        task_B = None if self.task_B is None else self._tasks(num_rows, self.task_B)
+        task_B = None if self.task_B is None else self._tasks(num_rows, self.task_B, copies=self.generates)
         step = None
         if self.notes:
             labels_B = torch.full((num_rows,), -1) if task_B is None else task_B
@@ -98,21 +100,26 @@ class Running:
             real_BT, prompt_BT, ids_BT, task_B, follows, self.kept, step, embed, two_sequences, num_rows or None
         )
 
-    def begin_generation(self, model: nn.Module) -> None:
-        """A generation from the prompts that are known begins: an encoder runs outside the calls of the base."""
-        if (known := current_prompts()) is None:
+    def begin_generation(self, model: nn.Module, given: Any, embeds_BTI: Tensor | None, mask: Any) -> None:
+        """A generation begins, from the prompts that are known or what else is `given`: an encoder runs outside the calls of
+        the base. Raises ScopeError for tasks of another number of rows."""
+        known = current_prompts()
+        if known is None and not isinstance(given, Tensor):
             return
-        ids_BT, real_BT = known.ids_BT, known.mask_BT.bool()
-        task_B = None if self.task_B is None else self._tasks(len(ids_BT), self.task_B)
-        embed = partial(_embedded, model, ids_BT, None)
+        ids_BT, main = (None, given) if known is None else (known.ids_BT, known.ids_BT)
+        real_BT = _real_tokens(main, mask) if known is None else known.mask_BT.bool()
+        task_B = None if self.task_B is None else self._tasks(len(main), self.task_B)
+        has_embeddings = ids_BT is not None or embeds_BTI is not None
+        embed = partial(_embedded, model, ids_BT, None if known else embeds_BTI) if has_embeddings else None
         self.call = Call(real_BT, real_BT, ids_BT, task_B, False, self.kept, None, embed, has_two_sequences(model))
 
-    def _tasks(self, num_rows: int, task_B: Tensor) -> Tensor:
-        if not num_rows or num_rows % len(task_B):
+    def _tasks(self, num_rows: int, task_B: Tensor, *, copies: bool = False) -> Tensor:
+        """The tasks of so many rows; with `copies` each prompt may have several rows on end, such as beams."""
+        if not num_rows or num_rows % len(task_B) or (len(task_B) not in (1, num_rows) and not copies):
             raise ScopeError(
-                f"{len(task_B)} tasks were given for {num_rows} rows: one for each row, in the order of the rows"
+                f"{len(task_B)} tasks were given for {num_rows} rows: give one for each, in the order of the rows, or one for "
+                "all"
             )
-        # a generation has each prompt's beams on end
         return task_B.repeat_interleave(num_rows // len(task_B))
 
 

@@ -1,8 +1,77 @@
-"""What every gate can rely on."""
+"""What every gate, and every call, can rely on."""
 
+import pytest
 import torch
 
 import loraweave as lw
+from loraweave.errors import ScopeError, UnknownName
+
+IDS_BT = torch.tensor([[3, 9, 27, 20], [6, 2, 25, 3], [7, 8, 9, 10], [5, 4, 3, 11]])
+
+
+def own_adapters(make_model, kind="llama", **options):
+    """Flora's additive adapters of two tasks, drawn."""
+    made = lw.experts("flora", make_model(kind), tasks=("law", "games"), mode="additive", **options)
+    with torch.no_grad():
+        for value in made.expert_parameters().values():
+            value.normal_(std=0.3)
+    return made
+
+
+def test_two_tasks_for_four_rows_are_refused(make_model):
+    with own_adapters(make_model) as made, pytest.raises(ScopeError, match="2 tasks were given for 4 rows"):
+        made(input_ids=IDS_BT, task=["law", "games"])
+
+
+def test_beams_of_a_prompt_have_its_task(make_model):
+    with own_adapters(make_model) as made:
+        options = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+        found = made.generate(IDS_BT[:2], task=["law", "games"], **options)
+        alone = [made.generate(IDS_BT[row : row + 1], task=task, **options) for row, task in enumerate(made.tasks)]
+        assert torch.equal(found, torch.cat(alone))
+
+
+@pytest.mark.parametrize(("task", "error"), [([], ScopeError), (1.5, UnknownName), ([None], UnknownName)])
+def test_a_task_that_is_none_is_refused_by_name(make_model, task, error):
+    with own_adapters(make_model) as made, pytest.raises(error, match="task"):
+        made(input_ids=IDS_BT, task=task)
+
+
+def test_an_encoder_that_is_given_embeddings_has_the_experts_of_the_rows_tasks(make_model):
+    with own_adapters(make_model, "t5", target_modules=("q", "v")) as made:
+        options = {
+            "task": ["law", "games", "games", "law"],
+            "max_new_tokens": 3,
+            "min_new_tokens": 3,
+            "do_sample": False,
+            "output_logits": True,
+            "return_dict_in_generate": True,
+        }
+        by_ids = made.generate(input_ids=IDS_BT, **options)
+        by_embeddings = made.generate(inputs_embeds=made.base_model.get_input_embeddings()(IDS_BT), **options)
+        assert torch.equal(by_ids.sequences, by_embeddings.sequences)
+        torch.testing.assert_close(by_ids.logits, by_embeddings.logits)
+
+
+def test_a_loss_in_a_tuple_has_the_terms_too(make_model):
+    with lw.experts("mixtral", make_model("llama"), num_experts=3).train() as made:
+        loss, logits = made(input_ids=IDS_BT, labels=IDS_BT, return_dict=False, use_cache=False)
+        assert made.terms["balance"] > 0
+        torch.testing.assert_close(loss, made.own_loss + made.terms["balance"])
+        torch.testing.assert_close(made.own_loss, made.base_model.loss_function(logits, IDS_BT, 61))
+
+
+def test_what_was_frozen_by_hand_stays_so_when_tasks_become_known(make_model):
+    with lw.experts("mixture_of_loras", make_model("llama")) as made:
+        made.gates.requires_grad_(False)
+        made.take_tasks(("law", "games"))
+        assert not any(parameter.requires_grad for parameter in made.gates.parameters())
+        assert all(parameter.requires_grad for parameter in made.layers.parameters())
+
+
+def test_an_adapter_of_two_tasks_at_once_is_refused(make_model):
+    with own_adapters(make_model) as made, pytest.raises(ScopeError, match="2 are given"):
+        made.adapter(["law", "games"])
 
 
 def test_gates_weigh_in_their_own_precision_below_autocast(make_model):
