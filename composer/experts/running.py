@@ -117,8 +117,7 @@ class Running:
         """The tasks of so many rows; with `copies` each prompt may have several rows on end, such as beams."""
         if not num_rows or num_rows % len(task_B) or (len(task_B) not in (1, num_rows) and not copies):
             raise ScopeError(
-                f"{len(task_B)} tasks were given for {num_rows} rows: give one for each, in the order of the rows, or one for "
-                "all"
+                f"{len(task_B)} tasks were given for {num_rows} rows: give one for each row in their order, or one for all"
             )
         return task_B.repeat_interleave(num_rows // len(task_B))
 
