@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -34,7 +33,8 @@ def with_options(model: ExpertModel, **options: Any) -> ExpertModel:
     that are new, or have another rank, are untrained.
 
     The given model is closed. Raises WeightingError for options that the recipe has not, or whose values are out of range,
-    and where tensors that both have do not fit into the new ones; the model then stays as it was.
+    for tasks in other places than they have, for experts that would go, and where tensors that both have do not fit into the
+    new ones; the model then stays as it was.
     """
     recipe = model.recipe
     for option in options:
@@ -44,6 +44,11 @@ def with_options(model: ExpertModel, **options: Any) -> ExpertModel:
                 f"recipe {recipe.name!r} has no option {option!r}{close}; it has {', '.join(recipe.options)}"
             )
     other = replace(recipe, **options)
+    if other.tasks[: len(recipe.tasks)] != recipe.tasks:
+        raise WeightingError(
+            f"tasks of recipe {recipe.name!r} are {recipe.tasks} and would be {other.tasks}: what each has learned "
+            "is at its place, so that new ones come after those there are"
+        )
     shapes = _shapes(model, other)
     made = ExpertModel(model.base_model, other, tokenizer=model.tokenizer, shapes=shapes, names=model.names)
     try:
@@ -61,17 +66,22 @@ def _shapes(model: ExpertModel, other: Recipe) -> dict[str, ExpertShape]:
     if gone := sorted(set(model.sites) - set(after)):
         raise WeightingError(f"{gone[0]!r} would have no experts, and what they learned no place: make a new model")
     return {
-        name: _shape(model.shapes[name], before.get(name), new) if name in model.sites else new
+        name: _shape(name, model, before.get(name), other, new) if name in model.sites else new
         for name, new in after.items()
         if name in model.sites or name not in before
     }
 
 
-def _shape(own: ExpertShape, before: ExpertShape | None, new: ExpertShape) -> ExpertShape:
+def _shape(site: str, model: ExpertModel, before: ExpertShape | None, other: Recipe, new: ExpertShape) -> ExpertShape:
     """The new experts, with the ranks that the site has where the options change nothing."""
-    old_ranks = () if before is None else before.ranks
-    kept = [expert < len(old_ranks) and old_ranks[expert] == rank for expert, rank in enumerate(new.ranks)]
-    ranks = [own.ranks[expert] if is_kept else new.ranks[expert] for expert, is_kept in enumerate(kept)]
+    if before is None:
+        return new
+    own, place = model.shapes[site], model.sites[site]
+    known = dict(zip(model.recipe.roles(place, own), zip(before.ranks, own.ranks, strict=False), strict=False))
+    ranks = []
+    for role, rank in zip(other.roles(place, new), new.ranks, strict=True):
+        old, kept = known.get(role, (None, rank))
+        ranks.append(kept if old == rank else rank)
     return replace(new, ranks=tuple(ranks))
 
 
@@ -82,8 +92,13 @@ def _take_over(model: ExpertModel, made: ExpertModel) -> None:
         old = dict(model.layers.items()).get(key)
         if isinstance(layer, SumOfExperts) and isinstance(old, SumOfExperts):
             by_expert += [f"layers.{key}.{name}" for name in (*FACTORS, *(f"frozen_{name}" for name in FACTORS))]
-            pairs = zip_longest(layer.starts(), old.starts())
-            layer.reset([_either(*pair) for pair in pairs if pair[0] is not None])
+            own = dict(zip(model.recipe.roles(old.site, old.shape), old.starts(), strict=True))
+            roles = made.recipe.roles(layer.site, layer.shape)
+            if gone := [role for role in own if role not in roles]:
+                raise WeightingError(
+                    f"expert {gone[0]!r} at {layer.site.name!r}, and what it learned, would have no place: make a new model"
+                )
+            layer.reset([_either(new, own.get(role)) for role, new in zip(roles, layer.starts(), strict=True)])
     for name, value in made.expert_state().items():
         if name in by_expert or name not in known:
             continue

@@ -13,6 +13,7 @@ from loraweave.composer.experts.forms.sum_of_experts import SumOfExperts
 from loraweave.composer.experts.parts import key_of
 from loraweave.errors import LayerMismatch, ScopeError, UnknownName, WeightingError
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.whole_number import is_whole
 
 # a_RI and b_RO of an expert
 Start = tuple[Tensor, Tensor]
@@ -55,6 +56,9 @@ def federated_average(
     for name in clients[0] if clients else ():
         each = [client[name] for client in clients]
         for expert in experts:
+            # there may be fewer in some layers
+            if not all(_has(layer, expert) for layer in each):
+                continue
             of_all = [layer.starts()[expert] for layer in each]
             _require_same(models, f"expert {expert} at {name!r}", [tuple(a.shape + b.shape) for a, b in of_all])
             scaled = [(a, b * layer.scale) for (a, b), layer in zip(of_all, each, strict=True)]
@@ -66,8 +70,9 @@ def federated_average(
         for name, layer in client.items():
             starts = layer.starts()
             for expert in experts:
-                a_RI, b_RO = means[name, expert]
-                starts[expert] = (a_RI, b_RO / layer.scale)
+                if (name, expert) in means:
+                    a_RI, b_RO = means[name, expert]
+                    starts[expert] = (a_RI, b_RO / layer.scale)
             layer.reset(starts)
     for parameters in learned:
         for name, value in parameters.items():
@@ -83,13 +88,27 @@ def _layers(models: Sequence[ExpertModel], experts: Sequence[int]) -> list[dict[
             layer = model.layers[key_of(name)]
             if not isinstance(layer, SumOfExperts) or not layer.is_update:
                 raise ScopeError(f"experts of recipe {model.recipe.name!r} are no updates of layers, and are not exchanged")
-            if any(0 <= expert < layer.shape.num_experts and layer.shape.ranks[expert] for expert in experts):
+            if layer.shape.shared_a or layer.shape.shared_b or layer.shape.gains:
+                raise ScopeError(
+                    f"experts of recipe {model.recipe.name!r} share a factor or have gains, so that none is exchanged "
+                    "without the others: take a recipe whose experts are products of two factors of their own"
+                )
+            if any(_has(layer, expert) for expert in experts):
                 layers[name] = layer
-        if not layers:
-            raise UnknownName(f"recipe {model.recipe.name!r} has no expert {experts[0]!r} in any layer")
+        for expert in experts:
+            if not any(_has(layer, expert) for layer in layers.values()):
+                raise UnknownName(f"recipe {model.recipe.name!r} has no expert {expert!r} in any layer")
         found.append(layers)
-    _require_same(models, "the layers with these experts", [sorted(layers) for layers in found])
+    have = [
+        {name: [expert for expert in experts if _has(layer, expert)] for name, layer in sorted(layers.items())}
+        for layers in found
+    ]
+    _require_same(models, "the layers with these experts", have)
     return found
+
+
+def _has(layer: SumOfExperts, expert: int) -> bool:
+    return is_whole(expert, 0) and expert < layer.shape.num_experts and layer.shape.ranks[expert] > 0
 
 
 def _start(name: str, layer: SumOfExperts, expert: int, adapter: Adapter) -> Start:

@@ -40,6 +40,7 @@ def start_from(
     members = Fitting(base_model).pool(members)
     _require_updates(members)
     recipe = make_recipe(name, {**options, **_following(name, members, options), "target_modules": members.layer_names})
+    members = members if "num_experts" in recipe.options else _by_task(recipe, members)
     shapes = {site: _shape(recipe, site, own, members) for site, own in shapes_of(base_model, recipe).items()}
     starts = {site: [_start(recipe, adapter.layers.get(site)) for adapter in members.adapters.values()] for site in shapes}
     return ExpertModel(base_model, recipe, tokenizer=tokenizer, shapes=shapes, starts=starts, names=members.names)
@@ -102,6 +103,19 @@ def _following(name: str, pool: ExpertPool, options: Mapping[str, Any]) -> dict[
     if "num_experts" in known:
         return {"num_experts": (len(pool),) if isinstance(known["num_experts"].default, tuple) else len(pool)}
     return {"tasks": options.get("tasks", pool.names)}
+
+
+def _by_task(recipe: Recipe, pool: ExpertPool) -> ExpertPool:
+    """The pool in the order of the tasks, where these have its names. Raises WeightingError where only some have."""
+    if set(recipe.tasks) == set(pool.names):
+        return ExpertPool({task: pool[task] for task in recipe.tasks})
+    for place, task in enumerate(recipe.tasks):
+        if task in pool.names and pool.names.index(task) != place:
+            raise WeightingError(
+                f"task {task!r} of recipe {recipe.name!r} has place {place}, but the adapter of that name is at "
+                f"{pool.names.index(task)} in the pool, and would be another task's: give pool and tasks in one order"
+            )
+    return pool
 
 
 def _shape(recipe: Recipe, site: str, own: ExpertShape, pool: ExpertPool) -> ExpertShape:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, get_type_hints
 
@@ -135,6 +135,10 @@ class Recipe:
     def shape(self, site: Site) -> ExpertShape | None:
         """The experts of a site; None for one that gets none."""
         raise NotImplementedError
+
+    def roles(self, site: Site, shape: ExpertShape) -> tuple[Hashable, ...]:
+        """What each expert of a site is, by which one is known again below other options: by default its place."""
+        return tuple(range(shape.num_experts))
 
     def gate_key(self, site: Site) -> str:
         """Sites with the same key share a gate; by default each has its own."""

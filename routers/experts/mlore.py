@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -68,6 +68,11 @@ class Mlore(Recipe):
             raise WeightingError(f"tasks of recipe {self.name!r} is (): name those that get experts of their own")
         generic = (min(site.num_inputs, site.num_outputs),) if self.generic else ()
         return ExpertShape(self.ranks + generic + (self.rank,) * len(self.tasks))
+
+    def roles(self, site: Site, shape: ExpertShape) -> tuple[Hashable, ...]:
+        # scores of another number of mixed experts lie elsewhere in the gate
+        mixed = [(len(self.ranks), place) for place in range(len(self.ranks))]
+        return (*mixed, *(("generic",) if self.generic else ()), *(("task", task) for task in self.tasks))
 
     def gate(self, site: Site, num_experts: int) -> SpatialGate:
         return SpatialGate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from loraweave.hub.whole_number import is_whole
@@ -49,6 +50,9 @@ class Mocle(Recipe):
     def shape(self, site: Site) -> ExpertShape:
         # the last one is universal
         return ExpertShape((self.rank,) * (self.num_experts + 1))
+
+    def roles(self, site: Site, shape: ExpertShape) -> tuple[Hashable, ...]:
+        return (*range(shape.num_experts - 1), "universal")
 
     def gate(self, site: Site, num_experts: int) -> ClusterGate:
         return ClusterGate(self.num_features, num_experts, temperature=self.temperature, static=self.by_task)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -77,6 +78,10 @@ class Mtlora(Recipe):
     def shape(self, site: Site) -> ExpertShape:
         shared = (self.rank,) * self._num_shared(site)
         return ExpertShape(shared + (self._for_tasks("task_rank") if self.is_branched(site) else ()))
+
+    def roles(self, site: Site, shape: ExpertShape) -> tuple[Hashable, ...]:
+        num_shared = self._num_shared(site)
+        return (*(("shared", place) for place in range(num_shared)), *self.tasks[: shape.num_experts - num_shared])
 
     def gate(self, site: Site, num_experts: int) -> TaskSwitch:
         num_shared = self._num_shared(site)

@@ -79,13 +79,19 @@ def test_experts_of_another_rank_begin_anew(make_model):
 def test_options_that_have_no_place_for_what_was_learned_are_refused(make_model):
     with trained(lw.experts("mola", make_model("llama"), num_experts=(3,))) as made:
         before = made(input_ids=IDS_BT).logits
-        with pytest.raises(WeightingError, match=r"r_EI' is \(3, 16\) and would be \(2, 16\), with no place for all"):
+        with pytest.raises(WeightingError, match=r"expert 2 at .* and what it learned, would have no place"):
             with_options(made, num_experts=(2,))
         with pytest.raises(WeightingError, match="has no option 'top_n', did you mean 'top_k'"):
             with_options(made, top_n=1)
         assert torch.equal(made(input_ids=IDS_BT).logits, before)
         assert not any(parameter.requires_grad for parameter in made.base_model.parameters())
     assert all(parameter.requires_grad for parameter in made.base_model.parameters())
+
+
+def test_features_of_tasks_that_were_learned_do_not_go(make_model):
+    made = trained(lw.experts("moelora", make_model("llama"), tasks=("law", "games"), num_features=6))
+    with made, pytest.raises(WeightingError, match=r"e_KD' is \(2, 6\) and would be \(2, 5\), with no place for all"):
+        with_options(made, num_features=5)
 
 
 def test_more_target_modules_have_new_experts_beside_those_there_are(make_model):
@@ -107,3 +113,45 @@ def test_experts_that_began_as_adapters_keep_their_names_and_ranks(make_model, m
     with with_options(first, top_k=1) as made:
         assert made.expert_names == ("plural", "past tense")
         assert [made.expert(number).hash for number in (0, 1)] == before
+
+
+@pytest.mark.parametrize("tasks", [("games", "law"), ("law",), ("health", "law", "games")])
+def test_tasks_that_have_learned_keep_their_places(make_model, tasks):
+    with trained(lw.experts("flora", make_model("llama"), tasks=("law", "games"), mode="additive")) as made:
+        before = made.adapter("games").hash
+        with pytest.raises(WeightingError, match="new ones come after those there are"):
+            with_options(made, tasks=tasks)
+        assert made.adapter("games").hash == before
+
+
+def test_the_universal_expert_stays_the_universal_one(make_model):
+    options = {"by_task": True, "tasks": ("law", "games"), "num_experts": 2}
+    first = trained(lw.experts("mocle", make_model("llama"), **options))
+    before = [first.expert(number).hash for number in range(3)]
+    with with_options(first, num_experts=3) as made:
+        assert made.expert(3).layers["model.layers.0.self_attn.q_proj"].rank == 8
+        found = [made.expert(number) for number in (0, 1, 3)]
+        for number, adapter in zip((0, 1, 2), found, strict=True):
+            assert adapter.hash == before[number]
+        assert not made.expert(2).delta("model.layers.0.self_attn.q_proj").any()
+
+
+def test_mixed_experts_of_another_number_are_refused(make_model):
+    options = {"tasks": ("depth", "edges"), "ranks": (1, 2, 3), "top_k": 2, "rank": 2}
+    with trained(lw.experts("mlore", make_model("segformer"), target_modules=("linear_fuse",), **options)) as made:
+        before = {name: value.clone() for name, value in made.expert_state().items()}
+        with pytest.raises(WeightingError, match="would have no place"):
+            with_options(made, ranks=(1, 2, 3, 4))
+        assert all(torch.equal(value, before[name]) for name, value in made.expert_state().items())
+
+
+def test_a_new_task_of_mlore_leaves_the_generic_expert_where_it_is(make_model):
+    options = {"tasks": ("depth",), "ranks": (1, 2, 3), "top_k": 2, "rank": 2}
+    first = trained(lw.experts("mlore", make_model("segformer"), target_modules=("linear_fuse",), **options))
+    (before,) = [layer.starts() for layer in first.layers.values()]
+    with with_task(first, "edges") as made:
+        (after,) = [layer.starts() for layer in made.layers.values()]
+        assert len(after) == 6
+        for (a_RI, b_RO), (old_a_RI, old_b_RO) in zip(after, before, strict=False):
+            assert torch.equal(a_RI, old_a_RI)
+            assert torch.equal(b_RO, old_b_RO)

@@ -122,3 +122,31 @@ def test_experts_that_are_no_updates_are_not_exchanged(make_model, make_adapter)
     model = make_model("llama")
     with lw.experts("mixlora", model) as made, pytest.raises(ScopeError, match="'mixlora' are no updates of layers"):
         put_expert(made, 0, make_adapter(model, "given"))
+
+
+@pytest.mark.parametrize("name", ["hydralora", "multilora"])
+def test_experts_that_share_a_factor_or_have_gains_are_not_exchanged(make_model, make_adapter, name):
+    with lw.experts(name, make_model("llama"), rank=2) as made:
+        before = {name: value.clone() for name, value in made.expert_state().items()}
+        with pytest.raises(ScopeError, match="share a factor or have gains"):
+            put_expert(made, 1, make_adapter(made.base_model, "one", rank=2))
+        with pytest.raises(ScopeError, match="share a factor or have gains"):
+            federated_average([made], [1.0], experts=(1,))
+        assert all(torch.equal(value, before[name]) for name, value in made.expert_state().items())
+
+
+def test_an_expert_that_some_layers_have_not_is_averaged_in_the_others(make_model):
+    clients = [lw.experts("mola", make_model("llama"), num_experts=(2, 3), rank=2, seed=seed) for seed in (0, 1)]
+    own = [client.expert(2) for client in clients]
+    federated_average(clients, [1.0, 3.0], experts=(0, 2))
+    for client in clients:
+        found = client.expert(2)
+        assert {name.split(".")[2] for name in found.layers} == {"1"}
+        for name, factors in found.layers.items():
+            expected = own[0].layers[name].a_RI / 4 + own[1].layers[name].a_RI * 3 / 4
+            torch.testing.assert_close(factors.a_RI, expected)
+
+
+def test_an_expert_that_no_layer_has_is_refused(make_model):
+    with lw.experts("switch", make_model("llama"), num_experts=2) as made, pytest.raises(UnknownName, match="no expert 9"):
+        federated_average([made], [1.0], experts=(0, 9))

@@ -72,6 +72,18 @@ def test_without_a_number_of_experts_each_adapter_is_a_task(model, adapters):
         assert {shape.num_experts for shape in made.shapes.values()} == {3}
 
 
+def test_an_adapter_that_is_named_as_a_task_is_that_tasks_wherever_it_is_in_the_pool(model, adapters):
+    with lw.experts("flora", model, pool=adapters, mode="additive", tasks=("c", "a", "b")) as made:
+        for adapter in adapters:
+            for layer in adapter.layers:
+                torch.testing.assert_close(made.adapter(adapter.name).delta(layer), adapter.delta(layer))
+
+
+def test_adapters_whose_names_are_those_of_other_places_are_refused(model, adapters):
+    with pytest.raises(WeightingError, match=r"task 'b' of recipe 'flora' has place 0, but .* is at 1 in the pool"):
+        lw.experts("flora", model, pool=adapters, mode="additive", tasks=("b", "law", "games"))
+
+
 def test_what_a_search_found_is_taken_from_its_hub(model, adapters, tmp_path):
     hub = lw.Hub(tmp_path / "hub")
     for adapter in adapters:
