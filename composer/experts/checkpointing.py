@@ -6,8 +6,25 @@ from contextlib import nullcontext
 from contextvars import Token
 from dataclasses import replace
 
+from torch import nn
+
 from loraweave.composer.experts.running import RUNNING, Running
 from loraweave.composer.router_training.checkpointed_blocks import Contexts
+from loraweave.errors import TrainingError
+
+
+def require_same_call(model: nn.Module) -> None:
+    """Raises TrainingError for a model whose checkpointed blocks would run again without the call and its experts."""
+    for module in model.modules():
+        again = getattr(module, "_gradient_checkpointing_func", None)
+        if (
+            getattr(module, "gradient_checkpointing", False)
+            and getattr(again, "keywords", {}).get("context_fn") is not same_call
+        ):
+            raise TrainingError(
+                "the base's gradient checkpointing runs blocks again without their experts: turn it on with the expert "
+                "model's own gradient_checkpointing_enable(), or by fit(gradient_checkpointing=True)"
+            )
 
 
 class Again:

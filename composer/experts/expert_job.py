@@ -70,5 +70,5 @@ class ExpertJob:
     def penalty(self) -> Tensor | None:
         """The recipe's losses together, if it has any."""
         step = self._running.call.step
-        terms = {} if step is None else self.model.recipe.losses(step)
+        terms = {} if step is None else self.model.terms_of(step)
         return torch.stack(list(terms.values())).sum() if terms else None

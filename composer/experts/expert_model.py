@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from loraweave import registry
-from loraweave.composer.experts.checkpointing import same_call
+from loraweave.composer.experts.checkpointing import require_same_call, same_call
 from loraweave.composer.experts.fit import fit
 from loraweave.composer.experts.forms._form import Weigh
 from loraweave.composer.experts.hooks import AfterBranch, AfterPart, AfterSite, BeforeBranch, BeforeCall, BeforePart
@@ -31,6 +31,7 @@ from loraweave.routers.experts._recipe import ExpertShape, Recipe, Site
 from loraweave.routers.gates.call import UNKNOWN, Call
 from loraweave.routers.gates.gate import Gate, Weighing
 from loraweave.routers.routing.holding import holding
+from loraweave.routers.routing.learned_router import Step
 from loraweave.routers.routing.prompts import prompted
 from loraweave.routers.routing.tokenizers import with_tokenizer
 from loraweave.routers.routing.training_report import TrainingReport
@@ -119,6 +120,8 @@ class ExpertModel(nn.Module):
 
     def forward(self, *args: Any, task: Any = None, **kwargs: Any) -> Any:
         """The base's output, with the recipe's losses in its `loss` in training mode."""
+        if self.training and torch.is_grad_enabled():
+            require_same_call(self.base_model)
         running = Running(self, self.task_ids(task), notes=self.training)
         if self.recipe.branches:
             running.branch = Branch(left=True, noted=shared_stream(self, args, kwargs))
@@ -130,13 +133,17 @@ class ExpertModel(nn.Module):
         self.terms, self.own_loss = {}, loss
         if running.call.step is not None:
             self.notes = running.call.step
-            self.terms = {**self.recipe.losses(running.call.step), **self.recipe.factor_losses(self._factors())}
+            self.terms = self.terms_of(running.call.step)
             if self.terms and loss is not None:
                 loss = loss + torch.stack([term.to(loss) for term in self.terms.values()]).sum()
                 if of_tuple:
                     return (loss, *output[1:])
                 output.loss = loss
         return output
+
+    def terms_of(self, step: Step) -> dict[str, Tensor]:
+        """The recipe's losses in a pass, by name."""
+        return {**self.recipe.losses(step), **self.recipe.factor_losses(self._factors())}
 
     def generate(self, *args: Any, task: Any = None, **kwargs: Any) -> Any:
         """The base's generate; what a gate decides by the prompt holds for the answer."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from loraweave.composer.batches import IGNORED
 from loraweave.composer.mixing.begun import arguments_of
@@ -59,8 +60,8 @@ class Running:
     """One call of an expert model, or one generation, which is many calls of its base.
 
     `owner` is the expert model; `task_B` the tasks of the rows that it was given, of which a call that `generates` may have
-    several copies on end. `call` is the present call of the base,
-    `within` what the parts of sites that are running have seen. `branch` is for recipes with branches.
+    several copies on end. `call` is the present call of the base, `within` what the parts of sites that are running have
+    seen. `branch` is for recipes with branches, and `begun_BT` are the real tokens that a generation began with.
     """
 
     owner: object
@@ -70,6 +71,7 @@ class Running:
     kept: dict[Hashable, Any] = field(default_factory=dict)
     call: Call = field(default_factory=Call)
     branch: Branch | None = None
+    begun_BT: Tensor | None = None
     within: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -81,6 +83,8 @@ class Running:
             main = next((value for value in found.values() if isinstance(value, Tensor)), None)
         num_rows = 0 if main is None else main.shape[0]
         real_BT = _real_tokens(main, found.get("attention_mask"))
+        if real_BT is None and self.begun_BT is not None and num_rows and main is not None:
+            real_BT = _of_beams(self.begun_BT, main)
         task_B = None if self.task_B is None else self._tasks(num_rows, self.task_B, copies=self.generates)
         step = None
         if self.notes:
@@ -94,6 +98,8 @@ class Running:
         two_sequences = has_two_sequences(model)
         # those of an encoder and a decoder are the decoder's
         labels = None if two_sequences else found.get("labels")
+        if "logits_to_keep" in found:
+            labels = _of_last_tokens(main, labels)
         prompt_BT = None if main is None else _prompt_tokens(main, real_BT, labels)
         embed = None if ids_BT is None and given is None else partial(_embedded, model, ids_BT, given)
         self.call = Call(
@@ -111,6 +117,8 @@ class Running:
         task_B = None if self.task_B is None else self._tasks(len(main), self.task_B)
         has_embeddings = ids_BT is not None or embeds_BTI is not None
         embed = partial(_embedded, model, ids_BT, None if known else embeds_BTI) if has_embeddings else None
+        # a static cache leaves the first call of the base no mask of tokens
+        self.begun_BT = real_BT
         self.call = Call(real_BT, real_BT, ids_BT, task_B, False, self.kept, None, embed, has_two_sequences(model))
 
     def _tasks(self, num_rows: int, task_B: Tensor, *, copies: bool = False) -> Tensor:
@@ -141,6 +149,21 @@ def _real_tokens(main: Tensor | None, mask: Any) -> Tensor | None:
     if main is None or main.ndim < 2 or not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < main.shape[1]:
         return None
     return mask[:, -main.shape[1] :].bool()
+
+
+def _of_beams(real_BT: Tensor, main: Tensor) -> Tensor | None:
+    """real_BT of a call with the same tokens, each row as often as it has beams; None for one with others."""
+    copies, beyond = divmod(len(main), len(real_BT))
+    if beyond or main.ndim < 2 or main.shape[1] != real_BT.shape[1]:
+        return None
+    return real_BT.to(main.device).repeat_interleave(copies, dim=0)
+
+
+def _of_last_tokens(main: Tensor | None, labels: Any) -> Any:
+    """Labels of the last tokens alone, whose logits are kept, as those of all."""
+    if main is None or not isinstance(labels, Tensor) or labels.ndim != 2 or labels.shape[1] >= main.shape[1]:
+        return labels
+    return functional.pad(labels, (main.shape[1] - labels.shape[1], 0), value=IGNORED)
 
 
 def _embedded(model: nn.Module, ids_BT: Tensor | None, given: Tensor | None) -> Tensor:

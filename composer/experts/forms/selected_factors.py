@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from loraweave.composer.experts.forms._form import Weigh, fitting
 from loraweave.composer.experts.sites import layer_sites
+from loraweave.composer.kernels._own_precision import own_precision
 from loraweave.composer.layer_kinds import linear
 from loraweave.composer.layer_kinds._kind import by_row
 from loraweave.composer.training.seeding import seeded
@@ -60,7 +61,8 @@ class SelectedFactors(nn.Module):
         a_BRI, a_BR = self._chosen(self.a_EI, of_a_BE)
         if self.k_REI is not None:
             # what was chosen of a, as it enters the layer
-            along_BRE = torch.einsum("bri,rei->bre", a_BRI * a_BR[..., None], self.k_REI)
+            with own_precision(y.device):
+                along_BRE = torch.einsum("bri,rei->bre", a_BRI * a_BR[..., None], self.k_REI)
             of_b_BE = of_b_BE + self.recipe.a_weight * along_BRE.softmax(dim=-1).sum(dim=1).softmax(dim=-1)
             b_BRO, b_BR = self._chosen(self.b_EO, of_b_BE, of_b_BE.softmax(dim=-1))
         else:

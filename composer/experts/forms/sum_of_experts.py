@@ -82,7 +82,7 @@ class SumOfExperts(nn.Module):
             hidden_BTR = conv.project(module, x.to(dtype), a)
             mixed_BTS = rows.of_a(hidden_BTR) * w_BTE.to(hidden_BTR.dtype)[..., self.owner_S]
             return y + conv.put_back(mixed_BTS @ rows.of_b(b), y).to(y.dtype)
-        in_place = gives_new_memory(module) and y.is_contiguous()
+        in_place = gives_new_memory(module) and y.is_contiguous() and not _others_saw(module)
         w_NE = w_BTE.reshape(1, -1) if w_BTE.numel() == w_BTE.shape[2] else w_BTE.expand(*y_BTO.shape[:2], -1).flatten(0, 1)
         x_NI = x.reshape(-1, x.shape[-1]).to(dtype)
         made = added_experts(y if in_place else None, x_NI, w_NE, a, b, rows, ranks=self.shape.ranks, most=self.most)
@@ -127,3 +127,8 @@ class SumOfExperts(nn.Module):
             return b
         b_SO = b[self.own_row_S] if self.shape.shared_b else b
         return b_SO * self.gain_EO[self.owner_S]
+
+
+def _others_saw(module: nn.Module) -> bool:
+    """Whether hooks of others run before those of experts, which may keep the output."""
+    return any(not type(hook).__module__.startswith("loraweave.") for hook in module._forward_hooks.values())

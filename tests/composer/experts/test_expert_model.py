@@ -4,14 +4,22 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.errors import ScopeError, UnknownName
+from loraweave.composer.experts.expert_job import ExpertJob
+from loraweave.errors import ScopeError, TrainingError, UnknownName
 
 IDS_BT = torch.tensor([[3, 9, 27, 20], [6, 2, 25, 3], [7, 8, 9, 10], [5, 4, 3, 11]])
 
 
 def own_adapters(make_model, kind="llama", **options):
     """Flora's additive adapters of two tasks, drawn."""
-    made = lw.experts("flora", make_model(kind), tasks=("law", "games"), mode="additive", **options)
+    return own_adapters_on(make_model(kind), **options)
+
+
+def own_adapters_on(base, **options):
+    return draw(lw.experts("flora", base, tasks=("law", "games"), mode="additive", **options))
+
+
+def draw(made):
     with torch.no_grad():
         for value in made.expert_parameters().values():
             value.normal_(std=0.3)
@@ -85,3 +93,56 @@ def test_gates_weigh_in_their_own_precision_below_autocast(make_model):
         for gate, (x_BTI, call), w_BTE in seen:
             assert w_BTE.dtype == torch.float32
             assert torch.equal(gate.forward(x_BTI, call).w_BTE, w_BTE)
+
+
+def test_what_a_hook_of_someone_else_has_seen_of_a_layer_stays_as_it_was(make_model):
+    base, seen = make_model("llama"), []
+    base.get_submodule("model.layers.0.self_attn.q_proj").register_forward_hook(lambda module, args, y: seen.append(y))
+    base(input_ids=IDS_BT)
+    with own_adapters_on(base) as made:
+        made(input_ids=IDS_BT, task="law")
+    assert torch.equal(seen[0], seen[1])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_that_would_run_blocks_again_without_experts_is_refused(make_model, reentrant):
+    base = make_model("llama")
+    # its name in later versions of transformers
+    enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
+    enable({"use_reentrant": reentrant})
+    with own_adapters_on(base).train() as made:
+        with pytest.raises(TrainingError, match="blocks again without their experts"):
+            made(input_ids=IDS_BT, labels=IDS_BT, task="law", use_cache=False)
+        made.gradient_checkpointing_enable()
+        made(input_ids=IDS_BT, labels=IDS_BT, task="law", use_cache=False).loss.backward()
+        assert all(parameter.grad is not None for parameter in made.expert_parameters().values())
+
+
+def test_a_prompt_ends_before_the_first_label_also_where_the_last_logits_alone_are_kept(make_model):
+    with lw.experts("octavius", make_model("llama"), rank=2) as made:
+        draw(made)
+        labels = IDS_BT.masked_fill(torch.arange(4) < 2, -100)
+        whole = made(input_ids=IDS_BT, labels=labels).logits
+        kept = made(input_ids=IDS_BT, labels=labels[:, 2:], logits_to_keep=2).logits
+        torch.testing.assert_close(kept, whole[:, 2:])
+
+
+@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}])
+def test_padding_of_embeddings_that_a_generation_begins_with_is_not_of_the_prompt(make_model, cache):
+    with lw.experts("fedms", make_model("llama"), per_site=True) as made:
+        draw(made)
+        ids_BT = torch.tensor([[0, 0, 27, 20], [6, 2, 25, 3]])
+        options = {"max_new_tokens": 3, "min_new_tokens": 3, "output_logits": True, "return_dict_in_generate": True, **cache}
+        embed = made.base_model.get_input_embeddings()
+        both = made.generate(inputs_embeds=embed(ids_BT), attention_mask=(ids_BT != 0).long(), do_sample=False, **options)
+        alone = made.generate(ids_BT[:1, 2:], do_sample=False, **options)
+        for logits, of_one in zip(both.logits, alone.logits, strict=True):
+            torch.testing.assert_close(logits[:1], of_one, rtol=1e-4, atol=1e-4)
+
+
+def test_a_job_has_the_terms_of_the_factors_too(make_model):
+    with lw.experts("reward_ensemble", make_model("llama"), target_modules=("q_proj",), diversity=0.5) as made:
+        job = ExpertJob("one", made, task="0")
+        job.begin({"input_ids": IDS_BT}, None)
+        singular = [torch.linalg.svdvals(torch.nn.functional.normalize(layer.a_SI)).sum() for layer in made.layers.values()]
+        torch.testing.assert_close(job.penalty(), -0.5 * sum(singular) / 2)

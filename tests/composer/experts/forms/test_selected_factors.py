@@ -128,3 +128,20 @@ def test_as_released_the_selectors_have_no_gradient(make_trained):
         assert selector.grad is None
         assert not selector.requires_grad
     assert made.layers[KEY].a_EI.grad.any()
+
+
+def test_factors_are_chosen_in_fp32_below_autocast(make_model):
+    made = lw.experts(
+        "mixlora_conditional", make_model("llama"), num_experts=5, rank=1, target_modules=(LAYER,), a_weight=9.0
+    )
+    factors, x_BTI = made.layers[KEY], torch.ones(1, 1, 16)
+    with torch.no_grad():
+        factors.a_EI.fill_(1 / 16)
+        # bf16 cannot tell the best from the others
+        factors.k_REI.fill_(256.0)
+        factors.k_REI[0, 3] += 0.25
+        factors.b_EO.copy_(torch.arange(5.0)[:, None].expand(-1, 24))
+        y_BTO = torch.zeros(1, 1, 24)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = factors(made.base_model.get_submodule(LAYER), (x_BTI,), y_BTO, lambda x: torch.zeros(1, 1, 10))
+    assert torch.equal(found, torch.full((1, 1, 24), 3.0 * factors.recipe.scale))
