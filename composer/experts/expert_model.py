@@ -68,6 +68,8 @@ class ExpertModel(nn.Module):
         # what the gates did in the last call with notes
         self.notes: Any = None
         self.report: Mapping[str, Any] | None = None
+        # digests of what an interrupted training left, and of what it began with
+        self.interrupted = ("", "")
         self._given, self._starts = shapes, starts
         self.names = tuple(names)
         self.sites: dict[str, Site] = {}

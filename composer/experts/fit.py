@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from loraweave.composer.experts.checkpointing import same_call
+from loraweave.composer.experts.saving import expert_bytes
 from loraweave.composer.experts.settings import ExpertSettings
 from loraweave.composer.router_training.checkpointed_blocks import checkpointed_blocks
 from loraweave.composer.router_training.kept_state import KeptState
 from loraweave.composer.router_training.rows import Owners, RowReader
 from loraweave.composer.training.caller_randomness import caller_randomness
 from loraweave.errors import TrainingError, UnknownName
+from loraweave.hub.fingerprint import fingerprint
 from loraweave.hub.progress import progress_bar
 from loraweave.registry import nearest
 
@@ -34,19 +38,28 @@ def fit(model: ExpertModel, dataset: Any, tokenizer: Any, given: Mapping[str, An
     if settings.evaluation is not None:
         reader = RowReader(owners.closed(), model.base_model, tokenizer)
         held = reader.read(settings.evaluation, what="evaluation", first=len(rows))
-    if tuple(owners.places) != model.tasks:
+    before = model.tasks
+    if tuple(owners.places) != before:
         model.take_tasks(tuple(owners.places))
     learning = [name for name, parameter in model.expert_parameters().items() if parameter.requires_grad]
     if not learning:
         raise TrainingError(f"no parameter of recipe {model.recipe.name!r} requires a gradient, so there is nothing to fit")
-    kept = KeptState.of(model.recipe.name, _determining(model, learning), settings, rows, held)
+    began = "" if settings.checkpoint is None else _began(model)
+    kept = KeptState.of(model.recipe.name, [*_determining(model, learning), began], settings, rows, held)
     course = Course(model, settings, rows, held, kept)
     with ExitStack() as stack:
         stack.enter_context(caller_randomness())
         stack.enter_context(_as_it_was(model))
         stack.enter_context(checkpointed_blocks(model.base_model, settings.gradient_checkpointing, context_fn=same_call))
         folder = stack.enter_context(TemporaryDirectory(prefix="loraweave-"))
-        trainer = ExpertTrainer(model, settings, rows, tokenizer, course, folder=folder)
+        try:
+            trainer = ExpertTrainer(model, settings, rows, tokenizer, course, folder=folder)
+        except TrainingError:
+            if model.tasks != before:
+                model.take_tasks(before)
+            raise
+        if began:
+            stack.enter_context(_remembered(model, began))
         bar = stack.enter_context(progress_bar(settings.progress and trainer.is_world_process_zero(), field="seen"))
         course.show(bar)
         if course.first < settings.steps:
@@ -70,6 +83,28 @@ def _determining(model: ExpertModel, learning: list[str]) -> list[Any]:
     """What is trained, as JSON."""
     options = {name: repr(value) for name, value in model.recipe.options.items()}
     return [options, {name: repr(shape) for name, shape in model.shapes.items()}, learning]
+
+
+def _began(model: ExpertModel) -> str:
+    """What says on which base, and with which parameters, the training begins, or began before it was interrupted."""
+    now = _digest(model)
+    interrupted, began = model.interrupted
+    return began if interrupted == now else now
+
+
+@contextmanager
+def _remembered(model: ExpertModel, began: str) -> Iterator[None]:
+    """Lets the same call on the same model, which an exception interrupts, know what it began with."""
+    try:
+        yield
+    except BaseException:
+        model.interrupted = (_digest(model), began)
+        raise
+
+
+def _digest(model: ExpertModel) -> str:
+    base = json.dumps(fingerprint(model.base_model).to_json(), sort_keys=True)
+    return hashlib.sha256(base.encode() + expert_bytes(model)).hexdigest()
 
 
 @contextmanager

@@ -116,7 +116,7 @@ def write_experts(model: ExpertModel, folder: Path) -> Path:
     """
     if folder.exists() and not (folder / FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise WeightingError(f"{folder} holds something that is no expert model; name another folder")
-    raw = save({name: value.detach().cpu().contiguous().clone() for name, value in model.expert_state().items()})
+    raw = expert_bytes(model)
     recipe = model.recipe
     found = {
         "format": FORMAT,
@@ -135,6 +135,12 @@ def write_experts(model: ExpertModel, folder: Path) -> Path:
         (new / TENSORS).write_bytes(raw)
         (new / FILE).write_text(text, encoding="utf-8")
     return folder
+
+
+def expert_bytes(model: ExpertModel) -> bytes:
+    """The tensors of experts and gates as a file of safetensors: the same bytes for the same bits."""
+    raw: bytes = save({name: value.detach().cpu().contiguous().clone() for name, value in model.expert_state().items()})
+    return raw
 
 
 def read_saved_experts(folder: Path) -> SavedExperts:

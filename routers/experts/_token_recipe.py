@@ -25,6 +25,11 @@ class TokenRecipe(Recipe):
         if not is_whole(self.num_experts, 1):
             self.refuse("num_experts", "it is a whole number of at least 1")
 
+    @property
+    def num_first_steps(self) -> int:
+        # tokens may have few of the experts
+        return self.num_experts + 1
+
     def shape(self, site: Site) -> ExpertShape:
         return ExpertShape((self.rank,) * self.num_experts)
 

@@ -35,6 +35,10 @@ class Mola(Recipe):
         self.require_count("top_k", min(self.num_experts))
         self.require_coefficient("balance")
 
+    @property
+    def num_first_steps(self) -> int:
+        return max(self.num_experts) + 1
+
     def shape(self, site: Site) -> ExpertShape:
         return ExpertShape((self.rank,) * self.num_experts[_group(site, len(self.num_experts))])
 

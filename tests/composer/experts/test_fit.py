@@ -157,14 +157,29 @@ def test_a_parameter_without_a_gradient_is_named_and_all_is_put_back(model):
     assert_same_bits(state(made), before)
 
 
-def test_a_gate_without_a_gradient_is_named_after_the_second_step(model):
-    made = lw.experts("mola", model, **OPTIONS)
-    name = next(name for name in made.expert_parameters() if name.startswith("gates."))
-    made.expert_parameters()[name].register_hook(torch.zeros_like)
-    before = state(made)
-    with pytest.raises(TrainingError, match=rf"had no gradient after 2 steps: {name}"):
-        made.fit(ROWS, **SETTINGS)
-    assert_same_bits(state(made), before)
+def test_a_gate_without_a_gradient_is_named_once_an_expert_was_met_again(model):
+    def fitted(**settings):
+        made = lw.experts("mola", model, **OPTIONS)
+        made.expert_parameters()[name].register_hook(torch.zeros_like)
+        try:
+            made.fit(ROWS, **{**SETTINGS, "steps": 4}, **settings)
+        except TrainingError as error:
+            said.append(str(error))
+        return made
+
+    name, said = "gates.model/layers/0/self_attn/q_proj.r_EI", []
+    made = fitted()
+    assert f"after 2 steps; 1 parameters of recipe 'mola' had no gradient after 4 steps: {name}" in said[0]
+    assert_same_bits(state(made), state(fitted(callbacks=[StopAfter(2)])))
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize(("name", "options"), [("switch", {}), ("mola", {"num_experts": (2, 8), "top_k": 1})])
+def test_experts_that_few_tokens_choose_are_waited_for(model, name, options):
+    # two tokens a step
+    rows = [{"input_ids": [3 + i, 20 + i], "labels": [-100, 20 + i]} for i in range(7)]
+    made = lw.experts(name, model, rank=2, **options).fit(rows, **{**SETTINGS, "batch_size": 1, "steps": 8})
+    assert len(made.training_report.losses) == 8
 
 
 def test_a_loss_that_is_not_finite_ends_the_training_with_the_last_good_parameters(model):
@@ -225,6 +240,48 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(model, tmp_path, kille
     again = lw.experts("mola", model, **options).fit(ROWS, **settings, checkpoint=tmp_path)
     assert_same_bits(state(again), state(whole))
     assert not [file for file in tmp_path.rglob("*") if file.suffix not in ("", ".safetensors")]
+
+
+def test_the_same_model_goes_on_where_it_was_interrupted(model, tmp_path):
+    settings = {**SETTINGS, "steps": 6, "checkpoint_every": 2}
+    whole = lw.experts("mola", model, **OPTIONS).fit(ROWS, **settings)
+    made, seen = lw.experts("mola", model, **OPTIONS), []
+
+    class Seen(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            seen.append(state.global_step)
+
+    with pytest.raises(KeyboardInterrupt):
+        made.fit(ROWS, **settings, checkpoint=tmp_path, callbacks=[Killed(5)])
+    made.fit(ROWS, **settings, checkpoint=tmp_path, callbacks=[Seen()])
+    assert seen == [4, 5]
+    assert_same_bits(state(made), state(whole))
+
+
+def test_a_training_that_began_with_other_adapters_is_another_one(model, make_adapter, tmp_path):
+    pools = [[make_adapter(model, name, seed=seed + place) for place, name in enumerate("ab")] for seed in (1, 5)]
+    for pool in pools:
+        kept = lw.experts("mixtral", model, pool=pool).fit(ROWS, **SETTINGS, checkpoint=tmp_path)
+        assert_same_bits(state(kept), state(lw.experts("mixtral", model, pool=pool).fit(ROWS, **SETTINGS)))
+
+
+def test_a_training_on_another_base_is_another_one(make_model, tmp_path):
+    lw.experts("mola", make_model("llama"), **OPTIONS).fit(ROWS, **SETTINGS, checkpoint=tmp_path)
+    other = make_model("llama")
+    with torch.no_grad():
+        other.get_submodule("model.layers.0.mlp.up_proj").weight.mul_(1.5)
+    kept = lw.experts("mola", other, **OPTIONS).fit(ROWS, **SETTINGS, checkpoint=tmp_path)
+    assert_same_bits(state(kept), state(lw.experts("mola", other, **OPTIONS).fit(ROWS, **SETTINGS)))
+
+
+def test_tasks_of_a_dataset_are_not_taken_by_a_training_that_is_refused(model):
+    made = lw.experts("mixture_of_loras", model)
+    before = state(made)
+    rows = [{**row, "task": ("sums", "capitals")[place % 2]} for place, row in enumerate(ROWS)]
+    with pytest.raises(TrainingError, match="which does not divide by 3 passes"):
+        made.fit(rows, **SETTINGS, gradient_accumulation=3)
+    assert made.tasks == ()
+    assert_same_bits(state(made), before)
 
 
 def test_callbacks_are_told_loss_entropy_and_the_load_of_each_expert(model):
