@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +50,7 @@ def federated_average(
     for clients whose experts or gates differ in place or size, WeightingError for sizes that are none; the models are then
     as they were.
     """
-    if len(sizes) != len(models) or not models or not all(0 <= size < math.inf for size in sizes) or not sum(sizes):
+    if len(sizes) != len(models) or not models or not all(map(_is_amount, sizes)) or not sum(sizes):
         raise WeightingError(f"sizes {list(sizes)} are not {len(models)} amounts of data, 0 or more, one for each client")
     shares = [size / sum(sizes) for size in sizes]
     clients = _layers(models, experts)
@@ -105,6 +107,10 @@ def _layers(models: Sequence[ExpertModel], experts: Sequence[int]) -> list[dict[
     ]
     _require_same(models, "the layers with these experts", have)
     return found
+
+
+def _is_amount(size: Any) -> bool:
+    return isinstance(size, Real) and 0 <= float(size) < math.inf
 
 
 def _has(layer: SumOfExperts, expert: int) -> bool:

@@ -23,7 +23,7 @@ from loraweave.composer.experts.saving import read_saved_experts, write_experts
 from loraweave.composer.experts.sites import closing_blocks
 from loraweave.composer.kernels._own_precision import own_precision
 from loraweave.composer.mixing.begun import arguments_of
-from loraweave.errors import ScopeError, TrainingError, UnknownName
+from loraweave.errors import CompositionError, ScopeError, TrainingError, UnknownName
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.fingerprint import fingerprint
 from loraweave.hub.whole_number import is_whole
@@ -122,6 +122,7 @@ class ExpertModel(nn.Module):
 
     def forward(self, *args: Any, task: Any = None, **kwargs: Any) -> Any:
         """The base's output, with the recipe's losses in its `loss` in training mode."""
+        self._require_open()
         if self.training and torch.is_grad_enabled():
             require_same_call(self.base_model)
         running = Running(self, self.task_ids(task), notes=self.training)
@@ -151,6 +152,7 @@ class ExpertModel(nn.Module):
         """The base's generate; what a gate decides by the prompt holds for the answer."""
         if self.recipe.branches:
             raise ScopeError(f"recipe {self.recipe.name!r} has branches for tasks, and generates no tokens: call the model")
+        self._require_open()
         names = ("inputs", "input_ids", "inputs_embeds", getattr(self.base_model, "main_input_name", "input_ids"))
         given = args[0] if args else next((kwargs[name] for name in names if kwargs.get(name) is not None), None)
         mask_BT = kwargs.get("attention_mask")
@@ -325,6 +327,12 @@ class ExpertModel(nn.Module):
         for parameter in [] if others else self._learning:
             parameter.requires_grad_(True)
         self._learning = []
+
+    def _require_open(self) -> None:
+        if not self._handles:
+            raise CompositionError(
+                "the expert model is closed, and would answer without experts: call the base itself, or make it anew"
+            )
 
     def __enter__(self) -> Self:
         return self

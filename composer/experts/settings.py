@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from loraweave.composer.router_training.settings import TrainingSettings
+from loraweave.errors import TrainingError
 
 
 @dataclass(frozen=True)
@@ -18,5 +19,11 @@ class ExpertSettings(TrainingSettings):
     """
 
     callbacks: Sequence[Any] = ()
+
+    def _require_ranges(self) -> None:
+        super()._require_ranges()
+        given = self.callbacks
+        if not isinstance(given, Sequence) or not all(hasattr(each, "on_step_end") for each in given):
+            raise TrainingError(f"callbacks is {given!r:.80}; it must be a list of transformers' TrainerCallbacks")
 
     aside: ClassVar[tuple[str, ...]] = (*TrainingSettings.aside, "callbacks")

@@ -17,6 +17,8 @@ from loraweave.routers.mixture import LARGEST
 PRECISIONS = ("no", "bf16")
 # AdamW divides its first step by 1 - beta1
 FIRST_STEP = 10
+# what numpy takes
+SEEDS = 2**32
 COUNTS = ("steps", "batch_size", "gradient_accumulation", "evaluate_every", "checkpoint_every")
 
 
@@ -96,6 +98,8 @@ class TrainingSettings:
         for name in COUNTS:
             if not is_whole(value := getattr(self, name), 1) and not (value is None and name == "gradient_accumulation"):
                 raise TrainingError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        if not is_whole(self.seed, 0) or self.seed >= SEEDS:
+            raise TrainingError(f"seed is {self.seed!r}; it must be a whole number from 0 to {SEEDS - 1}")
         if not is_whole(self.warmup, 0):
             raise TrainingError(f"warmup is {self.warmup!r}; it must be a whole number of steps, 0 for none")
         if self.patience is not None and not is_whole(self.patience, 1):

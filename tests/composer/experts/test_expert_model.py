@@ -5,7 +5,7 @@ import torch
 
 import loraweave as lw
 from loraweave.composer.experts.expert_job import ExpertJob
-from loraweave.errors import ScopeError, TrainingError, UnknownName
+from loraweave.errors import CompositionError, ScopeError, TrainingError, UnknownName
 
 IDS_BT = torch.tensor([[3, 9, 27, 20], [6, 2, 25, 3], [7, 8, 9, 10], [5, 4, 3, 11]])
 
@@ -146,3 +146,12 @@ def test_a_job_has_the_terms_of_the_factors_too(make_model):
         job.begin({"input_ids": IDS_BT}, None)
         singular = [torch.linalg.svdvals(torch.nn.functional.normalize(layer.a_SI)).sum() for layer in made.layers.values()]
         torch.testing.assert_close(job.penalty(), -0.5 * sum(singular) / 2)
+
+
+def test_a_closed_model_does_not_answer_as_the_base(make_model):
+    made = own_adapters(make_model)
+    made.close()
+    with pytest.raises(CompositionError, match="the expert model is closed"):
+        made(input_ids=IDS_BT, task="law")
+    with pytest.raises(CompositionError, match="the expert model is closed"):
+        made.generate(IDS_BT, task="law")

@@ -342,6 +342,20 @@ def test_blocks_that_run_again_train_to_the_same_bits(model, name):
     assert_same_bits(state(again), state(plain))
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"seed": "a"}, "seed is 'a'; it must be a whole number from 0"),
+        ({"seed": -1}, "seed is -1; it must be a whole number from 0"),
+        ({"callbacks": 5}, "callbacks is 5; it must be a list"),
+        ({"callbacks": [5]}, r"callbacks is \[5\]; it must be a list of transformers' TrainerCallbacks"),
+    ],
+)
+def test_a_setting_of_another_kind_is_refused(model, setting, message):
+    with pytest.raises(TrainingError, match=message):
+        lw.experts("mola", model, **OPTIONS).fit(ROWS, **{**SETTINGS, **setting})
+
+
 def test_a_closed_model_is_not_trained(model):
     made = lw.experts("mola", model, **OPTIONS)
     made.close()
