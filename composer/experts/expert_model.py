@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from loraweave import registry
+from loraweave.composer.batches import IGNORED
 from loraweave.composer.experts.checkpointing import require_same_call, same_call
 from loraweave.composer.experts.fit import fit
 from loraweave.composer.experts.forms._form import Weigh
@@ -42,7 +43,8 @@ class ExpertModel(nn.Module):
 
     Called and generated with like the base, whose parameters are frozen until `close()`. `task` gives the tasks of the rows,
     by name or id, one for each or one for all, to recipes that look at them. In training mode the recipe's losses are added
-    to the loss of a call with labels; `terms` has those of the last call.
+    to the loss of a call with labels, by the share that a pass of a Trainer's step (`num_items_in_batch`) has of its labels;
+    `terms` has those of the last call.
 
     `shapes` has the experts of each site instead of the recipe's own, `starts` what they begin with;
     `names` are those of the first experts.
@@ -138,7 +140,8 @@ class ExpertModel(nn.Module):
             self.notes = running.call.step
             self.terms = self.terms_of(running.call.step)
             if self.terms and loss is not None:
-                loss = loss + torch.stack([term.to(loss) for term in self.terms.values()]).sum()
+                added = torch.stack([term.to(loss) for term in self.terms.values()]).sum()
+                loss = loss + added * _share_of_step(kwargs)
                 if of_tuple:
                     return (loss, *output[1:])
                 output.loss = loss
@@ -424,3 +427,9 @@ class ExpertModel(nn.Module):
         if not isinstance(ids_BT, Tensor) or ids_BT.ndim != 2 or ids_BT.is_floating_point():
             return nullcontext()
         return prompted(ids_BT, mask_BT if isinstance(mask_BT, Tensor) else torch.ones_like(ids_BT))
+
+
+def _share_of_step(kwargs: Mapping[str, Any]) -> Any:
+    """What a pass counts in its step, where a Trainer says how many labels all passes of the step have."""
+    labels, num_items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
+    return (labels != IGNORED).sum() / num_items if isinstance(labels, Tensor) and num_items is not None else 1

@@ -155,3 +155,13 @@ def test_a_closed_model_does_not_answer_as_the_base(make_model):
         made(input_ids=IDS_BT, task="law")
     with pytest.raises(CompositionError, match="the expert model is closed"):
         made.generate(IDS_BT, task="law")
+
+
+def test_passes_of_a_trainers_step_add_up_to_the_mean_of_the_terms(make_model):
+    with lw.experts("switch", make_model("llama"), num_experts=3, balance=5.0, capacity=None).train() as made:
+        labels = IDS_BT.masked_fill(torch.tensor([[1, 0, 0, 0]]).bool(), -100)
+        expected, found = 0.0, 0.0
+        for rows, share in ((slice(0, 3), 0.75), (slice(3, 4), 0.25)):
+            found = found + made(input_ids=IDS_BT[rows], labels=labels[rows], num_items_in_batch=12, use_cache=False).loss
+            expected = expected + made.own_loss + share * made.terms["balance"]
+        torch.testing.assert_close(found, expected)
