@@ -29,6 +29,7 @@ _tiny = _beside("tiny_models.py")
 make_model, make_adapter, make_adapters = _tiny.make_model, _tiny.make_adapter, _tiny.make_adapters
 tiny_llama, tiny_gpt2, tiny_t5, tiny_bert = _tiny.tiny_llama, _tiny.tiny_gpt2, _tiny.tiny_t5, _tiny.tiny_bert
 cache_argument, with_dense_update, tokenizer = _tiny.cache_argument, _tiny.with_dense_update, _tiny.tokenizer
+trained = _tiny.trained
 
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 

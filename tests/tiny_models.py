@@ -307,3 +307,17 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
+
+
+@pytest.fixture(scope="session")
+def trained() -> Callable[[Any], Any]:
+    """trained(expert_model): itself, with experts and gates that differ from those at the beginning."""
+
+    def differ(made: Any) -> Any:
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for value in made.expert_parameters().values():
+                value.add_(0.3 * torch.randn(value.shape, generator=generator, dtype=value.dtype))
+        return made
+
+    return differ

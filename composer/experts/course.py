@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +15,7 @@ from transformers import TrainerCallback
 from loraweave.composer.batches import IGNORED
 from loraweave.composer.experts.first_steps import FirstSteps
 from loraweave.composer.experts.settings import ExpertSettings
+from loraweave.composer.router_training.best import Best, copied, put
 from loraweave.composer.router_training.kept_state import KeptState
 from loraweave.composer.router_training.rows import TrainingRow
 from loraweave.composer.router_training.watch import POINTS, Watch
@@ -25,15 +25,6 @@ from loraweave.routers.routing.training_report import TrainingReport
 if TYPE_CHECKING:
     from loraweave.composer.experts.expert_model import ExpertModel
     from loraweave.composer.experts.trainer import ExpertTrainer
-
-
-@dataclass
-class _Best:
-    """The parameters with the lowest held-out loss, and how many evaluations were no better since."""
-
-    loss: float = math.inf
-    values: Sequence[Tensor] = ()
-    waited: int = 0
 
 
 class Course(TrainerCallback):  # type: ignore[misc]
@@ -52,7 +43,7 @@ class Course(TrainerCallback):  # type: ignore[misc]
         self._parameters = list(named.values())
         self.optimizer = torch.optim.AdamW(self._parameters, lr=settings.highest_rate, weight_decay=settings.weight_decay)
         self._report = TrainingReport(model.expert_names, settings=settings.determining())
-        self._best = _Best()
+        self._best = Best()
         self.first, recent = self._resumed()
         taught = {row.expert for row in rows}
         counts = [range(shape.num_experts) for shape in model.shapes.values()]
@@ -60,7 +51,7 @@ class Course(TrainerCallback):  # type: ignore[misc]
         self._watch.recent.extend(recent)
         self._first_steps = FirstSteps(model.recipe, {} if self.first else named, rows, settings)
         # after how many steps, and which, parameters the loss was last finite with
-        self._good: tuple[int, list[Tensor]] = (self.first, self._copied())
+        self._good: tuple[int, list[Tensor]] = (self.first, copied(self._parameters))
         self.num_passes = 0
         self._totals: dict[str, Tensor] = {}
         self._started, self._before = time.monotonic(), self._report.seconds
@@ -105,7 +96,7 @@ class Course(TrainerCallback):  # type: ignore[misc]
         self._require_finite(number, {"the length of the gradient": norm})
         if silent := self._first_steps.silent(number):
             raise TrainingError(f"{self._put_back()}; {silent}")
-        self._good = (number - 1, self._copied())
+        self._good = (number - 1, copied(self._parameters))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         number, settings, report = state.global_step, self._settings, self._report
@@ -128,7 +119,7 @@ class Course(TrainerCallback):  # type: ignore[misc]
     def finish(self) -> None:
         """Leaves the model with the best parameters and the report."""
         if self._best.values:
-            _put(self._best.values, self._parameters)
+            put(self._best.values, self._parameters)
         else:
             self._report.kept = len(self._report.losses)
         self._model.report = self._report.to_json()
@@ -156,11 +147,8 @@ class Course(TrainerCallback):  # type: ignore[misc]
 
     def _put_back(self) -> str:
         good, values = self._good
-        _put(values, self._parameters)
+        put(values, self._parameters)
         return f"The model has the parameters after {good} steps"
-
-    def _copied(self) -> list[Tensor]:
-        return [parameter.detach().clone() for parameter in self._parameters]
 
     @property
     def _num_processes(self) -> int:
@@ -201,7 +189,7 @@ class Course(TrainerCallback):  # type: ignore[misc]
         self._require_finite(number + 1, {"the loss of the rows held out": loss})
         self._report.evaluations.append((number, loss))
         if loss < self._best.loss:
-            self._best = _Best(loss, self._copied())
+            self._best = Best(loss, copied(self._parameters))
             self._report.kept = number
         else:
             self._best.waited += 1
@@ -215,11 +203,5 @@ class Course(TrainerCallback):  # type: ignore[misc]
         for _, loss in self._report.evaluations:
             self._best.waited += 1
             if loss < self._best.loss:
-                self._best = _Best(loss, values)
+                self._best = Best(loss, values)
         return step, recent
-
-
-@torch.no_grad()
-def _put(values: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
-    for value, parameter in zip(values, parameters, strict=True):
-        parameter.copy_(value)

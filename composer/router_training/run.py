@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +12,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from loraweave.composer.batches import IGNORED, TargetBatch, losses_of, target_logits
+from loraweave.composer.router_training.best import Best, copied, put
 from loraweave.composer.router_training.first_step import require_gradients
 from loraweave.composer.router_training.kept_state import KeptState
 from loraweave.composer.router_training.passes import Pass, passes, streams, target_batch, told_apart
@@ -27,15 +27,6 @@ from loraweave.routers.routing.training_report import TrainingReport
 
 if TYPE_CHECKING:
     from loraweave.composer.composer import Composer
-
-
-@dataclass
-class _Best:
-    """The parameters with the lowest held-out loss, and how many evaluations were no better since."""
-
-    loss: float = math.inf
-    values: Sequence[Tensor] = ()
-    waited: int = 0
 
 
 class Run:
@@ -63,14 +54,14 @@ class Run:
         self._taught = {row.expert for row in rows}
         self._report = TrainingReport(router.experts, settings=settings.determining())
         self._kept: dict[Any, Any] = {}
-        self._best = _Best()
+        self._best = Best()
         # after how many steps, and which, parameters the loss was last finite with
         self._good: tuple[int, list[Tensor]] = (0, [])
 
     def all_steps(self, state: KeptState, started: float) -> None:
         """Takes what steps are left, and leaves the router with the best parameters and its report."""
         first, recent = self._resumed(state)
-        self._good = (first, self._copied())
+        self._good = (first, copied(self._parameters))
         layers = self._router.members.layers.values()
         watch = self._watch = Watch(
             [layer.experts for layer in layers], self._report, self._settings.steps, sorted(self._taught)
@@ -117,7 +108,7 @@ class Run:
             for parameter in self._parameters:
                 assert parameter.grad is not None
                 parameter.grad.mul_(settings.clip / norm)
-        self._good = (number - 1, self._copied())
+        self._good = (number - 1, copied(self._parameters))
         self._optimizer.step()
         self._report.losses.append(loss)
         for name, value in totals.items():
@@ -176,14 +167,11 @@ class Run:
             if math.isfinite(value):
                 continue
             good, values_then = self._good
-            _put(values_then, self._parameters)
+            put(values_then, self._parameters)
             raise TrainingError(
                 f"{name} is {value} at step {number} of router {self._router.name!r}: lower lr, or look for damaged rows. "
                 f"The router has the parameters after {good} steps, with which it was last finite"
             )
-
-    def _copied(self) -> list[Tensor]:
-        return [parameter.detach().clone() for parameter in self._parameters]
 
     @torch.no_grad()
     def _evaluate(self, number: int) -> None:
@@ -202,7 +190,7 @@ class Run:
         self._require_finite(number + 1, {"the loss of the rows held out": loss})
         self._report.evaluations.append((number, loss))
         if loss < self._best.loss:
-            self._best = _Best(loss, self._copied())
+            self._best = Best(loss, copied(self._parameters))
             self._report.kept = number
         else:
             self._best.waited += 1
@@ -223,18 +211,12 @@ class Run:
         for _, loss in self._report.evaluations:
             self._best.waited += 1
             if loss < self._best.loss:
-                self._best = _Best(loss, values)
+                self._best = Best(loss, values)
         return step, recent
 
     def _finish(self) -> None:
         if self._best.values:
-            _put(self._best.values, self._parameters)
+            put(self._best.values, self._parameters)
         else:
             self._report.kept = len(self._report.losses)
         self._router.report = self._report.to_json()
-
-
-@torch.no_grad()
-def _put(values: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
-    for value, parameter in zip(values, parameters, strict=True):
-        parameter.copy_(value)

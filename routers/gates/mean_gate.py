@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from loraweave.routers.gates.call import Call
-from loraweave.routers.gates.gate import Weighing
-from loraweave.routers.gates.row_gate import RowGate
+from loraweave.routers.gates.scored_row_gate import ScoredRowGate
 
 
-class MeanGate(RowGate):
+class MeanGate(ScoredRowGate):
     """w = softmax(r mean(x)) with r_EI."""
 
-    def __init__(self, num_inputs: int, num_experts: int) -> None:
-        super().__init__(num_experts)
-        self.r_EI = nn.Parameter(torch.empty(num_experts, num_inputs))
-
-    @torch.no_grad()
-    def reset(self, generator: torch.Generator) -> None:
-        """r_EI uniform between -1/sqrt(I) and 1/sqrt(I), as torch draws a linear layer."""
-        bound = self.r_EI.shape[1] ** -0.5
-        self.r_EI.uniform_(-bound, bound, generator=generator)
-
-    def of_means(self, mean_BI: Tensor, call: Call) -> Weighing:
-        scores_B1E = (mean_BI.to(self.r_EI.dtype) @ self.r_EI.T)[:, None]
-        return Weighing(scores_B1E.softmax(dim=-1), scores_B1E)
+    def weights(self, scores_B1E: Tensor, call: Call) -> Tensor:
+        return scores_B1E.softmax(dim=-1)

@@ -10,16 +10,7 @@ from loraweave.errors import WeightingError
 IDS_BT = torch.tensor([[3, 9, 27, 20, 41], [6, 2, 25, 3, 15]])
 
 
-def trained(made):
-    """With experts and gates that differ from those at the beginning."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for value in made.expert_parameters().values():
-            value.add_(0.3 * torch.randn(value.shape, generator=generator, dtype=value.dtype))
-    return made
-
-
-def test_the_others_experts_and_gates_stay_the_same_bits(make_model):
+def test_the_others_experts_and_gates_stay_the_same_bits(make_model, trained):
     first = trained(lw.experts("mixture_of_loras", make_model("llama"), tasks=("law", "games"), rank=3))
     before, adapters = (
         {name: value.clone() for name, value in first.expert_state().items()},
@@ -34,7 +25,7 @@ def test_the_others_experts_and_gates_stay_the_same_bits(make_model):
             assert len(value) == len(before[name]) * 3 // 2
 
 
-def test_a_row_of_an_old_domain_is_answered_as_before(make_model):
+def test_a_row_of_an_old_domain_is_answered_as_before(make_model, trained):
     first = trained(lw.experts("mixture_of_loras", make_model("llama"), tasks=("law", "games"), oracle=True))
     before = first(input_ids=IDS_BT, task=["games", "law"]).logits
     with with_task(first, "health") as made:
@@ -43,7 +34,7 @@ def test_a_row_of_an_old_domain_is_answered_as_before(make_model):
         torch.testing.assert_close(made(input_ids=IDS_BT, task="health").logits, base)
 
 
-def test_a_gate_of_tasks_has_one_more(make_model):
+def test_a_gate_of_tasks_has_one_more(make_model, trained):
     first = trained(lw.experts("moelora", make_model("llama"), tasks=("law", "games")))
     before = first.adapter("games")
     with with_task(first, "health") as made:
@@ -51,7 +42,7 @@ def test_a_gate_of_tasks_has_one_more(make_model):
         assert made.adapter("health").hash != before.hash
 
 
-def test_a_task_that_it_has_is_refused_and_leaves_the_model_as_it_was(make_model):
+def test_a_task_that_it_has_is_refused_and_leaves_the_model_as_it_was(make_model, trained):
     with trained(lw.experts("mixture_of_loras", make_model("llama"), tasks=("law", "games"))) as made:
         before = made(input_ids=IDS_BT).logits
         with pytest.raises(WeightingError, match="each name once"):
@@ -59,7 +50,7 @@ def test_a_task_that_it_has_is_refused_and_leaves_the_model_as_it_was(make_model
         assert torch.equal(made(input_ids=IDS_BT).logits, before)
 
 
-def test_other_options_leave_experts_and_gates_the_same_bits(make_model):
+def test_other_options_leave_experts_and_gates_the_same_bits(make_model, trained):
     first = trained(lw.experts("mola", make_model("llama"), num_experts=(2, 3), top_k=2))
     before = {name: value.clone() for name, value in first.expert_state().items()}
     with with_options(first, top_k=1, dropout=0.5) as made:
@@ -68,7 +59,7 @@ def test_other_options_leave_experts_and_gates_the_same_bits(make_model):
         assert all(torch.equal(value, before[name]) for name, value in made.expert_state().items())
 
 
-def test_experts_of_another_rank_begin_anew(make_model):
+def test_experts_of_another_rank_begin_anew(make_model, trained):
     first = trained(lw.experts("mola", make_model("llama"), num_experts=(2,), rank=3))
     gates = {name: value.clone() for name, value in first.gates.state_dict().items()}
     with with_options(first, rank=5) as made:
@@ -76,7 +67,7 @@ def test_experts_of_another_rank_begin_anew(make_model):
         assert all(torch.equal(value, gates[name]) for name, value in made.gates.state_dict().items())
 
 
-def test_options_that_have_no_place_for_what_was_learned_are_refused(make_model):
+def test_options_that_have_no_place_for_what_was_learned_are_refused(make_model, trained):
     with trained(lw.experts("mola", make_model("llama"), num_experts=(3,))) as made:
         before = made(input_ids=IDS_BT).logits
         with pytest.raises(WeightingError, match=r"expert 2 at .* and what it learned, would have no place"):
@@ -88,13 +79,13 @@ def test_options_that_have_no_place_for_what_was_learned_are_refused(make_model)
     assert all(parameter.requires_grad for parameter in made.base_model.parameters())
 
 
-def test_features_of_tasks_that_were_learned_do_not_go(make_model):
+def test_features_of_tasks_that_were_learned_do_not_go(make_model, trained):
     made = trained(lw.experts("moelora", make_model("llama"), tasks=("law", "games"), num_features=6))
     with made, pytest.raises(WeightingError, match=r"e_KD' is \(2, 6\) and would be \(2, 5\), with no place for all"):
         with_options(made, num_features=5)
 
 
-def test_more_target_modules_have_new_experts_beside_those_there_are(make_model):
+def test_more_target_modules_have_new_experts_beside_those_there_are(make_model, trained):
     first = trained(lw.experts("mola", make_model("llama"), num_experts=(2,), target_modules=("q_proj",)))
     before, logits = {name: value.clone() for name, value in first.expert_state().items()}, first(input_ids=IDS_BT).logits
     with with_options(first, target_modules=("q_proj", "v_proj")) as made:
@@ -116,7 +107,7 @@ def test_experts_that_began_as_adapters_keep_their_names_and_ranks(make_model, m
 
 
 @pytest.mark.parametrize("tasks", [("games", "law"), ("law",), ("health", "law", "games")])
-def test_tasks_that_have_learned_keep_their_places(make_model, tasks):
+def test_tasks_that_have_learned_keep_their_places(make_model, tasks, trained):
     with trained(lw.experts("flora", make_model("llama"), tasks=("law", "games"), mode="additive")) as made:
         before = made.adapter("games").hash
         with pytest.raises(WeightingError, match="new ones come after those there are"):
@@ -124,7 +115,7 @@ def test_tasks_that_have_learned_keep_their_places(make_model, tasks):
         assert made.adapter("games").hash == before
 
 
-def test_the_universal_expert_stays_the_universal_one(make_model):
+def test_the_universal_expert_stays_the_universal_one(make_model, trained):
     options = {"by_task": True, "tasks": ("law", "games"), "num_experts": 2}
     first = trained(lw.experts("mocle", make_model("llama"), **options))
     before = [first.expert(number).hash for number in range(3)]
@@ -136,7 +127,7 @@ def test_the_universal_expert_stays_the_universal_one(make_model):
         assert not made.expert(2).delta("model.layers.0.self_attn.q_proj").any()
 
 
-def test_mixed_experts_of_another_number_are_refused(make_model):
+def test_mixed_experts_of_another_number_are_refused(make_model, trained):
     options = {"tasks": ("depth", "edges"), "ranks": (1, 2, 3), "top_k": 2, "rank": 2}
     with trained(lw.experts("mlore", make_model("segformer"), target_modules=("linear_fuse",), **options)) as made:
         before = {name: value.clone() for name, value in made.expert_state().items()}
@@ -145,7 +136,7 @@ def test_mixed_experts_of_another_number_are_refused(make_model):
         assert all(torch.equal(value, before[name]) for name, value in made.expert_state().items())
 
 
-def test_a_new_task_of_mlore_leaves_the_generic_expert_where_it_is(make_model):
+def test_a_new_task_of_mlore_leaves_the_generic_expert_where_it_is(make_model, trained):
     options = {"tasks": ("depth",), "ranks": (1, 2, 3), "top_k": 2, "rank": 2}
     first = trained(lw.experts("mlore", make_model("segformer"), target_modules=("linear_fuse",), **options))
     (before,) = [layer.starts() for layer in first.layers.values()]

@@ -16,17 +16,8 @@ LABELS_BT = torch.tensor([[-100, -100, 27, 20, 41], [-100, -100, -100, 3, 15]])
 PROMPTS = (slice(0, 2), slice(2, 3))
 
 
-def trained(made):
-    """With a local expert and gates that differ from those at the beginning."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for value in made.expert_parameters().values():
-            value.add_(0.3 * torch.randn(value.shape, generator=generator, dtype=value.dtype))
-    return made
-
-
 @pytest.mark.parametrize("per_site", [False, True])
-def test_a_site_adds_its_formula(make_model, make_adapter, per_site):
+def test_a_site_adds_its_formula(make_model, make_adapter, per_site, trained):
     model = make_model("llama", dtype=torch.float64)
     adapter = make_adapter(model, "global", rank=2, targets=("up_proj",))
     options = {"rank": 2, "alpha": 5.0, "target_modules": ("up_proj",), "per_site": per_site}
@@ -48,7 +39,7 @@ def test_a_site_adds_its_formula(make_model, make_adapter, per_site):
                 torch.testing.assert_close(y_O, weight @ x_I + g * (delta_OI @ x_I) + (1 - g) * local_O)
 
 
-def test_a_gate_that_is_sure_of_the_global_expert_is_the_global_model(make_model, make_adapter):
+def test_a_gate_that_is_sure_of_the_global_expert_is_the_global_model(make_model, make_adapter, trained):
     model = make_model("llama", dtype=torch.float64)
     adapter = make_adapter(model, "global", rank=3)
     with lw.experts("fedms", model, rank=3, target_modules=("q_proj", "v_proj")) as made:
@@ -77,7 +68,7 @@ def test_training_leaves_the_global_expert_the_same_bits(make_model, make_adapte
             torch.testing.assert_close(made.expert(0).delta(name), adapter.delta(name))
 
 
-def test_blocks_beyond_the_capability_have_the_global_expert_alone(make_model):
+def test_blocks_beyond_the_capability_have_the_global_expert_alone(make_model, trained):
     model = make_model("llama", num_hidden_layers=3)
     with lw.experts("fedms", model, rank=2, queue=(2, 0, 1), capability=1) as made:
         by_block = {made.sites[name].block: shape.ranks for name, shape in made.shapes.items()}
@@ -85,7 +76,7 @@ def test_blocks_beyond_the_capability_have_the_global_expert_alone(make_model):
         assert {int(name.split(".")[2]) for name in trained(made).expert(1).layers} == {2}
 
 
-def test_blocks_that_become_active_change_nothing_at_first(make_model):
+def test_blocks_that_become_active_change_nothing_at_first(make_model, trained):
     first = trained(lw.experts("fedms", make_model("llama", dtype=torch.float64), capability=1))
     before, known = first(input_ids=IDS_BT).logits, first.expert(1)
     with with_options(first, capability=2) as made:
@@ -96,7 +87,7 @@ def test_blocks_that_become_active_change_nothing_at_first(make_model):
         assert not any(bool(grown.delta(name).any()) for name in set(grown.layers) - set(known.layers))
 
 
-def test_a_client_is_saved_and_read_with_both_experts(make_model, make_adapter, tmp_path):
+def test_a_client_is_saved_and_read_with_both_experts(make_model, make_adapter, tmp_path, trained):
     model = make_model("llama")
     with lw.experts("fedms", model, target_modules=("q_proj",), capability=1) as made:
         put_expert(trained(made), 0, make_adapter(model, "global", targets=("q_proj",)))
@@ -139,7 +130,7 @@ def test_one_gate_on_a_model_without_token_embeddings_is_refused(vision_model):
     assert all(parameter.requires_grad for parameter in vision_model.parameters())
 
 
-def test_gates_of_each_site_see_images(vision_model):
+def test_gates_of_each_site_see_images(vision_model, trained):
     images = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     with lw.experts("fedms", vision_model, target_modules=("q_proj", "v_proj"), per_site=True) as made:
         together = trained(made)(pixel_values=images).last_hidden_state

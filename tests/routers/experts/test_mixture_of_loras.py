@@ -15,16 +15,7 @@ MASK_BT = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
 LABELS_BT = torch.tensor([[-100, -100, 27, 20, 41], [-100, -100, -100, 3, 15]])
 
 
-def trained(made):
-    """With experts and gates that differ from those at the beginning."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for value in made.expert_parameters().values():
-            value.add_(0.3 * torch.randn(value.shape, generator=generator, dtype=value.dtype))
-    return made
-
-
-def test_a_site_adds_its_formula(make_model):
+def test_a_site_adds_its_formula(make_model, trained):
     model = make_model("llama", dtype=torch.float64)
     options = {"tasks": DOMAINS, "rank": 2, "alpha": 5.0, "target_modules": (LAYER,)}
     with lw.experts("mixture_of_loras", model, **options) as made:
@@ -41,7 +32,7 @@ def test_a_site_adds_its_formula(make_model):
                 torch.testing.assert_close(y_O, weight @ x_I + 5.0 / 2 * (b_RO.T @ (a_RI @ x_I)))
 
 
-def test_the_loss_is_the_sum_over_sites_of_the_cross_entropy_with_the_row_s_domain(make_model):
+def test_the_loss_is_the_sum_over_sites_of_the_cross_entropy_with_the_row_s_domain(make_model, trained):
     model = make_model("llama", dtype=torch.float64)
     inputs = {"input_ids": IDS_BT, "attention_mask": MASK_BT, "labels": LABELS_BT}
     with lw.experts("mixture_of_loras", model, tasks=DOMAINS, eta=0.7) as made:
@@ -56,7 +47,7 @@ def test_the_loss_is_the_sum_over_sites_of_the_cross_entropy_with_the_row_s_doma
         torch.testing.assert_close(loss.double(), plain + expected, rtol=1e-6, atol=0.0)
 
 
-def test_a_row_without_a_domain_adds_nothing_to_the_loss(make_model):
+def test_a_row_without_a_domain_adds_nothing_to_the_loss(make_model, trained):
     inputs = {"input_ids": IDS_BT, "attention_mask": MASK_BT, "labels": LABELS_BT}
     with lw.experts("mixture_of_loras", make_model("llama"), tasks=DOMAINS) as made:
         trained(made).train()(**inputs, task=[-1, -1])
@@ -68,7 +59,7 @@ def test_a_row_without_a_domain_adds_nothing_to_the_loss(make_model):
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
-def test_with_oracle_a_domain_s_row_has_the_lora_of_that_domain(make_model, domain):
+def test_with_oracle_a_domain_s_row_has_the_lora_of_that_domain(make_model, domain, trained):
     model = make_model("llama", dtype=torch.float64)
     inputs = {"input_ids": IDS_BT[:1]}
     with lw.experts("mixture_of_loras", model, tasks=DOMAINS, oracle=True) as made:
@@ -78,7 +69,7 @@ def test_with_oracle_a_domain_s_row_has_the_lora_of_that_domain(make_model, doma
         torch.testing.assert_close(model(**inputs).logits, own, rtol=1e-4, atol=1e-4)
 
 
-def test_with_oracle_the_gates_choose_for_rows_of_no_domain(make_model):
+def test_with_oracle_the_gates_choose_for_rows_of_no_domain(make_model, trained):
     inputs = {"input_ids": IDS_BT, "attention_mask": MASK_BT, "labels": LABELS_BT}
     with lw.experts("mixture_of_loras", make_model("llama"), tasks=DOMAINS, oracle=True) as made:
         trained(made).train()(**inputs, task=[-1, 1])
@@ -87,7 +78,7 @@ def test_with_oracle_the_gates_choose_for_rows_of_no_domain(make_model):
             assert weights_B1E[1, 0].tolist() == [0.0, 1.0, 0.0]
 
 
-def test_a_gate_learns_from_the_model_s_loss_by_the_gradient_of_its_softmax(make_model):
+def test_a_gate_learns_from_the_model_s_loss_by_the_gradient_of_its_softmax(make_model, trained):
     model = make_model("llama", dtype=torch.float64)
     with lw.experts("mixture_of_loras", model, tasks=DOMAINS, eta=0.0, target_modules=(LAYER,)) as made:
         trained(made).train()

@@ -15,16 +15,7 @@ IDS_BT = torch.tensor([[3, 9, 27, 20, 41], [6, 2, 25, 3, 15]])
 TEXTS = ("11 and 12", "12 and 13", "11 and 13", "blue or red", "red or blue", "blue and red", "fill a box", "fill a bag")
 
 
-def trained(made):
-    """With experts and gates that differ from those at the beginning."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for value in made.expert_parameters().values():
-            value.add_(0.3 * torch.randn(value.shape, generator=generator, dtype=value.dtype))
-    return made
-
-
-def by_text(model, tokenizer, **options):
+def by_text(trained, model, tokenizer, **options):
     made = lw.experts("mocle", model, tokenizer=tokenizer, embedder="hashing", **{"num_clusters": 3, **options})
     return fit_clusters(trained(made), TEXTS)
 
@@ -43,7 +34,7 @@ def encoded(tokenizer, *texts):
     return dict(tokenizer(list(texts), return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False))
 
 
-def test_a_site_adds_its_formula(make_model):
+def test_a_site_adds_its_formula(make_model, trained):
     model = make_model("llama", dtype=torch.float64)
     options = {"by_task": True, "tasks": CLUSTERS, "rank": 2, "alpha": 5.0, "num_experts": 3, "target_modules": (LAYER,)}
     with lw.experts("mocle", model, **options) as made:
@@ -63,7 +54,7 @@ def test_a_site_adds_its_formula(make_model):
                 torch.testing.assert_close(y_O, expected_O)
 
 
-def test_the_adapter_of_a_cluster_is_the_model_of_it(make_model):
+def test_the_adapter_of_a_cluster_is_the_model_of_it(make_model, trained):
     model = make_model("llama", dtype=torch.float64)
     with lw.experts("mocle", model, by_task=True, tasks=CLUSTERS, rank=2, temperature=1.0) as made:
         own = trained(made)(input_ids=IDS_BT, task="colours").logits
@@ -82,9 +73,9 @@ def test_a_gate_that_is_sure_leaves_the_universal_expert_out(make_model):
             assert float(w_BTE[0, 0, -1].detach()) == 0.0
 
 
-def test_a_prompt_has_the_weights_of_the_cluster_that_it_is_nearest_to(make_model, tokenizer):
+def test_a_prompt_has_the_weights_of_the_cluster_that_it_is_nearest_to(make_model, tokenizer, trained):
     prompts = ("12 and 11", "red or red", "fill a bag box")
-    with by_text(make_model("llama", dtype=torch.float64), tokenizer) as made:
+    with by_text(trained, make_model("llama", dtype=torch.float64), tokenizer) as made:
         reader = made.gates["reader"]
         inputs = encoded(tokenizer, *prompts)
         made.train()(**inputs)
@@ -96,8 +87,8 @@ def test_a_prompt_has_the_weights_of_the_cluster_that_it_is_nearest_to(make_mode
             torch.testing.assert_close(row, weights_of(made.gates[site.replace(".", "/")], reader.c_KH[cluster]))
 
 
-def test_centroids_are_the_means_of_their_members(make_model, tokenizer):
-    with by_text(make_model("llama", dtype=torch.float64), tokenizer) as made:
+def test_centroids_are_the_means_of_their_members(make_model, tokenizer, trained):
+    with by_text(trained, make_model("llama", dtype=torch.float64), tokenizer) as made:
         reader = made.gates["reader"]
         vectors_ND = torch.from_numpy(Hashing().embed(TEXTS)).double()
         member_N = torch.tensor(reader.clusters(TEXTS))
@@ -107,8 +98,8 @@ def test_centroids_are_the_means_of_their_members(make_model, tokenizer):
             torch.testing.assert_close(reader.centroid_KD[cluster], vectors_ND[member_N == cluster].mean(dim=0))
 
 
-def test_the_answer_has_the_weights_of_its_prompt(make_model, tokenizer):
-    with by_text(make_model("llama", dtype=torch.float64), tokenizer) as made:
+def test_the_answer_has_the_weights_of_its_prompt(make_model, tokenizer, trained):
+    with by_text(trained, make_model("llama", dtype=torch.float64), tokenizer) as made:
         inputs = encoded(tokenizer, "12 and 11", "red or red")
         settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         cached = made.generate(**inputs, **settings)
@@ -121,24 +112,24 @@ def test_the_answer_has_the_weights_of_its_prompt(make_model, tokenizer):
         assert torch.equal(logits[:, -5:-1].argmax(dim=-1), cached[:, -4:])
 
 
-def test_one_cluster_is_one_set_of_weights(make_model, tokenizer):
-    with by_text(make_model("llama"), tokenizer, num_clusters=1) as made:
+def test_one_cluster_is_one_set_of_weights(make_model, tokenizer, trained):
+    with by_text(trained, make_model("llama"), tokenizer, num_clusters=1) as made:
         made.train()(**encoded(tokenizer, "12 and 11", "red or red"))
         for w_BTE in made.notes.weights.values():
             assert torch.equal(w_BTE[0], w_BTE[1])
 
 
-def test_clusters_are_saved_with_the_experts(make_model, tokenizer, tmp_path):
+def test_clusters_are_saved_with_the_experts(make_model, tokenizer, tmp_path, trained):
     model, inputs = make_model("llama"), encoded(tokenizer, "12 and 11", "red or red")
-    with by_text(model, tokenizer) as made:
+    with by_text(trained, model, tokenizer) as made:
         own = made(**inputs).logits
         made.save_pretrained(tmp_path / "made")
     with lw.experts(tmp_path / "made", model, tokenizer=tokenizer) as again:
         assert torch.equal(again(**inputs).logits, own)
 
 
-def test_what_is_read_into_a_model_replaces_the_clusters_that_it_knew(make_model, tokenizer, tmp_path):
-    with by_text(make_model("llama"), tokenizer) as other:
+def test_what_is_read_into_a_model_replaces_the_clusters_that_it_knew(make_model, tokenizer, tmp_path, trained):
+    with by_text(trained, make_model("llama"), tokenizer) as other:
         own = other.gates["reader"].clusters(TEXTS)
         other.gates["reader"].centroid_KD.copy_(other.gates["reader"].centroid_KD.roll(1, dims=0))
         other.save_pretrained(tmp_path / "other")
@@ -156,13 +147,13 @@ def test_texts_that_leave_a_cluster_without_a_member_are_refused(make_model, tok
             made(input_ids=IDS_BT)
 
 
-def test_what_a_row_says_has_to_be_known(make_model, tokenizer):
+def test_what_a_row_says_has_to_be_known(make_model, tokenizer, trained):
     with (
-        by_text(make_model("llama"), None) as made,
+        by_text(trained, make_model("llama"), None) as made,
         pytest.raises(ScopeError, match=r"tokenizer=.* and call it with input_ids"),
     ):
         made(input_ids=IDS_BT)
-    with by_text(make_model("llama"), tokenizer) as made:
+    with by_text(trained, make_model("llama"), tokenizer) as made:
         with pytest.raises(ScopeError, match="call it with input_ids"):
             made(inputs_embeds=torch.zeros(1, 3, 16))
         labels_BT = IDS_BT.clone()
@@ -171,8 +162,8 @@ def test_what_a_row_says_has_to_be_known(make_model, tokenizer):
             made(input_ids=IDS_BT, labels=labels_BT)
 
 
-def test_clusters_of_another_embedder_are_refused(make_model, tokenizer):
-    with by_text(make_model("llama"), tokenizer) as made:
+def test_clusters_of_another_embedder_are_refused(make_model, tokenizer, trained):
+    with by_text(trained, make_model("llama"), tokenizer) as made:
         made.gates["reader"].made_by.fill_(7)
         with pytest.raises(WeightingError, match=r"of another embedder than 'hashing' now is .* fit them again"):
             made(input_ids=IDS_BT)

@@ -12,16 +12,7 @@ LAYER = "model.layers.1.self_attn.q_proj"
 IDS_BT = torch.tensor([[3, 9, 27, 20], [5, 25, 3, 15]])
 
 
-def trained(made):
-    """With experts that differ from those at the beginning."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for value in made.expert_parameters().values():
-            value.add_(0.3 * torch.randn(value.shape, generator=generator, dtype=value.dtype))
-    return made
-
-
-def test_a_site_adds_its_formula(make_model):
+def test_a_site_adds_its_formula(make_model, trained):
     model = make_model("llama", dtype=torch.float64)
     options = {"tasks": TASKS, "rank": 6, "num_experts": 3, "alpha": 9.0, "num_features": 5, "target_modules": (LAYER,)}
     with lw.experts("moelora", model, **options) as made:
@@ -43,7 +34,7 @@ def test_a_site_adds_its_formula(make_model):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_the_adapter_of_a_task_is_the_model_of_that_task(make_model, shared):
+def test_the_adapter_of_a_task_is_the_model_of_that_task(make_model, shared, trained):
     model = make_model("llama", dtype=torch.float64)
     with lw.experts("moelora", model, tasks=TASKS, rank=4, num_experts=4, shared=shared) as made:
         own = trained(made)(input_ids=IDS_BT, task="mri").logits
@@ -75,7 +66,7 @@ def test_a_begins_normal_with_a_standard_deviation_of_a_hundredth(make_model):
         assert abs(float(a.mean())) < 5 * 0.01 / len(a) ** 0.5
 
 
-def test_an_encoder_and_its_decoder_generate_by_the_task(make_model):
+def test_an_encoder_and_its_decoder_generate_by_the_task(make_model, trained):
     settings = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2}
     with lw.experts("moelora", make_model("t5"), tasks=TASKS, target_modules=("q", "v")) as made:
         together = trained(made).generate(input_ids=IDS_BT, task=["drugs", "ct"], **settings)

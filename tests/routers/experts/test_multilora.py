@@ -10,16 +10,7 @@ LAYER = "model.layers.0.mlp.down_proj"
 IDS_BT = torch.tensor([[3, 9, 27, 20], [5, 25, 3, 15]])
 
 
-def trained(made):
-    """With gains other than 0."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for layer in made.layers.values():
-            layer.gain_EO.copy_(torch.randn(layer.gain_EO.shape, generator=generator))
-    return made
-
-
-def test_a_site_adds_its_formula(make_model):
+def test_a_site_adds_its_formula(make_model, trained):
     model = make_model("llama", dtype=torch.float64)
     with lw.experts("multilora", model, rank=2, num_experts=3, alpha=5.0, target_modules=(LAYER,)) as made:
         factors = trained(made).layers[LAYER.replace(".", "/")]
@@ -35,7 +26,7 @@ def test_a_site_adds_its_formula(make_model):
             torch.testing.assert_close(y_O, expected_O)
 
 
-def test_the_adapter_is_the_model(make_model):
+def test_the_adapter_is_the_model(make_model, trained):
     model = make_model("llama", dtype=torch.float64)
     with lw.experts("multilora", model, rank=2) as made:
         own = trained(made)(input_ids=IDS_BT).logits
@@ -45,7 +36,7 @@ def test_the_adapter_is_the_model(make_model):
         torch.testing.assert_close(model(input_ids=IDS_BT).logits, own, rtol=1e-4, atol=1e-4)
 
 
-def test_an_update_has_at_most_the_rank_of_all_experts(make_model):
+def test_an_update_has_at_most_the_rank_of_all_experts(make_model, trained):
     with lw.experts("multilora", make_model("llama"), rank=1, num_experts=4) as made:
         delta_OI = trained(made).adapter().delta(LAYER).double()
     assert int(torch.linalg.matrix_rank(delta_OI, rtol=1e-5)) == 4

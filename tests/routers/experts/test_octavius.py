@@ -13,15 +13,6 @@ IDS_BT = torch.tensor([[3, 9, 27, 20, 41], [0, 0, 25, 3, 15]])
 MASK_BT = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
 
 
-def trained(made):
-    """With experts that differ from those at the beginning."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for value in made.expert_parameters().values():
-            value.add_(0.3 * torch.randn(value.shape, generator=generator, dtype=value.dtype))
-    return made
-
-
 def weights_of(made, prompt, *, counted=None):
     """w_E of a row with these tokens, written out."""
     x_TH = made.base_model.get_input_embeddings().weight[torch.tensor(prompt if counted is None else counted)]
@@ -40,7 +31,7 @@ def outputs(made, **inputs):
 
 
 @pytest.mark.parametrize("as_released", [False, True])
-def test_a_site_adds_its_formula(make_model, as_released):
+def test_a_site_adds_its_formula(make_model, as_released, trained):
     model = make_model("llama", dtype=torch.float64)
     options = {"rank": 2, "num_experts": 3, "alpha": 5.0, "target_modules": (LAYER,), "as_released": as_released}
     with lw.experts("octavius", model, **options) as made:
@@ -58,7 +49,7 @@ def test_a_site_adds_its_formula(make_model, as_released):
                 torch.testing.assert_close(y_O, expected_O)
 
 
-def test_all_sites_and_tokens_of_a_row_have_the_weights_of_its_prompt(make_model):
+def test_all_sites_and_tokens_of_a_row_have_the_weights_of_its_prompt(make_model, trained):
     labels_BT = torch.tensor([[-100, -100, 27, 20, 41], [-100, -100, -100, 3, 15]])
     with lw.experts("octavius", make_model("llama", dtype=torch.float64)) as made:
         trained(made).train()(input_ids=IDS_BT, attention_mask=MASK_BT, labels=labels_BT)
@@ -85,7 +76,7 @@ def test_the_released_gate_is_normal_and_ours_as_a_linear_layer(make_model):
         assert 0.24 < float(made.gates["all"].r_EH.detach().abs().max()) <= 0.25
 
 
-def test_what_was_decided_by_the_prompt_holds_for_the_answer(make_model):
+def test_what_was_decided_by_the_prompt_holds_for_the_answer(make_model, trained):
     with lw.experts("octavius", make_model("llama", dtype=torch.float64)) as made:
         settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         written_BT = trained(made).generate(input_ids=IDS_BT, attention_mask=MASK_BT, **settings)
@@ -97,7 +88,7 @@ def test_what_was_decided_by_the_prompt_holds_for_the_answer(make_model):
         assert torch.equal(logits[:, 4:-1].argmax(dim=-1), written_BT[:, 5:])
 
 
-def test_an_encoder_and_its_decoder_have_the_weights_of_the_encoder_s_text(make_model):
+def test_an_encoder_and_its_decoder_have_the_weights_of_the_encoder_s_text(make_model, trained):
     model = make_model("t5", dtype=torch.float64)
     labels_BT = torch.tensor([[7, 8, 9, 4, 5], [6, 5, 4, 3, 2]])
     with lw.experts("octavius", model, target_modules=("q", "v")) as made:

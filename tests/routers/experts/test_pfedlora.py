@@ -11,16 +11,7 @@ LAYER = "model.layers.1.mlp.up_proj"
 IDS_BT = torch.tensor([[3, 9, 27, 20, 41], [6, 2, 25, 3, 15]])
 
 
-def trained(made):
-    """With experts that differ from those at the beginning."""
-    generator = torch.Generator().manual_seed(5)
-    for layer in made.layers.values():
-        starts = layer.starts()
-        layer.reset([(a_RI, torch.randn(b_RO.shape, generator=generator)) for a_RI, b_RO in starts])
-    return made
-
-
-def test_a_site_adds_its_formula(make_model):
+def test_a_site_adds_its_formula(make_model, trained):
     model = make_model("llama", dtype=torch.float64)
     with lw.experts("pfedlora", model, rank=3, shared_rank=2, mu=0.2, alpha=6.0, target_modules=(LAYER,)) as made:
         (a0_RI, b0_RO), (a1_RI, b1_RO) = trained(made).layers[LAYER.replace(".", "/")].starts()
@@ -34,7 +25,7 @@ def test_a_site_adds_its_formula(make_model):
             torch.testing.assert_close(y_O, weight @ x_I + 6.0 / 3 * update_O)
 
 
-def test_the_adapter_is_the_model(make_model):
+def test_the_adapter_is_the_model(make_model, trained):
     model = make_model("llama", dtype=torch.float64)
     with lw.experts("pfedlora", model, rank=3, shared_rank=2) as made:
         own = trained(made)(input_ids=IDS_BT).logits
@@ -44,7 +35,7 @@ def test_the_adapter_is_the_model(make_model):
 
 
 @pytest.mark.parametrize(("phase", "learns"), [("local", 1), ("shared", 0)])
-def test_one_expert_learns_in_each_phase_and_the_other_stays_the_same_bits(make_model, phase, learns):
+def test_one_expert_learns_in_each_phase_and_the_other_stays_the_same_bits(make_model, phase, learns, trained):
     with lw.experts("pfedlora", make_model("llama"), phase=phase) as made:
         before = [trained(made).expert(0), made.expert(1)]
         optimizer = torch.optim.AdamW(made.parameters(), lr=0.1, weight_decay=0.5)
@@ -53,7 +44,7 @@ def test_one_expert_learns_in_each_phase_and_the_other_stays_the_same_bits(make_
         assert [made.expert(number).hash == before[number].hash for number in (0, 1)] == [learns == 1, learns == 0]
 
 
-def test_from_one_phase_to_the_other_both_experts_stay_the_same_bits(make_model):
+def test_from_one_phase_to_the_other_both_experts_stay_the_same_bits(make_model, trained):
     first = trained(lw.experts("pfedlora", make_model("llama"), phase="local"))
     before, whole = [first.expert(0).hash, first.expert(1).hash], first(input_ids=IDS_BT).logits
     with with_options(first, phase="shared") as made:
