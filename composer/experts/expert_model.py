@@ -331,6 +331,13 @@ class ExpertModel(nn.Module):
             parameter.requires_grad_(True)
         self._learning = []
 
+    def _replicate_for_data_parallel(self) -> Self:
+        # hooks of a replica's layers know the first model, whose calls do not run there
+        raise ScopeError(
+            "torch's DataParallel would run copies without their experts: let one process have one GPU, by torchrun or "
+            "accelerate launch, or set CUDA_VISIBLE_DEVICES"
+        )
+
     def _require_open(self) -> None:
         if not self._handles:
             raise CompositionError(

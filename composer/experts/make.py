@@ -13,7 +13,7 @@ from loraweave.composer.experts.expert_model import ExpertModel
 from loraweave.composer.experts.recipes import recipe
 from loraweave.composer.experts.saving import read_saved_experts
 from loraweave.composer.experts.start_from import start_from
-from loraweave.errors import CompositionError, WeightingError
+from loraweave.errors import CompositionError, UnknownName, WeightingError
 from loraweave.hub.hub import Hub
 
 
@@ -44,6 +44,10 @@ def experts(
     if not isinstance(base_model, nn.Module):
         raise CompositionError(
             f"experts go onto a model, and {base_model!r:.60} is none: load it first, as lw.load_base() does"
+        )
+    if not isinstance(name, str | Path):
+        raise UnknownName(
+            f"{name!r:.60} is no recipe's name and no folder; recipes are {', '.join(registry.names('experts'))}"
         )
     if isinstance(name, Path) or (name not in registry.names("experts") and Path(name).is_dir()):
         return _saved(Path(name), base_model, tokenizer, options | ({} if pool is None else {"pool": pool}))

@@ -165,3 +165,9 @@ def test_passes_of_a_trainers_step_add_up_to_the_mean_of_the_terms(make_model):
             found = found + made(input_ids=IDS_BT[rows], labels=labels[rows], num_items_in_batch=12, use_cache=False).loss
             expected = expected + made.own_loss + share * made.terms["balance"]
         torch.testing.assert_close(found, expected)
+
+
+def test_copies_of_data_parallel_which_would_have_no_experts_are_refused(make_model):
+    with own_adapters(make_model) as made, pytest.raises(ScopeError, match="DataParallel would run copies without"):
+        # what torch.nn.parallel.replicate asks of each module, where there are several GPUs
+        made._replicate_for_data_parallel()

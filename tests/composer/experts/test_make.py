@@ -3,7 +3,7 @@
 import pytest
 
 import loraweave as lw
-from loraweave.errors import CompositionError, WeightingError
+from loraweave.errors import CompositionError, UnknownName, WeightingError
 
 
 def test_what_is_no_model_is_refused():
@@ -23,3 +23,9 @@ def test_what_is_no_model_is_refused():
 def test_an_option_of_another_type_says_what_it_should_be(make_model, option, value, message):
     with pytest.raises(WeightingError, match=f"{option} of recipe 'mola' is {value!r}: it is {message}"):
         lw.experts("mola", make_model("llama"), **{option: value})
+
+
+@pytest.mark.parametrize("name", [None, 5])
+def test_what_is_no_name_is_refused(make_model, name):
+    with pytest.raises(UnknownName, match=f"{name} is no recipe's name and no folder; recipes are dmoerm, "):
+        lw.experts(name, make_model("llama"))
