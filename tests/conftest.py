@@ -12,6 +12,9 @@ import pytest
 
 # before anything imports huggingface_hub, which reads it once
 os.environ["HF_HUB_OFFLINE"] = "1"
+# a worker of pytest-xdist has the size of a terminal that it is not
+os.environ.pop("COLUMNS", None)
+os.environ.pop("LINES", None)
 
 
 def _beside(file_name):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 import loraweave as lw
 
 
@@ -12,5 +14,8 @@ def test_each_task_is_trained_from_the_adapter_of_the_one_before(course, tiny_ll
     first = lw.train_adapters(tiny_llama, tokenizer, {"upper": tasks["upper"]}, **settings)["upper"]
     start = {"double": first}
     second = lw.train_adapters(tiny_llama, tokenizer, {"double": tasks["double"]}, start=start, **settings)["double"]
-    assert (found["upper"].hash, found["double"].hash) == (first.hash, second.hash)
+    for own, expected in ((found["upper"], first), (found["double"], second)):
+        for layer in expected.layers:
+            # their optimisers round differently
+            torch.testing.assert_close(own.delta(layer), expected.delta(layer), rtol=1e-4, atol=1e-6)
     assert found["double"].rank == 2
