@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from loraweave import registry
 from loraweave.composer.batches import IGNORED
 from loraweave.composer.experts.checkpointing import require_same_call, same_call
+from loraweave.composer.experts.exporting import one_expert, whole_mixture
 from loraweave.composer.experts.fit import fit
 from loraweave.composer.experts.forms._form import Weigh
 from loraweave.composer.experts.hooks import AfterBranch, AfterPart, AfterSite, BeforeBranch, BeforeCall, BeforePart
@@ -26,7 +27,6 @@ from loraweave.composer.kernels._own_precision import own_precision
 from loraweave.composer.mixing.begun import arguments_of
 from loraweave.errors import CompositionError, ScopeError, TrainingError, UnknownName
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.fingerprint import fingerprint
 from loraweave.hub.whole_number import is_whole
 from loraweave.routers.experts._recipe import ExpertShape, Recipe, Site
 from loraweave.routers.gates.call import UNKNOWN, Call
@@ -115,7 +115,7 @@ class ExpertModel(nn.Module):
     @property
     def shapes(self) -> dict[str, ExpertShape]:
         """The experts of each site."""
-        return {name: layer.shape for name, layer in self._named_layers()}
+        return {name: layer.shape for name, layer in self.named_layers()}
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -205,40 +205,14 @@ class ExpertModel(nn.Module):
 
         Raises ScopeError for a form that is no update of layers, UnknownName for a number that no expert has.
         """
-        self._require_updates(f"expert {number}")
-        layers = {
-            name: layer.factors(torch.eye(layer.shape.num_experts)[number])
-            for name, layer in self._named_layers()
-            if is_whole(number, 0) and number < layer.shape.num_experts and layer.shape.ranks[number]
-        }
-        if not layers:
-            most = max(layer.shape.num_experts for _, layer in self._named_layers())
-            raise UnknownName(f"recipe {self.recipe.name!r} has no expert {number!r}; its experts are 0 to {most - 1}")
-        return self._adapter(f"{self.recipe.name}-{number}", layers, {"expert": number})
+        return one_expert(self, number)
 
     def adapter(self, task: str | int | None = None) -> Adapter:
         """The whole mixture as one adapter, where its weights depend on nothing, or on the task alone, which is then given.
 
         Raises ScopeError for weights that depend on the input, UnknownName for a task that there is not.
         """
-        self._require_updates("the mixture")
-        if not all(gate.static for gate in self.gates.values()):
-            raise ScopeError(
-                f"the weights of recipe {self.recipe.name!r} depend on the input, so that no one adapter has them: export "
-                "its experts one by one (expert(number)), or save_pretrained() the whole"
-            )
-        task_B = self.task_ids(task)
-        if task_B is not None and len(task_B) != 1:
-            raise ScopeError(f"one adapter is the mixture of one task, and {len(task_B)} are given: make one of each")
-        call, layers = Call(task_B=task_B), {}
-        with torch.no_grad():
-            self.show_gates(call)
-            for name, layer in self._named_layers():
-                gate = self._gate(self.sites[name])
-                w_E = torch.ones(layer.shape.num_experts) if gate is None else gate(None, call).w_BTE.flatten()
-                layers[name] = layer.factors(w_E)
-        named = self.recipe.name if task is None else f"{self.recipe.name}-{task}"
-        return self._adapter(named, layers, {} if task is None else {"task": str(task)})
+        return whole_mixture(self, task)
 
     def fit(self, dataset: Any, tokenizer: Any = None, **settings: Any) -> Self:
         """Trains experts and gates on a dataset, by transformers' Trainer, and returns the model, which is then for use.
@@ -366,7 +340,7 @@ class ExpertModel(nn.Module):
 
     def _weighing(self, name: str, call: Call) -> Weigh:
         site, layer = self.sites[name], cast(Any, self.layers[key_of(name)])
-        return partial(self._weigh, site, layer.shape.num_experts, self._gate(site), call)
+        return partial(self._weigh, site, layer.shape.num_experts, self.gate_of(site), call)
 
     def _weigh(self, site: Site, num_experts: int, gate: Gate | None, call: Call, x_BTI: Tensor) -> Tensor:
         """w_BTE of a site, of which a training step takes note."""
@@ -382,7 +356,8 @@ class ExpertModel(nn.Module):
                 call.step.scores[site.name] = scores_BTE
         return w_BTE
 
-    def _gate(self, site: Site) -> Gate | None:
+    def gate_of(self, site: Site) -> Gate | None:
+        """What weighs the experts of a site; None for weights of 1."""
         key = key_of(self.recipe.gate_key(site))
         if key not in self.gates:
             return None
@@ -390,21 +365,11 @@ class ExpertModel(nn.Module):
 
     def _factors(self) -> dict[str, Tensor]:
         """a_SI of each site that has them."""
-        return {name: layer.a_SI for name, layer in self._named_layers() if hasattr(layer, "a_SI")}
+        return {name: layer.a_SI for name, layer in self.named_layers() if hasattr(layer, "a_SI")}
 
-    def _named_layers(self) -> list[tuple[str, Any]]:
+    def named_layers(self) -> list[tuple[str, Any]]:
+        """The experts of each site, by its path."""
         return [(name, self.layers[key_of(name)]) for name in self.sites]
-
-    def _require_updates(self, what: str) -> None:
-        if not all(layer.is_update for _, layer in self._named_layers()):
-            raise ScopeError(
-                f"{what} of recipe {self.recipe.name!r} is no update of layers, and no adapter: save_pretrained() the whole"
-            )
-
-    def _adapter(self, name: str, layers: Mapping[str, Any], card: Mapping[str, Any]) -> Adapter:
-        recipe = {"method": "loraweave.experts", "recipe": self.recipe.name, **card}
-        base = str(getattr(self.base_model, "name_or_path", ""))
-        return Adapter(name, base, layers, fingerprint(self.base_model), {"recipe": recipe})
 
     def task_ids(self, task: Any) -> Tensor | None:
         """task_B of names or ids, one for each row, or one for all. Raises UnknownName for one that there is not."""
