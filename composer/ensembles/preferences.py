@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -91,14 +91,28 @@ def require_pairs(pairs: Pairs) -> None:
 
 def fit(head: nn.Module, preferred_MNH: Tensor, other_MNH: Tensor, settings: Settings, *, progress: bool) -> None:
     """Trains a head of features_MBH (M may be 1) on pairs of features, in place."""
-    optimizer = torch.optim.AdamW(head.parameters(), lr=settings.lr, weight_decay=0.0)
     order = Epochs(preferred_MNH.shape[1], settings.seed)
+
+    def next_loss() -> Tensor:
+        chosen = order.next(settings.batch_size)
+        margin_N = head(preferred_MNH[:, chosen]) - head(other_MNH[:, chosen])
+        return functional.softplus(-margin_N).mean()
+
+    descend(head.parameters(), settings, next_loss, what="the reward head", progress=progress)
+
+
+def descend(
+    parameters: Iterable[nn.Parameter], settings: Settings, next_loss: Callable[[], Tensor], *, what: str, progress: bool
+) -> None:
+    """Takes the settings' steps of AdamW without weight decay, each down the gradient of the next loss.
+
+    Raises TrainingError for a loss that is not finite.
+    """
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0)
     with torch.enable_grad(), progress_bar(progress, field="loss") as bar:
-        shown = bar.add_task("training the reward head", total=settings.steps, loss="")
+        shown = bar.add_task(f"training {what}", total=settings.steps, loss="")
         for step in range(settings.steps):
-            chosen = order.next(settings.batch_size)
-            margin_N = head(preferred_MNH[:, chosen]) - head(other_MNH[:, chosen])
-            loss = functional.softplus(-margin_N).mean()
+            loss = next_loss()
             if not math.isfinite(float(loss.detach())):
                 raise TrainingError(f"the loss is {float(loss.detach())} at step {step + 1}; lower lr ({settings.lr:g})")
             optimizer.zero_grad()

@@ -6,17 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from loraweave import registry
 from loraweave.composer.experts.expert_model import ExpertModel
 from loraweave.composer.experts.forms.sum_of_experts import SumOfExperts
-from loraweave.composer.experts.parts import shapes_of
+from loraweave.composer.experts.parts import Start, shapes_of
 from loraweave.errors import WeightingError
 from loraweave.routers.experts._recipe import ExpertShape, Recipe
 
-# a_RI and b_RO of an expert
-Start = tuple[Tensor, Tensor]
 FACTORS = ("a_SI", "b_SO")
 
 

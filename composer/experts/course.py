@@ -188,11 +188,8 @@ class Course(TrainerCallback):  # type: ignore[misc]
         loss = total / count
         self._require_finite(number + 1, {"the loss of the rows held out": loss})
         self._report.evaluations.append((number, loss))
-        if loss < self._best.loss:
-            self._best = Best(loss, copied(self._parameters))
+        if self._best.judge(loss, self._parameters):
             self._report.kept = number
-        else:
-            self._best.waited += 1
 
     def _resumed(self) -> tuple[int, Sequence[Tensor]]:
         """How many steps were done before, and the load of the last ones."""
@@ -200,8 +197,5 @@ class Course(TrainerCallback):  # type: ignore[misc]
         if found is None:
             return 0, ()
         step, values, recent, self._report = found
-        for _, loss in self._report.evaluations:
-            self._best.waited += 1
-            if loss < self._best.loss:
-                self._best = Best(loss, values)
+        self._best = Best.again([loss for _, loss in self._report.evaluations], values)
         return step, recent

@@ -12,13 +12,10 @@ from torch import Tensor
 
 from loraweave.composer.experts.expert_model import ExpertModel
 from loraweave.composer.experts.forms.sum_of_experts import SumOfExperts
-from loraweave.composer.experts.parts import key_of
+from loraweave.composer.experts.parts import Start, key_of
 from loraweave.errors import LayerMismatch, ScopeError, UnknownName, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.whole_number import is_whole
-
-# a_RI and b_RO of an expert
-Start = tuple[Tensor, Tensor]
 
 
 def put_expert(model: ExpertModel, expert: int, adapter: Adapter) -> ExpertModel:

@@ -16,8 +16,10 @@ from loraweave.composer.training.seeding import seeded
 from loraweave.errors import UnknownName
 from loraweave.routers.experts._recipe import ExpertShape, Recipe, Site
 
-# (a_RI, b_RO) of each expert of a site; the recipe's own where there is none, or no more
-Starts = Mapping[str, Sequence[tuple[Tensor, Tensor] | None]]
+# a_RI and b_RO of an expert
+Start = tuple[Tensor, Tensor]
+# of each expert of a site; the recipe's own where there is none, or no more
+Starts = Mapping[str, Sequence[Start | None]]
 # among the gates
 READER = "reader"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,11 +12,10 @@ from torch.nn import functional
 from loraweave.composer.batches import padded_rows
 from loraweave.composer.ensembles.inputs import right_aligned, without_cache
 from loraweave.composer.ensembles.member_passes import rows_of
-from loraweave.composer.ensembles.preferences import Epochs, Pairs, Settings, require_pairs
+from loraweave.composer.ensembles.preferences import Epochs, Pairs, Settings, descend, require_pairs
 from loraweave.composer.ensembles.rewards import Rewards
 from loraweave.composer.experts.expert_model import ExpertModel
 from loraweave.errors import CompositionError, InvalidTask, TrainingError, UnknownName
-from loraweave.hub.progress import progress_bar
 from loraweave.registry import nearest
 
 
@@ -54,26 +52,19 @@ def train_reward_experts(
     by_expert = _pairs_by_expert(model, pairs)
     tokens = _tokens(model, by_expert)
     learning = [parameter for parameter in model.expert_parameters().values() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=settings.lr, weight_decay=0.0)
     # experts with the same pairs take them in the same order
     orders = [Epochs(len(own), settings.seed) for own in by_expert]
+
+    def next_loss() -> Tensor:
+        chosen = [
+            [own[index] for index in order.next(settings.batch_size)] for own, order in zip(by_expert, orders, strict=True)
+        ]
+        return _loss(model, chosen, tokens)
+
     was_training = model.training
     model.train()
     try:
-        with torch.enable_grad(), progress_bar(progress, field="loss") as bar:
-            shown = bar.add_task("training the reward experts", total=settings.steps, loss="")
-            for step in range(settings.steps):
-                chosen = [
-                    [own[index] for index in order.next(settings.batch_size)]
-                    for own, order in zip(by_expert, orders, strict=True)
-                ]
-                loss = _loss(model, chosen, tokens)
-                if not math.isfinite(float(loss.detach())):
-                    raise TrainingError(f"the loss is {float(loss.detach())} at step {step + 1}; lower lr ({settings.lr:g})")
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                bar.update(shown, advance=1, loss=f"loss {float(loss.detach()):.3f}")
+        descend(learning, settings, next_loss, what="the reward experts", progress=progress)
     finally:
         model.train(was_training)
     return model

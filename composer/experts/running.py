@@ -86,16 +86,16 @@ class Running:
         if real_BT is None and self.begun_BT is not None and num_rows and main is not None:
             real_BT = _of_beams(self.begun_BT, main)
         task_B = None if self.task_B is None else self._tasks(num_rows, self.task_B, copies=self.generates)
+        two_sequences = has_two_sequences(model)
         step = None
         if self.notes:
             labels_B = torch.full((num_rows,), -1) if task_B is None else task_B
             mask_BT = torch.ones(num_rows, 1) if main is None or main.ndim < 2 else torch.ones(main.shape[:2])
             step = Step(mask_BT.to(main.device) if real_BT is None and main is not None else real_BT, labels_B)  # type: ignore[arg-type]
-            if has_two_sequences(model) and isinstance(found.get("labels"), Tensor):
+            if two_sequences and isinstance(found.get("labels"), Tensor):
                 step.decoder_BT = found["labels"] != IGNORED
         past = found.get("past_key_values")
         follows = past is not None and past.get_seq_length() > 0
-        two_sequences = has_two_sequences(model)
         # those of an encoder and a decoder are the decoder's
         labels = None if two_sequences else found.get("labels")
         if "logits_to_keep" in found:

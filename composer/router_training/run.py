@@ -189,11 +189,8 @@ class Run:
         loss = total / count
         self._require_finite(number + 1, {"the loss of the rows held out": loss})
         self._report.evaluations.append((number, loss))
-        if loss < self._best.loss:
-            self._best = Best(loss, copied(self._parameters))
+        if self._best.judge(loss, self._parameters):
             self._report.kept = number
-        else:
-            self._best.waited += 1
 
     def _shown_evaluation(self) -> str:
         return f"  held out {self._report.evaluations[-1][1]:.3f}" if self._report.evaluations else ""
@@ -208,10 +205,7 @@ class Run:
         if found is None:
             return 0, ()
         step, values, recent, self._report = found
-        for _, loss in self._report.evaluations:
-            self._best.waited += 1
-            if loss < self._best.loss:
-                self._best = Best(loss, values)
+        self._best = Best.again([loss for _, loss in self._report.evaluations], values)
         return step, recent
 
     def _finish(self) -> None:

@@ -92,8 +92,7 @@ class Recipe:
         for option, value in self.options.items():
             if not fits(value, kinds[option]):
                 self.refuse(option, f"it is {described(kinds[option])}")
-        if not is_whole(self.rank, 1):
-            self.refuse("rank", "it is a whole number of at least 1")
+        self.require_whole("rank")
         if self.alpha is not None and not 0 < self.alpha < math.inf:
             self.refuse("alpha", "it is above 0, or None for twice the rank")
         if not 0 <= self.dropout < 1:
@@ -177,6 +176,11 @@ class Recipe:
                 "take a recipe whose gates look at the layers' inputs"
             )
         return site.num_features
+
+    def require_whole(self, option: str) -> None:
+        """Raises WeightingError for an option that is no whole number of at least 1."""
+        if not is_whole(getattr(self, option), 1):
+            self.refuse(option, "it is a whole number of at least 1")
 
     def require_coefficient(self, option: str) -> None:
         """Raises WeightingError for an option that is no coefficient of a loss."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from loraweave.hub.whole_number import is_whole
 from loraweave.routers.experts._recipe import ExpertShape, Recipe, Site, by_layer
 from loraweave.routers.losses.mixtral import mixtral
 from loraweave.routers.routing.learned_router import Step
@@ -22,8 +21,7 @@ class TokenRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_whole(self.num_experts, 1):
-            self.refuse("num_experts", "it is a whole number of at least 1")
+        self.require_whole("num_experts")
 
     @property
     def num_first_steps(self) -> int:

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from loraweave.hub.whole_number import is_whole
 from loraweave.routers.experts._recipe import ExpertShape, Recipe, Site
 from loraweave.routers.gates.factor_gate import FactorGate
 
@@ -37,8 +36,7 @@ class MixloraConditional(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_whole(self.num_experts, 1):
-            self.refuse("num_experts", "it is a whole number of at least 1")
+        self.require_whole("num_experts")
         if self.rank > self.num_experts:
             self.refuse("rank", f"so many factors are chosen of the {self.num_experts} of num_experts: take that at most")
         if not 0 <= self.a_weight < math.inf:

@@ -35,8 +35,7 @@ class Moelora(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_whole(self.num_experts, 1):
-            self.refuse("num_experts", "it is a whole number of at least 1")
+        self.require_whole("num_experts")
         if self.rank % self.num_experts:
             self.refuse("rank", f"the {self.num_experts} experts of num_experts share it evenly: take a multiple of that")
         if not is_whole(self.num_features, 1):

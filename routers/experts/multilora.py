@@ -8,7 +8,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from loraweave.hub.whole_number import is_whole
 from loraweave.routers.experts._recipe import ExpertShape, Recipe, Site, uniform
 from loraweave.routers.gates.gate import Gate
 
@@ -28,8 +27,7 @@ class Multilora(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_whole(self.num_experts, 1):
-            self.refuse("num_experts", "it is a whole number of at least 1")
+        self.require_whole("num_experts")
 
     def shape(self, site: Site) -> ExpertShape:
         return ExpertShape((self.rank,) * self.num_experts, gains=True)

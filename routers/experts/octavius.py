@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loraweave.hub.whole_number import is_whole
 from loraweave.routers.experts._recipe import ExpertShape, Recipe, Site
 from loraweave.routers.gates.embedding_gate import EmbeddingGate
 
@@ -28,8 +27,7 @@ class Octavius(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_whole(self.num_experts, 1):
-            self.refuse("num_experts", "it is a whole number of at least 1")
+        self.require_whole("num_experts")
         self.require_count("top_k", self.num_experts)
 
     @property

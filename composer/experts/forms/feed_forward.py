@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from loraweave.composer.experts.feed_forwards import LAYOUTS, feed_forward_sites
 from loraweave.composer.experts.forms._form import Weigh, fitting
+from loraweave.composer.kernels._chosen_product import by_expert
 from loraweave.composer.layer_kinds._kind import by_row
 from loraweave.routers.experts._recipe import ExpertShape, Recipe, Site
 
@@ -84,7 +85,7 @@ class FeedForward(nn.Module):
         h_NF = own.reshape(-1, own.shape[-1]) if kept_NF is None else self.layout.between(block, made) * kept_NF
         mixed_NF = h_NF.to(wide, copy=True)
         update_NO = mixed_NF.new_zeros(len(x_NI), self.site.num_outputs)
-        for expert, rows in enumerate(_chosen(w_NE)):
+        for expert, rows in enumerate(torch.split(*by_expert(w_NE.detach()))):
             if not len(rows):
                 continue
             some = slice(None) if len(rows) == len(x_NI) else rows
@@ -123,9 +124,3 @@ class _Factors(nn.Module):
         start = sum(self.ranks[:expert])
         rows = slice(start, start + self.ranks[expert])
         return (x_NI @ self.a_SI[rows].to(x_NI.dtype).T) @ self.b_SO[rows].to(x_NI.dtype)
-
-
-def _chosen(w_NE: Tensor) -> tuple[Tensor, ...]:
-    """For each expert the rows whose weight of it is not 0."""
-    chosen_EN = w_NE.detach().T != 0
-    return torch.split(chosen_EN.nonzero()[:, 1], chosen_EN.sum(dim=1).tolist())
