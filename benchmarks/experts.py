@@ -21,22 +21,12 @@ asked for its own task (`separate`). Every measurement is kept in --out, so that
 
 from __future__ import annotations
 
-import argparse
-
+import _commands
 import _experts_cost
 import _experts_score
 
 COMMANDS = {"cost": _experts_cost, "score": _experts_score}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, module in COMMANDS.items():
-        module.add_arguments(commands.add_parser(name))
-    options = parser.parse_args()
-    COMMANDS[options.command].main(options)
-
-
 if __name__ == "__main__":
-    main()
+    _commands.run(__doc__, COMMANDS)

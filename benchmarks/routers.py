@@ -21,22 +21,12 @@ tasks' rows are in --data. Every measurement and every trained router is kept in
 
 from __future__ import annotations
 
-import argparse
-
+import _commands
 import _router_cost
 import _router_quality
 
 COMMANDS = {"cost": _router_cost, "quality": _router_quality}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, module in COMMANDS.items():
-        module.add_arguments(commands.add_parser(name))
-    options = parser.parse_args()
-    COMMANDS[options.command].main(options)
-
-
 if __name__ == "__main__":
-    main()
+    _commands.run(__doc__, COMMANDS)
