@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -216,6 +216,7 @@ def cut(update: Update, rank: int | None) -> tuple[int, Factors, float]:
 
 def _parts(adapters: Sequence[Adapter], weights: Sequence[float], statistics: Sequence[Statistics] | None) -> list[_Part]:
     """The adapters that count, in the order given; all that can be wrong with the arguments is found here."""
+    _require_adapters(adapters)
     if not adapters:
         raise WeightingError("merge got no adapters; give at least one, and a weight for each")
     if callable(getattr(weights, "weights", None)):
@@ -249,6 +250,19 @@ def _parts(adapters: Sequence[Adapter], weights: Sequence[float], statistics: Se
                 f"adapter of hash {part.statistics.adapter_hash[:12]}; give them in the adapters' order"
             )
     return used
+
+
+def _require_adapters(given: Any) -> None:
+    """Raises WeightingError, saying how to come by adapters, for what is no list of them."""
+    listed = isinstance(given, Collection) and not isinstance(given, str | Mapping)
+    strange = [each for each in given if not isinstance(each, Adapter)] if listed else [given]
+    if strange:
+        found = strange[0]
+        shown = repr(found) if isinstance(found, str | int | float | None) else type(found).__name__
+        raise WeightingError(
+            f"merge takes a list of adapters, and {shown:.80} is none: of a pool pass list(pool.adapters.values()), of a "
+            "mapping its values, of a hub hub[name], of an expert model its adapter(), adapter(task) or expert(number)"
+        )
 
 
 def _check_together(used: Sequence[_Part]) -> None:

@@ -28,7 +28,7 @@ from loraweave.hub.progress import progress_bar
 from loraweave.hub.whole_number import is_whole
 from loraweave.retrieval.embedders._text import readable
 from loraweave.retrieval.embedders.sentence import ENCODER_FILE, MAX_TOKENS, MODEL_FILES, Sentence
-from loraweave.retrieval.training_state import TrainingState, drop_state, load_state, save_state
+from loraweave.retrieval.training_state import TrainingState, checkpoint_folder, drop_state, load_state, save_state
 
 GRADIENT_LIMIT = 1.0
 CHECKPOINT_STEPS = 20
@@ -70,14 +70,14 @@ def train_encoder(
     on one machine. With `checkpoint`, a folder, the same call goes on where it was interrupted, to the same result.
 
     Raises TrainingError for settings out of range, fewer than two tasks, an `out` that holds something, a checkpoint of
-    another training, and a loss that is not finite; PackageMissing without the encoder's weights.
+    another training or that cannot be written, and a loss that is not finite; PackageMissing without the encoder's weights.
     """
     recipe = EncoderRecipe(steps, tasks_per_step, inputs_per_task, lr, temperature, seed)
     inputs = _inputs(hub_or_inputs)
     target = Path(out)
     _check(recipe, inputs, target)
     begin = Sentence() if start is None else start
-    folder = None if checkpoint is None else Path(checkpoint)
+    folder = checkpoint_folder(checkpoint)
     key = _key(recipe, inputs, begin)
     if folder is not None:
         _claim(folder, recipe, key)
@@ -238,7 +238,6 @@ def _claim(folder: Path, recipe: EncoderRecipe, key: str) -> None:
                 "give another folder, or the same settings"
             )
         return
-    folder.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=folder, prefix=".writing-")
     with os.fdopen(handle, "w", encoding="utf-8") as file:
         file.write(json.dumps(own, indent=1) + "\n")

@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from loraweave.errors import TrainingError
+
 logger = logging.getLogger(__name__)
 
 
@@ -44,6 +46,28 @@ class TrainingState:
                     "exp_avg_sq": self.tensors[f"{index}.exp_avg_sq"].to(parameter.device),
                 }
         return self.step
+
+
+def checkpoint_folder(given: str | Path | None) -> Path | None:
+    """The folder for the states of a training, made where there is none; None for None.
+
+    Raises TrainingError for what is no path, and for a folder that cannot be made or written in.
+    """
+    if given is None:
+        return None
+    if not isinstance(given, str | Path):
+        raise TrainingError(f"checkpoint is {given!r:.60}; it must be a folder, or None")
+    folder = Path(given)
+    try:
+        running = folder / "running"
+        running.mkdir(parents=True, exist_ok=True)
+        # a folder that is there may still be another user's
+        tempfile.TemporaryFile(dir=running).close()
+    except OSError as error:
+        raise TrainingError(
+            f"checkpoint is {str(folder)!r}, which cannot be made a folder to write in ({error}): name another"
+        ) from error
+    return folder
 
 
 def save_state(folder: Path, key: str, state: TrainingState) -> None:

@@ -23,8 +23,14 @@ def put_expert(model: ExpertModel, expert: int, adapter: Adapter) -> ExpertModel
 
     Layers that the adapter has not are zero, and ranks below the expert's are filled with zeros. Raises LayerMismatch for
     layers that the model has no expert for, of other sizes or of a larger rank, UnknownName for a number that no expert
-    has, ScopeError for a recipe whose experts are no updates; the model is then as it was.
+    has, ScopeError for a recipe whose experts are no updates, WeightingError for what is no adapter; the model is then as it
+    was.
     """
+    if not isinstance(adapter, Adapter):
+        raise WeightingError(
+            f"expert {expert!r} of recipe {model.recipe.name!r} would be {adapter!r:.60}, which is no adapter: give an "
+            "Adapter, such as expert(number) of another model or one of a hub"
+        )
     layers = _layers([model], (expert,))[0]
     if beyond := sorted(set(adapter.layers) - set(layers)):
         raise LayerMismatch(

@@ -254,9 +254,9 @@ class ExpertModel(nn.Module):
     def save_pretrained(self, folder: str | Path) -> Path:
         """Writes experts, gates, recipe and report as a folder, whole or not at all, that `lw.experts(folder, base)` reads.
 
-        Raises WeightingError for a folder that holds something else.
+        Raises WeightingError for a folder that holds something else, and for what is no path.
         """
-        return write_experts(self, Path(folder))
+        return write_experts(self, folder)
 
     def load(self, folder: str | Path) -> Self:
         """Puts in what an expert model of the same recipe and base has saved; tasks are taken over where this has none.
@@ -264,7 +264,7 @@ class ExpertModel(nn.Module):
         Raises AdapterNotFound for a folder without one, AdapterCorrupt for a damaged one, BaseModelMismatch for another
         base, WeightingError for another recipe; this model is then as it was.
         """
-        saved = read_saved_experts(Path(folder))
+        saved = read_saved_experts(folder)
         recipe = replace(self.recipe, tasks=self.tasks or tuple(saved.options.get("tasks", ())))
         saved.require_base(self.base_model)
         saved.require_same(recipe, shapes_of(self.base_model, recipe, self._given))

@@ -109,11 +109,15 @@ class SavedExperts:
         return found
 
 
-def write_experts(model: ExpertModel, folder: Path) -> Path:
+def write_experts(model: ExpertModel, given: str | Path) -> Path:
     """Writes the folder whole or not at all.
 
-    Raises WeightingError for a folder that holds something else, and for options that JSON has no form for.
+    Raises WeightingError for what is no path, for a folder that holds something else, and for options that JSON has no form
+    for.
     """
+    if not isinstance(given, str | Path):
+        raise WeightingError(f"{given!r:.60} is no folder to save an expert model in: give a path, as 'trained'")
+    folder = Path(given)
     if folder.exists() and not (folder / FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise WeightingError(f"{folder} holds something that is no expert model; name another folder")
     raw = expert_bytes(model)
@@ -143,9 +147,12 @@ def expert_bytes(model: ExpertModel) -> bytes:
     return raw
 
 
-def read_saved_experts(folder: Path) -> SavedExperts:
-    """Raises AdapterNotFound for a folder that is no expert model, AdapterCorrupt for a damaged one, AdapterUnsupported for
-    one that a newer version wrote."""
+def read_saved_experts(given: str | Path) -> SavedExperts:
+    """Raises AdapterNotFound for what is no folder of an expert model, AdapterCorrupt for a damaged one, AdapterUnsupported
+    for one that a newer version wrote."""
+    if not isinstance(given, str | Path):
+        raise AdapterNotFound(f"{given!r:.60} is no folder: give the path that save_pretrained() wrote an expert model to")
+    folder = Path(given)
     if not present(folder, FILE):
         raise AdapterNotFound(f"{folder} is no saved expert model: it has no {FILE}, and holds {listing(folder)}")
     found = read_json(folder, FILE, max_bytes=MAX_JSON_BYTES)

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from loraweave.composer.router_training.rows import TrainingRow
 from loraweave.composer.router_training.settings import TrainingSettings
-from loraweave.errors import TrainingError
-from loraweave.retrieval.training_state import TrainingState, load_state, save_state
+from loraweave.retrieval.training_state import TrainingState, checkpoint_folder, load_state, save_state
 from loraweave.routers.routing.training_report import TrainingReport
 
 BEST, RECENT, REPORT = "best", "recent", "report"
@@ -40,13 +39,7 @@ class KeptState:
         """`determining` is JSON of what is trained. Raises TrainingError for a folder that cannot be made."""
         if settings.checkpoint is None:
             return cls(None, "")
-        folder = Path(settings.checkpoint)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise TrainingError(
-                f"checkpoint is {str(folder)!r}, which cannot be made a folder ({error}): name another"
-            ) from error
+        folder = checkpoint_folder(settings.checkpoint)
         data = [[(row.encoded.prompt, row.encoded.target, row.labels, row.expert) for row in part] for part in (rows, held)]
         parts = [name, *determining, settings.determining(), data]
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -24,6 +24,7 @@ from loraweave.hub.adapter import Adapter
 from loraweave.hub.fingerprint import fingerprint
 from loraweave.hub.progress import progress_bar
 from loraweave.hub.whole_number import is_whole
+from loraweave.retrieval.training_state import checkpoint_folder
 from loraweave.types import Task
 
 
@@ -78,9 +79,10 @@ def train_adapters(
     `start` can only have the first task's. A checkpoint keeps what each finished task left.
 
     Raises InvalidTask for examples that cannot be used, UnknownName when no layer matches `target_modules` or no task a name
-    in `start` or `held_out`, BudgetExceeded for a task that does not fit into memory alone, TrainingError for a loss that is
-    not finite (finished jobs stay in the checkpoint); for an adapter to start from BaseModelMismatch, LayerMismatch, and
-    AdapterUnsupported where it is more than factors of linear layers.
+    in `start` or `held_out`, BudgetExceeded for a task that does not fit into memory alone, TrainingError for settings out
+    of range, a checkpoint that cannot be written, and a loss that is not finite (finished jobs stay in the checkpoint); for
+    an adapter to start from BaseModelMismatch, LayerMismatch, and AdapterUnsupported where it is more than factors of linear
+    layers.
     """
     scale_alpha = 2.0 * rank if alpha is None else alpha
     recipe = Recipe(rank, scale_alpha, steps, lr, batch_size, tuple(target_modules), seed, warmup, linearized)
@@ -99,7 +101,7 @@ def train_adapters(
     layers = _target_layers(model, recipe.target_modules) if needs_layers else {}
     rows, held_out_rows = judging.parted(model, tokenizer, prepared, seed)
     base = fingerprint(model)
-    folder = None if checkpoint is None else Path(checkpoint)
+    folder = checkpoint_folder(checkpoint)
     with untouched(model), progress_bar(progress, field="loss") as bar:
         if continual is None:
             apart = Apart(

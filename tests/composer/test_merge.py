@@ -245,3 +245,19 @@ def test_a_router_is_no_weights_to_merge_by(tiny_llama, make_adapters) -> None:
     adapters = make_adapters(tiny_llama, "llama")
     with pytest.raises(ScopeError, match="cannot merge by Arrow: merge takes one number for each adapter"):
         merge(adapters, router("arrow", ExpertPool(adapters)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        (ExpertPool([adapter("a", 0)]), "ExpertPool"),
+        ({"a": adapter("a", 0)}, "dict"),
+        (torch.nn.Linear(2, 2), "Linear"),
+        ([torch.nn.Linear(2, 2)], "Linear"),
+        (["a"], "'a'"),
+        (None, "None"),
+    ],
+)
+def test_what_is_no_list_of_adapters_says_how_to_come_by_one(given: object, shown: str) -> None:
+    with pytest.raises(WeightingError, match=rf"and {shown} is none: of a pool .* of an expert model its adapter\(\)"):
+        merge(given, [1.0])  # type: ignore[arg-type]

@@ -103,6 +103,13 @@ def test_a_checkpoint_of_another_training_is_refused(tiny, tmp_path):
     assert not (tmp_path / "second").exists()
 
 
+def test_a_checkpoint_that_cannot_be_written_is_refused_before_the_first_step(tiny, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(TrainingError, match="cannot be made a folder to write in"):
+        train(tiny, tmp_path / "out", checkpoint=tmp_path / "file" / "below")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_folder_is_an_embedder_and_its_id_changes_with_the_weights(tiny, tmp_path):
     trained = train(tiny, tmp_path / "out")
     assert trained.id != Sentence(folder=tiny).id

@@ -150,3 +150,12 @@ def test_an_expert_that_some_layers_have_not_is_averaged_in_the_others(make_mode
 def test_an_expert_that_no_layer_has_is_refused(make_model):
     with lw.experts("switch", make_model("llama"), num_experts=2) as made, pytest.raises(UnknownName, match="no expert 9"):
         federated_average([made], [1.0], experts=(0, 9))
+
+
+@pytest.mark.parametrize("given", [None, "adapter"])
+def test_what_is_no_adapter_is_not_put_in(make_model, given):
+    made = client(make_model("llama"), 1)
+    before = made.expert(0).hash
+    with pytest.raises(WeightingError, match=f"expert 0 of recipe 'pfedlora' would be {given!r}, which is no adapter"):
+        put_expert(made, 0, given)
+    assert made.expert(0).hash == before

@@ -205,3 +205,14 @@ def test_a_loss_that_is_not_finite_ends_training_with_the_step_and_keeps_what_wa
         train(tiny_llama, tokenizer, jobs_per_batch=1, checkpoint=tmp_path)
     assert len(list(tmp_path.glob("finished/*"))) == 1
     assert not any(module._forward_hooks for module in tiny_llama.modules())
+
+
+@pytest.mark.parametrize("continual", [None, "sequential"])
+def test_a_checkpoint_that_cannot_be_written_is_refused_before_the_first_step(tiny_llama, tokenizer, tmp_path, continual):
+    (tmp_path / "file").write_text("kept")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(TrainingError, match=r"cannot be made a folder to write in .*: name another"):
+            train(tiny_llama, tokenizer, continual=continual, checkpoint=place)
+    with pytest.raises(TrainingError, match="checkpoint is 5; it must be a folder, or None"):
+        train(tiny_llama, tokenizer, continual=continual, checkpoint=5)
+    assert (tmp_path / "file").read_text() == "kept"
