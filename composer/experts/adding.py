@@ -29,9 +29,9 @@ def with_options(model: ExpertModel, **options: Any) -> ExpertModel:
     """The model with these options of its recipe instead. Experts, and rows of gates, that it has are the same bits; those
     that are new, or have another rank, are untrained.
 
-    The given model is closed. Raises WeightingError for options that the recipe has not, or whose values are out of range,
-    for tasks in other places than they have, for experts that would go, and where tensors that both have do not fit into the
-    new ones; the model then stays as it was.
+    What was frozen by hand stays so. The given model is closed. Raises WeightingError for options that the recipe has not,
+    or whose values are out of range, for tasks in other places than they have, for experts that would go, and where tensors
+    that both have do not fit into the new ones; the model then stays as it was.
     """
     recipe = model.recipe
     for option in options:
@@ -53,6 +53,7 @@ def with_options(model: ExpertModel, **options: Any) -> ExpertModel:
     except WeightingError:
         made.close()
         raise
+    made.set_again(model.set_by_hand())
     model.close()
     return made.train(model.training)
 

@@ -279,17 +279,24 @@ class ExpertModel(nn.Module):
         """Names what rows may belong to. Parts whose size depends on their number are made anew, others stay as they are."""
         recipe = replace(self.recipe, tasks=tasks)
         parts = make_parts(self.base_model, recipe, self._given, self._starts)
-        before = self.expert_state()
-        learns = {name: parameter.requires_grad for name, parameter in self.expert_parameters().items()}
+        before, by_hand = self.expert_state(), self.set_by_hand()
         self.recipe = recipe
         self._take(parts)
         with torch.no_grad():
             for name, value in self.expert_state().items():
                 if name in before and before[name].shape == value.shape:
                     value.copy_(before[name])
+        self.set_again(by_hand)
+
+    def set_by_hand(self) -> dict[str, bool]:
+        """Whether they learn, of the parameters where that is not what the recipe makes it."""
+        found = {name: parameter.requires_grad for name, parameter in self.expert_parameters().items()}
+        return {name: learns for name, learns in found.items() if learns != self._learns[name]}
+
+    def set_again(self, by_hand: Mapping[str, bool]) -> None:
+        """Lets those of these parameters that there are learn or not."""
         for name, parameter in self.expert_parameters().items():
-            # what was frozen by hand stays so
-            parameter.requires_grad_(learns.get(name, parameter.requires_grad))
+            parameter.requires_grad_(by_hand.get(name, parameter.requires_grad))
 
     def close(self) -> None:
         """Takes the experts out: the base is what it was, byte for byte. Closing twice does nothing."""
@@ -329,6 +336,7 @@ class ExpertModel(nn.Module):
         # a new module is in training mode
         self.layers.train(self.training)
         self.gates.train(self.training)
+        self._learns = {name: parameter.requires_grad for name, parameter in self.expert_parameters().items()}
 
     def train(self, mode: bool = True) -> Self:
         """Statistics of batches are the base's, which is not trained: its batch norms stay in evaluation mode."""

@@ -146,3 +146,26 @@ def test_a_new_task_of_mlore_leaves_the_generic_expert_where_it_is(make_model, t
         for (a_RI, b_RO), (old_a_RI, old_b_RO) in zip(after, before, strict=False):
             assert torch.equal(a_RI, old_a_RI)
             assert torch.equal(b_RO, old_b_RO)
+
+
+def test_what_was_frozen_by_hand_stays_so(make_model):
+    first = lw.experts("mixture_of_loras", make_model("llama"), tasks=("law", "games"))
+    frozen = [name for name in first.expert_parameters() if "q_proj" in name]
+    for name in frozen:
+        first.expert_parameters()[name].requires_grad_(False)
+    with with_task(first, "health") as made:
+        learns = {name: parameter.requires_grad for name, parameter in made.expert_parameters().items()}
+        assert [name for name, value in learns.items() if not value] == frozen
+        assert len(frozen) < len(learns)
+
+
+def test_what_the_recipe_froze_learns_where_its_other_options_let_it(make_model):
+    first = lw.experts(
+        "mixlora_conditional", make_model("llama"), num_experts=6, target_modules=("q_proj",), as_released=True
+    )
+    site = "layers.model/layers/0/self_attn/q_proj"
+    first.expert_parameters()[f"{site}.b_EO"].requires_grad_(False)
+    assert not first.expert_parameters()[f"{site}.k_REI"].requires_grad
+    with with_options(first, as_released=False) as made:
+        assert made.expert_parameters()[f"{site}.k_REI"].requires_grad
+        assert not made.expert_parameters()[f"{site}.b_EO"].requires_grad
