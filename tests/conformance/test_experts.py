@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 import loraweave as lw
 from loraweave.composer.experts.make import recipe as make_recipe
@@ -128,6 +129,27 @@ def test_a_row_depends_on_no_other_row_and_no_padding(name, trained):
     for number, row in enumerate(ROWS):
         alone = trained(**inputs_for(name, [row], length=len(row)), **tasks_of(trained, (0, 1, 0)[number])).logits
         torch.testing.assert_close(together[number, -alone.shape[1] :], alone[0], rtol=1e-8, atol=1e-8)
+
+
+@on_text
+def test_gradients_of_a_padded_batch_are_the_sum_of_those_of_its_rows(trained):
+    def add_gradients(rows, tasks, length):
+        inputs = batch(rows, length=length)
+        labels = labels_for("", inputs)
+        logits_BTV = trained(**inputs, labels=labels, **tasks_of(trained, *tasks)).logits
+        cross_entropy(logits_BTV[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum").backward()
+
+    def gradients():
+        found = {key: value.grad for key, value in trained.expert_parameters().items() if value.grad is not None}
+        trained.zero_grad()
+        return found
+
+    add_gradients(ROWS, (0, 1, 0), 9)
+    together = gradients()
+    for row, task in zip(ROWS, (0, 1, 0), strict=True):
+        add_gradients([row], (task,), len(row))
+    torch.testing.assert_close(together, gradients(), rtol=1e-7, atol=1e-9)
+    assert any(gradient.any() for gradient in together.values())
 
 
 @on_text
