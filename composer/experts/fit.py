@@ -62,8 +62,8 @@ def fit(model: ExpertModel, dataset: Any, tokenizer: Any, given: Mapping[str, An
             stack.enter_context(_remembered(model, began))
         bar = stack.enter_context(progress_bar(settings.progress and trainer.is_world_process_zero(), field="seen"))
         course.show(bar)
-        if course.first < settings.steps:
-            trainer.train_from(course.first)
+        if course.progress.first < settings.steps:
+            trainer.train_from(course.progress.first)
         course.finish()
 
 

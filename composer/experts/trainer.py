@@ -58,7 +58,7 @@ class ExpertTrainer(Trainer):  # type: ignore[misc]
             args=_arguments(model, settings, folder),
             data_collator=self._collate,
             train_dataset=_RowsOfSteps(rows, settings),
-            optimizers=(course.optimizer, _scheduler(course, settings)),
+            optimizers=(course.progress.optimizer, _scheduler(course, settings)),
             callbacks=[course, *settings.callbacks],
         )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -208,8 +208,9 @@ def _arguments(model: ExpertModel, settings: ExpertSettings, folder: str) -> Tra
 
 
 def _scheduler(course: Course, settings: ExpertSettings) -> torch.optim.lr_scheduler.LambdaLR:
-    for group in course.optimizer.param_groups:
+    progress = course.progress
+    for group in progress.optimizer.param_groups:
         group["initial_lr"] = settings.highest_rate
     return torch.optim.lr_scheduler.LambdaLR(
-        course.optimizer, lambda step: settings.rate(step) / settings.highest_rate, last_epoch=course.first - 1
+        progress.optimizer, lambda step: settings.rate(step) / settings.highest_rate, last_epoch=progress.first - 1
     )

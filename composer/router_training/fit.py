@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -43,9 +42,9 @@ def fit(engine: Composer, router: Any, dataset: Any, given: Mapping[str, Any]) -
     reader = RowReader(Owners.of(router), model, engine.tokenizer)
     rows = reader.read(dataset)
     held = [] if settings.evaluation is None else reader.read(settings.evaluation, what="evaluation", first=len(rows))
+    kept = KeptState.of(router.name, _determining(router), settings, rows, held)
     device = next(model.parameters()).device
     router.to(device)
-    started = time.monotonic()
     with ExitStack() as stack:
         stack.enter_context(untouched(model))
         accelerator = stack.enter_context(accelerating(device, settings.mixed_precision))
@@ -53,9 +52,8 @@ def fit(engine: Composer, router: Any, dataset: Any, given: Mapping[str, Any]) -
         stack.enter_context(engine.activate(router))
         # around what the activation has put in: blocks that run again are watched again
         stack.enter_context(checkpointed_blocks(model, settings.gradient_checkpointing))
-        run = Run(engine, router, settings, rows, held, accelerator, bar)
         try:
-            run.all_steps(KeptState.of(router.name, _determining(router), settings, rows, held), started)
+            Run(engine, router, settings, rows, held, kept, accelerator, bar).all_steps()
         finally:
             router.step = None
             router.eval()

@@ -9,6 +9,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
+from loraweave.composer.training.pace import Pace
 from loraweave.errors import TrainingError
 from loraweave.hub.whole_number import is_whole
 from loraweave.registry import nearest
@@ -89,10 +90,7 @@ class TrainingSettings:
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
-        warmup = min(self.warmup, self.steps // 2)
-        if step < warmup:
-            return self.highest_rate * (step + 1) / warmup
-        return self.highest_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.steps - warmup)))
+        return Pace(self.steps, self.highest_rate, self.batch_size, self.seed, self.warmup).rate(step)
 
     def _require_ranges(self) -> None:
         for name in COUNTS:
