@@ -56,11 +56,6 @@ class FusedJobs(FusedPass):
         for job in self.members:
             job.freeze_a()
 
-    def clip(self, limit: float) -> None:
-        """Scales each job's gradient down to at most `limit`, independently of the others."""
-        for job in self.members:
-            nn.utils.clip_grad_norm_(job.parameters(), limit)
-
     def layers_of(self, name: str) -> dict[str, Factors]:
         """One job's update, detached copies on the CPU."""
         return self.members[self.jobs.index(name)].result()

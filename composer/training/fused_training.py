@@ -15,7 +15,7 @@ from loraweave.composer.training.free_memory import MemoryUse, free_bytes
 from loraweave.composer.training.fused_pass import FusedPass
 from loraweave.composer.training.held_out_losses import held_out_losses
 from loraweave.composer.training.job_progress import JobProgress
-from loraweave.composer.training.job_training import range_losses, require_finite
+from loraweave.composer.training.job_training import backward, range_losses
 from loraweave.composer.training.memory_model import MemoryModel
 from loraweave.composer.training.planned_job import PlannedJob
 from loraweave.composer.training.schedule import JobSize, groups, successor
@@ -145,10 +145,7 @@ class FusedTraining:
             penalties = [run.job.penalty() for run in self._running]
         pairs = zip(losses_J, penalties, strict=True)
         total_J = torch.stack([loss if penalty is None else loss + penalty for loss, penalty in pairs])
-        values = total_J.detach().tolist()
-        for run, value in zip(self._running, values, strict=True):
-            require_finite(run.planned.name, value, run.step)
-        total_J.sum().backward()  # type: ignore[no-untyped-call]
+        values = backward(total_J, {run.planned.name: run.step for run in self._running})
         for run, own, value in zip(self._running, chosen, values, strict=True):
             run.take_step(value, sum(len(row) for row in own))
         self.report.seconds += time.perf_counter() - started

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from loraweave.composer.batches import EncodedRow
+from loraweave.composer.training.descent import Descent
 from loraweave.composer.training.flat_parameters import FlatParameters
-from loraweave.composer.training.job_training import GRADIENT_LIMIT
 from loraweave.composer.training.planned_job import PlannedJob
 from loraweave.composer.training.training_report import JobReport
 from loraweave.retrieval.training_state import TrainingState
@@ -29,9 +29,9 @@ class JobProgress:
         self.num_tokens = 0
         self._best: list[Tensor] | None = None
         self._flat = FlatParameters(self.job.parameters())
-        # the fused one goes through memory once, and on a GPU wants its count of steps there
-        is_fused = all(vector.device.type == "cpu" for vector in self._flat.vectors)
-        self._optimizer = torch.optim.AdamW(self._flat.vectors, lr=planned.pace.lr, weight_decay=0.0, fused=is_fused or None)
+        # on a GPU the fused one wants its count of steps there
+        is_on_cpu = all(vector.device.type == "cpu" for vector in self._flat.vectors)
+        self._descent = Descent(self._flat.vectors, planned.pace, fused=is_on_cpu)
 
     def next_rows(self) -> list[EncodedRow]:
         """Those of the step to be taken."""
@@ -39,10 +39,7 @@ class JobProgress:
 
     def take_step(self, loss: float, num_tokens: int) -> None:
         """Down the gradient that the parameters have, clipped to norm 1, and forgets it."""
-        nn.utils.clip_grad_norm_(self._flat.vectors, GRADIENT_LIMIT)
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.planned.pace.rate(self.step)
-        self._optimizer.step()
+        self._descent.step(self.step)
         self._flat.zero_grad()
         self.step += 1
         self.losses.append(loss)
@@ -95,7 +92,7 @@ class JobProgress:
     def state(self) -> dict[str, Tensor]:
         """All that `restore` needs to go on from here to the same bits."""
         # before its first step an optimiser has no moments
-        begun = TrainingState.of(self.step, self._flat.vectors, self._optimizer).tensors if self.step else {}
+        begun = TrainingState.of(self.step, self._flat.vectors, self._descent.optimizer).tensors if self.step else {}
         best = {f"best.{index}": tensor for index, tensor in enumerate(self._best or [])}
         points = torch.tensor([list(point) for point in self.held_out], dtype=torch.float64).view(-1, 2)
         losses = torch.tensor(self.losses, dtype=torch.float64)
@@ -109,6 +106,6 @@ class JobProgress:
         self.held_out = [(int(step), loss) for step, loss in state["held_out"].tolist()]
         vectors = self._flat.vectors
         if self.step:
-            TrainingState(self.step, dict(state)).restore(vectors, self._optimizer)
+            TrainingState(self.step, dict(state)).restore(vectors, self._descent.optimizer)
         if "best.0" in state:
             self._best = [state[f"best.{index}"].to(vector.device) for index, vector in enumerate(vectors)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,10 @@ from rich.progress import Progress
 from torch import Tensor
 
 from loraweave.composer.batches import IGNORED, EncodedRow, batch, token_losses
+from loraweave.composer.training.descent import Descent
 from loraweave.composer.training.fused_jobs import FusedJobs
 from loraweave.composer.training.training_recipe import Recipe
 from loraweave.errors import TrainingError
-
-GRADIENT_LIMIT = 1.0
 
 # loss_J of one step, by its number
 Losses = Callable[[int], Tensor]
@@ -37,18 +36,14 @@ class JobTraining:
         Raises TrainingError for a loss that is not finite.
         """
         recipe = self.recipe
-        optimizer = torch.optim.AdamW(jobs.parameters(), lr=recipe.lr, weight_decay=0.0)
+        descents = [Descent(job.parameters(), recipe.pace) for job in jobs.members]
         shown = self.bar.add_task(", ".join(jobs.jobs), total=recipe.steps, loss="")
         for step in range(recipe.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.rate(step)
             loss_J = losses(step)
-            for name, loss in zip(jobs.jobs, loss_J.tolist(), strict=True):
-                require_finite(name, loss, step)
-            optimizer.zero_grad()
-            loss_J.sum().backward()  # type: ignore[no-untyped-call]
-            jobs.clip(GRADIENT_LIMIT)
-            optimizer.step()
+            backward(loss_J, dict.fromkeys(jobs.jobs, step))
+            for descent in descents:
+                descent.step(step)
+                descent.optimizer.zero_grad()
             if after_step is not None:
                 after_step(step)
             self.bar.update(shown, advance=1, loss=f"loss {float(loss_J.detach().mean()):.3f}")
@@ -69,10 +64,17 @@ def range_losses(model: Any, tokenizer: Any, rows: Sequence[EncodedRow], row_cou
     return torch.stack([own.sum() / counts.sum() for own, counts in pairs])
 
 
-def require_finite(name: str, loss: float, step: int) -> None:
-    """TrainingError for a job's loss before its step of this number, from 0, that is not finite."""
-    if not math.isfinite(loss):
-        raise TrainingError(
-            f"the loss of job {name!r} is {loss} at step {step + 1}; lower lr, or look for damaged examples. "
-            "Adapters that were finished before are kept"
-        )
+def backward(loss_J: Tensor, steps: Mapping[str, int]) -> list[float]:
+    """The losses as numbers, after their gradients were added to the parameters'. `steps` has each job's step, from 0.
+
+    Raises TrainingError before for a loss that is not finite.
+    """
+    losses = loss_J.tolist()
+    for (name, step), loss in zip(steps.items(), losses, strict=True):
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss of job {name!r} is {loss} at step {step + 1}; lower lr, or look for damaged examples. "
+                "Adapters that were finished before are kept"
+            )
+    loss_J.sum().backward()  # type: ignore[no-untyped-call]
+    return losses
