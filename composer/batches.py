@@ -65,6 +65,11 @@ class EncodedRow:
     def __len__(self) -> int:
         return len(self.prompt) + len(self.target)
 
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """The target, with `IGNORED` where no loss is asked."""
+        return self.target
+
 
 def encode(model: Any, tokenizer: Any, prompts: Sequence[str], targets: Sequence[str]) -> list[EncodedRow]:
     """Token ids of each prompt and of " target" with the end-of-sequence token, tokenised apart.
@@ -110,7 +115,7 @@ def batch(model: Any, tokenizer: Any, rows: Sequence[EncodedRow]) -> TargetBatch
         inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(targets_BK.to(device)).cpu()
         return TargetBatch(inputs, targets_BK).to(device)
     for index, row in enumerate(rows):
-        targets_BK[index, width - len(row.target) :] = torch.tensor(row.target)
+        targets_BK[index, width - len(row.target) :] = torch.tensor(row.labels)
     ids, mask = padded_rows(tokenizer, [row.prompt + row.target for row in rows])
     return TargetBatch(with_positions(model, ids, mask), targets_BK).to(device)
 

@@ -18,6 +18,9 @@ from loraweave.errors import TrainingError
 
 logger = logging.getLogger(__name__)
 
+# the place in a checkpoint of what is not finished
+RUNNING = "running"
+
 
 @dataclass(frozen=True)
 class TrainingState:
@@ -59,7 +62,7 @@ def checkpoint_folder(given: str | Path | None) -> Path | None:
         raise TrainingError(f"checkpoint is {given!r:.60}; it must be a folder, or None")
     folder = Path(given)
     try:
-        running = folder / "running"
+        running = folder / RUNNING
         running.mkdir(parents=True, exist_ok=True)
         # a folder that is there may still be another user's
         tempfile.TemporaryFile(dir=running).close()
@@ -70,9 +73,9 @@ def checkpoint_folder(given: str | Path | None) -> Path | None:
     return folder
 
 
-def save_state(folder: Path, key: str, state: TrainingState) -> None:
+def save_state(folder: Path, key: str, state: TrainingState, *, place: str = RUNNING) -> None:
     """Writes the state under a temporary name, then renames. A full disk is said and does not end the training."""
-    path = folder / "running" / f"{key}.safetensors"
+    path = folder / place / f"{key}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
     os.close(handle)
@@ -85,9 +88,9 @@ def save_state(folder: Path, key: str, state: TrainingState) -> None:
         Path(temporary).unlink(missing_ok=True)
 
 
-def load_state(folder: Path, key: str) -> TrainingState | None:
+def load_state(folder: Path, key: str, *, place: str = RUNNING) -> TrainingState | None:
     """The last whole state, or None; a damaged file counts as none and is said."""
-    path = folder / "running" / f"{key}.safetensors"
+    path = folder / place / f"{key}.safetensors"
     if not path.is_file():
         return None
     try:
@@ -100,4 +103,4 @@ def load_state(folder: Path, key: str) -> TrainingState | None:
 
 def drop_state(folder: Path, key: str) -> None:
     """Removes the state of jobs that are finished."""
-    (folder / "running" / f"{key}.safetensors").unlink(missing_ok=True)
+    (folder / RUNNING / f"{key}.safetensors").unlink(missing_ok=True)

@@ -2,39 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from loraweave.composer.batches import EncodedRow
 from loraweave.composer.experts.expert_model import ExpertModel
 from loraweave.composer.experts.parts import key_of
 from loraweave.composer.experts.running import Running
+from loraweave.composer.experts.task_rows import TaskRow
 from loraweave.composer.layer_kinds.linear import shape as linear_shape
+from loraweave.composer.training.seeding import seeded
 from loraweave.errors import TrainingError
 
 
 class ExpertJob:
-    """A `TrainingJob`: the experts and gates of the model, for rows that are all of `task` where the recipe asks for one.
+    """A `TrainingJob`: the experts and gates of the model, for rows that are of their own tasks, or else of `task`.
 
     Gates see the job's own rows alone, and the recipe's losses are its penalty. What a step draws (dropout, noise of gates)
-    comes from torch's generator, so it is drawn otherwise beside other jobs; all else is as alone. Raises TrainingError for
-    recipes whose experts are no updates of linear layers, ScopeError or UnknownName for a task that is missing or unknown.
+    follows from `seed`, the job's name, the step and the width of the pass, for which torch's generator is seeded: beside
+    jobs of longer rows it is drawn otherwise, all else is as alone. Raises TrainingError for recipes whose experts are no
+    updates of linear layers, ScopeError or UnknownName for a task that is missing or unknown.
     """
 
-    def __init__(self, name: str, model: ExpertModel, *, task: str | int | None = None) -> None:
+    def __init__(self, name: str, model: ExpertModel, *, task: str | int | None = None, seed: int = 0) -> None:
+        require_shareable(name, model)
         self.name = name
         self.model = model
         self.task = task
+        self.seed = seed
+        self._rows: Sequence[EncodedRow] = ()
+        self._step: int | None = None
+        self._num_drawn = 0
         self._running = Running(model, model.task_ids(task))
-        for site in model.sites:
-            module, form = model.base_model.get_submodule(site), model.layers[key_of(site)]
-            if model.recipe.branches or model.sites[site].parts or not form.is_update or linear_shape(module) is None:
-                raise TrainingError(
-                    f"job {name!r}: the experts of recipe {model.recipe.name!r} at {site!r} are no update of a linear "
-                    "layer, so its rows cannot share a pass with others: train it alone"
-                )
 
     @property
     def layers(self) -> Collection[str]:
@@ -44,16 +46,20 @@ class ExpertJob:
         """Those of experts and gates."""
         return [parameter for parameter in self.model.expert_parameters().values() if parameter.requires_grad]
 
+    def take(self, rows: Sequence[EncodedRow], step: int | None) -> None:
+        self._rows, self._step, self._num_drawn = rows, step, 0
+
     def begin(self, inputs: Mapping[str, Any], prompt_BT: Tensor | None) -> None:
         """Shows the gates the job's rows; with gradients, takes notes for the recipe's losses."""
         learns = torch.is_grad_enabled()
         # not the base, which keeps its own mode
         self.model.layers.train(learns)
         self.model.gates.train(learns)
-        self._running = Running(self.model, self.model.task_ids(self.task), notes=learns)
+        self._running = Running(self.model, self._task_ids(), notes=learns)
         self._running.begin(self.model.base_model, (), inputs)
         if prompt_BT is not None:
             self._running.call.prompt_BT = prompt_BT.bool()
+        self._seed_draws()
         self.model.show_gates(self._running.call)
 
     def low_rank(self, layer: str) -> None:
@@ -65,6 +71,7 @@ class ExpertJob:
         shape = linear_shape(module)
         assert shape is not None
         zero_BTO = x_BTI.new_zeros(*x_BTI.shape[:-1], shape.num_outputs)
+        self._seed_draws()
         return self.model.with_experts(layer, module, (x_BTI,), zero_BTO, self._running.call)
 
     def penalty(self) -> Tensor | None:
@@ -72,3 +79,25 @@ class ExpertJob:
         step = self._running.call.step
         terms = {} if step is None else self.model.terms_of(step)
         return torch.stack(list(terms.values())).sum() if terms else None
+
+    def _task_ids(self) -> Tensor | None:
+        """task_B of the rows; one for all of them where the job has one, None where no row has any."""
+        tasks = [row.task for row in self._rows if isinstance(row, TaskRow)]
+        return self.model.task_ids(tasks if any(task >= 0 for task in tasks) else self.task)
+
+    def _seed_draws(self) -> None:
+        # other jobs draw in between, and a training that goes on has drawn nothing before
+        if self._step is not None and torch.is_grad_enabled():
+            torch.manual_seed(seeded(self.seed, self.name, self._step, self._num_drawn).initial_seed())
+            self._num_drawn += 1
+
+
+def require_shareable(name: str, model: ExpertModel) -> None:
+    """Raises TrainingError for a recipe whose experts are no updates of linear layers."""
+    for site in model.sites:
+        module, form = model.base_model.get_submodule(site), model.layers[key_of(site)]
+        if model.recipe.branches or model.sites[site].parts or not form.is_update or linear_shape(module) is None:
+            raise TrainingError(
+                f"job {name!r}: the experts of recipe {model.recipe.name!r} at {site!r} are no update of a linear "
+                "layer, so its rows cannot share a pass with others: train it alone"
+            )

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from loraweave.composer.experts.beginning import began, determining, remembered
 from loraweave.composer.experts.checkpointing import same_call
-from loraweave.composer.experts.saving import expert_bytes
 from loraweave.composer.experts.settings import ExpertSettings
+from loraweave.composer.experts.task_rows import owners_of
 from loraweave.composer.router_training.checkpointed_blocks import checkpointed_blocks
 from loraweave.composer.router_training.kept_state import KeptState
-from loraweave.composer.router_training.rows import Owners, RowReader
+from loraweave.composer.router_training.rows import RowReader
 from loraweave.composer.training.caller_randomness import caller_randomness
-from loraweave.errors import TrainingError, UnknownName
-from loraweave.hub.fingerprint import fingerprint
+from loraweave.errors import TrainingError
 from loraweave.hub.progress import progress_bar
-from loraweave.registry import nearest
 
 if TYPE_CHECKING:
     from loraweave.composer.experts.expert_model import ExpertModel
@@ -32,7 +29,7 @@ def fit(model: ExpertModel, dataset: Any, tokenizer: Any, given: Mapping[str, An
     from loraweave.composer.experts.trainer import ExpertTrainer
 
     settings = ExpertSettings.of(model.recipe, given)
-    owners = _owners(model)
+    owners = owners_of(model)
     rows = RowReader(owners, model.base_model, tokenizer).read(dataset)
     held = []
     if settings.evaluation is not None:
@@ -44,8 +41,8 @@ def fit(model: ExpertModel, dataset: Any, tokenizer: Any, given: Mapping[str, An
     learning = [name for name, parameter in model.expert_parameters().items() if parameter.requires_grad]
     if not learning:
         raise TrainingError(f"no parameter of recipe {model.recipe.name!r} requires a gradient, so there is nothing to fit")
-    began = "" if settings.checkpoint is None else _began(model)
-    kept = KeptState.of(model.recipe.name, [*_determining(model, learning), began], settings, rows, held)
+    begun = "" if settings.checkpoint is None else began(model)
+    kept = KeptState.of(model.recipe.name, [*determining(model, learning), begun], settings, rows, held)
     course = Course(model, settings, rows, held, kept)
     with ExitStack() as stack:
         stack.enter_context(caller_randomness())
@@ -58,53 +55,13 @@ def fit(model: ExpertModel, dataset: Any, tokenizer: Any, given: Mapping[str, An
             if model.tasks != before:
                 model.take_tasks(before)
             raise
-        if began:
-            stack.enter_context(_remembered(model, began))
+        if begun:
+            stack.enter_context(remembered(model, begun))
         bar = stack.enter_context(progress_bar(settings.progress and trainer.is_world_process_zero(), field="seen"))
         course.show(bar)
         if course.progress.first < settings.steps:
             trainer.train_from(course.progress.first)
         course.finish()
-
-
-def _owners(model: ExpertModel) -> Owners:
-    """The tasks that rows may belong to; those that a dataset names, where the recipe has none."""
-    name, tasks = model.recipe.name, model.tasks
-
-    def unknown(task: object) -> UnknownName:
-        close = nearest(task, tasks) if isinstance(task, str) else ""
-        return UnknownName(f"recipe {name!r} has no task {task!r}{close}; it has {', '.join(map(repr, tasks))}")
-
-    places = {task: place for place, task in enumerate(tasks)}
-    return Owners(places, f"recipe {name!r}", "task", model.recipe.needs_tasks, unknown, grows=not tasks)
-
-
-def _determining(model: ExpertModel, learning: list[str]) -> list[Any]:
-    """What is trained, as JSON."""
-    options = {name: repr(value) for name, value in model.recipe.options.items()}
-    return [options, {name: repr(shape) for name, shape in model.shapes.items()}, learning]
-
-
-def _began(model: ExpertModel) -> str:
-    """What says on which base, and with which parameters, the training begins, or began before it was interrupted."""
-    now = _digest(model)
-    interrupted, began = model.interrupted
-    return began if interrupted == now else now
-
-
-@contextmanager
-def _remembered(model: ExpertModel, began: str) -> Iterator[None]:
-    """Lets the same call on the same model, which an exception interrupts, know what it began with."""
-    try:
-        yield
-    except BaseException:
-        model.interrupted = (_digest(model), began)
-        raise
-
-
-def _digest(model: ExpertModel) -> str:
-    base = json.dumps(fingerprint(model.base_model).to_json(), sort_keys=True)
-    return hashlib.sha256(base.encode() + expert_bytes(model)).hexdigest()
 
 
 @contextmanager

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
-from loraweave.composer.experts.expert_job import ExpertJob
+from loraweave.composer.experts.expert_job import require_shareable
 from loraweave.composer.experts.expert_model import ExpertModel
-from loraweave.composer.training.fused_training import FusedTraining
+from loraweave.composer.experts.task_rows import JobRows
+from loraweave.composer.experts.together import Together
+from loraweave.composer.router_training.passes import NO_TOKENIZER
+from loraweave.composer.training.caller_randomness import caller_randomness
 from loraweave.composer.training.held_out import Judging
 from loraweave.composer.training.pace import WARMUP_STEPS, Pace
-from loraweave.composer.training.planned_job import PlannedJob
 from loraweave.composer.training.training_recipe import require_steps
 from loraweave.composer.training.training_report import TrainingReport
 from loraweave.composer.untouched import untouched
-from loraweave.errors import TrainingError
+from loraweave.errors import BudgetExceeded, TrainingError, UnknownName, WeightingError
 from loraweave.hub.progress import progress_bar
-from loraweave.types import Task
-
-Examples = Task | Sequence[tuple[str, str]]
+from loraweave.retrieval.training_state import checkpoint_folder
 
 
 def train_experts(
     model: Any,
     tokenizer: Any,
-    jobs: Mapping[str, tuple[ExpertModel, Examples]],
+    jobs: Mapping[str, tuple[ExpertModel, Any]],
     *,
     steps: int = 60,
     lr: float = 3e-3,
@@ -32,42 +34,67 @@ def train_experts(
     warmup: int = WARMUP_STEPS,
     seed: int = 0,
     jobs_per_batch: int = 4,
-    held_out: float | Mapping[str, Sequence[tuple[str, str]]] | None = None,
+    held_out: float | Mapping[str, Any] | None = None,
     evaluate_every: int = 10,
     patience: int | None = None,
     memory_bytes: int | None = None,
+    checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> TrainingReport:
     """What the training of expert models (`lw.experts`) on this base did; the models are trained where they are.
 
-    Each has experts and gates of its own and learns from its own examples, by the loss of `train_adapters` and the losses of
-    its recipe, with the gradients of being trained alone: AdamW without weight decay, clipped to norm 1. Rows share passes
-    and jobs end as in `train_adapters`, whose options these are.
+    Each has experts and gates of its own and learns from its own examples, which are what `ExpertModel.fit` takes as a
+    dataset, rows with tasks among them, by the loss of `train_adapters` and the losses of its recipe, with the gradients of
+    being trained alone: AdamW without weight decay, clipped to norm 1. Rows share passes and jobs end as in
+    `train_adapters`, whose options these are. With `checkpoint`, the same call goes on where it was interrupted, with models
+    as they were before the first or as the interrupted call left them.
 
     Raises TrainingError for a model of another base, for one that is given twice, and for recipes whose experts are no
-    updates of linear layers; ScopeError for recipes that need the tasks of rows.
+    updates of linear layers; InvalidTask for rows that cannot be used, or are of no task where the recipe needs it,
+    UnknownName for tasks that it has not.
     """
     pace = Pace(steps, lr, batch_size, seed, warmup)
     require_steps(pace, jobs_per_batch)
-    _require_apart(model, {name: made for name, (made, _) in jobs.items()})
-    tasks = {name: own if isinstance(own, Task) else Task(list(own)) for name, (_, own) in jobs.items()}
-    if empty := [name for name, task in tasks.items() if not task.examples]:
-        raise TrainingError(f"job {empty[0]!r} has no examples")
+    models = {name: made for name, (made, _) in jobs.items()}
+    _require_apart(model, models)
+    readers = {name: JobRows(name, made, tokenizer) for name, made in models.items()}
+    given = {name: readers[name].read(examples) for name, (_, examples) in jobs.items()}
     judging = Judging(held_out, evaluate_every, patience)
-    judging.require(tasks)
-    made = {name: ExpertJob(name, experts) for name, (experts, _) in jobs.items()}
-    rows, judged = judging.parted(model, tokenizer, tasks, seed)
-    planned = [
-        PlannedJob(name, lambda job=job: job, _size(job), rows[name], pace, judged.get(name))  # type: ignore[misc]
-        for name, job in made.items()
-    ]
-    modes = [(module, module.training) for experts, _ in jobs.values() for module in experts.modules()]
+    judging.require({name: len(own) for name, own in given.items()})
+    rows, judged = judging.parted(given, lambda name, examples: readers[name].held_out(examples), seed)
+    folder = checkpoint_folder(checkpoint)
+    with ExitStack() as stack:
+        stack.enter_context(caller_randomness())
+        stack.enter_context(untouched(model))
+        stack.enter_context(_with_tasks(models, {name: reader.tasks for name, reader in readers.items()}))
+        stack.enter_context(_in_their_modes(models.values()))
+        bar = stack.enter_context(progress_bar(progress, field="loss"))
+        texts = NO_TOKENIZER if tokenizer is None else tokenizer
+        return Together(model, texts, models, rows, judged, pace, jobs_per_batch, memory_bytes, folder).train(bar)
+
+
+@contextmanager
+def _with_tasks(models: Mapping[str, ExpertModel], tasks: Mapping[str, tuple[str, ...]]) -> Iterator[None]:
+    """The models have these tasks; they have their own again after errors that come before the first step."""
+    before = {name: made.tasks for name, made in models.items()}
     try:
-        with untouched(model), progress_bar(progress, field="loss") as bar:
-            training = FusedTraining(
-                model, tokenizer, planned, bar, jobs_per_batch=jobs_per_batch, memory_bytes=memory_bytes
-            )
-            return training.run(lambda *_: None)
+        for name, made in models.items():
+            if made.tasks != tasks[name]:
+                made.take_tasks(tasks[name])
+        yield
+    except (WeightingError, UnknownName, BudgetExceeded):
+        for name, made in models.items():
+            if made.tasks != before[name]:
+                made.take_tasks(before[name])
+        raise
+
+
+@contextmanager
+def _in_their_modes(models: Iterable[ExpertModel]) -> Iterator[None]:
+    """After it, all modules are in the modes in which they were."""
+    modes = [(module, module.training) for made in models for module in made.modules()]
+    try:
+        yield
     finally:
         for module, mode in modes:
             module.training = mode
@@ -85,7 +112,4 @@ def _require_apart(model: Any, models: Mapping[str, ExpertModel]) -> None:
         if id(made) in seen:
             raise TrainingError(f"jobs {seen[id(made)]!r} and {name!r} are one expert model: make one for each")
         seen[id(made)] = name
-
-
-def _size(job: ExpertJob) -> int:
-    return sum(parameter.numel() for parameter in job.parameters())
+        require_shareable(name, made)

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from loraweave.composer.training.training_report import JobReport
 from loraweave.errors import LoraweaveError
 from loraweave.hub.adapter import Adapter
 from loraweave.retrieval.training_state import TrainingState, drop_state, load_state, save_state
 
 logger = logging.getLogger(__name__)
 
+FINISHED, REPORT, TENSOR = "finished", "report", "tensor."
+
 
 def save_adapter(folder: Path, key: str, adapter: Adapter) -> None:
-    adapter.save_pretrained(folder / "finished" / key)
+    adapter.save_pretrained(folder / FINISHED / key)
 
 
 def load_adapter(folder: Path, key: str) -> Adapter | None:
     """The finished adapter of that key, or None; a damaged folder counts as none and is said."""
-    path = folder / "finished" / key
+    path = folder / FINISHED / key
     if not path.is_dir():
         return None
     try:
@@ -29,6 +36,23 @@ def load_adapter(folder: Path, key: str) -> Adapter | None:
     except LoraweaveError as error:
         logger.warning("the finished adapter %s is damaged (%s); it is trained again", path, error)
         return None
+
+
+def save_finished(folder: Path, key: str, tensors: Mapping[str, Tensor], report: JobReport) -> None:
+    """Keeps the tensors that a job has ended with."""
+    raw = torch.frombuffer(bytearray(json.dumps(report.to_json()).encode()), dtype=torch.uint8)
+    kept = {f"{TENSOR}{name}": value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    state = TrainingState(report.steps, {"step": torch.tensor([report.steps]), REPORT: raw, **kept})
+    save_state(folder, key, state, place=FINISHED)
+
+
+def load_finished(folder: Path, key: str) -> tuple[dict[str, Tensor], JobReport] | None:
+    """What `save_finished` kept below that key, or None; a damaged file counts as none and is said."""
+    state = load_state(folder, key, place=FINISHED)
+    if state is None:
+        return None
+    report = JobReport.from_json(json.loads(bytes(state.tensors.pop(REPORT).tolist())))
+    return {name.removeprefix(TENSOR): value for name, value in state.tensors.items()}, report
 
 
 @dataclass(frozen=True)

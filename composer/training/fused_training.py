@@ -140,6 +140,8 @@ class FusedTraining:
         started = time.perf_counter()
         chosen = [run.next_rows() for run in self._running]
         rows = [row for own in chosen for row in own]
+        for run, own in zip(self._running, chosen, strict=True):
+            run.job.take(own, run.step)
         with FusedPass(self.model, [run.job for run in self._running], [len(own) for own in chosen]):
             losses_J = range_losses(self.model, self.tokenizer, rows, [len(own) for own in chosen])
             penalties = [run.job.penalty() for run in self._running]

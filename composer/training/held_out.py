@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,8 +35,11 @@ class Judging:
     every: int
     patience: int | None
 
-    def require(self, tasks: Mapping[str, Task]) -> None:
-        """TrainingError for what is out of range or misses its counterpart, UnknownName for rows of no task."""
+    def require(self, counts: Mapping[str, int]) -> None:
+        """`counts` are those of the tasks' examples.
+
+        TrainingError for what is out of range or misses its counterpart, UnknownName for rows of no task.
+        """
         if not is_whole(self.every, 1):
             raise TrainingError(f"evaluate_every is {self.every!r}; it must be a whole number of at least 1")
         if self.patience is not None and not is_whole(self.patience, 1):
@@ -48,27 +51,28 @@ class Judging:
                 )
             return
         if isinstance(self.held_out, Mapping):
-            if unknown := [name for name in self.held_out if name not in tasks]:
-                raise UnknownName(f"held_out has rows of {unknown[0]!r}, which is no task; there are {', '.join(tasks)}")
+            if unknown := [name for name in self.held_out if name not in counts]:
+                raise UnknownName(f"held_out has rows of {unknown[0]!r}, which is no task; there are {', '.join(counts)}")
             if empty := [name for name, examples in self.held_out.items() if not examples]:
                 raise TrainingError(f"held_out has no rows of task {empty[0]!r}; leave it out, or give it some")
         elif isinstance(self.held_out, bool) or not 0 < self.held_out < 1:
             raise TrainingError(f"held_out is {self.held_out!r}; it must be a share above 0 and below 1, or rows by task")
-        elif alone := [name for name, task in tasks.items() if len(task.examples) < 2]:
+        elif alone := [name for name, count in counts.items() if count < 2]:
             raise TrainingError(
                 f"task {alone[0]!r} has one example, of which no share can be held out; pass rows as held_out={{name: rows}}"
             )
 
     def parted(
-        self, model: Any, tokenizer: Any, tasks: Mapping[str, Task], seed: int
-    ) -> tuple[dict[str, list[EncodedRow]], dict[str, HeldOut]]:
-        """(rows to train on, rows to judge by) of each task, those without the latter left out of the second."""
-        rows = {name: encoded_task(model, tokenizer, task) for name, task in tasks.items()}
+        self, rows: Mapping[str, Sequence[EncodedRow]], read: Callable[[str, Any], Sequence[EncodedRow]], seed: int
+    ) -> tuple[Mapping[str, Sequence[EncodedRow]], dict[str, HeldOut]]:
+        """(rows to train on, rows to judge by) of each task, those without the latter left out of the second.
+
+        `read` makes rows of the examples of a task, by its name, that are to be judged by.
+        """
         if self.held_out is None:
             return rows, {}
         if isinstance(self.held_out, Mapping):
-            given = {name: replace(tasks[name], examples=list(examples)) for name, examples in self.held_out.items()}
-            judged = {name: encoded_task(model, tokenizer, task) for name, task in given.items()}
+            judged = {name: read(name, examples) for name, examples in self.held_out.items()}
         else:
             both = {name: _split(name, own, self.held_out, seed) for name, own in rows.items()}
             rows, judged = ({name: pair[part] for name, pair in both.items()} for part in (0, 1))
@@ -81,7 +85,9 @@ def encoded_task(model: Any, tokenizer: Any, task: Task) -> list[EncodedRow]:
     return encode(model, tokenizer, prompts, [target for _, target in task.examples])
 
 
-def _split(name: str, rows: Sequence[EncodedRow], share: float, seed: int) -> tuple[list[EncodedRow], list[EncodedRow]]:
+def _split(
+    name: str, rows: Sequence[EncodedRow], share: float, seed: int
+) -> tuple[Sequence[EncodedRow], Sequence[EncodedRow]]:
     """(those to train on, those held out), at least one of each, by the seed and the name."""
     count = min(len(rows) - 1, max(1, round(share * len(rows))))
     chosen = set(torch.randperm(len(rows), generator=seeded(seed, name, "held out")).tolist()[:count])

@@ -32,6 +32,8 @@ def _summed(
     """The sum of the losses, and the number, of each job's target tokens."""
     sizes = [len(rows) for rows in chosen.values()]
     stacked = batch(model, tokenizer, [row for rows in chosen.values() for row in rows])
+    for run, rows in chosen.items():
+        run.job.take(rows, None)
     with FusedPass(model, [run.job for run in chosen], sizes):
         losses_BK = token_losses(model, stacked)
     real_BK = stacked.targets_BK != IGNORED

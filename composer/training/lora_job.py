@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from loraweave.composer.batches import EncodedRow
 from loraweave.composer.training.seeding import seeded
 from loraweave.composer.training.training_job import LowRank
 from loraweave.types import Factors
@@ -38,6 +39,9 @@ class LoraJob:
         """From now on b alone is trained."""
         for a_RI, _ in self.factors.values():
             a_RI.requires_grad_(False)
+
+    def take(self, rows: Sequence[EncodedRow], step: int | None) -> None:
+        """Nothing, like `begin`."""
 
     def begin(self, inputs: Mapping[str, Any], prompt_BT: Tensor | None) -> None:
         """Nothing: factors are the same for all rows."""

@@ -87,7 +87,7 @@ def _kept_bytes(model: Any, tokenizer: Any, job: TrainingJob, prompt: int, targe
         return tensor
 
     noting = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-    with torch.enable_grad(), noting, FusedPass(model, [job]):
+    with torch.enable_grad(), noting, FusedPass(model, [job], [len(rows)]):
         losses = token_losses(model, batch(model, tokenizer, rows))
     # what is kept lives as long as the losses do, so that no storage was counted for two
     del losses

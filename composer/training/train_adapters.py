@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from loraweave.composer.batches import EncodedRow
 from loraweave.composer.continual._course import Course
 from loraweave.composer.layer_kinds.linear import shape as linear_shape
 from loraweave.composer.training.apart_training import Apart
 from loraweave.composer.training.continual_training import require_way, train_in_order
-from loraweave.composer.training.held_out import Judging
+from loraweave.composer.training.held_out import Judging, encoded_task
 from loraweave.composer.training.job_training import JobTraining
 from loraweave.composer.training.pace import WARMUP_STEPS
 from loraweave.composer.training.starts import require_startable
@@ -89,7 +91,7 @@ def train_adapters(
     require_trainable(recipe, tasks, jobs_per_batch)
     prepared = {name: task if isinstance(task, Task) else Task(list(task)) for name, task in tasks.items()}
     judging = Judging(held_out, evaluate_every, patience)
-    judging.require(prepared)
+    judging.require({name: len(task.examples) for name, task in prepared.items()})
     if memory_bytes is not None and not is_whole(memory_bytes, 1):
         raise TrainingError(f"memory_bytes is {memory_bytes!r}; it must be None or a whole number of at least 1")
     options = dict(continual_options or {})
@@ -99,7 +101,12 @@ def train_adapters(
     begins = require_startable(model, tasks, start or {})
     needs_layers = continual is not None or len(begins) < len(tasks)
     layers = _target_layers(model, recipe.target_modules) if needs_layers else {}
-    rows, held_out_rows = judging.parted(model, tokenizer, prepared, seed)
+
+    def read(name: str, examples: Sequence[tuple[str, str]]) -> list[EncodedRow]:
+        return encoded_task(model, tokenizer, replace(prepared[name], examples=list(examples)))
+
+    encoded = {name: encoded_task(model, tokenizer, task) for name, task in prepared.items()}
+    rows, held_out_rows = judging.parted(encoded, read, seed)
     base = fingerprint(model)
     folder = checkpoint_folder(checkpoint)
     with untouched(model), progress_bar(progress, field="loss") as bar:

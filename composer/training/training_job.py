@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
+
+from loraweave.composer.batches import EncodedRow
 
 
 class LowRank(NamedTuple):
@@ -36,6 +38,10 @@ class TrainingJob(Protocol):
 
     def parameters(self) -> list[Tensor]:
         """What is trained, in an order that does not change."""
+        ...
+
+    def take(self, rows: Sequence[EncodedRow], step: int | None) -> None:
+        """The next forward has these rows of the job: of a step, counted from 0, or of an evaluation."""
         ...
 
     def begin(self, inputs: Mapping[str, Any], prompt_BT: Tensor | None) -> None:

@@ -1,0 +1,71 @@
+"""Examples of expert models as rows of token ids, each with its task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Sized
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from loraweave.composer.batches import EncodedRow
+from loraweave.composer.router_training.rows import UNKNOWN, Owners, RowReader
+from loraweave.errors import TrainingError, UnknownName
+from loraweave.registry import nearest
+from loraweave.types import Task
+
+if TYPE_CHECKING:
+    from loraweave.composer.experts.expert_model import ExpertModel
+
+
+@dataclass(frozen=True)
+class TaskRow(EncodedRow):
+    """`task` is the place of its task among the recipe's, or -1; `labels` are its target with `IGNORED` where no loss is
+    asked."""
+
+    labels: tuple[int, ...] = ()
+    task: int = UNKNOWN
+
+
+class JobRows:
+    """Reads what a job of `train_experts` learns from, and is judged by, as `ExpertModel.fit` reads a dataset."""
+
+    def __init__(self, name: str, model: ExpertModel, tokenizer: Any) -> None:
+        self._name = name
+        self._model = model
+        self._tokenizer = tokenizer
+        self._owners = owners_of(model)
+        self._task = Task(())
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The recipe's, or those that the examples name where it has none."""
+        return tuple(self._owners.places)
+
+    def read(self, examples: Any) -> list[TaskRow]:
+        """Raises TrainingError where there are none, and what `RowReader` raises for what cannot be used."""
+        given = examples.examples if isinstance(examples, Task) else examples
+        if isinstance(given, Sized) and not len(given):
+            raise TrainingError(f"job {self._name!r} has no examples")
+        self._task = examples if isinstance(examples, Task) else Task(())
+        return self._rows(self._owners, examples, f"job {self._name!r}")
+
+    def held_out(self, examples: Any) -> list[TaskRow]:
+        """Pairs are in the prompts of the job's Task."""
+        are_pairs = isinstance(examples, Sequence) and all(isinstance(row, tuple | list) for row in examples)
+        given = replace(self._task, examples=examples) if are_pairs else examples
+        return self._rows(self._owners.closed(), given, f"held_out[{self._name!r}]")
+
+    def _rows(self, owners: Owners, examples: Any, what: str) -> list[TaskRow]:
+        rows = RowReader(owners, self._model.base_model, self._tokenizer).read(examples, what=what)
+        return [TaskRow(row.encoded.prompt, row.encoded.target, tuple(row.labels), row.expert) for row in rows]
+
+
+def owners_of(model: ExpertModel) -> Owners:
+    """The tasks that rows may belong to; those that a dataset names, where the recipe has none."""
+    name, tasks = model.recipe.name, model.tasks
+
+    def unknown(task: object) -> UnknownName:
+        close = nearest(task, tasks) if isinstance(task, str) else ""
+        return UnknownName(f"recipe {name!r} has no task {task!r}{close}; it has {', '.join(map(repr, tasks))}")
+
+    places = {task: place for place, task in enumerate(tasks)}
+    return Owners(places, f"recipe {name!r}", "task", model.recipe.needs_tasks, unknown, grows=not tasks)
