@@ -11,6 +11,7 @@ from loraweave.composer.batches import IGNORED, EncodedRow, context_length, enco
 from loraweave.errors import InvalidTask
 from loraweave.hub.unknown_expert import unknown_expert
 from loraweave.routers.routing.learned_router import LearnedRouter
+from loraweave.routers.routing.row_texts import row_texts
 from loraweave.types import Task
 
 TOKENS = ("input_ids", "labels")
@@ -155,25 +156,15 @@ class RowReader:
             raise InvalidTask(f"{where} is empty: {self._owners.forms}")
 
     def _row(self, row: Any, task: Task, own: int, where: str) -> tuple[_Text | _Tokens, int]:
-        if not isinstance(row, Mapping):
-            (text, target) = self._pair(row, where)
-            return _Text(task.prompt(text), target), self._required(own, where)
-        expert = own if row.get(self._owners.key) is None else self._owners.known(row[self._owners.key], where)
-        return self._content(row, task, where), self._required(expert, where)
-
-    def _content(self, row: Mapping[str, Any], task: Task, where: str) -> _Text | _Tokens:
-        if "input_ids" in row:
-            return self._tokens(row, where)
-        missing = [name for name in ("input", "target") if name not in row and not (name == "input" and "prompt" in row)]
-        if missing:
-            raise InvalidTask(
-                f"{where} has {sorted(row)}, and no {' and no '.join(map(repr, missing))}: {self._owners.forms}"
-            )
-        text, target = self._pair((row["prompt"] if "prompt" in row else row["input"], row["target"]), where)
-        if "prompt" in row:
-            return _Text(text, target)
-        instruction = row.get("instruction") or task.instruction
-        return _Text(Task((), instruction=instruction, template=task.template).prompt(text), target)
+        is_mapping = isinstance(row, Mapping)
+        named = row.get(self._owners.key) if is_mapping else None
+        owner = own if named is None else self._owners.known(named, where)
+        content: _Text | _Tokens
+        if is_mapping and "input_ids" in row:
+            content = self._tokens(row, where)
+        else:
+            content = _Text(*row_texts(row, task, where=where, forms=self._owners.forms))
+        return content, self._required(owner, where)
 
     def _tokens(self, row: Mapping[str, Any], where: str) -> _Tokens:
         """A row of token ids; labels are aligned with them (IGNORED: no loss), or a decoder's of their own."""
@@ -221,13 +212,6 @@ class RowReader:
                 f"pass {{name of {an} {key}: rows}}"
             )
         return owner
-
-    def _pair(self, row: Any, where: str) -> tuple[str, str]:
-        if not isinstance(row, Sequence) or len(row) != 2 or not all(isinstance(text, str) for text in row):
-            raise InvalidTask(f"{where} is {row!r:.80}: {self._owners.forms}")
-        if not row[1].strip():
-            raise InvalidTask(f"{where} (input {row[0]!r:.60}) has an empty target; there is nothing to learn from it")
-        return row[0], row[1]
 
 
 def _ints(values: Any, where: str) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from loraweave.errors import InvalidTask
+from loraweave.routers.routing.row_texts import row_texts
 from loraweave.types import Task
 
 FORM = "rows are pairs (input, target), or {'input' or 'prompt', 'target'} with 'instruction' and 'expert' where known"
@@ -30,20 +31,9 @@ def labelled_tasks(dataset: Any) -> dict[str, Task]:
 def _task(name: str, rows: Any) -> Task:
     if isinstance(rows, str) or not isinstance(rows, Iterable):
         raise InvalidTask(f"the data set has {rows!r:.80} for {name!r}, which are no rows: {FORM}")
-    pairs = [_prompt_and_target(row, f"row {number} of {name!r}") for number, row in enumerate(rows, start=1)]
+    plain = Task(())
+    pairs = [row_texts(row, plain, where=f"row {n} of {name!r}", forms=FORM) for n, row in enumerate(rows, start=1)]
     return Task(pairs, template="{input}")
-
-
-def _prompt_and_target(row: Any, where: str) -> tuple[str, str]:
-    if not isinstance(row, Mapping):
-        # Task says what is wrong with a row that is no pair
-        text, target = Task([row]).examples[0]
-        return Task(()).prompt(text), target
-    if "target" not in row or not {"input", "prompt"} & row.keys():
-        raise InvalidTask(f"{where} is {row!r:.80}: {FORM}")
-    if "prompt" in row:
-        return row["prompt"], row["target"]
-    return Task((), instruction=row.get("instruction") or "").prompt(row["input"]), row["target"]
 
 
 def _by_expert(rows: Any) -> dict[str, list[Any]]:
