@@ -13,7 +13,7 @@ from loraweave.composer.first_order import FirstOrder, first_order, update_norm
 from loraweave.errors import InvalidTask, SearchFailed, UnknownName, WeightingError
 from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
-from loraweave.hub.whole_number import is_whole
+from loraweave.hub.whole_number import require_whole
 from loraweave.registry import nearest
 from loraweave.routers.mixture import MixtureWeights
 from loraweave.types import Candidate, Task
@@ -139,5 +139,4 @@ def _check(settings: _Settings, task: Task) -> None:
     weight, batch_size = settings.weight, settings.batch_size
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight == 0:
         raise WeightingError(f"weight is {weight!r}; it must be a finite number other than 0")
-    if not is_whole(batch_size, 1):
-        raise WeightingError(f"batch_size is {batch_size!r}; it must be a whole number of at least 1")
+    require_whole("batch_size", batch_size, 1, WeightingError)

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import TypeGuard
 
+from loraweave.errors import LoraweaveError
+
 
 def is_whole(value: object, least: int) -> TypeGuard[int]:
     """Whether a value is an int of at least `least`; True and False, which Python takes for 1 and 0, are none."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def require_whole(name: str, value: object, least: int, error: type[LoraweaveError]) -> None:
+    """Raises `error`, with the name and the value, for what is no whole number of at least `least`."""
+    if not is_whole(value, least):
+        raise error(f"{name} is {value!r}; it must be a whole number of at least {least}")

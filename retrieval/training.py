@@ -25,7 +25,7 @@ from torch.nn.functional import normalize
 from loraweave.errors import TrainingError
 from loraweave.hub.hub import Hub
 from loraweave.hub.progress import progress_bar
-from loraweave.hub.whole_number import is_whole
+from loraweave.hub.whole_number import require_whole
 from loraweave.retrieval.embedders._text import readable
 from loraweave.retrieval.embedders.sentence import ENCODER_FILE, MAX_TOKENS, MODEL_FILES, Sentence
 from loraweave.retrieval.training_state import TrainingState, checkpoint_folder, drop_state, load_state, save_state
@@ -247,9 +247,7 @@ def _claim(folder: Path, recipe: EncoderRecipe, key: str) -> None:
 def _check(recipe: EncoderRecipe, inputs: Mapping[str, Sequence[str]], target: Path) -> None:
     least = {"steps": 1, "tasks_per_step": 2, "inputs_per_task": 2, "seed": 0}
     for field, smallest in least.items():
-        value = getattr(recipe, field)
-        if not is_whole(value, smallest):
-            raise TrainingError(f"{field} is {value!r}; it must be a whole number of at least {smallest}")
+        require_whole(field, getattr(recipe, field), smallest, TrainingError)
     for field in ("lr", "temperature"):
         value = getattr(recipe, field)
         if isinstance(value, bool) or not isinstance(value, int | float) or not (value > 0 and math.isfinite(value)):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from loraweave.errors import WeightingError
-from loraweave.hub.whole_number import is_whole
+from loraweave.hub.whole_number import require_whole
 from loraweave.routers.search.expected_improvement import expected_improvement
 from loraweave.routers.search.solver import Solver
 
@@ -97,12 +97,9 @@ class Bayesian(Solver):
         return np.vstack([anywhere, np.clip(near, 0.0, 1.0)])
 
     def _require_options(self) -> None:
-        least = {"initial": (self.initial, 2), "population": (self.population, 1)}
-        for name, (value, fewest) in least.items():
-            if value is None and name == "initial":
-                continue
-            if not is_whole(value, fewest):
-                raise WeightingError(f"{name} is {value!r}; it must be a whole number of at least {fewest}")
+        if self.initial is not None:
+            require_whole("initial", self.initial, 2, WeightingError)
+        require_whole("population", self.population, 1, WeightingError)
 
 
 def _fitted(units: np.ndarray, losses: np.ndarray) -> Any:

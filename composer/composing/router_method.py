@@ -8,7 +8,7 @@ from typing import Any
 from loraweave import registry
 from loraweave.composer.refine.routed import router_name
 from loraweave.errors import WeightingError
-from loraweave.hub.whole_number import is_whole
+from loraweave.hub.whole_number import require_whole
 from loraweave.registry import nearest
 from loraweave.routers.mixture import MixtureWeights
 from loraweave.routers.routing.learned_router import LearnedRouter
@@ -49,9 +49,8 @@ def check_router(method: str | Router, options: Mapping[str, Any], unused: Mappi
         if option not in known:
             has = ", ".join(known) or "no options"
             raise WeightingError(f"method {name!r} has no option {option!r}{nearest(option, known)}; it has {has}")
-    steps = options.get("steps")
-    if "steps" in options and not is_whole(steps, 1):
-        raise WeightingError(f"steps of method {name!r} is {steps!r}; it must be a whole number of at least 1")
+    if "steps" in options:
+        require_whole(f"steps of method {name!r}", options["steps"], 1, WeightingError)
     for argument, value in unused.items():
         if value:
             raise WeightingError(

@@ -12,7 +12,7 @@ from loraweave.composer.composing.solver_options import OTHER_WAYS, check_option
 from loraweave.composer.evaluation.user_loss import Examples
 from loraweave.composer.refine.routed import router_name
 from loraweave.errors import InvalidTask, UnknownName, WeightingError
-from loraweave.hub.whole_number import is_whole
+from loraweave.hub.whole_number import require_whole
 from loraweave.registry import nearest
 from loraweave.types import Router, Task
 
@@ -91,8 +91,7 @@ class Settings:
         else:
             self._check_search(from_hub)
         for name, value, least in (("k", self.k, 1), ("folds", self.folds, 0), ("seed", self.seed, 0)):
-            if not is_whole(value, least):
-                raise WeightingError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+            require_whole(name, value, least, WeightingError)
         for name, number in (("seconds", self.seconds), ("l1", self.l1), ("l2", self.l2), ("sparsity", self.sparsity)):
             if number is not None and not isinstance(number, int | float):
                 raise WeightingError(f"{name} is {number!r}; it must be a number")

@@ -21,7 +21,6 @@ from loraweave.composer.training.job_training import JobTraining, Losses, job_lo
 from loraweave.errors import TrainingError
 from loraweave.hub import algebra
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.whole_number import is_whole
 from loraweave.types import Factors, Fingerprint, Task
 
 Layers = Mapping[str, Factors]
@@ -135,9 +134,3 @@ def require_within(name: str, value: Any, low: float, high: float) -> None:
     """TrainingError for what is no number in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise TrainingError(f"{name} is {value!r}; it must be a number from {low:g} to {high:g}")
-
-
-def require_count(name: str, value: Any, least: int) -> None:
-    """TrainingError for what is no whole number of at least `least`."""
-    if not is_whole(value, least):
-        raise TrainingError(f"{name} is {value!r}; it must be a whole number of at least {least}")

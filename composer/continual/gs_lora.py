@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from loraweave.composer.batches import EncodedRow
-from loraweave.composer.continual._course import Course, Layers, require_count, require_within
+from loraweave.composer.continual._course import Course, Layers, require_within
 from loraweave.composer.continual._one_by_one import by_prefix
 from loraweave.composer.training.fused_jobs import FusedJobs
 from loraweave.composer.training.job_training import job_losses
 from loraweave.errors import TrainingError
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.whole_number import require_whole
 from loraweave.types import Task
 
 
@@ -44,7 +45,7 @@ def gs_lora(
     require_within("bound", bound, 0.0, float("inf"))
     require_within("strength", strength, 0.0, float("inf"))
     require_within("sparsity", sparsity, 0.0, float("inf"))
-    require_count("dense_steps", dense_steps, 0)
+    require_whole("dense_steps", dense_steps, 0, TrainingError)
     if not (retain.examples if isinstance(retain, Task) else retain):
         raise TrainingError("gs_lora needs retain=examples of what must not be forgotten, in continual_options")
     kept = course.encoded(retain)

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from loraweave.composer.batches import IGNORED, EncodedRow, TargetBatch, batch, token_losses
-from loraweave.composer.continual._course import Course, Layers, require_count, require_within
+from loraweave.composer.continual._course import Course, Layers, require_within
 from loraweave.composer.training.fused_jobs import FusedJobs
 from loraweave.composer.training.job_training import job_losses
 from loraweave.composer.training.seeding import seeded
+from loraweave.errors import TrainingError
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.whole_number import require_whole
 
 
 def ilora(course: Course, *, decay: float = 0.25, reservoir: int = 500, consistency: float = 1.0) -> dict[str, Adapter]:
@@ -32,7 +34,7 @@ def ilora(course: Course, *, decay: float = 0.25, reservoir: int = 500, consiste
     """
     require_within("decay", decay, 0.0, 1.0)
     require_within("consistency", consistency, 0.0, float("inf"))
-    require_count("reservoir", reservoir, 1)
+    require_whole("reservoir", reservoir, 1, TrainingError)
     found: dict[str, Adapter] = {}
     fast = slow = course.first or None
     for number, name in enumerate(course.rows):

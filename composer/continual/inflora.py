@@ -8,10 +8,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from loraweave.composer.continual._course import Course, Layers, added, require_count, require_within
+from loraweave.composer.continual._course import Course, Layers, added, require_within
 from loraweave.composer.continual._gram import input_grams
 from loraweave.errors import TrainingError
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.whole_number import require_whole
 from loraweave.types import Factors
 
 
@@ -33,7 +34,7 @@ def inflora(
     """
     require_within("energy_first", energy_first, 0.0, 1.0)
     require_within("energy_last", energy_last, 0.0, 1.0)
-    require_count("max_examples", max_examples, 1)
+    require_whole("max_examples", max_examples, 1, TrainingError)
     found: dict[str, Adapter] = {}
     prefix = course.first
     bases = {layer: torch.zeros(inputs, 0, dtype=torch.float64) for layer, (_, inputs) in course.layers.items()}

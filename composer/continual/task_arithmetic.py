@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from loraweave.composer.batches import EncodedRow
-from loraweave.composer.continual._course import Course, Layers, added, require_count, require_within
+from loraweave.composer.continual._course import Course, Layers, added, require_within
 from loraweave.composer.training.job_training import job_losses
 from loraweave.composer.training.seeding import seeded
+from loraweave.errors import TrainingError
 from loraweave.hub import algebra
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.whole_number import require_whole
 
 
 def task_arithmetic(course: Course, *, weight: float = 0.5, exemplars: int = 0, tuning_steps: int = 0) -> dict[str, Adapter]:
@@ -24,8 +26,8 @@ def task_arithmetic(course: Course, *, weight: float = 0.5, exemplars: int = 0, 
     before the first task. Ranks add up.
     """
     require_within("weight", weight, 0.0, 2.0)
-    require_count("tuning_steps", tuning_steps, 0)
-    require_count("exemplars", exemplars, 1 if tuning_steps else 0)
+    require_whole("tuning_steps", tuning_steps, 0, TrainingError)
+    require_whole("exemplars", exemplars, 1 if tuning_steps else 0, TrainingError)
     names = list(course.rows)
     found: dict[str, Adapter] = {}
     total = course.first

@@ -21,6 +21,7 @@ from loraweave.composer.ensembles.member_passes import (
 from loraweave.composer.ensembles.prediction import EnsemblePrediction
 from loraweave.composer.scoring import label_ids, label_losses
 from loraweave.errors import CompositionError, InvalidTask
+from loraweave.hub.whole_number import require_whole
 
 # positions follow from the first two; tokenizers say that a text has one segment
 TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
@@ -55,8 +56,8 @@ def ensemble(
     members = known_members(engine, mixtures)
     weight_M = member_weights(weights, len(members))
     num_rows = rows_of(batch)
-    if rows_per_pass is not None and (isinstance(rows_per_pass, bool) or rows_per_pass < 1):
-        raise CompositionError(f"rows_per_pass is {rows_per_pass!r}; it must be a whole number of at least 1")
+    if rows_per_pass is not None:
+        require_whole("rows_per_pass", rows_per_pass, 1, CompositionError)
     if labels is not None:
         if tokens is not None or num_positions is not None:
             raise InvalidTask("labels= follow a row's last token: leave tokens= and num_positions= out, or labels=")
@@ -103,8 +104,8 @@ class _NextTokens:
     """Log-probabilities of the next token at the last positions of each row, from one call of the model."""
 
     def __init__(self, model: Any, num_positions: int | None, tokens: Tensor | None) -> None:
-        if num_positions is not None and (isinstance(num_positions, bool) or num_positions < 1):
-            raise CompositionError(f"num_positions is {num_positions!r}; it must be a whole number of at least 1")
+        if num_positions is not None:
+            require_whole("num_positions", num_positions, 1, CompositionError)
         self.model = model
         self.num_positions = num_positions
         self.tokens = tokens

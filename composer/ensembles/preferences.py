@@ -16,7 +16,7 @@ from loraweave.composer.ensembles.features import text_features
 from loraweave.composer.ensembles.member_passes import known_members
 from loraweave.errors import InvalidTask, TrainingError
 from loraweave.hub.progress import progress_bar
-from loraweave.hub.whole_number import is_whole
+from loraweave.hub.whole_number import require_whole
 
 T = TypeVar("T")
 Pairs = Sequence[tuple[str, str]]
@@ -33,8 +33,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, value in {"steps": self.steps, "batch_size": self.batch_size}.items():
-            if not is_whole(value, 1):
-                raise TrainingError(f"{name} is {value!r}; it must be a whole number of at least 1")
+            require_whole(name, value, 1, TrainingError)
         if not self.lr > 0 or not math.isfinite(self.lr):
             raise TrainingError(f"lr is {self.lr!r}; it must be above 0")
 

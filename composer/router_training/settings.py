@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol, Self
 
 from loraweave.composer.training.pace import Pace
 from loraweave.errors import TrainingError
-from loraweave.hub.whole_number import is_whole
+from loraweave.hub.whole_number import is_whole, require_whole
 from loraweave.registry import nearest
 from loraweave.routers.mixture import LARGEST
 
@@ -94,8 +94,8 @@ class TrainingSettings:
 
     def _require_ranges(self) -> None:
         for name in COUNTS:
-            if not is_whole(value := getattr(self, name), 1) and not (value is None and name == "gradient_accumulation"):
-                raise TrainingError(f"{name} is {value!r}; it must be a whole number of at least 1")
+            if name != "gradient_accumulation" or self.gradient_accumulation is not None:
+                require_whole(name, getattr(self, name), 1, TrainingError)
         if not is_whole(self.seed, 0) or self.seed >= SEEDS:
             raise TrainingError(f"seed is {self.seed!r}; it must be a whole number from 0 to {SEEDS - 1}")
         if not is_whole(self.warmup, 0):

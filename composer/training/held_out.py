@@ -11,7 +11,7 @@ import torch
 from loraweave.composer.batches import EncodedRow, encode
 from loraweave.composer.training.seeding import seeded
 from loraweave.errors import TrainingError, UnknownName
-from loraweave.hub.whole_number import is_whole
+from loraweave.hub.whole_number import is_whole, require_whole
 from loraweave.types import Task
 
 
@@ -40,8 +40,7 @@ class Judging:
 
         TrainingError for what is out of range or misses its counterpart, UnknownName for rows of no task.
         """
-        if not is_whole(self.every, 1):
-            raise TrainingError(f"evaluate_every is {self.every!r}; it must be a whole number of at least 1")
+        require_whole("evaluate_every", self.every, 1, TrainingError)
         if self.patience is not None and not is_whole(self.patience, 1):
             raise TrainingError(f"patience is {self.patience!r}; it must be None or a whole number of at least 1")
         if self.held_out is None:

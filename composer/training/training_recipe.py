@@ -10,7 +10,7 @@ from typing import Any
 from loraweave.composer.batches import EncodedRow
 from loraweave.composer.training.pace import WARMUP_STEPS, Pace
 from loraweave.errors import TrainingError
-from loraweave.hub.whole_number import is_whole
+from loraweave.hub.whole_number import require_whole
 from loraweave.types import Task
 
 
@@ -47,8 +47,7 @@ def require_trainable(recipe: Recipe, tasks: Mapping[str, Any], jobs_per_batch: 
     if not tasks:
         raise TrainingError("no tasks to train: pass a mapping of names to examples")
     require_steps(recipe.pace, jobs_per_batch)
-    if not is_whole(recipe.rank, 1):
-        raise TrainingError(f"rank is {recipe.rank!r}; it must be a whole number of at least 1")
+    require_whole("rank", recipe.rank, 1, TrainingError)
     _require_positive("alpha", recipe.alpha)
     for name, task in tasks.items():
         if not (task.examples if isinstance(task, Task) else task):
@@ -59,8 +58,7 @@ def require_steps(pace: Pace, jobs_per_batch: int) -> None:
     """TrainingError for numbers of steps, rows and jobs, and for rates, that are out of range."""
     counts = {"steps": (pace.steps, 1), "batch_size": (pace.batch_size, 1), "jobs_per_batch": (jobs_per_batch, 1)}
     for field, (value, least) in {**counts, "warmup": (pace.warmup, 0)}.items():
-        if not is_whole(value, least):
-            raise TrainingError(f"{field} is {value!r}; it must be a whole number of at least {least}")
+        require_whole(field, value, least, TrainingError)
     _require_positive("lr", pace.lr)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from loraweave.errors import SearchFailed, WeightingError
 from loraweave.hub.progress import progress_bar
-from loraweave.hub.whole_number import is_whole
+from loraweave.hub.whole_number import is_whole, require_whole
 from loraweave.routers.mixture import MixtureWeights
 from loraweave.routers.objective import DifferentiableObjective, Objective, described
 from loraweave.routers.search.result import SearchResult
@@ -250,8 +250,7 @@ class Solver(ABC):
             raise WeightingError("a search needs a budget of evaluations, or of seconds, or both")
         if self.seconds is not None and not self.seconds > 0:
             raise WeightingError(f"seconds is {self.seconds!r}; it must be above 0")
-        if not is_whole(self.seed, 0):
-            raise WeightingError(f"seed is {self.seed!r}; it must be a whole number of at least 0")
+        require_whole("seed", self.seed, 0, WeightingError)
         if self.budget is None:
             return
         if not is_whole(self.budget, 1):

@@ -278,5 +278,12 @@ def test_what_cannot_be_asked_is_refused_before_the_model_runs(engine: Composer,
         ensemble(speaking, MEMBERS, padded("left"), labels=LABELS, tokens=[4])
 
 
+@pytest.mark.parametrize("option", ["rows_per_pass", "num_positions"])
+@pytest.mark.parametrize("value", [0, 1.5, True])
+def test_what_counts_rows_and_positions_is_a_whole_number(option: str, value: Any, engine: Composer) -> None:
+    with pytest.raises(CompositionError, match=rf"{option} is {value}; it must be a whole number of at least 1"):
+        ensemble(engine, MEMBERS, padded("right"), **{option: value})
+
+
 def test_it_has_its_public_name() -> None:
     assert lw.ensemble is ensemble
