@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import nullcontext
 from contextvars import Token
 from dataclasses import replace
@@ -52,4 +53,5 @@ def same_call() -> Contexts:
 
 def _as_now(running: Running) -> Running:
     within = {name: dict(seen) for name, seen in running.within.items()}
-    return replace(running, call=replace(running.call, kept=dict(running.call.kept)), within=within)
+    call = replace(running.call, kept=dict(running.call.kept), runs=Counter(running.call.runs))
+    return replace(running, call=call, within=within)

@@ -59,6 +59,7 @@ class ExpertJob:
         self._running.begin(self.model.base_model, (), inputs)
         if prompt_BT is not None:
             self._running.call.prompt_BT = prompt_BT.bool()
+        self._tell_decoder_tokens()
         self._seed_draws()
         self.model.show_gates(self._running.call)
 
@@ -84,6 +85,14 @@ class ExpertJob:
         """task_B of the rows; one for all of them where the job has one, None where no row has any."""
         tasks = [row.task for row in self._rows if isinstance(row, TaskRow)]
         return self.model.task_ids(tasks if any(task >= 0 for task in tasks) else self.task)
+
+    def _tell_decoder_tokens(self) -> None:
+        """A batch of an encoder-decoder has no labels to tell them by, but the rows have."""
+        step = self._running.call.step
+        if step is not None and step.decoder_BT is not None and self._rows:
+            sizes_B = torch.tensor([len(row.target) for row in self._rows], device=step.decoder_BT.device)
+            numbers_T = torch.arange(step.decoder_BT.shape[1], device=sizes_B.device)
+            step.decoder_BT = self._running.call.decoder_BT = numbers_T < sizes_B[:, None]
 
     def _seed_draws(self) -> None:
         # other jobs draw in between, and a training that goes on has drawn nothing before

@@ -359,9 +359,11 @@ class ExpertModel(nn.Module):
         w_BTE, scores_BTE = weighing
         # a layer that a backward pass runs again was noted before
         if call.step is not None and torch._C._current_graph_task_id() == -1:
-            call.step.weights[site.name] = w_BTE
+            run = call.run_of(site.name)
+            place = site.name if not run else f"{site.name} (run {run + 1})"
+            call.step.weights[place] = w_BTE
             if scores_BTE is not None:
-                call.step.scores[site.name] = scores_BTE
+                call.step.scores[place] = scores_BTE
         return w_BTE
 
     def gate_of(self, site: Site) -> Gate | None:

@@ -92,8 +92,7 @@ class Running:
             labels_B = torch.full((num_rows,), -1) if task_B is None else task_B
             mask_BT = torch.ones(num_rows, 1) if main is None or main.ndim < 2 else torch.ones(main.shape[:2])
             step = Step(mask_BT.to(main.device) if real_BT is None and main is not None else real_BT, labels_B)  # type: ignore[arg-type]
-            if two_sequences and isinstance(found.get("labels"), Tensor):
-                step.decoder_BT = found["labels"] != IGNORED
+            step.decoder_BT = _decoder_tokens(found) if two_sequences else None
         past = found.get("past_key_values")
         follows = past is not None and past.get_seq_length() > 0
         # those of an encoder and a decoder are the decoder's
@@ -105,6 +104,8 @@ class Running:
         self.call = Call(
             real_BT, prompt_BT, ids_BT, task_B, follows, self.kept, step, embed, two_sequences, num_rows or None
         )
+        if step is not None and step.decoder_BT is not None:
+            self.call.real_BT, self.call.decoder_BT = step.mask_BT.bool(), step.decoder_BT
 
     def begin_generation(self, model: nn.Module, given: Any, embeds_BTI: Tensor | None, mask: Any) -> None:
         """A generation begins, from the prompts that are known or what else is `given`: an encoder runs outside the calls of
@@ -149,6 +150,16 @@ def _real_tokens(main: Tensor | None, mask: Any) -> Tensor | None:
     if main is None or main.ndim < 2 or not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < main.shape[1]:
         return None
     return mask[:, -main.shape[1] :].bool()
+
+
+def _decoder_tokens(found: Mapping[str, Any]) -> Tensor | None:
+    """decoder_BT, the real tokens of a decoder, as labels or else its own arguments say; None where neither does."""
+    labels, mask, ids = (found.get(name) for name in ("labels", "decoder_attention_mask", "decoder_input_ids"))
+    if isinstance(labels, Tensor) and labels.ndim == 2:
+        return labels != IGNORED
+    if isinstance(mask, Tensor):
+        return mask.bool()
+    return torch.ones_like(ids, dtype=torch.bool) if isinstance(ids, Tensor) else None
 
 
 def _of_beams(real_BT: Tensor, main: Tensor) -> Tensor | None:

@@ -12,6 +12,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from loraweave.composer.batches import IGNORED, EncodedRow, batch, token_losses
+from loraweave.composer.router_training.passes import told_apart
 from loraweave.composer.training.descent import Descent
 from loraweave.composer.training.fused_jobs import FusedJobs
 from loraweave.composer.training.training_recipe import Recipe
@@ -57,6 +58,9 @@ def job_losses(model: Any, tokenizer: Any, rows: Sequence[EncodedRow], num_jobs:
 def range_losses(model: Any, tokenizer: Any, rows: Sequence[EncodedRow], row_counts: Sequence[int]) -> Tensor:
     """loss_J: the mean over the target tokens of each job's rows, of which it has as many as its count."""
     stacked = batch(model, tokenizer, rows)
+    if model.config.is_encoder_decoder:
+        # what gates are asked for counts the tokens of either
+        stacked = told_apart(stacked)
     sums_B = token_losses(model, stacked).sum(dim=1)
     counts_B = (stacked.targets_BK != IGNORED).sum(dim=1)
     sizes = list(row_counts)

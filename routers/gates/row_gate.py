@@ -29,12 +29,14 @@ class RowGate(Gate):
 
     def forward(self, x_BTI: Tensor, call: Call) -> Weighing:
         """Raises ScopeError where the site does not see the prompts that the call has."""
+        # a site that runs twice in a pass sees other inputs the second time
+        place = (self, call.run_of(self))
         # a backward pass that runs layers again needs what the first pass computed, not what it found
-        if self in call.kept and torch._C._current_graph_task_id() == -1:
-            return of_rows(call.kept[self], len(x_BTI))
+        if place in call.kept and torch._C._current_graph_task_id() == -1:
+            return of_rows(call.kept[place], len(x_BTI))
         self._require_prompts(x_BTI, call)
         found = self.of_means(prompt_mean(x_BTI, call, padding=self.padding), call)
-        call.kept[self] = found
+        call.kept[place] = found
         return found
 
     def _require_prompts(self, x_BTI: Tensor, call: Call) -> None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from loraweave.errors import TrainingError
+from loraweave.errors import ScopeError, TrainingError
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.routing.members import Members
 from loraweave.routers.routing.token_router import TokenRouter
@@ -23,8 +23,8 @@ class Step:
     `expert_B` is the place of the expert whose task a row belongs to, -1 where that is not known. `rows_B` are the rows'
     numbers in the training data, and `kept` is the same mapping in all passes of one training: what does not change for a
     row may be kept there, without its padding. `scores` are before, and `weights` after, softmax and top-k; `beside` is what
-    a router's own losses need besides. `decoder_BT` are the real tokens of a decoder beside an encoder, of another number
-    than the encoder's. `seeds_B` are what a row's random numbers in this step follow from, whatever pass it is in.
+    a router's own losses need besides. `decoder_BT` are the real tokens of a decoder beside an encoder, told apart from the
+    encoder's by their number. `seeds_B` are what a row's random numbers in this step follow from, whatever pass it is in.
     """
 
     mask_BT: Tensor
@@ -38,7 +38,12 @@ class Step:
     seeds_B: tuple[int, ...] = ()
 
     def mask_of(self, num_tokens: int) -> Tensor | None:
-        """mask_BT of a layer that sees so many tokens, 1 being a value for all of them; None where they are not known."""
+        """mask_BT of a layer that sees so many tokens, 1 being a value for all of them; None where they are not known.
+
+        Raises ScopeError where they could be an encoder's or a decoder's, whose padding differs.
+        """
+        if self.decoder_BT is not None and num_tokens == self.decoder_BT.shape[1] in (1, self.mask_BT.shape[1]):
+            require_alike(self.mask_BT, self.decoder_BT)
         known = [mask_BT for mask_BT in (self.mask_BT, self.decoder_BT) if mask_BT is not None]
         return next((mask_BT.bool() for mask_BT in known if num_tokens in (1, mask_BT.shape[1])), None)
 
@@ -62,6 +67,18 @@ class Step:
         """u_BN of `count` numbers in [0, 1) for each row; those of another `place` are others."""
         draws = (torch.Generator().manual_seed(seed + place) for seed in self.seeds_B)
         return torch.stack([torch.rand(count, generator=draw) for draw in draws])
+
+
+def require_alike(encoder_BT: Tensor, decoder_BT: Tensor) -> None:
+    """Raises ScopeError for real tokens of an encoder and of a decoder that count otherwise, where nothing tells whose a
+    layer's are."""
+    same_width = encoder_BT.shape == decoder_BT.shape
+    if not (torch.equal(encoder_BT.bool(), decoder_BT.bool()) if same_width else encoder_BT.all() and decoder_BT.all()):
+        raise ScopeError(
+            f"the encoder has {encoder_BT.shape[1]} tokens and the decoder {decoder_BT.shape[1]}, so that their number "
+            "does not say whose a layer sees, and their padding differs: pad the labels with one more -100, or the input "
+            "with one more token that attention_mask leaves out"
+        )
 
 
 class LearnedRouter(TokenRouter):

@@ -13,8 +13,10 @@ from loraweave.composer.batches import batch, encode, token_losses
 from loraweave.composer.experts.expert_job import ExpertJob
 from loraweave.composer.experts.task_rows import TaskRow
 from loraweave.composer.experts.train_experts import train_experts
+from loraweave.composer.router_training.passes import told_apart
 from loraweave.composer.training import fused_training
 from loraweave.composer.training.fused_pass import FusedPass
+from loraweave.composer.training.job_training import range_losses
 from loraweave.composer.training.lora_job import LoraJob
 from loraweave.errors import BudgetExceeded, InvalidTask, TrainingError, UnknownName
 
@@ -77,6 +79,24 @@ def test_the_gradients_of_expert_models_in_one_pass_are_those_of_each_alone(base
         assert any(gradient.abs().max() > 1e-3 for gradient in found)
         for gradient, wanted in zip(found, expected, strict=True):
             assert torch.allclose(gradient, wanted, rtol=1e-5, atol=1e-9)
+
+
+def test_a_job_s_losses_on_an_encoder_decoder_are_of_its_own_rows_tokens(make_model, tokenizer, trained):
+    base = make_model("t5", dtype=torch.float64)
+    options = {"num_experts": (3,), "balance": 1.0, "target_modules": ("q", "v")}
+    jobs = [ExpertJob(name, trained(lw.experts("mola", base, **options))) for name in ("own", "other")]
+    rows, longer = encoded(base, tokenizer, "double"), encode(base, tokenizer, ["abcdefg"], ["a b c d e f g"])
+    for job, own in zip(jobs, (rows, longer), strict=True):
+        job.take(own, 0)
+    with FusedPass(base, jobs, [3, 1]):
+        range_losses(base, tokenizer, [*rows, *longer], [3, 1])
+        penalty = jobs[0].penalty()
+    stacked = told_apart(batch(base, tokenizer, rows))
+    made = jobs[0].model.train()
+    # without the base's dropout
+    base.eval()
+    made(**stacked.inputs, labels=stacked.targets_BK)
+    torch.testing.assert_close(penalty, made.terms["balance"])
 
 
 def trained_jobs(base, tokenizer, names, **options):
