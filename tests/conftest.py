@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import socket
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -34,6 +35,7 @@ tiny_llama, tiny_gpt2, tiny_t5, tiny_bert = _tiny.tiny_llama, _tiny.tiny_gpt2, _
 cache_argument, with_dense_update, tokenizer = _tiny.cache_argument, _tiny.with_dense_update, _tiny.tokenizer
 trained = _tiny.trained
 
+ROOT = Path(__file__).parents[1]
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
@@ -87,6 +89,23 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("LORAWEAVE_HUB", raising=False)
     return tmp_path
+
+
+@pytest.fixture
+def run_page(tmp_path, monkeypatch):
+    """run_page("docs/reranking.md", hub=hub): the names after the page's Python, in a folder where only the examples are."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+
+    def run(page, **names):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        assert blocks
+        for code in blocks:
+            exec(compile(code, page, "exec"), names)
+        return names
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -22,11 +22,8 @@ ROWS = {
 
 # peft asks transformers for an attribute that has been renamed there
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-    names: dict = {}
-    exec(compile(code, "docs/adapters.md", "exec"), names)
+def test_the_code_of_the_page_runs(run_page):
+    names = run_page("docs/adapters.md")
     assert names["exact"].rank == 8
     assert all(note["relative_error"] <= 0.2 for note in names["close"].card["conversion"].values())
     assert names["extracted"].rank == 4

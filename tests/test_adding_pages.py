@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-
-import pytest
 
 from loraweave.hub import anomalies
 from loraweave.hub.intake import archives
@@ -17,29 +14,14 @@ def page(name):
     return (ROOT / "docs" / name).read_text(encoding="utf-8")
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """Runs the code of a page where the examples are, and gives its names."""
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
-    monkeypatch.chdir(tmp_path)
-
-    def running(name):
-        names = {}
-        for code in re.findall(r"^```python\n(.*?)^```", page(name), re.MULTILINE | re.DOTALL):
-            exec(compile(code, name, "exec"), names)
-        return names
-
-    return running
-
-
-def test_the_code_of_the_page_on_anomalies_runs(run):
-    names = run("anomalies.md")
+def test_the_code_of_the_page_on_anomalies_runs(run_page):
+    names = run_page("docs/anomalies.md")
     assert (names["again"].quarantined, names["again"].anomalies[0].kind) == (True, "duplicate")
     assert len(names["hub"]) == 2
 
 
-def test_the_code_of_the_page_on_adding_runs(run):
-    names = run("adding.md")
+def test_the_code_of_the_page_on_adding_runs(run_page):
+    names = run_page("docs/adding.md")
     assert names["report"].counts() == {"added": 33}
     assert len(names["hub"]) == 33
 

@@ -32,33 +32,23 @@ def test_every_registered_name_is_in_the_docs():
     assert missing == []
 
 
-@pytest.mark.parametrize("code", blocks(ROOT / "docs" / "registries.md", "python"))
-def test_the_code_of_the_page_of_registered_names_runs(code):
-    exec(compile(code, "docs/registries.md", "exec"), {})
+def test_the_code_of_the_page_of_registered_names_runs(run_page):
+    run_page("docs/registries.md")
 
 
-@pytest.mark.parametrize("code", blocks(ROOT / "docs" / "merging.md", "python"))
-def test_the_code_of_the_page_on_merging_runs(code, tmp_path, monkeypatch):
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    exec(compile(code, "docs/merging.md", "exec"), names)
+def test_the_code_of_the_page_on_merging_runs(run_page, tmp_path):
+    names = run_page("docs/merging.md")
     assert (names["row"].rank_in, names["row"].rank_out) == (16, 8)
     assert (tmp_path / "merged" / "adapter_config.json").exists()
 
 
-@pytest.mark.parametrize("code", blocks(ROOT / "docs" / "stores.md", "python"))
-def test_the_code_of_the_page_on_stores_runs(code, here, capsys):
-    exec(compile(code, "docs/stores.md", "exec"), {})
+def test_the_code_of_the_page_on_stores_runs(run_page, here, capsys):
+    run_page("docs/stores.md")
     assert capsys.readouterr().out == "Hub('adapters')\n0\n"
 
 
-@pytest.mark.parametrize("code", blocks(ROOT / "docs" / "identity.md", "python"))
-def test_the_code_of_the_page_on_identity_runs(code, tmp_path, monkeypatch):
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    exec(compile(code, "docs/identity.md", "exec"), names)
+def test_the_code_of_the_page_on_identity_runs(run_page, tmp_path):
+    names = run_page("docs/identity.md")
     history = names["hub"].history("antonym")
     assert [record.version for record in history] == [1, 2, 3]
     assert history[0].hash == history[2].hash == names["first"].hash
@@ -71,24 +61,20 @@ def test_the_page_on_continual_training_names_every_way():
     assert [name for name in registry.names("continual") if f"| `{name}` |" not in page] == []
 
 
-@pytest.mark.parametrize("code", blocks(ROOT / "docs" / "compile.md", "python"))
-def test_the_code_of_the_page_on_torch_compile_runs(code):
-    exec(compile(code, "docs/compile.md", "exec"), {})
+def test_the_code_of_the_page_on_torch_compile_runs(run_page):
+    run_page("docs/compile.md")
 
 
-@pytest.mark.parametrize("code", blocks(ROOT / "docs" / "mixing.md", "python"))
-def test_the_code_of_the_page_on_live_mixtures_runs(code):
-    exec(compile(code, "docs/mixing.md", "exec"), {})
+def test_the_code_of_the_page_on_live_mixtures_runs(run_page):
+    run_page("docs/mixing.md")
 
 
-@pytest.mark.parametrize("code", blocks(ROOT / "docs" / "models.md", "python"))
-def test_the_code_of_the_page_on_models_runs(code):
-    exec(compile(code, "docs/models.md", "exec"), {})
+def test_the_code_of_the_page_on_models_runs(run_page):
+    run_page("docs/models.md")
 
 
-@pytest.mark.parametrize("code", blocks(ROOT / "docs" / "pools.md", "python"))
-def test_the_code_of_the_page_on_pools_runs(code, capsys):
-    exec(compile(code, "docs/pools.md", "exec"), {})
+def test_the_code_of_the_page_on_pools_runs(run_page, capsys):
+    run_page("docs/pools.md")
     assert capsys.readouterr().out.startswith("hits ")
 
 

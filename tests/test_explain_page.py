@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import pytest
-
-ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "explain.md"
 
 
 @pytest.mark.slow
-def test_the_code_of_the_page_runs_and_says_what_the_page_says(tmp_path, monkeypatch):
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    for code in blocks:
-        exec(compile(code, "docs/explain.md", "exec"), names)
+def test_the_code_of_the_page_runs_and_says_what_the_page_says(run_page, tmp_path):
+    names = run_page("docs/explain.md")
     explanation = names["explanation"]
     assert explanation.w_TLE.shape == (21, 60, 20)
     assert (tmp_path / "weights.png").read_bytes()[:4] == b"\x89PNG"

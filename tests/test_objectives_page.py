@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 
 import pytest
@@ -15,12 +14,8 @@ PAGE = (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
-def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
-    monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-    names = {}
-    exec(compile(code, "docs/objectives.md", "exec"), names)
+def test_the_code_of_the_page_runs(run_page):
+    names = run_page("docs/objectives.md")
     ((first,), (second,)) = names["alone"]
     # the folds' terms are those of the whole
     assert (2 * first + second) / 3 == pytest.approx(names["losses"][0], rel=1e-4)

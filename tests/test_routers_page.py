@@ -14,12 +14,8 @@ PAGE = ROOT / "docs" / "routers.md"
 
 
 @pytest.mark.slow
-def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    for code in re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
-        exec(compile(code, "docs/routers.md", "exec"), names)
+def test_the_code_of_the_page_runs(run_page, tmp_path):
+    names = run_page("docs/routers.md")
     assert names["arrow"].experts == names["engine"].pool.names == (*names["names"][:1], *names["names"][2:], "antonym")
     composition = names["composition"]
     assert composition.report.chosen == "spectr"

@@ -10,11 +10,9 @@ from loraweave import registry
 PAGE = (Path(__file__).parents[1] / "docs" / "row_experts.md").read_text(encoding="utf-8")
 
 
-def test_its_code_runs():
-    (code,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-    names = {}
+def test_its_code_runs(run_page):
     with torch.random.fork_rng():
-        exec(compile(code, "docs/row_experts.md", "exec"), names)
+        names = run_page("docs/row_experts.md")
     assert names["answer"].shape == (1, 4)
     assert names["model"].tasks == ("law", "games", "health")
     assert names["law"].rank == 4

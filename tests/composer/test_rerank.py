@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -159,13 +157,10 @@ def test_an_adapter_with_a_trained_head_is_refused_by_name(tiny_llama, tokenizer
         lw.rerank(tiny_llama, tokenizer, headed, EXAMPLES, candidates_for(["headed"]))
 
 
-def test_the_code_of_the_page_runs(tiny_llama, tokenizer, pool, tmp_path):
-    page = (Path(__file__).parents[2] / "docs" / "reranking.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+def test_the_code_of_the_page_runs(tiny_llama, tokenizer, pool, tmp_path, run_page):
     with lw.Hub(tmp_path / "hub") as hub:
         for adapter in pool.adapters.values():
             hub.add(adapter, description=f"does {adapter.name}")
-        names = {"model": tiny_llama, "tokenizer": tokenizer, "hub": hub}
-        exec(compile(code, "docs/reranking.md", "exec"), names)
+        names = run_page("docs/reranking.md", model=tiny_llama, tokenizer=tokenizer, hub=hub)
     assert {c.name for c in names["exact"]} == {"a", "b", "c"}
     assert names["exact"][0].evidence.count("loss ") == 2

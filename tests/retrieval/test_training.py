@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -129,18 +127,14 @@ def test_what_is_saved_says_how_it_was_made(tiny, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([*MODEL_FILES, ENCODER_FILE])
 
 
-def test_the_code_of_the_page_runs(tiny, tmp_path, monkeypatch):
-    page = (Path(__file__).parents[2] / "docs" / "encoder.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+def test_the_code_of_the_page_runs(tiny, monkeypatch, run_page):
     # the page begins with the default encoder, which takes minutes
     monkeypatch.setattr(training, "Sentence", lambda folder=None: Sentence(folder=folder or tiny))
-    monkeypatch.chdir(tmp_path)
     with lw.Hub("hub") as hub:
         for number, (name, texts) in enumerate(INPUTS.items(), start=1):
             layers = {"q_proj": Factors(torch.full((1, 3), float(number)), torch.ones(2, 1))}
             hub.add(lw.Adapter(name, "tiny", layers), examples=texts)
-        names = {"hub": hub}
-        exec(compile(code, "docs/encoder.md", "exec"), names)
+        names = run_page("docs/encoder.md", hub=hub)
         hit = names["retriever"].candidates("1 2 3", k=1)[0]
     assert (hit.name, hit.evidence) == ("count", "sample input '1 2 3' (1.00)")
 
