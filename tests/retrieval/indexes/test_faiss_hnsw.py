@@ -3,15 +3,8 @@ import pytest
 
 from loraweave.retrieval.indexes import faiss_hnsw
 from loraweave.retrieval.indexes.faiss_hnsw import FaissHnsw
-from loraweave.retrieval.indexes.flat import Flat
 
 pytest.importorskip("faiss")
-
-
-def clustered(count, dim=24, seed=0):
-    rng = np.random.default_rng(seed)
-    rows = rng.normal(size=(60, dim))[rng.integers(60, size=count)] + 0.4 * rng.normal(size=(count, dim))
-    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
 @pytest.fixture
@@ -25,16 +18,8 @@ def made(vectors):
     return index
 
 
-def recall(index, vectors, query, k=10, **mask):
-    flat = Flat(vectors.shape[1])
-    flat.add(vectors)
-    found, want = index.search(query, k, **mask), flat.search(query, k, **mask)
-    assert found[0].shape == want[0].shape
-    return np.mean([len(np.intersect1d(a, b)) for a, b in zip(found[1], want[1], strict=True)]) / k
-
-
 @pytest.mark.usefixtures("linked")
-def test_nearly_all_of_the_ten_best_are_found_also_among_those_added_later():
+def test_nearly_all_of_the_ten_best_are_found_also_among_those_added_later(clustered, recall):
     vectors, query = clustered(3000), clustered(50, seed=1)
     index = made(vectors[:2000])
     index.add(vectors[2000:])
@@ -43,7 +28,7 @@ def test_nearly_all_of_the_ten_best_are_found_also_among_those_added_later():
 
 
 @pytest.mark.usefixtures("linked")
-def test_a_saved_graph_is_walked_as_the_one_it_was_made_of():
+def test_a_saved_graph_is_walked_as_the_one_it_was_made_of(clustered):
     vectors, query = clustered(2000), clustered(20, seed=1)
     index = made(vectors)
     loaded = FaissHnsw.from_arrays(24, {key: array.copy() for key, array in index.arrays().items()})
@@ -53,7 +38,7 @@ def test_a_saved_graph_is_walked_as_the_one_it_was_made_of():
 
 @pytest.mark.usefixtures("linked")
 @pytest.mark.parametrize("k", [10, 400, 600, 9999])
-def test_as_many_are_found_as_asked_for_or_there_are(k):
+def test_as_many_are_found_as_asked_for_or_there_are(k, clustered):
     vectors = clustered(1200)
     positions = made(vectors).search(vectors[:2], k)[1]
     assert positions.shape == (2, min(k, 1200))
@@ -62,7 +47,7 @@ def test_as_many_are_found_as_asked_for_or_there_are(k):
 
 @pytest.mark.usefixtures("linked")
 @pytest.mark.parametrize("share", [0.5, 0.1, 0.002])
-def test_a_mask_leaves_only_what_it_allows_and_most_of_that_is_found(share):
+def test_a_mask_leaves_only_what_it_allows_and_most_of_that_is_found(share, clustered, recall):
     vectors, query = clustered(3000), clustered(20, seed=1)
     mask = np.random.default_rng(0).random(3000) < share
     index = made(vectors)
@@ -85,7 +70,7 @@ def test_a_mask_leaves_only_what_it_allows_and_most_of_that_is_found(share):
         ("effort", 0, 10**6),
     ],
 )
-def test_a_saved_graph_that_leads_outside_is_refused(name, place, value):
+def test_a_saved_graph_that_leads_outside_is_refused(name, place, value, clustered):
     arrays = {key: array.copy() for key, array in made(clustered(2000)).arrays().items()}
     arrays[name][place] = value
     with pytest.raises(ValueError, match="of the saved index"):
@@ -93,7 +78,7 @@ def test_a_saved_graph_that_leads_outside_is_refused(name, place, value):
 
 
 @pytest.mark.usefixtures("linked")
-def test_a_link_into_a_layer_that_the_row_does_not_have_is_refused():
+def test_a_link_into_a_layer_that_the_row_does_not_have_is_refused(clustered):
     arrays = {key: array.copy() for key, array in made(clustered(2000)).arrays().items()}
     high = int(np.argmax(arrays["levels"] > 1))
     begin = int(((arrays["levels"][:high] + 1) * faiss_hnsw.NUM_LINKS).sum()) + 2 * faiss_hnsw.NUM_LINKS

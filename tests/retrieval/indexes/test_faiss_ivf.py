@@ -3,15 +3,8 @@ import pytest
 
 from loraweave.retrieval.indexes import faiss_ivf
 from loraweave.retrieval.indexes.faiss_ivf import FaissIvf
-from loraweave.retrieval.indexes.flat import Flat
 
 pytest.importorskip("faiss")
-
-
-def clustered(count, dim=24, seed=0):
-    rng = np.random.default_rng(seed)
-    rows = rng.normal(size=(60, dim))[rng.integers(60, size=count)] + 0.4 * rng.normal(size=(count, dim))
-    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
 @pytest.fixture
@@ -25,16 +18,8 @@ def made(vectors):
     return index
 
 
-def recall(index, vectors, query, k=10, **mask):
-    flat = Flat(vectors.shape[1])
-    flat.add(vectors)
-    found, want = index.search(query, k, **mask), flat.search(query, k, **mask)
-    assert found[0].shape == want[0].shape
-    return np.mean([len(np.intersect1d(a, b)) for a, b in zip(found[1], want[1], strict=True)]) / k
-
-
 @pytest.mark.usefixtures("lists")
-def test_nine_of_the_ten_best_are_found_and_scored_as_the_reference_does():
+def test_nine_of_the_ten_best_are_found_and_scored_as_the_reference_does(clustered, recall):
     vectors, query = clustered(4000), clustered(50, seed=1)
     index = made(vectors)
     assert set(index.arrays()) == {"vectors", "centres", "starts", "rows", "codes", "share"}
@@ -45,7 +30,7 @@ def test_nine_of_the_ten_best_are_found_and_scored_as_the_reference_does():
 
 
 @pytest.mark.usefixtures("lists")
-def test_vectors_added_later_are_found_before_and_after_the_lists_are_made_anew():
+def test_vectors_added_later_are_found_before_and_after_the_lists_are_made_anew(clustered):
     vectors, more = clustered(1000), clustered(700, seed=2)
     index = made(vectors)
     for end in (100, 700):
@@ -57,7 +42,7 @@ def test_vectors_added_later_are_found_before_and_after_the_lists_are_made_anew(
 
 @pytest.mark.usefixtures("lists")
 @pytest.mark.parametrize("k", [10, 600, 4000, 9999])
-def test_as_many_are_found_as_asked_for_or_there_are(k):
+def test_as_many_are_found_as_asked_for_or_there_are(k, clustered):
     vectors = clustered(4000)
     positions = made(vectors).search(vectors[:2], k)[1]
     assert positions.shape == (2, min(k, 4000))
@@ -66,7 +51,7 @@ def test_as_many_are_found_as_asked_for_or_there_are(k):
 
 @pytest.mark.usefixtures("lists")
 @pytest.mark.parametrize("share", [0.5, 0.1, 0.002])
-def test_a_mask_leaves_only_what_it_allows_and_most_of_that_is_found(share):
+def test_a_mask_leaves_only_what_it_allows_and_most_of_that_is_found(share, clustered, recall):
     vectors, query = clustered(4000), clustered(20, seed=1)
     mask = np.random.default_rng(0).random(4000) < share
     index = made(vectors)
@@ -75,7 +60,7 @@ def test_a_mask_leaves_only_what_it_allows_and_most_of_that_is_found(share):
 
 
 @pytest.mark.usefixtures("lists")
-def test_the_same_vectors_make_the_same_lists():
+def test_the_same_vectors_make_the_same_lists(clustered):
     vectors = clustered(1500)
     first, second = made(vectors).arrays(), made(vectors.copy()).arrays()
     assert all(np.array_equal(first[key], second[key]) for key in first)
@@ -93,7 +78,7 @@ def test_the_same_vectors_make_the_same_lists():
         ("share", (0, 0.0)),
     ],
 )
-def test_saved_lists_that_reach_outside_the_vectors_are_refused(name, change):
+def test_saved_lists_that_reach_outside_the_vectors_are_refused(name, change, clustered):
     arrays = {key: array.copy() for key, array in made(clustered(1500)).arrays().items()}
     assert len(FaissIvf.from_arrays(24, arrays)) == 1500
     arrays[name][change[0]] = change[1]
@@ -102,13 +87,13 @@ def test_saved_lists_that_reach_outside_the_vectors_are_refused(name, change):
 
 
 @pytest.mark.usefixtures("lists")
-def test_equal_vectors_by_the_hundred_are_searched():
+def test_equal_vectors_by_the_hundred_are_searched(clustered):
     vectors = np.repeat(clustered(3), 400, axis=0)
     assert made(vectors).search(vectors[:1], 3)[0].tolist() == [[1.0, 1.0, 1.0]]
 
 
 @pytest.mark.usefixtures("lists")
-def test_as_many_lists_are_looked_into_as_the_vectors_take():
+def test_as_many_lists_are_looked_into_as_the_vectors_take(clustered, recall):
     rng = np.random.default_rng(0)
     smooth = rng.normal(size=(3000, 24)).astype(np.float32)
     smooth /= np.linalg.norm(smooth, axis=1, keepdims=True)
