@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraweave.composer.router_training.best import Best, copied, put
 from loraweave.composer.router_training.kept_state import KeptState
 from loraweave.composer.router_training.settings import TrainingSettings
+from loraweave.composer.training.best import Best, copied, put
 from loraweave.errors import TrainingError
 from loraweave.routers.routing.training_report import TrainingReport
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from loraweave.composer.batches import EncodedRow
+from loraweave.composer.training.best import Best, put
 from loraweave.composer.training.descent import Descent
 from loraweave.composer.training.flat_parameters import FlatParameters
 from loraweave.composer.training.planned_job import PlannedJob
@@ -27,7 +28,7 @@ class JobProgress:
         self.losses: list[float] = []
         self.held_out: list[tuple[int, float]] = []
         self.num_tokens = 0
-        self._best: list[Tensor] | None = None
+        self._best = Best()
         self._flat = FlatParameters(self.job.parameters())
         # on a GPU the fused one wants its count of steps there
         is_on_cpu = all(vector.device.type == "cpu" for vector in self._flat.vectors)
@@ -53,33 +54,26 @@ class JobProgress:
             return False
         return self.step % plan.every == 0 or self.step == self.planned.pace.steps
 
-    @torch.no_grad()
     def evaluated(self, loss: float) -> None:
         """Takes note of the held-out loss at this step, and of the parameters where none was lower after an earlier one."""
         self.held_out.append((self.step, loss))
-        if self.step and self._since_best() == 0:
-            self._best = [vector.detach().clone() for vector in self._flat.vectors]
+        if self.step:
+            self._best.judge(loss, self._flat.vectors)
 
     @property
     def stopped(self) -> str | None:
         """Why it ends here; None while it goes on."""
         patience = None if self.planned.held_out is None else self.planned.held_out.patience
-        if patience is not None and self._since_best() >= patience:
+        if patience is not None and self._best.waited >= patience:
             return f"no lower held-out loss in {patience} evaluations"
         return ALL_STEPS if self.step >= self.planned.pace.steps else None
 
-    def _since_best(self) -> int:
-        losses = [loss for step, loss in self.held_out if step]
-        return len(losses) - 1 - losses.index(min(losses)) if losses else 0
-
-    @torch.no_grad()
     def finish(self) -> JobReport:
         """What it did; the job has the best of its evaluated parameters from here on."""
         best_step = self.step
-        if self._best is not None:
-            for vector, best in zip(self._flat.vectors, self._best, strict=True):
-                vector.copy_(best)
-            best_step = min((point for point in self.held_out if point[0]), key=lambda point: point[1])[0]
+        if self._best.values:
+            put(self._best.values, self._flat.vectors)
+            best_step = next(step for step, loss in self.held_out if step and loss == self._best.loss)
         return JobReport(
             steps=self.step,
             best_step=best_step,
@@ -93,7 +87,7 @@ class JobProgress:
         """All that `restore` needs to go on from here to the same bits."""
         # before its first step an optimiser has no moments
         begun = TrainingState.of(self.step, self._flat.vectors, self._descent.optimizer).tensors if self.step else {}
-        best = {f"best.{index}": tensor for index, tensor in enumerate(self._best or [])}
+        best = {f"best.{index}": tensor for index, tensor in enumerate(self._best.values)}
         points = torch.tensor([list(point) for point in self.held_out], dtype=torch.float64).view(-1, 2)
         losses = torch.tensor(self.losses, dtype=torch.float64)
         counts = {"step": torch.tensor([self.step]), "num_tokens": torch.tensor([self.num_tokens])}
@@ -107,5 +101,5 @@ class JobProgress:
         vectors = self._flat.vectors
         if self.step:
             TrainingState(self.step, dict(state)).restore(vectors, self._descent.optimizer)
-        if "best.0" in state:
-            self._best = [state[f"best.{index}"].to(vector.device) for index, vector in enumerate(vectors)]
+        values = [state[f"best.{index}"].to(vector.device) for index, vector in enumerate(vectors) if "best.0" in state]
+        self._best = Best.again([loss for step, loss in self.held_out if step], values)
