@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -173,7 +173,8 @@ class ExpertModel(nn.Module):
 
     def with_experts(self, name: str, module: nn.Module, args: tuple[Any, ...], y: Tensor, call: Call) -> Tensor:
         """The output of a site whose module gave y for `args` in this call."""
-        found: Tensor = self.layers[key_of(name)](module, args, y, self._weighing(name, call))
+        layer: Any = self.layers[key_of(name)]
+        found: Tensor = layer(module, args, y, self._weighing(self.sites[name], layer, call))
         return found
 
     def before_part(self, name: str, part: int, args: tuple[Any, ...], running: Running) -> tuple[Any, ...]:
@@ -181,7 +182,8 @@ class ExpertModel(nn.Module):
         layer: Any = self.layers[key_of(name)]
         seen = running.within.setdefault(name, {})
         module = self.base_model.get_submodule(name)
-        found: tuple[Any, ...] = layer.before(part, module, args, self._weighing(name, running.call), seen)
+        weigh = self._weighing(self.sites[name], layer, running.call)
+        found: tuple[Any, ...] = layer.before(part, module, args, weigh, seen)
         return found
 
     def after_part(self, name: str, part: int, args: tuple[Any, ...], y: Tensor, running: Running) -> Tensor:
@@ -346,8 +348,7 @@ class ExpertModel(nn.Module):
                 module.eval()
         return self
 
-    def _weighing(self, name: str, call: Call) -> Weigh:
-        site, layer = self.sites[name], cast(Any, self.layers[key_of(name)])
+    def _weighing(self, site: Site, layer: Any, call: Call) -> Weigh:
         return partial(self._weigh, site, layer.shape.num_experts, self.gate_of(site), call)
 
     def _weigh(self, site: Site, num_experts: int, gate: Gate | None, call: Call, x_BTI: Tensor) -> Tensor:

@@ -191,10 +191,13 @@ def choosing_pays(work: TokenWorkload, *, learns: bool) -> bool:
     return chosen < CLEARLY * rates.seconds(Cost(products * work.num_tokens * work.stacked * width, 0, 0))
 
 
-def gathering_pays(work: TokenWorkload) -> bool:
-    """Whether, on a CPU, one token with the factors of its own experts, copied, takes less time than with those of all."""
-    rates, width = RATES["cpu", work.itemsize], work.num_inputs + work.num_outputs
-    chosen = work.stacked * work.chosen / work.num_experts
-    # a copy is read and written, and read again
-    saved = work.itemsize * width * (work.stacked - 3 * chosen)
-    return saved * rates.s_per_byte > S_PER_OP * 8
+# of a token's factors, which come from memory: between two layers of the same kind the caches have seen a whole block
+S_PER_COLD_BYTE = 1e-10
+
+
+def skipping_pays(most: int, num_experts: int, num_bytes: int) -> bool:
+    """Whether, on a CPU, a call for each of one token's own experts takes less time than to read the factors of all, of so
+    many bytes, in one."""
+    # two products and their parts of the factors, against two products, and the weights of all rank rows
+    extra_calls = 5 * most - 7
+    return num_bytes * (1 - most / num_experts) * S_PER_COLD_BYTE > extra_calls * S_PER_OP

@@ -23,7 +23,7 @@ def top_k_softmax(scores_BTE: Tensor, top_k: int | None = None, temperature: flo
     if top_k is None or top_k >= scores_BTE.shape[-1]:
         return scores_BTE.softmax(dim=-1)
     best = scores_BTE.topk(top_k, dim=-1)
-    return torch.zeros_like(scores_BTE).scatter(-1, best.indices, best.values.softmax(dim=-1))
+    return torch.zeros_like(scores_BTE).scatter_(-1, best.indices, best.values.softmax(dim=-1))
 
 
 def without(scores_BTE: Tensor, present: Sequence[int], filling: float = -math.inf) -> Tensor:

@@ -1,5 +1,7 @@
 """Which way a sum of experts' updates takes, and that all ways make the same."""
 
+import math
+
 import pytest
 import torch
 
@@ -40,14 +42,27 @@ def sorted_calls(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("gathers", [True, False])
+@pytest.mark.parametrize("skips", [True, False])
 @pytest.mark.parametrize("num_tokens", [1, 5])
-def test_without_gradients_it_equals_the_formula(num_tokens, gathers, monkeypatch):
-    monkeypatch.setattr(_added_experts, "gathering_pays", lambda work: gathers)
+def test_without_gradients_it_equals_the_formula(num_tokens, skips, monkeypatch):
+    monkeypatch.setattr(_added_experts, "skipping_pays", lambda *args: skips)
     values = example(num_tokens)
     torch.testing.assert_close(added(values), by_formula(*values))
     y = torch.ones(num_tokens, 6, dtype=torch.float64)
     torch.testing.assert_close(added(values, y), 1 + by_formula(*values))
+
+
+def test_one_token_reads_no_factors_of_an_expert_without_weight(monkeypatch):
+    monkeypatch.setattr(_added_experts, "skipping_pays", lambda *args: True)
+    x_NI, w_NE, a_SI, b_SO = example(1)
+    expected = 1 + by_formula(x_NI, w_NE, a_SI, b_SO)
+    without_S = w_NE[0, OWNER_S] == 0
+    a_SI[without_S], b_SO[without_S] = math.nan, math.nan
+    # as a layer gives it, with an axis for rows
+    y = torch.ones(1, 1, 6, dtype=torch.float64)
+    made = added((x_NI, w_NE, a_SI, b_SO), y)
+    assert made is y
+    torch.testing.assert_close(made[0], expected)
 
 
 def test_sorted_tokens_have_the_values_and_gradients_of_the_formula(sorted_calls):
