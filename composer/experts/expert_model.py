@@ -228,10 +228,18 @@ class ExpertModel(nn.Module):
         settings out of range, for parameters without a gradient, and for a loss or gradient that is not finite: the model
         then has the last good parameters.
         """
-        if not self._handles:
-            raise TrainingError("the expert model is closed, and its experts are in no call: make it anew, and load() it")
+        self.require_trainable()
         fit(self, dataset, self.tokenizer if tokenizer is None else tokenizer, settings)
         return self
+
+    def require_trainable(self) -> None:
+        """Raises TrainingError for a closed model, and for one of which nothing learns."""
+        if not self._handles:
+            raise TrainingError("the expert model is closed, and its experts are in no call: make it anew, and load() it")
+        if not any(parameter.requires_grad for parameter in self.expert_parameters().values()):
+            raise TrainingError(
+                f"no parameter of recipe {self.recipe.name!r} requires a gradient, so there is nothing to fit"
+            )
 
     @property
     def training_report(self) -> TrainingReport:
@@ -256,7 +264,7 @@ class ExpertModel(nn.Module):
     def save_pretrained(self, folder: str | Path) -> Path:
         """Writes experts, gates, recipe and report as a folder, whole or not at all, that `lw.experts(folder, base)` reads.
 
-        Raises WeightingError for a folder that holds something else, and for what is no path.
+        Raises WeightingError for a folder that holds something else or cannot be written, and for what is no path.
         """
         return write_experts(self, folder)
 

@@ -29,6 +29,11 @@ def fit(model: ExpertModel, dataset: Any, tokenizer: Any, given: Mapping[str, An
     from loraweave.composer.experts.trainer import ExpertTrainer
 
     settings = ExpertSettings.of(model.recipe, given)
+    if (asked := getattr(model.base_model, "main_input_name", "input_ids")) != "input_ids":
+        raise TrainingError(
+            f"fit() reads texts and token ids, and {type(model.base_model).__name__} takes {asked}: train in a loop of your "
+            "own, in which a call with labels has the terms in its loss"
+        )
     owners = owners_of(model)
     rows = RowReader(owners, model.base_model, tokenizer).read(dataset)
     held = []
@@ -39,8 +44,6 @@ def fit(model: ExpertModel, dataset: Any, tokenizer: Any, given: Mapping[str, An
     if tuple(owners.places) != before:
         model.take_tasks(tuple(owners.places))
     learning = [name for name, parameter in model.expert_parameters().items() if parameter.requires_grad]
-    if not learning:
-        raise TrainingError(f"no parameter of recipe {model.recipe.name!r} requires a gradient, so there is nothing to fit")
     begun = "" if settings.checkpoint is None else began(model)
     kept = KeptState.of(model.recipe.name, [*determining(model, learning), begun], settings, rows, held)
     course = Course(model, settings, rows, held, kept)

@@ -112,8 +112,8 @@ class SavedExperts:
 def write_experts(model: ExpertModel, given: str | Path) -> Path:
     """Writes the folder whole or not at all.
 
-    Raises WeightingError for what is no path, for a folder that holds something else, and for options that JSON has no form
-    for.
+    Raises WeightingError for what is no path, for a folder that holds something else or cannot be written, and for options
+    that JSON has no form for.
     """
     if not isinstance(given, str | Path):
         raise WeightingError(f"{given!r:.60} is no folder to save an expert model in: give a path, as 'trained'")
@@ -135,9 +135,12 @@ def write_experts(model: ExpertModel, given: str | Path) -> Path:
         "versions": {package: version(package) for package in PACKAGES},
     }
     text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False)
-    with replacing(folder) as new:
-        (new / TENSORS).write_bytes(raw)
-        (new / FILE).write_text(text, encoding="utf-8")
+    try:
+        with replacing(folder) as new:
+            (new / TENSORS).write_bytes(raw)
+            (new / FILE).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise WeightingError(f"{folder} cannot be written ({error}): name another folder, or make room") from error
     return folder
 
 

@@ -64,8 +64,11 @@ def owners_of(model: ExpertModel) -> Owners:
     name, tasks = model.recipe.name, model.tasks
 
     def unknown(task: object) -> UnknownName:
-        close = nearest(task, tasks) if isinstance(task, str) else ""
-        return UnknownName(f"recipe {name!r} has no task {task!r}{close}; it has {', '.join(map(repr, tasks))}")
+        if not isinstance(task, str):
+            return UnknownName(f"recipe {name!r} has no task {task!r}: tasks are told by their names, which are texts")
+        known = ", ".join(map(repr, tasks)) or "none yet, but those that the rows it was trained on have named"
+        return UnknownName(f"recipe {name!r} has no task {task!r}{nearest(task, tasks)}; it has {known}")
 
-    places = {task: place for place, task in enumerate(tasks)}
-    return Owners(places, f"recipe {name!r}", "task", model.recipe.needs_tasks, unknown, grows=not tasks)
+    recipe, places = model.recipe, {task: place for place, task in enumerate(tasks)}
+    learner = f"recipe {name!r}"
+    return Owners(places, learner, "task", recipe.needs_tasks, unknown, grows=not tasks, heeded=recipe.heeds_tasks)

@@ -15,7 +15,7 @@ from loraweave.composer.router_training.passes import NO_TOKENIZER
 from loraweave.composer.training.caller_randomness import caller_randomness
 from loraweave.composer.training.held_out import Judging
 from loraweave.composer.training.pace import WARMUP_STEPS, Pace
-from loraweave.composer.training.training_recipe import require_steps
+from loraweave.composer.training.training_recipe import require_memory, require_steps, require_texts
 from loraweave.composer.training.training_report import TrainingReport
 from loraweave.composer.untouched import untouched
 from loraweave.errors import BudgetExceeded, TrainingError, UnknownName, WeightingError
@@ -55,6 +55,8 @@ def train_experts(
     """
     pace = Pace(steps, lr, batch_size, seed, warmup)
     require_steps(pace, jobs_per_batch)
+    require_memory(memory_bytes)
+    _require_jobs(jobs)
     models = {name: made for name, (made, _) in jobs.items()}
     _require_apart(model, models)
     readers = {name: JobRows(name, made, tokenizer) for name, made in models.items()}
@@ -100,9 +102,18 @@ def _in_their_modes(models: Iterable[ExpertModel]) -> Iterator[None]:
             module.training = mode
 
 
-def _require_apart(model: Any, models: Mapping[str, ExpertModel]) -> None:
-    if not models:
+def _require_jobs(jobs: Any) -> None:
+    if not isinstance(jobs, Mapping) or not jobs:
         raise TrainingError("no expert models to train: pass a mapping of names to (model, examples)")
+    require_texts("job", jobs)
+    for name, job in jobs.items():
+        if not isinstance(job, tuple | list) or len(job) != 2 or not isinstance(job[0], ExpertModel):
+            raise TrainingError(
+                f"job {name!r} is no pair (model, examples) whose model lw.experts has made, but a {type(job).__name__}"
+            )
+
+
+def _require_apart(model: Any, models: Mapping[str, ExpertModel]) -> None:
     seen: dict[int, str] = {}
     for name, made in models.items():
         if made.base_model is not model:
@@ -112,4 +123,5 @@ def _require_apart(model: Any, models: Mapping[str, ExpertModel]) -> None:
         if id(made) in seen:
             raise TrainingError(f"jobs {seen[id(made)]!r} and {name!r} are one expert model: make one for each")
         seen[id(made)] = name
+        made.require_trainable()
         require_shareable(name, made)

@@ -24,7 +24,8 @@ class Owners:
     """Whose task rows may be: the experts of a router's pool, or the tasks of a recipe of trained experts, by their places.
 
     `learner` is who asks, for messages, and `key` what a row has its owner under. With `needed` every row has to have one.
-    With `grows` a name that is not known yet gets the next place.
+    With `grows` a name that is not known yet gets the next place. Parts of the data by names that are no owner's are of no
+    owner, unless `heeded` refuses them.
     """
 
     places: dict[str, int]
@@ -33,6 +34,7 @@ class Owners:
     needed: bool
     unknown: Callable[[object], Exception]
     grows: bool = False
+    heeded: bool = False
 
     @classmethod
     def of(cls, router: LearnedRouter) -> Self:
@@ -199,7 +201,7 @@ class RowReader:
 
     def _place(self, name: Any, where: str) -> int:
         """An owner's place; where the learner does not ask for owners, other names are those of tasks."""
-        if self._owners.needed or self._owners.grows:
+        if self._owners.needed or self._owners.grows or self._owners.heeded:
             return self._owners.known(name, where)
         return self._owners.places.get(name, UNKNOWN)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ class HeldOut:
 class Judging:
     """What is asked for: a share of each task's examples, or examples of tasks by name, and when they are evaluated."""
 
-    held_out: float | Mapping[str, Sequence[tuple[str, str]]] | None
+    held_out: float | Mapping[str, Any] | None
     every: int
     patience: int | None
 
@@ -54,7 +54,12 @@ class Judging:
                 raise UnknownName(f"held_out has rows of {unknown[0]!r}, which is no task; there are {', '.join(counts)}")
             if empty := [name for name, examples in self.held_out.items() if not examples]:
                 raise TrainingError(f"held_out has no rows of task {empty[0]!r}; leave it out, or give it some")
-        elif isinstance(self.held_out, bool) or not 0 < self.held_out < 1:
+            for name, examples in self.held_out.items():
+                if isinstance(examples, str) or not isinstance(examples, Task | Iterable):
+                    raise TrainingError(
+                        f"held_out of task {name!r} is {examples!r:.60}; pass pairs of texts (input, target)"
+                    )
+        elif not _is_share(self.held_out):
             raise TrainingError(f"held_out is {self.held_out!r}; it must be a share above 0 and below 1, or rows by task")
         elif alone := [name for name, count in counts.items() if count < 2]:
             raise TrainingError(
@@ -76,6 +81,10 @@ class Judging:
             both = {name: _split(name, own, self.held_out, seed) for name, own in rows.items()}
             rows, judged = ({name: pair[part] for name, pair in both.items()} for part in (0, 1))
         return rows, {name: HeldOut(own, self.every, self.patience) for name, own in judged.items()}
+
+
+def _is_share(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, int | float) and 0 < value < 1
 
 
 def encoded_task(model: Any, tokenizer: Any, task: Task) -> list[EncodedRow]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,14 @@ from loraweave.composer.training.held_out import Judging, encoded_task
 from loraweave.composer.training.job_training import JobTraining
 from loraweave.composer.training.pace import WARMUP_STEPS
 from loraweave.composer.training.starts import require_startable
-from loraweave.composer.training.training_recipe import Recipe, require_trainable
+from loraweave.composer.training.training_recipe import Recipe, require_memory, require_trainable
 from loraweave.composer.training.training_report import TrainedAdapters
 from loraweave.composer.untouched import untouched
 from loraweave.errors import TrainingError, UnknownName
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.fingerprint import fingerprint
 from loraweave.hub.progress import progress_bar
-from loraweave.hub.whole_number import is_whole
+from loraweave.hub.whole_number import require_whole
 from loraweave.retrieval.training_state import checkpoint_folder
 from loraweave.types import Task
 
@@ -86,14 +86,16 @@ def train_adapters(
     an adapter to start from BaseModelMismatch, LayerMismatch, and AdapterUnsupported where it is more than factors of linear
     layers.
     """
+    if isinstance(target_modules, str) or not isinstance(target_modules, Collection) or not target_modules:
+        raise TrainingError(f"target_modules is {target_modules!r}; it must be a list of endings of module paths")
+    require_whole("rank", rank, 1, TrainingError)
     scale_alpha = 2.0 * rank if alpha is None else alpha
     recipe = Recipe(rank, scale_alpha, steps, lr, batch_size, tuple(target_modules), seed, warmup, linearized)
     require_trainable(recipe, tasks, jobs_per_batch)
     prepared = {name: task if isinstance(task, Task) else Task(list(task)) for name, task in tasks.items()}
     judging = Judging(held_out, evaluate_every, patience)
     judging.require({name: len(task.examples) for name, task in prepared.items()})
-    if memory_bytes is not None and not is_whole(memory_bytes, 1):
-        raise TrainingError(f"memory_bytes is {memory_bytes!r}; it must be None or a whole number of at least 1")
+    require_memory(memory_bytes)
     options = dict(continual_options or {})
     _require_one_way(continual, options, linearized, held_out is not None or memory_bytes is not None)
     if continual is not None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from loraweave.composer.batches import EncodedRow
 from loraweave.composer.training.pace import WARMUP_STEPS, Pace
 from loraweave.errors import TrainingError
-from loraweave.hub.whole_number import require_whole
+from loraweave.hub.whole_number import is_whole, require_whole
 from loraweave.types import Task
 
 
@@ -44,14 +45,17 @@ class Recipe:
 
 def require_trainable(recipe: Recipe, tasks: Mapping[str, Any], jobs_per_batch: int) -> None:
     """TrainingError for settings out of range and for tasks without examples."""
-    if not tasks:
+    if not isinstance(tasks, Mapping) or not tasks:
         raise TrainingError("no tasks to train: pass a mapping of names to examples")
+    require_texts("task", tasks)
     require_steps(recipe.pace, jobs_per_batch)
     require_whole("rank", recipe.rank, 1, TrainingError)
     _require_positive("alpha", recipe.alpha)
     for name, task in tasks.items():
         if not (task.examples if isinstance(task, Task) else task):
             raise TrainingError(f"task {name!r} has no examples")
+        if isinstance(task, str) or not isinstance(task, Task | Iterable):
+            raise TrainingError(f"task {name!r} is {task!r:.60}: pass pairs of texts (input, target), or a Task")
 
 
 def require_steps(pace: Pace, jobs_per_batch: int) -> None:
@@ -62,6 +66,20 @@ def require_steps(pace: Pace, jobs_per_batch: int) -> None:
     _require_positive("lr", pace.lr)
 
 
-def _require_positive(field: str, value: float) -> None:
-    if not value > 0 or not math.isfinite(value):
+def require_memory(memory_bytes: Any) -> None:
+    """TrainingError for what is no number of bytes, nor None."""
+    if memory_bytes is not None and not is_whole(memory_bytes, 1):
+        raise TrainingError(f"memory_bytes is {memory_bytes!r}; it must be None or a whole number of at least 1")
+
+
+def require_texts(what: str, names: Iterable[Any]) -> None:
+    """TrainingError for names that are no texts."""
+    if strange := [name for name in names if not isinstance(name, str)]:
+        raise TrainingError(f"{what} {strange[0]!r} has no text for a name: name it by one")
+
+
+def _require_positive(field: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TrainingError(f"{field} is {value!r}; it must be a number")
+    if not 0 < float(value) < math.inf:
         raise TrainingError(f"{field} is {value!r}; it must be above 0")

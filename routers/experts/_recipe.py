@@ -78,6 +78,8 @@ class Recipe:
     form: ClassVar[str] = "sum_of_experts"
     # whether every row has to have a task
     needs_tasks: ClassVar[bool] = False
+    # whether it looks at the task of a row that has one, though not every row has to have one
+    heeds_tasks: ClassVar[bool] = False
     # whether rows' tasks have branches of their own in the last block of each stage
     branches: ClassVar[bool] = False
     # what gates look at of a convolution's input: all below the "kernel" at each position, its "middle", or "nothing"

@@ -53,6 +53,10 @@ class Loramoe(TokenRecipe):
                 known = ", ".join(map(repr, self.tasks))
                 raise UnknownName(f"knowledge of recipe {self.name!r} names {task!r}{close}; its tasks are {known}")
 
+    @property
+    def heeds_tasks(self) -> bool:  # type: ignore[override]
+        return bool(self.knowledge)
+
     def gate(self, site: Site, num_experts: int) -> TokenGate:
         return TokenGate(site.num_inputs, num_experts)
 

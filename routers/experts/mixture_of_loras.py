@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ class MixtureOfLoras(Recipe):
 
     eta: float = 0.1
     oracle: bool = False
+
+    heeds_tasks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

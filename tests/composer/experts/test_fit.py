@@ -135,6 +135,28 @@ def test_a_row_without_its_task_is_refused_where_the_recipe_looks_at_tasks(model
         made.fit(ROWS, **SETTINGS)
 
 
+HEEDING = [("mixture_of_loras", {}), ("loramoe", {"knowledge": ("facts",)})]
+
+
+@pytest.mark.parametrize(("name", "options"), HEEDING)
+def test_a_name_that_is_no_task_is_refused_where_tasks_count_for_something(model, tokenizer, name, options):
+    made = lw.experts(name, model, tasks=("facts", "games"), **options)
+    with pytest.raises(UnknownName, match=r"dataset\['fact'\]: .* no task 'fact', did you mean 'facts'"):
+        made.fit({"fact": [("a", "b")], "games": [("c", "d")]}, tokenizer, steps=1)
+
+
+def test_a_task_that_is_no_text_is_refused_by_a_recipe_without_tasks(model, tokenizer):
+    made = lw.experts("mola", model, num_experts=(2, 3))
+    with pytest.raises(UnknownName, match="row 1 of dataset: recipe 'mola' has no task 0: tasks are told by their names"):
+        made.fit([{"input": "a", "target": "b", "task": 0}], tokenizer, steps=1)
+
+
+def test_a_model_of_images_is_trained_in_a_loop_of_ones_own(make_model):
+    made = lw.experts("mtlora", make_model("segformer"), tasks=("a", "b"))
+    with pytest.raises(TrainingError, match=r"reads texts and token ids, and SegformerFor.* takes pixel_values"):
+        made.fit([{"input_ids": [3, 4], "labels": [-100, 5], "task": "a"}], steps=1)
+
+
 def test_rows_that_do_not_divide_among_passes_are_refused(model):
     with pytest.raises(TrainingError, match=r"batch_size is 4, which does not divide by 3 passes .* take a multiple of 3"):
         lw.experts("mola", model, **OPTIONS).fit(ROWS, **SETTINGS, gradient_accumulation=3)

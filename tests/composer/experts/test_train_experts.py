@@ -157,8 +157,36 @@ def test_what_cannot_share_a_pass_is_refused_before_the_first_step(base, models,
     for jobs, error, message in cases:
         with pytest.raises(error, match=message):
             train_experts(base, tokenizer, jobs, steps=1, progress=False)
-    with pytest.raises(TrainingError, match="steps is 0"):
-        train_experts(base, tokenizer, {"u": (models["upper"], ROWS["upper"])}, steps=0)
+    settings = [
+        ({"steps": 0}, "steps is 0"),
+        ({"lr": "fast"}, "lr is 'fast'; it must be a number"),
+        ({"memory_bytes": "all"}, "memory_bytes is 'all'"),
+        ({"held_out": "some"}, "held_out is 'some'; it must be a share"),
+        ({"held_out": {"u": 5}}, "held_out of task 'u' is 5"),
+    ]
+    for setting, message in settings:
+        with pytest.raises(TrainingError, match=message):
+            train_experts(base, tokenizer, {"u": (models["upper"], ROWS["upper"])}, progress=False, **setting)
+
+
+def test_jobs_that_are_no_models_with_examples_are_refused_by_name(base, models, tokenizer):
+    made, examples = models["upper"], ROWS["upper"]
+    frozen, closed = (lw.experts("mola", base, **OPTIONS["upper"]) for _ in range(2))
+    frozen.requires_grad_(False)
+    closed.close()
+    cases = [
+        (None, "no expert models to train: pass a mapping"),
+        ([made], "no expert models to train: pass a mapping"),
+        ({"u": made}, "job 'u' is no pair .* but a ExpertModel"),
+        ({"u": (base, examples)}, "job 'u' is no pair .* whose model lw.experts has made"),
+        ({"u": (made, examples, 1)}, "job 'u' is no pair"),
+        ({3: (made, examples)}, "job 3 has no text for a name"),
+        ({"u": (frozen, examples)}, "requires a gradient"),
+        ({"u": (closed, examples)}, "is closed"),
+    ]
+    for jobs, message in cases:
+        with pytest.raises(TrainingError, match=message):
+            train_experts(base, tokenizer, jobs, steps=1, progress=False)
 
 
 @pytest.mark.parametrize(

@@ -216,3 +216,25 @@ def test_a_checkpoint_that_cannot_be_written_is_refused_before_the_first_step(ti
     with pytest.raises(TrainingError, match="checkpoint is 5; it must be a folder, or None"):
         train(tiny_llama, tokenizer, continual=continual, checkpoint=5)
     assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": None}, "lr is None; it must be a number"),
+        ({"alpha": "8"}, "alpha is '8'; it must be a number"),
+        ({"rank": None}, "rank is None; it must be a whole number"),
+        ({"target_modules": "q_proj"}, "target_modules is 'q_proj'; it must be a list"),
+        ({"target_modules": ()}, "must be a list"),
+        ({"held_out": "some"}, "held_out is 'some'; it must be a share"),
+        ({"held_out": {"upper": 5}}, "held_out of task 'upper' is 5"),
+        ({"start": 5}, "start is 5; pass"),
+        ({"start": {"upper": None}}, "task 'upper' cannot start from None: pass an Adapter"),
+        ({"tasks": [("upper", TASKS["upper"])]}, "no tasks to train: pass a mapping"),
+        ({"tasks": {"upper": 5}}, "task 'upper' is 5: pass pairs of texts"),
+        ({"tasks": {5: TASKS["upper"]}}, "task 5 has no text for a name"),
+    ],
+)
+def test_what_is_of_another_kind_is_refused_by_name(tiny_llama, tokenizer, settings, message):
+    with pytest.raises(TrainingError, match=message):
+        train(tiny_llama, tokenizer, **settings)
