@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from loraweave.composer.batches import IGNORED
 from loraweave.composer.experts.first_steps import FirstSteps
+from loraweave.composer.experts.overflow import Overflow
 from loraweave.composer.experts.settings import ExpertSettings
 from loraweave.composer.router_training.kept_state import KeptState
 from loraweave.composer.router_training.rows import TrainingRow
@@ -45,6 +46,7 @@ class Course(TrainerCallback):  # type: ignore[misc]
         counts = [range(shape.num_experts) for shape in model.shapes.values()]
         self._watch = Watch(counts, self.progress.report, settings.steps, sorted(taught))
         self._watch.recent.extend(self.progress.recent)
+        self._overflow = Overflow(model, self.progress.report)
         self._first_steps = FirstSteps(model.recipe, {} if self.progress.first else named, rows, settings)
         self.num_passes = 0
         self._totals: dict[str, Tensor] = {}
@@ -68,6 +70,7 @@ class Course(TrainerCallback):  # type: ignore[misc]
         for name, value in parts.items():
             self._totals[name] = self._totals.get(name, 0.0) + value.double()
         self._watch.saw(self._model.notes)
+        self._overflow.saw(self._model.notes.weights, inputs["labels"])
         self.progress.report.tokens += int(inputs["attention_mask"].sum())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -90,7 +93,7 @@ class Course(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         number, progress = state.global_step, self.progress
         progress.stepped(self._values.pop(""), self._values)
-        seen = self._watch.stepped(number, mean=self._averaged)
+        seen = self._watch.stepped(number, mean=self._averaged) + self._overflow.stepped(number, self._summed)
         if progress.evaluates(number):
             self._evaluate(number)
         progress.timed()
@@ -111,6 +114,7 @@ class Course(TrainerCallback):  # type: ignore[misc]
             told = {"loss": report.losses[-1], **{f"term/{name}": values[-1] for name, values in report.terms.items()}}
             if report.entropy:
                 told["entropy"] = report.entropy[-1]
+                told |= {"overflow": report.overflow[-1]} if report.overflow else {}
                 told |= {f"load/{name}": share for name, share in zip(report.experts, report.load[-1][1], strict=True)}
             self._trainer.log(told)
 
@@ -120,7 +124,7 @@ class Course(TrainerCallback):  # type: ignore[misc]
 
     def _summed(self, values: Tensor) -> Tensor:
         """The sum over processes."""
-        found: Tensor = self._trainer.accelerator.reduce(values, reduction="sum")
+        found: Tensor = self._trainer.accelerator.reduce(values.to(self._model.device), reduction="sum")
         return found
 
     def _averaged(self, seen: Tensor) -> Tensor:

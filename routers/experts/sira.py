@@ -19,18 +19,20 @@ class Sira(TokenRecipe):
 
     In training alone, a token does without each expert with the probability `expert_dropout`, whose score is then none, so
     that its probability goes to the others; `top_k` always stay. And an expert has at most `capacity` times its even share
-    k T/E of each row's tokens, the first ones: to those after them it adds exactly 0. None is no limit, as in evaluation,
-    where with it an output would depend on other tokens than its own. `balance` times the mean over sites of the loss
-    `mixtral` is added, which is k where all experts are alike.
+    k T/E of each row's tokens, those that it weighs most, or without `prioritised` the first ones: to the others it adds
+    exactly 0. None is no limit, as in evaluation, where with it an output would depend on other tokens than its own.
+    `balance` times the mean over sites of the loss `mixtral` is added, which is k where all experts are alike.
 
     Published: 16 experts, of which each token has 4. The defaults of dropout and capacity are ours, and so is whose tokens
-    are counted together: each row's, so that no row depends on another.
+    are counted together: each row's, so that no row depends on another. The first of a row are its prompt, which would leave
+    little for the answer, the tokens that are learned from.
     """
 
     num_experts: int = 16
     top_k: int = 4
     balance: float = 0.01
     capacity: float | None = 1.25
+    prioritised: bool = True
     expert_dropout: float = 0.1
 
     def __post_init__(self) -> None:
@@ -51,6 +53,7 @@ class Sira(TokenRecipe):
             sums_to_one=False,
             expert_dropout=self.expert_dropout,
             capacity=self.capacity,
+            prioritised=self.prioritised,
         )
 
     def losses(self, step: Step) -> Mapping[str, Tensor]:

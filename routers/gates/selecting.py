@@ -46,15 +46,24 @@ def without_some(scores_BTE: Tensor, share: float, least: int = 1) -> Tensor:
     return scores_BTE.masked_fill(~stays_BTE, -math.inf)
 
 
-def within_capacity(w_BTE: Tensor, capacity_B: Tensor, real_BT: Tensor | None = None) -> Tensor:
+def within_capacity(
+    w_BTE: Tensor, capacity_B: Tensor, real_BT: Tensor | None = None, *, prioritised: bool = False
+) -> Tensor:
     """The weights, but 0 for every token of a row after the first `capacity_B` real ones that an expert got.
 
-    Weights that stay are as they were. A token depends on those before it in its row, so this is for training alone.
+    With `prioritised` an expert keeps those that it weighs most, wherever they are (Batch Prioritized Routing, Riquelme et
+    al. 2021, arXiv 2106.05974, within a row), the earlier of equal ones. Weights that stay are as they were. A token depends
+    on others in its row, so this is for training alone.
     """
     chosen_BTE = w_BTE.detach() != 0
     if real_BT is not None:
         chosen_BTE = chosen_BTE & real_BT[..., None]
-    return w_BTE * (chosen_BTE.cumsum(dim=1) <= capacity_B[:, None, None])
+    if prioritised:
+        falling_BTE = (w_BTE.detach() * chosen_BTE).argsort(dim=1, descending=True, stable=True)
+        place_BTE = falling_BTE.argsort(dim=1) + 1
+    else:
+        place_BTE = chosen_BTE.cumsum(dim=1)
+    return w_BTE * (place_BTE <= capacity_B[:, None, None])
 
 
 def even_share(real_BT: Tensor, num_experts: int, top_k: int, factor: float) -> Tensor:

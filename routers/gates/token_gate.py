@@ -27,7 +27,8 @@ class TokenGate(Gate):
     then made to sum to 1 is the same; with `sums_to_one` False the softmax of all is kept as it is. In training alone,
     `noise` adds normal noise with the standard deviation softplus(n x), n_EI learned, before the softmax; `expert_dropout`
     is the probability with which a token does without an expert; and `capacity` lets each expert have, of a row, that many
-    times its even share of tokens, the first ones, and gives those after them exactly 0 of it.
+    times its even share of tokens, the first ones or with `prioritised` those of the highest weights, and gives all others
+    exactly 0 of it.
 
     The weighing's scores are what the softmax was taken of.
     """
@@ -47,6 +48,7 @@ class TokenGate(Gate):
         noise: bool = False,
         expert_dropout: float = 0.0,
         capacity: float | None = None,
+        prioritised: bool = False,
     ) -> None:
         if top_k is not None and top_p is not None:
             raise WeightingError(f"top_k is {top_k!r} and top_p {top_p!r}: choose by one of them, and leave the other None")
@@ -57,6 +59,7 @@ class TokenGate(Gate):
         self.temperature = temperature
         self.expert_dropout = expert_dropout
         self.capacity = capacity
+        self.prioritised = prioritised
         self.r_EI = nn.Parameter(torch.empty(num_experts, num_inputs))
         self.n_EI = nn.Parameter(torch.empty(num_experts, num_inputs)) if noise else None
 
@@ -82,7 +85,7 @@ class TokenGate(Gate):
             real_BT = call.real_of(x_BTI)
             real_BT = x_BTI.new_ones(x_BTI.shape[:2], dtype=torch.bool) if real_BT is None else real_BT
             capacity_B = even_share(real_BT, self.num_experts, self.top_k or self.num_experts, self.capacity)
-            w_BTE = within_capacity(w_BTE, capacity_B, real_BT)
+            w_BTE = within_capacity(w_BTE, capacity_B, real_BT, prioritised=self.prioritised)
         return Weighing(w_BTE, scores_BTE)
 
     def _chosen(self, scores_BTE: Tensor) -> Tensor:

@@ -21,8 +21,10 @@ class TrainingReport:
     name. `evaluations` are (steps done, loss of the rows held out). `entropy` is that of a token's weights in nats, a mean
     over real tokens and layers; `load` has (steps done, share of each expert in all weights), of at most 100 steps or so.
     `dead` experts had less than a hundredth of an equal share over the last 20 steps; `collapsed` is the first step after
-    which one expert had more than 0.95 of all weight over 20 steps, None if there was none. The router has the parameters
-    after `kept` steps. `tokens` are those of prompts and targets that went through the model, without padding.
+    which one expert had more than 0.95 of all weight over 20 steps, None if there was none. `overflow` is, by step, the
+    share of the experts chosen by tokens before a target which had no capacity left; empty where there is no limit. The
+    router has the parameters after `kept` steps. `tokens` are those of prompts and targets that went through the model,
+    without padding.
     """
 
     experts: tuple[str, ...]
@@ -33,6 +35,7 @@ class TrainingReport:
     load: list[tuple[int, list[float]]] = field(default_factory=list)
     dead: list[str] = field(default_factory=list)
     collapsed: int | None = None
+    overflow: list[float] = field(default_factory=list)
     kept: int = 0
     tokens: int = 0
     seconds: float = 0.0

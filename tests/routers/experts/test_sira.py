@@ -11,15 +11,15 @@ LAYER = "model.layers.1.self_attn.v_proj"
 SMALL = {"num_experts": 4, "top_k": 2, "rank": 2, "alpha": 6.0}
 
 
-def expected(site, kept=None):
-    """y_TO of the formula; of an expert's tokens only the first `kept`."""
+def expected(site, kept=None, kept_TE=None):
+    """y_TO of the formula; of an expert's tokens only the first `kept`, or those of kept_TE."""
     rows, used_E = [], [0] * 4
-    for x_I, y0_O in zip(site.x_TI, site.y0_TO, strict=True):
+    for place, (x_I, y0_O) in enumerate(zip(site.x_TI, site.y0_TO, strict=True)):
         p_E = functional.softmax(site.gate.r_EI @ x_I, dim=0)
         y_O = y0_O
         for expert in p_E.topk(2).indices.tolist():
             used_E[expert] += 1
-            if kept is None or used_E[expert] <= kept:
+            if (kept is None or used_E[expert] <= kept) and (kept_TE is None or kept_TE[place][expert]):
                 y_O = y_O + p_E[expert] * 3.0 * site.b_ERO[expert].T @ (site.a_ERI[expert] @ x_I)
         rows.append(y_O)
     return torch.stack(rows)
@@ -32,11 +32,21 @@ def test_a_site_adds_its_formula(seen_at):
 
 def test_in_training_what_overflows_an_experts_capacity_adds_nothing(seen_at):
     # 0.5 of 7 tokens * 2 / 4 experts, rounded up
-    site = seen_at("sira", LAYER, training=True, capacity=0.5, expert_dropout=0.0, **SMALL)
+    site = seen_at("sira", LAYER, training=True, capacity=0.5, expert_dropout=0.0, prioritised=False, **SMALL)
     torch.testing.assert_close(site.y_TO, expected(site, kept=2))
     dropped_T = (expected(site, kept=2) == site.y0_TO).all(dim=1)
     assert dropped_T.any()
     assert torch.equal(site.y_TO[dropped_T], site.y0_TO[dropped_T])
+
+
+def test_by_priority_an_expert_has_the_tokens_that_it_weighs_most(seen_at):
+    site = seen_at("sira", LAYER, training=True, capacity=0.5, expert_dropout=0.0, **SMALL)
+    p_TE = functional.softmax(site.x_TI @ site.gate.r_EI.T, dim=1)
+    chosen_TE = torch.zeros_like(p_TE).scatter(1, p_TE.topk(2, dim=1).indices, 1.0) * p_TE
+    # 0.5 of 7 tokens * 2 / 4 experts, rounded up
+    kept_TE = [[bool(p > 0 and (chosen_TE[:, e] > p).sum() < 2) for e, p in enumerate(row)] for row in chosen_TE]
+    assert sum(map(sum, kept_TE)) < 14
+    torch.testing.assert_close(site.y_TO, expected(site, kept_TE=kept_TE))
 
 
 def test_a_capacity_of_all_tokens_is_no_limit(seen_at):

@@ -105,6 +105,18 @@ def test_what_overflows_is_zero_and_what_does_not_is_as_it_was():
     assert torch.equal(made_BTE[0], torch.tensor([[0.6, 0], [0.7, 0.3], [0, 0.4], [0, 0], [0, 0]]))
 
 
+def test_a_prioritised_expert_keeps_what_it_weighs_most_and_the_earlier_of_equals():
+    w_BTE = torch.tensor([[[0.6, 0.0], [0.7, 0.3], [0.0, 0.4], [0.9, 0.3], [0.5, 0.0]]])
+    made_BTE = within_capacity(w_BTE, torch.tensor([2]), prioritised=True)
+    assert torch.equal(made_BTE[0], torch.tensor([[0, 0], [0.7, 0.3], [0, 0.4], [0.9, 0], [0, 0]]))
+
+
+def test_padding_takes_no_capacity_by_priority():
+    w_BTE, real_BT = torch.tensor([[[0.9], [0.2], [0.8], [0.4]]]), torch.tensor([[False, True, False, True]])
+    made_BTE = within_capacity(w_BTE, torch.tensor([1]), real_BT, prioritised=True)
+    assert torch.equal(made_BTE[real_BT].flatten(), torch.tensor([0, 0.4]))
+
+
 def test_padding_takes_no_capacity():
     w_BTE, real_BT = torch.ones(1, 4, 1), torch.tensor([[False, True, False, True]])
     assert within_capacity(w_BTE, torch.tensor([1]), real_BT)[real_BT].flatten().tolist() == [1, 0]
