@@ -63,8 +63,8 @@ class Overflow:
             self._warned = True
             by_weight = "prioritised=True, " if self._recipe.options.get("prioritised") is False else ""
             warnings.warn(
-                f"recipe {self._recipe.name!r}: over the last {WINDOW} steps {recent:.0%} of the experts that tokens before a "
-                "target chose had no capacity left. Evaluation has no such limit, so that experts then see tokens they have "
+                f"recipe {self._recipe.name!r}: over the last {WINDOW} steps {recent:.0%} of the experts that tokens before "
+                "a target chose had no capacity left. Evaluation has no such limit, so that experts then see tokens they have "
                 f"not learned from: take {by_weight}a larger capacity, None for no limit, or a larger balance",
                 stacklevel=5,
             )

@@ -36,7 +36,7 @@ def test_passes_of_a_step_are_counted_together(make_model):
 
 
 def test_much_overflow_is_warned_of_once_with_the_way_out(make_model):
-    with pytest.warns(UserWarning, match="learned from: take prioritised=True, a larger capacity, None for no limit") as found:
+    with pytest.warns(UserWarning, match="learned from: take prioritised=True, a larger capacity, None for no") as found:
         report = trained(make_model("llama"), num_experts=2, capacity=0.3, steps=30)
     assert len([warning for warning in found if "no capacity left" in str(warning.message)]) == 1
     assert len(report.overflow) == 30
