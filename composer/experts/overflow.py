@@ -64,8 +64,8 @@ class Overflow:
             by_weight = "prioritised=True, " if self._recipe.options.get("prioritised") is False else ""
             warnings.warn(
                 f"recipe {self._recipe.name!r}: over the last {WINDOW} steps {recent:.0%} of the experts that tokens before "
-                "a target chose had no capacity left. Evaluation has no such limit, so that experts then see tokens they have "
-                f"not learned from: take {by_weight}a larger capacity, None for no limit, or a larger balance",
+                "a target chose had no capacity left. Evaluation has no such limit, so that experts then see tokens they "
+                f"have not learned from: take {by_weight}a larger capacity, None for no limit, or a larger balance",
                 stacklevel=5,
             )
         return f"  overflow {shares[-1]:.0%}"
