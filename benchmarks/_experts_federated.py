@@ -1,0 +1,89 @@
+"""Clients of benchmarks/experts.py score: each trains on a task of its own, and exchanges experts with the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from _experts_kinds import ONE, Kind
+from _experts_training import Data, Stream, num_parameters, stream, train
+
+import loraweave as lw
+from loraweave.composer.experts.adding import with_options
+from loraweave.composer.experts.exchange import federated_average, put_expert
+from loraweave.composer.experts.expert_model import ExpertModel
+
+# times that clients exchange what they have in common in each of two stages, or phases
+ROUNDS = 3
+# of a client's five steps two are in the first stage, or in the phase of what is shared
+FIRST = 0.4
+
+Clients = dict[str, ExpertModel]
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Makes a client of each task, all from the same seed, and trains them on their own rows."""
+
+    model: Any
+    tokenizer: Any
+    rows: Mapping[str, Stream]
+    batch_size: int
+    seed: int
+
+    def clients(self, recipe: str, **options: Any) -> Clients:
+        made = {"tokenizer": self.tokenizer, "seed": self.seed, **options}
+        return {task: lw.experts(recipe, self.model, **made) for task in self.rows}
+
+    def learn(self, clients: Clients, steps: int) -> None:
+        for task, client in clients.items():
+            train(client, self.tokenizer, self.rows[task], steps=steps, batch_size=self.batch_size)
+
+
+def federated(
+    kind: Kind, model: Any, tokenizer: Any, data: Mapping[str, Data], *, steps: int, batch_size: int, seed: int
+) -> tuple[Clients, int]:
+    """A model of each task, and how many parameters all of them have, those that are shared once."""
+    rows = {task: stream({task: own}, seed) for task, own in data.items()}
+    federation = Federation(model, tokenizer, rows, batch_size, seed)
+    first = int(steps * FIRST) // (len(data) * ROUNDS)
+    last = steps // (len(data) * ROUNDS) - first
+    train_all = _fedms if kind.recipe == "fedms" else _pfedlora
+    return train_all(federation, kind.all_options(len(data)), first, last)
+
+
+def _fedms(federation: Federation, options: Mapping[str, Any], first: int, last: int) -> tuple[Clients, int]:
+    """Plain LoRAs, whose mean is the global expert; then local experts and gates, which all have the mean of."""
+    plain = federation.clients("mola", **options, **ONE)
+    for _ in range(ROUNDS):
+        federation.learn(plain, first)
+        _average(plain, experts=(0,))
+    in_common = next(iter(plain.values()))
+    num_shared, exchanged = num_parameters(in_common), in_common.expert(0)
+    for client in plain.values():
+        client.close()
+    clients = federation.clients("fedms", **options)
+    for client in clients.values():
+        put_expert(client, 0, exchanged)
+    for _ in range(ROUNDS):
+        federation.learn(clients, last)
+        _average(clients, gates=True)
+    return clients, num_shared + sum(map(num_parameters, clients.values()))
+
+
+def _pfedlora(federation: Federation, options: Mapping[str, Any], first: int, last: int) -> tuple[Clients, int]:
+    """In each round the local expert learns, then the shared one, which all have the mean of."""
+    clients, num_shared = federation.clients("pfedlora", **options), 0
+    for _ in range(ROUNDS):
+        federation.learn(clients, last)
+        clients = {task: with_options(client, phase="shared") for task, client in clients.items()}
+        num_shared = num_parameters(next(iter(clients.values())))
+        federation.learn(clients, first)
+        _average(clients, experts=(0,))
+        clients = {task: with_options(client, phase="local") for task, client in clients.items()}
+    return clients, num_shared + sum(map(num_parameters, clients.values()))
+
+
+def _average(clients: Clients, **exchanged: Any) -> None:
+    federated_average(list(clients.values()), [1.0] * len(clients), **exchanged)

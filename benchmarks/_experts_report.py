@@ -1,0 +1,125 @@
+"""The tables of benchmarks/experts.py score: right answers of each kind, interference, and what later tasks leave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from _experts_kinds import KINDS
+from _unseen_store import Measured
+from rich.box import MARKDOWN
+from rich.console import Console
+from rich.table import Table
+
+RESAMPLES = 2000
+ONE_LORA = "one_lora"
+# endings of kinds that are another measurement of the kind without it
+ALONE, THEN = "_alone", "_then"
+
+# the share of the seeds in which each item of a task was answered right
+ByTask = Mapping[str, np.ndarray]
+
+
+def print_report(found: Sequence[Measured]) -> None:
+    """Means over tasks, and over the seeds of each, with 95 % intervals by bootstrap over the items of each task."""
+    console = Console(width=180)
+    kinds: dict[str, list[Measured]] = {}
+    for each in found:
+        kinds.setdefault(each.key.way, []).append(each)
+    by_task = {name: _by_task(own) for name, own in kinds.items()}
+    first = list(by_task.get(ONE_LORA, {}))
+    console.print(_scores(kinds, by_task, first))
+    console.print(_interference(by_task))
+    console.print(_retention(kinds, by_task, first))
+
+
+def _scores(kinds: Mapping[str, Sequence[Measured]], by_task: Mapping[str, ByTask], first: Sequence[str]) -> Table:
+    table = Table(
+        "kind",
+        "seeds",
+        "task given",
+        "M parameters",
+        "right answers",
+        "by seed",
+        "above one_lora",
+        "loss",
+        "least above, by task",
+        box=MARKDOWN,
+    )
+    names = [name for name in kinds if not name.endswith((ALONE, THEN)) and set(by_task[name]) >= set(first)]
+    for name in sorted(names, key=lambda name: -_mean(_of(by_task[name], first))):
+        own = [each for each in kinds[name] if each.key.task in first]
+        above = _difference(_of(by_task[name], first), by_task[ONE_LORA])
+        least = min(above, key=lambda task: float(above[task].mean()))
+        table.add_row(
+            name,
+            str(len({each.key.seed for each in own})),
+            "yes" if name in KINDS and KINDS[name].given else "",
+            f"{own[0].notes.get('parameters', 0) / 1e6:.1f}",
+            _interval(_of(by_task[name], first)),
+            _range(own),
+            "" if name == ONE_LORA else _interval(above),
+            f"{np.mean([each.loss for each in own]):.3f}",
+            "" if name == ONE_LORA else f"{least} {above[least].mean():+.2f}",
+        )
+    return table
+
+
+def _interference(by_task: Mapping[str, ByTask]) -> Table:
+    """Right answers in the mixture above those alone on as many rows of the task: below 0, tasks are in each other's way."""
+    names = [name for name in by_task if set(by_task.get(name + ALONE, ())) == set(by_task[name])]
+    tasks = list(by_task[names[0]]) if names else []
+    table = Table("in the mixture above alone", "all tasks", *tasks, box=MARKDOWN)
+    for name in names:
+        above = _difference(by_task[name], by_task[name + ALONE])
+        table.add_row(name, _interval(above), *(_interval({task: above[task]}) for task in tasks))
+    return table
+
+
+def _retention(kinds: Mapping[str, Sequence[Measured]], by_task: Mapping[str, ByTask], first: Sequence[str]) -> Table:
+    """The first tasks before and after the others were trained, by the seeds that have both, and those others."""
+    table = Table("kind", "seeds", "before", "after", "after above before", "the later tasks", box=MARKDOWN)
+    for name in by_task:
+        if not set(by_task.get(name + THEN, ())) > set(first):
+            continue
+        seeds = {each.key.seed for each in kinds[name + THEN]}
+        before = _of(_by_task([each for each in kinds[name] if each.key.seed in seeds]), first)
+        after = _of(by_task[name + THEN], first)
+        later = {task: values for task, values in by_task[name + THEN].items() if task not in first}
+        cells = [_interval(each) for each in (before, after, _difference(after, before), later)]
+        table.add_row(name, str(len(seeds)), *cells)
+    return table
+
+
+def _by_task(found: Sequence[Measured]) -> dict[str, np.ndarray]:
+    tasks = dict.fromkeys(each.key.task for each in found)
+    return {task: np.mean([each.right_N for each in found if each.key.task == task], axis=0) for task in tasks}
+
+
+def _of(by_task: ByTask, tasks: Sequence[str]) -> dict[str, np.ndarray]:
+    return {task: by_task[task] for task in tasks}
+
+
+def _difference(by_task: ByTask, other: ByTask) -> dict[str, np.ndarray]:
+    return {task: by_task[task] - other[task] for task in other}
+
+
+def _mean(by_task: ByTask) -> float:
+    return float(np.mean([values.mean() for values in by_task.values()]))
+
+
+def _range(found: Sequence[Measured]) -> str:
+    """The lowest and the highest mean of a seed."""
+    seeds = {each.key.seed for each in found}
+    means = [_mean(_by_task([each for each in found if each.key.seed == seed])) for seed in seeds]
+    return f"{min(means):.3f} to {max(means):.3f}"
+
+
+def _interval(by_task: ByTask) -> str:
+    generator = np.random.default_rng(0)
+    drawn = [
+        _mean({task: values[generator.integers(0, len(values), len(values))] for task, values in by_task.items()})
+        for _ in range(RESAMPLES)
+    ]
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return f"{_mean(by_task):.3f} [{low:.3f}, {high:.3f}]"

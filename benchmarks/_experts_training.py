@@ -1,0 +1,76 @@
+"""How benchmarks/experts.py score trains: rows of all tasks in turn, AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import loraweave as lw
+from loraweave.composer.batches import IGNORED, EncodedRow, batch
+from loraweave.composer.experts.expert_model import ExpertModel
+from loraweave.composer.training.seeding import seeded
+
+CLIP = 1.0
+
+
+@dataclass(frozen=True)
+class Data:
+    """A task with the token ids of its training rows, and its test inputs with their accepted targets."""
+
+    task: lw.Task
+    rows: Sequence[EncodedRow]
+    tests: Sequence[tuple[str, Sequence[str]]]
+
+
+Stream = Iterator[tuple[str, EncodedRow]]
+
+
+def stream(data: Mapping[str, Data], seed: int) -> Stream:
+    """Rows of one task after another, each task's in a new order every time they have all been there."""
+    waiting: dict[str, list[EncodedRow]] = {task: [] for task in data}
+    generator = seeded(seed, "rows")
+    while True:
+        for task, of_task in data.items():
+            if not waiting[task]:
+                waiting[task] = [of_task.rows[at] for at in torch.randperm(len(of_task.rows), generator=generator).tolist()]
+            yield task, waiting[task].pop()
+
+
+def train(made: ExpertModel, tokenizer: Any, rows: Stream, *, steps: int, batch_size: int) -> float:
+    """Trains on the next rows and returns the mean loss of the last tenth of the steps.
+
+    AdamW at the recipe's own learning rate, gradients clipped at a norm of 1.
+    """
+    parameters = [value for value in made.expert_parameters().values() if value.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=made.recipe.lr, weight_decay=0.0)
+    taken = []
+    made.train()
+    for _ in range(steps):
+        chosen = [next(rows) for _ in range(batch_size)]
+        inputs, labels_BT = _labelled(made.base_model, tokenizer, [row for _, row in chosen])
+        tasks = [task for task, _ in chosen] if made.tasks else None
+        output = made(**inputs, labels=labels_BT, task=tasks, use_cache=False)
+        output.loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        taken.append(float(output.loss.detach()))
+    made.eval()
+    return float(np.mean(taken[-max(1, steps // 10) :]))
+
+
+def num_parameters(made: ExpertModel) -> int:
+    return sum(value.numel() for value in made.expert_parameters().values() if value.requires_grad)
+
+
+def _labelled(model: Any, tokenizer: Any, rows: Sequence[EncodedRow]) -> tuple[dict[str, Tensor], Tensor]:
+    """Inputs padded on the left, and labels_BT where the targets are."""
+    made = batch(model, tokenizer, rows)
+    labels_BT = torch.full_like(made.inputs["input_ids"], IGNORED)
+    labels_BT[:, -made.targets_BK.shape[1] :] = made.targets_BK
+    return made.inputs, labels_BT
