@@ -134,7 +134,7 @@ def _measured(
     groups = [[task] for task in first] if kind.apart else [list(first)]
     for tasks in groups:
         own = {task: first[task] for task in tasks}
-        named = {} if kind.apart else {"tasks": tuple(first)}
+        named = {} if kind.apart or kind.then else {"tasks": tuple(first)}
         chosen = {**kind.all_options(len(first)), **named}
         with lw.experts(kind.recipe, model, tokenizer=tokenizer, seed=seed, **chosen) as made:
             if kind.recipe == "mocle" and not made.recipe.needs_tasks:
