@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 import loraweave as lw
 from loraweave.composer.batches import IGNORED, EncodedRow, batch
 from loraweave.composer.experts.expert_model import ExpertModel
+from loraweave.composer.experts.labelled import called
 from loraweave.composer.training.seeding import seeded
 
 CLIP = 1.0
@@ -52,9 +54,7 @@ def train(made: ExpertModel, tokenizer: Any, rows: Stream, *, steps: int, batch_
     made.train()
     for _ in range(steps):
         chosen = [next(rows) for _ in range(batch_size)]
-        inputs, labels_BT = _labelled(made.base_model, tokenizer, [row for _, row in chosen])
-        tasks = [task for task, _ in chosen] if made.tasks else None
-        output = made(**inputs, labels=labels_BT, task=tasks, use_cache=False)
+        output = called(made, _labelled(made, tokenizer, chosen), two_sequences=False)
         output.loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         optimizer.step()
@@ -68,9 +68,9 @@ def num_parameters(made: ExpertModel) -> int:
     return sum(value.numel() for value in made.expert_parameters().values() if value.requires_grad)
 
 
-def _labelled(model: Any, tokenizer: Any, rows: Sequence[EncodedRow]) -> tuple[dict[str, Tensor], Tensor]:
-    """Inputs padded on the left, and labels_BT where the targets are."""
-    made = batch(model, tokenizer, rows)
-    labels_BT = torch.full_like(made.inputs["input_ids"], IGNORED)
-    labels_BT[:, -made.targets_BK.shape[1] :] = made.targets_BK
-    return made.inputs, labels_BT
+def _labelled(made: ExpertModel, tokenizer: Any, rows: Sequence[tuple[str, EncodedRow]]) -> dict[str, Tensor]:
+    """Inputs padded on the left, labels of the last tokens, and each row's place among the tasks, -1 where there are none."""
+    found = batch(made.base_model, tokenizer, [row for _, row in rows])
+    labels_BK = functional.pad(found.targets_BK, (1, 0), value=IGNORED)
+    task_B = torch.tensor([made.tasks.index(task) if made.tasks else -1 for task, _ in rows])
+    return {**found.inputs, "labels": labels_BK, "task": task_B}
