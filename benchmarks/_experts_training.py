@@ -69,7 +69,7 @@ def num_parameters(made: ExpertModel) -> int:
 
 
 def _labelled(made: ExpertModel, tokenizer: Any, rows: Sequence[tuple[str, EncodedRow]]) -> dict[str, Tensor]:
-    """Inputs padded on the left, labels of the last tokens, and each row's place among the tasks, -1 where there are none."""
+    """Inputs padded on the left, labels of the last tokens, and each row's place among the tasks, -1 where there is none."""
     found = batch(made.base_model, tokenizer, [row for _, row in rows])
     labels_BK = functional.pad(found.targets_BK, (1, 0), value=IGNORED)
     task_B = torch.tensor([made.tasks.index(task) if made.tasks else -1 for task, _ in rows])
