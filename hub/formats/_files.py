@@ -101,8 +101,11 @@ def _inside(folder: Path, name: str) -> Path:
         return path
     try:
         target = path.resolve()
-    except (OSError, RuntimeError) as error:
-        raise AdapterCorrupt(f"{folder}: {name} is a link that leads to itself; copy the file into the folder") from error
+    except (OSError, RuntimeError):
+        # as from Python 3.13 on, which does not raise
+        target = path
+    if os.path.islink(target):
+        raise AdapterCorrupt(f"{folder}: {name} is a link that leads to itself; copy the file into the folder")
     roots = [folder.resolve(), *_cache_repository(folder)]
     if not any(target.is_relative_to(root) for root in roots):
         raise AdapterCorrupt(f"{folder}: {name} is a link that leaves the folder; copy the file into it")

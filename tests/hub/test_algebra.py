@@ -16,8 +16,12 @@ SIZES = st.sampled_from([1, 2, 3, 7, 13])
 SEEDS = st.integers(0, 2**16)
 
 
+def flat(seed):
+    return [number for part in seed for number in flat(part)] if isinstance(seed, tuple) else [seed]
+
+
 def random(seed, *shape):
-    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape))
+    return torch.from_numpy(np.random.default_rng(flat(seed)).standard_normal(shape))
 
 
 def factors(seed, rank=3, outputs=5, inputs=7, **parts):

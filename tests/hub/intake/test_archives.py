@@ -291,7 +291,7 @@ def test_a_tar_whose_sizes_point_backwards_is_refused(tmp_path):
     checksum = sum(buffer[:148]) + 8 * 32 + sum(buffer[156:512])
     buffer[148:156] = b"%06o\0 " % checksum
     (tmp_path / "a.tar").write_bytes(bytes(buffer) + bytes(1024))
-    with pytest.raises(AdapterCorrupt, match="claims -256 bytes"):
+    with pytest.raises(AdapterCorrupt, match=r"claims -256 bytes|damaged \(ReadError: invalid offset\)"):
         Adapter.from_pretrained(tmp_path / "a.tar")
 
 
