@@ -23,7 +23,7 @@ class Kind:
 
     `given` says that a call names each row's task, `apart` that each task has a model alone, for its share of the steps,
     `shares` that the tasks, which are the experts, share the rank rows, `then` that other tasks are trained after these, and
-    `federated` that each task is a client, which exchanges experts with the others.
+    `federated` that each task is a client, which exchanges experts with the others. `lr` is another than the recipe's.
     """
 
     recipe: str
@@ -33,6 +33,7 @@ class Kind:
     shares: bool = False
     then: bool = False
     federated: bool = False
+    lr: float | None = None
 
     def all_options(self, num_tasks: int) -> dict[str, Any]:
         rank = {"rank": NUM_EXPERTS * RANK // num_tasks} if self.shares else {}
@@ -86,6 +87,10 @@ KINDS: Mapping[str, Kind] = {
     "mixlora": Kind("mixlora", {**forward_experts(), "target_modules": ("mlp",)}),
     "fedms": Kind("fedms", {"rank": 6}, given=True, federated=True),
     "pfedlora": Kind("pfedlora", {"shared_rank": 4, "rank": 7}, given=True, federated=True),
+    "one_lora_1e-3": Kind("mola", ONE_LORA, lr=1e-3),
+    "one_lora_3e-4": Kind("mola", ONE_LORA, lr=3e-4),
+    "mola_8888_1e-3": Kind("mola", MOLA, lr=1e-3),
+    "multilora_1e-3": Kind("multilora", experts(2 * RANK, NUM_EXPERTS // 2), lr=1e-3),
     "one_lora_alone": Kind("mola", ONE_LORA, given=True, apart=True),
     "mola_8888_alone": Kind("mola", MOLA, given=True, apart=True),
     "octavius_alone": Kind("octavius", OCTAVIUS, given=True, apart=True),

@@ -139,7 +139,7 @@ def _measured(
         with lw.experts(kind.recipe, model, tokenizer=tokenizer, seed=seed, **chosen) as made:
             if kind.recipe == "mocle" and not made.recipe.needs_tasks:
                 fit_clusters(made, _prompts(tokenizer, own), seed=seed)
-            steps = {"steps": options.steps // len(groups), "batch_size": options.batch_size}
+            steps = {"steps": options.steps // len(groups), "batch_size": options.batch_size, "lr": kind.lr}
             taken = Taken()
             last = train(made, tokenizer, stream(own, seed), **steps)
             notes = {"of_steps": options.steps, "last_loss": round(last, 4)}

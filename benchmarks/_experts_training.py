@@ -43,13 +43,13 @@ def stream(data: Mapping[str, Data], seed: int) -> Stream:
             yield task, waiting[task].pop()
 
 
-def train(made: ExpertModel, tokenizer: Any, rows: Stream, *, steps: int, batch_size: int) -> float:
+def train(made: ExpertModel, tokenizer: Any, rows: Stream, *, steps: int, batch_size: int, lr: float | None = None) -> float:
     """Trains on the next rows and returns the mean loss of the last tenth of the steps.
 
-    AdamW at the recipe's own learning rate, gradients clipped at a norm of 1.
+    AdamW at the recipe's own learning rate unless `lr` is another, gradients clipped at a norm of 1.
     """
     parameters = [value for value in made.expert_parameters().values() if value.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=made.recipe.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=lr or made.recipe.lr, weight_decay=0.0)
     taken = []
     made.train()
     for _ in range(steps):
