@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from _experts_federated import federated
 from _experts_kinds import KINDS
-from _experts_report import print_report
+from _experts_report import THEN, print_report
 from _experts_training import Data, num_parameters, stream, train
 from _unseen_store import NO_SEED, NO_SHOTS, Key, Measured, Store, write_together
 from rich.progress import Progress
@@ -28,7 +28,6 @@ ROOT = Path(__file__).resolve().parents[1]
 TOGETHER = ROOT / "benchmarks" / "data" / "experts.json"
 TASKS = ("past_tense", "antonym", "addition", "pick_animal_5")
 LATER = ("plural", "uppercase", "number_words", "pick_first_5")
-THEN = "_then"
 
 
 class OfTask:

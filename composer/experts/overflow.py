@@ -41,11 +41,11 @@ class Overflow:
             return
         before_BK = functional.pad((labels_BK != IGNORED)[:, 1:], (0, 1))
         num_rows, num_last = before_BK.shape
-        for of_site_BTE in w_BTE.values():
-            if len(of_site_BTE) == num_rows and of_site_BTE.shape[1] >= num_last:
-                chosen = self._most * before_BK.sum()
-                found = (of_site_BTE[:, -num_last:][before_BK] != 0).sum()
-                self._counts += torch.stack([chosen - found, chosen]).cpu()
+        counted = [each for each in w_BTE.values() if len(each) == num_rows and each.shape[1] >= num_last]
+        if counted:
+            chosen = len(counted) * self._most * before_BK.sum()
+            kept = torch.stack([(each[:, -num_last:][before_BK] != 0).sum() for each in counted]).sum()
+            self._counts += torch.stack([chosen - kept, chosen]).cpu()
 
     def stepped(self, number: int, summed: Callable[[Tensor], Tensor]) -> str:
         """The step, the `number`th, is over: what to show of it. Warns, once, when much has overflowed for some steps.

@@ -15,16 +15,10 @@ LAYERS = {"llama": "v_proj", "gpt2": "c_attn", "bert": "query"}
 
 
 @pytest.fixture
-def make_trained(make_model):
+def make_trained(make_model, trained):
     def make(kind, *, rank):
-        made = lw.experts(
-            "flora", make_model(kind, dtype=torch.float64), tasks=TASKS, rank=rank, target_modules=(LAYERS[kind],)
-        )
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for parameter in made.expert_parameters().values():
-                parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
-        return made
+        model = make_model(kind, dtype=torch.float64)
+        return trained(lw.experts("flora", model, tasks=TASKS, rank=rank, target_modules=(LAYERS[kind],)))
 
     return make
 
