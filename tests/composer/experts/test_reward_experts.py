@@ -40,15 +40,10 @@ def reward_model():
 
 
 @pytest.fixture
-def make_ensemble(reward_model, tokenizer):
+def make_ensemble(reward_model, tokenizer, trained):
     def make(recipe="reward_ensemble", *, random=True, **options):
         made = lw.experts(recipe, reward_model, tokenizer=tokenizer, **{"tasks": MEMBERS, "rank": 2, **options})
-        if random:
-            generator = torch.Generator().manual_seed(0)
-            with torch.no_grad():
-                for parameter in made.expert_parameters().values():
-                    parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
-        return made
+        return trained(made) if random else made
 
     return make
 
