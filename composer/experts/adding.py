@@ -11,6 +11,7 @@ from loraweave import registry
 from loraweave.composer.experts.expert_model import ExpertModel
 from loraweave.composer.experts.forms.sum_of_experts import SumOfExperts
 from loraweave.composer.experts.parts import Start, shapes_of
+from loraweave.composer.experts.required import require_expert_model
 from loraweave.errors import WeightingError
 from loraweave.routers.experts._recipe import ExpertShape, Recipe
 
@@ -20,8 +21,10 @@ FACTORS = ("a_SI", "b_SO")
 def with_task(model: ExpertModel, task: str) -> ExpertModel:
     """The model with one more task, which has what the recipe gives a task (an expert, a row of a gate), untrained.
 
-    All tensors of the others are the same bits. The given model is closed. Raises WeightingError for a task that it has.
+    All tensors of the others are the same bits. The given model is closed. Raises WeightingError for a task that it has, and
+    for what is no expert model.
     """
+    require_expert_model(model, "with_task()")
     return with_options(model, tasks=(*model.tasks, task))
 
 
@@ -29,10 +32,11 @@ def with_options(model: ExpertModel, **options: Any) -> ExpertModel:
     """The model with these options of its recipe instead. Experts, and rows of gates, that it has are the same bits; those
     that are new, or have another rank, are untrained.
 
-    What was frozen by hand stays so. The given model is closed. Raises WeightingError for options that the recipe has not,
-    or whose values are out of range, for tasks in other places than they have, for experts that would go, and where tensors
-    that both have do not fit into the new ones; the model then stays as it was.
+    What was frozen by hand stays so. The given model is closed. Raises WeightingError for what is no expert model, for
+    options that the recipe has not, or whose values are out of range, for tasks in other places than they have, for experts
+    that would go, and where tensors that both have do not fit into the new ones; the model then stays as it was.
     """
+    require_expert_model(model, "with_options()")
     recipe = model.recipe
     for option in options:
         if option not in recipe.options:

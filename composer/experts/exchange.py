@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from loraweave.composer.experts.expert_model import ExpertModel
 from loraweave.composer.experts.forms.sum_of_experts import SumOfExperts
 from loraweave.composer.experts.parts import Start, key_of
+from loraweave.composer.experts.required import require_expert_model
 from loraweave.errors import LayerMismatch, ScopeError, UnknownName, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.whole_number import is_whole
@@ -23,9 +24,10 @@ def put_expert(model: ExpertModel, expert: int, adapter: Adapter) -> ExpertModel
 
     Layers that the adapter has not are zero, and ranks below the expert's are filled with zeros. Raises LayerMismatch for
     layers that the model has no expert for, of other sizes or of a larger rank, UnknownName for a number that no expert
-    has, ScopeError for a recipe whose experts are no updates, WeightingError for what is no adapter; the model is then as it
-    was.
+    has, ScopeError for a recipe whose experts are no updates, WeightingError for what is no adapter or no expert
+    model; the model is then as it was.
     """
+    require_expert_model(model, "put_expert()")
     if not isinstance(adapter, Adapter):
         raise WeightingError(
             f"expert {expert!r} of recipe {model.recipe.name!r} would be {adapter!r:.60}, which is no adapter: give an "
@@ -53,9 +55,14 @@ def federated_average(
     for clients whose experts or gates differ in place or size, WeightingError for sizes that are none; the models are then
     as they were.
     """
-    if len(sizes) != len(models) or not models or not all(map(_is_amount, sizes)) or not sum(sizes):
-        raise WeightingError(f"sizes {list(sizes)} are not {len(models)} amounts of data, 0 or more, one for each client")
-    shares = [size / sum(sizes) for size in sizes]
+    if not isinstance(models, Sequence) or not models:
+        raise WeightingError(f"clients are {models!r:.60}: give a list of the expert models of all")
+    for model in models:
+        require_expert_model(model, "federated_average()")
+    amounts = list(sizes) if isinstance(sizes, Iterable) else []
+    if len(amounts) != len(models) or not all(map(_is_amount, amounts)) or not sum(amounts):
+        raise WeightingError(f"sizes {sizes!r:.60} are not {len(models)} amounts of data, 0 or more, one for each client")
+    shares = [amount / sum(amounts) for amount in amounts]
     clients = _layers(models, experts)
     means: dict[tuple[str, int], Start] = {}
     for name in clients[0] if clients else ():

@@ -15,6 +15,7 @@ from loraweave.composer.ensembles.member_passes import rows_of
 from loraweave.composer.ensembles.preferences import Epochs, Pairs, Settings, descend, require_pairs
 from loraweave.composer.ensembles.rewards import Rewards
 from loraweave.composer.experts.expert_model import ExpertModel
+from loraweave.composer.experts.required import require_expert_model
 from loraweave.errors import CompositionError, InvalidTask, TrainingError, UnknownName
 from loraweave.registry import nearest
 
@@ -103,6 +104,7 @@ def _is_by_row(value: Any, num_rows: int) -> bool:
 
 
 def _require_reward_model(model: ExpertModel) -> None:
+    require_expert_model(model, "a reward ensemble")
     base: Any = model.base_model
     if getattr(base.config, "num_labels", None) != 1 or base.can_generate():
         raise CompositionError(

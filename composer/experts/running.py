@@ -75,13 +75,13 @@ class Running:
     within: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """A call of the base with these arguments begins. Raises ScopeError for tasks of another number of rows."""
+        """A call of the base with these arguments begins. Raises ScopeError for no rows, and for tasks of others."""
         found = arguments_of(model, args, kwargs)
         ids_BT, given = found.get("input_ids"), found.get("inputs_embeds")
         main = ids_BT if given is None else given
         if main is None:
             main = next((value for value in found.values() if isinstance(value, Tensor)), None)
-        num_rows = 0 if main is None else main.shape[0]
+        num_rows = _num_rows(main)
         real_BT = _real_tokens(main, found.get("attention_mask"))
         if real_BT is None and self.begun_BT is not None and num_rows and main is not None:
             real_BT = _of_beams(self.begun_BT, main)
@@ -109,13 +109,14 @@ class Running:
 
     def begin_generation(self, model: nn.Module, given: Any, embeds_BTI: Tensor | None, mask: Any) -> None:
         """A generation begins, from the prompts that are known or what else is `given`: an encoder runs outside the calls of
-        the base. Raises ScopeError for tasks of another number of rows."""
+        the base. Raises ScopeError for no rows, and for tasks of others."""
         known = current_prompts()
         if known is None and not isinstance(given, Tensor):
             return
         ids_BT, main = (None, given) if known is None else (known.ids_BT, known.ids_BT)
         real_BT = _real_tokens(main, mask) if known is None else known.mask_BT.bool()
-        task_B = None if self.task_B is None else self._tasks(len(main), self.task_B)
+        num_rows = _num_rows(main)
+        task_B = None if self.task_B is None else self._tasks(num_rows, self.task_B)
         has_embeddings = ids_BT is not None or embeds_BTI is not None
         embed = partial(_embedded, model, ids_BT, None if known else embeds_BTI) if has_embeddings else None
         # a static cache leaves the first call of the base no mask of tokens
@@ -143,6 +144,15 @@ def shared_stream(owner: ExpertModel, args: tuple[Any, ...], kwargs: Mapping[str
     with holding(RUNNING, Running(owner, branch=branch)):
         owner.base_model(*args, **{name: value for name, value in kwargs.items() if name != "labels"})
     return branch.noted
+
+
+def _num_rows(main: Tensor | None) -> int:
+    """The rows of a call; 0 where it has no tensor of them."""
+    if main is None:
+        return 0
+    if not len(main):
+        raise ScopeError(f"a call has inputs of shape {tuple(main.shape)}, which are no rows: give one at least")
+    return len(main)
 
 
 def _real_tokens(main: Tensor | None, mask: Any) -> Tensor | None:

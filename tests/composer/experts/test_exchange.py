@@ -88,7 +88,7 @@ def test_clients_that_differ_in_what_they_exchange_are_refused_and_stay_as_they_
     assert first.expert(0).hash == before
 
 
-@pytest.mark.parametrize("sizes", [("a", 1.0), (1.0,), (0.0, 0.0), (1.0, float("nan")), (2.0, -1.0)])
+@pytest.mark.parametrize("sizes", [None, 2.0, ("a", 1.0), (1.0,), (0.0, 0.0), (1.0, float("nan")), (2.0, -1.0)])
 def test_sizes_that_are_none_are_refused(make_model, sizes):
     clients = [client(make_model("llama"), seed) for seed in (1, 2)]
     with pytest.raises(WeightingError, match="are not 2 amounts of data"):
