@@ -10,12 +10,10 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import TrainerCallback
 
-from loraweave.composer.batches import IGNORED
 from loraweave.composer.experts.first_steps import FirstSteps
 from loraweave.composer.experts.overflow import Overflow
 from loraweave.composer.experts.settings import ExpertSettings
 from loraweave.composer.router_training.kept_state import KeptState
-from loraweave.composer.router_training.rows import TrainingRow
 from loraweave.composer.router_training.training_progress import TrainingProgress
 from loraweave.composer.router_training.watch import POINTS, Watch
 from loraweave.errors import TrainingError
@@ -32,12 +30,12 @@ class Course(TrainerCallback):  # type: ignore[misc]
         self,
         model: ExpertModel,
         settings: ExpertSettings,
-        rows: Sequence[TrainingRow],
-        held: Sequence[TrainingRow],
+        rows: Sequence[Any],
+        held: Sequence[Any],
         kept: KeptState,
     ) -> None:
         self._model, self._settings, self._held = model, settings, held
-        named = {name: value for name, value in model.expert_parameters().items() if value.requires_grad}
+        named = model.learning()
         learner = f"recipe {model.recipe.name!r}"
         self.progress = TrainingProgress(
             list(named.values()), settings, model.expert_names, kept, learner=learner, owner="model"
@@ -62,7 +60,7 @@ class Course(TrainerCallback):  # type: ignore[misc]
         total, done = self._settings.steps, self.progress.first
         self._shown = bar.add_task(f"fit {self._model.recipe.name}", total=total, completed=done, seen="")
 
-    def saw(self, loss: Tensor, terms: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> None:
+    def saw(self, loss: Tensor, terms: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> None:
         """One pass of the running step, and what it counts in its loss and terms."""
         self.num_passes += 1
         # terms of processes are averaged, losses of their tokens added up
@@ -70,8 +68,9 @@ class Course(TrainerCallback):  # type: ignore[misc]
         for name, value in parts.items():
             self._totals[name] = self._totals.get(name, 0.0) + value.double()
         self._watch.saw(self._model.notes)
-        self._overflow.saw(self._model.notes.weights, inputs["labels"])
-        self.progress.report.tokens += int(inputs["attention_mask"].sum())
+        feed = self._trainer.feed
+        self._overflow.saw(self._model.notes.weights, feed.labels(inputs))
+        self.progress.report.tokens += feed.size(inputs)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not state.global_step:
@@ -135,7 +134,7 @@ class Course(TrainerCallback):  # type: ignore[misc]
 
     @torch.no_grad()
     def _evaluate(self, number: int) -> None:
-        """The mean loss over the target tokens of the rows held out, with the model as it will be used."""
+        """The mean loss over what counts in the rows held out, with the model as it will be used."""
         if not self._held:
             return
         trainer, model, size = self._trainer, self._model, self._settings.batch_size
@@ -145,12 +144,11 @@ class Course(TrainerCallback):  # type: ignore[misc]
         parts = [ordered[start : start + size] for start in range(0, len(ordered), size)]
         sums = torch.zeros(2, dtype=torch.float64, device=model.device)
         for part in parts[trainer.args.process_index :: trainer.args.world_size]:
-            inputs = trainer.inputs_of(part)
+            inputs = trainer.feed.inputs_of(part)
             with trainer.products():
-                trainer.called(model, inputs)
-            count = (inputs["labels"] != IGNORED).sum()
-            assert model.own_loss is not None
-            sums += torch.stack([model.own_loss.double() * count, count.double()])
+                _, mean = trainer.feed.called(model, inputs)
+            count = trainer.feed.count(inputs)
+            sums += torch.stack([mean.double() * count, mean.new_tensor(count, dtype=torch.float64)])
         model.train(training)
         total, count = self._summed(sums).tolist()
         self.progress.evaluated(number, total / count)

@@ -202,6 +202,10 @@ class ExpertModel(nn.Module):
         """The parameters of experts and gates, by name."""
         return {name: value for name, value in self.named_parameters() if not name.startswith("base_model.")}
 
+    def learning(self) -> dict[str, nn.Parameter]:
+        """What fit() trains, by name: experts and gates, and of the base what was unfrozen by hand since."""
+        return {name: value for name, value in self.named_parameters() if value.requires_grad}
+
     def expert(self, number: int) -> Adapter:
         """One expert alone, at weight 1 wherever it is, as an adapter of its own.
 
@@ -221,8 +225,10 @@ class ExpertModel(nn.Module):
 
         {name of a task: rows or a Task}, or rows: pairs (input, target), {"input", "target"} with "instruction" and "task"
         where known, {"prompt", "target"}, or {"input_ids", "labels"}. The loss is that of the targets, with the recipe's
-        terms. Where the recipe has no tasks, it takes the dataset's names. `settings` are those of
-        `composer/experts/settings.py`; docs/experts.md explains them. Afterwards there is a `training_report`.
+        terms. Rows of other models than language models, as of images, are their inputs by name, one example each, whose
+        loss is the base's own for "labels", or the setting `loss`. What of the base was unfrozen by hand learns too. Where
+        the recipe has no tasks, it takes the dataset's names. `settings` are those of `composer/experts/settings.py`;
+        docs/experts.md explains them. Afterwards there is a `training_report`.
 
         Raises InvalidTask for rows that cannot be used, UnknownName for tasks that the recipe has not, TrainingError for
         settings out of range, for parameters without a gradient, and for a loss or gradient that is not finite: the model

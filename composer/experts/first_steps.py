@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
 from loraweave.composer.experts.settings import ExpertSettings
 from loraweave.composer.router_training.passes import Stream
-from loraweave.composer.router_training.rows import TrainingRow
 from loraweave.routers.experts._recipe import Recipe
 
 
@@ -23,7 +23,7 @@ class FirstSteps:
         self,
         recipe: Recipe,
         parameters: Mapping[str, nn.Parameter],
-        rows: Sequence[TrainingRow],
+        rows: Sequence[Any],
         settings: ExpertSettings,
     ) -> None:
         self._recipe, self._settings = recipe, settings

@@ -1,19 +1,21 @@
-"""Trains the experts and gates of an expert model; the base stays as it is."""
+"""Trains the experts and gates of an expert model, and what of its base was unfrozen by hand."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from loraweave.composer.experts.beginning import began, determining, remembered
 from loraweave.composer.experts.checkpointing import same_call
+from loraweave.composer.experts.feed import TokenFeed
 from loraweave.composer.experts.settings import ExpertSettings
 from loraweave.composer.experts.task_rows import owners_of
+from loraweave.composer.experts.tensor_rows import TensorFeed, TensorReader, are_tensors
 from loraweave.composer.router_training.checkpointed_blocks import checkpointed_blocks
 from loraweave.composer.router_training.kept_state import KeptState
-from loraweave.composer.router_training.rows import RowReader
+from loraweave.composer.router_training.rows import Owners, RowReader
 from loraweave.composer.training.caller_randomness import caller_randomness
 from loraweave.errors import TrainingError
 from loraweave.hub.progress import progress_bar
@@ -29,23 +31,24 @@ def fit(model: ExpertModel, dataset: Any, tokenizer: Any, given: Mapping[str, An
     from loraweave.composer.experts.trainer import ExpertTrainer
 
     settings = ExpertSettings.of(model.recipe, given)
-    if (asked := getattr(model.base_model, "main_input_name", "input_ids")) != "input_ids":
-        raise TrainingError(
-            f"fit() reads texts and token ids, and {type(model.base_model).__name__} takes {asked}: train in a loop of your "
-            "own, in which a call with labels has the terms in its loss"
-        )
-    owners = owners_of(model)
-    rows = RowReader(owners, model.base_model, tokenizer).read(dataset)
-    held = []
+    owners, base = owners_of(model), model.base_model
+    tensors = are_tensors(dataset, base, settings.loss)
+
+    def reader(owners: Owners) -> RowReader | TensorReader:
+        if not tensors:
+            return RowReader(owners, base, tokenizer)
+        return TensorReader(owners, base, settings.loss, digests=settings.checkpoint is not None)
+
+    rows = reader(owners).read(dataset)
+    held: Sequence[Any] = []
     if settings.evaluation is not None:
-        reader = RowReader(owners.closed(), model.base_model, tokenizer)
-        held = reader.read(settings.evaluation, what="evaluation", first=len(rows))
+        held = reader(owners.closed()).read(settings.evaluation, what="evaluation")
     before = model.tasks
     if tuple(owners.places) != before:
         model.take_tasks(tuple(owners.places))
-    learning = [name for name, parameter in model.expert_parameters().items() if parameter.requires_grad]
     begun = "" if settings.checkpoint is None else began(model)
-    kept = KeptState.of(model.recipe.name, [*determining(model, learning), begun], settings, rows, held)
+    kept = KeptState.of(model.recipe.name, [*determining(model, list(model.learning())), begun], settings, rows, held)
+    feed = TensorFeed(model, settings.loss) if tensors else TokenFeed(model, tokenizer)
     course = Course(model, settings, rows, held, kept)
     with ExitStack() as stack:
         stack.enter_context(caller_randomness())
@@ -53,7 +56,7 @@ def fit(model: ExpertModel, dataset: Any, tokenizer: Any, given: Mapping[str, An
         stack.enter_context(checkpointed_blocks(model.base_model, settings.gradient_checkpointing, context_fn=same_call))
         folder = stack.enter_context(TemporaryDirectory(prefix="loraweave-"))
         try:
-            trainer = ExpertTrainer(model, settings, rows, tokenizer, course, folder=folder)
+            trainer = ExpertTrainer(model, settings, rows, feed, course, folder=folder)
         except TrainingError:
             if model.tasks != before:
                 model.take_tasks(before)
@@ -81,7 +84,7 @@ def _as_it_was(model: ExpertModel) -> Iterator[None]:
         for state, before in shared:
             state.clear()
             state.update(before)
-        for parameter in model.expert_parameters().values():
+        for parameter in model.parameters():
             parameter.grad = None
         # what mixed precision of a launched accelerate has put in its place
         for name in ("forward", "_original_forward"):

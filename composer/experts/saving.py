@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -120,6 +121,12 @@ def write_experts(model: ExpertModel, given: str | Path) -> Path:
     folder = Path(given)
     if folder.exists() and not (folder / FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise WeightingError(f"{folder} holds something that is no expert model; name another folder")
+    if own := [name for name, parameter in model.base_model.named_parameters() if parameter.requires_grad]:
+        warnings.warn(
+            f"{folder} gets experts and gates alone, but {own[0]!r} and what else of the base was unfrozen, {len(own)} "
+            "parameters in all, may have learned too: save the base as well, and make this from it",
+            stacklevel=3,
+        )
     raw = expert_bytes(model)
     recipe = model.recipe
     found = {

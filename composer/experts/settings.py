@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
+
+from torch import Tensor
 
 from loraweave.composer.router_training.settings import TrainingSettings
 from loraweave.errors import TrainingError
@@ -16,14 +18,20 @@ class ExpertSettings(TrainingSettings):
 
     `callbacks` are transformers' `TrainerCallback`s; every hundredth of the training they are told loss, entropy and the
     load of each expert in `on_log`.
+
+    `loss(output, columns)` is the mean loss of a pass, instead of the base's own: `columns` are those of its rows, stacked,
+    with the names of their tasks in "task". A checkpoint does not know it: go on with the same one.
     """
 
     callbacks: Sequence[Any] = ()
+    loss: Callable[[Any, Mapping[str, Any]], Tensor] | None = None
 
     def _require_ranges(self) -> None:
         super()._require_ranges()
         given = self.callbacks
         if not isinstance(given, Sequence) or not all(hasattr(each, "on_step_end") for each in given):
             raise TrainingError(f"callbacks is {given!r:.80}; it must be a list of transformers' TrainerCallbacks")
+        if self.loss is not None and not callable(self.loss):
+            raise TrainingError(f"loss is {self.loss!r:.80}; it must be a function of the output and the rows' columns")
 
-    aside: ClassVar[tuple[str, ...]] = (*TrainingSettings.aside, "callbacks")
+    aside: ClassVar[tuple[str, ...]] = (*TrainingSettings.aside, "callbacks", "loss")

@@ -10,6 +10,7 @@ from typing import Any
 from loraweave.composer.experts.expert_job import require_shareable
 from loraweave.composer.experts.expert_model import ExpertModel
 from loraweave.composer.experts.task_rows import JobRows
+from loraweave.composer.experts.tensor_rows import predicts_tokens
 from loraweave.composer.experts.together import Together
 from loraweave.composer.router_training.passes import NO_TOKENIZER
 from loraweave.composer.training.caller_randomness import caller_randomness
@@ -114,6 +115,10 @@ def _require_jobs(jobs: Any) -> None:
 
 
 def _require_apart(model: Any, models: Mapping[str, ExpertModel]) -> None:
+    if not predicts_tokens(model):
+        raise TrainingError(
+            f"jobs share passes of a language model's tokens, and {type(model).__name__} is none: fit() each model by itself"
+        )
     seen: dict[int, str] = {}
     for name, made in models.items():
         if made.base_model is not model:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 
-from loraweave.composer.batches import IGNORED
-from loraweave.composer.experts.labelled import called, labelled
-from loraweave.composer.experts.running import has_two_sequences
+from loraweave.composer.experts.feed import Feed
 from loraweave.composer.experts.settings import ExpertSettings
 from loraweave.composer.router_training.passes import Stream
-from loraweave.composer.router_training.rows import TrainingRow
 from loraweave.composer.training.seeding import seeded
 from loraweave.errors import TrainingError
 
@@ -37,26 +33,17 @@ class ExpertTrainer(Trainer):  # type: ignore[misc]
         self,
         model: ExpertModel,
         settings: ExpertSettings,
-        rows: Sequence[TrainingRow],
-        tokenizer: Any,
+        rows: Sequence[Any],
+        feed: Feed,
         course: Course,
         *,
         folder: str,
     ) -> None:
-        self._settings, self._course = settings, course
-        self._two_sequences = has_two_sequences(model.base_model)
-        head = getattr(model.base_model, "get_output_embeddings", lambda: None)()
-        self._collate = partial(
-            labelled,
-            model.base_model,
-            tokenizer,
-            # where the head has experts, it sees all tokens that the others see
-            whole=any(model.base_model.get_submodule(site) is head for site in model.sites),
-        )
+        self._settings, self._course, self.feed = settings, course, feed
         super().__init__(
             model=model,
             args=_arguments(model, settings, folder),
-            data_collator=self._collate,
+            data_collator=feed.inputs_of,
             train_dataset=_RowsOfSteps(rows, settings),
             optimizers=(course.progress.optimizer, _scheduler(course, settings)),
             callbacks=[course, *settings.callbacks],
@@ -76,7 +63,7 @@ class ExpertTrainer(Trainer):  # type: ignore[misc]
     def get_train_dataloader(self) -> Any:
         """The rows of all steps, one after the other."""
         return self.accelerator.prepare(
-            DataLoader(self.train_dataset, batch_size=self.args.per_device_train_batch_size, collate_fn=self._collate)
+            DataLoader(self.train_dataset, batch_size=self.args.per_device_train_batch_size, collate_fn=self.feed.inputs_of)
         )
 
     def compute_loss_context_manager(self) -> ExitStack:
@@ -96,29 +83,21 @@ class ExpertTrainer(Trainer):  # type: ignore[misc]
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """What the pass counts in its step's loss: the mean over the step's target tokens, and over passes of the terms."""
-        output = self.called(model, inputs)
-        if num_items_in_batch is None:
-            num_items_in_batch = (inputs["labels"] != IGNORED).sum()
-        loss = self.model.own_loss * ((inputs["labels"] != IGNORED).sum() / num_items_in_batch)
+        """What the pass counts in its step's loss: the mean over what counts in the step, and over passes of the terms."""
+        output, mean = self.feed.called(model, inputs)
+        count = self.feed.count(inputs)
+        loss = mean * (count / self._in_step(count, num_items_in_batch))
         terms = {name: term / self.args.gradient_accumulation_steps for name, term in self.model.terms.items()}
         self._course.saw(loss, terms, inputs)
         # gradients of several processes are averaged
         whole = torch.stack([self.accelerator.num_processes * loss, *(term.to(loss) for term in terms.values())]).sum()
         return (whole, output) if return_outputs else whole
 
-    def called(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
-        """The output of a model for inputs with labels. Raises TrainingError where it has no loss."""
-        output = called(model, inputs, two_sequences=self._two_sequences)
-        if self.model.own_loss is None:
-            raise TrainingError(
-                f"{type(self.model.base_model).__name__} gives no loss for labels, so there is nothing to learn"
-            )
-        return output
-
-    def inputs_of(self, rows: Sequence[TrainingRow]) -> dict[str, Tensor]:
-        """The rows as inputs of the model."""
-        return self._collate(rows)
+    def _in_step(self, count: int, num_labels: Any) -> Any:
+        """What counts in all passes and processes of a step, of which a pass has `count`."""
+        if self.feed.counts_rows:
+            return self._settings.batch_size
+        return count if num_labels is None else num_labels
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The course has put the state back before."""
@@ -151,18 +130,18 @@ class ExpertTrainer(Trainer):  # type: ignore[misc]
         self.train(resume_from_checkpoint=str(folder))
 
 
-class _RowsOfSteps(Dataset[TrainingRow]):
+class _RowsOfSteps(Dataset[Any]):
     """The rows of all steps; those of a step are ordered by length, so that passes have little padding."""
 
-    def __init__(self, rows: Sequence[TrainingRow], settings: ExpertSettings) -> None:
+    def __init__(self, rows: Sequence[Any], settings: ExpertSettings) -> None:
         self._stream = Stream(rows, settings.seed, "rows")
         self._settings = settings
-        self._step: tuple[int, list[TrainingRow]] = (-1, [])
+        self._step: tuple[int, list[Any]] = (-1, [])
 
     def __len__(self) -> int:
         return self._settings.steps * self._settings.batch_size
 
-    def __getitem__(self, place: int) -> TrainingRow:
+    def __getitem__(self, place: int) -> Any:
         step, offset = divmod(place, self._settings.batch_size)
         if self._step[0] != step:
             self._step = (step, sorted(self._stream.at(step, self._settings.batch_size), key=len))

@@ -7,17 +7,22 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from loraweave.composer.router_training.rows import TrainingRow
 from loraweave.composer.router_training.settings import TrainingSettings
 from loraweave.retrieval.training_state import TrainingState, checkpoint_folder, load_state, save_state
 from loraweave.routers.routing.training_report import TrainingReport
 
 BEST, RECENT, REPORT = "best", "recent", "report"
+
+
+class KeptRow(Protocol):
+    """A row that says, as JSON, what it is."""
+
+    def determining(self) -> list[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -33,14 +38,14 @@ class KeptState:
         name: str,
         determining: Sequence[Any],
         settings: TrainingSettings,
-        rows: Sequence[TrainingRow],
-        held: Sequence[TrainingRow],
+        rows: Sequence[KeptRow],
+        held: Sequence[KeptRow],
     ) -> Self:
         """`determining` is JSON of what is trained. Raises TrainingError for a folder that cannot be made."""
         if settings.checkpoint is None:
             return cls(None, "")
         folder = checkpoint_folder(settings.checkpoint)
-        data = [[(row.encoded.prompt, row.encoded.target, row.labels, row.expert) for row in part] for part in (rows, held)]
+        data = [[row.determining() for row in part] for part in (rows, held)]
         parts = [name, *determining, settings.determining(), data]
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         return cls(folder, f"{name}-{digest[:24]}")

@@ -63,6 +63,35 @@ class Owners:
             raise type(error)(f"{where}: {error}")
         return self.places[name]
 
+    def place(self, name: Any, where: str) -> int:
+        """An owner's place; where the learner does not ask for owners, other names are those of tasks."""
+        if self.needed or self.grows or self.heeded:
+            return self.known(name, where)
+        return self.places.get(name, UNKNOWN)
+
+    def required(self, owner: int, where: str) -> int:
+        if owner == UNKNOWN and self.needed:
+            key = self.key
+            an = "an" if key == "expert" else "a"
+            raise InvalidTask(
+                f"{where} does not say whose task it is, which {self.learner} learns from: give it {an} {key!r}, or "
+                f"pass {{name of {an} {key}: rows}}"
+            )
+        return owner
+
+    def parts(self, dataset: Any, what: str) -> list[tuple[str | None, Any]]:
+        """(name, rows) of each part of the data; the name is None where rows are given without one."""
+        if not isinstance(dataset, Mapping):
+            return [(None, dataset)]
+        if set(dataset) & set(TOKENS) or "target" in dataset:
+            raise InvalidTask(f"{what} is one row, {sorted(dataset)}: pass a list of rows")
+        if splits := SPLITS & set(map(str, dataset)) - set(self.places):
+            raise InvalidTask(
+                f"{what} has the parts {', '.join(map(repr, sorted(splits)))}, no {self.key}s, but perhaps splits: "
+                "pass the rows of one, and those held out as evaluation="
+            )
+        return list(dataset.items())
+
 
 @dataclass(frozen=True)
 class TrainingRow:
@@ -75,6 +104,10 @@ class TrainingRow:
 
     def __len__(self) -> int:
         return len(self.encoded)
+
+    def determining(self) -> list[Any]:
+        """All of it but its number, as JSON."""
+        return [self.encoded.prompt, self.encoded.target, self.labels, self.expert]
 
     @property
     def num_targets(self) -> int:
@@ -109,7 +142,7 @@ class RowReader:
         """
         found = [
             (content, expert)
-            for name, rows in self._parts(dataset, what)
+            for name, rows in self._owners.parts(dataset, what)
             for content, expert in self._rows(name, rows, what if name is None else f"{what}[{name!r}]")
         ]
         if not found:
@@ -131,21 +164,8 @@ class RowReader:
             rows.append(TrainingRow(row, labels, expert, number))
         return rows
 
-    def _parts(self, dataset: Any, what: str) -> list[tuple[str | None, Any]]:
-        """(name, rows) of each part of the data; the name is None where rows are given without one."""
-        if not isinstance(dataset, Mapping):
-            return [(None, dataset)]
-        if set(dataset) & set(TOKENS) or "target" in dataset:
-            raise InvalidTask(f"{what} is one row, {sorted(dataset)}: pass a list of rows")
-        if splits := SPLITS & set(map(str, dataset)) - set(self._owners.places):
-            raise InvalidTask(
-                f"{what} has the parts {', '.join(map(repr, sorted(splits)))}, no {self._owners.key}s, but perhaps splits: "
-                "pass the rows of one, and those held out as evaluation="
-            )
-        return list(dataset.items())
-
     def _rows(self, name: str | None, rows: Any, where: str) -> Iterable[tuple[_Text | _Tokens, int]]:
-        own = UNKNOWN if name is None else self._place(name, where)
+        own = UNKNOWN if name is None else self._owners.place(name, where)
         task = rows if isinstance(rows, Task) else Task(())
         given = task.examples if isinstance(rows, Task) else rows
         if isinstance(given, str | bytes) or not isinstance(given, Iterable):
@@ -166,7 +186,7 @@ class RowReader:
             content = self._tokens(row, where)
         else:
             content = _Text(*row_texts(row, task, where=where, forms=self._owners.forms))
-        return content, self._required(owner, where)
+        return content, self._owners.required(owner, where)
 
     def _tokens(self, row: Mapping[str, Any], where: str) -> _Tokens:
         """A row of token ids; labels are aligned with them (IGNORED: no loss), or a decoder's of their own."""
@@ -198,22 +218,6 @@ class RowReader:
         if limit and len(found.prompt) + len(found.target) > limit:
             raise InvalidTask(f"{where} has {len(ids)} tokens, but the model's context is {limit}; shorten it")
         return found
-
-    def _place(self, name: Any, where: str) -> int:
-        """An owner's place; where the learner does not ask for owners, other names are those of tasks."""
-        if self._owners.needed or self._owners.grows or self._owners.heeded:
-            return self._owners.known(name, where)
-        return self._owners.places.get(name, UNKNOWN)
-
-    def _required(self, owner: int, where: str) -> int:
-        if owner == UNKNOWN and self._owners.needed:
-            key = self._owners.key
-            an = "an" if key == "expert" else "a"
-            raise InvalidTask(
-                f"{where} does not say whose task it is, which {self._owners.learner} learns from: give it {an} {key!r}, or "
-                f"pass {{name of {an} {key}: rows}}"
-            )
-        return owner
 
 
 def _ints(values: Any, where: str) -> tuple[int, ...]:

@@ -151,12 +151,6 @@ def test_a_task_that_is_no_text_is_refused_by_a_recipe_without_tasks(model, toke
         made.fit([{"input": "a", "target": "b", "task": 0}], tokenizer, steps=1)
 
 
-def test_a_model_of_images_is_trained_in_a_loop_of_ones_own(make_model):
-    made = lw.experts("mtlora", make_model("segformer"), tasks=("a", "b"))
-    with pytest.raises(TrainingError, match=r"reads texts and token ids, and SegformerFor.* takes pixel_values"):
-        made.fit([{"input_ids": [3, 4], "labels": [-100, 5], "task": "a"}], steps=1)
-
-
 def test_rows_that_do_not_divide_among_passes_are_refused(model):
     with pytest.raises(TrainingError, match=r"batch_size is 4, which does not divide by 3 passes .* take a multiple of 3"):
         lw.experts("mola", model, **OPTIONS).fit(ROWS, **SETTINGS, gradient_accumulation=3)

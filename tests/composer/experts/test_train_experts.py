@@ -140,6 +140,13 @@ def test_modes_and_the_base_are_left_as_they_were(base, tokenizer):
     assert all(torch.equal(before[key], value) for key, value in base.state_dict().items())
 
 
+def test_jobs_on_what_is_no_language_model_are_refused(make_model, tokenizer):
+    base = make_model("segformer")
+    jobs = {"first": (lw.experts("mlore", base, tasks=("x",), target_modules=("linear_fuse",)), ROWS["upper"])}
+    with pytest.raises(TrainingError, match=r"SegformerForSemanticSegmentation is none: fit\(\) each model by itself"):
+        train_experts(base, tokenizer, jobs, steps=1, progress=False)
+
+
 def test_what_cannot_share_a_pass_is_refused_before_the_first_step(base, models, make_model, tokenizer):
     other = make_model("llama")
     placed = {"target_modules": ("down_proj",), "task_modules": ("down_proj",)}

@@ -1,0 +1,243 @@
+"""Training on rows of tensors: images, whole texts with one label, and losses of the caller's own."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+import loraweave as lw
+from loraweave.errors import InvalidTask, TrainingError
+
+SETTINGS = {"steps": 3, "batch_size": 4, "warmup": 0, "progress": False}
+OPTIONS = {"num_experts": (2, 3), "rank": 2, "target_modules": ("q_proj", "v_proj", "fc1")}
+TASKS = ("segmentation", "depth")
+
+
+def _vit():
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    return ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4, num_labels=3)).eval()
+
+
+@pytest.fixture
+def images():
+    """Eight of three classes, each with a colour of its own."""
+    torch.manual_seed(1)
+    colours = torch.eye(3)[:, :, None, None]
+    return [{"pixel_values": torch.rand(3, 8, 8) + colours[i % 3], "labels": i % 3} for i in range(8)]
+
+
+@pytest.fixture
+def made():
+    return lw.experts("mola", _vit(), **OPTIONS, balance=0.0)
+
+
+def stacked(rows, name="pixel_values"):
+    return torch.stack([torch.as_tensor(row[name]) for row in rows])
+
+
+@pytest.fixture
+def scenes():
+    """Four images, each once for each of two tasks, with classes and a depth for each pixel."""
+    torch.manual_seed(2)
+    found = []
+    for _ in range(4):
+        image = {"pixel_values": torch.rand(3, 16, 16), "classes": torch.randint(3, (8, 8)), "depths": torch.rand(8, 8)}
+        found += [{**image, "task": task} for task in TASKS]
+    return found
+
+
+def of_scenes(output, columns):
+    """The mean over rows of what each one's task asks for."""
+    losses = []
+    for logits, classes, depths, task in zip(
+        output.logits, columns["classes"], columns["depths"], columns["task"], strict=True
+    ):
+        segmentation = functional.cross_entropy(logits[None, :3], classes[None])
+        losses.append(segmentation if task == "segmentation" else functional.mse_loss(logits[3], depths))
+    return torch.stack(losses).mean()
+
+
+def test_the_first_loss_is_the_mean_over_the_images_of_the_step(made, images):
+    with torch.no_grad():
+        logits = made.base_model(pixel_values=stacked(images)).logits
+    expected = -functional.log_softmax(logits, dim=1)[range(8), [i % 3 for i in range(8)]].mean()
+    made.fit(images, **{**SETTINGS, "batch_size": 8}, evaluation=images)
+    report = made.training_report
+    assert report.losses[0] == pytest.approx(float(expected), rel=1e-5)
+    assert report.evaluations[0] == (0, pytest.approx(float(expected), rel=1e-5))
+    assert report.tokens == 3 * 8
+
+
+def test_passes_of_a_step_add_up_to_its_gradient(images):
+    found = []
+    for passes in (None, 4):
+        made = lw.experts("mola", _vit().double(), **OPTIONS, balance=0.0)
+        found.append(made.fit(images, **{**SETTINGS, "batch_size": 8}, clip=None, gradient_accumulation=passes))
+    assert found[1].training_report.losses == pytest.approx(found[0].training_report.losses, rel=1e-9)
+    for name, value in found[0].expert_state().items():
+        torch.testing.assert_close(found[1].expert_state()[name], value, rtol=1e-6, atol=1e-9)
+
+
+def test_what_is_learned_tells_the_images_apart(made, images):
+    made.fit(images, **{**SETTINGS, "steps": 60, "lr": 0.02})
+    assert made(pixel_values=stacked(images)).logits.argmax(dim=1).tolist() == [row["labels"] for row in images]
+    assert not made.training_report.dead
+
+
+def test_rows_are_read_when_a_step_has_them_from_arrays_of_any_precision(images):
+    class Folder:
+        asked = 0
+
+        def __len__(self):
+            return len(images)
+
+        def __getitem__(self, place):
+            Folder.asked += 1
+            row = images[place]
+            return {"pixel_values": row["pixel_values"].numpy().astype(np.float64), "labels": np.int64(row["labels"])}
+
+    ours, expected = (lw.experts("mola", _vit(), **OPTIONS) for _ in range(2))
+    ours.fit(Folder(), **SETTINGS)
+    expected.fit(iter(images), **SETTINGS)
+    assert Folder.asked == len(images) + 3 * 4
+    assert ours.training_report.losses == expected.training_report.losses
+
+
+def test_each_task_of_an_image_has_a_loss_of_its_own_and_an_unfrozen_head_learns(make_model, scenes, tmp_path):
+    base = make_model("segformer")
+    made = lw.experts("mtlora", base, tasks=TASKS, rank=4, task_rank=2)
+    base.decode_head.classifier.requires_grad_(True)
+    head, encoder = base.decode_head.classifier.weight.clone(), base.segformer.state_dict()
+    encoder = {name: value.clone() for name, value in encoder.items()}
+    made.fit(scenes, **{**SETTINGS, "steps": 30, "batch_size": 8, "lr": 0.01}, loss=of_scenes)
+    report = made.training_report
+    assert report.losses[-1] < 0.9 * report.losses[0]
+    assert not torch.equal(base.decode_head.classifier.weight, head)
+    assert all(torch.equal(value, encoder[name]) for name, value in base.segformer.state_dict().items())
+    with torch.no_grad():
+        made.train()
+        output = made(pixel_values=stacked(scenes), task=[row["task"] for row in scenes])
+        made.eval()
+    columns = {"classes": stacked(scenes, "classes"), "depths": stacked(scenes, "depths")}
+    last = float(of_scenes(output, {**columns, "task": [row["task"] for row in scenes]}))
+    # a step further than the last that the report has
+    assert last == pytest.approx(report.losses[-1], rel=0.05)
+    with pytest.warns(UserWarning, match=r"'decode_head.classifier.weight' and .* 2 parameters in all, may have learned"):
+        made.save_pretrained(tmp_path / "saved")
+
+
+def test_names_of_the_dataset_are_the_tasks_of_its_rows(make_model, scenes):
+    by_task = {task: [{**row, "task": task} for row in scenes if row["task"] == task] for task in TASKS}
+    for rows in by_task.values():
+        for row in rows:
+            del row["task"]
+    seen = []
+
+    def loss(output, columns):
+        seen.extend(columns["task"])
+        return of_scenes(output, columns)
+
+    made = lw.experts("mtlora", make_model("segformer"), tasks=TASKS, rank=4, task_rank=2)
+    made.fit(by_task, **{**SETTINGS, "steps": 2}, loss=loss)
+    assert sorted(seen) == ["depth"] * 4 + ["segmentation"] * 4
+
+
+def test_an_interrupted_training_goes_on_to_the_same_bits(images, tmp_path):
+    class Stop(Exception):
+        pass
+
+    calls = []
+
+    def loss(output, columns):
+        calls.append(1)
+        if len(calls) == 5:
+            raise Stop
+        return functional.cross_entropy(output.logits, columns["classes"])
+
+    rows = [{"pixel_values": row["pixel_values"], "classes": row["labels"]} for row in images]
+    settings = {**SETTINGS, "steps": 6, "loss": loss}
+
+    def model():
+        base = _vit()
+        made = lw.experts("mola", base, **OPTIONS)
+        base.classifier.requires_grad_(True)
+        return made
+
+    with pytest.raises(Stop):
+        model().fit(rows, **settings, checkpoint=tmp_path, checkpoint_every=2)
+    resumed = model().fit(rows, **settings, checkpoint=tmp_path, checkpoint_every=2)
+    assert len(calls) == 5 + 2
+    expected = model().fit(rows, **settings)
+    for name, value in expected.learning().items():
+        assert torch.equal(resumed.learning()[name], value), name
+
+
+def test_a_classifier_of_texts_learns_from_one_label_a_text():
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    torch.manual_seed(0)
+    base = BertForSequenceClassification(BertConfig(**sizes, **dropout, max_position_embeddings=8, num_labels=2)).eval()
+    texts = [{"input_ids": [1, 5 + i, 0], "attention_mask": [1, 1, 0], "labels": i % 2} for i in range(4)]
+    made = lw.experts("mola", base, num_experts=(2,), rank=2, target_modules=("query", "value"))
+    logits = [base(input_ids=torch.tensor([[1, 5 + i]])).logits[0] for i in range(4)]
+    expected = torch.stack([-functional.log_softmax(logits[i], dim=0)[i % 2] for i in range(4)]).mean()
+    made.fit(texts, **{**SETTINGS, "lr": 0.02})
+    assert made.training_report.losses[0] == pytest.approx(float(expected), rel=1e-4)
+
+
+def changed(images, place, **columns):
+    return [{**row, **columns} if at == place else row for at, row in enumerate(images)]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda images: [], "dataset is empty: rows are {name: tensor"),
+        (lambda images: "images", "dataset is 'images', not rows"),
+        (lambda images: [(1, 2)], "row 1 of dataset is tuple, no mapping"),
+        (lambda images: [{"labels": 1}], "row 1 of dataset has no 'pixel_values', but 'labels'"),
+        (lambda images: [{"pixel_values": torch.rand(3, 8, 8)}], "row 1 of dataset has no 'labels', but 'pixel_values'"),
+        (
+            lambda images: changed(images, 0, label=1),
+            "row 1 of dataset has 'label', which ViTFor.* does not take; it takes pix",
+        ),
+        (lambda images: changed(images, 2, labels="cat"), "row 3 of dataset has 'cat' as 'labels', of which no tensor"),
+        (lambda images: changed(images, 1, pixel_values=torch.zeros(3, 8, 8, dtype=torch.uint8)), "of torch.uint8: let the"),
+        (lambda images: changed(images, 0, pixel_values=torch.rand(1, 3, 8, 8)), r"\(1, 3, 8, 8\), a batch of one"),
+        (
+            lambda images: changed(images, 3, pixel_values=torch.rand(3, 4, 8)),
+            r"'pixel_values' of row 4 of dataset has shape \(3, 4, 8\), but \(3, 8, 8\) in row 1 of dataset: rows are",
+        ),
+        (
+            lambda images: changed(images, 1, head_mask=1),
+            "'head_mask' is in only one of row 1 of dataset and row 2|does not",
+        ),
+        (lambda images: {"cats": []}, r"dataset\['cats'\] is empty"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_refused_by_name(made, images, change, said):
+    with pytest.raises(InvalidTask, match=said):
+        made.fit(change(images), **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (lambda output, columns: output.logits, r"loss\(\) gave a tensor of shape \(4, 3\); it must be one number"),
+        (lambda output, columns: 0.5, r"loss\(\) gave 0.5"),
+        (lambda output, columns: torch.tensor(0.5), r"loss\(\) gave tensor\(0.5000\)"),
+    ],
+)
+def test_a_loss_that_is_none_is_refused(made, images, loss, said):
+    with pytest.raises(TrainingError, match=said):
+        made.fit(images, **SETTINGS, loss=loss)
+
+
+def test_a_loss_that_is_no_function_is_refused(made, images):
+    with pytest.raises(TrainingError, match="loss is 'mse'; it must be a function"):
+        made.fit(images, **SETTINGS, loss="mse")
