@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -12,7 +12,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from loraweave import registry
 from loraweave.composer.batches import IGNORED
 from loraweave.composer.experts.checkpointing import require_same_call, same_call
 from loraweave.composer.experts.exporting import one_expert, whole_mixture
@@ -23,13 +22,13 @@ from loraweave.composer.experts.parts import Parts, Starts, key_of, make_parts, 
 from loraweave.composer.experts.running import RUNNING, Branch, Running, shared_stream
 from loraweave.composer.experts.saving import read_saved_experts, write_experts
 from loraweave.composer.experts.sites import closing_blocks
+from loraweave.composer.experts.task_rows import places_of
 from loraweave.composer.kernels._own_precision import own_precision
 from loraweave.composer.mixing.begun import arguments_of
-from loraweave.errors import CompositionError, ScopeError, TrainingError, UnknownName
+from loraweave.errors import CompositionError, ScopeError, TrainingError
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.whole_number import is_whole
 from loraweave.routers.experts._recipe import ExpertShape, Recipe, Site
-from loraweave.routers.gates.call import UNKNOWN, Call
+from loraweave.routers.gates.call import Call
 from loraweave.routers.gates.gate import Gate, Weighing
 from loraweave.routers.routing.holding import holding
 from loraweave.routers.routing.learned_router import Step
@@ -398,26 +397,8 @@ class ExpertModel(nn.Module):
 
     def task_ids(self, task: Any) -> Tensor | None:
         """task_B of names or ids, one for each row, or one for all. Raises UnknownName for one that there is not."""
-        if task is None:
-            if self.recipe.needs_tasks:
-                known = ", ".join(map(repr, self.tasks))
-                raise ScopeError(f"recipe {self.recipe.name!r} looks at the task of each row: give task=..., of {known}")
-            return None
-        given = task.tolist() if hasattr(task, "tolist") else task
-        given = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
-        if not given:
-            raise ScopeError("task is empty: give the task of each row, one for all, or None")
-        return torch.tensor([self._task_id(each) for each in given], device=self.device)
-
-    def _task_id(self, task: Any) -> int:
-        if isinstance(task, str) and task in self.tasks:
-            return self.tasks.index(task)
-        unknown = task == UNKNOWN and not self.recipe.needs_tasks
-        if unknown or (is_whole(task, 0) and task < len(self.tasks)):
-            return int(task)
-        known = ", ".join(map(repr, self.tasks)) or "none: pass tasks=(...) or fit() it on {task: rows}"
-        close = registry.nearest(task, self.tasks) if isinstance(task, str) else ""
-        raise UnknownName(f"recipe {self.recipe.name!r} has no task {task!r}{close}; it has {known}")
+        places = places_of(self.recipe, task)
+        return None if places is None else torch.tensor(places, device=self.device)
 
     @staticmethod
     def _prompts(ids_BT: Any, mask_BT: Any) -> AbstractContextManager[None]:

@@ -1,15 +1,17 @@
-"""Examples of expert models as rows of token ids, each with its task."""
+"""The tasks of rows: those of examples as token ids, and those that a call names."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Sized
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from loraweave.composer.batches import EncodedRow
 from loraweave.composer.router_training.rows import UNKNOWN, Owners, RowReader
-from loraweave.errors import TrainingError, UnknownName
+from loraweave.errors import ScopeError, TrainingError, UnknownName
+from loraweave.hub.whole_number import is_whole
 from loraweave.registry import nearest
+from loraweave.routers.experts._recipe import Recipe
 from loraweave.types import Task
 
 if TYPE_CHECKING:
@@ -72,3 +74,31 @@ def owners_of(model: ExpertModel) -> Owners:
     recipe, places = model.recipe, {task: place for place, task in enumerate(tasks)}
     learner = f"recipe {name!r}"
     return Owners(places, learner, "task", recipe.needs_tasks, unknown, grows=not tasks, heeded=recipe.heeds_tasks)
+
+
+def places_of(recipe: Recipe, task: Any) -> list[int] | None:
+    """The places, among the recipe's tasks, of names or ids, one for each row, or of one for all; None where none is given.
+
+    Raises UnknownName for a task that the recipe has not, ScopeError for none where it looks at them.
+    """
+    if task is None:
+        if recipe.needs_tasks:
+            known = ", ".join(map(repr, recipe.tasks))
+            raise ScopeError(f"recipe {recipe.name!r} looks at the task of each row: give task=..., of {known}")
+        return None
+    given = task.tolist() if hasattr(task, "tolist") else task
+    given = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    if not given:
+        raise ScopeError("task is empty: give the task of each row, one for all, or None")
+    return [_place(recipe, each) for each in given]
+
+
+def _place(recipe: Recipe, task: Any) -> int:
+    if isinstance(task, str) and task in recipe.tasks:
+        return recipe.tasks.index(task)
+    unknown = task == UNKNOWN and not recipe.needs_tasks
+    if unknown or (is_whole(task, 0) and task < len(recipe.tasks)):
+        return int(task)
+    known = ", ".join(map(repr, recipe.tasks)) or "none: pass tasks=(...) or fit() it on {task: rows}"
+    close = nearest(task, recipe.tasks) if isinstance(task, str) else ""
+    raise UnknownName(f"recipe {recipe.name!r} has no task {task!r}{close}; it has {known}")
