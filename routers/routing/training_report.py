@@ -17,14 +17,15 @@ NUM_SHOWN = 8
 class TrainingReport:
     """Losses by step, and what the weights were like.
 
-    `losses` are means over the target tokens of each step, without the `terms` that were added, which have their own by
-    name. `evaluations` are (steps done, loss of the rows held out). `entropy` is that of a token's weights in nats, a mean
-    over real tokens and layers; `load` has (steps done, share of each expert in all weights), of at most 100 steps or so.
+    `losses` are means over the target tokens of each step, or over its rows where those are of tensors, without the `terms`
+    that were added, which have their own by name. `evaluations` are (steps done, loss of the rows held out). `entropy` is
+    that of a token's weights in nats, a mean over real tokens and layers; `load` has (steps done, share of each expert in
+    all weights), of at most 100 steps or so.
     `dead` experts had less than a hundredth of an equal share over the last 20 steps; `collapsed` is the first step after
     which one expert had more than 0.95 of all weight over 20 steps, None if there was none. `overflow` is, by step, the
     share of the experts chosen by tokens before a target which had no capacity left; empty where there is no limit. The
     router has the parameters after `kept` steps. `tokens` are those of prompts and targets that went through the model,
-    without padding.
+    without padding; a row of tensors counts as one.
     """
 
     experts: tuple[str, ...]
@@ -61,7 +62,7 @@ class TrainingReport:
         above.plot(range(1, len(self.losses) + 1), _smooth(self.losses), color="#1f4e79", label="mean of 10 steps")
         if self.evaluations:
             above.plot(*zip(*self.evaluations, strict=True), "o-", color="#c0504d", markersize=3, label="held out")
-        above.set_ylabel("loss per target token")
+        above.set_ylabel("loss")
         above.legend(frameon=False, fontsize="small")
         self._draw_load(middle)
         below.plot(range(1, len(self.entropy) + 1), self.entropy, color="#1f4e79")
