@@ -190,6 +190,31 @@ def test_a_classifier_of_texts_learns_from_one_label_a_text():
     assert made.training_report.losses[0] == pytest.approx(float(expected), rel=1e-4)
 
 
+def test_an_image_beside_tokens_is_learned_from_by_target_tokens():
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(**sizes, image_size=8, patch_size=4)
+    settings = {"image_token_index": 19, "vision_feature_layer": -1, "text_config": LlamaConfig(**sizes, vocab_size=20)}
+    torch.manual_seed(0)
+    base = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, **settings)).eval()
+    ids = [1, 19, 19, 19, 19, 5, 6, 7]
+    rows = [
+        {"input_ids": ids, "labels": [-100] * (7 - i % 2) + ids[7 - i % 2 :], "pixel_values": torch.rand(3, 8, 8)}
+        for i in range(4)
+    ]
+    losses = []
+    for row in rows:
+        logits = base(input_ids=torch.tensor([ids]), pixel_values=row["pixel_values"][None]).logits[0]
+        targets = [place for place, label in enumerate(row["labels"]) if label != -100]
+        losses += [-functional.log_softmax(logits[place - 1], dim=0)[ids[place]] for place in targets]
+    assert len(losses) == 6
+    made = lw.experts("llava_mole", base, rank=2, target_modules=("q_proj", "v_proj"))
+    assert any("vision_tower" in site for site in made.sites)
+    made.fit(rows, **SETTINGS, gradient_accumulation=2)
+    assert made.training_report.losses[0] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+
+
 def changed(images, place, **columns):
     return [{**row, **columns} if at == place else row for at, row in enumerate(images)]
 
