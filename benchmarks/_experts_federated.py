@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from _experts_kinds import ONE, Kind
 from _experts_training import Data, Stream, num_parameters, stream, train
 
@@ -31,29 +32,31 @@ class Federation:
     rows: Mapping[str, Stream]
     batch_size: int
     seed: int
+    lr: float | None
 
     def clients(self, recipe: str, **options: Any) -> Clients:
         made = {"tokenizer": self.tokenizer, "seed": self.seed, **options}
         return {task: lw.experts(recipe, self.model, **made) for task in self.rows}
 
-    def learn(self, clients: Clients, steps: int) -> None:
-        for task, client in clients.items():
-            train(client, self.tokenizer, self.rows[task], steps=steps, batch_size=self.batch_size)
+    def learn(self, clients: Clients, steps: int) -> float:
+        """The mean over the clients of the loss of their last steps."""
+        chosen = {"steps": steps, "batch_size": self.batch_size, "lr": self.lr}
+        return float(np.mean([train(client, self.tokenizer, self.rows[task], **chosen) for task, client in clients.items()]))
 
 
 def federated(
     kind: Kind, model: Any, tokenizer: Any, data: Mapping[str, Data], *, steps: int, batch_size: int, seed: int
-) -> tuple[Clients, int]:
-    """A model of each task, and how many parameters all of them have, those that are shared once."""
+) -> tuple[Clients, dict[str, float]]:
+    """A model of each task, how many parameters all of them have, those that are shared once, and their last loss."""
     rows = {task: stream({task: own}, seed) for task, own in data.items()}
-    federation = Federation(model, tokenizer, rows, batch_size, seed)
+    federation = Federation(model, tokenizer, rows, batch_size, seed, kind.lr)
     first = int(steps * FIRST) // (len(data) * ROUNDS)
     last = steps // (len(data) * ROUNDS) - first
     train_all = _fedms if kind.recipe == "fedms" else _pfedlora
     return train_all(federation, kind.all_options(len(data)), first, last)
 
 
-def _fedms(federation: Federation, options: Mapping[str, Any], first: int, last: int) -> tuple[Clients, int]:
+def _fedms(federation: Federation, options: Mapping[str, Any], first: int, last: int) -> tuple[Clients, dict[str, float]]:
     """Plain LoRAs, whose mean is the global expert; then local experts and gates, which all have the mean of."""
     plain = federation.clients("mola", **options, **ONE)
     for _ in range(ROUNDS):
@@ -67,22 +70,26 @@ def _fedms(federation: Federation, options: Mapping[str, Any], first: int, last:
     for client in clients.values():
         put_expert(client, 0, exchanged)
     for _ in range(ROUNDS):
-        federation.learn(clients, last)
+        last_loss = federation.learn(clients, last)
         _average(clients, gates=True)
-    return clients, num_shared + sum(map(num_parameters, clients.values()))
+    return clients, _notes(clients, num_shared, last_loss)
 
 
-def _pfedlora(federation: Federation, options: Mapping[str, Any], first: int, last: int) -> tuple[Clients, int]:
+def _pfedlora(federation: Federation, options: Mapping[str, Any], first: int, last: int) -> tuple[Clients, dict[str, float]]:
     """In each round the local expert learns, then the shared one, which all have the mean of."""
     clients, num_shared = federation.clients("pfedlora", **options), 0
     for _ in range(ROUNDS):
-        federation.learn(clients, last)
+        last_loss = federation.learn(clients, last)
         clients = {task: with_options(client, phase="shared") for task, client in clients.items()}
         num_shared = num_parameters(next(iter(clients.values())))
         federation.learn(clients, first)
         _average(clients, experts=(0,))
         clients = {task: with_options(client, phase="local") for task, client in clients.items()}
-    return clients, num_shared + sum(map(num_parameters, clients.values()))
+    return clients, _notes(clients, num_shared, last_loss)
+
+
+def _notes(clients: Clients, num_shared: int, last_loss: float) -> dict[str, float]:
+    return {"last_loss": round(last_loss, 4), "parameters": num_shared + sum(map(num_parameters, clients.values()))}
 
 
 def _average(clients: Clients, **exchanged: Any) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from _adapters import ALL
@@ -54,7 +55,7 @@ OCTAVIUS = experts(2 * RANK, NUM_EXPERTS // 2)
 # its layers are one product more for each rank
 FLORA = {"rank": 2, "mode": "multiplicative"}
 
-KINDS: Mapping[str, Kind] = {
+_AT_3E_3: Mapping[str, Kind] = {
     "one_lora": Kind("mola", ONE_LORA),
     "one_lora_active": Kind("mola", {**ONE, "rank": 2 * RANK}),
     "separate": Kind("mola", ONE, given=True, apart=True, shares=True),
@@ -87,14 +88,19 @@ KINDS: Mapping[str, Kind] = {
     "mixlora": Kind("mixlora", {**forward_experts(), "target_modules": ("mlp",)}),
     "fedms": Kind("fedms", {"rank": 6}, given=True, federated=True),
     "pfedlora": Kind("pfedlora", {"shared_rank": 4, "rank": 7}, given=True, federated=True),
-    "one_lora_1e-3": Kind("mola", ONE_LORA, lr=1e-3),
-    "one_lora_3e-4": Kind("mola", ONE_LORA, lr=3e-4),
-    "mola_8888_1e-3": Kind("mola", MOLA, lr=1e-3),
-    "multilora_1e-3": Kind("multilora", experts(2 * RANK, NUM_EXPERTS // 2), lr=1e-3),
     "one_lora_alone": Kind("mola", ONE_LORA, given=True, apart=True),
     "mola_8888_alone": Kind("mola", MOLA, given=True, apart=True),
     "octavius_alone": Kind("octavius", OCTAVIUS, given=True, apart=True),
     "one_lora_then": Kind("mola", ONE_LORA, then=True),
     "moral_then": Kind("moral", forward_experts(), then=True),
     "loramoe_then": Kind("loramoe", forward_experts(), then=True),
+}
+
+# those with another rate in their names, after the name of the kind, and before an ending
+_OTHER_RATES = {"1e-3": 1e-3, "3e-4": 3e-4}
+_ENDING = re.compile("(_alone|_then)?$")
+KINDS: Mapping[str, Kind] = _AT_3E_3 | {
+    _ENDING.sub(rf"_{rate}\1", name, count=1): replace(kind, lr=lr)
+    for rate, lr in _OTHER_RATES.items()
+    for name, kind in _AT_3E_3.items()
 }

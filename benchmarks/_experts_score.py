@@ -160,9 +160,9 @@ def _of_clients(
 ) -> Iterator[Measured]:
     own, taken = {task: data[task] for task in options.tasks}, Taken()
     steps = {"steps": options.steps, "batch_size": options.batch_size}
-    clients, count = federated(KINDS[name], model, tokenizer, own, **steps, seed=seed)
+    clients, learned = federated(KINDS[name], model, tokenizer, own, **steps, seed=seed)
     times = taken.each(len(own))
-    notes = {"of_steps": options.steps, "parameters": count}
+    notes = {"of_steps": options.steps, **learned}
     for task, client in clients.items():
         yield _answered(client, tokenizer, name, seed, task, data[task], notes, *times)
     for client in clients.values():
