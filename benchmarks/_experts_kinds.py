@@ -96,11 +96,25 @@ _AT_3E_3: Mapping[str, Kind] = {
     "loramoe_then": Kind("loramoe", forward_experts(), then=True),
 }
 
-# those with another rate in their names, after the name of the kind, and before an ending
-_OTHER_RATES = {"1e-3": 1e-3, "3e-4": 3e-4}
-_ENDING = re.compile("(_alone|_then)?$")
-KINDS: Mapping[str, Kind] = _AT_3E_3 | {
-    _ENDING.sub(rf"_{rate}\1", name, count=1): replace(kind, lr=lr)
-    for rate, lr in _OTHER_RATES.items()
+# those tried for all, the first of which is in no name; and one more that some were tried with
+RATES = ("3e-3", "1e-3")
+ALL_RATES = (*RATES, "3e-4")
+_NAMED = re.compile(f"_({'|'.join(ALL_RATES[1:])})(?=$|_alone$|_then$)")
+
+
+def with_rate(name: str, rate: str) -> str:
+    """The name of a kind with another rate: it comes before an ending."""
+    return name if rate == RATES[0] else re.sub("(_alone|_then)?$", rf"_{rate}\1", name, count=1)
+
+
+def without_rate(name: str) -> tuple[str, str]:
+    """The name of a kind without its rate, and that."""
+    found = _NAMED.search(name)
+    return (_NAMED.sub("", name), found[1]) if found else (name, RATES[0])
+
+
+KINDS: Mapping[str, Kind] = {
+    with_rate(name, rate): kind if rate == RATES[0] else replace(kind, lr=float(rate))
+    for rate in ALL_RATES
     for name, kind in _AT_3E_3.items()
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from _experts_kinds import KINDS
+from _experts_kinds import ALL_RATES, KINDS, RATES, with_rate, without_rate
 from _unseen_store import Measured
 from rich.box import MARKDOWN
 from rich.console import Console
@@ -28,14 +28,35 @@ def print_report(found: Sequence[Measured]) -> None:
         kinds.setdefault(each.key.way, []).append(each)
     by_task = {name: _by_task(own) for name, own in kinds.items()}
     first = list(by_task.get(ONE_LORA, {}))
-    console.print(_scores(kinds, by_task, first))
+    chosen = _chosen(kinds, first)
+    console.print(_scores(kinds, by_task, chosen, first))
+    console.print(_rates(kinds, by_task, chosen, first))
     console.print(_interference(by_task))
     console.print(_retention(kinds, by_task, first))
 
 
-def _scores(kinds: Mapping[str, Sequence[Measured]], by_task: Mapping[str, ByTask], first: Sequence[str]) -> Table:
+def _chosen(kinds: Mapping[str, Sequence[Measured]], first: Sequence[str]) -> dict[str, str]:
+    """The name of each kind with the rate of those tried for all whose last steps had the lower mean loss.
+
+    Their rows had not been seen before: no item of a test is looked at.
+    """
+    losses: dict[str, dict[str, float]] = {}
+    for name, own in kinds.items():
+        kind, rate = without_rate(name)
+        if rate not in RATES or name.endswith((ALONE, THEN)) or {each.key.task for each in own} < set(first):
+            continue
+        last = [each.notes["last_loss"] for each in own if each.key.task in first and "last_loss" in each.notes]
+        losses.setdefault(kind, {})[name] = float(np.mean(last)) if last else np.inf
+    return {kind: min(rates, key=lambda name: rates[name]) for kind, rates in losses.items() if kind != "base"}
+
+
+def _scores(
+    kinds: Mapping[str, Sequence[Measured]], by_task: Mapping[str, ByTask], chosen: Mapping[str, str], first: Sequence[str]
+) -> Table:
+    """Each kind at its chosen rate, above one LoRA at its own."""
     table = Table(
         "kind",
+        "rate",
         "seeds",
         "task given",
         "M parameters",
@@ -46,22 +67,42 @@ def _scores(kinds: Mapping[str, Sequence[Measured]], by_task: Mapping[str, ByTas
         "least above, by task",
         box=MARKDOWN,
     )
-    names = [name for name in kinds if not name.endswith((ALONE, THEN)) and set(by_task[name]) >= set(first)]
-    for name in sorted(names, key=lambda name: -_mean(_of(by_task[name], first))):
+    one = by_task[chosen[ONE_LORA]]
+    for kind in sorted(chosen, key=lambda kind: -_mean(_of(by_task[chosen[kind]], first))):
+        name = chosen[kind]
         own = [each for each in kinds[name] if each.key.task in first]
-        above = _difference(_of(by_task[name], first), by_task[ONE_LORA])
+        above = _difference(_of(by_task[name], first), one)
         least = min(above, key=lambda task: float(above[task].mean()))
         table.add_row(
-            name,
-            str(len({each.key.seed for each in own})),
-            "yes" if name in KINDS and KINDS[name].given else "",
+            kind,
+            without_rate(name)[1],
+            str(_num_seeds(own)),
+            "yes" if KINDS[kind].given else "",
             f"{own[0].notes.get('parameters', 0) / 1e6:.1f}",
             _interval(_of(by_task[name], first)),
             _range(own),
-            "" if name == ONE_LORA else _interval(above),
+            "" if kind == ONE_LORA else _interval(above),
             f"{np.mean([each.loss for each in own]):.3f}",
-            "" if name == ONE_LORA else f"{least} {above[least].mean():+.2f}",
+            "" if kind == ONE_LORA else f"{least} {above[least].mean():+.2f}",
         )
+    return table
+
+
+def _rates(
+    kinds: Mapping[str, Sequence[Measured]], by_task: Mapping[str, ByTask], chosen: Mapping[str, str], first: Sequence[str]
+) -> Table:
+    """Right answers at each rate, with how many seeds, and what was chosen by."""
+    table = Table("kind", *(f"{rate}: right answers (seeds), last loss" for rate in ALL_RATES), box=MARKDOWN)
+    for kind in chosen:
+        cells = []
+        for rate in ALL_RATES:
+            name = with_rate(kind, rate)
+            own = [each for each in kinds.get(name, ()) if each.key.task in first]
+            last = [each.notes["last_loss"] for each in own if "last_loss" in each.notes]
+            loss = f", {np.mean(last):.2f}" if last else ""
+            cells.append(f"{_mean(_of(by_task[name], first)):.3f} ({_num_seeds(own)}){loss}" if own else "")
+        if sum(map(bool, cells)) > 1:
+            table.add_row(kind, *cells)
     return table
 
 
@@ -89,6 +130,10 @@ def _retention(kinds: Mapping[str, Sequence[Measured]], by_task: Mapping[str, By
         cells = [_interval(each) for each in (before, after, _difference(after, before), later)]
         table.add_row(name, str(len(seeds)), *cells)
     return table
+
+
+def _num_seeds(found: Sequence[Measured]) -> int:
+    return len({each.key.seed for each in found})
 
 
 def _by_task(found: Sequence[Measured]) -> dict[str, np.ndarray]:
