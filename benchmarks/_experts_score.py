@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from _experts_federated import federated
-from _experts_kinds import KINDS
+from _experts_kinds import KINDS, RATES, without_rate
 from _experts_report import THEN, print_report
 from _experts_training import Data, num_parameters, stream, train
 from _unseen_store import NO_SEED, NO_SHOTS, Key, Measured, Store, write_together
@@ -27,6 +27,7 @@ from loraweave.demo import fast_dtype, read_rows
 ROOT = Path(__file__).resolve().parents[1]
 TOGETHER = ROOT / "benchmarks" / "data" / "experts.json"
 TASKS = ("past_tense", "antonym", "addition", "pick_animal_5")
+_OF_ALL = [name for name in KINDS if without_rate(name)[1] in RATES]
 LATER = ("plural", "uppercase", "number_words", "pick_first_5")
 
 
@@ -49,7 +50,7 @@ class OfTask:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of measurements")
     parser.add_argument("--data", type=Path, default=ROOT / "examples" / "data", help="has MANIFEST.json and pool")
-    parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=[*KINDS, "base"], help="only these")
+    parser.add_argument("--kinds", nargs="*", default=_OF_ALL, choices=[*KINDS, "base"], help="only these")
     parser.add_argument("--tasks", nargs="*", default=TASKS, help="trained together; none may have labels")
     parser.add_argument("--then", nargs="*", default=LATER, help="trained together afterwards, by those kinds that go on")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])

@@ -16,9 +16,11 @@ models share their base's weights. Logits and gradients are compared first, and 
 `score`: right answers on test inputs of tasks of the pool after joint training, each recipe at about as many parameters, on
 as many rows. Beside them: the base, one LoRA of at least as many parameters as any recipe (`one_lora`), one of the rank
 that is active in a token (`one_lora_active`), and one LoRA for each task, trained alone for its share of the steps and
-asked for its own task (`separate`). Kinds that end in `_alone` are a whole mixture for each task, trained on as many of its
-rows as the joint one: what is right together above that is interference. Kinds that end in `_then` go on with other tasks
-(--then), and are asked for both: retention. Every measurement is kept in --out, so that an interrupted run goes on.
+asked for its own task (`separate`). Every kind is trained at 3e-3 and, with that in its name, at 1e-3, a few at 3e-4: kinds
+are compared at the rate at which the last steps, whose rows had not been seen before, had the lower loss. Those that end in
+`_alone` are a whole mixture for each task, trained on as many of its rows as the joint one: what is right together above
+that is interference. Those that end in `_then` go on with other tasks (--then), and are asked for both: retention. Every
+measurement is kept in --out, so that an interrupted run goes on.
 """
 
 from __future__ import annotations
