@@ -118,10 +118,12 @@ def test_the_base_called_itself_is_as_it_was_and_stays_so(name, trained):
         trained(**inputs, **tasks_of(trained, 0, 1, 0)).logits, base := trained.base_model(**inputs).logits
     )
     trained.close()
-    assert torch.equal(trained.base_model(**inputs).logits, base)
     after = trained.base_model.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
     assert all(parameter.requires_grad for parameter in trained.base_model.parameters())
+    # on some processors PyTorch rounds otherwise where weights have gradients
+    trained.base_model.requires_grad_(False)
+    assert torch.equal(trained.base_model(**inputs).logits, base)
 
 
 def test_a_row_depends_on_no_other_row_and_no_padding(name, trained):

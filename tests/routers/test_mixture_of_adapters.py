@@ -189,7 +189,7 @@ def test_gates_that_know_each_rows_domain_give_that_domains_adapter(model, make_
     found = logits_of(model, pool, made, attention_mask=MASK_BT)
     for row, name in enumerate("cab"):
         expected = logits_of(model, pool, {name: 1.0}, attention_mask=MASK_BT)
-        assert torch.allclose(found[row], expected[row], atol=1e-6)
+        assert torch.allclose(found[row], expected[row], atol=1e-5)
 
 
 def test_two_threads_that_generate_at_once_are_each_as_alone(model, pool):
