@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from _experts_kinds import ALL_RATES, KINDS, RATES, with_rate, without_rate
+from _experts_kinds import ALL_RATES, KINDS, with_rate, without_rate
 from _unseen_store import Measured
 from rich.box import MARKDOWN
 from rich.console import Console
@@ -29,31 +29,42 @@ def print_report(found: Sequence[Measured]) -> None:
     by_task = {name: _by_task(own) for name, own in kinds.items()}
     first = list(by_task.get(ONE_LORA, {}))
     chosen = _chosen(kinds, first)
-    console.print(_scores(kinds, by_task, chosen, first))
-    console.print(_rates(kinds, by_task, chosen, first))
+    tried = [kind for kind in chosen if sum(with_rate(kind, rate) in by_task for rate in ALL_RATES) > 1]
+    variants = [kind for kind in chosen if kind not in tried]
+    console.print(_scores(kinds, by_task, [chosen[kind] for kind in tried], chosen[ONE_LORA], first))
+    console.print(_rates(kinds, by_task, tried, first))
+    console.print(_scores(kinds, by_task, [chosen[kind] for kind in variants], ONE_LORA, first))
     console.print(_interference(by_task))
     console.print(_retention(kinds, by_task, first))
 
 
 def _chosen(kinds: Mapping[str, Sequence[Measured]], first: Sequence[str]) -> dict[str, str]:
-    """The name of each kind with the rate of those tried for all whose last steps had the lower mean loss.
+    """The name of each kind with the rate, of those it was tried with, whose last steps had the lowest mean loss.
 
-    Their rows had not been seen before: no item of a test is looked at.
+    Their rows had not been seen before: no item of a test is looked at. Seeds count that all rates of the kind have.
     """
-    losses: dict[str, dict[str, float]] = {}
+    losses: dict[str, dict[str, dict[tuple[int, str], float]]] = {}
     for name, own in kinds.items():
-        kind, rate = without_rate(name)
-        if rate not in RATES or name.endswith((ALONE, THEN)) or {each.key.task for each in own} < set(first):
+        kind, _ = without_rate(name)
+        if kind == "base" or name.endswith((ALONE, THEN)) or {each.key.task for each in own} < set(first):
             continue
-        last = [each.notes["last_loss"] for each in own if each.key.task in first and "last_loss" in each.notes]
-        losses.setdefault(kind, {})[name] = float(np.mean(last)) if last else np.inf
-    return {kind: min(rates, key=lambda name: rates[name]) for kind, rates in losses.items() if kind != "base"}
+        last = {(each.key.seed, each.key.task): each.notes["last_loss"] for each in own if "last_loss" in each.notes}
+        losses.setdefault(kind, {})[name] = last
+    found = {}
+    for kind, rates in losses.items():
+        common = set.intersection(*map(set, rates.values()))
+        found[kind] = min(rates, key=lambda name: sum(rates[name][key] for key in common))
+    return found
 
 
 def _scores(
-    kinds: Mapping[str, Sequence[Measured]], by_task: Mapping[str, ByTask], chosen: Mapping[str, str], first: Sequence[str]
+    kinds: Mapping[str, Sequence[Measured]],
+    by_task: Mapping[str, ByTask],
+    names: Sequence[str],
+    one_lora: str,
+    first: Sequence[str],
 ) -> Table:
-    """Each kind at its chosen rate, above one LoRA at its own."""
+    """Each kind at its rate, above this one LoRA."""
     table = Table(
         "kind",
         "rate",
@@ -62,47 +73,44 @@ def _scores(
         "M parameters",
         "right answers",
         "by seed",
-        "above one_lora",
+        f"above {one_lora}",
         "loss",
         "least above, by task",
         box=MARKDOWN,
     )
-    one = by_task[chosen[ONE_LORA]]
-    for kind in sorted(chosen, key=lambda kind: -_mean(_of(by_task[chosen[kind]], first))):
-        name = chosen[kind]
+    for name in sorted(names, key=lambda name: -_mean(_of(by_task[name], first))):
+        kind, rate = without_rate(name)
         own = [each for each in kinds[name] if each.key.task in first]
-        above = _difference(_of(by_task[name], first), one)
+        above = _difference(_of(by_task[name], first), by_task[one_lora])
         least = min(above, key=lambda task: float(above[task].mean()))
         table.add_row(
             kind,
-            without_rate(name)[1],
+            rate,
             str(_num_seeds(own)),
             "yes" if KINDS[kind].given else "",
             f"{own[0].notes.get('parameters', 0) / 1e6:.1f}",
             _interval(_of(by_task[name], first)),
             _range(own),
-            "" if kind == ONE_LORA else _interval(above),
+            "" if name == one_lora else _interval(above),
             f"{np.mean([each.loss for each in own]):.3f}",
-            "" if kind == ONE_LORA else f"{least} {above[least].mean():+.2f}",
+            "" if name == one_lora else f"{least} {above[least].mean():+.2f}",
         )
     return table
 
 
 def _rates(
-    kinds: Mapping[str, Sequence[Measured]], by_task: Mapping[str, ByTask], chosen: Mapping[str, str], first: Sequence[str]
+    kinds: Mapping[str, Sequence[Measured]], by_task: Mapping[str, ByTask], tried: Sequence[str], first: Sequence[str]
 ) -> Table:
-    """Right answers at each rate, with how many seeds, and what was chosen by."""
+    """Right answers at each rate, with how many seeds, and the loss that one was chosen by."""
     table = Table("kind", *(f"{rate}: right answers (seeds), last loss" for rate in ALL_RATES), box=MARKDOWN)
-    for kind in chosen:
+    for kind in tried:
         cells = []
-        for rate in ALL_RATES:
-            name = with_rate(kind, rate)
+        for name in (with_rate(kind, rate) for rate in ALL_RATES):
             own = [each for each in kinds.get(name, ()) if each.key.task in first]
             last = [each.notes["last_loss"] for each in own if "last_loss" in each.notes]
             loss = f", {np.mean(last):.2f}" if last else ""
             cells.append(f"{_mean(_of(by_task[name], first)):.3f} ({_num_seeds(own)}){loss}" if own else "")
-        if sum(map(bool, cells)) > 1:
-            table.add_row(kind, *cells)
+        table.add_row(kind, *cells)
     return table
 
 
