@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from loraweave.composer.batches import IGNORED, takes
 from loraweave.composer.experts.feed import losing
@@ -78,6 +79,8 @@ class TensorReader:
         source = given.examples if isinstance(given, Task) else given
         if isinstance(source, str | bytes) or not (isinstance(source, Iterable) or hasattr(source, "__getitem__")):
             raise InvalidTask(f"{where} is {source!r:.80}, not rows: {FORMS}")
+        if isinstance(source, DataLoader):
+            raise InvalidTask(f"{where} is a DataLoader, whose batches are no rows: give its dataset")
         if not _is_numbered(source):
             source = list(source)
         if not len(source) and name is not None:
@@ -121,10 +124,16 @@ class TensorReader:
             odd = sorted(set(columns) ^ set(known))[0]
             raise InvalidTask(f"{odd!r} is in only one of {first} and {where}: all rows must have the same columns")
         for column, value in columns.items():
-            if value.shape != known[column].shape:
+            other = known[column]
+            if value.shape != other.shape:
                 raise InvalidTask(
-                    f"{column!r} of {where} has shape {tuple(value.shape)}, but {tuple(known[column].shape)} in {first}: "
+                    f"{column!r} of {where} has shape {tuple(value.shape)}, but {tuple(other.shape)} in {first}: "
                     "rows are stacked, so resize images, and pad texts to one length"
+                )
+            if value.dtype != other.dtype:
+                raise InvalidTask(
+                    f"{column!r} of {where} is of {value.dtype}, but of {other.dtype} in {first}: rows are stacked, so give "
+                    "all the same kind of numbers, such as 1.0 beside 0.5"
                 )
 
 

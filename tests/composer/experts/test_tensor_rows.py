@@ -238,16 +238,23 @@ def changed(images, place, **columns):
             lambda images: changed(images, 3, pixel_values=torch.rand(3, 4, 8)),
             r"'pixel_values' of row 4 of dataset has shape \(3, 4, 8\), but \(3, 8, 8\) in row 1 of dataset: rows are",
         ),
+        (lambda images: changed(images, 1, head_mask=1), "row 2 of dataset has 'head_mask', which ViTFor.* does not take"),
         (
-            lambda images: changed(images, 1, head_mask=1),
-            "'head_mask' is in only one of row 1 of dataset and row 2|does not",
+            lambda images: changed(images, 1, labels=0.5),
+            "'labels' of row 2 of dataset is of torch.float32, but of torch.int64",
         ),
+        (lambda images: torch.utils.data.DataLoader(images), "is a DataLoader, whose batches are no rows: give its dataset"),
         (lambda images: {"cats": []}, r"dataset\['cats'\] is empty"),
     ],
 )
 def test_rows_that_cannot_be_used_are_refused_by_name(made, images, change, said):
     with pytest.raises(InvalidTask, match=said):
         made.fit(change(images), **SETTINGS)
+
+
+def test_a_column_that_one_row_alone_has_is_refused(made, images):
+    with pytest.raises(InvalidTask, match="'weight' is in only one of row 1 of dataset and row 3 of dataset: all rows must"):
+        made.fit(changed(images, 2, weight=1.0), **SETTINGS, loss=lambda output, columns: output.logits.mean())
 
 
 @pytest.mark.parametrize(
