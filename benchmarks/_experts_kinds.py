@@ -50,6 +50,8 @@ def forward_experts(rank: int = FORWARD_RANK, num_experts: int = NUM_EXPERTS, **
 
 
 ONE_LORA = {**ONE, "rank": NUM_EXPERTS * RANK + 4}
+# where moral and loramoe have theirs
+ONE_FORWARD_LORA = {**ONE, "rank": NUM_EXPERTS * FORWARD_RANK + 4, "target_modules": FEED_FORWARD}
 MOLA = experts(num_experts=(8, 8, 8, 8))
 OCTAVIUS = experts(2 * RANK, NUM_EXPERTS // 2)
 # its layers are one product more for each rank
@@ -57,6 +59,7 @@ FLORA = {"rank": 2, "mode": "multiplicative"}
 
 _AT_3E_3: Mapping[str, Kind] = {
     "one_lora": Kind("mola", ONE_LORA),
+    "one_forward_lora": Kind("mola", ONE_FORWARD_LORA),
     "one_lora_active": Kind("mola", {**ONE, "rank": 2 * RANK}),
     "separate": Kind("mola", ONE, given=True, apart=True, shares=True),
     "mola_8888": Kind("mola", MOLA),
@@ -92,6 +95,7 @@ _AT_3E_3: Mapping[str, Kind] = {
     "mola_8888_alone": Kind("mola", MOLA, given=True, apart=True),
     "octavius_alone": Kind("octavius", OCTAVIUS, given=True, apart=True),
     "one_lora_then": Kind("mola", ONE_LORA, then=True),
+    "one_forward_lora_then": Kind("mola", ONE_FORWARD_LORA, then=True),
     "moral_then": Kind("moral", forward_experts(), then=True),
     "loramoe_then": Kind("loramoe", forward_experts(), then=True),
 }
