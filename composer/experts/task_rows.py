@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from loraweave.composer.batches import EncodedRow
-from loraweave.composer.router_training.rows import UNKNOWN, Owners, RowReader
+from loraweave.composer.router_training.rows import Owners, RowReader
 from loraweave.errors import ScopeError, TrainingError, UnknownName
 from loraweave.hub.whole_number import is_whole
 from loraweave.registry import nearest
 from loraweave.routers.experts._recipe import Recipe
+from loraweave.routers.gates.call import UNKNOWN
 from loraweave.types import Task
 
 if TYPE_CHECKING:

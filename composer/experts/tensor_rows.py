@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from loraweave.composer.batches import IGNORED, takes
 from loraweave.composer.experts.feed import losing
-from loraweave.composer.router_training.rows import UNKNOWN, Owners
+from loraweave.composer.router_training.rows import Owners
 from loraweave.errors import InvalidTask, TrainingError
 from loraweave.hub.progress import tracked
 from loraweave.types import Task
@@ -60,22 +60,20 @@ class TensorReader:
     """Reads datasets as `RowReader` does, but rows of tensors, of one shape in each column."""
 
     def __init__(self, owners: Owners, model: nn.Module, loss: Loss | None, *, digests: bool) -> None:
-        self._owners, self._model, self._loss, self._digests = owners, model, loss, digests
+        self._owners, self._loss, self._digests = owners, loss, digests
+        self._model_name = type(model).__name__
+        self._main = getattr(model, "main_input_name", "input_ids")
+        self._taken = list(inspect.signature(model.forward).parameters)
         self._first: tuple[str, dict[str, Tensor]] | None = None
 
     def read(self, dataset: Any, *, what: str = "dataset") -> list[TensorRow]:
         """Raises InvalidTask for what is no such data, UnknownName for a task that there is not."""
-        rows = [
-            row
-            for name, part in self._owners.parts(dataset, what)
-            for row in self._rows(name, part, what if name is None else f"{what}[{name!r}]")
-        ]
+        rows = [row for where, own, part in self._owners.parts(dataset, what) for row in self._rows(part, own, where)]
         if not rows:
             raise InvalidTask(f"{what} is empty: {FORMS}")
         return rows
 
-    def _rows(self, name: str | None, given: Any, where: str) -> list[TensorRow]:
-        own = UNKNOWN if name is None else self._owners.place(name, where)
+    def _rows(self, given: Any, own: int, where: str) -> list[TensorRow]:
         source = given.examples if isinstance(given, Task) else given
         if isinstance(source, str | bytes) or not (isinstance(source, Iterable) or hasattr(source, "__getitem__")):
             raise InvalidTask(f"{where} is {source!r:.80}, not rows: {FORMS}")
@@ -83,7 +81,7 @@ class TensorReader:
             raise InvalidTask(f"{where} is a DataLoader, whose batches are no rows: give its dataset")
         if not _is_numbered(source):
             source = list(source)
-        if not len(source) and name is not None:
+        if not len(source):
             raise InvalidTask(f"{where} is empty: {FORMS}")
         places = tracked(range(len(source)), f"read {where}", total=len(source))
         return [self._row(source, place, own, f"row {place + 1} of {where}") for place in places]
@@ -92,23 +90,19 @@ class TensorReader:
         row, key = source[place], self._owners.key
         columns = _columns(row, key, where)
         self._require(columns, where)
-        named = row.get(key)
-        owner = self._owners.required(own if named is None else self._owners.known(named, where), where)
-        return TensorRow(source, place, key, owner, _digest(columns) if self._digests else "")
+        return TensorRow(source, place, key, self._owners.of_row(row, own, where), _digest(columns) if self._digests else "")
 
     def _require(self, columns: Mapping[str, Tensor], where: str) -> None:
         """Raises InvalidTask for a row that the model cannot take, or not together with the first one."""
-        name, taken = type(self._model).__name__, list(inspect.signature(self._model.forward).parameters)
-        main = getattr(self._model, "main_input_name", "input_ids")
         # embeddings are in the place of tokens
-        needed = [main] if EMBEDDINGS not in columns else []
+        needed = [self._main] if EMBEDDINGS not in columns else []
         needed += [LABELS] if self._loss is None else []
         if missing := [each for each in needed if each not in columns]:
             raise InvalidTask(f"{where} has no {missing[0]!r}, but {', '.join(map(repr, columns))}: {FORMS}")
-        if strange := [] if self._loss is not None else [each for each in columns if each not in taken]:
+        if strange := [] if self._loss is not None else [each for each in columns if each not in self._taken]:
             raise InvalidTask(
-                f"{where} has {strange[0]!r}, which {name} does not take; it takes {', '.join(taken)}. What is for a loss "
-                "of your own may have any name with loss=function(output, columns)"
+                f"{where} has {strange[0]!r}, which {self._model_name} does not take; it takes {', '.join(self._taken)}. "
+                "What is for a loss of your own may have any name with loss=function(output, columns)"
             )
         if IMAGES in columns and not columns[IMAGES].is_floating_point():
             raise InvalidTask(
@@ -142,6 +136,7 @@ class TensorFeed:
 
     def __init__(self, model: ExpertModel, loss: Loss | None) -> None:
         self._model, self._loss = model, loss
+        self._taken = set(inspect.signature(model.base_model.forward).parameters)
         self.counts_rows = loss is not None or not predicts_tokens(model.base_model)
 
     def inputs_of(self, rows: Sequence[TensorRow]) -> dict[str, Any]:
@@ -150,18 +145,18 @@ class TensorFeed:
         stacked = {name: torch.stack([columns[name] for columns in read]) for name in read[0]}
         dtype, device = next(base.parameters()).dtype, self._model.device
         for name, value in stacked.items():
-            own = value.is_floating_point() and name != LABELS and takes(base, name)
+            own = value.is_floating_point() and name != LABELS and name in self._taken
             stacked[name] = value.to(device, dtype if own else None)
         return {**stacked, "task": torch.tensor([row.expert for row in rows], device=device)}
 
     def called(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:
         """As `Feed`."""
         columns = {name: value for name, value in inputs.items() if name != "task"}
-        task_B, base, tasks = inputs["task"], self._model.base_model, self._model.tasks
+        task_B, tasks = inputs["task"], self._model.tasks
         given = None if bool((task_B < 0).all()) else task_B
         if self._loss is None:
             return losing(self._model, model(**columns, task=given))
-        own = {name: value for name, value in columns.items() if name != LABELS and takes(base, name)}
+        own = {name: value for name, value in columns.items() if name != LABELS and name in self._taken}
         output = model(**own, task=given)
         names = [tasks[place] if place >= 0 else None for place in task_B.tolist()]
         loss = self._loss(output, {**columns, "task": names})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
@@ -10,13 +10,13 @@ from typing import Any, Self
 from loraweave.composer.batches import IGNORED, EncodedRow, context_length, encode
 from loraweave.errors import InvalidTask
 from loraweave.hub.unknown_expert import unknown_expert
+from loraweave.routers.gates.call import UNKNOWN
 from loraweave.routers.routing.learned_router import LearnedRouter
 from loraweave.routers.routing.row_texts import row_texts
 from loraweave.types import Task
 
 TOKENS = ("input_ids", "labels")
 SPLITS = {"train", "training", "test", "validation", "valid", "dev", "eval"}
-UNKNOWN = -1
 
 
 @dataclass(frozen=True)
@@ -63,26 +63,29 @@ class Owners:
             raise type(error)(f"{where}: {error}")
         return self.places[name]
 
-    def place(self, name: Any, where: str) -> int:
+    def of_row(self, row: Any, own: int, where: str) -> int:
+        """The place of a row's owner: the one it names, or that of its part. Raises InvalidTask where one is needed."""
+        named = row.get(self.key) if isinstance(row, Mapping) else None
+        owner = own if named is None else self.known(named, where)
+        if owner == UNKNOWN and self.needed:
+            an = "an" if self.key == "expert" else "a"
+            raise InvalidTask(
+                f"{where} does not say whose task it is, which {self.learner} learns from: give it {an} {self.key!r}, or "
+                f"pass {{name of {an} {self.key}: rows}}"
+            )
+        return owner
+
+    def _place(self, name: Any, where: str) -> int:
         """An owner's place; where the learner does not ask for owners, other names are those of tasks."""
         if self.needed or self.grows or self.heeded:
             return self.known(name, where)
         return self.places.get(name, UNKNOWN)
 
-    def required(self, owner: int, where: str) -> int:
-        if owner == UNKNOWN and self.needed:
-            key = self.key
-            an = "an" if key == "expert" else "a"
-            raise InvalidTask(
-                f"{where} does not say whose task it is, which {self.learner} learns from: give it {an} {key!r}, or "
-                f"pass {{name of {an} {key}: rows}}"
-            )
-        return owner
-
-    def parts(self, dataset: Any, what: str) -> list[tuple[str | None, Any]]:
-        """(name, rows) of each part of the data; the name is None where rows are given without one."""
+    def parts(self, dataset: Any, what: str) -> Iterator[tuple[str, int, Any]]:
+        """(what it is called, place of its owner, rows) of each part of the data; rows alone are one, of no owner."""
         if not isinstance(dataset, Mapping):
-            return [(None, dataset)]
+            yield what, UNKNOWN, dataset
+            return
         if set(dataset) & set(TOKENS) or "target" in dataset:
             raise InvalidTask(f"{what} is one row, {sorted(dataset)}: pass a list of rows")
         if splits := SPLITS & set(map(str, dataset)) - set(self.places):
@@ -90,7 +93,9 @@ class Owners:
                 f"{what} has the parts {', '.join(map(repr, sorted(splits)))}, no {self.key}s, but perhaps splits: "
                 "pass the rows of one, and those held out as evaluation="
             )
-        return list(dataset.items())
+        for name, rows in dataset.items():
+            where = f"{what}[{name!r}]"
+            yield where, self._place(name, where), rows
 
 
 @dataclass(frozen=True)
@@ -142,8 +147,8 @@ class RowReader:
         """
         found = [
             (content, expert)
-            for name, rows in self._owners.parts(dataset, what)
-            for content, expert in self._rows(name, rows, what if name is None else f"{what}[{name!r}]")
+            for where, own, rows in self._owners.parts(dataset, what)
+            for content, expert in self._rows(rows, own, where)
         ]
         if not found:
             raise InvalidTask(f"{what} is empty: {self._owners.forms}")
@@ -164,8 +169,7 @@ class RowReader:
             rows.append(TrainingRow(row, labels, expert, number))
         return rows
 
-    def _rows(self, name: str | None, rows: Any, where: str) -> Iterable[tuple[_Text | _Tokens, int]]:
-        own = UNKNOWN if name is None else self._owners.place(name, where)
+    def _rows(self, rows: Any, own: int, where: str) -> Iterable[tuple[_Text | _Tokens, int]]:
         task = rows if isinstance(rows, Task) else Task(())
         given = task.examples if isinstance(rows, Task) else rows
         if isinstance(given, str | bytes) or not isinstance(given, Iterable):
@@ -174,19 +178,17 @@ class RowReader:
         for number, row in enumerate(given, start=1):
             empty = False
             yield self._row(row, task, own, f"row {number} of {where}")
-        if empty and name is not None:
+        if empty:
             raise InvalidTask(f"{where} is empty: {self._owners.forms}")
 
     def _row(self, row: Any, task: Task, own: int, where: str) -> tuple[_Text | _Tokens, int]:
-        is_mapping = isinstance(row, Mapping)
-        named = row.get(self._owners.key) if is_mapping else None
-        owner = own if named is None else self._owners.known(named, where)
+        owner = self._owners.of_row(row, own, where)
         content: _Text | _Tokens
-        if is_mapping and "input_ids" in row:
+        if isinstance(row, Mapping) and "input_ids" in row:
             content = self._tokens(row, where)
         else:
             content = _Text(*row_texts(row, task, where=where, forms=self._owners.forms))
-        return content, self._owners.required(owner, where)
+        return content, owner
 
     def _tokens(self, row: Mapping[str, Any], where: str) -> _Tokens:
         """A row of token ids; labels are aligned with them (IGNORED: no loss), or a decoder's of their own."""

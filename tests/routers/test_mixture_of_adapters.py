@@ -182,14 +182,15 @@ def test_decisions_of_a_row_do_not_depend_on_other_rows_nor_on_later_tokens(mode
     assert not torch.allclose(found[1:, 4], whole[1:, 4], atol=1e-3)
 
 
-def test_gates_that_know_each_rows_domain_give_that_domains_adapter(model, make_adapter):
+def test_gates_that_know_each_rows_domain_give_that_domains_adapter(make_model, make_adapter):
+    model = make_model("llama", dtype=torch.float64)
     pool = ExpertPool([make_adapter(model, name, rank=2, seed=seed) for seed, name in enumerate("abc")])
     made = made_of(pool)
     made.scores = lambda x_BTI, layer: torch.eye(3)[[2, 0, 1]][:, None].expand(-1, x_BTI.shape[1], -1)
     found = logits_of(model, pool, made, attention_mask=MASK_BT)
     for row, name in enumerate("cab"):
         expected = logits_of(model, pool, {name: 1.0}, attention_mask=MASK_BT)
-        assert torch.allclose(found[row], expected[row], atol=1e-5)
+        assert torch.allclose(found[row], expected[row], atol=1e-6)
 
 
 def test_two_threads_that_generate_at_once_are_each_as_alone(model, pool):
