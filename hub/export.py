@@ -191,7 +191,8 @@ def _flags(name: str, folder: Path, base_model: str, rank: int) -> tuple[str, ..
     # vLLM reads name=path only where neither has one of these
     if any(mark in called + path for mark in "=,{"):
         module = json.dumps({"name": called, "path": path, "base_model_name": base_model})
-    return ("--enable-lora", "--max-lora-rank", str(limit), "--max-loras", "1", "--lora-modules", module)
+    # one adapter and a free slot
+    return ("--enable-lora", "--max-lora-rank", str(limit), "--max-loras", "2", "--lora-modules", module)
 
 
 def _notes(contents: Contents, modules: Iterable[str], rank: int, target: str) -> list[str]:
@@ -218,6 +219,11 @@ def _notes(contents: Contents, modules: Iterable[str], rank: int, target: str) -
             notes.append(
                 f"vLLM computes {', '.join(parts)} as one {packed}; it packs the factors of {', '.join(own)} by itself"
             )
+    notes.append(
+        "--max-loras is the number of adapters and one more: with every slot taken, vLLM 0.32 on CPU answers requests for "
+        "the base with an adapter when both share a batch (its pull requests 48421 and 49656); each adapter added takes one "
+        "slot more"
+    )
     if rank not in VLLM_RANKS:
         limit = next(size for size in VLLM_RANKS if size >= rank)
         notes.append(f"vLLM reserves rank {limit} for this rank {rank}, since --max-lora-rank has only certain sizes")

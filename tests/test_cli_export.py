@@ -39,7 +39,7 @@ def test_vllm_gets_its_flags_and_the_error_of_the_cut(stored):
     lines = done.stdout.splitlines()
     assert any(line.startswith("rank cut in 1 layers: relative error 0.") for line in lines)
     command = shlex.split(next(line for line in lines if line.startswith("serve it: ")).removeprefix("serve it: "))
-    assert command[:8] == ["vllm", "serve", "org/base", "--enable-lora", "--max-lora-rank", "8", "--max-loras", "1"]
+    assert command[:8] == ["vllm", "serve", "org/base", "--enable-lora", "--max-lora-rank", "8", "--max-loras", "2"]
     assert command[8:] == ["--lora-modules", f"mine={stored / 'p'}"]
     assert lw.Adapter.from_pretrained("p").rank == 8
 

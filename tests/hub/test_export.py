@@ -153,8 +153,19 @@ def test_vllm_loads_every_update_exactly(tmp_path):
     for layer, delta_OI in found.items():
         torch.testing.assert_close(delta_OI, given.delta(layer), rtol=1e-6, atol=1e-7)
     assert read.enable_lora
-    assert (read.max_lora_rank, read.max_loras) == (8, 1)
+    assert read.max_lora_rank == 8
     assert modules == {"some adapter": str(tmp_path / "out")}
+
+
+def test_vllm_keeps_one_adapter_slot_free_for_requests_for_the_base(tmp_path):
+    # vLLM 0.32 on CPU answers a request for the base by the last slot's adapter when all slots are taken (48421, 49656)
+    report = adapter(MIXED).export(tmp_path / "out", target="vllm")
+    read, modules = parsed(report.flags)
+    assert read.max_loras == len(modules) + 1
+    [why] = [text for text in report.warnings if "--max-loras" in text]
+    assert "base" in why
+    assert "48421" in why
+    assert why in str(report)
 
 
 def test_padding_adds_rows_of_zeros_and_nothing_else(tmp_path):
