@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,7 +75,8 @@ def blob_bytes(
 def read_blob(path: Path, who: str) -> Blob:
     """The blob's content, its tensors mapped from the file.
 
-    AdapterCorrupt, naming `who` and the path, for any other content; OSError where the file system does not give it.
+    AdapterCorrupt, naming `who` and the path, for any other content; FileNotFoundError, or OSError where the file system does
+    not give it.
     """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -84,6 +86,9 @@ def read_blob(path: Path, who: str) -> Blob:
             layers, heads = put_together(header, file.keys(), file.get_tensor)
             return Blob(layers, header["origin"], heads)
     except RuntimeError as error:
+        # the file is opened twice, and what is deleted in between is missing all the same
+        if not path.exists():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
         # torch's way to say that a file cannot be opened or mapped, which is not the content's fault
         if "file" in str(error):
             raise OSError(errno.EIO, f"{who}: blob {path} cannot be mapped ({error})") from error

@@ -9,18 +9,13 @@ Functions that need tensors therefore import them themselves, the accepted excep
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from loraweave.errors import (
-    AdapterCorrupt,
-    AdapterExists,
-    AdapterNotFound,
-    InvalidName,
-)
+from loraweave.errors import AdapterExists, AdapterNotFound, HubError, InvalidName
 from loraweave.hub import quarantine
 from loraweave.hub.collect import collect
 from loraweave.hub.fields import checked_fields
@@ -146,10 +141,14 @@ class Hub:
 
         AdapterQuarantined for one in quarantine, unless `quarantined` says that this is known.
         """
-        row = self._row(name) if version is None else self._version(name, version)
-        if not quarantined:
-            quarantine.require_released(row.record)
-        return self._opened(row)
+
+        def find() -> rows.Row:
+            row = self._row(name) if version is None else self._version(name, version)
+            if not quarantined:
+                quarantine.require_released(row.record)
+            return row
+
+        return self._opened(find)
 
     def history(self, name: str) -> list[Record]:
         """The record of every version of the adapter, oldest first; the last one is what `hub[name]` gives."""
@@ -423,24 +422,33 @@ class Hub:
 
     def _pinned(self, name: str, version: int, content_hash: str) -> Adapter:
         """That version, whatever came since. AdapterNotFound for other content under its number, as after remove and add."""
-        row = self._version(name, version)
-        quarantine.require_released(row.record)
-        if row.record.hash != content_hash:
-            raise AdapterNotFound(
-                f"version {version} of adapter {name!r} had the hash {content_hash[:12]} when the pool was made, and has "
-                f"{row.record.hash[:12]} now; make the pool again"
-            )
-        return self._opened(row)
 
-    def _opened(self, row: rows.Row) -> Adapter:
+        def find() -> rows.Row:
+            row = self._version(name, version)
+            quarantine.require_released(row.record)
+            if row.record.hash != content_hash:
+                raise AdapterNotFound(
+                    f"version {version} of adapter {name!r} had the hash {content_hash[:12]} when the pool was made, and has "
+                    f"{row.record.hash[:12]} now; make the pool again"
+                )
+            return row
+
+        return self._opened(find)
+
+    def _opened(self, find: Callable[[], rows.Row]) -> Adapter:
+        """The adapter whose row `find` reads; a row whose blob is collected before it is mapped is read anew."""
         from loraweave.hub.stored_adapter import stored_adapter
 
-        try:
-            return stored_adapter(self._blobs, row)
-        except AdapterCorrupt:
-            # removed and collected since the row was read? then this says so
-            self._row(row.record.name)
-            raise
+        row = find()
+        while True:
+            try:
+                return stored_adapter(self._blobs, row)
+            except HubError:
+                # another row has its own blob, and without a row `find` says so: only what stands still is damaged
+                found = find()
+                if found == row:
+                    raise
+                row = found
 
     def _found(self, connection: Connection, name: str) -> rows.Row:
         """The row of that name. AdapterNotFound names near misses."""

@@ -51,15 +51,17 @@ def verify(catalogue: CatalogueStore, blobs: BlobStore, folder: Path) -> Verific
     intact = []
     for row in found:
         faults = list(_blob_problems(blobs, row, f"adapter {row.record.name!r}"))
-        problems += faults
         if not faults:
             intact.append(row.record.name)
+        elif _stands(catalogue, row):
+            problems += faults
     seen = {row.blob.hash for row in found}
     for row in older:
         # one blob serves several versions, and is read and complained about once
         if row.blob.hash not in seen:
             seen.add(row.blob.hash)
-            problems += _blob_problems(blobs, row, f"version {row.record.version} of adapter {row.record.name!r}")
+            faults = list(_blob_problems(blobs, row, f"version {row.record.version} of adapter {row.record.name!r}"))
+            problems += faults if faults and _stands(catalogue, row) else []
     orphans = tuple(content_hash for content_hash in blobs.names() if content_hash not in seen)
     return Verification(tuple(problems), tuple(intact), orphans)
 
@@ -114,3 +116,14 @@ def _blob_problems(blobs: BlobStore, row: rows.Row, who: str) -> Iterator[str]:
     else:
         if content != row.record.hash:
             yield f"{who}: the content of blob {place} has the hash {content}, not {row.record.hash}"
+
+
+def _stands(catalogue: CatalogueStore, row: rows.Row) -> bool:
+    """Whether the row still names that blob: what was removed since it was read may be collected too."""
+    named = "SELECT 1 FROM adapters WHERE seq = ? AND hash = ? UNION SELECT 1 FROM versions WHERE seq = ? AND hash = ?"
+    try:
+        with catalogue.reading() as connection:
+            found = connection.execute(named, (row.seq, row.blob.hash) * 2).fetchone()
+            return found is not None and rows.find_blob(connection, row.blob.hash) == row.blob
+    except HubError:
+        return True

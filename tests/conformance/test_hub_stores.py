@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import loraweave.hub.stored_adapter
 from loraweave.errors import (
     AdapterCorrupt,
     AdapterExists,
@@ -378,6 +379,66 @@ def test_a_missing_blob_is_named(hub):
     with pytest.raises(AdapterCorrupt, match=r"'adapter 1'.*is missing"):
         hub["adapter 1"]
     assert hub.verify().problems != ()
+
+
+def once(real, happens):
+    """`real`, but at the first call `happens` comes first."""
+    waiting = [happens]
+
+    def call(*args, **kwargs):
+        while waiting:
+            waiting.pop()()
+        return real(*args, **kwargs)
+
+    return call
+
+
+# the moments of a read between the row and the map
+MOMENTS = {
+    "before the blob is looked for": lambda hub: (hub._blobs, "local"),
+    "before it is opened": lambda hub: (loraweave.hub.stored_adapter, "read_blob"),
+    "between the two times that safetensors opens it": lambda hub: (torch.UntypedStorage, "from_file"),
+}
+
+
+@every_store
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_who_has_read_a_row_gets_its_bytes_or_adapter_not_found_whenever_gc_comes(place, hub, monkeypatch, moment):
+    target, attribute = MOMENTS[moment](hub)
+
+    def read(happens, **options):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, attribute, once(getattr(target, attribute), happens))
+            return hub.get("x", **options)
+
+    with opened(place) as other:
+
+        def collected(*then):
+            other.remove("x")
+            assert other.gc() > 0
+            for seed in then:
+                other.add(adapter(seed), name="x")
+
+        hub.add(adapter(1), name="x")
+        assert same(read(lambda: collected(1)), adapter(1))
+        assert same(read(lambda: collected(2)), adapter(2))
+        hub.add(adapter(3), name="x", replace=True)
+        with pytest.raises(AdapterNotFound, match="has no version 1"):
+            read(lambda: (other.prune("x"), other.gc()), version=1)
+        with pytest.raises(AdapterNotFound, match="no adapter 'x'"):
+            read(collected)
+
+
+@every_store
+def test_verify_does_not_complain_of_what_was_removed_and_collected_meanwhile(place, hub, monkeypatch):
+    hub.add(adapter(1), name="x")
+    hub.add(adapter(2), name="x", replace=True)
+    hub.add(adapter(3))
+    with opened(place) as other:
+        real = hub._blobs.require
+        monkeypatch.setattr(hub._blobs, "require", once(real, lambda: (other.remove("x"), other.gc())))
+        found = hub.verify()
+    assert (found.problems, found.intact, found.orphans) == ((), ("adapter 3",), ())
 
 
 @every_store
