@@ -12,6 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from loraweave.errors import AdapterCorrupt
@@ -170,7 +171,9 @@ def _write(path: Path, data: bytes, *, synced: bool = False) -> None:
 
 def _make_folder(folder: Path) -> None:
     if not folder.is_dir():
-        os.mkdir(folder)
+        # readers of a remote store make folders for their copies, and take no lock
+        with suppress(FileExistsError):
+            os.mkdir(folder)
 
 
 def remove_file(path: Path) -> None:

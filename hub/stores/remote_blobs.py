@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from loraweave.errors import AdapterCorrupt, HubError, PackageMissing
-from loraweave.hub.stores.blob_files import blob_path
+from loraweave.hub.stores.blob_files import STALE_TMP_S, blob_path
 from loraweave.hub.stores.folder_blobs import FolderBlobs
 from loraweave.hub.stores.remote_errors import remote_errors, without_credentials
 from loraweave.hub.stores.storage_errors import storage_errors
@@ -122,8 +122,9 @@ class RemoteBlobs:
     def sweep(self, older_than_s: float) -> int:
         freed = 0
         if self.copies.folder.is_dir():
+            # readers make copies without the lock: a young file may be one that is being written
             with suppress(OSError):
-                self.copies.sweep(older_than_s)
+                self.copies.sweep(max(older_than_s, STALE_TMP_S))
         store, root = self._store()
         if _uploads_whole(store):
             return 0

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
+import shutil
 from typing import ClassVar
 
 import pytest
 
+import loraweave.hub.stores.blob_files
 from loraweave.errors import AdapterCorrupt, HubError, HubReadOnly, PackageMissing
 from loraweave.hub.stores.remote_blobs import RemoteBlobs
 
@@ -62,6 +65,24 @@ def test_a_damaged_copy_is_fetched_anew(blobs):
     path.chmod(0o644)
     path.write_bytes(DATA[:-1] + b"!")
     assert blobs.local(NAME, SHA256, "x").read_bytes() == DATA
+
+
+@pytest.mark.parametrize("call", ["mkdir", "replace"])
+def test_a_reader_keeps_its_copy_beside_gc_and_beside_other_readers(blobs, tmp_path, monkeypatch, call):
+    blobs.put(NAME, DATA)
+    shutil.rmtree(tmp_path / "copies")
+    beside = RemoteBlobs(blobs.url, tmp_path / "copies")
+    waiting = [lambda: beside.local(NAME, SHA256, "y"), lambda: beside.sweep(0.0)]
+
+    class Os:
+        def __getattr__(self, name):
+            while name == call and waiting:
+                waiting.pop()()
+            return getattr(os, name)
+
+    monkeypatch.setattr(loraweave.hub.stores.blob_files, "os", Os())
+    assert blobs.local(NAME, SHA256, "x").read_bytes() == DATA
+    assert not waiting
 
 
 def test_a_missing_blob_is_a_missing_file(blobs):
