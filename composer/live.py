@@ -92,7 +92,8 @@ class Activation:
 
     def close(self) -> None:
         """Ends the activation. Raises AlreadyActive, and changes nothing, while an inner one is open in this context, or
-        in another thread than the one that opened it (unless that thread has ended)."""
+        in another thread than the one that opened it (unless that thread has ended); once it has ended, WeightingError
+        where a router's weights on a GPU were not finite."""
         if self.closed:
             return
         current = _current(self.live)
@@ -103,6 +104,7 @@ class Activation:
                 f"this activation was opened by thread {self._thread.name!r} and counts only there: close it in that thread"
             )
         self._end()
+        self.usage.made.require_all()
 
     def run(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """What `call` returns, under this activation's mixture, in whatever thread it is called.
@@ -133,6 +135,8 @@ class Activation:
             # an interruption: what it kept from being done is done before it goes on
             self._leave()
             raise
+        if error is None:
+            self.usage.made.require_all()
 
     def _leave(self) -> None:
         # whatever was opened inside and not closed ends too, so that an exception leaves nothing active

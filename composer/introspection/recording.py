@@ -22,6 +22,7 @@ from loraweave.composer.fitting import Fitting
 from loraweave.composer.introspection.load import spread
 from loraweave.composer.introspection.used_weights import UsedLayer, UsedWeights
 from loraweave.composer.layers import TargetLayer
+from loraweave.composer.mixing.made_weights import MadeWeights
 from loraweave.errors import CompositionError, ScopeError
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.mixture import MixtureWeights
@@ -64,6 +65,7 @@ class Usage:
         self.owner = ref(owner)
         self.experts = experts
         self.mixture = mixture
+        self.made = MadeWeights(experts)
         self.notes: dict[str, Note] = {}
         # the context's state while this usage is the last one and nobody records
         self._quiet: _State | None = None
@@ -77,7 +79,8 @@ class Usage:
             self._tell(layer, note)
 
     def chose(self, layer: str, note: Note, w_BTE: Tensor) -> None:
-        """A call with weights that were made in it."""
+        """A call with weights that were made in it. Raises WeightingError where they are not finite, at once on a CPU."""
+        self.made.require_finite(layer, w_BTE)
         # what learns may be changed in place by the next step
         note = note._replace(w_BTE=w_BTE.detach().clone() if w_BTE.requires_grad else w_BTE)
         if layer in self._counted:

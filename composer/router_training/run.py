@@ -118,7 +118,7 @@ class Run:
             with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
                 torch.manual_seed(seeded(self._settings.seed, "dropout", number, index).initial_seed())
                 with self._accelerator.autocast():
-                    losses_BK = self._losses(inputs)
+                    losses_BK = self._losses(number, inputs)
                 loss = (losses_BK.sum(dim=1) * part.per_token_B.to(device)).sum()
                 terms = {name: part.share * value for name, value in self._terms(step).items()}
                 self._accelerator.backward(torch.stack([loss, *terms.values()]).sum())
@@ -128,9 +128,10 @@ class Run:
         self._progress.report.tokens += sum(map(len, part.rows))
         return {"loss": float(loss.detach()), **{name: float(value.detach()) for name, value in terms.items()}}
 
-    def _losses(self, inputs: TargetBatch) -> Tensor:
+    def _losses(self, number: int, inputs: TargetBatch) -> Tensor:
         """loss_BK of each target token. Where the head is a routed layer, it sees all tokens that the others see."""
-        return losses_of(target_logits(self._model, inputs, whole=self._head_is_routed), inputs.targets_BK)
+        with self._progress.finite_weights(number):
+            return losses_of(target_logits(self._model, inputs, whole=self._head_is_routed), inputs.targets_BK)
 
     def _terms(self, step: Step) -> dict[str, Tensor]:
         """The router's own terms, and those of the settings, with their coefficients."""
@@ -152,6 +153,6 @@ class Run:
         for start in range(0, len(ordered), self._settings.batch_size):
             inputs = target_batch(self._model, self._tokenizer, ordered[start : start + self._settings.batch_size])
             with self._accelerator.autocast():
-                total += float(self._losses(inputs).sum())
+                total += float(self._losses(number + 1, inputs).sum())
             count += int((inputs.targets_BK != IGNORED).sum())
         self._progress.evaluated(number, total / count)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from loraweave.composer.router_training.kept_state import KeptState
 from loraweave.composer.router_training.settings import TrainingSettings
 from loraweave.composer.training.best import Best, copied, put
-from loraweave.errors import TrainingError
+from loraweave.errors import TrainingError, WeightingError
 from loraweave.routers.routing.training_report import TrainingReport
 
 
@@ -54,10 +55,22 @@ class TrainingProgress:
         """Raises TrainingError, with the last good parameters put back, for a value of this step that is not finite."""
         for name, value in values.items():
             if not math.isfinite(value):
-                raise TrainingError(
-                    f"{name} is {value} at step {number} of {self._learner}: lower lr, or look for damaged rows. "
-                    f"{self.put_back()}, with which it was last finite"
-                )
+                raise TrainingError(f"{name} is {value} {self._ended(number)}")
+
+    @contextmanager
+    def finite_weights(self, number: int) -> Iterator[None]:
+        """Raises as `require_finite` where the mixture refuses the router's weights."""
+        try:
+            yield
+        except WeightingError as error:
+            raise TrainingError(f"{error}. It was {self._ended(number)}") from error
+
+    def _ended(self, number: int) -> str:
+        """Puts the last good parameters back, and says where the training ended and what the way out is."""
+        return (
+            f"at step {number} of {self._learner}: lower lr, or look for damaged rows. {self.put_back()}, with which it was "
+            "last finite"
+        )
 
     def gradient_norm(self, number: int) -> float:
         """The length of the step's gradient, which every parameter has from here on. Raises as `require_finite`."""

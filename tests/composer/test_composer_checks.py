@@ -123,6 +123,46 @@ def test_a_router_of_the_wrong_shape_is_named(tiny_llama: nn.Module, make_adapte
         logits(tiny_llama, inputs("llama"))
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_router_of_weights_that_are_no_numbers_is_named_with_layer_and_expert(
+    bad: float, tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]
+) -> None:
+    class Broken:
+        def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+            w_BTE = torch.ones(*x_BTI.shape[:2], 3)
+            if layer == LAYER:
+                w_BTE[0, 1, 2] = bad
+            return w_BTE
+
+    engine = Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
+    with engine.activate(Broken()), pytest.raises(WeightingError, match=f"layer '{LAYER}' are not finite.* expert 'c'"):
+        logits(tiny_llama, inputs("llama"))
+    assert not engine.active
+
+
+def test_weights_that_learned_to_be_no_numbers_are_named(
+    tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]
+) -> None:
+    values_BTLE = torch.ones(1, 1, 1, 3, requires_grad=True)
+    engine = Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
+    with engine.activate(MixtureWeights(values_BTLE, ("a", "b", "c"))):
+        logits(tiny_llama, inputs("llama"))
+        values_BTLE.data[..., 1] = float("nan")
+        with pytest.raises(WeightingError, match="not finite, first for expert 'b'"):
+            logits(tiny_llama, inputs("llama"))
+
+
+def test_large_weights_are_numbers(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> None:
+    """Also where their sum is none."""
+
+    class Large:
+        def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+            return torch.full((1, 1, 3), 3e38)
+
+    with Composer(tiny_llama, make_adapters(tiny_llama, "llama")).activate(Large()):
+        logits(tiny_llama, inputs("llama"))
+
+
 def test_a_router_for_another_pool_is_refused(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> None:
     class Reordered:
         experts = ("b", "a", "c")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from loraweave.composer.composer import Composer
+from loraweave.errors import WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.routers.mixture import MixtureWeights
 
@@ -88,3 +89,22 @@ def test_cuda_graphs_of_torch_compile_repeat_no_mixture(engines: tuple[Composer,
         for mixture in MIXTURES:
             with engine.activate(mixture):
                 assert torch.allclose(logits(compiled, ids), logits(engine.model, ids), rtol=1e-3, atol=1e-3)
+
+
+def test_weights_of_a_router_that_are_no_numbers_are_named_when_the_activation_ends(
+    engines: tuple[Composer, Composer],
+) -> None:
+    class Broken:
+        def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+            w_BTE = torch.ones(*x_BTI.shape[:2], 3, device=x_BTI.device)
+            return w_BTE * float("nan") if layer.endswith("1.self_attn.v_proj") else w_BTE
+
+    _, on_gpu = engines
+    ids = IDS.to("cuda")
+    activation = on_gpu.activate(Broken())
+    logits(on_gpu.model, ids)
+    with no_waiting():
+        logits(on_gpu.model, ids)
+    with pytest.raises(WeightingError, match=r"layer 'model.layers.1.self_attn.v_proj' are not finite"):
+        activation.close()
+    assert not on_gpu.active
