@@ -134,7 +134,7 @@ class Composer:
             lease = self._residents.lease(plan.experts)
             try:
                 self._fitting.limits.require(weights, self._bound.adapters)
-                self._fitting.require_unchanged()
+                self._fitting.require_unchanged(plan.experts, closely=True)
                 self._live.add(self._fitting.layers)
             except BaseException:
                 lease.release()
@@ -227,7 +227,7 @@ class Composer:
         that cannot be written to (quantised, tied) and for results that are not finite; nothing has changed then.
         """
         self._require_idle("fuse")
-        self._fitting.require_unchanged()
+        self._fitting.require_unchanged(closely=True)
         make = partial(mixture_updates, self._pool, self._bound, self._fitting)
         updates = make(mixture, method, seed, statistics, options)
         modules = [self.model, *(layer.module for layer in self.target_layers.values())]

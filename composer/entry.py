@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 from weakref import ref
 
@@ -27,14 +27,15 @@ PAGED_INPUTS = ("cu_seq_lens_q", "write_index")
 class Entry:
     """A hook for the model, before its forward. A copied or unpickled model has one that does nothing.
 
-    `require_unchanged` raises where the model runs other layers than it did; `current_plan` is the running call's, if any.
+    `require_unchanged` raises where the model has other layers than it had, or other weights than these experts were made
+    for; `current_plan` is the running call's, if any.
     `begin` shows the call's arguments to a router that looks at all of them first.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        require_unchanged: Callable[[], None],
+        require_unchanged: Callable[[Iterable[str]], None],
         current_plan: Callable[[], Plan | None],
         begin: Callable[[Begun, dict[str, Any]], None],
     ) -> None:
@@ -59,7 +60,7 @@ class Entry:
             )
         plan = self._current_plan()
         if plan is not None:
-            self._require_unchanged()
+            self._require_unchanged(plan.experts)
             given = _main_input(args, kwargs)
             num_rows = None if given is None else given.shape[0]
             plan.require_rows(num_rows)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from torch import nn
 
 from loraweave.composer import fuse
 from loraweave.composer.layers import TargetLayer, bound, require_values, target_layer
+from loraweave.composer.limits.bound_weights import BoundWeights
 from loraweave.composer.limits.live_limits import LiveLimits
 from loraweave.composer.limits.module_paths import ModulePaths
 from loraweave.composer.lock_after_fork import lock_of
@@ -28,6 +29,7 @@ class Fitting:
         self._modules = dict(model.named_modules())
         self._lock = lock_of(self)
         self._paths = ModulePaths(model)
+        self._weights = BoundWeights()
         self._layers: dict[str, TargetLayer] = {}
         self._offloaded: dict[str, TargetLayer] = {}
         self.limits = LiveLimits(model)
@@ -42,9 +44,11 @@ class Fitting:
         with self._lock:
             return dict(self._layers)
 
-    def require_unchanged(self) -> None:
-        """Raises CompositionError when the model has another module in the place of a target layer so far."""
+    def require_unchanged(self, experts: Iterable[str] | None = None, *, closely: bool = False) -> None:
+        """Raises CompositionError when the model has another module in the place of a target layer so far, or other weights
+        than those that one of these experts (None: of all) depends on; `closely` looks at values too."""
         self._paths.require_unchanged()
+        self._weights.require_unchanged(experts, closely=closely)
 
     def pool(self, pool: ExpertPool) -> ExpertPool:
         """The pool's experts as `adapter` gives them, now, or for a lazy pool when each is opened."""
@@ -76,6 +80,7 @@ class Fitting:
         if not unbound:
             return adapter
         _require_own_weights({layer: layers[layer] for layer in unbound})
+        self._weights.add(name, {layer: adapter.layers[layer] for layer in unbound}, layers)
         return replace(adapter, layers=bound(adapter, layers))
 
     def _require_base(self, name: str, adapter: Adapter) -> None:

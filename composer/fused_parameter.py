@@ -83,7 +83,7 @@ class FusedParameter:
             return True
         if self._written is None or self._parameter.dtype != self._written[0]:
             return False
-        now = _row_sums(self._parameter)
+        now = row_sums(self._parameter)
         return not torch.equal(now, self._written[1].to(now.device))
 
     def restore(self) -> None:
@@ -106,7 +106,7 @@ class FusedParameter:
             self._parameter.copy_(values)
 
     def _seal(self) -> None:
-        self._written = self._parameter.dtype, _row_sums(self._parameter)
+        self._written = self._parameter.dtype, row_sums(self._parameter)
 
     def _sum(self, update: Factors | DenseUpdate, base: Tensor, target: Tensor, scratch: Scratch) -> None:
         with torch.inference_mode(target.is_inference()), torch.no_grad():
@@ -154,7 +154,7 @@ class FusedParameter:
         target.copy_(exact.view(target.shape))
 
 
-def _row_sums(tensor: Tensor) -> Tensor:
+def row_sums(tensor: Tensor) -> Tensor:
     """The sum of each row's bits, as whole numbers of eight bytes where rows divide into such."""
     whole = tensor.detach().contiguous()
     whole = whole.flatten(1) if whole.ndim > 2 else whole

@@ -178,10 +178,13 @@ class _Handle(Protocol):
 class LiveLayers:
     """The target layers of one Composer, mixed as long as an activation is open in any thread.
 
-    `require_unchanged` raises where the model no longer runs these layers; it is called before each of its forwards.
+    `require_unchanged` raises where the model no longer runs these layers, or has other weights than the experts that it is
+    given depend on; it is called before each of its forwards.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, TargetLayer], require_unchanged: Callable[[], None]) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Mapping[str, TargetLayer], require_unchanged: Callable[[Iterable[str]], None]
+    ) -> None:
         self._model = model
         self._layers = dict(layers)
         self._modules = [model, *(layer.module for layer in self._layers.values())]
