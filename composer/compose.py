@@ -88,16 +88,19 @@ def compose(
     engine = Composer(model, pool, tokenizer=tokenizer)
     parts = make_folds(len(task.examples), folds, seed) if settings.learns else []
     with progress_bar(progress) as bar:
-        shown = bar.add_task("measuring adapters", total=len(pool))
+        # unknown until the searches are made, and after that too where only time bounds them
+        shown = bar.add_task("measuring adapters", total=None)
         ways = Ways(engine, tokenizer, task, settings, scores, len(parts), lambda made: bar.update(shown, advance=made))
         if ways.planned != 0:
             total = None if ways.planned is None else len(pool) + ways.planned
             bar.update(shown, description="searching weights", total=total)
         trials = _trials(Measurement(tokenizer, task, parts, ways.loss), ways, settings)
+        bar.update(shown, total=bar.tasks[shown].completed)
     engine.close()
     by_name = {trial.name: trial for trial in trials}
     losses = {name: trial.held_out_loss for name, trial in by_name.items()}
     chosen, reason = guard(settings.name, losses, guarded=bool(parts))
+    reason = "; ".join([reason, *ways.left])
     taken = by_name[chosen]
     rows = tuple(trial.row() for trial in trials)
     spent = time.perf_counter() - started, sum(row.evaluations for row in rows)

@@ -21,7 +21,7 @@ from loraweave.composer.evaluation.make_objective import make_objective
 from loraweave.composer.evaluation.penalty import Penalty
 from loraweave.composer.evaluation.user_loss import UserLoss
 from loraweave.composer.refine.tune import Tuning
-from loraweave.errors import UnknownName, WeightingError
+from loraweave.errors import SearchFailed, UnknownName, WeightingError
 from loraweave.registry import nearest
 from loraweave.routers.mixture import MixtureWeights
 from loraweave.routers.search.solver import Solver
@@ -55,6 +55,8 @@ class Ways:
         self._on_progress = on_progress
         self._names = engine.pool.names
         self._solvers: dict[str, Solver] = {}
+        # why searches left the race
+        self.left: list[str] = []
         self._routed = self._router() if settings.routes else None
         self._entries = [] if settings.routes else self._entered(num_folds)
         self._tuned_steps = self._steps_after(num_folds)
@@ -85,16 +87,24 @@ class Ways:
         return Fixed(entry.method, self._engine, mixture, self._merge_method(entry))
 
     def race(self, measure: Measurement, plain: Sequence[Trial]) -> list[Trial]:
-        """The plain trials, and those of the searches that race, of which only the best one is run on all examples."""
-        if not self._entries:
-            return list(plain)
-        if not self._settings.folds:
-            return [*plain, *(measure.trial(self._searched(entry)) for entry in self._entries)]
-        raced = [measure.held_out(self._searched(entry)) for entry in self._entries]
-        if self._tuned_steps:
-            raced.append(measure.held_out(self._tuned(raced[0], measure.folds)))
-        measure.finished(min(raced, key=lambda trial: trial.held_out_loss))
+        """The plain trials, and those of the searches that race, of which only the best one is run on all examples.
+
+        A search none of whose candidates can be scored leaves the race; `left` then says why.
+        """
+        run = measure.held_out if self._settings.folds else measure.trial
+        raced = [trial for entry in self._entries if (trial := self._stays(run, self._searched(entry)))]
+        if self._tuned_steps and raced and (trial := self._stays(run, self._tuned(raced[0], measure.folds))):
+            raced.append(trial)
+        while raced and not self._stays(measure.finished, best := min(raced, key=lambda trial: trial.held_out_loss)):
+            raced.remove(best)
         return [*plain, *raced]
+
+    def _stays(self, measured: Callable[[Any], Trial], racer: Way | Trial) -> Trial | None:
+        try:
+            return measured(racer)
+        except SearchFailed as error:
+            self.left.append(f"{racer.name} left the race: {error}")
+            return None
 
     def _router(self) -> Routed:
         settings = self._settings

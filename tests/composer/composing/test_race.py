@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
+import torch
 from rich.progress import Progress
 
 import loraweave as lw
@@ -88,6 +90,35 @@ def test_objectives_without_gradients_race_searches_that_need_none(tiny_llama, t
         assert rows == ["base", "best_single", "uniform", "lorahub"]
 
 
+def test_a_racer_whose_candidates_all_fail_leaves_the_race(tiny_llama, tokenizer, pool, monkeypatch):
+    num_layers = len({layer for adapter in pool.adapters.values() for layer in adapter.layers})
+
+    def failing(objectives, candidates):
+        return [([math.nan] * len(asked), [torch.zeros(1, 1, num_layers, 3)] * len(asked)) for asked in candidates]
+
+    monkeypatch.setattr(searched_way, "together_with_gradients", failing)
+    report = compose(tiny_llama, tokenizer, pool, budget=150).report
+    assert [row.name for row in report.rows] == ["base", "best_single", "uniform", "lorahub", "lorahub+tuned"]
+    assert "gradient left the race: none of" in report.reason
+    assert "first_order left the race: none of" in report.reason
+
+
+@pytest.mark.parametrize("folds", [0, 2])
+def test_a_race_that_all_left_takes_the_better_of_base_and_best_single(folds, tiny_llama, tokenizer, pool):
+    report = compose(tiny_llama, tokenizer, pool, budget=40, folds=folds, objective=lambda model, examples: math.nan).report
+    assert [row.name for row in report.rows] == ["base", "best_single", "uniform"]
+    assert report[report.chosen].held_out_loss == min(row.held_out_loss for row in report.rows)
+    assert "lorahub left the race: none of" in report.reason
+
+
+def test_a_winner_that_fails_on_all_examples_leaves_the_race_too(tiny_llama, tokenizer, pool):
+    report = compose(
+        tiny_llama, tokenizer, pool, budget=40, objective=lambda model, examples: math.nan if len(examples) == 4 else 1.0
+    ).report
+    assert [row.name for row in report.rows] == ["base", "best_single", "uniform"]
+    assert "lorahub left the race: none of" in report.reason
+
+
 def test_a_budget_below_one_step_of_the_race_is_refused(tiny_llama, tokenizer, pool):
     with pytest.raises(WeightingError, match="budget is 3 evaluations, but method 'auto' with 2 folds needs at least 4"):
         compose(tiny_llama, tokenizer, pool, budget=3)
@@ -152,15 +183,29 @@ def test_one_adapter_alone_is_not_searched_but_its_strength_is(tiny_llama, token
     [({"method": "lorahub", "budget": 11}, 3), ({"method": "random", "budget": 5, "folds": 0}, 0), ({"budget": 32}, 2)],
 )
 def test_the_bar_ends_at_its_total(options, num_folds, tiny_llama, tokenizer, pool, monkeypatch):
-    made, totals = [], []
+    completed, totals = shown_by_the_bar(monkeypatch)
+    compose(tiny_llama, tokenizer, pool, progress=True, **options)
+    each = 16 if options.get("method") is None else options["budget"]
+    assert completed[-1] == totals[-1] == len(pool) + (num_folds + 1) * each
+
+
+@pytest.mark.parametrize("options", [{"budget": None, "seconds": 0.4}, {"budget": 150}, {"budget": 10}], ids=str)
+def test_the_bar_never_runs_past_its_total_and_ends_there(options, tiny_llama, tokenizer, pool, monkeypatch):
+    completed, totals = shown_by_the_bar(monkeypatch)
+    compose(tiny_llama, tokenizer, pool, progress=True, **options)
+    assert completed[-1] == totals[-1] > len(pool)
+    assert all(total is None or done <= total for done, total in zip(completed, totals, strict=True))
+
+
+def shown_by_the_bar(monkeypatch):
+    """What is completed and the total, after every update of a bar."""
+    completed, totals = [], []
     update = Progress.update
 
     def spy(bar, task, **changes):
-        made.append(changes.get("advance", 0))
-        totals.append(changes.get("total"))
         update(bar, task, **changes)
+        completed.append(bar.tasks[task].completed)
+        totals.append(bar.tasks[task].total)
 
     monkeypatch.setattr(Progress, "update", spy)
-    compose(tiny_llama, tokenizer, pool, progress=True, **options)
-    each = 16 if options.get("method") is None else options["budget"]
-    assert sum(made) == max(filter(None, totals)) == len(pool) + (num_folds + 1) * each
+    return completed, totals
