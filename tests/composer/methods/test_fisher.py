@@ -74,12 +74,20 @@ def test_entries_that_matter_to_nobody_are_the_weighted_mean():
     assert torch.allclose(found.delta_OI.double(), 0.25 * delta(EXPERTS[0]) + 0.75 * delta(EXPERTS[1]), rtol=1e-6, atol=1e-7)
 
 
-def test_normalising_divides_by_the_norm_over_all_layers_of_each_adapter():
+@pytest.mark.parametrize("floor", [0.0, 1e-3, 0.3])
+def test_normalising_divides_the_floored_fisher_by_its_norm_over_all_layers_of_each_adapter(floor):
     norms = [2.0, 5.0, float(FISHERS[2].norm())]
     statistics = [seen(FISHERS[0], 2.0), seen(FISHERS[1], 5.0), seen(FISHERS[2])]
-    found = fisher(EXPERTS, WEIGHTS, statistics=statistics, normalise=True, floor=0.0)
-    divided = [f.double() / n for f, n in zip(FISHERS, norms, strict=True)]
-    assert torch.allclose(found.delta_OI.double(), by_loops(EXPERTS, WEIGHTS, divided, 0.0), rtol=1e-6, atol=1e-7)
+    found = fisher(EXPERTS, WEIGHTS, statistics=statistics, normalise=True, floor=floor)
+    weights = [w / n for w, n in zip(WEIGHTS, norms, strict=True)]
+    assert torch.allclose(found.delta_OI.double(), by_loops(EXPERTS, weights, FISHERS, floor), rtol=1e-6, atol=1e-7)
+
+
+def test_a_norm_of_zero_is_refused_by_normalising_alone():
+    statistics = [seen(torch.zeros(4, 5), 0.0), seen(FISHERS[1], 5.0)]
+    with pytest.raises(WeightingError, match=r"norm of each expert's Fisher.*is 0.*leave normalise out"):
+        fisher(EXPERTS[:2], [1.0, 1.0], statistics=statistics, normalise=True)
+    assert fisher(EXPERTS[:2], [1.0, 1.0], statistics=statistics) is not None
 
 
 def test_biases_are_averaged_by_weight_an_absent_one_being_zeros():
