@@ -16,27 +16,32 @@ def tsv(
 ) -> Factors | None:
     """One layer's scale * U* diag(s) V*^T: the top singular vectors of all experts, made orthonormal together.
 
-    Of each update w_e D_e the min(k, rank) largest singular triplets are kept (all by default); [U_1 | ... | U_E] and
-    [V_1 | ... | V_E] are replaced by their polar factors, the nearest matrices with orthonormal columns.
-    Weights thus multiply singular values. A single expert comes back as it is, and experts that share no direction are
-    summed; what they share is shared out: two equal updates of weight w/2 give D w/2.
+    Of each update w_e D_e the min(k, rank) largest singular triplets are kept; [U_1 | ... | U_E] and [V_1 | ... | V_E] are
+    replaced by their polar factors, the nearest matrices with orthonormal columns. `k`, 1 or more, is min(O, I) // E by
+    default as in the released code, E being the experts whose update of this layer is not zero: the stacks have no more
+    columns than the layer has dimensions. k=min(O, I) keeps everything. Weights multiply singular values. A single expert
+    comes back as it is, and experts that share no direction are summed; what they share is shared out: two equal updates of
+    weight w/2 give D w/2.
 
-    The polar factors are taken within the range of the stacks, so that inputs that no expert sees stay unseen. The released
-    code keeps min(O, I) / E triplets of every expert, whatever its rank, and with low-rank updates whitens directions that
-    are zero; here k never exceeds the rank. `k` 1 or more. Biases are summed with weights. The result has at most the sum
-    of ranks. Raises WeightingError for options out of range, LayerMismatch and AdapterUnsupported for updates that do not
-    fit.
+    The polar factors are taken within the range of the stacks, so that inputs that no expert sees stay unseen: the released
+    code keeps its k triplets whatever the rank, and with low-rank updates whitens directions that are zero. More experts
+    than dimensions keep one triplet each, where the released code keeps none. Biases are summed with weights. The result
+    has at most the sum of ranks. Raises WeightingError for options out of range, LayerMismatch and AdapterUnsupported for
+    updates that do not fit.
     """
     if k is not None and (not isinstance(k, int) or k < 1):
         raise WeightingError(
-            f"tsv: k={k!r} is below 1, the fewest singular vectors to keep of each expert; leave it out for all"
+            f"tsv: k={k!r} is below 1, the fewest singular vectors to keep of each expert; leave it out for min(O, I) // E"
         )
     finite(scale, "scale", method="tsv")
     found = terms(experts, weights, method="tsv")
     if not found:
         return None
     first, bias_O = found[0].factors, scaled_bias(found, scale)
-    kept = joint([_top(each, each.rank if k is None else min(k, each.rank)) for each in spectra(found)])
+    parts = spectra(found)
+    if k is None:
+        k = max(1, min(first.b_OR.shape[0], first.a_RI.shape[1]) // max(1, sum(each.rank > 0 for each in parts)))
+    kept = joint([_top(each, k) for each in parts])
     if not sum(kept.ranks) or not scale:
         return nothing(first, bias_O)
     # the polar factor of a stack X with thin SVD (X t) diag(s) vh is (X t) vh

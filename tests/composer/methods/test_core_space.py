@@ -89,11 +89,12 @@ def test_more_ranks_than_the_layer_has_dimensions() -> None:
     assert found.rank <= 5
 
 
-@pytest.mark.parametrize("inner", ["tsv", "iso_c", "iso_cts", "wudi"])
-def test_rules_on_singular_values_give_what_they_give_without_it(inner: str) -> None:
+@pytest.mark.parametrize(("inner", "options"), [("tsv", {"k": 9}), ("iso_c", {}), ("iso_cts", {}), ("wudi", {})])
+def test_rules_on_singular_values_give_what_they_give_without_it(inner: str, options: dict[str, object]) -> None:
     experts, weights = [factors(2, 0), factors(1, 1), factors(3, 2)], [1.0, 0.5, -2.0]
-    direct = registry.get("methods", inner)(experts, weights)
-    assert np.abs(dense(core_space(experts, weights, inner=inner)) - dense(direct)).max() < 1e-4
+    direct = registry.get("methods", inner)(experts, weights, **options)
+    found = core_space(experts, weights, inner=inner, inner_options=options)
+    assert np.abs(dense(found) - dense(direct)).max() < 1e-4
 
 
 def test_the_method_by_default_is_ties_per_layer() -> None:

@@ -50,9 +50,20 @@ def test_it_equals_the_dense_definition(ranks: tuple[int, ...], k: int) -> None:
     assert found.rank <= min(sum(min(k, rank) for rank in ranks), 9)
 
 
-def test_all_singular_vectors_are_kept_by_default() -> None:
-    experts = [factors(2, 0), factors(3, 1)]
-    assert torch.equal(tsv(experts, [1.0, 1.0]).b_OR, tsv(experts, [1.0, 1.0], k=3).b_OR)
+@pytest.mark.parametrize(("num_experts", "rank"), [(2, 3), (3, 3), (4, 3), (9, 2), (6, 5)])
+def test_by_default_each_expert_keeps_its_share_of_the_layer_s_dimensions(num_experts: int, rank: int) -> None:
+    experts, weights = [factors(rank, seed) for seed in range(num_experts)], [1.0 - 0.3 * n for n in range(num_experts)]
+    assert np.abs(dense(tsv(experts, weights)) - reference(experts, weights, 9 // num_experts)).max() < 1e-5
+
+
+def test_more_experts_than_dimensions_keep_one_singular_vector_each() -> None:
+    experts = [factors(2, seed, num_out=3, num_in=4) for seed in range(5)]
+    assert np.abs(dense(tsv(experts, [1.0] * 5)) - reference(experts, [1.0] * 5, 1)).max() < 1e-5
+
+
+def test_an_expert_with_an_update_of_zeros_takes_no_share() -> None:
+    zero, experts = Factors(torch.zeros(2, 11), torch.zeros(9, 2)), [factors(4, 0), factors(4, 1)]
+    assert torch.equal(tsv([*experts, zero, None], [1.0] * 4).b_OR, tsv(experts, [1.0, 1.0]).b_OR)
 
 
 def test_a_single_expert_comes_back_and_k_cuts_it_to_its_best_approximation() -> None:
