@@ -75,8 +75,8 @@ def blob_bytes(
 def read_blob(path: Path, who: str) -> Blob:
     """The blob's content, its tensors mapped from the file.
 
-    AdapterCorrupt, naming `who` and the path, for any other content; FileNotFoundError, or OSError where the file system does
-    not give it.
+    AdapterCorrupt, naming `who` and the path, for any other content; FileNotFoundError, or OSError where the file system
+    does not give it.
     """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:

@@ -428,8 +428,8 @@ class Hub:
             quarantine.require_released(row.record)
             if row.record.hash != content_hash:
                 raise AdapterNotFound(
-                    f"version {version} of adapter {name!r} had the hash {content_hash[:12]} when the pool was made, and has "
-                    f"{row.record.hash[:12]} now; make the pool again"
+                    f"version {version} of adapter {name!r} had the hash {content_hash[:12]} when the pool was made, and "
+                    f"has {row.record.hash[:12]} now; make the pool again"
                 )
             return row
 
