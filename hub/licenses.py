@@ -10,8 +10,9 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import lru_cache
+from typing import TypeVar
 
 from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
 
@@ -48,6 +49,9 @@ LISTED = frozenset(_LISTED.split())
 
 # SPDX keeps the bare ids of these families as deprecated names of "-only"
 _BARE_GNU = re.compile(r"((?:A|L)?GPL-\d\.\d)(\+?)")
+
+# what an id stands for: whether it is accepted, or what it permits
+_T = TypeVar("_T", bool, frozenset[str])
 
 _WORDS = re.compile(r"\(|\)|[^\s()]+")
 _MAX_CHARACTERS = 1_000
@@ -104,45 +108,59 @@ def accepted(license: str | None, wanted: Collection[str] | str) -> bool:
     return license is not None and _accepted(license, folded)
 
 
+def lenient(license: str) -> str:
+    """The license as an SPDX expression; what is none, as rows of older hubs and cards may hold, as `LicenseRef-<text>`."""
+    try:
+        return canonical(license)
+    except InvalidLicense:
+        return _reference(license[:100])
+
+
+def resolved(expression: str, of_id: Callable[[str, str | None], _T]) -> _T:
+    """An SPDX expression with `of_id(id, exception)`, ids in lower case, for each license: OR is |, AND is &."""
+    return _any_of(_WORDS.findall(expression.casefold()), of_id)[0]
+
+
 @lru_cache(maxsize=10_000)
 def _accepted(license: str, wanted: frozenset[str]) -> bool:
-    try:
-        expression = canonical(license).casefold()
-    except InvalidLicense:
-        # rows of older hubs hold what was given then
-        expression = _reference(license[:100]).casefold()
-    return expression in wanted or _any_of(_WORDS.findall(expression), wanted)[0]
+    expression = lenient(license).casefold()
+
+    def is_wanted(id: str, exception: str | None) -> bool:
+        ways = {id, id.removesuffix("+")}
+        if id.endswith("-or-later"):
+            ways.add(id.replace("-or-later", "-only"))
+        if exception is not None:
+            ways |= {f"{way} with {exception}" for way in ways}
+        return not ways.isdisjoint(wanted)
+
+    return expression in wanted or resolved(expression, is_wanted)
 
 
-def _any_of(words: list[str], wanted: frozenset[str]) -> tuple[bool, list[str]]:
-    """(whether one of the alternatives is accepted, what follows them)."""
-    found, rest = _all_of(words, wanted)
+def _any_of(words: list[str], of_id: Callable[[str, str | None], _T]) -> tuple[_T, list[str]]:
+    """(what the alternatives come to, what follows them)."""
+    found, rest = _all_of(words, of_id)
     while rest and rest[0] == "or":
-        other, rest = _all_of(rest[1:], wanted)
-        found = found or other
+        other, rest = _all_of(rest[1:], of_id)
+        found = found | other
     return found, rest
 
 
-def _all_of(words: list[str], wanted: frozenset[str]) -> tuple[bool, list[str]]:
-    found, rest = _one(words, wanted)
+def _all_of(words: list[str], of_id: Callable[[str, str | None], _T]) -> tuple[_T, list[str]]:
+    found, rest = _one(words, of_id)
     while rest and rest[0] == "and":
-        other, rest = _one(rest[1:], wanted)
-        found = found and other
+        other, rest = _one(rest[1:], of_id)
+        found = found & other
     return found, rest
 
 
-def _one(words: list[str], wanted: frozenset[str]) -> tuple[bool, list[str]]:
+def _one(words: list[str], of_id: Callable[[str, str | None], _T]) -> tuple[_T, list[str]]:
     if words[0] == "(":
-        found, rest = _any_of(words[1:], wanted)
+        found, rest = _any_of(words[1:], of_id)
         return found, rest[1:]
-    ways = {words[0], words[0].removesuffix("+")}
-    if words[0].endswith("-or-later"):
-        ways.add(words[0].replace("-or-later", "-only"))
     rest = words[1:]
     if rest and rest[0] == "with":
-        ways |= {f"{way} with {rest[1]}" for way in ways}
-        rest = rest[2:]
-    return not ways.isdisjoint(wanted), rest
+        return of_id(words[0], rest[1]), rest[2:]
+    return of_id(words[0], None), rest
 
 
 def _current(word: str) -> str:

@@ -1,4 +1,4 @@
-"""The license in a model card: an id of the model hub, or `license: other` with a `license_name`."""
+"""The license in a model card: ids of the model hub, or `license: other` with a `license_name`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from loraweave.errors import InvalidLicense
+from loraweave.hub.license_terms import license_of_all
 from loraweave.hub.licenses import LISTED, RENAMED, UNLISTED, canonical
 
 _ID_OF = {canonical(name): name for name in sorted(LISTED | UNLISTED | set(RENAMED))}
@@ -23,10 +24,17 @@ def license_fields(license: str) -> dict[str, str]:
 
 
 def license_of_fields(matter: Mapping[str, Any]) -> str:
-    """The license that front matter states, or an empty text; the name where the license is `other`."""
-    stated, name = matter.get("license"), matter.get("license_name")
-    if not isinstance(stated, str) or not stated:
+    """The license that front matter states, or an empty text; the name where it is `other`, and of a list all together."""
+    listed = matter.get("license")
+    if isinstance(listed, list):
+        return license_of_all(_named(one, matter) for one in listed) or ""
+    return _named(listed, matter)
+
+
+def _named(stated: object, matter: Mapping[str, Any]) -> str:
+    if not isinstance(stated, str):
         return ""
+    name = matter.get("license_name")
     if stated.strip().casefold() != "other" or not isinstance(name, str) or not name.strip():
         return stated
     try:

@@ -61,6 +61,26 @@ def test_a_hub_reads_the_fields_of_the_card_and_exports_them_again(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("front", "want"),
+    [
+        ("license: [mit, apache-2.0]", "Apache-2.0 AND MIT"),
+        ("license:\n- apache-2.0\n- other\nlicense_name: our-own", "Apache-2.0 AND LicenseRef-our-own"),
+        ("license: [cc-by-4.0]", "CC-BY-4.0"),
+        ("license: [mit, unknown]", "LicenseRef-unknown AND MIT"),
+        ("license: [mit, 3]", "LicenseRef-unknown AND MIT"),
+        ("license: []", None),
+    ],
+)
+def test_a_list_of_licenses_is_read_as_all_of_them(tmp_path, front, want):
+    folder = written(tmp_path / "out")
+    (folder / "loraweave.json").unlink()
+    (folder / "README.md").write_text(f"---\n{front}\n---\n# x\n")
+    assert Adapter.from_pretrained(folder).card.get("license") == want
+    with Hub(tmp_path / "hub") as hub:
+        assert hub.add(folder, name="x").license == want
+
+
+@pytest.mark.parametrize(
     ("license", "front", "back"),
     [
         ("Apache-2.0", ("apache-2.0", None), "Apache-2.0"),
