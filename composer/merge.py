@@ -17,6 +17,7 @@ from loraweave.errors import BaseModelMismatch, ScopeError, WeightingError
 from loraweave.hub import algebra
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.factorise import factorise
+from loraweave.hub.license_terms import license_of_work, stated
 from loraweave.hub.merge_report import LayerReport, MergeReport
 from loraweave.hub.pool import ExpertPool
 from loraweave.hub.progress import tracked
@@ -48,6 +49,7 @@ def merge(
     heads: str = "error",
     statistics: Sequence[Statistics] | None = None,
     progress: bool = True,
+    allow_licenses: bool = False,
     **options: Any,
 ) -> Adapter:
     """The adapters combined by `method`, a name of `names("methods")`, with one finite weight each, of any sign.
@@ -59,11 +61,12 @@ def merge(
     adapter from `collect_statistics`, is for methods that weigh by data. The other `options` are the method's own.
 
     The result's `report` has each layer's rank before and after the cut, the relative error of the cut, and how far the
-    adapters pulled the same way; its card's "recipe" names parents, weights and method.
+    adapters pulled the same way; its card's "recipe" names parents, weights and method, and its "license" binds to those of
+    all parents. Parents that are under licenses known to exclude each other, or derived works, need `allow_licenses`.
 
     Raises WeightingError for weights, rank or options that do not fit, UnknownName for an unknown method,
-    BaseModelMismatch and LayerMismatch for adapters that do not fit together, CompositionError for heads that need a
-    choice and for results that are not finite. Nothing is left behind by an error.
+    BaseModelMismatch and LayerMismatch for adapters that do not fit together, InvalidLicense for licenses that do not,
+    CompositionError for heads that need a choice and for results that are not finite. Nothing is left behind by an error.
     """
     given = _parts(adapters, weights, statistics)
     call = MethodCall(method, options)
@@ -73,15 +76,16 @@ def merge(
             "with one for each adapter"
         )
     _check_rank(rank, given)
+    copied = len(given) == 1 and given[0].weight == 1.0 and method == "linear" and rank is None
+    cards = [(part.adapter.name, part.adapter.card) for part in given]
+    license = license_of_work(cards, allowed=allow_licenses or copied)
     kept_heads = merged_heads([(part.adapter, part.weight) for part in given], heads)
     used = sorted(given, key=lambda part: (part.adapter.hash, part.weight))
     layers, report = _merged(call, used, rank, seed, progress)
     if not layers:
         named = ", ".join(repr(part.adapter.name) for part in used)
         raise WeightingError(f"method {method!r} leaves no layer of {named} changed")
-    parents = [
-        {"hash": part.adapter.hash, "name": part.adapter.name, "weight": part.weight, "method": method} for part in used
-    ]
+    parents = [{**parent_of(part.adapter), "weight": part.weight, "method": method} for part in used]
     recipe = {"method": method, "options": options, "seed": seed, "rank": rank, "parents": parents}
     if kept_heads:
         recipe["heads"] = heads
@@ -92,9 +96,14 @@ def merge(
         used[0].adapter.base_model,
         layers,
         next((part.adapter.fingerprint for part in used if part.adapter.fingerprint), None),
-        {"recipe": recipe, "report": figures.to_json()},
+        {"recipe": recipe, "report": figures.to_json(), **({} if license is None else {"license": license})},
         kept_heads,
     )
+
+
+def parent_of(adapter: Adapter) -> dict[str, Any]:
+    """What a recipe says of an adapter that was merged, beside its weight."""
+    return {"hash": adapter.hash, "name": adapter.name, "license": stated(adapter.card.get("license")) or "unknown"}
 
 
 def layer_updates(

@@ -14,6 +14,7 @@ import itertools
 import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
+from typing import Any
 
 from loraweave.errors import InvalidLicense
 from loraweave.hub.licenses import lenient, resolved
@@ -48,28 +49,40 @@ _WHOLE = {
 _CC = re.compile(r"cc-by(-nc)?(-sa|-nd)?-(\d\.\d)(-[a-z]+)?")
 
 
-def require_one_work(licenses: Mapping[str, str | None]) -> None:
-    """Raises InvalidLicense where adapters of these licenses, by name, cannot be made into one; None is not known.
+def license_of_work(parents: Iterable[tuple[str, Mapping[str, Any]]], *, allowed: bool) -> str | None:
+    """The license of what is made of adapters, given as (name, card), or None where no card states one.
+
+    Raises InvalidLicense where their licenses exclude each other, or any derived work, unless that is `allowed`.
+    """
+    licenses = [(name, stated(card.get("license"))) for name, card in parents]
+    if not allowed:
+        require_one_work(licenses)
+    return license_of_all(license for _, license in licenses)
+
+
+def require_one_work(licenses: Iterable[tuple[str, str | None]]) -> None:
+    """Raises InvalidLicense where adapters of these licenses, as (name, license), cannot be made into one; None is unknown.
 
     It names the one that permits no derived work, or two that exclude each other, or else all.
     """
-    wholes = {name: _whole(license) for name, license in licenses.items() if license is not None}
-    if not wholes or frozenset.intersection(*wholes.values()):
+    known = [(f"adapter {name!r}", lenient(license), _whole(license)) for name, license in licenses if license is not None]
+    if not known or frozenset.intersection(*(whole for *_, whole in known)):
         return
-    said = {name: lenient(license) for name, license in licenses.items() if license is not None}
     way_out = (
-        "Leave one out, or pass allow_licenses=True where you have other rights to them (docs/identity.md has the table)"
+        "leave one out, or pass allow_licenses=True to merge(), compose() or export() where you have other rights to them "
+        "(docs/identity.md has the table)"
     )
-    for name, whole in wholes.items():
+    for who, license, whole in known:
         if not whole:
-            raise InvalidLicense(f"adapter {name!r} is under {said[name]}, which permits no work derived from it. {way_out}")
-    for first, second in itertools.combinations(wholes, 2):
-        if wholes[first].isdisjoint(wholes[second]):
+            raise InvalidLicense(f"{who} is under {license}, which permits no work derived from it: {way_out}")
+    for (one, license, whole), (other, its, of_its) in itertools.combinations(known, 2):
+        if whole.isdisjoint(of_its):
             raise InvalidLicense(
-                f"{first!r} is under {said[first]} and {second!r} under {said[second]}: no license of one adapter made of "
-                f"both keeps to these two. {way_out}"
+                f"{one} is under {license} and {other} under {its}: no license of a work made of both keeps to these two; "
+                f"{way_out}"
             )
-    raise InvalidLicense(f"no license of one adapter keeps to all of {', '.join(sorted(set(said.values())))}. {way_out}")
+    everything = ", ".join(sorted({license for _, license, _ in known}))
+    raise InvalidLicense(f"no license of one adapter keeps to all of {everything}: {way_out}")
 
 
 def license_of_all(licenses: Iterable[str | None]) -> str | None:

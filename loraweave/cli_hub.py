@@ -19,6 +19,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, 
 AnomaliesOption = Annotated[
     str, typer.Option(metavar="POLICY", help="What looks wrong about an adapter: off, report, quarantine or refuse.")
 ]
+AllowLicensesOption = Annotated[
+    bool, typer.Option("--allow-licenses", help="Also where licenses are known to exclude each other, or derived works.")
+]
 BlobsOption = Annotated[
     str | None,
     typer.Option(envvar="LORAWEAVE_BLOBS", metavar="PLACE", help="Where a new hub keeps its files: a folder, or s3://..."),

@@ -10,11 +10,11 @@ import typer
 
 from loraweave._inputs import ADAPTER_FILE, read_adapter, read_options, read_weights, require_free
 from loraweave._printing import note, print_json, print_rows, print_table
-from loraweave.cli_hub import DEFAULT_HUB, HubOption, JsonOption
+from loraweave.cli_hub import DEFAULT_HUB, AllowLicensesOption, HubOption, JsonOption
 
 MERGE_EXAMPLE = "Example: loraweave merge trained/antonym trained/plural --weights 0.7,-0.4 --rank 8 --out merged"
 # arguments of lw.merge that are flags here, or cannot be given as text
-RESERVED = ("method", "rank", "name", "seed", "adapters", "weights", "heads", "statistics", "progress")
+RESERVED = ("method", "rank", "name", "seed", "adapters", "weights", "heads", "statistics", "progress", "allow_licenses")
 
 
 def show_methods(asked: bool) -> None:
@@ -55,6 +55,7 @@ def merge(
         Path | None, typer.Option(metavar="FILE", help="Draw each adapter's share of every layer: .png, .svg or .pdf.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same result.")] = 0,
+    allow_licenses: AllowLicensesOption = False,
     hub: HubOption = DEFAULT_HUB,
     as_json: JsonOption = False,
 ) -> None:
@@ -66,15 +67,26 @@ def merge(
 
     adapters = [read_adapter(source, hub) for source in sources]
     called = name or out.resolve().name
-    merged = lw.merge(adapters, numbers, method=method, rank=rank, name=called, seed=seed, heads=heads, **options)
+    merged = lw.merge(
+        adapters,
+        numbers,
+        method=method,
+        rank=rank,
+        name=called,
+        seed=seed,
+        heads=heads,
+        allow_licenses=allow_licenses,
+        **options,
+    )
+    license = merged.card.get("license")
     merged.save_pretrained(out)
     if plot is not None:
         merged.report.plot(plot)
     if as_json:
         used = [{"name": adapter.name, "weight": weight} for adapter, weight in zip(adapters, numbers, strict=True)]
-        told = {"out": out, "name": merged.name, "method": method, "adapters": used}
+        told = {"out": out, "name": merged.name, "method": method, "license": license, "adapters": used}
         # norms and cosines of a layer are in the order of the parents, which is that of their content
         print_json(told | {"parents": merged.report.names, "layers": merged.report.to_json()})
         return
     print_table(merged.report.table())
-    note(f"saved {merged.name!r} to {out}")
+    note(f"saved {merged.name!r} to {out}; license: {license or 'unknown'}")

@@ -120,8 +120,8 @@ def test_the_recipe_names_the_parents_that_count() -> None:
     a, b, c = adapter("a", 0), adapter("b", 1), adapter("c", 2)
     recipe = json.loads(json.dumps(merge([a, b, c], [0.7, 0.0, -0.4], rank=4, seed=3).card["recipe"]))
     assert sorted(recipe.pop("parents"), key=lambda parent: parent["name"]) == [
-        {"hash": a.hash, "name": "a", "weight": 0.7, "method": "linear"},
-        {"hash": c.hash, "name": "c", "weight": -0.4, "method": "linear"},
+        {"hash": a.hash, "name": "a", "weight": 0.7, "method": "linear", "license": "unknown"},
+        {"hash": c.hash, "name": "c", "weight": -0.4, "method": "linear", "license": "unknown"},
     ]
     assert recipe == {"method": "linear", "options": {}, "seed": 3, "rank": 4}
 

@@ -50,7 +50,7 @@ COMPATIBLE = [
 
 def fit(*licenses):
     try:
-        require_one_work({f"adapter {place}": license for place, license in enumerate(licenses)})
+        require_one_work((f"number {place}", license) for place, license in enumerate(licenses))
     except InvalidLicense:
         return False
     return True
@@ -78,8 +78,15 @@ def test_of_alternatives_one_that_fits_is_enough_and_of_joint_terms_all_must_fit
 @pytest.mark.parametrize(
     ("licenses", "said"),
     [
-        ({"a": "cc-by-nd-4.0", "b": None}, "adapter 'a' is under CC-BY-ND-4.0, .*permits no"),
-        ({"a": "mit", "b": "gpl-3.0", "c": "cc-by-nc-4.0"}, "'b' is under GPL-3.0-only and 'c' under CC-BY-NC-4.0"),
+        ([("a", "cc-by-nd-4.0"), ("b", None)], "adapter 'a' is under CC-BY-ND-4.0, .*permits no"),
+        (
+            [("a", "mit"), ("b", "gpl-3.0"), ("b", "cc-by-nc-4.0")],
+            "adapter 'b' is under GPL-3.0-only and adapter 'b' under CC-BY-NC-4.0",
+        ),
+        (
+            [("a", "Apache-2.0"), ("b", "GPL-2.0-or-later"), ("c", "GPL-2.0-only OR CC-BY-NC-4.0")],
+            "all of Apache-2.0, GPL-2.0-only OR CC-BY-NC-4.0, GPL-2.0-or-later",
+        ),
     ],
 )
 def test_a_refusal_names_adapters_licenses_and_the_way_out(licenses, said):
