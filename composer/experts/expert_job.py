@@ -10,21 +10,23 @@ from torch import Tensor, nn
 
 from loraweave.composer.batches import EncodedRow
 from loraweave.composer.experts.expert_model import ExpertModel
+from loraweave.composer.experts.own_width import OwnWidth
 from loraweave.composer.experts.parts import key_of
-from loraweave.composer.experts.running import Running
+from loraweave.composer.experts.running import Running, has_two_sequences
 from loraweave.composer.experts.task_rows import TaskRow
 from loraweave.composer.layer_kinds.linear import shape as linear_shape
 from loraweave.composer.training.seeding import seeded
 from loraweave.errors import TrainingError
+from loraweave.routers.routing.prompts import unprompted
 
 
 class ExpertJob:
     """A `TrainingJob`: the experts and gates of the model, for rows that are of their own tasks, or else of `task`.
 
     Gates see the job's own rows alone, and the recipe's losses are its penalty. What a step draws (dropout, noise of gates)
-    follows from `seed`, the job's name, the step and the width of the pass, for which torch's generator is seeded: beside
-    jobs of longer rows it is drawn otherwise, all else is as alone. Raises TrainingError for recipes whose experts are no
-    updates of linear layers, ScopeError or UnknownName for a task that is missing or unknown.
+    follows from `seed`, the job's name and the step, for which torch's generator is seeded, and is drawn for the tokens that
+    its rows have alone, whatever the width of the pass. Raises TrainingError for recipes whose experts are no updates of
+    linear layers, ScopeError or UnknownName for a task that is missing or unknown.
     """
 
     def __init__(self, name: str, model: ExpertModel, *, task: str | int | None = None, seed: int = 0) -> None:
@@ -37,6 +39,7 @@ class ExpertJob:
         self._step: int | None = None
         self._num_drawn = 0
         self._running = Running(model, model.task_ids(task))
+        self._own = OwnWidth()
 
     @property
     def layers(self) -> Collection[str]:
@@ -55,13 +58,20 @@ class ExpertJob:
         # not the base, which keeps its own mode
         self.model.layers.train(learns)
         self.model.gates.train(learns)
+        base = self.model.base_model
+        self._own = OwnWidth.of(inputs, self._rows, two_sequences=has_two_sequences(base))
+        own = {
+            name: self._own.cut(value, mask=name == "attention_mask") if isinstance(value, Tensor) else value
+            for name, value in inputs.items()
+        }
         self._running = Running(self.model, self._task_ids(), notes=learns)
-        self._running.begin(self.model.base_model, (), inputs)
-        if prompt_BT is not None:
-            self._running.call.prompt_BT = prompt_BT.bool()
-        self._tell_decoder_tokens()
-        self._seed_draws()
-        self.model.show_gates(self._running.call)
+        with unprompted():
+            self._running.begin(base, (), own)
+            if prompt_BT is not None:
+                self._running.call.prompt_BT = self._own.cut(prompt_BT, mask=True).bool()
+            self._tell_decoder_tokens()
+            self._seed_draws()
+            self.model.show_gates(self._running.call)
 
     def low_rank(self, layer: str) -> None:
         """Never: the weights are the gates'."""
@@ -71,9 +81,12 @@ class ExpertJob:
         module: nn.Module = self.model.base_model.get_submodule(layer)
         shape = linear_shape(module)
         assert shape is not None
-        zero_BTO = x_BTI.new_zeros(*x_BTI.shape[:-1], shape.num_outputs)
+        own_BTI = self._own.cut(x_BTI)
+        zero_BTO = own_BTI.new_zeros(*own_BTI.shape[:-1], shape.num_outputs)
         self._seed_draws()
-        return self.model.with_experts(layer, module, (x_BTI,), zero_BTO, self._running.call)
+        with unprompted():
+            own_BTO = self.model.with_experts(layer, module, (own_BTI,), zero_BTO, self._running.call)
+        return self._own.put(own_BTO, x_BTI.shape[1])
 
     def penalty(self) -> Tensor | None:
         """The recipe's losses together, if it has any."""

@@ -42,6 +42,11 @@ def prompted(ids_BT: Tensor, mask_BT: Tensor) -> AbstractContextManager[None]:
     return holding(_PROMPTS, _PROMPTS.get() or Prompts(ids_BT, mask_BT))
 
 
+def unprompted() -> AbstractContextManager[None]:
+    """The calls inside are of other rows than those that a block around this one has said something of."""
+    return holding(_PROMPTS, None)
+
+
 def current_prompts() -> Prompts | None:
     """Those of the running calls, where they are known."""
     return _PROMPTS.get()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
 from torch.nn import functional
 
 import loraweave as lw
-from loraweave.composer.batches import batch, encode, token_losses
+from loraweave.composer.batches import EncodedRow, batch, encode, token_losses
 from loraweave.composer.experts.expert_job import ExpertJob
 from loraweave.composer.experts.task_rows import TaskRow
 from loraweave.composer.experts.train_experts import train_experts
@@ -118,6 +119,48 @@ def test_an_expert_model_comes_out_the_same_alone_and_beside_others(base, tokeni
         assert report.jobs[name].losses[-1] < report.jobs[name].losses[0]
         for key, value in expected[name].items():
             assert torch.allclose(together[name][key], value, atol=1e-6)
+
+
+def of_jobs(base, tokenizer, names, made):
+    """States and losses of a training of these jobs, whose rows differ in length."""
+    jobs = {name: (made(), ROWS[name]) for name in names}
+    report = train_experts(base, tokenizer, jobs, steps=4, batch_size=2, lr=1e-2, progress=False)
+    found = states(jobs)
+    for model, _ in jobs.values():
+        model.close()
+    return found, {name: report.jobs[name].losses for name in names}
+
+
+# whose random numbers are of tokens, of rows, and of experts and tokens
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        ("mola", {"num_experts": (2, 3), "dropout": 0.4}),
+        ("mixtral", {"num_experts": 3, "noise": True, "balance": 0.1}),
+        ("sira", {"num_experts": 3, "top_k": 2, "expert_dropout": 0.3, "capacity": 1.0}),
+        ("fedms", {"dropout": 0.4, "per_site": True}),
+        ("octavius", {"dropout": 0.4, "as_released": True}),
+    ],
+)
+def test_what_a_step_draws_for_a_job_is_the_same_beside_longer_rows(base, tokenizer, recipe, options):
+    made = partial(lw.experts, recipe, base, seed=1, tokenizer=tokenizer, **options)
+    together, losses = of_jobs(base, tokenizer, ["upper", "double"], made)
+    for name in ROWS:
+        expected, own = of_jobs(base, tokenizer, [name], made)
+        assert losses[name] == pytest.approx(own[name], abs=1e-6)
+        for key, value in expected[name].items():
+            torch.testing.assert_close(together[name][key], value, rtol=0, atol=1e-5)
+
+
+def test_so_it_is_on_an_encoder_decoder(make_model, tokenizer):
+    base = make_model("t5", dtype=torch.float64)
+    made = partial(lw.experts, "mola", base, num_experts=(3,), dropout=0.4, balance=1.0, target_modules=("q", "v"))
+    together, losses = of_jobs(base, tokenizer, ["upper", "double"], made)
+    for name in ROWS:
+        expected, own = of_jobs(base, tokenizer, [name], made)
+        assert losses[name] == pytest.approx(own[name], abs=1e-6)
+        for key, value in expected[name].items():
+            torch.testing.assert_close(together[name][key], value, rtol=0, atol=1e-5)
 
 
 def test_held_out_rows_end_the_job_of_an_expert_model(base, tokenizer):
@@ -362,3 +405,26 @@ def test_a_finished_model_whose_file_is_damaged_is_trained_again(base, tokenizer
     assert train_experts(base, tokenizer, again, checkpoint=tmp_path, **SETTINGS).num_steps == 6
     assert "is damaged" in caplog.text
     assert same(states(again), states(first))
+
+
+@pytest.mark.parametrize(
+    ("own", "other"),
+    [
+        # the encoder has a column of padding alone, which a wider pass has not
+        (EncodedRow((5, 6, 7), (8, 9, 3)), EncodedRow((5,), (8, 9, 4, 4, 3))),
+        (EncodedRow((5, 6, 7), (3,)), EncodedRow((5, 9, 8, 8), (8, 4, 4, 4, 4, 3))),
+    ],
+)
+def test_widths_that_tell_encoder_and_decoder_apart_draw_as_alone(make_model, tokenizer, trained, own, other):
+    base = make_model("t5", dtype=torch.float64)
+    options = {"num_experts": (3,), "balance": 1.0, "dropout": 0.5, "target_modules": ("q", "v")}
+    jobs = [ExpertJob(name, trained(lw.experts("mola", base, **options))) for name in ("own", "other")]
+    found = []
+    for members, rows in ((jobs[:1], [own, own]), (jobs, [own, own, other, other])):
+        for number, job in enumerate(members):
+            job.take(rows[2 * number : 2 * number + 2], 0)
+        with FusedPass(base, members, [2] * len(members)):
+            loss = range_losses(base, tokenizer, rows, [2] * len(members))[0]
+            penalty = jobs[0].penalty()
+        found.append((loss, penalty, torch.autograd.grad(loss + penalty, jobs[0].parameters())))
+    torch.testing.assert_close(found[1], found[0])
