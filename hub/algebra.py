@@ -1,7 +1,8 @@
 """The algebra of low-rank updates: pure functions on factors that never form the dense delta unless asked to.
 
 A layer's update is D = b a (+ a gain and a bias). Sums concatenate ranks, inner products and norms need only R x R
-matrices. Reductions run in float64. `compress` is in a file of its own, `truncation`.
+matrices, or dense ones where those are smaller: never more memory than the factors have. Reductions run in float64.
+`compress` is in a file of its own, `truncation`.
 """
 
 from __future__ import annotations
@@ -94,7 +95,11 @@ def require_alike(terms: Sequence[Factors]) -> None:
 
 
 def inner(left: Factors, right: Factors) -> float:
-    """<D_left, D_right> = tr(D_left^T D_right), from the two R x R products a a^T and b^T b."""
+    """<D_left, D_right> = tr(D_left^T D_right), from a a^T and b^T b (both R x R), or from D if that is smaller."""
+    if left.rank * right.rank > left.b_OR.shape[0] * left.a_RI.shape[1]:
+        delta_OI = left.b_OR.double() @ left.a_RI.double()
+        other_OI = delta_OI if left is right else right.b_OR.double() @ right.a_RI.double()
+        return float((delta_OI * other_OI).sum())
     b_RR = left.b_OR.double().T @ right.b_OR.double()
     a_RR = left.a_RI.double() @ right.a_RI.double().T
     return float((b_RR * a_RR).sum())
@@ -104,6 +109,17 @@ def norm(factors: Factors) -> float:
     """The Frobenius norm of b a."""
     # rounding can leave a square that is zero slightly below it
     return float(max(inner(factors, factors), 0.0) ** 0.5)
+
+
+def within_sides(factors: Factors) -> Factors:
+    """The same update at a rank of at most min(O, I): above, one factor is the identity and the other b a, in float64."""
+    num_out, num_in = factors.b_OR.shape[0], factors.a_RI.shape[1]
+    if factors.rank <= min(num_out, num_in):
+        return factors
+    delta_OI = factors.b_OR.double() @ factors.a_RI.double()
+    if num_out <= num_in:
+        return replace(factors, a_RI=delta_OI, b_OR=torch.eye(num_out, dtype=torch.float64))
+    return replace(factors, a_RI=torch.eye(num_in, dtype=torch.float64), b_OR=delta_OI)
 
 
 def is_zero(factors: Factors) -> bool:

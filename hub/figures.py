@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from loraweave.hub import algebra
 from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors
 
@@ -26,6 +27,8 @@ Array = NDArray[Any]
 CODE_BITS = 128
 # rows of the two random matrices that sketches are made with; longer factors are folded onto them
 _FOLD = 4096
+# entries of a stack of Gram matrices that are looked at together: 32 MiB in float64
+_STACK = 2**22
 # the share of the largest singular value is 1 for rank 1, where its logit would be infinite
 _NEARLY_ALL = 1 - 1e-6
 
@@ -48,7 +51,7 @@ class Figures:
 
 def figures_of(adapter: Adapter, base_model: str) -> Figures:
     """The figures of the low-rank updates; gains, biases, magnitudes and heads are left out."""
-    layers = {name: adapter.layers[name] for name in sorted(adapter.layers)}
+    layers = {name: algebra.within_sides(adapter.layers[name]) for name in sorted(adapter.layers)}
     spectra_L2 = _spectra(list(layers.values()))
     return Figures(_kin(base_model, layers), tuple(layers), spectra_L2[:, 0], spectra_L2[:, 1], _code(layers))
 
@@ -65,7 +68,7 @@ def _spectra(layers: Sequence[Factors]) -> Array:
     for position, factors in enumerate(layers):
         if factors.rank:
             by_rank[factors.rank].append(position)
-    for positions in by_rank.values():
+    for positions in _stacks(by_rank):
         grams = [(_gram(layers[position].b_OR.T), _gram(layers[position].a_RI)) for position in positions]
         b_NRR, a_NRR = (torch.stack([pair[side][0] for pair in grams]) for side in (0, 1))
         # the squares of the singular values of b a are the eigenvalues of (b^T b)(a a^T)
@@ -77,6 +80,14 @@ def _spectra(layers: Sequence[Factors]) -> Array:
         share_N = np.minimum(squares_NR[:, -1] / energy_N, _NEARLY_ALL)
         found_L2[positions] = np.stack([0.5 * np.log(energy_N) + sizes_N, np.log(share_N / (1 - share_N))], axis=1)
     return found_L2
+
+
+def _stacks(by_rank: Mapping[int, Sequence[int]]) -> Iterator[Sequence[int]]:
+    """The positions of each rank, in parts whose Gram matrices fit a stack."""
+    for rank, positions in by_rank.items():
+        count = max(1, _STACK // rank**2)
+        for start in range(0, len(positions), count):
+            yield positions[start : start + count]
 
 
 def _gram(rows_RN: Tensor) -> tuple[Tensor, float]:

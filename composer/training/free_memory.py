@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-MEMINFO = Path("/proc/meminfo")
+from loraweave.hub.host_memory import free_host_bytes
+
 STATUS = Path("/proc/self/status")
-CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -17,20 +17,7 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if device.type != "cpu" or not MEMINFO.is_file():
-        return None
-    lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
-    free = 1024 * int(lines["MemAvailable"].split()[0])
-    return min([free, *_cgroup_bytes()])
-
-
-def _cgroup_bytes() -> list[int]:
-    """What the limit of a container leaves, with the cached files that it would give up; nothing where there is none."""
-    limit, used, statistics = (CGROUP / name for name in ("memory.max", "memory.current", "memory.stat"))
-    if not limit.is_file() or (text := limit.read_text().strip()) == "max":
-        return []
-    cached = dict(line.split() for line in statistics.read_text().splitlines())
-    return [max(0, int(text) - int(used.read_text()) + int(cached.get("inactive_file", 0)))]
+    return free_host_bytes() if device.type == "cpu" else None
 
 
 class MemoryUse:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,12 +80,22 @@ def _lower(factors: Factors, bound: Bound, where: str) -> tuple[Factors, float]:
 
 
 def _refusal(update: Factors | Dense, bound: Bound, error: float, where: str) -> str:
-    delta_OI = algebra.delta(replace(update, gain_O=None)) if isinstance(update, Factors) else update.delta_OI
-    enough = factorise(delta_OI.float(), max_error=bound.max_error)[0].shape[0] if bound.max_error else min(delta_OI.shape)
+    enough = _enough(update, bound.max_error or 0.0)
     return (
         f"{where}: rank {bound.rank} leaves a relative error of {error:.3g}, above max_error={bound.max_error}; rank "
         f"{enough} would stay within it, and max_error={_rounded_up(error)} would allow rank {bound.rank}"
     )
+
+
+def _enough(update: Factors | Dense, max_error: float) -> int:
+    """The smallest rank within the error."""
+    if isinstance(update, Factors):
+        # never the dense update, which can be far larger than its factors
+        update = algebra.within_sides(update)
+        ranks = range(1, update.rank + 1)
+        return ranks[bisect_left(ranks, -max_error, key=lambda rank: -algebra.compress(update, rank)[1])]
+    delta_OI = update.delta_OI
+    return factorise(delta_OI.float(), max_error=max_error)[0].shape[0] if max_error else min(delta_OI.shape)
 
 
 def _rounded_up(error: float) -> float:

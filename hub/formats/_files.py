@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -10,10 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from loraweave.errors import AdapterCorrupt
+from loraweave.errors import AdapterCorrupt, AdapterUnsupported, HubError
 
 LFS_MARK = b"version https://git-lfs.github.com/spec/"
 MAX_JSON_BYTES = 4 * 2**20
+# a file of weights above this is no adapter's
+MAX_FILE_BYTES = 32 * 2**30
+# from this size on a file must hold on the disk at least one byte of so many
+HOLES_FROM_BYTES = 2**28
+MOST_PER_HELD = 16
 MAX_LISTED = 12
 
 
@@ -22,7 +28,8 @@ def opened(folder: Path, name: str) -> Iterator[tuple[BinaryIO, int]]:
     """The file `name` of the folder, open for reading, and its size in bytes.
 
     Raises AdapterCorrupt for what is no regular file (a FIFO would block, a device never end), for a link that leaves the
-    folder, and for a git-LFS pointer. Links from a snapshot of the model hub's cache to its own blobs are followed.
+    folder, for a git-LFS pointer, and for a file that is nearly all holes; AdapterUnsupported above `MAX_FILE_BYTES`.
+    Links from a snapshot of the model hub's cache to its own blobs are followed.
     """
     path = _inside(folder, name)
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
@@ -36,6 +43,11 @@ def opened(folder: Path, name: str) -> Iterator[tuple[BinaryIO, int]]:
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
         raise AdapterCorrupt(f"{folder}: {name} is {_kind(status.st_mode)}, not a regular file")
+    try:
+        require_held(descriptor, status.st_size, f"{folder}: {name}")
+    except HubError:
+        os.close(descriptor)
+        raise
     with os.fdopen(descriptor, "rb") as file:
         if status.st_size < 1024 and file.read(len(LFS_MARK)) == LFS_MARK:
             raise AdapterCorrupt(
@@ -44,6 +56,36 @@ def opened(folder: Path, name: str) -> Iterator[tuple[BinaryIO, int]]:
             )
         file.seek(0)
         yield file, status.st_size
+
+
+def require_held(descriptor: int, size: int, where: str) -> None:
+    """AdapterUnsupported for a file above the limit, AdapterCorrupt for a large one that the disk holds little of."""
+    if size > MAX_FILE_BYTES:
+        raise AdapterUnsupported(
+            f"{where} has {size:,} bytes, above the limit of {MAX_FILE_BYTES:,} for a file of an adapter"
+        )
+    held = size if size < HOLES_FROM_BYTES else _held_bytes(descriptor, size)
+    if held * MOST_PER_HELD < size:
+        raise AdapterCorrupt(
+            f"{where} has {size:,} bytes, but the disk holds only {held:,} of them and the rest are holes, as a download or "
+            "copy that broke off leaves them; get the file again"
+        )
+
+
+def _held_bytes(descriptor: int, size: int) -> int:
+    """How much of a file is no hole, counted until it is enough; all of it where the file system does not say."""
+    held = end = 0
+    try:
+        while held * MOST_PER_HELD < size:
+            begin = os.lseek(descriptor, end, os.SEEK_DATA)
+            end = os.lseek(descriptor, begin, os.SEEK_HOLE)
+            held += end - begin
+    except AttributeError:
+        return size
+    except OSError as error:
+        # no data after `end`
+        return held if error.errno == errno.ENXIO else size
+    return held
 
 
 def read_json(folder: Path, name: str, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:

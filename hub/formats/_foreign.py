@@ -29,6 +29,7 @@ from loraweave.hub.formats._patterns import PatternError, resolve
 from loraweave.hub.formats._peft_files import CONFIG, stored_tensors
 from loraweave.hub.formats._peft_heads import TASK_HEADS, check_heads, take_heads
 from loraweave.hub.formats._safetensors import INTEGERS
+from loraweave.hub.host_memory import free_host_bytes
 from loraweave.types import Factors, Fingerprint
 
 ROOT = "base_model."
@@ -303,7 +304,14 @@ class ForeignFormat(ABC):
 
 
 def check_size(layer: Layer, rows: int, columns: int) -> None:
-    """Raises AdapterUnsupported for a matrix that a small file could ask for and no machine should make."""
+    """Raises AdapterUnsupported for a matrix that a small file could ask for and this machine, or any, should not make."""
+    free = free_host_bytes()
+    # in float64, and as the factors or the error that are computed of it
+    if free is not None and 16 * rows * columns > free:
+        raise AdapterUnsupported(
+            f"{layer.where}: the update would need a matrix of {rows} x {columns}, and more memory than the {free:,} bytes "
+            "that are free; convert it on a larger machine"
+        )
     if rows * columns > MAX_VALUES:
         raise AdapterUnsupported(
             f"{layer.where}: the update would need a matrix of {rows} x {columns}, above the limit of {MAX_VALUES} values"

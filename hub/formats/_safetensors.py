@@ -6,7 +6,7 @@ Tensors are copied, never mapped: a mapped file that somebody truncates kills th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.formats._files import opened, parse_json, read_json
+from loraweave.hub.host_memory import free_host_bytes
 
 MAX_HEADER_BYTES = 100 * 10**6
 MAX_TENSORS = 200_000
@@ -66,7 +67,7 @@ def read_tensors(folder: Path, names: list[str], *, integers: bool = False) -> I
 
     All headers are checked before the first tensor is read. With `integers`, tensors of whole numbers (places in another
     tensor) are read too, as int64. Raises AdapterCorrupt for a damaged file or a key that two files hold,
-    AdapterUnsupported for a dtype that has no exact meaning.
+    AdapterUnsupported for a dtype that has no exact meaning, and for tensors that need more memory than there is.
     """
     known = {**FLOATS, **INTEGERS} if integers else FLOATS
     headers = {name: _header_of(folder, name)[:2] for name in names}
@@ -81,6 +82,7 @@ def read_tensors(folder: Path, names: list[str], *, integers: bool = False) -> I
                     f"{folder}: tensor {key!r} has dtype {entry.dtype}; only floating point factors "
                     f"({', '.join(FLOATS)}) have an exact meaning, so save the adapter in one of them"
                 )
+    _require_memory(folder, [entry for entries, _ in headers.values() for entry in entries.values()])
     for name, (entries, start) in headers.items():
         with opened(folder, name) as (file, _):
             for key, entry in entries.items():
@@ -185,6 +187,18 @@ def _check_cover(entries: Mapping[str, Entry], data_bytes: int) -> None:
         position = entry.end
     if position != data_bytes:
         raise ValueError(f"its tensors need {position} bytes of data, but it holds {data_bytes}")
+
+
+def _require_memory(folder: Path, entries: Collection[Entry]) -> None:
+    """AdapterUnsupported where the tensors in fp32, and once more the largest as it is stored, are more than is free."""
+    needed = sum(max(4, 8 * (entry.dtype in INTEGERS)) * math.prod(entry.shape) for entry in entries)
+    needed += max((entry.end - entry.begin for entry in entries), default=0)
+    free = free_host_bytes()
+    if free is not None and needed > free:
+        raise AdapterUnsupported(
+            f"{folder}: its {len(entries)} tensors need {needed:,} bytes of memory to be read, but {free:,} are free; read "
+            "it on a larger machine"
+        )
 
 
 def _read_tensor(file: BinaryIO, folder: Path, name: str, key: str, entry: Entry, start: int) -> Tensor:

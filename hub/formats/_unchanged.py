@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from loraweave.errors import AdapterCorrupt, HubError
+from loraweave.hub.formats._files import require_held
 
 SUFFIXES = {".json", ".safetensors", ".md"}
 NAMES = {"adapter_model.bin", "pytorch_lora_weights.bin", "model_weights.ckpt"}
@@ -71,8 +72,10 @@ def _digest(path: Path) -> str:
         # another kind of file may have taken the place meanwhile, and opening a FIFO would wait
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         with os.fdopen(descriptor, "rb") as file:
+            require_held(descriptor, os.fstat(descriptor).st_size, str(path))
+            file.seek(0)
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
+    except (OSError, HubError):
         # whoever reads the file says so
         return ""
 

@@ -20,7 +20,7 @@ SHORT = {
     "failing": ("failing", [2]),
     "crowd": ("crowd", [20, 3]),
     "readonly": ("readonly", []),
-    "outsized": ("outsized", [5]),
+    "outsized": ("outsized", [6]),
     "fuzz": ("fuzz", [5_000, 0]),
 }
 

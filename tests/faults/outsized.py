@@ -37,11 +37,18 @@ def _lokr(first, second):
     return {**folders.folders()["lokr"], WEIGHTS: folders.safetensors(tensors)}
 
 
+def _tall(rank, side):
+    path = "base_model.model.layers.0.q_proj."
+    tensors = {f"{path}lora_A.weight": folders.values(rank, side), f"{path}lora_B.weight": folders.values(side, rank)}
+    return {**folders.folders()["plain"], CONFIG: folders.config(r=rank), WEIGHTS: folders.safetensors(tensors)}
+
+
 # the quick ones first; each is made when its turn comes
 CASES = {
     "a million tensors": lambda: _header(_entries(1_000_000)),
     "two million entries of metadata": lambda: _header(b'{"__metadata__":{' + _numbered(1_900_000) + b"}}"),
     "a Kronecker product of 13 GB": lambda: _lokr((200, 200), (200, 200)),
+    "a rank of 30,000 on a layer of four": lambda: _tall(30_000, 4),
     "200,000 patterns": lambda: _file(CONFIG, folders.config(rank_pattern={f"l{at}": 2 for at in range(200_000)})),
     "a card of empty lists": lambda: _file(CARD, _many(b"[]", 1_390_000)),
     "200,000 tensors of nothing": lambda: _header(_entries(199_999)),

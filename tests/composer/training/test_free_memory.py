@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from loraweave.composer.training import free_memory
 from loraweave.composer.training.free_memory import MemoryUse, free_bytes
+from loraweave.hub import host_memory
 
 CPU = torch.device("cpu")
 
@@ -17,8 +17,8 @@ CPU = torch.device("cpu")
 def system(tmp_path, monkeypatch):
     """A machine with 3000 kB available, in no container."""
     (tmp_path / "meminfo").write_text("MemTotal:  9000 kB\nMemFree:  100 kB\nMemAvailable:   3000 kB\n")
-    monkeypatch.setattr(free_memory, "MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(free_memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(host_memory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(host_memory, "CGROUP", tmp_path)
     return tmp_path
 
 

@@ -1,0 +1,140 @@
+"""Files that ask for more than they hold: reading, examining and cutting take memory in proportion to the file."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from loraweave.errors import AdapterCorrupt, AdapterUnsupported
+from loraweave.hub import algebra, host_memory
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.figures import figures_of
+from loraweave.hub.formats import _files
+from loraweave.hub.formats._conversion import Bound, cut
+from loraweave.hub.hub import Hub
+from loraweave.hub.similar import cosine
+from loraweave.types import Factors
+
+RANK = 30_000
+WEIGHTS = "adapter_model.safetensors"
+
+
+class Largest(TorchDispatchMode):
+    """Knows the number of entries of the largest tensor that torch made while it was entered."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        self.entries = max([self.entries, *(leaf.numel() for leaf in tree_leaves(made) if isinstance(leaf, torch.Tensor))])
+        return made
+
+
+def config(folder, rank):
+    folder.mkdir()
+    fields = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "base_model_name_or_path": "org/base"}
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    return folder
+
+
+@pytest.fixture
+def tall(tmp_path):
+    """A file of 0.96 MB: rank 30,000 on a layer of four inputs and outputs."""
+    made = torch.Generator().manual_seed(0)
+    tensors = {
+        "base_model.model.up.lora_A.weight": torch.randn(RANK, 4, generator=made),
+        "base_model.model.up.lora_B.weight": torch.randn(4, RANK, generator=made),
+    }
+    save_file(tensors, config(tmp_path / "tall", RANK) / WEIGHTS)
+    return tmp_path / "tall"
+
+
+def hollow(folder, num_bytes):
+    """An adapter whose two tensors the header has in full, and the disk not at all."""
+    half = num_bytes // 2
+    entries = {
+        "base_model.model.up.lora_A.weight": {"dtype": "F32", "shape": [1, half // 4], "data_offsets": [0, half]},
+        "base_model.model.up.lora_B.weight": {"dtype": "F32", "shape": [half // 4, 1], "data_offsets": [half, 2 * half]},
+    }
+    header = json.dumps(entries).encode()
+    with (config(folder, 1) / WEIGHTS).open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + 2 * half)
+    return folder
+
+
+def test_an_update_of_a_rank_far_above_its_sides_is_read_added_and_compared_without_a_square_of_the_rank(tall, tmp_path):
+    with Largest() as torch_made:
+        adapter = Adapter.from_pretrained(tall)
+        with Hub(tmp_path / "hub") as hub:
+            hub.add(tall, name="a")
+            hub.add(adapter, name="b")
+        figures = figures_of(adapter, "org/base")
+        score, _ = cosine(adapter, adapter)
+        # numpy computes this, whose memory tracemalloc sees
+        tracemalloc.start()
+        _, error = algebra.compress(adapter.layers["up"], 2)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    # the two random matrices that every sketch is made with
+    assert torch_made.entries <= 128 * 4096
+    assert peak < 16 * 2**20
+    sigma = np.linalg.svd(adapter.layers["up"].b_OR.double().numpy() @ adapter.layers["up"].a_RI.double().numpy())[1]
+    energy = float(np.square(sigma).sum())
+    assert algebra.norm(adapter.layers["up"]) == pytest.approx(math.sqrt(energy))
+    assert score == pytest.approx(1.0)
+    assert figures.log_norm_L[0] == pytest.approx(0.5 * math.log(energy))
+    share = sigma[0] ** 2 / energy
+    assert figures.dominance_L[0] == pytest.approx(math.log(share / (1 - share)))
+    assert error == pytest.approx(math.sqrt(np.square(sigma[2:]).sum() / energy))
+
+
+def test_the_inner_product_is_that_of_the_dense_updates_whichever_rank_is_large():
+    made = torch.Generator().manual_seed(1)
+    low, high = (Factors(torch.randn(rank, 5, generator=made), torch.randn(3, rank, generator=made)) for rank in (2, 700))
+    for left, right in ((low, high), (high, low), (high, high)):
+        expected = float((left.b_OR.double() @ left.a_RI.double() * (right.b_OR.double() @ right.a_RI.double())).sum())
+        assert algebra.inner(left, right) == pytest.approx(expected)
+
+
+def test_refusing_a_rank_names_the_one_that_is_enough_without_the_dense_update():
+    sides, sigma = 100_000, torch.tensor([4.0, 2.0, 1.0])
+    a_RI, b_OR = torch.zeros(3, sides), torch.zeros(sides, 3)
+    a_RI[range(3), range(3)], b_OR[range(3), range(3)] = sigma, 1.0
+    # without the third singular value the error is 1 / sqrt(21) = 0.218, without the second too 0.488
+    with Largest() as made, pytest.raises(AdapterUnsupported, match="rank 2 would stay within it"):
+        cut(Factors(a_RI, b_OR), Bound(1, 0.3), "here")
+    assert made.entries <= 3 * sides
+
+
+def test_a_file_of_holes_is_refused_before_it_is_read(tmp_path):
+    with Largest() as made:
+        with pytest.raises(AdapterUnsupported, match=r"68,719,4.* above the limit of 34,359,738,368"):
+            Adapter.from_pretrained(hollow(tmp_path / "64", 64 * 2**30))
+        with pytest.raises(AdapterCorrupt, match=r"the disk holds only .* holes"):
+            Adapter.from_pretrained(hollow(tmp_path / "8", 8 * 2**30))
+    assert made.entries == 0
+
+
+def test_where_the_file_system_knows_no_holes_a_file_is_whole(tmp_path, monkeypatch):
+    folder = hollow(tmp_path / "1", 2**10)
+    monkeypatch.setattr(_files, "HOLES_FROM_BYTES", 1)
+    monkeypatch.delattr("os.SEEK_DATA")
+    with pytest.raises(AdapterUnsupported, match="without effect"):
+        Adapter.from_pretrained(folder)
+
+
+def test_tensors_that_need_more_memory_than_is_free_are_refused_with_both_figures(tall, tmp_path, monkeypatch):
+    (tmp_path / "meminfo").write_text("MemAvailable:   1000 kB\n")
+    monkeypatch.setattr(host_memory, "MEMINFO", tmp_path / "meminfo")
+    with pytest.raises(AdapterUnsupported, match="need 1,440,000 bytes of memory to be read, but 1,024,000 are free"):
+        Adapter.from_pretrained(tall)
