@@ -39,6 +39,7 @@ from loraweave.hub.blobs import read_blob
 from loraweave.hub.hub import Hub
 from loraweave.hub.search import SearchIndex
 from loraweave.hub.stores.blob_files import blob_path
+from loraweave.hub.tables.filtering import Filters
 from loraweave.types import Factors
 
 app = typer.Typer(add_completion=False, help=__doc__)
@@ -82,7 +83,7 @@ def probe(folder: Path, count: int) -> None:
     found["search"] = _fastest(lambda: index.hits(query_QD[:1], 10), 20)
     found["search, batch of 64"] = _fastest(lambda: index.hits(query_QD, 10), 3)
     for tag in ("half", "hundredth", "ten"):
-        found[f"search, filter: {tag}"] = _fastest(lambda tag=tag: index.hits(query_QD[:1], 10, tags=tag))
+        found[f"search, filter: {tag}"] = _fastest(lambda tag=tag: index.hits(query_QD[:1], 10, Filters(tags=tag)))
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     for name in ("RssAnon", "RssFile"):
         found[f"{name}, MB"] = int(status[name].split()[0]) / 1000

@@ -31,7 +31,7 @@ from loraweave.hub.stores.protocols import Connection, VectorSearch
 from loraweave.hub.stores.storage_errors import storage_errors
 from loraweave.hub.tables import known_bases, rows, versions
 from loraweave.hub.tables.changes import Changes, read_changes
-from loraweave.hub.tables.filtering import matching, passes
+from loraweave.hub.tables.filtering import Filters, matching
 from loraweave.hub.tables.vectors import read_vectors, write_vectors
 from loraweave.types import BaseKey, Candidate, Record
 
@@ -197,14 +197,14 @@ class Hub:
         Licenses are SPDX expressions or ids of the model hub; "MIT OR GPL-3.0-only" is found for MIT too. Those in
         quarantine are left out, or with `quarantined` they alone are listed.
         """
+        filters = Filters(base_model, license, tags)
         with self._catalogue.reading() as connection:
             if quarantined:
                 held = [row.record for row in rows.some(connection, quarantine.seqs(connection))]
-                return [record for record in held if passes(record, base_model=base_model, license=license, tags=tags)]
-            if base_model is None and license is None and not tags:
+                return [record for record in held if filters.passes(record)]
+            if filters.pass_all:
                 return [row.record for row in rows.every(connection) if not row.record.quarantined]
-            seqs = matching(connection, base_model=base_model, license=license, tags=tags)
-            return [row.record for row in rows.some(connection, seqs)]
+            return [row.record for row in rows.some(connection, matching(connection, filters))]
 
     def record(self, name: str) -> Record:
         """The adapter's record. AdapterNotFound names near misses."""
@@ -364,16 +364,10 @@ class Hub:
         with self._catalogue.reading() as connection:
             return {row.seq: row.record for row in rows.some(connection, seqs)}
 
-    def seqs(
-        self,
-        *,
-        base_model: str | BaseKey | None = None,
-        license: Collection[str] | str | None = None,
-        tags: Collection[str] | str = (),
-    ) -> list[int]:
-        """The places in the order of addition of those that `records` gives, of which it reads none."""
+    def seqs(self, filters: Filters) -> list[int]:
+        """The places in the order of addition of those that pass and are not in quarantine; no record of theirs is read."""
         with self._catalogue.reading() as connection:
-            return matching(connection, base_model=base_model, license=license, tags=tags)
+            return matching(connection, filters)
 
     def vectors(self, embedder_id: str) -> dict[str, tuple[str, np.ndarray]]:
         """Adapter name -> (digest of the text that was embedded, fp32 vector), in order of addition."""

@@ -30,7 +30,7 @@ from loraweave.hub.database_search import DatabaseSearch
 from loraweave.hub.keys import Choice, Found, Keys
 from loraweave.hub.saved_keys import MIN_SAVED, Stamp, load, save
 from loraweave.hub.tables.changes import Change
-from loraweave.hub.tables.filtering import passes
+from loraweave.hub.tables.filtering import Filters
 from loraweave.types import BaseKey, Candidate, Record
 
 if TYPE_CHECKING:
@@ -57,6 +57,9 @@ _NUM_TRIED = 32
 _MAX_RECORDS = 4096
 
 _logger = logging.getLogger(__name__)
+
+# all adapters that are not in quarantine
+NO_FILTERS = Filters()
 
 _Embed = Callable[[tuple[str, ...]], np.ndarray]
 
@@ -132,7 +135,7 @@ def search(
     checked_threshold(min_score)
     num_wanted = checked_count(k)
     query_QD = index.embed([query])
-    hits = index.hits(query_QD, num_wanted, base_model=base_model, license=license, tags=tags, min_score=min_score)
+    hits = index.hits(query_QD, num_wanted, Filters(base_model, license, tags), min_score=min_score)
     return index.explained(query_QD[0], hits[0])
 
 
@@ -180,17 +183,14 @@ class SearchIndex:
         self,
         query_QD: np.ndarray,
         k: int,
+        filters: Filters = NO_FILTERS,
         *,
-        base_model: str | BaseKey | None = None,
-        license: Collection[str] | str | None = None,
-        tags: Collection[str] | str = (),
         min_score: float | None = None,
     ) -> list[list[Hit]]:
         """For each query the k best adapters that pass the filters, by descending score, ties in order of addition."""
         checked_threshold(min_score)
         if self._database is not None and k and len(self.hub):
-            is_filtered = base_model is not None or license is not None or bool(tags)
-            seqs = self.hub.seqs(base_model=base_model, license=license, tags=tags) if is_filtered else None
+            seqs = None if filters.pass_all else self.hub.seqs(filters)
             near = self._database.hits(query_QD, k, seqs)
             if near is not None:
                 return [
@@ -202,10 +202,10 @@ class SearchIndex:
             _logger.info("the hub is empty, so nothing is found: hub.add(folder, description=..., examples=[...]) fills it")
         if not len(snapshot.keys) or not k:
             return [[] for _ in query_QD]
-        if base_model is None and license is None and not tags:
+        if filters.pass_all:
             ranked = self._hits(snapshot, snapshot.keys.search(query_QD, k))
         else:
-            ranked = self._filtered(snapshot, query_QD, k, base_model, license, tags)
+            ranked = self._filtered(snapshot, query_QD, k, filters)
         return [[hit for hit in hits if min_score is None or hit.score >= min_score] for hits in ranked]
 
     def explained(self, query_D: np.ndarray, hits: Sequence[Hit], *, evidence: bool = True) -> list[Candidate]:
@@ -219,26 +219,15 @@ class SearchIndex:
         best = int(np.argmax(scores_N))
         return f"{kinds[best]} {_excerpt(texts[best])!r} ({scores_N[best]:.2f})"
 
-    def _filtered(
-        self,
-        snapshot: _Snapshot,
-        query_QD: np.ndarray,
-        k: int,
-        base_model: str | BaseKey | None,
-        license: Collection[str] | str | None,
-        tags: Collection[str] | str,
-    ) -> list[list[Hit]]:
+    def _filtered(self, snapshot: _Snapshot, query_QD: np.ndarray, k: int, filters: Filters) -> list[list[Hit]]:
         # a filter that lets many through is mostly met by the nearest few; the places of all that pass are a long list. For
         # a key of a base model they are asked for, which warns of its namesakes
-        num_tried = 0 if isinstance(base_model, BaseKey) else 4 * k + _NUM_TRIED
+        num_tried = 0 if isinstance(filters.base_model, BaseKey) else 4 * k + _NUM_TRIED
         tried = self._hits(snapshot, snapshot.keys.search(query_QD, num_tried))
-        passing = [
-            [hit for hit in hits if passes(hit.record, base_model=base_model, license=license, tags=tags)][:k]
-            for hits in tried
-        ]
+        passing = [[hit for hit in hits if filters.passes(hit.record)][:k] for hits in tried]
         if num_tried >= len(snapshot.keys) or all(len(hits) == k for hits in passing):
             return passing
-        seqs = self.hub.seqs(base_model=base_model, license=license, tags=tags)
+        seqs = self.hub.seqs(filters)
         return self._hits(snapshot, snapshot.keys.search(query_QD, k, np.array(seqs, np.int64)))
 
     def _hits(self, snapshot: _Snapshot, found: Sequence[Found]) -> list[list[Hit]]:

@@ -32,10 +32,7 @@ class KeyedSearch:
 
     def near(self, query_D: np.ndarray, request: Request) -> list[Hit]:
         """The shortlist of the index that passes the filters."""
-        found = self._index.hits(
-            query_D[None], self.shortlist, base_model=request.base_model, license=request.license, tags=request.tags
-        )
-        return [hit for hit in found[0] if request.passes(hit.record)]
+        return self._index.hits(query_D[None], self.shortlist, request.filters)[0]
 
     def parts(self, query: Query, records: Sequence[Record], keys: Mapping[str, Key]) -> dict[str, np.ndarray]:
         """Each key's scores_N of the records."""

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from loraweave.errors import RetrievalError
-from loraweave.hub.fields import one_or_many
 from loraweave.hub.search import Hit, checked_count, checked_threshold
+from loraweave.hub.tables.filtering import Filters
 from loraweave.hub.whole_number import is_whole
-from loraweave.types import BaseKey, Candidate, Record
+from loraweave.types import BaseKey, Candidate
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,8 @@ class Request:
                 raise RetrievalError(f"{name} is {limit!r}; it must be an int of 0 or more, or None for no limit")
 
     @property
-    def narrows(self) -> bool:
-        """Whether hits of the index have to be looked through, since it knows nothing of these conditions."""
-        conditions = (self.max_rank, self.max_size_bytes, self.language, self.after)
-        return any(condition is not None for condition in conditions)
-
-    def passes(self, record: Record) -> bool:
-        """Whether the record keeps to the limits of rank, size and language."""
-        if self.max_rank is not None and record.rank > self.max_rank:
-            return False
-        if self.max_size_bytes is not None and record.size_bytes > self.max_size_bytes:
-            return False
-        wanted = {language.casefold() for language in one_or_many(self.language)}
-        return self.language is None or any(language.casefold() in wanted for language in record.language)
+    def filters(self) -> Filters:
+        return Filters(self.base_model, self.license, self.tags, self.language, self.max_rank, self.max_size_bytes)
 
     def is_settled_by(self, hits: Sequence[Hit], count: int) -> bool:
         """Whether the page of `count` stays what it is when more hits follow these, which are in descending order."""
@@ -71,12 +60,12 @@ class Request:
         return seen and len(self.page(hits, count)) == count
 
     def page(self, hits: Sequence[Hit], count: int) -> list[Hit]:
-        """The first `count` of the hits that pass, after the one of `after`, and at least at `min_score`.
+        """The first `count` of the hits after the one of `after`, and at least at `min_score`.
 
         A candidate of an earlier page that has another score by now, or is gone, is passed by its old score: what is added
         or removed meanwhile repeats none and loses none, but for equals of a candidate that is gone, which come again.
         """
-        fitting = [hit for hit in hits if self.passes(hit.record)]
+        fitting = list(hits)
         if self.after is not None:
             last = self.after
             place = next((i for i, h in enumerate(fitting) if h.record.name == last.name and h.score == last.score), None)

@@ -222,12 +222,9 @@ class Retriever:
         if diversity:
             raise RetrievalError(f"diversity={diversity:g} compares texts, but like() searches by weights; leave it at 0")
         own = self.hub[adapter] if isinstance(adapter, str) else adapter
-        records = [
-            record
-            for record in self.hub.records(base_model=base_model, license=license, tags=tags)
-            if request.passes(record) and not (isinstance(adapter, str) and record.name == own.name)
-        ]
-        hits = [Hit(record, 0.0, np.zeros(0)) for record in records]
+        records = self.hub.records_at(self.hub.seqs(request.filters)).values()
+        others = [record for record in records if not (isinstance(adapter, str) and record.name == own.name)]
+        hits = [Hit(record, 0.0, np.zeros(0)) for record in others]
         ranked, opinions = self._keyed.ranked(Query(adapter=own), hits, _resolved(keys), Fusion())
         page = request.page(ranked, request.k)
         return [Candidate(hit.record.name, hit.score, opinions[hit.record.name], hit.record) for hit in page]
@@ -316,11 +313,9 @@ class Retriever:
         num_choice = _num_choice(request)
         num_asked = num_choice
         while True:
-            found = self._index.hits(
-                query_QD, num_asked, base_model=request.base_model, license=request.license, tags=request.tags
-            )
-            # the index knows nothing of some conditions: when they leave too few of what it brought, it brings more
-            if not request.narrows or all(
+            found = self._index.hits(query_QD, num_asked, request.filters)
+            # the index knows nothing of pages: when too few of what it brought are on this one, it brings more
+            if request.after is None or all(
                 len(hits) < num_asked or request.is_settled_by(hits, num_choice) for hits in found
             ):
                 return [request.page(hits, num_choice) for hits in found]

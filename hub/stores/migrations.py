@@ -107,6 +107,11 @@ STEPS: tuple[Step, ...] = (
         *(f"CREATE INDEX figures_by_piece_{number} ON figures (piece_{number})" for number in range(8)),
         "CREATE TABLE quarantine (seq INTEGER PRIMARY KEY REFERENCES adapters (seq) ON DELETE CASCADE) STRICT",
     ),
+    (
+        # filters by size; those by language and rank read labels, which older rows do not have
+        "CREATE INDEX blobs_by_size ON blobs (size_bytes)",
+        fill,
+    ),
 )
 
 

@@ -119,6 +119,10 @@ STEPS: tuple[tuple[str | Callable[[Connection], None], ...], ...] = (
         *(f"CREATE INDEX figures_by_piece_{number} ON figures (piece_{number})" for number in range(8)),
         "CREATE TABLE quarantine (seq BIGINT PRIMARY KEY REFERENCES adapters (seq) ON DELETE CASCADE)",
     ),
+    (
+        "CREATE INDEX blobs_by_size ON blobs (size_bytes, hash)",
+        fill,
+    ),
 )
 
 

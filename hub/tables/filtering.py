@@ -1,9 +1,10 @@
-"""Which adapters pass a filter: for the base model, under one of the licenses, with all the tags."""
+"""Which adapters pass filters, found by indexed look-ups: as long as few pass, few rows are read."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection
+from dataclasses import dataclass
 
 from loraweave.hub import quarantine
 from loraweave.hub.base_filter import for_base
@@ -13,40 +14,62 @@ from loraweave.hub.stores.protocols import Connection
 from loraweave.hub.tables import labels, rows
 from loraweave.types import BaseKey, Record
 
-
-def passes(
-    record: Record,
-    *,
-    base_model: str | BaseKey | None = None,
-    license: Collection[str] | str | None = None,
-    tags: Collection[str] | str = (),
-) -> bool:
-    """Whether `matching` gives the record's row."""
-    if isinstance(base_model, BaseKey):
-        fits = not base_model.differs(record.base)
-    else:
-        fits = base_model is None or record.base_model == base_model
-    return fits and (license is None or accepted(record.license, license)) and set(one_or_many(tags)).issubset(record.tags)
+# databases count to here
+_LARGEST = 2**63 - 1
 
 
-def matching(
-    connection: Connection,
-    *,
-    base_model: str | BaseKey | None = None,
-    license: Collection[str] | str | None = None,
-    tags: Collection[str] | str = (),
-) -> list[int]:
+@dataclass(frozen=True)
+class Filters:
+    """What an adapter must be: of the base model, under one of the licenses, with all the tags, in one of the languages, and
+    at most of that rank and size; None asks for nothing. Languages are compared without case."""
+
+    base_model: str | BaseKey | None = None
+    license: Collection[str] | str | None = None
+    tags: Collection[str] | str = ()
+    language: Collection[str] | str | None = None
+    max_rank: int | None = None
+    max_size_bytes: int | None = None
+
+    @property
+    def pass_all(self) -> bool:
+        asked = (self.base_model, self.license, self.language, self.max_rank, self.max_size_bytes)
+        return not self.tags and all(one is None for one in asked)
+
+    def passes(self, record: Record) -> bool:
+        """Whether `matching` gives the record's row."""
+        if isinstance(self.base_model, BaseKey):
+            fits = not self.base_model.differs(record.base)
+        else:
+            fits = self.base_model is None or record.base_model == self.base_model
+        return (
+            fits
+            and (self.license is None or accepted(record.license, self.license))
+            and set(one_or_many(self.tags)).issubset(record.tags)
+            and (self.language is None or not labels.languages(self.language).isdisjoint(labels.languages(record.language)))
+            and (self.max_rank is None or record.rank <= self.max_rank)
+            and (self.max_size_bytes is None or record.size_bytes <= self.max_size_bytes)
+        )
+
+
+def matching(connection: Connection, filters: Filters) -> list[int]:
     """The rows that pass and are not in quarantine, in order of addition; one is read for every different base model.
 
     Adapters that only have the base model's id are left out with a warning.
     """
     found: list[set[int]] = []
-    if base_model is not None:
-        found.append(_for_base(connection, base_model))
-    if license is not None:
-        permitted = [value for value in labels.values(connection, "license") if accepted(value, license)]
+    if filters.base_model is not None:
+        found.append(_for_base(connection, filters.base_model))
+    if filters.license is not None:
+        permitted = [value for value in labels.values(connection, "license") if accepted(value, filters.license)]
         found.append({seq for value in permitted for seq in labels.seqs(connection, "license", value)})
-    found += [set(labels.seqs(connection, "tag", labels.storable(tag))) for tag in sorted(set(one_or_many(tags)))]
+    found += [set(labels.seqs(connection, "tag", labels.storable(tag))) for tag in sorted(set(one_or_many(filters.tags)))]
+    if filters.language is not None:
+        wanted = sorted(labels.languages(filters.language))
+        found.append({seq for value in wanted for seq in labels.seqs(connection, "language", value)})
+    if filters.max_rank is not None:
+        found.append(set(labels.seqs_up_to(connection, "rank", labels.rank_label(filters.max_rank))))
+    if filters.max_size_bytes is not None:
+        found.append(set(_up_to_size(connection, filters.max_size_bytes)))
     if not found:
         found.append({seq for (seq,) in connection.execute("SELECT seq FROM adapters").fetchall()})
     return sorted(set.intersection(*found) - set(quarantine.seqs(connection)))
@@ -65,10 +88,17 @@ def fill(connection: Connection) -> None:
 def _for_base(connection: Connection, base_model: str | BaseKey) -> set[int]:
     digests = list(labels.values(connection, "base"))
     examples = [row.record for row in rows.some(connection, [labels.first(connection, "base", value) for value in digests])]
-    fitting = {labels.base_digest(record) for record in examples if passes(record, base_model=base_model)}
+    fitting = {labels.base_digest(record) for record in examples if Filters(base_model).passes(record)}
     if isinstance(base_model, BaseKey):
         namesakes = {labels.base_digest(one) for one in examples if one.base_model == base_model.id} - fitting
         left_out = sorted(seq for value in namesakes for seq in labels.seqs(connection, "base", value))
         # it is this that warns
         for_base((row.record for row in rows.some(connection, left_out)), base_model)
     return {seq for value in fitting for seq in labels.seqs(connection, "base", value)}
+
+
+def _up_to_size(connection: Connection, max_size_bytes: int) -> list[int]:
+    # the size is the blob's, which may be written anew in another form
+    statement = "SELECT adapters.seq FROM blobs JOIN adapters ON adapters.hash = blobs.hash WHERE blobs.size_bytes <= ?"
+    found = connection.execute(statement, (min(max_size_bytes, _LARGEST),)).fetchall()
+    return [seq for (seq,) in found]

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
+from loraweave.hub.fields import one_or_many
 from loraweave.hub.stores.protocols import Connection
 from loraweave.types import Record
+
+# ten digits; an adapter's is far below
+_LARGEST_RANK = 10**10 - 1
 
 
 def put(connection: Connection, seq: int, record: Record) -> None:
@@ -23,8 +27,10 @@ def stored(connection: Connection, seq: int) -> set[tuple[str, str]]:
 
 
 def labels(record: Record) -> set[tuple[str, str]]:
-    """What `put` stores for a record: its tags, its license, and a digest of all that is known of its base model."""
-    found = {("base", base_digest(record)), *(("tag", storable(tag)) for tag in record.tags)}
+    """What `put` stores for a record: tags, license, languages, rank, a digest of all that is known of its base model."""
+    found = {("base", base_digest(record)), ("rank", rank_label(record.rank))}
+    found |= {("tag", storable(tag)) for tag in record.tags}
+    found |= {("language", language) for language in languages(record.language)}
     return found if record.license is None else found | {("license", storable(record.license))}
 
 
@@ -43,6 +49,12 @@ def seqs(connection: Connection, kind: str, value: str) -> list[int]:
     return [seq for (seq,) in found]
 
 
+def seqs_up_to(connection: Connection, kind: str, value: str) -> list[int]:
+    """The rows that carry a label of the kind which is not behind that value."""
+    found = connection.execute("SELECT seq FROM labels WHERE kind = ? AND value <= ?", (kind, value)).fetchall()
+    return [seq for (seq,) in found]
+
+
 def first(connection: Connection, kind: str, value: str) -> int:
     """The first row that carries a label, which one does."""
     return int(connection.execute("SELECT min(seq) FROM labels WHERE kind = ? AND value = ?", (kind, value)).fetchone()[0])
@@ -54,6 +66,16 @@ def base_digest(record: Record) -> str:
     return hashlib.sha256(settled.encode()).hexdigest()[:32]
 
 
+def languages(given: Collection[str] | str) -> set[str]:
+    """Languages as they are compared: without case."""
+    return {storable(language.casefold()) for language in one_or_many(given)}
+
+
+def rank_label(rank: int) -> str:
+    """A rank of 0 or more as text whose order is that of the number."""
+    return f"{min(rank, _LARGEST_RANK):010d}"
+
+
 def storable(text: str) -> str:
-    # a lone surrogate has no UTF-8, which databases store text in
-    return text.encode("utf-8", "backslashreplace").decode()
+    # a lone surrogate has no UTF-8, which databases store text in, and PostgreSQL's text has no NUL
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")

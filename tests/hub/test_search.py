@@ -16,6 +16,7 @@ from loraweave.hub import search as search_module
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 from loraweave.hub.search import DESCRIPTION_WEIGHT, MAX_SAMPLE_INPUTS, SearchIndex, checked_count
+from loraweave.hub.tables.filtering import Filters
 from loraweave.types import Factors
 
 WORDS = ("cat", "dog", "sum", "film", "word")
@@ -47,14 +48,14 @@ def hub(tmp_path):
     with Hub(tmp_path / "hub") as opened:
         opened.add(adapter("pets"), examples=["cat", "cat dog"], description="film", tags=["animal"], license="MIT")
         opened.add(adapter("adding"), examples=["sum", "sum"])
-        opened.add(adapter("cinema", "other"), description="film film cat", license="Apache-2.0")
+        opened.add(adapter("cinema", "other"), description="film film cat", license="Apache-2.0", language="de")
         opened.add(adapter("word"))
         yield opened
 
 
-def found(index, text, k=10, **filters):
+def found(index, text, k=10, min_score=None, **filters):
     query_QD = index.embed([text])
-    return index.explained(query_QD[0], index.hits(query_QD, k, **filters)[0])
+    return index.explained(query_QD[0], index.hits(query_QD, k, Filters(**filters), min_score=min_score)[0])
 
 
 def scores(candidates):
@@ -127,6 +128,9 @@ def test_evidence_of_a_long_text_is_one_short_line(tmp_path):
         ({"license": ["MIT", "Apache-2.0"]}, ["pets", "cinema"]),
         ({"tags": ["animal"]}, ["pets"]),
         ({"tags": ["animal"], "base_model": "other"}, []),
+        ({"language": "DE"}, ["cinema"]),
+        ({"language": ("xx",)}, []),
+        ({"max_rank": 0}, []),
         ({"license": "GPL-3.0"}, []),
     ],
 )

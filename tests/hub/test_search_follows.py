@@ -16,6 +16,7 @@ from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 from loraweave.hub.search import SearchIndex
 from loraweave.hub.tables.changes import CHANGED
+from loraweave.hub.tables.filtering import Filters
 from loraweave.types import BaseKey, Factors
 
 WORDS = ("cat", "dog", "sum", "film", "word")
@@ -49,7 +50,7 @@ def hub(tmp_path, monkeypatch):
 
 
 def names(index, text, k=1, **filters):
-    return [hit.record.name for hit in index.hits(index.embed([text]), k, **filters)[0]]
+    return [hit.record.name for hit in index.hits(index.embed([text]), k, Filters(**filters))[0]]
 
 
 def files(hub):
