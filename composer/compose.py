@@ -48,6 +48,7 @@ def compose(
     sparsity: float = 0.0,
     checkpoint: str | Path | None = None,
     progress: bool = True,
+    allow_licenses: bool = False,
     **search_options: Any,
 ) -> Composition:
     """Finds the `k` adapters of a hub that fit the task's examples best, weighs them, and returns the composition.
@@ -69,13 +70,30 @@ def compose(
 
     With `checkpoint`, a folder, an interrupted search goes on where it stopped, to the same result. `search_options` go to
     the search. A hub without an adapter for this base gives the base model, and says so; the base is known by its weights
-    where an adapter has sampled them, else by its id.
-    Raises UnknownName, InvalidTask and WeightingError before anything is run, SearchFailed when nothing can be scored.
+    where an adapter has sampled them, else by its id. Adapters whose licenses are known to exclude each other, or derived
+    works, are made into one only with `allow_licenses`.
+    Raises UnknownName, InvalidTask, InvalidLicense and WeightingError before anything is run, SearchFailed when nothing can be
+    scored.
     """
     folder = None if checkpoint is None else Path(checkpoint)
     folds = (FOLDS_OF_A_RACE if method == "auto" else FOLDS) if folds is None else folds
     settings = Settings(
-        method, k, budget, seconds, seed, folds, space, weights, objective, inputs, l1, l2, sparsity, folder, search_options
+        method,
+        k,
+        budget,
+        seconds,
+        seed,
+        folds,
+        space,
+        weights,
+        objective,
+        inputs,
+        l1,
+        l2,
+        sparsity,
+        folder,
+        search_options,
+        allow_licenses,
     )
     settings.check(task, from_hub=isinstance(hub_or_pool, Hub))
     started = time.perf_counter()
@@ -85,6 +103,7 @@ def compose(
     if pool is None:
         reason = f"none of the hub's {len(hub_or_pool)} adapters is for the base model {base.id if base else None!r}"
         return Composition(model, tokenizer, task, None, {}, "linear", Report((), "base", reason, (), 0.0, 0), seed)
+    settings.require_licenses(pool)
     engine = Composer(model, pool, tokenizer=tokenizer)
     parts = make_folds(len(task.examples), folds, seed) if settings.learns else []
     with progress_bar(progress) as bar:
@@ -104,7 +123,8 @@ def compose(
     taken = by_name[chosen]
     rows = tuple(trial.row() for trial in trials)
     spent = time.perf_counter() - started, sum(row.evaluations for row in rows)
-    return _composition(model, tokenizer, task, taken, Report(rows, chosen, reason, tuple(scores.items()), *spent), seed)
+    report = Report(rows, chosen, reason, tuple(scores.items()), *spent)
+    return _composition(model, tokenizer, task, taken, report, settings)
 
 
 def _trials(measure: Measurement, ways: Ways, settings: Settings) -> list[Trial]:
@@ -116,7 +136,7 @@ def _trials(measure: Measurement, ways: Ways, settings: Settings) -> list[Trial]
     return trials if settings.name in known and not settings.routes else [*trials, measure.trial(ways.asked())]
 
 
-def _composition(model: Any, tokenizer: Any, task: Task, taken: Trial, report: Report, seed: int) -> Composition:
+def _composition(model: Any, tokenizer: Any, task: Task, taken: Trial, report: Report, settings: Settings) -> Composition:
     choice, row = taken.choice, report[taken.name]
     assert choice is not None
     origin = choice if choice.origin is None else choice.origin
@@ -128,9 +148,10 @@ def _composition(model: Any, tokenizer: Any, task: Task, taken: Trial, report: R
         row.weights,
         origin.merge_method,
         report,
-        seed,
+        settings.seed,
         choice.adapter,
         by_layer=row.by_layer,
         tuned_steps=choice.tuned_steps,
         router=choice.router,
+        allow_licenses=settings.allow_licenses,
     )

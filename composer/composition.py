@@ -20,7 +20,7 @@ from loraweave.composer import scoring
 from loraweave.composer.composer import Composer
 from loraweave.composer.introspection.explain import pieces, reading
 from loraweave.composer.introspection.explanation import Explanation
-from loraweave.composer.merge import merge
+from loraweave.composer.merge import merge, parent_of
 from loraweave.composer.merge_by_layer import merge_by_layer
 from loraweave.composer.refine.cut import cut
 from loraweave.composer.refine.prune import leave_one_out, prune
@@ -32,6 +32,7 @@ from loraweave.errors import AdapterCorrupt, AdapterNotFound, BaseModelMismatch,
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.export import ExportReport
 from loraweave.hub.fingerprint import fingerprint
+from loraweave.hub.license_terms import license_of_all, stated
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.mixture import MixtureWeights
 from loraweave.routers.routing.make import router as read_router
@@ -50,7 +51,8 @@ class Composition:
     what the weights mean (a name of `names("methods")`). `all_weights` are means over the layers where `by_layer`,
     {layer: {name: weight}}, has them. `stored` is the adapter itself where it is more than the weights say: read from a
     folder, cut in rank, or trained on for `tuned_steps` steps. Where there is a `router`, it weighs the experts of the pool
-    for every token and layer: such a composition answers live, and no adapter and no merge has what it does.
+    for every token and layer: such a composition answers live, and no adapter and no merge has what it does. Its adapter is
+    made of adapters whose licenses exclude each other only where `allow_licenses` says so.
     """
 
     model: Any
@@ -66,6 +68,7 @@ class Composition:
     by_layer: Mapping[str, Mapping[str, float]] | None = None
     tuned_steps: int = 0
     router: Router | None = None
+    allow_licenses: bool = False
 
     @property
     def weights(self) -> dict[str, float] | MixtureWeights | Router:
@@ -91,23 +94,35 @@ class Composition:
         """Whether this is the base model itself, with nothing added."""
         return self.stored is None and self.router is None and not self.mean_weights
 
+    @property
+    def license(self) -> str | None:
+        """The SPDX expression that binds to the licenses of all adapters that count; None where no license is known."""
+        members: list[Mapping[str, Any]] = [adapter.card for adapter in self._members.values()]
+        known = members or self.parents or ([] if self.stored is None else [self.stored.card])
+        return license_of_all(stated(each.get("license")) for each in known)
+
     @cached_property
     def adapter(self) -> Adapter:
         """The composition as one adapter.
 
-        CompositionError when it is the base model itself, which no adapter expresses, ScopeError where a router weighs.
+        CompositionError when it is the base model itself, which no adapter expresses, ScopeError where a router weighs,
+        InvalidLicense for licenses that exclude each other, or derived works, unless `allow_licenses`.
         """
         require_no_router(self.router, "be one adapter")
         if self.stored is not None:
-            return self.stored
+            # what was trained on has a card of its own
+            known = {} if self.license is None else {"license": self.license}
+            return replace(self.stored, card={**self.stored.card, **known})
         if self.is_base or self.pool is None:
             raise CompositionError("this composition is the base model itself: there is no adapter to give")
         # DoRA's magnitudes and trained biases are resolved against the model
         used = Composer(self.model, self.pool.subset(self.mean_weights)).bound_pool
+        allowed = self.allow_licenses
         if self.by_layer is not None:
-            return merge_by_layer(used, self.by_layer, method=self.merge_method, name="composition")
+            return merge_by_layer(used, self.by_layer, method=self.merge_method, name="composition", allow_licenses=allowed)
         adapters, numbers = list(used.adapters.values()), list(self.mean_weights.values())
-        return merge(adapters, numbers, method=self.merge_method, name="composition", progress=False)
+        method = self.merge_method
+        return merge(adapters, numbers, method=method, name="composition", progress=False, allow_licenses=allowed)
 
     def predict(self, inputs: Sequence[str]) -> list[str]:
         """One answer for each input: a label when the task has labels, else the first line of a greedy generation."""
@@ -207,12 +222,15 @@ class Composition:
             shutil.rmtree(temporary, ignore_errors=True)
         return target
 
-    def export(self, folder: str | Path, *, target: str = "peft", max_rank: int | None = None) -> ExportReport:
+    def export(
+        self, folder: str | Path, *, target: str = "peft", max_rank: int | None = None, allow_licenses: bool = False
+    ) -> ExportReport:
         """Writes the composition as one adapter for "peft" or "vllm"; what `Adapter.export` does with it.
 
         CompositionError when the composition is the base model itself.
         """
-        return self.adapter.export(folder, target=target, max_rank=max_rank)
+        allowed = allow_licenses or self.allow_licenses
+        return self.adapter.export(folder, target=target, max_rank=max_rank, allow_licenses=allowed)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, model: Any, tokenizer: Any) -> Composition:
@@ -277,11 +295,16 @@ class Composition:
                 stack.enter_context(Composer(self.model, [self.adapter]).activate({self.adapter.name: 1.0}))
             yield
 
+    @property
+    def _members(self) -> Mapping[str, Adapter]:
+        """The pool's adapters that count, by name; none where the pool is gone."""
+        used = self.mean_weights if self.router is None or self.pool is None else self.pool.names
+        return self.pool.subset(used).adapters if self.pool and used else {}
+
     def _recipe(self) -> dict[str, Any]:
         weights = self.mean_weights
-        used = weights if self.router is None or self.pool is None else self.pool.names
-        members = self.pool.subset(used).adapters if self.pool and used else {}
-        parents = [{"name": name, "hash": a.hash, "weight": weights.get(name)} for name, a in members.items()]
+        members = self._members.items()
+        parents = [{**parent_of(adapter), "name": name, "weight": weights.get(name)} for name, adapter in members]
         return {
             "format": FORMAT if self.router is None else FORMAT_WITH_ROUTER,
             "base_model": getattr(self.model, "name_or_path", ""),
@@ -289,7 +312,8 @@ class Composition:
             "weights": weights,
             "by_layer": self.by_layer,
             "tuned_steps": self.tuned_steps,
-            "parents": parents or list(self.parents),
+            "license": self.license,
+            "parents": parents or [dict(parent) for parent in self.parents],
             "merge_method": self.merge_method,
             "seed": self.seed,
             "task": {

@@ -23,6 +23,7 @@ from loraweave.hub.formats._lora_file import PICKLES
 from loraweave.hub.formats._peft_files import PICKLE
 from loraweave.hub.formats.peft import Peft
 from loraweave.hub.intake.sources import ADAPTER_FILES, name_of, opened_source
+from loraweave.hub.license_terms import require_one_work, stated
 from loraweave.hub.merge_report import MergeReport
 from loraweave.types import Factors, Fingerprint, Kind
 
@@ -93,14 +94,28 @@ class Adapter:
         """
         return Peft.write(self._contents(), Path(folder), dtype=dtype)
 
-    def export(self, folder: str | Path, *, target: str = "peft", max_rank: int | None = None) -> ExportReport:
+    def export(
+        self, folder: str | Path, *, target: str = "peft", max_rank: int | None = None, allow_licenses: bool = False
+    ) -> ExportReport:
         """Writes a folder for a program that loads adapters: "peft", or "vllm", whose loader takes less.
 
         For vLLM every layer gets one rank by adding zeros, and the report has the server's flags. `max_rank` cuts layers
         above it; without it the update is exact. Raises UnknownName for another target, WeightingError for a rank below
-        1, AdapterUnsupported with the way out for what the target cannot express.
+        1, AdapterUnsupported with the way out for what the target cannot express, InvalidLicense for what was merged or is
+        cut under licenses that exclude each other or derived works, unless `allow_licenses`.
         """
+        if not allow_licenses and not self._is_copy(max_rank):
+            require_one_work([(self.name, stated(self.card.get("license")))])
         return export(self._contents(), self.name, Path(folder), target=target, max_rank=max_rank)
+
+    def _is_copy(self, max_rank: int | None) -> bool:
+        """Whether a cut to `max_rank` leaves an adapter as somebody published it: neither cut nor made of others."""
+        recipe = self.card.get("recipe")
+        parents = recipe.get("parents") if isinstance(recipe, Mapping) else None
+        listed = parents if isinstance(parents, list | tuple) else ()
+        # a merge of one at weight 1 is that one
+        made = any(not isinstance(parent, Mapping) or parent.get("hash") != self.hash for parent in listed)
+        return not made and (max_rank is None or self.rank <= max_rank)
 
     def _contents(self) -> Contents:
         card = {**self.card, "name": self.name}

@@ -22,6 +22,7 @@ from loraweave.errors import AdapterUnsupported, UnknownName, WeightingError
 from loraweave.hub import algebra
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats.peft import Peft
+from loraweave.hub.license_terms import stated
 from loraweave.registry import nearest
 from loraweave.types import Factors
 
@@ -40,7 +41,8 @@ class ExportReport:
 
     `rank` is the largest of any layer in the folder (that of every layer for vLLM). `errors` has each layer's relative
     Frobenius error by the cut of its rank, 0 where nothing was cut, and `relative_error` that of the whole update.
-    `flags` are the arguments that `vllm serve BASE` needs, `modules` the layer names that it must know.
+    `flags` are the arguments that `vllm serve BASE` needs, `modules` the layer names that it must know. `license` is what
+    the card says, of a merge that of all its parents; None where it is not known.
     """
 
     folder: Path
@@ -52,6 +54,7 @@ class ExportReport:
     modules: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    license: str | None = None
 
     @property
     def command(self) -> str:
@@ -73,6 +76,7 @@ class ExportReport:
         else:
             lines.append("no rank was cut: the update is exact")
         lines.append(f"modules: {', '.join(self.modules)}")
+        lines.append(f"license: {self.license or 'unknown'}")
         lines.extend(f"note: {text}" for text in self.warnings)
         if self.command:
             lines.append(f"serve it: {self.command}")
@@ -120,6 +124,7 @@ def export(contents: Contents, name: str, folder: Path, *, target: str, max_rank
         modules,
         _flags(name, folder, contents.base_model, rank) if target == "vllm" else (),
         tuple(_notes(contents, modules, rank, target)),
+        stated(contents.card.get("license")),
     )
 
 

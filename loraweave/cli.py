@@ -29,7 +29,7 @@ from loraweave._inputs import (
 from loraweave._printing import note, print_json, print_rows, print_table, progress_to_stderr
 from loraweave.cli_encoder import ENCODER_EXAMPLE, train_encoder
 from loraweave.cli_explain import EXPLAIN_EXAMPLE, explain
-from loraweave.cli_hub import DEFAULT_HUB, HubOption, JsonOption, hub
+from loraweave.cli_hub import DEFAULT_HUB, AllowLicensesOption, HubOption, JsonOption, hub
 from loraweave.cli_merge import MERGE_EXAMPLE, merge
 from loraweave.cli_quarantine import QUARANTINE_EXAMPLE, RELEASE_EXAMPLE, quarantine, release
 from loraweave.cli_tree import TREE_EXAMPLE, add_tree
@@ -161,12 +161,13 @@ def compose(
     ] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Then cut every layer to this rank.")] = None,
     seed: SeedOption = 0,
+    allow_licenses: AllowLicensesOption = False,
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the composition goes.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Find the mixture of stored adapters that solves a task given by a few examples."""
     given = ("model", "tokenizer", "hub_or_pool", "task")
-    reserved = (*given, "method", "k", "budget", "seed", "weights", "checkpoint", "progress")
+    reserved = (*given, "method", "k", "budget", "seed", "weights", "checkpoint", "progress", "allow_licenses")
     options = read_options(option or (), reserved=reserved)
     if weight:
         options["weights"] = read_named_weights(weight)
@@ -191,6 +192,7 @@ def compose(
         seed=seed,
         checkpoint=checkpoint,
         progress=sys.stderr.isatty(),
+        allow_licenses=allow_licenses,
         **options,
     )
     shown = sys.stderr.isatty()
@@ -204,7 +206,8 @@ def compose(
         composed.save_pretrained(out)
     if as_json:
         router = None if composed.router is None else method
-        print_json({"weights": composed.mean_weights, "router": router, "report": composed.report.to_json(), "out": out})
+        told = {"weights": composed.mean_weights, "router": router, "license": composed.license}
+        print_json({**told, "report": composed.report.to_json(), "out": out})
         return
     print_table(composed.report.table())
     if composed.router is None:
@@ -213,7 +216,7 @@ def compose(
         note(f"router {method!r} weighs every adapter for each token and layer: `loraweave explain` shows what counted")
     if out is not None:
         more = ", `loraweave export` makes a PEFT folder of it" if composed.router is None else ""
-        note(f"saved to {out}; `loraweave eval {out} FILE.jsonl` scores it{more}")
+        note(f"saved to {out}, license: {composed.license or 'unknown'}; `loraweave eval {out} FILE.jsonl` scores it{more}")
 
 
 def _print_weights(composed: lw.Composition) -> None:
@@ -337,6 +340,7 @@ def export(
     target: Annotated[str, typer.Option(help="What will read it: peft or vllm.")] = "peft",
     max_rank: Annotated[int | None, typer.Option(min=1, help="Cut every layer to this rank; exact by default.")] = None,
     base: BaseOption = None,
+    allow_licenses: AllowLicensesOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a composition or an adapter as one PEFT folder that peft or a server reads, and tell the server's flags."""
@@ -349,7 +353,7 @@ def export(
         exported = lw.Composition.from_pretrained(folder, model, tokenizer)
     else:
         exported = lw.Adapter.from_pretrained(folder)
-    report = exported.export(out, target=target, max_rank=max_rank)
+    report = exported.export(out, target=target, max_rank=max_rank, allow_licenses=allow_licenses)
     if as_json:
         print_json(report.to_json())
         return

@@ -12,6 +12,8 @@ from loraweave.composer.composing.solver_options import OTHER_WAYS, check_option
 from loraweave.composer.evaluation.user_loss import Examples
 from loraweave.composer.refine.routed import router_name
 from loraweave.errors import InvalidTask, UnknownName, WeightingError
+from loraweave.hub.license_terms import require_one_work, stated
+from loraweave.hub.pool import ExpertPool
 from loraweave.hub.whole_number import require_whole
 from loraweave.registry import nearest
 from loraweave.types import Router, Task
@@ -39,6 +41,7 @@ class Settings:
     sparsity: float
     checkpoint: Path | None
     options: Mapping[str, Any] = field(default_factory=dict)
+    allow_licenses: bool = False
 
     @property
     def name(self) -> str:
@@ -83,6 +86,16 @@ class Settings:
             hint = nearest(self.space, SPACES)
             raise UnknownName(f"no space {self.space!r} to compose with{hint}; there are {', '.join(SPACES)}")
         check_options(self.name, self.options)
+
+    def require_licenses(self, pool: ExpertPool) -> None:
+        """Raises InvalidLicense where what is composed would be one work of adapters whose licenses exclude that.
+
+        One adapter as it is, the base, and what a router mixes live are no such work.
+        """
+        weights = {name: weight for name, weight in (self.weights or dict.fromkeys(pool.names)).items() if weight != 0.0}
+        alone = self.method in ("base", "best_single") or list(weights.values()) == [1.0]
+        if not (alone or self.routes or self.allow_licenses):
+            require_one_work((name, stated(pool[name].card.get("license"))) for name in weights)
 
     def check(self, task: Task, *, from_hub: bool) -> None:
         """Raises UnknownName, WeightingError or InvalidTask for what cannot be done."""

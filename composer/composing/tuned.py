@@ -86,4 +86,5 @@ def _merged(choice: Choice) -> Adapter | None:
     """The choice as one adapter; None where it is the base model."""
     if not bool(choice.mixture.values_BTLE.any()):
         return None
-    return merge_mixture(choice.engine.pool, choice.mixture, method=choice.merge_method, name="start")
+    # compose() has asked for the licenses before anything was measured
+    return merge_mixture(choice.engine.pool, choice.mixture, method=choice.merge_method, name="start", allow_licenses=True)
