@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -267,7 +267,7 @@ class ForeignFormat(ABC):
                 raise AdapterCorrupt(f"{config.folder}: several tensors are {part!r} of layer {layer!r}, one is {key!r}")
             target[part] = tensor
         if not held:
-            raise AdapterCorrupt(f"{config.folder}: the file holds no layer of a {cls.peft_type} adapter")
+            cls._refuse_without_layers(config)
         modules = None if model is None else dict(model.named_modules())
         places = {} if modules is None else {name: place for place, name in enumerate(modules)}
         known = {} if modules is None else {name: base_layer(modules, name, str(config.folder)) for name in held}
@@ -283,6 +283,10 @@ class ForeignFormat(ABC):
                 number if places else None,
                 len(held),
             )
+
+    @classmethod
+    def _refuse_without_layers(cls, config: Config) -> NoReturn:
+        raise AdapterCorrupt(f"{config.folder}: the file holds no layer of a {cls.peft_type} adapter")
 
     @classmethod
     def _place(cls, key: str, folder: Path) -> tuple[str | None, str]:

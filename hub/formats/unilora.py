@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 from torch import Tensor
 
+from loraweave.errors import AdapterUnsupported
 from loraweave.hub.formats._conversion import plain
-from loraweave.hub.formats._foreign import ForeignFormat, Layer
+from loraweave.hub.formats._foreign import Config, ForeignFormat, Layer
 from loraweave.types import Factors
 
 
@@ -17,6 +20,16 @@ class Unilora(ForeignFormat):
     shared = frozenset({"unilora_theta_d"})
     handled = frozenset({"save_indices"})
     benign = frozenset({"r", "proj_seed", "theta_d_length", "unilora_dropout", "init_theta_d_bound"})
+
+    @classmethod
+    def _refuse_without_layers(cls, config: Config) -> NoReturn:
+        if config.flag("save_indices"):
+            super()._refuse_without_layers(config)
+        raise AdapterUnsupported(
+            f"{config.folder}: save_indices is false, so the file holds the shared vector without the places that each "
+            "layer takes of it, which PEFT draws anew from proj_seed; train with UniLoraConfig(save_indices=True), or load "
+            "this one with PEFT onto a copy of the base: lw.extract(base, loaded.merge_and_unload()) makes factors of it"
+        )
 
     @classmethod
     def update(cls, layer: Layer) -> Factors:

@@ -10,6 +10,7 @@ from torch import nn
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported, BaseModelMismatch, LayerMismatch
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.extract import extract
 from loraweave.hub.fingerprint import fingerprint
 from loraweave.hub.formats._reading import REFUSED
 
@@ -40,6 +41,17 @@ def edit_tensors(folder, change):
     path = folder / "adapter_model.safetensors"
     tensors = load_file(path)
     save_file({key: value.contiguous() for key, value in change(tensors).items()}, path)
+
+
+def test_uni_lora_without_its_places_names_the_option_that_keeps_them(tmp_path, foreign):
+    trained = foreign.save(peft.UniLoraConfig(r=2, theta_d_length=40, **FREE), tmp_path)
+    with pytest.raises(AdapterUnsupported, match=r"save_indices is false.*save_indices=True.*lw\.extract"):
+        Adapter.from_pretrained(tmp_path)
+    # the way out that the message names
+    assert extract(foreign.tiny(), trained.merge_and_unload()).rank == 2
+    edit_config(tmp_path, save_indices=True)
+    with pytest.raises(AdapterCorrupt, match="no layer of a UNILORA adapter"):
+        Adapter.from_pretrained(tmp_path)
 
 
 def test_a_rank_and_an_error_that_contradict_are_both_named(oft, foreign):
