@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -25,7 +25,7 @@ from loraweave.hub.formats.peft import Peft
 from loraweave.hub.intake.sources import ADAPTER_FILES, name_of, opened_source
 from loraweave.hub.license_terms import require_one_work, stated
 from loraweave.hub.merge_report import MergeReport
-from loraweave.types import Factors, Fingerprint, Kind
+from loraweave.types import Factors, Fingerprint, Kind, own_memory
 
 Form = tuple[tuple[str, int, int, Kind, tuple[int, ...], bool], ...]
 
@@ -52,6 +52,20 @@ class Adapter:
         object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
         object.__setattr__(self, "card", MappingProxyType(dict(self.card)))
         object.__setattr__(self, "heads", MappingProxyType(dict(self.heads)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a read-only view has no pickle
+        own = {one.name: getattr(self, one.name) for one in fields(self)}
+        return {
+            **own,
+            "layers": dict(self.layers),
+            "card": dict(self.card),
+            "heads": {name: own_memory(head) for name, head in self.heads.items()},
+        }
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        views = {name: MappingProxyType(state[name]) for name in ("layers", "card", "heads")}
+        vars(self).update(state, **views)
 
     @classmethod
     def from_pretrained(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,6 +93,18 @@ class ExpertPool:
     def __deepcopy__(self, memo: dict[int, object]) -> ExpertPool:
         # nothing of it ever changes
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.lazy:
+            raise AdapterUnsupported(
+                "a lazy pool has no pickle, since it opens its adapters from a hub of this process: make it in the other "
+                "process, by Hub(path).pool(names, lazy=True), or pickle ExpertPool(dict(pool.adapters)), which opens all"
+            )
+        # a read-only view has no pickle
+        return {"adapters": dict(self.adapters)}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(adapters=MappingProxyType(state["adapters"]))
 
     def known(self, names: Iterable[str]) -> tuple[str, ...]:
         """The names as they are. UnknownExpert, which says what was perhaps meant, for one that the pool has not."""

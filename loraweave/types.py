@@ -52,6 +52,14 @@ class Factors:
         fields = ("a_RI", "b_OR", "gain_O", "bias_O", "magnitude_O", "base_bias_O")
         return {name: getattr(self, name) for name in fields if getattr(self, name) is not None}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), **{name: own_memory(tensor) for name, tensor in self.tensors().items()}}
+
+
+def own_memory(tensor: Tensor) -> Tensor:
+    """The tensor, copied where it is a part of a larger one, of which a pickle would hold all."""
+    return tensor if tensor.nbytes == tensor.untyped_storage().nbytes() else tensor.detach().clone()
+
 
 @dataclass(frozen=True)
 class Fingerprint:

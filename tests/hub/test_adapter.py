@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 from loraweave.errors import AdapterNotFound, AdapterUnsupported
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.hub import Hub
 from loraweave.types import Factors, Fingerprint
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
@@ -159,3 +162,32 @@ def test_a_folder_that_does_not_exist_is_not_found(tmp_path):
 
 def test_its_repr_has_the_name_and_no_tensors():
     assert repr(adapter()) == "Adapter('a', base_model='some/base', rank=4, layers=2)"
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_copy_and_a_pickle_are_the_adapter_again_and_as_frozen(copied):
+    one = adapter(heads={"score.weight": torch.ones(2, 7)})
+    again = copied(one)
+    assert (again.name, again.base_model, again.fingerprint, again.card) == ("a", "some/base", one.fingerprint, one.card)
+    assert adapter(layers=again.layers, heads=again.heads).hash == again.hash == one.hash
+    assert (list(again.layers), again.form, again.report.layers) == (list(one.layers), one.form, one.report.layers)
+    with pytest.raises(TypeError):
+        again.layers[Q] = factors(9)
+
+
+def test_a_deep_copy_shares_no_tensor():
+    one = adapter()
+    copy.deepcopy(one).layers[Q].a_RI.zero_()
+    assert bool(one.layers[Q].a_RI.any())
+
+
+def test_a_pickle_of_a_part_of_a_tensor_holds_that_part_alone(tmp_path):
+    with Hub(tmp_path / "hub") as hub:
+        hub.add(adapter())
+        # all of a stored adapter's tensors are parts of one
+        stored = hub["a"]
+        numbers = sum(tensor.nbytes for factors in stored.layers.values() for tensor in factors.tensors().values())
+        assert stored.layers[V].a_RI.untyped_storage().nbytes() == numbers
+        factor = stored.layers[V]
+        assert len(pickle.dumps(factor)) - len(pickle.dumps(factors(1, rank=4))) < numbers / 4
+        assert pickle.loads(pickle.dumps(stored)).hash == stored.hash

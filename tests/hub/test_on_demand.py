@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import threading
 import weakref
 
 import pytest
 import torch
 
-from loraweave.errors import AdapterNotFound, AdapterQuarantined, UnknownExpert, WeightingError
+from loraweave.errors import AdapterNotFound, AdapterQuarantined, AdapterUnsupported, UnknownExpert, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 from loraweave.hub.on_demand import NUM_KEPT, OnDemand
@@ -173,3 +175,12 @@ def test_an_expert_that_is_gone_or_another_by_the_time_it_is_opened_is_named(hub
         pool["b"]
     with pytest.raises(AdapterQuarantined):
         pool["c"]
+
+
+def test_a_lazy_pool_is_copied_and_refuses_a_pickle_with_the_way_out():
+    pool = ExpertPool.on_demand(NAMES, Shelf())
+    assert copy.deepcopy(pool).names == pool.names
+    with pytest.raises(AdapterUnsupported, match=r"lazy pool has no pickle.*Hub\(path\)\.pool\(names, lazy=True\)"):
+        pickle.dumps(pool)
+    some = ExpertPool(dict(pool.subset(NAMES[:2]).adapters))
+    assert pickle.loads(pickle.dumps(some)).names == tuple(NAMES[:2])

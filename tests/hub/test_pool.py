@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -175,3 +177,14 @@ def test_adapters_of_one_form_share_its_tuple_and_others_do_not():
     assert C.form is A.form
     unbound = Adapter("x", "base", {"q": factors(7), "v": factors(8, magnitude_O=torch.ones(5))})
     assert unbound.form != A.form
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_copy_and_a_pickle_are_the_pool_again(copied):
+    pool = ExpertPool({"x": C, "y": A})
+    assert pool.layer_names == ("q", "v")
+    again = copied(pool)
+    assert (again.names, again.places, again.layer_names, again.lazy) == (pool.names, pool.places, ("q", "v"), False)
+    assert torch.equal(again.stacked("v").b_OS, pool.stacked("v").b_OS)
+    with pytest.raises(TypeError):
+        again.adapters["z"] = B
