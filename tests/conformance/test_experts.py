@@ -19,6 +19,7 @@ RECIPES = lw.names("experts")
 TASKS = ("sums", "colours")
 OPTIONS: dict[str, dict] = {
     "mixture_of_loras": {"tasks": TASKS},
+    "mola": {"num_experts": (2, 4)},
     "mocle": {"by_task": True, "tasks": TASKS},
     "mlore": {
         "ranks": (1, 3, 2),

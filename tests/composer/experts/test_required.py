@@ -34,7 +34,7 @@ def test_no_list_of_clients_is_refused(clients):
         federated_average(clients, [1.0])
 
 
-@pytest.mark.parametrize("name", ["mola", "octavius"])
+@pytest.mark.parametrize("name", ["mixtral", "octavius"])
 def test_a_batch_of_no_rows_is_refused(make_model, name):
     made = lw.experts(name, make_model("llama"), rank=2)
     empty_BT = torch.zeros(0, 3, dtype=torch.long)

@@ -132,7 +132,7 @@ def test_a_file_that_was_cut_off_is_refused(saved, make_model):
 def test_a_model_that_is_named_like_a_folder_is_the_recipe(make_model, saved, monkeypatch):
     monkeypatch.chdir(saved.parent)
     shutil.copytree(saved, "mola")
-    with lw.experts("mola", make_model("llama")) as made:
+    with lw.experts("mola", make_model("llama", num_hidden_layers=4)) as made:
         assert made.recipe.num_experts == (2, 4, 6, 8)
 
 

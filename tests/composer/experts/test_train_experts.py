@@ -198,7 +198,11 @@ def test_what_cannot_share_a_pass_is_refused_before_the_first_step(base, models,
     cases = [
         ({}, TrainingError, "no expert models"),
         ({"u": (models["upper"], [])}, TrainingError, "'u' has no examples"),
-        ({"u": (lw.experts("mola", other), ROWS["upper"])}, TrainingError, "'u' is an expert model of another base"),
+        (
+            {"u": (lw.experts("mola", other, num_experts=(2,)), ROWS["upper"])},
+            TrainingError,
+            "'u' is an expert model of another base",
+        ),
         (dict.fromkeys("uv", (models["upper"], ROWS["upper"])), TrainingError, "'u' and 'v' are one expert model"),
         ({"t": (branched, ROWS["upper"])}, TrainingError, "'mtlora'"),
         ({"t": (by_task, ROWS["upper"])}, InvalidTask, "row 1 of job 't' does not say whose task it is, .* 'moelora'"),
