@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from loraweave.composer.composing.ways import Ways
 from loraweave.composer.composition import Composition
 from loraweave.composer.evaluation.user_loss import Examples
 from loraweave.composer.report import Report
+from loraweave.errors import WeightingError
 from loraweave.hub.base_key import base_key
 from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
@@ -75,7 +77,7 @@ def compose(
     Raises UnknownName, InvalidTask, InvalidLicense and WeightingError before anything is run, SearchFailed when nothing can be
     scored.
     """
-    folder = None if checkpoint is None else Path(checkpoint)
+    folder = _folder(checkpoint)
     folds = (FOLDS_OF_A_RACE if method == "auto" else FOLDS) if folds is None else folds
     settings = Settings(
         method,
@@ -125,6 +127,12 @@ def compose(
     spent = time.perf_counter() - started, sum(row.evaluations for row in rows)
     report = Report(rows, chosen, reason, tuple(scores.items()), *spent)
     return _composition(model, tokenizer, task, taken, report, settings)
+
+
+def _folder(checkpoint: object) -> Path | None:
+    if not isinstance(checkpoint, str | PathLike | None):
+        raise WeightingError(f"checkpoint is {checkpoint!r:.80}; give the path of a folder")
+    return None if checkpoint is None else Path(checkpoint)
 
 
 def _trials(measure: Measurement, ways: Ways, settings: Settings) -> list[Trial]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,13 +10,15 @@ from typing import Any
 
 from loraweave.composer.composing.router_method import check_router, is_trained, routes
 from loraweave.composer.composing.solver_options import OTHER_WAYS, check_options, solver_class, takes
+from loraweave.composer.evaluation.penalty import Penalty
 from loraweave.composer.evaluation.user_loss import Examples
 from loraweave.composer.refine.routed import router_name
 from loraweave.errors import InvalidTask, UnknownName, WeightingError
 from loraweave.hub.license_terms import require_one_work, stated
 from loraweave.hub.pool import ExpertPool
-from loraweave.hub.whole_number import require_whole
-from loraweave.registry import nearest
+from loraweave.hub.whole_number import is_whole, require_whole
+from loraweave.registry import get, nearest
+from loraweave.routers.mixture import MixtureWeights
 from loraweave.types import Router, Task
 
 # what a search's weights mean, as the name of a merge method
@@ -79,13 +82,18 @@ class Settings:
         names = ("seconds", "space", "objective", "inputs", "l1", "l2", "sparsity")
         return {name: getattr(self, name) for name in names}
 
-    def _check_search(self, from_hub: bool) -> None:
-        if self.method not in OTHER_WAYS and takes(solver_class(self.name), "scores") and not from_hub:
-            raise WeightingError(f"method {self.method!r} weighs by retrieval scores, so it needs a hub, not a pool")
-        if self.space is not None and self.space not in SPACES:
-            hint = nearest(self.space, SPACES)
-            raise UnknownName(f"no space {self.space!r} to compose with{hint}; there are {', '.join(SPACES)}")
-        check_options(self.name, self.options)
+    @property
+    def _named_loss(self) -> str | None:
+        """The objective's name where it has one; what a method without a search was given as one, too."""
+        loss = self._loss if self.objective is None else self.objective
+        return loss if isinstance(loss, str) else None
+
+    def can_run(self, method: str) -> bool:
+        """Whether the objective gives the search of that name the gradients that it needs."""
+        if not solver_class(method).needs_gradients:
+            return True
+        smooth = not callable(self.objective) and self.objective != "exact_match"
+        return smooth and self.merge_method in (None, "linear")
 
     def require_licenses(self, pool: ExpertPool) -> None:
         """Raises InvalidLicense where what is composed would be one work of adapters whose licenses exclude that.
@@ -98,30 +106,79 @@ class Settings:
             require_one_work((name, stated(pool[name].card.get("license"))) for name in weights)
 
     def check(self, task: Task, *, from_hub: bool) -> None:
-        """Raises UnknownName, WeightingError or InvalidTask for what cannot be done."""
+        """Raises UnknownName, WeightingError or InvalidTask for what cannot be done, as far as no model has to be asked."""
+        if not isinstance(task, Task):
+            raise InvalidTask(f"the task is {task!r:.80}; give lw.Task([(input, target), ...], instruction=...)")
+        self._check_numbers()
         if self.routes:
             check_router(self.method, self.options, self._for_searches(), from_hub=from_hub)
         else:
             self._check_search(from_hub)
+        self._check_weights()
+        self._check_objective(task)
+        self._check_examples(task)
+
+    def _check_numbers(self) -> None:
         for name, value, least in (("k", self.k, 1), ("folds", self.folds, 0), ("seed", self.seed, 0)):
             require_whole(name, value, least, WeightingError)
+        if self.budget is not None and not is_whole(self.budget, 1):
+            raise WeightingError(f"budget is {self.budget!r} evaluations; it must be a whole number of at least 1")
         for name, number in (("seconds", self.seconds), ("l1", self.l1), ("l2", self.l2), ("sparsity", self.sparsity)):
             if number is not None and not isinstance(number, int | float):
                 raise WeightingError(f"{name} is {number!r}; it must be a number")
+        if self.seconds is not None and not 0 < self.seconds < math.inf:
+            raise WeightingError(f"seconds is {self.seconds!r}; it must be above 0, and finite")
+        Penalty(self.l1 or 0.0, self.l2, self.sparsity)
+        if self.checkpoint is not None and self.checkpoint.is_file():
+            raise WeightingError(f"checkpoint is {str(self.checkpoint)!r}, which is a file; name a folder")
+
+    def _check_search(self, from_hub: bool) -> None:
+        searches = self.method not in OTHER_WAYS
+        if searches and takes(solver_class(self.name), "scores") and not from_hub:
+            raise WeightingError(f"method {self.method!r} weighs by retrieval scores, so it needs a hub, not a pool")
+        if self.space is not None and self.space not in SPACES:
+            hint = nearest(self.space, SPACES)
+            raise UnknownName(f"no space {self.space!r} to compose with{hint}; there are {', '.join(SPACES)}")
+        if self.budget is None and self.seconds is None and (searches or self.method == "auto"):
+            raise WeightingError("a search needs a budget of evaluations, or of seconds, or both")
+        check_options(self.name, self.options, self.seed, from_hub=from_hub)
+        if searches and not self.can_run(self.name):
+            given = "a function" if callable(self.objective) else repr(self.objective or "cross_entropy")
+            where = "" if self.space is None else f" in space {self.space!r}"
+            raise WeightingError(
+                f"method {self.name!r} follows gradients, but there are no gradients of {given}{where}: "
+                "take 'cross_entropy', 'labels' or 'entropy' in space 'deltas', or a method that needs none, as 'lorahub'"
+            )
+
+    def _check_weights(self) -> None:
+        if (self.method == "manual") != (self.weights is not None):
+            raise WeightingError("method 'manual' takes weights={name: weight}, and no other method does")
+        if self.weights is not None and not isinstance(self.weights, Mapping | MixtureWeights):
+            raise WeightingError(f"weights are {self.weights!r:.80}; give {{name: weight}}")
+
+    def _check_objective(self, task: Task) -> None:
         if not (self.objective is None or isinstance(self.objective, str) or callable(self.objective)):
             raise WeightingError(
                 f"objective is {self.objective!r}; give the name of one, or a function of (model, examples)"
             )
-        if not task.examples:
-            raise InvalidTask("the task has no examples; give at least two (input, target) pairs")
         if self.inputs is not None and self._loss != "entropy":
             given = "a function" if callable(self._loss) else repr(self._loss)
             raise InvalidTask(
                 f"inputs without targets are for objective 'entropy', but method {self.name!r} has {given}: pass "
                 "objective='entropy', or leave inputs out"
             )
-        if (self.method == "manual") != (self.weights is not None):
-            raise WeightingError("method 'manual' takes weights={name: weight}, and no other method does")
+        texts = self.inputs if isinstance(self.inputs, list | tuple) else ()
+        if self.inputs is not None and not (texts and all(isinstance(text, str) for text in texts)):
+            raise InvalidTask(f"inputs are {self.inputs!r:.80}; give a list of texts, at least one")
+        if self._named_loss is not None:
+            kind = get("objectives", self._named_loss)
+            if self._loss is not None and self.inputs is None:
+                # a kind says itself of which tasks it cannot be taken
+                kind(task)
+
+    def _check_examples(self, task: Task) -> None:
+        if not task.examples:
+            raise InvalidTask("the task has no examples; give at least two (input, target) pairs")
         if self.learns and self.folds and len(task.examples) < 2:
             raise InvalidTask("one example cannot be both searched on and held out: give two or more, or pass folds=0")
         if self.learns and self.folds == 1:

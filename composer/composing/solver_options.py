@@ -7,13 +7,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loraweave import registry
-from loraweave.errors import UnknownName, WeightingError
+from loraweave.errors import LoraweaveError, UnknownName, WeightingError
+from loraweave.routers.mixture import MixtureWeights
 from loraweave.routers.search.solver import Solver
 
 # ways of compose() that are no solvers
 OTHER_WAYS = ("auto", "base", "best_single")
 # what compose() gives a solver that asks for it: retrieval scores, the pool's layers, the weights of "manual"
 SUPPLIED = ("scores", "layers", "weights")
+# how many of the best adapters share the weight 1 at a start of that name; what else a search can begin at
+BEST = {"best_single": 1, "best_three": 3}
+STARTS = (*BEST, "base", "uniform", "retrieval")
+# a budget for any options
+PLENTY = 10**9
 _LIMITS = ("experts", "budget", "seconds", "seed")
 
 
@@ -40,8 +46,8 @@ def takes(found: type[Solver], name: str) -> bool:
     return name in inspect.signature(found).parameters
 
 
-def check_options(method: str, options: Mapping[str, Any]) -> None:
-    """Raises WeightingError for an option that the method does not have, and for a text where a number belongs."""
+def check_options(method: str, options: Mapping[str, Any], seed: int, *, from_hub: bool) -> None:
+    """Raises WeightingError or UnknownName for an option that the method does not have, and for values of no use to it."""
     known = [] if method in OTHER_WAYS else own_options(solver_class(method))
     for name, value in options.items():
         if name not in known:
@@ -50,8 +56,36 @@ def check_options(method: str, options: Mapping[str, Any]) -> None:
             raise WeightingError(f"method {method!r} has no option {name!r}{hint}; it has {has}")
         wanted = str(inspect.signature(solver_class(method)).parameters[name].annotation)
         # a start may have a name, whatever the solver takes
-        if isinstance(value, str) and "str" not in wanted and name != "start":
+        if isinstance(value, str) and "str" not in wanted and name not in ("start", "groups"):
             raise WeightingError(f"option {name!r} of method {method!r} is the text {value!r}; it must be {wanted}")
+    if not isinstance(options.get("groups", {}), Mapping | None):
+        raise WeightingError(f"groups is {options['groups']!r:.80}; give {{name: [layers]}}")
+    _check_start(options.get("start"), from_hub)
+    if method not in OTHER_WAYS and solver_class(method).learns:
+        _try_options(method, options, seed)
+
+
+def _check_start(start: Any, from_hub: bool) -> None:
+    if isinstance(start, str) and start not in STARTS:
+        hint = registry.nearest(start, STARTS)
+        raise UnknownName(f"no start {start!r} of a search{hint}; there are {', '.join(STARTS)}, or give weights")
+    if start == "retrieval" and not from_hub:
+        raise WeightingError("start='retrieval' takes the softmax of retrieval scores, so it needs a hub, not a pool")
+    if not isinstance(start, str | Mapping | MixtureWeights | None):
+        raise WeightingError(f"start is {start!r:.80}; give {{name: weight}}, or one of {', '.join(STARTS)}")
+
+
+def _try_options(method: str, options: Mapping[str, Any], seed: int) -> None:
+    """A solver says itself what it cannot use: this makes one of two experts, with all but what depends on the experts."""
+    own = {name: value for name, value in options.items() if name not in ("start", "groups")}
+    found, supplied = solver_class(method), {"layers": ["layer"]}
+    try:
+        make_solver(found, ("a", "b"), budget=PLENTY, seconds=None, seed=seed, supplied=supplied, options=own)
+    except LoraweaveError:
+        raise
+    except (TypeError, ValueError) as error:
+        given = ", ".join(f"{name}={value!r:.40}" for name, value in own.items())
+        raise WeightingError(f"the options of method {method!r} are {given}, and cannot be used: {error}") from error
 
 
 def make_solver(

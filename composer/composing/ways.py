@@ -14,24 +14,20 @@ from loraweave.composer.composing.routed import Routed, Training
 from loraweave.composer.composing.searched import Searched
 from loraweave.composer.composing.settings import Settings
 from loraweave.composer.composing.simple_ways import BestSingle, Fixed
-from loraweave.composer.composing.solver_options import OTHER_WAYS, make_solver, solver_class
+from loraweave.composer.composing.solver_options import BEST, OTHER_WAYS, make_solver, solver_class
 from loraweave.composer.composing.tuned import Tuned
 from loraweave.composer.evaluation.example_loss import ExampleLoss
 from loraweave.composer.evaluation.make_objective import make_objective
 from loraweave.composer.evaluation.penalty import Penalty
 from loraweave.composer.evaluation.user_loss import UserLoss
 from loraweave.composer.refine.tune import Tuning
-from loraweave.errors import SearchFailed, UnknownName, WeightingError
-from loraweave.registry import nearest
+from loraweave.errors import SearchFailed, WeightingError
 from loraweave.routers.mixture import MixtureWeights
 from loraweave.routers.search.solver import Solver
 from loraweave.routers.similarity import Similarity
 from loraweave.types import Task
 
 Start = Mapping[str, float] | MixtureWeights | None
-# how many of the best adapters share the weight 1 at a start of that name; what else a search can begin at
-BEST = {"best_single": 1, "best_three": 3}
-STARTS = (*BEST, "base", "uniform", "retrieval")
 
 
 class Ways:
@@ -122,15 +118,13 @@ class Ways:
             )
         if settings.method == "auto":
             # of one adapter there is only with and without
-            racers = [] if alone else [method for method in RACERS if self._can_run(method)]
+            racers = [] if alone else [method for method in RACERS if settings.can_run(method)]
             entered = entries(racers, settings.budget, settings.seconds, num_folds)
         elif settings.method in OTHER_WAYS:
             return []
         else:
-            self._require_gradients(settings.name)
             entered = [Entry(settings.name, settings.budget, settings.seconds, settings.options)]
         for entry in entered:
-            _check_start(entry, bool(self._scores))
             self._solvers[entry.method] = self._solver(entry, _given_start(entry))
             self._require_one_merge(entry)
         return entered
@@ -142,24 +136,6 @@ class Ways:
                 f"method {entry.method!r} is to weigh {len(groups)} groups of layers apart, but what its weights mean is "
                 f"{merge_method!r}, which takes one weight for each adapter: leave out groups=, or pass space='deltas'"
             )
-
-    def _require_gradients(self, method: str) -> None:
-        settings = self._settings
-        if not self._can_run(method):
-            given = "a function" if callable(settings.objective) else repr(settings.objective or "cross_entropy")
-            where = "" if settings.space is None else f" in space {settings.space!r}"
-            raise WeightingError(
-                f"method {method!r} follows the gradients of its objective, but there are no gradients of {given}{where}: "
-                "take 'cross_entropy', 'labels' or 'entropy' in space 'deltas', or a method that needs none, as 'lorahub'"
-            )
-
-    def _can_run(self, method: str) -> bool:
-        """Whether the objective gives the search the gradients that it needs."""
-        settings, found = self._settings, solver_class(method)
-        if not found.needs_gradients:
-            return True
-        smooth = not callable(settings.objective) and settings.objective != "exact_match"
-        return smooth and settings.merge_method in (None, "linear")
 
     def _steps_after(self, num_folds: int) -> int:
         """The steps of training that race too; none where an adapter is more than factors of linear layers."""
@@ -255,12 +231,3 @@ def _given_start(entry: Entry) -> Start:
     """The start that was given as weights, to be looked over."""
     given = entry.options.get("start")
     return None if isinstance(given, str) else given
-
-
-def _check_start(entry: Entry, retrieved: bool) -> None:
-    given = entry.options.get("start")
-    if isinstance(given, str) and given not in STARTS:
-        hint = nearest(given, STARTS)
-        raise UnknownName(f"no start {given!r} of a search{hint}; there are {', '.join(STARTS)}, or give weights")
-    if given == "retrieval" and not retrieved:
-        raise WeightingError("start='retrieval' takes the softmax of retrieval scores, so it needs a hub, not a pool")

@@ -1,0 +1,67 @@
+"""What compose() refuses before it looks at the model: none is given here."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import loraweave as lw
+from loraweave.errors import InvalidTask, LoraweaveError, UnknownName, WeightingError
+from loraweave.types import Factors
+
+TASK = lw.Task([("a", "ab"), ("b", "ba"), ("cc", "c")])
+
+
+@pytest.fixture
+def pool():
+    return lw.ExpertPool([lw.Adapter(name, "tiny", {"0": Factors(torch.ones(1, 4), torch.ones(3, 1))}) for name in "ab"])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"objective": "entropi"}, UnknownName, "did you mean 'entropy'"),
+        ({"objective": "entropi", "method": "base"}, UnknownName, "did you mean 'entropy'"),
+        ({"objective": "labels"}, InvalidTask, "this task has none"),
+        ({"objective": "labels", "method": "auto"}, InvalidTask, "this task has none"),
+        ({"budget": -1}, WeightingError, "budget is -1"),
+        ({"budget": 0, "method": "auto"}, WeightingError, "budget is 0"),
+        ({"budget": -1, "method": "best_single"}, WeightingError, "budget is -1"),
+        ({"budget": -1, "method": "phatgoose"}, WeightingError, "budget is -1"),
+        ({"budget": 2.5}, WeightingError, "budget is 2.5"),
+        ({"budget": None}, WeightingError, "budget of evaluations, or of seconds"),
+        ({"seconds": -1.0}, WeightingError, "seconds is -1.0"),
+        ({"seconds": math.nan}, WeightingError, "seconds is nan"),
+        ({"l1": -1.0}, WeightingError, "l1 is -1.0"),
+        ({"sparsity": math.inf}, WeightingError, "sparsity is inf"),
+        ({"sigma": -1.0}, WeightingError, "sigma is -1.0"),
+        ({"population": None}, WeightingError, "population is None"),
+        ({"sigma": None}, WeightingError, "options of method 'lorahub'"),
+        ({"groups": "q"}, WeightingError, "groups is 'q'"),
+        ({"start": "best_singl"}, UnknownName, "did you mean 'best_single'"),
+        ({"start": 5}, WeightingError, "start is 5"),
+        ({"start": "retrieval"}, WeightingError, "needs a hub"),
+        ({"method": "gradient", "objective": "exact_match"}, WeightingError, "there are no gradients of 'exact_match'"),
+        ({"method": "gradient", "space": "factors"}, WeightingError, "no gradients of .* in space 'factors'"),
+        ({"method": "gradient", "betas": 0.9}, WeightingError, "options of method 'gradient'"),
+        ({"method": "grid", "strengths": 3}, WeightingError, "options of method 'grid'"),
+        ({"method": "adamerging", "inputs": "abc"}, InvalidTask, "inputs are 'abc'"),
+        ({"method": "adamerging", "inputs": []}, InvalidTask, r"inputs are \[\]"),
+        ({"method": "adamerging", "inputs": ["a", 5]}, InvalidTask, "inputs are"),
+        ({"method": "manual", "weights": [1.0, 2.0]}, WeightingError, r"weights are \[1.0, 2.0\]"),
+        ({"checkpoint": 5}, WeightingError, "checkpoint is 5"),
+        ({"method": 5}, WeightingError, "method is 5"),
+    ],
+)
+def test_what_can_be_checked_is_refused_before_anything_is_run(options, error, message, pool):
+    with pytest.raises(error, match=message) as caught:
+        lw.compose(None, None, pool, TASK, **options)
+    assert isinstance(caught.value, LoraweaveError)
+
+
+def test_a_checkpoint_that_is_a_file_is_refused(pool, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(WeightingError, match="is a file"):
+        lw.compose(None, None, pool, TASK, checkpoint=tmp_path / "file")
