@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +9,7 @@ from typing import Any
 
 from loraweave.composer.heads import merged_heads
 from loraweave.composer.interference import interference
+from loraweave.composer.merge_input import finite_weights, require_seed, require_sound
 from loraweave.composer.method_call import MethodCall, Update, layer_seeds
 from loraweave.composer.statistics import Statistics
 from loraweave.composer.truncated_update import TruncatedUpdate
@@ -23,6 +23,7 @@ from loraweave.hub.pool import ExpertPool
 from loraweave.hub.progress import tracked
 from loraweave.hub.side_by_side import side_by_side
 from loraweave.hub.truncation import worth_a_thread
+from loraweave.hub.whole_number import is_whole
 from loraweave.types import Factors
 
 # entries of a layer: larger ones are merged one at a time, so that no two dense updates of theirs exist at once
@@ -64,9 +65,9 @@ def merge(
     adapters pulled the same way; its card's "recipe" names parents, weights and method, and its "license" binds to those of
     all parents. Parents that are under licenses known to exclude each other, or derived works, need `allow_licenses`.
 
-    Raises WeightingError for weights, rank or options that do not fit, UnknownName for an unknown method,
+    Raises WeightingError for weights, rank, seed or options that do not fit, UnknownName for an unknown method,
     BaseModelMismatch and LayerMismatch for adapters that do not fit together, InvalidLicense for licenses that do not,
-    CompositionError for heads that need a choice and for results that are not finite. Nothing is left behind by an error.
+    CompositionError for heads that need a choice and for adapters and results that are not finite. Nothing is left behind by an error.
     """
     given = _parts(adapters, weights, statistics)
     call = MethodCall(method, options)
@@ -76,6 +77,7 @@ def merge(
             "with one for each adapter"
         )
     _check_rank(rank, given)
+    require_seed(seed)
     copied = len(given) == 1 and given[0].weight == 1.0 and method == "linear" and rank is None
     cards = [(part.adapter.name, part.adapter.card) for part in given]
     license = license_of_work(cards, allowed=allow_licenses or copied)
@@ -121,6 +123,7 @@ def layer_updates(
     `rank` reaches the methods whose formula limits the rank; None is their own default.
     A method that needs a look at all layers first takes one weight for each expert: raises WeightingError otherwise.
     """
+    require_seed(seed)
     calls = _layer_calls(call, experts, hashes, weights, seed=seed, statistics=statistics, rank=rank)
     return ((layer, update) for layer, combine in calls if (update := combine()) is not None)
 
@@ -143,6 +146,8 @@ def _layer_calls(
             raise WeightingError(
                 f"method {call.method!r} looks at all layers together and takes one weight per adapter for all of them"
             )
+        for layer in weights:
+            require_sound(layer, {name: experts[name].get(layer) for name in shared}, list(shared.values()), call.method)
         survey = call.survey(
             ([experts[name].get(layer) for name in shared] for layer in weights), [float(w) for w in shared.values()]
         )
@@ -233,14 +238,9 @@ def _parts(adapters: Sequence[Adapter], weights: Sequence[float], statistics: Se
             f"cannot merge by {type(weights).__name__}: merge takes one number for each adapter. activate() it instead; "
             "what a router gives depends on the input, and no one adapter has it"
         )
-    if len(adapters) != len(weights):
-        raise WeightingError(f"merge got {len(adapters)} adapters and {len(weights)} weights; it takes one weight for each")
-    if statistics is not None and len(statistics) != len(adapters):
-        raise WeightingError(f"merge got {len(adapters)} adapters and {len(statistics)} statistics; it takes one for each")
-    values = [float(weight) for weight in weights]
-    for adapter, weight in zip(adapters, values, strict=True):
-        if not math.isfinite(weight):
-            raise WeightingError(f"the weight of adapter {adapter.name!r} is {weight}; weights must be finite")
+    values = finite_weights(weights, [adapter.name for adapter in adapters])
+    if statistics is not None:
+        _check_statistics(statistics, len(adapters))
     recorded = list(statistics) if statistics is not None else [None] * len(adapters)
     used = [
         _Part(adapter, weight, seen)
@@ -259,6 +259,16 @@ def _parts(adapters: Sequence[Adapter], weights: Sequence[float], statistics: Se
                 f"adapter of hash {part.statistics.adapter_hash[:12]}; give them in the adapters' order"
             )
     return used
+
+
+def _check_statistics(given: Any, num_adapters: int) -> None:
+    if not isinstance(given, Sequence) or not all(isinstance(each, Statistics) for each in given):
+        raise WeightingError(
+            f"statistics={given!r:.80} is no list of Statistics; collect_statistics(model, tokenizer, adapter, texts) makes "
+            "one for each adapter"
+        )
+    if len(given) != num_adapters:
+        raise WeightingError(f"merge got {num_adapters} adapters and {len(given)} statistics; it takes one for each")
 
 
 def _require_adapters(given: Any) -> None:
@@ -299,8 +309,8 @@ def _check_together(used: Sequence[_Part]) -> None:
 def _check_rank(rank: int | None, used: Sequence[_Part]) -> None:
     if rank is None:
         return
-    if rank < 1:
-        raise WeightingError(f"rank={rank} is below 1; leave it out to keep the exact rank")
+    if not is_whole(rank, 1):
+        raise WeightingError(f"rank={rank!r:.80} is no whole number of 1 or more; leave it out to keep the exact rank")
     sides = {
         layer: min(factors.b_OR.shape[0], factors.a_RI.shape[1])
         for part in used

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import torch
-
 from loraweave import registry
 from loraweave.composer.dense_update import DenseUpdate
+from loraweave.composer.merge_input import holds, require_sound
+from loraweave.composer.option_kinds import described, is_of_kind, kinds_of
 from loraweave.composer.truncated_update import TruncatedUpdate
-from loraweave.errors import CompositionError, LoraweaveError, WeightingError
+from loraweave.errors import CompositionError, LoraweaveError, UnknownName, WeightingError
 from loraweave.types import Factors
 
 Update = Factors | DenseUpdate | TruncatedUpdate
@@ -27,18 +26,33 @@ SUPPLIED = ("seeds", "statistics", "survey", "rank")
 
 @dataclass(frozen=True, eq=False)
 class MethodCall:
-    """`method` with `options`. Raises UnknownName, or WeightingError for an option that the method does not have."""
+    """`method` with `options`.
+
+    Raises UnknownName, or WeightingError for an option that the method does not have or whose value is of another kind
+    than the method's signature says.
+    """
 
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        known = self.own_options
-        for option in self.options:
+        if not isinstance(self.method, str):
+            raise UnknownName(f"a method is given by its name, not as {self.method!r:.80}; names('methods') has them")
+        if not isinstance(self.options, Mapping):
+            raise WeightingError(
+                f"the options of method {self.method!r} are {self.options!r:.80}, and not a mapping of names to values; "
+                "leave them out for none"
+            )
+        known, kinds = self.own_options, kinds_of(self._function)
+        for option, value in self.options.items():
             if option not in known:
-                hint = registry.nearest(option, known)
+                hint = registry.nearest(str(option), known)
                 has = ", ".join(known) if known else "no options"
                 raise WeightingError(f"method {self.method!r} has no option {option!r}{hint}; it has {has}")
+            if not is_of_kind(value, kinds.get(option, Any)):
+                raise WeightingError(
+                    f"method {self.method!r} got {option}={value!r:.80}; it takes {described(kinds[option])}"
+                )
 
     @property
     def own_options(self) -> list[str]:
@@ -62,15 +76,17 @@ class MethodCall:
     ) -> Update | None:
         """One layer's experts combined, all finite. An error of the method also names the layer and the experts.
 
-        `supplied` has what the method asks for by `takes`; the rest of it is left out.
+        `supplied` has what the method asks for by `takes`; the rest of it is left out. Raises CompositionError for experts
+        and results that are not finite, and for weights that take an update beyond what fp32 holds.
         """
+        require_sound(layer, experts, weights, self.method)
         extra = {name: value for name, value in supplied.items() if self.takes(name)}
         having = ", ".join(repr(name) for name, factors in experts.items() if factors is not None)
         try:
             result: Update | None = self._function(list(experts.values()), weights, **self.options, **extra)
         except LoraweaveError as error:
             raise type(error)(f"layer {layer!r} of {having}: {error}") from error
-        if result is not None and not _finite(result):
+        if result is not None and not holds(result):
             raise CompositionError(
                 f"method {self.method!r} gave values that are NaN or infinite for layer {layer!r} of {having}; the weights "
                 f"{', '.join(f'{weight:g}' for weight in weights)} take the sum beyond what fp32 holds: use smaller ones"
@@ -90,11 +106,3 @@ def layer_seeds(seed: int, hashes: Sequence[str], layer: str) -> list[int]:
     """A seed of 63 bits for each expert in this layer: it depends on the expert's content, not on its place or name."""
     texts = (f"{seed}/{content}/{layer}" for content in hashes)
     return [int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1 for text in texts]
-
-
-def _finite(result: Update) -> bool:
-    held = result.factors if isinstance(result, TruncatedUpdate) else result
-    tensors = [held.delta_OI] if isinstance(held, DenseUpdate) else [held.a_RI, held.b_OR]
-    tensors += [] if held.bias_O is None else [held.bias_O]
-    # a NaN or infinity anywhere is in the sum too, and a sum is read at the speed of memory
-    return all(math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all()) for tensor in tensors)
