@@ -74,8 +74,8 @@ def compose(
     the search. A hub without an adapter for this base gives the base model, and says so; the base is known by its weights
     where an adapter has sampled them, else by its id. Adapters whose licenses are known to exclude each other, or derived
     works, are made into one only with `allow_licenses`.
-    Raises UnknownName, InvalidTask, InvalidLicense and WeightingError before anything is run, SearchFailed when nothing can be
-    scored.
+    Raises UnknownName, InvalidTask, InvalidLicense and WeightingError before anything is run, SearchFailed when nothing can
+    be scored.
     """
     folder = _folder(checkpoint)
     folds = (FOLDS_OF_A_RACE if method == "auto" else FOLDS) if folds is None else folds
