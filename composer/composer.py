@@ -27,6 +27,7 @@ from loraweave.composer.layers import TargetLayer
 from loraweave.composer.live import Activation, LiveLayers, claim, release
 from loraweave.composer.lock_after_fork import lock_of
 from loraweave.composer.mixing.kept_plans import KeptPlans
+from loraweave.composer.mixing.license_notice import warn_of_licenses
 from loraweave.composer.mixing.resolve import resolve
 from loraweave.composer.originals import Place
 from loraweave.composer.paging.layout import Place as LayerPlace
@@ -131,6 +132,7 @@ class Composer:
             plan = self._plans.plan(weights, self._pool.names)
             if plan.begun is not None:
                 plan.begun.take_tokenizer(self.tokenizer)
+            warn_of_licenses(weights, self._pool)
             lease = self._residents.lease(plan.experts)
             try:
                 self._fitting.limits.require(weights, self._bound.adapters)

@@ -9,6 +9,7 @@ from loraweave.composer import fuse
 from loraweave.composer.fitting import Fitting
 from loraweave.composer.merge import layer_updates
 from loraweave.composer.method_call import MethodCall
+from loraweave.composer.mixing.license_notice import warn_of_licenses
 from loraweave.composer.mixing.resolve import resolve
 from loraweave.composer.statistics import Statistics
 from loraweave.composer.truncated_update import TruncatedUpdate
@@ -62,6 +63,7 @@ def mixture_updates(
     if not isinstance(weights, MixtureWeights) or weights.scope != "task":
         scope = weights.scope if isinstance(weights, MixtureWeights) else f"router {type(weights).__name__}"
         raise ScopeError(f"cannot fuse weights that vary with the input ({scope}): activate() them instead")
+    warn_of_licenses(weights, pool)
     call = MethodCall(method, options)
     used = weights.values_BTLE[0, 0].any(dim=0).nonzero()[:, 0].tolist()
     experts = {weights.experts[place]: bound.adapters[weights.experts[place]].layers for place in used}

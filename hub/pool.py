@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraweave.errors import AdapterUnsupported, BaseModelMismatch, LayerMismatch, WeightingError
+from loraweave.errors import AdapterUnsupported, BaseModelMismatch, InvalidLicense, LayerMismatch, WeightingError
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.license_terms import require_one_work, stated
 from loraweave.hub.on_demand import OnDemand
 from loraweave.hub.unknown_expert import unknown_expert
 
@@ -142,6 +143,18 @@ class ExpertPool:
         # adapters of one form share its tuple, so that a pool of thousands looks at a few
         forms = {id(form): form for form in (adapter.form for adapter in self.adapters.values())}
         return tuple(sorted({layer for form in forms.values() for layer, *_ in form}))
+
+    @cached_property
+    def clashing_licenses(self) -> Mapping[str, str | None]:
+        """{expert: license} where no one work of all experts keeps to their licenses; empty where one may, and if lazy."""
+        licenses = (
+            {} if self.lazy else {name: stated(adapter.card.get("license")) for name, adapter in self.adapters.items()}
+        )
+        try:
+            require_one_work(licenses.items())
+        except InvalidLicense:
+            return licenses
+        return {}
 
     def stacked(self, layer: str) -> StackedFactors:
         """One layer's factors concatenated over the experts, fp32. AdapterUnsupported for unbound factors or heads."""

@@ -65,11 +65,14 @@ def test_a_pool_of_licenses_that_exclude_each_other_is_refused_before_anything_i
         compose(tiny_llama, tokenizer, pool_of(EXCLUDE), task, method=method)
 
 
+# the uniform mixture is measured live
+@pytest.mark.filterwarnings("ignore:this mixture may be used:UserWarning")
 def test_allowed_licenses_are_stated_together(tiny_llama, tokenizer, pool_of, task):
     composed = compose(tiny_llama, tokenizer, pool_of(EXCLUDE), task, method="uniform", allow_licenses=True)
     assert composed.license == composed.adapter.card["license"] == "CC-BY-NC-4.0 AND GPL-3.0-only AND MIT"
 
 
+@pytest.mark.filterwarnings("ignore:this mixture may be used:UserWarning")
 def test_what_is_not_mixed_needs_no_license_that_fits(tiny_llama, tokenizer, pool_of, task, tmp_path):
     pool = pool_of(("cc-by-nd-4.0", "gpl-3.0", "cc-by-nc-4.0"))
     first, second, third = pool.names
