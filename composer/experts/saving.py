@@ -68,10 +68,12 @@ class SavedExperts:
         if recipe.name != self.recipe:
             raise WeightingError(f"{self.folder} has experts of recipe {self.recipe!r}, not {recipe.name!r}: {instead}")
         own = json.loads(json.dumps(recipe.options))
-        for option in sorted(set(own) | set(self.options)):
-            if option != "seed" and own.get(option) != self.options.get(option):
+        # an option that there was not yet has its default
+        saved = {**json.loads(json.dumps(type(recipe)().options)), **self.options}
+        for option in sorted(set(own) | set(saved)):
+            if option != "seed" and own.get(option) != saved.get(option):
                 raise WeightingError(
-                    f"{self.folder} has recipe {self.recipe!r} with {option} {self.options.get(option)!r}, but this model "
+                    f"{self.folder} has recipe {self.recipe!r} with {option} {saved.get(option)!r}, but this model "
                     f"has {own.get(option)!r}: {instead}"
                 )
         for site in sorted(set(shapes) | set(self.shapes)):

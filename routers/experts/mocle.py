@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from loraweave.hub.whole_number import is_whole
 from loraweave.routers.experts._recipe import ExpertShape, Recipe, Site
-from loraweave.routers.gates.cluster_gate import ClusterGate, ClusterReader
+from loraweave.routers.gates.cluster_gate import ClusterGate, ClusterReader, ReleasedClusterGate
+
+RELEASED_FEATURES, RELEASED_NOISE = 384, 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,18 +22,24 @@ class Mocle(Recipe):
     tokens have the same weights. The model needs a tokenizer then. With `by_task` the clusters are `tasks` instead, a call
     gives them as task=, and `adapter(task)` is the model of one.
 
-    The paper's are 64 clusters, 4 experts of rank 8 and a temperature of 0.05; it has no size of c.
+    The paper's are 64 clusters, 4 experts of rank 8 and a temperature of 0.05; it has no size of c, which is 64 here.
+    `as_released` is the authors' code where that is another formula: each site has embeddings of its own, of 384 numbers, and
+    a gate with a bias, in training normal noise of the standard deviation 0.1 is added to g c + bias, and the output is
+    y0 + p^2 E_best(x) + (1 - p) E_universal(x). Its other sizes are alpha=32, dropout=0.1 and ("q_proj", "v_proj").
     """
 
     num_experts: int = 4
     num_clusters: int = 64
-    num_features: int = 64
+    num_features: int | None = None
     temperature: float = 0.05
     embedder: str = "sentence"
     by_task: bool = False
+    as_released: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.num_features is None:
+            object.__setattr__(self, "num_features", RELEASED_FEATURES if self.as_released else 64)
         for option in ("num_experts", "num_clusters", "num_features"):
             if not is_whole(getattr(self, option), 1):
                 self.refuse(option, "it is a whole number of at least 1")
@@ -55,10 +63,23 @@ class Mocle(Recipe):
         return (*range(shape.num_experts - 1), "universal")
 
     def gate(self, site: Site, num_experts: int) -> ClusterGate:
-        return ClusterGate(self.num_features, num_experts, temperature=self.temperature, static=self.by_task)
+        assert self.num_features is not None
+        if not self.as_released:
+            return ClusterGate(self.num_features, num_experts, temperature=self.temperature, static=self.by_task)
+        return ReleasedClusterGate(
+            self.num_features,
+            num_experts,
+            self._num_clusters,
+            temperature=self.temperature,
+            noise=RELEASED_NOISE,
+            static=self.by_task,
+        )
 
     def reader(self) -> ClusterReader:
         """Raises UnknownName for an embedder that there is not."""
-        if self.by_task:
-            return ClusterReader(len(self.tasks), self.num_features, embedder=None)
-        return ClusterReader(self.num_clusters, self.num_features, embedder=self.embedder)
+        size = None if self.as_released else self.num_features
+        return ClusterReader(self._num_clusters, size, embedder=None if self.by_task else self.embedder)
+
+    @property
+    def _num_clusters(self) -> int:
+        return len(self.tasks) if self.by_task else self.num_clusters

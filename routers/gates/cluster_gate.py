@@ -21,6 +21,8 @@ from loraweave.routers.routing.tokenizers import current_tokenizer
 
 # in Call.kept: c_BH of the rows
 _OF_ROWS = "embeddings of the rows' clusters"
+# in Call.kept: k_B, the places of the rows' clusters
+_CLUSTERS = "the rows' clusters"
 # texts whose clusters are kept: training meets each several times
 NUM_KEPT = 65536
 
@@ -30,6 +32,9 @@ class ClusterGate(Gate):
 
     c_H is the embedding of the row's cluster, which a `ClusterReader` of the model found; g_EH has the other experts.
     """
+
+    # of p in w of the best expert
+    power = 1
 
     def __init__(self, num_features: int, num_experts: int, *, temperature: float, static: bool) -> None:
         super().__init__(num_experts, most=2)
@@ -45,34 +50,72 @@ class ClusterGate(Gate):
 
     def forward(self, x_BTI: Tensor | None, call: Call) -> Weighing:
         """Raises ScopeError where no call of the whole model has begun."""
-        if _OF_ROWS not in call.kept:
+        if _CLUSTERS not in call.kept:
             raise ScopeError(
                 "the gate looks at the clusters of the rows of the whole model's call, and this layer runs outside of one: "
                 "call the model itself, or generate() with it"
             )
-        p_BE = (call.kept[_OF_ROWS] @ self.g_EH.T / self.temperature).softmax(dim=-1)
+        p_BE = (self.scores(call) / self.temperature).softmax(dim=-1)
         best = p_BE.max(dim=-1, keepdim=True)
-        chosen_BE = torch.zeros_like(p_BE).scatter(-1, best.indices, best.values)
+        chosen_BE = torch.zeros_like(p_BE).scatter(-1, best.indices, best.values**self.power)
         w_B1E = torch.cat([chosen_BE, 1 - best.values], dim=-1)[:, None]
         return of_rows(Weighing(w_B1E), len(w_B1E) if x_BTI is None else len(x_BTI))
+
+    def scores(self, call: Call) -> Tensor:
+        """scores_BE before the temperature, without the universal expert."""
+        c_BH: Tensor = call.kept[_OF_ROWS]
+        return c_BH @ self.g_EH.T
+
+
+class ReleasedClusterGate(ClusterGate):
+    """As `ClusterGate`, by the authors' code: scores are g c + bias with a c_KH of the site's own, in training with normal
+    noise of the standard deviation `noise`, and w of the best expert is p^2, that of the universal one 1 - p.
+
+    Needs a `ClusterReader` without embeddings.
+    """
+
+    power = 2
+
+    def __init__(
+        self, num_features: int, num_experts: int, num_clusters: int, *, temperature: float, noise: float, static: bool
+    ) -> None:
+        super().__init__(num_features, num_experts, temperature=temperature, static=static)
+        self.noise = noise
+        self.c_KH = nn.Parameter(torch.empty(num_clusters, num_features))
+        self.bias_E = nn.Parameter(torch.empty(num_experts - 1))
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        """g_EH and bias_E as torch draws a linear layer, c_KH as it draws an embedding."""
+        super().reset(generator)
+        bound = self.g_EH.shape[1] ** -0.5
+        self.bias_E.uniform_(-bound, bound, generator=generator)
+        self.c_KH.normal_(generator=generator)
+
+    def scores(self, call: Call) -> Tensor:
+        scores_BE = self.c_KH[call.kept[_CLUSTERS]] @ self.g_EH.T + self.bias_E
+        # not where one asks for the weights themselves, outside a step
+        if self.training and call.step is not None:
+            scores_BE = scores_BE + self.noise * torch.randn_like(scores_BE)
+        return scores_BE
 
 
 class ClusterReader(Gate):
     """Finds each row's cluster before the model runs: its task, or without an `embedder` of texts' nearest centroid.
 
-    c_KH are the clusters' embeddings, which are learned. With an embedder, `fit` makes the centroids of clusters from texts,
-    and a row belongs to the nearest one of its prompt's embedding.
+    c_KH are the clusters' embeddings, which are learned, where `num_features` says their size. With an embedder, `fit` makes
+    the centroids of clusters from texts, and a row belongs to the nearest one of its prompt's embedding.
     """
 
     centroid_KD: Tensor
     count_K: Tensor
     made_by: Tensor
 
-    def __init__(self, num_clusters: int, num_features: int, *, embedder: str | None) -> None:
+    def __init__(self, num_clusters: int, num_features: int | None, *, embedder: str | None) -> None:
         super().__init__(num_clusters)
         self.embedder = embedder
         self.static = embedder is None
-        self.c_KH = nn.Parameter(torch.empty(num_clusters, num_features))
+        self.c_KH = None if num_features is None else nn.Parameter(torch.empty(num_clusters, num_features))
         self._known: dict[str, int] = {}
         if embedder is not None:
             self.register_buffer("centroid_KD", torch.zeros(num_clusters, self._embedder.dim))
@@ -86,8 +129,9 @@ class ClusterReader(Gate):
 
     def reset(self, generator: torch.Generator) -> None:
         """c_KH normal, as torch draws an embedding."""
-        with torch.no_grad():
-            self.c_KH.normal_(generator=generator)
+        if self.c_KH is not None:
+            with torch.no_grad():
+                self.c_KH.normal_(generator=generator)
 
     def fit(self, texts: Sequence[str], *, seed: int = 0) -> None:
         """Puts the centroids where k-means has them for the embeddings of these texts.
@@ -141,8 +185,10 @@ class ClusterReader(Gate):
 
     def begin(self, call: Call) -> None:
         """Raises ScopeError for a call whose clusters are not known, and what `clusters` raises."""
-        if _OF_ROWS not in call.kept:
-            call.kept[_OF_ROWS] = self.c_KH[self._of_tasks(call) if self.embedder is None else self._of_prompts(call)]
+        if _CLUSTERS not in call.kept:
+            k_B = call.kept[_CLUSTERS] = self._of_tasks(call) if self.embedder is None else self._of_prompts(call)
+            if self.c_KH is not None:
+                call.kept[_OF_ROWS] = self.c_KH[k_B]
 
     def _of_tasks(self, call: Call) -> Tensor:
         if call.task_B is None:
@@ -165,7 +211,7 @@ class ClusterReader(Gate):
                 "labels of what is given to -100"
             )
         texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
-        return torch.tensor(self.clusters(texts), device=self.c_KH.device)
+        return torch.tensor(self.clusters(texts), device=call.ids_BT.device)
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         # clusters of texts by other centroids

@@ -1,5 +1,7 @@
 """An expert of the cluster that a prompt is in, beside a universal one."""
 
+import json
+
 import pytest
 import torch
 from torch.nn import functional
@@ -52,6 +54,88 @@ def test_a_site_adds_its_formula(make_model, trained):
                     a_RI, b_RO = factors.a_SI[2 * expert : 2 * expert + 2], factors.b_SO[2 * expert : 2 * expert + 2]
                     expected_O = expected_O + 5.0 / 2 * w_E[expert] * (b_RO.T @ (a_RI @ x_I))
                 torch.testing.assert_close(y_O, expected_O)
+
+
+def released_weights(gate, cluster, noise_E=0.0):
+    """w_E of a row of that cluster by the authors' code."""
+    p_E = functional.softmax((gate.g_EH @ gate.c_KH[cluster] + gate.bias_E + noise_E) / 0.05, dim=0)
+    w_E = torch.zeros(len(p_E) + 1, dtype=p_E.dtype)
+    # the code multiplies by the gate where it combines experts, and once more by the highest
+    w_E[p_E.argmax()] = p_E.max() * p_E.max()
+    w_E[-1] = 1 - p_E.max()
+    return w_E
+
+
+def test_as_released_each_site_has_its_own_embeddings_a_bias_and_the_square_of_its_best(make_model, trained):
+    model = make_model("llama", dtype=torch.float64)
+    options = {"by_task": True, "tasks": CLUSTERS, "rank": 2, "alpha": 5.0, "num_experts": 3, "as_released": True}
+    with lw.experts("mocle", model, target_modules=(LAYER, "q_proj"), **options) as made:
+        key = LAYER.replace(".", "/")
+        factors, gate = trained(made).layers[key], made.gates[key]
+        assert gate.c_KH.shape == (3, 384)
+        assert not any(name.startswith("gates.reader") for name in made.expert_parameters())
+        seen = {}
+        model.get_submodule(LAYER).register_forward_hook(lambda _, args, y: seen.update(x=args[0], y=y))
+        made(input_ids=IDS_BT, task=["names", "sums"])
+        weight = model.get_submodule(LAYER).weight
+        for row, cluster in enumerate((2, 0)):
+            w_E = released_weights(gate, cluster)
+            for x_I, y_O in zip(seen["x"][row], seen["y"][row], strict=True):
+                expected_O = weight @ x_I
+                for expert in range(4):
+                    a_RI, b_RO = factors.a_SI[2 * expert : 2 * expert + 2], factors.b_SO[2 * expert : 2 * expert + 2]
+                    expected_O = expected_O + 5.0 / 2 * w_E[expert] * (b_RO.T @ (a_RI @ x_I))
+                torch.testing.assert_close(y_O, expected_O)
+
+
+def test_as_released_training_adds_noise_to_the_scores_and_use_does_not(make_model, trained):
+    model = make_model("llama", dtype=torch.float64)
+    options = {"by_task": True, "tasks": CLUSTERS, "num_experts": 3, "as_released": True, "target_modules": (LAYER,)}
+    with lw.experts("mocle", model, **options) as made:
+        gate = trained(made).gates[LAYER.replace(".", "/")]
+        own = made.adapter("names")
+        made.train()
+        torch.manual_seed(5)
+        made(input_ids=IDS_BT, task=["names", "sums"])
+        torch.manual_seed(5)
+        noise_BE = 0.1 * torch.randn(2, 3, dtype=torch.float64)
+        for row, cluster in enumerate((2, 0)):
+            torch.testing.assert_close(made.notes.weights[LAYER][row, 0], released_weights(gate, cluster, noise_BE[row]))
+        assert made.adapter("names").hash == own.hash
+
+
+def test_as_released_sites_give_a_prompt_the_weights_of_its_cluster_and_are_saved_so(
+    make_model, tokenizer, tmp_path, trained
+):
+    model, inputs = make_model("llama", dtype=torch.float64), encoded(tokenizer, "12 and 11", "red or red")
+    with by_text(trained, model, tokenizer, as_released=True) as made:
+        own = made(**inputs).logits
+        clusters = made.gates["reader"].clusters(["12 and 11", "red or red"])
+        made.gates.train()
+        for gate in made.gates.values():
+            gate.noise = 0.0
+        made.train()(**inputs)
+        for site, w_BTE in made.notes.weights.items():
+            for row, cluster in enumerate(clusters):
+                expected = released_weights(made.gates[site.replace(".", "/")], cluster)
+                torch.testing.assert_close(w_BTE[row, 0], expected)
+        made.save_pretrained(tmp_path / "made")
+    with lw.experts(tmp_path / "made", model, tokenizer=tokenizer) as again:
+        assert torch.equal(again(**inputs).logits, own)
+
+
+def test_experts_that_were_saved_before_there_was_as_released_are_loaded(make_model, tokenizer, tmp_path, trained):
+    model, inputs = make_model("llama"), encoded(tokenizer, "12 and 11", "red or red")
+    with by_text(trained, model, tokenizer) as made:
+        own = made(**inputs).logits
+        made.save_pretrained(tmp_path / "made")
+    file = tmp_path / "made" / "experts.json"
+    found = json.loads(file.read_text())
+    assert found["options"].pop("as_released") is False
+    assert found["options"]["num_features"] == 64
+    file.write_text(json.dumps(found))
+    with lw.experts("mocle", model, tokenizer=tokenizer, embedder="hashing", num_clusters=3) as again:
+        assert torch.equal(again.load(tmp_path / "made")(**inputs).logits, own)
 
 
 def test_the_adapter_of_a_cluster_is_the_model_of_it(make_model, trained):
