@@ -67,7 +67,8 @@ def merge(
 
     Raises WeightingError for weights, rank, seed or options that do not fit, UnknownName for an unknown method,
     BaseModelMismatch and LayerMismatch for adapters that do not fit together, InvalidLicense for licenses that do not,
-    CompositionError for heads that need a choice and for adapters and results that are not finite. Nothing is left behind by an error.
+    CompositionError for heads that need a choice and for adapters and results that are not finite. Nothing is left behind
+    by an error.
     """
     given = _parts(adapters, weights, statistics)
     call = MethodCall(method, options)
