@@ -141,7 +141,7 @@ def _layer_calls(
 ) -> Iterator[tuple[str, Callable[[], Update | None]]]:
     """What `layer_updates` is made of: each layer with the call that gives its update."""
     survey = None
-    if call.takes("survey"):
+    if call.looks_at_all_layers:
         shared = next(iter(weights.values()), {})
         if any(dict(of_layer) != dict(shared) for of_layer in weights.values()):
             raise WeightingError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -63,13 +63,20 @@ class MethodCall:
         """Whether the method asks for one of `SUPPLIED`."""
         return parameter in self._parameters
 
+    @cached_property
+    def looks_at_all_layers(self) -> bool:
+        """Whether the method, with these options, has to see all layers before it combines the first."""
+        if not self.takes("survey"):
+            return False
+        wanted = getattr(self._module, "needs_survey", None)
+        return wanted is None or bool(wanted(**self._options_of(wanted)))
+
     def survey(self, layers: Iterable[Sequence[Factors | None]], weights: Sequence[float]) -> Any:
         """What the method has to know of all layers before the first; None for a method that looks at each alone."""
-        if not self.takes("survey"):
+        if not self.looks_at_all_layers:
             return None
-        survey = sys.modules[self._function.__module__].survey
-        known = inspect.signature(survey).parameters
-        return survey(layers, weights, **{name: value for name, value in self.options.items() if name in known})
+        survey = self._module.survey
+        return survey(layers, weights, **self._options_of(survey))
 
     def combine(
         self, layer: str, experts: Mapping[str, Factors | None], weights: Sequence[float], **supplied: Any
@@ -96,6 +103,15 @@ class MethodCall:
     @cached_property
     def _function(self) -> Any:
         return registry.get("methods", self.method)
+
+    @property
+    def _module(self) -> Any:
+        return sys.modules[self._function.__module__]
+
+    def _options_of(self, function: Callable[..., Any]) -> dict[str, Any]:
+        """The options that are parameters of this function too."""
+        known = inspect.signature(function).parameters
+        return {name: value for name, value in self.options.items() if name in known}
 
     @cached_property
     def _parameters(self) -> list[str]:

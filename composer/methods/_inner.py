@@ -41,10 +41,19 @@ def inner_call(name: str, options: Mapping[str, Any], *, method: str) -> MethodC
 
 
 def combined(
-    call: MethodCall, experts: Sequence[Factors | None], weights: Sequence[float], seeds: Sequence[int], *, method: str
+    call: MethodCall,
+    experts: Sequence[Factors | None],
+    weights: Sequence[float],
+    seeds: Sequence[int],
+    *,
+    method: str,
+    survey: Any = None,
 ) -> Factors | DenseUpdate | None:
-    """What the inner method makes of the experts. It gets their seeds if it asks for seeds: WeightingError without them."""
-    extra: dict[str, Any] = {}
+    """What the inner method makes of the experts. It gets their seeds if it asks for seeds: WeightingError without them.
+
+    `survey` is what the inner method has seen of all layers; without it, it takes this one for all.
+    """
+    extra: dict[str, Any] = {"survey": survey} if survey is not None else {}
     if call.takes("seeds"):
         if len(seeds) != len(experts):
             raise WeightingError(
