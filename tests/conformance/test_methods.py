@@ -19,7 +19,7 @@ from loraweave.types import Factors
 
 METHODS = registry.names("methods")
 # methods that mix a and b apart, and say so in their docstring: they depend on how an update is split into factors
-FACTOR_SPACE = {name for name in METHODS if name.startswith("factor_")} | {"hetlora", "ffa", "lego"}
+FACTOR_SPACE = {name for name in METHODS if name.startswith("factor_")} | {"hetlora", "ffa", "lego", "core_space"}
 # an adapter comes back from these only in part, by their formula, however the weights are set
 LOSSY = {
     "breadcrumbs",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,8 +52,15 @@ def ties(matrices: Sequence[np.ndarray], weights: Sequence[float], density: floa
     return sum(w * m * a for w, m, a in zip(weights, kept, agree, strict=True)) / number
 
 
+def published_cores(experts: Sequence[Factors]) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
+    """As the authors make them: thin SVDs of the b side by side and of the a one above the other, whatever their ranks."""
+    u = np.linalg.svd(np.hstack([f.b_OR.double().numpy() for f in experts]), full_matrices=False)[0]
+    v = np.linalg.svd(np.vstack([f.a_RI.double().numpy() for f in experts]), full_matrices=False)[2].T
+    return u, [u.T @ dense(f) @ v for f in experts], v
+
+
 def cores(experts: Sequence[Factors]) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
-    """The definition, dense: singular vectors of the updates side by side and one above the other, the rank of each."""
+    """The definition by updates: singular vectors of them side by side and one above the other, the rank of each."""
     deltas = [dense(f) for f in experts]
     side, above = np.hstack(deltas), np.vstack(deltas)
     u = np.linalg.svd(side)[0][:, : np.linalg.matrix_rank(side, tol=1e-4)]
@@ -69,24 +78,50 @@ def test_with_linear_it_is_the_weighted_sum(ranks: tuple[int, ...]) -> None:
     assert found.rank <= sum(ranks)
 
 
+SHAPES = {
+    "ranks apart": ((2, 1, 3), 9, 11),
+    "more ranks than dimensions": ((3, 3, 3, 3), 5, 7),
+    "one side full": ((4, 4), 5, 30),
+}
+
+
 @pytest.mark.parametrize("density", [0.2, 0.6])
-def test_ties_is_applied_to_the_cores(density: float) -> None:
-    experts, weights = [factors(2, 0), factors(1, 1), factors(3, 2)], [1.0, 0.5, -2.0]
-    u, matrices, v = cores(experts)
+@pytest.mark.parametrize(("ranks", "num_out", "num_in"), SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(("basis", "cores_of"), [("factors", published_cores), ("updates", cores)])
+def test_ties_is_applied_to_the_cores(
+    ranks: tuple[int, ...], num_out: int, num_in: int, basis: str, cores_of: Callable[..., Any], density: float
+) -> None:
+    experts = [factors(rank, seed, num_out, num_in) for seed, rank in enumerate(ranks)]
+    weights = [1.0, 0.5, -2.0, 0.7][: len(ranks)]
+    u, matrices, v = cores_of(experts)
     expected = u @ ties(matrices, weights, density) @ v.T
-    found = core_space(experts, weights, inner="ties_per_layer", inner_options={"density": density})
+    found = core_space(experts, weights, basis=basis, inner_options={"density": density})
     assert np.abs(dense(found) - expected).max() < 1e-5
+    assert found.rank <= min(num_out, sum(ranks))
 
 
-def test_more_ranks_than_the_layer_has_dimensions() -> None:
-    experts = [factors(3, seed, num_out=5, num_in=7) for seed in range(4)]
-    u, matrices, v = cores(experts)
-    assert u.shape == (5, 5)
-    assert v.shape == (7, 7)
-    expected = u @ ties(matrices, [1.0] * 4, 0.4) @ v.T
-    found = core_space(experts, [1.0] * 4, inner_options={"density": 0.4})
+@pytest.mark.parametrize("density", [0.1, 0.2])
+def test_the_published_basis_is_the_one_by_default_and_counts_the_zeros_of_a_shared_a(density: float) -> None:
+    # one a for all: v has three directions and the stack nine rows, so that the cores have six columns of zeros
+    experts = [replace(factors(3, seed, 12, 11), a_RI=factors(3, 7, 12, 11).a_RI) for seed in range(3)]
+    u, matrices, v = published_cores(experts)
+    assert matrices[0].shape == (9, 9)
+    expected = u @ ties([m.round(9) for m in matrices], [1.0] * 3, density) @ v.T
+    found = core_space(experts, [1.0] * 3, inner_options={"density": density})
     assert np.abs(dense(found) - expected).max() < 1e-5
-    assert found.rank <= 5
+    other = core_space(experts, [1.0] * 3, inner_options={"density": density}, basis="updates")
+    assert np.abs(dense(other) - expected).max() > 0.1
+
+
+def test_the_published_basis_depends_on_the_factors_and_that_of_updates_does_not() -> None:
+    experts, options = [factors(2, 0), factors(3, 1)], {"density": 0.5}
+    split = [turned(f, seed) for seed, f in enumerate(experts)]
+    one, other = (dense(core_space(each, [1.0, 1.0], inner_options=options)) for each in (experts, split))
+    assert np.abs(one - other).max() > 0.1
+    for each in (experts, split):
+        u, matrices, v = published_cores(each)
+        expected = u @ ties(matrices, [1.0, 1.0], 0.5) @ v.T
+        assert np.abs(dense(core_space(each, [1.0, 1.0], inner_options=options)) - expected).max() < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -114,20 +149,24 @@ def test_experts_that_share_no_direction_do_not_disturb_each_other() -> None:
     assert np.abs(dense(found) - dense(first) - dense(second)).max() < 1e-5
 
 
-def test_only_the_updates_count_and_not_their_order() -> None:
+def test_with_the_basis_of_updates_only_they_count_and_in_both_not_their_order() -> None:
     experts, weights = [factors(2, 0), factors(1, 1), factors(3, 2)], [1.0, 0.5, -2.0]
-    found = core_space(experts, weights, inner_options={"density": 0.5})
-    split = core_space([turned(f, seed) for seed, f in enumerate(experts)], weights, inner_options={"density": 0.5})
-    back = core_space(experts[::-1], weights[::-1], inner_options={"density": 0.5})
+    options: dict[str, Any] = {"basis": "updates", "inner_options": {"density": 0.5}}
+    found = core_space(experts, weights, **options)
+    split = core_space([turned(f, seed) for seed, f in enumerate(experts)], weights, **options)
     assert np.abs(dense(found) - dense(split)).max() < 1e-4
-    assert np.abs(dense(found) - dense(back)).max() < 1e-5
+    for basis in ("factors", "updates"):
+        options["basis"] = basis
+        forth, back = core_space(experts, weights, **options), core_space(experts[::-1], weights[::-1], **options)
+        assert np.abs(dense(forth) - dense(back)).max() < 1e-5
 
 
 def test_no_direction_of_an_expert_is_lost_however_small_it_is_beside_the_others() -> None:
     small = Factors(factors(2, 1).a_RI, factors(2, 1).b_OR * 1e-7)
-    found = core_space([factors(2, 0), small], [1.0, 1e7], inner="linear")
     expected = dense(factors(2, 0)) + 1e7 * dense(small)
-    assert np.abs(dense(found) - expected).max() < 1e-4 * np.abs(expected).max()
+    for basis in ("factors", "updates"):
+        found = core_space([factors(2, 0), small], [1.0, 1e7], inner="linear", basis=basis)
+        assert np.abs(dense(found) - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 def test_the_basis_spans_and_is_orthonormal_and_has_its_largest_entries_positive() -> None:
@@ -213,6 +252,7 @@ def test_the_kind_of_layer_stays() -> None:
         ({"inner": "tiess"}, UnknownName, "did you mean 'ties'"),
         ({"inner_options": {"densty": 0.2}}, WeightingError, "no option 'densty', did you mean 'density'"),
         ({"scale": float("nan")}, WeightingError, "scale=nan"),
+        ({"basis": "both"}, WeightingError, "basis='both' is none of 'factors', 'updates'"),
     ],
 )
 def test_what_it_cannot_use_is_refused(options: dict[str, object], error: type[Exception], message: str) -> None:
