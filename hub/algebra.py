@@ -13,9 +13,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from loraweave.errors import AdapterUnsupported, LayerMismatch
+from loraweave.errors import AdapterSuspicious, AdapterUnsupported, LayerMismatch
 from loraweave.hub.truncation import compress as compress
 from loraweave.types import Factors
+
+MAX_FP32 = torch.finfo(torch.float32).max
 
 
 def delta(factors: Factors) -> Tensor:
@@ -120,6 +122,20 @@ def within_sides(factors: Factors) -> Factors:
     if num_out <= num_in:
         return replace(factors, a_RI=delta_OI, b_OR=torch.eye(num_out, dtype=torch.float64))
     return replace(factors, a_RI=torch.eye(num_in, dtype=torch.float64), b_OR=delta_OI)
+
+
+def require_in_range(factors: Factors, where: str) -> None:
+    """AdapterSuspicious where a term of b a, or a sum of its terms on the way, can be beyond what fp32 holds."""
+    if not factors.rank:
+        return
+    b_R = torch.linalg.vector_norm(factors.b_OR.detach().float(), torch.inf, dim=0).double()
+    a_R = torch.linalg.vector_norm(factors.a_RI.detach().float(), torch.inf, dim=1).double()
+    reach = float(b_R @ a_R)
+    if reach > MAX_FP32:
+        raise AdapterSuspicious(
+            f"{where}: the product of its factors reaches {reach:.3g}, beyond what fp32 holds ({MAX_FP32:.3g}), so no "
+            "composition with it would be a number; look at how it was trained, saved and scaled (lora_alpha)"
+        )
 
 
 def is_zero(factors: Factors) -> bool:

@@ -6,7 +6,7 @@ LoraweaveError
 │   ├── AdapterExists (ValueError)        the name already stands for another adapter
 │   ├── AdapterCorrupt (ValueError)       files or blobs that are damaged, truncated or not finite
 │   ├── AdapterUnsupported (ValueError)   a feature that cannot be represented exactly
-│   ├── AdapterSuspicious (ValueError)    anomalies that the policy for adding refuses
+│   ├── AdapterSuspicious (ValueError)    updates beyond fp32, anomalies that a policy refuses
 │   ├── AdapterQuarantined (PermissionError)  stored, and not to be used before it is released
 │   ├── SourceUnavailable (ConnectionError)  the model hub cannot be reached, limits requests, or broke off
 │   ├── InvalidName (ValueError)          a name that cannot be stored
@@ -66,7 +66,7 @@ class AdapterUnsupported(HubError, ValueError):
 
 
 class AdapterSuspicious(HubError, ValueError):
-    """Anomalies that the policy for adding refuses."""
+    """An update that is beyond what fp32 holds, or anomalies that the policy for adding refuses."""
 
 
 class AdapterQuarantined(HubError, PermissionError):

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loraweave.errors import AdapterCorrupt, AdapterUnsupported
+from loraweave.errors import AdapterCorrupt, AdapterSuspicious, AdapterUnsupported
+from loraweave.hub.algebra import MAX_FP32
 from loraweave.hub.formats._patterns import PatternError, resolve
 
 MAX_RANK = 65_536
@@ -227,6 +228,10 @@ def _alpha(value: Any, name: str, folder: Path) -> float:
         number = math.inf
     if not math.isfinite(number):
         raise AdapterCorrupt(f"{folder}: {name} is {_short(value)}, not a finite number")
+    if abs(number) > MAX_FP32:
+        raise AdapterSuspicious(
+            f"{folder}: {name} is {_short(value)}, beyond what fp32 holds ({MAX_FP32:.3g}), in which PEFT multiplies by it"
+        )
     return number
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from loraweave import registry
 from loraweave.errors import AdapterUnsupported
+from loraweave.hub import algebra
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._conversion import MAX_ERROR, Bound, cut
 from loraweave.hub.formats._files import present, read_json
@@ -69,11 +70,15 @@ def read(
 
     `model`, `rank`, `max_error` and `allow_pickle` as in `ForeignFormat.read`; a plain LoRA is cut only where `rank` asks
     for it. Raises AdapterUnsupported for a type that has no form as factors, with the reason, and for several adapters;
-    AdapterCorrupt when a file changed meanwhile; and what the format's reader raises.
+    AdapterCorrupt when a file changed meanwhile; AdapterSuspicious for factors whose product is beyond fp32; and what the
+    format's reader raises.
     """
     folder = adapter_folder(Path(folder), is_adapter)
     with unchanged(folder):
-        return _read(folder, model, rank, max_error, allow_pickle)
+        contents = _read(folder, model, rank, max_error, allow_pickle)
+    for layer, factors in contents.layers.items():
+        algebra.require_in_range(factors, f"{folder}: layer {layer!r}")
+    return contents
 
 
 def is_adapter(folder: Path) -> bool:

@@ -15,13 +15,15 @@ from loraweave.types import Factors
 def require_storable(adapter: Adapter, stored_as: str = "factors") -> None:
     """AdapterCorrupt for factors that do not fit each other or are not finite, AdapterUnsupported for no effect at all.
 
-    Also AdapterUnsupported for factors that `stored_as` has no form for.
+    AdapterSuspicious for factors whose product is beyond fp32. Also AdapterUnsupported for factors that `stored_as` has no
+    form for.
     """
     for layer, factors in adapter.layers.items():
         where = f"adapter {adapter.name!r}, layer {layer!r}"
         _require_shapes(where, factors)
         for part, tensor in factors.tensors().items():
             _require_finite(f"{where}, {part}", tensor)
+        algebra.require_in_range(factors, where)
     for head, tensor in adapter.heads.items():
         _require_finite(f"adapter {adapter.name!r}, head {head!r}", tensor)
     if not adapter.heads and all(algebra.is_zero(factors) for factors in adapter.layers.values()):

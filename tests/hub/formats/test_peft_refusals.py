@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from loraweave.errors import AdapterCorrupt, AdapterUnsupported
+from loraweave.errors import AdapterCorrupt, AdapterSuspicious, AdapterUnsupported
+from loraweave.hub.adapter import Adapter
 from loraweave.hub.formats.peft import Peft
 
 LAYER = "model.layers.0.self_attn.q_proj"
@@ -413,3 +414,33 @@ def test_recognises_a_folder_by_its_file_names(folder, tmp_path):
     assert Peft.recognises(folder)
     assert not Peft.recognises(tmp_path)
     assert not Peft.recognises(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("config", "extra", "message"),
+    [
+        (
+            {},
+            {A: torch.full((2, 5), 1e20), B: torch.full((3, 2), 1e20)},
+            rf"{LAYER}.*reaches 4e\+40, beyond what fp32 holds",
+        ),
+        # their sum is 2e33, but each term of it is beyond fp32
+        (
+            {},
+            {A: torch.tensor([[1e20] * 5, [1e20] * 4 + [1e20 * (1 - 1e-7)]]), B: torch.tensor([[1e20, -1e20]] * 3)},
+            rf"{LAYER}.*reaches 4e\+40, beyond what fp32 holds",
+        ),
+        ({"lora_alpha": 1e39}, {}, r"lora_alpha is 1e\+39, beyond what fp32 holds"),
+        ({"alpha_pattern": {"q_proj": -1e39}}, {}, r"alpha_pattern\['q_proj'\] is -1e\+39"),
+    ],
+)
+def test_finite_numbers_whose_product_fp32_does_not_hold_are_suspicious(folder, config, extra, message):
+    put(folder, config, **extra)
+    with pytest.raises(AdapterSuspicious, match=message):
+        Adapter.from_pretrained(folder)
+
+
+def test_a_product_that_fp32_just_holds_is_read(folder):
+    put(folder, {"lora_alpha": 2}, **{A: torch.full((2, 5), 1e19), B: torch.full((3, 2), 1.6e19)})
+    delta = Adapter.from_pretrained(folder).delta(LAYER)
+    assert delta.tolist() == [[pytest.approx(3.2e38)] * 5] * 3
