@@ -23,6 +23,7 @@ from loraweave.hub.formats._lora_file import PICKLES
 from loraweave.hub.formats._peft_files import PICKLE
 from loraweave.hub.formats.peft import Peft
 from loraweave.hub.intake.sources import ADAPTER_FILES, name_of, opened_source
+from loraweave.hub.kept_files import KEPT, kept
 from loraweave.hub.license_terms import require_one_work, stated
 from loraweave.hub.merge_report import MergeReport
 from loraweave.types import Factors, Fingerprint, Kind, own_memory
@@ -35,8 +36,9 @@ class Adapter:
     """A stored LoRA. `layers` maps module paths, as in the base model's `named_modules()`, to their factors.
 
     `card` is JSON: description, examples, tags, license, recipe, scores. `heads` maps parameter names of the base model to
-    whole trained tensors that replace the base's (PEFT's modules_to_save), fp32. Two adapters with equal `hash` have equal
-    factors and heads.
+    whole trained tensors that replace the base's (PEFT's modules_to_save), fp32. `files` are those that lay beside its
+    weights: tokenizer, chat template, a reward model's value_head.safetensors; they are kept and written back, and nothing
+    computes with them. Two adapters with equal `hash` have equal factors and heads.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Adapter:
     fingerprint: Fingerprint | None = None
     card: Mapping[str, Any] = field(default_factory=dict)
     heads: Mapping[str, Tensor] = field(default_factory=dict)
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -52,6 +55,7 @@ class Adapter:
         object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
         object.__setattr__(self, "card", MappingProxyType(dict(self.card)))
         object.__setattr__(self, "heads", MappingProxyType(dict(self.heads)))
+        object.__setattr__(self, "files", kept(self.files))
 
     def __getstate__(self) -> dict[str, Any]:
         # a read-only view has no pickle
@@ -92,17 +96,19 @@ class Adapter:
         `max_error` (Frobenius norm, relative to the layer's update) and at most `rank`; `card["conversion"]` has both
         figures of every layer. Raises AdapterUnsupported where `rank` leaves a larger error, and for what has no such form.
         """
-        wanted = (*ADAPTER_FILES, PICKLE, *PICKLES) if allow_pickle else ADAPTER_FILES
+        wanted = (*ADAPTER_FILES, *KEPT, *((PICKLE, *PICKLES) if allow_pickle else ()))
         with opened_source(
             source, revision=revision, token=token, local_files_only=local_files_only, allow_patterns=wanted
         ) as found:
             contents = _reading.read(found.folder, model=model, rank=rank, max_error=max_error, allow_pickle=allow_pickle)
         own_name = name or contents.card.get("name") or name_of(source)
         card = {**contents.card, "source": dict(found.origin)} if found.origin else contents.card
-        return cls(own_name, contents.base_model, contents.layers, contents.fingerprint, card, contents.heads)
+        return cls(
+            own_name, contents.base_model, contents.layers, contents.fingerprint, card, contents.heads, contents.files
+        )
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Path:
-        """Writes a plain PEFT folder, which `peft.PeftModel.from_pretrained` reads, heads included; returns its path.
+        """Writes a plain PEFT folder, which `peft.PeftModel.from_pretrained` reads, heads and files too; returns its path.
 
         A half-precision `dtype` halves the file and rounds the factors, so the adapter read back has another hash.
         """
@@ -133,7 +139,7 @@ class Adapter:
 
     def _contents(self) -> Contents:
         card = {**self.card, "name": self.name}
-        return Contents(self.base_model, self.layers, self.fingerprint, card, self.heads)
+        return Contents(self.base_model, self.layers, self.fingerprint, card, self.heads, self.files)
 
     @property
     def rank(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 
 from loraweave.errors import HubCorrupt, HubFull
+from loraweave.hub.stored_files import digests
 from loraweave.hub.stores.catalogue import require_row
 from loraweave.hub.stores.protocols import BlobStore, CatalogueStore
 from loraweave.hub.stores.storage_errors import storage_errors
@@ -13,14 +14,14 @@ from loraweave.types import Record
 
 
 def collect(catalogue: CatalogueStore, blobs: BlobStore) -> int:
-    """Deletes blobs that no version of an adapter has, and what killed writers left; returns the bytes freed.
+    """Deletes blobs and files that no version of an adapter has, and what killed writers left; returns the bytes freed.
 
     HubCorrupt, with nothing deleted, when a row is damaged or missing: a blob might be its.
     """
     doing = "collecting unused blobs"
     with catalogue.locked(doing):
         records = _records(catalogue, doing)
-        named = {record.hash for record in records}
+        named = {record.hash for record in records} | digests(records)
         freed = 0
         with storage_errors(catalogue.where, doing):
             # under the lock every temporary file is a dead writer's

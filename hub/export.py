@@ -201,6 +201,9 @@ def _flags(name: str, folder: Path, base_model: str, rank: int) -> tuple[str, ..
 
 
 def _notes(contents: Contents, modules: Iterable[str], rank: int, target: str) -> list[str]:
+    beside = [f"kept beside the adapter: {', '.join(contents.files)}"] if contents.files else []
+    if target == "vllm" and "value_head.safetensors" in contents.files:
+        beside.append("vLLM does not load value_head.safetensors")
     present = set(modules)
     tied = sorted(present & TIED)
     if target == "peft":
@@ -210,11 +213,15 @@ def _notes(contents: Contents, modules: Iterable[str], rank: int, target: str) -
             for head in sorted(contents.heads)
             if set(head.split(".")) & TIED
         ]
-        return heads + [
-            f"{module!r} has an update: on a base that ties its embeddings, merging it into the base changes both sides"
-            for module in tied
-        ]
-    notes = [
+        return (
+            beside
+            + heads
+            + [
+                f"{module!r} has an update: on a base that ties its embeddings, merging it into the base changes both sides"
+                for module in tied
+            ]
+        )
+    notes = beside + [
         f"{module!r} has an update: vLLM loads it only for architectures that list it among their embedding_modules, and "
         "refuses the adapter for others"
         for module in tied

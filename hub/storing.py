@@ -11,6 +11,7 @@ from loraweave.hub.adapter import Adapter
 from loraweave.hub.blobs import examine_blob, write_blob
 from loraweave.hub.fields import OWN_FIELDS
 from loraweave.hub.figures import Figures
+from loraweave.hub.stored_files import LISTED, listed, put_files
 from loraweave.hub.stores.protocols import BlobStore, CatalogueStore, Connection
 from loraweave.hub.stores.storage_errors import storage_errors
 from loraweave.hub.tables import known_bases, rows, versions
@@ -93,6 +94,7 @@ def _store(
                 known = rows.BlobRow(record.hash, *placed)
             else:
                 blobs.settle(record.hash)
+            put_files(blobs, adapter.files)
         with catalogue.transaction(doing) as connection:
             return put_rows(connection, record, known, existing, figures, written=written)
     except HubFull:
@@ -119,11 +121,27 @@ def put_rows(
     if written or is_new:
         rows.put_blob(connection, blob)
     if existing is not None and not is_new:
-        return existing.record
+        return _with_its_files(connection, existing, record)
     stored = rows.insert(connection, record) if existing is None else versions.supersede(connection, existing, record)
     if figures is not None:
         store_figures(connection, record.name, record.hash, figures)
     return stored
+
+
+def _with_its_files(connection: Connection, existing: rows.Row, record: Record) -> Record:
+    """The record of content that is stored under its name already; files that it came without are noted."""
+    own, given = listed(existing.record), listed(record)
+    if given and not own:
+        return rows.change(
+            connection, existing, replace(existing.record, card={**existing.record.card, LISTED: record.card[LISTED]})
+        )
+    if given and given != own:
+        warnings.warn(
+            f"adapter {record.name!r} is stored already, with other files beside it ({', '.join(own)}), which stay; remove "
+            "it first, or give it another name, to have these",
+            stacklevel=5,
+        )
+    return existing.record
 
 
 def usable_blob(catalogue: CatalogueStore, blobs: BlobStore, content: str) -> rows.BlobRow | None:

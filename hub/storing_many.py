@@ -9,6 +9,7 @@ from loraweave.errors import AdapterExists, HubError, HubFull
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.blobs import blob_bytes
 from loraweave.hub.figures import Figures
+from loraweave.hub.stored_files import put_files
 from loraweave.hub.stores.protocols import BlobStore, CatalogueStore, Connection
 from loraweave.hub.stores.storage_errors import storage_errors
 from loraweave.hub.storing import beside, put_rows, usable_blob, warn_of_base
@@ -43,6 +44,8 @@ def store_many(
                 for content in known.keys() - missing.keys():
                     blobs.settle(content)
                 written = _put(blobs, missing, stored_as)
+                for adapter, _, _ in batch:
+                    put_files(blobs, adapter.files)
             with catalogue.transaction(doing) as connection:
                 outcomes: list[Record | AdapterExists] = []
                 for _, record, figures in batch:

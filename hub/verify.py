@@ -10,6 +10,7 @@ from pathlib import Path
 from loraweave.errors import HubError
 from loraweave.hub import quarantine, saved_keys
 from loraweave.hub.blobs import read_blob
+from loraweave.hub.stored_files import file_problems
 from loraweave.hub.stores.protocols import BlobStore, CatalogueStore, Connection
 from loraweave.hub.tables import labels, rows, vectors, versions
 
@@ -49,8 +50,9 @@ def verify(catalogue: CatalogueStore, blobs: BlobStore, folder: Path) -> Verific
         problems.append(str(error))
     problems += saved_keys.problems(folder)
     intact = []
+    files: dict[str, str] = {}
     for row in found:
-        faults = list(_blob_problems(blobs, row, f"adapter {row.record.name!r}"))
+        faults = [*_blob_problems(blobs, row, f"adapter {row.record.name!r}"), *file_problems(blobs, row.record, files)]
         if not faults:
             intact.append(row.record.name)
         elif _stands(catalogue, row):
@@ -62,7 +64,9 @@ def verify(catalogue: CatalogueStore, blobs: BlobStore, folder: Path) -> Verific
             seen.add(row.blob.hash)
             faults = list(_blob_problems(blobs, row, f"version {row.record.version} of adapter {row.record.name!r}"))
             problems += faults if faults and _stands(catalogue, row) else []
-    orphans = tuple(content_hash for content_hash in blobs.names() if content_hash not in seen)
+        faults = list(file_problems(blobs, row.record, files))
+        problems += faults if faults and _stands(catalogue, row) else []
+    orphans = tuple(name for name in blobs.names() if name not in seen and name not in files)
     return Verification(tuple(problems), tuple(intact), orphans)
 
 

@@ -15,7 +15,8 @@ from loraweave.types import Factors, Fingerprint
 class Contents:
     """Layers by module path of the base model, its id, its fingerprint where known, the card as JSON, and heads.
 
-    Heads are whole trained tensors by parameter name of the base model (PEFT's modules_to_save), fp32.
+    Heads are whole trained tensors by parameter name of the base model (PEFT's modules_to_save), fp32. Files lie beside the
+    weights and are kept as they are (`loraweave.hub.kept_files`).
     """
 
     base_model: str
@@ -23,3 +24,4 @@ class Contents:
     fingerprint: Fingerprint | None = None
     card: Mapping[str, Any] = field(default_factory=dict)
     heads: Mapping[str, Tensor] = field(default_factory=dict)
+    files: Mapping[str, bytes] = field(default_factory=dict)

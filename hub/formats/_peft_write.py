@@ -6,7 +6,7 @@ import errno
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def write_folder(contents: Contents, folder: Path, *, dtype: torch.dtype) -> Pat
     if dtype not in DTYPES:
         raise AdapterUnsupported(f"cannot write {dtype} tensors; choose one of {', '.join(map(str, DTYPES))}")
     target = folder.resolve() if folder.is_symlink() else folder
-    _check_target(target)
+    _check_target(target, contents.files)
     config = _config(contents)
     tensors = _tensors(contents.layers, bool(config["lora_bias"]), dtype) | _heads(contents.heads, dtype)
     layout = _layout(contents.layers, bool(config["lora_bias"]))
@@ -42,7 +42,7 @@ def write_folder(contents: Contents, folder: Path, *, dtype: torch.dtype) -> Pat
         README: readme_text(contents.base_model, contents.card, _facts(contents, dtype)),
     }
     try:
-        _place(target, tensors, texts)
+        _place(target, tensors, texts, contents.files)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise HubFull(f"no room to write the adapter to {folder}; nothing was left behind") from error
@@ -220,15 +220,22 @@ def _facts(contents: Contents, dtype: torch.dtype) -> dict[str, str]:
     ranks = sorted({factors.rank for factors in contents.layers.values()})
     span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     heads = {"Trained heads": ", ".join(sorted(contents.heads))} if contents.heads else {}
-    return {"Layers": str(len(contents.layers)), "Rank": span, **heads, "Stored as": str(dtype).removeprefix("torch.")}
+    files = {"Files": ", ".join(contents.files)} if contents.files else {}
+    return {
+        "Layers": str(len(contents.layers)),
+        "Rank": span,
+        **heads,
+        **files,
+        "Stored as": str(dtype).removeprefix("torch."),
+    }
 
 
-def _check_target(target: Path) -> None:
+def _check_target(target: Path, files: Collection[str]) -> None:
     if not os.path.lexists(target):
         return
     if not target.is_dir():
         raise AdapterExists(f"{target} is a file; give a folder that does not exist, is empty, or holds an adapter")
-    foreign = [name for name in _names(target) if not _is_adapter_file(target / name)]
+    foreign = [name for name in _names(target) if name not in files and not _is_adapter_file(target / name)]
     if foreign:
         raise AdapterExists(
             f"{target} holds {len(foreign)} entries that are no part of an adapter ({', '.join(foreign[:3])}); "
@@ -246,7 +253,7 @@ def _names(folder: Path) -> Iterable[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
 
-def _place(target: Path, tensors: dict[str, Tensor], texts: Mapping[str, str]) -> None:
+def _place(target: Path, tensors: dict[str, Tensor], texts: Mapping[str, str], files: Mapping[str, bytes]) -> None:
     with replacing(target) as folder:
         weights = folder / "adapter_model.safetensors"
         save_file(tensors, weights, metadata={"format": "pt"})
@@ -254,3 +261,5 @@ def _place(target: Path, tensors: dict[str, Tensor], texts: Mapping[str, str]) -
         weights.chmod(0o644)
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
+        for name, data in files.items():
+            (folder / name).write_bytes(data)

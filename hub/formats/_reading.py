@@ -6,6 +6,7 @@ A PEFT folder names its type; a folder without adapter_config.json is asked of e
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from loraweave.hub.formats.kasa import Kasa
 from loraweave.hub.formats.lora_xs import LoraXs
 from loraweave.hub.formats.merged_linear import MergedLinear
 from loraweave.hub.formats.peft import Peft
+from loraweave.hub.kept_files import read_kept
 
 _PROMPT = "trained vectors in front of the text or in the cache of attention, not an update of weights"
 _ROUTED = "the update depends on the input, so that no one matrix is it"
@@ -76,6 +78,8 @@ def read(
     folder = adapter_folder(Path(folder), is_adapter)
     with unchanged(folder):
         contents = _read(folder, model, rank, max_error, allow_pickle)
+        if folder.is_dir():
+            contents = replace(contents, files=read_kept(folder))
     for layer, factors in contents.layers.items():
         algebra.require_in_range(factors, f"{folder}: layer {layer!r}")
     return contents
@@ -157,4 +161,4 @@ def _cut(contents: Contents, bound: Bound, folder: Path) -> Contents:
         if factors.rank > bound.rank:
             notes[name] = note
     card = {**contents.card, "conversion": notes} if notes else contents.card
-    return Contents(contents.base_model, layers, contents.fingerprint, card, contents.heads)
+    return replace(contents, layers=layers, card=card)

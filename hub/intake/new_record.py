@@ -13,6 +13,7 @@ from loraweave.hub.clock import now
 from loraweave.hub.fields import MAX_LABEL_BYTES, OWN_FIELDS, checked_fields, checked_text
 from loraweave.hub.intake.sample_pairs import card_with_outputs, split_pairs
 from loraweave.hub.intake.sources import without_secrets
+from loraweave.hub.stored_files import with_files
 from loraweave.hub.tables import rows
 from loraweave.types import Record, Source
 
@@ -24,6 +25,7 @@ def new_record(
     inputs, outputs = split_pairs(name, given["examples"])
     fields = checked_fields(name, _fields_with_card(name, {**given, "examples": inputs}, adapter.card))
     card = card_with_outputs(adapter.card, adapter.card.get("examples") or None, fields.examples, outputs)
+    card = with_files(card, adapter.files)
     record = Record(
         name=name,
         hash=content_hash(adapter.layers, adapter.heads),

@@ -1,0 +1,123 @@
+"""Files that lie beside an adapter's weights and belong to it: tokenizer, chat template, a reward model's value head.
+
+They are kept byte by byte and nobody looks into them: neither mixtures nor the content hash know of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+from loraweave.errors import AdapterCorrupt, AdapterUnsupported
+from loraweave.hub.formats._files import opened, present
+
+KEPT = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "value_head.safetensors",
+    "vocab.json",
+    "vocab.txt",
+)
+# the largest tokenizers have half of it
+MAX_KEPT_BYTES = 64 * 2**20
+# what could be meant as well, and is left out with a warning
+_PICKLES = ("value_head.bin",)
+
+
+@dataclass(frozen=True, eq=False)
+class KeptFile:
+    """A file's sha256, its size, and what gives its bytes."""
+
+    sha256: str
+    size_bytes: int
+    read: Callable[[], bytes]
+
+
+class KeptFiles(Mapping[str, bytes]):
+    """The bytes of an adapter's files by name, sorted; those of a hub are read when they are asked for."""
+
+    def __init__(self, files: Mapping[str, KeptFile]) -> None:
+        self.files = dict(sorted(files.items()))
+
+    def __getitem__(self, name: str) -> bytes:
+        return self.files[name].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __contains__(self, name: object) -> bool:
+        # that of Mapping would read it
+        return name in self.files
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return kept, (dict(self),)
+
+    def __repr__(self) -> str:
+        return f"KeptFiles({', '.join(f'{name}: {file.size_bytes:,} bytes' for name, file in self.files.items())})"
+
+
+def kept(files: Mapping[str, bytes]) -> KeptFiles:
+    """The files as an adapter has them. AdapterUnsupported for a name or a size that none of an adapter's files has."""
+    if isinstance(files, KeptFiles):
+        return files
+    for name, data in files.items():
+        if name not in KEPT or not isinstance(data, bytes):
+            raise AdapterUnsupported(
+                f"{name!r} with {type(data).__name__} is no file of an adapter, which are bytes under the names "
+                f"{', '.join(KEPT)}"
+            )
+        if len(data) > MAX_KEPT_BYTES:
+            raise AdapterUnsupported(f"{name} has {len(data):,} bytes; a file of an adapter has at most {MAX_KEPT_BYTES:,}")
+    return KeptFiles({name: _in_memory(data) for name, data in files.items()})
+
+
+def read_kept(folder: Path) -> KeptFiles:
+    """Those that lie in the folder. One that is damaged, too large, or a pickle is left out with a warning that names it."""
+    found = {}
+    for name in KEPT:
+        if present(folder, name):
+            try:
+                with opened(folder, name) as (file, size):
+                    if size > MAX_KEPT_BYTES:
+                        raise AdapterUnsupported(
+                            f"{folder}: {name} has {size:,} bytes, above the limit of {MAX_KEPT_BYTES:,}"
+                        )
+                    found[name] = _in_memory(file.read(size))
+            except (AdapterCorrupt, AdapterUnsupported) as error:
+                _warn(f"{name} is left out of the adapter, whose factors are read: {error}")
+    for name in _PICKLES:
+        if present(folder, name) and f"{Path(name).stem}.safetensors" not in found:
+            _warn(
+                f"{folder}: {name}, a pickle, is left out of the adapter, whose factors are read; save it as "
+                f"{Path(name).stem}.safetensors to keep it"
+            )
+    return KeptFiles(found)
+
+
+# many adapters of one base bring the same tokenizer
+_in_use: WeakValueDictionary[str, KeptFile] = WeakValueDictionary()
+
+
+def _in_memory(data: bytes) -> KeptFile:
+    digest = hashlib.sha256(data).hexdigest()
+    return _in_use.setdefault(digest, KeptFile(digest, len(data), lambda: data))
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, UserWarning, stacklevel=5)
