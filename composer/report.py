@@ -12,7 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from loraweave.errors import CompositionError
-from loraweave.hub.drawing import blank_figure
+from loraweave.hub.drawing import blank_figure, count_along
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,7 @@ class Report:
                 axes.axhline(row.loss, linestyle=":", color="#999999")
                 axes.annotate(row.name, (1, row.loss), color="#666666", fontsize="small")
         axes.set_xlabel("candidates")
+        count_along(axes)
         axes.set_ylabel("loss on the examples")
         axes.legend(frameon=False)
         figure.savefig(path)

@@ -14,3 +14,8 @@ def blank_figure(why: str, **settings: Any) -> Any:
     except ImportError as error:
         raise PackageMissing(f"{why}: pip install 'loraweave[plot]'") from error
     return Figure(**settings)
+
+
+def count_along(axes: Any) -> None:
+    """Makes the horizontal axis show whole numbers only: it counts steps, candidates or evaluations."""
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)

@@ -139,19 +139,25 @@ class MergeReport(Mapping[str, LayerReport]):
         """
         if not self:
             raise CompositionError("this adapter was not merged, so there is nothing to plot")
-        shares = [[norm / (sum(row.norms) or 1.0) for norm in row.norms] for row in self.values()]
+        layers = sorted(self, key=_by_number)
+        shares = [[norm / (sum(self[layer].norms) or 1.0) for norm in self[layer].norms] for layer in layers]
         # about an eighth of an inch for a layer keeps its name legible
         size = (max(5.0, 2.5 + 0.5 * len(self.names)), min(max(2.5, 1.5 + 0.14 * len(self)), 200.0))
         figure = blank_figure("plots need matplotlib", figsize=size, layout="constrained")
         axes = figure.add_subplot()
         image = axes.imshow(shares, aspect="auto", cmap="viridis", vmin=0.0, vmax=max(map(max, shares)))
-        axes.set_yticks(range(len(self)), list(self), fontsize=6)
+        axes.set_yticks(range(len(self)), layers, fontsize=6)
         labels = [f"{_clipped(name)} ({weight:g})" for name, weight in zip(self.names, self.weights, strict=True)]
         axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right", fontsize=7)
         axes.set_title(f"{self.method}: share of each adapter in a layer's update", fontsize=8)
         figure.colorbar(image, ax=axes, label="|w D| / sum of |w D|")
         figure.savefig(path)
         return Path(path)
+
+
+def _by_number(layer: str) -> list[tuple[int, str]]:
+    """What sorts layer 2 before layer 10: of parts that are numbers the shorter first."""
+    return [(len(part) if part.isdecimal() else 0, part) for part in layer.split(".")]
 
 
 def _span(values: Sequence[int]) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from loraweave.composer.introspection.explanation_page import page
 from loraweave.composer.introspection.explanation_plot import draw
 from loraweave.composer.introspection.load import Load, load
+from loraweave.composer.introspection.strongest import Strongest
 from loraweave.errors import CompositionError
 from loraweave.hub.unknown_expert import unknown_expert
 
@@ -61,6 +62,11 @@ class Explanation:
     def by_token_TE(self) -> Tensor:
         """The mean weight over the layers."""
         return self.w_TLE.nanmean(dim=1)
+
+    @cached_property
+    def colours(self) -> dict[int, str]:
+        """{place of an expert: colour} in every picture of this explanation, of those strongest most often over all weights."""
+        return Strongest.of(self.w_TLE.flatten(0, 1)).colours
 
     @property
     def load(self) -> dict[str, Load]:

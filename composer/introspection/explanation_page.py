@@ -33,16 +33,14 @@ def page(explanation: Explanation, summary: str) -> str:
         raise CompositionError(
             f"nothing to show of {counts[0]} tokens, {counts[1]} layers and {counts[2]} experts; the base has no expert"
         )
-    # by all tokens in all layers: which expert is strongest may differ between layers
-    colours = Strongest.of(explanation.w_TLE.flatten(0, 1)).colours
     script = _part("page.js")
     return Template(_part("page.html")).substitute(
         style=_part("page.css"),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         summary=escape(summary),
-        text="".join(_tokens(explanation, colours)),
-        data=json.dumps(_data(explanation, colours), ensure_ascii=False).translate(ESCAPED),
+        text="".join(_tokens(explanation)),
+        data=json.dumps(_data(explanation), ensure_ascii=False).translate(ESCAPED),
     )
 
 
@@ -50,13 +48,13 @@ def _part(name: str) -> str:
     return (files("loraweave.composer.introspection") / "page" / name).read_text(encoding="utf-8")
 
 
-def _tokens(explanation: Explanation, colours: dict[int, str]) -> list[str]:
+def _tokens(explanation: Explanation) -> list[str]:
     """The text with each token's strongest expert on the mean over the layers, for who has no script."""
     strongest = Strongest.of(explanation.by_token_TE)
     highest = max(strongest.shares) or 1.0
     found = []
     for token, expert, share in zip(explanation.tokens, strongest.experts, strongest.shares, strict=True):
-        colour = "transparent" if expert is None else _faded(colours.get(expert, OTHER), share / highest)
+        colour = "transparent" if expert is None else _faded(explanation.colours.get(expert, OTHER), share / highest)
         number = "" if expert is None else f"<sub>{expert + 1}</sub>"
         shown = escape(token.replace("\n", "↵"))
         end = "\n" if "\n" in token else ""
@@ -69,7 +67,7 @@ def _faded(colour: str, part: float) -> str:
     return f"rgba({red},{green},{blue},{FAINTEST + (FULLEST - FAINTEST) * part:.3f})"
 
 
-def _data(explanation: Explanation, colours: dict[int, str]) -> dict[str, Any]:
+def _data(explanation: Explanation) -> dict[str, Any]:
     blocks, kinds = zip(*map(block_and_kind, explanation.layers), strict=True)
     return {
         "tokens": explanation.tokens,
@@ -78,7 +76,7 @@ def _data(explanation: Explanation, colours: dict[int, str]) -> dict[str, Any]:
         "prefix": common_prefix(explanation.layers),
         "blocks": list(places(blocks).items()),
         "kinds": list(places(kinds).items()),
-        "colours": [colours.get(expert, OTHER) for expert in range(len(explanation.experts))],
+        "colours": [explanation.colours.get(expert, OTHER) for expert in range(len(explanation.experts))],
         "fullness": [FAINTEST, FULLEST],
         "effects": [explanation.effects.get(name) for name in explanation.experts],
         "weights": _packed(explanation.w_TLE),

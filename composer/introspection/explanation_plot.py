@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +58,7 @@ def draw(explanation: Explanation) -> Any:
     # in their own order, so that pictures of one pool can be laid side by side
     shown = share_E.argsort(descending=True, stable=True)[:MAX_EXPERTS].sort().values
     strip = _Strip(explanation)
-    rows = _Rows(explanation, shown, strip.colour_of)
+    rows = _Rows(explanation, shown)
     maps = _layer_maps(explanation.layers, explanation.by_layer_LE.T[shown])
     maps.append(_token_map(explanation.tokens, explanation.by_token_TE.T[shown]))
     top = 2 * (ROW_INCHES * max(len(shown), 4) + 1.05)
@@ -109,11 +108,11 @@ def _token_map(tokens: tuple[str, ...], w_ET: Tensor) -> _Map:
 class _Rows:
     """The shown experts' names, numbers and colours, as the rows of every map."""
 
-    def __init__(self, explanation: Explanation, shown: Tensor, colour_of: Mapping[int, str]) -> None:
+    def __init__(self, explanation: Explanation, shown: Tensor) -> None:
         self.glyphs = Glyphs([*explanation.experts, *explanation.layers, *explanation.tokens])
         self._places = shown.tolist()
         self._names = [self._name(explanation, at) for at in self._places]
-        self._colours = [colour_of.get(at) for at in self._places]
+        self._colours = [explanation.colours.get(at) for at in self._places]
         self._title = "expert"
         if len(self._places) < len(explanation.experts):
             share = float(explanation.total.share_E[shown].sum())
@@ -185,7 +184,6 @@ class _Strip:
         self._explanation = explanation
         self._glyphs = Glyphs(explanation.tokens, "mono")
         self._strongest = Strongest.of(explanation.by_token_TE)
-        self.colour_of = self._strongest.colours
         self._boxes = self._laid_out()
         self.num_lines = max(line for _, line, _, _ in self._boxes) + 1
 
@@ -226,7 +224,7 @@ class _Strip:
             colour: Any = "white"
             if best is not None:
                 fullness = 0.15 + 0.75 * self._strongest.shares[at] / highest
-                base = to_rgb(self.colour_of.get(best, OTHER))
+                base = to_rgb(self._explanation.colours.get(best, OTHER))
                 colour = tuple(1 - fullness * (1 - part) for part in base)
                 size = max(width(text), len(str(best + 1))) * COLUMN_INCHES
                 axes.text(x + size / 2, y + 0.205, str(best + 1), fontsize=5, ha="center", va="center", color="0.25")

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from loraweave.hub.drawing import blank_figure
+from loraweave.hub.drawing import blank_figure, count_along
 
 # lines in one picture that can be told apart
 NUM_SHOWN = 8
@@ -66,8 +66,9 @@ class TrainingReport:
         above.legend(frameon=False, fontsize="small")
         self._draw_load(middle)
         below.plot(range(1, len(self.entropy) + 1), self.entropy, color="#1f4e79")
-        below.set_ylabel("entropy of a token's weights (nats)")
+        below.set_ylabel("entropy of a token's\nweights (nats)")
         below.set_xlabel("step")
+        count_along(below)
         figure.savefig(path)
         return Path(path)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from loraweave.hub.drawing import blank_figure
+from loraweave.hub.drawing import blank_figure, count_along
 from loraweave.routers.mixture import MixtureWeights
 
 
@@ -58,6 +58,7 @@ class SearchResult:
         axes.plot(spent, self.losses, ".", color="#999999", label="candidate")
         axes.step(spent, best, where="post", color="#0072B2", label="lowest so far")
         axes.set_xlabel("evaluations")
+        count_along(axes)
         axes.set_ylabel("loss")
         axes.legend(frameon=False)
         figure.savefig(path)

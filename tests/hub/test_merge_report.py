@@ -71,6 +71,25 @@ def test_the_plot_is_a_picture(merged: Adapter, tmp_path: Path) -> None:
     assert "<svg" in merged.report.plot(tmp_path / "map.svg").read_text()
 
 
+def test_the_plot_has_the_layers_in_the_order_that_people_count_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    saved: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: saved.append(figure))
+    layers = tuple(f"model.layers.{block}.{kind}" for block in range(12) for kind in ("q", "v"))
+    merged = merge([adapter("left", 0, layers), adapter("right", 1, layers[:5])], [1.0, 1.0])
+    merged.report.plot(tmp_path / "map.png")
+    axes = saved[0].axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(layers)
+    # the rows moved along with their names
+    rows = {
+        label.get_text(): list(row) for label, row in zip(axes.get_yticklabels(), axes.images[0].get_array(), strict=True)
+    }
+    for layer in layers:
+        norms = merged.report[layer].norms
+        assert rows[layer] == pytest.approx([norm / sum(norms) for norm in norms])
+
+
 def test_a_plot_without_matplotlib_says_what_to_install(
     merged: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from loraweave.composer.introspection.explanation import Explanation
+from loraweave.composer.introspection.explanation_plot import draw
 from loraweave.composer.introspection.strongest import OTHER, PALETTE
 from loraweave.errors import CompositionError, UnknownExpert
 
@@ -118,6 +119,20 @@ def test_the_page_asks_nobody_for_anything_and_runs_its_own_script_alone(tmp_pat
     (policy,) = (each["content"] for tag, each in page.elements if tag == "meta" and "http-equiv" in each)
     digest = base64.b64encode(hashlib.sha256(page.texts["script"][1].encode()).digest()).decode()
     assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+
+
+def test_an_expert_has_one_colour_in_the_page_and_in_the_picture(tmp_path: Path) -> None:
+    from matplotlib.lines import Line2D
+
+    # b is strongest in two layers of three, and a on the mean over them: it weighs much more in the third
+    w_TLE = torch.tensor([[9.0, 0.0], [0.0, 1.0], [0.0, 1.0]]).expand(4, 3, 2)
+    explanation = Explanation(tuple("wxyz"), ("k", "l", "m"), ("a", "b"), w_TLE)
+    on_page = parsed(explanation, tmp_path).data["colours"]
+    squares = draw(explanation).findobj(lambda each: isinstance(each, Line2D) and each.get_marker() == "s")
+    in_picture = [square.get_color() for square in squares]
+    # for each expert beside each of the two maps
+    assert in_picture == on_page * 2
+    assert len(set(on_page)) == 2
 
 
 def test_the_strongest_experts_have_the_palettes_colours_and_their_share_is_fullness(tmp_path: Path) -> None:
