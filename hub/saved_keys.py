@@ -1,4 +1,4 @@
-"""A search index as a file below a hub's index/: a cache that several processes map, and that is never the truth."""
+"""A search index as a file below a hub's index/, or in the cache: several processes map it, and it is never the truth."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from loraweave.hub.array_files import map_arrays, write_arrays
+from loraweave.hub.cache_folder import cache_folder
 from loraweave.hub.keys import Choice, Keys, Segment
 from loraweave.hub.stores.blob_files import STALE_TMP_S, remove_file
+from loraweave.hub.stores.open_stores import local_folder
 
 # another number for another meaning of the arrays
 _FORMAT = 1
@@ -34,17 +36,28 @@ class Stamp:
     index: str
 
 
+def places(folder: Path, *, writable: bool) -> tuple[Path, ...]:
+    """Where the index of the hub in a folder may be saved; the last of them is where it is written.
+
+    That of a hub that cannot be written is kept in the cache: its readers may still find one beside the hub.
+    """
+    return (folder,) if writable else (folder, local_folder(str(folder.absolute())))
+
+
 def index_path(folder: Path, embedder: str, index: str) -> Path:
     """The file for keys of that embedder."""
     return folder / "index" / f"{hashlib.sha256(repr((embedder, index)).encode()).hexdigest()[:32]}.safetensors"
 
 
 def save(folder: Path, keys: Keys, stamp: Stamp) -> bool:
-    """Whether the keys, which are one segment, were saved. A folder that is full or read-only is no error: it is a cache."""
+    """Whether the keys, which are one segment, were saved. A folder that is full is no error."""
     (segment,) = keys.segments
     path = index_path(folder, stamp.embedder, stamp.index)
     metadata = {**vars(stamp), "format": _FORMAT, "dim": keys.dim, "kind": type(segment.index).__name__}
     try:
+        if cache_folder() in folder.parents:
+            # a hub's own folder that is gone stays so
+            folder.mkdir(parents=True, exist_ok=True)
         _sweep(path.parent)
         write_arrays(path, {"seqs": segment.seqs_N, **segment.index.arrays()}, metadata)
     except OSError as error:

@@ -4,7 +4,7 @@ The scheme is LoraRetriever's (Zhao et al. 2024): an adapter's key is the mean e
 the embedding of the input at hand, the score their inner product. Unlike the original, keys have unit norm again: the
 norm of a mean grows with how alike the samples are, so that it would favour narrow adapters (recall@1 on the pool's
 training inputs .49 without, .58 with). The catalogue is the truth: the index follows its log of changes, and a large one is
-kept as a file below the hub's index/, which the next process maps.
+kept as a file below the hub's index/, or in the cache where the hub cannot be written, which the next process maps.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ import numpy as np
 from loraweave import registry
 from loraweave.errors import DimensionMismatch, HubError, RetrievalError
 from loraweave.hub.database_search import DatabaseSearch
-from loraweave.hub.keys import Choice, Found, Keys
-from loraweave.hub.saved_keys import MIN_SAVED, Stamp, load, save
+from loraweave.hub.keys import MAX_LATE, Choice, Found, Keys
+from loraweave.hub.saved_keys import MIN_SAVED, Stamp, load, places, save
 from loraweave.hub.tables.changes import Change
 from loraweave.hub.tables.filtering import Filters
 from loraweave.types import BaseKey, Candidate, Record
@@ -252,12 +252,26 @@ class SearchIndex:
     def _current(self) -> _Snapshot:
         snapshot = self._snapshot
         if snapshot is None:
-            opened = load(self.hub.path, self.embedder.id, self._index, self.embedder.dim, self._choice)
+            opened = self._opened()
             snapshot = _Snapshot(opened[1].identity, opened[1].generation, opened[0], {}) if opened else self._nothing()
+            snapshot = self._followed(snapshot)
+            if snapshot.keys.num_late > MAX_LATE:
+                # what is saved now is what the next process does not have to read
+                snapshot = replace(snapshot, keys=snapshot.keys.joined())
         elif snapshot.generation == self.hub.generation:
             return snapshot
-        self._snapshot = snapshot = self._saved(self._followed(snapshot))
+        else:
+            snapshot = self._followed(snapshot)
+        self._snapshot = snapshot = self._saved(snapshot)
         return snapshot
+
+    def _opened(self) -> tuple[Keys, Stamp] | None:
+        """The newest saved index, if there is one."""
+        found = [self._load(place) for place in places(self.hub.path, writable=self.hub.writable)]
+        return max(filter(None, found), key=lambda one: one[1].generation, default=None)
+
+    def _load(self, place: Path) -> tuple[Keys, Stamp] | None:
+        return load(place, self.embedder.id, self._index, self.embedder.dim, self._choice)
 
     def _nothing(self) -> _Snapshot:
         return _Snapshot("", 0, Keys(self.embedder.dim, self._choice), {})
@@ -297,9 +311,8 @@ class SearchIndex:
         ):
             return snapshot
         stamp = Stamp(snapshot.identity, snapshot.generation, self.embedder.id, self._index)
-        opened = None
-        if self.hub.writable and save(self.hub.path, keys, stamp):
-            opened = load(self.hub.path, self.embedder.id, self._index, self.embedder.dim, self._choice)
+        place = places(self.hub.path, writable=self.hub.writable)[-1]
+        opened = self._load(place) if save(place, keys, stamp) else None
         return replace(snapshot, keys=opened[0]) if opened and opened[1] == stamp else snapshot
 
     def _keys(self, changes: Sequence[Change]) -> np.ndarray:

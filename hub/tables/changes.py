@@ -53,12 +53,9 @@ def read_changes(connection: Connection, embedder: str, *, since: int, after: in
     else:
         every = "SELECT seq FROM adapters WHERE seq > ? ORDER BY seq LIMIT ?"
         seqs = [seq for (seq,) in connection.execute(every, (after, limit)).fetchall()]
-    page = []
-    for seq in seqs:
-        row = rows.at(connection, seq)
-        # one that was put in quarantine is as good as gone until its release
-        row = None if row is None or row.record.quarantined else row
-        vector = None if row is None else vectors.read_vector(connection, embedder, seq)
-        page.append(Change(seq, None if row is None else row.record, vector))
+    # one that was put in quarantine is as good as gone until its release
+    records = {row.seq: row.record for row in rows.some(connection, seqs) if not row.record.quarantined}
+    stored = vectors.vectors_at(connection, embedder, list(records))
+    page = [Change(seq, records.get(seq), stored.get(seq)) for seq in seqs]
     identity, generation, num_adapters = state
     return Changes(str(identity), int(generation), int(num_adapters) - quarantine.count(connection), tuple(page))

@@ -18,7 +18,9 @@ from loraweave.types import Anomaly, Fingerprint, Record, Source
 _COLUMNS = "adapters.seq, adapters.name, adapters.hash, adapters.record, adapters.sha256"
 _BLOB_COLUMNS = "blobs.hash, blobs.file_sha256, blobs.size_bytes, blobs.sha256"
 _SELECT = f"SELECT {_COLUMNS}, {_BLOB_COLUMNS} FROM adapters LEFT JOIN blobs ON blobs.hash = adapters.hash"
-_MOST_PARAMETERS = 500
+
+# databases bound the number of parameters
+MOST_PARAMETERS = 500
 
 # comparing a name with so many others takes a tenth of a second
 _MOST_NAMES = 10_000
@@ -57,10 +59,9 @@ def every(connection: Connection) -> Iterator[Row]:
 
 def some(connection: Connection, seqs: Sequence[int]) -> Iterator[Row]:
     """The rows of those numbers that are there, in order of addition. HubCorrupt at the first that is damaged."""
-    # databases bound the number of parameters
     ordered = sorted(seqs)
-    for start in range(0, len(ordered), _MOST_PARAMETERS):
-        part = ordered[start : start + _MOST_PARAMETERS]
+    for start in range(0, len(ordered), MOST_PARAMETERS):
+        part = ordered[start : start + MOST_PARAMETERS]
         marks = ", ".join("?" * len(part))
         for found in connection.execute(f"{_SELECT} WHERE adapters.seq IN ({marks}) ORDER BY adapters.seq", part).fetchall():
             yield _decode(found)
@@ -224,11 +225,11 @@ def _decode(found: tuple[Any, ...]) -> Row:
             f"the catalogue is damaged: adapter {data['name']!r} has the hash {content_hash}, which no blob row describes"
         )
     blob = _decode_blob(found[5:])
-    return Row(seq, replace(record_from_json(data), size_bytes=blob.size_bytes), blob)
+    return Row(seq, record_from_json(data, blob.size_bytes), blob)
 
 
-def record_from_json(data: Mapping[str, Any]) -> Record:
-    """The record that `encode` wrote, without its size."""
+def record_from_json(data: Mapping[str, Any], size_bytes: int = 0) -> Record:
+    """The record that `encode` wrote; the size is not in it."""
     fingerprint = data["fingerprint"]
     # what schema 1 did not know has its default
     languages = tuple(data.get("language", ()))
@@ -242,7 +243,7 @@ def record_from_json(data: Mapping[str, Any]) -> Record:
         license=fields.license,
         tags=fields.tags,
         description=fields.description,
-        size_bytes=0,
+        size_bytes=size_bytes,
         created=data["created"],
         examples=fields.examples,
         language=fields.language,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from loraweave.errors import DimensionMismatch
 from loraweave.hub.stores.protocols import Connection
+from loraweave.hub.tables.rows import MOST_PARAMETERS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,16 +31,19 @@ def read_vectors(connection: Connection, embedder: str) -> dict[str, tuple[str, 
     }
 
 
-def read_vector(connection: Connection, embedder: str, seq: int) -> tuple[str, np.ndarray] | None:
-    """(digest of the embedded text, fp32 vector) of a row; None when there is none or it is damaged."""
+def vectors_at(connection: Connection, embedder: str, seqs: Sequence[int]) -> dict[int, tuple[str, np.ndarray]]:
+    """seq -> (digest of the embedded text, fp32 vector) of those rows. A damaged one counts as absent."""
     import numpy as np
 
-    found = connection.execute(
-        "SELECT text_digest, vector, sha256 FROM vectors WHERE embedder = ? AND seq = ?", (embedder, seq)
-    ).fetchone()
-    if found is None or row_sha256(embedder, seq, found[0], bytes(found[1])) != found[2]:
-        return None
-    return found[0], np.frombuffer(found[1], dtype="<f4").copy()
+    columns = "SELECT seq, text_digest, vector, sha256 FROM vectors WHERE embedder = ? AND seq IN"
+    kept = {}
+    for start in range(0, len(seqs), MOST_PARAMETERS):
+        part = seqs[start : start + MOST_PARAMETERS]
+        marks = ", ".join("?" * len(part))
+        for seq, text_digest, vector, digest in connection.execute(f"{columns} ({marks})", (embedder, *part)).fetchall():
+            if row_sha256(embedder, seq, text_digest, bytes(vector)) == digest:
+                kept[seq] = text_digest, np.frombuffer(vector, dtype="<f4").copy()
+    return kept
 
 
 def write_vectors(connection: Connection, embedder: str, rows: Sequence[tuple[str, str, np.ndarray]]) -> None:

@@ -15,7 +15,7 @@ from loraweave.hub import search as search_module
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 from loraweave.hub.search import SearchIndex
-from loraweave.hub.tables.changes import CHANGED
+from loraweave.hub.tables.changes import CHANGED, read_changes
 from loraweave.hub.tables.filtering import Filters
 from loraweave.types import BaseKey, Factors
 
@@ -193,10 +193,55 @@ def test_a_catalogue_put_back_from_a_copy_gets_its_own_index(hub, tmp_path):
         assert set(names(SearchIndex(second, embedder=Counts()), "cat dog", k=9)) == set(WORDS)
 
 
-def test_a_read_only_hub_is_searched_and_gets_no_file(hub, monkeypatch):
+def test_the_index_of_a_read_only_hub_is_saved_in_the_cache_and_mapped_by_the_next_process(hub, monkeypatch):
     monkeypatch.setattr(Hub, "writable", property(lambda self: False))
     assert names(SearchIndex(hub, embedder=Counts()), "cat") == ["cat"]
     assert not (hub.path / "index").exists()
+    asked = reads(hub, monkeypatch)
+    with Hub(hub.path) as other:
+        assert names(SearchIndex(other, embedder=Counts()), "dog") == ["dog"]
+    assert [(since > 0, number) for since, number in asked] == [(True, 0)]
+
+
+def test_a_read_only_hub_is_searched_by_the_newer_of_its_own_index_and_the_caches(hub, monkeypatch):
+    names(SearchIndex(hub, embedder=Counts()), "cat")
+    for number in range(3):
+        hub.add(adapter(f"new {number}", 9 + number), examples=["cat cat dog"])
+    monkeypatch.setattr(search_module, "MAX_LATE", 2)
+    asked = reads(hub, monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(Hub, "writable", property(lambda self: False))
+        for _ in range(2):
+            assert names(SearchIndex(hub, embedder=Counts()), "cat cat dog", k=3) == ["new 0", "new 1", "new 2"]
+    # the first follows three changes, the second nothing
+    assert sum(number for _, number in asked) == 3
+    assert len(files(hub)) == 1
+
+
+def test_a_process_that_follows_many_changes_saves_the_index_for_the_next(hub, monkeypatch):
+    names(SearchIndex(hub, embedder=Counts()), "cat")
+    for number in range(3):
+        hub.add(adapter(f"new {number}", 9 + number), examples=["cat cat dog"])
+    monkeypatch.setattr(search_module, "MAX_LATE", 2)
+    asked = reads(hub, monkeypatch)
+    for _ in range(2):
+        with Hub(hub.path) as other:
+            assert names(SearchIndex(other, embedder=Counts()), "cat cat dog", k=3) == ["new 0", "new 1", "new 2"]
+    assert sum(number for _, number in asked) == 3
+
+
+def test_rows_and_vectors_are_read_by_few_statements(hub):
+    for number in range(60):
+        hub.add(adapter(f"a{number}", 9 + number), examples=["cat"])
+    names(SearchIndex(hub, embedder=Counts()), "cat")
+    statements = []
+    with hub._catalogue.reading() as connection:
+        connection.set_trace_callback(statements.append)
+        changes = read_changes(connection, "counts", since=0, after=0, limit=4096)
+        connection.set_trace_callback(None)
+    assert [change.record.name for change in changes.page][-1] == "a59"
+    assert all(change.vector is not None for change in changes.page)
+    assert len(statements) < 10
 
 
 def test_an_index_that_cannot_be_saved_is_used_from_memory(hub, monkeypatch):
