@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -32,6 +29,7 @@ from loraweave.errors import AdapterCorrupt, AdapterNotFound, BaseModelMismatch,
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.export import ExportReport
 from loraweave.hub.fingerprint import fingerprint
+from loraweave.hub.formats._replacing import replacing
 from loraweave.hub.license_terms import license_of_all, stated
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.mixture import MixtureWeights
@@ -203,23 +201,15 @@ class Composition:
         Where a router weighs, it and its adapters; ScopeError for one that is none of `lw.router`.
         """
         target = Path(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists() and not (target / FILE).is_file() and any(target.iterdir()):
             raise CompositionError(f"{target} holds something that is no composition; name another folder")
-        temporary = target.parent / f".{target.name}-{uuid.uuid4().hex}"
-        temporary.mkdir()
-        try:
+        with replacing(target) as new:
             if self.router is not None:
                 router = saved_router(self.router)
-                router.save_pretrained(temporary / "router", pool=pool_of(router, self.engine))
+                router.save_pretrained(new / "router", pool=pool_of(router, self.engine))
             elif not self.is_base:
-                self.adapter.save_pretrained(temporary / "adapter")
-            (temporary / FILE).write_text(json.dumps(self._recipe(), indent=1, ensure_ascii=False))
-            if target.exists():
-                shutil.rmtree(target)
-            os.replace(temporary, target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+                self.adapter.save_pretrained(new / "adapter")
+            (new / FILE).write_text(json.dumps(self._recipe(), indent=1, ensure_ascii=False))
         return target
 
     def export(

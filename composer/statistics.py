@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from loraweave.errors import AdapterCorrupt, AdapterNotFound
+from loraweave.hub.formats._saved_tensors import save_tensors
 from loraweave.hub.stores.storage_errors import storage_errors
 
 FORMAT_VERSION = 1
@@ -66,7 +66,7 @@ class Statistics:
         with storage_errors(target, "saving statistics"):
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                save_file(tensors, temporary, metadata={_METADATA_KEY: json.dumps(header, sort_keys=True)})
+                save_tensors(tensors, temporary, metadata={_METADATA_KEY: json.dumps(header, sort_keys=True)})
                 with temporary.open("rb+") as file:
                     os.fsync(file.fileno())
                 os.replace(temporary, target)

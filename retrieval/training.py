@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from loraweave.errors import TrainingError
+from loraweave.hub.formats._saved_tensors import save_tensors
 from loraweave.hub.hub import Hub
 from loraweave.hub.progress import progress_bar
 from loraweave.hub.whole_number import require_whole
@@ -200,7 +200,7 @@ def _save(target: Path, begin: Sentence, model: Any, recipe: EncoderRecipe, task
             if name != "model.safetensors":
                 shutil.copyfile(begin.files / name, temporary / name)
         tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        save_tensors(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
         about = {"instruction": begin.instruction, "started_from": begin.id, "recipe": asdict(recipe), "tasks": list(tasks)}
         (temporary / ENCODER_FILE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         # an empty folder may be there: a rename replaces it

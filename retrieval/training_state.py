@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from loraweave.errors import TrainingError
+from loraweave.hub.formats._saved_tensors import save_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def save_state(folder: Path, key: str, state: TrainingState, *, place: str = RUN
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
     os.close(handle)
     try:
-        save_file(state.tensors, temporary)
+        save_tensors(state.tensors, temporary)
         os.replace(temporary, path)
     except OSError as error:
         logger.warning("the checkpoint at step %d was not written (%s); training goes on", state.step, error)

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from loraweave.composer.composer import Composer
@@ -22,6 +21,8 @@ from loraweave.composer.ensembles.features import features
 from loraweave.composer.ensembles.member_passes import known_members
 from loraweave.composer.ensembles.preferences import Pairs, Settings, fit, pair_features, seeded
 from loraweave.errors import AdapterCorrupt, AdapterNotFound, CompositionError, WeightingError
+from loraweave.hub.formats._saved_tensors import save_tensors
+from loraweave.hub.stores.storage_errors import storage_errors
 
 FORMAT = 1
 FILE = "reward_mixture.safetensors"
@@ -78,7 +79,6 @@ class RewardMixture(nn.Module):
     def save_pretrained(self, folder: str | Path) -> Path:
         """Writes the head with its members' names, weights and hashes; the adapters stay where they are."""
         target = Path(folder) / FILE
-        target.parent.mkdir(parents=True, exist_ok=True)
         recipe = {
             "format": FORMAT,
             "members": [None if member is None else dict(member) for member in self.members],
@@ -86,12 +86,14 @@ class RewardMixture(nn.Module):
             "hashes": self.hashes,
         }
         temporary = target.with_name(f".{uuid.uuid4().hex}.unfinished")
-        try:
-            tensors = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
-            save_file(tensors, temporary, metadata={"loraweave": json.dumps(recipe)})
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        tensors = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
+        with storage_errors(target, "saving a reward mixture"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                save_tensors(tensors, temporary, metadata={"loraweave": json.dumps(recipe)})
+                os.replace(temporary, target)
+            finally:
+                temporary.unlink(missing_ok=True)
         return target.parent
 
     @classmethod

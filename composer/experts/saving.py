@@ -20,6 +20,7 @@ from loraweave.errors import (
     AdapterNotFound,
     AdapterUnsupported,
     BaseModelMismatch,
+    HubError,
     LoraweaveError,
     WeightingError,
 )
@@ -148,7 +149,7 @@ def write_experts(model: ExpertModel, given: str | Path) -> Path:
         with replacing(folder) as new:
             (new / TENSORS).write_bytes(raw)
             (new / FILE).write_text(text, encoding="utf-8")
-    except OSError as error:
+    except HubError as error:
         raise WeightingError(f"{folder} cannot be written ({error}): name another folder, or make room") from error
     return folder
 

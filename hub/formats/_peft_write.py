@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from loraweave.errors import AdapterExists, AdapterUnsupported, HubFull, HubReadOnly
@@ -21,6 +20,7 @@ from loraweave.hub.formats._peft_heads import saved_modules
 from loraweave.hub.formats._peft_keys import PREFIX, Key, parse_key
 from loraweave.hub.formats._replacing import replacing
 from loraweave.hub.formats._safetensors import MAX_KEY_LENGTH
+from loraweave.hub.formats._saved_tensors import save_tensors
 from loraweave.types import Factors
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -256,7 +256,7 @@ def _names(folder: Path) -> Iterable[str]:
 def _place(target: Path, tensors: dict[str, Tensor], texts: Mapping[str, str], files: Mapping[str, bytes]) -> None:
     with replacing(target) as folder:
         weights = folder / "adapter_model.safetensors"
-        save_file(tensors, weights, metadata={"format": "pt"})
+        save_tensors(tensors, weights, metadata={"format": "pt"})
         # safetensors makes it readable for its owner alone, unlike every other file of the folder
         weights.chmod(0o644)
         for name, text in texts.items():

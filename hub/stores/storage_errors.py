@@ -39,6 +39,10 @@ def storage_errors(path: Path | str, doing: str) -> Iterator[None]:
     except UnicodeDecodeError as error:
         # sqlite3 lets it through from a damaged name in the schema
         raise HubCorrupt(f"{doing}: the catalogue {path} is damaged ({error.reason}); {_WAY_OUT}") from error
+    except UnicodeEncodeError as error:
+        raise HubError(
+            f"{doing}: {path} cannot hold one of the texts ({error}); nothing was changed. Leave lone surrogates out of it"
+        ) from error
     except OSError as error:
         raise _from_os(error, path, doing) from error
 

@@ -10,6 +10,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import loraweave as lw
 from loraweave import registry
@@ -19,6 +20,7 @@ from loraweave.composer.composing.guard import guard
 from loraweave.composer.evaluation.example_loss import ExampleLoss
 from loraweave.errors import CompositionError, InvalidTask, UnknownExpert, UnknownName, WeightingError
 from loraweave.hub.fingerprint import fingerprint
+from loraweave.hub.formats import _saved_tensors
 
 EXAMPLES = [("a", "ab"), ("b", "ba"), ("cc", "c"), ("d", "DD"), ("e f", "fe")]
 
@@ -374,6 +376,24 @@ def test_a_damaged_composition_is_refused_by_name(tiny_llama, tokenizer, pool, t
     path.write_text(path.read_text()[:100])
     with pytest.raises(lw.AdapterCorrupt, match="damaged"):
         lw.Composition.from_pretrained(tmp_path / "kept", tiny_llama, tokenizer)
+
+
+def test_a_composition_that_finds_no_room_is_named_and_leaves_the_one_before(
+    tiny_llama, tokenizer, pool, task, tmp_path, monkeypatch
+):
+    composition = compose(tiny_llama, tokenizer, pool, task, method="uniform")
+    composition.save_pretrained(tmp_path / "kept")
+    before = (tmp_path / "kept" / "composition.json").read_text()
+
+    def full(*arguments, **options):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_saved_tensors, "save_file", full)
+        with pytest.raises(lw.HubFull, match="free some space"):
+            composition.save_pretrained(tmp_path / "kept")
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert (tmp_path / "kept" / "composition.json").read_text() == before
 
 
 def test_a_folder_with_something_else_is_never_overwritten(tiny_llama, tokenizer, pool, task, tmp_path):

@@ -1,0 +1,65 @@
+"""A folder that cannot be written for want of room is an error of the hub's, and leaves what was there."""
+
+from __future__ import annotations
+
+import errno
+import resource
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from loraweave.errors import HubError, HubFull, HubReadOnly
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.formats import _peft_write
+from loraweave.hub.formats._saved_tensors import save_tensors
+from loraweave.types import Factors
+
+
+def adapter(seed):
+    generator = torch.Generator().manual_seed(seed)
+    factors = Factors(torch.randn(2, 500, generator=generator), torch.randn(300, 2, generator=generator))
+    return Adapter("x", "org/base", {"model.layer": factors})
+
+
+@contextmanager
+def little_room(size_bytes):
+    """Files may not grow beyond this size, which the system says as it says that the disk is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_an_adapter_that_finds_no_room_is_named_and_leaves_what_was_there(tmp_path):
+    adapter(0).save_pretrained(tmp_path / "x")
+    with little_room(4096), pytest.raises(HubFull, match=r"no space left below .*x.*nothing was changed, free some space"):
+        adapter(1).save_pretrained(tmp_path / "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert Adapter.from_pretrained(tmp_path / "x").hash == adapter(0).hash
+    with little_room(4096), pytest.raises(HubFull):
+        adapter(1).save_pretrained(tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    adapter(1).save_pretrained(tmp_path / "new")
+
+
+@pytest.mark.parametrize(("number", "wanted"), [(errno.ENOSPC, HubFull), (errno.EROFS, HubReadOnly), (errno.EIO, HubError)])
+def test_what_the_file_system_says_of_a_folder_has_a_name(tmp_path, monkeypatch, number, wanted):
+    def fail(*arguments, **options):
+        raise OSError(number, "as the system says it")
+
+    monkeypatch.setattr(_peft_write, "save_tensors", fail)
+    with pytest.raises(wanted, match=r"^writing a folder: ") as found:
+        adapter(0).save_pretrained(tmp_path / "x")
+    assert type(found.value) is wanted
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_number_of_a_failure_is_the_systems(tmp_path):
+    with little_room(4096), pytest.raises(OSError, match="too large") as found:
+        save_tensors({"a": torch.zeros(4096)}, tmp_path / "a.safetensors")
+    assert found.value.errno == errno.EFBIG
+    with pytest.raises(FileNotFoundError):
+        save_tensors({"a": torch.zeros(4)}, tmp_path / "absent" / "a.safetensors")
