@@ -13,6 +13,7 @@ _FULL = {"53100"}
 _LOCKED = {"55P03", "40P01", "40001"}
 _READ_ONLY = {"25006", "42501"}
 _DAMAGED = {"XX001", "XX002"}
+_NO_TEXT = {None, "22021", "22P05"}
 _OTHER_SCHEMA = {"42P01", "42703", "42883", "42704"}
 
 
@@ -22,8 +23,20 @@ def postgres_errors(address: PostgresAddress, doing: str) -> Iterator[None]:
     psycopg = require_psycopg()
     try:
         yield
+    except UnicodeEncodeError as error:
+        raise _unstorable(address, error, doing) from error
     except psycopg.Error as error:
+        # psycopg itself refuses a text with NUL, which is no error of the server and has no code
+        if isinstance(error, psycopg.DataError) and error.sqlstate in _NO_TEXT:
+            raise _unstorable(address, error, doing) from error
         raise _named(address, error.sqlstate, address.redacted(str(error)), doing) from error
+
+
+def _unstorable(address: PostgresAddress, error: Exception, doing: str) -> HubError:
+    return HubError(
+        f"{doing}: {address.where} cannot hold one of the texts ({address.redacted(str(error))}); nothing was changed. "
+        "Leave NUL and lone surrogates out of it"
+    )
 
 
 def _named(address: PostgresAddress, code: str | None, said: str, doing: str) -> HubError:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from loraweave.errors import HubCorrupt, HubError
-from loraweave.hub.stores.postgres_address import PostgresAddress
+from loraweave.errors import HubCorrupt, HubError, HubReadOnly
+from loraweave.hub.stores.postgres_address import PostgresAddress, require_psycopg
 from loraweave.hub.stores.postgres_session import Translating
 from loraweave.hub.stores.protocols import Connection
 from loraweave.hub.tables.filtering import fill
@@ -178,8 +178,20 @@ def _create_schema(connection: Any, address: PostgresAddress) -> None:
             "(Debian: postgresql-17-pgvector)"
         )
     connection.execute(f"CREATE SCHEMA IF NOT EXISTS {address.schema}")
-    connection.execute("CREATE EXTENSION IF NOT EXISTS vector WITH SCHEMA public")
+    _create_extension(connection, address)
     set_search_path(connection, address)
+
+
+def _create_extension(connection: Any, address: PostgresAddress) -> None:
+    user, database = connection.execute("SELECT current_user, current_database()").fetchone()
+    try:
+        connection.execute("CREATE EXTENSION IF NOT EXISTS vector WITH SCHEMA public")
+    except require_psycopg().errors.InsufficientPrivilege as error:
+        raise HubReadOnly(
+            f"creating the hub: {address.where} does not have the extension pgvector yet, and the user {user!r} may not "
+            "create it: where it is not marked as trusted, as in Debian's package, only a superuser may. Let one run "
+            f"CREATE EXTENSION vector in the database {database!r}, once, and open the hub again"
+        ) from error
 
 
 def set_search_path(connection: Any, address: PostgresAddress) -> None:

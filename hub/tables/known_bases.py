@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable
 
 from loraweave.hub.stores.protocols import Connection
+from loraweave.hub.tables.labels import storable
 from loraweave.types import Fingerprint, Record
 
 _MAX_LISTED = 100
@@ -19,7 +20,8 @@ def contradiction(connection: Connection, record: Record) -> str:
     if record.fingerprint is None or not record.base_model:
         return ""
     found = connection.execute(
-        "SELECT fingerprint FROM bases WHERE base_model = ? ORDER BY fingerprint LIMIT ?", (record.base_model, _MAX_LISTED)
+        "SELECT fingerprint FROM bases WHERE base_model = ? ORDER BY fingerprint LIMIT ?",
+        (storable(record.base_model), _MAX_LISTED),
     ).fetchall()
     reasons = [known.differs(record.fingerprint) for (text,) in found if (known := _read(text)) is not None]
     # a hub that holds adapters of both has said so when the second came
@@ -43,7 +45,7 @@ def tidy(connection: Connection, records: Iterable[Record]) -> None:
 
 
 def _entry(base_model: str, fingerprint: Fingerprint) -> tuple[str, str]:
-    return base_model, json.dumps(fingerprint.to_json(), sort_keys=True)
+    return storable(base_model), json.dumps(fingerprint.to_json(), sort_keys=True)
 
 
 def _insert(connection: Connection, base_model: str, text: str) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import traceback
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from loraweave.errors import HubCorrupt, HubError, HubFull, HubLocked, HubReadOn
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 from loraweave.retrieval.retriever import Retriever
-from loraweave.types import Factors
+from loraweave.types import Factors, Fingerprint
 
 psycopg = pytest.importorskip("psycopg")
 
@@ -139,6 +140,37 @@ def test_a_user_who_may_only_read_reads_and_is_told_about_writing(hub, place, po
             reader.add(adapter(1))
     with pytest.raises(HubReadOnly, match="holds no hub of schema"):
         Hub(url.replace(f"schema={schema}", "schema=absent"), blobs=place[1])
+
+
+def test_a_user_who_may_create_but_is_no_superuser_is_told_who_creates_pgvector(postgres_server, schema, tmp_path):
+    with postgres_server.connect() as connection:
+        connection.execute(f"CREATE ROLE owner_{schema} LOGIN PASSWORD 'owner'")
+        connection.execute(f"CREATE DATABASE of_{schema} OWNER owner_{schema}")
+    url = postgres_server.url(schema).replace("/postgres?", f"/of_{schema}?")
+    owner = url.replace("weaver:s3cr%3At%2Fp%40ss", f"owner_{schema}:owner")
+    wanted = (
+        rf"pgvector.*the user 'owner_{schema}' may not.*superuser.*CREATE EXTENSION vector in the database 'of_{schema}'"
+    )
+    with pytest.raises(HubReadOnly, match=wanted):
+        Hub(owner, blobs=tmp_path)
+    with psycopg.connect(url.partition("?")[0], autocommit=True) as connection:
+        connection.execute("CREATE EXTENSION vector")
+    with Hub(owner, blobs=tmp_path) as hub:
+        hub.add(adapter(1))
+        assert [record.name for record in hub] == ["adapter 1"]
+
+
+@pytest.mark.parametrize("odd", ["org/\0", "org/\ud800"])
+def test_texts_that_postgresql_has_not_are_stored_or_named(hub, odd):
+    fingerprint = Fingerprint("0" * 64, (1.0,) * 256)
+    one = replace(adapter(1), base_model=odd, fingerprint=fingerprint)
+    hub.add(one, tags=[odd], language=odd, description=odd, examples=[odd])
+    assert [record.base_model for record in hub.records(base_model=odd, tags=odd)] == [odd]
+    assert hub["adapter 1"].base_model == odd
+    assert hub.verify().ok
+    with pytest.raises(HubError, match=r"storing vectors of embedder .* cannot hold one of the texts"):
+        hub.store_vectors(odd, [("adapter 1", "digest", np.ones(3))])
+    assert hub.verify().ok
 
 
 def test_what_the_server_reports_becomes_the_same_errors_as_in_a_folder(hub):
