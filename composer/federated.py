@@ -10,6 +10,7 @@ from loraweave.composer.merge import merge
 from loraweave.errors import WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.merge_report import LayerReport
+from loraweave.hub.whole_number import is_whole
 from loraweave.types import Factors
 
 
@@ -32,8 +33,9 @@ def flexlora_clients(
     """
     if not ranks:
         raise WeightingError("flexlora_clients takes one rank for each client, and got none")
-    if min(ranks) < 1:
-        raise WeightingError(f"rank {min(ranks)} of client {list(ranks).index(min(ranks)) + 1} is below 1")
+    for client, rank in enumerate(ranks, start=1):
+        if not is_whole(rank, 1):
+            raise WeightingError(f"rank {rank!r} of client {client} is no whole number of 1 or more")
     if names is not None and len(names) != len(ranks):
         raise WeightingError(f"flexlora_clients got {len(ranks)} ranks and {len(names)} names; it takes one for each")
     mean = merge(adapters, weights, method="flexlora", rank=max(ranks), heads=heads, progress=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -23,7 +23,9 @@ BLOCK = 2**20
 
 def finite_weights(weights: Any, names: Sequence[str]) -> list[float]:
     """One finite number for each of the named adapters. Raises WeightingError for anything else."""
-    if isinstance(weights, str | bytes | Mapping) or not hasattr(weights, "__len__") or getattr(weights, "ndim", 1) != 1:
+    # a set has no order, and would lose equal weights
+    unordered = isinstance(weights, str | bytes | Mapping | Set) or not hasattr(weights, "__len__")
+    if unordered or getattr(weights, "ndim", 1) != 1:
         raise WeightingError(
             f"weights={weights!r:.80} is no list of numbers; give one for each of {len(names)} adapters, in their order"
         )
@@ -84,15 +86,16 @@ def _number(name: str, weight: Any) -> float:
 
 def _all_finite(tensor: Tensor) -> bool:
     # a NaN or infinity anywhere is in the sum too, and a sum is read at the speed of memory
-    return math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())
+    return math.isfinite(float(tensor.detach().sum())) or bool(torch.isfinite(tensor).all())
 
 
 def _largest(factors: Factors, enough: float) -> float:
     """The largest magnitude of the update and its bias; a bound of it where that is not above `enough`."""
-    bias = 0.0 if factors.bias_O is None else float(factors.bias_O.abs().max())
-    bound = float(factors.b_OR.norm()) * float(factors.a_RI.norm())
+    a_RI, b_OR = factors.a_RI.detach(), factors.b_OR.detach()
+    bias = 0.0 if factors.bias_O is None else float(factors.bias_O.detach().abs().max())
+    bound = float(b_OR.norm()) * float(a_RI.norm())
     if max(bound, bias) <= enough or not factors.rank:
         return max(bound, bias)
-    step = max(1, BLOCK // factors.a_RI.shape[1])
-    a_RI, b_OR = factors.a_RI.double(), factors.b_OR.double()
+    step = max(1, BLOCK // a_RI.shape[1])
+    a_RI, b_OR = a_RI.double(), b_OR.double()
     return max(bias, *(float((b_OR[row : row + step] @ a_RI).abs().max()) for row in range(0, len(b_OR), step)))

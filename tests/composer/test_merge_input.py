@@ -13,6 +13,7 @@ import loraweave as lw
 from loraweave import registry
 from loraweave.composer.composer import Composer
 from loraweave.composer.merge import merge
+from loraweave.composer.merge_input import require_sound
 from loraweave.composer.method_call import MethodCall
 from loraweave.composer.statistics import LayerStatistics, Statistics
 from loraweave.errors import CompositionError, LoraweaveError, UnknownName, WeightingError
@@ -107,6 +108,7 @@ NO_WEIGHTS: list[tuple[Any, str]] = [
     (torch.ones(2, 2), "is no list of numbers"),
     ("ab", "weights='ab' is no list of numbers"),
     ({"a": 1.0, "b": 1.0}, "is no list of numbers"),
+    ({0.5, 1.0}, "is no list of numbers"),
     (iter([1.0, 1.0]), "is no list of numbers"),
 ]
 
@@ -192,3 +194,11 @@ def test_numbers_of_numpy_and_torch_are_weights() -> None:
     assert merge([a, b], torch.tensor([0.5, 2.0])).hash == wanted  # type: ignore[arg-type]
     assert merge([a, b], torch.tensor([0.5, 2.0]).numpy()).hash == wanted  # type: ignore[arg-type]
     assert merge((a, b), (torch.tensor(0.5), 2)).hash == wanted  # type: ignore[arg-type]
+
+
+def test_factors_that_learn_are_checked_like_others() -> None:
+    made = factors(0)
+    learning = Factors(torch.nn.Parameter(made.a_RI), torch.nn.Parameter(made.b_OR))
+    require_sound(LAYERS[0], {"a": learning}, [1.0], "linear")
+    with pytest.raises(CompositionError, match="use a smaller weight"):
+        require_sound(LAYERS[0], {"a": learning}, [1e38], "linear")
