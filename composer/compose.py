@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from os import PathLike
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from loraweave.composer.composer import Composer
-from loraweave.composer.composing.candidates import candidates
+from loraweave.composer.composing.candidates import candidates, experts_of
 from loraweave.composer.composing.guard import guard
 from loraweave.composer.composing.measurement import Measurement, Trial
 from loraweave.composer.composing.parts import folds as make_folds
@@ -18,21 +19,18 @@ from loraweave.composer.composing.ways import Ways
 from loraweave.composer.composition import Composition
 from loraweave.composer.evaluation.user_loss import Examples
 from loraweave.composer.report import Report
-from loraweave.errors import WeightingError
+from loraweave.hub.adapter import Adapter
 from loraweave.hub.base_key import base_key
 from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
 from loraweave.hub.progress import progress_bar
 from loraweave.types import Router, Task
 
-# a race pays for its folds out of one budget
-FOLDS, FOLDS_OF_A_RACE = 3, 2
-
 
 def compose(
     model: Any,
     tokenizer: Any,
-    hub_or_pool: Hub | ExpertPool,
+    hub_or_pool: Hub | ExpertPool | Iterable[Adapter] | Mapping[str, Adapter],
     task: Task,
     *,
     method: str | Router = "lorahub",
@@ -55,11 +53,12 @@ def compose(
 ) -> Composition:
     """Finds the `k` adapters of a hub that fit the task's examples best, weighs them, and returns the composition.
 
-    A pool is used whole. `method` is a search of `names("routers")` with `budget` evaluations (candidates scored on all
-    examples) or `seconds`, "best_single" the adapter of the lowest loss, "manual" the `weights` given, "base" none; "auto"
-    races several searches under the one budget and takes whatever does best on held-out examples (docs/search.md). A router
-    by its name, with its options, weighs every token by itself; one that learns is trained on the examples for `steps`
-    steps, by default a third of the budget, at the rate `lr`. One that was made, and maybe fitted, is taken as it is.
+    A pool, or a list of adapters, is used whole. `method` is a search of `names("routers")` with `budget` evaluations
+    (candidates scored on all examples) or `seconds`, "best_single" the adapter of the lowest loss, "manual" the `weights`
+    given, "base" none; "auto" races several searches under the one budget and takes whatever does best on held-out examples
+    (docs/search.md). A router by its name, with its options, weighs every token by itself; one that learns is trained on the
+    examples for `steps` steps, by default a third of the budget, at the rate `lr`. One that was made, and maybe fitted, is
+    taken as it is.
     `space`: "deltas" mixes the adapters' updates; "factors" mixes A and B apart, as LoraHub's authors do. `objective`
     is a name of `names("objectives")`, or any function of (model, examples); "entropy" looks at `inputs` without targets, by
     default those of the examples. To it come `l1` * mean|w|, `l2` * mean(w^2) and `sparsity` * the number of
@@ -77,37 +76,36 @@ def compose(
     Raises UnknownName, InvalidTask, InvalidLicense and WeightingError before anything is run, SearchFailed when nothing can
     be scored.
     """
-    folder = _folder(checkpoint)
-    folds = (FOLDS_OF_A_RACE if method == "auto" else FOLDS) if folds is None else folds
-    settings = Settings(
-        method,
-        k,
-        budget,
-        seconds,
-        seed,
-        folds,
-        space,
-        weights,
-        objective,
-        inputs,
-        l1,
-        l2,
-        sparsity,
-        folder,
-        search_options,
-        allow_licenses,
+    settings = Settings.of(
+        method=method,
+        k=k,
+        budget=budget,
+        seconds=seconds,
+        seed=seed,
+        folds=folds,
+        space=space,
+        weights=weights,
+        objective=objective,
+        inputs=inputs,
+        l1=l1,
+        l2=l2,
+        sparsity=sparsity,
+        checkpoint=checkpoint,
+        allow_licenses=allow_licenses,
+        options=search_options,
     )
-    settings.check(task, from_hub=isinstance(hub_or_pool, Hub))
+    experts = experts_of(hub_or_pool)
+    settings.check(task, from_hub=isinstance(experts, Hub))
     started = time.perf_counter()
     # a model without a name can only be told by its shapes, which adapters seldom know: then all are tried
     base = base_key(model) if hasattr(model, "name_or_path") else None
-    pool, scores = candidates(hub_or_pool, task, k, base)
+    pool, scores = candidates(experts, task, k, base)
     if pool is None:
-        reason = f"none of the hub's {len(hub_or_pool)} adapters is for the base model {base.id if base else None!r}"
+        reason = f"none of the hub's {len(experts)} adapters is for the base model {base.id if base else None!r}"
         return Composition(model, tokenizer, task, None, {}, "linear", Report((), "base", reason, (), 0.0, 0), seed)
     settings.require_licenses(pool)
     engine = Composer(model, pool, tokenizer=tokenizer)
-    parts = make_folds(len(task.examples), folds, seed) if settings.learns else []
+    parts = make_folds(len(task.examples), settings.folds, seed) if settings.learns else []
     with progress_bar(progress) as bar:
         # unknown until the searches are made, and after that too where only time bounds them
         shown = bar.add_task("measuring adapters", total=None)
@@ -129,10 +127,16 @@ def compose(
     return _composition(model, tokenizer, task, taken, report, settings)
 
 
-def _folder(checkpoint: object) -> Path | None:
-    if not isinstance(checkpoint, str | PathLike | None):
-        raise WeightingError(f"checkpoint is {checkpoint!r:.80}; give the path of a folder")
-    return None if checkpoint is None else Path(checkpoint)
+ARGUMENTS = signature(compose)
+
+
+def check_arguments(experts: Hub | ExpertPool, task: Task, **arguments: Any) -> None:
+    """Raises what compose() raises of these arguments before it looks at the model."""
+    given = ARGUMENTS.bind(None, None, experts, task, **arguments)
+    given.apply_defaults()
+    known = {field.name for field in fields(Settings)}
+    named = {name: value for name, value in given.arguments.items() if name in known}
+    Settings.of(**named, options=given.arguments["search_options"]).check(task, from_hub=isinstance(experts, Hub))
 
 
 def _trials(measure: Measurement, ways: Ways, settings: Settings) -> list[Trial]:

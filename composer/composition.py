@@ -23,9 +23,10 @@ from loraweave.composer.refine.cut import cut
 from loraweave.composer.refine.prune import leave_one_out, prune
 from loraweave.composer.refine.routed import pool_of, require_no_router, saved_router
 from loraweave.composer.refine.tune import Tuning, tune
-from loraweave.composer.report import Report, ReportRow
+from loraweave.composer.report import Report
+from loraweave.composer.saved_recipe import FILE, FORMAT, FORMAT_WITH_ROUTER, SavedRecipe
 from loraweave.composer.untouched import untouched
-from loraweave.errors import AdapterCorrupt, AdapterNotFound, BaseModelMismatch, CompositionError
+from loraweave.errors import AdapterCorrupt, BaseModelMismatch, CompositionError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.export import ExportReport
 from loraweave.hub.fingerprint import fingerprint
@@ -34,10 +35,8 @@ from loraweave.hub.license_terms import license_of_all, stated
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.mixture import MixtureWeights
 from loraweave.routers.routing.make import router as read_router
-from loraweave.types import Fingerprint, Router, Task
+from loraweave.types import Router, Task
 
-FORMAT, FORMAT_WITH_ROUTER = 2, 3
-FILE = "composition.json"
 PACKAGES = ("loraweave", "torch", "transformers", "cma")
 
 
@@ -225,24 +224,11 @@ class Composition:
     @classmethod
     def from_pretrained(cls, folder: str | Path, model: Any, tokenizer: Any) -> Composition:
         """Reads a saved composition for the same base model; BaseModelMismatch for another, AdapterNotFound without one."""
-        path = Path(folder) / FILE
-        if not path.is_file():
-            raise AdapterNotFound(f"{folder} holds no {FILE}; save_pretrained() of a composition writes it")
-        try:
-            recipe = json.loads(path.read_text())
-            if recipe["format"] not in (FORMAT, FORMAT_WITH_ROUTER):
-                raise CompositionError(
-                    f"{path} has format {recipe['format']}, but this version reads {FORMAT} and {FORMAT_WITH_ROUTER}"
-                )
-            task = Task([(text, target) for text, target in recipe["task"].pop("examples")], **recipe["task"])
-            rows = tuple(ReportRow(**{**row, "losses": tuple(row["losses"])}) for row in recipe["report"].pop("rows"))
-            report = Report(rows, **{**recipe["report"], "candidates": tuple(map(tuple, recipe["report"]["candidates"]))})
-            base = Fingerprint.from_json(recipe["fingerprint"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise AdapterCorrupt(f"{path} is damaged ({type(error).__name__}: {error})") from error
-        if why := base.differs(fingerprint(model)):
-            raise BaseModelMismatch(f"{folder} was composed for {recipe['base_model']!r}, and this model is another: {why}")
-        if recipe["format"] == FORMAT_WITH_ROUTER:
+        saved = SavedRecipe.read(folder)
+        task, report, recipe = saved.task, saved.report, saved.fields
+        if why := saved.base.differs(fingerprint(model)):
+            raise BaseModelMismatch(f"{folder} was composed for {saved.base_model!r}, and this model is another: {why}")
+        if saved.has_router:
             router = read_router(Path(folder) / "router")
             if router.pool is None:
                 raise AdapterCorrupt(f"{folder} has a router without its adapters; compose again")

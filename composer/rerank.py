@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from loraweave.composer.composer import Composer
+from loraweave.composer.composing.candidates import experts_of
 from loraweave.composer.evaluation.example_loss import ExampleLoss
 from loraweave.composer.first_order import FirstOrder, first_order, update_norm
 from loraweave.errors import InvalidTask, SearchFailed, UnknownName, WeightingError
+from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
 from loraweave.hub.whole_number import require_whole
@@ -35,7 +37,7 @@ class _Settings:
 def rerank(
     model: Any,
     tokenizer: Any,
-    hub_or_pool: Hub | ExpertPool,
+    hub_or_pool: Hub | ExpertPool | Iterable[Adapter] | Mapping[str, Adapter],
     task: Task | Sequence[tuple[str, str]],
     candidates: Sequence[Candidate],
     *,
@@ -63,7 +65,8 @@ def rerank(
     if not candidates:
         return []
     names = list(dict.fromkeys(candidate.name for candidate in candidates))
-    pool = hub_or_pool.subset(names) if isinstance(hub_or_pool, ExpertPool) else hub_or_pool.pool(names)
+    experts = experts_of(hub_or_pool)
+    pool = experts.subset(names) if isinstance(experts, ExpertPool) else experts.pool(names)
     engine = Composer(model, pool, tokenizer=tokenizer)
     ranked = _WAYS[by](engine, tokenizer, asked, settings)
     engine.close()

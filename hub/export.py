@@ -83,6 +83,13 @@ class ExportReport:
         return "\n".join(lines)
 
 
+def require_target(target: str) -> None:
+    """Raises UnknownName for what is no target of an export."""
+    if target not in TARGETS:
+        hint = nearest(target, TARGETS)
+        raise UnknownName(f"no export target {target!r}{hint}; there are {', '.join(TARGETS)}")
+
+
 def export(contents: Contents, name: str, folder: Path, *, target: str, max_rank: int | None) -> ExportReport:
     """Writes the folder and says what it took; `name` is what requests to a server call the adapter.
 
@@ -90,9 +97,7 @@ def export(contents: Contents, name: str, folder: Path, *, target: str, max_rank
     Raises UnknownName for a target, WeightingError for a rank below 1, and AdapterUnsupported for what the target cannot
     express; nothing is written then.
     """
-    if target not in TARGETS:
-        hint = nearest(target, TARGETS)
-        raise UnknownName(f"no export target {target!r}{hint}; there are {', '.join(TARGETS)}")
+    require_target(target)
     if max_rank is not None and max_rank < 1:
         raise WeightingError(f"max_rank={max_rank} is below 1; leave it out to keep the exact rank")
     layers = dict(contents.layers)

@@ -170,19 +170,28 @@ def load_model(base: str | None) -> tuple[Any, Any]:
     return loaded
 
 
-def require_free(folder: Path, own: str) -> None:
-    """Before long work: AdapterExists when `folder` holds something else than an earlier result, known by its file `own`."""
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option was written in the command, and has neither its default nor what the environment says."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def require_free(folder: Path, own: str, *, replace: bool = True) -> None:
+    """Before long work: AdapterExists when `folder` holds something else than an earlier result, known by its file `own`.
+
+    Without `replace` also when it holds one, which --force would write over.
+    """
     if folder.exists() and not (folder.is_dir() and ((folder / own).is_file() or not any(folder.iterdir()))):
         raise AdapterExists(f"{folder} is a file, or holds something that has no {own}; name another folder with --out")
+    if not replace and (folder / own).is_file():
+        raise AdapterExists(f"{folder} holds an adapter already; pass --force to write over it, or another folder to --out")
 
 
 def recorded_base(folder: Path) -> str | None:
-    """The base model that a composition folder names; None when it names none."""
-    try:
-        named = json.loads((folder / COMPOSITION_FILE).read_text(encoding="utf-8")).get("base_model")
-    except (OSError, ValueError, AttributeError):
-        # reading the composition itself says what is wrong with the file
-        return None
+    """The base model that a composition folder names, None when it names none; raises what reading the folder raises."""
+    from loraweave.composer.saved_recipe import SavedRecipe
+
+    named = SavedRecipe.read(folder).base_model
     return named if isinstance(named, str) and named else None
 
 

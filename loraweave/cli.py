@@ -16,6 +16,7 @@ from loraweave._application import INTERRUPTED, Application, one_line
 from loraweave._inputs import (
     ADAPTER_FILE,
     COMPOSITION_FILE,
+    is_given,
     load_model,
     open_hub,
     read_labels,
@@ -125,6 +126,7 @@ def demo(
     "--num-examples 5 --out composed"
 )
 def compose(
+    context: typer.Context,
     examples: Annotated[
         Path, typer.Option(metavar="JSONL", exists=True, dir_okay=False, help='Lines {"input": "...", "target": "..."}.')
     ],
@@ -172,29 +174,24 @@ def compose(
     if weight:
         options["weights"] = read_named_weights(weight)
     wanted = read_labels(labels)
+    if pool is not None and is_given(context, "hub"):
+        raise typer.BadParameter("--pool and --hub both name adapters to choose from; leave one out")
     if out is not None:
         require_free(out, COMPOSITION_FILE)
     rows = read_rows(examples, split=split)
     import loraweave as lw
+    from loraweave.composer.compose import check_arguments
+    from loraweave.composer.composing.router_method import routes
 
     asked = rows.instruction if instruction is None else instruction
     task = lw.Task(rows.examples()[:num_examples], instruction=asked, labels=wanted)
     source = open_hub(hub) if pool is None else read_pool(pool)
+    arguments = {"method": method, "k": k, "budget": budget, "seed": seed, "checkpoint": checkpoint, **options}
+    check_arguments(source, task, **arguments)
+    if routes(method) and not prune is tune is rank is None:
+        raise typer.BadParameter(f"--prune, --tune and --rank change weights, but {method!r} is a router: leave them out")
     model, tokenizer = load_model(base)
-    composed = lw.compose(
-        model,
-        tokenizer,
-        source,
-        task,
-        method=method,
-        k=k,
-        budget=budget,
-        seed=seed,
-        checkpoint=checkpoint,
-        progress=sys.stderr.isatty(),
-        allow_licenses=allow_licenses,
-        **options,
-    )
+    composed = lw.compose(model, tokenizer, source, task, **arguments, progress=sys.stderr.isatty())
     shown = sys.stderr.isatty()
     if prune is not None and not composed.is_base:
         composed = composed.prune(prune, progress=shown)
@@ -245,7 +242,8 @@ def evaluate(
     import loraweave as lw
 
     if composed:
-        model, tokenizer = load_model(base or recorded_base(folder))
+        recorded = recorded_base(folder)
+        model, tokenizer = load_model(base or recorded)
         result: Mapping[str, Any] = lw.Composition.from_pretrained(folder, model, tokenizer).evaluate(read.accepted())
     else:
         asked = read.instruction if instruction is None else instruction
@@ -346,10 +344,13 @@ def export(
     """Write a composition or an adapter as one PEFT folder that peft or a server reads, and tell the server's flags."""
     require_free(out, ADAPTER_FILE)
     import loraweave as lw
+    from loraweave.hub.export import require_target
 
+    require_target(target)
     exported: lw.Composition | lw.Adapter
     if (folder / COMPOSITION_FILE).is_file() or not (folder / ADAPTER_FILE).is_file():
-        model, tokenizer = load_model(base or recorded_base(folder))
+        recorded = recorded_base(folder)
+        model, tokenizer = load_model(base or recorded)
         exported = lw.Composition.from_pretrained(folder, model, tokenizer)
     else:
         exported = lw.Adapter.from_pretrained(folder)

@@ -38,7 +38,8 @@ def explain(
         raise typer.BadParameter(f"--page takes a file that ends in .html, not {page.name!r}")
     import loraweave as lw
 
-    model, tokenizer = load_model(base or recorded_base(folder))
+    recorded = recorded_base(folder)
+    model, tokenizer = load_model(base or recorded)
     composed = lw.Composition.from_pretrained(folder, model, tokenizer)
     explanation = composed.explain(text, max_new_tokens=max_new_tokens)
     if plot is not None:

@@ -55,6 +55,7 @@ def merge(
         Path | None, typer.Option(metavar="FILE", help="Draw each adapter's share of every layer: .png, .svg or .pdf.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same result.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Write over the adapter that --out holds.")] = False,
     allow_licenses: AllowLicensesOption = False,
     hub: HubOption = DEFAULT_HUB,
     as_json: JsonOption = False,
@@ -62,7 +63,7 @@ def merge(
     """Combine adapters into one, without a model."""
     numbers = read_weights(weights, len(sources))
     options = read_options(option or (), reserved=RESERVED)
-    require_free(out, ADAPTER_FILE)
+    require_free(out, ADAPTER_FILE, replace=force)
     import loraweave as lw
 
     adapters = [read_adapter(source, hub) for source in sources]

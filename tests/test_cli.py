@@ -303,9 +303,13 @@ def test_a_word_that_is_a_folder_and_in_the_hub_is_refused(here):
     assert call("merge", "./both", "--out", "m").exit_code == 0
 
 
-def test_merge_replaces_an_earlier_result_and_nothing_else(two):
+def test_merge_replaces_an_earlier_result_by_force_and_nothing_else(two):
     assert call("merge", two / "left", "--out", "m").exit_code == 0
-    assert call("merge", two / "right", "--out", "m").exit_code == 0
+    done = call("merge", two / "right", "--out", "m")
+    assert (done.exit_code, done.stderr.split(":")[0], "--force" in done.stderr) == (1, "AdapterExists", True)
+    assert lw.Adapter.from_pretrained("m").hash == lw.Adapter.from_pretrained(two / "left").hash
+    assert call("merge", two / "right", "--out", "m", "--force").exit_code == 0
+    assert lw.Adapter.from_pretrained("m").hash == lw.Adapter.from_pretrained(two / "right").hash
     Path("mine").mkdir()
     Path("mine/diary.txt").write_text("dear")
     done = call("merge", two / "left", "--out", "mine")
@@ -399,6 +403,47 @@ def test_an_unknown_way_to_compose_names_the_nearest(two, base, rows):
     assert done.stderr.splitlines()[-1].startswith(
         "UnknownName: no method 'lorahbu' to compose with, did you mean 'lorahub'?"
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["--method", "lorahbu"], 1, "UnknownName: no method 'lorahbu'"),
+        (["--option", "objective=entropi"], 1, "UnknownName: no objective 'entropi', did you mean 'entropy'?"),
+        (["--option", "objective=labels"], 1, "InvalidTask: objective 'labels' ranks the labels of a task"),
+        (["--option", "sigmma=1"], 1, "WeightingError: method 'lorahub' has no option 'sigmma'"),
+        (["--option", "sigma=-1"], 1, "WeightingError: sigma is -1"),
+        (["--option", "folds=1"], 1, "WeightingError: folds is 1"),
+        (["--method", "similarity"], 1, "WeightingError: method 'similarity' weighs by retrieval scores"),
+        (["--method", "arrow", "--rank", "2"], 2, "but 'arrow' is a router: leave them out"),
+        (["--hub", "missing"], 2, "--pool and --hub both name adapters"),
+    ],
+)
+def test_compose_looks_at_names_and_options_before_the_base_is_loaded(words, status, said, two, rows):
+    done = call("compose", "--base", "no/such-base", "--pool", two, "--examples", rows, *words)
+    assert (done.exit_code, said in " ".join(done.stderr.split())) == (status, True), done.stderr
+
+
+def test_a_hub_of_the_environment_gives_way_to_a_pool(two, base, rows):
+    words = ("compose", "--base", base, "--pool", two, "--examples", rows, "--method", "uniform")
+    assert call(*words, env={"LORAWEAVE_HUB": "missing"}).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "words", [["eval", "broken", "rows.jsonl"], ["export", "broken", "--out", "e"], ["explain", "broken", "a"]]
+)
+def test_a_damaged_composition_is_named_before_the_base_is_loaded(words, here, rows):
+    Path("broken").mkdir()
+    Path("broken/composition.json").write_text('{"format": 2, "base_model": "no/such-base"}')
+    for more in ([], ["--base", "no/such-base"]):
+        done = call(*words, *more)
+        assert (done.exit_code, done.stderr.split(":")[0]) == (1, "AdapterCorrupt"), done.stderr
+
+
+def test_export_looks_at_its_target_before_the_base_is_loaded(here):
+    Path("made").mkdir()
+    done = call("export", "made", "--target", "vlmm", "--out", "e", "--base", "no/such-base")
+    assert done.stderr.startswith("UnknownName: no export target 'vlmm', did you mean 'vllm'?")
 
 
 def test_compose_looks_at_its_target_before_the_base_is_loaded(two, rows):

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from os import PathLike
+from typing import Any
+
+from loraweave.errors import WeightingError
 from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
 from loraweave.retrieval.retriever import Retriever
 from loraweave.types import BaseKey, Task
+
+
+def experts_of(given: Any) -> Hub | ExpertPool:
+    """The hub or the pool; a list or a mapping of adapters as a pool. Raises WeightingError for anything else."""
+    if isinstance(given, str | PathLike):
+        raise WeightingError(f"adapters are chosen from a hub, and {str(given)!r} is its path: pass lw.Hub({str(given)!r})")
+    return given if isinstance(given, Hub | ExpertPool) else ExpertPool(given)
 
 
 def candidates(

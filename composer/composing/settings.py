@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from loraweave.types import Router, Task
 
 # what a search's weights mean, as the name of a merge method
 SPACES = {"deltas": "linear", "factors": "factor_sum"}
+# a race pays for its folds out of one budget
+FOLDS, FOLDS_OF_A_RACE = 3, 2
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,15 @@ class Settings:
     checkpoint: Path | None
     options: Mapping[str, Any] = field(default_factory=dict)
     allow_licenses: bool = False
+
+    @classmethod
+    def of(cls, *, folds: int | None, checkpoint: str | Path | None, **arguments: Any) -> Settings:
+        """The arguments of compose() by name. WeightingError for a checkpoint that is no path."""
+        if not isinstance(checkpoint, str | PathLike | None):
+            raise WeightingError(f"checkpoint is {checkpoint!r:.80}; give the path of a folder")
+        if folds is None:
+            folds = FOLDS_OF_A_RACE if arguments["method"] == "auto" else FOLDS
+        return cls(folds=folds, checkpoint=None if checkpoint is None else Path(checkpoint), **arguments)
 
     @property
     def name(self) -> str:

@@ -9,8 +9,9 @@ import torch
 
 import loraweave as lw
 from loraweave.errors import InvalidTask, LoraweaveError, UnknownName, WeightingError
-from loraweave.types import Factors
+from loraweave.types import Candidate, Factors
 
+HIT = Candidate("a", 1.0, "", None)
 TASK = lw.Task([("a", "ab"), ("b", "ba"), ("cc", "c")])
 
 
@@ -65,3 +66,38 @@ def test_a_checkpoint_that_is_a_file_is_refused(pool, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(WeightingError, match="is a file"):
         lw.compose(None, None, pool, TASK, checkpoint=tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("adapters", r"pass lw.Hub\('adapters'\)"),
+        (None, "a list of adapters"),
+        ([], "empty"),
+        (["a"], "'a'"),
+        (5, "a list of adapters"),
+    ],
+)
+def test_what_is_no_hub_and_no_adapters_is_refused_with_the_way_out(given, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for call in (lambda: lw.compose(None, None, given, TASK), lambda: lw.rerank(None, None, given, TASK, [HIT])):
+        with pytest.raises(WeightingError, match=message):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("task", [[("a", "b"), ("c", "d")], "sort", None])
+def test_what_is_no_task_is_refused_with_the_way_out(task, pool):
+    with pytest.raises(InvalidTask, match=r"give lw.Task"):
+        lw.compose(None, None, pool, task)
+
+
+def test_a_list_of_adapters_is_a_pool(tiny_llama, tokenizer, make_adapters):
+    adapters = make_adapters(tiny_llama, "llama")
+    task = lw.Task([("a", "ab"), ("b", "ba")])
+    found = [
+        lw.compose(tiny_llama, tokenizer, given, task, method="uniform", progress=False)
+        for given in (adapters, {adapter.name: adapter for adapter in adapters}, lw.ExpertPool(adapters))
+    ]
+    assert all(each.weights == pytest.approx(dict.fromkeys("abc", 1 / 3)) for each in found)
+    assert found[0].losses() == found[1].losses() == found[2].losses()
