@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from loraweave.composer.experts.loss_identity import loss_identity
 from loraweave.composer.router_training.settings import TrainingSettings
 from loraweave.errors import TrainingError
 
@@ -20,7 +21,8 @@ class ExpertSettings(TrainingSettings):
     load of each expert in `on_log`.
 
     `loss(output, columns)` is the mean loss of a pass, instead of the base's own: `columns` are those of its rows, stacked,
-    with the names of their tasks in "task". A checkpoint does not know it: go on with the same one.
+    with the names of their tasks in "task". A checkpoint knows it by its name, its code and what it is bound to
+    (`loss_identity`): with another one the training begins anew.
     """
 
     callbacks: Sequence[Any] = ()
@@ -33,5 +35,9 @@ class ExpertSettings(TrainingSettings):
             raise TrainingError(f"callbacks is {given!r:.80}; it must be a list of transformers' TrainerCallbacks")
         if self.loss is not None and not callable(self.loss):
             raise TrainingError(f"loss is {self.loss!r:.80}; it must be a function of the output and the rows' columns")
+
+    def determining(self) -> dict[str, Any]:
+        found = super().determining()
+        return found if self.loss is None else {**found, "loss": loss_identity(self.loss)}
 
     aside: ClassVar[tuple[str, ...]] = (*TrainingSettings.aside, "callbacks", "loss")

@@ -23,8 +23,8 @@ class Mocle(Recipe):
     gives them as task=, and `adapter(task)` is the model of one.
 
     The paper's are 64 clusters, 4 experts of rank 8 and a temperature of 0.05; it has no size of c, which is 64 here.
-    `as_released` is the authors' code where that is another formula: each site has embeddings of its own, of 384 numbers, and
-    a gate with a bias, in training normal noise of the standard deviation 0.1 is added to g c + bias, and the output is
+    `as_released` is the authors' code where that is another formula: each site has embeddings of its own, 384 wide, and a
+    gate with a bias, in training normal noise of the standard deviation 0.1 is added to g c + bias, and the output is
     y0 + p^2 E_best(x) + (1 - p) E_universal(x). Its other sizes are alpha=32, dropout=0.1 and ("q_proj", "v_proj").
     """
 

@@ -1,9 +1,12 @@
 """Training on rows of tensors: images, whole texts with one label, and losses of the caller's own."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
+from transformers import TrainerCallback
 
 import loraweave as lw
 from loraweave.errors import InvalidTask, TrainingError
@@ -170,6 +173,66 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(images, tmp_path):
     expected = model().fit(rows, **settings)
     for name, value in expected.learning().items():
         assert torch.equal(resumed.learning()[name], value), name
+
+
+def smoothed(share):
+    """A loss that is the same function for the same share."""
+
+    def loss(output, columns):
+        return functional.cross_entropy(output.logits, columns["classes"], label_smoothing=share)
+
+    return loss
+
+
+def weighted(numbers):
+    weight = torch.tensor(numbers)
+    return lambda output, columns: functional.cross_entropy(output.logits, columns["classes"], weight=weight)
+
+
+class Summed:
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __call__(self, output, columns):
+        return self.scale * functional.cross_entropy(output.logits, columns["classes"])
+
+
+def scaled(output, columns, scale):
+    return scale * functional.cross_entropy(output.logits, columns["classes"])
+
+
+@pytest.mark.parametrize(
+    ("make", "own", "other"),
+    [
+        (smoothed, 0.0, 0.5),
+        (weighted, [1.0, 1.0, 1.0], [1.0, 9.0, 1.0]),
+        (Summed, 1.0, 3.0),
+        (lambda scale: partial(scaled, scale=scale), 1.0, 3.0),
+        (lambda half: smoothed(0.5) if half else weighted([1.0, 2.0, 3.0]), True, False),
+        (lambda again: lambda output, columns: scaled(output, columns, 3.0 if again else 1.0), True, False),
+    ],
+)
+def test_a_training_goes_on_with_its_own_loss_alone(images, tmp_path, make, own, other):
+    rows = [{"pixel_values": row["pixel_values"], "classes": row["labels"]} for row in images]
+
+    def steps(loss):
+        """How many passes a training takes that finds what is in the folder."""
+        counted = []
+
+        class Counted(TrainerCallback):
+            def on_step_end(self, *_, **__):
+                counted.append(1)
+
+        made = lw.experts("mola", _vit(), **OPTIONS)
+        made.fit(rows, **SETTINGS, loss=loss, checkpoint=tmp_path, checkpoint_every=3, callbacks=[Counted()])
+        return len(counted), made
+
+    assert steps(make(own))[0] == 3
+    assert steps(make(own))[0] == 0
+    num_steps, made = steps(make(other))
+    assert num_steps == 3
+    expected = lw.experts("mola", _vit(), **OPTIONS).fit(rows, **SETTINGS, loss=make(other))
+    assert made.training_report.losses == expected.training_report.losses
 
 
 def test_a_classifier_of_texts_learns_from_one_label_a_text():

@@ -1,0 +1,88 @@
+"""By what a loss function is known again in another process."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Mapping
+from functools import partial
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+# values that are compared one by one; of a larger tensor, such as another model's, only the shape is
+MAX_VALUES = 1_000_000
+
+
+def loss_identity(function: Any) -> Any:
+    """As JSON: the function's name and code, and the numbers, texts, tensors and functions that it is bound to.
+
+    These are its defaults, what it has of the scope around it, a partial's arguments, and an object's attributes. What else
+    it reads, such as globals and the content of lists, is not looked at.
+    """
+    return _identity(function, {})
+
+
+def _identity(value: Any, seen: dict[int, Any]) -> Any:
+    if isinstance(value, int | float | str | None):
+        return value
+    if isinstance(value, Tensor):
+        return _digest(value)
+    # a function may have itself in its scope
+    if id(value) in seen:
+        return "above"
+    seen[id(value)] = value
+    if isinstance(value, tuple):
+        return [_identity(each, seen) for each in value]
+    if isinstance(value, partial):
+        return ["partial", _identity(value.func, seen), _identity(value.args, seen), _named(value.keywords, seen)]
+    if isinstance(value, MethodType):
+        return ["method", _identity(value.__func__, seen), _identity(value.__self__, seen)]
+    if isinstance(value, FunctionType):
+        return [value.__qualname__, _code(value.__code__), _named(_bound(value), seen)]
+    return _of_object(value, seen)
+
+
+def _of_object(value: Any, seen: dict[int, Any]) -> Any:
+    if isinstance(value, type | BuiltinFunctionType):
+        return value.__qualname__
+    kind = type(value)
+    if isinstance(value, nn.Module):
+        held: dict[str, Any] = {**vars(value), **dict(value.named_parameters()), **dict(value.named_buffers())}
+        run: Any = kind.forward
+    else:
+        held, run = (dict(vars(value)), kind.__call__) if callable(value) and hasattr(value, "__dict__") else ({}, None)
+    code = _code(run.__code__) if isinstance(run, FunctionType) else None
+    return [
+        kind.__qualname__,
+        code,
+        _named({name: each for name, each in held.items() if not isinstance(each, dict)}, seen),
+    ]
+
+
+def _bound(function: FunctionType) -> dict[str, Any]:
+    """What the names of a function's scope and defaults stand for."""
+    scope = inspect.getclosurevars(function).nonlocals
+    defaults = inspect.signature(function, follow_wrapped=False).parameters.values()
+    return {**scope, **{each.name: each.default for each in defaults if each.default is not inspect.Parameter.empty}}
+
+
+def _named(values: Mapping[str, Any], seen: dict[int, Any]) -> dict[str, Any]:
+    return {name: _identity(value, seen) for name, value in values.items()}
+
+
+def _digest(tensor: Tensor) -> Any:
+    shape = list(tensor.shape)
+    if tensor.numel() > MAX_VALUES:
+        return shape
+    return [shape, hashlib.sha256(tensor.detach().cpu().double().numpy().tobytes()).hexdigest()]
+
+
+def _code(code: CodeType) -> str:
+    """A digest that does not depend on where the code stands."""
+    constants = [
+        _code(each) if isinstance(each, CodeType) else sorted(map(repr, each)) if isinstance(each, frozenset) else repr(each)
+        for each in code.co_consts
+    ]
+    return hashlib.sha256(repr((code.co_code, code.co_names, constants)).encode()).hexdigest()
