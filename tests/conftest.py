@@ -6,6 +6,8 @@ import os
 import random
 import re
 import socket
+import subprocess
+import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -93,16 +95,25 @@ def here(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run_page(tmp_path, monkeypatch):
-    """run_page("docs/reranking.md", hub=hub): the names after the page's Python, in a folder where only the examples are."""
+    """run_page("docs/routers.md"): the names after the page's blocks, run in order in a folder where only the examples are.
+
+    Python and the shell both, as they stand; README's first two shell blocks set up an environment and are left out.
+    """
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
 
-    def run(page, **names):
+    environment = {**os.environ, "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))}
+
+    def run(page):
         text = (ROOT / page).read_text(encoding="utf-8")
-        blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        blocks = re.findall(r"^```(python|sh)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
         assert blocks
-        for code in blocks:
-            exec(compile(code, page, "exec"), names)
+        names = {}
+        for language, code in blocks:
+            if language == "python":
+                exec(compile(code, page, "exec"), names)
+            elif "pip install" not in code:
+                subprocess.run(["bash", "-euo", "pipefail", "-c", code], check=True, env=environment)
         return names
 
     return run

@@ -127,16 +127,10 @@ def test_what_is_saved_says_how_it_was_made(tiny, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([*MODEL_FILES, ENCODER_FILE])
 
 
-def test_the_code_of_the_page_runs(tiny, monkeypatch, run_page):
-    # the page begins with the default encoder, which takes minutes
-    monkeypatch.setattr(training, "Sentence", lambda folder=None: Sentence(folder=folder or tiny))
-    with lw.Hub("hub") as hub:
-        for number, (name, texts) in enumerate(INPUTS.items(), start=1):
-            layers = {"q_proj": Factors(torch.full((1, 3), float(number)), torch.ones(2, 1))}
-            hub.add(lw.Adapter(name, "tiny", layers), examples=texts)
-        names = run_page("docs/encoder.md", hub=hub)
-        hit = names["retriever"].candidates("1 2 3", k=1)[0]
-    assert (hit.name, hit.evidence) == ("count", "sample input '1 2 3' (1.00)")
+@pytest.mark.slow
+def test_the_code_of_the_page_runs(run_page):
+    hit = run_page("docs/encoder.md")["retriever"].candidates("12 + 30", k=1)[0]
+    assert hit.name == "addition"
 
 
 def test_word_embeddings_and_pooler_stay_and_the_rest_learns(tiny, tmp_path):
