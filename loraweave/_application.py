@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import logging
+import sys
+import warnings
 from typing import Any
 
 import typer
@@ -39,6 +42,19 @@ class Application(TyperGroup):
                 raise
             typer.echo(f"{type(error).__name__}: {one_line(str(error))}", err=True)
             raise typer.Exit(1) from None
+
+
+def quiet_libraries() -> None:
+    """Leaves out what other libraries log or warn of below errors, such as parts of theirs that did not load at start-up.
+
+    Of libraries that set a level of their own only what stands above every command is left out.
+    """
+    logging.getLogger().setLevel(logging.ERROR)
+    logging.getLogger("loraweave").setLevel(logging.WARNING)
+    # torch sets a level of its own when it is imported
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore", FutureWarning)
 
 
 def one_line(text: str) -> str:

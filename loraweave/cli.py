@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loraweave import __version__
-from loraweave._application import INTERRUPTED, Application, one_line
+from loraweave._application import INTERRUPTED, Application, one_line, quiet_libraries
 from loraweave._inputs import (
     ADAPTER_FILE,
     COMPOSITION_FILE,
@@ -74,6 +74,8 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # a name that the terminal's encoding lacks must not end the command
         sys.stdout.reconfigure(errors="replace")
+    if "--debug" not in sys.argv:
+        quiet_libraries()
     try:
         app(prog_name="loraweave")
     except KeyboardInterrupt:

@@ -231,6 +231,38 @@ def test_a_signal_from_the_keyboard_ends_a_command_with_130(tmp_path):
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
+@pytest.mark.parametrize("words", [("hub", "gc"), ("hub", "gc", "--debug")])
+def test_what_libraries_say_while_they_start_stands_above_no_error(tmp_path, words):
+    lw.Hub(tmp_path / "adapters").close()
+    code = """
+import logging, warnings
+import torch, transformers
+import loraweave.hub.hub as module
+from loraweave.errors import HubCorrupt
+
+def gc(hub):
+    for name in ("torchao", "torch.utils._pytree", "some.library", "loraweave.hub.search"):
+        logging.getLogger(name).warning("said by %s", name)
+    warnings.warn("it will be gone", FutureWarning)
+    warnings.warn("mind the licenses")
+    raise HubCorrupt("the catalogue is gone")
+
+module.Hub.gc = gc
+from loraweave.cli import main
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 1
+    theirs = ("said by torchao", "said by torch.utils._pytree", "said by some.library", "it will be gone")
+    assert all((text in done.stderr) is ("--debug" in words) for text in theirs)
+    # what loraweave itself has to say is said
+    assert "said by loraweave.hub.search" in done.stderr
+    assert "mind the licenses" in done.stderr
+    assert "HubCorrupt: the catalogue is gone" in done.stderr.splitlines()[-1]
+
+
 def test_merge_writes_the_weighted_sum(two):
     done = call("merge", two / "left", two / "right", "--weights", "-0.4,0.7", "--out", "m")
     assert done.exit_code == 0, done.stderr
