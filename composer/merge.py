@@ -17,6 +17,7 @@ from loraweave.errors import BaseModelMismatch, ScopeError, WeightingError
 from loraweave.hub import algebra
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.factorise import factorise
+from loraweave.hub.kept_files import shared
 from loraweave.hub.license_terms import license_of_work, stated
 from loraweave.hub.merge_report import LayerReport, MergeReport
 from loraweave.hub.pool import ExpertPool
@@ -101,12 +102,15 @@ def merge(
         next((part.adapter.fingerprint for part in used if part.adapter.fingerprint), None),
         {"recipe": recipe, "report": figures.to_json(), **({} if license is None else {"license": license})},
         kept_heads,
+        shared([part.adapter.files for part in used]),
     )
 
 
 def parent_of(adapter: Adapter) -> dict[str, Any]:
     """What a recipe says of an adapter that was merged, beside its weight."""
-    return {"hash": adapter.hash, "name": adapter.name, "license": stated(adapter.card.get("license")) or "unknown"}
+    files = {"files": list(adapter.files)} if adapter.files else {}
+    license = stated(adapter.card.get("license")) or "unknown"
+    return {"hash": adapter.hash, "name": adapter.name, "license": license, **files}
 
 
 def layer_updates(

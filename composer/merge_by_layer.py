@@ -8,6 +8,7 @@ from loraweave.composer.merge import cut, layer_updates, merge, parent_of
 from loraweave.composer.method_call import MethodCall
 from loraweave.errors import WeightingError
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.kept_files import shared
 from loraweave.hub.license_terms import license_of_work
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.mixture import MixtureWeights
@@ -61,6 +62,6 @@ def merge_by_layer(
     recipe = {"method": method, "options": {}, "seed": 0, "rank": None, "parents": parents, "weights_by_layer": used}
     first = next(iter(experts.values()))
     known = next((adapter.fingerprint for adapter in experts.values() if adapter.fingerprint), None)
-    return Adapter(
-        name, first.base_model, layers, known, {"recipe": recipe, **({} if license is None else {"license": license})}
-    )
+    card = {"recipe": recipe, **({} if license is None else {"license": license})}
+    files = shared([adapter.files for adapter in experts.values()])
+    return Adapter(name, first.base_model, layers, known, card, files=files)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,14 @@ def kept(files: Mapping[str, bytes]) -> KeptFiles:
         if len(data) > MAX_KEPT_BYTES:
             raise AdapterUnsupported(f"{name} has {len(data):,} bytes; a file of an adapter has at most {MAX_KEPT_BYTES:,}")
     return KeptFiles({name: _in_memory(data) for name, data in files.items()})
+
+
+def shared(parents: Sequence[Mapping[str, bytes]]) -> KeptFiles:
+    """Those that every one of several adapters has, byte for byte the same."""
+    tables = [kept(files).files for files in parents]
+    first = tables[0]
+    alike = [name for name in first if all(name in one and one[name].sha256 == first[name].sha256 for one in tables)]
+    return KeptFiles({name: first[name] for name in alike})
 
 
 def read_kept(folder: Path) -> KeptFiles:

@@ -261,3 +261,17 @@ def test_a_router_is_no_weights_to_merge_by(tiny_llama, make_adapters) -> None:
 def test_what_is_no_list_of_adapters_says_how_to_come_by_one(given: object, shown: str) -> None:
     with pytest.raises(WeightingError, match=rf"and {shown} is none: of a pool .* of an expert model its adapter\(\)"):
         merge(given, [1.0])  # type: ignore[arg-type]
+
+
+def test_a_merge_keeps_the_files_that_all_parents_share_and_names_those_of_each() -> None:
+    def one(name: str, seed: int, head: bytes) -> Adapter:
+        made = torch.Generator().manual_seed(seed)
+        factors = Factors(torch.randn(2, 7, generator=made), torch.randn(5, 2, generator=made))
+        return Adapter(name, "tiny", {Q: factors}, files={"tokenizer.json": b"{}", "value_head.safetensors": head})
+
+    merged = merge([one("a", 0, b"one"), one("b", 1, b"other")], [0.5, 0.5])
+    assert dict(merged.files) == {"tokenizer.json": b"{}"}
+    assert [parent["files"] for parent in merged.card["recipe"]["parents"]] == [
+        ["tokenizer.json", "value_head.safetensors"]
+    ] * 2
+    assert sorted(merge([one("a", 0, b"one")], [1.0]).files) == ["tokenizer.json", "value_head.safetensors"]

@@ -544,3 +544,20 @@ def test_several_processes_write_read_and_collect_at_once(request, tmp_path):
     assert run.returncode == 0, run.stderr
     names = sorted(f"adapter {seed}" for seed in (1, 2, 3, 4, 6, 7, 8, 9, 10, 11))
     assert json.loads(run.stdout) == [[[0, 0, 0, 0], names, []]] * len(SHARED), run.stderr
+
+
+@every_store
+def test_files_beside_the_weights_are_stored_once_given_back_and_collected(hub):
+    files = {"tokenizer.json": b'{"a": 1}', "chat_template.jinja": b"{{ messages }}"}
+    for seed in (0, 1):
+        hub.add(replace(adapter(seed), files=files))
+    assert len(list(hub._blobs.names())) == 4
+    assert dict(hub["adapter 0"].files) == files
+    found = hub.verify()
+    assert (found.ok, found.orphans) == (True, ())
+    hub.remove("adapter 0")
+    hub.gc()
+    assert dict(hub["adapter 1"].files) == files
+    hub.remove("adapter 1")
+    hub.gc()
+    assert list(hub._blobs.names()) == []
