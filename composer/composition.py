@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from html import escape
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,13 @@ from loraweave.hub.fingerprint import fingerprint
 from loraweave.hub.formats._replacing import replacing
 from loraweave.hub.license_terms import license_of_all, stated
 from loraweave.hub.pool import ExpertPool
+from loraweave.hub.shown_table import ShownTable
 from loraweave.routers.mixture import MixtureWeights
 from loraweave.routers.routing.make import router as read_router
 from loraweave.types import Router, Task
 
+# of a composition's one line: adapters, and characters of a name
+NUM_NAMED, NAME_WIDTH = 3, 40
 PACKAGES = ("loraweave", "torch", "transformers", "cma")
 
 
@@ -66,6 +70,27 @@ class Composition:
     tuned_steps: int = 0
     router: Router | None = None
     allow_licenses: bool = False
+
+    def __repr__(self) -> str:
+        if self.is_base:
+            what = "the base model"
+        elif self.router is not None:
+            what = f"{type(self.router).__name__} over {len(self._members)} adapters"
+        else:
+            by_size = self._by_size()
+            shown = [f"{_clipped(name)!r}: {weight:.4g}" for name, weight in by_size[:NUM_NAMED]]
+            rest = [f"{len(by_size) - NUM_NAMED} more"] if len(by_size) > NUM_NAMED else []
+            what = f"{{{', '.join([*shown, *rest])}}}"
+        layers = "" if self.by_layer is None else f", means over {len(self.by_layer)} layers"
+        return f"Composition({what}{layers}, method={self.merge_method!r}, chosen={_clipped(self.report.chosen)!r})"
+
+    def _repr_html_(self) -> str:
+        weights = "" if self.router is not None else ShownTable.of(("adapter", "weight"), self._by_size())._repr_html_()
+        return f"<div><p>{escape(repr(self))}</p>{weights}{self.report.table()._repr_html_()}</div>"
+
+    def _by_size(self) -> list[tuple[str, float]]:
+        """(name, mean weight), the largest by magnitude first."""
+        return sorted(self.mean_weights.items(), key=lambda pair: -abs(pair[1]))
 
     @property
     def weights(self) -> dict[str, float] | MixtureWeights | Router:
@@ -302,3 +327,7 @@ class Composition:
             "report": self.report.to_json(),
             "versions": {package: version(package) for package in PACKAGES},
         }
+
+
+def _clipped(name: str) -> str:
+    return name if len(name) <= NAME_WIDTH else f"{name[:NAME_WIDTH]}…"

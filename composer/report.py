@@ -9,10 +9,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from loraweave.errors import CompositionError
 from loraweave.hub.drawing import blank_figure, count_along
+from loraweave.hub.shown_table import ShownTable
 
 
 @dataclass(frozen=True)
@@ -59,9 +58,9 @@ class Report:
         rows = [_finite(asdict(row)) for row in self.rows]
         return {**asdict(self), "rows": rows}
 
-    def table(self) -> Table:
+    def table(self) -> ShownTable:
         """The rows as a table; the chosen one is marked."""
-        table = Table(title=f"chosen: {self.chosen} ({self.reason})", title_justify="left")
+        table = ShownTable(title=f"chosen: {self.chosen} ({self.reason})", title_justify="left")
         for column in ("", "loss", "held-out loss", "held-out hits", "trained", "seconds", "evaluations"):
             table.add_column(column, justify="left" if not column else "right")
         for row in self.rows:
@@ -70,6 +69,9 @@ class Report:
             style = "bold" if row.name == self.chosen else ""
             table.add_row(row.name, *figures, *spent, style=style)
         return table
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
 
     def plot(self, path: str | Path) -> Path:
         """Draws the lowest loss so far of every search that was run on all examples; the suffix names the format.

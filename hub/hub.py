@@ -19,7 +19,7 @@ from loraweave.errors import AdapterExists, AdapterNotFound, HubError, InvalidNa
 from loraweave.hub import quarantine
 from loraweave.hub.collect import collect
 from loraweave.hub.fields import checked_fields
-from loraweave.hub.found import Found
+from loraweave.hub.found import Found, html_of_hub
 from loraweave.hub.intake.sample_pairs import card_with_outputs, split_pairs
 from loraweave.hub.licenses import canonical
 from loraweave.hub.names import checked_name, near_misses
@@ -253,7 +253,7 @@ class Hub:
         """
         from loraweave.hub.similar import most_similar
 
-        return most_similar(self, name, k)
+        return Found(most_similar(self, name, k), self)
 
     def update(
         self,
@@ -401,6 +401,9 @@ class Hub:
 
     def __repr__(self) -> str:
         return f"Hub({self._catalogue.where!r})"
+
+    def _repr_html_(self) -> str:
+        return html_of_hub(self)
 
     def _find(self, name: str) -> rows.Row | None:
         with self._catalogue.reading() as connection:

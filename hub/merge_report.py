@@ -12,7 +12,7 @@ from loraweave.errors import CompositionError
 from loraweave.hub.drawing import blank_figure
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from loraweave.hub.shown_table import ShownTable
 
 
 @dataclass(frozen=True)
@@ -99,18 +99,21 @@ class MergeReport(Mapping[str, LayerReport]):
                 found[first][second] = found[second][first] = total[first][second] / scale if scale else 0.0
         return found
 
-    def table(self) -> Table:
+    def table(self) -> ShownTable:
         """The layers as a table, those of one module name in a row."""
-        from rich.table import Table
+        from loraweave.hub.shown_table import ShownTable
 
         shown = " + ".join(f"{weight:g} {name}" for name, weight in zip(self.names, self.weights, strict=True))
-        table = Table(title=f"{self.method}: {shown}" if self else "not a merge", title_justify="left")
+        table = ShownTable(title=f"{self.method}: {shown}" if self else "not a merge", title_justify="left")
         columns = ("layers", "count", "rank before", "rank", "mean error", "worst error", "mean cosine", "sign conflict")
         for column in columns:
             table.add_column(column, justify="left" if column == "layers" else "right")
         for cells in self.rows():
             table.add_row(*cells)
         return table
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
 
     def rows(self) -> list[tuple[str, ...]]:
         """The cells of `table`."""

@@ -36,16 +36,9 @@ def print_table(table: Table) -> None:
 
 def print_rows(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """A table; columns of numbers are right-aligned."""
-    from rich.table import Table
+    from loraweave.hub.shown_table import ShownTable
 
-    listed = [list(row) for row in rows]
-    table = Table()
-    for position, column in enumerate(columns):
-        number = bool(listed) and all(isinstance(row[position], int | float) for row in listed)
-        table.add_column(column, justify="right" if number else "left")
-    for row in listed:
-        table.add_row(*(_cell(value) for value in row))
-    print_table(table)
+    print_table(ShownTable.of(columns, ([_cell(value) for value in row] for row in rows)))
 
 
 def note(text: str) -> None:
@@ -96,5 +89,5 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
-def _cell(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else one_line(str(value))
+def _cell(value: object) -> object:
+    return value if isinstance(value, int | float) else one_line(str(value))

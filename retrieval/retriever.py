@@ -9,6 +9,7 @@ import numpy as np
 
 from loraweave import registry
 from loraweave.errors import RetrievalError
+from loraweave.hub.found import Found
 from loraweave.hub.hub import Hub
 from loraweave.hub.search import Embedder, Hit, SearchIndex, unit
 from loraweave.hub.whole_number import is_whole
@@ -195,7 +196,7 @@ class Retriever:
         extra = ("description",) if description.strip() else ()
         keys = self.keys or _resolved([*EXAMPLE_KEYS, *extra])
         self._index.check(query.outputs)
-        return self._by_keys(query, self._vector(query), request, keys)
+        return Found(self._by_keys(query, self._vector(query), request, keys), self.hub)
 
     def like(
         self,
@@ -227,7 +228,8 @@ class Retriever:
         hits = [Hit(record, 0.0, np.zeros(0)) for record in others]
         ranked, opinions = self._keyed.ranked(Query(adapter=own), hits, _resolved(keys), Fusion())
         page = request.page(ranked, request.k)
-        return [Candidate(hit.record.name, hit.score, opinions[hit.record.name], hit.record) for hit in page]
+        found = [Candidate(hit.record.name, hit.score, opinions[hit.record.name], hit.record) for hit in page]
+        return Found(found, self.hub)
 
     def calibrate(
         self,
@@ -297,7 +299,7 @@ class Retriever:
         return unit(query_D)
 
     def _found(self, queries: Sequence[Query], query_QD: np.ndarray, request: Request) -> list[list[Candidate]]:
-        return [self._kept(found, request) for found in self._searched(queries, query_QD, request)]
+        return [Found(self._kept(found, request), self.hub) for found in self._searched(queries, query_QD, request)]
 
     def _searched(self, queries: Sequence[Query], query_QD: np.ndarray, request: Request) -> list[list[Candidate]]:
         if self.keys:

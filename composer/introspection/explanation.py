@@ -19,7 +19,7 @@ from loraweave.errors import CompositionError
 from loraweave.hub.unknown_expert import unknown_expert
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from loraweave.hub.shown_table import ShownTable
 
 MAX_ROWS = 30
 PAGE_SUFFIXES = (".html", ".htm")
@@ -65,7 +65,7 @@ class Explanation:
 
     @cached_property
     def colours(self) -> dict[int, str]:
-        """{place of an expert: colour} in every picture of this explanation, of those strongest most often over all weights."""
+        """{place of an expert: colour} in every picture, of those that are strongest most often over all weights."""
         return Strongest.of(self.w_TLE.flatten(0, 1)).colours
 
     @property
@@ -79,13 +79,14 @@ class Explanation:
         """Load and entropy over all tokens and layers."""
         return load(self.w_TLE[~self.w_TLE.isnan().any(dim=2)][None])
 
-    def table(self) -> Table:
+    def table(self) -> ShownTable:
         """The experts by their share of the weight, with where they count most. Long pools end in a row for the others."""
-        from rich.table import Table
         from rich.text import Text
 
+        from loraweave.hub.shown_table import ShownTable
+
         total = self.total
-        table = Table(title=self._title(total), title_justify="left")
+        table = ShownTable(title=self._title(total), title_justify="left")
         effect = ("loss without it",) if self.effects else ()
         for column in ("expert", "share", "chosen", "mean weight", *effect, "most in layer", "most at tokens"):
             words = column in ("expert", "most in layer", "most at tokens")
@@ -102,6 +103,9 @@ class Explanation:
         if rest := order[MAX_ROWS:]:
             table.add_row(f"{len(rest)} others", f"{total.share_E[rest].sum():.1%}", *[""] * (4 + len(effect)))
         return table
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
 
     def to_json(self) -> dict[str, Any]:
         """Names, and `weights` as nested lists [token][layer][expert] to six digits, null for NaN.

@@ -14,7 +14,7 @@ from loraweave.hub.pool import ExpertPool
 from loraweave.types import Factors
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from loraweave.hub.shown_table import ShownTable
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,14 @@ class Cost(Mapping[str, LayerCost]):
         names = ("base_flops", "base_bytes", "added_flops", "added_bytes")
         return LayerCost(*(sum(getattr(cost, name) for cost in self.values()) for name in names))
 
-    def table(self) -> Table:
+    def table(self) -> ShownTable:
         """The layers of one name in a row, and the total."""
-        from rich.table import Table
+        from loraweave.hub.shown_table import ShownTable
 
         groups: dict[str, list[LayerCost]] = {}
         for layer, cost in self.items():
             groups.setdefault(layer.rsplit(".", 1)[-1], []).append(cost)
-        table = Table(title="what the mixture adds", title_justify="left")
+        table = ShownTable(title="what the mixture adds", title_justify="left")
         for column in ("layers", "count", "FLOPs", "of the base's", "bytes", "of the base's", "kernel"):
             table.add_column(column, justify="left" if column in ("layers", "kernel") else "right")
         for name, group in [*groups.items(), ("all", list(self.values()))]:
