@@ -9,6 +9,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from loraweave.composer.a_model import require_model
 from loraweave.composer.composer import Composer
 from loraweave.composer.composing.candidates import candidates, experts_of
 from loraweave.composer.composing.guard import guard
@@ -19,6 +20,7 @@ from loraweave.composer.composing.ways import Ways
 from loraweave.composer.composition import Composition
 from loraweave.composer.evaluation.user_loss import Examples
 from loraweave.composer.report import Report
+from loraweave.errors import CompositionError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base_key import base_key
 from loraweave.hub.hub import Hub
@@ -96,6 +98,9 @@ def compose(
     )
     experts = experts_of(hub_or_pool)
     settings.check(task, from_hub=isinstance(experts, Hub))
+    require_model(model)
+    if not callable(tokenizer):
+        raise CompositionError(f"the examples need the model's tokenizer, and {type(tokenizer).__name__} is none")
     started = time.perf_counter()
     # a model without a name can only be told by its shapes, which adapters seldom know: then all are tried
     base = base_key(model) if hasattr(model, "name_or_path") else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -296,6 +296,14 @@ class Composer:
             raise CompositionError("generate() and stream() need a tokenizer: make the Composer with tokenizer=...")
         if isinstance(texts, str):
             raise CompositionError("generate() and stream() take a list of texts, but got one text: put it into a list")
+        if not isinstance(texts, Collection):
+            raise CompositionError(f"generate() and stream() take a list of texts, but got {texts!r:.80}")
+        for number, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise CompositionError(
+                    f"text {number} is {text!r:.80}, and no text: what the model reads of messages is "
+                    "tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)"
+                )
         if mixture is None:
             return None
         resolved = resolve(mixture, self._pool, self._bound)

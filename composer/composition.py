@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from loraweave.composer import scoring
+from loraweave.composer.a_model import require_model
 from loraweave.composer.composer import Composer
 from loraweave.composer.introspection.explain import pieces, reading
 from loraweave.composer.introspection.explanation import Explanation
@@ -29,6 +30,7 @@ from loraweave.composer.saved_recipe import FILE, FORMAT, FORMAT_WITH_ROUTER, Sa
 from loraweave.composer.untouched import untouched
 from loraweave.errors import AdapterCorrupt, BaseModelMismatch, CompositionError
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.as_path import as_path
 from loraweave.hub.export import ExportReport
 from loraweave.hub.fingerprint import fingerprint
 from loraweave.hub.formats._replacing import replacing
@@ -202,6 +204,8 @@ class Composition:
 
         With `max_new_tokens`, tokens of the greedy continuation are explained too; Composer.explain says which.
         """
+        if not isinstance(text, str):
+            raise CompositionError(f"explain() takes one text, but got {type(text).__name__}: explain texts one by one")
         prompt = self.task.prompt(text)
         if self.is_base:
             with torch.no_grad():
@@ -224,7 +228,7 @@ class Composition:
 
         Where a router weighs, it and its adapters; ScopeError for one that is none of `lw.router`.
         """
-        target = Path(folder)
+        target = as_path(folder, "the folder of a composition", CompositionError)
         if target.exists() and not (target / FILE).is_file() and any(target.iterdir()):
             raise CompositionError(f"{target} holds something that is no composition; name another folder")
         with replacing(target) as new:
@@ -250,6 +254,7 @@ class Composition:
     def from_pretrained(cls, folder: str | Path, model: Any, tokenizer: Any) -> Composition:
         """Reads a saved composition for the same base model; BaseModelMismatch for another, AdapterNotFound without one."""
         saved = SavedRecipe.read(folder)
+        require_model(model)
         task, report, recipe = saved.task, saved.report, saved.fields
         if why := saved.base.differs(fingerprint(model)):
             raise BaseModelMismatch(f"{folder} was composed for {saved.base_model!r}, and this model is another: {why}")

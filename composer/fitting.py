@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from loraweave.composer import fuse
+from loraweave.composer.a_model import require_model
 from loraweave.composer.layers import TargetLayer, bound, require_values, target_layer
 from loraweave.composer.limits.bound_weights import BoundWeights
 from loraweave.composer.limits.live_limits import LiveLimits
@@ -25,6 +26,7 @@ class Fitting:
     """One model, as it was when this was made, beside which adapters are held."""
 
     def __init__(self, model: nn.Module) -> None:
+        require_model(model)
         self._model = model
         self._modules = dict(model.named_modules())
         self._lock = lock_of(self)

@@ -9,6 +9,7 @@ from typing import Any
 
 from loraweave.composer.report import Report, ReportRow
 from loraweave.errors import AdapterCorrupt, AdapterNotFound, CompositionError
+from loraweave.hub.as_path import as_path
 from loraweave.types import Fingerprint, Task
 
 FORMAT, FORMAT_WITH_ROUTER = 2, 3
@@ -32,7 +33,7 @@ class SavedRecipe:
     @classmethod
     def read(cls, folder: str | Path) -> SavedRecipe:
         """Raises AdapterNotFound without a composition, AdapterCorrupt, and CompositionError for a newer one."""
-        path = Path(folder) / FILE
+        path = as_path(folder, "the folder of a composition", CompositionError) / FILE
         if not path.is_file():
             raise AdapterNotFound(f"{folder} holds no {FILE}; save_pretrained() of a composition writes it")
         try:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from loraweave.errors import AdapterUnsupported
 from loraweave.hub import algebra
+from loraweave.hub.as_path import as_path
 from loraweave.hub.export import ExportReport, export
 from loraweave.hub.formats import _reading
 from loraweave.hub.formats._contents import Contents
@@ -112,7 +113,7 @@ class Adapter:
 
         A half-precision `dtype` halves the file and rounds the factors, so the adapter read back has another hash.
         """
-        return Peft.write(self._contents(), Path(folder), dtype=dtype)
+        return Peft.write(self._contents(), as_path(folder, "the folder of an adapter"), dtype=dtype)
 
     def export(
         self, folder: str | Path, *, target: str = "peft", max_rank: int | None = None, allow_licenses: bool = False
@@ -126,7 +127,8 @@ class Adapter:
         """
         if not allow_licenses and not self._is_copy(max_rank):
             require_one_work([(self.name, stated(self.card.get("license")))])
-        return export(self._contents(), self.name, Path(folder), target=target, max_rank=max_rank)
+        path = as_path(folder, "the folder of an export")
+        return export(self._contents(), self.name, path, target=target, max_rank=max_rank)
 
     def _is_copy(self, max_rank: int | None) -> bool:
         """Whether a cut to `max_rank` leaves an adapter as somebody published it: neither cut nor made of others."""

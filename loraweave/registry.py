@@ -66,5 +66,5 @@ def _is_loaded(folder: str, name: str) -> bool:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """ ", did you mean 'x'?" with the one of `known` that is most like a name, for an error; "" where none is alike."""
-    close = difflib.get_close_matches(name, list(known), n=1)
+    close = difflib.get_close_matches(str(name), list(known), n=1)
     return f", did you mean {close[0]!r}?" if close else ""

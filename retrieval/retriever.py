@@ -67,6 +67,8 @@ class Retriever:
         abstention: Abstention | None = None,
         shortlist: int = 200,
     ) -> None:
+        if not isinstance(hub, Hub):
+            raise RetrievalError(f"a retriever searches a hub, and {hub!r:.80} is none: pass lw.Hub(path)")
         self.hub = hub
         self.keys = _resolved(keys)
         self.fusion = Fusion() if fusion is None else fusion
@@ -130,6 +132,8 @@ class Retriever:
         are chosen one by one by (1 - diversity) * score - diversity * their largest similarity to one already chosen.
         """
         request = Request(k, base_model, license, tags, min_score, diversity, max_rank, max_size_bytes, language, after)
+        if not isinstance(text_or_texts, Iterable):
+            raise RetrievalError(f"a search is for a text or several, not for {text_or_texts!r:.80}")
         several = [text_or_texts] if isinstance(text_or_texts, str) else list(text_or_texts)
         query_QD = self._index.embed(several)
         found = self._found([Query((text,)) for text in several], query_QD, request)

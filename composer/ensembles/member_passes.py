@@ -74,6 +74,10 @@ def known_members(engine: Composer, mixtures: Sequence[Any]) -> list[Any]:
                 f"member {number} of the ensemble is {mixture!r}; a member is one mixture for all rows: {{name: weight}}, "
                 "None for the base, MixtureWeights of one row, or a router"
             )
+    if not isinstance(engine, Composer):
+        raise WeightingError(
+            f"an ensemble is of mixtures of a Composer, and {engine!r:.80} is none: lw.Composer(model, pool)"
+        )
     members = [_by_name(mixture) for mixture in mixtures]
     resolve(members, engine.pool, engine.bound_pool)
     return members

@@ -9,11 +9,12 @@ from typing import Any
 from torch import nn
 
 from loraweave import registry
+from loraweave.composer.a_model import require_model
 from loraweave.composer.experts.expert_model import ExpertModel
 from loraweave.composer.experts.recipes import recipe
 from loraweave.composer.experts.saving import read_saved_experts
 from loraweave.composer.experts.start_from import start_from
-from loraweave.errors import CompositionError, UnknownName, WeightingError
+from loraweave.errors import UnknownName, WeightingError
 from loraweave.hub.hub import Hub
 
 
@@ -41,10 +42,7 @@ def experts(
     are more than products of two factors, ScopeError for recipes whose experts are not; and what `ExpertModel.load` raises
     for a folder.
     """
-    if not isinstance(base_model, nn.Module):
-        raise CompositionError(
-            f"experts go onto a model, and {base_model!r:.60} is none: load it first, as lw.load_base() does"
-        )
+    require_model(base_model)
     if not isinstance(name, str | Path):
         raise UnknownName(
             f"{name!r:.60} is no recipe's name and no folder; recipes are {', '.join(registry.names('experts'))}"

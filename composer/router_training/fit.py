@@ -17,6 +17,7 @@ from loraweave.composer.untouched import untouched
 from loraweave.errors import TrainingError
 from loraweave.hub.progress import progress_bar
 from loraweave.routers.routing.learned_router import LearnedRouter
+from loraweave.routers.routing.token_router import TokenRouter
 
 if TYPE_CHECKING:
     from loraweave.composer.composer import Composer
@@ -31,7 +32,7 @@ def fit(engine: Composer, router: Any, dataset: Any, given: Mapping[str, Any]) -
                 f"router {name!r} is the one of another pool, at the places of this one's experts: fit() it in an engine of "
                 "its own pool, and put it onto() this one afterwards"
             )
-        if callable(getattr(router, "fit", None)):
+        if callable(own := getattr(type(router), "fit", None)) and own is not TokenRouter.fit:
             raise TrainingError(f"router {name!r} has no parameters to train: router.fit(engine, dataset) is its own way")
         raise TrainingError(f"{name!r} learns nothing, so there is nothing to fit: it can be activated as it is")
     settings = Settings.of(router, given)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
-from loraweave.errors import AdapterNotFound, AdapterUnsupported
+from loraweave.errors import AdapterNotFound, AdapterUnsupported, SourceUnavailable
+from loraweave.hub.as_path import as_path
 from loraweave.hub.intake.archives import archive_suffix, unpacked
 from loraweave.hub.intake.model_hub import download
 
@@ -43,7 +44,7 @@ def opened_source(
     allow_patterns: Sequence[str] = ADAPTER_FILES,
 ) -> Iterator[OpenedSource]:
     """The adapter's folder for as long as it is read; an archive is unpacked for the while."""
-    archive = Path(source)
+    archive = as_path(source, "an adapter's source", SourceUnavailable)
     if archive_suffix(archive) and archive.is_file():
         with unpacked(archive) as folder:
             yield OpenedSource(folder)

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from loraweave.errors import HubError
+from loraweave.hub.as_path import as_path
 from loraweave.hub.cache_folder import cache_folder
 from loraweave.hub.stores.blob_claims import read_claim, require_place, settle, write_claim
 from loraweave.hub.stores.catalogue import Catalogue
@@ -23,6 +24,7 @@ def open_stores(path: str | Path, blobs: str | Path | None, timeout_s: float) ->
 
     HubError for a place that is of no such kind; PackageMissing, with the command that installs it.
     """
+    as_path(path, "the hub")
     scheme = _scheme(path)
     given = None if blobs is None else str(blobs) if _scheme(blobs) else str(Path(blobs).absolute())
     if scheme is None:

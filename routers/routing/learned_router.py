@@ -128,5 +128,7 @@ class LearnedRouter(TokenRouter):
 
         `settings` are those of `loraweave.composer.router_training.settings.Settings`.
         """
+        if not hasattr(engine, "fit"):
+            raise TrainingError(f"a router is trained through a Composer with a tokenizer, and {engine!r:.80} is none")
         engine.fit(self, dataset, **settings)
         return self

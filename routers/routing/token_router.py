@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from loraweave.errors import BaseModelMismatch, ScopeError, WeightingError
+from loraweave.errors import BaseModelMismatch, ScopeError, TrainingError, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.intake.upload import upload
 from loraweave.hub.pool import ExpertPool
@@ -143,6 +143,10 @@ class TokenRouter(nn.Module):
                 "the smaller pool, and fit() it where it is a learned one"
             )
         return without_rows(self, name)
+
+    def fit(self, *given: Any, **settings: Any) -> Self:
+        """Trains a router that learns; TrainingError for one that reads all that it knows off the adapters."""
+        raise TrainingError(f"router {self.name!r} learns nothing, so there is nothing to fit: activate() it as it is")
 
     def save_pretrained(self, folder: str | Path, *, pool: ExpertPool | None = None) -> Path:
         """Writes router.json and router.safetensors, and with `pool` the adapters of its experts, as PEFT folders.
