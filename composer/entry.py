@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from loraweave.composer.limits.batch_axis import begin_call
 from loraweave.composer.mixing.begun import Begun, arguments_of
 from loraweave.composer.mixing.plan import Plan
+from loraweave.composer.mixing.standing_in import StandIn
 from loraweave.errors import CompositionError
 
 # arguments of transformers' models whose first axis are the rows of the batch
@@ -24,7 +25,7 @@ BESIDE_TEXT = ("pixel_values", "pixel_values_videos", "input_features", "input_v
 PAGED_INPUTS = ("cu_seq_lens_q", "write_index")
 
 
-class Entry:
+class Entry(StandIn):
     """A hook for the model, before its forward. A copied or unpickled model has one that does nothing.
 
     `require_unchanged` raises where the model has other layers than it had, or other weights than these experts were made
@@ -77,7 +78,7 @@ class Entry:
         return _get_inert, ()
 
 
-class Exit:
+class Exit(StandIn):
     """A hook for the model, after its forward. That of a copied or unpickled model does nothing."""
 
     def __init__(self, end: Callable[[Any], None]) -> None:

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, ExitStack
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
-from types import MethodType, TracebackType
+from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -32,7 +32,7 @@ from loraweave.composer.mixing.begun import Begun, end_begun
 from loraweave.composer.mixing.kept_plans import KEPT_BYTES
 from loraweave.composer.mixing.plan import Plan, make_plan
 from loraweave.composer.mixing.prompted_generate import PromptedGenerate
-from loraweave.composer.mixing.standing_in import give_back
+from loraweave.composer.mixing.standing_in import CleanCopies, StandIn, give_back
 from loraweave.composer.mixing.watching import WatchedBlock
 from loraweave.composer.mixing.workspace import Workspace
 from loraweave.composer.paging.residents import Lease
@@ -306,6 +306,7 @@ class LiveLayers:
     def _install(self) -> None:
         claim(self, self._modules)
         self._remove_own_hooks()
+        self._clean_copies(self._model)
         before, after = self._own_hooks
         self._handles.append(self._model.register_forward_pre_hook(before, with_kwargs=True))
         # not one that is always called, whose number torch.compile would remember; after an error, the end of the
@@ -323,7 +324,14 @@ class LiveLayers:
         known = {handle.path for handle in self._handles if isinstance(handle, WatchedBlock)}
         for path in dict.fromkeys(blocks):
             if path not in known:
-                self._handles.append(WatchedBlock(path, self._model.get_submodule(path)))
+                block = self._model.get_submodule(path)
+                self._clean_copies(block)
+                self._handles.append(WatchedBlock(path, block))
+
+    def _clean_copies(self, module: nn.Module) -> None:
+        clean = CleanCopies(module)
+        self._handles.append(clean)
+        clean.install()
 
     def _begin_call(self, arguments: dict[str, Any]) -> None:
         plan = self._current_plan()
@@ -336,9 +344,11 @@ class LiveLayers:
                 self._numbers[layer.name] = number_of_layer()
             forward = _MixedForward(self, layer, self._numbers[layer.name])
             self._handles.append(forward)
+            self._clean_copies(layer.module)
             # a bound method: of any other object torch.compile would look at the identity
             layer.module.forward = forward.run
             if layer.owner is not None:
+                self._clean_copies(layer.owner)
                 self._handles += watch(layer.name, layer.module, layer.owner, partial(self._reaches, layer.name))
 
     def _reaches(self, layer: str) -> bool:
@@ -382,12 +392,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-class _MixedForward:
+class _MixedForward(StandIn):
     """Stands in for one layer's `forward` while an activation is open: what that gives, and the update on top.
 
     In the place of a forward hook, since it costs a fraction of one in every call, and since torch.compile looks whether a
-    module has a forward of its own, but takes hooks for something that never changes. A copy or a pickle of the model has
-    the layer's own forward instead.
+    module has a forward of its own, but takes hooks for something that never changes.
     """
 
     def __init__(self, live: LiveLayers, layer: TargetLayer, number: Tensor) -> None:
@@ -424,21 +433,13 @@ class _MixedForward:
             return self._live.mixes_outside(self, x, y)
         return mixed(self._number, x, y, self.layer.parameter("bias"))
 
+    def own(self, name: str) -> Any:
+        return self._own
+
     def remove(self) -> None:
         """Gives the layer its own forward back. Where another stands in for this one by now, that stays, and calls this."""
         if not give_back(self.layer.module, "forward", self._own, self):
             self._live = None
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return _copied, (self.layer.module, self._own)
-
-
-def _copied(module: nn.Module, own: Callable[..., Any] | None) -> _MixedForward:
-    """What stands in for the forward of a copied module: mixes nothing."""
-    copied = _MixedForward.__new__(_MixedForward)
-    copied._live = None
-    copied._forward = MethodType(type(module).forward, module) if own is None else own
-    return copied
 
 
 def _in_backward_thread() -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from loraweave.composer.mixing.standing_in import StandIn
 from loraweave.errors import CompositionError
 
 
@@ -83,7 +84,7 @@ class _OwnForward:
             del self._module.forward
 
 
-class Step:
+class Step(StandIn):
     """A hook that looks at nothing it is given; that of a copied or unpickled model does nothing."""
 
     def __init__(self, step: Callable[[], None]) -> None:

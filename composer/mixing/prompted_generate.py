@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loraweave.composer.mixing.standing_in import give_back
+from loraweave.composer.mixing.standing_in import StandIn, give_back
 from loraweave.routers.routing.prompts import prompted
 
 
-class PromptedGenerate:
+class PromptedGenerate(StandIn):
     """Stands in for `generate`, which calls the model once a token, so that no call can tell a prompt from an answer.
 
-    `begin` shows the router the prompts: an encoder runs before the model's own first call. A copy or a pickle of the model
-    has its own `generate`.
+    `begin` shows the router the prompts: an encoder runs before the model's own first call.
     """
 
     def __init__(self, model: nn.Module, begin: Callable[[dict[str, Any]], None]) -> None:
         self._model = model
         self._begin = begin
-        self._tells = True
         self._own = vars(model).get("generate")
         self._generate: Callable[..., Any] = model.generate  # type: ignore[assignment]
         vars(model)["generate"] = self.run
@@ -31,7 +28,7 @@ class PromptedGenerate:
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The model's generate."""
         ids_BT = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-        if not self._tells or not isinstance(ids_BT, Tensor) or ids_BT.ndim != 2 or ids_BT.is_floating_point():
+        if not isinstance(ids_BT, Tensor) or ids_BT.ndim != 2 or ids_BT.is_floating_point():
             return self._generate(*args, **kwargs)
         mask_BT = kwargs.get("attention_mask")
         mask_BT = mask_BT if isinstance(mask_BT, Tensor) else self._inferred(ids_BT, kwargs)
@@ -49,17 +46,9 @@ class PromptedGenerate:
             return torch.ones_like(ids_BT)
         return ids_BT.ne(int(pad)).long()
 
+    def own(self, name: str) -> Any:
+        return self._own
+
     def remove(self) -> None:
         """Gives the model its own `generate` back."""
         give_back(self._model, "generate", self._own, self)
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return _copied, (self._model, self._own)
-
-
-def _copied(model: nn.Module, own: Callable[..., Any] | None) -> PromptedGenerate:
-    """What stands in for the generate of a copied model: tells no prompts."""
-    copied = PromptedGenerate.__new__(PromptedGenerate)
-    copied._generate = partial(type(model).generate, model) if own is None else own  # type: ignore[attr-defined]
-    copied._tells = False
-    return copied

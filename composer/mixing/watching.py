@@ -5,24 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loraweave.composer.mixing.standing_in import give_back
+from loraweave.composer.mixing.standing_in import StandIn, give_back
 from loraweave.routers.routing.blocks import BlockInput, running
 
 # how transformers calls what runs a block without keeping what is inside it
 CHECKPOINT = "_gradient_checkpointing_func"
 
 
-class WatchedBlock:
-    """Stands in for a block's `forward`: says what the block is given, also when gradient checkpointing runs it again.
-
-    A copy or a pickle of the model has the block's own forward.
-    """
+class WatchedBlock(StandIn):
+    """Stands in for a block's `forward`: says what the block is given, also when gradient checkpointing runs it again."""
 
     def __init__(self, path: str, block: nn.Module) -> None:
         self.path = path
@@ -57,19 +53,11 @@ class WatchedBlock:
         beside = frozenset(each.data_ptr() for each in given if each is not x_BTI)
         return running(BlockInput(self.path, x_BTI, beside))
 
+    def own(self, name: str) -> Any:
+        return self._own[name]
+
     def remove(self) -> None:
         """Gives the block back what it had. Where another stands in for this one by now, that stays, and calls this."""
         self._tells = False
         for name, own in self._own.items():
             give_back(self._block, name, own, self)
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return _copied, (self._block, self._own)
-
-
-def _copied(block: nn.Module, own: dict[str, Any]) -> WatchedBlock:
-    """What stands in for the forward of a copied block: tells nothing."""
-    copied = WatchedBlock.__new__(WatchedBlock)
-    copied._tells, copied._own = False, own
-    copied._forward = MethodType(type(block).forward, block) if own["forward"] is None else own["forward"]
-    return copied

@@ -20,6 +20,8 @@ from loraweave.composer import live
 from loraweave.composer.composer import Composer
 from loraweave.errors import AlreadyActive, CompositionError
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.pool import ExpertPool
+from loraweave.routers.lora_flow import LoraFlow
 from loraweave.routers.mixture import MixtureWeights
 from loraweave.types import Factors
 
@@ -273,6 +275,60 @@ def test_a_copy_made_while_active_is_the_base(copied: Callable[[nn.Module], nn.M
         twin = copied(engine.model)
         assert torch.equal(logits(twin), base)
     assert torch.equal(logits(twin), base)
+
+
+def attributes(model: nn.Module) -> dict[str, dict[str, int]]:
+    """What every module has beside its class, and how much is in it."""
+    return {
+        name: {key: len(value) if isinstance(value, dict) else 1 for key, value in vars(module).items()}
+        for name, module in model.named_modules()
+    }
+
+
+def unpickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, unpickled])
+@pytest.mark.parametrize("kind", ["one mixture", "blocks", "prompts"])
+def test_a_copy_made_while_active_has_nothing_that_the_base_has_not(
+    kind: str,
+    copied: Callable[[nn.Module], nn.Module],
+    make_model: Callable[..., nn.Module],
+    make_adapters: Callable[..., list[Adapter]],
+    tokenizer: Any,
+) -> None:
+    model = make_model("llama")
+    pool = ExpertPool(make_adapters(model, "llama"))
+    model.lm_head.register_forward_hook(seen, with_kwargs=True)
+    before, base = attributes(model), logits(model)
+    mixtures: dict[str, Any] = {"blocks": LoraFlow(pool), "prompts": ReadsText(pool.names)}
+    with Composer(model, pool, tokenizer=tokenizer).activate(mixtures.get(kind, {"a": 1.0})):
+        assert ("generate" in vars(model)) == (kind == "prompts")
+        twin, part = copied(model), copied(model.model)
+        assert torch.equal(logits(twin), base)
+    assert attributes(twin) == before
+    assert num_hooks(part) == 0
+    assert attributes(model) == before
+
+
+class ReadsText:
+    """A router that is told the prompts of generate()."""
+
+    needs_tokenizer = True
+
+    def __init__(self, experts: tuple[str, ...]) -> None:
+        self._weights = MixtureWeights.of({experts[0]: 1.0}, experts)
+
+    def begin(self, model: nn.Module, arguments: Any) -> MixtureWeights:
+        return self._weights
+
+    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+        return self._weights.weights(x_BTI, layer)
+
+
+def seen(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    """A hook of the caller's own, which a copy keeps."""
 
 
 def test_state_and_saved_files_while_active_are_the_bases(engine: Composer, tmp_path: Any) -> None:

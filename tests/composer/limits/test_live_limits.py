@@ -138,9 +138,8 @@ class Sometimes(nn.Module):
 def test_an_owner_that_did_not_call_its_layer_this_time_is_noticed() -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(Sometimes()), torch.randn(2, 4)
-    base = model(x)
-    own = adapter("0.inner", 4, 4)
-    engine = Composer(model, [own])
+    base, own = model(x), {name: set(vars(module)) for name, module in model.named_modules()}
+    engine = Composer(model, [adapter("0.inner", 4, 4)])
     with engine.activate({"a": 1.0}):
         live = model(x)
         model[0].fast = True
@@ -148,6 +147,9 @@ def test_an_owner_that_did_not_call_its_layer_this_time_is_noticed() -> None:
             model(x)
         for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert torch.allclose(copied(x), base)
+            for name, module in copied.named_modules():
+                assert not {**module._forward_hooks, **module._forward_pre_hooks}
+                assert vars(module).keys() == own[name]
         with engine.activate({}):
             assert torch.allclose(model(x), base)
         assert in_thread(lambda: model(x)).shape == base.shape
