@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from loraweave.common.rows import GivenRows, read_rows
 from loraweave.composer.batches import EncodedRow, batch, encode, takes
 from loraweave.composer.composer import Composer
 from loraweave.composer.gradient_tap import GradientTap
@@ -33,7 +34,7 @@ def collect_statistics(
     model: Any,
     tokenizer: Any,
     adapter: Adapter,
-    texts: Sequence[str] | Sequence[tuple[str, str]],
+    texts: GivenRows,
     *,
     what: Collection[str] = KINDS,
     layers: Collection[str] = (),
@@ -49,9 +50,9 @@ def collect_statistics(
     the model itself at each position (Matena and Raffel 2022), or of one class where the model is a classifier. The draw
     depends on `seed` and the text alone. `what` limits both to one of them; without "fisher" there is no backward pass.
 
-    `texts` are texts, or (input, target) pairs, which an encoder-decoder needs; the first `max_tokens` tokens count (of
-    each side for an encoder-decoder). Whole Gram and Fisher matrices are held, the gradient of one layer at a time. The
-    model is left as it was: weights, gradients, training mode, random state.
+    `texts` are texts, or rows with input and target (`loraweave.common.rows`), which an encoder-decoder needs; the first
+    `max_tokens` tokens count (of each side for an encoder-decoder). Whole Gram and Fisher matrices are held, the gradient of
+    one layer at a time. The model is left as it was: weights, gradients, training mode, random state.
 
     Raises InvalidTask for texts or settings that cannot be used; what Composer raises for an adapter that does not fit, or
     has layers that are not linear; CompositionError for a layer that never runs or a model without class probabilities.
@@ -207,20 +208,20 @@ def _draws(rows: Sequence[EncodedRow], seed: int) -> list[np.random.Philox]:
     return streams
 
 
-def _encoded(model: Any, tokenizer: Any, texts: Sequence[Any], max_tokens: int) -> list[EncodedRow]:
-    if isinstance(texts, str) or not texts:
-        raise InvalidTask(f"collect_statistics takes a list of texts, but got {texts!r:.60}")
-    pairs = [text for text in texts if isinstance(text, tuple | list) and len(text) == 2]
-    parts = [part for pair in pairs for part in pair] if pairs else texts
-    if len(pairs) not in (0, len(texts)) or not all(isinstance(part, str) for part in parts):
-        raise InvalidTask("collect_statistics takes texts, or pairs of texts (input, target), not a mixture of other things")
+def _encoded(model: Any, tokenizer: Any, texts: GivenRows, max_tokens: int) -> list[EncodedRow]:
+    given = read_rows(texts, noun="text", targets="any")
+    if not given:
+        raise InvalidTask("collect_statistics takes a list of texts, or of rows with input and target, but got none")
+    pairs = [(row.input, row.targets[0]) for row in given if row.targets]
+    if len(pairs) not in (0, len(given)):
+        raise InvalidTask("collect_statistics takes texts, or rows with input and target, not a mixture")
     both = model.config.is_encoder_decoder
     if both and not pairs:
         raise InvalidTask("an encoder-decoder reads one text and writes another: give pairs (input, target), not texts")
     if pairs:
         rows = encode(model, tokenizer, [text for text, _ in pairs], [target for _, target in pairs])
     else:
-        rows = [EncodedRow(tuple(ids), ()) for ids in tokenizer(list(texts))["input_ids"]]
+        rows = [EncodedRow(tuple(ids), ()) for ids in tokenizer([row.input for row in given])["input_ids"]]
     if both:
         cut = [EncodedRow(row.prompt[:max_tokens], row.target[:max_tokens]) for row in rows]
     else:
@@ -229,7 +230,7 @@ def _encoded(model: Any, tokenizer: Any, texts: Sequence[Any], max_tokens: int) 
         cut = [EncodedRow((row.prompt + row.target)[:most], ()) for row in rows]
     for number, row in enumerate(cut, start=1):
         if not len(row):
-            raise InvalidTask(f"text {number} ({texts[number - 1]!r:.60}) has no token; leave it out")
+            raise InvalidTask(f"text {number} ({given[number - 1].input!r:.60}) has no token; leave it out")
     return cut
 
 

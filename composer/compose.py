@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from loraweave.common.rows import GivenRows
 from loraweave.composer.a_model import require_model
 from loraweave.composer.composer import Composer
 from loraweave.composer.composing.candidates import candidates, experts_of
@@ -44,7 +45,7 @@ def compose(
     folds: int | None = None,
     weights: Mapping[str, float] | None = None,
     objective: str | Callable[[Any, Examples], float] | None = None,
-    inputs: Sequence[str] | None = None,
+    inputs: GivenRows | None = None,
     l1: float | None = None,
     l2: float = 0.0,
     sparsity: float = 0.0,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from loraweave.common.rows import GivenRows
 from loraweave.composer import fuse
 from loraweave.composer.expert_losses import expert_losses
 from loraweave.composer.fitting import Fitting
@@ -185,7 +186,7 @@ class Composer:
         order = [name for name, _ in self.model.named_modules() if name in self.target_layers]
         return read.explanation(self.tokenizer, trace, order)
 
-    def expert_losses(self, tasks: Mapping[str, Task], *, progress: bool = True) -> dict[str, dict[str, float]]:
+    def expert_losses(self, tasks: Mapping[str, Task | GivenRows], *, progress: bool = True) -> dict[str, dict[str, float]]:
         """{task: {expert: loss}}: the mean loss of the target tokens of each task's examples, that expert alone at weight 1.
 
         Raises CompositionError without a tokenizer, InvalidTask for examples that the model cannot read.
@@ -194,7 +195,7 @@ class Composer:
         return expert_losses(self, tasks, progress=progress)
 
     def leave_one_out(
-        self, task: Task, mixture: Any, *, renormalise: bool = False, progress: bool = True
+        self, task: Task | GivenRows, mixture: Any, *, renormalise: bool = False, progress: bool = True
     ) -> dict[str, float]:
         """By how much the mean loss of a task's examples rises, in nats, when an expert's weight is taken as 0.
 

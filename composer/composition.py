@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from loraweave.common.rows import GivenRows, read_inputs
 from loraweave.composer import scoring
 from loraweave.composer.a_model import require_model
 from loraweave.composer.composer import Composer
@@ -148,19 +149,26 @@ class Composition:
         method = self.merge_method
         return merge(adapters, numbers, method=method, name="composition", progress=False, allow_licenses=allowed)
 
-    def predict(self, inputs: Sequence[str]) -> list[str]:
-        """One answer for each input: a label when the task has labels, else the first line of a greedy generation."""
-        with self._active():
-            return scoring.predict(self.model, self.tokenizer, self.task, inputs)
+    def predict(self, inputs: GivenRows) -> list[str]:
+        """One answer for each input: a label when the task has labels, else the first line of a greedy generation.
 
-    def evaluate(self, pairs: Sequence[tuple[str, str | Sequence[str]]]) -> dict[str, float]:
-        """Scores answers to (input, target) pairs; a target may be a list of accepted ones.
-
-        `value` is the share of right answers under the task's metric, `low` and `high` its 95 % bootstrap interval over the
-        pairs, `loss` the mean loss of the target tokens, `count` the number of pairs.
+        Inputs are texts, or those of rows. Raises InvalidTask for anything else, such as a single text.
         """
+        texts = read_inputs(inputs)
         with self._active():
-            score = scoring.evaluate(self.model, self.tokenizer, self.task, pairs)
+            return scoring.predict(self.model, self.tokenizer, self.task, texts)
+
+    def evaluate(self, pairs: GivenRows) -> dict[str, float]:
+        """Scores answers to (input, target) pairs, or rows in any other form; a target may be a list of accepted ones.
+
+        Every input is put into the task's prompt, with the task's instruction, whatever instruction its row has. `value` is
+        the share of right answers under the task's metric, `low` and `high` its 95 % bootstrap interval over the pairs,
+        `loss` the mean loss of the target tokens, `count` the number of pairs. Raises InvalidTask for what is no row with a
+        target (`loraweave.common.rows`).
+        """
+        read = scoring.answered(pairs)
+        with self._active():
+            score = scoring.evaluate(self.model, self.tokenizer, self.task, read)
         return {"value": score.value, "low": score.low, "high": score.high, "loss": score.loss, "count": score.count}
 
     def losses(self) -> list[float]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from loraweave.common.rows import GivenRows
 from loraweave.composer.batches import TargetBatch, batch, encode, mean_losses
 from loraweave.composer.untouched import untouched
 from loraweave.errors import CompositionError, InvalidTask
@@ -21,13 +22,16 @@ MAX_ROWS = 64
 
 
 @torch.no_grad()
-def expert_losses(engine: Composer, tasks: Mapping[str, Task], *, progress: bool = True) -> dict[str, dict[str, float]]:
+def expert_losses(
+    engine: Composer, given: Mapping[str, Task | GivenRows], *, progress: bool = True
+) -> dict[str, dict[str, float]]:
     """{task: {expert: loss}}: the mean over a task's examples of the mean loss of their target tokens, that expert at 1.
 
     Raises CompositionError without a tokenizer, InvalidTask for a task without examples that the model can read.
     """
     if engine.tokenizer is None:
         raise CompositionError("experts are measured on texts: make the Composer with tokenizer=...")
+    tasks = {name: Task.of(task) for name, task in given.items()}
     if empty := [name for name, task in tasks.items() if not task.examples]:
         raise InvalidTask(f"a task without examples, {empty[0]!r}, tells nothing about experts: give some")
     names = engine.pool.names

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from loraweave.common.rows import GivenRows
 from loraweave.composer.composer import Composer
 from loraweave.composer.composing.candidates import experts_of
 from loraweave.composer.evaluation.example_loss import ExampleLoss
@@ -38,7 +39,7 @@ def rerank(
     model: Any,
     tokenizer: Any,
     hub_or_pool: Hub | ExpertPool | Iterable[Adapter] | Mapping[str, Adapter],
-    task: Task | Sequence[tuple[str, str]],
+    task: Task | GivenRows,
     candidates: Sequence[Candidate],
     *,
     by: str = "first_order",
@@ -59,7 +60,7 @@ def rerank(
     Raises UnknownName, InvalidTask and WeightingError before anything is run; what Composer raises for an adapter that does
     not fit the model or has a trained head; SearchFailed where no score is finite.
     """
-    asked = task if isinstance(task, Task) else Task(list(task))
+    asked = Task.of(task)
     settings = _Settings(by, weight, around, batch_size)
     _check(settings, asked)
     if not candidates:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loraweave.common.rows import GivenRows, read_rows
 from loraweave.composer.batches import (
     IGNORED,
     EncodedRow,
@@ -97,20 +98,27 @@ def by_length(
     return answers
 
 
-def evaluate(model: Any, tokenizer: Any, task: Task, pairs: Sequence[tuple[str, Targets]], *, seed: int = 0) -> Score:
+def evaluate(model: Any, tokenizer: Any, task: Task, pairs: GivenRows, *, seed: int = 0) -> Score:
     """Predicts every input and compares with its accepted targets (one text, or several), after trimming white space."""
-    if not pairs:
-        raise InvalidTask("no (input, target) pairs to evaluate on")
+    pairs = answered(pairs)
     # an answer twice as long as any accepted target is wrong however it ends, and the base model often goes on and on
-    targets = [target for _, accepted in pairs for target in _accepted(accepted)]
+    targets = [target for _, accepted in pairs for target in accepted]
     longest = max(len(ids) for ids in tokenizer(targets)["input_ids"])
     answers = predict(
         model, tokenizer, task, [text for text, _ in pairs], max_new_tokens=min(MAX_NEW_TOKENS, 2 * longest + 4)
     )
-    right = tuple(a.strip() in [t.strip() for t in _accepted(t)] for a, (_, t) in zip(answers, pairs, strict=True))
+    right = tuple(a.strip() in [t.strip() for t in accepted] for a, (_, accepted) in zip(answers, pairs, strict=True))
     low, high = bootstrap(right, seed=seed)
     loss = float(np.mean(losses(model, tokenizer, task, pairs)))
     return Score(float(np.mean(right)), low, high, loss, len(right), right)
+
+
+def answered(rows: GivenRows) -> list[tuple[str, tuple[str, ...]]]:
+    """(input, accepted targets) of each row. Raises InvalidTask without any, and for what is no row with a target."""
+    read = read_rows(rows, targets="several")
+    if not read:
+        raise InvalidTask("no rows, (input, target) pairs say, to evaluate on")
+    return [(row.input, row.targets) for row in read]
 
 
 def bootstrap(values: Sequence[float], *, seed: int = 0) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from loraweave.common.rows import GivenRows
 from loraweave.errors import AdapterExists, AdapterNotFound, HubError, InvalidName
 from loraweave.hub import quarantine
 from loraweave.hub.collect import collect
@@ -66,7 +67,7 @@ class Hub:
         *,
         name: str | None = None,
         description: str = "",
-        examples: Collection[str] | Collection[tuple[str, str]] = (),
+        examples: GivenRows = (),
         tags: Collection[str] = (),
         license: str | None = None,
         base_model: str | None = None,
@@ -82,8 +83,8 @@ class Hub:
         The same content under the same name is there already: its record is returned as it is, and a damaged blob is
         replaced. `stored_as="compeft"` keeps the ternary factors that `compeft` makes in 0.3 to 1.5 bits an entry, bit for
         bit; content that is stored already stays in the form it has. `allow_pickle` has an adapter_model.bin read.
-        `examples` are sample inputs, or pairs (input, output), which tell tasks of the same inputs apart
-        (`Retriever.for_examples`).
+        `examples` are sample inputs, or rows with outputs too (`loraweave.common.rows`), which tell tasks of the same inputs
+        apart (`Retriever.for_examples`); InvalidTask for anything else.
 
         With `replace=True` other content under the name becomes its next version, and fields that neither the caller nor the
         card gives stay as they were. AdapterExists for other content without it; InvalidName; AdapterCorrupt for factors
@@ -260,7 +261,7 @@ class Hub:
         name: str,
         *,
         description: str | None = None,
-        examples: Collection[str] | Collection[tuple[str, str]] | None = None,
+        examples: GivenRows | None = None,
         tags: Collection[str] | None = None,
         license: str | None = None,
         language: Collection[str] | str | None = None,
@@ -274,7 +275,7 @@ class Hub:
         with self._catalogue.writing(f"updating adapter {name!r}") as connection:
             row = self._found(connection, name)
             old = {key: getattr(row.record, key) for key in given}
-            inputs, outputs = (None, ()) if examples is None else split_pairs(row.record.name, examples)
+            inputs, outputs = (None, []) if examples is None else split_pairs(row.record.name, examples)
             given["examples"] = inputs
             fields = checked_fields(row.record.name, {key: old[key] if new is None else new for key, new in given.items()})
             card = card_with_outputs(row.record.card, row.record.examples, fields.examples, outputs)

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from loraweave._printing import note
+from loraweave.common.rows import Row, located, read_row
 from loraweave.errors import AdapterExists, AdapterNotFound, HubError, InvalidTask, WeightingError
+from loraweave.types import shared_instruction
 
 if TYPE_CHECKING:
     import loraweave as lw
@@ -25,40 +27,39 @@ COMPOSITION_FILE = "composition.json"
 
 @dataclass(frozen=True)
 class Rows:
-    """(input, accepted targets) of a JSONL file, and the instruction that its rows agree on, if they have one."""
+    """The rows of a file, at least one."""
 
-    pairs: tuple[tuple[str, tuple[str, ...]], ...]
-    instruction: str
+    rows: tuple[Row, ...]
 
     def examples(self) -> list[tuple[str, str]]:
-        """With the first target of each."""
-        return [(text, targets[0]) for text, targets in self.pairs]
+        """(input, target), with the first target of each."""
+        return [(row.input, row.targets[0]) for row in self.rows]
 
     def accepted(self) -> list[tuple[str, list[str]]]:
-        return [(text, list(targets)) for text, targets in self.pairs]
+        """(input, accepted targets)."""
+        return [(row.input, list(row.targets)) for row in self.rows]
+
+    @property
+    def instruction(self) -> str:
+        """The one that all rows have, empty where none has one. InvalidTask where they differ."""
+        return shared_instruction(self.rows)
 
 
 def read_rows(path: Path, *, split: str) -> Rows:
-    """Reads lines {"input": text, "target": text or list of accepted texts}; blank lines are passed over.
+    """The rows of a .jsonl or .csv file; of those with a field "split" only those of `split` count.
 
-    Of rows with a field "split" only those of `split` count; "also_ok" adds accepted targets; "instruction" or
-    "definition", where all rows agree, is the instruction. Raises InvalidTask with the file and line.
+    Raises InvalidTask with the file and line.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise InvalidTask(f"{path} is not UTF-8 text (byte {error.start}); give a JSONL file") from error
-    read = [_row(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    read = [read_row(row, where, targets="several") for where, row in located(path, one_split=False)]
     if not read:
         raise InvalidTask(f'{path} has no rows; it needs lines such as {{"input": "...", "target": "..."}}')
-    kept = [row for row in read if row.get("split", split) == split]
+    kept = [row for row in read if row.split in ("", split)]
     if not kept:
-        found = sorted({str(row["split"]) for row in read})
+        found = sorted({row.split for row in read})
         raise InvalidTask(f"{path} has no rows of split {split!r}; its splits are {', '.join(found)}: pass --split")
     if len(kept) < len(read):
         note(f"{path.name}: {len(kept)} of {len(read)} rows, those of split {split!r}")
-    instructions = {str(row.get("instruction", row.get("definition", ""))) for row in kept}
-    return Rows(tuple((row["input"], row["targets"]) for row in kept), instructions.pop() if len(instructions) == 1 else "")
+    return Rows(tuple(kept))
 
 
 def read_weights(text: str | None, count: int) -> list[float]:
@@ -193,21 +194,6 @@ def recorded_base(folder: Path) -> str | None:
 
     named = SavedRecipe.read(folder).base_model
     return named if isinstance(named, str) and named else None
-
-
-def _row(path: Path, number: int, line: str) -> dict[str, Any]:
-    where = f"{path} line {number}"
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise InvalidTask(f"{where} is not JSON ({error}); every line is one object with input and target") from error
-    if not isinstance(row, dict) or not isinstance(row.get("input"), str):
-        raise InvalidTask(f'{where} is no object with a text "input": {line[:60]!r}')
-    target, also = row.get("target"), row.get("also_ok") or []
-    targets = [*(target if isinstance(target, list) else [target]), *(also if isinstance(also, list) else [also])]
-    if not targets or not all(isinstance(text, str) and text.strip() for text in targets):
-        raise InvalidTask(f'{where} has the "target" {target!r}; it must be a text that is not empty, or a list of such')
-    return {**row, "targets": tuple(targets)}
 
 
 def _number(text: str, flag: str) -> float:

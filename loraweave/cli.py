@@ -130,7 +130,7 @@ def demo(
 def compose(
     context: typer.Context,
     examples: Annotated[
-        Path, typer.Option(metavar="JSONL", exists=True, dir_okay=False, help='Lines {"input": "...", "target": "..."}.')
+        Path, typer.Option(metavar="JSONL|CSV", exists=True, dir_okay=False, help='Lines {"input": "...", "target": "..."}.')
     ],
     base: BaseOption = None,
     hub: HubOption = DEFAULT_HUB,
@@ -228,7 +228,9 @@ def _print_weights(composed: lw.Composition) -> None:
 @app.command("eval", epilog="Example: loraweave eval composed examples/data/unseen/pick_color_5.jsonl --json")
 def evaluate(
     folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A composition's or an adapter's folder.")],
-    rows: Annotated[Path, typer.Argument(metavar="JSONL", exists=True, dir_okay=False, help="Rows with input and target.")],
+    rows: Annotated[
+        Path, typer.Argument(metavar="JSONL|CSV", exists=True, dir_okay=False, help="Rows with input and target.")
+    ],
     base: BaseOption = None,
     split: Annotated[str, typer.Option(help='Of rows with a field "split", those of this one.')] = "test",
     instruction: InstructionOption = None,
@@ -263,7 +265,7 @@ def evaluate(
 @app.command(epilog="Example: loraweave train antonym.jsonl plural.jsonl --out trained --rank 8 --steps 60")
 def train(
     files: Annotated[
-        list[Path], typer.Argument(metavar="JSONL", exists=True, dir_okay=False, help="One file, one task, one adapter.")
+        list[Path], typer.Argument(metavar="JSONL|CSV", exists=True, dir_okay=False, help="One file, one task, one adapter.")
     ],
     out: Annotated[Path, typer.Option(metavar="FOLDER", file_okay=False, help="Gets a PEFT folder for each file.")],
     base: BaseOption = None,

@@ -10,7 +10,8 @@ import typer
 
 from loraweave._inputs import open_hub
 from loraweave._printing import note, plain, print_json, print_rows, record_row
-from loraweave.errors import HubCorrupt, InvalidTask
+from loraweave.common.rows import located, read_row
+from loraweave.errors import HubCorrupt
 
 HubOption = Annotated[
     str, typer.Option("--hub", envvar="LORAWEAVE_HUB", metavar="PLACE", help="The hub: a folder, or postgresql://...")
@@ -43,7 +44,7 @@ def add(
     examples: Annotated[
         Path | None,
         typer.Option(
-            metavar="JSONL",
+            metavar="JSONL|CSV",
             exists=True,
             dir_okay=False,
             help='Sample inputs, {"input": ..., "target": ...} a line; searched too.',
@@ -217,23 +218,11 @@ def gc(hub: HubOption = DEFAULT_HUB, as_json: JsonOption = False) -> None:
 
 
 def _samples(path: Path) -> list[str] | list[tuple[str, str]]:
-    """The inputs of the lines, with their targets where every line has one."""
-    pairs: list[tuple[str, str | None]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").split("\n"), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                pairs.append((str(row["input"]), _target(row.get("target"))))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise InvalidTask(f'{path} line {number} is no JSON object with an "input": {line[:60]!r}') from error
-    whole = [(text, target) for text, target in pairs if target is not None]
-    return whole if len(whole) == len(pairs) else [text for text, _ in pairs]
-
-
-def _target(value: object) -> str | None:
-    """The target, or the first of several accepted ones."""
-    first = value[0] if isinstance(value, list) and value else value
-    return first if isinstance(first, str) else None
+    """The inputs of the rows, with their first targets where every row has one."""
+    read = [read_row(row, where, targets="any") for where, row in located(path, one_split=False)]
+    if all(row.targets for row in read):
+        return [(row.input, row.targets[0]) for row in read]
+    return [row.input for row in read]
 
 
 def _kilobytes(size_bytes: int) -> int:

@@ -16,6 +16,7 @@ from rich.progress import track
 from rich.table import Table
 
 import loraweave as lw
+from loraweave.common.rows import located
 from loraweave.errors import AdapterNotFound, InvalidTask
 
 NUM_EXAMPLES = 5
@@ -99,9 +100,8 @@ def load_task(data: Path, name: str, seed: int, num_test: int, *, num_examples: 
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl file."""
-    # not splitlines(), which also splits at line separators inside a text
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    """The rows of a .jsonl file, with all that they have."""
+    return [row for _, row in located(path, one_split=False)]
 
 
 def fast_dtype() -> torch.dtype:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, runtime_checkable
 
+from loraweave.common.rows import GivenRows, Row, read_rows
 from loraweave.errors import InvalidTask
 
 if TYPE_CHECKING:
@@ -230,6 +231,8 @@ DEFAULT_TEMPLATE = "{instruction}\nInput: {input}\nOutput:"
 class Task:
     """A task given by a few (input, target) examples, an instruction, and how its answers are scored.
 
+    Examples are rows in any form of `loraweave.common.rows`, kept as pairs of texts. The instruction is the rows' own where
+    none is given and all rows have the same. Every input is put into the template, whatever its column is called.
     `labels` closes the set of answers: the label with the highest likelihood is predicted and `metric` becomes
     "rank_classification". Otherwise the first line of a greedy generation is compared with the target ("exact_match").
     `template` has the fields {instruction} and {input}. Raises InvalidTask for what cannot be used.
@@ -242,8 +245,11 @@ class Task:
     template: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        examples = tuple(self._pair(number, row) for number, row in enumerate(self.examples, start=1))
+        rows = read_rows(self.examples, noun="example")
+        examples = tuple((row.input, row.targets[0]) for row in rows)
         object.__setattr__(self, "examples", examples)
+        if not self.instruction:
+            object.__setattr__(self, "instruction", shared_instruction(rows))
         if self.labels is not None:
             object.__setattr__(self, "labels", tuple(self.labels))
             object.__setattr__(self, "metric", "rank_classification")
@@ -259,13 +265,10 @@ class Task:
         if self.template is not None and "{input}" not in self.template:
             raise InvalidTask(f"template {self.template!r} has no field {{input}}")
 
-    @staticmethod
-    def _pair(number: int, row: Any) -> tuple[str, str]:
-        if not isinstance(row, tuple | list) or len(row) != 2 or not all(isinstance(text, str) for text in row):
-            raise InvalidTask(f"example {number} is {row!r}, not a pair of texts (input, target)")
-        if not row[1].strip():
-            raise InvalidTask(f"example {number} (input {row[0]!r}) has an empty target; there is nothing to learn from it")
-        return (row[0], row[1])
+    @classmethod
+    def of(cls, given: Task | GivenRows) -> Task:
+        """The task itself, or one of these rows with nothing else set."""
+        return given if isinstance(given, Task) else cls(cast(Sequence[tuple[str, str]], given))
 
     def prompt(self, text: str) -> str:
         """The text shown to the model for one input; the answer follows after a space."""
@@ -273,3 +276,20 @@ class Task:
         # replaced in one pass over the template, so that braces in the user's text stay what they are
         parts = template.split("{input}")
         return text.join(part.replace("{instruction}", self.instruction) for part in parts)
+
+    def prompt_of(self, row: Row) -> str:
+        """The prompt of a row that may have an instruction of its own, or be a whole prompt already."""
+        if row.whole_prompt:
+            return row.input
+        return Task((), instruction=row.instruction or self.instruction, template=self.template).prompt(row.input)
+
+
+def shared_instruction(rows: Sequence[Row]) -> str:
+    """The one instruction of all rows, empty where none has one. Raises InvalidTask where they differ."""
+    for number, row in enumerate(rows, start=1):
+        if row.instruction != rows[0].instruction:
+            raise InvalidTask(
+                f"example 1 has the instruction {rows[0].instruction!r:.60}, and example {number} {row.instruction!r:.60}: "
+                "pass the task's as instruction=..., or write each into its input"
+            )
+    return rows[0].instruction if rows else ""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeVar, overload
 import numpy as np
 
 from loraweave import registry
+from loraweave.common.rows import GivenRows, read_rows
 from loraweave.errors import RetrievalError
 from loraweave.hub.found import Found
 from loraweave.hub.hub import Hub
@@ -170,7 +171,7 @@ class Retriever:
 
     def for_examples(
         self,
-        examples: Iterable[tuple[str, str]],
+        examples: GivenRows,
         *,
         description: str = "",
         k: int = 20,
@@ -184,22 +185,22 @@ class Retriever:
         max_size_bytes: int | None = None,
         after: Candidate | None = None,
     ) -> list[Candidate]:
-        """The k adapters that fit a task best, by (input, output) examples of it.
+        """The k adapters that fit a task best, by examples of it: rows in any form of `loraweave.common.rows`.
 
         Outputs tell apart the tasks whose inputs are alike, for adapters whose cards hold `outputs` beside their examples.
         Scored by the retriever's `keys`, or without any by `mean`, `outputs`, `relation` and, with a description,
-        `description`. RetrievalError without an example, or for one that is no pair of texts.
+        `description`.  RetrievalError without an example,
+        InvalidTask for what is no row.
         """
         request = Request(k, base_model, license, tags, min_score, diversity, max_rank, max_size_bytes, language, after)
-        pairs = [_pair(number, example) for number, example in enumerate(examples, start=1)]
-        if not pairs:
+        rows = read_rows(examples, noun="example", targets="one")
+        if not rows:
             raise RetrievalError(
                 "a search by examples needs at least one pair (input, output); for_task takes a description"
             )
-        query = Query(tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs), description)
+        query = Query(tuple(row.input for row in rows), tuple(row.targets[0] for row in rows), description)
         extra = ("description",) if description.strip() else ()
         keys = self.keys or _resolved([*EXAMPLE_KEYS, *extra])
-        self._index.check(query.outputs)
         return Found(self._by_keys(query, self._vector(query), request, keys), self.hub)
 
     def like(
@@ -262,21 +263,21 @@ class Retriever:
         )
         return self.abstention
 
-    def fit_fusion(self, held_out: Mapping[str, Iterable[str | tuple[str, str]]], *, inputs_per_query: int = 1) -> Fusion:
+    def fit_fusion(self, held_out: Mapping[str, GivenRows], *, inputs_per_query: int = 1) -> Fusion:
         """Sets and returns logistic weights of the retriever's keys, learned from inputs whose adapter is known.
 
-        `held_out`: adapter name -> inputs, or (input, output) examples, that are none of its samples. RetrievalError for a
-        retriever without keys, AdapterNotFound for a name that the hub does not have.
+        `held_out`: adapter name -> inputs, or examples with input and output, that are none of its samples. RetrievalError
+        for a retriever without keys, AdapterNotFound for a name that the hub does not have, InvalidTask for what is no row.
         """
         if not self.keys:
             raise RetrievalError('there are no keys to weigh: Retriever(hub, keys=("mean", "description", ...))')
         searches = []
         for name, rows in held_out.items():
             right = self.hub.record(name).name
-            pairs = [(row, "") if isinstance(row, str) else row for row in rows]
-            for group in _groups_of(pairs, inputs_per_query):
-                inputs, outputs = zip(*group, strict=True)
-                query = Query(inputs, outputs if all(output.strip() for output in outputs) else ())
+            read = read_rows(rows, of=repr(name), targets="any")
+            for group in _groups_of(read, inputs_per_query):
+                outputs = tuple(row.targets[0] for row in group if row.targets and row.targets[0].strip())
+                query = Query(tuple(row.input for row in group), outputs if len(outputs) == len(group) else ())
                 hits = self._keyed.near(self._vector(query), Request(1))
                 records = [hit.record for hit in hits]
                 place = next((i for i, record in enumerate(records) if record.name == right), -1)
@@ -368,12 +369,6 @@ def _groups_of(items: Sequence[Item], size: int) -> list[tuple[Item, ...]]:
     if not is_whole(size, 1):
         raise RetrievalError(f"inputs_per_query is {size!r}; it must be an int of 1 or more")
     return [tuple(items[start : start + size]) for start in range(0, len(items) - size + 1, size)]
-
-
-def _pair(number: int, example: object) -> tuple[str, str]:
-    if isinstance(example, tuple | list) and len(example) == 2 and all(isinstance(text, str) for text in example):
-        return example[0], example[1]
-    raise RetrievalError(f"example {number} is {example!r}, not a pair of texts (input, output)")
 
 
 def _chosen(hits: list[Hit], request: Request) -> list[Hit]:

@@ -61,6 +61,11 @@ def test_the_page_on_continual_training_names_every_way():
     assert [name for name in registry.names("continual") if f"| `{name}` |" not in page] == []
 
 
+def test_the_code_of_the_page_on_rows_runs(run_page, capsys):
+    run_page("docs/rows.md")
+    assert capsys.readouterr().out.startswith("example 1 is 'ab', not a pair of texts (input, target): ")
+
+
 def test_the_code_of_the_page_on_torch_compile_runs(run_page):
     run_page("docs/compile.md")
 

@@ -15,13 +15,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # upstream first
 ROOMS = ("hub", "retrieval", "routers", "composer")
-BASE = ("loraweave.types", "loraweave.errors", "loraweave.registry")
+# upstream of every room, each importing only those before it
+BASE = ("loraweave.errors", "loraweave.registry", "loraweave.common", "loraweave.common.rows", "loraweave.types")
 OURS = ("loraweave", *ROOMS)
 
 
 def sources():
     """{dotted module name: path} of everything that is installed."""
     found = {f"loraweave.{path.stem}": path for path in (ROOT / "loraweave").glob("*.py")}
+    found |= {f"loraweave.common.{path.stem}": path for path in (ROOT / "loraweave" / "common").glob("*.py")}
     for room in ROOMS:
         for path in (ROOT / room).rglob("*.py"):
             parts = path.relative_to(ROOT).with_suffix("").parts
@@ -75,9 +77,13 @@ def test_a_room_imports_only_itself_its_upstream_and_the_base_modules(module):
 
 
 @pytest.mark.parametrize("module", BASE)
-def test_a_base_module_imports_nothing_of_ours_but_the_errors(module):
+def test_a_base_module_imports_nothing_of_ours_but_those_before_it(module):
     ours = {name for name in imported(MODULES[module], MODULES) if name.split(".")[0] == "loraweave"}
-    assert ours <= {"loraweave.errors"}
+    assert ours <= set(BASE[: BASE.index(module)])
+
+
+def test_every_module_of_the_common_package_is_a_base_module():
+    assert {name for name in MODULES if name.startswith("loraweave.common")} <= set(BASE)
 
 
 @pytest.mark.parametrize("path", sorted({*MODULES.values(), *OTHERS}), ids=lambda path: str(path.relative_to(ROOT)))
@@ -114,8 +120,7 @@ def test_torch_is_not_needed_to_import_the_front_door_or_the_hub():
     # the tree, not the machine: tests/test_public_api.py looks at what a process really loads
     for module in (
         "loraweave",
-        "loraweave.types",
-        "loraweave.registry",
+        *BASE,
         "loraweave.hub.hub",
         "loraweave.hub.stores.catalogue",
     ):

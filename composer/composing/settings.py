@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from loraweave.common.rows import GivenRows, read_inputs
 from loraweave.composer.composing.router_method import check_router, is_trained, routes
 from loraweave.composer.composing.solver_options import OTHER_WAYS, check_options, solver_class, takes
 from loraweave.composer.evaluation.penalty import Penalty
@@ -50,13 +51,14 @@ class Settings:
     allow_licenses: bool = False
 
     @classmethod
-    def of(cls, *, folds: int | None, checkpoint: str | Path | None, **arguments: Any) -> Settings:
-        """The arguments of compose() by name. WeightingError for a checkpoint that is no path."""
+    def of(cls, *, folds: int | None, checkpoint: str | Path | None, inputs: GivenRows | None, **arguments: Any) -> Settings:
+        """The arguments of compose() by name. WeightingError for a checkpoint that is no path, InvalidTask for inputs."""
         if not isinstance(checkpoint, str | PathLike | None):
             raise WeightingError(f"checkpoint is {checkpoint!r:.80}; give the path of a folder")
         if folds is None:
             folds = FOLDS_OF_A_RACE if arguments["method"] == "auto" else FOLDS
-        return cls(folds=folds, checkpoint=None if checkpoint is None else Path(checkpoint), **arguments)
+        texts = None if inputs is None else read_inputs(inputs)
+        return cls(folds=folds, checkpoint=None if checkpoint is None else Path(checkpoint), inputs=texts, **arguments)
 
     @property
     def name(self) -> str:
@@ -179,9 +181,8 @@ class Settings:
                 f"inputs without targets are for objective 'entropy', but method {self.name!r} has {given}: pass "
                 "objective='entropy', or leave inputs out"
             )
-        texts = self.inputs if isinstance(self.inputs, list | tuple) else ()
-        if self.inputs is not None and not (texts and all(isinstance(text, str) for text in texts)):
-            raise InvalidTask(f"inputs are {self.inputs!r:.80}; give a list of texts, at least one")
+        if self.inputs is not None and not self.inputs:
+            raise InvalidTask("inputs are []; give at least one text")
         if self._named_loss is not None:
             kind = get("objectives", self._named_loss)
             if self._loss is not None and self.inputs is None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from loraweave.common.rows import GivenRows
 from loraweave.composer.batches import EncodedRow
 from loraweave.composer.training.checkpoints import load_adapter, save_adapter
 from loraweave.composer.training.fused_jobs import FusedJobs
@@ -81,10 +82,9 @@ class Course:
 
         return losses
 
-    def encoded(self, examples: Task | Sequence[tuple[str, str]]) -> list[EncodedRow]:
+    def encoded(self, examples: Task | GivenRows) -> list[EncodedRow]:
         """Examples that an option brings, in token ids."""
-        task = examples if isinstance(examples, Task) else Task(list(examples))
-        return encoded_task(self.training.model, self.training.tokenizer, task)
+        return encoded_task(self.training.model, self.training.tokenizer, Task.of(examples))
 
     def once(self, name: str, make: Callable[[], Sequence[Layers]], kinds: Sequence[str] = ("",)) -> list[Adapter]:
         """The updates, one of each kind, that are known when task `name` is learned: made, or taken from the checkpoint."""

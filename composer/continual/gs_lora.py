@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from loraweave.common.rows import GivenRows
 from loraweave.composer.batches import EncodedRow
 from loraweave.composer.continual._course import Course, Layers, require_within
 from loraweave.composer.continual._one_by_one import by_prefix
@@ -22,7 +23,7 @@ from loraweave.types import Task
 def gs_lora(
     course: Course,
     *,
-    retain: Task | Sequence[tuple[str, str]] = (),
+    retain: Task | GivenRows = (),
     bound: float = 5.0,
     strength: float = 0.15,
     sparsity: float = 0.3,
@@ -46,9 +47,9 @@ def gs_lora(
     require_within("strength", strength, 0.0, float("inf"))
     require_within("sparsity", sparsity, 0.0, float("inf"))
     require_whole("dense_steps", dense_steps, 0, TrainingError)
-    if not (retain.examples if isinstance(retain, Task) else retain):
-        raise TrainingError("gs_lora needs retain=examples of what must not be forgotten, in continual_options")
     kept = course.encoded(retain)
+    if not kept:
+        raise TrainingError("gs_lora needs retain=examples of what must not be forgotten, in continual_options")
 
     def learn(name: str, prefix: Layers) -> Layers:
         jobs = course.jobs([name])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loraweave.common.rows import GivenRows, read_inputs
 from loraweave.composer import scoring
 from loraweave.composer.composer import Composer
 from loraweave.composer.ensembles.ensemble import ensemble
@@ -20,7 +21,7 @@ def answers(
     engine: Composer,
     mixtures: Sequence[Any],
     task: Task,
-    inputs: Sequence[str],
+    inputs: GivenRows,
     *,
     weights: Sequence[float] | None = None,
     max_new_tokens: int = scoring.MAX_NEW_TOKENS,
@@ -29,7 +30,8 @@ def answers(
 
     Decoding takes at each step the token of the highest average of the members' probabilities, which all of them then go
     on from: p(y) is the product of these averages. Members run as rows of one batch with a cache of keys and values.
-    `mixtures` and `weights` are those of `ensemble`; raises what it raises, and CompositionError without a tokenizer.
+    `mixtures` and `weights` are those of `ensemble`; raises what it raises, CompositionError without a tokenizer, and
+    InvalidTask for inputs that are no texts and no rows.
     """
     members = known_members(engine, mixtures)
     weight_M = member_weights(weights, len(members))
@@ -52,7 +54,7 @@ def answers(
             )
         return found[: len(prompts)]
 
-    prompts = [task.prompt(text) for text in inputs]
+    prompts = [task.prompt(text) for text in read_inputs(inputs)]
     size = max(1, scoring.BATCH_SIZE // len(members)) if labels is None else scoring.BATCH_SIZE
     return scoring.by_length(tokenizer, prompts, size, decode if labels is None else rank)
 

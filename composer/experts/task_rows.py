@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Sized
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sized
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loraweave.composer.batches import EncodedRow
@@ -49,16 +49,14 @@ class JobRows:
         if isinstance(given, Sized) and not len(given):
             raise TrainingError(f"job {self._name!r} has no examples")
         self._task = examples if isinstance(examples, Task) else Task(())
-        return self._rows(self._owners, examples, f"job {self._name!r}")
+        return self._rows(self._owners, examples, f"job {self._name!r}", Task(()))
 
     def held_out(self, examples: Any) -> list[TaskRow]:
-        """Pairs are in the prompts of the job's Task."""
-        are_pairs = isinstance(examples, Sequence) and all(isinstance(row, tuple | list) for row in examples)
-        given = replace(self._task, examples=examples) if are_pairs else examples
-        return self._rows(self._owners.closed(), given, f"held_out[{self._name!r}]")
+        """They are in the prompts of the job's Task, unless they are a Task themselves."""
+        return self._rows(self._owners.closed(), examples, f"held_out[{self._name!r}]", self._task)
 
-    def _rows(self, owners: Owners, examples: Any, what: str) -> list[TaskRow]:
-        rows = RowReader(owners, self._model.base_model, self._tokenizer).read(examples, what=what)
+    def _rows(self, owners: Owners, examples: Any, what: str, task: Task) -> list[TaskRow]:
+        rows = RowReader(owners, self._model.base_model, self._tokenizer).read(examples, what=what, task=task)
         return [TaskRow(row.encoded.prompt, row.encoded.target, tuple(row.labels), row.expert) for row in rows]
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from loraweave.common.rows import located
 from loraweave.composer.batches import IGNORED, takes
 from loraweave.composer.experts.feed import losing
 from loraweave.composer.router_training.rows import Owners
@@ -80,7 +81,7 @@ class TensorReader:
         if isinstance(source, DataLoader):
             raise InvalidTask(f"{where} is a DataLoader, whose batches are no rows: give its dataset")
         if not _is_numbered(source):
-            source = list(source)
+            source = [row for _, row in located(source, of=where)]
         if not len(source):
             raise InvalidTask(f"{where} is empty: {FORMS}")
         places = tracked(range(len(source)), f"read {where}", total=len(source))
@@ -191,13 +192,17 @@ def are_tensors(dataset: Any, model: nn.Module, loss: Loss | None) -> bool:
     if loss is not None or not predicts_tokens(model):
         return True
     part: Any = next(iter(dataset.values()), None) if isinstance(dataset, Mapping) else dataset
-    row = part[0] if _is_numbered(part) and len(part) else None
+    # a new iteration begins at the first row of what is numbered, and spends what is not
+    row = next((row for _, row in located(part)), None) if _is_numbered(part) or hasattr(part, "columns") else None
     arrays = {name: value for name, value in row.items() if hasattr(value, "dtype")} if isinstance(row, Mapping) else {}
     return any(takes(model, name) and torch.as_tensor(value).is_floating_point() for name, value in arrays.items())
 
 
 def _is_numbered(rows: Any) -> bool:
-    return not isinstance(rows, str) and hasattr(rows, "__getitem__") and hasattr(rows, "__len__")
+    """Whether rows[number] is a row; in a data frame it would be a column."""
+    if isinstance(rows, str) or hasattr(rows, "columns"):
+        return False
+    return hasattr(rows, "__getitem__") and hasattr(rows, "__len__")
 
 
 def _columns(row: Any, task_key: str, where: str) -> dict[str, Tensor]:

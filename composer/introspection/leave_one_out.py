@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from loraweave.common.rows import GivenRows
 from loraweave.composer import scoring
 from loraweave.composer.batches import EncodedRow
 from loraweave.composer.mixing.resolve import resolve
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def leave_one_out(
-    engine: Composer, task: Task, mixture: Any, *, renormalise: bool = False, progress: bool = False
+    engine: Composer, task: Task | GivenRows, mixture: Any, *, renormalise: bool = False, progress: bool = False
 ) -> dict[str, float]:
     """{expert: rise of the mean loss of the task's examples without it}; what `Composer.leave_one_out` says."""
     if engine.tokenizer is None:
@@ -34,6 +35,7 @@ def leave_one_out(
         num_rows = router.num_rows
     if num_rows != 1:
         raise ScopeError(f"leave_one_out() takes one mixture for all examples, but this one has {num_rows} rows")
+    task = Task.of(task)
     rows = scoring.encoded(engine.model, engine.tokenizer, task, task.examples)
     whole = _mean_loss(engine, rows, router)
     places = tracked(range(len(names)), "leaving experts out", total=len(names), shown=progress)

@@ -7,15 +7,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
 
+from loraweave.common.rows import FORMS, located, read_row
 from loraweave.composer.batches import IGNORED, EncodedRow, context_length, encode
 from loraweave.errors import InvalidTask
 from loraweave.hub.unknown_expert import unknown_expert
 from loraweave.routers.gates.call import UNKNOWN
 from loraweave.routers.routing.learned_router import LearnedRouter
-from loraweave.routers.routing.row_texts import row_texts
 from loraweave.types import Task
 
 TOKENS = ("input_ids", "labels")
+PLAIN = Task(())
 SPLITS = {"train", "training", "test", "validation", "valid", "dev", "eval"}
 
 
@@ -45,10 +46,7 @@ class Owners:
     @property
     def forms(self) -> str:
         """What rows may be like."""
-        return (
-            "rows are pairs of texts (input, target), {'input', 'target'} with 'instruction' and "
-            f"{self.key!r} where known, {{'prompt', 'target'}} with the whole prompt, or {{'input_ids', 'labels'}}"
-        )
+        return f"{FORMS}; with {self.key!r} where known, or with 'input_ids' and 'labels'"
 
     def closed(self) -> Self:
         """The same, to which no name is added any more."""
@@ -140,15 +138,15 @@ class RowReader:
         self._model = model
         self._tokenizer = tokenizer
 
-    def read(self, dataset: Any, *, what: str = "dataset", first: int = 0) -> list[TrainingRow]:
-        """The rows in their order, numbered from `first`.
+    def read(self, dataset: Any, *, what: str = "dataset", first: int = 0, task: Task = PLAIN) -> list[TrainingRow]:
+        """The rows in their order, numbered from `first`; those of no Task of their own are in the prompts of `task`.
 
         Raises InvalidTask for what is no such data, UnknownExpert for an expert that the pool has not.
         """
         found = [
             (content, expert)
             for where, own, rows in self._owners.parts(dataset, what)
-            for content, expert in self._rows(rows, own, where)
+            for content, expert in self._rows(rows, own, where, task)
         ]
         if not found:
             raise InvalidTask(f"{what} is empty: {self._owners.forms}")
@@ -169,17 +167,14 @@ class RowReader:
             rows.append(TrainingRow(row, labels, expert, number))
         return rows
 
-    def _rows(self, rows: Any, own: int, where: str) -> Iterable[tuple[_Text | _Tokens, int]]:
-        task = rows if isinstance(rows, Task) else Task(())
-        given = task.examples if isinstance(rows, Task) else rows
-        if isinstance(given, str | bytes) or not isinstance(given, Iterable):
-            raise InvalidTask(f"{where} is {given!r:.80}, not rows: {self._owners.forms}")
+    def _rows(self, rows: Any, own: int, part: str, task: Task) -> Iterable[tuple[_Text | _Tokens, int]]:
+        given = rows.examples if isinstance(rows, Task) else rows
         empty = True
-        for number, row in enumerate(given, start=1):
+        for where, row in located(given, of=part):
             empty = False
-            yield self._row(row, task, own, f"row {number} of {where}")
+            yield self._row(row, rows if isinstance(rows, Task) else task, own, where)
         if empty:
-            raise InvalidTask(f"{where} is empty: {self._owners.forms}")
+            raise InvalidTask(f"{part} is empty: {self._owners.forms}")
 
     def _row(self, row: Any, task: Task, own: int, where: str) -> tuple[_Text | _Tokens, int]:
         owner = self._owners.of_row(row, own, where)
@@ -187,7 +182,8 @@ class RowReader:
         if isinstance(row, Mapping) and "input_ids" in row:
             content = self._tokens(row, where)
         else:
-            content = _Text(*row_texts(row, task, where=where, forms=self._owners.forms))
+            read = read_row(row, where)
+            content = _Text(task.prompt_of(read), read.targets[0])
         return content, owner
 
     def _tokens(self, row: Mapping[str, Any], where: str) -> _Tokens:

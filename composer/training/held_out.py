@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,13 +52,12 @@ class Judging:
         if isinstance(self.held_out, Mapping):
             if unknown := [name for name in self.held_out if name not in counts]:
                 raise UnknownName(f"held_out has rows of {unknown[0]!r}, which is no task; there are {', '.join(counts)}")
-            if empty := [name for name, examples in self.held_out.items() if not examples]:
+            if strange := [name for name, rows in self.held_out.items() if isinstance(rows, int | float | None)]:
+                raise TrainingError(
+                    f"held_out of task {strange[0]!r} is {self.held_out[strange[0]]!r}; pass rows, (input, target) say"
+                )
+            if empty := [name for name, rows in self.held_out.items() if _is_empty(rows)]:
                 raise TrainingError(f"held_out has no rows of task {empty[0]!r}; leave it out, or give it some")
-            for name, examples in self.held_out.items():
-                if isinstance(examples, str) or not isinstance(examples, Task | Iterable):
-                    raise TrainingError(
-                        f"held_out of task {name!r} is {examples!r:.60}; pass pairs of texts (input, target)"
-                    )
         elif not _is_share(self.held_out):
             raise TrainingError(f"held_out is {self.held_out!r}; it must be a share above 0 and below 1, or rows by task")
         elif alone := [name for name, count in counts.items() if count < 2]:
@@ -81,6 +80,11 @@ class Judging:
             both = {name: _split(name, own, self.held_out, seed) for name, own in rows.items()}
             rows, judged = ({name: pair[part] for name, pair in both.items()} for part in (0, 1))
         return rows, {name: HeldOut(own, self.every, self.patience) for name, own in judged.items()}
+
+
+def _is_empty(rows: Any) -> bool:
+    given = rows.examples if isinstance(rows, Task) else rows
+    return isinstance(given, Sized) and not len(given)
 
 
 def _is_share(value: Any) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from loraweave.common.rows import GivenRows
 from loraweave.composer.batches import EncodedRow
 from loraweave.composer.continual._course import Course
 from loraweave.composer.layer_kinds.linear import shape as linear_shape
@@ -33,7 +34,7 @@ from loraweave.types import Task
 def train_adapters(
     model: Any,
     tokenizer: Any,
-    tasks: Mapping[str, Task | Sequence[tuple[str, str]]],
+    tasks: Mapping[str, Task | GivenRows],
     *,
     rank: int = 8,
     steps: int = 60,
@@ -48,7 +49,7 @@ def train_adapters(
     continual: str | None = None,
     continual_options: Mapping[str, Any] | None = None,
     warmup: int = WARMUP_STEPS,
-    held_out: float | Mapping[str, Sequence[tuple[str, str]]] | None = None,
+    held_out: float | Mapping[str, Task | GivenRows] | None = None,
     evaluate_every: int = 10,
     patience: int | None = None,
     memory_bytes: int | None = None,
@@ -91,8 +92,7 @@ def train_adapters(
     require_whole("rank", rank, 1, TrainingError)
     scale_alpha = 2.0 * rank if alpha is None else alpha
     recipe = Recipe(rank, scale_alpha, steps, lr, batch_size, tuple(target_modules), seed, warmup, linearized)
-    require_trainable(recipe, tasks, jobs_per_batch)
-    prepared = {name: task if isinstance(task, Task) else Task(list(task)) for name, task in tasks.items()}
+    prepared = require_trainable(recipe, tasks, jobs_per_batch)
     judging = Judging(held_out, evaluate_every, patience)
     judging.require({name: len(task.examples) for name, task in prepared.items()})
     require_memory(memory_bytes)
@@ -104,8 +104,9 @@ def train_adapters(
     needs_layers = continual is not None or len(begins) < len(tasks)
     layers = _target_layers(model, recipe.target_modules) if needs_layers else {}
 
-    def read(name: str, examples: Sequence[tuple[str, str]]) -> list[EncodedRow]:
-        return encoded_task(model, tokenizer, replace(prepared[name], examples=list(examples)))
+    def read(name: str, examples: Any) -> list[EncodedRow]:
+        task = examples if isinstance(examples, Task) else replace(prepared[name], examples=examples)
+        return encoded_task(model, tokenizer, task)
 
     encoded = {name: encoded_task(model, tokenizer, task) for name, task in prepared.items()}
     rows, held_out_rows = judging.parted(encoded, read, seed)

@@ -10,7 +10,7 @@ from typing import Any
 
 from loraweave.composer.batches import EncodedRow
 from loraweave.composer.training.pace import WARMUP_STEPS, Pace
-from loraweave.errors import TrainingError
+from loraweave.errors import InvalidTask, TrainingError
 from loraweave.hub.whole_number import is_whole, require_whole
 from loraweave.types import Task
 
@@ -43,19 +43,23 @@ class Recipe:
         return self.pace.rows(rows, job, step)
 
 
-def require_trainable(recipe: Recipe, tasks: Mapping[str, Any], jobs_per_batch: int) -> None:
-    """TrainingError for settings out of range and for tasks without examples."""
+def require_trainable(recipe: Recipe, tasks: Mapping[str, Any], jobs_per_batch: int) -> dict[str, Task]:
+    """The tasks, read. TrainingError for settings out of range and for tasks without examples, InvalidTask for no rows."""
     if not isinstance(tasks, Mapping) or not tasks:
         raise TrainingError("no tasks to train: pass a mapping of names to examples")
     require_texts("task", tasks)
     require_steps(recipe.pace, jobs_per_batch)
     require_whole("rank", recipe.rank, 1, TrainingError)
     _require_positive("alpha", recipe.alpha)
-    for name, task in tasks.items():
-        if not (task.examples if isinstance(task, Task) else task):
+    read = {}
+    for name, given in tasks.items():
+        try:
+            read[name] = Task.of(given)
+        except InvalidTask as error:
+            raise InvalidTask(f"task {name!r}: {error}") from error
+        if not read[name].examples:
             raise TrainingError(f"task {name!r} has no examples")
-        if isinstance(task, str) or not isinstance(task, Task | Iterable):
-            raise TrainingError(f"task {name!r} is {task!r:.60}: pass pairs of texts (input, target), or a Task")
+    return read
 
 
 def require_steps(pace: Pace, jobs_per_batch: int) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from loraweave.common.rows import GivenRows
 from loraweave.errors import AdapterSuspicious, LoraweaveError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.examination import examined
@@ -28,7 +29,7 @@ class Addition:
     source: str | Path | Adapter
     name: str | None = None
     description: str = ""
-    examples: Collection[str] | Collection[tuple[str, str]] = ()
+    examples: GivenRows = ()
     tags: Collection[str] = ()
     license: str | None = None
     base_model: str | None = None

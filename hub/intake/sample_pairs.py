@@ -5,29 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from loraweave.common.rows import GivenRows, read_rows
 from loraweave.errors import AdapterUnsupported
 from loraweave.hub.fields import MAX_EXAMPLE_BYTES, checked_text
 
 
-def split_pairs(name: str, examples: Any) -> tuple[Any, tuple[str, ...]]:
-    """The inputs, and the outputs where the examples are pairs. What is no list of them is given back for `checked_fields`.
+def split_pairs(name: str, examples: GivenRows) -> tuple[list[str], list[str]]:
+    """The inputs, and the outputs where the examples have them; a single text is one input.
 
-    AdapterUnsupported for a mixture of texts and pairs.
+    InvalidTask for what is no texts and no rows, AdapterUnsupported where some have outputs and some have none, and for an
+    output above the limit.
     """
-    if isinstance(examples, str) or not isinstance(examples, list | tuple | set | frozenset):
-        return examples, ()
-    listed = sorted(examples, key=repr) if isinstance(examples, set | frozenset) else list(examples)
-    pairs = [row for row in listed if isinstance(row, list | tuple) and len(row) == 2]
-    if not pairs:
-        return examples, ()
-    if len(pairs) < len(listed):
-        odd = next(row for row in listed if not (isinstance(row, list | tuple) and len(row) == 2))
+    if isinstance(examples, str):
+        return [examples], []
+    # a set has no order of its own, and the same call must store the same row
+    listed = sorted(examples, key=repr) if isinstance(examples, set | frozenset) else examples
+    read = read_rows(listed, noun="example", of=f"adapter {name!r}", targets="any")
+    outputs = [row.targets[0] for row in read if row.targets]
+    if len(outputs) not in (0, len(read)):
+        odd = next(row.input for row in read if not row.targets)
         raise AdapterUnsupported(
-            f"{len(pairs)} of the {len(listed)} examples of adapter {name!r} are pairs (input, output), and {odd!r:.80} is "
+            f"{len(outputs)} of the {len(read)} examples of adapter {name!r} are pairs (input, output), and {odd!r:.80} is "
             "none; give all with an output, or inputs alone"
         )
-    outputs = [checked_text(name, f"examples[{number}]", row[1], MAX_EXAMPLE_BYTES) for number, row in enumerate(pairs)]
-    return [row[0] for row in pairs], tuple(outputs)
+    for number, output in enumerate(outputs):
+        checked_text(name, f"examples[{number}]", output, MAX_EXAMPLE_BYTES)
+    return [row.input for row in read], outputs
 
 
 def card_with_outputs(

@@ -5,44 +5,46 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from loraweave.common.rows import located, read_row
 from loraweave.errors import InvalidTask
-from loraweave.routers.routing.row_texts import row_texts
 from loraweave.types import Task
-
-FORM = "rows are pairs (input, target), or {'input' or 'prompt', 'target'} with 'instruction' and 'expert' where known"
 
 
 def labelled_tasks(dataset: Any) -> dict[str, Task]:
     """{name: task} of {name: Task or rows}, or of rows that each name their 'expert'.
 
-    A row is a pair (input, target), or {"input", "target"} with an "instruction" if any, or {"prompt", "target"}, as for
-    `Composer.fit`. Raises InvalidTask for rows of another form, for rows that name no expert and for names without any.
+    Rows are of any form of `loraweave.common.rows`, with an instruction of their own if any; a "prompt" is the whole prompt.
+    Raises InvalidTask for rows of another form, for rows that name no expert and for names without any.
     """
-    grouped: Mapping[str, Any] = dataset if isinstance(dataset, Mapping) else _by_expert(dataset)
-    if not grouped:
+    if isinstance(dataset, Mapping):
+        tasks = {
+            name: given if isinstance(given, Task) else _task(located(given, of=repr(name)))
+            for name, given in dataset.items()
+        }
+    else:
+        tasks = {name: _task(rows) for name, rows in _by_expert(dataset).items()}
+    if not tasks:
         raise InvalidTask("the data set is empty: give {name: [(input, target), ...]}")
-    tasks = {name: given if isinstance(given, Task) else _task(name, given) for name, given in grouped.items()}
     for name, task in tasks.items():
         if not task.examples:
             raise InvalidTask(f"the data set has no examples of {name!r}: give some, or leave the name out")
     return tasks
 
 
-def _task(name: str, rows: Any) -> Task:
-    if isinstance(rows, str) or not isinstance(rows, Iterable):
-        raise InvalidTask(f"the data set has {rows!r:.80} for {name!r}, which are no rows: {FORM}")
+def _task(rows: Iterable[tuple[str, Any]]) -> Task:
+    """Of rows and where they are: prompts are the inputs."""
     plain = Task(())
-    pairs = [row_texts(row, plain, where=f"row {n} of {name!r}", forms=FORM) for n, row in enumerate(rows, start=1)]
-    return Task(pairs, template="{input}")
+    read = [read_row(row, where) for where, row in rows]
+    return Task([(plain.prompt_of(row), row.targets[0]) for row in read], template="{input}")
 
 
-def _by_expert(rows: Any) -> dict[str, list[Any]]:
-    grouped: dict[str, list[Any]] = {}
-    for number, row in enumerate(rows, start=1):
+def _by_expert(dataset: Any) -> dict[str, list[tuple[str, Any]]]:
+    grouped: dict[str, list[tuple[str, Any]]] = {}
+    for where, row in located(dataset, of="the data set"):
         if not isinstance(row, Mapping) or not row.get("expert"):
             raise InvalidTask(
-                f"row {number} of the data set, {row!r:.80}, names no expert, and this router learns which expert answers "
-                "what: give each row an 'expert', or {expert: rows}"
+                f"{where}, {row!r:.80}, names no expert, and this router learns which expert answers what: give each row an "
+                "'expert', or {expert: rows}"
             )
-        grouped.setdefault(row["expert"], []).append(row)
+        grouped.setdefault(row["expert"], []).append((where, row))
     return grouped

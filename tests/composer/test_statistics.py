@@ -238,7 +238,7 @@ def test_bf16_models_are_recorded_in_fp32(make_model, make_adapter, tokenizer):
 @pytest.mark.parametrize(
     ("texts", "options", "message"),
     [
-        ("a text", {}, "list of texts"),
+        ("a text", {}, "got 'a text', not rows"),
         ([], {}, "list of texts"),
         (["a", ("b", "c")], {}, "mixture"),
         (["a", ""], {}, "text 2 .* no token"),

@@ -29,6 +29,7 @@ from loraweave.errors import (
     HubLocked,
     HubReadOnly,
     InvalidName,
+    InvalidTask,
     WeightingError,
 )
 from loraweave.hub.adapter import Adapter
@@ -217,7 +218,6 @@ def test_what_cannot_be_stored_is_refused_before_anything_is_written(hub, given,
         ({"description": "é" * 50_001}, "description.*100,002 bytes; the limit is 100,000"),
         ({"examples": ["x"] * 1001}, "1,001 examples; the limit is 1,000"),
         ({"examples": ["ok", "x" * 10_001]}, r"examples\[1\].*10,001 bytes; the limit is 10,000"),
-        ({"examples": [1]}, r"examples\[0\].*must be text, not int"),
         ({"tags": {"a": 1}}, "tags.*must be a list of texts, not dict"),
         ({"description": 7}, "description.*must be text, not int"),
     ],
@@ -228,6 +228,15 @@ def test_fields_above_a_limit_are_refused_with_the_figure(hub, fields, message):
     hub.add(adapter(0))
     with pytest.raises(AdapterUnsupported, match=message):
         hub.update("adapter 0", **fields)
+
+
+def test_examples_that_are_no_texts_and_no_rows_are_refused_by_number(hub):
+    hub.add(adapter(0))
+    for examples, message in [([1], "example 1 of adapter 'adapter 0' is 1, not a text"), (3, "adapter 'adapter 0': got 3")]:
+        with pytest.raises(InvalidTask, match=message):
+            hub.add(adapter(0), examples=examples)
+        with pytest.raises(InvalidTask, match=message):
+            hub.update("adapter 0", examples=examples)
 
 
 def test_any_text_of_a_description_comes_back(hub):

@@ -59,7 +59,8 @@ def run_with(unpacked, code, folder, *arguments):
 
 
 def test_the_wheel_has_every_source_file_under_loraweave_and_no_other_package(wheel):
-    expected = {f"loraweave/{path.name}" for path in (ROOT / "loraweave").glob("*.py")} | {"loraweave/py.typed"}
+    front = [*(ROOT / "loraweave").glob("*.py"), *(ROOT / "loraweave" / "common").rglob("*.py")]
+    expected = {path.relative_to(ROOT).as_posix() for path in front} | {"loraweave/py.typed"}
     for room in ROOMS:
         expected |= {f"loraweave/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / room).rglob("*.py")}
     page = ROOT / "composer" / "introspection" / "page"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from loraweave.errors import AdapterNotFound, DimensionMismatch, RetrievalError, UnknownName
+from loraweave.errors import AdapterNotFound, DimensionMismatch, InvalidTask, RetrievalError, UnknownName
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 from loraweave.retrieval.abstention import Abstention
@@ -148,10 +148,16 @@ def test_a_description_counts_in_a_search_by_examples(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("examples", "message"), [([], "at least one"), (["10"], "example 1 is '10'"), ([("1", "2"), ("1", 2)], "example 2 is")]
+    ("examples", "error", "message"),
+    [
+        ([], RetrievalError, "at least one"),
+        (["10"], InvalidTask, "example 1 is '10'"),
+        ([("1", "2"), ("1", 2)], InvalidTask, "example 2 is"),
+        ([("", "2")], RetrievalError, "query 1 of 1 is empty"),
+    ],
 )
-def test_examples_that_are_no_pairs_of_texts_are_refused(hub, examples, message):
-    with pytest.raises(RetrievalError, match=message):
+def test_examples_that_are_no_pairs_of_texts_are_refused(hub, examples, error, message):
+    with pytest.raises(error, match=message):
         Retriever(hub, embedder=Plane()).for_examples(examples)
 
 

@@ -177,7 +177,9 @@ def test_an_adapter_carries_its_recipe_and_the_fingerprint_of_its_base(tiny_llam
     [
         ({}, {}, TrainingError, "no tasks"),
         ({"empty": []}, {}, TrainingError, "'empty' has no examples"),
-        ({"blank": [("a", " ")]}, {}, InvalidTask, "empty target"),
+        ({"blank": [("a", " ")]}, {}, InvalidTask, "task 'blank': example 1 .* empty target"),
+        ({"upper": 5}, {}, InvalidTask, "task 'upper': the examples: got 5, not rows"),
+        ({"upper": [("a", "b"), {"foo": 1}]}, {}, InvalidTask, r"task 'upper': example 2 has \['foo'\]"),
         (TASKS, {"steps": 0}, TrainingError, "steps is 0"),
         (TASKS, {"rank": 2.5}, TrainingError, "rank is 2.5"),
         (TASKS, {"lr": float("nan")}, TrainingError, "lr is nan"),
@@ -231,7 +233,6 @@ def test_a_checkpoint_that_cannot_be_written_is_refused_before_the_first_step(ti
         ({"start": 5}, "start is 5; pass"),
         ({"start": {"upper": None}}, "task 'upper' cannot start from None: pass an Adapter"),
         ({"tasks": [("upper", TASKS["upper"])]}, "no tasks to train: pass a mapping"),
-        ({"tasks": {"upper": 5}}, "task 'upper' is 5: pass pairs of texts"),
         ({"tasks": {5: TASKS["upper"]}}, "task 5 has no text for a name"),
     ],
 )

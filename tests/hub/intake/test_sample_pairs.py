@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loraweave.errors import AdapterUnsupported
+from loraweave.errors import AdapterUnsupported, InvalidTask
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 from loraweave.types import Factors
@@ -56,10 +56,14 @@ def test_an_update_of_the_examples_drops_their_outputs_and_another_update_keeps_
 
 
 @pytest.mark.parametrize(
-    ("examples", "words"),
-    [([("horse", "horses"), "child"], r"1 of the 2 examples .* 'child'"), ([("horse", 3)], r"examples\[0\] .* not int")],
+    ("examples", "error", "words"),
+    [
+        ([("horse", "horses"), "child"], AdapterUnsupported, r"1 of the 2 examples .* 'child'"),
+        ([("horse", 3)], InvalidTask, r"example 1 of adapter 'plural' is \('horse', 3\), not a text, nor a pair"),
+        ([("horse", "x" * 10_001)], AdapterUnsupported, r"examples\[0\] .* 10,001 bytes"),
+    ],
 )
-def test_a_mixture_and_an_output_that_is_no_text_are_refused_before_anything_is_stored(hub, examples, words):
-    with pytest.raises(AdapterUnsupported, match=words):
+def test_a_mixture_and_an_output_that_is_no_text_are_refused_before_anything_is_stored(hub, examples, error, words):
+    with pytest.raises(error, match=words):
         hub.add(adapter(), examples=examples)
     assert len(hub) == 0

@@ -1,0 +1,273 @@
+"""Rows of examples in every usual form: the one reader of the whole project.
+
+A row is a pair (input, target), or a mapping with the columns of one of `COLUMNS` or with `messages`. Rows come as an
+iterable of such, as a data set with named columns (`datasets.Dataset`, whose integer labels get their names), as a data
+frame, or as the path of a .jsonl or .csv file. Whatever else comes is refused, never guessed at.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, cast
+
+from loraweave.errors import InvalidTask
+
+GivenRows: TypeAlias = Iterable[Any] | os.PathLike[str]
+
+# "one": every row has one target. "blank": it may be empty. "several": it may be a list of accepted ones. "any": there may
+# be one, several, empty ones or none, and a text alone is an input. "none": inputs alone count, and texts are inputs.
+Targets = Literal["one", "blank", "several", "any", "none"]
+_LISTS = ("several", "any")
+
+# the column of the input, and those that may have its target
+COLUMNS = {"input": ("target",), "prompt": ("completion", "target"), "question": ("answer",), "text": ("label",)}
+ENDINGS = (".jsonl", ".json", ".csv")
+_BEYOND = "beyond the header"
+FORMS = (
+    "rows are pairs of texts (input, target), or mappings with input and target, prompt and completion, question and "
+    "answer, text and label, or messages; a data set or a data frame of these; or the path of a .jsonl or .csv file"
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """The texts of one row. Of several accepted `targets` the first is the one to learn.
+
+    `instruction` is the row's own (a column `instruction` or `definition`, or a system turn), `whole_prompt` says that the
+    input came as a `prompt`, and `split` is the column of that name; both texts are empty where the row has none.
+    """
+
+    input: str
+    targets: tuple[str, ...] = ()
+    instruction: str = ""
+    whole_prompt: bool = False
+    split: str = ""
+
+
+def read_rows(given: GivenRows, *, noun: str = "row", of: str = "", targets: Targets = "one") -> list[Row]:
+    """The rows in their order. `noun` and `of` name them in messages: "row 3 of dataset".
+
+    Raises InvalidTask for what is no rows, and for a row of another form, by its number and what it has.
+    """
+    rows = located(given, noun=noun, of=of, one_split=targets != "none")
+    return [read_row(row, where, targets=targets) for where, row in rows]
+
+
+def read_inputs(given: GivenRows) -> list[str]:
+    """Texts, or the inputs of rows, in their order. Raises InvalidTask for anything else, such as a single text."""
+    return [row.input for row in read_rows(given, noun="input", targets="none")]
+
+
+def located(given: GivenRows, *, noun: str = "row", of: str = "", one_split: bool = True) -> Iterator[tuple[str, Any]]:
+    """(where it is, the row as it came) of each row; integer labels of a data set are already their names.
+
+    Raises InvalidTask for what is no rows, for a file that cannot be read, and, with `one_split`, for rows whose column
+    `split` has more than one value.
+    """
+    first = ""
+    for where, row in _source(given, noun, of):
+        split = row.get("split") if one_split and isinstance(row, Mapping) else None
+        if isinstance(split, str):
+            first = first or split
+            if split != first:
+                raise InvalidTask(f"{where} is of split {split!r}, and those before it of {first!r}: give the rows of one")
+        yield where, row
+
+
+def read_row(row: Any, where: str, *, targets: Targets = "one") -> Row:
+    """One row, which is called `where` in messages. Raises InvalidTask for another form, or without a target."""
+    if isinstance(row, Mapping):
+        return _of_mapping({str(name): value for name, value in row.items() if not _is_missing(value)}, where, targets)
+    if isinstance(row, str) and targets in ("any", "none"):
+        return Row(row)
+    is_pair = isinstance(row, Sequence) and not isinstance(row, str | bytes) and len(row) == 2
+    if not is_pair or not isinstance(row[0], str) or not _are_targets(row[1], targets):
+        what = "a text, nor a pair of texts" if targets in ("any", "none") else "a pair of texts (input, target)"
+        raise InvalidTask(f"{where} is {row!r:.80}, not {what}: {FORMS}")
+    return Row(row[0], _checked(row[1], row[0], where, targets))
+
+
+def _source(given: GivenRows, noun: str, of: str) -> Iterator[tuple[str, Any]]:
+    whole = f"the {noun}s of {of}" if of else f"the {noun}s"
+    if isinstance(given, os.PathLike) or (isinstance(given, str) and given.lower().endswith(ENDINGS)):
+        yield from _of_file(Path(given))
+        return
+    if isinstance(given, Mapping):
+        names = ", ".join(map(repr, given))
+        raise InvalidTask(f"{whole}: got one mapping with {names:.200}, not rows: pass a list of rows, or one of its parts")
+    records = _records(given)
+    if records is None:
+        raise InvalidTask(f"{whole}: got {given!r:.80}, not rows: {FORMS}")
+    names_of = _class_names(getattr(given, "features", None))
+    for number, row in enumerate(records, start=1):
+        where = f"{noun} {number} of {of}" if of else f"{noun} {number}"
+        yield where, _with_names(row, names_of) if names_of and isinstance(row, Mapping) else row
+
+
+def _records(given: Any) -> Iterable[Any] | None:
+    """The rows of a frame (pandas, polars), whose iteration gives columns; else what iteration gives. None without any."""
+    if isinstance(given, str | bytes):
+        return None
+    if hasattr(given, "to_dicts"):
+        return cast(Iterable[Any], given.to_dicts())
+    if hasattr(given, "to_dict") and hasattr(given, "columns"):
+        return cast(Iterable[Any], given.to_dict("records"))
+    try:
+        return cast(Iterable[Any], iter(given))
+    except TypeError:
+        return None
+
+
+def _class_names(features: Any) -> dict[str, Sequence[str]]:
+    """The names of the classes of each column that has integers for them."""
+    if not isinstance(features, Mapping):
+        return {}
+    named = {column: getattr(feature, "names", None) for column, feature in features.items()}
+    return {column: names for column, names in named.items() if isinstance(names, list | tuple)}
+
+
+def _with_names(row: Mapping[str, Any], names_of: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    changed = dict(row)
+    for column, names in names_of.items():
+        # -1 stands for a label that is not known
+        if isinstance(row.get(column), int) and 0 <= row[column] < len(names):
+            changed[column] = names[row[column]]
+    return changed
+
+
+def _of_file(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        # no other line break than this ends a line: texts may hold the rest
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InvalidTask(f"{path} is not UTF-8 text (byte {error.start}); give a JSONL or CSV file") from error
+    except OSError as error:
+        raise InvalidTask(f"{path} cannot be read ({error.strerror}); give a JSONL or CSV file") from error
+    if path.suffix.lower() == ".csv":
+        yield from _of_csv(path, text)
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path} line {number}"
+        try:
+            yield where, json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InvalidTask(f"{where} is not JSON ({error}); every line is one object with input and target") from error
+
+
+def _of_csv(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    try:
+        for number, row in enumerate(csv.DictReader(io.StringIO(text, newline=""), restkey=_BEYOND), start=1):
+            where = f"{path} row {number}"
+            if _BEYOND in row:
+                raise InvalidTask(f"{where} has more fields than the first line has names: quote texts with commas")
+            yield where, row
+    except csv.Error as error:
+        raise InvalidTask(f"{path} is not CSV ({error}); its first line has the names of the columns") from error
+
+
+def _of_mapping(row: Mapping[str, Any], where: str, targets: Targets) -> Row:
+    instruction = row.get("instruction") or row.get("definition") or ""
+    split = row.get("split", "")
+    if not isinstance(instruction, str):
+        raise InvalidTask(f"{where} has {instruction!r:.60} as its instruction, which is no text")
+    column, answer = _columns(row, where, targets)
+    text, given = row[column], None if answer is None else row[answer]
+    if column == "messages":
+        system, text, given = _turns(text, where, targets)
+        instruction = system or instruction
+    if not isinstance(text, str):
+        raise InvalidTask(f"{where} has {text!r:.60} as {column!r}, which is no text: {FORMS}")
+    found: tuple[str, ...] = ()
+    if given is not None and targets != "none":
+        if not _are_targets(given, targets):
+            kind = "a text, or a list of texts" if targets in _LISTS else "one text"
+            way = "; give the names of labels, not their numbers" if isinstance(given, int) else ""
+            raise InvalidTask(f"{where} has {given!r:.60} as {answer!r}, which is not {kind}{way}")
+        also = _listed(row.get("also_ok", []) if targets == "several" else [])
+        if not all(isinstance(target, str) for target in also):
+            raise InvalidTask(f"{where} has {also!r:.60} as 'also_ok', which is no list of texts")
+        found = _checked([*_listed(given), *also], text, where, targets)
+    return Row(text, found, instruction, column == "prompt", str(split))
+
+
+def _columns(row: Mapping[str, Any], where: str, targets: Targets) -> tuple[str, str | None]:
+    """The columns of the input and of the target. Raises InvalidTask where none or several have them."""
+    found: list[tuple[str, str | None]] = [
+        (column, answer) for column, answers in COLUMNS.items() if column in row for answer in answers if answer in row
+    ]
+    if not found and targets in ("any", "none"):
+        found = [(column, None) for column in COLUMNS if column in row]
+    # a prompt has been made of the input beside it
+    if any(column == "prompt" for column, _ in found):
+        found = [pair for pair in found if pair[0] != "input"]
+    found += [("messages", None)] if "messages" in row else []
+    if len(found) == 1:
+        return found[0]
+    has = f"{where} has {sorted(row)}"
+    if found:
+        pairs = " and ".join("/".join(filter(None, pair)) for pair in found)
+        raise InvalidTask(f"{has:.300}, in which {pairs} could be the texts: leave the columns of one")
+    # the form of which most is there
+    column, answers = max(COLUMNS.items(), key=lambda form: (form[0] in row) + any(answer in row for answer in form[1]))
+    missing = [] if column in row else [repr(column)]
+    missing += [] if any(answer in row for answer in answers) else [" or ".join(map(repr, answers))]
+    raise InvalidTask(f"{has:.300}, and no {' and no '.join(missing)}: {FORMS}")
+
+
+def _turns(turns: Any, where: str, targets: Targets) -> tuple[str, str, str | None]:
+    """(system turn, input, answer) of a chat: the last turn is the answer, and those between are the input.
+
+    One turn of the user is the input as it is; several turns are lines "role: content".
+    """
+    if not isinstance(turns, list | tuple) or not all(_is_turn(turn) for turn in turns):
+        raise InvalidTask(
+            f"{where} has {turns!r:.80} as 'messages', which is no list of {{'role', 'content'}} with texts alone"
+        )
+    chat = [(turn["role"], turn["content"]) for turn in turns]
+    system = chat.pop(0)[1] if chat and chat[0][0] == "system" else ""
+    answer = chat.pop()[1] if chat and chat[-1][0] == "assistant" else None
+    if (answer is None and targets not in ("any", "none")) or not chat or chat[-1][0] != "user":
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise InvalidTask(f"{where} has messages of {roles or 'nobody'}: the last are to be a user's and the answer to it")
+    if len(chat) == 1:
+        return system, chat[0][1], answer
+    return system, "\n".join(f"{role}: {content}" for role, content in chat), answer
+
+
+def _is_turn(turn: Any) -> bool:
+    if not isinstance(turn, Mapping) or turn.get("tool_calls"):
+        return False
+    return all(isinstance(turn.get(key), str) for key in ("role", "content"))
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether it stands for no value, as data sets and frames fill them up."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _are_targets(value: Any, targets: Targets) -> bool:
+    if targets == "none":
+        return True
+    several = isinstance(value, list | tuple) and targets in _LISTS and len(value) > 0
+    return all(isinstance(text, str) for text in value) if several else isinstance(value, str)
+
+
+def _checked(value: Any, text: str, where: str, targets: Targets) -> tuple[str, ...]:
+    found = () if targets == "none" else tuple(_listed(value))
+    # what is not learned or compared may be empty
+    if targets in ("one", "several") and not all(target.strip() for target in found):
+        raise InvalidTask(f"{where} (input {text!r:.60}) has an empty target; there is nothing to learn from it")
+    return found
