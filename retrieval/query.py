@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Query:
-    """Inputs of one task, their outputs where known (one for each input, or none at all), its description, an adapter.
+    """Inputs of one task, their outputs where known (one for each input, empty where it has none; or none at all), its
+    description, an adapter.
 
     A key compares what it knows; a query that lacks that part gets no opinion from it.
     """

@@ -189,11 +189,11 @@ class Retriever:
 
         Outputs tell apart the tasks whose inputs are alike, for adapters whose cards hold `outputs` beside their examples.
         Scored by the retriever's `keys`, or without any by `mean`, `outputs`, `relation` and, with a description,
-        `description`.  RetrievalError without an example,
+        `description`. An example with an empty output counts by its input alone. RetrievalError without an example,
         InvalidTask for what is no row.
         """
         request = Request(k, base_model, license, tags, min_score, diversity, max_rank, max_size_bytes, language, after)
-        rows = read_rows(examples, noun="example", targets="one")
+        rows = read_rows(examples, noun="example", targets="blank")
         if not rows:
             raise RetrievalError(
                 "a search by examples needs at least one pair (input, output); for_task takes a description"

@@ -15,7 +15,7 @@ class Description:
     """The cosine of the two texts; of the description with the mean over inputs and outputs for a query without one."""
 
     def scores(self, query: Query, records: Sequence[Record], space: KeySpace) -> np.ndarray:
-        asked = [query.description] if query.description.strip() else [*query.inputs, *query.outputs]
+        asked = [query.description] if query.description.strip() else [*query.inputs, *filter(str.strip, query.outputs)]
         query_D = space.mean(space.embed(asked))
         scores_N = np.full(len(records), np.nan)
         for row, record in enumerate(records):

@@ -15,12 +15,13 @@ class Outputs:
     """The cosine of the two means. Sample outputs are what a card holds as `outputs`, one for each of its examples."""
 
     def scores(self, query: Query, records: Sequence[Record], space: KeySpace) -> np.ndarray:
-        query_D = space.mean(space.embed(query.outputs))
+        outputs = [output for output in query.outputs if output.strip()]
+        query_D = space.mean(space.embed(outputs))
         scores_N = np.full(len(records), np.nan)
         for row, record in enumerate(records):
             mean_D = space.once(
                 "outputs", record, lambda r: space.mean(space.embed([output for _, output in space.pairs(r)]))
             )
-            if query.outputs and mean_D.any():
+            if outputs and mean_D.any():
                 scores_N[row] = query_D @ mean_D
         return scores_N

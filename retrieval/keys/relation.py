@@ -15,7 +15,7 @@ class Relation:
     """The cosine of the mean relation in the query's examples with the mean in the card's (`examples` and `outputs`)."""
 
     def scores(self, query: Query, records: Sequence[Record], space: KeySpace) -> np.ndarray:
-        asked = list(zip(query.inputs, query.outputs, strict=False))
+        asked = [(text, output) for text, output in zip(query.inputs, query.outputs, strict=False) if output.strip()]
         query_F = _mean(asked)
         scores_N = np.full(len(records), np.nan)
         for row, record in enumerate(records):

@@ -161,6 +161,21 @@ def test_examples_that_are_no_pairs_of_texts_are_refused(hub, examples, error, m
         Retriever(hub, embedder=Plane()).for_examples(examples)
 
 
+def test_an_example_with_an_empty_output_counts_by_its_input_alone(tmp_path):
+    with Hub(tmp_path) as hub:
+        add(hub, "one", 10, outputs=["50"])
+        hub.update("one", description="30")
+        retriever = Retriever(hub, embedder=Plane(), keys=("mean", "outputs", "description"))
+        (found,) = retriever.for_examples([("30", "60"), ("10", ""), ("20", " \n")])
+        # the inputs' mean points to 20, the only output is 60, and inputs and outputs together point to 30
+        space = [math.cos(math.radians(angle)) for angle in (10, 10)]
+        together = sum(math.cos(math.radians(angle - 30)) for angle in (30, 10, 20, 60))
+        across = sum(math.sin(math.radians(angle - 30)) for angle in (30, 10, 20, 60))
+        assert found.score == pytest.approx((sum(space) + together / math.hypot(together, across)) / 3, abs=2e-6)
+        related = Retriever(hub, embedder=Plane(), keys=("relation",))
+        assert related.for_examples([("a b", "B A"), ("c", "")])[0].score == related.for_examples([("a b", "B A")])[0].score
+
+
 def test_a_search_by_the_mean_key_finds_what_the_index_finds(hub):
     plain, keyed = Retriever(hub, embedder=Plane()), Retriever(hub, embedder=Plane(), keys=("mean",))
     for text in ("10", "70", "200"):
