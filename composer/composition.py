@@ -20,6 +20,7 @@ from loraweave.composer.a_model import require_model
 from loraweave.composer.composer import Composer
 from loraweave.composer.introspection.explain import pieces, reading
 from loraweave.composer.introspection.explanation import Explanation
+from loraweave.composer.layers import with_magnitudes
 from loraweave.composer.merge import merge, parent_of
 from loraweave.composer.merge_by_layer import merge_by_layer
 from loraweave.composer.refine.cut import cut
@@ -244,7 +245,7 @@ class Composition:
                 router = saved_router(self.router)
                 router.save_pretrained(new / "router", pool=pool_of(router, self.engine))
             elif not self.is_base:
-                self.adapter.save_pretrained(new / "adapter")
+                with_magnitudes(self.adapter, self.model).save_pretrained(new / "adapter")
             (new / FILE).write_text(json.dumps(self._recipe(), indent=1, ensure_ascii=False))
         return target
 
@@ -256,7 +257,8 @@ class Composition:
         CompositionError when the composition is the base model itself.
         """
         allowed = allow_licenses or self.allow_licenses
-        return self.adapter.export(folder, target=target, max_rank=max_rank, allow_licenses=allowed)
+        portable = with_magnitudes(self.adapter, self.model)
+        return portable.export(folder, target=target, max_rank=max_rank, allow_licenses=allowed)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, model: Any, tokenizer: Any) -> Composition:
@@ -273,7 +275,9 @@ class Composition:
             fields = {"seed": recipe["seed"], "parents": recipe["parents"], "router": router}
             return cls(model, tokenizer, task, router.pool, {}, recipe["merge_method"], report, **fields)
         kept = Path(folder) / "adapter"
-        stored = Adapter.from_pretrained(kept, name="composition") if kept.is_dir() else None
+        stored = None
+        if kept.is_dir():
+            stored = Composer(model, [Adapter.from_pretrained(kept, name="composition")]).bound_pool["composition"]
         if stored is None and (recipe["weights"] or recipe["tuned_steps"]):
             raise AdapterCorrupt(f"{folder} has weights, but its folder adapter is gone; compose again")
         return cls(

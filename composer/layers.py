@@ -216,6 +216,22 @@ def bound(adapter: Adapter, layers: Mapping[str, TargetLayer]) -> Mapping[str, F
     return factors
 
 
+def with_magnitudes(adapter: Adapter, model: nn.Module) -> Adapter:
+    """The adapter as files have it: with DoRA's magnitudes in all its layers where one of them has a gain.
+
+    Raises AdapterUnsupported for a gain that no magnitude expresses.
+    """
+    if all(part.gain_O is None for part in adapter.layers.values()):
+        return adapter
+    modules = dict(model.named_modules())
+    with torch.inference_mode(False), torch.no_grad():
+        layers = {
+            name: algebra.unbind(part, target_layer(modules, name, part, adapter.name).dense_weight_OI().cpu())
+            for name, part in adapter.layers.items()
+        }
+    return replace(adapter, layers=layers)
+
+
 def _on_cpu(factors: Factors) -> Factors:
     moved: dict[str, Any] = {part: tensor.cpu() for part, tensor in factors.tensors().items()}
     return replace(factors, **moved)

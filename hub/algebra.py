@@ -53,6 +53,23 @@ def bind(factors: Factors, weight_OI: Tensor, bias_O: Tensor | None) -> Factors:
     return replace(factors, b_OR=b_OR, gain_O=gain_O, bias_O=extra_O, magnitude_O=None, base_bias_O=None)
 
 
+def unbind(factors: Factors, weight_OI: Tensor) -> Factors:
+    """The same update with DoRA's magnitude in the place of its gain, to be bound to the same base again.
+
+    With r = 1 + gain, b is divided by r, and m = r |W + b a|. Raises AdapterUnsupported where r is 0 in a row of b that is
+    not, which no magnitude expresses.
+    """
+    gain_O = torch.zeros(factors.b_OR.shape[0]) if factors.gain_O is None else factors.gain_O
+    ratio_O = 1 + gain_O.double()
+    gone_O = ratio_O == 0
+    if bool(factors.b_OR[gone_O].any()):
+        row = int((gone_O & factors.b_OR.any(dim=1)).nonzero()[0])
+        raise AdapterUnsupported(f"the gain is -1 in row {row}, whose update is not zero: DoRA has no magnitude for that")
+    b_OR = (factors.b_OR.double() / torch.where(gone_O, 1.0, ratio_O)[:, None]).float()
+    norm_O = (weight_OI.double() + b_OR.double() @ factors.a_RI.double()).norm(dim=1)
+    return replace(factors, b_OR=b_OR, gain_O=None, magnitude_O=(ratio_O * norm_O).float())
+
+
 def scale(factors: Factors, weight: float) -> Factors:
     """weight * update. The weight goes onto b alone: on both factors it would count twice. A weight of 1 gives `factors`."""
     if weight == 1.0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -10,6 +11,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 
 import loraweave as lw
@@ -295,8 +297,11 @@ def test_the_uniform_mixture_is_of_the_space_and_the_groups_asked_for(tiny_llama
         assert found.report["uniform"].loss == pytest.approx(np.mean(found.losses()), rel=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("method", ["random", "gradient"])
-def test_adapters_with_magnitudes_are_composed_to_what_was_searched(tiny_llama, tokenizer, make_adapter, task, method):
+def test_adapters_with_magnitudes_are_composed_to_what_was_searched_and_saved(
+    tiny_llama, tokenizer, make_adapter, task, method, tmp_path
+):
     def dora(adapter):
         norms = {name: tiny_llama.get_submodule(name).weight.detach().norm(dim=1) for name in adapter.layers}
         layers = {name: dataclasses.replace(each, magnitude_O=1.1 * norms[name]) for name, each in adapter.layers.items()}
@@ -305,6 +310,17 @@ def test_adapters_with_magnitudes_are_composed_to_what_was_searched(tiny_llama, 
     pool = lw.ExpertPool([dora(make_adapter(tiny_llama, name, seed=seed)) for seed, name in enumerate("ab")])
     found = compose(tiny_llama, tokenizer, pool, task, method=method, folds=0)
     assert found.report[method].loss == pytest.approx(np.mean(found.losses()), rel=1e-4)
+    found.save_pretrained(tmp_path / "kept")
+    again = lw.Composition.from_pretrained(tmp_path / "kept", tiny_llama, tokenizer)
+    assert again.losses() == pytest.approx(found.losses(), rel=1e-4)
+    assert again.cut(2).adapter.rank <= 2
+    found.export(tmp_path / "peft")
+    model = PeftModel.from_pretrained(copy.deepcopy(tiny_llama), tmp_path / "peft").eval()
+    ids = torch.tensor([[3, 9, 4]])
+    with torch.no_grad(), found._active():
+        wanted = tiny_llama(ids).logits
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, wanted, atol=1e-4)
 
 
 def test_a_composition_answers_without_dropout_whatever_the_mode_of_the_model(make_model, make_adapter, tokenizer, task):

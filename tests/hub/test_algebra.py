@@ -276,3 +276,21 @@ def test_nothing_changes_its_operands():
     algebra.inner(update, other)
     tensors = [tensor for found in (update, other) for tensor in found.tensors().values()]
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(tensors, copies, strict=True))
+
+
+def test_unbound_to_a_magnitude_and_bound_again_an_update_is_itself():
+    generator = torch.Generator().manual_seed(3)
+    a_RI, b_OR, gain_O, weight_OI = (torch.randn(*size, generator=generator) for size in ((2, 5), (7, 2), (7,), (7, 5)))
+    gain_O[0], b_OR[0] = -1.0, 0.0
+    factors = Factors(a_RI, b_OR, gain_O=gain_O)
+    unbound = algebra.unbind(factors, weight_OI)
+    # DoRA as published: m / |V| * V with V = W + b a
+    v_OI = weight_OI.double() + unbound.b_OR.double() @ unbound.a_RI.double()
+    dense_OI = unbound.magnitude_O.double()[:, None] * v_OI / v_OI.norm(dim=1, keepdim=True)
+    wanted_OI = (1 + gain_O.double())[:, None] * weight_OI.double() + b_OR.double() @ a_RI.double()
+    assert torch.allclose(dense_OI, wanted_OI, rtol=1e-5, atol=1e-6)
+    again = algebra.bind(unbound, weight_OI, None)
+    assert torch.allclose(again.gain_O, gain_O, atol=1e-6)
+    assert torch.allclose(again.b_OR, b_OR, atol=1e-5)
+    with pytest.raises(AdapterUnsupported, match="row 1"):
+        algebra.unbind(Factors(a_RI, b_OR, gain_O=torch.full((7,), -1.0)), weight_OI)
