@@ -142,7 +142,10 @@ def check_arguments(experts: Hub | ExpertPool, task: Task, **arguments: Any) -> 
     given.apply_defaults()
     known = {field.name for field in fields(Settings)}
     named = {name: value for name, value in given.arguments.items() if name in known}
-    Settings.of(**named, options=given.arguments["search_options"]).check(task, from_hub=isinstance(experts, Hub))
+    settings = Settings.of(**named, options=given.arguments["search_options"])
+    settings.check(task, from_hub=isinstance(experts, Hub))
+    if isinstance(experts, ExpertPool):
+        settings.require_licenses(experts)
 
 
 def _trials(measure: Measurement, ways: Ways, settings: Settings) -> list[Trial]:

@@ -189,6 +189,7 @@ def compose(
     task = lw.Task(rows.examples()[:num_examples], instruction=asked, labels=wanted)
     source = open_hub(hub) if pool is None else read_pool(pool)
     arguments = {"method": method, "k": k, "budget": budget, "seed": seed, "checkpoint": checkpoint, **options}
+    arguments["allow_licenses"] = allow_licenses
     check_arguments(source, task, **arguments)
     if routes(method) and not prune is tune is rank is None:
         raise typer.BadParameter(f"--prune, --tune and --rank change weights, but {method!r} is a router: leave them out")

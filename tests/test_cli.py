@@ -415,6 +415,20 @@ def test_compose_shows_its_weights_by_size(two, base, rows):
     assert [[cell.strip() for cell in line.strip("│").split("│")] for line in lines] == [["right", "-1"], ["left", "0.25"]]
 
 
+def test_compose_asks_for_licenses_before_the_base_is_loaded(here, base, rows):
+    for name, license in (("left", "gpl-3.0"), ("right", "cc-by-nc-4.0")):
+        adapter(name, card={"license": license}).save_pretrained(here / "pool" / name)
+    words = ["compose", "--pool", "pool", "--examples", rows, "--method", "uniform", "--out", "c"]
+    done = call(*words, "--base", "no/such/base")
+    assert done.exit_code == 1
+    assert "InvalidLicense: " in done.stderr
+    with pytest.warns(UserWarning, match="this mixture may be used"):
+        done = call(*words, "--base", base, "--allow-licenses")
+    assert done.exit_code == 0, done.stderr
+    assert "license: CC-BY-NC-4.0 AND GPL-3.0-only" in done.stderr
+    assert json.loads(Path("c/composition.json").read_text())["license"] == "CC-BY-NC-4.0 AND GPL-3.0-only"
+
+
 def test_compose_uses_the_hub_by_default(here, base, rows, monkeypatch):
     seen = []
     monkeypatch.setattr(
