@@ -82,8 +82,10 @@ class Fitting:
         if not unbound:
             return adapter
         _require_own_weights({layer: layers[layer] for layer in unbound})
+        # first, since it refuses weights that have no values to compare
+        resolved = bound(adapter, layers)
         self._weights.add(name, {layer: adapter.layers[layer] for layer in unbound}, layers)
-        return replace(adapter, layers=bound(adapter, layers))
+        return replace(adapter, layers=resolved)
 
     def _require_base(self, name: str, adapter: Adapter) -> None:
         its = adapter.fingerprint
