@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 def determining(model: ExpertModel, learning: list[str]) -> list[Any]:
     """What is trained, as JSON."""
     options = {name: repr(value) for name, value in model.recipe.options.items()}
+    if model.recipe.revision > 1:
+        options["revision"] = repr(model.recipe.revision)
     return [options, {name: repr(shape) for name, shape in model.shapes.items()}, learning]
 
 

@@ -86,6 +86,8 @@ class Recipe:
     gates_see: ClassVar[Literal["kernel", "middle", "nothing"]] = "kernel"
     # what fit() takes unless it is told otherwise
     lr: ClassVar[float] = 3e-3
+    # one more whenever the same options have come to mean another training, which then begins anew beside older checkpoints
+    revision: ClassVar[int] = 1
     # parts of parameters' names without a gradient in the first step, because their factor begins as 0
     silent_at_first: ClassVar[tuple[str, ...]] = ("a_SI",)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,9 @@ class Mola(Recipe):
     experts are alike, and a site outside the blocks counts as one. `as_released` counts padding, too. Published is 0.001; of
     the two released scripts that for instructions adds the loss, and that for ScienceQA does so only where it is asked to.
     """
+
+    # the balance loss was a mean over sites
+    revision: ClassVar[int] = 2
 
     num_experts: tuple[int, ...] = (2, 4, 6, 8)
     top_k: int = 2

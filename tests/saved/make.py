@@ -1,7 +1,8 @@
 """Writes `data/`: one of everything that loraweave saves, with what it answered then. test_saved.py opens them.
 
 The files are those of version 0.1.0 before its modules moved. `python tests/saved/make.py FOLDER` writes such a folder with
-the code at hand; a new one goes beside the old one, which stays.
+the code at hand; a new one goes beside the old one, which stays (`checkpoints/experts-2` has
+mola's loss as it is since).
 """
 
 from __future__ import annotations
