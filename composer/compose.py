@@ -105,13 +105,13 @@ def compose(
     started = time.perf_counter()
     # a model without a name can only be told by its shapes, which adapters seldom know: then all are tried
     base = base_key(model) if hasattr(model, "name_or_path") else None
-    pool, scores = candidates(experts, task, k, base)
+    pool, scores = candidates(experts, task, settings.inputs or (), k, base)
     if pool is None:
         reason = f"none of the hub's {len(experts)} adapters is for the base model {base.id if base else None!r}"
         return Composition(model, tokenizer, task, None, {}, "linear", Report((), "base", reason, (), 0.0, 0), seed)
     settings.require_licenses(pool)
     engine = Composer(model, pool, tokenizer=tokenizer)
-    parts = make_folds(len(task.examples), settings.folds, seed) if settings.learns else []
+    parts = make_folds(len(task.examples), settings.folds, seed) if settings.learns and task.examples else []
     with progress_bar(progress) as bar:
         # unknown until the searches are made, and after that too where only time bounds them
         shown = bar.add_task("measuring adapters", total=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
@@ -20,12 +21,12 @@ def experts_of(given: Any) -> Hub | ExpertPool:
 
 
 def candidates(
-    hub_or_pool: Hub | ExpertPool, task: Task, k: int, base: BaseKey | None
+    hub_or_pool: Hub | ExpertPool, task: Task, unlabelled: Sequence[str], k: int, base: BaseKey | None
 ) -> tuple[ExpertPool | None, dict[str, float]]:
     """The pool to search in, None where the hub has nothing for this base, and each retrieved adapter's score."""
     if isinstance(hub_or_pool, ExpertPool):
         return hub_or_pool, {}
-    inputs = [text for text, _ in task.examples]
+    inputs = [text for text, _ in task.examples] or list(unlabelled)
     hits = Retriever(hub_or_pool).for_task(inputs, description=task.instruction, k=k, base_model=base, evidence=False)
     scores = {hit.name: hit.score for hit in hits}
     return (hub_or_pool.pool(list(scores)) if scores else None), scores

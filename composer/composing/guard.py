@@ -14,12 +14,12 @@ def guard(method: str, held_out_losses: Mapping[str, float], *, guarded: bool) -
     "auto" takes the lowest, the better of base and best single where they are equal. Any other method gives way, if it is
     to be `guarded`, to the better of these two when it is worse.
     """
+    if method != "auto" and not guarded:
+        return method, "as asked"
     plain = min(PLAIN, key=lambda name: held_out_losses[name])
     if method == "auto":
         best = min(held_out_losses, key=lambda name: (held_out_losses[name], name != plain))
         return best, "lowest loss on held-out examples"
-    if not guarded:
-        return method, "as asked"
     if held_out_losses[method] > held_out_losses[plain]:
         figures = f"{held_out_losses[method]:.3f} against {held_out_losses[plain]:.3f}"
         return plain, f"{method} was worse than {plain} on held-out examples: loss {figures}"

@@ -38,8 +38,8 @@ class Trial:
 
     @property
     def held_out_loss(self) -> float:
-        """Infinite where it is no number, so that nothing is worse."""
-        loss = float(self.held_losses_N.mean())
+        """Infinite where it is no number, so that nothing is worse, and where there are no examples."""
+        loss = float(self.held_losses_N.mean()) if self.held_losses_N.size else math.inf
         return loss if math.isfinite(loss) else math.inf
 
     def row(self) -> ReportRow:
@@ -51,8 +51,8 @@ class Trial:
             name=self.name,
             weights={} if origin is None else _used_means(origin.mixture),
             loss=None if self.losses_N is None else float(self.losses_N.mean()),
-            held_out_loss=self.held_out_loss,
-            held_out_hits=float(self.held_hits_N.mean()),
+            held_out_loss=self.held_out_loss if self.held_losses_N.size else None,
+            held_out_hits=float(self.held_hits_N.mean()) if self.held_hits_N.size else None,
             seconds=self.seconds,
             evaluations=self.way.evaluations,
             by_layer=by_layer,
@@ -65,16 +65,18 @@ class Trial:
 class Measurement:
     """Trials on one task. `folds` are the parts of cross-validation; none means that nothing is held out.
 
-    `loss` is that of sums of updates over all examples, without terms for the weights.
+    `loss` is that of sums of updates over all examples, without terms for the weights; None where there are no examples.
     """
 
-    def __init__(self, tokenizer: Any, task: Task, folds: Sequence[Part], loss: ExampleLoss) -> None:
+    def __init__(self, tokenizer: Any, task: Task, folds: Sequence[Part], loss: ExampleLoss | None) -> None:
         self._tokenizer = tokenizer
         self._task = task
         self.folds = folds
         self._all = whole(len(task.examples))
         self._routed: dict[Composer, RoutedExamples] = {}
-        self._losses: dict[tuple[Composer, str], ExampleLoss] = {(loss.engine, loss.merge_method): loss}
+        self._losses: dict[tuple[Composer, str], ExampleLoss] = {}
+        if loss is not None:
+            self._losses[loss.engine, loss.merge_method] = loss
 
     def trial(self, way: Way) -> Trial:
         """The way measured on held-out examples and on all."""
@@ -115,6 +117,8 @@ class Measurement:
 
     def _finish(self, trial: Trial) -> None:
         assert trial.choice is not None
+        if not self._all.seen:
+            return
         trial.losses_N, hits_N = self._scores(trial.choice, self._all.seen)
         if not trial.fold_choices:
             trial.held_losses_N, trial.held_hits_N = trial.losses_N, hits_N

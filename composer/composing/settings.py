@@ -11,7 +11,7 @@ from typing import Any
 
 from loraweave.common.rows import GivenRows, read_inputs
 from loraweave.composer.composing.router_method import check_router, is_trained, routes
-from loraweave.composer.composing.solver_options import OTHER_WAYS, check_options, solver_class, takes
+from loraweave.composer.composing.solver_options import BEST, OTHER_WAYS, check_options, solver_class, takes
 from loraweave.composer.evaluation.penalty import Penalty
 from loraweave.composer.evaluation.user_loss import Examples
 from loraweave.composer.refine.routed import router_name
@@ -191,8 +191,22 @@ class Settings:
 
     def _check_examples(self, task: Task) -> None:
         if not task.examples:
-            raise InvalidTask("the task has no examples; give at least two (input, target) pairs")
+            self._check_inputs_alone()
+            return
         if self.learns and self.folds and len(task.examples) < 2:
             raise InvalidTask("one example cannot be both searched on and held out: give two or more, or pass folds=0")
         if self.learns and self.folds == 1:
             raise WeightingError("folds is 1, which would hold out every example; pass 2 or more, or 0 for none")
+
+    def _check_inputs_alone(self) -> None:
+        """A search by entropy needs no examples; what it is compared with, and some starts, would."""
+        if self.inputs is None or self.method == "auto":
+            raise InvalidTask(
+                "the task has no examples; give at least two (input, target) pairs, or inputs=[...] to a search by "
+                "'entropy', as method='adamerging' is"
+            )
+        start = self.options.get("start", solver_class(self.name).begins(self.options))
+        if isinstance(start, str) and start in BEST:
+            raise WeightingError(
+                f"start {start!r} is found on examples, and the task has none: give start='uniform', or weights as the start"
+            )

@@ -61,12 +61,16 @@ class Ways:
         self.planned = planned(searched, self._tuned_steps, num_folds)
         if self._routed is not None:
             self.planned = self._routed.planned(num_folds)
-        self.loss = ExampleLoss(engine, tokenizer, task, l1=0.0)
-        self._singles = BestSingle(engine, self.loss)
-        on_progress(len(engine.pool))
+        # without examples there is nothing to compare on
+        self.loss = ExampleLoss(engine, tokenizer, task, l1=0.0) if task.examples else None
+        self._singles = None if self.loss is None else BestSingle(engine, self.loss)
+        if self._singles is not None:
+            on_progress(len(engine.pool))
 
     def plain(self) -> list[Way]:
         """The base model, the best single adapter, and the uniform mixture, in the way it was asked for if it was."""
+        if self._singles is None:
+            return []
         weights = dict.fromkeys(self._names, 1 / len(self._names))
         uniform = self.asked() if self._settings.method == "uniform" else self._fixed("uniform", weights)
         return [self._fixed("base", {}), self._singles, uniform]
@@ -176,7 +180,10 @@ class Ways:
             return dict.fromkeys(self._names, 1 / len(self._names))
         if given == "retrieval":
             return Similarity(self._names, scores=self._scores).ask()[0]
-        return {} if given == "base" else self._singles.best(part.seen, BEST[given])
+        if given == "base":
+            return {}
+        assert self._singles is not None
+        return self._singles.best(part.seen, BEST[given])
 
     def _inputs(self, entry: Entry) -> Sequence[str] | None:
         """The inputs of an objective that looks at no targets; by default those of the examples."""
@@ -206,7 +213,7 @@ class Ways:
         settings, solver = self._settings, self._solvers[entry.method]
         loss, merge_method = settings.objective or solver.loss, self._merge_method(entry)
         l1 = solver.l1 if settings.l1 is None else settings.l1
-        if loss == "cross_entropy" and merge_method == "linear":
+        if loss == "cross_entropy" and merge_method == "linear" and self.loss is not None:
             return self.loss.penalised(Penalty(l1, settings.l2, settings.sparsity))
         return make_objective(
             self._engine,

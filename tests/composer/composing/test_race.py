@@ -12,7 +12,7 @@ from rich.progress import Progress
 import loraweave as lw
 from loraweave.composer.composing import searched as searched_way
 from loraweave.composer.composing.race import RACERS, entries, tuned_steps
-from loraweave.errors import UnknownName, WeightingError
+from loraweave.errors import InvalidTask, UnknownName, WeightingError
 
 EXAMPLES = [("a", "ab"), ("b", "ba"), ("cc", "c"), ("d", "DD")]
 
@@ -167,6 +167,29 @@ def test_entropy_looks_at_inputs_and_never_at_targets(tiny_llama, tokenizer, poo
     ]
     first, second = (composition.report["adamerging"].by_layer for composition in found)
     assert first == second
+
+
+def test_entropy_needs_no_examples(tiny_llama, tokenizer, pool, tmp_path):
+    options = {"method": "adamerging", "inputs": ["c", "d e", "f"], "budget": 8, "progress": False}
+    told = lw.Task([("a", "x"), ("b", "y")], instruction="swap")
+    with_examples = lw.compose(tiny_llama, tokenizer, pool, told, folds=0, **options)
+    found = lw.compose(tiny_llama, tokenizer, pool, lw.Task([], instruction="swap"), **options)
+    assert found.report["adamerging"].by_layer == with_examples.report["adamerging"].by_layer
+    (row,) = found.report.rows
+    assert (row.name, row.loss, row.held_out_loss, row.held_out_hits) == ("adamerging", None, None, None)
+    assert found.report.chosen == "adamerging"
+    assert "adamerging" in str(found.report.table())
+    found.save_pretrained(tmp_path / "kept")
+    assert lw.Composition.from_pretrained(tmp_path / "kept", tiny_llama, tokenizer).report.rows == found.report.rows
+
+
+def test_what_needs_examples_says_so(tiny_llama, tokenizer, pool):
+    task = lw.Task([], instruction="swap")
+    for options in ({"method": "lorahub"}, {"method": "adamerging"}, {"method": "auto"}, {"method": "best_single"}):
+        with pytest.raises(InvalidTask, match=r"no examples; give at least two .* or inputs="):
+            lw.compose(tiny_llama, tokenizer, pool, task, **options)
+    with pytest.raises(WeightingError, match="start 'best_three' is found on examples"):
+        lw.compose(tiny_llama, tokenizer, pool, task, method="gradient", objective="entropy", inputs=["a"])
 
 
 def test_one_adapter_alone_is_not_searched_but_its_strength_is(tiny_llama, tokenizer, pool):
