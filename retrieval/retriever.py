@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar, overload
 import numpy as np
 
 from loraweave import registry
-from loraweave.common.rows import GivenRows, read_rows
+from loraweave.common.rows import GivenRows, read_inputs, read_rows
 from loraweave.errors import RetrievalError
 from loraweave.hub.found import Found
 from loraweave.hub.hub import Hub
@@ -238,8 +238,8 @@ class Retriever:
 
     def calibrate(
         self,
-        own: Iterable[str],
-        foreign: Iterable[str],
+        own: GivenRows,
+        foreign: GivenRows,
         *,
         false_accept: float = 0.05,
         inputs_per_query: int = 1,
@@ -248,10 +248,11 @@ class Retriever:
 
         `own`: inputs of tasks that adapters are for, none of them a sample input; `foreign`: inputs of tasks that no adapter
         is for. At most the share `false_accept` of the foreign ones passes. Scores grow with the number of inputs, so a
-        threshold holds for queries of `inputs_per_query` inputs, each taken in the order given.
+        threshold holds for queries of `inputs_per_query` inputs, each taken in the order given. InvalidTask for what is
+        neither texts nor rows.
         """
         own_scores, foreign_scores = (
-            [self._best_score(Query(group)) for group in _groups_of(list(texts), inputs_per_query)]
+            [self._best_score(Query(group)) for group in _groups_of(read_inputs(texts), inputs_per_query)]
             for texts in (own, foreign)
         )
         self.abstention = Abstention.calibrated(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from loraweave.common.rows import GivenRows, read_inputs
 from loraweave.errors import TrainingError
 from loraweave.hub.formats._saved_tensors import save_tensors
 from loraweave.hub.hub import Hub
@@ -48,7 +49,7 @@ class EncoderRecipe:
 
 
 def train_encoder(
-    hub_or_inputs: Hub | Mapping[str, Sequence[str]],
+    hub_or_inputs: Hub | Mapping[str, GivenRows],
     out: str | Path,
     *,
     steps: int = 60,
@@ -70,7 +71,8 @@ def train_encoder(
     on one machine. With `checkpoint`, a folder, the same call goes on where it was interrupted, to the same result.
 
     Raises TrainingError for settings out of range, fewer than two tasks, an `out` that holds something, a checkpoint of
-    another training or that cannot be written, and a loss that is not finite; PackageMissing without the encoder's weights.
+    another training or that cannot be written, and a loss that is not finite; InvalidTask for inputs that are neither
+    texts nor rows; PackageMissing without the encoder's weights.
     """
     recipe = EncoderRecipe(steps, tasks_per_step, inputs_per_task, lr, temperature, seed)
     inputs = _inputs(hub_or_inputs)
@@ -180,12 +182,12 @@ def _schedule(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def _inputs(hub_or_inputs: Hub | Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+def _inputs(hub_or_inputs: Hub | Mapping[str, GivenRows]) -> dict[str, list[str]]:
     """The different inputs of every task that has two or more of them."""
     if isinstance(hub_or_inputs, Hub):
-        given: Mapping[str, Sequence[str]] = {record.name: record.examples for record in hub_or_inputs.records()}
+        given: dict[str, Sequence[str]] = {record.name: record.examples for record in hub_or_inputs.records()}
     else:
-        given = hub_or_inputs
+        given = {name: read_inputs(rows, of=repr(name)) for name, rows in hub_or_inputs.items()}
     different = {name: list(dict.fromkeys(text for text in texts if text.strip())) for name, texts in given.items()}
     return {name: texts for name, texts in different.items() if len(texts) >= 2}
 

@@ -60,9 +60,9 @@ def read_rows(given: GivenRows, *, noun: str = "row", of: str = "", targets: Tar
     return [read_row(row, where, targets=targets) for where, row in rows]
 
 
-def read_inputs(given: GivenRows) -> list[str]:
+def read_inputs(given: GivenRows, *, of: str = "") -> list[str]:
     """Texts, or the inputs of rows, in their order. Raises InvalidTask for anything else, such as a single text."""
-    return [row.input for row in read_rows(given, noun="input", targets="none")]
+    return [row.input for row in read_rows(given, noun="input", of=of, targets="none")]
 
 
 def located(given: GivenRows, *, noun: str = "row", of: str = "", one_split: bool = True) -> Iterator[tuple[str, Any]]:

@@ -227,6 +227,8 @@ def test_a_calibration_that_fails_leaves_the_threshold_as_it_was(hub):
     for wrong in (["1", ""], []):
         with pytest.raises(RetrievalError):
             retriever.calibrate(wrong, ["120"])
+    with pytest.raises(InvalidTask, match="the inputs: got '120', not rows"):
+        retriever.calibrate(["1"], "120")
     with pytest.raises(RetrievalError, match="inputs_per_query is 0"):
         retriever.calibrate(["1"], ["120"], inputs_per_query=0)
     assert retriever.abstention == before

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.errors import RetrievalError, TrainingError
+from loraweave.errors import InvalidTask, RetrievalError, TrainingError
 from loraweave.retrieval import training
 from loraweave.retrieval.embedders.sentence import ENCODER_FILE, MODEL_FILES, Sentence
 from loraweave.retrieval.training import contrastive_loss, train_encoder
@@ -172,6 +172,11 @@ def test_settings_that_cannot_be_used_are_named_before_anything_runs(tiny, tmp_p
     with pytest.raises(TrainingError, match=said):
         train(tiny, tmp_path / "out", **options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_in_the_place_of_a_tasks_inputs_is_not_taken_for_its_letters(tiny, tmp_path):
+    with pytest.raises(InvalidTask, match="the inputs of 'a': got 'walk', not rows"):
+        train(tiny, tmp_path / "out", {**INPUTS, "a": "walk"})
 
 
 def test_a_folder_that_holds_something_is_never_written_over(tiny, tmp_path):
