@@ -62,6 +62,12 @@ def _from_os(error: OSError, path: Path | str, doing: str) -> HubError:
 
 def _from_sqlite(error: sqlite3.Error, path: Path | str, doing: str) -> HubError:
     code = _code(error)
+    if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_IOERR_SHMSIZE:
+        # the file that readers share; SQLite names no cause, but it can fail to grow for one alone
+        return HubFull(
+            f"{doing}: no space left below {path} ({error}): SQLite needs 32 kB beside a catalogue to read it when nobody "
+            "else does; free some space and try again"
+        )
     if code == sqlite3.SQLITE_FULL:
         return HubFull(f"{doing}: no space left below {path} ({error}); nothing was changed, free some space and try again")
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):

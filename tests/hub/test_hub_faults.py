@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import sqlite3
 from contextlib import contextmanager
 
@@ -177,6 +178,21 @@ def test_a_full_database_is_named_and_leaves_the_hub_as_it_was(tmp_path, monkeyp
     with Hub(path) as hub:
         hub.add(adapter(1), description="x" * 90_000)
         assert hub["adapter 1"].hash == adapter(1).hash
+
+
+def test_a_reader_that_finds_no_room_beside_the_catalogue_is_told_so(tmp_path):
+    with Hub(tmp_path) as hub:
+        hub.add(adapter(0))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # a file that cannot grow, as on a full disk: the one that readers share is made anew by each first of them
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(HubFull, match=r"no space left below .* 32 kB beside a catalogue to read it .*free some space"):
+            Hub(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with Hub(tmp_path) as hub:
+        assert hub["adapter 0"].hash == adapter(0).hash
 
 
 def test_gc_frees_space_although_the_catalogue_cannot_be_written(tmp_path, monkeypatch):
