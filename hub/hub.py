@@ -57,9 +57,13 @@ class Hub:
 
     def __init__(self, path: str | Path, *, blobs: str | Path | None = None, timeout_s: float = 30.0) -> None:
         self.path, self._catalogue, self._blobs = open_stores(path, blobs, timeout_s)
-        if self._catalogue.writable:
-            with storage_errors(self._catalogue.where, "opening the hub"):
-                self._blobs.sweep(STALE_TMP_S)
+        try:
+            if self._catalogue.writable:
+                with storage_errors(self._catalogue.where, "opening the hub"):
+                    self._blobs.sweep(STALE_TMP_S)
+        except BaseException:
+            self.close()
+            raise
 
     def add(
         self,

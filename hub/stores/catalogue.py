@@ -46,11 +46,15 @@ class Catalogue:
         self._idle: list[sqlite3.Connection] = []
         self._num_busy = 0
         self._changed = threading.Condition()
-        with storage_errors(self.path, "opening the hub"):
-            self.writable = self._folder_is_writable()
-            self._open_or_create()
-        _ALL.add(self)
         weakref.finalize(self, _close_all, self._idle)
+        try:
+            with storage_errors(self.path, "opening the hub"):
+                self.writable = self._folder_is_writable()
+                self._open_or_create()
+        except BaseException:
+            self.close()
+            raise
+        _ALL.add(self)
 
     @property
     def where(self) -> str:

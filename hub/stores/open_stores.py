@@ -45,15 +45,17 @@ def _in_folder(folder: Path, given: str | None, timeout_s: float) -> tuple[Path,
     if claim is not None and given is not None:
         require_place(given, claim.place, str(folder))
     blobs = open_blobs(given or (claim.place if claim else ""), str(folder.absolute()))
-    if claim is None:
-        if (blob := next(iter(own.names()), None)) is not None:
-            raise HubError(f"the hub {folder} keeps its blobs in its own folder, such as {own.place(blob)}, not at {given}")
-        catalogue = Catalogue(folder, timeout_s, own)
-        with catalogue.locked("creating the hub"):
-            claim = read_claim(folder) or write_claim(folder, given or "")
-    else:
-        catalogue = Catalogue(folder, timeout_s, blobs)
-    settle(catalogue, blobs, claim.identity)
+    if claim is None and (blob := next(iter(own.names()), None)) is not None:
+        raise HubError(f"the hub {folder} keeps its blobs in its own folder, such as {own.place(blob)}, not at {given}")
+    catalogue = Catalogue(folder, timeout_s, own if claim is None else blobs)
+    try:
+        if claim is None:
+            with catalogue.locked("creating the hub"):
+                claim = read_claim(folder) or write_claim(folder, given or "")
+        settle(catalogue, blobs, claim.identity)
+    except BaseException:
+        catalogue.close()
+        raise
     return folder, catalogue, blobs
 
 

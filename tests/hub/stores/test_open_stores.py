@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from loraweave.errors import HubCorrupt, HubError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 from loraweave.hub.rebuild import rebuild
+from loraweave.hub.stores import migrations
+from loraweave.hub.stores.folder_blobs import FolderBlobs
 from loraweave.types import Factors
 
 
@@ -61,6 +64,50 @@ def test_a_place_that_is_not_mounted_is_told_from_an_empty_hub(places):
     places[1].with_name("unmounted").rename(places[1])
     with Hub(places[0]) as hub:
         assert hub["adapter 0"].hash == adapter(0).hash
+
+
+def step_that_fails(places, monkeypatch):
+    monkeypatch.setattr(migrations, "STEPS", (*migrations.STEPS, ("SELECT * FROM nowhere",)))
+
+
+def blobs_of_another(places, monkeypatch):
+    (places[1] / "hub-id").unlink()
+    (places[1] / "hub-id").write_text("another")
+
+
+def blobs_that_are_not_mounted(places, monkeypatch):
+    places[1].rename(places[1].with_name("unmounted"))
+
+
+def folder_that_cannot_be_swept(places, monkeypatch):
+    def fail(self, older_than_s):
+        raise OSError(5, "as the system says it")
+
+    monkeypatch.setattr(FolderBlobs, "sweep", fail)
+
+
+@pytest.mark.parametrize("why", [step_that_fails, blobs_of_another, blobs_that_are_not_mounted, folder_that_cannot_be_swept])
+def test_a_hub_that_cannot_be_opened_leaves_no_connection_open(places, monkeypatch, why):
+    made, real = [], sqlite3.connect
+
+    class Watched(sqlite3.Connection):
+        closed = False
+
+        def close(self):
+            self.closed = True
+            super().close()
+
+    def connect(*args, **options):
+        made.append(real(*args, **options, factory=Watched))
+        return made[-1]
+
+    why(places, monkeypatch)
+    monkeypatch.setattr(sqlite3, "connect", connect)
+    # the error is held on to, and with it the frames that had a connection
+    with pytest.raises(HubError) as found:
+        Hub(places[0])
+    assert made
+    assert all(connection.closed for connection in made), found.value
 
 
 def test_a_note_that_is_damaged_is_named_with_its_form(places):
