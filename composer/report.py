@@ -62,7 +62,8 @@ class Report:
         """The rows as a table; the chosen one is marked."""
         table = ShownTable(title=f"chosen: {self.chosen} ({self.reason})", title_justify="left")
         for column in ("", "loss", "held-out loss", "held-out hits", "trained", "seconds", "evaluations"):
-            table.add_column(column, justify="left" if not column else "right")
+            # where it is narrow, headings are broken before names are
+            table.add_column(column, justify="left" if not column else "right", no_wrap=not column, overflow="fold")
         for row in self.rows:
             figures = (_cell(row.loss, ".3f"), _cell(row.held_out_loss, ".3f"), _cell(row.held_out_hits, ".0%"))
             spent = (str(row.num_trained), f"{row.seconds:.1f}", str(row.evaluations))

@@ -110,6 +110,15 @@ def test_a_composition_is_one_line(composed, tiny_llama, tokenizer):
     assert "17 more" in repr(many)
 
 
+def test_the_ways_compared_keep_their_names_in_80_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    names = ("base", "best_single", "weights by layer, learned")
+    rows = tuple(ReportRow(name, {}, 5.39, 5.39, 0.0, 123.4, 1_000) for name in names)
+    lines = repr(Report(rows, "base", "as asked", (), 1.0, 40).table()).splitlines()
+    assert all(any(f"│ {name} " in line for line in lines) for name in names)
+    assert max(map(len, lines)) <= 80
+
+
 def test_a_table_at_a_plain_prompt_is_a_table(composed, pool, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     merged = lw.merge(list(pool.adapters.values()), [0.5, 0.5], progress=False)
