@@ -51,6 +51,12 @@ def broken(value):
     return lw.Adapter("broken", "tiny", {"model.layers.0.self_attn.q_proj": Factors(a_RI, torch.ones(16, 2))})
 
 
+def licensed(world, *licenses):
+    """The first adapters, each under its license."""
+    pairs = zip(world.adapters, licenses, strict=False)
+    return [dataclasses.replace(adapter, card={**adapter.card, "license": license}) for adapter, license in pairs]
+
+
 def compose(world, experts=None, task=None, **options):
     experts = world.pool if experts is None else experts
     return lw.compose(world.model, world.tokenizer, experts, task or world.task, progress=False, **options)
@@ -74,6 +80,13 @@ ROWS = {
     "nothing to generate from": lambda w: w.engine.generate(None),
     "one text to generate from": lambda w: w.engine.generate("a"),
     "messages to stream from": lambda w: list(w.engine.stream([CHAT])),
+    "words to evaluate on": lambda w: w.composed.evaluate(["walk"]),
+    "words of two letters to evaluate on": lambda w: w.composed.evaluate(["ab", "cd"]),
+    "a misspelt column to evaluate on": lambda w: w.composed.evaluate([{"inpt": "a", "target": "b"}]),
+    "a number to evaluate on": lambda w: w.composed.evaluate(5),
+    "a text to predict": lambda w: w.composed.predict("walk"),
+    "numbers to predict": lambda w: w.composed.predict([5]),
+    "messages to fit on without an answer": lambda w: lw.router("phatgoose", w.pool).fit(w.engine, [CHAT], steps=1),
     "a number to explain": lambda w: w.composed.explain(5),
 }
 
@@ -93,6 +106,10 @@ WEIGHTS = {
     "merging to half a rank": lambda w: lw.merge(w.adapters, [1.0] * 3, rank=2.5),
     "merging with a seed that is a text": lambda w: lw.merge(w.adapters, [1.0] * 3, seed="x"),
     "merging what is no number": lambda w: lw.merge([broken(NAN)], [1.0], method="ties"),
+    "merging with weights that overflow": lambda w: lw.merge(w.adapters, [1e38] * 3, method="sce"),
+    "merging with more of them": lambda w: lw.merge(w.adapters, [1e38] * 3, method="model_stock"),
+    "merging licenses that exclude each other": lambda w: lw.merge(licensed(w, "GPL-3.0", "CC-BY-NC-4.0"), [1.0, 1.0]),
+    "storing factors that are infinite": lambda w: w.hub.add(broken(math.inf)),
     "fusing weights that overflow": lambda w: w.engine.fused({"a": 1e38, "b": -1e38}).__enter__(),
     "an ensemble of no composer": lambda w: lw.ensemble(None, [{"a": 1.0}], {"input_ids": torch.ones(1, 2).long()}),
     "manual weights as a list": lambda w: compose(w, method="manual", weights=[1.0, 2.0]),
@@ -175,6 +192,11 @@ OPTIONS = {
     "inputs of a loss with targets": lambda w: compose(w, inputs=["a"]),
     "inputs that are one text": lambda w: compose(w, method="adamerging", inputs="abc"),
     "retrieval scores of a pool": lambda w: compose(w, method="similarity"),
+    "no options of the inner method": lambda w: lw.merge(w.adapters, [1.0] * 3, method="knots", inner_options=None),
+    "experts for blocks that there are not": lambda w: lw.experts("mola", w.model, num_experts=(2, 2, 2, 2, 2)),
+    "tuning for no steps": lambda w: w.composed.tune(0),
+    "pruning below zero": lambda w: w.composed.prune(-1.0),
+    "cutting to no rank": lambda w: w.composed.cut(0),
     "a rank of none": lambda w: lw.train_adapters(w.model, w.tokenizer, {"t": w.task}, rank=0, progress=False),
     "steps below zero": lambda w: lw.train_adapters(w.model, w.tokenizer, {"t": w.task}, steps=-1, progress=False),
     "an option of no router": lambda w: lw.router("arrow", w.pool, top_q=1),
