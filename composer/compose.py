@@ -20,10 +20,10 @@ from loraweave.composer.composing.settings import Settings
 from loraweave.composer.composing.ways import Ways
 from loraweave.composer.composition import Composition
 from loraweave.composer.evaluation.user_loss import Examples
+from loraweave.composer.fitting import Fitting
 from loraweave.composer.report import Report
-from loraweave.errors import CompositionError
+from loraweave.errors import BaseModelMismatch, CompositionError, EmptyIndex
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.base_key import base_key
 from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
 from loraweave.hub.progress import progress_bar
@@ -73,11 +73,11 @@ def compose(
     off. The budget of "auto" pays for its folds, 2 by default, and for all that races.
 
     With `checkpoint`, a folder, an interrupted search goes on where it stopped, to the same result. `search_options` go to
-    the search. A hub without an adapter for this base gives the base model, and says so; the base is known by its weights
-    where an adapter has sampled them, else by its id. Adapters whose licenses are known to exclude each other, or derived
-    works, are made into one only with `allow_licenses`.
-    Raises UnknownName, InvalidTask, InvalidLicense and WeightingError before anything is run, SearchFailed when nothing can
-    be scored.
+    the search. docs/identity.md says which adapters of a hub are for this model. Adapters whose licenses are known to
+    exclude each other, or derived works, are made into one only with `allow_licenses`.
+    Raises UnknownName, InvalidTask, InvalidLicense and WeightingError before anything is run, BaseModelMismatch for a hub
+    without an adapter for this model and EmptyIndex for one without any (but for method="base"), SearchFailed when nothing
+    can be scored.
     """
     settings = Settings.of(
         method=method,
@@ -103,14 +103,15 @@ def compose(
     if not callable(tokenizer):
         raise CompositionError(f"the examples need the model's tokenizer, and {type(tokenizer).__name__} is none")
     started = time.perf_counter()
-    # a model without a name can only be told by its shapes, which adapters seldom know: then all are tried
-    base = base_key(model) if hasattr(model, "name_or_path") else None
-    pool, scores = candidates(experts, task, settings.inputs or (), k, base)
-    if pool is None:
-        reason = f"none of the hub's {len(experts)} adapters is for the base model {base.id if base else None!r}"
+    try:
+        pool, scores = candidates(experts, task, settings.inputs or (), k, model)
+    except (EmptyIndex, BaseModelMismatch) as nothing:
+        if method != "base":
+            raise
+        reason = f"the base model was asked for, and {nothing}"
         return Composition(model, tokenizer, task, None, {}, "linear", Report((), "base", reason, (), 0.0, 0), seed)
     settings.require_licenses(pool)
-    engine = Composer(model, pool, tokenizer=tokenizer)
+    engine = Composer(model, Fitting(model).accepted(pool), tokenizer=tokenizer)
     parts = make_folds(len(task.examples), settings.folds, seed) if settings.learns and task.examples else []
     with progress_bar(progress) as bar:
         # unknown until the searches are made, and after that too where only time bounds them

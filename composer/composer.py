@@ -49,10 +49,11 @@ from loraweave.types import Router, Task
 class Composer:
     """Puts the experts of `pool` into `model`: a pool, a list of adapters, or a mapping of names to adapters.
 
-    Making one changes nothing in the model. It checks every adapter against it first: the base's fingerprint where the
-    adapter has one (BaseModelMismatch), every layer's presence, kind and shape (LayerMismatch). A trained magnitude or
-    bias is resolved against the base's weights as they are now. Factors take no part in training. For the experts of a
-    lazy pool all this happens when one is first used, before the model runs.
+    Making one changes nothing in the model. It checks every adapter against it first: by docs/identity.md whether this is
+    its base (BaseModelMismatch; BaseModelUnverified, a warning, where names and shapes alone say so), and every layer's
+    presence, kind and shape (LayerMismatch). A trained magnitude or bias is resolved against the base's weights
+    as they are now. Factors take no part in training. For the experts of a lazy pool all this happens when one is first
+    used, before the model runs.
 
     Experts that were used stay where the layers are. `device_budget_bytes` bounds what they take on devices other than the
     CPU, `host_budget_bytes` in the CPU's memory; those used longest ago then make room (docs/pools.md). None is no limit.

@@ -33,15 +33,17 @@ from loraweave.composer.untouched import untouched
 from loraweave.errors import AdapterCorrupt, BaseModelMismatch, CompositionError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.as_path import as_path
+from loraweave.hub.base_key import base_key
 from loraweave.hub.export import ExportReport
 from loraweave.hub.fingerprint import fingerprint
 from loraweave.hub.formats._replacing import replacing
 from loraweave.hub.license_terms import license_of_all, stated
 from loraweave.hub.pool import ExpertPool
+from loraweave.hub.same_base import warn_unverified
 from loraweave.hub.shown_table import ShownTable
 from loraweave.routers.mixture import MixtureWeights
 from loraweave.routers.routing.make import router as read_router
-from loraweave.types import Router, Task
+from loraweave.types import BaseKey, Router, Task
 
 # of a composition's one line: adapters, and characters of a name
 NUM_NAMED, NAME_WIDTH = 3, 40
@@ -262,22 +264,33 @@ class Composition:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, model: Any, tokenizer: Any) -> Composition:
-        """Reads a saved composition for the same base model; BaseModelMismatch for another, AdapterNotFound without one."""
+        """Reads a saved composition for the same base model; BaseModelMismatch for another, AdapterNotFound without one.
+
+        Warns where neither weights nor ids say that the model is the same, and names and shapes do.
+        """
         saved = SavedRecipe.read(folder)
         require_model(model)
         task, report, recipe = saved.task, saved.report, saved.fields
-        if why := saved.base.differs(fingerprint(model)):
-            raise BaseModelMismatch(f"{folder} was composed for {saved.base_model!r}, and this model is another: {why}")
+        own, its = base_key(model), BaseKey(str(saved.base_model), None, saved.base)
+        if why := its.contradicts(own):
+            raise BaseModelMismatch(f"{folder} was composed for {its.id!r}, and this model is another: {why}")
+        if not its.proves(own):
+            warn_unverified([str(folder)], its, own)
         if saved.has_router:
             router = read_router(Path(folder) / "router")
             if router.pool is None:
                 raise AdapterCorrupt(f"{folder} has a router without its adapters; compose again")
             fields = {"seed": recipe["seed"], "parents": recipe["parents"], "router": router}
-            return cls(model, tokenizer, task, router.pool, {}, recipe["merge_method"], report, **fields)
+            pool = ExpertPool(
+                {name: replace(each, fingerprint=own.fingerprint) for name, each in router.pool.adapters.items()}
+            )
+            return cls(model, tokenizer, task, pool, {}, recipe["merge_method"], report, **fields)
         kept = Path(folder) / "adapter"
         stored = None
         if kept.is_dir():
-            stored = Composer(model, [Adapter.from_pretrained(kept, name="composition")]).bound_pool["composition"]
+            # the model is the one that it was composed on, whatever its experts say of their base
+            read = replace(Adapter.from_pretrained(kept, name="composition"), fingerprint=own.fingerprint)
+            stored = Composer(model, [read]).bound_pool["composition"]
         if stored is None and (recipe["weights"] or recipe["tuned_steps"]):
             raise AdapterCorrupt(f"{folder} has weights, but its folder adapter is gone; compose again")
         return cls(

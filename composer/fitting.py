@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import cached_property
 
 from torch import nn
 
@@ -14,12 +15,13 @@ from loraweave.composer.limits.bound_weights import BoundWeights
 from loraweave.composer.limits.live_limits import LiveLimits
 from loraweave.composer.limits.module_paths import ModulePaths
 from loraweave.composer.lock_after_fork import lock_of
-from loraweave.errors import AlreadyActive, BaseModelMismatch
+from loraweave.errors import AlreadyActive, BaseModelMismatch, LayerMismatch
 from loraweave.hub.adapter import Adapter, Form
-from loraweave.hub.fingerprint import fingerprint
+from loraweave.hub.base_key import base_key
 from loraweave.hub.on_demand import OnDemand
 from loraweave.hub.pool import ExpertPool, require_no_heads
-from loraweave.types import Fingerprint
+from loraweave.hub.same_base import require_same_base, warn_unverified
+from loraweave.types import BaseKey
 
 
 class Fitting:
@@ -37,8 +39,16 @@ class Fitting:
         self.limits = LiveLimits(model)
         # the tuples themselves, so that none is another's successor in memory
         self._forms: dict[int, Form] = {}
-        self._base: Fingerprint | None = None
-        self._same_base: Fingerprint | None = None
+        self._same: set[BaseKey] = set()
+        self._said: set[BaseKey] = set()
+
+    @cached_property
+    def _key(self) -> BaseKey:
+        return base_key(self._model)
+
+    @cached_property
+    def _unread_key(self) -> BaseKey:
+        return base_key(self._model, weights=False)
 
     @property
     def layers(self) -> Mapping[str, TargetLayer]:
@@ -55,20 +65,56 @@ class Fitting:
     def pool(self, pool: ExpertPool) -> ExpertPool:
         """The pool's experts as `adapter` gives them, now, or for a lazy pool when each is opened."""
         if pool.lazy:
-            return ExpertPool(OnDemand(pool.names, lambda name: self.adapter(name, pool.adapters[name])))
-        return ExpertPool({name: self.adapter(name, adapter) for name, adapter in pool.adapters.items()})
+            return ExpertPool(OnDemand(pool.names, lambda name: self._opened(name, pool.adapters[name])))
+        fitted = {name: self._fitted(name, adapter) for name, adapter in pool.adapters.items()}
+        self._warn(pool.adapters)
+        return ExpertPool(fitted)
+
+    def accepted(self, pool: ExpertPool) -> ExpertPool:
+        """The pool, where some experts fit by names and shapes alone with the model's fingerprint in all that have none.
+
+        From then on they are experts of this model, and may be merged with each other whatever base they name.
+        """
+        if pool.lazy:
+            return ExpertPool(OnDemand(pool.names, lambda name: self._marked(self._seen(name, pool.adapters[name]))))
+        if all(self._own_key(adapter.base).proves(adapter.base) for adapter in pool.adapters.values()):
+            return pool
+        self.pool(pool)
+        return ExpertPool({name: self._marked(adapter) for name, adapter in pool.adapters.items()})
+
+    def _seen(self, name: str, adapter: Adapter) -> Adapter:
+        self._opened(name, adapter)
+        return adapter
+
+    def _marked(self, adapter: Adapter) -> Adapter:
+        has_weights = adapter.fingerprint is not None and adapter.fingerprint.samples
+        return adapter if has_weights else replace(adapter, fingerprint=self._key.fingerprint)
 
     def adapter(self, name: str, adapter: Adapter) -> Adapter:
         """The adapter with all that depends on the base layers resolved (DoRA's magnitude, a trained bias).
 
         Raises BaseModelMismatch, LayerMismatch or AdapterUnsupported, naming the expert, where it does not fit;
-        AlreadyActive where the base's own weights are needed and a fused mixture is in their place.
+        AlreadyActive where the base's own weights are needed and a fused mixture is in their place. Warns of one whose base
+        model is known by names and shapes alone.
         """
+        fitted = self._fitted(name, adapter)
+        self._warn({name: adapter})
+        return fitted
+
+    def _opened(self, name: str, adapter: Adapter) -> Adapter:
+        """The adapter of a lazy pool, fitted; the first of each base model warns for all of them."""
+        fitted = self._fitted(name, adapter)
+        if adapter.base not in self._said:
+            self._said.add(adapter.base)
+            self._warn({name: adapter})
+        return fitted
+
+    def _fitted(self, name: str, adapter: Adapter) -> Adapter:
         require_no_heads(name, adapter)
         with self._lock:
             self._require_base(name, adapter)
             if id(adapter.form) not in self._forms:
-                found = {layer: target_layer(self._modules, layer, part, name) for layer, part in adapter.layers.items()}
+                found = self._targets(name, adapter)
                 new = {layer: found[layer] for layer in found if layer not in self._layers}
                 _require_own_weights(new)
                 self.limits.add(new)
@@ -88,17 +134,46 @@ class Fitting:
         return replace(adapter, layers=resolved)
 
     def _require_base(self, name: str, adapter: Adapter) -> None:
-        its = adapter.fingerprint
-        if its is None or its == self._same_base:
-            return
-        if self._base is None:
-            self._base = fingerprint(self._model)
-        if why := its.differs(self._base):
+        its = adapter.base
+        if its not in self._same:
+            require_same_base(f"expert {name!r}", its, self._own_key(its))
+            self._same.add(its)
+
+    def _own_key(self, its: BaseKey) -> BaseKey:
+        """The model's key, without a fingerprint where the other has none: then no weight is read."""
+        return self._key if its.fingerprint else self._unread_key
+
+    def _targets(self, name: str, adapter: Adapter) -> dict[str, TargetLayer]:
+        """The layers that the adapter updates, by module path."""
+        try:
+            return {layer: target_layer(self._modules, layer, part, name) for layer, part in adapter.layers.items()}
+        except LayerMismatch as error:
+            its, own = adapter.base, self._own_key(adapter.base)
+            if not its.id or not own.id or own.proves(its):
+                raise
             raise BaseModelMismatch(
-                f"expert {name!r} was made for another base model ({adapter.base_model!r}) than this one: {why}; "
-                "load that model, or leave the expert out"
-            )
-        self._same_base = its
+                f"{error}; it was made for {its.id!r}, and this model is {own.id!r}: load the one that it was made for "
+                "(load_base(...), --base), or leave it out"
+            ) from error
+
+    def _warn(self, adapters: Mapping[str, Adapter]) -> None:
+        """Warns once for each base model of these adapters that only names and shapes speak for."""
+        unproven: dict[BaseKey, list[str]] = {}
+        for name, adapter in adapters.items():
+            if not self._own_key(its := adapter.base).proves(its):
+                unproven.setdefault(its, []).append(name)
+        for its, names in unproven.items():
+            warn_unverified(names, its, self._unread_key, stacklevel=4)
+
+
+def misfit(modules: Mapping[str, nn.Module], name: str, adapter: Adapter) -> str:
+    """Why the adapter's layers do not fit the model that these are the modules of, as a sentence; empty where they do."""
+    try:
+        for layer, factors in adapter.layers.items():
+            target_layer(modules, layer, factors, name)
+    except LayerMismatch as error:
+        return str(error)
+    return ""
 
 
 def _require_own_weights(layers: Mapping[str, TargetLayer]) -> None:

@@ -27,7 +27,7 @@ from loraweave.hub.intake.sources import ADAPTER_FILES, name_of, opened_source
 from loraweave.hub.kept_files import KEPT, kept
 from loraweave.hub.license_terms import require_one_work, stated
 from loraweave.hub.merge_report import MergeReport
-from loraweave.types import Factors, Fingerprint, Kind, own_memory
+from loraweave.types import BaseKey, Factors, Fingerprint, Kind, own_memory
 
 Form = tuple[tuple[str, int, int, Kind, tuple[int, ...], bool], ...]
 
@@ -142,6 +142,13 @@ class Adapter:
     def _contents(self) -> Contents:
         card = {**self.card, "name": self.name}
         return Contents(self.base_model, self.layers, self.fingerprint, card, self.heads, self.files)
+
+    @property
+    def base(self) -> BaseKey:
+        """The base model as a key; its revision is the one that PEFT's config names."""
+        config = self.card.get("peft")
+        revision = config.get("revision") if isinstance(config, Mapping) else None
+        return BaseKey(self.base_model, revision if isinstance(revision, str) and revision else None, self.fingerprint)
 
     @property
     def rank(self) -> int:

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 from torch import nn
 
-from loraweave.errors import BaseModelMismatch, LayerMismatch
+from loraweave.errors import LayerMismatch
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base_key import base_key
 from loraweave.hub.formats._base_layers import base_layer
+from loraweave.hub.same_base import require_same_base
 from loraweave.types import Record
 
 
@@ -20,12 +21,7 @@ def bound_record(record: Record, adapter: Adapter, model: nn.Module) -> Record:
     """
     key = base_key(model)
     # a model loaded from a folder has the folder's name as its id, so that ids alone say nothing here
-    known = replace(record.base, id=key.id)
-    if why := known.differs(key):
-        raise BaseModelMismatch(
-            f"adapter {record.name!r} was made for another base model ({record.base_model!r}) than this one ({key.id!r}): "
-            f"{why}; load that model, or add the adapter under another name"
-        )
+    require_same_base(f"adapter {record.name!r}", record.base, key, whatever_id=True)
     modules = dict(model.named_modules())
     for layer, factors in adapter.layers.items():
         found = base_layer(modules, layer, f"adapter {record.name!r}")

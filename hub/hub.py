@@ -32,7 +32,7 @@ from loraweave.hub.stores.protocols import Connection, VectorSearch
 from loraweave.hub.stores.storage_errors import storage_errors
 from loraweave.hub.tables import known_bases, rows, versions
 from loraweave.hub.tables.changes import Changes, read_changes
-from loraweave.hub.tables.filtering import Filters, matching
+from loraweave.hub.tables.filtering import Filters, bases, matching
 from loraweave.hub.tables.vectors import read_vectors, write_vectors
 from loraweave.types import BaseKey, Candidate, Record
 
@@ -210,6 +210,11 @@ class Hub:
             if filters.pass_all:
                 return [row.record for row in rows.every(connection) if not row.record.quarantined]
             return [row.record for row in rows.some(connection, matching(connection, filters))]
+
+    def bases(self) -> list[tuple[Record, int]]:
+        """For each different base model the record of its first adapter and the number of its adapters."""
+        with self._catalogue.reading() as connection:
+            return bases(connection)
 
     def record(self, name: str) -> Record:
         """The adapter's record. AdapterNotFound names near misses."""

@@ -17,6 +17,7 @@ from loraweave.hub.adapter import Adapter
 from loraweave.hub.license_terms import require_one_work, stated
 from loraweave.hub.on_demand import OnDemand
 from loraweave.hub.unknown_expert import unknown_expert
+from loraweave.types import BaseKey
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,15 +220,16 @@ def _by_name(adapters: list[Adapter]) -> dict[str, Adapter]:
 def _check_one_base(adapters: Mapping[str, Adapter]) -> None:
     seen: dict[str, tuple[str, tuple[int, int, str, tuple[int, ...]]]] = {}
     forms: set[int] = set()
-    # one without a fingerprint contradicts nobody, so the first that has one speaks for the pool
-    first_name, first = next(((n, a) for n, a in adapters.items() if a.fingerprint), next(iter(adapters.items())))
+    bases: dict[BaseKey, str] = {}
     for name, adapter in adapters.items():
-        its = adapter.fingerprint
-        if first.fingerprint and its and its != first.fingerprint and (why := first.fingerprint.differs(its)):
-            raise BaseModelMismatch(
-                f"experts {first_name!r} (for {first.base_model!r}) and {name!r} (for {adapter.base_model!r}) "
-                f"were made for different base models: {why}"
-            )
+        if adapter.base not in bases:
+            for base, first in bases.items():
+                if why := base.contradicts(adapter.base):
+                    raise BaseModelMismatch(
+                        f"experts {first!r} (for {base.id!r}) and {name!r} (for {adapter.base_model!r}) were made for "
+                        f"different base models: {why}"
+                    )
+            bases[adapter.base] = name
         if id(adapter.form) in forms:
             continue
         forms.add(id(adapter.form))

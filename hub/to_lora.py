@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from loraweave.errors import BaseModelMismatch, LayerMismatch
+from loraweave.errors import LayerMismatch
 from loraweave.hub import algebra
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.fingerprint import fingerprint
+from loraweave.hub.base_key import base_key
 from loraweave.hub.formats._base_layers import BaseLayer, base_layer
 from loraweave.hub.formats._conversion import MAX_ERROR, Bound, Dense, cut
+from loraweave.hub.same_base import require_same_base
 from loraweave.types import Factors
 
 
@@ -29,9 +30,8 @@ def to_lora(adapter: Adapter, model: nn.Module, *, rank: int | None = None, max_
     leaves an error above `max_error`, or the base's weights are quantised.
     """
     bound = Bound(rank, max_error)
-    own = fingerprint(model)
-    if adapter.fingerprint is not None and (why := adapter.fingerprint.differs(own)):
-        raise BaseModelMismatch(f"adapter {adapter.name!r} was made for another base model than the one given: {why}")
+    own = base_key(model)
+    require_same_base(f"adapter {adapter.name!r}", adapter.base, own)
     modules = dict(model.named_modules())
     layers: dict[str, Factors] = {}
     notes: dict[str, Any] = {}
@@ -45,7 +45,7 @@ def to_lora(adapter: Adapter, model: nn.Module, *, rank: int | None = None, max_
         layer = base_layer(modules, name, f"adapter {adapter.name!r}")
         update = _whole(factors, layer, where)
         layers[name], notes[name] = cut(update, bound, where, kind=factors.kind, kernel=factors.kernel)
-    return replace(adapter, layers=layers, fingerprint=own, card={**adapter.card, "conversion": notes})
+    return replace(adapter, layers=layers, fingerprint=own.fingerprint, card={**adapter.card, "conversion": notes})
 
 
 def _whole(factors: Factors, layer: BaseLayer, where: str) -> Factors | Dense:

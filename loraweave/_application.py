@@ -6,12 +6,14 @@ import errno
 import logging
 import sys
 import warnings
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
 
 import typer
 from typer.core import TyperGroup
 
-from loraweave.errors import LoraweaveError
+from loraweave.errors import BaseModelUnverified, LoraweaveError
 
 INTERRUPTED = 130
 
@@ -32,7 +34,8 @@ class Application(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with _unverified_bases_as_lines():
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from None
@@ -55,6 +58,32 @@ def quiet_libraries() -> None:
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.simplefilter("ignore", FutureWarning)
+
+
+@contextmanager
+def _unverified_bases_as_lines() -> Iterator[None]:
+    """Which check of the base model was possible, as one line of stderr, once for each text; other warnings as ever."""
+    said: set[str] = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", BaseModelUnverified)
+        show = warnings.showwarning
+
+        def shown(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if not issubclass(category, BaseModelUnverified):
+                show(message, category, filename, lineno, file, line)
+            elif str(message) not in said:
+                said.add(str(message))
+                typer.echo(f"warning: {one_line(str(message))}", err=True)
+
+        warnings.showwarning = shown
+        yield
 
 
 def one_line(text: str) -> str:

@@ -33,7 +33,7 @@ LoraweaveError
 └── UnknownName (LookupError)             no file of that name in a registry folder
 
 A leaf also inherits the built-in exception that a caller would guess. Errors are raised before anything has changed, and
-their message says what was asked, what was found, and the way out.
+their message says what was asked, what was found, and the way out. `BaseModelUnverified` alone is a warning.
 """
 
 
@@ -163,3 +163,7 @@ class PackageMissing(LoraweaveError, ImportError):
 
 class UnknownName(LoraweaveError, LookupError):
     """No file of that name in a registry folder."""
+
+
+class BaseModelUnverified(UserWarning):
+    """Adapters whose layers fit the model by names and shapes, while neither weights nor ids say that it is their base."""

@@ -97,25 +97,41 @@ class BaseKey:
     """Which base model is meant: its id, and its revision and fingerprint where they are known.
 
     Weights decide where both sides have sampled them, whatever the ids; else ids, and what else both know, must agree.
+    `alike` are other keys that somebody holds for this model, though only names and shapes speak for it.
     """
 
     id: str
     revision: str | None = None
     fingerprint: Fingerprint | None = None
+    alike: tuple[BaseKey, ...] = ()
 
     def differs(self, other: BaseKey) -> str:
-        """Why `other` is another base model, as a phrase; empty when both are the same as far as can be told."""
+        """Why `other` is not held for this base model, as a phrase; empty when it is, as far as can be told."""
+        if why := self.contradicts(other):
+            return why
+        if self.id == other.id or self._has_weights_of(other) or other in self.alike:
+            return ""
+        return f"the ids are {self.id!r} and {other.id!r}"
+
+    def contradicts(self, other: BaseKey) -> str:
+        """Why `other` cannot be this base model, as a phrase; empty when what both know does not exclude it."""
         own, its = self.fingerprint, other.fingerprint
-        if own and its:
-            if why := own.differs(its):
-                return why
-            if own.samples and its.samples:
-                return ""
-        if self.id != other.id:
-            return f"the ids are {self.id!r} and {other.id!r}"
+        if own and its and (why := own.differs(its)):
+            return why
+        if self._has_weights_of(other) or self.id != other.id:
+            return ""
         if self.revision and other.revision and _other_commits(self.revision, other.revision):
             return f"the revisions are {self.revision!r} and {other.revision!r}"
         return ""
+
+    def proves(self, other: BaseKey) -> bool:
+        """Whether `other`, which nothing contradicts, is this base model by its weights or by its id."""
+        return self._has_weights_of(other) or (bool(self.id) and self.id == other.id)
+
+    def _has_weights_of(self, other: BaseKey) -> bool:
+        """Whether both have sampled weights, which are the same where the fingerprints do not differ."""
+        own, its = self.fingerprint, other.fingerprint
+        return bool(own and its and own.samples and its.samples)
 
 
 def _other_commits(left: str, right: str) -> bool:

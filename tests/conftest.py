@@ -85,6 +85,14 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def toys_are_tiny(monkeypatch):
+    """A model of plain torch, which has no name of its own, is called like the base that most adapters of the tests name."""
+    from torch import nn
+
+    monkeypatch.setattr(nn.Module, "name_or_path", "tiny", raising=False)
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """An empty working folder, and no hub named by the environment."""

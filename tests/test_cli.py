@@ -443,6 +443,26 @@ def test_compose_uses_the_hub_by_default(here, base, rows, monkeypatch):
     assert (options["method"], options["k"], options["budget"], options["seed"]) == ("lorahub", 3, 40, 0)
 
 
+def test_compose_says_on_one_line_which_check_of_the_base_was_possible(two, base, rows):
+    words = ("--base", base, "--pool", two, "--examples", rows, "--method", "manual", "--weight", "left=1", "--out", "c")
+    done = call("compose", *words)
+    assert done.exit_code == 0, done.stderr
+    told = [line for line in done.stderr.splitlines() if "names and shapes" in line]
+    assert len(told) == 1
+    assert told[0].startswith(f"warning: 'left', 'right': made for 'tiny', while this model is '{base}'")
+
+
+def test_a_composition_of_nothing_is_an_error_and_saves_nothing(two, base, rows):
+    with lw.Hub("adapters") as hub:
+        layers = {"model.layers.0.self_attn.q_proj": Factors(torch.ones(1, 8), torch.ones(8, 1))}
+        hub.add(lw.Adapter("narrow", "org/narrow", layers))
+    done = call("compose", "--base", base, "--examples", rows, "--out", "c")
+    assert done.exit_code == 1
+    assert done.stderr.splitlines()[-1].startswith("BaseModelMismatch: none of the hub's 1 adapters is for this base model")
+    assert "1 for 'org/narrow'" in done.stderr
+    assert not Path("c").exists()
+
+
 def test_an_unknown_way_to_compose_names_the_nearest(two, base, rows):
     done = call("compose", "--base", base, "--pool", two, "--examples", rows, "--method", "lorahbu")
     assert done.exit_code == 1

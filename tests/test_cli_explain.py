@@ -42,7 +42,7 @@ def base(tmp_path_factory):
 def compose(base, folder, weights):
     model, tokenizer = lw.load_base(str(base))
     layers = {layer: Factors(torch.ones(2, 16), torch.ones(16, 2)) for layer in LAYERS}
-    pool = lw.ExpertPool([lw.Adapter(name, "tiny", layers) for name in ("[left]", "$right")])
+    pool = lw.ExpertPool([lw.Adapter(name, str(base), layers) for name in ("[left]", "$right")])
     method = "manual" if weights else "base"
     composed = lw.compose(model, tokenizer, pool, TASK, method=method, weights=weights or None, progress=False)
     return composed.save_pretrained(folder)

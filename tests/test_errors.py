@@ -8,7 +8,8 @@ import pytest
 from loraweave import errors
 from loraweave.errors import LoraweaveError
 
-CLASSES = {name: found for name, found in vars(errors).items() if inspect.isclass(found)}
+CLASSES = {name: found for name, found in vars(errors).items() if inspect.isclass(found) and issubclass(found, Exception)}
+CLASSES = {name: found for name, found in CLASSES.items() if not issubclass(found, Warning)}
 # ├── Name (BuiltIn, ...)   what it means
 DRAWN = re.compile(r"^(?P<indent>[│├└─ ]*)(?P<name>[A-Z]\w+)(?: \((?P<builtins>[\w, ]+)\))?")
 

@@ -162,6 +162,9 @@ def make_model() -> Callable[..., nn.Module]:
             for parameter in model.parameters():
                 if parameter.dim() > 1:
                     nn.init.normal_(parameter, std=0.3)
+        for part in model.modules():
+            # what the adapters below name as their base
+            part.name_or_path = "tiny"
         return model.eval().to(dtype)
 
     return make

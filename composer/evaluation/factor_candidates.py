@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from loraweave.composer.composer import Composer
-from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.mixture import MixtureWeights
 from loraweave.types import Factors
@@ -58,7 +57,7 @@ def factor_sums(engine: Composer, mixtures: Sequence[MixtureWeights]) -> Compose
             bias_O = None if bias_CO is None else bias_CO[number]
             found[layer] = replace(first, a_RI=a_CRI[number], b_OR=b_COR[number], bias_O=bias_O)
     first_adapter = next(iter(pool.adapters.values()))
-    made = {str(number): Adapter(str(number), first_adapter.base_model, found) for number, found in enumerate(layers)}
+    made = {str(number): replace(first_adapter, name=str(number), layers=found) for number, found in enumerate(layers)}
     return Composer(engine.model, ExpertPool(made))
 
 

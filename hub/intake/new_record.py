@@ -26,6 +26,7 @@ def new_record(
     fields = checked_fields(name, _fields_with_card(name, {**given, "examples": inputs}, adapter.card))
     card = card_with_outputs(adapter.card, adapter.card.get("examples") or None, fields.examples, outputs)
     card = with_files(card, adapter.files)
+    revision = adapter.base.revision
     record = Record(
         name=name,
         hash=content_hash(adapter.layers, adapter.heads),
@@ -40,7 +41,7 @@ def new_record(
         examples=fields.examples,
         language=fields.language,
         fingerprint=adapter.fingerprint,
-        base_revision=_base_revision(adapter.card),
+        base_revision=revision if revision is not None and len(revision) <= MAX_LABEL_BYTES else None,
         source=_source(adapter.card, source),
         card=card,
     )
@@ -56,13 +57,6 @@ def _fields_with_card(name: str, given: Mapping[str, Any], card: Mapping[str, An
     elif isinstance(fields["license"], str):
         fields["license"] = licenses.of_card(fields["license"], f"adapter {name!r}")
     return fields
-
-
-def _base_revision(card: Mapping[str, Any]) -> str | None:
-    """The revision of the base model that PEFT's config names."""
-    config = card.get("peft")
-    revision = config.get("revision") if isinstance(config, Mapping) else None
-    return revision if isinstance(revision, str) and 0 < len(revision) <= MAX_LABEL_BYTES else None
 
 
 def _source(card: Mapping[str, Any], given: str | Path | None) -> Source | None:

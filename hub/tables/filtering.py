@@ -75,6 +75,17 @@ def matching(connection: Connection, filters: Filters) -> list[int]:
     return sorted(set.intersection(*found) - set(quarantine.seqs(connection)))
 
 
+def bases(connection: Connection) -> list[tuple[Record, int]]:
+    """For every different base model its first record and the number of its adapters, those in quarantine aside."""
+    held = set(quarantine.seqs(connection))
+    listed = (
+        [seq for seq in labels.seqs(connection, "base", value) if seq not in held]
+        for value in labels.values(connection, "base")
+    )
+    counts = {seqs[0]: len(seqs) for seqs in listed if seqs}
+    return [(row.record, counts[row.seq]) for row in rows.some(connection, list(counts))]
+
+
 def fill(connection: Connection) -> None:
     """Stores the labels of all rows, for a catalogue that had none; a damaged row, which verify reports, gets none."""
     for seq, text in connection.execute("SELECT seq, record FROM adapters").fetchall():

@@ -164,6 +164,7 @@ def test_a_layer_that_its_owner_reads_instead_of_calling_is_noticed_in_code_that
     from transformers import BloomConfig, BloomForCausalLM
 
     model = BloomForCausalLM(BloomConfig(vocab_size=61, hidden_size=16, n_layer=1, n_head=2)).eval()
+    model.name_or_path = "tiny"
     layer = model.transformer.h[0].mlp.dense_4h_to_h
     factors = Factors(torch.ones(1, layer.in_features), torch.ones(layer.out_features, 1))
     engine = Composer(model, [Adapter("a", "tiny", {"transformer.h.0.mlp.dense_4h_to_h": factors})])

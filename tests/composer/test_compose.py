@@ -457,11 +457,11 @@ def test_too_few_examples_to_hold_out_are_refused(examples, tiny_llama, tokenize
         compose(tiny_llama, tokenizer, pool, lw.Task(examples))
 
 
-def test_an_empty_hub_gives_the_base_model_and_says_why(tiny_llama, tokenizer, task, tmp_path):
+def test_an_empty_hub_gives_the_base_model_where_it_is_asked_for_and_says_why(tiny_llama, tokenizer, task, tmp_path):
     with lw.Hub(tmp_path / "hub") as hub:
-        composition = compose(tiny_llama, tokenizer, hub, task)
+        composition = compose(tiny_llama, tokenizer, hub, task, method="base")
     assert composition.weights == {}
-    assert "none of the hub's 0 adapters" in composition.report.reason
+    assert "has no adapters to compose" in composition.report.reason
 
 
 class LetterEmbedder:

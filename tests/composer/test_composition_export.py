@@ -20,6 +20,7 @@ HEAD = {"lm_head.weight": torch.ones(2, 2)}
 
 @pytest.fixture
 def composed(tiny_llama, make_adapter, tokenizer):
+    tiny_llama.name_or_path = "org/base"
     pool = ExpertPool(
         [replace(make_adapter(tiny_llama, name, seed=seed), base_model="org/base") for seed, name in enumerate("ab")]
     )

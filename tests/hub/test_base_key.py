@@ -43,7 +43,9 @@ def test_the_key_of_a_model_has_its_id_commit_and_fingerprint():
     found = lw.base_key(model(commit=COMMIT))
     assert (found.id, found.revision) == ("org/base", COMMIT)
     assert found.fingerprint == fingerprint(model())
-    assert lw.base_key(nn.Linear(2, 2)).id == ""
+    nameless = nn.Linear(2, 2)
+    nameless.name_or_path = None
+    assert lw.base_key(nameless).id == ""
 
 
 def test_the_fingerprint_is_the_same_in_half_precision_and_another_after_one_step_of_training():
@@ -76,11 +78,33 @@ SHAPES, SAMPLED, OTHER = Fingerprint("s"), Fingerprint("s", (0.5,)), Fingerprint
         # the same shapes are not
         (BaseKey("x", None, SHAPES), BaseKey("y", None, SAMPLED), "the ids are 'x' and 'y'"),
         (BaseKey("x", None, SAMPLED), BaseKey("x"), ""),
+        (BaseKey("x", alike=(BaseKey("y"),)), BaseKey("y"), ""),
     ],
 )
 def test_two_keys_are_one_model_unless_something_known_contradicts(left, right, reason):
     assert reason in left.differs(right)
-    assert bool(left.differs(right)) == bool(right.differs(left)) == bool(reason)
+    assert bool(left.differs(right)) == bool(reason)
+    assert left.alike or bool(right.differs(left)) == bool(reason)
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "contradicts", "proves"),
+    [
+        (BaseKey("x"), BaseKey("x"), False, True),
+        (BaseKey("x"), BaseKey("y"), False, False),
+        (BaseKey(""), BaseKey(""), False, False),
+        (BaseKey("x", COMMIT), BaseKey("y", OTHER_COMMIT), False, False),
+        (BaseKey("x", COMMIT), BaseKey("x", OTHER_COMMIT), True, None),
+        (BaseKey("x", None, SAMPLED), BaseKey("y", None, SAMPLED), False, True),
+        (BaseKey("x", None, SAMPLED), BaseKey("y", None, SHAPES), False, False),
+        (BaseKey("x", None, SAMPLED), BaseKey("x", None, OTHER), True, None),
+        (BaseKey("x", None, SHAPES), BaseKey("x", None, Fingerprint("t")), True, None),
+    ],
+)
+def test_what_is_not_contradicted_need_not_be_proved(left, right, contradicts, proves):
+    assert bool(left.contradicts(right)) is bool(right.contradicts(left)) is contradicts
+    if proves is not None:
+        assert left.proves(right) is right.proves(left) is proves
 
 
 def test_records_are_found_by_id_or_by_the_key_of_a_model_at_hand(hub):

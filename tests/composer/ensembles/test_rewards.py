@@ -56,6 +56,7 @@ def reward_engine(kind: str, make_adapters: Any) -> Composer:
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.3)
     model = model.eval().double()
+    model.name_or_path = "tiny"
     return Composer(model, make_adapters(model, kind))
 
 

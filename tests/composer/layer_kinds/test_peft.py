@@ -46,7 +46,10 @@ LAYERS = ["emb", "scaled", "conv1", "conv2", "pixel", "conv3", "head"]
 
 def base() -> nn.Module:
     torch.manual_seed(0)
-    return Mixed().eval()
+    model = Mixed().eval()
+    # peft looks among the model's own attributes
+    model.name_or_path = "tiny"  # type: ignore[assignment]
+    return model
 
 
 def trained(folder: Path, seed: int, **options: Any) -> Path:

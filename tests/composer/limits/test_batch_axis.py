@@ -47,7 +47,7 @@ def _longformer() -> tuple[nn.Module, str, Kind]:
 def test_weights_by_row_are_refused_where_the_tokens_come_first(make: Any) -> None:
     torch.manual_seed(0)
     model, layer, kind = make()
-    model.eval()
+    model.eval().name_or_path = "tiny"
     module = model.get_submodule(layer)
     size = (16, 61) if kind == "embedding" else tuple(module.weight.shape)
     update = Factors(torch.randn(2, size[1]), torch.randn(size[0], 2), kind=kind)
@@ -101,6 +101,7 @@ def test_pooled_rows_are_no_tokens_of_one_row() -> None:
     torch.manual_seed(0)
     sizes = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
     model = transformers.BertModel(transformers.BertConfig(num_hidden_layers=1, **sizes)).eval()
+    model.name_or_path = "tiny"
     engine = Composer(model, [Adapter("a", "tiny", {"pooler.dense": Factors(torch.randn(2, 16), torch.randn(16, 2))})])
     weights = MixtureWeights(torch.tensor([1.0, 0.0, 0.0, 0.0]).view(1, 4, 1, 1), ("a",))
     with (

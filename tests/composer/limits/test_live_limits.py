@@ -85,6 +85,7 @@ def _wavlm() -> tuple[nn.Module, str, Any]:
         num_conv_pos_embedding_groups=2,
     )
     model = transformers.WavLMModel(config).eval()
+    model.name_or_path = "tiny"
     x = torch.randn(2, 20)
     return model, "encoder.layers.0.attention.v_proj", lambda model: model(x).last_hidden_state
 

@@ -53,6 +53,7 @@ def make(family, settings, dtype=torch.float64):
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.3)
+    model.name_or_path = "tiny"
     # the products over experts are in fp32 at most
     return model.eval().to(torch.float32 if "num_experts" in settings else dtype)
 

@@ -30,6 +30,7 @@ def train(folder: Path, steps: int, *, seed: int) -> Mole:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=31, initializer_range=0.3, **sizes)).eval()
+    model.name_or_path = "tiny"
     layer = "model.layers.0.self_attn.q_proj"
     pool = ExpertPool([Adapter(name, "tiny", {layer: Factors(torch.randn(2, 16), torch.randn(16, 2))}) for name in "ab"])
     torch.manual_seed(seed)
