@@ -73,7 +73,9 @@ def main(
 
 
 def _composed(model: Any, tokenizer: Any, hub: lw.Hub, unseen: DemoTask, budget: int, seed: int) -> dict[str, float]:
-    composed = lw.compose(model, tokenizer, hub, unseen.task, budget=budget, folds=0, seed=seed, progress=False)
+    composed = lw.compose(
+        model, tokenizer, hub, unseen.task, method="lorahub", budget=budget, folds=0, seed=seed, progress=False
+    )
     return composed.evaluate(unseen.test)
 
 

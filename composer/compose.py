@@ -36,7 +36,7 @@ def compose(
     hub_or_pool: Hub | ExpertPool | Iterable[Adapter] | Mapping[str, Adapter],
     task: Task,
     *,
-    method: str | Router = "lorahub",
+    method: str | Router = "auto",
     k: int = 20,
     budget: int | None = 40,
     seconds: float | None = None,
@@ -56,12 +56,12 @@ def compose(
 ) -> Composition:
     """Finds the `k` adapters of a hub that fit the task's examples best, weighs them, and returns the composition.
 
-    A pool, or a list of adapters, is used whole. `method` is a search of `names("routers")` with `budget` evaluations
-    (candidates scored on all examples) or `seconds`, "best_single" the adapter of the lowest loss, "manual" the `weights`
-    given, "base" none; "auto" races several searches under the one budget and takes whatever does best on held-out examples
-    (docs/search.md). A router by its name, with its options, weighs every token by itself; one that learns is trained on the
-    examples for `steps` steps, by default a third of the budget, at the rate `lr`. One that was made, and maybe fitted, is
-    taken as it is.
+    A pool, or a list of adapters, is used whole. `method` "auto" races several searches under one `budget` of evaluations
+    (candidates scored on all examples) or `seconds`, and takes whatever does best on held-out examples (docs/search.md). A
+    name of `names("routers")` is that search alone, "best_single" the adapter of the lowest loss, "manual" the `weights`
+    given, "base" none. A router by its name, with its options, weighs every token by itself; one that learns is trained on
+    the examples for `steps` steps, by default a third of the budget, at the rate `lr`. One that was made, and maybe fitted,
+    is taken as it is.
     `space`: "deltas" mixes the adapters' updates; "factors" mixes A and B apart, as LoraHub's authors do. `objective`
     is a name of `names("objectives")`, or any function of (model, examples); "entropy" looks at `inputs` without targets, by
     default those of the examples. To it come `l1` * mean|w|, `l2` * mean(w^2) and `sparsity` * the number of

@@ -42,7 +42,7 @@ class _Part:
 
 def merge(
     adapters: Sequence[Adapter],
-    weights: Sequence[float],
+    weights: Sequence[float] | None = None,
     *,
     method: str = "linear",
     rank: int | None = None,
@@ -56,11 +56,12 @@ def merge(
 ) -> Adapter:
     """The adapters combined by `method`, a name of `names("methods")`, with one finite weight each, of any sign.
 
-    Experts of weight zero are left out; the order of the rest does not matter. `rank` cuts every layer to at most that
-    rank (the best approximation in the Frobenius norm); without it the update is exact, unless the method is limited in
-    rank itself. `seed` is that of random methods, which draw for each adapter and layer apart. `heads` says what becomes
-    of trained heads: "error", "first" (the first adapter's, in the order given) or "average". `statistics`, one for each
-    adapter from `collect_statistics`, is for methods that weigh by data. The other `options` are the method's own.
+    Without weights all have equal shares, which sum to 1. Experts of weight zero are left out; the order of the rest does
+    not matter. `rank` cuts every layer to at most that rank (the best approximation in the Frobenius norm); without it the
+    update is exact, unless the method is limited in rank itself. `seed` is that of random methods, which draw for each
+    adapter and layer apart. `heads` says what becomes of trained heads: "error", "first" (the first adapter's, in the order
+    given) or "average". `statistics`, one for each adapter from `collect_statistics`, is for methods that weigh by data.
+    The other `options` are the method's own.
 
     The result's `report` has each layer's rank before and after the cut, the relative error of the cut, and how far the
     adapters pulled the same way; its card's "recipe" names parents, weights and method, and its "license" binds to those of
@@ -233,11 +234,15 @@ def cut(update: Update, rank: int | None) -> tuple[int, Factors, float]:
     return min(update.delta_OI.shape), factors, error
 
 
-def _parts(adapters: Sequence[Adapter], weights: Sequence[float], statistics: Sequence[Statistics] | None) -> list[_Part]:
+def _parts(
+    adapters: Sequence[Adapter], weights: Sequence[float] | None, statistics: Sequence[Statistics] | None
+) -> list[_Part]:
     """The adapters that count, in the order given; all that can be wrong with the arguments is found here."""
     _require_adapters(adapters)
     if not adapters:
         raise WeightingError("merge got no adapters; give at least one, and a weight for each")
+    if weights is None:
+        weights = [1 / len(adapters)] * len(adapters)
     if callable(getattr(weights, "weights", None)):
         raise ScopeError(
             f"cannot merge by {type(weights).__name__}: merge takes one number for each adapter. activate() it instead; "

@@ -147,7 +147,7 @@ def compose(
             help="How to weigh: auto, base, best_single, or one of `names('routers')`: a search (lorahub, gradient, ...), "
             "or a router, which weighs every token by itself (arrow, spectr, ...)."
         ),
-    ] = "lorahub",
+    ] = "auto",
     k: Annotated[int, typer.Option(min=1, help="How many adapters of the hub to choose from.")] = 20,
     budget: Annotated[int, typer.Option(min=1, help="How many mixtures the search tries.")] = 40,
     weight: Annotated[

@@ -350,7 +350,21 @@ def test_merge_replaces_an_earlier_result_by_force_and_nothing_else(two):
 
 
 def test_a_composition_is_made_scored_and_exported(two, base, rows):
-    words = ["--base", base, "--pool", two, "--examples", rows, "--budget", "9", "--out", "c", "--json"]
+    words = [
+        "--base",
+        base,
+        "--pool",
+        two,
+        "--examples",
+        rows,
+        "--method",
+        "lorahub",
+        "--budget",
+        "9",
+        "--out",
+        "c",
+        "--json",
+    ]
     made = process("compose", *words, cwd=two.parent)
     assert made.returncode == 0, made.stderr
     told = json.loads(made.stdout)
@@ -440,7 +454,7 @@ def test_compose_uses_the_hub_by_default(here, base, rows, monkeypatch):
     (_, _, source, task), options = seen[0]
     assert isinstance(source, lw.Hub)
     assert (task.examples, task.instruction) == ((("a", "b"), ("c", "d")), "Go on.")
-    assert (options["method"], options["k"], options["budget"], options["seed"]) == ("lorahub", 3, 40, 0)
+    assert (options["method"], options["k"], options["budget"], options["seed"]) == ("auto", 3, 40, 0)
 
 
 def test_compose_says_on_one_line_which_check_of_the_base_was_possible(two, base, rows):
@@ -477,8 +491,8 @@ def test_an_unknown_way_to_compose_names_the_nearest(two, base, rows):
         (["--method", "lorahbu"], 1, "UnknownName: no method 'lorahbu'"),
         (["--option", "objective=entropi"], 1, "UnknownName: no objective 'entropi', did you mean 'entropy'?"),
         (["--option", "objective=labels"], 1, "InvalidTask: objective 'labels' ranks the labels of a task"),
-        (["--option", "sigmma=1"], 1, "WeightingError: method 'lorahub' has no option 'sigmma'"),
-        (["--option", "sigma=-1"], 1, "WeightingError: sigma is -1"),
+        (["--method", "lorahub", "--option", "sigmma=1"], 1, "WeightingError: method 'lorahub' has no option 'sigmma'"),
+        (["--method", "lorahub", "--option", "sigma=-1"], 1, "WeightingError: sigma is -1"),
         (["--option", "folds=1"], 1, "WeightingError: folds is 1"),
         (["--method", "similarity"], 1, "WeightingError: method 'similarity' weighs by retrieval scores"),
         (["--method", "arrow", "--rank", "2"], 2, "but 'arrow' is a router: leave them out"),

@@ -38,7 +38,9 @@ def pool(tiny_llama, make_adapters):
 
 
 def compose(model, tokenizer, pool, task, **options):
-    return lw.compose(model, tokenizer, pool, task, **{"budget": 12, "folds": 2, "progress": False, **options})
+    return lw.compose(
+        model, tokenizer, pool, task, **{"method": "lorahub", "budget": 12, "folds": 2, "progress": False, **options}
+    )
 
 
 @torch.no_grad()

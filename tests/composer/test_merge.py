@@ -241,6 +241,19 @@ def test_a_merge_of_a_merge_is_a_merge() -> None:
     assert torch.allclose(nested.delta(Q).double(), weighted([a, b, c], [-0.5, -2.0, 0.3], Q), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["linear", "ties", "svd", "slerp"])
+def test_without_weights_all_have_equal_shares(method: str) -> None:
+    adapters = [adapter("a", 0), adapter("b", 1)]
+    found, expected = merge(adapters, method=method), merge(adapters, [0.5, 0.5], method=method)
+    assert found.hash == expected.hash
+    assert torch.allclose(
+        merge([*adapters, adapter("c", 2)]).delta(Q).double(),
+        weighted([*adapters, adapter("c", 2)], [1 / 3] * 3, Q),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
 def test_a_router_is_no_weights_to_merge_by(tiny_llama, make_adapters) -> None:
     adapters = make_adapters(tiny_llama, "llama")
     with pytest.raises(ScopeError, match="cannot merge by Arrow: merge takes one number for each adapter"):

@@ -22,6 +22,15 @@ def pool(tiny_llama, make_adapters):
     return lw.ExpertPool([dataclasses.replace(a, base_model="tiny") for a in make_adapters(tiny_llama, "llama")])
 
 
+def test_composing_races_where_nothing_else_is_asked_for(tiny_llama, tokenizer, pool):
+    task = lw.Task(EXAMPLES, instruction="swap")
+    found, asked = (lw.compose(tiny_llama, tokenizer, pool, task, progress=False, **way) for way in ({}, {"method": "auto"}))
+    assert [(row.name, row.held_out_loss) for row in found.report.rows] == [
+        (row.name, row.held_out_loss) for row in asked.report.rows
+    ]
+    assert {"base", "best_single", "uniform", "gradient"} == {row.name for row in found.report.rows}
+
+
 def compose(model, tokenizer, pool, **options):
     task = lw.Task(EXAMPLES, instruction="swap")
     return lw.compose(model, tokenizer, pool, task, **{"method": "auto", "progress": False, **options})

@@ -58,7 +58,7 @@ def pool():
 )
 def test_what_can_be_checked_is_refused_before_anything_is_run(options, error, message, pool):
     with pytest.raises(error, match=message) as caught:
-        lw.compose(None, None, pool, TASK, **options)
+        lw.compose(None, None, pool, TASK, **{"method": "lorahub", **options})
     assert isinstance(caught.value, LoraweaveError)
 
 
