@@ -1,4 +1,4 @@
-"""Ways to score a pool's adapters for a query, for benchmarks/retrieval.py: loraweave's, and what they are compared with."""
+"""Ways to score a pool's adapters for a query, for `retrieval`: loraweave's, and what they are compared with."""
 
 from __future__ import annotations
 
@@ -6,19 +6,15 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 
-from loraweave.hub.adapter import Adapter
-from loraweave.hub.hub import Hub
+import loraweave as lw
 from loraweave.hub.search import unit
 from loraweave.retrieval.fusion import Fusion
-from loraweave.retrieval.retriever import Retriever
-from loraweave.types import Factors
 
 # BM25 as usual: Robertson and Zaragoza 2009
 K1, B = 1.2, 0.75
@@ -65,15 +61,15 @@ class Remembering:
 
 
 @contextmanager
-def card_hub(tasks: Sequence[PoolTask]) -> Iterator[Hub]:
+def card_hub(tasks: Sequence[PoolTask]) -> Iterator[lw.Hub]:
     """A hub of adapters with these cards and tiny random factors: searches by text read nothing else."""
-    with TemporaryDirectory() as folder, Hub(Path(folder)) as hub:
+    with TemporaryDirectory() as folder, lw.Hub(folder) as hub:
         for task in tasks:
             generator = torch.Generator().manual_seed(zlib.crc32(task.name.encode()))
-            factors = Factors(torch.randn(1, 3, generator=generator), torch.randn(2, 1, generator=generator))
+            factors = lw.Factors(torch.randn(1, 3, generator=generator), torch.randn(2, 1, generator=generator))
             card = {"outputs": [output for _, output in task.examples]}
             hub.add(
-                Adapter(task.name, "none", {"layer": factors}, card=card),
+                lw.Adapter(task.name, "none", {"layer": factors}, card=card),
                 description=task.description,
                 examples=[text for text, _ in task.examples],
             )
@@ -156,10 +152,10 @@ def learner(rows: Sequence[Sequence[str]], embedder: Remembering) -> Scorer:
 
 
 def searched(
-    hub: Hub, embedder: Remembering, keys: Sequence[str] = (), fusion: Fusion | None = None, *, examples: bool = False
+    hub: lw.Hub, embedder: Remembering, keys: Sequence[str] = (), fusion: Fusion | None = None, *, examples: bool = False
 ) -> Scorer:
     """loraweave's Retriever: `for_task`, or `for_examples` for queries with outputs when `examples`."""
-    retriever = Retriever(hub, embedder=embedder, keys=keys, fusion=fusion)
+    retriever = lw.Retriever(hub, embedder=embedder, keys=keys, fusion=fusion)
     names = [record.name for record in hub.records()]
     position = {name: number for number, name in enumerate(names)}
 

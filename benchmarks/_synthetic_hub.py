@@ -9,11 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import loraweave as lw
 from loraweave.hub import search
-from loraweave.hub.adapter import Adapter
-from loraweave.hub.hub import Hub
 from loraweave.hub.tables import rows, vectors
-from loraweave.types import Factors, Record
 
 DIM = 384
 # adapters of one topic, and how far they lie around it, relative to the topic's own direction
@@ -56,11 +54,11 @@ def smooth_keys(count: int, *, num_keys: int | None = None, seed: int = 0) -> np
     return _unit(weights @ _normal(6, 32) / np.float32(32**0.5) + 0.3 * noise)
 
 
-def record(number: int, count: int) -> Record:
+def record(number: int, count: int) -> lw.Record:
     """Tags let through a half, a hundredth and ten of all."""
     tags = ["half"] * (number % 2 == 0) + ["hundredth"] * (number % 100 == 0) + ["ten"] * (number % max(1, count // 10) == 0)
     fields = {"description": f"what adapter {number} does", "tags": tags, "license": "Apache-2.0"}
-    return Record(
+    return lw.Record(
         name=f"adapter {number:07d}",
         hash=f"{number:064x}",
         base_model=f"base {number % 3}",
@@ -75,14 +73,14 @@ def record(number: int, count: int) -> Record:
     )
 
 
-def batches(count: int) -> Iterator[list[Record]]:
+def batches(count: int) -> Iterator[list[lw.Record]]:
     for start in range(0, count, _BATCH):
         yield [record(number, count) for number in range(start, min(count, start + _BATCH))]
 
 
-def fill(folder: Path, records: Sequence[Record], keys_ND: np.ndarray) -> None:
+def fill(folder: Path, records: Sequence[lw.Record], keys_ND: np.ndarray) -> None:
     """Adds rows and keys in one transaction, as `Hub.add` and a search would one by one; no blob is written."""
-    with Hub(folder) as hub, hub._catalogue.writing("filling") as connection:
+    with lw.Hub(folder) as hub, hub._catalogue.writing("filling") as connection:
         for one in records:
             rows.put_blob(connection, rows.BlobRow(one.hash, "0" * 64, 1000))
             rows.insert(connection, one)
@@ -90,11 +88,11 @@ def fill(folder: Path, records: Sequence[Record], keys_ND: np.ndarray) -> None:
         vectors.write_vectors(connection, Synthetic.id, made)
 
 
-def small_adapter(name: str, number: int) -> Adapter:
+def small_adapter(name: str, number: int) -> lw.Adapter:
     """One with a blob of its own, of some 10 kB."""
     generator = torch.Generator().manual_seed(number)
-    factors = Factors(torch.randn(8, 128, generator=generator), torch.randn(128, 8, generator=generator))
-    return Adapter(name, "base 0", {"model.layers.0.self_attn.q_proj": factors})
+    factors = lw.Factors(torch.randn(8, 128, generator=generator), torch.randn(128, 8, generator=generator))
+    return lw.Adapter(name, "base 0", {"model.layers.0.self_attn.q_proj": factors})
 
 
 def _normal(seed: int | list[int], count: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Tables of what benchmarks/unseen.py has measured.
+"""Tables of what `unseen` has measured.
 
 Every interval is the central 95 % of bootstrap draws: each draw takes a task's seeds anew, and its test items anew, the same
 ones for all ways that are compared with each other.
@@ -11,13 +11,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-from _unseen_store import NO_SEED, NO_SHOTS, Key, Measured
-from _unseen_ways import OF_JOINED_SKILLS, WITHOUT_EXAMPLES
-from rich.box import MARKDOWN
-from rich.console import Console
-from rich.table import Table
 
-RESAMPLES = 2000
+from benchmarks._run import RESAMPLES, Run, Table, interval
+from benchmarks._store import NO_SEED, NO_SHOTS, Key, Measured, answers
+from benchmarks._unseen_ways import OF_JOINED_SKILLS, WAYS, WITHOUT_EXAMPLES
 
 
 class Results:
@@ -67,42 +64,38 @@ class Results:
         return np.concatenate([right_WSN.mean(axis=(1, 2))[None], drawn_WR.T])
 
 
-def print_report(measured: Mapping[Key, Measured], relations: Mapping[str, str], ways: Sequence[str]) -> None:
-    """Every table, for each number of examples; `ways` in this order, those that were measured."""
+def tables() -> dict[str, Table]:
+    """Those of TABLES.md."""
+    return report(answers("unseen"))
+
+
+def report(measured: Mapping[Key, Measured], relations: Mapping[str, str] | None = None) -> dict[str, Table]:
+    """Every table, for each number of examples; ways in the order of WAYS, those that were measured."""
+    if relations is None:
+        relations = {task: entry["relation"] for task, entry in Run().entries("unseen", there=False).items()}
+    found = {}
     for shots in sorted({key.shots for key in measured} - {NO_SHOTS}):
         results = Results(measured, shots, relations)
-        shown = [way for way in ways if way in results.ways] + [way for way in results.ways if way not in ways]
-        console = Console(width=400)
-        console.print(f"## {shots} examples\n\nRight answers on test items [95 % interval]:\n")
-        console.print(_scores(results, [way for way in shown if way not in OF_JOINED_SKILLS]))
-        if results.tasks(["base", "oracle"]):
-            console.print("\nShare of the oracle's gain over the base that is recovered:\n")
-            console.print(_shares(results, [way for way in shown if way not in WITHOUT_EXAMPLES]))
-        console.print("\nTo choose, and the loss on test items:\n")
-        console.print(_times(results, shown))
-        if "auto" in shown:
-            console.print("\nThe goals:\n")
-            console.print(_goals(results))
-        console.print("\nTwo skills of the pool joined:\n")
-        console.print(_joined(results, shown))
-        console.print()
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=MARKDOWN)
-    for column in columns:
-        table.add_column(column, no_wrap=True)
-    return table
+        shown = [way for way in WAYS if way in results.ways] + [way for way in results.ways if way not in WAYS]
+        tables = {
+            "scores": _scores(results, [way for way in shown if way not in OF_JOINED_SKILLS]),
+            "shares": _shares(results, [way for way in shown if way not in WITHOUT_EXAMPLES]),
+            "times": _times(results, shown),
+            "goals": _goals(results),
+            "joined": _joined(results, shown),
+        }
+        found |= {f"unseen, {shots} examples, {name}": table for name, table in tables.items() if table.rows}
+    return found
 
 
 def _scores(results: Results, ways: Sequence[str]) -> Table:
-    table = _table("task", "relation", *ways, "auto chose")
+    table = Table("right answers on test items [95 % interval]", ("task", "relation", *ways, "auto chose"))
     tasks = results.tasks(["base"])
     drawn = {way: {task: results.draws_RW(task, [way])[:, 0] for task in results.tasks([way])} for way in ways}
     for task in tasks:
         chosen = Counter(found.notes["chosen"] for found in results.by.get((task, "auto"), {}).values())
-        cells = [_cell(drawn[way][task]) if task in drawn[way] else "-" for way in ways]
-        table.add_row(
+        cells = [interval(drawn[way][task]) if task in drawn[way] else "-" for way in ways]
+        table.add(
             task, results.relations[task], *cells, ", ".join(f"{name} {count}" for name, count in chosen.most_common())
         )
     groups = {
@@ -110,7 +103,7 @@ def _scores(results: Results, ways: Sequence[str]) -> Table:
         for relation in dict.fromkeys(results.relations[task] for task in tasks)
     }
     for label, group in {**groups, "mean of all": tasks}.items():
-        table.add_row(label, "", *(_mean_cell(drawn[way], group) for way in ways), "")
+        table.add(label, "", *(_mean_cell(drawn[way], group) for way in ways), "")
     return table
 
 
@@ -118,12 +111,7 @@ def _mean_cell(drawn: Mapping[str, np.ndarray], group: Sequence[str]) -> str:
     known = [drawn[task] for task in group if task in drawn]
     if len(known) < len(group):
         return f"({len(known)} of {len(group)})"
-    return _cell(np.mean(known, axis=0), 3)
-
-
-def _cell(draws_R: np.ndarray, digits: int = 2) -> str:
-    low, high = np.percentile(draws_R[1:], [2.5, 97.5])
-    return f"{draws_R[0]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    return interval(np.mean(known, axis=0), 3)
 
 
 def gaining(results: Results) -> tuple[list[str], list[str]]:
@@ -147,16 +135,16 @@ def share_draws(results: Results, way: str, tasks: Sequence[str]) -> dict[str, n
 
 def _shares(results: Results, ways: Sequence[str]) -> Table:
     kept, left_out = gaining(results)
-    table = _table("task", *ways)
+    table = Table("share of the oracle's gain over the base that is recovered", ("task", *ways))
     by_way = {way: share_draws(results, way, [task for task in results.tasks([way]) if task in kept]) for way in ways}
     for task in kept:
-        table.add_row(task, *(_share_cell(by_way[way].get(task)) for way in ways))
-    table.add_row("mean", *(_mean_share(by_way[way], kept) for way in ways))
+        table.add(task, *(_share_cell(by_way[way].get(task)) for way in ways))
+    table.add("mean", *(_mean_share(by_way[way], kept) for way in ways))
     pooled = [_share_cell(_pooled(results, way, kept)) if 0 < len(kept) == len(by_way[way]) else "-" for way in ways]
-    table.add_row("of the summed gains", *pooled)
+    table.add("of the summed gains", *pooled)
     for task in left_out:
         base_R, oracle_R = results.draws_RW(task, ["base", "oracle"]).T
-        table.add_row(f"(left out: {task}, oracle {oracle_R[0]:.2f} against base {base_R[0]:.2f})", *[""] * len(ways))
+        table.add(f"(left out: {task}, oracle {oracle_R[0]:.2f} against base {base_R[0]:.2f})", *[""] * len(ways))
     return table
 
 
@@ -169,8 +157,7 @@ def _pooled(results: Results, way: str, tasks: Sequence[str]) -> np.ndarray:
 def _share_cell(draws_R: np.ndarray | None) -> str:
     if draws_R is None:
         return "-"
-    low, high = np.nanpercentile(draws_R[1:], [2.5, 97.5])
-    return f"{draws_R[0]:.0%} [{low:.0%}, {high:.0%}]"
+    return interval(draws_R, unit=lambda share: f"{share:.0%}")
 
 
 def _mean_share(by_task: Mapping[str, np.ndarray], tasks: Sequence[str]) -> str:
@@ -180,32 +167,33 @@ def _mean_share(by_task: Mapping[str, np.ndarray], tasks: Sequence[str]) -> str:
 
 
 def _times(results: Results, ways: Sequence[str]) -> Table:
-    table = _table("way", "seconds", "processor seconds", "test loss", "measured", "tasks", "seeds")
+    columns = ("way", "seconds", "processor seconds", "test loss", "measured", "tasks", "seeds")
+    table = Table("to choose, and the loss on test items", columns)
     for way in ways:
         found = [one for (_, its), by_seed in results.by.items() if its == way for one in by_seed.values()]
         seconds, cpu, loss = (np.mean([getattr(one, name) for one in found]) for name in ("seconds", "cpu_seconds", "loss"))
         counts = [len({one.key.task for one in found}), len({one.key.seed for one in found})]
-        table.add_row(way, f"{seconds:.1f}", f"{cpu:.1f}", f"{loss:.3f}", str(len(found)), *map(str, counts))
+        table.add(way, f"{seconds:.1f}", f"{cpu:.1f}", f"{loss:.3f}", str(len(found)), *map(str, counts))
     return table
 
 
 def _goals(results: Results) -> Table:
     """What `auto` is meant to do, over the tasks and seeds that both sides of each comparison have."""
-    table = _table("goal", "found")
+    table = Table("the goals", ("goal", "found"))
     kept, _ = gaining(results)
     if tasks := [task for task in results.tasks(["auto", "lorahub_original"]) if task in kept]:
         ours, theirs = (_mean_shares(results, way, tasks) for way in ("auto", "lorahub_original"))
         with np.errstate(divide="ignore"):
             ratio = ours / theirs
-        table.add_row("recovers at least 2 times lorahub_original's share", f"{_cell(ratio)} ({len(tasks)} tasks)")
+        table.add("recovers at least 2 times lorahub_original's share", f"{interval(ratio)} ({len(tasks)} tasks)")
         spent, allowed = (_mean_cpu_seconds(results, way, tasks) for way in ("auto", "lorahub_original"))
-        table.add_row("takes at most its time", f"{spent / allowed:.2f} times ({spent:.1f} s against {allowed:.1f} s)")
+        table.add("takes at most its time", f"{spent / allowed:.2f} times ({spent:.1f} s against {allowed:.1f} s)")
     if tasks := results.tasks(["auto", "base", "best_single"]):
         worse = [cell for task in tasks if (cell := _worse(results, task))]
-        table.add_row("is worse than the better of base and best single on no task", ", ".join(worse) or "none")
+        table.add("is worse than the better of base and best single on no task", ", ".join(worse) or "none")
     if tasks := results.tasks(["auto", "lora_examples"]):
         drawn = [np.diff(results.draws_RW(task, ["lora_examples", "auto"]))[:, 0] for task in tasks]
-        table.add_row("scores above lora_examples", f"{_cell(np.mean(drawn, axis=0), 3)} ({len(tasks)} tasks)")
+        table.add("scores above lora_examples", f"{interval(np.mean(drawn, axis=0), 3)} ({len(tasks)} tasks)")
     return table
 
 
@@ -222,12 +210,13 @@ def _worse(results: Results, task: str) -> str:
     """How much worse, or nothing when the interval reaches 0."""
     base_R, single_R, auto_R = results.draws_RW(task, ["base", "best_single", "auto"]).T
     better_R = base_R if base_R[0] > single_R[0] else single_R
-    return f"{task} {_cell(auto_R - better_R)}" if np.percentile((auto_R - better_R)[1:], 97.5) < 0 else ""
+    return f"{task} {interval(auto_R - better_R)}" if np.percentile((auto_R - better_R)[1:], 97.5) < 0 else ""
 
 
 def _joined(results: Results, ways: Sequence[str]) -> Table:
     """On tasks that join two skills: every way less the adapter that is best on the test items."""
-    table = _table("task", "any_single", *(way for way in ways if way != "any_single"))
+    title = "two skills of the pool joined, above the adapter that is best on the test items"
+    table = Table(title, ("task", "any_single", *(way for way in ways if way != "any_single")))
     for task in results.tasks(["any_single"]):
         if results.relations[task] != "compositional":
             continue
@@ -235,7 +224,7 @@ def _joined(results: Results, ways: Sequence[str]) -> Table:
         for way in ways:
             if way != "any_single":
                 known = task in results.tasks([way])
-                cells.append(_cell(np.diff(results.draws_RW(task, ["any_single", way]))[:, 0]) if known else "-")
+                cells.append(interval(np.diff(results.draws_RW(task, ["any_single", way]))[:, 0]) if known else "-")
         (single,) = results.by[task, "any_single"].values()
-        table.add_row(task, f"{single.right_N.mean():.2f} ({single.notes['chosen']})", *cells)
+        table.add(task, f"{single.right_N.mean():.2f} ({single.notes['chosen']})", *cells)
     return table

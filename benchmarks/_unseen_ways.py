@@ -1,4 +1,4 @@
-"""What benchmarks/unseen.py compares, a function for each way to answer a task; and the methods of compose()."""
+"""What `unseen` compares, a function for each way to answer a task; and the methods of compose()."""
 
 from __future__ import annotations
 
@@ -13,6 +13,29 @@ from loraweave.composer.scoring import Score, evaluate, predict
 from loraweave.demo import DemoTask
 from loraweave.errors import CompositionError
 from loraweave.routers.lorahub_original import LorahubOriginal
+
+WAYS = (
+    "base",
+    "in_context",
+    "lora_examples",
+    "composed_and_tuned",
+    "retrieved_first",
+    "best_single",
+    "uniform",
+    "lorahub_original",
+    "similarity",
+    "random",
+    "greedy",
+    "bayesian",
+    "lorahub",
+    "adamerging",
+    "first_order",
+    "gradient",
+    "auto",
+    "oracle",
+    "any_single",
+    "two_passes",
+)
 
 RECIPE_POOL = 20
 # about the processor time of the published recipe; twice the steps or three times the rate came out alike

@@ -1,9 +1,9 @@
 """How often the hub's checks for anomalies are right: on the example pool as it is, and with planted directions.
 
-    python benchmarks/anomalies.py               all sections, below 5 minutes on two idle cores
-    python benchmarks/anomalies.py --quick       a third of the adapters
+    python -m benchmarks anomalies               all sections, below 5 minutes on two idle cores
+    python -m benchmarks anomalies --quick       a third of the adapters
 
-Every adapter of examples/pool (33 of one base, rank 8, trained benignly) is compared with the others, as when it is added
+Every adapter of --pool (33 of one base, rank 8, trained benignly) is compared with the others, as when it is added
 last. A planted adapter is one of them with a random direction of rank 1 added to its update, whose norm is `strength` times
 that of the layer's own update: the simplest form of a backdoor that was trained or merged into an adapter. Where: all 60
 layers, ten of them, or one. "pruned" has the sum cut back to rank 8, so that the rank does not show. Near-duplicates are
@@ -12,48 +12,49 @@ adapters with noise on B; scaled and refactored ones are the same update in othe
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from _ratios import console
-from rich.table import Table
 
-from loraweave.hub.adapter import Adapter
+import loraweave as lw
+from benchmarks._run import Run, Table
 from loraweave.hub.algebra import compress, norm
 from loraweave.hub.anomalies import KINDS, against_pool
 from loraweave.hub.figures import CODE_BITS, Figures, figures_of, hamming
 from loraweave.hub.similar import cosine
 from loraweave.hub.tables.figure_rows import MAX_DISTANCE, NUM_PIECES
-from loraweave.types import Factors
 
-POOL = Path(__file__).parents[1] / "examples" / "pool"
 STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
 NOISES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 SPECTRAL = KINDS[:4]
 
+app = typer.Typer()
 
-def main(quick: Annotated[bool, typer.Option("--quick", help="A third of the adapters.")] = False) -> None:
-    """Prints the tables of docs/anomalies.md."""
-    adapters = [Adapter.from_pretrained(folder) for folder in sorted(POOL.iterdir())]
+
+@app.command()
+def main(
+    context: typer.Context, quick: Annotated[bool, typer.Option("--quick", help="A third of the adapters.")] = False
+) -> None:
+    """The tables of docs/anomalies.md."""
+    run: Run = context.obj
+    adapters = [lw.Adapter.from_pretrained(folder) for folder in run.adapters()]
     figures = [figures_of(adapter, adapter.base_model) for adapter in adapters]
     chosen = range(0, len(adapters), 3 if quick else 1)
-    benign = [kinds(figures[index], others(figures, index)) for index in chosen]
-    table = Table("adapters", "flagged", *SPECTRAL, title="as they are: false alarms")
-    table.add_row(*row("the pool", benign))
-    console.print(table)
+    table = Table("as they are: false alarms", ("adapters", "flagged", *SPECTRAL))
+    table.add(*row("the pool", [kinds(figures[index], others(figures, index)) for index in chosen]))
+    run.show(table)
     for where, layers in (("all layers", 60), ("10 layers", 10), ("1 layer", 1)):
-        table = Table("strength", "flagged", *SPECTRAL, title=f"a direction planted in {where}: found")
+        table = Table(f"a direction planted in {where}: found", ("strength", "flagged", *SPECTRAL))
         for strength in STRENGTHS:
             for pruned in (False, True):
                 found = []
                 for index in chosen:
                     bad = planted(adapters[index], strength, layers, index, pruned=pruned)
                     found.append(kinds(figures_of(bad, bad.base_model), others(figures, index)))
-                table.add_row(*row(f"{strength}{' pruned' if pruned else ''}", found))
-        console.print(table)
-    console.print(duplicates(adapters, figures, chosen))
+                table.add(*row(f"{strength}{' pruned' if pruned else ''}", found))
+        run.show(table)
+    run.show(duplicates(adapters, figures, chosen))
 
 
 def others(figures: list[Figures], index: int) -> list[Figures]:
@@ -70,7 +71,7 @@ def row(label: str, found: list[set[str]]) -> list[str]:
     return [label, *(f"{share}/{len(found)}" for share in shares)]
 
 
-def planted(adapter: Adapter, strength: float, num_layers: int, seed: int, *, pruned: bool) -> Adapter:
+def planted(adapter: lw.Adapter, strength: float, num_layers: int, seed: int, *, pruned: bool) -> lw.Adapter:
     """The adapter with a random direction of rank 1 in so many of its layers."""
     generator = torch.Generator().manual_seed(seed)
     names = sorted(adapter.layers)
@@ -81,14 +82,14 @@ def planted(adapter: Adapter, strength: float, num_layers: int, seed: int, *, pr
         left_O1 = torch.randn(own.b_OR.shape[0], 1, generator=generator)
         right_1I = torch.randn(1, own.a_RI.shape[1], generator=generator)
         size = strength * norm(own) / float(left_O1.norm() * right_1I.norm())
-        both = Factors(torch.cat([own.a_RI, right_1I]), torch.cat([own.b_OR, size * left_O1], dim=1))
+        both = lw.Factors(torch.cat([own.a_RI, right_1I]), torch.cat([own.b_OR, size * left_O1], dim=1))
         layers[name] = compress(both, own.rank)[0] if pruned else both
-    return Adapter("planted", adapter.base_model, layers)
+    return lw.Adapter("planted", adapter.base_model, layers)
 
 
-def duplicates(adapters: list[Adapter], figures: list[Figures], chosen: range) -> Table:
+def duplicates(adapters: list[lw.Adapter], figures: list[Figures], chosen: range) -> Table:
     """How near-duplicates are found by their codes, and how near the codes of different adapters come."""
-    table = Table("noise on B", "least cosine", "bits that differ, at most", "found", title="near-duplicates")
+    table = Table("near-duplicates", ("noise on B", "least cosine", "bits that differ, at most", "found"))
     for noise in NOISES:
         cosines, distances, found = [], [], 0
         for index in chosen:
@@ -97,28 +98,24 @@ def duplicates(adapters: list[Adapter], figures: list[Figures], chosen: range) -
             cosines.append(cosine(adapters[index], bad)[0])
             distances.append(hamming(code, figures[index].code))
             found += distances[-1] <= MAX_DISTANCE and shares_a_piece(code, figures[index].code)
-        table.add_row(str(noise), f"{min(cosines):.4f}", f"{max(distances)}/{CODE_BITS}", f"{found}/{len(cosines)}")
+        table.add(str(noise), f"{min(cosines):.4f}", f"{max(distances)}/{CODE_BITS}", f"{found}/{len(cosines)}")
     pairs = [(left, right) for left in chosen for right in chosen if left < right]
     nearest = min(hamming(figures[left].code, figures[right].code) for left, right in pairs)
     most = max(cosine(adapters[left], adapters[right])[0] for left, right in pairs)
-    table.add_row("other adapters", f"{most:.4f} at most", f"{nearest}/{CODE_BITS} at least", f"0/{len(pairs)}")
+    table.add("other adapters", f"{most:.4f} at most", f"{nearest}/{CODE_BITS} at least", f"0/{len(pairs)}")
     return table
 
 
-def noisy(adapter: Adapter, noise: float, seed: int) -> Adapter:
+def noisy(adapter: lw.Adapter, noise: float, seed: int) -> lw.Adapter:
     generator = torch.Generator().manual_seed(seed)
     layers = {}
     for name, own in adapter.layers.items():
         added_OR = torch.randn(own.b_OR.shape, generator=generator) * own.b_OR.square().mean().sqrt()
         # another factoring and another size of the same update besides, which must not matter
-        layers[name] = Factors(2 * own.a_RI.flip(0), 3 * (own.b_OR + noise * added_OR).flip(1))
-    return Adapter("noisy", adapter.base_model, layers)
+        layers[name] = lw.Factors(2 * own.a_RI.flip(0), 3 * (own.b_OR + noise * added_OR).flip(1))
+    return lw.Adapter("noisy", adapter.base_model, layers)
 
 
 def shares_a_piece(left: bytes, right: bytes) -> bool:
     size = len(left) // NUM_PIECES
     return any(left[start : start + size] == right[start : start + size] for start in range(0, len(left), size))
-
-
-if __name__ == "__main__":
-    typer.run(main)

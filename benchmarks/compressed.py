@@ -1,7 +1,7 @@
 """What composing loses when the hub keeps its adapters in few bits: the pool as it ships, and ternary at several densities.
 
-    python benchmarks/compressed.py
-    python benchmarks/compressed.py --tasks plural_upper --densities 0.2
+    python -m benchmarks compressed
+    python -m benchmarks compressed --tasks plural_upper --densities 0.2
 
 Each pool is a hub of its own, stored with stored_as="compeft". Two scales of the ternary values: the one nearest to the
 factors ("nearest", scale="least_squares"), and the one at which the update has its norm ("norm"), which ComPEFT's tuned
@@ -19,57 +19,54 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 import loraweave as lw
+from benchmarks._run import Run, Table, pairs
 from loraweave.composer.scoring import losses
 from loraweave.demo import DemoTask, fast_dtype, load_task, read_rows
 from loraweave.hub import algebra
 
-ROOT = Path(__file__).resolve().parents[1]
-TASKS = ["pick_verb_5", "negated_passive", "plural_upper"]
-DENSITIES = [0.5, 0.2, 0.1]
-SEEDS = [0, 1]
 OWN = ["antonym", "negation", "passive", "past_tense", "pick_first_5", "plural"]
 NUM_OWN = 16
 
+app = typer.Typer()
 
+
+@app.command()
 def main(
-    data: Annotated[Path, typer.Option(help="folder with unseen/*.jsonl and MANIFEST.json")] = ROOT / "examples" / "data",
-    pool: Annotated[Path, typer.Option(help="folder of adapter folders")] = ROOT / "examples" / "pool",
-    tasks: Annotated[list[str], typer.Option(help="unseen tasks")] = TASKS,
-    densities: Annotated[list[float], typer.Option(help="shares of the entries that stay")] = DENSITIES,
+    context: typer.Context,
+    tasks: Annotated[str, typer.Option(help="unseen tasks")] = "pick_verb_5,negated_passive,plural_upper",
+    densities: Annotated[str, typer.Option(help="shares of the entries that stay")] = "0.5,0.2,0.1",
     num_test: Annotated[int, typer.Option(help="test items of each task")] = 50,
     budget: Annotated[int, typer.Option(help="evaluations of each search")] = 40,
-    seeds: Annotated[list[int], typer.Option(help="of the examples and the search; the cells are means")] = SEEDS,
-    threads: Annotated[int, typer.Option(help="of torch")] = 1,
+    seeds: Annotated[str, typer.Option(help="of the examples and the search; the cells are means")] = "0,1",
 ) -> None:
-    """A table with a row for each way to keep the pool: its bytes, the error, and each task's score and loss."""
-    torch.set_num_threads(threads)
+    """A row for each way to keep the pool: its bytes, the error, the loss on own tasks, and each task's score and loss."""
+    run: Run = context.obj
     model, tokenizer = lw.load_base(dtype=fast_dtype())
-    adapters = [lw.Adapter.from_pretrained(path) for path in sorted(pool.iterdir()) if path.is_dir()]
-    print(
-        "| pool | MB | cosine | own tasks: loss | " + " | ".join(f"{task}: score, loss" for task in tasks) + " | seconds |"
-    )
-    print("|---|---|---|---|" + "---|" * (len(tasks) + 1))
-    for label, kept in pools(adapters, densities):
-        started, cells = time.perf_counter(), []
+    adapters = [lw.Adapter.from_pretrained(path) for path in run.adapters()]
+    names = tasks.split(",")
+    cells = ("pool", "MB", "cosine", "own tasks: loss", *(f"{task}: score, loss" for task in names), "seconds")
+    table = Table(f"composed with pools in few bits, {num_test} test items, budget {budget}, seeds {seeds}", cells)
+    for label, kept in pools(adapters, [float(density) for density in densities.split(",")]):
+        started, scores = time.perf_counter(), []
         with tempfile.TemporaryDirectory() as folder, lw.Hub(folder) as hub:
             for adapter in kept:
                 hub.add(adapter, stored_as="factors" if label == "as shipped" else "compeft", anomalies="off")
             size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.suffix == ".safetensors")
-            for name in tasks:
+            for name in names:
                 found = [
-                    _composed(model, tokenizer, hub, load_task(data, name, seed, num_test), budget, seed) for seed in seeds
+                    _composed(model, tokenizer, hub, load_task(run.data, name, seed, num_test), budget, seed)
+                    for seed in map(int, seeds.split(","))
                 ]
                 score, loss = (sum(part[field] for part in found) / len(found) for field in ("value", "loss"))
-                cells.append(f"{score:.0%}, {loss:.2f}")
+                scores.append(f"{score:.0%}, {loss:.2f}")
+            own = own_loss(model, tokenizer, kept, run.data)
         cosine = sum(map(_cosine, adapters, kept)) / len(kept)
-        print(
-            f"| {label} | {size / 1e6:.1f} | {cosine:.2f} | {' | '.join(cells)} | {time.perf_counter() - started:.0f} |",
-            flush=True,
-        )
+        taken = f"{time.perf_counter() - started:.0f}"
+        table.add(label, f"{size / 1e6:.1f}", f"{cosine:.2f}", f"{own:.2f}", *scores, taken)
+    run.show(table)
 
 
 def _composed(model: Any, tokenizer: Any, hub: lw.Hub, unseen: DemoTask, budget: int, seed: int) -> dict[str, float]:
@@ -92,9 +89,9 @@ def own_loss(model: Any, tokenizer: Any, adapters: list[lw.Adapter], data: Path)
     engine, found = lw.Composer(model, [adapter for adapter in adapters if adapter.name in OWN]), []
     for name in engine.pool.names:
         rows = read_rows(data / "pool" / f"{name}.jsonl")
-        pairs = [(row["input"], row["target"]) for row in rows if row["split"] == "test"][:NUM_OWN]
+        items = pairs(rows, "test")[:NUM_OWN]
         with engine.activate({name: 1.0}):
-            found += losses(model, tokenizer, lw.Task(pairs, instruction=rows[0]["definition"]), pairs)
+            found += losses(model, tokenizer, lw.Task(items, instruction=rows[0]["definition"]), items)
     return sum(found) / len(found)
 
 
@@ -111,7 +108,3 @@ def _norm(adapter: lw.Adapter) -> float:
 def _cosine(left: lw.Adapter, right: lw.Adapter) -> float:
     inner = sum(algebra.inner(left.layers[layer], right.layers[layer]) for layer in left.layers)
     return inner / (_norm(left) * _norm(right))
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,11 +1,11 @@
 """Three tasks learned one after the other, and what is left of the first two: every way of `train_adapters(continual=...)`.
 
-    python benchmarks/continual.py --checkpoint runs/continual
-    python benchmarks/continual.py --checkpoint runs/continual --ways sequential --ways ilora --steps 60
+    python -m benchmarks --out runs/continual continual
+    python -m benchmarks --out runs/continual continual --ways 'sequential;ilora' --steps 60
 
 Each way sees the same rows at the same rates. After the last task its last adapter is scored on test items of all three;
 "just learned" is a task's loss with the adapter that it left. Then what I-LoRA's course ended with, which knows them all, is
-made to forget the last task, with GS-LoRA and by plain ascent, and scored again. Finished tasks are kept in the checkpoint.
+made to forget the last task, with GS-LoRA and by plain ascent, and scored again. Finished tasks are kept in --out.
 """
 
 from __future__ import annotations
@@ -13,19 +13,16 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 import typer
 
 import loraweave as lw
+from benchmarks._run import Run, Table, pairs
 from loraweave.composer.scoring import evaluate, losses
 from loraweave.demo import fast_dtype, read_rows
 
-ROOT = Path(__file__).resolve().parents[1]
-TASKS = ["past_tense", "negation", "passive"]
 WAYS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "sequential": ("sequential", {}),
     "task_arithmetic": ("task_arithmetic", {"weight": 0.5}),
@@ -35,7 +32,6 @@ WAYS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "construct_vl": ("construct_vl", {}),
     "inflora": ("inflora", {}),
 }
-CHOSEN = list(WAYS)
 FORGETTING: dict[str, Mapping[str, Any]] = {
     "gs_lora": {"strength": 0.3, "sparsity": 0.6, "dense_steps": 5},
     "gs_lora without sparsity": {"strength": 0.3, "sparsity": 0.0},
@@ -44,40 +40,41 @@ FORGETTING: dict[str, Mapping[str, Any]] = {
 }
 
 
+app = typer.Typer()
+
+
+@app.command()
 def main(
-    data: Annotated[Path, typer.Option(help="folder with pool/*.jsonl")] = ROOT / "examples" / "data",
-    checkpoint: Annotated[Path | None, typer.Option(help="folder that keeps finished tasks")] = None,
-    tasks: Annotated[list[str], typer.Option(help="in the order of learning")] = TASKS,
-    ways: Annotated[list[str], typer.Option(help="rows of the first table")] = CHOSEN,
+    context: typer.Context,
+    tasks: Annotated[str, typer.Option(help="in the order of learning")] = "past_tense,negation,passive",
+    ways: Annotated[str, typer.Option(help="rows of the first table")] = ";".join(WAYS),
     steps: Annotated[int, typer.Option(help="of each task")] = 40,
     batch_size: Annotated[int, typer.Option(help="rows of a step")] = 4,
     rank: Annotated[int, typer.Option(help="of each adapter")] = 8,
     lr: Annotated[float, typer.Option(help="highest learning rate")] = 3e-3,
     num_test: Annotated[int, typer.Option(help="test items of each task")] = 40,
-    threads: Annotated[int, typer.Option(help="of torch")] = 1,
-    seed: Annotated[int, typer.Option(help="of factors and rows")] = 0,
 ) -> None:
-    """Two tables in Markdown: what is known after the last task, and what is after one was forgotten."""
-    torch.set_num_threads(threads)
+    """What is known after the last task, and what is after one was forgotten."""
+    run: Run = context.obj
     model, tokenizer = lw.load_base(dtype=fast_dtype())
-    learned, tests = {}, {}
-    for name in tasks:
-        rows = read_rows(data / "pool" / f"{name}.jsonl")
-        learned[name] = lw.Task([_pair(r) for r in rows if r["split"] == "train"], instruction=rows[0]["definition"])
-        tests[name] = [_pair(row) for row in rows if row["split"] == "test"][:num_test]
-    settings = {"steps": steps, "batch_size": batch_size, "rank": rank, "lr": lr, "seed": seed, "checkpoint": checkpoint}
-    bench = _Bench(model, tokenizer, learned, tests, {**settings, "progress": False})
-    print(f"| way | {' | '.join(f'{name}: right, loss' for name in tasks)} | earlier tasks: just learned, now | seconds |")
-    print("|---|" + "---|" * (len(tasks) + 2))
-    print(bench.row("base model", {}, ""))
-    for label in ways:
+    names, learned, tests = tasks.split(","), {}, {}
+    for name in names:
+        rows = read_rows(run.data / "pool" / f"{name}.jsonl")
+        learned[name] = lw.Task(pairs(rows, "train"), instruction=rows[0]["definition"])
+        tests[name] = pairs(rows, "test")[:num_test]
+    settings = {"steps": steps, "batch_size": batch_size, "rank": rank, "lr": lr, "seed": run.seed, "progress": False}
+    bench = _Bench(model, tokenizer, learned, tests, {**settings, "checkpoint": run.folder()})
+    scores = tuple(f"{name}: right, loss" for name in names)
+    table = Table("after the last task", ("way", *scores, "earlier tasks: just learned, now", "seconds"))
+    table.add(*bench.row("base model", {}, ""))
+    for label in ways.split(";"):
         way, options = WAYS[label]
         started = time.perf_counter()
         adapters = lw.train_adapters(model, tokenizer, learned, continual=way, continual_options=options, **bench.settings)
-        print(bench.row(label, adapters, f"{time.perf_counter() - started:.0f}"), flush=True)
-    print()
+        table.add(*bench.row(label, adapters, f"{time.perf_counter() - started:.0f}"))
+    run.show(table)
     before = lw.train_adapters(model, tokenizer, learned, continual="ilora", **bench.settings)
-    bench.forget(before[tasks[-1]], list(tasks))
+    run.show(bench.forget(before[names[-1]], names))
 
 
 class _Bench:
@@ -90,7 +87,7 @@ class _Bench:
         self.tests = tests
         self.settings = settings
 
-    def row(self, label: str, adapters: Mapping[str, lw.Adapter], seconds: str) -> str:
+    def row(self, label: str, adapters: Mapping[str, lw.Adapter], seconds: str) -> tuple[str, ...]:
         last = next(reversed(adapters.values()), None)
         scores = {name: self._score(last, name) for name in self.learned}
         cells = [f"{score.value:.0%}, {score.loss:.2f}" for score in scores.values()]
@@ -99,15 +96,15 @@ class _Bench:
         if earlier:
             then = np.mean([self._loss(adapters[name], name) for name in earlier])
             kept = f"{then:.2f}, {np.mean([scores[name].loss for name in earlier]):.2f}"
-        return f"| {label} | {' | '.join(cells)} | {kept} | {seconds} |"
+        return label, *cells, kept, seconds
 
-    def forget(self, before: lw.Adapter, names: list[str]) -> None:
+    def forget(self, before: lw.Adapter, names: list[str]) -> Table:
         """The second table: the last task is to be forgotten, the first half of the others' examples retained."""
         forgotten, others = names[-1], names[:-1]
         retain = [(task.prompt(text), y) for task in map(self.learned.get, others) for text, y in task.examples[:16]]
-        print(f"| after forgetting {forgotten} | {' | '.join(f'{name}: right, loss' for name in names)} | blocks of zeros |")
-        print("|---|" + "---|" * (len(names) + 1))
-        print(self._forgotten("before", before, names, ""))
+        columns = (f"after forgetting {forgotten}", *(f"{name}: right, loss" for name in names), "blocks of zeros")
+        table = Table(f"made to forget {forgotten}", columns)
+        table.add(*self._forgotten("before", before, names, ""))
         for label, options in FORGETTING.items():
             found = lw.train_adapters(
                 self.model,
@@ -124,11 +121,12 @@ class _Bench:
                 if ".mlp." in layer:
                     block = layer.split(".mlp.")[0]
                     blocks[block] = blocks.get(block, True) and not bool(factors.b_OR.any())
-            print(self._forgotten(label, found, names, f"{sum(blocks.values())} of {len(blocks)}"), flush=True)
+            table.add(*self._forgotten(label, found, names, f"{sum(blocks.values())} of {len(blocks)}"))
+        return table
 
-    def _forgotten(self, label: str, adapter: lw.Adapter, names: list[str], zeros: str) -> str:
+    def _forgotten(self, label: str, adapter: lw.Adapter, names: list[str], zeros: str) -> tuple[str, ...]:
         scores = [self._score(adapter, name) for name in names]
-        return f"| {label} | {' | '.join(f'{score.value:.0%}, {score.loss:.2f}' for score in scores)} | {zeros} |"
+        return label, *(f"{score.value:.0%}, {score.loss:.2f}" for score in scores), zeros
 
     def _score(self, adapter: lw.Adapter | None, name: str) -> Any:
         with self._with(adapter):
@@ -140,11 +138,3 @@ class _Bench:
 
     def _with(self, adapter: lw.Adapter | None) -> AbstractContextManager[Any]:
         return nullcontext() if adapter is None else lw.Composer(self.model, {"it": adapter}).activate({"it": 1.0})
-
-
-def _pair(row: Mapping[str, Any]) -> tuple[str, str]:
-    return row["input"], row["target"]
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,7 +1,7 @@
 """Ensembles in prediction space beside their members and the uniform mixture of them, on tasks whose answers are labels.
 
-    python benchmarks/ensembles.py --out runs/ensembles --data DATA
-    python benchmarks/ensembles.py --out runs/ensembles --report      (tables of what has been measured so far)
+    python -m benchmarks --out runs/ensembles --data DATA ensembles
+    python -m benchmarks --out runs/ensembles --report ensembles      (tables of what has been measured so far)
 
 "retrieved": for each unseen task with labels, the three adapters that retrieval puts first for five examples and the
 description, in fp32. "seeds": adapters trained on one task from three starts, each with data in an order of its own, like
@@ -15,25 +15,21 @@ equal width (Guo et al., 2017), with 95 % bootstrap intervals over test items.
 
 from __future__ import annotations
 
-import argparse
-import json
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
 import torch
-from rich.box import MARKDOWN
-from rich.console import Console
+import typer
 from rich.progress import track
-from rich.table import Table
 
 import loraweave as lw
+from benchmarks._run import Run, Table, interval, pairs
+from benchmarks._store import kept, known
 from loraweave.composer.scoring import padded
 from loraweave.demo import load_task, read_rows
 
-ROOT = Path(__file__).resolve().parents[1] / "examples"
 NUM_RETRIEVED = 3
 NUM_SEEDS = 3
 SEED_STEPS = 40
@@ -46,72 +42,58 @@ RESAMPLES = 1000
 Metric = Callable[[np.ndarray, np.ndarray], float]
 Draw = Callable[[int], np.ndarray]
 
+app = typer.Typer()
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the measurements")
-    parser.add_argument("--data", type=Path, default=ROOT / "data", help="folder with MANIFEST.json, pool and unseen")
-    parser.add_argument("--pool", type=Path, default=ROOT / "pool", help="folder of adapter folders")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--report", action="store_true", help="only print the tables")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    if not options.report:
-        options.out.mkdir(parents=True, exist_ok=True)
-        retrieved(options)
-        seeds(options)
+
+@app.command()
+def main(context: typer.Context) -> None:
+    """Right answers, loss and calibration of ensembles, of their members, and of the uniform mixture."""
+    run: Run = context.obj
+    if not run.report:
+        retrieved(run)
+        seeds(run)
     for kind in ("retrieved", "seeds"):
-        if found := [json.loads(path.read_text()) for path in sorted(options.out.glob(f"{kind}-*.json"))]:
-            report(kind, found)
+        if found := known(run.folder(), f"{kind}-*.json"):
+            run.show(*tables(kind, found))
 
 
-def retrieved(options: argparse.Namespace) -> None:
+def retrieved(run: Run) -> None:
     model, tokenizer = lw.load_base()
-    entries = [
-        entry for entry in _entries(options.data, "unseen") if not _path(options, "retrieved", entry["task"]).exists()
-    ]
-    with tempfile.TemporaryDirectory() as folder, lw.Hub(folder) as hub:
-        for path in sorted(path for path in options.pool.iterdir() if path.is_dir()):
-            hub.add(path)
+    with run.hub() as hub:
         retriever = lw.Retriever(hub)
-        for entry in track(entries, "retrieved"):
-            unseen = load_task(options.data, entry["task"], 0, 100)
-            inputs = [text for text, _ in unseen.task.examples]
-            hits = retriever.for_task(inputs, description=unseen.task.instruction, k=NUM_RETRIEVED)
-            engine = lw.Composer(model, hub.pool([hit.name for hit in hits]), tokenizer=tokenizer)
-            measure(
-                engine, unseen.task, [(text, targets[0]) for text, targets in unseen.test], options, "retrieved", unseen.name
-            )
-            engine.close()
+        for name in track(_labelled(run, "unseen"), "retrieved"):
+
+            def measured(name: str = name) -> dict[str, Any]:
+                unseen = load_task(run.data, name, 0, 100)
+                inputs = [text for text, _ in unseen.task.examples]
+                hits = retriever.for_task(inputs, description=unseen.task.instruction, k=NUM_RETRIEVED)
+                with closing(lw.Composer(model, hub.pool([hit.name for hit in hits]), tokenizer=tokenizer)) as engine:
+                    return measure(engine, unseen.task, [(text, targets[0]) for text, targets in unseen.test], name)
+
+            kept(run.folder() / f"retrieved-{name}.json", measured)
 
 
-def seeds(options: argparse.Namespace) -> None:
+def seeds(run: Run) -> None:
     model, tokenizer = lw.load_base(dtype=torch.bfloat16)
-    for entry in _entries(options.data, "pool"):
-        if entry["task"] not in SEED_TASKS or _path(options, "seeds", entry["task"]).exists():
-            continue
-        rows = read_rows(options.data / entry["file"])
-        pairs = {split: [(r["input"], r["target"]) for r in rows if r["split"] == split] for split in ("train", "test")}
-        task = lw.Task(pairs["train"], instruction=entry["definition"], labels=entry["labels"])
-        # a job draws its start and the order of its rows by its name
-        jobs = {f"start {number}": task for number in range(NUM_SEEDS)}
-        adapters = lw.train_adapters(
-            model, tokenizer, jobs, steps=SEED_STEPS, jobs_per_batch=NUM_SEEDS, checkpoint=options.out / "training"
-        )
-        engine = lw.Composer(model, list(adapters.values()), tokenizer=tokenizer)
-        measure(engine, task, pairs["test"], options, "seeds", entry["task"])
-        engine.close()
+    for name in (name for name in _labelled(run, "pool") if name in SEED_TASKS):
+
+        def measured(name: str = name) -> dict[str, Any]:
+            entry = run.entries("pool")[name]
+            rows = read_rows(run.data / entry["file"])
+            task = lw.Task(pairs(rows, "train"), instruction=entry["definition"], labels=entry["labels"])
+            # a job draws its start and the order of its rows by its name
+            jobs = {f"start {number}": task for number in range(NUM_SEEDS)}
+            folder = run.folder() / "training"
+            options = {"steps": SEED_STEPS, "jobs_per_batch": NUM_SEEDS, "checkpoint": folder}
+            adapters = lw.train_adapters(model, tokenizer, jobs, **options)
+            with closing(lw.Composer(model, list(adapters.values()), tokenizer=tokenizer)) as engine:
+                return measure(engine, task, pairs(rows, "test"), name)
+
+        kept(run.folder() / f"seeds-{name}.json", measured)
 
 
-def measure(
-    engine: lw.Composer,
-    task: lw.Task,
-    test: Sequence[tuple[str, str]],
-    options: argparse.Namespace,
-    kind: str,
-    name: str,
-) -> None:
-    """Keeps each way's log-probabilities of the labels for every test item."""
+def measure(engine: lw.Composer, task: lw.Task, test: Sequence[tuple[str, str]], name: str) -> dict[str, Any]:
+    """Each way's log-probabilities of the labels for every test item."""
     members = [{expert: 1.0} for expert in engine.pool.names]
     uniform = dict.fromkeys(engine.pool.names, 1 / len(members))
     parts, averages = [], []
@@ -126,30 +108,26 @@ def measure(
     ways = dict(zip([*engine.pool.names, "uniform mixture", "base"], torch.cat(parts, dim=1).tolist(), strict=True))
     ways["ensemble"] = torch.cat(averages).tolist()
     targets = [list(task.labels or ()).index(target) for _, target in test]
-    figures = {"task": name, "members": list(engine.pool.names), "targets": targets, "ways": ways}
-    _path(options, kind, name).write_text(json.dumps(figures))
+    return {"task": name, "members": list(engine.pool.names), "targets": targets, "ways": ways}
 
 
-def report(kind: str, found: Sequence[Mapping[str, Any]]) -> None:
-    table = Table(box=MARKDOWN)
-    for column in ("task", "way", "right", "NLL", "ECE"):
-        table.add_column(column, no_wrap=True)
+def tables(kind: str, found: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
+    table = Table(f"{kind}: right, loss of the target label in nats, calibration [95 %]", ("task", "way", *METRICS))
     for row in found:
         for way in ("base", *row["members"], "uniform mixture", "ensemble"):
-            cells = (_interval(lambda draw, row=row, way=way, metric=m: _mean([row], way, metric, draw)) for m in METRICS)
-            table.add_row(row["task"], way, *cells)
-    print(f"{kind}: right answers, loss of the target label in nats, calibration error [95 % interval over items]")
-    Console(width=160).print(table)
-    _means(found)
-
-
-def _means(found: Sequence[Mapping[str, Any]]) -> None:
-    table = Table(box=MARKDOWN)
-    for column in ("mean over tasks", "right", "NLL", "ECE"):
-        table.add_column(column, no_wrap=True)
+            table.add(row["task"], way, *_cells([row], way))
+    means = Table(f"{kind}: mean over tasks", ("mean over tasks", *METRICS))
     for way in ("base", "mean of members", "uniform mixture", "ensemble"):
-        table.add_row(way, *(_interval(lambda draw, way=way, metric=m: _mean(found, way, metric, draw)) for m in METRICS))
-    Console(width=120).print(table)
+        means.add(way, *_cells(found, way))
+    yield from (means, table)
+
+
+def _cells(found: Sequence[Mapping[str, Any]], way: str) -> Iterator[str]:
+    """Each figure of all items, with its interval over resamples of the items."""
+    for metric in METRICS.values():
+        generator = np.random.default_rng(0)
+        drawn = [_mean(found, way, metric, lambda size: generator.integers(0, size, size)) for _ in range(RESAMPLES)]  # noqa: B023
+        yield interval(np.array([_mean(found, way, metric, np.arange), *drawn]))
 
 
 def _mean(found: Sequence[Mapping[str, Any]], way: str, metric: Metric, draw: Draw) -> float:
@@ -180,26 +158,9 @@ def calibration_error(log_NL: np.ndarray, targets_N: np.ndarray) -> float:
     return float(sum(gaps) / len(targets_N))
 
 
-METRICS: tuple[Metric, ...] = (right, loss, calibration_error)
+METRICS: dict[str, Metric] = {"right": right, "NLL": loss, "ECE": calibration_error}
 
 
-def _interval(figure: Callable[[Draw], float]) -> str:
-    """A figure of all items, and the 2.5 and 97.5 percentiles of it over resamples of the items."""
-    generator = np.random.default_rng(0)
-    resampled = [figure(lambda size: generator.integers(0, size, size)) for _ in range(RESAMPLES)]
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return f"{figure(np.arange):.2f} [{low:.2f}, {high:.2f}]"
-
-
-def _path(options: argparse.Namespace, kind: str, name: str) -> Path:
-    return Path(options.out) / f"{kind}-{name}.json"
-
-
-def _entries(data: Path, group: str) -> list[dict[str, Any]]:
-    """The manifest's tasks with labels whose rows are there."""
-    manifest = json.loads((data / "MANIFEST.json").read_text())["groups"][group]
-    return [entry for entry in manifest if entry["labels"] and (data / entry["file"]).is_file()]
-
-
-if __name__ == "__main__":
-    main()
+def _labelled(run: Run, group: str) -> list[str]:
+    """The tasks with labels."""
+    return [name for name, entry in run.entries(group).items() if entry["labels"]]

@@ -1,36 +1,208 @@
-"""Measures trainable mixtures of LoRA experts: what they cost, and what they are worth beside one LoRA.
+"""What trainable mixtures of LoRA experts are worth after joint training on several tasks, beside one LoRA.
 
-    python benchmarks/experts.py cost step            a training step of 8 rows of 64 tokens, top 2 of 8 experts of rank 8
-    python benchmarks/experts.py cost decode          32 greedy tokens with KV cache after a prompt of 32
-    python benchmarks/experts.py cost memory          bytes that a step keeps between forward and backward
-    python benchmarks/experts.py score --out runs/experts
-    python benchmarks/experts.py score --out runs/experts --kinds one_lora mola_8888 --seeds 0
-    python benchmarks/experts.py score --out runs/experts --report       (the table of what has been measured so far)
-    python benchmarks/experts.py score --out runs/experts --together     (writes benchmarks/data/experts.json)
+    python -m benchmarks --out runs/experts experts
+    python -m benchmarks --out runs/experts experts --kinds one_lora,mola_8888 --seeds 0
+    python -m benchmarks --out runs/experts --report experts                   (the tables of what has been measured so far)
+    python -m benchmarks --out runs/experts --report --save experts experts    (writes data/experts.json)
 
-`cost`: time relative to one LoRA in peft of the rank that is active for a token. Beside it: the base alone, one LoRA of as
-many parameters, and the same experts and gates as the published code computes them (a loop over experts with masks), in
-mergoo's layer and in MoE-PEFT's, where these are installed (`pip install --no-deps mergoo moe_peft`, and datasets). All
-models share their base's weights. Logits and gradients are compared first, and nothing is reported where they differ.
-
-`score`: right answers on test inputs of tasks of the pool after joint training, each recipe at about as many parameters, on
-as many rows. Beside them: the base, one LoRA of at least as many parameters as any recipe (`one_lora`), one of the rank
-that is active in a token (`one_lora_active`), and one LoRA for each task, trained alone for its share of the steps and
-asked for its own task (`separate`). Every kind is trained at 3e-3 and, with that in its name, at 1e-3, a few at 3e-4: kinds
-are compared at the rate at which the last steps, whose rows had not been seen before, had the lower loss. Those that end in
-`_alone` are a whole mixture for each task, trained on as many of its rows as the joint one: what is right together above
-that is interference. Those that end in `_then` go on with other tasks (--then), and are asked for both: retention. Every
-measurement is kept in --out, so that an interrupted run goes on.
+Right answers on test inputs of tasks of the pool after joint training, each recipe at about as many parameters, on as many
+rows. Beside them: the base, one LoRA of at least as many parameters as any recipe (`one_lora`), one of the rank that is
+active in a token (`one_lora_active`), and one LoRA for each task, trained alone for its share of the steps and asked for its
+own task (`separate`). Every kind is trained at 3e-3 and, with that in its name, at 1e-3, a few at 3e-4: kinds are compared
+at the rate at which the last steps, whose rows had not been seen before, had the lower loss. Those that end in `_alone` are
+a whole mixture for each task, trained on as many of its rows as the joint one: what is right together above that is
+interference. Those that end in `_then` go on with other tasks (--then), and are asked for both: retention. Every measurement
+is kept in --out, so that an interrupted run goes on.
 """
 
 from __future__ import annotations
 
-import _commands
-import _experts_cost
-import _experts_score
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
 
-COMMANDS = {"cost": _experts_cost, "score": _experts_score}
+import numpy as np
+import torch
+import typer
+from rich.progress import track
+
+import loraweave as lw
+from benchmarks._expert_federation import federated
+from benchmarks._expert_kinds import KINDS, RATES, without_rate
+from benchmarks._expert_report import THEN, report
+from benchmarks._expert_training import Data, num_parameters, stream, train
+from benchmarks._run import Run, pairs
+from benchmarks._store import DATA, NO_SEED, NO_SHOTS, Key, Measured, Store
+from loraweave.composer import scoring
+from loraweave.composer.experts.clusters import fit_clusters
+from loraweave.composer.experts.expert_model import ExpertModel
+from loraweave.demo import read_rows
+
+TASKS = "past_tense,antonym,addition,pick_animal_5"
+LATER = "plural,uppercase,number_words,pick_first_5"
+_OF_ALL = [name for name in KINDS if without_rate(name)[1] in RATES]
+
+app = typer.Typer()
 
 
-if __name__ == "__main__":
-    _commands.run(__doc__, COMMANDS)
+@dataclass(frozen=True)
+class Asked:
+    """What is trained together, what afterwards, and how much of it."""
+
+    tasks: list[str]
+    then: list[str]
+    items: int
+    rows: int
+    steps: int
+    batch_size: int
+
+
+class OfTask:
+    """An expert model whose calls name one task, where they have to."""
+
+    def __init__(self, made: ExpertModel, task: str | None) -> None:
+        self.made, self.task = made, task
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.made(*args, task=self.task, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        return self.made.generate(*args, task=self.task, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.made.base_model, name)
+
+
+@app.command()
+def main(
+    context: typer.Context,
+    kinds: Annotated[str, typer.Option(help="a,b: only these, which can be base, too")] = ",".join(_OF_ALL),
+    tasks: Annotated[
+        str, typer.Option(help="trained together; none may have labels")
+    ] = "past_tense,antonym,addition,pick_animal_5",
+    then: Annotated[
+        str, typer.Option(help="trained afterwards, by those kinds that go on")
+    ] = "plural,uppercase,number_words,pick_first_5",
+    seeds: Annotated[str, typer.Option(help="of the training")] = "0,1,2",
+    items: Annotated[int, typer.Option(help="test items of each task")] = 24,
+    rows: Annotated[int, typer.Option(help="training rows of each task, at most")] = 200,
+    steps: Annotated[int, typer.Option(help="of all tasks together")] = 60,
+    batch_size: Annotated[int, typer.Option(help="rows of a step")] = 8,
+) -> None:
+    """Right answers of each kind, interference, and what later tasks leave."""
+    run: Run = context.obj
+    store = Store(run.folder(), DATA / "experts.json")
+    if not run.report:
+        asked = Asked(tasks.split(","), then.split(","), items, rows, steps, batch_size)
+        measure(run, asked, store, kinds.split(","), [int(seed) for seed in seeds.split(",")])
+    store.close(run, lambda known: list(report(list(known.values())).values()))
+
+
+def measure(run: Run, asked: Asked, store: Store, kinds: Sequence[str], seeds: Sequence[int]) -> None:
+    # the same on every machine, whatever it multiplies fastest
+    model, tokenizer = lw.load_base(dtype=torch.float32)
+    data = _data(run, asked, model, tokenizer)
+    # seed by seed, so that what is there at any time compares all kinds
+    wanted = dict.fromkeys((kind, NO_SEED if kind == "base" else seed) for seed in seeds for kind in kinds)
+    for kind, seed in track(list(wanted), "kinds"):
+        if not _is_known(asked, store.all(), kind, seed, data):
+            for found in _measured(asked, model, tokenizer, kind, seed, data):
+                store.keep(found)
+
+
+def _is_known(asked: Asked, known: Mapping[Key, Measured], kind: str, seed: int, data: Mapping[str, Data]) -> bool:
+    """Whether all its tasks were measured so; of other steps or items it would be another measurement."""
+    tasks = list(data) if kind == "base" or KINDS[kind].then else asked.tasks
+    found = {task: known.get(Key(task, kind, NO_SHOTS, seed)) for task in tasks}
+    return all(
+        each is not None and len(each.right_N) == len(data[task].tests) and each.notes.get("of_steps") in (None, asked.steps)
+        for task, each in found.items()
+    )
+
+
+def _data(run: Run, asked: Asked, model: Any, tokenizer: Any) -> dict[str, Data]:
+    entries, found = run.entries(), {}
+    for name in (*asked.tasks, *asked.then):
+        rows = read_rows(run.data / entries[name]["file"])
+        task = lw.Task([], instruction=entries[name]["definition"])
+        tests = [(row["input"], (row["target"], *row.get("also_ok", []))) for row in rows if row["split"] == "test"]
+        trained = scoring.encoded(model, tokenizer, task, pairs(rows, "train")[: asked.rows])
+        found[name] = Data(task, trained, tests[: asked.items])
+    return found
+
+
+def _measured(
+    asked: Asked, model: Any, tokenizer: Any, name: str, seed: int, data: Mapping[str, Data]
+) -> Iterator[Measured]:
+    """Trains what `name` says and yields what it answers to each task's test inputs."""
+    if name == "base":
+        yield from (_answered(model, tokenizer, name, seed, task, data[task], {}, 0.0, 0.0) for task in data)
+        return
+    kind = KINDS[name]
+    if kind.federated:
+        yield from _of_clients(asked, model, tokenizer, name, seed, data)
+        return
+    first = {task: data[task] for task in asked.tasks}
+    # each of the models of one task has its share of the steps
+    groups = [[task] for task in first] if kind.apart else [list(first)]
+    for tasks in groups:
+        own = {task: first[task] for task in tasks}
+        named = {} if kind.apart or kind.then else {"tasks": tuple(first)}
+        chosen = {**kind.all_options(len(first)), **named}
+        with lw.experts(kind.recipe, model, tokenizer=tokenizer, seed=seed, **chosen) as made:
+            if kind.recipe == "mocle" and not made.recipe.needs_tasks:
+                fit_clusters(made, _prompts(tokenizer, own), seed=seed)
+            steps = {"steps": asked.steps // len(groups), "batch_size": asked.batch_size, "lr": kind.lr}
+            taken = Taken()
+            last = train(made, tokenizer, stream(own, seed), **steps)
+            notes = {"of_steps": asked.steps, "last_loss": round(last, 4)}
+            notes["parameters"] = num_parameters(made) * len(groups)
+            times = taken.each(len(tasks))
+            label = name.removesuffix(THEN)
+            for task in tasks:
+                named = OfTask(made, task if kind.given and not kind.apart else None)
+                yield _answered(named, tokenizer, label, seed, task, data[task], notes, *times)
+            if kind.then:
+                later = {task: data[task] for task in asked.then}
+                train(made, tokenizer, stream(later, seed), **steps)
+                times = taken.each(len(data))
+                yield from (_answered(made, tokenizer, name, seed, task, data[task], notes, *times) for task in data)
+
+
+def _of_clients(
+    asked: Asked, model: Any, tokenizer: Any, name: str, seed: int, data: Mapping[str, Data]
+) -> Iterator[Measured]:
+    own, taken = {task: data[task] for task in asked.tasks}, Taken()
+    steps = {"steps": asked.steps, "batch_size": asked.batch_size}
+    clients, learned = federated(KINDS[name], model, tokenizer, own, **steps, seed=seed)
+    times = taken.each(len(own))
+    notes = {"of_steps": asked.steps, **learned}
+    for task, client in clients.items():
+        yield _answered(client, tokenizer, name, seed, task, data[task], notes, *times)
+    for client in clients.values():
+        client.close()
+
+
+class Taken:
+    """Seconds and processor seconds since it was made."""
+
+    def __init__(self) -> None:
+        self.started, self.cpu_started = time.perf_counter(), time.process_time()
+
+    def each(self, num_tasks: int) -> tuple[float, float]:
+        """The share of each task."""
+        return (time.perf_counter() - self.started) / num_tasks, (time.process_time() - self.cpu_started) / num_tasks
+
+
+def _prompts(tokenizer: Any, data: Mapping[str, Data]) -> list[str]:
+    rows = [row for own in data.values() for row in own.rows]
+    return tokenizer.batch_decode([row.prompt for row in rows], skip_special_tokens=True)
+
+
+def _answered(
+    model: Any, tokenizer: Any, name: str, seed: int, task: str, data: Data, notes: Mapping[str, Any], *taken: float
+) -> Measured:
+    score = scoring.evaluate(model, tokenizer, data.task, data.tests)
+    right_N = np.array(score.right, dtype=np.uint8)
+    return Measured(Key(task, name, NO_SHOTS, seed), right_N, score.loss, *taken, notes)

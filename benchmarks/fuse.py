@@ -1,6 +1,6 @@
 """What writing a mixture into the weights costs, beside peft's merge and unmerge: 4 adapters on all seven linears.
 
-    OMP_NUM_THREADS=1 python benchmarks/fuse.py [--dtype float32]
+    OMP_NUM_THREADS=1 python -m benchmarks fuse [--dtype float32]
 
 A unit of work is one switch of the composition: peft merges the adapters and unmerges them again; we enter the block and
 leave it, or switch inside it. peft's second way makes one adapter of the four first (`cat`). Ours includes making the
@@ -15,40 +15,51 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import typer
-from _adapters import ALL, base_model, difference, in_peft, mix_in_peft, random_adapter
-from _ratios import Gate, Way, compare, console, require
 from torch import Tensor, nn
 
 import loraweave as lw
+from benchmarks._models import (
+    ALL,
+    LIMIT,
+    base_model,
+    changes,
+    difference,
+    in_peft,
+    mix_in_peft,
+    random_adapters,
+    tokens,
+)
+from benchmarks._run import Run, console, status_bytes
+from benchmarks._timing import Gate, Way, compare, require
 
 NUM_ROWS = 8
 NUM_TOKENS = 128
 MIXTURE = (0.5, 0.4, 0.3, -0.2)
 OTHER = (0.3, -0.1, 0.6, 0.2)
 CYCLES = 10
-LIMIT = 1e-4
 PEFT = "peft, merge_adapter and unmerge_adapter"
 COPY = "a copy of the touched bytes"
+
+app = typer.Typer()
 
 
 class Setting:
     """The model with our Composer, the same model in peft, and two mixtures of the same adapters."""
 
     def __init__(self, model: Any, rank: int, seed: int) -> None:
-        self.model = model.requires_grad_(False)
-        experts = [random_adapter(model, f"random{number}", "all", seed, rank=rank) for number in range(len(MIXTURE))]
+        self.model = model
+        experts = random_adapters(model, len(MIXTURE), "all", seed, rank=rank)
         self.engine = lw.Composer(model, experts)
         self.peft = in_peft(model, experts)
         self.names = [expert.name for expert in experts]
         self.mixture = dict(zip(self.names, MIXTURE, strict=True))
         self.other = dict(zip(self.names, OTHER, strict=True))
         mix_in_peft(self.peft, self.mixture)
-        self.ids_BT = torch.randint(0, model.config.vocab_size, (NUM_ROWS, NUM_TOKENS))
+        self.ids_BT = tokens(model, NUM_ROWS, NUM_TOKENS, seed)
         self._block: AbstractContextManager[Any] | None = None
 
     def weights(self, model: Any) -> dict[str, Tensor]:
@@ -101,7 +112,7 @@ def gates(setting: Setting) -> list[Gate]:
     return [
         Gate("fused logits equal those of the live mixture", difference(fused, live), LIMIT),
         Gate("fused weights equal peft's merged ones", weights, LIMIT),
-        Gate("limit over the change that the adapters make", LIMIT / max(difference(live, base), 1e-30), 0.1),
+        changes("adapters", difference(live, base)),
     ]
 
 
@@ -127,19 +138,12 @@ def restoring(setting: Setting) -> list[Gate]:
     return [Gate("share of bytes that differ after our cycles", bits_that_differ(setting.weights(setting.model), ours), 0.0)]
 
 
-def memory_bytes() -> int:
-    """What this process holds in memory; 0 where the system does not tell."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:"))
-
-
 def print_memory(setting: Setting) -> None:
     touched = sum(weight.numel() * weight.element_size() for weight in setting.weights(setting.model).values())
     for place in ("memory", "disk"):
-        before = memory_bytes()
+        before = status_bytes("VmRSS")
         kept = setting.enter(originals=place).original_bytes
-        grown = memory_bytes() - before
+        grown = status_bytes("VmRSS") - before
         setting.leave()
         console.print(
             f"originals={place!r}: {kept / 1e6:.0f} MB kept of {touched / 1e6:.0f} MB touched; memory grows by "
@@ -175,20 +179,16 @@ def ways(setting: Setting) -> dict[str, Way]:
     }
 
 
+@app.command()
 def main(
+    context: typer.Context,
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="of the base model")] = "bfloat16",
     rank: Annotated[int, typer.Option(help="of each of the four adapters")] = 16,
-    rounds: Annotated[int, typer.Option(help="at most so many rounds")] = 12,
-    seconds: Annotated[float, typer.Option(help="no round that would end later")] = 90.0,
-    threads: Annotated[int, typer.Option(help="of torch")] = 1,
-    cpu: Annotated[bool, typer.Option("--cpu", help="count processor time, for one thread on a busy machine")] = False,
-    seed: Annotated[int, typer.Option(help="of the adapters and the tokens")] = 0,
 ) -> None:
     """Time for one switch of the composition."""
-    torch.set_num_threads(threads)
-    torch.manual_seed(seed)
+    run: Run = context.obj
     model, _ = base_model()
-    setting = Setting(model, rank, seed)
+    setting = Setting(model, rank, run.seed)
     require(gates(setting))
     setting.model.to(getattr(torch, dtype))
     setting.peft.to(getattr(torch, dtype))
@@ -199,11 +199,7 @@ def main(
         "speed, peft = 1": (PEFT, True),
         "speed, copy = 1": (COPY, True),
     }
-    title = f"switching among {len(MIXTURE)} adapters of rank {rank}, {dtype}, {threads} thread(s)"
+    title = f"switching among {len(MIXTURE)} adapters of rank {rank}, {dtype}"
     with torch.no_grad():
-        compare(title, ways(setting), rounds=rounds, seconds=seconds, cpu=cpu, tables=tables)
+        compare(run, title, ways(setting), tables, rounds=12, seconds=90.0)
     setting.leave()
-
-
-if __name__ == "__main__":
-    typer.run(main)

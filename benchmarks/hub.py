@@ -1,8 +1,8 @@
 """What the hub costs as it grows, its searches beside bare faiss, and opening an adapter beside reading its file.
 
-    python benchmarks/hub.py scale [--largest 1000000]     adding, opening, looking up, searching, memory, disk
-    python benchmarks/hub.py speed [--count 200000]        queries a second and recall@10 beside bare faiss
-    python benchmarks/hub.py blobs                         opening an adapter of 420 tensors
+    python -m benchmarks hub scale [--largest 1000000]     adding, opening, looking up, searching, memory, disk
+    python -m benchmarks hub speed [--count 200000]        queries a second and recall@10 beside bare faiss
+    python -m benchmarks hub blobs                         opening an adapter of 420 tensors
 
 Adapters are synthetic: real rows of the catalogue and real keys of 384 dimensions, clustered as keys of texts are, and files
 for a sample only. One thread (OMP_NUM_THREADS=1) unless said.
@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,33 +28,26 @@ import faiss
 import numpy as np
 import torch
 import typer
-from _ratios import Gate, Way, compare, console, require
-from _synthetic_hub import DIM, Synthetic, batches, fill, keys, small_adapter, smooth_keys
-from rich.table import Table
 from safetensors.torch import load_file, save_file
 
+import loraweave as lw
+from benchmarks._run import Table, best_of, console, status_bytes
+from benchmarks._synthetic_hub import DIM, Synthetic, batches, fill, keys, small_adapter, smooth_keys
+from benchmarks._timing import Gate, Way, compare, require
 from loraweave import registry
-from loraweave.errors import AdapterNotFound
-from loraweave.hub.adapter import Adapter
 from loraweave.hub.blobs import read_blob
-from loraweave.hub.hub import Hub
 from loraweave.hub.search import SearchIndex
 from loraweave.hub.stores.blob_files import blob_path
 from loraweave.hub.tables.filtering import Filters
-from loraweave.types import Factors
 
-app = typer.Typer(add_completion=False, help=__doc__)
+app = typer.Typer()
 
 _NUM_QUERIES = 64
+PROBE = (sys.executable, "-m", "benchmarks", "hub", "probe")
 
 
 def _fastest(run: Callable[[], object], times: int = 5) -> float:
-    taken = []
-    for _ in range(times):
-        before = time.perf_counter()
-        run()
-        taken.append(time.perf_counter() - before)
-    return min(taken)
+    return best_of(run, time.perf_counter, times)
 
 
 def _once(run: Callable[[], object]) -> float:
@@ -64,14 +58,14 @@ def _once(run: Callable[[], object]) -> float:
 def probe(folder: Path, count: int) -> None:
     """What one fresh process measures on a hub that is there; prints JSON. `scale` calls it."""
     found: dict[str, float] = {}
-    opened: list[Hub] = []
-    found["open"] = _once(lambda: opened.append(Hub(folder)))
+    opened: list[lw.Hub] = []
+    found["open"] = _once(lambda: opened.append(lw.Hub(folder)))
     hub = opened[0]
     found["len"] = _fastest(lambda: len(hub))
     found["by name"] = _fastest(lambda: hub.record(f"adapter {count // 2:07d}"))
 
     def misspelt() -> None:
-        with suppress(AdapterNotFound):
+        with suppress(lw.AdapterNotFound):
             hub.record("adaptor 12")
 
     found["by a name that is not there"] = _fastest(misspelt, 2)
@@ -84,17 +78,15 @@ def probe(folder: Path, count: int) -> None:
     found["search, batch of 64"] = _fastest(lambda: index.hits(query_QD, 10), 3)
     for tag in ("half", "hundredth", "ten"):
         found[f"search, filter: {tag}"] = _fastest(lambda tag=tag: index.hits(query_QD[:1], 10, Filters(tags=tag)))
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    for name in ("RssAnon", "RssFile"):
-        found[f"{name}, MB"] = int(status[name].split()[0]) / 1000
+    found |= {f"{name}, MB": status_bytes(name) / 1e6 for name in ("RssAnon", "RssFile")}
     print(json.dumps(found))
 
 
 def _probed(folder: Path, count: int) -> dict[str, float]:
-    run = subprocess.run([sys.executable, __file__, "probe", str(folder), str(count)], capture_output=True, text=True)
+    run = subprocess.run([*PROBE, str(folder), str(count)], capture_output=True, text=True)
     if run.returncode:
         raise SystemExit(run.stderr)
-    found: dict[str, float] = json.loads(run.stdout)
+    found: dict[str, float] = json.loads(run.stdout.splitlines()[-1])
     return found
 
 
@@ -106,7 +98,7 @@ def _measured(folder: Path, count: int) -> dict[str, float]:
         begun += _once(lambda: fill(folder, records, vectors_ND[start : start + len(records)]))  # noqa: B023
         start += len(records)
     found["a row and its key, in transactions"] = begun / count
-    with Hub(folder) as hub:
+    with lw.Hub(folder) as hub:
         made = [small_adapter(f"real {number}", number) for number in range(64)]
         found["add, one by one"] = _once(lambda: [hub.add(one) for one in made]) / len(made)
         many = [small_adapter(f"many {number}", 1000 + number) for number in range(256)]
@@ -133,6 +125,7 @@ def _sizes(folder: Path) -> dict[str, float]:
 
 @app.command()
 def scale(
+    context: typer.Context,
     largest: Annotated[int, typer.Option(help="adapters; powers of ten from 1000 on")] = 1_000_000,
     folder: Annotated[Path | None, typer.Option(help="where the hubs are made; they need 6 kB an adapter")] = None,
 ) -> None:
@@ -146,26 +139,26 @@ def scale(
         finally:
             shutil.rmtree(place)
         console.print(f"{count:,}: {json.dumps({name: float(f'{value:.4g}') for name, value in columns[-1].items()})}")
-    table = Table("milliseconds, or as said", *(f"{count:,}" for count in counts), "growth")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    title = f"costs as the hub grows; peak memory of the process that made them: {peak:,.0f} MB"
+    table = Table(title, ("milliseconds, or as said", *(f"{count:,}" for count in counts), "growth"))
     for name in dict.fromkeys(name for column in columns for name in column):
         values = [column.get(name, math.nan) * (1 if name.endswith("MB") else 1e3) for column in columns]
         known = [value for value in values if value > 0]
         growth = math.log10(known[-1] / known[-2]) if len(known) > 1 else math.nan
-        table.add_row(name, *(f"{value:.3g}" for value in values), f"{growth:.2f}")
-    console.print(table)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
-    console.print(f"peak memory of the process that made them: {peak:,.0f} MB")
+        table.add(name, *(f"{value:.3g}" for value in values), f"{growth:.2f}")
+    context.obj.show(table)
 
 
 @app.command()
 def speed(
+    context: typer.Context,
     count: Annotated[int, typer.Option(help="keys, 20,000 or more")] = 200_000,
-    rounds: int = 9,
-    seconds: float = 60.0,
     smooth: Annotated[bool, typer.Option(help="keys without clusters, the worst case of the lists")] = False,
     graph: Annotated[bool, typer.Option(help="also faiss_hnsw, which takes minutes to make")] = False,
 ) -> None:
     """Searching an index beside bare faiss on the same keys and of the same kind, k = 10, processor time of one thread."""
+    run = replace(context.obj, cpu=True)
     faiss.omp_set_num_threads(1)
     made = smooth_keys if smooth else keys
     vectors_ND, query_QD = made(count), made(count, num_keys=256, seed=9)
@@ -184,19 +177,19 @@ def speed(
         bare["IndexHNSWSQ"].hnsw.efSearch = ours["faiss_hnsw"]._effort
     want = ours["faiss_flat"].search(query_QD, 10)[1]
     require([Gate("faiss_flat and IndexFlatIP, share of the ten best that differ", 1 - _recall(flat, query_QD, want), 1e-3)])
-    for name, index in {**bare, **ours}.items():
-        console.print(f"recall@10 of {name}: {_recall(index, query_QD, want):.4f}")
+    figures = Table(f"{count:,} keys", ("index", "recall@10", "queries a second", "in batches of 64"))
+    speeds: dict[str, list[str]] = {name: [] for name in (*bare, *ours)}
     for batch in (1, 64):
         ways = {name: _way(index, query_QD, batch) for name, index in {**bare, **ours}.items()}
         title = f"{count:,} keys, {batch} queries a call"
         for own, its in zip(ours, bare, strict=True):
             pair = {its: ways[its], own: ways[own]}
-            tables = {f"time, {its} = 1": (its, False)}
-            compare(title, pair, rounds=rounds, seconds=seconds, cpu=True, tables=tables)
+            compare(run, title, pair, {f"time, {its} = 1": (its, False)}, rounds=9)
         for name, way in ways.items():
-            before = time.process_time()
-            way.run()
-            console.print(f"{name}: {way.work / (time.process_time() - before):,.0f} queries a second")
+            speeds[name].append(f"{way.work / best_of(way.run, time.process_time, 1):,.0f}")
+    for name, index in {**bare, **ours}.items():
+        figures.add(name, f"{_recall(index, query_QD, want):.4f}", *speeds[name])
+    context.obj.show(figures)
 
 
 def _bare_ivf(ours: Any) -> Any:
@@ -226,21 +219,21 @@ def _recall(index: Any, query_QD: np.ndarray, want_QK: np.ndarray) -> float:
 
 
 @app.command()
-def blobs(rounds: int = 15, seconds: float = 120.0) -> None:
+def blobs(context: typer.Context) -> None:
     """Opening an adapter of 210 layers of SmolLM2-135M, rank 8, beside `load_file`, peft, and copying its bytes."""
     generator = torch.Generator().manual_seed(0)
     sizes = {f"self_attn.{module}": (576, num_out) for module, num_out in zip("qkvo", (576, 192, 192, 576), strict=True)}
     sizes |= {"mlp.gate": (576, 1536), "mlp.up": (576, 1536), "mlp.down": (1536, 576)}
     layers = {
-        f"model.layers.{block}.{module}_proj": Factors(
+        f"model.layers.{block}.{module}_proj": lw.Factors(
             torch.randn(8, num_in, generator=generator), torch.randn(num_out, 8, generator=generator)
         )
         for block in range(30)
         for module, (num_in, num_out) in sizes.items()
     }
     with tempfile.TemporaryDirectory() as folder:
-        hub = Hub(Path(folder) / "hub")
-        record = hub.add(Adapter("big", "base", layers))
+        hub = lw.Hub(Path(folder) / "hub")
+        record = hub.add(lw.Adapter("big", "base", layers))
         path = blob_path(hub.path, record.hash)
         apart = Path(folder) / "apart.safetensors"
         tensors = {f"{layer}.{part}": tensor for layer, f in layers.items() for part, tensor in f.tensors().items()}
@@ -264,12 +257,12 @@ def blobs(rounds: int = 15, seconds: float = 120.0) -> None:
         }
         title = f"opening {len(tensors)} tensors of {numbers.nbytes / 1e6:.1f} MB"
         tables = {"time, load_file = 1": (next(iter(ways)), False), "a copy = 1": ("a copy of the numbers in memory", False)}
-        compare(title, ways, rounds=rounds, seconds=seconds, tables=tables)
+        compare(context.obj, title, ways, tables, seconds=120.0)
         console.print(f"read_blob: {1e3 * _fastest(ways['read_blob'].run, 20):.2f} ms")
         hub.close()
 
 
-def _peft_loading(adapter: Adapter, folder: Path) -> Callable[[], object]:
+def _peft_loading(adapter: lw.Adapter, folder: Path) -> Callable[[], object]:
     """peft putting the adapter into a model of SmolLM2-135M's shape that has another already, and taking it out again."""
     from peft import PeftModel
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -284,7 +277,3 @@ def _peft_loading(adapter: Adapter, folder: Path) -> Callable[[], object]:
         model.delete_adapter("other")
 
     return load
-
-
-if __name__ == "__main__":
-    app()

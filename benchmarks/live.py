@@ -1,8 +1,8 @@
 """What live mixtures cost over the base model, beside peft and polylora: prefill and decode of mixed batches.
 
-    python benchmarks/live.py prefill                        8 rows of 128 tokens, each with its own adapter of 20
-    python benchmarks/live.py decode --experts 4             16 greedy tokens with KV cache, a mixture of four per row
-    python benchmarks/live.py decode --dtype bfloat16 --rows 32 --pool 100 --no-peers
+    python -m benchmarks --threads 2 live prefill                  8 rows of 128 tokens, each with its own adapter of 20
+    python -m benchmarks --threads 2 live decode --experts 4       16 greedy tokens with KV cache, a mixture of four per row
+    python -m benchmarks --threads 2 live decode --dtype bfloat16 --rows 32 --size 100 --no-peers
 
 Opening an activation and making its weights are part of our time; peft's `set_adapter` and `set_scale`, and its merging of
 mixtures beforehand, are not part of its. "New mixture" is ours for a mixture not seen before, whose factors are gathered in
@@ -14,28 +14,45 @@ weights.
 
 from __future__ import annotations
 
+import copy
 import random
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import peft
 import torch
 import typer
-from _adapters import base_model, difference, mix_in_peft, random_adapter
-from _live_peers import VERSIONS, Peft, polylora
-from _ratios import Gate, Way, compare, console, require
+from peft.tuners.lora import LoraLayer
 
 import loraweave as lw
+from benchmarks._models import (
+    ALL,
+    ATTENTION,
+    LIMIT,
+    Context,
+    base_model,
+    changes,
+    difference,
+    in_peft,
+    mix_in_peft,
+    prefill,
+    random_adapters,
+    tokens,
+)
+from benchmarks._run import Run, console
+from benchmarks._timing import Gate, Way, compare, require
 
 PROMPT_TOKENS = 16
 NEW_TOKENS = 16
 WEIGHTS = (0.5, 0.4, 0.3, -0.2)
-LIMIT = 1e-4
 # distinct factors for so many experts; a larger pool has each under several names
 NUM_DISTINCT = 100
 
-Forward = Callable[..., Any]
+app = typer.Typer()
 
 
 @dataclass(frozen=True)
@@ -50,16 +67,70 @@ class Shape:
     targets: str
 
 
+class Peft:
+    """One PeftModel with all the adapters, and with every row's mixture merged to an adapter if there are mixtures."""
+
+    def __init__(self, model: Any, experts: Sequence[lw.Adapter], rows: Sequence[Mapping[str, float]]) -> None:
+        self.model = in_peft(model, experts)
+        self.names = [next(iter(row)) for row in rows]
+        self.rows = rows
+        if any(len(row) > 1 for row in rows):
+            self.names = []
+            for number, row in enumerate(rows):
+                self.names.append(f"merged{number}")
+                self.model.add_weighted_adapter(list(row), list(row.values()), self.names[-1], combination_type="cat")
+
+    def off(self) -> None:
+        self.model.base_model.disable_adapter_layers()
+
+    def each_alone(self) -> None:
+        """Every adapter has weight one again."""
+        self.model.base_model.enable_adapter_layers()
+        for module in self.model.modules():
+            if isinstance(module, LoraLayer):
+                for name in module.lora_A:
+                    module.set_scale(name, 1.0)
+
+    def together(self) -> None:
+        self.model.base_model.enable_adapter_layers()
+        mix_in_peft(self.model, self.rows[0])
+
+    def by_row(self, **inputs: Any) -> Any:
+        return self.model(adapter_names=self.names, **inputs)
+
+    def merged_by_row(self, *, input_ids: torch.Tensor, **inputs: Any) -> Any:
+        """Each row after the other: its adapter merged into the weights, its forward pass, and the weights back."""
+        found = []
+        for name, row_1T in zip(self.names, input_ids.split(1), strict=True):
+            self.model.base_model.set_adapter(name)
+            self.model.merge_adapter()
+            found.append(self.model(input_ids=row_1T, **inputs).logits)
+            self.model.unmerge_adapter()
+        return torch.cat(found)
+
+
+def in_polylora(model: Any, experts: Sequence[lw.Adapter], shape: Shape) -> Any | None:
+    """A PolyLoraModel around a copy of the model; None where the package is not installed (`pip install polylora`)."""
+    try:
+        import polylora as package
+    except ImportError:
+        return None
+    names = list(ALL if shape.targets == "all" else ATTENTION)
+    config = package.PolyLoraConfig(max_gpu_adapters=len(experts) + 1, max_rank=shape.rank, target_modules=names)
+    wrapped = package.PolyLoraModel(copy.deepcopy(model), config).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        for adapter in experts:
+            wrapped.load_adapter_from_disk(adapter.name, adapter.save_pretrained(Path(folder) / adapter.name))
+    return wrapped
+
+
 class Setting:
     """The model with our Composer, the same model in the peers, and the mixtures that all are asked for."""
 
     def __init__(self, model: Any, shape: Shape, *, peers: bool, seed: int) -> None:
-        self.model = model
-        self.shape = shape
+        self.model, self.shape = model, shape
         distinct = min(shape.pool, NUM_DISTINCT)
-        made = [random_adapter(model, f"random{n:02d}", shape.targets, seed, rank=shape.rank) for n in range(distinct)]
-        # as peft leaves its copy: whether parameters learn changes which products torch chooses
-        model.requires_grad_(False)
+        made = random_adapters(model, distinct, shape.targets, seed, rank=shape.rank)
         pool = {f"expert{number}": made[number % distinct] for number in range(shape.pool)}
         self.engine = lw.Composer(model, pool)
         rng = random.Random(seed)
@@ -75,16 +146,15 @@ class Setting:
         if peers:
             named = [lw.Adapter(name, pool[name].base_model, pool[name].layers) for name in offered]
             self.peft = Peft(model, named, self.rows)
-            self.polylora = polylora(model, named, shape.targets, shape.rank) if shape.experts == 1 else None
-        generator = torch.Generator().manual_seed(seed)
-        self.ids_BT = torch.randint(0, model.config.vocab_size, (shape.rows, shape.tokens), generator=generator)
+            self.polylora = in_polylora(model, named, shape) if shape.experts == 1 else None
+        self.ids_BT = tokens(model, shape.rows, shape.tokens, seed)
 
     def to(self, dtype: torch.dtype) -> None:
-        for model in (self.model, self.peft, self.polylora):
+        for model in (self.model, self.peft and self.peft.model, self.polylora):
             if model is not None:
                 model.to(dtype)
 
-    def in_polylora(self, **inputs: Any) -> Any:
+    def by_polylora(self, **inputs: Any) -> Any:
         assert self.polylora is not None
         return self.polylora(adapter_ids=[next(iter(row)) for row in self.rows], **inputs)
 
@@ -107,29 +177,19 @@ def gates(setting: Setting) -> list[Gate]:
         expected = setting.peft.model(ids_BT).logits
         checks.append(Gate("one mixture for all rows equals peft's", difference(shared, expected), LIMIT))
     if setting.polylora is not None:
-        checks.append(
-            Gate(
-                "a mixture per row equals polylora's", difference(found, setting.in_polylora(input_ids=ids_BT).logits), LIMIT
-            )
-        )
-    # equal answers prove nothing where the adapters change nothing: every row of every mixture must be far from the base
+        theirs = setting.by_polylora(input_ids=ids_BT).logits
+        checks.append(Gate("a mixture per row equals polylora's", difference(found, theirs), LIMIT))
+    # every row of every mixture
     nearest = min(difference(logits[row], base[row]) for logits in (found, shared) for row in range(len(setting.rows)))
-    return [*checks, Gate("limit over the change that the adapters make", LIMIT / max(nearest, 1e-30), 0.1)]
+    return [*checks, changes("adapters", nearest)]
 
 
-def prefill_way(setting: Setting, forward: Forward, context: Callable[[], AbstractContextManager[Any]], prepare: Any) -> Way:
-    # an index: of a slice, the head of a frozen model makes a batched product that copies the vocabulary for every row
-    last = torch.tensor([setting.shape.tokens - 1])
-
-    @torch.inference_mode()
-    def run() -> None:
-        with context():
-            forward(input_ids=setting.ids_BT, use_cache=False, logits_to_keep=last)
-
-    return Way(run, prepare)
+def prefill_way(setting: Setting, forward: Callable[..., Any], context: Context, prepare: Callable[[], object]) -> Way:
+    return Way(prefill(forward, setting.ids_BT, context), prepare)
 
 
-def decode_way(setting: Setting, forward: Forward, context: Callable[[], AbstractContextManager[Any]], prepare: Any) -> Way:
+def decode_way(setting: Setting, forward: Callable[..., Any], context: Context, prepare: Callable[[], object]) -> Way:
+    """The prompt's pass is not timed."""
     prompt_BT = setting.ids_BT[:, :PROMPT_TOKENS]
     state: list[Any] = []
 
@@ -177,7 +237,7 @@ def ways(setting: Setting, make: Callable[..., Way], prefill: bool) -> dict[str,
         if prefill:
             found["peft, merge and unmerge per row"] = make(setting, theirs.merged_by_row, nullcontext, theirs.each_alone)
     if setting.polylora is not None:
-        found["polylora"] = make(setting, setting.in_polylora, nullcontext, nothing)
+        found["polylora"] = make(setting, setting.by_polylora, nullcontext, nothing)
     return found
 
 
@@ -192,44 +252,30 @@ def limits(setting: Setting) -> tuple[float, float]:
     return 1 + ranks * width / block, 1 + distinct * width / weights
 
 
+@app.command()
 def main(
+    context: typer.Context,
     what: Annotated[Literal["prefill", "decode"], typer.Argument(help="which pass is measured")],
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="of the base model and the factors")] = "float32",
     targets: Annotated[Literal["qv", "all"], typer.Option(help="layers that the adapters update")] = "all",
     rows: Annotated[int, typer.Option(help="of the batch")] = 8,
     tokens: Annotated[int, typer.Option(help="of a row in prefill")] = 128,
-    pool: Annotated[int, typer.Option(help="adapters in the pool")] = 20,
+    size: Annotated[int, typer.Option(help="adapters in the pool")] = 20,
     rank: Annotated[int, typer.Option(help="of each adapter")] = 8,
     experts: Annotated[int, typer.Option(help="of each row's mixture, 1 to 4", min=1, max=4)] = 1,
     peers: Annotated[bool, typer.Option(help="measure peft and polylora too")] = True,
-    rounds: Annotated[int, typer.Option(help="at most so many rounds")] = 15,
-    seconds: Annotated[float, typer.Option(help="no round that would end later")] = 90.0,
-    threads: Annotated[int, typer.Option(help="of torch")] = 2,
-    cpu: Annotated[bool, typer.Option("--cpu", help="count processor time, for one thread on a busy machine")] = False,
-    seed: Annotated[int, typer.Option(help="of the mixtures, the tokens and random adapters")] = 0,
 ) -> None:
     """Time relative to the base model's own pass over the same tokens."""
-    torch.set_num_threads(threads)
+    run: Run = context.obj
     model, _ = base_model()
-    setting = Setting(model, Shape(rows, tokens, pool, rank, experts, targets), peers=peers, seed=seed)
+    setting = Setting(model, Shape(rows, tokens, size, rank, experts, targets), peers=peers, seed=run.seed)
     require(gates(setting))
     setting.to(getattr(torch, dtype))
-    prefill = what == "prefill"
-    size = f"{rows}x{tokens}" if prefill else f"{rows} rows, {NEW_TOKENS} tokens"
-    console.print(f"{VERSIONS}, {threads} thread(s)", highlight=False)
-    title = f"{what} {size}, {experts} of {pool} adapters of rank {rank} a row, on {targets}, {dtype}"
-    make = prefill_way if prefill else decode_way
-    compare(
-        title,
-        ways(setting, make, prefill),
-        rounds=rounds,
-        seconds=seconds,
-        cpu=cpu,
-        tables={"time, base = 1": ("base alone", False)},
-    )
+    prefilled = what == "prefill"
+    shape = f"{rows}x{tokens}" if prefilled else f"{rows} rows, {NEW_TOKENS} tokens"
+    console.print(f"peft {peft.__version__}, torch {torch.__version__}")
+    title = f"{what} {shape}, {experts} of {size} adapters of rank {rank} a row, on {targets}, {dtype}"
+    found = ways(setting, prefill_way if prefilled else decode_way, prefilled)
+    compare(run, title, found, {"time, base = 1": ("base alone", False)}, seconds=90.0)
     flops, num_bytes = limits(setting)
-    console.print(f"limits, base = 1: arithmetic {flops:.3f}, bytes of a decoding step {num_bytes:.2f}", highlight=False)
-
-
-if __name__ == "__main__":
-    typer.run(main)
+    console.print(f"limits, base = 1: arithmetic {flops:.3f}, bytes of a decoding step {num_bytes:.2f}")

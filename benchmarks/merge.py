@@ -1,8 +1,8 @@
 """What merging costs beside peft's `add_weighted_adapter`, and how exact both are.
 
-    python benchmarks/merge.py all                the whole run, below 8 minutes on two idle cores
-    python benchmarks/merge.py svd --quick        one section on fewer blocks
-    python benchmarks/merge.py layer              one layer of 4096x11008, time and memory in a process of its own
+    python -m benchmarks merge all                the whole run, below 8 minutes on two idle cores
+    python -m benchmarks merge svd --quick        one section on fewer blocks
+    python -m benchmarks merge layer              one layer of 4096x11008, time and memory in a process of its own
 
 Sections: svd (the sum cut to a rank), linear (the sum by concatenation), elementwise (methods on dense entries), core
 (spectral methods on the factors against their dense forms), layer. Adapters are random, on the seven linear layers of
@@ -14,24 +14,26 @@ adapter's modules, which `add_weighted_adapter` makes; hashes of ours are comput
 from __future__ import annotations
 
 import copy
+import gc
+import multiprocessing
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import typer
-from _adapters import ALL, base_model, in_peft
-from _merge_layer import core_section, layer_section
-from _ratios import Gate, Way, compare, console, require
 from peft.utils import merge_utils
 from torch import Tensor
 
 import loraweave as lw
+from benchmarks._models import ALL, base_model, in_peft, random_adapter, random_factors
+from benchmarks._run import Run, Table, best_of, console, status_bytes
+from benchmarks._timing import Gate, Way, compare, require
 from loraweave import registry
-from loraweave.hub.adapter import Adapter
 from loraweave.hub.factorise import factorise
 from loraweave.hub.side_by_side import side_by_side
-from loraweave.hub.truncation import compress_sum
+from loraweave.hub.truncation import compress, compress_sum
 from loraweave.types import Factors
 
 Section = Literal["all", "svd", "linear", "elementwise", "core", "layer"]
@@ -50,23 +52,15 @@ ELEMENTWISE = {
 }
 RANDOM = ("dare_linear", "dare_ties")
 DENSITY = 0.5
+# of the sections of one layer
+RANK = 16
 CORE_SHAPE = (576, 1536)
 LARGE_SHAPE = (4096, 11008)
 WHOLE = 30
+# of what peft takes long for
+ROUNDS = 3
 
-
-def adapters(model: Any, num: int, rank: int, blocks: int, seed: int) -> list[Adapter]:
-    """Random adapters on the first blocks of the model, with factors of the size of trained ones."""
-    found = []
-    for number in range(num):
-        generator = torch.Generator().manual_seed(seed * 1000 + number)
-        layers = {}
-        for layer, module in model.named_modules():
-            if layer.endswith(ALL) and int(layer.split(".layers.")[1].split(".")[0]) < blocks:
-                a_RI = torch.randn(rank, module.in_features, generator=generator) * module.in_features**-0.5
-                layers[layer] = Factors(a_RI, torch.randn(module.out_features, rank, generator=generator) * 0.02)
-        found.append(Adapter(f"a{number:02d}", model.name_or_path, layers))
-    return found
+app = typer.Typer()
 
 
 def weights(num: int) -> list[float]:
@@ -100,7 +94,7 @@ class Merging:
 
     def __init__(self, model: Any, num: int, rank: int, blocks: int, seed: int) -> None:
         self.rank = rank
-        self.adapters = adapters(model, num, rank, blocks, seed)
+        self.adapters = [random_adapter(model, f"a{n:02d}", "all", seed, rank=rank, blocks=blocks) for n in range(num)]
         self.weights = weights(num)
         self.peft = in_peft(shortened(model, blocks), self.adapters)
         self.names = [adapter.name for adapter in self.adapters]
@@ -108,7 +102,7 @@ class Merging:
         for adapter in self.adapters:
             _ = adapter.hash
 
-    def ours(self, method: str, **options: Any) -> Adapter:
+    def ours(self, method: str, **options: Any) -> lw.Adapter:
         return lw.merge(self.adapters, self.weights, method=method, progress=False, **options)
 
     def arithmetic(self, rank: int | None) -> list[Factors]:
@@ -162,23 +156,18 @@ def svd_gates(setting: Merging) -> list[Gate]:
     ]
 
 
-def best_seconds(run: Callable[[], object], times: int = 3) -> float:
+def best_seconds(run: Callable[[], object]) -> float:
     run()
-    taken = []
-    for _ in range(times):
-        started = time.perf_counter()
-        run()
-        taken.append(time.perf_counter() - started)
-    return min(taken)
+    return best_of(run, time.perf_counter, 3)
 
 
-def svd_section(model: Callable[[], Any], quick: bool, whole: int, rounds: int, seed: int) -> None:
+def svd_section(run: Run, model: Callable[[], Any], quick: bool, whole: int) -> None:
     square = torch.rand(1024, 1024, dtype=torch.float64)
     rate = 2 * 1024**3 / best_seconds(lambda: square @ square)
     for num, rank in SVD_CASES[:3] if quick else SVD_CASES:
         # ranks of 64 are beside the goals: a part of the model says as much
         blocks = whole if rank <= 16 else min(whole, FEW_BLOCKS)
-        setting = Merging(model(), num, rank, blocks, seed)
+        setting = Merging(model(), num, rank, blocks, run.seed)
         console.rule(f"svd, K={num}, r={rank}, {len(setting.layers)} layers")
         require(svd_gates(setting))
         ways = {
@@ -186,7 +175,8 @@ def svd_section(model: Callable[[], Any], quick: bool, whole: int, rounds: int, 
             "loraweave, merge": Way(lambda setting=setting: setting.ours("svd", rank=setting.rank)),
             "loraweave, arithmetic": Way(lambda setting=setting: setting.arithmetic(setting.rank)),
         }
-        compare(f"svd K={num} r={rank}", ways, rounds=rounds, seconds=90, tables={"times as fast": ("peft, svd", True)})
+        title = f"svd K={num} r={rank}, {len(setting.layers)} layers"
+        compare(run, title, ways, {"times as fast": ("peft, svd", True)}, rounds=ROUNDS, seconds=90)
         floor = sum(least_products(setting.layers, setting.adapters, rank)) / rate
         share = floor / best_seconds(lambda setting=setting: setting.arithmetic(setting.rank))
         console.print(
@@ -194,7 +184,7 @@ def svd_section(model: Callable[[], Any], quick: bool, whole: int, rounds: int, 
         )
 
 
-def least_products(layers: Sequence[str], experts: Sequence[Adapter], rank: int) -> list[float]:
+def least_products(layers: Sequence[str], experts: Sequence[lw.Adapter], rank: int) -> list[float]:
     """Floating point operations for each layer: half of both Gram matrices, and the factors of the result."""
     found = []
     for layer in layers:
@@ -205,9 +195,9 @@ def least_products(layers: Sequence[str], experts: Sequence[Adapter], rank: int)
     return found
 
 
-def linear_section(model: Callable[[], Any], whole: int, seed: int) -> None:
+def linear_section(run: Run, model: Callable[[], Any], whole: int) -> None:
     for num, rank in ((2, 16), (20, 16)):
-        setting = Merging(model(), num, rank, whole, seed)
+        setting = Merging(model(), num, rank, whole, run.seed)
         console.rule(f"linear, K={num}, r={rank}, {len(setting.layers)} layers")
         merged, layer = setting.ours("linear"), setting.layers[0]
         experts = [adapter.layers[layer] for adapter in setting.adapters]
@@ -223,14 +213,14 @@ def linear_section(model: Callable[[], Any], whole: int, seed: int) -> None:
             "peft, cat": Way(lambda setting=setting: setting.in_peft("cat"), setting.forget),
         }
         tables = {"share of the copy": ("copy into old memory", True), "of a new copy": ("copy into new memory", True)}
-        compare(f"linear K={num} r={rank}", ways, rounds=5, seconds=60, tables=tables)
+        compare(run, f"linear K={num} r={rank}, {len(setting.layers)} layers", ways, tables, rounds=5)
         speed = 2 * size / best_seconds(lambda source=source, target=target: target.copy_(source))
         console.print(f"limit: {size / 1e6:.0f} MB read and as much written; a copy moves {speed / 1e9:.0f} GB/s")
 
 
-def elementwise_section(model: Callable[[], Any], whole: int, rounds: int, seed: int) -> None:
+def elementwise_section(run: Run, model: Callable[[], Any], whole: int) -> None:
     num, rank = 8, 16
-    setting = Merging(model(), num, rank, min(whole, FEW_BLOCKS), seed)
+    setting = Merging(model(), num, rank, min(whole, FEW_BLOCKS), run.seed)
     for theirs, ours in ELEMENTWISE.items():
         console.rule(f"{ours} beside peft's {theirs}_svd, K={num}, r={rank}, {len(setting.layers)} layers")
         require(elementwise_gates(setting, theirs, ours))
@@ -239,7 +229,7 @@ def elementwise_section(model: Callable[[], Any], whole: int, rounds: int, seed:
             f"peft, {kind}": Way(lambda kind=kind: setting.in_peft(kind, svd_rank=rank, density=DENSITY), setting.forget),
             "loraweave, merge": Way(lambda ours=ours: setting.ours(ours, rank=rank, density=DENSITY)),
         }
-        compare(kind, ways, rounds=rounds, seconds=60, tables={"times as fast": (f"peft, {kind}", True)})
+        compare(run, kind, ways, {"times as fast": (f"peft, {kind}", True)}, rounds=ROUNDS)
     setting.forget()
 
 
@@ -265,18 +255,129 @@ def elementwise_gates(setting: Merging, theirs: str, ours: str) -> list[Gate]:
     return gates if theirs in RANDOM else [Gate("share of entries that differ from peft's", found, 1e-4), *gates]
 
 
+def dense(experts: list[Factors]) -> list[Tensor]:
+    return [factors.b_OR @ factors.a_RI for factors in experts]
+
+
+def dense_tsv(deltas: list[Tensor], rank: int) -> Tensor:
+    """Gargiulo et al. 2025 with the whole rank of each update kept, weights of one, as full-weight mergers compute it."""
+    parts = [torch.linalg.svd(delta_OI, full_matrices=False) for delta_OI in deltas]
+    u_OS = torch.cat([u_OR[:, :rank] for u_OR, _, _ in parts], dim=1)
+    vh_SI = torch.cat([vh_RI[:rank] for _, _, vh_RI in parts])
+    sigma_S = torch.cat([sigma_R[:rank] for _, sigma_R, _ in parts])
+    (p_OS, _, ph_SS), (q_SS, _, qh_SI) = (torch.linalg.svd(stack, full_matrices=False) for stack in (u_OS, vh_SI))
+    return (p_OS @ ph_SS * sigma_S) @ (q_SS @ qh_SI)
+
+
+def dense_iso_c(deltas: list[Tensor], rank: int) -> Tensor:
+    """Marczak et al. 2025 on the directions that the updates have."""
+    u_OR, sigma_R, vh_RI = torch.linalg.svd(torch.stack(deltas).sum(dim=0), full_matrices=False)
+    count = min(rank * len(deltas), len(sigma_R))
+    return float(sigma_R[:count].mean()) * u_OR[:, :count] @ vh_RI[:count]
+
+
+def dense_ties(deltas: list[Tensor]) -> tuple[Tensor, Tensor, float]:
+    """peft's TIES of the dense updates, and the factors of what it gives."""
+    merged_OI = merge_utils.ties(deltas, torch.ones(len(deltas)), DENSITY)
+    u_OR, sigma_R, vh_RI = torch.linalg.svd(merged_OI)
+    return u_OR[:, :RANK] * sigma_R[:RANK], vh_RI[:RANK], 0.0
+
+
+def core_section(run: Run, shape: tuple[int, int], num: int) -> None:
+    """TSV, Iso-C and TIES in the core space against the same on dense updates."""
+    experts, ones = random_layer(num, shape, run.seed), [1.0] * num
+    tsv, iso_c, core_space = (registry.get("methods", name) for name in ("tsv", "iso_c", "core_space"))
+    doubles = [factors.b_OR.double() @ factors.a_RI.double() for factors in experts]
+    console.rule(f"core space, K={num}, r={RANK}, {shape[0]}x{shape[1]}")
+    require(
+        [
+            Gate(
+                "tsv equals its dense form in float64", relative(product(tsv(experts, ones)), dense_tsv(doubles, RANK)), 1e-5
+            ),
+            Gate(
+                "iso_c equals its dense form in float64",
+                relative(product(iso_c(experts, ones)), dense_iso_c(doubles, RANK)),
+                1e-5,
+            ),
+            Gate(
+                "core space loses nothing of a sum",
+                relative(product(core_space(experts, ones, inner="linear")), torch.stack(doubles).sum(dim=0)),
+                1e-5,
+            ),
+        ]
+    )
+    # dense forms of the products' precision, fp32, with the products in their time as in ours
+    pairs: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+        "TSV": (lambda: dense_tsv(dense(experts), RANK), lambda: tsv(experts, ones)),
+        "Iso-C": (lambda: dense_iso_c(dense(experts), RANK), lambda: iso_c(experts, ones)),
+        "TIES": (
+            lambda: dense_ties(dense(experts)),
+            lambda: compress(core_space(experts, ones, inner="ties_per_layer", inner_options={"density": DENSITY}), RANK),
+        ),
+    }
+    for name, (slow, fast) in pairs.items():
+        ways = {f"{name}, dense": Way(slow), f"{name}, factors": Way(fast)}
+        compare(run, f"{name} K={num}", ways, {"times as fast": (f"{name}, dense", True)}, rounds=ROUNDS, seconds=40)
+    least = 2 * sum(shape) * (num * RANK) ** 2 / 2
+    console.print(f"limit: both Gram matrices of the stacked factors are {least / 1e9:.2f} GFLOP in float64")
+
+
+def random_layer(num: int, shape: tuple[int, int], seed: int) -> list[Factors]:
+    generator = torch.Generator().manual_seed(seed)
+    return [random_factors(*shape, RANK, generator) for _ in range(num)]
+
+
+def layer_section(run: Run, shape: tuple[int, int]) -> None:
+    """Time and peak of extra memory of one large layer, each way in a new process."""
+    size = f"{shape[0]}x{shape[1]} ({shape[0] * shape[1] * 4 / 1e6:.0f} MB in fp32), r={RANK}"
+    table = Table(f"one layer of {size}", ("what", "way", "seconds", "MB"))
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for title, num, ways in (
+            ("sum of 20 cut to rank 16", 20, ("loraweave, svd", "peft's dense sum, without its SVD")),
+            ("TIES of 8 cut to rank 16", 8, ("loraweave, ties_per_layer", "peft's ties, without its SVD")),
+        ):
+            for way in ways:
+                seconds, num_bytes = pool.apply(measured, (way, num, shape, run.seed, torch.get_num_threads()))
+                table.add(title, way, f"{seconds:.2f}", f"{num_bytes / 1e6:.0f}")
+    run.show(table)
+
+
+def measured(way: str, num: int, shape: tuple[int, int], seed: int, threads: int) -> tuple[float, float]:
+    """Seconds, and the peak of resident memory over what the process had before, of the second of two runs."""
+    torch.set_num_threads(threads)
+    warm(way, random_layer(2, (64, 96), seed))
+    experts = random_layer(num, shape, seed)
+    gc.collect()
+    # from here on the kernel's high-water mark is that of this run
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status_bytes("VmRSS")
+    started = time.perf_counter()
+    warm(way, experts)
+    seconds = time.perf_counter() - started
+    return seconds, status_bytes("VmHWM") - before
+
+
+def warm(way: str, experts: list[Factors]) -> object:
+    ones = [1.0] * len(experts)
+    if way == "loraweave, svd":
+        return compress(registry.get("methods", "linear")(experts, ones), RANK)
+    if way == "loraweave, ties_per_layer":
+        update = registry.get("methods", "ties_per_layer")(experts, ones, density=DENSITY)
+        return factorise(update.delta_OI, rank=RANK)
+    if way.startswith("peft's dense sum"):
+        return merge_utils.task_arithmetic(dense(experts), torch.ones(len(experts)))
+    return merge_utils.ties(dense(experts), torch.ones(len(experts)), DENSITY)
+
+
+@app.command()
 def main(
+    context: typer.Context,
     section: Annotated[Section, typer.Argument(help="what is measured")] = "all",
     quick: Annotated[bool, typer.Option("--quick", help="one block and fewer cases, about a minute")] = False,
-    rounds: Annotated[int, typer.Option(help="at most so many rounds of what peft takes long for")] = 3,
     blocks: Annotated[int, typer.Option(help="of the model, at most so many")] = WHOLE,
-    threads: Annotated[int, typer.Option(help="of torch; 0 leaves its own number")] = 0,
-    seed: Annotated[int, typer.Option(help="of the adapters")] = 0,
 ) -> None:
     """Speed, exactness and memory of merges."""
-    console.print(f"{threads or torch.get_num_threads()} thread(s) of torch", highlight=False)
-    if threads:
-        torch.set_num_threads(threads)
+    run: Run = context.obj
     loaded, _ = base_model()
 
     def model() -> Any:
@@ -288,16 +389,12 @@ def main(
 
     whole = QUICK_BLOCKS if quick else blocks
     if wanted("svd"):
-        svd_section(model, quick, whole, rounds, seed)
+        svd_section(run, model, quick, whole)
     if wanted("linear"):
-        linear_section(model, whole, seed)
+        linear_section(run, model, whole)
     if wanted("elementwise"):
-        elementwise_section(model, whole, rounds, seed)
+        elementwise_section(run, model, whole)
     if wanted("core"):
-        core_section(CORE_SHAPE, 20, rounds, seed)
+        core_section(run, CORE_SHAPE, 20)
     if wanted("layer"):
-        layer_section((1024, 2752) if quick else LARGE_SHAPE, seed)
-
-
-if __name__ == "__main__":
-    typer.run(main)
+        layer_section(run, (1024, 2752) if quick else LARGE_SHAPE)

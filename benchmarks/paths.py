@@ -1,7 +1,7 @@
 """How long each path of a live mixture takes for one layer, the rates that explain it, and what the choice costs.
 
-    python benchmarks/paths.py                           float32: every path over a grid of shapes
-    python benchmarks/paths.py --dtype bfloat16
+    python -m benchmarks --threads 2 paths                      float32: every path over a grid of shapes
+    python -m benchmarks --threads 2 paths --dtype bfloat16
 
 Each path meets factors that are not in a cache, as in a model whose other layers run in between. The fit minimises the
 relative error of seconds = flops * a + bytes * b + calls * c + items * d: these are the rates to write into
@@ -21,12 +21,12 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import typer
-from _ratios import Gate, console, require
 from rich.progress import track
-from rich.table import Table
 from scipy.optimize import nnls
 from torch import Tensor
 
+from benchmarks._run import Run, Table, console
+from benchmarks._timing import Gate, require
 from loraweave.composer.kernels._cost import RATES, Choice, Cost, Rates, Workload, choose, costs
 from loraweave.composer.kernels._parts import Kernel, RankRow, RowSets
 from loraweave.composer.kernels.dense import Stack
@@ -41,6 +41,8 @@ CYCLED_BYTES = 64e6
 MOST_COPIES = 48
 # tokens beyond which half precision is multiplied as it is
 MOST_EXACT = 256
+
+app = typer.Typer()
 
 
 @dataclass(frozen=True)
@@ -162,18 +164,18 @@ def fitted(found: list[tuple[Cost, float]]) -> Rates:
     return Rates(*(float(f"{rate:.2g}") for rate in solution / scale))
 
 
+@app.command()
 def main(
+    context: typer.Context,
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="of inputs and factors")] = "float32",
     repeats: Annotated[int, typer.Option(help="timed passes over the copies of a case")] = 3,
-    threads: Annotated[int, typer.Option(help="of torch")] = 2,
-    cpu: Annotated[bool, typer.Option("--cpu", help="count processor time, for one thread on a busy machine")] = False,
     share: Annotated[float, typer.Option(help="of the grid's cases, drawn at random")] = 1.0,
 ) -> None:
     """Measures, fits, and says what the choice with the rates in use costs."""
+    run: Run = context.obj
     require([gate()])
-    torch.set_num_threads(threads)
     kind = getattr(torch, dtype)
-    timer = time.process_time if cpu else time.perf_counter
+    timer = time.process_time if run.cpu else time.perf_counter
     grid = list(cases())
     grid = random.Random(0).sample(grid, max(1, int(share * len(grid))))
     measured: list[tuple[Workload, dict[Choice, float]]] = []
@@ -184,12 +186,12 @@ def main(
             ways += [Choice(path, exact=True) for path in costs(work) if path != "merged"]
         measured.append((work, {way: seconds(way, case, kind, repeats, timer) for way in ways}))
     pairs = [(costs(work)[way.path], s) for work, found in measured for way, s in found.items() if not way.exact]
-    console.print(f"fitted for {dtype}, {threads} thread(s): {fitted(pairs)}", highlight=False)
-    console.print(f"in use: {RATES['cpu', kind.itemsize]}", highlight=False)
-    report(measured)
+    console.print(f"fitted for {dtype}, {run.threads} thread(s): {fitted(pairs)}")
+    console.print(f"in use: {RATES['cpu', kind.itemsize]}")
+    report(run, measured)
 
 
-def report(measured: list[tuple[Workload, dict[Choice, float]]]) -> None:
+def report(run: Run, measured: list[tuple[Workload, dict[Choice, float]]]) -> None:
     """What the choice costs, over all cases and by the fastest path, and where it costs most."""
     regrets: list[float] = []
     wins: dict[str, list[float]] = {}
@@ -198,20 +200,16 @@ def report(measured: list[tuple[Workload, dict[Choice, float]]]) -> None:
         regrets.append(found.get(choose(work), max(found.values())) / found[best])
         wins.setdefault(_name(best), []).append(regrets[-1])
     quantiles = f"95 % {np.percentile(regrets, 95):.2f}, largest {max(regrets):.2f}"
-    console.print(f"regret over {len(regrets)} cases: mean {np.mean(regrets):.2f}, {quantiles}", highlight=False)
     for place in np.argsort(regrets)[::-1][:3]:
         work, found = measured[place]
         times = ", ".join(f"{_name(way)} {s * 1e6:.0f} us" for way, s in found.items())
-        console.print(f"{regrets[place]:.2f}: {_name(choose(work))} for {work}: {times}", highlight=False)
-    table = Table("fastest path", "cases", "regret there, mean", "largest")
+        console.print(f"{regrets[place]:.2f}: {_name(choose(work))} for {work}: {times}")
+    title = f"regret over {len(regrets)} cases: mean {np.mean(regrets):.2f}, {quantiles}"
+    table = Table(title, ("fastest path", "cases", "regret there, mean", "largest"))
     for name, values in sorted(wins.items()):
-        table.add_row(name, str(len(values)), f"{np.mean(values):.2f}", f"{max(values):.2f}")
-    console.print(table)
+        table.add(name, str(len(values)), f"{np.mean(values):.2f}", f"{max(values):.2f}")
+    run.show(table)
 
 
 def _name(choice: Choice) -> str:
     return f"{choice.path} in fp32" if choice.exact else choice.path
-
-
-if __name__ == "__main__":
-    typer.run(main)

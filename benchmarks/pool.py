@@ -1,8 +1,8 @@
 """What pools of tens to ten thousand adapters cost: attaching them, running rows with them, and paging their factors.
 
-    python benchmarks/pool.py attach         20 to 1,000 adapters of a hub, beside reading the files; one more, beside peft
-    python benchmarks/pool.py rows prefill   8 rows with 8 adapters, pools of 20 to 10,000 (or: rows decode)
-    python benchmarks/pool.py paging         bringing adapters where the layers are, beside copying as many bytes
+    python -m benchmarks pool attach         20 to 1,000 adapters of a hub, beside reading the files; one more, beside peft
+    python -m benchmarks pool rows prefill   8 rows with 8 adapters, pools of 20 to 10,000 (or: rows decode)
+    python -m benchmarks pool paging         bringing adapters where the layers are, beside copying as many bytes
 
 The adapters are of rank 8 on all seven linear layers of the default model, random, 9.8 MB each in fp32. Names share contents
 beyond `--distinct`, which keeps the disk small; each name is opened from its file all the same. A process compares a file's
@@ -16,33 +16,33 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import peft
 import torch
 import typer
-from _adapters import base_model, difference, random_adapter
-from _ratios import Gate, Way, compare, console, interleaved, require
-from rich.table import Table
 
 import loraweave as lw
+from benchmarks._models import LIMIT, Context, base_model, changes, difference, prefill, random_adapter, tokens
+from benchmarks._run import Run, Table
+from benchmarks._timing import Gate, Way, compare, require, timed
 from loraweave.composer.paging.residents import Residents
-from loraweave.hub.adapter import Adapter
 from loraweave.hub.paused_collector import paused_collector
 from loraweave.hub.stores import blob_files
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer()
 
 NUM_ROWS = 8
 PREFILL_TOKENS = 64
 PROMPT_TOKENS = 16
 NEW_TOKENS = 16
-LIMIT = 1e-4
 NUM_EACH = 5
 MARKS = (1, 10, 20, 50, 100, 200, 500, 1000)
+Sizes = Annotated[list[int], typer.Option("--size", help="adapters in the pool")]
+Folder = Annotated[Path, typer.Option(help="for the hub and peft's folders")]
 
 
 @contextmanager
@@ -60,44 +60,39 @@ def hub_of(model: Any, num_names: int, distinct: int, folder: Path) -> Iterator[
         shutil.rmtree(path)
 
 
-def renamed(adapter: Adapter, name: str) -> Adapter:
-    return Adapter(name, adapter.base_model, adapter.layers)
+def renamed(adapter: lw.Adapter, name: str) -> lw.Adapter:
+    return lw.Adapter(name, adapter.base_model, adapter.layers)
 
 
-def per_adapter(title: str, taken: Mapping[str, Sequence[float]], num_adapters: int, reference: str) -> None:
-    """Prints milliseconds an adapter, and their ratio to the reference within each round."""
-    console.print(f"{title}, {len(taken[reference])} rounds", highlight=False)
-    table = Table("way", "ms an adapter", "25-75 %", f"{reference} = 1")
+def per_adapter(title: str, taken: Mapping[str, Sequence[float]], num_adapters: int, reference: str) -> Table:
+    """Milliseconds an adapter, and their ratio to the reference within each round."""
+    table = Table(f"{title}, {len(taken[reference])} rounds", ("way", "ms an adapter", "25-75 %", f"{reference} = 1"))
     for name, seconds in taken.items():
         each = np.asarray(seconds) / num_adapters * 1e3
         low, median, high = np.percentile(each, [25, 50, 75])
         ratio = float(np.median(np.asarray(seconds) / np.asarray(taken[reference])))
-        table.add_row(name, f"{median:.2f}", f"{low:.2f}-{high:.2f}", f"{ratio:.2f}")
-    console.print(table)
+        table.add(name, f"{median:.2f}", f"{low:.2f}-{high:.2f}", f"{ratio:.2f}")
+    return table
 
 
 @app.command()
 def attach(
-    sizes: Annotated[list[int], typer.Option("--size", help="adapters in the pool")] = [20, 100, 1000],  # noqa: B006
+    context: typer.Context,
+    sizes: Sizes = [20, 100, 1000],  # noqa: B006
     distinct: Annotated[int, typer.Option(help="files that the names share")] = 100,
     in_peft: Annotated[int, typer.Option(help="adapters to load into peft, one after the other")] = 100,
-    rounds: Annotated[int, typer.Option(help="at most so many")] = 7,
-    seconds: Annotated[float, typer.Option(help="for each size")] = 120.0,
-    cpu: Annotated[bool, typer.Option("--cpu", help="count processor time, for a machine that is busy")] = False,
-    folder: Annotated[Path, typer.Option(help="for the hub and peft's folders")] = Path("/dev/shm"),
+    folder: Folder = Path("/dev/shm"),
 ) -> None:
     """A hub's adapters into a running model: all at once, and one more beside those that are there."""
-    torch.set_num_threads(1)
-    timer = time.process_time if cpu else time.perf_counter
+    run: Run = context.obj
     model, _ = base_model()
     with hub_of(model, max(sizes) + NUM_EACH, distinct, folder) as hub:
         names = [record.name for record in hub]
         for size in sizes:
-            title = f"attaching {size:,} adapters{', processor time' if cpu else ''}"
-            ways = attaching(model, hub, names[:size])
-            taken = interleaved(ways, rounds=rounds, seconds=seconds, clock=time.perf_counter, timer=timer, label=title)
-            per_adapter(title, taken, size, next(iter(ways)))
-        one_more(model, hub, names, in_peft, folder, timer)
+            title, ways = f"attaching {size:,} adapters", attaching(model, hub, names[:size])
+            taken = timed(run, title, ways, rounds=7, seconds=120.0)
+            run.show(per_adapter(title, taken, size, next(iter(ways))))
+        run.show(one_more(model, hub, names, in_peft, folder, time.process_time if run.cpu else time.perf_counter))
 
 
 def attaching(model: Any, hub: lw.Hub, names: Sequence[str]) -> dict[str, Way]:
@@ -137,9 +132,10 @@ def seen(hub: lw.Hub) -> None:
         hub.get(name)
 
 
-def one_more(model: Any, hub: lw.Hub, names: Sequence[str], in_peft: int, folder: Path, timer: Callable[[], float]) -> None:
+def one_more(model: Any, hub: lw.Hub, names: Sequence[str], in_peft: int, folder: Path, timer: Callable[[], float]) -> Table:
     """The next adapter beside so many: peft's load_adapter from a folder, and a Composer's load from the hub."""
-    table = Table("loaded before", "peft load_adapter, ms", "loraweave, ms")
+    title = f"one more adapter, from its file (not seen before), median of {NUM_EACH}"
+    table = Table(title, ("loaded before", "peft load_adapter, ms", "loraweave, ms"))
     theirs = loading_into_peft(hub, names[: in_peft + NUM_EACH], folder, timer)
     for mark in MARKS:
         if mark > max(in_peft, len(names) - NUM_EACH):
@@ -153,9 +149,8 @@ def one_more(model: Any, hub: lw.Hub, names: Sequence[str], in_peft: int, folder
                 before = timer()
                 engine.load(name, hub.get(name))
                 here.append(timer() - before)
-        table.add_row(f"{mark:,}", *(f"{np.median(each) * 1e3:.1f}" if each else "" for each in (there, here)))
-    console.print(f"one more adapter, from its file (not seen before), median of {NUM_EACH}", highlight=False)
-    console.print(table)
+        table.add(f"{mark:,}", *(f"{np.median(each) * 1e3:.1f}" if each else "" for each in (there, here)))
+    return table
 
 
 def loading_into_peft(hub: lw.Hub, names: Sequence[str], folder: Path, timer: Callable[[], float]) -> list[float]:
@@ -178,20 +173,16 @@ def loading_into_peft(hub: lw.Hub, names: Sequence[str], folder: Path, timer: Ca
 
 @app.command()
 def rows(
-    what: Annotated[str, typer.Argument(help="prefill or decode")] = "prefill",
-    sizes: Annotated[list[int], typer.Option("--size", help="adapters in the pool")] = [20, 100, 1000, 10_000],  # noqa: B006
+    context: typer.Context,
+    what: Annotated[Literal["prefill", "decode"], typer.Argument()] = "prefill",
+    sizes: Sizes = [20, 100, 1000, 10_000],  # noqa: B006
     distinct: Annotated[int, typer.Option(help="contents that the names share")] = 20,
-    rounds: Annotated[int, typer.Option(help="at most so many")] = 15,
-    seconds: Annotated[float, typer.Option(help="in all")] = 300.0,
-    cpu: Annotated[bool, typer.Option("--cpu", help="count processor time, for a machine that is busy")] = False,
 ) -> None:
     """8 rows with 8 different adapters, the activation included, for pools of several sizes."""
-    torch.set_num_threads(1)
+    run: Run = context.obj
     model, _ = base_model()
-    model.requires_grad_(False)
     contents = [random_adapter(model, "random", "all", seed) for seed in range(distinct)]
-    generator = torch.Generator().manual_seed(0)
-    ids_BT = torch.randint(0, model.config.vocab_size, (NUM_ROWS, PREFILL_TOKENS), generator=generator)
+    ids_BT = tokens(model, NUM_ROWS, PREFILL_TOKENS, run.seed)
     engines = {}
     for size in sizes:
         named = {f"adapter{number:05d}": contents[number % distinct] for number in range(size)}
@@ -200,12 +191,12 @@ def rows(
             lazy = lw.ExpertPool.on_demand(named, named.__getitem__)
             engines[f"pool of {size:,}, lazy"] = lw.Composer(model, lazy)
     require(equal_answers(model, engines, distinct, ids_BT[:, :9]))
-    run = prefilled if what == "prefill" else decoded
-    ways = {"base alone": Way(run(model, ids_BT, None, distinct))}
-    ways |= {name: Way(run(model, ids_BT, engine, distinct)) for name, engine in engines.items()}
+    ways = {"base alone": Way(pass_over(what, model, ids_BT, nullcontext))}
+    for name, engine in engines.items():
+        ways[name] = Way(pass_over(what, model, ids_BT, lambda engine=engine: engine.activate(chosen(engine, distinct))))
     shape = f"8x{PREFILL_TOKENS}" if what == "prefill" else f"8 rows, {NEW_TOKENS} tokens"
     tables = {"time, base = 1": ("base alone", False), "smallest pool = 1": (f"pool of {sizes[0]:,}", False)}
-    compare(f"{what} {shape}, own adapter per row, rank 8", ways, rounds=rounds, seconds=seconds, cpu=cpu, tables=tables)
+    compare(run, f"{what} {shape}, own adapter per row, rank 8", ways, tables, seconds=300.0)
 
 
 def chosen(engine: lw.Composer, distinct: int) -> list[dict[str, float]]:
@@ -227,50 +218,31 @@ def equal_answers(model: Any, engines: Mapping[str, lw.Composer], distinct: int,
         for name, logits in zip(engines, found, strict=True)
     ]
     nearest = min(difference(found[0][row], base[row]) for row in range(NUM_ROWS))
-    return [*gates, Gate("limit over the change that the adapters make", LIMIT / max(nearest, 1e-30), 0.1)]
+    return [*gates, changes("adapters", nearest)]
 
 
-def prefilled(model: Any, ids_BT: torch.Tensor, engine: lw.Composer | None, distinct: int) -> Callable[[], None]:
-    # an index: of a slice, the head of a frozen model makes a batched product that copies the vocabulary for every row
-    last = torch.tensor([PREFILL_TOKENS - 1])
-
-    @torch.inference_mode()
-    def run() -> None:
-        if engine is None:
-            model(input_ids=ids_BT, use_cache=False, logits_to_keep=last)
-        else:
-            with engine.activate(chosen(engine, distinct)):
-                model(input_ids=ids_BT, use_cache=False, logits_to_keep=last)
-
-    return run
-
-
-def decoded(model: Any, ids_BT: torch.Tensor, engine: lw.Composer | None, distinct: int) -> Callable[[], None]:
+def pass_over(what: str, model: Any, ids_BT: torch.Tensor, context: Context) -> Callable[[], None]:
+    """All tokens at once, or the first ones and `generate()`."""
+    if what == "prefill":
+        return prefill(model, ids_BT, context)
     settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
     prompt_BT = ids_BT[:, :PROMPT_TOKENS]
-    mask_BT = torch.ones_like(prompt_BT)
 
     @torch.inference_mode()
     def run() -> None:
-        if engine is None:
-            model.generate(prompt_BT, attention_mask=mask_BT, **settings)
-        else:
-            with engine.activate(chosen(engine, distinct)):
-                model.generate(prompt_BT, attention_mask=mask_BT, **settings)
+        with context():
+            model.generate(prompt_BT, attention_mask=torch.ones_like(prompt_BT), **settings)
 
     return run
 
 
 @app.command()
 def paging(
+    context: typer.Context,
     num_adapters: Annotated[int, typer.Option("--adapters", help="brought to their places in each run")] = 16,
-    rounds: Annotated[int, typer.Option(help="at most so many")] = 15,
-    seconds: Annotated[float, typer.Option(help="in all")] = 120.0,
-    cpu: Annotated[bool, typer.Option("--cpu", help="count processor time, for a machine that is busy")] = False,
-    folder: Annotated[Path, typer.Option(help="for the hub")] = Path("/dev/shm"),
+    folder: Folder = Path("/dev/shm"),
 ) -> None:
     """Leases of adapters that are not in their places yet; the CPU stands for a device, too."""
-    torch.set_num_threads(1)
     model, _ = base_model()
     with hub_of(model, num_adapters, num_adapters, folder) as hub:
         seen(hub)
@@ -279,7 +251,7 @@ def paging(
         num_bytes = sum(f.a_RI.nbytes + f.b_OR.nbytes for adapter in adapters.values() for f in adapter.layers.values())
         source, target = torch.ones(num_bytes // 4), torch.empty(num_bytes // 4)
 
-        def leased(dtype: torch.dtype, staged: bool, opener: Callable[[str], Adapter] = adapters.__getitem__) -> Way:
+        def leased(dtype: torch.dtype, staged: bool, opener: Callable[[str], lw.Adapter] = adapters.__getitem__) -> Way:
             places = dict.fromkeys(layers, (torch.device("cpu"), dtype))
             return Way(lambda: Residents(opener, lambda: places, staged=lambda device: staged).lease(adapters).release())
 
@@ -293,10 +265,10 @@ def paging(
         }
         table = {"time, copy = 1": ("one copy of as many fp32 bytes", False)}
         title = f"{num_adapters} adapters, {num_bytes / 1e6:.0f} MB in fp32"
-        compare(title, ways, rounds=rounds, seconds=seconds, cpu=cpu, tables=table)
+        compare(context.obj, title, ways, table, seconds=120.0)
 
 
-def again_on_device(adapters: Mapping[str, Adapter]) -> Way:
+def again_on_device(adapters: Mapping[str, lw.Adapter]) -> Way:
     """Each adapter in turn, on a device that has room for one, from a host that has them all."""
     places = dict.fromkeys(next(iter(adapters.values())).layers, (torch.device("cpu"), torch.float32))
     largest = max(sum(f.a_RI.nbytes + f.b_OR.nbytes for f in adapter.layers.values()) for adapter in adapters.values())
@@ -307,7 +279,3 @@ def again_on_device(adapters: Mapping[str, Adapter]) -> Way:
             residents.lease([name]).release()
 
     return Way(run)
-
-
-if __name__ == "__main__":
-    app()

@@ -1,16 +1,16 @@
 """How well retrieval finds the right adapter: recall on the pool's tasks, and whether it foresees who helps an unseen task.
 
-    python benchmarks/retrieval.py --data DATA                          keys from the first 20 training rows of each task
-    python benchmarks/retrieval.py --data DATA --pool examples/pool     keys from the cards of trained adapters
-    python benchmarks/retrieval.py --data DATA --split train            on training rows that no key has seen, for choices
+    python -m benchmarks --data DATA retrieval                     keys from the cards of the trained adapters of --pool
+    python -m benchmarks --data DATA retrieval --no-cards          keys from the first 20 training rows of each task
+    python -m benchmarks --data DATA retrieval --split train       on training rows that no key has seen, for choices
 
 DATA holds pool/*.jsonl and unseen/*.jsonl (rows {task, definition, input, target, split}) and MANIFEST.json. Keys come from
 training rows alone, queries from test rows; nothing is fitted on any row of a task but its stored samples, except what is
 named "learned", which is fitted on training rows 21 to 50 of the pool's tasks. Bare inputs are the hard test: several tasks
 share the form of their inputs, and some the inputs. Intervals are 95 %, by bootstrap over the queries of each task.
 
-Own task hidden: `benchmarks/gains.py` measured what each adapter of the pool does for each unseen task; the rank correlation
-(Spearman) of a candidate list with these gains says whether the list foresees them.
+Own task hidden: `gains` measured what each adapter of the pool does for each unseen task; the rank correlation (Spearman) of
+a candidate list with these gains says whether the list foresees them.
 """
 
 from __future__ import annotations
@@ -18,11 +18,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import typer
-from _search_methods import (
+from rich.progress import track
+
+import loraweave as lw
+from benchmarks._foresight import UnseenTask, abstention, foresight, relations
+from benchmarks._run import Run, Table, console, pairs
+from benchmarks._search_methods import (
     Ask,
     PoolTask,
     Remembering,
@@ -35,85 +40,60 @@ from _search_methods import (
     searched,
     tfidf,
 )
-from _unseen_relations import UnseenTask, abstention, foresight, relations
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-
+from benchmarks._store import DATA
 from loraweave import registry
-from loraweave.hub.hub import Hub
-from loraweave.retrieval.retriever import Retriever
+from loraweave.demo import read_rows
 
 KS = (1, 3, 5, 10)
 INPUTS_PER_KEY = 20
 NUM_FIT = 30
 NUM_DRAWS = 1000
-GAINS = Path(__file__).parent / "data" / "gains.json"
 KEYS = ("mean", "voting", "prototypes", "discriminant")
 
-console = Console()
-if not console.is_terminal:
-    # a file has no edge at which figures would have to be cut off
-    console = Console(width=140)
+app = typer.Typer()
 
 
+@app.command()
 def main(
-    data: Annotated[Path, typer.Option(help="folder with pool/*.jsonl, unseen/*.jsonl and MANIFEST.json")],
-    pool: Annotated[
-        Path | None, typer.Option("--pool", "--hub", help="folder of adapter folders whose loraweave.json are the cards")
-    ] = None,
-    split: Annotated[str, typer.Option(help="rows that queries come from: test, or train for choosing constants")] = "test",
+    context: typer.Context,
+    cards: Annotated[bool, typer.Option(help="keys from the cards of --pool")] = True,
+    split: Annotated[Literal["test", "train"], typer.Option(help="rows of the queries; train to choose by")] = "test",
     num_queries: Annotated[int, typer.Option(help="rows of each task that are used as queries")] = 40,
-    seed: Annotated[int, typer.Option(help="of the random groups of inputs, and of the bootstrap")] = 0,
-    ceiling: Annotated[
-        bool, typer.Option("--ceiling", help="also a classifier that is trained on all training rows; embeds all of them")
-    ] = False,
-    hidden_state: Annotated[
-        bool, typer.Option("--hidden-state", help="also the embedder hidden_state; the base model reads all texts")
-    ] = False,
-    out: Annotated[Path | None, typer.Option(help="also write the numbers to this JSON file")] = None,
+    ceiling: Annotated[bool, typer.Option("--ceiling", help="also a classifier trained on all training rows")] = False,
+    hidden_state: Annotated[bool, typer.Option("--hidden-state", help="also the base model's own embeddings")] = False,
 ) -> None:
     """Recall on pool tasks, beside random choice, BM25, TF-IDF and mean embeddings; foresight on unseen tasks."""
-    if split not in ("train", "test"):
-        raise typer.BadParameter(f"--split is {split!r}; it must be train or test")
-    manifest = json.loads((data / "MANIFEST.json").read_text(encoding="utf-8"))["groups"]
+    run: Run = context.obj
+    pool = run.pool if cards else None
     # a pool may hold adapters for some of the tasks only
-    entries = [entry for entry in manifest["pool"] if pool is None or (pool / entry["task"] / "loraweave.json").is_file()]
+    entries = [
+        entry for name, entry in run.entries("pool").items() if pool is None or (pool / name / "loraweave.json").is_file()
+    ]
     if not entries:
         raise typer.BadParameter(f"--pool: {pool} has no card <task>/loraweave.json of any pool task of MANIFEST.json")
-    tasks = [_pool_task(data, entry, pool, split, num_queries) for entry in entries]
-    unseen = [_unseen_task(data, entry, num_queries) for entry in manifest["unseen"]]
+    tasks = [_pool_task(run.data, entry, pool, split, num_queries) for entry in entries]
+    unseen = [_unseen_task(run.data, entry, num_queries) for entry in run.entries("unseen").values()]
     with card_hub(tasks) as hub:
-        fit = {entry["task"]: _fit_rows(data, entry) for entry in entries}
+        fit = {entry["task"]: _fit_rows(run.data, entry) for entry in entries}
         encoders = _encoders(tasks, unseen, fit, hidden_state)
-        scorers = _scorers(hub, tasks, encoders, fit, seed)
+        scorers = _scorers(hub, tasks, encoders, fit, run.seed)
         if ceiling:
-            scorers["learner of all rows"] = _learner(data, entries)
-        queries = dict(_queries(tasks, seed))
-        recalls = {
-            kind: {label: _recall(asked, scorer, seed, f"{label}, {kind}") for label, scorer in scorers.items()}
-            for kind, asked in queries.items()
-        }
+            scorers["learner of all rows"] = _learner(run.data, entries)
         console.print(f"{len(tasks)} pool tasks, {num_queries} {split} rows each")
-        _print_recalls(recalls)
-        related = relations(tasks, unseen, scorers["loraweave, sentence_form"])
-        _print_relations(related)
-        foreseen = foresight(tasks, unseen, scorers, json.loads(GAINS.read_text(encoding="utf-8")), seed)
-        _print_foresight(foreseen)
-        abstained = abstention(Retriever(hub, embedder=encoders["sentence_form"]), tasks, unseen)
-        _print_abstention(abstained)
-    if out is not None:
-        numbers = {"recall_at": KS, "recalls": recalls, "unseen": related, "foresight": foreseen, "abstention": abstained}
-        out.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+        for kind, asked in _queries(tasks, run.seed):
+            run.show(_recalls(kind, asked, scorers, run.seed))
+        run.show(*_relations(relations(tasks, unseen, scorers["loraweave, sentence_form"])))
+        gains = json.loads((DATA / "gains.json").read_text(encoding="utf-8"))
+        run.show(*_foresight(foresight(tasks, unseen, scorers, gains, run.seed)))
+        run.show(_abstention(abstention(lw.Retriever(hub, embedder=encoders["sentence_form"]), tasks, unseen)))
 
 
 def _encoders(
     tasks: Sequence[PoolTask], unseen: Sequence[UnseenTask], fit: dict[str, list[str]], hidden_state: bool
 ) -> dict[str, Remembering]:
-    pairs = [pair for task in tasks for pair in (*task.examples, *task.queries)] + [
-        pair for t in unseen for pair in t.examples
-    ]
-    texts = [text for pair in pairs for text in pair] + [text for rows in fit.values() for text in rows]
+    known = [pair for task in tasks for pair in (*task.examples, *task.queries)]
+    known += [pair for task in unseen for pair in task.examples]
+    texts = [text for pair in known for text in pair] + [text for rows in fit.values() for text in rows]
     texts += [text for task in tasks for text in (*task.wordings, task.description)] + [task.definition for task in unseen]
     with console.status("embedding"):
         names = ("sentence", "sentence_form", "hashing", *(["hidden_state"] if hidden_state else []))
@@ -121,10 +101,10 @@ def _encoders(
 
 
 def _scorers(
-    hub: Hub, tasks: Sequence[PoolTask], encoders: dict[str, Remembering], fit: dict[str, list[str]], seed: int
+    hub: lw.Hub, tasks: Sequence[PoolTask], encoders: dict[str, Remembering], fit: dict[str, list[str]], seed: int
 ) -> dict[str, Scorer]:
     form = encoders["sentence_form"]
-    learned = Retriever(hub, embedder=form, keys=KEYS).fit_fusion(fit)
+    learned = lw.Retriever(hub, embedder=form, keys=KEYS).fit_fusion(fit)
     console.print("learned weights:", ", ".join(f"{name} {weight:.2f}" for name, weight in learned.weights.items()))
     return {
         "random": chance(tasks, seed),
@@ -146,7 +126,7 @@ def _scorers(
 
 
 def _learner(data: Path, entries: Sequence[dict[str, Any]]) -> Scorer:
-    rows = [_rows(data / entry["file"]) for entry in entries]
+    rows = [read_rows(data / entry["file"]) for entry in entries]
     inputs = [[row["input"] for row in task if row["split"] == "train"] for task in rows]
     with console.status("embedding all training rows"):
         return learner(
@@ -156,8 +136,8 @@ def _learner(data: Path, entries: Sequence[dict[str, Any]]) -> Scorer:
 
 
 def _pool_task(data: Path, entry: dict[str, Any], pool: Path | None, split: str, num_queries: int) -> PoolTask:
-    rows = _rows(data / entry["file"])
-    train = [(row["input"], row["target"]) for row in rows if row["split"] == "train"]
+    rows = read_rows(data / entry["file"])
+    train = pairs(rows, "train")
     description, examples = entry["definition"], train[:INPUTS_PER_KEY]
     if pool is not None:
         card = json.loads((pool / entry["task"] / "loraweave.json").read_text(encoding="utf-8"))
@@ -165,24 +145,19 @@ def _pool_task(data: Path, entry: dict[str, Any], pool: Path | None, split: str,
     # what weights are learned from is no query either
     held = {text for text, _ in (*examples, *train[: INPUTS_PER_KEY + NUM_FIT])}
     queries = [pair for pair in train if pair[0] not in held] if split == "train" else []
-    queries = queries or [(row["input"], row["target"]) for row in rows if row["split"] == "test"]
+    queries = queries or pairs(rows, "test")
     wordings = dict.fromkeys([entry["definition_long"], *entry["paraphrases"]])
     others = tuple(text for text in wordings if text != description)
     return PoolTask(entry["task"], description, tuple(examples), tuple(queries[:num_queries]), others)
 
 
 def _fit_rows(data: Path, entry: dict[str, Any]) -> list[str]:
-    inputs = [row["input"] for row in _rows(data / entry["file"]) if row["split"] == "train"]
-    return inputs[INPUTS_PER_KEY : INPUTS_PER_KEY + NUM_FIT]
+    return [text for text, _ in pairs(read_rows(data / entry["file"]), "train")][INPUTS_PER_KEY : INPUTS_PER_KEY + NUM_FIT]
 
 
 def _unseen_task(data: Path, entry: dict[str, Any], num_rows: int) -> UnseenTask:
-    pairs = [(row["input"], row["target"]) for row in _rows(data / entry["file"]) if row["split"] == "train"]
-    return UnseenTask(entry["task"], entry["definition"], tuple(pairs[:num_rows]), tuple(entry["related"]))
-
-
-def _rows(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    examples = pairs(read_rows(data / entry["file"]), "train")[:num_rows]
+    return UnseenTask(entry["task"], entry["definition"], tuple(examples), tuple(entry["related"]))
 
 
 def _queries(tasks: Sequence[PoolTask], seed: int) -> Iterator[tuple[str, list[tuple[int, Ask]]]]:
@@ -207,10 +182,10 @@ def _queries(tasks: Sequence[PoolTask], seed: int) -> Iterator[tuple[str, list[t
     yield "other wording of the description", [(number, Ask((), (), wording)) for number, wording, _ in five]
 
 
-def _recall(queries: Sequence[tuple[int, Ask]], scorer: Scorer, seed: int, label: str) -> list[list[float]]:
+def _recall(queries: Sequence[tuple[int, Ask]], scorer: Scorer, seed: int) -> list[list[float]]:
     """[recall, low, high] at each of KS; nothing for a method that has no opinion on queries of the kind."""
     ranks_Q, tasks_Q = [], np.array([number for number, _ in queries])
-    for number, ask in track(queries, description=label, console=console, transient=True, disable=not console.is_terminal):
+    for number, ask in queries:
         scores_N = scorer(ask)
         if np.isneginf(scores_N).all():
             return []
@@ -224,46 +199,38 @@ def _recall(queries: Sequence[tuple[int, Ask]], scorer: Scorer, seed: int, label
     return [[float(value) for value in found] for found in zip(hits_QK.mean(axis=0), low_K, high_K, strict=True)]
 
 
-def _print_recalls(recalls: dict[str, dict[str, list[list[float]]]]) -> None:
-    for kind, by_method in recalls.items():
-        table = Table("method", *(f"recall@{k}" for k in KS), title=f"query: {kind}")
-        for label, numbers in ((label, numbers) for label, numbers in by_method.items() if numbers):
-            table.add_row(label, *(f"{value:.3f} ({low:.3f}-{high:.3f})" for value, low, high in numbers))
-        console.print(table)
+def _recalls(kind: str, asked: Sequence[tuple[int, Ask]], scorers: dict[str, Scorer], seed: int) -> Table:
+    table = Table(f"query: {kind}", ("method", *(f"recall@{k}" for k in KS)))
+    for label, scorer in track(scorers.items(), kind, console=console, transient=True, disable=not console.is_terminal):
+        if numbers := _recall(asked, scorer, seed):
+            table.add(label, *(f"{value:.3f} ({low:.3f}-{high:.3f})" for value, low, high in numbers))
+    return table
 
 
-def _print_relations(related: dict[str, Any]) -> None:
+def _relations(related: dict[str, Any]) -> Iterator[Table]:
     for with_definition, label in ((False, "5 inputs"), (True, "5 inputs + definition")):
-        table = Table("unseen task", "related (documented)", "found (score)", title=f"query: {label}")
+        rates = ", ".join(f"{what}: {value:.2f}" for what, value in related["rates"][label].items())
+        table = Table(f"query: {label}; {rates}", ("unseen task", "related (documented)", "found (score)"))
         for name, documented, has_definition, top in related["tasks"]:
             if has_definition == with_definition:
-                marked = [f"[b]{hit}[/b] {score:.2f}" if hit in documented else f"{hit} {score:.2f}" for hit, score in top]
-                table.add_row(name, ", ".join(documented) or "none", ", ".join(marked))
-        console.print(table)
-        console.print(", ".join(f"{what}: {value:.2f}" for what, value in related["rates"][label].items()))
+                marked = [f"**{hit}** {score:.2f}" if hit in documented else f"{hit} {score:.2f}" for hit, score in top]
+                table.add(name, ", ".join(documented) or "none", ", ".join(marked))
+        yield table
 
 
-def _print_foresight(foreseen: dict[str, dict[str, dict[str, Any]]]) -> None:
+def _foresight(foreseen: dict[str, dict[str, dict[str, Any]]]) -> Iterator[Table]:
     for kind, by_method in foreseen.items():
-        table = Table("method", "Spearman", "gain of the first", "best of the first 5", title=f"unseen tasks, {kind}")
+        table = Table(f"unseen tasks, {kind}", ("method", "Spearman", "gain of the first", "best of the first 5"))
         for label, found in by_method.items():
             low, high = found["interval"]
-            figures = (
-                f"{found['spearman']:.2f} ({low:.2f}-{high:.2f})",
-                f"{found['first']:.2f}",
-                f"{found['best_of_5']:.2f}",
-            )
-            table.add_row(label, *figures)
-        console.print(table)
+            spearman = f"{found['spearman']:.2f} ({low:.2f}-{high:.2f})"
+            table.add(label, spearman, f"{found['first']:.2f}", f"{found['best_of_5']:.2f}")
+        yield table
 
 
-def _print_abstention(rows: list[dict[str, Any]]) -> None:
-    table = Table("inputs", "left out", "threshold", "foreign let through", "own kept", title="abstention, target 0.05")
+def _abstention(rows: list[dict[str, Any]]) -> Table:
+    table = Table("abstention, target 0.05", ("inputs", "left out", "threshold", "foreign let through", "own kept"))
     for row in rows:
         figures = (f"{row[key]:.3f}" for key in ("threshold", "foreign", "own"))
-        table.add_row(str(row["inputs"]), row["left out"], *figures)
-    console.print(table)
-
-
-if __name__ == "__main__":
-    typer.run(main)
+        table.add(str(row["inputs"]), row["left out"], *figures)
+    return table

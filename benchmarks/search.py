@@ -1,42 +1,49 @@
-"""Evaluations a second of a search for mixture weights: populations in one forward, against the original LoraHub loop.
+"""What a search for mixture weights takes: evaluations a second, and the whole of it, against LoraHub as published.
 
-    python benchmarks/search.py
-    python benchmarks/search.py --dtype bfloat16     ours in bfloat16, the original loop in float32
+    python -m benchmarks search evaluations
+    python -m benchmarks search evaluations --dtype bfloat16        ours in bfloat16, the original loop in float32
+    python -m benchmarks search whole --task pick_verb_5            `compose(method="auto")` against the published recipe
 
 20 adapters, 5 examples of an unseen task. The original loop copies the adapters' state dicts, combines them in Python, loads
 the result into a PeftModel and runs the examples with all their logits, once per candidate; its candidates are sums of
 factors. Ours are scored in that space and in that of sums of updates. Before anything is timed, losses are compared: those
 of the original loop with ours, of a population with one candidate a forward, and of a sum of updates with peft's own mixture
 of 20 active adapters. Then the rank correlation of bfloat16 and float32 losses. Running nevergrad or CMA-ES is left out.
+
+`whole`: the published recipe makes 40 evaluations, one at a time, asked for by nevergrad. "auto" measures base, every
+adapter and the uniform mixture, learns weights of each layer on two folds and then on all examples, and guards. Both run on
+one model in one dtype. Retrieval, which the recipe does without, is left out; `unseen` has it in its times.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import typer
-from _adapters import adapters, base_model, difference, in_peft, mix_in_peft
-from _ratios import Gate, Way, compare, console, require
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from scipy.stats import spearmanr
 from torch import Tensor
 
 import loraweave as lw
+from benchmarks._models import LIMIT, adapters, base_model, difference, in_peft, mix_in_peft
+from benchmarks._run import Run, Table
+from benchmarks._timing import Gate, Way, compare, require
 from loraweave.composer.batches import IGNORED, batch, encode, token_losses
 from loraweave.composer.evaluation.example_loss import ExampleLoss
 from loraweave.demo import load_task
-from loraweave.routers.mixture import MixtureWeights
+from loraweave.routers.lorahub_original import LorahubOriginal
 
-DATA = Path(__file__).resolve().parents[1] / "examples" / "data"
 BOUND = 1.5
-LIMIT = 1e-4
 # candidates whose losses in two dtypes are ranked
 NUM_RANKED = 40
+
+app = typer.Typer()
+Dtype = Literal["float32", "bfloat16"]
+TaskName = Annotated[str, typer.Option(help="of the unseen tasks in --data")]
 
 
 class Search:
@@ -65,8 +72,8 @@ class Search:
         """Candidates as near to the base as a search begins."""
         return np.random.default_rng(seed).uniform(-BOUND, BOUND, (count, len(self.names))) / 5
 
-    def mixtures(self, values_CE: np.ndarray) -> list[MixtureWeights]:
-        return [MixtureWeights.of(dict(zip(self.names, row.tolist(), strict=True)), self.names) for row in values_CE]
+    def mixtures(self, values_CE: np.ndarray) -> list[lw.MixtureWeights]:
+        return [lw.MixtureWeights.of(dict(zip(self.names, row.tolist(), strict=True)), self.names) for row in values_CE]
 
     def _state(self, name: str) -> dict[str, Tensor]:
         state = get_peft_model_state_dict(self.several, adapter_name=name, save_embedding_layers=False)
@@ -82,6 +89,11 @@ class Search:
                 combined[key] = combined[key] + weight * tensor if key in combined else weight * tensor
         set_peft_model_state_dict(self.single, combined, adapter_name=self.first)
         return float(self.single(**self.prepared.inputs, labels=self.labels_BT).loss)
+
+    def original_to(self, dtype: torch.dtype) -> None:
+        """The original loop in another dtype."""
+        self.single.to(dtype)
+        self.states = {name: {key: t.to(dtype) for key, t in state.items()} for name, state in self.states.items()}
 
     def original_loop(self) -> list[float]:
         return [self.original(values_E) for values_E in self.values_CE]
@@ -119,43 +131,37 @@ class Search:
         return (token_losses(model, self.prepared).sum(dim=1) / counts_B).mean()
 
 
-def main(
-    task: Annotated[str, typer.Option(help="of the unseen tasks in --data")] = "rhyme",
-    data: Annotated[Path, typer.Option(help="a folder with tasks, as examples/data")] = DATA,
-    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="of the base model and the factors")] = "float32",
-    original_dtype: Annotated[
-        Literal["float32", "bfloat16"], typer.Option(help="of the model in the original loop")
-    ] = "float32",
+@app.command()
+def evaluations(
+    context: typer.Context,
+    task: TaskName = "rhyme",
+    dtype: Annotated[Dtype, typer.Option(help="of the base model and the factors")] = "float32",
+    original_dtype: Annotated[Dtype, typer.Option(help="of the model in the original loop")] = "float32",
     targets: Annotated[Literal["qv", "all"], typer.Option(help="layers of the adapters")] = "all",
     rank: Annotated[int, typer.Option(help="of the adapters")] = 16,
     population: Annotated[int, typer.Option(help="candidates in a round")] = 12,
-    rounds: Annotated[int, typer.Option(help="at most so many rounds")] = 15,
-    seconds: Annotated[float, typer.Option(help="no round that would end later")] = 60.0,
-    threads: Annotated[int, typer.Option(help="of torch")] = 1,
-    cpu: Annotated[bool, typer.Option("--cpu", help="count processor time, for one thread on a busy machine")] = False,
-    seed: Annotated[int, typer.Option(help="of the examples and the candidates")] = 0,
 ) -> None:
     """Evaluations a second relative to the original loop."""
-    torch.set_num_threads(threads)
+    run: Run = context.obj
     model, tokenizer = base_model()
-    unseen = load_task(data, task, seed, num_test=0)
-    experts = adapters(model, targets, seed, rank=rank)
-    search = Search(model, tokenizer, unseen.task, experts, population, seed)
+    unseen = load_task(run.data, task, run.seed, num_test=0)
+    experts = adapters(run, model, targets, rank=rank)
+    search = Search(model, tokenizer, unseen.task, experts, population, run.seed)
     # of a loss that all rows weigh alike, however long their targets, the original is another: a mean over tokens
     lengths = {len(row[row != IGNORED]) for row in search.prepared.targets_BK}
     if len(lengths) > 1:
         raise SystemExit(f"targets of {task} have {sorted(lengths)} tokens: take a task whose targets are of one length")
     require(search.gates())
-    ranked = search.mixtures(search.draw(NUM_RANKED, seed + 1))
-    exact = {"factors": search.factors(ranked), "updates": search.deltas(ranked)}
+    ranked = search.mixtures(search.draw(NUM_RANKED, run.seed + 1))
+    objectives = {"factors": search.factors, "updates": search.deltas}
+    exact = {name: objective(ranked) for name, objective in objectives.items()}
     model.to(getattr(torch, dtype))
     if dtype != "float32":
-        for name, objective in (("factors", search.factors), ("updates", search.deltas)):
-            found = spearmanr(exact[name], objective(ranked)).statistic
-            console.print(f"sums of {name}: rank correlation of {NUM_RANKED} candidates in {dtype} and float32 {found:.3f}")
-    search.single.to(getattr(torch, original_dtype))
-    for name, state in search.states.items():
-        search.states[name] = {key: tensor.to(getattr(torch, original_dtype)) for key, tensor in state.items()}
+        title = f"losses of {NUM_RANKED} candidates in {dtype} and float32"
+        table = Table(title, tuple(f"rank correlation, sums of {name}" for name in objectives))
+        table.add(*(f"{spearmanr(exact[name], objective(ranked)).statistic:.3f}" for name, objective in objectives.items()))
+        run.show(table)
+    search.original_to(getattr(torch, original_dtype))
     ways = {
         f"original LoraHub loop in peft, {original_dtype}": search.original_loop,
         f"a bare forward each, {dtype}": search.bare_forwards,
@@ -166,18 +172,45 @@ def main(
     num_tokens = search.prepared.inputs["input_ids"].numel()
     title = (
         f"{task} ({num_tokens} tokens), {len(experts)} adapters of rank {rank} on {targets}, {len(unseen.task.examples)} "
-        f"examples, ours in {dtype}, {threads} thread(s)"
+        f"examples, ours in {dtype}"
     )
-    first = next(iter(ways))
-    compare(
-        title,
-        {name: Way(run, work=population) for name, run in ways.items()},
-        rounds=rounds,
-        seconds=seconds,
-        cpu=cpu,
-        tables={"evaluations a second, original = 1": (first, True)},
-    )
+    tables = {"evaluations a second, original = 1": (next(iter(ways)), True)}
+    compare(run, title, {name: Way(way, work=population) for name, way in ways.items()}, tables)
 
 
-if __name__ == "__main__":
-    typer.run(main)
+@app.command()
+def whole(
+    context: typer.Context,
+    task: TaskName = "pick_verb_5",
+    dtype: Annotated[Dtype, typer.Option(help="of the base model in all ways")] = "bfloat16",
+) -> None:
+    """Time to choose weights, relative to the published recipe in peft."""
+    run: Run = context.obj
+    model, tokenizer = base_model()
+    unseen = load_task(run.data, task, run.seed, num_test=0).task
+    experts = adapters(run, model, "qv")
+    search = Search(model, tokenizer, unseen, experts, 1, run.seed)
+    model.to(getattr(torch, dtype))
+    search.original_to(getattr(torch, dtype))
+    pool = lw.ExpertPool(experts)
+
+    def published() -> None:
+        solver = LorahubOriginal(pool.names, seed=run.seed)
+        while not solver.stop():
+            solver.tell([search.original(each.values_BTLE[0, 0, 0].double().numpy()) for each in solver.ask()])
+
+    def recipe() -> None:
+        solver = LorahubOriginal(pool.names, seed=run.seed)
+        method = solver.merge_method
+        solver.solve(ExampleLoss(lw.Composer(model, pool), tokenizer, unseen, kind=solver.loss, merge_method=method))
+
+    def auto() -> None:
+        lw.compose(model, tokenizer, pool, unseen, method="auto", seed=run.seed, progress=False)
+
+    ways = {
+        "LoraHub as published, in peft": Way(published),
+        "the same recipe by loraweave": Way(recipe),
+        'compose(method="auto")': Way(auto),
+    }
+    title = f"{task}, {len(experts)} adapters, {len(unseen.examples)} examples, {dtype}"
+    compare(run, title, ways, {"time, as published = 1": (next(iter(ways)), False)}, rounds=5, seconds=120.0)

@@ -1,46 +1,53 @@
 """What a fused step of several training jobs costs, beside peft's steps one after the other and the base's own pass.
 
-    python benchmarks/training.py
-    python benchmarks/training.py --targets all --rows 4 --tokens 128
+    python -m benchmarks training speed
+    python -m benchmarks training speed --targets all --rows 4 --tokens 128
+    python -m benchmarks training memory --jobs 4 --rows 4 --tokens 64       the estimate of a step's memory beside its peak
 
 Four jobs of rank 8, 8 rows of 24 tokens each, the last 6 being the target. All begin from the same factors; losses and
 gradients are compared before anything is timed. A step is forward, backward, clipping and AdamW; the base's pass is its
 forward and its backward through the activations, with frozen weights, over the rows of all jobs.
 
 peft runs twice: on our batches, whose logits are made where a target is predicted, and as its users run it, with labels,
-where the model makes the logits of all tokens.
+where the model makes the logits of all tokens. Memory is measured for one size a process, since on a CPU the peak is the
+whole process's since it began.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import torch
 import typer
-from _adapters import ALL, ATTENTION, RANK, base_model, difference, in_peft
-from _ratios import Gate, Way, compare, require
 from torch import Tensor
 
+import loraweave as lw
+from benchmarks._models import ALL, ATTENTION, LIMIT, RANK, base_model, difference, gradient_norm, in_peft, tokens
+from benchmarks._run import Run, Table
+from benchmarks._timing import Gate, Way, compare, require
 from loraweave.composer.batches import IGNORED, TargetBatch, token_losses, with_positions
 from loraweave.composer.layer_kinds.linear import shape as linear_shape
 from loraweave.composer.training.fused_jobs import FusedJobs
 from loraweave.composer.training.job_progress import JobProgress
 from loraweave.composer.training.planned_job import PlannedJob
 from loraweave.composer.training.training_recipe import Recipe
-from loraweave.hub.adapter import Adapter
 
 NUM_JOBS = 4
 NUM_TARGETS = 6
 CLIP = 1.0
 LR = 1e-4
-LIMIT = 1e-4
+MEMORY_STEPS = 2
+
+app = typer.Typer()
+Targets = Annotated[Literal["qv", "all"], typer.Option(help="layers that are trained")]
+Rows = Annotated[int, typer.Option(help="of each job in a step")]
 
 
 class Jobs:
     """The same jobs, fused in our batch and as trainable adapters of one PeftModel."""
 
-    def __init__(self, model: Any, endings: tuple[str, ...], rows: int, tokens: int, seed: int) -> None:
+    def __init__(self, model: Any, endings: tuple[str, ...], rows: int, length: int, seed: int) -> None:
         self.model = model
         layers = {
             name: shape[:2]
@@ -54,10 +61,10 @@ class Jobs:
             for _, b_OR in (pair for job in self.fused.members for pair in job.factors.values()):
                 # not zero as at the start, or a would have no gradient to compare
                 b_OR.copy_(torch.randn(b_OR.shape, generator=generator) * 0.02)
-        adapters = [Adapter(name, model.name_or_path, self.fused.layers_of(name)) for name in names]
+        adapters = [lw.Adapter(name, model.name_or_path, self.fused.layers_of(name)) for name in names]
         self.peft = in_peft(model, adapters, trainable=True)
         self.peft_base = self.peft.get_base_model()
-        ids_BT = torch.randint(0, model.config.vocab_size, (NUM_JOBS * rows, tokens), generator=generator)
+        ids_BT = tokens(model, NUM_JOBS * rows, length, seed)
         self.batch = self._batch(ids_BT)
         self.batches = {name: self._batch(ids) for name, ids in zip(names, ids_BT.chunk(NUM_JOBS), strict=True)}
         recipe = Recipe(RANK, float(RANK), 1_000_000, LR, rows, endings, seed)
@@ -117,13 +124,13 @@ class Jobs:
 
     def gates(self) -> list[Gate]:
         loss_J = self.fused_losses()
-        own = [norm_of(job.parameters()) for job in self.fused.members]
+        own = [gradient_norm(job.parameters()) for job in self.fused.members]
         expected, labelled, norms = [], [], []
         for name in self.batches:
             self.peft.set_adapter(name)
             labelled.append(self.peft_labelled_loss(name))
             expected.append(self.peft_loss(name))
-            norms.append(norm_of(self.own[name]))
+            norms.append(gradient_norm(self.own[name]))
         return [
             Gate("the losses of all jobs equal peft's", difference(loss_J, torch.stack(expected)), LIMIT),
             Gate("and those by labels", difference(loss_J, torch.stack(labelled)), LIMIT),
@@ -131,26 +138,17 @@ class Jobs:
         ]
 
 
-def norm_of(parameters: Sequence[Tensor]) -> Tensor:
-    """Of all their gradients together."""
-    return torch.stack([p.grad.square().sum() for p in parameters if p.grad is not None]).sum().sqrt()
-
-
-def main(
-    targets: Annotated[Literal["qv", "all"], typer.Option(help="layers that are trained")] = "qv",
-    rows: Annotated[int, typer.Option(help="of each job in a step")] = 8,
+@app.command()
+def speed(
+    context: typer.Context,
+    targets: Targets = "qv",
+    rows: Rows = 8,
     tokens: Annotated[int, typer.Option(help="of each row")] = 24,
-    rounds: Annotated[int, typer.Option(help="at most so many rounds")] = 15,
-    seconds: Annotated[float, typer.Option(help="no round that would end later")] = 60.0,
-    threads: Annotated[int, typer.Option(help="of torch")] = 1,
-    cpu: Annotated[bool, typer.Option("--cpu", help="count processor time, for one thread on a busy machine")] = False,
-    seed: Annotated[int, typer.Option(help="of the factors and the tokens")] = 0,
 ) -> None:
     """Tokens a second relative to four peft steps, and time relative to the base's own forward and backward."""
-    torch.set_num_threads(threads)
+    run: Run = context.obj
     model, _ = base_model()
-    model.requires_grad_(False)
-    jobs = Jobs(model, ALL if targets == "all" else ATTENTION, rows, tokens, seed)
+    jobs = Jobs(model, ALL if targets == "all" else ATTENTION, rows, tokens, run.seed)
     require(jobs.gates())
     ways = {
         "base alone, forward + backward": Way(jobs.base_pass),
@@ -159,10 +157,30 @@ def main(
         "the same, with labels": Way(lambda: jobs.peft_steps(jobs.peft_labelled_loss)),
     }
     base, _, peft, _ = ways
-    title = f"{NUM_JOBS} jobs x {rows} rows x {tokens} tokens, {targets}, {threads} thread(s)"
     tables = {"tokens a second, peft = 1": (peft, True), "time, base = 1": (base, False)}
-    compare(title, ways, rounds=rounds, seconds=seconds, cpu=cpu, tables=tables)
+    compare(run, f"{NUM_JOBS} jobs x {rows} rows x {tokens} tokens, {targets}", ways, tables)
 
 
-if __name__ == "__main__":
-    typer.run(main)
+@app.command()
+def memory(
+    context: typer.Context,
+    jobs: Annotated[int, typer.Option(help="that share a step")] = NUM_JOBS,
+    rows: Rows = 4,
+    tokens: Annotated[int, typer.Option(help="of each row, about")] = 64,
+    targets: Targets = "qv",
+) -> None:
+    """The memory that a step of fused training was estimated to take, beside what it took."""
+    model, tokenizer = base_model()
+    # about a token a word
+    words = " ".join(["word"] * (tokens - 16))
+    tasks = {f"task {number}": lw.Task([(f"{words} {number}", "one two three")] * rows) for number in range(jobs)}
+    size = {"batch_size": rows, "jobs_per_batch": jobs, "target_modules": ALL if targets == "all" else ATTENTION}
+    report = lw.train_adapters(model, tokenizer, tasks, steps=MEMORY_STEPS, progress=False, **size).report
+    assert report is not None
+    if report.peak_bytes is None:
+        raise SystemExit("no peak was measured: the process had used more before")
+    computed = report.num_computed // (report.num_steps * jobs * rows)
+    table = Table(f"{jobs} jobs x {rows} rows x {computed} tokens, {targets}", ("estimated, MB", "measured, MB", "ratio"))
+    megabytes = (f"{value / 1e6:,.0f}" for value in (report.estimated_bytes, report.peak_bytes))
+    table.add(*megabytes, f"{report.estimated_bytes / report.peak_bytes:.2f}")
+    context.obj.show(table)

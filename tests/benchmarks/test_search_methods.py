@@ -1,34 +1,20 @@
-"""What retrieval is compared with in benchmarks/retrieval.py, against formulas written out."""
+"""What retrieval is compared with, against formulas written out."""
 
 from __future__ import annotations
 
 import math
-import sys
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def loaded():
-    """The benchmark's two modules by name; they are scripts and not installed."""
-    with pytest.MonkeyPatch.context() as patch:
-        found = {}
-        for name in ("_search_methods", "_unseen_relations"):
-            spec = spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-            found[name] = module_from_spec(spec)
-            patch.setitem(sys.modules, name, found[name])
-            spec.loader.exec_module(found[name])
-        yield found
+from benchmarks import _foresight as foresight
+from benchmarks import _search_methods as methods
+from loraweave.retrieval.embedders.hashing import Hashing
 
 
 @pytest.fixture
-def tasks(loaded):
-    make = loaded["_search_methods"].PoolTask
+def tasks():
+    make = methods.PoolTask
     return [
         make("one", "red red blue", (("green", "x"),), (), ()),
         make("two", "blue", (), (), ()),
@@ -36,8 +22,7 @@ def tasks(loaded):
     ]
 
 
-def test_bm25_is_okapis_formula(loaded, tasks):
-    methods = loaded["_search_methods"]
+def test_bm25_is_okapis_formula(tasks):
     found = methods.bm25(tasks)(methods.Ask(("red blue",)))
     documents = [["green", "red", "red", "blue"], ["blue"], ["pink", "yellow", "blue"]]
     mean_length = 8 / 3
@@ -52,10 +37,7 @@ def test_bm25_is_okapis_formula(loaded, tasks):
     np.testing.assert_allclose(found, expected)
 
 
-def test_a_search_by_examples_uses_the_outputs_of_the_cards(loaded):
-    methods = loaded["_search_methods"]
-    from loraweave.retrieval.embedders.hashing import Hashing
-
+def test_a_search_by_examples_uses_the_outputs_of_the_cards():
     tasks = [
         methods.PoolTask("upper", "", (("cat", "CAT"), ("dog", "DOG")), (), ()),
         methods.PoolTask("spell", "", (("cat", "c a t"), ("dog", "d o g")), (), ()),
@@ -66,12 +48,11 @@ def test_a_search_by_examples_uses_the_outputs_of_the_cards(loaded):
             assert int(np.argmax(score(methods.Ask(("cow",), (output,))))) == best
 
 
-def test_foresight_is_the_rank_correlation_with_the_gains_and_what_the_first_bring(loaded, tasks):
-    relations = loaded["_unseen_relations"]
-    unseen = [relations.UnseenTask("new", "", tuple((str(n), "y") for n in range(10)), ())]
+def test_foresight_is_the_rank_correlation_with_the_gains_and_what_the_first_bring(tasks):
+    unseen = [foresight.UnseenTask("new", "", tuple((str(n), "y") for n in range(10)), ())]
     measured = {"tasks": {"new": {"gains": {"one": 1.0, "two": 3.0, "three": 2.0}}}}
     scorers = {"reversed": lambda ask: np.array([3.0, 1.0, 2.0]), "half": lambda ask: np.array([1.0, 2.0, 3.0])}
-    found = relations.foresight(tasks, unseen, scorers, measured, 0)["5 inputs"]
+    found = foresight.foresight(tasks, unseen, scorers, measured, 0)["5 inputs"]
     assert (found["reversed"]["spearman"], found["reversed"]["first"], found["reversed"]["best_of_5"]) == (-1.0, 1.0, 3.0)
     assert found["half"]["spearman"] == pytest.approx(0.5)
     assert found["oracle"]["first"] == 3.0

@@ -1,44 +1,32 @@
-"""What benchmarks/unseen.py makes of its measurements."""
+"""What is made of the answers to unseen tasks."""
 
 from __future__ import annotations
 
-import sys
 from contextlib import contextmanager
-from importlib import import_module
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import loraweave as lw
+from benchmarks import _store as store
+from benchmarks import _unseen_report as report
+from benchmarks import _unseen_ways as ways
+from benchmarks._run import RESAMPLES
 from loraweave.demo import DemoTask
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-MODULES = ("_unseen_store", "_unseen_ways", "_unseen_report")
 RELATIONS = {"first": "near", "second": "compositional", "flat": "near"}
 # right answers of 10 items: (base, oracle, auto, lorahub_original, best_single, lora_examples)
 RIGHT = {"first": (1, 9, 7, 3, 5, 6), "second": (0, 10, 8, 2, 1, 5), "flat": (5, 5, 5, 5, 5, 5)}
 WAYS = ("base", "oracle", "auto", "lorahub_original", "best_single", "lora_examples")
 
 
-@pytest.fixture(scope="module")
-def unseen():
-    """The benchmark's modules by name; they are scripts and not installed."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        yield {name: import_module(name) for name in MODULES}
-    for name in MODULES:
-        sys.modules.pop(name)
-
-
 @pytest.fixture
-def measured(unseen):
-    store = unseen["_unseen_store"]
+def measured():
     found = {}
     for task, counts in RIGHT.items():
         for way, count in zip(WAYS, counts, strict=True):
-            without = way in unseen["_unseen_ways"].WITHOUT_EXAMPLES
+            without = way in ways.WITHOUT_EXAMPLES
             for seed in (0,) if without else (0, 1):
                 key = store.Key(task, way, 0 if without else 5, seed)
                 right_N = (np.arange(10) < count).astype(np.uint8)
@@ -47,12 +35,11 @@ def measured(unseen):
 
 
 @pytest.fixture
-def results(unseen, measured):
-    return unseen["_unseen_report"].Results(measured, 5, RELATIONS)
+def results(measured):
+    return report.Results(measured, 5, RELATIONS)
 
 
-def test_measurements_come_back_from_one_file_and_newer_ones_take_their_place(unseen, measured, tmp_path):
-    store = unseen["_unseen_store"]
+def test_measurements_come_back_from_one_file_and_newer_ones_take_their_place(measured, tmp_path):
     store.write_together(measured.values(), tmp_path / "unseen.json")
     (tmp_path / "out").mkdir()
     kept = store.Store(tmp_path / "out", tmp_path / "unseen.json")
@@ -66,16 +53,15 @@ def test_measurements_come_back_from_one_file_and_newer_ones_take_their_place(un
         assert back[other].right_N.tolist() == measured[other].right_N.tolist()
 
 
-def test_the_share_is_the_gain_divided_by_the_oracles_where_the_oracle_gains(unseen, results):
-    report = unseen["_unseen_report"]
+def test_the_share_is_the_gain_divided_by_the_oracles_where_the_oracle_gains(results):
     assert report.gaining(results) == (["first", "second"], ["flat"])
     shares = report.share_draws(results, "auto", ["first", "second"])
     assert shares["first"][0] == pytest.approx((0.7 - 0.1) / (0.9 - 0.1))
     assert shares["second"][0] == pytest.approx(0.8)
-    assert len(shares["first"]) == report.RESAMPLES + 1
+    assert len(shares["first"]) == RESAMPLES + 1
 
 
-def test_ways_that_are_compared_share_the_drawn_items(unseen, results):
+def test_ways_that_are_compared_share_the_drawn_items(results):
     draws_RW = results.draws_RW("first", ["base", "lora_examples", "auto"])
     # item by item auto is right wherever the others are, so it is in every draw
     assert bool((draws_RW[:, 2] >= draws_RW[:, 1]).all())
@@ -83,21 +69,19 @@ def test_ways_that_are_compared_share_the_drawn_items(unseen, results):
     assert draws_RW[1:, 2].std() == pytest.approx(np.sqrt(0.7 * 0.3 / 10), rel=0.1)
 
 
-def test_the_report_says_which_goals_are_reached(unseen, measured, capsys):
-    unseen["_unseen_report"].print_report(measured, RELATIONS, WAYS)
-    printed = capsys.readouterr().out
-    rows = [line.split("|")[1:3] for line in printed[printed.index("The goals") :].split("\n") if line.startswith("|")]
-    goals = {goal.strip(): found.strip() for goal, found in rows}
+def test_the_report_says_which_goals_are_reached(measured):
+    tables = report.report(measured, RELATIONS)
+    goals = dict(tables["unseen, 5 examples, goals"].rows)
     ours, theirs = (0.75 + 0.8) / 2, (0.25 + 0.2) / 2
     assert goals["recovers at least 2 times lorahub_original's share"].startswith(f"{ours / theirs:.2f} [")
     assert goals["takes at most its time"] == "1.00 times (2.5 s against 2.5 s)"
     assert goals["is worse than the better of base and best single on no task"] == "none"
     assert goals["scores above lora_examples"].startswith(f"{(0.1 + 0.3 + 0) / 3:.3f} [")
-    assert "left out: flat, oracle 0.50 against base 0.50" in printed
+    shares = tables["unseen, 5 examples, shares"].rows
+    assert "(left out: flat, oracle 0.50 against base 0.50)" in [label for label, *_ in shares]
 
 
-def test_two_passes_hand_the_first_skills_answer_to_the_second(unseen, monkeypatch):
-    ways = unseen["_unseen_ways"]
+def test_two_passes_hand_the_first_skills_answer_to_the_second(monkeypatch):
     active = []
 
     class Engine:
@@ -131,16 +115,14 @@ def test_two_passes_hand_the_first_skills_answer_to_the_second(unseen, monkeypat
     assert found.score == [("cats", ["CATS"])]
 
 
-def test_the_examples_come_before_the_prompt_in_context(unseen):
-    ways = unseen["_unseen_ways"]
+def test_the_examples_come_before_the_prompt_in_context():
     task = DemoTask("t", lw.Task([("a {x}", "b"), ("c", "d")], instruction="Say it."), [], [])
     found = ways.in_context(ways.Case(None, None, None, task, [], 0, 20, 40))
     shown = "Say it.\nInput: a {x}\nOutput: b\n\nSay it.\nInput: c\nOutput: d\n\nSay it.\nInput: e\nOutput:"
     assert found.task.prompt("e") == shown
 
 
-def test_a_task_on_which_auto_is_worse_is_named(unseen, measured):
-    store, report = unseen["_unseen_store"], unseen["_unseen_report"]
+def test_a_task_on_which_auto_is_worse_is_named(measured):
     for seed in (0, 1):
         key = store.Key("first", "auto", 5, seed)
         measured[key] = store.Measured(key, np.zeros(10, dtype=np.uint8), 1.0, 1.0, 1.0, {"chosen": "x"})

@@ -1,4 +1,4 @@
-"""The right adapter is found for inputs and examples of the shipped tasks, as benchmarks/RESULTS.md says."""
+"""The right adapter is found for inputs and examples of the shipped tasks, as benchmarks/TABLES.md says."""
 
 from __future__ import annotations
 

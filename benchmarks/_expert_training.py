@@ -1,4 +1,4 @@
-"""How benchmarks/experts.py score trains: rows of all tasks in turn, AdamW."""
+"""How `experts` trains: rows of all tasks in turn, AdamW."""
 
 from __future__ import annotations
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from _search_methods import Ask, PoolTask, Scorer
 
-from loraweave.retrieval.retriever import Retriever
+import loraweave as lw
+from benchmarks._run import RESAMPLES
+from benchmarks._search_methods import Ask, PoolTask, Scorer
 
 INPUTS_PER_QUERY = 5
 
@@ -51,7 +52,7 @@ def relations(tasks: Sequence[PoolTask], unseen: Sequence[UnseenTask], scorer: S
 
 
 def abstention(
-    retriever: Retriever, tasks: Sequence[PoolTask], unseen: Sequence[UnseenTask], sizes: Sequence[int] = (1, 5)
+    retriever: lw.Retriever, tasks: Sequence[PoolTask], unseen: Sequence[UnseenTask], sizes: Sequence[int] = (1, 5)
 ) -> list[dict[str, Any]]:
     """How a calibrated threshold does on rows and on tasks that it was not calibrated with.
 
@@ -85,7 +86,7 @@ def abstention(
     return rows
 
 
-def _passed(retriever: Retriever, texts: Sequence[str], size: int) -> float:
+def _passed(retriever: lw.Retriever, texts: Sequence[str], size: int) -> float:
     groups = [texts[start : start + size] for start in range(0, len(texts) - size + 1, size)]
     return float(np.mean([bool(retriever.for_task(group, k=1)) for group in groups]))
 
@@ -134,7 +135,7 @@ def _foreseen(
         figures[name] = np.mean(rows, axis=0)
     values_T3 = np.stack(list(figures.values()))
     rng = np.random.default_rng(seed)
-    drawn = [values_T3[rng.integers(len(values_T3), size=len(values_T3)), 0].mean() for _ in range(2000)]
+    drawn = [values_T3[rng.integers(len(values_T3), size=len(values_T3)), 0].mean() for _ in range(RESAMPLES)]
     spearman, first, best_of_5 = (float(value) for value in values_T3.mean(axis=0))
     return {
         "spearman": spearman,

@@ -1,4 +1,4 @@
-"""Clients of benchmarks/experts.py score: each trains on a task of its own, and exchanges experts with the others."""
+"""Clients of `experts`: each trains on a task of its own, and exchanges experts with the others."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from _experts_kinds import ONE, Kind
-from _experts_training import Data, Stream, num_parameters, stream, train
 
 import loraweave as lw
+from benchmarks._expert_kinds import ONE, Kind
+from benchmarks._expert_training import Data, Stream, num_parameters, stream, train
 from loraweave.composer.experts.adding import with_options
 from loraweave.composer.experts.exchange import federated_average, put_expert
 from loraweave.composer.experts.expert_model import ExpertModel

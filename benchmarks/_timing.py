@@ -7,11 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-console = Console(width=110)
+from benchmarks._run import Run, Table, console
 
 # with fewer, a pause of the machine in one of them moves the median
 ENOUGH_ROUNDS = 3
@@ -119,34 +117,37 @@ def ratios(
 
 
 def compare(
+    run: Run,
     title: str,
     ways: Mapping[str, Way],
-    *,
-    rounds: int,
-    seconds: float,
     tables: Mapping[str, tuple[str, bool]],
-    cpu: bool = False,
+    *,
+    rounds: int = 15,
+    seconds: float = 60.0,
 ) -> None:
-    """Measures and prints. `tables`: heading -> (the way that is 1, whether more is better: work per time).
+    """Measures and shows. `tables`: heading -> (the way that is 1, whether more is better: work per time).
 
-    `cpu` counts the process's processor time, which leaves out its pauses on a busy machine; it means something for one
-    thread only, since the times of all threads are summed.
+    `rounds` and `seconds` are those of this measurement unless the run was asked for others. --cpu counts the process's
+    processor time, which leaves out its pauses on a busy machine; it means something for one thread only, since the times
+    of all threads are summed.
     """
-    timer = time.process_time if cpu else time.perf_counter
-    taken = interleaved(ways, rounds=rounds, seconds=seconds, timer=timer, label=title)
+    taken = timed(run, title, ways, rounds=rounds, seconds=seconds)
     num_rounds = len(next(iter(taken.values())))
     work = {name: way.work for name, way in ways.items()}
-    # not as the table's title, which would be wrapped to its width
-    console.print(f"{title}, {num_rounds} rounds{' of processor time' if cpu else ''}", highlight=False)
-    table = Table("way")
-    columns = []
-    for heading, (reference, rate) in tables.items():
-        table.add_column(heading, justify="right")
-        table.add_column("25-75 %", justify="right")
-        columns.append(ratios(taken, reference=reference, work=work, rate=rate))
+    headings = (cell for heading in tables for cell in (heading, "25-75 %"))
+    clock, threads = " of processor time" if run.cpu else "", f"{run.threads or 'all'} thread(s)"
+    table = Table(f"{title}, {num_rounds} rounds{clock}, {threads}", ("way", *headings))
+    columns = [ratios(taken, reference=reference, work=work, rate=rate) for reference, rate in tables.values()]
     for row in zip(*columns, strict=True):
-        cells = [cell for ratio in row for cell in (f"{ratio.median:.2f}", f"{ratio.low:.2f}-{ratio.high:.2f}")]
-        table.add_row(row[0].name, *cells)
-    console.print(table)
+        cells = (cell for ratio in row for cell in (f"{ratio.median:.2f}", f"{ratio.low:.2f}-{ratio.high:.2f}"))
+        table.add(row[0].name, *cells)
+    run.show(table)
     if num_rounds < ENOUGH_ROUNDS:
         console.print(f"[red]fewer than {ENOUGH_ROUNDS} rounds: no figures to quote[/]; raise --seconds")
+
+
+def timed(run: Run, title: str, ways: Mapping[str, Way], *, rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Seconds of every way in every round, as many as the run was asked for and by its clock."""
+    timer = time.process_time if run.cpu else time.perf_counter
+    limits = {"rounds": run.rounds or rounds, "seconds": run.seconds or seconds}
+    return interleaved(ways, **limits, timer=timer, label=title)

@@ -1,4 +1,4 @@
-"""What benchmarks/experts.py score compares: recipes at about as many parameters, and LoRAs without a mixture."""
+"""What `experts` compares: recipes at about as many parameters, and LoRAs without a mixture."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from _adapters import ALL
+from benchmarks._models import ALL
 
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 # 32 rank rows at each layer, in experts of rank 4, as far as a recipe can; those of feed-forward layers have 48

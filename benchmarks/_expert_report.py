@@ -1,17 +1,15 @@
-"""The tables of benchmarks/experts.py score: right answers of each kind, interference, and what later tasks leave."""
+"""The tables of `experts`: right answers of each kind, interference, and what later tasks leave."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from _experts_kinds import ALL_RATES, KINDS, with_rate, without_rate
-from _unseen_store import Measured
-from rich.box import MARKDOWN
-from rich.console import Console
-from rich.table import Table
 
-RESAMPLES = 2000
+from benchmarks._expert_kinds import ALL_RATES, KINDS, with_rate, without_rate
+from benchmarks._run import RESAMPLES, Table, interval
+from benchmarks._store import Measured, answers
+
 ONE_LORA = "one_lora"
 # endings of kinds that are another measurement of the kind without it
 ALONE, THEN = "_alone", "_then"
@@ -20,9 +18,13 @@ ALONE, THEN = "_alone", "_then"
 ByTask = Mapping[str, np.ndarray]
 
 
-def print_report(found: Sequence[Measured]) -> None:
+def tables() -> dict[str, Table]:
+    """Those of TABLES.md."""
+    return report(list(answers("experts").values()))
+
+
+def report(found: Sequence[Measured]) -> dict[str, Table]:
     """Means over tasks, and over the seeds of each, with 95 % intervals by bootstrap over the items of each task."""
-    console = Console(width=180)
     kinds: dict[str, list[Measured]] = {}
     for each in found:
         kinds.setdefault(each.key.way, []).append(each)
@@ -30,12 +32,14 @@ def print_report(found: Sequence[Measured]) -> None:
     first = list(by_task.get(ONE_LORA, {}))
     chosen = _chosen(kinds, first)
     tried = [kind for kind in chosen if sum(with_rate(kind, rate) in by_task for rate in ALL_RATES) > 1]
-    variants = [kind for kind in chosen if kind not in tried]
-    console.print(_scores(kinds, by_task, [chosen[kind] for kind in tried], chosen[ONE_LORA], first))
-    console.print(_rates(kinds, by_task, tried, first))
-    console.print(_scores(kinds, by_task, [chosen[kind] for kind in variants], ONE_LORA, first))
-    console.print(_interference(by_task))
-    console.print(_retention(kinds, by_task, first))
+    variants = [chosen[kind] for kind in chosen if kind not in tried]
+    return {
+        "experts": _scores(kinds, by_task, [chosen[kind] for kind in tried], chosen.get(ONE_LORA, ONE_LORA), first),
+        "experts, rates": _rates(kinds, by_task, tried, first),
+        "experts, variants": _scores(kinds, by_task, variants, ONE_LORA, first),
+        "experts, interference": _interference(by_task),
+        "experts, retention": _retention(kinds, by_task, first),
+    }
 
 
 def _chosen(kinds: Mapping[str, Sequence[Measured]], first: Sequence[str]) -> dict[str, str]:
@@ -65,25 +69,15 @@ def _scores(
     first: Sequence[str],
 ) -> Table:
     """Each kind at its rate, above this one LoRA."""
-    table = Table(
-        "kind",
-        "rate",
-        "seeds",
-        "task given",
-        "M parameters",
-        "right answers",
-        "by seed",
-        f"above {one_lora}",
-        "loss",
-        "least above, by task",
-        box=MARKDOWN,
-    )
+    columns = ("kind", "rate", "seeds", "task given", "M parameters", "right answers", "by seed")
+    title = f"each kind at its rate, beside {one_lora}"
+    table = Table(title, (*columns, f"above {one_lora}", "loss", "least above, by task"))
     for name in sorted(names, key=lambda name: -_mean(_of(by_task[name], first))):
         kind, rate = without_rate(name)
         own = [each for each in kinds[name] if each.key.task in first]
         above = _difference(_of(by_task[name], first), by_task[one_lora])
         least = min(above, key=lambda task: float(above[task].mean()))
-        table.add_row(
+        table.add(
             kind,
             rate,
             str(_num_seeds(own)),
@@ -102,7 +96,8 @@ def _rates(
     kinds: Mapping[str, Sequence[Measured]], by_task: Mapping[str, ByTask], tried: Sequence[str], first: Sequence[str]
 ) -> Table:
     """Right answers at each rate, with how many seeds, and the loss that one was chosen by."""
-    table = Table("kind", *(f"{rate}: right answers (seeds), last loss" for rate in ALL_RATES), box=MARKDOWN)
+    columns = (f"{rate}: right answers (seeds), last loss" for rate in ALL_RATES)
+    table = Table("at other rates", ("kind", *columns))
     for kind in tried:
         cells = []
         for name in (with_rate(kind, rate) for rate in ALL_RATES):
@@ -110,7 +105,7 @@ def _rates(
             last = [each.notes["last_loss"] for each in own if "last_loss" in each.notes]
             loss = f", {np.mean(last):.2f}" if last else ""
             cells.append(f"{_mean(_of(by_task[name], first)):.3f} ({_num_seeds(own)}){loss}" if own else "")
-        table.add_row(kind, *cells)
+        table.add(kind, *cells)
     return table
 
 
@@ -118,16 +113,16 @@ def _interference(by_task: Mapping[str, ByTask]) -> Table:
     """Right answers in the mixture above those alone on as many rows of the task: below 0, tasks are in each other's way."""
     names = [name for name in by_task if set(by_task.get(name + ALONE, ())) == set(by_task[name])]
     tasks = list(by_task[names[0]]) if names else []
-    table = Table("in the mixture above alone", "all tasks", *tasks, box=MARKDOWN)
+    table = Table("interference", ("in the mixture above alone", "all tasks", *tasks))
     for name in names:
         above = _difference(by_task[name], by_task[name + ALONE])
-        table.add_row(name, _interval(above), *(_interval({task: above[task]}) for task in tasks))
+        table.add(name, _interval(above), *(_interval({task: above[task]}) for task in tasks))
     return table
 
 
 def _retention(kinds: Mapping[str, Sequence[Measured]], by_task: Mapping[str, ByTask], first: Sequence[str]) -> Table:
     """The first tasks before and after the others were trained, by the seeds that have both, and those others."""
-    table = Table("kind", "seeds", "before", "after", "after above before", "the later tasks", box=MARKDOWN)
+    table = Table("retention", ("kind", "seeds", "before", "after", "after above before", "the later tasks"))
     for name in by_task:
         if not set(by_task.get(name + THEN, ())) > set(first):
             continue
@@ -136,7 +131,7 @@ def _retention(kinds: Mapping[str, Sequence[Measured]], by_task: Mapping[str, By
         after = _of(by_task[name + THEN], first)
         later = {task: values for task, values in by_task[name + THEN].items() if task not in first}
         cells = [_interval(each) for each in (before, after, _difference(after, before), later)]
-        table.add_row(name, str(len(seeds)), *cells)
+        table.add(name, str(len(seeds)), *cells)
     return table
 
 
@@ -174,5 +169,4 @@ def _interval(by_task: ByTask) -> str:
         _mean({task: values[generator.integers(0, len(values), len(values))] for task, values in by_task.items()})
         for _ in range(RESAMPLES)
     ]
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return f"{_mean(by_task):.3f} [{low:.3f}, {high:.3f}]"
+    return interval(np.array([_mean(by_task), *drawn]), 3)

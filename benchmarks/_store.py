@@ -1,16 +1,19 @@
-"""Measurements of benchmarks/unseen.py: one file each as they are made, and all of them together in one small file."""
+"""What was answered, item by item: a file for each measurement as it is made, and all of them together in data."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks._run import ROOT, Run, Table
+
+DATA = ROOT / "benchmarks" / "data"
 # ways that depend neither on the examples nor on the seed are kept once a task, under these
 NO_SHOTS, NO_SEED = 0, 0
 COLUMNS = ("task", "way", "shots", "seed", "count", "right", "loss", "seconds", "cpu_seconds", "notes")
@@ -65,10 +68,14 @@ class Store:
 
     def keep(self, found: Measured) -> None:
         key = found.key
-        path = self.folder / f"{key.task}-{key.way}-{key.shots}-{key.seed}.json"
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(found.row()))
-        os.replace(temporary, path)
+        _write(self.folder / f"{key.task}-{key.way}-{key.shots}-{key.seed}.json", found.row())
+
+    def close(self, run: Run, tables: Callable[[Mapping[Key, Measured]], Sequence[Table]]) -> None:
+        """Shows the tables of all that is known; with --save all of it goes into the file, which TABLES.md sums up."""
+        run.show(*tables(self.all()))
+        if run.save and self.earlier:
+            write_together(self.all().values(), self.earlier)
+            run.shown.clear()
 
 
 def write_together(measured: Iterable[Measured], path: Path) -> None:
@@ -76,3 +83,27 @@ def write_together(measured: Iterable[Measured], path: Path) -> None:
     rows = sorted((found.row() for found in measured), key=lambda row: row[:4])
     lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows)
     path.write_text(f'{{"columns": {json.dumps(COLUMNS)}, "rows": [\n{lines}\n]}}\n')
+
+
+def answers(name: str) -> dict[Key, Measured]:
+    """What data/NAME.json holds."""
+    return Store(DATA / "none", DATA / f"{name}.json").all()
+
+
+def kept(path: Path, make: Callable[[], Any]) -> Any:
+    """What the JSON file holds; it is made first where it is not there."""
+    if not path.is_file():
+        _write(path, make())
+    return json.loads(path.read_text())
+
+
+def known(folder: Path, pattern: str) -> list[Any]:
+    """What the folder's JSON files of such names hold."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob(pattern))]
+
+
+def _write(path: Path, value: Any) -> None:
+    """Whole or not at all."""
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(value))
+    os.replace(temporary, path)

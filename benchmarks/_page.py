@@ -1,0 +1,111 @@
+"""TABLES.md, every figure that was measured: made of data/figures, and of the answers in data that some tables sum up.
+
+A file of data/figures is a section: its title, its place, when it was recorded, and blocks in their order. A block is a
+`heading`, a `text`, a `command`, an `output`, a `table` of columns and rows, or the name of a table `computed` from answers.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from benchmarks._run import ROOT, Table
+
+FIGURES = ROOT / "benchmarks" / "data" / "figures"
+PAGE = ROOT / "benchmarks" / "TABLES.md"
+HEAD = """# Tables
+
+Every figure that was measured, by section; [RESULTS.md](RESULTS.md) is the page to read first. `python -m benchmarks tables`
+writes this page from `benchmarks/data`: change the data, not the page.
+"""
+# modules whose `tables()` gives, by name, the tables that are computed from answers
+COMPUTED = ("_unseen_report", "routers", "_expert_report")
+
+
+def page() -> str:
+    """The whole page."""
+    files = sorted(FIGURES.glob("*.json"), key=lambda path: json.loads(path.read_text(encoding="utf-8"))["place"])
+    computed = {name: table for module in COMPUTED for name, table in _tables(module).items()}
+    return "\n".join([HEAD, *(section(json.loads(path.read_text(encoding="utf-8")), computed) for path in files)])
+
+
+def _tables(module: str) -> dict[str, Table]:
+    found: dict[str, Table] = import_module(f"benchmarks.{module}").tables()
+    return found
+
+
+def section(found: Mapping[str, Any], computed: Mapping[str, Table]) -> str:
+    """One section in Markdown, with the commit that its figures came with, where one did not measure for it."""
+    parts = [f"## {found['title']}\n"]
+    if "recorded" in found:
+        parts.append("Recorded {date} in commit {commit}.\n".format(**found["recorded"]))
+    for block in found["blocks"]:
+        ((kind, value),) = block.items()
+        parts.append(f"{WRITERS[kind](value) if kind != 'computed' else computed[value].markdown()}\n")
+    return "\n".join(parts)
+
+
+def _table(value: Mapping[str, Any]) -> str:
+    return Table("", tuple(value["columns"]), [tuple(row) for row in value["rows"]]).markdown()
+
+
+WRITERS: dict[str, Callable[[Any], str]] = {
+    "heading": lambda text: f"### {text}",
+    "text": str,
+    "command": lambda lines: "\n".join(f"    {line}" for line in lines),
+    "output": lambda text: f"```\n{text}\n```",
+    "table": _table,
+}
+
+
+def append(name: str, arguments: Sequence[str], tables: Sequence[Table]) -> Path:
+    """Adds what a run has shown to the section of that name, with its command, machine, date and commit."""
+    path = FIGURES / f"{name}.json"
+    places = [json.loads(other.read_text(encoding="utf-8"))["place"] for other in FIGURES.glob("*.json")]
+    new = {"title": name, "place": max(places, default=0) + 1, "blocks": []}
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else new
+    found["blocks"] += [{"command": [f"python -m benchmarks {' '.join(arguments)}"]}, {"text": _where()}]
+    for table in tables:
+        found["blocks"] += [{"text": table.title}, {"table": {"columns": table.columns, "rows": table.rows}}]
+    write(path, found)
+    return path
+
+
+def write(path: Path, found: Mapping[str, Any]) -> None:
+    """A block is a line, and so is a row of a table: a changed figure is one line in the difference of two versions."""
+    head = {key: value for key, value in found.items() if key != "blocks"}
+    blocks = ",\n".join(_block(block) for block in found["blocks"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{_json(head)[:-1]}, "blocks": [\n{blocks}\n]}}\n', encoding="utf-8")
+
+
+def _block(block: Mapping[str, Any]) -> str:
+    if "table" not in block:
+        return _json(block)
+    rows = ",\n".join(f" {_json(row)}" for row in block["table"]["rows"])
+    return f'{{"table": {{"columns": {_json(block["table"]["columns"])}, "rows": [\n{rows}\n]}}}}'
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _where() -> str:
+    commit = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    versions = ", ".join(f"{name} {import_module(name).__version__}" for name in ("torch", "transformers", "peft"))
+    python = ".".join(map(str, sys.version_info[:2]))
+    today = datetime.now(UTC).date().isoformat()
+    return f"{today}, commit {commit.stdout.strip()}, {_processor()}, Python {python}, {versions}."
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} cores of {names[0]}" if names else platform.processor()
