@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from benchmarks import _page
+from benchmarks import _data
 from benchmarks._run import Run, console
 
 HERE = Path(__file__).parent
@@ -41,7 +41,7 @@ class Measurements(TyperGroup):
         run: Run = ctx.obj
         if run.save:
             if run.shown:
-                console.print(f"kept in {_page.append(run.save, sys.argv[1:], run.shown)}")
+                console.print(f"kept in {_data.append(run.save, sys.argv[1:], run.shown)}")
             tables()
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
@@ -89,7 +89,7 @@ def shared(
 @app.command()
 def tables() -> None:
     """Writes TABLES.md from data."""
-    _page.PAGE.write_text(_page.page(), encoding="utf-8")
+    _data.PAGE.write_text(_data.page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

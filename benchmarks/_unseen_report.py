@@ -12,9 +12,35 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from benchmarks._data import NO_SEED, NO_SHOTS, Key, Measured, answers
 from benchmarks._run import RESAMPLES, Run, Table, interval
-from benchmarks._store import NO_SEED, NO_SHOTS, Key, Measured, answers
-from benchmarks._unseen_ways import OF_JOINED_SKILLS, WAYS, WITHOUT_EXAMPLES
+
+WAYS = (
+    "base",
+    "in_context",
+    "lora_examples",
+    "composed_and_tuned",
+    "retrieved_first",
+    "best_single",
+    "uniform",
+    "lorahub_original",
+    "similarity",
+    "random",
+    "greedy",
+    "bayesian",
+    "lorahub",
+    "adamerging",
+    "first_order",
+    "gradient",
+    "auto",
+    "oracle",
+    "any_single",
+    "two_passes",
+)
+# these know nothing of the few examples
+WITHOUT_EXAMPLES = ("base", "oracle", "any_single", "two_passes")
+# these are for tasks that join two skills
+OF_JOINED_SKILLS = ("any_single", "two_passes")
 
 
 class Results:

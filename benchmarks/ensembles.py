@@ -25,8 +25,8 @@ import typer
 from rich.progress import track
 
 import loraweave as lw
+from benchmarks._data import kept, known
 from benchmarks._run import Run, Table, interval, pairs
-from benchmarks._store import kept, known
 from loraweave.composer.scoring import padded
 from loraweave.demo import load_task, read_rows
 

@@ -28,12 +28,10 @@ import typer
 from rich.progress import track
 
 import loraweave as lw
-from benchmarks._expert_federation import federated
-from benchmarks._expert_kinds import KINDS, RATES, without_rate
-from benchmarks._expert_report import THEN, report
-from benchmarks._expert_training import Data, num_parameters, stream, train
+from benchmarks._data import DATA, NO_SEED, NO_SHOTS, Key, Measured, Store
+from benchmarks._expert_kinds import KINDS, RATES, THEN, report, without_rate
+from benchmarks._expert_training import Data, federated, num_parameters, stream, train
 from benchmarks._run import Run, pairs
-from benchmarks._store import DATA, NO_SEED, NO_SHOTS, Key, Measured, Store
 from loraweave.composer import scoring
 from loraweave.composer.experts.clusters import fit_clusters
 from loraweave.composer.experts.expert_model import ExpertModel

@@ -24,8 +24,8 @@ from rich.progress import track
 from scipy.stats import spearmanr
 
 import loraweave as lw
+from benchmarks._data import kept, known
 from benchmarks._run import RESAMPLES, Run, Table, interval
-from benchmarks._store import kept, known
 from benchmarks._timing import Way, compare
 from loraweave.composer.evaluation.example_loss import ExampleLoss
 from loraweave.demo import DemoTask, load_task

@@ -1,16 +1,19 @@
 """How well retrieval finds the right adapter: recall on the pool's tasks, and whether it foresees who helps an unseen task.
 
-    python -m benchmarks --data DATA retrieval                     keys from the cards of the trained adapters of --pool
-    python -m benchmarks --data DATA retrieval --no-cards          keys from the first 20 training rows of each task
-    python -m benchmarks --data DATA retrieval --split train       on training rows that no key has seen, for choices
+    python -m benchmarks --data DATA retrieval recall              keys from the cards of the trained adapters of --pool
+    python -m benchmarks --data DATA retrieval recall --no-cards   keys from the first 20 training rows of each task
+    python -m benchmarks --data DATA retrieval recall --split train   on training rows that no key has seen, for choices
+    python -m benchmarks --data DATA retrieval gains               how much each adapter helps each unseen task
 
 DATA holds pool/*.jsonl and unseen/*.jsonl (rows {task, definition, input, target, split}) and MANIFEST.json. Keys come from
 training rows alone, queries from test rows; nothing is fitted on any row of a task but its stored samples, except what is
 named "learned", which is fitted on training rows 21 to 50 of the pool's tasks. Bare inputs are the hard test: several tasks
 share the form of their inputs, and some the inputs. Intervals are 95 %, by bootstrap over the queries of each task.
 
-Own task hidden: `gains` measured what each adapter of the pool does for each unseen task; the rank correlation (Spearman) of
-a candidate list with these gains says whether the list foresees them.
+Own task hidden: a gain is the base model's mean loss per example on the first test rows of a task, in nats, less the loss
+with the one adapter of the pool at weight 1; data/gains.json keeps them, so that an interrupted run goes on, and --fresh
+measures all of them again. The rank correlation (Spearman) of a candidate list with these gains says whether the list
+foresees them.
 """
 
 from __future__ import annotations
@@ -21,27 +24,32 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import torch
 import typer
 from rich.progress import track
 
 import loraweave as lw
-from benchmarks._foresight import UnseenTask, abstention, foresight, relations
+from benchmarks._data import DATA
 from benchmarks._run import Run, Table, console, pairs
 from benchmarks._search_methods import (
     Ask,
     PoolTask,
     Remembering,
     Scorer,
+    UnseenTask,
+    abstention,
     bm25,
     card_hub,
     chance,
+    foresight,
     learner,
     mean_embedding,
+    relations,
     searched,
     tfidf,
 )
-from benchmarks._store import DATA
 from loraweave import registry
+from loraweave.composer.batches import batch, encode, mean_losses
 from loraweave.demo import read_rows
 
 KS = (1, 3, 5, 10)
@@ -54,7 +62,7 @@ app = typer.Typer()
 
 
 @app.command()
-def main(
+def recall(
     context: typer.Context,
     cards: Annotated[bool, typer.Option(help="keys from the cards of --pool")] = True,
     split: Annotated[Literal["test", "train"], typer.Option(help="rows of the queries; train to choose by")] = "test",
@@ -234,3 +242,39 @@ def _abstention(rows: list[dict[str, Any]]) -> Table:
         figures = (f"{row[key]:.3f}" for key in ("threshold", "foreign", "own"))
         table.add(str(row["inputs"]), row["left out"], *figures)
     return table
+
+
+@app.command()
+def gains(
+    context: typer.Context,
+    file: Annotated[Path, typer.Option(help="the JSON file of gains")] = DATA / "gains.json",
+    num_items: Annotated[int, typer.Option(help="test rows of each task")] = 16,
+    fresh: Annotated[bool, typer.Option("--fresh", help="measure also what the file holds")] = False,
+) -> None:
+    """Measures the gain of every adapter on every unseen task."""
+    run: Run = context.obj
+    known = json.loads(file.read_text(encoding="utf-8"))["tasks"] if file.is_file() and not fresh else {}
+    # bf16: the adapters stay fp32, and differences between adapters are far above its rounding
+    model, tokenizer = lw.load_base(dtype=torch.bfloat16)
+    engine = lw.Composer(model, [lw.Adapter.from_pretrained(path) for path in run.adapters()])
+    names = list(engine.pool.names)
+    for task, entry in track(run.entries("unseen").items(), "gains", console=console, disable=not console.is_terminal):
+        if task not in known:
+            rows = [row for row in read_rows(run.data / entry["file"]) if row["split"] == "test"][:num_items]
+            known[task] = _task_gains(engine, model, tokenizer, names, rows)
+            settings = {"base_model": model.name_or_path, "dtype": "bfloat16", "num_items": num_items}
+            file.write_text(json.dumps({**settings, "tasks": known}, indent=1) + "\n", encoding="utf-8")
+    console.print(f"{len(known)} tasks x {len(names)} adapters in {file}")
+
+
+def _task_gains(engine: Any, model: Any, tokenizer: Any, names: list[str], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    task = lw.Task([(row["input"], row["target"]) for row in rows], instruction=rows[0]["definition"])
+    prompts = [task.prompt(text) for text, _ in task.examples]
+    prepared = batch(model, tokenizer, encode(model, tokenizer, prompts, [target for _, target in task.examples]))
+    with torch.no_grad():
+        base_B = mean_losses(model, prepared).double()
+        gains = {}
+        for name in names:
+            with engine.activate({name: 1.0}):
+                gains[name] = round(float((base_B - mean_losses(model, prepared).double()).mean()), 4)
+    return {"base_loss": round(float(base_B.mean()), 4), "gains": gains}

@@ -27,8 +27,8 @@ import typer
 from rich.progress import track
 
 import loraweave as lw
+from benchmarks._data import DATA, NO_SEED, NO_SHOTS, Key, Measured, Store, answers, kept
 from benchmarks._run import RESAMPLES, Run, Table, interval, pairs
-from benchmarks._store import DATA, NO_SEED, NO_SHOTS, Key, Measured, Store, answers, kept
 from loraweave.composer import scoring
 from loraweave.demo import fast_dtype, read_rows
 from loraweave.routers.routing.learned_router import LearnedRouter

@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as runner
-from benchmarks import _page as page
+from benchmarks import _data as page
 from benchmarks._run import Run, Table
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks import _foresight as foresight
 from benchmarks import _search_methods as methods
 from loraweave.retrieval.embedders.hashing import Hashing
 
@@ -49,10 +48,10 @@ def test_a_search_by_examples_uses_the_outputs_of_the_cards():
 
 
 def test_foresight_is_the_rank_correlation_with_the_gains_and_what_the_first_bring(tasks):
-    unseen = [foresight.UnseenTask("new", "", tuple((str(n), "y") for n in range(10)), ())]
+    unseen = [methods.UnseenTask("new", "", tuple((str(n), "y") for n in range(10)), ())]
     measured = {"tasks": {"new": {"gains": {"one": 1.0, "two": 3.0, "three": 2.0}}}}
     scorers = {"reversed": lambda ask: np.array([3.0, 1.0, 2.0]), "half": lambda ask: np.array([1.0, 2.0, 3.0])}
-    found = foresight.foresight(tasks, unseen, scorers, measured, 0)["5 inputs"]
+    found = methods.foresight(tasks, unseen, scorers, measured, 0)["5 inputs"]
     assert (found["reversed"]["spearman"], found["reversed"]["first"], found["reversed"]["best_of_5"]) == (-1.0, 1.0, 3.0)
     assert found["half"]["spearman"] == pytest.approx(0.5)
     assert found["oracle"]["first"] == 3.0

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import loraweave as lw
-from benchmarks import _store as store
+from benchmarks import _data as store
 from benchmarks import _unseen_report as report
-from benchmarks import _unseen_ways as ways
+from benchmarks import unseen as ways
 from benchmarks._run import RESAMPLES
 from loraweave.demo import DemoTask
 
@@ -26,7 +26,7 @@ def measured():
     found = {}
     for task, counts in RIGHT.items():
         for way, count in zip(WAYS, counts, strict=True):
-            without = way in ways.WITHOUT_EXAMPLES
+            without = way in report.WITHOUT_EXAMPLES
             for seed in (0,) if without else (0, 1):
                 key = store.Key(task, way, 0 if without else 5, seed)
                 right_N = (np.arange(10) < count).astype(np.uint8)
