@@ -111,7 +111,7 @@ def made(path: str, experts: list[RankRow], sets: RowSets, dtype: torch.dtype) -
     if path == "segments":
         return Segments.of(experts, sets, dtype)
     used = sorted({p for row in sets for p, _ in row})
-    w_B1P = torch.zeros(len(sets), 1, len(used))
+    w_B1P = torch.zeros(len(sets), 1, len(used), dtype=torch.promote_types(dtype, torch.float32))
     for number, row in enumerate(sets):
         for p, weight in row:
             w_B1P[number, 0, used.index(p)] = weight
