@@ -77,7 +77,7 @@ def append(name: str, arguments: Sequence[str], tables: Sequence[Table]) -> Path
     """Adds what a run has shown to the section of that name, with its command, machine, date and commit."""
     path = FIGURES / f"{name}.json"
     places = [json.loads(other.read_text(encoding="utf-8"))["place"] for other in FIGURES.glob("*.json")]
-    new = {"title": name, "place": max(places, default=0) + 1, "blocks": []}
+    new: dict[str, Any] = {"title": name, "place": max(places, default=0) + 1, "blocks": []}
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else new
     found["blocks"] += [{"command": [f"python -m benchmarks {' '.join(arguments)}"]}, {"text": _where()}]
     for table in tables:

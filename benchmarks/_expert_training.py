@@ -104,7 +104,7 @@ class Federation:
 
     def learn(self, clients: Clients, steps: int) -> float:
         """The mean over the clients of the loss of their last steps."""
-        chosen = {"steps": steps, "batch_size": self.batch_size, "lr": self.lr}
+        chosen: dict[str, Any] = {"steps": steps, "batch_size": self.batch_size, "lr": self.lr}
         return float(np.mean([train(client, self.tokenizer, self.rows[task], **chosen) for task, client in clients.items()]))
 
 

@@ -149,5 +149,5 @@ def compare(
 def timed(run: Run, title: str, ways: Mapping[str, Way], *, rounds: int, seconds: float) -> dict[str, list[float]]:
     """Seconds of every way in every round, as many as the run was asked for and by its clock."""
     timer = time.process_time if run.cpu else time.perf_counter
-    limits = {"rounds": run.rounds or rounds, "seconds": run.seconds or seconds}
-    return interleaved(ways, **limits, timer=timer, label=title)
+    rounds, seconds = run.rounds or rounds, run.seconds or seconds
+    return interleaved(ways, rounds=rounds, seconds=seconds, timer=timer, label=title)

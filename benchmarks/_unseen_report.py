@@ -99,7 +99,7 @@ def report(measured: Mapping[Key, Measured], relations: Mapping[str, str] | None
     """Every table, for each number of examples; ways in the order of WAYS, those that were measured."""
     if relations is None:
         relations = {task: entry["relation"] for task, entry in Run().entries("unseen", there=False).items()}
-    found = {}
+    found: dict[str, Table] = {}
     for shots in sorted({key.shots for key in measured} - {NO_SHOTS}):
         results = Results(measured, shots, relations)
         shown = [way for way in WAYS if way in results.ways] + [way for way in results.ways if way not in WAYS]

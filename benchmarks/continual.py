@@ -88,7 +88,7 @@ class _Bench:
         self.settings = settings
 
     def row(self, label: str, adapters: Mapping[str, lw.Adapter], seconds: str) -> tuple[str, ...]:
-        last = next(reversed(adapters.values()), None)
+        last = list(adapters.values())[-1] if adapters else None
         scores = {name: self._score(last, name) for name in self.learned}
         cells = [f"{score.value:.0%}, {score.loss:.2f}" for score in scores.values()]
         earlier = list(adapters)[:-1]

@@ -242,7 +242,7 @@ def in_layers(made: ExpertModel, layer: Layer) -> nn.Module:
         parent, _, child = name.rpartition(".")
         num_experts = factors.shape.num_experts
         a_ERI, b_ERO = (part.detach().unflatten(0, (num_experts, -1)).clone() for part in (factors.a_SI, factors.b_SO))
-        base = model.get_submodule(name)
+        base: Any = model.get_submodule(name)
         made_of = layer(base, a_ERI, b_ERO, gate.r_EI.detach().clone(), factors.scale, gate.top_k)
         setattr(model.get_submodule(parent), child, made_of)
     return model
@@ -295,7 +295,7 @@ def mergoo_layer() -> Layer | None:
             hidden_size=base.in_features,
             adapter_configs=[{**settings, "use_rslora": False, "use_dora": False}] * num_experts,
         )
-        made: nn.Module = LoRAMoeLayer(config, base.in_features, base.out_features, bias=base.bias is not None)
+        made: Any = LoRAMoeLayer(config, base.in_features, base.out_features, bias=base.bias is not None)
         made.base_layer, made.gate.weight = base, nn.Parameter(r_EI)
         for expert in range(num_experts):
             made.lora_A[str(expert)].weight = nn.Parameter(a_ERI[expert])

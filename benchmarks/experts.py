@@ -151,7 +151,7 @@ def _measured(
         with lw.experts(kind.recipe, model, tokenizer=tokenizer, seed=seed, **chosen) as made:
             if kind.recipe == "mocle" and not made.recipe.needs_tasks:
                 fit_clusters(made, _prompts(tokenizer, own), seed=seed)
-            steps = {"steps": asked.steps // len(groups), "batch_size": asked.batch_size, "lr": kind.lr}
+            steps: dict[str, Any] = {"steps": asked.steps // len(groups), "batch_size": asked.batch_size, "lr": kind.lr}
             taken = Taken()
             last = train(made, tokenizer, stream(own, seed), **steps)
             notes = {"of_steps": asked.steps, "last_loss": round(last, 4)}
@@ -159,8 +159,8 @@ def _measured(
             times = taken.each(len(tasks))
             label = name.removesuffix(THEN)
             for task in tasks:
-                named = OfTask(made, task if kind.given and not kind.apart else None)
-                yield _answered(named, tokenizer, label, seed, task, data[task], notes, *times)
+                told = OfTask(made, task if kind.given and not kind.apart else None)
+                yield _answered(told, tokenizer, label, seed, task, data[task], notes, *times)
             if kind.then:
                 later = {task: data[task] for task in asked.then}
                 train(made, tokenizer, stream(later, seed), **steps)
@@ -199,8 +199,16 @@ def _prompts(tokenizer: Any, data: Mapping[str, Data]) -> list[str]:
 
 
 def _answered(
-    model: Any, tokenizer: Any, name: str, seed: int, task: str, data: Data, notes: Mapping[str, Any], *taken: float
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    seed: int,
+    task: str,
+    data: Data,
+    notes: Mapping[str, Any],
+    seconds: float,
+    cpu_seconds: float,
 ) -> Measured:
     score = scoring.evaluate(model, tokenizer, data.task, data.tests)
     right_N = np.array(score.right, dtype=np.uint8)
-    return Measured(Key(task, name, NO_SHOTS, seed), right_N, score.loss, *taken, notes)
+    return Measured(Key(task, name, NO_SHOTS, seed), right_N, score.loss, seconds, cpu_seconds, notes)

@@ -323,7 +323,7 @@ def smooth_keys(count: int, *, num_keys: int | None = None, seed: int = 0) -> np
 def record(number: int, count: int) -> lw.Record:
     """Tags let through a half, a hundredth and ten of all."""
     tags = ["half"] * (number % 2 == 0) + ["hundredth"] * (number % 100 == 0) + ["ten"] * (number % max(1, count // 10) == 0)
-    fields = {"description": f"what adapter {number} does", "tags": tags, "license": "Apache-2.0"}
+    description = f"what adapter {number} does"
     return lw.Record(
         name=f"adapter {number:07d}",
         hash=f"{number:064x}",
@@ -332,10 +332,10 @@ def record(number: int, count: int) -> lw.Record:
         target_modules=("q_proj", "v_proj"),
         license="Apache-2.0",
         tags=tuple(tags),
-        description=fields["description"],
+        description=description,
         size_bytes=0,
         created="2026-01-01T00:00:00+00:00",
-        card=fields,
+        card={"description": description, "tags": tags, "license": "Apache-2.0"},
     )
 
 

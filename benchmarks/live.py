@@ -150,7 +150,7 @@ class Setting:
         self.ids_BT = tokens(model, shape.rows, shape.tokens, seed)
 
     def to(self, dtype: torch.dtype) -> None:
-        for model in (self.model, self.peft and self.peft.model, self.polylora):
+        for model in (self.model, self.peft.model if self.peft else None, self.polylora):
             if model is not None:
                 model.to(dtype)
 

@@ -196,7 +196,7 @@ def _measured(bench: Bench, way: str, seed: int, items: Mapping[str, list[Item]]
     flat = [item for found in items.values() for item in found]
     started, cpu_started = time.perf_counter(), time.process_time()
     answers = answered(engine, flat, mixture_of)
-    each = [(time.perf_counter() - started) / len(items), (time.process_time() - cpu_started) / len(items)]
+    seconds, cpu_seconds = (time.perf_counter() - started) / len(items), (time.process_time() - cpu_started) / len(items)
     right = [answer.strip() in [text.strip() for text in item.accepted] for item, answer in zip(flat, answers, strict=True)]
     notes = {**notes, "made_s": round(made, 1)}
     return [
@@ -204,7 +204,8 @@ def _measured(bench: Bench, way: str, seed: int, items: Mapping[str, list[Item]]
             Key(name, way, NO_SHOTS, seed),
             np.array([hit for item, hit in zip(flat, right, strict=True) if item.task == name], dtype=np.uint8),
             0.0,
-            *each,
+            seconds,
+            cpu_seconds,
             notes,
         )
         for name in items
@@ -348,14 +349,15 @@ def table(measured: Mapping[Key, Measured]) -> Table:
     oracle_R, retrieved_R = (rows.get(way, {}).get(of) for way, of in (("oracle", "pool"), ("retrieved_first", "unseen")))
     columns = [f"{name}: {len(tasks)} tasks, {sum(counts[task] for task in tasks)} items" for name, tasks in groups.items()]
     shares = ("share of the oracle's, pool", "above retrieved_first, unseen")
-    found = Table("right answers [95 % interval over items]", ("way", "seeds", *columns, *shares))
+    table = Table("right answers [95 % interval over items]", ("way", "seeds", *columns, *shares))
     order = next((name for name in groups if groups[name]), "pool")
-    for way, drawn in sorted(rows.items(), key=lambda row: -1 if row[1][order] is None else -row[1][order][0]):
-        share = None if drawn["pool"] is None or oracle_R is None else drawn["pool"] / oracle_R
-        above = None if drawn["unseen"] is None or retrieved_R is None else drawn["unseen"] - retrieved_R
+    for way, drawn in sorted(rows.items(), key=lambda row: -1 if (its_R := row[1][order]) is None else -its_R[0]):
+        pool_R, unseen_R = drawn["pool"], drawn["unseen"]
+        share = None if pool_R is None or oracle_R is None else pool_R / oracle_R
+        above = None if unseen_R is None or retrieved_R is None else unseen_R - retrieved_R
         cells = (*drawn.values(), share, above)
-        found.add(way, str(seeds[way]), *("" if draws_R is None else interval(draws_R, 3) for draws_R in cells))
-    return found.without_empty()
+        table.add(way, str(seeds[way]), *("" if draws_R is None else interval(draws_R, 3) for draws_R in cells))
+    return table.without_empty()
 
 
 def _draws(known: Mapping[tuple[str, str], list[np.ndarray]], way: str, tasks: Sequence[str]) -> np.ndarray | None:

@@ -30,8 +30,8 @@ from loraweave.composer.batches import IGNORED, TargetBatch, token_losses, with_
 from loraweave.composer.layer_kinds.linear import shape as linear_shape
 from loraweave.composer.training.fused_jobs import FusedJobs
 from loraweave.composer.training.job_progress import JobProgress
+from loraweave.composer.training.pace import Pace
 from loraweave.composer.training.planned_job import PlannedJob
-from loraweave.composer.training.training_recipe import Recipe
 
 NUM_JOBS = 4
 NUM_TARGETS = 6
@@ -67,9 +67,9 @@ class Jobs:
         ids_BT = tokens(model, NUM_JOBS * rows, length, seed)
         self.batch = self._batch(ids_BT)
         self.batches = {name: self._batch(ids) for name, ids in zip(names, ids_BT.chunk(NUM_JOBS), strict=True)}
-        recipe = Recipe(RANK, float(RANK), 1_000_000, LR, rows, endings, seed)
+        pace = Pace(1_000_000, LR, rows, seed)
         self.running = [
-            JobProgress(PlannedJob(job.name, lambda job=job: job, 0, [], recipe))  # type: ignore[misc]
+            JobProgress(PlannedJob(job.name, lambda job=job: job, 0, [], pace))  # type: ignore[misc]
             for job in self.fused.members
         ]
         self.own = {name: [p for path, p in self.peft.named_parameters() if f".{name}." in path] for name in names}

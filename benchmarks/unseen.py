@@ -86,8 +86,8 @@ def main(
         number, count = (int(each) for each in part.split("/"))
         relations = {task: entry["relation"] for task, entry in run.entries("unseen").items()}
         chosen = [task for task in relations if not tasks or task in tasks.split(",")][number - 1 :: count]
-        numbers = ([int(each) for each in text.split(",")] for text in (seeds, shots))
-        asked = Asked({task: relations[task] for task in chosen}, ways.split(","), *numbers, k, budget, num_test)
+        of_seeds, of_shots = ([int(each) for each in text.split(",")] for text in (seeds, shots))
+        asked = Asked({task: relations[task] for task in chosen}, ways.split(","), of_seeds, of_shots, k, budget, num_test)
         measure(run, asked, store, again.split(","))
     store.close(run, lambda known: list(report(known).values()))
 
@@ -118,9 +118,9 @@ def _measured(case: Case, key: Key) -> Measured:
 
 RECIPE_POOL = 20
 # about the processor time of the published recipe; twice the steps or three times the rate came out alike
-FEW_SHOT = {"steps": 20, "lr": 1e-3, "warmup": 3}
+FEW_SHOT: dict[str, Any] = {"steps": 20, "lr": 1e-3, "warmup": 3}
 LEARNED_STEPS = 8
-ORACLE = {"steps": 80, "lr": 3e-3}
+ORACLE: dict[str, Any] = {"steps": 80, "lr": 3e-3}
 
 
 @dataclass(frozen=True)
