@@ -13,12 +13,12 @@ from torch.nn import functional
 
 import loraweave as lw
 from benchmarks._expert_kinds import ONE, Kind
-from loraweave.composer.batches import IGNORED, EncodedRow, batch
-from loraweave.composer.experts.adding import with_options
 from loraweave.composer.experts.exchange import federated_average, put_expert
 from loraweave.composer.experts.expert_model import ExpertModel
-from loraweave.composer.experts.labelled import called
-from loraweave.composer.training.seeding import seeded
+from loraweave.composer.experts.make import with_options
+from loraweave.composer.model.batches import IGNORED, EncodedRow, batch
+from loraweave.composer.train.schedule import seeded
+from loraweave.composer.train.steps import called
 
 CLIP = 1.0
 

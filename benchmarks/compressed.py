@@ -23,9 +23,9 @@ import typer
 
 import loraweave as lw
 from benchmarks._run import Run, Table, pairs
-from loraweave.composer.scoring import losses
+from loraweave.composer.model.scoring import losses
 from loraweave.demo import DemoTask, fast_dtype, load_task, read_rows
-from loraweave.hub import algebra
+from loraweave.lowrank import algebra
 
 OWN = ["antonym", "negation", "passive", "past_tense", "pick_first_5", "plural"]
 NUM_OWN = 16

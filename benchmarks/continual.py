@@ -20,7 +20,7 @@ import typer
 
 import loraweave as lw
 from benchmarks._run import Run, Table, pairs
-from loraweave.composer.scoring import evaluate, losses
+from loraweave.composer.model.scoring import evaluate, losses
 from loraweave.demo import fast_dtype, read_rows
 
 WAYS: dict[str, tuple[str, Mapping[str, Any]]] = {

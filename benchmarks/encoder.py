@@ -19,8 +19,8 @@ import typer
 
 from benchmarks._run import Run, Table, console, pairs
 from loraweave.demo import read_rows
-from loraweave.hub.search import unit
-from loraweave.retrieval.embedders.sentence import Sentence
+from loraweave.hub.embedders.sentence import Sentence
+from loraweave.hub.search.search import unit
 from loraweave.retrieval.training import train_encoder
 
 KS = (1, 3, 5)

@@ -27,7 +27,7 @@ from rich.progress import track
 import loraweave as lw
 from benchmarks._data import kept, known
 from benchmarks._run import Run, Table, interval, pairs
-from loraweave.composer.scoring import padded
+from loraweave.composer.model.scoring import padded
 from loraweave.demo import load_task, read_rows
 
 NUM_RETRIEVED = 3

@@ -32,9 +32,9 @@ from benchmarks._data import DATA, NO_SEED, NO_SHOTS, Key, Measured, Store
 from benchmarks._expert_kinds import KINDS, RATES, THEN, report, without_rate
 from benchmarks._expert_training import Data, federated, num_parameters, stream, train
 from benchmarks._run import Run, pairs
-from loraweave.composer import scoring
-from loraweave.composer.experts.clusters import fit_clusters
 from loraweave.composer.experts.expert_model import ExpertModel
+from loraweave.composer.experts.make import fit_clusters
+from loraweave.composer.model import scoring
 from loraweave.demo import read_rows
 
 TASKS = "past_tense,antonym,addition,pick_animal_5"

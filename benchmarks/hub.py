@@ -35,10 +35,10 @@ import loraweave as lw
 from benchmarks._run import Table, best_of, console, status_bytes
 from benchmarks._timing import Gate, Way, compare, require
 from loraweave import registry
-from loraweave.hub import search
-from loraweave.hub.blobs import read_blob
-from loraweave.hub.search import SearchIndex
-from loraweave.hub.stores.blob_files import blob_path
+from loraweave.hub.search import search
+from loraweave.hub.search.search import SearchIndex
+from loraweave.hub.stores.blobs import read_blob
+from loraweave.hub.stores.folder_blobs import blob_path
 from loraweave.hub.tables import rows, vectors
 from loraweave.hub.tables.filtering import Filters
 

@@ -5,7 +5,7 @@
 
 Each path meets factors that are not in a cache, as in a model whose other layers run in between. The fit minimises the
 relative error of seconds = flops * a + bytes * b + calls * c + items * d: these are the rates to write into
-composer/kernels/_cost.py. "Regret" is the time of the path that the model chooses over that of the fastest one measured.
+composer/live/kernels/_cost.py. "Regret" is the time of the path that the model chooses over that of the fastest measured.
 Paths are compared with the naive formula before anything is timed.
 """
 
@@ -27,13 +27,13 @@ from torch import Tensor
 
 from benchmarks._run import Run, Table, console
 from benchmarks._timing import Gate, require
-from loraweave.composer.kernels._cost import RATES, Choice, Cost, Rates, Workload, choose, costs
-from loraweave.composer.kernels._parts import Kernel, RankRow, RowSets
-from loraweave.composer.kernels.dense import Stack
-from loraweave.composer.kernels.gathered import Gathered
-from loraweave.composer.kernels.merged import Merged
-from loraweave.composer.kernels.segments import Segments
-from loraweave.composer.kernels.shared import Shared
+from loraweave.composer.live.kernels._cost import RATES, Choice, Cost, Rates, Workload, choose, costs
+from loraweave.composer.live.kernels._parts import Kernel, RankRow, RowSets
+from loraweave.composer.live.kernels.dense import Stack
+from loraweave.composer.live.kernels.gathered import Gathered
+from loraweave.composer.live.kernels.merged import Merged
+from loraweave.composer.live.kernels.segments import Segments
+from loraweave.composer.live.kernels.shared import Shared
 
 LAYERS = ((576, 576), (576, 192), (576, 1536), (1536, 576))
 # factors of so many bytes are cycled through, more than a cache holds

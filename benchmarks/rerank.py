@@ -27,7 +27,7 @@ import loraweave as lw
 from benchmarks._data import kept, known
 from benchmarks._run import RESAMPLES, Run, Table, interval
 from benchmarks._timing import Way, compare
-from loraweave.composer.evaluation.example_loss import ExampleLoss
+from loraweave.composer.compose.loss import ExampleLoss
 from loraweave.demo import DemoTask, load_task
 
 KS = (1, 3, 5, 10)

@@ -49,7 +49,7 @@ from benchmarks._search_methods import (
     tfidf,
 )
 from loraweave import registry
-from loraweave.composer.batches import batch, encode, mean_losses
+from loraweave.composer.model.batches import batch, encode, mean_losses
 from loraweave.demo import read_rows
 
 KS = (1, 3, 5, 10)

@@ -40,7 +40,7 @@ from benchmarks._models import (
 )
 from benchmarks._run import Run, console
 from benchmarks._timing import Gate, Way, compare, require
-from loraweave.routers.routing.learned_router import Step
+from loraweave.routers.tokens._learned import Step
 
 NUM_EXPERTS = 4
 TOP_K = 3

@@ -29,10 +29,10 @@ from rich.progress import track
 import loraweave as lw
 from benchmarks._data import DATA, NO_SEED, NO_SHOTS, Key, Measured, Store, answers, kept
 from benchmarks._run import RESAMPLES, Run, Table, interval, pairs
-from loraweave.composer import scoring
+from loraweave.composer.model import scoring
 from loraweave.demo import fast_dtype, read_rows
-from loraweave.routers.routing.learned_router import LearnedRouter
-from loraweave.routers.routing.make import router_class, router_names
+from loraweave.routers.tokens._learned import LearnedRouter
+from loraweave.routers.tokens._saved import router_class, router_names
 
 BATCH_SIZE = 32
 BATCH_ROWS = 8

@@ -32,10 +32,10 @@ import loraweave as lw
 from benchmarks._models import LIMIT, adapters, base_model, difference, in_peft, mix_in_peft
 from benchmarks._run import Run, Table
 from benchmarks._timing import Gate, Way, compare, require
-from loraweave.composer.batches import IGNORED, batch, encode, token_losses
-from loraweave.composer.evaluation.example_loss import ExampleLoss
+from loraweave.composer.compose.loss import ExampleLoss
+from loraweave.composer.model.batches import IGNORED, batch, encode, token_losses
 from loraweave.demo import load_task
-from loraweave.routers.lorahub_original import LorahubOriginal
+from loraweave.routers.searches.lorahub_original import LorahubOriginal
 
 BOUND = 1.5
 # candidates whose losses in two dtypes are ranked

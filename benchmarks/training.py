@@ -26,12 +26,12 @@ import loraweave as lw
 from benchmarks._models import ALL, ATTENTION, LIMIT, RANK, base_model, difference, gradient_norm, in_peft, tokens
 from benchmarks._run import Run, Table
 from benchmarks._timing import Gate, Way, compare, require
-from loraweave.composer.batches import IGNORED, TargetBatch, token_losses, with_positions
-from loraweave.composer.layer_kinds.linear import shape as linear_shape
-from loraweave.composer.training.fused_jobs import FusedJobs
-from loraweave.composer.training.job_progress import JobProgress
-from loraweave.composer.training.pace import Pace
-from loraweave.composer.training.planned_job import PlannedJob
+from loraweave.composer.model.batches import IGNORED, TargetBatch, token_losses, with_positions
+from loraweave.composer.model.kinds.linear import shape as linear_shape
+from loraweave.composer.train.fused import JobProgress
+from loraweave.composer.train.jobs import PlannedJob
+from loraweave.composer.train.passes import FusedJobs
+from loraweave.composer.train.schedule import Pace
 
 NUM_JOBS = 4
 NUM_TARGETS = 6

@@ -32,11 +32,11 @@ import loraweave as lw
 from benchmarks._data import DATA, NO_SEED, NO_SHOTS, Key, Measured, Store
 from benchmarks._run import Run, pairs
 from benchmarks._unseen_report import OF_JOINED_SKILLS, WAYS, WITHOUT_EXAMPLES, report
-from loraweave.composer.evaluation.example_loss import ExampleLoss
-from loraweave.composer.scoring import Score, evaluate, predict
+from loraweave.composer.compose.loss import ExampleLoss
+from loraweave.composer.model.scoring import Score, evaluate, predict
 from loraweave.demo import DemoTask, fast_dtype, load_task, read_rows
 from loraweave.errors import CompositionError
-from loraweave.routers.lorahub_original import LorahubOriginal
+from loraweave.routers.searches.lorahub_original import LorahubOriginal
 
 app = typer.Typer()
 

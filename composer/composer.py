@@ -11,38 +11,33 @@ from typing import Any
 import torch
 from torch import nn
 
+from loraweave.common.process import lock_of
 from loraweave.common.rows import GivenRows
-from loraweave.composer import fuse
-from loraweave.composer.expert_losses import expert_losses
-from loraweave.composer.fitting import Fitting
+from loraweave.composer import fused as fuse
+from loraweave.composer.explain.cost import Cost, mixture_cost
+from loraweave.composer.explain.explanation import Explanation, reading
+from loraweave.composer.explain.worth import expert_losses, leave_one_out
 from loraweave.composer.fused_mixture import FusedMixture, mixture_updates
-from loraweave.composer.generation.call import generation_call
-from loraweave.composer.generation.streaming import streamed
-from loraweave.composer.introspection.explain import reading
-from loraweave.composer.introspection.explanation import Explanation
-from loraweave.composer.introspection.leave_one_out import leave_one_out
-from loraweave.composer.introspection.mixture_cost import Cost, mixture_cost
-from loraweave.composer.introspection.recording import Setting, Trace, last_weights, recording
-from loraweave.composer.introspection.used_weights import UsedWeights
-from loraweave.composer.layers import TargetLayer
-from loraweave.composer.live import Activation, LiveLayers, claim, release
-from loraweave.composer.lock_after_fork import lock_of
-from loraweave.composer.mixing.kept_plans import KeptPlans
-from loraweave.composer.mixing.license_notice import warn_of_licenses
-from loraweave.composer.mixing.resolve import resolve
+from loraweave.composer.live.fitting import Fitting
+from loraweave.composer.live.layout import Place as LayerPlace
+from loraweave.composer.live.layout import placement
+from loraweave.composer.live.license_notice import warn_of_licenses
+from loraweave.composer.live.mixer import Activation, LiveLayers, claim, release
+from loraweave.composer.live.plan import KeptPlans
+from loraweave.composer.live.recording import Setting, Trace, UsedWeights, last_weights, recording
+from loraweave.composer.live.residents import Residency, Residents
+from loraweave.composer.live.resolve import resolve
+from loraweave.composer.merge.statistics import Statistics
+from loraweave.composer.model.generate import generation_call, streamed
+from loraweave.composer.model.layers import TargetLayer
 from loraweave.composer.originals import Place
-from loraweave.composer.paging.layout import Place as LayerPlace
-from loraweave.composer.paging.placement import placement
-from loraweave.composer.paging.residency import Residency
-from loraweave.composer.paging.residents import Residents
-from loraweave.composer.router_training.fit import fit
-from loraweave.composer.statistics import Statistics
+from loraweave.composer.train.routers import fit
 from loraweave.errors import AlreadyActive, CompositionError, ScopeError, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
-from loraweave.routers.by_row import ByRow
-from loraweave.routers.mixture import MixtureWeights
-from loraweave.routers.routing.learned_router import LearnedRouter
+from loraweave.routers.combined import ByRow
+from loraweave.routers.tokens._learned import LearnedRouter
+from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Router, Task
 
 
@@ -326,7 +321,7 @@ class Composer:
 
         {name of an expert or a task: rows or a Task}, or rows: pairs (input, target), {"input", "target"} with "instruction"
         and "expert" where known, {"prompt", "target"}, or {"input_ids", "labels"}. The loss is that of the targets alone.
-        `settings` are those of `composer/router_training/settings.py`; docs/router_training.md explains them. Afterwards the
+        `settings` are those of `composer/train/settings.py`; docs/router_training.md explains them. Afterwards the
         router is in evaluation mode, on the model's device, and has a `report`.
 
         Raises InvalidTask for rows that cannot be used, UnknownExpert for experts that the pool has not, TrainingError for

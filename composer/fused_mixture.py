@@ -5,23 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from loraweave.composer import fuse
-from loraweave.composer.fitting import Fitting
-from loraweave.composer.merge import layer_updates
-from loraweave.composer.method_call import MethodCall
-from loraweave.composer.mixing.license_notice import warn_of_licenses
-from loraweave.composer.mixing.resolve import resolve
-from loraweave.composer.statistics import Statistics
-from loraweave.composer.truncated_update import TruncatedUpdate
+from loraweave.composer import fused
+from loraweave.composer.live.fitting import Fitting
+from loraweave.composer.live.license_notice import warn_of_licenses
+from loraweave.composer.live.resolve import resolve
+from loraweave.composer.merge.merge import layer_updates
+from loraweave.composer.merge.method_call import MethodCall
+from loraweave.composer.merge.statistics import Statistics
+from loraweave.composer.merge.updates import TruncatedUpdate
 from loraweave.errors import ScopeError, WeightingError
 from loraweave.hub.pool import ExpertPool
-from loraweave.routers.mixture import MixtureWeights
+from loraweave.routers.weights import MixtureWeights
 
 
 class FusedMixture:
     """What `Composer.fused` gives its block: the mixture that is in the weights, and the way to another one."""
 
-    def __init__(self, updates: Callable[..., Iterator[fuse.Update]], fusion: fuse.Fusion) -> None:
+    def __init__(self, updates: Callable[..., Iterator[fused.Update]], fusion: fused.Fusion) -> None:
         self._updates = updates
         self._fusion = fusion
 
@@ -57,7 +57,7 @@ def mixture_updates(
     seed: int,
     statistics: Mapping[str, Statistics] | None,
     options: Mapping[str, Any],
-) -> Iterator[fuse.Update]:
+) -> Iterator[fused.Update]:
     """What `method` makes of a task-scope mixture, for every layer that it changes; one is held at a time."""
     weights = resolve(mixture, pool)
     if not isinstance(weights, MixtureWeights) or weights.scope != "task":

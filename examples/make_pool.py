@@ -21,7 +21,7 @@ from rich.progress import track
 from rich.table import Table
 
 import loraweave as lw
-from loraweave.composer.scoring import Score, evaluate
+from loraweave.composer.model.scoring import Score, evaluate
 from loraweave.demo import read_rows
 
 SAMPLES = Path(__file__).parent / "samples.json"

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import loraweave as lw
-from loraweave.composer.scoring import losses
+from loraweave.composer.model.scoring import losses
 
 HERE = Path(__file__).parent
 

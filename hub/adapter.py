@@ -13,20 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loraweave.common.files import as_path
 from loraweave.errors import AdapterUnsupported
-from loraweave.hub import algebra
-from loraweave.hub.as_path import as_path
 from loraweave.hub.export import ExportReport, export
 from loraweave.hub.formats import _reading
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._conversion import MAX_ERROR
 from loraweave.hub.formats._lora_file import PICKLES
-from loraweave.hub.formats._peft_files import PICKLE
+from loraweave.hub.formats._peft_config import PICKLE
 from loraweave.hub.formats.peft import Peft
+from loraweave.hub.intake.kept_files import KEPT, kept
+from loraweave.hub.intake.license_terms import require_one_work, stated
 from loraweave.hub.intake.sources import ADAPTER_FILES, name_of, opened_source
-from loraweave.hub.kept_files import KEPT, kept
-from loraweave.hub.license_terms import require_one_work, stated
 from loraweave.hub.merge_report import MergeReport
+from loraweave.lowrank import algebra
 from loraweave.types import BaseKey, Factors, Fingerprint, Kind, own_memory
 
 Form = tuple[tuple[str, int, int, Kind, tuple[int, ...], bool], ...]

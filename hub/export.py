@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from loraweave.errors import AdapterUnsupported, UnknownName, WeightingError
-from loraweave.hub import algebra
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats.peft import Peft
-from loraweave.hub.license_terms import stated
+from loraweave.hub.intake.license_terms import stated
+from loraweave.lowrank import algebra
 from loraweave.registry import nearest
 from loraweave.types import Factors
 

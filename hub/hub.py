@@ -15,22 +15,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from loraweave.common.names import checked_name, near_misses
+from loraweave.common.process import paused_collector
 from loraweave.common.rows import GivenRows
 from loraweave.errors import AdapterExists, AdapterNotFound, HubError, InvalidName
 from loraweave.hub import quarantine
-from loraweave.hub.collect import collect
-from loraweave.hub.fields import checked_fields
-from loraweave.hub.found import Found, html_of_hub
-from loraweave.hub.intake.sample_pairs import card_with_outputs, split_pairs
-from loraweave.hub.licenses import canonical
-from loraweave.hub.names import checked_name, near_misses
-from loraweave.hub.paused_collector import paused_collector
-from loraweave.hub.stores.blob_files import STALE_TMP_S
+from loraweave.hub.intake.fields import card_with_outputs, checked_fields, split_pairs
+from loraweave.hub.intake.licenses import canonical
+from loraweave.hub.search.search import Found, html_of_hub
 from loraweave.hub.stores.catalogue import require_row
+from loraweave.hub.stores.collect import collect
+from loraweave.hub.stores.errors import storage_errors
+from loraweave.hub.stores.folder_blobs import STALE_TMP_S
 from loraweave.hub.stores.open_stores import open_stores
 from loraweave.hub.stores.protocols import Connection, VectorSearch
-from loraweave.hub.stores.storage_errors import storage_errors
-from loraweave.hub.tables import known_bases, rows, versions
+from loraweave.hub.tables import filtering, rows, versions
 from loraweave.hub.tables.changes import Changes, read_changes
 from loraweave.hub.tables.filtering import Filters, bases, matching
 from loraweave.hub.tables.vectors import read_vectors, write_vectors
@@ -41,9 +40,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from loraweave.hub.adapter import Adapter
+    from loraweave.hub.health.verify import Verification
     from loraweave.hub.intake.adding import Added, Addition
     from loraweave.hub.pool import ExpertPool
-    from loraweave.hub.verify import Verification
 
 
 class Hub:
@@ -99,9 +98,9 @@ class Hub:
         record's `anomalies`; with the policy `anomalies="quarantine"` the adapter is put aside until `release`, "refuse"
         raises AdapterSuspicious, "off" does not look, and a mapping chooses by kind.
         """
-        from loraweave.hub.examination import examined
+        from loraweave.hub.health.anomalies import examined
         from loraweave.hub.intake.adding import Addition, prepared
-        from loraweave.hub.storing import store
+        from loraweave.hub.stores.storing import store
 
         addition = Addition(source, name, description, examples, tags, license, base_model, language)
         adapter, record = prepared(addition, stored_as=stored_as, allow_pickle=allow_pickle)
@@ -250,7 +249,7 @@ class Hub:
 
         The list knows this hub as its `hub`, so that it can be the pool of `lw.experts`.
         """
-        from loraweave.hub.search import search
+        from loraweave.hub.search.search import search
 
         found = search(self, query, k=k, base_model=base_model, license=license, tags=tags, min_score=min_score)
         return Found(found, self)
@@ -261,7 +260,7 @@ class Hub:
         Only adapters that share a layer are compared. A damaged one is left out with a warning. RetrievalError for a k
         that does not count.
         """
-        from loraweave.hub.similar import most_similar
+        from loraweave.hub.search.similar import most_similar
 
         return Found(most_similar(self, name, k), self)
 
@@ -295,13 +294,12 @@ class Hub:
 
         BaseModelMismatch where the adapter was made for another model, LayerMismatch where a layer does not fit.
         """
-        from loraweave.hub.binding import bound_record
-        from loraweave.hub.stored_adapter import stored_adapter
+        from loraweave.hub.stores.storing import bound_record, stored_adapter
 
         with self._catalogue.writing(f"binding adapter {name!r} to a base model") as connection:
             row = self._found(connection, name)
             record = bound_record(row.record, stored_adapter(self._blobs, row), model)
-            known_bases.remember(connection, record)
+            filtering.remember(connection, record)
             return rows.change(connection, row, record)
 
     def quarantine(self, name: str) -> Record:
@@ -341,7 +339,7 @@ class Hub:
 
     def verify(self) -> Verification:
         """Reads every row and every blob and reports what is damaged: `.ok`, `.problems`, `.intact`, `.orphans`."""
-        from loraweave.hub.verify import verify
+        from loraweave.hub.health.verify import verify
 
         return verify(self._catalogue, self._blobs, self.path)
 
@@ -444,7 +442,7 @@ class Hub:
 
     def _opened(self, find: Callable[[], rows.Row]) -> Adapter:
         """The adapter whose row `find` reads; a row whose blob is collected before it is mapped is read anew."""
-        from loraweave.hub.stored_adapter import stored_adapter
+        from loraweave.hub.stores.storing import stored_adapter
 
         row = find()
         while True:

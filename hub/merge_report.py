@@ -8,11 +8,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from loraweave.common.display import blank_figure
 from loraweave.errors import CompositionError
-from loraweave.hub.drawing import blank_figure
 
 if TYPE_CHECKING:
-    from loraweave.hub.shown_table import ShownTable
+    from loraweave.common.display import ShownTable
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class MergeReport(Mapping[str, LayerReport]):
 
     def table(self) -> ShownTable:
         """The layers as a table, those of one module name in a row."""
-        from loraweave.hub.shown_table import ShownTable
+        from loraweave.common.display import ShownTable
 
         shown = " + ".join(f"{weight:g} {name}" for name, weight in zip(self.names, self.weights, strict=True))
         table = ShownTable(title=f"{self.method}: {shown}" if self else "not a merge", title_justify="left")

@@ -190,7 +190,7 @@ def require_free(folder: Path, own: str, *, replace: bool = True) -> None:
 
 def recorded_base(folder: Path) -> str | None:
     """The base model that a composition folder names, None when it names none; raises what reading the folder raises."""
-    from loraweave.composer.saved_recipe import SavedRecipe
+    from loraweave.composer.compose.report import SavedRecipe
 
     named = SavedRecipe.read(folder).base_model
     return named if isinstance(named, str) and named else None

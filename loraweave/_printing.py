@@ -36,7 +36,7 @@ def print_table(table: Table) -> None:
 
 def print_rows(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """A table; columns of numbers are right-aligned."""
-    from loraweave.hub.shown_table import ShownTable
+    from loraweave.common.display import ShownTable
 
     print_table(ShownTable.of(columns, ([_cell(value) for value in row] for row in rows)))
 

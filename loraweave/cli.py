@@ -182,8 +182,8 @@ def compose(
         require_free(out, COMPOSITION_FILE)
     rows = read_rows(examples, split=split)
     import loraweave as lw
-    from loraweave.composer.compose import check_arguments
-    from loraweave.composer.composing.router_method import routes
+    from loraweave.composer.compose.compose import check_arguments
+    from loraweave.composer.compose.settings import routes
 
     asked = rows.instruction if instruction is None else instruction
     task = lw.Task(rows.examples()[:num_examples], instruction=asked, labels=wanted)
@@ -369,7 +369,7 @@ def export(
 
 def _evaluate_adapter(adapter: Any, base: str | None, task: Any, pairs: Any) -> dict[str, Any]:
     import loraweave as lw
-    from loraweave.composer.scoring import evaluate
+    from loraweave.composer.model.scoring import evaluate
 
     model, tokenizer = load_model(base or adapter.base_model or None)
     with lw.Composer(model, [adapter]).activate({adapter.name: 1.0}):

@@ -22,7 +22,7 @@ def show_methods(asked: bool) -> None:
     if not asked:
         return
     from loraweave import registry
-    from loraweave.composer.method_call import MethodCall
+    from loraweave.composer.merge.method_call import MethodCall
 
     rows = []
     for name in registry.names("methods"):

@@ -1,4 +1,4 @@
-"""A folder is a registry: `get("methods", "ties")` imports `composer/methods/ties.py` and returns its `ties` or `Ties`."""
+"""A folder is a registry: `get("methods", "ties")` imports `composer/merge/methods/ties.py` and returns its `ties`."""
 
 from __future__ import annotations
 
@@ -7,48 +7,57 @@ import importlib
 import pkgutil
 import sys
 from collections.abc import Iterable
+from types import ModuleType
 from typing import Any
 
 from loraweave.errors import UnknownName
 
-FOLDERS = {
-    "methods": "loraweave.composer.methods",
-    "kernels": "loraweave.composer.kernels",
-    "objectives": "loraweave.composer.objectives",
-    "continual": "loraweave.composer.continual",
-    "routers": "loraweave.routers",
-    "experts": "loraweave.routers.experts",
+FOLDERS: dict[str, str | tuple[str, ...]] = {
+    "methods": "loraweave.composer.merge.methods",
+    "kernels": "loraweave.composer.live.kernels",
+    "objectives": "loraweave.composer.compose.objectives",
+    "continual": "loraweave.composer.train.ordered",
+    "routers": ("loraweave.routers.searches", "loraweave.routers.tokens"),
+    "experts": "loraweave.routers.recipes",
     "losses": "loraweave.routers.losses",
     "forms": "loraweave.composer.experts.forms",
-    "embedders": "loraweave.retrieval.embedders",
+    "embedders": "loraweave.hub.embedders",
     "keys": "loraweave.retrieval.keys",
-    "indexes": "loraweave.retrieval.indexes",
+    "indexes": "loraweave.hub.indexes",
     "formats": "loraweave.hub.formats",
 }
-
-# modules of a registry folder that support the others and are no entries themselves
-SUPPORT = {"routers": {"by_row", "mixture", "objective"}}
 
 
 def names(folder: str) -> list[str]:
     """The sorted names that `get(folder, name)` accepts; only the folder is read, none of its files is imported."""
-    if folder not in FOLDERS:
-        raise UnknownName(f"no registry {folder!r}{nearest(folder, list(FOLDERS))}; there are {', '.join(FOLDERS)}")
-    try:
-        package = importlib.import_module(FOLDERS[folder])
-    except ModuleNotFoundError:
-        return []
-    modules = pkgutil.iter_modules(package.__path__)
-    hidden = SUPPORT.get(folder, set())
-    return sorted(m.name for m in modules if not m.ispkg and not m.name.startswith("_") and m.name not in hidden)
+    return sorted(modules(folder))
+
+
+def modules(folder: str) -> dict[str, str]:
+    """{name: module} of a registry. Of two files of one name, the one of the package that is listed first."""
+    found: dict[str, str] = {}
+    for package in _packages(folder):
+        try:
+            path = importlib.import_module(package).__path__
+        except ModuleNotFoundError:
+            continue
+        for module in pkgutil.iter_modules(path):
+            if not module.ispkg and not module.name.startswith("_"):
+                found.setdefault(module.name, f"{package}.{module.name}")
+    return found
 
 
 def get(folder: str, name: str) -> Any:
     """The function `name` or the class `Name` of the file `name.py` in a registry folder."""
-    # a folder takes a millisecond to list, and reading an adapter asks for every format
-    if not _is_loaded(folder, name) and name not in (known := names(folder)):
-        raise UnknownName(f"no {folder.removesuffix('s')} {name!r}{nearest(name, known)}; there are {', '.join(known)}")
-    module = importlib.import_module(f"{FOLDERS[folder]}.{name}")
+    module = _loaded(folder, name)
+    if module is None:
+        # a folder takes a millisecond to list, and reading an adapter asks for every format
+        known = modules(folder)
+        if name not in known:
+            raise UnknownName(
+                f"no {folder.removesuffix('s')} {name!r}{nearest(name, known)}; there are {', '.join(sorted(known))}"
+            )
+        module = importlib.import_module(known[name])
     camel = "".join(part.capitalize() for part in name.split("_"))
     for attribute in (name, camel):
         if hasattr(module, attribute):
@@ -56,12 +65,22 @@ def get(folder: str, name: str) -> Any:
     raise UnknownName(f"{module.__name__} defines neither {name!r} nor {camel!r}")
 
 
-def _is_loaded(folder: str, name: str) -> bool:
-    """Whether the file of an entry has been imported; False for what is no entry."""
-    if folder not in FOLDERS or not name.isidentifier() or name.startswith("_") or name in SUPPORT.get(folder, set()):
-        return False
-    module = sys.modules.get(f"{FOLDERS[folder]}.{name}")
-    return module is not None and not hasattr(module, "__path__")
+def _packages(folder: str) -> tuple[str, ...]:
+    if folder not in FOLDERS:
+        raise UnknownName(f"no registry {folder!r}{nearest(folder, list(FOLDERS))}; there are {', '.join(FOLDERS)}")
+    packages = FOLDERS[folder]
+    return (packages,) if isinstance(packages, str) else packages
+
+
+def _loaded(folder: str, name: str) -> ModuleType | None:
+    """The module of an entry that has been imported."""
+    if not name.isidentifier() or name.startswith("_"):
+        return None
+    for package in _packages(folder):
+        module = sys.modules.get(f"{package}.{name}")
+        if module is not None and not hasattr(module, "__path__"):
+            return module
+    return None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

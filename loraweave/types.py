@@ -219,7 +219,7 @@ class Router(Protocol):
 
     One that looks at the model's whole input first has `begin(model, arguments) -> Router` too: it is shown the arguments of
     each call by name, while the model answers as the base, and gives the router of that one call. Inside `begin`,
-    `loraweave.routers.routing.answering.under` makes the model answer with other weights.
+    `loraweave.routers.combined.under` makes the model answer with other weights.
     """
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor: ...

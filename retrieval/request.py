@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from loraweave.common.checks import is_whole
 from loraweave.errors import RetrievalError
-from loraweave.hub.search import Hit, checked_count, checked_threshold
+from loraweave.hub.search.search import Hit, checked_count, checked_threshold
 from loraweave.hub.tables.filtering import Filters
-from loraweave.hub.whole_number import is_whole
 from loraweave.types import BaseKey, Candidate
+
+if TYPE_CHECKING:
+    from loraweave.hub.adapter import Adapter
 
 
 @dataclass(frozen=True)
@@ -73,3 +77,35 @@ class Request:
             fitting = lower if place is None else fitting[place + 1 :]
         enough = self.min_score
         return [hit for hit in fitting[:count] if enough is None or hit.score >= enough]
+
+
+@dataclass(frozen=True, eq=False)
+class Query:
+    """Inputs of one task, their outputs where known (one for each input, empty where it has none; or none at all), its
+    description, an adapter.
+
+    A key compares what it knows; a query that lacks that part gets no opinion from it.
+    """
+
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    description: str = ""
+    adapter: Adapter | None = None
+
+
+def diverse(hits: Sequence[Hit], num_wanted: int, diversity: float) -> list[Hit]:
+    """The hits that are chosen, in their original order (by score)."""
+    if not hits or not num_wanted:
+        return []
+    keys_ND = np.stack([hit.key_D for hit in hits]).astype(np.float64)
+    scores_N = np.array([hit.score for hit in hits])
+    open_N = np.ones(len(hits), dtype=bool)
+    # the first is the best fit at any diversity: there is nothing yet that it could resemble
+    nearest_N = np.full(len(hits), -np.inf)
+    chosen = [0]
+    while len(chosen) < min(num_wanted, len(hits)):
+        open_N[chosen[-1]] = False
+        nearest_N = np.maximum(nearest_N, keys_ND @ keys_ND[chosen[-1]])
+        gain_N = (1 - diversity) * scores_N - diversity * nearest_N
+        chosen.append(int(np.argmax(np.where(open_N, gain_N, -np.inf))))
+    return [hits[position] for position in sorted(chosen)]

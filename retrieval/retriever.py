@@ -8,19 +8,15 @@ from typing import TYPE_CHECKING, TypeVar, overload
 import numpy as np
 
 from loraweave import registry
+from loraweave.common.checks import is_whole
 from loraweave.common.rows import GivenRows, read_inputs, read_rows
 from loraweave.errors import RetrievalError
-from loraweave.hub.found import Found
 from loraweave.hub.hub import Hub
-from loraweave.hub.search import Embedder, Hit, SearchIndex, unit
-from loraweave.hub.whole_number import is_whole
+from loraweave.hub.search.search import Embedder, Found, Hit, SearchIndex, unit
 from loraweave.retrieval.abstention import Abstention
-from loraweave.retrieval.diversity import diverse
 from loraweave.retrieval.fusion import Fusion
-from loraweave.retrieval.key import Key
-from loraweave.retrieval.keyed_search import KeyedSearch, key_name
-from loraweave.retrieval.query import Query
-from loraweave.retrieval.request import Request
+from loraweave.retrieval.keyed_search import Key, KeyedSearch, key_name
+from loraweave.retrieval.request import Query, Request, diverse
 from loraweave.types import BaseKey, Candidate
 
 if TYPE_CHECKING:

@@ -21,15 +21,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from loraweave.common.checks import require_whole
+from loraweave.common.display import progress_bar
 from loraweave.common.rows import GivenRows, read_inputs
+from loraweave.common.state import TrainingState, checkpoint_folder, drop_state, load_state, save_state, save_tensors
 from loraweave.errors import TrainingError
-from loraweave.hub.formats._saved_tensors import save_tensors
+from loraweave.hub.embedders._text import readable
+from loraweave.hub.embedders.sentence import ENCODER_FILE, MAX_TOKENS, MODEL_FILES, Sentence
 from loraweave.hub.hub import Hub
-from loraweave.hub.progress import progress_bar
-from loraweave.hub.whole_number import require_whole
-from loraweave.retrieval.embedders._text import readable
-from loraweave.retrieval.embedders.sentence import ENCODER_FILE, MAX_TOKENS, MODEL_FILES, Sentence
-from loraweave.retrieval.training_state import TrainingState, checkpoint_folder, drop_state, load_state, save_state
 
 GRADIENT_LIMIT = 1.0
 CHECKPOINT_STEPS = 20

@@ -26,7 +26,7 @@ and a test compares it with the folders.
 
 def first_line(folder: str, name: str) -> str:
     """The first line of the entry's file, as a table cell."""
-    path = ROOT.joinpath(*registry.FOLDERS[folder].split(".")[1:], f"{name}.py")
+    path = ROOT.joinpath(*registry.modules(folder)[name].split(".")[1:]).with_suffix(".py")
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     return text.split("\n\n")[0].replace("\n", " ").replace("|", "\\|")
 
@@ -36,10 +36,11 @@ def page() -> str:
     parts = [HEAD]
     for folder in registry.FOLDERS:
         if names := registry.names(folder):
-            place = registry.FOLDERS[folder].removeprefix("loraweave.").replace(".", "/")
+            places = {module.rpartition(".")[0] for module in registry.modules(folder).values()}
+            shown = " and ".join(f"`{place.removeprefix('loraweave.').replace('.', '/')}/`" for place in sorted(places))
             rows = [f"| `{name}` | {first_line(folder, name)} |" for name in names]
             parts.append(
-                "\n".join([f"## {folder}", f"Files of `{place}/`.", "", "| name | what it is |", "|---|---|", *rows, ""])
+                "\n".join([f"## {folder}", f"Files of {shown}.", "", "| name | what it is |", "|---|---|", *rows, ""])
             )
     return "\n".join(parts)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from loraweave.hub import anomalies
+from loraweave.hub.health import anomalies
 from loraweave.hub.intake import archives
 
 ROOT = Path(__file__).parents[1]

@@ -193,7 +193,7 @@ def test_an_error_of_the_file_system_is_one_line_too(two, monkeypatch):
     def fail(*_args, **_options):
         raise OSError(5, "Input/output error", "somewhere")
 
-    monkeypatch.setattr("loraweave.composer.merge.merge", fail)
+    monkeypatch.setattr("loraweave.composer.merge.merge.merge", fail)
     done = call("merge", two / "left", "--out", "m")
     assert (done.exit_code, done.stderr) == (1, "OSError: [Errno 5] Input/output error: 'somewhere'\n")
 
@@ -202,7 +202,7 @@ def test_a_message_of_several_lines_becomes_one_without_control_characters(two, 
     def fail(*_args, **_options):
         raise lw.LayerMismatch("first\nsecond \x1b[31mred")
 
-    monkeypatch.setattr("loraweave.composer.merge.merge", fail)
+    monkeypatch.setattr("loraweave.composer.merge.merge.merge", fail)
     assert call("merge", two / "left", "--out", "m").stderr == "LayerMismatch: first second  [31mred\n"
 
 
@@ -210,7 +210,7 @@ def test_an_interruption_is_one_line_and_status_130(two, monkeypatch):
     def interrupt(*_args, **_options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("loraweave.composer.merge.merge", interrupt)
+    monkeypatch.setattr("loraweave.composer.merge.merge.merge", interrupt)
     done = call("merge", two / "left", "--out", "m")
     assert (done.exit_code, done.stderr, done.stdout) == (130, "interrupted\n", "")
 
@@ -241,7 +241,7 @@ import loraweave.hub.hub as module
 from loraweave.errors import HubCorrupt
 
 def gc(hub):
-    for name in ("torchao", "torch.utils._pytree", "some.library", "loraweave.hub.search"):
+    for name in ("torchao", "torch.utils._pytree", "some.library", "loraweave.hub.search.search"):
         logging.getLogger(name).warning("said by %s", name)
     warnings.warn("it will be gone", FutureWarning)
     warnings.warn("mind the licenses")
@@ -258,7 +258,7 @@ main()
     theirs = ("said by torchao", "said by torch.utils._pytree", "said by some.library", "it will be gone")
     assert all((text in done.stderr) is ("--debug" in words) for text in theirs)
     # what loraweave itself has to say is said
-    assert "said by loraweave.hub.search" in done.stderr
+    assert "said by loraweave.hub.search.search" in done.stderr
     assert "mind the licenses" in done.stderr
     assert "HubCorrupt: the catalogue is gone" in done.stderr.splitlines()[-1]
 
@@ -446,7 +446,7 @@ def test_compose_asks_for_licenses_before_the_base_is_loaded(here, base, rows):
 def test_compose_uses_the_hub_by_default(here, base, rows, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "loraweave.composer.compose.compose", lambda *given, **options: seen.append((given, options)) or 1 / 0
+        "loraweave.composer.compose.compose.compose", lambda *given, **options: seen.append((given, options)) or 1 / 0
     )
     lw.Hub("adapters").close()
     done = call("compose", "--base", base, "--examples", rows, "--num-examples", "2", "--instruction", "Go on.", "--k", "3")
@@ -611,9 +611,7 @@ def test_train_goes_on_from_its_checkpoint(here, base, rows, monkeypatch):
     words = ["train", rows, "--out", "trained", "--base", base, "--rank", "1", "--steps", "2"]
     assert call(*words).exit_code == 0
     first = lw.Adapter.from_pretrained("trained/rows").hash
-    monkeypatch.setattr(
-        "loraweave.composer.training.fused_training.FusedTraining.run", lambda *_, **__: pytest.fail("trained again")
-    )
+    monkeypatch.setattr("loraweave.composer.train.fused.FusedTraining.run", lambda *_, **__: pytest.fail("trained again"))
     assert call(*words).exit_code == 0
     assert lw.Adapter.from_pretrained("trained/rows").hash == first
 
@@ -650,7 +648,7 @@ def test_only_the_rows_of_the_split_are_used(here, base, monkeypatch):
     file = write_rows(here / "s.jsonl", [{"input": s, "target": "b", "split": s} for s in ("train", "test", "train")])
     seen = []
     monkeypatch.setattr(
-        "loraweave.composer.training.train_adapters.train_adapters", lambda _m, _t, tasks, **_: seen.append(tasks) or {}
+        "loraweave.composer.train.adapters.train_adapters", lambda _m, _t, tasks, **_: seen.append(tasks) or {}
     )
     call("train", file, "--out", "t", "--base", base)
     call("train", file, "--out", "t", "--base", base, "--split", "test")

@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 
 import loraweave as lw
 from loraweave.cli import app
+from loraweave.hub.embedders.sentence import Sentence
 from loraweave.retrieval import training
-from loraweave.retrieval.embedders.sentence import Sentence
 from loraweave.types import Factors
 
 INPUTS = {"count": ["1 2 3", "4 5 6", "7 8 9"], "vowels": ["a e i", "o u a", "e i o"]}

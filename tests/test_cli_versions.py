@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 import loraweave as lw
 from loraweave import cli_versions
 from loraweave.cli import app
-from loraweave.hub.fingerprint import fingerprint
+from loraweave.hub.base import fingerprint
 from loraweave.types import Factors
 
 

@@ -33,7 +33,7 @@ def test_every_registered_name_resolves_to_a_documented_thing_of_its_own_file(fo
     found = registry.get(folder_name, name)
     assert callable(found)
     assert found.__doc__
-    assert found.__module__ == f"{registry.FOLDERS[folder_name]}.{name}"
+    assert found.__module__ == registry.modules(folder_name)[name]
 
 
 @pytest.mark.parametrize("folder_name", ["methods", "kernels", "routers", "embedders", "keys", "indexes", "formats"])
@@ -41,12 +41,11 @@ def test_every_folder_has_an_entry(folder_name):
     assert registry.names(folder_name)
 
 
-def test_names_are_sorted_and_leave_out_private_files_packages_and_support(folder, tmp_path, monkeypatch):
-    for name in ("zeta", "alpha", "_helper", "support"):
+def test_names_are_sorted_and_leave_out_private_files_and_packages(folder, tmp_path):
+    for name in ("zeta", "alpha", "_helper"):
         folder(name, "")
     (tmp_path / "registry_fixture" / "inner").mkdir()
     (tmp_path / "registry_fixture" / "inner" / "__init__.py").write_text("")
-    monkeypatch.setitem(registry.SUPPORT, "things", {"support"})
     assert registry.names("things") == ["alpha", "zeta"]
 
 
@@ -55,15 +54,10 @@ def test_listing_names_imports_none_of_the_files(folder):
     assert registry.names("things") == ["broken"]
 
 
-def test_one_that_was_got_before_is_got_without_listing_the_folder_and_what_supports_others_never(folder, monkeypatch):
+def test_one_that_was_got_before_is_got_without_listing_the_folder(folder, monkeypatch):
     folder("plain", "def plain(): return 3")
-    folder("support", "def support(): return 4")
     assert registry.get("things", "plain")() == 3
-    monkeypatch.setitem(registry.SUPPORT, "things", {"support"})
-    __import__("registry_fixture.support")
-    with pytest.raises(UnknownName, match="there are plain"):
-        registry.get("things", "support")
-    monkeypatch.setattr(registry, "names", None)
+    monkeypatch.setattr(registry, "modules", None)
     assert registry.get("things", "plain")() == 3
 
 
@@ -94,7 +88,7 @@ def test_a_name_like_no_other_is_answered_with_all_names_alone():
         registry.get("methods", "qqqq")
 
 
-@pytest.mark.parametrize("name", ["_contents", "__init__", "../hub", "peft.Peft", "", "mixture"])
+@pytest.mark.parametrize("name", ["_contents", "__init__", "../hub", "peft.Peft", "", "combined"])
 def test_only_listed_names_are_ever_imported(name):
     for folder_name in ("formats", "routers"):
         with pytest.raises(UnknownName):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from loraweave.routers.routing.make import router_class, router_names
+from loraweave.routers.tokens._saved import router_class, router_names
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "routers.md"

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from loraweave.composer.batches import left_aligned, takes
+from loraweave.common.checks import require_whole
+from loraweave.common.rows import GivenRows, read_inputs
 from loraweave.composer.composer import Composer
-from loraweave.composer.ensembles.inputs import last_positions, right_aligned, without_cache, without_left_padding
-from loraweave.composer.ensembles.member_passes import (
-    known_members,
-    member_passes,
-    member_weights,
-    rows_of,
-    rows_that_fit,
-)
-from loraweave.composer.ensembles.prediction import EnsemblePrediction
-from loraweave.composer.scoring import label_ids, label_losses
+from loraweave.composer.ensembles.member_passes import known_members, member_passes, member_weights, rows_of, rows_that_fit
+from loraweave.composer.model import scoring
+from loraweave.composer.model.batches import left_aligned, takes
+from loraweave.composer.model.scoring import label_ids, label_losses
 from loraweave.errors import CompositionError, InvalidTask
-from loraweave.hub.whole_number import require_whole
+from loraweave.types import Task
 
 # positions follow from the first two; tokenizers say that a text has one segment
 TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
@@ -152,3 +149,176 @@ def _checked(model: Any, tokens: Sequence[int]) -> Tensor:
     if not whole or not tokens or len(set(tokens)) != len(tokens) or not all(0 <= token < size for token in tokens):
         raise InvalidTask(f"tokens are {tokens!r}; give at least one id below {size}, each once")
     return torch.tensor(list(tokens))
+
+
+@dataclass(frozen=True, eq=False)
+class EnsemblePrediction:
+    """Distributions over outcomes on the last axis, averaged as probabilities: p = sum over members of w_m p_m.
+
+    `members_MBV` are the log-probabilities of each member for each row, with an axis of positions before the last where
+    several were asked for; weight_M sums to 1. `outcomes` are what the last axis stands for: labels or token ids, or empty
+    where it is the whole vocabulary or the model's own classes. Entropies are in nats.
+    """
+
+    members_MBV: Tensor
+    weight_M: Tensor
+    outcomes: tuple[str, ...] | tuple[int, ...] = ()
+
+    @cached_property
+    def log_probabilities(self) -> Tensor:
+        """log p, (B, ..., V): exact also where every member's probability is too small for a number."""
+        return torch.logsumexp(self.members_MBV + self._column().log(), dim=0)
+
+    @property
+    def probabilities(self) -> Tensor:
+        """p, (B, ..., V)."""
+        return self.log_probabilities.exp()
+
+    @property
+    def best(self) -> list[str] | list[int]:
+        """The likeliest outcome of each row: a label or token id, or its index where `outcomes` is empty.
+
+        Rows of several positions follow each other.
+        """
+        indices = self.log_probabilities.argmax(dim=-1).flatten().tolist()
+        return [self.outcomes[index] for index in indices] if self.outcomes else indices
+
+    @property
+    def entropy(self) -> Tensor:
+        """(B, ...): the entropy of the average, all that is uncertain about the outcome."""
+        return _entropy(self.probabilities)
+
+    @property
+    def member_entropy(self) -> Tensor:
+        """(M, B, ...): the entropy of each member."""
+        return _entropy(self.members_MBV.exp())
+
+    @property
+    def disagreement(self) -> Tensor:
+        """(B, ...): the entropy of the average less the average entropy: mutual information of outcome and member.
+
+        0 where all members say the same, at most the entropy of the weights.
+        """
+        average = (self.member_entropy * self._column().squeeze(-1)).sum(dim=0)
+        return (self.entropy - average).clamp(min=0)
+
+    def _column(self) -> Tensor:
+        """The weights beside the members' axis."""
+        weight_M = self.weight_M.to(self.members_MBV)
+        return weight_M.view(-1, *[1] * (self.members_MBV.dim() - 1))
+
+
+def _entropy(probabilities: Tensor) -> Tensor:
+    each: Tensor = torch.special.entr(probabilities)
+    return each.sum(dim=-1)
+
+
+def last_positions(batch: Mapping[str, Any], count: int, length: int, mask_name: str = "attention_mask") -> Tensor:
+    """place_BK: where the last `count` real tokens of each row of `length` are; all are real where no mask is given.
+
+    Raises CompositionError for a row of fewer tokens, and for a mask that does not say which tokens are padding.
+    """
+    mask = batch.get(mask_name)
+    if mask is None:
+        end_B = torch.tensor([length - 1])
+        num_tokens = length
+    else:
+        if mask.dim() != 2:
+            raise CompositionError(f"{mask_name} has {mask.dim()} axes; give one of two, which says what is padding")
+        end_B = length - 1 - mask.flip(1).ne(0).int().argmax(dim=1)
+        num_tokens = int(mask.ne(0).sum(dim=1).min())
+    if count > num_tokens:
+        raise CompositionError(f"{count} positions were asked for, but the shortest row has {num_tokens} tokens")
+    return end_B[:, None] + torch.arange(1 - count, 1, device=end_B.device)
+
+
+def without_left_padding(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch such that padding before a row's tokens does not count as positions, where it has such padding.
+
+    A decoder gets position ids from the mask, unless some are given; for any other model the padding goes to the end.
+    """
+    mask = batch.get("attention_mask")
+    if mask is None or mask.dim() != 2 or not bool((mask[:, 0] == 0).any()):
+        return dict(batch)
+    if "position_ids" in batch:
+        return dict(batch)
+    if model.can_generate() and not model.config.is_encoder_decoder and takes(model, "position_ids"):
+        return {**batch, "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)}
+    return right_aligned(batch)
+
+
+def right_aligned(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch with all padding after a row's tokens: every tensor of the mask's shape moves with it."""
+    inputs = dict(batch)
+    mask = batch.get("attention_mask")
+    if mask is None or mask.dim() != 2:
+        return inputs
+    order_BT = mask.eq(0).int().argsort(dim=1, stable=True)
+    for key, value in batch.items():
+        if isinstance(value, Tensor) and value.shape == mask.shape and not key.startswith("decoder"):
+            inputs[key] = value.gather(1, order_BT)
+    return inputs
+
+
+def without_cache(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of a call after which no other follows: keys and values are kept only where the batch asks for them."""
+    return {"use_cache": False, **inputs} if takes(model, "use_cache") else dict(inputs)
+
+
+def answers(
+    engine: Composer,
+    mixtures: Sequence[Any],
+    task: Task,
+    inputs: GivenRows,
+    *,
+    weights: Sequence[float] | None = None,
+    max_new_tokens: int = scoring.MAX_NEW_TOKENS,
+) -> list[str]:
+    """One answer for each input: the label of the highest averaged probability, else the first greedily decoded line.
+
+    Decoding takes at each step the token of the highest average of the members' probabilities, which all of them then go
+    on from: p(y) is the product of these averages. Members run as rows of one batch with a cache of keys and values.
+    `mixtures` and `weights` are those of `ensemble`; raises what it raises, CompositionError without a tokenizer, and
+    InvalidTask for inputs that are no texts and no rows.
+    """
+    members = known_members(engine, mixtures)
+    weight_M = member_weights(weights, len(members))
+    tokenizer = engine.tokenizer
+    if tokenizer is None:
+        raise CompositionError("answers() need a tokenizer: make the Composer with tokenizer=...")
+    model, labels, shares = engine.model, task.labels, weight_M.tolist()
+
+    def rank(prompts: Sequence[str]) -> list[str]:
+        return ensemble(engine, members, scoring.padded(model, tokenizer, prompts), weights=shares, labels=labels).best  # type: ignore[return-value]
+
+    def decode(prompts: Sequence[str]) -> list[str]:
+        with torch.no_grad(), engine.activate(members):
+            found = scoring.generate(
+                model,
+                tokenizer,
+                list(prompts) * len(members),
+                max_new_tokens=max_new_tokens,
+                processors=[AveragedScores(weight_M)],
+            )
+        return found[: len(prompts)]
+
+    prompts = [task.prompt(text) for text in read_inputs(inputs)]
+    size = max(1, scoring.BATCH_SIZE // len(members)) if labels is None else scoring.BATCH_SIZE
+    return scoring.by_length(tokenizer, prompts, size, decode if labels is None else rank)
+
+
+class AveragedScores:
+    """A logits processor for greedy decoding: log of the members' averaged probabilities, the same for each member's row.
+
+    The rows of a batch are those of the first member, then those of the next. weight_M sums to 1.
+    """
+
+    def __init__(self, weight_M: Tensor) -> None:
+        self.weight_M = weight_M
+
+    def __call__(self, ids_NT: Tensor, scores_NV: Tensor) -> Tensor:
+        scores_MBV = scores_NV.to(torch.promote_types(scores_NV.dtype, torch.float32)).log_softmax(dim=-1)
+        scores_MBV = scores_MBV.view(len(self.weight_M), -1, scores_NV.shape[-1])
+        log_weight_M = self.weight_M.to(scores_MBV).log()
+        average_BV = torch.logsumexp(scores_MBV + log_weight_M[:, None, None], dim=0)
+        return average_BV.repeat(len(self.weight_M), 1)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from loraweave.composer.composer import Composer
-from loraweave.composer.mixing.resolve import resolve
+from loraweave.composer.live.resolve import resolve
 from loraweave.errors import CompositionError, WeightingError
-from loraweave.routers.mixture import MixtureWeights
+from loraweave.routers.weights import MixtureWeights
 
 # of one forward pass: bounds what the layers hold, and what the language head gives
 MAX_TOKENS = 2**13

@@ -15,14 +15,39 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn import functional
 
+from loraweave.common.state import save_tensors
 from loraweave.composer.composer import Composer
-from loraweave.composer.ensembles.features import features
-from loraweave.composer.ensembles.member_passes import known_members
-from loraweave.composer.ensembles.preferences import Pairs, Settings, fit, pair_features, seeded
-from loraweave.errors import AdapterCorrupt, AdapterNotFound, CompositionError, WeightingError
-from loraweave.hub.formats._saved_tensors import save_tensors
-from loraweave.hub.stores.storage_errors import storage_errors
+from loraweave.composer.ensembles.ensemble import right_aligned, without_cache
+from loraweave.composer.ensembles.member_passes import known_members, rows_of
+from loraweave.composer.ensembles.rewards import (
+    Epochs,
+    Pairs,
+    Rewards,
+    Settings,
+    descend,
+    features,
+    fit,
+    pair_features,
+    require_pairs,
+    seeded,
+    text_features,
+)
+from loraweave.composer.experts.exchange import require_expert_model
+from loraweave.composer.experts.expert_model import ExpertModel
+from loraweave.composer.model.batches import padded_rows
+from loraweave.errors import (
+    AdapterCorrupt,
+    AdapterNotFound,
+    CompositionError,
+    InvalidTask,
+    TrainingError,
+    UnknownName,
+    WeightingError,
+)
+from loraweave.hub.stores.errors import storage_errors
+from loraweave.registry import nearest
 
 FORMAT = 1
 FILE = "reward_mixture.safetensors"
@@ -147,3 +172,224 @@ def train_reward_mixture(
     head = seeded(seed, lambda: RewardMixture(members, preferred_MNH.shape[2], hashes=hashes)).to(preferred_MNH)
     fit(head, preferred_MNH, other_MNH, settings, progress=progress)
     return head
+
+
+class RoutedRewards(nn.Module):
+    """A head for each category, and the linear classifier of the base's features that finds a text's category.
+
+    The published router is a language model of its own that reads the question alone.
+    """
+
+    def __init__(self, heads: Mapping[str, RewardMixture], hidden_size: int) -> None:
+        super().__init__()
+        self.categories = tuple(heads)
+        self.outer = nn.Linear(hidden_size, len(heads))
+        # names are free text, which no module may have
+        self.heads = nn.ModuleList(heads.values())
+
+    def categories_of(self, engine: Composer, batch: Mapping[str, Any]) -> list[str]:
+        """The category of each row of a batch."""
+        return [self.categories[place] for place in self._places(engine, batch).tolist()]
+
+    def rewards(self, engine: Composer, batch: Mapping[str, Any], *, questions: Mapping[str, Any] | None = None) -> Tensor:
+        """reward_B of each row of a batch, by its category's head alone; of `questions`, where given, is the category.
+
+        Raises WeightingError for another number of questions, and what the heads' `rewards` raise.
+        """
+        if questions is not None and rows_of(questions) != rows_of(batch):
+            raise WeightingError(f"there are {rows_of(questions)} questions for {rows_of(batch)} rows: give one for each")
+        place_B = self._places(engine, batch if questions is None else questions)
+        reward_B = self.outer.weight.new_zeros(len(place_B))
+        for place in sorted(set(place_B.tolist())):
+            rows = (place_B == place).nonzero()[:, 0]
+            head: Any = self.heads[place]
+            reward_B[rows] = head.rewards(engine, _some_rows(batch, rows)).to(reward_B)
+        return reward_B
+
+    @torch.no_grad()
+    def _places(self, engine: Composer, batch: Mapping[str, Any]) -> Tensor:
+        features_BH = features(engine, [None], batch)[0].to(self.outer.weight)
+        found_B: Tensor = self.outer(features_BH).argmax(dim=1)
+        return found_B
+
+
+def train_routed_rewards(
+    engine: Composer,
+    members: Mapping[str, Sequence[Member]],
+    pairs: Mapping[str, Pairs],
+    *,
+    steps: int = 300,
+    lr: float = 1e-3,
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: bool = True,
+) -> RoutedRewards:
+    """RoutedRewards of the categories: each head learns from its category's pairs, the classifier from all their texts.
+
+    `members` and `pairs` are by category. Each head takes `steps` steps as `train_reward_mixture` does, and the classifier
+    as many of AdamW on the cross-entropy of all texts at once; model and adapters stay as they are.
+    Raises WeightingError for categories without pairs or members, InvalidTask for a text of two categories, and what
+    `train_reward_mixture` raises.
+    """
+    settings = Settings(steps, lr, batch_size, seed)
+    if not members or set(members) != set(pairs):
+        raise WeightingError(
+            f"members are for the categories {list(members)} and pairs for {list(pairs)}: give both for each category"
+        )
+    category: dict[str, int] = {}
+    for place, name in enumerate(members):
+        for text in (text for pair in pairs[name] for text in pair):
+            if category.setdefault(text, place) != place:
+                other = list(members)[category[text]]
+                raise InvalidTask(f"text {text[:60]!r} has two categories, {other!r} and {name!r}: give it one")
+    heads = {
+        name: train_reward_mixture(
+            engine, own, pairs[name], steps=steps, lr=lr, batch_size=batch_size, seed=seed, progress=progress
+        )
+        for name, own in members.items()
+    }
+    features_NH = text_features(engine, [None], list(category), progress=progress)[0]
+    routed = seeded(seed, lambda: RoutedRewards(heads, features_NH.shape[1])).to(features_NH)
+    _fit_outer(routed.outer, features_NH, torch.tensor(list(category.values()), device=features_NH.device), settings)
+    return routed
+
+
+def _fit_outer(outer: nn.Linear, features_NH: Tensor, category_N: Tensor, settings: Settings) -> None:
+    optimizer = torch.optim.AdamW(outer.parameters(), lr=settings.lr, weight_decay=0.0)
+    with torch.enable_grad():
+        for _ in range(settings.steps):
+            loss = functional.cross_entropy(outer(features_NH), category_N)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+
+
+def _some_rows(batch: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
+    """These rows of a batch; what is no tensor by row stays what it is."""
+    num_rows = rows_of(batch)
+    return {
+        key: value[rows.to(value.device)] if isinstance(value, Tensor) and value.dim() and len(value) == num_rows else value
+        for key, value in right_aligned(batch).items()
+    }
+
+
+def expert_rewards(model: ExpertModel, batch: Mapping[str, Any]) -> Rewards:
+    """The reward that the expert of each of the model's tasks gives each row of a batch, padded on either side.
+
+    All run in one pass, beside each other. Raises CompositionError for a base without a head of one label.
+    """
+    _require_reward_model(model)
+    return Rewards(_rewards(model, batch, [*range(len(model.tasks))]))
+
+
+def train_reward_experts(
+    model: ExpertModel,
+    pairs: Pairs | Mapping[str, Pairs],
+    *,
+    steps: int = 300,
+    lr: float = 1e-4,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: bool = True,
+) -> ExpertModel:
+    """The model, whose experts have learned from pairs of (the text that is preferred, the other one); the base stays.
+
+    `pairs` are for all experts, as an ensemble's members learn, or {task: pairs} for each one's own, as the capability
+    points of DMoERM do. Each step takes AdamW without weight decay down the mean over `batch_size` pairs, in shuffled
+    epochs, of -log sigmoid(r(preferred) - r(other)), the sum of this over experts, and the terms of the recipe.
+    Raises InvalidTask for pairs that are none, UnknownName for a task that the model has not, TrainingError for settings out
+    of range, for a task without pairs and for a loss that is not finite, CompositionError for a base without a head of one
+    label and without a tokenizer.
+    """
+    settings = Settings(steps, lr, batch_size, seed)
+    _require_reward_model(model)
+    by_expert = _pairs_by_expert(model, pairs)
+    tokens = _tokens(model, by_expert)
+    learning = [parameter for parameter in model.expert_parameters().values() if parameter.requires_grad]
+    # experts with the same pairs take them in the same order
+    orders = [Epochs(len(own), settings.seed) for own in by_expert]
+
+    def next_loss() -> Tensor:
+        chosen = [
+            [own[index] for index in order.next(settings.batch_size)] for own, order in zip(by_expert, orders, strict=True)
+        ]
+        return _loss(model, chosen, tokens)
+
+    was_training = model.training
+    model.train()
+    try:
+        descend(learning, settings, next_loss, what="the reward experts", progress=progress)
+    finally:
+        model.train(was_training)
+    return model
+
+
+def _loss(model: ExpertModel, chosen: Sequence[Pairs], tokens: Mapping[str, list[int]]) -> Tensor:
+    """The sum over experts of the mean over their pairs, and the recipe's terms, in one pass of the model."""
+    rows = [tokens[pair[side]] for side in (0, 1) for own in chosen for pair in own]
+    experts = [expert for expert, own in enumerate(chosen) for _ in own]
+    ids_BT, mask_BT = padded_rows(model.tokenizer, rows, left=False)
+    batch = {"input_ids": ids_BT.to(model.device), "attention_mask": mask_BT.to(model.device)}
+    preferred_N, other_N = _run(model, batch, 2 * experts).chunk(2)
+    by_pair_N = functional.softplus(other_N - preferred_N)
+    loss = by_pair_N.view(len(chosen), -1).mean(dim=1).sum()
+    return torch.stack([loss, *(term.to(loss) for term in model.terms.values())]).sum()
+
+
+def _rewards(model: ExpertModel, batch: Mapping[str, Any], experts: list[int]) -> Tensor:
+    """rewards_MB of these experts."""
+    num_rows = rows_of(batch)
+    inputs = {
+        key: value.repeat(len(experts), *[1] * (value.dim() - 1)) if _is_by_row(value, num_rows) else value
+        for key, value in right_aligned(batch).items()
+    }
+    return _run(model, inputs, [expert for expert in experts for _ in range(num_rows)]).view(len(experts), num_rows)
+
+
+def _run(model: ExpertModel, inputs: Mapping[str, Any], experts: list[int]) -> Tensor:
+    """The reward of each row from its expert, in fp32 or better."""
+    logits_B1: Tensor = model(**without_cache(model.base_model, inputs), task=experts).logits
+    return logits_B1.to(torch.promote_types(logits_B1.dtype, torch.float32))[:, 0]
+
+
+def _is_by_row(value: Any, num_rows: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == num_rows
+
+
+def _require_reward_model(model: ExpertModel) -> None:
+    require_expert_model(model, "a reward ensemble")
+    base: Any = model.base_model
+    if getattr(base.config, "num_labels", None) != 1 or base.can_generate():
+        raise CompositionError(
+            f"{type(base).__name__} has no head that gives one reward: load it as a sequence classifier with num_labels=1"
+        )
+
+
+def _pairs_by_expert(model: ExpertModel, pairs: Pairs | Mapping[str, Pairs]) -> list[Pairs]:
+    """The pairs of each expert, in the order of the model's tasks."""
+    own = pairs if isinstance(pairs, Mapping) else dict.fromkeys(model.tasks, pairs)
+    for task in own:
+        if task not in model.tasks:
+            known = ", ".join(map(repr, model.tasks))
+            raise UnknownName(
+                f"recipe {model.recipe.name!r} has no task {task!r}{nearest(task, model.tasks)}; it has {known}"
+            )
+    for task in model.tasks:
+        if task not in own:
+            raise TrainingError(
+                f"task {task!r} has no pairs to learn from: give {{task: pairs}} for every task, or one list for all"
+            )
+        require_pairs(own[task])
+    return [own[task] for task in model.tasks]
+
+
+def _tokens(model: ExpertModel, by_expert: Sequence[Pairs]) -> dict[str, list[int]]:
+    """The token ids of every text."""
+    if model.tokenizer is None:
+        raise CompositionError("texts need a tokenizer: make the expert model with tokenizer=...")
+    texts = list(dict.fromkeys(text for pairs in by_expert for pair in pairs for text in pair))
+    tokens = {text: list(ids) for text, ids in zip(texts, model.tokenizer(texts)["input_ids"], strict=True)}
+    for text, ids in tokens.items():
+        if not ids:
+            raise InvalidTask(f"text {text!r} has no tokens")
+    return tokens

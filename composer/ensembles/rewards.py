@@ -8,19 +8,22 @@ one for all, are the ensembles of Zhang et al., 2024 (arXiv 2401.16635).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from loraweave.common.checks import require_whole
+from loraweave.common.display import progress_bar, tracked
+from loraweave.common.names import near_misses
 from loraweave.composer.composer import Composer
-from loraweave.composer.ensembles.features import features
-from loraweave.composer.ensembles.inputs import right_aligned, without_cache
+from loraweave.composer.ensembles.ensemble import last_positions, right_aligned, without_cache
 from loraweave.composer.ensembles.member_passes import known_members, member_passes, rows_that_fit
-from loraweave.errors import CompositionError, UnknownName, WeightingError
-from loraweave.hub.names import near_misses
+from loraweave.composer.model.batches import padded_rows, takes
+from loraweave.errors import CompositionError, InvalidTask, TrainingError, UnknownName, WeightingError
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,3 +119,198 @@ def _own_rewards(engine: Composer, members: Sequence[Any], batch: Mapping[str, A
         return logits_N1.to(torch.promote_types(logits_N1.dtype, torch.float32))[:, 0]
 
     return member_passes(engine, members, right_aligned(batch), read, rows_per_pass=fitting)
+
+
+TEXTS_PER_BATCH = 32
+
+
+def features(
+    engine: Composer, mixtures: Sequence[Any], batch: Mapping[str, Any], *, rows_per_pass: int | None = None
+) -> Tensor:
+    """features_MBH in fp32 or better: the last hidden state of each row's last real token, under each member.
+
+    Of an encoder-decoder, of its decoder. Members and batch are those of `ensemble`; padding may be on
+    either side. Raises what `ensemble` raises, and CompositionError for a model that gives no hidden state.
+    """
+    members = known_members(engine, mixtures)
+    model: Any = engine.model
+    fitting = rows_that_fit(batch, 1) if rows_per_pass is None else rows_per_pass
+
+    def read(inputs: dict[str, Any]) -> Tensor:
+        hidden_NTH = _last_hidden(model, inputs)
+        name = "decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask"
+        place_N = last_positions(inputs, 1, hidden_NTH.shape[1], name)[:, 0].to(hidden_NTH.device)
+        found_NH = hidden_NTH[torch.arange(len(hidden_NTH), device=hidden_NTH.device), place_N]
+        return found_NH.to(torch.promote_types(found_NH.dtype, torch.float32))
+
+    return member_passes(engine, members, right_aligned(batch), read, rows_per_pass=fitting)
+
+
+def text_features(engine: Composer, mixtures: Sequence[Any], texts: Sequence[str], *, progress: bool = True) -> Tensor:
+    """features_MNH of texts, each run once under each member, in batches of similar length.
+
+    Raises CompositionError without a tokenizer, InvalidTask without texts and for one without tokens.
+    """
+    if engine.tokenizer is None:
+        raise CompositionError("texts need a tokenizer: make the Composer with tokenizer=...")
+    ids = [list(row) for row in engine.tokenizer(list(texts))["input_ids"]] if texts else []
+    if not ids or not all(ids):
+        raise InvalidTask(f"text {ids.index([]) + 1} has no tokens" if ids else "there are no texts")
+    order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
+    starts = range(0, len(order), TEXTS_PER_BATCH)
+    parts = []
+    for start in tracked(starts, "features", total=len(starts), shown=progress):
+        rows = [ids[index] for index in order[start : start + TEXTS_PER_BATCH]]
+        parts.append(features(engine, mixtures, _right_padded(engine, rows)))
+    place_N = torch.tensor(order).argsort()
+    return torch.cat(parts, dim=1)[:, place_N.to(parts[0].device)]
+
+
+def _last_hidden(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """hidden_NTH, seen where the model without its head gives it: no logits of whole texts, no states of other layers."""
+    seen: list[Tensor | None] = []
+
+    def see(_: nn.Module, __: Any, output: Any) -> None:
+        seen.append(getattr(output, "last_hidden_state", None))
+
+    # an encoder-decoder may have no module for all but its head
+    body = model.get_decoder() if model.config.is_encoder_decoder else model.base_model
+    handle = body.register_forward_hook(see)
+    try:
+        arguments = {**inputs, "logits_to_keep": 1} if takes(model, "logits_to_keep") else inputs
+        model(**without_cache(model, arguments))
+    finally:
+        handle.remove()
+    if not seen or seen[-1] is None:
+        raise CompositionError(f"{type(body).__name__} gives no last_hidden_state to read features from")
+    return seen[-1]
+
+
+def _right_padded(engine: Composer, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    device = next(engine.model.parameters()).device
+    ids_BT, mask_BT = padded_rows(engine.tokenizer, rows, left=False)
+    return {"input_ids": ids_BT.to(device), "attention_mask": mask_BT.to(device)}
+
+
+T = TypeVar("T")
+Pairs = Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a head is trained. Raises TrainingError for values out of range."""
+
+    steps: int
+    lr: float
+    batch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name, value in {"steps": self.steps, "batch_size": self.batch_size}.items():
+            require_whole(name, value, 1, TrainingError)
+        if not self.lr > 0 or not math.isfinite(self.lr):
+            raise TrainingError(f"lr is {self.lr!r}; it must be above 0")
+
+
+def train_reward_heads(
+    engine: Composer,
+    mixtures: Sequence[Any],
+    pairs: Pairs,
+    *,
+    steps: int = 300,
+    lr: float = 1e-3,
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[nn.Linear]:
+    """A linear head for each member, which starts from its own seed, for `rewards(heads=...)`.
+
+    A pair is (the text that is preferred, the other one). Each head alone takes `steps` steps of AdamW without weight decay
+    on the pairwise logistic loss -log sigmoid(r(preferred) - r(other)), over `batch_size` pairs in shuffled epochs. Model
+    and adapters stay as they are.
+    Raises InvalidTask for pairs that are none, TrainingError for settings out of range and for a loss that is not finite.
+    """
+    settings = Settings(steps, lr, batch_size, seed)
+    preferred_MNH, other_MNH = pair_features(engine, mixtures, pairs, progress=progress)
+    heads = []
+    for member, (preferred_NH, other_NH) in enumerate(zip(preferred_MNH, other_MNH, strict=True)):
+        own = replace(settings, seed=seed + member)
+        head = seeded(own.seed, lambda: nn.Linear(preferred_MNH.shape[2], 1)).to(preferred_NH)
+        fit(head, preferred_NH[None], other_NH[None], own, progress=progress)
+        heads.append(head)
+    return heads
+
+
+def pair_features(engine: Composer, mixtures: Sequence[Any], pairs: Pairs, *, progress: bool) -> tuple[Tensor, Tensor]:
+    """(preferred_MNH, other_MNH): features of both texts of each pair, each text run once under each member."""
+    require_pairs(pairs)
+    texts = list(dict.fromkeys(text for pair in pairs for text in pair))
+    place = {text: index for index, text in enumerate(texts)}
+    found_MNH = text_features(engine, known_members(engine, mixtures), texts, progress=progress)
+    preferred, other = ([place[pair[side]] for pair in pairs] for side in (0, 1))
+    return found_MNH[:, preferred], found_MNH[:, other]
+
+
+def require_pairs(pairs: Pairs) -> None:
+    """Raises InvalidTask for pairs that are none."""
+    for number, pair in enumerate(pairs, start=1):
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise InvalidTask(f"pair {number} is {pair!r}, not two texts: the preferred one, and the other")
+        if pair[0] == pair[1]:
+            raise InvalidTask(f"pair {number} prefers {pair[0][:60]!r} to itself")
+    if not pairs:
+        raise InvalidTask("there are no pairs to learn a preference from")
+
+
+def fit(head: nn.Module, preferred_MNH: Tensor, other_MNH: Tensor, settings: Settings, *, progress: bool) -> None:
+    """Trains a head of features_MBH (M may be 1) on pairs of features, in place."""
+    order = Epochs(preferred_MNH.shape[1], settings.seed)
+
+    def next_loss() -> Tensor:
+        chosen = order.next(settings.batch_size)
+        margin_N = head(preferred_MNH[:, chosen]) - head(other_MNH[:, chosen])
+        return functional.softplus(-margin_N).mean()
+
+    descend(head.parameters(), settings, next_loss, what="the reward head", progress=progress)
+
+
+def descend(
+    parameters: Iterable[nn.Parameter], settings: Settings, next_loss: Callable[[], Tensor], *, what: str, progress: bool
+) -> None:
+    """Takes the settings' steps of AdamW without weight decay, each down the gradient of the next loss.
+
+    Raises TrainingError for a loss that is not finite.
+    """
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0)
+    with torch.enable_grad(), progress_bar(progress, field="loss") as bar:
+        shown = bar.add_task(f"training {what}", total=settings.steps, loss="")
+        for step in range(settings.steps):
+            loss = next_loss()
+            if not math.isfinite(float(loss.detach())):
+                raise TrainingError(f"the loss is {float(loss.detach())} at step {step + 1}; lower lr ({settings.lr:g})")
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            bar.update(shown, advance=1, loss=f"loss {float(loss.detach()):.3f}")
+
+
+def seeded(seed: int, make: Callable[[], T]) -> T:
+    """make(), with torch's random numbers of that seed; those of the caller go on as if nothing had happened."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make()
+
+
+class Epochs:
+    """Indices in shuffled epochs, a function of the seed alone."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self._size = size
+        self._generator = torch.Generator().manual_seed(seed)
+        self._waiting: list[int] = []
+
+    def next(self, count: int) -> list[int]:
+        while len(self._waiting) < count:
+            self._waiting += torch.randperm(self._size, generator=self._generator).tolist()
+        chosen, self._waiting = self._waiting[:count], self._waiting[count:]
+        return chosen

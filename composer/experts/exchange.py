@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loraweave.common.checks import is_whole
 from loraweave.composer.experts.expert_model import ExpertModel
 from loraweave.composer.experts.forms.sum_of_experts import SumOfExperts
 from loraweave.composer.experts.parts import Start, key_of
-from loraweave.composer.experts.required import require_expert_model
 from loraweave.errors import LayerMismatch, ScopeError, UnknownName, WeightingError
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.whole_number import is_whole
 
 
 def put_expert(model: ExpertModel, expert: int, adapter: Adapter) -> ExpertModel:
@@ -155,3 +154,11 @@ def _mean(values: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
     return torch.stack([share * value.detach().double().cpu() for value, share in zip(values, shares, strict=True)]).sum(
         dim=0
     )
+
+
+def require_expert_model(model: Any, asker: str) -> None:
+    """Raises WeightingError for what is no `ExpertModel`, such as a base model alone."""
+    if not isinstance(model, ExpertModel):
+        raise WeightingError(
+            f"{asker} was given {type(model).__name__}, which has no experts: give what lw.experts(recipe, base_model) made"
+        )

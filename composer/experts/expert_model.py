@@ -12,29 +12,32 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from loraweave.composer.batches import IGNORED
-from loraweave.composer.experts.checkpointing import require_same_call, same_call
-from loraweave.composer.experts.exporting import one_expert, whole_mixture
-from loraweave.composer.experts.fit import fit
+from loraweave.common.process import holding
 from loraweave.composer.experts.forms._form import Weigh
-from loraweave.composer.experts.hooks import AfterBranch, AfterPart, AfterSite, BeforeBranch, BeforeCall, BeforePart
-from loraweave.composer.experts.parts import Parts, Starts, key_of, make_parts, shapes_of
+from loraweave.composer.experts.hooks import (
+    AfterBranch,
+    AfterPart,
+    AfterSite,
+    BeforeBranch,
+    BeforeCall,
+    BeforePart,
+    require_same_call,
+    same_call,
+)
+from loraweave.composer.experts.parts import Parts, Starts, closing_blocks, key_of, make_parts, shapes_of
 from loraweave.composer.experts.running import RUNNING, Branch, Running, shared_stream
-from loraweave.composer.experts.saving import read_saved_experts, write_experts
-from loraweave.composer.experts.sites import closing_blocks
-from loraweave.composer.experts.task_rows import places_of
-from loraweave.composer.kernels._own_precision import own_precision
-from loraweave.composer.mixing.begun import arguments_of
+from loraweave.composer.experts.saving import one_expert, read_saved_experts, whole_mixture, write_experts
+from loraweave.composer.live.kernels._own_precision import own_precision
+from loraweave.composer.live.token_weights import arguments_of
+from loraweave.composer.model.batches import IGNORED
+from loraweave.composer.train.experts import fit
+from loraweave.composer.train.rows import places_of
 from loraweave.errors import CompositionError, ScopeError, TrainingError
 from loraweave.hub.adapter import Adapter
-from loraweave.routers.experts._recipe import ExpertShape, Recipe, Site
-from loraweave.routers.gates.call import Call
-from loraweave.routers.gates.gate import Gate, Weighing
-from loraweave.routers.routing.holding import holding
-from loraweave.routers.routing.learned_router import Step
-from loraweave.routers.routing.prompts import prompted
-from loraweave.routers.routing.tokenizers import with_tokenizer
-from loraweave.routers.routing.training_report import TrainingReport
+from loraweave.routers.recipes._gate import Call, Gate, Weighing
+from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
+from loraweave.routers.tokens._call import prompted, with_tokenizer
+from loraweave.routers.tokens._learned import Step, TrainingReport
 
 
 class ExpertModel(nn.Module):
@@ -226,7 +229,7 @@ class ExpertModel(nn.Module):
         where known, {"prompt", "target"}, or {"input_ids", "labels"}. The loss is that of the targets, with the recipe's
         terms. Rows of other models than language models, as of images, are their inputs by name, one example each, whose
         loss is the base's own for "labels", or the setting `loss`. What of the base was unfrozen by hand learns too. Where
-        the recipe has no tasks, it takes the dataset's names. `settings` are those of `composer/experts/settings.py`;
+        the recipe has no tasks, it takes the dataset's names. `settings` are those of `composer/train/settings.py`;
         docs/experts.md explains them. Afterwards there is a `training_report`.
 
         Raises InvalidTask for rows that cannot be used, UnknownName for tasks that the recipe has not, TrainingError for

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from loraweave import registry
-from loraweave.composer.a_model import require_model
+from loraweave.common.checks import is_whole
+from loraweave.composer.experts.exchange import require_expert_model
 from loraweave.composer.experts.expert_model import ExpertModel
-from loraweave.composer.experts.recipes import recipe
+from loraweave.composer.experts.forms.sum_of_experts import SumOfExperts
+from loraweave.composer.experts.parts import READER, Start, recipe, shapes_of
+from loraweave.composer.experts.parts import recipe as make_recipe
 from loraweave.composer.experts.saving import read_saved_experts
-from loraweave.composer.experts.start_from import start_from
-from loraweave.errors import UnknownName, WeightingError
+from loraweave.composer.live.fitting import Fitting
+from loraweave.composer.merge.arithmetic import clusters
+from loraweave.composer.merge.merge import merge
+from loraweave.composer.model.layers import require_model
+from loraweave.errors import AdapterUnsupported, ScopeError, UnknownName, WeightingError
+from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
+from loraweave.hub.pool import ExpertPool
+from loraweave.routers.recipes._recipe import ExpertShape, Recipe
+from loraweave.routers.recipes._row_gates import ClusterReader
+from loraweave.types import Candidate, Factors
 
 
 def experts(
@@ -67,3 +80,235 @@ def _saved(folder: Path, base_model: nn.Module, tokenizer: Any, options: Mapping
     model.load_state_dict(tensors, strict=False)
     model.report = saved.report
     return model.eval()
+
+
+FORM = "sum_of_experts"
+
+
+def start_from(
+    name: str, base_model: nn.Module, pool: Any, *, hub: Hub | None, tokenizer: Any, options: Mapping[str, Any]
+) -> ExpertModel:
+    """The recipe on the pool's layers, with experts that begin as its adapters; what `lw.experts` says of `pool`."""
+    if "target_modules" in options:
+        raise WeightingError(
+            "target_modules cannot be given with a pool: the layers that get experts are those of its adapters"
+        )
+    num_experts = options.get("num_experts")
+    members = _grouped(_pool_of(pool, hub), num_experts, options.get("seed", 0))
+    # each adapter is compared with the model before it is touched
+    members = Fitting(base_model).pool(members)
+    _require_updates(members)
+    recipe = make_recipe(name, {**options, **_following(name, members, options), "target_modules": members.layer_names})
+    members = members if "num_experts" in recipe.options else _by_task(recipe, members)
+    shapes = {site: _shape(recipe, site, own, members) for site, own in shapes_of(base_model, recipe).items()}
+    starts = {site: [_start(recipe, adapter.layers.get(site)) for adapter in members.adapters.values()] for site in shapes}
+    return ExpertModel(base_model, recipe, tokenizer=tokenizer, shapes=shapes, starts=starts, names=members.names)
+
+
+def _pool_of(pool: Any, hub: Hub | None) -> ExpertPool:
+    """Raises WeightingError for what is no pool, and for candidates of a search without the hub that has them."""
+    if isinstance(pool, ExpertPool):
+        return ExpertPool({name: pool[name] for name in pool.names}) if pool.lazy else pool
+    if isinstance(pool, Hub):
+        return pool.pool([record.name for record in pool])
+    hub = getattr(pool, "hub", None) if hub is None else hub
+    given = pool if isinstance(pool, Mapping) else list(pool) if isinstance(pool, Iterable) else [pool]
+    found = list(given.values() if isinstance(given, Mapping) else given)
+    if found and all(isinstance(each, Candidate) for each in found):
+        if hub is None:
+            raise WeightingError(
+                "the pool is what a search found, whose adapters are in a hub: pass hub=... beside pool=..."
+            )
+        return hub.pool([candidate.name for candidate in found])
+    if strange := [each for each in found if not isinstance(each, Adapter)]:
+        raise WeightingError(
+            f"the pool has {strange[0]!r:.80}, which is no adapter: pass an ExpertPool, adapters, a mapping of names to "
+            "adapters, a hub, or what hub.search found"
+        )
+    return ExpertPool(given)
+
+
+def _grouped(pool: ExpertPool, num_experts: Any, seed: int) -> ExpertPool:
+    """The pool, or the means of as many groups of alike adapters as there are to be experts."""
+    if num_experts is None or num_experts == len(pool):
+        return pool
+    if not is_whole(num_experts, 1) or num_experts > len(pool):
+        raise WeightingError(
+            f"num_experts is {num_experts!r}, but the pool has {len(pool)} adapters: it is a whole number from 1 to that, "
+            "or None for all of them"
+        )
+    merged = {}
+    for names in clusters(pool, num_clusters=num_experts, seed=seed):
+        adapters = [pool[name] for name in names]
+        alone = len(names) == 1
+        merged["+".join(names)] = adapters[0] if alone else merge(adapters, [1 / len(names)] * len(names), method="linear")
+    return ExpertPool(merged)
+
+
+def _require_updates(pool: ExpertPool) -> None:
+    """Raises AdapterUnsupported, naming expert and layer, for what is no product of two factors of a layer."""
+    for name, adapter in pool.adapters.items():
+        for layer, factors in adapter.layers.items():
+            if factors.kind not in ("linear", "conv") or factors.gain_O is not None or factors.bias_O is not None:
+                raise AdapterUnsupported(
+                    f"expert {name!r} changes layer {layer!r} by more than a product of two factors ({factors.kind}), which "
+                    "no trained expert begins as: leave it out of the pool"
+                )
+
+
+def _following(name: str, pool: ExpertPool, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that say how many experts there are: `num_experts`, or else the tasks, each with an expert of its own."""
+    known = {field.name: field for field in fields(registry.get("experts", name))}
+    if "num_experts" in known:
+        return {"num_experts": (len(pool),) if isinstance(known["num_experts"].default, tuple) else len(pool)}
+    return {"tasks": options.get("tasks", pool.names)}
+
+
+def _by_task(recipe: Recipe, pool: ExpertPool) -> ExpertPool:
+    """The pool in the order of the tasks, where these have its names. Raises WeightingError where only some have."""
+    if set(recipe.tasks) == set(pool.names):
+        return ExpertPool({task: pool[task] for task in recipe.tasks})
+    for place, task in enumerate(recipe.tasks):
+        if task in pool.names and pool.names.index(task) != place:
+            raise WeightingError(
+                f"task {task!r} of recipe {recipe.name!r} has place {place}, but the adapter of that name is at "
+                f"{pool.names.index(task)} in the pool, and would be another task's: give pool and tasks in one order"
+            )
+    return pool
+
+
+def _shape(recipe: Recipe, site: str, own: ExpertShape, pool: ExpertPool) -> ExpertShape:
+    """The ranks of the pool's adapters at a site, before those of experts that the recipe has besides."""
+    if recipe.form != FORM or own.shared_a or own.shared_b or own.gains:
+        raise ScopeError(
+            f"the experts of recipe {recipe.name!r} are not each a product of two factors of its own, and cannot begin as "
+            "adapters: take another recipe, or train it from the start, without a pool"
+        )
+    if own.num_experts < len(pool):
+        raise WeightingError(
+            f"recipe {recipe.name!r} has {own.num_experts} experts at {site!r}, but the pool has {len(pool)} adapters: "
+            "change what their number follows from"
+        )
+    ranks = tuple(adapter.layers[site].rank if site in adapter.layers else 0 for adapter in pool.adapters.values())
+    return ExpertShape(ranks + own.ranks[len(pool) :])
+
+
+def _start(recipe: Recipe, factors: Factors | None) -> tuple[Tensor, Tensor] | None:
+    """What the recipe's scale makes the adapter's update of."""
+    return None if factors is None else (factors.a_RI.clone(), factors.b_OR.T / recipe.scale)
+
+
+FACTORS = ("a_SI", "b_SO")
+
+
+def with_task(model: ExpertModel, task: str) -> ExpertModel:
+    """The model with one more task, which has what the recipe gives a task (an expert, a row of a gate), untrained.
+
+    All tensors of the others are the same bits. The given model is closed. Raises WeightingError for a task that it has, and
+    for what is no expert model.
+    """
+    require_expert_model(model, "with_task()")
+    return with_options(model, tasks=(*model.tasks, task))
+
+
+def with_options(model: ExpertModel, **options: Any) -> ExpertModel:
+    """The model with these options of its recipe instead. Experts, and rows of gates, that it has are the same bits; those
+    that are new, or have another rank, are untrained.
+
+    What was frozen by hand stays so. The given model is closed. Raises WeightingError for what is no expert model, for
+    options that the recipe has not, or whose values are out of range, for tasks in other places than they have, for experts
+    that would go, and where tensors that both have do not fit into the new ones; the model then stays as it was.
+    """
+    require_expert_model(model, "with_options()")
+    recipe = model.recipe
+    for option in options:
+        if option not in recipe.options:
+            close = registry.nearest(option, list(recipe.options))
+            raise WeightingError(
+                f"recipe {recipe.name!r} has no option {option!r}{close}; it has {', '.join(recipe.options)}"
+            )
+    other = replace(recipe, **options)
+    if other.tasks[: len(recipe.tasks)] != recipe.tasks:
+        raise WeightingError(
+            f"tasks of recipe {recipe.name!r} are {recipe.tasks} and would be {other.tasks}: what each has learned "
+            "is at its place, so that new ones come after those there are"
+        )
+    shapes = _shapes(model, other)
+    made = ExpertModel(model.base_model, other, tokenizer=model.tokenizer, shapes=shapes, names=model.names)
+    try:
+        _take_over(model, made)
+    except WeightingError:
+        made.close()
+        raise
+    made.set_again(model.set_by_hand())
+    model.close()
+    return made.train(model.training)
+
+
+def _shapes(model: ExpertModel, other: Recipe) -> dict[str, ExpertShape]:
+    """The experts of each site that the model has, or that the other options give experts alone."""
+    before, after = shapes_of(model.base_model, model.recipe), shapes_of(model.base_model, other)
+    if gone := sorted(set(model.sites) - set(after)):
+        raise WeightingError(f"{gone[0]!r} would have no experts, and what they learned no place: make a new model")
+    return {
+        name: _expert_shape(name, model, before.get(name), other, new) if name in model.sites else new
+        for name, new in after.items()
+        if name in model.sites or name not in before
+    }
+
+
+def _expert_shape(site: str, model: ExpertModel, before: ExpertShape | None, other: Recipe, new: ExpertShape) -> ExpertShape:
+    """The new experts, with the ranks that the site has where the options change nothing."""
+    if before is None:
+        return new
+    own, place = model.shapes[site], model.sites[site]
+    known = dict(zip(model.recipe.roles(place, own), zip(before.ranks, own.ranks, strict=False), strict=False))
+    ranks = []
+    for role, rank in zip(other.roles(place, new), new.ranks, strict=True):
+        old, kept = known.get(role, (None, rank))
+        ranks.append(kept if old == rank else rank)
+    return replace(new, ranks=tuple(ranks))
+
+
+@torch.no_grad()
+def _take_over(model: ExpertModel, made: ExpertModel) -> None:
+    known, by_expert = model.expert_state(), []
+    for key, layer in made.layers.items():
+        old = dict(model.layers.items()).get(key)
+        if isinstance(layer, SumOfExperts) and isinstance(old, SumOfExperts):
+            by_expert += [f"layers.{key}.{name}" for name in (*FACTORS, *(f"frozen_{name}" for name in FACTORS))]
+            own = dict(zip(model.recipe.roles(old.site, old.shape), old.starts(), strict=True))
+            roles = made.recipe.roles(layer.site, layer.shape)
+            if gone := [role for role in own if role not in roles]:
+                raise WeightingError(
+                    f"expert {gone[0]!r} at {layer.site.name!r}, and what it learned, would have no place: make a new model"
+                )
+            layer.reset([_either(new, own.get(role)) for role, new in zip(roles, layer.starts(), strict=True)])
+    for name, value in made.expert_state().items():
+        if name in by_expert or name not in known:
+            continue
+        old_sizes, sizes = tuple(known[name].shape), tuple(value.shape)
+        if len(old_sizes) != len(sizes) or any(old > new for old, new in zip(old_sizes, sizes, strict=True)):
+            raise WeightingError(
+                f"{name!r} is {old_sizes} and would be {sizes}, with no place for all that was learned: make a new model"
+            )
+        value[tuple(slice(0, size) for size in old_sizes)] = known[name]
+
+
+def _either(new: Start, old: Start | None) -> Start:
+    """What an expert was, unless it has another rank now."""
+    return new if old is None or len(old[0]) != len(new[0]) else old
+
+
+def fit_clusters(model: ExpertModel, texts: Sequence[str], *, seed: int = 0) -> ExpertModel:
+    """Puts the recipe's clusters where k-means finds them in the embeddings of prompts, and returns the model.
+
+    Clusters and experts are saved together. Raises WeightingError for a recipe without clusters of texts, for what is no
+    expert model, and for texts that leave a cluster without a member.
+    """
+    require_expert_model(model, "fit_clusters()")
+    reader = dict(model.gates.items()).get(READER)
+    if not isinstance(reader, ClusterReader):
+        raise WeightingError(f"recipe {model.recipe.name!r} has no clusters to find in texts; mocle has")
+    reader.fit(texts, seed=seed)
+    return model

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from loraweave import registry
 from loraweave.composer.experts.forms._form import placed
 from loraweave.composer.experts.running import input_embeddings
-from loraweave.composer.training.seeding import seeded
-from loraweave.errors import UnknownName
-from loraweave.routers.experts._recipe import ExpertShape, Recipe, Site
+from loraweave.composer.model.kinds import linear
+from loraweave.composer.model.kinds._kind import LayerKind
+from loraweave.composer.train.schedule import seeded
+from loraweave.errors import LayerMismatch, UnknownName, WeightingError
+from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
+from loraweave.routers.tokens._model import block_of
 
 # a_RI and b_RO of an expert
 Start = tuple[Tensor, Tensor]
@@ -108,3 +111,195 @@ def _starts(recipe: Recipe, site: Site, shape: ExpertShape, starts: Starts | Non
         recipe.start(site, expert, rank, seeded(recipe.seed, site.name, expert)) if given is None else given
         for expert, (rank, given) in enumerate(zip(shape.ranks, found, strict=True))
     ]
+
+
+def layer_sites(model: nn.Module, targets: Sequence[str], *, kinds: Sequence[LayerKind]) -> list[Site]:
+    """The layers of these kinds whose path ends in one of `targets`, in the model's order.
+
+    Raises UnknownName for a target that matches none, LayerMismatch, naming the layer, for one that does more than its
+    weight.
+    """
+    found: dict[str, Site] = {}
+    blocks, closing = numbered_blocks(model), closing_blocks(model)
+    for name, module in model.named_modules():
+        kind = next((kind for kind in kinds if kind.shape(module) is not None), None)
+        shape = None if kind is None else kind.shape(module)
+        if kind is None or shape is None or not is_named(name, targets):
+            continue
+        if why := kind.refusal(module):
+            raise LayerMismatch(
+                f"layer {name!r} ({type(module).__name__}) gets no experts: {why}; leave it out of target_modules"
+            )
+        block = block_of(name)
+        found[name] = Site(
+            name,
+            shape.num_inputs,
+            shape.num_outputs,
+            blocks.get(block),
+            len(blocks),
+            shape.kernel,
+            closing=block is None or any(name.startswith(f"{last}.") for last in closing),
+        )
+    require_all_named(
+        targets, found, [name for name, module in model.named_modules() if any(k.shape(module) for k in kinds)]
+    )
+    return list(found.values())
+
+
+def numbered_blocks(model: nn.Module) -> dict[str | None, int]:
+    """The place of each block among the model's, by its path; an encoder's come before its decoder's."""
+    blocks = dict.fromkeys(block for name, _ in model.named_modules() if (block := block_of(f"{name}.")) is not None)
+    return {block: place for place, block in enumerate(blocks)}
+
+
+def closing_blocks(model: nn.Module) -> list[str]:
+    """The paths of the last block of each stage, or of each stack of blocks in a model without stages.
+
+    A numbered module is a stage where it has a list of blocks of one class, as those of Swin, SegFormer and ResNet.
+    """
+    found: list[str] = []
+    stacks: dict[str, str] = {}
+    for block in numbered_blocks(model):
+        assert block is not None
+        module = model.get_submodule(block)
+        stages = [(block, module), *((f"{block}.{part}", child) for part, child in module.named_children())]
+        lists = [(path, list(each)) for path, each in stages if isinstance(each, nn.ModuleList | nn.Sequential)]
+        alike = [(path, each) for path, each in lists if len({type(inner) for inner in each}) == 1]
+        found += [f"{path}.{len(each) - 1}" for path, each in alike]
+        if not alike:
+            stacks[block.rpartition(".")[0]] = block
+    return found or list(stacks.values())
+
+
+def is_named(name: str, targets: Sequence[str]) -> bool:
+    """Whether a module path is one of `targets`, or ends in one."""
+    return any(f".{name}".endswith(f".{target}") for target in targets)
+
+
+def require_all_named(targets: Sequence[str], found: Collection[str], known: Sequence[str]) -> None:
+    """Raises UnknownName, saying what there is, for a target that names no place."""
+    for target in targets:
+        if not any(is_named(name, [target]) for name in found):
+            endings = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in known})) or "none"
+            raise UnknownName(f"no layer matches {target!r} of target_modules; the model has layers that end in {endings}")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """down(dropout(act(first x))), or down(dropout(act(first x) * second x)), by the names that a block has for them.
+
+    With `halves` one layer gives what the first and the second do, one after the other.
+    """
+
+    first: tuple[str, ...]
+    down: str
+    act: str
+    dropout: str | None = None
+    halves: bool = False
+
+    def between(self, block: nn.Module, made: Sequence[Tensor]) -> Tensor:
+        """What goes to the last layer, but for dropout, from what the first layers gave."""
+        act: Callable[[Tensor], Tensor] = getattr(block, self.act)
+        made = made[0].chunk(2, dim=-1) if self.halves else made
+        return act(made[0]) if len(made) == 1 else act(made[0]) * made[1]
+
+    def is_that_of(self, block: nn.Module) -> bool:
+        """Whether a block has linear layers of these names and no other parameters."""
+        parts = [getattr(block, name, None) for name in (*self.first, self.down)]
+        if not all(isinstance(part, nn.Module) and linear.shape(part) is not None for part in parts):
+            return False
+        own = sum(1 for part in parts if part is not None for _ in part.parameters())
+        return hasattr(block, self.act) and own == sum(1 for _ in block.parameters())
+
+
+LAYOUTS = (
+    Layout(("gate_proj", "up_proj"), "down_proj", "act_fn"),
+    Layout(("gate_up_proj",), "down_proj", "activation_fn", halves=True),
+    Layout(("wi_0", "wi_1"), "wo", "act", "dropout"),
+    Layout(("wi",), "wo", "act", "dropout"),
+    Layout(("c_fc",), "c_proj", "act"),
+    Layout(("fc1",), "fc2", "activation_fn"),
+)
+
+
+def layout_of(block: nn.Module) -> Layout | None:
+    """How a feed-forward block is made; None for any other module."""
+    return next((layout for layout in LAYOUTS if layout.is_that_of(block)), None)
+
+
+def feed_forward_sites(model: nn.Module, targets: Sequence[str]) -> list[Site]:
+    """The feed-forward blocks whose path ends in one of `targets`, in the model's order; their layers are the parts.
+
+    Raises UnknownName for a target that matches none, LayerMismatch, naming the module, for one that is no such block, or
+    that does more than its layers.
+    """
+    blocks, found = numbered_blocks(model), {}
+    for name, module in model.named_modules():
+        if not is_named(name, targets):
+            continue
+        asked = f"{name!r} ({type(module).__name__}) gets no experts around its non-linearity"
+        if (layout := layout_of(module)) is None:
+            known = "; ".join(f"{', '.join(each.first)}, {each.act} and {each.down}" for each in LAYOUTS)
+            raise LayerMismatch(
+                f"{asked}: it is no feed-forward block that has {known}, and no other parameters; name such blocks in "
+                "target_modules, or take a recipe that adds its experts to single layers, such as mola"
+            )
+        place = (blocks.get(block_of(name)), len(blocks))
+        parts = tuple(_part(f"{name}.{part}", module.get_submodule(part), place) for part in (*layout.first, layout.down))
+        if not _does_what_it_says(module, layout):
+            raise LayerMismatch(
+                f"{asked}: its forward is more than its layers and {layout.act}, which is all that an expert would have; "
+                "leave it out of target_modules"
+            )
+        found[name] = Site(name, parts[0].num_inputs, parts[-1].num_outputs, *place, parts=parts)
+    require_all_named(targets, found, [name for name, module in model.named_modules() if layout_of(module) is not None])
+    return list(found.values())
+
+
+def _part(name: str, module: nn.Module, place: tuple[int | None, int]) -> Site:
+    shape = linear.shape(module)
+    assert shape is not None
+    if why := linear.refusal(module):
+        raise LayerMismatch(
+            f"layer {name!r} ({type(module).__name__}) gets no experts: {why}; leave its block out of target_modules"
+        )
+    return Site(name, shape.num_inputs, shape.num_outputs, *place)
+
+
+def _does_what_it_says(block: nn.Module, layout: Layout) -> bool:
+    """Whether the block's forward gives what the layout says for a random x; True where its weights are no plain numbers."""
+    weights = list(block.parameters())
+    if any(weight.is_meta or not weight.is_floating_point() or weight.dtype.itemsize < 2 for weight in weights):
+        return True
+    layers = [block.get_submodule(name) for name in layout.first]
+    shape = linear.shape(layers[0])
+    assert shape is not None
+    x = torch.randn(1, 3, shape.num_inputs, generator=torch.Generator().manual_seed(0), device="cpu").to(weights[0])
+    training = [module for module in block.modules() if module.training]
+    block.eval()
+    try:
+        with torch.no_grad():
+            between = layout.between(block, [layer(x) for layer in layers])
+            # T5 keeps its last layer in fp32
+            expected = block.get_submodule(layout.down)(between.to(weights[-1].dtype))
+            y = block(x)
+    finally:
+        for module in training:
+            module.training = True
+    close = isinstance(y, Tensor) and y.shape == expected.shape
+    return close and torch.allclose(y.float(), expected.float(), rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
+
+
+def recipe(name: str, options: Mapping[str, Any]) -> Recipe:
+    """The recipe of that name with these options; lists are taken for tuples."""
+    made_of: type[Recipe] = registry.get("experts", name)
+    known = [field.name for field in fields(made_of)]
+    for option in options:
+        if option not in known:
+            close = registry.nearest(option, known)
+            raise WeightingError(f"recipe {name!r} has no option {option!r}{close}; it has {', '.join(known)}")
+    given: dict[str, Any] = {
+        option: tuple(value) if isinstance(value, Iterable) and not isinstance(value, str | Mapping) else value
+        for option, value in options.items()
+    }
+    return made_of(**given)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loraweave.composer.batches import IGNORED
-from loraweave.composer.mixing.begun import arguments_of
+from loraweave.common.process import holding
+from loraweave.composer.live.token_weights import arguments_of
+from loraweave.composer.model.batches import IGNORED
 from loraweave.errors import ScopeError
-from loraweave.routers.gates.call import Call
-from loraweave.routers.routing.holding import holding
-from loraweave.routers.routing.learned_router import Step
-from loraweave.routers.routing.prompts import current_prompts
+from loraweave.routers.recipes._gate import Call
+from loraweave.routers.tokens._call import current_prompts
+from loraweave.routers.tokens._learned import Step
 
 if TYPE_CHECKING:
     from loraweave.composer.experts.expert_model import ExpertModel

@@ -11,9 +11,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from loraweave.common.checks import is_whole
 from loraweave.composer.experts.parts import asked_tensors
 from loraweave.errors import (
     AdapterCorrupt,
@@ -22,20 +24,24 @@ from loraweave.errors import (
     BaseModelMismatch,
     HubError,
     LoraweaveError,
+    ScopeError,
+    UnknownName,
     WeightingError,
 )
-from loraweave.hub.fingerprint import fingerprint
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.base import fingerprint
 from loraweave.hub.formats._files import listing, present, read_json
-from loraweave.hub.formats._hashed import hashed_tensors
 from loraweave.hub.formats._replacing import replacing
-from loraweave.hub.whole_number import is_whole
-from loraweave.routers.experts._recipe import ExpertShape, Recipe
-from loraweave.routers.routing.reading import MAX_JSON_BYTES
-from loraweave.routers.routing.writing import PACKAGES, finite, with_json_form
+from loraweave.hub.formats._safetensors import hashed_tensors
+from loraweave.routers.recipes._gate import Call
+from loraweave.routers.recipes._recipe import ExpertShape, Recipe
+from loraweave.routers.tokens._saved import MAX_JSON_BYTES
+from loraweave.routers.tokens._written import PACKAGES, finite, with_json_form
 from loraweave.types import Fingerprint
 
 if TYPE_CHECKING:
     from loraweave.composer.experts.expert_model import ExpertModel
+
 
 FORMAT = 1
 FILE, TENSORS = "experts.json", "experts.safetensors"
@@ -201,3 +207,52 @@ def _shape(data: Mapping[str, Any]) -> ExpertShape:
     if not ranks or not all(is_whole(rank, 0) for rank in ranks):
         raise ValueError(f"ranks {str(ranks)[:80]} are no whole numbers of at least 0")
     return ExpertShape(**{**data, "ranks": ranks})
+
+
+def one_expert(model: ExpertModel, number: int) -> Adapter:
+    """What `ExpertModel.expert` says."""
+    _require_updates(model, f"expert {number}")
+    layers = {
+        name: layer.factors(torch.eye(layer.shape.num_experts)[number])
+        for name, layer in model.named_layers()
+        if is_whole(number, 0) and number < layer.shape.num_experts and layer.shape.ranks[number]
+    }
+    if not layers:
+        most = max(layer.shape.num_experts for _, layer in model.named_layers())
+        raise UnknownName(f"recipe {model.recipe.name!r} has no expert {number!r}; its experts are 0 to {most - 1}")
+    return _adapter(model, f"{model.recipe.name}-{number}", layers, {"expert": number})
+
+
+def whole_mixture(model: ExpertModel, task: str | int | None) -> Adapter:
+    """What `ExpertModel.adapter` says."""
+    _require_updates(model, "the mixture")
+    if not all(gate.static for gate in model.gates.values()):
+        raise ScopeError(
+            f"the weights of recipe {model.recipe.name!r} depend on the input, so that no one adapter has them: export "
+            "its experts one by one (expert(number)), or save_pretrained() the whole"
+        )
+    task_B = model.task_ids(task)
+    if task_B is not None and len(task_B) != 1:
+        raise ScopeError(f"one adapter is the mixture of one task, and {len(task_B)} are given: make one of each")
+    call, layers = Call(task_B=task_B), {}
+    with torch.no_grad():
+        model.show_gates(call)
+        for name, layer in model.named_layers():
+            gate = model.gate_of(model.sites[name])
+            w_E = torch.ones(layer.shape.num_experts) if gate is None else gate(None, call).w_BTE.flatten()
+            layers[name] = layer.factors(w_E)
+    named = model.recipe.name if task is None else f"{model.recipe.name}-{task}"
+    return _adapter(model, named, layers, {} if task is None else {"task": str(task)})
+
+
+def _require_updates(model: ExpertModel, what: str) -> None:
+    if not all(layer.is_update for _, layer in model.named_layers()):
+        raise ScopeError(
+            f"{what} of recipe {model.recipe.name!r} is no update of layers, and no adapter: save_pretrained() the whole"
+        )
+
+
+def _adapter(model: ExpertModel, name: str, layers: Mapping[str, Any], card: Mapping[str, Any]) -> Adapter:
+    recipe = {"method": "loraweave.experts", "recipe": model.recipe.name, **card}
+    base = str(getattr(model.base_model, "name_or_path", ""))
+    return Adapter(name, base, layers, fingerprint(model.base_model), {"recipe": recipe})

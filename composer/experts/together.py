@@ -1,29 +1,148 @@
-"""Expert models on one base, trained in the same passes."""
+"""Trains several expert models on one base in the same passes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import torch
 from rich.progress import Progress
+from torch import Tensor, nn
+from torch.nn import functional
 
-from loraweave.composer.batches import EncodedRow
-from loraweave.composer.experts.beginning import began, determining, remembered
-from loraweave.composer.experts.expert_job import ExpertJob
+from loraweave.common.display import progress_bar
+from loraweave.common.state import checkpoint_folder
 from loraweave.composer.experts.expert_model import ExpertModel
-from loraweave.composer.experts.task_rows import TaskRow
-from loraweave.composer.training.checkpoints import RunningState, load_finished, save_finished
-from loraweave.composer.training.fused_training import FusedTraining
-from loraweave.composer.training.held_out import HeldOut
-from loraweave.composer.training.pace import Pace
-from loraweave.composer.training.planned_job import PlannedJob
-from loraweave.composer.training.training_job import TrainingJob
-from loraweave.composer.training.training_report import JobReport, TrainingReport
+from loraweave.composer.experts.parts import key_of
+from loraweave.composer.experts.running import Running, has_two_sequences
+from loraweave.composer.model.batches import EncodedRow, untouched
+from loraweave.composer.model.kinds.linear import shape as linear_shape
+from loraweave.composer.train.descent import caller_randomness
+from loraweave.composer.train.experts import began, determining, remembered
+from loraweave.composer.train.fused import FusedTraining
+from loraweave.composer.train.jobs import PlannedJob, TrainingJob
+from loraweave.composer.train.report import JobReport, TrainingReport
+from loraweave.composer.train.rows import HeldOut, JobRows, Judging, TaskRow
+from loraweave.composer.train.schedule import WARMUP_STEPS, Pace, seeded
+from loraweave.composer.train.settings import require_memory, require_steps, require_texts
+from loraweave.composer.train.state import RunningState, load_finished, save_finished
+from loraweave.composer.train.steps import NO_TOKENIZER
+from loraweave.composer.train.tensor_rows import predicts_tokens
+from loraweave.errors import BudgetExceeded, TrainingError, UnknownName, WeightingError
+from loraweave.routers.tokens._call import unprompted
+
+
+def train_experts(
+    model: Any,
+    tokenizer: Any,
+    jobs: Mapping[str, tuple[ExpertModel, Any]],
+    *,
+    steps: int = 60,
+    lr: float = 3e-3,
+    batch_size: int = 8,
+    warmup: int = WARMUP_STEPS,
+    seed: int = 0,
+    jobs_per_batch: int = 4,
+    held_out: float | Mapping[str, Any] | None = None,
+    evaluate_every: int = 10,
+    patience: int | None = None,
+    memory_bytes: int | None = None,
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
+) -> TrainingReport:
+    """What the training of expert models (`lw.experts`) on this base did; the models are trained where they are.
+
+    Each has experts and gates of its own and learns from its own examples, which are what `ExpertModel.fit` takes as a
+    dataset, rows with tasks among them, by the loss of `train_adapters` and the losses of its recipe, with the gradients of
+    being trained alone: AdamW without weight decay, clipped to norm 1. Rows share passes and jobs end as in
+    `train_adapters`, whose options these are. With `checkpoint`, the same call goes on where it was interrupted, with models
+    as they were before the first or as the interrupted call left them.
+
+    Raises TrainingError for a model of another base, for one that is given twice, and for recipes whose experts are no
+    updates of linear layers; InvalidTask for rows that cannot be used, or are of no task where the recipe needs it,
+    UnknownName for tasks that it has not.
+    """
+    pace = Pace(steps, lr, batch_size, seed, warmup)
+    require_steps(pace, jobs_per_batch)
+    require_memory(memory_bytes)
+    _require_jobs(jobs)
+    models = {name: made for name, (made, _) in jobs.items()}
+    _require_apart(model, models)
+    readers = {name: JobRows(name, made, tokenizer) for name, made in models.items()}
+    given = {name: readers[name].read(examples) for name, (_, examples) in jobs.items()}
+    judging = Judging(held_out, evaluate_every, patience)
+    judging.require({name: len(own) for name, own in given.items()})
+    rows, judged = judging.parted(given, lambda name, examples: readers[name].held_out(examples), seed)
+    folder = checkpoint_folder(checkpoint)
+    with ExitStack() as stack:
+        stack.enter_context(caller_randomness())
+        stack.enter_context(untouched(model))
+        stack.enter_context(_with_tasks(models, {name: reader.tasks for name, reader in readers.items()}))
+        stack.enter_context(_in_their_modes(models.values()))
+        bar = stack.enter_context(progress_bar(progress, field="loss"))
+        texts = NO_TOKENIZER if tokenizer is None else tokenizer
+        return Together(model, texts, models, rows, judged, pace, jobs_per_batch, memory_bytes, folder).train(bar)
+
+
+@contextmanager
+def _with_tasks(models: Mapping[str, ExpertModel], tasks: Mapping[str, tuple[str, ...]]) -> Iterator[None]:
+    """The models have these tasks; they have their own again after errors that come before the first step."""
+    before = {name: made.tasks for name, made in models.items()}
+    try:
+        for name, made in models.items():
+            if made.tasks != tasks[name]:
+                made.take_tasks(tasks[name])
+        yield
+    except (WeightingError, UnknownName, BudgetExceeded):
+        for name, made in models.items():
+            if made.tasks != before[name]:
+                made.take_tasks(before[name])
+        raise
+
+
+@contextmanager
+def _in_their_modes(models: Iterable[ExpertModel]) -> Iterator[None]:
+    """After it, all modules are in the modes in which they were."""
+    modes = [(module, module.training) for made in models for module in made.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _require_jobs(jobs: Any) -> None:
+    if not isinstance(jobs, Mapping) or not jobs:
+        raise TrainingError("no expert models to train: pass a mapping of names to (model, examples)")
+    require_texts("job", jobs)
+    for name, job in jobs.items():
+        if not isinstance(job, tuple | list) or len(job) != 2 or not isinstance(job[0], ExpertModel):
+            raise TrainingError(
+                f"job {name!r} is no pair (model, examples) whose model lw.experts has made, but a {type(job).__name__}"
+            )
+
+
+def _require_apart(model: Any, models: Mapping[str, ExpertModel]) -> None:
+    if not predicts_tokens(model):
+        raise TrainingError(
+            f"jobs share passes of a language model's tokens, and {type(model).__name__} is none: fit() each model by itself"
+        )
+    seen: dict[int, str] = {}
+    for name, made in models.items():
+        if made.base_model is not model:
+            raise TrainingError(
+                f"job {name!r} is an expert model of another base: make it with lw.experts(recipe, this base)"
+            )
+        if id(made) in seen:
+            raise TrainingError(f"jobs {seen[id(made)]!r} and {name!r} are one expert model: make one for each")
+        seen[id(made)] = name
+        made.require_trainable()
+        require_shareable(name, made)
 
 
 @dataclass(frozen=True)
@@ -95,3 +214,158 @@ class Together:
         own = [name, model.recipe.name, determining(model, learning), begun, asdict(self.pace)]
         content = json.dumps([*own, list(map(asdict, self.rows[name])), judged], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+class ExpertJob:
+    """A `TrainingJob`: the experts and gates of the model, for rows that are of their own tasks, or else of `task`.
+
+    Gates see the job's own rows alone, and the recipe's losses are its penalty. What a step draws (dropout, noise of gates)
+    follows from `seed`, the job's name and the step, for which torch's generator is seeded, and is drawn for the tokens that
+    its rows have alone, whatever the width of the pass. Raises TrainingError for recipes whose experts are no updates of
+    linear layers, ScopeError or UnknownName for a task that is missing or unknown.
+    """
+
+    def __init__(self, name: str, model: ExpertModel, *, task: str | int | None = None, seed: int = 0) -> None:
+        require_shareable(name, model)
+        self.name = name
+        self.model = model
+        self.task = task
+        self.seed = seed
+        self._rows: Sequence[EncodedRow] = ()
+        self._step: int | None = None
+        self._num_drawn = 0
+        self._running = Running(model, model.task_ids(task))
+        self._own = OwnWidth()
+
+    @property
+    def layers(self) -> Collection[str]:
+        return self.model.sites.keys()
+
+    def parameters(self) -> list[Tensor]:
+        """Those of experts and gates."""
+        return [parameter for parameter in self.model.expert_parameters().values() if parameter.requires_grad]
+
+    def take(self, rows: Sequence[EncodedRow], step: int | None) -> None:
+        self._rows, self._step, self._num_drawn = rows, step, 0
+
+    def begin(self, inputs: Mapping[str, Any], prompt_BT: Tensor | None) -> None:
+        """Shows the gates the job's rows; with gradients, takes notes for the recipe's losses."""
+        learns = torch.is_grad_enabled()
+        # not the base, which keeps its own mode
+        self.model.layers.train(learns)
+        self.model.gates.train(learns)
+        base = self.model.base_model
+        self._own = OwnWidth.of(inputs, self._rows, two_sequences=has_two_sequences(base))
+        own = {
+            name: self._own.cut(value, mask=name == "attention_mask") if isinstance(value, Tensor) else value
+            for name, value in inputs.items()
+        }
+        self._running = Running(self.model, self._task_ids(), notes=learns)
+        with unprompted():
+            self._running.begin(base, (), own)
+            if prompt_BT is not None:
+                self._running.call.prompt_BT = self._own.cut(prompt_BT, mask=True).bool()
+            self._tell_decoder_tokens()
+            self._seed_draws()
+            self.model.show_gates(self._running.call)
+
+    def low_rank(self, layer: str) -> None:
+        """Never: the weights are the gates'."""
+
+    def update(self, layer: str, x_BTI: Tensor) -> Tensor:
+        """What the site's experts add to its output."""
+        module: nn.Module = self.model.base_model.get_submodule(layer)
+        shape = linear_shape(module)
+        assert shape is not None
+        own_BTI = self._own.cut(x_BTI)
+        zero_BTO = own_BTI.new_zeros(*own_BTI.shape[:-1], shape.num_outputs)
+        self._seed_draws()
+        with unprompted():
+            own_BTO = self.model.with_experts(layer, module, (own_BTI,), zero_BTO, self._running.call)
+        return self._own.put(own_BTO, x_BTI.shape[1])
+
+    def penalty(self) -> Tensor | None:
+        """The recipe's losses together, if it has any."""
+        step = self._running.call.step
+        terms = {} if step is None else self.model.terms_of(step)
+        return torch.stack(list(terms.values())).sum() if terms else None
+
+    def _task_ids(self) -> Tensor | None:
+        """task_B of the rows; one for all of them where the job has one, None where no row has any."""
+        tasks = [row.task for row in self._rows if isinstance(row, TaskRow)]
+        return self.model.task_ids(tasks if any(task >= 0 for task in tasks) else self.task)
+
+    def _tell_decoder_tokens(self) -> None:
+        """A batch of an encoder-decoder has no labels to tell them by, but the rows have."""
+        step = self._running.call.step
+        if step is not None and step.decoder_BT is not None and self._rows:
+            sizes_B = torch.tensor([len(row.target) for row in self._rows], device=step.decoder_BT.device)
+            numbers_T = torch.arange(step.decoder_BT.shape[1], device=sizes_B.device)
+            step.decoder_BT = self._running.call.decoder_BT = numbers_T < sizes_B[:, None]
+
+    def _seed_draws(self) -> None:
+        # other jobs draw in between, and a training that goes on has drawn nothing before
+        if self._step is not None and torch.is_grad_enabled():
+            torch.manual_seed(seeded(self.seed, self.name, self._step, self._num_drawn).initial_seed())
+            self._num_drawn += 1
+
+
+def require_shareable(name: str, model: ExpertModel) -> None:
+    """Raises TrainingError for a recipe whose experts are no updates of linear layers."""
+    for site in model.sites:
+        module, form = model.base_model.get_submodule(site), model.layers[key_of(site)]
+        if model.recipe.branches or model.sites[site].parts or not form.is_update or linear_shape(module) is None:
+            raise TrainingError(
+                f"job {name!r}: the experts of recipe {model.recipe.name!r} at {site!r} are no update of a linear "
+                "layer, so its rows cannot share a pass with others: train it alone"
+            )
+
+
+@dataclass(frozen=True)
+class OwnWidth:
+    """For each width that a pass has, that of tokens of the encoder or of the decoder, (first, number) of the job's own.
+
+    Whatever is drawn for tokens, and whatever counts padding, then does not depend on the rows of others.
+    """
+
+    columns: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, inputs: Mapping[str, Any], rows: Sequence[EncodedRow], *, two_sequences: bool) -> Self:
+        """Of a call's arguments, cut to the job's rows; all tokens where no mask tells which are padding."""
+        mask_BT = inputs.get("attention_mask")
+        if not isinstance(mask_BT, Tensor) or mask_BT.ndim != 2 or not mask_BT.any():
+            return cls()
+        real = mask_BT.any(dim=0).nonzero()[:, 0].tolist()
+        if not two_sequences:
+            return cls({mask_BT.shape[1]: (real[0], real[-1] + 1 - real[0])})
+        given = inputs.get("decoder_input_ids")
+        if given is None or not rows or given.shape[1] == mask_BT.shape[1]:
+            return cls()
+        # as `told_apart` makes it of these rows
+        decoder = max(2, *(len(row.target) for row in rows))
+        encoder = real[-1] + 1
+        return cls({mask_BT.shape[1]: (0, encoder + (encoder == decoder)), given.shape[1]: (0, decoder)})
+
+    def cut(self, value: Tensor, *, mask: bool = False) -> Tensor:
+        """The job's own columns of a tensor (rows, tokens, ..), whose last one is repeated where the pass has fewer.
+
+        Such a column more is of padding (`told_apart` adds it), as a `mask` says. Other tensors are as they are.
+        """
+        if value.ndim < 2 or value.shape[1] not in self.columns:
+            return value
+        first, number = self.columns[value.shape[1]]
+        found = value[:, first : first + number]
+        lacking = number - found.shape[1]
+        if not lacking:
+            return found
+        more = found[:, -1:].expand(-1, lacking, *found.shape[2:])
+        return torch.cat([found, torch.zeros_like(more) if mask else more], dim=1)
+
+    def put(self, value: Tensor, width: int) -> Tensor:
+        """(rows, tokens, features) of the job's own columns in a tensor of this width, 0 elsewhere."""
+        if width not in self.columns:
+            return value
+        first = self.columns[width][0]
+        kept = value[:, : width - first]
+        return functional.pad(kept, (0, 0, first, width - first - kept.shape[1]))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from loraweave.errors import AdapterCorrupt, AdapterUnsupported
-from loraweave.hub.formats._card_license import license_fields, license_of_fields
-from loraweave.hub.formats._card_prose import description_of
+from loraweave.errors import AdapterCorrupt, AdapterUnsupported, InvalidLicense
 from loraweave.hub.formats._files import MAX_JSON_BYTES, opened, present, read_json
+from loraweave.hub.intake.license_terms import license_of_all
+from loraweave.hub.intake.licenses import LISTED, RENAMED, UNLISTED, canonical
 from loraweave.types import Fingerprint
 
 SIDECAR = "loraweave.json"
@@ -189,3 +190,65 @@ def _indented(text: str) -> str:
 
 def _one_line(value: Any) -> str:
     return " ".join(str(value).split())
+
+
+_ID_OF = {canonical(name): name for name in sorted(LISTED | UNLISTED | set(RENAMED))}
+
+
+def license_fields(license: str) -> dict[str, str]:
+    """What the front matter says for a license: an id of the model hub where there is one, else `other` and the name."""
+    try:
+        known = canonical(license)
+    except InvalidLicense:
+        return {"license": "other", "license_name": license}
+    if known in _ID_OF:
+        return {"license": _ID_OF[known]}
+    return {"license": "other", "license_name": known.removeprefix("LicenseRef-")}
+
+
+def license_of_fields(matter: Mapping[str, Any]) -> str:
+    """The license that front matter states, or an empty text; the name where it is `other`, and of a list all together."""
+    listed = matter.get("license")
+    if isinstance(listed, list):
+        return license_of_all(_named(one, matter) for one in listed) or ""
+    return _named(listed, matter)
+
+
+def _named(stated: object, matter: Mapping[str, Any]) -> str:
+    if not isinstance(stated, str):
+        return ""
+    name = matter.get("license_name")
+    if stated.strip().casefold() != "other" or not isinstance(name, str) or not name.strip():
+        return stated
+    try:
+        return canonical(name)
+    except InvalidLicense:
+        pass
+    try:
+        return canonical(f"LicenseRef-{name.strip()}")
+    except InvalidLicense:
+        return name
+
+
+MAX_DESCRIPTION = 2_000
+
+_PARAGRAPH = re.compile(r"\n\s*\n")
+_COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
+_FENCED = re.compile(r"^(```|~~~).*?(?:^\1|\Z)", re.DOTALL | re.MULTILINE)
+_IMAGE = re.compile(r"!\[[^\]\n]*\]\([^)\n]*\)")
+_LINK = re.compile(r"\[([^\]\n]*)\]\([^)\n]*\)")
+
+# headings, lists, tables, quotes, tags, rules and placeholders are no sentence about the adapter
+_MARKUP = re.compile(r"[#\-*+|<>=_]|\d+[.)]\s|\[|    |\t")
+_PLACEHOLDER = "more information needed"
+
+
+def description_of(body: str) -> str:
+    """The first paragraph of prose, links as their texts, on one line; empty when there is none. Nothing is fetched."""
+    text = _FENCED.sub("\n\n", _COMMENT.sub("\n\n", body.replace("\r\n", "\n")))
+    for paragraph in _PARAGRAPH.split(text):
+        plain = _LINK.sub(r"\1", _IMAGE.sub("", paragraph)).strip("\n")
+        if not plain.strip() or _MARKUP.match(plain) or _PLACEHOLDER in plain.casefold():
+            continue
+        return " ".join(plain.split())[:MAX_DESCRIPTION]
+    return ""

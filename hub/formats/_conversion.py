@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraweave.errors import AdapterUnsupported
-from loraweave.hub import algebra
-from loraweave.hub.factorise import factorise
+from loraweave.errors import AdapterCorrupt, AdapterUnsupported
+from loraweave.lowrank import algebra
+from loraweave.lowrank.factorise import factorise
 from loraweave.types import Factors, Kind
 
 MAX_ERROR = 1e-3
@@ -116,3 +116,23 @@ def plain(
     exact = Factors(a_RI, b_OR, gain_O=gain_O, bias_O=bias_O, kind=kind, kernel=kernel)
     rounded: dict[str, Any] = {name: tensor.float().contiguous() for name, tensor in exact.tensors().items()}
     return replace(exact, **rounded)
+
+
+def matrices(a: Tensor, b: Tensor, embedding: bool, where: str) -> Factors:
+    """The factors before any scale. Raises AdapterCorrupt for shapes that do not fit, AdapterUnsupported for groups."""
+    shapes = f"A of shape {tuple(a.shape)} and B of shape {tuple(b.shape)}"
+    kernel = tuple(a.shape[2:])
+    if (embedding and kernel) or not 2 <= a.dim() <= 5 or a.dim() != b.dim():
+        raise AdapterCorrupt(f"{where} has {shapes}, which are not the factors of a linear layer, embedding or convolution")
+    if any(size != 1 for size in b.shape[2:]):
+        raise AdapterCorrupt(f"{where} has {shapes}; the second convolution of an update has kernel size 1")
+    if kernel and b.shape[1] != a.shape[0] and a.shape[0] % b.shape[1] == 0:
+        raise AdapterUnsupported(f"{where} has {shapes}: a convolution in groups, which is not supported")
+    if b.shape[1] != a.shape[0]:
+        raise AdapterCorrupt(f"{where} has {shapes}; A's first size and B's second are the rank and must agree")
+    return Factors(
+        a_RI=a.flatten(1).contiguous(),
+        b_OR=b.flatten(1).contiguous(),
+        kind="embedding" if embedding else "conv" if kernel else "linear",
+        kernel=kernel,
+    )

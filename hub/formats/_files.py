@@ -3,15 +3,88 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported, HubError
+
+SUFFIXES = {".json", ".safetensors", ".md"}
+NAMES = {"adapter_model.bin", "pytorch_lora_weights.bin", "model_weights.ckpt"}
+# a file written so lately may be written again without another time: clocks of file systems have coarse steps
+FRESH_S = 2.0
+
+State = tuple[int, int, int, int, str]
+
+
+@contextmanager
+def unchanged(folder: Path) -> Iterator[None]:
+    """Raises AdapterCorrupt, naming the file, when one was replaced, rewritten, added or removed within the block.
+
+    An error of the block that such a change explains is replaced by it. Files are compared by identity, size and time of
+    writing, and those written within the last seconds by their hash too, so that older ones are not read twice.
+    """
+    fresh_ns = time.time_ns() - int(FRESH_S * 1e9)
+    before = _states(folder, fresh_ns)
+    try:
+        yield
+    except HubError as error:
+        _compare(before, _states(folder, fresh_ns), folder, error)
+        raise
+    _compare(before, _states(folder, fresh_ns), folder, None)
+
+
+def _compare(before: dict[str, State], after: dict[str, State], folder: Path, cause: object) -> None:
+    changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    if changed:
+        name = changed[0]
+        sizes = [f"{state[name][2]} bytes" if name in state else "absent" for state in (before, after)]
+        raise AdapterCorrupt(
+            f"{folder}: {name} changed while it was read ({sizes[0]} before, {sizes[1]} after); read the adapter again when "
+            "nothing writes to the folder"
+        ) from (cause if isinstance(cause, BaseException) else None)
+
+
+def _states(folder: Path, fresh_ns: int) -> dict[str, State]:
+    try:
+        paths = [folder] if not folder.is_dir() else [path for path in folder.iterdir() if _counts(path.name)]
+    except OSError:
+        paths = []
+    states: dict[str, State] = {}
+    for path in paths:
+        try:
+            status = path.stat()
+        except OSError:
+            # a dangling link; whoever reads it says so
+            continue
+        fresh = status.st_mtime_ns >= fresh_ns and stat.S_ISREG(status.st_mode)
+        digest = _digest(path) if fresh else ""
+        states[path.name] = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, digest)
+    return states
+
+
+def _digest(path: Path) -> str:
+    try:
+        # another kind of file may have taken the place meanwhile, and opening a FIFO would wait
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        with os.fdopen(descriptor, "rb") as file:
+            require_held(descriptor, os.fstat(descriptor).st_size, str(path))
+            file.seek(0)
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, HubError):
+        # whoever reads the file says so
+        return ""
+
+
+def _counts(name: str) -> bool:
+    return name in NAMES or Path(name).suffix in SUFFIXES
+
 
 LFS_MARK = b"version https://git-lfs.github.com/spec/"
 MAX_JSON_BYTES = 4 * 2**20
@@ -178,3 +251,50 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise ValueError(f"the key {twice[:100]!r} occurs twice")
     return result
+
+
+MAX_DEPTH = 3
+MAX_ENTRIES = 10_000
+MAX_LISTED = 12
+
+
+def adapter_folder(folder: Path, is_adapter: Callable[[Path], bool]) -> Path:
+    """`folder` where it holds an adapter itself, else the one folder below it that does, else `folder` as it is.
+
+    Links and hidden folders are not entered. Raises AdapterUnsupported, listing them, where several folders below it hold
+    adapters: which one is meant is not said anywhere.
+    """
+    if not folder.is_dir() or is_adapter(folder):
+        return folder
+    found = [path for path in _folders_below(folder) if is_adapter(path)]
+    if len(found) > 1:
+        names = [path.relative_to(folder).as_posix() for path in found]
+        more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+        raise AdapterUnsupported(
+            f"{folder}: {len(names)} folders in it hold adapters, and none stands above the others: "
+            f"{', '.join(names[:MAX_LISTED])}{more}; give the path of one, for instance {str(found[-1])!r}"
+        )
+    return found[0] if found else folder
+
+
+def _folders_below(folder: Path) -> Iterator[Path]:
+    """The folders below, in order of their names, a folder before what it holds."""
+    seen = 0
+    waiting = [(folder, 0)]
+    while waiting:
+        here, depth = waiting.pop()
+        if depth:
+            yield here
+        if depth == MAX_DEPTH:
+            continue
+        try:
+            entries = sorted(os.scandir(here), key=lambda entry: entry.name)
+        except OSError:
+            continue
+        seen += len(entries)
+        if seen > MAX_ENTRIES:
+            raise AdapterUnsupported(
+                f"{folder}: no adapter in it, and below it more than {MAX_ENTRIES} files; give the adapter's own folder"
+            )
+        below = [entry for entry in entries if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".")]
+        waiting += [(Path(entry.path), depth + 1) for entry in reversed(below)]

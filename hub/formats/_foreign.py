@@ -6,31 +6,33 @@ is as strict as the reader of LoRA folders: safetensors only, sizes checked firs
 
 from __future__ import annotations
 
+import difflib
 import sys
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from loraweave.common.process import free_host_bytes
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported, BaseModelMismatch, LayerMismatch
-from loraweave.hub import algebra
-from loraweave.hub.fingerprint import fingerprint
-from loraweave.hub.formats._base_layers import BaseLayer, base_layer
+from loraweave.hub.base import fingerprint
 from loraweave.hub.formats._card import base_model_of_readme, read_card
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._conversion import MAX_ERROR, Bound, Dense, cut
 from loraweave.hub.formats._files import listing, present, read_json
 from loraweave.hub.formats._patterns import PatternError, resolve
-from loraweave.hub.formats._peft_files import CONFIG, stored_tensors
+from loraweave.hub.formats._peft_config import CONFIG, stored_tensors
 from loraweave.hub.formats._peft_heads import TASK_HEADS, check_heads, take_heads
 from loraweave.hub.formats._safetensors import INTEGERS
-from loraweave.hub.host_memory import free_host_bytes
-from loraweave.types import Factors, Fingerprint
+from loraweave.lowrank import algebra
+from loraweave.types import Factors, Fingerprint, Kind
 
 ROOT = "base_model."
 MAX_VALUES = 2**31
@@ -393,3 +395,74 @@ def _is_set(value: Any) -> bool:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+@dataclass(frozen=True, eq=False)
+class BaseLayer:
+    """A linear layer, embedding or convolution of a base model; its weight is read only when it is asked for."""
+
+    name: str
+    module: nn.Module
+    num_outputs: int
+    num_inputs: int
+    kind: Kind = "linear"
+    kernel: tuple[int, ...] = ()
+    transposed: bool = False
+
+    @cached_property
+    def weight_OI(self) -> Tensor:
+        """The weight (O, I) in float64 on the CPU. Raises AdapterUnsupported where it is no plain matrix of floats."""
+        weight = getattr(self.module, "weight", None)
+        size = self.num_outputs * self.num_inputs
+        if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point() or weight.numel() != size:
+            what = (
+                "no tensor" if not isinstance(weight, Tensor) else f"{weight.dtype} {tuple(weight.shape)} on {weight.device}"
+            )
+            raise AdapterUnsupported(
+                f"the weight of the base layer {self.name!r} ({type(self.module).__name__}) is {what}; its values are "
+                "needed, so load the base model unquantised"
+            )
+        dense = weight.detach().cpu().double()
+        return dense.T if self.transposed else dense.flatten(1)
+
+    @property
+    def bias_O(self) -> Tensor | None:
+        """The bias in float64 on the CPU, None for a layer without one."""
+        bias = getattr(self.module, "bias", None)
+        if bias is not None and bias.is_meta:
+            raise AdapterUnsupported(
+                f"the bias of the base layer {self.name!r} is on the meta device; its values are needed"
+            )
+        return None if bias is None else bias.detach().cpu().double()
+
+
+def base_layer(modules: Mapping[str, nn.Module], name: str, asker: str) -> BaseLayer:
+    """The layer of that name. Raises LayerMismatch, naming `asker`, for one that is missing or has no weight matrix."""
+    module = modules.get(name)
+    if module is None:
+        close = difflib.get_close_matches(name, modules, n=1)
+        hint = f"; the nearest is {close[0]!r}" if close else ""
+        raise LayerMismatch(f"{asker} updates layer {name!r}, which the model does not have{hint}")
+    found = as_base_layer(name, module)
+    if found is None:
+        raise LayerMismatch(
+            f"{asker} updates layer {name!r}, a {type(module).__name__}; only linear layers, embeddings and convolutions "
+            "without groups have an update as factors"
+        )
+    return found
+
+
+def as_base_layer(name: str, module: nn.Module) -> BaseLayer | None:
+    """The module as a layer with one weight matrix, None for any other module."""
+    if isinstance(module, Conv1D):
+        return BaseLayer(name, module, int(module.nf), int(module.nx), transposed=True)
+    if isinstance(module, nn.Linear):
+        return BaseLayer(name, module, int(module.out_features), int(module.in_features))
+    if isinstance(module, nn.Embedding):
+        sizes = int(module.embedding_dim), int(module.num_embeddings)
+        return BaseLayer(name, module, *sizes, kind="embedding", transposed=True)
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1:
+        kernel = tuple(int(size) for size in module.kernel_size)
+        inputs = int(module.weight[0].numel())
+        return BaseLayer(name, module, int(module.out_channels), inputs, kind="conv", kernel=kernel)
+    return None

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
-from loraweave.hub import algebra
-from loraweave.hub.fingerprint import fingerprint
+from loraweave.hub.base import fingerprint
 from loraweave.hub.formats._card import base_model_of_readme, read_card
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._conversion import MAX_ERROR, Bound, cut
 from loraweave.hub.formats._files import listing, opened
-from loraweave.hub.formats._peft_files import WEIGHTS
+from loraweave.hub.formats._peft_config import WEIGHTS
 from loraweave.hub.formats._pickle import read_pickle, texts_in_pickle
 from loraweave.hub.formats._placing import BaseNames, Placement, divided
 from loraweave.hub.formats._safetensors import FLOATS, INTEGERS, file_metadata, read_tensors, tensor_names
 from loraweave.hub.formats._updates import MATRICES, rank_of, update_of
+from loraweave.lowrank import algebra
 from loraweave.types import Factors
 
 # as diffusers and NeMo name them

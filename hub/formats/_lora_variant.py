@@ -10,8 +10,7 @@ from torch import Tensor
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.formats._files import present, read_json
 from loraweave.hub.formats._foreign import Config, ForeignFormat, Layer
-from loraweave.hub.formats._peft_config import PeftConfig, parse
-from loraweave.hub.formats._peft_files import CONFIG
+from loraweave.hub.formats._peft_config import CONFIG, PeftConfig, parse
 
 
 class LoraVariant(ForeignFormat):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
-from loraweave.hub.formats._peft_keys import PREFIX, without_prefix
+from loraweave.hub.formats._peft_config import PREFIX, without_prefix
 from loraweave.hub.formats._safetensors import MAX_KEY_LENGTH
 
 # what PEFT adds to modules_to_save by itself for a task; only one of the names need exist in the model

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loraweave.common.state import save_tensors
 from loraweave.errors import AdapterExists, AdapterUnsupported, HubFull, HubReadOnly
 from loraweave.hub.formats._card import README, SIDECAR, readme_text, sidecar_text
 from loraweave.hub.formats._contents import Contents
+from loraweave.hub.formats._peft_config import PREFIX, Key, parse_key
 from loraweave.hub.formats._peft_heads import saved_modules
-from loraweave.hub.formats._peft_keys import PREFIX, Key, parse_key
 from loraweave.hub.formats._replacing import replacing
 from loraweave.hub.formats._safetensors import MAX_KEY_LENGTH
-from loraweave.hub.formats._saved_tensors import save_tensors
 from loraweave.types import Factors
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

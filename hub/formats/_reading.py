@@ -14,24 +14,22 @@ from torch import nn
 
 from loraweave import registry
 from loraweave.errors import AdapterUnsupported
-from loraweave.hub import algebra
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._conversion import MAX_ERROR, Bound, cut
-from loraweave.hub.formats._files import present, read_json
+from loraweave.hub.formats._files import adapter_folder, present, read_json, unchanged
 from loraweave.hub.formats._foreign import ForeignFormat
 from loraweave.hub.formats._lora_file import PICKLES, FileFormat, is_pickle, lora_files, refuse_pickle
-from loraweave.hub.formats._nested import adapter_folder
-from loraweave.hub.formats._peft_files import CONFIG
+from loraweave.hub.formats._peft_config import CONFIG
 from loraweave.hub.formats._pickle import texts_in_pickle
 from loraweave.hub.formats._safetensors import tensor_names
-from loraweave.hub.formats._unchanged import unchanged
 from loraweave.hub.formats.base_change import BaseChange
 from loraweave.hub.formats.bdlora import Bdlora
 from loraweave.hub.formats.kasa import Kasa
 from loraweave.hub.formats.lora_xs import LoraXs
 from loraweave.hub.formats.merged_linear import MergedLinear
 from loraweave.hub.formats.peft import Peft
-from loraweave.hub.kept_files import read_kept
+from loraweave.hub.intake.kept_files import read_kept
+from loraweave.lowrank import algebra
 
 _PROMPT = "trained vectors in front of the text or in the cache of attention, not an update of weights"
 _ROUTED = "the update depends on the input, so that no one matrix is it"

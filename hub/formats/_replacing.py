@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from loraweave.hub.stores.storage_errors import storage_errors
+from loraweave.hub.stores.errors import storage_errors
 
 
 @contextmanager

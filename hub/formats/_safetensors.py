@@ -5,6 +5,7 @@ Tensors are copied, never mapped: a mapped file that somebody truncates kills th
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor
 
+from loraweave.common.process import free_host_bytes
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.formats._files import opened, parse_json, read_json
-from loraweave.hub.host_memory import free_host_bytes
 
 MAX_HEADER_BYTES = 100 * 10**6
 MAX_TENSORS = 200_000
@@ -212,3 +215,21 @@ def _read_tensor(file: BinaryIO, folder: Path, name: str, key: str, entry: Entry
     if entry.dtype in INTEGERS:
         return torch.frombuffer(buffer, dtype=INTEGERS[entry.dtype]).reshape(entry.shape).long()
     return torch.frombuffer(buffer, dtype=FLOATS[entry.dtype]).reshape(entry.shape).float()
+
+
+def hashed_tensors(folder: Path, name: str, digest: str, *, said_by: str) -> dict[str, Tensor]:
+    """The tensors of the file `name`, whose SHA-256 the file `said_by` has. Raises AdapterCorrupt where it is another."""
+    # the header is looked over first
+    tensor_names(folder, name)
+    with opened(folder, name) as (file, size):
+        raw = file.read(size)
+    if (found := hashlib.sha256(raw).hexdigest()) != digest:
+        raise AdapterCorrupt(
+            f"{folder / name} has SHA-256 {found[:12]}, but {said_by} says {digest[:12]}: one of them is damaged or of "
+            "another folder; copy or download the folder again"
+        )
+    try:
+        tensors: dict[str, Tensor] = load(raw)
+    except (SafetensorError, ValueError) as error:
+        raise AdapterCorrupt(f"{folder / name} is no intact safetensors file: {error}") from error
+    return tensors

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
-from loraweave.hub.formats._base_layers import BaseLayer
-from loraweave.hub.formats._conversion import Dense, plain
-from loraweave.hub.formats._foreign import Config, Layer
-from loraweave.hub.formats._matrices import matrices
+from loraweave.hub.formats._conversion import Dense, matrices, plain
+from loraweave.hub.formats._foreign import BaseLayer, Config, Layer
 from loraweave.hub.formats.loha import Loha
 from loraweave.hub.formats.lokr import Lokr
 from loraweave.types import Factors

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
-from loraweave.hub.fingerprint import fingerprint
-from loraweave.hub.formats._base_layers import BaseLayer, base_layer
+from loraweave.hub.base import fingerprint
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._conversion import MAX_ERROR, Bound, cut, plain
 from loraweave.hub.formats._files import present, read_json
-from loraweave.hub.formats._peft_config import parse
-from loraweave.hub.formats._peft_files import CONFIG
+from loraweave.hub.formats._foreign import BaseLayer, base_layer
+from loraweave.hub.formats._peft_config import CONFIG, parse
 from loraweave.hub.formats.peft import Peft
 from loraweave.types import Factors
 

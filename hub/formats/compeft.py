@@ -1,6 +1,6 @@
 """Ternary adapters in few bits: compeft.safetensors and compeft.json (ComPEFT, Yadav et al. 2023, arXiv 2311.13171).
 
-The form is this library's own; the paper's authors left none. See `loraweave.hub.ternary` for the stream.
+The form is this library's own; the paper's authors left none. See `loraweave.hub.stores.ternary` for the stream.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from loraweave.errors import AdapterCorrupt, AdapterExists, AdapterUnsupported
-from loraweave.hub import algebra
 from loraweave.hub.formats._card import plain
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._files import MAX_JSON_BYTES, listing, present, read_json
 from loraweave.hub.formats._replacing import replacing
 from loraweave.hub.formats._safetensors import read_tensors
-from loraweave.hub.stored_layers import put_together, take_apart
-from loraweave.hub.stores.storage_errors import storage_errors
+from loraweave.hub.stores.errors import storage_errors
+from loraweave.hub.stores.packing import put_together, take_apart
+from loraweave.lowrank import algebra
 from loraweave.types import Factors, Fingerprint
 
 DESCRIPTION = "compeft.json"

@@ -7,8 +7,7 @@ from pathlib import Path
 from loraweave.errors import AdapterCorrupt
 from loraweave.hub.formats._conversion import plain
 from loraweave.hub.formats._foreign import Config, ForeignFormat, Layer
-from loraweave.hub.formats._peft_config import parse
-from loraweave.hub.formats._peft_files import weight_files
+from loraweave.hub.formats._peft_config import parse, weight_files
 from loraweave.hub.formats._safetensors import tensor_names
 from loraweave.types import Factors
 

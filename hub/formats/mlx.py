@@ -12,7 +12,7 @@ from torch import Tensor
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.formats._files import present, read_json
 from loraweave.hub.formats._lora_file import FileFormat, Parts
-from loraweave.hub.formats._peft_files import CONFIG
+from loraweave.hub.formats._peft_config import CONFIG
 from loraweave.hub.formats._placing import BaseNames, Placement
 
 WEIGHTS = "adapters.safetensors"

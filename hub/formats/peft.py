@@ -13,17 +13,25 @@ import torch
 from torch import Tensor
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
-from loraweave.hub import algebra
 from loraweave.hub.formats._card import base_model_of_readme, read_card
 from loraweave.hub.formats._contents import Contents
+from loraweave.hub.formats._conversion import matrices
 from loraweave.hub.formats._files import listing, present, read_json
-from loraweave.hub.formats._matrices import matrices
-from loraweave.hub.formats._peft_config import PeftConfig, parse
-from loraweave.hub.formats._peft_files import CONFIG, INDEX, PICKLE, WEIGHTS, stored_tensors
+from loraweave.hub.formats._peft_config import (
+    CONFIG,
+    INDEX,
+    PICKLE,
+    WEIGHTS,
+    Part,
+    PeftConfig,
+    check_all_known,
+    parse,
+    stored_tensors,
+)
 from loraweave.hub.formats._peft_heads import TASK_HEADS, check_heads, take_heads
-from loraweave.hub.formats._peft_keys import Part, check_all_known
 from loraweave.hub.formats._peft_write import write_folder
 from loraweave.hub.formats._safetensors import FLOATS
+from loraweave.lowrank import algebra
 from loraweave.types import Factors
 
 Parts = dict[Part, Tensor]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import unicodedata
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from loraweave.common.display import tracked
+from loraweave.common.names import MAX_NAME_CHARACTERS, checked_name
 from loraweave.errors import (
     AdapterExists,
     AdapterNotFound,
@@ -23,15 +27,14 @@ from loraweave.errors import (
     LoraweaveError,
 )
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.anomalies import checked_policy
-from loraweave.hub.blobs import content_hash
+from loraweave.hub.formats._reading import is_adapter
+from loraweave.hub.formats.peft import Peft
+from loraweave.hub.health.anomalies import checked_policy
 from loraweave.hub.hub import Hub
 from loraweave.hub.intake.adding import MAX_BATCH, MAX_BATCH_BYTES, Addition
 from loraweave.hub.intake.archives import archive_suffix
-from loraweave.hub.intake.tree_journal import Noted, TreeJournal, stamp
-from loraweave.hub.intake.tree_sources import tree_sources
-from loraweave.hub.names import MAX_NAME_CHARACTERS, checked_name
-from loraweave.hub.progress import tracked
+from loraweave.hub.stores.blobs import content_hash
+from loraweave.hub.stores.errors import storage_errors
 from loraweave.types import Record
 
 # what is wrong with the hub, and not with one adapter, ends the walk; it goes on there when it is called again
@@ -241,3 +244,94 @@ def _can_be_stored(name: str) -> bool:
 def _unread(root: Path, error: OSError) -> Noted:
     path = os.path.relpath(error.filename or root, root)
     return Noted(path, "", "refused", "", why=f"the folder cannot be read: {error.strerror}")
+
+
+# lines of one adapter; longer ones come from a damaged journal
+_MAX_LINE_BYTES = 100_000
+
+
+@dataclass(frozen=True)
+class Noted:
+    """An adapter's path in the tree, the stamp of its files then, and what became of it."""
+
+    path: str
+    stamp: str
+    state: str
+    name: str
+    hash: str = ""
+    why: str = ""
+
+
+class TreeJournal:
+    """The lines of one tree, the last of a path counts. It spares time only: without it everything is read again."""
+
+    def __init__(self, hub_folder: Path, root: Path) -> None:
+        key = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
+        self.path = hub_folder / "trees" / f"{key}.jsonl"
+
+    def read(self) -> dict[str, Noted]:
+        """What was noted, by path; a line that cannot be read, such as the last of a killed process, is passed over."""
+        found: dict[str, Noted] = {}
+        with storage_errors(self.path, "reading what was added of the tree"):
+            for line in self._lines():
+                try:
+                    fields = json.loads(line)
+                    noted = Noted(**{key: str(value) for key, value in fields.items()})
+                except (ValueError, TypeError, AttributeError):
+                    continue
+                found[noted.path] = noted
+        return found
+
+    def write(self, noted: Noted) -> None:
+        """Adds a line; it reaches the disk when the system likes, since losing it costs a reading and no more."""
+        with storage_errors(self.path, "noting what was added of the tree"):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            line = json.dumps({key: value for key, value in vars(noted).items() if value}) + "\n"
+            with self.path.open("a", encoding="ascii") as file:
+                file.write(line)
+
+    def _lines(self) -> Iterator[bytes]:
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            while line := file.readline(_MAX_LINE_BYTES):
+                yield line
+
+
+def stamp(source: Path, options: Mapping[str, Any]) -> str:
+    """Changes with names, sizes and times of a source's own files, with the options, and with the version of loraweave."""
+    seen: list[tuple[str, int, int]] = []
+    entries = [source] if source.is_file() else sorted(source.iterdir())
+    for entry in entries:
+        status = entry.stat() if entry.exists() else entry.lstat()
+        if not entry.is_dir():
+            seen.append((entry.name, status.st_size, status.st_mtime_ns))
+    return hashlib.sha256(repr((version("loraweave"), sorted(options.items()), seen)).encode()).hexdigest()[:32]
+
+
+# version control keeps thousands of folders and no adapter of its own
+_PASSED_OVER = (".git",)
+
+
+def tree_sources(root: Path, unread: Callable[[OSError], None]) -> list[Path]:
+    """Every folder at or below `root` that is an adapter, every LoRA file and archive, sorted; links are not followed.
+
+    `unread` is called with the error of a folder that cannot be listed.
+    """
+    found = []
+    for path, folders, files in os.walk(root, onerror=unread):
+        folders[:] = [name for name in folders if name not in _PASSED_OVER]
+        here = Path(path)
+        files_of_weights = [here / name for name in files if name.endswith(".safetensors")]
+        # of a folder of LoRA files each is an adapter, and keeps its name when another comes
+        loras = [] if Peft.recognises(here) else [file for file in files_of_weights if _is_plain(file) and is_adapter(file)]
+        if loras:
+            found += loras
+        elif is_adapter(here):
+            found.append(here)
+        found += [here / name for name in files if archive_suffix(name) and _is_plain(here / name)]
+    return sorted(found, key=lambda source: source.relative_to(root).parts)
+
+
+def _is_plain(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()

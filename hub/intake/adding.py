@@ -5,17 +5,34 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from loraweave.common.names import checked_name, now
 from loraweave.common.rows import GivenRows
-from loraweave.errors import AdapterSuspicious, LoraweaveError
+from loraweave.errors import AdapterCorrupt, AdapterSuspicious, AdapterUnsupported, LoraweaveError
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.examination import examined
-from loraweave.hub.intake.admission import require_storable
-from loraweave.hub.intake.new_record import new_record
-from loraweave.hub.names import checked_name
+from loraweave.hub.health.anomalies import examined
+from loraweave.hub.intake import licenses
+from loraweave.hub.intake.fields import (
+    MAX_LABEL_BYTES,
+    OWN_FIELDS,
+    card_with_outputs,
+    checked_fields,
+    checked_text,
+    split_pairs,
+)
+from loraweave.hub.intake.sources import without_secrets
+from loraweave.hub.stores.blobs import content_hash
+from loraweave.hub.stores.kept_files import with_files
+from loraweave.hub.stores.packing import take_apart
 from loraweave.hub.stores.protocols import BlobStore, CatalogueStore
-from loraweave.hub.storing_many import Prepared, store_many
-from loraweave.types import Record
+from loraweave.hub.stores.storing import Prepared, store_many
+from loraweave.hub.tables import rows
+from loraweave.lowrank import algebra
+from loraweave.types import Factors, Record, Source
 
 # a batch ends at either: what waits for it is lost when the process is killed, and lies in memory until then
 MAX_BATCH = 256
@@ -125,3 +142,104 @@ def _shown(sources: Iterable[str | Path | Adapter | Addition], progress: bool) -
 
     total = len(sources) if isinstance(sources, Collection) else None
     yield from track(sources, description="adding adapters", total=total, console=Console(stderr=True))
+
+
+def require_storable(adapter: Adapter, stored_as: str = "factors") -> None:
+    """AdapterCorrupt for factors that do not fit each other or are not finite, AdapterUnsupported for no effect at all.
+
+    AdapterSuspicious for factors whose product is beyond fp32. Also AdapterUnsupported for factors that `stored_as` has no
+    form for.
+    """
+    for layer, factors in adapter.layers.items():
+        where = f"adapter {adapter.name!r}, layer {layer!r}"
+        _require_shapes(where, factors)
+        for part, tensor in factors.tensors().items():
+            _require_finite(f"{where}, {part}", tensor)
+        algebra.require_in_range(factors, where)
+    for head, tensor in adapter.heads.items():
+        _require_finite(f"adapter {adapter.name!r}, head {head!r}", tensor)
+    if not adapter.heads and all(algebra.is_zero(factors) for factors in adapter.layers.values()):
+        raise AdapterUnsupported(
+            f"adapter {adapter.name!r} is without effect: the updates of all its {len(adapter.layers)} layers are zero; "
+            "was it saved before training, or with alpha 0?"
+        )
+    if stored_as != "factors":
+        take_apart(adapter.layers, {}, stored_as=stored_as)
+
+
+def _require_shapes(where: str, factors: Factors) -> None:
+    a, b = tuple(factors.a_RI.shape), tuple(factors.b_OR.shape)
+    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in (a[1], b[0]):
+        raise AdapterCorrupt(f"{where}: a_RI has shape {a} and b_OR {b}, which do not fit as (rank, in) and (out, rank)")
+    vectors = {part: tensor for part, tensor in factors.tensors().items() if part not in ("a_RI", "b_OR")}
+    for part, tensor in vectors.items():
+        if tuple(tensor.shape) != (b[0],):
+            raise AdapterCorrupt(f"{where}: {part} has shape {tuple(tensor.shape)}, but the layer has {b[0]} outputs")
+    if a[0] == 0 and not vectors:
+        raise AdapterCorrupt(f"{where}: the update has rank 0 and nothing else")
+
+
+def _require_finite(where: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise AdapterUnsupported(
+            f"{where} has dtype {tensor.dtype}; only floating point factors have a meaning of their own"
+        )
+    # as stored: a float64 value can be beyond fp32
+    finite = torch.isfinite(tensor.float())
+    if not bool(finite.all()):
+        first = tuple(int(i) for i in (~finite).nonzero()[0])
+        raise AdapterCorrupt(
+            f"{where}: {int((~finite).sum())} of {tensor.numel()} values are not finite in fp32, the first "
+            f"{float(tensor[first])} at {first}"
+        )
+
+
+def new_record(
+    adapter: Adapter, name: str, given: Mapping[str, Any], base_model: str | None, source: str | Path | None
+) -> Record:
+    """The record of version 1 under that name. AdapterUnsupported for fields of a wrong type or above their limit."""
+    inputs, outputs = split_pairs(name, given["examples"])
+    fields = checked_fields(name, _fields_with_card(name, {**given, "examples": inputs}, adapter.card))
+    card = card_with_outputs(adapter.card, adapter.card.get("examples") or None, fields.examples, outputs)
+    card = with_files(card, adapter.files)
+    revision = adapter.base.revision
+    record = Record(
+        name=name,
+        hash=content_hash(adapter.layers, adapter.heads),
+        base_model=checked_text(name, "base_model", base_model or adapter.base_model, MAX_LABEL_BYTES),
+        rank=adapter.rank,
+        target_modules=tuple(sorted({layer.rsplit(".", 1)[-1] for layer in adapter.layers})),
+        license=fields.license,
+        tags=fields.tags,
+        description=fields.description,
+        size_bytes=0,
+        created=now(),
+        examples=fields.examples,
+        language=fields.language,
+        fingerprint=adapter.fingerprint,
+        base_revision=revision if revision is not None and len(revision) <= MAX_LABEL_BYTES else None,
+        source=_source(adapter.card, source),
+        card=card,
+    )
+    rows.encode_within_limit(record)
+    return record
+
+
+def _fields_with_card(name: str, given: Mapping[str, Any], card: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields given; the card's value where none was."""
+    fields = {key: given[key] or card.get(key) or given[key] for key in OWN_FIELDS}
+    if isinstance(given["license"], str) and given["license"]:
+        fields["license"] = licenses.canonical(given["license"])
+    elif isinstance(fields["license"], str):
+        fields["license"] = licenses.of_card(fields["license"], f"adapter {name!r}")
+    return fields
+
+
+def _source(card: Mapping[str, Any], given: str | Path | None) -> Source | None:
+    """The repository and commit that the card has from reading it, else the place as the caller named it."""
+    known = card.get("source")
+    repository = known.get("repository") if isinstance(known, Mapping) else None
+    if isinstance(known, Mapping) and isinstance(repository, str) and given in (None, repository):
+        revision = known.get("revision")
+        return Source(repository, revision if isinstance(revision, str) else None)
+    return None if given is None else Source(without_secrets(given))

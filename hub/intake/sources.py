@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
+from loraweave.common.files import as_path
 from loraweave.errors import AdapterNotFound, AdapterUnsupported, SourceUnavailable
-from loraweave.hub.as_path import as_path
 from loraweave.hub.intake.archives import archive_suffix, unpacked
 from loraweave.hub.intake.model_hub import download
 

@@ -17,11 +17,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from loraweave.common.files import sync
 from loraweave.errors import HubCorrupt, HubError, HubLocked, HubReadOnly
-from loraweave.hub.stores.blob_files import sync_folder
+from loraweave.hub.stores.errors import storage_errors
 from loraweave.hub.stores.migrations import migrate, needs_migration
 from loraweave.hub.stores.protocols import BlobStore, Connection, VectorSearch
-from loraweave.hub.stores.storage_errors import storage_errors
 
 # the log may grow to this before a write moves it into the database
 CHECKPOINT_BYTES = 4 * 2**20
@@ -153,8 +153,8 @@ class Catalogue:
             with self.locked("creating the hub"):
                 # another process may have been faster; then this opens what it made
                 self._migrate("rwc")
-                sync_folder(self.folder)
-                sync_folder(self.folder.absolute().parent)
+                sync(self.folder)
+                sync(self.folder.absolute().parent)
             return
         with self._connection() as connection:
             outdated = needs_migration(connection, self.path)
@@ -170,7 +170,7 @@ class Catalogue:
                 # an empty catalogue would present the adapters as gone, and gc would then make it true
                 raise HubCorrupt(
                     f"the catalogue {self.path} is missing or empty, but there are blobs such as {blob}; put its "
-                    "backup back, or make a new one with loraweave.hub.rebuild.rebuild(folder)"
+                    "backup back, or make a new one with loraweave.hub.health.rebuild.rebuild(folder)"
                 )
             migrate(connection, self.path)
         finally:

@@ -1,21 +1,22 @@
-"""The blobs of a hub in a folder of this machine."""
+"""The blobs of a hub in a folder of this machine.
+
+Nothing here imports torch, so that opening, listing and cleaning a hub does not either.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import os
+import stat
+import threading
+import time
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from loraweave.hub.stores.blob_files import (
-    blob_path,
-    place_blob,
-    place_blobs,
-    replace_file,
-    require_digest,
-    stored_blobs,
-    sweep,
-    sync_folders,
-)
+from loraweave.common.files import remove_file, sync
+from loraweave.errors import AdapterCorrupt
 
 
 class FolderBlobs:
@@ -74,3 +75,150 @@ class FolderBlobs:
 
     def sweep(self, older_than_s: float) -> int:
         return sweep(self.folder, older_than_s)
+
+
+# a writer that lives holds its temporary file for seconds
+STALE_TMP_S = 3600.0
+
+_Stamp = tuple[str, int, int, int]
+_digests: dict[_Stamp, str] = {}
+_digests_lock = threading.Lock()
+
+
+def blob_path(folder: Path, content_hash: str) -> Path:
+    return folder / "blobs" / content_hash[:2] / f"{content_hash}.safetensors"
+
+
+def stored_blobs(folder: Path) -> Iterator[Path]:
+    """Every blob file, sorted."""
+    yield from sorted((folder / "blobs").glob("*/*.safetensors"))
+
+
+def place_blob(folder: Path, target: Path, data: bytes) -> str:
+    """Writes `data` as the blob `target` and returns its sha256.
+
+    The file is synced before it gets its name, and its folder after, so that a blob that is seen is whole even after a power
+    failure. The caller holds the write lock; an error leaves no temporary file behind.
+    """
+    temporary = folder / "tmp" / f"{uuid.uuid4().hex}.safetensors"
+    for parent in (folder / "tmp", folder / "blobs", target.parent):
+        _make_folder(parent)
+    try:
+        _write(temporary, data, synced=True)
+        os.replace(temporary, target)
+    except BaseException:
+        remove_file(temporary)
+        raise
+    sync_folders(folder, target)
+    return hashlib.sha256(data).hexdigest()
+
+
+def place_blobs(folder: Path, blobs: Iterable[tuple[Path, bytes]]) -> list[str]:
+    """`place_blob` for several (target, data), with every folder synced once; returns their sha256 in order.
+
+    All bytes are on disk before the first file gets its name. After an error some files may have theirs.
+    """
+    placed: list[tuple[Path, Path, str]] = []
+    try:
+        for target, data in blobs:
+            for parent in (folder / "tmp", folder / "blobs", target.parent):
+                _make_folder(parent)
+            placed.append((folder / "tmp" / f"{uuid.uuid4().hex}.safetensors", target, hashlib.sha256(data).hexdigest()))
+            _write(placed[-1][0], data)
+        # written first and synced then: the first of these calls waits for the bytes of most others too
+        for temporary, _, _ in placed:
+            sync(temporary)
+        for temporary, target, _ in placed:
+            os.replace(temporary, target)
+        for parent in sorted({target.parent for _, target, _ in placed}):
+            sync(parent)
+        for parent in (folder / "blobs", folder):
+            sync(parent)
+    except BaseException:
+        for temporary, _, _ in placed:
+            remove_file(temporary)
+        raise
+    return [digest for _, _, digest in placed]
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Gives the file that content for good: whoever reads it sees the old one or the new one, whole."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    try:
+        _write(temporary, data, synced=True)
+        os.replace(temporary, path)
+    except BaseException:
+        remove_file(temporary)
+        raise
+    sync(path.parent)
+
+
+def sync_folders(folder: Path, target: Path) -> None:
+    """Makes the names of a blob and of its folders last; a writer killed after its rename may have left that undone."""
+    for parent in (target.parent, folder / "blobs", folder):
+        sync(parent)
+
+
+def require_digest(path: Path, expected: str, who: str, *, trust_cache: bool = True) -> None:
+    """AdapterCorrupt when the sha256 of the file is not `expected`; a file that has not changed is read once per process."""
+    found = _digest(path, who, trust_cache)
+    if found != expected:
+        raise AdapterCorrupt(
+            f"{who}: blob {path} is damaged: its sha256 is {found}, not {expected}; "
+            "add the adapter again from its source, which replaces the blob"
+        )
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sweep(folder: Path, older_than_s: float = STALE_TMP_S) -> int:
+    """Removes what killed writers left in tmp/ and returns the bytes freed."""
+    freed = 0
+    for path in (folder / "tmp").glob("*"):
+        try:
+            found = path.lstat()
+            if time.time() - found.st_mtime >= older_than_s:
+                path.unlink()
+                freed += found.st_size
+        except FileNotFoundError:
+            # another process swept it
+            continue
+    return freed
+
+
+def _digest(path: Path, who: str, trust_cache: bool) -> str:
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode):
+        raise AdapterCorrupt(f"{who}: blob {path} is not a regular file")
+    stamp = (str(path), found.st_mtime_ns, found.st_size, found.st_ino)
+    with _digests_lock:
+        known = _digests.get(stamp) if trust_cache else None
+    if known is None:
+        known = file_digest(path)
+        with _digests_lock:
+            _digests[stamp] = known
+    return known
+
+
+def _write(path: Path, data: bytes, *, synced: bool = False) -> None:
+    # private and exclusive: the name cannot be guessed, and a planted file is not followed
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o600)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(descriptor, view) :]
+        if synced:
+            os.fsync(descriptor)
+        os.fchmod(descriptor, 0o444)
+    finally:
+        os.close(descriptor)
+
+
+def _make_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        # readers of a remote store make folders for their copies, and take no lock
+        with suppress(FileExistsError):
+            os.mkdir(folder)

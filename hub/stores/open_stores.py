@@ -1,19 +1,24 @@
-"""Opens the catalogue and the blobs of a hub, wherever each of them is."""
+"""Opens the catalogue and the blobs of a hub, wherever each of them is.
+
+Without this, two hubs that were given one bucket would each delete the other's blobs as unused, and a hub whose disk is not
+mounted would look damaged.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
+import uuid
+from dataclasses import dataclass
 from pathlib import Path
 
-from loraweave.errors import HubError
-from loraweave.hub.as_path import as_path
-from loraweave.hub.cache_folder import cache_folder
-from loraweave.hub.stores.blob_claims import read_claim, require_place, settle, write_claim
-from loraweave.hub.stores.catalogue import Catalogue
-from loraweave.hub.stores.folder_blobs import FolderBlobs
+from loraweave.common.files import as_path, cache_folder
+from loraweave.errors import HubCorrupt, HubError
+from loraweave.hub.stores.catalogue import Catalogue, require_row
+from loraweave.hub.stores.errors import storage_errors, without_credentials
+from loraweave.hub.stores.folder_blobs import FolderBlobs, replace_file
 from loraweave.hub.stores.protocols import BlobStore, CatalogueStore
-from loraweave.hub.stores.remote_errors import without_credentials
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _FOLDERS = (None, "file", "local")
@@ -62,7 +67,7 @@ def _in_folder(folder: Path, given: str | None, timeout_s: float) -> tuple[Path,
 def _on_postgres(url: str, given: str | None, timeout_s: float) -> tuple[Path, CatalogueStore, BlobStore]:
     # psycopg takes a tenth of a second to import, which hubs in folders need not pay
     from loraweave.hub.stores.postgres import PostgresCatalogue
-    from loraweave.hub.stores.postgres_address import read_address
+    from loraweave.hub.stores.postgres_session import read_address
 
     address = read_address(url)
     catalogue = PostgresCatalogue(address, timeout_s)
@@ -105,3 +110,75 @@ def local_folder(where: str) -> Path:
 def _scheme(place: str | Path) -> str | None:
     found = _URL.match(place) if isinstance(place, str) else None
     return None if found is None else found[1].lower()
+
+
+_FILE = "blobs.json"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A hub's identity, and the place of its blobs where that is another than its own folder."""
+
+    identity: str
+    place: str
+
+
+def read_claim(folder: Path) -> Claim | None:
+    """What a hub in a folder noted about its blobs; None where they are in the folder itself."""
+    path = folder / _FILE
+    with storage_errors(path, "opening the hub"):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+    try:
+        data = json.loads(text)
+        return Claim(str(data["hub"]), str(data["blobs"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise HubCorrupt(
+            f'{path} is damaged ({error}); it says where the hub\'s blobs are: {{"hub": identity, "blobs": URL}}'
+        ) from error
+
+
+def write_claim(folder: Path, place: str) -> Claim:
+    """Notes where the blobs of a hub in a folder are. The caller holds the lock."""
+    claim = Claim(uuid.uuid4().hex, without_credentials(place))
+    with storage_errors(folder, "opening the hub"):
+        replace_file(folder / _FILE, json.dumps({"hub": claim.identity, "blobs": claim.place}).encode())
+    return claim
+
+
+def require_place(given: str, noted: str, hub: str) -> None:
+    """HubError when the hub's blobs are in another place than the one given."""
+    if without_credentials(given) != noted:
+        raise HubError(
+            f"the blobs of the hub {hub} are at {noted}, not at {without_credentials(given)}; open it without blobs=, or "
+            "move them there first and correct the note (docs/stores.md)"
+        )
+
+
+def settle(catalogue: CatalogueStore, blobs: BlobStore, identity: str) -> None:
+    """Lets the blobs belong to the hub of that identity. HubError when they are another's or not there."""
+    owner = blobs.owner()
+    if owner == identity:
+        return
+    root = blobs.root
+    if owner is not None:
+        raise HubError(
+            f"the blobs at {root} belong to another hub ({owner}, not {identity}), whose adapters this one would take for "
+            "unused; give the hub a place of its own, such as another prefix, or restore its catalogue from a dump"
+        )
+    with catalogue.reading() as connection:
+        (num_adapters,) = require_row(connection.execute("SELECT num_adapters FROM state").fetchone(), catalogue.where)
+    if num_adapters:
+        raise HubError(
+            f"the hub {catalogue.where} has {num_adapters} adapters, but {root} is not the place of their blobs; is it "
+            "mounted, and is it the right bucket?"
+        )
+    if (blob := next(iter(blobs.names()), None)) is not None:
+        raise HubCorrupt(
+            f"{blobs.place(blob)} is a blob of a hub that is not this one; give the hub an empty place for its blobs"
+        )
+    if catalogue.writable:
+        with catalogue.locked("opening the hub"):
+            blobs.claim(identity)

@@ -16,12 +16,9 @@ from typing import Any
 
 from loraweave.errors import HubError, HubLocked, HubReadOnly
 from loraweave.hub.stores.catalogue import require_row
-from loraweave.hub.stores.postgres_address import PostgresAddress, require_psycopg
-from loraweave.hub.stores.postgres_errors import postgres_errors
 from loraweave.hub.stores.postgres_migrations import STEPS, migrate, schema_version, set_search_path
-from loraweave.hub.stores.postgres_search import PostgresSearch
-from loraweave.hub.stores.postgres_session import Translating
-from loraweave.hub.stores.postgres_vectors import make_embeddings
+from loraweave.hub.stores.postgres_search import PostgresSearch, make_embeddings
+from loraweave.hub.stores.postgres_session import PostgresAddress, Translating, postgres_errors, require_psycopg
 from loraweave.hub.stores.protocols import Connection, VectorSearch
 
 # "LoWv": advisory locks are shared with every other program that uses the database

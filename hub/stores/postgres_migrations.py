@@ -9,8 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from loraweave.errors import HubCorrupt, HubError, HubReadOnly
-from loraweave.hub.stores.postgres_address import PostgresAddress, require_psycopg
-from loraweave.hub.stores.postgres_session import Translating
+from loraweave.hub.stores.postgres_session import PostgresAddress, Translating, require_psycopg
 from loraweave.hub.stores.protocols import Connection
 from loraweave.hub.tables.filtering import fill
 

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 from loraweave import registry
 from loraweave.hub import quarantine
-from loraweave.hub.stores.postgres_vectors import as_text
+from loraweave.hub.stores.postgres_migrations import MAX_SEARCHED_DIM
 from loraweave.hub.stores.protocols import CatalogueStore, Connection, Near
 from loraweave.hub.tables import rows, vectors
 from loraweave.types import Record
 
 if TYPE_CHECKING:
     import numpy as np
+
 
 # How far pgvector's fp32 inner product of unit vectors can be from the exact one, with a margin: it adds up some hundreds of
 # products one by one, and every sum is rounded to 6e-8 of its size.
@@ -87,3 +88,31 @@ def _near(
         for seq, text_digest, vector, digest in found
         if vectors.row_sha256(embedder, seq, text_digest, vector) == digest
     ]
+
+
+# how many vectors are translated at once: 1,000 of 384 numbers are 1.5 MB here and 4 MB as text
+_BATCH = 1000
+
+# as the index of postgres_migrations.py has it
+_MISSING = f"embedding IS NULL AND length(vector) <= {4 * MAX_SEARCHED_DIM}"
+
+
+def make_embeddings(connection: Connection) -> None:
+    """Gives every vector without an embedding its own, number for number."""
+    while (first := connection.execute(f"SELECT embedder FROM vectors WHERE {_MISSING} LIMIT 1").fetchone()) is not None:
+        import numpy as np
+
+        found = connection.execute(
+            f"SELECT seq, vector FROM vectors WHERE embedder = ? AND {_MISSING} LIMIT {_BATCH}", first
+        ).fetchall()
+        connection.execute(
+            "UPDATE vectors SET embedding = CAST(made.text AS vector) "
+            "FROM unnest(CAST(? AS bigint[]), CAST(? AS text[])) AS made (seq, text) "
+            "WHERE vectors.embedder = ? AND vectors.seq = made.seq",
+            ([seq for seq, _ in found], [as_text(np.frombuffer(vector, dtype="<f4")) for _, vector in found], *first),
+        )
+
+
+def as_text(vector_D: np.ndarray) -> str:
+    """The vector as pgvector reads it, with as many digits as bring the same fp32 numbers back."""
+    return f"[{','.join([f'{number:.9g}' for number in vector_D.tolist()])}]"

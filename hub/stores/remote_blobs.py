@@ -12,10 +12,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from loraweave.errors import AdapterCorrupt, HubError, PackageMissing
-from loraweave.hub.stores.blob_files import STALE_TMP_S, blob_path
-from loraweave.hub.stores.folder_blobs import FolderBlobs
-from loraweave.hub.stores.remote_errors import remote_errors, without_credentials
-from loraweave.hub.stores.storage_errors import storage_errors
+from loraweave.hub.stores.errors import remote_errors, storage_errors, without_credentials
+from loraweave.hub.stores.folder_blobs import STALE_TMP_S, FolderBlobs, blob_path
 
 # their uploads show the old object or the whole new one; elsewhere a file grows under its name, so it gets that by renaming
 _WHOLE_UPLOADS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "hf", "memory"}

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loraweave.hub.figures import CODE_BITS, Figures, hamming
+from loraweave.hub.health.figures import CODE_BITS, Figures, hamming
 from loraweave.hub.stores.protocols import Connection
 
 NUM_REFERENCE = 256

@@ -1,18 +1,23 @@
-"""Which adapters pass filters, found by indexed look-ups: as long as few pass, few rows are read."""
+"""Which adapters pass filters, found by indexed look-ups: as long as few pass, few rows are read.
+
+The table only helps to notice: the records have the fingerprints, and a damaged or missing entry changes no search.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+import warnings
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from loraweave.hub import quarantine
-from loraweave.hub.base_filter import for_base
-from loraweave.hub.fields import one_or_many
-from loraweave.hub.licenses import accepted
+from loraweave.hub.intake.fields import one_or_many
+from loraweave.hub.intake.licenses import accepted
 from loraweave.hub.stores.protocols import Connection
-from loraweave.hub.tables import labels, rows
-from loraweave.types import BaseKey, Record
+from loraweave.hub.tables import rows
+from loraweave.hub.tables import rows as labels
+from loraweave.hub.tables.rows import storable
+from loraweave.types import BaseKey, Fingerprint, Record
 
 # databases count to here
 _LARGEST = 2**63 - 1
@@ -113,3 +118,74 @@ def _up_to_size(connection: Connection, max_size_bytes: int) -> list[int]:
     statement = "SELECT adapters.seq FROM blobs JOIN adapters ON adapters.hash = blobs.hash WHERE blobs.size_bytes <= ?"
     found = connection.execute(statement, (min(max_size_bytes, _LARGEST),)).fetchall()
     return [seq for (seq,) in found]
+
+
+_MAX_LISTED = 100
+
+
+def contradiction(connection: Connection, record: Record) -> str:
+    """Why the base model's id stands for another model in this hub already, as a phrase; empty when it does not."""
+    if record.fingerprint is None or not record.base_model:
+        return ""
+    found = connection.execute(
+        "SELECT fingerprint FROM bases WHERE base_model = ? ORDER BY fingerprint LIMIT ?",
+        (storable(record.base_model), _MAX_LISTED),
+    ).fetchall()
+    reasons = [known.differs(record.fingerprint) for (text,) in found if (known := _read(text)) is not None]
+    # a hub that holds adapters of both has said so when the second came
+    return "" if "" in reasons else next(iter(reasons), "")
+
+
+def remember(connection: Connection, record: Record) -> None:
+    if record.fingerprint is not None and record.base_model:
+        _insert(connection, *_entry(record.base_model, record.fingerprint))
+
+
+def tidy(connection: Connection, records: Iterable[Record]) -> None:
+    """Makes the table hold what these records, all that there are, came with, and nothing else."""
+    bases = {(record.base_model, record.fingerprint) for record in records}
+    wanted = {_entry(base, fingerprint) for base, fingerprint in bases if fingerprint is not None and base}
+    held = {(base, text) for base, text in connection.execute("SELECT base_model, fingerprint FROM bases").fetchall()}
+    for entry in sorted(held - wanted):
+        connection.execute("DELETE FROM bases WHERE base_model = ? AND fingerprint = ?", entry)
+    for entry in sorted(wanted - held):
+        _insert(connection, *entry)
+
+
+def _entry(base_model: str, fingerprint: Fingerprint) -> tuple[str, str]:
+    return storable(base_model), json.dumps(fingerprint.to_json(), sort_keys=True)
+
+
+def _insert(connection: Connection, base_model: str, text: str) -> None:
+    connection.execute(
+        "INSERT INTO bases (base_model, fingerprint) VALUES (?, ?) ON CONFLICT (base_model, fingerprint) DO NOTHING",
+        (base_model, text),
+    )
+
+
+def _read(text: str) -> Fingerprint | None:
+    try:
+        return Fingerprint.from_json(json.loads(text))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def for_base(records: Iterable[Record], wanted: str | BaseKey | None) -> list[Record]:
+    """The records for that base model: of a text the id must be equal, of a key nothing known may contradict it.
+
+    Adapters under the key's id that were made for another model are left out with a warning.
+    """
+    if wanted is None:
+        return list(records)
+    if isinstance(wanted, str):
+        return [record for record in records if record.base_model == wanted]
+    reasons = [(record, wanted.differs(record.base)) for record in records]
+    namesakes = [(record, why) for record, why in reasons if why and record.base_model == wanted.id]
+    if namesakes:
+        first, why = namesakes[0]
+        warnings.warn(
+            f"{len(namesakes)} adapters are left out, {first.name!r} the first: they name the base model {wanted.id!r}, but "
+            f"were made for another ({why})",
+            stacklevel=3,
+        )
+    return [record for record, why in reasons if not why]

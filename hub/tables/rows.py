@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from loraweave.errors import AdapterUnsupported, HubCorrupt
 from loraweave.hub import quarantine
-from loraweave.hub.fields import MAX_CARD_BYTES, OWN_FIELDS, Fields
+from loraweave.hub.intake.fields import MAX_CARD_BYTES, OWN_FIELDS, Fields, one_or_many
 from loraweave.hub.stores.protocols import Connection
-from loraweave.hub.tables import change_log, labels
 from loraweave.types import Anomaly, Fingerprint, Record, Source
 
 _COLUMNS = "adapters.seq, adapters.name, adapters.hash, adapters.record, adapters.sha256"
@@ -122,7 +121,7 @@ def delete(connection: Connection, row: Row) -> None:
     """Removes the row and, through foreign keys, its vectors and labels; the blob stays for gc."""
     connection.execute("DELETE FROM adapters WHERE seq = ?", (row.seq,))
     connection.execute("UPDATE state SET num_adapters = num_adapters - 1")
-    change_log.note(connection, row.seq)
+    note(connection, row.seq)
 
 
 def put_blob(connection: Connection, blob: BlobRow) -> None:
@@ -189,8 +188,8 @@ def _plain(value: Any) -> Any:
 def _noted(connection: Connection, row: Row | None, name: str) -> Record:
     if row is None:
         raise HubCorrupt(f"the catalogue is damaged: the row of adapter {name!r}, just written, cannot be found")
-    change_log.note(connection, row.seq)
-    labels.put(connection, row.seq, row.record)
+    note(connection, row.seq)
+    put(connection, row.seq, row.record)
     return row.record
 
 
@@ -274,3 +273,83 @@ def _blob_sha256(blob: BlobRow) -> str:
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+# ten digits; an adapter's is far below
+_LARGEST_RANK = 10**10 - 1
+
+
+def put(connection: Connection, seq: int, record: Record) -> None:
+    """Stores the labels of a row, in place of those it had; a row that is deleted takes its labels along."""
+    connection.execute("DELETE FROM labels WHERE seq = ?", (seq,))
+    for kind, value in sorted(labels(record)):
+        connection.execute("INSERT INTO labels (kind, value, seq) VALUES (?, ?, ?)", (kind, value, seq))
+
+
+def stored(connection: Connection, seq: int) -> set[tuple[str, str]]:
+    """The labels of a row as (kind, value)."""
+    return set(connection.execute("SELECT kind, value FROM labels WHERE seq = ?", (seq,)).fetchall())
+
+
+def labels(record: Record) -> set[tuple[str, str]]:
+    """What `put` stores for a record: tags, license, languages, rank, a digest of all that is known of its base model."""
+    found = {("base", base_digest(record)), ("rank", rank_label(record.rank))}
+    found |= {("tag", storable(tag)) for tag in record.tags}
+    found |= {("language", language) for language in languages(record.language)}
+    return found if record.license is None else found | {("license", storable(record.license))}
+
+
+def values(connection: Connection, kind: str) -> Iterator[str]:
+    """The different values of a kind, each found by one step in the table's order."""
+    following = "SELECT min(value) FROM labels WHERE kind = ? AND value > ?"
+    (value,) = connection.execute("SELECT min(value) FROM labels WHERE kind = ?", (kind,)).fetchone()
+    while value is not None:
+        yield value
+        (value,) = connection.execute(following, (kind, value)).fetchone()
+
+
+def seqs(connection: Connection, kind: str, value: str) -> list[int]:
+    """The rows that carry a label, in order of addition."""
+    found = connection.execute("SELECT seq FROM labels WHERE kind = ? AND value = ? ORDER BY seq", (kind, value)).fetchall()
+    return [seq for (seq,) in found]
+
+
+def seqs_up_to(connection: Connection, kind: str, value: str) -> list[int]:
+    """The rows that carry a label of the kind which is not behind that value."""
+    found = connection.execute("SELECT seq FROM labels WHERE kind = ? AND value <= ?", (kind, value)).fetchall()
+    return [seq for (seq,) in found]
+
+
+def first(connection: Connection, kind: str, value: str) -> int:
+    """The first row that carries a label, which one does."""
+    return int(connection.execute("SELECT min(seq) FROM labels WHERE kind = ? AND value = ?", (kind, value)).fetchone()[0])
+
+
+def base_digest(record: Record) -> str:
+    fingerprint = None if record.fingerprint is None else record.fingerprint.to_json()
+    settled = json.dumps([record.base_model, record.base_revision, fingerprint], sort_keys=True)
+    return hashlib.sha256(settled.encode()).hexdigest()[:32]
+
+
+def languages(given: Collection[str] | str) -> set[str]:
+    """Languages as they are compared: without case."""
+    return {storable(language.casefold()) for language in one_or_many(given)}
+
+
+def rank_label(rank: int) -> str:
+    """A rank of 0 or more as text whose order is that of the number."""
+    return f"{min(rank, _LARGEST_RANK):010d}"
+
+
+def storable(text: str) -> str:
+    # a lone surrogate has no UTF-8, which databases store text in, and PostgreSQL's text has no NUL
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
+
+
+def note(connection: Connection, seq: int) -> None:
+    """Writes down that the row is added, changed or deleted by the transaction at hand."""
+    connection.execute(
+        "INSERT INTO changes (seq, generation) SELECT ?, generation + 1 FROM state WHERE true "
+        "ON CONFLICT (seq) DO UPDATE SET generation = excluded.generation",
+        (seq,),
+    )

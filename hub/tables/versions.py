@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from loraweave.common.checks import is_whole
+from loraweave.common.names import now
 from loraweave.errors import AdapterNotFound, HubError
-from loraweave.hub.clock import now
 from loraweave.hub.stores.protocols import Connection
 from loraweave.hub.tables import rows
-from loraweave.hub.whole_number import is_whole
 from loraweave.types import Record
 
 _COLUMNS = "versions.seq, NULL, versions.hash, versions.record, versions.sha256"

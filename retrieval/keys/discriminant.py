@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from loraweave.errors import RetrievalError
-from loraweave.retrieval.key_space import KeySpace
-from loraweave.retrieval.query import Query
+from loraweave.retrieval.keyed_search import KeySpace
+from loraweave.retrieval.request import Query
 from loraweave.types import Record
 
 # adapters that the common covariance is taken over, evenly spaced; more hardly move it

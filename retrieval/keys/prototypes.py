@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from loraweave.errors import RetrievalError
-from loraweave.retrieval.key_space import KeySpace
-from loraweave.retrieval.query import Query
+from loraweave.retrieval.keyed_search import KeySpace
+from loraweave.retrieval.request import Query
 from loraweave.types import Record
 
 _MAX_ROUNDS = 20

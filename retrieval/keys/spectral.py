@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loraweave.hub.search import unit
-from loraweave.retrieval.key_space import KeySpace
-from loraweave.retrieval.query import Query
+from loraweave.hub.search.search import unit
+from loraweave.retrieval.keyed_search import KeySpace
+from loraweave.retrieval.request import Query
 from loraweave.types import Record
 
 if TYPE_CHECKING:

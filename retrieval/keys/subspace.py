@@ -10,8 +10,8 @@ from torch import Tensor
 
 from loraweave.errors import HubError
 from loraweave.hub.adapter import Adapter
-from loraweave.retrieval.key_space import KeySpace
-from loraweave.retrieval.query import Query
+from loraweave.retrieval.keyed_search import KeySpace
+from loraweave.retrieval.request import Query
 from loraweave.types import Factors, Record
 
 # directions below this share of the largest are rounding

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import _search_methods as methods
-from loraweave.retrieval.embedders.hashing import Hashing
+from loraweave.hub.embedders.hashing import Hashing
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import torch
 
 import loraweave as lw
 from loraweave._inputs import read_rows as read_file
-from loraweave.composer.ensembles.answers import answers
-from loraweave.composer.report import Report
+from loraweave.composer.compose.report import Report
+from loraweave.composer.ensembles.ensemble import answers
 from loraweave.errors import InvalidTask
-from loraweave.routers.routing.labelled_tasks import labelled_tasks
+from loraweave.routers.tokens._text import labelled_tasks
 from loraweave.types import Candidate, Record
 
 PAIRS = [("one", "1"), ("two", "2"), ("three", "3")]

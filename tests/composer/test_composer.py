@@ -15,7 +15,7 @@ from loraweave.errors import (
     ScopeError,
 )
 from loraweave.hub.adapter import Adapter
-from loraweave.routers.mixture import MixtureWeights
+from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Factors
 
 KINDS = ["llama", "gpt2", "t5", "bert"]

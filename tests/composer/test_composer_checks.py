@@ -22,9 +22,9 @@ from loraweave.errors import (
     WeightingError,
 )
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.fingerprint import fingerprint
+from loraweave.hub.base import fingerprint
 from loraweave.hub.pool import ExpertPool
-from loraweave.routers.mixture import MixtureWeights
+from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Factors
 
 LAYER = "model.layers.0.self_attn.q_proj"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from loraweave.composer.composer import Composer
-from loraweave.composer.merge import merge
+from loraweave.composer.merge.merge import merge
 from loraweave.hub.adapter import Adapter
 
 KINDS = ["llama", "gpt2", "t5", "bert"]

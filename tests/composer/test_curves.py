@@ -2,10 +2,10 @@
 
 import pytest
 
-from loraweave.composer.report import Report, ReportRow
-from loraweave.routers.mixture import MixtureWeights
-from loraweave.routers.routing.training_report import TrainingReport
-from loraweave.routers.search.result import SearchResult
+from loraweave.composer.compose.report import Report, ReportRow
+from loraweave.routers.searches._told import SearchResult
+from loraweave.routers.tokens._learned import TrainingReport
+from loraweave.routers.weights import MixtureWeights
 
 
 def report(losses):

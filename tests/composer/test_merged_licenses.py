@@ -10,9 +10,8 @@ from typer.testing import CliRunner
 
 import loraweave as lw
 import loraweave.cli
-from loraweave.composer.arithmetic import negate, scale, subtract
-from loraweave.composer.merge import merge
-from loraweave.composer.merge_by_layer import merge_by_layer
+from loraweave.composer.merge.arithmetic import negate, scale, subtract
+from loraweave.composer.merge.merge import merge, merge_by_layer
 from loraweave.errors import InvalidLicense
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool

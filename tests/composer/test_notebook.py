@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.composer.composition import Composition
-from loraweave.composer.introspection.explanation import Explanation
-from loraweave.composer.introspection.mixture_cost import Cost, LayerCost
-from loraweave.composer.report import Report, ReportRow
+from loraweave.composer.compose.composition import Composition
+from loraweave.composer.compose.report import Report, ReportRow
+from loraweave.composer.explain.cost import Cost, LayerCost
+from loraweave.composer.explain.explanation import Explanation
 from loraweave.hub.pool import ExpertPool
 from loraweave.types import Candidate, Task
 

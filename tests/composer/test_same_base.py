@@ -12,7 +12,7 @@ import torch
 import loraweave as lw
 from loraweave import registry
 from loraweave.errors import BaseModelMismatch, BaseModelUnverified, EmptyIndex
-from loraweave.hub.fingerprint import fingerprint
+from loraweave.hub.base import fingerprint
 
 COMMIT, OTHER_COMMIT = "a" * 40, "b" * 40
 IDS_BT = torch.tensor([[5, 9, 3]])

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 import loraweave as lw
 from loraweave.composer.experts.make import recipe as make_recipe
-from loraweave.composer.kernels import _added_experts
+from loraweave.composer.live.kernels import _added_experts
 from loraweave.errors import WeightingError
 
 RECIPES = lw.names("experts")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-import loraweave.hub.stored_adapter
+import loraweave.hub.stores.storing
 from loraweave.errors import (
     AdapterCorrupt,
     AdapterExists,

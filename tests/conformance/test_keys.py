@@ -9,9 +9,9 @@ import torch
 from loraweave import registry
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
-from loraweave.hub.search import SearchIndex
-from loraweave.retrieval.key_space import KeySpace
-from loraweave.retrieval.query import Query
+from loraweave.hub.search.search import SearchIndex
+from loraweave.retrieval.keyed_search import KeySpace
+from loraweave.retrieval.request import Query
 from loraweave.types import Factors
 
 # keys that compare an adapter with the others, so that its score depends on which they are

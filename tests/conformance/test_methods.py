@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraweave import registry
-from loraweave.composer.dense_update import DenseUpdate
-from loraweave.composer.statistics import LayerStatistics
-from loraweave.composer.truncated_update import TruncatedUpdate
+from loraweave.composer.merge.statistics import LayerStatistics
+from loraweave.composer.merge.updates import DenseUpdate, TruncatedUpdate
 from loraweave.types import Factors
 
 METHODS = registry.names("methods")

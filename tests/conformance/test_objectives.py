@@ -9,8 +9,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import loraweave as lw
 from loraweave import registry
-from loraweave.composer.evaluation import population
-from loraweave.composer.evaluation.example_loss import ExampleLoss
+from loraweave.composer.compose import population
+from loraweave.composer.compose.loss import ExampleLoss
 from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors
 

@@ -10,9 +10,9 @@ import torch
 
 from loraweave import registry
 from loraweave.errors import SearchFailed, WeightingError
-from loraweave.routers.search import solver as solver_module
-from loraweave.routers.search.closed_form import ClosedForm
-from loraweave.routers.search.told import Told
+from loraweave.routers.searches import _solver as solver_module
+from loraweave.routers.searches._solver import ClosedForm
+from loraweave.routers.searches._told import Told
 
 NAMES = ("b", "a", "v_proj")
 CLASSES = {name: registry.get("routers", name) for name in registry.names("routers")}

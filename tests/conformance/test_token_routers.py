@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from loraweave.composer.compose import compose
+from loraweave.composer.compose.compose import compose
+from loraweave.composer.compose.composition import Composition
 from loraweave.composer.composer import Composer
-from loraweave.composer.composition import Composition
 from loraweave.errors import ScopeError, WeightingError
 from loraweave.hub.pool import ExpertPool
-from loraweave.routers.routing.make import router, router_names
+from loraweave.routers.tokens._saved import router, router_names
 from loraweave.types import Factors, Task
 
 ROUTERS = router_names()

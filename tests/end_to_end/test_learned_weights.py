@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 import loraweave as lw
-from loraweave.composer.evaluation.example_loss import ExampleLoss
+from loraweave.composer.compose.loss import ExampleLoss
 from loraweave.demo import load_task
-from loraweave.routers.first_order import FirstOrder
-from loraweave.routers.gradient import Gradient
-from loraweave.routers.lorahub import Lorahub
+from loraweave.routers.searches.first_order import FirstOrder
+from loraweave.routers.searches.gradient import Gradient
+from loraweave.routers.searches.lorahub import Lorahub
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NAMES = ("negation", "passive", "paraphrase", "past_tense", "synonym")

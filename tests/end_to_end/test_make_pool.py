@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import loraweave as lw
-from loraweave.hub import algebra
+from loraweave.lowrank import algebra
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.composer.scoring import evaluate
+from loraweave.composer.model.scoring import evaluate
 from loraweave.demo import load_task, read_rows
-from loraweave.hub.fingerprint import fingerprint
+from loraweave.hub.base import fingerprint
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 FOLDERS = sorted(path for path in (EXAMPLES / "pool").iterdir() if path.is_dir())

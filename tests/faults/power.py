@@ -10,7 +10,7 @@ import worlds
 from kill import copy, faults, state
 from recorded import Recorder
 
-from loraweave.hub.stores import blob_files
+from loraweave.hub.stores import folder_blobs
 
 
 def losses(disk, num_random, rng):
@@ -85,8 +85,8 @@ def report(folder, every, num_random, unsynced=False):
     changes = worlds.CHANGES if traced.can_trace() else {}
     if unsynced:
         changes = {name: change for name, change in changes.items() if name == "add"}
-        blob_files.os = Unsynced()
+        folder_blobs.os = Unsynced()
     try:
         return {name: lose_power(folder / name, change, every, num_random) for name, change in changes.items()}
     finally:
-        blob_files.os = os
+        folder_blobs.os = os

@@ -10,9 +10,9 @@ import torch
 
 from loraweave.errors import AdapterCorrupt, HubCorrupt
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.health.rebuild import rebuild
 from loraweave.hub.hub import Hub
-from loraweave.hub.rebuild import rebuild
-from loraweave.hub.stores.blob_files import blob_path
+from loraweave.hub.stores.folder_blobs import blob_path
 from loraweave.types import Factors
 
 STORES = Path(__file__).parent / "stores"

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from loraweave.hub import search
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.health.rebuild import rebuild
 from loraweave.hub.hub import Hub
-from loraweave.hub.rebuild import rebuild
+from loraweave.hub.search import search
 from loraweave.hub.stores import migrations
 from loraweave.types import Factors
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import loraweave.hub.stores.blob_files
 import loraweave.hub.stores.catalogue
+import loraweave.hub.stores.folder_blobs
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 from loraweave.types import Factors
@@ -75,7 +75,7 @@ class Killer:
             def close(self):
                 return killer.before(super().close)
 
-        loraweave.hub.stores.blob_files.os = CountedOs()
+        loraweave.hub.stores.folder_blobs.os = CountedOs()
         sqlite3.connect = lambda *args, **kwargs: real_connect(*args, **kwargs, factory=Connection)
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import loraweave as lw
 from loraweave.errors import BaseModelMismatch, LayerMismatch
-from loraweave.hub.fingerprint import fingerprint
+from loraweave.hub.base import fingerprint
 from loraweave.hub.hub import Hub
 from loraweave.types import BaseKey, Factors, Fingerprint
 

@@ -17,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraweave.errors import AdapterExists, AdapterUnsupported, LoraweaveError, UnknownName, WeightingError
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.conversion import to_lora
 from loraweave.hub.formats.peft import Peft
-from loraweave.hub.to_lora import to_lora
 from loraweave.types import Factors
 
 # peft 0.21 asks transformers for an attribute that has been renamed there

@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported, LayerMismatch
-from loraweave.hub import algebra
-from loraweave.hub.extract import extract
+from loraweave.hub.conversion import extract
+from loraweave.lowrank import algebra
 
 
 class Base(nn.Module):

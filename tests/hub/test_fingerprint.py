@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from loraweave.hub.fingerprint import NUM_TENSORS, SAMPLES_PER_TENSOR, fingerprint
+from loraweave.hub.base import NUM_TENSORS, SAMPLES_PER_TENSOR, fingerprint
 
 
 def model(vocabulary=61, seed=0, **changes):

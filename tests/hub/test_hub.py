@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-import loraweave.hub.clock
+import loraweave.common.names
 import loraweave.hub.stores.catalogue
 from loraweave.errors import (
     AdapterCorrupt,
@@ -33,8 +33,8 @@ from loraweave.errors import (
     WeightingError,
 )
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.health.rebuild import rebuild
 from loraweave.hub.hub import Hub
-from loraweave.hub.rebuild import rebuild
 from loraweave.types import Factors, Fingerprint
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-import loraweave.hub.stores.blob_files
 import loraweave.hub.stores.catalogue
+import loraweave.hub.stores.folder_blobs
 from loraweave.errors import HubError, HubFull, HubReadOnly
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub

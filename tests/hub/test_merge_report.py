@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from loraweave.composer.merge import merge
+from loraweave.composer.merge.merge import merge
 from loraweave.errors import CompositionError, PackageMissing
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.merge_report import MergeReport

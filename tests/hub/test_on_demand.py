@@ -12,8 +12,7 @@ import torch
 from loraweave.errors import AdapterNotFound, AdapterQuarantined, AdapterUnsupported, UnknownExpert, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
-from loraweave.hub.on_demand import NUM_KEPT, OnDemand
-from loraweave.hub.pool import ExpertPool
+from loraweave.hub.pool import NUM_KEPT, ExpertPool, OnDemand
 from loraweave.types import Factors
 
 NAMES = [f"e{number:03d}" for number in range(100)]

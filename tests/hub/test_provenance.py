@@ -98,7 +98,7 @@ def test_provenance_survives_a_new_catalogue(hub, repository):
     hub.add("owner/name", name="x")
     hub.close()
     (hub.path / "catalogue.sqlite").unlink()
-    from loraweave.hub.rebuild import rebuild
+    from loraweave.hub.health.rebuild import rebuild
 
     rebuild(hub.path)
     with Hub(hub.path) as again:

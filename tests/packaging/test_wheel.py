@@ -67,7 +67,7 @@ def test_the_wheel_has_every_source_file_under_loraweave_and_no_other_package(wh
     expected |= {f"loraweave/{path.relative_to(ROOT).as_posix()}" for path in page.iterdir()}
     names = zipfile.ZipFile(wheel).namelist()
     assert {name for name in names if ".dist-info/" not in name} == expected
-    assert {"loraweave/hub/hub.py", "loraweave/composer/methods/linear.py"} <= expected
+    assert {"loraweave/hub/hub.py", "loraweave/composer/merge/methods/linear.py"} <= expected
 
 
 def test_the_wheel_has_its_licence_and_the_metadata_of_the_project(wheel):

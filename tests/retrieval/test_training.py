@@ -11,8 +11,8 @@ import torch
 
 import loraweave as lw
 from loraweave.errors import InvalidTask, RetrievalError, TrainingError
+from loraweave.hub.embedders.sentence import ENCODER_FILE, MODEL_FILES, Sentence
 from loraweave.retrieval import training
-from loraweave.retrieval.embedders.sentence import ENCODER_FILE, MODEL_FILES, Sentence
 from loraweave.retrieval.training import contrastive_loss, train_encoder
 from loraweave.types import Factors
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from loraweave.errors import ScopeError
-from loraweave.routers.experts._recipe import ExpertShape, Recipe, Site
+from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
 from loraweave.types import Factors
 
 # w_BTE of the experts of the site for its input x_BTI

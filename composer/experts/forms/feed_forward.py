@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loraweave.composer.experts.feed_forwards import LAYOUTS, feed_forward_sites
 from loraweave.composer.experts.forms._form import Weigh, fitting
-from loraweave.composer.kernels._chosen_product import by_expert
-from loraweave.composer.layer_kinds._kind import by_row
-from loraweave.routers.experts._recipe import ExpertShape, Recipe, Site
+from loraweave.composer.experts.parts import LAYOUTS, feed_forward_sites
+from loraweave.composer.live.kernels._chosen_product import by_expert
+from loraweave.composer.model.kinds._kind import by_row
+from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
 
 
 class FeedForward(nn.Module):

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from loraweave.composer.experts.forms._form import Weigh, fitting
-from loraweave.composer.experts.sites import layer_sites
-from loraweave.composer.layer_kinds import linear
-from loraweave.composer.layer_kinds._kind import by_row
+from loraweave.composer.experts.parts import layer_sites
+from loraweave.composer.model.kinds import linear
+from loraweave.composer.model.kinds._kind import by_row
 from loraweave.errors import ScopeError
-from loraweave.routers.experts._recipe import ExpertShape, Recipe, Site
+from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
 
 
 class Multiplied(nn.Module):

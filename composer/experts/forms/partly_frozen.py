@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from loraweave.composer.experts.forms.sum_of_experts import SumOfExperts
-from loraweave.routers.experts._recipe import ExpertShape, Frozen, Site
+from loraweave.routers.recipes._recipe import ExpertShape, Frozen, Site
 
 
 class PartlyFrozen(SumOfExperts):

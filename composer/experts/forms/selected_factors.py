@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loraweave.composer.experts.forms._form import Weigh, fitting
-from loraweave.composer.experts.sites import layer_sites
-from loraweave.composer.kernels._own_precision import own_precision
-from loraweave.composer.layer_kinds import linear
-from loraweave.composer.layer_kinds._kind import by_row
-from loraweave.composer.training.seeding import seeded
-from loraweave.routers.experts._recipe import ExpertShape, Recipe, Site
-from loraweave.routers.experts.mixlora_conditional import MixloraConditional
+from loraweave.composer.experts.parts import layer_sites
+from loraweave.composer.live.kernels._own_precision import own_precision
+from loraweave.composer.model.kinds import linear
+from loraweave.composer.model.kinds._kind import by_row
+from loraweave.composer.train.schedule import seeded
+from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
+from loraweave.routers.recipes.mixlora_conditional import MixloraConditional
 
 
 class SelectedFactors(nn.Module):

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loraweave.composer.experts.forms._form import Weigh, fitting
-from loraweave.composer.experts.sites import layer_sites
-from loraweave.composer.kernels._added_experts import added_experts
-from loraweave.composer.kernels._expert_product import RankRows
-from loraweave.composer.layer_kinds import conv, linear
-from loraweave.composer.layers import gives_new_memory
-from loraweave.routers.experts._recipe import ExpertShape, Recipe, Site
+from loraweave.composer.experts.parts import layer_sites
+from loraweave.composer.live.kernels._added_experts import added_experts
+from loraweave.composer.live.kernels._expert_product import RankRows
+from loraweave.composer.model.kinds import conv, linear
+from loraweave.composer.model.layers import gives_new_memory
+from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
 from loraweave.types import Factors
 
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from loraweave.composer.experts.forms._form import Weigh
 from loraweave.composer.experts.forms.sum_of_experts import SumOfExperts
 from loraweave.composer.experts.running import RUNNING
-from loraweave.composer.layer_kinds import conv, linear
-from loraweave.routers.experts._recipe import ExpertShape, Site
-from loraweave.routers.experts.mtlora import Mtlora
+from loraweave.composer.model.kinds import conv, linear
+from loraweave.routers.recipes._recipe import ExpertShape, Site
+from loraweave.routers.recipes.mtlora import Mtlora
 
 
 class TaskBranches(SumOfExperts):

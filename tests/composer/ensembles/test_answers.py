@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from loraweave.composer import scoring
 from loraweave.composer.composer import Composer
-from loraweave.composer.ensembles.answers import answers
+from loraweave.composer.ensembles.ensemble import answers
+from loraweave.composer.model import scoring
 from loraweave.errors import CompositionError
 from loraweave.types import Task
 

@@ -15,7 +15,7 @@ from loraweave.composer.ensembles import member_passes
 from loraweave.composer.ensembles.ensemble import ensemble
 from loraweave.errors import CompositionError, InvalidTask, ScopeError, UnknownExpert, WeightingError
 from loraweave.hub.adapter import Adapter
-from loraweave.routers.mixture import MixtureWeights
+from loraweave.routers.weights import MixtureWeights
 
 MEMBERS = [{"a": 1.0}, {"b": 0.7, "c": -0.4}, None, {"c": 1.0}]
 LENGTHS = (7, 4, 6)

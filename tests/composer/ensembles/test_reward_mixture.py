@@ -12,10 +12,8 @@ from torch import nn
 from torch.nn import functional
 
 from loraweave.composer.composer import Composer
-from loraweave.composer.ensembles.features import features, text_features
-from loraweave.composer.ensembles.preferences import train_reward_heads
 from loraweave.composer.ensembles.reward_mixture import FILE, RewardMixture, train_reward_mixture
-from loraweave.composer.ensembles.rewards import head_rewards, rewards
+from loraweave.composer.ensembles.rewards import features, head_rewards, rewards, text_features, train_reward_heads
 from loraweave.errors import (
     AdapterCorrupt,
     AdapterNotFound,
@@ -25,7 +23,7 @@ from loraweave.errors import (
     UnknownExpert,
     WeightingError,
 )
-from loraweave.routers.mixture import MixtureWeights
+from loraweave.routers.weights import MixtureWeights
 
 MEMBERS = [{"a": 1.0}, {"b": 1.0}, None]
 PAIRS = [("is it good", "no"), ("to be", "or not"), ("yes, it is", "0 1 2")]

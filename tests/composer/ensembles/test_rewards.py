@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from loraweave.composer.composer import Composer
-from loraweave.composer.ensembles.features import features
-from loraweave.composer.ensembles.rewards import Rewards, rewards
+from loraweave.composer.ensembles.rewards import Rewards, features, rewards
 from loraweave.errors import AdapterUnsupported, CompositionError, UnknownName, WeightingError
 
 MEMBERS = [{"a": 1.0}, {"b": 0.7, "c": -0.4}, None]

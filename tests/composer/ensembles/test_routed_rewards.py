@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from loraweave.composer.composer import Composer
-from loraweave.composer.ensembles.features import text_features
-from loraweave.composer.ensembles.routed_rewards import train_routed_rewards
+from loraweave.composer.ensembles.reward_mixture import train_routed_rewards
+from loraweave.composer.ensembles.rewards import text_features
 from loraweave.errors import InvalidTask, WeightingError
 
 MEMBERS = {"sums, and such": [{"a": 1.0}, {"b": 1.0}], "talk": [{"c": 1.0}]}

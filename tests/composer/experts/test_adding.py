@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.composer.experts.adding import with_options, with_task
+from loraweave.composer.experts.make import with_options, with_task
 from loraweave.errors import WeightingError
 
 IDS_BT = torch.tensor([[3, 9, 27, 20, 41], [6, 2, 25, 3, 15]])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.composer.experts.expert_job import ExpertJob
+from loraweave.composer.experts.together import ExpertJob
 from loraweave.errors import CompositionError, ScopeError, TrainingError, UnknownName
 
 IDS_BT = torch.tensor([[3, 9, 27, 20], [6, 2, 25, 3], [7, 8, 9, 10], [5, 4, 3, 11]])

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.composer.experts.adding import with_options, with_task
-from loraweave.composer.experts.clusters import fit_clusters
+from loraweave.composer.ensembles.reward_mixture import expert_rewards, train_reward_experts
 from loraweave.composer.experts.exchange import federated_average, put_expert
-from loraweave.composer.experts.reward_experts import expert_rewards, train_reward_experts
+from loraweave.composer.experts.make import fit_clusters, with_options, with_task
 from loraweave.errors import ScopeError, WeightingError
 
 

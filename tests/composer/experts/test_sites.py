@@ -2,8 +2,8 @@
 
 import pytest
 
-from loraweave.composer.experts.sites import closing_blocks, layer_sites
-from loraweave.composer.layer_kinds import conv, linear
+from loraweave.composer.experts.parts import closing_blocks, layer_sites
+from loraweave.composer.model.kinds import conv, linear
 
 
 @pytest.mark.parametrize(

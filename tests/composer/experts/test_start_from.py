@@ -14,7 +14,7 @@ from loraweave.errors import (
     ScopeError,
     WeightingError,
 )
-from loraweave.hub.fingerprint import fingerprint
+from loraweave.hub.base import fingerprint
 
 IDS = {"input_ids": torch.tensor([[3, 9, 27, 20, 11], [5, 7, 44, 19, 8]])}
 

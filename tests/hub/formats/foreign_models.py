@@ -6,7 +6,7 @@ import peft
 import torch
 from torch import nn
 
-from loraweave.hub import algebra
+from loraweave.lowrank import algebra
 
 
 class Tiny(nn.Module):

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from loraweave.errors import AdapterUnsupported
-from loraweave.hub import algebra
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.formats.base_change import BaseChange
+from loraweave.lowrank import algebra
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -5,7 +5,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.formats._card_prose import description_of
+from loraweave.hub.formats._card import description_of
 from loraweave.hub.hub import Hub
 from loraweave.types import Factors
 

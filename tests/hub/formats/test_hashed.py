@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from loraweave.errors import AdapterCorrupt
-from loraweave.hub.formats._hashed import hashed_tensors
+from loraweave.hub.formats._safetensors import hashed_tensors
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import torch
 from peft.tuners.boft.layer import BOFTLayer
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig
 
-from loraweave.hub import algebra
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.conversion import to_lora
 from loraweave.hub.formats.boft import _order, _rotated
-from loraweave.hub.to_lora import to_lora
+from loraweave.lowrank import algebra
 
 # peft warns about sizes it adjusts and about what it cannot look up for models that exist nowhere
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

@@ -10,8 +10,8 @@ from torch import nn
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported, BaseModelMismatch, LayerMismatch
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.extract import extract
-from loraweave.hub.fingerprint import fingerprint
+from loraweave.hub.base import fingerprint
+from loraweave.hub.conversion import extract
 from loraweave.hub.formats._reading import REFUSED
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

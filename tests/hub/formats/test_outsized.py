@@ -14,14 +14,15 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from loraweave.common import process
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
-from loraweave.hub import algebra, host_memory
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.figures import figures_of
 from loraweave.hub.formats import _files
 from loraweave.hub.formats._conversion import Bound, cut
+from loraweave.hub.health.figures import figures_of
 from loraweave.hub.hub import Hub
-from loraweave.hub.similar import cosine
+from loraweave.hub.search.similar import cosine
+from loraweave.lowrank import algebra
 from loraweave.types import Factors
 
 RANK = 30_000
@@ -135,6 +136,6 @@ def test_where_the_file_system_knows_no_holes_a_file_is_whole(tmp_path, monkeypa
 
 def test_tensors_that_need_more_memory_than_is_free_are_refused_with_both_figures(tall, tmp_path, monkeypatch):
     (tmp_path / "meminfo").write_text("MemAvailable:   1000 kB\n")
-    monkeypatch.setattr(host_memory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(process, "MEMINFO", tmp_path / "meminfo")
     with pytest.raises(AdapterUnsupported, match="need 1,440,000 bytes of memory to be read, but 1,024,000 are free"):
         Adapter.from_pretrained(tall)

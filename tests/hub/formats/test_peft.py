@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from loraweave.hub import algebra
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.formats.peft import Peft
+from loraweave.lowrank import algebra
 
 # peft 0.21 asks transformers for an attribute that has been renamed there
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -22,9 +22,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
-from loraweave.hub import algebra
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.formats._reading import REFUSED
+from loraweave.lowrank import algebra
 
 ROOT = Path(__file__).parents[3]
 SHARED = ROOT.parent / "shared" / "data"

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from loraweave.common.state import save_tensors
 from loraweave.errors import HubError, HubFull, HubReadOnly
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.formats import _peft_write
-from loraweave.hub.formats._saved_tensors import save_tensors
 from loraweave.types import Factors
 
 

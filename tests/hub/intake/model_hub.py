@@ -201,7 +201,7 @@ def _outcome(call):
 
 def main(online):
     import loraweave as lw
-    from loraweave.hub.fingerprint import fingerprint
+    from loraweave.hub.base import fingerprint
 
     def base(name):
         model, tokenizer = lw.load_base(name)

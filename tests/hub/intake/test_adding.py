@@ -9,8 +9,8 @@ from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 from loraweave.hub.intake import adding
 from loraweave.hub.intake.adding import Addition
-from loraweave.hub.stores import blob_files
-from loraweave.hub.stores.blob_files import blob_path
+from loraweave.hub.stores import folder_blobs
+from loraweave.hub.stores.folder_blobs import blob_path
 from loraweave.types import Factors
 
 
@@ -121,7 +121,7 @@ def test_a_batch_that_fails_is_not_there_at_all_and_a_second_call_goes_on(hub, m
         return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(blob_files.os, call, failing)
+        patch.setattr(folder_blobs.os, call, failing)
         with pytest.raises(HubError, match="adding 4 adapters"):
             hub.add_many(MANY)
     assert len(hub) == 4
@@ -137,7 +137,7 @@ def test_a_full_disk_leaves_no_blob_of_the_batch(hub, monkeypatch):
         raise OSError(errno.ENOSPC, "no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(blob_files, "sync_folder", full)
+        patch.setattr(folder_blobs, "sync", full)
         with pytest.raises(HubFull, match="no space left"):
             hub.add_many(MANY[1:4])
     assert [path.stem for path in (hub.path / "blobs").glob("*/*")] == [MANY[0].hash]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.fingerprint import fingerprint
+from loraweave.hub.base import fingerprint
 from loraweave.types import Factors
 
 DRIVER = Path(__file__).with_name("model_hub.py")

@@ -10,8 +10,8 @@ import torch
 
 from loraweave.errors import HubCorrupt, HubError
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.health.rebuild import rebuild
 from loraweave.hub.hub import Hub
-from loraweave.hub.rebuild import rebuild
 from loraweave.hub.stores import migrations
 from loraweave.hub.stores.folder_blobs import FolderBlobs
 from loraweave.types import Factors

@@ -105,7 +105,7 @@ def test_a_writer_that_is_killed_holds_no_lock(hub, place):
     code = (
         "import os, signal, sys\n"
         "from loraweave.hub.stores.postgres import PostgresCatalogue\n"
-        "from loraweave.hub.stores.postgres_address import read_address\n"
+        "from loraweave.hub.stores.postgres_session import read_address\n"
         "catalogue = PostgresCatalogue(read_address(sys.argv[1]), 5.0)\n"
         "with catalogue.writing('dying') as connection:\n"
         "    connection.execute('DELETE FROM adapters')\n"

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import pytest
 
-import loraweave.hub.stores.blob_files
+import loraweave.hub.stores.folder_blobs
 from loraweave.errors import AdapterCorrupt, HubError, HubReadOnly, PackageMissing
 from loraweave.hub.stores.remote_blobs import RemoteBlobs
 

@@ -11,10 +11,10 @@ import torch
 
 from loraweave.errors import AdapterCorrupt, AdapterExists, AdapterNotFound, HubCorrupt, HubError
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.health.rebuild import rebuild
 from loraweave.hub.hub import Hub
-from loraweave.hub.rebuild import rebuild
 from loraweave.hub.stores import migrations
-from loraweave.hub.stores.blob_files import blob_path
+from loraweave.hub.stores.folder_blobs import blob_path
 from loraweave.types import Factors
 
 

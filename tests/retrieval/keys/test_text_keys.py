@@ -11,8 +11,8 @@ import torch
 from loraweave.errors import RetrievalError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
-from loraweave.hub.search import SearchIndex
-from loraweave.retrieval.key_space import KeySpace
+from loraweave.hub.search.search import SearchIndex
+from loraweave.retrieval.keyed_search import KeySpace
 from loraweave.retrieval.keys.description import Description
 from loraweave.retrieval.keys.discriminant import Discriminant
 from loraweave.retrieval.keys.mean import Mean
@@ -21,7 +21,7 @@ from loraweave.retrieval.keys.prototypes import Prototypes, centres
 from loraweave.retrieval.keys.relation import Relation, relation_of
 from loraweave.retrieval.keys.validation import Validation
 from loraweave.retrieval.keys.voting import Voting
-from loraweave.retrieval.query import Query
+from loraweave.retrieval.request import Query
 from loraweave.types import Factors
 
 

@@ -8,7 +8,7 @@ import torch
 
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
-from loraweave.hub.similar import cosine
+from loraweave.hub.search.similar import cosine
 from loraweave.retrieval.keys.spectral import sketch
 from loraweave.retrieval.keys.subspace import overlap
 from loraweave.retrieval.retriever import Retriever

@@ -7,7 +7,7 @@ import loraweave as lw
 from loraweave.composer.experts.forms.multiplied import Multiplied
 from loraweave.composer.experts.make import recipe
 from loraweave.errors import ScopeError
-from loraweave.routers.experts._recipe import ExpertShape, Site
+from loraweave.routers.recipes._recipe import ExpertShape, Site
 
 IDS = torch.tensor([[3, 9, 27, 20, 60], [5, 25, 3, 15, 44], [11, 7, 44, 19, 8]])
 TASKS = ("sums", "colours", "names")

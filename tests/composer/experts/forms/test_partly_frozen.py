@@ -5,8 +5,8 @@ import torch
 
 from loraweave.composer.experts.forms.partly_frozen import PartlyFrozen
 from loraweave.composer.experts.forms.sum_of_experts import SumOfExperts
-from loraweave.routers.experts._recipe import ExpertShape, Recipe, Site
-from loraweave.routers.experts.pfedlora import Pfedlora
+from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
+from loraweave.routers.recipes.pfedlora import Pfedlora
 
 SITE = Site("layer", 5, 7)
 SHAPE = ExpertShape((2, 3))

@@ -10,8 +10,8 @@ from torch.nn import functional
 from loraweave.composer.experts.expert_model import ExpertModel
 from loraweave.composer.experts.forms.sum_of_experts import SumOfExperts
 from loraweave.errors import LayerMismatch, ScopeError
-from loraweave.routers.experts._recipe import ExpertShape, Recipe, Site
-from loraweave.routers.gates.gate import Gate, Weighing
+from loraweave.routers.recipes._gate import Gate, Weighing
+from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
 
 CONVOLUTIONS = {
     "plain": lambda: nn.Conv2d(3, 5, 3),

@@ -1,0 +1,346 @@
+"""Records what an adapter's layers see on texts: Gram matrices of their inputs, Fisher information of their weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from loraweave.common.display import tracked
+from loraweave.common.rows import GivenRows, read_rows
+from loraweave.composer.composer import Composer
+from loraweave.composer.merge.statistics import LayerStatistics, Statistics
+from loraweave.composer.model.batches import EncodedRow, batch, encode, takes, untouched
+from loraweave.composer.model.kinds.linear import shape as linear_shape
+from loraweave.composer.model.layers import tied_parameters
+from loraweave.errors import CompositionError, InvalidTask, LayerMismatch
+from loraweave.hub.adapter import Adapter
+
+KINDS = ("gram", "fisher")
+# positions whose distribution over the vocabulary is summed up in float64 at once
+DRAWN_AT_ONCE = 64
+
+
+def collect_statistics(
+    model: Any,
+    tokenizer: Any,
+    adapter: Adapter,
+    texts: GivenRows,
+    *,
+    what: Collection[str] = KINDS,
+    layers: Collection[str] = (),
+    batch_size: int = 8,
+    max_tokens: int = 256,
+    seed: int = 0,
+    progress: bool = True,
+) -> Statistics:
+    """What `merge(statistics=...)` needs of an adapter, from running the model with it over texts of its task.
+
+    For each layer of the adapter (and those linear ones named in `layers`): gram_II = X^T X / n over the n real tokens of
+    all texts, and fisher_OI = the mean over texts of (d log p / d W)^2 entry by entry, log p being that of labels drawn from
+    the model itself at each position (Matena and Raffel 2022), or of one class where the model is a classifier. The draw
+    depends on `seed` and the text alone. `what` limits both to one of them; without "fisher" there is no backward pass.
+
+    `texts` are texts, or rows with input and target (`loraweave.common.rows`), which an encoder-decoder needs; the first
+    `max_tokens` tokens count (of each side for an encoder-decoder). Whole Gram and Fisher matrices are held, the gradient of
+    one layer at a time. The model is left as it was: weights, gradients, training mode, random state.
+
+    Raises InvalidTask for texts or settings that cannot be used; what Composer raises for an adapter that does not fit, or
+    has layers that are not linear; CompositionError for a layer that never runs or a model without class probabilities.
+    """
+    kinds = _checked(what, batch_size, max_tokens)
+    # the heads are written into the model apart, since no mixture has a place for them
+    engine = Composer(model, {adapter.name: replace(adapter, heads={})})
+    recorders = _recorders(model, [*adapter.layers, *layers], kinds)
+    rows = _encoded(model, tokenizer, texts, max_tokens)
+    # one by one for an encoder-decoder: a layer does not tell whether it sees the tokens of the one or of the other
+    size = 1 if model.config.is_encoder_decoder else batch_size
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    groups = [order[start : start + size] for start in range(0, len(order), size)]
+    draws = _draws(rows, seed)
+    with ExitStack() as stack:
+        stack.enter_context(untouched(model))
+        stack.enter_context(_heads(model, adapter))
+        stack.enter_context(engine.activate({adapter.name: 1.0}))
+        stack.enter_context(torch.set_grad_enabled("fisher" in kinds))
+        for recorder in recorders.values():
+            handle = recorder.module.register_forward_hook(recorder.saw, with_kwargs=True)
+            stack.callback(handle.remove)
+        for group in tracked(groups, f"statistics of {adapter.name!r}", total=len(groups), shown=progress):
+            inputs, mask_BT = _inputs(model, tokenizer, [rows[index] for index in group])
+            for recorder in recorders.values():
+                recorder.begin(mask_BT)
+            _run(model, inputs, mask_BT, [draws[index] for index in group], kinds, recorders)
+    return Statistics(adapter.hash, _results(recorders, len(rows)))
+
+
+class _Recorder:
+    """Sums of one layer, on its device: over tokens x^T x, over texts the squared gradient."""
+
+    def __init__(self, name: str, module: nn.Module, shape: tuple[int, int], kinds: Collection[str]) -> None:
+        self.name = name
+        self.module = module
+        self.num_tokens = 0
+        device = next(module.parameters()).device
+        num_out, num_in = shape
+        self.gram_II = torch.zeros(num_in, num_in, device=device) if "gram" in kinds else None
+        self.fisher_OI = torch.zeros(num_out, num_in, device=device) if "fisher" in kinds else None
+        # an edge of the graph that always wants a gradient, so that the first layer is reached as well
+        self._wanted = torch.zeros((), device=device, requires_grad="fisher" in kinds)
+
+    def begin(self, mask_BT: Tensor) -> None:
+        """The next batch: which of its tokens are real."""
+        self._mask_BT = mask_BT
+        self._num_calls = 0
+        self._seen: list[tuple[list[Tensor], list[Tensor]]] = []
+
+    def saw(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+        x = (args[0] if args else next(iter(kwargs.values()))).detach()
+        self._num_calls += 1
+        for x_TI in self._real(x):
+            self.num_tokens += len(x_TI)
+            if self.gram_II is not None:
+                x_TI = x_TI.float()
+                self.gram_II.addmm_(x_TI.T, x_TI)
+        if self.fisher_OI is None:
+            return None
+        return GradientTap.apply(output, self._wanted, x, self.received)  # type: ignore[no-untyped-call, no-any-return]
+
+    def received(self, gradient: Tensor, x: Tensor) -> None:
+        """The gradient of log p at the layer's output. A layer that ran several times has all of them first."""
+        self._seen.append((self._real(gradient), self._real(x)))
+        if len(self._seen) == self._num_calls:
+            self.finish()
+
+    def finish(self) -> None:
+        """Squares what came, text by text: the gradient of a weight is the sum over its tokens and calls of g^T x."""
+        if self.fisher_OI is None or not self._seen:
+            return
+        for row in range(len(self._seen[0][0])):
+            g_TO = torch.cat([gradients[row] for gradients, _ in self._seen]).float()
+            x_TI = torch.cat([xs[row] for _, xs in self._seen]).float()
+            gradient_OI = g_TO.T @ x_TI
+            self.fisher_OI.addcmul_(gradient_OI, gradient_OI)
+        self._seen = []
+
+    def _real(self, x: Tensor) -> list[Tensor]:
+        """The real tokens of each text, (T, features) each."""
+        mask_BT = self._mask_BT.to(x.device)
+        if len(mask_BT) == 1:
+            return [x.reshape(-1, x.shape[-1])]
+        if x.ndim == 2 and len(x) == len(mask_BT):
+            return [row[None] for row in x]
+        if x.ndim != 3 or x.shape[:2] != mask_BT.shape:
+            raise CompositionError(
+                f"layer {self.name!r} runs on an input of shape {tuple(x.shape)} for a batch of {tuple(mask_BT.shape)} "
+                "tokens, so that padding cannot be told from text: use batch_size=1"
+            )
+        return [row[kept] for row, kept in zip(x, mask_BT, strict=True)]
+
+
+def _run(
+    model: Any,
+    inputs: Mapping[str, Tensor],
+    mask_BT: Tensor,
+    draws: Sequence[np.random.Philox],
+    kinds: Collection[str],
+    recorders: Mapping[str, _Recorder],
+) -> None:
+    settings: dict[str, Any] = {"use_cache": False} if takes(model, "use_cache") else {}
+    if "fisher" not in kinds:
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        if takes(model, "logits_to_keep") and all(recorder.module is not head for recorder in recorders.values()):
+            settings["logits_to_keep"] = 1
+        model(**inputs, **settings)
+        return
+    logits = getattr(model(**inputs, **settings), "logits", None)
+    if not isinstance(logits, Tensor) or logits.shape[-1] < 2 or not 2 <= logits.ndim <= 3:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else "none"
+        raise CompositionError(
+            f"the Fisher information needs the probabilities of classes or tokens, but {type(model).__name__} gives logits "
+            f"of shape {found}; take what=('gram',), or a model with a head that classifies"
+        )
+    if not logits.requires_grad:
+        raise CompositionError(f"none of the {len(recorders)} layers takes part in the model's output")
+    logits.backward(_drawn_gradient(logits.detach(), mask_BT, draws))  # type: ignore[no-untyped-call]
+    for recorder in recorders.values():
+        recorder.finish()
+
+
+def _drawn_gradient(logits: Tensor, mask_BT: Tensor, draws: Sequence[np.random.Philox]) -> Tensor:
+    """d log p(labels) / d logits = onehot(labels) - p, with a label drawn from p for each real position (or each text)."""
+    whole_BTV = logits if logits.ndim == 3 else logits[:, None]
+    gradient_BTV = torch.empty_like(whole_BTV)
+    real_BT = mask_BT.to(logits.device) if whole_BTV.shape[:2] == mask_BT.shape else None
+    for row, draw in enumerate(draws):
+        p_TV = torch.softmax(whole_BTV[row].float(), dim=-1)
+        uniform_T = (draw.random_raw(len(p_TV)) >> np.uint64(11)) * 2.0**-53
+        for start in range(0, len(p_TV), DRAWN_AT_ONCE):
+            part_CV = p_TV[start : start + DRAWN_AT_ONCE]
+            total_CV = part_CV.cumsum(dim=1, dtype=torch.float64)
+            height_C1 = torch.from_numpy(uniform_T[start : start + DRAWN_AT_ONCE, None]).to(total_CV.device)
+            label_C1 = torch.searchsorted(total_CV, height_C1 * total_CV[:, -1:], right=True).clamp(max=p_TV.shape[1] - 1)
+            part_CV.neg_().scatter_add_(1, label_C1, torch.ones_like(label_C1, dtype=p_TV.dtype))
+        if real_BT is not None:
+            p_TV[~real_BT[row]] = 0.0
+        gradient_BTV[row] = p_TV
+    return gradient_BTV.view(logits.shape)
+
+
+def _draws(rows: Sequence[EncodedRow], seed: int) -> list[np.random.Philox]:
+    """A stream for each text that depends on the seed, its tokens, and which of several equal texts it is."""
+    counts: dict[str, int] = {}
+    streams = []
+    for row in rows:
+        text = json.dumps([row.prompt, row.target])
+        counts[text] = counts.get(text, -1) + 1
+        digest = hashlib.sha256(f"{seed}/{counts[text]}/{text}".encode()).digest()
+        streams.append(np.random.Philox(key=int.from_bytes(digest[:8], "little")))
+    return streams
+
+
+def _encoded(model: Any, tokenizer: Any, texts: GivenRows, max_tokens: int) -> list[EncodedRow]:
+    given = read_rows(texts, noun="text", targets="any")
+    if not given:
+        raise InvalidTask("collect_statistics takes a list of texts, or of rows with input and target, but got none")
+    pairs = [(row.input, row.targets[0]) for row in given if row.targets]
+    if len(pairs) not in (0, len(given)):
+        raise InvalidTask("collect_statistics takes texts, or rows with input and target, not a mixture")
+    both = model.config.is_encoder_decoder
+    if both and not pairs:
+        raise InvalidTask("an encoder-decoder reads one text and writes another: give pairs (input, target), not texts")
+    if pairs:
+        rows = encode(model, tokenizer, [text for text, _ in pairs], [target for _, target in pairs])
+    else:
+        rows = [EncodedRow(tuple(ids), ()) for ids in tokenizer([row.input for row in given])["input_ids"]]
+    if both:
+        cut = [EncodedRow(row.prompt[:max_tokens], row.target[:max_tokens]) for row in rows]
+    else:
+        limit = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
+        most = min(max_tokens, limit or max_tokens)
+        cut = [EncodedRow((row.prompt + row.target)[:most], ()) for row in rows]
+    for number, row in enumerate(cut, start=1):
+        if not len(row):
+            raise InvalidTask(f"text {number} ({given[number - 1].input!r:.60}) has no token; leave it out")
+    return cut
+
+
+def _inputs(model: Any, tokenizer: Any, rows: Sequence[EncodedRow]) -> tuple[dict[str, Tensor], Tensor]:
+    """The model's arguments for some rows, padded on the right, and which tokens are real."""
+    if model.config.is_encoder_decoder:
+        inputs = batch(model, tokenizer, rows).inputs
+        return inputs, inputs["attention_mask"].bool()
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    longest = max(map(len, rows))
+    ids_BT = torch.full((len(rows), longest), pad)
+    mask_BT = torch.zeros(len(rows), longest, dtype=torch.long)
+    for index, row in enumerate(rows):
+        ids_BT[index, : len(row)] = torch.tensor(row.prompt)
+        mask_BT[index, : len(row)] = 1
+    device = next(model.parameters()).device
+    return {"input_ids": ids_BT.to(device), "attention_mask": mask_BT.to(device)}, mask_BT.to(device).bool()
+
+
+@contextmanager
+def _heads(model: nn.Module, adapter: Adapter) -> Iterator[None]:
+    """The adapter's trained heads in the model's parameters inside; the base's, bit for bit, after it."""
+    parameters = dict(model.named_parameters())
+    for name, head in adapter.heads.items():
+        found = tuple(parameters[name].shape) if name in parameters else "none"
+        if found != tuple(head.shape):
+            raise LayerMismatch(
+                f"adapter {adapter.name!r} has a head for parameter {name!r} of shape {tuple(head.shape)}, the model {found}"
+            )
+    tied = tied_parameters(model) if adapter.heads else {}
+    for name in adapter.heads:
+        if name in tied:
+            raise CompositionError(
+                f"cannot put the head of adapter {adapter.name!r} into {name!r}: its memory is also {tied[name]!r} (tied "
+                "weights), which would change too; load the model with tie_word_embeddings=False"
+            )
+    kept = {name: parameters[name].detach().clone() for name in adapter.heads}
+    try:
+        with torch.no_grad():
+            for name, head in adapter.heads.items():
+                parameters[name].copy_(head)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, original in kept.items():
+                parameters[name].copy_(original)
+
+
+def _recorders(model: nn.Module, names: Sequence[str], kinds: Collection[str]) -> dict[str, _Recorder]:
+    modules = dict(model.named_modules())
+    found = {}
+    for name in dict.fromkeys(names):
+        shape = linear_shape(modules[name]) if name in modules else None
+        if shape is None:
+            what = type(modules[name]).__name__ if name in modules else "none of the model's"
+            raise LayerMismatch(f"statistics are of linear layers (torch.nn.Linear, Conv1D), and {name!r} is {what}")
+        found[name] = _Recorder(name, modules[name], shape[:2], kinds)
+    return found
+
+
+def _results(recorders: Mapping[str, _Recorder], num_texts: int) -> dict[str, LayerStatistics]:
+    layers: dict[str, LayerStatistics] = {}
+    fishers = {name: _mean(name, recorder.fisher_OI, num_texts) for name, recorder in recorders.items()}
+    present = [tensor for tensor in fishers.values() if tensor is not None]
+    norm = float(sum(float(tensor.double().square().sum()) for tensor in present)) ** 0.5 if present else None
+    for name, recorder in recorders.items():
+        if not recorder.num_tokens:
+            raise CompositionError(f"layer {name!r} never ran on these texts, so there is nothing to record of it")
+        gram_II = _mean(name, recorder.gram_II, recorder.num_tokens)
+        layers[name] = LayerStatistics(gram_II, fishers[name], recorder.num_tokens, norm)
+    return layers
+
+
+def _mean(name: str, total: Tensor | None, count: int) -> Tensor | None:
+    if total is None:
+        return None
+    mean = (total / max(count, 1)).cpu()
+    if not bool(torch.isfinite(mean).all()):
+        raise CompositionError(f"layer {name!r} has activations or gradients that are NaN or infinite on these texts")
+    return mean
+
+
+def _checked(what: Collection[str], batch_size: int, max_tokens: int) -> tuple[str, ...]:
+    kinds = (what,) if isinstance(what, str) else tuple(what)
+    if not kinds or not set(kinds) <= set(KINDS):
+        raise InvalidTask(f"what={what!r} is not one or both of {', '.join(map(repr, KINDS))}")
+    for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
+        if not isinstance(value, int) or value < 1:
+            raise InvalidTask(f"{name}={value!r} is below 1")
+    return kinds
+
+
+# gradient at the output, input of the layer
+Receiver = Callable[[Tensor, Tensor], None]
+
+
+class GradientTap(torch.autograd.Function):
+    """The identity on a layer's output, which hands the gradient that passes, and the layer's input, to a receiver.
+
+    `wanted` is any tensor that requires a gradient: an edge of the graph that makes the backward pass come by, although
+    neither the model's parameters nor its inputs want one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, wanted: Tensor, x: Tensor, receiver: Receiver) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.receiver = receiver
+        # a copy: a view that a custom function returns may not be changed in place, as some models do next
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (x,) = ctx.saved_tensors
+        ctx.receiver(gradients[0], x)
+        return gradients[0], None, None, None

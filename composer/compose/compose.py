@@ -1,0 +1,295 @@
+"""Composes stored adapters for a task that none of them was trained for: retrieve, search, and guard."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, replace
+from functools import partial
+from inspect import signature
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from loraweave.common.display import progress_bar
+from loraweave.common.rows import GivenRows
+from loraweave.composer.compose.composition import Composition
+from loraweave.composer.compose.measurement import Measurement, Trial
+from loraweave.composer.compose.measurement import folds as make_folds
+from loraweave.composer.compose.report import Report
+from loraweave.composer.compose.settings import Settings
+from loraweave.composer.compose.user_loss import Examples
+from loraweave.composer.compose.ways import Ways
+from loraweave.composer.composer import Composer
+from loraweave.composer.live.fitting import Fitting, misfit
+from loraweave.composer.model.layers import require_model
+from loraweave.errors import BaseModelMismatch, CompositionError, EmptyIndex, WeightingError
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.base import base_key
+from loraweave.hub.hub import Hub
+from loraweave.hub.pool import ExpertPool
+from loraweave.hub.same_base import says_nothing
+from loraweave.retrieval.retriever import Retriever
+from loraweave.types import BaseKey, Candidate, Router, Task
+
+
+def compose(
+    model: Any,
+    tokenizer: Any,
+    hub_or_pool: Hub | ExpertPool | Iterable[Adapter] | Mapping[str, Adapter],
+    task: Task,
+    *,
+    method: str | Router = "auto",
+    k: int = 20,
+    budget: int | None = 40,
+    seconds: float | None = None,
+    seed: int = 0,
+    space: str | None = None,
+    folds: int | None = None,
+    weights: Mapping[str, float] | None = None,
+    objective: str | Callable[[Any, Examples], float] | None = None,
+    inputs: GivenRows | None = None,
+    l1: float | None = None,
+    l2: float = 0.0,
+    sparsity: float = 0.0,
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
+    allow_licenses: bool = False,
+    **search_options: Any,
+) -> Composition:
+    """Finds the `k` adapters of a hub that fit the task's examples best, weighs them, and returns the composition.
+
+    A pool, or a list of adapters, is used whole. `method` "auto" races several searches under one `budget` of evaluations
+    (candidates scored on all examples) or `seconds`, and takes whatever does best on held-out examples (docs/search.md). A
+    name of `names("routers")` is that search alone, "best_single" the adapter of the lowest loss, "manual" the `weights`
+    given, "base" none. A router by its name, with its options, weighs every token by itself; one that learns is trained on
+    the examples for `steps` steps, by default a third of the budget, at the rate `lr`. One that was made, and maybe fitted,
+    is taken as it is.
+    `space`: "deltas" mixes the adapters' updates; "factors" mixes A and B apart, as LoraHub's authors do. `objective`
+    is a name of `names("objectives")`, or any function of (model, examples); "entropy" looks at `inputs` without targets, by
+    default those of the examples. To it come `l1` * mean|w|, `l2` * mean(w^2) and `sparsity` * the number of
+    adapters used. Objective, space and `l1` are the search's own by default.
+
+    The guard: a searched composition is compared with the base and with the best single adapter on held-out examples
+    (cross-validation over at most `folds` folds, 3 by default; each fold's search has the same budget and never sees the
+    fold) and gives way to the better of these two when it is worse there. `folds=0` turns cross-validation and the guard
+    off. The budget of "auto" pays for its folds, 2 by default, and for all that races.
+
+    With `checkpoint`, a folder, an interrupted search goes on where it stopped, to the same result. `search_options` go to
+    the search. docs/identity.md says which adapters of a hub are for this model. Adapters whose licenses are known to
+    exclude each other, or derived works, are made into one only with `allow_licenses`.
+    Raises UnknownName, InvalidTask, InvalidLicense and WeightingError before anything is run, BaseModelMismatch for a hub
+    without an adapter for this model and EmptyIndex for one without any (but for method="base"), SearchFailed when nothing
+    can be scored.
+    """
+    settings = Settings.of(
+        method=method,
+        k=k,
+        budget=budget,
+        seconds=seconds,
+        seed=seed,
+        folds=folds,
+        space=space,
+        weights=weights,
+        objective=objective,
+        inputs=inputs,
+        l1=l1,
+        l2=l2,
+        sparsity=sparsity,
+        checkpoint=checkpoint,
+        allow_licenses=allow_licenses,
+        options=search_options,
+    )
+    experts = experts_of(hub_or_pool)
+    settings.check(task, from_hub=isinstance(experts, Hub))
+    require_model(model)
+    if not callable(tokenizer):
+        raise CompositionError(f"the examples need the model's tokenizer, and {type(tokenizer).__name__} is none")
+    started = time.perf_counter()
+    try:
+        pool, scores = candidates(experts, task, settings.inputs or (), k, model)
+    except (EmptyIndex, BaseModelMismatch) as nothing:
+        if method != "base":
+            raise
+        reason = f"the base model was asked for, and {nothing}"
+        return Composition(model, tokenizer, task, None, {}, "linear", Report((), "base", reason, (), 0.0, 0), seed)
+    settings.require_licenses(pool)
+    engine = Composer(model, Fitting(model).accepted(pool), tokenizer=tokenizer)
+    parts = make_folds(len(task.examples), settings.folds, seed) if settings.learns and task.examples else []
+    with progress_bar(progress) as bar:
+        # unknown until the searches are made, and after that too where only time bounds them
+        shown = bar.add_task("measuring adapters", total=None)
+        ways = Ways(engine, tokenizer, task, settings, scores, len(parts), lambda made: bar.update(shown, advance=made))
+        if ways.planned != 0:
+            total = None if ways.planned is None else len(pool) + ways.planned
+            bar.update(shown, description="searching weights", total=total)
+        trials = _trials(Measurement(tokenizer, task, parts, ways.loss), ways, settings)
+        bar.update(shown, total=bar.tasks[shown].completed)
+    engine.close()
+    by_name = {trial.name: trial for trial in trials}
+    losses = {name: trial.held_out_loss for name, trial in by_name.items()}
+    chosen, reason = guard(settings.name, losses, guarded=bool(parts))
+    reason = "; ".join([reason, *ways.left])
+    taken = by_name[chosen]
+    rows = tuple(trial.row() for trial in trials)
+    spent = time.perf_counter() - started, sum(row.evaluations for row in rows)
+    report = Report(rows, chosen, reason, tuple(scores.items()), *spent)
+    return _composition(model, tokenizer, task, taken, report, settings)
+
+
+ARGUMENTS = signature(compose)
+
+
+def check_arguments(experts: Hub | ExpertPool, task: Task, **arguments: Any) -> None:
+    """Raises what compose() raises of these arguments before it looks at the model."""
+    given = ARGUMENTS.bind(None, None, experts, task, **arguments)
+    given.apply_defaults()
+    known = {field.name for field in fields(Settings)}
+    named = {name: value for name, value in given.arguments.items() if name in known}
+    settings = Settings.of(**named, options=given.arguments["search_options"])
+    settings.check(task, from_hub=isinstance(experts, Hub))
+    if isinstance(experts, ExpertPool):
+        settings.require_licenses(experts)
+
+
+def _trials(measure: Measurement, ways: Ways, settings: Settings) -> list[Trial]:
+    """What base, best single and the uniform mixture come to, and what was asked for."""
+    trials = [measure.trial(way) for way in ways.plain()]
+    if settings.method == "auto":
+        return ways.race(measure, trials)
+    known = [trial.name for trial in trials]
+    return trials if settings.name in known and not settings.routes else [*trials, measure.trial(ways.asked())]
+
+
+def _composition(model: Any, tokenizer: Any, task: Task, taken: Trial, report: Report, settings: Settings) -> Composition:
+    choice, row = taken.choice, report[taken.name]
+    assert choice is not None
+    origin = choice if choice.origin is None else choice.origin
+    return Composition(
+        model,
+        tokenizer,
+        task,
+        origin.engine.pool,
+        row.weights,
+        origin.merge_method,
+        report,
+        settings.seed,
+        choice.adapter,
+        by_layer=row.by_layer,
+        tuned_steps=choice.tuned_steps,
+        router=choice.router,
+        allow_licenses=settings.allow_licenses,
+    )
+
+
+NUM_SHOWN = 5
+
+
+def experts_of(given: Any) -> Hub | ExpertPool:
+    """The hub or the pool; a list or a mapping of adapters as a pool. Raises WeightingError for anything else."""
+    if isinstance(given, str | PathLike):
+        raise WeightingError(f"adapters are chosen from a hub, and {str(given)!r} is its path: pass lw.Hub({str(given)!r})")
+    return given if isinstance(given, Hub | ExpertPool) else ExpertPool(given)
+
+
+def candidates(
+    hub_or_pool: Hub | ExpertPool, task: Task, unlabelled: Sequence[str], k: int, model: nn.Module
+) -> tuple[ExpertPool, dict[str, float]]:
+    """The pool to search in, and the score of each adapter that was retrieved.
+
+    Of a hub the `k` adapters that fit the task best among those that the model's weights or id speak for. Where its id tells
+    nothing, or none is known to be for it, those count too that fit by the names and shapes of their layers.
+    Raises EmptyIndex for an empty hub, BaseModelMismatch for one without an adapter for the model.
+    """
+    if isinstance(hub_or_pool, ExpertPool):
+        return hub_or_pool, {}
+    hub = hub_or_pool
+    beside = _Beside(hub, dict(model.named_modules()))
+    base = _base(hub, base_key(model), beside)
+    inputs = [text for text, _ in task.examples] or list(unlabelled)
+    retrieve = partial(Retriever(hub).for_task, inputs, description=task.instruction, base_model=base, evidence=False)
+    scores = {hit.name: hit.score for hit in _hits(retrieve, k, base, beside)}
+    if not scores:
+        raise _nothing_for(hub, base, beside)
+    return hub.pool(list(scores)), scores
+
+
+class _Beside:
+    """The hub's adapters beside the model's layers, each looked at once; `why` is the first that does not fit, and why."""
+
+    def __init__(self, hub: Hub, modules: Mapping[str, nn.Module]) -> None:
+        self._hub, self._modules = hub, modules
+        self._known: dict[str, bool] = {}
+        self.why = ""
+
+    def fits(self, name: str) -> bool:
+        if name not in self._known:
+            why = misfit(self._modules, name, self._hub[name])
+            self._known[name] = not why
+            self.why = self.why or why
+        return self._known[name]
+
+
+def _base(hub: Hub, own: BaseKey, beside: _Beside) -> BaseKey:
+    """The model's key, which holds for alike the hub's bases that only names and shapes speak for, where these count."""
+    bases = [first for first, _ in hub.bases()]
+    if not says_nothing(own.id) and any(not own.differs(first.base) for first in bases):
+        return own
+    open_to = [first for first in bases if own.differs(first.base) and not own.contradicts(first.base)]
+    # adapters that name no base may be for several: each is looked at when it is found
+    return replace(own, alike=tuple(first.base for first in open_to if not first.base_model or beside.fits(first.name)))
+
+
+def _hits(retrieve: Callable[..., list[Candidate]], k: int, base: BaseKey, beside: _Beside) -> list[Candidate]:
+    """The `k` best adapters, of which those of bases that are only alike fit the model's layers."""
+    asked = k
+    while True:
+        hits = retrieve(k=asked)
+        fitting = [hit for hit in hits if base.proves(hit.record.base) or beside.fits(hit.name)]
+        if len(fitting) >= k or len(hits) < asked:
+            return fitting[:k]
+        asked *= 4
+
+
+def _nothing_for(hub: Hub, base: BaseKey, beside: _Beside) -> BaseModelMismatch | EmptyIndex:
+    """What is raised where the hub has no adapter for the model."""
+    counts: Counter[str] = Counter()
+    for first, number in hub.bases():
+        counts[first.base_model] += number
+    if not counts:
+        return EmptyIndex(f"{hub} has no adapters to compose: hub.add(...) some, or method='base' is the model as it is")
+    listed = ", ".join(
+        f"{number} for {base_model or 'a base without a name'!r}" for base_model, number in counts.most_common(NUM_SHOWN)
+    )
+    more = f" and {len(counts) - NUM_SHOWN} other bases" if len(counts) > NUM_SHOWN else ""
+    why = f" ({beside.why})" if beside.why else ""
+    return BaseModelMismatch(
+        f"none of the hub's {counts.total()} adapters is for this base model ({base.id!r}): it has {listed}{more}{why}. "
+        "Load one of these (load_base(...), --base), or bind those that were made for this model to it (hub.bind(name, "
+        "model), `loraweave hub bind`); method='base' is the model as it is"
+    )
+
+
+# what a searched composition is compared with
+PLAIN = ("base", "best_single")
+
+
+def guard(method: str, held_out_losses: Mapping[str, float], *, guarded: bool) -> tuple[str, str]:
+    """The name of the way to return, and why; the losses are those of all ways measured.
+
+    "auto" takes the lowest, the better of base and best single where they are equal. Any other method gives way, if it is
+    to be `guarded`, to the better of these two when it is worse.
+    """
+    if method != "auto" and not guarded:
+        return method, "as asked"
+    plain = min(PLAIN, key=lambda name: held_out_losses[name])
+    if method == "auto":
+        best = min(held_out_losses, key=lambda name: (held_out_losses[name], name != plain))
+        return best, "lowest loss on held-out examples"
+    if held_out_losses[method] > held_out_losses[plain]:
+        figures = f"{held_out_losses[method]:.3f} against {held_out_losses[plain]:.3f}"
+        return plain, f"{method} was worse than {plain} on held-out examples: loss {figures}"
+    return method, "not worse than base and best single on held-out examples"

@@ -1,0 +1,364 @@
+"""A composition: what was chosen for a task, ready to answer, to be kept and to be given away."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from html import escape
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loraweave.common.display import ShownTable
+from loraweave.common.files import as_path
+from loraweave.common.rows import GivenRows, read_inputs
+from loraweave.composer.compose.refine import (
+    Tuning,
+    cut,
+    leave_one_out,
+    pool_of,
+    prune,
+    require_no_router,
+    saved_router,
+    tune,
+)
+from loraweave.composer.compose.report import FILE, FORMAT, FORMAT_WITH_ROUTER, Report, SavedRecipe
+from loraweave.composer.composer import Composer
+from loraweave.composer.explain.explanation import Explanation, pieces, reading
+from loraweave.composer.merge.merge import merge, merge_by_layer, parent_of
+from loraweave.composer.model import scoring
+from loraweave.composer.model.batches import untouched
+from loraweave.composer.model.layers import require_model, with_magnitudes
+from loraweave.errors import AdapterCorrupt, BaseModelMismatch, CompositionError
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.base import base_key, fingerprint
+from loraweave.hub.export import ExportReport
+from loraweave.hub.formats._replacing import replacing
+from loraweave.hub.intake.license_terms import license_of_all, stated
+from loraweave.hub.pool import ExpertPool
+from loraweave.hub.same_base import warn_unverified
+from loraweave.routers.tokens._saved import router as read_router
+from loraweave.routers.weights import MixtureWeights
+from loraweave.types import BaseKey, Router, Task
+
+# of a composition's one line: adapters, and characters of a name
+NUM_NAMED, NAME_WIDTH = 3, 40
+PACKAGES = ("loraweave", "torch", "transformers", "cma")
+
+
+@dataclass(frozen=True, eq=False)
+class Composition:
+    """Weights over the adapters of a pool for one task, on one model.
+
+    `pool` is None when nothing but the base is used, and for weights that were read from a folder. `merge_method` says
+    what the weights mean (a name of `names("methods")`). `all_weights` are means over the layers where `by_layer`,
+    {layer: {name: weight}}, has them. `stored` is the adapter itself where it is more than the weights say: read from a
+    folder, cut in rank, or trained on for `tuned_steps` steps. Where there is a `router`, it weighs the experts of the pool
+    for every token and layer: such a composition answers live, and no adapter and no merge has what it does. Its adapter is
+    made of adapters whose licenses exclude each other only where `allow_licenses` says so.
+    """
+
+    model: Any
+    tokenizer: Any
+    task: Task
+    pool: ExpertPool | None
+    all_weights: Mapping[str, float]
+    merge_method: str
+    report: Report
+    seed: int = 0
+    stored: Adapter | None = None
+    parents: Sequence[Mapping[str, Any]] = ()
+    by_layer: Mapping[str, Mapping[str, float]] | None = None
+    tuned_steps: int = 0
+    router: Router | None = None
+    allow_licenses: bool = False
+
+    def __repr__(self) -> str:
+        if self.is_base:
+            what = "the base model"
+        elif self.router is not None:
+            what = f"{type(self.router).__name__} over {len(self._members)} adapters"
+        else:
+            by_size = self._by_size()
+            shown = [f"{_clipped(name)!r}: {weight:.4g}" for name, weight in by_size[:NUM_NAMED]]
+            rest = [f"{len(by_size) - NUM_NAMED} more"] if len(by_size) > NUM_NAMED else []
+            what = f"{{{', '.join([*shown, *rest])}}}"
+        layers = "" if self.by_layer is None else f", means over {len(self.by_layer)} layers"
+        return f"Composition({what}{layers}, method={self.merge_method!r}, chosen={_clipped(self.report.chosen)!r})"
+
+    def _repr_html_(self) -> str:
+        weights = "" if self.router is not None else ShownTable.of(("adapter", "weight"), self._by_size())._repr_html_()
+        return f"<div><p>{escape(repr(self))}</p>{weights}{self.report.table()._repr_html_()}</div>"
+
+    def _by_size(self) -> list[tuple[str, float]]:
+        """(name, mean weight), the largest by magnitude first."""
+        return sorted(self.mean_weights.items(), key=lambda pair: -abs(pair[1]))
+
+    @property
+    def weights(self) -> dict[str, float] | MixtureWeights | Router:
+        """{name: weight} without the adapters of weight 0; MixtureWeights where layers have weights of their own; a router
+        where tokens have."""
+        if self.router is not None:
+            return self.router
+        if self.by_layer is not None:
+            names = list(self.mean_weights)
+            used = {layer: {name: row[name] for name in names if name in row} for layer, row in self.by_layer.items()}
+            return MixtureWeights.of_layers(used, names)
+        return self.mean_weights
+
+    @property
+    def mean_weights(self) -> dict[str, float]:
+        """{name: weight}, averaged over the layers, of the adapters that have a weight somewhere."""
+        layers = self.by_layer.values() if self.by_layer is not None else (self.all_weights,)
+        used = {name for of_layer in layers for name, weight in of_layer.items() if weight}
+        return {name: float(weight) for name, weight in self.all_weights.items() if name in used}
+
+    @property
+    def is_base(self) -> bool:
+        """Whether this is the base model itself, with nothing added."""
+        return self.stored is None and self.router is None and not self.mean_weights
+
+    @property
+    def license(self) -> str | None:
+        """The SPDX expression that binds to the licenses of all adapters that count; None where no license is known."""
+        members: list[Mapping[str, Any]] = [adapter.card for adapter in self._members.values()]
+        known = members or self.parents or ([] if self.stored is None else [self.stored.card])
+        return license_of_all(stated(each.get("license")) for each in known)
+
+    @cached_property
+    def adapter(self) -> Adapter:
+        """The composition as one adapter.
+
+        CompositionError when it is the base model itself, which no adapter expresses, ScopeError where a router weighs,
+        InvalidLicense for licenses that exclude each other, or derived works, unless `allow_licenses`.
+        """
+        require_no_router(self.router, "be one adapter")
+        if self.stored is not None:
+            # what was trained on has a card of its own
+            known = {} if self.license is None else {"license": self.license}
+            return replace(self.stored, card={**self.stored.card, **known})
+        if self.is_base or self.pool is None:
+            raise CompositionError("this composition is the base model itself: there is no adapter to give")
+        # DoRA's magnitudes and trained biases are resolved against the model
+        used = Composer(self.model, self.pool.subset(self.mean_weights)).bound_pool
+        allowed = self.allow_licenses
+        if self.by_layer is not None:
+            return merge_by_layer(used, self.by_layer, method=self.merge_method, name="composition", allow_licenses=allowed)
+        adapters, numbers = list(used.adapters.values()), list(self.mean_weights.values())
+        method = self.merge_method
+        return merge(adapters, numbers, method=method, name="composition", progress=False, allow_licenses=allowed)
+
+    def predict(self, inputs: GivenRows) -> list[str]:
+        """One answer for each input: a label when the task has labels, else the first line of a greedy generation.
+
+        Inputs are texts, or those of rows. Raises InvalidTask for anything else, such as a single text.
+        """
+        texts = read_inputs(inputs)
+        with self._active():
+            return scoring.predict(self.model, self.tokenizer, self.task, texts)
+
+    def evaluate(self, pairs: GivenRows) -> dict[str, float]:
+        """Scores answers to (input, target) pairs, or rows in any other form; a target may be a list of accepted ones.
+
+        Every input is put into the task's prompt, with the task's instruction, whatever instruction its row has. `value` is
+        the share of right answers under the task's metric, `low` and `high` its 95 % bootstrap interval over the pairs,
+        `loss` the mean loss of the target tokens, `count` the number of pairs. Raises InvalidTask for what is no row with a
+        target (`loraweave.common.rows`).
+        """
+        read = scoring.answered(pairs)
+        with self._active():
+            score = scoring.evaluate(self.model, self.tokenizer, self.task, read)
+        return {"value": score.value, "low": score.low, "high": score.high, "loss": score.loss, "count": score.count}
+
+    def losses(self) -> list[float]:
+        """The mean loss of the target's tokens for each of the task's examples."""
+        with self._active():
+            return scoring.losses(self.model, self.tokenizer, self.task, self.task.examples)
+
+    def leave_one_out(self) -> dict[str, float]:
+        """By how much the mean loss of the examples rises without each adapter; negative where it is better without it."""
+        return leave_one_out(self)
+
+    def prune(self, tolerance: float = 0.01, *, progress: bool = True) -> Composition:
+        """Without the adapters that are missed least, as long as the loss rises by at most `tolerance` nats in all.
+
+        Raises CompositionError for a composition of which only the merged adapter is left, ScopeError where a router weighs.
+        """
+        return prune(self, tolerance, progress=progress)
+
+    def cut(self, rank: int) -> Composition:
+        """With every layer's update cut to at most `rank`; the report says the error and the loss before and after."""
+        return cut(self, rank)
+
+    def tune(
+        self,
+        steps: int = Tuning.steps,
+        *,
+        lr: float = Tuning.lr,
+        rank: int = Tuning.rank,
+        checkpoint: str | Path | None = None,
+        progress: bool = True,
+    ) -> Composition:
+        """Trained on, on the examples, for `steps` steps from the merged adapter, cut to `rank` first where it is higher.
+
+        Raises what `train_adapters` raises: AdapterUnsupported where the adapter is more than factors of linear layers.
+        """
+        kept = None if checkpoint is None else Path(checkpoint)
+        return tune(self, Tuning(steps, lr, rank, seed=self.seed), checkpoint=kept, progress=progress)
+
+    def explain(self, text: str, *, max_new_tokens: int = 0) -> Explanation:
+        """What each token of the prompt for an input gets from each adapter: the composition's weights, in every layer.
+
+        With `max_new_tokens`, tokens of the greedy continuation are explained too; Composer.explain says which.
+        """
+        if not isinstance(text, str):
+            raise CompositionError(f"explain() takes one text, but got {type(text).__name__}: explain texts one by one")
+        prompt = self.task.prompt(text)
+        if self.is_base:
+            with torch.no_grad():
+                ids = torch.cat(reading(self.model, self.tokenizer, prompt, max_new_tokens).parts).tolist()
+            return Explanation(pieces(self.tokenizer, ids), (), (), torch.empty(len(ids), 0, 0))
+        if self.router is not None:
+            return self.engine.explain(prompt, self.router, max_new_tokens=max_new_tokens)
+        engine = Composer(self.model, [self.adapter], tokenizer=self.tokenizer)
+        merged = engine.explain(prompt, {self.adapter.name: 1.0}, max_new_tokens=max_new_tokens)
+        if self.tuned_steps:
+            # what was trained on is of no single expert
+            return merged
+        names = list(self.mean_weights)
+        rows = [self.mean_weights if self.by_layer is None else self.by_layer.get(layer, {}) for layer in merged.layers]
+        weights_LE = torch.tensor([[float(row.get(name, 0.0)) for name in names] for row in rows])
+        return replace(merged, experts=tuple(names), w_TLE=merged.w_TLE * weights_LE)
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Writes composition.json and, unless it is the base model, the merged adapter as a PEFT folder.
+
+        Where a router weighs, it and its adapters; ScopeError for one that is none of `lw.router`.
+        """
+        target = as_path(folder, "the folder of a composition", CompositionError)
+        if target.exists() and not (target / FILE).is_file() and any(target.iterdir()):
+            raise CompositionError(f"{target} holds something that is no composition; name another folder")
+        with replacing(target) as new:
+            if self.router is not None:
+                router = saved_router(self.router)
+                router.save_pretrained(new / "router", pool=pool_of(router, self.engine))
+            elif not self.is_base:
+                with_magnitudes(self.adapter, self.model).save_pretrained(new / "adapter")
+            (new / FILE).write_text(json.dumps(self._recipe(), indent=1, ensure_ascii=False))
+        return target
+
+    def export(
+        self, folder: str | Path, *, target: str = "peft", max_rank: int | None = None, allow_licenses: bool = False
+    ) -> ExportReport:
+        """Writes the composition as one adapter for "peft" or "vllm"; what `Adapter.export` does with it.
+
+        CompositionError when the composition is the base model itself.
+        """
+        allowed = allow_licenses or self.allow_licenses
+        portable = with_magnitudes(self.adapter, self.model)
+        return portable.export(folder, target=target, max_rank=max_rank, allow_licenses=allowed)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, model: Any, tokenizer: Any) -> Composition:
+        """Reads a saved composition for the same base model; BaseModelMismatch for another, AdapterNotFound without one.
+
+        Warns where neither weights nor ids say that the model is the same, and names and shapes do.
+        """
+        saved = SavedRecipe.read(folder)
+        require_model(model)
+        task, report, recipe = saved.task, saved.report, saved.fields
+        own, its = base_key(model), BaseKey(str(saved.base_model), None, saved.base)
+        if why := its.contradicts(own):
+            raise BaseModelMismatch(f"{folder} was composed for {its.id!r}, and this model is another: {why}")
+        if not its.proves(own):
+            warn_unverified([str(folder)], its, own)
+        if saved.has_router:
+            router = read_router(Path(folder) / "router")
+            if router.pool is None:
+                raise AdapterCorrupt(f"{folder} has a router without its adapters; compose again")
+            fields = {"seed": recipe["seed"], "parents": recipe["parents"], "router": router}
+            pool = ExpertPool(
+                {name: replace(each, fingerprint=own.fingerprint) for name, each in router.pool.adapters.items()}
+            )
+            return cls(model, tokenizer, task, pool, {}, recipe["merge_method"], report, **fields)
+        kept = Path(folder) / "adapter"
+        stored = None
+        if kept.is_dir():
+            # the model is the one that it was composed on, whatever its experts say of their base
+            read = replace(Adapter.from_pretrained(kept, name="composition"), fingerprint=own.fingerprint)
+            stored = Composer(model, [read]).bound_pool["composition"]
+        if stored is None and (recipe["weights"] or recipe["tuned_steps"]):
+            raise AdapterCorrupt(f"{folder} has weights, but its folder adapter is gone; compose again")
+        return cls(
+            model,
+            tokenizer,
+            task,
+            None,
+            recipe["weights"],
+            recipe["merge_method"],
+            report,
+            recipe["seed"],
+            stored,
+            recipe["parents"],
+            recipe["by_layer"],
+            recipe["tuned_steps"],
+        )
+
+    @property
+    def engine(self) -> Composer:
+        """A Composer of the model and the pool that the router weighs."""
+        assert self.pool is not None
+        return Composer(self.model, self.pool, tokenizer=self.tokenizer)
+
+    @contextmanager
+    def _active(self) -> Iterator[None]:
+        """The model answers for the composition, without dropout."""
+        with ExitStack() as stack:
+            stack.enter_context(untouched(self.model))
+            # no Composer can exist without an adapter: the base is the model as it is
+            if self.router is not None:
+                stack.enter_context(self.engine.activate(self.router))
+            elif not self.is_base:
+                stack.enter_context(Composer(self.model, [self.adapter]).activate({self.adapter.name: 1.0}))
+            yield
+
+    @property
+    def _members(self) -> Mapping[str, Adapter]:
+        """The pool's adapters that count, by name; none where the pool is gone."""
+        used = self.mean_weights if self.router is None or self.pool is None else self.pool.names
+        return self.pool.subset(used).adapters if self.pool and used else {}
+
+    def _recipe(self) -> dict[str, Any]:
+        weights = self.mean_weights
+        members = self._members.items()
+        parents = [{**parent_of(adapter), "name": name, "weight": weights.get(name)} for name, adapter in members]
+        return {
+            "format": FORMAT if self.router is None else FORMAT_WITH_ROUTER,
+            "base_model": getattr(self.model, "name_or_path", ""),
+            "fingerprint": fingerprint(self.model).to_json(),
+            "weights": weights,
+            "by_layer": self.by_layer,
+            "tuned_steps": self.tuned_steps,
+            "license": self.license,
+            "parents": parents or [dict(parent) for parent in self.parents],
+            "merge_method": self.merge_method,
+            "seed": self.seed,
+            "task": {
+                "examples": self.task.examples,
+                "instruction": self.task.instruction,
+                "labels": self.task.labels,
+                "metric": self.task.metric,
+                "template": self.task.template,
+            },
+            "report": self.report.to_json(),
+            "versions": {package: version(package) for package in PACKAGES},
+        }
+
+
+def _clipped(name: str) -> str:
+    return name if len(name) <= NAME_WIDTH else f"{name[:NAME_WIDTH]}…"

@@ -1,0 +1,312 @@
+"""The rows of a task's examples, tokenised once, as batches for any selection; as trees where the model takes these.
+
+A decoder whose attention takes any mask and any positions then gives each row what it gives it alone, for fewer tokens: an
+instruction is read once for all examples, and a prompt once for all labels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraweave.composer.compose.objectives._row_sums import Kind
+from loraweave.composer.model.batches import (
+    IGNORED,
+    EncodedRow,
+    TargetBatch,
+    batch,
+    encode,
+    logits_at,
+    mean_losses,
+    takes,
+    target_logits,
+    untouched,
+)
+from loraweave.types import Task
+
+# tokens of the texts of one tree, whose mask has as many rows and columns
+MAX_TREE = 2048
+
+
+@dataclass(frozen=True, eq=False)
+class JobBatch:
+    """One batch for several jobs, each a selection of examples; job j has the next rows_of_job[j] rows of the batch.
+
+    Slots count a row's kept logits from the last one (-1) backwards. Targets are `IGNORED` beyond a shorter one;
+    real_BR says which of a batch row's R text rows there are.
+    """
+
+    inputs: dict[str, Tensor]
+    num_kept: int
+    slot_BRK: Tensor
+    target_BRK: Tensor
+    real_BR: Tensor
+    rows_of_job: tuple[int, ...]
+
+    def logits(self, model: Any) -> Tensor:
+        """logits_BPV of the positions that predict targets."""
+        if self.inputs["attention_mask"].ndim != 4:
+            return target_logits(model, TargetBatch(self.inputs, self.target_BRK[:, 0]))
+        # in a tree the last token predicts too, in a plain row it is predicted
+        length = self.inputs["input_ids"].shape[1]
+        return logits_at(model, self.inputs, length - self.num_kept, length)
+
+
+class EncodedExamples:
+    """Every example has as many rows as the kind of loss looks at texts after its prompt. Without `trees` they stay rows."""
+
+    def __init__(self, model: Any, tokenizer: Any, task: Task, kind: Kind, *, trees: bool = True) -> None:
+        self._model = model
+        self._may_share = trees
+        self._tokenizer = tokenizer
+        self.num_texts = len(kind.targets[0])
+        self.right_N = torch.tensor(kind.right)
+        prompts = [task.prompt(text) for (text, _), texts in zip(task.examples, kind.targets, strict=True) for _ in texts]
+        targets = [text for texts in kind.targets for text in texts]
+        self._rows = encode(model, tokenizer, prompts, targets)
+        self._trees: dict[tuple[int, ...], list[TokenTree]] = {}
+
+    @cached_property
+    def _shares(self) -> bool:
+        """Whether rows are run as trees. The first use of this runs the model, without a mixture."""
+        return self._may_share and runs_trees(self._model, self._tokenizer, self._rows)
+
+    @cached_property
+    def _plain(self) -> TargetBatch:
+        return batch(self._model, self._tokenizer, self._rows)
+
+    def prepare(self) -> None:
+        """Finds out how rows are to be run; to be called where no mixture is active."""
+        _ = self._shares
+
+    def digest(self, examples: Sequence[int]) -> str:
+        """A hash of the tokens of these examples, and of which of their texts is right."""
+        rows = [(row.prompt, row.target) for row in self._rows_of(examples)]
+        return hashlib.sha256(repr((rows, self.right_N[list(examples)].tolist())).encode()).hexdigest()
+
+    def has_trees(self, examples: tuple[int, ...]) -> bool:
+        """Whether a job's rows are run as trees."""
+        return bool(self._trees_of(examples))
+
+    def counts(self, examples: Sequence[int]) -> Tensor:
+        """count_NR: the target tokens of each row."""
+        counts = [[len(row.target) for row in self._rows_of([example])] for example in examples]
+        return torch.tensor(counts)
+
+    def num_targets(self, examples: Sequence[int]) -> int:
+        """The tokens of the examples' own targets."""
+        right = self.right_N[list(examples)]
+        return int(self.counts(examples).gather(1, right[:, None]).sum())
+
+    def size(self, examples: tuple[int, ...]) -> tuple[int, int]:
+        """Tokens that are read and logits that are made for one job."""
+        trees = self._trees_of(examples)
+        if trees:
+            longest, kept = max(map(len, trees)), max(tree.num_predictors for tree in trees)
+            return len(trees) * longest, len(trees) * kept
+        rows = self._rows_of(examples)
+        return len(rows) * max(map(len, rows)), len(rows) * max(len(row.target) for row in rows)
+
+    def batch(self, jobs: Sequence[tuple[int, ...]]) -> JobBatch:
+        """All jobs as one batch."""
+        if self._trees_of(jobs[0]):
+            return self._as_trees([self._trees_of(job) for job in jobs])
+        index = [row for job in jobs for example in job for row in self._places(example)]
+        chosen = self._plain.rows(index)
+        target_BRK = chosen.targets_BK[:, None]
+        num_kept = target_BRK.shape[2]
+        slot_BRK = torch.arange(-num_kept, 0, device=target_BRK.device).expand(target_BRK.shape)
+        real_BR = torch.ones(target_BRK.shape[:2], dtype=torch.bool, device=target_BRK.device)
+        rows_of_job = tuple(len(job) * self.num_texts for job in jobs)
+        return JobBatch(chosen.inputs, num_kept, slot_BRK, target_BRK, real_BR, rows_of_job)
+
+    def _as_trees(self, jobs: Sequence[list[TokenTree]]) -> JobBatch:
+        trees = [tree for job in jobs for tree in job]
+        parameter = next(parameter for parameter in self._model.parameters() if parameter.is_floating_point())
+        num_rows = max(tree.target_RK.shape[0] for tree in trees)
+        width = max(tree.target_RK.shape[1] for tree in trees)
+        slot_BRK = torch.full((len(trees), num_rows, width), -1)
+        target_BRK = torch.full((len(trees), num_rows, width), IGNORED)
+        for number, tree in enumerate(trees):
+            place = number, slice(tree.target_RK.shape[0]), slice(tree.target_RK.shape[1])
+            slot_BRK[place], target_BRK[place] = tree.slot_RK, tree.target_RK
+        inputs = tree_inputs(trees, 0, parameter.dtype, parameter.device)
+        target_BRK = target_BRK.to(parameter.device)
+        return JobBatch(
+            inputs,
+            max(tree.num_predictors for tree in trees),
+            slot_BRK.to(parameter.device),
+            target_BRK,
+            (target_BRK != IGNORED).any(dim=2),
+            tuple(map(len, jobs)),
+        )
+
+    def _trees_of(self, examples: tuple[int, ...]) -> list[TokenTree]:
+        """The trees of a job, of which each is a row; none where its rows are better run plainly."""
+        if examples not in self._trees:
+            self._trees[examples] = self._planted(examples) if self._shares else []
+        return self._trees[examples]
+
+    def _planted(self, examples: tuple[int, ...]) -> list[TokenTree]:
+        rows = self._rows_of(examples)
+        best: list[TokenTree] = []
+        least = self._cost(len(rows), max(map(len, rows)))
+        size = min(len(examples), max(1, MAX_TREE // (self.num_texts * max(map(len, rows)))))
+        # in more, smaller trees more tokens are read, and each sees fewer
+        while True:
+            groups = [examples[start : start + size] for start in range(0, len(examples), size)]
+            trees = [token_tree(self._rows_of(group)) for group in groups]
+            cost = self._cost(len(trees), max(map(len, trees)))
+            if cost < least:
+                best, least = trees, cost
+            if size == 1:
+                return best
+            size = (size + 1) // 2
+
+    def _cost(self, num_rows: int, length: int) -> int:
+        """Of a decoder layer's products, in units of two products of a token's hidden values with a number each.
+
+        12 h^2 a token in the weights and 2 h a token for each that it meets in attention, whether it sees it or not.
+        """
+        return num_rows * length * (6 * int(self._model.config.get_text_config().hidden_size) + length)
+
+    def _rows_of(self, examples: Sequence[int]) -> list[EncodedRow]:
+        return [self._rows[place] for example in examples for place in self._places(example)]
+
+    def _places(self, example: int) -> range:
+        return range(example * self.num_texts, (example + 1) * self.num_texts)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenTree:
+    """The tokens that a model has to read of R rows; the last `num_predictors` of them are those that predict a target.
+
+    sees_TT says which tokens are a token's ancestors, or itself. slot_RK has the predictor of each target token, counted
+    from the last one (-1) backwards; target_RK is `IGNORED` where a row's target is shorter than K.
+    """
+
+    ids_T: Tensor
+    position_T: Tensor
+    sees_TT: Tensor
+    num_predictors: int
+    slot_RK: Tensor
+    target_RK: Tensor
+
+    def __len__(self) -> int:
+        return self.ids_T.shape[0]
+
+
+def token_tree(rows: Sequence[EncodedRow]) -> TokenTree:
+    """The tree of rows that each have a prompt. A row's last token predicts nothing, and is left out."""
+    nodes: dict[tuple[int, int], int] = {}
+    ids: list[int] = []
+    paths: list[list[int]] = []
+    for row in rows:
+        path = [-1]
+        for token in (row.prompt + row.target)[:-1]:
+            node = nodes.setdefault((path[-1], token), len(ids))
+            if node == len(ids):
+                ids.append(token)
+            path.append(node)
+        paths.append(path[1:])
+    predictors = {node for row, path in zip(rows, paths, strict=True) for node in path[len(row.prompt) - 1 :]}
+    order = sorted(range(len(ids)), key=lambda node: (node in predictors, node))
+    place = {node: number for number, node in enumerate(order)}
+    position_T = torch.zeros(len(ids), dtype=torch.long)
+    sees_TT = torch.zeros(len(ids), len(ids), dtype=torch.bool)
+    width = max(len(row.target) for row in rows)
+    slot_RK = torch.full((len(rows), width), -1)
+    target_RK = torch.full((len(rows), width), IGNORED)
+    for number, (row, path) in enumerate(zip(rows, paths, strict=True)):
+        placed_L = torch.tensor([place[node] for node in path])
+        position_T[placed_L] = torch.arange(len(path))
+        # of the row's tokens, each sees those before it
+        sees_TT[placed_L[:, None], placed_L] = torch.ones(len(path), len(path), dtype=torch.bool).tril()
+        slot_RK[number, : len(row.target)] = placed_L[len(row.prompt) - 1 :] - len(ids)
+        target_RK[number, : len(row.target)] = torch.tensor(row.target)
+    ids_T = torch.tensor([ids[node] for node in order])
+    return TokenTree(ids_T, position_T, sees_TT, len(predictors), slot_RK, target_RK)
+
+
+def tree_inputs(trees: Sequence[TokenTree], pad: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """One row of a batch for each tree, padded on the left, with a mask of four axes that is added to the scores."""
+    longest = max(len(tree) for tree in trees)
+    ids_BT = torch.full((len(trees), longest), pad)
+    position_BT = torch.zeros(len(trees), longest, dtype=torch.long)
+    # padding sees itself, since a softmax over nothing is NaN
+    sees_BTT = torch.eye(longest, dtype=torch.bool).repeat(len(trees), 1, 1)
+    for number, tree in enumerate(trees):
+        start = longest - len(tree)
+        ids_BT[number, start:] = tree.ids_T
+        position_BT[number, start:] = tree.position_T
+        sees_BTT[number, start:, start:] = tree.sees_TT
+    mask_BTT = torch.zeros(sees_BTT.shape, dtype=dtype).masked_fill_(~sees_BTT, torch.finfo(dtype).min)
+    inputs = {"input_ids": ids_BT, "position_ids": position_BT, "attention_mask": mask_BTT[:, None]}
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+# attention over less than the whole row, whose masks are the model's own affair
+WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window")
+MASKED = ("eager", "sdpa")
+NUM_TRIED = 4
+
+
+def runs_trees(model: nn.Module, tokenizer: Any, rows: Sequence[EncodedRow]) -> bool:
+    """Whether these rows have the same losses as a tree, to rounding, in the model as it is; some of them are tried.
+
+    False, without a trial, for encoder-decoders, for models that take no positions (recurrent ones, ALiBi), for attention
+    that takes no mask of four axes, and for windows that are shorter than the longest row.
+    """
+    if not _could(model, rows):
+        return False
+    tried = _some(rows)
+    with untouched(model), torch.no_grad():
+        apart_B = mean_losses(model, batch(model, tokenizer, tried)).double()
+        try:
+            together_B = _as_tree(model, tried)
+        # whatever a model raises for a mask it did not expect
+        except Exception:
+            return False
+    tolerance = 1e-4 if torch.finfo(_dtype(model)).bits >= 32 else 5e-2
+    return bool(((together_B - apart_B).abs() <= tolerance * apart_B.abs().clamp(min=1.0)).all())
+
+
+def _could(model: Any, rows: Sequence[EncodedRow]) -> bool:
+    config = model.config
+    if config.is_encoder_decoder or not takes(model, "position_ids") or not all(row.prompt for row in rows):
+        return False
+    text = config.get_text_config()
+    longest = max(map(len, rows))
+    windows = [getattr(text, name, None) for name in WINDOWS]
+    if any(isinstance(window, int) and window < longest for window in windows):
+        return False
+    return getattr(config, "_attn_implementation", None) in MASKED
+
+
+def _some(rows: Sequence[EncodedRow]) -> list[EncodedRow]:
+    """Short and long ones, that differ."""
+    distinct = sorted(dict.fromkeys(rows), key=len)
+    step = max(1, (len(distinct) - 1) / (NUM_TRIED - 1))
+    return [distinct[int(number * step)] for number in range(min(NUM_TRIED, len(distinct)))]
+
+
+def _as_tree(model: Any, rows: Sequence[EncodedRow]) -> torch.Tensor:
+    tree = token_tree(rows)
+    device = next(model.parameters()).device
+    inputs = tree_inputs([tree], 0, _dtype(model), device)
+    logits_PV = logits_at(model, inputs, len(tree) - tree.num_predictors, len(tree))[0]
+    logs_PV = logits_PV.to(torch.promote_types(logits_PV.dtype, torch.float32)).log_softmax(dim=1)
+    slot_RK, target_RK = tree.slot_RK.to(device), tree.target_RK.to(device)
+    real_RK = target_RK >= 0
+    losses_RK = -logs_PV[slot_RK, target_RK.clamp(min=0)].masked_fill(~real_RK, 0.0)
+    return (losses_RK.sum(dim=1) / real_RK.sum(dim=1)).double()
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())

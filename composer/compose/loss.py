@@ -1,0 +1,384 @@
+"""The loss of mixtures on a few examples: whole populations of candidates in one forward pass, a mixture per row."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loraweave.composer.compose.examples import EncodedExamples
+from loraweave.composer.compose.objectives._row_sums import Kind, RowSums
+from loraweave.composer.compose.population import (
+    MAX_CANDIDATES,
+    Job,
+    can_be_factor_sums,
+    factor_sums,
+    learning_sums,
+    row_sums,
+)
+from loraweave.composer.composer import Composer
+from loraweave.composer.model.batches import untouched
+from loraweave.composer.model.scoring import generate
+from loraweave.errors import InvalidTask, WeightingError
+from loraweave.hub.base import fingerprint
+from loraweave.registry import get
+from loraweave.routers.searches._solver import Objective
+from loraweave.routers.searches.lorahub import Lorahub
+from loraweave.routers.weights import MixtureWeights
+from loraweave.types import Task
+
+Candidates = Sequence[MixtureWeights]
+
+
+def together(objectives: Sequence[Objective], candidates: Sequence[Candidates]) -> list[list[float]]:
+    """The losses that each objective gives its own candidates; views of one ExampleLoss share their forward passes."""
+    if _are_views_of_one(objectives):
+        losses = iter(scored(_pairs(objectives, candidates)))
+        return [_next(losses, own) for own in candidates]
+    return [list(objective(own)) if own else [] for objective, own in zip(objectives, candidates, strict=True)]
+
+
+def together_with_gradients(
+    objectives: Sequence[Any], candidates: Sequence[Candidates]
+) -> list[tuple[list[float], list[Tensor]]]:
+    """The losses and gradients of each objective's own candidates, in the same way."""
+    if _are_views_of_one(objectives):
+        found = iter(scored_with_gradients(_pairs(objectives, candidates)))
+        parts = [_next(found, own) for own in candidates]
+        return [([loss for loss, _ in part], [gradient for _, gradient in part]) for part in parts]
+    return [objective.gradients(own) if own else ([], []) for objective, own in zip(objectives, candidates, strict=True)]
+
+
+def _are_views_of_one(objectives: Sequence[Any]) -> bool:
+    """Whether all are of one model, of the same encoded examples, and mean the same by a candidate."""
+    first = objectives[0] if objectives else None
+    return isinstance(first, ExampleLoss) and all(
+        isinstance(each, ExampleLoss) and each.encoded is first.encoded and each.merge_method == first.merge_method
+        for each in objectives
+    )
+
+
+def _pairs(objectives: Sequence[Any], candidates: Sequence[Candidates]) -> list[tuple[ExampleLoss, MixtureWeights]]:
+    return [(objective, each) for objective, own in zip(objectives, candidates, strict=True) for each in own]
+
+
+def _next(found: Iterator[Any], own: Candidates) -> list[Any]:
+    return [next(found) for _ in own]
+
+
+class OnExamples:
+    """`only` are the examples' indices among all of the task's; the views of an objective share what it has prepared."""
+
+    only: tuple[int, ...]
+    penalty: Penalty
+    failures: Failures
+
+    def view(self, only: Sequence[int], *, penalised: bool = True) -> Self:
+        """The same objective on these examples, by their index among all of the task's; without terms unless `penalised`.
+
+        It counts failures of its own.
+        """
+        found = copy.copy(self)
+        found.only = tuple(only)
+        found.failures = Failures()
+        return found if penalised else found.penalised(Penalty(0.0, 0.0, 0.0))
+
+    def penalised(self, penalty: Penalty) -> Self:
+        """The same objective with these terms for the weights."""
+        found = copy.copy(self)
+        found.failures = Failures()
+        found.penalty = penalty
+        return found
+
+
+# longer answers tell little more of how sure a model is
+MAX_NEW_TOKENS = 16
+# where the model has nothing to say, so that the place of its first token is looked at
+NOTHING = "."
+
+
+def with_own_answers(engine: Composer, tokenizer: Any, task: Task, inputs: Sequence[str]) -> Task:
+    """The task with these inputs as its examples. Of labels, which is whose is left open: each has the first.
+
+    Elsewhere the targets are the first lines that greedy decoding writes under the uniform mixture of the pool, of at most
+    16 tokens, "." for an empty one. Raises InvalidTask where there are no inputs.
+    """
+    if not inputs or isinstance(inputs, str):
+        raise InvalidTask(f"inputs are {inputs!r}; give a list of texts, one at least")
+    if task.labels:
+        return replace(task, examples=[(text, task.labels[0]) for text in inputs])
+    names = engine.pool.names
+    with untouched(engine.model), engine.activate(dict.fromkeys(names, 1 / len(names))):
+        prompts = [task.prompt(text) for text in inputs]
+        answers = generate(engine.model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS)
+    return replace(task, examples=[(text, answer or NOTHING) for text, answer in zip(inputs, answers, strict=True)])
+
+
+def active_candidate(engine: Composer, candidate: MixtureWeights, merge_method: str) -> AbstractContextManager[Any]:
+    """Live for "linear"; any other merge is written into the base, which has to be able to take it, until it is left."""
+    if merge_method == "linear":
+        return engine.activate(candidate)
+    weights = {name: value for name, value in candidate.as_dict().items() if value}
+    # without a weight there is nothing to merge
+    return engine.fused(weights, method=merge_method) if weights else nullcontext()
+
+
+@dataclass
+class Failures:
+    """How many candidates could not be scored, and why the first one could not."""
+
+    count: int = 0
+    first: str = ""
+
+    def add(self, why: Exception | str) -> None:
+        """Notes one more."""
+        self.count += 1
+        self.first = self.first or (f"{type(why).__name__}: {why}" if isinstance(why, Exception) else why)
+
+
+def described_mixtures(engine: Composer, merge_method: str, penalty: Penalty) -> dict[str, Any]:
+    """The base model and its dtype, the experts' hashes, and what weights mean and cost, for JSON.
+
+    It opens the experts of a lazy pool.
+    """
+    return {
+        "base": fingerprint(engine.model).to_json(),
+        "dtype": str(next(engine.model.parameters()).dtype),
+        "experts": {name: adapter.hash for name, adapter in engine.pool.adapters.items()},
+        "merge_method": merge_method,
+        "penalty": asdict(penalty),
+    }
+
+
+# its published factor of mean|w|
+LORAHUB_L1 = Lorahub.l1
+# an expert whose weights are all of this size or smaller is not counted
+COUNTED = 0.01
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """l1 * mean|w| + l2 * mean(w^2) + sparsity * (how many experts have a weight of more than 0.01 in some layer).
+
+    The means are over experts and, where weights differ by layer, layers. The count takes no part in gradients.
+    Raises WeightingError for factors that are negative or not finite.
+    """
+
+    l1: float = LORAHUB_L1
+    l2: float = 0.0
+    sparsity: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in (("l1", self.l1), ("l2", self.l2), ("sparsity", self.sparsity)):
+            if not 0 <= value < math.inf:
+                raise WeightingError(f"{name} is {value!r}; the factor of a term of the loss is a finite number, 0 or more")
+
+    def __call__(self, values_BTLE: Tensor) -> Tensor:
+        """The sum of the terms, a scalar of the weights' dtype."""
+        total = torch.zeros((), dtype=values_BTLE.dtype)
+        if self.l1:
+            total = total + self.l1 * values_BTLE.abs().mean()
+        if self.l2:
+            total = total + self.l2 * values_BTLE.square().mean()
+        if self.sparsity:
+            counted_E = (values_BTLE.detach().abs() > COUNTED).flatten(0, 2).any(dim=0)
+            total = total + self.sparsity * counted_E.sum().to(values_BTLE.dtype)
+        return total
+
+
+class ExampleLoss(OnExamples):
+    """An objective: the mean over a task's examples of a kind of loss, and terms for the weights alone.
+
+    `kind` is a name of `names("objectives")`, by default the mean loss of the target's tokens. The terms are `l1` * mean|w|,
+    LoraHub's with its published 0.05, `l2` * mean(w^2) and `sparsity` * (how many experts have a weight above 0.01 in size).
+    `merge_method` says what weights mean: "linear" is the sum of deltas, run live with one mixture a row; any other name is
+    merged and written into the base for each candidate. `only` restricts the loss to some examples, by index. `inputs`, for
+    "entropy" alone, are texts without targets that take the place of the task's examples.
+
+    A candidate that raises an error, or whose loss is not finite, has the loss NaN; `failures` counts these.
+    Raises InvalidTask for examples that the kind cannot be taken of, WeightingError for terms that cannot be used.
+    """
+
+    def __init__(
+        self,
+        engine: Composer,
+        tokenizer: Any,
+        task: Task,
+        *,
+        kind: str = "cross_entropy",
+        merge_method: str = "linear",
+        l1: float = LORAHUB_L1,
+        l2: float = 0.0,
+        sparsity: float = 0.0,
+        only: Sequence[int] | None = None,
+        inputs: Sequence[str] | None = None,
+    ) -> None:
+        if inputs is not None and kind != "entropy":
+            raise InvalidTask(f"objective {kind!r} needs targets; inputs without them are for 'entropy'")
+        task = task if inputs is None else with_own_answers(engine, tokenizer, task, inputs)
+        self.engine = engine
+        self.merge_method = merge_method
+        self.penalty = Penalty(l1, l2, sparsity)
+        self.only = tuple(range(len(task.examples)) if only is None else only)
+        self.failures = Failures()
+        self.kind: Kind = get("objectives", kind)(task)
+        self.encoded = EncodedExamples(engine.model, tokenizer, task, self.kind)
+
+    def describe(self) -> dict[str, Any]:
+        """What the losses depend on: the kind and its terms, the tokens, the experts and the base model."""
+        return {
+            "kind": type(self.kind).__name__,
+            "tokens": self.encoded.digest(self.only),
+            **described_mixtures(self.engine, self.merge_method, self.penalty),
+        }
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether `gradients` can be asked for."""
+        return self.kind.differentiable and self.merge_method == "linear"
+
+    def __call__(self, candidates: Sequence[MixtureWeights]) -> list[float]:
+        return scored([(self, candidate) for candidate in candidates])
+
+    def gradients(self, candidates: Sequence[MixtureWeights]) -> tuple[list[float], list[Tensor]]:
+        """The loss of each candidate, and d loss / d values_BTLE, of the shape of its values; NaN for a failed one.
+
+        Several candidates share a forward and a backward pass. The products run in the model's dtype, the weights and
+        their gradients have fp32 or better. |w| has the slope 0 at 0, and the count of experts has none.
+        Raises WeightingError where there are no gradients: for a count of misses, and for merges other than the sum.
+        """
+        found = scored_with_gradients([(self, candidate) for candidate in candidates])
+        return [loss for loss, _ in found], [gradient for _, gradient in found]
+
+    def scores(self, candidates: Sequence[MixtureWeights]) -> tuple[np.ndarray, np.ndarray]:
+        """(loss_CN, hit_CN) of every candidate on every example, without the terms for its weights.
+
+        A hit is an example that the model would answer with its target: in greedy decoding, or among the labels.
+        """
+        sums = _sums([(self, candidate) for candidate in candidates], self.kind.needs | self.kind.hit_needs)
+        losses = [self.kind.losses(each).double().numpy() for each in sums]
+        hits = [self.kind.hits(each).numpy() for each in sums]
+        return np.stack(losses), np.stack(hits)
+
+    def total(self, sums: RowSums, values_BTLE: Tensor) -> Tensor:
+        """The loss of a candidate of these values, of what was summed up for it."""
+        return self.kind.losses(sums).double().mean() + self.penalty(values_BTLE).double()
+
+    def term(self, values_BTLE: Tensor) -> tuple[float, Tensor]:
+        """The terms for the weights alone, and their gradient; in fp32 or better."""
+        with torch.inference_mode(False), torch.enable_grad():
+            values = values_BTLE.detach().clone().to(torch.promote_types(values_BTLE.dtype, torch.float32)).requires_grad_()
+            term = self.penalty(values)
+            (gradient,) = torch.autograd.grad(term, values) if term.requires_grad else (torch.zeros_like(values),)
+        return float(term.detach()), gradient.detach()
+
+    def require_gradients(self) -> None:
+        """Raises WeightingError where there are none."""
+        if not self.differentiable:
+            raise WeightingError(
+                f"no gradients of objective {type(self.kind).__name__} with merge method {self.merge_method!r}: use "
+                "'cross_entropy', 'labels' or 'entropy' with 'linear', or a solver that needs none"
+            )
+
+
+Pairs = Sequence[tuple[ExampleLoss, MixtureWeights]]
+# the loss of a candidate and, where it was asked for, its gradient
+Found = tuple[float, Tensor | None]
+
+
+def scored(pairs: Pairs) -> list[float]:
+    """The loss of each pair's candidate by its objective; the objectives are views of one. NaN for a failed candidate."""
+    return [loss for loss, _ in _contained(pairs, _losses)]
+
+
+def scored_with_gradients(pairs: Pairs) -> list[tuple[float, Tensor]]:
+    """The same, with the gradient by the candidate's values; NaN too for a failed candidate."""
+    for objective, _ in pairs:
+        objective.require_gradients()
+    found = _contained(pairs, _slopes)
+    return [
+        (loss, torch.full_like(candidate.values_BTLE, math.nan) if gradient is None else gradient)
+        for (_, candidate), (loss, gradient) in zip(pairs, found, strict=True)
+    ]
+
+
+def _contained(pairs: Pairs, evaluate: Callable[[Pairs], list[Found]]) -> list[Found]:
+    """What `evaluate` finds for pairs; where it raises an error, those at fault are found by halving."""
+    try:
+        found = evaluate(pairs) if pairs else []
+    # an interruption is no Exception, and ends the search
+    except Exception as error:
+        if len(pairs) == 1:
+            pairs[0][0].failures.add(error)
+            return [(math.nan, None)]
+        half = len(pairs) // 2
+        return _contained(pairs[:half], evaluate) + _contained(pairs[half:], evaluate)
+    for number, ((objective, _), (loss, gradient)) in enumerate(zip(pairs, found, strict=True)):
+        if not math.isfinite(loss):
+            objective.failures.add(f"its loss is {loss}")
+            found[number] = math.nan, None
+        elif gradient is not None and not bool(torch.isfinite(gradient).all()):
+            objective.failures.add("its gradient is not finite")
+            found[number] = math.nan, None
+    return found
+
+
+def _losses(pairs: Pairs) -> list[Found]:
+    sums = _sums(pairs, pairs[0][0].kind.needs)
+    return [(float(each.total(own, mixture.values_BTLE)), None) for (each, mixture), own in zip(pairs, sums, strict=True)]
+
+
+def _sums(pairs: Pairs, needs: frozenset[str]) -> list[RowSums]:
+    """The sums of each pair, of one forward pass for many, or of one for each where a merge is written into the base."""
+    first, _ = pairs[0]
+    if first.merge_method == "linear":
+        return row_sums(first.engine, first.encoded, [Job(mixture, each.only) for each, mixture in pairs], needs)
+    first.encoded.prepare()
+    if first.merge_method == "factor_sum" and can_be_factor_sums(first.engine.bound_pool, [mixture for _, mixture in pairs]):
+        return _factor_sums(pairs, needs)
+    found = []
+    for objective, mixture in pairs:
+        with active_candidate(first.engine, mixture, first.merge_method):
+            found += row_sums(first.engine, first.encoded, [Job(None, objective.only)], needs)
+    return found
+
+
+def _factor_sums(pairs: Pairs, needs: frozenset[str]) -> list[RowSums]:
+    """The same for LoraHub's sums of factors, of one forward pass for many: each candidate is an expert of its own."""
+    first, _ = pairs[0]
+    found = []
+    for start in range(0, len(pairs), MAX_CANDIDATES):
+        part = pairs[start : start + MAX_CANDIDATES]
+        engine = factor_sums(first.engine, [mixture for _, mixture in part])
+        rows = torch.eye(len(part))[:, None, None, None]
+        jobs = [
+            Job(MixtureWeights(row, engine.pool.names), objective.only)
+            for row, (objective, _) in zip(rows, part, strict=True)
+        ]
+        found += row_sums(engine, first.encoded, jobs, needs)
+    return found
+
+
+def _slopes(pairs: Pairs) -> list[Found]:
+    first, _ = pairs[0]
+    jobs = [Job(mixture, objective.only) for objective, mixture in pairs]
+    found = [objective.term(mixture.values_BTLE) for objective, mixture in pairs]
+    for values_CTLE, numbers, sums in learning_sums(first.engine, first.encoded, jobs, first.kind.needs):
+        # of a job in parts, each has its examples' share of the mean
+        losses = [
+            first.kind.losses(own).double().sum() / len(pairs[number][0].only)
+            for number, own in zip(numbers, sums, strict=True)
+        ]
+        # a candidate's loss depends on its own values alone
+        (gradient_CTLE,) = torch.autograd.grad(torch.stack(losses).sum(), values_CTLE)
+        for number, loss, each in zip(numbers, losses, gradient_CTLE, strict=True):
+            known, gradient = found[number]
+            found[number] = known + float(loss.detach()), gradient + each[None]
+    return [(loss, gradient) for loss, gradient in found]

@@ -1,0 +1,234 @@
+"""Candidates on examples: as many as fit in one forward pass, a mixture a row, with or without a backward pass.
+
+A sum of factors has the rank of one expert, however many are in it, so that a population costs little more than the base.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from loraweave.composer.compose.examples import EncodedExamples, JobBatch
+from loraweave.composer.compose.objectives._row_sums import RowSums
+from loraweave.composer.composer import Composer
+from loraweave.composer.model.batches import IGNORED, untouched
+from loraweave.errors import ScopeError
+from loraweave.hub.pool import ExpertPool
+from loraweave.routers.weights import MixtureWeights
+from loraweave.types import Factors
+
+# of one forward pass: what bounds the logits over the vocabulary and the hidden values that are held at once
+MAX_LOGITS = 768
+MAX_TOKENS = 8192
+# a backward pass keeps the hidden values of every layer
+MAX_TOKENS_WITH_GRADIENTS = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One candidate, to be scored on some examples by index; without a mixture, the model as it is.
+
+    A part of a job has the `num_targets` of the whole.
+    """
+
+    mixture: MixtureWeights | None
+    examples: tuple[int, ...]
+    num_targets: int | None = None
+
+
+def row_sums(engine: Composer, encoded: EncodedExamples, jobs: Sequence[Job], needs: frozenset[str]) -> list[RowSums]:
+    """The sums that each job needs, in the order of the jobs; without gradients."""
+    encoded.prepare()
+    pieces = [_pieces(encoded, job, MAX_TOKENS) for job in jobs]
+    found: list[RowSums] = []
+    with untouched(engine.model), torch.no_grad():
+        for part in _passes(encoded, [piece for own in pieces for piece in own], MAX_TOKENS):
+            found += _forward(engine, encoded, part, needs)
+    in_order = iter(found)
+    return [RowSums.joined([next(in_order) for _ in own]) for own in pieces]
+
+
+def learning_sums(
+    engine: Composer, encoded: EncodedExamples, jobs: Sequence[Job], needs: frozenset[str]
+) -> Iterator[tuple[Tensor, list[int], list[RowSums]]]:
+    """(values_CTLE, number_C, sums of C) of one forward pass after the other: C jobs by their number, or parts of jobs.
+
+    A job of many examples comes in parts, each with the sums of some of them. The values take part in gradients, which are
+    to be taken before the next pass. They have fp32 or better.
+    """
+    encoded.prepare()
+    pieces = [
+        (number, piece) for number, job in enumerate(jobs) for piece in _pieces(encoded, job, MAX_TOKENS_WITH_GRADIENTS)
+    ]
+    numbers = iter([number for number, _ in pieces])
+    with ExitStack() as stack:
+        stack.enter_context(untouched(engine.model))
+        # below a caller's inference_mode, tensors would take no part in a backward pass
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for part in _passes(encoded, [piece for _, piece in pieces], MAX_TOKENS_WITH_GRADIENTS):
+            values_CTLE = _values(part).detach().clone()
+            values_CTLE = values_CTLE.to(torch.promote_types(values_CTLE.dtype, torch.float32)).requires_grad_()
+            yield values_CTLE, [next(numbers) for _ in part], _forward(engine, encoded, part, needs, values_CTLE)
+
+
+def _pieces(encoded: EncodedExamples, job: Job, max_tokens: int) -> list[Job]:
+    """The job in parts of consecutive examples that each fit into one pass, where that can be."""
+    tokens, logits = encoded.size(job.examples)
+    count = min(len(job.examples), max(math.ceil(tokens / max_tokens), math.ceil(logits / MAX_LOGITS)))
+    size = math.ceil(len(job.examples) / count)
+    num_targets = encoded.num_targets(job.examples)
+    return [
+        replace(job, examples=job.examples[start : start + size], num_targets=num_targets)
+        for start in range(0, len(job.examples), size)
+    ]
+
+
+def _passes(encoded: EncodedExamples, jobs: Sequence[Job], max_tokens: int) -> Iterator[list[Job]]:
+    """The jobs in their order, as many at once as belong together and fit; one at least."""
+    part: list[Job] = []
+    longest = (0, 0)
+    for job in jobs:
+        tokens, logits = encoded.size(job.examples)
+        size = max(longest[0], tokens), max(longest[1], logits)
+        fits = size[0] * (len(part) + 1) <= max_tokens and size[1] * (len(part) + 1) <= MAX_LOGITS
+        if part and not (fits and _alike(encoded, part[0], job)):
+            yield part
+            part, size = [], (tokens, logits)
+        part.append(job)
+        longest = size
+    if part:
+        yield part
+
+
+def _alike(encoded: EncodedExamples, one: Job, other: Job) -> bool:
+    """Whether one batch can hold both, under one activation."""
+    if encoded.has_trees(one.examples) != encoded.has_trees(other.examples):
+        return False
+    if one.mixture is None or other.mixture is None:
+        return one.mixture is other.mixture
+    return (one.mixture.experts, one.mixture.layers) == (other.mixture.experts, other.mixture.layers)
+
+
+def _values(jobs: Sequence[Job]) -> Tensor:
+    """values_CTLE of jobs that have a mixture. Raises ScopeError for one that varies by row or token."""
+    mixtures = [job.mixture for job in jobs if job.mixture is not None]
+    for mixture in mixtures:
+        if mixture.scope != "task":
+            raise ScopeError(
+                f"a candidate has one mixture for all examples, but this one has values of shape "
+                f"{tuple(mixture.values_BTLE.shape)} (B, T, L, E), of scope {mixture.scope}; give B and T the size 1"
+            )
+    return torch.cat([mixture.values_BTLE for mixture in mixtures])
+
+
+def _forward(
+    engine: Composer,
+    encoded: EncodedExamples,
+    jobs: Sequence[Job],
+    needs: frozenset[str],
+    values_CTLE: Tensor | None = None,
+) -> list[RowSums]:
+    """`values_CTLE` are the jobs' own where gradients are to reach them."""
+    batch = encoded.batch([job.examples for job in jobs])
+    first = jobs[0].mixture
+    with ExitStack() as stack:
+        if first is not None:
+            values = _values(jobs) if values_CTLE is None else values_CTLE
+            if len(set(batch.rows_of_job)) > 1:
+                values = values.repeat_interleave(torch.tensor(batch.rows_of_job, device=values.device), dim=0)
+            # job c owns rows c * k to (c + 1) * k, the order in which live mixing expands rows
+            stack.enter_context(engine.activate(MixtureWeights(values, first.experts, first.layers)))
+        sums = _sums(batch.logits(engine.model), batch, needs)
+    sizes = [len(job.examples) for job in jobs]
+    parts = {name: sum_M.view(-1, encoded.num_texts) for name, sum_M in sums.items()}
+    found, start = [], 0
+    for job, size in zip(jobs, sizes, strict=True):
+        own = {f"{name}_NR": part[start : start + size].cpu() for name, part in parts.items()}
+        start += size
+        num_targets = encoded.num_targets(job.examples) if job.num_targets is None else job.num_targets
+        found.append(RowSums(encoded.counts(job.examples), encoded.right_N[list(job.examples)], num_targets, **own))
+    return found
+
+
+def _sums(logits_BPV: Tensor, batch: JobBatch, needs: frozenset[str]) -> dict[str, Tensor]:
+    """Of each text row that there is, in order: sums over its target tokens."""
+    num_rows, num_kept, num_words = logits_BPV.shape
+    start_B11 = num_kept * torch.arange(1, num_rows + 1, device=logits_BPV.device)[:, None, None]
+    place_BRK = start_B11 + batch.slot_BRK
+    known_BRK = batch.target_BRK != IGNORED
+    target_BRK = batch.target_BRK.clamp(min=0)
+    logits_NV = logits_BPV.reshape(-1, num_words)
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    values = {}
+    if "loss" in needs:
+        log_sum_N = logits_NV.logsumexp(dim=1)
+        values["loss"] = log_sum_N[place_BRK] - logits_NV[place_BRK, target_BRK]
+    if "miss" in needs:
+        values["miss"] = (logits_NV.argmax(dim=1)[place_BRK] != target_BRK).to(logits_NV.dtype)
+    if "entropy" in needs:
+        logs_NV = logits_NV.log_softmax(dim=1)
+        values["entropy"] = -(logs_NV.exp() * logs_NV).sum(dim=1)[place_BRK]
+    return {name: torch.where(known_BRK, value_BRK, 0.0).sum(dim=2)[batch.real_BR] for name, value_BRK in values.items()}
+
+
+# at a time, since each has as many bytes as an adapter
+MAX_CANDIDATES = 16
+
+
+def can_be_factor_sums(pool: ExpertPool, mixtures: Sequence[MixtureWeights]) -> bool:
+    """Whether all experts can be summed factor by factor, and each mixture is one weight for each of the same experts.
+
+    Where not, the merge method itself says why, or leaves out the experts of weight 0 that keep it from being so.
+    """
+    first = mixtures[0]
+    if not set(first.experts) <= set(pool.names):
+        return False
+    if any(each.scope != "task" or each.layers or each.experts != first.experts for each in mixtures):
+        return False
+    shapes: dict[str, tuple[torch.Size, torch.Size]] = {}
+    for adapter in pool.subset(first.experts).adapters.values():
+        for layer, factors in adapter.layers.items():
+            own = factors.a_RI.shape, factors.b_OR.shape
+            if factors.gain_O is not None or not factors.bound or shapes.setdefault(layer, own) != own:
+                return False
+    return True
+
+
+def factor_sums(engine: Composer, mixtures: Sequence[MixtureWeights]) -> Composer:
+    """A Composer with an expert "0", "1", ... for each mixture: a = sum of w_e a_e, b = sum of w_e b_e, in every layer."""
+    pool = engine.bound_pool.subset(mixtures[0].experts)
+    w_CE = torch.cat([each.values_BTLE for each in mixtures])[:, 0, 0].float()
+    layers: list[dict[str, Factors]] = [{} for _ in mixtures]
+    for layer in pool.layer_names:
+        own = {
+            place: adapter.layers[layer] for place, adapter in enumerate(pool.adapters.values()) if layer in adapter.layers
+        }
+        w_CP = w_CE[:, list(own)]
+        a_CRI = _factor_sums(w_CP, [factors.a_RI for factors in own.values()])
+        b_COR = _factor_sums(w_CP, [factors.b_OR for factors in own.values()])
+        bias_CO = _biases(w_CP, list(own.values()))
+        first = next(iter(own.values()))
+        for number, found in enumerate(layers):
+            bias_O = None if bias_CO is None else bias_CO[number]
+            found[layer] = replace(first, a_RI=a_CRI[number], b_OR=b_COR[number], bias_O=bias_O)
+    first_adapter = next(iter(pool.adapters.values()))
+    made = {str(number): replace(first_adapter, name=str(number), layers=found) for number, found in enumerate(layers)}
+    return Composer(engine.model, ExpertPool(made))
+
+
+def _factor_sums(w_CP: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """sum over p of w_cp part_p, for each c."""
+    return (w_CP @ torch.stack(list(parts)).float().flatten(1)).view(len(w_CP), *parts[0].shape)
+
+
+def _biases(w_CP: Tensor, factors: Sequence[Factors]) -> Tensor | None:
+    if all(each.bias_O is None for each in factors):
+        return None
+    zeros_O = torch.zeros(factors[0].b_OR.shape[0])
+    return _factor_sums(w_CP, [zeros_O if each.bias_O is None else each.bias_O for each in factors])

@@ -1,0 +1,146 @@
+"""What a composition's folder says of it, read without a model."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from loraweave.common.display import ShownTable, blank_figure, count_along
+from loraweave.common.files import as_path
+from loraweave.errors import AdapterCorrupt, AdapterNotFound, CompositionError
+from loraweave.types import Fingerprint, Task
+
+FORMAT, FORMAT_WITH_ROUTER = 2, 3
+FILE = "composition.json"
+
+
+@dataclass(frozen=True)
+class SavedRecipe:
+    """The task, the report and the base of a composition that was saved; `fields` has the rest of the file."""
+
+    task: Task
+    report: Report
+    base: Fingerprint
+    base_model: str
+    fields: dict[str, Any]
+
+    @property
+    def has_router(self) -> bool:
+        return bool(self.fields["format"] == FORMAT_WITH_ROUTER)
+
+    @classmethod
+    def read(cls, folder: str | Path) -> SavedRecipe:
+        """Raises AdapterNotFound without a composition, AdapterCorrupt, and CompositionError for a newer one."""
+        path = as_path(folder, "the folder of a composition", CompositionError) / FILE
+        if not path.is_file():
+            raise AdapterNotFound(f"{folder} holds no {FILE}; save_pretrained() of a composition writes it")
+        try:
+            recipe = json.loads(path.read_text())
+            if recipe["format"] not in (FORMAT, FORMAT_WITH_ROUTER):
+                raise CompositionError(
+                    f"{path} has format {recipe['format']}, but this version reads {FORMAT} and {FORMAT_WITH_ROUTER}"
+                )
+            task = Task([(text, target) for text, target in recipe["task"].pop("examples")], **recipe["task"])
+            rows = tuple(ReportRow(**{**row, "losses": tuple(row["losses"])}) for row in recipe["report"].pop("rows"))
+            report = Report(rows, **{**recipe["report"], "candidates": tuple(map(tuple, recipe["report"]["candidates"]))})
+            return cls(task, report, Fingerprint.from_json(recipe["fingerprint"]), recipe["base_model"], recipe)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise AdapterCorrupt(f"{path} is damaged ({type(error).__name__}: {error})") from error
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """One way to answer the task, measured on its examples.
+
+    `held_out_loss` is the mean loss of examples that had no part in choosing the weights (cross-validated), `loss` that of
+    all examples after choosing on all, None for a way that lost a race and was not run on all; `held_out_hits` is the share
+    of held-out examples that greedy decoding would write. Both held-out figures are None for what was made of a composition
+    afterwards. `weights` are means over the layers where `by_layer` is given.
+    `num_trained` counts the scalars that were chosen, `losses` are those of a search's candidates, terms for the weights
+    included, and None for the `failed` ones that could not be scored.
+    """
+
+    name: str
+    weights: Mapping[str, float]
+    loss: float | None
+    held_out_loss: float | None
+    held_out_hits: float | None
+    seconds: float
+    evaluations: int
+    by_layer: Mapping[str, Mapping[str, float]] | None = None
+    num_trained: int = 0
+    failed: int = 0
+    losses: tuple[float | None, ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """The rows compared, which of them was chosen and why, and the candidates that retrieval brought."""
+
+    rows: tuple[ReportRow, ...]
+    chosen: str
+    reason: str
+    candidates: tuple[tuple[str, float], ...]
+    seconds: float
+    evaluations: int
+
+    def __getitem__(self, name: str) -> ReportRow:
+        return next(row for row in self.rows if row.name == name)
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it; a loss that is not finite, which JSON has no number for, is None."""
+        rows = [_finite(asdict(row)) for row in self.rows]
+        return {**asdict(self), "rows": rows}
+
+    def table(self) -> ShownTable:
+        """The rows as a table; the chosen one is marked."""
+        table = ShownTable(title=f"chosen: {self.chosen} ({self.reason})", title_justify="left")
+        for column in ("", "loss", "held-out loss", "held-out hits", "trained", "seconds", "evaluations"):
+            # where it is narrow, headings are broken before names are
+            table.add_column(column, justify="left" if not column else "right", no_wrap=not column, overflow="fold")
+        for row in self.rows:
+            figures = (_cell(row.loss, ".3f"), _cell(row.held_out_loss, ".3f"), _cell(row.held_out_hits, ".0%"))
+            spent = (str(row.num_trained), f"{row.seconds:.1f}", str(row.evaluations))
+            style = "bold" if row.name == self.chosen else ""
+            table.add_row(row.name, *figures, *spent, style=style)
+        return table
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
+    def plot(self, path: str | Path) -> Path:
+        """Draws the lowest loss so far of every search that was run on all examples; the suffix names the format.
+
+        Raises PackageMissing without matplotlib, CompositionError where nothing was searched.
+        """
+        searched = [row for row in self.rows if row.losses]
+        if not searched:
+            raise CompositionError("nothing was searched, so there is no curve to draw: the ways compared are in table()")
+        figure = blank_figure("the curves of searches are drawn with matplotlib", figsize=(6.0, 3.5), layout="constrained")
+        axes = figure.subplots()
+        for row in searched:
+            losses = [math.inf if loss is None else loss for loss in row.losses]
+            axes.step(range(1, len(losses) + 1), list(accumulate(losses, min)), where="post", label=row.name)
+        for row in self.rows:
+            if row.name in ("base", "best_single") and row.loss is not None:
+                axes.axhline(row.loss, linestyle=":", color="#999999")
+                axes.annotate(row.name, (1, row.loss), color="#666666", fontsize="small")
+        axes.set_xlabel("candidates")
+        count_along(axes)
+        axes.set_ylabel("loss on the examples")
+        axes.legend(frameon=False)
+        figure.savefig(path)
+        return Path(path)
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

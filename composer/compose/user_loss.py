@@ -1,0 +1,117 @@
+"""Any function of the model as an objective: it is called with one candidate's mixture active at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from loraweave.composer.compose.loss import (
+    LORAHUB_L1,
+    ExampleLoss,
+    Failures,
+    OnExamples,
+    Penalty,
+    active_candidate,
+    described_mixtures,
+)
+from loraweave.composer.composer import Composer
+from loraweave.composer.model.batches import untouched
+from loraweave.errors import InvalidTask
+from loraweave.routers.weights import MixtureWeights
+from loraweave.types import Task
+
+Examples = list[tuple[str, str]]
+
+
+class UserLoss(OnExamples):
+    """An objective: `function(model, examples)`, a number, lower is better, and the terms of ExampleLoss.
+
+    `model` answers for the candidate, in evaluation mode and without gradients; `examples` are (input, target) pairs. A
+    candidate for which the function raises an error or gives no finite number has the loss NaN; `failures` counts these.
+    Raises WeightingError for terms that cannot be used.
+    """
+
+    differentiable = False
+
+    def __init__(
+        self,
+        engine: Composer,
+        task: Task,
+        function: Callable[[Any, Examples], float],
+        *,
+        merge_method: str = "linear",
+        l1: float = LORAHUB_L1,
+        l2: float = 0.0,
+        sparsity: float = 0.0,
+        only: Sequence[int] | None = None,
+    ) -> None:
+        self.engine = engine
+        self.task = task
+        self.function = function
+        self.merge_method = merge_method
+        self.penalty = Penalty(l1, l2, sparsity)
+        self.only = tuple(range(len(task.examples)) if only is None else only)
+        self.failures = Failures()
+
+    def describe(self) -> dict[str, Any]:
+        """What the losses depend on; of the function itself the name alone."""
+        name = getattr(self.function, "__qualname__", type(self.function).__name__)
+        return {
+            "function": name,
+            "instruction": self.task.instruction,
+            "examples": [list(self.task.examples[index]) for index in self.only],
+            **described_mixtures(self.engine, self.merge_method, self.penalty),
+        }
+
+    def __call__(self, candidates: Sequence[MixtureWeights]) -> list[float]:
+        return [self._loss(candidate) for candidate in candidates]
+
+    def _loss(self, candidate: MixtureWeights) -> float:
+        examples = [self.task.examples[index] for index in self.only]
+        try:
+            with untouched(self.engine.model), torch.no_grad(), active_candidate(self.engine, candidate, self.merge_method):
+                loss = float(self.function(self.engine.model, list(examples)))
+        # an interruption is no Exception, and ends the search
+        except Exception as error:
+            self.failures.add(error)
+            return math.nan
+        if not math.isfinite(loss):
+            self.failures.add(f"its loss is {loss}")
+            return math.nan
+        return loss + float(self.penalty(candidate.values_BTLE))
+
+
+def make_objective(
+    engine: Composer,
+    tokenizer: Any,
+    task: Task,
+    loss: str | Callable[[Any, Examples], float],
+    *,
+    merge_method: str = "linear",
+    l1: float = LORAHUB_L1,
+    l2: float = 0.0,
+    sparsity: float = 0.0,
+    inputs: Sequence[str] | None = None,
+) -> ExampleLoss | UserLoss:
+    """An ExampleLoss of a kind of `names("objectives")`, or a UserLoss of `loss(model, examples)`.
+
+    Raises what these raise, UnknownName for a kind that there is not, and InvalidTask for `inputs` of a function.
+    """
+    if isinstance(loss, str):
+        return ExampleLoss(
+            engine,
+            tokenizer,
+            task,
+            kind=loss,
+            merge_method=merge_method,
+            l1=l1,
+            l2=l2,
+            sparsity=sparsity,
+            inputs=inputs,
+        )
+    if inputs is not None:
+        raise InvalidTask("a function as the objective is called with the task's examples; inputs are for 'entropy'")
+    return UserLoss(engine, task, loss, merge_method=merge_method, l1=l1, l2=l2, sparsity=sparsity)

@@ -1,1 +1,0 @@
-"""Ways of training one task after the other, one file each."""

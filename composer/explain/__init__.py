@@ -1,0 +1,1 @@
+"""Which adapter counted for which token: figures, page, plot, cost."""

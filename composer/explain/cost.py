@@ -1,0 +1,140 @@
+"""What a mixture adds to a forward, from its formula: FLOPs and bytes of factors, beside those of the base layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+from loraweave.composer.live.recording import UsedLayer, UsedWeights
+from loraweave.composer.model.layers import TargetLayer, is_floating
+from loraweave.hub.pool import ExpertPool
+from loraweave.types import Factors
+
+if TYPE_CHECKING:
+    from loraweave.common.display import ShownTable
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One layer's call. A multiplication and an addition are two FLOPs; every weight that is used is read once.
+
+    Base: 2 N O I for N tokens (nothing for an embedding, which looks up), and the bytes of weight and bias. Added, for each
+    token and each expert whose weight there is not 0: 2 R (I + O) + R, 3 O for a gain, 2 O for a bias, and O for the sum;
+    and the bytes of the factors of the experts that some token uses. `kernel` is the file of `composer/live/kernels/` that
+    did it, which may do more.
+    """
+
+    base_flops: int
+    base_bytes: int
+    added_flops: int
+    added_bytes: int
+    kernel: str = ""
+
+
+@dataclass(frozen=True)
+class Cost(Mapping[str, LayerCost]):
+    """The cost of every layer of a forward that experts may update; `total` is their sum, without other layers."""
+
+    layers: Mapping[str, LayerCost]
+
+    def __getitem__(self, layer: str) -> LayerCost:
+        return self.layers[layer]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @property
+    def total(self) -> LayerCost:
+        names = ("base_flops", "base_bytes", "added_flops", "added_bytes")
+        return LayerCost(*(sum(getattr(cost, name) for cost in self.values()) for name in names))
+
+    def table(self) -> ShownTable:
+        """The layers of one name in a row, and the total."""
+        from loraweave.common.display import ShownTable
+
+        groups: dict[str, list[LayerCost]] = {}
+        for layer, cost in self.items():
+            groups.setdefault(layer.rsplit(".", 1)[-1], []).append(cost)
+        table = ShownTable(title="what the mixture adds", title_justify="left")
+        for column in ("layers", "count", "FLOPs", "of the base's", "bytes", "of the base's", "kernel"):
+            table.add_column(column, justify="left" if column in ("layers", "kernel") else "right")
+        for name, group in [*groups.items(), ("all", list(self.values()))]:
+            cost = Cost({str(at): each for at, each in enumerate(group)}).total
+            shares = (_share(cost.added_flops, cost.base_flops), _share(cost.added_bytes, cost.base_bytes))
+            kernels = ", ".join(dict.fromkeys(each.kernel for each in group if each.kernel))
+            figures = (f"{cost.added_flops:,}", shares[0], f"{cost.added_bytes:,}", shares[1])
+            table.add_row(name, str(len(group)), *figures, kernels)
+        return table
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures of each layer, and of "total"."""
+        return {name: vars(cost) for name, cost in [*self.items(), ("total", self.total)]}
+
+
+def mixture_cost(used: UsedWeights, pool: ExpertPool, layers: Mapping[str, TargetLayer]) -> Cost:
+    """The cost of a forward that used these weights. `pool` has the bound factors of the experts that took part."""
+    # expert by expert, since one of a lazy pool is opened for it
+    by_expert = [
+        {layer: _Part.of(factors) for layer, factors in pool.adapters[expert].layers.items() if layer in used.layers}
+        for expert in used.experts
+    ]
+    return Cost(
+        {
+            name: _layer_cost(layers[name], found, [parts.get(name) for parts in by_expert])
+            for name, found in used.layers.items()
+        }
+    )
+
+
+class _Part(NamedTuple):
+    """The sizes of one expert's factors in one layer; `affine` are FLOPs per output for gain and bias."""
+
+    rank: int
+    num_values: int
+    affine: int
+
+    @classmethod
+    def of(cls, factors: Factors) -> _Part:
+        affine = 3 * (factors.gain_O is not None) + 2 * (factors.bias_O is not None)
+        return cls(factors.rank, sum(tensor.numel() for tensor in factors.tensors().values()), affine)
+
+
+def _layer_cost(layer: TargetLayer, used: UsedLayer, parts: list[_Part | None]) -> LayerCost:
+    num_out, num_in = layer.num_outputs, layer.num_inputs
+    looks_up = layer.kind.name == "embedding"
+    num_tokens = used.num_rows * used.num_tokens
+    # tokens that an axis of size one stands for
+    times = num_tokens // max(used.w_BTE.shape[0] * used.w_BTE.shape[1], 1)
+    chosen_BTE = used.w_BTE != 0
+    tokens_E = (chosen_BTE.sum(dim=(0, 1)) * times).tolist()
+    weight, bias = layer.parameter("weight"), layer.parameter("bias")
+    itemsize = weight.dtype.itemsize if weight is not None and is_floating(weight.dtype) else 4
+    flops = num_out * int(chosen_BTE.any(dim=-1).sum()) * times
+    num_values = 0
+    for tokens, part in zip(tokens_E, parts, strict=True):
+        if part is not None and tokens:
+            read = 0 if looks_up else num_in
+            flops += tokens * (2 * part.rank * (read + num_out) + part.rank + part.affine * num_out)
+            # a look-up reads one column of a for each token
+            num_values += part.num_values - (part.rank * (num_in - min(tokens, num_in)) if looks_up else 0)
+    return LayerCost(
+        base_flops=0 if looks_up else 2 * num_tokens * num_out * num_in,
+        base_bytes=min(num_tokens, num_in) * num_out * itemsize if looks_up else _size(weight) + _size(bias),
+        added_flops=flops,
+        added_bytes=num_values * itemsize,
+        kernel=used.kernel,
+    )
+
+
+def _size(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.nbytes
+
+
+def _share(added: int, base: int) -> str:
+    return f"{added / base:.2%}" if base else "-"

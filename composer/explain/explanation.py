@@ -1,0 +1,304 @@
+"""What a text's tokens got from each expert in each layer: figures, a table, and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from loraweave.common.names import unknown_expert
+from loraweave.composer.explain.page import page
+from loraweave.composer.explain.plot import draw
+from loraweave.composer.explain.shown import Strongest
+from loraweave.composer.live.recording import Load, Trace, UsedLayer, load
+from loraweave.composer.model.generate import encode, encodes, generation_call
+from loraweave.errors import CompositionError
+from loraweave.routers.tokens._call import prompted
+
+if TYPE_CHECKING:
+    from loraweave.common.display import ShownTable
+
+
+MAX_ROWS = 30
+PAGE_SUFFIXES = (".html", ".htm")
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """`w_TLE`: the weight that each token gave each expert in each layer, fp32.
+
+    NaN for tokens that a layer never sees (an encoder's text in the decoder). An expert that leaves a layer alone has 0
+    there. `tokens` are pieces of text; a character that several tokens share is shown at each. `effects` says of experts by
+    how much a loss rises without them, in nats (leave_one_out()); what is not known is left out.
+    Raises CompositionError for names that do not fit the weights.
+    """
+
+    tokens: tuple[str, ...]
+    layers: tuple[str, ...]
+    experts: tuple[str, ...]
+    w_TLE: Tensor
+    effects: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        named, found = (len(self.tokens), len(self.layers), len(self.experts)), tuple(self.w_TLE.shape)
+        if found != named:
+            raise CompositionError(f"the weights have shape {found}, but the tokens, layers and experts named are {named}")
+
+    def with_effects(self, effects: Mapping[str, float]) -> Self:
+        """The same, and what leave_one_out() said. UnknownExpert for a name that is none of the experts'."""
+        for name in effects:
+            if name not in self.experts:
+                raise unknown_expert(name, self.experts)
+        return replace(self, effects=dict(effects))
+
+    @cached_property
+    def by_layer_LE(self) -> Tensor:
+        """The mean weight over the tokens."""
+        return self.w_TLE.nanmean(dim=0)
+
+    @cached_property
+    def by_token_TE(self) -> Tensor:
+        """The mean weight over the layers."""
+        return self.w_TLE.nanmean(dim=1)
+
+    @cached_property
+    def colours(self) -> dict[int, str]:
+        """{place of an expert: colour} in every picture, of those that are strongest most often over all weights."""
+        return Strongest.of(self.w_TLE.flatten(0, 1)).colours
+
+    @property
+    def load(self) -> dict[str, Load]:
+        """Load and entropy of each layer, over the tokens that it sees."""
+        seen_TL = ~self.w_TLE.isnan().any(dim=2)
+        return {layer: load(self.w_TLE[seen_TL[:, at], at][None]) for at, layer in enumerate(self.layers)}
+
+    @property
+    def total(self) -> Load:
+        """Load and entropy over all tokens and layers."""
+        return load(self.w_TLE[~self.w_TLE.isnan().any(dim=2)][None])
+
+    def table(self) -> ShownTable:
+        """The experts by their share of the weight, with where they count most. Long pools end in a row for the others."""
+        from rich.text import Text
+
+        from loraweave.common.display import ShownTable
+
+        total = self.total
+        table = ShownTable(title=self._title(total), title_justify="left")
+        effect = ("loss without it",) if self.effects else ()
+        for column in ("expert", "share", "chosen", "mean weight", *effect, "most in layer", "most at tokens"):
+            words = column in ("expert", "most in layer", "most at tokens")
+            table.add_column(column, justify="left" if words else "right", overflow="fold")
+        order = total.share_E.argsort(descending=True, stable=True).tolist()
+        for at in order[:MAX_ROWS]:
+            figures = (total.share_E[at], total.chosen_E[at], self.by_layer_LE[:, at].nanmean())
+            cells = [f"{figures[0]:.1%}", f"{figures[1]:.1%}", f"{figures[2]:.4g}"]
+            if self.effects:
+                cells.append(f"{self.effects[name]:+.4f}" if (name := self.experts[at]) in self.effects else "")
+            cells += [self._layer(at), self._tokens(at)]
+            # as Text, which nobody reads as markup: names are free
+            table.add_row(Text(_clean(self.experts[at])), *(Text(cell) for cell in cells))
+        if rest := order[MAX_ROWS:]:
+            table.add_row(f"{len(rest)} others", f"{total.share_E[rest].sum():.1%}", *[""] * (4 + len(effect)))
+        return table
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
+    def to_json(self) -> dict[str, Any]:
+        """Names, and `weights` as nested lists [token][layer][expert] to six digits, null for NaN.
+
+        As in MixtureWeights, an axis on which nothing varies has size 1. `load` has a row for each layer, `effects` what is
+        known of the experts.
+        """
+        w_TLE = self.w_TLE
+        for axis in (0, 1):
+            first = w_TLE.narrow(axis, 0, min(1, w_TLE.shape[axis]))
+            if torch.equal(first.expand_as(w_TLE), w_TLE):
+                w_TLE = first
+        rows = {
+            layer: {
+                "share": [_short(value) for value in found.share_E.tolist()],
+                "chosen": [_short(value) for value in found.chosen_E.tolist()],
+                "entropy": _short(found.entropy),
+                "num_tokens": found.num_tokens,
+            }
+            for layer, found in self.load.items()
+        }
+        weights = [[[_short(value) for value in each] for each in token] for token in w_TLE.tolist()]
+        effects = {name: _short(value) for name, value in self.effects.items()}
+        names = {"tokens": self.tokens, "layers": self.layers, "experts": self.experts}
+        return {**names, "weights": weights, "load": rows, "effects": effects}
+
+    def plot(self, path: str | Path) -> Path:
+        """Draws weight by layer and by token, and every token with its strongest expert; returns the path.
+
+        The suffix names the format (.png, .svg, .pdf; .html is page()). Raises PackageMissing without matplotlib,
+        CompositionError for another suffix, and where no expert takes part.
+        """
+        target = Path(path)
+        if target.suffix.lower() in PAGE_SUFFIXES:
+            return self.page(target)
+        figure = draw(self)
+        formats = figure.canvas.get_supported_filetypes()
+        if target.suffix.lower().lstrip(".") not in formats:
+            raise CompositionError(
+                f"a picture's name ends in one of {', '.join(sorted(formats))}, but this is {str(path)!r}"
+            )
+        figure.savefig(target)
+        return target
+
+    def page(self, path: str | Path) -> Path:
+        """Writes one HTML file with every weight in it, to be looked at in a browser; returns the path.
+
+        It needs no server, no network and nothing beside it. Raises CompositionError where no expert takes part.
+        """
+        target = Path(path)
+        text = page(self, self._title(self.total) if self.experts else "")
+        target.write_text(text, encoding="utf-8")
+        return target
+
+    def _title(self, total: Load) -> str:
+        if not self.experts:
+            return "the base model itself: no expert takes part"
+        of = f"{len(self.tokens)} tokens, {len(self.layers)} layers, {len(self.experts)} experts"
+        return f"{of}; mean entropy of a token's weights {total.entropy:.3f} nats"
+
+    def _layer(self, at: int) -> str:
+        by_layer_L = self.by_layer_LE[:, at].abs().nan_to_num()
+        if torch.allclose(by_layer_L, by_layer_L[:1]):
+            return "all alike"
+        return _clean(self.layers[int(by_layer_L.argmax())])
+
+    def _tokens(self, at: int) -> str:
+        by_token_T = self.by_token_TE[:, at].abs().nan_to_num()
+        if torch.allclose(by_token_T, by_token_T[:1]):
+            return "all alike"
+        best = by_token_T.argsort(descending=True, stable=True)[:3].tolist()
+        return ", ".join(repr(self.tokens[token]) for token in best if by_token_T[token] > 0)
+
+
+def _clean(text: str) -> str:
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+def _short(value: float) -> float | None:
+    return float(f"{value:.6g}") if value == value else None
+
+
+# what a token decodes to that is no whole character
+BROKEN = "\N{REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """The arguments of one forward, and the token ids in it: of the text, and for an encoder-decoder of its answer.
+
+    `lengths` are how many tokens a layer is called with for each part, which never are the same for two. The first
+    `num_prompt` tokens are the text.
+    """
+
+    inputs: Mapping[str, Tensor]
+    parts: tuple[Tensor, ...]
+    lengths: tuple[int, ...]
+    num_prompt: int
+
+    def prompted(self) -> AbstractContextManager[None]:
+        """For the forward: says that the text is a prompt, and what follows is its answer."""
+        prompt_BT = self.inputs["attention_mask"].clone()
+        prompt_BT[:, self.num_prompt :] = 0
+        return prompted(self.inputs["input_ids"], prompt_BT)
+
+    def explanation(self, tokenizer: Any, trace: Trace, layers: Sequence[str]) -> Explanation:
+        """The traced forward as an Explanation of the layers, in this order."""
+        num_tokens = sum(map(len, self.parts))
+        w_TLE = torch.full((num_tokens, len(layers), len(trace.experts)), torch.nan)
+        for at, layer in enumerate(layers):
+            calls = trace.calls(layer)
+            begin = 0
+            for part, length in zip(self.parts, self.lengths, strict=True):
+                w_TE = _mean_over_calls(calls, length, only=len(self.parts) == 1)
+                if w_TE is not None:
+                    w_TLE[begin : begin + len(part), at] = w_TE[: len(part)].float().cpu()
+                begin += len(part)
+        return Explanation(pieces(tokenizer, torch.cat(self.parts).tolist()), tuple(layers), trace.experts, w_TLE)
+
+
+def reading(model: nn.Module, tokenizer: Any, text: str, max_new_tokens: int) -> Reading:
+    """One forward over the text, and over all but the last of the tokens of its greedy continuation."""
+    inputs, pad = encode(model, tokenizer, [text])
+    text_ids = inputs["input_ids"][0]
+    answer_ids = text_ids[:0]
+    if max_new_tokens:
+        settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
+        call = generation_call(model, tokenizer, [text], None, settings)
+        output = call.output(model)
+        answer_ids = (output if isinstance(output, Tensor) else output.sequences)[0, call.start : -1]
+    if not encodes(model):
+        ids = torch.cat([text_ids, answer_ids])
+        return Reading(
+            {"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])}, (ids,), (len(ids),), len(text_ids)
+        )
+    if not max_new_tokens:
+        answer_ids = torch.full_like(text_ids[:1], _start_token(model))
+    given = answer_ids
+    if len(given) == len(text_ids):
+        # one more, which changes none before it, so that the length of a call says which part it saw
+        given = torch.cat([given, torch.full_like(given[:1], pad)])
+    return Reading(
+        {**inputs, "decoder_input_ids": given[None]}, (text_ids, answer_ids), (len(text_ids), len(given)), len(text_ids)
+    )
+
+
+def pieces(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
+    """The text of each token. Tokens that only together are characters get all the text that they are together."""
+    found: list[str] = []
+    begin = 0
+    while begin < len(ids):
+        end = begin + 1
+        text = _decoded(tokenizer, ids[begin:end])
+        # no character has more bytes than four
+        while BROKEN in text and end < min(begin + 4, len(ids)):
+            end += 1
+            text = _decoded(tokenizer, ids[begin:end])
+        if BROKEN in text:
+            end, text = begin + 1, _decoded(tokenizer, ids[begin : begin + 1])
+        found += [text] * (end - begin)
+        begin = end
+    return tuple(found)
+
+
+def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+
+def _mean_over_calls(calls: Sequence[UsedLayer], length: int, *, only: bool) -> Tensor | None:
+    """w_TE of a layer for the part of this length, the mean where it was called several times; None where it saw none.
+
+    A layer that got some of the tokens only (an expert of the base's own) is known where all tokens share its weights.
+    """
+    seen = []
+    for call in calls:
+        num_tokens = call.num_rows * call.num_tokens
+        if num_tokens == length or (only and num_tokens and num_tokens % length == 0):
+            seen.append(call.spread_BTE.reshape(-1, length, call.w_BTE.shape[2]))
+        elif only and call.w_BTE.shape[:2] == (1, 1):
+            seen.append(call.w_BTE.expand(1, length, -1))
+    return torch.cat(seen).mean(dim=0) if seen else None
+
+
+def _start_token(model: Any) -> int:
+    for settings in (getattr(model, "generation_config", None), model.config):
+        found = getattr(settings, "decoder_start_token_id", None)
+        if found is not None:
+            return int(found)
+    raise CompositionError(
+        f"{type(model).__name__} names no token that its answers begin with: pass max_new_tokens, or set "
+        "model.config.decoder_start_token_id"
+    )

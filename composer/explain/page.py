@@ -1,0 +1,98 @@
+"""The page of an Explanation: one HTML file that asks nobody for anything; names and tokens are nothing but text in it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from html import escape
+from importlib.resources import files
+from string import Template
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from loraweave.composer.explain.shown import OTHER, Strongest, block_and_kind, common_prefix, places
+from loraweave.errors import CompositionError
+
+if TYPE_CHECKING:
+    from loraweave.composer.explain.explanation import Explanation
+
+
+# what could end the element that the data are in, or a line of a script
+ESCAPED = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
+# how full a colour is where its expert has none, and where it has the largest share
+FAINTEST, FULLEST = 0.12, 0.8
+
+
+def page(explanation: Explanation, summary: str) -> str:
+    """The page. CompositionError where there is no weight to show."""
+    if not explanation.w_TLE.numel():
+        counts = [len(names) for names in (explanation.tokens, explanation.layers, explanation.experts)]
+        raise CompositionError(
+            f"nothing to show of {counts[0]} tokens, {counts[1]} layers and {counts[2]} experts; the base has no expert"
+        )
+    script = _part("page.js")
+    return Template(_part("page.html")).substitute(
+        style=_part("page.css"),
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        summary=escape(summary),
+        text="".join(_tokens(explanation)),
+        data=json.dumps(_data(explanation), ensure_ascii=False).translate(ESCAPED),
+    )
+
+
+def _part(name: str) -> str:
+    return (files("loraweave.composer.explain") / "page_files" / name).read_text(encoding="utf-8")
+
+
+def _tokens(explanation: Explanation) -> list[str]:
+    """The text with each token's strongest expert on the mean over the layers, for who has no script."""
+    strongest = Strongest.of(explanation.by_token_TE)
+    highest = max(strongest.shares) or 1.0
+    found = []
+    for token, expert, share in zip(explanation.tokens, strongest.experts, strongest.shares, strict=True):
+        colour = "transparent" if expert is None else _faded(explanation.colours.get(expert, OTHER), share / highest)
+        number = "" if expert is None else f"<sub>{expert + 1}</sub>"
+        shown = escape(token.replace("\n", "↵"))
+        end = "\n" if "\n" in token else ""
+        found.append(f'<span class="token" style="background:{colour}"><bdi>{shown}</bdi>{number}</span>{end}')
+    return found
+
+
+def _faded(colour: str, part: float) -> str:
+    red, green, blue = (int(colour[at : at + 2], 16) for at in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{FAINTEST + (FULLEST - FAINTEST) * part:.3f})"
+
+
+def _data(explanation: Explanation) -> dict[str, Any]:
+    blocks, kinds = zip(*map(block_and_kind, explanation.layers), strict=True)
+    return {
+        "tokens": explanation.tokens,
+        "layers": explanation.layers,
+        "experts": explanation.experts,
+        "prefix": common_prefix(explanation.layers),
+        "blocks": list(places(blocks).items()),
+        "kinds": list(places(kinds).items()),
+        "colours": [explanation.colours.get(expert, OTHER) for expert in range(len(explanation.experts))],
+        "fullness": [FAINTEST, FULLEST],
+        "effects": [explanation.effects.get(name) for name in explanation.experts],
+        "weights": _packed(explanation.w_TLE),
+    }
+
+
+def _packed(w_TLE: Tensor) -> dict[str, Any]:
+    """The weights to the last bit, in base64: all of them, or where most are 0 those that are not and their places."""
+    w_N = w_TLE.float().flatten()
+    # NaN, of a token that a layer never sees, is not 0
+    place_P = w_N.nonzero()[:, 0]
+    if 2 * len(place_P) >= len(w_N):
+        return {"values": _base64(w_N), "places": None}
+    return {"values": _base64(w_N[place_P]), "places": _base64(place_P.to(torch.int32))}
+
+
+def _base64(values_N: Tensor) -> str:
+    little_endian = values_N.numpy().astype(values_N.numpy().dtype.newbyteorder("<"))
+    return base64.b64encode(little_endian.tobytes()).decode()

@@ -1,0 +1,305 @@
+"""The picture of an Explanation: experts by layers, experts by tokens, and the text with each token's strongest expert."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from loraweave.common.display import blank_figure
+from loraweave.composer.explain.shown import OTHER, Strongest, block_and_kind, common_prefix, last_parts, places
+from loraweave.errors import CompositionError
+
+if TYPE_CHECKING:
+    from loraweave.composer.explain.explanation import Explanation
+
+
+# of more experts, those with the largest share are shown
+MAX_EXPERTS = 30
+# more layers than these are shown as means over the layers of a block
+MAX_LAYERS = 40
+# more columns than these have only some of their names written
+MAX_NAMED = 48
+NAME_WIDTH, TOKEN_WIDTH, LAYER_WIDTH = 30, 14, 36
+INCHES = 8.5
+ROW_INCHES = 0.155
+# one column of the strip's font, and one of its lines
+STRIP_POINTS = 7.0
+COLUMN_INCHES = STRIP_POINTS * 0.602 / 72
+LINE_INCHES = 0.31
+# about one character of an axis
+LABEL_INCHES = 0.055
+MAX_LINES = 14
+STRIP_MARGIN = 0.55
+
+
+@dataclass(frozen=True, eq=False)
+class _Map:
+    """One heat map: w_EC of experts by columns, the columns' names, and what they are."""
+
+    w_EC: Tensor
+    names: list[str]
+    axis: str
+    title: str
+    wide: int
+
+
+def draw(explanation: Explanation) -> Any:
+    """The picture as a matplotlib Figure. Raises PackageMissing, and CompositionError where there is no weight to show."""
+    if not explanation.w_TLE.numel():
+        counts = [len(names) for names in (explanation.tokens, explanation.layers, explanation.experts)]
+        raise CompositionError(
+            f"nothing to plot in {counts[0]} tokens, {counts[1]} layers and {counts[2]} experts; the base has no expert"
+        )
+    share_E = explanation.total.share_E
+    # in their own order, so that pictures of one pool can be laid side by side
+    shown = share_E.argsort(descending=True, stable=True)[:MAX_EXPERTS].sort().values
+    strip = _Strip(explanation)
+    rows = _Rows(explanation, shown)
+    maps = _layer_maps(explanation.layers, explanation.by_layer_LE.T[shown])
+    maps.append(_token_map(explanation.tokens, explanation.by_token_TE.T[shown]))
+    top = 2 * (ROW_INCHES * max(len(shown), 4) + 1.05)
+    bottom = strip.num_lines * LINE_INCHES + 0.45
+    figure = blank_figure("plots need matplotlib", figsize=(INCHES, top + bottom), layout="constrained", dpi=150)
+    parts: Any = figure.subfigures(2, 1, height_ratios=(top, bottom))
+    _draw_maps(parts[0], maps, rows)
+    strip.draw(parts[1], "abcd"[len(maps)], bottom)
+    return figure
+
+
+def _layer_maps(layers: tuple[str, ...], w_EL: Tensor) -> list[_Map]:
+    """A column for each layer; of many layers one for each block, and beside it one for each kind of layer."""
+    blocks = [block_and_kind(layer) for layer in layers]
+    if len(layers) <= MAX_LAYERS or len({block for block, _ in blocks}) == len(layers):
+        prefix = common_prefix(layers)
+        names = [layer.removeprefix(prefix) for layer in layers]
+        return [_Map(w_EL, names, f"layer of {prefix[:-1]}" if prefix else "layer", "weight by layer, mean over tokens", 1)]
+    whole = _grouped(w_EL, [block for block, _ in blocks])
+    kinds = _grouped(w_EL, [kind for _, kind in blocks])
+    prefix = common_prefix(tuple(whole))
+    axis = f"block of {prefix[:-1]}" if prefix else "block"
+    return [
+        _Map(
+            torch.stack(list(whole.values()), dim=1),
+            [name.removeprefix(prefix) for name in whole],
+            f"{axis} (mean of its layers)",
+            "weight by block, mean over tokens",
+            max(len(whole), 10),
+        ),
+        _Map(
+            torch.stack(list(kinds.values()), dim=1),
+            last_parts(list(kinds)),
+            "kind of layer",
+            "by kind, mean over blocks",
+            max(len(kinds), len(whole) // 3),
+        ),
+    ]
+
+
+def _token_map(tokens: tuple[str, ...], w_ET: Tensor) -> _Map:
+    names = [token.strip(" ") or "␣" for token in tokens]
+    axis = "token" if len(tokens) <= MAX_NAMED else "position of the token"
+    return _Map(w_ET, names if len(tokens) <= MAX_NAMED else [], axis, "weight by token, mean over layers", 1)
+
+
+class _Rows:
+    """The shown experts' names, numbers and colours, as the rows of every map."""
+
+    def __init__(self, explanation: Explanation, shown: Tensor) -> None:
+        self.glyphs = Glyphs([*explanation.experts, *explanation.layers, *explanation.tokens])
+        self._places = shown.tolist()
+        self._names = [self._name(explanation, at) for at in self._places]
+        self._colours = [explanation.colours.get(at) for at in self._places]
+        self._title = "expert"
+        if len(self._places) < len(explanation.experts):
+            share = float(explanation.total.share_E[shown].sum())
+            self._title = f"expert (the {len(shown)} with {share:.0%} of the weight, of {len(explanation.experts):,})"
+        if explanation.effects:
+            self._title += ", rise of the loss without it"
+
+    def _name(self, explanation: Explanation, at: int) -> str:
+        shown, effect = (
+            self.glyphs.show(explanation.experts[at], NAME_WIDTH),
+            explanation.effects.get(explanation.experts[at]),
+        )
+        return shown if effect is None else f"{shown}  {effect:+.3f}"
+
+    def name(self, axes: Any) -> None:
+        """Writes them beside the axes."""
+        families = self.glyphs.families
+        axes.set_yticks(range(len(self._names)), self._names, fontsize=6.5, parse_math=False, family=families)
+        axes.tick_params(axis="y", length=0, pad=15 + 5 * len(str(max(self._places) + 1)))
+        beside = axes.get_yaxis_transform()
+        for row, (at, colour) in enumerate(zip(self._places, self._colours, strict=True)):
+            # apart from the name, which may run from right to left
+            place = {"xytext": (-11, 0), "textcoords": "offset points", "ha": "right", "va": "center"}
+            axes.annotate(str(at + 1), (0, row), xycoords=beside, fontsize=6.5, weight="bold", **place)
+            if colour is not None:
+                axes.plot(-0.009, row, marker="s", color=colour, markersize=4.5, clip_on=False, transform=beside)
+        axes.set_ylabel(self._title, fontsize=7)
+
+
+def _draw_maps(figure: Any, maps: list[_Map], rows: _Rows) -> None:
+    grid = figure.add_gridspec(2, len(maps) - 1, width_ratios=[each.wide for each in maps[:-1]], hspace=0.06)
+    layer_axes = [figure.add_subplot(grid[0, at]) for at in range(len(maps) - 1)]
+    lines = [(maps[:-1], layer_axes), (maps[-1:], [figure.add_subplot(grid[1, :])])]
+    letters = iter("abc")
+    for shown, axes_of in lines:
+        high = max(float(each.w_EC.nan_to_num().abs().max()) for each in shown) or 1.0
+        signed = any(bool((each.w_EC < 0).any()) for each in shown)
+        colours = {"cmap": "PuOr_r" if signed else "Blues", "vmin": -high if signed else 0.0, "vmax": high}
+        for each, axes in zip(shown, axes_of, strict=True):
+            image = axes.imshow(each.w_EC.numpy(), aspect="auto", **colours)
+            # what no token passed
+            axes.set_facecolor("0.85")
+            axes.set_title(f"({next(letters)}) {each.title}", fontsize=8, loc="left")
+            axes.set_xlabel(each.axis, fontsize=7, parse_math=False)
+            _name_columns(axes, each, rows.glyphs, INCHES * 0.7 * each.wide / sum(other.wide for other in shown))
+            axes.set_yticks([])
+        rows.name(axes_of[0])
+        bar = figure.colorbar(image, ax=axes_of, fraction=0.03, pad=0.01, aspect=30)
+        bar.set_label("mean weight", fontsize=7)
+        bar.ax.tick_params(labelsize=6)
+
+
+def _name_columns(axes: Any, shown: _Map, glyphs: Glyphs, inches: float) -> None:
+    axes.tick_params(axis="x", labelsize=6, length=2)
+    if not shown.names:
+        return
+    step = -(-len(shown.names) // MAX_NAMED)
+    named = range(0, len(shown.names), step)
+    labels = [glyphs.show(shown.names[at], TOKEN_WIDTH if shown.axis == "token" else LAYER_WIDTH) for at in named]
+    level = (max(map(width, labels)) + 0.5) * LABEL_INCHES < inches / len(named)
+    rotation = 0 if level else 90
+    axes.set_xticks(named, labels, rotation=rotation, fontsize=6, parse_math=False, family=glyphs.families)
+
+
+class _Strip:
+    """The text in lines; below each token the number of its strongest expert, behind it that expert's colour."""
+
+    def __init__(self, explanation: Explanation) -> None:
+        self._explanation = explanation
+        self._glyphs = Glyphs(explanation.tokens, "mono")
+        self._strongest = Strongest.of(explanation.by_token_TE)
+        self._boxes = self._laid_out()
+        self.num_lines = max(line for _, line, _, _ in self._boxes) + 1
+
+    def _laid_out(self) -> list[tuple[int, int, int, str]]:
+        """(token, line, column, shown text) of the tokens that fit."""
+        num_columns = int((INCHES - STRIP_MARGIN - 0.15) / COLUMN_INCHES)
+        boxes, line, column = [], 0, 0
+        for at, token in enumerate(self._explanation.tokens):
+            text = self._glyphs.show(token if token.strip(" ") else "␣" * max(len(token), 1), 2 * TOKEN_WIDTH)
+            # an expert's number needs its place too
+            size = max(width(text), len(str((self._strongest.experts[at] or 0) + 1)))
+            if column and column + size > num_columns:
+                line, column = line + 1, 0
+            if line == MAX_LINES:
+                break
+            boxes.append((at, line, column, text))
+            column += size
+        return boxes
+
+    def draw(self, figure: Any, letter: str, inches: float) -> None:
+        from matplotlib.colors import to_rgb
+        from matplotlib.patches import Rectangle
+
+        tokens = self._explanation.tokens
+        cut = f", the first {len(self._boxes):,} of {len(tokens):,} tokens" if len(self._boxes) < len(tokens) else ""
+        axes = figure.add_axes((0, 0, 1, 1), xlim=(0, INCHES), ylim=(inches, 0))
+        axes.axis("off")
+        highest = max(self._strongest.shares) or 1.0
+        said = f"each token's strongest expert (number, colour) and its share of the weight (fullness, up to {highest:.0%})"
+        axes.text(0.1, 0.18, f"({letter}) {said}{cut}", fontsize=8)
+        begun = -1
+        for at, line, column, text in self._boxes:
+            x, y = STRIP_MARGIN + column * COLUMN_INCHES, 0.30 + line * LINE_INCHES
+            if line != begun:
+                axes.text(STRIP_MARGIN - 0.08, y + 0.075, str(at), fontsize=5.5, color="0.4", ha="right", va="center")
+                begun = line
+            best = self._strongest.experts[at]
+            colour: Any = "white"
+            if best is not None:
+                fullness = 0.15 + 0.75 * self._strongest.shares[at] / highest
+                base = to_rgb(self._explanation.colours.get(best, OTHER))
+                colour = tuple(1 - fullness * (1 - part) for part in base)
+                size = max(width(text), len(str(best + 1))) * COLUMN_INCHES
+                axes.text(x + size / 2, y + 0.205, str(best + 1), fontsize=5, ha="center", va="center", color="0.25")
+            box = (max(width(text), 1) * COLUMN_INCHES, 0.15)
+            axes.add_patch(Rectangle((x, y), *box, facecolor=colour, edgecolor="white", linewidth=0.6))
+            axes.text(x, y + 0.08, text, fontsize=STRIP_POINTS, va="center", parse_math=False, family=self._glyphs.families)
+
+
+def _grouped(w_EL: Tensor, groups: list[str]) -> dict[str, Tensor]:
+    """w_E of each group: the mean over its layers, in order of their first appearance."""
+    return {group: w_EL[:, members].nanmean(dim=1) for group, members in places(groups).items()}
+
+
+FAMILIES = {"sans": "DejaVu Sans", "mono": "DejaVu Sans Mono"}
+# a font without real glyphs, which draws every character as a box
+PLACEHOLDER = "Last Resort"
+
+
+class Glyphs:
+    """Fonts for some texts, and the texts in characters that these fonts have. Needs matplotlib.
+
+    matplotlib's own font comes first, then installed ones for characters that it lacks. A character of no font becomes its
+    number, such as \\u7684, so that two names never look the same.
+    """
+
+    def __init__(self, texts: Iterable[str], kind: str = "sans") -> None:
+        from matplotlib import font_manager
+
+        wanted = {ord(character) for text in texts for character in _visible(text)}
+        self.families = [FAMILIES[kind]]
+        self._known = _characters(font_manager.findfont(FAMILIES[kind]))
+        for font in font_manager.fontManager.ttflist:
+            missing = wanted - self._known
+            if not missing:
+                break
+            if font.name in self.families or font.name.startswith(PLACEHOLDER):
+                continue
+            # a family is asked for by name, and the file that then opens must be this one
+            if missing & _characters(font.fname) and font_manager.findfont(font.name) == font.fname:
+                self.families.append(font.name)
+                self._known |= _characters(font.fname)
+
+    def show(self, text: str, max_width: int) -> str:
+        """The text in what the fonts have, its middle left out beyond `max_width` columns."""
+        shown = "".join(
+            character if ord(character) in self._known else character.encode("unicode_escape").decode()
+            for character in _visible(text)
+        )
+        if width(shown) <= max_width:
+            return shown
+        head, tail = "", ""
+        while width(head + tail) < max_width - 1:
+            head, tail = (shown[: len(head) + 1], tail) if len(head) <= len(tail) else (head, shown[-len(tail) - 1 :])
+        return f"{head}…{tail}"
+
+
+def width(text: str) -> int:
+    """How many columns of a fixed-width font the text takes: two for a wide character, none for a combining one."""
+    return sum(
+        0 if unicodedata.combining(character) else 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        for character in text
+    )
+
+
+def _visible(text: str) -> str:
+    marked = text.replace("\n", "↵").replace("\t", "⇥")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in marked)
+
+
+def _characters(path: str) -> set[int]:
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        return set(FT2Font(path).get_charmap())
+    except (RuntimeError, OSError):
+        # a file that matplotlib lists and cannot open is passed over, as matplotlib does
+        return set()

@@ -1,0 +1,108 @@
+"""What looks at a call of the model before any layer runs: a mistake is named while no cache has taken anything yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from loraweave.composer.live.plan import Plan
+from loraweave.composer.live.standing_in import StandIn
+from loraweave.composer.live.token_weights import Begun, arguments_of
+from loraweave.composer.model.limits import begin_call
+from loraweave.errors import CompositionError
+
+# arguments of transformers' models whose first axis are the rows of the batch
+MAIN_INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_features", "input_values")
+
+# those of them, and others, of which one row of text may have several
+BESIDE_TEXT = ("pixel_values", "pixel_values_videos", "input_features", "input_values")
+
+# what only transformers' continuous batching gives a model
+PAGED_INPUTS = ("cu_seq_lens_q", "write_index")
+
+
+class Entry(StandIn):
+    """A hook for the model, before its forward. A copied or unpickled model has one that does nothing.
+
+    `require_unchanged` raises where the model has other layers than it had, or other weights than these experts were made
+    for; `current_plan` is the running call's, if any.
+    `begin` shows the call's arguments to a router that looks at all of them first.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        require_unchanged: Callable[[Iterable[str]], None],
+        current_plan: Callable[[], Plan | None],
+        begin: Callable[[Begun, dict[str, Any]], None],
+    ) -> None:
+        self._model = ref(model)
+        self._require_unchanged = require_unchanged
+        self._current_plan = current_plan
+        self._begin = begin
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            # each layer looks at its rows when the code runs
+            return
+        if module is not self._model():
+            raise CompositionError(
+                f"a replica of the model ({type(module).__name__}) runs (DataParallel), whose threads have no mixture; "
+                "use one process per device, each with its own Composer"
+            )
+        if all(name in kwargs for name in PAGED_INPUTS):
+            raise CompositionError(
+                "continuous batching packs requests into one row and runs the model in a thread that has no mixture: leave "
+                "the activation first and use fused(), or generate() with a mixture per text"
+            )
+        plan = self._current_plan()
+        if plan is not None:
+            self._require_unchanged(plan.experts)
+            given = _main_input(args, kwargs)
+            num_rows = None if given is None else given.shape[0]
+            plan.require_rows(num_rows)
+            if plan.begun is not None:
+                self._begin(plan.begun, arguments_of(module, args, kwargs))
+            # features by (row * token) do not say how many rows they are
+            known = None if given is None or (given.ndim == 2 and given.is_floating_point()) else num_rows
+            begin_call(known, beside=any(kwargs.get(name) is not None and kwargs[name] is not given for name in BESIDE_TEXT))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return _inert
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
+        return _get_inert, ()
+
+
+class Exit(StandIn):
+    """A hook for the model, after its forward. That of a copied or unpickled model does nothing."""
+
+    def __init__(self, end: Callable[[Any], None]) -> None:
+        self._end = end
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._end(output)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return _inert
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
+        return _get_inert, ()
+
+
+def _main_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The tensor whose first axis are the rows of a batch, where it can be told from a model's arguments."""
+    known = args[:1] or [kwargs[name] for name in MAIN_INPUTS if kwargs.get(name) is not None]
+    return known[0] if known and isinstance(known[0], Tensor) and known[0].ndim > 1 else None
+
+
+def _inert(module: nn.Module, args: Any, kwargs: Any) -> None:
+    """The hook of a copied model."""
+
+
+def _get_inert() -> Callable[..., None]:
+    return _inert

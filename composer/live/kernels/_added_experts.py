@@ -1,0 +1,65 @@
+"""The sum of trained experts' updates by the way that takes least, all of which make the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from loraweave.composer.live.kernels._chosen_product import ChosenProduct
+from loraweave.composer.live.kernels._cost import TokenWorkload, choosing_pays, skipping_pays
+from loraweave.composer.live.kernels._expert_product import ExpertProduct, RankRows, plain_product
+
+
+def added_experts(
+    y: Tensor | None,
+    x_NI: Tensor,
+    w_NE: Tensor,
+    a: Tensor,
+    b: Tensor,
+    rows: RankRows,
+    *,
+    ranks: Sequence[int],
+    most: int,
+) -> Tensor:
+    """y + (x a^T * w) b^T, in y's own memory, with the gradients of whatever learns; without y the update_NO.
+
+    `ranks` are the experts'. A `most` below their number says that no token has more weights other than 0, and that a weight
+    of 0 has no gradient.
+    """
+    learns = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (y, x_NI, w_NE, a, b))
+    (num_tokens, num_inputs), (stacked, num_outputs) = x_NI.shape, b.shape
+    own_rows = rows.a_row_S is None and rows.b_row_S is None
+    if most < len(ranks) and own_rows and w_NE.shape[0] == num_tokens and x_NI.device.type == "cpu":
+        if num_tokens == 1 and not learns and skipping_pays(most, len(ranks), a.nbytes + b.nbytes):
+            return _of_one_token(y, x_NI, w_NE[0], a, b, ranks)
+        work = TokenWorkload(
+            num_tokens=num_tokens,
+            chosen=num_tokens * most,
+            num_experts=len(ranks),
+            stacked=stacked,
+            num_inputs=num_inputs,
+            num_outputs=num_outputs,
+            itemsize=a.element_size(),
+        )
+        if choosing_pays(work, learns=learns):
+            found: Tensor = ChosenProduct.apply(y, x_NI, w_NE, a, b, tuple(ranks))  # type: ignore[no-untyped-call]
+            return found
+    if not learns:
+        return plain_product(y, x_NI, w_NE, a, b, rows)
+    made: Tensor = ExpertProduct.apply(y, x_NI, w_NE, a, b, rows)  # type: ignore[no-untyped-call]
+    return made
+
+
+def _of_one_token(y: Tensor | None, x_1I: Tensor, w_E: Tensor, a_SI: Tensor, b_SO: Tensor, ranks: Sequence[int]) -> Tensor:
+    """What `added_experts` makes for one token; the factors of experts whose weight is 0 are not read."""
+    sum_1O = x_1I.new_zeros(1, b_SO.shape[1]) if y is None else y.view(1, -1)
+    start = 0
+    for weight, rank in zip(w_E.tolist(), ranks, strict=True):
+        if weight:
+            hidden_1R = x_1I @ a_SI[start : start + rank].T
+            # below autocast the hidden values are in half precision
+            sum_1O.addmm_(hidden_1R.to(sum_1O.dtype), b_SO[start : start + rank].to(sum_1O.dtype), alpha=weight)
+        start += rank
+    return sum_1O if y is None else y

@@ -1,0 +1,64 @@
+"""The distinct factors of a batch side by side, and which of their rank rows each mixture uses; what Triton kernels read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from loraweave.composer.live.kernels._parts import Part, stacked_a
+
+
+def triton_runs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether Triton kernels run there, with sums in fp32: on a GPU, or in Triton's interpreter (TRITON_INTERPRET=1)."""
+    found = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return found and dtype in (torch.float32, torch.bfloat16, torch.float16) and _is_installed()
+
+
+@cache
+def _is_installed() -> bool:
+    # asked without importing it
+    return find_spec("triton") is not None
+
+
+@dataclass(frozen=True, eq=False)
+class RankTables:
+    """Mixture g uses the rank rows index_GR[g, :count_G[g]] of a and b, with weights w_GR in fp32; none is there twice."""
+
+    a_DI: Tensor
+    b_DO: Tensor
+    index_GR: Tensor
+    w_GR: Tensor
+    count_G: Tensor
+
+    @classmethod
+    def of(cls, parts: Sequence[Part], mixtures: Sequence[tuple[tuple[int, float], ...]], dtype: torch.dtype) -> RankTables:
+        used = sorted({p for mixture in mixtures for p, _ in mixture})
+        distinct = [parts[p] for p in used]
+        a_DI = stacked_a(distinct, dtype).contiguous()
+        b_DO = torch.cat([part.b_RO for part in distinct]).to(dtype).contiguous()
+        first: dict[int, int] = {}
+        for p in used:
+            first[p] = sum(parts[q].a_RI.shape[0] for q in first)
+        rows = [
+            [(first[p] + r, weight) for p, weight in mixture for r in range(parts[p].a_RI.shape[0])] for mixture in mixtures
+        ]
+        width = max((len(row) for row in rows), default=0)
+        filled = [row + [(0, 0.0)] * (width - len(row)) for row in rows]
+        device = a_DI.device
+        return cls(
+            a_DI,
+            b_DO,
+            torch.tensor([[s for s, _ in row] for row in filled], dtype=torch.int32, device=device),
+            torch.tensor([[w for _, w in row] for row in filled], dtype=torch.float32, device=device),
+            torch.tensor([len(row) for row in rows], dtype=torch.int32, device=device),
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(each.nbytes for each in (self.a_DI, self.b_DO, self.index_GR, self.w_GR, self.count_G))

@@ -1,0 +1,141 @@
+"""All distinct experts' factors side by side for every token, masked by the tokens' weights.
+
+For weights that vary by token or learn, and for rows that share one small set of experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from loraweave.composer.live.kernels._parts import AddsInPlace, Part, rank_rows, repeated, stacked_a
+from loraweave.composer.live.kernels._weighted_product import WeightedProduct, weigh
+from loraweave.composer.live.kernels.naive import mixed
+
+# what was made of one tensor of weights, for layers with the same ranks: w_NS by these and the axes of the tokens
+Made = dict[tuple[tuple[int, ...], torch.Size], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """Factors of several experts side by side, and the expert of each rank row; for any weights."""
+
+    a_SI: Tensor
+    b_SO: Tensor
+    owner_S: Tensor
+    ranks: tuple[int, ...]
+
+    @classmethod
+    def of(cls, parts: Sequence[Part], dtype: torch.dtype) -> Stack:
+        ranks = tuple(part.a_RI.shape[0] for part in parts)
+        owner = [number for number, rank in enumerate(ranks) for _ in range(rank)]
+        b_SO = torch.cat([part.b_RO for part in parts]).to(dtype)
+        return cls(by_input(stacked_a(parts, dtype)), b_SO, torch.tensor(owner, device=b_SO.device), ranks)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.a_SI.nbytes + self.b_SO.nbytes
+
+    def weighted(self, w_BTP: Tensor, hidden_NS: Tensor | None = None, made: Made | None = None) -> Dense:
+        """With the weights of the parts; B and T may be 1. `hidden_NS` is x a^T of the x to come, where it is known."""
+        return Dense(self, w_BTP, hidden_NS, made)
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(AddsInPlace):
+    """A stack of factors and the weights of its experts, in fp32 or better."""
+
+    stack: Stack
+    w_BTP: Tensor
+    hidden_NS: Tensor | None = None
+    made: Made | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.stack.a_SI.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return self.w_BTP.nbytes
+
+    def expanded(self, hidden_BTS: Tensor) -> Tensor:
+        """(hidden * w) b^T, for the hidden values of whatever layer."""
+        w_BTS = repeated(self.w_BTP[..., self.stack.owner_S], hidden_BTS.shape[0])
+        return mixed(hidden_BTS, w_BTS).to(self.dtype) @ self.stack.b_SO
+
+    def update(self, x_BTI: Tensor) -> Tensor:
+        if self._plain():
+            return self.expanded(linear(x_BTI, self.stack.a_SI))
+        return self._product(None, x_BTI).view(*x_BTI.shape[:2], self.stack.b_SO.shape[1])
+
+    def add_(self, x_BTI: Tensor, y_BTO: Tensor) -> None:
+        b_SO = self.stack.b_SO
+        hidden_NS = self.hidden_NS
+        if hidden_NS is None:
+            hidden_NS = linear(x_BTI.reshape(-1, x_BTI.shape[2]), self.stack.a_SI)
+        # below autocast the hidden values are in half precision
+        y_BTO.view(-1, b_SO.shape[1]).addmm_(self._mixed(hidden_NS, x_BTI.shape).to(b_SO.dtype), b_SO)
+
+    def plus(self, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
+        """In y's own memory where autograd allows that: no layer needs its own output for its gradients."""
+        if self._plain() or y_BTO.dtype is not self.dtype or not _may_change(y_BTO):
+            return super().plus(x_BTI, y_BTO)
+        if torch.is_grad_enabled() and any(each.requires_grad for each in (x_BTI, y_BTO, self.w_BTP)):
+            return self._product(y_BTO, x_BTI)
+        self.add_(x_BTI, y_BTO)
+        return y_BTO
+
+    def _plain(self) -> bool:
+        """Whether autograd goes through every step: where factors learn, and below torch.func."""
+        stack = self.stack
+        return stack.a_SI.requires_grad or stack.b_SO.requires_grad or torch._C._are_functorch_transforms_active()
+
+    def _product(self, y_BTO: Tensor | None, x_BTI: Tensor) -> Tensor:
+        stack = self.stack
+        w_PN = self._by_token(x_BTI.shape).T.contiguous()
+        x_NI = x_BTI.reshape(-1, x_BTI.shape[2])
+        found: Tensor = WeightedProduct.apply(  # type: ignore[no-untyped-call]
+            y_BTO, x_NI, w_PN, stack.a_SI, stack.b_SO, stack.owner_S
+        )
+        return found
+
+    def _mixed(self, hidden_NS: Tensor, shape: torch.Size) -> Tensor:
+        """The hidden values of inputs of that shape times their weights."""
+        ranks = self.stack.ranks
+        if self.made is None and len(set(ranks)) == 1:
+            hidden_NPR = hidden_NS.view(-1, len(ranks), ranks[0])
+            return weigh(hidden_NPR, self._by_token(shape).unsqueeze(2), learns=False).flatten(1)
+        key = (ranks, shape[:2])
+        w_NS = None if self.made is None else self.made.get(key)
+        if w_NS is None:
+            w_NS = self._by_token(shape).index_select(1, self.stack.owner_S)
+            if self.made is not None:
+                self.made[key] = w_NS
+        return weigh(hidden_NS, w_NS, learns=False)
+
+    def _by_token(self, shape: torch.Size) -> Tensor:
+        """w_NP for the tokens of inputs of that shape, row by row; w_1P where all share them."""
+        w_BTP = repeated(self.w_BTP, shape[0])
+        if w_BTP.shape[0] * w_BTP.shape[1] != 1:
+            w_BTP = w_BTP.expand(*shape[:2], w_BTP.shape[2])
+        return w_BTP.reshape(w_BTP.shape[0] * w_BTP.shape[1], w_BTP.shape[2])
+
+
+def by_input(a_SI: Tensor) -> Tensor:
+    """The same values with those of one input on end, as which x a^T takes half the time on a CPU."""
+    return a_SI.T.contiguous().T
+
+
+def _may_change(y_BTO: Tensor) -> bool:
+    return y_BTO.is_contiguous() and not (y_BTO.requires_grad and (y_BTO.is_leaf or y_BTO._is_view()))
+
+
+def dense(x_BTI: Tensor, a_SI: Tensor, b_OS: Tensor, w_BTS: Tensor) -> Tensor:
+    """The same as `naive`."""
+    if not a_SI.shape[0]:
+        return x_BTI.new_zeros(*x_BTI.shape[:2], b_OS.shape[0])
+    return Stack.of(rank_rows(a_SI, b_OS), x_BTI.dtype).weighted(w_BTS).update(x_BTI)

@@ -1,0 +1,134 @@
+"""Per-row mixtures as batched products: each row meets its own experts' factors only, not those of the whole batch.
+
+The idea is BGMV's (Punica, Chen et al., MLSys 2024), for mixtures of any ranks and for any number of tokens a row: the
+rows' factors are gathered once, with the weights in b, and used by every forward pass of the activation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from loraweave.composer.live.kernels._parts import Adder, AddsInPlace, Part, RowSets, by_mixture, rank_rows, row_sets
+from loraweave.composer.live.kernels.naive import naive
+
+
+@dataclass(frozen=True, eq=False)
+class Gathered(AddsInPlace):
+    """The factors of B mixtures, each filled up with zeros to the R rank rows of the largest; weights are in b."""
+
+    a_BRI: Tensor
+    b_BRO: Tensor
+
+    @classmethod
+    def of(
+        cls, parts: Sequence[Part], rows: RowSets, dtype: torch.dtype, empty: Callable[[int], Tensor] | None = None
+    ) -> Gathered:
+        """Of rows that each have at least one part. `empty` gives flat tensors of `dtype` to fill."""
+        filling = _filling(rows, tuple(part.a_RI.shape[0] for part in parts))
+        largest = filling.largest
+        a_pieces = [part.a_RI for part in parts]
+        b_pieces = [part.b_RO for part in parts]
+        if filling.padded:
+            a_pieces.append(a_pieces[0].new_zeros(largest, a_pieces[0].shape[1]))
+            b_pieces.append(b_pieces[0].new_zeros(largest, b_pieces[0].shape[1]))
+            a_pieces = [a_pieces[p] if size is None else a_pieces[p][:size] for p, size in filling.pieces]
+            b_pieces = [b_pieces[p] if size is None else b_pieces[p][:size] for p, size in filling.pieces]
+        else:
+            a_pieces = [a_pieces[p] for p, _ in filling.pieces]
+            b_pieces = [b_pieces[p] for p, _ in filling.pieces]
+        num_rows = len(rows) * largest
+        a_BRI = _joined(a_pieces, num_rows, empty).to(dtype).view(len(rows), largest, -1)
+        b_SO = _joined(b_pieces, num_rows, empty)
+        if filling.weights is not None:
+            w_S1 = torch.tensor(filling.weights, dtype=torch.promote_types(dtype, torch.float32), device=b_SO.device)[
+                :, None
+            ]
+            # a product of a half and a single is rounded once
+            b_SO = b_SO * w_S1 if empty is None else b_SO.mul_(w_S1)
+        return cls(a_BRI, b_SO.to(dtype).view(len(rows), largest, -1))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.b_BRO.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return self.a_BRI.nbytes + self.b_BRO.nbytes
+
+    def update(self, x_BTI: Tensor) -> Tensor:
+        hidden_BTR = self._hidden(by_mixture(x_BTI, self.a_BRI.shape[0]))
+        return torch.bmm(hidden_BTR, self.b_BRO).view(*x_BTI.shape[:2], self.b_BRO.shape[2])
+
+    def add_(self, x_BTI: Tensor, y_BTO: Tensor) -> None:
+        x_MNI = by_mixture(x_BTI, self.a_BRI.shape[0])
+        y_BTO.view(*x_MNI.shape[:2], self.b_BRO.shape[2]).baddbmm_(self._hidden(x_MNI), self.b_BRO)
+
+    def adder(self, dtype: torch.dtype, shape: torch.Size) -> Adder:
+        a_BRI, b_BRO, wide = self.a_BRI, self.b_BRO, self.dtype
+        if shape[:2] != (a_BRI.shape[0], 1):
+            return super().adder(dtype, shape)
+
+        def add(x_B1I: Tensor, y_B1O: Tensor) -> None:
+            y_B1O.baddbmm_(torch.bmm(a_BRI, x_B1I.mT).mT, b_BRO)
+
+        def add_wide(x_B1I: Tensor, y_B1O: Tensor) -> None:
+            y_B1O.add_(torch.bmm(torch.bmm(a_BRI, x_B1I.to(wide).mT).mT, b_BRO))
+
+        return add if wide is dtype else add_wide
+
+    def _hidden(self, x_BTI: Tensor) -> Tensor:
+        if x_BTI.shape[1] == 1:
+            # the same numbers; a product with one column reads the factors a fifth faster than one with one row
+            return torch.bmm(self.a_BRI, x_BTI.mT).mT
+        return torch.bmm(x_BTI, self.a_BRI.mT)
+
+
+class _Filling(NamedTuple):
+    """What B rows are gathered from, in order: parts, each whole or, of the zeros after the last part, so many rows.
+
+    `weights` are those of the rank rows; None where all are one.
+    """
+
+    largest: int
+    pieces: list[tuple[int, int | None]]
+    padded: bool
+    weights: list[float] | None
+
+
+@lru_cache(maxsize=64)
+def _filling(rows: RowSets, ranks: tuple[int, ...]) -> _Filling:
+    """The same for all layers in which the experts have the same ranks."""
+    largest = max(sum(ranks[p] for p, _ in row) for row in rows)
+    pieces: list[tuple[int, int | None]] = []
+    weights: list[float] = []
+    for row in rows:
+        for p, weight in row:
+            pieces.append((p, None))
+            weights.extend([weight] * ranks[p])
+        missing = largest - sum(ranks[p] for p, _ in row)
+        if missing:
+            pieces.append((len(ranks), missing))
+            weights.extend([0.0] * missing)
+    padded = any(size is not None for _, size in pieces)
+    return _Filling(largest, pieces, padded, None if all(w in (0.0, 1.0) for w in weights) else weights)
+
+
+def _joined(pieces: list[Tensor], num_rows: int, empty: Callable[[int], Tensor] | None) -> Tensor:
+    if empty is None:
+        return torch.cat(pieces)
+    width = pieces[0].shape[1]
+    return torch.cat(pieces, out=empty(num_rows * width).view(num_rows, width))
+
+
+def gathered(x_BTI: Tensor, a_SI: Tensor, b_OS: Tensor, w_BTS: Tensor) -> Tensor:
+    """The same as `naive`, by each row's own factors where every row has some."""
+    rows = row_sets(w_BTS)
+    if not rows or not all(rows):
+        return naive(x_BTI, a_SI, b_OS, w_BTS)
+    return Gathered.of(rank_rows(a_SI, b_OS), rows, x_BTI.dtype).update(x_BTI)

@@ -1,0 +1,76 @@
+"""Rows sorted by their mixture, and one pair of products for all rows of the same one.
+
+The idea is SGMV's (Punica, Chen et al., MLSys 2024). Ranks differ from segment to segment without being filled up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loraweave.composer.live.kernels._parts import (
+    AddsInPlace,
+    Part,
+    RowSets,
+    by_mixture,
+    place_of,
+    rank_rows,
+    row_sets,
+    rows_by_mixture,
+)
+from loraweave.composer.live.kernels.naive import naive
+from loraweave.composer.live.kernels.shared import Shared
+
+
+@dataclass(frozen=True, eq=False)
+class Segments(AddsInPlace):
+    """The distinct mixtures of B rows, and which rows each is for: a slice where they lie on end, else an index."""
+
+    num_rows: int
+    num_outputs: int
+    mixtures: tuple[tuple[slice | Tensor, Shared], ...]
+
+    @classmethod
+    def of(cls, parts: Sequence[Part], rows: RowSets, dtype: torch.dtype) -> Segments:
+        """Rows without a part are in no segment."""
+        device = parts[0].a_RI.device
+        members = rows_by_mixture(rows).items()
+        found = tuple((place_of(numbers, device), Shared.of(parts, row, dtype)) for row, numbers in members)
+        return cls(len(rows), parts[0].b_RO.shape[1], found)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.mixtures[0][1].dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(mixture.num_bytes for _, mixture in self.mixtures)
+
+    def update(self, x_BTI: Tensor) -> Tensor:
+        x_MNI = by_mixture(x_BTI, self.num_rows)
+        update_MNO = x_BTI.new_zeros(*x_MNI.shape[:2], self.num_outputs)
+        for place, mixture in self.mixtures:
+            update_MNO[place] = mixture.update(x_MNI[place])
+        return update_MNO.view(*x_BTI.shape[:2], self.num_outputs)
+
+    def add_(self, x_BTI: Tensor, y_BTO: Tensor) -> None:
+        x_MNI = by_mixture(x_BTI, self.num_rows)
+        y_MNO = y_BTO.view(*x_MNI.shape[:2], self.num_outputs)
+        for place, mixture in self.mixtures:
+            if isinstance(place, slice):
+                mixture.add_(x_MNI[place], y_MNO[place])
+            else:
+                y_MNO.index_add_(0, place, mixture.update(x_MNI[place]))
+
+
+def segments(x_BTI: Tensor, a_SI: Tensor, b_OS: Tensor, w_BTS: Tensor) -> Tensor:
+    """The same as `naive`, by one pair of products for each distinct mixture of rows."""
+    rows = row_sets(w_BTS)
+    if not rows or not any(rows):
+        return naive(x_BTI, a_SI, b_OS, w_BTS)
+    if len(rows) == 1:
+        rows = rows * max(x_BTI.shape[0], 1)
+    return Segments.of(rank_rows(a_SI, b_OS), rows, x_BTI.dtype).update(x_BTI)

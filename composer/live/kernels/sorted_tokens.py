@@ -1,0 +1,60 @@
+"""Tokens sorted by expert: each expert meets only the tokens that chose it.
+
+For weights of few experts a token out of many, where every other path would multiply all tokens with all experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from loraweave.composer.live.kernels._parts import AddsInPlace, Part, rank_rows, repeated
+
+
+@dataclass(frozen=True, eq=False)
+class SortedTokens(AddsInPlace):
+    """Single experts' factors and their weights w_BTP for each token, in fp32 or better."""
+
+    parts: Sequence[Part]
+    w_BTP: Tensor
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return self.w_BTP.nbytes
+
+    def update(self, x_BTI: Tensor) -> Tensor:
+        update_NO = x_BTI.new_zeros(x_BTI.shape[0] * x_BTI.shape[1], self.parts[0].b_RO.shape[1])
+        return self._into(x_BTI, update_NO).view(*x_BTI.shape[:2], update_NO.shape[1])
+
+    def add_(self, x_BTI: Tensor, y_BTO: Tensor) -> None:
+        self._into(x_BTI, y_BTO.view(-1, y_BTO.shape[2]))
+
+    def _into(self, x_BTI: Tensor, sum_NO: Tensor) -> Tensor:
+        w_BTP = repeated(self.w_BTP, x_BTI.shape[0])
+        x_NI = x_BTI.reshape(-1, x_BTI.shape[2])
+        w_NP = w_BTP.expand(*x_BTI.shape[:2], -1).reshape(-1, w_BTP.shape[2])
+        # a weight that learns keeps its gradient at zero
+        chosen_PN = torch.ones_like(w_NP, dtype=torch.bool).T if w_NP.requires_grad else (w_NP != 0).T
+        part_Z, token_Z = chosen_PN.nonzero(as_tuple=True)
+        counts = torch.bincount(part_Z, minlength=len(self.parts)).tolist()
+        for index, token_N in enumerate(torch.split(token_Z, counts)):
+            if token_N.shape[0]:
+                part = self.parts[index]
+                hidden_NR = linear(x_NI[token_N], part.a_RI.to(self.dtype))
+                exact = torch.promote_types(hidden_NR.dtype, torch.float32)
+                mixed_NR = (hidden_NR.to(exact) * w_NP[token_N, index, None]).to(self.dtype)
+                # the product is in half precision below autocast
+                sum_NO = sum_NO.index_add_(0, token_N, (mixed_NR @ part.b_RO.to(self.dtype)).to(sum_NO.dtype))
+        return sum_NO
+
+
+def sorted_tokens(x_BTI: Tensor, a_SI: Tensor, b_OS: Tensor, w_BTS: Tensor) -> Tensor:
+    """The same as `naive`, by each rank row's own tokens."""
+    if not a_SI.shape[0]:
+        return x_BTI.new_zeros(*x_BTI.shape[:2], b_OS.shape[0])
+    return SortedTokens(rank_rows(a_SI, b_OS), w_BTS, x_BTI.dtype).update(x_BTI)

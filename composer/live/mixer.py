@@ -1,0 +1,442 @@
+"""Live mixing: while an activation is open, each target layer's `forward` adds what the current context asks for.
+
+Which activation counts is a context variable, so threads and asyncio tasks do not see each other's mixtures, and one
+without a mixture gets the plain base. Nothing else in the model changes: its class, parameters and state_dict stay, and a
+copy or a pickle of it has its own forwards.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from contextvars import ContextVar
+from dataclasses import replace
+from functools import partial
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeVar
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from loraweave.common.process import holding, lock_of
+from loraweave.composer.live.compiled import bind, mixed, number_of_layer, number_of_mixing, outside
+from loraweave.composer.live.entry import Entry, Exit
+from loraweave.composer.live.plan import KEPT_BYTES, Plan, make_plan
+from loraweave.composer.live.recording import Usage
+from loraweave.composer.live.residents import Lease
+from loraweave.composer.live.row_weights import Workspace
+from loraweave.composer.live.standing_in import CleanCopies, PromptedGenerate, StandIn, WatchedBlock, give_back
+from loraweave.composer.live.token_weights import Begun, end_begun
+from loraweave.composer.model.layers import TargetLayer, gives_new_memory
+from loraweave.composer.model.limits import end_call, watch
+from loraweave.errors import AlreadyActive, CompositionError
+from loraweave.routers.combined import answering
+from loraweave.routers.tokens._caches import FollowedCaches
+from loraweave.routers.weights import MixtureWeights
+
+T = TypeVar("T")
+
+_CURRENT: ContextVar[Activation | None] = ContextVar("loraweave_activation", default=None)
+
+_CLAIM_LOCK = threading.Lock()
+_CLAIMS: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
+
+
+def claim(owner: object, modules: Iterable[nn.Module]) -> None:
+    """Takes the modules for one owner. Raises AlreadyActive, having taken none, when another owner holds one of them."""
+    modules = list(modules)
+    with _CLAIM_LOCK:
+        if any(_CLAIMS.get(module, owner) is not owner for module in modules):
+            raise AlreadyActive(
+                "another Composer is active on this model, or has fused into it; leave that one first, or use one Composer "
+                "with a pool of all adapters"
+            )
+        for module in modules:
+            _CLAIMS[module] = owner
+
+
+def release(owner: object, modules: Iterable[nn.Module]) -> None:
+    """Gives back what `owner` had claimed."""
+    with _CLAIM_LOCK:
+        for module in modules:
+            if _CLAIMS.get(module) is owner:
+                del _CLAIMS[module]
+
+
+class Activation:
+    """An open activation. `close()` or leaving its `with` block ends it; ending it twice does nothing."""
+
+    def __init__(self, live: LiveLayers, plan: Plan, lease: Lease, outer: Activation | None) -> None:
+        self.live = live
+        self.plan = plan
+        self.lease = lease
+        self.usage = Usage(live, plan.experts, plan.mixture)
+        self.outer = outer
+        self.followed = FollowedCaches()
+        self.answering: dict[frozenset[tuple[str, float]], Activation] = {}
+        self.closed = False
+        self.number = number_of_mixing(self)
+        self._thread = threading.current_thread()
+
+    def apply(self, layer: TargetLayer, x: Tensor, y: Tensor) -> Tensor:
+        """The output of a layer that gives y for x without a mixture; maybe in y's own memory."""
+        return self.plan.apply(layer, x, y, self.lease, self.usage)
+
+    def close(self) -> None:
+        """Ends the activation. Raises AlreadyActive, and changes nothing, while an inner one is open in this context, or
+        in another thread than the one that opened it (unless that thread has ended); once it has ended, WeightingError
+        where a router's weights on a GPU were not finite."""
+        if self.closed:
+            return
+        current = _current(self.live)
+        if current is not self and current is not None and self in _chain(current):
+            raise AlreadyActive("an activation that was opened later is still open: close that one first")
+        if self._thread is not threading.current_thread() and self._thread.is_alive():
+            raise AlreadyActive(
+                f"this activation was opened by thread {self._thread.name!r} and counts only there: close it in that thread"
+            )
+        self._end()
+        self.usage.made.require_all()
+
+    def run(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """What `call` returns, under this activation's mixture, in whatever thread it is called.
+
+        For threads that one starts oneself: `Thread(target=activation.run, args=(model.generate,), kwargs=batch)`. A run
+        that has begun keeps the mixture to its end, also when the activation is closed meanwhile.
+        Raises CompositionError when it is closed before.
+        """
+        if self.closed:
+            raise CompositionError("this activation is closed, and runs nothing: call run() while it is open")
+        with self.live.open(self.plan, self.lease.renew()):
+            return call(*args, **kwargs)
+
+    def _end(self) -> None:
+        _end()
+        self.live.end(self)
+        current = _CURRENT.get()
+        if current is not None and current.closed:
+            _CURRENT.set(_nearest_open(current))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self._leave()
+        except BaseException:
+            # an interruption: what it kept from being done is done before it goes on
+            self._leave()
+            raise
+        if error is None:
+            self.usage.made.require_all()
+
+    def _leave(self) -> None:
+        # whatever was opened inside and not closed ends too, so that an exception leaves nothing active
+        current = _current(self.live)
+        if current is not None and self in _chain(current):
+            for inner in _chain(current):
+                if inner is self:
+                    break
+                if inner.live is self.live:
+                    inner._end()
+        self._end()
+
+
+def _end() -> None:
+    """The running call of the model is over, however it ended."""
+    end_call()
+    end_begun()
+
+
+def _chain(activation: Activation | None) -> Iterable[Activation]:
+    while activation is not None:
+        yield activation
+        activation = activation.outer
+
+
+def _nearest_open(activation: Activation | None) -> Activation | None:
+    return next((each for each in _chain(activation) if not each.closed), None)
+
+
+def _current(live: LiveLayers) -> Activation | None:
+    """The innermost open activation of these layers in this context."""
+    return next((each for each in _chain(_CURRENT.get()) if each.live is live and not each.closed), None)
+
+
+class _Handle(Protocol):
+    def remove(self) -> None: ...
+
+
+class LiveLayers:
+    """The target layers of one Composer, mixed as long as an activation is open in any thread.
+
+    `require_unchanged` raises where the model no longer runs these layers, or has other weights than the experts that it is
+    given depend on; it is called before each of its forwards.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: Mapping[str, TargetLayer], require_unchanged: Callable[[Iterable[str]], None]
+    ) -> None:
+        self._model = model
+        self._layers = dict(layers)
+        self._modules = [model, *(layer.module for layer in self._layers.values())]
+        self._lock = lock_of(self)
+        self._open: list[Activation] = []
+        self._handles: list[_Handle] = []
+        self._own_hooks = Entry(model, require_unchanged, self._current_plan, self._begin), Exit(self._end_call)
+        self._numbers: dict[str, Tensor] = {}
+        self.mixes_outside: Callable[[_MixedForward, Tensor, Tensor], Tensor] | None = None
+        _ALL.add(self)
+
+    @property
+    def active(self) -> bool:
+        """Whether an activation is open, in whatever thread."""
+        return bool(self._open)
+
+    def open(self, plan: Plan, lease: Lease) -> Activation:
+        """A new activation, which replaces the outer one in this context until it is closed. It releases the lease."""
+        activation = Activation(self, plan, lease, _nearest_open(_CURRENT.get()))
+        try:
+            with self._lock:
+                if not self._open:
+                    self._install()
+                if plan.begun is not None and plan.begun.reads_text:
+                    self._tell_prompts()
+                self._watch(plan.watched)
+                self._open.append(activation)
+                self._choose_place()
+            _CURRENT.set(activation)
+        except BaseException:
+            activation._end()
+            raise
+        return activation
+
+    def add(self, layers: Mapping[str, TargetLayer]) -> None:
+        """Takes more target layers: those of an adapter that was opened later. Open activations then reach them too."""
+        with self._lock:
+            more = {name: layer for name, layer in layers.items() if name not in self._layers}
+            if self._open:
+                num_before = len(self._handles)
+                claim(self, [layer.module for layer in more.values()])
+                try:
+                    self._take_over(more)
+                except BaseException:
+                    self._give_back(num_before)
+                    raise
+            self._layers |= more
+            self._modules += [layer.module for layer in more.values()]
+
+    def end(self, activation: Activation) -> None:
+        """Closes the activation; with the last one, the layers get their own forwards back."""
+        with self._lock:
+            activation.closed = True
+            activation.followed.release()
+            activation.lease.release()
+            if activation in self._open:
+                self._open.remove(activation)
+                self._choose_place()
+            if not self._open:
+                self._uninstall()
+
+    def _choose_place(self) -> None:
+        learns = any(each.plan.learns for each in self._open)
+        self.mixes_outside = outside() if learns else None
+
+    def end_those_of_other_threads(self) -> None:
+        """In a forked process, which has none of its parent's other threads: closes what only they could close."""
+        for activation in list(self._open):
+            if activation._thread is not threading.current_thread():
+                self.end(activation)
+        if not self._open:
+            self._uninstall()
+
+    def current(self) -> Activation | None:
+        """What counts for the running call."""
+        activation = _current(self)
+        if activation is None and _in_backward_thread():
+            # gradient checkpointing runs the forward again in a thread of autograd's own, which has no context
+            candidates = list(self._open)
+            if len(candidates) > 1:
+                raise CompositionError(
+                    f"gradient checkpointing runs a layer again while {len(candidates)} activations are open, and cannot "
+                    "tell which it belongs to; train in one thread with one activation, or without checkpointing"
+                )
+            return candidates[0] if candidates else None
+        return activation
+
+    def _current_plan(self) -> Plan | None:
+        activation = self.current()
+        return None if activation is None else activation.plan
+
+    def _begin(self, begun: Begun, arguments: dict[str, Any]) -> None:
+        """Shows a router a call's arguments, while no mixture counts in this context."""
+        activation = self.current()
+        with ExitStack() as stack:
+            stack.enter_context(holding(_CURRENT, None))
+            if activation is not None:
+                stack.enter_context(activation.followed.entered())
+                stack.enter_context(answering(partial(self._answering, activation)))
+            begun.begin(self._model, arguments)
+
+    def _answering(self, asking: Activation, weights: Mapping[str, float]) -> AbstractContextManager[None]:
+        """Inside, a mixture counts of the experts of the activation that asks; nobody is told what it used."""
+        key = frozenset(weights.items())
+        if key not in asking.answering:
+            names = asking.plan.experts
+            plan = make_plan(MixtureWeights.of(weights, names), names, Workspace(KEPT_BYTES))
+            inner = asking.answering[key] = Activation(self, plan, asking.lease, None)
+            inner.usage = Usage(plan, plan.experts, plan.mixture)
+        return holding(_CURRENT, asking.answering[key])
+
+    def _end_call(self, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            activation = _current(self)
+            if activation is not None and activation.plan.begun is not None:
+                activation.followed.returned(output)
+        _end()
+
+    def _install(self) -> None:
+        claim(self, self._modules)
+        self._remove_own_hooks()
+        self._clean_copies(self._model)
+        before, after = self._own_hooks
+        self._handles.append(self._model.register_forward_pre_hook(before, with_kwargs=True))
+        # not one that is always called, whose number torch.compile would remember; after an error, the end of the
+        # activation does the same
+        self._handles.append(self._model.register_forward_hook(after))
+        self._take_over(self._layers)
+
+    def _tell_prompts(self) -> None:
+        if callable(getattr(self._model, "generate", None)) and not any(
+            isinstance(h, PromptedGenerate) for h in self._handles
+        ):
+            self._handles.append(PromptedGenerate(self._model, self._begin_call))
+
+    def _watch(self, blocks: Iterable[str]) -> None:
+        known = {handle.path for handle in self._handles if isinstance(handle, WatchedBlock)}
+        for path in dict.fromkeys(blocks):
+            if path not in known:
+                block = self._model.get_submodule(path)
+                self._clean_copies(block)
+                self._handles.append(WatchedBlock(path, block))
+
+    def _clean_copies(self, module: nn.Module) -> None:
+        clean = CleanCopies(module)
+        self._handles.append(clean)
+        clean.install()
+
+    def _begin_call(self, arguments: dict[str, Any]) -> None:
+        plan = self._current_plan()
+        if plan is not None and plan.begun is not None:
+            self._begin(plan.begun, arguments)
+
+    def _take_over(self, layers: Mapping[str, TargetLayer]) -> None:
+        for layer in layers.values():
+            if layer.name not in self._numbers:
+                self._numbers[layer.name] = number_of_layer()
+            forward = _MixedForward(self, layer, self._numbers[layer.name])
+            self._handles.append(forward)
+            self._clean_copies(layer.module)
+            # a bound method: of any other object torch.compile would look at the identity
+            layer.module.forward = forward.run
+            if layer.owner is not None:
+                self._clean_copies(layer.owner)
+                self._handles += watch(layer.name, layer.module, layer.owner, partial(self._reaches, layer.name))
+
+    def _reaches(self, layer: str) -> bool:
+        activation = self.current()
+        return activation is not None and activation.plan.reaches(layer, activation.lease)
+
+    def _give_back(self, num_left: int) -> None:
+        while len(self._handles) > num_left:
+            self._handles[-1].remove()
+            self._handles.pop()
+
+    def _uninstall(self) -> None:
+        try:
+            self._give_back(0)
+        finally:
+            # once more after an interruption, where it stopped
+            self._give_back(0)
+            self._remove_own_hooks()
+            release(self, self._modules)
+
+    def _remove_own_hooks(self) -> None:
+        """Also those whose handles an interruption has kept from being noted."""
+        model = self._model
+        for hooks in (model._forward_pre_hooks, model._forward_hooks):
+            for key in [key for key, hook in hooks.items() if any(hook is own for own in self._own_hooks)]:
+                del hooks[key]
+                model._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+_ALL: WeakSet[LiveLayers] = WeakSet()
+
+
+def _after_fork() -> None:
+    global _CLAIM_LOCK
+    _CLAIM_LOCK = threading.Lock()
+    for live in list(_ALL):
+        live.end_those_of_other_threads()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+class _MixedForward(StandIn):
+    """Stands in for one layer's `forward` while an activation is open: what that gives, and the update on top.
+
+    In the place of a forward hook, since it costs a fraction of one in every call, and since torch.compile looks whether a
+    module has a forward of its own, but takes hooks for something that never changes.
+    """
+
+    def __init__(self, live: LiveLayers, layer: TargetLayer, number: Tensor) -> None:
+        self._live: LiveLayers | None = live
+        # a forward may have been replaced since the layer was looked at
+        self.layer = replace(layer, fresh=False) if layer.fresh and not gives_new_memory(layer.module) else layer
+        self._number = number
+        self._own = vars(layer.module).get("forward")
+        self._forward = layer.module.forward
+        bind(number, self)
+
+    def mixing(self) -> Activation | None:
+        """What counts for the running call."""
+        return None if self._live is None else self._live.current()
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's forward."""
+        y = self._forward(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return self._traced(args[0] if args else next(iter(kwargs.values())), y)
+        activation = _CURRENT.get()
+        if activation is None or activation.live is not self._live or activation.closed:
+            activation = self.mixing()
+            if activation is None:
+                return y
+        x = args[0] if args else next(iter(kwargs.values()))
+        return activation.plan.apply(self.layer, x, y, activation.lease, activation.usage)
+
+    def _traced(self, x: Tensor, y: Tensor) -> Tensor:
+        """What torch.compile sees in the place of a mixture."""
+        if self._live is None:
+            return y
+        if torch.is_grad_enabled() and self._live.mixes_outside is not None and not torch.compiler.is_exporting():
+            return self._live.mixes_outside(self, x, y)
+        return mixed(self._number, x, y, self.layer.parameter("bias"))
+
+    def own(self, name: str) -> Any:
+        return self._own
+
+    def remove(self) -> None:
+        """Gives the layer its own forward back. Where another stands in for this one by now, that stays, and calls this."""
+        if not give_back(self.layer.module, "forward", self._own, self):
+            self._live = None
+
+
+def _in_backward_thread() -> bool:
+    in_backward = torch._C._current_graph_task_id() != -1
+    return in_backward and isinstance(threading.current_thread(), threading._DummyThread)

@@ -1,0 +1,286 @@
+"""What one activation does to one layer's output: which experts, with which weight for which row."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from loraweave.composer.live.kernels._parts import Adder, Kernel
+from loraweave.composer.live.kernels._some_rows import SomeRows
+from loraweave.composer.live.recording import Note, Usage
+from loraweave.composer.live.residents import Lease
+from loraweave.composer.live.row_weights import LayerMixture, RowWeights, Workspace
+from loraweave.composer.live.token_weights import Begun, TokenWeights
+from loraweave.composer.model.kinds import conv, linear
+from loraweave.composer.model.kinds._kind import by_row
+from loraweave.composer.model.layers import TargetLayer, is_floating
+from loraweave.composer.model.limits import can_be_batch, is_beside, require_batch_first, require_own_rows
+from loraweave.errors import ScopeError, WeightingError
+from loraweave.routers.weights import MixtureWeights
+from loraweave.types import Router
+
+# of a layer's input, for which the kernel is remembered
+NUM_KEPT_SHAPES = 64
+
+
+class _Weights(Protocol):
+    @property
+    def learns(self) -> bool: ...
+
+    @property
+    def num_mixtures(self) -> int: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def skips(self, layer: str) -> bool: ...
+
+    def escaped(self) -> None: ...
+
+    def mixture(
+        self, layer: TargetLayer, x_BTI: Tensor, device: torch.device, dtype: torch.dtype, lease: Lease
+    ) -> LayerMixture: ...
+
+
+class _Remembered(NamedTuple):
+    """How a layer's update is added for inputs of one shape, what they and the outputs have to be, and what to note."""
+
+    add: Adder
+    dtype: torch.dtype
+    device: torch.device
+    note: Note
+
+
+class Plan:
+    """The active experts' names and their weights. What it makes of them for a layer is kept for the next call.
+
+    `mixture` has the weights of the active experts; None where each call makes them, of its input or of what learns.
+    """
+
+    def __init__(
+        self, experts: tuple[str, ...], mixture: MixtureWeights | None, weights: _Weights, by_token: TokenWeights
+    ) -> None:
+        self.experts = experts
+        self.mixture = mixture
+        self._weights = weights
+        # the same weights, for layers whose hidden values are no product with a matrix
+        self._by_token = by_token
+        self._remembered: dict[str, dict[torch.Size, _Remembered]] = {}
+
+    @property
+    def learns(self) -> bool:
+        """Whether gradients may reach more than the layers' inputs: weights that learn, or a router's parameters."""
+        return self._weights.learns
+
+    @property
+    def _by_place(self) -> bool:
+        """Whether a weight is told from its place among rows or tokens."""
+        return self._weights.num_mixtures > 1 or self._weights.num_tokens > 1
+
+    @property
+    def num_mixtures(self) -> int:
+        """Rows of the mixture; 1 where all rows of a batch share one, or a router looks at each."""
+        return self._weights.num_mixtures
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the tensors made for the layers so far."""
+        return self._weights.num_bytes + (self._by_token.num_bytes if self._by_token is not self._weights else 0)
+
+    @property
+    def begun(self) -> Begun | None:
+        """The router where it looks at the whole input first."""
+        return self._by_token.begun
+
+    @property
+    def watched(self) -> tuple[str, ...]:
+        """The blocks of the model whose input the router looks at."""
+        return self._by_token.watched
+
+    def require_rows(self, num_rows: int | None) -> None:
+        """Raises ScopeError for a batch whose rows are no multiple of the mixture's; None where they are not known."""
+        if num_rows is not None and num_rows % self.num_mixtures:
+            raise ScopeError(
+                f"the mixture has {self.num_mixtures} rows, but the batch has {num_rows}, no multiple; give one mixture "
+                "for each row of the batch, or one mapping for all"
+            )
+
+    def reaches(self, layer: str, lease: Lease) -> bool:
+        """Whether some active expert updates the layer, with weights that may not all be zero."""
+        if self._weights.skips(layer):
+            return False
+        return any(lease.updates(name, layer) for name in self.experts)
+
+    def apply(self, layer: TargetLayer, x: Tensor, y: Tensor, lease: Lease, usage: Usage) -> Tensor:
+        """The layer's output y = W x + bias with the weighted updates added; y itself where nothing is to be added.
+
+        The rows of x are its first axis. Weights for B rows meet x of B * k rows by counting each k times in a row, as
+        beams and return sequences are laid out; an x of two axes (N, I) holds its tokens row by row, so the same holds.
+        The result may be written into y's own memory.
+        Raises ScopeError, naming the layer and both counts, where that does not come out even.
+        """
+        by_shape = self._remembered.get(layer.name)
+        if by_shape is not None and layer.fresh and (remembered := by_shape.get(x.shape)) is not None:
+            add, dtype, device, note = remembered
+            if _in_place(x, y, dtype, device) and not is_beside():
+                usage.saw(layer.name, note)
+                add(x, y)
+                return y
+        if not self.experts or self._weights.skips(layer.name):
+            usage.saw(layer.name, Note(y.shape))
+            return y
+        return self._general(layer, x, y, lease, usage)
+
+    def _general(self, layer: TargetLayer, x: Tensor, y: Tensor, lease: Lease, usage: Usage) -> Tensor:
+        weight = layer.parameter("weight")
+        dtype = weight.dtype if weight is not None and is_floating(weight.dtype) else y.dtype
+        if layer.kind is not linear:
+            return self._projected(layer, x.to(y.device), y, dtype, lease, usage)
+        if self._by_place:
+            require_own_rows(layer.name, x.shape[0])
+            require_batch_first(layer.name, x.shape)
+        x_BTI = x.to(y.device)
+        x_BTI = _by_token(by_row(x_BTI), self._weights.num_tokens, x.ndim)
+        mixture = self._weights.mixture(layer, x_BTI, y.device, dtype, lease)
+        kernel, affine = mixture.kernel, mixture.affine
+        note = Note(y.shape, _kernel_class(kernel))
+        self._tell(usage, layer.name, note, mixture.w_BTE)
+        if kernel is not None and affine is None and x.ndim == 3 and layer.fresh and isinstance(self._weights, RowWeights):
+            add = kernel.adder(dtype, x.shape)
+            self._remember(layer.name, x.shape, _Remembered(add, dtype, y.device, note))
+            if _in_place(x, y, dtype, y.device):
+                add(x, y)
+                return y
+        if torch.is_grad_enabled() and x.requires_grad:
+            self._weights.escaped()
+        # a view of it could not be changed where it has a gradient
+        y_BTO = y if y.shape[:-1] == x_BTI.shape[:2] else y.reshape(*x_BTI.shape[:2], layer.num_outputs)
+        result_BTO = y_BTO
+        if affine is not None:
+            addition_BTO = affine.on(y_BTO, layer.parameter("bias"))
+            if kernel is not None:
+                addition_BTO = addition_BTO + kernel.update(x_BTI.to(kernel.dtype))
+            result_BTO = y_BTO + addition_BTO.to(y.dtype)
+        elif kernel is not None and layer.fresh:
+            result_BTO = kernel.plus(x_BTI.to(kernel.dtype), y_BTO)
+        elif kernel is not None:
+            # into the update's own memory, which nothing else refers to, rather than a third tensor of this size
+            result_BTO = kernel.update(x_BTI.to(kernel.dtype)).to(y.dtype).add_(y_BTO)
+        return result_BTO.reshape(y.shape)
+
+    def _remember(self, layer: str, shape: torch.Size, remembered: _Remembered) -> None:
+        by_shape = self._remembered.setdefault(layer, {})
+        if len(by_shape) >= NUM_KEPT_SHAPES:
+            by_shape.clear()
+        by_shape[shape] = remembered
+
+    def _projected(self, layer: TargetLayer, x: Tensor, y: Tensor, dtype: torch.dtype, lease: Lease, usage: Usage) -> Tensor:
+        if self._by_place and layer.kind is not conv:
+            require_batch_first(layer.name, y.shape)
+        y_BTO = _by_token(layer.kind.rows(layer.module, y), self._weights.num_tokens, y.ndim)
+        if self._by_place:
+            require_own_rows(layer.name, y_BTO.shape[0])
+        update_BTO, w_BTE = self._by_token.projected(layer, x, y_BTO, y.device, dtype, lease)
+        self._tell(usage, layer.name, Note(y.shape), w_BTE)
+        return layer.kind.put_back(y_BTO + update_BTO.to(y.dtype), y)
+
+    def _tell(self, usage: Usage, layer: str, note: Note, w_BTE: Tensor | None) -> None:
+        if self.mixture is not None or w_BTE is None:
+            usage.saw(layer, note)
+        else:
+            usage.chose(layer, note, w_BTE)
+
+
+def _kernel_class(kernel: Kernel | None) -> type | None:
+    return type(kernel.kernel if isinstance(kernel, SomeRows) else kernel) if kernel is not None else None
+
+
+def _in_place(x: Tensor, y: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a layer's new output may be written to: no gradient goes through it. x is where y is, or it had failed."""
+    return x.dtype is dtype and y.dtype is dtype and y.device == device and not y.requires_grad and y.is_contiguous()
+
+
+def _by_token(x_BTI: Tensor, num_tokens: int, num_axes: int) -> Tensor:
+    """An x of two axes split into rows of as many tokens as the weights have, if those can be the batch's rows."""
+    num_rows, rest = divmod(x_BTI.shape[0], num_tokens)
+    if num_axes == 2 and num_tokens > 1 and not rest and can_be_batch(num_rows):
+        return x_BTI.reshape(num_rows, num_tokens, x_BTI.shape[2])
+    return x_BTI
+
+
+def make_plan(weights: MixtureWeights | Router, names: tuple[str, ...], workspace: Workspace) -> Plan:
+    """The plan for resolved weights over a pool of these names; `workspace` has memory for gathered factors.
+
+    Only experts with a weight that is not zero are active, or that learns; a router may use all of them.
+    Raises WeightingError for a router that names other experts, or in another order.
+    """
+    if not isinstance(weights, MixtureWeights):
+        own = getattr(weights, "experts", None)
+        if isinstance(own, tuple | list) and all(isinstance(name, str) for name in own) and tuple(own) != names:
+            raise WeightingError(
+                f"router {type(weights).__name__} is for experts {tuple(own)}, but the pool has {names}, in this order; "
+                "make the router for this pool, or swap() to pool.subset(router.experts)"
+            )
+        routed = TokenWeights.routed(weights, names)
+        return Plan(names, None, routed, routed)
+    if weights.values_BTLE.requires_grad:
+        # the tensor itself, looked at in each call: an optimizer may change it in between
+        learning = TokenWeights.fixed(weights)
+        return Plan(weights.experts, None, learning, learning)
+    with torch.inference_mode(False):
+        # the caller may go on to change or to reuse the tensor
+        # with the weights of a layer on end, where its tokens' are many
+        values_LEBT = weights.values_BTLE.detach().permute(2, 3, 0, 1).clone(memory_format=torch.contiguous_format)
+        used_E = (values_LEBT != 0).transpose(0, 1).flatten(1).any(dim=1)
+        active = tuple(name for name, used in zip(weights.experts, used_E.tolist(), strict=True) if used)
+        mixture = MixtureWeights(values_LEBT[:, used_E].permute(2, 3, 0, 1), active, weights.layers)
+    by_token = TokenWeights.fixed(mixture)
+    return Plan(active, mixture, by_token if mixture.values_BTLE.shape[1] > 1 else RowWeights(mixture, workspace), by_token)
+
+
+NUM_KEPT = 4
+KEPT_BYTES = 2**30
+# of weights with more elements, comparing takes longer than making them anew
+LARGEST_KEPT = 2**16
+
+
+class KeptPlans:
+    """Makes plans, and keeps the last few of at most `max_bytes` together; as much memory is kept to be used again."""
+
+    def __init__(self, max_bytes: int = KEPT_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self._workspace = Workspace(max_bytes)
+        self._plans: OrderedDict[Hashable, Plan] = OrderedDict()
+
+    def plan(self, weights: MixtureWeights | Router, names: tuple[str, ...]) -> Plan:
+        """The plan for these weights over a pool of these names; the one that was made before, where it is kept."""
+        key = _identity(weights)
+        if key is None:
+            return make_plan(weights, names, self._workspace)
+        plan = self._plans.pop(key, None) or make_plan(weights, names, self._workspace)
+        total = plan.num_bytes + sum(kept.num_bytes for kept in self._plans.values())
+        while self._plans and (len(self._plans) >= NUM_KEPT or total > self._max_bytes):
+            total -= self._plans.popitem(last=False)[1].num_bytes
+        self._plans[key] = plan
+        return plan
+
+    def clear(self) -> None:
+        """Keeps none any longer; those in use stay until their activations end."""
+        self._plans.clear()
+
+
+def _identity(weights: MixtureWeights | Router) -> Hashable | None:
+    """What tells weights that are known from others; None for routers, and for what learns or is large."""
+    if not isinstance(weights, MixtureWeights) or weights.values_BTLE.requires_grad:
+        return None
+    values = weights.values_BTLE
+    if values.numel() > LARGEST_KEPT or values.device.type != "cpu":
+        return None
+    return weights.experts, weights.layers, tuple(values.shape), values.dtype, tuple(values.flatten().tolist())

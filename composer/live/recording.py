@@ -1,0 +1,368 @@
+"""What layers note while they run: the weights of the last forward where they are small, and all of them for who records.
+
+A note is one entry in a dictionary and keeps references only. What counts as the last forward, and who records, are
+context variables, so that threads and asyncio tasks are apart.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import NamedTuple
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor
+
+from loraweave.composer.live.fitting import Fitting
+from loraweave.composer.live.token_weights import MadeWeights
+from loraweave.composer.model.layers import TargetLayer
+from loraweave.errors import CompositionError, ScopeError
+from loraweave.hub.pool import ExpertPool
+from loraweave.routers.weights import MixtureWeights
+
+# what is kept of one forward's weights by token, for who asks afterwards
+KEPT_BYTES = 64 * 2**20
+
+
+class Setting:
+    """What it takes to read notes: the engine's experts, bound to the model, and what knows the model's layers."""
+
+    def __init__(self, pool: ExpertPool, fitting: Fitting) -> None:
+        self._pool = pool
+        self.fitting = fitting
+        self._layers_of: dict[str, frozenset[str]] = {}
+
+    def updates(self, expert: str, layer: str) -> bool:
+        """Whether the expert has something to add to the layer. One of a lazy pool is opened once for all layers."""
+        if expert not in self._layers_of:
+            self._layers_of[expert] = frozenset(self._pool.adapters[expert].layers)
+        return layer in self._layers_of[expert]
+
+
+class Note(NamedTuple):
+    """One call of one layer: the shape of its output, the class of its kernel, and weights that were made in it."""
+
+    shape: torch.Size
+    kernel: type | None = None
+    w_BTE: Tensor | None = None
+    kept: bool = True
+
+
+class Usage:
+    """The last call of every layer under one activation of `owner`.
+
+    `experts` are active, with the weights of `mixture`; None where the calls make them.
+    """
+
+    def __init__(self, owner: object, experts: tuple[str, ...], mixture: MixtureWeights | None) -> None:
+        self.owner = ref(owner)
+        self.experts = experts
+        self.mixture = mixture
+        self.made = MadeWeights(experts)
+        self.notes: dict[str, Note] = {}
+        # the context's state while this usage is the last one and nobody records
+        self._quiet: _State | None = None
+        self._counted: set[str] = set()
+        self._num_bytes = 0
+
+    def saw(self, layer: str, note: Note) -> None:
+        """A call with weights that were known before. Runs in every call of every layer."""
+        self.notes[layer] = note
+        if _STATE.get() is not self._quiet:
+            self._tell(layer, note)
+
+    def chose(self, layer: str, note: Note, w_BTE: Tensor) -> None:
+        """A call with weights that were made in it. Raises WeightingError where they are not finite, at once on a CPU."""
+        self.made.require_finite(layer, w_BTE)
+        # what learns may be changed in place by the next step
+        note = note._replace(w_BTE=w_BTE.detach().clone() if w_BTE.requires_grad else w_BTE)
+        if layer in self._counted:
+            # the next forward has begun
+            self._counted.clear()
+            self._num_bytes = 0
+        self._counted.add(layer)
+        self._num_bytes += w_BTE.nbytes
+        self.notes[layer] = note if self._num_bytes <= KEPT_BYTES else note._replace(w_BTE=None, kept=False)
+        if _STATE.get() is not self._quiet:
+            self._tell(layer, note)
+
+    def _tell(self, layer: str, note: Note) -> None:
+        """Makes this usage the last one of its context, and gives the note to who records."""
+        state, owner = _STATE.get(), self.owner()
+        if owner is not None and state.by_owner.get(owner) is not self:
+            # a new dictionary: contexts that were copied from this one have the old one
+            by_owner = WeakKeyDictionary(state.by_owner)
+            by_owner[owner] = self
+            state = _State(by_owner, state.traces)
+            _STATE.set(state)
+        for trace in state.traces:
+            trace.add(self, layer, note)
+        self._quiet = None if state.traces else state
+
+    def weights(self, setting: Setting) -> UsedWeights:
+        """The last weights of every layer. CompositionError where they were too large to keep."""
+        notes, experts = dict(self.notes), self.experts
+        if not all(note.kept for note in notes.values()):
+            raise CompositionError(
+                f"the weights of the last forward are more than the {KEPT_BYTES // 2**20} MiB that are kept unasked: run it "
+                "inside `with engine.record() as trace:`, and read trace.weights"
+            )
+        layers = setting.fitting.layers
+        return UsedWeights(
+            experts, {name: _used(self, note, layers[name], experts, setting) for name, note in notes.items()}
+        )
+
+
+class Trace:
+    """All that an engine's layers used while this was open, call after call. Keeps every weight tensor until it goes."""
+
+    def __init__(self, owner: object, setting: Setting) -> None:
+        self._owner = ref(owner)
+        self._setting = setting
+        self._usages: dict[int, Usage] = {}
+        self._calls: dict[str, list[tuple[Usage, Note]]] = {}
+
+    def add(self, usage: Usage, layer: str, note: Note) -> None:
+        """Takes a note of the engine that is recorded; a layer that a backward pass runs again was noted before."""
+        if usage.owner() is self._owner() and torch._C._current_graph_task_id() == -1:
+            self._usages[id(usage)] = usage
+            self._calls.setdefault(layer, []).append((usage, note))
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Those that took part in some call."""
+        return tuple(dict.fromkeys(expert for usage in self._usages.values() for expert in usage.experts))
+
+    def calls(self, layer: str) -> list[UsedLayer]:
+        """The calls of a layer, over `experts`; those on end that share weights and rows as one."""
+        experts, target = self.experts, self._setting.fitting.layers[layer]
+        found = []
+        for (_, by_input, _), group in groupby(self._calls.get(layer, []), key=_kind_of_call):
+            same = list(group)
+            first = _used(*same[0], target, experts, self._setting)
+            if by_input or first.w_BTE.shape[1] > 1:
+                rest = [_used(usage, note, target, experts, self._setting) for usage, note in same[1:]]
+                found += [first, *rest]
+            else:
+                counts = Counter(note.shape for _, note in same)
+                tokens = {shape: _rows_and_tokens(target, shape, first.w_BTE.shape[1])[1] for shape in counts}
+                found.append(replace(first, num_tokens=sum(tokens[shape] * count for shape, count in counts.items())))
+        return found
+
+    @property
+    def weights(self) -> UsedWeights:
+        """The calls of each layer one after the other on the token axis: a prompt, then the tokens that were generated.
+
+        Raises ScopeError where calls had different numbers of rows.
+        """
+        return UsedWeights(self.experts, {layer: _joined(layer, self.calls(layer)) for layer in self._calls})
+
+
+def last_weights(owner: object, setting: Setting) -> UsedWeights:
+    """The weights of the last forward of `owner` in this context, empty where there was none; what Usage.weights raises."""
+    usage = _STATE.get().by_owner.get(owner)
+    return UsedWeights((), {}) if usage is None else usage.weights(setting)
+
+
+@contextmanager
+def recording(owner: object, setting: Setting) -> Iterator[Trace]:
+    """A trace of `owner` that takes the notes of this context until the block is left."""
+    trace = Trace(owner, setting)
+    _STATE.set(_State(_STATE.get().by_owner, (*_STATE.get().traces, trace)))
+    try:
+        yield trace
+    finally:
+        # not by a token: a generator that was dropped ends in another context
+        _STATE.set(_State(_STATE.get().by_owner, tuple(each for each in _STATE.get().traces if each is not trace)))
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """Of a context: the last usage of each engine, and who records."""
+
+    by_owner: WeakKeyDictionary[object, Usage]
+    traces: tuple[Trace, ...]
+
+
+_NOTHING = _State(WeakKeyDictionary(), ())
+_STATE: ContextVar[_State] = ContextVar("loraweave_usages", default=_NOTHING)
+
+
+def _kind_of_call(call: tuple[Usage, Note]) -> tuple[object, bool, int]:
+    usage, note = call
+    return id(usage), note.w_BTE is not None, note.shape[0] if note.shape else 1
+
+
+def _used(usage: Usage, note: Note, target: TargetLayer, experts: tuple[str, ...], setting: Setting) -> UsedLayer:
+    """The note's weights over `experts`, with 0 for those that leave the layer alone or were not active."""
+    own = usage.experts
+    w_BTE = note.w_BTE
+    if w_BTE is None:
+        w_BTE = torch.zeros(1, 1, len(own)) if usage.mixture is None else usage.mixture.for_layer(target.name)
+    place = {name: at for at, name in enumerate(experts)}
+    taking_part = [at for at, name in enumerate(own) if setting.updates(name, target.name)]
+    found_BTE = w_BTE.new_zeros(*w_BTE.shape[:2], len(experts))
+    found_BTE[..., [place[own[at]] for at in taking_part]] = w_BTE[..., taking_part]
+    kernel = "" if note.kernel is None else note.kernel.__module__.rpartition(".")[2]
+    return UsedLayer(found_BTE, *_rows_and_tokens(target, note.shape, w_BTE.shape[1]), kernel)
+
+
+def _rows_and_tokens(layer: TargetLayer, shape: torch.Size, num_tokens: int) -> tuple[int, int]:
+    """Of a layer's output. One of two axes is rows of as many tokens as the weights have."""
+    rows, tokens = layer.kind.rows(layer.module, torch.empty(shape, device="meta")).shape[:2]
+    if len(shape) == 2 and num_tokens > 1 and rows % num_tokens == 0:
+        return rows // num_tokens, num_tokens
+    return rows, tokens
+
+
+def _joined(layer: str, parts: list[UsedLayer]) -> UsedLayer:
+    if len(parts) == 1:
+        return parts[0]
+    rows = list(dict.fromkeys(part.num_rows for part in parts))
+    if len(rows) > 1:
+        raise ScopeError(
+            f"the recorded calls of layer {layer!r} had {', '.join(map(str, rows))} rows, and are no one batch: record them "
+            "one by one"
+        )
+    # a mixture's own weights stay where they were made, a router's are where the layer is
+    device = parts[0].w_BTE.device
+    w_BTE = torch.cat([spread(part.w_BTE.to(device), part.num_rows, part.num_tokens) for part in parts], dim=1)
+    return UsedLayer(w_BTE, parts[0].num_rows, w_BTE.shape[1])
+
+
+@dataclass(frozen=True, eq=False)
+class UsedLayer:
+    """w_BTE of one layer, where B or T of size 1 is shared by the `num_rows` rows and `num_tokens` tokens of its input.
+
+    `kernel` is the file of `composer/live/kernels/` that mixed it; empty where nothing was added or the layer is not linear.
+    """
+
+    w_BTE: Tensor
+    num_rows: int
+    num_tokens: int
+    kernel: str = ""
+
+    @property
+    def spread_BTE(self) -> Tensor:
+        """A weight for every row and token."""
+        return spread(self.w_BTE, self.num_rows, self.num_tokens)
+
+    def mask(self, attention_mask: Tensor) -> Tensor:
+        """The mask for this layer's own rows and tokens: the last ones, where the mask counts a cache too.
+
+        A layer that takes all tokens as rows of a matrix gets them so. Raises ScopeError where the mask is of another batch.
+        """
+        if attention_mask.numel() == self.num_rows * self.num_tokens:
+            return attention_mask.reshape(self.num_rows, self.num_tokens)
+        rows, tokens = attention_mask.shape
+        if self.num_rows % rows != 0 or tokens < self.num_tokens:
+            raise ScopeError(
+                f"an attention mask of {rows} rows and {tokens} tokens is none for a forward of {self.num_rows} rows and "
+                f"{self.num_tokens} tokens; give the mask of that call"
+            )
+        return attention_mask[:, tokens - self.num_tokens :].repeat_interleave(self.num_rows // rows, dim=0)
+
+
+@dataclass(frozen=True, eq=False)
+class UsedWeights(Mapping[str, Tensor]):
+    """{layer: w_BTE} of the layers that ran, in that order; the last axis are `experts`, those that took part.
+
+    An expert that leaves a layer alone has weight 0 there. `layers` also has the rows and tokens that shared axes stand for.
+    """
+
+    experts: tuple[str, ...]
+    layers: Mapping[str, UsedLayer]
+
+    def __getitem__(self, layer: str) -> Tensor:
+        return self.layers[layer].w_BTE
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def load(self, attention_mask: Tensor | None = None) -> dict[str, Load]:
+        """Each expert's share of every layer, and the entropy; with the mask of the call, without its padding.
+
+        Raises ScopeError for the mask of another batch.
+        """
+        return {
+            name: load(used.spread_BTE, None if attention_mask is None else used.mask(attention_mask))
+            for name, used in self.layers.items()
+        }
+
+
+# weights that are looked at in one piece
+CHUNK = 2**20
+
+
+@dataclass(frozen=True, eq=False)
+class Load:
+    """What the experts of one layer carry, over `num_tokens` tokens of all rows.
+
+    `share_E` is each expert's share of the tokens' absolute weight (sums to 1; all 0 where no token has weight), `chosen_E`
+    the share of tokens whose weight for the expert is not 0. `entropy` is in nats: 0 where every token has one expert,
+    ln E where it has all alike; the mean over the tokens that have weight, NaN where none has.
+    """
+
+    share_E: Tensor
+    chosen_E: Tensor
+    entropy: float
+    num_tokens: int
+
+
+def load(w_BTE: Tensor, mask_BT: Tensor | None = None) -> Load:
+    """The load of weights of one layer, in float64. Tokens where `mask_BT` is 0 (padding) are left out.
+
+    Axes B and T of size 1 are shared by all rows and tokens of the mask. Raises ScopeError where the two do not fit.
+    """
+    if mask_BT is not None:
+        w_BTE = spread(w_BTE, *mask_BT.shape)
+    w_NE = w_BTE.detach().flatten(0, 1)
+    if mask_BT is not None:
+        w_NE = w_NE[mask_BT.flatten().to(w_NE.device) != 0]
+    total_E, chosen_E = torch.zeros(2, w_NE.shape[1], dtype=torch.float64, device=w_NE.device)
+    entropies_N = []
+    for part_NE in torch.split(w_NE, max(1, CHUNK // max(w_NE.shape[1], 1))):
+        total_E += part_NE.double().abs().sum(dim=0)
+        chosen_E += (part_NE != 0).sum(dim=0)
+        entropies_N.append(entropies(part_NE))
+    total = total_E.sum()
+    return Load(
+        share_E=total_E / total if total > 0 else total_E,
+        chosen_E=chosen_E / max(len(w_NE), 1),
+        entropy=float(torch.cat(entropies_N).nanmean()),
+        num_tokens=len(w_NE),
+    )
+
+
+def entropies(w_NE: Tensor) -> Tensor:
+    """entropy_N of |w| normalised over the last axis, in nats and float64; NaN where all weights are 0."""
+    magnitude_NE = w_NE.detach().double().abs()
+    total_N = magnitude_NE.sum(dim=-1)
+    share_NE = magnitude_NE / total_N[..., None]
+    # abs: one expert alone would give -0
+    entropy_N = torch.xlogy(share_NE, share_NE).sum(dim=-1).abs()
+    return torch.where(total_N > 0, entropy_N, torch.nan)
+
+
+def spread(w_BTE: Tensor, num_rows: int, num_tokens: int) -> Tensor:
+    """The weights for so many rows and tokens: a size of 1 is shared, B rows serve k B rows, each k of them on end.
+
+    Raises ScopeError where that does not come out even.
+    """
+    rows, tokens, _ = w_BTE.shape
+    if tokens not in (1, num_tokens) or num_rows % rows != 0:
+        raise ScopeError(
+            f"weights of {rows} rows and {tokens} tokens do not fit a batch or mask of {num_rows} rows and {num_tokens} "
+            "tokens; give the mask of the call that used them"
+        )
+    if rows not in (1, num_rows):
+        w_BTE = w_BTE.repeat_interleave(num_rows // rows, dim=0)
+    return w_BTE.expand(num_rows, num_tokens, -1)

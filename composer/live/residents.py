@@ -1,0 +1,406 @@
+"""The experts' factors where the layers are: brought from disk by way of the host when they are used, within a budget."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from loraweave.common.process import lock_of
+from loraweave.composer.live.layout import Layout, Place, PlacedFactors, place_factors
+from loraweave.composer.live.shelf import Shelf, Slot
+from loraweave.errors import CompositionError
+from loraweave.hub.adapter import Adapter
+
+
+def is_accelerator(device: torch.device) -> bool:
+    """Whether factors reach the device by way of the host."""
+    return device.type != "cpu"
+
+
+class _Key(NamedTuple):
+    """A page of an expert: where its layers are, or a copy on the host; `moves` counts how often the model has moved."""
+
+    name: str
+    copy: bool
+    moves: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Page:
+    """One expert's factors in flat tensors, by layer; `ready` are the events after which a device has them."""
+
+    flats: Mapping[Place, Tensor]
+    parts: Mapping[str, PlacedFactors] = field(default_factory=dict)
+    ready: tuple[torch.cuda.Event, ...] = ()
+
+
+class Residents:
+    """Leases experts in the places of their layers. Any thread may lease, prefetch and release.
+
+    `adapter` gives an expert, bound to the base model; `places` the device and dtype of each layer now, as far as known.
+    Experts stay after their last lease, and go when others need their bytes, those used longest ago first.
+    `device_budget_bytes` is for all devices that `staged` names, `host_budget_bytes` for the CPU's memory: the factors of
+    layers on the CPU, and the copies from which devices are filled. None is no limit.
+    """
+
+    def __init__(
+        self,
+        adapter: Callable[[str], Adapter],
+        places: Callable[[], Mapping[str, Place]],
+        *,
+        device_budget_bytes: int | None = None,
+        host_budget_bytes: int | None = None,
+        staged: Callable[[torch.device], bool] = is_accelerator,
+    ) -> None:
+        self._adapter = adapter
+        self._places_now = places
+        self._staged = staged
+        self._lock = lock_of(self)
+        # one expert at a time goes by way of the host, so that room for one is enough there
+        self._staging = threading.Lock()
+        self._places: Mapping[str, Place] = {}
+        self._moves = 0
+        self._layouts: dict[Hashable, Layout] = {}
+        self._layout_of: dict[str, Layout] = {}
+        self._device: Shelf[_Key, _Page] = Shelf("device_budget_bytes", device_budget_bytes)
+        self._host: Shelf[_Key, _Page] = Shelf("host_budget_bytes", host_budget_bytes)
+        self._num_leases: Counter[str] = Counter()
+        self._hits = self._misses = self._from_disk = self._to_device = 0
+        self._worker: ThreadPoolExecutor | None = None
+        self._process = os.getpid()
+
+    def take_from(self, adapter: Callable[[str], Adapter], places: Callable[[], Mapping[str, Place]]) -> None:
+        """Other experts in place of those that were given at first; `forget` the names that stand for another one now."""
+        with self._lock:
+            self._adapter, self._places_now = adapter, places
+
+    def lease(self, names: Iterable[str]) -> Lease:
+        """The named experts, until the lease is released.
+
+        Raises BudgetExceeded, with nothing allocated or evicted, when they do not fit beside those of other leases; and
+        what opening an adapter raises.
+        """
+        names = tuple(dict.fromkeys(names))
+        lease = self._taken(names)
+        try:
+            lease.fill()
+        except BaseException:
+            lease.release()
+            raise
+        return lease
+
+    def prefetch(self, names: Iterable[str]) -> Future[None]:
+        """Begins to bring the named experts to their places, in a thread of its own; the future is for who wants to wait.
+
+        What goes wrong is the future's; a lease of the same experts raises it again.
+        """
+        wanted = tuple(names)
+        with self._lock:
+            worker = self._worker = self._own_worker() or ThreadPoolExecutor(1, thread_name_prefix="loraweave-prefetch")
+            return worker.submit(lambda: self.lease(wanted).release())
+
+    def settle(self) -> None:
+        """Waits until what was asked to be prefetched so far is there, or has failed."""
+        with self._lock:
+            worker = self._own_worker()
+            done = None if worker is None else worker.submit(lambda: None)
+        if done is not None:
+            done.result()
+
+    def in_use(self, name: str) -> bool:
+        """Whether some lease has the expert."""
+        with self._lock:
+            return self._num_leases[name] > 0
+
+    def forget(self, wanted: Callable[[str], bool] = lambda name: True) -> None:
+        """Lets go of the experts whose names are wanted, but for those in use; others may then have their names."""
+        with self._lock:
+            self._layout_of = {name: layout for name, layout in self._layout_of.items() if not wanted(name)}
+            for shelf in (self._device, self._host):
+                shelf.drop(lambda key: wanted(key.name))
+
+    def close(self) -> None:
+        """Ends prefetching, and lets go of all that is not in use."""
+        worker, self._worker = self._own_worker(), None
+        if worker is not None:
+            worker.shutdown(cancel_futures=True)
+        self.forget()
+
+    @property
+    def residency(self) -> Residency:
+        """The figures so far."""
+        with self._lock:
+            return Residency(
+                num_hits=self._hits,
+                num_misses=self._misses,
+                num_evictions=self._device.num_evictions + self._host.num_evictions,
+                bytes_from_disk=self._from_disk,
+                bytes_to_device=self._to_device,
+                num_on_device=len(self._device),
+                num_on_host=len(self._host),
+                device_bytes=self._device.num_bytes,
+                host_bytes=self._host.num_bytes,
+                device_budget_bytes=self._device.budget_bytes,
+                host_budget_bytes=self._host.budget_bytes,
+            )
+
+    def _own_worker(self) -> ThreadPoolExecutor | None:
+        """The thread that prefetches, where there is one in this process."""
+        self._forget_other_processes()
+        return self._worker
+
+    def _forget_other_processes(self) -> None:
+        """In a process that was forked since: lets go of the threads of the other one, and of what they were about."""
+        if self._process != os.getpid():
+            self._process, self._worker, self._staging = os.getpid(), None, threading.Lock()
+            for shelf in (self._device, self._host):
+                shelf.unlock()
+
+    def _taken(self, names: tuple[str, ...]) -> Lease:
+        """A lease whose pages have their room, and are not all there yet."""
+        what = f"the {len(names)} experts of this activation" if len(names) != 1 else f"the factors of expert {names[0]!r}"
+        while True:
+            moves, layouts, opened = self._laid_out(names)
+            with self._lock:
+                self._forget_other_processes()
+                if moves != self._moves:
+                    continue
+                keys = {_Key(name, False, moves): layouts[name] for name in names}
+                on_device = {key: size for key, layout in keys.items() if (size := layout.num_bytes(self._staged))}
+                on_host = {key: size for key, layout in keys.items() if (size := layout.num_bytes(self._on_host))}
+                passing = max((size for key, size in on_device.items() if key not in self._device), default=0)
+                self._host.require_room({**on_host, _Key("", True, moves): passing}, what)
+                taken = (self._device.take(on_device, what), self._host.take(on_host, what))
+                missing = {key for slots in taken for key, slot in slots.items() if slot.thing is None}
+                self._misses += len(missing)
+                self._hits += len(names) - len(missing)
+                self._num_leases.update(names)
+                return Lease(self, moves, layouts, *taken, opened)
+
+    def _laid_out(self, names: tuple[str, ...]) -> tuple[int, dict[str, Layout], list[Adapter]]:
+        """How often the model has moved, each expert's layout since, and the adapters that were opened to know it."""
+        opened: dict[str, Adapter] = {}
+        while True:
+            with self._lock:
+                # below the lock, so that an older look does not come after a newer one
+                self._look_at(self._places_now())
+                for name, adapter in opened.items():
+                    self._layout_of.setdefault(name, self._layout(adapter))
+                unknown = [name for name in names if name not in self._layout_of]
+                if not unknown:
+                    return self._moves, {name: self._layout_of[name] for name in names}, list(opened.values())
+            # the first adapter with a layer may be what makes the layer's place known, so they are asked for again
+            opened |= {name: self._adapter(name) for name in unknown}
+
+    def _look_at(self, places: Mapping[str, Place]) -> None:
+        if any(places.get(layer) != place for layer, place in self._places.items()):
+            self._moves += 1
+            self._layouts, self._layout_of = {}, {}
+            for shelf in (self._device, self._host):
+                shelf.drop(lambda key: True)
+        self._places = dict(places)
+
+    def _layout(self, adapter: Adapter) -> Layout:
+        parts = tuple((factors.rank, factors.gain_O is None, factors.bias_O is None) for factors in adapter.layers.values())
+        key = (adapter.form, parts)
+        if key not in self._layouts:
+            self._layouts[key] = Layout(adapter, self._places, self._staged)
+        return self._layouts[key]
+
+    def _on_host(self, device: torch.device) -> bool:
+        return not self._staged(device)
+
+    def _on_host_page(self, name: str, layout: Layout) -> _Page:
+        adapter = self._adapter(name)
+        flats = layout.flats(adapter, self._on_host)
+        with self._lock:
+            self._from_disk += layout.num_bytes(self._on_host)
+        return _Page(flats, layout.placed(flats, adapter, self._on_host))
+
+    def _on_device_page(self, name: str, layout: Layout, moves: int) -> _Page:
+        size = layout.num_bytes(self._staged)
+        with self._staging:
+            key = _Key(name, True, moves)
+            with self._lock:
+                taken = self._host.take({key: size}, f"the host's copy of expert {name!r}")
+            try:
+                if (page := taken[key].thing) is None:
+                    pinned = any(place[0].type == "cuda" for place in layout.places)
+                    page = taken[key].thing = _Page(layout.flats(self._adapter(name), self._staged, pinned=pinned))
+                    with self._lock:
+                        self._from_disk += size
+                flats = {
+                    place: torch.empty_like(flat, device=place[0]).copy_(flat, non_blocking=True)
+                    for place, flat in page.flats.items()
+                }
+            finally:
+                with self._lock:
+                    self._host.give_back(taken)
+        with self._lock:
+            self._to_device += size
+        events = [torch.cuda.current_stream(place[0]).record_event() for place in flats if place[0].type == "cuda"]
+        return _Page(flats, layout.placed(flats, None, self._staged), tuple(events))
+
+    def _give_back(self, lease: Lease) -> None:
+        with self._lock:
+            self._device.give_back(lease.on_device)
+            self._host.give_back(lease.on_host)
+            self._num_leases -= Counter(lease.names)
+            if lease.moves != self._moves:
+                for shelf in (self._device, self._host):
+                    shelf.drop(lambda key: key.moves != self._moves)
+
+
+class Lease:
+    """Experts that stay in their places until `release`."""
+
+    def __init__(
+        self,
+        residents: Residents,
+        moves: int,
+        layouts: Mapping[str, Layout],
+        on_device: Mapping[_Key, Slot[_Page]],
+        on_host: Mapping[_Key, Slot[_Page]],
+        opened: list[Adapter],
+    ) -> None:
+        self.moves = moves
+        self.on_device = on_device
+        self.on_host = on_host
+        self._residents = residents
+        self._layouts = layouts
+        # held until the pages are filled, so that none is opened twice
+        self._opened = opened
+        self._parts: dict[str, dict[str, PlacedFactors]] = {}
+        self._elsewhere: dict[tuple[str, str], PlacedFactors] = {}
+        self._released = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The experts that are leased."""
+        return tuple(self._layouts)
+
+    def fill(self) -> None:
+        """Brings the pages where they are not yet; another thread that is about one is waited for."""
+        for name in self._layouts:
+            self._fill(name)
+        self._opened = []
+
+    def _fill(self, name: str) -> None:
+        layout, key = self._layouts[name], _Key(name, False, self.moves)
+        parts: dict[str, PlacedFactors] = {}
+        if (slot := self.on_device.get(key)) is not None:
+            page = _filled(slot, lambda: self._residents._on_device_page(name, layout, self.moves))
+            for event in page.ready:
+                torch.cuda.current_stream(event.device).wait_event(event)
+            parts |= page.parts
+        if (slot := self.on_host.get(key)) is not None:
+            parts |= _filled(slot, lambda: self._residents._on_host_page(name, layout)).parts
+        self._parts[name] = parts
+
+    def renew(self) -> Lease:
+        """Another lease of the very same factors, which this one's end does not end. CompositionError after that end."""
+        residents = self._residents
+        with residents._lock:
+            if self._released:
+                raise CompositionError("this activation is closed, and runs nothing: call run() while it is open")
+            taken = [
+                shelf.take({key: slot.num_bytes for key, slot in slots.items()}, "they")
+                for shelf, slots in ((residents._device, self.on_device), (residents._host, self.on_host))
+            ]
+            residents._num_leases.update(self.names)
+            again = Lease(residents, self.moves, self._layouts, taken[0], taken[1], [])
+            again._parts, again._elsewhere = self._parts, dict(self._elsewhere)
+            return again
+
+    def updates(self, name: str, layer: str) -> bool:
+        """Whether the expert has factors in a layer, wherever that is."""
+        return layer in self._layouts[name].layers
+
+    def part(self, name: str, layer: str, device: torch.device, dtype: torch.dtype) -> PlacedFactors | None:
+        """The expert's factors in a layer, there and in that dtype; None where it has none.
+
+        A layer whose place was not known, or that has moved since, has its factors placed anew, beside the budget.
+        """
+        found = self._parts[name].get(layer)
+        if found is None and not self.updates(name, layer):
+            return None
+        if found is None or found.a_RI.device != device or found.a_RI.dtype != dtype:
+            found = self._elsewhere.get((name, layer))
+            if found is None or found.a_RI.device != device or found.a_RI.dtype != dtype:
+                with torch.inference_mode(False), torch.no_grad():
+                    found = place_factors(self._residents._adapter(name).layers[layer], device, dtype)
+                self._elsewhere[name, layer] = found
+        return found
+
+    def release(self) -> None:
+        """Gives the experts back; once is enough."""
+        with self._residents._lock:
+            if self._released:
+                return
+            self._released = True
+        self._parts, self._elsewhere, self._opened = {}, {}, []
+        self._residents._give_back(self)
+
+
+def _filled(slot: Slot[_Page], make: Callable[[], _Page]) -> _Page:
+    with slot.lock:
+        if slot.thing is None:
+            # ordinary tensors even below inference_mode: a later training step may have to save them
+            with torch.inference_mode(False), torch.no_grad():
+                slot.thing = make()
+        return slot.thing
+
+
+@dataclass(frozen=True)
+class Residency:
+    """Counts since the Composer was made, and what is resident now. All sizes in bytes; a budget of None is no limit.
+
+    A hit is an expert of an activation (or prefetch) that was where the layers are; a miss one that had to be brought
+    there. `host` is the CPU's memory: the experts of layers on the CPU, and copies kept for other devices. Factors that
+    stay mapped from the hub's file count as resident, though the operating system may drop their pages.
+    """
+
+    num_hits: int
+    num_misses: int
+    num_evictions: int
+    bytes_from_disk: int
+    bytes_to_device: int
+    num_on_device: int
+    num_on_host: int
+    device_bytes: int
+    host_bytes: int
+    device_budget_bytes: int | None
+    host_budget_bytes: int | None
+
+    def __str__(self) -> str:
+        asked = self.num_hits + self.num_misses
+        share = f" ({self.num_hits / asked:.0%})" if asked else ""
+        return "\n".join(
+            [
+                f"hits       {self.num_hits:,} of {asked:,}{share}, {self.num_evictions:,} evictions",
+                f"moved      {_size(self.bytes_from_disk)} disk to host, {_size(self.bytes_to_device)} host to device",
+                f"on device  {_held(self.num_on_device, self.device_bytes, self.device_budget_bytes)}",
+                f"on host    {_held(self.num_on_host, self.host_bytes, self.host_budget_bytes)}",
+            ]
+        )
+
+
+def _held(number: int, size: int, budget: int | None) -> str:
+    limit = "no limit" if budget is None else f"{size / budget:.0%} of {_size(budget)}"
+    return f"{number:,} experts, {_size(size)} ({limit})"
+
+
+def _size(num_bytes: int) -> str:
+    value, units = float(num_bytes), iter(("B", "KiB", "MiB", "GiB"))
+    unit = next(units)
+    while value >= 1024 and unit != "GiB":
+        value, unit = value / 1024, next(units)
+    return f"{value:,.0f} {unit}" if unit == "B" else f"{value:,.1f} {unit}"

@@ -1,0 +1,100 @@
+"""What `activate` takes, as weights over the experts of a pool or as the router that it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from loraweave.common.names import near_misses, unknown_expert
+from loraweave.errors import ScopeError, WeightingError
+from loraweave.hub.pool import ExpertPool
+from loraweave.routers.combined import ByRow, by_row
+from loraweave.routers.tokens._router import TokenRouter
+from loraweave.routers.weights import MixtureWeights
+from loraweave.types import Router
+
+
+def resolve(mixture: Any, pool: ExpertPool, bound: ExpertPool | None = None) -> MixtureWeights | Router:
+    """What activate() takes, as weights in the order of the pool's experts, or as the router that it is.
+
+    `bound` has the same experts with all that depends on the base resolved; a router may be for these.
+    Weights that learn stay in the order that they are given in, since a copy would not follow them. A list has one mixture
+    for each row of the batch: {name: weight}, None, MixtureWeights of one row, or a router.
+    Raises WeightingError for anything else and for a router of another pool, UnknownExpert for a name that the pool has not.
+    """
+    if isinstance(mixture, MixtureWeights):
+        return _aligned(mixture, pool)
+    if isinstance(mixture, Mapping):
+        return _named([mixture], pool)
+    if callable(getattr(mixture, "weights", None)):
+        if isinstance(mixture, TokenRouter):
+            mixture.require_pool(bound if bound is not None and mixture.members.same_experts(bound) else pool)
+        return mixture  # type: ignore[no-any-return]
+    if isinstance(mixture, Iterable) and not isinstance(mixture, str):
+        rows = list(mixture)
+        if all(row is None or isinstance(row, Mapping) for row in rows):
+            return _named(rows, pool)
+        return by_row([_row(number, row, pool, bound) for number, row in enumerate(rows)], pool.names)
+    raise WeightingError(
+        f"a mixture is {{name: weight}}, a list with one of these (None: the base) per row, MixtureWeights or a router, "
+        f"not {mixture!r}; {{}} is the base model"
+    )
+
+
+def _named(rows: list[Mapping[str, float] | None], pool: ExpertPool) -> MixtureWeights:
+    """Weights over the experts that the rows name, so that their number and not the pool's size is what counts."""
+    used = {name for row in rows if row for name in row}
+    for name in used:
+        if name not in pool.places:
+            raise unknown_expert(name, pool.names)
+    return MixtureWeights.of(rows, sorted(used, key=pool.places.__getitem__))
+
+
+def _row(number: int, row: Any, pool: ExpertPool, bound: ExpertPool | None) -> Router | None:
+    """One row's mixture as a router over all of the pool's experts; weights that learn stay those of their own."""
+    if row is None:
+        return None
+    resolved = resolve(row, pool, bound)
+    if not isinstance(resolved, MixtureWeights):
+        own = getattr(resolved, "experts", pool.names)
+        if isinstance(resolved, ByRow) or tuple(own) != pool.names:
+            raise WeightingError(
+                f"row {number} of the mixture is a {type(resolved).__name__} for {own}, but the pool has {pool.names}, in "
+                "this order; give each row a router for this pool"
+            )
+        return resolved
+    if resolved.values_BTLE.shape[0] != 1:
+        raise ScopeError(f"row {number} of the mixture has weights for {resolved.values_BTLE.shape[0]} rows; give one row")
+    if resolved.values_BTLE.requires_grad:
+        return resolved
+    place_E = torch.tensor([pool.places[name] for name in resolved.experts], dtype=torch.long)
+    values_BTLE = resolved.values_BTLE.new_zeros(*resolved.values_BTLE.shape[:3], len(pool))
+    return MixtureWeights(values_BTLE.index_copy(3, place_E, resolved.values_BTLE), pool.names, resolved.layers)
+
+
+def _aligned(mixture: MixtureWeights, pool: ExpertPool) -> MixtureWeights:
+    if len(set(mixture.experts)) != len(mixture.experts):
+        raise WeightingError(f"the mixture names an expert twice: {', '.join(map(repr, mixture.experts))}")
+    if len(set(mixture.layers)) != len(mixture.layers):
+        raise WeightingError(f"the mixture names a layer twice: {', '.join(map(repr, mixture.layers))}")
+    for name in mixture.experts:
+        if name not in pool.adapters:
+            raise unknown_expert(name, pool.names)
+    if mixture.layers:
+        # those of a lazy pool are opened to be known, so only those that the mixture names
+        known = set((pool.subset(mixture.experts) if pool.lazy and mixture.experts else pool).layer_names)
+        for index, layer in enumerate(mixture.layers):
+            if layer not in known and bool((mixture.values_BTLE[:, :, index] != 0).any()):
+                close = near_misses(layer, known)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise WeightingError(
+                    f"the mixture gives weights to layer {layer!r}, which no expert of the pool updates{hint}"
+                )
+    if mixture.values_BTLE.requires_grad:
+        # the very tensor, which an optimizer changes between calls
+        return mixture
+    # in the order of the pool, so that one set of experts is one set, and gives the same bits, however it was named
+    order = sorted(range(len(mixture.experts)), key=lambda index: pool.places[mixture.experts[index]])
+    return MixtureWeights(mixture.values_BTLE[..., order], tuple(mixture.experts[index] for index in order), mixture.layers)

@@ -1,0 +1,340 @@
+"""Weights that are known before the model runs and that all tokens of a row share: each layer's kernel is made once."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from weakref import finalize
+
+import torch
+from torch import Tensor
+
+from loraweave.common.process import lock_of
+from loraweave.composer.live.kernels._cost import Workload, choose
+from loraweave.composer.live.kernels._own_precision import own_precision
+from loraweave.composer.live.kernels._parts import Kernel, RowSets, place_of, repeated, row_sets
+from loraweave.composer.live.kernels._rank_tables import triton_runs
+from loraweave.composer.live.kernels._some_rows import SomeRows
+from loraweave.composer.live.kernels.dense import Stack
+from loraweave.composer.live.kernels.gathered import Gathered
+from loraweave.composer.live.kernels.merged import Merged
+from loraweave.composer.live.kernels.segments import Segments
+from loraweave.composer.live.kernels.shared import Shared
+from loraweave.composer.live.kernels.triton_gathered import TritonGathered
+from loraweave.composer.live.kernels.triton_segments import TritonSegments
+from loraweave.composer.live.layout import PlacedFactors
+from loraweave.composer.live.residents import Lease
+from loraweave.composer.model.layers import TargetLayer
+from loraweave.errors import ScopeError
+from loraweave.routers.weights import MixtureWeights
+
+
+@dataclass(frozen=True, eq=False)
+class LayerMixture:
+    """What a layer adds in one forward pass: a product and an affine part, each None where no expert has one.
+
+    `w_BTE` are the weights, where they are made in the call.
+    """
+
+    kernel: Kernel | None
+    affine: Affine | None
+    w_BTE: Tensor | None = None
+
+
+class RowWeights:
+    """A mixture for each of M rows, M = 1 for all; `mixture` names the active experts only."""
+
+    learns = False
+
+    def __init__(self, mixture: MixtureWeights, workspace: Workspace) -> None:
+        self._mixture = mixture
+        self._workspace = workspace
+        # gathered factors go back with this object, which alone refers to them
+        self._borrowed: list[Tensor] = []
+        self._return = finalize(self, workspace.give, self._borrowed)
+        self._return.atexit = False
+        self._num_mixtures = mixture.values_BTLE.shape[0]
+        self._common = _rows(mixture.values_BTLE[:, :, 0]) if not mixture.layers else None
+        self._used = {
+            layer for index, layer in enumerate(mixture.layers) if bool((mixture.values_BTLE[:, :, index] != 0).any())
+        }
+        self._layers: dict[str, _LayerRows] = {}
+        # of the layers in which the experts have these ranks, 0 where one has none
+        self._ranked: dict[tuple[int, ...], RankedRows] = {}
+
+    @property
+    def num_mixtures(self) -> int:
+        return self._num_mixtures
+
+    @property
+    def num_tokens(self) -> int:
+        return 1
+
+    @property
+    def num_bytes(self) -> int:
+        """What the kernels that were made so far keep."""
+        # of a list, since a forward in another thread may add a layer meanwhile
+        return sum(rows.num_bytes for rows in list(self._layers.values()))
+
+    def escaped(self) -> None:
+        """Says that a graph of autograd may keep what was gathered longer than this object."""
+        self._return.detach()
+
+    def skips(self, layer: str) -> bool:
+        return not any(self._common) if self._common is not None else layer not in self._used
+
+    def mixture(
+        self, layer: TargetLayer, x_BTI: Tensor, device: torch.device, dtype: torch.dtype, lease: Lease
+    ) -> LayerMixture:
+        """Raises ScopeError, naming the layer and both counts, where the rows are no multiple of the mixture's."""
+        num_rows, num_tokens = x_BTI.shape[:2]
+        if num_rows % self._num_mixtures:
+            raise ScopeError(
+                f"the weights have {self._num_mixtures} rows, but the input of layer {layer.name!r} has {num_rows}, no "
+                "multiple; give one mixture for each row of the batch, or one mapping for all"
+            )
+        found = self._layers.get(layer.name)
+        with torch.inference_mode(False), torch.no_grad():
+            if found is None or found.device != device or found.dtype != dtype:
+                found = self._layers[layer.name] = self._made(layer.name, device, dtype, lease)
+            kernel = None
+            if found.ranked.touched:
+                kernel = self._kernel(found, layer, num_rows // self._num_mixtures * num_tokens, lease)
+        return LayerMixture(kernel, found.affine)
+
+    def _made(self, layer: str, device: torch.device, dtype: torch.dtype, lease: Lease) -> _LayerRows:
+        placed = [lease.part(name, layer, device, dtype) for name in self._mixture.experts]
+        ranks = tuple(0 if part is None else part.a_RI.shape[0] for part in placed)
+        if self._common is None:
+            ranked = RankedRows.of(_rows(self._mixture.for_layer(layer)), ranks)
+        else:
+            ranked = self._ranked.get(ranks) or self._ranked.setdefault(ranks, RankedRows.of(self._common, ranks))
+        table = AffineTable.of(placed)
+        affine = None if table is None else table.weighted(self._mixture.for_layer(layer).to(device))
+        return _LayerRows(device, dtype, ranked, affine)
+
+    def _kernel(self, found: _LayerRows, layer: TargetLayer, tokens: int, lease: Lease) -> Kernel:
+        """The kernel for so many tokens a row; those of one choice share it."""
+        choice = choose(found.workload(layer.num_inputs, layer.num_outputs, tokens))
+        dtype = torch.promote_types(found.dtype, torch.float32) if choice.exact else found.dtype
+        key = choice.path, dtype
+        if key not in found.kernels:
+            names = [self._mixture.experts[place] for place in found.ranked.places]
+            parts = [lease.part(name, layer.name, found.device, found.dtype) for name in names]
+            found.kernels[key] = self._make(choice.path, found, [part for part in parts if part is not None], dtype)
+        return found.kernels[key]
+
+    def _make(self, path: str, found: _LayerRows, parts: list[PlacedFactors], dtype: torch.dtype) -> Kernel:
+        rows = found.ranked.rows
+        kernel: Kernel
+        if path == "shared":
+            kernel = Shared.of(parts, rows[0], dtype)
+        elif path == "merged":
+            kernel = Merged.of(parts, rows[0], dtype)
+        elif path == "gathered":
+            kernel = Gathered.of(parts, rows, dtype, partial(self._borrow, dtype, found.device))
+        elif path == "segments":
+            kernel = Segments.of(parts, rows, dtype)
+        elif path == "triton_gathered":
+            kernel = TritonGathered.of(parts, rows, dtype)
+        elif path == "triton_segments":
+            kernel = TritonSegments.of(parts, rows, dtype)
+        else:
+            kernel = Stack.of(parts, dtype).weighted(_stacked_weights(rows, len(parts), dtype, found.device))
+        touched = found.ranked.touched
+        if len(touched) == self._num_mixtures:
+            return kernel
+        return SomeRows(kernel, self._num_mixtures, place_of(touched, found.device))
+
+    def _borrow(self, dtype: torch.dtype, device: torch.device, num_elements: int) -> Tensor:
+        tensor = self._workspace.take(num_elements, dtype, device)
+        self._borrowed.append(tensor)
+        return tensor
+
+
+def _rows(w_BTE: Tensor) -> RowSets:
+    rows = row_sets(w_BTE.detach())
+    assert rows is not None
+    return rows
+
+
+@dataclass(frozen=True, eq=False)
+class RankedRows:
+    """Rows of mixtures in layers where the experts have certain ranks.
+
+    `places` are the experts that have any, `touched` the numbers of the rows that use one of those, and `rows` their sets,
+    by place among `places`. The sums of ranks are those of a `Workload`.
+    """
+
+    places: tuple[int, ...]
+    touched: tuple[int, ...]
+    rows: RowSets
+    largest: int
+    total: int
+    num_segments: int
+    distinct: int
+    stacked: int
+
+    @classmethod
+    def of(cls, rows: RowSets, ranks: tuple[int, ...]) -> RankedRows:
+        """Of the sets of all rows, for experts of these ranks; 0 for one that has no factors."""
+        places = tuple(place for place, rank in enumerate(ranks) if rank)
+        if len(places) < len(ranks):
+            number = {place: number for number, place in enumerate(places)}
+            rows = tuple(tuple((number[place], w) for place, w in row if place in number) for row in rows)
+        own = [ranks[place] for place in places]
+        touched = tuple(number for number, row in enumerate(rows) if row)
+        rows = tuple(rows[number] for number in touched)
+        sums = [sum(own[p] for p, _ in row) for row in rows]
+        distinct = set(rows)
+        return cls(
+            places,
+            touched,
+            rows,
+            largest=max(sums, default=0),
+            total=sum(sums),
+            num_segments=len(distinct),
+            distinct=sum(sum(own[p] for p, _ in row) for row in distinct),
+            stacked=sum(own[p] for p in {p for row in distinct for p, _ in row}),
+        )
+
+
+class _LayerRows:
+    """One layer's rows, and the kernels that were made of them."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, ranked: RankedRows, affine: Affine | None) -> None:
+        self.device = device
+        self.dtype = dtype
+        self.ranked = ranked
+        self.affine = affine
+        self.kernels: dict[tuple[str, torch.dtype], Kernel] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(kernel.num_bytes for kernel in list(self.kernels.values()))
+
+    def workload(self, num_inputs: int, num_outputs: int, tokens: int) -> Workload:
+        ranked = self.ranked
+        return Workload(
+            num_mixtures=len(ranked.touched),
+            tokens=tokens,
+            largest=ranked.largest,
+            total=ranked.total,
+            num_segments=ranked.num_segments,
+            distinct=ranked.distinct,
+            stacked=ranked.stacked,
+            num_inputs=num_inputs,
+            num_outputs=num_outputs,
+            itemsize=self.dtype.itemsize,
+            device=self.device.type,
+            triton=triton_runs(self.device, self.dtype),
+        )
+
+
+def _stacked_weights(rows: RowSets, num_parts: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    w_B1P = torch.zeros(len(rows), 1, num_parts, dtype=torch.promote_types(dtype, torch.float32))
+    for number, row in enumerate(rows):
+        for p, weight in row:
+            w_B1P[number, 0, p] = weight
+    return w_B1P.to(device)
+
+
+@dataclass(frozen=True, eq=False)
+class AffineTable:
+    """The gains and biases of a layer's experts, zero for one that has none; in fp32 or better."""
+
+    gain_EO: Tensor | None
+    bias_EO: Tensor | None
+    has_gain_E: Tensor
+
+    @classmethod
+    def of(cls, parts: Sequence[PlacedFactors | None]) -> AffineTable | None:
+        """Of a layer's experts, None for one that leaves the layer alone; None where no expert has a gain or a bias."""
+        gain_EO = _table([None if part is None else part.gain_O for part in parts])
+        bias_EO = _table([None if part is None else part.bias_O for part in parts])
+        present = gain_EO if gain_EO is not None else bias_EO
+        if present is None:
+            return None
+        has_gain = [part is not None and part.gain_O is not None for part in parts]
+        return cls(gain_EO, bias_EO, torch.tensor(has_gain, device=present.device))
+
+    def weighted(self, w_BTE: Tensor) -> Affine:
+        """The sums over the experts; B and T may be 1."""
+        touched_BT1 = None
+        if self.gain_EO is not None and not w_BTE.requires_grad:
+            touched_BT1 = ((w_BTE != 0) & self.has_gain_E).any(dim=-1, keepdim=True)
+        with own_precision(w_BTE.device):
+            return Affine(
+                None if self.gain_EO is None else w_BTE.to(self.gain_EO.dtype) @ self.gain_EO,
+                None if self.bias_EO is None else w_BTE.to(self.bias_EO.dtype) @ self.bias_EO,
+                touched_BT1,
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """The mixed gain and bias of each row (and token, where weights vary by token), and where some expert's gain counts."""
+
+    gain_BTO: Tensor | None
+    bias_BTO: Tensor | None
+    touched_BT1: Tensor | None
+
+    def on(self, y_BTO: Tensor, base_bias_O: Tensor | None) -> Tensor:
+        """What is to be added to the base layer's output y, in fp32 or better."""
+        total = torch.zeros((), device=y_BTO.device)
+        if self.gain_BTO is not None:
+            y0_BTO = y_BTO.to(self.gain_BTO.dtype)
+            y0_BTO = y0_BTO if base_bias_O is None else y0_BTO - base_bias_O.to(y0_BTO)
+            total = repeated(self.gain_BTO, y_BTO.shape[0]) * y0_BTO
+            if self.touched_BT1 is not None:
+                # a row without a gain stays what it is also where the base has overflowed
+                total = torch.where(repeated(self.touched_BT1, y_BTO.shape[0]), total, 0.0)
+        if self.bias_BTO is not None:
+            total = total + repeated(self.bias_BTO, y_BTO.shape[0])
+        return total
+
+
+def _table(rows: list[Tensor | None]) -> Tensor | None:
+    present = next((row for row in rows if row is not None), None)
+    if present is None:
+        return None
+    return torch.stack([torch.zeros_like(present) if row is None else row for row in rows])
+
+
+_Kind = tuple[int, torch.dtype, torch.device]
+
+
+class Workspace:
+    """Flat tensors that were given back, up to `max_bytes` in all; beyond that the kinds longest unused go first."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._lock = lock_of(self)
+        self._free: OrderedDict[_Kind, list[Tensor]] = OrderedDict()
+        self.num_bytes = 0
+
+    def take(self, num_elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A flat tensor of any content, which nothing else refers to."""
+        with self._lock:
+            kept = self._free.get((num_elements, dtype, device))
+            if kept:
+                self._free.move_to_end((num_elements, dtype, device))
+                tensor = kept.pop()
+                self.num_bytes -= tensor.nbytes
+                return tensor
+        return torch.empty(num_elements, dtype=dtype, device=device)
+
+    def give(self, tensors: Iterable[Tensor]) -> None:
+        """Takes tensors back, to which nothing may refer any more."""
+        with self._lock:
+            for tensor in tensors:
+                self._free.setdefault((tensor.numel(), tensor.dtype, tensor.device), []).append(tensor)
+                self.num_bytes += tensor.nbytes
+            while self.num_bytes > self._max_bytes:
+                kind, kept = next(iter(self._free.items()))
+                if kept:
+                    self.num_bytes -= kept.pop().nbytes
+                else:
+                    del self._free[kind]

@@ -1,0 +1,174 @@
+"""Attributes of a model's modules that something stands in for, and that they get back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraweave.routers.tokens._call import prompted
+from loraweave.routers.tokens._model import BlockInput, running
+
+# what a module has of hooks: each dictionary, and those beside it under the same keys
+_HOOKS = {
+    "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
+}
+_STATE = "__getstate__"
+
+
+class StandIn:
+    """What is in a module while a mixture is active: a hook, or something one of whose methods stands in for an attribute.
+
+    A copy of the module that is made meanwhile, or a pickle, is without it (`CleanCopies`).
+    """
+
+    def own(self, name: str) -> Any:
+        """What the module has under this name otherwise; None for its class's."""
+        return None
+
+
+class CleanCopies:
+    """From `install` to `remove`, a copy or a pickle of the module has nothing that stands in, but what it has otherwise."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def install(self) -> None:
+        # not where another one does it by now
+        vars(self._module).setdefault(_STATE, self._without)
+
+    def _without(self) -> Any:
+        state_of: Callable[[nn.Module], Any] = type(self._module).__getstate__
+        found = state_of(self._module)
+        if not isinstance(found, dict):
+            return found
+        state = {name: value for name, value in found.items() if name != _STATE}
+        for name in list(state):
+            stand_in = getattr(value := state[name], "__self__", None)
+            while isinstance(stand_in, StandIn):
+                stand_in = getattr(value := stand_in.own(name), "__self__", None)
+            state[name] = value
+            # an own forward that is the class's stands there only to be seen
+            if stand_in is self._module and name == "forward" and value == MethodType(type(stand_in).forward, stand_in):
+                value = None
+            if value is None and found[name] is not None:
+                del state[name]
+        for name, beside in _HOOKS.items():
+            ours = {key for key, hook in state.get(name, {}).items() if isinstance(hook, StandIn)}
+            for each in (name, *beside):
+                if ours and each in state:
+                    state[each] = type(state[each])((key, hook) for key, hook in state[each].items() if key not in ours)
+        return state
+
+    def remove(self) -> None:
+        give_back(self._module, _STATE, None, self)
+
+
+def give_back(module: nn.Module, name: str, own: Any, stand_in: object) -> bool:
+    """The module has its `own` attribute again, or its class's where that is None, if the one it has is a bound method of
+    `stand_in`. False, with nothing changed, where another stands in by now, which calls this one."""
+    if getattr(vars(module).get(name), "__self__", None) is not stand_in:
+        return False
+    if own is None:
+        del vars(module)[name]
+    else:
+        vars(module)[name] = own
+    return True
+
+
+# how transformers calls what runs a block without keeping what is inside it
+CHECKPOINT = "_gradient_checkpointing_func"
+
+
+class WatchedBlock(StandIn):
+    """Stands in for a block's `forward`: says what the block is given, also when gradient checkpointing runs it again."""
+
+    def __init__(self, path: str, block: nn.Module) -> None:
+        self.path = path
+        self._block = block
+        self._tells = True
+        self._own = {name: vars(block).get(name) for name in ("forward", CHECKPOINT)}
+        self._forward = block.forward
+        block.forward = self.run  # type: ignore[method-assign]
+        if self._own[CHECKPOINT] is not None:
+            vars(block)[CHECKPOINT] = self.checkpoint
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's forward."""
+        with self._running(args, kwargs):
+            return self._forward(*args, **kwargs)
+
+    def checkpoint(self, function: Callable[..., Any], *args: Any) -> Any:
+        """The block's checkpointing, which calls the function now and in the backward pass."""
+        own: Any = self._own[CHECKPOINT]
+        return own(partial(self._again, function), *args)
+
+    def _again(self, function: Callable[..., Any], *args: Any) -> Any:
+        with self._running(args, getattr(function, "keywords", {})):
+            return function(*args)
+
+    def _running(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> AbstractContextManager[None]:
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        x_BTI = kwargs.get("hidden_states", given[0] if given else None)
+        # in code made by torch.compile layers find no input, and say so
+        if not self._tells or torch.compiler.is_compiling() or not isinstance(x_BTI, Tensor) or x_BTI.ndim != 3:
+            return nullcontext()
+        beside = frozenset(each.data_ptr() for each in given if each is not x_BTI)
+        return running(BlockInput(self.path, x_BTI, beside))
+
+    def own(self, name: str) -> Any:
+        return self._own[name]
+
+    def remove(self) -> None:
+        """Gives the block back what it had. Where another stands in for this one by now, that stays, and calls this."""
+        self._tells = False
+        for name, own in self._own.items():
+            give_back(self._block, name, own, self)
+
+
+class PromptedGenerate(StandIn):
+    """Stands in for `generate`, which calls the model once a token, so that no call can tell a prompt from an answer.
+
+    `begin` shows the router the prompts: an encoder runs before the model's own first call.
+    """
+
+    def __init__(self, model: nn.Module, begin: Callable[[dict[str, Any]], None]) -> None:
+        self._model = model
+        self._begin = begin
+        self._own = vars(model).get("generate")
+        self._generate: Callable[..., Any] = model.generate  # type: ignore[assignment]
+        vars(model)["generate"] = self.run
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's generate."""
+        ids_BT = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        if not isinstance(ids_BT, Tensor) or ids_BT.ndim != 2 or ids_BT.is_floating_point():
+            return self._generate(*args, **kwargs)
+        mask_BT = kwargs.get("attention_mask")
+        mask_BT = mask_BT if isinstance(mask_BT, Tensor) else self._inferred(ids_BT, kwargs)
+        with prompted(ids_BT, mask_BT):
+            if getattr(getattr(self._model, "config", None), "is_encoder_decoder", False):
+                self._begin({"input_ids": ids_BT, "attention_mask": mask_BT})
+            return self._generate(*args, **kwargs)
+
+    def _inferred(self, ids_BT: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """The mask that generate makes where it is given none: padding is the padding token, unless that ends sequences."""
+        given = kwargs.get("generation_config") or getattr(self._model, "generation_config", None)
+        pad = kwargs.get("pad_token_id", getattr(given, "pad_token_id", None))
+        end = kwargs.get("eos_token_id", getattr(given, "eos_token_id", None))
+        if pad is None or pad in (end if isinstance(end, list | tuple) else [end]):
+            return torch.ones_like(ids_BT)
+        return ids_BT.ne(int(pad)).long()
+
+    def own(self, name: str) -> Any:
+        return self._own
+
+    def remove(self) -> None:
+        """Gives the model its own `generate` back."""
+        give_back(self._model, "generate", self._own, self)

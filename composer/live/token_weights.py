@@ -1,0 +1,496 @@
+"""Weights that vary by token, learn, or come from a router: one stack of all experts a layer, weighted in every call."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from loraweave.composer.live.kernels._cost import TokenWorkload, sorting_pays
+from loraweave.composer.live.kernels._own_precision import own_precision
+from loraweave.composer.live.kernels.dense import Made, Stack, by_input
+from loraweave.composer.live.kernels.sorted_tokens import SortedTokens
+from loraweave.composer.live.layout import PlacedFactors
+from loraweave.composer.live.residents import Lease
+from loraweave.composer.live.row_weights import AffineTable, LayerMixture
+from loraweave.composer.model.layers import TargetLayer
+from loraweave.errors import CompositionError, ScopeError, WeightingError
+from loraweave.routers.combined import ByRow, by_row, parts_of
+from loraweave.routers.tokens._call import with_tokenizer
+from loraweave.routers.tokens._router import TokenRouter
+from loraweave.routers.weights import MixtureWeights
+from loraweave.types import AlongDirections, Router
+
+# experts of a token that sorting has to beat before a router looks at its input
+SOME_CHOSEN = 2
+
+
+@dataclass(eq=False)
+class _LayerStack:
+    """One layer's experts: the names of those with factors, and their places among all where some have none.
+
+    Their factors are put side by side when they are first needed so.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    experts: tuple[str, ...]
+    place_P: Tensor | None
+    num_ranks: int
+    table: AffineTable | None
+    stack: Stack | None = None
+    # the rows of a_SI, which lie in the same memory, and a router's directions below them
+    joint_QI: Tensor | None = None
+    directions_PI: Tensor | None = None
+    version: int = 0
+
+    def joined(self, stack: Stack, v_PI: Tensor) -> Tensor:
+        """joint_QI for directions as they are now."""
+        if self.joint_QI is None or self.directions_PI is not v_PI or self.version != v_PI._version:
+            with torch.inference_mode(False), torch.no_grad():
+                self.joint_QI = by_input(torch.cat([stack.a_SI, v_PI]))
+                self.stack = replace(stack, a_SI=self.joint_QI[: self.num_ranks])
+            self.directions_PI, self.version = v_PI, v_PI._version
+        return self.joint_QI
+
+    @property
+    def num_bytes(self) -> int:
+        extra = 0 if self.directions_PI is None else self.directions_PI.nbytes
+        return extra + (0 if self.stack is None else self.stack.num_bytes)
+
+
+@dataclass(eq=False)
+class _Known:
+    """Of weights: how many a token are not zero, once that was counted; for what layers share, also what was made of it."""
+
+    w_BTP: Tensor | None = None
+    made: Made | None = None
+    chosen: float | None = None
+
+
+class TokenWeights:
+    """`weights(x_BTI, layer)` gives w_BTE over `experts`, where B and T may be 1."""
+
+    def __init__(
+        self,
+        experts: tuple[str, ...],
+        weights: Callable[[Tensor, str], Tensor],
+        layers: frozenset[str] | None,
+        num_mixtures: int = 1,
+        num_tokens: int = 1,
+        learns: bool = True,
+    ) -> None:
+        self.learns = learns
+        self._experts = experts
+        self.weights = weights
+        self._only = layers
+        self.is_routed = False
+        self.begun: Begun | None = None
+        self._along: AlongDirections | None = None
+        # blocks whose input the router looks at
+        self.watched: tuple[str, ...] = ()
+        self.num_mixtures = num_mixtures
+        self.num_tokens = num_tokens
+        self._layers: dict[str, _LayerStack] = {}
+        self._sent: dict[str, Tensor] = {}
+        self._given: dict[str, _Known] = {}
+        self._shared: _Known | None = None
+
+    @classmethod
+    def fixed(cls, mixture: MixtureWeights) -> TokenWeights:
+        """Of weights that are known, but vary by token or learn."""
+        learning = mixture.values_BTLE.requires_grad
+        used_L = (mixture.values_BTLE != 0).any(dim=3).flatten(0, 1).any(dim=0).tolist()
+        only = frozenset(layer for layer, used in zip(mixture.layers, used_L, strict=False) if used or learning)
+        num_mixtures, num_tokens = mixture.values_BTLE.shape[:2]
+        return cls(mixture.experts, mixture.weights, only if mixture.layers else None, num_mixtures, num_tokens, learning)
+
+    @classmethod
+    def routed(cls, router: Router, experts: tuple[str, ...]) -> TokenWeights:
+        """Of weights that a router computes from each layer's input."""
+        own = asked(router)
+        begun = Begun(own, type(router).__name__) if hasattr(own, "begin") else None
+
+        def weights(x_BTI: Tensor, layer: str) -> Tensor:
+            w_BTE = (begun or own).weights(x_BTI, layer)
+            _require_experts(w_BTE, router, layer, len(experts))
+            return w_BTE
+
+        found = cls(experts, weights, None, router.num_rows if isinstance(router, ByRow) else 1)
+        found.is_routed, found.begun = True, begun
+        if begun is None and isinstance(router, AlongDirections):
+            found._along = router
+        found.watched = tuple(path for part in parts_of(router) for path in getattr(part, "watched", ()))
+        return found
+
+    @property
+    def num_bytes(self) -> int:
+        """What the stacks that were made so far keep."""
+        return sum(found.num_bytes for found in list(self._layers.values()))
+
+    def escaped(self) -> None:
+        """Says that a graph of autograd may keep the stacks longer than this object; nothing else uses their memory."""
+
+    def skips(self, layer: str) -> bool:
+        return self._only is not None and layer not in self._only
+
+    def mixture(
+        self, layer: TargetLayer, x_BTI: Tensor, device: torch.device, dtype: torch.dtype, lease: Lease
+    ) -> LayerMixture:
+        """Raises ScopeError, naming the layer and both counts, where rows or tokens are not the weights'."""
+        found = self._stack(layer.name, device, dtype, lease)
+        w_BTE, hidden_NS = self._at_once(layer, x_BTI, found, lease)
+        affine = None if found.table is None else found.table.weighted(w_BTE)
+        if not found.experts:
+            return LayerMixture(None, affine, w_BTE)
+        w_BTP = w_BTE if found.place_P is None else w_BTE[..., found.place_P]
+        known = self._known_of(layer.name, w_BTP)
+        if hidden_NS is None and _sorts(found, layer, w_BTP, known, x_BTI):
+            return LayerMixture(SortedTokens(_parts(found, layer.name, lease), w_BTP, dtype), affine, w_BTE)
+        stack = self._side_by_side(found, layer.name, lease)
+        return LayerMixture(stack.weighted(w_BTP, hidden_NS, known.made), affine, w_BTE)
+
+    def _known_of(self, layer: str, w_BTP: Tensor) -> _Known:
+        """What is known of these weights: of those that were given, or that several layers of a call share."""
+        if not self.learns:
+            return self._given.setdefault(layer, _Known())
+        # a gradient's graph has to have what is made of them in each layer
+        if self.begun is None or w_BTP.requires_grad or not self.begun.shares_weights:
+            return _Known()
+        shared = self._shared
+        if shared is None or shared.w_BTP is not w_BTP:
+            shared = self._shared = _Known(w_BTP, {})
+        return shared
+
+    def projected(
+        self, layer: TargetLayer, x: Tensor, y_BTO: Tensor, device: torch.device, dtype: torch.dtype, lease: Lease
+    ) -> tuple[Tensor, Tensor]:
+        """What to add to y for a layer whose hidden values are no product of x with a matrix: an embedding, a convolution.
+
+        As (B, T, O) like y, in fp32 or better where some expert has a gain or a bias; and w_BTE. Raises like `mixture`.
+        """
+        found = self._stack(layer.name, device, dtype, lease)
+        like = y_BTO.new_empty(0, dtype=dtype)
+        w_BTE = self._weights(
+            layer.kind.inputs(layer.module, x, like) if self.is_routed else y_BTO, y_BTO, layer.name, found
+        )
+        update_BTO = torch.zeros((), device=device, dtype=dtype)
+        if found.experts:
+            stack = self._side_by_side(found, layer.name, lease)
+            hidden_BTS = layer.kind.project(layer.module, x, stack.a_SI)
+            hidden_BTS = hidden_BTS.reshape(*y_BTO.shape[:2], hidden_BTS.shape[2])
+            w_BTP = w_BTE if found.place_P is None else w_BTE[..., found.place_P]
+            update_BTO = stack.weighted(w_BTP).expanded(hidden_BTS)
+        if found.table is not None:
+            update_BTO = update_BTO + found.table.weighted(w_BTE).on(y_BTO, layer.parameter("bias"))
+        return update_BTO, w_BTE
+
+    def _at_once(self, layer: TargetLayer, x_BTI: Tensor, found: _LayerStack, lease: Lease) -> tuple[Tensor, Tensor | None]:
+        """w_BTE; and x a^T as (N, S), where that and what a router looks at are one product.
+
+        Not where gradients go through the router, nor where the product would be less exact than the router's own.
+        """
+        if self._along is not None and found.experts and not _sorting_may_pay(found, layer, x_BTI, SOME_CHOSEN):
+            v_PI = self._along.directions(layer.name)
+            learns = torch.is_grad_enabled() and (x_BTI.requires_grad or v_PI.requires_grad)
+            own = v_PI.dtype is found.dtype is x_BTI.dtype and v_PI.device == found.device and not v_PI.is_inference()
+            if own and not learns and not torch._C._is_any_autocast_enabled():
+                joint_QI = found.joined(self._side_by_side(found, layer.name, lease), v_PI)
+                both_BTQ = linear(x_BTI, joint_QI)
+                z_BTP = both_BTQ[..., found.num_ranks :]
+                w_BTE = self._along.weights_along(z_BTP, x_BTI, layer.name)
+                _require_experts(w_BTE, self._along, layer.name, len(self._experts))
+                _require_fit(w_BTE, x_BTI, layer.name)
+                return w_BTE.to(found.device, found.dtype), both_BTQ[..., : found.num_ranks].flatten(0, 1)
+        return self._weights(x_BTI, x_BTI, layer.name, found), None
+
+    def _weights(self, x_BTI: Tensor, rows: Tensor, layer: str, found: _LayerStack) -> Tensor:
+        exact = torch.promote_types(found.dtype, torch.float32)
+        if self.learns:
+            w_BTE = self.weights(x_BTI, layer).to(found.device, exact)
+        elif (sent_BTE := self._sent.get(layer)) is not None and (sent_BTE.device, sent_BTE.dtype) == (found.device, exact):
+            w_BTE = sent_BTE
+        else:
+            # sent to the device once, and as ordinary tensors even below inference_mode
+            with torch.inference_mode(False), torch.no_grad():
+                w_BTE = self._sent[layer] = self.weights(x_BTI, layer).to(found.device, exact)
+        _require_fit(w_BTE, rows, layer)
+        return w_BTE
+
+    def _stack(self, layer: str, device: torch.device, dtype: torch.dtype, lease: Lease) -> _LayerStack:
+        found = self._layers.get(layer)
+        if found is None or found.device != device or found.dtype != dtype:
+            with torch.inference_mode(False), torch.no_grad():
+                found = self._layers[layer] = self._made(layer, device, dtype, lease)
+        return found
+
+    def _made(self, layer: str, device: torch.device, dtype: torch.dtype, lease: Lease) -> _LayerStack:
+        placed = [lease.part(name, layer, device, dtype) for name in self._experts]
+        with_rank = {index: part for index, part in enumerate(placed) if part is not None and part.a_RI.shape[0]}
+        place_P = None if len(with_rank) == len(placed) else torch.tensor(list(with_rank), device=device)
+        experts = tuple(self._experts[index] for index in with_rank)
+        num_ranks = sum(part.a_RI.shape[0] for part in with_rank.values())
+        return _LayerStack(device, dtype, experts, place_P, num_ranks, AffineTable.of(placed))
+
+    @staticmethod
+    def _side_by_side(found: _LayerStack, layer: str, lease: Lease) -> Stack:
+        if found.stack is None:
+            with torch.inference_mode(False), torch.no_grad():
+                found.stack = Stack.of(_parts(found, layer, lease), found.dtype)
+        return found.stack
+
+
+def _parts(found: _LayerStack, layer: str, lease: Lease) -> list[PlacedFactors]:
+    parts = [lease.part(name, layer, found.device, found.dtype) for name in found.experts]
+    return [part for part in parts if part is not None]
+
+
+def _sorts(found: _LayerStack, layer: TargetLayer, w_BTP: Tensor, known: _Known, x_BTI: Tensor) -> bool:
+    """Whether sorting the tokens by expert pays; on a CPU only, since it has to look at the weights."""
+    if w_BTP.requires_grad or not w_BTP.numel() or not _sorting_may_pay(found, layer, x_BTI, 1):
+        # not worth a look where not even one expert a token would make it worth it
+        return False
+    if known.chosen is None:
+        known.chosen = int(torch.count_nonzero(w_BTP)) / (w_BTP.shape[0] * w_BTP.shape[1])
+    return _sorting_may_pay(found, layer, x_BTI, known.chosen)
+
+
+def _sorting_may_pay(found: _LayerStack, layer: TargetLayer, x_BTI: Tensor, chosen: float) -> bool:
+    """Whether sorting pays where a token has so many experts."""
+    if found.device.type != "cpu":
+        return False
+    num_tokens = x_BTI.shape[0] * x_BTI.shape[1]
+    sizes = (len(found.experts), found.num_ranks, layer.num_inputs, layer.num_outputs, found.dtype.itemsize)
+    return _pays(num_tokens, int(chosen * num_tokens), *sizes)
+
+
+@lru_cache(maxsize=1024)
+def _pays(*sizes: int) -> bool:
+    return sorting_pays(TokenWorkload(*sizes))
+
+
+def _require_experts(w_BTE: Tensor, router: object, layer: str, num_experts: int) -> None:
+    if not isinstance(w_BTE, Tensor) or w_BTE.ndim != 3 or w_BTE.shape[2] != num_experts:
+        found = tuple(w_BTE.shape) if isinstance(w_BTE, Tensor) else type(w_BTE).__name__
+        raise WeightingError(
+            f"router {type(router).__name__} gave {found} for layer {layer!r}; expected w_BTE with the {num_experts} "
+            "experts of the pool on its last axis"
+        )
+
+
+def _require_fit(w_BTE: Tensor, x_BTI: Tensor, layer: str) -> None:
+    num_rows, num_tokens = x_BTI.shape[:2]
+    if w_BTE.shape[1] not in (1, num_tokens):
+        raise ScopeError(
+            f"the weights have {w_BTE.shape[1]} tokens, but the input of layer {layer!r} has {num_tokens}; give weights for "
+            "exactly the tokens of this call, or activate() a router, which computes them from the input"
+        )
+    if num_rows % w_BTE.shape[0] if w_BTE.shape[0] else num_rows:
+        raise ScopeError(
+            f"the weights have {w_BTE.shape[0]} rows, but the input of layer {layer!r} has {num_rows}, no multiple; "
+            "give one mixture for each row of the batch, or one mapping for all"
+        )
+
+
+def asked(router: Router) -> Router:
+    """The router, or each of a batch's; one that is none of loraweave's is asked as it is, since it may need autocast."""
+    if isinstance(router, ByRow):
+        # one object for one router, which is shown a call once
+        known = {part: _asked(part) for part in router.routers if part is not None}
+        return by_row([None if part is None else known[part] for part in router.routers], router.experts)
+    return _asked(router)
+
+
+def _asked(router: Router) -> Router:
+    if not isinstance(router, TokenRouter):
+        return router
+    return _AskedWhole(router) if hasattr(router, "begin") else _Asked(router)
+
+
+class _Asked:
+    """It goes to where the layers are, and with them where they are on several devices."""
+
+    def __init__(self, router: TokenRouter) -> None:
+        self._router = router
+        self._device: torch.device | None = None
+
+    @property
+    def parts(self) -> list[TokenRouter]:
+        """The routers that it is made of."""
+        return self._router.parts
+
+    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+        if x_BTI.device != self._device:
+            with torch.inference_mode(False):
+                self._router.to(x_BTI.device)
+            self._device = x_BTI.device
+        return _in_own_precision(self._router, x_BTI, layer)
+
+
+class _AskedWhole:
+    def __init__(self, router: Any) -> None:
+        self._router = router
+
+    @property
+    def parts(self) -> list[TokenRouter]:
+        """The routers that it is made of."""
+        found: list[TokenRouter] = self._router.parts
+        return found
+
+    def begin(self, model: Any, arguments: Mapping[str, Any]) -> Router:
+        """The router of one call."""
+        return _OfCall(self._router.begin(model, arguments))
+
+    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+        """Raises what the router raises that was not shown the call."""
+        w_BTE: Tensor = self._router.weights(x_BTI, layer)
+        return w_BTE
+
+
+class _OfCall:
+    def __init__(self, router: Router) -> None:
+        self._router = router
+        self.shares_weights = bool(getattr(router, "shares_weights", False))
+
+    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+        return _in_own_precision(self._router, x_BTI, layer)
+
+
+def _in_own_precision(router: Router, x_BTI: Tensor, layer: str) -> Tensor:
+    with own_precision(x_BTI.device) if torch._C._is_any_autocast_enabled() else nullcontext():
+        return router.weights(x_BTI, layer)
+
+
+# the router that was asked, and the one that it gave for the running call
+_CALL: ContextVar[tuple[Begun, Router] | None] = ContextVar("loraweave_begun", default=None)
+
+
+class Begun:
+    """Such a router, as one whose weights are those of the running call; `name` is for messages."""
+
+    def __init__(self, router: Any, name: str) -> None:
+        self._router = router
+        self._name = name
+        self._last: Router | None = None
+        # those that a backward pass may still run layers of again
+        self._num_calls = 0
+        self._ran_again = False
+        self._tokenizer: Any = None
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the router, or one that it is made of, chooses by text."""
+        return any(getattr(part, "needs_tokenizer", False) for part in parts_of(self._router))
+
+    def take_tokenizer(self, tokenizer: Any) -> None:
+        """The tokenizer of the model, for routers that read text. CompositionError where one needs it and it is None."""
+        if self.reads_text and tokenizer is None:
+            raise CompositionError(
+                f"router {self._name} reads the text of the model's input, and this Composer cannot: make "
+                "it with tokenizer=..."
+            )
+        self._tokenizer = tokenizer
+
+    def begin(self, model: nn.Module, arguments: Mapping[str, Any]) -> None:
+        """Shows the router the arguments of a call of the model, by name, while the model is without a mixture."""
+        with with_tokenizer(self._tokenizer):
+            found = self._router.begin(model, arguments)
+        # for a backward pass that runs layers again
+        self._last = found if torch.is_grad_enabled() else None
+        self._num_calls = (0 if self._ran_again else self._num_calls) + torch.is_grad_enabled()
+        self._ran_again = False
+        _CALL.set((self, found))
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether the router of the running call says that no tensor it gives changes before the call ends."""
+        found = _CALL.get()
+        return found is not None and found[0] is self and bool(getattr(found[1], "shares_weights", False))
+
+    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+        """w_BTE. Raises ScopeError outside a call of the model."""
+        found = _CALL.get()
+        if found is not None and found[0] is self:
+            return found[1].weights(x_BTI, layer)
+        # gradient checkpointing runs layers again when the call has ended
+        if self._last is not None and torch._C._current_graph_task_id() != -1:
+            if self._num_calls > 1:
+                raise CompositionError(
+                    f"gradient checkpointing runs layer {layer!r} again after {self._num_calls} calls of the model, and "
+                    f"router {self._name} cannot tell of which: call backward() after each, or do without that; a call "
+                    "without a backward() belongs under torch.no_grad()"
+                )
+            self._ran_again = True
+            return self._last.weights(x_BTI, layer)
+        raise ScopeError(
+            f"router {self._name} looks at the input of the whole model first, but layer {layer!r} ran in "
+            "none of its calls: call the model itself rather than a part of it, and not one that torch.compile made"
+        )
+
+
+def end_begun() -> None:
+    """The running call is over."""
+    if not torch.compiler.is_compiling():
+        _CALL.set(None)
+
+
+def arguments_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of the model, by name."""
+    signature = inspect.signature(model.forward)
+    found = dict(signature.bind_partial(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            found |= found.pop(name, {})
+    return found
+
+
+class MadeWeights:
+    """Looks over what one activation's calls make of their input, or of parameters, for `experts`.
+
+    A GPU is not asked before the end: it sums zeros, which are no number once a weight was none.
+    """
+
+    def __init__(self, experts: tuple[str, ...]) -> None:
+        self._experts = experts
+        self._zeros: dict[str, Tensor] = {}
+
+    def require_finite(self, layer: str, w_BTE: Tensor) -> None:
+        """Raises WeightingError for a weight on the CPU that is not finite; one elsewhere is noted for `require_all`."""
+        if torch._C._are_functorch_transforms_active() or w_BTE.is_meta:
+            return
+        w_BTE = w_BTE.detach()
+        if w_BTE.device.type != "cpu":
+            zero = (w_BTE * 0).sum()
+            known = self._zeros.get(layer)
+            self._zeros[layer] = zero if known is None or known.device != zero.device else known + zero
+        # the sum of finite weights is finite unless it overflows, and takes one pass
+        elif not bool(w_BTE.sum().isfinite()) and not bool(w_BTE.isfinite().all()):
+            expert = int((~w_BTE.isfinite()).flatten(0, 1).any(dim=0).int().argmax())
+            raise WeightingError(self._message(layer, f", first for expert {self._experts[expert]!r}"))
+
+    def require_all(self) -> None:
+        """Raises WeightingError, once, for weights noted so far; waits for the devices that they are on."""
+        zeros, self._zeros = self._zeros, {}
+        by_device: dict[torch.device, dict[str, Tensor]] = {}
+        for layer, zero in zeros.items():
+            by_device.setdefault(zero.device, {})[layer] = zero
+        for found in by_device.values():
+            sound = torch.stack([zero.float() for zero in found.values()]).isfinite().tolist()
+            for layer, finite in zip(found, sound, strict=True):
+                if not finite:
+                    raise WeightingError(self._message(layer, ""))
+
+    @staticmethod
+    def _message(layer: str, where: str) -> str:
+        return (
+            f"the weights that were made for layer {layer!r} are not finite{where}: look at the router's parameters, or "
+            "lower the rate at which the weights learn"
+        )

@@ -1,0 +1,340 @@
+"""Adapters as vectors: negation, sums, differences, analogies, and what is made of them. All exact, without a model.
+
+Each function is a merge with fixed weights: the result is an adapter whose card has the recipe and
+whose `report` the figures. Every one takes `name`, that of the result, and `heads`, which says what becomes of
+trained heads: whole tensors that replace the base's and do not add up ("error", "first" or "average").
+
+All raise AdapterUnsupported for updates that need the base layer (DoRA's magnitude, a trained base bias) unless one comes
+back as it is, BaseModelMismatch and LayerMismatch for adapters that do not fit together, WeightingError for numbers out of
+range, CompositionError for heads that need a choice. Nothing that is given changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from loraweave.common.checks import is_whole
+from loraweave.common.display import tracked
+from loraweave.composer.merge.input import is_of_kind
+from loraweave.composer.merge.merge import merge
+from loraweave.errors import AdapterUnsupported, WeightingError
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.merge_report import LayerReport
+from loraweave.hub.pool import ExpertPool
+from loraweave.lowrank import algebra
+from loraweave.lowrank.truncation import summed_by_owner
+from loraweave.types import Factors
+
+
+def negate(adapter: Adapter, *, name: str | None = None, heads: str = "error") -> Adapter:
+    """-D (Zhang et al. 2023, arXiv 2306.14870): one factor of each layer, gains and biases change their sign.
+
+    Twice is the adapter itself, bit for bit. An unbound update is refused: what replaces the base's weight or bias has no
+    opposite without the base.
+    """
+    return scale(adapter, -1.0, name=name or f"negated {adapter.name}", heads=heads)
+
+
+def scale(adapter: Adapter, weight: float, *, name: str | None = None, heads: str = "error") -> Adapter:
+    """weight * D, for any finite weight but 0; with weight 1 the same factors, for an adapter of any kind."""
+    return merge([adapter], [weight], name=name, heads=heads, progress=False)
+
+
+def add(*adapters: Adapter, name: str | None = None, heads: str = "error") -> Adapter:
+    """The sum of D_e: one or more adapters."""
+    if not adapters:
+        raise WeightingError("add() takes one adapter or more, and got none")
+    return merge(adapters, [1.0] * len(adapters), name=name, heads=heads, progress=False)
+
+
+def subtract(a: Adapter, b: Adapter, *, name: str | None = None, heads: str = "error") -> Adapter:
+    """D_a - D_b."""
+    return merge([a, b], [1.0, -1.0], name=name, heads=heads, progress=False)
+
+
+def analogy(a: Adapter, b: Adapter, c: Adapter, *, name: str | None = None, heads: str = "error") -> Adapter:
+    """D_a + D_b - D_c: "what is to b as a is to c" (task analogies, Ilharco et al. 2023, arXiv 2212.04089)."""
+    return merge([a, b, c], [1.0, 1.0, -1.0], name=name, heads=heads, progress=False)
+
+
+def unlearn(a: Adapter, b: Adapter, strength: float = 1.0, *, name: str | None = None, heads: str = "error") -> Adapter:
+    """D_a - strength * D_b: a without what b learned; `strength` is 0 or more, and 0 gives a."""
+    if not is_of_kind(strength, float) or strength < 0.0:
+        raise WeightingError(f"unlearn: strength={strength!r} is not a finite number of 0 or more; add() adds")
+    return merge([a, b], [1.0, -strength], name=name, heads=heads, progress=False)
+
+
+def ema(slow: Adapter, fast: Adapter, decay: float, *, name: str | None = None, heads: str = "error") -> Adapter:
+    """One step of I-LoRA's moving average (Ren et al. 2024, arXiv 2402.18865): decay * slow + (1 - decay) * fast.
+
+    On a and on b apart, as there (`factor_average`), so cross terms are part of it, and both have one rank. `decay` is in
+    [0, 1]: 1 leaves slow, 0 takes fast.
+    """
+    if not is_of_kind(decay, float) or not 0.0 <= decay <= 1.0:
+        raise WeightingError(f"ema: decay={decay!r} is outside [0, 1]")
+    return merge(
+        [slow, fast], [decay, 1.0 - decay], method="factor_average", name=name or slow.name, heads=heads, progress=False
+    )
+
+
+def subtract_general(
+    task: Adapter, generals: Sequence[Adapter], *, name: str | None = None, heads: str = "error"
+) -> Adapter:
+    """D_task minus the mean of the generals' updates (GenKnowSub, arXiv 2505.10939); no generals give the task."""
+    weights = [1.0] + [-1.0] * len(generals)
+    return merge([task, *generals], weights, method="genknowsub", name=name, heads=heads, progress=False)
+
+
+FACTORS = ("a_RI", "b_OR")
+
+
+def compeft(adapter: Adapter, *, density: float = 0.2, scale: float | str = 1.0, per: str = "adapter") -> Adapter:
+    """The adapter with every value of its factors a and b turned into -c, 0 or c: ComPEFT (Yadav et al. 2023, Alg. 1).
+
+    Of the vector tau of all entries of all a and b, the floor(density * n) largest by magnitude stay (fewer only where tau
+    has fewer non-zeros; of equal ones the first), as c * sign(tau) with c = scale * std(tau), std over the whole of tau
+    before it was cut. `density` in (0, 1]; `scale` above 0, the alpha that the paper tunes between 0.5 and 10, or
+    "least_squares" for the c nearest to tau, which is the mean magnitude of what stays. With per="tensor" each a and b is
+    a tau of its own. Gains, biases, magnitudes and heads stay as they are.
+
+    tau is that of the factors as stored, with the LoRA scale in b: the result depends on how an update is split into a and
+    b. Where the entries of b are far smaller than those of a, one tau for all leaves nothing of b; per="tensor" is then the
+    way. The card has the relative error of tau. `Hub.add(..., stored_as="compeft")` stores the result in few bits.
+
+    Raises WeightingError for options outside their range, AdapterUnsupported when nothing would be left of the update, and
+    for a std of 0.
+    """
+    _check(density, scale, per)
+    places = [(layer, part) for layer in sorted(adapter.layers) for part in FACTORS]
+    tensors = [adapter.layers[layer].tensors()[part].detach().float() for layer, part in places]
+    groups = [range(len(places))] if per == "adapter" else [range(n, n + 1) for n in range(len(places))]
+    ternary: dict[tuple[str, str], Tensor] = {}
+    error = total = 0.0
+    for group in groups:
+        tau = torch.cat([tensors[n].flatten() for n in group])
+        layer, part = places[group[0]]
+        where = f"adapter {adapter.name!r}" if per == "adapter" else f"{part} of layer {layer!r}"
+        found = _ternary(tau, density, scale, where)
+        error += float((found.double() - tau.double()).square().sum())
+        total += float(tau.double().square().sum())
+        pieces = torch.split(found, [tensors[n].numel() for n in group])
+        for n, piece in zip(group, pieces, strict=True):
+            # cloned: pieces of one vector would keep all of it alive, and cannot be stored apart
+            ternary[places[n]] = piece.reshape(tensors[n].shape).clone()
+    layers = {
+        layer: replace(factors, a_RI=ternary[layer, "a_RI"], b_OR=ternary[layer, "b_OR"])
+        for layer, factors in adapter.layers.items()
+    }
+    if all(map(algebra.is_zero, layers.values())):
+        raise AdapterUnsupported(
+            f"compeft leaves nothing of adapter {adapter.name!r}: in each layer all of a or all of b is among the "
+            f"entries that density={density:g} drops; use per='tensor' or a higher density"
+        )
+    options = {"density": density, "scale": scale, "per": per}
+    return _derived(adapter, layers, "compeft", options, {"relative_error": (error / total) ** 0.5 if total else 0.0})
+
+
+def byom(adapter: Adapter, rank: int) -> Adapter:
+    """The adapter with every layer's b a cut to at most `rank` by its singular values: BYOM-LoRA (Jiang et al. 2023).
+
+    The best approximation of each update at that rank, so one of lower rank stays as it is and `rank` = its own loses
+    nothing. The card has the relative Frobenius error by layer and in all. Gains, biases, magnitudes (DoRA's, whose b a
+    is cut) and heads stay. The result is an ordinary adapter of lower rank. Raises WeightingError for a rank below 1.
+    """
+    if not isinstance(rank, int) or rank < 1:
+        raise WeightingError(f"byom: rank={rank!r} is not a whole number of at least 1")
+    cuts = {layer: algebra.compress(factors, rank) for layer, factors in adapter.layers.items()}
+    squares = {layer: algebra.norm(factors) ** 2 for layer, factors in adapter.layers.items()}
+    lost, total = sum(cuts[layer][1] ** 2 * square for layer, square in squares.items()), sum(squares.values())
+    errors = {
+        "relative_error": (lost / total) ** 0.5 if total else 0.0,
+        "layers": {layer: error for layer, (_, error) in cuts.items()},
+    }
+    return _derived(adapter, {layer: cut for layer, (cut, _) in cuts.items()}, "byom", {"rank": rank}, errors)
+
+
+def _ternary(tau: Tensor, density: float, scale: float | str, where: str) -> Tensor:
+    """c * sign(tau) on the largest entries of a vector, zero elsewhere."""
+    # as the decimal number that was written: 0.29 * 100 is below 29 in binary
+    count = int(Decimal(repr(float(density))) * tau.numel())
+    magnitude = tau.abs()
+    kept = _largest(magnitude, count)
+    if scale == "least_squares":
+        c = float(magnitude[kept].double().mean()) if bool(kept.any()) else 0.0
+    else:
+        c = float(scale) * float(tau.double().std(correction=0)) if tau.numel() else 0.0
+        if c == 0.0 and bool(kept.any()):
+            raise AdapterUnsupported(
+                f"compeft: the {tau.numel()} entries of {where} are all equal, so that their standard deviation, which is "
+                "the scale, is 0; use scale='least_squares'"
+            )
+    return torch.where(kept, tau.sign() * c, 0.0)
+
+
+def _largest(magnitude: Tensor, count: int) -> Tensor:
+    """Which `count` entries are largest; of equal ones the first. Zeros never are among them."""
+    if count == 0:
+        return torch.zeros_like(magnitude, dtype=torch.bool)
+    least = magnitude.kthvalue(magnitude.numel() - count + 1).values
+    kept = magnitude > least
+    ties = (magnitude == least).nonzero()[: count - int(kept.sum()), 0]
+    kept[ties] = True
+    return kept & (magnitude > 0)
+
+
+def _derived(
+    adapter: Adapter,
+    layers: Mapping[str, Factors],
+    method: str,
+    options: Mapping[str, Any],
+    errors: Mapping[str, Any],
+) -> Adapter:
+    recipe = {"method": method, "options": dict(options), "parents": [{"hash": adapter.hash, "name": adapter.name}]}
+    # the parent's report is of how the parent was made
+    card = {key: value for key, value in adapter.card.items() if key != "report"}
+    return replace(adapter, layers=layers, card={**card, "recipe": recipe, "compression": dict(errors)})
+
+
+def _check(density: float, scale: float | str, per: str) -> None:
+    if not isinstance(density, int | float) or not 0.0 < density <= 1.0:
+        raise WeightingError(f"compeft: density={density!r} is outside (0, 1]")
+    if scale != "least_squares" and not (isinstance(scale, int | float) and 0.0 < scale < float("inf")):
+        raise WeightingError(f"compeft: scale={scale!r} is neither a number above 0 nor 'least_squares'")
+    if per not in ("adapter", "tensor"):
+        raise WeightingError(f"compeft: per={per!r} is neither 'adapter' nor 'tensor'")
+
+
+def genknowsub(
+    pool: ExpertPool | Iterable[Adapter] | Mapping[str, Adapter],
+    generals: Iterable[Adapter] | Mapping[str, Adapter],
+    *,
+    progress: bool = True,
+) -> ExpertPool:
+    """The pool with D_e - mean of D_g in the place of each D_e (GenKnowSub, arXiv 2505.10939), under the same names.
+
+    The general adapters are, say, trained on a language's encyclopedia. Updates are subtracted, exactly, so that ranks add
+    up; PEFT's Arrow subtracts the mean of a and the mean of b apart, which leaves cross terms (0.5 of the update's norm on
+    random factors). Raises WeightingError without general adapters, and what `subtract_general` raises.
+    """
+    pool = pool if isinstance(pool, ExpertPool) else ExpertPool(pool)
+    subtracted = list(generals.values()) if isinstance(generals, Mapping) else list(generals)
+    if not subtracted:
+        raise WeightingError("genknowsub() subtracts the mean of general adapters, and got none: the pool is as it was")
+    names = tracked(pool.names, "subtracting", total=len(pool), shown=progress)
+    return ExpertPool({name: subtract_general(pool[name], subtracted, name=name) for name in names})
+
+
+# k of the published library of 256 tasks
+NUM_CLUSTERS = 10
+
+
+def clusters(
+    pool: ExpertPool | Iterable[Adapter] | Mapping[str, Adapter], *, num_clusters: int = NUM_CLUSTERS, seed: int = 0
+) -> list[tuple[str, ...]]:
+    """The names of the pool's adapters in at most `num_clusters` groups, the largest first (MBC, Ostapenko et al. 2024).
+
+    k-means over the rows of the adapters' cosine similarities, as in arXiv 2405.11157. The similarity is that of the whole
+    updates (`similarities`), which no choice of factors changes; the published code compares the factors' own entries, and
+    so two trainings from different starts as if they were unlike. MBC then trains one adapter on the tasks of each cluster:
+    `lw.train_adapters(model, tokenizer, {" ".join(names): [*of those tasks' examples] for names in clusters(pool)})`.
+
+    Raises WeightingError for more clusters than adapters, and for an adapter without any update.
+    """
+    from sklearn.cluster import KMeans
+
+    pool = pool if isinstance(pool, ExpertPool) else ExpertPool(pool)
+    if not is_whole(num_clusters, 1) or num_clusters > len(pool):
+        raise WeightingError(
+            f"num_clusters is {num_clusters!r}, but the pool has {len(pool)} adapters; it is a whole number from 1 to that"
+        )
+    found_E = KMeans(num_clusters, n_init=10, random_state=seed).fit_predict(similarities(pool))
+    groups: dict[int, list[str]] = {}
+    for name, cluster in zip(pool.names, found_E.tolist(), strict=True):
+        groups.setdefault(cluster, []).append(name)
+    # of equal sizes, that of the adapter named first
+    return [tuple(names) for names in sorted(groups.values(), key=len, reverse=True)]
+
+
+def similarities(pool: ExpertPool) -> NDArray[np.float64]:
+    """cos_EE of the updates of all layers side by side, from the factors alone; what a layer has not is zero there.
+
+    Gains and biases do not enter. Raises AdapterUnsupported for unbound updates, WeightingError for an update of zero.
+    """
+    inner_EE = np.zeros((len(pool), len(pool)))
+    for layer in pool.layer_names:
+        factors = pool.stacked(layer)
+        a_SI, b_OS = factors.a_SI.double(), factors.b_OS.double()
+        product_SS = ((a_SI @ a_SI.T) * (b_OS.T @ b_OS)).numpy()
+        ranks = torch.bincount(factors.owner_S, minlength=len(pool)).tolist()
+        inner_EE += summed_by_owner(product_SS, ranks)
+    norms_E = np.sqrt(inner_EE.diagonal())
+    for name, norm in zip(pool.names, norms_E.tolist(), strict=True):
+        if norm == 0:
+            raise WeightingError(f"adapter {name!r} updates nothing, and is like no other: leave it out")
+    cosines_EE: NDArray[np.float64] = inner_EE / (norms_E * norms_E[:, None])
+    return cosines_EE
+
+
+def flexlora_clients(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    ranks: Sequence[int],
+    *,
+    names: Sequence[str] | None = None,
+    heads: str = "error",
+) -> list[Adapter]:
+    """The clients' mean update at each of `ranks`: the best approximations, all from one decomposition of each layer.
+
+    FlexLoRA (Bai et al. 2024, arXiv 2402.11505): weights are the clients' sizes, positive shares, and client i gets b = U
+    Sigma and a = V^T cut to ranks[i], or the whole rank where that is smaller. The report has the error of each cut.
+    `names` are those of the results, "flexlora-r8" and so on by default.
+
+    Raises WeightingError for ranks that are missing or below 1 or above the largest layer's smaller side, and for names
+    that do not fit, beside what `merge` raises.
+    """
+    if not ranks:
+        raise WeightingError("flexlora_clients takes one rank for each client, and got none")
+    for client, rank in enumerate(ranks, start=1):
+        if not is_whole(rank, 1):
+            raise WeightingError(f"rank {rank!r} of client {client} is no whole number of 1 or more")
+    if names is not None and len(names) != len(ranks):
+        raise WeightingError(f"flexlora_clients got {len(ranks)} ranks and {len(names)} names; it takes one for each")
+    mean = merge(adapters, weights, method="flexlora", rank=max(ranks), heads=heads, progress=False)
+    whole = {layer: _right_orthonormal(factors) for layer, factors in mean.layers.items()}
+    labels = names if names is not None else [f"flexlora-r{rank}" for rank in ranks]
+    return [_cut(mean, whole, rank, label) for rank, label in zip(ranks, labels, strict=True)]
+
+
+def _right_orthonormal(factors: Factors) -> Factors:
+    """b = U Sigma and a = V^T of factors whose rows of a and columns of b are orthogonal, largest first."""
+    norm_R = factors.a_RI.double().norm(dim=1)
+    a_RI = factors.a_RI.double() / norm_R.clamp(min=1e-300)[:, None]
+    b_OR = factors.b_OR.double() * norm_R
+    order_R = b_OR.norm(dim=0).argsort(descending=True, stable=True)
+    return replace(factors, a_RI=a_RI[order_R].float(), b_OR=b_OR[:, order_R].float())
+
+
+def _cut(mean: Adapter, whole: dict[str, Factors], rank: int, name: str) -> Adapter:
+    layers, rows = {}, {}
+    for layer, factors in whole.items():
+        layers[layer] = replace(factors, a_RI=factors.a_RI[:rank].clone(), b_OR=factors.b_OR[:, :rank].clone())
+        rows[layer] = _figures(mean.report[layer], factors, rank)
+    recipe: dict[str, Any] = {**mean.card["recipe"], "rank": rank}
+    report = replace(mean.report, layers=rows).to_json()
+    return replace(mean, name=name, layers=layers, card={**mean.card, "recipe": recipe, "report": report})
+
+
+def _figures(row: LayerReport, factors: Factors, rank: int) -> LayerReport:
+    """The figures of the mean, cut further to `rank`: energies of both cuts add up, as they are orthogonal."""
+    energy_R = factors.b_OR.double().norm(dim=0).square()
+    lost = row.relative_error**2
+    tail = float(energy_R[rank:].sum() / energy_R.sum()) if bool(energy_R.any()) else 0.0
+    return replace(row, rank_out=min(rank, factors.rank), relative_error=(lost + (1.0 - lost) * tail) ** 0.5)

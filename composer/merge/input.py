@@ -1,0 +1,150 @@
+"""What is wrong with the numbers that a merge is given, found before any method sees them."""
+
+from __future__ import annotations
+
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence, Set
+from typing import Any, Literal, get_args, get_origin
+
+import torch
+from torch import Tensor
+
+from loraweave.composer.merge.updates import DenseUpdate, TruncatedUpdate
+from loraweave.errors import CompositionError, WeightingError
+from loraweave.types import Factors
+
+# the largest entry of a weighted update: 256 of them still sum to what fp32 holds, 2^128
+LARGEST = 2.0**120
+
+# entries of an update that are formed at once, in float64
+BLOCK = 2**20
+
+
+def finite_weights(weights: Any, names: Sequence[str]) -> list[float]:
+    """One finite number for each of the named adapters. Raises WeightingError for anything else."""
+    # a set has no order, and would lose equal weights
+    unordered = isinstance(weights, str | bytes | Mapping | Set) or not hasattr(weights, "__len__")
+    if unordered or getattr(weights, "ndim", 1) != 1:
+        raise WeightingError(
+            f"weights={weights!r:.80} is no list of numbers; give one for each of {len(names)} adapters, in their order"
+        )
+    if len(weights) != len(names):
+        raise WeightingError(f"merge got {len(names)} adapters and {len(weights)} weights; it takes one weight for each")
+    return [_number(name, weight) for name, weight in zip(names, weights, strict=True)]
+
+
+def require_seed(seed: object) -> None:
+    """Raises WeightingError for a seed that is no whole number."""
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise WeightingError(
+            f"seed={seed!r:.80} is no whole number; give one, such as 0, and the same one for the same result"
+        )
+
+
+def require_sound(layer: str, experts: Mapping[str, Factors | None], weights: Sequence[float], method: str) -> None:
+    """Raises CompositionError for values of an expert that are NaN or infinite, or that its weight takes beyond fp32.
+
+    Each factor is read once; only where the product of their norms is beyond 2^120 is the update itself looked at.
+    """
+    for (name, factors), weight in zip(experts.items(), weights, strict=True):
+        if factors is None or weight == 0.0:
+            continue
+        for part, tensor in factors.tensors().items():
+            if not _all_finite(tensor):
+                num = int((~torch.isfinite(tensor)).sum())
+                raise CompositionError(
+                    f"{num} of {tensor.numel()} values in {part} of adapter {name!r} are NaN or infinite in layer "
+                    f"{layer!r}; leave the adapter out, or read it again"
+                )
+        if (largest := _largest(factors, LARGEST / abs(weight))) * abs(weight) > LARGEST:
+            raise CompositionError(
+                f"method {method!r} could give values that are NaN or infinite for layer {layer!r}: the update of "
+                f"{name!r} is up to {largest:.3g}, its weight is {weight:.3g}, and the product may be {LARGEST:.3g} at "
+                "most; use a smaller weight"
+            )
+
+
+def holds(update: Factors | DenseUpdate | TruncatedUpdate) -> bool:
+    """Whether a result is finite: its tensors, and the product of its factors in fp32."""
+    held = update.factors if isinstance(update, TruncatedUpdate) else update
+    if isinstance(held, DenseUpdate):
+        return _all_finite(held.delta_OI) and (held.bias_O is None or _all_finite(held.bias_O))
+    limit = torch.finfo(torch.float32).max
+    return all(map(_all_finite, held.tensors().values())) and _largest(held, limit) <= limit
+
+
+def _number(name: str, weight: Any) -> float:
+    try:
+        value = math.nan if isinstance(weight, str | bytes) else float(weight)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise WeightingError(f"the weight of adapter {name!r} is {weight!r:.80}; weights must be finite numbers")
+    return value
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    # a NaN or infinity anywhere is in the sum too, and a sum is read at the speed of memory
+    return math.isfinite(float(tensor.detach().sum())) or bool(torch.isfinite(tensor).all())
+
+
+def _largest(factors: Factors, enough: float) -> float:
+    """The largest magnitude of the update and its bias; a bound of it where that is not above `enough`."""
+    a_RI, b_OR = factors.a_RI.detach(), factors.b_OR.detach()
+    bias = 0.0 if factors.bias_O is None else float(factors.bias_O.detach().abs().max())
+    bound = float(b_OR.norm()) * float(a_RI.norm())
+    if max(bound, bias) <= enough or not factors.rank:
+        return max(bound, bias)
+    step = max(1, BLOCK // a_RI.shape[1])
+    a_RI, b_OR = a_RI.double(), b_OR.double()
+    return max(bias, *(float((b_OR[row : row + step] @ a_RI).abs().max()) for row in range(0, len(b_OR), step)))
+
+
+WORDS: dict[Any, str] = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a finite number",
+    str: "a text",
+    type(None): "None",
+    Mapping: "a mapping of names to values",
+}
+
+
+def kinds_of(function: Callable[..., Any]) -> Mapping[str, Any]:
+    """The annotation of every parameter; none for a function whose annotations name what cannot be found."""
+    try:
+        return typing.get_type_hints(function)
+    except NameError:
+        return {}
+
+
+def is_of_kind(value: object, kind: Any) -> bool:
+    """Whether a value fits an annotation. Numbers are finite, True and False are none; all fits a kind unknown here."""
+    origin = get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(is_of_kind(value, each) for each in get_args(kind))
+    if origin is Literal:
+        return any(type(value) is type(each) and value == each for each in get_args(kind))
+    if kind is int or kind is float:
+        return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool) and _finite(value)
+    plain = origin or kind
+    return isinstance(value, plain) if plain in WORDS else True
+
+
+def described(kind: Any) -> str:
+    """What a value of that kind is, in words."""
+    origin = get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(described(each) for each in get_args(kind))
+    if origin is Literal:
+        return "one of " + ", ".join(repr(each) for each in get_args(kind))
+    return WORDS.get(origin or kind, str(kind))
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False

@@ -1,0 +1,99 @@
+"""How far the experts of a merge pull the same way in a layer, from their factors: no dense update is formed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from loraweave.lowrank.truncation import among, summed_by_owner
+from loraweave.types import Factors
+
+Array = NDArray[Any]
+
+# entries looked at for the sign conflict are the crossings of at most so many rows and columns, evenly spaced
+MAX_SIDE = 128
+
+
+@dataclass(frozen=True)
+class Interference:
+    """Figures of the weighted updates w_e D_e of one layer; an expert without the layer has norm 0 and cosines of 0.
+
+    `norms` are Frobenius norms, one for each expert. `cosines` are <D_i, D_j> / (|D_i| |D_j|) with the weights' signs, for
+    the pairs (0, 1), (0, 2), ..., (1, 2), ... `sign_conflict` is the share of entries in which two experts have opposite
+    signs, 0 to 1, of those where any is not zero; it is exact for layers of at most 128 x 128 and sampled evenly above.
+    """
+
+    norms: tuple[float, ...]
+    cosines: tuple[float, ...]
+    sign_conflict: float
+
+
+def interference(
+    experts: Sequence[Factors | None], weights: Sequence[float], *, inner_EE: Array | None = None
+) -> Interference:
+    """The figures of one layer. Updates that depend on the base layer (DoRA, (IA)3) count by their b a alone.
+
+    `inner_EE` has <w_i D_i, w_j D_j> of the experts that have the layer, for callers that know it; fp32 products find it
+    otherwise.
+    """
+    places = [place for place, factors in enumerate(experts) if factors is not None]
+    present = [_Expert(factors, weight) for factors, weight in zip(experts, weights, strict=True) if factors is not None]
+    if not present:
+        inner_EE = np.zeros((len(experts), len(experts)))
+    else:
+        inner_EE = _inner(present) if inner_EE is None else inner_EE
+        inner_EE = inner_EE if len(present) == len(experts) else among(inner_EE, places, len(experts))
+    norms_E = np.sqrt(np.maximum(inner_EE.diagonal(), 0.0))
+    scale_EE = norms_E * norms_E[:, None]
+    cosines_EE = np.divide(inner_EE, scale_EE, out=np.zeros_like(scale_EE), where=scale_EE > 0).clip(-1.0, 1.0)
+    above = [row[first + 1 :] for first, row in enumerate(cosines_EE.tolist())]
+    return Interference(tuple(norms_E.tolist()), tuple(chain.from_iterable(above)), _sign_conflict(present))
+
+
+class _Expert:
+    """The matrices of an update as numpy has them, in fp32, and its weight."""
+
+    def __init__(self, factors: Factors, weight: float) -> None:
+        self.a_RI, self.b_OR = _fp32(factors.a_RI), _fp32(factors.b_OR)
+        self.weight = float(weight)
+
+
+def _fp32(tensor: Tensor) -> Array:
+    values: Array = tensor.detach().cpu().float().numpy()
+    return values
+
+
+def _inner(experts: Sequence[_Expert]) -> Array:
+    """<w_i D_i, w_j D_j> of every pair from the two S x S products of the stacked factors, in which numpy does half."""
+    a_SI = np.concatenate([expert.a_RI for expert in experts])
+    b_OS = np.concatenate([expert.b_OR for expert in experts], axis=1)
+    product_SS = (a_SI @ a_SI.T).astype(np.float64) * (b_OS.T @ b_OS)
+    w_E = np.array([expert.weight for expert in experts])
+    inner_EE: Array = summed_by_owner(product_SS, [len(expert.a_RI) for expert in experts]) * w_E * w_E[:, None]
+    return inner_EE
+
+
+def _sign_conflict(experts: Sequence[_Expert]) -> float:
+    if len(experts) < 2:
+        return 0.0
+    rows, columns = _spaced(experts[0].b_OR.shape[0]), _spaced(experts[0].a_RI.shape[1])
+    low: Any = 0.0
+    high: Any = 0.0
+    for expert in experts:
+        part = (expert.b_OR[rows] * expert.weight).astype(np.float32) @ expert.a_RI[:, columns]
+        low, high = np.minimum(low, part), np.maximum(high, part)
+    below, above = low < 0, high > 0
+    touched = int(np.count_nonzero(below | above))
+    return int(np.count_nonzero(below & above)) / touched if touched else 0.0
+
+
+def _spaced(size: int) -> slice:
+    """At most `MAX_SIDE` places of as many, every n-th of them."""
+    step = -(-size // MAX_SIDE)
+    return slice(step // 2, None, step)

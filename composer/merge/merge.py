@@ -1,0 +1,439 @@
+"""Merging: several adapters into one, LoRA in and LoRA out, without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from loraweave.common.checks import is_whole
+from loraweave.common.display import tracked
+from loraweave.common.threads import side_by_side
+from loraweave.composer.merge.input import finite_weights, require_seed, require_sound
+from loraweave.composer.merge.interference import interference
+from loraweave.composer.merge.method_call import MethodCall, Update, layer_seeds
+from loraweave.composer.merge.statistics import Statistics
+from loraweave.composer.merge.updates import TruncatedUpdate
+from loraweave.errors import BaseModelMismatch, CompositionError, LayerMismatch, ScopeError, WeightingError
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.intake.kept_files import shared
+from loraweave.hub.intake.license_terms import license_of_work, stated
+from loraweave.hub.merge_report import LayerReport, MergeReport
+from loraweave.hub.pool import ExpertPool
+from loraweave.lowrank import algebra
+from loraweave.lowrank.factorise import factorise
+from loraweave.lowrank.truncation import worth_a_thread
+from loraweave.routers.weights import MixtureWeights
+from loraweave.types import Factors
+
+# entries of a layer: larger ones are merged one at a time, so that no two dense updates of theirs exist at once
+SHARED = 2**22
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """An adapter that counts, with its weight and what was recorded of its inputs."""
+
+    adapter: Adapter
+    weight: float
+    statistics: Statistics | None
+
+
+def merge(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float] | None = None,
+    *,
+    method: str = "linear",
+    rank: int | None = None,
+    name: str | None = None,
+    seed: int = 0,
+    heads: str = "error",
+    statistics: Sequence[Statistics] | None = None,
+    progress: bool = True,
+    allow_licenses: bool = False,
+    **options: Any,
+) -> Adapter:
+    """The adapters combined by `method`, a name of `names("methods")`, with one finite weight each, of any sign.
+
+    Without weights all have equal shares, which sum to 1. Experts of weight zero are left out; the order of the rest does
+    not matter. `rank` cuts every layer to at most that rank (the best approximation in the Frobenius norm); without it the
+    update is exact, unless the method is limited in rank itself. `seed` is that of random methods, which draw for each
+    adapter and layer apart. `heads` says what becomes of trained heads: "error", "first" (the first adapter's, in the order
+    given) or "average". `statistics`, one for each adapter from `collect_statistics`, is for methods that weigh by data.
+    The other `options` are the method's own.
+
+    The result's `report` has each layer's rank before and after the cut, the relative error of the cut, and how far the
+    adapters pulled the same way; its card's "recipe" names parents, weights and method, and its "license" binds to those of
+    all parents. Parents that are under licenses known to exclude each other, or derived works, need `allow_licenses`.
+
+    Raises WeightingError for weights, rank, seed or options that do not fit, UnknownName for an unknown method,
+    BaseModelMismatch and LayerMismatch for adapters that do not fit together, InvalidLicense for licenses that do not,
+    CompositionError for heads that need a choice and for adapters and results that are not finite. Nothing is left behind
+    by an error.
+    """
+    given = _parts(adapters, weights, statistics)
+    call = MethodCall(method, options)
+    if call.takes("statistics") and statistics is None:
+        raise WeightingError(
+            f"method {method!r} weighs by data: pass statistics=[collect_statistics(model, tokenizer, adapter, texts), ...] "
+            "with one for each adapter"
+        )
+    _check_rank(rank, given)
+    require_seed(seed)
+    copied = len(given) == 1 and given[0].weight == 1.0 and method == "linear" and rank is None
+    cards = [(part.adapter.name, part.adapter.card) for part in given]
+    license = license_of_work(cards, allowed=allow_licenses or copied)
+    kept_heads = merged_heads([(part.adapter, part.weight) for part in given], heads)
+    used = sorted(given, key=lambda part: (part.adapter.hash, part.weight))
+    layers, report = _merged(call, used, rank, seed, progress)
+    if not layers:
+        named = ", ".join(repr(part.adapter.name) for part in used)
+        raise WeightingError(f"method {method!r} leaves no layer of {named} changed")
+    parents = [{**parent_of(part.adapter), "weight": part.weight, "method": method} for part in used]
+    recipe = {"method": method, "options": options, "seed": seed, "rank": rank, "parents": parents}
+    if kept_heads:
+        recipe["heads"] = heads
+    names, numbers = [part.adapter.name for part in used], [part.weight for part in used]
+    figures = MergeReport(method, tuple(names), tuple(numbers), report)
+    return Adapter(
+        name or "+".join(names),
+        used[0].adapter.base_model,
+        layers,
+        next((part.adapter.fingerprint for part in used if part.adapter.fingerprint), None),
+        {"recipe": recipe, "report": figures.to_json(), **({} if license is None else {"license": license})},
+        kept_heads,
+        shared([part.adapter.files for part in used]),
+    )
+
+
+def parent_of(adapter: Adapter) -> dict[str, Any]:
+    """What a recipe says of an adapter that was merged, beside its weight."""
+    files = {"files": list(adapter.files)} if adapter.files else {}
+    license = stated(adapter.card.get("license")) or "unknown"
+    return {"hash": adapter.hash, "name": adapter.name, "license": license, **files}
+
+
+def layer_updates(
+    call: MethodCall,
+    experts: Mapping[str, Mapping[str, Factors]],
+    hashes: Mapping[str, str],
+    weights: Mapping[str, Mapping[str, float]],
+    *,
+    seed: int,
+    statistics: Mapping[str, Statistics | None] | None = None,
+    rank: int | None = None,
+) -> Iterator[tuple[str, Update]]:
+    """(layer, update) of every layer in `weights`, which has the weight of each expert by layer; unchanged layers not.
+
+    `rank` reaches the methods whose formula limits the rank; None is their own default.
+    A method that needs a look at all layers first takes one weight for each expert: raises WeightingError otherwise.
+    """
+    require_seed(seed)
+    calls = _layer_calls(call, experts, hashes, weights, seed=seed, statistics=statistics, rank=rank)
+    return ((layer, update) for layer, combine in calls if (update := combine()) is not None)
+
+
+def _layer_calls(
+    call: MethodCall,
+    experts: Mapping[str, Mapping[str, Factors]],
+    hashes: Mapping[str, str],
+    weights: Mapping[str, Mapping[str, float]],
+    *,
+    seed: int,
+    statistics: Mapping[str, Statistics | None] | None,
+    rank: int | None,
+) -> Iterator[tuple[str, Callable[[], Update | None]]]:
+    """What `layer_updates` is made of: each layer with the call that gives its update."""
+    survey = None
+    if call.looks_at_all_layers:
+        shared = next(iter(weights.values()), {})
+        if any(dict(of_layer) != dict(shared) for of_layer in weights.values()):
+            raise WeightingError(
+                f"method {call.method!r} looks at all layers together and takes one weight per adapter for all of them"
+            )
+        for layer in weights:
+            require_sound(layer, {name: experts[name].get(layer) for name in shared}, list(shared.values()), call.method)
+        survey = call.survey(
+            ([experts[name].get(layer) for name in shared] for layer in weights), [float(w) for w in shared.values()]
+        )
+    for layer, of_layer in weights.items():
+        names = list(of_layer)
+        if not any(layer in experts[name] for name in names):
+            continue
+        yield (
+            layer,
+            partial(
+                call.combine,
+                layer,
+                {name: experts[name].get(layer) for name in names},
+                [of_layer[name] for name in names],
+                survey=survey,
+                seeds=layer_seeds(seed, [hashes[name] for name in names], layer) if call.takes("seeds") else (),
+                statistics=[_recorded(statistics, name, layer) for name in names],
+                rank=rank,
+            ),
+        )
+
+
+def _merged(
+    call: MethodCall, used: Sequence[_Part], rank: int | None, seed: int, progress: bool
+) -> tuple[dict[str, Factors], dict[str, LayerReport]]:
+    """The layers of the result, and what is reported of each."""
+    names_used = [part.adapter.name for part in used]
+    labels = {
+        name if names_used.count(name) == 1 else f"{name}#{place}": part
+        for place, (name, part) in enumerate(zip(names_used, used, strict=True))
+    }
+    experts = {label: part.adapter.layers for label, part in labels.items()}
+    numbers = {label: part.weight for label, part in labels.items()}
+    names = sorted({layer for part in used for layer in part.adapter.layers})
+    weights = list(numbers.values())
+    calls = _layer_calls(
+        call,
+        experts,
+        {label: part.adapter.hash for label, part in labels.items()} if call.takes("seeds") else {},
+        dict.fromkeys(names, numbers),
+        seed=seed,
+        statistics={label: part.statistics for label, part in labels.items()},
+        rank=rank,
+    )
+
+    def done(item: tuple[str, Callable[[], Update | None]]) -> tuple[str, Factors, LayerReport] | None:
+        layer, combine = item
+        update = combine()
+        if update is None:
+            return None
+        rank_in, factors, error = cut(update, rank)
+        if not factors.rank and factors.bound and factors.gain_O is None and factors.bias_O is None:
+            return None
+        inner_EE = update.inner_EE if isinstance(update, TruncatedUpdate) else None
+        seen = interference([experts[label].get(layer) for label in labels], weights, inner_EE=inner_EE)
+        return layer, factors, LayerReport(rank_in, factors.rank, error, seen.norms, seen.cosines, seen.sign_conflict)
+
+    def worth(item: tuple[str, Callable[[], Update | None]]) -> bool:
+        updates = [f for found in experts.values() if (f := found.get(item[0])) is not None]
+        entries = updates[0].b_OR.shape[0] * updates[0].a_RI.shape[1]
+        return entries <= SHARED and worth_a_thread(updates)
+
+    merged = side_by_side(done, calls, worth=worth)
+    tracked_layers = tracked(merged, f"merging by {call.method}", total=len(names), shown=progress)
+    found = [each for each in tracked_layers if each is not None]
+    return {layer: factors for layer, factors, _ in found}, {layer: row for layer, _, row in found}
+
+
+def cut(update: Update, rank: int | None) -> tuple[int, Factors, float]:
+    """The rank of the update by the method's formula, the update as factors of at most `rank`, and the relative error."""
+    if isinstance(update, TruncatedUpdate):
+        return update.rank_in, update.factors, update.relative_error
+    if isinstance(update, Factors):
+        cut, error = (update, 0.0) if rank is None else algebra.compress(update, rank)
+        return update.rank, cut, error
+    a_RI, b_OR, error = factorise(update.delta_OI, rank=rank)
+    factors = Factors(a_RI, b_OR, bias_O=update.bias_O, kind=update.kind, kernel=update.kernel)
+    return min(update.delta_OI.shape), factors, error
+
+
+def _parts(
+    adapters: Sequence[Adapter], weights: Sequence[float] | None, statistics: Sequence[Statistics] | None
+) -> list[_Part]:
+    """The adapters that count, in the order given; all that can be wrong with the arguments is found here."""
+    _require_adapters(adapters)
+    if not adapters:
+        raise WeightingError("merge got no adapters; give at least one, and a weight for each")
+    if weights is None:
+        weights = [1 / len(adapters)] * len(adapters)
+    if callable(getattr(weights, "weights", None)):
+        raise ScopeError(
+            f"cannot merge by {type(weights).__name__}: merge takes one number for each adapter. activate() it instead; "
+            "what a router gives depends on the input, and no one adapter has it"
+        )
+    values = finite_weights(weights, [adapter.name for adapter in adapters])
+    if statistics is not None:
+        _check_statistics(statistics, len(adapters))
+    recorded = list(statistics) if statistics is not None else [None] * len(adapters)
+    used = [
+        _Part(adapter, weight, seen)
+        for adapter, weight, seen in zip(adapters, values, recorded, strict=True)
+        if weight != 0.0
+    ]
+    if not used:
+        raise WeightingError(
+            f"all {len(adapters)} weights are zero, which is the base model and no adapter; give at least one other weight"
+        )
+    _check_together(used)
+    for part in used:
+        if part.statistics is not None and part.statistics.adapter_hash != part.adapter.hash:
+            raise WeightingError(
+                f"the statistics given for {part.adapter.name!r} (hash {part.adapter.hash[:12]}) were collected with an "
+                f"adapter of hash {part.statistics.adapter_hash[:12]}; give them in the adapters' order"
+            )
+    return used
+
+
+def _check_statistics(given: Any, num_adapters: int) -> None:
+    if not isinstance(given, Sequence) or not all(isinstance(each, Statistics) for each in given):
+        raise WeightingError(
+            f"statistics={given!r:.80} is no list of Statistics; collect_statistics(model, tokenizer, adapter, texts) makes "
+            "one for each adapter"
+        )
+    if len(given) != num_adapters:
+        raise WeightingError(f"merge got {num_adapters} adapters and {len(given)} statistics; it takes one for each")
+
+
+def _require_adapters(given: Any) -> None:
+    """Raises WeightingError, saying how to come by adapters, for what is no list of them."""
+    listed = isinstance(given, Collection) and not isinstance(given, str | Mapping)
+    strange = [each for each in given if not isinstance(each, Adapter)] if listed else [given]
+    if strange:
+        found = strange[0]
+        shown = repr(found) if isinstance(found, str | int | float | None) else type(found).__name__
+        raise WeightingError(
+            f"merge takes a list of adapters, and {shown:.80} is none: of a pool pass list(pool.adapters.values()), of a "
+            "mapping its values, of a hub hub[name], of an expert model its adapter(), adapter(task) or expert(number)"
+        )
+
+
+def _check_together(used: Sequence[_Part]) -> None:
+    """Whether the adapters have one base and one shape for each layer, and names that tell them apart."""
+    by_name: dict[str, Adapter] = {}
+    for part in used:
+        other = by_name.setdefault(part.adapter.name, part.adapter)
+        if other is not part.adapter and other.hash != part.adapter.hash:
+            raise WeightingError(
+                f"two different adapters are named {part.adapter.name!r} (hashes {other.hash[:12]} and "
+                f"{part.adapter.hash[:12]}); rename one with dataclasses.replace(adapter, name=...)"
+            )
+    ExpertPool(by_name)
+    first = used[0].adapter
+    for part in used[1:]:
+        known = part.adapter.fingerprint and first.fingerprint
+        bases = first.base_model, part.adapter.base_model
+        if not known and all(bases) and bases[0] != bases[1]:
+            raise BaseModelMismatch(
+                f"adapters {first.name!r} (for {bases[0]!r}) and {part.adapter.name!r} (for {bases[1]!r}) name different "
+                "base models; if both are one model, say so with dataclasses.replace(adapter, base_model=...)"
+            )
+
+
+def _check_rank(rank: int | None, used: Sequence[_Part]) -> None:
+    if rank is None:
+        return
+    if not is_whole(rank, 1):
+        raise WeightingError(f"rank={rank!r:.80} is no whole number of 1 or more; leave it out to keep the exact rank")
+    sides = {
+        layer: min(factors.b_OR.shape[0], factors.a_RI.shape[1])
+        for part in used
+        for layer, factors in part.adapter.layers.items()
+    }
+    layer = max(sides, key=lambda name: sides[name])
+    if rank > sides[layer]:
+        raise WeightingError(
+            f"rank={rank} is above {sides[layer]}, the smaller side of the largest layer ({layer!r}): no update has more; "
+            "leave it out to keep the exact rank"
+        )
+
+
+def _recorded(statistics: Mapping[str, Statistics | None] | None, name: str, layer: str) -> Any:
+    seen = statistics.get(name) if statistics is not None else None
+    return None if seen is None else seen.layers.get(layer)
+
+
+def merge_mixture(
+    pool: ExpertPool, mixture: MixtureWeights, *, method: str = "linear", name: str, allow_licenses: bool = False
+) -> Adapter:
+    """The adapter that `method` makes of the pool's experts and a mixture of task scope."""
+    if mixture.layers:
+        return merge_by_layer(pool, mixture.by_layer(), method=method, name=name, allow_licenses=allow_licenses)
+    weights = {expert: weight for expert, weight in mixture.as_dict().items() if weight}
+    return merge(
+        [pool[expert] for expert in weights],
+        list(weights.values()),
+        method=method,
+        name=name,
+        progress=False,
+        allow_licenses=allow_licenses,
+    )
+
+
+def merge_by_layer(
+    pool: ExpertPool,
+    weights: Mapping[str, Mapping[str, float]],
+    *,
+    method: str = "linear",
+    name: str,
+    allow_licenses: bool = False,
+) -> Adapter:
+    """The adapter that `method` makes of {layer: {expert: weight}}; experts of weight 0 in a layer are left out of it.
+
+    Raises WeightingError where nothing is left, InvalidLicense for licenses that exclude each other unless `allow_licenses`,
+    and what the method raises.
+    """
+    used = {layer: {e: w for e, w in of_layer.items() if w} for layer, of_layer in weights.items()}
+    names = [expert for expert in pool.names if any(expert in of_layer for of_layer in used.values())]
+    if not names:
+        raise WeightingError("all weights are zero, which is the base model and no adapter; give at least one other weight")
+    experts = {expert: pool[expert] for expert in names}
+    license = license_of_work([(e, adapter.card) for e, adapter in experts.items()], allowed=allow_licenses)
+    updates = layer_updates(
+        MethodCall(method, {}),
+        {expert: adapter.layers for expert, adapter in experts.items()},
+        {expert: adapter.hash for expert, adapter in experts.items()},
+        used,
+        seed=0,
+    )
+    layers = {layer: cut(update, None)[1] for layer, update in updates}
+    parents = [{**parent_of(adapter), "name": expert, "method": method} for expert, adapter in experts.items()]
+    recipe = {"method": method, "options": {}, "seed": 0, "rank": None, "parents": parents, "weights_by_layer": used}
+    first = next(iter(experts.values()))
+    known = next((adapter.fingerprint for adapter in experts.values() if adapter.fingerprint), None)
+    card = {"recipe": recipe, **({} if license is None else {"license": license})}
+    files = shared([adapter.files for adapter in experts.values()])
+    return Adapter(name, first.base_model, layers, known, card, files=files)
+
+
+CHOICES = ("error", "first", "average")
+
+
+def merged_heads(used: Sequence[tuple[Adapter, float]], choice: str) -> dict[str, Tensor]:
+    """The heads of a merge of these adapters, which are in the order that the user gave, with their weights.
+
+    One adapter of weight 1 keeps its heads. Otherwise "first" takes each head from the first adapter that has it,
+    "average" the sum of w_e h_e over the sum of w_e, over the adapters that have it, and "error" refuses.
+    Raises WeightingError for another choice or weights that sum to zero, CompositionError for heads under "error",
+    LayerMismatch for an average of heads of different shape.
+    """
+    if choice not in CHOICES:
+        raise WeightingError(f"heads={choice!r} is none of {', '.join(map(repr, CHOICES))}")
+    having: dict[str, list[tuple[Adapter, float]]] = {}
+    for adapter, weight in used:
+        for head in adapter.heads:
+            having.setdefault(head, []).append((adapter, weight))
+    if len(used) == 1 and used[0][1] == 1.0:
+        return dict(used[0][0].heads)
+    if having and choice == "error":
+        listed = "; ".join(f"{head!r} in {', '.join(repr(a.name) for a, _ in owners)}" for head, owners in having.items())
+        raise CompositionError(
+            f"trained heads replace the base's weights and do not add up: {listed}. Choose heads='first' (the first "
+            "adapter's) or heads='average' (their weighted mean)"
+        )
+    if choice == "first":
+        return {head: owners[0][0].heads[head] for head, owners in having.items()}
+    return {head: _mean(head, owners) for head, owners in having.items()}
+
+
+def _mean(head: str, owners: Sequence[tuple[Adapter, float]]) -> Tensor:
+    first = owners[0][0]
+    for adapter, _ in owners:
+        if adapter.heads[head].shape != first.heads[head].shape:
+            raise LayerMismatch(
+                f"head {head!r} has shape {tuple(first.heads[head].shape)} in {first.name!r} and "
+                f"{tuple(adapter.heads[head].shape)} in {adapter.name!r}, so there is no average; use heads='first'"
+            )
+    total = sum(weight for _, weight in owners)
+    if total == 0.0:
+        raise WeightingError(f"the weights of the adapters with head {head!r} sum to 0, so there is no average")
+    summed = sum(adapter.heads[head].double() * weight for adapter, weight in owners)
+    return (summed / total).float()  # type: ignore[union-attr]

@@ -1,0 +1,122 @@
+"""A merge method of the registry with its options set, and how it is called layer by layer."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from loraweave import registry
+from loraweave.composer.merge.input import described, holds, is_of_kind, kinds_of, require_sound
+from loraweave.composer.merge.updates import DenseUpdate, TruncatedUpdate
+from loraweave.errors import CompositionError, LoraweaveError, UnknownName, WeightingError
+from loraweave.types import Factors
+
+Update = Factors | DenseUpdate | TruncatedUpdate
+
+# what a method may ask for beyond the experts and weights, and is no option of the user's
+SUPPLIED = ("seeds", "statistics", "survey", "rank")
+
+
+@dataclass(frozen=True, eq=False)
+class MethodCall:
+    """`method` with `options`.
+
+    Raises UnknownName, or WeightingError for an option that the method does not have or whose value is of another kind
+    than the method's signature says.
+    """
+
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method, str):
+            raise UnknownName(f"a method is given by its name, not as {self.method!r:.80}; names('methods') has them")
+        if not isinstance(self.options, Mapping):
+            raise WeightingError(
+                f"the options of method {self.method!r} are {self.options!r:.80}, and not a mapping of names to values; "
+                "leave them out for none"
+            )
+        known, kinds = self.own_options, kinds_of(self._function)
+        for option, value in self.options.items():
+            if option not in known:
+                hint = registry.nearest(str(option), known)
+                has = ", ".join(known) if known else "no options"
+                raise WeightingError(f"method {self.method!r} has no option {option!r}{hint}; it has {has}")
+            if not is_of_kind(value, kinds.get(option, Any)):
+                raise WeightingError(
+                    f"method {self.method!r} got {option}={value!r:.80}; it takes {described(kinds[option])}"
+                )
+
+    @property
+    def own_options(self) -> list[str]:
+        """The names of the options that a user may set."""
+        return [name for name in self._parameters if name not in SUPPLIED]
+
+    def takes(self, parameter: str) -> bool:
+        """Whether the method asks for one of `SUPPLIED`."""
+        return parameter in self._parameters
+
+    @cached_property
+    def looks_at_all_layers(self) -> bool:
+        """Whether the method, with these options, has to see all layers before it combines the first."""
+        if not self.takes("survey"):
+            return False
+        wanted = getattr(self._module, "needs_survey", None)
+        return wanted is None or bool(wanted(**self._options_of(wanted)))
+
+    def survey(self, layers: Iterable[Sequence[Factors | None]], weights: Sequence[float]) -> Any:
+        """What the method has to know of all layers before the first; None for a method that looks at each alone."""
+        if not self.looks_at_all_layers:
+            return None
+        survey = self._module.survey
+        return survey(layers, weights, **self._options_of(survey))
+
+    def combine(
+        self, layer: str, experts: Mapping[str, Factors | None], weights: Sequence[float], **supplied: Any
+    ) -> Update | None:
+        """One layer's experts combined, all finite. An error of the method also names the layer and the experts.
+
+        `supplied` has what the method asks for by `takes`; the rest of it is left out. Raises CompositionError for experts
+        and results that are not finite, and for weights that take an update beyond what fp32 holds.
+        """
+        require_sound(layer, experts, weights, self.method)
+        extra = {name: value for name, value in supplied.items() if self.takes(name)}
+        having = ", ".join(repr(name) for name, factors in experts.items() if factors is not None)
+        try:
+            result: Update | None = self._function(list(experts.values()), weights, **self.options, **extra)
+        except LoraweaveError as error:
+            raise type(error)(f"layer {layer!r} of {having}: {error}") from error
+        if result is not None and not holds(result):
+            raise CompositionError(
+                f"method {self.method!r} gave values that are NaN or infinite for layer {layer!r} of {having}; the weights "
+                f"{', '.join(f'{weight:g}' for weight in weights)} take the sum beyond what fp32 holds: use smaller ones"
+            )
+        return result
+
+    @cached_property
+    def _function(self) -> Any:
+        return registry.get("methods", self.method)
+
+    @property
+    def _module(self) -> Any:
+        return sys.modules[self._function.__module__]
+
+    def _options_of(self, function: Callable[..., Any]) -> dict[str, Any]:
+        """The options that are parameters of this function too."""
+        known = inspect.signature(function).parameters
+        return {name: value for name, value in self.options.items() if name in known}
+
+    @cached_property
+    def _parameters(self) -> list[str]:
+        return list(inspect.signature(self._function).parameters)[2:]
+
+
+def layer_seeds(seed: int, hashes: Sequence[str], layer: str) -> list[int]:
+    """A seed of 63 bits for each expert in this layer: it depends on the expert's content, not on its place or name."""
+    texts = (f"{seed}/{content}/{layer}" for content in hashes)
+    return [int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1 for text in texts]

@@ -1,0 +1,78 @@
+"""Another merge method, by name, as a step of a merge method: it gets the experts in other coordinates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from loraweave import registry
+from loraweave.composer.merge.method_call import MethodCall
+from loraweave.composer.merge.updates import DenseUpdate
+from loraweave.errors import WeightingError
+from loraweave.types import Factors
+
+NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
+
+# methods whose result depends on how an update is split into factors: in other coordinates they mean nothing
+FACTOR_SPACE = frozenset({"lego", "hetlora", "ffa"})
+
+
+def inner_call(name: str, options: Mapping[str, Any], *, method: str) -> MethodCall:
+    """The inner method with its options. Raises WeightingError for one that `method` cannot use, UnknownName for no name."""
+    if name == method:
+        raise WeightingError(
+            f"{method}: inner={name!r} is the method itself; name the rule it shall apply, like 'ties_per_layer'"
+        )
+    if name.startswith("factor_") or name in FACTOR_SPACE:
+        raise WeightingError(
+            f"{method}: inner={name!r} mixes the factors a and b, whose coordinates {method} changes; name a rule on "
+            "updates, like 'ties_per_layer' or 'linear'"
+        )
+    call = MethodCall(name, options)
+    if call.takes("statistics"):
+        raise WeightingError(
+            f"{method}: inner={name!r} needs statistics of the layer's own inputs and outputs; merge with {name!r} directly"
+        )
+    return call
+
+
+def combined(
+    call: MethodCall,
+    experts: Sequence[Factors | None],
+    weights: Sequence[float],
+    seeds: Sequence[int],
+    *,
+    method: str,
+    survey: Any = None,
+) -> Factors | DenseUpdate | None:
+    """What the inner method makes of the experts. It gets their seeds if it asks for seeds: WeightingError without them.
+
+    `survey` is what the inner method has seen of all layers; without it, it takes this one for all.
+    """
+    extra: dict[str, Any] = {"survey": survey} if survey is not None else {}
+    if call.takes("seeds"):
+        if len(seeds) != len(experts):
+            raise WeightingError(
+                f"{method}: inner={call.method!r} is random and needs a seed for each of {len(experts)} experts, got "
+                f"{len(seeds)}"
+            )
+        extra["seeds"] = seeds
+    result: Factors | DenseUpdate | None = registry.get("methods", call.method)(experts, weights, **call.options, **extra)
+    return result
+
+
+def with_biases(experts: Sequence[Factors | None], originals: Sequence[Factors | None]) -> list[Factors | None]:
+    """The experts with the biases of the originals, zeros for one that has none: the inner rule merges them as they are."""
+    known = [each.bias_O for each in originals if each is not None and each.bias_O is not None]
+    if not known:
+        return list(experts)
+    return [
+        None
+        if expert is None or original is None
+        else replace(expert, bias_O=torch.zeros_like(known[0]) if original.bias_O is None else original.bias_O.clone())
+        for expert, original in zip(experts, originals, strict=True)
+    ]

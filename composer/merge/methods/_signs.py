@@ -1,0 +1,79 @@
+"""Sign election and disjoint merge, the second half of TIES and its kin, with the places where the versions differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loraweave.composer.merge.methods._entries import Entries, Keep
+
+# sums of fp32 numbers are zero or at least 2^-149, so this decides zeros alone
+FEATHER = 2.0**-200
+
+
+def merge_by_sign(
+    entries: Entries,
+    keep: Keep,
+    out_OI: Tensor,
+    *,
+    weighted: bool,
+    majority: Literal["total", "frequency"],
+    divide: Literal["count", "weights", "nothing"],
+    scale: float = 1.0,
+    factor: float = 1.0,
+    tie: Callable[[], float] | None = None,
+) -> None:
+    """out_OI = scale * (sum of factor * w_e * tau_e over the experts that agree with the elected sign) / divisor.
+
+    tau_e is what `keep` leaves of expert e. The sign is that of the sum over experts of the votes, taken in float64:
+    w_e tau_e when `weighted`, tau_e otherwise, or their signs when `majority` is "frequency". An expert agrees where its
+    vote has the elected sign; zeros never do. The divisor is the number of experts that agree, or the sum of their
+    weights, or 1; where it is zero, 1. `tie()` gives the sign, 1 or -1, of a sum that is zero although somebody voted;
+    it is called only when that happens.
+    """
+    weights_E = torch.tensor(entries.weights)
+    for rows, stack_EBI in entries.stacks(keep):
+        stack_EN = stack_EBI.reshape(len(entries), -1)
+        if weighted:
+            # before the sum, and not within it: a fused product would leave a rounding error of x - x
+            stack_EN.mul_(weights_E[:, None])
+        sums_N = vote(stack_EN, majority)
+        cancelled = tie is not None and _cancelled(stack_EN, sums_N)
+        sign_N = decide(sums_N, tie() if tie is not None and cancelled else 1.0)
+        agreeing_EN = stack_EN.mul_(sign_N).relu_()
+        result_N = (agreeing_EN.sum(dim=0) if weighted else weights_E @ agreeing_EN).mul_(sign_N)
+        if divide != "nothing":
+            present_EN = agreeing_EN.sign_()
+            result_N.div_(divisor(present_EN.sum(dim=0) if divide == "count" else weights_E @ present_EN))
+        out_OI[rows] = result_N.mul_(scale * factor).view(stack_EBI.shape[1:])
+
+
+def vote(stack_EN: Tensor, majority: str) -> Tensor:
+    """The sum over experts of the entries, or of their signs, in float64."""
+    if majority == "frequency":
+        return stack_EN.sign().sum(dim=0).double()
+    return stack_EN.sum(dim=0, dtype=torch.float64)
+
+
+def decide(sums_N: Tensor, tie: float) -> Tensor:
+    """The sign of each sum, 1 or -1 in fp32; that of `tie` for zeros. The sums are overwritten."""
+    return sums_N.add_(tie * FEATHER).sign_().float()
+
+
+def divisor(sums_N: Tensor) -> Tensor:
+    """The sums with 1 in place of zeros (in place), so that nothing divided by nothing is nothing."""
+    sums = sums_N.numpy()
+    # numpy's comparisons are many times faster than torch's on a CPU
+    np.add(sums, sums == 0, out=sums)
+    return sums_N
+
+
+def _cancelled(stack_EN: Tensor, sums_N: Tensor) -> bool:
+    """Whether a sum is zero although an expert's entry is not."""
+    silent = sums_N.numpy() == 0
+    silent &= stack_EN.amax(dim=0).numpy() > 0
+    return bool(silent.any())

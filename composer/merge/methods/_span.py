@@ -1,0 +1,88 @@
+"""Methods that stay in the span of the experts' updates: the Gram matrix of the updates, and sums with any coefficients.
+
+Angles and norms of updates need their inner products only, and those need only products of factors; a sum with
+coefficients is a concatenation. So none of these methods forms a dense update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraweave.errors import WeightingError
+from loraweave.lowrank import algebra
+from loraweave.types import Factors
+
+
+def gram(updates: Sequence[Factors]) -> Tensor:
+    """<D_i, D_j> of every pair as (E, E), float64, symmetric."""
+    a_SI = torch.cat([factors.a_RI for factors in updates]).double()
+    b_OS = torch.cat([factors.b_OR for factors in updates], dim=1).double()
+    product_SS = (a_SI @ a_SI.T) * (b_OS.T @ b_OS)
+    ranks = torch.tensor([factors.rank for factors in updates])
+    owner_S = torch.repeat_interleave(torch.arange(len(updates)), ranks)
+    rows_ES = product_SS.new_zeros(len(updates), len(owner_S)).index_add_(0, owner_S, product_SS)
+    inner_EE = rows_ES.new_zeros(len(updates), len(updates)).index_add_(1, owner_S, rows_ES)
+    return (inner_EE + inner_EE.T) / 2
+
+
+def combination(updates: Sequence[Factors], coefficients: Sequence[float]) -> Factors:
+    """The sum of c_e update_e, exactly; gains and biases enter likewise, coefficients of zero drop out.
+
+    The result is always new memory, and an update of rank 0 when all coefficients are zero. Raises LayerMismatch for
+    updates of different shape, AdapterUnsupported for an unbound one that is not alone with a coefficient of 1.
+    """
+    parts = [algebra.scale(update, c) for update, c in zip(updates, coefficients, strict=True) if c != 0.0]
+    if not parts:
+        return nothing(updates[0])
+    total = algebra.add(parts)
+    if len(parts) > 1:
+        return total
+    copies: dict[str, Any] = {name: tensor.clone() for name, tensor in total.tensors().items()}
+    return replace(total, **copies)
+
+
+def nothing(like: Factors) -> Factors:
+    """The update of rank 0 on a layer of that shape."""
+    return Factors(
+        like.a_RI.new_zeros(0, like.a_RI.shape[1]),
+        like.b_OR.new_zeros(like.b_OR.shape[0], 0),
+        kind=like.kind,
+        kernel=like.kernel,
+    )
+
+
+def counted(experts: Sequence[Factors | None], weights: Sequence[float]) -> tuple[list[Factors], list[float]]:
+    """The experts that have the layer and a weight other than zero, of any kind, and their weights."""
+    found = [(f, float(w)) for f, w in zip(experts, weights, strict=True) if f is not None and w != 0.0]
+    return [factors for factors, _ in found], [weight for _, weight in found]
+
+
+def mean_weights(weights: Sequence[float], *, method: str) -> list[float]:
+    """The weights over their sum. Raises WeightingError when that is zero and not all weights are."""
+    values = [float(weight) for weight in weights]
+    total = sum(values)
+    if total == 0.0 and any(values):
+        raise WeightingError(
+            f"{method} divides by the sum of the weights, and {_listed(values)} sum to 0: use task_arithmetic or linear, "
+            "which do not divide"
+        )
+    return [value / total for value in values] if total else values
+
+
+def shares(weights: Sequence[float], *, method: str) -> list[float]:
+    """The weights over their sum, for formulas in which they are shares. Raises WeightingError for a negative one."""
+    if any(weight < 0.0 for weight in weights):
+        raise WeightingError(
+            f"{method} takes the weights as shares, which are positive, but got {_listed(weights)}: use linear, which "
+            "takes weights of any sign"
+        )
+    return mean_weights(weights, method=method)
+
+
+def _listed(weights: Sequence[float]) -> str:
+    return ", ".join(f"{weight:g}" for weight in weights)

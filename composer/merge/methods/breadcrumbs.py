@@ -1,0 +1,58 @@
+"""Model Breadcrumbs (Davari and Belilovsky 2023, arXiv 2312.06795): neither the largest entries nor the smallest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from loraweave.composer.merge.methods._entries import Entries, merged, weighted_sum
+from loraweave.composer.merge.methods._options import finite
+from loraweave.composer.merge.methods._terms import fraction, terms
+from loraweave.composer.merge.methods._thresholds import count_of, keep_largest
+from loraweave.composer.merge.updates import DenseUpdate
+from loraweave.types import Factors
+
+
+def breadcrumbs(
+    experts: Sequence[Factors | None],
+    weights: Sequence[float],
+    *,
+    density: float = 0.9,
+    gamma: float = 0.01,
+    scale: float = 1.0,
+) -> DenseUpdate | None:
+    """One layer's scale * sum of w_e tau_e, tau_e being an update without its outliers and its small entries.
+
+    Of each expert's n entries in a layer, in order of magnitude (of equal ones the earlier first), the first
+    int(gamma * n) are dropped, the next int(density * n) kept, the rest dropped; where that is more than there are, fewer
+    outliers are dropped. This is mergekit's definition (`breadcrumbs`, without a sign election); the paper states the
+    two masks, gamma and beta, as percentiles. `density` and `gamma` in [0, 1]; `scale` is the paper's alpha.
+
+    fp32 products. Raises WeightingError for options out of range, LayerMismatch and AdapterUnsupported for updates that do
+    not fit.
+    """
+    fraction(density, "density", method="breadcrumbs", zero=True)
+    fraction(gamma, "gamma", method="breadcrumbs", zero=True)
+    finite(scale, "scale", method="breadcrumbs")
+
+    def rule(entries: Entries, out_OI: Tensor) -> None:
+        target = count_of(density, entries.size)
+        reach = min(entries.size, target + count_of(gamma, entries.size))
+        keep_reach = keep_largest(entries, reach, out_OI)
+        keep_outliers = keep_largest(entries, reach - target, out_OI)
+        outliers_BI = torch.empty(0)
+
+        def keep(expert: int, rows: slice, block_BI: Tensor, left_BI: Tensor) -> None:
+            nonlocal outliers_BI
+            if outliers_BI.shape != block_BI.shape:
+                outliers_BI = torch.empty_like(block_BI)
+            keep_reach(expert, rows, block_BI, left_BI)
+            keep_outliers(expert, rows, block_BI, outliers_BI)
+            # both are the same numbers or zeros, so the difference is exact
+            left_BI.sub_(outliers_BI)
+
+        weighted_sum(entries, keep, out_OI, factor=scale)
+
+    return merged(terms(experts, weights, method="breadcrumbs"), rule)

@@ -1,0 +1,42 @@
+"""DARE (Yu et al. 2023, arXiv 2311.03099) before the sum: entries dropped at random, the others rescaled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from loraweave.composer.merge.methods._dropout import keep_random
+from loraweave.composer.merge.methods._entries import Entries, merged, weighted_sum
+from loraweave.composer.merge.methods._options import finite
+from loraweave.composer.merge.methods._terms import fraction, terms
+from loraweave.composer.merge.updates import DenseUpdate
+from loraweave.types import Factors
+
+
+def dare_linear(
+    experts: Sequence[Factors | None],
+    weights: Sequence[float],
+    *,
+    seeds: Sequence[int],
+    density: float = 0.5,
+    scale: float = 1.0,
+) -> DenseUpdate | None:
+    """One layer's scale * sum of w_e m_e delta_e / q, m_e being 1 with probability q for each entry on its own, else 0.
+
+    On average this is the weighted sum. `density` = 1 - p in [0, 1] is the probability of keeping an entry, rounded to a
+    multiple q of 2^-16 (at least one, so that the average holds; 0 gives zeros), by which the rest is divided. The masks
+    depend on seeds[e] and the place of an entry alone. fp32 products.
+
+    Differs from mergekit's, which rescales to the L1 norm of the update, and from PEFT's `dare_linear`, which drops
+    entries of the factors; PEFT's `dare_linear_svd` is this, cut to a rank and with other random numbers.
+    Raises WeightingError for options out of range, LayerMismatch and AdapterUnsupported for updates that do not fit.
+    """
+    fraction(density, "density", method="dare_linear", zero=True)
+    finite(scale, "scale", method="dare_linear")
+
+    def rule(entries: Entries, out_OI: Tensor) -> None:
+        keep, probability = keep_random(entries, seeds, density)
+        weighted_sum(entries, keep, out_OI, factor=scale / probability)
+
+    return merged(terms(experts, weights, method="dare_linear"), rule)

@@ -1,0 +1,91 @@
+"""DELLA (Deep et al. 2024, arXiv 2406.11617): drop by rank of magnitude, elect signs, fuse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loraweave.composer.merge.methods._dropout import LEVELS, Draws, quantised
+from loraweave.composer.merge.methods._entries import Entries, Keep, merged
+from loraweave.composer.merge.methods._options import choice, finite
+from loraweave.composer.merge.methods._signs import merge_by_sign
+from loraweave.composer.merge.methods._terms import fraction, terms
+from loraweave.composer.merge.updates import DenseUpdate
+from loraweave.errors import WeightingError
+from loraweave.types import Factors
+
+
+def della(
+    experts: Sequence[Factors | None],
+    weights: Sequence[float],
+    *,
+    seeds: Sequence[int],
+    density: float = 0.5,
+    epsilon: float = 0.15,
+    aggregate: Literal["mean", "sum"] = "mean",
+    scale: float = 1.0,
+) -> DenseUpdate | None:
+    """One layer's DELLA merge: MAGPRUNE on each update, then the sign election and disjoint merge of `ties`.
+
+    MAGPRUNE keeps an entry with probability p and divides it by p. Within a row of I entries, p rises linearly with the
+    rank of the magnitude, from density - epsilon for the smallest to density + epsilon for the largest (of equal ones the
+    earlier ranks lower; p = density for I = 1), rounded to a multiple of 2^-16. A bias is one row. Then gamma = sign of the
+    sum of w_e tau_e, 1 where that is zero, and the result is scale * the mean or sum (`aggregate`) of w_e tau_e over the
+    experts with sign gamma. Weights of one are the paper; `scale` is its lambda, and its window is 2 epsilon wide.
+
+    `density` in [0, 1]: 0 gives zeros and 1 drops nothing, whatever epsilon; between them density - epsilon must be above
+    0 and density + epsilon at most 1. The masks depend on seeds[e] and the place of an entry alone. fp32 products, votes in
+    float64. mergekit's `della` rescales to the L1 norm of the update instead.
+    Raises WeightingError for options out of range, LayerMismatch and AdapterUnsupported for updates that do not fit.
+    """
+    fraction(density, "density", method="della", zero=True)
+    fraction(epsilon, "epsilon", method="della", zero=True)
+    choice(aggregate, "aggregate", ("mean", "sum"), method="della")
+    finite(scale, "scale", method="della")
+    if density in (0.0, 1.0):
+        epsilon = 0.0
+    elif density - epsilon <= 0.0 or density + epsilon > 1.0:
+        raise WeightingError(
+            f"della: density={density!r} and epsilon={epsilon!r} give probabilities from {density - epsilon:.6g} to "
+            f"{density + epsilon:.6g}, outside (0, 1]: epsilon must be below density and at most 1 - density"
+        )
+
+    def rule(entries: Entries, out_OI: Tensor) -> None:
+        keep = _magprune(entries, seeds, density, epsilon)
+        divide: Literal["count", "nothing"] = "count" if aggregate == "mean" else "nothing"
+        merge_by_sign(entries, keep, out_OI, weighted=True, majority="total", divide=divide, scale=scale)
+
+    return merged(terms(experts, weights, method="della"), rule)
+
+
+def _magprune(entries: Entries, seeds: Sequence[int], density: float, epsilon: float) -> Keep:
+    width = entries.shape[1]
+    rising = np.linspace(-1.0, 1.0, width) if width > 1 else np.zeros(width)
+    level_of_rank_I = torch.tensor([float(quantised(density + epsilon * step)) for step in rising])
+    draws = Draws(entries, seeds)
+
+    def keep(expert: int, rows: slice, block_BI: Tensor, out_BI: Tensor) -> None:
+        level_BI = torch.empty_like(block_BI)
+        level_BI.scatter_(1, _ascending(block_BI), level_of_rank_I.expand_as(block_BI))
+        kept = draws.block(expert, block_BI) < level_BI.numpy()
+        # a level of zero keeps nothing, and divides nothing
+        torch.div(block_BI, level_BI.div_(LEVELS).clamp_(min=1 / LEVELS), out=out_BI)
+        np.multiply(out_BI.numpy(), kept, out=out_BI.numpy())
+
+    return keep
+
+
+def _ascending(block_BI: Tensor) -> Tensor:
+    """For each row the columns in order of magnitude, of equal ones the earlier first.
+
+    The bits of a magnitude above those of the column make one integer, so that an ordinary sort, which is fast, is stable.
+    """
+    halves = np.empty((*block_BI.shape, 2), dtype="<u4")
+    halves[..., 0] = np.arange(block_BI.shape[1])
+    halves[..., 1] = np.abs(block_BI.numpy()).view(np.uint32)
+    halves.view("<u8")[..., 0].sort(axis=1)
+    return torch.from_numpy(halves[..., 0].astype(np.int64))

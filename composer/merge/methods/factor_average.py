@@ -1,0 +1,34 @@
+"""The weighted mean of a and of b, apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from loraweave.composer.merge.methods._factor_space import aligned
+from loraweave.composer.merge.methods._span import mean_weights
+from loraweave.composer.merge.methods._terms import weighted_bias
+from loraweave.types import Factors
+
+
+def factor_average(experts: Sequence[Factors | None], weights: Sequence[float]) -> Factors | None:
+    """One layer's a = sum of p_e a_e and b = sum of p_e b_e with p_e = w_e over the sum of the weights.
+
+    The addition of PEM arithmetic (Zhang et al. 2023, arXiv 2306.14870), adapter soups (Chronopoulou et al. 2023, arXiv
+    2302.07027), FedAvg on LoRA; with weights decay and 1 - decay for a slow and a fast adapter one step of I-LoRA's moving
+    average (Ren et al. 2024, arXiv 2402.18865). Only proportions of the weights count. Not a mean of updates (`average`):
+    a_e and b_f of different experts multiply. An expert without the layer has zeros there, and its weight stays in the
+    sum. Biases take the mean.
+
+    Raises WeightingError for weights that sum to zero, LayerMismatch for different ranks or shapes, AdapterUnsupported for
+    gains and unbound updates.
+    """
+    parts = mean_weights(weights, method="factor_average")
+    found = aligned(experts, parts, method="factor_average", twin="average")
+    if not found:
+        return None
+    a_RI = torch.stack([term.factors.a_RI.double() * term.weight for term in found]).sum(dim=0)
+    b_OR = torch.stack([term.factors.b_OR.double() * term.weight for term in found]).sum(dim=0)
+    return replace(found[0].factors, a_RI=a_RI.float(), b_OR=b_OR.float(), bias_O=weighted_bias(found))

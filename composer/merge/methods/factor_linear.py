@@ -1,0 +1,22 @@
+"""PEFT's `linear`: factors summed apart with the roots of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from loraweave.composer.merge.methods._factor_space import aligned, rooted, weighted_sum, whole
+from loraweave.types import Factors
+
+
+def factor_linear(experts: Sequence[Factors | None], weights: Sequence[float]) -> Factors | None:
+    """One layer's a = sum of sign(w_e) sqrt|w_e| a_e and b = sum of sqrt|w_e| b_e.
+
+    PEFT's combination type "linear". The update is the sum over e, f of sqrt|w_e w_f| sign(w_f) b_e a_f: the weighted sum
+    of updates plus cross terms. Here the LoRA scale s_e is part of b_e, in PEFT its root goes to either side; the two are
+    equal where all s_e are, and otherwise differ in the cross terms (this is PEFT's result for the same updates stored
+    with lora_alpha = r).
+
+    Weights take any sign; one expert of weight w gives w D. An expert without the layer adds nothing. Biases sum with w_e.
+    Raises LayerMismatch for different ranks or shapes, AdapterUnsupported for gains and unbound updates.
+    """
+    return rooted(aligned(experts, weights, method="factor_linear", twin="linear"), whole, weighted_sum)

@@ -1,0 +1,79 @@
+"""The mean of updates weighted by Fisher information, entry by entry (Matena and Raffel 2022, arXiv 2111.09832)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from loraweave.composer.merge.methods._shares import Share, share_bias, shares
+from loraweave.composer.merge.statistics import LayerStatistics
+from loraweave.composer.merge.updates import DenseUpdate
+from loraweave.errors import WeightingError
+from loraweave.types import Factors
+
+# rows of the update that are held in float64 at once
+BLOCK_ROWS = 256
+
+
+def fisher(
+    experts: Sequence[Factors | None],
+    weights: Sequence[float],
+    *,
+    statistics: Sequence[LayerStatistics | None],
+    floor: float = 1e-6,
+    normalise: bool = False,
+) -> DenseUpdate | None:
+    """One layer's sum of w_e F_e * D_e / sum of w_e F_e, entry by entry, with F_e = max(F_e, floor) (eq. 3 of the paper).
+
+    Weights above 0, of which only the proportions count. `floor` >= 0 in units of F: where every F_e lies below it the
+    result is the weighted mean, so it should be small against the F that the model has. `normalise` divides w_e by the
+    norm of F_e over all layers of its adapter, so that a confident expert does not outweigh the others everywhere: F_e is
+    floored first and divided afterwards, as in the authors' code. Biases, whose Fisher is not recorded, are averaged by
+    weight.
+
+    None stands for an expert without this layer: a zero update where its statistics have the layer, no part of the mean
+    otherwise. Raises WeightingError for a negative weight, a floor below 0, a norm of zero with `normalise`, and statistics
+    that are missing or do not fit. The authors' code floors F of the first model alone unless told otherwise; here all
+    experts are alike. fusion_bench adds its minimal weight to F instead of taking the larger one.
+    """
+    if not isinstance(floor, int | float) or not 0.0 <= floor < float("inf"):
+        raise WeightingError(f"fisher: floor={floor!r} is not in [0, infinity)")
+    found = shares(experts, weights, statistics, method="fisher", part="fisher_OI")
+    if not found:
+        return None
+    first = next(share.term for share in found if share.term is not None).factors
+    num_out, num_in = first.b_OR.shape[0], first.a_RI.shape[1]
+    total = sum(share.weight for share in found)
+    factors = [share.weight / total for share in found]
+    if normalise:
+        factors = [factor / _norm(share) for factor, share in zip(factors, found, strict=True)]
+    delta_OI = torch.empty(num_out, num_in)
+    for start in range(0, num_out, BLOCK_ROWS):
+        rows = slice(start, start + BLOCK_ROWS)
+        block = delta_OI[rows].shape
+        above_OI, below_OI, mean_OI = (torch.zeros(block, dtype=torch.float64) for _ in range(3))
+        for share, weight in zip(found, factors, strict=True):
+            assert share.seen.fisher_OI is not None
+            weight_OI = share.seen.fisher_OI[rows].double().clamp_(min=floor).mul_(weight)
+            below_OI += weight_OI
+            if share.term is not None:
+                update_OI = share.term.factors.b_OR[rows].double() @ share.term.factors.a_RI.double()
+                above_OI += weight_OI.mul_(update_OI)
+                mean_OI += update_OI.mul_(share.weight / total)
+        # without a floor an entry may matter to nobody
+        delta_OI[rows] = torch.where(below_OI > 0, above_OI / below_OI, mean_OI)
+    return DenseUpdate(delta_OI, share_bias(found), first.kind, first.kernel)
+
+
+def _norm(share: Share) -> float:
+    """The norm of the expert's Fisher, over all layers where it was recorded so."""
+    seen = share.seen
+    assert seen.fisher_OI is not None
+    norm = float(seen.fisher_OI.double().norm()) if seen.fisher_norm is None else seen.fisher_norm
+    if norm == 0.0:
+        raise WeightingError(
+            "fisher: normalise=True divides by the norm of each expert's Fisher, and that of one is 0: its texts gave no "
+            "gradient anywhere; collect it again with other texts, or leave normalise out"
+        )
+    return norm

@@ -1,0 +1,51 @@
+"""Aggregation of clients of different ranks: the mean update, decomposed anew (FlexLoRA)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from loraweave.composer.merge.methods._span import combination, counted, shares
+from loraweave.composer.merge.updates import TruncatedUpdate
+from loraweave.errors import WeightingError
+from loraweave.lowrank import algebra
+from loraweave.lowrank.truncation import compress_sum
+from loraweave.types import Factors
+
+
+def flexlora(
+    experts: Sequence[Factors | None], weights: Sequence[float], *, rank: int | None = None
+) -> TruncatedUpdate | None:
+    """One layer's mean update U Sigma V^T cut to `rank`, with b = U Sigma and a = V^T (Bai et al. 2024, arXiv 2402.11505).
+
+    Weights are the clients' sizes: positive, and only their proportions count. `rank` is at least 1; None takes the
+    largest rank among the experts that count. Rows of a are orthonormal and ordered by singular value, so that the
+    first r of them are the best approximation of rank r: `flexlora_clients` gives each client its own from one
+    decomposition. From the factors alone, in float64. An expert without the layer is a zero update.
+    Gains and biases take the mean.
+
+    Raises WeightingError for a negative weight or a rank below 1, LayerMismatch and AdapterUnsupported as `linear` does.
+    """
+    if rank is not None and rank < 1:
+        raise WeightingError(f"flexlora: rank={rank} is below 1")
+    updates, values = counted(experts, shares(weights, method="flexlora"))
+    if not updates:
+        return None
+    total = sum(update.rank for update in updates)
+    limit = max(max(update.rank for update in updates) if rank is None else rank, 1)
+    if len(updates) == 1 and not updates[0].bound:
+        cut, error = algebra.compress(combination(updates, values), limit)
+        return TruncatedUpdate(cut, total, error)
+    algebra.require_alike(updates)
+    cut, error, _ = compress_sum(updates, values, limit)
+    return TruncatedUpdate(_right_orthonormal(cut), total, error)
+
+
+def _right_orthonormal(factors: Factors) -> Factors:
+    """The same update with the rows of a orthonormal and b = U Sigma, largest first."""
+    q_OR, r_RR = torch.linalg.qr(factors.b_OR.double())
+    p_IR, s_RR = torch.linalg.qr(factors.a_RI.double().T)
+    u_RR, sigma_R, vh_RR = torch.linalg.svd(r_RR @ s_RR.T, full_matrices=False)
+    return replace(factors, a_RI=(vh_RR @ p_IR.T).float(), b_OR=(q_OR @ (u_RR * sigma_R)).float())

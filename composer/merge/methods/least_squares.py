@@ -1,0 +1,32 @@
+"""Mix-of-Show's gradient fusion in closed form: least squares on the experts' inputs (Gu et al. 2023, arXiv 2305.18292)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from loraweave.composer.merge.methods._regression import regression
+from loraweave.composer.merge.methods._shares import shares
+from loraweave.composer.merge.statistics import LayerStatistics
+from loraweave.types import Factors
+
+
+def least_squares(
+    experts: Sequence[Factors | None],
+    weights: Sequence[float],
+    *,
+    statistics: Sequence[LayerStatistics | None],
+) -> Factors | None:
+    """One layer's smallest D that minimises sum of w_e |(D - D_e) X_e|^2 / n_e, of rank sum of R_e.
+
+    D = (sum of w_e D_e G_e)(sum of w_e G_e)^+: where the minimum is not unique, the one nearest to the base model, which
+    is where the authors' L-BFGS starts and what it goes towards. Inputs that no expert has seen therefore get the base.
+    Directions whose share of the inputs is below the rounding of fp32 count as not seen. Weights are above 0 and say how
+    much each expert's inputs count; the authors' alpha, which scales an update before it is fused, is `scale`. Biases,
+    which the authors leave out, are averaged by weight.
+
+    None stands for an expert without this layer: a zero update where its statistics have the layer, no part of the mean
+    otherwise. Raises WeightingError for a negative weight and statistics that are missing or do not fit. Unlike `regmean`
+    nothing is shrunk, so that the loss is never above that of any other merge.
+    """
+    found = shares(experts, weights, statistics, method="least_squares", part="gram_II")
+    return regression(found, off_diagonal=1.0, from_mean=False) if found else None

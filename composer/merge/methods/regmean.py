@@ -1,0 +1,35 @@
+"""RegMean: the update that comes nearest to each expert on that expert's inputs (Jin et al. 2023, arXiv 2212.09849)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from loraweave.composer.merge.methods._regression import regression
+from loraweave.composer.merge.methods._shares import shares
+from loraweave.composer.merge.statistics import LayerStatistics
+from loraweave.errors import WeightingError
+from loraweave.types import Factors
+
+
+def regmean(
+    experts: Sequence[Factors | None],
+    weights: Sequence[float],
+    *,
+    statistics: Sequence[LayerStatistics | None],
+    off_diagonal: float = 0.9,
+) -> Factors | None:
+    """One layer's (sum of w_e D_e G_e)(sum of w_e G_e)^-1, of rank sum of R_e (eq. 2 of the paper, on updates).
+
+    G_e = X_e^T X_e / n has its off-diagonal multiplied by `off_diagonal` in [0, 1] (0.9 in the paper, 0.95 in fusion_bench),
+    which keeps the inverse apart from noise. On updates or on whole weights is the same: the base is common. Weights are
+    above 0, say how much each expert's inputs count, and only their proportions matter. Inputs that no expert has seen get
+    the weighted mean of the updates. Biases are averaged by weight.
+
+    None stands for an expert without this layer: a zero update where its statistics have the layer, no part of the mean
+    otherwise. Raises WeightingError for a negative weight, an `off_diagonal` outside its range, and statistics that are
+    missing or do not fit. Unlike `least_squares` it shrinks G and starts from the mean, not from the base.
+    """
+    if not isinstance(off_diagonal, int | float) or not 0.0 <= off_diagonal <= 1.0:
+        raise WeightingError(f"regmean: off_diagonal={off_diagonal!r} is outside [0, 1]")
+    found = shares(experts, weights, statistics, method="regmean", part="gram_II")
+    return regression(found, off_diagonal=float(off_diagonal), from_mean=True) if found else None

@@ -1,0 +1,35 @@
+"""Spherical interpolation between two updates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from loraweave.composer.merge.methods._span import combination, gram
+from loraweave.composer.merge.methods._sphere import interpolation, pair
+from loraweave.composer.merge.methods._terms import fraction, terms
+from loraweave.types import Factors
+
+
+def slerp(experts: Sequence[Factors | None], weights: Sequence[float], *, collinear: float = 0.9995) -> Factors | None:
+    """One layer's sin((1-t) A)/sin A * D_1 + sin(t A)/sin A * D_2, A being the angle between the two updates.
+
+    Shoemake 1985, with each update as one long vector and t = w_2 / (w_1 + w_2): weights are positive, and
+    only their proportion counts. Two experts of other weights than zero, or one, which then comes back as it is. The
+    coefficients go onto the updates themselves, not onto unit vectors, as mergekit does. Where |cos A| is above
+    `collinear`, in (0, 1], and where an update is zero or its layer absent, it is (1-t) D_1 + t D_2.
+
+    A is that between updates, from the factors alone, not that between whole fine-tuned weights, as where the base takes
+    part. The result is exact and of rank R_1 + R_2; biases take the coefficients of the updates. Raises WeightingError for
+    three experts or more, a negative weight or an option out of range, LayerMismatch for updates of different shape,
+    AdapterUnsupported for gains and unbound updates.
+    """
+    limit = fraction(collinear, "collinear", method="slerp")
+    values = pair(weights, method="slerp")
+    found = terms(experts, values, method="slerp")
+    if not found:
+        return None
+    updates = [term.factors for term in found]
+    coefficients = [term.weight for term in found]
+    if len(updates) == 2:
+        coefficients = [float(c) for c in interpolation(gram(updates), coefficients, max_cosine=limit)]
+    return combination(updates, coefficients)

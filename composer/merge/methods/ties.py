@@ -1,0 +1,117 @@
+"""TIES-merging as published (Yadav et al. 2023, arXiv 2306.01708): trim over the whole model, elect signs, merge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from loraweave.composer.merge.methods._entries import Entries, Keep, merged, tensors
+from loraweave.composer.merge.methods._options import choice, finite
+from loraweave.composer.merge.methods._signs import merge_by_sign, vote
+from loraweave.composer.merge.methods._terms import Term, fraction, terms
+from loraweave.composer.merge.methods._thresholds import EVERYTHING, NOTHING, Cut, Histogram, count_of, keep_above
+from loraweave.composer.merge.updates import DenseUpdate
+from loraweave.types import Factors
+
+
+class Survey:
+    """What TIES must know of all layers: each expert's cut, and the sign that most entries of the model elect."""
+
+    def __init__(self, layers: Sequence[Sequence[Term]], cuts: dict[int, Cut]) -> None:
+        self._layers = layers
+        self.cuts = cuts
+
+    def keep(self, entries: Entries) -> Keep:
+        return keep_above([self.cuts[place] for place in entries.places])
+
+    @cached_property
+    def majority(self) -> float:
+        """1 when at least as many entries elect a positive sign as elect a negative one, else -1.
+
+        Only sums that cancel exactly need it, which is rare, so it is counted when the first one turns up.
+        """
+        balance = 0
+        for found in self._layers:
+            for entries in tensors(found):
+                for _, stack_EBI in entries.stacks(self.keep(entries)):
+                    weighted_EN = stack_EBI.reshape(len(entries), -1) * torch.tensor(entries.weights)[:, None]
+                    balance += int(vote(weighted_EN, "total").sign_().sum())
+        return 1.0 if balance >= 0 else -1.0
+
+
+def ties(
+    experts: Sequence[Factors | None],
+    weights: Sequence[float],
+    *,
+    density: float = 0.2,
+    aggregate: Literal["mean", "sum"] = "mean",
+    scale: float = 1.0,
+    survey: Survey | None = None,
+) -> DenseUpdate | None:
+    """One layer's TIES merge, trimmed over the whole model, as in the paper and its authors' code.
+
+    1. Trim: of each expert's entries in all layers together (biases too), keep those whose magnitude is at least the
+       k-th largest, k = int(density * entries), an absent layer counting as zeros; equal magnitudes are kept together.
+    2. Elect: gamma = sign of the sum over experts of w_e tau_e; where that is exactly zero, the sign that most entries of
+       the whole model have, 1 if those balance.
+    3. Merge: scale * the mean (`aggregate`="mean", the paper's) or sum of w_e tau_e over the experts with sign gamma.
+
+    Weights of one are the paper. `density` in [0, 1] is the fraction kept (the authors' code keeps one entry more);
+    `scale` is the paper's lambda. Without `survey` this layer is the whole model. fp32 products, votes in float64.
+    PEFT's TIES is `ties_per_layer`, mergekit's `ties_weighted`, the one with counted signs `ties_count`.
+    Raises WeightingError for options out of range, LayerMismatch and AdapterUnsupported for updates that do not fit.
+    """
+    fraction(density, "density", method="ties", zero=True)
+    choice(aggregate, "aggregate", ("mean", "sum"), method="ties")
+    finite(scale, "scale", method="ties")
+    found = terms(experts, weights, method="ties")
+    seen = _survey([found], density) if survey is None else survey
+
+    def rule(entries: Entries, out_OI: Tensor) -> None:
+        merge_by_sign(
+            entries,
+            seen.keep(entries),
+            out_OI,
+            weighted=True,
+            majority="total",
+            divide="count" if aggregate == "mean" else "nothing",
+            scale=scale,
+            tie=lambda: seen.majority,
+        )
+
+    return merged(found, rule)
+
+
+def survey(layers: Iterable[Sequence[Factors | None]], weights: Sequence[float], *, density: float = 0.2) -> Survey:
+    """What `ties` needs to know of all layers before it merges the first one."""
+    fraction(density, "density", method="ties", zero=True)
+    return _survey([terms(experts, weights, method="ties") for experts in layers], density)
+
+
+def _survey(layers: Sequence[Sequence[Term]], density: float) -> Survey:
+    """Each expert's k-th largest magnitude over all layers: counted by bit pattern, in two passes over the products."""
+    size = sum(entries.size for found in layers if found for entries in tensors(found))
+    places = sorted({term.place for found in layers for term in found})
+    count = count_of(density, size)
+    if count == 0 or count == size:
+        return Survey(layers, dict.fromkeys(places, EVERYTHING if count else NOTHING))
+    histograms = {place: Histogram() for place in places}
+    for found in layers:
+        for entries in tensors(found) if found else ():
+            scratch_OI = torch.empty(entries.shape)
+            for expert, place in enumerate(entries.places):
+                for rows, magnitudes_BI in entries.magnitudes(expert):
+                    scratch_OI[rows] = magnitudes_BI
+                histograms[place].add(scratch_OI)
+    for histogram in histograms.values():
+        histogram.narrow(count)
+    for found in layers:
+        for entries in tensors(found) if found else ():
+            for expert, place in enumerate(entries.places):
+                for _, magnitudes_BI in entries.magnitudes(expert):
+                    histograms[place].refine(magnitudes_BI)
+    return Survey(layers, {place: Cut(histogram.value, torch.inf) for place, histogram in histograms.items()})

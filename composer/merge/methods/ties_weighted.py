@@ -1,0 +1,47 @@
+"""mergekit's TIES: trimmed layer by layer, signs elected with the weights, divided by the weights that agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from loraweave.composer.merge.methods._entries import Entries, merged
+from loraweave.composer.merge.methods._options import choice, finite
+from loraweave.composer.merge.methods._signs import merge_by_sign
+from loraweave.composer.merge.methods._terms import fraction, terms
+from loraweave.composer.merge.methods._thresholds import count_of, keep_largest
+from loraweave.composer.merge.updates import DenseUpdate
+from loraweave.types import Factors
+
+
+def ties_weighted(
+    experts: Sequence[Factors | None],
+    weights: Sequence[float],
+    *,
+    density: float = 0.2,
+    majority: Literal["total", "frequency"] = "total",
+    normalize: bool = True,
+    scale: float = 1.0,
+) -> DenseUpdate | None:
+    """One layer's TIES merge (Yadav et al. 2023, arXiv 2306.01708) as mergekit defines it for full weights.
+
+    Of each expert, exactly the int(density * entries) largest magnitudes are kept, of equal ones the earlier. gamma = sign
+    of the sum of w_e tau_e, or of their signs (`majority`="frequency"); 1 where that is zero. The result is scale * sum of
+    w_e tau_e over the experts for which w_e tau_e has sign gamma, with `normalize` divided by the sum of their w_e (by 1
+    where that is zero; weights of both signs can make it small). One expert is thus given back whatever its weight.
+
+    `density` in [0, 1] is the fraction kept. fp32 products, votes in float64. `ties_per_layer` votes without the weights.
+    Raises WeightingError for options out of range, LayerMismatch and AdapterUnsupported for updates that do not fit.
+    """
+    fraction(density, "density", method="ties_weighted", zero=True)
+    choice(majority, "majority", ("total", "frequency"), method="ties_weighted")
+    finite(scale, "scale", method="ties_weighted")
+
+    def rule(entries: Entries, out_OI: Tensor) -> None:
+        keep = keep_largest(entries, count_of(density, entries.size), out_OI)
+        divide: Literal["weights", "nothing"] = "weights" if normalize else "nothing"
+        merge_by_sign(entries, keep, out_OI, weighted=True, majority=majority, divide=divide, scale=scale)
+
+    return merged(terms(experts, weights, method="ties_weighted"), rule)

@@ -1,0 +1,1 @@
+"""What a model is to a mixture: its layers, batches, answers and limits."""

@@ -1,0 +1,222 @@
+"""Prompts and targets as one left-padded batch, so that the targets of all rows end at the last position of a decoder.
+
+The language head is then needed on the last few positions only (`logits_to_keep`): with a vocabulary of 49,152 the logits of
+whole prompts are what fills the memory.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from loraweave.errors import InvalidTask
+from loraweave.routers.tokens._call import prompted
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class TargetBatch:
+    """`inputs` go to the model; targets_BK are token ids, `IGNORED` where a row's target is shorter than K.
+
+    A decoder predicts targets_BK[:, k] at position T - K - 1 + k; an encoder-decoder at decoder position k.
+    """
+
+    inputs: dict[str, Tensor]
+    targets_BK: Tensor
+
+    def to(self, device: torch.device) -> TargetBatch:
+        return TargetBatch({key: value.to(device) for key, value in self.inputs.items()}, self.targets_BK.to(device))
+
+    def tiled(self, count: int) -> TargetBatch:
+        """The whole batch `count` times, one copy after the other."""
+        inputs = {key: value.repeat(count, 1) for key, value in self.inputs.items()}
+        return TargetBatch(inputs, self.targets_BK.repeat(count, 1))
+
+    def rows(self, index: Sequence[int]) -> TargetBatch:
+        """These rows, without the padding that all of them have."""
+        chosen = torch.tensor(index, device=self.targets_BK.device)
+        inputs = {key: value[chosen] for key, value in self.inputs.items()}
+        targets_BK = self.targets_BK[chosen]
+        used_K = (targets_BK != IGNORED).any(dim=0).nonzero()
+        first, last = int(used_K[0]), int(used_K[-1]) + 1
+        real_T = inputs["attention_mask"].any(dim=0)
+        for name in ("input_ids", "attention_mask", "position_ids"):
+            if name in inputs:
+                inputs[name] = inputs[name][:, real_T]
+        if "decoder_input_ids" in inputs:
+            inputs["decoder_input_ids"] = inputs["decoder_input_ids"][:, :last]
+        return TargetBatch(inputs, targets_BK[:, first:last])
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """One example as token ids."""
+
+    prompt: tuple[int, ...]
+    target: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.target)
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """The target, with `IGNORED` where no loss is asked."""
+        return self.target
+
+
+def encode(model: Any, tokenizer: Any, prompts: Sequence[str], targets: Sequence[str]) -> list[EncodedRow]:
+    """Token ids of each prompt and of " target" with the end-of-sequence token, tokenised apart.
+
+    Raises InvalidTask for a prompt or a target without tokens and for a row longer than the model's context.
+    """
+    limit = context_length(model)
+    prompt_ids = tokenizer(list(prompts))["input_ids"]
+    target_texts = [f" {target}{tokenizer.eos_token or ''}" for target in targets]
+    target_ids = tokenizer(target_texts, add_special_tokens=False)["input_ids"]
+    rows = []
+    for number, (prompt, target) in enumerate(zip(prompt_ids, target_ids, strict=True)):
+        if not targets[number].strip() or not target:
+            raise InvalidTask(f"row {number + 1} (prompt {prompts[number][:60]!r}) has an empty target")
+        if not prompt:
+            raise InvalidTask(f"row {number + 1} (target {targets[number][:60]!r}) has an empty prompt to predict it from")
+        row = EncodedRow(tuple(prompt), tuple(target))
+        if limit and len(row) > limit:
+            raise InvalidTask(
+                f"row {number + 1} has {len(row)} tokens with its target, but the model's context is {limit}; shorten it"
+            )
+        rows.append(row)
+    return rows
+
+
+def context_length(model: Any) -> int | None:
+    """The number of tokens that the model can attend to, where its configuration says so."""
+    return getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
+
+
+def batch(model: Any, tokenizer: Any, rows: Sequence[EncodedRow]) -> TargetBatch:
+    """The rows as one batch on the model's device."""
+    width = max(len(row.target) for row in rows)
+    targets_BK = torch.full((len(rows), width), IGNORED)
+    device = next(model.parameters()).device
+    if model.config.is_encoder_decoder:
+        for index, row in enumerate(rows):
+            targets_BK[index, : len(row.target)] = torch.tensor(row.target)
+        # an encoder that has learned its positions counts them from the first column
+        ids, mask = padded_rows(tokenizer, [row.prompt for row in rows], left=False)
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        # every model of this kind shifts labels to the right itself; the helper is part of its public face
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(targets_BK.to(device)).cpu()
+        return TargetBatch(inputs, targets_BK).to(device)
+    for index, row in enumerate(rows):
+        targets_BK[index, width - len(row.target) :] = torch.tensor(row.labels)
+    ids, mask = padded_rows(tokenizer, [row.prompt + row.target for row in rows])
+    return TargetBatch(with_positions(model, ids, mask), targets_BK).to(device)
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The token that rows are filled up with: the end of sequence where a tokenizer has none for padding."""
+    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
+def padded_rows(tokenizer: Any, rows: Sequence[Sequence[int]], *, left: bool = True) -> tuple[Tensor, Tensor]:
+    """(ids_BT, mask_BT) of rows of token ids, filled up on one side."""
+    longest = max(len(row) for row in rows)
+    ids_BT = torch.full((len(rows), longest), pad_id(tokenizer))
+    mask_BT = torch.zeros(len(rows), longest, dtype=torch.long)
+    for index, row in enumerate(rows):
+        start = longest - len(row) if left else 0
+        ids_BT[index, start : start + len(row)] = torch.tensor(row)
+        mask_BT[index, start : start + len(row)] = 1
+    return ids_BT, mask_BT
+
+
+def with_positions(model: Any, ids_BT: Tensor, mask_BT: Tensor) -> dict[str, Tensor]:
+    """Decoder inputs whose positions start at each row's first real token, where the model takes positions."""
+    inputs = {"input_ids": ids_BT, "attention_mask": mask_BT}
+    if takes(model, "position_ids"):
+        inputs["position_ids"] = (mask_BT.cumsum(dim=1) - 1).clamp(min=0)
+    return inputs
+
+
+def left_aligned(ids_BT: Tensor, mask_BT: Tensor | None) -> dict[str, Tensor]:
+    """Token ids and mask with all padding moved to the left; no mask is one without padding."""
+    if mask_BT is None:
+        return {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}
+    order_BT = mask_BT.ne(0).int().argsort(dim=1, stable=True)
+    return {"input_ids": ids_BT.gather(1, order_BT), "attention_mask": mask_BT.gather(1, order_BT)}
+
+
+def token_losses(model: Any, batch: TargetBatch) -> Tensor:
+    """loss_BK: negative log-likelihood of every target token, fp32, 0 where the target is shorter than K."""
+    return losses_of(target_logits(model, batch), batch.targets_BK)
+
+
+def token_scores(model: Any, batch: TargetBatch) -> tuple[Tensor, Tensor]:
+    """(loss_BK, hit_BK): also whether a target token is the most likely one; False beyond a shorter target."""
+    logits_BKV = target_logits(model, batch)
+    return losses_of(logits_BKV, batch.targets_BK), logits_BKV.argmax(dim=2) == batch.targets_BK
+
+
+def target_logits(model: Any, batch: TargetBatch, *, whole: bool = False) -> Tensor:
+    """logits_BKV at the positions that predict the targets; with `whole`, the head sees all of a decoder's tokens."""
+    if model.config.is_encoder_decoder:
+        return cast(Tensor, model(**batch.inputs, use_cache=False).logits)
+    width, length = batch.targets_BK.shape[1], batch.inputs["input_ids"].shape[1]
+    prompt_BT = batch.inputs["attention_mask"].clone()
+    prompt_BT[:, -width:] *= batch.targets_BK == IGNORED
+    with prompted(batch.inputs["input_ids"], prompt_BT):
+        if whole:
+            return cast(Tensor, model(**batch.inputs, use_cache=False).logits[:, -width - 1 : -1])
+        return logits_at(model, batch.inputs, length - width - 1, length - 1)
+
+
+def logits_at(model: Any, inputs: Mapping[str, Tensor], start: int, end: int) -> Tensor:
+    """A decoder's logits at the positions from `start` to `end`, without it, of every row."""
+    if not takes(model, "logits_to_keep"):
+        return cast(Tensor, model(**inputs, use_cache=False).logits[:, start:end])
+    # positions as an index tensor: for a slice, transformers hands the head a strided view, which bf16 products copy
+    keep = torch.arange(start, end, device=inputs["input_ids"].device)
+    return cast(Tensor, model(**inputs, logits_to_keep=keep, use_cache=False).logits)
+
+
+def losses_of(logits_BKV: Tensor, targets_BK: Tensor) -> Tensor:
+    """loss_BK in fp32 or better: negative log-likelihood of each target, 0 where it is `IGNORED`."""
+    exact_NV = logits_BKV.to(torch.promote_types(logits_BKV.dtype, torch.float32)).flatten(0, 1)
+    flat = functional.cross_entropy(exact_NV, targets_BK.flatten(), ignore_index=IGNORED, reduction="none")
+    return flat.view(targets_BK.shape)
+
+
+def mean_losses(model: Any, batch: TargetBatch) -> Tensor:
+    """loss_B: the mean over a row's target tokens."""
+    counts_B = (batch.targets_BK != IGNORED).sum(dim=1)
+    return token_losses(model, batch).sum(dim=1) / counts_B
+
+
+def takes(model: Any, argument: str) -> bool:
+    """Whether the model's forward has an argument of that name."""
+    return argument in inspect.signature(model.forward).parameters
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and frozen parameters inside; every module and parameter as it was after it."""
+    modes = [(module, module.training) for module in model.modules()]
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        model.eval()
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,312 @@
+"""What engine.generate and engine.stream hand to the model's own `generate`: prompts, and settings that were looked over."""
+
+from __future__ import annotations
+
+import copy
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraweave.errors import CompositionError, ScopeError
+
+# modes whose decoding transformers downloads as code and runs
+DOWNLOADED = ("contrastive_search", "dola_generation", "group_beam_search", "constrained_beam_search")
+
+
+@dataclass(frozen=True, eq=False)
+class GenerationCall:
+    """One call of the model's `generate`: its arguments, its way of decoding, and where in its output new tokens begin."""
+
+    tokenizer: Any
+    arguments: Mapping[str, Any]
+    seeds: Sequence[int] | None
+    mode: str
+    start: int
+
+    def output(self, model: Any, streamer: Any = None) -> Any:
+        """What `generate` returns; its tokens go to the streamer too, where one is given."""
+        arguments = dict(self.arguments) if streamer is None else {**self.arguments, "streamer": streamer}
+        if self.seeds is not None:
+            arguments["custom_generate"] = seeded(self.seeds, arguments.get("streamer"))
+        return model.generate(**arguments)
+
+    def texts(self, output: Any) -> list[str]:
+        """The new text of every sequence that `generate` returned."""
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        return list(self.tokenizer.batch_decode(sequences[:, self.start :], skip_special_tokens=True))
+
+    def require_streaming(self) -> None:
+        """CompositionError where tokens are not known one by one, or go to somebody else."""
+        if "beam" in self.mode:
+            raise CompositionError(
+                "beam search knows its tokens only at the end, and has nothing to stream: use generate(), or num_beams=1"
+            )
+        for name in ("streamer", "custom_generate"):
+            if self.arguments.get(name) is not None:
+                raise CompositionError(f"stream() takes the tokens itself: leave {name} out, or pass it to generate()")
+
+
+def generation_call(
+    model: nn.Module, tokenizer: Any, texts: Sequence[str], seeds: Sequence[int] | None, settings: Mapping[str, Any]
+) -> GenerationCall:
+    """One call for a batch of texts, with the settings that the caller gave for `generate`.
+
+    Raises CompositionError for what would run downloaded code or leave this thread, ScopeError for what takes one text only.
+    """
+    if not callable(getattr(model, "generate", None)):
+        raise CompositionError(
+            f"{type(model).__name__} does not generate: load a causal or an encoder-decoder language model"
+        )
+    for name in ("input_ids", "inputs", "inputs_embeds", "attention_mask"):
+        if settings.get(name) is not None:
+            raise CompositionError(
+                f"{name} is made from the texts: leave it out, or call the model's own generate() inside activate()"
+            )
+    arguments = dict(settings)
+    mode = _mode(model, settings)
+    _require_local(mode, settings)
+    if mode == "assisted_generation" and len(texts) > 1:
+        raise ScopeError(
+            f"assisted generation and prompt lookup take one text at a time, but there are {len(texts)}: give them one by "
+            "one, or leave the assistant out"
+        )
+    batch, pad = encode(model, tokenizer, texts)
+    own = getattr(model, "generation_config", None)
+    if "pad_token_id" not in arguments and getattr(own, "pad_token_id", None) is None:
+        arguments["pad_token_id"] = pad
+    if (stop := arguments.pop("stop_strings", None)) is not None:
+        arguments["stopping_criteria"] = _stopping_at(stop, tokenizer, arguments.get("stopping_criteria"))
+    if seeds is not None:
+        _require_seedable(mode, seeds, len(texts), settings)
+    start = 0 if encodes(model) else batch["input_ids"].shape[1]
+    return GenerationCall(tokenizer, {**arguments, **batch}, seeds, mode, start)
+
+
+def _mode(model: nn.Module, settings: Mapping[str, Any]) -> str:
+    """The name of the way of decoding that transformers will take: "greedy_search", "sample", "beam_search", ..."""
+    merged = copy.deepcopy(getattr(model, "generation_config", None))
+    if merged is None:
+        return ""
+    given = settings.get("generation_config")
+    for source in ({} if given is None else vars(given), settings):
+        for name, value in source.items():
+            if value is not None and hasattr(merged, name):
+                setattr(merged, name, value)
+    return str(merged.get_generation_mode(settings.get("assistant_model")).value)
+
+
+def _require_local(mode: str, settings: Mapping[str, Any]) -> None:
+    own = settings.get("custom_generate")
+    if isinstance(own, str) or settings.get("trust_remote_code") or (mode in DOWNLOADED and own is None):
+        raise CompositionError(
+            f"{_words(mode)} as asked for is code that transformers downloads and runs, which generate() does not: pass a "
+            "decoding function of your own as custom_generate=, or choose greedy search, sampling or beams"
+        )
+    given = settings.get("generation_config")
+    if "paged" in (settings.get("cache_implementation"), getattr(given, "cache_implementation", None)):
+        raise CompositionError(
+            "a paged cache means continuous batching, which packs all requests into one row and runs the model in a thread "
+            "of its own: leave cache_implementation out; one batch of generate() has a mixture per text"
+        )
+
+
+def _require_seedable(mode: str, seeds: Sequence[int], num_texts: int, settings: Mapping[str, Any]) -> None:
+    if len(seeds) != num_texts:
+        raise ScopeError(f"there are {len(seeds)} seeds, but {num_texts} texts; give one for each")
+    if mode != "sample" or settings.get("custom_generate") is not None:
+        raise CompositionError(
+            f"seeds are for sampling, and this call is {_words(mode)}: pass do_sample=True without beams, an assistant or a "
+            "decoding function of your own, or leave seeds out"
+        )
+
+
+def _words(mode: str) -> str:
+    return mode.replace("_", " ") or "of an unknown kind"
+
+
+def _stopping_at(stop: str | Sequence[str], tokenizer: Any, others: Any) -> Any:
+    from transformers import StoppingCriteriaList, StopStringCriteria
+
+    return StoppingCriteriaList([*(others or ()), StopStringCriteria(tokenizer, stop)])
+
+
+def encode(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> tuple[dict[str, Tensor], int]:
+    """The token ids and their mask, padded left (right for an encoder), and the id that pads."""
+    encoded = [list(tokenizer(text)["input_ids"]) for text in texts]
+    for number, ids in enumerate(encoded):
+        if not ids and tokenizer.bos_token_id is not None:
+            ids.append(tokenizer.bos_token_id)
+        if not ids:
+            raise CompositionError(
+                f"text {number} ({texts[number]!r}) has no token, and the tokenizer no bos token to begin with"
+            )
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    # any id will do where there is none: the mask hides it
+    pad = next((token for token in candidates if token is not None), 0)
+    longest = max(map(len, encoded))
+    ids_BT = torch.full((len(encoded), longest), pad)
+    mask_BT = torch.zeros(len(encoded), longest, dtype=torch.long)
+    for row, ids in enumerate(encoded):
+        place = slice(0, len(ids)) if encodes(model) else slice(longest - len(ids), longest)
+        ids_BT[row, place] = torch.tensor(ids)
+        mask_BT[row, place] = 1
+    device = next(model.parameters()).device
+    return {"input_ids": ids_BT.to(device), "attention_mask": mask_BT.to(device)}, pad
+
+
+def encodes(model: nn.Module) -> bool:
+    """Whether it is an encoder-decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+# what a decoder writes for bytes of a character that is not complete
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+
+
+def streamed(generate: Callable[[Any], None], tokenizer: Any) -> Iterator[list[str]]:
+    """One piece of text per sequence, as often as there is any; the pieces of a sequence make up its whole text.
+
+    `generate(streamer)` runs in a thread of its own, from the first piece that is asked for on. What it raises is raised
+    here. Whoever stops reading, stops it at its next token: the iterator's `close()`, or its end of life, waits for that.
+    """
+    # autocast is a thread's own
+    devices = ("cpu", "cuda", "mps", "xpu")
+    autocasts = [(device, torch.get_autocast_dtype(device)) for device in devices if torch.is_autocast_enabled(device)]
+
+    def generate_alike(streamer: Any) -> None:
+        with ExitStack() as stack:
+            for device, dtype in autocasts:
+                stack.enter_context(torch.autocast(device, dtype))
+            generate(streamer)
+
+    return _pieces(generate_alike, tokenizer)
+
+
+def _pieces(generate: Callable[[Any], None], tokenizer: Any) -> Iterator[list[str]]:
+    pieces: queue.SimpleQueue[list[str] | BaseException | None] = queue.SimpleQueue()
+    streamer = _Streamer(tokenizer, pieces.put)
+
+    def work() -> None:
+        try:
+            generate(streamer)
+        except _Stopped:
+            pass
+        except BaseException as error:
+            pieces.put(error)
+        else:
+            pieces.put(None)
+
+    thread = threading.Thread(target=work, name="loraweave-stream", daemon=True)
+    thread.start()
+    try:
+        while (found := pieces.get()) is not None:
+            if isinstance(found, BaseException):
+                raise found
+            yield found
+    finally:
+        streamer.stopped = True
+        # the garbage collector may end an abandoned iterator in whatever thread it runs
+        if thread is not threading.current_thread():
+            thread.join()
+
+
+class _Stopped(Exception):
+    """Nobody reads the stream any more."""
+
+
+class _Streamer:
+    """A streamer as transformers knows them, for a batch of any size."""
+
+    def __init__(self, tokenizer: Any, send: Callable[[list[str]], None]) -> None:
+        self.stopped = False
+        self._tokenizer = tokenizer
+        self._send = send
+        self._rows: list[_Row] | None = None
+
+    def put(self, tokens: Tensor) -> None:
+        """The next token of every sequence, or several of the only one; the first call has the prompts."""
+        if self.stopped:
+            raise _Stopped
+        if self._rows is None:
+            self._rows = [_Row(self._tokenizer) for _ in range(tokens.shape[0])]
+            return
+        new = tokens.reshape(len(self._rows), -1).tolist()
+        self._pass_on([row.text(ids) for row, ids in zip(self._rows, new, strict=True)])
+
+    def end(self) -> None:
+        self._pass_on([row.rest() for row in self._rows or ()])
+
+    def _pass_on(self, pieces: list[str]) -> None:
+        if any(pieces):
+            self._send(pieces)
+
+
+class _Row:
+    """The text of one sequence, decoded token by token.
+
+    What a token adds can depend on those before it (a space, the bytes of one character), so it is what the text of the
+    last few tokens has more with it than without it.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._special = set(getattr(tokenizer, "all_special_ids", ()))
+        self._before: list[int] = []
+        self._new: list[int] = []
+
+    def text(self, ids: list[int]) -> str:
+        """What these tokens add; "" while a character is incomplete."""
+        self._new += [token for token in ids if token not in self._special]
+        return self._difference(complete=True) if self._new else ""
+
+    def rest(self) -> str:
+        """What is left at the end."""
+        return self._difference(complete=False) if self._new else ""
+
+    def _difference(self, *, complete: bool) -> str:
+        old, both = self._decoded(self._before), self._decoded(self._before + self._new)
+        if complete and (both.endswith(INCOMPLETE) or not both.startswith(old) or len(both) == len(old)):
+            return ""
+        self._before, self._new = self._new, []
+        return both[len(old) :]
+
+    def _decoded(self, ids: list[int]) -> str:
+        return str(self._tokenizer.batch_decode(torch.tensor([ids], dtype=torch.long), skip_special_tokens=True)[0])
+
+
+def seeded(seeds: Sequence[int], streamer: Any) -> Callable[..., Any]:
+    """transformers' own sampling loop, as a `custom_generate` of it, with each text's tokens drawn under the text's seed.
+
+    A function is the way in because only there is the list of processors complete: temperature, top-k and the like come
+    first. `streamer` is what the caller gave; transformers hands none to a function.
+    """
+
+    def decode(model: Any, input_ids: Tensor, logits_processor: Any, **others: Any) -> Any:
+        logits_processor.append(_SeededRows(seeds, input_ids.device))
+        return type(model)._sample(model, input_ids, logits_processor=logits_processor, streamer=streamer, **others)
+
+    return decode
+
+
+class _SeededRows:
+    """A logits processor that draws the next tokens, and leaves the draw that follows no other choice."""
+
+    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
+        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores_BV: Tensor) -> Tensor:
+        # a text's return sequences are rows on end, and share its generator
+        parts = scores_BV.chunk(len(self._generators))
+        tokens_B1 = torch.cat(
+            [
+                torch.multinomial(part.softmax(dim=-1), 1, generator=generator)
+                for part, generator in zip(parts, self._generators, strict=True)
+            ]
+        )
+        return torch.full_like(scores_BV, -torch.inf).scatter_(1, tokens_B1, 0.0)

@@ -1,0 +1,72 @@
+"""Linear layers: torch.nn.Linear, also quantised ones, and transformers' Conv1D, which stores its weight as (I, O)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from loraweave.composer.model.kinds._kind import Shape, by_row
+from loraweave.types import Kind
+
+name: Kind = "linear"
+modules = "torch.nn.Linear and transformers' Conv1D"
+
+
+def shape(module: nn.Module) -> Shape | None:
+    """(O, I) of a linear layer; None for any other module."""
+    if isinstance(module, Conv1D):
+        return Shape(int(module.nf), int(module.weight.shape[0]), transposed=True)
+    if isinstance(module, nn.Linear) or _is_quantised_by_torch(module):
+        return Shape(int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
+    return None
+
+
+def refusal(module: nn.Module) -> str:
+    """Not exact is a layer whose forward is more than W x + bias."""
+    if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward and not _is_plain(module):
+        return "whose forward is its own, and is not W x + bias"
+    return ""
+
+
+def project(module: nn.Module, x: Tensor, a_SI: Tensor) -> Tensor:
+    """hidden_BTS = x a^T."""
+    return functional.linear(by_row(x).to(a_SI.dtype), a_SI)
+
+
+def inputs(module: nn.Module, x: Tensor, like: Tensor) -> Tensor:
+    """The input by row and token, in its own dtype."""
+    return by_row(x)
+
+
+def rows(module: nn.Module, y: Tensor) -> Tensor:
+    """The output by row and token."""
+    return by_row(y)
+
+
+def put_back(y_BTO: Tensor, y: Tensor) -> Tensor:
+    """The values in the shape of y."""
+    return y_BTO.reshape(y.shape)
+
+
+def _is_quantised_by_torch(module: nn.Module) -> bool:
+    """Whether it is what torch.ao.quantization.quantize_dynamic makes of a linear layer."""
+    kind = type(module)
+    return kind.__name__ == "Linear" and kind.__module__.startswith("torch.ao.nn.quantized.dynamic.")
+
+
+def _is_plain(module: nn.Linear) -> bool:
+    """Whether the forward of a class of its own gives W x + bias for a random x; True where W is no plain matrix."""
+    weight, bias = module.weight, module.bias
+    stored = weight.shape == (module.out_features, module.in_features)
+    if weight.is_meta or not stored or not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        return True
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 2, module.in_features, generator=generator).to(weight.device, weight.dtype)
+    with torch.no_grad():
+        y = type(module).forward(module, x)
+        expected = functional.linear(x, weight, bias)
+    if not isinstance(y, Tensor) or y.shape != expected.shape:
+        return False
+    return torch.allclose(y.float(), expected.float(), rtol=1e-2, atol=1e-2 * float(expected.abs().max()))

@@ -1,0 +1,352 @@
+"""What can be a target layer: a module of a known kind, seen as one weight (O, I) whatever its storage.
+
+A hook on such a layer never fires, and an update would be lost without a word. How a class uses its layers is seen
+from the bytecode of its methods, which is there without the source and quick to look through.
+"""
+
+from __future__ import annotations
+
+import difflib
+import dis
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from types import CodeType
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from loraweave.composer.model.kinds import conv, embedding, linear, norm
+from loraweave.composer.model.kinds._kind import LayerKind
+from loraweave.errors import CompositionError, LayerMismatch
+from loraweave.hub.adapter import Adapter
+from loraweave.lowrank import algebra
+from loraweave.types import Factors
+
+# forwards that are known to return new memory
+FRESH = (nn.Linear.forward, Conv1D.forward)
+
+KINDS: tuple[LayerKind, ...] = (linear, embedding, conv)
+
+
+@dataclass(frozen=True, eq=False)
+class TargetLayer:
+    """A layer under its module path. `transposed` says that its weight is stored as (I, O).
+
+    `fresh` says that every call's output is a new tensor, which nothing else refers to. `owner` is the module around it,
+    where that does not always call the layer but may compute with its weight itself.
+    """
+
+    name: str
+    module: nn.Module
+    num_outputs: int
+    num_inputs: int
+    transposed: bool
+    kind: LayerKind = linear
+    fresh: bool = False
+    owner: nn.Module | None = None
+
+    def parameter(self, part: str) -> Tensor | None:
+        """The tensor "weight" or "bias" as it is now; None where the layer has none, or computes it on the way."""
+        found = getattr(self.module, part, None)
+        # torch's quantised layers have methods of these names
+        found = found() if inspect.ismethod(found) else found
+        return found if isinstance(found, Tensor) else None
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether accelerate keeps the layer's values elsewhere, and loads them when the layer runs."""
+        weight = self.parameter("weight")
+        return weight is not None and weight.is_meta and hasattr(self.module, "_hf_hook")
+
+    def dense_weight_OI(self) -> Tensor:
+        """The weight as (O, I). Raises CompositionError where it is not a plain matrix (quantised, packed, meta)."""
+        weight = self.parameter("weight")
+        stored = (self.num_inputs, self.num_outputs) if self.transposed else (self.num_outputs, self.num_inputs)
+        plain = weight is not None and not weight.is_meta and is_floating(weight.dtype) and weight.ndim > 1
+        # a quantised tensor may give itself out as one of floats
+        plain = plain and weight is not None and type(weight.data) is Tensor
+        if weight is None or not plain or tuple(weight.flatten(1).shape) != stored:
+            what = "no tensor" if weight is None else f"{weight.dtype} {tuple(weight.shape)} on {weight.device}"
+            what = what if weight is None or type(weight.data) is Tensor else f"a {type(weight.data).__name__} of {what}"
+            raise CompositionError(
+                f"the weight of layer {self.name!r} ({type(self.module).__name__}) is {what}, not a matrix of "
+                f"floating point numbers {stored}; activate() plain LoRA adapters on it, or load the model unquantised"
+            )
+        return weight.T if self.transposed else weight.flatten(1)
+
+
+def is_floating(dtype: torch.dtype) -> bool:
+    """Whether one can calculate in this dtype; 8-bit floats only store."""
+    return dtype.is_floating_point and dtype.itemsize >= 2
+
+
+def gives_new_memory(module: nn.Module) -> bool:
+    """Whether every output of the module is a new tensor, which nothing else refers to."""
+    return type(module).forward in FRESH and "forward" not in vars(module)
+
+
+def target_layer(modules: Mapping[str, nn.Module], name: str, factors: Factors, expert: str) -> TargetLayer:
+    """The layer that `factors` update; `modules` is the model's named_modules().
+
+    Raises LayerMismatch, naming expert and layer, for a layer that the model has not, that is of no known kind or of
+    another one than the factors, that has another shape, that never runs, or whose forward is not that of its weight
+    alone; CompositionError for a layer without values that nothing loads.
+    """
+    module = modules.get(name)
+    asked = f"expert {expert!r} updates layer {name!r}"
+    if module is None:
+        raise LayerMismatch(f"{asked}, which the model does not have{_hint(modules, name)}")
+    what = type(module).__name__
+    if hasattr(module, "base_layer"):
+        raise LayerMismatch(
+            f"{asked}, where peft has put adapters of its own ({what}): take them out with peft's unload(), and give them "
+            "to the pool instead"
+        )
+    # a trained bias alone, stored without the layer's kind and number of inputs
+    bias_alone = factors.rank == 0 and factors.a_RI.shape[1] == 0
+    kinds = (*KINDS, norm) if bias_alone else KINDS
+    kind, shape = next(((kind, shape) for kind in kinds if (shape := kind.shape(module))), (None, None))
+    if kind is None or shape is None:
+        known = "; ".join(f"{each.modules} ({each.name})" for each in KINDS)
+        raise LayerMismatch(f"{asked}, which is a {what}{_bare(module)}; what can be composed is {known}")
+    if factors.kind != kind.name and not bias_alone:
+        raise LayerMismatch(
+            f"{asked} with factors of kind {factors.kind!r}, but a {what} takes kind {kind.name!r}; was the adapter made "
+            "for another base model?"
+        )
+    if why := kind.refusal(module):
+        raise LayerMismatch(f"{asked} ({what}), {why}; take an adapter that leaves this layer alone")
+    found = (int(factors.b_OR.shape[0]), int(factors.a_RI.shape[1]), factors.kernel)
+    wanted = (shape.num_outputs, shape.num_inputs, shape.kernel)
+    if found != wanted and not (bias_alone and found[0] == wanted[0]):
+        form, sizes = ("(O, I, kernel)", 3) if shape.kernel or factors.kernel else ("(O, I)", 2)
+        raise LayerMismatch(f"{asked} with shape {form} = {found[:sizes]}, but the model's {what} has {wanted[:sizes]}")
+    if _is_never_called(modules, name):
+        raise LayerMismatch(
+            f"{asked}, whose weight the encoder and the decoder read through embeddings of their own, so that it never "
+            "runs: give its factors to 'encoder.embed_tokens' and 'decoder.embed_tokens' beside it"
+        )
+    place, _, attribute = name.rpartition(".")
+    owner = modules.get(place)
+    if owner is not None and (use_of(owner, attribute) != "both" or _embeds_tokens(owner, module)):
+        owner = None
+    layer = TargetLayer(
+        name, module, shape.num_outputs, shape.num_inputs, shape.transposed, kind, gives_new_memory(module), owner
+    )
+    weight = layer.parameter("weight")
+    if weight is not None and weight.is_meta and not layer.offloaded:
+        raise CompositionError(
+            f"{asked}, whose weight is on the meta device and has no values: load the model's weights first"
+        )
+    return layer
+
+
+def _embeds_tokens(owner: nn.Module, module: nn.Module) -> bool:
+    """Whether the owner runs without this layer when it is given inputs_embeds, in which the layer has had its part."""
+    return isinstance(module, nn.Embedding) and getattr(owner, "get_input_embeddings", lambda: None)() is module
+
+
+def _is_never_called(modules: Mapping[str, nn.Module], name: str) -> bool:
+    """Whether it is the `shared` embedding of an encoder-decoder, which since transformers 5 only holds the weight."""
+    place, _, last = name.rpartition(".")
+    prefix = f"{place}." if place else ""
+    own = modules.get(f"{prefix}encoder.embed_tokens")
+    return last == "shared" and own is not None and own is not modules[name]
+
+
+def _hint(modules: Mapping[str, nn.Module], name: str) -> str:
+    """The nearest name that there is; the first name of a module that has several; or for one of many experts, that they
+    are a part of a bare parameter here."""
+    with suppress(AttributeError, KeyError):
+        module = modules[""].get_submodule(name)
+        first = next(place for place, other in modules.items() if other is module)
+        return f" under this name: it is {first!r}, which has two places in the model, so give the update to that one"
+    if ".experts." in name:
+        parent = name
+        while parent and parent not in modules:
+            parent = parent.rpartition(".")[0]
+        for place, module in modules.items():
+            if f"{place}.".startswith(f"{parent}.") and (bare := _bare(module)):
+                return f"; {place!r} is a {type(module).__name__}{bare}"
+    close = difflib.get_close_matches(name, modules, n=1)
+    return f"; the nearest is {close[0]!r}" if close else ""
+
+
+def _bare(module: nn.Module) -> str:
+    """A phrase for a module that has the weights of many experts in one parameter."""
+    stacked = [part for part, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3]
+    if not stacked:
+        return ""
+    return (
+        f", which has the weights of all its experts in {' and '.join(map(repr, stacked))}: merge the adapter into the "
+        "model with peft and load that as the base, or take one that leaves these experts alone"
+    )
+
+
+def require_values(name: str, adapter: Adapter, layers: Mapping[str, TargetLayer]) -> None:
+    """Raises CompositionError, naming the expert, for a part that needs values of the base in a layer that is offloaded."""
+    for layer in layers.values():
+        factors = adapter.layers.get(layer.name)
+        if factors is None or not layer.offloaded:
+            continue
+        if not factors.bound or (factors.gain_O is not None and layer.parameter("bias") is not None):
+            raise CompositionError(
+                f"expert {name!r} has a gain (DoRA, (IA)3) or a trained bias for layer {layer.name!r}, which needs the "
+                "base's own parameters, but these are offloaded; give the layer a device of its own in device_map"
+            )
+
+
+def bound(adapter: Adapter, layers: Mapping[str, TargetLayer]) -> Mapping[str, Factors]:
+    """The adapter's factors with all that depends on the base layers resolved (DoRA's magnitude, a trained bias).
+
+    A bias that is alone gets the layer's kind and number of inputs.
+    """
+    factors = dict(adapter.layers)
+    for name, part in factors.items():
+        layer = layers[name]
+        if part.rank == 0 and part.a_RI.shape[1] == 0:
+            shape = layer.kind.shape(layer.module)
+            assert shape is not None
+            part = replace(part, a_RI=part.a_RI.new_zeros(0, shape.num_inputs), kind=layer.kind.name, kernel=shape.kernel)
+            factors[name] = part
+        if not part.bound:
+            with torch.inference_mode(False), torch.no_grad():
+                # nothing but DoRA looks at the weight, which may be quantised
+                weight_OI = torch.zeros(0) if part.magnitude_O is None else layer.dense_weight_OI().cpu()
+                factors[name] = algebra.bind(_on_cpu(part), weight_OI, _cpu(layer.parameter("bias")))
+    return factors
+
+
+def with_magnitudes(adapter: Adapter, model: nn.Module) -> Adapter:
+    """The adapter as files have it: with DoRA's magnitudes in all its layers where one of them has a gain.
+
+    Raises AdapterUnsupported for a gain that no magnitude expresses.
+    """
+    if all(part.gain_O is None for part in adapter.layers.values()):
+        return adapter
+    modules = dict(model.named_modules())
+    with torch.inference_mode(False), torch.no_grad():
+        layers = {
+            name: algebra.unbind(part, target_layer(modules, name, part, adapter.name).dense_weight_OI().cpu())
+            for name, part in adapter.layers.items()
+        }
+    return replace(adapter, layers=layers)
+
+
+def _on_cpu(factors: Factors) -> Factors:
+    moved: dict[str, Any] = {part: tensor.cpu() for part, tensor in factors.tensors().items()}
+    return replace(factors, **moved)
+
+
+def _cpu(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().cpu()
+
+
+def tied_parameters(model: nn.Module) -> dict[str, str]:
+    """The parameters that share memory with another parameter or buffer, each with the name of one such."""
+    spans = []
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, tensor in named:
+        if tensor.is_meta or tensor.numel() == 0 or tensor.layout is not torch.strided:
+            continue
+        extent = sum((size - 1) * abs(step) for size, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+        spans.append((str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + extent * tensor.element_size(), name))
+    spans.sort()
+    tied: dict[str, str] = {}
+    widest: tuple[str, int, int, str] | None = None
+    for span in spans:
+        if widest is not None and span[0] == widest[0] and span[1] < widest[2]:
+            tied.setdefault(widest[3], span[3])
+            tied.setdefault(span[3], widest[3])
+        if widest is None or span[0] != widest[0] or span[2] > widest[2]:
+            widest = span
+    return tied
+
+
+Use = Literal["called", "read", "both"]
+
+# what one may ask a weight about without computing with it
+_ABOUT = frozenset({"dtype", "device", "shape", "ndim", "size", "dim", "is_meta", "requires_grad", "numel", "element_size"})
+_KNOWN: WeakKeyDictionary[type[nn.Module], tuple[set[str], set[str]]] = WeakKeyDictionary()
+
+
+def use_of(owner: nn.Module, attribute: str) -> Use:
+    """Whether the owner's forward, and what it leads to, calls `self.<attribute>`, computes with its weight, or does both.
+
+    "called" also where neither is seen: others may call the layer.
+    """
+    reads, others = _uses(type(owner))
+    if attribute not in reads:
+        return "called"
+    return "both" if attribute in others else "read"
+
+
+def _uses(owner: type[nn.Module]) -> tuple[set[str], set[str]]:
+    """The attributes whose weights are read, and those that are looked at in any other way."""
+    if owner in _KNOWN:
+        return _KNOWN[owner]
+    reads: set[str] = set()
+    others: set[str] = set()
+    for code in _reachable(owner):
+        for attribute, read in _loads(code):
+            (reads if read else others).add(attribute)
+    _KNOWN[owner] = reads, others
+    return reads, others
+
+
+def _reachable(owner: type[nn.Module]) -> list[CodeType]:
+    """The code of forward and of all methods that are named in it, in those, and so on: not what only makes or saves."""
+    names, seen, found = ["forward"], {"forward"}, []
+    while names:
+        function = inspect.unwrap(getattr(owner, names.pop(), None))  # type: ignore[arg-type]
+        code = getattr(function, "__code__", None)
+        if isinstance(code, CodeType):
+            found.append(code)
+            more = {name for name in _names(code) if name not in seen and hasattr(owner, name)}
+            seen |= more
+            names.extend(sorted(more))
+    return found
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+def _loads(code: CodeType) -> Iterator[tuple[str, bool]]:
+    """The attributes that are loaded there, and whether for a computation with their weight; questions are left out."""
+    steps = [(step.opname, step.argval) for step in dis.get_instructions(code)]
+    for place, (operation, attribute) in enumerate(steps):
+        if not operation.startswith(("LOAD_ATTR", "LOAD_METHOD")):
+            continue
+        part, then = (steps[place + ahead] if place + ahead < len(steps) else ("", None) for ahead in (1, 2))
+        if not (part[0].startswith("LOAD_ATTR") and part[1] in ("weight", "bias")):
+            yield str(attribute), False
+            continue
+        # in a call of isinstance, its name lies two steps before the attribute's
+        asked = then[1] in _ABOUT or any(argument == "isinstance" for _, argument in steps[max(0, place - 2) : place])
+        if part[1] == "weight" and not asked:
+            yield str(attribute), True
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _loads(constant)
+
+
+# where pipelines keep the model that adapters are for
+PARTS = ("transformer", "unet", "model")
+
+
+def require_model(model: Any) -> None:
+    """Raises CompositionError, with the way out, for what is no module; a pipeline is told which part of it is one."""
+    if isinstance(model, nn.Module):
+        return
+    part = next((name for name in PARTS if isinstance(getattr(model, name, None), nn.Module)), None)
+    way_out = "load it first, as lw.load_base() does" if part is None else f"pass its .{part}"
+    raise CompositionError(f"adapters go onto a model, a torch.nn.Module, and {model!r:.60} is none: {way_out}")

@@ -1,0 +1,258 @@
+"""Which of a model's layers a live mixture cannot reach, or not row by row; asked when a mixture is activated.
+
+In the second case a live update would be lost without a word, so that it is an error as soon as the owner has run.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Size, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.utils.hooks import RemovableHandle
+
+from loraweave.composer.live.standing_in import StandIn
+from loraweave.composer.model.layers import TargetLayer, use_of
+from loraweave.errors import CompositionError, LayerMismatch, ScopeError
+from loraweave.hub.adapter import Adapter
+from loraweave.routers.combined import ByRow
+from loraweave.routers.weights import MixtureWeights
+from loraweave.types import Router
+
+
+class LiveLimits:
+    """What is known of the target layers of one model; `add` takes those of adapters that are opened later."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        # the layers that never run, and those whose first axis need not be the batch, each with the reason as a phrase
+        self._never_called: dict[str, str] = {}
+        self._out_of_order: dict[str, str] = {}
+
+    def add(self, layers: Mapping[str, TargetLayer]) -> None:
+        """Looks at these layers too."""
+        embeddings = {name for name, layer in layers.items() if isinstance(layer.module, nn.Embedding)}
+        of_tokens = _token_embeddings(self._model) if embeddings else None
+        for name, layer in layers.items():
+            place, _, attribute = name.rpartition(".")
+            owner = self._model.get_submodule(place)
+            # MultiheadAttention is the owner of such a layer, in which it keeps a weight for its own product
+            if isinstance(layer.module, NonDynamicallyQuantizableLinear) or use_of(owner, attribute) == "read":
+                self._never_called[name] = f"which its {type(owner).__name__} never calls, computing with its weight itself"
+            if re.search(r"(^|\.)experts\.(expert_)?\d+\.", name):
+                self._out_of_order[name] = "sees the tokens that are routed to it, in an order of their own"
+            elif name in embeddings and of_tokens is not None and id(layer.module) not in of_tokens:
+                self._out_of_order[name] = "is no embedding of tokens, and may be called once for all rows"
+
+    def require(self, weights: MixtureWeights | Router, adapters: Mapping[str, Adapter]) -> None:
+        """Raises LayerMismatch where a layer that never runs has weights that are not zero, or a router's; ScopeError where
+        weights that vary by row or token meet a layer whose first axis need not be the batch.
+
+        A router for all rows computes its weights from the layer's own input, whatever the order of that is.
+        """
+        for name, why in self._never_called.items():
+            for expert in _users(name, weights, adapters):
+                raise LayerMismatch(
+                    f"expert {expert!r} updates layer {name!r}, {why}: use fused(), which changes the weight"
+                )
+        varies = _varies(weights)
+        for name, why in self._out_of_order.items() if varies else ():
+            for expert in _users(name, weights, adapters):
+                raise ScopeError(
+                    f"the weights vary by {varies}, but layer {name!r}, which "
+                    f"expert {expert!r} updates, {why}: give one mixture for all rows, or name the other layers in "
+                    "MixtureWeights(layers=...)"
+                )
+
+
+def _varies(weights: MixtureWeights | Router) -> str:
+    """By what the weights vary that is told from the place on an axis; empty where by nothing."""
+    if isinstance(weights, ByRow):
+        return "row" if weights.num_rows > 1 else ""
+    if not isinstance(weights, MixtureWeights) or weights.scope == "task":
+        return ""
+    return "row" if weights.scope == "instance" else "token"
+
+
+def _users(layer: str, weights: MixtureWeights | Router, adapters: Mapping[str, Adapter]) -> Iterable[str]:
+    """The experts that update the layer and may have a weight there that is not zero."""
+    return (name for name in _used(layer, weights, adapters) if layer in adapters[name].layers)
+
+
+def _used(layer: str, weights: MixtureWeights | Router, adapters: Mapping[str, Adapter]) -> Iterable[str]:
+    if isinstance(weights, ByRow):
+        rows = [_used(layer, row, adapters) for row in weights.routers if row is not None]
+        return {name for names in rows for name in names}
+    if isinstance(weights, MixtureWeights):
+        used_E = (weights.for_layer(layer) != 0).flatten(0, 1).any(dim=0).tolist()
+        return [name for name, used in zip(weights.experts, used_E, strict=True) if used]
+    return adapters
+
+
+def _token_embeddings(model: nn.Module) -> set[int] | None:
+    """The ids of the modules that a transformers model calls its input embeddings; None for another kind of model."""
+    if not hasattr(model, "get_input_embeddings"):
+        return None
+    found = set()
+    for module in model.modules():
+        if hasattr(module, "get_input_embeddings"):
+            try:
+                found.add(id(module.get_input_embeddings()))  # type: ignore[operator]
+            # a part of a model without tokens
+            except (NotImplementedError, AttributeError):
+                continue
+    return found
+
+
+# rows of the batch that the running call of a model was given, where they are known
+_ROWS: ContextVar[int | None] = ContextVar("loraweave_batch_rows", default=None)
+# whether it was given images or sounds beside them, of which a row may have any number
+_BESIDE: ContextVar[bool] = ContextVar("loraweave_batch_beside", default=False)
+
+
+def begin_call(num_rows: int | None, *, beside: bool = False) -> None:
+    """Remembers the rows of a model's call, in this context, until `end_call`, and whether images or sounds are `beside`."""
+    _ROWS.set(num_rows)
+    _BESIDE.set(beside)
+
+
+def end_call() -> None:
+    """The call is over, however it ended."""
+    # torch.compile sees no context, and looks at no rows
+    if not torch.compiler.is_compiling():
+        _ROWS.set(None)
+        _BESIDE.set(False)
+
+
+def is_beside() -> bool:
+    """Whether layers of the running call may see images or sounds in the place of its rows."""
+    return _BESIDE.get()
+
+
+def can_be_batch(num_rows: int) -> bool:
+    """Whether so many rows are those of the model's call, as far as these are known."""
+    rows = _ROWS.get()
+    return rows is None or num_rows == rows
+
+
+def require_own_rows(layer: str, num_rows: int) -> None:
+    """Raises ScopeError for a layer that meets another number of rows than the call has, which has images or sounds too.
+
+    How many of these belong to each row, only the model knows.
+    """
+    rows = _ROWS.get()
+    if rows is not None and num_rows != rows and _BESIDE.get():
+        raise ScopeError(
+            f"the weights vary by row or token, but layer {layer!r} has {num_rows} rows in a call of {rows} texts with "
+            "images or sounds, and which are whose cannot be told: give one mixture for all rows, or name the other layers "
+            "in MixtureWeights(layers=...)"
+        )
+
+
+def require_batch_first(layer: str, shape: Size) -> None:
+    """Raises ScopeError for (A, B, features) where B and not A is the rows of the model's call.
+
+    XLNet, FSMT and Longformer's attention put the tokens first. Where as many tokens as rows are, nothing can be told.
+    """
+    rows = _ROWS.get()
+    if rows is not None and len(shape) == 3 and shape[0] != rows and shape[1] == rows:
+        raise ScopeError(
+            f"the weights vary by row or token, but the input of layer {layer!r} is {tuple(shape)}, whose second axis and "
+            f"not the first is the batch's {rows} rows: give one mixture for all rows"
+        )
+
+
+def watch(
+    name: str, module: nn.Module, owner: nn.Module, expected: Callable[[], bool]
+) -> list[RemovableHandle | _OwnForward]:
+    """Hooks that raise CompositionError when the owner has run without calling the layer, although it was `expected`."""
+    seen = threading.local()
+    traced = _Traced()
+
+    def begin() -> None:
+        if torch.compiler.is_compiling():
+            traced.called = False
+        else:
+            seen.called = False
+
+    def call() -> None:
+        if torch.compiler.is_compiling():
+            traced.called = True
+        else:
+            seen.called = True
+
+    def require_unexpected() -> None:
+        if expected():
+            raise CompositionError(
+                f"layer {name!r} did not run: its {type(owner).__name__} computed with its weight itself, as it does for "
+                "some settings and on some devices, and the live update would be lost; use fused(), or another setting"
+            )
+
+    # what is expected is known when the code runs, and not when it is traced
+    outside = torch.compiler.disable(require_unexpected)  # type: ignore[no-untyped-call]
+
+    def end() -> None:
+        if torch.compiler.is_compiling():
+            if not traced.called:
+                outside()
+        elif not getattr(seen, "called", True):
+            require_unexpected()
+
+    return [
+        _OwnForward(owner),
+        owner.register_forward_pre_hook(Step(begin)),
+        module.register_forward_hook(Step(call)),
+        owner.register_forward_hook(Step(end)),
+    ]
+
+
+class _Traced:
+    """Whether code that torch.compile traces calls the layer: one thread traces at a time, and a thread's own values would
+    break its graph."""
+
+    called = True
+
+
+class _OwnForward:
+    """Its class's forward as the module's own, until `remove`: what torch.compile made before is then made anew, with the
+    hooks, which it takes for something that never changes."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._forward = None if "forward" in vars(module) else MethodType(type(module).forward, module)
+        if self._forward is not None:
+            module.forward = self._forward
+
+    def remove(self) -> None:
+        if self._forward is not None and vars(self._module).get("forward") is self._forward:
+            del self._module.forward
+
+
+class Step(StandIn):
+    """A hook that looks at nothing it is given; that of a copied or unpickled model does nothing."""
+
+    def __init__(self, step: Callable[[], None]) -> None:
+        self._step = step
+
+    def __call__(self, *given: Any) -> None:
+        self._step()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return _nothing
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
+        return _get_nothing, ()
+
+
+def _nothing(*given: Any) -> None:
+    """The hook of a copied model."""
+
+
+def _get_nothing() -> Callable[..., None]:
+    return _nothing

@@ -1,0 +1,243 @@
+"""Answers of a model and their scores: ranked labels, the first line of a greedy generation, intervals by bootstrap."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loraweave.common.rows import GivenRows, read_rows
+from loraweave.composer.model.batches import (
+    IGNORED,
+    EncodedRow,
+    TargetBatch,
+    batch,
+    context_length,
+    encode,
+    losses_of,
+    mean_losses,
+    pad_id,
+    padded_rows,
+    takes,
+    token_losses,
+    with_positions,
+)
+from loraweave.errors import InvalidTask
+from loraweave.routers.tokens._call import prompted
+from loraweave.types import Task
+
+BATCH_SIZE = 32
+MAX_NEW_TOKENS = 48
+RESAMPLES = 2000
+
+Targets = str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Share of right answers (0 to 1) with its 95 % bootstrap interval over items, and the mean loss of the targets."""
+
+    value: float
+    low: float
+    high: float
+    loss: float
+    count: int
+    right: tuple[bool, ...]
+
+
+def losses(model: Any, tokenizer: Any, task: Task, pairs: Sequence[tuple[str, Targets]]) -> list[float]:
+    """The mean negative log-likelihood of each pair's (first) target, given its prompt."""
+    return losses_of_rows(model, tokenizer, encoded(model, tokenizer, task, pairs))
+
+
+def encoded(model: Any, tokenizer: Any, task: Task, pairs: Sequence[tuple[str, Targets]]) -> list[EncodedRow]:
+    """Token ids of each pair's prompt and (first) target."""
+    return encode(model, tokenizer, [task.prompt(text) for text, _ in pairs], [_accepted(t)[0] for _, t in pairs])
+
+
+@torch.no_grad()
+def losses_of_rows(model: Any, tokenizer: Any, rows: Sequence[EncodedRow]) -> list[float]:
+    """The mean negative log-likelihood of each row's target, given its prompt."""
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    values = [0.0] * len(rows)
+    for chunk in _chunks(order, BATCH_SIZE):
+        for index, loss in zip(chunk, mean_losses(model, batch(model, tokenizer, [rows[i] for i in chunk])), strict=True):
+            values[index] = float(loss)
+    return values
+
+
+@torch.no_grad()
+def predict(
+    model: Any, tokenizer: Any, task: Task, inputs: Sequence[str], *, max_new_tokens: int = MAX_NEW_TOKENS
+) -> list[str]:
+    """One answer for each input: the likeliest label when the task has labels, else the first generated line."""
+
+    def answer(prompts: Sequence[str]) -> list[str]:
+        if task.labels is None:
+            return generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+        return rank(model, tokenizer, prompts, task.labels)
+
+    size = BATCH_SIZE if task.labels is None else max(1, 128 // len(task.labels))
+    return by_length(tokenizer, [task.prompt(text) for text in inputs], size, answer)
+
+
+def by_length(
+    tokenizer: Any, prompts: Sequence[str], size: int, answer: Callable[[Sequence[str]], Sequence[str]]
+) -> list[str]:
+    """answer(prompts) of up to `size` prompts of similar length at a time, in the order of the prompts."""
+    lengths = [len(ids) for ids in tokenizer(list(prompts))["input_ids"]] if prompts else []
+    answers = [""] * len(prompts)
+    for chunk in _chunks(sorted(range(len(prompts)), key=lambda index: lengths[index]), size):
+        for index, found in zip(chunk, answer([prompts[index] for index in chunk]), strict=True):
+            answers[index] = found
+    return answers
+
+
+def evaluate(model: Any, tokenizer: Any, task: Task, pairs: GivenRows, *, seed: int = 0) -> Score:
+    """Predicts every input and compares with its accepted targets (one text, or several), after trimming white space."""
+    pairs = answered(pairs)
+    # an answer twice as long as any accepted target is wrong however it ends, and the base model often goes on and on
+    targets = [target for _, accepted in pairs for target in accepted]
+    longest = max(len(ids) for ids in tokenizer(targets)["input_ids"])
+    answers = predict(
+        model, tokenizer, task, [text for text, _ in pairs], max_new_tokens=min(MAX_NEW_TOKENS, 2 * longest + 4)
+    )
+    right = tuple(a.strip() in [t.strip() for t in accepted] for a, (_, accepted) in zip(answers, pairs, strict=True))
+    low, high = bootstrap(right, seed=seed)
+    loss = float(np.mean(losses(model, tokenizer, task, pairs)))
+    return Score(float(np.mean(right)), low, high, loss, len(right), right)
+
+
+def answered(rows: GivenRows) -> list[tuple[str, tuple[str, ...]]]:
+    """(input, accepted targets) of each row. Raises InvalidTask without any, and for what is no row with a target."""
+    read = read_rows(rows, targets="several")
+    if not read:
+        raise InvalidTask("no rows, (input, target) pairs say, to evaluate on")
+    return [(row.input, row.targets) for row in read]
+
+
+def bootstrap(values: Sequence[float], *, seed: int = 0) -> tuple[float, float]:
+    """The 2.5 and 97.5 percentiles of the mean over 2,000 resamples of the items."""
+    generator = np.random.default_rng(seed)
+    array = np.asarray(values, dtype=np.float64)
+    means = array[generator.integers(0, len(array), size=(RESAMPLES, len(array)))].mean(axis=1)
+    return float(np.percentile(means, 2.5)), float(np.percentile(means, 97.5))
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    processors: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
+) -> list[str]:
+    """The first line of each greedy continuation; generation ends at a line break.
+
+    `processors` change a step's scores before the best token is taken, as transformers' logits processors do.
+    """
+    inputs = padded(model, tokenizer, prompts)
+    ends = sorted({tokenizer.eos_token_id, *_line_breaks(tokenizer)} - {None})
+    with warnings.catch_warnings():
+        # a checkpoint's own sampling settings (temperature, top_p) are warned about in every greedy call
+        warnings.filterwarnings("ignore", message=".*(do_sample|generation flags).*")
+        output = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=ends,
+            pad_token_id=pad_id(tokenizer),
+            logits_processor=list(processors),
+        )
+    start = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    texts = tokenizer.batch_decode(output[:, start:], skip_special_tokens=True)
+    return [(text.strip(" ").splitlines() or [""])[0].strip() for text in texts]
+
+
+def rank(model: Any, tokenizer: Any, prompts: Sequence[str], labels: Sequence[str]) -> list[str]:
+    """The label of the highest summed log-likelihood after each prompt, the end-of-sequence token included."""
+    inputs = padded(model, tokenizer, prompts)
+    losses_BL = label_losses(model, inputs["input_ids"], inputs["attention_mask"], label_ids(tokenizer, labels))
+    return [labels[int(best)] for best in losses_BL.argmin(dim=1)]
+
+
+def label_ids(tokenizer: Any, labels: Sequence[str]) -> list[list[int]]:
+    """Token ids of " label" and the end of sequence. Raises InvalidTask for a label without tokens."""
+    ids: list[list[int]] = tokenizer([f" {label}{tokenizer.eos_token or ''}" for label in labels], add_special_tokens=False)[
+        "input_ids"
+    ]
+    for label, tokens in zip(labels, ids, strict=True):
+        if not label.strip() or not tokens:
+            raise InvalidTask(f"label {label!r} is empty; a label is the text of an answer")
+    return ids
+
+
+def label_losses(model: Any, ids_BT: Tensor, mask_BT: Tensor, labels: Sequence[Sequence[int]]) -> Tensor:
+    """loss_BL: the summed negative log-likelihood of each label's tokens after each prompt, padded as `padded` does.
+
+    A decoder reads each prompt once; its labels share the prompt's keys and values. Raises InvalidTask for labels that
+    lie beyond the model's context.
+    """
+    width = max(map(len, labels))
+    targets_LK = torch.tensor([[*label, *[IGNORED] * (width - len(label))] for label in labels], device=ids_BT.device)
+    targets_NK = targets_LK.repeat(len(ids_BT), 1)
+    limit, longest = context_length(model), int(mask_BT.sum(dim=1).max())
+    if limit and longest + width > limit:
+        raise InvalidTask(
+            f"a prompt of {longest} tokens and a label of {width} exceed the model's context of {limit}; shorten them"
+        )
+    if model.config.is_encoder_decoder:
+        inputs = {"input_ids": ids_BT, "attention_mask": mask_BT}
+        inputs = {key: value.repeat_interleave(len(labels), dim=0) for key, value in inputs.items()}
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(targets_NK)
+        losses_NK = token_losses(model, TargetBatch(inputs, targets_NK))
+    else:
+        with prompted(ids_BT, mask_BT):
+            losses_NK = _losses_after(model, ids_BT, mask_BT, targets_NK)
+    return losses_NK.sum(dim=1).view(len(ids_BT), len(labels))
+
+
+def _losses_after(model: Any, ids_BT: Tensor, mask_BT: Tensor, targets_NK: Tensor) -> Tensor:
+    """loss_NK of a decoder, from one pass over the prompts and one over N / B targets for each, in the prompts' order."""
+    count, width = len(targets_NK) // len(ids_BT), targets_NK.shape[1]
+    keep = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
+    first = model(**with_positions(model, ids_BT, mask_BT), **keep, use_cache=True)
+    # transformers 5.24 renamed the argument; the floor 5.3 has the old name
+    name = "cache" if takes(model, "cache") else "past_key_values"
+    cache = first[name]
+    cache.batch_repeat_interleave(count)
+    real_NK = targets_NK != IGNORED
+    mask_NT = torch.cat([mask_BT.repeat_interleave(count, dim=0), real_NK.to(mask_BT.dtype)], dim=1)
+    inputs = with_positions(model, targets_NK.clamp(min=0), mask_NT)
+    if "position_ids" in inputs:
+        inputs["position_ids"] = inputs["position_ids"][:, -width:]
+    rest_NKV = model(**inputs, **{name: cache}, use_cache=True).logits
+    logits_NKV = torch.cat([first.logits[:, -1:].repeat_interleave(count, dim=0), rest_NKV[:, :-1]], dim=1)
+    return losses_of(logits_NKV, targets_NK)
+
+
+def padded(model: Any, tokenizer: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Prompts as one batch on the model's device, padded on the left for a decoder, on the right for an encoder."""
+    left, device = not model.config.is_encoder_decoder, next(model.parameters()).device
+    ids, mask = (tensor.to(device) for tensor in padded_rows(tokenizer, tokenizer(list(prompts))["input_ids"], left=left))
+    return with_positions(model, ids, mask) if left else {"input_ids": ids, "attention_mask": mask}
+
+
+def _line_breaks(tokenizer: Any) -> list[int]:
+    ids = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    return ids if len(ids) == 1 else []
+
+
+def _accepted(targets: Targets) -> list[str]:
+    return [targets] if isinstance(targets, str) else list(targets)
+
+
+def _chunks(items: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]

@@ -1,1 +1,0 @@
-"""Where the experts of a pool are: on disk, on the host, on the devices, within budgets."""

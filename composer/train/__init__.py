@@ -1,0 +1,1 @@
+"""Everything that learns on a frozen base: adapters, routers, experts."""

@@ -1,0 +1,258 @@
+"""One training of an expert model: what its steps are checked for, and what is kept of them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import TrainerCallback
+
+from loraweave.composer.model.batches import IGNORED
+from loraweave.composer.train.progress import POINTS, WINDOW, TrainingProgress, Watch
+from loraweave.composer.train.settings import ExpertSettings
+from loraweave.composer.train.state import KeptState
+from loraweave.composer.train.steps import Stream
+from loraweave.errors import TrainingError
+from loraweave.routers.recipes._recipe import Recipe
+from loraweave.routers.recipes._token_gates import TokenGate
+from loraweave.routers.tokens._learned import TrainingReport
+
+if TYPE_CHECKING:
+    from loraweave.composer.experts.expert_model import ExpertModel
+    from loraweave.composer.train.experts import ExpertTrainer
+
+
+class Course(TrainerCallback):  # type: ignore[misc]
+    """Watches a Trainer's steps."""
+
+    def __init__(
+        self,
+        model: ExpertModel,
+        settings: ExpertSettings,
+        rows: Sequence[Any],
+        held: Sequence[Any],
+        kept: KeptState,
+    ) -> None:
+        self._model, self._settings, self._held = model, settings, held
+        named = model.learning()
+        learner = f"recipe {model.recipe.name!r}"
+        self.progress = TrainingProgress(
+            list(named.values()), settings, model.expert_names, kept, learner=learner, owner="model"
+        )
+        taught = {row.expert for row in rows}
+        counts = [range(shape.num_experts) for shape in model.shapes.values()]
+        self._watch = Watch(counts, self.progress.report, settings.steps, sorted(taught))
+        self._watch.recent.extend(self.progress.recent)
+        self._overflow = Overflow(model, self.progress.report)
+        self._first_steps = FirstSteps(model.recipe, {} if self.progress.first else named, rows, settings)
+        self.num_passes = 0
+        self._totals: dict[str, Tensor] = {}
+        self._bar: Progress | None = None
+
+    def begin(self, trainer: ExpertTrainer) -> None:
+        """The Trainer whose steps these are."""
+        self._trainer = trainer
+
+    def show(self, bar: Progress) -> None:
+        """Where to show the steps."""
+        self._bar = bar
+        total, done = self._settings.steps, self.progress.first
+        self._shown = bar.add_task(f"fit {self._model.recipe.name}", total=total, completed=done, seen="")
+
+    def saw(self, loss: Tensor, terms: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> None:
+        """One pass of the running step, and what it counts in its loss and terms."""
+        self.num_passes += 1
+        # terms of processes are averaged, losses of their tokens added up
+        parts = {"": loss.detach(), **{name: term.detach() / self._num_processes for name, term in terms.items()}}
+        for name, value in parts.items():
+            self._totals[name] = self._totals.get(name, 0.0) + value.double()
+        self._watch.saw(self._model.notes)
+        feed = self._trainer.feed
+        self._overflow.saw(self._model.notes.weights, feed.labels(inputs))
+        self.progress.report.tokens += feed.size(inputs)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not state.global_step:
+            self._evaluate(0)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Gradients are complete, and no parameter has changed."""
+        number = state.global_step + 1
+        totals = self._summed(torch.stack(list(self._totals.values()))).tolist()
+        self._values = dict(zip(self._totals, totals, strict=True))
+        self._totals, self.num_passes = {}, 0
+        names = {name: f"term {name!r}" if name else "the loss" for name in self._values}
+        self.progress.require_finite(number, {names[name]: value for name, value in self._values.items()})
+        self.progress.gradient_norm(number)
+        if silent := self._first_steps.silent(number):
+            raise TrainingError(f"{self.progress.put_back()}; {silent}")
+        self.progress.good(number - 1)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        number, progress = state.global_step, self.progress
+        progress.stepped(self._values.pop(""), self._values)
+        seen = self._watch.stepped(number, mean=self._averaged) + self._overflow.stepped(number, self._summed)
+        if progress.evaluates(number):
+            self._evaluate(number)
+        progress.timed()
+        self._tell(number, seen)
+        if state.is_world_process_zero:
+            progress.save(number, list(self._watch.recent))
+        control.should_training_stop = control.should_training_stop or progress.stops
+
+    def finish(self) -> None:
+        """Leaves the model with the best parameters and the report."""
+        self._model.report = self.progress.finish()
+
+    def _tell(self, number: int, seen: str) -> None:
+        report = self.progress.report
+        if self._bar is not None:
+            self._bar.update(self._shown, advance=1, seen=self.progress.shown(seen))
+        if number % max(1, self._settings.steps // POINTS) == 0:
+            told = {"loss": report.losses[-1], **{f"term/{name}": values[-1] for name, values in report.terms.items()}}
+            if report.entropy:
+                told["entropy"] = report.entropy[-1]
+                told |= {"overflow": report.overflow[-1]} if report.overflow else {}
+                told |= {f"load/{name}": share for name, share in zip(report.experts, report.load[-1][1], strict=True)}
+            self._trainer.log(told)
+
+    @property
+    def _num_processes(self) -> int:
+        return int(self._trainer.accelerator.num_processes)
+
+    def _summed(self, values: Tensor) -> Tensor:
+        """The sum over processes."""
+        found: Tensor = self._trainer.accelerator.reduce(values.to(self._model.device), reduction="sum")
+        return found
+
+    def _averaged(self, seen: Tensor) -> Tensor:
+        if self._num_processes == 1:
+            return seen
+        found: Tensor = self._trainer.accelerator.reduce(seen.to(self._model.device), reduction="mean").cpu()
+        return found
+
+    @torch.no_grad()
+    def _evaluate(self, number: int) -> None:
+        """The mean loss over what counts in the rows held out, with the model as it will be used."""
+        if not self._held:
+            return
+        trainer, model, size = self._trainer, self._model, self._settings.batch_size
+        training = model.training
+        model.eval()
+        ordered = sorted(self._held, key=len)
+        parts = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+        sums = torch.zeros(2, dtype=torch.float64, device=model.device)
+        for part in parts[trainer.args.process_index :: trainer.args.world_size]:
+            inputs = trainer.feed.inputs_of(part)
+            with trainer.products():
+                _, mean = trainer.feed.called(model, inputs)
+            count = trainer.feed.count(inputs)
+            sums += torch.stack([mean.double() * count, mean.new_tensor(count, dtype=torch.float64)])
+        model.train(training)
+        total, count = self._summed(sums).tolist()
+        self.progress.evaluated(number, total / count)
+
+
+class FirstSteps:
+    """Notes which parameters have got a gradient.
+
+    One factor of an expert begins as 0: in the first step it alone has a gradient, and the other factor and the gates have
+    one from the second on, or from the recipe's `num_first_steps`. What belongs to tasks is due when each has had a row.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        parameters: Mapping[str, nn.Parameter],
+        rows: Sequence[Any],
+        settings: ExpertSettings,
+    ) -> None:
+        self._recipe, self._settings = recipe, settings
+        self._parameters = parameters
+        self._stream = Stream(rows, settings.seed, "rows")
+        self._unseen = {row.expert for row in rows} if recipe.needs_tasks else set()
+        self._due = set(parameters)
+
+    def silent(self, number: int) -> str:
+        """After the backward passes of a step: what to say of parameters that should have a gradient and have none."""
+        if not self._due:
+            return ""
+        self._due -= {name for name in self._due if bool(self._parameters[name].grad.any())}  # type: ignore[union-attr]
+        if number > 1:
+            self._unseen -= {row.expert for row in self._stream.at(number - 1, self._settings.batch_size)}
+        silent = sorted(name for name in self._due if number >= self._recipe.num_first_steps or not self._waits(name))
+        if not silent or self._unseen or (number == 1 and self._recipe.needs_tasks):
+            return ""
+        shown = ", ".join(silent[:5]) + (f" and {len(silent) - 5} more" if len(silent) > 5 else "")
+        return (
+            f"{len(silent)} parameters of recipe {self._recipe.name!r} had no gradient after {number} steps: {shown}. What "
+            "is not to learn is frozen with requires_grad_(False)"
+        )
+
+    def _waits(self, name: str) -> bool:
+        return name.startswith("gates.") or any(part in name for part in self._recipe.silent_at_first)
+
+
+MUCH = 0.2
+
+
+class Overflow:
+    """Of the experts that tokens before a target chose, the share that had no capacity left, step by step.
+
+    A row's targets are its last tokens, so that most of what the first tokens leave over is taken from them. Where labels
+    are not those of tokens, all tokens count.
+    """
+
+    def __init__(self, model: ExpertModel, report: TrainingReport) -> None:
+        self._recipe, self._report = model.recipe, report
+        gates = [gate for gate in model.gates.values() if isinstance(gate, TokenGate) and gate.capacity is not None]
+        self._most = gates[0].most if gates else 0
+        # experts that had no capacity left, and all that were chosen
+        self._counts = torch.zeros(2, dtype=torch.float64)
+        self._warned = False
+        self._whose = "tokens before a target"
+
+    def saw(self, w_BTE: Mapping[str, Tensor], labels_BK: Tensor | None) -> None:
+        """The weights of each site in a pass of the running step, and the labels of its last tokens; None: all count."""
+        if not self._most:
+            return
+        if labels_BK is None:
+            self._whose = "tokens"
+            counted = [each.flatten(0, 1) for each in w_BTE.values()]
+        else:
+            before_BK = functional.pad((labels_BK != IGNORED)[:, 1:], (0, 1))
+            num_rows, num_last = before_BK.shape
+            seen = [each for each in w_BTE.values() if len(each) == num_rows and each.shape[1] >= num_last]
+            counted = [each[:, -num_last:][before_BK] for each in seen]
+        if counted:
+            chosen = self._most * sum(len(w_NE) for w_NE in counted)
+            kept = torch.stack([(w_NE != 0).sum() for w_NE in counted]).sum()
+            self._counts += torch.tensor([chosen - int(kept), chosen], dtype=torch.float64)
+
+    def stepped(self, number: int, summed: Callable[[Tensor], Tensor]) -> str:
+        """The step, the `number`th, is over: what to show of it. Warns, once, when much has overflowed for some steps.
+
+        `summed` adds up over processes.
+        """
+        if not self._most:
+            return ""
+        dropped, chosen = summed(self._counts).tolist()
+        self._counts = torch.zeros_like(self._counts)
+        shares = self._report.overflow
+        shares.append(dropped / max(chosen, 1.0))
+        recent = sum(shares[-WINDOW:]) / WINDOW
+        if len(shares) >= WINDOW and recent > MUCH and not self._warned:
+            self._warned = True
+            by_weight = "prioritised=True, " if self._recipe.options.get("prioritised") is False else ""
+            warnings.warn(
+                f"recipe {self._recipe.name!r}: over the last {WINDOW} steps {recent:.0%} of the experts that "
+                f"{self._whose} chose had no capacity left. Evaluation has no such limit, so that experts then see tokens "
+                f"they have not learned from: take {by_weight}a larger capacity, None for no limit, or a larger balance",
+                stacklevel=5,
+            )
+        return f"  overflow {shares[-1]:.0%}"

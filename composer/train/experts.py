@@ -1,0 +1,307 @@
+"""Trains the experts and gates of an expert model, and what of its base was unfrozen by hand."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
+
+from loraweave.common.display import progress_bar
+from loraweave.composer.experts.hooks import same_call
+from loraweave.composer.experts.saving import expert_bytes
+from loraweave.composer.train.checkpointed_blocks import checkpointed_blocks
+from loraweave.composer.train.descent import caller_randomness
+from loraweave.composer.train.rows import Owners, RowReader, owners_of
+from loraweave.composer.train.schedule import seeded
+from loraweave.composer.train.settings import ExpertSettings
+from loraweave.composer.train.state import KeptState
+from loraweave.composer.train.steps import Stream
+from loraweave.composer.train.tensor_rows import Feed, TensorFeed, TensorReader, TokenFeed, are_tensors
+from loraweave.errors import TrainingError
+from loraweave.hub.base import fingerprint
+
+if TYPE_CHECKING:
+    from loraweave.composer.experts.expert_model import ExpertModel
+    from loraweave.composer.train.expert_course import Course
+
+
+def fit(model: ExpertModel, dataset: Any, tokenizer: Any, given: Mapping[str, Any]) -> None:
+    """Trains `model` on a dataset with these `ExpertSettings`; what `ExpertModel.fit` says."""
+    # transformers' Trainer is slow to import
+    from loraweave.composer.train.expert_course import Course
+
+    settings = ExpertSettings.of(model.recipe, given)
+    owners, base = owners_of(model), model.base_model
+    tensors = are_tensors(dataset, base, settings.loss)
+
+    def reader(owners: Owners) -> RowReader | TensorReader:
+        if not tensors:
+            return RowReader(owners, base, tokenizer)
+        return TensorReader(owners, base, settings.loss, digests=settings.checkpoint is not None)
+
+    rows = reader(owners).read(dataset)
+    held: Sequence[Any] = []
+    if settings.evaluation is not None:
+        held = reader(owners.closed()).read(settings.evaluation, what="evaluation")
+    before = model.tasks
+    if tuple(owners.places) != before:
+        model.take_tasks(tuple(owners.places))
+    begun = "" if settings.checkpoint is None else began(model)
+    kept = KeptState.of(model.recipe.name, [*determining(model, list(model.learning())), begun], settings, rows, held)
+    feed = TensorFeed(model, settings.loss) if tensors else TokenFeed(model, tokenizer)
+    course = Course(model, settings, rows, held, kept)
+    with ExitStack() as stack:
+        stack.enter_context(caller_randomness())
+        stack.enter_context(_as_it_was(model))
+        stack.enter_context(checkpointed_blocks(model.base_model, settings.gradient_checkpointing, context_fn=same_call))
+        folder = stack.enter_context(TemporaryDirectory(prefix="loraweave-"))
+        try:
+            trainer = ExpertTrainer(model, settings, rows, feed, course, folder=folder)
+        except TrainingError:
+            if model.tasks != before:
+                model.take_tasks(before)
+            raise
+        if begun:
+            stack.enter_context(remembered(model, begun))
+        bar = stack.enter_context(progress_bar(settings.progress and trainer.is_world_process_zero(), field="seen"))
+        course.show(bar)
+        if course.progress.first < settings.steps:
+            trainer.train_from(course.progress.first)
+        course.finish()
+
+
+@contextmanager
+def _as_it_was(model: ExpertModel) -> Iterator[None]:
+    """After it, each module of the base is in the mode in which it was, and its settings are; the experts are for use."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    modes = [(module, module.training) for module in model.base_model.modules()]
+    use_cache = getattr(model.config, "use_cache", None)
+    shared = [(each._shared_state, dict(each._shared_state)) for each in (AcceleratorState, GradientState, PartialState)]
+    try:
+        yield
+    finally:
+        for state, before in shared:
+            state.clear()
+            state.update(before)
+        for parameter in model.parameters():
+            parameter.grad = None
+        # what mixed precision of a launched accelerate has put in its place
+        for name in ("forward", "_original_forward"):
+            vars(model).pop(name, None)
+        if use_cache is not None:
+            model.config.use_cache = use_cache
+        model.eval()
+        for module, mode in modes:
+            module.training = mode
+
+
+class ExpertTrainer(Trainer):  # type: ignore[misc]
+    """Trains an expert model; what is kept, watched and checked on the way is its `Course`'s.
+
+    The model stays on its device in one process, and each process has it on its own where there are several.
+    """
+
+    def __init__(
+        self,
+        model: ExpertModel,
+        settings: ExpertSettings,
+        rows: Sequence[Any],
+        feed: Feed,
+        course: Course,
+        *,
+        folder: str,
+    ) -> None:
+        self._settings, self._course, self.feed = settings, course, feed
+        super().__init__(
+            model=model,
+            args=_arguments(model, settings, folder),
+            data_collator=feed.inputs_of,
+            train_dataset=_RowsOfSteps(rows, settings),
+            optimizers=(course.progress.optimizer, _scheduler(course, settings)),
+            callbacks=[course, *settings.callbacks],
+        )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise TrainingError(
+                "experts are trained with the whole base in each process, but FSDP or DeepSpeed was launched: launch "
+                "processes without them, or one with a model that device_map spreads"
+            )
+        self.remove_callback(PrinterCallback)
+        # compute_loss counts each pass for what it is of its step
+        self.loss_is_scaled_for_ga = True
+        # older versions have accelerate divide by the passes a second time
+        self.accelerator.gradient_accumulation_steps = 1
+        course.begin(self)
+
+    def get_train_dataloader(self) -> Any:
+        """The rows of all steps, one after the other."""
+        return self.accelerator.prepare(
+            DataLoader(self.train_dataset, batch_size=self.args.per_device_train_batch_size, collate_fn=self.feed.inputs_of)
+        )
+
+    def compute_loss_context_manager(self) -> ExitStack:
+        """Products in bfloat16, where the settings ask for them; random numbers of this pass of this step alone."""
+        stack: ExitStack = super().compute_loss_context_manager()
+        device = self.model.device
+        stack.enter_context(torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type))
+        place = self._course.num_passes * self.args.world_size + self.args.process_index
+        torch.manual_seed(seeded(self._settings.seed, "dropout", self.state.global_step, place).initial_seed())
+        stack.enter_context(self.products())
+        return stack
+
+    def products(self) -> Any:
+        """The precision of the model's products."""
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self._settings.mixed_precision == "bf16")
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """What the pass counts in its step's loss: the mean over what counts in the step, and over passes of the terms."""
+        output, mean = self.feed.called(model, inputs)
+        count = self.feed.count(inputs)
+        loss = mean * (count / self._in_step(count, num_items_in_batch))
+        terms = {name: term / self.args.gradient_accumulation_steps for name, term in self.model.terms.items()}
+        self._course.saw(loss, terms, inputs)
+        # gradients of several processes are averaged
+        whole = torch.stack([self.accelerator.num_processes * loss, *(term.to(loss) for term in terms.values())]).sum()
+        return (whole, output) if return_outputs else whole
+
+    def _in_step(self, count: int, num_labels: Any) -> Any:
+        """What counts in all passes and processes of a step, of which a pass has `count`."""
+        if self.feed.counts_rows:
+            return self._settings.batch_size
+        return count if num_labels is None else num_labels
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The course has put the state back before."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As above."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Random numbers follow from seed and step."""
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if self.args.world_size > 1:
+            super()._move_model_to_device(model, device)
+
+    def train_from(self, step: int) -> None:
+        """Takes the steps that are left after so many."""
+        if not step:
+            self.train()
+            return
+        # how Trainer learns where to go on: its folder of a checkpoint, of which it reads this file alone
+        args, folder = self.args, Path(self.args.output_dir)
+        TrainerState(
+            global_step=step,
+            max_steps=args.max_steps,
+            logging_steps=args.logging_steps,
+            eval_steps=args.eval_steps,
+            save_steps=args.save_steps,
+            train_batch_size=args.train_batch_size,
+        ).save_to_json(str(folder / "trainer_state.json"))
+        self.train(resume_from_checkpoint=str(folder))
+
+
+class _RowsOfSteps(Dataset[Any]):
+    """The rows of all steps; those of a step are ordered by length, so that passes have little padding."""
+
+    def __init__(self, rows: Sequence[Any], settings: ExpertSettings) -> None:
+        self._stream = Stream(rows, settings.seed, "rows")
+        self._settings = settings
+        self._step: tuple[int, list[Any]] = (-1, [])
+
+    def __len__(self) -> int:
+        return self._settings.steps * self._settings.batch_size
+
+    def __getitem__(self, place: int) -> Any:
+        step, offset = divmod(place, self._settings.batch_size)
+        if self._step[0] != step:
+            self._step = (step, sorted(self._stream.at(step, self._settings.batch_size), key=len))
+        return self._step[1][offset]
+
+
+def _arguments(model: ExpertModel, settings: ExpertSettings, folder: str) -> TrainingArguments:
+    """Raises TrainingError where the rows of a step do not divide among passes and processes, or the device is not ours."""
+    accumulation = settings.gradient_accumulation or 1
+    args = TrainingArguments(
+        output_dir=folder,
+        max_steps=settings.steps,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=settings.highest_rate,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.clip or 0.0,
+        seed=settings.seed,
+        use_cpu=model.device.type == "cpu",
+        average_tokens_across_devices=True,
+        label_names=["labels"],
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    parts = accumulation * args.world_size
+    if settings.batch_size % parts:
+        raise TrainingError(
+            f"batch_size is {settings.batch_size}, which does not divide by {accumulation} passes (gradient_accumulation) "
+            f"of {args.world_size} processes: take a multiple of {parts}"
+        )
+    args.per_device_train_batch_size = settings.batch_size // parts
+    # a Trainer in one process would spread the model over all GPUs
+    args._n_gpu = min(1, args.n_gpu)
+    device, own = model.device, args.device
+    if args.world_size == 1 and device.type == "cuda" and device != own and not hasattr(model, "hf_device_map"):
+        raise TrainingError(
+            f"the model is on {device}, but Trainer trains on {own}: move it there, or set CUDA_VISIBLE_DEVICES"
+        )
+    return args
+
+
+def _scheduler(course: Course, settings: ExpertSettings) -> torch.optim.lr_scheduler.LambdaLR:
+    progress = course.progress
+    for group in progress.optimizer.param_groups:
+        group["initial_lr"] = settings.highest_rate
+    return torch.optim.lr_scheduler.LambdaLR(
+        progress.optimizer, lambda step: settings.rate(step) / settings.highest_rate, last_epoch=progress.first - 1
+    )
+
+
+def determining(model: ExpertModel, learning: list[str]) -> list[Any]:
+    """What is trained, as JSON."""
+    options = {name: repr(value) for name, value in model.recipe.options.items()}
+    if model.recipe.revision > 1:
+        options["revision"] = repr(model.recipe.revision)
+    return [options, {name: repr(shape) for name, shape in model.shapes.items()}, learning]
+
+
+def began(model: ExpertModel) -> str:
+    """What says on which base, and with which parameters, the training begins, or began before it was interrupted."""
+    now = _digest(model)
+    interrupted, began = model.interrupted
+    return began if interrupted == now else now
+
+
+@contextmanager
+def remembered(model: ExpertModel, began: str) -> Iterator[None]:
+    """Lets the same call on the same model, which an exception interrupts, know what it began with."""
+    try:
+        yield
+    except BaseException:
+        model.interrupted = (_digest(model), began)
+        raise
+
+
+def _digest(model: ExpertModel) -> str:
+    base = json.dumps(fingerprint(model.base_model).to_json(), sort_keys=True)
+    return hashlib.sha256(base.encode() + expert_bytes(model)).hexdigest()

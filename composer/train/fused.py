@@ -1,0 +1,322 @@
+"""Many jobs on one frozen base: who runs with whom, step by step, until all have ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from rich.progress import Progress, TaskID
+from torch import Tensor
+
+from loraweave.common.state import TrainingState
+from loraweave.composer.model.batches import IGNORED, EncodedRow, batch, token_losses
+from loraweave.composer.train.descent import Descent, FlatParameters
+from loraweave.composer.train.jobs import PlannedJob, TrainingJob
+from loraweave.composer.train.memory import MemoryModel, MemoryUse, free_bytes
+from loraweave.composer.train.passes import FusedPass, backward, range_losses
+from loraweave.composer.train.report import JobReport, TrainingReport
+from loraweave.composer.train.schedule import JobSize, groups, successor
+from loraweave.composer.train.state import Best, RunningState, put
+from loraweave.errors import BudgetExceeded
+
+CHECKPOINT_STEPS = 20
+
+# what is told of each job that has ended
+Ended = Callable[[TrainingJob, JobReport], None]
+
+
+class FusedTraining:
+    """Trains jobs in groups of similar length; when one ends before the others of its group, the next one takes its place.
+
+    Admitted is what `memory_bytes` allows by `MemoryModel`: of the whole step, base and all; by default what the device has
+    left. Which jobs run together changes a job's result by no more than the rounding of its batch: its rows are a function
+    of its seed, name and step, its gradient is its own, and it ends by its own losses.
+    With `kept`, the state of all running jobs is written after every CHECKPOINT_STEPS steps and whenever one ends, and the
+    same training goes on from there, with the same neighbours, to the same bits.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        planned: Sequence[PlannedJob],
+        bar: Progress,
+        *,
+        jobs_per_batch: int,
+        memory_bytes: int | None = None,
+        kept: RunningState | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.report = TrainingReport()
+        self._waiting = {job.name: job for job in planned}
+        is_encoder_decoder = bool(model.config.is_encoder_decoder)
+        self._sizes = {job.name: job.size(is_encoder_decoder=is_encoder_decoder) for job in planned}
+        self._running: list[JobProgress] = []
+        self._bar = bar
+        self._jobs_per_batch = jobs_per_batch
+        self._budget = memory_bytes
+        self._kept = kept
+        self._capacity = 0
+
+    def run(self, ended: Ended) -> TrainingReport:
+        """Trains all jobs; `ended` is called with each as it ends.
+
+        Raises BudgetExceeded before the first step for a job that does not fit alone, TrainingError for a loss that is not
+        finite; of the jobs that had ended before, nothing is lost.
+        """
+        self._memory = self._measured_model()
+        self._require_room()
+        usage = MemoryUse(self._device)
+        self._total = sum(job.pace.steps for job in self._waiting.values())
+        shown = self._bar.add_task("", total=self._total, loss="")
+        self._resume()
+        while self._running or self._waiting:
+            self._admit()
+            self._show(shown)
+            self._step()
+            self._evaluate()
+            left = self._leave(ended)
+            if left or self.report.num_steps % CHECKPOINT_STEPS == 0:
+                self._save()
+        if (grown := usage.grown()) is not None:
+            self.report.peak_bytes = self._memory.weight_bytes + grown
+        if self._kept is not None:
+            self._kept.drop()
+        return self.report
+
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    def _measured_model(self) -> MemoryModel:
+        largest = max(self._waiting.values(), key=lambda job: job.num_parameters)
+        return MemoryModel.of(self.model, self.tokenizer, largest.make())
+
+    def _require_room(self) -> None:
+        free = free_bytes(self._device)
+        if self._budget is None and free is not None:
+            self._budget = free + self._memory.weight_bytes
+        for name, size in self._sizes.items():
+            if not self._fits([size]):
+                needed, allowed = self._memory.peak([size]), self._budget or 0
+                raise BudgetExceeded(
+                    f"job {name!r} takes about {needed / 1e9:.2f} GB alone ({size.num_rows} rows of up to {size.longest} "
+                    f"tokens, the base {self._memory.weight_bytes / 1e9:.2f} GB), and {allowed / 1e9:.2f} GB are allowed; "
+                    "lower batch_size, shorten its longest examples, or raise memory_bytes"
+                )
+
+    def _fits(self, sizes: Sequence[JobSize]) -> bool:
+        return self._budget is None or self._memory.peak(sizes) <= self._budget
+
+    def _admit(self) -> None:
+        """Fills the places that are free: a new group when none runs, else successors of those that have ended."""
+        if not self._running:
+            group = groups({name: self._sizes[name] for name in self._waiting}, self._jobs_per_batch, self._fits)[0]
+            self._capacity = len(group)
+            self._begin(group)
+        while self._waiting and len(self._running) < self._capacity:
+            waiting = {name: self._sizes[name] for name in self._waiting}
+            name = successor(waiting, self._running_sizes(), self._fits)
+            if name is None:
+                break
+            self._begin([name])
+
+    def _begin(self, names: Sequence[str]) -> None:
+        self._running += [JobProgress(self._waiting.pop(name)) for name in names]
+        self._evaluate()
+        self.report.estimated_bytes = max(self.report.estimated_bytes, self._memory.peak(self._running_sizes()))
+
+    def _running_sizes(self) -> list[JobSize]:
+        return [self._sizes[run.planned.name] for run in self._running]
+
+    def _step(self) -> None:
+        started = time.perf_counter()
+        chosen = [run.next_rows() for run in self._running]
+        rows = [row for own in chosen for row in own]
+        for run, own in zip(self._running, chosen, strict=True):
+            run.job.take(own, run.step)
+        with FusedPass(self.model, [run.job for run in self._running], [len(own) for own in chosen]):
+            losses_J = range_losses(self.model, self.tokenizer, rows, [len(own) for own in chosen])
+            penalties = [run.job.penalty() for run in self._running]
+        pairs = zip(losses_J, penalties, strict=True)
+        total_J = torch.stack([loss if penalty is None else loss + penalty for loss, penalty in pairs])
+        values = backward(total_J, {run.planned.name: run.step for run in self._running})
+        for run, own, value in zip(self._running, chosen, values, strict=True):
+            run.take_step(value, sum(len(row) for row in own))
+        self.report.seconds += time.perf_counter() - started
+        self.report.num_steps += 1
+        self.report.num_tokens += sum(len(row) for row in rows)
+        self.report.num_computed += len(rows) * self._width(rows)
+
+    def _width(self, rows: Sequence[EncodedRow]) -> int:
+        if self.model.config.is_encoder_decoder:
+            return max(len(row.prompt) for row in rows) + max(len(row.target) for row in rows)
+        return max(len(row) for row in rows)
+
+    def _evaluate(self) -> None:
+        """The held-out losses of all jobs for which it is time."""
+        due = [run for run in self._running if run.due]
+        for run, loss in zip(due, held_out_losses(self.model, self.tokenizer, due), strict=True):
+            run.evaluated(loss)
+
+    def _leave(self, ended: Ended) -> bool:
+        """Lets go of the jobs that have ended; whether there were any."""
+        over = [run for run in self._running if run.stopped is not None]
+        for run in over:
+            self.report.jobs[run.planned.name] = run.finish()
+            ended(run.job, self.report.jobs[run.planned.name])
+        self._running = [run for run in self._running if run.stopped is None]
+        return bool(over)
+
+    def _show(self, shown: TaskID) -> None:
+        names = ", ".join(run.planned.name for run in self._running)
+        done = sum(run.step for run in self._running)
+        ahead = sum(run.planned.pace.steps for run in self._running)
+        ahead += sum(job.pace.steps for job in self._waiting.values())
+        # what a job that ended early does not take counts as done
+        losses = [run.losses[-1] for run in self._running if run.losses]
+        mean = f"loss {sum(losses) / len(losses):.3f}, " if losses else ""
+        text = f"{mean}{self.report.tokens_per_second:,.0f} tokens/s" if self.report.seconds else ""
+        self._bar.update(shown, description=names, completed=self._total - ahead + done, loss=text)
+
+    def _save(self) -> None:
+        if self._kept is None or not (self._running or self._waiting):
+            return
+        tensors = {"step": torch.tensor([self.report.num_steps]), "capacity": torch.tensor(self._capacity)}
+        for place, run in enumerate(self._running):
+            prefix = f"{place:04d}/{self._kept.keys[run.planned.name]}/"
+            tensors |= {prefix + key: tensor for key, tensor in run.state().items()}
+        self._kept.write(TrainingState(self.report.num_steps, tensors))
+
+    def _resume(self) -> None:
+        if self._kept is None or (state := self._kept.read()) is None:
+            return
+        names = {key: name for name, key in self._kept.keys.items()}
+        self._capacity = int(state.tensors["capacity"])
+        for head in sorted({key.rsplit("/", 1)[0] for key in state.tensors if "/" in key}):
+            run = JobProgress(self._waiting.pop(names[head.split("/")[1]]))
+            run.restore({key.rsplit("/", 1)[1]: t for key, t in state.tensors.items() if key.startswith(f"{head}/")})
+            self._running.append(run)
+
+
+ALL_STEPS = "all steps"
+
+
+class JobProgress:
+    """A job that runs. Its state depends on its own losses alone, so that nothing changes when another leaves its batch."""
+
+    def __init__(self, planned: PlannedJob) -> None:
+        self.planned = planned
+        self.job = planned.make()
+        self.step = 0
+        self.losses: list[float] = []
+        self.held_out: list[tuple[int, float]] = []
+        self.num_tokens = 0
+        self._best = Best()
+        self._flat = FlatParameters(self.job.parameters())
+        # on a GPU the fused one wants its count of steps there
+        is_on_cpu = all(vector.device.type == "cpu" for vector in self._flat.vectors)
+        self._descent = Descent(self._flat.vectors, planned.pace, fused=is_on_cpu)
+
+    def next_rows(self) -> list[EncodedRow]:
+        """Those of the step to be taken."""
+        return self.planned.pace.rows(self.planned.rows, self.planned.name, self.step)
+
+    def take_step(self, loss: float, num_tokens: int) -> None:
+        """Down the gradient that the parameters have, clipped to norm 1, and forgets it."""
+        self._descent.step(self.step)
+        self._flat.zero_grad()
+        self.step += 1
+        self.losses.append(loss)
+        self.num_tokens += num_tokens
+
+    @property
+    def due(self) -> bool:
+        """Whether the held-out rows are to be evaluated now."""
+        plan = self.planned.held_out
+        if plan is None or (self.held_out and self.held_out[-1][0] == self.step):
+            return False
+        return self.step % plan.every == 0 or self.step == self.planned.pace.steps
+
+    def evaluated(self, loss: float) -> None:
+        """Takes note of the held-out loss at this step, and of the parameters where none was lower after an earlier one."""
+        self.held_out.append((self.step, loss))
+        if self.step:
+            self._best.judge(loss, self._flat.vectors)
+
+    @property
+    def stopped(self) -> str | None:
+        """Why it ends here; None while it goes on."""
+        patience = None if self.planned.held_out is None else self.planned.held_out.patience
+        if patience is not None and self._best.waited >= patience:
+            return f"no lower held-out loss in {patience} evaluations"
+        return ALL_STEPS if self.step >= self.planned.pace.steps else None
+
+    def finish(self) -> JobReport:
+        """What it did; the job has the best of its evaluated parameters from here on."""
+        best_step = self.step
+        if self._best.values:
+            put(self._best.values, self._flat.vectors)
+            best_step = next(step for step, loss in self.held_out if step and loss == self._best.loss)
+        return JobReport(
+            steps=self.step,
+            best_step=best_step,
+            stopped=self.stopped or "",
+            num_tokens=self.num_tokens,
+            losses=tuple(self.losses),
+            held_out=tuple(self.held_out),
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """All that `restore` needs to go on from here to the same bits."""
+        # before its first step an optimiser has no moments
+        begun = TrainingState.of(self.step, self._flat.vectors, self._descent.optimizer).tensors if self.step else {}
+        best = {f"best.{index}": tensor for index, tensor in enumerate(self._best.values)}
+        points = torch.tensor([list(point) for point in self.held_out], dtype=torch.float64).view(-1, 2)
+        losses = torch.tensor(self.losses, dtype=torch.float64)
+        counts = {"step": torch.tensor([self.step]), "num_tokens": torch.tensor([self.num_tokens])}
+        return {**begun, **best, **counts, "held_out": points, "losses": losses}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on from what `state` has given."""
+        self.step, self.num_tokens = int(state["step"]), int(state["num_tokens"])
+        self.losses = state["losses"].tolist()
+        self.held_out = [(int(step), loss) for step, loss in state["held_out"].tolist()]
+        vectors = self._flat.vectors
+        if self.step:
+            TrainingState(self.step, dict(state)).restore(vectors, self._descent.optimizer)
+        values = [state[f"best.{index}"].to(vector.device) for index, vector in enumerate(vectors) if "best.0" in state]
+        self._best = Best.again([loss for step, loss in self.held_out if step], values)
+
+
+@torch.no_grad()
+def held_out_losses(model: Any, tokenizer: Any, due: Sequence[JobProgress]) -> list[float]:
+    """The mean over all target tokens of each job's held-out rows, as many rows at a time as in its steps."""
+    waiting = {run: list(run.planned.held_out.rows) for run in due if run.planned.held_out is not None}
+    totals, counts = dict.fromkeys(due, 0.0), dict.fromkeys(due, 0)
+    while runs := [run for run, rows in waiting.items() if rows]:
+        chosen = {run: waiting[run][: run.planned.pace.batch_size] for run in runs}
+        for run, (total, count) in _summed(model, tokenizer, chosen).items():
+            totals[run] += total
+            counts[run] += count
+            waiting[run] = waiting[run][len(chosen[run]) :]
+    return [totals[run] / counts[run] for run in due]
+
+
+def _summed(
+    model: Any, tokenizer: Any, chosen: Mapping[JobProgress, Sequence[EncodedRow]]
+) -> dict[JobProgress, tuple[float, int]]:
+    """The sum of the losses, and the number, of each job's target tokens."""
+    sizes = [len(rows) for rows in chosen.values()]
+    stacked = batch(model, tokenizer, [row for rows in chosen.values() for row in rows])
+    for run, rows in chosen.items():
+        run.job.take(rows, None)
+    with FusedPass(model, [run.job for run in chosen], sizes):
+        losses_BK = token_losses(model, stacked)
+    real_BK = stacked.targets_BK != IGNORED
+    parts = zip(torch.split(losses_BK.double(), sizes), torch.split(real_BK, sizes), strict=True)
+    return {run: (float(own.sum()), int(real.sum())) for run, (own, real) in zip(chosen, parts, strict=True)}

@@ -1,0 +1,232 @@
+"""What can be trained beside others in one pass through a frozen base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from loraweave.composer.model.batches import EncodedRow
+from loraweave.composer.train.rows import HeldOut
+from loraweave.composer.train.schedule import JobSize, Pace, seeded
+from loraweave.errors import LayerMismatch
+from loraweave.hub.adapter import Adapter
+from loraweave.types import Factors
+
+
+class LowRank(NamedTuple):
+    """scale * (x a_RI^T) b_OR^T."""
+
+    a_RI: Tensor
+    b_OR: Tensor
+    scale: float
+
+
+class TrainingJob(Protocol):
+    """Parameters, and what they add to the outputs of the base's layers, for the rows of a batch that are the job's own.
+
+    An adapter's is one product of factors in each layer (`LoraJob`); all jobs' products of a layer then are one step of
+    autograd. A model of experts gives no product but computes its own `update` from the inputs of its rows alone: gates,
+    experts, whatever it has, with the parameters that it names (`composer/experts/together.py`). What its loss has beside
+    that of the targets is its `penalty`. No row of one job reaches the parameters of another: its gradients are those of
+    training it alone.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def layers(self) -> Collection[str]:
+        """Module paths of the layers whose outputs it changes."""
+        ...
+
+    def parameters(self) -> list[Tensor]:
+        """What is trained, in an order that does not change."""
+        ...
+
+    def take(self, rows: Sequence[EncodedRow], step: int | None) -> None:
+        """The next forward has these rows of the job: of a step, counted from 0, or of an evaluation."""
+        ...
+
+    def begin(self, inputs: Mapping[str, Any], prompt_BT: Tensor | None) -> None:
+        """A forward begins with these arguments of the model, cut to the job's rows; so is the mask of what is prompt.
+
+        With gradients it is a step of training, without it is an evaluation.
+        """
+        ...
+
+    def low_rank(self, layer: str) -> LowRank | None:
+        """The update of a layer where it is one product of factors; else None, and `update` is asked."""
+        ...
+
+    def update(self, layer: str, x_BTI: Tensor) -> Tensor:
+        """update_BTO of a layer for the job's rows of its input."""
+        ...
+
+    def penalty(self) -> Tensor | None:
+        """What its loss of the forward that has just run has beside the loss of the targets, a scalar, if anything."""
+        ...
+
+
+Pairs = Mapping[str, tuple[Tensor, Tensor]]
+
+
+class LoraJob:
+    """Trainable factors {layer: (a_RI, b_OR)} in fp32; the update of a layer is `scale` times their product."""
+
+    def __init__(self, name: str, factors: Pairs, scale: float) -> None:
+        self.name = name
+        self.scale = scale
+        # by rank row in memory, as the products of the gradient give it
+        laid = {layer: (a_RI, b_OR.T.contiguous().T) for layer, (a_RI, b_OR) in factors.items()}
+        self.factors = {layer: (a_RI.requires_grad_(), b_OR.requires_grad_()) for layer, (a_RI, b_OR) in laid.items()}
+
+    @property
+    def layers(self) -> Collection[str]:
+        return self.factors.keys()
+
+    def parameters(self) -> list[Tensor]:
+        """The factors that are trained."""
+        return [tensor for pair in self.factors.values() for tensor in pair if tensor.requires_grad]
+
+    def freeze_a(self) -> None:
+        """From now on b alone is trained."""
+        for a_RI, _ in self.factors.values():
+            a_RI.requires_grad_(False)
+
+    def take(self, rows: Sequence[EncodedRow], step: int | None) -> None:
+        """Nothing, like `begin`."""
+
+    def begin(self, inputs: Mapping[str, Any], prompt_BT: Tensor | None) -> None:
+        """Nothing: factors are the same for all rows."""
+
+    def low_rank(self, layer: str) -> LowRank:
+        return LowRank(*self.factors[layer], self.scale)
+
+    def update(self, layer: str, x_BTI: Tensor) -> Tensor:
+        """In the dtype of x."""
+        a_RI, b_OR, scale = self.low_rank(layer)
+        return functional.linear(functional.linear(x_BTI, a_RI.to(x_BTI.dtype)), (scale * b_OR).to(x_BTI.dtype))
+
+    def penalty(self) -> None:
+        """Nothing."""
+
+    def result(self) -> dict[str, Factors]:
+        """The update as factors with the scale folded into b, detached copies on the CPU."""
+        products = {layer: self.low_rank(layer) for layer in self.layers}
+        return {
+            layer: Factors(a_RI.detach().cpu().clone(), (b_OR.detach().cpu() * scale).contiguous())
+            for layer, (a_RI, b_OR, scale) in products.items()
+        }
+
+
+def new_factors(
+    name: str, layers: Mapping[str, tuple[int, int]], *, rank: int, seed: int, device: torch.device
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """For layers of (O, I): a uniform in +-1/sqrt(I), as PEFT's default, a function of seed, name and layer; b zero."""
+    return {
+        layer: (_initial(seed, name, layer, rank, num_inputs).to(device), torch.zeros(num_outputs, rank, device=device))
+        for layer, (num_outputs, num_inputs) in layers.items()
+    }
+
+
+def given_factors(start: Mapping[str, Factors], *, scale: float, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
+    """Copies of an adapter's factors with the scale taken out of b: exact where it is a power of two, else rounded."""
+    return {
+        layer: (part.a_RI.to(device, torch.float32, copy=True), part.b_OR.to(device, torch.float32) / scale)
+        for layer, part in start.items()
+    }
+
+
+def _initial(seed: int, name: str, layer: str, rank: int, num_inputs: int) -> Tensor:
+    # seeded by names, so that a job starts the same whatever jobs share its batch
+    bound = float(num_inputs**-0.5)
+    return bound * torch.rand(rank, num_inputs, generator=seeded(seed, name, layer)).mul(2).sub(1)
+
+
+class LinearizedJob(LoraJob):
+    """A job in which each layer's update is the tangent at its beginning (a0, b0): s (b a0 + b0 (a - a0)) x.
+
+    The base stays as nonlinear as it is; only the adapter is linearised, layer by layer, so that what jobs learn from a
+    common beginning superposes exactly in each layer. Where b0 = 0 the update is s b a0, and a is not trained.
+    """
+
+    def __init__(self, name: str, factors: Pairs, scale: float) -> None:
+        super().__init__(name, factors, scale)
+        self.origin = {layer: (a.detach().clone(), b.detach().clone()) for layer, (a, b) in self.factors.items()}
+        for layer, (a_RI, _) in self.factors.items():
+            # nothing of a reaches the output where b0 is 0
+            a_RI.requires_grad_(bool(self.origin[layer][1].any()))
+
+    def low_rank(self, layer: str) -> LowRank:
+        """s b over a0, and beside it s b0 over a - a0 where b0 is not 0, which doubles the rank."""
+        a_RI, b_OR = self.factors[layer]
+        a0_RI, b0_OR = self.origin[layer]
+        if not a_RI.requires_grad:
+            return LowRank(a0_RI, b_OR, self.scale)
+        return LowRank(torch.cat([a0_RI, a_RI - a0_RI]), torch.cat([b_OR, b0_OR], dim=1), self.scale)
+
+
+def tangent(adapter: Adapter, start: Adapter) -> Adapter:
+    """phi - phi0 of L-LoRA as an update: (b - b0) a0 + b0 (a - a0), exactly, of at most twice the start's rank.
+
+    `adapter` comes from `train_adapters(..., linearized=True, start={...: start})`. In a pool of `start` and the tangents of
+    several such adapters, the mixture of start at 1 and of tangents at weights l_e is, in each layer, the linearised model
+    at phi0 + sum of l_e (phi_e - phi0). An adapter trained without a start is its own tangent.
+
+    Raises LayerMismatch for an adapter that was not trained that way.
+    """
+    if list(adapter.layers) != list(start.layers):
+        raise LayerMismatch(f"adapter {adapter.name!r} has other layers than {start.name!r}, so it did not start from it")
+    return replace(adapter, layers={layer: _tangent(layer, adapter, start) for layer in adapter.layers})
+
+
+def _tangent(layer: str, adapter: Adapter, start: Adapter) -> Factors:
+    own, its = adapter.layers[layer], start.layers[layer]
+    rank = its.rank
+    moved = bool(its.b_OR.any())
+    if own.rank != rank * (1 + moved) or not torch.equal(own.a_RI[:rank], its.a_RI.float()):
+        raise LayerMismatch(
+            f"adapter {adapter.name!r} is no linearised training of {start.name!r}: in layer {layer!r} its first "
+            f"{rank} rows of a are not those it would have begun from; pass linearized=True to train_adapters"
+        )
+    if not moved:
+        return own
+    return replace(own, b_OR=torch.cat([own.b_OR[:, :rank] - its.b_OR, own.b_OR[:, rank:]], dim=1))
+
+
+# as many of a job's own batches tell how wide they are
+MEASURED_STEPS = 32
+# values, gradients and the two moments of AdamW
+NUM_COPIES = 4
+
+
+@dataclass(frozen=True)
+class PlannedJob:
+    """`make` gives the job of `num_parameters` when its turn comes. Its rows are drawn and its rate follows by `pace`."""
+
+    name: str
+    make: Callable[[], TrainingJob]
+    num_parameters: int
+    rows: Sequence[EncodedRow]
+    pace: Pace
+    held_out: HeldOut | None = None
+
+    def size(self, *, is_encoder_decoder: bool) -> JobSize:
+        """What it will bring to a step."""
+        held_out = () if self.held_out is None else self.held_out.rows
+        seen = [*self.rows, *held_out]
+        steps = range(min(self.pace.steps, MEASURED_STEPS))
+        widths = [max(len(row) for row in self.pace.rows(self.rows, self.name, step)) for step in steps]
+        return JobSize(
+            num_rows=self.pace.batch_size,
+            width=sum(widths) / len(widths),
+            longest=max(len(row.prompt) if is_encoder_decoder else len(row) for row in seen),
+            longest_target=max(len(row.target) for row in seen),
+            num_parameters=self.num_parameters,
+            num_copies=NUM_COPIES + (self.held_out is not None),
+        )

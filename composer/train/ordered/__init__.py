@@ -1,0 +1,1 @@
+"""Ways to train one task after the other: one file each."""

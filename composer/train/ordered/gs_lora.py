@@ -1,0 +1,100 @@
+"""GS-LoRA: forgetting tasks by updates of few blocks, chosen by a group lasso (Zhao et al., CVPR 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from loraweave.common.checks import require_whole
+from loraweave.common.rows import GivenRows
+from loraweave.composer.model.batches import EncodedRow
+from loraweave.composer.train.ordered._course import Course, Layers, require_within
+from loraweave.composer.train.ordered._one_by_one import by_prefix
+from loraweave.composer.train.passes import FusedJobs, job_losses
+from loraweave.errors import TrainingError
+from loraweave.hub.adapter import Adapter
+from loraweave.types import Task
+
+
+def gs_lora(
+    course: Course,
+    *,
+    retain: Task | GivenRows = (),
+    bound: float = 5.0,
+    strength: float = 0.15,
+    sparsity: float = 0.3,
+    dense_steps: int = 10,
+) -> dict[str, Adapter]:
+    """{task t: the sum of the updates that made the model forget tasks 0 to t}. The tasks are what is to be forgotten.
+
+    Each update is trained over the frozen earlier ones, with the loss CE(retain) + strength * max(0, bound - CE(forget)) +
+    sparsity * the sum over blocks g of sqrt(n_g) * |theta_g|, theta_g being the n_g entries of all factors of a block's
+    target layers (arXiv 2403.11530). `retain` are examples of what must stay; `bound` is in nats a token: beyond it a task
+    counts as forgotten. The paper adapts the feed-forward layers: target_modules=("up_proj", "down_proj").
+
+    A gradient of the norms never makes a block zero. Instead, after each step but the first `dense_steps`, theta_g is drawn
+    towards 0 by rate * sparsity * sqrt(n_g), and where that is more than its norm the block is 0 from there on (the proximal
+    step; without gradient in a and b it could not come back). AdamW moves an entry by about the rate in a step, hence the
+    sqrt(n_g), which the paper does not have: a sparsity of 1 takes back all that a step can do, and a block that does not
+    learn is 0 after rates of about 0.02 / sparsity in all.
+    Raises TrainingError without `retain`.
+    """
+    require_within("bound", bound, 0.0, float("inf"))
+    require_within("strength", strength, 0.0, float("inf"))
+    require_within("sparsity", sparsity, 0.0, float("inf"))
+    require_whole("dense_steps", dense_steps, 0, TrainingError)
+    kept = course.encoded(retain)
+    if not kept:
+        raise TrainingError("gs_lora needs retain=examples of what must not be forgotten, in continual_options")
+
+    def learn(name: str, prefix: Layers) -> Layers:
+        jobs = course.jobs([name])
+        losses = partial(_losses, course, jobs, prefix, kept, bound, strength)
+
+        zeroed: set[str] = set()
+
+        def after_step(step: int) -> None:
+            if step >= dense_steps:
+                shrink(jobs, course.training.recipe.rate(step) * sparsity, zeroed)
+
+        course.training.run(jobs, losses, after_step=after_step)
+        return jobs.layers_of(name)
+
+    return by_prefix(course, learn)
+
+
+def _losses(
+    course: Course, jobs: FusedJobs, prefix: Layers, kept: Sequence[EncodedRow], bound: float, strength: float, step: int
+) -> Tensor:
+    (name,), training = jobs.jobs, course.training
+    recipe = training.recipe
+    rows = [*recipe.rows(kept, f"{name} retained", step), *recipe.rows(course.rows[name], name, step)]
+    with course.frozen(prefix), jobs:
+        both = job_losses(training.model, training.tokenizer, rows, 2)
+    return both[:1] + strength * (bound - both[1:]).clamp(min=0)
+
+
+@torch.no_grad()
+def shrink(jobs: FusedJobs, threshold: float, zeroed: set[str]) -> None:
+    """Scales each block's n factors by max(0, 1 - threshold * sqrt(n) / their norm); `zeroed` has the blocks that are 0."""
+    for block, tensors in blocks(jobs).items():
+        norm = float(torch.stack([tensor.square().sum() for tensor in tensors]).sum().sqrt())
+        size = sum(tensor.numel() for tensor in tensors)
+        # what moves a zeroed block afterwards is AdamW's memory of earlier gradients
+        if block in zeroed or norm <= threshold * size**0.5:
+            zeroed.add(block)
+        for tensor in tensors:
+            tensor.mul_(0.0 if block in zeroed else 1 - threshold * size**0.5 / norm)
+
+
+def blocks(jobs: FusedJobs) -> dict[str, list[Tensor]]:
+    """The factors of each block; a layer's block is its path up to the first number, or the whole path without one."""
+    found: dict[str, list[Tensor]] = {}
+    for layer, pair in (item for job in jobs.members for item in job.factors.items()):
+        parts = layer.split(".")
+        end = next((place + 1 for place, part in enumerate(parts) if part.isdecimal()), len(parts))
+        found.setdefault(".".join(parts[:end]), []).extend(pair)
+    return found

@@ -1,0 +1,121 @@
+"""I-LoRA: a fast adapter that learns, and a slow one that follows it (Ren et al. 2024, arXiv 2402.18865)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraweave.common.checks import require_whole
+from loraweave.composer.model.batches import IGNORED, EncodedRow, TargetBatch, batch, token_losses
+from loraweave.composer.train.ordered._course import Course, Layers, require_within
+from loraweave.composer.train.passes import FusedJobs, job_losses
+from loraweave.composer.train.schedule import seeded
+from loraweave.errors import TrainingError
+from loraweave.hub.adapter import Adapter
+
+
+def ilora(course: Course, *, decay: float = 0.25, reservoir: int = 500, consistency: float = 1.0) -> dict[str, Adapter]:
+    """{task: the slow adapter after that task}; the fast one goes on learning from task to task.
+
+    After step n of the whole course slow = d * slow + (1 - d) * fast with d = min(1 - 1 / (n + 1), decay), on a and on b
+    apart. From the second task on the loss is (CE(x) + CE(x')) / 2 + consistency * mean((h - max(h, h_slow))^2): x' is as
+    many examples of earlier tasks, out of a reservoir that is an even sample of at most `reservoir` of them, and h are the
+    hidden states of all layers at the real tokens of x', with the fast and with the slow adapter in the model.
+
+    `decay` is in [0, 1]. The authors' code has 0.25, with which the slow adapter keeps a quarter of itself at each step and
+    is nearly the fast one; with 1 it is the mean over all steps. n goes on from task to task: counted anew, the slow
+    adapter would begin each task as the fast one.
+    """
+    require_within("decay", decay, 0.0, 1.0)
+    require_within("consistency", consistency, 0.0, float("inf"))
+    require_whole("reservoir", reservoir, 1, TrainingError)
+    found: dict[str, Adapter] = {}
+    fast = slow = course.first or None
+    for number, name in enumerate(course.rows):
+        past = _reservoir(course, list(course.rows)[:number], reservoir)
+        lesson = partial(_learn, course, name, fast, slow, past, decay, consistency)
+        found[name], fast_adapter = course.once(name, lesson, ("slow", "fast"))
+        fast, slow = fast_adapter.layers, found[name].layers
+    return found
+
+
+def _learn(
+    course: Course,
+    name: str,
+    fast_layers: Layers | None,
+    slow_layers: Layers | None,
+    past: Sequence[EncodedRow],
+    decay: float,
+    consistency: float,
+) -> list[Layers]:
+    training = course.training
+    recipe, model, tokenizer = training.recipe, training.model, training.tokenizer
+    fast, slow = course.jobs([name], fast_layers), course.jobs([name], slow_layers)
+    done = list(course.rows).index(name) * recipe.steps
+
+    def losses(step: int) -> Tensor:
+        rows = recipe.rows(course.rows[name], name, step)
+        with fast:
+            loss_J = job_losses(model, tokenizer, rows, 1)
+        if not past:
+            return loss_J
+        replayed = batch(model, tokenizer, recipe.rows(past, f"{name} replayed", step))
+        with torch.no_grad(), slow:
+            _, stable = states(model, replayed)
+        with fast:
+            replayed_loss, plastic = states(model, replayed)
+        return (loss_J + replayed_loss) / 2 + consistency * lag(plastic, stable)
+
+    def after_step(step: int) -> None:
+        follow(slow, fast, min(1 - 1 / (done + step + 1), decay))
+
+    training.run(fast, losses, after_step=after_step)
+    return [slow.layers_of(name), fast.layers_of(name)]
+
+
+@torch.no_grad()
+def follow(slow: FusedJobs, fast: FusedJobs, decay: float) -> None:
+    """slow = decay * slow + (1 - decay) * fast, factor by factor."""
+    for own, its in zip(slow.parameters(), fast.parameters(), strict=True):
+        own.mul_(decay).add_(its, alpha=1 - decay)
+
+
+def lag(plastic: Tensor, stable: Tensor) -> Tensor:
+    """mean((h - max(h, h_slow))^2): only where the slow adapter's state is the larger does the fast one's lag behind."""
+    return (plastic - torch.maximum(plastic, stable)).square().mean()
+
+
+def states(model: Any, stacked: TargetBatch) -> tuple[Tensor, Tensor]:
+    """The mean loss of the target tokens, and the hidden states of all layers at the real tokens, as one vector."""
+    inputs: dict[str, Any] = {**stacked.inputs, "output_hidden_states": True}
+    outputs: list[Any] = []
+    handle = model.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+    try:
+        losses_BK = token_losses(model, replace(stacked, inputs=inputs))
+    finally:
+        handle.remove()
+    real_BK = stacked.targets_BK != IGNORED
+    mask_BT = stacked.inputs["attention_mask"].bool()
+    if model.config.is_encoder_decoder:
+        pairs = [(outputs[0].encoder_hidden_states, mask_BT), (outputs[0].decoder_hidden_states, real_BK)]
+    else:
+        pairs = [(outputs[0].hidden_states, mask_BT)]
+    hidden = [layer_BTI[mask].flatten().float() for layers, mask in pairs for layer_BTI in layers]
+    return losses_BK.sum() / real_BK.sum(), torch.cat(hidden)
+
+
+def _reservoir(course: Course, past: Sequence[str], size: int) -> list[EncodedRow]:
+    """At most `size` rows of the tasks, each row as likely as any other (Vitter's algorithm R)."""
+    kept: list[EncodedRow] = []
+    generator = seeded(course.training.recipe.seed, "reservoir")
+    for seen, row in enumerate(row for name in past for row in course.rows[name]):
+        if len(kept) < size:
+            kept.append(row)
+        elif (place := int(torch.randint(seen + 1, (), generator=generator))) < size:
+            kept[place] = row
+    return kept

@@ -1,0 +1,348 @@
+"""Several training jobs in one pass through a frozen base, as ASPEN's BatchFusion: each has its own rows of a batch.
+
+The base runs once for all jobs. A job's gradients are those of training it alone, because no row of one job reaches the
+parameters of another (Ye et al. 2023, arXiv 2312.02515).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
+
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from loraweave.composer.live.token_weights import arguments_of
+from loraweave.composer.model.batches import IGNORED, EncodedRow, batch, token_losses
+from loraweave.composer.train.descent import Descent
+from loraweave.composer.train.jobs import LinearizedJob, LoraJob, TrainingJob, given_factors, new_factors
+from loraweave.composer.train.settings import Recipe
+from loraweave.composer.train.steps import told_apart
+from loraweave.errors import LayerMismatch, TrainingError
+from loraweave.hub.adapter import Adapter
+from loraweave.routers.tokens._call import current_prompts
+from loraweave.types import Factors
+
+
+class FusedPass:
+    """A context manager: inside it the model's layers add each job's update to that job's rows of the batch.
+
+    `row_counts` has the number of rows of each job, in the order of the jobs; without it all have as many. Leaving removes
+    every hook, also after an exception.
+    """
+
+    def __init__(self, model: nn.Module, jobs: Sequence[TrainingJob], row_counts: Sequence[int] | None = None) -> None:
+        self.model = model
+        self.members = tuple(jobs)
+        self.row_counts = tuple(row_counts or [1] * len(jobs))
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> FusedPass:
+        try:
+            self._handles.append(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
+            for layer in dict.fromkeys(layer for job in self.members for layer in job.layers):
+                module = self.model.get_submodule(layer)
+                self._handles.append(module.register_forward_hook(self._hook(layer)))
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        inputs, known = arguments_of(model, args, kwargs), current_prompts()
+        start, num_rows = 0, sum(self.row_counts)
+        for job, count in zip(self.members, self.row_counts, strict=True):
+            place = (start, start + count, num_rows)
+            own = {name: _cut(value, *place) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+            job.begin(own, None if known is None else _cut(known.mask_BT, *place))
+            start += count
+
+    def _hook(self, layer: str) -> Any:
+        def add_updates(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return self.added(layer, args[0], output)
+
+        return add_updates
+
+    def added(self, layer: str, x: Tensor, y: Tensor) -> Tensor:
+        """y, the layer's output for x, with all jobs' updates, maybe in its own memory."""
+        num_tokens, num_rows = x.numel() // x.shape[-1], sum(self.row_counts)
+        ends = list(accumulate([count * num_tokens // num_rows for count in self.row_counts], initial=0))
+        ranges, factors, others = [], [], []
+        for job, (start, stop) in zip(self.members, pairwise(ends), strict=True):
+            if layer not in job.layers:
+                continue
+            if (product := job.low_rank(layer)) is None:
+                others.append((job, start, stop))
+            else:
+                ranges.append(RowRange(start, stop, product.scale))
+                factors.append((product.a_RI, product.b_OR))
+        if ranges:
+            y = add_products(y, x, ranges, factors)
+        return self._with_others(layer, others, x, y) if others else y
+
+    def _with_others(self, layer: str, jobs: Sequence[tuple[TrainingJob, int, int]], x: Tensor, y: Tensor) -> Tensor:
+        num_rows, num_tokens = sum(self.row_counts), x.numel() // x.shape[-1]
+        x_BTI, y_NO = x.reshape(num_rows, -1, x.shape[-1]), y.reshape(num_tokens, -1)
+        parts, end = [], 0
+        for job, start, stop in jobs:
+            rows = slice(start * num_rows // num_tokens, stop * num_rows // num_tokens)
+            update_NO = job.update(layer, x_BTI[rows]).reshape(stop - start, -1).to(y.dtype)
+            parts += [y_NO[end:start], y_NO[start:stop] + update_NO]
+            end = stop
+        return torch.cat([*parts, y_NO[end:]]).view_as(y)
+
+
+def _cut(value: Tensor, start: int, stop: int, num_rows: int) -> Tensor:
+    """The part of its first axis that is a job's, where that has the batch's rows; what has not is for all."""
+    if value.ndim == 0 or len(value) % num_rows:
+        return value
+    copies = len(value) // num_rows
+    return value[start * copies : stop * copies]
+
+
+class FusedJobs(FusedPass):
+    """The pass of jobs with these names, each with new factors for `layers`, which gives each target layer's (O, I).
+
+    A job in `start` begins as those factors instead, with their layers and ranks: to the bit where `alpha / rank` is a power
+    of two, else to rounding.
+    """
+
+    members: tuple[LoraJob, ...]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, tuple[int, int]],
+        jobs: Sequence[str],
+        *,
+        rank: int,
+        alpha: float,
+        seed: int,
+        start: Mapping[str, Mapping[str, Factors]] | None = None,
+        linearized: bool = False,
+    ) -> None:
+        device = next(model.parameters()).device
+        given = start or {}
+        super().__init__(
+            model,
+            [
+                lora_job(
+                    name, layers, given.get(name), rank=rank, alpha=alpha, seed=seed, device=device, linearized=linearized
+                )
+                for name in jobs
+            ],
+        )
+        self.jobs = tuple(jobs)
+
+    def parameters(self) -> list[Tensor]:
+        """What is trained of all jobs."""
+        return [tensor for job in self.members for tensor in job.parameters()]
+
+    def freeze_a(self) -> None:
+        """From now on b alone is trained."""
+        for job in self.members:
+            job.freeze_a()
+
+    def layers_of(self, name: str) -> dict[str, Factors]:
+        """One job's update, detached copies on the CPU."""
+        return self.members[self.jobs.index(name)].result()
+
+
+def lora_job(
+    name: str,
+    layers: Mapping[str, tuple[int, int]],
+    start: Mapping[str, Factors] | None,
+    *,
+    rank: int,
+    alpha: float,
+    seed: int,
+    device: torch.device,
+    linearized: bool = False,
+) -> LoraJob:
+    """A job with new factors, or with those of `start`. Linearised jobs all begin with the same new a."""
+    scale = alpha / rank
+    if start is None:
+        pairs = new_factors("" if linearized else name, layers, rank=rank, seed=seed, device=device)
+    else:
+        pairs = given_factors(start, scale=scale, device=device)
+    return (LinearizedJob if linearized else LoraJob)(name, pairs, scale)
+
+
+class RowRange(NamedTuple):
+    """Flat tokens `start` to `stop` (without it), whose update has this scale."""
+
+    start: int
+    stop: int
+    scale: float
+
+
+def add_products(y: Tensor, x: Tensor, ranges: Sequence[RowRange], factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """y with s (x a^T) b^T added at each range, (a_RI, b_OR) being its factors; gradients reach y, x and the factors.
+
+    Products run in the dtype of x. The result may be in y's own memory, so nothing else may need y's values; ranges are in
+    ascending order and do not overlap.
+    """
+    # in a view autograd would keep track of the whole, at the cost of copies
+    own = (
+        y.clone(memory_format=torch.contiguous_format)
+        if y._is_view() or not y.is_contiguous() or (y.is_leaf and y.requires_grad)
+        else y
+    )
+    found: Tensor = _RowProducts.apply(own, x, tuple(ranges), *(tensor for pair in factors for tensor in pair))  # type: ignore[no-untyped-call]
+    return found
+
+
+def naive_products(y: Tensor, x: Tensor, ranges: Sequence[RowRange], factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """What `add_products` gives, product by product."""
+    x_NI, y_NO = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+    parts, end = [], 0
+    for part, (a_RI, b_OR) in zip(ranges, factors, strict=True):
+        x_MI = x_NI[part.start : part.stop]
+        hidden_MR = functional.linear(x_MI, a_RI.to(x.dtype))
+        update_MO = functional.linear(hidden_MR, part.scale * b_OR.to(x.dtype))
+        parts += [y_NO[end : part.start], y_NO[part.start : part.stop] + update_MO.to(y.dtype)]
+        end = part.stop
+    return torch.cat([*parts, y_NO[end:]]).view_as(y)
+
+
+class _RowProducts(torch.autograd.Function):
+    """Keeps x, the factors and the hidden values; twice differentiated, it raises RuntimeError."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, ranges: tuple[RowRange, ...], *factors: Tensor) -> Tensor:
+        x_NI, y_NO = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        hidden = []
+        for (start, stop, scale), a_RI, b_OR in zip(ranges, factors[::2], factors[1::2], strict=True):
+            hidden_MR = (x_NI[start:stop] @ a_RI.to(x.dtype).T).mul_(scale)
+            # below autocast y may be of another dtype than x
+            y_NO[start:stop].addmm_(hidden_MR.to(y.dtype), b_OR.to(x.dtype).to(y.dtype).T)
+            hidden.append(hidden_MR)
+        ctx.mark_dirty(y)
+        ctx.ranges = ranges
+        ctx.save_for_backward(x, *factors, *hidden)
+        return y
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *kept = ctx.saved_tensors
+        ranges, needed = ctx.ranges, ctx.needs_input_grad
+        factors, hidden = kept[: 2 * len(ranges)], kept[2 * len(ranges) :]
+        x_NI, grad_NO = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1]).to(x.dtype)
+        whole = sum(part.stop - part.start for part in ranges) == len(x_NI)
+        grad_x_NI = (torch.empty_like if whole else torch.zeros_like)(x_NI) if needed[1] else None
+        found: list[Tensor | None] = []
+        for index, (start, stop, scale) in enumerate(ranges):
+            a_RI, b_OR = factors[2 * index : 2 * index + 2]
+            grad_MO = grad_NO[start:stop]
+            mixed_MR = (grad_MO @ b_OR.to(x.dtype)).mul_(scale)
+            if grad_x_NI is not None:
+                torch.mm(mixed_MR, a_RI.to(x.dtype), out=grad_x_NI[start:stop])
+            # the narrow operand is the one that is transposed: a wide one would be copied in bf16
+            found.append((mixed_MR.T @ x_NI[start:stop]).to(a_RI.dtype) if needed[3 + 2 * index] else None)
+            found.append((hidden[index].T @ grad_MO).T.to(b_OR.dtype) if needed[4 + 2 * index] else None)
+        return grad if needed[0] else None, None if grad_x_NI is None else grad_x_NI.view_as(x), None, *found
+
+
+# loss_J of one step, by its number
+Losses = Callable[[int], Tensor]
+
+
+@dataclass(frozen=True)
+class JobTraining:
+    """Where jobs are trained and shown."""
+
+    model: Any
+    tokenizer: Any
+    recipe: Recipe
+    bar: Progress
+
+    def run(self, jobs: FusedJobs, losses: Losses, *, after_step: Callable[[int], None] | None = None) -> None:
+        """Takes the recipe's steps down the gradient of `losses`, each job's clipped to norm 1.
+
+        Raises TrainingError for a loss that is not finite.
+        """
+        recipe = self.recipe
+        descents = [Descent(job.parameters(), recipe.pace) for job in jobs.members]
+        shown = self.bar.add_task(", ".join(jobs.jobs), total=recipe.steps, loss="")
+        for step in range(recipe.steps):
+            loss_J = losses(step)
+            backward(loss_J, dict.fromkeys(jobs.jobs, step))
+            for descent in descents:
+                descent.step(step)
+                descent.optimizer.zero_grad()
+            if after_step is not None:
+                after_step(step)
+            self.bar.update(shown, advance=1, loss=f"loss {float(loss_J.detach().mean()):.3f}")
+
+
+def job_losses(model: Any, tokenizer: Any, rows: Sequence[EncodedRow], num_jobs: int) -> Tensor:
+    """loss_J: the mean over the target tokens of each job's rows, of which all have as many."""
+    return range_losses(model, tokenizer, rows, [len(rows) // num_jobs] * num_jobs)
+
+
+def range_losses(model: Any, tokenizer: Any, rows: Sequence[EncodedRow], row_counts: Sequence[int]) -> Tensor:
+    """loss_J: the mean over the target tokens of each job's rows, of which it has as many as its count."""
+    stacked = batch(model, tokenizer, rows)
+    if model.config.is_encoder_decoder:
+        # what gates are asked for counts the tokens of either
+        stacked = told_apart(stacked)
+    sums_B = token_losses(model, stacked).sum(dim=1)
+    counts_B = (stacked.targets_BK != IGNORED).sum(dim=1)
+    sizes = list(row_counts)
+    pairs = zip(torch.split(sums_B, sizes), torch.split(counts_B, sizes), strict=True)
+    return torch.stack([own.sum() / counts.sum() for own, counts in pairs])
+
+
+def backward(loss_J: Tensor, steps: Mapping[str, int]) -> list[float]:
+    """The losses as numbers, after their gradients were added to the parameters'. `steps` has each job's step, from 0.
+
+    Raises TrainingError before for a loss that is not finite.
+    """
+    losses = loss_J.tolist()
+    for (name, step), loss in zip(steps.items(), losses, strict=True):
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss of job {name!r} is {loss} at step {step + 1}; lower lr, or look for damaged examples. "
+                "Adapters that were finished before are kept"
+            )
+    loss_J.sum().backward()  # type: ignore[no-untyped-call]
+    return losses
+
+
+def own_parts(adapters: Mapping[str, Adapter], *, start: Adapter | None = None) -> dict[str, Adapter]:
+    """{task: the update that it added}, of the prefix sums that `train_adapters(..., continual=...)` gives, in their order.
+
+    Summed from the start on they are those prefixes, bit for bit. For `construct_vl`, `inflora`, `gs_lora` and an untuned
+    `task_arithmetic`; raises LayerMismatch for adapters that are no prefixes of each other.
+    """
+    found, before = {}, {} if start is None else dict(start.layers)
+    for name, adapter in adapters.items():
+        layers = {layer: _beyond(name, layer, before.get(layer), factors) for layer, factors in adapter.layers.items()}
+        found[name] = replace(adapter, layers={layer: own for layer, own in layers.items() if own.rank})
+        before = dict(adapter.layers)
+    return found
+
+
+def _beyond(name: str, layer: str, before: Factors | None, after: Factors) -> Factors:
+    """The rank rows of `after` beyond those of `before`."""
+    if before is None:
+        return after
+    rank = before.rank
+    if not (torch.equal(after.a_RI[:rank], before.a_RI) and torch.equal(after.b_OR[:, :rank], before.b_OR)):
+        raise LayerMismatch(
+            f"the adapter of task {name!r} does not begin with the one before it in layer {layer!r}: it is no sum of "
+            "updates, so nothing of it belongs to one task alone"
+        )
+    return replace(after, a_RI=after.a_RI[rank:].clone(), b_OR=after.b_OR[:, rank:].clone())

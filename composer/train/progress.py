@@ -1,0 +1,229 @@
+"""A training on its way: its optimiser, its report, and the best and the last good that its parameters have been."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from loraweave.composer.train.settings import TrainingSettings
+from loraweave.composer.train.state import Best, KeptState, copied, put
+from loraweave.errors import TrainingError, WeightingError
+from loraweave.routers.tokens._learned import Step, TrainingReport
+
+
+class TrainingProgress:
+    """What the steps of a router and of a model of experts have in common, whoever takes them.
+
+    It goes on from what `state` has kept: `first` steps were taken before, and `recent` is the load of the last ones.
+    `learner` ("router 'arrow'") and `owner` ("router"), which has the parameters, are for messages.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        settings: TrainingSettings,
+        experts: tuple[str, ...],
+        state: KeptState,
+        *,
+        learner: str,
+        owner: str,
+    ) -> None:
+        self.parameters = parameters
+        self.optimizer = torch.optim.AdamW(parameters, lr=settings.highest_rate, weight_decay=settings.weight_decay)
+        self.report = TrainingReport(experts, settings=settings.determining())
+        self.first = 0
+        self.recent: Sequence[Tensor] = ()
+        self._settings, self._state = settings, state
+        self._learner, self._owner = learner, owner
+        self._started = time.monotonic()
+        self._best = Best()
+        if (found := state.restore(parameters, self.optimizer)) is not None:
+            self.first, values, self.recent, self.report = found
+            self._best = Best.again([loss for _, loss in self.report.evaluations], values)
+        self._before = self.report.seconds
+        # after how many steps, and which, parameters the loss was last finite with
+        self._good_step, self._good = self.first, copied(parameters)
+
+    def require_finite(self, number: int, values: Mapping[str, float]) -> None:
+        """Raises TrainingError, with the last good parameters put back, for a value of this step that is not finite."""
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise TrainingError(f"{name} is {value} {self._ended(number)}")
+
+    @contextmanager
+    def finite_weights(self, number: int) -> Iterator[None]:
+        """Raises as `require_finite` where the mixture refuses the router's weights."""
+        try:
+            yield
+        except WeightingError as error:
+            raise TrainingError(f"{error}. It was {self._ended(number)}") from error
+
+    def _ended(self, number: int) -> str:
+        """Puts the last good parameters back, and says where the training ended and what the way out is."""
+        return (
+            f"at step {number} of {self._learner}: lower lr, or look for damaged rows. {self.put_back()}, with which it was "
+            "last finite"
+        )
+
+    def gradient_norm(self, number: int) -> float:
+        """The length of the step's gradient, which every parameter has from here on. Raises as `require_finite`."""
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        self.require_finite(number, {"the length of the gradient": norm})
+        return norm
+
+    def good(self, step: int) -> None:
+        """The parameters, after so many steps, are those to go back to."""
+        if self._good[0].device == self.parameters[0].device:
+            # memory that is there already costs less than new memory in every step
+            put(self.parameters, self._good)
+        else:
+            # a Trainer of several processes has moved them since the beginning
+            self._good = copied(self.parameters)
+        self._good_step = step
+
+    def put_back(self) -> str:
+        """Gives the parameters their last good values, and says so."""
+        put(self._good, self.parameters)
+        return f"The {self._owner} has the parameters after {self._good_step} steps"
+
+    def stepped(self, loss: float, terms: Mapping[str, float]) -> None:
+        """One more step, with its loss and terms, was taken."""
+        self.report.losses.append(loss)
+        for name, value in terms.items():
+            self.report.terms.setdefault(name, []).append(value)
+
+    def evaluates(self, step: int) -> bool:
+        """Whether the rows held out are due after so many steps."""
+        return step % self._settings.evaluate_every == 0 or step == self._settings.steps
+
+    def evaluated(self, step: int, loss: float) -> None:
+        """Their loss after so many steps. Raises as `require_finite`."""
+        self.require_finite(step + 1, {"the loss of the rows held out": loss})
+        self.report.evaluations.append((step, loss))
+        if self._best.judge(loss, self.parameters):
+            self.report.kept = step
+
+    @property
+    def stops(self) -> bool:
+        """Whether so many evaluations were no better that the training ends."""
+        return self._settings.patience is not None and self._best.waited >= self._settings.patience
+
+    def timed(self) -> None:
+        """Writes into the report how long it has taken by now."""
+        self.report.seconds = self._before + time.monotonic() - self._started
+
+    def shown(self, seen: str) -> str:
+        """The last losses and what else was `seen`, in a line."""
+        held_out = f"  held out {self.report.evaluations[-1][1]:.3f}" if self.report.evaluations else ""
+        return f"loss {self.report.losses[-1]:.3f}{held_out}{seen}"
+
+    def save(self, step: int, recent: Sequence[Tensor]) -> None:
+        """Keeps the state, if it is time after so many steps."""
+        if step % self._settings.checkpoint_every == 0 or step == self._settings.steps or self.stops:
+            self._state.save(step, self.parameters, self.optimizer, self._best.values, recent, self.report)
+
+    def finish(self) -> dict[str, Any]:
+        """The report; the parameters are the best from here on."""
+        if self._best.values:
+            put(self._best.values, self.parameters)
+        else:
+            self.report.kept = len(self.report.losses)
+        return self.report.to_json()
+
+
+WINDOW = 20
+COLLAPSED = 0.95
+# of an equal share
+DEAD = 0.01
+# steps whose load is kept in the report
+POINTS = 100
+
+
+class Watch:
+    """Looks at the passes of each step, and writes what it sees into the report."""
+
+    def __init__(
+        self, experts_of_layers: Iterable[Sequence[int]], report: TrainingReport, steps: int, taught: Sequence[int]
+    ) -> None:
+        """Each layer has some of the report's experts, by their places; `taught` are the owners of the rows."""
+        self._report = report
+        self._every = max(1, steps // POINTS)
+        # rows of one expert alone are rightly all its own
+        self._one_taught = len(set(taught)) == 1 and -1 not in taught
+        present = torch.zeros(len(report.experts), dtype=torch.float64)
+        for experts in experts_of_layers:
+            present[list(experts)] += 1 / len(experts)
+        # share_E of experts that are used alike wherever they are present
+        self._equal_E = present / present.sum()
+        # load_E of the last steps
+        self.recent: deque[Tensor] = deque(maxlen=WINDOW)
+        self._loads: list[Tensor] = []
+        self._entropies: list[float] = []
+
+    def saw(self, step: Step) -> None:
+        """One pass of the running step."""
+        num_experts = len(self._report.experts)
+        seen = [_of_layer(step.real(w_BTE.detach()), num_experts) for w_BTE in step.weights.values()]
+        if seen:
+            loads, entropies = zip(*seen, strict=True)
+            self._loads.append(torch.stack(loads).mean(dim=0).double().cpu())
+            self._entropies.append(float(torch.stack(entropies).mean()))
+
+    def stepped(self, number: int, *, mean: Callable[[Tensor], Tensor] = lambda seen: seen) -> str:
+        """The step, the `number`th, is over: what to show of it. Warns, once, when one expert has almost all weight.
+
+        `mean` makes the mean over processes of what this one has seen.
+        """
+        if not self._loads:
+            return ""
+        seen = mean(torch.cat([torch.stack(self._loads).mean(dim=0), torch.tensor(self._entropies).double().mean()[None]]))
+        load_E, entropy = seen[:-1], float(seen[-1])
+        self._loads.clear()
+        self._entropies.clear()
+        self.recent.append(load_E)
+        report = self._report
+        report.entropy.append(entropy)
+        if number % self._every == 0 or number == 1:
+            report.load.append((number, [round(share, 4) for share in load_E.tolist()]))
+        if len(self.recent) == WINDOW:
+            self._judge(number, torch.stack(list(self.recent)).mean(dim=0))
+        top = int(load_E.argmax())
+        dead = f"  dead {len(report.dead)}" if report.dead else ""
+        return f"  entropy {entropy:.2f}  top {report.experts[top]} {float(load_E[top]):.0%}{dead}"
+
+    def _judge(self, number: int, mean_E: Tensor) -> None:
+        report = self._report
+        report.dead = [
+            name for name, dead in zip(report.experts, (mean_E < DEAD * self._equal_E).tolist(), strict=True) if dead
+        ]
+        top = int(mean_E.argmax())
+        if len(mean_E) > 1 and report.collapsed is None and not self._one_taught and float(mean_E[top]) > COLLAPSED:
+            report.collapsed = number
+            warnings.warn(
+                f"the router has collapsed: over the last {WINDOW} steps expert {report.experts[top]!r} had "
+                f"{float(mean_E[top]):.0%} of all weight; a balance loss (balance=0.01) or a lower lr keeps others in use",
+                stacklevel=5,
+            )
+
+
+def _of_layer(w_NE: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """(load_E, entropy) of a layer's weights, each token's taken as shares; means over the tokens.
+
+    A layer may have the first of the experts alone.
+    """
+    w_NE = functional.pad(w_NE.abs().float(), (0, num_experts - w_NE.shape[1]))
+    share_NE = w_NE / w_NE.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return share_NE.mean(dim=0), torch.special.entr(share_NE).sum(dim=1).mean()

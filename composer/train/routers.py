@@ -1,0 +1,289 @@
+"""The steps of a router's training."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from loraweave.common.display import progress_bar
+from loraweave.composer.live.resolve import resolve
+from loraweave.composer.model.batches import IGNORED, TargetBatch, losses_of, target_logits, untouched
+from loraweave.composer.train.checkpointed_blocks import checkpointed_blocks
+from loraweave.composer.train.progress import TrainingProgress, Watch
+from loraweave.composer.train.rows import Owners, RowReader, TrainingRow
+from loraweave.composer.train.schedule import seeded
+from loraweave.composer.train.settings import Settings
+from loraweave.composer.train.state import KeptState
+from loraweave.composer.train.steps import Pass, passes, streams, target_batch, told_apart
+from loraweave.errors import TrainingError
+from loraweave.routers.losses.z import z
+from loraweave.routers.tokens._learned import LearnedRouter, Step
+from loraweave.routers.tokens._router import TokenRouter
+
+if TYPE_CHECKING:
+    from loraweave.composer.composer import Composer
+
+
+class Run:
+    """One training, inside an activation of its router."""
+
+    def __init__(
+        self,
+        engine: Composer,
+        router: LearnedRouter,
+        settings: Settings,
+        rows: Sequence[TrainingRow],
+        held: Sequence[TrainingRow],
+        kept: KeptState,
+        accelerator: Any,
+        bar: Progress,
+    ) -> None:
+        model: Any = engine.model
+        self._model, self._tokenizer = model, engine.tokenizer
+        self._router, self._settings, self._held = router, settings, held
+        self._accelerator, self._bar = accelerator, bar
+        learning = [parameter for parameter in router.parameters() if parameter.requires_grad]
+        self._progress = TrainingProgress(
+            learning, settings, router.experts, kept, learner=f"router {router.name!r}", owner="router"
+        )
+        head = self._model.get_output_embeddings()
+        self._head_is_routed = any(self._model.get_submodule(layer) is head for layer in router.layers)
+        self._streams = streams(rows, router.experts, settings.seed, apart=router.apart)
+        self._taught = {row.expert for row in rows}
+        layers = router.members.layers.values()
+        report = self._progress.report
+        self._watch = Watch([layer.experts for layer in layers], report, settings.steps, sorted(self._taught))
+        self._watch.recent.extend(self._progress.recent)
+        self._kept: dict[Any, Any] = {}
+
+    def all_steps(self) -> None:
+        """Takes what steps are left, and leaves the router with the best parameters and its report."""
+        progress, steps = self._progress, self._settings.steps
+        shown = self._bar.add_task(f"fit {self._router.name}", total=steps, completed=progress.first, seen="")
+        for number in range(progress.first + 1, steps + 1):
+            if number == 1:
+                self._evaluate(0)
+            self._step(number)
+            seen = self._watch.stepped(number)
+            if progress.evaluates(number):
+                self._evaluate(number)
+            progress.timed()
+            self._bar.update(shown, advance=1, seen=progress.shown(seen))
+            progress.save(number, list(self._watch.recent))
+            if progress.stops:
+                break
+        self._router.report = progress.finish()
+
+    def _step(self, number: int) -> None:
+        """One step of the optimizer, down the mean loss over its target tokens."""
+        settings, progress = self._settings, self._progress
+        for group in progress.optimizer.param_groups:
+            group["lr"] = settings.rate(number - 1)
+        progress.optimizer.zero_grad()
+        groups = [stream.at(number - 1, settings.batch_size) for stream in self._streams]
+        num_passes = settings.gradient_accumulation or len(groups)
+        self._router.train()
+        totals: dict[str, float] = {}
+        for index, part in enumerate(passes(groups, num_passes)):
+            for name, value in self._pass(number, index, part).items():
+                totals[name] = totals.get(name, 0.0) + value
+        loss = totals.pop("loss") / len(groups)
+        progress.require_finite(number, {"the loss": loss, **{f"term {name!r}": value for name, value in totals.items()}})
+        if number == 1:
+            require_gradients(self._router, self._taught)
+        norm = progress.gradient_norm(number)
+        if settings.clip is not None and not self._router.apart and norm > settings.clip:
+            for parameter in progress.parameters:
+                assert parameter.grad is not None
+                parameter.grad.mul_(settings.clip / norm)
+        progress.good(number - 1)
+        progress.optimizer.step()
+        progress.stepped(loss, totals)
+
+    def _pass(self, number: int, index: int, part: Pass) -> dict[str, float]:
+        """Adds the gradient of one pass; what it contributes to the step's loss and to each term."""
+        inputs, decoder_BT = target_batch(self._model, self._tokenizer, part.rows), None
+        if self._model.config.is_encoder_decoder:
+            inputs = told_apart(inputs)
+            decoder_BT = inputs.targets_BK != IGNORED
+        device = inputs.targets_BK.device
+        mask_BT = inputs.inputs["attention_mask"]
+        experts_B = torch.tensor([row.expert for row in part.rows], device=device)
+        rows_B = torch.tensor([row.number for row in part.rows])
+        places = range(part.first, part.first + len(part.rows))
+        seeds_B = tuple(seeded(self._settings.seed, "row", number, place).initial_seed() for place in places)
+        step = self._router.step = Step(mask_BT, experts_B, rows_B, self._kept, decoder_BT=decoder_BT, seeds_B=seeds_B)
+        try:
+            with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+                torch.manual_seed(seeded(self._settings.seed, "dropout", number, index).initial_seed())
+                with self._accelerator.autocast():
+                    losses_BK = self._losses(number, inputs)
+                loss = (losses_BK.sum(dim=1) * part.per_token_B.to(device)).sum()
+                terms = {name: part.share * value for name, value in self._terms(step).items()}
+                self._accelerator.backward(torch.stack([loss, *terms.values()]).sum())
+        finally:
+            self._router.step = None
+        self._watch.saw(step)
+        self._progress.report.tokens += sum(map(len, part.rows))
+        return {"loss": float(loss.detach()), **{name: float(value.detach()) for name, value in terms.items()}}
+
+    def _losses(self, number: int, inputs: TargetBatch) -> Tensor:
+        """loss_BK of each target token. Where the head is a routed layer, it sees all tokens that the others see."""
+        with self._progress.finite_weights(number):
+            return losses_of(target_logits(self._model, inputs, whole=self._head_is_routed), inputs.targets_BK)
+
+    def _terms(self, step: Step) -> dict[str, Tensor]:
+        """The router's own terms, and those of the settings, with their coefficients."""
+        terms = dict(self._router.losses(step))
+        if self._settings.balance:
+            terms["balance"] = self._settings.balance * balance_loss(step)
+        if self._settings.z:
+            terms["z"] = self._settings.z * z_loss(step)
+        return terms
+
+    @torch.no_grad()
+    def _evaluate(self, number: int) -> None:
+        """The mean loss over the target tokens of the rows held out, with the router as it will be used."""
+        if not self._held:
+            return
+        self._router.eval()
+        total, count = 0.0, 0
+        ordered = sorted(self._held, key=len)
+        for start in range(0, len(ordered), self._settings.batch_size):
+            inputs = target_batch(self._model, self._tokenizer, ordered[start : start + self._settings.batch_size])
+            with self._accelerator.autocast():
+                total += float(self._losses(number + 1, inputs).sum())
+            count += int((inputs.targets_BK != IGNORED).sum())
+        self._progress.evaluated(number, total / count)
+
+
+def fit(engine: Composer, router: Any, dataset: Any, given: Mapping[str, Any]) -> None:
+    """Trains `router` on a dataset with these `Settings`, live in the engine's model; what `Composer.fit` says."""
+    if not isinstance(router, LearnedRouter):
+        name = getattr(router, "name", type(router).__name__)
+        if any(isinstance(part, LearnedRouter) for part in getattr(router, "parts", ())):
+            raise TrainingError(
+                f"router {name!r} is the one of another pool, at the places of this one's experts: fit() it in an engine of "
+                "its own pool, and put it onto() this one afterwards"
+            )
+        if callable(own := getattr(type(router), "fit", None)) and own is not TokenRouter.fit:
+            raise TrainingError(f"router {name!r} has no parameters to train: router.fit(engine, dataset) is its own way")
+        raise TrainingError(f"{name!r} learns nothing, so there is nothing to fit: it can be activated as it is")
+    settings = Settings.of(router, given)
+    resolve(router, engine.pool, engine.bound_pool)
+    if not any(parameter.requires_grad for parameter in router.parameters()):
+        raise TrainingError(f"no parameter of router {router.name!r} requires a gradient, so there is nothing to fit")
+    model = engine.model
+    reader = RowReader(Owners.of(router), model, engine.tokenizer)
+    rows = reader.read(dataset)
+    held = [] if settings.evaluation is None else reader.read(settings.evaluation, what="evaluation", first=len(rows))
+    kept = KeptState.of(router.name, _determining(router), settings, rows, held)
+    device = next(model.parameters()).device
+    router.to(device)
+    with ExitStack() as stack:
+        stack.enter_context(untouched(model))
+        accelerator = stack.enter_context(accelerating(device, settings.mixed_precision))
+        bar = stack.enter_context(progress_bar(settings.progress and accelerator.is_main_process, field="seen"))
+        stack.enter_context(engine.activate(router))
+        # around what the activation has put in: blocks that run again are watched again
+        stack.enter_context(checkpointed_blocks(model, settings.gradient_checkpointing))
+        try:
+            Run(engine, router, settings, rows, held, kept, accelerator, bar).all_steps()
+        finally:
+            router.step = None
+            router.eval()
+
+
+def _determining(router: LearnedRouter) -> list[Any]:
+    """What is trained, as JSON."""
+    learning = [name for name, parameter in router.named_parameters() if parameter.requires_grad]
+    return [{name: repr(value) for name, value in router.options.items()}, router.members.to_json(), learning]
+
+
+def require_gradients(router: LearnedRouter, taught: Collection[int]) -> None:
+    """Raises TrainingError, naming them, where parameters got no gradient that should have one.
+
+    `taught` are the experts, by their places, that the rows belong to. None is due in a layer where a single expert's weight
+    is 1 whatever the parameters are, nor in one whose experts learn from their own rows alone and have none.
+    """
+    silent = [
+        name
+        for name, parameter in router.named_parameters()
+        if parameter.requires_grad and not name.startswith(router.silent_at_first) and not _has_gradient(parameter)
+        if _promised(router, name, taught)
+    ]
+    if silent:
+        shown = ", ".join(silent[:5]) + (f" and {len(silent) - 5} more" if len(silent) > 5 else "")
+        raise TrainingError(
+            f"the first step gave no gradient to {len(silent)} parameters of router {router.name!r}: {shown}. Its weights "
+            "must follow from them by operations that autograd knows; freeze what is not to learn (requires_grad_(False))"
+        )
+
+
+def _has_gradient(parameter: nn.Parameter) -> bool:
+    return parameter.grad is not None and bool(parameter.grad.any())
+
+
+def _promised(router: LearnedRouter, name: str, taught: Collection[int]) -> bool:
+    # the name that LayerTensors gives a layer's tensor
+    layer = router.members.layers.get(name.rpartition(".")[2].replace("/", "."))
+    if layer is None:
+        return True
+    if router.apart:
+        return any(expert in taught for expert in layer.experts)
+    return len(layer.experts) > 1 or not router.simplex
+
+
+def balance_loss(step: Step) -> Tensor:
+    """E * sum over e of f_e p_e, a mean over layers (Fedus et al. 2021, arXiv 2101.03961, for weights of any top-k).
+
+    p_e is the mean of softmax(scores), f_e that of the weights as shares, without a gradient, over the real tokens; E counts
+    the layer's own experts. 1 where all get alike, for every top-k, and E where one gets all.
+    """
+    losses = []
+    for layer, scores_BTE in step.scores.items():
+        scores_NE, w_NE = step.real(scores_BTE), step.real(step.weights[layer]).detach()
+        total_N1 = w_NE.sum(dim=1, keepdim=True)
+        # a token to which its layer gives nothing has no shares
+        share_E = (w_NE / total_N1.where(total_N1 != 0, 1.0)).mean(dim=0)
+        num_experts = int((scores_NE > -torch.inf).any(dim=0).sum())
+        losses.append(num_experts * (share_E * scores_NE.softmax(dim=1).mean(dim=0)).sum())
+    return torch.stack(losses).mean()
+
+
+def z_loss(step: Step) -> Tensor:
+    """The mean over real tokens and layers of logsumexp(scores)^2 (Zoph et al. 2022, arXiv 2202.08906)."""
+    return torch.stack([z(step.real(scores_BTE)) for scores_BTE in step.scores.values()]).mean()
+
+
+@contextmanager
+def accelerating(device: torch.device, mixed_precision: str) -> Iterator[Any]:
+    """An Accelerator for products of this precision on that device; where the caller has none, none is left.
+
+    Raises TrainingError where the caller's own was made for another precision, which accelerate has one of in a process.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, is_initialized
+
+    own = not is_initialized()
+    try:
+        try:
+            accelerator = Accelerator(mixed_precision=mixed_precision, cpu=device.type == "cpu")
+        except ValueError as error:
+            raise TrainingError(
+                f"mixed_precision={mixed_precision!r} does not fit the Accelerator that this process has already: {error}"
+            ) from error
+        if accelerator.num_processes > 1:
+            raise TrainingError(
+                f"a router is trained in one process, but {accelerator.num_processes} were launched: start one; a large "
+                "model may be spread over devices by device_map"
+            )
+        yield accelerator
+    finally:
+        if own:
+            AcceleratorState._reset_state(reset_partial_state=True)

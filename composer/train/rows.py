@@ -1,0 +1,410 @@
+"""The data of a router's training as rows of token ids, each with the expert whose task it is, where that is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+from loraweave.common.checks import is_whole, require_whole
+from loraweave.common.names import unknown_expert
+from loraweave.common.rows import FORMS, located, read_row
+from loraweave.composer.model.batches import IGNORED, EncodedRow, context_length, encode
+from loraweave.composer.train.schedule import seeded
+from loraweave.errors import InvalidTask, ScopeError, TrainingError, UnknownName
+from loraweave.registry import nearest
+from loraweave.routers.recipes._gate import UNKNOWN
+from loraweave.routers.recipes._recipe import Recipe
+from loraweave.routers.tokens._learned import LearnedRouter
+from loraweave.types import Task
+
+if TYPE_CHECKING:
+    from loraweave.composer.experts.expert_model import ExpertModel
+
+
+TOKENS = ("input_ids", "labels")
+PLAIN = Task(())
+SPLITS = {"train", "training", "test", "validation", "valid", "dev", "eval"}
+
+
+@dataclass(frozen=True)
+class Owners:
+    """Whose task rows may be: the experts of a router's pool, or the tasks of a recipe of trained experts, by their places.
+
+    `learner` is who asks, for messages, and `key` what a row has its owner under. With `needed` every row has to have one.
+    With `grows` a name that is not known yet gets the next place. Parts of the data by names that are no owner's are of no
+    owner, unless `heeded` refuses them.
+    """
+
+    places: dict[str, int]
+    learner: str
+    key: str
+    needed: bool
+    unknown: Callable[[object], Exception]
+    grows: bool = False
+    heeded: bool = False
+
+    @classmethod
+    def of(cls, router: LearnedRouter) -> Self:
+        """The experts of a router."""
+        unknown = partial(unknown_expert, known=router.experts)
+        return cls(dict(router.members.places), f"router {router.name!r}", "expert", router.needs_experts, unknown)
+
+    @property
+    def forms(self) -> str:
+        """What rows may be like."""
+        return f"{FORMS}; with {self.key!r} where known, or with 'input_ids' and 'labels'"
+
+    def closed(self) -> Self:
+        """The same, to which no name is added any more."""
+        return replace(self, grows=False)
+
+    def known(self, name: Any, where: str) -> int:
+        """The place of an owner. Raises what `unknown` gives for another name."""
+        if isinstance(name, str) and self.grows:
+            return self.places.setdefault(name, len(self.places))
+        if not isinstance(name, str) or name not in self.places:
+            error = self.unknown(name)
+            raise type(error)(f"{where}: {error}")
+        return self.places[name]
+
+    def of_row(self, row: Any, own: int, where: str) -> int:
+        """The place of a row's owner: the one it names, or that of its part. Raises InvalidTask where one is needed."""
+        named = row.get(self.key) if isinstance(row, Mapping) else None
+        owner = own if named is None else self.known(named, where)
+        if owner == UNKNOWN and self.needed:
+            an = "an" if self.key == "expert" else "a"
+            raise InvalidTask(
+                f"{where} does not say whose task it is, which {self.learner} learns from: give it {an} {self.key!r}, or "
+                f"pass {{name of {an} {self.key}: rows}}"
+            )
+        return owner
+
+    def _place(self, name: Any, where: str) -> int:
+        """An owner's place; where the learner does not ask for owners, other names are those of tasks."""
+        if self.needed or self.grows or self.heeded:
+            return self.known(name, where)
+        return self.places.get(name, UNKNOWN)
+
+    def parts(self, dataset: Any, what: str) -> Iterator[tuple[str, int, Any]]:
+        """(what it is called, place of its owner, rows) of each part of the data; rows alone are one, of no owner."""
+        if not isinstance(dataset, Mapping):
+            yield what, UNKNOWN, dataset
+            return
+        if set(dataset) & set(TOKENS) or "target" in dataset:
+            raise InvalidTask(f"{what} is one row, {sorted(dataset)}: pass a list of rows")
+        if splits := SPLITS & set(map(str, dataset)) - set(self.places):
+            raise InvalidTask(
+                f"{what} has the parts {', '.join(map(repr, sorted(splits)))}, no {self.key}s, but perhaps splits: "
+                "pass the rows of one, and those held out as evaluation="
+            )
+        for name, rows in dataset.items():
+            where = f"{what}[{name!r}]"
+            yield where, self._place(name, where), rows
+
+
+@dataclass(frozen=True)
+class TrainingRow:
+    """One row. `labels` is the target with `IGNORED` where no loss is asked; `expert` is the place of its owner, or -1."""
+
+    encoded: EncodedRow
+    labels: tuple[int, ...]
+    expert: int
+    number: int
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def determining(self) -> list[Any]:
+        """All of it but its number, as JSON."""
+        return [self.encoded.prompt, self.encoded.target, self.labels, self.expert]
+
+    @property
+    def num_targets(self) -> int:
+        return sum(label != IGNORED for label in self.labels)
+
+
+@dataclass(frozen=True)
+class _Text:
+    prompt: str
+    target: str
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    prompt: tuple[int, ...]
+    labels: tuple[int, ...]
+    target: tuple[int, ...]
+
+
+class RowReader:
+    """Reads datasets for one learner on one model: {name of an owner or task: rows or a Task}, or the rows themselves."""
+
+    def __init__(self, owners: Owners, model: Any, tokenizer: Any) -> None:
+        self._owners = owners
+        self._model = model
+        self._tokenizer = tokenizer
+
+    def read(self, dataset: Any, *, what: str = "dataset", first: int = 0, task: Task = PLAIN) -> list[TrainingRow]:
+        """The rows in their order, numbered from `first`; those of no Task of their own are in the prompts of `task`.
+
+        Raises InvalidTask for what is no such data, UnknownExpert for an expert that the pool has not.
+        """
+        found = [
+            (content, expert)
+            for where, own, rows in self._owners.parts(dataset, what)
+            for content, expert in self._rows(rows, own, where, task)
+        ]
+        if not found:
+            raise InvalidTask(f"{what} is empty: {self._owners.forms}")
+        texts = [content for content, _ in found if isinstance(content, _Text)]
+        if texts and self._tokenizer is None:
+            raise InvalidTask(
+                f"{what} has texts, but no tokenizer is known: pass tokenizer=... (a Composer is made with it), or token ids"
+            )
+        encoded = iter(
+            encode(self._model, self._tokenizer, [text.prompt for text in texts], [text.target for text in texts])
+            if texts
+            else ()
+        )
+        rows = []
+        for number, (content, expert) in enumerate(found, start=first):
+            row = next(encoded) if isinstance(content, _Text) else EncodedRow(content.prompt, content.target)
+            labels = row.target if isinstance(content, _Text) else content.labels
+            rows.append(TrainingRow(row, labels, expert, number))
+        return rows
+
+    def _rows(self, rows: Any, own: int, part: str, task: Task) -> Iterable[tuple[_Text | _Tokens, int]]:
+        given = rows.examples if isinstance(rows, Task) else rows
+        empty = True
+        for where, row in located(given, of=part):
+            empty = False
+            yield self._row(row, rows if isinstance(rows, Task) else task, own, where)
+        if empty:
+            raise InvalidTask(f"{part} is empty: {self._owners.forms}")
+
+    def _row(self, row: Any, task: Task, own: int, where: str) -> tuple[_Text | _Tokens, int]:
+        owner = self._owners.of_row(row, own, where)
+        content: _Text | _Tokens
+        if isinstance(row, Mapping) and "input_ids" in row:
+            content = self._tokens(row, where)
+        else:
+            read = read_row(row, where)
+            content = _Text(task.prompt_of(read), read.targets[0])
+        return content, owner
+
+    def _tokens(self, row: Mapping[str, Any], where: str) -> _Tokens:
+        """A row of token ids; labels are aligned with them (IGNORED: no loss), or a decoder's of their own."""
+        if "labels" not in row:
+            raise InvalidTask(f"{where} has 'input_ids' and no 'labels': the loss is that of labels other than {IGNORED}")
+        ids, labels = _ints(row["input_ids"], where), _ints(row["labels"], where)
+        if "attention_mask" in row:
+            mask = _ints(row["attention_mask"], where)
+            if len(labels) == len(ids):
+                labels = tuple(label for label, real in zip(labels, mask, strict=False) if real)
+            ids = tuple(token for token, real in zip(ids, mask, strict=False) if real)
+        if self._model.config.is_encoder_decoder:
+            target = tuple(label for label in labels if label != IGNORED)
+            found = _Tokens(ids, target, target)
+        elif len(labels) != len(ids):
+            raise InvalidTask(f"{where} has {len(ids)} input_ids, but {len(labels)} labels; a decoder's are aligned")
+        else:
+            # nothing comes before the first token to predict it from
+            start = next((place for place, label in enumerate(labels) if place and label != IGNORED), len(labels))
+            found = _Tokens(ids[:start], labels[start:], ids[start:])
+        if not found.prompt or not found.labels:
+            raise InvalidTask(f"{where} has no label to predict after its first token")
+        known = len(self._model.get_input_embeddings().weight)
+        if strange := [token for token in (*found.prompt, *found.target) if not 0 <= token < known]:
+            raise InvalidTask(f"{where} has token {strange[0]}, but the model knows those from 0 to {known - 1}")
+        if strange := [label for label in found.labels if label != IGNORED and not 0 <= label < known]:
+            raise InvalidTask(f"{where} has label {strange[0]}, which is no token of the model's {known} and not {IGNORED}")
+        limit = context_length(self._model)
+        if limit and len(found.prompt) + len(found.target) > limit:
+            raise InvalidTask(f"{where} has {len(ids)} tokens, but the model's context is {limit}; shorten it")
+        return found
+
+
+def _ints(values: Any, where: str) -> tuple[int, ...]:
+    found = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(found, Sequence) or not all(isinstance(value, int) for value in found):
+        raise InvalidTask(f"{where} has {values!r:.60}, which is no list of token ids")
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """`rows` are evaluated before the first step, for comparison, then after every `every` steps and after the last.
+
+    With `patience`, the job ends when so many of the latter in a row have brought no lower loss.
+    """
+
+    rows: Sequence[EncodedRow]
+    every: int
+    patience: int | None = None
+
+
+@dataclass(frozen=True)
+class Judging:
+    """What is asked for: a share of each task's examples, or examples of tasks by name, and when they are evaluated."""
+
+    held_out: float | Mapping[str, Any] | None
+    every: int
+    patience: int | None
+
+    def require(self, counts: Mapping[str, int]) -> None:
+        """`counts` are those of the tasks' examples.
+
+        TrainingError for what is out of range or misses its counterpart, UnknownName for rows of no task.
+        """
+        require_whole("evaluate_every", self.every, 1, TrainingError)
+        if self.patience is not None and not is_whole(self.patience, 1):
+            raise TrainingError(f"patience is {self.patience!r}; it must be None or a whole number of at least 1")
+        if self.held_out is None:
+            if self.patience is not None:
+                raise TrainingError(
+                    f"patience is {self.patience}, but nothing is held out to judge by; pass held_out=0.2, say"
+                )
+            return
+        if isinstance(self.held_out, Mapping):
+            if unknown := [name for name in self.held_out if name not in counts]:
+                raise UnknownName(f"held_out has rows of {unknown[0]!r}, which is no task; there are {', '.join(counts)}")
+            if strange := [name for name, rows in self.held_out.items() if isinstance(rows, int | float | None)]:
+                raise TrainingError(
+                    f"held_out of task {strange[0]!r} is {self.held_out[strange[0]]!r}; pass rows, (input, target) say"
+                )
+            if empty := [name for name, rows in self.held_out.items() if _is_empty(rows)]:
+                raise TrainingError(f"held_out has no rows of task {empty[0]!r}; leave it out, or give it some")
+        elif not _is_share(self.held_out):
+            raise TrainingError(f"held_out is {self.held_out!r}; it must be a share above 0 and below 1, or rows by task")
+        elif alone := [name for name, count in counts.items() if count < 2]:
+            raise TrainingError(
+                f"task {alone[0]!r} has one example, of which no share can be held out; pass rows as held_out={{name: rows}}"
+            )
+
+    def parted(
+        self, rows: Mapping[str, Sequence[EncodedRow]], read: Callable[[str, Any], Sequence[EncodedRow]], seed: int
+    ) -> tuple[Mapping[str, Sequence[EncodedRow]], dict[str, HeldOut]]:
+        """(rows to train on, rows to judge by) of each task, those without the latter left out of the second.
+
+        `read` makes rows of the examples of a task, by its name, that are to be judged by.
+        """
+        if self.held_out is None:
+            return rows, {}
+        if isinstance(self.held_out, Mapping):
+            judged = {name: read(name, examples) for name, examples in self.held_out.items()}
+        else:
+            both = {name: _split(name, own, self.held_out, seed) for name, own in rows.items()}
+            rows, judged = ({name: pair[part] for name, pair in both.items()} for part in (0, 1))
+        return rows, {name: HeldOut(own, self.every, self.patience) for name, own in judged.items()}
+
+
+def _is_empty(rows: Any) -> bool:
+    given = rows.examples if isinstance(rows, Task) else rows
+    return isinstance(given, Sized) and not len(given)
+
+
+def _is_share(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, int | float) and 0 < value < 1
+
+
+def encoded_task(model: Any, tokenizer: Any, task: Task) -> list[EncodedRow]:
+    """The examples of a task in token ids, each in the task's prompt."""
+    prompts = [task.prompt(text) for text, _ in task.examples]
+    return encode(model, tokenizer, prompts, [target for _, target in task.examples])
+
+
+def _split(
+    name: str, rows: Sequence[EncodedRow], share: float, seed: int
+) -> tuple[Sequence[EncodedRow], Sequence[EncodedRow]]:
+    """(those to train on, those held out), at least one of each, by the seed and the name."""
+    count = min(len(rows) - 1, max(1, round(share * len(rows))))
+    chosen = set(torch.randperm(len(rows), generator=seeded(seed, name, "held out")).tolist()[:count])
+    return [row for index, row in enumerate(rows) if index not in chosen], [rows[index] for index in sorted(chosen)]
+
+
+@dataclass(frozen=True)
+class TaskRow(EncodedRow):
+    """`task` is the place of its task among the recipe's, or -1; `labels` are its target with `IGNORED` where no loss is
+    asked."""
+
+    labels: tuple[int, ...] = ()
+    task: int = UNKNOWN
+
+
+class JobRows:
+    """Reads what a job of `train_experts` learns from, and is judged by, as `ExpertModel.fit` reads a dataset."""
+
+    def __init__(self, name: str, model: ExpertModel, tokenizer: Any) -> None:
+        self._name = name
+        self._model = model
+        self._tokenizer = tokenizer
+        self._owners = owners_of(model)
+        self._task = Task(())
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The recipe's, or those that the examples name where it has none."""
+        return tuple(self._owners.places)
+
+    def read(self, examples: Any) -> list[TaskRow]:
+        """Raises TrainingError where there are none, and what `RowReader` raises for what cannot be used."""
+        given = examples.examples if isinstance(examples, Task) else examples
+        if isinstance(given, Sized) and not len(given):
+            raise TrainingError(f"job {self._name!r} has no examples")
+        self._task = examples if isinstance(examples, Task) else Task(())
+        return self._rows(self._owners, examples, f"job {self._name!r}", Task(()))
+
+    def held_out(self, examples: Any) -> list[TaskRow]:
+        """They are in the prompts of the job's Task, unless they are a Task themselves."""
+        return self._rows(self._owners.closed(), examples, f"held_out[{self._name!r}]", self._task)
+
+    def _rows(self, owners: Owners, examples: Any, what: str, task: Task) -> list[TaskRow]:
+        rows = RowReader(owners, self._model.base_model, self._tokenizer).read(examples, what=what, task=task)
+        return [TaskRow(row.encoded.prompt, row.encoded.target, tuple(row.labels), row.expert) for row in rows]
+
+
+def owners_of(model: ExpertModel) -> Owners:
+    """The tasks that rows may belong to; those that a dataset names, where the recipe has none."""
+    name, tasks = model.recipe.name, model.tasks
+
+    def unknown(task: object) -> UnknownName:
+        if not isinstance(task, str):
+            return UnknownName(f"recipe {name!r} has no task {task!r}: tasks are told by their names, which are texts")
+        known = ", ".join(map(repr, tasks)) or "none yet, but those that the rows it was trained on have named"
+        return UnknownName(f"recipe {name!r} has no task {task!r}{nearest(task, tasks)}; it has {known}")
+
+    recipe, places = model.recipe, {task: place for place, task in enumerate(tasks)}
+    learner = f"recipe {name!r}"
+    return Owners(places, learner, "task", recipe.needs_tasks, unknown, grows=not tasks, heeded=recipe.heeds_tasks)
+
+
+def places_of(recipe: Recipe, task: Any) -> list[int] | None:
+    """The places, among the recipe's tasks, of names or ids, one for each row, or of one for all; None where none is given.
+
+    Raises UnknownName for a task that the recipe has not, ScopeError for none where it looks at them.
+    """
+    if task is None:
+        if recipe.needs_tasks:
+            known = ", ".join(map(repr, recipe.tasks))
+            raise ScopeError(f"recipe {recipe.name!r} looks at the task of each row: give task=..., of {known}")
+        return None
+    given = task.tolist() if hasattr(task, "tolist") else task
+    given = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    if not given:
+        raise ScopeError("task is empty: give the task of each row, one for all, or None")
+    return [_place(recipe, each) for each in given]
+
+
+def _place(recipe: Recipe, task: Any) -> int:
+    if isinstance(task, str) and task in recipe.tasks:
+        return recipe.tasks.index(task)
+    unknown = task == UNKNOWN and not recipe.needs_tasks
+    if unknown or (is_whole(task, 0) and task < len(recipe.tasks)):
+        return int(task)
+    known = ", ".join(map(repr, recipe.tasks)) or "none: pass tasks=(...) or fit() it on {task: rows}"
+    close = nearest(task, recipe.tasks) if isinstance(task, str) else ""
+    raise UnknownName(f"recipe {recipe.name!r} has no task {task!r}{close}; it has {known}")

@@ -1,0 +1,198 @@
+"""A training's state in its checkpoint folder: parameters, moments, the best so far and the report, in one file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from loraweave.common.state import TrainingState, checkpoint_folder, drop_state, load_state, save_state
+from loraweave.composer.train.report import JobReport
+from loraweave.composer.train.settings import TrainingSettings
+from loraweave.errors import LoraweaveError
+from loraweave.hub.adapter import Adapter
+from loraweave.routers.tokens._learned import TrainingReport
+
+BEST, RECENT, REPORT = "best", "recent", "report"
+
+
+class KeptRow(Protocol):
+    """A row that says, as JSON, what it is."""
+
+    def determining(self) -> list[Any]: ...
+
+
+@dataclass(frozen=True)
+class KeptState:
+    """Where the state of one call of fit() is kept: in `folder`, if there is one, under a key of all that determines it."""
+
+    folder: Path | None
+    key: str
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        determining: Sequence[Any],
+        settings: TrainingSettings,
+        rows: Sequence[KeptRow],
+        held: Sequence[KeptRow],
+    ) -> Self:
+        """`determining` is JSON of what is trained. Raises TrainingError for a folder that cannot be made."""
+        if settings.checkpoint is None:
+            return cls(None, "")
+        folder = checkpoint_folder(settings.checkpoint)
+        data = [[row.determining() for row in part] for part in (rows, held)]
+        parts = [name, *determining, settings.determining(), data]
+        digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return cls(folder, f"{name}-{digest[:24]}")
+
+    def save(
+        self,
+        step: int,
+        parameters: Sequence[Tensor],
+        optimizer: torch.optim.Optimizer,
+        best: Sequence[Tensor],
+        recent: Sequence[Tensor],
+        report: TrainingReport,
+    ) -> None:
+        """Visible only when whole. A full disk is said and does not end the training."""
+        if self.folder is None:
+            return
+        tensors = TrainingState.of(step, parameters, optimizer).tensors
+        for part, values in ((BEST, best), (RECENT, recent)):
+            tensors |= {f"{index}.{part}": value for index, value in enumerate(values)}
+        tensors[REPORT] = torch.frombuffer(bytearray(json.dumps(report.to_json()).encode()), dtype=torch.uint8)
+        save_state(self.folder, self.key, TrainingState(step, tensors))
+
+    def restore(
+        self, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer
+    ) -> tuple[int, list[Tensor], list[Tensor], TrainingReport] | None:
+        """(steps done, best parameters, recent loads, report) after putting the state back; None where there is none."""
+        state = None if self.folder is None else load_state(self.folder, self.key)
+        if state is None:
+            return None
+        step = state.restore(parameters, optimizer)
+        report = TrainingReport.from_json(json.loads(bytes(state.tensors[REPORT].tolist())))
+        return step, _numbered(state, BEST), _numbered(state, RECENT), report
+
+
+def _numbered(state: TrainingState, part: str) -> list[Tensor]:
+    names = (name for name in state.tensors if name.endswith(f".{part}"))
+    return [state.tensors[name] for name in sorted(names, key=lambda name: int(name.partition(".")[0]))]
+
+
+logger = logging.getLogger(__name__)
+
+FINISHED, JOB_REPORT, TENSOR = "finished", "report", "tensor."
+
+
+def save_adapter(folder: Path, key: str, adapter: Adapter) -> None:
+    adapter.save_pretrained(folder / FINISHED / key)
+
+
+def load_adapter(folder: Path, key: str) -> Adapter | None:
+    """The finished adapter of that key, or None; a damaged folder counts as none and is said."""
+    path = folder / FINISHED / key
+    if not path.is_dir():
+        return None
+    try:
+        return Adapter.from_pretrained(path)
+    except LoraweaveError as error:
+        logger.warning("the finished adapter %s is damaged (%s); it is trained again", path, error)
+        return None
+
+
+def save_finished(folder: Path, key: str, tensors: Mapping[str, Tensor], report: JobReport) -> None:
+    """Keeps the tensors that a job has ended with."""
+    raw = torch.frombuffer(bytearray(json.dumps(report.to_json()).encode()), dtype=torch.uint8)
+    kept = {f"{TENSOR}{name}": value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    state = TrainingState(report.steps, {"step": torch.tensor([report.steps]), JOB_REPORT: raw, **kept})
+    save_state(folder, key, state, place=FINISHED)
+
+
+def load_finished(folder: Path, key: str) -> tuple[dict[str, Tensor], JobReport] | None:
+    """What `save_finished` kept below that key, or None; a damaged file counts as none and is said."""
+    state = load_state(folder, key, place=FINISHED)
+    if state is None:
+        return None
+    report = JobReport.from_json(json.loads(bytes(state.tensors.pop(JOB_REPORT).tolist())))
+    return {name.removeprefix(TENSOR): value for name, value in state.tensors.items()}, report
+
+
+@dataclass(frozen=True)
+class RunningState:
+    """The state of the jobs that run together; `keys` has for each job of a training a key of what its result depends on.
+
+    A state is that of this very training: other jobs, or another way to share batches (`sharing`), make other neighbours.
+    """
+
+    folder: Path
+    keys: Mapping[str, str]
+    sharing: object
+
+    @property
+    def key(self) -> str:
+        parts = [sorted(self.keys.values()), self.sharing]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+    def write(self, state: TrainingState) -> None:
+        save_state(self.folder, self.key, state)
+
+    def read(self) -> TrainingState | None:
+        return load_state(self.folder, self.key)
+
+    def names(self) -> set[str]:
+        """The jobs that were running. They go on from there even if one has ended since, so that all do to the same bits."""
+        state = self.read()
+        running = set() if state is None else {key.split("/")[1] for key in state.tensors if "/" in key}
+        return {name for name, key in self.keys.items() if key in running}
+
+    def drop(self) -> None:
+        drop_state(self.folder, self.key)
+
+
+@dataclass
+class Best:
+    """The parameters with the lowest held-out loss, and how many evaluations were no better since."""
+
+    loss: float = math.inf
+    values: Sequence[Tensor] = ()
+    waited: int = 0
+
+    def judge(self, loss: float, parameters: Iterable[Tensor]) -> bool:
+        """Whether this loss is the lowest so far, by which these parameters are the best; if not, one more has waited."""
+        if not loss < self.loss:
+            self.waited += 1
+            return False
+        self.loss, self.values, self.waited = loss, copied(parameters), 0
+        return True
+
+    @classmethod
+    def again(cls, losses: Iterable[float], values: Sequence[Tensor]) -> Self:
+        """What it was after these losses, whose best parameters have these values."""
+        best = cls()
+        for loss in losses:
+            best.judge(loss, ())
+        best.values = values
+        return best
+
+
+def copied(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Their values now."""
+    return [parameter.detach().clone() for parameter in parameters]
+
+
+@torch.no_grad()
+def put(values: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
+    """Gives the parameters these values."""
+    for value, parameter in zip(values, parameters, strict=True):
+        parameter.copy_(value)

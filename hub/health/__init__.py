@@ -1,0 +1,1 @@
+"""Whether a hub is whole, and what looks wrong about an adapter."""

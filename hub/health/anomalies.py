@@ -1,0 +1,207 @@
+"""What looks wrong about an adapter beside the others of its base: size, shape of the spectrum, and likeness.
+
+A score says by how many robust standard deviations (1.4826 times the median absolute deviation) a feature of the adapter
+lies from the median of those that the hub has of the same base and layers. docs/anomalies.md says how reliable that is.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from loraweave.errors import AdapterSuspicious, AdapterUnsupported, HubError
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.health.figures import Figures, figures_of
+from loraweave.hub.search.similar import cosine
+from loraweave.hub.stores.protocols import BlobStore, CatalogueStore
+from loraweave.hub.stores.storing import stored_adapter
+from loraweave.hub.tables import rows
+from loraweave.hub.tables.figure_rows import alike, reference
+from loraweave.lowrank import algebra
+from loraweave.types import Anomaly, Record
+
+Array = NDArray[Any]
+
+KINDS = ("norm", "layer_norm", "spectrum", "layer_spectra", "base_norm", "duplicate")
+POLICIES = ("off", "report", "quarantine", "refuse")
+
+# below this many others a median says little
+MIN_REFERENCE = 12
+# benign adapters of the example pool reach 3.3, each against the others (benchmarks/anomalies.py)
+THRESHOLD = 3.5
+# an update as large as the weight it changes replaces the layer
+MAX_OF_BASE = 1.0
+MIN_COSINE = 0.99
+
+# spreads below these (in logs) are those of adapters too few or too alike to tell
+_LAYER_FLOOR = 0.1
+_FLOOR = 0.02
+
+
+def checked_policy(policy: str | Mapping[str, str]) -> dict[str, str]:
+    """What to do about each kind: one policy for all, or some by kind, the others reported. AdapterUnsupported otherwise."""
+    given = dict.fromkeys(KINDS, policy) if isinstance(policy, str) else {**dict.fromkeys(KINDS, "report"), **policy}
+    for kind, chosen in given.items():
+        if kind not in KINDS or chosen not in POLICIES:
+            raise AdapterUnsupported(
+                f"anomalies={policy!r} is no policy: it is one of {', '.join(POLICIES)}, or a mapping to them from "
+                f"{', '.join(KINDS)}"
+            )
+    return given
+
+
+def against_pool(figures: Figures, reference: Sequence[tuple[Array, Array]]) -> list[Anomaly]:
+    """What lies beyond `THRESHOLD`, from (log norms, dominances) of adapters of the same kin; [] for too few of them."""
+    if len(reference) < MIN_REFERENCE:
+        return []
+    norm_NL, dominance_NL = (np.stack([pair[side] for pair in reference]) for side in (0, 1))
+    with warnings.catch_warnings():
+        # a layer that no adapter updates has no median
+        warnings.simplefilter("ignore", RuntimeWarning)
+        features_N4, names = _features(norm_NL, dominance_NL, norm_NL, dominance_NL)
+        own_4 = _features(figures.log_norm_L[None], figures.dominance_L[None], norm_NL, dominance_NL)[0][0]
+        middle_4, spread_4 = _robust(features_N4, _FLOOR)
+    score_4 = (own_4 - middle_4) / spread_4
+    found = []
+    for kind, score, own, middle in zip(names, score_4, own_4, middle_4, strict=True):
+        # a spectrum is odd on either side: a planted direction makes a dominated update less so
+        if math.isfinite(score) and (abs(score) if kind == "spectrum" else score) > THRESHOLD:
+            found.append(Anomaly(kind, _said(kind, own, middle, figures, norm_NL, len(reference)), round(float(score), 2)))
+    return found
+
+
+def against_model(adapter: Adapter, model: nn.Module) -> list[Anomaly]:
+    """The layer whose update is largest beside the model's weight, where it is larger than that."""
+    weights = dict(model.named_parameters())
+    found = []
+    for layer, factors in adapter.layers.items():
+        weight = weights.get(f"{layer}.weight")
+        size = 0.0 if weight is None else float(weight.detach().float().norm())
+        if size and (ratio := algebra.norm(factors) / size) > MAX_OF_BASE:
+            found.append((ratio, layer))
+    if not found:
+        return []
+    ratio, layer = max(found)
+    detail = f"that of {layer!r} is {ratio:.3g} times as large as the base's weight, and {len(found)} in all are larger"
+    return [Anomaly("base_norm", f"of its updates {detail}", round(ratio, 2))]
+
+
+def _features(norm_NL: Array, dominance_NL: Array, ref_norm_ML: Array, ref_dominance_ML: Array) -> tuple[Array, list[str]]:
+    middle_L, spread_L = _robust(ref_norm_ML, _LAYER_FLOOR)
+    # without the adapter's own size, which is a feature of its own
+    beyond_NL = norm_NL - middle_L
+    beyond_NL = (beyond_NL - _median(beyond_NL.T)[:, None]) / spread_L
+    odd_L, odd_spread_L = _robust(ref_dominance_ML, _LAYER_FLOOR)
+    features = {
+        "norm": np.nanmean(norm_NL, axis=1),
+        "layer_norm": np.nanmax(beyond_NL, axis=1),
+        "spectrum": np.nanmean(dominance_NL, axis=1),
+        "layer_spectra": np.nanmean(np.abs((dominance_NL - odd_L) / odd_spread_L), axis=1),
+    }
+    return np.stack(list(features.values()), axis=1), list(features)
+
+
+def _robust(values_NF: Array, floor: float) -> tuple[Array, Array]:
+    middle_F = _median(values_NF)
+    return middle_F, np.maximum(1.4826 * _median(np.abs(values_NF - middle_F)), floor)
+
+
+def _median(values_NF: Array) -> Array:
+    """Over the first axis without NaN; NaN where there is nothing else. Several times as fast as numpy's nanmedian."""
+    ordered_NF = np.sort(values_NF, axis=0)
+    count_F = (~np.isnan(ordered_NF)).sum(axis=0)
+    low_F, high_F = np.maximum(count_F - 1, 0) // 2, np.minimum(count_F // 2, len(values_NF) - 1)
+    middle_2F = np.take_along_axis(ordered_NF, np.stack([low_F, high_F]), axis=0)
+    median_F: Array = middle_2F.mean(axis=0)
+    return median_F
+
+
+def _said(kind: str, own: float, middle: float, figures: Figures, ref_norm_NL: Array, count: int) -> str:
+    others = f"the median of {count} adapters of the same base and layers"
+    if kind == "norm":
+        return f"its updates are {math.exp(own - middle):.3g} times as large as {others} (geometric mean over layers)"
+    if kind == "layer_norm":
+        beyond_L = figures.log_norm_L - _median(ref_norm_NL)
+        beyond_L = beyond_L - float(_median(beyond_L[:, None])[0])
+        worst = int(np.nanargmax(beyond_L))
+        return (
+            f"the update of {figures.layers[worst]!r} is {math.exp(beyond_L[worst]):.3g} times as large as its other "
+            f"layers and {others} let expect"
+        )
+    if kind == "spectrum":
+        return f"the largest singular value has {_share(own):.0%} of a layer's energy, and {_share(middle):.0%} at {others}"
+    return f"the shares of the largest singular value lie {own:.3g} deviations off by layer, and {middle:.3g} at {others}"
+
+
+def _share(logit: float) -> float:
+    return 1 / (1 + math.exp(-logit))
+
+
+# whose cosine is computed from the stored factors; their sketches are the nearest
+_MAX_COMPARED = 3
+
+_logger = logging.getLogger(__name__)
+
+
+def examined(
+    catalogue: CatalogueStore,
+    blobs: BlobStore,
+    adapter: Adapter,
+    record: Record,
+    policy: str | Mapping[str, str],
+    model: nn.Module | None = None,
+) -> tuple[Record, Figures | None]:
+    """The record with what was found, in quarantine where the policy says so, and the figures to store with it.
+
+    No figures for a policy that is "off" for every kind, and for content that is stored under the name already. Raises
+    AdapterSuspicious where the policy refuses what was found, AdapterUnsupported for an unknown policy.
+    """
+    chosen = checked_policy(policy)
+    with catalogue.reading() as connection:
+        existing = rows.find(connection, record.name)
+    if set(chosen.values()) == {"off"} or (existing is not None and existing.record.hash == record.hash):
+        return record, None
+    figures = figures_of(adapter, record.base_model)
+    with catalogue.reading() as connection:
+        found = against_pool(figures, reference(connection, figures, record.hash))
+        near = [row for name in alike(connection, figures, record.name) if (row := rows.find(connection, name))]
+    found += _duplicates(blobs, adapter, record, near)
+    found += against_model(adapter, model) if model is not None else []
+    found = [anomaly for anomaly in found if chosen[anomaly.kind] != "off"]
+    refused = [anomaly for anomaly in found if chosen[anomaly.kind] == "refuse"]
+    if refused:
+        raise AdapterSuspicious(
+            f"adding adapter {record.name!r}: {'; '.join(f'{each.kind}: {each.detail}' for each in refused)}; if it is what "
+            'you want, add it with anomalies="report" or "quarantine"'
+        )
+    for anomaly in found:
+        _logger.info("adapter %r: %s: %s", record.name, anomaly.kind, anomaly.detail)
+    quarantined = any(chosen[anomaly.kind] == "quarantine" for anomaly in found)
+    return replace(record, anomalies=tuple(found), quarantined=quarantined), figures
+
+
+def _duplicates(blobs: BlobStore, adapter: Adapter, record: Record, near: list[rows.Row]) -> list[Anomaly]:
+    """The most similar of the adapters with like sketches, if its updates have nearly the same direction."""
+    for row in near:
+        if row.record.hash == record.hash:
+            return [Anomaly("duplicate", f"it has the content of {row.record.name!r}", 1.0)]
+    best = 0.0, ""
+    for row in near[:_MAX_COMPARED]:
+        try:
+            score, _ = cosine(adapter, stored_adapter(blobs, row))
+        except HubError as error:
+            # a damaged adapter hinders nobody from adding another; verify tells of it
+            _logger.info("not compared with %r: %s", row.record.name, error)
+            continue
+        best = max(best, (score, row.record.name))
+    if best[0] < MIN_COSINE:
+        return []
+    return [Anomaly("duplicate", f"its updates have a cosine of {best[0]:.4f} with those of {best[1]!r}", round(best[0], 4))]

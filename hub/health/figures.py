@@ -1,0 +1,142 @@
+"""An adapter in a few numbers that its updates alone decide: how large and how one-sided each layer is, and a sketch.
+
+All come from the factors, in the time it takes to read them a few times, and none changes with the way the update is
+factored: (A, B) and (R A, B R^-1) have the same figures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from loraweave.hub.adapter import Adapter
+from loraweave.lowrank import algebra
+from loraweave.types import Factors
+
+Array = NDArray[Any]
+
+CODE_BITS = 128
+# rows of the two random matrices that sketches are made with; longer factors are folded onto them
+_FOLD = 4096
+# entries of a stack of Gram matrices that are looked at together: 32 MiB in float64
+_STACK = 2**22
+# the share of the largest singular value is 1 for rank 1, where its logit would be infinite
+_NEARLY_ALL = 1 - 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class Figures:
+    """`kin` is equal for adapters of one base that update the same layers, which alone can be compared.
+
+    By layer, sorted by path and NaN for an update of zero: `log_norm_L`, the log of the Frobenius norm, and `dominance_L`,
+    the logit of the largest singular value's share in the sum of squares. `code` has the signs of a random sketch of the
+    whole update: two adapters' codes differ in a share of angle / pi of their bits.
+    """
+
+    kin: str
+    layers: tuple[str, ...]
+    log_norm_L: Array
+    dominance_L: Array
+    code: bytes
+
+
+def figures_of(adapter: Adapter, base_model: str) -> Figures:
+    """The figures of the low-rank updates; gains, biases, magnitudes and heads are left out."""
+    layers = {name: algebra.within_sides(adapter.layers[name]) for name in sorted(adapter.layers)}
+    spectra_L2 = _spectra(list(layers.values()))
+    return Figures(_kin(base_model, layers), tuple(layers), spectra_L2[:, 0], spectra_L2[:, 1], _code(layers))
+
+
+def hamming(left: bytes, right: bytes) -> int:
+    """The number of bits in which two codes differ."""
+    return (int.from_bytes(left) ^ int.from_bytes(right)).bit_count()
+
+
+def _spectra(layers: Sequence[Factors]) -> Array:
+    """(log norm, logit of the dominant share) of each layer."""
+    found_L2 = np.full((len(layers), 2), np.nan)
+    by_rank = defaultdict(list)
+    for position, factors in enumerate(layers):
+        if factors.rank:
+            by_rank[factors.rank].append(position)
+    for positions in _stacks(by_rank):
+        grams = [(_gram(layers[position].b_OR.T), _gram(layers[position].a_RI)) for position in positions]
+        b_NRR, a_NRR = (torch.stack([pair[side][0] for pair in grams]) for side in (0, 1))
+        # the squares of the singular values of b a are the eigenvalues of (b^T b)(a a^T)
+        values_NR, vectors_NRR = torch.linalg.eigh(b_NRR)
+        root_NRR = vectors_NRR * values_NR.clamp(min=0).sqrt()[:, None, :]
+        squares_NR = torch.linalg.eigvalsh(root_NRR.mT @ a_NRR @ root_NRR).clamp(min=0).numpy()
+        sizes_N = np.array([np.log(left[1]) + np.log(right[1]) if left[1] and right[1] else np.nan for left, right in grams])
+        energy_N = np.where(squares_NR.sum(axis=1) > 0, squares_NR.sum(axis=1), np.nan)
+        share_N = np.minimum(squares_NR[:, -1] / energy_N, _NEARLY_ALL)
+        found_L2[positions] = np.stack([0.5 * np.log(energy_N) + sizes_N, np.log(share_N / (1 - share_N))], axis=1)
+    return found_L2
+
+
+def _stacks(by_rank: Mapping[int, Sequence[int]]) -> Iterator[Sequence[int]]:
+    """The positions of each rank, in parts whose Gram matrices fit a stack."""
+    for rank, positions in by_rank.items():
+        count = max(1, _STACK // rank**2)
+        for start in range(0, len(positions), count):
+            yield positions[start : start + count]
+
+
+def _gram(rows_RN: Tensor) -> tuple[Tensor, float]:
+    """rows rows^T of the rows divided by their largest entry, which keeps it within what numbers hold, and that entry."""
+    rows_RN = rows_RN.float()
+    size = float(rows_RN.abs().max())
+    scaled_RN = rows_RN / size if size else rows_RN
+    return (scaled_RN @ scaled_RN.T).double(), size
+
+
+def _kin(base_model: str, layers: Mapping[str, Factors]) -> str:
+    digest = hashlib.sha256(repr(base_model).encode())
+    for name, factors in layers.items():
+        digest.update(repr((name, factors.kind, factors.a_RI.shape[1], factors.b_OR.shape[0])).encode())
+    return digest.hexdigest()[:32]
+
+
+def _code(layers: Mapping[str, Factors]) -> bytes:
+    """Signs of sum over layers of +-u^T b a v for fixed random u and v: their products are inner products of updates."""
+    sketch_K = torch.zeros(CODE_BITS)
+    for name, factors in layers.items():
+        left_KR = _projection(0)[:, : factors.b_OR.shape[0]] @ _folded(factors.b_OR.float(), 0)
+        right_KR = _projection(1)[:, : factors.a_RI.shape[1]] @ _folded(factors.a_RI.float().T, 1)
+        sketch_K += _layer_signs(name) * (left_KR * right_KR).sum(dim=1)
+    return np.packbits(sketch_K.numpy() > 0).tobytes()
+
+
+@lru_cache(maxsize=4096)
+def _layer_signs(name: str) -> Tensor:
+    bits_K = np.unpackbits(np.frombuffer(hashlib.sha256(name.encode()).digest(), np.uint8))[:CODE_BITS]
+    return torch.from_numpy(1 - 2 * bits_K.astype(np.float32))
+
+
+def _folded(rows_NR: Tensor, side: int) -> Tensor:
+    """Rows beyond `_FOLD` added to those before them with random signs, which keeps inner products in expectation."""
+    size = rows_NR.shape[0]
+    if size <= _FOLD:
+        return rows_NR
+    sign_N = torch.from_numpy(_signs(size, side))
+    padded_NR = torch.nn.functional.pad(rows_NR * sign_N[:, None], (0, 0, 0, -size % _FOLD))
+    return padded_NR.view(-1, _FOLD, rows_NR.shape[1]).sum(dim=0)
+
+
+@lru_cache(maxsize=2)
+def _projection(side: int) -> Tensor:
+    values_KN = np.random.Generator(np.random.Philox(key=side)).standard_normal((CODE_BITS, _FOLD), np.float32)
+    return torch.from_numpy(values_KN)
+
+
+@lru_cache(maxsize=16)
+def _signs(size: int, side: int) -> Array:
+    return np.random.Generator(np.random.Philox(key=2 + side)).integers(0, 2, size).astype(np.float32) * 2 - 1

@@ -1,0 +1,195 @@
+"""Makes a new catalogue from the blobs and from what can still be read of the old one."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from loraweave.common.files import sync
+from loraweave.errors import AdapterCorrupt, HubError, HubLocked
+from loraweave.hub.stores.blobs import read_blob
+from loraweave.hub.stores.errors import is_damage, storage_errors
+from loraweave.hub.stores.folder_blobs import FolderBlobs, file_digest
+from loraweave.hub.stores.migrations import migrate
+from loraweave.hub.stores.open_stores import open_blobs, read_claim
+from loraweave.hub.stores.protocols import BlobStore
+from loraweave.hub.tables import rows, versions
+from loraweave.types import Record
+
+_SIDE_FILES = ("", "-wal", "-shm")
+
+# an adapter's records, the newest version last
+History = list[Record]
+
+# content hash -> the blob's row, and what was known when it was written
+Blobs = Mapping[str, tuple[rows.BlobRow, Record]]
+
+
+def rebuild(folder: str | Path, *, timeout_s: float = 30.0) -> list[str]:
+    """Gives a hub whose catalogue is damaged or lost a new one, and returns the names it holds.
+
+    Rows of the old catalogue that are intact are kept, in their order, with their versions. A sound blob without one comes
+    back under the name it was first added with, even when that adapter had been removed and not collected: several blobs of
+    one name are its versions where their numbers differ, and get a part of their hash into the name where not. The old
+    catalogue is kept as `catalogue.sqlite.corrupt-<n>`. No other program may have the hub open.
+    A rebuild that was interrupted is finished by the next.
+    """
+    folder = Path(folder)
+    path, new = folder / "catalogue.sqlite", folder / "catalogue.sqlite.rebuilt"
+    with storage_errors(folder, "rebuilding the catalogue"):
+        try:
+            with FileLock(folder / "write.lock", timeout=timeout_s):
+                # otherwise a rebuild was killed after it had set the old catalogue aside, whose rows the new one has
+                if path.exists() or not new.exists():
+                    _make(folder, path, new)
+                _set_aside(path)
+                os.replace(new, path)
+                sync(folder)
+                return [history[-1].name for history in _intact_rows(path)]
+        except Timeout:
+            raise HubLocked(f"rebuilding the catalogue: {folder / 'write.lock'} was held for {timeout_s:g} s") from None
+
+
+def _make(folder: Path, path: Path, new: Path) -> None:
+    """Writes the new catalogue beside the old one; it has its name only when it is complete."""
+    unfinished = new.with_name(f"{new.name}.unfinished")
+    for stale in (new, *(unfinished.with_name(f"{unfinished.name}{side}") for side in _SIDE_FILES)):
+        stale.unlink(missing_ok=True)
+    claim = read_claim(folder)
+    place = FolderBlobs(folder) if claim is None else open_blobs(claim.place, str(folder.absolute()))
+    blobs = dict(_sound_blobs(place))
+    histories = [*_listed(path, blobs)]
+    histories += _unlisted(blobs, histories)
+    _write(unfinished, histories, blobs)
+    os.replace(unfinished, new)
+    sync(folder)
+
+
+def _listed(path: Path, blobs: Blobs) -> Iterator[History]:
+    """What the old catalogue still says, without the versions whose row or blob is damaged."""
+    taken: set[str] = set()
+    for found in _intact_rows(path):
+        history = [record for record in found if record.hash in blobs]
+        if history and history[-1].name not in taken:
+            taken.add(history[-1].name)
+            yield history
+
+
+def _unlisted(blobs: Blobs, listed: Sequence[History]) -> Iterator[History]:
+    """The histories of blobs that no listed one has, by what was known when each was written."""
+    used = {record.hash for history in listed for record in history}
+    taken = {history[-1].name for history in listed}
+    lost: dict[str, list[Record]] = {}
+    for origin in sorted((origin for hash, (_, origin) in blobs.items() if hash not in used), key=_age):
+        lost.setdefault(origin.name, []).append(origin)
+    for name, origins in lost.items():
+        numbers = [origin.version for origin in origins]
+        is_history = name not in taken and len(set(numbers)) == len(numbers)
+        for history in [sorted(origins, key=_number)] if is_history else [[origin] for origin in origins]:
+            own = name if name not in taken else f"{name[:180]} {history[-1].hash[:12]}"
+            taken.add(own)
+            yield [replace(origin, name=own) for origin in history]
+
+
+def _age(record: Record) -> tuple[str, str]:
+    return record.created, record.name
+
+
+def _number(record: Record) -> int:
+    return record.version
+
+
+def _sound_blobs(blobs: BlobStore) -> Iterator[tuple[str, tuple[rows.BlobRow, Record]]]:
+    for content_hash in blobs.names():
+        try:
+            file = blobs.local(content_hash, None, "rebuilding")
+            blob = read_blob(file, "rebuilding")
+            if blob.content_hash() == content_hash:
+                row = rows.BlobRow(content_hash, file_digest(file), file.stat().st_size)
+                yield content_hash, (row, rows.record_from_json(blob.origin))
+        except AdapterCorrupt:
+            # it stays where it is, for whoever can mend it
+            continue
+
+
+def _intact_rows(path: Path) -> Iterator[History]:
+    """The intact records of every adapter in the order of addition, newest version last; at most the newest is missing."""
+    if not path.exists():
+        return
+    connection = sqlite3.connect(path, isolation_level=None)
+    seqs: list[int] = []
+    try:
+        with _damage_ignored():
+            seqs = [seq for (seq,) in connection.execute("SELECT seq FROM adapters ORDER BY seq").fetchall()]
+        older: dict[int, list[int]] = {}
+        # a catalogue of schema 1 has no versions
+        with _damage_ignored():
+            for seq, version in versions.every(connection):
+                older.setdefault(seq, []).append(version)
+        for seq in seqs:
+            kept = [_intact(versions.at, connection, seq, version) for version in older.get(seq, ())]
+            history = [row.record for row in [*kept, _intact(rows.at, connection, seq)] if row is not None]
+            if history:
+                yield [replace(record, name=history[-1].name) for record in history]
+    finally:
+        connection.close()
+
+
+def _intact(read: Callable[..., rows.Row | None], *where: Any) -> rows.Row | None:
+    found: list[rows.Row | None] = []
+    with _damage_ignored():
+        found.append(read(*where))
+    return found[0] if found else None
+
+
+@contextmanager
+def _damage_ignored() -> Iterator[None]:
+    """What the old catalogue cannot say any more is left out; but a disk that fails now must not cost what it can say."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        if not is_damage(error):
+            raise
+    except (HubError, UnicodeDecodeError):
+        return
+
+
+def _write(new: Path, histories: Sequence[History], blobs: Blobs) -> None:
+    connection = sqlite3.connect(new, isolation_level=None)
+    try:
+        migrate(connection, new)
+        connection.execute("BEGIN IMMEDIATE")
+        for history in histories:
+            for record in history:
+                rows.put_blob(connection, blobs[record.hash][0])
+            rows.insert(connection, history[0])
+            for record in history[1:]:
+                row = rows.find(connection, record.name)
+                assert row is not None
+                versions.supersede(connection, row, record)
+        connection.execute("UPDATE state SET generation = 1")
+        connection.execute("COMMIT")
+        # the file must be complete by itself; closing moves the log into it too, but says nothing when that fails
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    finally:
+        connection.close()
+
+
+def _set_aside(path: Path) -> None:
+    number = 1
+    while path.with_name(f"{path.name}.corrupt-{number}").exists():
+        number += 1
+    if not path.exists():
+        # the log of a catalogue that an interrupted rebuild has moved already
+        number = max(number - 1, 1)
+    for side in _SIDE_FILES:
+        old = path.with_name(f"{path.name}{side}")
+        if old.exists():
+            os.replace(old, path.with_name(f"{path.name}.corrupt-{number}{side}"))

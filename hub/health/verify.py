@@ -1,0 +1,135 @@
+"""Checks everything a hub holds: the database, every row's own digest, every blob's bytes and content."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraweave.errors import HubError
+from loraweave.hub import quarantine
+from loraweave.hub.search import segments
+from loraweave.hub.stores.blobs import read_blob
+from loraweave.hub.stores.kept_files import file_problems
+from loraweave.hub.stores.protocols import BlobStore, CatalogueStore, Connection
+from loraweave.hub.tables import rows, vectors, versions
+from loraweave.hub.tables import rows as labels
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What is wrong, one sentence each; which adapters are whole; and which blobs no row names (gc removes those).
+
+    An adapter whose newest version is whole counts as whole; damage to a superseded one is a problem of its own.
+    """
+
+    problems: tuple[str, ...]
+    intact: tuple[str, ...]
+    orphans: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+def verify(catalogue: CatalogueStore, blobs: BlobStore, folder: Path) -> Verification:
+    """Reads every row, every blob and the search indexes below `folder`. Damage is reported, not raised."""
+    problems: list[str] = []
+    found: list[rows.Row] = []
+    older: list[rows.Row] = []
+    try:
+        with catalogue.reading() as connection:
+            problems += catalogue.problems(connection)
+            for seq in [seq for (seq,) in connection.execute("SELECT seq FROM adapters ORDER BY seq").fetchall()]:
+                found += _row(connection, seq, problems)
+            for seq, version in versions.every(connection):
+                older += _older(connection, seq, version, problems)
+            problems += _vector_problems(connection)
+            problems += _count_problems(connection)
+            problems += quarantine.problems(connection, [(row.seq, row.record.quarantined) for row in found])
+    except HubError as error:
+        problems.append(str(error))
+    problems += segments.problems(folder)
+    intact = []
+    files: dict[str, str] = {}
+    for row in found:
+        faults = [*_blob_problems(blobs, row, f"adapter {row.record.name!r}"), *file_problems(blobs, row.record, files)]
+        if not faults:
+            intact.append(row.record.name)
+        elif _stands(catalogue, row):
+            problems += faults
+    seen = {row.blob.hash for row in found}
+    for row in older:
+        # one blob serves several versions, and is read and complained about once
+        if row.blob.hash not in seen:
+            seen.add(row.blob.hash)
+            faults = list(_blob_problems(blobs, row, f"version {row.record.version} of adapter {row.record.name!r}"))
+            problems += faults if faults and _stands(catalogue, row) else []
+        faults = list(file_problems(blobs, row.record, files))
+        problems += faults if faults and _stands(catalogue, row) else []
+    orphans = tuple(name for name in blobs.names() if name not in seen and name not in files)
+    return Verification(tuple(problems), tuple(intact), orphans)
+
+
+def _row(connection: Connection, seq: int, problems: list[str]) -> list[rows.Row]:
+    try:
+        row = rows.at(connection, seq)
+    except (HubError, sqlite3.Error, UnicodeDecodeError) as error:
+        problems.append(f"row {seq}: {error}")
+        return []
+    if row is None:
+        problems.append(f"row {seq} is listed by an index of the catalogue, but cannot be found")
+        return []
+    if labels.stored(connection, seq) != labels.labels(row.record):
+        problems.append(f"row {seq}: the labels of adapter {row.record.name!r}, which filters ask for, are not its record's")
+    return [row]
+
+
+def _older(connection: Connection, seq: int, version: int, problems: list[str]) -> list[rows.Row]:
+    try:
+        row = versions.at(connection, seq, version)
+    except (HubError, sqlite3.Error, UnicodeDecodeError) as error:
+        problems.append(f"version {version} of row {seq}: {error}")
+        return []
+    return [] if row is None else [row]
+
+
+def _count_problems(connection: Connection) -> Iterator[str]:
+    counted = connection.execute("SELECT num_adapters, num_versions FROM state").fetchone() or (None, None)
+    for number, table, what in zip(counted, ("adapters", "versions"), ("adapters", "superseded versions"), strict=True):
+        (listed,) = connection.execute(f"SELECT count(*) FROM {table}").fetchone()
+        if number != listed:
+            yield f"the catalogue has the rows of {listed} {what}, but {number} were added"
+
+
+def _vector_problems(connection: Connection) -> Iterator[str]:
+    columns = "SELECT embedder, seq, text_digest, vector, sha256 FROM vectors"
+    for embedder, seq, text_digest, vector, digest in connection.execute(columns).fetchall():
+        if vectors.row_sha256(embedder, seq, text_digest, vector) != digest:
+            yield f"the vector of row {seq} from embedder {embedder!r} is damaged; the next search makes it anew"
+
+
+def _blob_problems(blobs: BlobStore, row: rows.Row, who: str) -> Iterator[str]:
+    place = blobs.place(row.blob.hash)
+    try:
+        blobs.require(row.blob.hash, row.blob.file_sha256, who)
+        content = read_blob(blobs.local(row.blob.hash, row.blob.file_sha256, who), who).content_hash()
+    except FileNotFoundError:
+        yield f"{who}: blob {place} is missing; add the adapter again from its source"
+    except (HubError, OSError) as error:
+        yield str(error)
+    else:
+        if content != row.record.hash:
+            yield f"{who}: the content of blob {place} has the hash {content}, not {row.record.hash}"
+
+
+def _stands(catalogue: CatalogueStore, row: rows.Row) -> bool:
+    """Whether the row still names that blob: what was removed since it was read may be collected too."""
+    named = "SELECT 1 FROM adapters WHERE seq = ? AND hash = ? UNION SELECT 1 FROM versions WHERE seq = ? AND hash = ?"
+    try:
+        with catalogue.reading() as connection:
+            found = connection.execute(named, (row.seq, row.blob.hash) * 2).fetchone()
+            return found is not None and rows.find_blob(connection, row.blob.hash) == row.blob
+    except HubError:
+        return True

@@ -1,0 +1,92 @@
+"""Exact results from a scan that is only nearly exact: its best rows are scored again, until no other can be among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from loraweave.hub.indexes._vectors import Found, checked, checked_mask, rescored
+
+# a scan that was not sure asks for so many times more
+_GROWTH = 8
+
+# below this share of allowed rows, scoring just these costs less than a scan that passes over the others
+FEW_ALLOWED = 1 / 16
+
+# rows whose products are taken at once: 64 queries x 4096 rows x 4 bytes stay in the second cache
+_BLOCK_ROWS = 4096
+
+Scan = Callable[[np.ndarray, int], Found]
+
+
+def exact_best(
+    scan: Scan, query_QD: np.ndarray, vectors_ND: np.ndarray, k: int, num_first: int, slack_Q: np.ndarray
+) -> Found:
+    """The k best rows of each query, as the reference ranks them: scores (Q, K) and positions, ties by position.
+
+    `scan(query_QD, r)` gives the r rows, or all there are, with the largest products, each at most `slack_Q` off, in any
+    order. It is asked for `num_first`, and for more while the k-th best score is so near the worst one it gave that a row
+    left out could be better.
+    """
+    num_asked = max(k, num_first)
+    nearly_QR, rows_QR = scan(query_QD, num_asked)
+    scores_QK, positions_QK = rescored(query_QD, vectors_ND, rows_QR, k)
+    unsure_Q = np.arange(len(query_QD))
+    some_QK = scores_QK
+    # a scan that gives less than it was asked for has given all
+    while nearly_QR.shape[1] == num_asked:
+        unsure_Q = unsure_Q[some_QK[:, -1] <= nearly_QR.min(axis=1) + slack_Q[unsure_Q]]
+        if not len(unsure_Q):
+            break
+        num_asked *= _GROWTH
+        nearly_QR, rows_QR = scan(query_QD[unsure_Q], num_asked)
+        some_QK, positions_QK[unsure_Q] = rescored(query_QD[unsure_Q], vectors_ND, rows_QR, k)
+        scores_QK[unsure_Q] = some_QK
+    return scores_QK, positions_QK
+
+
+def asked(
+    query_QD: np.ndarray, vectors_ND: np.ndarray, k: int, allowed_N: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray | None, int, Found | None]:
+    """The queries and the mask, checked; how many rows it allows; and the answer where no index is needed for it.
+
+    That is where nothing can be found, or where the mask leaves so few rows that each is scored.
+    """
+    query_QD = checked(query_QD, vectors_ND.shape[1], "queries")
+    mask_N = checked_mask(allowed_N, len(vectors_ND))
+    count = len(vectors_ND) if mask_N is None else int(mask_N.sum())
+    shape = (len(query_QD), min(k, count))
+    if not all(shape):
+        return query_QD, mask_N, count, (np.empty(shape, np.float32), np.empty(shape, np.int64))
+    if mask_N is not None and count < FEW_ALLOWED * len(vectors_ND):
+        return query_QD, mask_N, count, few_best(query_QD, vectors_ND, mask_N, k)
+    return query_QD, mask_N, count, None
+
+
+def few_best(query_QD: np.ndarray, vectors_ND: np.ndarray, allowed_N: np.ndarray, k: int) -> Found:
+    """The k best of the allowed rows, scored one by one."""
+    rows_R = np.flatnonzero(allowed_N)
+    return rescored(query_QD, vectors_ND, np.broadcast_to(rows_R, (len(query_QD), len(rows_R))), k)
+
+
+def scan_products(query_QD: np.ndarray, vectors_ND: np.ndarray, num: int, allowed_N: np.ndarray | None) -> Found:
+    """The `num` largest fp32 products of each query and their rows, in no order; block by block, a matrix product each.
+
+    A block's products are compared with the worst score kept so far, which few reach: so most are looked at once only.
+    """
+    num = min(num, len(vectors_ND) if allowed_N is None else int(allowed_N.sum()))
+    best_QR = np.full((len(query_QD), num), -np.inf, np.float32)
+    rows_QR = np.full((len(query_QD), num), -1, np.int64)
+    for start in range(0, len(vectors_ND) if num else 0, _BLOCK_ROWS):
+        products_QB = query_QD @ vectors_ND[start : start + _BLOCK_ROWS].T
+        if allowed_N is not None:
+            products_QB[:, ~allowed_N[start : start + _BLOCK_ROWS]] = -np.inf
+        above_QB = products_QB > best_QR.min(axis=1)[:, None]
+        for query in np.flatnonzero(above_QB.any(axis=1)):
+            new = np.flatnonzero(above_QB[query])
+            scores = np.concatenate([best_QR[query], products_QB[query, new]])
+            rows = np.concatenate([rows_QR[query], new + start])
+            kept = np.argpartition(-scores, num - 1)[:num]
+            best_QR[query], rows_QR[query] = scores[kept], rows[kept]
+    return best_QR, rows_QR

@@ -1,0 +1,1 @@
+"""Search of a hub: by a text, by vectors, by another adapter."""

@@ -1,0 +1,484 @@
+"""Finding adapters by what they do: a key per adapter, an index over the keys, and the reasons for a hit.
+
+The scheme is LoraRetriever's (Zhao et al. 2024): an adapter's key is the mean embedding of sample inputs, the query is
+the embedding of the input at hand, the score their inner product. Unlike the original, keys have unit norm again: the
+norm of a mean grows with how alike the samples are, so that it would favour narrow adapters (recall@1 on the pool's
+training inputs .49 without, .58 with). The catalogue is the truth: the index follows its log of changes, and a large one is
+kept as a file below the hub's index/, or in the cache where the hub cannot be written, which the next process maps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import operator
+import sys
+import weakref
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from loraweave import registry
+from loraweave.errors import DimensionMismatch, HubError, RetrievalError
+from loraweave.hub.search.database import DatabaseSearch
+from loraweave.hub.search.segments import MAX_LATE, MIN_SAVED, Choice, Hits, Keys, Stamp, load, places, save
+from loraweave.hub.tables.changes import Change
+from loraweave.hub.tables.filtering import Filters
+from loraweave.types import BaseKey, Candidate, Record
+
+if TYPE_CHECKING:
+    from loraweave.hub.hub import Hub
+
+
+# The description's share of a key. The largest that costs queries by inputs nothing on the pool's training rows, while
+# queries by another wording of it find the adapter first in .68 instead of .19 of the cases (benchmarks/retrieval.py).
+# 0.5 would give .87, but lose .02 of recall@1 from one input.
+DESCRIPTION_WEIGHT = 0.3
+
+# more sample inputs hardly move a mean, but each costs an embedding
+MAX_SAMPLE_INPUTS = 50
+
+# adapters whose sample inputs stay embedded for the evidence: 50 x 384 x 4 bytes = 77 kB each at most
+NUM_EVIDENCE_CACHED = 1024
+
+# from so many keys on "auto" takes an approximate index (benchmarks/hub.py)
+MIN_APPROXIMATE = 200_000
+
+# of the nearest, so many more than four times those wanted are tried on a filter
+_NUM_TRIED = 32
+
+# records that a snapshot keeps
+_MAX_RECORDS = 4096
+
+_logger = logging.getLogger(__name__)
+
+# all adapters that are not in quarantine
+NO_FILTERS = Filters()
+
+_Embed = Callable[[tuple[str, ...]], np.ndarray]
+
+
+class Embedder(Protocol):
+    """Texts to unit vectors. `id` names all that decides a vector, so that vectors of two embedders are never mixed."""
+
+    dim: int
+
+    @property
+    def id(self) -> str: ...
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray: ...
+
+
+class Index(Protocol):
+    """The k largest inner products of each query: scores descending, ties by position; k above the count gives all.
+
+    A mask leaves only the rows that it allows. `arrays` is what `from_arrays` makes an index from without copying it; of
+    "vectors" alone, which is always there, it makes the rest.
+    """
+
+    @classmethod
+    def from_arrays(cls, dim: int, arrays: Mapping[str, np.ndarray]) -> Index: ...
+
+    def arrays(self) -> dict[str, np.ndarray]: ...
+
+    def __len__(self) -> int: ...
+
+    def add(self, vectors_ND: np.ndarray) -> None: ...
+
+    def search(
+        self, query_QD: np.ndarray, k: int, *, allowed_N: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Hit:
+    """An adapter found, its score, and its key."""
+
+    record: Record
+    score: float
+    key_D: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class _Snapshot:
+    """The keys as of one generation of a catalogue; threads can share it. `records` are those that were read of late."""
+
+    identity: str
+    generation: int
+    keys: Keys
+    records: dict[int, Record]
+
+
+def search(
+    hub: Hub,
+    query: str,
+    *,
+    k: int = 5,
+    base_model: str | BaseKey | None = None,
+    license: Collection[str] | str | None = None,
+    tags: Collection[str] | str = (),
+    min_score: float | None = None,
+) -> list[Candidate]:
+    """The k adapters of the hub that fit a text best; `Hub.search`. [] when nothing reaches `min_score`."""
+    if not isinstance(query, str):
+        raise RetrievalError(f"the query must be one text, not {type(query).__name__}; Retriever takes several")
+    index = _SHARED.get(hub)
+    if index is None:
+        # through a proxy: the cached index must not keep the hub open after its last user let go of it
+        index = _SHARED[hub] = SearchIndex(weakref.proxy(hub))
+    checked_threshold(min_score)
+    num_wanted = checked_count(k)
+    query_QD = index.embed([query])
+    hits = index.hits(query_QD, num_wanted, Filters(base_model, license, tags), min_score=min_score)
+    return index.explained(query_QD[0], hits[0])
+
+
+_SHARED: weakref.WeakKeyDictionary[Any, SearchIndex] = weakref.WeakKeyDictionary()
+
+
+class SearchIndex:
+    """The searchable form of a hub. It follows the hub: what was added, changed or removed counts from the next search.
+
+    `embedder` is a name of the registry, a folder that `train_encoder` wrote, or an object with `dim`, `id` and `embed`;
+    `index` is a name, or "auto": a database that ranks vectors itself, else exact search up to 200,000 adapters
+    (`faiss_half`, or `flat` where faiss is not installed), from there on `faiss_ivf`. Raises UnknownName for other names.
+    """
+
+    def __init__(self, hub: Hub, *, embedder: str | Embedder = "sentence", index: str = "auto") -> None:
+        in_database = hub.vector_search if index == "auto" else None
+        self.hub = hub
+        self.embedder = embedder_of(embedder)
+        self._index = index
+        self._choice = _choice(index)
+        self._snapshot: _Snapshot | None = None
+        self._unstored: dict[str, tuple[str, np.ndarray]] = {}
+        self._database = (
+            None if in_database is None else DatabaseSearch(hub, in_database, self.embedder.id, self._key, _digest)
+        )
+        self._embedded = _own_texts(hub, self.embedder)
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """Unit vectors (Q, D) of query texts. RetrievalError for what is not a text or has no visible character."""
+        self.check(texts)
+        return self._embed(tuple(texts))
+
+    def check(self, texts: Sequence[str]) -> None:
+        """RetrievalError for what is not a text or has no visible character."""
+        for number, text in enumerate(texts, start=1):
+            if not isinstance(text, str):
+                raise RetrievalError(f"query {number} of {len(texts)} is {type(text).__name__}, not a text")
+            if not text.strip():
+                raise RetrievalError(
+                    f"query {number} of {len(texts)} is empty ({text[:20]!r}): it says nothing about a task; "
+                    "search by an example input or a description of the task"
+                )
+
+    def hits(
+        self,
+        query_QD: np.ndarray,
+        k: int,
+        filters: Filters = NO_FILTERS,
+        *,
+        min_score: float | None = None,
+    ) -> list[list[Hit]]:
+        """For each query the k best adapters that pass the filters, by descending score, ties in order of addition."""
+        checked_threshold(min_score)
+        if self._database is not None and k and len(self.hub):
+            seqs = None if filters.pass_all else self.hub.seqs(filters)
+            near = self._database.hits(query_QD, k, seqs)
+            if near is not None:
+                return [
+                    [Hit(n.record, n.score, n.key_D) for n in found if min_score is None or n.score >= min_score]
+                    for found in near
+                ]
+        snapshot = self._current()
+        if not len(snapshot.keys):
+            _logger.info("the hub is empty, so nothing is found: hub.add(folder, description=..., examples=[...]) fills it")
+        if not len(snapshot.keys) or not k:
+            return [[] for _ in query_QD]
+        if filters.pass_all:
+            ranked = self._hits(snapshot, snapshot.keys.search(query_QD, k))
+        else:
+            ranked = self._filtered(snapshot, query_QD, k, filters)
+        return [[hit for hit in hits if min_score is None or hit.score >= min_score] for hits in ranked]
+
+    def explained(self, query_D: np.ndarray, hits: Sequence[Hit], *, evidence: bool = True) -> list[Candidate]:
+        """The hits as candidates; the evidence is the adapter's own text that is nearest to the query, if it is wanted."""
+        found = [self._evidence(query_D, hit.record) if evidence else "" for hit in hits]
+        return [Candidate(hit.record.name, hit.score, text, hit.record) for hit, text in zip(hits, found, strict=True)]
+
+    def _evidence(self, query_D: np.ndarray, record: Record) -> str:
+        kinds, texts = zip(*_texts(record), strict=True)
+        scores_N = self._embedded(texts).astype(np.float64) @ query_D
+        best = int(np.argmax(scores_N))
+        return f"{kinds[best]} {_excerpt(texts[best])!r} ({scores_N[best]:.2f})"
+
+    def _filtered(self, snapshot: _Snapshot, query_QD: np.ndarray, k: int, filters: Filters) -> list[list[Hit]]:
+        # a filter that lets many through is mostly met by the nearest few; the places of all that pass are a long list. For
+        # a key of a base model they are asked for, which warns of its namesakes
+        num_tried = 0 if isinstance(filters.base_model, BaseKey) else 4 * k + _NUM_TRIED
+        tried = self._hits(snapshot, snapshot.keys.search(query_QD, num_tried))
+        passing = [[hit for hit in hits if filters.passes(hit.record)][:k] for hits in tried]
+        if num_tried >= len(snapshot.keys) or all(len(hits) == k for hits in passing):
+            return passing
+        seqs = self.hub.seqs(filters)
+        return self._hits(snapshot, snapshot.keys.search(query_QD, k, np.array(seqs, np.int64)))
+
+    def _hits(self, snapshot: _Snapshot, found: Sequence[Hits]) -> list[list[Hit]]:
+        known = snapshot.records
+        missing = sorted({seq for one in found for seq in one.seqs_K.tolist()} - known.keys())
+        if missing:
+            if len(known) > _MAX_RECORDS:
+                known.clear()
+            known = {**known, **self.hub.records_at(missing)}
+            snapshot.records.update(known)
+        # indexes report six decimals in fp32; as Python floats they get their short form back. One that is removed since the
+        # snapshot has no record any more
+        return [
+            [
+                Hit(known[seq], round(score, 6), key_D)
+                for score, seq, key_D in zip(one.scores_K.tolist(), one.seqs_K.tolist(), one.keys_KD, strict=True)
+                if seq in known
+            ]
+            for one in found
+        ]
+
+    def _current(self) -> _Snapshot:
+        snapshot = self._snapshot
+        if snapshot is None:
+            opened = self._opened()
+            snapshot = _Snapshot(opened[1].identity, opened[1].generation, opened[0], {}) if opened else self._nothing()
+            snapshot = self._followed(snapshot)
+            if snapshot.keys.num_late > MAX_LATE:
+                # what is saved now is what the next process does not have to read
+                snapshot = replace(snapshot, keys=snapshot.keys.joined())
+        elif snapshot.generation == self.hub.generation:
+            return snapshot
+        else:
+            snapshot = self._followed(snapshot)
+        self._snapshot = snapshot = self._saved(snapshot)
+        return snapshot
+
+    def _opened(self) -> tuple[Keys, Stamp] | None:
+        """The newest saved index, if there is one."""
+        found = [self._load(place) for place in places(self.hub.path, writable=self.hub.writable)]
+        return max(filter(None, found), key=lambda one: one[1].generation, default=None)
+
+    def _load(self, place: Path) -> tuple[Keys, Stamp] | None:
+        return load(place, self.embedder.id, self._index, self.embedder.dim, self._choice)
+
+    def _nothing(self) -> _Snapshot:
+        return _Snapshot("", 0, Keys(self.embedder.dim, self._choice), {})
+
+    def _followed(self, old: _Snapshot) -> _Snapshot:
+        """The snapshot brought up to date by what changed since; made anew when it is not one of this catalogue's past."""
+        gone, seqs, keys, records = [], [], [], dict(old.records)
+        first, after = None, 0
+        while True:
+            changes = self.hub.changes(self.embedder.id, since=old.generation, after=after)
+            first = first or changes
+            if old.generation and (changes.identity != old.identity or changes.generation < old.generation):
+                return self._followed(self._nothing())
+            for change in changes.page:
+                records.pop(change.seq, None)
+                gone.append(change.seq)
+            present = [change for change in changes.page if change.record is not None]
+            seqs += [change.seq for change in present]
+            keys.append(self._keys(present))
+            if not changes.page:
+                break
+            after = changes.page[-1].seq
+        gone_M = np.array(gone if old.generation else [], np.int64)
+        followed = old.keys.changed(gone_M, np.array(seqs, np.int64), np.concatenate(keys))
+        if len(followed) != changes.num_adapters and changes.generation == first.generation and old.generation:
+            # a catalogue that was put back from a copy and has gone another way since has the same identity
+            return self._followed(self._nothing())
+        return _Snapshot(first.identity, first.generation, followed, records)
+
+    def _saved(self, snapshot: _Snapshot) -> _Snapshot:
+        """The snapshot, its keys mapped from a file where they are many and were not."""
+        keys = snapshot.keys
+        if (
+            len(keys.segments) != 1
+            or len(keys) < MIN_SAVED
+            or not keys.segments[0].index.arrays()["vectors"].flags.writeable
+        ):
+            return snapshot
+        stamp = Stamp(snapshot.identity, snapshot.generation, self.embedder.id, self._index)
+        place = places(self.hub.path, writable=self.hub.writable)[-1]
+        opened = self._load(place) if save(place, keys, stamp) else None
+        return replace(snapshot, keys=opened[0]) if opened and opened[1] == stamp else snapshot
+
+    def _keys(self, changes: Sequence[Change]) -> np.ndarray:
+        """The key of every changed adapter (N, D): stored ones where their texts are unchanged, else made and stored."""
+        records = [change.record for change in changes if change.record is not None]
+        digests = [_digest(record) for record in records]
+        keys_ND = np.empty((len(records), self.embedder.dim), dtype=np.float32)
+        missing = []
+        for position, (change, record, digest) in enumerate(zip(changes, records, digests, strict=True)):
+            choices = (change.vector, self._unstored.get(record.name))
+            known = next((c[1] for c in choices if c and c[0] == digest and c[1].shape == keys_ND.shape[1:]), None)
+            if known is None:
+                missing.append(position)
+            else:
+                keys_ND[position] = known
+        if missing:
+            _logger.info("embedding %d of %d adapters with %s", len(missing), len(records), self.embedder.id)
+            for position in missing:
+                keys_ND[position] = self._key(records[position])
+            self._store([(records[position].name, digests[position], keys_ND[position]) for position in missing])
+        return keys_ND
+
+    def _store(self, made: list[tuple[str, str, np.ndarray]]) -> None:
+        try:
+            self.hub.store_vectors(self.embedder.id, made)
+        except HubError as error:
+            # searching only reads: a hub that is read-only, full or locked still answers, from what is kept here
+            _logger.info("%d embeddings are not stored: %s", len(made), error)
+            self._unstored = {**self._unstored, **{name: (digest, key_D) for name, digest, key_D in made}}
+
+    def _key(self, record: Record) -> np.ndarray:
+        kinds, texts = zip(*_texts(record), strict=True)
+        rows_ND = self._embedded(texts).astype(np.float64)
+        samples_ND = rows_ND[[kind == "sample input" for kind in kinds]]
+        if not len(samples_ND):
+            return unit(rows_ND[0])
+        key_D = unit(samples_ND.mean(axis=0))
+        return unit(key_D + DESCRIPTION_WEIGHT * rows_ND[-1]) if kinds[-1] == "description" else key_D
+
+    def _embed(self, texts: tuple[str, ...]) -> np.ndarray:
+        return _checked(self.embedder, texts)
+
+
+# for each hub, what an embedder made of adapters' own texts: a new search of the hub does not embed them again
+_OWN_TEXTS: weakref.WeakKeyDictionary[Any, dict[tuple[type, str], _Embed]] = weakref.WeakKeyDictionary()
+
+
+def _own_texts(hub: Hub, embedder: Embedder) -> _Embed:
+    """What embeds an adapter's texts together and remembers it, shared by the hub's searches with such an embedder."""
+    cache = lru_cache(maxsize=NUM_EVIDENCE_CACHED)(partial(_checked, embedder))
+    if isinstance(hub, weakref.ProxyTypes):
+        return cache
+    return _OWN_TEXTS.setdefault(hub, {}).setdefault((type(embedder), embedder.id), cache)
+
+
+def _checked(embedder: Embedder, texts: tuple[str, ...]) -> np.ndarray:
+    """Vectors (N, dim) of the texts; DimensionMismatch where the embedder gives something else."""
+    rows_ND = np.asarray(embedder.embed(texts), dtype=np.float32)
+    wanted = (len(texts), embedder.dim)
+    if rows_ND.shape != wanted:
+        raise DimensionMismatch(
+            f"embedder {embedder.id!r} gave embeddings of shape {rows_ND.shape} instead of {wanted} (texts, dim)"
+        )
+    for number in np.flatnonzero(~np.isfinite(rows_ND).all(axis=1))[:1]:
+        raise DimensionMismatch(
+            f"embedder {embedder.id!r} gave an embedding that is not finite, "
+            f"for text {number + 1} of {len(texts)}: {_excerpt(texts[number])!r}"
+        )
+    return rows_ND
+
+
+def _choice(index: str) -> Choice:
+    if index != "auto":
+        kind = registry.get("indexes", index)
+        return lambda count: kind
+    if not importlib.util.find_spec("faiss"):
+        return lambda count: registry.get("indexes", "flat")
+    return lambda count: registry.get("indexes", "faiss_half" if count < MIN_APPROXIMATE else "faiss_ivf")
+
+
+def embedder_of(given: str | Embedder) -> Embedder:
+    """The embedder of that name, or of the folder that `train_encoder` wrote; an object is itself."""
+    if not isinstance(given, str):
+        return given
+    if given not in registry.names("embedders") and Path(given).is_dir():
+        trained: Embedder = registry.get("embedders", "sentence")(folder=given)
+        return trained
+    named: Embedder = registry.get("embedders", given)()
+    return named
+
+
+def checked_count(k: Any) -> int:
+    """k as an int. RetrievalError when it is not a whole number of 0 or more."""
+    try:
+        count = operator.index(k)
+    except TypeError:
+        count = -1
+    if isinstance(k, bool) or count < 0:
+        raise RetrievalError(f"k is {k!r}; it counts candidates and must be an int of 0 or more")
+    return count
+
+
+def checked_threshold(min_score: Any) -> None:
+    """RetrievalError when the threshold is neither None nor a finite number."""
+    # compared, since math.isfinite fails for a whole number that no float can hold
+    limit: Any = sys.float_info.max
+    if min_score is not None and not (isinstance(min_score, int | float | np.number) and -limit <= min_score <= limit):
+        raise RetrievalError(f"min_score is {min_score!r}; it must be a finite number, or None for no threshold")
+
+
+def unit(vector_D: np.ndarray) -> np.ndarray:
+    """The vector at norm 1. A zero vector stays zero: it scores 0 with everything."""
+    norm = float(np.linalg.norm(vector_D))
+    scaled: np.ndarray = (vector_D / norm if norm else vector_D).astype(np.float32)
+    return scaled
+
+
+def _texts(record: Record) -> list[tuple[str, str]]:
+    """What speaks for an adapter, as (kind, text): sample inputs and description, or without both its name."""
+    samples = [text for text in record.examples if text.strip()][:MAX_SAMPLE_INPUTS]
+    texts = [("sample input", text) for text in samples]
+    if record.description.strip():
+        texts.append(("description", record.description))
+    return texts or [("name", record.name)]
+
+
+def _digest(record: Record) -> str:
+    # the weight enters, since another release may weigh otherwise
+    settled = json.dumps([DESCRIPTION_WEIGHT, _texts(record)])
+    return hashlib.sha256(settled.encode()).hexdigest()
+
+
+def _excerpt(text: str, limit: int = 60) -> str:
+    line = " ".join(text[: 4 * limit].split())
+    return line if len(line) <= limit else line[: limit - 4].rstrip() + " ..."
+
+
+# rows of a hub in a notebook
+SHOWN = 20
+
+
+class Found(list[Candidate]):
+    """Candidates, best first, and the hub that has their adapters."""
+
+    def __init__(self, candidates: Iterable[Candidate], hub: Hub) -> None:
+        super().__init__(candidates)
+        self.hub = hub
+
+    def __reduce__(self) -> tuple[type[list[Candidate]], tuple[list[Candidate]]]:
+        # a hub stays where its files are open
+        return list, (list(self),)
+
+    def _repr_html_(self) -> str:
+        from loraweave.common.display import ShownTable
+
+        rows = [(each.name, each.score, each.evidence) for each in self]
+        return ShownTable.of(("adapter", "score", "evidence"), rows)._repr_html_()
+
+
+def html_of_hub(hub: Hub) -> str:
+    """A table of the first adapters, and how many there are."""
+    from loraweave.common.display import ShownTable
+
+    seqs = hub.seqs(Filters())
+    found = hub.records_at(seqs[:SHOWN])
+    records = [found[seq] for seq in seqs[:SHOWN] if seq in found]
+    title = f"{hub!r}: {len(seqs):,} adapters" + (f", the first {SHOWN}" if len(seqs) > SHOWN else "")
+    rows = [(r.name, r.rank, r.base_model, r.license or "", ", ".join(r.tags), r.description) for r in records]
+    return ShownTable.of(("name", "rank", "base model", "license", "tags", "description"), rows, title=title)._repr_html_()

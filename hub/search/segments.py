@@ -1,0 +1,244 @@
+"""The keys of a hub's adapters, searchable, as immutable values: a change makes a new one that shares what stayed.
+
+Keys lie in segments, the oldest and largest first. What changed becomes a small segment, and the rows it replaces are masked
+in theirs; segments of like size are joined, so that n changes cost n log n and leave log n segments. When the small ones are
+a share of all, everything becomes one segment again, which can be saved as a file and mapped by several processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loraweave.common.files import cache_folder, map_arrays, remove_file, write_arrays
+from loraweave.hub.stores.folder_blobs import STALE_TMP_S
+from loraweave.hub.stores.open_stores import local_folder
+
+if TYPE_CHECKING:
+    from loraweave.hub.search.search import Index
+
+
+# the share of small segments and masked rows from which on one segment is made of all
+MAX_LATE_SHARE = 0.1
+MAX_LATE = 1000
+
+# an index class for so many keys
+Choice = Callable[[int], Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Keys by ascending seq. `alive_N` masks what was changed or removed since; None masks nothing."""
+
+    seqs_N: np.ndarray
+    index: Index
+    alive_N: np.ndarray | None = None
+
+    @property
+    def keys_ND(self) -> np.ndarray:
+        return self.index.arrays()["vectors"]
+
+    @property
+    def num_alive(self) -> int:
+        return len(self.seqs_N) if self.alive_N is None else int(self.alive_N.sum())
+
+    def without(self, seqs_M: np.ndarray) -> Segment:
+        """The segment with those seqs masked."""
+        rows_M = self.rows(seqs_M)
+        if not len(rows_M):
+            return self
+        alive_N = np.ones(len(self.seqs_N), bool) if self.alive_N is None else self.alive_N.copy()
+        alive_N[rows_M] = False
+        return replace(self, alive_N=alive_N)
+
+    def rows(self, seqs_M: np.ndarray) -> np.ndarray:
+        """Where those of the seqs that are here lie."""
+        at_M = np.searchsorted(self.seqs_N, seqs_M)
+        inside = at_M < len(self.seqs_N)
+        at_M = at_M[inside]
+        found: np.ndarray = at_M[self.seqs_N[at_M] == seqs_M[inside]]
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Hits:
+    """Of one query: scores descending, the seqs, and the keys; ties by seq."""
+
+    scores_K: np.ndarray
+    seqs_K: np.ndarray
+    keys_KD: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Keys:
+    """All keys of a hub as of a generation."""
+
+    dim: int
+    choice: Choice
+    segments: tuple[Segment, ...] = ()
+
+    def __len__(self) -> int:
+        return sum(segment.num_alive for segment in self.segments)
+
+    @property
+    def num_late(self) -> int:
+        """Rows that a search meets beside one segment without mask: those of later segments, and masked ones."""
+        masked = sum(len(segment.seqs_N) - segment.num_alive for segment in self.segments)
+        return masked + sum(len(segment.seqs_N) for segment in self.segments[1:])
+
+    def changed(self, seqs_M: np.ndarray, new_seqs_N: np.ndarray, new_keys_ND: np.ndarray) -> Keys:
+        """Without the keys of `seqs_M`, and with the new ones, whose seqs ascend."""
+        if not len(seqs_M) and not len(new_seqs_N):
+            return self
+        gone_M = np.union1d(seqs_M, new_seqs_N)
+        segments = [segment.without(gone_M) for segment in self.segments]
+        if len(new_seqs_N):
+            segments.append(self._segment(new_seqs_N, new_keys_ND))
+        kept = replace(self, segments=tuple(segment for segment in segments if segment.num_alive))
+        if kept.num_late > max(MAX_LATE, MAX_LATE_SHARE * len(kept)):
+            return kept.joined()
+        # the first is joined above only: it is large, and may be a mapped file
+        late = list(kept.segments)
+        while len(late) > 2 and len(late[-2].seqs_N) <= 2 * len(late[-1].seqs_N):
+            late[-2:] = self._joined(late[-2:])
+        return replace(kept, segments=tuple(late))
+
+    def joined(self) -> Keys:
+        """The same as one segment."""
+        return replace(self, segments=tuple(self._joined(self.segments)))
+
+    def search(self, query_QD: np.ndarray, k: int, allowed_seqs: np.ndarray | None = None) -> list[Hits]:
+        """For each query the k best of all keys, or of those at the ascending seqs that are allowed."""
+        parts = []
+        for segment in self.segments:
+            mask_N = segment.alive_N
+            if allowed_seqs is not None:
+                mask_N = np.zeros(len(segment.seqs_N), bool)
+                mask_N[segment.rows(allowed_seqs)] = True
+                mask_N = mask_N if segment.alive_N is None else mask_N & segment.alive_N
+            parts.append((segment, *segment.index.search(query_QD, k, allowed_N=mask_N)))
+        if not parts:
+            nothing = Hits(np.empty(0, np.float32), np.empty(0, np.int64), np.empty((0, self.dim), np.float32))
+            return [nothing] * len(query_QD)
+        scores_QK = np.concatenate([scores for _, scores, _ in parts], axis=1)
+        seqs_QK = np.concatenate([segment.seqs_N[at_QK] for segment, _, at_QK in parts], axis=1)
+        keys_QKD = np.concatenate([segment.keys_ND[at_QK] for segment, _, at_QK in parts], axis=1)
+        if len(parts) == 1:
+            return [Hits(*found) for found in zip(scores_QK, seqs_QK, keys_QKD, strict=True)]
+        best_QK = np.lexsort((seqs_QK, -scores_QK), axis=1)[:, :k]
+        return [Hits(s[b], q[b], v[b]) for s, q, v, b in zip(scores_QK, seqs_QK, keys_QKD, best_QK, strict=True)]
+
+    def _joined(self, segments: Sequence[Segment]) -> list[Segment]:
+        alive = [slice(None) if segment.alive_N is None else segment.alive_N for segment in segments]
+        seqs = np.concatenate([np.empty(0, np.int64), *(s.seqs_N[a] for s, a in zip(segments, alive, strict=True))])
+        if not len(seqs):
+            return []
+        keys = np.concatenate([s.keys_ND[a] for s, a in zip(segments, alive, strict=True)])
+        if (np.diff(seqs) < 0).any():
+            order = np.argsort(seqs)
+            seqs, keys = seqs[order], keys[order]
+        return [self._segment(seqs, keys)]
+
+    def _segment(self, seqs_N: np.ndarray, keys_ND: np.ndarray) -> Segment:
+        arrays: Mapping[str, np.ndarray] = {"vectors": np.ascontiguousarray(keys_ND, np.float32)}
+        return Segment(np.ascontiguousarray(seqs_N, np.int64), self.choice(len(seqs_N)).from_arrays(self.dim, arrays))
+
+
+# another number for another meaning of the arrays
+_FORMAT = 1
+
+# fewer keys are read from the catalogue in some milliseconds
+MIN_SAVED = 1000
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What a saved index is an index of: the catalogue, its generation, what made the keys, and the index asked for."""
+
+    identity: str
+    generation: int
+    embedder: str
+    index: str
+
+
+def places(folder: Path, *, writable: bool) -> tuple[Path, ...]:
+    """Where the index of the hub in a folder may be saved; the last of them is where it is written.
+
+    That of a hub that cannot be written is kept in the cache: its readers may still find one beside the hub.
+    """
+    return (folder,) if writable else (folder, local_folder(str(folder.absolute())))
+
+
+def index_path(folder: Path, embedder: str, index: str) -> Path:
+    """The file for keys of that embedder."""
+    return folder / "index" / f"{hashlib.sha256(repr((embedder, index)).encode()).hexdigest()[:32]}.safetensors"
+
+
+def save(folder: Path, keys: Keys, stamp: Stamp) -> bool:
+    """Whether the keys, which are one segment, were saved. A folder that is full is no error."""
+    (segment,) = keys.segments
+    path = index_path(folder, stamp.embedder, stamp.index)
+    metadata = {**vars(stamp), "format": _FORMAT, "dim": keys.dim, "kind": type(segment.index).__name__}
+    try:
+        if cache_folder() in folder.parents:
+            # a hub's own folder that is gone stays so
+            folder.mkdir(parents=True, exist_ok=True)
+        _sweep(path.parent)
+        write_arrays(path, {"seqs": segment.seqs_N, **segment.index.arrays()}, metadata)
+    except OSError as error:
+        _logger.info("the search index is not saved: %s", error)
+        return False
+    return True
+
+
+def load(folder: Path, embedder: str, index: str, dim: int, choice: Choice) -> tuple[Keys, Stamp] | None:
+    """The saved keys and what they are of. None when there are none, or for a file that is damaged or of another form."""
+    path = index_path(folder, embedder, index)
+    try:
+        metadata, arrays = map_arrays(path)
+        stamp = Stamp(*(metadata[name] for name in ("identity", "generation", "embedder", "index")))
+        if (metadata["format"], metadata["dim"], stamp.embedder, stamp.index) != (_FORMAT, dim, embedder, index):
+            raise ValueError(f"it is of format {metadata['format']}, {metadata['dim']} dimensions and {stamp.embedder!r}")
+        if type(stamp.generation) is not int or type(stamp.identity) is not str:
+            raise ValueError(f"its generation is {stamp.generation!r:.40}")
+        seqs_N = arrays.pop("seqs")
+        if seqs_N.ndim != 1 or seqs_N.dtype != np.int64 or not len(seqs_N) or (np.diff(seqs_N) <= 0).any():
+            raise ValueError("its seqs do not ascend")
+        kind = choice(len(seqs_N))
+        if kind.__name__ != metadata["kind"]:
+            arrays = {"vectors": arrays["vectors"]}
+        found = kind.from_arrays(dim, arrays)
+        if len(found) != len(seqs_N):
+            raise ValueError(f"it has {len(found)} keys for {len(seqs_N)} adapters")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        _logger.info("the search index %s is made anew: %s", path, error)
+        return None
+    return Keys(dim, choice, (Segment(seqs_N, found),)), stamp
+
+
+def problems(folder: Path) -> Iterator[str]:
+    """What is damaged below index/, one sentence each."""
+    for path in sorted((folder / "index").glob("*.safetensors")):
+        try:
+            map_arrays(path, all_digests=True)
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            yield f"the search index {path} is damaged ({error}); delete it, and the next search makes it anew"
+
+
+def _sweep(folder: Path) -> None:
+    for path in folder.glob("*.unfinished"):
+        if time.time() - path.stat().st_mtime >= STALE_TMP_S:
+            remove_file(path)

@@ -1,0 +1,111 @@
+"""Blobs: an adapter's factors and heads as one immutable safetensors file, named by the hash of its content.
+
+All fp32 numbers are one tensor, and the metadata has the place of each part in it: opening is one map of the file.
+A blob appears by rename, complete and on disk, and is never written again: processes have it mapped into memory. Its
+metadata also holds what the catalogue knew when it was written, so that a hub whose catalogue is lost can be rebuilt.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from loraweave.errors import AdapterCorrupt
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.stores.folder_blobs import file_digest
+from loraweave.hub.stores.packing import put_together, take_apart
+from loraweave.hub.stores.protocols import BlobStore
+from loraweave.types import Factors
+
+# 1: a tensor for every factor; 2: heads too, or factors in another form than their own; 3: one packed tensor
+FORMAT_VERSIONS = (1, 2, 3)
+_METADATA_KEY = "loraweave"
+
+
+@dataclass(frozen=True)
+class Blob:
+    """What a blob holds: layers, heads, and the catalogue's row as it was when the blob was written."""
+
+    layers: Mapping[str, Factors]
+    origin: Mapping[str, Any]
+    heads: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def content_hash(self) -> str:
+        return content_hash(self.layers, self.heads)
+
+
+def write_blob(
+    blobs: BlobStore,
+    layers: Mapping[str, Factors],
+    content_hash: str,
+    origin: str,
+    *,
+    heads: Mapping[str, Tensor] = MappingProxyType({}),
+    stored_as: str = "factors",
+) -> tuple[str, int]:
+    """Writes the blob of layers and heads; returns the sha256 of the file and its size in bytes. `origin` is JSON.
+
+    `stored_as="compeft"` keeps ternary factors in few bits, bit for bit. The caller holds the write lock. An error leaves
+    no temporary file behind. Raises AdapterUnsupported, with nothing written, for factors that are not ternary then.
+    """
+    data = blob_bytes(layers, origin, heads=heads, stored_as=stored_as)
+    return blobs.put(content_hash, data), len(data)
+
+
+def blob_bytes(
+    layers: Mapping[str, Factors], origin: str, *, heads: Mapping[str, Tensor], stored_as: str = "factors"
+) -> bytes:
+    """What `write_blob` writes."""
+    description, tensors = take_apart(layers, heads, stored_as=stored_as)
+    header = {"version": FORMAT_VERSIONS[-1], **description, "origin": json.loads(origin)}
+    data: bytes = save(tensors, metadata={_METADATA_KEY: json.dumps(header, sort_keys=True)})
+    return data
+
+
+def read_blob(path: Path, who: str) -> Blob:
+    """The blob's content, its tensors mapped from the file.
+
+    AdapterCorrupt, naming `who` and the path, for any other content; FileNotFoundError, or OSError where the file system
+    does not give it.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            header = json.loads((file.metadata() or {})[_METADATA_KEY])
+            if header["version"] not in FORMAT_VERSIONS:
+                raise ValueError(f"its version is {header['version']}, not one of {FORMAT_VERSIONS}")
+            layers, heads = put_together(header, file.keys(), file.get_tensor)
+            return Blob(layers, header["origin"], heads)
+    except RuntimeError as error:
+        # the file is opened twice, and what is deleted in between is missing all the same
+        if not path.exists():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
+        # torch's way to say that a file cannot be opened or mapped, which is not the content's fault
+        if "file" in str(error):
+            raise OSError(errno.EIO, f"{who}: blob {path} cannot be mapped ({error})") from error
+        raise AdapterCorrupt(f"{who}: blob {path} cannot be read ({error})") from error
+    # a damaged ternary stream is AdapterCorrupt, hence a ValueError, already, but does not know the file
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise AdapterCorrupt(f"{who}: blob {path} cannot be read ({type(error).__name__}: {error})") from error
+
+
+def examine_blob(path: Path, expected_hash: str) -> tuple[str, int]:
+    """The sha256 and the size of a file whose content has that hash. AdapterCorrupt, or FileNotFoundError, otherwise."""
+    found = read_blob(path, "an unlisted adapter").content_hash()
+    if found != expected_hash:
+        raise AdapterCorrupt(f"the content of blob {path} has the hash {found}, not {expected_hash}")
+    return file_digest(path), path.stat().st_size
+
+
+def content_hash(layers: Mapping[str, Factors], heads: Mapping[str, Tensor] = MappingProxyType({})) -> str:
+    """The hash of layers and heads as they are now: that of an `Adapter` is kept from when it was first asked for."""
+    return Adapter("", "", layers, heads=heads).hash

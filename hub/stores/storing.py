@@ -1,0 +1,307 @@
+"""Puts an adapter into the store: the blob first, complete and for good, then the rows in one transaction."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+
+from torch import nn
+
+from loraweave.errors import AdapterCorrupt, AdapterExists, HubCorrupt, HubError, HubFull, LayerMismatch
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.base import base_key
+from loraweave.hub.formats._foreign import base_layer
+from loraweave.hub.health.figures import Figures
+from loraweave.hub.intake.fields import OWN_FIELDS
+from loraweave.hub.intake.kept_files import KeptFile, KeptFiles
+from loraweave.hub.same_base import require_same_base
+from loraweave.hub.stores.blobs import blob_bytes, examine_blob, read_blob, write_blob
+from loraweave.hub.stores.errors import storage_errors
+from loraweave.hub.stores.kept_files import LISTED, file_bytes, listed, put_files, without_files
+from loraweave.hub.stores.protocols import BlobStore, CatalogueStore, Connection
+from loraweave.hub.tables import filtering, rows, versions
+from loraweave.hub.tables.figure_rows import store_figures
+from loraweave.hub.tables.rows import Row
+from loraweave.types import Record
+
+
+def store(
+    catalogue: CatalogueStore,
+    blobs: BlobStore,
+    adapter: Adapter,
+    record: Record,
+    *,
+    stored_as: str,
+    as_version: bool,
+    figures: Figures | None,
+) -> Record:
+    """The record as stored. What is there already, content and name, is not written again, and its record is returned.
+
+    Other content under the name becomes the next version with `as_version`, and is AdapterExists without.
+    """
+    doing = f"adding adapter {record.name!r}"
+    with catalogue.locked(doing):
+        with catalogue.reading() as connection:
+            existing = rows.find(connection, record.name)
+            other_base = filtering.contradiction(connection, record)
+        record = beside(existing, record, as_version=as_version)
+        stored = _store(catalogue, blobs, adapter, record, existing, stored_as, figures)
+    if other_base:
+        warn_of_base(record, other_base)
+    return stored
+
+
+def beside(existing: rows.Row | None, record: Record, *, as_version: bool) -> Record:
+    """The record as it can be stored beside what its name stands for now. AdapterExists when that is other content."""
+    if existing is None or existing.record.hash == record.hash:
+        return record
+    if not as_version:
+        raise AdapterExists(
+            f"adding adapter {record.name!r}: the name stands for another adapter, with hash {existing.record.hash}, not "
+            f"{record.hash}; pass replace=True to make this one its next version, hub.remove({record.name!r}) first, or "
+            "choose another name"
+        )
+    return _successor(existing.record, record)
+
+
+def warn_of_base(record: Record, other_base: str) -> None:
+    warnings.warn(
+        f"adapter {record.name!r} is stored, but its base {record.base_model!r} is not the model that others in this "
+        f"hub call so: {other_base}; a search for a model at hand, base_model=lw.base_key(model), tells them apart",
+        stacklevel=4,
+    )
+
+
+def _successor(old: Record, new: Record) -> Record:
+    """The next version; what people wrote about the adapter stays where nothing new was said."""
+    kept = {key: getattr(new, key) or getattr(old, key) for key in OWN_FIELDS}
+    return replace(new, version=old.version + 1, **kept)
+
+
+def _store(
+    catalogue: CatalogueStore,
+    blobs: BlobStore,
+    adapter: Adapter,
+    record: Record,
+    existing: rows.Row | None,
+    stored_as: str,
+    figures: Figures | None,
+) -> Record:
+    """The caller holds the lock."""
+    doing = f"adding adapter {record.name!r}"
+    absent = not blobs.has(record.hash)
+    try:
+        with storage_errors(catalogue.where, doing):
+            known = usable_blob(catalogue, blobs, record.hash)
+            written = known is None
+            if known is None:
+                origin = rows.encode(record)
+                placed = write_blob(blobs, adapter.layers, record.hash, origin, heads=adapter.heads, stored_as=stored_as)
+                known = rows.BlobRow(record.hash, *placed)
+            else:
+                blobs.settle(record.hash)
+            put_files(blobs, adapter.files)
+        with catalogue.transaction(doing) as connection:
+            return put_rows(connection, record, known, existing, figures, written=written)
+    except HubFull:
+        # the row is certainly not there, and the space is needed; after other errors gc decides
+        if absent:
+            with suppress(OSError, HubError):
+                blobs.remove(record.hash)
+        raise
+
+
+def put_rows(
+    connection: Connection,
+    record: Record,
+    blob: rows.BlobRow,
+    existing: rows.Row | None,
+    figures: Figures | None,
+    *,
+    written: bool,
+) -> Record:
+    """Stores the rows of an adapter whose blob is there, written just now or before; returns its record."""
+    is_new = existing is None or existing.record.hash != record.hash
+    if is_new:
+        filtering.remember(connection, record)
+    if written or is_new:
+        rows.put_blob(connection, blob)
+    if existing is not None and not is_new:
+        return _with_its_files(connection, existing, record)
+    stored = rows.insert(connection, record) if existing is None else versions.supersede(connection, existing, record)
+    if figures is not None:
+        store_figures(connection, record.name, record.hash, figures)
+    return stored
+
+
+def _with_its_files(connection: Connection, existing: rows.Row, record: Record) -> Record:
+    """The record of content that is stored under its name already; files that it came without are noted."""
+    own, given = listed(existing.record), listed(record)
+    if given and not own:
+        return rows.change(
+            connection, existing, replace(existing.record, card={**existing.record.card, LISTED: record.card[LISTED]})
+        )
+    if given and given != own:
+        warnings.warn(
+            f"adapter {record.name!r} is stored already, with other files beside it ({', '.join(own)}), which stay; remove "
+            "it first, or give it another name, to have these",
+            stacklevel=5,
+        )
+    return existing.record
+
+
+def usable_blob(catalogue: CatalogueStore, blobs: BlobStore, content: str) -> rows.BlobRow | None:
+    """The stored blob of that content; None when there is none or it is damaged, and is to be written."""
+    try:
+        with catalogue.reading() as connection:
+            known = rows.find_blob(connection, content)
+    except HubCorrupt:
+        known = None
+    try:
+        if known is None:
+            return rows.BlobRow(content, *examine_blob(blobs.local(content, None, "blob"), content))
+        blobs.require(content, known.file_sha256, "blob")
+    except (AdapterCorrupt, FileNotFoundError):
+        return None
+    return known
+
+
+# read, checked and looked over
+Prepared = tuple[Adapter, Record, Figures | None]
+
+
+def store_many(
+    catalogue: CatalogueStore,
+    blobs: BlobStore,
+    batch: Sequence[Prepared],
+    *,
+    stored_as: str,
+    as_version: bool,
+) -> list[Record | AdapterExists]:
+    """For each of the batch, in order, the record as `store` gives it, or why its name cannot be used.
+
+    Any other error leaves the catalogue as it was before the batch.
+    """
+    doing = f"adding {len(batch)} adapters"
+    warned = []
+    with catalogue.locked(doing):
+        wanted = _wanted(catalogue, batch, as_version)
+        known = {content: usable_blob(catalogue, blobs, content) for content in wanted}
+        missing = {content: wanted[content] for content, blob in known.items() if blob is None}
+        absent = [content for content in missing if not blobs.has(content)]
+        try:
+            with storage_errors(catalogue.where, doing):
+                for content in known.keys() - missing.keys():
+                    blobs.settle(content)
+                written = _put(blobs, missing, stored_as)
+                for adapter, _, _ in batch:
+                    put_files(blobs, adapter.files)
+            with catalogue.transaction(doing) as connection:
+                outcomes: list[Record | AdapterExists] = []
+                for _, record, figures in batch:
+                    why = filtering.contradiction(connection, record)
+                    outcomes.append(_rows(connection, record, figures, known, written, as_version))
+                    if why and isinstance(outcomes[-1], Record):
+                        warned.append((outcomes[-1], why))
+        except HubFull:
+            # no row is there, and the space is needed; after other errors gc decides
+            for content in absent:
+                with suppress(OSError, HubError):
+                    blobs.remove(content)
+            raise
+    for record, why in warned:
+        warn_of_base(record, why)
+    return outcomes
+
+
+def _wanted(catalogue: CatalogueStore, batch: Sequence[Prepared], as_version: bool) -> dict[str, tuple[Adapter, Record]]:
+    """Content hash -> the first that has it, of those whose name can be used as far as can be told beforehand."""
+    wanted: dict[str, tuple[Adapter, Record]] = {}
+    with catalogue.reading() as connection:
+        for adapter, record, _ in batch:
+            with suppress(AdapterExists):
+                beside(rows.find(connection, record.name), record, as_version=as_version)
+                wanted.setdefault(record.hash, (adapter, record))
+    return wanted
+
+
+def _put(blobs: BlobStore, missing: dict[str, tuple[Adapter, Record]], stored_as: str) -> dict[str, rows.BlobRow]:
+    sizes = []
+
+    def each() -> Iterator[tuple[str, bytes]]:
+        # one at a time: a batch of large adapters need not fit into memory twice
+        for content, (adapter, record) in missing.items():
+            data = blob_bytes(adapter.layers, rows.encode(record), heads=adapter.heads, stored_as=stored_as)
+            sizes.append(len(data))
+            yield content, data
+
+    digests = blobs.put_many(each()) if missing else []
+    return {
+        content: rows.BlobRow(content, digest, size_bytes)
+        for content, digest, size_bytes in zip(missing, digests, sizes, strict=True)
+    }
+
+
+def _rows(
+    connection: Connection,
+    record: Record,
+    figures: Figures | None,
+    known: dict[str, rows.BlobRow | None],
+    written: dict[str, rows.BlobRow],
+    as_version: bool,
+) -> Record | AdapterExists:
+    existing = rows.find(connection, record.name)
+    try:
+        record = beside(existing, record, as_version=as_version)
+    except AdapterExists as error:
+        # two of one name in the batch: the first took it
+        return error
+    blob = written.get(record.hash) or known[record.hash]
+    assert blob is not None
+    return put_rows(connection, record, blob, existing, figures, written=record.hash in written)
+
+
+def stored_adapter(blobs: BlobStore, row: Row) -> Adapter:
+    """The adapter that a row describes, its tensors mapped from the blob. AdapterCorrupt for a damaged or missing blob."""
+    record = row.record
+    who = f"adapter {record.name!r}"
+    place = blobs.place(record.hash)
+    with storage_errors(place, f"reading {who}"):
+        try:
+            blob = read_blob(blobs.local(record.hash, row.blob.file_sha256, who), who)
+        except FileNotFoundError as error:
+            raise AdapterCorrupt(f"{who}: blob {place} is missing; add the adapter again from its source") from error
+    files = KeptFiles({name: KeptFile(*found, _reader(blobs, found[0], who)) for name, found in listed(record).items()})
+    card = without_files(record.card)
+    return Adapter(record.name, record.base_model, blob.layers, record.fingerprint, card, blob.heads, files)
+
+
+def _reader(blobs: BlobStore, digest: str, who: str) -> Callable[[], bytes]:
+    return lambda: file_bytes(blobs, digest, who)
+
+
+def bound_record(record: Record, adapter: Adapter, model: nn.Module) -> Record:
+    """The record with the model's revision and fingerprint, and its id where the adapter names no base.
+
+    BaseModelMismatch where the adapter knows of another fingerprint or revision, LayerMismatch where a layer does not fit.
+    """
+    key = base_key(model)
+    # a model loaded from a folder has the folder's name as its id, so that ids alone say nothing here
+    require_same_base(f"adapter {record.name!r}", record.base, key, whatever_id=True)
+    modules = dict(model.named_modules())
+    for layer, factors in adapter.layers.items():
+        found = base_layer(modules, layer, f"adapter {record.name!r}")
+        wanted = factors.b_OR.shape[0], factors.a_RI.shape[1]
+        if factors.rank and wanted != (found.num_outputs, found.num_inputs):
+            raise LayerMismatch(
+                f"adapter {record.name!r} updates layer {layer!r} with shape {wanted}, but that of the model {key.id!r} is "
+                f"{(found.num_outputs, found.num_inputs)}; it was made for another base model"
+            )
+    return replace(
+        record,
+        base_model=record.base_model or key.id,
+        base_revision=key.revision or record.base_revision,
+        fingerprint=key.fingerprint,
+    )

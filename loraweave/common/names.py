@@ -1,0 +1,73 @@
+"""The rules for an adapter's name: free text that can be shown on one line. A name never becomes a path or a module key."""
+
+from __future__ import annotations
+
+import difflib
+import unicodedata
+from collections.abc import Collection, Iterable
+from datetime import UTC, datetime
+from itertools import islice
+
+from loraweave.errors import InvalidName, UnknownExpert
+
+MAX_NAME_CHARACTERS = 200
+
+# control characters, lone surrogates, and the two characters that Unicode breaks lines at
+_REFUSED_CATEGORIES = {"Cc", "Cs", "Zl", "Zp"}
+
+
+def checked_name(name: object) -> str:
+    """The name in Unicode form NFC, so that two ways of typing one name are one name. InvalidName when a rule forbids it."""
+    if not isinstance(name, str):
+        raise InvalidName(f"an adapter's name is text, not {type(name).__name__} {_short(name)}")
+    normal = unicodedata.normalize("NFC", name)
+    if not normal:
+        raise InvalidName("an adapter's name must have at least one character, and this one is empty")
+    if len(normal) > MAX_NAME_CHARACTERS:
+        raise InvalidName(
+            f"an adapter's name has at most {MAX_NAME_CHARACTERS} characters, not {len(normal)}: {_short(name)}"
+        )
+    if normal != normal.strip():
+        raise InvalidName(
+            f"an adapter's name neither begins nor ends with a space: {_short(name)}; try {_short(name.strip())}"
+        )
+    for position, character in enumerate(normal):
+        if unicodedata.category(character) in _REFUSED_CATEGORIES:
+            raise InvalidName(
+                f"an adapter's name has no control characters, line breaks or lone surrogates, but character "
+                f"{position + 1} of {_short(name)} is U+{ord(character):04X}"
+            )
+    return normal
+
+
+def near_misses(name: str, known: Iterable[str]) -> list[str]:
+    """At most three names of `known` that `name` may have meant, the nearest first; differences of case count little."""
+    by_folded: dict[str, list[str]] = {}
+    for other in known:
+        by_folded.setdefault(other.casefold(), []).append(other)
+    close = difflib.get_close_matches(str(name).casefold(), by_folded, n=3)
+    return [other for folded in close for other in by_folded[folded]][:3]
+
+
+def _short(value: object) -> str:
+    # ascii, so that a lone surrogate in a message cannot break the printing of it
+    text = ascii(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def now() -> str:
+    """ISO 8601 in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+# a pool may have thousands, and a message is read by a person
+NUM_SHOWN = 8
+
+
+def unknown_expert(name: object, known: Collection[str]) -> UnknownExpert:
+    """The error to raise for `name`, which is not among `known`."""
+    close = near_misses(str(name), known)
+    hint = f", did you mean {' or '.join(map(repr, close))}?" if close else ""
+    shown = ", ".join(map(repr, islice(known, NUM_SHOWN)))
+    more = f" and {len(known) - NUM_SHOWN} more" if len(known) > NUM_SHOWN else ""
+    return UnknownExpert(f"no expert {name!r} in the pool{hint}; it has {shown}{more}")

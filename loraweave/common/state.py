@@ -1,0 +1,122 @@
+"""The state of a running training: safetensors, visible only when whole."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from loraweave.errors import TrainingError
+
+logger = logging.getLogger(__name__)
+
+# the place in a checkpoint of what is not finished
+RUNNING = "running"
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Parameters and AdamW moments after `step` steps."""
+
+    step: int
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, step: int, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> TrainingState:
+        tensors = {"step": torch.tensor([step])}
+        for index, parameter in enumerate(parameters):
+            tensors[f"{index}.value"] = parameter.detach().clone()
+            for moment in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{index}.{moment}"] = optimizer.state[parameter][moment].clone()
+        return cls(step, tensors)
+
+    def restore(self, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> int:
+        """Puts the state back and returns the number of steps already done."""
+        with torch.no_grad():
+            for index, parameter in enumerate(parameters):
+                parameter.copy_(self.tensors[f"{index}.value"])
+                optimizer.state[parameter] = {
+                    "step": torch.tensor(float(self.step)),
+                    "exp_avg": self.tensors[f"{index}.exp_avg"].to(parameter.device),
+                    "exp_avg_sq": self.tensors[f"{index}.exp_avg_sq"].to(parameter.device),
+                }
+        return self.step
+
+
+def checkpoint_folder(given: str | Path | None) -> Path | None:
+    """The folder for the states of a training, made where there is none; None for None.
+
+    Raises TrainingError for what is no path, and for a folder that cannot be made or written in.
+    """
+    if given is None:
+        return None
+    if not isinstance(given, str | Path):
+        raise TrainingError(f"checkpoint is {given!r:.60}; it must be a folder, or None")
+    folder = Path(given)
+    try:
+        running = folder / RUNNING
+        running.mkdir(parents=True, exist_ok=True)
+        # a folder that is there may still be another user's
+        tempfile.TemporaryFile(dir=running).close()
+    except OSError as error:
+        raise TrainingError(
+            f"checkpoint is {str(folder)!r}, which cannot be made a folder to write in ({error}): name another"
+        ) from error
+    return folder
+
+
+def save_state(folder: Path, key: str, state: TrainingState, *, place: str = RUNNING) -> None:
+    """Writes the state under a temporary name, then renames. A full disk is said and does not end the training."""
+    path = folder / place / f"{key}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
+    os.close(handle)
+    try:
+        save_tensors(state.tensors, temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        logger.warning("the checkpoint at step %d was not written (%s); training goes on", state.step, error)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def load_state(folder: Path, key: str, *, place: str = RUNNING) -> TrainingState | None:
+    """The last whole state, or None; a damaged file counts as none and is said."""
+    path = folder / place / f"{key}.safetensors"
+    if not path.is_file():
+        return None
+    try:
+        tensors = load_file(path)
+        return TrainingState(int(tensors.pop("step")), tensors)
+    except (SafetensorError, KeyError) as error:
+        logger.warning("the checkpoint %s is damaged (%s); its jobs start again", path, error)
+        return None
+
+
+def drop_state(folder: Path, key: str) -> None:
+    """Removes the state of jobs that are finished."""
+    (folder / RUNNING / f"{key}.safetensors").unlink(missing_ok=True)
+
+
+# what safetensors says of a failed write: "I/O error: No space left on device (os error 28)"
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes the file. OSError where the file system fails, with the number of the failure; safetensors hides it."""
+    try:
+        save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
+    except SafetensorError as error:
+        number = _OS_ERROR.search(str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error

@@ -1,0 +1,1 @@
+"""Algebra on low-rank factors: pure functions."""

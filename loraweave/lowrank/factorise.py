@@ -1,0 +1,182 @@
+"""Factors of a dense update: exact, or the best approximation of a given rank or error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from loraweave.common.threads import one_blas_thread
+from loraweave.lowrank.subspace import energy_missed, top_subspace
+from loraweave.lowrank.truncation import column_signs, top_eigenpairs
+
+Array = NDArray[Any]
+
+# entries of a block that is converted to float64: 2 MiB
+BLOCK = 2**18
+# up to this side a Gram matrix costs less than a search of the subspace, and one BLAS thread is best
+SMALL_SIDE = 1024
+# how much the error may be above that of the best approximation, relative to it; below the second value both are equal
+EXCESS, NO_ERROR = 1e-6, 5e-7
+# shares of the energy: a smaller rest is the difference of numbers too close in fp32, and in float64
+REST_FP32, REST_FP64 = 1e-2, 1e-7
+# what fp32 may get wrong of an eigenvalue, as a share of the largest
+SLACK = 1e-6
+# of two, of the largest entry
+MOST_EXPONENT = 24
+
+
+def factorise(delta_OI: Tensor, *, rank: int | None = None, max_error: float = 0.0) -> tuple[Tensor, Tensor, float]:
+    """(a_RI, b_OR, error): factors with b a = delta, fp32, and their relative Frobenius error, 0 to 1.
+
+    With `rank`, the best approximation of at most that rank (Eckart-Young). With `max_error` above 0, the smallest rank
+    whose relative error is at most that (and at most `rank` where both are given, which wins). With neither, b a is delta
+    bit for bit: one factor is the identity. A delta of zeros gives factors of rank 0.
+
+    The error is at most 1e-6 of itself, or 5e-7, above that of the best approximation: what was found in fp32 is checked
+    against a bound, and done again in float64 where the bound does not show it. The largest entry of each column of b is
+    positive. Takes the memory of the Gram matrix of the smaller side, at sides above 1,024 usually a small part of that.
+    """
+    if not bool(delta_OI.any()):
+        return delta_OI.new_zeros(0, delta_OI.shape[1]), delta_OI.new_zeros(delta_OI.shape[0], 0), 0.0
+    num_out, num_in = delta_OI.shape
+    side = min(num_out, num_in)
+    if (rank is None or rank >= side) and max_error <= 0.0:
+        if num_out <= num_in:
+            return delta_OI, torch.eye(num_out), 0.0
+        return torch.eye(num_in), delta_OI, 0.0
+    values = delta_OI.detach().cpu().float()
+    # a power of two takes nothing from any entry, and keeps squares within what fp32 holds
+    least, largest = torch.aminmax(values)
+    exponent = math.frexp(max(-float(least), float(largest)))[1]
+    far = abs(exponent) > MOST_EXPONENT
+    matrix = (torch.ldexp(values, torch.tensor(-exponent)) if far else values).numpy()
+    if side <= SMALL_SIDE:
+        with one_blas_thread():
+            a_RI, b_OR, error = _factorised(matrix, rank, max_error)
+    else:
+        a_RI, b_OR, error = _factorised(matrix, rank, max_error)
+    sign_R = column_signs(b_OR)
+    b_OR = b_OR * np.ldexp(sign_R, exponent if far else 0)
+    return torch.from_numpy(a_RI * sign_R[:, None]).float(), torch.from_numpy(b_OR).float(), error
+
+
+def _factorised(delta_OI: Array, rank: int | None, max_error: float) -> tuple[Array, Array, float]:
+    dense = _Dense(delta_OI)
+    most = min(dense.side, dense.side if rank is None else rank)
+    if max_error <= 0.0:
+        return dense.factors(*dense.best(most), most)
+    # the rank is not known: twice as many singular values until the rest is small enough
+    tried = min(most, 16)
+    while True:
+        u_NR, sigma_R, v_MR = dense.best(tried)
+        rest_R = dense.rest(u_NR, sigma_R, v_MR) + np.append(np.cumsum(np.square(sigma_R)[:0:-1])[::-1], 0.0)
+        within = np.flatnonzero(rest_R <= max_error**2 * dense.energy)
+        if len(within) or tried == most:
+            return dense.factors(u_NR, sigma_R, v_MR, int(within[0]) + 1 if len(within) else most)
+        tried = min(most, 2 * tried)
+
+
+class _Dense:
+    """A matrix seen from its smaller side N (the other is M): products with it, in fp32, or float64 block by block."""
+
+    def __init__(self, delta_OI: Array) -> None:
+        self.delta_OI = delta_OI
+        self.wide = delta_OI.shape[0] <= delta_OI.shape[1]
+        self.side = min(delta_OI.shape)
+        self.energy = float(sum(np.square(block).sum() for _, block in self.blocks()))
+
+    def blocks(self) -> Iterator[tuple[slice, Array]]:
+        """Whole rows in float64."""
+        rows = max(1, BLOCK // self.delta_OI.shape[1])
+        for start in range(0, len(self.delta_OI), rows):
+            yield slice(start, start + rows), self.delta_OI[start : start + rows].astype(np.float64)
+
+    def to_small(self, x_MR: Array) -> Array:
+        """delta x, or delta^T x if O is the larger side, in the precision of x."""
+        return self._right(x_MR) if self.wide else self._left(x_MR)
+
+    def to_large(self, y_NR: Array) -> Array:
+        return self._left(y_NR) if self.wide else self._right(y_NR)
+
+    def gram(self, kind: Any) -> Array:
+        """The N x N Gram matrix in fp32 or float64."""
+        if kind == np.float32:
+            return self.delta_OI @ self.delta_OI.T if self.wide else self.delta_OI.T @ self.delta_OI
+        gram_NN = np.zeros((self.side, self.side))
+        # blocks of the larger side, so that their Gram matrices add up
+        large_MN = self.delta_OI.T if self.wide else self.delta_OI
+        rows = max(self.side // 2, 64)
+        for start in range(0, len(large_MN), rows):
+            block = large_MN[start : start + rows].astype(np.float64)
+            gram_NN += block.T @ block
+        return gram_NN
+
+    def best(self, rank: int) -> tuple[Array, Array, Array]:
+        """(u_NR, sigma_R, v_MR): the largest singular values, falling, with their vectors."""
+        if 4 * rank <= self.side:
+            found = self._in_fp32(rank)
+            if found is not None:
+                return found
+        _, start_NR = top_eigenpairs(self.gram(np.float64).T, rank)
+        return self._refined(start_NR)
+
+    def rest(self, u_NR: Array, sigma_R: Array, v_MR: Array) -> float:
+        """The energy that the approximation leaves out."""
+        left = self.energy - float(np.square(sigma_R).sum())
+        if left > REST_FP64 * self.energy:
+            return left
+        b_OR, a_RI = (u_NR * sigma_R, v_MR.T) if self.wide else (v_MR * sigma_R, u_NR.T)
+        return float(sum(np.square(block - b_OR[rows] @ a_RI).sum() for rows, block in self.blocks()))
+
+    def factors(self, u_NR: Array, sigma_R: Array, v_MR: Array, rank: int) -> tuple[Array, Array, float]:
+        u_NR, sigma_R, v_MR = u_NR[:, :rank], sigma_R[:rank], v_MR[:, :rank]
+        root_R = np.sqrt(sigma_R)
+        left, right = (u_NR, v_MR) if self.wide else (v_MR, u_NR)
+        error = (self.rest(u_NR, sigma_R, v_MR) / self.energy) ** 0.5
+        return (right * root_R).T, left * root_R, min(error, 1.0)
+
+    def _in_fp32(self, rank: int) -> tuple[Array, Array, Array] | None:
+        """`best` from products in fp32, or None unless a bound shows that its error is that of the best approximation."""
+        if self.side <= SMALL_SIDE:
+            # one more than wanted says how far the rest is away
+            energy_R, vectors_NR = top_eigenpairs(self.gram(np.float32).T, rank + 1)
+            start_NR, next_energy = vectors_NR[:, :rank], float(energy_R[rank])
+        else:
+            found = top_subspace(lambda x_NR: self.to_small(self.to_large(x_NR)), self.side, rank, energy=self.energy)
+            if found is None:
+                return None
+            start_NR, next_energy = found
+        u_NR, sigma_R, v_MR = self._refined(start_NR)
+        left = self.energy - float(np.square(sigma_R).sum())
+        if left < REST_FP32 * self.energy:
+            u_NR, sigma_R, v_MR = self._refined(u_NR.astype(np.float64))
+            left = self.rest(u_NR, sigma_R, v_MR)
+        residual_MR = (self.to_large(u_NR) - v_MR * sigma_R) * sigma_R
+        gap = float(sigma_R[-1]) ** 2 - next_energy - SLACK * float(sigma_R[0]) ** 2
+        missed = energy_missed(float(np.linalg.norm(residual_MR)), gap, rank)
+        return (u_NR, sigma_R, v_MR) if missed <= max(2 * EXCESS * left, NO_ERROR**2 * self.energy) else None
+
+    def _refined(self, start_NR: Array) -> tuple[Array, Array, Array]:
+        """Singular values and vectors of delta on the span of delta^T start, which is nearer to the best than start."""
+        basis_MR, _ = np.linalg.qr(self.to_large(start_NR))
+        u_NR, sigma_R, turn_RR = np.linalg.svd(self.to_small(basis_MR), full_matrices=False)
+        return u_NR, sigma_R, basis_MR @ turn_RR.T
+
+    def _right(self, x_IR: Array) -> Array:
+        if x_IR.dtype == np.float32:
+            return self.delta_OI @ x_IR
+        return np.concatenate([block @ x_IR for _, block in self.blocks()])
+
+    def _left(self, y_OR: Array) -> Array:
+        if y_OR.dtype == np.float32:
+            return self.delta_OI.T @ y_OR
+        total_IR = np.zeros((self.delta_OI.shape[1], y_OR.shape[1]))
+        for rows, block in self.blocks():
+            total_IR += block.T @ y_OR[rows]
+        return total_IR

@@ -1,0 +1,102 @@
+"""The form of every gate."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from loraweave.routers.tokens._learned import Step, require_alike
+
+
+class Weighing(NamedTuple):
+    """w_BTE, what each expert counts, where B and T are 1 if all rows or tokens share it; and the scores_BTE before softmax
+    and choice, for losses, None where there are none."""
+
+    w_BTE: Tensor
+    scores_BTE: Tensor | None = None
+
+
+class Gate(nn.Module):
+    """Weighs the experts of one place of a model, or of several that share it.
+
+    `most` is how many weights of a token can be other than 0. `skips` says that a weight of exactly 0 has no gradient, so
+    that its expert may be left out. `static` says that the weights depend on no input: with None as x_BTI and a call of one
+    task, or of none, they are the same ones.
+    """
+
+    static: bool = False
+    skips: bool = False
+
+    def __init__(self, num_experts: int, *, most: int | None = None) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.most = num_experts if most is None else most
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Draws what the gate begins with."""
+
+    def begin(self, call: Call) -> None:
+        """Looks at a call, or at the prompts of a generation, before any layer runs."""
+
+    def forward(self, x_BTI: Tensor, call: Call) -> Weighing:
+        """Row b depends on row b alone, and on no padding."""
+        raise NotImplementedError
+
+
+UNKNOWN = -1
+
+
+@dataclass(eq=False)
+class Call:
+    """One pass of the model: its tokens, and what each row is.
+
+    `real_BT` and `prompt_BT` say which tokens are no padding, and which of those are of the row's prompt; None is all.
+    `ids_BT` are the tokens themselves and `embed` gives their input embeddings x_BTI, where they are known. `task_B` has the
+    place of each row's task among the recipe's tasks, `UNKNOWN` where it has none; None where no task was given. `follows`
+    says that a cache has tokens before these. `kept` is the same mapping in all passes of a generation: what a gate has
+    decided for a row is kept there. `step` takes notes for losses and reports, where there are some. `two_sequences` says
+    that the model has an encoder and a decoder, whose real tokens in a training are `decoder_BT`; `num_rows` is how many
+    rows the call has, where that is known. `runs` counts what runs several times within the pass.
+    """
+
+    real_BT: Tensor | None = None
+    prompt_BT: Tensor | None = None
+    ids_BT: Tensor | None = None
+    task_B: Tensor | None = None
+    follows: bool = False
+    kept: dict[Hashable, Any] = field(default_factory=dict)
+    step: Step | None = None
+    embed: Callable[[], Tensor] | None = None
+    two_sequences: bool = False
+    num_rows: int | None = None
+    decoder_BT: Tensor | None = None
+    runs: Counter[Hashable] = field(default_factory=Counter)
+
+    def run_of(self, what: Hashable) -> int:
+        """How often that ran before in this pass; it is counted as one more run."""
+        self.runs[what] += 1
+        return self.runs[what] - 1
+
+    def real_of(self, x_BTI: Tensor) -> Tensor | None:
+        """real_BT for the tokens of a layer's input; None where all are real, or are others than the call's.
+
+        Raises ScopeError where it could be an encoder's or a decoder's, whose padding differs.
+        """
+        of_encoder_BT, of_decoder_BT = self._of(self.real_BT, x_BTI), self._of(self.decoder_BT, x_BTI)
+        if of_encoder_BT is None or of_decoder_BT is None:
+            return of_decoder_BT if of_encoder_BT is None else of_encoder_BT
+        require_alike(of_encoder_BT, of_decoder_BT)
+        return of_encoder_BT
+
+    def prompt_of(self, x_BTI: Tensor) -> Tensor | None:
+        """prompt_BT for the tokens of a layer's input; None where all count, or are others than the call's."""
+        return self._of(self.prompt_BT, x_BTI)
+
+    @staticmethod
+    def _of(mask_BT: Tensor | None, x_BTI: Tensor) -> Tensor | None:
+        return mask_BT if mask_BT is not None and mask_BT.shape == x_BTI.shape[:2] else None

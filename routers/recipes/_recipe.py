@@ -1,0 +1,220 @@
+"""The form of every recipe: data that says what a trainable mixture is made of; `composer/experts` puts it into a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, get_type_hints
+
+import torch
+from torch import Tensor
+
+from loraweave.common.checks import is_whole
+from loraweave.errors import LayerMismatch, WeightingError
+from loraweave.routers.recipes._gate import Gate
+from loraweave.routers.recipes._option_types import described, fits
+from loraweave.routers.tokens._learned import Step
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place of the model that gets experts: its module's path, its sizes, and its block's place among `num_blocks`.
+
+    `block` is None outside the blocks. A convolution's inputs are those of its kernel. `num_features` is the size of the
+    model's input embeddings, 0 where it has none. `closing` says that it lies in the last block of its stage, or of its
+    stack in a model without stages, or outside the blocks. `parts` are the layers in it that have factors, in the order in
+    which they run, where it is no layer itself.
+    """
+
+    name: str
+    num_inputs: int
+    num_outputs: int
+    block: int | None = None
+    num_blocks: int = 0
+    kernel: tuple[int, ...] = ()
+    num_features: int = 0
+    closing: bool = True
+    parts: tuple[Site, ...] = ()
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """The experts of a site by their ranks, and what they have in common.
+
+    `shared_a` and `shared_b` say that all have one a, or one b. With `gains` each has a learned factor for each output,
+    which begins as 0.
+    """
+
+    ranks: tuple[int, ...]
+    shared_a: bool = False
+    shared_b: bool = False
+    gains: bool = False
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.ranks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Options that every recipe has. y = y0 + sum over e of w_e * alpha / rank * B_e A_e dropout(x) at each site.
+
+    `target_modules` are endings of module paths. `tasks` names what a row may belong to, in the order of their ids; fit()
+    takes the names of its dataset where it is left empty. `seed` determines all initial values.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = ATTENTION + FEED_FORWARD
+    tasks: tuple[str, ...] = ()
+    seed: int = 0
+
+    # how the experts of a site enter its output: a file of composer/experts/forms
+    form: ClassVar[str] = "sum_of_experts"
+    # whether every row has to have a task
+    needs_tasks: ClassVar[bool] = False
+    # whether it looks at the task of a row that has one, though not every row has to have one
+    heeds_tasks: ClassVar[bool] = False
+    # whether rows' tasks have branches of their own in the last block of each stage
+    branches: ClassVar[bool] = False
+    # what gates look at of a convolution's input: all below the "kernel" at each position, its "middle", or "nothing"
+    gates_see: ClassVar[Literal["kernel", "middle", "nothing"]] = "kernel"
+    # what fit() takes unless it is told otherwise
+    lr: ClassVar[float] = 3e-3
+    # one more whenever the same options have come to mean another training, which then begins anew beside older checkpoints
+    revision: ClassVar[int] = 1
+    # parts of parameters' names without a gradient in the first step, because their factor begins as 0
+    silent_at_first: ClassVar[tuple[str, ...]] = ("a_SI",)
+
+    def __post_init__(self) -> None:
+        kinds = get_type_hints(type(self))
+        for option, value in self.options.items():
+            if not fits(value, kinds[option]):
+                self.refuse(option, f"it is {described(kinds[option])}")
+        self.require_whole("rank")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            self.refuse("alpha", "it is above 0, or None for twice the rank")
+        if not 0 <= self.dropout < 1:
+            self.refuse("dropout", "it is the share of inputs that training leaves out, at least 0 and below 1")
+        if not self.target_modules:
+            self.refuse("target_modules", "name the endings of the layers that get experts")
+        if len(set(self.tasks)) < len(self.tasks):
+            self.refuse("tasks", "each name once")
+
+    @property
+    def name(self) -> str:
+        """The recipe's name in the registry."""
+        return type(self).__module__.rpartition(".")[2]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that it was made with, by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @property
+    def num_streams(self) -> int:
+        """How many streams run side by side in the blocks where branches leave: 1 is the shared one alone."""
+        return 1
+
+    @property
+    def num_first_steps(self) -> int:
+        """How many steps of training it takes at most until all that learns has had a gradient.
+
+        In the first step one factor is 0 and the other learns. Where a row has few of the experts, they may be others in the
+        second, and one of E is met again by the step of number E + 1.
+        """
+        return 2
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank, or what the recipe puts before its sum instead."""
+        return (2.0 * self.rank if self.alpha is None else self.alpha) / self.rank
+
+    def shape(self, site: Site) -> ExpertShape | None:
+        """The experts of a site; None for one that gets none."""
+        raise NotImplementedError
+
+    def roles(self, site: Site, shape: ExpertShape) -> tuple[Hashable, ...]:
+        """What each expert of a site is, by which one is known again below other options: by default its place."""
+        return tuple(range(shape.num_experts))
+
+    def gate_key(self, site: Site) -> str:
+        """Sites with the same key share a gate; by default each has its own."""
+        return site.name
+
+    def gate(self, site: Site, num_experts: int) -> Gate | None:
+        """What weighs the experts of the site; None for weights of 1."""
+        raise NotImplementedError
+
+    def reader(self) -> Gate | None:
+        """What looks at every call for the gates of all sites, before layers run; None where each looks for itself."""
+        return None
+
+    def start(self, site: Site, expert: int, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """(a_RI, b_RO) an expert begins with: a uniform between -1/sqrt(I) and 1/sqrt(I), b zero."""
+        a_RI = uniform(rank, site.num_inputs, generator)
+        return a_RI, torch.zeros(rank, site.num_outputs)
+
+    def losses(self, step: Step) -> Mapping[str, Tensor]:
+        """Named terms to add to the model's loss, with their coefficients."""
+        return {}
+
+    def factor_losses(self, a_SI: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Named terms of what the experts' factors a are at each site, with their coefficients."""
+        return {}
+
+    def refuse(self, option: str, way_out: str) -> None:
+        """Raises WeightingError for an option's value."""
+        raise WeightingError(f"{option} of recipe {self.name!r} is {getattr(self, option)!r}: {way_out}")
+
+    def embedding_size(self, site: Site) -> int:
+        """The size of the model's input embeddings. Raises LayerMismatch where it has none."""
+        if not site.num_features:
+            raise LayerMismatch(
+                f"the gate of recipe {self.name!r} looks at embeddings of tokens, and this model has none: "
+                "take a recipe whose gates look at the layers' inputs"
+            )
+        return site.num_features
+
+    def require_whole(self, option: str) -> None:
+        """Raises WeightingError for an option that is no whole number of at least 1."""
+        if not is_whole(getattr(self, option), 1):
+            self.refuse(option, "it is a whole number of at least 1")
+
+    def require_coefficient(self, option: str) -> None:
+        """Raises WeightingError for an option that is no coefficient of a loss."""
+        if not 0 <= getattr(self, option) < math.inf:
+            self.refuse(option, "it is a coefficient of a loss, 0 or more")
+
+    def require_count(self, option: str, num_experts: int, least: int = 1) -> None:
+        """Raises WeightingError for an option that is no number of the experts."""
+        value = getattr(self, option)
+        if value is not None and not (is_whole(value, least) and value <= num_experts):
+            self.refuse(option, f"it is a whole number from {least} to the number of experts, {num_experts}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frozen(Recipe):
+    """A recipe some of whose experts do not learn."""
+
+    form: ClassVar[str] = "partly_frozen"
+
+    @property
+    def frozen(self) -> tuple[int, ...]:
+        """The places of those experts."""
+        raise NotImplementedError
+
+
+def uniform(rank: int, num_inputs: int, generator: torch.Generator) -> Tensor:
+    """a_RI between -1/sqrt(I) and 1/sqrt(I), as PEFT draws it (kaiming_uniform with a = sqrt(5))."""
+    return float(num_inputs**-0.5) * torch.rand(rank, num_inputs, generator=generator).mul(2).sub(1)
+
+
+def by_layer(step: Step, loss: Callable[[Tensor], Tensor]) -> Tensor:
+    """loss_L of the scores_NE of the real tokens of each layer that has scores."""
+    return torch.stack([loss(step.real(scores_BTE)) for scores_BTE in step.scores.values()])

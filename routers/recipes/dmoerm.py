@@ -1,0 +1,22 @@
+"""DMoERM (Quan 2024, arXiv 2403.01197): a LoRA for each capability of a reward model, whose features one head reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loraweave.routers.recipes._own_expert import OwnExpert
+from loraweave.routers.recipes._recipe import ATTENTION, FEED_FORWARD
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dmoerm(OwnExpert):
+    """Each of `tasks` is a capability point, with a LoRA of its own in every layer and in the head, `score`.
+
+    This is the second of the published phases, in which each learns from the preferences that were labelled for its point
+    (`composer/ensembles/reward_mixture.py`). In the third they are frozen, and `composer/ensembles/reward_mixture.py` reads
+    their last hidden states beside each other: Linear(T h -> h), PReLU, Linear(h -> 1), in the order of the members. The
+    outer mixture gives a text to the one of several such heads whose category a classifier of the base's features finds.
+    In the released code the heads of the points are in no module, and so are lost when it is saved; here they are factors.
+    """
+
+    target_modules: tuple[str, ...] = (*ATTENTION, *FEED_FORWARD, "score")

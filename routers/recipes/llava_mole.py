@@ -1,0 +1,37 @@
+"""LLaVA-MoLE (Chen, Jie and Ma 2024, arXiv 2401.16160): one expert of the feed-forward for each token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from loraweave.routers.recipes._recipe import FEED_FORWARD, Site
+from loraweave.routers.recipes._token_gates import TokenGate
+from loraweave.routers.recipes._token_recipe import TokenRecipe, balanced
+from loraweave.routers.tokens._learned import Step
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlavaMole(TokenRecipe):
+    """w = softmax(r x) of the expert where it is highest, 0 for the others, for each token and site of the feed-forward.
+
+    The gate learns by that probability alone: which expert is the best has no gradient. `balance` times the mean over sites
+    of the loss `switch`, 1 where all experts are alike, is added. Published, for three kinds of data: 3 experts of rank 32.
+    """
+
+    rank: int = 32
+    num_experts: int = 3
+    balance: float = 0.01
+    target_modules: tuple[str, ...] = FEED_FORWARD
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_coefficient("balance")
+
+    def gate(self, site: Site, num_experts: int) -> TokenGate:
+        return TokenGate(site.num_inputs, num_experts, top_k=1, sums_to_one=False)
+
+    def losses(self, step: Step) -> Mapping[str, Tensor]:
+        return balanced(self.balance, step, 1)

@@ -1,0 +1,91 @@
+"""MixLoRA (Li et al. 2024, arXiv 2404.15159): each token's best few of feed-forward blocks that share frozen layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from loraweave.routers.losses.z import z
+from loraweave.routers.recipes._recipe import Site, by_layer
+from loraweave.routers.recipes._token_gates import TokenGate
+from loraweave.routers.recipes._token_recipe import TokenRecipe, balanced
+from loraweave.routers.tokens._learned import Step
+
+ROUTINGS = ("top_k", "top_p", "switch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixlora(TokenRecipe):
+    """y = sum over e of w_e * FFN_e(x), where FFN_e is the frozen block with LoRA factors of its own in each of its layers.
+
+    The experts are mixed after the non-linearity, so that no expert, and no mixture, is an update of layers.
+    `target_modules` are endings of the paths of feed-forward blocks ("DenseReluDense" in T5). For each token and block, with
+    r drawn from N(0, 0.02), w is by `routing`
+
+    - "top_k": softmax over the `top_k` highest of r x;
+    - "top_p": softmax(r x) over the fewest that sum to `top_p`, made to sum to 1 (the released "dynamic");
+    - "switch": the highest of softmax(r x) as it is, and the frozen block has the rest; in training an expert has, of a row,
+      `capacity` times its even share of tokens, and the frozen block those above it.
+
+    `balance` times the mean over blocks of E * sum over e of f_e p_e is added, f_e the fraction of tokens that have e, p_e
+    the mean of softmax(r x); 0.001 as in the released code. With "switch" so is `z` times the loss `z`. In the released code
+    the weights of "top_p" and "switch" sum to less than 1 without a rest for the frozen block, so that it does not begin as
+    the base, and "switch" leaves the block out in evaluation. The paper's plain LoRA at the attention is left out.
+    """
+
+    target_modules: tuple[str, ...] = ("mlp",)
+    routing: str = "top_k"
+    top_k: int = 2
+    top_p: float = 0.8
+    capacity: float | None = None
+    balance: float = 0.001
+    z: float = 0.001
+
+    form: ClassVar[str] = "feed_forward"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.routing not in ROUTINGS:
+            self.refuse("routing", f"it is one of {', '.join(map(repr, ROUTINGS))}")
+        if self.routing == "top_k":
+            self.require_count("top_k", self.num_experts)
+        if not 0 < self.top_p <= 1:
+            self.refuse("top_p", "it is a share of probability, above 0 and at most 1")
+        self.require_capacity()
+        for coefficient in ("balance", "z"):
+            self.require_coefficient(coefficient)
+
+    def gate(self, site: Site, num_experts: int) -> TokenGate:
+        chosen: dict[str, dict[str, Any]] = {
+            "top_k": {"top_k": self.top_k},
+            "top_p": {"top_p": self.top_p},
+            "switch": {"top_k": 1, "sums_to_one": False, "capacity": self.capacity},
+        }
+        return _NormalGate(site.num_inputs, num_experts, **chosen[self.routing])
+
+    def losses(self, step: Step) -> Mapping[str, Tensor]:
+        if self.routing == "top_p":
+            return {"balance": self.balance * _of_those_chosen(step)} if self.balance else {}
+        found = dict(balanced(self.balance, step, self.top_k if self.routing == "top_k" else 1))
+        if self.routing == "switch" and self.z:
+            found["z"] = self.z * by_layer(step, z).mean()
+        return found
+
+
+class _NormalGate(TokenGate):
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        self.r_EI.normal_(std=0.02, generator=generator)
+
+
+def _of_those_chosen(step: Step) -> Tensor:
+    """The mean over sites of E * sum over e of f_e p_e, where a token has as many experts as its weights that are not 0."""
+    found = []
+    for site, scores_BTE in step.scores.items():
+        p_NE, w_NE = step.real(scores_BTE).softmax(dim=1), step.real(step.weights[site])
+        found.append(w_NE.shape[1] * ((w_NE != 0).to(p_NE).mean(dim=0) * p_NE.mean(dim=0)).sum())
+    return torch.stack(found).mean()

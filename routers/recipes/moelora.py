@@ -1,0 +1,56 @@
+"""MOELoRA (Liu et al. 2023, arXiv 2310.18339): the weights of small experts depend on the task of the row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loraweave.common.checks import is_whole
+from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
+from loraweave.routers.recipes._row_gates import TaskGate
+
+# as in the released code; the paper gives no spread
+STD_OF_A = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moelora(Recipe):
+    """w = softmax(g e_task), with an embedding of `num_features` numbers for each of `tasks`.
+
+    y = y0 + alpha / rank * sum over e of w_e B_e A_e x, where the experts have `rank` / `num_experts` each and the scale is
+    that of the whole rank, as published. `shared` is one gate for all sites instead of one for each. a begins normal with a
+    standard deviation of 0.01. Every row has to have a task, and `adapter(task)` is the model of that task.
+
+    The released code has 4 experts by default and the paper 8; one more embedding there, of no task, is left out.
+    """
+
+    rank: int = 16
+    num_experts: int = 8
+    num_features: int = 64
+    shared: bool = False
+
+    needs_tasks = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_whole("num_experts")
+        if self.rank % self.num_experts:
+            self.refuse("rank", f"the {self.num_experts} experts of num_experts share it evenly: take a multiple of that")
+        if not is_whole(self.num_features, 1):
+            self.refuse("num_features", "it is a whole number of at least 1, the size of a task's embedding")
+
+    def shape(self, site: Site) -> ExpertShape:
+        return ExpertShape((self.rank // self.num_experts,) * self.num_experts)
+
+    def gate_key(self, site: Site) -> str:
+        return "all" if self.shared else site.name
+
+    def gate(self, site: Site, num_experts: int) -> TaskGate:
+        return TaskGate(len(self.tasks), self.num_features, num_experts)
+
+    def start(self, site: Site, expert: int, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """a normal, b zero."""
+        a_RI = STD_OF_A * torch.randn(rank, site.num_inputs, generator=generator)
+        return a_RI, torch.zeros(rank, site.num_outputs)

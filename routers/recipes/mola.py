@@ -1,0 +1,76 @@
+"""MoLA (Gao et al. 2024, arXiv 2402.08562): token-level top-k, with more experts in higher layers."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from loraweave.common.checks import is_whole
+from loraweave.routers.losses.mixtral import mixtral
+from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
+from loraweave.routers.recipes._token_gates import TokenGate
+from loraweave.routers.tokens._learned import Step
+from loraweave.routers.tokens._model import block_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mola(Recipe):
+    """w = softmax over the `top_k` highest of r x, for each token and site.
+
+    `num_experts` has the experts of as many groups of blocks, from the first to the last, as equal as they come: the
+    published (2, 4, 6, 8). Groups are at most as many as blocks.
+
+    `balance` times the sum over blocks of E * sum over e of s_e p_e is added, as in the released code: s_e is the share of e
+    of all choices that real tokens made at the block's sites, p_e the mean of their softmax(r x). A block has 1 where all
+    experts are alike, and a site outside the blocks counts as one. `as_released` counts padding, too. Published is 0.001; of
+    the two released scripts that for instructions adds the loss, and that for ScienceQA does so only where it is asked to.
+    """
+
+    # the balance loss was a mean over sites
+    revision: ClassVar[int] = 2
+
+    num_experts: tuple[int, ...] = (2, 4, 6, 8)
+    top_k: int = 2
+    balance: float = 0.001
+    as_released: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.num_experts or not all(is_whole(count, 1) for count in self.num_experts):
+            self.refuse("num_experts", "it has a whole number of at least 1 for each group of blocks, as in (2, 4, 6, 8)")
+        self.require_count("top_k", min(self.num_experts))
+        self.require_coefficient("balance")
+
+    @property
+    def num_first_steps(self) -> int:
+        return max(self.num_experts) + 1
+
+    def shape(self, site: Site) -> ExpertShape:
+        """Raises WeightingError for more groups than the model has blocks."""
+        if len(self.num_experts) > max(1, site.num_blocks):
+            way_out = f"it has a number for each group of blocks, and the model has {site.num_blocks} blocks: give fewer"
+            self.refuse("num_experts", way_out)
+        return ExpertShape((self.rank,) * self.num_experts[_group(site, len(self.num_experts))])
+
+    def gate(self, site: Site, num_experts: int) -> TokenGate:
+        return TokenGate(site.num_inputs, num_experts, top_k=self.top_k)
+
+    def losses(self, step: Step) -> Mapping[str, Tensor]:
+        if not self.balance:
+            return {}
+        tokens: dict[Hashable, list[Tensor]] = {}
+        for site, scores_BTE in step.scores.items():
+            own_NE = scores_BTE.flatten(0, 1) if self.as_released else step.real(scores_BTE)
+            # experts that begin as adapters may be others at each site
+            tokens.setdefault((block_of(site) or site, own_NE.shape[1]), []).append(own_NE)
+        losses = [mixtral(torch.cat(own), self.top_k) / self.top_k for own in tokens.values()]
+        return {"balance": self.balance * torch.stack(losses).sum()}
+
+
+def _group(site: Site, num_groups: int) -> int:
+    """The group of a site's block, counted from 0; a site outside the blocks is in the last one."""
+    return num_groups - 1 if site.block is None else site.block * num_groups // site.num_blocks

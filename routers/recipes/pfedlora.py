@@ -1,0 +1,53 @@
+"""pFedLoRA (Yi et al. 2023, arXiv 2310.13283): a small expert that clients exchange beside one that stays with each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from loraweave import registry
+from loraweave.common.checks import is_whole
+from loraweave.routers.recipes._recipe import ExpertShape, Frozen, Site
+from loraweave.routers.recipes._row_gates import ConstantGate
+
+Phase = Literal["local", "shared"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pfedlora(Frozen):
+    """y = y0 + alpha / rank * (mu B_0 A_0 x + (1 - mu) B_1 A_1 x), of which one half learns at a time.
+
+    Expert 0, of `shared_rank`, is the small one of the same shape in all clients, whose mean over clients every one gets
+    (`federated_average`); expert 1, of `rank`, stays with the client. In `phase` "local" expert 1 learns from what is
+    shared, in "shared" expert 0 from what is local: `with_options(model, phase=...)` goes from one to the other. The weights
+    depend on nothing, so that `adapter()` is the whole.
+
+    In the paper a client's part is a network of its own, all of which learns, and each half has a loss of its own, weighed
+    by mu; here the base is frozen as everywhere, and both halves are updates of its layers, weighed in their outputs.
+    """
+
+    shared_rank: int = 4
+    mu: float = 0.5
+    phase: Phase = "local"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_whole(self.shared_rank, 1):
+            self.refuse("shared_rank", "it is a whole number of at least 1")
+        if not 0 < self.mu < 1:
+            self.refuse("mu", "it is the share of the expert that clients exchange, above 0 and below 1")
+        if self.phase not in (known := get_args(Phase)):
+            self.refuse("phase", f"it is one of {', '.join(known)}{registry.nearest(str(self.phase), known)}")
+
+    @property
+    def frozen(self) -> tuple[int, ...]:
+        return (0,) if self.phase == "local" else (1,)
+
+    def shape(self, site: Site) -> ExpertShape:
+        return ExpertShape((self.shared_rank, self.rank))
+
+    def gate_key(self, site: Site) -> str:
+        return "all"
+
+    def gate(self, site: Site, num_experts: int) -> ConstantGate:
+        return ConstantGate((self.mu, 1 - self.mu))

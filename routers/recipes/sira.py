@@ -1,0 +1,60 @@
+"""SiRA (Zhu et al. 2023, arXiv 2311.09179): sparse top-k with a capacity of each expert, and dropout of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from loraweave.routers.recipes._recipe import Site
+from loraweave.routers.recipes._token_gates import TokenGate
+from loraweave.routers.recipes._token_recipe import TokenRecipe, balanced
+from loraweave.routers.tokens._learned import Step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sira(TokenRecipe):
+    """w = softmax(r x), kept for the `top_k` highest and 0 for the others, for each token and site.
+
+    In training alone, a token does without each expert with the probability `expert_dropout`, whose score is then none, so
+    that its probability goes to the others; `top_k` always stay. And an expert has at most `capacity` times its even share
+    k T/E of each row's tokens, those that it weighs most, or without `prioritised` the first ones: to the others it adds
+    exactly 0. None is no limit, as in evaluation, where with it an output would depend on other tokens than its own.
+    `balance` times the mean over sites of the loss `mixtral` is added, which is k where all experts are alike.
+
+    Published: 16 experts, of which each token has 4. The defaults of dropout and capacity are ours, and so is whose tokens
+    are counted together: each row's, so that no row depends on another. The first of a row are its prompt, which would leave
+    little for the answer, the tokens that are learned from.
+    """
+
+    num_experts: int = 16
+    top_k: int = 4
+    balance: float = 0.01
+    capacity: float | None = 1.25
+    prioritised: bool = True
+    expert_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_coefficient("balance")
+        self.require_count("top_k", self.num_experts)
+        self.require_capacity()
+        if not 0 <= self.expert_dropout < 1:
+            self.refuse(
+                "expert_dropout", "it is the probability that a token does without an expert, at least 0 and below 1"
+            )
+
+    def gate(self, site: Site, num_experts: int) -> TokenGate:
+        return TokenGate(
+            site.num_inputs,
+            num_experts,
+            top_k=self.top_k,
+            sums_to_one=False,
+            expert_dropout=self.expert_dropout,
+            capacity=self.capacity,
+            prioritised=self.prioritised,
+        )
+
+    def losses(self, step: Step) -> Mapping[str, Tensor]:
+        return balanced(self.balance, step, self.top_k)

@@ -1,0 +1,48 @@
+"""One expert for each token, as in Switch Transformers (Fedus et al. 2021, arXiv 2101.03961): a plain baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from loraweave.routers.losses.z import z
+from loraweave.routers.recipes._recipe import Site, by_layer
+from loraweave.routers.recipes._token_gates import TokenGate
+from loraweave.routers.recipes._token_recipe import TokenRecipe, balanced
+from loraweave.routers.tokens._learned import Step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Switch(TokenRecipe):
+    """w = softmax(r x) of the expert where it is highest, 0 for the others, for each token and site.
+
+    The probability stays below 1, and is what gives the gate a gradient. In training an expert has at most `capacity` times
+    its even share T/E of each row's tokens, the first ones, or with `prioritised` those that it weighs most; to the others
+    it adds exactly 0. None is no limit, as in evaluation. `balance` times the mean over sites of the loss `switch`, 1 where
+    all experts are alike, and `z` times that of the loss `z` (Zoph et al. 2022, arXiv 2202.08906) are added. Published: 0.01
+    and a capacity of 1.25 for the first tokens; without z.
+
+    The paper counts capacity over what a device has at once; here, as in transformers, a row counts for itself, so that no
+    row's output depends on another. Its noise on the gate's inputs in training is left out.
+    """
+
+    balance: float = 0.01
+    z: float = 0.0
+    capacity: float | None = 1.25
+    prioritised: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_coefficient("balance")
+        self.require_coefficient("z")
+        self.require_capacity()
+
+    def gate(self, site: Site, num_experts: int) -> TokenGate:
+        return TokenGate(
+            site.num_inputs, num_experts, top_k=1, sums_to_one=False, capacity=self.capacity, prioritised=self.prioritised
+        )
+
+    def losses(self, step: Step) -> Mapping[str, Tensor]:
+        return {**balanced(self.balance, step, 1), **({"z": self.z * by_layer(step, z).mean()} if self.z else {})}

@@ -1,1 +1,0 @@
-"""What every search for mixture weights shares: its space, its budget, its checkpoint and its result."""

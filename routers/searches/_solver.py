@@ -1,0 +1,325 @@
+"""The form of every search for mixture weights: ask for candidates, be told their losses, stop, give the best.
+
+A solver sees names and losses, never a model: (experts, objective) -> MixtureWeights.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, cast
+
+import numpy as np
+from torch import Tensor
+
+from loraweave.common.checks import is_whole, require_whole
+from loraweave.common.display import progress_bar
+from loraweave.errors import SearchFailed, WeightingError
+from loraweave.routers.searches._space import Space
+from loraweave.routers.searches._told import SearchResult, Told
+from loraweave.routers.weights import LARGEST, MixtureWeights
+
+Start = Mapping[str, float] | MixtureWeights | None
+
+# candidates on end that cannot be scored, after which a search gives up
+MAX_FAILED = 16
+
+
+@dataclass(eq=False)
+class Solver(ABC):
+    """Asks for candidates until `budget` evaluations are spent, or `seconds`, whichever comes first.
+
+    `experts` are the names the weights belong to, which lie in [low, high]. `start` is the first candidate: a mapping, or
+    MixtureWeights; nothing is the base model. With `groups`, {name: layers}, each group of layers has weights of its own.
+    One evaluation is one candidate scored on all examples; a candidate counts for `cost` of them. With `budget=None` the
+    seconds alone count; a population is cut to what is left of either.
+
+    A subclass is a dataclass, too, whose own options are its fields; what else it needs is made in its __post_init__, after
+    this one has looked the options over.
+
+    The same settings and losses give the same candidates, bit for bit. numpy's global generator is left alone.
+    Raises WeightingError for settings that cannot be used, SearchFailed when no candidate can be scored.
+    """
+
+    needs_gradients: ClassVar[bool] = False
+    # what compose() minimises and what its weights mean, unless it is told otherwise
+    loss: ClassVar[str] = "cross_entropy"
+    merge_method = "linear"
+    l1: ClassVar[float] = 0.0
+    # False for weights that no example had a part in
+    learns: ClassVar[bool] = True
+    # a backward pass through frozen weights is as much arithmetic as the forward pass
+    cost: ClassVar[int] = 1
+
+    experts: Sequence[str]
+    _: KW_ONLY
+    budget: int | None = 40
+    seconds: float | None = None
+    seed: int = 0
+    start: Start = None
+    low: float = -1.5
+    high: float = 1.5
+    groups: Mapping[str, Sequence[str]] | None = None
+
+    def __post_init__(self) -> None:
+        grouped = {name: tuple(layers) for name, layers in (self.groups or {}).items()}
+        self.space = Space(tuple(self.experts), self.low, self.high, grouped)
+        # the vector of the start
+        self.first = self.space.vector(self.start)
+        self._require_options()
+        self._require_limits()
+        self._asked: list[np.ndarray] = []
+        self._vectors: list[np.ndarray] = []
+        self._told = Told()
+        self._started: float | None = None
+        self._earlier_s = 0.0
+        # a subclass sets it when it has nothing further to ask
+        self._finished = False
+
+    @classmethod
+    def begins(cls, options: Mapping[str, Any]) -> str | None:
+        """Where compose() starts it unless told otherwise: a name of its `STARTS`, None for the solver's own default."""
+        return "best_single"
+
+    @property
+    def num_trained(self) -> int:
+        """The number of scalars that are chosen."""
+        return self.space.size
+
+    @abstractmethod
+    def _propose(self) -> list[np.ndarray]:
+        """The next vectors; those beyond the budget are dropped."""
+
+    def _require_options(self) -> None:  # noqa: B027 - most have none
+        """Raises WeightingError for options of the subclass that cannot be used."""
+
+    def _learn(  # noqa: B027 - a search may ask the same whatever it is told
+        self, vectors: Sequence[np.ndarray], losses: Sequence[float], gradients: Sequence[np.ndarray]
+    ) -> None:
+        """Takes in the losses of the vectors asked for, infinite where there is none, and the gradients by them."""
+
+    @property
+    def _least(self) -> tuple[int, str]:
+        """The fewest evaluations that the search can do anything with, and what they are."""
+        return self.cost, "one candidate"
+
+    def ask(self) -> list[MixtureWeights]:
+        """The next candidates: the same ones until their losses are told, and none when the search is over."""
+        if self._started is None:
+            self._started = time.monotonic()
+        if not self._asked and not self._finished and (left := self._left()) > 0:
+            self._asked = self._propose()[:left]
+            self._finished = not self._asked
+        return [self.space.mixture(vector) for vector in self._asked]
+
+    def tell(self, losses: Sequence[float], gradients: Sequence[Tensor] | None = None) -> None:
+        """The losses of the candidates asked for, in their order; NaN or infinity for one that cannot be scored.
+
+        `gradients` are d loss / d values_BTLE, for a solver that needs them; one that is not finite fails its candidate.
+        """
+        if len(losses) != len(self._asked):
+            raise WeightingError(f"{len(losses)} losses were told for {len(self._asked)} candidates")
+        if self.needs_gradients and (gradients is None or len(gradients) != len(losses)):
+            found = "none" if gradients is None else str(len(gradients))
+            raise WeightingError(f"{type(self).__name__} needs the gradient of each loss, but was told {found}")
+        pulled = [self.space.pull(gradient) for gradient in gradients or ()]
+        self._take([float(loss) for loss in losses], pulled)
+
+    def _take(self, losses: list[float], gradients: list[np.ndarray]) -> None:
+        sound = [not gradients or bool(np.isfinite(gradients[number]).all()) for number in range(len(losses))]
+        scored = [loss if math.isfinite(loss) and ok else math.inf for loss, ok in zip(losses, sound, strict=True)]
+        asked, self._asked = self._asked, []
+        self._vectors.extend(asked)
+        self._told.sizes.append(len(asked))
+        self._told.losses.extend(scored)
+        self._told.gradients.extend(gradient.tolist() for gradient in gradients)
+        recent = self._told.losses[-MAX_FAILED:]
+        if len(recent) == MAX_FAILED and not any(map(math.isfinite, recent)):
+            raise SearchFailed(
+                f"none of the last {MAX_FAILED} candidates could be scored (NaN or infinite loss); {self.spent} of "
+                f"{self.budget} evaluations were made. Look at the objective or at damaged adapters"
+            )
+        self._learn(asked, scored, gradients)
+
+    @property
+    def spent(self) -> int:
+        """The evaluations so far."""
+        return self.cost * len(self._told.losses)
+
+    def stop(self) -> bool:
+        """Whether the search is over: its budget used up, or nothing left to ask."""
+        return self._finished or (not self._asked and self._left() < 1)
+
+    def result(self) -> SearchResult:
+        """The best candidate so far; the earlier one when losses are equal. SearchFailed when none could be scored."""
+        losses = self._told.losses
+        if not any(map(math.isfinite, losses)):
+            raise SearchFailed(f"none of {len(losses)} candidates could be scored (NaN or infinite loss)")
+        best = int(np.argmin(losses))
+        mixture = self.space.mixture(self._vectors[best])
+        return SearchResult(mixture, losses[best], tuple(losses), self.num_trained, self.cost, self._elapsed())
+
+    def solve(
+        self,
+        objective: Objective,
+        *,
+        checkpoint: str | Path | None = None,
+        on_progress: Callable[[int], object] | None = None,
+        progress: bool = False,
+    ) -> SearchResult:
+        """Runs the search to its end and returns the best candidate.
+
+        With `checkpoint`, a JSON file, all that is told is kept; the same search resumed from it asks for the same
+        candidates and comes to the same result. A file of other settings is refused, and so is one of another objective
+        where that has `describe()`. `on_progress` is called with the number of evaluations just made;
+        `progress` shows a bar with the lowest loss so far.
+        """
+        path = None if checkpoint is None else Path(checkpoint)
+        kept = {} if path is None else {**self.settings(), **described(objective)}
+        if path is not None:
+            self.replay(Told.read(path, kept))
+        with progress_bar(progress, field="best") as bar:
+            shown = bar.add_task(type(self).__name__.lower(), total=self.budget, completed=self.spent, best="")
+            while not self.stop() and (candidates := self.ask()):
+                self.tell(*self._evaluated(objective, candidates))
+                if path is not None:
+                    self.keep(path, kept)
+                made = self.cost * len(candidates)
+                if on_progress:
+                    on_progress(made)
+                bar.update(shown, advance=made, best=f"lowest loss {min(self._told.losses):.4f}")
+        return self.result()
+
+    def replay(self, told: Told) -> None:
+        """Takes in what an earlier run of the same search was told."""
+        self._earlier_s = told.seconds
+        position = 0
+        for size in told.sizes:
+            self._asked = self._propose()[:size]
+            gradients = [np.array(row) for row in told.gradients[position : position + size]]
+            self._take(told.losses[position : position + size], gradients)
+            position += size
+
+    def keep(self, path: Path, settings: Mapping[str, Any]) -> None:
+        """Writes all that was told so far to a checkpoint of these settings."""
+        self._told.seconds = self._elapsed()
+        self._told.write(path, settings)
+
+    def settings(self) -> dict[str, Any]:
+        """What determines the candidates, besides the losses; a checkpoint of other settings is refused."""
+        options = {option.name: getattr(self, option.name) for option in fields(self)}
+        experts, groups = self.space.experts, self.space.groups
+        return {"solver": type(self).__name__, **options, "experts": experts, "start": self.first.tolist(), "groups": groups}
+
+    def _evaluated(
+        self, objective: Objective, candidates: Sequence[MixtureWeights]
+    ) -> tuple[Sequence[float], Sequence[Tensor] | None]:
+        if not self.needs_gradients:
+            return objective(candidates), None
+        if not hasattr(objective, "gradients"):
+            raise WeightingError(
+                f"{type(self).__name__} needs an objective with gradients(), and {type(objective).__name__} has none; "
+                "take a loss that has gradients, or a solver that needs none"
+            )
+        return cast(DifferentiableObjective, objective).gradients(candidates)
+
+    def _elapsed(self) -> float:
+        return self._earlier_s + (0.0 if self._started is None else time.monotonic() - self._started)
+
+    def _left(self) -> int:
+        """How many candidates may still be asked for."""
+        left = 10**9 if self.budget is None else (self.budget - self.spent) // self.cost
+        if self.seconds is None:
+            return left
+        remaining_s = self.seconds - self._elapsed()
+        if remaining_s <= 0:
+            return 0
+        made = len(self._told.losses)
+        # as many as would take what is left, going by those so far
+        in_time = int(remaining_s * made / self._elapsed()) if made else left
+        return min(left, max(in_time, 1))
+
+    def _require_limits(self) -> None:
+        if self.budget is None and self.seconds is None:
+            raise WeightingError("a search needs a budget of evaluations, or of seconds, or both")
+        if self.seconds is not None and not self.seconds > 0:
+            raise WeightingError(f"seconds is {self.seconds!r}; it must be above 0")
+        require_whole("seed", self.seed, 0, WeightingError)
+        if self.budget is None:
+            return
+        if not is_whole(self.budget, 1):
+            raise WeightingError(f"budget is {self.budget!r} evaluations; it must be a whole number of at least 1")
+        least, what = self._least
+        if self.budget < least:
+            raise WeightingError(
+                f"budget is {self.budget} evaluations, but {type(self).__name__} needs at least {least}, {what}; "
+                "raise the budget, or ask for less"
+            )
+
+
+@dataclass(eq=False, kw_only=True)
+class ClosedForm(Solver):
+    """Asks for the weights of the formula and is done: it chooses nothing, and makes one evaluation whatever the budget.
+
+    MixtureWeights by layer are asked for as they are, also without `groups`. Raises WeightingError as `Solver` does.
+    """
+
+    learns: ClassVar[bool] = False
+
+    start: Start = field(default=None, init=False)
+    low: float = field(default=-LARGEST, init=False)
+    high: float = field(default=LARGEST, init=False)
+
+    def __post_init__(self) -> None:
+        weights = self._weights()
+        found = weights if isinstance(weights, MixtureWeights) else MixtureWeights.of(weights, self.experts)
+        if self.groups is None:
+            self.groups = {layer: (layer,) for layer in found.layers}
+        self.start = found
+        super().__post_init__()
+
+    @abstractmethod
+    def _weights(self) -> Mapping[str, float] | MixtureWeights:
+        """What the formula gives."""
+
+    def settings(self) -> dict[str, Any]:
+        """Of what the formula takes, the start has all that there is to say."""
+        return {name: value for name, value in super().settings().items() if name not in ("scores", "weights")}
+
+    @property
+    def num_trained(self) -> int:
+        return 0
+
+    def _propose(self) -> list[np.ndarray]:
+        return [self.first]
+
+    def _learn(self, vectors: Sequence[np.ndarray], losses: Sequence[float], gradients: Sequence[np.ndarray]) -> None:
+        self._finished = True
+
+
+class Objective(Protocol):
+    """The loss of candidates, lower is better; NaN or infinity marks one that cannot be scored.
+
+    Several candidates come in one call, so that an objective can evaluate a whole population in one forward pass. The
+    result must not depend on how candidates are grouped into calls, beyond rounding.
+    """
+
+    def __call__(self, candidates: Sequence[MixtureWeights]) -> Sequence[float]: ...
+
+
+def described(objective: Objective) -> dict[str, Any]:
+    """What an objective with `describe()` says that its losses depend on, for JSON; nothing of any other."""
+    describe = getattr(objective, "describe", None)
+    return {} if describe is None else {"objective": describe()}
+
+
+class DifferentiableObjective(Objective, Protocol):
+    """An objective that can say how each loss changes with the candidate's weights."""
+
+    def gradients(self, candidates: Sequence[MixtureWeights]) -> tuple[Sequence[float], Sequence[Tensor]]:
+        """The loss of each candidate, and d loss / d values_BTLE, in the shape of its values."""
+        ...

@@ -1,0 +1,124 @@
+"""The vectors that a search moves in, and the mixture weights that they stand for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loraweave.common.names import unknown_expert
+from loraweave.errors import WeightingError
+from loraweave.routers.weights import MixtureWeights
+
+
+@dataclass(frozen=True)
+class Space:
+    """A box [low, high] with one dimension for each expert, or for each expert in each group of layers.
+
+    `groups` maps a group's name to its layers, which no other group has; layers in no group get no weight. A vector has the
+    weights of the first group's experts first. Raises WeightingError for a box, experts or groups that cannot be used.
+    """
+
+    experts: tuple[str, ...]
+    low: float = -1.5
+    high: float = 1.5
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.experts:
+            raise WeightingError("a search needs at least one expert")
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            way_out = "; swap them" if self.low > self.high else ""
+            raise WeightingError(f"weights lie in [low, high], but low is {self.low!r} and high is {self.high!r}{way_out}")
+        if empty := [name for name, layers in self.groups.items() if not layers]:
+            raise WeightingError(f"group {empty[0]!r} has no layers")
+        if len(set(self.layers)) < len(self.layers):
+            twice = next(layer for layer in self.layers if self.layers.count(layer) > 1)
+            raise WeightingError(f"layer {twice!r} is in two places of the groups; a layer has one weight for each expert")
+
+    @property
+    def size(self) -> int:
+        """The number of weights."""
+        return max(len(self.groups), 1) * len(self.experts)
+
+    @cached_property
+    def layers(self) -> tuple[str, ...]:
+        """The layers of all groups, in their order."""
+        return tuple(layer for layers in self.groups.values() for layer in layers)
+
+    @cached_property
+    def group_L(self) -> np.ndarray:
+        """The number of the group of each layer."""
+        counts = [len(layers) for layers in self.groups.values()]
+        return np.repeat(np.arange(len(counts)), counts)
+
+    def mixture(self, vector: np.ndarray) -> MixtureWeights:
+        """Task-scope weights in fp32, by layer where there are groups."""
+        values_GE = torch.tensor(np.asarray(vector), dtype=torch.float32).view(-1, len(self.experts))
+        values_LE = values_GE[torch.from_numpy(self.group_L)] if self.groups else values_GE
+        return MixtureWeights(values_LE[None, None], self.experts, self.layers)
+
+    def vector(self, weights: Mapping[str, float] | MixtureWeights | None) -> np.ndarray:
+        """The vector of a mixture; experts that it does not name get 0, and so does all where there is none.
+
+        Of a mixture by layer, a group gets the mean over its layers. Raises WeightingError for names that are no experts,
+        weights outside the box, and mixtures of another scope than task.
+        """
+        if isinstance(weights, MixtureWeights):
+            vector = self._from_mixture(weights)
+        else:
+            for name in weights or {}:
+                if name not in self.experts:
+                    raise unknown_expert(name, dict.fromkeys(self.experts))
+            row_E = [float((weights or {}).get(name, 0.0)) for name in self.experts]
+            vector = np.tile(np.array(row_E), max(len(self.groups), 1))
+        self._require_inside(vector)
+        return vector
+
+    def pull(self, gradient_BTLE: Tensor) -> np.ndarray:
+        """The gradient by the vector, from that by the mixture's values: summed over the layers of each group."""
+        gradient_LE = gradient_BTLE.detach().double().cpu()[0, 0]
+        if not self.groups:
+            return gradient_LE.sum(dim=0).numpy()
+        sums_GE = torch.zeros(len(self.groups), len(self.experts), dtype=torch.float64)
+        return sums_GE.index_add_(0, torch.from_numpy(self.group_L), gradient_LE).flatten().numpy()
+
+    def _from_mixture(self, weights: MixtureWeights) -> np.ndarray:
+        if weights.scope != "task":
+            raise WeightingError(f"a search starts at weights of task scope, but these are of {weights.scope} scope")
+        if weights.experts != self.experts:
+            raise WeightingError(f"the mixture has experts {weights.experts}, but the search has {self.experts}")
+        layers: Sequence[str] = self.layers or weights.layers or ("",)
+        values_LE = torch.stack([weights.for_layer(layer)[0, 0] for layer in layers]).double().numpy()
+        if not self.groups:
+            return np.asarray(values_LE.mean(axis=0))
+        return np.concatenate([values_LE[self.group_L == number].mean(axis=0) for number in range(len(self.groups))])
+
+    def _require_inside(self, vector: np.ndarray) -> None:
+        outside = ~((vector >= self.low) & (vector <= self.high))
+        if outside.any():
+            place = int(np.argmax(outside))
+            raise WeightingError(
+                f"start gives {self.experts[place % len(self.experts)]!r} the weight {vector[place]}, outside "
+                f"[{self.low}, {self.high}]; start inside the box, or widen it with low= and high="
+            )
+
+
+def layer_groups(
+    groups: Mapping[str, Sequence[str]] | None, layers: Sequence[str] | None, *, by_layer: bool
+) -> Mapping[str, Sequence[str]] | None:
+    """`groups` if given, else one for each of `layers`, else none: weights that all layers share, as without `by_layer`.
+
+    Raises WeightingError for a layer named twice.
+    """
+    if groups is not None or layers is None or not by_layer:
+        return groups
+    if len(set(layers)) < len(layers):
+        twice = next(layer for layer in layers if list(layers).count(layer) > 1)
+        raise WeightingError(f"layers names {twice!r} twice; a layer has one weight for each expert")
+    return {layer: (layer,) for layer in layers}

@@ -1,0 +1,124 @@
+"""What a search has been told, in one JSON file that is replaced whole: asked again, it comes to the same candidates."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loraweave.common.display import blank_figure, count_along
+from loraweave.errors import WeightingError
+from loraweave.routers.weights import MixtureWeights
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Told:
+    """Losses, and gradients where the search wants them, of all candidates so far, and the seconds they took.
+
+    `sizes` are the numbers of candidates that were asked for at a time. A gradient is written in hexadecimal notation,
+    which gives back every bit.
+    """
+
+    sizes: list[int] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    gradients: list[list[float]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @classmethod
+    def read(cls, path: Path, settings: Mapping[str, Any]) -> Told:
+        """What a checkpoint has, nothing where there is no file; WeightingError for a damaged one or other settings."""
+        if not path.is_file():
+            return cls()
+        try:
+            stored = json.loads(path.read_text())
+            known, sizes = stored["settings"], [int(size) for size in stored["sizes"]]
+            losses = [math.inf if loss is None else float(loss) for loss in stored["losses"]]
+            gradients = [[float.fromhex(value) for value in row] for row in stored["gradients"]]
+            seconds = float(stored["seconds"])
+            if sum(sizes) != len(losses):
+                raise ValueError(f"{len(losses)} losses of {sum(sizes)} candidates")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise WeightingError(f"the checkpoint {path} is damaged ({error}); delete it to start again") from error
+        if known != json.loads(json.dumps(settings)):
+            raise WeightingError(f"the checkpoint {path} belongs to a search with other settings; name another")
+        return cls(sizes, losses, gradients, seconds)
+
+    def write(self, path: Path, settings: Mapping[str, Any]) -> None:
+        """Replaces the checkpoint; where that cannot be done the search goes on and the log says so."""
+        content = {
+            "settings": settings,
+            "sizes": self.sizes,
+            "losses": [loss if math.isfinite(loss) else None for loss in self.losses],
+            "gradients": [[value.hex() for value in row] for row in self.gradients],
+            "seconds": self.seconds,
+        }
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(content))
+            os.replace(temporary, path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            logger.warning("the search goes on without its checkpoint %s: %s", path, error)
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The best candidate and its loss, and the losses of all candidates in the order they were asked for.
+
+    A candidate that could not be scored has an infinite loss. `cost` is how many evaluations each candidate counts for,
+    `num_trained` the number of scalars that were chosen, `seconds` the time from the first candidate on, also before an
+    interruption.
+    """
+
+    mixture: MixtureWeights = field(compare=False)
+    loss: float
+    losses: tuple[float, ...] = field(repr=False)
+    num_trained: int = 0
+    cost: int = 1
+    seconds: float = field(default=0.0, compare=False)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """{expert: weight}; ScopeError when layers have weights of their own."""
+        return self.mixture.as_dict()
+
+    @property
+    def evaluations(self) -> int:
+        return self.cost * len(self.losses)
+
+    @property
+    def failed(self) -> int:
+        """How many candidates could not be scored."""
+        return sum(not math.isfinite(loss) for loss in self.losses)
+
+    def curve(self) -> list[tuple[int, float]]:
+        """(evaluations so far, lowest loss so far) after each candidate."""
+        best = np.minimum.accumulate(self.losses).tolist()
+        return [(self.cost * (number + 1), loss) for number, loss in enumerate(best)]
+
+    def plot(self, path: str | Path) -> Path:
+        """Writes a picture of the losses and of the lowest so far; the file's ending says which kind.
+
+        Raises PackageMissing without matplotlib.
+        """
+        spent, best = zip(*self.curve(), strict=True)
+        figure = blank_figure("the curve of a search is drawn with matplotlib", figsize=(6.0, 3.5), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(spent, self.losses, ".", color="#999999", label="candidate")
+        axes.step(spent, best, where="post", color="#0072B2", label="lowest so far")
+        axes.set_xlabel("evaluations")
+        count_along(axes)
+        axes.set_ylabel("loss")
+        axes.legend(frameon=False)
+        figure.savefig(path)
+        return Path(path)

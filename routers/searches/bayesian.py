@@ -1,0 +1,128 @@
+"""Bayesian search: a Gaussian process is fitted to the losses, and candidates are where improvement is expected most.
+
+Expected improvement is that of Jones, Schonlau and Welch (1998). The process has a Matern kernel, one length for all weights
+and a noise, from scikit-learn. What it takes to fit grows with the cube of the candidates: it is for evaluations that are
+dear and some dozens of them, and the fewer the weights, the more each tells it.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from loraweave.common.checks import require_whole
+from loraweave.errors import WeightingError
+from loraweave.routers.searches._expected_improvement import expected_improvement
+from loraweave.routers.searches._solver import Solver
+
+POPULATION = 4
+# drawn anew for each candidate, half of them in the whole box and half around the best so far
+NUM_DRAWS = 1024
+# of the box's width: the spread of the draws around the best, each at a scale of its own between these
+NEAREST, FARTHEST = 0.01, 0.3
+
+
+@dataclass(eq=False, kw_only=True)
+class Bayesian(Solver):
+    """Asks for the start and `initial` - 1 points spread around it, then for `population` candidates at a time.
+
+    Each of those is chosen as if the ones before it had the losses expected of them. A failed candidate counts as the worst
+    so far. By default a third of the budget is initial, and at most one more than twice the number of weights. The other
+    arguments are `Solver`'s.
+    """
+
+    initial: int | None = None
+    population: int = POPULATION
+
+    @property
+    def _num_initial(self) -> int:
+        if self.initial is not None:
+            return self.initial
+        most = 2 * self.space.size + 1
+        return most if self.budget is None else max(2, min(most, self.budget // 3))
+
+    @property
+    def _least(self) -> tuple[int, str]:
+        return self._num_initial + 1, f"{self._num_initial} initial candidates and one that they point to"
+
+    def _propose(self) -> list[np.ndarray]:
+        made = len(self._vectors)
+        if made < self._num_initial:
+            return [self.first, *self._filling()][made:]
+        units, losses = self._observed()
+        kernel = _fitted(units, losses)
+        generator = np.random.default_rng([self.seed, made])
+        chosen: list[np.ndarray] = []
+        for _ in range(self.population):
+            draws = self._draws(generator, units[int(np.argmin(losses))])
+            mean_N, deviation_N = _posterior(kernel, units, losses, draws)
+            best = int(np.argmax(expected_improvement(mean_N, deviation_N, float(losses.min()))))
+            chosen.append(draws[best])
+            units, losses = np.vstack([units, draws[best]]), np.append(losses, mean_N[best])
+        low, high = self.space.low, self.space.high
+        return [low + (high - low) * unit for unit in chosen]
+
+    def _filling(self) -> list[np.ndarray]:
+        """A Latin hypercube around the start: of each weight, every part of its range has one point."""
+        count, generator = self._num_initial - 1, np.random.default_rng([self.seed, 0])
+        places = np.stack([generator.permutation(count) for _ in range(self.space.size)], axis=1)
+        units = (places + generator.uniform(size=places.shape)) / max(count, 1)
+        points = self.space.low + (self.space.high - self.space.low) * units
+        # many adapters at once with weights of the box's size spoil any model: their sizes together stay those of two
+        spread = min(1.0, 2 / self.space.size)
+        return list(self.first + spread * (points - self.first))
+
+    def _observed(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where the candidates are in the unit box, and the logarithms of their losses, of mean 0 and deviation 1.
+
+        The logarithm begins at the lowest loss: spoilt models have losses of a hundred times the differences that matter.
+        """
+        losses = np.array(self._told.losses)
+        scored = losses[np.isfinite(losses)]
+        above = np.where(np.isfinite(losses), losses, scored.max() if len(scored) else 0.0)
+        above = above - above.min()
+        logs = np.log1p(above / (np.median(above) or 1.0))
+        units = (np.stack(self._vectors) - self.space.low) / (self.space.high - self.space.low)
+        return units, (logs - logs.mean()) / (logs.std() or 1.0)
+
+    def _draws(self, generator: np.random.Generator, best: np.ndarray) -> np.ndarray:
+        half, size = NUM_DRAWS // 2, self.space.size
+        anywhere = generator.uniform(size=(half, size))
+        scales = np.exp(generator.uniform(np.log(NEAREST), np.log(FARTHEST), (half, 1)))
+        near = best + scales * generator.standard_normal((half, size))
+        return np.vstack([anywhere, np.clip(near, 0.0, 1.0)])
+
+    def _require_options(self) -> None:
+        if self.initial is not None:
+            require_whole("initial", self.initial, 2, WeightingError)
+        require_whole("population", self.population, 1, WeightingError)
+
+
+def _fitted(units: np.ndarray, losses: np.ndarray) -> Any:
+    """The kernel that makes the losses most likely."""
+    # scikit-learn takes a second to import and the catalogue should not wait for it
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.gaussian_process import GaussianProcessRegressor
+    from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+
+    scale = math.sqrt(units.shape[1])
+    smooth = ConstantKernel(1.0, (1e-2, 1e3)) * Matern(0.5 * scale, (0.03 * scale, 10 * scale), nu=2.5)
+    process = GaussianProcessRegressor(smooth + WhiteKernel(1e-3, (1e-8, 1.0)))
+    with warnings.catch_warnings():
+        # a length or a noise at the edge of its range is an answer too
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return process.fit(units, losses).kernel_
+
+
+def _posterior(kernel: Any, units: np.ndarray, losses: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation of the loss of each draw, without the noise."""
+    from sklearn.gaussian_process import GaussianProcessRegressor
+
+    process = GaussianProcessRegressor(kernel, optimizer=None).fit(units, losses)
+    mean_N, deviation_N = process.predict(draws, return_std=True)
+    noise = kernel.k2.noise_level
+    return mean_N, np.sqrt(np.maximum(deviation_N**2 - noise, 0.0))

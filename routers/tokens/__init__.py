@@ -1,0 +1,1 @@
+"""Routers that weigh experts for every token or row: one file each, and what they share."""

@@ -1,0 +1,238 @@
+"""Key-value caches whose changes others follow: beams are reordered, tokens taken back, rows repeated.
+
+While an activation is open, a followed cache is of a class that is its own but for the five methods below; nothing is added
+to the object, and it is of its own class again when the activation ends. A copy or a pickle is of the cache's own class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
+from copy import deepcopy
+from typing import Any, Generic, Protocol, TypeVar
+from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
+
+from torch import Tensor
+
+from loraweave.common.process import holding
+from loraweave.errors import ScopeError
+
+
+class Follower(Protocol):
+    """What is changed as the cache is. A DynamicCache is one."""
+
+    def get_seq_length(self) -> int: ...
+
+    def reorder_cache(self, beam_idx: Tensor, /) -> None: ...
+
+    def crop(self, tokens_to_remove: int, /) -> None: ...
+
+    def batch_repeat_interleave(self, repeats: int, /) -> None: ...
+
+    def batch_select_indices(self, indices: Tensor, /) -> None: ...
+
+    def reset(self) -> None: ...
+
+
+METHODS = ("reorder_cache", "crop", "batch_repeat_interleave", "batch_select_indices", "reset")
+
+# by cache and by owner
+_FOLLOWERS: WeakKeyDictionary[Any, WeakKeyDictionary[object, Any]] = WeakKeyDictionary()
+# {class of a cache: its followed twin}
+_KINDS: dict[Any, type] = {}
+# the tensors that a cache had when it was last followed
+_LAST_TENSORS: WeakKeyDictionary[Any, list[ReferenceType[Tensor]]] = WeakKeyDictionary()
+
+
+class FollowedCaches:
+    """The caches that are followed as long as one activation is open."""
+
+    def __init__(self) -> None:
+        self._caches: WeakSet[Any] = WeakSet()
+        # for the cache that a call makes
+        self._waiting: list[tuple[object, Any]] = []
+
+    def entered(self) -> AbstractContextManager[None]:
+        """What begins to be followed inside counts among these."""
+        self._waiting.clear()
+        return holding(_CURRENT, self)
+
+    def add(self, cache: Any) -> None:
+        self._caches.add(cache)
+
+    def wait(self, owner: object, state: Follower) -> None:
+        self._waiting.append((owner, state))
+
+    def returned(self, output: Any) -> None:
+        """What a call gives back: its new cache, if it has one, is followed from now on."""
+        if not self._waiting:
+            return
+        from transformers import DynamicCache
+
+        for owner, state in self._waiting:
+            values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
+            cache = next((value for value in values if isinstance(value, DynamicCache)), None)
+            if cache is not None and cache.get_seq_length() == state.get_seq_length():
+                follow(cache, owner, state)
+                self.add(cache)
+        self._waiting.clear()
+
+    def release(self) -> None:
+        """No longer follows them. One that then stays as it is can be followed again."""
+        for cache in list(self._caches):
+            self._caches.discard(cache)
+            _release(cache)
+
+
+_CURRENT: ContextVar[FollowedCaches | None] = ContextVar("loraweave_followed_caches", default=None)
+
+
+def follower(cache: Any, owner: object) -> Any:
+    """The owner's follower of a cache; None where it has none, or the cache was changed while it was not followed."""
+    if cache not in _FOLLOWERS:
+        return None
+    if not _is_followed(cache):
+        before, now = _LAST_TENSORS.get(cache), _tensors(cache)
+        if before is None or len(before) != len(now) or any(a() is not b for a, b in zip(before, now, strict=True)):
+            del _FOLLOWERS[cache]
+            return None
+    return _FOLLOWERS[cache].get(owner)
+
+
+def follow(cache: Any, owner: object, state: Follower) -> None:
+    """From now on, and until the activation ends, `state` is changed as the cache is."""
+    _FOLLOWERS.setdefault(cache, WeakKeyDictionary())[owner] = state
+    if not _is_followed(cache):
+        kind = type(cache)
+        cache.__class__ = _KINDS.setdefault(kind, _KINDS.get(kind) or _followed(kind))
+    if (current := _CURRENT.get()) is not None:
+        current.add(cache)
+
+
+def follow_returned(owner: object, state: Follower) -> None:
+    """`state` is changed as the cache is that the running call gives back."""
+    if (current := _CURRENT.get()) is not None:
+        current.wait(owner, state)
+
+
+def _release(cache: Any) -> None:
+    if _is_followed(cache):
+        _LAST_TENSORS[cache] = [ref(tensor) for tensor in _tensors(cache)]
+        cache.__class__ = type(cache).__bases__[0]
+
+
+def _is_followed(cache: Any) -> bool:
+    return "_loraweave_follows" in vars(type(cache))
+
+
+def _tensors(cache: Any) -> list[Tensor]:
+    return [layer.keys for layer in cache.layers if isinstance(getattr(layer, "keys", None), Tensor)]
+
+
+def _followed(kind: Any) -> type:
+    methods: dict[str, Any] = {name: _following(kind, name) for name in METHODS}
+
+    def deep_copied(cache: Any, memo: dict[int, Any]) -> Any:
+        copied = memo[id(cache)] = _empty(kind)
+        copied.__dict__.update(deepcopy(vars(cache), memo))
+        _FOLLOWERS[copied] = WeakKeyDictionary(
+            {owner: deepcopy(state, memo) for owner, state in _FOLLOWERS.get(cache, {}).items()}
+        )
+        _LAST_TENSORS[copied] = [ref(tensor) for tensor in _tensors(copied)]
+        return copied
+
+    def reduced(cache: Any, protocol: Any) -> Any:
+        return _empty, (kind,), vars(cache)
+
+    own = {"__deepcopy__": deep_copied, "__reduce_ex__": reduced, "__module__": kind.__module__, "_loraweave_follows": True}
+    return type(kind.__name__, (kind,), methods | own)
+
+
+def _empty(kind: Any) -> Any:
+    return kind.__new__(kind)
+
+
+def _following(kind: Any, name: str) -> Callable[..., None]:
+    """A method of the cache, which does the same to its followers."""
+    own = getattr(kind, name)
+
+    def method(cache: Any, *args: Any, **kwargs: Any) -> None:
+        num_before = cache.get_seq_length()
+        own(cache, *args, **kwargs)
+        for state in list(_FOLLOWERS.get(cache, {}).values()):
+            if name == "crop":
+                crop(state, num_before - cache.get_seq_length())
+            else:
+                getattr(state, name)(*args, *kwargs.values())
+
+    return method
+
+
+def crop(state: Follower, num_tokens: int) -> None:
+    """Takes the last tokens from a follower."""
+    # what keeps more than its window until it is cropped is cropped by nothing, too
+    if num_tokens or any(getattr(layer, "record_past", False) for layer in getattr(state, "layers", ())):
+        state.crop(-num_tokens)
+
+
+S = TypeVar("S", bound=Follower)
+
+
+class BesideCache(Generic[S]):
+    """One state for each cache, which is changed as that is: reordered, cropped, repeated, selected, reset.
+
+    It is the cache's and not the call's, so that threads and conversations do not see each other's. A state is forgotten
+    with its cache. `router` is the name for messages.
+    """
+
+    def __init__(self, router: str) -> None:
+        self._router = router
+
+    def of(self, cache: Any) -> S | None:
+        """The state beside a cache, of as many tokens as that; None for a cache that is empty.
+
+        Raises ScopeError for a kind of cache that cannot be followed, and for one that took tokens without this router.
+        """
+        self._require_followable(cache)
+        num_tokens = int(cache.get_seq_length())
+        if num_tokens == 0:
+            return None
+        state: S | None = follower(cache, self)
+        known = 0 if state is None else state.get_seq_length()
+        if state is None or known < num_tokens:
+            raise ScopeError(
+                f"router {self._router!r} has to see every token of a cache, but of the {num_tokens} in this one it has "
+                f"seen {known}: begin with an empty cache inside the activation, and give no other mixture in between"
+            )
+        # a call that was broken off before the cache took its tokens
+        if known > num_tokens:
+            crop(state, known - num_tokens)
+        return state
+
+    def keep(self, cache: Any, state: S) -> None:
+        """Keeps the state beside the cache from now on."""
+        follow(cache, self, state)
+
+    def keep_returned(self, state: S) -> None:
+        """Keeps the state beside the cache that the running call makes, if it gives one back."""
+        follow_returned(self, state)
+
+    def _require_followable(self, cache: Any) -> None:
+        from transformers.cache_utils import BaseQuantizedLayer, Cache, DynamicLayer
+
+        kind, layers = type(cache).__name__, getattr(cache, "layers", ())
+        unlike = [layer for layer in layers if not isinstance(layer, DynamicLayer) or isinstance(layer, BaseQuantizedLayer)]
+        replaced = [name for name in METHODS if name in getattr(cache, "__dict__", {})]
+        if not isinstance(cache, Cache) or not hasattr(cache, "layers") or replaced:
+            why = f"whose {replaced[0]} was replaced" if replaced else "which is no cache of transformers with layers"
+        elif unlike:
+            why = f"with layers of class {type(unlike[0]).__name__}"
+        elif getattr(cache, "offloading", False):
+            why = "which is offloaded"
+        else:
+            return
+        raise ScopeError(
+            f"router {self._router!r} keeps a state beside the cache and can follow a DynamicCache, but this is a {kind}, "
+            f"{why}: leave cache_implementation out, pass a DynamicCache, or generate with use_cache=False"
+        )

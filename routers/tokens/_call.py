@@ -1,0 +1,223 @@
+"""What the rows of the running calls begin with, where somebody knows it: a call alone does not tell prompt from answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Self
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from loraweave.common.process import holding
+from loraweave.errors import ScopeError
+from loraweave.routers.tokens._caches import BesideCache
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """Token ids of the prompts of a batch; the mask is 0 where a token is padding, or follows the prompt.
+
+    `weights` is what routers made of them.
+    """
+
+    ids_BT: Tensor
+    mask_BT: Tensor
+    weights: WeakKeyDictionary[object, Tensor] = field(default_factory=WeakKeyDictionary)
+
+    @cached_property
+    def rows(self) -> list[list[int]]:
+        """The real tokens of each prompt."""
+        return real_tokens(self.ids_BT, self.mask_BT)
+
+
+_PROMPTS: ContextVar[Prompts | None] = ContextVar("loraweave_prompts", default=None)
+
+
+def prompted(ids_BT: Tensor, mask_BT: Tensor) -> AbstractContextManager[None]:
+    """Says, for the calls inside, what their rows begin with.
+
+    A batch of k times as many rows has each prompt k times on end. What a block around this one has said stays.
+    """
+    return holding(_PROMPTS, _PROMPTS.get() or Prompts(ids_BT, mask_BT))
+
+
+def unprompted() -> AbstractContextManager[None]:
+    """The calls inside are of other rows than those that a block around this one has said something of."""
+    return holding(_PROMPTS, None)
+
+
+def current_prompts() -> Prompts | None:
+    """Those of the running calls, where they are known."""
+    return _PROMPTS.get()
+
+
+def copies_of(router: str, prompts: Prompts, num_rows: int) -> int:
+    """How many rows of a call each prompt has, on end. Raises ScopeError where that does not come out even."""
+    if not num_rows or num_rows % len(prompts.rows):
+        raise ScopeError(
+            f"router {router!r} knows {len(prompts.rows)} prompts, but the call has {num_rows} rows, no multiple: call the "
+            "model with the rows of the prompts"
+        )
+    return num_rows // len(prompts.rows)
+
+
+def real_tokens(ids_BT: Tensor, mask_BT: Tensor) -> list[list[int]]:
+    """The ids of each row whose mask is not 0."""
+    pairs = zip(ids_BT.tolist(), mask_BT.tolist(), strict=True)
+    return [[token for token, real in zip(*row, strict=True) if real] for row in pairs]
+
+
+@dataclass(frozen=True, eq=False)
+class CallText:
+    """Token ids so far and their mask; the first `num_first` began the cache, the last `num_new` are the call's own."""
+
+    ids_BT: Tensor
+    mask_BT: Tensor
+    num_first: int
+    num_new: int
+
+    @classmethod
+    def of(cls, router: str, beside: BesideCache[SeenTokens], arguments: Mapping[str, Any]) -> Self:
+        """Of a call of the model, whose tokens are kept beside its cache from now on.
+
+        Raises ScopeError for a call by embeddings, for a mask that does not say which tokens are real, and for a cache with
+        tokens that the router has not seen.
+        """
+        new_BT, cache = arguments.get("input_ids"), arguments.get("past_key_values", arguments.get("cache"))
+        if not isinstance(new_BT, Tensor):
+            raise ScopeError(
+                f"router {router!r} chooses by the text of a row, and this call of the model has no input_ids: call it with "
+                "token ids, or generate() from them"
+            )
+        state = None if cache is None else _seen(beside, cache, len(new_BT))
+        if state is None:
+            state = SeenTokens(new_BT)
+        else:
+            state.append(new_BT)
+        if cache is not None:
+            beside.keep(cache, state)
+        else:
+            beside.keep_returned(state)
+        mask_BT = _mask(router, arguments.get("attention_mask"), state.ids_BT)
+        return cls(state.ids_BT, mask_BT, state.num_first, new_BT.shape[1])
+
+    def rows(self) -> list[list[int]]:
+        """The real tokens of each row that began it."""
+        return real_tokens(self.ids_BT[:, : self.num_first], self.mask_BT[:, : self.num_first])
+
+    def contexts(self, router: str, refresh: int) -> tuple[list[list[int]], Tensor]:
+        """For each real token of the call, row by row, the tokens that decide on its weights; and which are real, (B, T)."""
+        rows, own_BT = real_tokens(self.ids_BT, self.mask_BT), self.mask_BT[:, -self.num_new :].bool()
+        begins = _prompt_lengths(router, len(rows))
+        contexts = []
+        for row, num_own, begin in zip(rows, own_BT.sum(dim=1).tolist(), begins, strict=True):
+            numbers = range(len(row) - num_own + 1, len(row) + 1)
+            contexts += [row[: context_length(number, begin, refresh)] for number in numbers]
+        return contexts, own_BT
+
+
+def context_length(number: int, num_prompt: int | None, refresh: int) -> int:
+    """How many tokens of a row decide on the weights of the number-th, from 1.
+
+    After a prompt of n tokens n + refresh * floor(i / refresh) for the i-th, and n for the prompt's own; where no prompt is
+    known, refresh * floor(number / refresh), or 1.
+    """
+    if num_prompt is None:
+        return max(refresh * (number // refresh), 1)
+    return num_prompt + refresh * (max(number - num_prompt, 0) // refresh)
+
+
+def _seen(beside: BesideCache[SeenTokens], cache: Any, num_rows: int) -> SeenTokens | None:
+    """What a cache has seen: beside it, or as the prompts, where these are what it has."""
+    prompts = current_prompts()
+    try:
+        return beside.of(cache)
+    except ScopeError:
+        # a cache that the model made itself in a call without one
+        if prompts is None or cache.get_seq_length() != prompts.ids_BT.shape[1]:
+            raise
+        return SeenTokens(prompts.ids_BT.repeat_interleave(num_rows // len(prompts.ids_BT), dim=0))
+
+
+def _mask(router: str, given: Any, ids_BT: Tensor) -> Tensor:
+    if given is None:
+        return torch.ones_like(ids_BT)
+    if not isinstance(given, Tensor) or given.shape != ids_BT.shape:
+        found = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+        raise ScopeError(
+            f"router {router!r} chooses by the text of a row, and cannot tell from the attention mask {found} which of its "
+            f"tokens {tuple(ids_BT.shape)} are real: give a mask of that shape, or none"
+        )
+    return given
+
+
+def _prompt_lengths(router: str, num_rows: int) -> Sequence[int | None]:
+    prompts = current_prompts()
+    if prompts is None:
+        return [None] * num_rows
+    copies = copies_of(router, prompts, num_rows)
+    return [len(prompt) for prompt in prompts.rows for _ in range(copies)]
+
+
+def rows_of_call(arguments: Mapping[str, Any]) -> int:
+    """How many rows a call of the model has, by its arguments; 0 where that is not known."""
+    given = (arguments.get(name) for name in ("decoder_input_ids", "input_ids", "inputs_embeds", "decoder_inputs_embeds"))
+    return next((len(tensor) for tensor in given if isinstance(tensor, Tensor)), 0)
+
+
+class CachedIds:
+    """ids_BT of the tokens in a cache, beside it (`BesideCache[CachedIds]`)."""
+
+    def __init__(self, ids_BT: Tensor) -> None:
+        self.ids_BT = ids_BT
+
+    def append(self, ids_BT: Tensor) -> None:
+        self.ids_BT = torch.cat([self.ids_BT, ids_BT], dim=1)
+
+    def get_seq_length(self) -> int:
+        return self.ids_BT.shape[1]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.ids_BT = self.ids_BT.index_select(0, beam_idx.to(self.ids_BT.device))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.ids_BT = self.ids_BT[:, : self.get_seq_length() - abs(tokens_to_remove)]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.ids_BT = self.ids_BT.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.ids_BT = self.ids_BT[indices]
+
+    def reset(self) -> None:
+        self.ids_BT = self.ids_BT[:, :0]
+
+
+class SeenTokens(CachedIds):
+    """ids_BT of the tokens in a cache; the first `num_first` are those of the call that began it."""
+
+    def __init__(self, ids_BT: Tensor) -> None:
+        super().__init__(ids_BT)
+        self.num_first = ids_BT.shape[1]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        self.num_first = min(self.num_first, self.get_seq_length())
+
+
+_TOKENIZER: ContextVar[Any] = ContextVar("loraweave_tokenizer", default=None)
+
+
+def with_tokenizer(tokenizer: Any) -> AbstractContextManager[None]:
+    """Hands a tokenizer to the routers that begin inside."""
+    return holding(_TOKENIZER, tokenizer)
+
+
+def current_tokenizer() -> Any:
+    """None outside, and where the engine has none."""
+    return _TOKENIZER.get()

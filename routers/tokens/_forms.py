@@ -1,0 +1,175 @@
+"""The form of routers whose weights are a softmax over the experts with the highest scores, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from loraweave.hub.pool import ExpertPool
+from loraweave.routers.tokens._learned import LearnedRouter
+from loraweave.routers.tokens._members import LayerTensors, Members, RoutedLayer
+from loraweave.routers.tokens._router import TokenRouter
+from loraweave.routers.tokens._scores import parts, require_temperature, require_top_k, top_k_softmax, without
+
+
+class ScoredRouter(TokenRouter):
+    """w = softmax(scores / temperature) over the `top_k` highest scores of each token; the others get 0.
+
+    Without a `top_k` it is `default`, or all experts of a smaller pool. Raises WeightingError for a top_k above the pool
+    and a temperature that is not above 0.
+    """
+
+    counts: ClassVar[tuple[str, ...]] = ("top_k",)
+
+    def __init__(self, pool: ExpertPool | Members, top_k: int | None, temperature: float, *, default: int) -> None:
+        super().__init__(pool)
+        self.top_k = min(default, len(self.experts)) if top_k is None else top_k
+        self.temperature = temperature
+        require_top_k(self.name, self.top_k, len(self.experts))
+        require_temperature(self.name, temperature)
+
+    def scores(self, x_BTI: Tensor, layer: str) -> Tensor:
+        """scores_BTE in fp32 or better, -inf for experts that leave the layer alone."""
+        raise NotImplementedError
+
+    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+        """w_BTE; they sum to 1."""
+        return self.chosen(self.scores(x_BTI, layer))
+
+    def chosen(self, scores_BTE: Tensor) -> Tensor:
+        """w_BTE of scores."""
+        return top_k_softmax(scores_BTE, self.top_k, self.temperature)
+
+
+class OutputRouter(LearnedRouter):
+    """Knows E_e(x) = b_e a_e x of each layer as S numbers a token: with b = q r, these are z = r a x, and E_e(x) = q z.
+
+    The columns of q of one expert are orthonormal, so that its z is as long as E_e(x). Gains and biases of experts take no
+    part: E_e(x) is the update of low rank alone. The router keeps a copy of its experts' factors, and is as large as they
+    are when it is saved. A subclass has parameters for the `informed` layers; made of `Members`, for those in its file.
+
+    Raises AdapterUnsupported for experts that need their base layer first (DoRA): Composer.bound_pool has them resolved.
+    """
+
+    def __init__(self, pool: ExpertPool | Members) -> None:
+        super().__init__(pool)
+        # rows of experts: r a, the columns of q, and whose each row is
+        self.cores_ = LayerTensors({})
+        self.bases_ = LayerTensors({})
+        self.owners_ = LayerTensors({})
+        if isinstance(pool, ExpertPool):
+            for layer, routed in self.members.layers.items():
+                self.cores_[layer], self.bases_[layer], self.owners_[layer] = _rows(pool, layer, routed)
+
+    @property
+    def informed(self) -> dict[str, RoutedLayer]:
+        """The layers with outputs to look at: all but those whose experts have gains or biases alone."""
+        return {layer: self.members.layers[layer] for layer in self.cores_ if len(self.cores_[layer])}
+
+    def latents(self, x_BTI: Tensor, layer: str) -> Tensor:
+        """z_BTS: the outputs of the layer's experts in the coordinates of their bases."""
+        c_SI = self.cores_[layer]
+        if not len(c_SI):
+            # a layer with trained biases alone does not say how many inputs it has
+            return c_SI.new_zeros(*x_BTI.shape[:2], 0)
+        return x_BTI.to(c_SI.dtype) @ c_SI.T
+
+    def by_expert(self, values_BTS: Tensor, layer: str) -> Tensor:
+        """The sums over each expert's rows, (B, T, E)."""
+        zeros_BTE = values_BTS.new_zeros(*values_BTS.shape[:2], len(self.experts))
+        return zeros_BTE.index_add(2, self.owners_[layer], values_BTS)
+
+
+def _rows(pool: ExpertPool, layer: str, routed: RoutedLayer) -> tuple[Tensor, Tensor, Tensor]:
+    """c_SI, q_SO and owner_S of one layer; an expert of more rank than outputs has as many rows as outputs."""
+    cores, bases, owners = [torch.zeros(0, routed.num_inputs)], [torch.zeros(0, routed.num_outputs)], []
+    for place, a_RI, b_OR in parts(pool, layer):
+        q_OQ, r_QR = torch.linalg.qr(b_OR)
+        cores.append((r_QR @ a_RI).float())
+        bases.append(q_OQ.T.float())
+        owners += [place] * q_OQ.shape[1]
+    return torch.cat(cores), torch.cat(bases), torch.tensor(owners, dtype=torch.long)
+
+
+class OutputAttention(OutputRouter):
+    """s_e = scale * query(x) . k E_e(x), with learned query(x) = q x and k of each layer; no parameter is one expert's own.
+
+    A subclass puts q_DI into `queries_` and k_DO into `keys_` for each of the `informed` layers, D being any number; in all
+    others the experts score 0.
+    """
+
+    def __init__(self, pool: ExpertPool | Members, *, scale: float) -> None:
+        super().__init__(pool)
+        self.scale = scale
+        self.queries_ = LayerTensors({}, learned=True)
+        self.keys_ = LayerTensors({}, learned=True)
+
+    def query_bias(self, layer: str) -> Tensor | None:
+        """What a layer's queries have besides q x, if anything."""
+        return None
+
+    def scores(self, x_BTI: Tensor, layer: str) -> Tensor:
+        """s_BTE of the layer's experts, -inf for the others."""
+        z_BTS = self.latents(x_BTI, layer)
+        if layer in self.queries_:
+            z_BTS = z_BTS * self._asked(x_BTI, layer) * self.scale
+        scores_BTE = self.by_expert(z_BTS, layer)
+        return without(scores_BTE, self.members.layers[layer].experts)
+
+    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+        """w_BTE; they sum to 1."""
+        scores_BTE = self.scores(x_BTI, layer)
+        return self.note(layer, scores_BTE, scores_BTE.softmax(dim=-1))
+
+    def _asked(self, x_BTI: Tensor, layer: str) -> Tensor:
+        """k_s . query(x) for each row s of the bases, (B, T, S), in the cheaper order of the two."""
+        q_DI, bias_D = self.queries_[layer], self.query_bias(layer)
+        x_BTI = x_BTI.to(q_DI.dtype)
+        # k E_e(x) = k q z: the keys meet the bases once a call, and no output is formed
+        k_SD = self.bases_[layer] @ self.keys_[layer].T
+        (size, num_inputs), num_rows, num_tokens = q_DI.shape, len(k_SD), x_BTI.shape[0] * x_BTI.shape[1]
+        if num_tokens * (size * (num_inputs + num_rows) - num_rows * num_inputs) > num_rows * size * num_inputs:
+            return functional.linear(x_BTI, k_SD @ q_DI, None if bias_D is None else k_SD @ bias_D)
+        return functional.linear(functional.linear(x_BTI, q_DI, bias_D), k_SD)
+
+
+class InputGates(LearnedRouter):
+    """scores = g x with a matrix g_EI for each layer, or a `shared` one for all layers of I inputs.
+
+    `start(E, I)` makes what it begins with.
+    """
+
+    def __init__(self, pool: ExpertPool | Members, start: Callable[[int, int], Tensor], *, shared: bool = False) -> None:
+        super().__init__(pool)
+        self.shared = shared
+        self.gates_ = LayerTensors({}, learned=True)
+        for layer, routed in self.members.layers.items():
+            # a layer with trained biases alone does not say how many inputs it has
+            if routed.num_inputs and self.gate_of(layer) not in self.gates_:
+                self.gates_[self.gate_of(layer)] = start(len(self.experts), routed.num_inputs)
+
+    def gate_of(self, layer: str) -> str:
+        """The layer whose matrix this one has: where one is shared, the first layer of as many inputs."""
+        if not self.shared:
+            return layer
+        layers, num_inputs = self.members.layers, self.members.layers[layer].num_inputs
+        return next(name for name, routed in layers.items() if routed.num_inputs == num_inputs)
+
+    def scores(self, x_BTI: Tensor, layer: str) -> Tensor:
+        """scores_BTE, -inf for experts that leave the layer alone; 0 for the others where there is no matrix."""
+        if self.gate_of(layer) in self.gates_:
+            g_EI = self.gates_[self.gate_of(layer)]
+            scores_BTE = x_BTI.to(g_EI.dtype) @ g_EI.T
+        else:
+            scores_BTE = x_BTI.new_zeros(*x_BTI.shape[:2], len(self.experts), dtype=torch.float32)
+        return without(scores_BTE, self.members.layers[layer].experts)
+
+
+def drawn(num_experts: int, num_inputs: int) -> Tensor:
+    """g_EI as torch draws a linear layer: uniform between -1/sqrt(I) and 1/sqrt(I)."""
+    bound = num_inputs**-0.5
+    return torch.empty(num_experts, num_inputs).uniform_(-bound, bound)

@@ -1,0 +1,217 @@
+"""The form of every router with parameters: what it notes while it trains, and what is asked of it besides the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from loraweave.common.display import blank_figure, count_along
+from loraweave.errors import ScopeError, TrainingError
+from loraweave.hub.pool import ExpertPool
+from loraweave.routers.tokens._members import Members
+from loraweave.routers.tokens._router import TokenRouter
+
+
+@dataclass(eq=False)
+class Step:
+    """A pass of a training step: which tokens are real, whose data each row is, and what each layer made of it.
+
+    `expert_B` is the place of the expert whose task a row belongs to, -1 where that is not known. `rows_B` are the rows'
+    numbers in the training data, and `kept` is the same mapping in all passes of one training: what does not change for a
+    row may be kept there, without its padding. `scores` are before, and `weights` after, softmax and top-k; `beside` is what
+    a router's own losses need besides. `decoder_BT` are the real tokens of a decoder beside an encoder, told apart from the
+    encoder's by their number. `seeds_B` are what a row's random numbers in this step follow from, whatever pass it is in.
+    """
+
+    mask_BT: Tensor
+    expert_B: Tensor
+    rows_B: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    kept: dict[Any, Any] = field(default_factory=dict)
+    scores: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    beside: dict[str, Tensor] = field(default_factory=dict)
+    decoder_BT: Tensor | None = None
+    seeds_B: tuple[int, ...] = ()
+
+    def mask_of(self, num_tokens: int) -> Tensor | None:
+        """mask_BT of a layer that sees so many tokens, 1 being a value for all of them; None where they are not known.
+
+        Raises ScopeError where they could be an encoder's or a decoder's, whose padding differs.
+        """
+        if self.decoder_BT is not None and num_tokens == self.decoder_BT.shape[1] in (1, self.mask_BT.shape[1]):
+            require_alike(self.mask_BT, self.decoder_BT)
+        known = [mask_BT for mask_BT in (self.mask_BT, self.decoder_BT) if mask_BT is not None]
+        return next((mask_BT.bool() for mask_BT in known if num_tokens in (1, mask_BT.shape[1])), None)
+
+    def real(self, values_BTE: Tensor) -> Tensor:
+        """values_NE of the real tokens; all of them in a layer with other tokens than are known."""
+        mask_BT = self.mask_of(values_BTE.shape[1])
+        if mask_BT is None or mask_BT.shape[0] % values_BTE.shape[0]:
+            return values_BTE.flatten(0, 1)
+        values_BTE = values_BTE.repeat_interleave(mask_BT.shape[0] // values_BTE.shape[0], dim=0)
+        return values_BTE.expand(*mask_BT.shape, -1)[mask_BT]
+
+    def row_means(self, values_BTE: Tensor) -> Tensor:
+        """values_BE, the mean over each row's real tokens; over all in a layer with other tokens than are known."""
+        mask_BT = self.mask_of(values_BTE.shape[1])
+        if mask_BT is None or mask_BT.shape != values_BTE.shape[:2]:
+            return values_BTE.mean(dim=1)
+        real_BT1 = mask_BT[..., None].to(values_BTE.dtype)
+        return (values_BTE * real_BT1).sum(dim=1) / real_BT1.sum(dim=1).clamp(min=1)
+
+    def uniform(self, count: int, place: int) -> Tensor:
+        """u_BN of `count` numbers in [0, 1) for each row; those of another `place` are others."""
+        draws = (torch.Generator().manual_seed(seed + place) for seed in self.seeds_B)
+        return torch.stack([torch.rand(count, generator=draw) for draw in draws])
+
+
+def require_alike(encoder_BT: Tensor, decoder_BT: Tensor) -> None:
+    """Raises ScopeError for real tokens of an encoder and of a decoder that count otherwise, where nothing tells whose a
+    layer's are."""
+    same_width = encoder_BT.shape == decoder_BT.shape
+    if not (torch.equal(encoder_BT.bool(), decoder_BT.bool()) if same_width else encoder_BT.all() and decoder_BT.all()):
+        raise ScopeError(
+            f"the encoder has {encoder_BT.shape[1]} tokens and the decoder {decoder_BT.shape[1]}, so that their number "
+            "does not say whose a layer sees, and their padding differs: pad the labels with one more -100, or the input "
+            "with one more token that attention_mask leaves out"
+        )
+
+
+class LearnedRouter(TokenRouter):
+    """A router whose parameters `fit` trains; the adapters and the base stay as they are.
+
+    `weights` calls `note` with what it made. `losses` may add terms to the model's loss, each under a name.
+    """
+
+    learned: ClassVar[bool] = True
+    # whether every row of the training data has to name the expert whose task it is
+    needs_experts: ClassVar[bool] = False
+    # parameters, by the first part of their names, without a gradient in the first step: their factor starts at 0
+    silent_at_first: ClassVar[tuple[str, ...]] = ()
+    # whether each expert has parameters of its own, learned from its own rows alone: the loss is then the sum over experts
+    # of each one's mean, every step has rows of each, and no gradient is made shorter for the sake of another's
+    apart: ClassVar[bool] = False
+    # what fit() takes unless it is told otherwise
+    lr: ClassVar[float] = 1e-3
+
+    def __init__(self, pool: ExpertPool | Members) -> None:
+        super().__init__(pool)
+        self.step: Step | None = None
+
+    @property
+    def training_report(self) -> TrainingReport:
+        """How fit() went, also of a router that was saved after it. TrainingError where it was not fitted."""
+        if self.report is None:
+            raise TrainingError(f"router {self.name!r} has not been trained: fit() it first")
+        return TrainingReport.from_json(self.report)
+
+    def note(self, layer: str, scores_BTE: Tensor, w_BTE: Tensor, beside: Tensor | None = None) -> Tensor:
+        """The weights as they are, after a training step has taken note of them."""
+        # a layer that a backward pass runs again was noted before
+        if self.step is not None and torch._C._current_graph_task_id() == -1:
+            self.step.scores[layer] = scores_BTE
+            self.step.weights[layer] = w_BTE
+            if beside is not None:
+                self.step.beside[layer] = beside
+        return w_BTE
+
+    def losses(self, step: Step) -> Mapping[str, Tensor]:
+        """Named terms to add to the loss of the step that has just run, already with their coefficients."""
+        return {}
+
+    def fit(self, engine: Any, dataset: Any, **settings: Any) -> Self:
+        """Trains the parameters on a dataset, through `engine`, a Composer with a tokenizer; returns self.
+
+        `settings` are those of `loraweave.composer.train.settings.Settings`.
+        """
+        if not hasattr(engine, "fit"):
+            raise TrainingError(f"a router is trained through a Composer with a tokenizer, and {engine!r:.80} is none")
+        engine.fit(self, dataset, **settings)
+        return self
+
+
+# lines in one picture that can be told apart
+NUM_SHOWN = 8
+
+
+@dataclass
+class TrainingReport:
+    """Losses by step, and what the weights were like.
+
+    `losses` are means over the target tokens of each step, or over its rows where those are of tensors, without the `terms`
+    that were added, which have their own by name. `evaluations` are (steps done, loss of the rows held out). `entropy` is
+    that of a token's weights in nats, a mean over real tokens and layers; `load` has (steps done, share of each expert in
+    all weights), of at most 100 steps or so.
+    `dead` experts had less than a hundredth of an equal share over the last 20 steps; `collapsed` is the first step after
+    which one expert had more than 0.95 of all weight over 20 steps, None if there was none. `overflow` is, by step, the
+    share of the experts chosen by tokens before a target which had no capacity left; empty where there is no limit. The
+    router has the parameters after `kept` steps. `tokens` are those of prompts and targets that went through the model,
+    without padding; a row of tensors counts as one.
+    """
+
+    experts: tuple[str, ...]
+    losses: list[float] = field(default_factory=list)
+    terms: dict[str, list[float]] = field(default_factory=dict)
+    evaluations: list[tuple[int, float]] = field(default_factory=list)
+    entropy: list[float] = field(default_factory=list)
+    load: list[tuple[int, list[float]]] = field(default_factory=list)
+    dead: list[str] = field(default_factory=list)
+    collapsed: int | None = None
+    overflow: list[float] = field(default_factory=list)
+    kept: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Raises TypeError, KeyError or ValueError for data of another form."""
+        pairs = {name: [(int(step), value) for step, value in data[name]] for name in ("evaluations", "load")}
+        return cls(**{**data, **pairs, "experts": tuple(data["experts"])})
+
+    def plot(self, path: str | Path) -> Path:
+        """Draws the losses, the load of the experts and the entropy over the steps; the suffix names the format.
+
+        Raises PackageMissing without matplotlib.
+        """
+        figure = blank_figure("a training is drawn with matplotlib", figsize=(6.0, 7.0), layout="constrained")
+        above, middle, below = figure.subplots(3, 1, sharex=True)
+        above.plot(range(1, len(self.losses) + 1), self.losses, color="#9db8d2", linewidth=0.8, label="each step")
+        above.plot(range(1, len(self.losses) + 1), _smooth(self.losses), color="#1f4e79", label="mean of 10 steps")
+        if self.evaluations:
+            above.plot(*zip(*self.evaluations, strict=True), "o-", color="#c0504d", markersize=3, label="held out")
+        above.set_ylabel("loss")
+        above.legend(frameon=False, fontsize="small")
+        self._draw_load(middle)
+        below.plot(range(1, len(self.entropy) + 1), self.entropy, color="#1f4e79")
+        below.set_ylabel("entropy of a token's\nweights (nats)")
+        below.set_xlabel("step")
+        count_along(below)
+        figure.savefig(path)
+        return Path(path)
+
+    def _draw_load(self, axes: Any) -> None:
+        axes.set_ylabel("load")
+        if not self.load:
+            return
+        steps, loads = zip(*self.load, strict=True)
+        largest = sorted(range(len(self.experts)), key=lambda place: -loads[-1][place])[:NUM_SHOWN]
+        for place in largest:
+            axes.plot(steps, [load[place] for load in loads], label=self.experts[place])
+        if len(self.experts) > NUM_SHOWN:
+            others = [sum(load) - sum(load[place] for place in largest) for load in loads]
+            axes.plot(steps, others, color="#999999", linestyle=":", label=f"the other {len(self.experts) - NUM_SHOWN}")
+        axes.legend(frameon=False, fontsize="x-small", ncols=2)
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """The mean of the last ten values, fewer at the beginning."""
+    return [sum(part) / len(part) for part in (values[max(0, end - 10) : end] for end in range(1, len(values) + 1))]

@@ -1,0 +1,142 @@
+"""A pass through the model's own decoder, without its head: what a router reads that looks at last hidden states."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from loraweave.common.process import holding
+from loraweave.errors import ScopeError
+from loraweave.routers.tokens._caches import BesideCache
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache
+
+
+CACHE_NAMES = ("cache", "past_key_values")
+# arguments of the whole model that are not its decoder's, or that ask for more than is read here
+OF_THE_MODEL = (
+    "labels",
+    "logits_to_keep",
+    "num_items_in_batch",
+    "return_dict",
+    "use_cache",
+    "output_hidden_states",
+    "output_attentions",
+    "output_router_logits",
+)
+
+
+def last_hidden(router: str, model: Any, arguments: Mapping[str, Any], beside: BesideCache[DynamicCache]) -> Tensor:
+    """hidden_BTD after the last layer and its norm, for a call of the model with these arguments; without a gradient.
+
+    Under the caller's cache only the new tokens run: those before are in a cache of the router's own, which lies `beside`
+    it. Raises ScopeError for an encoder-decoder and for a model that gives no last hidden state, and what `BesideCache.of`
+    raises.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ScopeError(
+            f"router {router!r} reads the last hidden state of the very tokens that it weighs, and {type(model).__name__} "
+            "has an encoder and a decoder, whose tokens differ: take one that looks at each layer's input, or at the text"
+        )
+    decoder = getattr(model, "base_model", model)
+    given = next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
+    passed = {name: value for name, value in arguments.items() if name not in (*OF_THE_MODEL, *CACHE_NAMES)}
+    parameters = inspect.signature(decoder.forward).parameters
+    own = None
+    if given is not None:
+        own = beside.of(given)
+        own = _cache_like(given, model) if own is None else own
+    elif _makes_cache(model, arguments):
+        own = _cache_like(None, model)
+    if own is not None:
+        passed["cache" if "cache" in parameters else "past_key_values"] = own
+    if "use_cache" in parameters:
+        passed["use_cache"] = own is not None
+    with torch.no_grad():
+        hidden = getattr(decoder(**passed), "last_hidden_state", None)
+    if not isinstance(hidden, Tensor) or hidden.ndim != 3:
+        raise ScopeError(
+            f"router {router!r} reads the last hidden state (rows, tokens, features), and {type(decoder).__name__} gives "
+            "none: take a router that looks at each layer's input"
+        )
+    if given is not None and own is not None:
+        beside.keep(given, own)
+    elif own is not None:
+        beside.keep_returned(own)
+    return hidden
+
+
+def _makes_cache(model: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether a call that is given no cache gives one back."""
+    wanted = arguments.get("use_cache")
+    if not callable(getattr(model, "can_generate", None)) or not model.can_generate():
+        return False
+    return bool(getattr(model.config, "use_cache", False) if wanted is None else wanted)
+
+
+def _cache_like(given: Any | None, model: Any) -> DynamicCache:
+    """An empty cache for the same model, which keeps tokens to be taken back where the given one does."""
+    from transformers import DynamicCache
+
+    own: Any = DynamicCache(config=model.config)
+    if any(getattr(layer, "record_past", False) for layer in getattr(given, "layers", ())):
+        own.activate_past_recording()
+    return own  # type: ignore[no-any-return]
+
+
+def block_of(layer: str) -> str | None:
+    """The path of the block that a layer lies in: up to the first number. None for a layer outside blocks."""
+    found = re.match(r"(.*?(?:^|\.)\d+)\.", layer)
+    return found[1] if found else None
+
+
+@dataclass(frozen=True, eq=False)
+class BlockInput:
+    """The hidden states that a running block was given, and what routers keep of them until it has run.
+
+    `beside` are the addresses of other tensors that it was given, such as an encoder's states.
+    """
+
+    block: str
+    x_BTI: Tensor
+    beside: frozenset[int]
+    kept: WeakKeyDictionary[object, Any] = field(default_factory=WeakKeyDictionary)
+
+
+# of the running call, in each thread; autograd's own has it while it runs a block again
+_RUNNING: ContextVar[BlockInput | None] = ContextVar("loraweave_block_input", default=None)
+
+
+def running(given: BlockInput) -> AbstractContextManager[None]:
+    """The block runs inside."""
+    return holding(_RUNNING, given)
+
+
+def running_block(router: str, layer: str, x_BTI: Tensor) -> BlockInput:
+    """What the layer's block was given.
+
+    Raises ScopeError outside a call of the block, and for a layer whose input x_BTI is not of the block's tokens.
+    """
+    found, block = _RUNNING.get(), block_of(layer)
+    if found is None or found.block != block:
+        raise ScopeError(
+            f"router {router!r} looks at the input of {block!r}, but layer {layer!r} ran in no call of it: call the model "
+            "itself rather than a part of it, and not one that torch.compile made"
+        )
+    if x_BTI.shape[:2] != found.x_BTI.shape[:2] or x_BTI.data_ptr() in found.beside:
+        raise ScopeError(
+            f"router {router!r} weighs the {tuple(found.x_BTI.shape[:2])} rows and tokens of {block!r}, but layer {layer!r} "
+            f"sees {tuple(x_BTI.shape[:2])} others: an encoder's, those of one expert of several, or some rows alone. Leave "
+            "the layer out of the adapters, or take a router that looks at the layer's own input"
+        )
+    return found

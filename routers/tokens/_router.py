@@ -1,0 +1,342 @@
+"""The form of every router that looks at the input of a layer: whose experts, which options, kept as a folder."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from loraweave.errors import BaseModelMismatch, ScopeError, TrainingError, WeightingError
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.intake.model_hub import upload
+from loraweave.hub.pool import ExpertPool
+from loraweave.routers.combined import places_in, renamed
+from loraweave.routers.tokens._members import LayerTensors, Members
+from loraweave.routers.tokens._written import router_card, write_router
+from loraweave.types import Router
+
+
+class TokenRouter(nn.Module):
+    """w_BTE for each layer of a pool, from that layer's input x_BTI. Its experts are the pool's, in the pool's order.
+
+    A subclass takes the pool and its own options as keywords, keeps each option as an attribute of its name, and all its
+    tensors as parameters and buffers (`LayerTensors` where there is one for each layer). It can be made of `Members` alone,
+    without tensors of experts, to be filled from a file.
+
+    Weights of a layer count only for the experts that update it (`self.members.layers[layer].experts`).
+    """
+
+    # whether fit() is needed before the weights mean anything
+    learned: ClassVar[bool] = False
+    # whether the weights of every token sum to 1
+    simplex: bool = True
+    # tensors with rows of experts: None where row e is of expert e, else the name of the tensor that says whose each row is;
+    # None for a router that weighs all experts together, so that none can join or leave it
+    per_expert: ClassVar[Mapping[str, str | None] | None] = None
+    # options that are at most the number of experts
+    counts: ClassVar[tuple[str, ...]] = ()
+
+    # how it was trained, as JSON
+    report: Mapping[str, Any] | None = None
+    # the adapters that lay in its folder
+    pool: ExpertPool | None = None
+
+    def __init__(self, pool: ExpertPool | Members) -> None:
+        super().__init__()
+        self.members = Members.of(pool)
+
+    @property
+    def name(self) -> str:
+        """The router's name in the registry."""
+        return type(self).__module__.rpartition(".")[2]
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        return self.members.names
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers that some expert updates."""
+        return tuple(self.members.layers)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that it was made with, by name."""
+        return {name: getattr(self, name) for name in option_names(type(self))}
+
+    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+        """w_BTE in fp32 or better; row b depends on row b of x alone."""
+        raise NotImplementedError
+
+    def require_pool(self, pool: ExpertPool) -> None:
+        """Raises WeightingError for other experts, contents or order than its own, BaseModelMismatch for another base."""
+        own = self.members
+        if pool.names != own.names:
+            raise WeightingError(
+                f"router {self.name!r} is for experts {own.names}, but the pool has {pool.names}, in this order; make the "
+                "router for this pool, or swap() to pool.subset(router.experts)"
+            )
+        for name, digest in zip(own.names, own.hashes, strict=True):
+            if (found := pool.adapters[name].hash) != digest:
+                raise WeightingError(
+                    f"router {self.name!r} was made for an expert {name!r} with hash {digest}, but the pool's has {found}; "
+                    "give it the adapter it was made for, or make the router for this pool"
+                )
+        if why := own.base.differs(Members.of(pool).base):
+            raise BaseModelMismatch(f"router {self.name!r} was made for another base model than the pool's: {why}")
+
+    def require_engine(self, engine: Any) -> None:
+        """Raises what `require_pool` raises for a Composer that has neither given nor bound experts as this router's."""
+        bound: ExpertPool = engine.bound_pool
+        self.require_pool(bound if self.members.same_experts(bound) else engine.pool)
+
+    def onto(self, pool: ExpertPool | Iterable[Adapter] | Mapping[str, Adapter]) -> TokenRouter:
+        """The same router for a pool that has its experts in another order, under other names, or among others.
+
+        They are known by their content; experts that it does not know get weight 0. Raises WeightingError, which lists the
+        differences, for a pool without some of its experts, BaseModelMismatch for one of another base.
+        """
+
+        return placed(self, pool if isinstance(pool, ExpertPool) else ExpertPool(pool))
+
+    @property
+    def watched(self) -> tuple[str, ...]:
+        """Paths of blocks of the model whose input it looks at (`routing.blocks.running_block`)."""
+        return ()
+
+    @property
+    def parts(self) -> list[TokenRouter]:
+        """Itself and the routers that it is made of."""
+        return [part for part in self.modules() if isinstance(part, TokenRouter)]
+
+    def alone(self, pool: ExpertPool) -> Self:
+        """A router like this one for a pool of one expert, from which `add_expert` takes the rows."""
+        options = {name: value for name, value in self.options.items() if name not in self.counts}
+        return type(self)(pool, **options)
+
+    def add_expert(self, name: str, adapter: Adapter) -> Self:
+        """A router with one more expert, at the end, where that is possible without training the others again.
+
+        Their rows are those of this router, which stays as it is. Raises ScopeError where it is not possible, WeightingError
+        for a name that it has already, BaseModelMismatch or LayerMismatch for an adapter that does not go with the others.
+        """
+        if any(part.per_expert is None for part in self.parts):
+            raise ScopeError(
+                f"router {self.name!r} weighs all its experts together, and cannot take {name!r} beside them: make one for "
+                "the larger pool, and fit() it where it is a learned one"
+            )
+        return with_rows(self, name, adapter)
+
+    def remove_expert(self, name: str) -> Self:
+        """A router without one expert, the rest as before, where that has a meaning; this one stays as it is.
+
+        Raises ScopeError where it has none, UnknownExpert for a name that it has not, WeightingError for the last one.
+        """
+        if any(part.per_expert is None for part in self.parts):
+            raise ScopeError(
+                f"router {self.name!r} weighs all its experts together, and has no meaning without {name!r}: make one for "
+                "the smaller pool, and fit() it where it is a learned one"
+            )
+        return without_rows(self, name)
+
+    def fit(self, *given: Any, **settings: Any) -> Self:
+        """Trains a router that learns; TrainingError for one that reads all that it knows off the adapters."""
+        raise TrainingError(f"router {self.name!r} learns nothing, so there is nothing to fit: activate() it as it is")
+
+    def save_pretrained(self, folder: str | Path, *, pool: ExpertPool | None = None) -> Path:
+        """Writes router.json and router.safetensors, and with `pool` the adapters of its experts, as PEFT folders.
+
+        `lw.router(folder)` reads it again. The folder appears whole or not at all. Raises WeightingError for a folder that
+        holds something else, and for a pool without its experts.
+        """
+        return write_router(self, Path(folder), pool)
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        pool: ExpertPool | None = None,
+        token: str | None = None,
+        private: bool | None = None,
+        commit_message: str | None = None,
+    ) -> str:
+        """Puts what `save_pretrained` writes into `owner/name` of the model hub, with a card; returns the commit's id.
+
+        A repository that is made is as the owner's settings have it, unless `private` says. `lw.router("owner/name")` reads
+        it again. Raises HubReadOnly where the token may not write there, SourceUnavailable for what may work later,
+        AdapterNotFound for an id of another form.
+        """
+        with TemporaryDirectory() as place:
+            folder = self.save_pretrained(Path(place) / "router", pool=pool)
+            (folder / "README.md").write_text(router_card(self, repository, with_pool=pool is not None), encoding="utf-8")
+            message = commit_message or f"router {self.name} for {len(self.experts)} experts"
+            return upload(folder, repository, token=token, private=private, message=message)
+
+
+def option_names(router: type[TokenRouter]) -> list[str]:
+    """The names of the options that a router takes."""
+    parameters = inspect.signature(router).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+
+
+def by_layer(pool: ExpertPool | Members, make: Callable[[ExpertPool, str], Tensor]) -> Mapping[str, Tensor]:
+    """What `make` gives for each layer of a pool; nothing where there is no pool yet, only its members."""
+    if isinstance(pool, Members):
+        return {}
+    return {layer: make(pool, layer) for layer in Members.of(pool).layers}
+
+
+def placed(router: TokenRouter, pool: ExpertPool) -> TokenRouter:
+    """The router for the experts of a pool that has its own, by content, under whatever names and in whatever order.
+
+    Itself where the pool is the one it is for. Raises WeightingError, which lists the differences, for a pool without some
+    of its experts, BaseModelMismatch for one of another base.
+    """
+    names = tuple(places_in(router, pool))
+    if names == router.experts == pool.names:
+        return router
+    return _PlacedWhole(router, pool, names) if hasattr(router, "begin") else _Placed(router, pool, names)
+
+
+class _Placed(TokenRouter):
+    """It is saved as the router that it was made of, and trained, added to and taken from as that one alone."""
+
+    place_P: Tensor
+
+    def __init__(self, router: TokenRouter, pool: ExpertPool, names: tuple[str, ...]) -> None:
+        super().__init__(pool)
+        self.router = router
+        # in layers that it does not know all weights are 0
+        self.simplex = router.simplex and set(self.layers) <= set(router.layers)
+        self.names_of_own = dict(zip(router.experts, names, strict=True))
+        self._own = ExpertPool({own: pool.adapters[name] for own, name in zip(router.experts, names, strict=True)})
+        self.register_buffer("place_P", torch.tensor([pool.places[name] for name in names]), persistent=False)
+
+    @property
+    def name(self) -> str:
+        return self.router.name
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return self.router.options
+
+    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+        return self.spread(self.router, x_BTI, layer)
+
+    def spread(self, router: Router, x_BTI: Tensor, layer: str) -> Tensor:
+        """w_BTE over the pool's experts, of what `router` says of its own."""
+        if layer not in self.router.members.layers:
+            return x_BTI.new_zeros(1, 1, len(self.experts), dtype=torch.float32)
+        w_BTP = router.weights(x_BTI, layer)
+        return w_BTP.new_zeros(*w_BTP.shape[:2], len(self.experts)).index_copy(2, self.place_P.to(w_BTP.device), w_BTP)
+
+    def save_pretrained(self, folder: str | Path, *, pool: ExpertPool | None = None) -> Path:
+        return self.router.save_pretrained(folder, pool=None if pool is None else self._own)
+
+
+class _PlacedWhole(_Placed):
+    def begin(self, model: Any, arguments: Mapping[str, Any]) -> Router:
+        """The router of one call."""
+        begun: Any = self.router
+        with renamed(self.names_of_own):
+            return _OfCall(self, begun.begin(model, arguments))
+
+
+class _OfCall:
+    def __init__(self, whole: _Placed, router: Router) -> None:
+        self._whole = whole
+        self._router = router
+
+    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+        return self._whole.spread(self._router, x_BTI, layer)
+
+
+R = TypeVar("R", bound="TokenRouter")
+# a tensor by its layer, or by no name where there is one for all
+Tables = dict[str, Tensor]
+
+
+def without_rows(router: R, name: str) -> R:
+    """A copy without an expert and its rows. All other rows are the same, bit for bit."""
+    members, gone = router.members.without(name), router.members.places[name]
+    copy = deepcopy(router)
+    copy.pool = None if router.pool is None else router.pool.without(name)
+    for old, part in zip(router.parts, copy.parts, strict=True):
+        part.members = members
+        for table, owner in (part.per_expert or {}).items():
+            owners = _owners(old, table, owner)
+            kept = {layer: rows[owners[layer] != gone] for layer, rows in _tables(old, table).items()}
+            _put(part, table, {layer: rows for layer, rows in kept.items() if not layer or layer in members.layers})
+        for owner in _owner_tables(part):
+            owners = {layer: owner_S[owner_S != gone] for layer, owner_S in _tables(old, owner).items()}
+            shifted = {layer: owner_S - (owner_S > gone).to(owner_S.dtype) for layer, owner_S in owners.items()}
+            _put(part, owner, {layer: owner_S for layer, owner_S in shifted.items() if layer in members.layers})
+        for count in part.counts:
+            if (chosen := getattr(part, count)) is not None:
+                setattr(part, count, min(chosen, len(members.names)))
+    return copy
+
+
+def with_rows(router: R, name: str, adapter: Adapter) -> R:
+    """A copy with one more expert, whose rows are those that a router for it alone has. All other rows are the same."""
+    members, place = router.members.including(name, adapter), len(router.experts)
+    alone = router.alone(ExpertPool({name: adapter}))
+    copy = deepcopy(router)
+    copy.pool = None if router.pool is None else router.pool.including(name, adapter)
+    for old, new, part in zip(router.parts, alone.parts, copy.parts, strict=True):
+        part.members = members
+        for table, owner in (part.per_expert or {}).items():
+            counts = (place, 1) if owner is None else (0, 0)
+            _put(part, table, _joined(_tables(old, table), _tables(new, table), counts))
+        for owner in _owner_tables(part):
+            later = {layer: owner_S + place for layer, owner_S in _tables(new, owner).items()}
+            _put(part, owner, _joined(_tables(old, owner), later, (0, 0)))
+    return copy
+
+
+def _owner_tables(part: TokenRouter) -> list[str]:
+    return list(dict.fromkeys(owner for owner in (part.per_expert or {}).values() if owner is not None))
+
+
+def _owners(part: TokenRouter, table: str, owner: str | None) -> Tables:
+    """Whose each row of a table is, as a place among the experts."""
+    if owner is not None:
+        return _tables(part, owner)
+    return {layer: torch.arange(len(rows), device=rows.device) for layer, rows in _tables(part, table).items()}
+
+
+def _joined(first: Tables, second: Tables, num_rows: tuple[int, int]) -> Tables:
+    """The rows of both below each other; for a layer that one of them lacks, so many rows of zeros there."""
+    found = {}
+    for layer in dict.fromkeys([*first, *second]):
+        like = first[layer] if layer in first else second[layer]
+        above, below = (
+            rows[layer].to(like) if layer in rows else like.new_zeros(count, *like.shape[1:])
+            for rows, count in zip((first, second), num_rows, strict=True)
+        )
+        found[layer] = torch.cat([above, below])
+    return found
+
+
+def _tables(part: TokenRouter, name: str) -> Tables:
+    held = getattr(part, name)
+    if isinstance(held, LayerTensors):
+        return {layer: held[layer].detach() for layer in held}
+    return {"": held.detach()}
+
+
+def _put(part: TokenRouter, name: str, tables: Mapping[str, Tensor]) -> None:
+    held = getattr(part, name)
+    if not isinstance(held, LayerTensors):
+        setattr(part, name, nn.Parameter(tables[""]) if isinstance(held, nn.Parameter) else tables[""])
+        return
+    for layer in [layer for layer in held if layer not in tables]:
+        del held[layer]
+    for layer, rows in tables.items():
+        held[layer] = rows

@@ -1,0 +1,210 @@
+"""A router from the folder that `save_pretrained` wrote, or from a repository of the model hub with such files."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraweave import registry
+from loraweave.common.checks import is_whole
+from loraweave.errors import AdapterCorrupt, AdapterNotFound, AdapterUnsupported, LoraweaveError, UnknownName, WeightingError
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.formats._files import listing, present, read_json
+from loraweave.hub.formats._safetensors import hashed_tensors
+from loraweave.hub.intake.model_hub import download
+from loraweave.hub.intake.sources import ADAPTER_FILES
+from loraweave.hub.pool import ExpertPool
+from loraweave.routers.tokens._members import LayerTensors, Members
+from loraweave.routers.tokens._router import TokenRouter, option_names
+from loraweave.routers.tokens._written import ADAPTERS, FILE, FORMAT, TENSORS
+
+# the members of a pool of thousands
+MAX_JSON_BYTES = 64 * 2**20
+FILES = (FILE, TENSORS, *(f"{ADAPTERS}/*/{name}" for name in ADAPTER_FILES))
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What router.json says; the router's own module is looked up by its name."""
+
+    name: str
+    options: Mapping[str, Any]
+    members: Members
+    sha256: str
+    num_adapters: int
+    report: Mapping[str, Any] | None
+
+
+def folder_of(source: str | Path, *, revision: str | None, token: str | None, local_files_only: bool) -> Path:
+    """The local folder, or what was downloaded of `owner/name`. AdapterNotFound for what is neither."""
+    path = Path(source)
+    if path.is_dir():
+        return path
+    parts = str(source).split("/")
+    if isinstance(source, Path) or len(parts) != 2 or not all(parts) or str(source).startswith((".", "~")):
+        raise AdapterNotFound(f"no folder {str(source)!r} with a saved router; save_pretrained() of a router writes one")
+    found = download(str(source), revision=revision, token=token, local_files_only=local_files_only, allow_patterns=FILES)
+    return found.folder
+
+
+def read_saved(folder: Path) -> Saved:
+    """Raises AdapterNotFound for a folder that is no router, AdapterCorrupt for a damaged one, AdapterUnsupported for one
+    that a newer version wrote."""
+    if not present(folder, FILE):
+        raise AdapterNotFound(f"{folder} is no router: it has no {FILE}, and holds {listing(folder)}")
+    recipe = read_json(folder, FILE, max_bytes=MAX_JSON_BYTES)
+    found = recipe.get("format")
+    if is_whole(found, FORMAT + 1):
+        raise AdapterUnsupported(
+            f"{folder / FILE} has format {found}, which a newer version of loraweave wrote: update it; this one "
+            f"reads {FORMAT}"
+        )
+    try:
+        if found != FORMAT:
+            raise ValueError(f"its format is {found!r}, not {FORMAT}")
+        members = Members.from_json(recipe["members"])
+        options, count = dict(recipe["options"]), int(recipe["adapters"])
+        report = None if recipe["report"] is None else dict(recipe["report"])
+        if count not in (0, len(members.names)):
+            raise ValueError(f"it has {count} adapters of {len(members.names)} experts")
+        return Saved(str(recipe["router"]), options, members, str(recipe["sha256"]), count, report)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise AdapterCorrupt(f"{folder / FILE} is damaged ({type(error).__name__}: {error})") from error
+
+
+def read_router(folder: Path, saved: Saved, made_of: type[TokenRouter]) -> TokenRouter:
+    """The router, with its adapters as `pool` where the folder has them.
+
+    Raises AdapterCorrupt for files that are not as they were written, and what the router's class raises for its options.
+    """
+    tensors = hashed_tensors(folder, TENSORS, saved.sha256, said_by=FILE)
+    try:
+        _require_room(made_of, saved, tensors, folder)
+        router = made_of(saved.members, **saved.options)
+        router.load_state_dict(tensors)
+    except LoraweaveError:
+        raise
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        raise AdapterCorrupt(f"{folder} is no router {saved.name!r} ({type(error).__name__}: {error})") from error
+    _require_tensors(router, folder / TENSORS)
+    router.report = saved.report
+    if saved.num_adapters:
+        router.pool = _pool(folder, saved.members)
+    return router.eval()
+
+
+def _require_room(made_of: type[TokenRouter], saved: Saved, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Raises AdapterCorrupt for members and options that ask for more memory than the file's tensors have, before it is
+    taken."""
+    with torch.device("meta"):
+        asked = sum(tensor.nbytes for tensor in made_of(saved.members, **saved.options).state_dict().values())
+    if asked > (held := sum(tensor.nbytes for tensor in tensors.values())):
+        raise AdapterCorrupt(
+            f"{folder / FILE} asks for a router of {asked} bytes, but {TENSORS} has {held}: one of them is damaged or of "
+            "another router; copy or download the folder again"
+        )
+
+
+def _require_tensors(router: TokenRouter, file: Path) -> None:
+    """Raises AdapterCorrupt for numbers that are not finite, and for tensors that are not those of the router's layers."""
+    for name, tensor in router.state_dict().items():
+        if not bool(tensor.isfinite().all()):
+            raise AdapterCorrupt(f"{file} has numbers in {name!r} that are not finite: copy or download the folder again")
+    layers = set(router.members.layers)
+    for part in router.modules():
+        if not isinstance(part, LayerTensors):
+            continue
+        if strange := sorted(set(part) - layers):
+            raise AdapterCorrupt(f"{file} has a tensor for layer {strange[0]!r}, which no expert updates")
+        # what is learned may be of some layers alone
+        if not part.learned and (missing := sorted(layers - set(part))):
+            raise AdapterCorrupt(f"{file} has no tensor for layer {missing[0]!r}, which an expert updates")
+
+
+def _pool(folder: Path, members: Members) -> ExpertPool:
+    adapters = {}
+    for number, (name, digest) in enumerate(zip(members.names, members.hashes, strict=True)):
+        where = folder / ADAPTERS / str(number)
+        # a link could lead anywhere
+        if not where.is_dir() or not where.resolve().is_relative_to(folder.resolve()):
+            raise AdapterCorrupt(f"{folder} has no folder {ADAPTERS}/{number} in it, which is expert {name!r}")
+        adapters[name] = Adapter.from_pretrained(where)
+        if adapters[name].hash != digest:
+            raise AdapterCorrupt(
+                f"{where} is not expert {name!r} as the router knows it: its hash is {adapters[name].hash}, not {digest}"
+            )
+    return ExpertPool(adapters)
+
+
+def router(
+    name: str | Path,
+    pool: ExpertPool | Iterable[Adapter] | Mapping[str, Adapter] | None = None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+    **options: Any,
+) -> TokenRouter:
+    """The router of that name for the experts of a pool; or a saved one: of a folder, or of `owner/name` of the model hub.
+
+    A saved router has its options, and is for the experts that it was saved with, which its `pool` has where they were saved
+    too. With `pool` it is for the experts of that one, in whatever order and beside whatever others (`TokenRouter.onto`).
+
+    Raises UnknownName, which names near misses, for no router's name, WeightingError for an option that the router has not
+    and for a pool without its experts, AdapterNotFound for what holds no router, AdapterCorrupt for damaged files,
+    AdapterUnsupported for those of a newer version, and what a download raises.
+    """
+    if not isinstance(name, str | Path) or name == "":
+        raise UnknownName(f"{name!r} is no router; give a name of {', '.join(router_names())}, or the folder of a saved one")
+    experts = pool if pool is None or isinstance(pool, ExpertPool) else ExpertPool(pool)
+    if isinstance(name, Path) or "/" in name or (name not in registry.names("routers") and Path(name).is_dir()):
+        if options:
+            raise WeightingError(f"a saved router has its options already: leave out {', '.join(options)}")
+        folder = folder_of(name, revision=revision, token=token, local_files_only=local_files_only)
+        saved = read_saved(folder)
+        found = read_router(folder, saved, router_class(saved.name))
+        return found if experts is None else found.onto(experts)
+    made_of = router_class(name)
+    if experts is None:
+        raise WeightingError(f"router {name!r} is made for the experts of a pool: pass one, or the folder of a saved router")
+    for option in options:
+        if option not in (known := option_names(made_of)):
+            has = ", ".join(known) or "none"
+            raise WeightingError(f"router {name!r} has no option {option!r}{registry.nearest(option, known)}; it has {has}")
+    # what is not being trained answers alike every time
+    return made_of(experts, **options).eval()
+
+
+def router_class(name: str) -> type[TokenRouter]:
+    """The class of that name. UnknownName for none, and for a search, which makes weights of a task and no router."""
+    if name not in registry.names("routers"):
+        known = router_names()
+        raise UnknownName(f"no router {name!r}{registry.nearest(name, known)}; there are {', '.join(known)}")
+    found = _found(name)
+    if not _is_router(found):
+        raise UnknownName(
+            f"{name!r} searches for the weights of a task and is no router: compose(method={name!r}) runs it; routers are "
+            f"{', '.join(router_names())}"
+        )
+    return found  # type: ignore[no-any-return]
+
+
+def router_names() -> list[str]:
+    """The names of the routers that look at the input; each file of the registry is imported."""
+    return [name for name in registry.names("routers") if _is_router(_found(name))]
+
+
+def _found(name: str) -> Any:
+    found = registry.get("routers", name)
+    # a search may have a router beside it that has the same formula for each input
+    return getattr(found, "token_router", found)
+
+
+def _is_router(found: Any) -> bool:
+    return inspect.isclass(found) and issubclass(found, TokenRouter)

@@ -1,0 +1,292 @@
+"""The form of routers that choose by the text of a row: what they keep of texts, and how a model's call gets its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from loraweave.common.names import unknown_expert
+from loraweave.common.rows import located, read_row
+from loraweave.errors import InvalidTask, ScopeError, WeightingError
+from loraweave.hub.hub import Hub
+from loraweave.hub.pool import ExpertPool
+from loraweave.hub.search.search import MAX_SAMPLE_INPUTS, Embedder, embedder_of
+from loraweave.routers.tokens._caches import BesideCache
+from loraweave.routers.tokens._call import CallText, SeenTokens, copies_of, current_prompts, current_tokenizer, rows_of_call
+from loraweave.routers.tokens._members import Members
+from loraweave.routers.tokens._router import TokenRouter, option_names
+from loraweave.routers.tokens._scores import without
+from loraweave.types import Task
+
+# texts whose vectors are kept: each token that is generated asks for those of its prompt again
+NUM_KEPT = 4096
+
+
+class TextRouter(TokenRouter):
+    """Weights from the embedding of a text; the rows of a batch have those of what each of them says.
+
+    A row's text is its prompt where that is known: in `generate`, and where losses and labels are scored. In any other call
+    it is the whole row, and under a cache the row of the call that began it. The model's Composer needs a tokenizer.
+
+    Weights sum to 1 over the experts. In a layer that an expert leaves alone its weight is 0 and the others' are as they
+    are, so that a router that chooses one adapter gives that adapter. A subclass says how vectors become weights.
+    """
+
+    simplex: bool = False
+    needs_tokenizer: ClassVar[bool] = True
+    # buffers with a row for each expert
+    by_expert: ClassVar[tuple[str, ...]] = ()
+    # whether all tokens of a row share its weights
+    per: Literal["row", "token"] = "row"
+    # of weights per token, for how many tokens the context stays that gives them
+    refresh: int = 1
+
+    embedder_id_: Tensor
+
+    def __init__(self, pool: ExpertPool | Members, embedder: str) -> None:
+        super().__init__(pool)
+        if not isinstance(embedder, str):
+            raise WeightingError(
+                f"embedder of router {self.name!r} is a {type(embedder).__name__}, which no file could keep: give a name of "
+                "names('embedders'), or the folder of an encoder that train_encoder wrote"
+            )
+        self.embedder = embedder
+        self._kept: dict[str, Tensor] = {}
+        self._beside: BesideCache[SeenTokens] = BesideCache(self.name)
+        self.register_buffer("embedder_id_", torch.empty(0, dtype=torch.uint8))
+
+    @cached_property
+    def _embedder(self) -> Embedder:
+        return embedder_of(self.embedder)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options by name, without the texts: its tensors have what was made of those."""
+        return {name: getattr(self, name) for name in option_names(type(self)) if name in vars(self)}
+
+    def weights_of(self, vectors_ND: Tensor) -> Tensor:
+        """w_NE in fp32 for texts with these vectors (float64, of norm 1); rows sum to 1."""
+        raise NotImplementedError
+
+    def of_texts(self, texts: Sequence[str]) -> Tensor:
+        """w_NE in fp32 for texts. Raises what `require_embedder` raises."""
+        self.require_embedder()
+        return self.weights_of(self.vectors(texts))
+
+    def vectors(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors (N, D) of texts in float64, where the router's own tensors are."""
+        known = {text: self._kept[text] for text in dict.fromkeys(texts) if text in self._kept}
+        if missing := [text for text in dict.fromkeys(texts) if text not in known]:
+            rows_ND = np.asarray(self._embedder.embed(missing), dtype=np.float64)
+            made = dict(zip(missing, torch.from_numpy(rows_ND), strict=True))
+            known |= made
+            # another thread may have looked at the old one, which stays as it is
+            self._kept = made if len(self._kept) + len(made) > NUM_KEPT else self._kept | made
+        return torch.stack([known[text] for text in texts]).to(self.embedder_id_.device)
+
+    def remember_embedder(self) -> None:
+        """Keeps by which embedder all was made that is kept of texts."""
+        self.embedder_id_ = torch.tensor(list(self._embedder.id.encode()), dtype=torch.uint8)
+
+    def require_embedder(self) -> None:
+        """Raises WeightingError where nothing is kept of texts yet, and where the embedder has changed since it was."""
+        made_by = bytes(self.embedder_id_.tolist()).decode()
+        if not made_by:
+            raise WeightingError(f"router {self.name!r} knows no text of its experts yet: fit() it first")
+        if made_by != (found := self._embedder.id):
+            raise WeightingError(
+                f"what router {self.name!r} knows of texts was made by the embedder {made_by!r}, but {self.embedder!r} is "
+                f"now {found!r}: make the router again with this one"
+            )
+
+    def require_of_each(self, given: Mapping[str, Any], what: str) -> None:
+        """Raises UnknownExpert for names that the pool has not, WeightingError that names the experts with nothing."""
+        for name in given:
+            if name not in self.members.places:
+                raise unknown_expert(name, self.experts)
+        if missing := [name for name in self.experts if not given.get(name)]:
+            raise WeightingError(
+                f"router {self.name!r} needs {what} of every expert, and has none of {', '.join(map(repr, missing))}: give "
+                "some, or make the router for pool.subset(...) without these"
+            )
+
+    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+        raise ScopeError(
+            f"router {self.name!r} looks at texts, and at no input of layer {layer!r}: activate() it in a Composer, whose "
+            "calls begin with it, or ask of_texts()"
+        )
+
+    def begin(self, model: nn.Module, arguments: Mapping[str, Any]) -> TextWeights:
+        """Raises ScopeError for a call whose text is not known: embeddings alone, or a cache that was filled elsewhere."""
+        self.require_embedder()
+        with torch.inference_mode(False), torch.no_grad():
+            per_row = self.per == "row"
+            w_BTE = self._per_row(arguments) if per_row else self._per_token(model, arguments)
+        return TextWeights(w_BTE, self.members, arguments.get("logits_to_keep"))
+
+    def _per_row(self, arguments: Mapping[str, Any]) -> Tensor:
+        prompts = current_prompts()
+        if prompts is not None:
+            # each token that is generated asks again
+            if self not in prompts.weights:
+                prompts.weights[self] = self._of_tokens(prompts.rows).to(prompts.ids_BT.device)[:, None]
+            copies = copies_of(self.name, prompts, rows_of_call(arguments))
+            return prompts.weights[self].repeat_interleave(copies, dim=0)
+        text = CallText.of(self.name, self._beside, arguments)
+        return self._of_tokens(text.rows()).to(text.ids_BT.device)[:, None]
+
+    def _per_token(self, model: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise ScopeError(
+                f"router {self.name!r} gives each token the weights of what stands before it, and an encoder reads a text "
+                "as a whole: make the router with per='row'"
+            )
+        text = CallText.of(self.name, self._beside, arguments)
+        contexts, real_BT = text.contexts(self.name, self.refresh)
+        w_NE = self._of_tokens(contexts)
+        w_BTE = w_NE.new_zeros(*real_BT.shape, len(self.experts))
+        w_BTE[real_BT.to(w_NE.device)] = w_NE
+        return w_BTE.to(text.ids_BT.device)
+
+    def _of_tokens(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """w_NE of the texts of token ids. Raises ScopeError without a tokenizer."""
+        tokenizer = current_tokenizer()
+        if tokenizer is None:
+            raise ScopeError(
+                f"router {self.name!r} reads text, and has no tokenizer to turn token ids into it: make the Composer with "
+                "tokenizer=..."
+            )
+        texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+        if not texts:
+            return torch.zeros(0, len(self.experts))
+        return self.weights_of(self.vectors(texts))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # as many as the router was made from, which is known from the file alone
+        for name in self._buffers:
+            if isinstance(found := state_dict.get(prefix + name), Tensor):
+                self._buffers[name] = found.clone()
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        problems: list[str] = rest[-1]
+        counts = {name: len(self.get_buffer(name)) for name in self.by_expert}
+        problems += [
+            f"{name} has {count} rows, but there are {len(self.experts)} experts"
+            for name, count in counts.items()
+            if count not in (0, len(self.experts))
+        ]
+
+
+class TextWeights:
+    """w_BTE, with 0 for an expert in the layers that it leaves alone.
+
+    `logits_to_keep` is the call's argument, which has the language head see fewer tokens: the last, or those of an index.
+    """
+
+    def __init__(self, w_BTE: Tensor, members: Members, logits_to_keep: int | Tensor | None) -> None:
+        self._w_BTE = w_BTE
+        self._members = members
+        self._logits_to_keep = logits_to_keep
+
+    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+        w_BTE, present = self._w_BTE, self._members.layers[layer].experts
+        keep = self._logits_to_keep
+        if keep is not None and w_BTE.shape[1] not in (1, x_BTI.shape[1]):
+            w_BTE = w_BTE[:, keep] if isinstance(keep, Tensor) else w_BTE[:, -keep:]
+        return without(w_BTE, present, filling=0.0)
+
+
+Examples = Mapping[str, Iterable[str]] | Hub | None
+
+
+def expert_texts(router: str, pool: ExpertPool, examples: Examples, template: str | None) -> dict[str, list[str]]:
+    """{expert: texts} of the experts that have some.
+
+    Given texts are taken as they are. The sample inputs of a card (None), or of a hub's record of that name, become prompts
+    by the template, with the description as the instruction; up to 50 of each, and without a template the inputs alone.
+    Raises WeightingError for what is no list of texts.
+    """
+    if isinstance(examples, Mapping):
+        return {name: _texts(router, name, given) for name, given in examples.items()}
+    found = {}
+    for name in pool.names:
+        if isinstance(examples, Hub):
+            record = examples.record(name)
+            inputs, description = record.examples, record.description
+        else:
+            card = pool.adapters[name].card
+            inputs, description = tuple(card.get("examples") or ()), str(card.get("description") or "")
+        samples = [text for text in inputs if isinstance(text, str) and text.strip()][:MAX_SAMPLE_INPUTS]
+        found[name] = samples if template is None else _prompts(samples, description, template)
+    return found
+
+
+def _prompts(inputs: Sequence[str], instruction: str, template: str) -> list[str]:
+    task = Task([], instruction=instruction, template=template)
+    return [task.prompt(text) for text in inputs]
+
+
+def _texts(router: str, name: str, given: Any) -> list[str]:
+    listed = [given] if isinstance(given, str) else list(given)
+    if odd := [text for text in listed if not isinstance(text, str) or not text.strip()]:
+        raise WeightingError(
+            f"an example of {name!r} for router {router!r} is {odd[0]!r}, which says nothing: examples are texts, as the "
+            "model will be asked"
+        )
+    return listed
+
+
+def labelled_texts(dataset: Any) -> dict[str, list[str]]:
+    """{name: prompts}, of what `labelled_tasks` takes, and of {name: texts}, which are prompts already; raises like that."""
+    if isinstance(dataset, Mapping) and dataset and all(_are_texts(given) for given in dataset.values()):
+        return {name: list(given) for name, given in dataset.items()}
+    return {name: [task.prompt(text) for text, _ in task.examples] for name, task in labelled_tasks(dataset).items()}
+
+
+def _are_texts(given: Any) -> bool:
+    # an iterator would be spent by looking
+    return isinstance(given, list | tuple) and all(isinstance(text, str) for text in given)
+
+
+def labelled_tasks(dataset: Any) -> dict[str, Task]:
+    """{name: task} of {name: Task or rows}, or of rows that each name their 'expert'.
+
+    Rows are of any form of `loraweave.common.rows`, with an instruction of their own if any; a "prompt" is the whole prompt.
+    Raises InvalidTask for rows of another form, for rows that name no expert and for names without any.
+    """
+    if isinstance(dataset, Mapping):
+        tasks = {
+            name: given if isinstance(given, Task) else _task(located(given, of=repr(name)))
+            for name, given in dataset.items()
+        }
+    else:
+        tasks = {name: _task(rows) for name, rows in _by_expert(dataset).items()}
+    if not tasks:
+        raise InvalidTask("the data set is empty: give {name: [(input, target), ...]}")
+    for name, task in tasks.items():
+        if not task.examples:
+            raise InvalidTask(f"the data set has no examples of {name!r}: give some, or leave the name out")
+    return tasks
+
+
+def _task(rows: Iterable[tuple[str, Any]]) -> Task:
+    """Of rows and where they are: prompts are the inputs."""
+    plain = Task(())
+    read = [read_row(row, where) for where, row in rows]
+    return Task([(plain.prompt_of(row), row.targets[0]) for row in read], template="{input}")
+
+
+def _by_expert(dataset: Any) -> dict[str, list[tuple[str, Any]]]:
+    grouped: dict[str, list[tuple[str, Any]]] = {}
+    for where, row in located(dataset, of="the data set"):
+        if not isinstance(row, Mapping) or not row.get("expert"):
+            raise InvalidTask(
+                f"{where}, {row!r:.80}, names no expert, and this router learns which expert answers what: give each row an "
+                "'expert', or {expert: rows}"
+            )
+        grouped.setdefault(row["expert"], []).append((where, row))
+    return grouped

@@ -1,0 +1,97 @@
+"""Arrow (Ostapenko et al. 2024, arXiv 2405.11157): each token to the experts whose direction it lies along."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from loraweave.common.checks import is_whole
+from loraweave.errors import UnknownName, WeightingError
+from loraweave.hub.pool import ExpertPool
+from loraweave.registry import nearest
+from loraweave.routers.tokens._forms import ScoredRouter
+from loraweave.routers.tokens._members import LayerTensors, Members
+from loraweave.routers.tokens._router import by_layer
+from loraweave.routers.tokens._scores import parts, power_iteration, top_direction, without
+
+TOP_K = 4
+# of PEFT's power iteration
+STEPS = 15
+DIRECTIONS = ("exact", "power_iteration")
+NORMS = ("none", "unit")
+
+
+class Arrow(ScoredRouter):
+    """w = softmax over the `top_k` largest of |v_e x| / temperature, v_e the top right singular vector of b_e a_e.
+
+    `top_k` is by default 4, as published, or all experts of a smaller pool. As published, x counts with its length, so that
+    a layer with inputs ten times as long has a temperature a tenth as high; `input_norm="unit"` takes |v_e x| / |x|, between
+    0 and 1, with which a temperature of 0.05 to 0.2 tells experts apart.
+
+    `direction="power_iteration"` is PEFT's Arrow: 15 steps from a random vector, the same for all experts and layers, which
+    `seed` draws. Where two singular values are close it is not the top right singular vector, and another seed routes
+    differently; `top_k` is 3 there. "exact" has neither a seed nor a tolerance.
+
+    Raises UnknownName for another direction or norm, and what `ScoredRouter` raises.
+    """
+
+    per_expert: ClassVar = {"directions_": None}
+
+    def __init__(
+        self,
+        pool: ExpertPool | Members,
+        *,
+        top_k: int | None = None,
+        temperature: float = 1.0,
+        input_norm: str = "none",
+        direction: str = "exact",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(pool, top_k, temperature, default=TOP_K)
+        for option, value, known in (("input_norm", input_norm, NORMS), ("direction", direction, DIRECTIONS)):
+            if value not in known:
+                raise UnknownName(f"no {option} {value!r} of Arrow{nearest(value, known)}; there are {', '.join(known)}")
+        if not is_whole(seed, 0):
+            raise WeightingError(f"seed of router {self.name!r} is {seed!r}; it is a whole number from 0")
+        self.input_norm = input_norm
+        self.direction = direction
+        self.seed = seed
+        make = partial(_directions, seed=seed if direction == "power_iteration" else None)
+        self.directions_ = LayerTensors(by_layer(pool, make))
+
+    def scores(self, x_BTI: Tensor, layer: str) -> Tensor:
+        """|v_e x|, -inf for experts that leave the layer alone."""
+        v_EI = self.directions_[layer]
+        x_BTI = x_BTI.to(v_EI.dtype)
+        return self._scores(x_BTI @ v_EI.T, x_BTI, layer)
+
+    def directions(self, layer: str) -> Tensor:
+        """v_EI."""
+        return self.directions_[layer]
+
+    def weights_along(self, z_BTP: Tensor, x_BTI: Tensor, layer: str) -> Tensor:
+        """The weights of x for z = x v^T."""
+        return self.chosen(self._scores(z_BTP, x_BTI, layer))
+
+    def _scores(self, z_BTE: Tensor, x_BTI: Tensor, layer: str) -> Tensor:
+        scores_BTE = z_BTE.abs()
+        if self.input_norm == "unit":
+            # 0 stays 0
+            scores_BTE = scores_BTE / x_BTI.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(z_BTE.dtype).tiny)
+        return without(scores_BTE, self.members.layers[layer].experts)
+
+
+def _directions(pool: ExpertPool, layer: str, *, seed: int | None) -> Tensor:
+    """v_EI of one layer, unit vectors; zero for an expert without factors there."""
+    num_inputs = Members.of(pool).layers[layer].num_inputs
+    v_EI = torch.zeros(len(pool), num_inputs)
+    for place, a_RI, b_OR in parts(pool, layer):
+        if seed is None:
+            v_EI[place] = top_direction(a_RI, b_OR)
+        else:
+            start_I = torch.randn(num_inputs, generator=torch.Generator().manual_seed(seed))
+            v_EI[place] = power_iteration(a_RI, b_OR, start_I, STEPS)
+    return v_EI

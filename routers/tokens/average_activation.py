@@ -1,0 +1,73 @@
+"""Each token to the experts whose own inputs, on average, it is most like: PHATGOOSE's gates without their training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm
+
+from loraweave.errors import WeightingError
+from loraweave.hub.pool import ExpertPool
+from loraweave.routers.tokens._forms import ScoredRouter
+from loraweave.routers.tokens._members import LayerTensors, Members
+from loraweave.routers.tokens._scores import input_means, without
+from loraweave.routers.tokens._text import labelled_texts
+
+TOP_K = 2
+
+
+class AverageActivation(ScoredRouter):
+    """w = softmax over the `top_k` largest of LN(m_e) . LN(x) / (sqrt(I) temperature), m_e the mean input of the layer.
+
+    m_e is over the tokens of some prompts of the expert's own, read by the model with that expert: `fit` measures it. LN
+    takes off the mean and divides by the standard deviation, as PHATGOOSE does with the gates that it trains in the place
+    of m_e (Muqeeth et al. 2024, arXiv 2402.05859), which compares with average activations. `top_k` is by default 2, or all
+    experts of a smaller pool. Raises what `ScoredRouter` raises.
+    """
+
+    per_expert: ClassVar[Mapping[str, str | None] | None] = {"means_": None}
+
+    def __init__(self, pool: ExpertPool | Members, *, top_k: int | None = None, temperature: float = 1.0) -> None:
+        super().__init__(pool, top_k, temperature, default=TOP_K)
+        shapes = {name: layer.num_inputs for name, layer in self.members.layers.items()}
+        # those that were looked over: asking a GPU in every call would wait for it
+        self._complete: dict[str, Tensor] = {}
+        self.means_ = LayerTensors({name: torch.zeros(len(self.experts), size) for name, size in shapes.items()})
+
+    def fit(self, engine: Any, dataset: Any, *, num_texts: int = 20, progress: bool = True) -> Self:
+        """Measures the mean inputs of the experts that the dataset names, on `num_texts` prompts each; returns self.
+
+        `dataset` is what `Logistic.fit` takes, `engine` a Composer with a tokenizer and the router's pool. The rows of the
+        other experts stay as they are. Raises InvalidTask for rows that name no expert, UnknownExpert for others.
+        """
+        self.require_engine(engine)
+        texts = {name: given[:num_texts] for name, given in labelled_texts(dataset).items()}
+        engine.pool.known(texts)
+        layers = {layer: self.members.layers[layer].experts for layer in self.layers}
+        for name, means in input_means(engine, texts, layers, progress=progress):
+            place = self.members.places[name]
+            for layer, mean_I in means.items():
+                self.means_[layer][place] = mean_I.to(self.means_[layer])
+        return self
+
+    def scores(self, x_BTI: Tensor, layer: str) -> Tensor:
+        """LN(m_e) . LN(x) / sqrt(I), -inf for experts that leave the layer alone. WeightingError for one without a mean."""
+        m_EI, present = self.means_[layer], self.members.layers[layer].experts
+        if self._complete.get(layer) is not m_EI:
+            self._require_means(layer, m_EI)
+        size = (m_EI.shape[1],)
+        scores_BTE = layer_norm(x_BTI.to(m_EI.dtype), size) @ layer_norm(m_EI, size).T / math.sqrt(size[0])
+        return without(scores_BTE, present)
+
+    def _require_means(self, layer: str, m_EI: Tensor) -> None:
+        known_E = m_EI.any(dim=1).tolist()
+        if unknown := [self.experts[place] for place in self.members.layers[layer].experts if not known_E[place]]:
+            raise WeightingError(
+                f"router 'average_activation' knows no inputs of {', '.join(map(repr, unknown))} in layer {layer!r}: "
+                "fit(engine, {expert: prompts or examples}) measures them"
+            )
+        self._complete[layer] = m_EI

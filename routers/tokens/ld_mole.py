@@ -1,0 +1,89 @@
+"""LD-MoLE (Zhuang et al. 2025, arXiv 2509.25684): how many adapters a token gets is learned, too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from loraweave.common.checks import is_whole
+from loraweave.errors import WeightingError
+from loraweave.hub.pool import ExpertPool
+from loraweave.routers.tokens._forms import InputGates, drawn
+from loraweave.routers.tokens._learned import Step
+from loraweave.routers.tokens._members import Members
+from loraweave.routers.tokens._scores import least_lambda, sparsegen
+
+# how far lambda stays below 1
+MARGIN = 0.01
+# of the last bias of lambda
+START = -2.5
+
+
+class LdMole(InputGates):
+    """w = sparsegen(g x, lambda(x)): a share of each expert on the simplex, of which as many are 0 as lambda, below 1, says.
+
+    g_EI is each layer's own. lambda(x) = 0.99 + logsigmoid(MLP(x)) has one MLP of `hidden` units for all layers with as many
+    inputs, as published (256 there): near 0.99 the best expert gets all, the lower the more experts take part. Both are
+    drawn as torch draws linear layers, with a last bias of -2.5, so that lambda begins around -1.6, as published. The
+    published hidden units begin at -2.5, too, where most inputs leave them at 0 and without a gradient; here they begin at
+    0. Weights and their number follow the input without a jump, so that gradients reach both.
+
+    `sparsity`, 0 or more, is the coefficient of a loss that draws towards at most `target` experts a token: how far lambda
+    is below the least that has no more, a mean over real tokens and layers. 0 where it is reached; scores are not moved by
+    it. Raises WeightingError for another coefficient, and for a target or hidden below 1.
+    """
+
+    def __init__(self, pool: ExpertPool | Members, *, hidden: int = 256, sparsity: float = 0.0, target: int = 2) -> None:
+        for option, value in (("hidden", hidden), ("target", target)):
+            if not is_whole(value, 1):
+                raise WeightingError(f"{option} of router 'ld_mole' is {value!r}; it is a whole number, 1 or more")
+        if not 0 <= sparsity < math.inf:
+            raise WeightingError(f"sparsity of router 'ld_mole' is {sparsity!r}; it is a coefficient of a loss, 0 or more")
+        super().__init__(pool, drawn)
+        self.hidden = hidden
+        self.sparsity = sparsity
+        self.target = target
+        widths = sorted({layer.num_inputs for layer in self.members.layers.values() if layer.num_inputs})
+        self.lambdas_ = nn.ModuleDict({str(width): _Mlp(width, hidden) for width in widths})
+
+    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+        """w_BTE; they sum to 1."""
+        scores_BTE = self.scores(x_BTI, layer)
+        lambda_BT1 = self.lambdas(x_BTI, layer)
+        return self.note(layer, scores_BTE, sparsegen(scores_BTE, lambda_BT1), lambda_BT1)
+
+    def lambdas(self, x_BTI: Tensor, layer: str) -> Tensor:
+        """lambda_BT1, below 0.99; 0 in a layer whose experts have biases alone."""
+        width = str(self.members.layers[layer].num_inputs)
+        if width not in self.lambdas_:
+            return x_BTI.new_zeros(*x_BTI.shape[:2], 1, dtype=torch.float32)
+        out_BT1: Tensor = self.lambdas_[width](x_BTI)
+        return 1 - MARGIN + functional.logsigmoid(out_BT1)
+
+    def losses(self, step: Step) -> Mapping[str, Tensor]:
+        """{"sparsity": sparsity * the mean of max(0, least lambda - lambda)}."""
+        shortfalls = [
+            step.real((least_lambda(scores_BTE.detach(), self.target) - step.beside[layer]).clamp_min(0)).mean()
+            for layer, scores_BTE in step.scores.items()
+            if len(self.experts) > self.target
+        ]
+        return {"sparsity": self.sparsity * torch.stack(shortfalls).mean()} if self.sparsity and shortfalls else {}
+
+
+class _Mlp(nn.Module):
+    """Linear, ReLU, linear to one number."""
+
+    def __init__(self, num_inputs: int, hidden: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(num_inputs, hidden)
+        self.last = nn.Linear(hidden, 1)
+        nn.init.zeros_(self.first.bias)
+        nn.init.constant_(self.last.bias, START)
+
+    def forward(self, x_BTI: Tensor) -> Tensor:
+        out_BT1: Tensor = self.last(self.first(x_BTI.to(self.first.weight.dtype)).relu())
+        return out_BT1

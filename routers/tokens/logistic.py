@@ -1,0 +1,99 @@
+"""A classifier of texts says which adapter answers: the baseline that every learned router has to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from loraweave.errors import UnknownName, WeightingError
+from loraweave.hub.pool import ExpertPool
+from loraweave.routers.tokens._members import Members
+from loraweave.routers.tokens._text import Examples, TextRouter, expert_texts, labelled_texts
+from loraweave.types import DEFAULT_TEMPLATE
+
+FORMS = ("selection", "probabilities")
+
+
+class Logistic(TextRouter):
+    """p = softmax(W u + b) of a text's vector u, fitted by scikit-learn's LogisticRegression to texts of each expert.
+
+    `form` "selection" gives the likeliest expert 1, "probabilities" each expert p. `inverse_penalty` is scikit-learn's C:
+    the squared size of W counts 1 / (2 C) beside the summed loss of all texts, so that a larger one is surer. The result is
+    the optimum, without a draw.
+
+    `examples`, `template` and `embedder` are those of router `similarity`; where the cards have no sample inputs either,
+    `fit` comes first. Raises WeightingError that names the experts without examples, and for options out of range.
+    """
+
+    by_expert: ClassVar[tuple[str, ...]] = ("coefficients_", "intercepts_")
+
+    coefficients_: Tensor
+    intercepts_: Tensor
+
+    def __init__(
+        self,
+        pool: ExpertPool | Members,
+        *,
+        examples: Examples = None,
+        embedder: str = "sentence",
+        form: str = "selection",
+        inverse_penalty: float = 10.0,
+        template: str | None = DEFAULT_TEMPLATE,
+    ) -> None:
+        super().__init__(pool, embedder)
+        self.form, self.inverse_penalty, self.template = form, inverse_penalty, template
+        if form not in FORMS:
+            raise UnknownName(f"no form {form!r} of router 'logistic'; there are {', '.join(FORMS)}")
+        if not 0 < inverse_penalty < float("inf"):
+            raise WeightingError(f"inverse_penalty of router 'logistic' is {inverse_penalty!r}; it is a number above 0")
+        self.register_buffer("coefficients_", torch.empty(0))
+        self.register_buffer("intercepts_", torch.empty(0))
+        if isinstance(pool, ExpertPool):
+            texts = expert_texts(self.name, pool, examples, template)
+            if examples is not None or any(texts.values()):
+                self._learn(texts)
+
+    def fit(self, engine: Any, dataset: Any) -> Self:
+        """Learns which expert a text is for, and returns self.
+
+        `dataset` is {expert: rows, a Task, or prompts}, or rows that name their "expert", as for `Composer.fit`; `engine` a
+        Composer with the router's pool. Raises InvalidTask for rows that name no expert, WeightingError that names the
+        experts without examples, UnknownExpert for others.
+        """
+        self.require_engine(engine)
+        self._learn(labelled_texts(dataset))
+        return self
+
+    def weights_of(self, vectors_ND: Tensor) -> Tensor:
+        logits_NE = vectors_ND @ self.coefficients_.double().T + self.intercepts_.double()
+        if self.form == "probabilities":
+            return logits_NE.softmax(dim=1).float()
+        return torch.zeros_like(logits_NE).scatter(1, logits_NE.argmax(dim=1, keepdim=True), 1.0).float()
+
+    def _learn(self, texts: Mapping[str, Sequence[str]]) -> None:
+        self.require_of_each(texts, "examples")
+        of_expert = [self.vectors(texts[name]) for name in self.experts]
+        expert_N = torch.tensor([place for place, rows in enumerate(of_expert) for _ in rows])
+        self.coefficients_, self.intercepts_ = _fitted(torch.cat(of_expert), expert_N, self.inverse_penalty)
+        self.remember_embedder()
+
+
+def _fitted(vectors_ND: Tensor, expert_N: Tensor, inverse_penalty: float) -> tuple[Tensor, Tensor]:
+    """W_ED and b_E."""
+    from sklearn.linear_model import LogisticRegression
+
+    num_experts = int(expert_N.max()) + 1
+    if num_experts == 1:
+        return torch.zeros(1, vectors_ND.shape[1]), torch.zeros(1)
+    # to the optimum, so that the order of the experts and of the texts does not matter
+    model = LogisticRegression(C=inverse_penalty, max_iter=10_000, tol=1e-8)
+    model.fit(vectors_ND.numpy(), expert_N.numpy())
+    found_ED, found_E = torch.from_numpy(model.coef_).float(), torch.from_numpy(model.intercept_).float()
+    if num_experts == 2:
+        # scikit-learn has one row then, of the second against the first
+        found_ED = torch.cat([torch.zeros_like(found_ED), found_ED])
+        found_E = torch.cat([torch.zeros_like(found_E), found_E])
+    return found_ED, found_E

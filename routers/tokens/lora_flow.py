@@ -1,0 +1,113 @@
+"""LoRA-Flow (Wang et al., ACL 2024, arXiv 2402.11455): a gate for each block of the model, on what the block is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from loraweave.common.checks import is_whole
+from loraweave.errors import LayerMismatch, UnknownName, WeightingError
+from loraweave.hub.pool import ExpertPool
+from loraweave.registry import nearest
+from loraweave.routers.tokens._learned import LearnedRouter
+from loraweave.routers.tokens._members import LayerTensors, Members, RoutedLayer
+from loraweave.routers.tokens._model import block_of, running_block
+from loraweave.routers.tokens._scores import without
+
+BIASES = ("outside", "inside")
+
+
+class LoraFlow(LearnedRouter):
+    """w = softmax(g x) + c for x the input of the transformer block that a layer lies in, with learned g_EI and c_E.
+
+    All layers of a block have the same weights, and a layer outside blocks, such as the language head, is a block of its
+    own. Experts are those that update the block; one that leaves a layer of it alone has weight 0 there and the others' are
+    as they are. Both g and c start at 0: every expert weighs 1/E. There are E * I + E numbers a block.
+
+    The bias is outside the softmax, as in the authors' code: weights need not sum to 1, and may be below 0.
+    `bias="inside"` is softmax(g x + c), which accounts of the paper print.
+
+    `width` is the number I of features of the block's input. Where it is None, it is what all layers of a block read or
+    write; where two numbers are left, what its layers read. Raises UnknownName for another bias, WeightingError for a width
+    that is no whole number above 0 and where none can be told; a block whose input has another width raises LayerMismatch
+    when it runs.
+    """
+
+    simplex: bool = False
+
+    def __init__(self, pool: ExpertPool | Members, *, bias: str = "outside", width: int | None = None) -> None:
+        super().__init__(pool)
+        if bias not in BIASES:
+            raise UnknownName(f"no bias {bias!r} of LoRA-Flow{nearest(bias, BIASES)}; there are {', '.join(BIASES)}")
+        if width is not None and not is_whole(width, 1):
+            raise WeightingError(f"width of router 'lora_flow' is {width!r}; it is a whole number above 0, or None")
+        self.bias = bias
+        self.width = width
+        self._blocks: dict[str, list[str]] = {}
+        for layer in self.layers:
+            self._blocks.setdefault(block_of(layer) or layer, []).append(layer)
+        # under the name of each block's first layer
+        self.gates_ = LayerTensors({}, learned=True)
+        self.biases_ = LayerTensors({}, learned=True)
+        for block, layers in self._blocks.items():
+            num_inputs = _width(block, {layer: self.members.layers[layer] for layer in layers}, width)
+            if num_inputs:
+                self.gates_[layers[0]] = torch.zeros(len(self.experts), num_inputs)
+            self.biases_[layers[0]] = torch.zeros(len(self.experts))
+
+    @property
+    def watched(self) -> tuple[str, ...]:
+        """The blocks whose input it looks at."""
+        return tuple(dict.fromkeys(block for layer in self.layers if (block := block_of(layer)) is not None))
+
+    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+        """w_BTE. Raises ScopeError for a layer that sees other tokens than its block."""
+        if block_of(layer) is None:
+            scores_BTE, w_BTE = self._of_block(x_BTI, layer)
+        else:
+            given = running_block(self.name, layer, x_BTI)
+            if self not in given.kept:
+                given.kept[self] = self._of_block(given.x_BTI, given.block)
+            scores_BTE, w_BTE = given.kept[self]
+        present = self.members.layers[layer].experts
+        return self.note(layer, without(scores_BTE, present), without(w_BTE, present, filling=0.0))
+
+    def _of_block(self, x_BTI: Tensor, block: str) -> tuple[Tensor, Tensor]:
+        """Scores and weights of a block's experts, -inf and 0 for the others."""
+        first = self._blocks[block][0]
+        c_E = self.biases_[first]
+        scores_BTE = x_BTI.new_zeros(*x_BTI.shape[:2], len(self.experts), dtype=c_E.dtype)
+        if first in self.gates_:
+            g_EI = self.gates_[first]
+            if g_EI.shape[1] != x_BTI.shape[2]:
+                raise LayerMismatch(
+                    f"router 'lora_flow' took the input of {block!r} for one of {g_EI.shape[1]} features, but it has "
+                    f"{x_BTI.shape[2]}: make it with width={x_BTI.shape[2]}"
+                )
+            scores_BTE = x_BTI.to(g_EI.dtype) @ g_EI.T
+        present = sorted({place for layer in self._blocks[block] for place in self.members.layers[layer].experts})
+        if self.bias == "inside":
+            scores_BTE = without(scores_BTE + c_E, present)
+            return scores_BTE, scores_BTE.softmax(dim=-1)
+        scores_BTE = without(scores_BTE, present)
+        return scores_BTE, without(scores_BTE.softmax(dim=-1) + c_E, present, filling=0.0)
+
+
+def _width(block: str, layers: Mapping[str, RoutedLayer], given: int | None) -> int:
+    """How many features the input of a block has; 0 where a layer outside blocks does not say it."""
+    if block in layers:
+        return layers[block].num_inputs
+    if given is not None:
+        return given
+    sides = [{each.num_inputs, each.num_outputs} - {0} for each in layers.values()]
+    common = set.intersection(*sides)
+    read = {each.num_inputs for each in layers.values()}
+    for numbers in (common, read):
+        if len(numbers) == 1 and 0 not in numbers:
+            return numbers.pop()
+    raise WeightingError(
+        f"router 'lora_flow' cannot tell how many features the input of {block!r} has: its layers read and write "
+        f"{sorted(set.union(*sides))}. Make the router with width= one of them"
+    )

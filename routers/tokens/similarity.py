@@ -1,0 +1,120 @@
+"""Weights from how near each adapter is to a text, for each row or for each token that is generated.
+
+Per row it is LoraRetriever's composition (Zhao et al. 2024, arXiv 2402.09997), per token token-level adaptation (Belofsky
+2023, arXiv 2311.10847). `similarity` as a search has the same formulas for the scores of a retrieval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from loraweave.common.checks import is_whole
+from loraweave.errors import UnknownName, WeightingError
+from loraweave.hub.pool import ExpertPool
+from loraweave.routers.tokens._members import Members
+from loraweave.routers.tokens._scores import require_temperature
+from loraweave.routers.tokens._text import Examples, TextRouter, expert_texts
+from loraweave.types import DEFAULT_TEMPLATE
+
+FORMS = ("softmax", "selection", "mixture")
+# LoraRetriever's k
+NEAREST = 3
+# the right adapter of the pool then has .91 of the weight on prompts that no key has seen, .65 at 0.1, .97 at 0.02
+TEMPERATURE = 0.05
+REFRESH = 2
+
+
+class Similarity(TextRouter):
+    """cos_e = cosine of a text's vector and the mean of the vectors of expert e's examples; of these
+
+    `form` "softmax" makes softmax(cos / `temperature`) over the `nearest` experts (all), "selection" the nearest alone, and
+    "mixture" 1/k for each of the `nearest` (3). `per` "row" weighs by each row's prompt; "token" by the prompt and what was
+    generated so far, looked at again after every `refresh` tokens (2, the paper's best).
+
+    With a prompt of n tokens, these have its weights, and the i-th token after it those of the first n + refresh *
+    floor(i / refresh) tokens. Where no prompt is known (in calls beside generating and scoring) the t-th token of a row
+    has those of its first refresh * floor(t / refresh) tokens, or of one. So a token keeps its weights under a cache, and
+    cached generation is generation without. A call embeds a context for each `refresh` of its tokens.
+
+    `examples`: {expert: texts}, as the model will be asked; a Hub, for its records' sample inputs; None, for those of the
+    adapters' cards. Sample inputs become prompts by `template`, with the description as the instruction (None: as they are);
+    it has to be the form of the prompts that will come.
+    `embedder` is a name of `names("embedders")` or an encoder's folder. `examples` themselves are not kept.
+    Raises WeightingError that names the experts without examples, and for options out of range.
+    """
+
+    per_expert: ClassVar[Mapping[str, str | None] | None] = {"keys_": None}
+    by_expert: ClassVar[tuple[str, ...]] = ("keys_",)
+    counts: ClassVar[tuple[str, ...]] = ("nearest",)
+
+    keys_: Tensor
+
+    def __init__(
+        self,
+        pool: ExpertPool | Members,
+        *,
+        examples: Examples = None,
+        embedder: str = "sentence",
+        form: str = "softmax",
+        nearest: int | None = None,
+        temperature: float = TEMPERATURE,
+        per: Literal["row", "token"] = "row",
+        refresh: int = REFRESH,
+        template: str | None = DEFAULT_TEMPLATE,
+    ) -> None:
+        super().__init__(pool, embedder)
+        self.form, self.nearest, self.temperature, self.template = form, nearest, temperature, template
+        self.per, self.refresh = per, refresh
+        self._require_options()
+        self.register_buffer("keys_", torch.empty(0))
+        if isinstance(pool, ExpertPool):
+            texts = expert_texts(self.name, pool, examples, template)
+            self.require_of_each(texts, "examples")
+            self.keys_ = torch.stack([self._key(texts[name]) for name in self.experts])
+            self.remember_embedder()
+
+    def weights_of(self, vectors_ND: Tensor) -> Tensor:
+        scores_NE = vectors_ND @ self.keys_.double().T
+        count = self._count
+        # stable: of equal scores the expert that stands first is nearer
+        best_NK = scores_NE.argsort(dim=1, descending=True, stable=True)[:, :count]
+        shares_NK = torch.full_like(scores_NE[:, :count], 1 / count)
+        if self.form == "softmax":
+            shares_NK = (scores_NE.gather(1, best_NK) / self.temperature).softmax(dim=1)
+        return torch.zeros_like(scores_NE).scatter(1, best_NK, shares_NK).float()
+
+    @property
+    def _count(self) -> int:
+        """How many experts get a weight."""
+        if self.nearest is not None:
+            return self.nearest
+        return {"selection": 1, "mixture": min(NEAREST, len(self.experts))}.get(self.form, len(self.experts))
+
+    def _key(self, texts: list[str]) -> Tensor:
+        return functional.normalize(self.vectors(texts).mean(dim=0), dim=0).float()
+
+    def _require_options(self) -> None:
+        if self.form == "fusion":
+            raise WeightingError(
+                "form 'fusion' sums the factors of the adapters apart, with cross terms, and no live mixture does that: "
+                "take form='mixture', or compose(..., method='similarity', form='fusion') to merge the adapters of a task so"
+            )
+        if self.form not in FORMS:
+            raise UnknownName(f"no form {self.form!r} of router 'similarity'; there are {', '.join(FORMS)}")
+        if self.per not in ("row", "token"):
+            raise UnknownName(f"per of router 'similarity' is {self.per!r}; it is 'row' or 'token'")
+        if self.nearest is not None and not (is_whole(self.nearest, 1) and self.nearest <= len(self.experts)):
+            raise WeightingError(
+                f"nearest of router 'similarity' is {self.nearest!r}, but the pool has {len(self.experts)} experts; it is a "
+                "whole number from 1 to that"
+            )
+        if self.form == "selection" and self.nearest not in (None, 1):
+            raise WeightingError(f"nearest is {self.nearest!r}, but a selection is of 1 expert; 'mixture' takes several")
+        require_temperature("similarity", self.temperature)
+        if not is_whole(self.refresh, 1):
+            raise WeightingError(f"refresh of router 'similarity' is {self.refresh!r}; it is a number of tokens, 1 or more")

@@ -1,0 +1,220 @@
+"""X-LoRA (Buehler & Buehler 2024, arXiv 2402.07148): a small network reads the base's last hidden state of each token."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import nullcontext
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from loraweave import registry
+from loraweave.common.checks import is_whole
+from loraweave.errors import ScopeError, WeightingError
+from loraweave.hub.pool import ExpertPool
+from loraweave.routers.combined import under
+from loraweave.routers.tokens._caches import BesideCache
+from loraweave.routers.tokens._learned import LearnedRouter
+from loraweave.routers.tokens._members import Members
+from loraweave.routers.tokens._model import last_hidden
+from loraweave.routers.tokens._scores import require_temperature, require_top_k, top_k_softmax
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache
+
+
+Softmax = Literal["top_k", "all", "twice", "none"]
+
+# of hidden states that one training keeps
+KEPT_BYTES = 2**29
+
+
+class Xlora(LearnedRouter):
+    """w_t = global_scaling * softmax over experts of head(h_t) / temperature, h_t the base's last hidden state of token t.
+
+    The head is Linear(hidden_size, experts) with a bias; `depth` d puts d - 1 times Linear(.., size), ReLU, dropout before.
+    With `layerwise` it gives every layer logits of its own, in the order of `layers`; else all layers share one set.
+
+    `top_k` experts count for each token, None is all, and `softmax` says over which logits: "top_k" over those alone, so
+    that the weights sum to global_scaling; "all" over all before the others are set to 0, so that they sum to less; "twice"
+    that, and once more over the kept weights, which levels them; "none": the logits are the weights. peft's XLoraConfig is
+    "all" as it comes, "top_k" (at temperature 1) with enable_softmax_topk alone, "twice" with both, "none" with neither.
+    An expert that leaves a layer alone takes no part in its softmax.
+
+    The state is the base's, or with a `scaling_pass_value` v of the base with each adapter at weight v * global_scaling.
+    `hidden_size` is by default the size that inputs and outputs of the pool's layers have most often.
+
+    Every call of the model is preceded by a pass of its tokens through the base. Under a key-value cache that pass has a
+    cache of its own beside it, so that generation with a cache is generation without. While it trains, the states of each
+    row are kept, up to 512 MiB, and a row that comes again needs no such pass.
+    Raises WeightingError for options out of their ranges.
+    """
+
+    counts: ClassVar[tuple[str, ...]] = ("top_k",)
+
+    def __init__(
+        self,
+        pool: ExpertPool | Members,
+        *,
+        layerwise: bool = False,
+        depth: int = 1,
+        size: int = 2048,
+        dropout: float = 0.2,
+        top_k: int | None = None,
+        temperature: float = 1.0,
+        softmax: Softmax = "top_k",
+        scaling_pass_value: float = 0.0,
+        global_scaling: float = 1.0,
+        hidden_size: int | None = None,
+    ) -> None:
+        super().__init__(pool)
+        self.layerwise = layerwise
+        self.depth = depth
+        self.size = size
+        self.dropout = dropout
+        self.top_k = top_k
+        self.temperature = temperature
+        self.softmax = softmax
+        self.scaling_pass_value = scaling_pass_value
+        self.global_scaling = global_scaling
+        self.hidden_size = _most_frequent_size(self.members) if hidden_size is None else hidden_size
+        self._require_options()
+        # what sums to something else says so
+        if softmax == "none" or global_scaling != 1 or (softmax == "all" and top_k is not None):
+            self.simplex = False
+        self.head = self._made_head()
+        self._beside: BesideCache[DynamicCache] = BesideCache(self.name)
+        # layers that share logits and have the same experts share weights, too
+        groups = [(name if layerwise else "", self.members.layers[name].experts) for name in self.layers]
+        self._groups = list(dict.fromkeys(groups))
+        self._group_of = {name: self._groups.index(group) for name, group in zip(self.layers, groups, strict=True)}
+
+    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+        raise ScopeError(
+            f"router {self.name!r} looks at the last hidden state of the base, and at no input of layer {layer!r}: "
+            "activate() it in a Composer, whose calls begin with it"
+        )
+
+    def begin(self, model: nn.Module, arguments: Mapping[str, Any]) -> _OfCall:
+        """The weights of one call. Raises WeightingError for another hidden size, and what `last_hidden` raises."""
+        hidden_BTD = self._hidden(model, arguments)
+        if hidden_BTD.shape[2] != self.hidden_size:
+            raise WeightingError(
+                f"router {self.name!r} was made for hidden states of size {self.hidden_size}, but {type(model).__name__}'s "
+                f"have {hidden_BTD.shape[2]}: make it with hidden_size={hidden_BTD.shape[2]}"
+            )
+        place = hidden_BTD.device
+        parameter = next(self.head.parameters())
+        if parameter.device != place:
+            with torch.inference_mode(False):
+                self.to(place)
+        with torch.autocast(place.type, enabled=False):
+            logits_BTLE = self.head(hidden_BTD.to(parameter.dtype)).unflatten(2, (-1, len(self.experts)))
+            scores_BTGE = logits_BTLE.expand(-1, -1, len(self._groups), -1)
+            absent_GE = torch.ones(len(self._groups), len(self.experts), dtype=torch.bool)
+            for place_G, (_, present) in enumerate(self._groups):
+                absent_GE[place_G, list(present)] = False
+            w_BTGE = self._chosen(scores_BTGE, absent_GE.to(place))
+        return _OfCall(self, scores_BTGE, w_BTGE, arguments.get("logits_to_keep"))
+
+    def _chosen(self, scores_BTGE: Tensor, absent_GE: Tensor) -> Tensor:
+        """w_BTGE before the global scaling."""
+        some_BTGE = scores_BTGE.masked_fill(absent_GE, -torch.inf)
+        if self.softmax == "top_k":
+            return top_k_softmax(some_BTGE, self.top_k, self.temperature)
+        w_BTGE = some_BTGE if self.softmax == "none" else (some_BTGE / self.temperature).softmax(dim=-1)
+        num_kept = len(self.experts) if self.top_k is None else self.top_k
+        best = w_BTGE.topk(num_kept, dim=-1)
+        left_out = torch.ones_like(w_BTGE, dtype=torch.bool).scatter(-1, best.indices, False) | absent_GE
+        if self.softmax == "twice":
+            return w_BTGE.masked_fill(left_out, -torch.inf).softmax(dim=-1)
+        return w_BTGE.masked_fill(left_out, 0.0)
+
+    def _hidden(self, model: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
+        """hidden_BTD of a call; what is known of a row that trains is not computed again."""
+        step = self.step
+        if step is None or model.training or step.mask_BT.shape[0] != step.rows_B.shape[0]:
+            return self._read(model, arguments)
+        keys, mask_BT = [(self, number) for number in step.rows_B.tolist()], step.mask_BT.bool()
+        if all(key in step.kept for key in keys):
+            known_ND = torch.cat([step.kept[key] for key in keys])
+            hidden_BTD = known_ND.new_zeros(*mask_BT.shape, known_ND.shape[1])
+            hidden_BTD[mask_BT] = known_ND
+            return hidden_BTD
+        hidden_BTD = self._read(model, {**arguments, "use_cache": False})
+        for key, row_TD, mask_T in zip(keys, hidden_BTD, mask_BT, strict=True):
+            num_bytes = step.kept.get(self, 0) + row_TD[mask_T].nbytes
+            if key not in step.kept and num_bytes <= KEPT_BYTES:
+                step.kept[key], step.kept[self] = row_TD[mask_T], num_bytes
+        return hidden_BTD
+
+    def _read(self, model: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
+        weight = self.scaling_pass_value * self.global_scaling
+        with under(dict.fromkeys(self.experts, weight)) if weight else nullcontext():
+            return last_hidden(self.name, model, arguments, self._beside)
+
+    def _made_head(self) -> nn.Sequential:
+        sizes = [self.hidden_size, *[self.size] * (self.depth - 1)]
+        inner: list[nn.Module] = []
+        for num_inputs, num_outputs in pairwise(sizes):
+            inner += [nn.Linear(num_inputs, num_outputs), nn.ReLU(), nn.Dropout(self.dropout)]
+        num_sets = len(self.layers) if self.layerwise else 1
+        return nn.Sequential(*inner, nn.Linear(sizes[-1], num_sets * len(self.experts)))
+
+    def _require_options(self) -> None:
+        require_top_k(self.name, self.top_k, len(self.experts))
+        require_temperature(self.name, self.temperature)
+        for option in ("depth", "size", "hidden_size"):
+            if not is_whole(value := getattr(self, option), 1):
+                raise WeightingError(f"{option} of router {self.name!r} is {value!r}; it is a whole number from 1")
+        if not 0 <= self.dropout < 1:
+            raise WeightingError(f"dropout of router {self.name!r} is {self.dropout!r}; it is at least 0 and below 1")
+        if not 0 < abs(self.global_scaling) < math.inf:
+            raise WeightingError(
+                f"global_scaling of router {self.name!r} is {self.global_scaling!r}; it is finite and not 0"
+            )
+        if not math.isfinite(self.scaling_pass_value):
+            raise WeightingError(
+                f"scaling_pass_value of router {self.name!r} is {self.scaling_pass_value!r}; it is finite, 0 for the base"
+            )
+        if self.softmax not in (known := get_args(Softmax)):
+            close = registry.nearest(str(self.softmax), known)
+            raise WeightingError(
+                f"softmax of router {self.name!r} is {self.softmax!r}{close}; it is one of {', '.join(known)}"
+            )
+
+
+class _OfCall:
+    """What an X-LoRA made of one call's tokens; `head_tokens` are those that the model's own head is asked for."""
+
+    # the tensors that weights() gives stay as they are: what is made of one for a layer counts for others
+    shares_weights = True
+
+    def __init__(self, router: Xlora, scores_BTGE: Tensor, w_BTGE: Tensor, head_tokens: Any) -> None:
+        self._router = router
+        self._scores_BTGE = scores_BTGE
+        self._w_BTGE = w_BTGE
+        # as they come, and scaled
+        self._of_group: dict[int, tuple[Tensor, Tensor]] = {}
+        self._head_tokens = slice(-head_tokens, None) if isinstance(head_tokens, int) and head_tokens else head_tokens
+
+    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+        group, scaling = self._router._group_of[layer], self._router.global_scaling
+        if group not in self._of_group:
+            w_BTE = self._w_BTGE[:, :, group]
+            self._of_group[group] = w_BTE, w_BTE if scaling == 1 else w_BTE * scaling
+        noted_BTE, w_BTE = self._of_group[group]
+        self._router.note(layer, self._scores_BTGE[:, :, group], noted_BTE)
+        if x_BTI.shape[1] != w_BTE.shape[1] and isinstance(self._head_tokens, slice | Tensor):
+            return w_BTE[:, self._head_tokens]
+        return w_BTE
+
+
+def _most_frequent_size(members: Members) -> int:
+    """Of the layers' inputs and outputs; the smallest of several."""
+    counts = Counter(size for layer in members.layers.values() for size in (layer.num_inputs, layer.num_outputs))
+    return min(size for size, count in counts.items() if count == max(counts.values()))

@@ -1,0 +1,159 @@
+"""Which models run rows as a tree: where they do, every row's loss is exactly that of the row alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import loraweave as lw
+from loraweave.composer.compose.examples import runs_trees
+from loraweave.composer.compose.loss import ExampleLoss
+from loraweave.composer.model.batches import batch, encode, mean_losses
+from loraweave.demo import load_task
+
+ROOT = Path(__file__).parents[3]
+
+SPECIAL = {"vocab_size": 61, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+DECODER = {**SPECIAL, **SIZES, "num_key_value_heads": 2, "max_position_embeddings": 64, "head_dim": 4}
+EXPERTS = {**DECODER, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "num_experts": 4, "num_local_experts": 4}
+TREES = {
+    "llama": DECODER,
+    "mistral": {**DECODER, "sliding_window": None},
+    "qwen2": DECODER,
+    "qwen3": DECODER,
+    "gemma": DECODER,
+    "phi": {**SPECIAL, **SIZES},
+    "gpt2": {**SPECIAL, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},
+    "gpt_neox": {**SPECIAL, **SIZES},
+    "mixtral": EXPERTS,
+}
+PLAIN = {
+    "bloom": {**SPECIAL, "hidden_size": 16, "n_layer": 2, "n_head": 2},
+    "mamba": {**SPECIAL, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
+    "mistral": {**DECODER, "sliding_window": 8},
+    "gemma2": {**DECODER, "sliding_window": 8},
+    "gpt_oss": {**EXPERTS, "sliding_window": 8},
+}
+# the layers that the adapter updates
+TARGETS = {"gpt2": "c_attn", "gpt_neox": "query_key_value", "bloom": "query_key_value", "mamba": "in_proj"}
+MIXTURE = {"a": 0.4}
+TASK = lw.Task([("a", "ab"), ("bb", "ba"), ("ccc", "c"), ("d", "DD")], instruction="swap the two")
+
+
+def make(family, settings, dtype=torch.float64):
+    config = transformers.AutoConfig.for_model(family, **settings)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.3)
+    model.name_or_path = "tiny"
+    # the products over experts are in fp32 at most
+    return model.eval().to(torch.float32 if "num_experts" in settings else dtype)
+
+
+def rows(model, tokenizer):
+    return encode(model, tokenizer, [TASK.prompt(x) for x, _ in TASK.examples], [y for _, y in TASK.examples])
+
+
+@pytest.fixture
+def engine(make_adapter):
+    """engine(model, family): with an adapter "a" on some layer of every block."""
+    return lambda model, family: lw.Composer(model, [make_adapter(model, "a", targets=[TARGETS.get(family, "q_proj")])])
+
+
+@torch.no_grad()
+def alone(engine, tokenizer):
+    with engine.activate(MIXTURE):
+        found = [mean_losses(engine.model, batch(engine.model, tokenizer, [row])) for row in rows(engine.model, tokenizer)]
+    return torch.cat(found).double()
+
+
+def together(engine, tokenizer):
+    objective = ExampleLoss(engine, tokenizer, TASK)
+    return torch.tensor(objective.scores([lw.MixtureWeights.of(MIXTURE, "a")])[0][0])
+
+
+@pytest.mark.parametrize("family", TREES)
+def test_a_model_that_runs_trees_gives_every_row_its_own_loss(family, tokenizer, engine):
+    model = make(family, TREES[family])
+    assert runs_trees(model, tokenizer, rows(model, tokenizer))
+    assert ExampleLoss(engine(model, family), tokenizer, TASK).encoded.has_trees((0, 1, 2, 3))
+    # mean_losses rounds to fp32, and so do some models inside
+    tolerance = 1e-6 if model.dtype == torch.float64 else 1e-5
+    found, expected = together(engine(model, family), tokenizer), alone(engine(model, family), tokenizer)
+    assert torch.allclose(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("family", PLAIN)
+def test_other_models_run_their_rows_plainly_to_the_same_losses(family, tokenizer, engine):
+    # in float64, transformers' own masks make some of these give NaN
+    model = make(family, PLAIN[family], torch.float32)
+    assert not runs_trees(model, tokenizer, rows(model, tokenizer))
+    assert torch.allclose(
+        together(engine(model, family), tokenizer), alone(engine(model, family), tokenizer), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_a_window_that_no_row_fills_does_not_matter(tokenizer):
+    model = make("mistral", {**DECODER, "sliding_window": 40})
+    assert runs_trees(model, tokenizer, rows(model, tokenizer))
+
+
+def test_an_encoder_decoder_runs_its_rows_plainly(tiny_t5, tokenizer):
+    assert not runs_trees(tiny_t5, tokenizer, rows(tiny_t5, tokenizer))
+
+
+def test_a_model_that_ignores_the_mask_is_found_out_by_trial(tiny_llama, tokenizer, monkeypatch):
+    inner = tiny_llama.model
+    forward = inner.forward
+
+    def blind(*args, attention_mask=None, **kwargs):
+        return forward(*args, attention_mask=None if attention_mask.ndim == 4 else attention_mask, **kwargs)
+
+    monkeypatch.setattr(inner, "forward", blind)
+    assert not runs_trees(tiny_llama, tokenizer, rows(tiny_llama, tokenizer))
+
+
+def test_a_model_that_refuses_the_mask_runs_its_rows_plainly(tiny_llama, tokenizer, monkeypatch):
+    inner = tiny_llama.model
+    forward = inner.forward
+
+    def strict(*args, attention_mask=None, **kwargs):
+        if attention_mask.ndim != 2:
+            raise ValueError("the mask has two axes")
+        return forward(*args, attention_mask=attention_mask, **kwargs)
+
+    monkeypatch.setattr(inner, "forward", strict)
+    assert not runs_trees(tiny_llama, tokenizer, rows(tiny_llama, tokenizer))
+
+
+def test_rows_are_run_as_smaller_trees_where_one_would_be_too_wide(tiny_llama, tokenizer, engine):
+    """A token of a tree meets all its tokens in attention, whether it sees them or not."""
+    task = lw.Task([(f"{number}", "a" * 8) for number in range(12)], template="swap the two characters: {input}")
+    encoded = ExampleLoss(engine(tiny_llama, "llama"), tokenizer, task).encoded
+    batch = encoded.batch([tuple(range(12))])
+    assert 1 < batch.rows_of_job[0] < 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_real_model_runs_trees_of_its_examples(dtype):
+    model, tokenizer = lw.load_base(dtype=dtype)
+    task = load_task(ROOT / "examples" / "data", "rhyme", 0, num_test=0).task
+    engine = lw.Composer(model, [lw.Adapter.from_pretrained(ROOT / "examples" / "pool" / "emotion")])
+    objective = ExampleLoss(engine, tokenizer, task, l1=0.0)
+    candidate = lw.MixtureWeights.of({"emotion": 0.5}, ("emotion",))
+    with torch.no_grad(), engine.activate({"emotion": 0.5}):
+        texts = [task.prompt(text) for text, _ in task.examples], [target for _, target in task.examples]
+        expected = mean_losses(model, batch(model, tokenizer, encode(model, tokenizer, *texts)))
+    # five texts of 19 tokens, 13 of which are common; the last ones predict nothing
+    assert objective.encoded.size(objective.only)[0] == 13 + 5 * (19 - 13 - 1)
+    found = torch.tensor(objective.scores([candidate])[0][0])
+    assert torch.allclose(found, expected.double(), rtol=1e-5 if dtype == torch.float32 else 3e-2)

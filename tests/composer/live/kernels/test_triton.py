@@ -1,0 +1,105 @@
+"""The Triton kernels equal naive in Triton's interpreter, compile without a GPU, and equal it on one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from loraweave.composer.composer import Composer
+from loraweave.composer.live.kernels._cost import Choice, choose
+from loraweave.composer.live.kernels.triton_gathered import TritonGathered
+from loraweave.composer.live.kernels.triton_segments import TritonSegments
+from loraweave.composer.live.row_weights import RankedRows, _LayerRows
+from loraweave.hub.adapter import Adapter
+from loraweave.types import Factors
+
+HERE = Path(__file__).parent
+with_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+
+
+def run(*arguments: str | Path, **environment: str) -> str:
+    """What a process of its own prints: whether Triton interprets is settled when it is imported."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, *arguments]
+    found = subprocess.run(command, env={**env, **environment}, capture_output=True, text=True, timeout=500)
+    assert found.returncode == 0, found.stdout + found.stderr
+    return found.stdout
+
+
+@with_triton
+def test_the_kernels_keep_their_rules_in_the_interpreter() -> None:
+    printed = run("-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "triton_cases.py", TRITON_INTERPRET="1")
+    assert " passed" in printed
+    assert "skipped" not in printed
+
+
+@with_triton
+def test_the_kernels_conform_like_every_other_in_the_interpreter() -> None:
+    # but for a case of rounding to bfloat16, which the interpreter cuts off
+    cases = ("-k", "triton and not applied_in_fp32", HERE / "test_naive.py")
+    assert " passed" in run("-m", "pytest", "-q", "-p", "no:cacheprovider", *cases, TRITON_INTERPRET="1")
+
+
+@with_triton
+def test_the_kernels_compile_for_a_gpu_and_use_its_tensor_cores_in_half_precision(tmp_path: Path) -> None:
+    printed = run(HERE / "compile_triton.py", TRITON_CACHE_DIR=str(tmp_path))
+    lines = [line.split() for line in printed.splitlines()]
+    assert len(lines) == 12
+    assert all(line[3] == "True" for line in lines)
+    assert {(line[0], line[1]) for line in lines if line[2] == "mma"} == {
+        (dtype, kernel) for dtype in ("bf16", "fp16") for kernel in ("shrink_group", "expand_group")
+    }
+
+
+@pytest.mark.gpu
+@with_triton
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_kernels_keep_their_rules_on_a_gpu() -> None:
+    assert " passed" in run("-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "triton_cases.py")
+
+
+def test_nothing_imports_triton_before_a_kernel_runs() -> None:
+    code = (
+        "import sys, torch; from loraweave.composer.composer import Composer; "
+        "from loraweave.composer.live.kernels.triton_segments import triton_segments; "
+        "triton_segments(torch.ones(1, 1, 2), torch.ones(1, 2), torch.ones(3, 1), torch.ones(1, 1, 1)); "
+        "print('triton' in sys.modules)"
+    )
+    assert run("-c", code) == "False\n"
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_a_layer_on_a_gpu_is_offered_them_where_triton_is_installed(
+    installed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loraweave.composer.live.kernels._rank_tables._is_installed", lambda: installed)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    ranked = RankedRows.of(tuple(((number, 1.0),) for number in range(32)), (64, *31 * [8]))
+    chosen = []
+    for device, dtype in (("cuda", torch.bfloat16), ("cuda", torch.float64), ("cpu", torch.bfloat16)):
+        layer = _LayerRows(torch.device(device), dtype, ranked, None)
+        chosen.append([choose(layer.workload(4096, 4096, tokens)).path for tokens in (1, 128)])
+    assert chosen[0] == ["triton_gathered", "triton_segments"] if installed else "triton" not in "".join(chosen[0])
+    assert not any(path.startswith("triton") for path in chosen[1] + chosen[2])
+
+
+@pytest.mark.parametrize("path", ["triton_gathered", "triton_segments"])
+def test_what_was_chosen_is_what_a_layer_gets(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loraweave.composer.live.row_weights.choose", lambda workload: Choice(path))
+    found = []
+    for kernel in (TritonGathered, TritonSegments):
+        monkeypatch.setattr(kernel, "update", lambda self, x_BTI: found.append(type(self)) or x_BTI.new_zeros(2, 1, 3))
+    model = nn.Sequential(nn.Linear(4, 3))
+    adapters = [
+        Adapter(name, "tiny", {"0": Factors(torch.ones(r, 4), torch.ones(3, r))}) for name, r in (("a", 1), ("b", 2))
+    ]
+    with Composer(model, adapters).activate([{"a": 1.0}, {"b": 1.0}]):
+        model(torch.ones(2, 1, 4))
+    assert found == [TritonGathered if path == "triton_gathered" else TritonSegments]

@@ -1,0 +1,144 @@
+"""What must be true of the Triton kernels; test_triton.py runs this in a process with Triton's interpreter, or on a GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from loraweave.composer.composer import Composer
+from loraweave.composer.live.kernels._cost import Choice
+from loraweave.composer.live.kernels._parts import rank_rows, row_sets
+from loraweave.composer.live.kernels.naive import naive
+from loraweave.composer.live.kernels.triton_gathered import TritonGathered, triton_gathered
+from loraweave.composer.live.kernels.triton_segments import TritonSegments, triton_segments
+from loraweave.hub.adapter import Adapter
+from loraweave.types import Factors
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+# of the largest value; the reference is calculated in fp64 from the rounded inputs
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+# mixtures, rows on end for each, tokens, I, O and rank rows: none a multiple of a block
+SHAPES = [(3, 1, 1, 17, 33, 5), (4, 1, 1, 300, 257, 21), (2, 3, 5, 65, 130, 9), (3, 1, 19, 31, 1, 40), (1, 4, 3, 16, 64, 16)]
+KERNELS = {triton_gathered: TritonGathered, triton_segments: TritonSegments}
+
+
+def case(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x, a, b, w and the gradient of the output; one mixture is empty and one there twice, where there are enough."""
+    num_mixtures, on_end, tokens, num_inputs, num_outputs, num_ranks = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+
+    def random(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator)
+
+    w_BTS = random(num_mixtures, 1, num_ranks) * (torch.rand(num_mixtures, 1, num_ranks, generator=generator) < 0.5)
+    if num_mixtures > 2:
+        w_BTS[1] = 0
+        w_BTS[2] = w_BTS[0]
+    x_BTI = random(num_mixtures * on_end, tokens, num_inputs)
+    a_SI, b_OS = random(num_ranks, num_inputs) / num_inputs**0.5, random(num_outputs, num_ranks)
+    grad_BTO = random(num_mixtures * on_end, tokens, num_outputs)
+    x_BTI, a_SI, b_OS, grad_BTO = (each.to(DEVICE, dtype) for each in (x_BTI, a_SI, b_OS, grad_BTO))
+    return x_BTI, a_SI, b_OS, w_BTS.to(DEVICE), grad_BTO
+
+
+def exact(x_BTI: Tensor, a_SI: Tensor, b_OS: Tensor, w_BTS: Tensor, grad_BTO: Tensor) -> tuple[Tensor, Tensor]:
+    """naive's values and gradient of x, in fp64."""
+    x_BTI = x_BTI.double().requires_grad_()
+    w_BTS = w_BTS.double().repeat_interleave(x_BTI.shape[0] // w_BTS.shape[0], dim=0)
+    found = naive(x_BTI, a_SI.double(), b_OS.double(), w_BTS)
+    found.backward(grad_BTO.double())
+    assert x_BTI.grad is not None
+    return found.detach(), x_BTI.grad
+
+
+def close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
+    assert found.dtype == dtype
+    return float((found.double() - wanted).abs().max()) <= TOLERANCE[dtype] * max(float(wanted.abs().max()), 1.0)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_values_and_gradients_equal_naives(
+    kernel: Callable[..., Tensor], shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    x_BTI, a_SI, b_OS, w_BTS, grad_BTO = case(shape, dtype)
+    wanted, wanted_grad = exact(x_BTI, a_SI, b_OS, w_BTS, grad_BTO)
+    x_BTI.requires_grad_()
+    found = kernel(x_BTI, a_SI, b_OS, w_BTS)
+    found.backward(grad_BTO)
+    assert x_BTI.grad is not None
+    assert close(found.detach(), wanted, dtype)
+    assert close(x_BTI.grad, wanted_grad, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kernel", KERNELS.values())
+def test_added_in_place_it_is_rounded_once(
+    kernel: type[TritonGathered | TritonSegments], shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    x_BTI, a_SI, b_OS, w_BTS, y_BTO = case(shape, dtype)
+    wanted, _ = exact(x_BTI, a_SI, b_OS, w_BTS, y_BTO)
+    wanted += y_BTO.double()
+    rows = row_sets(w_BTS)
+    assert rows is not None
+    base = y_BTO.clone()
+    kernel.of(rank_rows(a_SI, b_OS), rows, dtype).add_(x_BTI, y_BTO)
+    assert close(y_BTO, wanted, dtype)
+    on_end = x_BTI.shape[0] // len(rows)
+    for number, row in enumerate(rows):
+        if not row:
+            place = slice(number * on_end, (number + 1) * on_end)
+            assert torch.equal(y_BTO[place], base[place])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_gradient_can_be_differentiated_again(kernel: Callable[..., Tensor]) -> None:
+    x_BTI, a_SI, b_OS, w_BTS, _ = case((3, 1, 2, 5, 4, 3), torch.float32)
+    found = []
+    for product in (kernel, naive):
+        x = x_BTI.detach().clone().requires_grad_()
+        (first,) = torch.autograd.grad(product(x, a_SI, b_OS, w_BTS).square().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), x)
+        found.append(second)
+    assert torch.allclose(found[0], found[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_an_input_without_tokens_or_mixtures_has_an_empty_or_no_update(kernel: Callable[..., Tensor]) -> None:
+    x_BTI, a_SI, b_OS, w_BTS, _ = case((3, 1, 2, 5, 4, 3), torch.float32)
+    assert kernel(x_BTI[:, :0], a_SI, b_OS, w_BTS).shape == (3, 0, 4)
+    assert not kernel(x_BTI, a_SI, b_OS, torch.zeros_like(w_BTS)).any()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_no_row_depends_on_another(kernel: Callable[..., Tensor]) -> None:
+    x_BTI, a_SI, b_OS, w_BTS, _ = case((4, 1, 3, 33, 20, 9), torch.float32)
+    together = kernel(x_BTI, a_SI, b_OS, w_BTS)
+    for row in (0, 2, 3):
+        assert torch.equal(kernel(x_BTI[row : row + 1], a_SI, b_OS, w_BTS[row : row + 1])[0], together[row])
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("path", ["triton_gathered", "triton_segments"])
+def test_a_model_is_mixed_by_them_through_the_composer(path: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loraweave.composer.live.row_weights.choose", lambda workload: Choice(path))
+    generator = torch.Generator().manual_seed(0)
+    factors = [Factors(*(torch.randn(*s, generator=generator) for s in ((r, 7), (5, r)))) for r in (2, 3)]
+    model = nn.Sequential(nn.Linear(7, 5)).to(DEVICE)
+    engine = Composer(model, [Adapter(name, "tiny", {"0": f}) for name, f in zip("ab", factors, strict=True)])
+    x_BTI = torch.randn(4, 3, 7, generator=generator).to(DEVICE).requires_grad_(training)
+    rows = [{"a": 1.0, "b": -0.5}, None, {"b": 2.0}, {"a": 1.0, "b": -0.5}]
+    wanted = model(x_BTI).detach()
+    dense_IO = [(f.b_OR @ f.a_RI).T.to(DEVICE) for f in factors]
+    for number, row in enumerate(rows):
+        for name, weight in (row or {}).items():
+            wanted[number] += weight * x_BTI[number].detach() @ dense_IO["ab".index(name)]
+    with engine.activate(rows), torch.set_grad_enabled(training):
+        for _ in range(2):
+            assert torch.allclose(model(x_BTI), wanted, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,96 @@
+"""Pools of adapters that a hub keeps in few bits, and of adapters trained to first order, are searched like any other."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import loraweave as lw
+from loraweave import registry
+from loraweave.hub.stores import ternary
+
+EXAMPLES = [("a", "ab"), ("b", "ba"), ("cc", "c"), ("d", "DD")]
+CLASSES = {name: registry.get("routers", name) for name in registry.names("routers")}
+# those that need retrieval scores or weights have nothing to search, and the entropy may end where that of the base is lower
+SEARCHES = [name for name, found in CLASSES.items() if hasattr(found, "ask") and found.learns and found.loss != "entropy"]
+OPTIONS = {"grid": {"coordinate": True}}
+
+
+@pytest.fixture
+def compressed(tiny_llama, make_adapter):
+    plain = [make_adapter(tiny_llama, name, targets=("q_proj", "down_proj"), seed=seed) for seed, name in enumerate("abc")]
+    adapters = [lw.compeft(adapter, density=0.4) for adapter in plain]
+    # in the order in which a hub gives them back: sums over layers round alike
+    return [replace(adapter, layers=dict(sorted(adapter.layers.items()))) for adapter in adapters]
+
+
+@pytest.fixture
+def hub(tmp_path, compressed):
+    found = lw.Hub(tmp_path / "hub")
+    for adapter in compressed:
+        found.add(adapter, stored_as="compeft")
+    return found
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The sizes of the streams that were decoded so far."""
+    sizes, original = [], ternary.decode
+    monkeypatch.setattr(ternary, "decode", lambda stream, size: sizes.append(size) or original(stream, size))
+    return sizes
+
+
+def compose(model, tokenizer, pool, method):
+    task = lw.Task(EXAMPLES)
+    options = {"budget": 24, "folds": 0, "seed": 3, "progress": False, **OPTIONS.get(method, {})}
+    return lw.compose(model, tokenizer, pool, task, method=method, **options)
+
+
+@pytest.mark.parametrize("method", SEARCHES)
+def test_a_search_finds_in_a_compressed_pool_what_it_finds_in_the_same_adapters_in_memory(
+    method, tiny_llama, tokenizer, hub, compressed
+):
+    expected = compose(tiny_llama, tokenizer, lw.ExpertPool(compressed), method)
+    found = compose(tiny_llama, tokenizer, hub.pool(lazy=True), method)
+    if isinstance(expected.weights, dict):
+        assert found.weights == expected.weights
+    else:
+        assert torch.equal(found.weights.values_BTLE, expected.weights.values_BTLE)
+    assert found.report[method].loss == expected.report[method].loss
+
+
+@pytest.mark.parametrize("method", [name for name in SEARCHES if name != "lorahub_original"])
+def test_a_search_over_linearised_adapters_gives_their_superposition(method, tiny_llama, tokenizer):
+    tasks = {"swap": EXAMPLES[:2], "double": [("a", "aa"), ("bb", "bbbb")]}
+    settings = {"rank": 2, "steps": 20, "lr": 2e-2, "batch_size": 2, "progress": False, "linearized": True}
+    pool = lw.ExpertPool(lw.train_adapters(tiny_llama, tokenizer, tasks, **settings))
+    found = compose(tiny_llama, tokenizer, pool, method)
+    assert found.report.chosen == method
+    weights = (
+        found.weights if isinstance(found.weights, lw.MixtureWeights) else lw.MixtureWeights.of(found.weights, pool.names)
+    )
+    for layer, swap in pool["swap"].layers.items():
+        place = weights.layers.index(layer) if weights.layers else 0
+        w_E = weights.values_BTLE[0, 0, place]
+        # a is common to all, so that the superposition has it too, and the weighted sum of b
+        b_OR = sum(w * pool[name].layers[layer].b_OR for w, name in zip(w_E, weights.experts, strict=True))
+        assert torch.allclose(found.adapter.delta(layer), b_OR @ swap.a_RI, atol=1e-5)
+
+
+def test_what_comes_back_is_what_was_stored_to_the_bit(hub, compressed):
+    for adapter in compressed:
+        assert hub[adapter.name].hash == adapter.hash
+
+
+def test_an_adapter_of_a_lazy_pool_is_decoded_when_it_is_first_used_and_once(tiny_llama, hub, decoded):
+    pool = hub.pool(lazy=True)
+    engine = lw.Composer(tiny_llama, pool)
+    assert decoded == []
+    with torch.no_grad():
+        for _ in range(2):
+            with engine.activate({"b": 0.5}):
+                tiny_llama(input_ids=torch.tensor([[5, 9, 30]]))
+    size = sum(tensor.numel() for factors in pool["b"].layers.values() for tensor in factors.tensors().values())
+    assert decoded == [size]

@@ -1,0 +1,508 @@
+"""Live mixing leaves nothing behind, and keeps contexts apart."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import copy
+import gc
+import pickle
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from loraweave.composer.composer import Composer
+from loraweave.composer.live import mixer
+from loraweave.errors import AlreadyActive, CompositionError
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.pool import ExpertPool
+from loraweave.routers.tokens.lora_flow import LoraFlow
+from loraweave.routers.weights import MixtureWeights
+from loraweave.types import Factors
+
+IDS = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(5))
+
+
+@torch.no_grad()
+def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
+    return model(input_ids=ids).logits
+
+
+def num_hooks(model: nn.Module) -> int:
+    """Hooks, and forwards that stand in for a module's own."""
+    return sum(
+        len(module._forward_hooks) + len(module._forward_pre_hooks) + ("forward" in vars(module))
+        for module in model.modules()
+    )
+
+
+@pytest.fixture
+def engine(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> Composer:
+    return Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError, KeyboardInterrupt])
+def test_an_exception_in_any_module_leaves_nothing(error: type[BaseException], engine: Composer) -> None:
+    base = logits(engine.model)
+
+    def fail(module: nn.Module, args: Any, output: Any) -> None:
+        raise error("injected")
+
+    # a module list is never called
+    for module in (each for each in engine.model.modules() if not isinstance(each, nn.ModuleList)):
+        handle = module.register_forward_hook(fail)
+        with pytest.raises(error, match="injected"), engine.activate([{"a": 1.0}, None, {"b": 1.0}]):
+            logits(engine.model)
+        handle.remove()
+        assert num_hooks(engine.model) == 0
+        assert not engine.active
+    assert torch.equal(logits(engine.model), base)
+
+
+def test_an_exception_in_the_update_itself_leaves_nothing(engine: Composer) -> None:
+    base = logits(engine.model)
+    with pytest.raises(ValueError, match="batch_size"), engine.activate({"a": 1.0}):
+        engine.model(input_ids=IDS, labels=IDS[:, :2])
+    with pytest.raises(ZeroDivisionError), engine.activate(_Failing()):
+        logits(engine.model)
+    assert num_hooks(engine.model) == 0
+    assert torch.equal(logits(engine.model), base)
+
+
+class _Failing:
+    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+        return torch.full((1, 1, 3), 1 / 0)
+
+
+def test_an_exception_with_an_inner_handle_left_open_leaves_nothing(engine: Composer) -> None:
+    def careless() -> None:
+        with engine.activate({"a": 1.0}):
+            engine.activate({"b": 1.0})
+            raise RuntimeError("oops")
+
+    base = logits(engine.model)
+    with pytest.raises(RuntimeError, match="oops"):
+        careless()
+    assert not engine.active
+    assert torch.equal(logits(engine.model), base)
+
+
+def test_the_inner_activation_replaces_the_outer(engine: Composer) -> None:
+    expected = {}
+    for name in "ab":
+        with engine.activate({name: 1.0}):
+            expected[name] = logits(engine.model)
+    with engine.activate({"a": 1.0}):
+        with engine.activate({"b": 1.0}):
+            assert torch.equal(logits(engine.model), expected["b"])
+        assert torch.equal(logits(engine.model), expected["a"])
+
+
+def test_handles_close_once_and_from_the_inside_out(engine: Composer) -> None:
+    outer = engine.activate({"a": 1.0})
+    inner = engine.activate({"b": 1.0})
+    with pytest.raises(AlreadyActive, match="close that one first"):
+        outer.close()
+    assert not outer.closed
+    inner.close()
+    inner.close()
+    outer.close()
+    outer.close()
+    assert num_hooks(engine.model) == 0
+
+
+def in_thread(call: Callable[[], Any]) -> Any:
+    """What `call` returns, or the exception it raises, in a thread of its own."""
+    answer: list[Any] = []
+
+    def run() -> None:
+        try:
+            answer.append(call())
+        except BaseException as error:
+            answer.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return answer[0]
+
+
+def test_a_handle_is_not_closed_by_another_thread(engine: Composer) -> None:
+    handle = engine.activate({"a": 1.0})
+    assert isinstance(in_thread(handle.close), AlreadyActive)
+    assert engine.active
+    handle.close()
+
+
+def test_the_handle_of_a_thread_that_ended_can_be_closed(engine: Composer) -> None:
+    base = logits(engine.model)
+    handle = in_thread(lambda: engine.activate({"a": 1.0}))
+    assert engine.active
+    assert torch.equal(logits(engine.model), base)
+    handle.close()
+    assert not engine.active
+
+
+def test_a_thread_of_ones_own_is_the_base_unless_the_activation_runs_it(engine: Composer) -> None:
+    base = logits(engine.model)
+    with engine.activate([{"a": 1.0}, None, {"b": 1.0}]) as activation:
+        inside = logits(engine.model)
+        assert torch.equal(in_thread(lambda: logits(engine.model)), base)
+        assert torch.equal(in_thread(lambda: activation.run(logits, engine.model, ids=IDS)), inside)
+        # the call's own context is left as it was
+        with engine.activate({"c": 1.0}):
+            inner = logits(engine.model)
+            assert torch.equal(activation.run(logits, engine.model), inside)
+            assert torch.equal(logits(engine.model), inner)
+    with pytest.raises(CompositionError, match="closed, and runs nothing"):
+        activation.run(logits, engine.model)
+
+
+def test_a_run_keeps_its_mixture_when_the_activation_is_closed_meanwhile(engine: Composer) -> None:
+    entered, closed = threading.Event(), threading.Event()
+
+    def work() -> Tensor:
+        entered.set()
+        closed.wait(10)
+        return logits(engine.model)
+
+    with engine.activate({"a": 1.0}):
+        expected = logits(engine.model)
+    found: list[Tensor] = []
+    with engine.activate({"a": 1.0}) as activation:
+        thread = threading.Thread(target=lambda: found.append(activation.run(work)))
+        thread.start()
+        entered.wait(10)
+    assert engine.active
+    closed.set()
+    thread.join()
+    assert torch.equal(found[0], expected)
+    assert not engine.active
+
+
+def test_to_thread_takes_the_mixture_along(engine: Composer) -> None:
+    async def answer() -> Tensor:
+        with engine.activate({"a": 1.0}):
+            return await asyncio.to_thread(logits, engine.model)
+
+    found = asyncio.run(answer())
+    with engine.activate({"a": 1.0}):
+        assert torch.equal(found, logits(engine.model))
+
+
+def test_threads_with_different_mixtures_do_not_meet(engine: Composer) -> None:
+    mixtures: list[Any] = [{"a": 1.0}, {"b": -1.0}, None]
+    expected = []
+    for mixture in mixtures:
+        with engine.activate(mixture or {}):
+            expected.append(logits(engine.model))
+    wrong: list[int] = []
+    barrier = threading.Barrier(len(mixtures))
+
+    def work(index: int) -> None:
+        barrier.wait()
+        for _ in range(50):
+            if mixtures[index] is None:
+                found = logits(engine.model)
+            else:
+                with engine.activate(mixtures[index]):
+                    found = logits(engine.model)
+            if not torch.equal(found, expected[index]):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(mixtures))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert num_hooks(engine.model) == 0
+
+
+def test_asyncio_tasks_do_not_meet(engine: Composer) -> None:
+    async def answer(mixture: dict[str, float]) -> Tensor:
+        with engine.activate(mixture):
+            await asyncio.sleep(0)
+            found = logits(engine.model)
+            await asyncio.sleep(0)
+        return found
+
+    async def both() -> list[Tensor]:
+        return await asyncio.gather(answer({"a": 1.0}), answer({"b": 1.0}))
+
+    together = asyncio.run(both())
+    for found, name in zip(together, "ab", strict=True):
+        with engine.activate({name: 1.0}):
+            assert torch.equal(found, logits(engine.model))
+
+
+def test_a_context_that_outlives_its_activation_is_the_base(engine: Composer) -> None:
+    base = logits(engine.model)
+    with engine.activate({"a": 1.0}):
+        context = contextvars.copy_context()
+        inside = logits(engine.model)
+        assert torch.equal(context.run(logits, engine.model), inside)
+    assert torch.equal(context.run(logits, engine.model), base)
+
+
+def test_an_abandoned_generator_leaves_nothing(engine: Composer) -> None:
+    def stream() -> Iterator[Tensor]:
+        with engine.activate({"a": 1.0}):
+            while True:
+                yield logits(engine.model)
+
+    base = logits(engine.model)
+    for _ in range(3):
+        generator = stream()
+        next(generator)
+        del generator
+        gc.collect()
+    assert num_hooks(engine.model) == 0
+    assert torch.equal(logits(engine.model), base)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
+def test_a_copy_made_while_active_is_the_base(copied: Callable[[nn.Module], nn.Module], engine: Composer) -> None:
+    base = logits(engine.model)
+    with engine.activate({"a": 1.0}):
+        twin = copied(engine.model)
+        assert torch.equal(logits(twin), base)
+    assert torch.equal(logits(twin), base)
+
+
+def attributes(model: nn.Module) -> dict[str, dict[str, int]]:
+    """What every module has beside its class, and how much is in it."""
+    return {
+        name: {key: len(value) if isinstance(value, dict) else 1 for key, value in vars(module).items()}
+        for name, module in model.named_modules()
+    }
+
+
+def unpickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, unpickled])
+@pytest.mark.parametrize("kind", ["one mixture", "blocks", "prompts"])
+def test_a_copy_made_while_active_has_nothing_that_the_base_has_not(
+    kind: str,
+    copied: Callable[[nn.Module], nn.Module],
+    make_model: Callable[..., nn.Module],
+    make_adapters: Callable[..., list[Adapter]],
+    tokenizer: Any,
+) -> None:
+    model = make_model("llama")
+    pool = ExpertPool(make_adapters(model, "llama"))
+    model.lm_head.register_forward_hook(seen, with_kwargs=True)
+    before, base = attributes(model), logits(model)
+    mixtures: dict[str, Any] = {"blocks": LoraFlow(pool), "prompts": ReadsText(pool.names)}
+    with Composer(model, pool, tokenizer=tokenizer).activate(mixtures.get(kind, {"a": 1.0})):
+        assert ("generate" in vars(model)) == (kind == "prompts")
+        twin, part = copied(model), copied(model.model)
+        assert torch.equal(logits(twin), base)
+    assert attributes(twin) == before
+    assert num_hooks(part) == 0
+    assert attributes(model) == before
+
+
+class ReadsText:
+    """A router that is told the prompts of generate()."""
+
+    needs_tokenizer = True
+
+    def __init__(self, experts: tuple[str, ...]) -> None:
+        self._weights = MixtureWeights.of({experts[0]: 1.0}, experts)
+
+    def begin(self, model: nn.Module, arguments: Any) -> MixtureWeights:
+        return self._weights
+
+    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+        return self._weights.weights(x_BTI, layer)
+
+
+def seen(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    """A hook of the caller's own, which a copy keeps."""
+
+
+def test_state_and_saved_files_while_active_are_the_bases(engine: Composer, tmp_path: Any) -> None:
+    before = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
+    base = logits(engine.model)
+    with engine.activate({"a": 1.0}):
+        inside = engine.model.state_dict()
+        engine.model.save_pretrained(tmp_path)
+    assert inside.keys() == before.keys()
+    assert all(torch.equal(inside[name], before[name]) for name in before)
+    assert torch.equal(logits(type(engine.model).from_pretrained(tmp_path).eval()), base)
+
+
+def test_users_hooks_see_the_mixed_output(engine: Composer) -> None:
+    seen = []
+    layer = engine.model.lm_head
+    handle = layer.register_forward_hook(lambda module, args, output: seen.append(output))
+    with engine.activate({"c": 1.0}):
+        found = logits(engine.model)
+    handle.remove()
+    assert torch.equal(seen[0], found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_the_factors_follow_a_model_that_changes_its_dtype(dtype: torch.dtype, engine: Composer) -> None:
+    with engine.activate({"a": 0.5, "b": -0.5}):
+        before = logits(engine.model)
+        engine.model.to(dtype)
+        after = logits(engine.model)
+    assert after.dtype == dtype
+    tolerance = 1e-4 if dtype == torch.float64 else 0.3
+    assert float((before.double() - after.double()).abs().max()) <= tolerance
+
+
+def test_autocast_mixes_like_any_half_precision_layer(engine: Composer) -> None:
+    with engine.activate({"a": 0.5, "b": -0.5}):
+        exact = logits(engine.model)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = logits(engine.model)
+    assert float((exact - found.float()).abs().max()) <= 0.3
+
+
+def test_training_works_after_a_first_use_in_inference_mode(engine: Composer) -> None:
+    mixture = MixtureWeights(torch.ones(1, 1, 1, 3), ("a", "b", "c"))
+    with engine.activate(mixture):
+        with torch.inference_mode():
+            engine.model(input_ids=IDS)
+        engine.model(input_ids=IDS).logits.sum().backward()
+    assert engine.model.model.embed_tokens.weight.grad is not None
+
+
+@pytest.mark.parametrize("start", [0.0, 0.7])
+def test_gradients_of_weights_and_input_equal_the_dense_formulas(start: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    model = nn.Sequential(nn.Linear(5, 4)).double()
+    # factors are stored in fp32, and the formula is exact for what is stored
+    factors = [Factors(*(random(*shape).float() for shape in ((r, 5), (4, r), (4,), (4,)))) for r in (1, 3)]
+    engine = Composer(model, [Adapter(name, "tiny", {"0": f}) for name, f in zip("ab", factors, strict=True)])
+    x = random(2, 3, 5).requires_grad_()
+    values = torch.full((2, 3, 1, 2), start, dtype=torch.float64, requires_grad=True)
+    with engine.activate(MixtureWeights(values, ("a", "b"))):
+        model(x).square().sum().backward()
+    found = values.grad, x.grad
+
+    x2, values2 = x.detach().clone().requires_grad_(), values.detach().clone().requires_grad_()
+    linear = model[0]
+    y = x2 @ linear.weight.T + linear.bias
+    for index, f in enumerate(factors):
+        update = x2 @ (f.b_OR.double() @ f.a_RI.double()).T + f.gain_O * (x2 @ linear.weight.T) + f.bias_O
+        y = y + values2[:, :, 0, index, None] * update
+    y.square().sum().backward()
+    assert torch.allclose(found[0], values2.grad, rtol=1e-10, atol=1e-10)
+    assert torch.allclose(found[1], x2.grad, rtol=1e-10, atol=1e-10)
+
+
+# the name that transformers 5.3 knows
+@pytest.mark.filterwarnings("ignore:`(gradient_checkpointing_enable|is_gradient_checkpointing)` is deprecated:FutureWarning")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(
+    reentrant: bool, make_model: Callable[..., nn.Module], make_adapters: Callable[..., list[Adapter]]
+) -> None:
+    gradients = []
+    for checkpointed in (False, True):
+        model = make_model("llama").train()
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        with Composer(model, make_adapters(model, "llama")).activate({"a": 1.0, "b": 0.5}):
+            model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        gradients.append(model.model.embed_tokens.weight.grad)
+    assert torch.equal(gradients[0], gradients[1])
+
+
+def test_a_replica_of_the_model_is_refused(engine: Composer) -> None:
+    with engine.activate({"a": 1.0}):
+        # what DataParallel makes for each device: another object with the same attributes
+        replica = engine.model._replicate_for_data_parallel()
+        answer = in_thread(lambda: replica(IDS))
+    assert isinstance(answer, CompositionError)
+    assert "replica" in str(answer)
+
+
+def test_other_activations_do_not_see_each_others_engines(make_adapter: Callable[..., Adapter]) -> None:
+    models = [nn.Sequential(nn.Linear(4, 4)) for _ in range(2)]
+    adapter = Adapter("a", "tiny", {"0": Factors(torch.ones(1, 4), torch.ones(4, 1))})
+    engines = [Composer(model, [adapter]) for model in models]
+    x = torch.ones(2, 4)
+    with torch.no_grad():
+        base = [model(x) for model in models]
+        with engines[0].activate({"a": 1.0}), engines[1].activate({"a": 2.0}):
+            assert torch.allclose(models[0](x), base[0] + 4.0)
+            assert torch.allclose(models[1](x), base[1] + 8.0)
+
+
+def test_many_activations_and_swaps_leave_no_memory(engine: Composer, make_adapters: Callable[..., list[Adapter]]) -> None:
+    adapters = make_adapters(engine.model, "llama")
+    counts = []
+    for _ in range(3):
+        for number in range(40):
+            with engine.activate([{"a": 1.0 + number}, {"b": 1.0}, None]):
+                logits(engine.model, IDS[:, :2])
+            engine.swap(adapters)
+        gc.collect()
+        counts.append(sum(type(each) in (Tensor, nn.Parameter) for each in gc.get_objects()))
+    assert counts[1] == counts[2]
+
+
+def test_a_composer_is_freed_with_its_last_reference(tiny_llama: nn.Module, make_adapters: Callable[..., Any]) -> None:
+    engine = Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
+    with engine.activate({"a": 1.0}):
+        logits(tiny_llama)
+    gone = weakref.ref(engine)
+    del engine
+    gc.collect()
+    assert gone() is None
+
+
+def test_an_interruption_while_layers_are_taken_over_leaves_nothing(
+    engine: Composer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = mixer._MixedForward
+    for stop_at in range(len(engine.pool.layer_names)):
+        calls = 0
+
+        def interrupted(*args: Any, stop_at: int = stop_at) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls - 1 == stop_at:
+                raise KeyboardInterrupt
+            return original(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(mixer, "_MixedForward", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                engine.activate({"a": 1.0})
+        assert num_hooks(engine.model) == 0
+        assert not engine.active
+    with engine.activate({"a": 1.0}):
+        pass
+
+
+def test_a_thread_of_autograd_belongs_to_the_only_activation_or_is_named(
+    engine: Composer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # with a GPU, autograd runs checkpointed layers again in a thread of its own, which has no context
+    monkeypatch.setattr("loraweave.composer.live.mixer._in_backward_thread", lambda: True)
+    with engine.activate({"a": 1.0}):
+        expected = logits(engine.model)
+        assert torch.equal(in_thread(lambda: logits(engine.model)), expected)
+        with engine.activate({"b": 1.0}):
+            answer = in_thread(lambda: logits(engine.model))
+    assert isinstance(answer, CompositionError)
+    assert "2 activations" in str(answer)

@@ -1,0 +1,347 @@
+"""engine.last_weights and engine.record(): what the layers used, in this thread and no other."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from loraweave.composer.composer import Composer
+from loraweave.composer.live import recording
+from loraweave.errors import CompositionError, ScopeError
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.pool import ExpertPool
+from loraweave.routers.weights import MixtureWeights
+from loraweave.types import Factors
+
+IDS = torch.arange(3, 24).reshape(3, 7)
+
+
+class ByInput:
+    """A router whose weights are the first features of each token; keeps what it gave."""
+
+    def __init__(self, num_experts: int = 3) -> None:
+        self.num_experts = num_experts
+        self.given: dict[str, list[Tensor]] = {}
+
+    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+        w_BTE = x_BTI[..., : self.num_experts].float()
+        self.given.setdefault(layer, []).append(w_BTE)
+        return w_BTE
+
+
+@pytest.fixture
+def engine(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]], tokenizer: Any) -> Composer:
+    return Composer(tiny_llama, make_adapters(tiny_llama, "llama"), tokenizer=tokenizer)
+
+
+@pytest.fixture
+def alike(tiny_llama: nn.Module, make_adapter: Callable[..., Adapter], tokenizer: Any) -> Composer:
+    """All experts update the same layers."""
+    adapters = [make_adapter(tiny_llama, name, seed=seed) for seed, name in enumerate("abc")]
+    return Composer(tiny_llama, adapters, tokenizer=tokenizer)
+
+
+def run(engine: Composer, ids_BT: Tensor = IDS, **more: Any) -> Any:
+    with torch.no_grad():
+        return engine.model(input_ids=ids_BT, **more)
+
+
+def plain(engine: Composer) -> dict[str, list[Any]]:
+    return {layer: w_BTE.tolist() for layer, w_BTE in engine.last_weights.items()}
+
+
+def test_before_any_forward_there_are_no_weights(engine: Composer) -> None:
+    assert dict(engine.last_weights) == {}
+    with engine.activate({"a": 1.0}):
+        assert dict(engine.last_weights) == {}
+
+
+def test_a_fixed_mixture_is_seen_in_every_layer_that_ran(engine: Composer) -> None:
+    with engine.activate({"a": 0.5, "c": -2.0}):
+        run(engine)
+    used = engine.last_weights
+    assert used.experts == ("a", "c")
+    assert set(used) == set(engine.target_layers)
+    for layer, w_BTE in used.items():
+        # "a" leaves down_proj and lm_head alone
+        leaves_alone = layer not in engine.pool["a"].layers
+        assert w_BTE.tolist() == [[[0.0 if leaves_alone else 0.5, -2.0]]]
+        assert (used.layers[layer].num_rows, used.layers[layer].num_tokens) == (3, 7)
+
+
+def test_layers_without_weight_and_the_base_have_zeros(alike: Composer) -> None:
+    layers = tuple(alike.target_layers)
+    values_BTLE = torch.ones(1, 1, 1, 3)
+    with alike.activate(MixtureWeights(values_BTLE, ("a", "b", "c"), layers[:1])):
+        run(alike)
+    assert [plain(alike)[layer] for layer in layers[:2]] == [[[[1.0] * 3]], [[[0.0] * 3]]]
+    with alike.activate({}):
+        run(alike)
+    assert alike.last_weights.experts == ()
+    assert plain(alike) == {layer: [[[]]] for layer in layers}
+
+
+def test_a_routers_weights_are_those_that_it_gave(alike: Composer) -> None:
+    router = ByInput()
+    with alike.activate(router):
+        run(alike)
+    assert alike.last_weights.experts == ("a", "b", "c")
+    assert {layer: w_BTE[-1].tolist() for layer, w_BTE in router.given.items()} == plain(alike)
+
+
+def test_the_last_forward_counts_whichever_activation_it_belongs_to(alike: Composer) -> None:
+    with alike.activate({"a": 1.0}):
+        run(alike)
+        with alike.activate({"b": 1.0}):
+            assert alike.last_weights.experts == ("a",)
+            run(alike)
+            assert alike.last_weights.experts == ("b",)
+        run(alike)
+        assert alike.last_weights.experts == ("a",)
+
+
+def test_another_pool_has_no_weights_yet(alike: Composer) -> None:
+    with alike.activate({"a": 1.0}):
+        run(alike)
+    alike.swap(alike.pool)
+    assert dict(alike.last_weights) == {}
+
+
+def test_threads_are_apart(alike: Composer) -> None:
+    found: dict[str, tuple[str, ...]] = {}
+    barrier = threading.Barrier(2)
+
+    def work(name: str) -> None:
+        with alike.activate({name: 1.0}):
+            run(alike)
+            barrier.wait()
+            found[name] = alike.last_weights.experts
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {"a": ("a",), "b": ("b",)}
+    assert dict(alike.last_weights) == {}
+
+
+def test_asyncio_tasks_are_apart(alike: Composer) -> None:
+    async def use(name: str) -> tuple[str, ...]:
+        with alike.activate({name: 1.0}):
+            run(alike)
+            await asyncio.sleep(0)
+        return alike.last_weights.experts
+
+    async def both() -> list[tuple[str, ...]]:
+        with alike.activate({"c": 1.0}):
+            run(alike)
+        return await asyncio.gather(use("a"), use("b"))
+
+    assert asyncio.run(both()) == [("a",), ("b",)]
+
+
+def test_two_engines_are_apart() -> None:
+    models = [nn.Sequential(nn.Linear(4, 4)) for _ in range(2)]
+    adapters = [Adapter(name, "tiny", {"0": Factors(torch.ones(1, 4), torch.ones(4, 1))}) for name in "ab"]
+    first, second = (Composer(model, [adapter]) for model, adapter in zip(models, adapters, strict=True))
+    with first.activate({"a": 1.0}), second.activate({"b": 2.0}):
+        for model in (models[0], models[1], models[0]):
+            model(torch.ones(1, 2, 4))
+    assert (plain(first), plain(second)) == ({"0": [[[1.0]]]}, {"0": [[[2.0]]]})
+
+
+def test_weights_by_token_are_kept_up_to_a_limit(alike: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
+    one_layer = 3 * 7 * 3 * 4
+    monkeypatch.setattr(recording, "KEPT_BYTES", len(alike.target_layers) * one_layer)
+    with alike.activate(ByInput()):
+        run(alike)
+        run(alike)
+        assert len(alike.last_weights) == len(alike.target_layers)
+        run(alike, IDS.repeat(1, 2))
+        with pytest.raises(CompositionError, match=r"with engine.record\(\) as trace"):
+            alike.last_weights  # noqa: B018
+        with alike.record() as trace:
+            run(alike, IDS.repeat(1, 2))
+        assert all(w_BTE.shape == (3, 14, 3) for w_BTE in trace.weights.values())
+        # a smaller forward is known again
+        run(alike)
+        assert len(alike.last_weights) == len(alike.target_layers)
+
+
+def test_nothing_of_the_graph_is_kept(alike: Composer) -> None:
+    values = torch.ones(1, 1, 1, 3, requires_grad=True)
+    with alike.activate(MixtureWeights(values, ("a", "b", "c"))):
+        alike.model(input_ids=IDS)
+    assert not any(w_BTE.requires_grad for w_BTE in alike.last_weights.values())
+
+
+def test_an_engine_is_freed_with_its_last_reference(tiny_llama: nn.Module, make_adapter: Callable[..., Adapter]) -> None:
+    engine = Composer(tiny_llama, [make_adapter(tiny_llama, "a")])
+    with engine.activate({"a": 1.0}) as activation:
+        run(engine)
+    gone, usage = weakref.ref(engine), weakref.ref(activation.usage)
+    del engine, activation
+    gc.collect()
+    assert (gone(), usage()) == (None, None)
+
+
+def test_a_trace_joins_the_prompt_and_the_tokens_that_follow(alike: Composer) -> None:
+    router = ByInput()
+    with alike.activate(router), alike.record() as trace:
+        alike.model.generate(input_ids=IDS, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert set(trace.weights) == set(alike.target_layers)
+    for layer, w_BTE in trace.weights.items():
+        assert torch.equal(w_BTE, torch.cat(router.given[layer], dim=1))
+        assert (trace.weights.layers[layer].num_rows, trace.weights.layers[layer].num_tokens) == (3, 10)
+
+
+def test_a_trace_of_a_fixed_mixture_counts_the_tokens(alike: Composer) -> None:
+    with alike.activate([{"a": 1.0}, {"b": 0.5}, None]), alike.record() as trace:
+        alike.model.generate(input_ids=IDS, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    for layer, load in trace.weights.load().items():
+        assert trace.weights[layer][:, 0].tolist() == [[1.0, 0.0], [0.0, 0.5], [0.0, 0.0]]
+        assert (load.num_tokens, load.share_E.tolist()) == (30, [2 / 3, 1 / 3])
+
+
+def test_a_trace_of_weights_by_token_has_them_call_after_call(alike: Composer) -> None:
+    values_BTE = torch.randn(1, 7, 2)
+    with alike.activate(MixtureWeights(values_BTE[:, :, None], ("a", "c"))), alike.record() as trace:
+        run(alike)
+        run(alike)
+    assert trace.weights.experts == ("a", "c")
+    for layer, w_BTE in trace.weights.items():
+        assert torch.equal(w_BTE, values_BTE.repeat(3, 2, 1)), layer
+
+
+def test_a_trace_spans_mixtures_of_different_experts(alike: Composer) -> None:
+    with alike.record() as trace:
+        with alike.activate({"c": 1.0}):
+            run(alike, IDS[:, :2])
+        with alike.activate({"a": 0.5}):
+            run(alike, IDS[:, :1])
+    assert trace.weights.experts == ("c", "a")
+    assert all(w_BTE[2].tolist() == [[1.0, 0.0], [1.0, 0.0], [0.0, 0.5]] for w_BTE in trace.weights.values())
+
+
+def test_calls_of_different_batches_are_not_joined(alike: Composer) -> None:
+    with alike.record() as trace, alike.activate({"a": 1.0}):
+        run(alike)
+        run(alike, IDS[:2])
+    with pytest.raises(ScopeError, match="had 3, 2 rows"):
+        trace.weights  # noqa: B018
+
+
+def test_only_the_block_and_only_the_engine_is_recorded(alike: Composer) -> None:
+    other = Composer(
+        nn.Sequential(nn.Linear(4, 4)), [Adapter("x", "tiny", {"0": Factors(torch.ones(1, 4), torch.ones(4, 1))})]
+    )
+    with alike.record() as trace, other.activate({"x": 1.0}):
+        other.model(torch.ones(1, 2, 4))
+    with alike.activate({"a": 1.0}):
+        run(alike)
+    assert dict(trace.weights) == {}
+
+
+# the name that transformers 5.3 knows
+@pytest.mark.filterwarnings("ignore:`(gradient_checkpointing_enable|is_gradient_checkpointing)` is deprecated:FutureWarning")
+def test_a_layer_that_the_backward_pass_runs_again_is_noted_once(alike: Composer) -> None:
+    alike.model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    alike.model.enable_input_require_grads()
+    with alike.activate({"a": 1.0}), alike.record() as trace:
+        alike.model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    assert {used.num_tokens for used in trace.weights.layers.values()} == {7}
+
+
+def test_padding_counts_in_no_load(alike: Composer) -> None:
+    ids_BT = IDS.clone()
+    mask_BT = torch.ones_like(ids_BT)
+    mask_BT[0, :3], mask_BT[1, :5] = 0, 0
+    router = ByInput()
+    with alike.activate(router):
+        run(alike, ids_BT, attention_mask=mask_BT)
+    real = mask_BT.bool()
+    for layer, load in alike.last_weights.load(mask_BT).items():
+        w_NE = router.given[layer][-1][real].double().abs()
+        assert torch.allclose(load.share_E, w_NE.sum(dim=0) / w_NE.sum(), rtol=1e-12)
+        share_NE = w_NE / w_NE.sum(dim=1, keepdim=True)
+        assert load.entropy == pytest.approx(float(-(share_NE * share_NE.log()).sum(dim=1).mean()), rel=1e-12)
+        assert load.num_tokens == 13
+
+
+def test_a_mask_over_a_cache_and_a_head_on_the_last_token_fit(engine: Composer) -> None:
+    mask_BT = torch.ones_like(IDS)
+    mask_BT[0, :3] = 0
+    with engine.activate({"c": 1.0}):
+        run(engine, IDS, attention_mask=mask_BT, logits_to_keep=1)
+    loads = engine.last_weights.load(mask_BT)
+    assert (loads["lm_head"].num_tokens, loads["model.layers.0.self_attn.q_proj"].num_tokens) == (3, 18)
+
+
+def test_the_mask_of_another_batch_is_named(engine: Composer) -> None:
+    with engine.activate({"c": 1.0}):
+        run(engine)
+    with pytest.raises(ScopeError, match="mask of 2 rows and 7 tokens is none for a forward of 3 rows and 7 tokens"):
+        engine.last_weights.load(torch.ones(2, 7))
+
+
+def test_beams_count_with_the_mixture_and_the_mask_of_their_text(alike: Composer) -> None:
+    mask_BT = torch.ones_like(IDS)
+    mask_BT[0, :3] = 0
+    with alike.activate([{"a": 1.0}, {"b": 1.0}, None]), alike.record() as trace:
+        alike.model.generate(input_ids=IDS, attention_mask=mask_BT, num_beams=2, max_new_tokens=1, do_sample=False)
+    for load in trace.weights.load(mask_BT).values():
+        assert (load.num_tokens, load.chosen_E.tolist()) == (36, [8 / 36, 14 / 36])
+
+
+def test_a_router_for_one_row_and_weights_for_another_are_both_seen(alike: Composer) -> None:
+    with alike.activate([ByInput(), {"b": 0.5}, None]):
+        run(alike)
+    for layer, w_BTE in alike.last_weights.items():
+        assert w_BTE.shape == (3, 7, 3), layer
+        assert w_BTE[1:].tolist() == [[[0.0, 0.5, 0.0]] * 7, [[0.0] * 3] * 7]
+        assert bool((w_BTE[0] != 0).all())
+
+
+def test_compiled_code_is_seen_too(alike: Composer) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(alike.model, backend="eager", fullgraph=True)
+    for mixture in ({"a": 1.0}, {"b": 0.5}, ByInput()):
+        with torch.no_grad(), alike.activate(mixture), alike.record() as trace:
+            compiled(input_ids=IDS, use_cache=False)
+        found, recorded = plain(alike), trace.weights.layers.values()
+        with alike.activate(mixture):
+            run(alike, use_cache=False)
+        assert found == plain(alike)
+        assert {used.num_tokens for used in recorded} == {7}
+
+
+def test_reading_the_weights_of_a_lazy_pool_opens_each_expert_once(alike: Composer) -> None:
+    opened: list[str] = []
+
+    def opener(name: str) -> Adapter:
+        opened.append(name)
+        return alike.pool[name]
+
+    names = [f"expert {number}" for number in range(40)]
+    adapters = {name: alike.pool["abc"[number % 3]] for number, name in enumerate(names)}
+    lazy = Composer(alike.model, ExpertPool.on_demand(names, lambda name: opener("abc"[names.index(name) % 3])))
+    with lazy.activate(MixtureWeights(torch.ones(1, 1, 1, 40), tuple(names))):
+        run(lazy)
+        opened.clear()
+        used = lazy.last_weights
+        assert len(opened) <= 40
+        opened.clear()
+        cost = lazy.cost(used)
+        assert len(opened) <= 40
+    assert all(w_BTE.tolist() == [[[1.0] * 40]] for w_BTE in used.values())
+    ranks = sum(adapter.rank for adapter in adapters.values())
+    assert cost["model.layers.0.self_attn.q_proj"].added_bytes == 4 * ranks * 32

@@ -1,0 +1,118 @@
+"""A row of a batch is what it would be alone, whichever path its mixture takes, and whoever its neighbours are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from loraweave.composer.composer import Composer
+from loraweave.composer.live import row_weights
+from loraweave.composer.live.kernels._cost import Choice
+from loraweave.hub.adapter import Adapter
+
+WEIGHT = st.floats(-2, 2, width=32)
+ROW = st.one_of(st.none(), st.dictionaries(st.sampled_from("abc"), WEIGHT, max_size=3))
+BY_ROW = ("gathered", "segments", "dense")
+
+
+@torch.no_grad()
+def logits(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    return model(input_ids=ids, attention_mask=mask).logits
+
+
+def scale(values: Tensor) -> float:
+    return float(values.abs().max())
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-13), (torch.float32, 1e-6)])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(ROW, min_size=1, max_size=5), tokens=st.integers(1, 6), seed=st.integers(0, 99))
+def test_a_row_of_a_layer_is_what_it_is_alone(
+    make_adapter: Callable[..., Any], dtype: torch.dtype, limit: float, rows: list[Any], tokens: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(nn.Linear(24, 40)).to(dtype)
+    adapters = [
+        make_adapter(model, name, rank=rank, targets=("0",), seed=rank) for name, rank in zip("abc", (1, 4, 3), strict=True)
+    ]
+    engine = Composer(model, adapters)
+    x_BTI = torch.randn(len(rows), tokens, 24, generator=generator, dtype=dtype)
+    with torch.no_grad():
+        with engine.activate(rows):
+            together = model(x_BTI)
+        for number, row in enumerate(rows):
+            # as many rows, since the base's own products depend on their number by some bits
+            with engine.activate(row or {}):
+                alone = model(x_BTI[number].repeat(len(rows), 1, 1))[number]
+            assert float((together[number] - alone).abs().max()) <= limit * scale(alone)
+            assert row or torch.equal(together[number], alone)
+
+
+@pytest.mark.parametrize("path", BY_ROW)
+def test_padding_changes_no_row(
+    path: str, tiny_llama: nn.Module, make_adapters: Callable[..., Any], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(row_weights, "choose", lambda work: Choice(path if work.num_segments > 1 else "shared"))
+    engine = Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
+    rows = [{"a": 1.0}, {"b": -0.5, "c": 0.3}]
+    ids = torch.randint(3, 60, (2, 6), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    with engine.activate(rows):
+        padded = logits(tiny_llama, ids, mask)[0, 3:]
+        padded_otherwise = logits(tiny_llama, torch.where(mask == 1, ids, 7), mask)[0, 3:]
+    with engine.activate(rows[0]):
+        alone = logits(tiny_llama, ids[:1, 3:])[0]
+    assert torch.equal(padded, padded_otherwise)
+    assert float((padded - alone).abs().max()) <= 2e-6 * scale(alone)
+
+
+@pytest.mark.parametrize("path", BY_ROW)
+def test_neighbours_of_the_same_ranks_change_no_bit(
+    path: str, tiny_llama: nn.Module, make_adapter: Callable[..., Adapter], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(row_weights, "choose", lambda work: Choice(path))
+    engine = Composer(tiny_llama, [make_adapter(tiny_llama, name, rank=3, seed=seed) for seed, name in enumerate("abcd")])
+    ids = torch.randint(3, 60, (3, 6), generator=torch.Generator().manual_seed(1))
+    found = []
+    for neighbours in (["a", "c"], ["d", "a"]):
+        with engine.activate([{"b": 0.7}, *({name: -1.0} for name in neighbours)]):
+            found.append(logits(tiny_llama, torch.cat([ids[:1], ids[1:] + len(found)]))[0])
+    if path == "dense":
+        # its sums run over all experts of the batch, whose zeros may be added in another order
+        assert float((found[0] - found[1]).abs().max()) <= 1e-6 * scale(found[0])
+    else:
+        assert torch.equal(found[0], found[1])
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["own dtype", "fp32"])
+@pytest.mark.parametrize("path", [*BY_ROW, "shared", "merged"])
+def test_every_path_is_the_dense_formula_in_a_whole_model(
+    path: str,
+    exact: bool,
+    make_model: Callable[..., nn.Module],
+    make_adapters: Callable[..., Any],
+    with_dense_update: Callable[..., nn.Module],
+    monkeypatch: Any,
+) -> None:
+    monkeypatch.setattr(row_weights, "choose", lambda work: Choice(path, exact))
+    dtype = torch.bfloat16 if exact else torch.float64
+    model = make_model("llama", dtype=dtype)
+    adapters = make_adapters(model, "llama")
+    ids = torch.randint(3, 60, (3, 5), generator=torch.Generator().manual_seed(1))
+    weights = [(0.75, -0.25, 0.0), (0.0, 0.0, 1.0), (0.0, 0.0, 0.0)] if path in BY_ROW else [(0.75, -0.25, 0.5)]
+    rows = [dict(zip("abc", values, strict=True)) for values in weights]
+    with Composer(model, adapters).activate(rows if len(rows) > 1 else rows[0]):
+        for _ in range(2):
+            found = logits(model, ids)
+    for number in range(3):
+        values = weights[number if len(weights) > 1 else 0]
+        expected = logits(with_dense_update("llama", adapters, values, dtype=torch.float64), ids)[number].double()
+        limit = 0.1 if exact else 1e-12
+        assert float((found[number].double() - expected).abs().max()) <= limit * scale(expected)

@@ -1,0 +1,260 @@
+"""core_space merges U^T D V in the space that all experts span, and loses nothing on the way."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from loraweave import registry
+from loraweave.composer.merge.methods._core import joint, shared_basis, spectra
+from loraweave.composer.merge.methods._terms import terms
+from loraweave.composer.merge.methods.core_space import core_space
+from loraweave.composer.merge.updates import DenseUpdate
+from loraweave.errors import UnknownName, WeightingError
+from loraweave.types import Factors
+
+
+def factors(rank: int, seed: int, num_out: int = 9, num_in: int = 11, **parts: torch.Tensor) -> Factors:
+    generator = torch.Generator().manual_seed(seed)
+    return Factors(torch.randn(rank, num_in, generator=generator), torch.randn(num_out, rank, generator=generator), **parts)
+
+
+def dense(update: Factors) -> np.ndarray:
+    return (update.b_OR.double() @ update.a_RI.double()).numpy()
+
+
+def turned(f: Factors, seed: int) -> Factors:
+    turn = torch.randn(f.rank, f.rank, generator=torch.Generator().manual_seed(seed)).double() + 3 * torch.eye(f.rank)
+    return Factors((turn @ f.a_RI.double()).float(), (f.b_OR.double() @ torch.linalg.inv(turn)).float())
+
+
+def trimmed(m: np.ndarray, density: float) -> np.ndarray:
+    """All but the int(density * entries) largest magnitudes set to zero."""
+    order = np.argsort(-np.abs(m).ravel(), kind="stable")
+    kept = np.zeros(m.size)
+    kept[order[: int(density * m.size)]] = 1.0
+    return m * kept.reshape(m.shape)
+
+
+def ties(matrices: Sequence[np.ndarray], weights: Sequence[float], density: float) -> np.ndarray:
+    """Trim, elect the sign of the unweighted sum, average the weighted entries that agree (Yadav et al. 2023, as PEFT)."""
+    kept = [trimmed(m, density) for m in matrices]
+    sign = np.where(sum(kept) >= 0, 1.0, -1.0)
+    agree = [(m != 0) & (np.sign(m) == sign) for m in kept]
+    number = np.maximum(sum(a.astype(int) for a in agree), 1)
+    return sum(w * m * a for w, m, a in zip(weights, kept, agree, strict=True)) / number
+
+
+def published_cores(experts: Sequence[Factors]) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
+    """As the authors make them: thin SVDs of the b side by side and of the a one above the other, whatever their ranks."""
+    u = np.linalg.svd(np.hstack([f.b_OR.double().numpy() for f in experts]), full_matrices=False)[0]
+    v = np.linalg.svd(np.vstack([f.a_RI.double().numpy() for f in experts]), full_matrices=False)[2].T
+    return u, [u.T @ dense(f) @ v for f in experts], v
+
+
+def cores(experts: Sequence[Factors]) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
+    """The definition by updates: singular vectors of them side by side and one above the other, the rank of each."""
+    deltas = [dense(f) for f in experts]
+    side, above = np.hstack(deltas), np.vstack(deltas)
+    u = np.linalg.svd(side)[0][:, : np.linalg.matrix_rank(side, tol=1e-4)]
+    v = np.linalg.svd(above)[2][: np.linalg.matrix_rank(above, tol=1e-4)].T
+    return u, [u.T @ d @ v for d in deltas], v
+
+
+@pytest.mark.parametrize("ranks", [(1, 4, 3), (2, 2), (5, 5, 5), (9, 9)])
+def test_with_linear_it_is_the_weighted_sum(ranks: tuple[int, ...]) -> None:
+    experts = [factors(rank, seed) for seed, rank in enumerate(ranks)]
+    weights = [0.7, -0.4, 2.0][: len(ranks)]
+    expected = sum(w * dense(f) for w, f in zip(weights, experts, strict=True))
+    found = core_space(experts, weights, inner="linear")
+    assert np.abs(dense(found) - expected).max() < 1e-5
+    assert found.rank <= sum(ranks)
+
+
+SHAPES = {
+    "ranks apart": ((2, 1, 3), 9, 11),
+    "more ranks than dimensions": ((3, 3, 3, 3), 5, 7),
+    "one side full": ((4, 4), 5, 30),
+}
+
+
+@pytest.mark.parametrize("density", [0.2, 0.6])
+@pytest.mark.parametrize(("ranks", "num_out", "num_in"), SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(("basis", "cores_of"), [("factors", published_cores), ("updates", cores)])
+def test_ties_is_applied_to_the_cores(
+    ranks: tuple[int, ...], num_out: int, num_in: int, basis: str, cores_of: Callable[..., Any], density: float
+) -> None:
+    experts = [factors(rank, seed, num_out, num_in) for seed, rank in enumerate(ranks)]
+    weights = [1.0, 0.5, -2.0, 0.7][: len(ranks)]
+    u, matrices, v = cores_of(experts)
+    expected = u @ ties(matrices, weights, density) @ v.T
+    found = core_space(experts, weights, basis=basis, inner_options={"density": density})
+    assert np.abs(dense(found) - expected).max() < 1e-5
+    assert found.rank <= min(num_out, sum(ranks))
+
+
+@pytest.mark.parametrize("density", [0.1, 0.2])
+def test_the_published_basis_is_the_one_by_default_and_counts_the_zeros_of_a_shared_a(density: float) -> None:
+    # one a for all: v has three directions and the stack nine rows, so that the cores have six columns of zeros
+    experts = [replace(factors(3, seed, 12, 11), a_RI=factors(3, 7, 12, 11).a_RI) for seed in range(3)]
+    u, matrices, v = published_cores(experts)
+    assert matrices[0].shape == (9, 9)
+    expected = u @ ties([m.round(9) for m in matrices], [1.0] * 3, density) @ v.T
+    found = core_space(experts, [1.0] * 3, inner_options={"density": density})
+    assert np.abs(dense(found) - expected).max() < 1e-5
+    other = core_space(experts, [1.0] * 3, inner_options={"density": density}, basis="updates")
+    assert np.abs(dense(other) - expected).max() > 0.1
+
+
+def test_the_published_basis_depends_on_the_factors_and_that_of_updates_does_not() -> None:
+    experts, options = [factors(2, 0), factors(3, 1)], {"density": 0.5}
+    split = [turned(f, seed) for seed, f in enumerate(experts)]
+    one, other = (dense(core_space(each, [1.0, 1.0], inner_options=options)) for each in (experts, split))
+    assert np.abs(one - other).max() > 0.1
+    for each in (experts, split):
+        u, matrices, v = published_cores(each)
+        expected = u @ ties(matrices, [1.0, 1.0], 0.5) @ v.T
+        assert np.abs(dense(core_space(each, [1.0, 1.0], inner_options=options)) - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("inner", "options"), [("tsv", {"k": 9}), ("iso_c", {}), ("iso_cts", {}), ("wudi", {"minimiser": "exact"})]
+)
+def test_rules_on_singular_values_give_what_they_give_without_it(inner: str, options: dict[str, object]) -> None:
+    experts, weights = [factors(2, 0), factors(1, 1), factors(3, 2)], [1.0, 0.5, -2.0]
+    direct = registry.get("methods", inner)(experts, weights, **options)
+    found = core_space(experts, weights, inner=inner, inner_options=options)
+    assert np.abs(dense(found) - dense(direct)).max() < 1e-4
+
+
+def test_the_method_by_default_is_ties_per_layer() -> None:
+    experts = [factors(2, 0), factors(3, 1)]
+    by_name = core_space(experts, [1.0, 1.0], inner="ties_per_layer")
+    assert torch.equal(core_space(experts, [1.0, 1.0]).b_OR, by_name.b_OR)
+
+
+def test_experts_that_share_no_direction_do_not_disturb_each_other() -> None:
+    # in the joint basis their entries stand at different places, and every one is the only one there
+    first, second = factors(2, 0), factors(2, 1)
+    first = Factors(torch.cat([first.a_RI[:, :5], torch.zeros(2, 6)], 1), torch.cat([first.b_OR[:4], torch.zeros(5, 2)]))
+    second = Factors(torch.cat([torch.zeros(2, 5), second.a_RI[:, 5:]], 1), torch.cat([torch.zeros(4, 2), second.b_OR[4:]]))
+    found = core_space([first, second], [1.0, 1.0], inner_options={"density": 1.0})
+    assert np.abs(dense(found) - dense(first) - dense(second)).max() < 1e-5
+
+
+def test_with_the_basis_of_updates_only_they_count_and_in_both_not_their_order() -> None:
+    experts, weights = [factors(2, 0), factors(1, 1), factors(3, 2)], [1.0, 0.5, -2.0]
+    options: dict[str, Any] = {"basis": "updates", "inner_options": {"density": 0.5}}
+    found = core_space(experts, weights, **options)
+    split = core_space([turned(f, seed) for seed, f in enumerate(experts)], weights, **options)
+    assert np.abs(dense(found) - dense(split)).max() < 1e-4
+    for basis in ("factors", "updates"):
+        options["basis"] = basis
+        forth, back = core_space(experts, weights, **options), core_space(experts[::-1], weights[::-1], **options)
+        assert np.abs(dense(forth) - dense(back)).max() < 1e-5
+
+
+def test_no_direction_of_an_expert_is_lost_however_small_it_is_beside_the_others() -> None:
+    small = Factors(factors(2, 1).a_RI, factors(2, 1).b_OR * 1e-7)
+    expected = dense(factors(2, 0)) + 1e7 * dense(small)
+    for basis in ("factors", "updates"):
+        found = core_space([factors(2, 0), small], [1.0, 1e7], inner="linear", basis=basis)
+        assert np.abs(dense(found) - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_the_basis_spans_and_is_orthonormal_and_has_its_largest_entries_positive() -> None:
+    experts = [factors(2, 0), factors(3, 1), factors(2, 0)]
+    parts = spectra(terms(experts, [1.0, -3.0, 0.1], method="test"))
+    experts_S = joint(parts)
+    basis, inside = shared_basis(experts_S.u_OS, experts_S.s_S)
+    assert torch.allclose(basis @ inside, experts_S.u_OS, atol=1e-12)
+    assert basis.shape == (9, 5)
+    assert torch.allclose(basis.T @ basis, torch.eye(5).double(), atol=1e-12)
+    assert bool((basis.gather(0, basis.abs().argmax(dim=0, keepdim=True)) > 0).all())
+    u = np.linalg.svd(np.hstack([dense(f) for f in experts]))[0][:, :5]
+    assert np.abs(np.abs(u.T @ basis.numpy()) - np.eye(5)).max() < 1e-6
+
+
+def test_the_inner_method_gets_cores_and_seeds_of_each_expert(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, object] = {}
+
+    def probe(
+        experts: Sequence[Factors | None], weights: Sequence[float], *, depth: int = 1, seeds: Sequence[int]
+    ) -> DenseUpdate:
+        seen.update(experts=experts, weights=weights, depth=depth, seeds=seeds)
+        return DenseUpdate(sum(w * f.b_OR @ f.a_RI for w, f in zip(weights, experts, strict=True) if f is not None))
+
+    module = ModuleType("probe")
+    module.probe = probe  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "probe", module)
+    monkeypatch.setattr(registry, "get", lambda folder, name: probe)
+    experts = [factors(2, 0), None, factors(1, 1), factors(1, 5)]
+    found = core_space(
+        experts, [0.5, 1.0, 2.0, 0.0], inner="probe", inner_options={"depth": 3}, seeds=[11, 12, 13, 14], scale=2.0
+    )
+    given = seen["experts"]
+    assert [None if f is None else (tuple(f.b_OR.shape), tuple(f.a_RI.shape)) for f in given] == [
+        ((3, 2), (2, 3)),
+        None,
+        ((3, 1), (1, 3)),
+        None,
+    ]
+    assert (seen["weights"], seen["depth"], seen["seeds"]) == ([0.5, 1.0, 2.0, 0.0], 3, [11, 12, 13, 14])
+    assert np.abs(dense(found) - dense(experts[0]) - 4.0 * dense(experts[2])).max() < 1e-5
+
+
+def test_random_rules_work_and_depend_on_the_seeds() -> None:
+    experts = [factors(2, 0), factors(2, 1)]
+    options = {"inner": "dare_linear", "inner_options": {"density": 0.5}}
+    one, same, other = (core_space(experts, [1.0, 1.0], seeds=seeds, **options) for seeds in ([1, 2], [1, 2], [3, 4]))
+    assert torch.equal(one.b_OR, same.b_OR)
+    assert np.abs(dense(one) - dense(other)).max() > 0.1
+    with pytest.raises(WeightingError, match="random and needs a seed for each of 2 experts, got 0"):
+        core_space(experts, [1.0, 1.0], **options)
+
+
+def test_biases_are_merged_by_the_inner_rule() -> None:
+    experts = [factors(2, 0, bias_O=torch.full((9,), 2.0)), factors(1, 1), factors(1, 2, bias_O=torch.full((9,), -1.0))]
+    added = core_space(experts, [1.0, 1.0, 3.0], inner="linear", scale=2.0)
+    assert torch.equal(added.bias_O, torch.full((9,), -2.0))
+    elected = core_space(experts, [1.0, 1.0, 3.0], inner_options={"density": 1.0})
+    assert torch.equal(elected.bias_O, torch.full((9,), 2.0))
+
+
+def test_an_expert_of_zeros_and_experts_that_cancel() -> None:
+    zero, f = Factors(torch.zeros(2, 11), torch.zeros(9, 2)), factors(2, 0)
+    assert np.abs(dense(core_space([zero, f], [1.0, 1.0], inner="linear")) - dense(f)).max() < 1e-5
+    assert not dense(core_space([zero, zero], [1.0, 1.0])).any()
+    assert not dense(core_space([f, Factors(f.a_RI, -f.b_OR)], [1.0, 1.0], inner="linear")).round(6).any()
+    assert not dense(core_space([Factors(torch.zeros(0, 11), torch.zeros(9, 0))], [1.0])).any()
+
+
+def test_the_kind_of_layer_stays() -> None:
+    f = factors(2, 0, kind="conv", kernel=(1, 1))
+    found = core_space([f, f], [0.5, 0.5], inner="linear")
+    assert (found.kind, found.kernel) == ("conv", (1, 1))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"inner": "core_space"}, WeightingError, "inner='core_space' is the method itself"),
+        ({"inner": "factor_sum"}, WeightingError, "inner='factor_sum' mixes the factors a and b"),
+        ({"inner": "lego"}, WeightingError, "inner='lego' mixes the factors"),
+        ({"inner": "fisher"}, WeightingError, "inner='fisher' needs statistics"),
+        ({"inner": "tiess"}, UnknownName, "did you mean 'ties'"),
+        ({"inner_options": {"densty": 0.2}}, WeightingError, "no option 'densty', did you mean 'density'"),
+        ({"scale": float("nan")}, WeightingError, "scale=nan"),
+        ({"basis": "both"}, WeightingError, "basis='both' is none of 'factors', 'updates'"),
+    ],
+)
+def test_what_it_cannot_use_is_refused(options: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        core_space([factors(2, 0)], [1.0], **options)

@@ -1,0 +1,179 @@
+"""average, task_arithmetic, svd and genknowsub against dense sums in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from loraweave.composer.merge.methods.average import average
+from loraweave.composer.merge.methods.genknowsub import genknowsub
+from loraweave.composer.merge.methods.linear import linear
+from loraweave.composer.merge.methods.svd import svd
+from loraweave.composer.merge.methods.task_arithmetic import task_arithmetic
+from loraweave.composer.merge.updates import TruncatedUpdate
+from loraweave.errors import AdapterUnsupported, LayerMismatch, WeightingError
+from loraweave.types import Factors
+
+
+def factors(rank: int, seed: int, **parts: torch.Tensor) -> Factors:
+    generator = torch.Generator().manual_seed(seed)
+    return Factors(torch.randn(rank, 7, generator=generator), torch.randn(5, rank, generator=generator), **parts)
+
+
+def whole(update: Factors | TruncatedUpdate) -> Factors:
+    return update.factors if isinstance(update, TruncatedUpdate) else update
+
+
+def dense(update: Factors) -> torch.Tensor:
+    return update.b_OR.double() @ update.a_RI.double()
+
+
+def close(found: Factors, expected: torch.Tensor) -> bool:
+    return torch.allclose(dense(found), expected, rtol=1e-5, atol=1e-6)
+
+
+def summed(experts: Sequence[Factors], weights: Sequence[float]) -> torch.Tensor:
+    total = torch.zeros(5, 7, dtype=torch.float64)
+    for expert, weight in zip(experts, weights, strict=True):
+        total += weight * dense(expert)
+    return total
+
+
+EXPERTS = [factors(1, 0), factors(4, 1), factors(3, 2)]
+
+
+def test_the_average_is_the_sum_over_the_sum_of_weights() -> None:
+    found = average(EXPERTS, [2.0, -1.0, 3.0])
+    assert close(found, summed(EXPERTS, [2.0, -1.0, 3.0]) / 4.0)
+    assert found.rank == 8
+
+
+def test_only_the_proportions_of_an_average_count() -> None:
+    assert torch.allclose(dense(average(EXPERTS, [1, 1, 1])), dense(average(EXPERTS, [7, 7, 7])), atol=1e-6)
+
+
+def test_an_absent_layer_is_zero_in_the_average_and_its_weight_stays() -> None:
+    assert close(average([EXPERTS[0], None], [1.0, 3.0]), dense(EXPERTS[0]) / 4.0)
+    assert average([None, None], [1.0, 3.0]) is None
+
+
+def test_weights_that_sum_to_zero_have_no_average() -> None:
+    with pytest.raises(WeightingError, match=r"1, -1 sum to 0: use task_arithmetic"):
+        average(EXPERTS[:2], [1.0, -1.0])
+
+
+def test_gains_and_biases_are_averaged_too() -> None:
+    found = average([factors(1, 0, gain_O=torch.ones(5)), factors(1, 1, bias_O=torch.ones(5)), None], [1.0, 1.0, 2.0])
+    assert torch.equal(found.gain_O, torch.full((5,), 0.25))
+    assert torch.equal(found.bias_O, torch.full((5,), 0.25))
+
+
+def test_task_arithmetic_scales_the_sum_once() -> None:
+    assert close(task_arithmetic(EXPERTS, [1.0, 1.0, -1.0], scale=0.3), 0.3 * summed(EXPERTS, [1, 1, -1]))
+    found = task_arithmetic([factors(1, 0, bias_O=torch.ones(5))], [2.0], scale=0.25)
+    assert torch.equal(found.bias_O, torch.full((5,), 0.5))
+
+
+def test_task_arithmetic_without_a_scale_is_linear() -> None:
+    weights = [0.7, -0.4, 2.0]
+    assert torch.equal(dense(task_arithmetic(EXPERTS, weights)), dense(linear(EXPERTS, weights)))
+
+
+def test_a_scale_of_zero_leaves_an_update_of_rank_zero() -> None:
+    found = task_arithmetic(EXPERTS, [1.0, 1.0, 1.0], scale=0.0)
+    assert found.rank == 0
+    assert not dense(found).any()
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf])
+def test_a_scale_that_is_not_finite_is_refused(scale: float) -> None:
+    with pytest.raises(WeightingError, match="scale"):
+        task_arithmetic(EXPERTS, [1.0, 1.0, 1.0], scale=scale)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_svd_is_the_truncated_decomposition_of_the_dense_sum(rank: int) -> None:
+    weights = [0.7, -0.4, 2.0]
+    u, sigma, vh = torch.linalg.svd(summed(EXPERTS, weights))
+    found = svd(EXPERTS, weights, rank=rank).factors
+    assert found.rank == rank
+    assert close(found, u[:, :rank] * sigma[:rank] @ vh[:rank])
+
+
+def test_svd_takes_the_largest_rank_that_counts_by_default() -> None:
+    assert svd(EXPERTS, [1.0, 0.0, 1.0]).factors.rank == 3
+    assert svd([*EXPERTS, None], [1.0, 1.0, 1.0, 1.0]).factors.rank == 4
+
+
+def test_svd_at_a_high_rank_is_the_sum_itself() -> None:
+    assert close(svd(EXPERTS, [1.0, 2.0, 3.0], rank=100).factors, summed(EXPERTS, [1, 2, 3]))
+
+
+def test_svd_sums_gains_and_biases_exactly() -> None:
+    found = svd([factors(3, 0, gain_O=torch.ones(5), bias_O=torch.ones(5)), factors(3, 1)], [0.5, 1.0], rank=1).factors
+    assert torch.equal(found.gain_O, torch.full((5,), 0.5))
+    assert torch.equal(found.bias_O, torch.full((5,), 0.5))
+
+
+def test_svd_below_rank_one_is_refused() -> None:
+    with pytest.raises(WeightingError, match="rank=0"):
+        svd(EXPERTS, [1.0, 1.0, 1.0], rank=0)
+
+
+@pytest.mark.parametrize(("method", "peft_type"), [(linear, "cat"), (task_arithmetic, "cat"), (svd, "svd")])
+def test_it_gives_the_same_delta_as_peft(method, peft_type: str, in_peft: Callable[..., tuple[Any, list[Factors]]]) -> None:
+    model, experts = in_peft([1.0, 2.5, 0.5], [2, 3, 1])
+    weights = [0.7, 0.4, 1.3]
+    model.add_weighted_adapter(["0", "1", "2"], weights, "merged", combination_type=peft_type)
+    expected_OI = model.base_model.model.layer.get_delta_weight("merged").detach().double()
+    assert close(whole(method(experts, weights)), expected_OI)
+
+
+def test_general_knowledge_is_a_mean_that_is_subtracted_once() -> None:
+    task, general, other = EXPERTS
+    expected = 0.5 * dense(task) - (1.0 * dense(general) + 3.0 * dense(other)) / 4.0
+    assert close(genknowsub(EXPERTS, [0.5, -1.0, -3.0]), expected)
+    assert torch.equal(dense(genknowsub(EXPERTS, [0.5, -2.0, -6.0])), dense(genknowsub(EXPERTS, [0.5, -1.0, -3.0])))
+
+
+def test_without_general_knowledge_it_is_the_sum() -> None:
+    assert torch.equal(dense(genknowsub(EXPERTS, [1.0, 0.5, 2.0])), dense(linear(EXPERTS, [1.0, 0.5, 2.0])))
+
+
+def test_a_general_expert_without_the_layer_stays_in_the_mean() -> None:
+    found = genknowsub([EXPERTS[0], EXPERTS[1], None], [1.0, -1.0, -1.0])
+    assert close(found, dense(EXPERTS[0]) - dense(EXPERTS[1]) / 2)
+
+
+def test_a_task_that_is_all_general_knowledge_is_gone() -> None:
+    assert close(genknowsub([EXPERTS[0], EXPERTS[0]], [1.0, -1.0]), torch.zeros(5, 7, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("method", [linear, average, task_arithmetic, svd, genknowsub])
+@pytest.mark.parametrize("part", ["gain_O", "bias_O", "magnitude_O", "base_bias_O"])
+def test_one_expert_of_weight_one_comes_back_whatever_its_kind(method, part: str) -> None:
+    expert = factors(2, 0, **{part: torch.arange(5.0)})
+    found = whole(method([None, expert, factors(1, 1)], [0.0, 1.0, 0.0]))
+    given = expert.tensors()
+    assert found.tensors().keys() == given.keys()
+    for name, tensor in found.tensors().items():
+        assert torch.equal(tensor, given[name])
+        assert tensor.data_ptr() != given[name].data_ptr()
+
+
+@pytest.mark.parametrize("method", [linear, average, task_arithmetic, svd, genknowsub])
+@pytest.mark.parametrize(("part", "word"), [("magnitude_O", "DoRA"), ("base_bias_O", "base bias")])
+def test_sums_of_updates_that_need_the_base_layer_are_refused(method, part: str, word: str) -> None:
+    unbound = factors(2, 0, **{part: torch.ones(5)})
+    with pytest.raises(AdapterUnsupported, match=word):
+        method([unbound, factors(1, 1)], [1.0, 0.5])
+
+
+@pytest.mark.parametrize("method", [average, task_arithmetic, svd, genknowsub])
+def test_updates_of_different_shape_are_refused(method) -> None:
+    with pytest.raises(LayerMismatch):
+        method([factors(2, 0), Factors(torch.ones(1, 6), torch.ones(5, 1))], [1.0, 1.0])

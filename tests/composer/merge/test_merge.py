@@ -1,0 +1,290 @@
+"""merge: adapters in, one adapter out, by the stated formula."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from loraweave.composer.merge.merge import merge
+from loraweave.composer.merge.updates import DenseUpdate
+from loraweave.errors import (
+    AdapterUnsupported,
+    BaseModelMismatch,
+    CompositionError,
+    LayerMismatch,
+    ScopeError,
+    UnknownName,
+    WeightingError,
+)
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.pool import ExpertPool
+from loraweave.routers.tokens._saved import router
+from loraweave.types import Factors, Fingerprint
+
+Q, V = "layers.0.q", "layers.0.v"
+
+
+def adapter(name: str, seed: int, *, rank: int = 3, layers: tuple[str, ...] = (Q, V), **parts: Tensor) -> Adapter:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return Adapter(name, "tiny", {layer: Factors(random(rank, 7), random(5, rank), **parts) for layer in layers})
+
+
+def weighted(adapters: list[Adapter], weights: list[float], layer: str) -> Tensor:
+    """sum of w_e b_e a_e, written out."""
+    dense = torch.zeros(5, 7, dtype=torch.float64)
+    for each, weight in zip(adapters, weights, strict=True):
+        if layer in each.layers:
+            dense += weight * each.layers[layer].b_OR.double() @ each.layers[layer].a_RI.double()
+    return dense
+
+
+def test_linear_is_the_weighted_sum_of_updates_whatever_the_ranks_and_layers() -> None:
+    adapters = [adapter("a", 0, rank=1), adapter("b", 1, rank=4, layers=(Q,)), adapter("c", 2, layers=(V,))]
+    weights = [0.7, -0.4, 2.0]
+    merged = merge(adapters, weights)
+    assert set(merged.layers) == {Q, V}
+    for layer in (Q, V):
+        assert torch.allclose(merged.delta(layer).double(), weighted(adapters, weights, layer), rtol=1e-5, atol=1e-5)
+    assert merged.layers[Q].rank == 5
+
+
+def test_the_order_of_adapters_does_not_change_a_bit() -> None:
+    pairs = [(adapter("a", 0), 0.7), (adapter("b", 1), -0.4), (adapter("c", 2), 1.3)]
+    hashes = {merge(*map(list, zip(*order, strict=True))).hash for order in itertools.permutations(pairs)}
+    assert len(hashes) == 1
+
+
+@pytest.mark.parametrize("method", ["linear", "factor_sum"])
+def test_one_hot_weights_give_that_adapter(method: str) -> None:
+    a, b = adapter("a", 0), adapter("b", 1)
+    assert merge([a, b], [0.0, 1.0], method=method).hash == b.hash
+
+
+@pytest.mark.parametrize("method", ["linear", "factor_sum"])
+def test_splitting_an_adapters_weight_in_two_is_a_no_op(method: str) -> None:
+    a, b = adapter("a", 0), adapter("b", 1)
+    whole, split = merge([a, b], [0.6, 0.4], method=method), merge([a, a, b], [0.3, 0.3, 0.4], method=method)
+    assert torch.allclose(whole.delta(Q), split.delta(Q), atol=1e-5)
+
+
+def test_a_weight_counts_once_for_linear_and_twice_for_factor_sum() -> None:
+    a = adapter("a", 0)
+    assert torch.allclose(merge([a], [0.5]).delta(Q), 0.5 * a.delta(Q), atol=1e-6)
+    assert torch.allclose(merge([a], [0.5], method="factor_sum").delta(Q), 0.25 * a.delta(Q), atol=1e-6)
+
+
+def test_the_gauge_of_an_adapter_matters_for_factor_sum_only() -> None:
+    a, b = adapter("a", 0), adapter("b", 1)
+    turn_RR = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, -1.0]])
+    turned = replace(
+        b, layers={n: Factors(turn_RR @ f.a_RI, f.b_OR @ torch.linalg.inv(turn_RR)) for n, f in b.layers.items()}
+    )
+
+    def moved(method: str) -> float:
+        before, after = merge([a, b], [0.6, 0.4], method=method), merge([a, turned], [0.6, 0.4], method=method)
+        return float((before.delta(Q) - after.delta(Q)).norm() / before.delta(Q).norm())
+
+    assert moved("linear") < 1e-5
+    assert moved("factor_sum") > 0.1
+
+
+def test_rank_cuts_to_the_best_approximation_and_reports_its_error() -> None:
+    adapters, weights = [adapter("a", 0), adapter("b", 1, layers=(Q,), rank=1)], [0.7, -0.4]
+    merged = merge(adapters, weights, rank=2)
+    dense = weighted(adapters, weights, Q)
+    u, s, vh = torch.linalg.svd(dense)
+    best = u[:, :2] * s[:2] @ vh[:2]
+    assert torch.allclose(merged.delta(Q).double(), best, rtol=1e-5, atol=1e-5)
+    report = merged.card["report"][Q]
+    assert (report["rank_in"], report["rank_out"]) == (4, 2)
+    assert report["relative_error"] == pytest.approx(float((dense - best).norm() / dense.norm()), rel=1e-5)
+
+
+def test_without_a_cut_the_reported_error_is_zero() -> None:
+    report = merge([adapter("a", 0), adapter("b", 1)], [1.0, 1.0]).report
+    assert {layer: (row.rank_in, row.rank_out, row.relative_error) for layer, row in report.items()} == dict.fromkeys(
+        (Q, V), (6, 6, 0.0)
+    )
+
+
+def test_the_recipe_names_the_parents_that_count() -> None:
+    a, b, c = adapter("a", 0), adapter("b", 1), adapter("c", 2)
+    recipe = json.loads(json.dumps(merge([a, b, c], [0.7, 0.0, -0.4], rank=4, seed=3).card["recipe"]))
+    assert sorted(recipe.pop("parents"), key=lambda parent: parent["name"]) == [
+        {"hash": a.hash, "name": "a", "weight": 0.7, "method": "linear", "license": "unknown"},
+        {"hash": c.hash, "name": "c", "weight": -0.4, "method": "linear", "license": "unknown"},
+    ]
+    assert recipe == {"method": "linear", "options": {}, "seed": 3, "rank": 4}
+
+
+def test_base_model_and_fingerprint_are_kept() -> None:
+    mark = Fingerprint("shapes")
+    merged = merge([replace(adapter("a", 0), fingerprint=mark), adapter("b", 1)], [1.0, 1.0], name="both")
+    assert (merged.name, merged.base_model, merged.fingerprint) == ("both", "tiny", mark)
+
+
+def test_gains_and_biases_merge_too() -> None:
+    merged = merge([adapter("a", 0, gain_O=torch.ones(5)), adapter("b", 1, bias_O=torch.ones(5))], [0.5, -2.0])
+    assert torch.equal(merged.layers[Q].gain_O, torch.full((5,), 0.5))
+    assert torch.equal(merged.layers[Q].bias_O, torch.full((5,), -2.0))
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1.0], "2 adapters and 1 weights"),
+        ([1.0, 1.0, 1.0], "2 adapters and 3 weights"),
+        ([float("nan"), 1.0], "'a' is nan"),
+        ([1.0, float("-inf")], "'b' is -inf"),
+        ([0.0, 0.0], "all 2 weights are zero"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(weights: list[float], message: str) -> None:
+    with pytest.raises(WeightingError, match=message):
+        merge([adapter("a", 0), adapter("b", 1)], weights)
+
+
+def test_no_adapters_are_refused() -> None:
+    with pytest.raises(WeightingError, match="no adapters"):
+        merge([], [])
+
+
+def test_a_rank_below_one_is_refused() -> None:
+    with pytest.raises(WeightingError, match="rank=0"):
+        merge([adapter("a", 0)], [1.0], rank=0)
+
+
+def test_a_rank_that_no_layer_can_have_is_refused() -> None:
+    with pytest.raises(WeightingError, match=f"rank=6 is above 5.*{Q}"):
+        merge([adapter("a", 0)], [1.0], rank=6)
+
+
+def test_two_different_adapters_of_one_name_are_refused_and_one_given_twice_is_not() -> None:
+    with pytest.raises(WeightingError, match="two different adapters are named 'a'"):
+        merge([adapter("a", 0), adapter("a", 1)], [1.0, 1.0])
+    twice = merge([adapter("a", 0), adapter("a", 0)], [0.5, 0.5])
+    assert torch.allclose(twice.delta(Q), adapter("a", 0).delta(Q), atol=1e-5)
+
+
+def test_adapters_that_name_different_bases_without_a_fingerprint_are_refused() -> None:
+    with pytest.raises(BaseModelMismatch, match=r"'a' .for 'tiny'. and 'b' .for 'large'."):
+        merge([adapter("a", 0), replace(adapter("b", 1), base_model="large")], [1.0, 1.0])
+
+
+def test_a_sum_beyond_what_fp32_holds_is_refused() -> None:
+    huge = Adapter("huge", "tiny", {Q: Factors(torch.ones(1, 7), torch.full((5, 1), 3e38))})
+    with pytest.raises(CompositionError, match=f"NaN or infinite.*{Q}"):
+        merge([huge], [10.0])
+
+
+def test_a_dense_result_is_exact_without_a_rank_and_cut_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def squared(experts: list[Factors], weights: list[float]) -> DenseUpdate:
+        return DenseUpdate((experts[0].b_OR @ experts[0].a_RI).square(), torch.ones(5))
+
+    monkeypatch.setattr("loraweave.registry.get", lambda folder, name: squared)
+    wanted = adapter("a", 0).delta(Q).square()
+    exact, cut = merge([adapter("a", 0)], [1.0], method="squared"), merge([adapter("a", 0)], [1.0], method="squared", rank=2)
+    assert torch.equal(exact.delta(Q), wanted)
+    assert torch.equal(exact.layers[Q].bias_O, torch.ones(5))
+    u, s, vh = torch.linalg.svd(wanted.double())
+    assert torch.allclose(cut.delta(Q).double(), u[:, :2] * s[:2] @ vh[:2], atol=1e-5)
+    row = cut.report[Q]
+    assert (row.rank_in, row.rank_out) == (5, 2)
+    assert row.relative_error == pytest.approx(float(s[2:].norm() / s.norm()), rel=1e-4)
+
+
+def test_svd_without_a_rank_keeps_the_largest_of_the_adapters_and_says_what_that_cost() -> None:
+    merged = merge([adapter("a", 0, rank=1), adapter("b", 1, rank=3)], [1.0, 1.0], method="svd")
+    dense = weighted([adapter("a", 0, rank=1), adapter("b", 1, rank=3)], [1.0, 1.0], Q)
+    sigma = torch.linalg.svdvals(dense)
+    row = merged.report[Q]
+    assert (row.rank_in, row.rank_out) == (4, 3)
+    assert row.relative_error == pytest.approx(float(sigma[3:].norm() / sigma.norm()), rel=1e-4)
+
+
+def test_unknown_methods_and_options_are_named() -> None:
+    with pytest.raises(UnknownName, match="did you mean 'linear'"):
+        merge([adapter("a", 0)], [1.0], method="liner")
+    with pytest.raises(WeightingError, match="'linear' has no option 'density'"):
+        merge([adapter("a", 0)], [1.0], density=0.2)
+
+
+def test_adapters_for_different_bases_are_refused() -> None:
+    a, b = (replace(adapter(n, 0), fingerprint=Fingerprint(n)) for n in "ab")
+    with pytest.raises(BaseModelMismatch, match=r"'a'.*'b'"):
+        merge([a, b], [1.0, 1.0])
+
+
+def test_different_shapes_are_refused() -> None:
+    odd = Adapter("odd", "tiny", {Q: Factors(torch.ones(1, 6), torch.ones(5, 1))})
+    with pytest.raises(LayerMismatch, match=f"'a'.*'odd'.*{Q}"):
+        merge([adapter("a", 0), odd], [1.0, 1.0])
+
+
+def test_an_unbound_adapter_is_named_with_its_layer() -> None:
+    with pytest.raises(AdapterUnsupported, match=f"{Q}.*'d'.*DoRA"):
+        merge([adapter("d", 0, magnitude_O=torch.ones(5))], [0.5])
+
+
+def test_a_merge_of_a_merge_is_a_merge() -> None:
+    a, b, c = adapter("a", 0), adapter("b", 1), adapter("c", 2)
+    nested = merge([merge([a, b], [0.5, 2.0]), c], [-1.0, 0.3])
+    assert torch.allclose(nested.delta(Q).double(), weighted([a, b, c], [-0.5, -2.0, 0.3], Q), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "svd", "slerp"])
+def test_without_weights_all_have_equal_shares(method: str) -> None:
+    adapters = [adapter("a", 0), adapter("b", 1)]
+    found, expected = merge(adapters, method=method), merge(adapters, [0.5, 0.5], method=method)
+    assert found.hash == expected.hash
+    assert torch.allclose(
+        merge([*adapters, adapter("c", 2)]).delta(Q).double(),
+        weighted([*adapters, adapter("c", 2)], [1 / 3] * 3, Q),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+def test_a_router_is_no_weights_to_merge_by(tiny_llama, make_adapters) -> None:
+    adapters = make_adapters(tiny_llama, "llama")
+    with pytest.raises(ScopeError, match="cannot merge by Arrow: merge takes one number for each adapter"):
+        merge(adapters, router("arrow", ExpertPool(adapters)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        (ExpertPool([adapter("a", 0)]), "ExpertPool"),
+        ({"a": adapter("a", 0)}, "dict"),
+        (torch.nn.Linear(2, 2), "Linear"),
+        ([torch.nn.Linear(2, 2)], "Linear"),
+        (["a"], "'a'"),
+        (None, "None"),
+    ],
+)
+def test_what_is_no_list_of_adapters_says_how_to_come_by_one(given: object, shown: str) -> None:
+    with pytest.raises(WeightingError, match=rf"and {shown} is none: of a pool .* of an expert model its adapter\(\)"):
+        merge(given, [1.0])  # type: ignore[arg-type]
+
+
+def test_a_merge_keeps_the_files_that_all_parents_share_and_names_those_of_each() -> None:
+    def one(name: str, seed: int, head: bytes) -> Adapter:
+        made = torch.Generator().manual_seed(seed)
+        factors = Factors(torch.randn(2, 7, generator=made), torch.randn(5, 2, generator=made))
+        return Adapter(name, "tiny", {Q: factors}, files={"tokenizer.json": b"{}", "value_head.safetensors": head})
+
+    merged = merge([one("a", 0, b"one"), one("b", 1, b"other")], [0.5, 0.5])
+    assert dict(merged.files) == {"tokenizer.json": b"{}"}
+    assert [parent["files"] for parent in merged.card["recipe"]["parents"]] == [
+        ["tokenizer.json", "value_head.safetensors"]
+    ] * 2
+    assert sorted(merge([one("a", 0, b"one")], [1.0]).files) == ["tokenizer.json", "value_head.safetensors"]

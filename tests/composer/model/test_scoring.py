@@ -1,0 +1,98 @@
+"""Answers and their scores, against label likelihoods and greedy decoding written out without cache or padding."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from loraweave.composer.model import scoring
+from loraweave.errors import InvalidTask
+from loraweave.types import Task
+
+PROMPTS = ["is it good?", "no", "what a very long question, and more"]
+LABELS = ("yes", "no", "maybe so")
+
+
+def summed(model, tokenizer, prompt, label):
+    prompt_ids = tokenizer(prompt)["input_ids"]
+    label_ids = tokenizer(f" {label}</s>", add_special_tokens=False)["input_ids"]
+    logs = model(input_ids=torch.tensor([prompt_ids + label_ids])).logits[0].double().log_softmax(dim=1)
+    return sum(float(logs[len(prompt_ids) - 1 + k, token]) for k, token in enumerate(label_ids))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@torch.no_grad()
+def test_label_losses_with_a_shared_cache_equal_those_of_whole_rows(kind, make_model, tokenizer):
+    model = make_model(kind)
+    inputs = scoring.padded(model, tokenizer, PROMPTS)
+    found = scoring.label_losses(model, inputs["input_ids"], inputs["attention_mask"], scoring.label_ids(tokenizer, LABELS))
+    expected = [[-summed(model, tokenizer, prompt, label) for label in LABELS] for prompt in PROMPTS]
+    np.testing.assert_allclose(found.double().numpy(), expected, atol=5e-4)
+
+
+@torch.no_grad()
+def test_the_label_of_the_highest_summed_likelihood_wins(tiny_llama, tokenizer):
+    best = [max(LABELS, key=lambda label: summed(tiny_llama, tokenizer, prompt, label)) for prompt in PROMPTS]
+    assert scoring.rank(tiny_llama, tokenizer, PROMPTS, LABELS) == best
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+@torch.no_grad()
+def test_an_encoder_decoder_ranks_labels_too(kind, make_model, tokenizer):
+    model = make_model(kind)
+    expected = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        labels = [torch.tensor([tokenizer(f" {label}</s>", add_special_tokens=False)["input_ids"]]) for label in LABELS]
+        expected.append([float(model(input_ids=ids, labels=label).loss) * label.shape[1] for label in labels])
+    inputs = scoring.padded(model, tokenizer, PROMPTS)
+    found = scoring.label_losses(model, inputs["input_ids"], inputs["attention_mask"], scoring.label_ids(tokenizer, LABELS))
+    np.testing.assert_allclose(found.double().numpy(), expected, atol=5e-4)
+    best = [LABELS[int(np.argmin(losses))] for losses in expected]
+    assert scoring.rank(model, tokenizer, PROMPTS, LABELS) == best
+
+
+@torch.no_grad()
+def test_a_generation_is_the_greedy_one_up_to_a_line_break(tiny_llama, tokenizer):
+    found = scoring.generate(tiny_llama, tokenizer, PROMPTS, max_new_tokens=9)
+    newline = tokenizer("\n")["input_ids"][0]
+    for prompt, text in zip(PROMPTS, found, strict=True):
+        ids = tokenizer(prompt)["input_ids"]
+        written = []
+        while len(written) < 9 and not {2, newline} & set(written):
+            written.append(int(tiny_llama(input_ids=torch.tensor([ids + written])).logits[0, -1].argmax()))
+        expected = tokenizer.decode([token for token in written if token not in (2, newline)], skip_special_tokens=True)
+        assert text == expected.strip()
+
+
+def test_every_accepted_target_counts_as_right(tiny_llama, tokenizer, monkeypatch):
+    monkeypatch.setattr(scoring, "predict", lambda *_, **__: ["win", " pin ", "tin"])
+    task = Task([], instruction="rhyme")
+    score = scoring.evaluate(tiny_llama, tokenizer, task, [("thin", ["win", "bin"]), ("a", "pin"), ("b", "other")])
+    assert score.right == (True, True, False)
+    assert score.value == pytest.approx(2 / 3)
+
+
+def test_the_interval_of_equal_items_is_a_point_and_of_mixed_ones_holds_the_mean():
+    assert scoring.bootstrap([1.0] * 7) == (1.0, 1.0)
+    low, high = scoring.bootstrap([1.0] * 50 + [0.0] * 50)
+    # the standard error of the mean of 100 fair coins is 0.05
+    assert low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.02)
+    assert high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.02)
+
+
+def test_nothing_to_evaluate_is_refused(tiny_llama, tokenizer):
+    with pytest.raises(InvalidTask, match=r"no .*pairs"):
+        scoring.evaluate(tiny_llama, tokenizer, Task([]), [])
+
+
+def test_a_tokenizer_without_a_padding_token_answers_the_same(tiny_llama, tokenizer):
+    without = copy.deepcopy(tokenizer)
+    without.pad_token = None
+    for task in (Task([]), Task([], labels=LABELS)):
+        found = scoring.predict(tiny_llama, without, task, PROMPTS, max_new_tokens=5)
+        assert found == scoring.predict(tiny_llama, tokenizer, task, PROMPTS, max_new_tokens=5)
+    assert without.pad_token is None

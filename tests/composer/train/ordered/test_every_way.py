@@ -1,0 +1,153 @@
+"""What holds for every way of training tasks one after the other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import loraweave as lw
+from loraweave.composer.train.passes import JobTraining
+from loraweave.errors import TrainingError, UnknownName
+
+TASKS = {
+    "upper": [("a", "A"), ("b", "B"), ("c", "C"), ("d", "D")],
+    "double": [("a", "aa"), ("bb", "bbbb"), ("c", "cc")],
+    "count": [("one", "1"), ("two", "2")],
+}
+NEEDED = {"gs_lora": {"retain": [("x", "y"), ("y", "z"), ("z", "u")]}}
+WAYS = lw.names("continual")
+
+
+def train(model, tokenizer, way, tasks=TASKS, **options):
+    settings = {"rank": 2, "steps": 4, "batch_size": 2, "lr": 1e-2, "progress": False, "jobs_per_batch": 2}
+    needed = NEEDED.get(way, {})
+    return lw.train_adapters(model, tokenizer, tasks, continual=way, **{"continual_options": needed, **settings, **options})
+
+
+@pytest.fixture
+def begin(tiny_llama, make_adapter):
+    return make_adapter(tiny_llama, "begin", rank=3, seed=4)
+
+
+def test_there_are_the_ways_of_the_docs():
+    assert WAYS == ["construct_vl", "gs_lora", "ilora", "inflora", "sequential", "task_arithmetic"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_task_has_an_adapter_that_mixes_like_any_other(way, tiny_llama, tokenizer):
+    found = train(tiny_llama, tokenizer, way)
+    assert list(found) == list(TASKS)
+    last = found["count"]
+    assert last.card["recipe"]["continual"] == way
+    assert last.card["recipe"]["after"] == list(TASKS)
+    engine = lw.Composer(tiny_llama, found)
+    ids = torch.tensor([[5, 9, 30, 41]])
+    with torch.no_grad():
+        base = tiny_llama(input_ids=ids).logits
+        with engine.activate({"count": 1.0}):
+            live = tiny_llama(input_ids=ids).logits
+        with engine.fused({"count": 1.0}):
+            fused = tiny_llama(input_ids=ids).logits
+    assert torch.allclose(live, fused, atol=1e-4)
+    assert not torch.allclose(live, base, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_base_is_left_as_it_was(way, tiny_llama, tokenizer):
+    before = {name: tensor.clone() for name, tensor in tiny_llama.state_dict().items()}
+    train(tiny_llama, tokenizer, way)
+    assert all(torch.equal(before[name], tensor) for name, tensor in tiny_llama.state_dict().items())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in tiny_llama.parameters())
+    hooks = [hook for m in tiny_llama.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    # transformers leaves inert ones of its own on a model that was once asked for its hidden states
+    assert [hook.__name__ for hook in hooks if hook.__name__ != "output_capturing_hook"] == []
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("kind", "targets"), [("t5", ("q", "v", "wo")), ("gpt2", ("c_attn",))])
+def test_encoder_decoders_and_transposed_weights_are_trained_too(way, kind, targets, make_model, tokenizer):
+    model = make_model(kind)
+    before = train(model, tokenizer, way, target_modules=targets, lr=1e-30)
+    after = train(model, tokenizer, way, target_modules=targets)
+    moved = [
+        layer for layer in after["count"].layers if not torch.equal(*(a["count"].delta(layer) for a in (before, after)))
+    ]
+    assert moved == list(after["count"].layers)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_without_a_step_worth_the_name_every_model_is_the_start(way, tiny_llama, tokenizer, begin):
+    for start in ({}, {"upper": begin}):
+        for adapter in train(tiny_llama, tokenizer, way, start=start, lr=1e-30).values():
+            for layer in adapter.layers:
+                expected = begin.delta(layer) if start else torch.zeros(())
+                assert torch.allclose(adapter.delta(layer), expected, atol=1e-5)
+
+
+class _Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_course_killed_in_its_last_task_resumes_to_the_same_bits(way, tiny_llama, tokenizer, tmp_path, monkeypatch):
+    whole = train(tiny_llama, tokenizer, way, jobs_per_batch=1)
+    original, runs = JobTraining.run, []
+
+    def killed_in_the_third(self, jobs, *arguments, **options):
+        runs.append(jobs.jobs)
+        if len(runs) == 3:
+            raise _Killed
+        return original(self, jobs, *arguments, **options)
+
+    monkeypatch.setattr(JobTraining, "run", killed_in_the_third)
+    with pytest.raises(_Killed):
+        train(tiny_llama, tokenizer, way, jobs_per_batch=1, checkpoint=tmp_path)
+    resumed = train(tiny_llama, tokenizer, way, jobs_per_batch=1, checkpoint=tmp_path)
+    assert runs == [("upper",), ("double",), ("count",), ("count",)]
+    assert {name: adapter.hash for name, adapter in resumed.items()} == {name: a.hash for name, a in whole.items()}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_another_order_of_earlier_tasks_is_another_course(way, tiny_llama, tokenizer, tmp_path):
+    first = train(tiny_llama, tokenizer, way, checkpoint=tmp_path)
+    swapped = {name: TASKS[name] for name in ("double", "upper", "count")}
+    second = train(tiny_llama, tokenizer, way, swapped, checkpoint=tmp_path)
+    assert {n: a.hash for n, a in second.items()} == {
+        n: a.hash for n, a in train(tiny_llama, tokenizer, way, swapped).items()
+    }
+    assert first["upper"].hash != second["upper"].hash
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_option_that_a_way_does_not_have_is_named_before_the_first_step(way, tiny_llama, tokenizer):
+    with pytest.raises(TrainingError, match=f"'{way}' has no option 'wieght'"):
+        train(tiny_llama, tokenizer, way, continual_options={"wieght": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("way", "options", "message"),
+    [
+        ("task_arithmetic", {"weight": -1.0}, "weight is -1.0; it must be a number from 0 to 2"),
+        ("task_arithmetic", {"tuning_steps": 3}, "exemplars is 0; it must be a whole number of at least 1"),
+        ("ilora", {"decay": 1.5}, "decay is 1.5"),
+        ("ilora", {"reservoir": 0}, "reservoir is 0"),
+        ("inflora", {"energy_first": True}, "energy_first is True"),
+        ("inflora", {"energy_first": 1.0}, "nowhere to learn in layer"),
+        ("gs_lora", {}, "needs retain="),
+        ("gs_lora", {"retain": [("a", "b")], "bound": float("nan")}, "bound is nan"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused(way, options, message, tiny_llama, tokenizer):
+    with pytest.raises(TrainingError, match=message):
+        train(tiny_llama, tokenizer, way, continual_options=options)
+
+
+def test_what_contradicts_itself_is_refused(tiny_llama, tokenizer, begin):
+    with pytest.raises(UnknownName, match="'sequental', did you mean 'sequential'"):
+        train(tiny_llama, tokenizer, "sequental")
+    with pytest.raises(TrainingError, match="'double', but tasks that are learned one after the other begin once"):
+        train(tiny_llama, tokenizer, "sequential", start={"double": begin})
+    with pytest.raises(TrainingError, match="not linearized"):
+        train(tiny_llama, tokenizer, "sequential", linearized=True)
+    with pytest.raises(TrainingError, match="continual names no way"):
+        train(tiny_llama, tokenizer, None, continual_options={"weight": 1.0})

@@ -1,0 +1,240 @@
+"""Training several adapters in one batch: against a plain LoRA written out in autograd, and against peft."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+from loraweave.composer.model.batches import encode
+from loraweave.composer.train import fused as fused_training
+from loraweave.composer.train.adapters import train_adapters
+from loraweave.composer.train.passes import FusedJobs, job_losses
+from loraweave.errors import InvalidTask, TrainingError, UnknownName
+from loraweave.hub.base import fingerprint
+from loraweave.types import Task
+
+TASKS = {
+    "upper": [("a", "A"), ("b", "B"), ("c", "C"), ("d", "D"), ("e", "E")],
+    "double": [("a", "aa"), ("bb", "bbbb"), ("c", "cc")],
+    "count": [("one", "1"), ("two", "2"), ("three", "3"), ("four", "4")],
+}
+LAYERS = {"model.layers.0.self_attn.q_proj": (16, 16), "model.layers.1.self_attn.v_proj": (8, 16)}
+
+
+def train(model, tokenizer, tasks=TASKS, **options):
+    settings = {"rank": 3, "steps": 6, "batch_size": 4, "lr": 1e-2, "progress": False, "jobs_per_batch": 3}
+    return train_adapters(model, tokenizer, tasks, **{**settings, **options})
+
+
+def rows_of(model, tokenizer, name):
+    pairs = TASKS[name][:3]
+    return encode(model, tokenizer, [text for text, _ in pairs], [target for _, target in pairs])
+
+
+def test_the_gradients_of_a_job_are_those_of_training_it_alone(make_model, tokenizer):
+    model = make_model("llama", dtype=torch.float64)
+    names = list(TASKS)
+    fused = FusedJobs(model, LAYERS, names, rank=3, alpha=6.0, seed=0)
+    with torch.no_grad():
+        for index, job in enumerate(fused.members):
+            for _, b_OR in job.factors.values():
+                b_OR.normal_(generator=torch.Generator().manual_seed(index))
+    rows = [row for name in names for row in rows_of(model, tokenizer, name)]
+    with fused:
+        job_losses(model, tokenizer, rows, len(names)).sum().backward()
+    for index, name in enumerate(names):
+        expected = _plain_lora_gradients(model, tokenizer, fused, index, rows_of(model, tokenizer, name))
+        for layer, pair in fused.members[index].factors.items():
+            for parameter, wanted in zip(pair, expected[layer], strict=True):
+                assert torch.allclose(parameter.grad.double(), wanted, rtol=1e-5, atol=1e-7)
+
+
+def _plain_lora_gradients(model, tokenizer, fused, index, rows):
+    """One job alone: W + (alpha / r) B A as a dense weight, unpadded rows one at a time, autograd through the product."""
+    leaves = {layer: (a.detach().double(), b.detach().double()) for layer, (a, b) in fused.members[index].factors.items()}
+    for a, b in leaves.values():
+        a.requires_grad_()
+        b.requires_grad_()
+    originals = {layer: model.get_submodule(layer).weight for layer in leaves}
+    total, count = 0.0, 0
+    for row in rows:
+        dense = {f"{layer}.weight": originals[layer] + 2.0 * b @ a for layer, (a, b) in leaves.items()}
+        ids = torch.tensor([row.prompt + row.target])
+        logits = torch.func.functional_call(model, dense, kwargs={"input_ids": ids}).logits[0]
+        start = len(row.prompt)
+        total = total + functional.cross_entropy(logits[start - 1 : -1], ids[0, start:], reduction="sum")
+        count += len(row.target)
+    (total / count).backward()
+    return {layer: (a.grad, b.grad) for layer, (a, b) in leaves.items()}
+
+
+def test_a_job_comes_out_the_same_alone_and_among_others(tiny_llama, tokenizer):
+    together = train(tiny_llama, tokenizer)
+    alone = train(tiny_llama, tokenizer, {"double": TASKS["double"]}, jobs_per_batch=1)
+    for layer, factors in alone["double"].layers.items():
+        assert torch.allclose(together["double"].layers[layer].b_OR, factors.b_OR, atol=1e-5)
+        assert torch.allclose(together["double"].layers[layer].a_RI, factors.a_RI, atol=1e-5)
+
+
+def test_training_lowers_the_loss_and_gives_adapters_in_the_order_of_the_tasks(tiny_llama, tokenizer):
+    from loraweave.composer.composer import Composer
+    from loraweave.composer.model.scoring import losses
+
+    adapters = train(tiny_llama, tokenizer, steps=40)
+    assert list(adapters) == list(TASKS)
+    engine = Composer(tiny_llama, list(adapters.values()))
+    for name, examples in TASKS.items():
+        before = losses(tiny_llama, tokenizer, Task(examples), examples)
+        with engine.activate({name: 1.0}):
+            after = losses(tiny_llama, tokenizer, Task(examples), examples)
+        assert sum(after) < 0.7 * sum(before)
+
+
+def test_the_base_is_left_as_it_was(tiny_llama, tokenizer):
+    before = {name: tensor.clone() for name, tensor in tiny_llama.state_dict().items()}
+    tiny_llama.train()
+    train(tiny_llama, tokenizer)
+    assert all(torch.equal(before[name], tensor) for name, tensor in tiny_llama.state_dict().items())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in tiny_llama.parameters())
+    assert tiny_llama.training
+    assert not any(module._forward_hooks for module in tiny_llama.modules())
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_the_trained_adapter_in_peft_gives_the_logits_of_the_training_forward(tiny_llama, tokenizer, tmp_path, make_model):
+    import peft
+
+    adapter = train(tiny_llama, tokenizer)["count"]
+    adapter.save_pretrained(tmp_path / "count")
+    ids = torch.tensor([[5, 9, 30, 41]])
+    loaded = peft.PeftModel.from_pretrained(make_model("llama"), tmp_path / "count").eval()
+    fused = FusedJobs(tiny_llama, {}, ["count"], rank=3, alpha=6.0, seed=0, start={"count": adapter.layers})
+    with torch.no_grad(), fused:
+        assert torch.allclose(tiny_llama(input_ids=ids).logits, loaded(input_ids=ids).logits, atol=1e-5)
+
+
+class _Killed(Exception):
+    pass
+
+
+def test_interrupted_training_resumes_to_the_same_bits(tiny_llama, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(fused_training, "CHECKPOINT_STEPS", 2)
+    whole = train(tiny_llama, tokenizer, jobs_per_batch=2)
+    calls = 0
+    original = fused_training.range_losses
+
+    def killed_at_the_ninth_step(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls == 9:
+            raise _Killed
+        return original(*arguments)
+
+    monkeypatch.setattr(fused_training, "range_losses", killed_at_the_ninth_step)
+    with pytest.raises(_Killed):
+        train(tiny_llama, tokenizer, jobs_per_batch=2, checkpoint=tmp_path)
+    assert not any(module._forward_hooks for module in tiny_llama.modules())
+    resumed = train(tiny_llama, tokenizer, jobs_per_batch=2, checkpoint=tmp_path)
+    # six steps of the first group and two of the second were kept: four were left
+    assert calls == 9 + 4
+    assert {name: adapter.hash for name, adapter in resumed.items()} == {n: a.hash for n, a in whole.items()}
+
+
+@pytest.mark.parametrize("continual", [None, "sequential"])
+def test_the_checkpoint_of_another_base_of_the_same_shapes_is_not_used(tiny_llama, tokenizer, tmp_path, continual):
+    train(tiny_llama, tokenizer, continual=continual, checkpoint=tmp_path)
+    with torch.no_grad():
+        tiny_llama.model.layers[0].self_attn.q_proj.weight.neg_()
+    again = train(tiny_llama, tokenizer, continual=continual, checkpoint=tmp_path)
+    fresh = train(tiny_llama, tokenizer, continual=continual)
+    assert {n: a.hash for n, a in again.items()} == {n: a.hash for n, a in fresh.items()}
+
+
+def test_a_damaged_checkpoint_is_said_and_its_jobs_start_again(tiny_llama, tokenizer, tmp_path, caplog):
+    whole = train(tiny_llama, tokenizer, checkpoint=tmp_path)
+    for path in tmp_path.glob("finished/*/adapter_model.safetensors"):
+        path.write_bytes(path.read_bytes()[:50])
+    again = train(tiny_llama, tokenizer, checkpoint=tmp_path)
+    assert caplog.text.count("is damaged") == 3
+    assert {n: a.hash for n, a in again.items()} == {n: a.hash for n, a in whole.items()}
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(tiny_llama, tokenizer):
+    first, second, other = (train(tiny_llama, tokenizer, seed=seed)["upper"].hash for seed in (3, 3, 4))
+    assert first == second != other
+
+
+def test_an_adapter_carries_its_recipe_and_the_fingerprint_of_its_base(tiny_llama, tokenizer):
+    adapter = train(tiny_llama, tokenizer)["upper"]
+    assert adapter.card["recipe"]["lr"] == 1e-2
+    assert adapter.fingerprint == fingerprint(tiny_llama)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "options", "error", "message"),
+    [
+        ({}, {}, TrainingError, "no tasks"),
+        ({"empty": []}, {}, TrainingError, "'empty' has no examples"),
+        ({"blank": [("a", " ")]}, {}, InvalidTask, "task 'blank': example 1 .* empty target"),
+        ({"upper": 5}, {}, InvalidTask, "task 'upper': the examples: got 5, not rows"),
+        ({"upper": [("a", "b"), {"foo": 1}]}, {}, InvalidTask, r"task 'upper': example 2 has \['foo'\]"),
+        (TASKS, {"steps": 0}, TrainingError, "steps is 0"),
+        (TASKS, {"rank": 2.5}, TrainingError, "rank is 2.5"),
+        (TASKS, {"lr": float("nan")}, TrainingError, "lr is nan"),
+        (TASKS, {"target_modules": ("q_prog",)}, UnknownName, "'q_prog'.*q_proj"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_the_first_step(tasks, options, error, message, tiny_llama, tokenizer):
+    with pytest.raises(error, match=message):
+        train(tiny_llama, tokenizer, tasks, **options)
+
+
+def test_a_loss_that_is_not_finite_ends_training_with_the_step_and_keeps_what_was_finished(
+    tiny_llama, tokenizer, tmp_path, monkeypatch
+):
+    original = fused_training.range_losses
+    calls = 0
+
+    def breaks_at_the_eighth_step(*arguments):
+        nonlocal calls
+        calls += 1
+        return original(*arguments) * (float("nan") if calls == 8 else 1.0)
+
+    monkeypatch.setattr(fused_training, "range_losses", breaks_at_the_eighth_step)
+    with pytest.raises(TrainingError, match="is nan at step 2"):
+        train(tiny_llama, tokenizer, jobs_per_batch=1, checkpoint=tmp_path)
+    assert len(list(tmp_path.glob("finished/*"))) == 1
+    assert not any(module._forward_hooks for module in tiny_llama.modules())
+
+
+@pytest.mark.parametrize("continual", [None, "sequential"])
+def test_a_checkpoint_that_cannot_be_written_is_refused_before_the_first_step(tiny_llama, tokenizer, tmp_path, continual):
+    (tmp_path / "file").write_text("kept")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(TrainingError, match=r"cannot be made a folder to write in .*: name another"):
+            train(tiny_llama, tokenizer, continual=continual, checkpoint=place)
+    with pytest.raises(TrainingError, match="checkpoint is 5; it must be a folder, or None"):
+        train(tiny_llama, tokenizer, continual=continual, checkpoint=5)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": None}, "lr is None; it must be a number"),
+        ({"alpha": "8"}, "alpha is '8'; it must be a number"),
+        ({"rank": None}, "rank is None; it must be a whole number"),
+        ({"target_modules": "q_proj"}, "target_modules is 'q_proj'; it must be a list"),
+        ({"target_modules": ()}, "must be a list"),
+        ({"held_out": "some"}, "held_out is 'some'; it must be a share"),
+        ({"held_out": {"upper": 5}}, "held_out of task 'upper' is 5"),
+        ({"start": 5}, "start is 5; pass"),
+        ({"start": {"upper": None}}, "task 'upper' cannot start from None: pass an Adapter"),
+        ({"tasks": [("upper", TASKS["upper"])]}, "no tasks to train: pass a mapping"),
+        ({"tasks": {5: TASKS["upper"]}}, "task 5 has no text for a name"),
+    ],
+)
+def test_what_is_of_another_kind_is_refused_by_name(tiny_llama, tokenizer, settings, message):
+    with pytest.raises(TrainingError, match=message):
+        train(tiny_llama, tokenizer, **settings)

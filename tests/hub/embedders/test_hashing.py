@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+
+from loraweave.hub.embedders.hashing import Hashing
+
+
+def test_a_single_letter_is_its_three_n_grams_written_out():
+    # " x " has the n-grams " x", "x " and " x ", each once
+    row = np.zeros(32)
+    for gram in (b" x", b"x ", b" x "):
+        code = zlib.crc32(gram)
+        row[(code // 2) % 32] += 1 if code % 2 else -1
+    np.testing.assert_allclose(Hashing(dim=32).embed(["x"])[0], row / np.linalg.norm(row), atol=1e-7)
+
+
+def test_a_repeated_word_counts_by_one_plus_log():
+    # both texts have the same n-grams in the same proportion, so the direction stays
+    once, thrice = Hashing().embed(["word", "word word word"])
+    np.testing.assert_allclose(once, thrice, atol=1e-6)
+
+
+def test_case_and_unicode_form_do_not_count():
+    rows = Hashing().embed(["Caf\u00e9", "cafe\u0301", "CAF\u00c9"])
+    assert rows[0].tobytes() == rows[1].tobytes() == rows[2].tobytes()
+
+
+def test_texts_of_like_spelling_are_nearer_than_others():
+    query, near, far = Hashing().embed(["translate the word", "translating words", "12 plus 30"])
+    assert query @ near > query @ far + 0.2
+
+
+def test_n_grams_that_cancel_still_give_a_unit_vector():
+    rows = Hashing(dim=1).embed(["x", "xy", "xyz", "ab"])
+    np.testing.assert_array_equal(np.abs(rows), 1.0)
+
+
+def test_the_id_tells_dimensions_apart():
+    assert Hashing(dim=8).id != Hashing(dim=16).id

@@ -1,0 +1,139 @@
+"""Licenses: one spelling for each, refused or kept when unknown, and found by what they permit."""
+
+import warnings
+
+import pytest
+import torch
+from packaging.licenses import canonicalize_license_expression
+
+from loraweave.errors import InvalidLicense
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.hub import Hub
+from loraweave.hub.intake.licenses import LISTED, RENAMED, UNLISTED, accepted, canonical, of_card
+from loraweave.types import Factors
+
+
+def adapter(name, **card):
+    return Adapter(name, "org/base", {"layer": Factors(torch.eye(2), torch.ones(3, 2) * (1 + len(name)))}, card=card)
+
+
+@pytest.mark.parametrize(
+    ("given", "stored"),
+    [
+        ("MIT", "MIT"),
+        ("apache-2.0", "Apache-2.0"),
+        (" cc-by-nc-4.0\n", "CC-BY-NC-4.0"),
+        ("bsl-1.0", "BSL-1.0"),
+        ("odbl", "ODbL-1.0"),
+        ("gpl-3.0", "GPL-3.0-only"),
+        ("GPL-2.0+ with classpath-exception-2.0", "GPL-2.0-or-later WITH Classpath-exception-2.0"),
+        ("mit or (apache-2.0 and cc0-1.0)", "MIT OR (Apache-2.0 AND CC0-1.0)"),
+        ("llama3.1", "LicenseRef-llama3.1"),
+        ("Gemma", "LicenseRef-gemma"),
+        ("openrail", "LicenseRef-openrail"),
+        ("openrail++", "LicenseRef-openrail-plus-plus"),
+        ("other", "LicenseRef-other"),
+        ("LicenseRef-our-own", "LicenseRef-our-own"),
+    ],
+)
+def test_a_license_is_stored_in_the_spelling_of_spdx(given, stored):
+    assert canonical(given) == stored
+    assert canonical(stored) == stored
+
+
+def test_every_id_of_the_model_hub_is_known_and_keeps_its_own_spelling_apart():
+    ids = sorted(LISTED | UNLISTED | set(RENAMED))
+    stored = [canonical(name) for name in ids]
+    assert len(set(map(str.casefold, stored))) == len(ids)
+    # the table says which of them are SPDX's own
+    assert all(canonicalize_license_expression(name).casefold() == name for name in LISTED)
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ("apache", "'apache-2.0'"),
+        ("llama-3", "'llama3'"),
+        ("mit license", "'mit'"),
+        ("my own words", "LicenseRef-my-own-words"),
+        ("MIT MIT", "SPDX"),
+        ("(" * 51 + "MIT" + ")" * 51, "105 characters with 51 groups"),
+        ("MIT OR " * 300 + "MIT", "2103 characters with 0 groups; the limits are 1000 and 50"),
+        ("__import__('os')", "SPDX"),
+        ("", "SPDX"),
+    ],
+)
+def test_what_is_no_license_is_refused_with_the_nearest_ids_and_a_way_out(given, hint):
+    with pytest.raises(InvalidLicense) as caught:
+        canonical(given)
+    assert hint in str(caught.value)
+    assert "LicenseRef-" in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_a_card_may_say_anything_and_a_warning_tells_what_is_stored():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert of_card("apache-2.0", "x") == "Apache-2.0"
+        assert of_card("unknown", "x") is of_card(" ", "x") is None
+    with pytest.warns(UserWarning, match="adapter 'x'.*'LicenseRef-free-for-all'.*no SPDX expression"):
+        assert of_card("free for all!", "adapter 'x'") == "LicenseRef-free-for-all"
+
+
+@pytest.mark.parametrize(
+    ("license", "wanted", "is_accepted"),
+    [
+        ("MIT", "mit", True),
+        ("MIT", ["apache-2.0", "mit"], True),
+        ("MIT", [], False),
+        (None, "MIT", False),
+        ("MIT OR GPL-3.0-only", "MIT", True),
+        ("MIT AND GPL-3.0-only", "MIT", False),
+        ("MIT AND GPL-3.0-only", ["GPL-3.0", "MIT"], True),
+        ("MIT AND GPL-3.0-only", "mit and gpl-3.0-only", True),
+        ("(MIT OR Apache-2.0) AND CC0-1.0", ["Apache-2.0", "CC0-1.0"], True),
+        ("MIT OR Apache-2.0 AND CC0-1.0", "CC0-1.0", False),
+        ("MIT OR Apache-2.0 AND CC0-1.0", "MIT", True),
+        ("GPL-2.0-or-later WITH Classpath-exception-2.0", "GPL-2.0-or-later", True),
+        ("GPL-2.0-only WITH Classpath-exception-2.0", "GPL-2.0-only WITH Classpath-exception-2.0", True),
+        ("GPL-2.0-only", "GPL-2.0-only WITH Classpath-exception-2.0", False),
+        ("GPL-2.0-or-later", "gpl-2.0", True),
+        ("GPL-2.0-only", "GPL-2.0-or-later", False),
+        ("Apache-2.0+", "Apache-2.0", True),
+        ("CC-BY-NC-4.0", "CC-BY-4.0", False),
+        ("LicenseRef-llama3", "llama3", True),
+        ("LicenseRef-Ours", "licenseref-ours", True),
+        # as an older hub may have stored it
+        ("apache-2.0", "Apache-2.0", True),
+        ("free for all", "LicenseRef-free-for-all", True),
+    ],
+)
+def test_a_filter_finds_what_someone_who_accepts_these_licenses_can_take(license, wanted, is_accepted):
+    assert accepted(license, wanted) is is_accepted
+
+
+def test_the_hub_stores_finds_and_changes_licenses_in_one_spelling(tmp_path):
+    with Hub(tmp_path) as hub:
+        hub.add(adapter("a"), license="mit or gpl-3.0")
+        hub.add(adapter("bb", license="llama3"))
+        hub.add(adapter("ccc"))
+        with pytest.warns(UserWarning, match=r"LicenseRef-whatever"):
+            hub.add(adapter("dddd", license="whatever"))
+        assert [record.license for record in hub] == [
+            "MIT OR GPL-3.0-only",
+            "LicenseRef-llama3",
+            None,
+            "LicenseRef-whatever",
+        ]
+        assert [record.name for record in hub.records(license=["MIT", "llama3"])] == ["a", "bb"]
+        assert hub.update("ccc", license="cc0-1.0").license == "CC0-1.0"
+        assert hub.update("ccc", license="").license is None
+        assert hub.update("dddd", description="the license stays").license == "LicenseRef-whatever"
+        for act in (
+            lambda: hub.add(adapter("e"), license="Apache2"),
+            lambda: hub.update("a", license="Apache2"),
+            lambda: hub.records(license="Apache2"),
+        ):
+            with pytest.raises(InvalidLicense, match=r"'Apache2'.*'apache-2\.0'"):
+                act()
+        assert "e" not in hub

@@ -1,0 +1,219 @@
+"""Truncation against the dense SVD in float64, above all where Gram matrices lose digits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from loraweave.errors import AdapterUnsupported
+from loraweave.lowrank import truncation
+from loraweave.lowrank.truncation import compress, compress_many, compress_sum
+from loraweave.types import Factors
+
+OUT, IN = 23, 31
+
+
+def generator(seed):
+    return np.random.default_rng(seed)
+
+
+def factors(seed, rank, outputs=OUT, inputs=IN):
+    draw = generator(seed)
+    return Factors(
+        torch.from_numpy(draw.standard_normal((rank, inputs))).float(),
+        torch.from_numpy(draw.standard_normal((outputs, rank))).float(),
+    )
+
+
+def stacked(*terms):
+    return Factors(torch.cat([term.a_RI for term in terms]), torch.cat([term.b_OR for term in terms], dim=1))
+
+
+def scaled(term, weight):
+    return Factors(term.a_RI, term.b_OR * weight)
+
+
+def dense(found):
+    return found.b_OR.double().numpy() @ found.a_RI.double().numpy()
+
+
+def truth(matrix, rank):
+    """The dense truncation and its relative error."""
+    u, sigma, vh = np.linalg.svd(matrix, full_matrices=False)
+    return (u[:, :rank] * sigma[:rank]) @ vh[:rank], np.linalg.norm(sigma[rank:]) / max(np.linalg.norm(sigma), 1e-300)
+
+
+def with_spectrum(sigma, seed=0):
+    """b a with those singular values, as float64 factors whose products are far from balanced."""
+    draw, rank = generator(seed), len(sigma)
+    left, right = (np.linalg.qr(draw.standard_normal((size, rank)))[0] for size in (OUT, IN))
+    return Factors(torch.from_numpy(right.T.copy()), torch.from_numpy(left * np.asarray(sigma)))
+
+
+def distance(found, expected, size):
+    return np.linalg.norm(dense(found) - expected) / size
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(23, 31), (31, 23), (7, 40), (40, 7), (63, 100)])
+@pytest.mark.parametrize(("stack", "rank"), [(6, 2), (20, 5), (22, 1), (30, 7), (90, 3)])
+def test_stacks_taller_and_flatter_than_the_layer_are_cut_to_the_dense_optimum(outputs, inputs, stack, rank):
+    update = factors(0, stack, outputs, inputs)
+    small, error = compress(update, rank)
+    expected, best = truth(dense(update), rank)
+    assert small.rank == rank
+    assert distance(small, expected, np.linalg.norm(expected)) < 1e-7
+    assert error == pytest.approx(best, rel=1e-9)
+
+
+def test_a_stack_of_many_rows_needs_a_part_of_the_eigenvectors_only():
+    update = factors(1, 100, 150, 170)
+    small, error = compress(update, 8)
+    expected, best = truth(dense(update), 8)
+    assert distance(small, expected, np.linalg.norm(expected)) < 1e-7
+    assert error == pytest.approx(best, rel=1e-9)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.5, 2.0])
+@pytest.mark.parametrize("rank", [2, 4, 6])
+def test_an_expert_given_twice_is_that_expert_with_both_weights(weight, rank):
+    expert = factors(2, 4)
+    small, error = compress(stacked(expert, scaled(expert, weight)), rank)
+    expected, best = truth((1 + weight) * dense(expert), rank)
+    assert distance(small, expected, np.linalg.norm(dense(expert))) < 2e-7
+    # fp32 experts of rank 4: what is beyond that is zero
+    assert error == pytest.approx(best, rel=1e-7, abs=1e-14)
+
+
+def test_opposite_experts_leave_nothing_beyond_the_rounding_of_what_cancelled():
+    expert = factors(3, 5)
+    small, error = compress(stacked(expert, scaled(expert, -1.0)), 3)
+    assert np.isfinite(error)
+    assert 0.0 <= error <= 1.0
+    assert np.linalg.norm(dense(small)) < 1e-13 * np.linalg.norm(dense(expert))
+
+
+def test_what_experts_that_nearly_cancel_leave_is_right():
+    expert, rest = factors(4, 5), factors(5, 3)
+    update = stacked(expert, scaled(expert, -1.0), scaled(rest, 1e-5))
+    small, error = compress(update, 2)
+    expected, best = truth(1e-5 * dense(rest), 2)
+    # 1e-15 of what cancelled is 1e-10 of what is left; the weight 1e-5 was rounded to fp32
+    assert distance(small, expected, np.linalg.norm(expected)) < 2e-7
+    assert error == pytest.approx(best, rel=1e-6)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8, 12, 16])
+def test_singular_values_over_eight_decades_are_right_to_the_rounding_of_the_largest(rank):
+    update = with_spectrum(np.logspace(0, -8, 17))
+    small, error = compress(update, rank)
+    expected, best = truth(dense(update), rank)
+    assert distance(small, expected, 1.0) < 1e-8
+    assert error == pytest.approx(best, rel=1e-6)
+
+
+@pytest.mark.parametrize("tail", [1e-3, 1e-5, 1e-7, 1e-9, 1e-12])
+def test_the_error_is_accurate_when_it_is_tiny(tail):
+    _, error = compress(with_spectrum([1.0, 0.9, 0.8, tail, tail / 2]), 3)
+    assert error == pytest.approx(tail * (1.25 / 2.45) ** 0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("gauge", [1e-6, 1e6])
+def test_how_size_is_spread_over_the_factors_does_not_matter(gauge):
+    update = factors(6, 9)
+    stretch = torch.logspace(0, float(np.log10(gauge)), 9)
+    other = Factors(update.a_RI * stretch[:, None], update.b_OR / stretch)
+    expected, best = truth(dense(other), 4)
+    small, error = compress(other, 4)
+    assert distance(small, expected, np.linalg.norm(expected)) < 1e-7
+    assert error == pytest.approx(best, rel=1e-7)
+
+
+def test_equal_singular_values_at_the_cut_keep_as_much_as_any_choice_among_them():
+    update = with_spectrum([2.0, 1.0, 1.0, 1.0, 1.0])
+    small, error = compress(update, 3)
+    assert error == pytest.approx((2 / 8) ** 0.5, rel=1e-9)
+    assert np.linalg.norm(dense(update) - dense(small)) == pytest.approx(2**0.5, rel=1e-7)
+
+
+@pytest.mark.parametrize("stack", [9, 40])
+def test_factors_are_balanced_orthogonal_and_of_one_sign(stack):
+    small, _ = compress(factors(7, stack), 4)
+    a, b = small.a_RI.double().numpy(), small.b_OR.double().numpy()
+    np.testing.assert_allclose(a @ a.T, b.T @ b, rtol=1e-5, atol=1e-5 * np.linalg.norm(a) ** 2)
+    assert np.abs(a @ a.T - np.diag(np.diag(a @ a.T))).max() < 1e-5 * np.linalg.norm(a) ** 2
+    assert all(column[np.abs(column).argmax()] > 0 for column in b.T)
+    assert (np.diff(np.linalg.norm(b, axis=0)) <= 0).all()
+
+
+def test_the_sign_of_the_experts_basis_does_not_show_in_the_factors():
+    update = factors(8, 6)
+    flipped = Factors(-update.a_RI.flip(0), -update.b_OR.flip(1))
+    small, other = compress(update, 2)[0], compress(flipped, 2)[0]
+    torch.testing.assert_close(small.a_RI, other.a_RI, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(small.b_OR, other.b_OR, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_many_are_compressed_as_one_by_one_in_order(threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    # each worth a thread, or none
+    for small_work in (0.0, 1e12):
+        monkeypatch.setattr(truncation, "SMALL", small_work)
+        updates = [factors(seed, 5 + seed, 20 + seed) for seed in range(6)]
+        for update, (small, error) in zip(updates, compress_many(updates, 3), strict=True):
+            alone, alone_error = compress(update, 3)
+            assert torch.equal(small.a_RI, alone.a_RI)
+            assert torch.equal(small.b_OR, alone.b_OR)
+            assert error == alone_error
+
+
+def test_a_result_shares_no_memory_with_the_update():
+    update = factors(9, 6)
+    before = update.a_RI.clone(), update.b_OR.clone()
+    small, _ = compress(update, 3)
+    small.a_RI.zero_()
+    small.b_OR.zero_()
+    assert torch.equal(update.a_RI, before[0])
+    assert torch.equal(update.b_OR, before[1])
+
+
+def test_huge_and_tiny_updates_are_as_exact_as_others():
+    for size in (1e-18, 1e15):
+        update = factors(10, 8)
+        update = Factors(update.a_RI * size, update.b_OR * size)
+        expected, best = truth(dense(update), 3)
+        small, error = compress(update, 3)
+        assert distance(small, expected, np.linalg.norm(expected)) < 1e-7
+        assert error == pytest.approx(best, rel=1e-9)
+
+
+def test_a_sum_is_cut_before_its_weighted_factors_are_rounded():
+    experts = [factors(seed, 4) for seed in range(3)]
+    weights = [0.3, -0.7, 1.1]
+    exact = sum(weight * dense(expert) for weight, expert in zip(weights, experts, strict=True))
+    expected, best = truth(exact, 3)
+    small, error, _ = compress_sum(experts, weights, 3)
+    assert distance(small, expected, np.linalg.norm(expected)) < 1e-7
+    assert error == pytest.approx(best, rel=1e-9)
+
+
+def test_a_sum_of_few_rank_rows_is_exact_and_gains_and_biases_sum_with_the_weights():
+    first, second = factors(0, 2), factors(1, 3)
+    bias, gain = torch.arange(OUT).float(), torch.ones(OUT)
+    first = Factors(first.a_RI, first.b_OR, bias_O=bias)
+    second = Factors(second.a_RI, second.b_OR, bias_O=bias, gain_O=gain)
+    for rank in (5, 2):
+        total, error, _ = compress_sum([first, second], [0.5, -2.0], rank)
+        assert total.rank == rank
+        torch.testing.assert_close(total.bias_O, -1.5 * bias)
+        torch.testing.assert_close(total.gain_O, -2.0 * gain)
+        assert (error == 0.0) == (rank == 5)
+    exact, _, _ = compress_sum([first, second], [0.5, -2.0], 9)
+    np.testing.assert_allclose(dense(exact), 0.5 * dense(first) - 2.0 * dense(second), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [0, -3])
+def test_a_sum_cut_to_no_rank_is_refused(rank):
+    with pytest.raises(AdapterUnsupported, match=f"rank {rank} is below 1"):
+        compress_sum([factors(0, 2)], [1.0], rank)

@@ -1,0 +1,46 @@
+"""Each token's one best expert of the feed-forward layers, and how the gate learns from it."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+import loraweave as lw
+from loraweave.errors import WeightingError
+from loraweave.routers.recipes._gate import Call
+from loraweave.routers.recipes._recipe import Site
+from loraweave.routers.recipes.llava_mole import LlavaMole
+
+LAYER = "model.layers.1.mlp.down_proj"
+
+
+def test_a_site_adds_its_formula(seen_at):
+    site = seen_at("llava_mole", LAYER, rank=2, alpha=5.0)
+    for x_I, y0_O, y_O in zip(site.x_TI, site.y0_TO, site.y_TO, strict=True):
+        p_E = functional.softmax(site.gate.r_EI @ x_I, dim=0)
+        best = int(p_E.argmax())
+        torch.testing.assert_close(y_O, y0_O + p_E[best] * 2.5 * site.b_ERO[best].T @ (site.a_ERI[best] @ x_I))
+
+
+def test_the_gate_learns_by_the_probability_of_the_best_alone():
+    gate = LlavaMole().gate(Site("up_proj", 5, 7), 3).double()
+    gate.reset(torch.Generator().manual_seed(0))
+    x_I = torch.randn(5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (grad_EI,) = torch.autograd.grad(gate(x_I[None, None], Call()).w_BTE.sum(), gate.r_EI)
+    p_E = functional.softmax(gate.r_EI.detach() @ x_I, dim=0)
+    best = int(p_E.argmax())
+    expected_E = torch.tensor([float(p_E[best]) * ((expert == best) - float(p_E[expert])) for expert in range(3)])
+    torch.testing.assert_close(grad_EI, expected_E.double()[:, None] * x_I, rtol=1e-6, atol=1e-8)
+
+
+def test_its_loss_is_that_of_switch_transformers(terms_of):
+    batch = {"input_ids": torch.tensor([[3, 9, 27, 20, 5]])}
+    terms, notes = terms_of("llava_mole", batch, balance=0.5, target_modules=(LAYER,))
+    (scores_BTE,) = notes.scores.values()
+    p_NE = scores_BTE[0].softmax(dim=1)
+    share_E = torch.stack([(p_NE.argmax(dim=1) == expert).double().mean() for expert in range(3)])
+    torch.testing.assert_close(terms["balance"], 0.5 * 3 * (share_E * p_NE.mean(dim=0)).sum())
+
+
+def test_a_balance_out_of_range_is_refused_by_name(make_model):
+    with pytest.raises(WeightingError, match=r"balance of recipe 'llava_mole' is -1\.0"):
+        lw.experts("llava_mole", make_model("llama"), balance=-1.0)

@@ -1,0 +1,68 @@
+"""A small expert that clients exchange beside one that stays with each."""
+
+import pytest
+import torch
+
+import loraweave as lw
+from loraweave.composer.experts.make import with_options
+from loraweave.errors import WeightingError
+
+LAYER = "model.layers.1.mlp.up_proj"
+IDS_BT = torch.tensor([[3, 9, 27, 20, 41], [6, 2, 25, 3, 15]])
+
+
+def test_a_site_adds_its_formula(make_model, trained):
+    model = make_model("llama", dtype=torch.float64)
+    with lw.experts("pfedlora", model, rank=3, shared_rank=2, mu=0.2, alpha=6.0, target_modules=(LAYER,)) as made:
+        (a0_RI, b0_RO), (a1_RI, b1_RO) = trained(made).layers[LAYER.replace(".", "/")].starts()
+        assert (len(a0_RI), len(a1_RI)) == (2, 3)
+        seen = {}
+        model.get_submodule(LAYER).register_forward_hook(lambda _, args, y: seen.update(x=args[0], y=y))
+        made(input_ids=IDS_BT)
+        weight = model.get_submodule(LAYER).weight
+        for x_I, y_O in zip(seen["x"][1], seen["y"][1], strict=True):
+            update_O = 0.2 * (b0_RO.T @ (a0_RI @ x_I)) + 0.8 * (b1_RO.T @ (a1_RI @ x_I))
+            torch.testing.assert_close(y_O, weight @ x_I + 6.0 / 3 * update_O)
+
+
+def test_the_adapter_is_the_model(make_model, trained):
+    model = make_model("llama", dtype=torch.float64)
+    with lw.experts("pfedlora", model, rank=3, shared_rank=2) as made:
+        own = trained(made)(input_ids=IDS_BT).logits
+        adapter = made.adapter()
+    with lw.Composer(model, lw.ExpertPool([adapter])).activate({adapter.name: 1.0}):
+        torch.testing.assert_close(model(input_ids=IDS_BT).logits, own, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("phase", "learns"), [("local", 1), ("shared", 0)])
+def test_one_expert_learns_in_each_phase_and_the_other_stays_the_same_bits(make_model, phase, learns, trained):
+    with lw.experts("pfedlora", make_model("llama"), phase=phase) as made:
+        before = [trained(made).expert(0), made.expert(1)]
+        optimizer = torch.optim.AdamW(made.parameters(), lr=0.1, weight_decay=0.5)
+        made.train()(input_ids=IDS_BT, labels=IDS_BT).loss.backward()
+        optimizer.step()
+        assert [made.expert(number).hash == before[number].hash for number in (0, 1)] == [learns == 1, learns == 0]
+
+
+def test_from_one_phase_to_the_other_both_experts_stay_the_same_bits(make_model, trained):
+    first = trained(lw.experts("pfedlora", make_model("llama"), phase="local"))
+    before, whole = [first.expert(0).hash, first.expert(1).hash], first(input_ids=IDS_BT).logits
+    with with_options(first, phase="shared") as made:
+        assert [made.expert(0).hash, made.expert(1).hash] == before
+        torch.testing.assert_close(made(input_ids=IDS_BT).logits, whole)
+        assert all(layer.a_SI.shape[0] == 4 for layer in made.layers.values())
+    assert all(parameter.requires_grad for parameter in made.base_model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shared_rank": 0}, "shared_rank of recipe 'pfedlora' is 0"),
+        ({"mu": 1.0}, "mu of recipe 'pfedlora' is 1.0"),
+        ({"phase": 3}, "phase of recipe 'pfedlora' is 3: it is a text"),
+        ({"phase": "locl"}, "phase of recipe 'pfedlora' is 'locl': it is one of local, shared, did you mean 'local'"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(make_model, options, message):
+    with pytest.raises(WeightingError, match=message):
+        lw.experts("pfedlora", make_model("llama"), **options)

@@ -1,0 +1,95 @@
+"""The token gate's formula with each of its options, and which of them training alone has."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from loraweave.errors import WeightingError
+from loraweave.routers.recipes._gate import Call
+from loraweave.routers.recipes._token_gates import TokenGate
+
+# as in training; evaluation has none of them
+FOR_TRAINING = {"noise": True, "expert_dropout": 0.4, "capacity": 0.5}
+
+
+def gate_of(num_experts=4, **options):
+    gate = TokenGate(5, num_experts, **options).double()
+    gate.reset(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        gate.r_EI.mul_(4)
+    return gate
+
+
+def inputs(*sizes, seed=1):
+    return torch.randn(*sizes, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, lambda p_E: p_E),
+        ({"top_k": 2}, lambda p_E: p_E.where(p_E >= p_E.topk(2).values[1], 0) / p_E.topk(2).values.sum()),
+        ({"top_k": 2, "sums_to_one": False}, lambda p_E: p_E.where(p_E >= p_E.topk(2).values[1], 0)),
+        ({"top_p": 1e-9, "sums_to_one": False}, lambda p_E: p_E.where(p_E == p_E.max(), 0)),
+        ({"top_p": 1e-9}, lambda p_E: (p_E == p_E.max()).double()),
+    ],
+)
+def test_its_weights_are_the_formula(options, expected):
+    gate, x_BTI = gate_of(temperature=0.5, **options), inputs(2, 3)
+    w_BTE = gate(x_BTI, Call()).w_BTE
+    for x_I, w_E in zip(x_BTI.flatten(0, 1), w_BTE.flatten(0, 1), strict=True):
+        torch.testing.assert_close(w_E, expected(functional.softmax(gate.r_EI @ x_I / 0.5, dim=0)))
+
+
+def test_its_scores_are_what_the_softmax_was_taken_of():
+    gate, x_BTI = gate_of(temperature=0.5), inputs(2, 3)
+    w_BTE, scores_BTE = gate(x_BTI, Call())
+    torch.testing.assert_close(scores_BTE.softmax(dim=-1), w_BTE)
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_evaluation_has_nothing_of_what_training_draws_and_cuts(top_k):
+    plain, full, x_BTI = gate_of(top_k=top_k).eval(), gate_of(top_k=top_k, **FOR_TRAINING).eval(), inputs(2, 7)
+    assert torch.equal(full(x_BTI, Call()).w_BTE, plain(x_BTI, Call()).w_BTE)
+
+
+@pytest.mark.parametrize("option", FOR_TRAINING)
+def test_training_has_each_of_its_options(option):
+    plain, full, x_BTI = gate_of(top_k=2), gate_of(top_k=2, **{option: FOR_TRAINING[option]}), inputs(2, 7)
+    torch.manual_seed(0)
+    assert not torch.equal(full(x_BTI, Call()).w_BTE, plain(x_BTI, Call()).w_BTE)
+
+
+def test_a_token_that_goes_without_experts_still_has_k():
+    gate = gate_of(top_k=2, expert_dropout=0.9)
+    torch.manual_seed(0)
+    w_BTE = gate(inputs(2, 50), Call()).w_BTE
+    assert torch.equal((w_BTE != 0).sum(dim=-1), torch.full((2, 50), 2))
+    torch.testing.assert_close(w_BTE.sum(dim=-1), torch.ones(2, 50, dtype=torch.float64))
+
+
+def test_no_expert_has_more_tokens_than_its_capacity():
+    gate, real_BT = gate_of(top_k=2, capacity=0.5), torch.ones(2, 12, dtype=torch.bool)
+    real_BT[1, :4] = False
+    w_BTE = gate(inputs(2, 12), Call(real_BT)).w_BTE
+    num_BE = ((w_BTE != 0) & real_BT[..., None]).sum(dim=1)
+    # half of 12 * 2 / 4, and of 8 * 2 / 4
+    assert num_BE.max(dim=1).values.tolist() == [3, 2]
+
+
+def test_the_noise_begins_with_a_standard_deviation_of_log_2_and_learns():
+    gate, x_BTI = gate_of(noise=True), inputs(1, 3)
+    assert not gate.n_EI.any()
+    torch.manual_seed(0)
+    scores_BTE = gate(x_BTI, Call()).scores_BTE
+    torch.manual_seed(0)
+    drawn_BTE = torch.randn_like(scores_BTE)
+    torch.testing.assert_close(scores_BTE, x_BTI @ gate.r_EI.T + drawn_BTE * torch.tensor(2.0).double().log())
+    (grad_EI,) = torch.autograd.grad(scores_BTE[..., 0].sum(), gate.n_EI)
+    assert grad_EI[0].all()
+    assert not grad_EI[1:].any()
+
+
+def test_two_ways_of_choosing_are_refused():
+    with pytest.raises(WeightingError, match=r"top_k is 2 and top_p 0\.5"):
+        TokenGate(5, 4, top_k=2, top_p=0.5)

@@ -1,0 +1,127 @@
+"""AdapterFusion over LoRAs, against the published attention with all outputs formed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loraweave.composer.composer import Composer
+from loraweave.errors import ScopeError, WeightingError
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.pool import ExpertPool
+from loraweave.routers.tokens._saved import router
+from loraweave.types import Factors
+
+LAYER = "q"
+RANKS = (4, 2, 30, 1)
+
+
+@pytest.fixture
+def pool():
+    draw = torch.Generator().manual_seed(0)
+    parts = [Factors(torch.randn(r, 20, generator=draw), torch.randn(12, r, generator=draw)) for r in RANKS]
+    layers = [{LAYER: part} for part in parts]
+    layers[1]["v"] = Factors(torch.randn(3, 20, generator=draw), torch.randn(25, 3, generator=draw))
+    return ExpertPool([Adapter(f"e{place}", "tiny", each) for place, each in enumerate(layers)])
+
+
+@pytest.fixture
+def x_BTI():
+    return torch.randn(2, 5, 20, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def trained(pool, **options):
+    torch.manual_seed(2)
+    made = router("adapter_fusion", pool, **options).double()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return made
+
+
+def outputs(pool, x_BTI):
+    """E_e(x) of each expert, (B, T, E, O)."""
+    parts = [each.layers[LAYER] for each in pool.adapters.values()]
+    return torch.stack([x_BTI @ part.a_RI.double().T @ part.b_OR.double().T for part in parts], dim=2)
+
+
+@pytest.mark.parametrize("options", [{}, {"dim": 3}, {"temperature": 7.0}])
+@pytest.mark.parametrize("num_tokens", [1, 5, 200])
+def test_weights_are_the_published_attention_whatever_bias_its_keys_have(pool, num_tokens, options):
+    x_BTI = torch.randn(2, num_tokens, 20, dtype=torch.float64)
+    made = trained(pool, **options)
+    q_DI, c_D, k_DO = (each[LAYER].detach() for each in (made.queries_, made.query_biases_, made.keys_))
+    key_bias_D = torch.randn(len(c_D), dtype=torch.float64)
+    query_BTD = x_BTI @ q_DI.T + c_D
+    keys_BTED = outputs(pool, x_BTI) @ k_DO.T + key_bias_D
+    scores_BTE = torch.einsum("btd,bted->bte", query_BTD, keys_BTED) / options.get("temperature", 1.0)
+    assert torch.allclose(made.weights(x_BTI, LAYER), scores_BTE.softmax(dim=-1), atol=1e-5)
+
+
+def test_the_layer_adds_what_the_published_one_adds_with_its_value_matrix_at_the_identity(make_model, make_adapters):
+    model = make_model("llama", dtype=torch.float64)
+    pool = ExpertPool(make_adapters(model, "llama"))
+    layer = "model.layers.1.self_attn.v_proj"
+    made = trained(pool)
+    seen = []
+    hook = model.get_submodule(layer).register_forward_hook(lambda _, args, y: seen.append((args[0], y)))
+    with torch.no_grad(), Composer(model, pool).activate(made):
+        model(torch.tensor([[5, 9, 11, 2, 30]]))
+    hook.remove()
+    x_BTI, y_BTO = seen[0]
+    parts = [each.layers[layer] for each in pool.adapters.values()]
+    value_BTEO = torch.stack([x_BTI @ part.a_RI.double().T @ part.b_OR.double().T for part in parts], dim=2)
+    query_BTD = x_BTI @ made.queries_[layer].T + made.query_biases_[layer]
+    attention_BTE = torch.einsum("btd,bted->bte", query_BTD, value_BTEO @ made.keys_[layer].T).softmax(dim=-1)
+    identity_OO = torch.eye(value_BTEO.shape[-1], dtype=torch.float64)
+    context_BTO = torch.einsum("bte,bteo->bto", attention_BTE, value_BTEO @ identity_OO.T)
+    base_BTO = x_BTI @ model.get_submodule(layer).weight.T
+    assert torch.allclose(y_BTO, base_BTO + context_BTO, atol=1e-6)
+
+
+def test_it_starts_as_published(pool):
+    made = router("adapter_fusion", pool)
+    # the smaller of inputs and outputs
+    assert {layer: made.queries_[layer].shape for layer in made.layers} == {LAYER: (12, 20), "v": (20, 20)}
+    assert {layer: made.keys_[layer].shape for layer in made.layers} == {LAYER: (12, 12), "v": (20, 25)}
+    assert made.queries_["v"].std().item() == pytest.approx(0.02, rel=0.15)
+    assert made.keys_["v"].std().item() == pytest.approx(0.02, rel=0.15)
+    assert not bool(made.query_biases_["v"].any())
+
+
+def test_the_order_of_the_experts_does_not_matter_to_their_weights(pool, x_BTI):
+    order = [2, 0, 3, 1]
+    made, turned = trained(pool), trained(pool.subset(pool.names[place] for place in order))
+    assert torch.allclose(turned.weights(x_BTI, LAYER), made.weights(x_BTI, LAYER)[..., order], atol=1e-6)
+
+
+def test_gradients_are_those_of_finite_differences(pool, x_BTI, has_exact_gradients):
+    names = [f"{name}.{LAYER}" for name in ("queries_", "query_biases_", "keys_")]
+    assert has_exact_gradients(trained(pool, dim=2), LAYER, x_BTI[:1, :2] / 4, names)
+
+
+def test_bad_options_and_changes_of_the_pool_are_refused_by_name(pool):
+    with pytest.raises(WeightingError, match="dim of router 'adapter_fusion' is 0"):
+        router("adapter_fusion", pool, dim=0)
+    with pytest.raises(WeightingError, match="temperature of router 'adapter_fusion' is 0"):
+        router("adapter_fusion", pool, temperature=0)
+    with pytest.raises(ScopeError, match="without 'e1'"):
+        router("adapter_fusion", pool).remove_expert("e1")
+
+
+def test_training_lowers_the_loss(make_model, make_adapters):
+    model = make_model("llama").requires_grad_(False)
+    pool = ExpertPool(make_adapters(model, "llama"))
+    torch.manual_seed(0)
+    made = router("adapter_fusion", pool)
+    ids_BT = torch.randint(3, 61, (2, 8))
+    optimiser = torch.optim.Adam(made.parameters(), lr=0.02)
+    losses = []
+    with Composer(model, pool).activate(made):
+        for _ in range(15):
+            loss = model(input_ids=ids_BT, labels=ids_BT).loss
+            losses.append(loss.item())
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+    assert losses[-1] < losses[0] - 0.05

@@ -1,0 +1,43 @@
+"""What is said to be a prompt, and for how long."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loraweave.errors import ScopeError
+from loraweave.routers.tokens._call import copies_of, current_prompts, prompted
+
+IDS_BT = torch.tensor([[0, 5, 6], [7, 8, 9]])
+MASK_BT = torch.tensor([[0, 1, 1], [1, 1, 0]])
+
+
+def test_prompts_are_the_real_tokens_inside_the_block_alone():
+    assert current_prompts() is None
+    with prompted(IDS_BT, MASK_BT):
+        assert current_prompts().rows == [[5, 6], [7, 8]]
+    assert current_prompts() is None
+
+
+def test_what_the_outer_block_has_said_stays():
+    with prompted(IDS_BT, MASK_BT):
+        with prompted(IDS_BT[:1], MASK_BT[:1]):
+            assert len(current_prompts().rows) == 2
+        assert len(current_prompts().rows) == 2
+
+
+def test_an_error_ends_the_block_too():
+    def interrupted():
+        with prompted(IDS_BT, MASK_BT):
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        interrupted()
+    assert current_prompts() is None
+
+
+def test_a_call_has_a_multiple_of_the_prompts_as_rows():
+    with prompted(IDS_BT, MASK_BT):
+        assert copies_of("x", current_prompts(), 6) == 3
+        with pytest.raises(ScopeError, match="knows 2 prompts, but the call has 3 rows"):
+            copies_of("x", current_prompts(), 3)

@@ -1,0 +1,120 @@
+"""LD-MoLE's gates, the lambda that its tokens get, and the loss on their number of experts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loraweave.errors import WeightingError
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.pool import ExpertPool
+from loraweave.routers.tokens._learned import Step
+from loraweave.routers.tokens._saved import router
+from loraweave.routers.tokens._scores import sparsegen
+from loraweave.types import Factors
+
+NAMES = ("e0", "e1", "e2", "e3")
+
+
+@pytest.fixture
+def pool():
+    draw = torch.Generator().manual_seed(0)
+
+    def part(num_inputs):
+        return Factors(torch.randn(2, num_inputs, generator=draw), torch.randn(12, 2, generator=draw))
+
+    layers = [{"k": part(20), "q": part(20), "v": part(7)} for _ in NAMES]
+    del layers[1]["k"]
+    return ExpertPool([Adapter(name, "tiny", own) for name, own in zip(NAMES, layers, strict=True)])
+
+
+@pytest.fixture
+def x_BTI():
+    return 3 * torch.randn(2, 5, 20, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def made_of(pool, **options):
+    torch.manual_seed(2)
+    return router("ld_mole", pool, hidden=8, **options).double()
+
+
+@pytest.mark.parametrize(("layer", "present"), [("q", [0, 1, 2, 3]), ("k", [0, 2, 3])])
+def test_weights_are_sparsegen_of_the_gates_with_a_lambda_from_the_mlp(pool, x_BTI, layer, present):
+    made = made_of(pool)
+    mlp = made.lambdas_["20"]
+    hidden = (x_BTI @ mlp.first.weight.T + mlp.first.bias).clamp_min(0)
+    out = hidden @ mlp.last.weight.T + mlp.last.bias
+    lambda_BT1 = 0.99 - torch.log(1 + torch.exp(-out))
+    scores_BTP = (x_BTI @ made.gates_[layer].T)[..., present]
+    w_BTE = made.weights(x_BTI, layer)
+    assert torch.allclose(w_BTE[..., present], sparsegen(scores_BTP, lambda_BT1), atol=1e-12)
+    assert w_BTE.detach()[..., [e for e in range(4) if e not in present]].count_nonzero() == 0
+    assert bool((made.lambdas(x_BTI, layer) < 0.99).all())
+
+
+def test_tokens_get_different_numbers_of_experts(pool, x_BTI):
+    made = made_of(pool)
+    with torch.no_grad():
+        made.gates_["q"].mul_(5)
+        counts = (made.weights(x_BTI, "q") > 0).sum(dim=-1)
+    assert len(set(counts.flatten().tolist())) > 1
+
+
+def test_layers_of_as_many_inputs_share_an_mlp_and_have_gates_of_their_own(pool):
+    made = made_of(pool)
+    assert set(made.lambdas_) == {"7", "20"}
+    assert sorted(made.gates_) == ["k", "q", "v"]
+
+
+def test_lambda_begins_where_several_experts_take_part_and_hidden_units_have_gradients(pool, x_BTI):
+    made = made_of(pool)
+    lambda_BT1 = made.lambdas(x_BTI, "q")
+    assert float(lambda_BT1.detach().mean()) == pytest.approx(-1.6, abs=0.5)
+    lambda_BT1.sum().backward()
+    assert bool(made.lambdas_["20"].first.weight.grad.any())
+
+
+def test_gradients_are_those_of_finite_differences(pool, x_BTI, has_exact_gradients):
+    names = ("gates_.q", "lambdas_.20.first.weight", "lambdas_.20.last.weight")
+    assert has_exact_gradients(made_of(pool), "q", x_BTI[:1, :2], names)
+
+
+def test_the_sparsity_loss_is_how_far_lambda_is_below_the_least_for_the_target(pool, x_BTI):
+    made = made_of(pool, sparsity=0.3, target=2)
+    mask_BT = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    made.step = Step(mask_BT, torch.full((2,), -1))
+    means = []
+    for layer, present in (("q", [0, 1, 2, 3]), ("k", [0, 2, 3])):
+        made.weights(x_BTI, layer)
+        u_BTP = (x_BTI @ made.gates_[layer].T)[..., present].sort(dim=-1, descending=True).values
+        least_BT = 1 - (u_BTP[..., 0] + u_BTP[..., 1] - 2 * u_BTP[..., 2])
+        short_BT = (least_BT - made.lambdas(x_BTI, layer)[..., 0]).clamp_min(0)
+        means.append(float(short_BT[mask_BT.bool()].detach().mean()))
+    loss = made.losses(made.step)["sparsity"]
+    assert float(loss.detach()) == pytest.approx(0.3 * sum(means) / 2)
+    loss.backward()
+    assert made.gates_["q"].grad is None
+    assert bool(made.lambdas_["20"].last.bias.grad.any())
+    assert made_of(pool).losses(made.step) == {}
+
+
+def test_the_sparsity_loss_alone_brings_tokens_down_to_the_target(pool, x_BTI):
+    made = made_of(pool, sparsity=1.0, target=2)
+    optimizer = torch.optim.Adam(made.lambdas_.parameters(), lr=0.05)
+    for _ in range(100):
+        made.step = Step(torch.ones(2, 5), torch.full((2,), -1))
+        made.weights(x_BTI, "q")
+        optimizer.zero_grad()
+        made.losses(made.step)["sparsity"].backward()
+        optimizer.step()
+    counts = (made.weights(x_BTI, "q") > 0).sum(dim=-1)
+    assert int(counts.max()) <= 2
+
+
+def test_options_out_of_range_are_refused_by_name(pool):
+    with pytest.raises(WeightingError, match="hidden of router 'ld_mole' is 0"):
+        router("ld_mole", pool, hidden=0)
+    with pytest.raises(WeightingError, match="target of router 'ld_mole' is 0"):
+        router("ld_mole", pool, target=0)
+    with pytest.raises(WeightingError, match="sparsity of router 'ld_mole' is -1"):
+        router("ld_mole", pool, sparsity=-1)

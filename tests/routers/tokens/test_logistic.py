@@ -1,0 +1,110 @@
+"""A classifier of texts as a router: it is scikit-learn's, kept as two tensors."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+import loraweave as lw
+from loraweave.errors import InvalidTask, UnknownExpert, UnknownName, WeightingError
+from loraweave.hub.embedders.hashing import Hashing
+
+EXAMPLES = {"a": ["red apple", "green apple", "a pear"], "b": ["one two", "four"], "c": ["paris in france", "rome"]}
+TEXTS = ["an apple", "two and four", "is rome in france"]
+
+
+def logistic(pool, **options):
+    return lw.router("logistic", pool, **{"examples": EXAMPLES, "embedder": "hashing"} | options)
+
+
+def reference(examples=EXAMPLES, **settings):
+    """p_NE of scikit-learn's own predict_proba."""
+    embed = Hashing().embed
+    rows = embed([text for own in examples.values() for text in own])
+    labels = [name for name, own in examples.items() for _ in own]
+    model = LogisticRegression(**{"C": 10.0, "tol": 1e-10, "max_iter": 10_000} | settings).fit(rows, labels)
+    return model.predict_proba(embed(TEXTS))
+
+
+def test_probabilities_are_those_of_scikit_learn(pool):
+    for strength in (0.5, 10.0):
+        found = logistic(pool, form="probabilities", inverse_penalty=strength).of_texts(TEXTS)
+        assert np.allclose(found.numpy(), reference(C=strength), atol=1e-4)
+
+
+def test_a_selection_is_the_likeliest_alone(pool):
+    assert torch.equal(logistic(pool).of_texts(TEXTS), torch.eye(3)[torch.from_numpy(reference().argmax(axis=1))])
+
+
+def test_of_two_experts_the_probabilities_are_those_of_one_logit(pool):
+    two = {name: EXAMPLES[name] for name in ("a", "b")}
+    found = logistic(pool.subset(["a", "b"]), examples=two, form="probabilities").of_texts(TEXTS)
+    assert np.allclose(found.numpy(), reference(two), atol=1e-4)
+    assert torch.equal(logistic(pool.subset(["a"]), examples={"a": ["x"]}).of_texts(TEXTS), torch.ones(3, 1))
+
+
+def test_neither_the_order_of_experts_nor_of_texts_matters(pool):
+    turned = {name: EXAMPLES[name][::-1] for name in ("c", "b", "a")}
+    second = logistic(pool.subset(["c", "b", "a"]), examples=turned, form="probabilities").of_texts(TEXTS)
+    assert torch.allclose(second.flip(1), logistic(pool, form="probabilities").of_texts(TEXTS), atol=1e-4)
+
+
+def test_every_form_of_a_data_set_gives_the_same_router(pool, engine):
+    pairs = {name: [(text, "yes") for text in own] for name, own in EXAMPLES.items()}
+    tasks = {name: lw.Task(own, instruction=f"do {name}", template="{instruction} {input}") for name, own in pairs.items()}
+    prompts = {name: [f"do {name} {text}" for text in own] for name, own in EXAMPLES.items()}
+    rows = [{"input": i, "target": t, "expert": name} for name, own in pairs.items() for i, t in own]
+    bare = {name: [f"\nInput: {text}\nOutput:" for text in own] for name, own in EXAMPLES.items()}
+    for dataset, expected in ((tasks, prompts), (prompts, prompts), (pairs, bare), (rows, bare)):
+        found = lw.router("logistic", pool, embedder="hashing", form="probabilities").fit(engine, dataset).of_texts(TEXTS)
+        assert torch.equal(found, logistic(pool, examples=expected, form="probabilities").of_texts(TEXTS))
+
+
+def test_saved_it_is_two_tensors_and_gives_the_same(pool, tmp_path):
+    made = logistic(pool, form="probabilities")
+    made.save_pretrained(tmp_path / "router")
+    assert sorted(path.name for path in (tmp_path / "router").iterdir()) == ["router.json", "router.safetensors"]
+    assert torch.equal(lw.router(tmp_path / "router").of_texts(TEXTS), made.of_texts(TEXTS))
+
+
+def test_before_it_was_fitted_it_says_so(pool, engine):
+    with pytest.raises(WeightingError, match="knows no text of its experts yet: fit"):
+        lw.router("logistic", pool, embedder="hashing").of_texts(TEXTS)
+    with pytest.raises(WeightingError, match="knows no text"), engine.activate(lw.router("logistic", pool)):
+        engine.model(torch.tensor([[5]]))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "error", "message"),
+    [
+        ({}, InvalidTask, "the data set is empty"),
+        ({"a": ["x"]}, WeightingError, "needs examples of every expert, and has none of 'b', 'c'"),
+        ({**EXAMPLES, "d": ["x"]}, UnknownExpert, "no expert 'd'"),
+        ([("x", "y")], InvalidTask, "row 1 of the data set.* names no expert"),
+        ([{"input": "x", "target": "y"}], InvalidTask, "row 1 of the data set.* names no expert"),
+        ({"a": []}, WeightingError, "has none of 'a', 'b', 'c'"),
+    ],
+)
+def test_a_data_set_without_the_labels_it_needs_is_refused(pool, engine, dataset, error, message):
+    with pytest.raises(error, match=message):
+        lw.router("logistic", pool, embedder="hashing").fit(engine, dataset)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"form": "mixture"}, UnknownName, "selection, probabilities"),
+        ({"inverse_penalty": 0.0}, WeightingError, "inverse_penalty of router 'logistic' is 0.0"),
+        ({"examples": {"a": ["x"]}}, WeightingError, "has none of 'b', 'c'"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_by_name(pool, options, error, message):
+    with pytest.raises(error, match=message):
+        logistic(pool, **options)
+
+
+def test_the_engines_own_fit_points_to_the_routers(pool, engine):
+    with pytest.raises(lw.TrainingError, match=r"router\.fit"):
+        engine.fit(logistic(pool), EXAMPLES)

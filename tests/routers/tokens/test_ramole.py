@@ -1,0 +1,272 @@
+"""RAMoLE's attention over sets of experts, against the formula with all outputs formed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from loraweave.composer.composer import Composer
+from loraweave.composer.train.checkpointed_blocks import checkpointed_blocks
+from loraweave.errors import BaseModelMismatch, WeightingError
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.pool import ExpertPool
+from loraweave.routers.tokens._learned import Step
+from loraweave.routers.tokens._saved import router
+from loraweave.routers.tokens.ramole import Ramole
+from loraweave.types import Factors
+
+LAYER = "q"
+RANKS = (4, 2, 30, 1)
+NAMES = ("e0", "e1", "e2", "e3")
+
+
+def adapter(name, seed, ranks):
+    draw = torch.Generator().manual_seed(seed)
+    sizes = {LAYER: 12, "v": 7, "o": 5}
+    layers = {
+        layer: Factors(torch.randn(rank, 20, generator=draw) / 4, torch.randn(sizes[layer], rank, generator=draw) / 4)
+        for layer, rank in ranks.items()
+    }
+    return Adapter(name, "tiny", layers)
+
+
+@pytest.fixture
+def pool():
+    adapters = [adapter(name, place, {LAYER: RANKS[place]}) for place, name in enumerate(NAMES)]
+    adapters[1], adapters[3] = adapter("e1", 1, {LAYER: 2, "v": 3}), adapter("e3", 3, {LAYER: 1, "v": 2})
+    return ExpertPool(adapters)
+
+
+@pytest.fixture
+def engine_of_four(make_model, make_adapter):
+    """(engine, made_of): of four experts, so that there is something to leave out, and routers drawn alike."""
+    model = make_model("llama").requires_grad_(False)
+    adapters = [make_adapter(model, name, targets=("q_proj", "down_proj"), seed=at) for at, name in enumerate("abcd")]
+    pool = ExpertPool(adapters)
+
+    def made_of():
+        torch.manual_seed(2)
+        return router("ramole", pool)
+
+    return Composer(model, pool), made_of
+
+
+@pytest.fixture
+def x_BTI():
+    return torch.randn(3, 5, 20, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def trained(pool, **options):
+    """A router in float64 with parameters as training may leave them."""
+    torch.manual_seed(2)
+    made = router("ramole", pool, **options).double()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    return made
+
+
+def written_out(pool, made, x_BTI, layer):
+    """Scores of the experts of a layer: (A_r x) . (B_r^T E_e(x)) / sqrt(r), each output formed."""
+    a_RI, b_OR = made.queries_[layer].detach(), made.keys_[layer].detach().T
+    scores = []
+    for each in pool.adapters.values():
+        scores.append(torch.full(x_BTI.shape[:2], -math.inf, dtype=torch.float64))
+        if layer in each.layers:
+            part = each.layers[layer]
+            output_BTO = x_BTI @ part.a_RI.double().T @ part.b_OR.double().T
+            scores[-1] = ((x_BTI @ a_RI.T) * (output_BTO @ b_OR)).sum(dim=-1) / math.sqrt(len(a_RI))
+    return torch.stack(scores, dim=-1)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 200])
+@pytest.mark.parametrize("rank", [1, 8, 30])
+@pytest.mark.parametrize("layer", [LAYER, "v"])
+def test_weights_are_the_attention_of_the_router_lora_over_the_outputs(pool, layer, rank, num_tokens):
+    x_BTI = torch.randn(2, num_tokens, 20, dtype=torch.float64)
+    made = trained(pool, rank=rank)
+    expected = written_out(pool, made, x_BTI, layer).softmax(dim=-1)
+    assert torch.allclose(made.weights(x_BTI, layer), expected, atol=1e-5)
+
+
+def test_a_new_router_weighs_all_alike_and_its_keys_have_a_gradient(pool, x_BTI):
+    made = router("ramole", pool)
+    w_BTE = made.weights(x_BTI, LAYER)
+    assert torch.equal(w_BTE, torch.full_like(w_BTE, 1 / 4))
+    w_BTE[..., 0].sum().backward()
+    assert bool(made.keys_[LAYER].grad.any())
+    # which is why fit() does not ask for one at the first step
+    assert not bool(made.queries_[LAYER].grad.any())
+    assert made.silent_at_first == ("queries_",)
+
+
+def test_its_query_starts_as_the_first_matrix_of_a_lora(pool):
+    found = router("ramole", pool, rank=64).queries_[LAYER].detach()
+    bound = 1 / math.sqrt(20)
+    assert float(found.abs().max()) <= bound
+    # of a uniform distribution, whose standard deviation is bound / sqrt(3)
+    assert float(found.std()) == pytest.approx(bound / math.sqrt(3), rel=0.05)
+
+
+def test_another_gauge_gives_the_same_weights(pool, x_BTI):
+    draw = torch.Generator().manual_seed(3)
+    turned = []
+    for name, each in pool.adapters.items():
+        layers = {}
+        for layer, part in each.layers.items():
+            gauge_RR = torch.eye(part.rank, dtype=torch.float64) * 2 + 0.1 * torch.randn(
+                part.rank, part.rank, generator=draw
+            )
+            b_OR = part.b_OR.double() @ torch.linalg.inv(gauge_RR)
+            layers[layer] = Factors((gauge_RR @ part.a_RI.double()).float(), b_OR.float())
+        turned.append(Adapter(name, "tiny", layers))
+    found = trained(pool).for_pool(ExpertPool(turned)).weights(x_BTI, LAYER)
+    assert torch.allclose(found, trained(pool).weights(x_BTI, LAYER), atol=1e-4)
+
+
+def test_experts_in_another_order_have_the_same_weights(pool, x_BTI):
+    order = [2, 0, 3, 1]
+    made = trained(pool)
+    turned = made.for_pool(pool.subset(NAMES[place] for place in order))
+    assert torch.allclose(turned.weights(x_BTI, LAYER), made.weights(x_BTI, LAYER)[..., order], atol=1e-12)
+
+
+def test_gradients_are_those_of_finite_differences(pool, x_BTI, has_exact_gradients):
+    names = (f"queries_.{LAYER}", f"keys_.{LAYER}")
+    assert has_exact_gradients(trained(pool, rank=2), LAYER, x_BTI[:1, :2], names)
+
+
+def test_an_expert_that_was_never_trained_joins_and_the_others_keep_their_ratios(pool, x_BTI):
+    made = trained(pool)
+    new = adapter("new", 9, {LAYER: 5, "v": 2})
+    before, after = made.weights(x_BTI, LAYER), made.add_expert("new", new).weights(x_BTI, LAYER)
+    larger = pool.including("new", new)
+    assert torch.allclose(after, written_out(larger, made, x_BTI, LAYER).softmax(dim=-1), atol=1e-5)
+    kept = after[..., :4] / after[..., :4].sum(dim=-1, keepdim=True)
+    assert torch.allclose(kept, before, atol=1e-9)
+    assert torch.equal(made.for_pool(larger).weights(x_BTI, LAYER), after)
+
+
+def test_without_an_expert_the_others_keep_their_ratios(pool, x_BTI):
+    made = trained(pool)
+    before, after = made.weights(x_BTI, LAYER)[..., [0, 1, 3]], made.remove_expert("e2").weights(x_BTI, LAYER)
+    assert torch.allclose(after, before / before.sum(dim=-1, keepdim=True), atol=1e-9)
+
+
+def test_layers_that_join_weigh_alike_and_are_saved(pool, x_BTI, tmp_path):
+    grown = trained(pool).add_expert("n1", adapter("n1", 9, {LAYER: 2, "o": 2}))
+    grown = grown.add_expert("n2", adapter("n2", 10, {"o": 4}))
+    found = grown.weights(x_BTI, "o")
+    assert torch.equal(found[..., 4:], torch.full_like(found[..., 4:], 1 / 2))
+    assert not bool(found[..., :4].any())
+    grown.save_pretrained(tmp_path / "router")
+    again = router(tmp_path / "router")
+    assert torch.equal(again.weights(x_BTI, LAYER), grown.weights(x_BTI, LAYER))
+    left = grown.remove_expert("e1").remove_expert("e3")
+    assert set(left.queries_) == {LAYER, "o"}
+    left.save_pretrained(tmp_path / "left")
+    assert router(tmp_path / "left").experts == ("e0", "e2", "n1", "n2")
+
+
+def test_in_train_mode_rows_leave_out_half_of_the_experts_but_never_all(pool):
+    made = trained(pool).train()
+    x_BTI = torch.randn(4000, 2, 20, dtype=torch.float64)
+    full, found = made.eval().weights(x_BTI, LAYER), made.train().weights(x_BTI, LAYER)
+    stays_BE = found[:, 0] > 0
+    # all tokens of a row have the same candidates, and each has the ratios that it has among all
+    assert torch.equal(stays_BE, found[:, 1] > 0)
+    kept = torch.where(stays_BE[:, None], full, 0.0)
+    assert torch.allclose(found, kept / kept.sum(dim=-1, keepdim=True), atol=1e-9)
+    counts = stays_BE.sum(dim=1)
+    assert int(counts.min()) == 2
+    # of 4 with probability one half each: 1, 4 and 6, 4, 1 in 16 have 0, 1, 2, 3 and 4; those below 2 become 2
+    expected = torch.tensor([0, 0, 11, 4, 1]) / 16
+    assert torch.allclose(counts.bincount(minlength=5) / 4000, expected, atol=0.03)
+    assert torch.equal(made.eval().weights(x_BTI, LAYER), full)
+    assert not router("ramole", pool).training
+
+
+def test_without_dropout_training_sees_all_experts(pool, x_BTI):
+    made = trained(pool, dropout=0.0)
+    assert torch.equal(made.train().weights(x_BTI, LAYER), made.eval().weights(x_BTI, LAYER))
+
+
+def test_bad_options_and_pools_are_refused_by_name(pool):
+    with pytest.raises(WeightingError, match="rank of router 'ramole' is 0"):
+        router("ramole", pool, rank=0)
+    with pytest.raises(WeightingError, match=r"dropout of router 'ramole' is 1\.0.*below 1"):
+        router("ramole", pool, dropout=1.0)
+    with pytest.raises(
+        WeightingError, match="trained for 2 layers, the first 'q', but the pool updates 1 others, the first 'o'"
+    ):
+        router("ramole", pool).for_pool(ExpertPool([adapter("new", 9, {"o": 2})]))
+    other = Adapter("new", "another", {LAYER: pool.adapters["e0"].layers[LAYER]})
+    with pytest.raises(BaseModelMismatch, match="another"):
+        router("ramole", pool).for_pool(ExpertPool([other]))
+
+
+def test_training_lowers_the_loss(make_model, make_adapters):
+    model = make_model("llama").requires_grad_(False)
+    pool = ExpertPool(make_adapters(model, "llama"))
+    torch.manual_seed(0)
+    made: Ramole = router("ramole", pool).train()
+    ids_BT = torch.randint(3, 61, (2, 8))
+    optimiser = torch.optim.Adam(made.parameters(), lr=0.02)
+
+    def loss():
+        return model(input_ids=ids_BT, labels=ids_BT).loss
+
+    with Composer(model, pool).activate(made):
+        before = loss().item()
+        for _ in range(15):
+            optimiser.zero_grad()
+            loss().backward()
+            optimiser.step()
+        made.eval()
+        assert loss().item() < before - 0.05
+
+
+def test_a_step_in_several_passes_leaves_out_the_same_experts(engine_of_four):
+    engine, made_of = engine_of_four
+    rows = [{"input_ids": [5, 9, 11, 30, 7][:count], "labels": [5, 9, 11, 30, 7][:count]} for count in (5, 2, 4, 3, 5)]
+    settings = {"steps": 3, "batch_size": 5, "lr": 0.1, "seed": 4, "progress": False}
+    plain = made_of().fit(engine, rows, **settings).state_dict()
+    split = made_of().fit(engine, rows, gradient_accumulation=3, **settings).state_dict()
+    other = made_of().fit(engine, rows, **{**settings, "seed": 5}).state_dict()
+    assert all(torch.allclose(split[name], value, atol=1e-4) for name, value in plain.items())
+    assert not all(torch.allclose(other[name], value, atol=1e-2) for name, value in plain.items())
+
+
+def test_in_a_training_each_row_and_each_layer_leaves_out_experts_of_its_own(pool):
+    made = trained(pool).train()
+    x_BTI = torch.randn(1, 1, 20, dtype=torch.float64).expand(4000, 1, 20)
+    made.step = Step(torch.ones(4000, 1), torch.full((4000,), -1), seeds_B=tuple(range(4000)))
+    found = made.weights(x_BTI, LAYER)[:, 0] > 0
+    counts = found.sum(dim=1).bincount(minlength=5) / 4000
+    # as above: of 4 with probability one half each, but never fewer than two
+    assert torch.allclose(counts, torch.tensor([0, 0, 11, 4, 1]) / 16, atol=0.03)
+    assert torch.equal(made.weights(x_BTI, LAYER)[:, 0] > 0, found)
+    made.step = Step(torch.ones(2, 1), torch.full((2,), -1), seeds_B=(7, 7))
+    assert torch.equal(*made.weights(x_BTI[:2], LAYER))
+
+
+def test_gradient_checkpointing_leaves_out_the_same_experts_again(make_model, make_adapters):
+    model = make_model("llama").requires_grad_(False)
+    pool = ExpertPool(make_adapters(model, "llama"))
+    ids_BT = torch.randint(3, 61, (4, 8), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(2)
+    made = router("ramole", pool).train()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    gradients = []
+    for checkpointing in (False, True):
+        made.zero_grad()
+        torch.manual_seed(5)
+        with checkpointed_blocks(model, checkpointing), Composer(model, pool).activate(made):
+            model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in made.parameters()])
+    assert all(torch.allclose(plain, again, atol=1e-6) for plain, again in zip(*gradients, strict=True))
+    assert any(bool(gradient.any()) for gradient in gradients[0])

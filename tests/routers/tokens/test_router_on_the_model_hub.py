@@ -1,0 +1,117 @@
+"""Routers that are put into a stand-in for the model hub, and read from there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+import torch
+
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.pool import ExpertPool
+from loraweave.routers.tokens._saved import router
+from loraweave.routers.tokens._written import router_card
+from loraweave.types import Factors
+
+DRIVER = Path(__file__).parents[2] / "hub" / "intake" / "model_hub.py"
+
+
+def driver_module():
+    spec = spec_from_file_location("model_hub", DRIVER)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    model_hub = driver_module()
+    root, home = tmp_path_factory.mktemp("served"), tmp_path_factory.mktemp("home")
+    torch.manual_seed(0)
+    adapters = [Adapter(name, "tiny", {"layer": Factors(torch.randn(2, 8), torch.randn(6, 2))}) for name in ("a", "b")]
+    arrow = router("arrow", adapters)
+    folder = arrow.save_pretrained(tmp_path_factory.mktemp("saved") / "arrow", pool=ExpertPool(adapters))
+    adapters[0].save_pretrained(root / "tiny" / "lora")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    environment |= {"HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
+    with model_hub.serving(root) as (address, _, _):
+        run = subprocess.run(
+            [sys.executable, str(DRIVER), "routers", str(folder)],
+            env={**environment, "HF_ENDPOINT": address},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+    assert run.returncode == 0, run.stderr
+    return {
+        **json.loads(run.stdout),
+        "printed": run.stdout + run.stderr,
+        "root": root / "mine",
+        "state": {name: value.tolist() for name, value in arrow.state_dict().items()},
+        "token": model_hub.TOKEN,
+        "commit": model_hub.COMMIT,
+    }
+
+
+def test_a_router_goes_to_the_model_hub_with_its_pool_and_comes_back(found):
+    assert found["push"] == found["commit"]
+    assert found["read"] == found["cached"] == {"state": found["state"], "pool": ["a", "b"]}
+
+
+def test_a_repository_is_made_private_where_that_is_asked_for(found):
+    arrow, alone = (json.loads((found["root"] / name / "made").read_text()) for name in ("arrow", "alone"))
+    # how the client says it depends on its version
+    assert arrow.get("visibility") == "private" or arrow.get("private") is True
+    assert alone.get("visibility") != "private"
+    assert not alone.get("private")
+
+
+def test_the_message_of_the_commit_can_be_given(found):
+    assert (found["root"] / "arrow" / "message").read_text() == "an arrow"
+    assert (found["root"] / "alone" / "message").read_text() == "router arrow for 2 experts"
+
+
+def test_a_router_without_its_pool_is_two_files(found):
+    assert found["alone, read"] == {"state": found["state"], "pool": []}
+    files = {path.name for path in (found["root"] / "alone").iterdir()}
+    assert files == {"README.md", "made", "message", "router.json", "router.safetensors"}
+
+
+def test_the_card_names_base_and_experts_and_no_folder_as_the_base(found):
+    card = (found["root"] / "arrow" / "README.md").read_text()
+    assert "base_model: tiny\n" in card
+    assert "\n    a\n    b\n" in card
+    assert "lw.router('mine/arrow')" in card
+    torch.manual_seed(0)
+    local = Adapter("# x\n---", "/home/me/base", {"layer": Factors(torch.randn(2, 8), torch.randn(6, 2))})
+    text = router_card(router("arrow", [local]), "mine/arrow", with_pool=False)
+    assert "base_model" not in text
+    assert text.endswith("\n    # x ---\n")
+
+
+@pytest.mark.parametrize(
+    ("case", "error", "words"),
+    [
+        ("wrong token", "HubReadOnly", ["mine/arrow", "token="]),
+        ("others'", "HubReadOnly", ["theirs/arrow", "the owner's name"]),
+        ("no id", "AdapterNotFound", ["'a/b/c'", "owner/name"]),
+        ("out of order", "SourceUnavailable", ["mine/full", "run it again"]),
+        ("unknown", "AdapterNotFound", ["mine/nothing"]),
+        ("no router", "AdapterNotFound", ["no router", "router.json"]),
+    ],
+)
+def test_what_does_not_work_is_a_named_error_on_one_line(found, case, error, words):
+    outcome = found[case]
+    assert outcome["error"] == error, outcome
+    assert "\n" not in outcome["message"]
+    assert [word for word in words if word not in outcome["message"]] == []
+
+
+def test_no_token_is_ever_printed(found):
+    assert found["token"] not in found["printed"]
+    assert "hf_wrongwrongwrong" not in found["printed"]

@@ -1,0 +1,97 @@
+"""SpectR and LAG, against the dense updates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loraweave.errors import UnknownName, WeightingError
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.pool import ExpertPool
+from loraweave.routers.tokens._saved import router
+from loraweave.types import Factors
+
+LAYER = "q"
+RANKS = (4, 2, 30, 1, 3)
+
+
+@pytest.fixture
+def pool():
+    draw = torch.Generator().manual_seed(0)
+    layers = [Factors(torch.randn(r, 32, generator=draw), torch.randn(24, r, generator=draw)) for r in RANKS]
+    return ExpertPool([Adapter(f"e{n}", "tiny", layers={LAYER: part}) for n, part in enumerate(layers)])
+
+
+@pytest.fixture
+def deltas(pool):
+    return [a.layers[LAYER].b_OR.double() @ a.layers[LAYER].a_RI.double() for a in pool.adapters.values()]
+
+
+@pytest.fixture
+def x_BTI():
+    return torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(1))
+
+
+def test_a_score_is_the_length_of_what_the_expert_adds(pool, deltas, x_BTI):
+    found = router("spectr", pool).scores(x_BTI, LAYER)
+    expected = torch.stack([(x_BTI.double() @ delta.T).norm(dim=-1) for delta in deltas], dim=-1)
+    assert torch.allclose(found.double(), expected, rtol=1e-4)
+
+
+def test_spectr_weighs_the_top_k_by_their_softmax(pool, deltas, x_BTI):
+    found = router("spectr", pool, top_k=2, temperature=5.0).weights(x_BTI, LAYER)
+    scores = torch.stack([(x_BTI.double() @ delta.T).norm(dim=-1) for delta in deltas], dim=-1) / 5.0
+    threshold = scores.sort(dim=-1, descending=True).values[..., 1:2]
+    expected = torch.where(scores >= threshold, scores.exp(), 0.0)
+    expected = expected / expected.sum(dim=-1, keepdim=True)
+    assert torch.allclose(found.double(), expected, atol=1e-4)
+
+
+def test_another_gauge_gives_the_same_scores(pool, x_BTI):
+    draw = torch.Generator().manual_seed(3)
+    turned = []
+    for name, a in pool.adapters.items():
+        part = a.layers[LAYER]
+        gauge_RR = torch.eye(part.rank, dtype=torch.float64) * 2 + 0.1 * torch.randn(part.rank, part.rank, generator=draw)
+        b_OR = part.b_OR.double() @ torch.linalg.inv(gauge_RR)
+        turned.append(Adapter(name, "tiny", layers={LAYER: Factors((gauge_RR @ part.a_RI.double()).float(), b_OR.float())}))
+    found = router("spectr", turned).scores(x_BTI, LAYER)
+    assert torch.allclose(found, router("spectr", pool).scores(x_BTI, LAYER), rtol=1e-4)
+
+
+def test_lag_takes_arrows_candidates_and_spectrs_best_of_them(pool, deltas, x_BTI):
+    found = router("lag", pool, candidates=2).weights(x_BTI, LAYER)
+    v_EI = torch.stack([torch.linalg.svd(delta).Vh[0] for delta in deltas])
+    along = (x_BTI.double() @ v_EI.T).abs()
+    lengths = torch.stack([(x_BTI.double() @ delta.T).norm(dim=-1) for delta in deltas], dim=-1)
+    disagreements = 0
+    for b in range(2):
+        for t in range(9):
+            candidates = along[b, t].argsort(descending=True)[:2].tolist()
+            best = max(candidates, key=lambda place: float(lengths[b, t, place]))
+            disagreements += best != int(lengths[b, t].argmax())
+            assert found[b, t].tolist() == [float(place == best) for place in range(5)]
+    # otherwise this would be SpectR alone
+    assert disagreements
+
+
+def test_all_experts_as_candidates_is_spectr(pool, x_BTI):
+    found = router("lag", pool, candidates=5, top_k=3, temperature=5.0).weights(x_BTI, LAYER)
+    assert torch.equal(found, router("spectr", pool, top_k=3, temperature=5.0).weights(x_BTI, LAYER))
+
+
+@pytest.mark.parametrize("score", ["arrow", "spectr"])
+def test_the_top_1_has_weight_1_whatever_its_probability(pool, x_BTI, score):
+    found = router("mixture_of_top1", pool, score=score).weights(x_BTI, LAYER)
+    soft = router(score, pool, top_k=1).weights(x_BTI, LAYER)
+    assert torch.equal(found, soft)
+    assert set(found.flatten().tolist()) == {0.0, 1.0}
+
+
+def test_few_candidates_and_unknown_scores_are_refused_by_name(pool):
+    with pytest.raises(WeightingError, match="top_k=3 of candidates=2"):
+        router("lag", pool, candidates=2, top_k=3)
+    with pytest.raises(WeightingError, match="candidates of router 'lag' is 6, but the pool has 5"):
+        router("lag", pool, candidates=6)
+    with pytest.raises(UnknownName, match="no score 'arow' of router 'mixture_of_top1', did you mean 'arrow'"):
+        router("mixture_of_top1", pool, score="arow")
