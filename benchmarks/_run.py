@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 import loraweave as lw
+from loraweave.demo import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 RESAMPLES = 2000
@@ -40,9 +41,8 @@ class Table:
         return Table(self.title, tuple(self.columns[n] for n in kept), rows)
 
     def markdown(self) -> str:
-        lines = [self.columns, ("---",) * len(self.columns), *self.rows]
-        # an empty cell has one blank, and the rule under the headings none
-        return "\n".join(f"|{'|'.join(line)}|" if line[0] == "---" else f"| {' | '.join(line)} |" for line in lines)
+        first, *others = (f"| {' | '.join(line)} |" for line in (self.columns, *self.rows))
+        return "\n".join([first, f"|{'---|' * len(self.columns)}", *others])
 
 
 @dataclass
@@ -82,6 +82,10 @@ class Run:
         return {
             entry["task"]: entry for part in chosen for entry in part if not there or (self.data / entry["file"]).is_file()
         }
+
+    def rows(self, task: str) -> list[dict[str, Any]]:
+        """The rows of a task of the manifest."""
+        return read_rows(self.data / self.entries()[task]["file"])
 
     def adapters(self) -> list[Path]:
         """The adapters' folders in --pool."""

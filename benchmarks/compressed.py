@@ -24,7 +24,7 @@ import typer
 import loraweave as lw
 from benchmarks._run import Run, Table, pairs
 from loraweave.composer.model.scoring import losses
-from loraweave.demo import DemoTask, fast_dtype, load_task, read_rows
+from loraweave.demo import DemoTask, fast_dtype, load_task
 from loraweave.lowrank import algebra
 
 OWN = ["antonym", "negation", "passive", "past_tense", "pick_first_5", "plural"]
@@ -62,7 +62,7 @@ def main(
                 ]
                 score, loss = (sum(part[field] for part in found) / len(found) for field in ("value", "loss"))
                 scores.append(f"{score:.0%}, {loss:.2f}")
-            own = own_loss(model, tokenizer, kept, run.data)
+            own = own_loss(run, model, tokenizer, kept)
         cosine = sum(map(_cosine, adapters, kept)) / len(kept)
         taken = f"{time.perf_counter() - started:.0f}"
         table.add(label, f"{size / 1e6:.1f}", f"{cosine:.2f}", f"{own:.2f}", *scores, taken)
@@ -84,11 +84,11 @@ def pools(adapters: list[lw.Adapter], densities: list[float]) -> Iterator[tuple[
         yield f"{density:g}, norm", [_with_norm(adapter, density) for adapter in adapters]
 
 
-def own_loss(model: Any, tokenizer: Any, adapters: list[lw.Adapter], data: Path) -> float:
+def own_loss(run: Run, model: Any, tokenizer: Any, adapters: list[lw.Adapter]) -> float:
     """The mean over the adapters of OWN of the loss on their own task's first test items."""
     engine, found = lw.Composer(model, [adapter for adapter in adapters if adapter.name in OWN]), []
     for name in engine.pool.names:
-        rows = read_rows(data / "pool" / f"{name}.jsonl")
+        rows = run.rows(name)
         items = pairs(rows, "test")[:NUM_OWN]
         with engine.activate({name: 1.0}):
             found += losses(model, tokenizer, lw.Task(items, instruction=rows[0]["definition"]), items)

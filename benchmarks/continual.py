@@ -21,7 +21,7 @@ import typer
 import loraweave as lw
 from benchmarks._run import Run, Table, pairs
 from loraweave.composer.model.scoring import evaluate, losses
-from loraweave.demo import fast_dtype, read_rows
+from loraweave.demo import fast_dtype
 
 WAYS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "sequential": ("sequential", {}),
@@ -59,7 +59,7 @@ def main(
     model, tokenizer = lw.load_base(dtype=fast_dtype())
     names, learned, tests = tasks.split(","), {}, {}
     for name in names:
-        rows = read_rows(run.data / "pool" / f"{name}.jsonl")
+        rows = run.rows(name)
         learned[name] = lw.Task(pairs(rows, "train"), instruction=rows[0]["definition"])
         tests[name] = pairs(rows, "test")[:num_test]
     settings = {"steps": steps, "batch_size": batch_size, "rank": rank, "lr": lr, "seed": run.seed, "progress": False}

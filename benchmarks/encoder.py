@@ -18,7 +18,6 @@ import numpy as np
 import typer
 
 from benchmarks._run import Run, Table, console, pairs
-from loraweave.demo import read_rows
 from loraweave.hub.embedders.sentence import Sentence
 from loraweave.hub.search.search import unit
 from loraweave.retrieval.training import train_encoder
@@ -47,7 +46,7 @@ def main(
 ) -> None:
     """Recall before and after the training."""
     run: Run = context.obj
-    rows = {task: read_rows(run.data / entry["file"]) for task, entry in run.entries("pool").items()}
+    rows = {task: run.rows(task) for task in run.entries("pool")}
     train, test = (
         {task: [text for text, _ in pairs(own, part)] for task, own in rows.items()} for part in ("train", "test")
     )

@@ -28,7 +28,7 @@ import loraweave as lw
 from benchmarks._data import kept, known
 from benchmarks._run import Run, Table, interval, pairs
 from loraweave.composer.model.scoring import padded
-from loraweave.demo import load_task, read_rows
+from loraweave.demo import load_task
 
 NUM_RETRIEVED = 3
 NUM_SEEDS = 3
@@ -79,7 +79,7 @@ def seeds(run: Run) -> None:
 
         def measured(name: str = name) -> dict[str, Any]:
             entry = run.entries("pool")[name]
-            rows = read_rows(run.data / entry["file"])
+            rows = run.rows(name)
             task = lw.Task(pairs(rows, "train"), instruction=entry["definition"], labels=entry["labels"])
             # a job draws its start and the order of its rows by its name
             jobs = {f"start {number}": task for number in range(NUM_SEEDS)}

@@ -50,7 +50,6 @@ from benchmarks._search_methods import (
 )
 from loraweave import registry
 from loraweave.composer.model.batches import batch, encode, mean_losses
-from loraweave.demo import read_rows
 
 KS = (1, 3, 5, 10)
 INPUTS_PER_KEY = 20
@@ -79,14 +78,14 @@ def recall(
     ]
     if not entries:
         raise typer.BadParameter(f"--pool: {pool} has no card <task>/loraweave.json of any pool task of MANIFEST.json")
-    tasks = [_pool_task(run.data, entry, pool, split, num_queries) for entry in entries]
-    unseen = [_unseen_task(run.data, entry, num_queries) for entry in run.entries("unseen").values()]
+    tasks = [_pool_task(run, entry, pool, split, num_queries) for entry in entries]
+    unseen = [_unseen_task(run, entry, num_queries) for entry in run.entries("unseen").values()]
     with card_hub(tasks) as hub:
-        fit = {entry["task"]: _fit_rows(run.data, entry) for entry in entries}
+        fit = {entry["task"]: _fit_rows(run, entry["task"]) for entry in entries}
         encoders = _encoders(tasks, unseen, fit, hidden_state)
         scorers = _scorers(hub, tasks, encoders, fit, run.seed)
         if ceiling:
-            scorers["learner of all rows"] = _learner(run.data, entries)
+            scorers["learner of all rows"] = _learner(run, entries)
         console.print(f"{len(tasks)} pool tasks, {num_queries} {split} rows each")
         for kind, asked in _queries(tasks, run.seed):
             run.show(_recalls(kind, asked, scorers, run.seed))
@@ -133,8 +132,8 @@ def _scorers(
     }
 
 
-def _learner(data: Path, entries: Sequence[dict[str, Any]]) -> Scorer:
-    rows = [read_rows(data / entry["file"]) for entry in entries]
+def _learner(run: Run, entries: Sequence[dict[str, Any]]) -> Scorer:
+    rows = [run.rows(entry["task"]) for entry in entries]
     inputs = [[row["input"] for row in task if row["split"] == "train"] for task in rows]
     with console.status("embedding all training rows"):
         return learner(
@@ -143,8 +142,8 @@ def _learner(data: Path, entries: Sequence[dict[str, Any]]) -> Scorer:
         )
 
 
-def _pool_task(data: Path, entry: dict[str, Any], pool: Path | None, split: str, num_queries: int) -> PoolTask:
-    rows = read_rows(data / entry["file"])
+def _pool_task(run: Run, entry: dict[str, Any], pool: Path | None, split: str, num_queries: int) -> PoolTask:
+    rows = run.rows(entry["task"])
     train = pairs(rows, "train")
     description, examples = entry["definition"], train[:INPUTS_PER_KEY]
     if pool is not None:
@@ -159,12 +158,12 @@ def _pool_task(data: Path, entry: dict[str, Any], pool: Path | None, split: str,
     return PoolTask(entry["task"], description, tuple(examples), tuple(queries[:num_queries]), others)
 
 
-def _fit_rows(data: Path, entry: dict[str, Any]) -> list[str]:
-    return [text for text, _ in pairs(read_rows(data / entry["file"]), "train")][INPUTS_PER_KEY : INPUTS_PER_KEY + NUM_FIT]
+def _fit_rows(run: Run, task: str) -> list[str]:
+    return [text for text, _ in pairs(run.rows(task), "train")][INPUTS_PER_KEY : INPUTS_PER_KEY + NUM_FIT]
 
 
-def _unseen_task(data: Path, entry: dict[str, Any], num_rows: int) -> UnseenTask:
-    examples = pairs(read_rows(data / entry["file"]), "train")[:num_rows]
+def _unseen_task(run: Run, entry: dict[str, Any], num_rows: int) -> UnseenTask:
+    examples = pairs(run.rows(entry["task"]), "train")[:num_rows]
     return UnseenTask(entry["task"], entry["definition"], tuple(examples), tuple(entry["related"]))
 
 
@@ -258,9 +257,9 @@ def gains(
     model, tokenizer = lw.load_base(dtype=torch.bfloat16)
     engine = lw.Composer(model, [lw.Adapter.from_pretrained(path) for path in run.adapters()])
     names = list(engine.pool.names)
-    for task, entry in track(run.entries("unseen").items(), "gains", console=console, disable=not console.is_terminal):
+    for task in track(run.entries("unseen"), "gains", console=console, disable=not console.is_terminal):
         if task not in known:
-            rows = [row for row in read_rows(run.data / entry["file"]) if row["split"] == "test"][:num_items]
+            rows = [row for row in run.rows(task) if row["split"] == "test"][:num_items]
             known[task] = _task_gains(engine, model, tokenizer, names, rows)
             settings = {"base_model": model.name_or_path, "dtype": "bfloat16", "num_items": num_items}
             file.write_text(json.dumps({**settings, "tasks": known}, indent=1) + "\n", encoding="utf-8")

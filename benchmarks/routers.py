@@ -30,7 +30,7 @@ import loraweave as lw
 from benchmarks._data import DATA, NO_SEED, NO_SHOTS, Key, Measured, Store, answers, kept
 from benchmarks._run import RESAMPLES, Run, Table, interval, pairs
 from loraweave.composer.model import scoring
-from loraweave.demo import fast_dtype, read_rows
+from loraweave.demo import fast_dtype
 from loraweave.routers.tokens._learned import LearnedRouter
 from loraweave.routers.tokens._saved import router_class, router_names
 
@@ -167,7 +167,7 @@ def _task(entry: Mapping[str, Any], examples: Sequence[tuple[str, str]] = ()) ->
 
 def _items(run: Run, entry: Mapping[str, Any], count: int) -> list[Item]:
     """The first test rows, which neither the adapters nor the routers were trained on."""
-    rows = [row for row in read_rows(run.data / entry["file"]) if row["split"] == "test"][:count]
+    rows = [row for row in run.rows(entry["task"]) if row["split"] == "test"][:count]
     task, labels = _task(entry), None if entry["labels"] is None else tuple(entry["labels"])
     return [
         Item(entry["task"], task.prompt(row["input"]), (row["target"], *row.get("also_ok", [])), labels, 0) for row in rows
@@ -182,10 +182,7 @@ def _with_budget(tokenizer: Any, items: list[Item]) -> list[Item]:
 def _bench(model: Any, tokenizer: Any, run: Run, num_rows: int, how: Training) -> Bench:
     entries = run.entries()
     pool = lw.ExpertPool([lw.Adapter.from_pretrained(path) for path in run.adapters() if path.name in entries])
-    training = {
-        name: _task(entries[name], pairs(read_rows(run.data / entries[name]["file"]), "train")[-num_rows:])
-        for name in pool.names
-    }
+    training = {name: _task(entries[name], pairs(run.rows(name), "train")[-num_rows:]) for name in pool.names}
     return Bench(lw.Composer(model, pool, tokenizer=tokenizer), training, run.folder(), how)
 
 

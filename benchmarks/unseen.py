@@ -34,7 +34,7 @@ from benchmarks._run import Run, pairs
 from benchmarks._unseen_report import OF_JOINED_SKILLS, WAYS, WITHOUT_EXAMPLES, report
 from loraweave.composer.compose.loss import ExampleLoss
 from loraweave.composer.model.scoring import Score, evaluate, predict
-from loraweave.demo import DemoTask, fast_dtype, load_task, read_rows
+from loraweave.demo import DemoTask, fast_dtype, load_task
 from loraweave.errors import CompositionError
 from loraweave.routers.searches.lorahub_original import LorahubOriginal
 
@@ -103,7 +103,7 @@ def measure(run: Run, asked: Asked, store: Store, again: list[str]) -> None:
 
 def _case(run: Run, asked: Asked, model: Any, tokenizer: Any, hub: lw.Hub, key: Key) -> Case:
     unseen = load_task(run.data, key.task, key.seed, asked.num_test, num_examples=max(key.shots, 1))
-    training = pairs(read_rows(run.data / "unseen" / f"{key.task}.jsonl"), "train")
+    training = pairs(run.rows(key.task), "train")
     return Case(model, tokenizer, hub, unseen, training, key.seed, asked.k, asked.budget)
 
 
