@@ -31,7 +31,7 @@ from loraweave.composer.merge.statistics import Statistics
 from loraweave.composer.model.generate import generation_call, streamed
 from loraweave.composer.model.layers import TargetLayer
 from loraweave.composer.originals import Place
-from loraweave.composer.train.routers import fit
+from loraweave.composer.train.routers import fit, require_learning
 from loraweave.errors import AlreadyActive, CompositionError, ScopeError, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
@@ -169,8 +169,7 @@ class Composer:
         Raises CompositionError without a tokenizer, ScopeError for a mixture of several rows, AlreadyActive while fused.
         """
         self._require_open()
-        if self.tokenizer is None:
-            raise CompositionError("explain() needs a tokenizer: make the Composer with tokenizer=...")
+        self._require_tokenizer("explain()")
         if not isinstance(text, str):
             raise CompositionError(f"explain() takes one text, but got {type(text).__name__}: explain texts one by one")
         if self._fused:
@@ -188,7 +187,9 @@ class Composer:
         Raises CompositionError without a tokenizer, InvalidTask for examples that the model cannot read.
         """
         self._require_not_fused("measure experts")
-        return expert_losses(self, tasks, progress=progress)
+        self._require_tokenizer("expert_losses()")
+        given = {name: Task.of(task) for name, task in tasks.items()}
+        return expert_losses(self.model, self.tokenizer, self.activate, self._pool.names, given, progress=progress)
 
     def leave_one_out(
         self, task: Task | GivenRows, mixture: Any, *, renormalise: bool = False, progress: bool = True
@@ -200,7 +201,10 @@ class Composer:
         Raises CompositionError without a tokenizer, ScopeError for a mixture of several rows, AlreadyActive while fused.
         """
         self._require_not_fused("leave experts out")
-        return leave_one_out(self, task, mixture, renormalise=renormalise, progress=progress)
+        self._require_tokenizer("leave_one_out()")
+        router = resolve(mixture, self._pool, self._bound)
+        of = self.model, self.tokenizer, self.activate, router, self._pool.names, Task.of(task)
+        return leave_one_out(*of, renormalise=renormalise, progress=progress)
 
     @contextmanager
     def fused(
@@ -289,8 +293,7 @@ class Composer:
     def _resolved(self, texts: Sequence[str], mixture: Any) -> MixtureWeights | Router | None:
         """The mixture for these texts, both looked over."""
         self._require_open()
-        if self.tokenizer is None:
-            raise CompositionError("generate() and stream() need a tokenizer: make the Composer with tokenizer=...")
+        self._require_tokenizer("generate() and stream()", "need")
         if isinstance(texts, str):
             raise CompositionError("generate() and stream() take a list of texts, but got one text: put it into a list")
         if not isinstance(texts, Collection):
@@ -329,7 +332,9 @@ class Composer:
         then has the last good parameters.
         """
         self._require_open()
-        fit(self, router, dataset, settings)
+        require_learning(router)
+        resolve(router, self._pool, self._bound)
+        fit(self.model, self.tokenizer, self.activate, router, dataset, settings)
 
     def prefetch(self, wanted: Any) -> Future[None]:
         """Begins to bring experts to where the layers are, in the background: those of a mixture, or of a list of names.
@@ -419,6 +424,10 @@ class Composer:
     def _require_open(self) -> None:
         if self._closed:
             raise CompositionError("this Composer is closed: make a new one for the model")
+
+    def _require_tokenizer(self, what: str, verb: str = "needs") -> None:
+        if self.tokenizer is None:
+            raise CompositionError(f"{what} {verb} a tokenizer: make the Composer with tokenizer=...")
 
     def _require_not_fused(self, verb: str) -> None:
         self._require_open()

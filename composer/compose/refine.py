@@ -15,7 +15,6 @@ from loraweave.common.display import tracked
 from loraweave.composer.compose.loss import ExampleLoss
 from loraweave.composer.compose.report import ReportRow
 from loraweave.composer.composer import Composer
-from loraweave.composer.explain.worth import leave_one_out as left_out_of_engine
 from loraweave.composer.merge.arithmetic import byom
 from loraweave.composer.train.adapters import train_adapters
 from loraweave.errors import CompositionError, ScopeError, WeightingError
@@ -145,7 +144,7 @@ def leave_one_out(composition: Composition) -> dict[str, float]:
     weighs, in a pass for each, and the others' weights are what it gives them.
     """
     if composition.router is not None:
-        return left_out_of_engine(composition.engine, composition.task, composition.router)
+        return composition.engine.leave_one_out(composition.task, composition.router, progress=False)
     pool, mixture = weighed_pool(composition, "leave adapters out of")
     objective = example_loss(composition, pool, composition.merge_method)
     whole, *losses = _losses(objective, [mixture, *(_without(mixture, [name]) for name in pool.names)])

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from loraweave.common.names import unknown_expert
 from loraweave.composer.explain.page import page
 from loraweave.composer.explain.plot import draw
-from loraweave.composer.explain.shown import Strongest
-from loraweave.composer.live.recording import Load, Trace, UsedLayer, load
+from loraweave.composer.explain.shown import TokenFigures
+from loraweave.composer.live.recording import Load, Trace, UsedLayer
 from loraweave.composer.model.generate import encode, encodes, generation_call
 from loraweave.errors import CompositionError
 from loraweave.routers.tokens._call import prompted
@@ -29,59 +27,8 @@ MAX_ROWS = 30
 PAGE_SUFFIXES = (".html", ".htm")
 
 
-@dataclass(frozen=True, eq=False)
-class Explanation:
-    """`w_TLE`: the weight that each token gave each expert in each layer, fp32.
-
-    NaN for tokens that a layer never sees (an encoder's text in the decoder). An expert that leaves a layer alone has 0
-    there. `tokens` are pieces of text; a character that several tokens share is shown at each. `effects` says of experts by
-    how much a loss rises without them, in nats (leave_one_out()); what is not known is left out.
-    Raises CompositionError for names that do not fit the weights.
-    """
-
-    tokens: tuple[str, ...]
-    layers: tuple[str, ...]
-    experts: tuple[str, ...]
-    w_TLE: Tensor
-    effects: Mapping[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        named, found = (len(self.tokens), len(self.layers), len(self.experts)), tuple(self.w_TLE.shape)
-        if found != named:
-            raise CompositionError(f"the weights have shape {found}, but the tokens, layers and experts named are {named}")
-
-    def with_effects(self, effects: Mapping[str, float]) -> Self:
-        """The same, and what leave_one_out() said. UnknownExpert for a name that is none of the experts'."""
-        for name in effects:
-            if name not in self.experts:
-                raise unknown_expert(name, self.experts)
-        return replace(self, effects=dict(effects))
-
-    @cached_property
-    def by_layer_LE(self) -> Tensor:
-        """The mean weight over the tokens."""
-        return self.w_TLE.nanmean(dim=0)
-
-    @cached_property
-    def by_token_TE(self) -> Tensor:
-        """The mean weight over the layers."""
-        return self.w_TLE.nanmean(dim=1)
-
-    @cached_property
-    def colours(self) -> dict[int, str]:
-        """{place of an expert: colour} in every picture, of those that are strongest most often over all weights."""
-        return Strongest.of(self.w_TLE.flatten(0, 1)).colours
-
-    @property
-    def load(self) -> dict[str, Load]:
-        """Load and entropy of each layer, over the tokens that it sees."""
-        seen_TL = ~self.w_TLE.isnan().any(dim=2)
-        return {layer: load(self.w_TLE[seen_TL[:, at], at][None]) for at, layer in enumerate(self.layers)}
-
-    @property
-    def total(self) -> Load:
-        """Load and entropy over all tokens and layers."""
-        return load(self.w_TLE[~self.w_TLE.isnan().any(dim=2)][None])
+class Explanation(TokenFigures):
+    """What each token of a text got from each expert in each layer; the figures themselves are those of `TokenFigures`."""
 
     def table(self) -> ShownTable:
         """The experts by their share of the weight, with where they count most. Long pools end in a row for the others."""

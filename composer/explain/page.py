@@ -1,4 +1,4 @@
-"""The page of an Explanation: one HTML file that asks nobody for anything; names and tokens are nothing but text in it."""
+"""The page of an Explanation: one HTML file that loads nothing else, in which names and tokens are only ever text."""
 
 from __future__ import annotations
 
@@ -8,17 +8,12 @@ import json
 from html import escape
 from importlib.resources import files
 from string import Template
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from loraweave.composer.explain.shown import OTHER, Strongest, block_and_kind, common_prefix, places
-from loraweave.errors import CompositionError
-
-if TYPE_CHECKING:
-    from loraweave.composer.explain.explanation import Explanation
-
+from loraweave.composer.explain.shown import OTHER, Strongest, TokenFigures, block_and_kind, common_prefix, places
 
 # what could end the element that the data are in, or a line of a script
 ESCAPED = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
@@ -26,21 +21,17 @@ ESCAPED = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u202
 FAINTEST, FULLEST = 0.12, 0.8
 
 
-def page(explanation: Explanation, summary: str) -> str:
+def page(shown: TokenFigures, summary: str) -> str:
     """The page. CompositionError where there is no weight to show."""
-    if not explanation.w_TLE.numel():
-        counts = [len(names) for names in (explanation.tokens, explanation.layers, explanation.experts)]
-        raise CompositionError(
-            f"nothing to show of {counts[0]} tokens, {counts[1]} layers and {counts[2]} experts; the base has no expert"
-        )
+    shown.require_weights()
     script = _part("page.js")
     return Template(_part("page.html")).substitute(
         style=_part("page.css"),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         summary=escape(summary),
-        text="".join(_tokens(explanation)),
-        data=json.dumps(_data(explanation), ensure_ascii=False).translate(ESCAPED),
+        text="".join(_tokens(shown)),
+        data=json.dumps(_data(shown), ensure_ascii=False).translate(ESCAPED),
     )
 
 
@@ -48,17 +39,17 @@ def _part(name: str) -> str:
     return (files("loraweave.composer.explain") / "page_files" / name).read_text(encoding="utf-8")
 
 
-def _tokens(explanation: Explanation) -> list[str]:
+def _tokens(shown: TokenFigures) -> list[str]:
     """The text with each token's strongest expert on the mean over the layers, for who has no script."""
-    strongest = Strongest.of(explanation.by_token_TE)
+    strongest = Strongest.of(shown.by_token_TE)
     highest = max(strongest.shares) or 1.0
     found = []
-    for token, expert, share in zip(explanation.tokens, strongest.experts, strongest.shares, strict=True):
-        colour = "transparent" if expert is None else _faded(explanation.colours.get(expert, OTHER), share / highest)
+    for token, expert, share in zip(shown.tokens, strongest.experts, strongest.shares, strict=True):
+        colour = "transparent" if expert is None else _faded(shown.colours.get(expert, OTHER), share / highest)
         number = "" if expert is None else f"<sub>{expert + 1}</sub>"
-        shown = escape(token.replace("\n", "↵"))
+        text = escape(token.replace("\n", "↵"))
         end = "\n" if "\n" in token else ""
-        found.append(f'<span class="token" style="background:{colour}"><bdi>{shown}</bdi>{number}</span>{end}')
+        found.append(f'<span class="token" style="background:{colour}"><bdi>{text}</bdi>{number}</span>{end}')
     return found
 
 
@@ -67,19 +58,19 @@ def _faded(colour: str, part: float) -> str:
     return f"rgba({red},{green},{blue},{FAINTEST + (FULLEST - FAINTEST) * part:.3f})"
 
 
-def _data(explanation: Explanation) -> dict[str, Any]:
-    blocks, kinds = zip(*map(block_and_kind, explanation.layers), strict=True)
+def _data(shown: TokenFigures) -> dict[str, Any]:
+    blocks, kinds = zip(*map(block_and_kind, shown.layers), strict=True)
     return {
-        "tokens": explanation.tokens,
-        "layers": explanation.layers,
-        "experts": explanation.experts,
-        "prefix": common_prefix(explanation.layers),
+        "tokens": shown.tokens,
+        "layers": shown.layers,
+        "experts": shown.experts,
+        "prefix": common_prefix(shown.layers),
         "blocks": list(places(blocks).items()),
         "kinds": list(places(kinds).items()),
-        "colours": [explanation.colours.get(expert, OTHER) for expert in range(len(explanation.experts))],
+        "colours": [shown.colours.get(expert, OTHER) for expert in range(len(shown.experts))],
         "fullness": [FAINTEST, FULLEST],
-        "effects": [explanation.effects.get(name) for name in explanation.experts],
-        "weights": _packed(explanation.w_TLE),
+        "effects": [shown.effects.get(name) for name in shown.experts],
+        "weights": _packed(shown.w_TLE),
     }
 
 

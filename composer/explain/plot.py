@@ -5,18 +5,21 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from loraweave.common.display import blank_figure
-from loraweave.composer.explain.shown import OTHER, Strongest, block_and_kind, common_prefix, last_parts, places
-from loraweave.errors import CompositionError
-
-if TYPE_CHECKING:
-    from loraweave.composer.explain.explanation import Explanation
-
+from loraweave.composer.explain.shown import (
+    OTHER,
+    Strongest,
+    TokenFigures,
+    block_and_kind,
+    common_prefix,
+    last_parts,
+    places,
+)
 
 # of more experts, those with the largest share are shown
 MAX_EXPERTS = 30
@@ -48,20 +51,16 @@ class _Map:
     wide: int
 
 
-def draw(explanation: Explanation) -> Any:
+def draw(figures: TokenFigures) -> Any:
     """The picture as a matplotlib Figure. Raises PackageMissing, and CompositionError where there is no weight to show."""
-    if not explanation.w_TLE.numel():
-        counts = [len(names) for names in (explanation.tokens, explanation.layers, explanation.experts)]
-        raise CompositionError(
-            f"nothing to plot in {counts[0]} tokens, {counts[1]} layers and {counts[2]} experts; the base has no expert"
-        )
-    share_E = explanation.total.share_E
+    figures.require_weights()
+    share_E = figures.total.share_E
     # in their own order, so that pictures of one pool can be laid side by side
     shown = share_E.argsort(descending=True, stable=True)[:MAX_EXPERTS].sort().values
-    strip = _Strip(explanation)
-    rows = _Rows(explanation, shown)
-    maps = _layer_maps(explanation.layers, explanation.by_layer_LE.T[shown])
-    maps.append(_token_map(explanation.tokens, explanation.by_token_TE.T[shown]))
+    strip = _Strip(figures)
+    rows = _Rows(figures, shown)
+    maps = _layer_maps(figures.layers, figures.by_layer_LE.T[shown])
+    maps.append(_token_map(figures.tokens, figures.by_token_TE.T[shown]))
     top = 2 * (ROW_INCHES * max(len(shown), 4) + 1.05)
     bottom = strip.num_lines * LINE_INCHES + 0.45
     figure = blank_figure("plots need matplotlib", figsize=(INCHES, top + bottom), layout="constrained", dpi=150)
@@ -109,22 +108,22 @@ def _token_map(tokens: tuple[str, ...], w_ET: Tensor) -> _Map:
 class _Rows:
     """The shown experts' names, numbers and colours, as the rows of every map."""
 
-    def __init__(self, explanation: Explanation, shown: Tensor) -> None:
-        self.glyphs = Glyphs([*explanation.experts, *explanation.layers, *explanation.tokens])
+    def __init__(self, figures: TokenFigures, shown: Tensor) -> None:
+        self.glyphs = Glyphs([*figures.experts, *figures.layers, *figures.tokens])
         self._places = shown.tolist()
-        self._names = [self._name(explanation, at) for at in self._places]
-        self._colours = [explanation.colours.get(at) for at in self._places]
+        self._names = [self._name(figures, at) for at in self._places]
+        self._colours = [figures.colours.get(at) for at in self._places]
         self._title = "expert"
-        if len(self._places) < len(explanation.experts):
-            share = float(explanation.total.share_E[shown].sum())
-            self._title = f"expert (the {len(shown)} with {share:.0%} of the weight, of {len(explanation.experts):,})"
-        if explanation.effects:
+        if len(self._places) < len(figures.experts):
+            share = float(figures.total.share_E[shown].sum())
+            self._title = f"expert (the {len(shown)} with {share:.0%} of the weight, of {len(figures.experts):,})"
+        if figures.effects:
             self._title += ", rise of the loss without it"
 
-    def _name(self, explanation: Explanation, at: int) -> str:
+    def _name(self, figures: TokenFigures, at: int) -> str:
         shown, effect = (
-            self.glyphs.show(explanation.experts[at], NAME_WIDTH),
-            explanation.effects.get(explanation.experts[at]),
+            self.glyphs.show(figures.experts[at], NAME_WIDTH),
+            figures.effects.get(figures.experts[at]),
         )
         return shown if effect is None else f"{shown}  {effect:+.3f}"
 
@@ -181,10 +180,10 @@ def _name_columns(axes: Any, shown: _Map, glyphs: Glyphs, inches: float) -> None
 class _Strip:
     """The text in lines; below each token the number of its strongest expert, behind it that expert's colour."""
 
-    def __init__(self, explanation: Explanation) -> None:
-        self._explanation = explanation
-        self._glyphs = Glyphs(explanation.tokens, "mono")
-        self._strongest = Strongest.of(explanation.by_token_TE)
+    def __init__(self, figures: TokenFigures) -> None:
+        self._figures = figures
+        self._glyphs = Glyphs(figures.tokens, "mono")
+        self._strongest = Strongest.of(figures.by_token_TE)
         self._boxes = self._laid_out()
         self.num_lines = max(line for _, line, _, _ in self._boxes) + 1
 
@@ -192,7 +191,7 @@ class _Strip:
         """(token, line, column, shown text) of the tokens that fit."""
         num_columns = int((INCHES - STRIP_MARGIN - 0.15) / COLUMN_INCHES)
         boxes, line, column = [], 0, 0
-        for at, token in enumerate(self._explanation.tokens):
+        for at, token in enumerate(self._figures.tokens):
             text = self._glyphs.show(token if token.strip(" ") else "␣" * max(len(token), 1), 2 * TOKEN_WIDTH)
             # an expert's number needs its place too
             size = max(width(text), len(str((self._strongest.experts[at] or 0) + 1)))
@@ -208,7 +207,7 @@ class _Strip:
         from matplotlib.colors import to_rgb
         from matplotlib.patches import Rectangle
 
-        tokens = self._explanation.tokens
+        tokens = self._figures.tokens
         cut = f", the first {len(self._boxes):,} of {len(tokens):,} tokens" if len(self._boxes) < len(tokens) else ""
         axes = figure.add_axes((0, 0, 1, 1), xlim=(0, INCHES), ylim=(inches, 0))
         axes.axis("off")
@@ -225,7 +224,7 @@ class _Strip:
             colour: Any = "white"
             if best is not None:
                 fullness = 0.15 + 0.75 * self._strongest.shares[at] / highest
-                base = to_rgb(self._explanation.colours.get(best, OTHER))
+                base = to_rgb(self._figures.colours.get(best, OTHER))
                 colour = tuple(1 - fullness * (1 - part) for part in base)
                 size = max(width(text), len(str(best + 1))) * COLUMN_INCHES
                 axes.text(x + size / 2, y + 0.205, str(best + 1), fontsize=5, ha="center", va="center", color="0.25")

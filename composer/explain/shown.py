@@ -1,19 +1,86 @@
-"""Each token's strongest expert, and colours for the experts that are strongest most often."""
+"""The figures that a table, a picture and a page of an explanation show, and how they group, shorten and colour them."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Self
 
 from torch import Tensor
 
+from loraweave.common.names import unknown_expert
+from loraweave.composer.live.recording import Load, load
+from loraweave.errors import CompositionError
 from loraweave.routers.tokens._model import block_of
 
 # Okabe and Ito's colours, told apart with any kind of colour vision; numbers say the same
 PALETTE = ("#56B4E9", "#E69F00", "#009E73", "#F0E442", "#CC79A7", "#0072B2", "#D55E00")
 OTHER = "#999999"
+
+
+@dataclass(frozen=True, eq=False)
+class TokenFigures:
+    """`w_TLE`: the weight that each token gave each expert in each layer, fp32.
+
+    NaN for tokens that a layer never sees (an encoder's text in the decoder). An expert that leaves a layer alone has 0
+    there. `tokens` are pieces of text; a character that several tokens share is shown at each. `effects` says by how much a
+    loss rises without an expert, in nats (leave_one_out()); experts for which that is unknown are left out.
+    Raises CompositionError for names that do not fit the weights.
+    """
+
+    tokens: tuple[str, ...]
+    layers: tuple[str, ...]
+    experts: tuple[str, ...]
+    w_TLE: Tensor
+    effects: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        named, shape = (len(self.tokens), len(self.layers), len(self.experts)), tuple(self.w_TLE.shape)
+        if shape != named:
+            raise CompositionError(f"the weights have shape {shape}, but the tokens, layers and experts named are {named}")
+
+    def require_weights(self) -> None:
+        """Raises CompositionError where there is no weight to show."""
+        if not self.w_TLE.numel():
+            raise CompositionError(
+                f"nothing to show of {len(self.tokens)} tokens, {len(self.layers)} layers and {len(self.experts)} experts; "
+                "the base has no expert"
+            )
+
+    def with_effects(self, effects: Mapping[str, float]) -> Self:
+        """The same, with what leave_one_out() returned. Raises UnknownExpert for a name that is none of the experts'."""
+        for name in effects:
+            if name not in self.experts:
+                raise unknown_expert(name, self.experts)
+        return replace(self, effects=dict(effects))
+
+    @cached_property
+    def by_layer_LE(self) -> Tensor:
+        """The mean weight over the tokens."""
+        return self.w_TLE.nanmean(dim=0)
+
+    @cached_property
+    def by_token_TE(self) -> Tensor:
+        """The mean weight over the layers."""
+        return self.w_TLE.nanmean(dim=1)
+
+    @cached_property
+    def colours(self) -> dict[int, str]:
+        """{place of an expert: colour} in every picture, of those that are strongest most often over all weights."""
+        return Strongest.of(self.w_TLE.flatten(0, 1)).colours
+
+    @property
+    def load(self) -> dict[str, Load]:
+        """Load and entropy of each layer, over the tokens that it sees."""
+        seen_TL = ~self.w_TLE.isnan().any(dim=2)
+        return {layer: load(self.w_TLE[seen_TL[:, at], at][None]) for at, layer in enumerate(self.layers)}
+
+    @property
+    def total(self) -> Load:
+        """Load and entropy over all tokens and layers."""
+        return load(self.w_TLE[~self.w_TLE.isnan().any(dim=2)][None])
 
 
 @dataclass(frozen=True)
@@ -49,10 +116,10 @@ def block_and_kind(layer: str) -> tuple[str, str]:
 
 def places(groups: Sequence[str]) -> dict[str, list[int]]:
     """The places of each group's members, the groups in order of their first appearance."""
-    found: dict[str, list[int]] = {}
+    members: dict[str, list[int]] = {}
     for place, group in enumerate(groups):
-        found.setdefault(group, []).append(place)
-    return found
+        members.setdefault(group, []).append(place)
+    return members
 
 
 def common_prefix(paths: Sequence[str]) -> str:

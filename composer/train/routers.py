@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
 import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
 from loraweave.common.display import progress_bar
-from loraweave.composer.live.resolve import resolve
 from loraweave.composer.model.batches import IGNORED, TargetBatch, losses_of, target_logits, untouched
 from loraweave.composer.train.checkpointed_blocks import checkpointed_blocks
 from loraweave.composer.train.progress import TrainingProgress, Watch
@@ -25,16 +24,14 @@ from loraweave.routers.losses.z import z
 from loraweave.routers.tokens._learned import LearnedRouter, Step
 from loraweave.routers.tokens._router import TokenRouter
 
-if TYPE_CHECKING:
-    from loraweave.composer.composer import Composer
-
 
 class Run:
     """One training, inside an activation of its router."""
 
     def __init__(
         self,
-        engine: Composer,
+        model: Any,
+        tokenizer: Any,
         router: LearnedRouter,
         settings: Settings,
         rows: Sequence[TrainingRow],
@@ -43,8 +40,7 @@ class Run:
         accelerator: Any,
         bar: Progress,
     ) -> None:
-        model: Any = engine.model
-        self._model, self._tokenizer = model, engine.tokenizer
+        self._model, self._tokenizer = model, tokenizer
         self._router, self._settings, self._held = router, settings, held
         self._accelerator, self._bar = accelerator, bar
         learning = [parameter for parameter in router.parameters() if parameter.requires_grad]
@@ -162,24 +158,37 @@ class Run:
         self._progress.evaluated(number, total / count)
 
 
-def fit(engine: Composer, router: Any, dataset: Any, given: Mapping[str, Any]) -> None:
-    """Trains `router` on a dataset with these `Settings`, live in the engine's model; what `Composer.fit` says."""
-    if not isinstance(router, LearnedRouter):
-        name = getattr(router, "name", type(router).__name__)
-        if any(isinstance(part, LearnedRouter) for part in getattr(router, "parts", ())):
-            raise TrainingError(
-                f"router {name!r} is the one of another pool, at the places of this one's experts: fit() it in an engine of "
-                "its own pool, and put it onto() this one afterwards"
-            )
-        if callable(own := getattr(type(router), "fit", None)) and own is not TokenRouter.fit:
-            raise TrainingError(f"router {name!r} has no parameters to train: router.fit(engine, dataset) is its own way")
-        raise TrainingError(f"{name!r} learns nothing, so there is nothing to fit: it can be activated as it is")
+def require_learning(router: Any) -> None:
+    """Raises TrainingError, with the way out, for a router that has no parameters which this training could learn."""
+    if isinstance(router, LearnedRouter):
+        return
+    name = getattr(router, "name", type(router).__name__)
+    if any(isinstance(part, LearnedRouter) for part in getattr(router, "parts", ())):
+        raise TrainingError(
+            f"router {name!r} is the one of another pool, at the places of this one's experts: fit() it in an engine of "
+            "its own pool, and put it onto() this one afterwards"
+        )
+    if callable(own := getattr(type(router), "fit", None)) and own is not TokenRouter.fit:
+        raise TrainingError(f"router {name!r} has no parameters to train: router.fit(engine, dataset) is its own way")
+    raise TrainingError(f"{name!r} learns nothing, so there is nothing to fit: it can be activated as it is")
+
+
+def fit(
+    model: nn.Module,
+    tokenizer: Any,
+    activate: Callable[[LearnedRouter], AbstractContextManager[object]],
+    router: LearnedRouter,
+    dataset: Any,
+    given: Mapping[str, Any],
+) -> None:
+    """Trains `router`, live in the model by `activate(router)`, on a dataset with these `Settings`.
+
+    Raises what `Composer.fit` says.
+    """
     settings = Settings.of(router, given)
-    resolve(router, engine.pool, engine.bound_pool)
     if not any(parameter.requires_grad for parameter in router.parameters()):
         raise TrainingError(f"no parameter of router {router.name!r} requires a gradient, so there is nothing to fit")
-    model = engine.model
-    reader = RowReader(Owners.of(router), model, engine.tokenizer)
+    reader = RowReader(Owners.of(router), model, tokenizer)
     rows = reader.read(dataset)
     held = [] if settings.evaluation is None else reader.read(settings.evaluation, what="evaluation", first=len(rows))
     kept = KeptState.of(router.name, _determining(router), settings, rows, held)
@@ -189,11 +198,11 @@ def fit(engine: Composer, router: Any, dataset: Any, given: Mapping[str, Any]) -
         stack.enter_context(untouched(model))
         accelerator = stack.enter_context(accelerating(device, settings.mixed_precision))
         bar = stack.enter_context(progress_bar(settings.progress and accelerator.is_main_process, field="seen"))
-        stack.enter_context(engine.activate(router))
+        stack.enter_context(activate(router))
         # around what the activation has put in: blocks that run again are watched again
         stack.enter_context(checkpointed_blocks(model, settings.gradient_checkpointing))
         try:
-            Run(engine, router, settings, rows, held, kept, accelerator, bar).all_steps()
+            Run(model, tokenizer, router, settings, rows, held, kept, accelerator, bar).all_steps()
         finally:
             router.step = None
             router.eval()
