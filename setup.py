@@ -1,5 +1,7 @@
 """Maps the rooms, which are folders at the root, to `loraweave.<room>`; everything else is in pyproject.toml."""
 
+import sys
+
 from setuptools import find_packages, setup
 
 ROOMS = ("hub", "retrieval", "routers", "composer")
@@ -10,5 +12,10 @@ for room in ROOMS:
     package_dir[f"loraweave.{room}"] = room
     packages.append(f"loraweave.{room}")
     packages.extend(f"loraweave.{room}.{package}" for package in find_packages(room))
+
+if "editable_wheel" in sys.argv:
+    # then setuptools puts this folder on the path, where links in loraweave/ lead to the rooms. With the map it would
+    # install an import hook, which no type checker or editor follows
+    package_dir = {"": "."}
 
 setup(packages=packages, package_dir=package_dir)

@@ -84,7 +84,7 @@ def seeds(run: Run) -> None:
             # a job draws its start and the order of its rows by its name
             jobs = {f"start {number}": task for number in range(NUM_SEEDS)}
             folder = run.folder() / "training"
-            options = {"steps": SEED_STEPS, "jobs_per_batch": NUM_SEEDS, "checkpoint": folder}
+            options: dict[str, Any] = {"steps": SEED_STEPS, "jobs_per_batch": NUM_SEEDS, "checkpoint": folder}
             adapters = lw.train_adapters(model, tokenizer, jobs, **options)
             with closing(lw.Composer(model, list(adapters.values()), tokenizer=tokenizer)) as engine:
                 return measure(engine, task, pairs(rows, "test"), name)

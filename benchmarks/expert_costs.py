@@ -59,7 +59,13 @@ class Setting:
         model, _ = base_model()
         self.base = sharing(model)
         endings = ALL if targets == "all" else ATTENTION
-        shared = {"num_experts": (experts,), "top_k": top_k, "rank": rank, "target_modules": endings, "seed": seed}
+        shared: dict[str, Any] = {
+            "num_experts": (experts,),
+            "top_k": top_k,
+            "rank": rank,
+            "target_modules": endings,
+            "seed": seed,
+        }
         self.plain = lw.experts("mola", model, balance=0.0, **shared)
         randomise(self.plain, seed)
         self.balanced = lw.experts("mola", sharing(model), **shared)

@@ -107,9 +107,11 @@ class Xlora:
     """Our router in an engine, and a copy of its model in peft with the same experts and the same network."""
 
     def __init__(self, engine: lw.Composer, *, peers: bool, seed: int) -> None:
-        self.engine, self.model = engine, engine.model
+        self.engine = engine
+        self.model: Any = engine.model
+        config: Any = engine.model.config
         torch.manual_seed(seed)
-        self.router: Any = lw.router("xlora", engine.pool, hidden_size=self.model.config.hidden_size)
+        self.router: Any = lw.router("xlora", engine.pool, hidden_size=config.hidden_size)
         self.peft = self._in_peft() if peers else None
 
     def active(self) -> AbstractContextManager[Any]:

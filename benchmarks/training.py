@@ -174,7 +174,11 @@ def memory(
     # about a token a word
     words = " ".join(["word"] * (tokens - 16))
     tasks = {f"task {number}": lw.Task([(f"{words} {number}", "one two three")] * rows) for number in range(jobs)}
-    size = {"batch_size": rows, "jobs_per_batch": jobs, "target_modules": ALL if targets == "all" else ATTENTION}
+    size: dict[str, Any] = {
+        "batch_size": rows,
+        "jobs_per_batch": jobs,
+        "target_modules": ALL if targets == "all" else ATTENTION,
+    }
     report = lw.train_adapters(model, tokenizer, tasks, steps=MEMORY_STEPS, progress=False, **size).report
     assert report is not None
     if report.peak_bytes is None:

@@ -279,7 +279,7 @@ def _composed(case: Case, method: str) -> Found:
     report = composition.report
     notes = {"chosen": report.chosen, "evaluations": report.evaluations}
     if report.chosen == "best_single":
-        notes["single"] = next(iter(composition.weights))
+        notes["single"] = next(iter(composition.mean_weights))
     try:
         return Found(composition.adapter, notes=notes)
     except CompositionError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING
 
 from loraweave.errors import (
     AdapterCorrupt,
@@ -40,6 +40,44 @@ from loraweave.errors import (
 from loraweave.registry import names
 from loraweave.types import Anomaly, BaseKey, Candidate, Factors, Fingerprint, Record, Router, Task
 
+if TYPE_CHECKING:
+    from loraweave.composer.compose.collect_statistics import collect_statistics
+    from loraweave.composer.compose.compose import compose
+    from loraweave.composer.compose.composition import Composition
+    from loraweave.composer.compose.rerank import rerank
+    from loraweave.composer.composer import Composer
+    from loraweave.composer.ensembles.ensemble import ensemble
+    from loraweave.composer.experts.make import experts
+    from loraweave.composer.experts.together import train_experts
+    from loraweave.composer.merge.arithmetic import (
+        add,
+        analogy,
+        byom,
+        clusters,
+        compeft,
+        ema,
+        flexlora_clients,
+        genknowsub,
+        negate,
+        scale,
+        subtract,
+        subtract_general,
+        unlearn,
+    )
+    from loraweave.composer.merge.merge import merge
+    from loraweave.composer.merge.statistics import Statistics
+    from loraweave.composer.train.adapters import train_adapters
+    from loraweave.hub.adapter import Adapter
+    from loraweave.hub.base import base_key, load_base
+    from loraweave.hub.conversion import extract, to_lora
+    from loraweave.hub.hub import Hub
+    from loraweave.hub.pool import ExpertPool
+    from loraweave.retrieval.retriever import Retriever
+    from loraweave.retrieval.training import train_encoder
+    from loraweave.routers.tokens._saved import router
+    from loraweave.routers.weights import MixtureWeights
+
+# the same names with their module: a process imports what it uses, a type checker reads the imports above
 _LAZY = {
     "Adapter": "loraweave.hub.adapter",
     "ExpertPool": "loraweave.hub.pool",
@@ -75,11 +113,12 @@ _LAZY = {
 
 __version__ = "0.1.0"
 
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module 'loraweave' has no attribute {name!r}")
+if not TYPE_CHECKING:
+    # a type checker that saw it would know every name, misspelt ones too
+    def __getattr__(name):
+        if name in _LAZY:
+            return getattr(importlib.import_module(_LAZY[name]), name)
+        raise AttributeError(f"module 'loraweave' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
