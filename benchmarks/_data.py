@@ -110,7 +110,7 @@ def _where() -> str:
     versions = ", ".join(f"{name} {import_module(name).__version__}" for name in ("torch", "transformers", "peft"))
     python = ".".join(map(str, sys.version_info[:2]))
     today = datetime.now(UTC).date().isoformat()
-    return f"{today}, commit {commit.stdout.strip()}, {_processor()}, Python {python}, {versions}."
+    return f"{today}, commit {commit.stdout.strip() or 'unknown'}, {_processor()}, Python {python}, {versions}."
 
 
 def _processor() -> str:
