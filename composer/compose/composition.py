@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -17,24 +18,29 @@ import torch
 from loraweave.common.display import ShownTable
 from loraweave.common.files import as_path
 from loraweave.common.rows import GivenRows, read_inputs
+from loraweave.composer.compose.loss import ExampleLoss
 from loraweave.composer.compose.refine import (
+    STEP_COST,
     Tuning,
-    cut,
-    leave_one_out,
+    example_loss,
+    loss_with,
+    num_scalars,
     pool_of,
-    prune,
-    require_no_router,
-    saved_router,
-    tune,
+    prune_mixture,
+    rises_without_each,
+    targets_of,
+    tuned_adapters,
 )
-from loraweave.composer.compose.report import FILE, FORMAT, FORMAT_WITH_ROUTER, Report, SavedRecipe
+from loraweave.composer.compose.report import FILE, FORMAT, FORMAT_WITH_ROUTER, Report, ReportRow, SavedRecipe
+from loraweave.composer.compose.settings import require_no_router, router_name
 from loraweave.composer.composer import Composer
 from loraweave.composer.explain.explanation import Explanation, pieces, reading
+from loraweave.composer.merge.arithmetic import byom
 from loraweave.composer.merge.merge import merge, merge_by_layer, parent_of
 from loraweave.composer.model import scoring
 from loraweave.composer.model.batches import untouched
 from loraweave.composer.model.layers import require_model, with_magnitudes
-from loraweave.errors import AdapterCorrupt, BaseModelMismatch, CompositionError
+from loraweave.errors import AdapterCorrupt, BaseModelMismatch, CompositionError, ScopeError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import base_key, fingerprint
 from loraweave.hub.export import ExportReport
@@ -42,6 +48,7 @@ from loraweave.hub.formats._replacing import replacing
 from loraweave.hub.intake.license_terms import license_of_all, stated
 from loraweave.hub.pool import ExpertPool
 from loraweave.hub.same_base import warn_unverified
+from loraweave.routers.tokens._router import TokenRouter
 from loraweave.routers.tokens._saved import router as read_router
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import BaseKey, Router, Task
@@ -49,6 +56,7 @@ from loraweave.types import BaseKey, Router, Task
 # of a composition's one line: adapters, and characters of a name
 NUM_NAMED, NAME_WIDTH = 3, 40
 PACKAGES = ("loraweave", "torch", "transformers", "cma")
+TASK_FIELDS = ("examples", "instruction", "labels", "metric", "template")
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,15 +87,12 @@ class Composition:
     allow_licenses: bool = False
 
     def __repr__(self) -> str:
-        if self.is_base:
-            what = "the base model"
-        elif self.router is not None:
+        by_size = self._by_size()
+        shown = [f"{_clipped(name)!r}: {weight:.4g}" for name, weight in by_size[:NUM_NAMED]]
+        rest = [f"{len(by_size) - NUM_NAMED} more"] if len(by_size) > NUM_NAMED else []
+        what = "the base model" if self.is_base else f"{{{', '.join([*shown, *rest])}}}"
+        if self.router is not None:
             what = f"{type(self.router).__name__} over {len(self._members)} adapters"
-        else:
-            by_size = self._by_size()
-            shown = [f"{_clipped(name)!r}: {weight:.4g}" for name, weight in by_size[:NUM_NAMED]]
-            rest = [f"{len(by_size) - NUM_NAMED} more"] if len(by_size) > NUM_NAMED else []
-            what = f"{{{', '.join([*shown, *rest])}}}"
         layers = "" if self.by_layer is None else f", means over {len(self.by_layer)} layers"
         return f"Composition({what}{layers}, method={self.merge_method!r}, chosen={_clipped(self.report.chosen)!r})"
 
@@ -146,12 +151,10 @@ class Composition:
             raise CompositionError("this composition is the base model itself: there is no adapter to give")
         # DoRA's magnitudes and trained biases are resolved against the model
         used = Composer(self.model, self.pool.subset(self.mean_weights)).bound_pool
-        allowed = self.allow_licenses
+        given: dict[str, Any] = {"method": self.merge_method, "name": "composition", "allow_licenses": self.allow_licenses}
         if self.by_layer is not None:
-            return merge_by_layer(used, self.by_layer, method=self.merge_method, name="composition", allow_licenses=allowed)
-        adapters, numbers = list(used.adapters.values()), list(self.mean_weights.values())
-        method = self.merge_method
-        return merge(adapters, numbers, method=method, name="composition", progress=False, allow_licenses=allowed)
+            return merge_by_layer(used, self.by_layer, **given)
+        return merge(list(used.adapters.values()), list(self.mean_weights.values()), progress=False, **given)
 
     def predict(self, inputs: GivenRows) -> list[str]:
         """One answer for each input: a label when the task has labels, else the first line of a greedy generation.
@@ -160,7 +163,7 @@ class Composition:
         """
         texts = read_inputs(inputs)
         with self._active():
-            return scoring.predict(self.model, self.tokenizer, self.task, texts)
+            return scoring.predict(*self._on, texts)
 
     def evaluate(self, pairs: GivenRows) -> dict[str, float]:
         """Scores answers to (input, target) pairs, or rows in any other form; a target may be a list of accepted ones.
@@ -172,28 +175,64 @@ class Composition:
         """
         read = scoring.answered(pairs)
         with self._active():
-            score = scoring.evaluate(self.model, self.tokenizer, self.task, read)
+            score = scoring.evaluate(*self._on, read)
         return {"value": score.value, "low": score.low, "high": score.high, "loss": score.loss, "count": score.count}
 
     def losses(self) -> list[float]:
         """The mean loss of the target's tokens for each of the task's examples."""
         with self._active():
-            return scoring.losses(self.model, self.tokenizer, self.task, self.task.examples)
+            return scoring.losses(*self._on, self.task.examples)
 
     def leave_one_out(self) -> dict[str, float]:
-        """By how much the mean loss of the examples rises without each adapter; negative where it is better without it."""
-        return leave_one_out(self)
+        """By how much the mean loss of the examples rises without each adapter, the others' weights as they are.
+
+        Negative where the composition is better without it. All are measured in one pass, with a mixture per row; where a
+        router weighs, in a pass for each, and the others' weights are what it gives them.
+        """
+        if self.router is not None:
+            return self.engine.leave_one_out(self.task, self.router, progress=False)
+        return rises_without_each(*self._weighed("leave adapters out of"))
 
     def prune(self, tolerance: float = 0.01, *, progress: bool = True) -> Composition:
         """Without the adapters that are missed least, as long as the loss rises by at most `tolerance` nats in all.
 
-        Raises CompositionError for a composition of which only the merged adapter is left, ScopeError where a router weighs.
+        Raises CompositionError for a composition of which only the merged adapter is left, ScopeError where a router weighs,
+        WeightingError for a tolerance below 0.
         """
-        return prune(self, tolerance, progress=progress)
+        started = time.perf_counter()
+        pruned = prune_mixture(*self._weighed("prune"), tolerance, progress=progress)
+        kept, count = pruned.mixture, len(pruned.mixture.experts)
+        return self._renewed(
+            "pruned",
+            f"{len(pruned.left_out)} of {count} adapters left out; loss {pruned.loss_before:.3f} became {pruned.loss:.3f}",
+            started,
+            loss=pruned.loss,
+            evaluations=pruned.evaluations,
+            all_weights=kept.means(),
+            by_layer=kept.by_layer() if kept.layers else None,
+        )
 
     def cut(self, rank: int) -> Composition:
-        """With every layer's update cut to at most `rank`; the report says the error and the loss before and after."""
-        return cut(self, rank)
+        """With every layer's update cut to at most `rank`: the best approximation of it in the Frobenius norm.
+
+        The report's reason has the rank before, the relative error of all layers together, and the loss before and after.
+        CompositionError when the composition is the base model itself.
+        """
+        if self.is_base:
+            raise CompositionError("cannot cut the rank of this composition: it is the base model itself")
+        started = time.perf_counter()
+        whole = self.adapter
+        smaller = replace(byom(whole, rank), name=whole.name)
+        error = smaller.card["compression"]["relative_error"]
+        before, after = loss_with(*self._on, whole), loss_with(*self._on, smaller)
+        return self._renewed(
+            "cut",
+            f"rank {whole.rank} became {smaller.rank}, relative error {error:.3f}; loss {before:.3f} became {after:.3f}",
+            started,
+            loss=after,
+            evaluations=2,
+            stored=smaller,
+        )
 
     def tune(
         self,
@@ -206,10 +245,32 @@ class Composition:
     ) -> Composition:
         """Trained on, on the examples, for `steps` steps from the merged adapter, cut to `rank` first where it is higher.
 
+        From nothing where it is the base model itself: a new adapter updates the linear layers that the pool's update.
         Raises what `train_adapters` raises: AdapterUnsupported where the adapter is more than factors of linear layers.
         """
-        kept = None if checkpoint is None else Path(checkpoint)
-        return tune(self, Tuning(steps, lr, rank, seed=self.seed), checkpoint=kept, progress=progress)
+        started = time.perf_counter()
+        start = None if self.is_base else self.adapter
+        before = loss_with(*self._on, start)
+        trained = tuned_adapters(
+            *self._on,
+            {"composition": start},
+            {"composition": range(len(self.task.examples))},
+            Tuning(steps, lr, rank, seed=self.seed),
+            target_modules=targets_of(self.pool),
+            checkpoint=None if checkpoint is None else Path(checkpoint),
+            progress=progress,
+        )["composition"]
+        after = loss_with(*self._on, trained)
+        return self._renewed(
+            "tuned",
+            f"{steps} steps on the examples from {self.report.chosen}; loss {before:.3f} became {after:.3f}",
+            started,
+            loss=after,
+            evaluations=STEP_COST * steps + 2,
+            num_trained=num_scalars(trained),
+            stored=trained,
+            tuned_steps=self.tuned_steps + steps,
+        )
 
     def explain(self, text: str, *, max_new_tokens: int = 0) -> Explanation:
         """What each token of the prompt for an input gets from each adapter: the composition's weights, in every layer.
@@ -245,8 +306,12 @@ class Composition:
             raise CompositionError(f"{target} holds something that is no composition; name another folder")
         with replacing(target) as new:
             if self.router is not None:
-                router = saved_router(self.router)
-                router.save_pretrained(new / "router", pool=pool_of(router, self.engine))
+                if not isinstance(self.router, TokenRouter):
+                    raise ScopeError(
+                        f"router {router_name(self.router)!r} is none that loraweave can write to a file: routers of "
+                        "lw.router() are saved"
+                    )
+                self.router.save_pretrained(new / "router", pool=pool_of(self.router, self.engine))
             elif not self.is_base:
                 with_magnitudes(self.adapter, self.model).save_pretrained(new / "adapter")
             (new / FILE).write_text(json.dumps(self._recipe(), indent=1, ensure_ascii=False))
@@ -259,9 +324,9 @@ class Composition:
 
         CompositionError when the composition is the base model itself.
         """
-        allowed = allow_licenses or self.allow_licenses
+        allow = allow_licenses or self.allow_licenses
         portable = with_magnitudes(self.adapter, self.model)
-        return portable.export(folder, target=target, max_rank=max_rank, allow_licenses=allowed)
+        return portable.export(folder, target=target, max_rank=max_rank, allow_licenses=allow)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, model: Any, tokenizer: Any) -> Composition:
@@ -271,43 +336,31 @@ class Composition:
         """
         saved = SavedRecipe.read(folder)
         require_model(model)
-        task, report, recipe = saved.task, saved.report, saved.fields
-        own, its = base_key(model), BaseKey(str(saved.base_model), None, saved.base)
+        recipe, own, its = saved.fields, base_key(model), BaseKey(str(saved.base_model), None, saved.base)
         if why := its.contradicts(own):
             raise BaseModelMismatch(f"{folder} was composed for {its.id!r}, and this model is another: {why}")
         if not its.proves(own):
             warn_unverified([str(folder)], its, own)
+        fields: dict[str, Any] = {key: recipe[key] for key in ("seed", "parents")}
+        weights, pool = {}, None
+        # the model is the one that it was composed on, whatever its experts say of their base
         if saved.has_router:
             router = read_router(Path(folder) / "router")
             if router.pool is None:
                 raise AdapterCorrupt(f"{folder} has a router without its adapters; compose again")
-            fields = {"seed": recipe["seed"], "parents": recipe["parents"], "router": router}
-            pool = ExpertPool(
-                {name: replace(each, fingerprint=own.fingerprint) for name, each in router.pool.adapters.items()}
-            )
-            return cls(model, tokenizer, task, pool, {}, recipe["merge_method"], report, **fields)
-        kept = Path(folder) / "adapter"
-        stored = None
-        if kept.is_dir():
-            # the model is the one that it was composed on, whatever its experts say of their base
-            read = replace(Adapter.from_pretrained(kept, name="composition"), fingerprint=own.fingerprint)
-            stored = Composer(model, [read]).bound_pool["composition"]
-        if stored is None and (recipe["weights"] or recipe["tuned_steps"]):
-            raise AdapterCorrupt(f"{folder} has weights, but its folder adapter is gone; compose again")
-        return cls(
-            model,
-            tokenizer,
-            task,
-            None,
-            recipe["weights"],
-            recipe["merge_method"],
-            report,
-            recipe["seed"],
-            stored,
-            recipe["parents"],
-            recipe["by_layer"],
-            recipe["tuned_steps"],
-        )
+            experts = router.pool.adapters.items()
+            pool = ExpertPool({name: replace(each, fingerprint=own.fingerprint) for name, each in experts})
+            fields["router"] = router
+        else:
+            weights = recipe["weights"]
+            fields |= {key: recipe[key] for key in ("by_layer", "tuned_steps")}
+            kept = Path(folder) / "adapter"
+            if kept.is_dir():
+                read = replace(Adapter.from_pretrained(kept, name="composition"), fingerprint=own.fingerprint)
+                fields["stored"] = Composer(model, [read]).bound_pool["composition"]
+            elif weights or recipe["tuned_steps"]:
+                raise AdapterCorrupt(f"{folder} has weights, but its folder adapter is gone; compose again")
+        return cls(model, tokenizer, saved.task, pool, weights, recipe["merge_method"], saved.report, **fields)
 
     @property
     def engine(self) -> Composer:
@@ -333,10 +386,46 @@ class Composition:
         used = self.mean_weights if self.router is None or self.pool is None else self.pool.names
         return self.pool.subset(used).adapters if self.pool and used else {}
 
+    def _weighed(self, verb: str) -> tuple[ExampleLoss, MixtureWeights]:
+        """The loss on the examples by the adapters that have a weight, and the mixture over them.
+
+        Raises CompositionError for a composition without a pool, and for one that is more than its weights say.
+        """
+        require_no_router(self.router, verb)
+        if self.stored is not None or self.pool is None:
+            raise CompositionError(
+                f"cannot {verb} a composition that was read from a folder, cut or tuned: only the merged adapter is left "
+                "of it. Do it before, on what compose() returned"
+            )
+        if self.is_base:
+            raise CompositionError(f"cannot {verb} this composition: it is the base model itself")
+        pool, weights = self.pool.subset(self.mean_weights), self.weights
+        mixture = weights if isinstance(weights, MixtureWeights) else MixtureWeights.of(self.mean_weights, pool.names)
+        return example_loss(*self._on, pool, self.merge_method), mixture
+
+    @property
+    def _on(self) -> tuple[Any, Any, Task]:
+        return self.model, self.tokenizer, self.task
+
+    def _renewed(
+        self,
+        name: str,
+        reason: str,
+        started: float,
+        *,
+        loss: float,
+        evaluations: int,
+        num_trained: int = 0,
+        **fields: Any,
+    ) -> Composition:
+        """The composition with other `fields`, by `name` in its report; what it does on held-out examples is not known."""
+        seconds, new = time.perf_counter() - started, replace(self, **fields)
+        row = ReportRow(name, new.all_weights, loss, None, None, seconds, evaluations, new.by_layer, num_trained)
+        return replace(new, report=self.report.continued(row, reason))
+
     def _recipe(self) -> dict[str, Any]:
         weights = self.mean_weights
-        members = self._members.items()
-        parents = [{**parent_of(adapter), "name": name, "weight": weights.get(name)} for name, adapter in members]
+        parents = [{**parent_of(each), "name": name, "weight": weights.get(name)} for name, each in self._members.items()]
         return {
             "format": FORMAT if self.router is None else FORMAT_WITH_ROUTER,
             "base_model": getattr(self.model, "name_or_path", ""),
@@ -348,13 +437,7 @@ class Composition:
             "parents": parents or [dict(parent) for parent in self.parents],
             "merge_method": self.merge_method,
             "seed": self.seed,
-            "task": {
-                "examples": self.task.examples,
-                "instruction": self.task.instruction,
-                "labels": self.task.labels,
-                "metric": self.task.metric,
-                "template": self.task.template,
-            },
+            "task": {name: getattr(self.task, name) for name in TASK_FIELDS},
             "report": self.report.to_json(),
             "versions": {package: version(package) for package in PACKAGES},
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,17 @@ class Report:
 
     def __getitem__(self, name: str) -> ReportRow:
         return next(row for row in self.rows if row.name == name)
+
+    def continued(self, row: ReportRow, reason: str) -> Report:
+        """With a row of what was made of the chosen one, in the place of an earlier row of that name, as the new choice."""
+        return replace(
+            self,
+            rows=(*(other for other in self.rows if other.name != row.name), row),
+            chosen=row.name,
+            reason=reason,
+            seconds=self.seconds + row.seconds,
+            evaluations=self.evaluations + row.evaluations,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """All of it; a loss that is not finite, which JSON has no number for, is None."""

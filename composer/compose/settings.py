@@ -14,9 +14,8 @@ from loraweave import registry
 from loraweave.common.checks import is_whole, require_whole
 from loraweave.common.rows import GivenRows, read_inputs
 from loraweave.composer.compose.loss import Penalty
-from loraweave.composer.compose.refine import router_name
 from loraweave.composer.compose.user_loss import Examples
-from loraweave.errors import InvalidTask, LoraweaveError, UnknownName, WeightingError
+from loraweave.errors import InvalidTask, LoraweaveError, ScopeError, UnknownName, WeightingError
 from loraweave.hub.intake.license_terms import require_one_work, stated
 from loraweave.hub.pool import ExpertPool
 from loraweave.registry import get, nearest
@@ -213,6 +212,23 @@ class Settings:
             raise WeightingError(
                 f"start {start!r} is found on examples, and the task has none: give start='uniform', or weights as the start"
             )
+
+
+def router_name(router: str | Router) -> str:
+    """Its name in the registry, or of its class where it is in none; a name is its own."""
+    if isinstance(router, str):
+        return router
+    return router.name if isinstance(router, TokenRouter) else type(router).__name__
+
+
+def require_no_router(router: Router | None, verb: str) -> None:
+    """Raises ScopeError where there is a router: its weights depend on the input, and `verb` needs some that do not."""
+    if router is not None:
+        raise ScopeError(
+            f"a composition by router {router_name(router)!r} cannot {verb}: its weights depend on the input. It answers "
+            "live, save_pretrained() keeps router and adapters, and engine.activate(composition.weights) does the same "
+            "elsewhere; for weights that can be merged, compose() with a search"
+        )
 
 
 # what compose() adds to the options of a router that is trained

@@ -15,11 +15,10 @@ from loraweave.composer.compose.refine import (
     Tuning,
     num_scalars,
     pool_of,
-    router_name,
     targets_of,
     tuned_adapters,
 )
-from loraweave.composer.compose.settings import TRAINING, is_trained
+from loraweave.composer.compose.settings import TRAINING, is_trained, router_name
 from loraweave.composer.composer import Composer
 from loraweave.composer.merge.merge import merge_mixture
 from loraweave.hub.adapter import Adapter
