@@ -127,8 +127,8 @@ class Composer:
             if self._fused:
                 raise AlreadyActive("cannot activate while a mixture is fused into the weights: leave fused() first")
             plan = self._plans.plan(weights, self._pool.names)
-            if plan.begun is not None:
-                plan.begun.take_tokenizer(self.tokenizer)
+            if plan.call_router is not None:
+                plan.call_router.take_tokenizer(self.tokenizer)
             warn_of_licenses(weights, self._pool)
             lease = self._residents.lease(plan.experts)
             try:

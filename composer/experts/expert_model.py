@@ -27,8 +27,8 @@ from loraweave.composer.experts.hooks import (
 from loraweave.composer.experts.parts import Parts, Starts, closing_blocks, key_of, make_parts, shapes_of
 from loraweave.composer.experts.running import RUNNING, Branch, Running, shared_stream
 from loraweave.composer.experts.saving import one_expert, read_saved_experts, whole_mixture, write_experts
+from loraweave.composer.live.call_router import arguments_of
 from loraweave.composer.live.kernels._own_precision import own_precision
-from loraweave.composer.live.token_weights import arguments_of
 from loraweave.composer.model.batches import IGNORED
 from loraweave.composer.train.experts import fit
 from loraweave.composer.train.rows import places_of

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loraweave.common.process import holding
-from loraweave.composer.live.token_weights import arguments_of
+from loraweave.composer.live.call_router import arguments_of
 from loraweave.composer.model.batches import IGNORED
 from loraweave.errors import ScopeError
 from loraweave.routers.recipes._gate import Call

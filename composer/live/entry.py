@@ -9,9 +9,9 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from loraweave.composer.live.call_router import CallRouter, arguments_of
 from loraweave.composer.live.plan import Plan
 from loraweave.composer.live.standing_in import StandIn
-from loraweave.composer.live.token_weights import Begun, arguments_of
 from loraweave.composer.model.limits import begin_call
 from loraweave.errors import CompositionError
 
@@ -38,7 +38,7 @@ class Entry(StandIn):
         model: nn.Module,
         require_unchanged: Callable[[Iterable[str]], None],
         current_plan: Callable[[], Plan | None],
-        begin: Callable[[Begun, dict[str, Any]], None],
+        begin: Callable[[CallRouter, dict[str, Any]], None],
     ) -> None:
         self._model = ref(model)
         self._require_unchanged = require_unchanged
@@ -65,8 +65,8 @@ class Entry(StandIn):
             given = _main_input(args, kwargs)
             num_rows = None if given is None else given.shape[0]
             plan.require_rows(num_rows)
-            if plan.begun is not None:
-                self._begin(plan.begun, arguments_of(module, args, kwargs))
+            if plan.call_router is not None:
+                self._begin(plan.call_router, arguments_of(module, args, kwargs))
             # features by (row * token) do not say how many rows they are
             known = None if given is None or (given.ndim == 2 and given.is_floating_point()) else num_rows
             begin_call(known, beside=any(kwargs.get(name) is not None and kwargs[name] is not given for name in BESIDE_TEXT))

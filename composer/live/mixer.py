@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from loraweave.common.process import holding, lock_of
+from loraweave.composer.live.call_router import CallRouter, end_router_call
 from loraweave.composer.live.compiled import bind, mixed, number_of_layer, number_of_mixing, outside
 from loraweave.composer.live.entry import Entry, Exit
 from loraweave.composer.live.plan import KEPT_BYTES, Plan, make_plan
@@ -29,7 +30,6 @@ from loraweave.composer.live.recording import Usage
 from loraweave.composer.live.residents import Lease
 from loraweave.composer.live.row_weights import Workspace
 from loraweave.composer.live.standing_in import CleanCopies, PromptedGenerate, StandIn, WatchedBlock, give_back
-from loraweave.composer.live.token_weights import Begun, end_begun
 from loraweave.composer.model.layers import TargetLayer, gives_new_memory
 from loraweave.composer.model.limits import end_call, watch
 from loraweave.errors import AlreadyActive, CompositionError
@@ -148,7 +148,7 @@ class Activation:
 def _end() -> None:
     """The running call of the model is over, however it ended."""
     end_call()
-    end_begun()
+    end_router_call()
 
 
 def _chain(activation: Activation | None) -> Iterable[Activation]:
@@ -203,7 +203,7 @@ class LiveLayers:
             with self._lock:
                 if not self._open:
                     self._install()
-                if plan.begun is not None and plan.begun.reads_text:
+                if plan.call_router is not None and plan.call_router.reads_text:
                     self._tell_prompts()
                 self._watch(plan.watched)
                 self._open.append(activation)
@@ -271,7 +271,7 @@ class LiveLayers:
         activation = self.current()
         return None if activation is None else activation.plan
 
-    def _begin(self, begun: Begun, arguments: dict[str, Any]) -> None:
+    def _begin(self, router: CallRouter, arguments: dict[str, Any]) -> None:
         """Shows a router a call's arguments, while no mixture counts in this context."""
         activation = self.current()
         with ExitStack() as stack:
@@ -279,7 +279,7 @@ class LiveLayers:
             if activation is not None:
                 stack.enter_context(activation.followed.entered())
                 stack.enter_context(answering(partial(self._answering, activation)))
-            begun.begin(self._model, arguments)
+            router.begin(self._model, arguments)
 
     def _answering(self, asking: Activation, weights: Mapping[str, float]) -> AbstractContextManager[None]:
         """Inside, a mixture counts of the experts of the activation that asks; nobody is told what it used."""
@@ -294,7 +294,7 @@ class LiveLayers:
     def _end_call(self, output: Any) -> None:
         if not torch.compiler.is_compiling():
             activation = _current(self)
-            if activation is not None and activation.plan.begun is not None:
+            if activation is not None and activation.plan.call_router is not None:
                 activation.followed.returned(output)
         _end()
 
@@ -330,8 +330,8 @@ class LiveLayers:
 
     def _begin_call(self, arguments: dict[str, Any]) -> None:
         plan = self._current_plan()
-        if plan is not None and plan.begun is not None:
-            self._begin(plan.begun, arguments)
+        if plan is not None and plan.call_router is not None:
+            self._begin(plan.call_router, arguments)
 
     def _take_over(self, layers: Mapping[str, TargetLayer]) -> None:
         for layer in layers.values():

@@ -9,12 +9,13 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from loraweave.composer.live.call_router import CallRouter
 from loraweave.composer.live.kernels._parts import Adder, Kernel
 from loraweave.composer.live.kernels._some_rows import SomeRows
 from loraweave.composer.live.recording import Note, Usage
 from loraweave.composer.live.residents import Lease
 from loraweave.composer.live.row_weights import LayerMixture, RowWeights, Workspace
-from loraweave.composer.live.token_weights import Begun, TokenWeights
+from loraweave.composer.live.token_weights import TokenWeights
 from loraweave.composer.model.kinds import conv, linear
 from loraweave.composer.model.kinds._kind import by_row
 from loraweave.composer.model.layers import TargetLayer, is_floating
@@ -95,9 +96,9 @@ class Plan:
         return self._weights.num_bytes + (self._by_token.num_bytes if self._by_token is not self._weights else 0)
 
     @property
-    def begun(self) -> Begun | None:
-        """The router where it looks at the whole input first."""
-        return self._by_token.begun
+    def call_router(self) -> CallRouter | None:
+        """The router, where it is shown each call of the model first."""
+        return self._by_token.call_router
 
     @property
     def watched(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import torch
 from loraweave.common.names import near_misses, unknown_expert
 from loraweave.errors import ScopeError, WeightingError
 from loraweave.hub.pool import ExpertPool
-from loraweave.routers.combined import ByRow, by_row
+from loraweave.routers.combined import ByRow
 from loraweave.routers.tokens._router import TokenRouter
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Router
@@ -36,7 +36,7 @@ def resolve(mixture: Any, pool: ExpertPool, bound: ExpertPool | None = None) -> 
         rows = list(mixture)
         if all(row is None or isinstance(row, Mapping) for row in rows):
             return _named(rows, pool)
-        return by_row([_row(number, row, pool, bound) for number, row in enumerate(rows)], pool.names)
+        return ByRow([_row(number, row, pool, bound) for number, row in enumerate(rows)], pool.names)
     raise WeightingError(
         f"a mixture is {{name: weight}}, a list with one of these (None: the base) per row, MixtureWeights or a router, "
         f"not {mixture!r}; {{}} is the base model"

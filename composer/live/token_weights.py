@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear
 
+from loraweave.composer.live.call_router import CallRouter, in_own_precision
 from loraweave.composer.live.kernels._cost import TokenWorkload, sorting_pays
-from loraweave.composer.live.kernels._own_precision import own_precision
 from loraweave.composer.live.kernels.dense import Made, Stack, by_input
 from loraweave.composer.live.kernels.sorted_tokens import SortedTokens
 from loraweave.composer.live.layout import PlacedFactors
 from loraweave.composer.live.residents import Lease
 from loraweave.composer.live.row_weights import AffineTable, LayerMixture
 from loraweave.composer.model.layers import TargetLayer
-from loraweave.errors import CompositionError, ScopeError, WeightingError
-from loraweave.routers.combined import ByRow, by_row, parts_of
-from loraweave.routers.tokens._call import with_tokenizer
-from loraweave.routers.tokens._router import TokenRouter
+from loraweave.errors import ScopeError, WeightingError
+from loraweave.routers.combined import ByRow, needs_call, parts_of
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import AlongDirections, Router
 
@@ -93,7 +87,7 @@ class TokenWeights:
         self.weights = weights
         self._only = layers
         self.is_routed = False
-        self.begun: Begun | None = None
+        self.call_router: CallRouter | None = None
         self._along: AlongDirections | None = None
         # blocks whose input the router looks at
         self.watched: tuple[str, ...] = ()
@@ -116,17 +110,18 @@ class TokenWeights:
     @classmethod
     def routed(cls, router: Router, experts: tuple[str, ...]) -> TokenWeights:
         """Of weights that a router computes from each layer's input."""
-        own = asked(router)
-        begun = Begun(own, type(router).__name__) if hasattr(own, "begin") else None
+        own = in_own_precision(router)
+        call_router = CallRouter(own, type(router).__name__) if needs_call(own) else None
+        weigh = (call_router or own).weights
 
         def weights(x_BTI: Tensor, layer: str) -> Tensor:
-            w_BTE = (begun or own).weights(x_BTI, layer)
+            w_BTE = weigh(x_BTI, layer)
             _require_experts(w_BTE, router, layer, len(experts))
             return w_BTE
 
         found = cls(experts, weights, None, router.num_rows if isinstance(router, ByRow) else 1)
-        found.is_routed, found.begun = True, begun
-        if begun is None and isinstance(router, AlongDirections):
+        found.is_routed, found.call_router = True, call_router
+        if call_router is None and isinstance(router, AlongDirections):
             found._along = router
         found.watched = tuple(path for part in parts_of(router) for path in getattr(part, "watched", ()))
         return found
@@ -163,7 +158,7 @@ class TokenWeights:
         if not self.learns:
             return self._given.setdefault(layer, _Known())
         # a gradient's graph has to have what is made of them in each layer
-        if self.begun is None or w_BTP.requires_grad or not self.begun.shares_weights:
+        if self.call_router is None or w_BTP.requires_grad or not self.call_router.shares_weights:
             return _Known()
         shared = self._shared
         if shared is None or shared.w_BTP is not w_BTP:
@@ -298,158 +293,6 @@ def _require_fit(w_BTE: Tensor, x_BTI: Tensor, layer: str) -> None:
             f"the weights have {w_BTE.shape[0]} rows, but the input of layer {layer!r} has {num_rows}, no multiple; "
             "give one mixture for each row of the batch, or one mapping for all"
         )
-
-
-def asked(router: Router) -> Router:
-    """The router, or each of a batch's; one that is none of loraweave's is asked as it is, since it may need autocast."""
-    if isinstance(router, ByRow):
-        # one object for one router, which is shown a call once
-        known = {part: _asked(part) for part in router.routers if part is not None}
-        return by_row([None if part is None else known[part] for part in router.routers], router.experts)
-    return _asked(router)
-
-
-def _asked(router: Router) -> Router:
-    if not isinstance(router, TokenRouter):
-        return router
-    return _AskedWhole(router) if hasattr(router, "begin") else _Asked(router)
-
-
-class _Asked:
-    """It goes to where the layers are, and with them where they are on several devices."""
-
-    def __init__(self, router: TokenRouter) -> None:
-        self._router = router
-        self._device: torch.device | None = None
-
-    @property
-    def parts(self) -> list[TokenRouter]:
-        """The routers that it is made of."""
-        return self._router.parts
-
-    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
-        if x_BTI.device != self._device:
-            with torch.inference_mode(False):
-                self._router.to(x_BTI.device)
-            self._device = x_BTI.device
-        return _in_own_precision(self._router, x_BTI, layer)
-
-
-class _AskedWhole:
-    def __init__(self, router: Any) -> None:
-        self._router = router
-
-    @property
-    def parts(self) -> list[TokenRouter]:
-        """The routers that it is made of."""
-        found: list[TokenRouter] = self._router.parts
-        return found
-
-    def begin(self, model: Any, arguments: Mapping[str, Any]) -> Router:
-        """The router of one call."""
-        return _OfCall(self._router.begin(model, arguments))
-
-    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """Raises what the router raises that was not shown the call."""
-        w_BTE: Tensor = self._router.weights(x_BTI, layer)
-        return w_BTE
-
-
-class _OfCall:
-    def __init__(self, router: Router) -> None:
-        self._router = router
-        self.shares_weights = bool(getattr(router, "shares_weights", False))
-
-    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
-        return _in_own_precision(self._router, x_BTI, layer)
-
-
-def _in_own_precision(router: Router, x_BTI: Tensor, layer: str) -> Tensor:
-    with own_precision(x_BTI.device) if torch._C._is_any_autocast_enabled() else nullcontext():
-        return router.weights(x_BTI, layer)
-
-
-# the router that was asked, and the one that it gave for the running call
-_CALL: ContextVar[tuple[Begun, Router] | None] = ContextVar("loraweave_begun", default=None)
-
-
-class Begun:
-    """Such a router, as one whose weights are those of the running call; `name` is for messages."""
-
-    def __init__(self, router: Any, name: str) -> None:
-        self._router = router
-        self._name = name
-        self._last: Router | None = None
-        # those that a backward pass may still run layers of again
-        self._num_calls = 0
-        self._ran_again = False
-        self._tokenizer: Any = None
-
-    @property
-    def reads_text(self) -> bool:
-        """Whether the router, or one that it is made of, chooses by text."""
-        return any(getattr(part, "needs_tokenizer", False) for part in parts_of(self._router))
-
-    def take_tokenizer(self, tokenizer: Any) -> None:
-        """The tokenizer of the model, for routers that read text. CompositionError where one needs it and it is None."""
-        if self.reads_text and tokenizer is None:
-            raise CompositionError(
-                f"router {self._name} reads the text of the model's input, and this Composer cannot: make "
-                "it with tokenizer=..."
-            )
-        self._tokenizer = tokenizer
-
-    def begin(self, model: nn.Module, arguments: Mapping[str, Any]) -> None:
-        """Shows the router the arguments of a call of the model, by name, while the model is without a mixture."""
-        with with_tokenizer(self._tokenizer):
-            found = self._router.begin(model, arguments)
-        # for a backward pass that runs layers again
-        self._last = found if torch.is_grad_enabled() else None
-        self._num_calls = (0 if self._ran_again else self._num_calls) + torch.is_grad_enabled()
-        self._ran_again = False
-        _CALL.set((self, found))
-
-    @property
-    def shares_weights(self) -> bool:
-        """Whether the router of the running call says that no tensor it gives changes before the call ends."""
-        found = _CALL.get()
-        return found is not None and found[0] is self and bool(getattr(found[1], "shares_weights", False))
-
-    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
-        """w_BTE. Raises ScopeError outside a call of the model."""
-        found = _CALL.get()
-        if found is not None and found[0] is self:
-            return found[1].weights(x_BTI, layer)
-        # gradient checkpointing runs layers again when the call has ended
-        if self._last is not None and torch._C._current_graph_task_id() != -1:
-            if self._num_calls > 1:
-                raise CompositionError(
-                    f"gradient checkpointing runs layer {layer!r} again after {self._num_calls} calls of the model, and "
-                    f"router {self._name} cannot tell of which: call backward() after each, or do without that; a call "
-                    "without a backward() belongs under torch.no_grad()"
-                )
-            self._ran_again = True
-            return self._last.weights(x_BTI, layer)
-        raise ScopeError(
-            f"router {self._name} looks at the input of the whole model first, but layer {layer!r} ran in "
-            "none of its calls: call the model itself rather than a part of it, and not one that torch.compile made"
-        )
-
-
-def end_begun() -> None:
-    """The running call is over."""
-    if not torch.compiler.is_compiling():
-        _CALL.set(None)
-
-
-def arguments_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of the model, by name."""
-    signature = inspect.signature(model.forward)
-    found = dict(signature.bind_partial(*args, **kwargs).arguments)
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            found |= found.pop(name, {})
-    return found
 
 
 class MadeWeights:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from loraweave.composer.live.token_weights import arguments_of
+from loraweave.composer.live.call_router import arguments_of
 from loraweave.composer.model.batches import IGNORED, EncodedRow, batch, token_losses
 from loraweave.composer.train.descent import Descent
 from loraweave.composer.train.jobs import LinearizedJob, LoraJob, TrainingJob, given_factors, new_factors

@@ -12,13 +12,14 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from loraweave import registry
 from loraweave.errors import BaseModelMismatch, ScopeError, TrainingError, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.intake.model_hub import upload
 from loraweave.hub.pool import ExpertPool
-from loraweave.routers.combined import places_in, renamed
-from loraweave.routers.tokens._members import LayerTensors, Members
-from loraweave.routers.tokens._written import router_card, write_router
+from loraweave.routers.combined import begin, derive, needs_call, renamed
+from loraweave.routers.tokens._members import LayerTensors, Members, names_in
+from loraweave.routers.tokens._written import Contents, router_card, write_router
 from loraweave.types import Router
 
 
@@ -69,6 +70,15 @@ class TokenRouter(nn.Module):
     def options(self) -> dict[str, Any]:
         """The options that it was made with, by name."""
         return {name: getattr(self, name) for name in option_names(type(self))}
+
+    @property
+    def needs_call(self) -> bool:
+        """Whether it is shown each call of the model by `begin` first, and weighs inputs in such calls alone."""
+        return type(self).begin is not TokenRouter.begin
+
+    def begin(self, model: Any, arguments: Mapping[str, Any]) -> Router:
+        """The router of one call of the model, whose arguments these are by name; by default itself."""
+        return self
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
         """w_BTE in fp32 or better; row b depends on row b of x alone."""
@@ -153,9 +163,17 @@ class TokenRouter(nn.Module):
         """Writes router.json and router.safetensors, and with `pool` the adapters of its experts, as PEFT folders.
 
         `lw.router(folder)` reads it again. The folder appears whole or not at all. Raises WeightingError for a folder that
-        holds something else, and for a pool without its experts.
+        holds something else, and for a pool without its experts; ScopeError for a class that is in no file of routers/,
+        which lw.router() could not find again.
         """
-        return write_router(self, Path(folder), pool)
+        known = registry.get("routers", self.name) if self.name in registry.names("routers") else None
+        if type(self) not in (known, getattr(known, "token_router", None)):
+            raise ScopeError(
+                f"router {type(self).__name__} is in no file of routers/, so lw.router() could not read it again: keep its "
+                "state_dict() with safetensors, and make it anew"
+            )
+        contents = Contents(self.name, self.options, self.members, self.state_dict(), self.report)
+        return write_router(contents, Path(folder), pool)
 
     def push_to_hub(
         self,
@@ -174,7 +192,8 @@ class TokenRouter(nn.Module):
         """
         with TemporaryDirectory() as place:
             folder = self.save_pretrained(Path(place) / "router", pool=pool)
-            (folder / "README.md").write_text(router_card(self, repository, with_pool=pool is not None), encoding="utf-8")
+            card = router_card(self.name, self.members, repository, with_pool=pool is not None)
+            (folder / "README.md").write_text(card, encoding="utf-8")
             message = commit_message or f"router {self.name} for {len(self.experts)} experts"
             return upload(folder, repository, token=token, private=private, message=message)
 
@@ -198,10 +217,8 @@ def placed(router: TokenRouter, pool: ExpertPool) -> TokenRouter:
     Itself where the pool is the one it is for. Raises WeightingError, which lists the differences, for a pool without some
     of its experts, BaseModelMismatch for one of another base.
     """
-    names = tuple(places_in(router, pool))
-    if names == router.experts == pool.names:
-        return router
-    return _PlacedWhole(router, pool, names) if hasattr(router, "begin") else _Placed(router, pool, names)
+    names = tuple(names_in(router.members, pool, router.name))
+    return router if names == router.experts == pool.names else _Placed(router, pool, names)
 
 
 class _Placed(TokenRouter):
@@ -214,7 +231,7 @@ class _Placed(TokenRouter):
         self.router = router
         # in layers that it does not know all weights are 0
         self.simplex = router.simplex and set(self.layers) <= set(router.layers)
-        self.names_of_own = dict(zip(router.experts, names, strict=True))
+        self._names_of_own = dict(zip(router.experts, names, strict=True))
         self._own = ExpertPool({own: pool.adapters[name] for own, name in zip(router.experts, names, strict=True)})
         self.register_buffer("place_P", torch.tensor([pool.places[name] for name in names]), persistent=False)
 
@@ -226,10 +243,19 @@ class _Placed(TokenRouter):
     def options(self) -> dict[str, Any]:
         return self.router.options
 
-    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
-        return self.spread(self.router, x_BTI, layer)
+    @property
+    def needs_call(self) -> bool:
+        return needs_call(self.router)
 
-    def spread(self, router: Router, x_BTI: Tensor, layer: str) -> Tensor:
+    def begin(self, model: Any, arguments: Mapping[str, Any]) -> Router:
+        with renamed(self._names_of_own):
+            of_call = begin(self.router, model, arguments)
+        return self if of_call is self.router else derive(of_call, self._spread)
+
+    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+        return self._spread(self.router, x_BTI, layer)
+
+    def _spread(self, router: Router, x_BTI: Tensor, layer: str) -> Tensor:
         """w_BTE over the pool's experts, of what `router` says of its own."""
         if layer not in self.router.members.layers:
             return x_BTI.new_zeros(1, 1, len(self.experts), dtype=torch.float32)
@@ -238,23 +264,6 @@ class _Placed(TokenRouter):
 
     def save_pretrained(self, folder: str | Path, *, pool: ExpertPool | None = None) -> Path:
         return self.router.save_pretrained(folder, pool=None if pool is None else self._own)
-
-
-class _PlacedWhole(_Placed):
-    def begin(self, model: Any, arguments: Mapping[str, Any]) -> Router:
-        """The router of one call."""
-        begun: Any = self.router
-        with renamed(self.names_of_own):
-            return _OfCall(self, begun.begin(model, arguments))
-
-
-class _OfCall:
-    def __init__(self, whole: _Placed, router: Router) -> None:
-        self._whole = whole
-        self._router = router
-
-    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
-        return self._whole.spread(self._router, x_BTI, layer)
 
 
 R = TypeVar("R", bound="TokenRouter")

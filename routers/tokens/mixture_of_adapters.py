@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -59,11 +59,9 @@ class MixtureOfAdapters(InputGates):
         self._beside: BesideCache[RunningSums] = BesideCache(self.name)
 
     @property
-    def begin(self) -> Callable[[nn.Module, Mapping[str, Any]], Router]:
-        """What shows it the arguments of a call. One that decides for each token has none, and needs no call."""
-        if self.decision == "token":
-            raise AttributeError("begin")
-        return self._begin
+    def needs_call(self) -> bool:
+        """Whether it is shown each call of the model first: one that decides for each token is not."""
+        return self.decision == "sequence"
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
         """w_BTE; one of each token's is 1. Raises ScopeError for a decision by sequence."""
@@ -96,8 +94,10 @@ class MixtureOfAdapters(InputGates):
         scores_BTE = self.scores(x_BTI, layer)
         return self.note(layer, scores_BTE, straight_through(scores_BTE))
 
-    def _begin(self, model: nn.Module, arguments: Mapping[str, Any]) -> Router:
+    def begin(self, model: nn.Module, arguments: Mapping[str, Any]) -> Router:
         """The router of one call. Raises ScopeError for tokens that are not known, and what `BesideCache.of` raises."""
+        if not self.needs_call:
+            return self
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise ScopeError(
                 f"router {self.name!r} decides for one sequence, and {type(model).__name__} has an encoder and a decoder, "

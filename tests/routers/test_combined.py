@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from loraweave.errors import ScopeError, WeightingError
-from loraweave.routers.combined import ByRow
+from loraweave.routers.combined import ByRow, begin, derive, masked, needs_call
 from loraweave.routers.weights import MixtureWeights
 
 EXPERTS = ("a", "b")
@@ -39,3 +39,39 @@ def test_what_does_not_fit_is_named() -> None:
         ByRow([KNOWN, None], EXPERTS).weights(torch.ones(3, 1, 2), "layer")
     with pytest.raises(WeightingError, match=r"First of row 1 gave weights \(1, 4, 2\).*3 experts"):
         ByRow([None, First()], ("a", "b", "c")).weights(torch.ones(2, 4, 2), "layer")
+
+
+class Longest:
+    """Shown a call, it gives each row the share of its real tokens in all those of the batch."""
+
+    def begin(self, model: object, arguments: dict[str, Tensor]) -> MixtureWeights:
+        lengths_B = arguments["attention_mask"].sum(dim=1)
+        share_B = lengths_B / lengths_B.sum()
+        return MixtureWeights(torch.stack([share_B, -share_B], dim=1)[:, None, None], EXPERTS)
+
+    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+        raise AssertionError("the router of the call is asked")
+
+
+CALL = {"attention_mask": torch.tensor([[1, 1, 1], [1, 0, 0]])}
+
+
+def test_a_router_without_begin_is_its_own_in_every_call() -> None:
+    plain = First()
+    assert not needs_call(plain)
+    assert begin(plain, None, CALL) is plain
+    assert not needs_call(masked(plain, 0))
+    assert not needs_call(ByRow([plain, KNOWN], EXPERTS))
+
+
+def test_what_is_made_of_a_router_is_shown_the_calls_that_it_is_shown() -> None:
+    twice = derive(masked(Longest(), 1), lambda own, x_BTI, layer: 2 * own.weights(x_BTI, layer))
+    assert needs_call(twice)
+    assert begin(twice, None, CALL).weights(torch.ones(2, 3, 4), "layer").tolist() == [[[1.5, 0.0]], [[0.5, 0.0]]]
+
+
+def test_a_row_has_its_own_part_of_what_a_router_gives_to_the_batch() -> None:
+    by_row = ByRow([None, Longest()], EXPERTS)
+    assert needs_call(by_row)
+    w_BTE = begin(by_row, None, CALL).weights(torch.ones(2, 3, 4), "layer")
+    assert w_BTE.tolist() == [[[0.0, 0.0]], [[0.25, -0.25]]]

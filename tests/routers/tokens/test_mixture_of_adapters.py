@@ -243,7 +243,7 @@ def test_gradient_checkpointing_gives_the_same_gradient_and_sums_nothing_twice(m
 
 def test_each_token_can_decide_for_itself(model, pool):
     made = sharp(pool, decision="token")
-    assert not hasattr(made, "begin")
+    assert not made.needs_call
     layer = made.layers[0]
     x_BTI = torch.randn(2, 4, 16)
     scores_BTE = made.scores(x_BTI, layer)

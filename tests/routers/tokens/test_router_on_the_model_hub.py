@@ -14,6 +14,7 @@ import torch
 
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
+from loraweave.routers.tokens._members import Members
 from loraweave.routers.tokens._saved import router
 from loraweave.routers.tokens._written import router_card
 from loraweave.types import Factors
@@ -89,7 +90,7 @@ def test_the_card_names_base_and_experts_and_no_folder_as_the_base(found):
     assert "lw.router('mine/arrow')" in card
     torch.manual_seed(0)
     local = Adapter("# x\n---", "/home/me/base", {"layer": Factors(torch.randn(2, 8), torch.randn(6, 2))})
-    text = router_card(router("arrow", [local]), "mine/arrow", with_pool=False)
+    text = router_card("arrow", Members.of(ExpertPool([local])), "mine/arrow", with_pool=False)
     assert "base_model" not in text
     assert text.endswith("\n    # x ---\n")
 

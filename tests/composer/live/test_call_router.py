@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loraweave.composer.composer import Composer
-from loraweave.composer.live.token_weights import asked
+from loraweave.composer.live.call_router import in_own_precision
 from loraweave.errors import CompositionError, ScopeError
 from loraweave.routers.tokens._saved import router
 from loraweave.routers.weights import MixtureWeights
@@ -144,7 +144,7 @@ def test_a_tensor_for_all_layers_counts_as_it_is_in_each(stays, model, adapters)
 
 
 def test_layers_share_what_is_made_of_the_weights_of_xlora(model, adapters):
-    begun = asked(router("xlora", adapters[:1])).begin(model, {"input_ids": IDS_BT})
-    first, last = (begun.weights(torch.zeros(2, 4, 1), list(adapters[0].layers)[at]) for at in (0, -1))
-    assert begun.shares_weights
+    of_call = in_own_precision(router("xlora", adapters[:1])).begin(model, {"input_ids": IDS_BT})
+    first, last = (of_call.weights(torch.zeros(2, 4, 1), list(adapters[0].layers)[at]) for at in (0, -1))
+    assert of_call.shares_weights
     assert first is last
