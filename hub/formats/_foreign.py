@@ -6,33 +6,29 @@ is as strict as the reader of LoRA folders: safetensors only, sizes checked firs
 
 from __future__ import annotations
 
-import difflib
-import sys
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from loraweave.common.process import free_host_bytes
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported, BaseModelMismatch, LayerMismatch
 from loraweave.hub.base import fingerprint
+from loraweave.hub.formats._base_layer import BaseLayer, base_layer
 from loraweave.hub.formats._card import base_model_of_readme, read_card
+from loraweave.hub.formats._config import Config, config_fields, says_something, shortened
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._conversion import MAX_ERROR, Bound, Dense, cut
-from loraweave.hub.formats._files import listing, present, read_json
-from loraweave.hub.formats._patterns import PatternError, resolve
-from loraweave.hub.formats._peft_config import CONFIG, stored_tensors
+from loraweave.hub.formats._peft_config import stored_tensors
 from loraweave.hub.formats._peft_heads import TASK_HEADS, check_heads, take_heads
 from loraweave.hub.formats._safetensors import INTEGERS
 from loraweave.lowrank import algebra
-from loraweave.types import Factors, Fingerprint, Kind
+from loraweave.types import Factors, Fingerprint
 
 ROOT = "base_model."
 MAX_VALUES = 2**31
@@ -98,9 +94,9 @@ class Layer:
 
     def places(self, name: str, *sizes: int | None, below: int) -> Tensor:
         """A tensor of places, each from 0 to `below` - 1."""
-        found = self.part(name, *sizes)
-        whole = found.long()
-        if bool((whole != found).any()) or (whole.numel() and not 0 <= int(whole.min()) <= int(whole.max()) < below):
+        stored = self.part(name, *sizes)
+        whole = stored.long()
+        if bool((whole != stored).any()) or (whole.numel() and not 0 <= int(whole.min()) <= int(whole.max()) < below):
             raise AdapterCorrupt(f"{self.where}: {name!r} has places outside 0 to {below - 1}")
         return whole
 
@@ -115,64 +111,6 @@ class Layer:
         return tensor.double() if tensor.is_floating_point() else tensor
 
 
-@dataclass(frozen=True)
-class Config:
-    """adapter_config.json of a stored adapter; every getter checks type and range."""
-
-    folder: Path
-    fields: Mapping[str, Any]
-
-    def number(self, name: str, default: float | None = None) -> float:
-        return self._number(self.fields.get(name, default), name)
-
-    def count(self, name: str, default: int | None = None, *, least: int = 1) -> int:
-        value = self.fields.get(name, default)
-        if type(value) is not int or not least <= value < 2**31:
-            raise AdapterCorrupt(f"{self.folder}: {name} is {_short(value)}, not a whole number of at least {least}")
-        return value
-
-    def flag(self, name: str, default: bool = False) -> bool:
-        value = self.fields.get(name, default)
-        if not isinstance(value, bool):
-            raise AdapterCorrupt(f"{self.folder}: {name} is {_short(value)}, not true or false")
-        return value
-
-    def choice(self, name: str, options: Iterable[Any], default: Any = None) -> Any:
-        value = self.fields.get(name, default)
-        known = list(options)
-        if not any(type(value) is type(option) and value == option for option in known):
-            raise AdapterUnsupported(f"{self.folder}: {name} is {_short(value)}; known are {', '.join(map(repr, known))}")
-        return value
-
-    def text(self, name: str) -> str:
-        value = self.fields.get(name)
-        if value is not None and (not isinstance(value, str) or len(value) > 4096):
-            raise AdapterCorrupt(f"{self.folder}: {name} is {_short(value)}, not a text of up to 4096 characters")
-        return value or ""
-
-    def matched(self, pattern: str, layer: str, default: str) -> float:
-        """The number that the patterns in field `pattern` give a layer by PEFT's rule, else that of field `default`."""
-        table = self.fields.get(pattern) or {}
-        if not isinstance(table, dict):
-            raise AdapterCorrupt(f"{self.folder}: {pattern} is {_short(table)}, not an object of layer patterns")
-        values = {key: self._number(value, f"{pattern}[{key!r}]") for key, value in table.items()}
-        try:
-            found, disputed = resolve(values, [layer], self.number(default))
-        except PatternError as error:
-            raise AdapterUnsupported(
-                f"{self.folder}: {pattern}: {error}; write layer names without regular expressions"
-            ) from error
-        if disputed:
-            raise AdapterUnsupported(f"{self.folder}: {pattern} gives layer {layer!r} several values, {disputed[layer]}")
-        return found[layer]
-
-    def _number(self, value: Any, name: str) -> float:
-        # compared, since math.isfinite fails for a whole number that no float can hold
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
-            raise AdapterCorrupt(f"{self.folder}: {name} is {_short(value)}, not a finite number")
-        return float(value)
-
-
 class ForeignFormat(ABC):
     """A format of one peft_type that is not LoRA. It is read only: what has been read is written as an ordinary LoRA."""
 
@@ -184,14 +122,13 @@ class ForeignFormat(ABC):
     handled: ClassVar[frozenset[str]] = frozenset()
     benign: ClassVar[frozenset[str]] = frozenset()
     refused: ClassVar[Mapping[str, str]] = {}
+    # the formula holds for linear layers alone
+    linear_only: ClassVar[bool] = False
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
         """Whether the folder's config names this peft_type; says nothing about the rest of its state."""
-        try:
-            return present(folder, CONFIG) and read_json(folder, CONFIG).get("peft_type") == cls.peft_type
-        except AdapterCorrupt:
-            return False
+        return config_fields(folder).get("peft_type") == cls.peft_type
 
     @classmethod
     def read(
@@ -233,30 +170,29 @@ class ForeignFormat(ABC):
         """The update of one layer by the type's formula."""
 
     @classmethod
-    def _fields(cls, folder: Path) -> dict[str, Any]:
-        if not present(folder, CONFIG):
-            raise AdapterCorrupt(f"{folder}: no {CONFIG}; the folder holds {listing(folder)}")
-        fields = read_json(folder, CONFIG)
-        if fields.get("peft_type") != cls.peft_type:
-            raise AdapterUnsupported(f"{folder}: peft_type is {_short(fields.get('peft_type'))}, not {cls.peft_type!r}")
-        return fields
+    def _own_config(cls, folder: Path) -> Config:
+        config = Config.of(folder)
+        if (kind := config.fields.get("peft_type")) != cls.peft_type:
+            raise AdapterUnsupported(f"{folder}: peft_type is {shortened(kind)}, not {cls.peft_type!r}")
+        return config
 
     @classmethod
     def _config(cls, folder: Path) -> Config:
-        fields = cls._fields(folder)
+        config = cls._own_config(folder)
+        fields = config.fields
         for name, value in fields.items():
-            if name in cls.refused and _is_set(value):
-                raise AdapterUnsupported(f"{folder}: {name}={_short(value)}: {cls.refused[name]}")
-            if name not in COMMON | cls.handled | cls.benign and _is_set(value):
+            if name in cls.refused and says_something(value):
+                raise AdapterUnsupported(f"{folder}: {name}={shortened(value)}: {cls.refused[name]}")
+            if name not in COMMON | cls.handled | cls.benign and says_something(value):
                 raise AdapterUnsupported(
-                    f"{folder}: adapter_config.json has the unknown field {name}={_short(value)}, which may change what the "
+                    f"{folder}: adapter_config.json has the unknown field {name}={shortened(value)}, which may change what the "
                     "tensors mean; remove it if it does not"
                 )
         if fields.get("bias", "none") != "none":
             raise AdapterUnsupported(
-                f"{folder}: bias={_short(fields['bias'])}: trained biases are read of LoRA adapters only"
+                f"{folder}: bias={shortened(fields['bias'])}: trained biases are read of LoRA adapters only"
             )
-        return Config(folder, fields)
+        return config
 
     @classmethod
     def _layers(cls, tensors: Mapping[str, Tensor], config: Config, model: nn.Module | None) -> Iterable[Layer]:
@@ -326,6 +262,8 @@ def check_size(layer: Layer, rows: int, columns: int) -> None:
 
 def _within_memory(layout: type[ForeignFormat], layer: Layer, bound: Bound) -> tuple[Factors, dict[str, Any]]:
     """`_converted`, where a small file that stands for a matrix too large for this machine is a named error."""
+    if layout.linear_only and layer.base.kind != "linear":
+        raise AdapterUnsupported(f"{layer.where} is a {type(layer.base.module).__name__}; only linear layers can be read")
     try:
         return _converted(layer, layout.update(layer), bound)
     except (MemoryError, RuntimeError) as error:
@@ -368,9 +306,7 @@ def _tensors(folder: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], set[s
 
 def _heads(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
     """The heads (modules_to_save), taken out of `tensors`."""
-    listed = config.fields.get("modules_to_save") or []
-    if not isinstance(listed, list) or not all(isinstance(name, str) and name for name in listed):
-        raise AdapterCorrupt(f"{config.folder}: modules_to_save is {_short(listed)}, not a list of module names")
+    listed = config.names("modules_to_save")
     task = config.text("task_type")
     found = take_heads(tensors, (*listed, *TASK_HEADS.get(task, ())), "none", config.folder)
     heads = {parameter: tensor.float() for parameter, tensor in found.items()}
@@ -386,83 +322,3 @@ def _same_base(stored: Fingerprint | None, model: nn.Module | None, folder: Path
     if stored is not None and (why := stored.differs(own)):
         raise BaseModelMismatch(f"{folder}: the adapter was made for another base model than the one given: {why}")
     return own
-
-
-def _is_set(value: Any) -> bool:
-    return value is not None and value is not False and value not in ({}, [], "")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-@dataclass(frozen=True, eq=False)
-class BaseLayer:
-    """A linear layer, embedding or convolution of a base model; its weight is read only when it is asked for."""
-
-    name: str
-    module: nn.Module
-    num_outputs: int
-    num_inputs: int
-    kind: Kind = "linear"
-    kernel: tuple[int, ...] = ()
-    transposed: bool = False
-
-    @cached_property
-    def weight_OI(self) -> Tensor:
-        """The weight (O, I) in float64 on the CPU. Raises AdapterUnsupported where it is no plain matrix of floats."""
-        weight = getattr(self.module, "weight", None)
-        size = self.num_outputs * self.num_inputs
-        if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point() or weight.numel() != size:
-            what = (
-                "no tensor" if not isinstance(weight, Tensor) else f"{weight.dtype} {tuple(weight.shape)} on {weight.device}"
-            )
-            raise AdapterUnsupported(
-                f"the weight of the base layer {self.name!r} ({type(self.module).__name__}) is {what}; its values are "
-                "needed, so load the base model unquantised"
-            )
-        dense = weight.detach().cpu().double()
-        return dense.T if self.transposed else dense.flatten(1)
-
-    @property
-    def bias_O(self) -> Tensor | None:
-        """The bias in float64 on the CPU, None for a layer without one."""
-        bias = getattr(self.module, "bias", None)
-        if bias is not None and bias.is_meta:
-            raise AdapterUnsupported(
-                f"the bias of the base layer {self.name!r} is on the meta device; its values are needed"
-            )
-        return None if bias is None else bias.detach().cpu().double()
-
-
-def base_layer(modules: Mapping[str, nn.Module], name: str, asker: str) -> BaseLayer:
-    """The layer of that name. Raises LayerMismatch, naming `asker`, for one that is missing or has no weight matrix."""
-    module = modules.get(name)
-    if module is None:
-        close = difflib.get_close_matches(name, modules, n=1)
-        hint = f"; the nearest is {close[0]!r}" if close else ""
-        raise LayerMismatch(f"{asker} updates layer {name!r}, which the model does not have{hint}")
-    found = as_base_layer(name, module)
-    if found is None:
-        raise LayerMismatch(
-            f"{asker} updates layer {name!r}, a {type(module).__name__}; only linear layers, embeddings and convolutions "
-            "without groups have an update as factors"
-        )
-    return found
-
-
-def as_base_layer(name: str, module: nn.Module) -> BaseLayer | None:
-    """The module as a layer with one weight matrix, None for any other module."""
-    if isinstance(module, Conv1D):
-        return BaseLayer(name, module, int(module.nf), int(module.nx), transposed=True)
-    if isinstance(module, nn.Linear):
-        return BaseLayer(name, module, int(module.out_features), int(module.in_features))
-    if isinstance(module, nn.Embedding):
-        sizes = int(module.embedding_dim), int(module.num_embeddings)
-        return BaseLayer(name, module, *sizes, kind="embedding", transposed=True)
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1:
-        kernel = tuple(int(size) for size in module.kernel_size)
-        inputs = int(module.weight[0].numel())
-        return BaseLayer(name, module, int(module.out_channels), inputs, kind="conv", kernel=kernel)
-    return None

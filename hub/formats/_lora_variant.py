@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
-from loraweave.hub.formats._files import present, read_json
-from loraweave.hub.formats._foreign import Config, ForeignFormat, Layer
-from loraweave.hub.formats._peft_config import CONFIG, PeftConfig, parse
+from loraweave.hub.formats._config import Config, config_fields
+from loraweave.hub.formats._foreign import ForeignFormat, Layer
+from loraweave.hub.formats._peft_config import PeftConfig, parse
 
 
 class LoraVariant(ForeignFormat):
@@ -23,10 +23,7 @@ class LoraVariant(ForeignFormat):
     @classmethod
     def recognises(cls, folder: Path) -> bool:
         """Whether the folder's config is a LoRA with this field set."""
-        try:
-            fields = read_json(folder, CONFIG) if present(folder, CONFIG) else {}
-        except AdapterCorrupt:
-            return False
+        fields = config_fields(folder)
         return fields.get("peft_type") == "LORA" and bool(fields.get(cls.field))
 
     @classmethod
@@ -45,7 +42,7 @@ class LoraVariant(ForeignFormat):
 
     @classmethod
     def _config(cls, folder: Path) -> Config:
-        config = Config(folder, cls._fields(folder))
+        config = cls._own_config(folder)
         settings = cls.settings(config)
         flags: dict[str, Any] = {"use_dora": settings.use_dora, "lora_bias": settings.lora_bias}
         for name, value in {**flags, "bias": settings.bias != "none" and settings.bias}.items():

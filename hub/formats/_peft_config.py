@@ -16,15 +16,13 @@ from typing import Any, Literal
 from torch import Tensor
 
 from loraweave.errors import AdapterCorrupt, AdapterSuspicious, AdapterUnsupported
+from loraweave.hub.formats._config import Config, resolve_patterns, says_something, shortened
 from loraweave.hub.formats._files import listing, opened, present
-from loraweave.hub.formats._patterns import PatternError, resolve
 from loraweave.hub.formats._pickle import read_pickle
 from loraweave.hub.formats._safetensors import read_tensors, shards
 from loraweave.lowrank.algebra import MAX_FP32
 
 MAX_RANK = 65_536
-MAX_TEXT = 4_096
-MAX_NAMES = 1_000
 
 # read by `PeftConfig` and by the reader of the tensors
 HANDLED = {
@@ -106,15 +104,14 @@ class PeftConfig:
 
     def ranks(self, layers: Iterable[str]) -> dict[str, int]:
         """The rank that PEFT would give each layer."""
-        ranks: dict[str, int] = _resolved(self.folder, "rank_pattern", self.rank_pattern, layers, self.rank)[0]
-        return ranks
+        return resolve_patterns(self.folder, "rank_pattern", self.rank_pattern, layers, self.rank)[0]
 
     def scales(self, ranks: Mapping[str, int]) -> dict[str, float]:
         """alpha / r of each layer, or alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023).
 
         Warns where several alpha patterns of different value match a layer; the first in the file decides, as in PEFT.
         """
-        alphas, disputed = _resolved(self.folder, "alpha_pattern", self.alpha_pattern, ranks, self.alpha)
+        alphas, disputed = resolve_patterns(self.folder, "alpha_pattern", self.alpha_pattern, ranks, self.alpha)
         if disputed:
             layer, values = next(iter(disputed.items()))
             warnings.warn(
@@ -131,39 +128,40 @@ def parse(config: Mapping[str, Any], folder: Path) -> PeftConfig:
     """The parsed config. Raises AdapterUnsupported for what has no exact form, AdapterCorrupt for a wrong type."""
     _check_type(config, folder)
     for name, value in config.items():
-        if name in REFUSED and _is_set(value):
-            raise AdapterUnsupported(f"{folder}: adapter_config.json has {name}={_short(value)}: {REFUSED[name]} {_NO_FORM}")
-        if name not in HANDLED and name not in BENIGN and name not in REFUSED and _is_set(value):
+        if name in REFUSED and says_something(value):
+            raise AdapterUnsupported(f"{folder}: adapter_config.json has {name}={shortened(value)}: {REFUSED[name]} {_NO_FORM}")
+        if name not in HANDLED and name not in BENIGN and name not in REFUSED and says_something(value):
             raise AdapterUnsupported(
-                f"{folder}: adapter_config.json has the unknown field {name}={_short(value)}, which may change what the "
+                f"{folder}: adapter_config.json has the unknown field {name}={shortened(value)}, which may change what the "
                 "tensors mean; remove it if it does not, or save the adapter with a PEFT version that has not got it"
             )
     _check_init(config.get("init_lora_weights", True), folder)
-    flags = {name: _flag(config, name, folder) for name in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out")}
+    given = Config(folder, config)
+    flags = {name: _flag(given, name) for name in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out")}
     if flags["use_dora"] and flags["lora_bias"]:
         raise AdapterUnsupported(f"{folder}: use_dora and lora_bias are both true, which PEFT does not define")
     if flags["use_dora"] and config.get("init_lora_weights") == "mica":
         raise AdapterUnsupported(f"{folder}: use_dora with init_lora_weights='mica': PEFT applies only one of them")
     if config.get("bias", "none") not in ("none", "all", "lora_only"):
-        raise AdapterCorrupt(f"{folder}: bias is {_short(config['bias'])}, none of 'none', 'all', 'lora_only'")
+        raise AdapterCorrupt(f"{folder}: bias is {shortened(config['bias'])}, none of 'none', 'all', 'lora_only'")
     recorded = {name: config[name] for name in ("target_modules", "task_type", "r", "lora_alpha") if name in config}
     recorded["fan_in_fan_out"] = flags["fan_in_fan_out"]
-    if revision := _text(config, "revision", folder):
+    if revision := given.text("revision"):
         recorded["revision"] = revision
-    ranks, alphas = _table(config, "rank_pattern", folder), _table(config, "alpha_pattern", folder)
+    ranks, alphas = given.table("rank_pattern"), given.table("alpha_pattern")
     return PeftConfig(
         folder=folder,
-        base_model=_text(config, "base_model_name_or_path", folder),
+        base_model=given.text("base_model_name_or_path"),
         rank=_rank(config.get("r"), "r", folder),
         alpha=_alpha(config.get("lora_alpha"), "lora_alpha", folder),
-        rank_pattern={key: _rank(value, f"rank_pattern[{key!r}]", folder) for key, value in ranks},
-        alpha_pattern={key: _alpha(value, f"alpha_pattern[{key!r}]", folder) for key, value in alphas},
+        rank_pattern={key: _rank(value, f"rank_pattern[{key!r}]", folder) for key, value in ranks.items()},
+        alpha_pattern={key: _alpha(value, f"alpha_pattern[{key!r}]", folder) for key, value in alphas.items()},
         use_rslora=flags["use_rslora"],
         use_dora=flags["use_dora"],
         lora_bias=flags["lora_bias"],
         bias=config.get("bias", "none"),
-        task_type=_text(config, "task_type", folder),
-        modules_to_save=_names(config, "modules_to_save", folder),
+        task_type=given.text("task_type"),
+        modules_to_save=given.names("modules_to_save"),
         recorded=recorded,
     )
 
@@ -175,54 +173,26 @@ def _check_type(config: Mapping[str, Any], folder: Path) -> None:
     if "peft_type" not in config:
         raise AdapterUnsupported(f"{folder}: adapter_config.json has no peft_type, so it is no PEFT config of a LoRA")
     if config["peft_type"] != "LORA":
-        raise AdapterUnsupported(f"{folder}: peft_type is {_short(config['peft_type'])}; only 'LORA' can be read")
+        raise AdapterUnsupported(f"{folder}: peft_type is {shortened(config['peft_type'])}; only 'LORA' can be read")
 
 
 def _check_init(init: Any, folder: Path) -> None:
     if init is None or isinstance(init, bool) or (isinstance(init, str) and init.lower() in HARMLESS_INITS):
         return
     raise AdapterUnsupported(
-        f"{folder}: init_lora_weights={_short(init)} changed the base model's weights in training, so the factors are no "
+        f"{folder}: init_lora_weights={shortened(init)} changed the base model's weights in training, so the factors are no "
         "update of the original ones; convert the adapter with PEFT's save_pretrained(..., "
         "path_initial_model_for_weight_conversion=...), which writes an ordinary LoRA"
     )
 
 
-def _flag(config: Mapping[str, Any], name: str, folder: Path) -> bool:
-    value = config.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise AdapterCorrupt(f"{folder}: {name} is {_short(value)}, not true or false")
-    return bool(value)
-
-
-def _text(config: Mapping[str, Any], name: str, folder: Path) -> str:
-    value = config.get(name)
-    if value is None:
-        return ""
-    if not isinstance(value, str) or len(value) > MAX_TEXT:
-        raise AdapterCorrupt(f"{folder}: {name} is {_short(value)}, not a text of up to {MAX_TEXT} characters")
-    return value
-
-
-def _names(config: Mapping[str, Any], name: str, folder: Path) -> tuple[str, ...]:
-    value = config.get(name) or []
-    if not isinstance(value, list) or not all(isinstance(entry, str) and 0 < len(entry) <= MAX_TEXT for entry in value):
-        raise AdapterCorrupt(f"{folder}: {name} is {_short(value)}, not a list of module names")
-    if len(value) > MAX_NAMES:
-        raise AdapterCorrupt(f"{folder}: {name} lists {len(value)} names, above the limit of {MAX_NAMES}")
-    return tuple(dict.fromkeys(value))
-
-
-def _table(config: Mapping[str, Any], name: str, folder: Path) -> Iterable[tuple[str, Any]]:
-    value = config.get(name)
-    if value is not None and not isinstance(value, dict):
-        raise AdapterCorrupt(f"{folder}: {name} is {_short(value)}, not an object of layer patterns")
-    return (value or {}).items()
+def _flag(config: Config, name: str) -> bool:
+    return config.fields.get(name) is not None and config.flag(name)
 
 
 def _rank(value: Any, name: str, folder: Path) -> int:
     if type(value) is not int or not 1 <= value <= MAX_RANK:
-        raise AdapterCorrupt(f"{folder}: {name} is {_short(value)}, not a whole number from 1 to {MAX_RANK}")
+        raise AdapterCorrupt(f"{folder}: {name} is {shortened(value)}, not a whole number from 1 to {MAX_RANK}")
     return value
 
 
@@ -232,28 +202,12 @@ def _alpha(value: Any, name: str, folder: Path) -> float:
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        raise AdapterCorrupt(f"{folder}: {name} is {_short(value)}, not a finite number")
+        raise AdapterCorrupt(f"{folder}: {name} is {shortened(value)}, not a finite number")
     if abs(number) > MAX_FP32:
         raise AdapterSuspicious(
-            f"{folder}: {name} is {_short(value)}, beyond what fp32 holds ({MAX_FP32:.3g}), in which PEFT multiplies by it"
+            f"{folder}: {name} is {shortened(value)}, beyond what fp32 holds ({MAX_FP32:.3g}), in which PEFT multiplies by it"
         )
     return number
-
-
-def _resolved(folder: Path, name: str, patterns: Mapping[str, Any], layers: Iterable[str], default: Any) -> Any:
-    try:
-        return resolve(patterns, layers, default)
-    except PatternError as error:
-        raise AdapterUnsupported(f"{folder}: {name}: {error}; write layer names without regular expressions") from error
-
-
-def _is_set(value: Any) -> bool:
-    return value is not None and value is not False and value not in ({}, [], "")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 PREFIX = "base_model.model."
@@ -390,7 +344,6 @@ def _refuse_unknown(unknown: list[str], total: int, folder: Path) -> None:
     )
 
 
-CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 PICKLE = "adapter_model.bin"

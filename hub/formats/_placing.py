@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from loraweave.errors import AdapterUnsupported, LayerMismatch
-from loraweave.hub.formats._foreign import BaseLayer, as_base_layer
+from loraweave.hub.formats._base_layer import BaseLayer, as_base_layer
 from loraweave.hub.formats._known_modules import Rule
 from loraweave.types import Factors
 

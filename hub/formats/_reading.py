@@ -16,10 +16,10 @@ from loraweave import registry
 from loraweave.errors import AdapterUnsupported
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._conversion import MAX_ERROR, Bound, cut
-from loraweave.hub.formats._files import adapter_folder, present, read_json, unchanged
+from loraweave.hub.formats._files import adapter_folder, present, unchanged
 from loraweave.hub.formats._foreign import ForeignFormat
 from loraweave.hub.formats._lora_file import PICKLES, FileFormat, is_pickle, lora_files, refuse_pickle
-from loraweave.hub.formats._peft_config import CONFIG
+from loraweave.hub.formats._config import CONFIG, Config
 from loraweave.hub.formats._pickle import texts_in_pickle
 from loraweave.hub.formats._safetensors import tensor_names
 from loraweave.hub.formats.base_change import BaseChange
@@ -92,7 +92,7 @@ def is_adapter(folder: Path) -> bool:
 
 def _read(folder: Path, model: nn.Module | None, rank: int | None, max_error: float, allow_pickle: bool) -> Contents:
     bound = Bound(rank, max_error)
-    kind = read_json(folder, CONFIG).get("peft_type") if present(folder, CONFIG) else None
+    kind = Config.of(folder).fields.get("peft_type") if present(folder, CONFIG) else None
     if isinstance(kind, str) and kind in REFUSED:
         raise AdapterUnsupported(f"{folder}: peft_type is {kind!r}, which cannot be read as factors: {REFUSED[kind]}")
     for layout in (LoraXs, BaseChange, MergedLinear, Bdlora, Kasa):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,11 @@ from torch import Tensor, nn
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.base import fingerprint
+from loraweave.hub.formats._config import Config, config_fields
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._conversion import MAX_ERROR, Bound, cut, plain
-from loraweave.hub.formats._files import present, read_json
-from loraweave.hub.formats._foreign import BaseLayer, base_layer
-from loraweave.hub.formats._peft_config import CONFIG, parse
+from loraweave.hub.formats._base_layer import BaseLayer, base_layer
+from loraweave.hub.formats._peft_config import parse
 from loraweave.hub.formats.peft import Peft
 from loraweave.types import Factors
 
@@ -33,10 +34,7 @@ class BaseChange:
     @staticmethod
     def recognises(folder: Path) -> bool:
         """Whether the folder's config is a LoRA with one of these starts."""
-        try:
-            return present(folder, CONFIG) and _init_of(read_json(folder, CONFIG)) in INITS
-        except AdapterCorrupt:
-            return False
+        return _init_of(config_fields(folder)) in INITS
 
     @staticmethod
     def read(
@@ -52,7 +50,7 @@ class BaseChange:
         Raises AdapterUnsupported without a model, and for use_dora, lora_bias and layers that are not linear.
         """
         folder, bound = Path(folder), Bound(rank, max_error)
-        fields = read_json(folder, CONFIG)
+        fields = Config.of(folder).fields
         init = _init_of(fields)
         if init not in INITS:
             raise AdapterUnsupported(f"{folder}: init_lora_weights is none of {', '.join(INITS)}")
@@ -79,7 +77,7 @@ class BaseChange:
         return replace(contents, layers=layers, fingerprint=fingerprint(model), card=card)
 
 
-def _init_of(fields: dict[str, Any]) -> str:
+def _init_of(fields: Mapping[str, Any]) -> str:
     init = fields.get("init_lora_weights")
     return init.lower() if fields.get("peft_type") == "LORA" and isinstance(init, str) else ""
 

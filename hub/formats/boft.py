@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loraweave.errors import AdapterCorrupt, AdapterUnsupported
+from loraweave.errors import AdapterCorrupt
 from loraweave.hub.formats._conversion import Dense
 from loraweave.hub.formats._foreign import ForeignFormat, Layer
 
@@ -16,14 +16,11 @@ class Boft(ForeignFormat):
     peft_type = "BOFT"
     parts = frozenset({"boft_R", "boft_s"})
     benign = frozenset({"boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "boft_dropout"})
+    linear_only = True
 
     @classmethod
     def update(cls, layer: Layer) -> Dense:
         num_out, num_in = layer.base.num_outputs, layer.base.num_inputs
-        if layer.base.kind != "linear":
-            raise AdapterUnsupported(
-                f"{layer.where} is a {type(layer.base.module).__name__}; only linear layers can be read"
-            )
         stored = layer.part("boft_R", None, None, None, None)
         factors, blocks, block, _ = stored.shape
         layer.part("boft_R", factors, blocks, block, block)

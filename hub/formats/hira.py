@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from loraweave.errors import AdapterUnsupported
 from loraweave.hub.formats._conversion import Dense
 from loraweave.hub.formats._foreign import ForeignFormat, Layer
 
@@ -13,12 +12,9 @@ class Hira(ForeignFormat):
     peft_type = "HIRA"
     parts = frozenset({"hira_A", "hira_B"})
     benign = frozenset({"r", "hira_dropout", "rank_pattern"})
+    linear_only = True
 
     @classmethod
     def update(cls, layer: Layer) -> Dense:
-        if layer.base.kind != "linear":
-            raise AdapterUnsupported(
-                f"{layer.where} is a {type(layer.base.module).__name__}; only linear layers can be read"
-            )
         a_RI = layer.part("hira_A", None, layer.base.num_inputs)
         return Dense(layer.base.weight_OI * (layer.part("hira_B", layer.base.num_outputs, a_RI.shape[0]) @ a_RI))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from loraweave.errors import AdapterUnsupported
 from loraweave.hub.formats._conversion import Dense, plain
 from loraweave.hub.formats._foreign import ForeignFormat, Layer
 from loraweave.types import Factors
@@ -14,14 +13,11 @@ class Ia3(ForeignFormat):
     peft_type = "IA3"
     parts = frozenset({"ia3_l"})
     benign = frozenset({"feedforward_modules", "init_ia3_weights"})
+    linear_only = True
 
     @classmethod
     def update(cls, layer: Layer) -> Factors | Dense:
         num_out, num_in = layer.base.num_outputs, layer.base.num_inputs
-        if layer.base.kind != "linear":
-            raise AdapterUnsupported(
-                f"{layer.where} scales a {type(layer.base.module).__name__}; only linear layers can be read"
-            )
         scales = layer.part("ia3_l", None, None)
         # PEFT stores (O, 1) for outputs and (1, I) for inputs
         if tuple(scales.shape) == (num_out, 1):

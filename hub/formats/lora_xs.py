@@ -6,7 +6,8 @@ from pathlib import Path
 
 from loraweave.errors import AdapterCorrupt
 from loraweave.hub.formats._conversion import plain
-from loraweave.hub.formats._foreign import Config, ForeignFormat, Layer
+from loraweave.hub.formats._config import Config
+from loraweave.hub.formats._foreign import ForeignFormat, Layer
 from loraweave.hub.formats._peft_config import parse, weight_files
 from loraweave.hub.formats._safetensors import tensor_names
 from loraweave.types import Factors
@@ -44,7 +45,7 @@ class LoraXs(ForeignFormat):
 
     @classmethod
     def _config(cls, folder: Path) -> Config:
-        config = Config(folder, cls._fields(folder))
+        config = cls._own_config(folder)
         settings = parse(config.fields, folder)
         if settings.use_dora or settings.lora_bias:
             raise AdapterCorrupt(f"{folder}: LoRA-XS has neither use_dora nor lora_bias")

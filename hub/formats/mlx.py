@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
-from loraweave.hub.formats._files import present, read_json
+from loraweave.hub.formats._files import present
 from loraweave.hub.formats._lora_file import FileFormat, Parts
-from loraweave.hub.formats._peft_config import CONFIG
+from loraweave.hub.formats._config import CONFIG, Config
 from loraweave.hub.formats._placing import BaseNames, Placement
 
 WEIGHTS = "adapters.safetensors"
@@ -109,11 +109,9 @@ class Mlx(FileFormat):
         return held, dtypes
 
 
-def _fields(folder: Path) -> dict[str, Any] | None:
+def _fields(folder: Path) -> Mapping[str, Any] | None:
     """MLX's config in a folder, None where there is none."""
-    if not present(folder, CONFIG):
-        return None
-    fields = read_json(folder, CONFIG)
+    fields = Config.of(folder).fields if present(folder, CONFIG) else {}
     return fields if isinstance(fields.get("lora_parameters"), dict) and "peft_type" not in fields else None
 
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from loraweave.errors import AdapterCorrupt, AdapterUnsupported
+from loraweave.errors import AdapterCorrupt
 from loraweave.hub.formats._conversion import Dense
 from loraweave.hub.formats._foreign import ForeignFormat, Layer
 
@@ -19,13 +19,10 @@ class Oft(ForeignFormat):
     parts = frozenset({"oft_R.weight"})
     handled = frozenset({"coft", "eps", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms"})
     benign = frozenset({"r", "oft_block_size", "module_dropout"})
+    linear_only = True
 
     @classmethod
     def update(cls, layer: Layer) -> Dense:
-        if layer.base.kind != "linear":
-            raise AdapterUnsupported(
-                f"{layer.where} is a {type(layer.base.module).__name__}; only linear layers can be read"
-            )
         entries = layer.part("oft_R.weight", None, None)
         block = (1 + math.isqrt(1 + 8 * entries.shape[1])) // 2
         num_blocks = layer.base.num_inputs // block

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.formats._card import base_model_of_readme, read_card
+from loraweave.hub.formats._config import CONFIG, Config
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._conversion import matrices
-from loraweave.hub.formats._files import listing, present, read_json
+from loraweave.hub.formats._files import present
 from loraweave.hub.formats._peft_config import (
-    CONFIG,
     INDEX,
     PICKLE,
     WEIGHTS,
@@ -57,7 +57,7 @@ class Peft:
         an adapter without effect.
         """
         folder = Path(folder)
-        config = parse({**_config_of(folder), **(assumed or {})}, folder)
+        config = parse({**Config.of(folder).fields, **(assumed or {})}, folder)
         card, fingerprint, layout = read_card(folder)
         stored, dtypes = _stored(folder, allow_pickle)
         heads, saved = _heads_of(stored, config)
@@ -80,12 +80,6 @@ class Peft:
         if not contents.heads and all(algebra.is_zero(factors) for factors in contents.layers.values()):
             raise AdapterUnsupported(f"cannot write to {folder}: the adapter is without effect, every update is zero")
         return write_folder(contents, Path(folder), dtype=dtype)
-
-
-def _config_of(folder: Path) -> dict[str, Any]:
-    if not present(folder, CONFIG):
-        raise AdapterCorrupt(f"{folder}: no {CONFIG}; the folder holds {listing(folder)}")
-    return read_json(folder, CONFIG)
 
 
 def _stored(folder: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], set[str]]:

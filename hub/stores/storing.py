@@ -12,7 +12,7 @@ from torch import nn
 from loraweave.errors import AdapterCorrupt, AdapterExists, HubCorrupt, HubError, HubFull, LayerMismatch
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import base_key
-from loraweave.hub.formats._foreign import base_layer
+from loraweave.hub.formats._base_layer import base_layer
 from loraweave.hub.health.figures import Figures
 from loraweave.hub.intake.fields import OWN_FIELDS
 from loraweave.hub.intake.kept_files import KeptFile, KeptFiles

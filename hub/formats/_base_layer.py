@@ -1,0 +1,85 @@
+"""A layer of a base model as updates see it: one weight matrix of outputs by inputs, whatever the module keeps."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from loraweave.errors import AdapterUnsupported, LayerMismatch
+from loraweave.types import Kind
+
+
+@dataclass(frozen=True, eq=False)
+class BaseLayer:
+    """A linear layer, embedding or convolution of a base model; its weight is read only when it is asked for."""
+
+    name: str
+    module: nn.Module
+    num_outputs: int
+    num_inputs: int
+    kind: Kind = "linear"
+    kernel: tuple[int, ...] = ()
+    transposed: bool = False
+
+    @cached_property
+    def weight_OI(self) -> Tensor:
+        """The weight (O, I) in float64 on the CPU. Raises AdapterUnsupported where it is no plain matrix of floats."""
+        weight = getattr(self.module, "weight", None)
+        size = self.num_outputs * self.num_inputs
+        if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point() or weight.numel() != size:
+            what = (
+                "no tensor" if not isinstance(weight, Tensor) else f"{weight.dtype} {tuple(weight.shape)} on {weight.device}"
+            )
+            raise AdapterUnsupported(
+                f"the weight of the base layer {self.name!r} ({type(self.module).__name__}) is {what}; its values are "
+                "needed, so load the base model unquantised"
+            )
+        dense = weight.detach().cpu().double()
+        return dense.T if self.transposed else dense.flatten(1)
+
+    @property
+    def bias_O(self) -> Tensor | None:
+        """The bias in float64 on the CPU, None for a layer without one."""
+        bias = getattr(self.module, "bias", None)
+        if bias is not None and bias.is_meta:
+            raise AdapterUnsupported(
+                f"the bias of the base layer {self.name!r} is on the meta device; its values are needed"
+            )
+        return None if bias is None else bias.detach().cpu().double()
+
+
+def base_layer(modules: Mapping[str, nn.Module], name: str, asker: str) -> BaseLayer:
+    """The layer of that name. Raises LayerMismatch, naming `asker`, for one that is missing or has no weight matrix."""
+    module = modules.get(name)
+    if module is None:
+        close = difflib.get_close_matches(name, modules, n=1)
+        hint = f"; the nearest is {close[0]!r}" if close else ""
+        raise LayerMismatch(f"{asker} updates layer {name!r}, which the model does not have{hint}")
+    found = as_base_layer(name, module)
+    if found is None:
+        raise LayerMismatch(
+            f"{asker} updates layer {name!r}, a {type(module).__name__}; only linear layers, embeddings and convolutions "
+            "without groups have an update as factors"
+        )
+    return found
+
+
+def as_base_layer(name: str, module: nn.Module) -> BaseLayer | None:
+    """The module as a layer with one weight matrix, None for any other module."""
+    if isinstance(module, Conv1D):
+        return BaseLayer(name, module, int(module.nf), int(module.nx), transposed=True)
+    if isinstance(module, nn.Linear):
+        return BaseLayer(name, module, int(module.out_features), int(module.in_features))
+    if isinstance(module, nn.Embedding):
+        sizes = int(module.embedding_dim), int(module.num_embeddings)
+        return BaseLayer(name, module, *sizes, kind="embedding", transposed=True)
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1:
+        kernel = tuple(int(size) for size in module.kernel_size)
+        inputs = int(module.weight[0].numel())
+        return BaseLayer(name, module, int(module.out_channels), inputs, kind="conv", kernel=kernel)
+    return None

@@ -1,0 +1,125 @@
+"""adapter_config.json as every format reads it: one getter for each kind of value, which checks its type and range."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loraweave.errors import AdapterCorrupt, AdapterUnsupported
+from loraweave.hub.formats._files import listing, present, read_json
+from loraweave.hub.formats._patterns import Number, PatternError, resolve
+
+CONFIG = "adapter_config.json"
+MAX_TEXT = 4_096
+MAX_NAMES = 1_000
+MAX_COUNT = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Config:
+    """The fields of a stored adapter's config. Getters raise AdapterCorrupt, naming folder, field and value."""
+
+    folder: Path
+    fields: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, folder: Path) -> Config:
+        """Reads the folder's config. Raises AdapterCorrupt where there is none or it is damaged."""
+        if not present(folder, CONFIG):
+            raise AdapterCorrupt(f"{folder}: no {CONFIG}; the folder holds {listing(folder)}")
+        return cls(folder, read_json(folder, CONFIG))
+
+    def number(self, name: str, default: float | None = None) -> float:
+        return self._number(self.fields.get(name, default), name)
+
+    def count(self, name: str, default: int | None = None, *, least: int = 1) -> int:
+        value = self.fields.get(name, default)
+        if type(value) is not int or not least <= value <= MAX_COUNT:
+            raise AdapterCorrupt(f"{self.folder}: {name} is {shortened(value)}, not a whole number of at least {least}")
+        return value
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        value = self.fields.get(name, default)
+        if not isinstance(value, bool):
+            raise AdapterCorrupt(f"{self.folder}: {name} is {shortened(value)}, not true or false")
+        return value
+
+    def choice(self, name: str, options: Iterable[Any], default: Any = None) -> Any:
+        """Raises AdapterUnsupported for any other value than one of the options."""
+        value = self.fields.get(name, default)
+        known = list(options)
+        if not any(type(value) is type(option) and value == option for option in known):
+            raise AdapterUnsupported(
+                f"{self.folder}: {name} is {shortened(value)}; known are {', '.join(map(repr, known))}"
+            )
+        return value
+
+    def text(self, name: str) -> str:
+        """The text, empty where the field is missing or null."""
+        value = self.fields.get(name)
+        if value is not None and (not isinstance(value, str) or len(value) > MAX_TEXT):
+            raise AdapterCorrupt(f"{self.folder}: {name} is {shortened(value)}, not a text of up to {MAX_TEXT} characters")
+        return value or ""
+
+    def names(self, name: str) -> tuple[str, ...]:
+        """A list of module names, each once; empty where the field is missing or null."""
+        value = self.fields.get(name) or []
+        if not isinstance(value, list) or not all(isinstance(each, str) and 0 < len(each) <= MAX_TEXT for each in value):
+            raise AdapterCorrupt(f"{self.folder}: {name} is {shortened(value)}, not a list of module names")
+        if len(value) > MAX_NAMES:
+            raise AdapterCorrupt(f"{self.folder}: {name} lists {len(value)} names, above the limit of {MAX_NAMES}")
+        return tuple(dict.fromkeys(value))
+
+    def table(self, name: str) -> Mapping[str, Any]:
+        """An object from layer patterns to values; empty where the field is missing or null."""
+        value = self.fields.get(name)
+        if value is not None and not isinstance(value, dict):
+            raise AdapterCorrupt(f"{self.folder}: {name} is {shortened(value)}, not an object of layer patterns")
+        return value or {}
+
+    def matched(self, pattern: str, layer: str, default: str) -> float:
+        """The number that the patterns in field `pattern` give a layer by PEFT's rule, else that of field `default`."""
+        table = self.table(pattern) if self.fields.get(pattern) else {}
+        values = {key: self._number(value, f"{pattern}[{key!r}]") for key, value in table.items()}
+        numbers, disputed = resolve_patterns(self.folder, pattern, values, [layer], self.number(default))
+        if disputed:
+            raise AdapterUnsupported(f"{self.folder}: {pattern} gives layer {layer!r} several values, {disputed[layer]}")
+        return numbers[layer]
+
+    def _number(self, value: Any, name: str) -> float:
+        # compared, since math.isfinite fails for a whole number that no float can hold
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+            raise AdapterCorrupt(f"{self.folder}: {name} is {shortened(value)}, not a finite number")
+        return float(value)
+
+
+def config_fields(folder: Path) -> Mapping[str, Any]:
+    """The fields of the folder's config to tell its format by; none where the config is missing or damaged."""
+    try:
+        return read_json(folder, CONFIG) if present(folder, CONFIG) else {}
+    except AdapterCorrupt:
+        return {}
+
+
+def resolve_patterns(
+    folder: Path, name: str, patterns: Mapping[str, Number], layers: Iterable[str], default: Number
+) -> tuple[dict[str, Number], dict[str, list[Number]]]:
+    """`resolve` for the field `name`. Raises AdapterUnsupported for a pattern that cannot be run within the limits."""
+    try:
+        return resolve(patterns, layers, default)
+    except PatternError as error:
+        raise AdapterUnsupported(f"{folder}: {name}: {error}; write layer names without regular expressions") from error
+
+
+def says_something(value: Any) -> bool:
+    """Whether a field's value is anything but null, false or empty."""
+    return value is not None and value is not False and value not in ({}, [], "")
+
+
+def shortened(value: Any) -> str:
+    """The value as messages show it: up to 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
