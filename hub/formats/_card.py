@@ -64,13 +64,19 @@ def sidecar_text(card: Mapping[str, Any], fingerprint: Fingerprint | None, layou
         own["fingerprint"] = fingerprint.to_json()
     if layout:
         own["layout"] = layout
+    return json_text(own, "the card", indent=1)
+
+
+def json_text(value: Mapping[str, Any], what: str, *, indent: int | None = None) -> str:
+    """The value as JSON. Raises AdapterUnsupported for a card that is no JSON or above the size that is read back."""
     try:
-        text = json.dumps(plain(own), indent=1, ensure_ascii=False, allow_nan=False)
+        separators = (",", ":") if indent is None else None
+        text = json.dumps(plain(value), indent=indent, separators=separators, ensure_ascii=False, allow_nan=False)
         size = len(text.encode("utf-8"))
     except (TypeError, ValueError, RecursionError) as error:
         raise AdapterUnsupported(f"the card is no JSON and cannot be written: {error}") from error
     if size > MAX_JSON_BYTES:
-        raise AdapterUnsupported(f"the card has {size} bytes as JSON, more than the limit of {MAX_JSON_BYTES}")
+        raise AdapterUnsupported(f"{what} has {size} bytes as JSON, more than the limit of {MAX_JSON_BYTES}")
     return text
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,19 +32,31 @@ class Config:
             raise AdapterCorrupt(f"{folder}: no {CONFIG}; the folder holds {listing(folder)}")
         return cls(folder, read_json(folder, CONFIG))
 
+    def check_fields(self, known: Collection[str], refused: Mapping[str, str]) -> None:
+        """Raises AdapterUnsupported for a field that says something and is refused, with the reason, or is not known."""
+        for name, value in self.fields.items():
+            if name in known or not says_something(value):
+                continue
+            if name in refused:
+                raise AdapterUnsupported(f"{self.folder}: {CONFIG} has {name}={shorten(value)}: {refused[name]}")
+            raise AdapterUnsupported(
+                f"{self.folder}: {CONFIG} has the unknown field {name}={shorten(value)}, which may change what the tensors "
+                "mean; remove it if it does not, or save the adapter with a PEFT version that does not write it"
+            )
+
     def number(self, name: str, default: float | None = None) -> float:
         return self._number(self.fields.get(name, default), name)
 
     def count(self, name: str, default: int | None = None, *, least: int = 1) -> int:
         value = self.fields.get(name, default)
         if type(value) is not int or not least <= value <= MAX_COUNT:
-            raise AdapterCorrupt(f"{self.folder}: {name} is {shortened(value)}, not a whole number of at least {least}")
+            raise AdapterCorrupt(f"{self.folder}: {name} is {shorten(value)}, not a whole number of at least {least}")
         return value
 
     def flag(self, name: str, default: bool = False) -> bool:
         value = self.fields.get(name, default)
         if not isinstance(value, bool):
-            raise AdapterCorrupt(f"{self.folder}: {name} is {shortened(value)}, not true or false")
+            raise AdapterCorrupt(f"{self.folder}: {name} is {shorten(value)}, not true or false")
         return value
 
     def choice(self, name: str, options: Iterable[Any], default: Any = None) -> Any:
@@ -52,23 +64,21 @@ class Config:
         value = self.fields.get(name, default)
         known = list(options)
         if not any(type(value) is type(option) and value == option for option in known):
-            raise AdapterUnsupported(
-                f"{self.folder}: {name} is {shortened(value)}; known are {', '.join(map(repr, known))}"
-            )
+            raise AdapterUnsupported(f"{self.folder}: {name} is {shorten(value)}; known are {', '.join(map(repr, known))}")
         return value
 
     def text(self, name: str) -> str:
         """The text, empty where the field is missing or null."""
         value = self.fields.get(name)
         if value is not None and (not isinstance(value, str) or len(value) > MAX_TEXT):
-            raise AdapterCorrupt(f"{self.folder}: {name} is {shortened(value)}, not a text of up to {MAX_TEXT} characters")
+            raise AdapterCorrupt(f"{self.folder}: {name} is {shorten(value)}, not a text of up to {MAX_TEXT} characters")
         return value or ""
 
     def names(self, name: str) -> tuple[str, ...]:
         """A list of module names, each once; empty where the field is missing or null."""
         value = self.fields.get(name) or []
         if not isinstance(value, list) or not all(isinstance(each, str) and 0 < len(each) <= MAX_TEXT for each in value):
-            raise AdapterCorrupt(f"{self.folder}: {name} is {shortened(value)}, not a list of module names")
+            raise AdapterCorrupt(f"{self.folder}: {name} is {shorten(value)}, not a list of module names")
         if len(value) > MAX_NAMES:
             raise AdapterCorrupt(f"{self.folder}: {name} lists {len(value)} names, above the limit of {MAX_NAMES}")
         return tuple(dict.fromkeys(value))
@@ -77,7 +87,7 @@ class Config:
         """An object from layer patterns to values; empty where the field is missing or null."""
         value = self.fields.get(name)
         if value is not None and not isinstance(value, dict):
-            raise AdapterCorrupt(f"{self.folder}: {name} is {shortened(value)}, not an object of layer patterns")
+            raise AdapterCorrupt(f"{self.folder}: {name} is {shorten(value)}, not an object of layer patterns")
         return value or {}
 
     def matched(self, pattern: str, layer: str, default: str) -> float:
@@ -92,7 +102,7 @@ class Config:
     def _number(self, value: Any, name: str) -> float:
         # compared, since math.isfinite fails for a whole number that no float can hold
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
-            raise AdapterCorrupt(f"{self.folder}: {name} is {shortened(value)}, not a finite number")
+            raise AdapterCorrupt(f"{self.folder}: {name} is {shorten(value)}, not a finite number")
         return float(value)
 
 
@@ -119,7 +129,7 @@ def says_something(value: Any) -> bool:
     return value is not None and value is not False and value not in ({}, [], "")
 
 
-def shortened(value: Any) -> str:
+def shorten(value: Any) -> str:
     """The value as messages show it: up to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

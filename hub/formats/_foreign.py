@@ -21,7 +21,7 @@ from loraweave.errors import AdapterCorrupt, AdapterUnsupported, BaseModelMismat
 from loraweave.hub.base import fingerprint
 from loraweave.hub.formats._base_layer import BaseLayer, base_layer
 from loraweave.hub.formats._card import base_model_of_readme, read_card
-from loraweave.hub.formats._config import Config, config_fields, says_something, shortened
+from loraweave.hub.formats._config import Config, config_fields, shorten
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._conversion import MAX_ERROR, Bound, Dense, cut
 from loraweave.hub.formats._peft_config import stored_tensors
@@ -173,24 +173,17 @@ class ForeignFormat(ABC):
     def _own_config(cls, folder: Path) -> Config:
         config = Config.of(folder)
         if (kind := config.fields.get("peft_type")) != cls.peft_type:
-            raise AdapterUnsupported(f"{folder}: peft_type is {shortened(kind)}, not {cls.peft_type!r}")
+            raise AdapterUnsupported(f"{folder}: peft_type is {shorten(kind)}, not {cls.peft_type!r}")
         return config
 
     @classmethod
     def _config(cls, folder: Path) -> Config:
         config = cls._own_config(folder)
         fields = config.fields
-        for name, value in fields.items():
-            if name in cls.refused and says_something(value):
-                raise AdapterUnsupported(f"{folder}: {name}={shortened(value)}: {cls.refused[name]}")
-            if name not in COMMON | cls.handled | cls.benign and says_something(value):
-                raise AdapterUnsupported(
-                    f"{folder}: adapter_config.json has the unknown field {name}={shortened(value)}, which may change what the "
-                    "tensors mean; remove it if it does not"
-                )
+        config.check_fields(COMMON | cls.handled | cls.benign, cls.refused)
         if fields.get("bias", "none") != "none":
             raise AdapterUnsupported(
-                f"{folder}: bias={shortened(fields['bias'])}: trained biases are read of LoRA adapters only"
+                f"{folder}: bias={shorten(fields['bias'])}: trained biases are read of LoRA adapters only"
             )
         return config
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from loraweave.errors import AdapterCorrupt, AdapterSuspicious, AdapterUnsupported
-from loraweave.hub.formats._config import Config, resolve_patterns, says_something, shortened
+from loraweave.hub.formats._config import Config, resolve_patterns, shorten
 from loraweave.hub.formats._files import listing, opened, present
 from loraweave.hub.formats._pickle import read_pickle
 from loraweave.hub.formats._safetensors import read_tensors, shards
@@ -127,23 +127,16 @@ class PeftConfig:
 def parse(config: Mapping[str, Any], folder: Path) -> PeftConfig:
     """The parsed config. Raises AdapterUnsupported for what has no exact form, AdapterCorrupt for a wrong type."""
     _check_type(config, folder)
-    for name, value in config.items():
-        if name in REFUSED and says_something(value):
-            raise AdapterUnsupported(f"{folder}: adapter_config.json has {name}={shortened(value)}: {REFUSED[name]} {_NO_FORM}")
-        if name not in HANDLED and name not in BENIGN and name not in REFUSED and says_something(value):
-            raise AdapterUnsupported(
-                f"{folder}: adapter_config.json has the unknown field {name}={shortened(value)}, which may change what the "
-                "tensors mean; remove it if it does not, or save the adapter with a PEFT version that has not got it"
-            )
-    _check_init(config.get("init_lora_weights", True), folder)
     given = Config(folder, config)
+    given.check_fields(HANDLED | BENIGN.keys(), {name: f"{what} {_NO_FORM}" for name, what in REFUSED.items()})
+    _check_init(config.get("init_lora_weights", True), folder)
     flags = {name: _flag(given, name) for name in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out")}
     if flags["use_dora"] and flags["lora_bias"]:
         raise AdapterUnsupported(f"{folder}: use_dora and lora_bias are both true, which PEFT does not define")
     if flags["use_dora"] and config.get("init_lora_weights") == "mica":
         raise AdapterUnsupported(f"{folder}: use_dora with init_lora_weights='mica': PEFT applies only one of them")
     if config.get("bias", "none") not in ("none", "all", "lora_only"):
-        raise AdapterCorrupt(f"{folder}: bias is {shortened(config['bias'])}, none of 'none', 'all', 'lora_only'")
+        raise AdapterCorrupt(f"{folder}: bias is {shorten(config['bias'])}, none of 'none', 'all', 'lora_only'")
     recorded = {name: config[name] for name in ("target_modules", "task_type", "r", "lora_alpha") if name in config}
     recorded["fan_in_fan_out"] = flags["fan_in_fan_out"]
     if revision := given.text("revision"):
@@ -173,14 +166,14 @@ def _check_type(config: Mapping[str, Any], folder: Path) -> None:
     if "peft_type" not in config:
         raise AdapterUnsupported(f"{folder}: adapter_config.json has no peft_type, so it is no PEFT config of a LoRA")
     if config["peft_type"] != "LORA":
-        raise AdapterUnsupported(f"{folder}: peft_type is {shortened(config['peft_type'])}; only 'LORA' can be read")
+        raise AdapterUnsupported(f"{folder}: peft_type is {shorten(config['peft_type'])}; only 'LORA' can be read")
 
 
 def _check_init(init: Any, folder: Path) -> None:
     if init is None or isinstance(init, bool) or (isinstance(init, str) and init.lower() in HARMLESS_INITS):
         return
     raise AdapterUnsupported(
-        f"{folder}: init_lora_weights={shortened(init)} changed the base model's weights in training, so the factors are no "
+        f"{folder}: init_lora_weights={shorten(init)} changed the base model's weights in training, so the factors are no "
         "update of the original ones; convert the adapter with PEFT's save_pretrained(..., "
         "path_initial_model_for_weight_conversion=...), which writes an ordinary LoRA"
     )
@@ -192,7 +185,7 @@ def _flag(config: Config, name: str) -> bool:
 
 def _rank(value: Any, name: str, folder: Path) -> int:
     if type(value) is not int or not 1 <= value <= MAX_RANK:
-        raise AdapterCorrupt(f"{folder}: {name} is {shortened(value)}, not a whole number from 1 to {MAX_RANK}")
+        raise AdapterCorrupt(f"{folder}: {name} is {shorten(value)}, not a whole number from 1 to {MAX_RANK}")
     return value
 
 
@@ -202,10 +195,10 @@ def _alpha(value: Any, name: str, folder: Path) -> float:
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        raise AdapterCorrupt(f"{folder}: {name} is {shortened(value)}, not a finite number")
+        raise AdapterCorrupt(f"{folder}: {name} is {shorten(value)}, not a finite number")
     if abs(number) > MAX_FP32:
         raise AdapterSuspicious(
-            f"{folder}: {name} is {shortened(value)}, beyond what fp32 holds ({MAX_FP32:.3g}), in which PEFT multiplies by it"
+            f"{folder}: {name} is {shorten(value)}, beyond what fp32 holds ({MAX_FP32:.3g}), in which PEFT multiplies by it"
         )
     return number
 

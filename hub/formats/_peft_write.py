@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +12,12 @@ import torch
 from torch import Tensor
 
 from loraweave.common.state import save_tensors
-from loraweave.errors import AdapterExists, AdapterUnsupported, HubFull, HubReadOnly
+from loraweave.errors import AdapterUnsupported
 from loraweave.hub.formats._card import README, SIDECAR, readme_text, sidecar_text
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._peft_config import PREFIX, Key, parse_key
 from loraweave.hub.formats._peft_heads import saved_modules
-from loraweave.hub.formats._replacing import replacing
+from loraweave.hub.formats._replacing import replacing, require_replaceable
 from loraweave.hub.formats._safetensors import MAX_KEY_LENGTH
 from loraweave.types import Factors
 
@@ -31,8 +29,7 @@ def write_folder(contents: Contents, folder: Path, *, dtype: torch.dtype) -> Pat
     """What `Peft.write` promises."""
     if dtype not in DTYPES:
         raise AdapterUnsupported(f"cannot write {dtype} tensors; choose one of {', '.join(map(str, DTYPES))}")
-    target = folder.resolve() if folder.is_symlink() else folder
-    _check_target(target, contents.files)
+    target = require_replaceable(folder, lambda path: path.name in contents.files or _is_adapter_file(path))
     config = _config(contents)
     tensors = _tensors(contents.layers, bool(config["lora_bias"]), dtype) | _heads(contents.heads, dtype)
     layout = _layout(contents.layers, bool(config["lora_bias"]))
@@ -41,14 +38,7 @@ def write_folder(contents: Contents, folder: Path, *, dtype: torch.dtype) -> Pat
         SIDECAR: sidecar_text(contents.card, contents.fingerprint, layout),
         README: readme_text(contents.base_model, contents.card, _facts(contents, dtype)),
     }
-    try:
-        _place(target, tensors, texts, contents.files)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise HubFull(f"no room to write the adapter to {folder}; nothing was left behind") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise HubReadOnly(f"{target.parent} cannot be written, so the adapter cannot be put into {folder}") from error
-        raise
+    _place(target, tensors, texts, contents.files)
     return folder
 
 
@@ -230,27 +220,10 @@ def _facts(contents: Contents, dtype: torch.dtype) -> dict[str, str]:
     }
 
 
-def _check_target(target: Path, files: Collection[str]) -> None:
-    if not os.path.lexists(target):
-        return
-    if not target.is_dir():
-        raise AdapterExists(f"{target} is a file; give a folder that does not exist, is empty, or holds an adapter")
-    foreign = [name for name in _names(target) if name not in files and not _is_adapter_file(target / name)]
-    if foreign:
-        raise AdapterExists(
-            f"{target} holds {len(foreign)} entries that are no part of an adapter ({', '.join(foreign[:3])}); "
-            "replacing it would lose them, so give another folder"
-        )
-
-
 def _is_adapter_file(path: Path) -> bool:
     name = path.name
     shard = name.startswith("adapter_model-") and name.endswith(".safetensors")
     return (name in ADAPTER_FILES or shard) and not path.is_dir()
-
-
-def _names(folder: Path) -> Iterable[str]:
-    return sorted(entry.name for entry in folder.iterdir())
 
 
 def _place(target: Path, tensors: dict[str, Tensor], texts: Mapping[str, str], files: Mapping[str, bytes]) -> None:

@@ -14,12 +14,12 @@ from torch import nn
 
 from loraweave import registry
 from loraweave.errors import AdapterUnsupported
+from loraweave.hub.formats._config import CONFIG, Config
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._conversion import MAX_ERROR, Bound, cut
 from loraweave.hub.formats._files import adapter_folder, present, unchanged
 from loraweave.hub.formats._foreign import ForeignFormat
 from loraweave.hub.formats._lora_file import PICKLES, FileFormat, is_pickle, lora_files, refuse_pickle
-from loraweave.hub.formats._config import CONFIG, Config
 from loraweave.hub.formats._pickle import texts_in_pickle
 from loraweave.hub.formats._safetensors import tensor_names
 from loraweave.hub.formats.base_change import BaseChange

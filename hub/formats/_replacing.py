@@ -5,11 +5,31 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from loraweave.errors import AdapterExists
 from loraweave.hub.stores.errors import storage_errors
+
+
+def require_replaceable(folder: Path, is_own: Callable[[Path], bool]) -> Path:
+    """The folder to replace: `folder`, or where it leads to if it is a link. `is_own` says what may be lost of an old one.
+
+    Raises AdapterExists for a file, and for a folder with anything else in it.
+    """
+    target = folder.resolve() if folder.is_symlink() else folder
+    if not os.path.lexists(target):
+        return target
+    if not target.is_dir():
+        raise AdapterExists(f"{target} is a file; give a folder that does not exist, is empty, or holds an adapter")
+    foreign = sorted(entry.name for entry in target.iterdir() if not is_own(entry))
+    if foreign:
+        raise AdapterExists(
+            f"{target} holds {len(foreign)} entries that are no part of an adapter ({', '.join(foreign[:3])}); "
+            "replacing it would lose them, so give another folder"
+        )
+    return target
 
 
 @contextmanager

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
-from loraweave.hub.formats._conversion import Dense, matrices, plain
 from loraweave.hub.formats._base_layer import BaseLayer
 from loraweave.hub.formats._config import Config
+from loraweave.hub.formats._conversion import Dense, matrices, plain
 from loraweave.hub.formats._foreign import Layer
 from loraweave.hub.formats.loha import Loha
 from loraweave.hub.formats.lokr import Lokr

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.base import fingerprint
+from loraweave.hub.formats._base_layer import BaseLayer, base_layer
 from loraweave.hub.formats._config import Config, config_fields
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._conversion import MAX_ERROR, Bound, cut, plain
-from loraweave.hub.formats._base_layer import BaseLayer, base_layer
 from loraweave.hub.formats._peft_config import parse
 from loraweave.hub.formats.peft import Peft
 from loraweave.types import Factors

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
-from loraweave.hub.formats._conversion import plain
 from loraweave.hub.formats._config import Config
+from loraweave.hub.formats._conversion import plain
 from loraweave.hub.formats._foreign import Layer, check_size
 from loraweave.hub.formats._lora_variant import LoraVariant, block_diagonal
 from loraweave.types import Factors

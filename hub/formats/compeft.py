@@ -5,23 +5,19 @@ The form is this library's own; the paper's authors left none. See `loraweave.hu
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from loraweave.errors import AdapterCorrupt, AdapterExists, AdapterUnsupported
-from loraweave.hub.formats._card import plain
+from loraweave.errors import AdapterCorrupt, AdapterUnsupported
+from loraweave.hub.formats._card import json_text
 from loraweave.hub.formats._contents import Contents
-from loraweave.hub.formats._files import MAX_JSON_BYTES, listing, present, read_json
-from loraweave.hub.formats._replacing import replacing
+from loraweave.hub.formats._files import listing, present, read_json
+from loraweave.hub.formats._replacing import replacing, require_replaceable
 from loraweave.hub.formats._safetensors import read_tensors
-from loraweave.hub.stores.errors import storage_errors
 from loraweave.hub.stores.packing import put_together, take_apart
 from loraweave.lowrank import algebra
 from loraweave.types import Factors, Fingerprint
@@ -88,11 +84,12 @@ class Compeft:
             "version": FORMAT_VERSION,
             "base_model": contents.base_model,
             "fingerprint": None if contents.fingerprint is None else contents.fingerprint.to_json(),
-            "card": plain(contents.card),
+            "card": contents.card,
         }
-        files = {DESCRIPTION: _text({**head, **description}), WEIGHTS: save(tensors)}
-        with storage_errors(folder, f"writing an adapter to {folder}"):
-            _place(folder, files)
+        files = {DESCRIPTION: json_text({**head, **description}, "the description").encode(), WEIGHTS: save(tensors)}
+        with replacing(require_replaceable(folder, lambda path: path.name in files)) as new:
+            for name, data in files.items():
+                (new / name).write_bytes(data)
         return folder
 
 
@@ -120,27 +117,3 @@ def _check_finite(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"tensor {name!r} has values that are NaN or infinite")
-
-
-def _text(description: Mapping[str, Any]) -> bytes:
-    try:
-        text = json.dumps(description, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-    except (TypeError, ValueError, RecursionError) as error:
-        raise AdapterUnsupported(f"the card is no JSON and cannot be written: {error}") from error
-    if len(text) > MAX_JSON_BYTES:
-        raise AdapterUnsupported(f"layers and card take {len(text)} bytes as JSON, more than the limit of {MAX_JSON_BYTES}")
-    return text
-
-
-def _place(folder: Path, files: Mapping[str, bytes]) -> None:
-    target = folder.resolve() if folder.is_symlink() else folder
-    if os.path.lexists(target):
-        foreign = ["a file of that name"] if not target.is_dir() else sorted({e.name for e in target.iterdir()} - set(files))
-        if foreign:
-            raise AdapterExists(
-                f"{target} holds what is no part of a ternary adapter ({', '.join(foreign[:3])}); replacing it would lose "
-                "it, so give another folder"
-            )
-    with replacing(target) as new:
-        for name, data in files.items():
-            (new / name).write_bytes(data)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from loraweave.errors import AdapterCorrupt
-from loraweave.hub.formats._conversion import plain
 from loraweave.hub.formats._config import Config
+from loraweave.hub.formats._conversion import plain
 from loraweave.hub.formats._foreign import ForeignFormat, Layer
 from loraweave.hub.formats._peft_config import parse, weight_files
 from loraweave.hub.formats._safetensors import tensor_names

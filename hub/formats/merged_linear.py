@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
-from loraweave.hub.formats._conversion import plain
 from loraweave.hub.formats._config import Config
+from loraweave.hub.formats._conversion import plain
 from loraweave.hub.formats._foreign import Layer
 from loraweave.hub.formats._lora_variant import LoraVariant, block_diagonal
 from loraweave.types import Factors

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
+from loraweave.hub.formats._config import CONFIG, Config
 from loraweave.hub.formats._files import present
 from loraweave.hub.formats._lora_file import FileFormat, Parts
-from loraweave.hub.formats._config import CONFIG, Config
 from loraweave.hub.formats._placing import BaseNames, Placement
 
 WEIGHTS = "adapters.safetensors"

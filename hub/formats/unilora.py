@@ -7,8 +7,8 @@ from typing import NoReturn
 from torch import Tensor
 
 from loraweave.errors import AdapterUnsupported
-from loraweave.hub.formats._conversion import plain
 from loraweave.hub.formats._config import Config
+from loraweave.hub.formats._conversion import plain
 from loraweave.hub.formats._foreign import ForeignFormat, Layer
 from loraweave.types import Factors
 

@@ -104,7 +104,7 @@ def test_only_a_folder_of_the_same_kind_is_replaced(tmp_path):
 
 def test_a_failed_write_leaves_the_old_folder_and_nothing_else(tmp_path, monkeypatch):
     folder = Compeft.write(contents(), tmp_path / "x")
-    monkeypatch.setattr("loraweave.hub.formats.compeft.os.fsync", lambda descriptor: 1 / 0)
+    monkeypatch.setattr("loraweave.hub.formats._replacing.os.fsync", lambda descriptor: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         Compeft.write(contents(card={"name": "later"}), folder)
     assert Compeft.read(folder).card["name"] == "n"
