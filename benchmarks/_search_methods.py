@@ -14,7 +14,7 @@ import torch
 
 import loraweave as lw
 from benchmarks._run import RESAMPLES
-from loraweave.hub.search.search import unit
+from loraweave.hub.embedders._embedder import unit
 from loraweave.retrieval.fusion import Fusion
 
 # BM25 as usual: Robertson and Zaragoza 2009

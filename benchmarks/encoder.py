@@ -18,8 +18,8 @@ import numpy as np
 import typer
 
 from benchmarks._run import Run, Table, console, pairs
+from loraweave.hub.embedders._embedder import unit
 from loraweave.hub.embedders.sentence import Sentence
-from loraweave.hub.search.search import unit
 from loraweave.retrieval.training import train_encoder
 
 KS = (1, 3, 5)

@@ -9,34 +9,28 @@ Functions that need tensors therefore import them themselves, the accepted excep
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
-from loraweave.common.names import checked_name, near_misses
+from loraweave.common.names import checked_name
 from loraweave.common.process import paused_collector
 from loraweave.common.rows import GivenRows
-from loraweave.errors import AdapterExists, AdapterNotFound, HubError, InvalidName
+from loraweave.errors import AdapterExists, AdapterNotFound, HubError
 from loraweave.hub import quarantine
 from loraweave.hub.intake.fields import card_with_outputs, checked_fields, split_pairs
 from loraweave.hub.intake.licenses import canonical
-from loraweave.hub.search.search import Found, html_of_hub
-from loraweave.hub.stores.catalogue import require_row
+from loraweave.hub.listing import Listing
 from loraweave.hub.stores.collect import collect
 from loraweave.hub.stores.errors import storage_errors
 from loraweave.hub.stores.folder_blobs import STALE_TMP_S
 from loraweave.hub.stores.open_stores import open_stores
-from loraweave.hub.stores.protocols import Connection, VectorSearch
 from loraweave.hub.tables import filtering, rows, versions
-from loraweave.hub.tables.changes import Changes, read_changes
-from loraweave.hub.tables.filtering import Filters, bases, matching
-from loraweave.hub.tables.vectors import read_vectors, write_vectors
+from loraweave.hub.tables.filtering import Filters
 from loraweave.types import BaseKey, Candidate, Record
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import nn
 
     from loraweave.hub.adapter import Adapter
@@ -44,8 +38,11 @@ if TYPE_CHECKING:
     from loraweave.hub.intake.adding import Added, Addition
     from loraweave.hub.pool import ExpertPool
 
+# rows of a hub in a notebook
+SHOWN = 20
 
-class Hub:
+
+class Hub(Listing):
     """Opens the hub in a folder or at `postgresql://...`, or creates it. Several processes and threads may use it at once.
 
     `blobs` is a folder or the URL of a store that fsspec reaches (s3://bucket/prefix); by default the hub's own folder.
@@ -55,7 +52,8 @@ class Hub:
     """
 
     def __init__(self, path: str | Path, *, blobs: str | Path | None = None, timeout_s: float = 30.0) -> None:
-        self.path, self._catalogue, self._blobs = open_stores(path, blobs, timeout_s)
+        folder, catalogue, self._blobs = open_stores(path, blobs, timeout_s)
+        super().__init__(folder, catalogue)
         try:
             if self._catalogue.writable:
                 with storage_errors(self._catalogue.where, "opening the hub"):
@@ -154,12 +152,6 @@ class Hub:
 
         return self._opened(find)
 
-    def history(self, name: str) -> list[Record]:
-        """The record of every version of the adapter, oldest first; the last one is what `hub[name]` gives."""
-        with self._catalogue.reading() as connection:
-            row = self._found(connection, name)
-            return [*(old.record for old in versions.superseded(connection, row)), row.record]
-
     def rollback(self, name: str, version: int) -> Record:
         """Makes an earlier version's content and fields the newest again, as a version of its own: history stays whole."""
         with self._catalogue.writing(f"rolling back adapter {name!r}") as connection:
@@ -169,55 +161,6 @@ class Hub:
         """Forgets all but the newest `keep` versions; returns how many. gc() then frees what no version needs."""
         with self._catalogue.writing(f"pruning the versions of adapter {name!r}") as connection:
             return versions.prune(connection, self._found(connection, name), keep)
-
-    def __contains__(self, name: object) -> bool:
-        try:
-            return self._find(checked_name(name)) is not None
-        except InvalidName:
-            return False
-
-    def __len__(self) -> int:
-        """The number of adapters that are not in quarantine."""
-        with self._catalogue.reading() as connection:
-            found = connection.execute("SELECT num_adapters FROM state").fetchone()
-            return int(require_row(found, self._catalogue.where)[0]) - quarantine.count(connection)
-
-    def __iter__(self) -> Iterator[Record]:
-        """The records in order of addition, as of now."""
-        return iter(self.records())
-
-    def records(
-        self,
-        *,
-        base_model: str | BaseKey | None = None,
-        license: Collection[str] | str | None = None,
-        tags: Collection[str] | str = (),
-        quarantined: bool = False,
-    ) -> list[Record]:
-        """The records in order of addition that are for the base model, under one of the licenses and with all the tags.
-
-        A base model is an id, or the key of a model at hand (`base_key`), which tells namesakes apart and finds the same
-        weights under another id.
-        Licenses are SPDX expressions or ids of the model hub; "MIT OR GPL-3.0-only" is found for MIT too. Those in
-        quarantine are left out, or with `quarantined` they alone are listed.
-        """
-        filters = Filters(base_model, license, tags)
-        with self._catalogue.reading() as connection:
-            if quarantined:
-                held = [row.record for row in rows.some(connection, quarantine.seqs(connection))]
-                return [record for record in held if filters.passes(record)]
-            if filters.pass_all:
-                return [row.record for row in rows.every(connection) if not row.record.quarantined]
-            return [row.record for row in rows.some(connection, matching(connection, filters))]
-
-    def bases(self) -> list[tuple[Record, int]]:
-        """For each different base model the record of its first adapter and the number of its adapters."""
-        with self._catalogue.reading() as connection:
-            return bases(connection)
-
-    def record(self, name: str) -> Record:
-        """The adapter's record. AdapterNotFound names near misses."""
-        return self._row(name).record
 
     def pool(self, names: Iterable[str] | None = None, *, lazy: bool = False) -> ExpertPool:
         """The named adapters as experts, in the order given; all of them, in order of addition, when no names are given.
@@ -251,8 +194,8 @@ class Hub:
         """
         from loraweave.hub.search.search import search
 
-        found = search(self, query, k=k, base_model=base_model, license=license, tags=tags, min_score=min_score)
-        return Found(found, self)
+        filters = Filters(base_model, license, tags)
+        return Candidates(search(self, query, k=k, filters=filters, min_score=min_score), self)
 
     def similar(self, name: str, *, k: int = 5) -> list[Candidate]:
         """The k adapters whose low-rank updates have the largest cosine with this one's; ties by order of addition.
@@ -262,7 +205,7 @@ class Hub:
         """
         from loraweave.hub.search.similar import most_similar
 
-        return Found(most_similar(self, name, k), self)
+        return Candidates(most_similar(self[name], self.records(), self.get, k), self)
 
     def update(
         self,
@@ -350,80 +293,15 @@ class Hub:
         """
         return collect(self._catalogue, self._blobs)
 
-    @property
-    def generation(self) -> int:
-        """A number that every committed change raises, so that an index can tell whether it is stale."""
-        with self._catalogue.reading() as connection:
-            found = connection.execute("SELECT generation FROM state").fetchone()
-        return int(require_row(found, self._catalogue.where)[0])
-
-    @property
-    def writable(self) -> bool:
-        """Whether the hub can be written; reading works either way."""
-        return self._catalogue.writable
-
-    def changes(self, embedder_id: str, *, since: int = 0, after: int = 0, limit: int = 4096) -> Changes:
-        """The next `limit` adapters above seq `after` that changed later than generation `since`; since 0 it is all."""
-        with self._catalogue.reading() as connection:
-            return read_changes(connection, embedder_id, since=since, after=after, limit=limit)
-
-    def records_at(self, seqs: Sequence[int]) -> dict[int, Record]:
-        """The records of those places in the order of addition that are still taken."""
-        with self._catalogue.reading() as connection:
-            return {row.seq: row.record for row in rows.some(connection, seqs)}
-
-    def seqs(self, filters: Filters) -> list[int]:
-        """The places in the order of addition of those that pass and are not in quarantine; no record of theirs is read."""
-        with self._catalogue.reading() as connection:
-            return matching(connection, filters)
-
-    def vectors(self, embedder_id: str) -> dict[str, tuple[str, np.ndarray]]:
-        """Adapter name -> (digest of the text that was embedded, fp32 vector), in order of addition."""
-        with self._catalogue.reading() as connection:
-            return read_vectors(connection, embedder_id)
-
-    def store_vectors(self, embedder_id: str, rows: Sequence[tuple[str, str, np.ndarray]]) -> None:
-        """Stores (name, digest of the text, vector) rows in one transaction; names removed meanwhile are passed over.
-
-        A vector goes with its adapter, and follows a rename. DimensionMismatch for vectors of several sizes or not finite.
-        """
-        with self._catalogue.writing(f"storing vectors of embedder {embedder_id!r}") as connection:
-            write_vectors(connection, embedder_id, rows)
-
-    @property
-    def vector_search(self) -> VectorSearch | None:
-        """What ranks the stored vectors in the database itself; None for a hub in a folder, whose searches read them all."""
-        return self._catalogue.vector_search
-
-    def close(self) -> None:
-        """Closes the catalogue. Adapters that were read stay usable."""
-        self._catalogue.close()
-
-    def __enter__(self) -> Hub:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        return f"Hub({self._catalogue.where!r})"
-
     def _repr_html_(self) -> str:
-        return html_of_hub(self)
+        from loraweave.common.display import ShownTable
 
-    def _find(self, name: str) -> rows.Row | None:
-        with self._catalogue.reading() as connection:
-            return rows.find(connection, name)
-
-    def _row(self, name: str) -> rows.Row:
-        with self._catalogue.reading() as connection:
-            return self._found(connection, name)
-
-    def _version(self, name: str, version: int) -> rows.Row:
-        with self._catalogue.reading() as connection:
-            return versions.chosen(connection, self._found(connection, name), version)
+        seqs = self.seqs(Filters())
+        records = self.records_at(seqs[:SHOWN]).values()
+        title = f"{self!r}: {len(seqs):,} adapters" + (f", the first {SHOWN}" if len(seqs) > SHOWN else "")
+        listed = [(r.name, r.rank, r.base_model, r.license or "", ", ".join(r.tags), r.description) for r in records]
+        columns = ("name", "rank", "base model", "license", "tags", "description")
+        return ShownTable.of(columns, listed, title=title)._repr_html_()
 
     def _pinned(self, name: str, version: int, content_hash: str) -> Adapter:
         """That version, whatever came since. AdapterNotFound for other content under its number, as after remove and add."""
@@ -455,18 +333,20 @@ class Hub:
                     raise
                 row = found
 
-    def _found(self, connection: Connection, name: str) -> rows.Row:
-        """The row of that name. AdapterNotFound names near misses."""
-        try:
-            row = rows.find(connection, checked_name(name))
-        except InvalidName as error:
-            raise AdapterNotFound(f"no adapter {name!a:.80} in the hub {self._catalogue.where}: {error}") from error
-        if row is not None:
-            return row
-        close = near_misses(name, rows.names_like(connection, name))
-        hint = (
-            f"did you mean {' or '.join(map(repr, close))}?"
-            if close
-            else f"it has {len(self)} adapters, none of a like name"
-        )
-        raise AdapterNotFound(f"no adapter {name!r} in the hub {self._catalogue.where}; {hint}")
+
+class Candidates(list[Candidate]):
+    """Candidates, best first, and the hub that has their adapters."""
+
+    def __init__(self, candidates: Iterable[Candidate], hub: Hub) -> None:
+        super().__init__(candidates)
+        self.hub = hub
+
+    def __reduce__(self) -> tuple[type[list[Candidate]], tuple[list[Candidate]]]:
+        # a hub stays where its files are open
+        return list, (list(self),)
+
+    def _repr_html_(self) -> str:
+        from loraweave.common.display import ShownTable
+
+        rows = [(each.name, each.score, each.evidence) for each in self]
+        return ShownTable.of(("adapter", "score", "evidence"), rows)._repr_html_()

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from loraweave.errors import HubError, RetrievalError
+from loraweave.hub.embedders._embedder import unit
 from loraweave.hub.hub import Hub
 from loraweave.hub.indexes._vectors import SCORE_DECIMALS
-from loraweave.hub.search.search import MAX_SAMPLE_INPUTS, Hit, SearchIndex, unit
+from loraweave.hub.search.search import MAX_SAMPLE_INPUTS, Hit, SearchIndex
 from loraweave.retrieval.fusion import Fusion
 from loraweave.retrieval.request import Query, Request
 from loraweave.types import Record

@@ -11,8 +11,9 @@ from loraweave import registry
 from loraweave.common.checks import is_whole
 from loraweave.common.rows import GivenRows, read_inputs, read_rows
 from loraweave.errors import RetrievalError
-from loraweave.hub.hub import Hub
-from loraweave.hub.search.search import Embedder, Found, Hit, SearchIndex, unit
+from loraweave.hub.embedders._embedder import Embedder, unit
+from loraweave.hub.hub import Candidates, Hub
+from loraweave.hub.search.search import Hit, SearchIndex
 from loraweave.retrieval.abstention import Abstention
 from loraweave.retrieval.fusion import Fusion
 from loraweave.retrieval.keyed_search import Key, KeyedSearch, key_name
@@ -197,7 +198,7 @@ class Retriever:
         query = Query(tuple(row.input for row in rows), tuple(row.targets[0] for row in rows), description)
         extra = ("description",) if description.strip() else ()
         keys = self.keys or _resolved([*EXAMPLE_KEYS, *extra])
-        return Found(self._by_keys(query, self._vector(query), request, keys), self.hub)
+        return Candidates(self._by_keys(query, self._vector(query), request, keys), self.hub)
 
     def like(
         self,
@@ -230,7 +231,7 @@ class Retriever:
         ranked, opinions = self._keyed.ranked(Query(adapter=own), hits, _resolved(keys), Fusion())
         page = request.page(ranked, request.k)
         found = [Candidate(hit.record.name, hit.score, opinions[hit.record.name], hit.record) for hit in page]
-        return Found(found, self.hub)
+        return Candidates(found, self.hub)
 
     def calibrate(
         self,
@@ -301,7 +302,7 @@ class Retriever:
         return unit(query_D)
 
     def _found(self, queries: Sequence[Query], query_QD: np.ndarray, request: Request) -> list[list[Candidate]]:
-        return [Found(self._kept(found, request), self.hub) for found in self._searched(queries, query_QD, request)]
+        return [Candidates(self._kept(found, request), self.hub) for found in self._searched(queries, query_QD, request)]
 
     def _searched(self, queries: Sequence[Query], query_QD: np.ndarray, request: Request) -> list[list[Candidate]]:
         if self.keys:

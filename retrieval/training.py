@@ -26,7 +26,7 @@ from loraweave.common.display import progress_bar
 from loraweave.common.rows import GivenRows, read_inputs
 from loraweave.common.state import TrainingState, checkpoint_folder, drop_state, load_state, save_state, save_tensors
 from loraweave.errors import TrainingError
-from loraweave.hub.embedders._text import readable
+from loraweave.hub.embedders._embedder import readable
 from loraweave.hub.embedders.sentence import ENCODER_FILE, MAX_TOKENS, MODEL_FILES, Sentence
 from loraweave.hub.hub import Hub
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from loraweave.hub.embedders._text import readable
+from loraweave.hub.embedders._embedder import readable
 
 # one character each, counted on a logarithmic scale
 COUNTED_MARKS = (",", ".", "\n", ":", "?", "!", "'", '"', ";", "-", "(", "[", "@", "#", "/", "=")

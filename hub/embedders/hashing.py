@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from loraweave.hub.embedders._text import readable
+from loraweave.hub.embedders._embedder import readable
 
 N_GRAM_SIZES = (2, 3, 4)
 

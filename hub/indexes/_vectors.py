@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib.util
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 
+from loraweave import registry
 from loraweave.errors import DimensionMismatch
 
 # fp32 embeddings of one text differ from batch to batch by some 1e-7; such noise must not decide the order of equals
@@ -18,6 +21,43 @@ _BLOCK_NUMBERS = 2**22
 _FEW_NUMBERS = 2**16
 
 Found = tuple[np.ndarray, np.ndarray]
+
+# an index class for so many keys
+Choice = Callable[[int], Any]
+
+# from so many keys on "auto" takes an approximate index (benchmarks/hub.py)
+MIN_APPROXIMATE = 200_000
+
+
+class Index(Protocol):
+    """The k largest inner products of each query: scores descending, ties by position; k above the count gives all.
+
+    A mask leaves only the rows that it allows. `arrays` is what `from_arrays` makes an index from without copying it; of
+    "vectors" alone, which is always there, it makes the rest.
+    """
+
+    @classmethod
+    def from_arrays(cls, dim: int, arrays: Mapping[str, np.ndarray]) -> Index: ...
+
+    def arrays(self) -> dict[str, np.ndarray]: ...
+
+    def __len__(self) -> int: ...
+
+    def add(self, vectors_ND: np.ndarray) -> None: ...
+
+    def search(
+        self, query_QD: np.ndarray, k: int, *, allowed_N: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+def index_choice(index: str) -> Choice:
+    """The class of that name; "auto" chooses by the number of keys and by whether faiss is installed. UnknownName."""
+    if index != "auto":
+        kind = registry.get("indexes", index)
+        return lambda count: kind
+    if not importlib.util.find_spec("faiss"):
+        return lambda count: registry.get("indexes", "flat")
+    return lambda count: registry.get("indexes", "faiss_half" if count < MIN_APPROXIMATE else "faiss_ivf")
 
 
 def checked(vectors_ND: np.ndarray, dim: int, what: str) -> np.ndarray:

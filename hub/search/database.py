@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from loraweave.errors import HubError
+from loraweave.hub.listing import Listing
 from loraweave.hub.stores.protocols import Near, VectorSearch
 from loraweave.types import Record
-
-if TYPE_CHECKING:
-    from loraweave.hub.hub import Hub
-
 
 # adapters whose keys are made and stored at a time: a first search that is interrupted keeps what it has
 _BATCH = 500
@@ -27,7 +23,7 @@ class DatabaseSearch:
 
     def __init__(
         self,
-        hub: Hub,
+        hub: Listing,
         search: VectorSearch,
         embedder: str,
         key: Callable[[Record], np.ndarray],

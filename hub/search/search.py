@@ -10,31 +10,28 @@ kept as a file below the hub's index/, or in the cache where the hub cannot be w
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import logging
 import operator
 import sys
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from loraweave import registry
-from loraweave.errors import DimensionMismatch, HubError, RetrievalError
+from loraweave.errors import HubError, RetrievalError
+from loraweave.hub.embedders._embedder import Embedder, embedded, embedder_of, excerpt, unit
+from loraweave.hub.indexes._vectors import index_choice
+from loraweave.hub.listing import Listing
 from loraweave.hub.search.database import DatabaseSearch
-from loraweave.hub.search.segments import MAX_LATE, MIN_SAVED, Choice, Hits, Keys, Stamp, load, places, save
+from loraweave.hub.search.segments import MAX_LATE, MIN_SAVED, Hits, Keys, Stamp, load, places, save
 from loraweave.hub.tables.changes import Change
 from loraweave.hub.tables.filtering import Filters
 from loraweave.types import BaseKey, Candidate, Record
-
-if TYPE_CHECKING:
-    from loraweave.hub.hub import Hub
-
 
 # The description's share of a key. The largest that costs queries by inputs nothing on the pool's training rows, while
 # queries by another wording of it find the adapter first in .68 instead of .19 of the cases (benchmarks/retrieval.py).
@@ -46,9 +43,6 @@ MAX_SAMPLE_INPUTS = 50
 
 # adapters whose sample inputs stay embedded for the evidence: 50 x 384 x 4 bytes = 77 kB each at most
 NUM_EVIDENCE_CACHED = 1024
-
-# from so many keys on "auto" takes an approximate index (benchmarks/hub.py)
-MIN_APPROXIMATE = 200_000
 
 # of the nearest, so many more than four times those wanted are tried on a filter
 _NUM_TRIED = 32
@@ -62,38 +56,6 @@ _logger = logging.getLogger(__name__)
 NO_FILTERS = Filters()
 
 _Embed = Callable[[tuple[str, ...]], np.ndarray]
-
-
-class Embedder(Protocol):
-    """Texts to unit vectors. `id` names all that decides a vector, so that vectors of two embedders are never mixed."""
-
-    dim: int
-
-    @property
-    def id(self) -> str: ...
-
-    def embed(self, texts: Sequence[str]) -> np.ndarray: ...
-
-
-class Index(Protocol):
-    """The k largest inner products of each query: scores descending, ties by position; k above the count gives all.
-
-    A mask leaves only the rows that it allows. `arrays` is what `from_arrays` makes an index from without copying it; of
-    "vectors" alone, which is always there, it makes the rest.
-    """
-
-    @classmethod
-    def from_arrays(cls, dim: int, arrays: Mapping[str, np.ndarray]) -> Index: ...
-
-    def arrays(self) -> dict[str, np.ndarray]: ...
-
-    def __len__(self) -> int: ...
-
-    def add(self, vectors_ND: np.ndarray) -> None: ...
-
-    def search(
-        self, query_QD: np.ndarray, k: int, *, allowed_N: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,14 +78,7 @@ class _Snapshot:
 
 
 def search(
-    hub: Hub,
-    query: str,
-    *,
-    k: int = 5,
-    base_model: str | BaseKey | None = None,
-    license: Collection[str] | str | None = None,
-    tags: Collection[str] | str = (),
-    min_score: float | None = None,
+    hub: Listing, query: str, *, k: int = 5, filters: Filters = NO_FILTERS, min_score: float | None = None
 ) -> list[Candidate]:
     """The k adapters of the hub that fit a text best; `Hub.search`. [] when nothing reaches `min_score`."""
     if not isinstance(query, str):
@@ -133,9 +88,8 @@ def search(
         # through a proxy: the cached index must not keep the hub open after its last user let go of it
         index = _SHARED[hub] = SearchIndex(weakref.proxy(hub))
     checked_threshold(min_score)
-    num_wanted = checked_count(k)
     query_QD = index.embed([query])
-    hits = index.hits(query_QD, num_wanted, Filters(base_model, license, tags), min_score=min_score)
+    hits = index.hits(query_QD, checked_count(k), filters, min_score=min_score)
     return index.explained(query_QD[0], hits[0])
 
 
@@ -150,12 +104,12 @@ class SearchIndex:
     (`faiss_half`, or `flat` where faiss is not installed), from there on `faiss_ivf`. Raises UnknownName for other names.
     """
 
-    def __init__(self, hub: Hub, *, embedder: str | Embedder = "sentence", index: str = "auto") -> None:
+    def __init__(self, hub: Listing, *, embedder: str | Embedder = "sentence", index: str = "auto") -> None:
         in_database = hub.vector_search if index == "auto" else None
         self.hub = hub
         self.embedder = embedder_of(embedder)
         self._index = index
-        self._choice = _choice(index)
+        self._choice = index_choice(index)
         self._snapshot: _Snapshot | None = None
         self._unstored: dict[str, tuple[str, np.ndarray]] = {}
         self._database = (
@@ -217,7 +171,7 @@ class SearchIndex:
         kinds, texts = zip(*_texts(record), strict=True)
         scores_N = self._embedded(texts).astype(np.float64) @ query_D
         best = int(np.argmax(scores_N))
-        return f"{kinds[best]} {_excerpt(texts[best])!r} ({scores_N[best]:.2f})"
+        return f"{kinds[best]} {excerpt(texts[best])!r} ({scores_N[best]:.2f})"
 
     def _filtered(self, snapshot: _Snapshot, query_QD: np.ndarray, k: int, filters: Filters) -> list[list[Hit]]:
         # a filter that lets many through is mostly met by the nearest few; the places of all that pass are a long list. For
@@ -353,55 +307,19 @@ class SearchIndex:
         return unit(key_D + DESCRIPTION_WEIGHT * rows_ND[-1]) if kinds[-1] == "description" else key_D
 
     def _embed(self, texts: tuple[str, ...]) -> np.ndarray:
-        return _checked(self.embedder, texts)
+        return embedded(self.embedder, texts)
 
 
 # for each hub, what an embedder made of adapters' own texts: a new search of the hub does not embed them again
 _OWN_TEXTS: weakref.WeakKeyDictionary[Any, dict[tuple[type, str], _Embed]] = weakref.WeakKeyDictionary()
 
 
-def _own_texts(hub: Hub, embedder: Embedder) -> _Embed:
+def _own_texts(hub: Listing, embedder: Embedder) -> _Embed:
     """What embeds an adapter's texts together and remembers it, shared by the hub's searches with such an embedder."""
-    cache = lru_cache(maxsize=NUM_EVIDENCE_CACHED)(partial(_checked, embedder))
+    cache = lru_cache(maxsize=NUM_EVIDENCE_CACHED)(partial(embedded, embedder))
     if isinstance(hub, weakref.ProxyTypes):
         return cache
     return _OWN_TEXTS.setdefault(hub, {}).setdefault((type(embedder), embedder.id), cache)
-
-
-def _checked(embedder: Embedder, texts: tuple[str, ...]) -> np.ndarray:
-    """Vectors (N, dim) of the texts; DimensionMismatch where the embedder gives something else."""
-    rows_ND = np.asarray(embedder.embed(texts), dtype=np.float32)
-    wanted = (len(texts), embedder.dim)
-    if rows_ND.shape != wanted:
-        raise DimensionMismatch(
-            f"embedder {embedder.id!r} gave embeddings of shape {rows_ND.shape} instead of {wanted} (texts, dim)"
-        )
-    for number in np.flatnonzero(~np.isfinite(rows_ND).all(axis=1))[:1]:
-        raise DimensionMismatch(
-            f"embedder {embedder.id!r} gave an embedding that is not finite, "
-            f"for text {number + 1} of {len(texts)}: {_excerpt(texts[number])!r}"
-        )
-    return rows_ND
-
-
-def _choice(index: str) -> Choice:
-    if index != "auto":
-        kind = registry.get("indexes", index)
-        return lambda count: kind
-    if not importlib.util.find_spec("faiss"):
-        return lambda count: registry.get("indexes", "flat")
-    return lambda count: registry.get("indexes", "faiss_half" if count < MIN_APPROXIMATE else "faiss_ivf")
-
-
-def embedder_of(given: str | Embedder) -> Embedder:
-    """The embedder of that name, or of the folder that `train_encoder` wrote; an object is itself."""
-    if not isinstance(given, str):
-        return given
-    if given not in registry.names("embedders") and Path(given).is_dir():
-        trained: Embedder = registry.get("embedders", "sentence")(folder=given)
-        return trained
-    named: Embedder = registry.get("embedders", given)()
-    return named
 
 
 def checked_count(k: Any) -> int:
@@ -423,13 +341,6 @@ def checked_threshold(min_score: Any) -> None:
         raise RetrievalError(f"min_score is {min_score!r}; it must be a finite number, or None for no threshold")
 
 
-def unit(vector_D: np.ndarray) -> np.ndarray:
-    """The vector at norm 1. A zero vector stays zero: it scores 0 with everything."""
-    norm = float(np.linalg.norm(vector_D))
-    scaled: np.ndarray = (vector_D / norm if norm else vector_D).astype(np.float32)
-    return scaled
-
-
 def _texts(record: Record) -> list[tuple[str, str]]:
     """What speaks for an adapter, as (kind, text): sample inputs and description, or without both its name."""
     samples = [text for text in record.examples if text.strip()][:MAX_SAMPLE_INPUTS]
@@ -443,42 +354,3 @@ def _digest(record: Record) -> str:
     # the weight enters, since another release may weigh otherwise
     settled = json.dumps([DESCRIPTION_WEIGHT, _texts(record)])
     return hashlib.sha256(settled.encode()).hexdigest()
-
-
-def _excerpt(text: str, limit: int = 60) -> str:
-    line = " ".join(text[: 4 * limit].split())
-    return line if len(line) <= limit else line[: limit - 4].rstrip() + " ..."
-
-
-# rows of a hub in a notebook
-SHOWN = 20
-
-
-class Found(list[Candidate]):
-    """Candidates, best first, and the hub that has their adapters."""
-
-    def __init__(self, candidates: Iterable[Candidate], hub: Hub) -> None:
-        super().__init__(candidates)
-        self.hub = hub
-
-    def __reduce__(self) -> tuple[type[list[Candidate]], tuple[list[Candidate]]]:
-        # a hub stays where its files are open
-        return list, (list(self),)
-
-    def _repr_html_(self) -> str:
-        from loraweave.common.display import ShownTable
-
-        rows = [(each.name, each.score, each.evidence) for each in self]
-        return ShownTable.of(("adapter", "score", "evidence"), rows)._repr_html_()
-
-
-def html_of_hub(hub: Hub) -> str:
-    """A table of the first adapters, and how many there are."""
-    from loraweave.common.display import ShownTable
-
-    seqs = hub.seqs(Filters())
-    found = hub.records_at(seqs[:SHOWN])
-    records = [found[seq] for seq in seqs[:SHOWN] if seq in found]
-    title = f"{hub!r}: {len(seqs):,} adapters" + (f", the first {SHOWN}" if len(seqs) > SHOWN else "")
-    rows = [(r.name, r.rank, r.base_model, r.license or "", ", ".join(r.tags), r.description) for r in records]
-    return ShownTable.of(("name", "rank", "base model", "license", "tags", "description"), rows, title=title)._repr_html_()

@@ -10,27 +10,20 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from loraweave.common.files import cache_folder, map_arrays, remove_file, write_arrays
+from loraweave.hub.indexes._vectors import Choice, Index
 from loraweave.hub.stores.folder_blobs import STALE_TMP_S
 from loraweave.hub.stores.open_stores import local_folder
-
-if TYPE_CHECKING:
-    from loraweave.hub.search.search import Index
-
 
 # the share of small segments and masked rows from which on one segment is made of all
 MAX_LATE_SHARE = 0.1
 MAX_LATE = 1000
-
-# an index class for so many keys
-Choice = Callable[[int], Any]
 
 
 @dataclass(frozen=True, eq=False)

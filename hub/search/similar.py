@@ -4,36 +4,32 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
 
 from loraweave.errors import AdapterCorrupt, AdapterNotFound, AdapterQuarantined
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.search.search import checked_count
 from loraweave.lowrank import algebra
-from loraweave.types import Candidate, Factors
-
-if TYPE_CHECKING:
-    from loraweave.hub.hub import Hub
+from loraweave.types import Candidate, Factors, Record
 
 
-def most_similar(hub: Hub, name: str, k: int) -> list[Candidate]:
-    """The k adapters of the hub whose updates have the largest cosine with that one's; `Hub.similar`."""
+def most_similar(own: Adapter, records: Iterable[Record], read: Callable[[str], Adapter], k: int) -> list[Candidate]:
+    """Of the adapters that `read` opens, the k whose updates have the largest cosine with `own`'s; `Hub.similar`."""
     count = checked_count(k)
-    own = hub[name]
-    found = []
-    for record in hub.records():
+    candidates = []
+    for record in records:
         if record.name == own.name:
             continue
         try:
-            other = hub[record.name]
+            other = read(record.name)
         except (AdapterCorrupt, AdapterNotFound, AdapterQuarantined) as error:
             warnings.warn(f"left out of the comparison with {own.name!r}: {error}", stacklevel=3)
             continue
         score, num_shared = cosine(own, other)
         if num_shared:
             evidence = f"updates {num_shared} of the {len(own.layers)} layers of {own.name!r}"
-            found.append(Candidate(record.name, score, evidence, record))
-    return sorted(found, key=lambda candidate: -candidate.score)[:count]
+            candidates.append(Candidate(record.name, score, evidence, record))
+    return sorted(candidates, key=lambda candidate: -candidate.score)[:count]
 
 
 def cosine(left: Adapter, right: Adapter) -> tuple[float, int]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loraweave.hub.search.search import unit
+from loraweave.hub.embedders._embedder import unit
 from loraweave.retrieval.keyed_search import KeySpace
 from loraweave.retrieval.request import Query
 from loraweave.types import Record

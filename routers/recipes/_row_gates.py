@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loraweave.errors import ScopeError, WeightingError
-from loraweave.hub.search.search import Embedder, embedder_of
+from loraweave.hub.embedders._embedder import Embedder, embedder_of
 from loraweave.routers.recipes._gate import Call, Gate, Weighing
 from loraweave.routers.tokens._call import current_prompts, current_tokenizer, real_tokens
 from loraweave.routers.tokens._scores import best_of

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from loraweave.common.names import unknown_expert
 from loraweave.common.rows import located, read_row
 from loraweave.errors import InvalidTask, ScopeError, WeightingError
+from loraweave.hub.embedders._embedder import Embedder, embedder_of
 from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
-from loraweave.hub.search.search import MAX_SAMPLE_INPUTS, Embedder, embedder_of
+from loraweave.hub.search.search import MAX_SAMPLE_INPUTS
 from loraweave.routers.tokens._caches import BesideCache
 from loraweave.routers.tokens._call import CallText, SeenTokens, copies_of, current_prompts, current_tokenizer, rows_of_call
 from loraweave.routers.tokens._members import Members

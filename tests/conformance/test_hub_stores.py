@@ -396,7 +396,7 @@ def once(real, happens):
 # the moments of a read between the row and the map
 MOMENTS = {
     "before the blob is looked for": lambda hub: (hub._blobs, "local"),
-    "before it is opened": lambda hub: (loraweave.hub.stored_adapter, "read_blob"),
+    "before it is opened": lambda hub: (loraweave.hub.stores.storing, "read_blob"),
     "between the two times that safetensors opens it": lambda hub: (torch.UntypedStorage, "from_file"),
 }
 

@@ -97,7 +97,7 @@ def test_records_come_in_order_of_addition_whatever_the_clock_says(hub, monkeypa
         def now(cls, tz=None):
             return datetime(next(years), 1, 1, tzinfo=tz)
 
-    monkeypatch.setattr(loraweave.hub.clock, "datetime", Backwards)
+    monkeypatch.setattr(loraweave.common.names, "datetime", Backwards)
     for seed in (3, 1, 2):
         hub.add(adapter(seed))
     assert [record.name for record in hub] == ["adapter 3", "adapter 1", "adapter 2"]

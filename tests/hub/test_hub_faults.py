@@ -68,7 +68,7 @@ def faulty(monkeypatch, countdown):
 
     real = sqlite3.connect
     with monkeypatch.context() as patch:
-        patch.setattr(loraweave.hub.stores.blob_files, "os", FaultyOs(countdown))
+        patch.setattr(loraweave.hub.stores.folder_blobs, "os", FaultyOs(countdown))
         patch.setattr(
             loraweave.hub.stores.catalogue.sqlite3, "connect", lambda *args, **kw: real(*args, **kw, factory=Connection)
         )
@@ -220,7 +220,7 @@ def test_a_write_in_pieces_is_put_together(tmp_path, monkeypatch):
         def __getattr__(self, name):
             return (lambda fd, data: os.write(fd, data[:7])) if name == "write" else getattr(os, name)
 
-    monkeypatch.setattr(loraweave.hub.stores.blob_files, "os", Slow(None))
+    monkeypatch.setattr(loraweave.hub.stores.folder_blobs, "os", Slow(None))
     with Hub(tmp_path) as hub:
         hub.add(adapter(0))
         assert hub["adapter 0"].hash == adapter(0).hash
@@ -230,7 +230,7 @@ def test_a_write_in_pieces_is_put_together(tmp_path, monkeypatch):
 def test_a_disk_that_turns_read_only_is_named(tmp_path, monkeypatch):
     with Hub(tmp_path) as hub:
         countdown = Countdown(1, raise_os(errno.EROFS))
-        monkeypatch.setattr(loraweave.hub.stores.blob_files, "os", FaultyOs(countdown))
+        monkeypatch.setattr(loraweave.hub.stores.folder_blobs, "os", FaultyOs(countdown))
         with pytest.raises(HubReadOnly, match="cannot be written"):
             hub.add(adapter(0))
         assert len(hub) == 0

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from loraweave import registry
 from loraweave.errors import DimensionMismatch, HubReadOnly, RetrievalError, UnknownName
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
@@ -261,7 +262,7 @@ def test_a_numpy_integer_is_a_count():
 @pytest.fixture
 def by_counts(monkeypatch):
     """hub.search with the embedder of this file."""
-    monkeypatch.setattr(search_module.registry, "get", _registry_with_counts(search_module.registry.get))
+    monkeypatch.setattr(registry, "get", _registry_with_counts(registry.get))
 
 
 def _registry_with_counts(get):

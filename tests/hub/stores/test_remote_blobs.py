@@ -80,7 +80,7 @@ def test_a_reader_keeps_its_copy_beside_gc_and_beside_other_readers(blobs, tmp_p
                 waiting.pop()()
             return getattr(os, name)
 
-    monkeypatch.setattr(loraweave.hub.stores.blob_files, "os", Os())
+    monkeypatch.setattr(loraweave.hub.stores.folder_blobs, "os", Os())
     assert blobs.local(NAME, SHA256, "x").read_bytes() == DATA
     assert not waiting
 

@@ -1,0 +1,71 @@
+"""What an embedder is, how one is chosen, and what is done to the texts that go in and the vectors that come out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from loraweave import registry
+from loraweave.errors import DimensionMismatch
+
+# far above the 256 tokens that a sentence encoder reads; a longer text costs minutes in a tokenizer that then drops it
+MAX_CHARS = 16_384
+
+
+def readable(text: str) -> str:
+    """The first MAX_CHARS characters of a text, with lone surrogates as U+FFFD (tokenizers and hashes need valid UTF-8)."""
+    return text[:MAX_CHARS].encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+
+
+class Embedder(Protocol):
+    """Texts to unit vectors. `id` names all that decides a vector, so that vectors of two embedders are never mixed."""
+
+    dim: int
+
+    @property
+    def id(self) -> str: ...
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray: ...
+
+
+def embedder_of(given: str | Embedder) -> Embedder:
+    """The embedder of that name, or of the folder that `train_encoder` wrote; an object is itself."""
+    if not isinstance(given, str):
+        return given
+    if given not in registry.names("embedders") and Path(given).is_dir():
+        trained: Embedder = registry.get("embedders", "sentence")(folder=given)
+        return trained
+    named: Embedder = registry.get("embedders", given)()
+    return named
+
+
+def embedded(embedder: Embedder, texts: tuple[str, ...]) -> np.ndarray:
+    """Vectors (N, dim) of the texts; DimensionMismatch where the embedder gives something else."""
+    rows_ND = np.asarray(embedder.embed(texts), dtype=np.float32)
+    wanted = (len(texts), embedder.dim)
+    if rows_ND.shape != wanted:
+        raise DimensionMismatch(
+            f"embedder {embedder.id!r} gave embeddings of shape {rows_ND.shape} instead of {wanted} (texts, dim)"
+        )
+    for number in np.flatnonzero(~np.isfinite(rows_ND).all(axis=1))[:1]:
+        raise DimensionMismatch(
+            f"embedder {embedder.id!r} gave an embedding that is not finite, "
+            f"for text {number + 1} of {len(texts)}: {excerpt(texts[number])!r}"
+        )
+    return rows_ND
+
+
+def unit(vector_D: np.ndarray) -> np.ndarray:
+    """The vector at norm 1. A zero vector stays zero: it scores 0 with everything."""
+    norm = float(np.linalg.norm(vector_D))
+    scaled: np.ndarray = (vector_D / norm if norm else vector_D).astype(np.float32)
+    return scaled
+
+
+def excerpt(text: str, limit: int = 60) -> str:
+    """One line of the text's beginning, for messages and evidence."""
+    line = " ".join(text[: 4 * limit].split())
+    return line if len(line) <= limit else line[: limit - 4].rstrip() + " ..."

@@ -1,0 +1,174 @@
+"""What a hub's catalogue says: rows, vectors and the log of changes. No adapter is opened, and torch is not needed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from loraweave.common.names import checked_name, near_misses
+from loraweave.errors import AdapterNotFound, InvalidName
+from loraweave.hub import quarantine
+from loraweave.hub.stores.catalogue import require_row
+from loraweave.hub.stores.protocols import CatalogueStore, Connection, VectorSearch
+from loraweave.hub.tables import rows, versions
+from loraweave.hub.tables.changes import Changes, read_changes
+from loraweave.hub.tables.filtering import Filters, bases, matching
+from loraweave.hub.tables.vectors import read_vectors, write_vectors
+from loraweave.types import BaseKey, Record
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class Listing:
+    """The catalogue of a hub, read; of what a search makes, it also keeps the vectors. `Hub` adds blobs and writing.
+
+    `path` is the folder of the hub on this machine.
+    """
+
+    def __init__(self, path: Path, catalogue: CatalogueStore) -> None:
+        self.path = path
+        self._catalogue = catalogue
+
+    def __contains__(self, name: object) -> bool:
+        try:
+            checked = checked_name(name)
+        except InvalidName:
+            return False
+        with self._catalogue.reading() as connection:
+            return rows.find(connection, checked) is not None
+
+    def __len__(self) -> int:
+        """The number of adapters that are not in quarantine."""
+        with self._catalogue.reading() as connection:
+            found = connection.execute("SELECT num_adapters FROM state").fetchone()
+            return int(require_row(found, self._catalogue.where)[0]) - quarantine.count(connection)
+
+    def __iter__(self) -> Iterator[Record]:
+        """The records in order of addition, as of now."""
+        return iter(self.records())
+
+    def records(
+        self,
+        *,
+        base_model: str | BaseKey | None = None,
+        license: Collection[str] | str | None = None,
+        tags: Collection[str] | str = (),
+        quarantined: bool = False,
+    ) -> list[Record]:
+        """The records in order of addition that are for the base model, under one of the licenses and with all the tags.
+
+        A base model is an id, or the key of a model at hand (`base_key`), which tells namesakes apart and finds the same
+        weights under another id.
+        Licenses are SPDX expressions or ids of the model hub; "MIT OR GPL-3.0-only" is found for MIT too. Those in
+        quarantine are left out, or with `quarantined` they alone are listed.
+        """
+        filters = Filters(base_model, license, tags)
+        with self._catalogue.reading() as connection:
+            if quarantined:
+                held = [row.record for row in rows.some(connection, quarantine.seqs(connection))]
+                return [record for record in held if filters.passes(record)]
+            if filters.pass_all:
+                return [row.record for row in rows.every(connection) if not row.record.quarantined]
+            return [row.record for row in rows.some(connection, matching(connection, filters))]
+
+    def bases(self) -> list[tuple[Record, int]]:
+        """For each different base model the record of its first adapter and the number of its adapters."""
+        with self._catalogue.reading() as connection:
+            return bases(connection)
+
+    def record(self, name: str) -> Record:
+        """The adapter's record. AdapterNotFound names near misses."""
+        return self._row(name).record
+
+    def history(self, name: str) -> list[Record]:
+        """The record of every version of the adapter, oldest first; the last one is what `hub[name]` gives."""
+        with self._catalogue.reading() as connection:
+            row = self._found(connection, name)
+            return [*(old.record for old in versions.superseded(connection, row)), row.record]
+
+    @property
+    def generation(self) -> int:
+        """A number that every committed change raises, so that an index can tell whether it is stale."""
+        with self._catalogue.reading() as connection:
+            found = connection.execute("SELECT generation FROM state").fetchone()
+        return int(require_row(found, self._catalogue.where)[0])
+
+    @property
+    def writable(self) -> bool:
+        """Whether the hub can be written; reading works either way."""
+        return self._catalogue.writable
+
+    def changes(self, embedder_id: str, *, since: int = 0, after: int = 0, limit: int = 4096) -> Changes:
+        """The next `limit` adapters above seq `after` that changed later than generation `since`; since 0 it is all."""
+        with self._catalogue.reading() as connection:
+            return read_changes(connection, embedder_id, since=since, after=after, limit=limit)
+
+    def records_at(self, seqs: Sequence[int]) -> dict[int, Record]:
+        """The records of those places in the order of addition that are still taken."""
+        with self._catalogue.reading() as connection:
+            return {row.seq: row.record for row in rows.some(connection, seqs)}
+
+    def seqs(self, filters: Filters) -> list[int]:
+        """The places in the order of addition of those that pass and are not in quarantine; no record of theirs is read."""
+        with self._catalogue.reading() as connection:
+            return matching(connection, filters)
+
+    def vectors(self, embedder_id: str) -> dict[str, tuple[str, np.ndarray]]:
+        """Adapter name -> (digest of the text that was embedded, fp32 vector), in order of addition."""
+        with self._catalogue.reading() as connection:
+            return read_vectors(connection, embedder_id)
+
+    def store_vectors(self, embedder_id: str, rows: Sequence[tuple[str, str, np.ndarray]]) -> None:
+        """Stores (name, digest of the text, vector) rows in one transaction; names removed meanwhile are passed over.
+
+        A vector goes with its adapter, and follows a rename. DimensionMismatch for vectors of several sizes or not finite.
+        """
+        with self._catalogue.writing(f"storing vectors of embedder {embedder_id!r}") as connection:
+            write_vectors(connection, embedder_id, rows)
+
+    @property
+    def vector_search(self) -> VectorSearch | None:
+        """What ranks the stored vectors in the database itself; None for a hub in a folder, whose searches read them all."""
+        return self._catalogue.vector_search
+
+    def close(self) -> None:
+        """Closes the catalogue. Adapters that were read stay usable."""
+        self._catalogue.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._catalogue.where!r})"
+
+    def _row(self, name: str) -> rows.Row:
+        with self._catalogue.reading() as connection:
+            return self._found(connection, name)
+
+    def _version(self, name: str, version: int) -> rows.Row:
+        with self._catalogue.reading() as connection:
+            return versions.chosen(connection, self._found(connection, name), version)
+
+    def _found(self, connection: Connection, name: str) -> rows.Row:
+        """The row of that name. AdapterNotFound names near misses."""
+        try:
+            row = rows.find(connection, checked_name(name))
+        except InvalidName as error:
+            raise AdapterNotFound(f"no adapter {name!a:.80} in the hub {self._catalogue.where}: {error}") from error
+        if row is not None:
+            return row
+        close = near_misses(name, rows.names_like(connection, name))
+        hint = (
+            f"did you mean {' or '.join(map(repr, close))}?"
+            if close
+            else f"it has {len(self)} adapters, none of a like name"
+        )
+        raise AdapterNotFound(f"no adapter {name!r} in the hub {self._catalogue.where}; {hint}")
