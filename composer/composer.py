@@ -13,11 +13,10 @@ from torch import nn
 
 from loraweave.common.process import lock_of
 from loraweave.common.rows import GivenRows
-from loraweave.composer import fused as fuse
 from loraweave.composer.explain.cost import Cost, mixture_cost
 from loraweave.composer.explain.explanation import Explanation, reading
 from loraweave.composer.explain.worth import expert_losses, leave_one_out
-from loraweave.composer.fused_mixture import FusedMixture, mixture_updates
+from loraweave.composer.fused import Fused, fused, mixture_updates
 from loraweave.composer.live.fitting import Fitting
 from loraweave.composer.live.layout import Place as LayerPlace
 from loraweave.composer.live.layout import placement
@@ -30,7 +29,7 @@ from loraweave.composer.live.resolve import resolve
 from loraweave.composer.merge.statistics import Statistics
 from loraweave.composer.model.generate import generation_call, streamed
 from loraweave.composer.model.layers import TargetLayer
-from loraweave.composer.originals import Place
+from loraweave.composer.overwritten import Place
 from loraweave.composer.train.routers import fit, require_learning
 from loraweave.errors import AlreadyActive, CompositionError, ScopeError, WeightingError
 from loraweave.hub.adapter import Adapter
@@ -216,7 +215,7 @@ class Composer:
         statistics: Mapping[str, Statistics] | None = None,
         originals: Place = "memory",
         **options: Any,
-    ) -> Iterator[FusedMixture]:
+    ) -> Iterator[Fused]:
         """Writes a task-scope mixture into the weights for the length of a `with` block; bit for bit the same after it.
 
         `method` is a name of `names("methods")`, `seed` that of random ones, `statistics` has for each expert what methods
@@ -240,8 +239,8 @@ class Composer:
                 self._require_idle("fuse")
                 mine = self._fused = True
             claim(self._live, modules)
-            with fuse.fused(self.model, updates, originals) as fusion:
-                yield FusedMixture(make, fusion)
+            with fused(self.model, make, updates, originals) as written:
+                yield written
         finally:
             if mine:
                 self._fused = False

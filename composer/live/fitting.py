@@ -10,10 +10,10 @@ from typing import NamedTuple
 from torch import nn
 
 from loraweave.common.process import lock_of
-from loraweave.composer import fused
 from loraweave.composer.model.bound_weights import BoundWeights
 from loraweave.composer.model.layers import TargetLayer, bound, require_model, require_values, target_layer
 from loraweave.composer.model.limits import LiveLimits
+from loraweave.composer.overwritten import OVERWRITTEN
 from loraweave.errors import AlreadyActive, BaseModelMismatch, CompositionError, LayerMismatch
 from loraweave.hub.adapter import Adapter, Form
 from loraweave.hub.base import base_key
@@ -176,7 +176,7 @@ def misfit(modules: Mapping[str, nn.Module], name: str, adapter: Adapter) -> str
 
 def _require_own_weights(layers: Mapping[str, TargetLayer]) -> None:
     for name, layer in layers.items():
-        if fused.is_fused(layer.module):
+        if layer.module in OVERWRITTEN:
             raise AlreadyActive(f"layer {name!r} holds the weights of a fused mixture, not the base's: leave fused() first")
 
 

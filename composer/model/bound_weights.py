@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraweave.composer.fused import row_sums
 from loraweave.composer.model.layers import TargetLayer
+from loraweave.composer.overwritten import row_sums
 from loraweave.errors import CompositionError
 from loraweave.types import Factors
 

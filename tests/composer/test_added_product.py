@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loraweave.composer import fused as module
-from loraweave.composer.fused import added_product
+from loraweave.composer import overwritten as module
+from loraweave.composer.overwritten import added_product
 
 
 @pytest.mark.parametrize("library", ["the faster", "addmm"])

@@ -8,8 +8,8 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,10 +20,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loraweave.composer import fused as fuse
-from loraweave.composer import fused as fused_parameter
-from loraweave.composer import originals
+from loraweave.composer import overwritten
 from loraweave.composer.composer import Composer
-from loraweave.composer.fused import fused
 from loraweave.composer.merge.statistics import Statistics
 from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.composer.model.layers import TargetLayer
@@ -91,18 +89,24 @@ def small_updates(model: nn.Module, adapter: Adapter) -> list[fuse.Update]:
     return [(target(model, name), factors) for name, factors in adapter.layers.items()]
 
 
+def fused(
+    model: nn.Module, updates: Iterable[fuse.Update], place: overwritten.Place = "memory"
+) -> AbstractContextManager[fuse.Fused]:
+    return fuse.fused(model, lambda *mixture: (), updates, place)
+
+
 @pytest.mark.parametrize("place", ["memory", "disk"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_thousand_cycles_of_sixteen_adapters_give_back_every_bit(dtype: torch.dtype, place: originals.Place) -> None:
+def test_a_thousand_cycles_of_sixteen_adapters_give_back_every_bit(dtype: torch.dtype, place: overwritten.Place) -> None:
     model = small_model(dtype)
     layers = ("0", "1", "01", "12")
     updates = [small_updates(model, small_adapter("a", seed, layers[seed % 4], rank=1 + seed % 3)) for seed in range(16)]
     before = bits(model)
     for cycle in range(1000):
-        with fused(model, updates[cycle % 16], place) as fusion:
+        with fused(model, updates[cycle % 16], place) as written:
             if cycle % 10 == 0:
                 assert bits(model) != before
-                fusion.write(updates[cycle % 7])
+                written.write(updates[cycle % 7])
     assert bits(model) == before
 
 
@@ -149,7 +153,7 @@ def test_an_exception_inside_gives_back_every_bit(error: type[BaseException], en
 @contextmanager
 def interrupted_at(number: int, error: type[BaseException]) -> Iterator[list[int]]:
     """Raises `error` before the line of that number that runs in the files of fusing; the list counts such lines."""
-    files = {fuse.__file__, fused_parameter.__file__, originals.__file__}
+    files = {fuse.__file__, overwritten.__file__}
     count = [0]
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
@@ -176,10 +180,10 @@ def test_an_interruption_at_any_line_gives_back_every_bit() -> None:
     number, count = 0, [0]
     while count[0] == number:
         number += 1
-        with suppress(KeyboardInterrupt), interrupted_at(number, KeyboardInterrupt) as count, fused(model, first) as fusion:
-            fusion.write(second)
+        with suppress(KeyboardInterrupt), interrupted_at(number, KeyboardInterrupt) as count, fused(model, first) as written:
+            written.write(second)
         assert bits(model) == before, f"line {number}"
-        assert not any(map(fuse.is_fused, model.modules())), f"line {number}"
+        assert not any(module in overwritten.OVERWRITTEN for module in model.modules()), f"line {number}"
     assert number > 500
 
 
@@ -187,7 +191,7 @@ def test_an_error_about_one_parameter_does_not_keep_the_others_from_coming_back(
     engine: Composer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = bits(engine.model)
-    original = fused_parameter.FusedParameter.restore
+    original = overwritten.Overwritten.restore
     broken = f"{LAYER}.weight"
 
     def restore(kept: Any) -> None:
@@ -196,7 +200,7 @@ def test_an_error_about_one_parameter_does_not_keep_the_others_from_coming_back(
         original(kept)
 
     with pytest.raises(RuntimeError, match="device lost"), engine.fused(MIXTURE):
-        monkeypatch.setattr(fused_parameter.FusedParameter, "restore", restore)
+        monkeypatch.setattr(overwritten.Overwritten, "restore", restore)
     after = bits(engine.model)
     assert [name for name in before if after[name] != before[name]] == [broken]
 
@@ -257,7 +261,7 @@ def test_the_size_of_the_blocks_changes_nothing(block: int, monkeypatch: pytest.
     engine = small_engine(torch.float64)
     with engine.fused(MIXTURE):
         expected = [p.detach().clone() for p in engine.model.parameters()]
-    monkeypatch.setattr(fused_parameter, "BLOCK", block)
+    monkeypatch.setattr(overwritten, "BLOCK", block)
     with engine.fused(MIXTURE):
         assert all(torch.allclose(p, q, rtol=1e-12) for p, q in zip(engine.model.parameters(), expected, strict=True))
 
@@ -322,7 +326,7 @@ def test_another_place_for_originals_is_refused(engine: Composer) -> None:
 
 @pytest.mark.parametrize("place", ["memory", "disk"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_switching_gives_the_bits_of_fusing_afresh(dtype: torch.dtype, place: originals.Place) -> None:
+def test_switching_gives_the_bits_of_fusing_afresh(dtype: torch.dtype, place: overwritten.Place) -> None:
     engine = small_engine(dtype)
     before = bits(engine.model)
     mixtures: list[dict[str, float]] = [{"a": 0.5, "c": 1.0}, {"b": 2.0}, {}, {"a": -1.0}, {"c": 0.3, "b": 0.1}]

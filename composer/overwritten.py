@@ -1,0 +1,305 @@
+"""One parameter that is written over: where its original values are kept, how new ones take their place, and the way back.
+
+    at home                        prepared                       written
+    parameter: W     prepare       parameter: W     exchange      parameter: W'    <-+  rewrite: another mixture's W',
+    slot: anything  --------->     slot: W'        ---------->    slot: W          --+  calculated from the slot
+       ^                                                              |
+       +--------------------------- restore: copied, not subtracted --+
+
+W' = W (1 + gain) + update and bias' = bias + the update's bias, in fp32 or better, rounded once. The naive twin is that line
+as it stands, in float64 (`tests/composer/test_fused.py`); what is fast is that it goes block by block through a cache, with
+the product of `added_product`, whose own twin is `addmm_` (`tests/composer/test_added_product.py`).
+The parameter stays the same object in the same memory, and `_original` is at every moment a tensor with the values of W,
+so that an interruption at any line can be undone.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from loraweave.composer.merge.updates import DenseUpdate
+from loraweave.composer.model.layers import TargetLayer
+from loraweave.errors import CompositionError
+from loraweave.types import Factors
+
+# the modules whose weights are those of a mixture just now
+OVERWRITTEN: WeakSet[nn.Module] = WeakSet()
+
+# values that are summed at once: 4 MB of fp32, which stay in the cache between the product and the rounding
+BLOCK = 2**20
+
+
+class Overwritten:
+    """The weight or bias of a layer. `slot` takes what is to be written, and has the original once that is written."""
+
+    def __init__(self, layer: TargetLayer, part: str, parameter: Tensor, slot: Tensor) -> None:
+        self.layer = layer
+        self.part = part
+        self.slot = slot
+        self._parameter = parameter
+        # always a tensor that has the original values, whenever an interruption comes
+        self._original = parameter
+        self._written: tuple[torch.dtype, Tensor] | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.layer.name}.{self.part}"
+
+    @property
+    def at_home(self) -> bool:
+        """Whether the parameter has its original values, as far as this object has written to it."""
+        return self._original is self._parameter
+
+    def prepare(self, update: Factors | DenseUpdate, scratch: Scratch) -> None:
+        """The new values into the slot, for `exchange`. Raises CompositionError for values that are not finite."""
+        self._sum(update, self._parameter, self.slot, scratch)
+
+    def exchange(self, scratch: Scratch) -> None:
+        """The slot's values into the parameter, and the original ones into the slot."""
+        spare = scratch.like(self.slot.shape, self.slot.dtype, self._parameter.device)
+        spare.copy_(self._parameter)
+        self._original = spare
+        self._assign(self.slot)
+        self._seal()
+        self.slot.copy_(spare)
+        self._original = self.slot
+
+    def rewrite(self, update: Factors | DenseUpdate, scratch: Scratch) -> None:
+        """The original values and this update into the parameter, whatever is in it. Raises as prepare."""
+        self._written = None
+        self._sum(update, self.slot, self._parameter, scratch)
+        self._seal()
+
+    def changed(self) -> bool:
+        """Whether someone else has written to the parameter, or replaced it, since.
+
+        Compared are the sums of each row's bits as whole numbers of up to eight bytes, which reads the weights once and sees
+        writes of every kind (through .data or numpy too), but not such words changing places within a row. A move to
+        another dtype is no change.
+        """
+        if self.at_home:
+            return False
+        if self.layer.module._parameters.get(self.part) is not self._parameter:
+            return True
+        if self._written is None or self._parameter.dtype != self._written[0]:
+            return False
+        now = row_sums(self._parameter)
+        return not torch.equal(now, self._written[1].to(now.device))
+
+    def restore(self) -> None:
+        if not self.at_home:
+            self._assign(self._original)
+            self.layer.module._parameters[self.part] = self._parameter  # type: ignore[assignment]
+            self._written = None
+            self._original = self._parameter
+
+    def leave(self) -> bool:
+        """Restores, and says whether someone else had changed the parameter."""
+        try:
+            # just before the copy, which then finds the parameter in the cache
+            return self.changed()
+        finally:
+            self.restore()
+
+    def _assign(self, values: Tensor) -> None:
+        with torch.inference_mode(self._parameter.is_inference()), torch.no_grad():
+            self._parameter.copy_(values)
+
+    def _seal(self) -> None:
+        self._written = self._parameter.dtype, row_sums(self._parameter)
+
+    def _sum(self, update: Factors | DenseUpdate, base: Tensor, target: Tensor, scratch: Scratch) -> None:
+        with torch.inference_mode(target.is_inference()), torch.no_grad():
+            if self.part == "weight":
+                self._sum_weight(update, base, target, scratch)
+            else:
+                assert update.bias_O is not None
+                exact = base.to(self._parameter.device, torch.promote_types(base.dtype, torch.float32), copy=True)
+                self._put(exact.add_(update.bias_O.to(exact)), target)
+
+    def _sum_weight(self, update: Factors | DenseUpdate, base: Tensor, target: Tensor, scratch: Scratch) -> None:
+        """Block by block of rows as they are stored (of the matrix (I, O) where it is stored so; of a kernel all axes)."""
+        device, dtype = self._parameter.device, torch.promote_types(base.dtype, torch.float32)
+        num_rows, num_columns = base.shape[0], base.shape[1:].numel()
+        step = max(1, BLOCK // num_columns)
+        gain_O = delta = left = right = None
+        if isinstance(update, DenseUpdate):
+            delta = update.delta_OI.T if self.layer.transposed else update.delta_OI
+        else:
+            left, right = (update.a_RI.T, update.b_OR.T) if self.layer.transposed else (update.b_OR, update.a_RI)
+            left, right = left.to(device, dtype), right.to(device, dtype)
+            gain_O = None if update.gain_O is None else 1 + update.gain_O.to(device, dtype)
+        for start in range(0, num_rows, step):
+            rows = slice(start, min(start + step, num_rows))
+            exact = scratch.like((rows.stop - rows.start, num_columns), dtype, device).copy_(base[rows].flatten(1))
+            if gain_O is not None:
+                exact.mul_(gain_O if self.layer.transposed else gain_O[rows, None])
+            if delta is not None:
+                exact.add_(delta[rows].to(device, dtype))
+            elif left is not None and right is not None:
+                added_product(exact, left[rows], right)
+            self._put(exact, target[rows])
+
+    def _put(self, exact: Tensor, target: Tensor) -> None:
+        limit = torch.finfo(target.dtype).max
+        # no value is above the root of the sum of squares, which is read at twice the speed of the extremes; both are NaN
+        # where one value is, so that the comparison must be this way round
+        if not float(torch.linalg.vector_norm(exact)) <= limit:
+            lowest, highest = (float(value) for value in exact.aminmax())
+            if not (-limit <= lowest and highest <= limit):
+                raise CompositionError(
+                    f"cannot fuse into {self.name!r}: its new values would be from {lowest:g} to {highest:g}, and "
+                    f"{target.dtype} holds {limit:g} at most; use smaller weights, or leave out what is not sound"
+                )
+        target.copy_(exact.view(target.shape))
+
+
+class Scratch:
+    """Memory that is used again and again while writing: one tensor for each device and dtype, as large as was needed."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def like(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        size = torch.Size(shape).numel()
+        found = self._tensors.get((device, dtype))
+        if found is None or found.numel() < size:
+            found = self._tensors[device, dtype] = torch.empty(size, dtype=dtype, device=device)
+        return found[:size].view(shape)
+
+
+Place = Literal["memory", "disk"]
+
+# one mapping holds the slots of many parameters: pages of 2 MB, which the kernel fills four times faster, need large ones
+CHUNK_BYTES = 2**25
+
+
+class Originals:
+    """Slots for the values of parameters: as many bytes as the parameters have, each slot rounded up to whole pages.
+
+    "memory" has them beside the parameter, on its device. "disk" has them in the folder for temporary files (TMPDIR): in
+    files that only this process can open, since they have no name, and that are gone with it, however it ends. They are
+    mapped, and pages that are not just being read or written do not count as this process's memory. Their space is
+    reserved before a slot is given. Raises CompositionError where there is no space, or for another word.
+    """
+
+    def __init__(self, place: Place) -> None:
+        if place not in ("memory", "disk"):
+            raise CompositionError(f"originals={place!r} is neither 'memory' nor 'disk'")
+        self.place = place
+        self.num_bytes = 0
+        # the newest chunk of each device and how much of it is used
+        self._chunks: dict[torch.device, tuple[_Chunk, int]] = {}
+        self._on_disk: dict[int, tuple[mmap.mmap, int, int]] = {}
+
+    def slot(self, like: Tensor) -> Tensor:
+        """A contiguous tensor of the shape and dtype of `like`, its values undefined."""
+        device = like.device if self.place == "memory" else torch.device("cpu")
+        num_bytes = like.numel() * like.element_size()
+        size = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        chunk, used = self._chunks.get(device, (None, 0))
+        if chunk is None or used + size > chunk.bytes.numel():
+            # larger ones as there are more, so that a large model does not need a thousand open files
+            chunk, used = self._chunk(max(size, CHUNK_BYTES, self.num_bytes // 8), device), 0
+        self._chunks[device] = (chunk, used + size)
+        self.num_bytes += size
+        slot = chunk.bytes[used : used + num_bytes].view(like.dtype).view(like.shape)
+        if self.place == "disk" and chunk.mapping is not None:
+            self._on_disk[slot.data_ptr()] = (chunk.mapping, used, size)
+        return slot
+
+    def rest(self, slot: Tensor) -> None:
+        """Says that `slot` is not needed just now, so that its pages on disk need not stay in memory."""
+        if hasattr(mmap, "MADV_DONTNEED") and (found := self._on_disk.get(slot.data_ptr())):
+            mapping, start, size = found
+            # of a shared mapping this drops no value, only this process's hold on the file's pages
+            mapping.madvise(mmap.MADV_DONTNEED, start, size)
+
+    def close(self) -> None:
+        """Lets go of everything; slots that someone still holds stay as they are. Twice is fine."""
+        self._chunks.clear()
+        self._on_disk.clear()
+
+    def _chunk(self, num_bytes: int, device: torch.device) -> _Chunk:
+        num_bytes = -(-num_bytes // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        if self.place == "disk":
+            mapping = _mapped_file(num_bytes)
+        elif device.type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE"):
+            mapping = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            # a kernel without such pages says no
+            with suppress(OSError):
+                mapping.madvise(mmap.MADV_HUGEPAGE)
+        else:
+            return _Chunk(torch.empty(num_bytes, dtype=torch.uint8, device=device), None)
+        return _Chunk(torch.frombuffer(mapping, dtype=torch.uint8), mapping)
+
+
+@dataclass(frozen=True, eq=False)
+class _Chunk:
+    bytes: Tensor
+    mapping: mmap.mmap | None
+
+
+def _mapped_file(num_bytes: int) -> mmap.mmap:
+    """New bytes of a file that is open nowhere else and has no name; it lives as long as the mapping."""
+    try:
+        with tempfile.TemporaryFile(prefix="loraweave-") as file:
+            # writing to a mapped hole of a full disk would end the process without an exception
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, num_bytes)
+            else:
+                file.write(bytes(num_bytes))
+                file.flush()
+            return mmap.mmap(file.fileno(), num_bytes)
+    except OSError as error:
+        raise CompositionError(
+            f"cannot keep {num_bytes:,} more bytes of original weights in {tempfile.gettempdir()!r} ({error}): set the "
+            "environment variable TMPDIR to a folder with space, or use originals='memory'"
+        ) from error
+
+
+def row_sums(tensor: Tensor) -> Tensor:
+    """The sum of each row's bits, as whole numbers of eight bytes where rows divide into such."""
+    whole = tensor.detach().contiguous()
+    whole = whole.flatten(1) if whole.ndim > 2 else whole
+    offset, row = (count * whole.element_size() for count in (whole.storage_offset(), whole.shape[-1]))
+    word = next(word for word in _WORDS if offset % word.itemsize == 0 and row % word.itemsize == 0)
+    return whole.view(word).sum(dim=-1, dtype=torch.int64)
+
+
+_WORDS = (torch.int64, torch.int32, torch.int16)
+
+
+def added_product(into_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> Tensor:
+    """`into` itself, with left @ right added to it; the same as `into.addmm_(left, right)` up to the order of summation.
+
+    torch multiplies fp32 by MKL, which runs at half the speed of oneDNN on processors of AMD with AVX-512 (110 against 240
+    GFLOP/s for K = 64). oneDNN is reached by the operation that torch.compile uses for linear layers; where that is
+    missing, as on a GPU or in another dtype, `addmm_` it is.
+    """
+    linear = _onednn_linear()
+    if linear is None or into_MN.dtype != torch.float32 or into_MN.device.type != "cpu" or left_MK.shape[1] == 0:
+        return into_MN.addmm_(left_MK, right_KN)
+    return into_MN.add_(linear(left_MK.contiguous(), right_KN.T, None, "none", [], ""))
+
+
+@cache
+def _onednn_linear() -> Any:
+    """The operation x, w, bias, ... -> x w^T + bias; None where this torch has it not, or with another meaning."""
+    try:
+        operation = torch.ops.mkldnn._linear_pointwise
+        x, w = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0], [5.0, 6.0]])
+        found = operation(x, w, None, "none", [], "")
+    except (AttributeError, RuntimeError, TypeError):
+        return None
+    return operation if found.tolist() == [[11.0, 17.0]] else None
