@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from loraweave.composer.live.call_router import CallRouter, arguments_of
+from loraweave.composer.live.limits import begin_call
 from loraweave.composer.live.plan import Plan
 from loraweave.composer.live.standing_in import StandIn
-from loraweave.composer.model.limits import begin_call
 from loraweave.errors import CompositionError
 
 # arguments of transformers' models whose first axis are the rows of the batch

@@ -25,13 +25,13 @@ from loraweave.common.process import holding, lock_of
 from loraweave.composer.live.call_router import CallRouter, end_router_call
 from loraweave.composer.live.compiled import bind, mixed, number_of_layer, number_of_mixing, outside
 from loraweave.composer.live.entry import Entry, Exit
+from loraweave.composer.live.limits import end_call, watch
 from loraweave.composer.live.plan import KEPT_BYTES, Plan, make_plan
 from loraweave.composer.live.recording import Usage
 from loraweave.composer.live.residents import Lease
 from loraweave.composer.live.row_weights import Workspace
 from loraweave.composer.live.standing_in import CleanCopies, PromptedGenerate, StandIn, WatchedBlock, give_back
 from loraweave.composer.model.layers import TargetLayer, gives_new_memory
-from loraweave.composer.model.limits import end_call, watch
 from loraweave.errors import AlreadyActive, CompositionError
 from loraweave.routers.combined import answering
 from loraweave.routers.tokens._caches import FollowedCaches

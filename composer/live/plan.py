@@ -12,6 +12,7 @@ from torch import Tensor
 from loraweave.composer.live.call_router import CallRouter
 from loraweave.composer.live.kernels._parts import Adder, Kernel
 from loraweave.composer.live.kernels._some_rows import SomeRows
+from loraweave.composer.live.limits import can_be_batch, is_beside, require_batch_first, require_own_rows
 from loraweave.composer.live.recording import Note, Usage
 from loraweave.composer.live.residents import Lease
 from loraweave.composer.live.row_weights import LayerMixture, RowWeights, Workspace
@@ -19,7 +20,6 @@ from loraweave.composer.live.token_weights import TokenWeights
 from loraweave.composer.model.kinds import conv, linear
 from loraweave.composer.model.kinds._kind import by_row
 from loraweave.composer.model.layers import TargetLayer, is_floating
-from loraweave.composer.model.limits import can_be_batch, is_beside, require_batch_first, require_own_rows
 from loraweave.errors import ScopeError, WeightingError
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Router
