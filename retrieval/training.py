@@ -22,7 +22,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from loraweave.common.checks import require_whole
+from loraweave.common.descent import Descent, descend, warmed_cosine
 from loraweave.common.display import progress_bar
+from loraweave.common.randomness import generator_of
 from loraweave.common.rows import GivenRows, read_inputs
 from loraweave.common.state import TrainingState, checkpoint_folder, drop_state, load_state, save_state, save_tensors
 from loraweave.errors import TrainingError
@@ -30,7 +32,6 @@ from loraweave.hub.embedders._embedder import readable
 from loraweave.hub.embedders.sentence import ENCODER_FILE, MAX_TOKENS, MODEL_FILES, Sentence
 from loraweave.hub.hub import Hub
 
-GRADIENT_LIMIT = 1.0
 CHECKPOINT_STEPS = 20
 RECIPE_FILE = "recipe.json"
 
@@ -117,27 +118,24 @@ def _train(
     progress: bool,
 ) -> None:
     learning = _learning(model)
-    optimizer = torch.optim.AdamW(learning, lr=recipe.lr, weight_decay=0.0)
-    first = 0
-    if folder is not None and (state := load_state(folder, key)):
-        first = state.restore(learning, optimizer)
+    # the share of lr, so that a rate is one product
+    warmup = max(1, recipe.steps // 10)
+    descent = Descent(learning, lambda step: recipe.lr * warmed_cosine(1.0, step, recipe.steps, warmup))
+    state = None if folder is None else load_state(folder, key)
+    first = 0 if state is None else state.restore(learning, descent.optimizer)
+
+    def loss(step: int) -> Tensor:
+        texts, task_N = _batch(inputs, recipe, step)
+        unit_ND = _embedded(tokenizer, model, [instruction + readable(text) for text in texts])
+        return contrastive_loss(unit_ND, task_N, recipe.temperature)
+
+    def keep(step: int) -> None:
+        if folder is not None and (step + 1) % CHECKPOINT_STEPS == 0 and step + 1 < recipe.steps:
+            save_state(folder, key, TrainingState.of(step + 1, learning, descent.optimizer))
+
     with progress_bar(progress, field="loss") as bar:
-        shown = bar.add_task("training the encoder", total=recipe.steps, completed=first, loss="")
-        for step in range(first, recipe.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.lr * _schedule(step, recipe.steps)
-            texts, task_N = _batch(inputs, recipe, step)
-            unit_ND = _embedded(tokenizer, model, [instruction + readable(text) for text in texts])
-            loss = contrastive_loss(unit_ND, task_N, recipe.temperature)
-            if not math.isfinite(float(loss.detach())):
-                raise TrainingError(f"the loss is {float(loss.detach())} at step {step + 1}; lower lr ({recipe.lr:g})")
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(learning, GRADIENT_LIMIT)
-            optimizer.step()
-            bar.update(shown, advance=1, loss=f"loss {float(loss.detach()):.3f}")
-            if folder is not None and (step + 1) % CHECKPOINT_STEPS == 0 and step + 1 < recipe.steps:
-                save_state(folder, key, TrainingState.of(step + 1, learning, optimizer))
+        learners = {"the encoder": descent}
+        descend(learners, loss, recipe.steps, bar, title="training the encoder", first=first, after_step=keep)
 
 
 def _learning(model: Any) -> list[Tensor]:
@@ -160,8 +158,7 @@ def _embedded(tokenizer: Any, model: Any, texts: Sequence[str]) -> Tensor:
 
 def _batch(inputs: Mapping[str, Sequence[str]], recipe: EncoderRecipe, step: int) -> tuple[list[str], Tensor]:
     """Texts of one step and the task of each, a function of the seed and the step alone."""
-    digest = hashlib.sha256(f"{recipe.seed}/{step}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
+    generator = generator_of(f"{recipe.seed}/{step}")
     names = sorted(inputs)
     chosen = torch.randperm(len(names), generator=generator)[: recipe.tasks_per_step].tolist()
     texts, tasks = [], []
@@ -171,14 +168,6 @@ def _batch(inputs: Mapping[str, Sequence[str]], recipe: EncoderRecipe, step: int
         texts += [pool[index] for index in some]
         tasks += [place] * len(some)
     return texts, torch.tensor(tasks)
-
-
-def _schedule(step: int, steps: int) -> float:
-    """Linear warm-up to 1, then half a cosine down to 0 at `steps`."""
-    warmup = max(1, steps // 10)
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def _inputs(hub_or_inputs: Hub | Mapping[str, GivenRows]) -> dict[str, list[str]]:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
+from loraweave.common.randomness import with_seed
 from loraweave.common.state import save_tensors
 from loraweave.composer.composer import Composer
 from loraweave.composer.ensembles.ensemble import right_aligned, without_cache
@@ -26,12 +27,11 @@ from loraweave.composer.ensembles.rewards import (
     Pairs,
     Rewards,
     Settings,
-    descend,
     features,
     fit,
+    learn,
     pair_features,
     require_pairs,
-    seeded,
     text_features,
 )
 from loraweave.composer.experts.exchange import require_expert_model
@@ -169,7 +169,7 @@ def train_reward_mixture(
     names = {name for member in members if member for name in member}
     hashes = {name: engine.pool.adapters[name].hash for name in sorted(names)}
     preferred_MNH, other_MNH = pair_features(engine, members, pairs, progress=progress)
-    head = seeded(seed, lambda: RewardMixture(members, preferred_MNH.shape[2], hashes=hashes)).to(preferred_MNH)
+    head = with_seed(seed, lambda: RewardMixture(members, preferred_MNH.shape[2], hashes=hashes)).to(preferred_MNH)
     fit(head, preferred_MNH, other_MNH, settings, progress=progress)
     return head
 
@@ -249,19 +249,14 @@ def train_routed_rewards(
         for name, own in members.items()
     }
     features_NH = text_features(engine, [None], list(category), progress=progress)[0]
-    routed = seeded(seed, lambda: RoutedRewards(heads, features_NH.shape[1])).to(features_NH)
-    _fit_outer(routed.outer, features_NH, torch.tensor(list(category.values()), device=features_NH.device), settings)
+    routed = with_seed(seed, lambda: RoutedRewards(heads, features_NH.shape[1])).to(features_NH)
+    category_N = torch.tensor(list(category.values()), device=features_NH.device)
+
+    def next_loss() -> Tensor:
+        return functional.cross_entropy(routed.outer(features_NH), category_N)
+
+    learn(routed.outer.parameters(), settings, next_loss, what="the classifier of categories", progress=progress)
     return routed
-
-
-def _fit_outer(outer: nn.Linear, features_NH: Tensor, category_N: Tensor, settings: Settings) -> None:
-    optimizer = torch.optim.AdamW(outer.parameters(), lr=settings.lr, weight_decay=0.0)
-    with torch.enable_grad():
-        for _ in range(settings.steps):
-            loss = functional.cross_entropy(outer(features_NH), category_N)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
 
 
 def _some_rows(batch: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
@@ -318,7 +313,7 @@ def train_reward_experts(
     was_training = model.training
     model.train()
     try:
-        descend(learning, settings, next_loss, what="the reward experts", progress=progress)
+        learn(learning, settings, next_loss, what="the reward experts", progress=progress)
     finally:
         model.train(was_training)
     return model

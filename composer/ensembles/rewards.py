@@ -10,15 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from loraweave.common.checks import require_whole
+from loraweave.common.descent import Descent, descend
 from loraweave.common.display import progress_bar, tracked
 from loraweave.common.names import near_misses
+from loraweave.common.randomness import with_seed
 from loraweave.composer.composer import Composer
 from loraweave.composer.ensembles.ensemble import last_positions, right_aligned, without_cache
 from loraweave.composer.ensembles.member_passes import known_members, member_passes, rows_that_fit
@@ -192,7 +194,6 @@ def _right_padded(engine: Composer, rows: Sequence[Sequence[int]]) -> dict[str, 
     return {"input_ids": ids_BT.to(device), "attention_mask": mask_BT.to(device)}
 
 
-T = TypeVar("T")
 Pairs = Sequence[tuple[str, str]]
 
 
@@ -235,7 +236,7 @@ def train_reward_heads(
     heads = []
     for member, (preferred_NH, other_NH) in enumerate(zip(preferred_MNH, other_MNH, strict=True)):
         own = replace(settings, seed=seed + member)
-        head = seeded(own.seed, lambda: nn.Linear(preferred_MNH.shape[2], 1)).to(preferred_NH)
+        head = with_seed(own.seed, lambda: nn.Linear(preferred_MNH.shape[2], 1)).to(preferred_NH)
         fit(head, preferred_NH[None], other_NH[None], own, progress=progress)
         heads.append(head)
     return heads
@@ -271,34 +272,19 @@ def fit(head: nn.Module, preferred_MNH: Tensor, other_MNH: Tensor, settings: Set
         margin_N = head(preferred_MNH[:, chosen]) - head(other_MNH[:, chosen])
         return functional.softplus(-margin_N).mean()
 
-    descend(head.parameters(), settings, next_loss, what="the reward head", progress=progress)
+    learn(head.parameters(), settings, next_loss, what="the reward head", progress=progress)
 
 
-def descend(
+def learn(
     parameters: Iterable[nn.Parameter], settings: Settings, next_loss: Callable[[], Tensor], *, what: str, progress: bool
 ) -> None:
     """Takes the settings' steps of AdamW without weight decay, each down the gradient of the next loss.
 
     Raises TrainingError for a loss that is not finite.
     """
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0)
+    descent = Descent(parameters, lambda _: settings.lr, limit=None)
     with torch.enable_grad(), progress_bar(progress, field="loss") as bar:
-        shown = bar.add_task(f"training {what}", total=settings.steps, loss="")
-        for step in range(settings.steps):
-            loss = next_loss()
-            if not math.isfinite(float(loss.detach())):
-                raise TrainingError(f"the loss is {float(loss.detach())} at step {step + 1}; lower lr ({settings.lr:g})")
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            bar.update(shown, advance=1, loss=f"loss {float(loss.detach()):.3f}")
-
-
-def seeded(seed: int, make: Callable[[], T]) -> T:
-    """make(), with torch's random numbers of that seed; those of the caller go on as if nothing had happened."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return make()
+        descend({what: descent}, lambda _: next_loss(), settings.steps, bar, title=f"training {what}")
 
 
 class Epochs:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from loraweave import registry
+from loraweave.common.randomness import seeded
 from loraweave.composer.experts.forms._form import placed
 from loraweave.composer.experts.running import input_embeddings
 from loraweave.composer.model.kinds import linear
 from loraweave.composer.model.kinds._kind import LayerKind
-from loraweave.composer.train.schedule import seeded
 from loraweave.errors import LayerMismatch, UnknownName, WeightingError
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
 from loraweave.routers.tokens._model import block_of

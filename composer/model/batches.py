@@ -77,6 +77,9 @@ def encode(model: Any, tokenizer: Any, prompts: Sequence[str], targets: Sequence
 
     Raises InvalidTask for a prompt or a target without tokens and for a row longer than the model's context.
     """
+    # tokenizers refuse an empty list
+    if not prompts:
+        return []
     limit = context_length(model)
     prompt_ids = tokenizer(list(prompts))["input_ids"]
     target_texts = [f" {target}{tokenizer.eos_token or ''}" for target in targets]

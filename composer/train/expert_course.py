@@ -14,9 +14,9 @@ from transformers import TrainerCallback
 
 from loraweave.composer.model.batches import IGNORED
 from loraweave.composer.train.progress import POINTS, WINDOW, TrainingProgress, Watch
+from loraweave.composer.train.schedule import Stream
 from loraweave.composer.train.settings import ExpertSettings
 from loraweave.composer.train.state import KeptState
-from loraweave.composer.train.steps import Stream
 from loraweave.errors import TrainingError
 from loraweave.routers.recipes._recipe import Recipe
 from loraweave.routers.recipes._token_gates import TokenGate

@@ -16,15 +16,14 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 
 from loraweave.common.display import progress_bar
+from loraweave.common.randomness import caller_randomness, seeded
 from loraweave.composer.experts.hooks import same_call
 from loraweave.composer.experts.saving import expert_bytes
 from loraweave.composer.train.checkpointed_blocks import checkpointed_blocks
-from loraweave.composer.train.descent import caller_randomness
 from loraweave.composer.train.rows import Owners, RowReader, owners_of
-from loraweave.composer.train.schedule import seeded
+from loraweave.composer.train.schedule import Stream
 from loraweave.composer.train.settings import ExpertSettings
 from loraweave.composer.train.state import KeptState
-from loraweave.composer.train.steps import Stream
 from loraweave.composer.train.tensor_rows import Feed, TensorFeed, TensorReader, TokenFeed, are_tensors
 from loraweave.errors import TrainingError
 from loraweave.hub.base import fingerprint

@@ -10,12 +10,12 @@ import torch
 from rich.progress import Progress, TaskID
 from torch import Tensor
 
+from loraweave.common.descent import Descent, FlatParameters, backward
 from loraweave.common.state import TrainingState
 from loraweave.composer.model.batches import IGNORED, EncodedRow, batch, token_losses
-from loraweave.composer.train.descent import Descent, FlatParameters
 from loraweave.composer.train.jobs import PlannedJob, TrainingJob
 from loraweave.composer.train.memory import MemoryModel, MemoryUse, free_bytes
-from loraweave.composer.train.passes import FusedPass, backward, range_losses
+from loraweave.composer.train.passes import FusedPass, range_losses
 from loraweave.composer.train.report import JobReport, TrainingReport
 from loraweave.composer.train.schedule import JobSize, groups, successor
 from loraweave.composer.train.state import Best, RunningState, put
@@ -144,7 +144,7 @@ class FusedTraining:
             penalties = [run.job.penalty() for run in self._running]
         pairs = zip(losses_J, penalties, strict=True)
         total_J = torch.stack([loss if penalty is None else loss + penalty for loss, penalty in pairs])
-        values = backward(total_J, {run.planned.name: run.step for run in self._running})
+        values = backward(total_J, {f"job {run.planned.name!r}": run.step for run in self._running})
         for run, own, value in zip(self._running, chosen, values, strict=True):
             run.take_step(value, sum(len(row) for row in own))
         self.report.seconds += time.perf_counter() - started
@@ -220,7 +220,7 @@ class JobProgress:
         self._flat = FlatParameters(self.job.parameters())
         # on a GPU the fused one wants its count of steps there
         is_on_cpu = all(vector.device.type == "cpu" for vector in self._flat.vectors)
-        self._descent = Descent(self._flat.vectors, planned.pace, fused=is_on_cpu)
+        self._descent = Descent(self._flat.vectors, planned.pace.rate, fused=is_on_cpu)
 
     def next_rows(self) -> list[EncodedRow]:
         """Those of the step to be taken."""

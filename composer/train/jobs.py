@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from loraweave.common.randomness import seeded
 from loraweave.composer.model.batches import EncodedRow
 from loraweave.composer.train.rows import HeldOut
-from loraweave.composer.train.schedule import JobSize, Pace, seeded
+from loraweave.composer.train.schedule import JobSize, Pace
 from loraweave.errors import LayerMismatch
 from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors

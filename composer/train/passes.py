@@ -6,7 +6,6 @@ parameters of another (Ye et al. 2023, arXiv 2312.02515).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
@@ -18,13 +17,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from loraweave.common.descent import Descent, descend
 from loraweave.composer.live.call_router import arguments_of
 from loraweave.composer.model.batches import IGNORED, EncodedRow, batch, token_losses
-from loraweave.composer.train.descent import Descent
 from loraweave.composer.train.jobs import LinearizedJob, LoraJob, TrainingJob, given_factors, new_factors
 from loraweave.composer.train.settings import Recipe
 from loraweave.composer.train.steps import told_apart
-from loraweave.errors import LayerMismatch, TrainingError
+from loraweave.errors import LayerMismatch
 from loraweave.hub.adapter import Adapter
 from loraweave.routers.tokens._call import current_prompts
 from loraweave.types import Factors
@@ -274,17 +273,8 @@ class JobTraining:
         Raises TrainingError for a loss that is not finite.
         """
         recipe = self.recipe
-        descents = [Descent(job.parameters(), recipe.pace) for job in jobs.members]
-        shown = self.bar.add_task(", ".join(jobs.jobs), total=recipe.steps, loss="")
-        for step in range(recipe.steps):
-            loss_J = losses(step)
-            backward(loss_J, dict.fromkeys(jobs.jobs, step))
-            for descent in descents:
-                descent.step(step)
-                descent.optimizer.zero_grad()
-            if after_step is not None:
-                after_step(step)
-            self.bar.update(shown, advance=1, loss=f"loss {float(loss_J.detach().mean()):.3f}")
+        learners = {f"job {job.name!r}": Descent(job.parameters(), recipe.rate) for job in jobs.members}
+        descend(learners, losses, recipe.steps, self.bar, title=", ".join(jobs.jobs), after_step=after_step)
 
 
 def job_losses(model: Any, tokenizer: Any, rows: Sequence[EncodedRow], num_jobs: int) -> Tensor:
@@ -303,22 +293,6 @@ def range_losses(model: Any, tokenizer: Any, rows: Sequence[EncodedRow], row_cou
     sizes = list(row_counts)
     pairs = zip(torch.split(sums_B, sizes), torch.split(counts_B, sizes), strict=True)
     return torch.stack([own.sum() / counts.sum() for own, counts in pairs])
-
-
-def backward(loss_J: Tensor, steps: Mapping[str, int]) -> list[float]:
-    """The losses as numbers, after their gradients were added to the parameters'. `steps` has each job's step, from 0.
-
-    Raises TrainingError before for a loss that is not finite.
-    """
-    losses = loss_J.tolist()
-    for (name, step), loss in zip(steps.items(), losses, strict=True):
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss of job {name!r} is {loss} at step {step + 1}; lower lr, or look for damaged examples. "
-                "Adapters that were finished before are kept"
-            )
-    loss_J.sum().backward()  # type: ignore[no-untyped-call]
-    return losses
 
 
 def own_parts(adapters: Mapping[str, Adapter], *, start: Adapter | None = None) -> dict[str, Adapter]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from loraweave.common.descent import Descent
 from loraweave.composer.train.settings import TrainingSettings
 from loraweave.composer.train.state import Best, KeptState, copied, put
 from loraweave.errors import TrainingError, WeightingError
@@ -38,7 +39,8 @@ class TrainingProgress:
         owner: str,
     ) -> None:
         self.parameters = parameters
-        self.optimizer = torch.optim.AdamW(parameters, lr=settings.highest_rate, weight_decay=settings.weight_decay)
+        self.descent = Descent(parameters, settings.rate, limit=None, weight_decay=settings.weight_decay)
+        self.optimizer = self.descent.optimizer
         self.report = TrainingReport(experts, settings=settings.determining())
         self.first = 0
         self.recent: Sequence[Tensor] = ()

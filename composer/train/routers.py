@@ -11,11 +11,11 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from loraweave.common.display import progress_bar
+from loraweave.common.randomness import seeded
 from loraweave.composer.model.batches import IGNORED, TargetBatch, losses_of, target_logits, untouched
 from loraweave.composer.train.checkpointed_blocks import checkpointed_blocks
 from loraweave.composer.train.progress import TrainingProgress, Watch
 from loraweave.composer.train.rows import Owners, RowReader, TrainingRow
-from loraweave.composer.train.schedule import seeded
 from loraweave.composer.train.settings import Settings
 from loraweave.composer.train.state import KeptState
 from loraweave.composer.train.steps import Pass, passes, streams, target_batch, told_apart
@@ -78,8 +78,6 @@ class Run:
     def _step(self, number: int) -> None:
         """One step of the optimizer, down the mean loss over its target tokens."""
         settings, progress = self._settings, self._progress
-        for group in progress.optimizer.param_groups:
-            group["lr"] = settings.rate(number - 1)
         progress.optimizer.zero_grad()
         groups = [stream.at(number - 1, settings.batch_size) for stream in self._streams]
         num_passes = settings.gradient_accumulation or len(groups)
@@ -98,7 +96,7 @@ class Run:
                 assert parameter.grad is not None
                 parameter.grad.mul_(settings.clip / norm)
         progress.good(number - 1)
-        progress.optimizer.step()
+        progress.descent.step(number - 1)
         progress.stepped(loss, totals)
 
     def _pass(self, number: int, index: int, part: Pass) -> dict[str, float]:

@@ -11,9 +11,9 @@ import torch
 
 from loraweave.common.checks import is_whole, require_whole
 from loraweave.common.names import unknown_expert
+from loraweave.common.randomness import seeded
 from loraweave.common.rows import FORMS, located, read_row
 from loraweave.composer.model.batches import IGNORED, EncodedRow, context_length, encode
-from loraweave.composer.train.schedule import seeded
 from loraweave.errors import InvalidTask, ScopeError, TrainingError, UnknownName
 from loraweave.registry import nearest
 from loraweave.routers.recipes._gate import UNKNOWN
@@ -165,11 +165,8 @@ class RowReader:
             raise InvalidTask(
                 f"{what} has texts, but no tokenizer is known: pass tokenizer=... (a Composer is made with it), or token ids"
             )
-        encoded = iter(
-            encode(self._model, self._tokenizer, [text.prompt for text in texts], [text.target for text in texts])
-            if texts
-            else ()
-        )
+        prompts, targets = [text.prompt for text in texts], [text.target for text in texts]
+        encoded = iter(encode(self._model, self._tokenizer, prompts, targets))
         rows = []
         for number, (content, expert) in enumerate(found, start=first):
             row = next(encoded) if isinstance(content, _Text) else EncodedRow(content.prompt, content.target)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 
+from loraweave.common.descent import warmed_cosine
+from loraweave.common.randomness import seeded
 from loraweave.composer.model.batches import EncodedRow
+
+Row = TypeVar("Row")
 
 WARMUP_STEPS = 10
 
@@ -26,25 +29,31 @@ class Pace:
 
     def rate(self, step: int) -> float:
         """The learning rate: linear warm-up to `lr` in at most half of the steps, then half a cosine down to 0."""
-        warmup = min(self.warmup, self.steps // 2)
-        if step < warmup:
-            return self.lr * (step + 1) / warmup
-        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.steps - warmup)))
+        return warmed_cosine(self.lr, step, self.steps, min(self.warmup, self.steps // 2))
 
     def rows(self, rows: Sequence[EncodedRow], job: str, step: int) -> list[EncodedRow]:
         """The job's rows of one step: epochs in shuffled order, a function of (seed, job, step) alone."""
-        chosen = []
-        for place in range(step * self.batch_size, (step + 1) * self.batch_size):
-            epoch, offset = divmod(place, len(rows))
-            order = torch.randperm(len(rows), generator=seeded(self.seed, job, epoch))
-            chosen.append(rows[int(order[offset])])
+        return Stream(rows, self.seed, job).at(step, self.batch_size)
+
+
+@dataclass(frozen=True)
+class Stream(Generic[Row]):
+    """Rows in epochs of shuffled order; `key` tells a stream from the others of one training."""
+
+    rows: Sequence[Row]
+    seed: int
+    key: str
+
+    def at(self, step: int, count: int) -> list[Row]:
+        """The `count` rows of one step."""
+        chosen: list[Row] = []
+        orders: dict[int, list[int]] = {}
+        for place in range(step * count, (step + 1) * count):
+            epoch, offset = divmod(place, len(self.rows))
+            if epoch not in orders:
+                orders[epoch] = torch.randperm(len(self.rows), generator=seeded(self.seed, self.key, epoch)).tolist()
+            chosen.append(self.rows[orders[epoch][offset]])
         return chosen
-
-
-def seeded(*parts: object) -> torch.Generator:
-    """A generator on the CPU whose numbers are a function of the parts' representations alone."""
-    digest = hashlib.sha256(repr(parts).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
 
 
 Fits = Callable[[Sequence["JobSize"]], bool]

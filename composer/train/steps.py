@@ -13,34 +13,14 @@ from torch.nn import functional
 
 from loraweave.composer.model.batches import IGNORED, TargetBatch, batch, takes
 from loraweave.composer.train.rows import TrainingRow
-from loraweave.composer.train.schedule import seeded
+from loraweave.composer.train.schedule import Stream
 from loraweave.routers.tokens._call import prompted
 
 # padding is masked, so any token will do where there is no tokenizer
 NO_TOKENIZER = SimpleNamespace(pad_token_id=0, eos_token_id=0)
 
 
-@dataclass(frozen=True)
-class Stream:
-    """Rows in epochs of shuffled order; `key` tells a stream from the others of one training."""
-
-    rows: Sequence[TrainingRow]
-    seed: int
-    key: str
-
-    def at(self, step: int, count: int) -> list[TrainingRow]:
-        """The `count` rows of one step."""
-        chosen: list[TrainingRow] = []
-        orders: dict[int, list[int]] = {}
-        for place in range(step * count, (step + 1) * count):
-            epoch, offset = divmod(place, len(self.rows))
-            if epoch not in orders:
-                orders[epoch] = torch.randperm(len(self.rows), generator=seeded(self.seed, self.key, epoch)).tolist()
-            chosen.append(self.rows[orders[epoch][offset]])
-        return chosen
-
-
-def streams(rows: Sequence[TrainingRow], experts: Sequence[str], seed: int, *, apart: bool) -> list[Stream]:
+def streams(rows: Sequence[TrainingRow], experts: Sequence[str], seed: int, *, apart: bool) -> list[Stream[TrainingRow]]:
     """One stream of all rows; or one for each expert with rows, which does not depend on what other experts there are."""
     if not apart:
         return [Stream(rows, seed, "rows")]

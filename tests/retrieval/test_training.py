@@ -208,7 +208,7 @@ def test_a_folder_that_fills_while_training_is_left_alone_and_the_work_is_kept(t
 
 def test_a_loss_that_is_not_finite_ends_the_training_with_the_step(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "contrastive_loss", lambda *arguments: torch.tensor(math.nan))
-    with pytest.raises(TrainingError, match="the loss is nan at step 1; lower lr"):
+    with pytest.raises(TrainingError, match="the loss of the encoder is nan at step 1; lower lr"):
         train(tiny, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from loraweave.common.checks import require_whole
+from loraweave.common.randomness import seeded
 from loraweave.composer.model.batches import IGNORED, EncodedRow, TargetBatch, batch, token_losses
 from loraweave.composer.train.ordered._course import Course, Layers, require_within
 from loraweave.composer.train.passes import FusedJobs, job_losses
-from loraweave.composer.train.schedule import seeded
 from loraweave.errors import TrainingError
 from loraweave.hub.adapter import Adapter
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from loraweave.common.checks import require_whole
+from loraweave.common.randomness import seeded
 from loraweave.composer.model.batches import EncodedRow
 from loraweave.composer.train.ordered._course import Course, Layers, added, require_within
 from loraweave.composer.train.passes import job_losses
-from loraweave.composer.train.schedule import seeded
 from loraweave.errors import TrainingError
 from loraweave.hub.adapter import Adapter
 from loraweave.lowrank import algebra

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loraweave.composer.train.descent import FlatParameters
+from loraweave.common.descent import FlatParameters
 
 
 def parameters():

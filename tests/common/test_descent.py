@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from loraweave.composer.train.descent import Descent
+from loraweave.common.descent import Descent
 from loraweave.composer.train.schedule import Pace
 
 
@@ -14,7 +14,7 @@ def test_steps_are_adamw_on_the_gradient_shortened_to_1_at_the_rates_of_the_pace
     shapes = [(3, 5), (1,)]
     parameters = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     expected = torch.cat([parameter.flatten() for parameter in parameters])
-    descent = Descent([parameter.requires_grad_() for parameter in parameters], pace)
+    descent = Descent([parameter.requires_grad_() for parameter in parameters], pace.rate)
     first, second = torch.zeros_like(expected), torch.zeros_like(expected)
     for number, rate in enumerate((0.05, 0.1, 0.1), start=1):
         gradient = torch.randn(16, generator=generator, dtype=torch.float64)
