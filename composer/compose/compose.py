@@ -17,12 +17,11 @@ from torch import nn
 from loraweave.common.display import progress_bar
 from loraweave.common.rows import GivenRows
 from loraweave.composer.compose.composition import Composition
-from loraweave.composer.compose.measurement import Measurement, Trial
-from loraweave.composer.compose.measurement import folds as make_folds
+from loraweave.composer.compose.race import Race
 from loraweave.composer.compose.report import Report
 from loraweave.composer.compose.settings import Settings
+from loraweave.composer.compose.trials import Bench, folds
 from loraweave.composer.compose.user_loss import Examples
-from loraweave.composer.compose.ways import Ways
 from loraweave.composer.composer import Composer
 from loraweave.composer.live.fitting import Fitting, misfit
 from loraweave.composer.model.layers import require_model
@@ -108,36 +107,50 @@ def compose(
     require_model(model)
     if not callable(tokenizer):
         raise CompositionError(f"the examples need the model's tokenizer, and {type(tokenizer).__name__} is none")
+    return _compose(model, tokenizer, experts, task, settings, progress)
+
+
+def _compose(
+    model: Any, tokenizer: Any, experts: Hub | ExpertPool, task: Task, settings: Settings, progress: bool
+) -> Composition:
     started = time.perf_counter()
     try:
-        pool, scores = candidates(experts, task, settings.inputs or (), k, model)
+        pool, scores = candidates(experts, task, settings.inputs or (), settings.k, model)
     except (EmptyIndex, BaseModelMismatch) as nothing:
-        if method != "base":
+        if settings.method != "base":
             raise
         reason = f"the base model was asked for, and {nothing}"
-        return Composition(model, tokenizer, task, None, {}, "linear", Report((), "base", reason, (), 0.0, 0), seed)
+        report = Report((), "base", reason, (), 0.0, 0)
+        return Composition(model, tokenizer, task, None, {}, "linear", report, settings.seed)
     settings.require_licenses(pool)
     engine = Composer(model, Fitting(model).accepted(pool), tokenizer=tokenizer)
-    parts = make_folds(len(task.examples), settings.folds, seed) if settings.learns and task.examples else []
+    parts = folds(len(task.examples), settings.folds, settings.seed) if settings.learns and task.examples else []
     with progress_bar(progress) as bar:
         # unknown until the searches are made, and after that too where only time bounds them
         shown = bar.add_task("measuring adapters", total=None)
-        ways = Ways(engine, tokenizer, task, settings, scores, len(parts), lambda made: bar.update(shown, advance=made))
-        if ways.planned != 0:
-            total = None if ways.planned is None else len(pool) + ways.planned
+        bench = Bench(engine, tokenizer, task, scores, settings.checkpoint, lambda made: bar.update(shown, advance=made))
+        race = Race(bench, settings, parts)
+        if race.planned != 0:
+            total = None if race.planned is None else len(pool) + race.planned
             bar.update(shown, description="searching weights", total=total)
-        trials = _trials(Measurement(tokenizer, task, parts, ways.loss), ways, settings)
+        trials = {trial.name: trial for trial in race.run()}
         bar.update(shown, total=bar.tasks[shown].completed)
     engine.close()
-    by_name = {trial.name: trial for trial in trials}
-    losses = {name: trial.held_out_loss for name, trial in by_name.items()}
-    chosen, reason = guard(settings.name, losses, guarded=bool(parts))
-    reason = "; ".join([reason, *ways.left])
-    taken = by_name[chosen]
-    rows = tuple(trial.row() for trial in trials)
-    spent = time.perf_counter() - started, sum(row.evaluations for row in rows)
-    report = Report(rows, chosen, reason, tuple(scores.items()), *spent)
-    return _composition(model, tokenizer, task, taken, report, settings)
+    chosen, reason = guard(settings.name, {name: each.held_out_loss for name, each in trials.items()}, guarded=bool(parts))
+    rows = {name: trial.row() for name, trial in trials.items()}
+    spent = time.perf_counter() - started, sum(row.evaluations for row in rows.values())
+    report = Report(tuple(rows.values()), chosen, "; ".join([reason, *race.left]), tuple(scores.items()), *spent)
+    return Composition(
+        model,
+        tokenizer,
+        task,
+        all_weights=rows[chosen].weights,
+        by_layer=rows[chosen].by_layer,
+        report=report,
+        seed=settings.seed,
+        allow_licenses=settings.allow_licenses,
+        **trials[chosen].composition_fields(trials[chosen].chosen),
+    )
 
 
 ARGUMENTS = signature(compose)
@@ -153,36 +166,6 @@ def check_arguments(experts: Hub | ExpertPool, task: Task, **arguments: Any) -> 
     settings.check(task, from_hub=isinstance(experts, Hub))
     if isinstance(experts, ExpertPool):
         settings.require_licenses(experts)
-
-
-def _trials(measure: Measurement, ways: Ways, settings: Settings) -> list[Trial]:
-    """What base, best single and the uniform mixture come to, and what was asked for."""
-    trials = [measure.trial(way) for way in ways.plain()]
-    if settings.method == "auto":
-        return ways.race(measure, trials)
-    known = [trial.name for trial in trials]
-    return trials if settings.name in known and not settings.routes else [*trials, measure.trial(ways.asked())]
-
-
-def _composition(model: Any, tokenizer: Any, task: Task, taken: Trial, report: Report, settings: Settings) -> Composition:
-    choice, row = taken.choice, report[taken.name]
-    assert choice is not None
-    origin = choice if choice.origin is None else choice.origin
-    return Composition(
-        model,
-        tokenizer,
-        task,
-        origin.engine.pool,
-        row.weights,
-        origin.merge_method,
-        report,
-        settings.seed,
-        choice.adapter,
-        by_layer=row.by_layer,
-        tuned_steps=choice.tuned_steps,
-        router=choice.router,
-        allow_licenses=settings.allow_licenses,
-    )
 
 
 NUM_SHOWN = 5

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 import loraweave as lw
 from loraweave import registry
 from loraweave.common import state
-from loraweave.composer.compose import ways as searched_way
+from loraweave.composer.compose import searched
 from loraweave.composer.compose.compose import guard
 from loraweave.composer.compose.loss import ExampleLoss
 from loraweave.composer.model.batches import batch, encode, mean_losses
@@ -178,16 +178,16 @@ def test_what_is_returned_is_never_worse_on_held_out_examples(method, seed, tiny
 
 
 def test_folds_cover_the_examples_once_and_never_meet_their_search(tiny_llama, tokenizer, pool, task, monkeypatch):
-    searched = []
-    original = searched_way.together
+    seen_by_searches = []
+    original = searched.together
 
     def spy(objectives, candidates):
-        searched.extend(frozenset(objective.only) for objective in objectives)
+        seen_by_searches.extend(frozenset(objective.only) for objective in objectives)
         return original(objectives, candidates)
 
-    monkeypatch.setattr(searched_way, "together", spy)
+    monkeypatch.setattr(searched, "together", spy)
     compose(tiny_llama, tokenizer, pool, task, folds=5)
-    folds = [set(range(5)) - seen for seen in set(searched) if len(seen) < 5]
+    folds = [set(range(5)) - seen for seen in set(seen_by_searches) if len(seen) < 5]
     assert sorted(index for fold in folds for index in fold) == [0, 1, 2, 3, 4]
 
 
@@ -204,14 +204,14 @@ def test_the_same_seed_gives_the_same_weights_and_pool_order_does_not_matter_for
 
 def test_an_interrupted_compose_resumes_to_the_same_weights(tiny_llama, tokenizer, pool, task, tmp_path, monkeypatch):
     whole = compose(tiny_llama, tokenizer, pool, task)
-    original, calls = searched_way.together, itertools.count()
+    original, calls = searched.together, itertools.count()
 
     def killed(objectives, candidates):
         if next(calls) == 1:
             raise KeyboardInterrupt
         return original(objectives, candidates)
 
-    monkeypatch.setattr(searched_way, "together", killed)
+    monkeypatch.setattr(searched, "together", killed)
     with pytest.raises(KeyboardInterrupt):
         compose(tiny_llama, tokenizer, pool, task, checkpoint=tmp_path)
     assert not any(module._forward_hooks for module in tiny_llama.modules())

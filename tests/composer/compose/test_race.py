@@ -10,8 +10,8 @@ import torch
 from rich.progress import Progress
 
 import loraweave as lw
-from loraweave.composer.compose import ways as searched_way
-from loraweave.composer.compose.race import RACERS, entries, tuned_steps
+from loraweave.composer.compose import searched
+from loraweave.composer.compose.race import RACERS, admitted, tuned_steps
 from loraweave.errors import InvalidTask, UnknownName, WeightingError
 
 EXAMPLES = [("a", "ab"), ("b", "ba"), ("cc", "c"), ("d", "DD")]
@@ -39,24 +39,24 @@ def compose(model, tokenizer, pool, **options):
 @pytest.mark.parametrize("num_folds", [2, 3, 5])
 @pytest.mark.parametrize("budget", [10, 31, 32, 48, 64, 100, 500])
 def test_what_is_admitted_costs_at_most_the_budget(budget, num_folds):
-    entered = entries(RACERS, budget, None, num_folds)
-    steps = tuned_steps(entered, budget, num_folds)
+    methods, budgets, _ = zip(*admitted(RACERS, budget, None, num_folds), strict=True)
+    steps = tuned_steps(budgets, budget, num_folds)
     # each fold's search sees (F - 1) / F of the examples, so that all F cost F - 1; the winner is run on all examples once
-    races = sum(entry.budget * (num_folds - 1) for entry in entered) + 3 * steps * (num_folds - 1)
-    final = max(entry.budget for entry in entered) + 3 * steps
-    assert races + final <= budget or (len(entered) == 1 and entered[0].budget * num_folds <= budget)
-    assert [entry.method for entry in entered] == list(RACERS[: len(entered)])
+    races = sum(each * (num_folds - 1) for each in budgets) + 3 * steps * (num_folds - 1)
+    final = max(budgets) + 3 * steps
+    assert races + final <= budget or (len(budgets) == 1 and budgets[0] * num_folds <= budget)
+    assert list(methods) == list(RACERS[: len(methods)])
 
 
 def test_more_budget_admits_more_racers_and_then_training():
-    counts = [len(entries(RACERS, budget, None, 2)) for budget in (32, 47, 48, 64, 1000)]
+    counts = [len(admitted(RACERS, budget, None, 2)) for budget in (32, 47, 48, 64, 1000)]
     assert counts == [1, 1, 2, 3, 3]
-    assert tuned_steps(entries(RACERS, 94, None, 2), 94, 2) == 5
-    assert tuned_steps(entries(RACERS, 93, None, 2), 93, 2) == 0
+    assert tuned_steps([16, 16, 16], 94, 2) == 5
+    assert tuned_steps([16, 16, 16], 93, 2) == 0
 
 
 def test_seconds_alone_are_shared_by_all_racers_and_the_final_run():
-    assert [(entry.budget, entry.seconds) for entry in entries(RACERS, None, 8.0, 2)] == [(None, 2.0)] * 3
+    assert admitted(RACERS, None, 8.0, 2) == [(method, None, 2.0) for method in RACERS]
 
 
 def test_the_race_evaluates_no_more_than_its_budget(tiny_llama, tokenizer, pool, monkeypatch):
@@ -64,7 +64,7 @@ def test_the_race_evaluates_no_more_than_its_budget(tiny_llama, tokenizer, pool,
     cost = {"together": 1, "together_with_gradients": 2}
 
     def spied(name):
-        original = getattr(searched_way, name)
+        original = getattr(searched, name)
 
         def spy(objectives, candidates):
             nonlocal seen
@@ -75,7 +75,7 @@ def test_the_race_evaluates_no_more_than_its_budget(tiny_llama, tokenizer, pool,
         return spy
 
     for name in cost:
-        monkeypatch.setattr(searched_way, name, spied(name))
+        monkeypatch.setattr(searched, name, spied(name))
     report = compose(tiny_llama, tokenizer, pool, budget=70).report
     assert [row.name for row in report.rows] == ["base", "best_single", "uniform", *RACERS]
     assert 50 < seen / len(EXAMPLES) <= 70
@@ -105,7 +105,7 @@ def test_a_racer_whose_candidates_all_fail_leaves_the_race(tiny_llama, tokenizer
     def failing(objectives, candidates):
         return [([math.nan] * len(asked), [torch.zeros(1, 1, num_layers, 3)] * len(asked)) for asked in candidates]
 
-    monkeypatch.setattr(searched_way, "together_with_gradients", failing)
+    monkeypatch.setattr(searched, "together_with_gradients", failing)
     report = compose(tiny_llama, tokenizer, pool, budget=150).report
     assert [row.name for row in report.rows] == ["base", "best_single", "uniform", "lorahub", "lorahub+tuned"]
     assert "gradient left the race: none of" in report.reason
@@ -135,17 +135,17 @@ def test_a_budget_below_one_step_of_the_race_is_refused(tiny_llama, tokenizer, p
 
 def test_an_interrupted_race_resumes_to_the_same_composition(tiny_llama, tokenizer, pool, tmp_path, monkeypatch):
     whole = compose(tiny_llama, tokenizer, pool, budget=150)
-    original, calls = searched_way.together, iter(range(100))
+    original, calls = searched.together, iter(range(100))
 
     def killed(objectives, candidates):
         if next(calls) == 1:
             raise KeyboardInterrupt
         return original(objectives, candidates)
 
-    monkeypatch.setattr(searched_way, "together", killed)
+    monkeypatch.setattr(searched, "together", killed)
     with pytest.raises(KeyboardInterrupt):
         compose(tiny_llama, tokenizer, pool, budget=150, checkpoint=tmp_path)
-    monkeypatch.setattr(searched_way, "together", original)
+    monkeypatch.setattr(searched, "together", original)
     resumed = compose(tiny_llama, tokenizer, pool, budget=150, checkpoint=tmp_path)
     assert resumed.losses() == pytest.approx(whole.losses(), abs=1e-6)
     assert resumed.report.chosen == whole.report.chosen

@@ -1,0 +1,172 @@
+"""A search as a trial: a solver asks for candidates, the examples that it sees tell it their losses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from loraweave.composer.compose.loss import ExampleLoss, Penalty, together, together_with_gradients
+from loraweave.composer.compose.settings import BEST, Settings, make_solver, solver_class
+from loraweave.composer.compose.trials import Bench, Fixed, Mixed, Part
+from loraweave.composer.compose.user_loss import UserLoss, make_objective
+from loraweave.errors import SearchFailed, WeightingError
+from loraweave.routers.searches._solver import Solver, described
+from loraweave.routers.searches._told import SearchResult, Told
+from loraweave.routers.searches.similarity import Similarity
+from loraweave.routers.weights import MixtureWeights
+
+Start = Mapping[str, float] | MixtureWeights | None
+
+
+class Searched(Mixed):
+    """The best candidate of a solver; with a checkpoint, a folder, each part's search has a file of its own there.
+
+    An objective of inputs without targets has nothing to hold out: its search sees all of them, whatever the part.
+    Raises what the solver's settings raise, before the first forward pass.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        bench: Bench,
+        settings: Settings,
+        *,
+        budget: int | None,
+        seconds: float | None,
+        options: Mapping[str, Any],
+    ) -> None:
+        self._settings = settings
+        self.budget = budget
+        self._seconds = seconds
+        self._options = options
+        given = options.get("start")
+        super().__init__(method, bench)
+        # of a start that is found on examples, nothing is known yet
+        self.solver = self._solver(None if isinstance(given, str) else given)
+        self.merge_method = settings.merge_method or self.solver.merge_method
+        self._loss = settings.objective or self.solver.loss
+        self._inputs = self._unlabelled()
+        self.learns = self._inputs is None
+        if (groups := self.solver.space.groups) and self.merge_method != "linear":
+            raise WeightingError(
+                f"method {method!r} is to weigh {len(groups)} groups of layers apart, but what its weights mean is "
+                f"{self.merge_method!r}, which takes one weight for each adapter: leave out groups=, or pass space='deltas'"
+            )
+
+    def unsearched(self) -> Fixed:
+        """What the solver gives at once, where no example has a part in it."""
+        (mixture,) = self.solver.ask()
+        return Fixed(self.name, self.bench, mixture, self.merge_method)
+
+    def choose(self, parts: Sequence[Part]) -> list[SearchResult]:
+        objective = self._objective()
+        searches = [self._search(part, objective) for part in parts]
+        while running := [(search, asked) for search in searches if (asked := search.solver.ask())]:
+            objectives, candidates = [search.objective for search, _ in running], [asked for _, asked in running]
+            if self.solver.needs_gradients:
+                told = together_with_gradients(objectives, candidates)
+            else:
+                told = [(losses, []) for losses in together(objectives, candidates)]
+            for (search, asked), (losses, gradients) in zip(running, told, strict=True):
+                search.tell(losses, gradients)
+                self._count(search.solver.cost * len(asked))
+        return [search.result() for search in searches]
+
+    def _search(self, part: Part, objective: ExampleLoss | UserLoss) -> _Search:
+        folder = self.bench.checkpoint
+        log = None if folder is None else folder / f"{self.name}-{part.name}.json"
+        seen = part.seen if self._inputs is None else range(len(self._inputs))
+        search = _Search(self._solver(self._start(part)), objective.view(seen), log)
+        self._count(search.solver.spent)
+        return search
+
+    def _start(self, part: Part) -> Start:
+        """Where the search of a part's examples begins; None for the solver's own default."""
+        given: Start | str = self._options.get("start", solver_class(self.name).begins(self._options))
+        if not isinstance(given, str):
+            return given
+        names = self.bench.names
+        if given == "uniform":
+            return dict.fromkeys(names, 1 / len(names))
+        if given == "retrieval":
+            return Similarity(names, scores=self.bench.scores).ask()[0]
+        return {} if given == "base" else self.bench.best(part.seen, BEST[given])
+
+    def _solver(self, start: Start) -> Solver:
+        supplied = {
+            "scores": self.bench.scores,
+            "layers": list(self.bench.engine.target_layers),
+            "weights": self._settings.weights,
+            "start": start,
+        }
+        return make_solver(
+            solver_class(self.name),
+            self.bench.names,
+            budget=self.budget,
+            seconds=self._seconds,
+            seed=self._settings.seed,
+            supplied=supplied,
+            options={name: value for name, value in self._options.items() if name != "start"},
+        )
+
+    def _unlabelled(self) -> Sequence[str] | None:
+        """The inputs of an objective that looks at no targets; by default those of the examples."""
+        if self._loss != "entropy":
+            return None
+        given = self._settings.inputs
+        return [text for text, _ in self.bench.task.examples] if given is None else given
+
+    def _objective(self) -> ExampleLoss | UserLoss:
+        settings, bench = self._settings, self.bench
+        l1 = self.solver.l1 if settings.l1 is None else settings.l1
+        if self._loss == "cross_entropy" and self.merge_method == "linear" and bench.task.examples:
+            return bench.loss().penalised(Penalty(l1, settings.l2, settings.sparsity))
+        return make_objective(
+            bench.engine,
+            bench.tokenizer,
+            bench.task,
+            self._loss,
+            merge_method=self.merge_method,
+            l1=l1,
+            l2=settings.l2,
+            sparsity=settings.sparsity,
+            inputs=self._inputs,
+        )
+
+    def _count(self, made: int) -> None:
+        self.evaluations += made
+        self.bench.on_progress(made)
+
+
+class _Search:
+    """A solver with its objective, resumed from its checkpoint if there is one."""
+
+    def __init__(self, solver: Solver, objective: ExampleLoss | UserLoss, log: Path | None) -> None:
+        self.solver = solver
+        self.objective = objective
+        self._log = log
+        self._kept = {} if log is None else {**solver.settings(), **described(objective)}
+        if log is not None:
+            solver.replay(Told.read(log, self._kept))
+
+    def tell(self, losses: Sequence[float], gradients: Sequence[Tensor]) -> None:
+        """Also writes the checkpoint. SearchFailed, with why the first candidate could not be scored, when none can be."""
+        try:
+            self.solver.tell(losses, gradients)
+        except SearchFailed as error:
+            raise self._explained(error) from error
+        if self._log is not None:
+            self.solver.keep(self._log, self._kept)
+
+    def result(self) -> SearchResult:
+        """The best candidate; SearchFailed as above."""
+        try:
+            return self.solver.result()
+        except SearchFailed as error:
+            raise self._explained(error) from error
+
+    def _explained(self, error: SearchFailed) -> SearchFailed:
+        return SearchFailed(f"{error}. The first failed with {self.objective.failures.first}")

@@ -1,0 +1,175 @@
+"""Trials that train: what another trial chose, as one adapter; and a router in the place of a search."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from loraweave.composer.compose.examples import EncodedExamples
+from loraweave.composer.compose.loss import ExampleLoss
+from loraweave.composer.compose.objectives._row_sums import Kind
+from loraweave.composer.compose.population import Job, row_sums
+from loraweave.composer.compose.refine import (
+    STEP_COST,
+    Tuning,
+    example_loss,
+    num_scalars,
+    pool_of,
+    targets_of,
+    tuned_adapters,
+)
+from loraweave.composer.compose.settings import TRAINING, Settings, router_name
+from loraweave.composer.compose.trials import Bench, Mixed, Part, Trial, unsearched
+from loraweave.composer.merge.merge import merge_mixture
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.pool import ExpertPool
+from loraweave.registry import get
+from loraweave.routers.searches._told import SearchResult
+from loraweave.routers.tokens._learned import LearnedRouter
+from loraweave.routers.tokens._router import TokenRouter
+from loraweave.routers.tokens._saved import router
+from loraweave.routers.weights import MixtureWeights
+from loraweave.types import Router
+
+
+@dataclass(frozen=True, eq=False)
+class _Continued:
+    """A mixture that was trained on: to the expert `name` of the loss's engine."""
+
+    begun: SearchResult
+    name: str
+    loss: ExampleLoss
+
+    @property
+    def adapter(self) -> Adapter:
+        return self.loss.engine.pool[self.name]
+
+
+class Tuned(Trial[_Continued]):
+    """A few steps of training from what `origin` chooses, on the examples that a part sees; all parts in one batch."""
+
+    def __init__(self, origin: Mixed, tuning: Tuning) -> None:
+        super().__init__(f"{origin.name}+tuned", origin.bench, origin.merge_method)
+        self._origin = origin
+        self._tuning = tuning
+
+    def choose(self, parts: Sequence[Part]) -> list[_Continued]:
+        begun, bench = self._origin.chosen_on(parts), self.bench
+        base = bench.engine.model, bench.tokenizer, bench.task
+        trained = tuned_adapters(
+            *base,
+            {part.name: self._merged(result) for part, result in zip(parts, begun, strict=True)},
+            {part.name: part.seen for part in parts},
+            self._tuning,
+            target_modules=targets_of(bench.engine.pool),
+            checkpoint=bench.checkpoint,
+        )
+        made = STEP_COST * self._tuning.steps * len(parts)
+        self.evaluations += made
+        bench.on_progress(made)
+        loss = example_loss(*base, ExpertPool(trained))
+        return [_Continued(result, name, loss) for name, result in zip(trained, begun, strict=True)]
+
+    def scores(self, chosen: _Continued, examples: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        alone = MixtureWeights.of({chosen.name: 1.0}, chosen.loss.engine.pool.names)
+        losses_CN, hits_CN = chosen.loss.view(examples).scores([alone])
+        return losses_CN[0], hits_CN[0]
+
+    def result(self, chosen: _Continued) -> SearchResult:
+        return unsearched(chosen.begun.mixture, num_scalars(chosen.adapter))
+
+    def composition_fields(self, chosen: _Continued) -> dict[str, Any]:
+        stored = replace(chosen.adapter, name="composition")
+        return {**super().composition_fields(chosen), "stored": stored, "tuned_steps": self._tuning.steps}
+
+    def _merged(self, result: SearchResult) -> Adapter | None:
+        """The mixture as one adapter; None where it is the base model."""
+        if not bool(result.mixture.values_BTLE.any()):
+            return None
+        # compose() has asked for the licenses before anything was measured
+        pool = self.bench.engine.pool
+        return merge_mixture(pool, result.mixture, method=self.merge_method, name="start", allow_licenses=True)
+
+
+# of a router's training, without a budget
+STEPS = 20
+BATCH_SIZE = 8
+
+
+class Routed(Trial[Router]):
+    """The router itself, the same for all parts; one that is trained sees a part's examples, up to 8 of them a step."""
+
+    def __init__(self, bench: Bench, settings: Settings) -> None:
+        method, options, budget = settings.method, settings.options, settings.budget
+        super().__init__(router_name(method), bench)
+        self.learns = settings.learns
+        self.evaluations = 0 if self.learns else 1
+        self._options = {name: value for name, value in options.items() if name not in TRAINING or not self.learns}
+        # a step counts as 3 evaluations
+        steps = STEPS if budget is None else max(1, budget // STEP_COST)
+        self._steps, self._lr = options.get("steps", steps), options.get("lr")
+        self._seed = settings.seed
+        # what its options or the pool forbid is raised before anything runs
+        self._router: Router
+        if isinstance(method, str):
+            self._router = self._new()
+        else:
+            self._router = method.onto(pool_of(method, bench.engine)) if isinstance(method, TokenRouter) else method
+
+    def planned(self, num_folds: int) -> int:
+        """The evaluations to come."""
+        return STEP_COST * self._steps * (num_folds + 1) if self.learns else 0
+
+    def choose(self, parts: Sequence[Part]) -> list[Router]:
+        return [self._trained(part) if self.learns else self._router for part in parts]
+
+    def scores(self, chosen: Router, examples: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        engine, needs = self.bench.engine, self._kind.needs | self._kind.hit_needs
+        with engine.activate(chosen):
+            (sums,) = row_sums(engine, self._encoded, [Job(None, tuple(examples))], needs)
+        return self._kind.losses(sums).double().numpy(), self._kind.hits(sums).numpy()
+
+    def result(self, chosen: Router) -> SearchResult:
+        count = sum(p.numel() for p in chosen.parameters()) if self.learns and isinstance(chosen, LearnedRouter) else 0
+        return unsearched(MixtureWeights.of({}, self.bench.names), count)
+
+    def composition_fields(self, chosen: Router) -> dict[str, Any]:
+        return {**super().composition_fields(chosen), "router": chosen}
+
+    @cached_property
+    def _kind(self) -> Kind:
+        kind: Kind = get("objectives", "cross_entropy")(self.bench.task)
+        return kind
+
+    @cached_property
+    def _encoded(self) -> EncodedExamples:
+        """The examples, each in a row of its own: a router may look at the row as a whole."""
+        return EncodedExamples(self.bench.engine.model, self.bench.tokenizer, self.bench.task, self._kind, trees=False)
+
+    def _new(self) -> TokenRouter:
+        with torch.random.fork_rng():
+            torch.manual_seed(self._seed)
+            return router(self.name, self.bench.engine.bound_pool, **self._options)
+
+    def _trained(self, part: Part) -> TokenRouter:
+        new, folder, task = self._new(), self.bench.checkpoint, self.bench.task
+        assert isinstance(new, LearnedRouter)
+        new.fit(
+            self.bench.engine,
+            replace(task, examples=[task.examples[place] for place in part.seen]),
+            steps=self._steps,
+            lr=self._lr,
+            batch_size=min(BATCH_SIZE, len(part.seen)),
+            seed=self._seed,
+            warmup=0,
+            checkpoint=None if folder is None else folder / f"{self.name}-{part.name}",
+            progress=False,
+        )
+        self.evaluations += STEP_COST * self._steps
+        self.bench.on_progress(STEP_COST * self._steps)
+        return new.eval()

@@ -1,0 +1,249 @@
+"""A trial: one way to weigh the adapters of a pool, and what it comes to on the examples of a task.
+
+Every trial is run the same way. It chooses once for each fold of a cross-validation, without the fold's held-out examples,
+on which the choice is then measured; and it chooses once more on all examples, which is what a composition takes. The base
+model and the uniform mixture choose the same whatever they see. Searches are in searched.py, what is trained in trained.py.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from loraweave.composer.compose.loss import ExampleLoss
+from loraweave.composer.compose.report import ReportRow
+from loraweave.composer.composer import Composer
+from loraweave.routers.searches._told import SearchResult
+from loraweave.routers.weights import MixtureWeights
+from loraweave.types import Task
+
+
+@dataclass(frozen=True)
+class Part:
+    """Indices of the examples that a choice sees, and of those it is measured on afterwards."""
+
+    name: str
+    seen: tuple[int, ...]
+    held: tuple[int, ...] = ()
+
+
+def folds(num_examples: int, count: int, seed: int) -> list[Part]:
+    """At most `count` parts whose held-out examples cover all, in a shuffled order that depends on the seed alone."""
+    count = min(count, num_examples)
+    order = np.random.default_rng(seed).permutation(num_examples).tolist()
+    held_out = [tuple(sorted(order[start::count])) for start in range(count)]
+    return [
+        Part(f"fold-{number}", tuple(index for index in range(num_examples) if index not in held), held)
+        for number, held in enumerate(held_out)
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """What all trials of one task share; examples are tokenised, and adapters measured alone, when the first trial asks.
+
+    `scores` are those of retrieval. `on_progress` is called with the evaluations just made.
+    """
+
+    engine: Composer
+    tokenizer: Any
+    task: Task
+    scores: Mapping[str, float]
+    checkpoint: Path | None
+    on_progress: Callable[[int], object]
+    _losses: dict[str, ExampleLoss] = field(default_factory=dict)
+
+    @property
+    def names(self) -> Sequence[str]:
+        return self.engine.pool.names
+
+    @property
+    def everything(self) -> Part:
+        """All examples, and none held out."""
+        return Part("all", tuple(range(len(self.task.examples))))
+
+    def loss(self, merge_method: str = "linear") -> ExampleLoss:
+        """The loss on all examples, without terms for the weights."""
+        if merge_method not in self._losses:
+            made = ExampleLoss(self.engine, self.tokenizer, self.task, merge_method=merge_method, l1=0.0)
+            self._losses[merge_method] = made
+        return self._losses[merge_method]
+
+    @cached_property
+    def alone(self) -> tuple[np.ndarray, np.ndarray]:
+        """(loss_EN, hit_EN) of each adapter with weight 1, on all examples."""
+        measured = self.loss().scores([MixtureWeights.of({name: 1.0}, self.names) for name in self.names])
+        self.on_progress(len(self.names))
+        return measured
+
+    def best(self, examples: Sequence[int], count: int) -> dict[str, float]:
+        """1/count each for the adapters of the lowest mean losses on these examples; for all where there are fewer."""
+        means_E = self.alone[0][:, list(examples)].mean(axis=1)
+        # stable, and NaN is last: of equal ones the earlier
+        order = np.argsort(means_E, kind="stable")[:count]
+        return {self.names[place]: 1 / len(order) for place in order}
+
+
+Chosen = TypeVar("Chosen")
+
+
+class Trial(ABC, Generic[Chosen]):
+    """Chooses on parts of the examples, and keeps what was measured: on held-out ones, and once it is finished on all.
+
+    `learns` says whether the examples have a say in the choice, so that some must be held out to judge it.
+    """
+
+    learns = True
+
+    def __init__(self, name: str, bench: Bench, merge_method: str = "linear") -> None:
+        self.name = name
+        self.bench = bench
+        # what the weights mean
+        self.merge_method = merge_method
+        self.evaluations = 0
+        self.seconds = 0.0
+        self.chosen: Chosen | None = None
+        self.losses_N: np.ndarray | None = None
+        self._held_losses_N = self._held_hits_N = np.zeros(0)
+        self._known: dict[str, Chosen] = {}
+
+    @abstractmethod
+    def choose(self, parts: Sequence[Part]) -> list[Chosen]:
+        """A choice for each part, which knows nothing of the part's held-out examples."""
+
+    @abstractmethod
+    def scores(self, chosen: Chosen, examples: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """(loss_N, hit_N) of a choice on these examples, without terms for its weights."""
+
+    @abstractmethod
+    def result(self, chosen: Chosen) -> SearchResult:
+        """The choice's weights, and what it took to find them. Weights that a training began with, where it went on."""
+
+    def composition_fields(self, chosen: Chosen) -> dict[str, Any]:
+        """What a composition has of a choice beside its weights."""
+        return {"pool": self.bench.engine.pool, "merge_method": self.merge_method}
+
+    @property
+    def held_out_loss(self) -> float:
+        """Infinite where it is no number, so that nothing is worse, and where there are no examples."""
+        loss = float(self._held_losses_N.mean()) if self._held_losses_N.size else math.inf
+        return loss if math.isfinite(loss) else math.inf
+
+    def chosen_on(self, parts: Sequence[Part]) -> list[Chosen]:
+        """The choices for these parts; none is made twice."""
+        if missing := [part for part in parts if part.name not in self._known]:
+            self._known |= {part.name: made for part, made in zip(missing, self.choose(missing), strict=True)}
+        return [self._known[part.name] for part in parts]
+
+    def run(self, folds: Sequence[Part]) -> None:
+        """Measures it on held-out examples and on all."""
+        started = time.perf_counter()
+        folds = folds if self.learns else []
+        self.chosen_on([*folds, self.bench.everything])
+        self.seconds += time.perf_counter() - started
+        self.hold_out(folds)
+        self.finish()
+
+    def hold_out(self, folds: Sequence[Part]) -> None:
+        """Measures it on the held-out examples of all folds."""
+        started = time.perf_counter()
+        size = len(self.bench.task.examples) if folds else 0
+        self._held_losses_N, self._held_hits_N = np.zeros(size), np.zeros(size)
+        for part, chosen in zip(folds, self.chosen_on(folds), strict=True):
+            held = list(part.held)
+            self._held_losses_N[held], self._held_hits_N[held] = self.scores(chosen, part.held)
+        self.seconds += time.perf_counter() - started
+
+    def finish(self) -> None:
+        """Chooses on all examples, and measures that on all of them, where it has not been done yet."""
+        if self.chosen is not None:
+            return
+        started, everything = time.perf_counter(), self.bench.everything
+        (self.chosen,) = self.chosen_on([everything])
+        if everything.seen:
+            self.losses_N, hits_N = self.scores(self.chosen, everything.seen)
+            if not self._held_losses_N.size:
+                self._held_losses_N, self._held_hits_N = self.losses_N, hits_N
+        self.seconds += time.perf_counter() - started
+
+    def row(self) -> ReportRow:
+        """Its row of a report."""
+        result = None if self.chosen is None else self.result(self.chosen)
+        mixture = None if result is None else result.mixture
+        return ReportRow(
+            name=self.name,
+            weights={} if mixture is None else _used_means(mixture),
+            loss=None if self.losses_N is None else float(self.losses_N.mean()),
+            held_out_loss=self.held_out_loss if self._held_losses_N.size else None,
+            held_out_hits=float(self._held_hits_N.mean()) if self._held_hits_N.size else None,
+            seconds=self.seconds,
+            evaluations=self.evaluations,
+            by_layer=mixture.by_layer() if mixture is not None and mixture.layers else None,
+            num_trained=0 if result is None else result.num_trained,
+            failed=0 if result is None else result.failed,
+            losses=() if result is None else tuple(loss if math.isfinite(loss) else None for loss in result.losses),
+        )
+
+
+def _used_means(mixture: MixtureWeights) -> dict[str, float]:
+    """{name: mean weight} of the experts that have a weight in some layer, also where these cancel out."""
+    used_E = mixture.values_BTLE.flatten(0, 2).any(dim=0).tolist()
+    return {name: mean for (name, mean), used in zip(mixture.means().items(), used_E, strict=True) if used}
+
+
+def unsearched(mixture: MixtureWeights, num_trained: int = 0) -> SearchResult:
+    """A mixture that no candidates were tried for."""
+    return SearchResult(mixture, math.nan, (), num_trained)
+
+
+class Mixed(Trial[SearchResult]):
+    """A trial whose choice is a mixture."""
+
+    def scores(self, chosen: SearchResult, examples: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        losses_CN, hits_CN = self.bench.loss(self.merge_method).view(examples).scores([chosen.mixture])
+        return losses_CN[0], hits_CN[0]
+
+    def result(self, chosen: SearchResult) -> SearchResult:
+        return chosen
+
+
+class Fixed(Mixed):
+    """A mixture that no example had a part in choosing."""
+
+    learns = False
+
+    def __init__(self, name: str, bench: Bench, mixture: MixtureWeights, merge_method: str = "linear") -> None:
+        super().__init__(name, bench, merge_method)
+        self.evaluations = 1
+        self._mixture = mixture
+
+    def choose(self, parts: Sequence[Part]) -> list[SearchResult]:
+        return [unsearched(self._mixture)] * len(parts)
+
+
+class BestSingle(Mixed):
+    """The adapter of the lowest mean loss on the examples seen, with weight 1; the earlier one when equal.
+
+    Making it measures all of them, on all examples.
+    """
+
+    def __init__(self, bench: Bench) -> None:
+        super().__init__("best_single", bench)
+        self.evaluations = len(bench.names)
+        self._measured = bench.alone
+
+    def choose(self, parts: Sequence[Part]) -> list[SearchResult]:
+        return [unsearched(MixtureWeights.of(self.bench.best(part.seen, 1), self.bench.names)) for part in parts]
+
+    def scores(self, chosen: SearchResult, examples: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        (name,) = (name for name, weight in chosen.mixture.means().items() if weight)
+        losses_N, hits_N = (measured_EN[self.bench.names.index(name)] for measured_EN in self._measured)
+        return losses_N[list(examples)], hits_N[list(examples)]
