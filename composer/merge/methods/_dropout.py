@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loraweave.composer.merge.methods._entries import ROW_GROUP, Entries, Keep
+from loraweave.composer.merge.methods._entries import ROW_GROUP, Entries, Keep, Prune
+from loraweave.composer.merge.methods._terms import fraction
 
 # an entry's draw is 16 bits, so a probability is a multiple of 1 / LEVELS
 LEVELS = 2**16
@@ -37,17 +38,24 @@ class Draws:
         return raw.astype("<u8", copy=False).view("<u2")[:size].reshape(tuple(block_BI.shape))
 
 
-def keep_random(entries: Entries, seeds: Sequence[int], density: float) -> tuple[Keep, float]:
-    """Keeps each entry with a probability of `density`, and that probability as it was quantised (1 where it is zero)."""
-    level = quantised(density)
-    draws = Draws(entries, seeds)
+def prune_random(seeds: Sequence[int], density: float, *, method: str) -> tuple[Prune, float]:
+    """Keeps each entry with a probability of `density`, and that probability as it was quantised (1 where it is zero).
 
-    def keep(expert: int, rows: slice, block_BI: Tensor, out_BI: Tensor) -> None:
-        if level == LEVELS:
-            out_BI.copy_(block_BI)
-        elif level == 0:
-            out_BI.zero_()
-        else:
-            np.multiply(block_BI.numpy(), draws.block(expert, block_BI) < level, out=out_BI.numpy())
+    Raises WeightingError for a density outside [0, 1].
+    """
+    level = quantised(fraction(density, "density", method=method, zero=True))
 
-    return keep, level / LEVELS if level else 1.0
+    def prune(entries: Entries, scratch_OI: Tensor) -> Keep:
+        draws = Draws(entries, seeds)
+
+        def keep(expert: int, rows: slice, block_BI: Tensor, out_BI: Tensor) -> None:
+            if level == LEVELS:
+                out_BI.copy_(block_BI)
+            elif level == 0:
+                out_BI.zero_()
+            else:
+                np.multiply(block_BI.numpy(), draws.block(expert, block_BI) < level, out=out_BI.numpy())
+
+        return keep
+
+    return prune, level / LEVELS if level else 1.0

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from loraweave.composer.merge.methods._terms import Term
+from loraweave.composer.merge.methods._options import finite
+from loraweave.composer.merge.methods._terms import Term, terms
 from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.types import Factors
 
@@ -18,6 +19,8 @@ ROW_GROUP = 4
 
 # writes what is left of an expert's block: (expert, rows, block_BI, out_BI)
 Keep = Callable[[int, slice, Tensor, Tensor], None]
+# what a method leaves of one tensor of every expert: (entries, scratch of their shape) -> keep
+Prune = Callable[["Entries", Tensor], Keep]
 
 
 class Entries:
@@ -94,12 +97,29 @@ def merged(found: Sequence[Term], rule: Callable[[Entries, Tensor], None]) -> De
     return DenseUpdate(results[0], results[1][0] if len(results) > 1 else None, first.kind, first.kernel)
 
 
-def weighted_sum(entries: Entries, keep: Keep, out_OI: Tensor, *, factor: float = 1.0) -> None:
-    """out_OI = factor * sum over e of w_e * what `keep` leaves of expert e."""
-    weights_E11 = torch.tensor([weight * factor for weight in entries.weights])[:, None, None]
-    for rows, stack_EBI in entries.stacks(keep):
-        # multiplied before the sum, not within it: a fused product would leave a rounding error of x - x
-        torch.sum(stack_EBI.mul_(weights_E11), dim=0, out=out_OI[rows])
+def sum_pruned(
+    experts: Sequence[Factors | None],
+    weights: Sequence[float],
+    prune: Prune,
+    *,
+    method: str,
+    scale: float = 1.0,
+    kept: float = 1.0,
+) -> DenseUpdate | None:
+    """One layer's scale * sum of w_e tau_e / kept, tau_e being what `prune` leaves of expert e.
+
+    `kept` is the probability of an entry to be kept, where chance prunes. Raises WeightingError for options out of range,
+    LayerMismatch and AdapterUnsupported for updates that do not fit.
+    """
+    finite(scale, "scale", method=method)
+
+    def rule(entries: Entries, out_OI: Tensor) -> None:
+        weights_E11 = torch.tensor([weight * (scale / kept) for weight in entries.weights])[:, None, None]
+        for rows, stack_EBI in entries.stacks(prune(entries, out_OI)):
+            # multiplied before the sum, not within it: a fused product would leave a rounding error of x - x
+            torch.sum(stack_EBI.mul_(weights_E11), dim=0, out=out_OI[rows])
+
+    return merged(terms(experts, weights, method=method), rule)
 
 
 def _plain(factor: Tensor) -> Tensor:

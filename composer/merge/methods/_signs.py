@@ -1,55 +1,76 @@
-"""Sign election and disjoint merge, the second half of TIES and its kin, with the places where the versions differ."""
+"""TIES and its kin: prune, elect signs, merge what agrees; the places where the versions differ are arguments.
+
+A method of this family is a file with its formula, its source and its defaults, which calls `merge_elected`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from loraweave.composer.merge.methods._entries import Entries, Keep
+from loraweave.composer.merge.methods._entries import Entries, Prune, merged
+from loraweave.composer.merge.methods._options import choice, finite
+from loraweave.composer.merge.methods._terms import terms
+from loraweave.composer.merge.updates import DenseUpdate
+from loraweave.types import Factors
 
 # sums of fp32 numbers are zero or at least 2^-149, so this decides zeros alone
 FEATHER = 2.0**-200
 
 
-def merge_by_sign(
-    entries: Entries,
-    keep: Keep,
-    out_OI: Tensor,
+def merge_elected(
+    experts: Sequence[Factors | None],
+    weights: Sequence[float],
+    prune: Prune,
     *,
-    weighted: bool,
-    majority: Literal["total", "frequency"],
-    divide: Literal["count", "weights", "nothing"],
+    method: str,
+    weighted: bool = True,
+    majority: str = "total",
+    divide: str = "count",
     scale: float = 1.0,
     factor: float = 1.0,
     tie: Callable[[], float] | None = None,
-) -> None:
-    """out_OI = scale * (sum of factor * w_e * tau_e over the experts that agree with the elected sign) / divisor.
+) -> DenseUpdate | None:
+    """One layer's scale * (sum of factor * w_e * tau_e over the experts that agree with the elected sign) / divisor.
 
-    tau_e is what `keep` leaves of expert e. The sign is that of the sum over experts of the votes, taken in float64:
+    tau_e is what `prune` leaves of expert e. The sign is that of the sum over experts of the votes, taken in float64:
     w_e tau_e when `weighted`, tau_e otherwise, or their signs when `majority` is "frequency". An expert agrees where its
-    vote has the elected sign; zeros never do. The divisor is the number of experts that agree, or the sum of their
-    weights, or 1; where it is zero, 1. `tie()` gives the sign, 1 or -1, of a sum that is zero although somebody voted;
-    it is called only when that happens.
+    vote has the elected sign; zeros never do. The divisor is the number of experts that agree (`divide`="count"), the
+    sum of their "weights", or 1 ("nothing"); where it is zero, 1. `tie()` gives the sign, 1 or -1, of a sum that is zero
+    although somebody voted; it is called only when that happens.
+
+    Raises WeightingError for options out of range, LayerMismatch and AdapterUnsupported for updates that do not fit.
     """
-    weights_E = torch.tensor(entries.weights)
-    for rows, stack_EBI in entries.stacks(keep):
-        stack_EN = stack_EBI.reshape(len(entries), -1)
-        if weighted:
-            # before the sum, and not within it: a fused product would leave a rounding error of x - x
-            stack_EN.mul_(weights_E[:, None])
-        sums_N = vote(stack_EN, majority)
-        cancelled = tie is not None and _cancelled(stack_EN, sums_N)
-        sign_N = decide(sums_N, tie() if tie is not None and cancelled else 1.0)
-        agreeing_EN = stack_EN.mul_(sign_N).relu_()
-        result_N = (agreeing_EN.sum(dim=0) if weighted else weights_E @ agreeing_EN).mul_(sign_N)
-        if divide != "nothing":
-            present_EN = agreeing_EN.sign_()
-            result_N.div_(divisor(present_EN.sum(dim=0) if divide == "count" else weights_E @ present_EN))
-        out_OI[rows] = result_N.mul_(scale * factor).view(stack_EBI.shape[1:])
+    choice(majority, "majority", ("total", "frequency"), method=method)
+    finite(scale, "scale", method=method)
+
+    def rule(entries: Entries, out_OI: Tensor) -> None:
+        keep, weights_E = prune(entries, out_OI), torch.tensor(entries.weights)
+        for rows, stack_EBI in entries.stacks(keep):
+            stack_EN = stack_EBI.reshape(len(entries), -1)
+            if weighted:
+                # before the sum, and not within it: a fused product would leave a rounding error of x - x
+                stack_EN.mul_(weights_E[:, None])
+            sums_N = vote(stack_EN, majority)
+            cancelled = tie is not None and _cancelled(stack_EN, sums_N)
+            sign_N = decide(sums_N, tie() if tie is not None and cancelled else 1.0)
+            agreeing_EN = stack_EN.mul_(sign_N).relu_()
+            result_N = (agreeing_EN.sum(dim=0) if weighted else weights_E @ agreeing_EN).mul_(sign_N)
+            if divide != "nothing":
+                present_EN = agreeing_EN.sign_()
+                result_N.div_(divisor(present_EN.sum(dim=0) if divide == "count" else weights_E @ present_EN))
+            out_OI[rows] = result_N.mul_(scale * factor).view(stack_EBI.shape[1:])
+
+    return merged(terms(experts, weights, method=method), rule)
+
+
+def divisor_of(aggregate: str, *, method: str) -> str:
+    """What a merge divides by for a "mean" or a "sum". WeightingError for another word."""
+    choice(aggregate, "aggregate", ("mean", "sum"), method=method)
+    return "count" if aggregate == "mean" else "nothing"
 
 
 def vote(stack_EN: Tensor, majority: str) -> Tensor:

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loraweave.composer.merge.methods._entries import Entries, merged, weighted_sum
-from loraweave.composer.merge.methods._options import finite
-from loraweave.composer.merge.methods._terms import fraction, terms
+from loraweave.composer.merge.methods._entries import Entries, Keep, sum_pruned
+from loraweave.composer.merge.methods._terms import fraction
 from loraweave.composer.merge.methods._thresholds import count_of, keep_largest
 from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.types import Factors
@@ -35,13 +34,12 @@ def breadcrumbs(
     """
     fraction(density, "density", method="breadcrumbs", zero=True)
     fraction(gamma, "gamma", method="breadcrumbs", zero=True)
-    finite(scale, "scale", method="breadcrumbs")
 
-    def rule(entries: Entries, out_OI: Tensor) -> None:
+    def prune(entries: Entries, scratch_OI: Tensor) -> Keep:
         target = count_of(density, entries.size)
         reach = min(entries.size, target + count_of(gamma, entries.size))
-        keep_reach = keep_largest(entries, reach, out_OI)
-        keep_outliers = keep_largest(entries, reach - target, out_OI)
+        keep_reach = keep_largest(entries, reach, scratch_OI)
+        keep_outliers = keep_largest(entries, reach - target, scratch_OI)
         outliers_BI = torch.empty(0)
 
         def keep(expert: int, rows: slice, block_BI: Tensor, left_BI: Tensor) -> None:
@@ -53,6 +51,6 @@ def breadcrumbs(
             # both are the same numbers or zeros, so the difference is exact
             left_BI.sub_(outliers_BI)
 
-        weighted_sum(entries, keep, out_OI, factor=scale)
+        return keep
 
-    return merged(terms(experts, weights, method="breadcrumbs"), rule)
+    return sum_pruned(experts, weights, prune, method="breadcrumbs", scale=scale)

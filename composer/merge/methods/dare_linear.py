@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
-from loraweave.composer.merge.methods._dropout import keep_random
-from loraweave.composer.merge.methods._entries import Entries, merged, weighted_sum
-from loraweave.composer.merge.methods._options import finite
-from loraweave.composer.merge.methods._terms import fraction, terms
+from loraweave.composer.merge.methods._dropout import prune_random
+from loraweave.composer.merge.methods._entries import sum_pruned
 from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.types import Factors
 
@@ -32,11 +28,5 @@ def dare_linear(
     entries of the factors; PEFT's `dare_linear_svd` is this, cut to a rank and with other random numbers.
     Raises WeightingError for options out of range, LayerMismatch and AdapterUnsupported for updates that do not fit.
     """
-    fraction(density, "density", method="dare_linear", zero=True)
-    finite(scale, "scale", method="dare_linear")
-
-    def rule(entries: Entries, out_OI: Tensor) -> None:
-        keep, probability = keep_random(entries, seeds, density)
-        weighted_sum(entries, keep, out_OI, factor=scale / probability)
-
-    return merged(terms(experts, weights, method="dare_linear"), rule)
+    prune, kept = prune_random(seeds, density, method="dare_linear")
+    return sum_pruned(experts, weights, prune, method="dare_linear", scale=scale, kept=kept)

@@ -5,13 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from torch import Tensor
-
-from loraweave.composer.merge.methods._dropout import keep_random
-from loraweave.composer.merge.methods._entries import Entries, merged
-from loraweave.composer.merge.methods._options import choice, finite
-from loraweave.composer.merge.methods._signs import merge_by_sign
-from loraweave.composer.merge.methods._terms import fraction, terms
+from loraweave.composer.merge.methods._dropout import prune_random
+from loraweave.composer.merge.methods._signs import merge_elected
 from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.types import Factors
 
@@ -35,14 +30,15 @@ def dare_ties(
     other random numbers; mergekit's votes with the weights and rescales to the L1 norm.
     Raises WeightingError for options out of range, LayerMismatch and AdapterUnsupported for updates that do not fit.
     """
-    fraction(density, "density", method="dare_ties", zero=True)
-    choice(majority, "majority", ("total", "frequency"), method="dare_ties")
-    finite(scale, "scale", method="dare_ties")
-
-    def rule(entries: Entries, out_OI: Tensor) -> None:
-        keep, probability = keep_random(entries, seeds, density)
+    prune, kept = prune_random(seeds, density, method="dare_ties")
+    return merge_elected(
+        experts,
+        weights,
+        prune,
+        method="dare_ties",
+        weighted=False,
+        majority=majority,
+        scale=scale,
         # all experts are rescaled alike, so the vote need not be
-        factor = 1.0 / probability
-        merge_by_sign(entries, keep, out_OI, weighted=False, majority=majority, divide="count", scale=scale, factor=factor)
-
-    return merged(terms(experts, weights, method="dare_ties"), rule)
+        factor=1.0 / kept,
+    )

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from loraweave.composer.merge.methods._dropout import LEVELS, Draws, quantised
-from loraweave.composer.merge.methods._entries import Entries, Keep, merged
-from loraweave.composer.merge.methods._options import choice, finite
-from loraweave.composer.merge.methods._signs import merge_by_sign
-from loraweave.composer.merge.methods._terms import fraction, terms
+from loraweave.composer.merge.methods._entries import Entries, Keep
+from loraweave.composer.merge.methods._signs import divisor_of, merge_elected
+from loraweave.composer.merge.methods._terms import fraction
 from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.errors import WeightingError
 from loraweave.types import Factors
@@ -44,8 +43,7 @@ def della(
     """
     fraction(density, "density", method="della", zero=True)
     fraction(epsilon, "epsilon", method="della", zero=True)
-    choice(aggregate, "aggregate", ("mean", "sum"), method="della")
-    finite(scale, "scale", method="della")
+    divide = divisor_of(aggregate, method="della")
     if density in (0.0, 1.0):
         epsilon = 0.0
     elif density - epsilon <= 0.0 or density + epsilon > 1.0:
@@ -54,12 +52,10 @@ def della(
             f"{density + epsilon:.6g}, outside (0, 1]: epsilon must be below density and at most 1 - density"
         )
 
-    def rule(entries: Entries, out_OI: Tensor) -> None:
-        keep = _magprune(entries, seeds, density, epsilon)
-        divide: Literal["count", "nothing"] = "count" if aggregate == "mean" else "nothing"
-        merge_by_sign(entries, keep, out_OI, weighted=True, majority="total", divide=divide, scale=scale)
+    def prune(entries: Entries, scratch_OI: Tensor) -> Keep:
+        return _magprune(entries, seeds, density, epsilon)
 
-    return merged(terms(experts, weights, method="della"), rule)
+    return merge_elected(experts, weights, prune, method="della", divide=divide, scale=scale)
 
 
 def _magprune(entries: Entries, seeds: Sequence[int], density: float, epsilon: float) -> Keep:

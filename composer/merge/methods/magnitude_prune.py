@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
-from loraweave.composer.merge.methods._entries import Entries, merged, weighted_sum
-from loraweave.composer.merge.methods._options import finite
-from loraweave.composer.merge.methods._terms import fraction, terms
-from loraweave.composer.merge.methods._thresholds import count_of, keep_largest
+from loraweave.composer.merge.methods._entries import sum_pruned
+from loraweave.composer.merge.methods._thresholds import prune_smallest
 from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.types import Factors
 
@@ -23,10 +19,5 @@ def magnitude_prune(
     [0, 1]. fp32 products. PEFT's type of that name prunes the factors instead; its `magnitude_prune_svd` is this, cut to a
     rank. Raises WeightingError for options out of range, LayerMismatch and AdapterUnsupported for updates that do not fit.
     """
-    fraction(density, "density", method="magnitude_prune", zero=True)
-    finite(scale, "scale", method="magnitude_prune")
-
-    def rule(entries: Entries, out_OI: Tensor) -> None:
-        weighted_sum(entries, keep_largest(entries, count_of(density, entries.size), out_OI), out_OI, factor=scale)
-
-    return merged(terms(experts, weights, method="magnitude_prune"), rule)
+    prune = prune_smallest(density, method="magnitude_prune")
+    return sum_pruned(experts, weights, prune, method="magnitude_prune", scale=scale)

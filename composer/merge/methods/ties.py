@@ -7,11 +7,9 @@ from functools import cached_property
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-from loraweave.composer.merge.methods._entries import Entries, Keep, merged, tensors
-from loraweave.composer.merge.methods._options import choice, finite
-from loraweave.composer.merge.methods._signs import merge_by_sign, vote
+from loraweave.composer.merge.methods._entries import Entries, Keep, tensors
+from loraweave.composer.merge.methods._signs import divisor_of, merge_elected, vote
 from loraweave.composer.merge.methods._terms import Term, fraction, terms
 from loraweave.composer.merge.methods._thresholds import EVERYTHING, NOTHING, Cut, Histogram, count_of, keep_above
 from loraweave.composer.merge.updates import DenseUpdate
@@ -66,34 +64,26 @@ def ties(
     Raises WeightingError for options out of range, LayerMismatch and AdapterUnsupported for updates that do not fit.
     """
     fraction(density, "density", method="ties", zero=True)
-    choice(aggregate, "aggregate", ("mean", "sum"), method="ties")
-    finite(scale, "scale", method="ties")
-    found = terms(experts, weights, method="ties")
-    seen = _survey([found], density) if survey is None else survey
-
-    def rule(entries: Entries, out_OI: Tensor) -> None:
-        merge_by_sign(
-            entries,
-            seen.keep(entries),
-            out_OI,
-            weighted=True,
-            majority="total",
-            divide="count" if aggregate == "mean" else "nothing",
-            scale=scale,
-            tie=lambda: seen.majority,
-        )
-
-    return merged(found, rule)
+    seen = _survey([terms(experts, weights, method="ties")], density) if survey is None else survey
+    return merge_elected(
+        experts,
+        weights,
+        lambda entries, scratch_OI: seen.keep(entries),
+        method="ties",
+        divide=divisor_of(aggregate, method="ties"),
+        scale=scale,
+        tie=lambda: seen.majority,
+    )
 
 
 def survey(layers: Iterable[Sequence[Factors | None]], weights: Sequence[float], *, density: float = 0.2) -> Survey:
     """What `ties` needs to know of all layers before it merges the first one."""
-    fraction(density, "density", method="ties", zero=True)
     return _survey([terms(experts, weights, method="ties") for experts in layers], density)
 
 
 def _survey(layers: Sequence[Sequence[Term]], density: float) -> Survey:
     """Each expert's k-th largest magnitude over all layers: counted by bit pattern, in two passes over the products."""
+    fraction(density, "density", method="ties", zero=True)
     size = sum(entries.size for found in layers if found for entries in tensors(found))
     places = sorted({term.place for found in layers for term in found})
     count = count_of(density, size)

@@ -5,13 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from torch import Tensor
-
-from loraweave.composer.merge.methods._entries import Entries, merged
-from loraweave.composer.merge.methods._options import choice, finite
-from loraweave.composer.merge.methods._signs import merge_by_sign
-from loraweave.composer.merge.methods._terms import fraction, terms
-from loraweave.composer.merge.methods._thresholds import count_of, keep_largest
+from loraweave.composer.merge.methods._signs import divisor_of, merge_elected
+from loraweave.composer.merge.methods._thresholds import prune_smallest
 from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.types import Factors
 
@@ -34,13 +29,5 @@ def ties_count(
     tau_e instead, so that it differs for negative weights.
     Raises WeightingError for options out of range, LayerMismatch and AdapterUnsupported for updates that do not fit.
     """
-    fraction(density, "density", method="ties_count", zero=True)
-    choice(aggregate, "aggregate", ("mean", "sum"), method="ties_count")
-    finite(scale, "scale", method="ties_count")
-
-    def rule(entries: Entries, out_OI: Tensor) -> None:
-        keep = keep_largest(entries, count_of(density, entries.size), out_OI)
-        divide: Literal["count", "nothing"] = "count" if aggregate == "mean" else "nothing"
-        merge_by_sign(entries, keep, out_OI, weighted=True, majority="frequency", divide=divide, scale=scale)
-
-    return merged(terms(experts, weights, method="ties_count"), rule)
+    prune, divide = prune_smallest(density, method="ties_count"), divisor_of(aggregate, method="ties_count")
+    return merge_elected(experts, weights, prune, method="ties_count", majority="frequency", divide=divide, scale=scale)

@@ -5,13 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from torch import Tensor
-
-from loraweave.composer.merge.methods._entries import Entries, merged
-from loraweave.composer.merge.methods._options import choice, finite
-from loraweave.composer.merge.methods._signs import merge_by_sign
-from loraweave.composer.merge.methods._terms import fraction, terms
-from loraweave.composer.merge.methods._thresholds import count_of, keep_largest
+from loraweave.composer.merge.methods._signs import merge_elected
+from loraweave.composer.merge.methods._thresholds import prune_smallest
 from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.types import Factors
 
@@ -33,12 +28,5 @@ def ties_per_layer(
     `density` in [0, 1] is the fraction kept. fp32 products, votes in float64. `ties` trims over the whole model instead.
     Raises WeightingError for options out of range, LayerMismatch and AdapterUnsupported for updates that do not fit.
     """
-    fraction(density, "density", method="ties_per_layer", zero=True)
-    choice(majority, "majority", ("total", "frequency"), method="ties_per_layer")
-    finite(scale, "scale", method="ties_per_layer")
-
-    def rule(entries: Entries, out_OI: Tensor) -> None:
-        keep = keep_largest(entries, count_of(density, entries.size), out_OI)
-        merge_by_sign(entries, keep, out_OI, weighted=False, majority=majority, divide="count", scale=scale)
-
-    return merged(terms(experts, weights, method="ties_per_layer"), rule)
+    prune, method = prune_smallest(density, method="ties_per_layer"), "ties_per_layer"
+    return merge_elected(experts, weights, prune, method=method, weighted=False, majority=majority, scale=scale)
