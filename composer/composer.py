@@ -20,12 +20,12 @@ from loraweave.composer.fused import Fused, fused, mixture_updates
 from loraweave.composer.live.fitting import Fitting
 from loraweave.composer.live.layout import Place as LayerPlace
 from loraweave.composer.live.layout import placement
-from loraweave.composer.live.license_notice import warn_of_licenses
-from loraweave.composer.live.mixer import Activation, LiveLayers, claim, release
+from loraweave.composer.live.mixer import Activation, LiveLayers
 from loraweave.composer.live.plan import KeptPlans
 from loraweave.composer.live.recording import Setting, Trace, UsedWeights, last_weights, recording
 from loraweave.composer.live.residents import Residency, Residents
-from loraweave.composer.live.resolve import resolve
+from loraweave.composer.live.resolve import resolve, warn_of_licenses
+from loraweave.composer.live.standing_in import CLAIMS
 from loraweave.composer.merge.statistics import Statistics
 from loraweave.composer.model.generate import generation_call, streamed
 from loraweave.composer.model.layers import TargetLayer
@@ -238,13 +238,13 @@ class Composer:
             with self._lock:
                 self._require_idle("fuse")
                 mine = self._fused = True
-            claim(self._live, modules)
+            CLAIMS.take(self._live, modules)
             with fused(self.model, make, updates, originals) as written:
                 yield written
         finally:
             if mine:
                 self._fused = False
-                release(self._live, modules)
+                CLAIMS.give_back(self._live, modules)
 
     def generate(
         self, texts: Sequence[str], *, mixture: Any = None, seeds: Sequence[int] | None = None, **generate_kwargs: Any
@@ -338,8 +338,8 @@ class Composer:
     def prefetch(self, wanted: Any) -> Future[None]:
         """Begins to bring experts to where the layers are, in the background: those of a mixture, or of a list of names.
 
-        The future is for who wants to wait. What goes wrong is the future's, and is raised again by the activation that
-        wants the expert. Raises UnknownExpert for a name that the pool has not.
+        The future ends when they are there. It carries any error, which the activation that needs the expert raises again.
+        Raises UnknownExpert for a name that is not in the pool.
         """
         with self._lock:
             self._require_open()

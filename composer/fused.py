@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from loraweave.composer.live.fitting import Fitting
-from loraweave.composer.live.license_notice import warn_of_licenses
-from loraweave.composer.live.resolve import resolve
+from loraweave.composer.live.resolve import resolve, warn_of_licenses
 from loraweave.composer.merge.merge import layer_updates
 from loraweave.composer.merge.method_call import MethodCall
 from loraweave.composer.merge.statistics import Statistics

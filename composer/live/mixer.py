@@ -1,8 +1,21 @@
 """Live mixing: while an activation is open, each target layer's `forward` adds what the current context asks for.
 
+    y' = y + ((x a^T) * w) b^T + sum over e of w_e (gain_e y0 + bias_e)         y = W x + bias, y0 = W x
+
+    the model     plain --- first activation: _install ---> each target layer's forward is _MixedForward.run,
+                        <--- last one's end: _uninstall --- the model has the hooks Entry and Exit
+
+    a context     _CURRENT -> inner Activation -> outer Activation -> None      the innermost one that is open counts
+                                |- plan    the weights, and how each layer adds them (plan.py)
+                                |- lease   the experts' factors where the layers are (residents.py)
+                                '- usage   what each layer used (recording.py)
+
+    a call        Entry: modules, rows and router looked at -> layers -> Exit
+    a warm layer  _MixedForward.run -> Plan.apply -> Kernel.add_: three frames, which is what a step of generation pays
+
 Which activation counts is a context variable, so threads and asyncio tasks do not see each other's mixtures, and one
-without a mixture gets the plain base. Nothing else in the model changes: its class, parameters and state_dict stay, and a
-copy or a pickle of it has its own forwards.
+without a mixture runs the plain base. Nothing else in the model changes: its class, parameters and state_dict stay, and a
+copy or a pickle of it has its own forwards. Any path may be compared with `kernels/naive.py`, the formula as it stands.
 """
 
 from __future__ import annotations
@@ -16,7 +29,7 @@ from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +43,7 @@ from loraweave.composer.live.plan import KEPT_BYTES, Plan, make_plan
 from loraweave.composer.live.recording import Usage
 from loraweave.composer.live.residents import Lease
 from loraweave.composer.live.row_weights import Workspace
-from loraweave.composer.live.standing_in import CleanCopies, PromptedGenerate, StandIn, WatchedBlock, give_back
+from loraweave.composer.live.standing_in import CLAIMS, CleanCopies, PromptedGenerate, StandIn, WatchedBlock, give_back
 from loraweave.composer.model.layers import TargetLayer, gives_new_memory
 from loraweave.errors import AlreadyActive, CompositionError
 from loraweave.routers.combined import answering
@@ -40,30 +53,6 @@ from loraweave.routers.weights import MixtureWeights
 T = TypeVar("T")
 
 _CURRENT: ContextVar[Activation | None] = ContextVar("loraweave_activation", default=None)
-
-_CLAIM_LOCK = threading.Lock()
-_CLAIMS: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
-
-
-def claim(owner: object, modules: Iterable[nn.Module]) -> None:
-    """Takes the modules for one owner. Raises AlreadyActive, having taken none, when another owner holds one of them."""
-    modules = list(modules)
-    with _CLAIM_LOCK:
-        if any(_CLAIMS.get(module, owner) is not owner for module in modules):
-            raise AlreadyActive(
-                "another Composer is active on this model, or has fused into it; leave that one first, or use one Composer "
-                "with a pool of all adapters"
-            )
-        for module in modules:
-            _CLAIMS[module] = owner
-
-
-def release(owner: object, modules: Iterable[nn.Module]) -> None:
-    """Gives back what `owner` had claimed."""
-    with _CLAIM_LOCK:
-        for module in modules:
-            if _CLAIMS.get(module) is owner:
-                del _CLAIMS[module]
 
 
 class Activation:
@@ -220,7 +209,7 @@ class LiveLayers:
             more = {name: layer for name, layer in layers.items() if name not in self._layers}
             if self._open:
                 num_before = len(self._handles)
-                claim(self, [layer.module for layer in more.values()])
+                CLAIMS.take(self, [layer.module for layer in more.values()])
                 try:
                     self._take_over(more)
                 except BaseException:
@@ -299,7 +288,7 @@ class LiveLayers:
         _end()
 
     def _install(self) -> None:
-        claim(self, self._modules)
+        CLAIMS.take(self, self._modules)
         self._remove_own_hooks()
         self._clean_copies(self._model)
         before, after = self._own_hooks
@@ -362,7 +351,7 @@ class LiveLayers:
             # once more after an interruption, where it stopped
             self._give_back(0)
             self._remove_own_hooks()
-            release(self, self._modules)
+            CLAIMS.give_back(self, self._modules)
 
     def _remove_own_hooks(self) -> None:
         """Also those whose handles an interruption has kept from being noted."""
@@ -377,8 +366,6 @@ _ALL: WeakSet[LiveLayers] = WeakSet()
 
 
 def _after_fork() -> None:
-    global _CLAIM_LOCK
-    _CLAIM_LOCK = threading.Lock()
     for live in list(_ALL):
         live.end_those_of_other_threads()
 

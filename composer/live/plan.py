@@ -1,4 +1,18 @@
-"""What one activation does to one layer's output: which experts, with which weight for which row."""
+"""What one activation does to one layer's output: which experts, with which weight for which row.
+
+    KeptPlans.plan(weights) -> Plan, of the last few activations
+      |- RowWeights     weights known before the call, one set a row: each layer's kernel is made once (row_weights.py)
+      '- TokenWeights   weights by token, of a router, or that learn: weighed anew in every call (token_weights.py)
+
+    Plan.apply(layer, x, y)
+      warm   this layer has met an x of this shape, and nothing learns -> the kernel remembered, which adds into y's memory
+      cold   _general: x_BTI -> LayerMixture(kernel, affine) -> _sum, the equation; if all calls will go alike, remembered
+      other  _projected: an embedding or a convolution, whose hidden values are no product of x with a matrix
+
+`_sum` with `kernels/naive.py` is the naive twin of the warm path (`tests/composer/live/test_plan.py` holds both to the
+formula), and TokenWeights that of RowWeights: it may be given the same weights.
+Axes: B rows, T tokens, I inputs, O outputs, E experts, R rank rows of one expert, S of all experts.
+"""
 
 from __future__ import annotations
 
@@ -163,18 +177,7 @@ class Plan:
             self._weights.escaped()
         # a view of it could not be changed where it has a gradient
         y_BTO = y if y.shape[:-1] == x_BTI.shape[:2] else y.reshape(*x_BTI.shape[:2], layer.num_outputs)
-        result_BTO = y_BTO
-        if affine is not None:
-            addition_BTO = affine.on(y_BTO, layer.parameter("bias"))
-            if kernel is not None:
-                addition_BTO = addition_BTO + kernel.update(x_BTI.to(kernel.dtype))
-            result_BTO = y_BTO + addition_BTO.to(y.dtype)
-        elif kernel is not None and layer.fresh:
-            result_BTO = kernel.plus(x_BTI.to(kernel.dtype), y_BTO)
-        elif kernel is not None:
-            # into the update's own memory, which nothing else refers to, rather than a third tensor of this size
-            result_BTO = kernel.update(x_BTI.to(kernel.dtype)).to(y.dtype).add_(y_BTO)
-        return result_BTO.reshape(y.shape)
+        return _sum(mixture, layer, x_BTI, y_BTO).reshape(y.shape)
 
     def _remember(self, layer: str, shape: torch.Size, remembered: _Remembered) -> None:
         by_shape = self._remembered.setdefault(layer, {})
@@ -197,6 +200,20 @@ class Plan:
             usage.saw(layer, note)
         else:
             usage.chose(layer, note, w_BTE)
+
+
+def _sum(mixture: LayerMixture, layer: TargetLayer, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
+    """y + ((x a^T) * w) b^T + sum over e of w_e (gain_e y0 + bias_e), as (B, T, O) in the dtype of y."""
+    kernel, affine = mixture.kernel, mixture.affine
+    if kernel is None:
+        return y_BTO if affine is None else y_BTO + affine.on(y_BTO, layer.parameter("bias")).to(y_BTO.dtype)
+    x_BTI = x_BTI.to(kernel.dtype)
+    if affine is not None:
+        return y_BTO + (affine.on(y_BTO, layer.parameter("bias")) + kernel.update(x_BTI)).to(y_BTO.dtype)
+    if layer.fresh:
+        return kernel.plus(x_BTI, y_BTO)
+    # into the update's own memory, which nothing else refers to, rather than a third tensor of this size
+    return kernel.update(x_BTI).to(y_BTO.dtype).add_(y_BTO)
 
 
 def _kernel_class(kernel: Kernel | None) -> type | None:

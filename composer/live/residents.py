@@ -1,4 +1,20 @@
-"""The experts' factors where the layers are: brought from disk by way of the host when they are used, within a budget."""
+"""Paging: the experts' factors where the layers are, brought there when they are used, within a budget.
+
+    a file of the hub                the CPU's memory                    a device
+    Adapter, mapped   --- flats --->  page on the shelf _host  --- copy --->  page on the shelf _device
+                                      layers on the CPU use it as it is,
+                                      for a device it is the pinned copy
+
+    a page      absent -- lease: room reserved --> empty -- fill --> in use -- release --> idle -- room wanted --> absent
+                                                                       ^------ lease -------'
+
+An activation leases its experts. All room is reserved before anything is read, so that BudgetExceeded changes nothing. The
+first lease that needs a page fills it, under the slot's own lock; others wait. Idle pages go when others want their bytes,
+those used longest ago first (`shelf.py`). When the model moves, `_moves` counts up, and nobody asks for the old pages' keys
+any more. An expert is one flat tensor for each device and dtype (`layout.py`): one allocation, one copy. The naive twin is
+`place_factors`, one layer's tensors at a time, which also serves a layer whose place was not known;
+`tests/composer/live/test_residents.py` compares both with the adapter's own numbers.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +114,7 @@ class Residents:
         return lease
 
     def prefetch(self, names: Iterable[str]) -> Future[None]:
-        """Begins to bring the named experts to their places, in a thread of its own; the future is for who wants to wait.
+        """Begins to bring the named experts to their places, in a thread of its own; wait on the future for the end.
 
         What goes wrong is the future's; a lease of the same experts raises it again.
         """

@@ -1,14 +1,19 @@
-"""What `activate` takes, as weights over the experts of a pool or as the router that it is."""
+"""What `activate` and `fused` take, as weights over the experts of a pool or as the router that it is; and their licenses.
+
+Mixing gives nothing away, so licenses that exclude each other are warned of, and refused only by a merge that is stored.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from loraweave.common.names import near_misses, unknown_expert
-from loraweave.errors import ScopeError, WeightingError
+from loraweave.errors import InvalidLicense, ScopeError, WeightingError
+from loraweave.hub.intake.license_terms import require_one_work
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.combined import ByRow
 from loraweave.routers.tokens._router import TokenRouter
@@ -98,3 +103,31 @@ def _aligned(mixture: MixtureWeights, pool: ExpertPool) -> MixtureWeights:
     # in the order of the pool, so that one set of experts is one set, and gives the same bits, however it was named
     order = sorted(range(len(mixture.experts)), key=lambda index: pool.places[mixture.experts[index]])
     return MixtureWeights(mixture.values_BTLE[..., order], tuple(mixture.experts[index] for index in order), mixture.layers)
+
+
+def warn_of_licenses(weights: MixtureWeights | Router, pool: ExpertPool) -> None:
+    """Warns where a row mixes experts whose licenses exclude each other, or derived works; an expert alone is none."""
+    licenses = pool.clashing_licenses
+    if not licenses:
+        return
+    for names in _mixed_names(weights, pool.names):
+        try:
+            if len(names) > 1:
+                require_one_work((name, licenses[name]) for name in names)
+        except InvalidLicense as error:
+            # of one line of code, Python's default filter shows each text once
+            warnings.warn(f"this mixture may be used, but not be given away as one adapter: {error}", stacklevel=1)
+            return
+
+
+def _mixed_names(weights: MixtureWeights | Router | None, names: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """The experts that each row has weights for; all that it knows where a router decides, or where weights learn."""
+    if isinstance(weights, ByRow):
+        for router in weights.routers:
+            yield from _mixed_names(router, names)
+    elif isinstance(weights, MixtureWeights) and not weights.values_BTLE.requires_grad:
+        used_BE = (weights.values_BTLE != 0).flatten(1, 2).any(dim=1)
+        for used_E in set(map(tuple, used_BE.tolist())):
+            yield tuple(name for name, used in zip(weights.experts, used_E, strict=True) if used)
+    elif weights is not None:
+        yield weights.experts if isinstance(weights, MixtureWeights) else names

@@ -1,18 +1,51 @@
-"""Attributes of a model's modules that something stands in for, and that they get back."""
+"""Attributes of a model's modules that something stands in for, and that they get back; and who may put it there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import MethodType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from loraweave.common.process import lock_of
+from loraweave.errors import AlreadyActive
 from loraweave.routers.tokens._call import prompted
 from loraweave.routers.tokens._model import BlockInput, running
+
+
+class Claims:
+    """Which modules have an owner, a Composer's live layers say, that alone may change what they give."""
+
+    def __init__(self) -> None:
+        self._lock = lock_of(self)
+        self._owners: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
+
+    def take(self, owner: object, modules: Iterable[nn.Module]) -> None:
+        """Takes the modules for one owner. Raises AlreadyActive, having taken none, where another owner holds one."""
+        modules = list(modules)
+        with self._lock:
+            if any(self._owners.get(module, owner) is not owner for module in modules):
+                raise AlreadyActive(
+                    "another Composer is active on this model, or has fused into it; leave that one first, or use one "
+                    "Composer with a pool of all adapters"
+                )
+            for module in modules:
+                self._owners[module] = owner
+
+    def give_back(self, owner: object, modules: Iterable[nn.Module]) -> None:
+        """Gives back what `owner` had taken of these."""
+        with self._lock:
+            for module in modules:
+                if self._owners.get(module) is owner:
+                    del self._owners[module]
+
+
+CLAIMS = Claims()
 
 # what a module has of hooks: each dictionary, and those beside it under the same keys
 _HOOKS = {

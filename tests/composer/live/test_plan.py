@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from loraweave.composer.composer import Composer
 from loraweave.hub.adapter import Adapter
+from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Factors
 
 
@@ -35,6 +38,42 @@ def formula(engine: Composer, x: Tensor, rows: list[dict[str, float]]) -> Tensor
 
 
 ROWS: list[dict[str, float]] = [{"a": 1.0}, {"b": -0.5, "a": 0.25}]
+
+
+@pytest.mark.parametrize("rows", [[ROWS[0]] * 2, ROWS], ids=["one for all", "by row"])
+def test_a_layer_is_the_formula_cold_warm_with_a_gradient_and_with_weights_by_token(
+    rows: list[dict[str, float]], engine: Composer
+) -> None:
+    x = torch.randn(2, 3, 7, dtype=torch.float64)
+    known = MixtureWeights.of(rows, engine.pool.names)
+    by_token = MixtureWeights(known.values_BTLE.repeat(1, 3, 1, 1), known.experts)
+    with engine.activate(rows):
+        outputs = [engine.model(x), engine.model(x), engine.model(x.clone().requires_grad_())]
+    with engine.activate(by_token):
+        outputs.append(engine.model(x))
+    for y in outputs:
+        assert torch.allclose(y, formula(engine, x, rows), rtol=1e-12)
+
+
+@pytest.mark.parametrize("mixture", [{"a": 1.0}, ROWS], ids=["one for all", "by row"])
+def test_a_warm_layer_is_at_most_three_frames_of_ours_deep(mixture: Any, engine: Composer) -> None:
+    layer, x, depths = engine.model[0], torch.randn(2, 1, 7, dtype=torch.float64), []
+
+    def count(frame: FrameType | None, event: str, _: Any) -> None:
+        depth = 0
+        while event == "call" and frame is not None:
+            depth += "loraweave" in frame.f_globals["__name__"]
+            frame = frame.f_back
+        depths.append(depth)
+
+    with engine.activate(mixture):
+        layer(x)
+        sys.setprofile(count)
+        try:
+            layer(x)
+        finally:
+            sys.setprofile(None)
+    assert max(depths) == 3
 
 
 @pytest.mark.parametrize("mixture", [{"a": 1.0}, ROWS], ids=["one for all", "by row"])
