@@ -65,7 +65,7 @@ def recall(
     context: typer.Context,
     cards: Annotated[bool, typer.Option(help="keys from the cards of --pool")] = True,
     split: Annotated[Literal["test", "train"], typer.Option(help="rows of the queries; train to choose by")] = "test",
-    num_queries: Annotated[int, typer.Option(help="rows of each task that are used as queries")] = 40,
+    num_queries: Annotated[int, typer.Option(help="rows of each task that are used as queries", min=5)] = 40,
     ceiling: Annotated[bool, typer.Option("--ceiling", help="also a classifier trained on all training rows")] = False,
     hidden_state: Annotated[bool, typer.Option("--hidden-state", help="also the base model's own embeddings")] = False,
 ) -> None:
