@@ -22,8 +22,8 @@ from loraweave.hub.formats._conversion import MAX_ERROR
 from loraweave.hub.formats._lora_file import PICKLES
 from loraweave.hub.formats._peft_config import PICKLE
 from loraweave.hub.formats.peft import Peft
-from loraweave.hub.intake.kept_files import KEPT, kept
-from loraweave.hub.intake.license_terms import require_one_work, stated
+from loraweave.hub.intake.kept_files import KEPT, as_kept_files
+from loraweave.hub.intake.license_terms import require_one_work, stated_license
 from loraweave.hub.intake.sources import ADAPTER_FILES, name_of, opened_source
 from loraweave.hub.merge_report import MergeReport
 from loraweave.lowrank import algebra
@@ -56,7 +56,7 @@ class Adapter:
         object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
         object.__setattr__(self, "card", MappingProxyType(dict(self.card)))
         object.__setattr__(self, "heads", MappingProxyType(dict(self.heads)))
-        object.__setattr__(self, "files", kept(self.files))
+        object.__setattr__(self, "files", as_kept_files(self.files))
 
     def __getstate__(self) -> dict[str, Any]:
         # a read-only view has no pickle
@@ -126,7 +126,7 @@ class Adapter:
         cut under licenses that exclude each other or derived works, unless `allow_licenses`.
         """
         if not allow_licenses and not self._is_copy(max_rank):
-            require_one_work([(self.name, stated(self.card.get("license")))])
+            require_one_work([(self.name, stated_license(self.card.get("license")))])
         path = as_path(folder, "the folder of an export")
         return export(self._contents(), self.name, path, target=target, max_rank=max_rank)
 

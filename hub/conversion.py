@@ -115,7 +115,7 @@ def extract(
     left: dict[str, Any] = {}
     heads: dict[str, Tensor] = {}
     biases: dict[str, Tensor] = {}
-    for done, (parameter, tensor) in enumerate(_tuned(tuned_model, base_model, base), start=1):
+    for done, (parameter, tensor) in enumerate(_tuned_parameters(tuned_model, base_model, base), start=1):
         change = _change(parameter, base[parameter], tensor)
         if change is not None:
             layer, part = places.get(parameter, (None, ""))
@@ -165,7 +165,7 @@ def _linear_parameters(model: nn.Module, layers: Sequence[str] | None) -> dict[s
     return result
 
 
-def _tuned(
+def _tuned_parameters(
     source: nn.Module | Mapping[str, Tensor] | str | Path, model: nn.Module, base: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     """(parameter, tuned tensor) of every parameter of the base, one at a time, in whatever order the source has."""

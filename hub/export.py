@@ -21,7 +21,7 @@ import torch
 from loraweave.errors import AdapterUnsupported, UnknownName, WeightingError
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats.peft import Peft
-from loraweave.hub.intake.license_terms import stated
+from loraweave.hub.intake.license_terms import stated_license
 from loraweave.lowrank import algebra
 from loraweave.registry import nearest
 from loraweave.types import Factors
@@ -104,7 +104,7 @@ def export(contents: Contents, name: str, folder: Path, *, target: str, max_rank
     if target == "vllm":
         _check_for_vllm(contents, name)
         layers = {layer: replace(factors, bias_O=None) for layer, factors in layers.items() if factors.rank}
-    cut = {layer: _cut(f"layer {layer!r} of adapter {name!r}", factors, max_rank) for layer, factors in layers.items()}
+    cut = {layer: _cut_rank(f"layer {layer!r} of adapter {name!r}", factors, max_rank) for layer, factors in layers.items()}
     errors = {layer: error for layer, (_, error) in cut.items()}
     total = _total_error(layers, errors)
     rank = max((factors.rank for factors, _ in cut.values()), default=0)
@@ -115,7 +115,7 @@ def export(contents: Contents, name: str, folder: Path, *, target: str, max_rank
                 f"adapter {name!r} has rank {rank}, but vLLM takes at most {VLLM_RANKS[-1]}: pass max_rank={VLLM_RANKS[-1]} "
                 f"or less (one of {', '.join(map(str, VLLM_RANKS))}) to cut it; the report shows the error"
             )
-        written = {layer: _padded(factors, rank) for layer, factors in written.items()}
+        written = {layer: _pad(factors, rank) for layer, factors in written.items()}
     card = {**contents.card, "export": {"target": target, "rank": rank, "relative_error": total}}
     Peft.write(replace(contents, layers=written, card=card), folder)
     modules = tuple(sorted({layer.rpartition(".")[2] for layer in written}))
@@ -129,7 +129,7 @@ def export(contents: Contents, name: str, folder: Path, *, target: str, max_rank
         modules,
         _flags(name, folder, contents.base_model, rank) if target == "vllm" else (),
         tuple(_notes(contents, modules, rank, target)),
-        stated(contents.card.get("license")),
+        stated_license(contents.card.get("license")),
     )
 
 
@@ -163,7 +163,7 @@ def _check_for_vllm(contents: Contents, name: str) -> None:
         )
 
 
-def _cut(where: str, factors: Factors, max_rank: int | None) -> tuple[Factors, float]:
+def _cut_rank(where: str, factors: Factors, max_rank: int | None) -> tuple[Factors, float]:
     if max_rank is None or factors.rank <= max_rank:
         return factors, 0.0
     if factors.magnitude_O is not None:
@@ -182,7 +182,7 @@ def _total_error(layers: Mapping[str, Factors], errors: Mapping[str, float]) -> 
     return lost / math.hypot(*norms.values())
 
 
-def _padded(factors: Factors, rank: int) -> Factors:
+def _pad(factors: Factors, rank: int) -> Factors:
     """Rank rows of zeros added: the same update, to the bit."""
     missing = rank - factors.rank
     a_RI, b_OR = factors.a_RI, factors.b_OR

@@ -97,11 +97,11 @@ class Hub(Listing):
         raises AdapterSuspicious, "off" does not look, and a mapping chooses by kind.
         """
         from loraweave.hub.health.anomalies import examined
-        from loraweave.hub.intake.adding import Addition, prepared
+        from loraweave.hub.intake.adding import Addition, prepare
         from loraweave.hub.stores.storing import store
 
         addition = Addition(source, name, description, examples, tags, license, base_model, language)
-        adapter, record = prepared(addition, stored_as=stored_as, allow_pickle=allow_pickle)
+        adapter, record = prepare(addition, stored_as=stored_as, allow_pickle=allow_pickle)
         record, figures = examined(self._catalogue, self._blobs, adapter, record, anomalies, model)
         return store(self._catalogue, self._blobs, adapter, record, stored_as=stored_as, as_version=replace, figures=figures)
 

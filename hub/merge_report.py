@@ -80,7 +80,7 @@ class MergeReport(Mapping[str, LayerReport]):
 
     def to_json(self) -> dict[str, dict[str, Any]]:
         """What the card stores: the figures of each layer, to six significant digits."""
-        return {layer: {name: _short(getattr(row, name)) for name in _FIGURES} for layer, row in self.items()}
+        return {layer: {name: _round(getattr(row, name)) for name in _FIGURES} for layer, row in self.items()}
 
     def cosines(self) -> list[list[float]]:
         """Cosine of the parents' whole updates, pair by pair: all layers taken as one long vector."""
@@ -150,7 +150,7 @@ class MergeReport(Mapping[str, LayerReport]):
         axes = figure.add_subplot()
         image = axes.imshow(shares, aspect="auto", cmap="viridis", vmin=0.0, vmax=max(map(max, shares)))
         axes.set_yticks(range(len(self)), layers, fontsize=6)
-        labels = [f"{_clipped(name)} ({weight:g})" for name, weight in zip(self.names, self.weights, strict=True)]
+        labels = [f"{_clip(name)} ({weight:g})" for name, weight in zip(self.names, self.weights, strict=True)]
         axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right", fontsize=7)
         axes.set_title(f"{self.method}: share of each adapter in a layer's update", fontsize=8)
         figure.colorbar(image, ax=axes, label="|w D| / sum of |w D|")
@@ -172,13 +172,13 @@ def _mean(values: Sequence[float]) -> str:
     return f"{fmean(values):.3f}" if values else "-"
 
 
-def _clipped(name: str) -> str:
+def _clip(name: str) -> str:
     # a dollar sign would begin a formula
     shown = name if len(name) <= 24 else f"{name[:23]}…"
     return shown.replace("$", r"\$")
 
 
-def _short(value: Any) -> Any:
+def _round(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}")
-    return [_short(each) for each in value] if isinstance(value, tuple) else value
+    return [_round(each) for each in value] if isinstance(value, tuple) else value

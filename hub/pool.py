@@ -17,7 +17,7 @@ from torch import Tensor
 from loraweave.common.names import unknown_expert
 from loraweave.errors import AdapterUnsupported, BaseModelMismatch, InvalidLicense, LayerMismatch, WeightingError
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.intake.license_terms import require_one_work, stated
+from loraweave.hub.intake.license_terms import require_one_work, stated_license
 from loraweave.types import BaseKey
 
 
@@ -150,7 +150,9 @@ class ExpertPool:
     def clashing_licenses(self) -> Mapping[str, str | None]:
         """{expert: license} where no one work of all experts keeps to their licenses; empty where one may, and if lazy."""
         licenses = (
-            {} if self.lazy else {name: stated(adapter.card.get("license")) for name, adapter in self.adapters.items()}
+            {}
+            if self.lazy
+            else {name: stated_license(adapter.card.get("license")) for name, adapter in self.adapters.items()}
         )
         try:
             require_one_work(licenses.items())

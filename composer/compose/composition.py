@@ -45,7 +45,7 @@ from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import base_key, fingerprint
 from loraweave.hub.export import ExportReport
 from loraweave.hub.formats._replacing import replacing
-from loraweave.hub.intake.license_terms import license_of_all, stated
+from loraweave.hub.intake.license_terms import license_of_all, stated_license
 from loraweave.hub.pool import ExpertPool
 from loraweave.hub.same_base import warn_unverified
 from loraweave.routers.tokens._router import TokenRouter
@@ -133,7 +133,7 @@ class Composition:
         """The SPDX expression that binds to the licenses of all adapters that count; None where no license is known."""
         members: list[Mapping[str, Any]] = [adapter.card for adapter in self._members.values()]
         known = members or self.parents or ([] if self.stored is None else [self.stored.card])
-        return license_of_all(stated(each.get("license")) for each in known)
+        return license_of_all(stated_license(each.get("license")) for each in known)
 
     @cached_property
     def adapter(self) -> Adapter:

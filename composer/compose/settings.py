@@ -16,7 +16,7 @@ from loraweave.common.rows import GivenRows, read_inputs
 from loraweave.composer.compose.loss import Penalty
 from loraweave.composer.compose.user_loss import Examples
 from loraweave.errors import InvalidTask, LoraweaveError, ScopeError, UnknownName, WeightingError
-from loraweave.hub.intake.license_terms import require_one_work, stated
+from loraweave.hub.intake.license_terms import require_one_work, stated_license
 from loraweave.hub.pool import ExpertPool
 from loraweave.registry import get, nearest
 from loraweave.routers.searches._solver import Solver
@@ -119,7 +119,7 @@ class Settings:
         weights = {name: weight for name, weight in (self.weights or dict.fromkeys(pool.names)).items() if weight != 0.0}
         alone = self.method in ("base", "best_single") or list(weights.values()) == [1.0]
         if not (alone or self.routes or self.allow_licenses):
-            require_one_work((name, stated(pool[name].card.get("license"))) for name in weights)
+            require_one_work((name, stated_license(pool[name].card.get("license"))) for name in weights)
 
     def check(self, task: Task, *, from_hub: bool) -> None:
         """Raises UnknownName, WeightingError or InvalidTask for what cannot be done, as far as no model has to be asked."""

@@ -19,8 +19,8 @@ from loraweave.composer.merge.statistics import Statistics
 from loraweave.composer.merge.updates import TruncatedUpdate
 from loraweave.errors import BaseModelMismatch, CompositionError, LayerMismatch, ScopeError, WeightingError
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.intake.kept_files import shared
-from loraweave.hub.intake.license_terms import license_of_work, stated
+from loraweave.hub.intake.kept_files import shared_files
+from loraweave.hub.intake.license_terms import license_of_work, stated_license
 from loraweave.hub.merge_report import LayerReport, MergeReport
 from loraweave.hub.pool import ExpertPool
 from loraweave.lowrank import algebra
@@ -105,14 +105,14 @@ def merge(
         next((part.adapter.fingerprint for part in used if part.adapter.fingerprint), None),
         {"recipe": recipe, "report": figures.to_json(), **({} if license is None else {"license": license})},
         kept_heads,
-        shared([part.adapter.files for part in used]),
+        shared_files([part.adapter.files for part in used]),
     )
 
 
 def parent_of(adapter: Adapter) -> dict[str, Any]:
     """What a recipe says of an adapter that was merged, beside its weight."""
     files = {"files": list(adapter.files)} if adapter.files else {}
-    license = stated(adapter.card.get("license")) or "unknown"
+    license = stated_license(adapter.card.get("license")) or "unknown"
     return {"hash": adapter.hash, "name": adapter.name, "license": license, **files}
 
 
@@ -390,7 +390,7 @@ def merge_by_layer(
     first = next(iter(experts.values()))
     known = next((adapter.fingerprint for adapter in experts.values() if adapter.fingerprint), None)
     card = {"recipe": recipe, **({} if license is None else {"license": license})}
-    files = shared([adapter.files for adapter in experts.values()])
+    files = shared_files([adapter.files for adapter in experts.values()])
     return Adapter(name, first.base_model, layers, known, card, files=files)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported, InvalidLicense
-from loraweave.hub.formats._files import MAX_JSON_BYTES, opened, present, read_json
+from loraweave.hub.formats._files import MAX_JSON_BYTES, open_file, present, read_json
 from loraweave.hub.intake.license_terms import license_of_all
 from loraweave.hub.intake.licenses import LISTED, RENAMED, UNLISTED, canonical
 from loraweave.types import Fingerprint
@@ -82,14 +82,14 @@ def json_text(value: Mapping[str, Any], what: str, *, indent: int | None = None)
 
 def readme_text(base_model: str, card: Mapping[str, Any], facts: Mapping[str, str]) -> str:
     """README.md: front matter as the model hub reads it, and what the card tells people. `facts` are about the tensors."""
-    tags = [*OWN_TAGS, *[str(tag) for tag in _listed(card.get("tags"))]]
+    tags = [*OWN_TAGS, *[str(tag) for tag in _as_list(card.get("tags"))]]
     matter: dict[str, Any] = {"base_model": base_model} if base_model else {}
     matter |= {"base_model_relation": "adapter"} if base_model else {}
     matter |= {"library_name": "peft", "tags": list(dict.fromkeys(tags))}
     if isinstance(card.get("license"), str) and card["license"]:
         matter |= license_fields(card["license"])
     for key in ("language", "datasets"):
-        if listed := [one for one in _listed(card.get(key)) if isinstance(one, str)]:
+        if listed := [one for one in _as_list(card.get(key)) if isinstance(one, str)]:
             matter[key] = listed
     front = yaml.safe_dump(matter, allow_unicode=True, sort_keys=False)
     parts = [f"---\n{front}---", f"# {_one_line(card.get('name') or 'LoRA adapter')}"]
@@ -99,8 +99,8 @@ def readme_text(base_model: str, card: Mapping[str, Any], facts: Mapping[str, st
         parts.append(str(card["note"]))
     facts = {"Base model": base_model or "not recorded", **facts}
     parts.append("\n".join(f"- {name}: {_one_line(value)}" for name, value in facts.items()))
-    if examples := _listed(card.get("examples")):
-        parts.append("## Sample inputs\n\n" + "\n\n".join(_indented(_example(example)) for example in examples[:20]))
+    if examples := _as_list(card.get("examples")):
+        parts.append("## Sample inputs\n\n" + "\n\n".join(_indent(_example(example)) for example in examples[:20]))
     titles = {
         "scores": "Scores",
         "data_license": "Licence of the data",
@@ -108,7 +108,7 @@ def readme_text(base_model: str, card: Mapping[str, Any], facts: Mapping[str, st
         "recipe": "Recipe",
         "sources": "Sources",
     }
-    parts.extend(f"## {title}\n\n{_indented(_text(card[key]))}" for key, title in titles.items() if card.get(key))
+    parts.extend(f"## {title}\n\n{_indent(_text(card[key]))}" for key, title in titles.items() if card.get(key))
     parts.append("Load it with `PeftModel.from_pretrained(base, folder)` or `loraweave.Adapter.from_pretrained(folder)`.")
     return "\n\n".join(parts) + "\n"
 
@@ -143,7 +143,7 @@ def _from_readme(folder: Path) -> dict[str, Any]:
             card[key] = value[:MAX_FALLBACK_TEXT]
     for key in ("tags", "language", "datasets"):
         # YAML reads `no`, the code of Norwegian, as false
-        values = ["no" if one is False else one for one in _listed("no" if matter.get(key) is False else matter.get(key))]
+        values = ["no" if one is False else one for one in _as_list("no" if matter.get(key) is False else matter.get(key))]
         listed = [one[:200] for one in values if isinstance(one, str) and one not in OWN_TAGS]
         if listed:
             card[key] = listed[:100]
@@ -159,7 +159,7 @@ def _readme(folder: Path) -> tuple[dict[str, Any], str]:
     if not present(folder, README):
         return {}, ""
     try:
-        with opened(folder, README) as (file, size):
+        with open_file(folder, README) as (file, size):
             # a cut in the middle of a character is no damage
             text = file.read(min(size, MAX_README_BYTES)).decode("utf-8", "strict" if size <= MAX_README_BYTES else "ignore")
         text = text.removeprefix("\ufeff")
@@ -173,7 +173,7 @@ def _readme(folder: Path) -> tuple[dict[str, Any], str]:
     return (value, body) if isinstance(value, dict) and value else ({}, "")
 
 
-def _listed(value: Any) -> Sequence[Any]:
+def _as_list(value: Any) -> Sequence[Any]:
     if isinstance(value, str):
         return [value]
     return list(value) if isinstance(value, list | tuple) else []
@@ -189,7 +189,7 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(plain(value), indent=1, ensure_ascii=False, default=str)
 
 
-def _indented(text: str) -> str:
+def _indent(text: str) -> str:
     # an indented block shows any text as it is, whereas a fence could be closed by the text itself
     return "\n".join(f"    {line}" for line in text.splitlines())
 
@@ -216,11 +216,11 @@ def license_of_fields(matter: Mapping[str, Any]) -> str:
     """The license that front matter states, or an empty text; the name where it is `other`, and of a list all together."""
     listed = matter.get("license")
     if isinstance(listed, list):
-        return license_of_all(_named(one, matter) for one in listed) or ""
-    return _named(listed, matter)
+        return license_of_all(_name_license(one, matter) for one in listed) or ""
+    return _name_license(listed, matter)
 
 
-def _named(stated: object, matter: Mapping[str, Any]) -> str:
+def _name_license(stated: object, matter: Mapping[str, Any]) -> str:
     if not isinstance(stated, str):
         return ""
     name = matter.get("license_name")

@@ -24,7 +24,7 @@ State = tuple[int, int, int, int, str]
 
 
 @contextmanager
-def unchanged(folder: Path) -> Iterator[None]:
+def require_unchanged(folder: Path) -> Iterator[None]:
     """Raises AdapterCorrupt, naming the file, when one was replaced, rewritten, added or removed within the block.
 
     An error of the block that such a change explains is replaced by it. Files are compared by identity, size and time of
@@ -97,7 +97,7 @@ MAX_LISTED = 12
 
 
 @contextmanager
-def opened(folder: Path, name: str) -> Iterator[tuple[BinaryIO, int]]:
+def open_file(folder: Path, name: str) -> Iterator[tuple[BinaryIO, int]]:
     """The file `name` of the folder, open for reading, and its size in bytes.
 
     Raises AdapterCorrupt for what is no regular file (a FIFO would block, a device never end), for a link that leaves the
@@ -163,7 +163,7 @@ def _held_bytes(descriptor: int, size: int) -> int:
 
 def read_json(folder: Path, name: str, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The JSON object in a file. Raises AdapterCorrupt with the reason when it is none, or is above `max_bytes`."""
-    with opened(folder, name) as (file, size):
+    with open_file(folder, name) as (file, size):
         if size > max_bytes:
             raise AdapterCorrupt(f"{folder}: {name} has {size} bytes, more than the limit of {max_bytes}")
         # no more than the file's size, since reading makes room for what is asked for

@@ -76,11 +76,11 @@ class Layer:
 
     def part(self, name: str, *sizes: int | None) -> Tensor:
         """A tensor of this layer in float64 (int64 for places), after checking its sizes; None stands for any."""
-        return self._checked(self.tensors, name, sizes)
+        return self._check(self.tensors, name, sizes)
 
     def common(self, name: str, *sizes: int | None) -> Tensor:
         """A tensor that all layers share."""
-        return self._checked(self.shared, name, sizes)
+        return self._check(self.shared, name, sizes)
 
     @property
     def base(self) -> BaseLayer:
@@ -100,7 +100,7 @@ class Layer:
             raise AdapterCorrupt(f"{self.where}: {name!r} has places outside 0 to {below - 1}")
         return whole
 
-    def _checked(self, held: Mapping[str, Tensor], name: str, sizes: tuple[int | None, ...]) -> Tensor:
+    def _check(self, held: Mapping[str, Tensor], name: str, sizes: tuple[int | None, ...]) -> Tensor:
         if name not in held:
             raise AdapterCorrupt(f"{self.where} lacks the tensor {name!r}; it has {', '.join(sorted(self.tensors))}")
         tensor = held[name]
@@ -157,7 +157,7 @@ class ForeignFormat(ABC):
         factors: dict[str, Factors] = {}
         notes: dict[str, Any] = {}
         for layer in layers:
-            factors[layer.name], notes[layer.name] = _within_memory(cls, layer, bound)
+            factors[layer.name], notes[layer.name] = _convert_in_memory(cls, layer, bound)
         if not heads and all(algebra.is_zero(part) for part in factors.values()):
             raise AdapterUnsupported(f"{folder}: the adapter is without effect: every update is zero")
         card |= {"converted_from": cls.peft_type, "conversion": notes, "stored_dtype": "+".join(sorted(dtypes))}
@@ -253,12 +253,12 @@ def check_size(layer: Layer, rows: int, columns: int) -> None:
         )
 
 
-def _within_memory(layout: type[ForeignFormat], layer: Layer, bound: Bound) -> tuple[Factors, dict[str, Any]]:
-    """`_converted`, where a small file that stands for a matrix too large for this machine is a named error."""
+def _convert_in_memory(layout: type[ForeignFormat], layer: Layer, bound: Bound) -> tuple[Factors, dict[str, Any]]:
+    """`_convert`, where a small file that stands for a matrix too large for this machine is a named error."""
     if layout.linear_only and layer.base.kind != "linear":
         raise AdapterUnsupported(f"{layer.where} is a {type(layer.base.module).__name__}; only linear layers can be read")
     try:
-        return _converted(layer, layout.update(layer), bound)
+        return _convert(layer, layout.update(layer), bound)
     except (MemoryError, RuntimeError) as error:
         # torch has no class of its own for this
         if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
@@ -269,7 +269,7 @@ def _within_memory(layout: type[ForeignFormat], layer: Layer, bound: Bound) -> t
         ) from error
 
 
-def _converted(layer: Layer, update: Factors | Dense, bound: Bound) -> tuple[Factors, dict[str, Any]]:
+def _convert(layer: Layer, update: Factors | Dense, bound: Bound) -> tuple[Factors, dict[str, Any]]:
     base = layer.known_base
     shape = update.delta_OI.shape if isinstance(update, Dense) else (update.b_OR.shape[0], update.a_RI.shape[1])
     if base is not None and tuple(shape) != (base.num_outputs, base.num_inputs):

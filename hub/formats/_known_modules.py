@@ -19,7 +19,7 @@ class Rule:
     shares: tuple[int, ...] = (1,)
 
 
-def expanded(names: str) -> list[str]:
+def expand(names: str) -> list[str]:
     """Every name that braces stand for: `a.{b,c}` gives `a.b` and `a.c`."""
     found: list[str] = []
     for name in names.split():
@@ -30,11 +30,11 @@ def expanded(names: str) -> list[str]:
 
 
 def _same(names: str, prefix: str) -> list[Rule]:
-    return [Rule(name, (f"{prefix}.{name}",)) for name in expanded(names)]
+    return [Rule(name, (f"{prefix}.{name}",)) for name in expand(names)]
 
 
 _TRANSFORMER = "transformer_blocks.#.{attn1,attn2}.{to_q,to_k,to_v,to_out.0} transformer_blocks.#.ff.net.{0.proj,2}"
-_ATTENTION = ["proj_in", "proj_out", *expanded(_TRANSFORMER)]
+_ATTENTION = ["proj_in", "proj_out", *expand(_TRANSFORMER)]
 _BLOCKS = "{down_blocks.#,up_blocks.#,mid_block}"
 
 # Stable Diffusion 1, 2 and XL as diffusers names them

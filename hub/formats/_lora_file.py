@@ -17,10 +17,10 @@ from loraweave.hub.base import fingerprint
 from loraweave.hub.formats._card import base_model_of_readme, read_card
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._conversion import MAX_ERROR, Bound, cut
-from loraweave.hub.formats._files import listing, opened
+from loraweave.hub.formats._files import listing, open_file
 from loraweave.hub.formats._peft_config import WEIGHTS
 from loraweave.hub.formats._pickle import read_pickle, texts_in_pickle
-from loraweave.hub.formats._placing import BaseNames, Placement, divided
+from loraweave.hub.formats._placing import BaseNames, Placement, divide
 from loraweave.hub.formats._safetensors import FLOATS, INTEGERS, file_metadata, read_tensors, tensor_names
 from loraweave.hub.formats._updates import MATRICES, rank_of, update_of
 from loraweave.lowrank import algebra
@@ -100,7 +100,7 @@ class FileFormat(ABC):
             parts = held.pop(module)
             placement = cls.place(module, base, where)
             whole, note = _factors(module, parts, scales[module], placement, bound, base, where)
-            for target, factors in zip(placement.targets, divided(whole, placement, module, where), strict=True):
+            for target, factors in zip(placement.targets, divide(whole, placement, module, where), strict=True):
                 path = target if base is None else base.path(target, where)
                 if path in layers:
                     raise AdapterCorrupt(f"{where}: several modules are layer {path!r}, one is {module!r}")
@@ -195,7 +195,7 @@ def is_pickle(name: str) -> bool:
 def refuse_pickle(folder: Path, name: str, allow_pickle: bool) -> None:
     """Raises AdapterUnsupported for a pickle without consent, with the ways out."""
     if is_pickle(name) and not allow_pickle:
-        with opened(folder, name):
+        with open_file(folder, name):
             # for the checks alone: a git-LFS pointer of that name needs another way out
             pass
         raise AdapterUnsupported(

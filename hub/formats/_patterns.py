@@ -70,7 +70,7 @@ def _run_here(keys: list[tuple[int, str]], names: list[str]) -> list[list[int]]:
     """For each name the indices of the keys that match."""
     tails = [(index, _literal_tail(key), key) for index, key in keys]
     # a plain layer name is a regular expression for certain, so it is compiled only for a name that ends like it
-    rules = {key: _compiled(key) for _, tail, key in tails if not tail}
+    rules = {key: _compile(key) for _, tail, key in tails if not tail}
     hits = []
     for name in names:
         found = []
@@ -83,11 +83,11 @@ def _run_here(keys: list[tuple[int, str]], names: list[str]) -> list[list[int]]:
 
 def _rule(rules: dict[str, re.Pattern[str]], key: str) -> re.Pattern[str]:
     if key not in rules:
-        rules[key] = _compiled(key)
+        rules[key] = _compile(key)
     return rules[key]
 
 
-def _compiled(key: str) -> re.Pattern[str]:
+def _compile(key: str) -> re.Pattern[str]:
     try:
         with warnings.catch_warnings():
             # a doubtful character class is the pattern author's affair
@@ -104,7 +104,7 @@ def _literal_tail(key: str) -> str:
 
 def _run_apart(keys: list[tuple[int, str]], names: list[str]) -> list[list[int]]:
     for _, key in keys:
-        _compiled(key)
+        _compile(key)
     try:
         done = subprocess.run(
             [sys.executable, "-I", "-S", "-c", _HELPER],

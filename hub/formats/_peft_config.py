@@ -17,7 +17,7 @@ from torch import Tensor
 
 from loraweave.errors import AdapterCorrupt, AdapterSuspicious, AdapterUnsupported
 from loraweave.hub.formats._config import Config, resolve_patterns, shorten
-from loraweave.hub.formats._files import listing, opened, present
+from loraweave.hub.formats._files import listing, open_file, present
 from loraweave.hub.formats._pickle import read_pickle
 from loraweave.hub.formats._safetensors import read_tensors, shards
 from loraweave.lowrank.algebra import MAX_FP32
@@ -360,7 +360,7 @@ def weight_files(folder: Path) -> list[str]:
         return shards(folder, INDEX)
     if present(folder, PICKLE):
         # opened for the checks alone: a git-LFS pointer of that name needs another way out
-        with opened(folder, PICKLE):
+        with open_file(folder, PICKLE):
             pass
         raise AdapterUnsupported(
             f"{folder}: the weights are only in {PICKLE}, a pickle, which can run code when it is read; have it read by the "

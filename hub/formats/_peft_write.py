@@ -60,7 +60,7 @@ def _config(contents: Contents) -> dict[str, Any]:
     ranks = {layer: max(layers[layer].rank, 1) for layer in wrapped}
     common = Counter(ranks.values()).most_common(1)[0][0]
     # anchored, since PEFT would otherwise match the name as the end of a longer one
-    pattern = {f"^{_escaped(layer)}": rank for layer, rank in ranks.items() if rank != common}
+    pattern = {f"^{_escape(layer)}": rank for layer, rank in ranks.items() if rank != common}
     stored = contents.card.get("peft")
     known: Mapping[str, Any] = stored if isinstance(stored, Mapping) else {}
     saved, task = saved_modules(contents.heads, layers, known)
@@ -140,10 +140,10 @@ def _targets(wrapped: list[str], others: list[str]) -> list[str] | str:
     ends = tuple(f".{layer}" for layer in wrapped)
     if all("." in layer for layer in wrapped) and not any(layer.endswith(ends) for layer in others):
         return sorted(wrapped)
-    return "|".join(_escaped(layer) for layer in sorted(wrapped))
+    return "|".join(_escape(layer) for layer in sorted(wrapped))
 
 
-def _escaped(layer: str) -> str:
+def _escape(layer: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "_-" else f"\\{letter}" for letter in layer)
 
 
@@ -152,7 +152,7 @@ def _tensors(layers: Mapping[str, Factors], lora_bias: bool, dtype: torch.dtype)
     for layer, factors in layers.items():
         path = f"{PREFIX}{layer}"
         for suffix, tensor in _parts(factors, lora_bias).items():
-            tensors[f"{path}.{suffix}"] = _stored(tensor, f"layer {layer!r}", dtype)
+            tensors[f"{path}.{suffix}"] = _to_stored(tensor, f"layer {layer!r}", dtype)
     return tensors
 
 
@@ -165,10 +165,10 @@ def _heads(heads: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
             )
         if not bool(torch.isfinite(tensor).all()):
             raise AdapterUnsupported(f"head {head!r} has values that are NaN or infinite")
-    return {f"{PREFIX}{head}": _stored(tensor, f"head {head!r}", dtype) for head, tensor in heads.items()}
+    return {f"{PREFIX}{head}": _to_stored(tensor, f"head {head!r}", dtype) for head, tensor in heads.items()}
 
 
-def _stored(tensor: Tensor, what: str, dtype: torch.dtype) -> Tensor:
+def _to_stored(tensor: Tensor, what: str, dtype: torch.dtype) -> Tensor:
     # cloned, because safetensors refuses tensors that share storage
     stored = tensor.detach().to("cpu", dtype).contiguous().clone()
     if not bool(torch.isfinite(stored).all()):

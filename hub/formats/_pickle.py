@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
-from loraweave.hub.formats._files import opened
+from loraweave.hub.formats._files import open_file
 from loraweave.hub.formats._safetensors import FLOATS, INTEGERS, MAX_HEADER_BYTES, MAX_KEY_LENGTH, MAX_TENSORS
 
 _STORAGES = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte")
@@ -37,7 +37,7 @@ def read_pickle(folder: Path, name: str, *, integers: bool = False) -> Iterator[
     With `integers`, tensors of whole numbers are read too, as int64. Raises AdapterUnsupported, naming it, for any class
     but plain tensors, and AdapterCorrupt for a damaged archive or one that claims more than the file holds.
     """
-    with opened(folder, name) as (file, size):
+    with open_file(folder, name) as (file, size):
         where = f"{folder}: {name}"
         _check_classes(_pickle_in(file, size, where), where)
         file.seek(0)
@@ -55,7 +55,7 @@ def read_pickle(folder: Path, name: str, *, integers: bool = False) -> Iterator[
 
 def texts_in_pickle(folder: Path, name: str) -> list[str]:
     """The texts in the file's pickle, the tensors' names among them; nothing is built. Raises as `read_pickle` does."""
-    with opened(folder, name) as (file, size):
+    with open_file(folder, name) as (file, size):
         where = f"{folder}: {name}"
         return _check_classes(_pickle_in(file, size, where), where)
 

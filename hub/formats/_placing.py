@@ -47,7 +47,7 @@ class Rules:
         for pattern, rule in self._by_form.get(_form(flat), ()):
             hit = pattern.fullmatch(flat)
             if hit is not None:
-                targets = tuple(_filled(target, hit.groups()) for target in rule.targets)
+                targets = tuple(_fill(target, hit.groups()) for target in rule.targets)
                 placement = Placement(targets, rule.shares)
                 found += [] if placement in found else [placement]
         return found
@@ -70,7 +70,7 @@ class BaseNames:
 
     def path(self, target: str, where: str) -> str:
         """The target as this model has it, which may lack a pipeline's prefix. Raises LayerMismatch for one it has not."""
-        for name in _shorter(target):
+        for name in _shorten(target):
             if name in self.layers:
                 return name
         close = difflib.get_close_matches(target, self.layers, n=1)
@@ -100,7 +100,7 @@ def only(placements: Sequence[Placement], name: str, where: str, *, model_given:
     raise AdapterUnsupported(f"{where}: {name!r} can mean {listed}, and nothing in the file says which{ways}")
 
 
-def divided(factors: Factors, placement: Placement, name: str, where: str) -> list[Factors]:
+def divide(factors: Factors, placement: Placement, name: str, where: str) -> list[Factors]:
     """The update of each target: all of A, and its rows of B."""
     if len(placement.targets) == 1:
         return [factors]
@@ -128,12 +128,12 @@ def _form(name: str) -> str:
     return "_".join("#" if piece.isdigit() else piece for piece in re.split(r"[._]", name))
 
 
-def _filled(target: str, numbers: Sequence[str]) -> str:
+def _fill(target: str, numbers: Sequence[str]) -> str:
     given = iter(numbers)
     return re.sub("#", lambda _: next(given), target)
 
 
-def _shorter(target: str) -> list[str]:
+def _shorten(target: str) -> list[str]:
     """The path and what is left of it without one or both of the optional steps."""
     found = [target]
     for name in found:

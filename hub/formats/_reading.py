@@ -17,7 +17,7 @@ from loraweave.errors import AdapterUnsupported
 from loraweave.hub.formats._config import CONFIG, Config
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._conversion import MAX_ERROR, Bound, cut
-from loraweave.hub.formats._files import adapter_folder, present, unchanged
+from loraweave.hub.formats._files import adapter_folder, present, require_unchanged
 from loraweave.hub.formats._foreign import ForeignFormat
 from loraweave.hub.formats._lora_file import PICKLES, FileFormat, is_pickle, lora_files, refuse_pickle
 from loraweave.hub.formats._pickle import texts_in_pickle
@@ -74,7 +74,7 @@ def read(
     format's reader raises.
     """
     folder = adapter_folder(Path(folder), is_adapter)
-    with unchanged(folder):
+    with require_unchanged(folder):
         contents = _read(folder, model, rank, max_error, allow_pickle)
         if folder.is_dir():
             contents = replace(contents, files=read_kept(folder))
@@ -110,9 +110,9 @@ def _read(folder: Path, model: nn.Module | None, rank: int | None, max_error: fl
                     )
                     return contents
             elif layout.recognises(folder):
-                return _cut(layout.read(folder), bound, folder)
+                return _cut_ranks(layout.read(folder), bound, folder)
         _refuse_unknown_file(folder, allow_pickle)
-    return _cut(Peft.read(folder, allow_pickle=allow_pickle), bound, folder)
+    return _cut_ranks(Peft.read(folder, allow_pickle=allow_pickle), bound, folder)
 
 
 def _foreign(kind: str, folder: Path) -> type[ForeignFormat]:
@@ -150,7 +150,7 @@ def _refuse_unknown_file(source: Path, allow_pickle: bool) -> None:
     )
 
 
-def _cut(contents: Contents, bound: Bound, folder: Path) -> Contents:
+def _cut_ranks(contents: Contents, bound: Bound, folder: Path) -> Contents:
     if bound.rank is None:
         return contents
     layers, notes = {}, {}

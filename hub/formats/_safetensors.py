@@ -19,7 +19,7 @@ from torch import Tensor
 
 from loraweave.common.process import free_host_bytes
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
-from loraweave.hub.formats._files import opened, parse_json, read_json
+from loraweave.hub.formats._files import open_file, parse_json, read_json
 
 MAX_HEADER_BYTES = 100 * 10**6
 MAX_TENSORS = 200_000
@@ -87,7 +87,7 @@ def read_tensors(folder: Path, names: list[str], *, integers: bool = False) -> I
                 )
     _require_memory(folder, [entry for entries, _ in headers.values() for entry in entries.values()])
     for name, (entries, start) in headers.items():
-        with opened(folder, name) as (file, _):
+        with open_file(folder, name) as (file, _):
             for key, entry in entries.items():
                 yield key, entry.dtype, _read_tensor(file, folder, name, key, entry, start)
 
@@ -122,7 +122,7 @@ def file_metadata(folder: Path, name: str) -> dict[str, str]:
 
 def _header_of(folder: Path, name: str) -> tuple[dict[str, Entry], int, dict[str, str]]:
     """The entries of a file, where its data begins, and what the header says about the file."""
-    with opened(folder, name) as (file, size):
+    with open_file(folder, name) as (file, size):
         try:
             return _header(file, size)
         except ValueError as error:
@@ -221,7 +221,7 @@ def hashed_tensors(folder: Path, name: str, digest: str, *, said_by: str) -> dic
     """The tensors of the file `name`, whose SHA-256 the file `said_by` has. Raises AdapterCorrupt where it is another."""
     # the header is looked over first
     tensor_names(folder, name)
-    with opened(folder, name) as (file, size):
+    with open_file(folder, name) as (file, size):
         raw = file.read(size)
     if (found := hashlib.sha256(raw).hexdigest()) != digest:
         raise AdapterCorrupt(

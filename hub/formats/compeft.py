@@ -50,7 +50,7 @@ class Compeft:
             if not present(folder, name):
                 raise AdapterCorrupt(f"{folder}: no {name}; the folder holds {listing(folder)}")
         description = read_json(folder, DESCRIPTION)
-        tensors = {key: _as_stored(dtype, tensor) for key, dtype, tensor in read_tensors(folder, [WEIGHTS], integers=True)}
+        tensors = {key: _to_stored(dtype, tensor) for key, dtype, tensor in read_tensors(folder, [WEIGHTS], integers=True)}
         try:
             if description["version"] != FORMAT_VERSION:
                 raise ValueError(f"its version is {description['version']!r:.60}, not {FORMAT_VERSION}")
@@ -93,7 +93,7 @@ class Compeft:
         return folder
 
 
-def _as_stored(dtype: str, tensor: Tensor) -> Tensor:
+def _to_stored(dtype: str, tensor: Tensor) -> Tensor:
     if dtype not in ("U8", "F32"):
         raise AdapterCorrupt(f"{WEIGHTS} has a tensor of dtype {dtype}, and this form has U8 and F32 only")
     return tensor.to(torch.uint8) if dtype == "U8" else tensor

@@ -20,11 +20,11 @@ class Fourierft(ForeignFormat):
 
     @classmethod
     def update(cls, layer: Layer) -> Dense:
-        spectrum_OI = scattered(layer, layer.part("fourierft_spectrum", None))
+        spectrum_OI = scatter(layer, layer.part("fourierft_spectrum", None))
         return Dense(torch.fft.ifft2(spectrum_OI).real * layer.config.number("scaling"))
 
 
-def scattered(layer: Layer, values: Tensor) -> Tensor:
+def scatter(layer: Layer, values: Tensor) -> Tensor:
     """A matrix (O, I) of zeros with the values at the places that PEFT draws: a permutation by torch's CPU generator."""
     num_out, num_in = layer.base.num_outputs, layer.base.num_inputs
     if values.shape[0] > num_out * num_in:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
-from loraweave.hub.formats._files import opened, present
+from loraweave.hub.formats._files import open_file, present
 from loraweave.hub.formats._lora_file import FileFormat, Parts
 from loraweave.hub.formats._placing import BaseNames, Placement
 from loraweave.hub.formats._updates import rank_of
@@ -82,7 +82,7 @@ class Megatron(FileFormat):
                 "decide; give the base model as transformers has it: Adapter.from_pretrained(..., model=model)"
             )
         paths = tuple(_path(f"layers.{hit[1]}.{target}", base, where) for target in targets)
-        return _grouped(paths, base, where) if targets == _FUSED_QKV else Placement(paths, (1,) * len(paths))
+        return _place_groups(paths, base, where) if targets == _FUSED_QKV else Placement(paths, (1,) * len(paths))
 
     @classmethod
     def scales(cls, held: Mapping[str, Parts], metadata: Mapping[str, str], where: str) -> dict[str, float]:
@@ -105,7 +105,7 @@ def _path(end: str, base: BaseNames, where: str) -> str:
     return found[0]
 
 
-def _grouped(paths: tuple[str, ...], base: BaseNames, where: str) -> Placement:
+def _place_groups(paths: tuple[str, ...], base: BaseNames, where: str) -> Placement:
     """Query, key and value in groups of one key each."""
     queries, keys, values = (base.layers[path].num_outputs for path in paths)
     size = base.head_size
@@ -144,7 +144,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _yaml(folder: Path, name: str) -> Any:
-    with opened(folder, name) as (file, size):
+    with open_file(folder, name) as (file, size):
         if size > MAX_CONFIG_BYTES:
             raise AdapterCorrupt(f"{folder}: {name} has {size} bytes, more than the limit of {MAX_CONFIG_BYTES}")
         text = file.read(MAX_CONFIG_BYTES)

@@ -26,7 +26,7 @@ class MergedLinear(LoraVariant):
 
     @classmethod
     def update(cls, layer: Layer) -> Factors:
-        used = _used(layer.config)
+        used = _parts_in_use(layer.config)
         a_RI, b_ORk = layer.part("lora_A.weight", None, None), layer.part("lora_B.weight")
         rank, (rows, num_in) = layer.config.count("r"), a_RI.shape
         if b_ORk.dim() not in (2, 3) or any(size != 1 for size in b_ORk.shape[2:]) or 0 in (*b_ORk.shape, rows, num_in):
@@ -46,11 +46,11 @@ class MergedLinear(LoraVariant):
         settings = cls.settings(config)
         if settings.use_rslora or settings.rank_pattern or settings.alpha_pattern:
             raise AdapterUnsupported(f"{folder}: enable_lora beside a field of later versions of PEFT, which is not read")
-        _used(config)
+        _parts_in_use(config)
         return config
 
 
-def _used(config: Config) -> list[bool]:
+def _parts_in_use(config: Config) -> list[bool]:
     value = config.fields.get("enable_lora")
     if not isinstance(value, list) or not all(isinstance(entry, bool) for entry in value) or not any(value):
         raise AdapterCorrupt(f"{config.folder}: enable_lora is {str(value)[:80]}, not a list of truth values with one true")

@@ -34,7 +34,7 @@ class Oft(ForeignFormat):
         layer.part("oft_R.weight", 1 if shared else num_blocks, None)
         skew_NBB = _skew(entries, block)
         if layer.config.flag("coft"):
-            skew_NBB = _shortened(skew_NBB, layer.config.number("eps"))
+            skew_NBB = _shorten(skew_NBB, layer.config.number("eps"))
         turned_NBB = _cayley(skew_NBB, layer).expand(num_blocks, block, block)
         weight_ONB = layer.base.weight_OI.reshape(-1, num_blocks, block)
         return Dense(torch.einsum("onc,nkc->onk", weight_ONB, turned_NBB).flatten(1) - layer.base.weight_OI)
@@ -47,7 +47,7 @@ def _skew(entries: Tensor, block: int) -> Tensor:
     return upper_NBB - upper_NBB.transpose(1, 2)
 
 
-def _shortened(skew_NBB: Tensor, limit: float) -> Tensor:
+def _shorten(skew_NBB: Tensor, limit: float) -> Tensor:
     """Constrained OFT: every block's norm is at most the limit over the root of their number."""
     limit = limit / math.sqrt(skew_NBB.shape[0])
     norms_N11 = skew_NBB.norm(dim=(1, 2), keepdim=True)

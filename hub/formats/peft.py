@@ -59,7 +59,7 @@ class Peft:
         folder = Path(folder)
         config = parse({**Config.of(folder).fields, **(assumed or {})}, folder)
         card, fingerprint, layout = read_card(folder)
-        stored, dtypes = _stored(folder, allow_pickle)
+        stored, dtypes = _read_stored(folder, allow_pickle)
         heads, saved = _heads_of(stored, config)
         layers = _layers_of(_parts_of(stored, folder), config, layout)
         if not heads and all(algebra.is_zero(factors) for factors in layers.values()):
@@ -82,7 +82,7 @@ class Peft:
         return write_folder(contents, Path(folder), dtype=dtype)
 
 
-def _stored(folder: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], set[str]]:
+def _read_stored(folder: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], set[str]]:
     """Every tensor in fp32 by its name in the file, and the dtypes they were stored in."""
     tensors: dict[str, Tensor] = {}
     dtypes: set[str] = set()
@@ -125,8 +125,8 @@ def _layers_of(parts: Mapping[str, Parts], config: PeftConfig, layout: Mapping[s
     found = {layer: factors.rank for layer, factors in unscaled.items() if factors.rank}
     scales = config.scales(found)
     _warn_of_other_ranks(found, scales, config)
-    scaled = {layer: _scaled(layer, factors, scales.get(layer, 1.0), config) for layer, factors in unscaled.items()}
-    return {layer: _relaid(layer, factors, layout) for layer, factors in scaled.items()}
+    scaled = {layer: _scale(layer, factors, scales.get(layer, 1.0), config) for layer, factors in unscaled.items()}
+    return {layer: _undo_layout(layer, factors, layout) for layer, factors in scaled.items()}
 
 
 def _warn_of_other_ranks(found: Mapping[str, int], scales: Mapping[str, float], config: PeftConfig) -> None:
@@ -191,7 +191,7 @@ def _magnitude(tensor: Tensor | None, where: str, factors: Factors) -> Tensor | 
     return _vector(tensor, where, "DoRA's magnitude", factors.b_OR.shape[0])
 
 
-def _scaled(layer: str, factors: Factors, scale: float, config: PeftConfig) -> Factors:
+def _scale(layer: str, factors: Factors, scale: float, config: PeftConfig) -> Factors:
     """b and bias times the scale, multiplied in float64 and rounded once."""
     b_OR = (factors.b_OR.double() * scale).float()
     bias_O = None if factors.bias_O is None else (factors.bias_O.double() * scale).float()
@@ -201,7 +201,7 @@ def _scaled(layer: str, factors: Factors, scale: float, config: PeftConfig) -> F
     return replace(factors, b_OR=b_OR, bias_O=bias_O)
 
 
-def _relaid(layer: str, factors: Factors, layout: Mapping[str, Any]) -> Factors:
+def _undo_layout(layer: str, factors: Factors, layout: Mapping[str, Any]) -> Factors:
     """Undoes what our writer had to add for PEFT: zeros only, so that the notes in a foreign file cannot change a value."""
     padded, rank_zero = layout.get("padded_bias"), layout.get("rank_zero")
     if isinstance(padded, list) and layer in padded and factors.bias_O is not None and not bool(factors.bias_O.any()):

@@ -33,13 +33,13 @@ class Vblora(ForeignFormat):
     @classmethod
     def update(cls, layer: Layer) -> Factors:
         bank_VL = layer.common("vblora_vector_bank", None, None)
-        a, b = _mixed(layer, "A", bank_VL), _mixed(layer, "B", bank_VL)
+        a, b = _mix(layer, "A", bank_VL), _mix(layer, "B", bank_VL)
         if a.shape[0] != b.shape[1]:
             raise AdapterCorrupt(f"{layer.where}: A has rank {a.shape[0]} and B has rank {b.shape[1]}")
         return plain(a.flatten(1), b.transpose(1, 2).reshape(-1, b.shape[1]))
 
 
-def _mixed(layer: Layer, side: str, bank_VL: Tensor) -> Tensor:
+def _mix(layer: Layer, side: str, bank_VL: Tensor) -> Tensor:
     """The sub-vectors of one factor, of shape (sub-vectors in the first two sizes, length)."""
     name, topk = f"vblora_logits_{side}", layer.config.count("topk", 2)
     if topk > bank_VL.shape[0]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from loraweave.errors import AdapterUnsupported
 from loraweave.hub.formats._conversion import Dense
 from loraweave.hub.formats._foreign import ForeignFormat, Layer
-from loraweave.hub.formats.fourierft import scattered
+from loraweave.hub.formats.fourierft import scatter
 
 
 class Waveft(ForeignFormat):
@@ -21,7 +21,7 @@ class Waveft(ForeignFormat):
 
     @classmethod
     def update(cls, layer: Layer) -> Dense:
-        sparse_OI = scattered(layer, layer.part("waveft_spectrum", None))
+        sparse_OI = scatter(layer, layer.part("waveft_spectrum", None))
         scale = layer.config.number("scaling")
         if not layer.config.flag("use_idwt", True):
             return Dense(sparse_OI * scale)

@@ -92,7 +92,7 @@ def add_tree(
     options = {"tags": sorted(tags), "license": license, "prefix": prefix, "anomalies": checked_policy(anomalies)}
     journal = TreeJournal(hub.path, folder)
     walk = _Walk(hub, folder, prefix, options, {} if dry_run else journal.read())
-    entries = [_unread(folder, error) for error in unread]
+    entries = [_unreadable(folder, error) for error in unread]
     for source in tracked(sources, "adapters", total=len(sources), shown=progress):
         if dry_run:
             entries.append(walk.found(source))
@@ -153,7 +153,7 @@ class _Walk:
         except _ENDING:
             raise
         except HubError as error:
-            return [_refused(path, now, self._names(path)[0], error)]
+            return [_refusal(path, now, self._names(path)[0], error)]
         if not done:
             layers = self.waiting[-1].adapter.layers.values()
             self.waiting_bytes += sum(tensor.nbytes for factors in layers for tensor in factors.tensors().values())
@@ -174,9 +174,9 @@ class _Walk:
         for one in waiting:
             record = records.get(one.name)
             if record is None:
-                found.append(_refused(one.path, one.stamp, one.name, errors[one.name]))
+                found.append(_refusal(one.path, one.stamp, one.name, errors[one.name]))
             else:
-                found.append(Noted(one.path, one.stamp, "added", one.name, record.hash, _odd(record)))
+                found.append(Noted(one.path, one.stamp, "added", one.name, record.hash, _oddities(record)))
         return found
 
     def _still_true(self, before: Noted) -> bool:
@@ -200,7 +200,7 @@ class _Walk:
                 return [Noted(path, now, "present", name, content)]
             tags, license, anomalies = (self.options[key] for key in ("tags", "license", "anomalies"))
             added = self.hub.add(adapter, name=name, tags=tags, license=license, replace=True, anomalies=anomalies)
-            return [Noted(path, now, "updated", name, content, _odd(added))]
+            return [Noted(path, now, "updated", name, content, _oddities(added))]
         names = " and ".join(map(repr, self._names(path)))
         raise AdapterExists(f"{path!r}: the names {names} stand for other adapters; give a prefix")
 
@@ -223,13 +223,13 @@ class _Walk:
         return (short if _can_be_stored(short) else tagged), tagged
 
 
-def _refused(path: str, now: str, name: str, error: LoraweaveError) -> Noted:
+def _refusal(path: str, now: str, name: str, error: LoraweaveError) -> Noted:
     # what the hub holds decided, not the files: the next walk looks again
     now = "" if isinstance(error, AdapterExists | AdapterSuspicious) else now
     return Noted(path, now, "refused", name, why=f"{type(error).__name__}: {error}")
 
 
-def _odd(record: Record) -> str:
+def _oddities(record: Record) -> str:
     found = "; ".join(f"{anomaly.kind}: {anomaly.detail}" for anomaly in record.anomalies)
     return f"in quarantine: {found}" if record.quarantined else found
 
@@ -241,7 +241,7 @@ def _can_be_stored(name: str) -> bool:
         return False
 
 
-def _unread(root: Path, error: OSError) -> Noted:
+def _unreadable(root: Path, error: OSError) -> Noted:
     path = os.path.relpath(error.filename or root, root)
     return Noted(path, "", "refused", "", why=f"the folder cannot be read: {error.strerror}")
 

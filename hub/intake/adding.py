@@ -92,10 +92,10 @@ def add_many(
                 refused.append((record.name, outcome))
         waiting.clear()
 
-    for source in _shown(sources, progress):
+    for source in _show_progress(sources, progress):
         addition = source if isinstance(source, Addition) else Addition(source)
         try:
-            adapter, record = prepared(addition, stored_as=stored_as, allow_pickle=allow_pickle)
+            adapter, record = prepare(addition, stored_as=stored_as, allow_pickle=allow_pickle)
         except LoraweaveError as error:
             refused.append((addition.label, error))
             continue
@@ -113,7 +113,7 @@ def add_many(
     return Added(tuple(records), tuple(refused))
 
 
-def prepared(addition: Addition, *, stored_as: str, allow_pickle: bool) -> tuple[Adapter, Record]:
+def prepare(addition: Addition, *, stored_as: str, allow_pickle: bool) -> tuple[Adapter, Record]:
     """The adapter that is to be added, read and checked, and its record. Raises what `Hub.add` raises before it writes."""
     source, name = addition.source, addition.name
     adapter = (
@@ -133,7 +133,9 @@ def prepared(addition: Addition, *, stored_as: str, allow_pickle: bool) -> tuple
     return adapter, record
 
 
-def _shown(sources: Iterable[str | Path | Adapter | Addition], progress: bool) -> Iterator[str | Path | Adapter | Addition]:
+def _show_progress(
+    sources: Iterable[str | Path | Adapter | Addition], progress: bool
+) -> Iterator[str | Path | Adapter | Addition]:
     if not progress:
         yield from sources
         return

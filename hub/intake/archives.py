@@ -57,7 +57,7 @@ def archive_suffix(path: str | Path) -> str:
 
 
 @contextmanager
-def unpacked(archive: Path) -> Iterator[Path]:
+def unpack(archive: Path) -> Iterator[Path]:
     """A temporary folder of this process alone with the archive's files; it is gone at the end, also after an exception.
 
     Raises AdapterUnsupported for an entry that is no plain file or folder inside the archive (absolute path, `..`, link,
@@ -106,7 +106,7 @@ def _unpack_zip(file: BinaryIO, plan: _Plan) -> None:
 
 
 def _unpack_tar(file: BinaryIO, plan: _Plan) -> None:
-    stream: Any = Forward(decompressed(file, plan.archive), MAX_TAR_HEADER_BYTES)
+    stream: Any = Forward(decompress(file, plan.archive), MAX_TAR_HEADER_BYTES)
     # trusted for nothing: tarfile finds the headers, names and kinds are judged here, and its extraction is not used
     with tarfile.open(fileobj=stream, mode="r:", errorlevel=2) as opened:
         source: Any = opened
@@ -344,7 +344,7 @@ class Forward(io.RawIOBase):
         return b"".join(parts)
 
 
-def decompressed(file: BinaryIO, archive: Path) -> Any:
+def decompress(file: BinaryIO, archive: Path) -> Any:
     """The stream inside a gzip, bzip2, xz or zstandard file, by its first bytes; else the file itself.
 
     Raises AdapterUnsupported for zstandard where this Python has no reader for it (before 3.14).

@@ -14,7 +14,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
-from loraweave.hub.formats._files import opened, present
+from loraweave.hub.formats._files import open_file, present
 
 KEPT = (
     "added_tokens.json",
@@ -66,13 +66,13 @@ class KeptFiles(Mapping[str, bytes]):
         return name in self.files
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return kept, (dict(self),)
+        return as_kept_files, (dict(self),)
 
     def __repr__(self) -> str:
         return f"KeptFiles({', '.join(f'{name}: {file.size_bytes:,} bytes' for name, file in self.files.items())})"
 
 
-def kept(files: Mapping[str, bytes]) -> KeptFiles:
+def as_kept_files(files: Mapping[str, bytes]) -> KeptFiles:
     """The files as an adapter has them. AdapterUnsupported for a name or a size that none of an adapter's files has."""
     if isinstance(files, KeptFiles):
         return files
@@ -87,9 +87,9 @@ def kept(files: Mapping[str, bytes]) -> KeptFiles:
     return KeptFiles({name: _in_memory(data) for name, data in files.items()})
 
 
-def shared(parents: Sequence[Mapping[str, bytes]]) -> KeptFiles:
+def shared_files(parents: Sequence[Mapping[str, bytes]]) -> KeptFiles:
     """Those that every one of several adapters has, byte for byte the same."""
-    tables = [kept(files).files for files in parents]
+    tables = [as_kept_files(files).files for files in parents]
     first = tables[0]
     alike = [name for name in first if all(name in one and one[name].sha256 == first[name].sha256 for one in tables)]
     return KeptFiles({name: first[name] for name in alike})
@@ -101,7 +101,7 @@ def read_kept(folder: Path) -> KeptFiles:
     for name in KEPT:
         if present(folder, name):
             try:
-                with opened(folder, name) as (file, size):
+                with open_file(folder, name) as (file, size):
                     if size > MAX_KEPT_BYTES:
                         raise AdapterUnsupported(
                             f"{folder}: {name} has {size:,} bytes, above the limit of {MAX_KEPT_BYTES:,}"

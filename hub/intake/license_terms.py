@@ -17,7 +17,7 @@ from functools import lru_cache
 from typing import Any
 
 from loraweave.errors import InvalidLicense
-from loraweave.hub.intake.licenses import lenient, resolved
+from loraweave.hub.intake.licenses import as_spdx, evaluate
 
 UNKNOWN, SEVERAL = "LicenseRef-unknown", "LicenseRef-several"
 _MAX_CHARACTERS = 1_000
@@ -54,7 +54,7 @@ def license_of_work(parents: Iterable[tuple[str, Mapping[str, Any]]], *, allowed
 
     Raises InvalidLicense where their licenses exclude each other, or any derived work, unless that is `allowed`.
     """
-    licenses = [(name, stated(card.get("license"))) for name, card in parents]
+    licenses = [(name, stated_license(card.get("license"))) for name, card in parents]
     if not allowed:
         require_one_work(licenses)
     return license_of_all(license for _, license in licenses)
@@ -65,7 +65,7 @@ def require_one_work(licenses: Iterable[tuple[str, str | None]]) -> None:
 
     It names the one that permits no derived work, or two that exclude each other, or else all.
     """
-    known = [(f"adapter {name!r}", lenient(license), _whole(license)) for name, license in licenses if license is not None]
+    known = [(f"adapter {name!r}", as_spdx(license), _whole(license)) for name, license in licenses if license is not None]
     if not known or frozenset.intersection(*(whole for *_, whole in known)):
         return
     way_out = (
@@ -93,7 +93,7 @@ def license_of_all(licenses: Iterable[str | None]) -> str | None:
     """
     parts: set[str] = set()
     for license in licenses:
-        found = stated(license)
+        found = stated_license(license)
         if found is None:
             parts.add(UNKNOWN)
         elif " OR " in found:
@@ -107,17 +107,17 @@ def license_of_all(licenses: Iterable[str | None]) -> str | None:
     return joined if len(joined) <= _MAX_CHARACTERS else SEVERAL
 
 
-def stated(license: object) -> str | None:
+def stated_license(license: object) -> str | None:
     """What a card states as its license in the spelling of SPDX; None for nothing, no text, and "unknown"."""
     if not isinstance(license, str) or license.strip().casefold() in ("", "unknown"):
         return None
-    return lenient(license)
+    return as_spdx(license)
 
 
 @lru_cache(maxsize=10_000)
 def _whole(license: str) -> frozenset[str]:
     """The licenses that a work derived from something under this one may be under."""
-    return resolved(lenient(license), _of_id)
+    return evaluate(as_spdx(license), _of_id)
 
 
 def _of_id(license: str, exception: str | None) -> frozenset[str]:

@@ -98,7 +98,7 @@ def of_card(text: str, who: str) -> str | None:
         return kept
 
 
-def accepted(license: str | None, wanted: Collection[str] | str) -> bool:
+def is_accepted(license: str | None, wanted: Collection[str] | str) -> bool:
     """Whether someone who accepts the wanted licenses can take what is under this one.
 
     Of alternatives (OR) one is enough, of joint terms (AND) all are needed; `+` and WITH only add to what an id permits.
@@ -108,7 +108,7 @@ def accepted(license: str | None, wanted: Collection[str] | str) -> bool:
     return license is not None and _accepted(license, folded)
 
 
-def lenient(license: str) -> str:
+def as_spdx(license: str) -> str:
     """The license as an SPDX expression; what is none, as rows of older hubs and cards may hold, as `LicenseRef-<text>`."""
     try:
         return canonical(license)
@@ -116,14 +116,14 @@ def lenient(license: str) -> str:
         return _reference(license[:100])
 
 
-def resolved(expression: str, of_id: Callable[[str, str | None], _T]) -> _T:
+def evaluate(expression: str, of_id: Callable[[str, str | None], _T]) -> _T:
     """An SPDX expression with `of_id(id, exception)`, ids in lower case, for each license: OR is |, AND is &."""
     return _any_of(_WORDS.findall(expression.casefold()), of_id)[0]
 
 
 @lru_cache(maxsize=10_000)
 def _accepted(license: str, wanted: frozenset[str]) -> bool:
-    expression = lenient(license).casefold()
+    expression = as_spdx(license).casefold()
 
     def is_wanted(id: str, exception: str | None) -> bool:
         ways = {id, id.removesuffix("+")}
@@ -133,7 +133,7 @@ def _accepted(license: str, wanted: frozenset[str]) -> bool:
             ways |= {f"{way} with {exception}" for way in ways}
         return not ways.isdisjoint(wanted)
 
-    return expression in wanted or resolved(expression, is_wanted)
+    return expression in wanted or evaluate(expression, is_wanted)
 
 
 def _any_of(words: list[str], of_id: Callable[[str, str | None], _T]) -> tuple[_T, list[str]]:

@@ -178,11 +178,11 @@ def upload(folder: Path, repository: str, *, token: str | None, private: bool | 
         api.create_repo(repository, private=private, exist_ok=True)
         made = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
     except ERRORS as error:
-        raise _named(error, repository, token) from error
+        raise _name_error(error, repository, token) from error
     return str(made.oid)
 
 
-def _named(error: BaseException, repository: str, token: str | None) -> HubError:
+def _name_error(error: BaseException, repository: str, token: str | None) -> HubError:
     reason, status = reason_of(error, token), status_of(error)
     if isinstance(error, HFValidationError):
         return AdapterNotFound(f"{repository!r} is no id of a repository ({reason}); it has the form owner/name")

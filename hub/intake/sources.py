@@ -10,7 +10,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from loraweave.common.files import as_path
 from loraweave.errors import AdapterNotFound, AdapterUnsupported, SourceUnavailable
-from loraweave.hub.intake.archives import archive_suffix, unpacked
+from loraweave.hub.intake.archives import archive_suffix, unpack
 from loraweave.hub.intake.model_hub import download
 
 README = "README.md"
@@ -46,10 +46,10 @@ def opened_source(
     """The adapter's folder for as long as it is read; an archive is unpacked for the while."""
     archive = as_path(source, "an adapter's source", SourceUnavailable)
     if archive_suffix(archive) and archive.is_file():
-        with unpacked(archive) as folder:
+        with unpack(archive) as folder:
             yield OpenedSource(folder)
     else:
-        yield _located(source, revision, token, local_files_only, allow_patterns)
+        yield _locate(source, revision, token, local_files_only, allow_patterns)
 
 
 def name_of(source: str | Path) -> str:
@@ -73,10 +73,10 @@ def local_folder(
     Raises AdapterNotFound when neither exists, with what was tried, AdapterUnsupported for a repository without a file in
     which adapters are kept. A token never appears in a message.
     """
-    return _located(source, revision, token, local_files_only, allow_patterns).folder
+    return _locate(source, revision, token, local_files_only, allow_patterns).folder
 
 
-def _located(
+def _locate(
     source: str | Path, revision: str | None, token: str | None, local_files_only: bool, allow_patterns: Sequence[str]
 ) -> OpenedSource:
     folder = Path(source)

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from loraweave.errors import AdapterCorrupt, HubError
-from loraweave.hub.intake.kept_files import kept
+from loraweave.hub.intake.kept_files import as_kept_files
 from loraweave.hub.stores.errors import storage_errors
 from loraweave.hub.stores.protocols import BlobStore
 from loraweave.types import Record
@@ -23,7 +23,7 @@ def without_files(card: Mapping[str, Any]) -> dict[str, Any]:
 
 def with_files(card: Mapping[str, Any], files: Mapping[str, bytes]) -> dict[str, Any]:
     """The card as the catalogue has it, which lists the files."""
-    table = {name: [file.sha256, file.size_bytes] for name, file in kept(files).files.items()}
+    table = {name: [file.sha256, file.size_bytes] for name, file in as_kept_files(files).files.items()}
     return {**without_files(card), **({LISTED: table} if table else {})}
 
 
@@ -39,7 +39,7 @@ def digests(records: Iterable[Record]) -> set[str]:
 
 def put_files(blobs: BlobStore, files: Mapping[str, bytes]) -> None:
     """Stores those that are not there, or are damaged. The caller holds the lock."""
-    for name, file in kept(files).files.items():
+    for name, file in as_kept_files(files).files.items():
         if blobs.has(file.sha256):
             with suppress(AdapterCorrupt, FileNotFoundError):
                 blobs.local(file.sha256, file.sha256, name)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from loraweave.hub import quarantine
 from loraweave.hub.intake.fields import one_or_many
-from loraweave.hub.intake.licenses import accepted
+from loraweave.hub.intake.licenses import is_accepted
 from loraweave.hub.stores.protocols import Connection
 from loraweave.hub.tables import rows
 from loraweave.hub.tables import rows as labels
@@ -48,7 +48,7 @@ class Filters:
             fits = self.base_model is None or record.base_model == self.base_model
         return (
             fits
-            and (self.license is None or accepted(record.license, self.license))
+            and (self.license is None or is_accepted(record.license, self.license))
             and set(one_or_many(self.tags)).issubset(record.tags)
             and (self.language is None or not labels.languages(self.language).isdisjoint(labels.languages(record.language)))
             and (self.max_rank is None or record.rank <= self.max_rank)
@@ -65,7 +65,7 @@ def matching(connection: Connection, filters: Filters) -> list[int]:
     if filters.base_model is not None:
         found.append(_for_base(connection, filters.base_model))
     if filters.license is not None:
-        permitted = [value for value in labels.values(connection, "license") if accepted(value, filters.license)]
+        permitted = [value for value in labels.values(connection, "license") if is_accepted(value, filters.license)]
         found.append({seq for value in permitted for seq in labels.seqs(connection, "license", value)})
     found += [set(labels.seqs(connection, "tag", labels.storable(tag))) for tag in sorted(set(one_or_many(filters.tags)))]
     if filters.language is not None:

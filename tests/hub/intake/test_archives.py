@@ -23,7 +23,7 @@ from loraweave.errors import AdapterCorrupt, AdapterUnsupported, HubError, HubFu
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 from loraweave.hub.intake import archives
-from loraweave.hub.intake.archives import archive_suffix, unpacked
+from loraweave.hub.intake.archives import archive_suffix, unpack
 from loraweave.types import Factors
 
 
@@ -362,7 +362,7 @@ def test_the_unpacked_folder_is_private_and_gone_after_an_exception(packed):
     seen = []
 
     def use():
-        with unpacked(packed("zip")) as folder:
+        with unpack(packed("zip")) as folder:
             seen.extend([folder, stat.S_IMODE(folder.stat().st_mode), [path.name for path in folder.iterdir()]])
             raise KeyError
 

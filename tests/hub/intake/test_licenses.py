@@ -9,7 +9,7 @@ from packaging.licenses import canonicalize_license_expression
 from loraweave.errors import InvalidLicense
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
-from loraweave.hub.intake.licenses import LISTED, RENAMED, UNLISTED, accepted, canonical, of_card
+from loraweave.hub.intake.licenses import LISTED, RENAMED, UNLISTED, canonical, is_accepted, of_card
 from loraweave.types import Factors
 
 
@@ -81,7 +81,7 @@ def test_a_card_may_say_anything_and_a_warning_tells_what_is_stored():
 
 
 @pytest.mark.parametrize(
-    ("license", "wanted", "is_accepted"),
+    ("license", "wanted", "accepts"),
     [
         ("MIT", "mit", True),
         ("MIT", ["apache-2.0", "mit"], True),
@@ -108,8 +108,8 @@ def test_a_card_may_say_anything_and_a_warning_tells_what_is_stored():
         ("free for all", "LicenseRef-free-for-all", True),
     ],
 )
-def test_a_filter_finds_what_someone_who_accepts_these_licenses_can_take(license, wanted, is_accepted):
-    assert accepted(license, wanted) is is_accepted
+def test_a_filter_finds_what_someone_who_accepts_these_licenses_can_take(license, wanted, accepts):
+    assert is_accepted(license, wanted) is accepts
 
 
 def test_the_hub_stores_finds_and_changes_licenses_in_one_spelling(tmp_path):
