@@ -16,7 +16,7 @@ from loraweave.hub.base import base_key, fingerprint
 from loraweave.hub.formats._base_layer import BaseLayer, as_base_layer, base_layer
 from loraweave.hub.formats._conversion import MAX_ERROR, Bound, Dense, cut
 from loraweave.hub.formats._files import listing, present
-from loraweave.hub.formats._safetensors import read_tensors, shards
+from loraweave.hub.formats._safetensors import read_tensors, require_finite, shards
 from loraweave.hub.same_base import require_same_base
 from loraweave.lowrank import algebra
 from loraweave.types import Factors
@@ -219,8 +219,7 @@ def _change(parameter: str, before: Tensor, after: Tensor) -> Tensor | None:
                 f"parameter {parameter!r} of the {owner} model is {tensor.dtype} on {tensor.device}; load it unquantised"
             )
     change = after.detach().cpu().double() - before.detach().cpu().double()
-    if num := int((~torch.isfinite(change)).sum()):
-        raise AdapterCorrupt(f"parameter {parameter!r}: {num} of {change.numel()} differences are NaN or infinite")
+    require_finite(change, f"parameter {parameter!r}", "the difference")
     return change if bool(change.any()) else None
 
 

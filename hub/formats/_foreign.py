@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
-import torch
 from torch import Tensor, nn
 
 from loraweave.common.process import free_host_bytes
@@ -26,7 +25,7 @@ from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._conversion import MAX_ERROR, Bound, Dense, cut
 from loraweave.hub.formats._peft_config import stored_tensors
 from loraweave.hub.formats._peft_heads import TASK_HEADS, check_heads, take_heads
-from loraweave.hub.formats._safetensors import INTEGERS
+from loraweave.hub.formats._safetensors import gather, require_finite
 from loraweave.lowrank import algebra
 from loraweave.types import Factors, Fingerprint
 
@@ -127,8 +126,13 @@ class ForeignFormat(ABC):
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
-        """Whether the folder's config names this peft_type; says nothing about the rest of its state."""
-        return config_fields(folder).get("peft_type") == cls.peft_type
+        """Whether the folder is of this type by its config; says nothing about the rest of its state."""
+        return cls.claims(folder, config_fields(folder))
+
+    @classmethod
+    def claims(cls, folder: Path, fields: Mapping[str, Any]) -> bool:
+        """`recognises` for a folder whose config has been read."""
+        return fields.get("peft_type") == cls.peft_type
 
     @classmethod
     def read(
@@ -150,7 +154,9 @@ class ForeignFormat(ABC):
         folder, bound = Path(folder), Bound(rank, max_error)
         config = cls._config(folder)
         card, stored_print, _ = read_card(folder)
-        tensors, dtypes = _tensors(folder, allow_pickle)
+        tensors, dtypes = gather(stored_tensors(folder, allow_pickle=allow_pickle, integers=True), folder)
+        for key, tensor in tensors.items():
+            require_finite(tensor, str(folder), repr(key))
         heads = _heads(tensors, config)
         layers = list(cls._layers(tensors, config, model))
         own_print = _same_base(stored_print, model, folder)
@@ -160,7 +166,7 @@ class ForeignFormat(ABC):
             factors[layer.name], notes[layer.name] = _convert_in_memory(cls, layer, bound)
         if not heads and all(algebra.is_zero(part) for part in factors.values()):
             raise AdapterUnsupported(f"{folder}: the adapter is without effect: every update is zero")
-        card |= {"converted_from": cls.peft_type, "conversion": notes, "stored_dtype": "+".join(sorted(dtypes))}
+        card |= {"converted_from": cls.peft_type, "conversion": notes, "stored_dtype": dtypes}
         base_model = config.text("base_model_name_or_path") or base_model_of_readme(folder)
         return Contents(base_model, factors, own_print, card, heads)
 
@@ -281,20 +287,6 @@ def _convert(layer: Layer, update: Factors | Dense, bound: Bound) -> tuple[Facto
     if isinstance(update, Factors):
         update = replace(update, kind=kind, kernel=kernel)
     return cut(update, bound, layer.where, kind=kind, kernel=kernel)
-
-
-def _tensors(folder: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], set[str]]:
-    tensors: dict[str, Tensor] = {}
-    dtypes: set[str] = set()
-    for key, dtype, tensor in stored_tensors(folder, allow_pickle=allow_pickle, integers=True):
-        if num := int((~torch.isfinite(tensor)).sum()):
-            raise AdapterCorrupt(f"{folder}: {num} of {tensor.numel()} values of {key!r} are NaN or infinite")
-        tensors[key] = tensor
-        if dtype not in INTEGERS:
-            dtypes.add({"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(dtype, dtype.lower()))
-    if not tensors:
-        raise AdapterCorrupt(f"{folder}: the file holds no tensors")
-    return tensors, dtypes
 
 
 def _heads(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from loraweave.hub.formats._files import listing, open_file
 from loraweave.hub.formats._peft_config import WEIGHTS
 from loraweave.hub.formats._pickle import read_pickle, texts_in_pickle
 from loraweave.hub.formats._placing import BaseNames, Placement, divide
-from loraweave.hub.formats._safetensors import FLOATS, INTEGERS, file_metadata, read_tensors, tensor_names
+from loraweave.hub.formats._safetensors import INTEGERS, dtype_name, file_metadata, read_tensors, tensor_names
 from loraweave.hub.formats._updates import MATRICES, rank_of, update_of
 from loraweave.lowrank import algebra
 from loraweave.types import Factors
@@ -164,7 +164,7 @@ class FileFormat(ABC):
                 raise AdapterCorrupt(f"{where}: {key!r} of shape {tuple(tensor.shape)} is empty, or has NaN or infinity")
             held[module][part] = tensor
             if dtype not in INTEGERS and part != "alpha":
-                dtypes.add(str(FLOATS[dtype]).removeprefix("torch."))
+                dtypes.add(dtype_name(dtype))
         if not held:
             raise AdapterCorrupt(f"{where}: the file holds no tensors")
         return held, dtypes

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
-from loraweave.hub.formats._config import Config, config_fields
+from loraweave.hub.formats._config import Config
 from loraweave.hub.formats._foreign import ForeignFormat, Layer
 from loraweave.hub.formats._peft_config import PeftConfig, parse
 
@@ -21,10 +22,9 @@ class LoraVariant(ForeignFormat):
     field: ClassVar[str]
 
     @classmethod
-    def recognises(cls, folder: Path) -> bool:
-        """Whether the folder's config is a LoRA with this field set."""
-        fields = config_fields(folder)
-        return fields.get("peft_type") == "LORA" and bool(fields.get(cls.field))
+    def claims(cls, folder: Path, fields: Mapping[str, Any]) -> bool:
+        """Whether the config is a LoRA's with this field set."""
+        return super().claims(folder, fields) and bool(fields.get(cls.field))
 
     @classmethod
     def settings(cls, config: Config) -> PeftConfig:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.formats._peft_config import PREFIX, without_prefix
-from loraweave.hub.formats._safetensors import MAX_KEY_LENGTH
+from loraweave.hub.formats._safetensors import MAX_KEY_LENGTH, require_finite
 
 # what PEFT adds to modules_to_save by itself for a task; only one of the names need exist in the model
 TASK_HEADS = {
@@ -68,8 +68,7 @@ def check_heads(heads: Mapping[str, Tensor], listed: Sequence[str], task: str, f
     for parameter, tensor in heads.items():
         if not tensor.numel():
             raise AdapterCorrupt(f"{folder}: head {parameter!r} has shape {tuple(tensor.shape)} and holds nothing")
-        if num := int((~torch.isfinite(tensor)).sum()):
-            raise AdapterCorrupt(f"{folder}: {num} of {tensor.numel()} values of head {parameter!r} are NaN or infinite")
+        require_finite(tensor, str(folder), f"head {parameter!r}")
     names = list(dict.fromkeys((*listed, *TASK_HEADS.get(task, ()))))
     found = [name for name in names if any(_depth(parameter.split("."), [name]) for parameter in heads)]
     optional = TASK_HEADS.get(task, ()) if found else ()

@@ -5,7 +5,7 @@ A PEFT folder names its type; a folder without adapter_config.json is asked of e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,6 @@ from loraweave.hub.formats._foreign import ForeignFormat
 from loraweave.hub.formats._lora_file import PICKLES, FileFormat, is_pickle, lora_files, refuse_pickle
 from loraweave.hub.formats._pickle import texts_in_pickle
 from loraweave.hub.formats._safetensors import tensor_names
-from loraweave.hub.formats.base_change import BaseChange
-from loraweave.hub.formats.bdlora import Bdlora
-from loraweave.hub.formats.kasa import Kasa
-from loraweave.hub.formats.lora_xs import LoraXs
-from loraweave.hub.formats.merged_linear import MergedLinear
 from loraweave.hub.formats.peft import Peft
 from loraweave.hub.intake.kept_files import read_kept
 from loraweave.lowrank import algebra
@@ -92,27 +87,34 @@ def is_adapter(folder: Path) -> bool:
 
 def _read(folder: Path, model: nn.Module | None, rank: int | None, max_error: float, allow_pickle: bool) -> Contents:
     bound = Bound(rank, max_error)
-    kind = Config.of(folder).fields.get("peft_type") if present(folder, CONFIG) else None
+    fields = Config.of(folder).fields if present(folder, CONFIG) else {}
+    kind = fields.get("peft_type")
     if isinstance(kind, str) and kind in REFUSED:
         raise AdapterUnsupported(f"{folder}: peft_type is {kind!r}, which cannot be read as factors: {REFUSED[kind]}")
-    for layout in (LoraXs, BaseChange, MergedLinear, Bdlora, Kasa):
-        if layout.recognises(folder):
-            return layout.read(folder, model=model, rank=rank, max_error=max_error, allow_pickle=allow_pickle)
-    if isinstance(kind, str) and kind != "LORA":
-        foreign = _foreign(kind, folder)
-        return foreign.read(folder, model=model, rank=rank, max_error=max_error, allow_pickle=allow_pickle)
+    layout = _layout_of(kind, folder, fields, allow_pickle)
+    if layout is None:
+        return _cut_ranks(Peft.read(folder, allow_pickle=allow_pickle), bound, folder)
+    # a format that is written too is read as it was written
+    if hasattr(layout, "write"):
+        return _cut_ranks(layout.read(folder), bound, folder)
+    contents: Contents = layout.read(folder, model=model, rank=rank, max_error=max_error, allow_pickle=allow_pickle)
+    return contents
+
+
+def _layout_of(kind: object, folder: Path, fields: Mapping[str, Any], allow_pickle: bool) -> Any:
+    """The format of a folder whose config names `kind`, None for a plain LoRA."""
+    if kind == "LORA":
+        variants = (layout for layout in _formats() if getattr(layout, "peft_type", "") == kind)
+        return next((layout for layout in variants if layout.claims(folder, fields)), None)
+    if isinstance(kind, str):
+        return _foreign(kind, folder)
     if kind is None:
         for layout in _own_formats():
-            if issubclass(layout, FileFormat):
-                if layout.recognises(folder, allow_pickle=allow_pickle):
-                    contents: Contents = layout.read(
-                        folder, model=model, rank=rank, max_error=max_error, allow_pickle=allow_pickle
-                    )
-                    return contents
-            elif layout.recognises(folder):
-                return _cut_ranks(layout.read(folder), bound, folder)
+            consent = {"allow_pickle": allow_pickle} if issubclass(layout, FileFormat) else {}
+            if layout.recognises(folder, **consent):
+                return layout
         _refuse_unknown_file(folder, allow_pickle)
-    return _cut_ranks(Peft.read(folder, allow_pickle=allow_pickle), bound, folder)
+    return None
 
 
 def _foreign(kind: str, folder: Path) -> type[ForeignFormat]:
@@ -127,10 +129,11 @@ def _foreign(kind: str, folder: Path) -> type[ForeignFormat]:
 
 def _own_formats() -> Iterator[Any]:
     """The formats that are recognised by their files, not by a type that PEFT's config names."""
-    for name in registry.names("formats"):
-        layout = registry.get("formats", name)
-        if layout is not Peft and layout is not BaseChange and not issubclass(layout, ForeignFormat):
-            yield layout
+    return (layout for layout in _formats() if layout is not Peft and not hasattr(layout, "peft_type"))
+
+
+def _formats() -> Iterator[Any]:
+    return (registry.get("formats", name) for name in registry.names("formats"))
 
 
 def _refuse_unknown_file(source: Path, allow_pickle: bool) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -90,6 +90,30 @@ def read_tensors(folder: Path, names: list[str], *, integers: bool = False) -> I
         with open_file(folder, name) as (file, _):
             for key, entry in entries.items():
                 yield key, entry.dtype, _read_tensor(file, folder, name, key, entry, start)
+
+
+def gather(stored: Iterable[tuple[str, str, Tensor]], folder: Path) -> tuple[dict[str, Tensor], str]:
+    """The tensors by key, and their dtypes in the file ("float16+float32"). Raises AdapterCorrupt where there are none."""
+    tensors: dict[str, Tensor] = {}
+    dtypes: set[str] = set()
+    for key, dtype, tensor in stored:
+        tensors[key] = tensor
+        if dtype in FLOATS:
+            dtypes.add(dtype_name(dtype))
+    if not tensors:
+        raise AdapterCorrupt(f"{folder}: the file holds no tensors")
+    return tensors, "+".join(sorted(dtypes))
+
+
+def dtype_name(dtype: str) -> str:
+    """torch's name of a floating point dtype of the file."""
+    return str(FLOATS[dtype]).removeprefix("torch.")
+
+
+def require_finite(tensor: Tensor, where: str, what: str) -> None:
+    """Raises AdapterCorrupt, with their number, for values that are NaN or infinite."""
+    if num := int((~torch.isfinite(tensor)).sum()):
+        raise AdapterCorrupt(f"{where}: {num} of {tensor.numel()} values of {what} are NaN or infinite")
 
 
 def shards(folder: Path, index_name: str) -> list[str]:

@@ -31,10 +31,17 @@ class BaseChange:
     OLoRA (Buyukakyuz 2024, arXiv 2406.01775). All three are functions of W alone, whatever signs a library gives them.
     """
 
-    @staticmethod
-    def recognises(folder: Path) -> bool:
+    peft_type = "LORA"
+
+    @classmethod
+    def recognises(cls, folder: Path) -> bool:
         """Whether the folder's config is a LoRA with one of these starts."""
-        return _init_of(config_fields(folder)) in INITS
+        return cls.claims(folder, config_fields(folder))
+
+    @staticmethod
+    def claims(folder: Path, fields: Mapping[str, Any]) -> bool:
+        """`recognises` for a folder whose config has been read."""
+        return _init_of(fields) in INITS
 
     @staticmethod
     def read(

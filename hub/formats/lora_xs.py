@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from loraweave.errors import AdapterCorrupt
 from loraweave.hub.formats._config import Config
@@ -24,10 +26,10 @@ class LoraXs(ForeignFormat):
     parts = frozenset({"lora_A.weight", "lora_B.weight", MIDDLE})
 
     @classmethod
-    def recognises(cls, folder: Path) -> bool:
+    def claims(cls, folder: Path, fields: Mapping[str, Any]) -> bool:
         """Whether the folder is a LoRA whose file has a matrix between A and B."""
         try:
-            return super().recognises(folder) and any(
+            return super().claims(folder, fields) and any(
                 name.endswith(GLUED) for file in weight_files(folder) for name in tensor_names(folder, file)
             )
         except ValueError:

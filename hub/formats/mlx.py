@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -75,13 +74,16 @@ class Mlx(FileFormat):
         unknown = sorted(set(settings) - {"rank", "scale", "alpha", "dropout", "keys"})
         if unknown:
             raise AdapterUnsupported(f"{folder}: lora_parameters has the unknown field {unknown[0]!r:.80}")
-        scale, rank = _number(settings, "scale", folder), _number(settings, "rank", folder)
+        given = Config(folder, settings)
+        scale, rank = given.number("scale"), given.number("rank")
+        if rank < 1:
+            raise AdapterCorrupt(f"{folder}: lora_parameters has rank={rank:g}, below 1")
         for module, parts in held.items():
             if "down" in parts and parts["down"].shape[0] != rank:
                 raise AdapterCorrupt(
                     f"{folder}: {module!r} has rank {parts['down'].shape[0]}, but lora_parameters say {rank:g}"
                 )
-        alpha = _number(settings, "alpha", folder) if "alpha" in settings else rank
+        alpha = given.number("alpha") if "alpha" in settings else rank
         return dict.fromkeys(held, scale * alpha / rank)
 
     @classmethod
@@ -113,15 +115,3 @@ def _fields(folder: Path) -> Mapping[str, Any] | None:
     """MLX's config in a folder, None where there is none."""
     fields = Config.of(folder).fields if present(folder, CONFIG) else {}
     return fields if isinstance(fields.get("lora_parameters"), dict) and "peft_type" not in fields else None
-
-
-def _number(settings: Mapping[str, Any], name: str, folder: Path) -> float:
-    value = settings.get(name)
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not math.isfinite(value)
-        or (name == "rank" and value < 1)
-    ):
-        raise AdapterCorrupt(f"{folder}: lora_parameters has {name}={value!r:.80}, not a number")
-    return float(value)

@@ -30,7 +30,7 @@ from loraweave.hub.formats._peft_config import (
 )
 from loraweave.hub.formats._peft_heads import TASK_HEADS, check_heads, take_heads
 from loraweave.hub.formats._peft_write import write_folder
-from loraweave.hub.formats._safetensors import FLOATS
+from loraweave.hub.formats._safetensors import gather, require_finite
 from loraweave.lowrank import algebra
 from loraweave.types import Factors
 
@@ -59,14 +59,14 @@ class Peft:
         folder = Path(folder)
         config = parse({**Config.of(folder).fields, **(assumed or {})}, folder)
         card, fingerprint, layout = read_card(folder)
-        stored, dtypes = _read_stored(folder, allow_pickle)
+        stored, dtypes = gather(stored_tensors(folder, allow_pickle=allow_pickle), folder)
         heads, saved = _heads_of(stored, config)
         layers = _layers_of(_parts_of(stored, folder), config, layout)
         if not heads and all(algebra.is_zero(factors) for factors in layers.values()):
             why = "lora_alpha is 0" if config.alpha == 0 else "every update is zero"
             raise AdapterUnsupported(f"{folder}: the adapter is without effect: {why}")
         recorded = dict(config.recorded) | ({"modules_to_save": saved} if saved else {})
-        card |= {"peft": recorded, "stored_dtype": "+".join(sorted(dtypes))}
+        card |= {"peft": recorded, "stored_dtype": dtypes}
         return Contents(config.base_model or base_model_of_readme(folder), layers, fingerprint, card, heads)
 
     @staticmethod
@@ -80,18 +80,6 @@ class Peft:
         if not contents.heads and all(algebra.is_zero(factors) for factors in contents.layers.values()):
             raise AdapterUnsupported(f"cannot write to {folder}: the adapter is without effect, every update is zero")
         return write_folder(contents, Path(folder), dtype=dtype)
-
-
-def _read_stored(folder: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], set[str]]:
-    """Every tensor in fp32 by its name in the file, and the dtypes they were stored in."""
-    tensors: dict[str, Tensor] = {}
-    dtypes: set[str] = set()
-    for key, dtype, tensor in stored_tensors(folder, allow_pickle=allow_pickle):
-        tensors[key] = tensor
-        dtypes.add(str(FLOATS[dtype]).removeprefix("torch."))
-    if not tensors:
-        raise AdapterCorrupt(f"{folder}: the file holds no tensors")
-    return tensors, dtypes
 
 
 def _heads_of(stored: dict[str, Tensor], config: PeftConfig) -> tuple[dict[str, Tensor], list[str]]:
@@ -112,8 +100,7 @@ def _parts_of(stored: Mapping[str, Tensor], folder: Path) -> dict[str, Parts]:
             raise AdapterCorrupt(
                 f"{folder}: several tensors are the part {parsed.part!r} of layer {parsed.layer!r}, one is {key!r}"
             )
-        if num := int((~torch.isfinite(tensor)).sum()):
-            raise AdapterCorrupt(f"{where}: {num} of {tensor.numel()} values of {key!r} are NaN or infinite")
+        require_finite(tensor, where, repr(key))
         if tensor.numel() == 0:
             raise AdapterCorrupt(f"{where}: {key!r} has shape {tuple(tensor.shape)} and holds nothing")
         parts[parsed.layer][parsed.part] = tensor

@@ -53,7 +53,7 @@ REFUSED = {
     "DoRA": ({"fine_tune_type": "dora"}, AdapterUnsupported, "'dora'"),
     "an older DoRA": ({"use_dora": True}, AdapterUnsupported, "use_dora True"),
     "another rank": ({"settings": {"rank": 4}}, AdapterCorrupt, "rank 2, but lora_parameters say 4"),
-    "no scale": ({"settings": {"scale": None}}, AdapterCorrupt, "scale=None"),
+    "no scale": ({"settings": {"scale": None}}, AdapterCorrupt, "scale is None"),
     "an unknown field": ({"settings": {"new": 1}}, AdapterUnsupported, "'new'"),
     "experts": (
         {"held": {f"{LAYER}.lora_a": torch.ones(3, 2, 5), f"{LAYER}.lora_b": torch.ones(3, 7, 2)}},

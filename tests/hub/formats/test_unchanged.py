@@ -56,7 +56,7 @@ def rewritten_at_the_same_time(folder):
 
 
 @pytest.mark.parametrize("change", [replaced, rewritten, rewritten_at_the_same_time, cut_off, added])
-@pytest.mark.parametrize("moment", ["_read_stored", "_layers_of"])
+@pytest.mark.parametrize("moment", ["gather", "_layers_of"])
 def test_a_change_between_config_and_the_end_is_named_and_nothing_is_stored(folder, tmp_path, monkeypatch, change, moment):
     own = getattr(peft, moment)
 
@@ -72,11 +72,11 @@ def test_a_change_between_config_and_the_end_is_named_and_nothing_is_stored(fold
 
 
 def test_other_files_may_change_while_the_adapter_is_read(folder, monkeypatch):
-    own = peft._read_stored
+    own = peft.gather
 
     def meanwhile(*arguments):
         (folder / "optimizer.pt").write_bytes(b"x")
         return own(*arguments)
 
-    monkeypatch.setattr(peft, "_read_stored", meanwhile)
+    monkeypatch.setattr(peft, "gather", meanwhile)
     assert Adapter.from_pretrained(folder).rank == 1
