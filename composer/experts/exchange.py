@@ -13,7 +13,8 @@ from torch import Tensor
 from loraweave.common.checks import is_whole
 from loraweave.composer.experts.expert_model import ExpertModel
 from loraweave.composer.experts.forms.sum_of_experts import SumOfExperts
-from loraweave.composer.experts.parts import Start, key_of
+from loraweave.composer.experts.parts import Start
+from loraweave.composer.train.learner import key_of
 from loraweave.errors import LayerMismatch, ScopeError, UnknownName, WeightingError
 from loraweave.hub.adapter import Adapter
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -24,13 +25,14 @@ from loraweave.composer.experts.hooks import (
     require_same_call,
     same_call,
 )
-from loraweave.composer.experts.parts import Parts, Starts, closing_blocks, key_of, make_parts, shapes_of
-from loraweave.composer.experts.running import RUNNING, Branch, Running, shared_stream
-from loraweave.composer.experts.saving import one_expert, read_saved_experts, whole_mixture, write_experts
+from loraweave.composer.experts.parts import Parts, Starts, closing_blocks, make_parts, shapes_of
+from loraweave.composer.experts.running import RUNNING, Branch, Running
+from loraweave.composer.experts.saving import as_adapter, one_expert, read_saved_experts, require_updates, write_experts
 from loraweave.composer.live.call_router import arguments_of
 from loraweave.composer.live.kernels._own_precision import own_precision
 from loraweave.composer.model.batches import IGNORED
 from loraweave.composer.train.experts import fit
+from loraweave.composer.train.learner import ExpertLearner, key_of
 from loraweave.composer.train.rows import places_of
 from loraweave.errors import CompositionError, ScopeError, TrainingError
 from loraweave.hub.adapter import Adapter
@@ -40,7 +42,7 @@ from loraweave.routers.tokens._call import prompted, with_tokenizer
 from loraweave.routers.tokens._learned import Step, TrainingReport
 
 
-class ExpertModel(nn.Module):
+class ExpertModel(ExpertLearner):
     """The experts and gates of a recipe, live in the calls of this model; the base, called itself, is as it was.
 
     Called and generated with like the base, whose parameters are frozen until `close()`. `task` gives the tasks of the rows,
@@ -66,17 +68,9 @@ class ExpertModel(nn.Module):
         self.base_model = base_model
         self.recipe = recipe
         self.tokenizer = tokenizer
-        self.terms: dict[str, Tensor] = {}
-        # of the last call with labels, without the terms
-        self.own_loss: Tensor | None = None
-        # what the gates did in the last call with notes
-        self.notes: Any = None
-        self.report: Mapping[str, Any] | None = None
-        # digests of what an interrupted training left, and of what it began with
-        self.interrupted = ("", "")
+        self.terms, self.own_loss, self.notes, self.report, self.interrupted = {}, None, None, None, ("", "")
         self._given, self._starts = shapes, starts
         self.names = tuple(names)
-        self.sites: dict[str, Site] = {}
         self._take(make_parts(base_model, recipe, shapes, starts))
         self._learning = [parameter for parameter in base_model.parameters() if parameter.requires_grad]
         base_model.requires_grad_(False)
@@ -96,33 +90,9 @@ class ExpertModel(nn.Module):
                     self._handles.append(module.register_forward_hook(AfterBranch(self)))
 
     @property
-    def config(self) -> Any:
-        return self.base_model.config
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.base_model.parameters()).device
-
-    @property
-    def expert_names(self) -> tuple[str, ...]:
-        """A name for each expert of the site that has most."""
-        most = max(shape.num_experts for shape in self.shapes.values())
-        return (*self.names, *map(str, range(len(self.names), most)))
-
-    @property
     def hf_device_map(self) -> Any:
         """The base's, where it is spread over devices. AttributeError where it is not."""
         return self.base_model.hf_device_map
-
-    @property
-    def shapes(self) -> dict[str, ExpertShape]:
-        """The experts of each site."""
-        return {name: layer.shape for name, layer in self.named_layers()}
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """What a row may belong to, in the order of the ids."""
-        return self.recipe.tasks
 
     def forward(self, *args: Any, task: Any = None, **kwargs: Any) -> Any:
         """The base's output, with the recipe's losses in its `loss` in training mode."""
@@ -131,7 +101,7 @@ class ExpertModel(nn.Module):
             require_same_call(self.base_model)
         running = Running(self, self.task_ids(task), notes=self.training)
         if self.recipe.branches:
-            running.branch = Branch(left=True, noted=shared_stream(self, args, kwargs))
+            running.branch = Branch(left=True, noted=self._shared_stream(args, kwargs))
         with holding(RUNNING, running):
             output = self.base_model(*args, **kwargs)
         # without return_dict the loss is the first of a tuple
@@ -148,6 +118,15 @@ class ExpertModel(nn.Module):
                     return (loss, *output[1:])
                 output.loss = loss
         return output
+
+    def _shared_stream(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What the branches of tasks take over from a call of the base without tasks. Raises ScopeError for a cache."""
+        if kwargs.get("past_key_values") is not None:
+            raise ScopeError(f"recipe {self.recipe.name!r} runs the model twice and takes no cache: give all tokens at once")
+        branch = Branch(num_streams=self.recipe.num_streams)
+        with holding(RUNNING, Running(self, branch=branch)):
+            self.base_model(*args, **{name: value for name, value in kwargs.items() if name != "labels"})
+        return branch.noted
 
     def terms_of(self, step: Step) -> dict[str, Tensor]:
         """The recipe's losses in a pass, by name."""
@@ -196,31 +175,36 @@ class ExpertModel(nn.Module):
         found: Tensor = layer.after(part, self.base_model.get_submodule(name), args, y, seen)
         return found
 
-    def expert_state(self) -> dict[str, Tensor]:
-        """The tensors of experts and gates, by name."""
-        return {name: value for name, value in self.state_dict().items() if not name.startswith("base_model.")}
-
-    def expert_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters of experts and gates, by name."""
-        return {name: value for name, value in self.named_parameters() if not name.startswith("base_model.")}
-
-    def learning(self) -> dict[str, nn.Parameter]:
-        """What fit() trains, by name: experts and gates, and of the base what was unfrozen by hand since."""
-        return {name: value for name, value in self.named_parameters() if value.requires_grad}
-
     def expert(self, number: int) -> Adapter:
         """One expert alone, at weight 1 wherever it is, as an adapter of its own.
 
         Raises ScopeError for a form that is no update of layers, UnknownName for a number that no expert has.
         """
-        return one_expert(self, number)
+        return one_expert(self.base_model, self.recipe, self.named_layers(), number)
 
     def adapter(self, task: str | int | None = None) -> Adapter:
         """The whole mixture as one adapter, where its weights depend on nothing, or on the task alone, which is then given.
 
         Raises ScopeError for weights that depend on the input, UnknownName for a task that there is not.
         """
-        return whole_mixture(self, task)
+        require_updates(self.recipe, self.named_layers(), "the mixture")
+        if not all(gate.static for gate in self.gates.values()):
+            raise ScopeError(
+                f"the weights of recipe {self.recipe.name!r} depend on the input, so that no one adapter has them: export "
+                "its experts one by one (expert(number)), or save_pretrained() the whole"
+            )
+        task_B = self.task_ids(task)
+        if task_B is not None and len(task_B) != 1:
+            raise ScopeError(f"one adapter is the mixture of one task, and {len(task_B)} are given: make one of each")
+        call, layers = Call(task_B=task_B), {}
+        with torch.no_grad():
+            self.show_gates(call)
+            for name, layer in self.named_layers().items():
+                gate = self.gate_of(self.sites[name])
+                w_E = torch.ones(layer.shape.num_experts) if gate is None else gate(None, call).w_BTE.flatten()
+                layers[name] = layer.factors(w_E)
+        named = self.recipe.name if task is None else f"{self.recipe.name}-{task}"
+        return as_adapter(self.base_model, self.recipe, named, layers, {} if task is None else {"task": str(task)})
 
     def fit(self, dataset: Any, tokenizer: Any = None, **settings: Any) -> Self:
         """Trains experts and gates on a dataset, by transformers' Trainer, and returns the model, which is then for use.
@@ -237,7 +221,7 @@ class ExpertModel(nn.Module):
         then has the last good parameters.
         """
         self.require_trainable()
-        fit(self, dataset, self.tokenizer if tokenizer is None else tokenizer, settings)
+        fit(self, dataset, self.tokenizer if tokenizer is None else tokenizer, settings, same_call=same_call)
         return self
 
     def require_trainable(self) -> None:
@@ -274,7 +258,14 @@ class ExpertModel(nn.Module):
 
         Raises WeightingError for a folder that holds something else or cannot be written, and for what is no path.
         """
-        return write_experts(self, folder)
+        if own := [name for name, parameter in self.base_model.named_parameters() if parameter.requires_grad]:
+            warnings.warn(
+                f"{folder} gets experts and gates alone, but {own[0]!r} and what else of the base was unfrozen, {len(own)} "
+                "parameters in all, may have learned too: save the base as well, and make this from it",
+                stacklevel=2,
+            )
+        state = self.expert_state()
+        return write_experts(folder, self.base_model, self.recipe, self.shapes, self.names, state, self.report)
 
     def load(self, folder: str | Path) -> Self:
         """Puts in what an expert model of the same recipe and base has saved; tasks are taken over where this has none.
@@ -322,7 +313,7 @@ class ExpertModel(nn.Module):
             handle.remove()
         self._handles.clear()
         hooks = self.base_model._forward_pre_hooks.values()
-        others = [hook.owner for hook in hooks if isinstance(hook, BeforeCall) and hook.owner is not None]
+        others = [hook.owner for hook in hooks if isinstance(hook, BeforeCall) and isinstance(hook.owner, ExpertModel)]
         for other in others[:1]:
             # the base stays frozen for those that are still on it
             other._learning += self._learning
@@ -392,11 +383,7 @@ class ExpertModel(nn.Module):
 
     def _factors(self) -> dict[str, Tensor]:
         """a_SI of each site that has them."""
-        return {name: layer.a_SI for name, layer in self.named_layers() if hasattr(layer, "a_SI")}
-
-    def named_layers(self) -> list[tuple[str, Any]]:
-        """The experts of each site, by its path."""
-        return [(name, self.layers[key_of(name)]) for name in self.sites]
+        return {name: layer.a_SI for name, layer in self.named_layers().items() if hasattr(layer, "a_SI")}
 
     def task_ids(self, task: Any) -> Tensor | None:
         """task_B of names or ids, one for each row, or one for all. Raises UnknownName for one that there is not."""

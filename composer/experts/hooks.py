@@ -9,7 +9,7 @@ from collections import Counter
 from contextlib import nullcontext
 from contextvars import Token
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +17,22 @@ from torch import Tensor, nn
 from loraweave.composer.experts.running import RUNNING, Running
 from loraweave.composer.train.checkpointed_blocks import Contexts
 from loraweave.errors import ScopeError, TrainingError
+from loraweave.routers.recipes._gate import Call
 
-if TYPE_CHECKING:
-    from loraweave.composer.experts.expert_model import ExpertModel
+
+class Owner(Protocol):
+    """The expert model whose hooks these are."""
+
+    def show_gates(self, call: Call) -> None: ...
+    def with_experts(self, name: str, module: nn.Module, args: tuple[Any, ...], y: Tensor, call: Call) -> Tensor: ...
+    def before_part(self, name: str, part: int, args: tuple[Any, ...], running: Running) -> tuple[Any, ...]: ...
+    def after_part(self, name: str, part: int, args: tuple[Any, ...], y: Tensor, running: Running) -> Tensor: ...
 
 
 class _Hook:
     """A hook of one expert model; `owner` is None in a copy of the base alone."""
 
-    def __init__(self, owner: ExpertModel | None) -> None:
+    def __init__(self, owner: Owner | None) -> None:
         self.owner = owner
 
     @property
@@ -53,7 +60,7 @@ class BeforeCall(_Hook):
 class AfterSite(_Hook):
     """After a site's forward: its output with its experts."""
 
-    def __init__(self, owner: ExpertModel, site: str) -> None:
+    def __init__(self, owner: Owner, site: str) -> None:
         super().__init__(owner)
         self.site = site
 
@@ -67,7 +74,7 @@ class AfterSite(_Hook):
 class BeforeBranch(_Hook):
     """Before the block where branches leave the shared stream: its input is the shared stream's."""
 
-    def __init__(self, owner: ExpertModel, block: str) -> None:
+    def __init__(self, owner: Owner, block: str) -> None:
         super().__init__(owner)
         self.block = block
 
@@ -104,7 +111,7 @@ class AfterBranch(_Hook):
 class BeforePart(_Hook):
     """Before the forward of a layer within a site: its input with the experts of the site."""
 
-    def __init__(self, owner: ExpertModel, site: str, part: int) -> None:
+    def __init__(self, owner: Owner, site: str, part: int) -> None:
         super().__init__(owner)
         self.site = site
         self.part = part

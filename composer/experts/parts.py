@@ -15,6 +15,7 @@ from loraweave.composer.experts.forms._form import placed
 from loraweave.composer.experts.running import input_embeddings
 from loraweave.composer.model.kinds import linear
 from loraweave.composer.model.kinds._kind import LayerKind
+from loraweave.composer.train.learner import key_of
 from loraweave.errors import LayerMismatch, UnknownName, WeightingError
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
 from loraweave.routers.tokens._model import block_of
@@ -85,11 +86,6 @@ def shapes_of(
 ) -> dict[str, ExpertShape]:
     """The experts of each site, of the recipe's own or of the given shapes."""
     return {site.name: shape for site, shape in _sites(base_model, recipe, shapes).items()}
-
-
-def key_of(path: str) -> str:
-    """A site's or gate's key: torch takes a dot in a name for a step down."""
-    return path.replace(".", "/")
 
 
 def _sites(base_model: nn.Module, recipe: Recipe, shapes: Mapping[str, ExpertShape] | None) -> dict[Site, ExpertShape]:

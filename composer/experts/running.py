@@ -6,22 +6,18 @@ from collections.abc import Hashable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loraweave.common.process import holding
 from loraweave.composer.live.call_router import arguments_of
-from loraweave.composer.model.batches import IGNORED
+from loraweave.composer.model.batches import IGNORED, has_two_sequences
 from loraweave.errors import ScopeError
 from loraweave.routers.recipes._gate import Call
 from loraweave.routers.tokens._call import current_prompts
 from loraweave.routers.tokens._learned import Step
-
-if TYPE_CHECKING:
-    from loraweave.composer.experts.expert_model import ExpertModel
 
 
 @dataclass(eq=False)
@@ -136,16 +132,6 @@ class Running:
 RUNNING: ContextVar[Running | None] = ContextVar("loraweave_experts", default=None)
 
 
-def shared_stream(owner: ExpertModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What the branches of tasks take over from a call of the base: it runs without tasks. Raises ScopeError for a cache."""
-    if kwargs.get("past_key_values") is not None:
-        raise ScopeError(f"recipe {owner.recipe.name!r} runs the model twice and takes no cache: give all tokens at once")
-    branch = Branch(num_streams=owner.recipe.num_streams)
-    with holding(RUNNING, Running(owner, branch=branch)):
-        owner.base_model(*args, **{name: value for name, value in kwargs.items() if name != "labels"})
-    return branch.noted
-
-
 def _num_rows(main: Tensor | None) -> int:
     """The rows of a call; 0 where it has no tensor of them."""
     if main is None:
@@ -204,11 +190,6 @@ def input_embeddings(model: nn.Module) -> Any:
     except (AttributeError, NotImplementedError):
         return None
     return found if isinstance(found, nn.Embedding) else None
-
-
-def has_two_sequences(model: nn.Module) -> bool:
-    """Whether the model has an encoder and a decoder, whose tokens differ."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def _prompt_tokens(main: Tensor, real_BT: Tensor | None, labels: Any) -> Tensor | None:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from loraweave.common.checks import is_whole
+from loraweave.common.state import tensor_bytes
 from loraweave.composer.experts.parts import asked_tensors
 from loraweave.errors import (
     AdapterCorrupt,
@@ -33,15 +32,10 @@ from loraweave.hub.base import fingerprint
 from loraweave.hub.formats._files import listing, present, read_json
 from loraweave.hub.formats._replacing import replacing
 from loraweave.hub.formats._safetensors import hashed_tensors
-from loraweave.routers.recipes._gate import Call
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe
 from loraweave.routers.tokens._saved import MAX_JSON_BYTES
 from loraweave.routers.tokens._written import PACKAGES, finite, with_json_form
 from loraweave.types import Fingerprint
-
-if TYPE_CHECKING:
-    from loraweave.composer.experts.expert_model import ExpertModel
-
 
 FORMAT = 1
 FILE, TENSORS = "experts.json", "experts.safetensors"
@@ -119,7 +113,15 @@ class SavedExperts:
         return found
 
 
-def write_experts(model: ExpertModel, given: str | Path) -> Path:
+def write_experts(
+    given: str | Path,
+    base_model: nn.Module,
+    recipe: Recipe,
+    shapes: Mapping[str, ExpertShape],
+    names: Sequence[str],
+    state: Mapping[str, Tensor],
+    report: Mapping[str, Any] | None,
+) -> Path:
     """Writes the folder whole or not at all.
 
     Raises WeightingError for what is no path, for a folder that holds something else or cannot be written, and for options
@@ -130,24 +132,17 @@ def write_experts(model: ExpertModel, given: str | Path) -> Path:
     folder = Path(given)
     if folder.exists() and not (folder / FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise WeightingError(f"{folder} holds something that is no expert model; name another folder")
-    if own := [name for name, parameter in model.base_model.named_parameters() if parameter.requires_grad]:
-        warnings.warn(
-            f"{folder} gets experts and gates alone, but {own[0]!r} and what else of the base was unfrozen, {len(own)} "
-            "parameters in all, may have learned too: save the base as well, and make this from it",
-            stacklevel=3,
-        )
-    raw = expert_bytes(model)
-    recipe = model.recipe
+    raw = tensor_bytes(state)
     found = {
         "format": FORMAT,
         "recipe": recipe.name,
         "options": {name: with_json_form(f"recipe {recipe.name!r}", name, value) for name, value in recipe.options.items()},
-        "sites": {name: asdict(shape) for name, shape in model.shapes.items()},
-        "base_model": str(getattr(model.base_model, "name_or_path", "")),
-        "fingerprint": fingerprint(model.base_model).to_json(),
-        "names": list(model.names),
+        "sites": {name: asdict(shape) for name, shape in shapes.items()},
+        "base_model": str(getattr(base_model, "name_or_path", "")),
+        "fingerprint": fingerprint(base_model).to_json(),
+        "names": list(names),
         "sha256": hashlib.sha256(raw).hexdigest(),
-        "report": finite(model.report),
+        "report": finite(report),
         "versions": {package: version(package) for package in PACKAGES},
     }
     text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False)
@@ -158,12 +153,6 @@ def write_experts(model: ExpertModel, given: str | Path) -> Path:
     except HubError as error:
         raise WeightingError(f"{folder} cannot be written ({error}): name another folder, or make room") from error
     return folder
-
-
-def expert_bytes(model: ExpertModel) -> bytes:
-    """The tensors of experts and gates as a file of safetensors: the same bytes for the same bits."""
-    raw: bytes = save({name: value.detach().cpu().contiguous().clone() for name, value in model.expert_state().items()})
-    return raw
 
 
 def read_saved_experts(given: str | Path) -> SavedExperts:
@@ -209,50 +198,32 @@ def _shape(data: Mapping[str, Any]) -> ExpertShape:
     return ExpertShape(**{**data, "ranks": ranks})
 
 
-def one_expert(model: ExpertModel, number: int) -> Adapter:
-    """What `ExpertModel.expert` says."""
-    _require_updates(model, f"expert {number}")
-    layers = {
+def one_expert(base_model: nn.Module, recipe: Recipe, layers: Mapping[str, Any], number: int) -> Adapter:
+    """What `ExpertModel.expert` says; `layers` are the experts of each site."""
+    require_updates(recipe, layers, f"expert {number}")
+    own = {
         name: layer.factors(torch.eye(layer.shape.num_experts)[number])
-        for name, layer in model.named_layers()
+        for name, layer in layers.items()
         if is_whole(number, 0) and number < layer.shape.num_experts and layer.shape.ranks[number]
     }
-    if not layers:
-        most = max(layer.shape.num_experts for _, layer in model.named_layers())
-        raise UnknownName(f"recipe {model.recipe.name!r} has no expert {number!r}; its experts are 0 to {most - 1}")
-    return _adapter(model, f"{model.recipe.name}-{number}", layers, {"expert": number})
+    if not own:
+        most = max(layer.shape.num_experts for layer in layers.values())
+        raise UnknownName(f"recipe {recipe.name!r} has no expert {number!r}; its experts are 0 to {most - 1}")
+    return as_adapter(base_model, recipe, f"{recipe.name}-{number}", own, {"expert": number})
 
 
-def whole_mixture(model: ExpertModel, task: str | int | None) -> Adapter:
-    """What `ExpertModel.adapter` says."""
-    _require_updates(model, "the mixture")
-    if not all(gate.static for gate in model.gates.values()):
+def require_updates(recipe: Recipe, layers: Mapping[str, Any], what: str) -> None:
+    """Raises ScopeError for experts that are no updates of layers, of which no adapter can be made."""
+    if not all(layer.is_update for layer in layers.values()):
         raise ScopeError(
-            f"the weights of recipe {model.recipe.name!r} depend on the input, so that no one adapter has them: export "
-            "its experts one by one (expert(number)), or save_pretrained() the whole"
-        )
-    task_B = model.task_ids(task)
-    if task_B is not None and len(task_B) != 1:
-        raise ScopeError(f"one adapter is the mixture of one task, and {len(task_B)} are given: make one of each")
-    call, layers = Call(task_B=task_B), {}
-    with torch.no_grad():
-        model.show_gates(call)
-        for name, layer in model.named_layers():
-            gate = model.gate_of(model.sites[name])
-            w_E = torch.ones(layer.shape.num_experts) if gate is None else gate(None, call).w_BTE.flatten()
-            layers[name] = layer.factors(w_E)
-    named = model.recipe.name if task is None else f"{model.recipe.name}-{task}"
-    return _adapter(model, named, layers, {} if task is None else {"task": str(task)})
-
-
-def _require_updates(model: ExpertModel, what: str) -> None:
-    if not all(layer.is_update for _, layer in model.named_layers()):
-        raise ScopeError(
-            f"{what} of recipe {model.recipe.name!r} is no update of layers, and no adapter: save_pretrained() the whole"
+            f"{what} of recipe {recipe.name!r} is no update of layers, and no adapter: save_pretrained() the whole"
         )
 
 
-def _adapter(model: ExpertModel, name: str, layers: Mapping[str, Any], card: Mapping[str, Any]) -> Adapter:
-    recipe = {"method": "loraweave.experts", "recipe": model.recipe.name, **card}
-    base = str(getattr(model.base_model, "name_or_path", ""))
-    return Adapter(name, base, layers, fingerprint(model.base_model), {"recipe": recipe})
+def as_adapter(
+    base_model: nn.Module, recipe: Recipe, name: str, layers: Mapping[str, Any], card: Mapping[str, Any]
+) -> Adapter:
+    """These factors of layers as an adapter, whose card says of which recipe they are."""
+    about = {"method": "loraweave.experts", "recipe": recipe.name, **card}
+    base = str(getattr(base_model, "name_or_path", ""))
+    return Adapter(name, base, layers, fingerprint(base_model), {"recipe": about})

@@ -19,13 +19,13 @@ from loraweave.common.display import progress_bar
 from loraweave.common.randomness import caller_randomness, seeded
 from loraweave.common.state import checkpoint_folder
 from loraweave.composer.experts.expert_model import ExpertModel
-from loraweave.composer.experts.parts import key_of
-from loraweave.composer.experts.running import Running, has_two_sequences
-from loraweave.composer.model.batches import EncodedRow, untouched
+from loraweave.composer.experts.running import Running
+from loraweave.composer.model.batches import EncodedRow, has_two_sequences, untouched
 from loraweave.composer.model.kinds.linear import shape as linear_shape
 from loraweave.composer.train.experts import began, determining, remembered
 from loraweave.composer.train.fused import FusedTraining
 from loraweave.composer.train.jobs import PlannedJob, TrainingJob
+from loraweave.composer.train.learner import key_of
 from loraweave.composer.train.report import JobReport, TrainingReport
 from loraweave.composer.train.rows import HeldOut, JobRows, Judging, TaskRow
 from loraweave.composer.train.schedule import WARMUP_STEPS, Pace

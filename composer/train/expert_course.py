@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from loraweave.composer.model.batches import IGNORED
+from loraweave.composer.train.learner import ExpertLearner
 from loraweave.composer.train.progress import POINTS, WINDOW, TrainingProgress, Watch
 from loraweave.composer.train.schedule import Stream
 from loraweave.composer.train.settings import ExpertSettings
 from loraweave.composer.train.state import KeptState
+from loraweave.composer.train.tensor_rows import Feed
 from loraweave.errors import TrainingError
 from loraweave.routers.recipes._recipe import Recipe
 from loraweave.routers.recipes._token_gates import TokenGate
 from loraweave.routers.tokens._learned import TrainingReport
-
-if TYPE_CHECKING:
-    from loraweave.composer.experts.expert_model import ExpertModel
-    from loraweave.composer.train.experts import ExpertTrainer
 
 
 class Course(TrainerCallback):  # type: ignore[misc]
@@ -32,13 +30,14 @@ class Course(TrainerCallback):  # type: ignore[misc]
 
     def __init__(
         self,
-        model: ExpertModel,
+        model: ExpertLearner,
         settings: ExpertSettings,
         rows: Sequence[Any],
         held: Sequence[Any],
         kept: KeptState,
+        feed: Feed,
     ) -> None:
-        self._model, self._settings, self._held = model, settings, held
+        self._model, self._settings, self._held, self._feed = model, settings, held, feed
         named = model.learning()
         learner = f"recipe {model.recipe.name!r}"
         self.progress = TrainingProgress(
@@ -54,7 +53,7 @@ class Course(TrainerCallback):  # type: ignore[misc]
         self._totals: dict[str, Tensor] = {}
         self._bar: Progress | None = None
 
-    def begin(self, trainer: ExpertTrainer) -> None:
+    def begin(self, trainer: Trainer) -> None:
         """The Trainer whose steps these are."""
         self._trainer = trainer
 
@@ -72,9 +71,8 @@ class Course(TrainerCallback):  # type: ignore[misc]
         for name, value in parts.items():
             self._totals[name] = self._totals.get(name, 0.0) + value.double()
         self._watch.saw(self._model.notes)
-        feed = self._trainer.feed
-        self._overflow.saw(self._model.notes.weights, feed.labels(inputs))
-        self.progress.report.tokens += feed.size(inputs)
+        self._overflow.saw(self._model.notes.weights, self._feed.labels(inputs))
+        self.progress.report.tokens += self._feed.size(inputs)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not state.global_step:
@@ -148,10 +146,10 @@ class Course(TrainerCallback):  # type: ignore[misc]
         parts = [ordered[start : start + size] for start in range(0, len(ordered), size)]
         sums = torch.zeros(2, dtype=torch.float64, device=model.device)
         for part in parts[trainer.args.process_index :: trainer.args.world_size]:
-            inputs = trainer.feed.inputs_of(part)
-            with trainer.products():
-                _, mean = trainer.feed.called(model, inputs)
-            count = trainer.feed.count(inputs)
+            inputs = self._feed.inputs_of(part)
+            with self._settings.products(model.device):
+                _, mean = self._feed.called(model, inputs)
+            count = self._feed.count(inputs)
             sums += torch.stack([mean.double() * count, mean.new_tensor(count, dtype=torch.float64)])
         model.train(training)
         total, count = self._summed(sums).tolist()
@@ -208,7 +206,7 @@ class Overflow:
     are not those of tokens, all tokens count.
     """
 
-    def __init__(self, model: ExpertModel, report: TrainingReport) -> None:
+    def __init__(self, model: ExpertLearner, report: TrainingReport) -> None:
         self._recipe, self._report = model.recipe, report
         gates = [gate for gate in model.gates.values() if isinstance(gate, TokenGate) and gate.capacity is not None]
         self._most = gates[0].most if gates else 0

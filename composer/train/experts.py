@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,9 +17,10 @@ from transformers import PrinterCallback, Trainer, TrainerState, TrainingArgumen
 
 from loraweave.common.display import progress_bar
 from loraweave.common.randomness import caller_randomness, seeded
-from loraweave.composer.experts.hooks import same_call
-from loraweave.composer.experts.saving import expert_bytes
-from loraweave.composer.train.checkpointed_blocks import checkpointed_blocks
+from loraweave.common.state import tensor_bytes
+from loraweave.composer.train.checkpointed_blocks import Contexts, checkpointed_blocks
+from loraweave.composer.train.expert_course import Course
+from loraweave.composer.train.learner import ExpertLearner
 from loraweave.composer.train.rows import Owners, RowReader, owners_of
 from loraweave.composer.train.schedule import Stream
 from loraweave.composer.train.settings import ExpertSettings
@@ -28,16 +29,14 @@ from loraweave.composer.train.tensor_rows import Feed, TensorFeed, TensorReader,
 from loraweave.errors import TrainingError
 from loraweave.hub.base import fingerprint
 
-if TYPE_CHECKING:
-    from loraweave.composer.experts.expert_model import ExpertModel
-    from loraweave.composer.train.expert_course import Course
 
+def fit(
+    model: ExpertLearner, dataset: Any, tokenizer: Any, given: Mapping[str, Any], *, same_call: Callable[[], Contexts]
+) -> None:
+    """Trains `model` on a dataset with these `ExpertSettings`; what `ExpertModel.fit` says.
 
-def fit(model: ExpertModel, dataset: Any, tokenizer: Any, given: Mapping[str, Any]) -> None:
-    """Trains `model` on a dataset with these `ExpertSettings`; what `ExpertModel.fit` says."""
-    # transformers' Trainer is slow to import
-    from loraweave.composer.train.expert_course import Course
-
+    `same_call` gives the call in which a checkpointed block runs again.
+    """
     settings = ExpertSettings.of(model.recipe, given)
     owners, base = owners_of(model), model.base_model
     tensors = are_tensors(dataset, base, settings.loss)
@@ -57,7 +56,7 @@ def fit(model: ExpertModel, dataset: Any, tokenizer: Any, given: Mapping[str, An
     begun = "" if settings.checkpoint is None else began(model)
     kept = KeptState.of(model.recipe.name, [*determining(model, list(model.learning())), begun], settings, rows, held)
     feed = TensorFeed(model, settings.loss) if tensors else TokenFeed(model, tokenizer)
-    course = Course(model, settings, rows, held, kept)
+    course = Course(model, settings, rows, held, kept, feed)
     with ExitStack() as stack:
         stack.enter_context(caller_randomness())
         stack.enter_context(_as_it_was(model))
@@ -79,7 +78,7 @@ def fit(model: ExpertModel, dataset: Any, tokenizer: Any, given: Mapping[str, An
 
 
 @contextmanager
-def _as_it_was(model: ExpertModel) -> Iterator[None]:
+def _as_it_was(model: ExpertLearner) -> Iterator[None]:
     """After it, each module of the base is in the mode in which it was, and its settings are; the experts are for use."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
@@ -112,7 +111,7 @@ class ExpertTrainer(Trainer):  # type: ignore[misc]
 
     def __init__(
         self,
-        model: ExpertModel,
+        model: ExpertLearner,
         settings: ExpertSettings,
         rows: Sequence[Any],
         feed: Feed,
@@ -154,12 +153,8 @@ class ExpertTrainer(Trainer):  # type: ignore[misc]
         stack.enter_context(torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type))
         place = self._course.num_passes * self.args.world_size + self.args.process_index
         torch.manual_seed(seeded(self._settings.seed, "dropout", self.state.global_step, place).initial_seed())
-        stack.enter_context(self.products())
+        stack.enter_context(self._settings.products(device))
         return stack
-
-    def products(self) -> Any:
-        """The precision of the model's products."""
-        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self._settings.mixed_precision == "bf16")
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -229,7 +224,7 @@ class _RowsOfSteps(Dataset[Any]):
         return self._step[1][offset]
 
 
-def _arguments(model: ExpertModel, settings: ExpertSettings, folder: str) -> TrainingArguments:
+def _arguments(model: ExpertLearner, settings: ExpertSettings, folder: str) -> TrainingArguments:
     """Raises TrainingError where the rows of a step do not divide among passes and processes, or the device is not ours."""
     accumulation = settings.gradient_accumulation or 1
     args = TrainingArguments(
@@ -276,7 +271,7 @@ def _scheduler(course: Course, settings: ExpertSettings) -> torch.optim.lr_sched
     )
 
 
-def determining(model: ExpertModel, learning: list[str]) -> list[Any]:
+def determining(model: ExpertLearner, learning: list[str]) -> list[Any]:
     """What is trained, as JSON."""
     options = {name: repr(value) for name, value in model.recipe.options.items()}
     if model.recipe.revision > 1:
@@ -284,7 +279,7 @@ def determining(model: ExpertModel, learning: list[str]) -> list[Any]:
     return [options, {name: repr(shape) for name, shape in model.shapes.items()}, learning]
 
 
-def began(model: ExpertModel) -> str:
+def began(model: ExpertLearner) -> str:
     """What says on which base, and with which parameters, the training begins, or began before it was interrupted."""
     now = _digest(model)
     interrupted, began = model.interrupted
@@ -292,7 +287,7 @@ def began(model: ExpertModel) -> str:
 
 
 @contextmanager
-def remembered(model: ExpertModel, began: str) -> Iterator[None]:
+def remembered(model: ExpertLearner, began: str) -> Iterator[None]:
     """Lets the same call on the same model, which an exception interrupts, know what it began with."""
     try:
         yield
@@ -301,6 +296,6 @@ def remembered(model: ExpertModel, began: str) -> Iterator[None]:
         raise
 
 
-def _digest(model: ExpertModel) -> str:
+def _digest(model: ExpertLearner) -> str:
     base = json.dumps(fingerprint(model.base_model).to_json(), sort_keys=True)
-    return hashlib.sha256(base.encode() + expert_bytes(model)).hexdigest()
+    return hashlib.sha256(base.encode() + tensor_bytes(model.expert_state())).hexdigest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 
@@ -14,16 +14,13 @@ from loraweave.common.names import unknown_expert
 from loraweave.common.randomness import seeded
 from loraweave.common.rows import FORMS, located, read_row
 from loraweave.composer.model.batches import IGNORED, EncodedRow, context_length, encode
+from loraweave.composer.train.learner import ExpertLearner
 from loraweave.errors import InvalidTask, ScopeError, TrainingError, UnknownName
 from loraweave.registry import nearest
 from loraweave.routers.recipes._gate import UNKNOWN
 from loraweave.routers.recipes._recipe import Recipe
 from loraweave.routers.tokens._learned import LearnedRouter
 from loraweave.types import Task
-
-if TYPE_CHECKING:
-    from loraweave.composer.experts.expert_model import ExpertModel
-
 
 TOKENS = ("input_ids", "labels")
 PLAIN = Task(())
@@ -335,7 +332,7 @@ class TaskRow(EncodedRow):
 class JobRows:
     """Reads what a job of `train_experts` learns from, and is judged by, as `ExpertModel.fit` reads a dataset."""
 
-    def __init__(self, name: str, model: ExpertModel, tokenizer: Any) -> None:
+    def __init__(self, name: str, model: ExpertLearner, tokenizer: Any) -> None:
         self._name = name
         self._model = model
         self._tokenizer = tokenizer
@@ -364,7 +361,7 @@ class JobRows:
         return [TaskRow(row.encoded.prompt, row.encoded.target, tuple(row.labels), row.expert) for row in rows]
 
 
-def owners_of(model: ExpertModel) -> Owners:
+def owners_of(model: ExpertLearner) -> Owners:
     """The tasks that rows may belong to; those that a dataset names, where the recipe has none."""
     name, tasks = model.recipe.name, model.tasks
 

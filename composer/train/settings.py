@@ -9,6 +9,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
+import torch
 from torch import Tensor
 
 from loraweave.common.checks import is_whole, require_whole
@@ -246,6 +247,10 @@ class ExpertSettings(TrainingSettings):
             raise TrainingError(f"callbacks is {given!r:.80}; it must be a list of transformers' TrainerCallbacks")
         if self.loss is not None and not callable(self.loss):
             raise TrainingError(f"loss is {self.loss!r:.80}; it must be a function of the output and the rows' columns")
+
+    def products(self, device: torch.device) -> Any:
+        """The precision of the model's products."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.mixed_precision == "bf16")
 
     def determining(self) -> dict[str, Any]:
         found = super().determining()

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +15,12 @@ from torch.utils.data import DataLoader
 
 from loraweave.common.display import tracked
 from loraweave.common.rows import located
-from loraweave.composer.experts.running import has_two_sequences
-from loraweave.composer.model.batches import IGNORED, takes
+from loraweave.composer.model.batches import IGNORED, has_two_sequences, takes
+from loraweave.composer.train.learner import ExpertLearner
 from loraweave.composer.train.rows import Owners, TrainingRow
 from loraweave.composer.train.steps import called, labelled
 from loraweave.errors import InvalidTask, TrainingError
 from loraweave.types import Task
-
-if TYPE_CHECKING:
-    from loraweave.composer.experts.expert_model import ExpertModel
-
 
 LABELS, IMAGES, EMBEDDINGS = "labels", "pixel_values", "inputs_embeds"
 FORMS = (
@@ -138,7 +134,7 @@ class TensorReader:
 class TensorFeed:
     """Stacked rows; the loss is the base's own for `labels`, or `loss(output, columns)`."""
 
-    def __init__(self, model: ExpertModel, loss: Loss | None) -> None:
+    def __init__(self, model: ExpertLearner, loss: Loss | None) -> None:
         self._model, self._loss = model, loss
         self._taken = set(inspect.signature(model.base_model.forward).parameters)
         self.counts_rows = loss is not None or not predicts_tokens(model.base_model)
@@ -260,7 +256,7 @@ class TokenFeed:
 
     counts_rows = False
 
-    def __init__(self, model: ExpertModel, tokenizer: Any) -> None:
+    def __init__(self, model: ExpertLearner, tokenizer: Any) -> None:
         base = model.base_model
         self._model = model
         self._two_sequences = has_two_sequences(base)
@@ -291,7 +287,7 @@ class TokenFeed:
         return int(inputs["attention_mask"].sum())
 
 
-def losing(model: ExpertModel, output: Any) -> tuple[Any, Tensor]:
+def losing(model: ExpertLearner, output: Any) -> tuple[Any, Tensor]:
     """The output of a call with labels, and the base's own loss. Raises TrainingError where it has none."""
     if model.own_loss is None:
         raise TrainingError(

@@ -1,0 +1,83 @@
+"""What the training of experts trains: a base model, and the experts and gates of a recipe that run in its calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
+
+
+class ExpertLearner(nn.Module):
+    """Called like its base, with `task` for the tasks of the rows. `ExpertModel` is the one that there is.
+
+    The last call leaves `own_loss`, the base's loss of a call with labels, `terms`, the recipe's losses by name, and in
+    training mode `notes`, what the gates did. `interrupted` has digests of what an interrupted training left, and of what it
+    began with; `report` is that of the last training.
+    """
+
+    base_model: nn.Module
+    recipe: Recipe
+    # the sites by their paths; experts and gates by keys
+    sites: dict[str, Site]
+    layers: nn.ModuleDict
+    gates: nn.ModuleDict
+    # of the first experts
+    names: tuple[str, ...]
+    own_loss: Tensor | None
+    terms: dict[str, Tensor]
+    notes: Any
+    report: Mapping[str, Any] | None
+    interrupted: tuple[str, str]
+
+    @property
+    def config(self) -> Any:
+        return self.base_model.config
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.base_model.parameters()).device
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What a row may belong to, in the order of the ids."""
+        return self.recipe.tasks
+
+    @property
+    def shapes(self) -> dict[str, ExpertShape]:
+        """The experts of each site."""
+        return {name: layer.shape for name, layer in self.named_layers().items()}
+
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """A name for each expert of the site that has most."""
+        most = max(shape.num_experts for shape in self.shapes.values())
+        return (*self.names, *map(str, range(len(self.names), most)))
+
+    def named_layers(self) -> dict[str, Any]:
+        """The experts of each site, by its path."""
+        return {name: self.layers[key_of(name)] for name in self.sites}
+
+    def expert_state(self) -> dict[str, Tensor]:
+        """The tensors of experts and gates, by name."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("base_model.")}
+
+    def expert_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of experts and gates, by name."""
+        return {name: value for name, value in self.named_parameters() if not name.startswith("base_model.")}
+
+    def learning(self) -> dict[str, nn.Parameter]:
+        """What fit() trains, by name: experts and gates, and of the base what was unfrozen by hand since."""
+        return {name: value for name, value in self.named_parameters() if value.requires_grad}
+
+    def take_tasks(self, tasks: tuple[str, ...]) -> None:
+        """Names what rows may belong to. Parts whose size depends on their number are made anew, others stay as they are."""
+        raise NotImplementedError
+
+
+def key_of(path: str) -> str:
+    """A site's or gate's key: torch takes a dot in a name for a step down."""
+    return path.replace(".", "/")
