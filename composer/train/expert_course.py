@@ -7,14 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Trainer, TrainerCallback
 
 from loraweave.composer.model.batches import IGNORED
 from loraweave.composer.train.learner import ExpertLearner
-from loraweave.composer.train.progress import POINTS, WINDOW, TrainingProgress, Watch
+from loraweave.composer.train.progress import POINTS, WINDOW, TrainingProgress
 from loraweave.composer.train.schedule import Stream
 from loraweave.composer.train.settings import ExpertSettings
 from loraweave.composer.train.state import KeptState
@@ -41,27 +40,23 @@ class Course(TrainerCallback):  # type: ignore[misc]
         named = model.learning()
         learner = f"recipe {model.recipe.name!r}"
         self.progress = TrainingProgress(
-            list(named.values()), settings, model.expert_names, kept, learner=learner, owner="model"
+            list(named.values()),
+            settings,
+            model.expert_names,
+            kept,
+            experts_of_layers=[range(shape.num_experts) for shape in model.shapes.values()],
+            taught={row.expert for row in rows},
+            learner=learner,
+            owner="model",
         )
-        taught = {row.expert for row in rows}
-        counts = [range(shape.num_experts) for shape in model.shapes.values()]
-        self._watch = Watch(counts, self.progress.report, settings.steps, sorted(taught))
-        self._watch.recent.extend(self.progress.recent)
         self._overflow = Overflow(model, self.progress.report)
         self._first_steps = FirstSteps(model.recipe, {} if self.progress.first else named, rows, settings)
         self.num_passes = 0
         self._totals: dict[str, Tensor] = {}
-        self._bar: Progress | None = None
 
     def begin(self, trainer: Trainer) -> None:
         """The Trainer whose steps these are."""
         self._trainer = trainer
-
-    def show(self, bar: Progress) -> None:
-        """Where to show the steps."""
-        self._bar = bar
-        total, done = self._settings.steps, self.progress.first
-        self._shown = bar.add_task(f"fit {self._model.recipe.name}", total=total, completed=done, seen="")
 
     def saw(self, loss: Tensor, terms: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> None:
         """One pass of the running step, and what it counts in its loss and terms."""
@@ -70,7 +65,7 @@ class Course(TrainerCallback):  # type: ignore[misc]
         parts = {"": loss.detach(), **{name: term.detach() / self._num_processes for name, term in terms.items()}}
         for name, value in parts.items():
             self._totals[name] = self._totals.get(name, 0.0) + value.double()
-        self._watch.saw(self._model.notes)
+        self.progress.watch.saw(self._model.notes)
         self._overflow.saw(self._model.notes.weights, self._feed.labels(inputs))
         self.progress.report.tokens += self._feed.size(inputs)
 
@@ -82,35 +77,26 @@ class Course(TrainerCallback):  # type: ignore[misc]
         """Gradients are complete, and no parameter has changed."""
         number = state.global_step + 1
         totals = self._summed(torch.stack(list(self._totals.values()))).tolist()
-        self._values = dict(zip(self._totals, totals, strict=True))
+        values = dict(zip(self._totals, totals, strict=True))
         self._totals, self.num_passes = {}, 0
-        names = {name: f"term {name!r}" if name else "the loss" for name in self._values}
-        self.progress.require_finite(number, {names[name]: value for name, value in self._values.items()})
-        self.progress.gradient_norm(number)
+        self.progress.judge(number, values.pop(""), values)
         if silent := self._first_steps.silent(number):
             raise TrainingError(f"{self.progress.put_back()}; {silent}")
         self.progress.good(number - 1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        number, progress = state.global_step, self.progress
-        progress.stepped(self._values.pop(""), self._values)
-        seen = self._watch.stepped(number, mean=self._averaged) + self._overflow.stepped(number, self._summed)
-        if progress.evaluates(number):
-            self._evaluate(number)
-        progress.timed()
-        self._tell(number, seen)
-        if state.is_world_process_zero:
-            progress.save(number, list(self._watch.recent))
-        control.should_training_stop = control.should_training_stop or progress.stops
+        number = state.global_step
+        seen = self._overflow.stepped(number, self._summed)
+        self.progress.close(number, self._evaluate, mean=self._averaged, seen=seen, saves=state.is_world_process_zero)
+        self._tell(number)
+        control.should_training_stop = control.should_training_stop or self.progress.stops
 
     def finish(self) -> None:
         """Leaves the model with the best parameters and the report."""
         self._model.report = self.progress.finish()
 
-    def _tell(self, number: int, seen: str) -> None:
+    def _tell(self, number: int) -> None:
         report = self.progress.report
-        if self._bar is not None:
-            self._bar.update(self._shown, advance=1, seen=self.progress.shown(seen))
         if number % max(1, self._settings.steps // POINTS) == 0:
             told = {"loss": report.losses[-1], **{f"term/{name}": values[-1] for name, values in report.terms.items()}}
             if report.entropy:

@@ -71,7 +71,7 @@ def fit(
         if begun:
             stack.enter_context(remembered(model, begun))
         bar = stack.enter_context(progress_bar(settings.progress and trainer.is_world_process_zero(), field="seen"))
-        course.show(bar)
+        course.progress.show(bar, model.recipe.name)
         if course.progress.first < settings.steps:
             trainer.train_from(course.progress.first)
         course.finish()

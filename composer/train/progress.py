@@ -6,11 +6,12 @@ import math
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from rich.progress import Progress
 from torch import Tensor
 from torch.nn import functional
 
@@ -24,7 +25,8 @@ from loraweave.routers.tokens._learned import Step, TrainingReport
 class TrainingProgress:
     """What the steps of a router and of a model of experts have in common, whoever takes them.
 
-    It goes on from what `state` has kept: `first` steps were taken before, and `recent` is the load of the last ones.
+    It goes on from what `state` has kept: `first` steps were taken before. A step is `judge`d while its gradients are there,
+    and `close`d when it is taken. `experts_of_layers` and `taught` are those of `Watch`.
     `learner` ("router 'arrow'") and `owner` ("router"), which has the parameters, are for messages.
     """
 
@@ -35,6 +37,8 @@ class TrainingProgress:
         experts: tuple[str, ...],
         state: KeptState,
         *,
+        experts_of_layers: Iterable[Sequence[int]],
+        taught: Collection[int],
         learner: str,
         owner: str,
     ) -> None:
@@ -43,17 +47,69 @@ class TrainingProgress:
         self.optimizer = self.descent.optimizer
         self.report = TrainingReport(experts, settings=settings.determining())
         self.first = 0
-        self.recent: Sequence[Tensor] = ()
         self._settings, self._state = settings, state
         self._learner, self._owner = learner, owner
+        self._bar: Progress | None = None
         self._started = time.monotonic()
         self._best = Best()
+        recent: Sequence[Tensor] = ()
         if (found := state.restore(parameters, self.optimizer)) is not None:
-            self.first, values, self.recent, self.report = found
+            self.first, values, recent, self.report = found
             self._best = Best.again([loss for _, loss in self.report.evaluations], values)
+        self.watch = Watch(experts_of_layers, self.report, settings.steps, sorted(taught))
+        self.watch.recent.extend(recent)
         self._before = self.report.seconds
         # after how many steps, and which, parameters the loss was last finite with
         self._good_step, self._good = self.first, copied(parameters)
+
+    def show(self, bar: Progress, name: str) -> None:
+        """Where the steps are shown from here on, and under which name."""
+        self._bar = bar
+        self._shown = bar.add_task(f"fit {name}", total=self._settings.steps, completed=self.first, seen="")
+
+    def judge(self, number: int, loss: float, terms: Mapping[str, float]) -> float:
+        """The length of the gradient of a step, which every parameter has from here on; no parameter has changed.
+
+        Raises TrainingError, with the last good parameters put back, for what is not finite.
+        """
+        self.require_finite(number, {"the loss": loss, **{f"term {name!r}": value for name, value in terms.items()}})
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        self.require_finite(number, {"the length of the gradient": norm})
+        self._values = loss, terms
+        return norm
+
+    def close(
+        self,
+        number: int,
+        evaluate: Callable[[int], None],
+        *,
+        mean: Callable[[Tensor], Tensor] = lambda seen: seen,
+        seen: str = "",
+        saves: bool = True,
+    ) -> None:
+        """The step that was judged last is taken: notes it, evaluates where it is time, shows it, and keeps the state.
+
+        `mean` makes the mean over processes, `seen` is shown beside what the gates did, and one process `saves`.
+        """
+        loss, terms = self._values
+        self.report.losses.append(loss)
+        for name, value in terms.items():
+            self.report.terms.setdefault(name, []).append(value)
+        seen = self.watch.stepped(number, mean=mean) + seen
+        last = number == self._settings.steps
+        if number % self._settings.evaluate_every == 0 or last:
+            evaluate(number)
+        self.report.seconds = self._before + time.monotonic() - self._started
+        if self._bar is not None:
+            held_out = f"  held out {self.report.evaluations[-1][1]:.3f}" if self.report.evaluations else ""
+            self._bar.update(self._shown, advance=1, seen=f"loss {loss:.3f}{held_out}{seen}")
+        if saves and (number % self._settings.checkpoint_every == 0 or last or self.stops):
+            recent = list(self.watch.recent)
+            self._state.save(number, self.parameters, self.optimizer, self._best.values, recent, self.report)
 
     def require_finite(self, number: int, values: Mapping[str, float]) -> None:
         """Raises TrainingError, with the last good parameters put back, for a value of this step that is not finite."""
@@ -76,16 +132,6 @@ class TrainingProgress:
             "last finite"
         )
 
-    def gradient_norm(self, number: int) -> float:
-        """The length of the step's gradient, which every parameter has from here on. Raises as `require_finite`."""
-        for parameter in self.parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
-        self.require_finite(number, {"the length of the gradient": norm})
-        return norm
-
     def good(self, step: int) -> None:
         """The parameters, after so many steps, are those to go back to."""
         if self._good[0].device == self.parameters[0].device:
@@ -101,16 +147,6 @@ class TrainingProgress:
         put(self._good, self.parameters)
         return f"The {self._owner} has the parameters after {self._good_step} steps"
 
-    def stepped(self, loss: float, terms: Mapping[str, float]) -> None:
-        """One more step, with its loss and terms, was taken."""
-        self.report.losses.append(loss)
-        for name, value in terms.items():
-            self.report.terms.setdefault(name, []).append(value)
-
-    def evaluates(self, step: int) -> bool:
-        """Whether the rows held out are due after so many steps."""
-        return step % self._settings.evaluate_every == 0 or step == self._settings.steps
-
     def evaluated(self, step: int, loss: float) -> None:
         """Their loss after so many steps. Raises as `require_finite`."""
         self.require_finite(step + 1, {"the loss of the rows held out": loss})
@@ -122,20 +158,6 @@ class TrainingProgress:
     def stops(self) -> bool:
         """Whether so many evaluations were no better that the training ends."""
         return self._settings.patience is not None and self._best.waited >= self._settings.patience
-
-    def timed(self) -> None:
-        """Writes into the report how long it has taken by now."""
-        self.report.seconds = self._before + time.monotonic() - self._started
-
-    def shown(self, seen: str) -> str:
-        """The last losses and what else was `seen`, in a line."""
-        held_out = f"  held out {self.report.evaluations[-1][1]:.3f}" if self.report.evaluations else ""
-        return f"loss {self.report.losses[-1]:.3f}{held_out}{seen}"
-
-    def save(self, step: int, recent: Sequence[Tensor]) -> None:
-        """Keeps the state, if it is time after so many steps."""
-        if step % self._settings.checkpoint_every == 0 or step == self._settings.steps or self.stops:
-            self._state.save(step, self.parameters, self.optimizer, self._best.values, recent, self.report)
 
     def finish(self) -> dict[str, Any]:
         """The report; the parameters are the best from here on."""
@@ -217,7 +239,7 @@ class Watch:
             warnings.warn(
                 f"the router has collapsed: over the last {WINDOW} steps expert {report.experts[top]!r} had "
                 f"{float(mean_E[top]):.0%} of all weight; a balance loss (balance=0.01) or a lower lr keeps others in use",
-                stacklevel=5,
+                stacklevel=6,
             )
 
 

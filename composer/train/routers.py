@@ -14,7 +14,7 @@ from loraweave.common.display import progress_bar
 from loraweave.common.randomness import seeded
 from loraweave.composer.model.batches import IGNORED, TargetBatch, losses_of, target_logits, untouched
 from loraweave.composer.train.checkpointed_blocks import checkpointed_blocks
-from loraweave.composer.train.progress import TrainingProgress, Watch
+from loraweave.composer.train.progress import TrainingProgress
 from loraweave.composer.train.rows import Owners, RowReader, TrainingRow
 from loraweave.composer.train.settings import Settings
 from loraweave.composer.train.state import KeptState
@@ -42,35 +42,33 @@ class Run:
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
         self._router, self._settings, self._held = router, settings, held
-        self._accelerator, self._bar = accelerator, bar
+        self._accelerator = accelerator
         learning = [parameter for parameter in router.parameters() if parameter.requires_grad]
+        self._taught = {row.expert for row in rows}
         self._progress = TrainingProgress(
-            learning, settings, router.experts, kept, learner=f"router {router.name!r}", owner="router"
+            learning,
+            settings,
+            router.experts,
+            kept,
+            experts_of_layers=[layer.experts for layer in router.members.layers.values()],
+            taught=self._taught,
+            learner=f"router {router.name!r}",
+            owner="router",
         )
+        self._progress.show(bar, router.name)
         head = self._model.get_output_embeddings()
         self._head_is_routed = any(self._model.get_submodule(layer) is head for layer in router.layers)
         self._streams = streams(rows, router.experts, settings.seed, apart=router.apart)
-        self._taught = {row.expert for row in rows}
-        layers = router.members.layers.values()
-        report = self._progress.report
-        self._watch = Watch([layer.experts for layer in layers], report, settings.steps, sorted(self._taught))
-        self._watch.recent.extend(self._progress.recent)
         self._kept: dict[Any, Any] = {}
 
     def all_steps(self) -> None:
         """Takes what steps are left, and leaves the router with the best parameters and its report."""
-        progress, steps = self._progress, self._settings.steps
-        shown = self._bar.add_task(f"fit {self._router.name}", total=steps, completed=progress.first, seen="")
-        for number in range(progress.first + 1, steps + 1):
+        progress = self._progress
+        for number in range(progress.first + 1, self._settings.steps + 1):
             if number == 1:
                 self._evaluate(0)
             self._step(number)
-            seen = self._watch.stepped(number)
-            if progress.evaluates(number):
-                self._evaluate(number)
-            progress.timed()
-            self._bar.update(shown, advance=1, seen=progress.shown(seen))
-            progress.save(number, list(self._watch.recent))
+            progress.close(number, self._evaluate)
             if progress.stops:
                 break
         self._router.report = progress.finish()
@@ -87,17 +85,15 @@ class Run:
             for name, value in self._pass(number, index, part).items():
                 totals[name] = totals.get(name, 0.0) + value
         loss = totals.pop("loss") / len(groups)
-        progress.require_finite(number, {"the loss": loss, **{f"term {name!r}": value for name, value in totals.items()}})
+        norm = progress.judge(number, loss, totals)
         if number == 1:
             require_gradients(self._router, self._taught)
-        norm = progress.gradient_norm(number)
         if settings.clip is not None and not self._router.apart and norm > settings.clip:
             for parameter in progress.parameters:
                 assert parameter.grad is not None
                 parameter.grad.mul_(settings.clip / norm)
         progress.good(number - 1)
         progress.descent.step(number - 1)
-        progress.stepped(loss, totals)
 
     def _pass(self, number: int, index: int, part: Pass) -> dict[str, float]:
         """Adds the gradient of one pass; what it contributes to the step's loss and to each term."""
@@ -122,7 +118,7 @@ class Run:
                 self._accelerator.backward(torch.stack([loss, *terms.values()]).sum())
         finally:
             self._router.step = None
-        self._watch.saw(step)
+        self._progress.watch.saw(step)
         self._progress.report.tokens += sum(map(len, part.rows))
         return {"loss": float(loss.detach()), **{name: float(value.detach()) for name, value in terms.items()}}
 

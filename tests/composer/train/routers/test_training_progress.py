@@ -20,7 +20,10 @@ def parameters():
 @pytest.fixture
 def progress(parameters):
     settings = TrainingSettings(lr=0.1, steps=9, evaluation=[1], patience=2)
-    return TrainingProgress(parameters, settings, ("a", "b"), KeptState(None, ""), learner="router 'x'", owner="router")
+    seen = {"experts_of_layers": [(0, 1)], "taught": {0, 1}}
+    return TrainingProgress(
+        parameters, settings, ("a", "b"), KeptState(None, ""), learner="router 'x'", owner="router", **seen
+    )
 
 
 def copies(parameters):
@@ -39,8 +42,8 @@ def test_a_value_that_is_not_finite_puts_the_last_good_parameters_back_bit_for_b
     good = moved(parameters)
     progress.good(1)
     moved(parameters)
-    with pytest.raises(TrainingError, match=r"the loss is inf at step 3 of router 'x'.* The router has .* after 1 steps"):
-        progress.require_finite(3, {"a term": 0.0, "the loss": math.inf})
+    with pytest.raises(TrainingError, match=r"term 'z' is inf at step 3 of router 'x'.* The router has .* after 1 steps"):
+        progress.judge(3, 0.0, {"z": math.inf})
     assert all(map(torch.equal, parameters, good))
 
 
@@ -53,7 +56,7 @@ def test_without_a_good_step_the_parameters_are_those_of_the_beginning(progress,
 
 def test_the_norm_is_that_of_all_gradients_and_those_that_are_missing_become_0(progress, parameters):
     parameters[0].grad = torch.tensor([[3.0], [0.0], [-4.0]])
-    assert progress.gradient_norm(1) == 5.0
+    assert progress.judge(1, 0.5, {}) == 5.0
     assert torch.equal(parameters[1].grad, torch.zeros(7))
 
 
