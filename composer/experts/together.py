@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -23,18 +22,19 @@ from loraweave.composer.experts.running import Running
 from loraweave.composer.model.batches import EncodedRow, has_two_sequences, untouched
 from loraweave.composer.model.kinds.linear import shape as linear_shape
 from loraweave.composer.train.experts import began, determining, remembered
-from loraweave.composer.train.fused import FusedTraining
+from loraweave.composer.train.fused import SharedPasses
 from loraweave.composer.train.jobs import PlannedJob, TrainingJob
 from loraweave.composer.train.learner import key_of
 from loraweave.composer.train.report import JobReport, TrainingReport
-from loraweave.composer.train.rows import HeldOut, JobRows, Judging, TaskRow
+from loraweave.composer.train.rows import PLAIN, HeldOut, Judging, RowReader, TrainingRow, is_empty, owners_of
 from loraweave.composer.train.schedule import WARMUP_STEPS, Pace
 from loraweave.composer.train.settings import require_memory, require_steps, require_texts
-from loraweave.composer.train.state import RunningState, load_finished, save_finished
+from loraweave.composer.train.state import load_finished, save_finished
 from loraweave.composer.train.steps import NO_TOKENIZER
 from loraweave.composer.train.tensor_rows import predicts_tokens
 from loraweave.errors import BudgetExceeded, TrainingError, UnknownName, WeightingError
 from loraweave.routers.tokens._call import unprompted
+from loraweave.types import Task
 
 
 def train_experts(
@@ -73,20 +73,30 @@ def train_experts(
     _require_jobs(jobs)
     models = {name: made for name, (made, _) in jobs.items()}
     _require_apart(model, models)
-    readers = {name: JobRows(name, made, tokenizer) for name, made in models.items()}
-    given = {name: readers[name].read(examples) for name, (_, examples) in jobs.items()}
+    owners = {name: owners_of(made.recipe) for name, made in models.items()}
+
+    readers = {name: RowReader(own, model, tokenizer) for name, own in owners.items()}
+    given = {name: readers[name].read(examples, what=f"job {name!r}") for name, (_, examples) in jobs.items()}
+
+    def held(name: str, examples: Any) -> list[TrainingRow]:
+        """Rows to judge by, in the prompts of the job's Task unless they are a Task themselves."""
+        own = jobs[name][1]
+        reader = RowReader(owners[name].closed(), model, tokenizer)
+        return reader.read(examples, what=f"held_out[{name!r}]", task=own if isinstance(own, Task) else PLAIN)
+
     judging = Judging(held_out, evaluate_every, patience)
     judging.require({name: len(own) for name, own in given.items()})
-    rows, judged = judging.parted(given, lambda name, examples: readers[name].held_out(examples), seed)
+    rows, judged = judging.parted(given, held, seed)
     folder = checkpoint_folder(checkpoint)
     with ExitStack() as stack:
         stack.enter_context(caller_randomness())
         stack.enter_context(untouched(model))
-        stack.enter_context(_with_tasks(models, {name: reader.tasks for name, reader in readers.items()}))
+        stack.enter_context(_with_tasks(models, {name: tuple(own.places) for name, own in owners.items()}))
         stack.enter_context(_in_their_modes(models.values()))
         bar = stack.enter_context(progress_bar(progress, field="loss"))
         texts = NO_TOKENIZER if tokenizer is None else tokenizer
-        return Together(model, texts, models, rows, judged, pace, jobs_per_batch, memory_bytes, folder).train(bar)
+        shared = SharedPasses(model, texts, bar, jobs_per_batch, memory_bytes, folder)
+        return Together(shared, models, rows, judged, pace).train()
 
 
 @contextmanager
@@ -125,6 +135,8 @@ def _require_jobs(jobs: Any) -> None:
             raise TrainingError(
                 f"job {name!r} is no pair (model, examples) whose model lw.experts has made, but a {type(job).__name__}"
             )
+        if is_empty(job[1]):
+            raise TrainingError(f"job {name!r} has no examples")
 
 
 def _require_apart(model: Any, models: Mapping[str, ExpertModel]) -> None:
@@ -147,61 +159,41 @@ def _require_apart(model: Any, models: Mapping[str, ExpertModel]) -> None:
 
 @dataclass(frozen=True)
 class Together:
-    """`models` by the names of their jobs, with the `rows` that each learns from and is judged by.
+    """`models` by the names of their jobs, with the `rows` that each learns from and is judged by."""
 
-    In `folder`, a checkpoint, is kept what jobs have ended with, and the state of those that run.
-    """
-
-    model: Any
-    tokenizer: Any
+    shared: SharedPasses
     models: Mapping[str, ExpertModel]
-    rows: Mapping[str, Sequence[EncodedRow]]
+    rows: Mapping[str, Sequence[TrainingRow]]
     held_out: Mapping[str, HeldOut]
     pace: Pace
-    jobs_per_batch: int
-    memory_bytes: int | None
-    folder: Path | None
 
-    def train(self, bar: Progress) -> TrainingReport:
+    def train(self) -> TrainingReport:
         """What was done. A model that was finished before has what it had learned; it is not trained again."""
-        if self.folder is None:
-            return self._training(list(self.models), bar, None).run(lambda *_: None)
-        begun = {name: began(model) for name, model in self.models.items()}
-        keys = {name: self._key(name, begun[name]) for name in self.models}
-        kept = RunningState(self.folder, keys, [self.jobs_per_batch, self.memory_bytes])
-        running = kept.names()
+        kept = self.shared.folder is not None
+        begun = {name: began(model) for name, model in self.models.items()} if kept else {}
         reports: dict[str, JobReport] = {}
+
+        def load(folder: Path, name: str, key: str) -> bool:
+            if (finished := load_finished(folder, key)) is not None:
+                tensors, reports[name] = finished
+                self.models[name].load_state_dict(tensors, strict=False)
+            return finished is not None
+
+        def save(folder: Path | None, key: str, job: TrainingJob, report: JobReport) -> None:
+            if folder is not None:
+                save_finished(folder, key, self.models[job.name].expert_state(), report)
+
         with ExitStack() as stack:
-            for name, model in self.models.items():
-                stack.enter_context(remembered(model, begun[name]))
-                if name not in running and (finished := load_finished(self.folder, keys[name])) is not None:
-                    tensors, reports[name] = finished
-                    model.load_state_dict(tensors, strict=False)
-            left = [name for name in self.models if name not in reports]
-
-            def ended(job: TrainingJob, report: JobReport) -> None:
-                assert self.folder is not None
-                save_finished(self.folder, keys[job.name], self.models[job.name].expert_state(), report)
-
-            report = self._training(left, bar, kept).run(ended) if left else TrainingReport()
+            for name in begun:
+                stack.enter_context(remembered(self.models[name], begun[name]))
+            report = self.shared.train(self.models, self._planned, lambda name: self._key(name, begun[name]), load, save)
         report.jobs = {name: (reports | report.jobs)[name] for name in self.models}
         return report
-
-    def _training(self, names: Sequence[str], bar: Progress, kept: RunningState | None) -> FusedTraining:
-        return FusedTraining(
-            self.model,
-            self.tokenizer,
-            [self._planned(name) for name in names],
-            bar,
-            jobs_per_batch=self.jobs_per_batch,
-            memory_bytes=self.memory_bytes,
-            kept=kept,
-        )
 
     def _planned(self, name: str) -> PlannedJob:
         rows = self.rows[name]
         # what is counted before the first step are rows of no task
-        task = rows[0].task if isinstance(rows[0], TaskRow) and rows[0].task >= 0 else None
+        task = rows[0].expert if rows[0].expert >= 0 else None
         job = ExpertJob(name, self.models[name], task=task, seed=self.pace.seed)
         size = sum(parameter.numel() for parameter in job.parameters())
         return PlannedJob(name, lambda: job, size, rows, self.pace, self.held_out.get(name))
@@ -210,10 +202,16 @@ class Together:
         """Of all that what a job ends with depends on."""
         model, held_out = self.models[name], self.held_out.get(name)
         learning = [each for each, parameter in model.expert_parameters().items() if parameter.requires_grad]
-        judged = None if held_out is None else [list(map(asdict, held_out.rows)), held_out.every, held_out.patience]
+        judged = None if held_out is None else [list(map(_said, held_out.rows)), held_out.every, held_out.patience]
         own = [name, model.recipe.name, determining(model, learning), begun, asdict(self.pace)]
-        content = json.dumps([*own, list(map(asdict, self.rows[name])), judged], sort_keys=True)
+        content = json.dumps([*own, list(map(_said, self.rows[name])), judged], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+def _said(row: EncodedRow) -> dict[str, Any]:
+    """A row as the keys of checkpoints have it."""
+    assert isinstance(row, TrainingRow)
+    return {"prompt": row.prompt, "target": row.target, "labels": row.labels, "task": row.expert}
 
 
 class ExpertJob:
@@ -292,7 +290,7 @@ class ExpertJob:
 
     def _task_ids(self) -> Tensor | None:
         """task_B of the rows; one for all of them where the job has one, None where no row has any."""
-        tasks = [row.task for row in self._rows if isinstance(row, TaskRow)]
+        tasks = [row.expert for row in self._rows if isinstance(row, TrainingRow)]
         return self.model.task_ids(tasks if any(task >= 0 for task in tasks) else self.task)
 
     def _tell_decoder_tokens(self) -> None:

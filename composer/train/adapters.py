@@ -8,9 +8,8 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from rich.progress import Progress
 from torch import nn
 
 from loraweave import registry
@@ -21,15 +20,15 @@ from loraweave.common.state import checkpoint_folder
 from loraweave.composer.live.fitting import Fitting
 from loraweave.composer.model.batches import EncodedRow, untouched
 from loraweave.composer.model.kinds.linear import shape as linear_shape
-from loraweave.composer.train.fused import FusedTraining
+from loraweave.composer.train.fused import SharedPasses
 from loraweave.composer.train.jobs import LoraJob, PlannedJob, TrainingJob
 from loraweave.composer.train.ordered._course import Course
 from loraweave.composer.train.passes import JobTraining, lora_job
-from loraweave.composer.train.report import JobReport, TrainedAdapters, TrainingReport
+from loraweave.composer.train.report import JobReport, TrainedAdapters
 from loraweave.composer.train.rows import HeldOut, Judging, encoded_task
 from loraweave.composer.train.schedule import WARMUP_STEPS
 from loraweave.composer.train.settings import Recipe, require_memory, require_trainable
-from loraweave.composer.train.state import RunningState, load_adapter, save_adapter
+from loraweave.composer.train.state import load_adapter, save_adapter
 from loraweave.errors import AdapterUnsupported, TrainingError, UnknownName
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import fingerprint
@@ -64,33 +63,29 @@ def train_adapters(
     """{task name: Adapter}, in the order of `tasks`; the loss is the mean over target tokens, the base stays as it is.
 
     Each step runs up to `jobs_per_batch` jobs of similar length through the frozen base together, `batch_size` rows of each;
-    a job gets the gradients of training it alone. When one ends early, the next takes its place. `memory_bytes` is what a
-    step may take, base and all, by an estimate (`MemoryModel`): fewer jobs then share a step; by default it is what is free.
+    a job gets the gradients of training it alone. When one ends, the next takes its place. `memory_bytes` is what a step may
+    take, base and all, as `MemoryModel` estimates it: fewer jobs then share a step; by default it is what is free.
     AdamW without weight decay, `warmup` steps of warm-up (at most half of all), then a cosine to zero, each job's gradient
     clipped to norm 1. `alpha` is 2 * rank by default. The dict's `report` has tokens a second, padding, memory, and how each
-    job ended. With `checkpoint`, a folder, finished adapters and the state of running ones are kept there, and the same call
-    goes on where it was interrupted, to the same result.
+    job ended. `checkpoint`, a folder, keeps finished adapters and the state of running ones: the same call goes on where it
+    was interrupted, to the same result.
 
-    `held_out` is a share of each task's examples, above 0 and below 1, or examples by task: not trained on, but evaluated
-    after every `evaluate_every` steps and after the last, and it has the factors of the lowest loss (the report also
-    has the loss before the first step). With `patience`, a task ends when so many evaluations in a row brought none lower.
+    `held_out`, a share of each task's examples between 0 and 1, or examples by task, is not trained on, but evaluated every
+    `evaluate_every` steps and after the last; the factors of the lowest loss are kept. With `patience`, a task ends when so
+    many evaluations in a row brought none lower.
 
-    A task named in `start` begins as that adapter: a merge, say, which a few steps then fit to the examples. It keeps that
-    adapter's layers and ranks, whatever `rank` and `target_modules` are for the others; `alpha / rank` is the scale of all.
+    A task named in `start` begins as that adapter and keeps its layers and ranks, whatever `rank` and `target_modules` are;
+    `alpha / rank` is the scale of all. With `linearized` every adapter is trained to first order at its beginning (L-LoRA,
+    `LinearizedJob`): what tasks with a common beginning learn superposes exactly in each layer, at any weights. Tasks
+    without a start share one fixed a; one with a start has twice its rank; `tangent(adapter, start)` is what it learned.
 
-    With `linearized` every adapter is trained to first order at its beginning (L-LoRA, `LinearizedJob`): what tasks with a
-    common beginning learn superposes exactly in each layer, at any weights. Tasks without a start all begin with the same a,
-    which stays; one with a start gets twice its rank, and `tangent(adapter, start)` is what it learned alone.
-
-    With `continual` the tasks are trained one after the other, in the order given and in that way (`lw.names("continual")`,
-    docs/continual.md), with the way's own `continual_options`; the adapter of a task is then the whole model after it, and
-    `start` can only have the first task's. A checkpoint keeps what each finished task left.
+    With `continual`, a way of `lw.names("continual")` (docs/continual.md) and its `continual_options`, tasks are trained one
+    after the other; a task's adapter is the whole model after it, and `start` can only have the first task's.
 
     Raises InvalidTask for examples that cannot be used, UnknownName when no layer matches `target_modules` or no task a name
     in `start` or `held_out`, BudgetExceeded for a task that does not fit into memory alone, TrainingError for settings out
-    of range, a checkpoint that cannot be written, and a loss that is not finite (finished jobs stay in the checkpoint); for
-    an adapter to start from BaseModelMismatch, LayerMismatch, and AdapterUnsupported where it is more than factors of linear
-    layers.
+    of range, a checkpoint that cannot be written, and a loss that is not finite (finished jobs stay in the checkpoint);
+    BaseModelMismatch, LayerMismatch or AdapterUnsupported for an adapter that cannot be started from.
     """
     if isinstance(target_modules, str) or not isinstance(target_modules, Collection) or not target_modules:
         raise TrainingError(f"target_modules is {target_modules!r}; it must be a list of endings of module paths")
@@ -102,51 +97,63 @@ def train_adapters(
     judging.require({name: len(task.examples) for name, task in prepared.items()})
     require_memory(memory_bytes)
     options = dict(continual_options or {})
-    _require_one_way(continual, options, linearized, held_out is not None or memory_bytes is not None)
-    if continual is not None:
-        require_way(continual, options, tasks, start or {})
+    _require_way(continual, options, tasks, start or {}, linearized, held_out is not None or memory_bytes is not None)
     begins = require_startable(model, tasks, start or {})
     needs_layers = continual is not None or len(begins) < len(tasks)
     layers = _target_layers(model, recipe.target_modules) if needs_layers else {}
-
-    def read(name: str, examples: Any) -> list[EncodedRow]:
-        task = examples if isinstance(examples, Task) else replace(prepared[name], examples=examples)
-        return encoded_task(model, tokenizer, task)
-
-    encoded = {name: encoded_task(model, tokenizer, task) for name, task in prepared.items()}
-    rows, held_out_rows = judging.parted(encoded, read, seed)
+    rows, held_out_rows = _parted_rows(model, tokenizer, prepared, judging, seed)
     base = fingerprint(model)
     folder = checkpoint_folder(checkpoint)
     with untouched(model), progress_bar(progress, field="loss") as bar:
         if continual is None:
-            apart = Apart(
-                model,
-                tokenizer,
-                recipe,
-                layers,
-                prepared,
-                rows,
-                held_out_rows,
-                begins,
-                base,
-                jobs_per_batch,
-                memory_bytes,
-                folder,
-            )
-            return apart.train(bar)
+            shared = SharedPasses(model, tokenizer, bar, jobs_per_batch, memory_bytes, folder)
+            return Apart(shared, recipe, layers, prepared, rows, held_out_rows, begins, base).train()
         training = JobTraining(model, tokenizer, recipe, bar)
         begin = begins.get(next(iter(tasks)))
         course = Course(continual, options, training, layers, prepared, rows, begin, base, jobs_per_batch, folder)
-        return TrainedAdapters(train_in_order(course))
+        return TrainedAdapters(registry.get("continual", continual)(course, **options))
 
 
-def _require_one_way(continual: str | None, options: Mapping[str, Any], linearized: bool, scheduled: bool) -> None:
-    if continual is None and options:
-        raise TrainingError(f"continual_options has {', '.join(options)}, but continual names no way to train")
-    if continual is not None and linearized:
-        raise TrainingError(f"continual={continual!r} trains adapters that are not linearized: pass one of both")
-    if continual is not None and scheduled:
-        raise TrainingError(f"continual={continual!r} has neither held_out nor memory_bytes: leave them out")
+def _require_way(
+    way: str | None,
+    options: Mapping[str, Any],
+    tasks: Mapping[str, Any],
+    start: Mapping[str, Adapter],
+    linearized: bool,
+    scheduled: bool,
+) -> None:
+    """UnknownName for a way that is none; TrainingError for an option it does not have, or that only another has."""
+    if way is None:
+        if options:
+            raise TrainingError(f"continual_options has {', '.join(options)}, but continual names no way to train")
+        return
+    if linearized:
+        raise TrainingError(f"continual={way!r} trains adapters that are not linearized: pass one of both")
+    if scheduled:
+        raise TrainingError(f"continual={way!r} has neither held_out nor memory_bytes: leave them out")
+    known = list(inspect.signature(registry.get("continual", way)).parameters)[1:]
+    for option in options:
+        if option not in known:
+            hint = registry.nearest(option, known)
+            raise TrainingError(f"continual {way!r} has no option {option!r}{hint}; it has {', '.join(known) or 'none'}")
+    first = next(iter(tasks))
+    if later := [name for name in start if name != first]:
+        raise TrainingError(
+            f"start has an adapter for task {later[0]!r}, but tasks that are learned one after the other begin once: "
+            f"give the adapter to the first, {first!r}"
+        )
+
+
+def _parted_rows(
+    model: Any, tokenizer: Any, tasks: Mapping[str, Task], judging: Judging, seed: int
+) -> tuple[Mapping[str, Sequence[EncodedRow]], dict[str, HeldOut]]:
+    """(rows to train on, rows to judge by) of each task."""
+
+    def read(name: str, examples: Any) -> list[EncodedRow]:
+        task = examples if isinstance(examples, Task) else replace(tasks[name], examples=examples)
+        return encoded_task(model, tokenizer, task)
+
+    return judging.parted({name: encoded_task(model, tokenizer, task) for name, task in tasks.items()}, read, seed)
 
 
 def _target_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
@@ -170,8 +177,7 @@ Layers = Mapping[str, tuple[int, int]]
 class Apart:
     """`layers` has (O, I) of each target layer, `begins` the adapters that tasks begin from."""
 
-    model: Any
-    tokenizer: Any
+    shared: SharedPasses
     recipe: Recipe
     layers: Layers
     tasks: Mapping[str, Task]
@@ -179,47 +185,30 @@ class Apart:
     held_out: Mapping[str, HeldOut]
     begins: Mapping[str, Adapter]
     base: Fingerprint
-    jobs_per_batch: int
-    memory_bytes: int | None
-    folder: Path | None
 
-    def train(self, bar: Progress) -> TrainedAdapters:
+    def train(self) -> TrainedAdapters:
         """{task: its adapter}, of which a checkpoint has what was finished."""
-        keys = {name: self._key(name) for name in self.tasks}
-        kept = None if self.folder is None else RunningState(self.folder, keys, [self.jobs_per_batch, self.memory_bytes])
-        running = set() if kept is None else kept.names()
-        finished = self._finished({name: key for name, key in keys.items() if name not in running})
-        planned = [self._planned(name) for name in self.tasks if name not in finished]
-        training = FusedTraining(
-            self.model,
-            self.tokenizer,
-            planned,
-            bar,
-            jobs_per_batch=self.jobs_per_batch,
-            memory_bytes=self.memory_bytes,
-            kept=kept,
-        )
+        finished: dict[str, Adapter] = {}
 
-        def ended(job: TrainingJob, report: JobReport) -> None:
+        def load(folder: Path, name: str, key: str) -> bool:
+            if (adapter := load_adapter(folder, key)) is not None:
+                finished[name] = adapter
+            return adapter is not None
+
+        def save(folder: Path | None, key: str, job: TrainingJob, report: JobReport) -> None:
             assert isinstance(job, LoraJob)
             finished[job.name] = self._adapter(job, report)
-            if self.folder is not None:
-                save_adapter(self.folder, keys[job.name], finished[job.name])
+            if folder is not None:
+                save_adapter(folder, key, finished[job.name])
 
-        report = training.run(ended) if planned else TrainingReport()
+        report = self.shared.train(self.tasks, self._planned, self._key, load, save)
         # an adapter that another version has finished says nothing of its training
         told = {name: finished[name].card["training"] for name in self.tasks if "training" in finished[name].card}
         report.jobs = {name: JobReport.from_json(values) for name, values in told.items()}
         return TrainedAdapters({name: finished[name] for name in self.tasks}, report)
 
-    def _finished(self, keys: Mapping[str, str]) -> dict[str, Adapter]:
-        if self.folder is None:
-            return {}
-        found = {name: load_adapter(self.folder, key) for name, key in keys.items()}
-        return {name: adapter for name, adapter in found.items() if adapter is not None}
-
     def _planned(self, name: str) -> PlannedJob:
-        recipe, model = self.recipe, self.model
+        recipe, model = self.recipe, self.shared.model
         start = self.begins[name].layers if name in self.begins else None
 
         def make() -> LoraJob:
@@ -246,7 +235,7 @@ class Apart:
         if start is not None:
             recipe["start"] = {"hash": start.hash, "name": start.name}
         card = {"recipe": recipe, "training": report.to_json()}
-        return Adapter(job.name, self.model.name_or_path, job.result(), self.base, card)
+        return Adapter(job.name, self.shared.model.name_or_path, job.result(), self.base, card)
 
     def _key(self, name: str) -> str:
         """Of all that a task's adapter depends on."""
@@ -257,30 +246,6 @@ class Apart:
             rows = [[row.prompt, row.target] for row in held_out.rows]
             parts += [rows, held_out.every, held_out.patience]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def require_way(way: str, options: Mapping[str, Any], tasks: Mapping[str, Any], start: Mapping[str, Adapter]) -> None:
-    """UnknownName for a way that is none; TrainingError for an option it does not have, and for a start of a later task."""
-    known = _options(way)
-    for option in options:
-        if option not in known:
-            hint = registry.nearest(option, known)
-            raise TrainingError(f"continual {way!r} has no option {option!r}{hint}; it has {', '.join(known) or 'none'}")
-    first = next(iter(tasks))
-    if later := [name for name in start if name != first]:
-        raise TrainingError(
-            f"start has an adapter for task {later[0]!r}, but tasks that are learned one after the other begin once: "
-            f"give the adapter to the first, {first!r}"
-        )
-
-
-def train_in_order(course: Course) -> dict[str, Adapter]:
-    """{task: the adapter after that task}."""
-    return cast(dict[str, Adapter], registry.get("continual", course.way)(course, **course.settings))
-
-
-def _options(way: str) -> list[str]:
-    return list(inspect.signature(registry.get("continual", way)).parameters)[1:]
 
 
 TRAINED = {"a_RI", "b_OR"}

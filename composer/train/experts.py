@@ -38,7 +38,7 @@ def fit(
     `same_call` gives the call in which a checkpointed block runs again.
     """
     settings = ExpertSettings.of(model.recipe, given)
-    owners, base = owners_of(model), model.base_model
+    owners, base = owners_of(model.recipe), model.base_model
     tensors = are_tensors(dataset, base, settings.loss)
 
     def reader(owners: Owners) -> RowReader | TensorReader:

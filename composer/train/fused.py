@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -201,6 +203,49 @@ class FusedTraining:
             run = JobProgress(self._waiting.pop(names[head.split("/")[1]]))
             run.restore({key.rsplit("/", 1)[1]: t for key, t in state.tensors.items() if key.startswith(f"{head}/")})
             self._running.append(run)
+
+
+@dataclass(frozen=True)
+class SharedPasses:
+    """Where jobs are trained together, and how many of them; `folder` is the checkpoint."""
+
+    model: Any
+    tokenizer: Any
+    bar: Progress
+    jobs_per_batch: int
+    memory_bytes: int | None
+    folder: Path | None
+
+    def train(
+        self,
+        names: Iterable[str],
+        plan: Callable[[str], PlannedJob],
+        key: Callable[[str], str],
+        load: Callable[[Path, str, str], bool],
+        save: Callable[[Path | None, str, TrainingJob, JobReport], None],
+    ) -> TrainingReport:
+        """Trains the jobs, but for those that the checkpoint has finished; the report's `jobs` are those trained now.
+
+        A job of that `key`, of all that its result depends on, is finished where `load(folder, name, key)` says so;
+        `save(folder, key, job, report)` takes what a job has ended with, without a folder too.
+        """
+        names = list(names)
+        keys = dict.fromkeys(names, "") if self.folder is None else {name: key(name) for name in names}
+        kept = None if self.folder is None else RunningState(self.folder, keys, [self.jobs_per_batch, self.memory_bytes])
+        running = set() if kept is None else kept.names()
+        left = [name for name in names if self.folder is None or name in running or not load(self.folder, name, keys[name])]
+        if not left:
+            return TrainingReport()
+        training = FusedTraining(
+            self.model,
+            self.tokenizer,
+            [plan(name) for name in left],
+            self.bar,
+            jobs_per_batch=self.jobs_per_batch,
+            memory_bytes=self.memory_bytes,
+            kept=kept,
+        )
+        return training.run(lambda job, report: save(self.folder, keys[job.name], job, report))
 
 
 ALL_STEPS = "all steps"

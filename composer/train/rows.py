@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 
@@ -14,7 +14,6 @@ from loraweave.common.names import unknown_expert
 from loraweave.common.randomness import seeded
 from loraweave.common.rows import FORMS, located, read_row
 from loraweave.composer.model.batches import IGNORED, EncodedRow, context_length, encode
-from loraweave.composer.train.learner import ExpertLearner
 from loraweave.errors import InvalidTask, ScopeError, TrainingError, UnknownName
 from loraweave.registry import nearest
 from loraweave.routers.recipes._gate import UNKNOWN
@@ -23,6 +22,8 @@ from loraweave.routers.tokens._learned import LearnedRouter
 from loraweave.types import Task
 
 TOKENS = ("input_ids", "labels")
+Row = TypeVar("Row", bound=EncodedRow)
+
 PLAIN = Task(())
 SPLITS = {"train", "training", "test", "validation", "valid", "dev", "eval"}
 
@@ -104,20 +105,16 @@ class Owners:
 
 
 @dataclass(frozen=True)
-class TrainingRow:
-    """One row. `labels` is the target with `IGNORED` where no loss is asked; `expert` is the place of its owner, or -1."""
+class TrainingRow(EncodedRow):
+    """`labels` is the target with `IGNORED` where no loss is asked; `expert` is the place of the row's owner, or -1."""
 
-    encoded: EncodedRow
-    labels: tuple[int, ...]
-    expert: int
-    number: int
-
-    def __len__(self) -> int:
-        return len(self.encoded)
+    labels: tuple[int, ...] = ()
+    expert: int = UNKNOWN
+    number: int = 0
 
     def determining(self) -> list[Any]:
         """All of it but its number, as JSON."""
-        return [self.encoded.prompt, self.encoded.target, self.labels, self.expert]
+        return [self.prompt, self.target, self.labels, self.expert]
 
     @property
     def num_targets(self) -> int:
@@ -128,13 +125,6 @@ class TrainingRow:
 class _Text:
     prompt: str
     target: str
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    prompt: tuple[int, ...]
-    labels: tuple[int, ...]
-    target: tuple[int, ...]
 
 
 class RowReader:
@@ -166,12 +156,11 @@ class RowReader:
         encoded = iter(encode(self._model, self._tokenizer, prompts, targets))
         rows = []
         for number, (content, expert) in enumerate(found, start=first):
-            row = next(encoded) if isinstance(content, _Text) else EncodedRow(content.prompt, content.target)
-            labels = row.target if isinstance(content, _Text) else content.labels
-            rows.append(TrainingRow(row, labels, expert, number))
+            row = next(encoded) if isinstance(content, _Text) else content
+            rows.append(TrainingRow(row.prompt, row.target, row.labels, expert, number))
         return rows
 
-    def _rows(self, rows: Any, own: int, part: str, task: Task) -> Iterable[tuple[_Text | _Tokens, int]]:
+    def _rows(self, rows: Any, own: int, part: str, task: Task) -> Iterable[tuple[_Text | TrainingRow, int]]:
         given = rows.examples if isinstance(rows, Task) else rows
         empty = True
         for where, row in located(given, of=part):
@@ -180,9 +169,9 @@ class RowReader:
         if empty:
             raise InvalidTask(f"{part} is empty: {self._owners.forms}")
 
-    def _row(self, row: Any, task: Task, own: int, where: str) -> tuple[_Text | _Tokens, int]:
+    def _row(self, row: Any, task: Task, own: int, where: str) -> tuple[_Text | TrainingRow, int]:
         owner = self._owners.of_row(row, own, where)
-        content: _Text | _Tokens
+        content: _Text | TrainingRow
         if isinstance(row, Mapping) and "input_ids" in row:
             content = self._tokens(row, where)
         else:
@@ -190,7 +179,7 @@ class RowReader:
             content = _Text(task.prompt_of(read), read.targets[0])
         return content, owner
 
-    def _tokens(self, row: Mapping[str, Any], where: str) -> _Tokens:
+    def _tokens(self, row: Mapping[str, Any], where: str) -> TrainingRow:
         """A row of token ids; labels are aligned with them (IGNORED: no loss), or a decoder's of their own."""
         if "labels" not in row:
             raise InvalidTask(f"{where} has 'input_ids' and no 'labels': the loss is that of labels other than {IGNORED}")
@@ -202,13 +191,13 @@ class RowReader:
             ids = tuple(token for token, real in zip(ids, mask, strict=False) if real)
         if self._model.config.is_encoder_decoder:
             target = tuple(label for label in labels if label != IGNORED)
-            found = _Tokens(ids, target, target)
+            found = TrainingRow(ids, target, target)
         elif len(labels) != len(ids):
             raise InvalidTask(f"{where} has {len(ids)} input_ids, but {len(labels)} labels; a decoder's are aligned")
         else:
             # nothing comes before the first token to predict it from
             start = next((place for place, label in enumerate(labels) if place and label != IGNORED), len(labels))
-            found = _Tokens(ids[:start], labels[start:], ids[start:])
+            found = TrainingRow(ids[:start], ids[start:], labels[start:])
         if not found.prompt or not found.labels:
             raise InvalidTask(f"{where} has no label to predict after its first token")
         known = len(self._model.get_input_embeddings().weight)
@@ -270,7 +259,7 @@ class Judging:
                 raise TrainingError(
                     f"held_out of task {strange[0]!r} is {self.held_out[strange[0]]!r}; pass rows, (input, target) say"
                 )
-            if empty := [name for name, rows in self.held_out.items() if _is_empty(rows)]:
+            if empty := [name for name, rows in self.held_out.items() if is_empty(rows)]:
                 raise TrainingError(f"held_out has no rows of task {empty[0]!r}; leave it out, or give it some")
         elif not _is_share(self.held_out):
             raise TrainingError(f"held_out is {self.held_out!r}; it must be a share above 0 and below 1, or rows by task")
@@ -280,8 +269,8 @@ class Judging:
             )
 
     def parted(
-        self, rows: Mapping[str, Sequence[EncodedRow]], read: Callable[[str, Any], Sequence[EncodedRow]], seed: int
-    ) -> tuple[Mapping[str, Sequence[EncodedRow]], dict[str, HeldOut]]:
+        self, rows: Mapping[str, Sequence[Row]], read: Callable[[str, Any], Sequence[Row]], seed: int
+    ) -> tuple[Mapping[str, Sequence[Row]], dict[str, HeldOut]]:
         """(rows to train on, rows to judge by) of each task, those without the latter left out of the second.
 
         `read` makes rows of the examples of a task, by its name, that are to be judged by.
@@ -296,7 +285,8 @@ class Judging:
         return rows, {name: HeldOut(own, self.every, self.patience) for name, own in judged.items()}
 
 
-def _is_empty(rows: Any) -> bool:
+def is_empty(rows: Any) -> bool:
+    """Whether there are no rows, as far as can be seen without reading them."""
     given = rows.examples if isinstance(rows, Task) else rows
     return isinstance(given, Sized) and not len(given)
 
@@ -311,59 +301,16 @@ def encoded_task(model: Any, tokenizer: Any, task: Task) -> list[EncodedRow]:
     return encode(model, tokenizer, prompts, [target for _, target in task.examples])
 
 
-def _split(
-    name: str, rows: Sequence[EncodedRow], share: float, seed: int
-) -> tuple[Sequence[EncodedRow], Sequence[EncodedRow]]:
+def _split(name: str, rows: Sequence[Row], share: float, seed: int) -> tuple[Sequence[Row], Sequence[Row]]:
     """(those to train on, those held out), at least one of each, by the seed and the name."""
     count = min(len(rows) - 1, max(1, round(share * len(rows))))
     chosen = set(torch.randperm(len(rows), generator=seeded(seed, name, "held out")).tolist()[:count])
     return [row for index, row in enumerate(rows) if index not in chosen], [rows[index] for index in sorted(chosen)]
 
 
-@dataclass(frozen=True)
-class TaskRow(EncodedRow):
-    """`task` is the place of its task among the recipe's, or -1; `labels` are its target with `IGNORED` where no loss is
-    asked."""
-
-    labels: tuple[int, ...] = ()
-    task: int = UNKNOWN
-
-
-class JobRows:
-    """Reads what a job of `train_experts` learns from, and is judged by, as `ExpertModel.fit` reads a dataset."""
-
-    def __init__(self, name: str, model: ExpertLearner, tokenizer: Any) -> None:
-        self._name = name
-        self._model = model
-        self._tokenizer = tokenizer
-        self._owners = owners_of(model)
-        self._task = Task(())
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """The recipe's, or those that the examples name where it has none."""
-        return tuple(self._owners.places)
-
-    def read(self, examples: Any) -> list[TaskRow]:
-        """Raises TrainingError where there are none, and what `RowReader` raises for what cannot be used."""
-        given = examples.examples if isinstance(examples, Task) else examples
-        if isinstance(given, Sized) and not len(given):
-            raise TrainingError(f"job {self._name!r} has no examples")
-        self._task = examples if isinstance(examples, Task) else Task(())
-        return self._rows(self._owners, examples, f"job {self._name!r}", Task(()))
-
-    def held_out(self, examples: Any) -> list[TaskRow]:
-        """They are in the prompts of the job's Task, unless they are a Task themselves."""
-        return self._rows(self._owners.closed(), examples, f"held_out[{self._name!r}]", self._task)
-
-    def _rows(self, owners: Owners, examples: Any, what: str, task: Task) -> list[TaskRow]:
-        rows = RowReader(owners, self._model.base_model, self._tokenizer).read(examples, what=what, task=task)
-        return [TaskRow(row.encoded.prompt, row.encoded.target, tuple(row.labels), row.expert) for row in rows]
-
-
-def owners_of(model: ExpertLearner) -> Owners:
+def owners_of(recipe: Recipe) -> Owners:
     """The tasks that rows may belong to; those that a dataset names, where the recipe has none."""
-    name, tasks = model.recipe.name, model.tasks
+    name, tasks = recipe.name, recipe.tasks
 
     def unknown(task: object) -> UnknownName:
         if not isinstance(task, str):
@@ -371,9 +318,10 @@ def owners_of(model: ExpertLearner) -> Owners:
         known = ", ".join(map(repr, tasks)) or "none yet, but those that the rows it was trained on have named"
         return UnknownName(f"recipe {name!r} has no task {task!r}{nearest(task, tasks)}; it has {known}")
 
-    recipe, places = model.recipe, {task: place for place, task in enumerate(tasks)}
-    learner = f"recipe {name!r}"
-    return Owners(places, learner, "task", recipe.needs_tasks, unknown, grows=not tasks, heeded=recipe.heeds_tasks)
+    places = {task: place for place, task in enumerate(tasks)}
+    return Owners(
+        places, f"recipe {name!r}", "task", recipe.needs_tasks, unknown, grows=not tasks, heeded=recipe.heeds_tasks
+    )
 
 
 def places_of(recipe: Recipe, task: Any) -> list[int] | None:

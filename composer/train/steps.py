@@ -64,13 +64,7 @@ def passes(groups: Sequence[Sequence[TrainingRow]], num_passes: int) -> list[Pas
 
 def target_batch(model: Any, tokenizer: Any, rows: Sequence[TrainingRow]) -> TargetBatch:
     """The rows as one batch on the model's device, with loss only where their labels ask for it."""
-    made = batch(model, NO_TOKENIZER if tokenizer is None else tokenizer, [row.encoded for row in rows])
-    for index, row in enumerate(rows):
-        if row.labels is not row.encoded.target:
-            width, count = made.targets_BK.shape[1], len(row.labels)
-            start = 0 if model.config.is_encoder_decoder else width - count
-            made.targets_BK[index, start : start + count] = torch.tensor(row.labels, device=made.targets_BK.device)
-    return made
+    return batch(model, NO_TOKENIZER if tokenizer is None else tokenizer, rows)
 
 
 def told_apart(given: TargetBatch) -> TargetBatch:

@@ -15,7 +15,7 @@ from loraweave.composer.model.batches import EncodedRow, batch, encode, token_lo
 from loraweave.composer.train import fused
 from loraweave.composer.train.jobs import LoraJob
 from loraweave.composer.train.passes import FusedPass, range_losses
-from loraweave.composer.train.rows import TaskRow
+from loraweave.composer.train.rows import TrainingRow
 from loraweave.composer.train.steps import told_apart
 from loraweave.errors import BudgetExceeded, InvalidTask, TrainingError, UnknownName
 
@@ -248,7 +248,7 @@ def test_jobs_that_are_no_models_with_examples_are_refused_by_name(base, models,
 def test_rows_of_several_tasks_have_the_gradients_of_being_alone(base, tokenizer, trained, recipe, options):
     made = trained(lw.experts(recipe, base, tasks=("a", "b"), **options))
     rows = encoded(base, tokenizer, "double")
-    owned = [TaskRow(row.prompt, row.target, row.target, task) for row, task in zip(rows, (1, 0, 1), strict=True)]
+    owned = [TrainingRow(row.prompt, row.target, row.target, task) for row, task in zip(rows, (1, 0, 1), strict=True)]
     jobs = [ExpertJob("plain", lw.experts("mola", base, num_experts=(2, 3))), ExpertJob("double", made, task="a")]
     stacked = batch(base, tokenizer, [rows[0], *owned])
     jobs[1].take(owned, 0)

@@ -22,7 +22,7 @@ def read_apart(apart, pool, model, tokenizer):
 
 
 def texts(rows, tokenizer):
-    return [(tokenizer.decode(row.encoded.prompt), tokenizer.decode(row.encoded.target)) for row in rows]
+    return [(tokenizer.decode(row.prompt), tokenizer.decode(row.target)) for row in rows]
 
 
 def test_pairs_are_inputs_and_targets(read, tokenizer):
@@ -70,13 +70,13 @@ def test_any_iterable_of_rows_will_do(read):
 def test_rows_of_token_ids_have_loss_where_their_labels_are(read):
     row = {"input_ids": [4, 5, 6, 7, 8], "labels": [IGNORED, IGNORED, 6, IGNORED, 8]}
     (found,) = read([row])
-    assert (found.encoded.prompt, found.encoded.target) == ((4, 5), (6, 7, 8))
+    assert (found.prompt, found.target) == ((4, 5), (6, 7, 8))
     assert (found.labels, found.num_targets) == ((6, IGNORED, 8), 2)
     # nothing predicts the first token
     (whole,) = read([{"input_ids": [4, 5, 6], "labels": [4, 5, 6]}])
-    assert (whole.encoded.prompt, whole.labels) == ((4,), (5, 6))
+    assert (whole.prompt, whole.labels) == ((4,), (5, 6))
     padded = {"input_ids": [0, 4, 5, 6], "labels": [IGNORED, 4, 5, 6], "attention_mask": [0, 1, 1, 1]}
-    assert read([padded])[0].encoded == whole.encoded
+    assert read([padded])[0] == whole
 
 
 def test_rows_of_token_ids_need_no_tokenizer(gates, pool, model):
