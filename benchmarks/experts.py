@@ -109,10 +109,11 @@ def main(
     rows: Annotated[int, typer.Option(help="training rows of each task, at most")] = 200,
     steps: Annotated[int, typer.Option(help="of all tasks together")] = 60,
     batch_size: Annotated[int, typer.Option(help="rows of a step")] = 8,
+    name: Annotated[str, typer.Option("--answers", help="data/NAME.json has earlier ones, of as many items")] = "experts",
 ) -> None:
     """Right answers of each kind, interference, and what later tasks leave."""
     run: Run = context.obj
-    store = Store(run.folder(), DATA / "experts.json")
+    store = Store(run.folder(), DATA / f"{name}.json")
     if not run.report:
         asked = Asked(tasks.split(","), then.split(","), items, rows, steps, batch_size)
         measure(run, asked, store, kinds.split(","), [int(seed) for seed in seeds.split(",")])
