@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from loraweave.common.files import cache_folder, map_arrays, remove_file, write_arrays
+from loraweave.common.arrays import map_arrays, write_arrays
+from loraweave.common.files import cache_folder, remove_file
 from loraweave.hub.indexes._vectors import Choice, Index
 from loraweave.hub.stores.folder_blobs import STALE_TMP_S
 from loraweave.hub.stores.open_stores import local_folder

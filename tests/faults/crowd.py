@@ -12,7 +12,7 @@ from loraweave.hub.hub import Hub
 
 
 class SlowRename:
-    """The module `os` as blob_files sees it on a network's file system, where a rename takes its time."""
+    """The module `os` as folder_blobs sees it on a network's file system, where a rename takes its time."""
 
     def __getattr__(self, name):
         return self._replace if name == "replace" else getattr(os, name)

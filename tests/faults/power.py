@@ -10,6 +10,7 @@ import worlds
 from kill import copy, faults, state
 from recorded import Recorder
 
+from loraweave.common import files
 from loraweave.hub.stores import folder_blobs
 
 
@@ -71,7 +72,7 @@ def lose_power(folder, change, every, num_random):
 
 
 class Unsynced:
-    """The module `os` as blob_files sees it, whose fsync does nothing: what the suite must notice."""
+    """The module `os` as folder_blobs sees it, whose fsync does nothing: what the suite must notice."""
 
     def __getattr__(self, name):
         return (lambda descriptor: None) if name == "fsync" else getattr(os, name)
@@ -85,8 +86,8 @@ def report(folder, every, num_random, unsynced=False):
     changes = worlds.CHANGES if traced.can_trace() else {}
     if unsynced:
         changes = {name: change for name, change in changes.items() if name == "add"}
-        folder_blobs.os = Unsynced()
+        folder_blobs.os = files.os = Unsynced()
     try:
         return {name: lose_power(folder / name, change, every, num_random) for name, change in changes.items()}
     finally:
-        folder_blobs.os = os
+        folder_blobs.os = files.os = os

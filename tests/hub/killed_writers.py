@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import loraweave.common.files
 import loraweave.hub.stores.catalogue
 import loraweave.hub.stores.folder_blobs
 from loraweave.hub.adapter import Adapter
@@ -75,7 +76,7 @@ class Killer:
             def close(self):
                 return killer.before(super().close)
 
-        loraweave.hub.stores.folder_blobs.os = CountedOs()
+        loraweave.hub.stores.folder_blobs.os = loraweave.common.files.os = CountedOs()
         sqlite3.connect = lambda *args, **kwargs: real_connect(*args, **kwargs, factory=Connection)
 
 

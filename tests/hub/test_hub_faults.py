@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import loraweave.common.files
 import loraweave.hub.stores.catalogue
 import loraweave.hub.stores.folder_blobs
 from loraweave.errors import HubError, HubFull, HubReadOnly
@@ -68,7 +69,8 @@ def faulty(monkeypatch, countdown):
 
     real = sqlite3.connect
     with monkeypatch.context() as patch:
-        patch.setattr(loraweave.hub.stores.folder_blobs, "os", FaultyOs(countdown))
+        for module in (loraweave.hub.stores.folder_blobs, loraweave.common.files):
+            patch.setattr(module, "os", FaultyOs(countdown))
         patch.setattr(
             loraweave.hub.stores.catalogue.sqlite3, "connect", lambda *args, **kw: real(*args, **kw, factory=Connection)
         )
@@ -230,7 +232,8 @@ def test_a_write_in_pieces_is_put_together(tmp_path, monkeypatch):
 def test_a_disk_that_turns_read_only_is_named(tmp_path, monkeypatch):
     with Hub(tmp_path) as hub:
         countdown = Countdown(1, raise_os(errno.EROFS))
-        monkeypatch.setattr(loraweave.hub.stores.folder_blobs, "os", FaultyOs(countdown))
+        for module in (loraweave.hub.stores.folder_blobs, loraweave.common.files):
+            monkeypatch.setattr(module, "os", FaultyOs(countdown))
         with pytest.raises(HubReadOnly, match="cannot be written"):
             hub.add(adapter(0))
         assert len(hub) == 0

@@ -250,7 +250,7 @@ def test_a_file_system_that_fails_for_now_is_not_taken_for_damage(hub, monkeypat
         raise RuntimeError("unable to open file <blob> in read-only mode: Input/output error (5)")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loraweave.hub.blobs, "safe_open", failing)
+        patch.setattr(loraweave.hub.stores.blobs, "safe_open", failing)
         with pytest.raises(HubError, match=r"the file system failed.*unable to open file") as caught:
             hub["adapter 1"]
         assert not isinstance(caught.value, AdapterCorrupt)
