@@ -27,7 +27,7 @@ from rich.progress import track
 import loraweave as lw
 from benchmarks._data import kept, known
 from benchmarks._run import Run, Table, interval, pairs
-from loraweave.composer.model.scoring import padded
+from loraweave.composer.model.scoring import pad_prompts
 from loraweave.demo import load_task
 
 NUM_RETRIEVED = 3
@@ -99,7 +99,7 @@ def measure(engine: lw.Composer, task: lw.Task, test: Sequence[tuple[str, str]],
     parts, averages = [], []
     for start in range(0, len(test), ROWS_PER_CALL):
         texts = [task.prompt(text) for text, _ in test[start : start + ROWS_PER_CALL]]
-        batch = padded(engine.model, engine.tokenizer, texts)
+        batch = pad_prompts(engine.model, engine.tokenizer, texts)
         # the base and the mixture ride along without a say
         shares = [1.0] * len(members) + [0.0, 0.0]
         found = lw.ensemble(engine, [*members, uniform, None], batch, labels=task.labels, weights=shares)

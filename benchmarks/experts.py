@@ -148,7 +148,7 @@ def _data(run: Run, asked: Asked, model: Any, tokenizer: Any) -> dict[str, Data]
         rows = run.rows(name)
         task = lw.Task([], instruction=entries[name]["definition"])
         tests = [(row["input"], (row["target"], *row.get("also_ok", []))) for row in rows if row["split"] == "test"]
-        trained = scoring.encoded(model, tokenizer, task, pairs(rows, "train")[: asked.rows])
+        trained = scoring.encode_pairs(model, tokenizer, task, pairs(rows, "train")[: asked.rows])
         found[name] = Data(task, trained, tests[: asked.items])
     return found
 

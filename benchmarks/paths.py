@@ -115,7 +115,7 @@ def made(path: str, experts: list[RankRow], sets: RowSets, dtype: torch.dtype) -
     for number, row in enumerate(sets):
         for p, weight in row:
             w_B1P[number, 0, used.index(p)] = weight
-    return Stack.of([experts[p] for p in used], dtype).weighted(w_B1P)
+    return Stack.of([experts[p] for p in used], dtype).weigh(w_B1P)
 
 
 @torch.inference_mode()

@@ -14,12 +14,12 @@ from torch import nn
 from loraweave.common.process import lock_of
 from loraweave.common.rows import GivenRows
 from loraweave.composer.explain.cost import Cost, mixture_cost
-from loraweave.composer.explain.explanation import Explanation, reading
+from loraweave.composer.explain.explanation import Explanation, plan_reading
 from loraweave.composer.explain.worth import expert_losses, leave_one_out
 from loraweave.composer.fused import Fused, fused, mixture_updates
 from loraweave.composer.live.fitting import Fitting
 from loraweave.composer.live.layout import Place as LayerPlace
-from loraweave.composer.live.layout import placement
+from loraweave.composer.live.layout import find_places
 from loraweave.composer.live.mixer import Activation, LiveLayers
 from loraweave.composer.live.plan import KeptPlans
 from loraweave.composer.live.recording import Setting, Trace, UsedWeights, last_weights, recording
@@ -27,7 +27,7 @@ from loraweave.composer.live.residents import Residency, Residents
 from loraweave.composer.live.resolve import resolve, warn_of_licenses
 from loraweave.composer.live.standing_in import CLAIMS
 from loraweave.composer.merge.statistics import Statistics
-from loraweave.composer.model.generate import generation_call, streamed
+from loraweave.composer.model.generate import generation_call, stream
 from loraweave.composer.model.layers import TargetLayer
 from loraweave.composer.overwritten import Place
 from loraweave.composer.train.routers import fit, require_learning
@@ -112,7 +112,7 @@ class Composer:
         MixtureWeights; or a router. It counts for calls in this thread (or asyncio task) only; the
         handle's `run` takes it into another. For every layer
         y = W x + ((x a^T) * w) b^T + sum over e of w_e (gain_e y0 + bias_e); rows of weight zero are the base bit for bit.
-        A batch of k times as many rows as the mixture has (beams, return sequences) uses each for k rows on end.
+        In a batch of k times as many rows as the mixture has (beams, return sequences), each counts for k consecutive ones.
 
         Inside another activation of this Composer the inner one replaces the outer. A backward pass with gradient
         checkpointing belongs inside the block, since it runs the layers again, and so does one of a model compiled by
@@ -174,7 +174,7 @@ class Composer:
         if self._fused:
             raise AlreadyActive("a mixture that is fused into the weights has none to explain: leave fused() first")
         with torch.no_grad(), nullcontext() if mixture is None else self.activate(mixture):
-            read = reading(self.model, self.tokenizer, text, max_new_tokens)
+            read = plan_reading(self.model, self.tokenizer, text, max_new_tokens)
             with self.record() as trace, read.prompted():
                 self.model(**read.inputs)
         order = [name for name, _ in self.model.named_modules() if name in self.target_layers]
@@ -257,7 +257,7 @@ class Composer:
         Raises ScopeError for rows or seeds that are not as many as the texts, CompositionError for ways of decoding that run
         downloaded code or a thread of their own; docs/generation.md has the list.
         """
-        resolved = self._resolved(texts, mixture)
+        resolved = self._resolve_texts(texts, mixture)
         if not texts:
             return []
         call = generation_call(self.model, self.tokenizer, texts, seeds, generate_kwargs)
@@ -273,7 +273,7 @@ class Composer:
         this call is left before the last piece. To stop early, close the iterator or drop it.
         Raises what generate() raises, at once where that is possible, and CompositionError for beams.
         """
-        resolved = self._resolved(texts, mixture)
+        resolved = self._resolve_texts(texts, mixture)
         if not texts:
             return iter(())
         call = generation_call(self.model, self.tokenizer, texts, seeds, generate_kwargs)
@@ -287,9 +287,9 @@ class Composer:
             with nullcontext() if resolved is None else self.activate(resolved):
                 call.output(self.model, streamer)
 
-        return streamed(generate, self.tokenizer)
+        return stream(generate, self.tokenizer)
 
-    def _resolved(self, texts: Sequence[str], mixture: Any) -> MixtureWeights | Router | None:
+    def _resolve_texts(self, texts: Sequence[str], mixture: Any) -> MixtureWeights | Router | None:
         """The mixture for these texts, both looked over."""
         self._require_open()
         self._require_tokenizer("generate() and stream()", "need")
@@ -326,7 +326,7 @@ class Composer:
         `settings` are those of `composer/train/settings.py`; docs/router_training.md explains them. Afterwards the
         router is in evaluation mode, on the model's device, and has a `report`.
 
-        Raises InvalidTask for rows that cannot be used, UnknownExpert for experts that the pool has not, TrainingError for
+        Raises InvalidTask for rows that cannot be used, UnknownExpert for experts outside the pool, TrainingError for
         settings out of range, for parameters without a gradient, and for a loss or gradient that is not finite: the router
         then has the last good parameters.
         """
@@ -418,7 +418,7 @@ class Composer:
     def _source(self) -> tuple[Callable[[str], Adapter], Callable[[], Mapping[str, LayerPlace]]]:
         """What the residents ask for an expert and for the layers' places: not this object, which would make a cycle."""
         model, fitting, adapters = self.model, self._fitting, self._bound.adapters
-        return adapters.__getitem__, lambda: placement(model, fitting.layers)
+        return adapters.__getitem__, lambda: find_places(model, fitting.layers)
 
     def _require_open(self) -> None:
         if self._closed:

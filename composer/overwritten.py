@@ -236,7 +236,7 @@ class Originals:
             mapping = _mapped_file(num_bytes)
         elif device.type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE"):
             mapping = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            # a kernel without such pages says no
+            # a kernel without such pages refuses
             with suppress(OSError):
                 mapping.madvise(mmap.MADV_HUGEPAGE)
         else:

@@ -34,7 +34,7 @@ from loraweave.composer.compose.refine import (
 from loraweave.composer.compose.report import FILE, FORMAT, FORMAT_WITH_ROUTER, Report, ReportRow, SavedRecipe
 from loraweave.composer.compose.settings import require_no_router, router_name
 from loraweave.composer.composer import Composer
-from loraweave.composer.explain.explanation import Explanation, pieces, reading
+from loraweave.composer.explain.explanation import Explanation, plan_reading, split_text
 from loraweave.composer.merge.arithmetic import byom
 from loraweave.composer.merge.merge import merge, merge_by_layer, parent_of
 from loraweave.composer.model import scoring
@@ -173,7 +173,7 @@ class Composition:
         `loss` the mean loss of the target tokens, `count` the number of pairs. Raises InvalidTask for what is no row with a
         target (`loraweave.common.rows`).
         """
-        read = scoring.answered(pairs)
+        read = scoring.read_answers(pairs)
         with self._active():
             score = scoring.evaluate(*self._on, read)
         return {"value": score.value, "low": score.low, "high": score.high, "loss": score.loss, "count": score.count}
@@ -282,8 +282,8 @@ class Composition:
         prompt = self.task.prompt(text)
         if self.is_base:
             with torch.no_grad():
-                ids = torch.cat(reading(self.model, self.tokenizer, prompt, max_new_tokens).parts).tolist()
-            return Explanation(pieces(self.tokenizer, ids), (), (), torch.empty(len(ids), 0, 0))
+                ids = torch.cat(plan_reading(self.model, self.tokenizer, prompt, max_new_tokens).parts).tolist()
+            return Explanation(split_text(self.tokenizer, ids), (), (), torch.empty(len(ids), 0, 0))
         if self.router is not None:
             return self.engine.explain(prompt, self.router, max_new_tokens=max_new_tokens)
         engine = Composer(self.model, [self.adapter], tokenizer=self.tokenizer)

@@ -15,7 +15,7 @@ from loraweave.common.rows import GivenRows, read_inputs
 from loraweave.composer.composer import Composer
 from loraweave.composer.ensembles.member_passes import known_members, member_passes, member_weights, rows_of, rows_that_fit
 from loraweave.composer.model import scoring
-from loraweave.composer.model.batches import left_aligned, takes
+from loraweave.composer.model.batches import align_left, takes
 from loraweave.composer.model.scoring import label_ids, label_losses
 from loraweave.errors import CompositionError, InvalidTask
 from loraweave.types import Task
@@ -83,7 +83,7 @@ def _label_members(
         )
     ids = label_ids(tokenizer, labels)
     width = max(map(len, ids))
-    prefix = left_aligned(batch["input_ids"], batch.get("attention_mask"))
+    prefix = align_left(batch["input_ids"], batch.get("attention_mask"))
     if model.config.is_encoder_decoder:
         prefix = right_aligned(prefix)
     if rows_per_pass is None:
@@ -289,7 +289,7 @@ def answers(
     model, labels, shares = engine.model, task.labels, weight_M.tolist()
 
     def rank(prompts: Sequence[str]) -> list[str]:
-        return ensemble(engine, members, scoring.padded(model, tokenizer, prompts), weights=shares, labels=labels).best  # type: ignore[return-value]
+        return ensemble(engine, members, scoring.pad_prompts(model, tokenizer, prompts), weights=shares, labels=labels).best  # type: ignore[return-value]
 
     def decode(prompts: Sequence[str]) -> list[str]:
         with torch.no_grad(), engine.activate(members):
@@ -304,7 +304,7 @@ def answers(
 
     prompts = [task.prompt(text) for text in read_inputs(inputs)]
     size = max(1, scoring.BATCH_SIZE // len(members)) if labels is None else scoring.BATCH_SIZE
-    return scoring.by_length(tokenizer, prompts, size, decode if labels is None else rank)
+    return scoring.answer_by_length(tokenizer, prompts, size, decode if labels is None else rank)
 
 
 class AveragedScores:

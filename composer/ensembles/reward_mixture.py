@@ -36,7 +36,7 @@ from loraweave.composer.ensembles.rewards import (
 )
 from loraweave.composer.experts.exchange import require_expert_model
 from loraweave.composer.experts.expert_model import ExpertModel
-from loraweave.composer.model.batches import padded_rows
+from loraweave.composer.model.batches import pad_rows
 from loraweave.errors import (
     AdapterCorrupt,
     AdapterNotFound,
@@ -323,7 +323,7 @@ def _loss(model: ExpertModel, chosen: Sequence[Pairs], tokens: Mapping[str, list
     """The sum over experts of the mean over their pairs, and the recipe's terms, in one pass of the model."""
     rows = [tokens[pair[side]] for side in (0, 1) for own in chosen for pair in own]
     experts = [expert for expert, own in enumerate(chosen) for _ in own]
-    ids_BT, mask_BT = padded_rows(model.tokenizer, rows, left=False)
+    ids_BT, mask_BT = pad_rows(model.tokenizer, rows, left=False)
     batch = {"input_ids": ids_BT.to(model.device), "attention_mask": mask_BT.to(model.device)}
     preferred_N, other_N = _run(model, batch, 2 * experts).chunk(2)
     by_pair_N = functional.softplus(other_N - preferred_N)

@@ -24,7 +24,7 @@ from loraweave.common.randomness import with_seed
 from loraweave.composer.composer import Composer
 from loraweave.composer.ensembles.ensemble import last_positions, right_aligned, without_cache
 from loraweave.composer.ensembles.member_passes import known_members, member_passes, rows_that_fit
-from loraweave.composer.model.batches import padded_rows, takes
+from loraweave.composer.model.batches import pad_rows, takes
 from loraweave.errors import CompositionError, InvalidTask, TrainingError, UnknownName, WeightingError
 
 
@@ -190,7 +190,7 @@ def _last_hidden(model: Any, inputs: dict[str, Any]) -> Tensor:
 
 def _right_padded(engine: Composer, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     device = next(engine.model.parameters()).device
-    ids_BT, mask_BT = padded_rows(engine.tokenizer, rows, left=False)
+    ids_BT, mask_BT = pad_rows(engine.tokenizer, rows, left=False)
     return {"input_ids": ids_BT.to(device), "attention_mask": mask_BT.to(device)}
 
 

@@ -15,7 +15,7 @@ from loraweave.composer.explain.page import page
 from loraweave.composer.explain.plot import draw
 from loraweave.composer.explain.shown import TokenFigures
 from loraweave.composer.live.recording import Load, Trace, UsedLayer
-from loraweave.composer.model.generate import encode, encodes, generation_call
+from loraweave.composer.model.generate import encode_texts, encodes, generation_call
 from loraweave.errors import CompositionError
 from loraweave.routers.tokens._call import prompted
 
@@ -50,7 +50,7 @@ class Explanation(TokenFigures):
                 cells.append(f"{self.effects[name]:+.4f}" if (name := self.experts[at]) in self.effects else "")
             cells += [self._layer(at), self._tokens(at)]
             # as Text, which nobody reads as markup: names are free
-            table.add_row(Text(_clean(self.experts[at])), *(Text(cell) for cell in cells))
+            table.add_row(Text(_printable(self.experts[at])), *(Text(cell) for cell in cells))
         if rest := order[MAX_ROWS:]:
             table.add_row(f"{len(rest)} others", f"{total.share_E[rest].sum():.1%}", *[""] * (4 + len(effect)))
         return table
@@ -71,15 +71,15 @@ class Explanation(TokenFigures):
                 w_TLE = first
         rows = {
             layer: {
-                "share": [_short(value) for value in found.share_E.tolist()],
-                "chosen": [_short(value) for value in found.chosen_E.tolist()],
-                "entropy": _short(found.entropy),
+                "share": [_round(value) for value in found.share_E.tolist()],
+                "chosen": [_round(value) for value in found.chosen_E.tolist()],
+                "entropy": _round(found.entropy),
                 "num_tokens": found.num_tokens,
             }
             for layer, found in self.load.items()
         }
-        weights = [[[_short(value) for value in each] for each in token] for token in w_TLE.tolist()]
-        effects = {name: _short(value) for name, value in self.effects.items()}
+        weights = [[[_round(value) for value in each] for each in token] for token in w_TLE.tolist()]
+        effects = {name: _round(value) for name, value in self.effects.items()}
         names = {"tokens": self.tokens, "layers": self.layers, "experts": self.experts}
         return {**names, "weights": weights, "load": rows, "effects": effects}
 
@@ -121,7 +121,7 @@ class Explanation(TokenFigures):
         by_layer_L = self.by_layer_LE[:, at].abs().nan_to_num()
         if torch.allclose(by_layer_L, by_layer_L[:1]):
             return "all alike"
-        return _clean(self.layers[int(by_layer_L.argmax())])
+        return _printable(self.layers[int(by_layer_L.argmax())])
 
     def _tokens(self, at: int) -> str:
         by_token_T = self.by_token_TE[:, at].abs().nan_to_num()
@@ -131,11 +131,11 @@ class Explanation(TokenFigures):
         return ", ".join(repr(self.tokens[token]) for token in best if by_token_T[token] > 0)
 
 
-def _clean(text: str) -> str:
+def _printable(text: str) -> str:
     return "".join(character if character.isprintable() else " " for character in text)
 
 
-def _short(value: float) -> float | None:
+def _round(value: float) -> float | None:
     return float(f"{value:.6g}") if value == value else None
 
 
@@ -174,12 +174,12 @@ class Reading:
                 if w_TE is not None:
                     w_TLE[begin : begin + len(part), at] = w_TE[: len(part)].float().cpu()
                 begin += len(part)
-        return Explanation(pieces(tokenizer, torch.cat(self.parts).tolist()), tuple(layers), trace.experts, w_TLE)
+        return Explanation(split_text(tokenizer, torch.cat(self.parts).tolist()), tuple(layers), trace.experts, w_TLE)
 
 
-def reading(model: nn.Module, tokenizer: Any, text: str, max_new_tokens: int) -> Reading:
+def plan_reading(model: nn.Module, tokenizer: Any, text: str, max_new_tokens: int) -> Reading:
     """One forward over the text, and over all but the last of the tokens of its greedy continuation."""
-    inputs, pad = encode(model, tokenizer, [text])
+    inputs, pad = encode_texts(model, tokenizer, [text])
     text_ids = inputs["input_ids"][0]
     answer_ids = text_ids[:0]
     if max_new_tokens:
@@ -203,25 +203,25 @@ def reading(model: nn.Module, tokenizer: Any, text: str, max_new_tokens: int) ->
     )
 
 
-def pieces(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
+def split_text(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
     """The text of each token. Tokens that only together are characters get all the text that they are together."""
     found: list[str] = []
     begin = 0
     while begin < len(ids):
         end = begin + 1
-        text = _decoded(tokenizer, ids[begin:end])
+        text = _decode(tokenizer, ids[begin:end])
         # no character has more bytes than four
         while BROKEN in text and end < min(begin + 4, len(ids)):
             end += 1
-            text = _decoded(tokenizer, ids[begin:end])
+            text = _decode(tokenizer, ids[begin:end])
         if BROKEN in text:
-            end, text = begin + 1, _decoded(tokenizer, ids[begin : begin + 1])
+            end, text = begin + 1, _decode(tokenizer, ids[begin : begin + 1])
         found += [text] * (end - begin)
         begin = end
     return tuple(found)
 
 
-def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
 

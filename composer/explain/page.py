@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraweave.composer.explain.shown import OTHER, Strongest, TokenFigures, block_and_kind, common_prefix, places
+from loraweave.composer.explain.shown import OTHER, Strongest, TokenFigures, block_and_kind, common_prefix, group_places
 
 # what could end the element that the data are in, or a line of a script
 ESCAPED = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
@@ -40,12 +40,12 @@ def _part(name: str) -> str:
 
 
 def _tokens(shown: TokenFigures) -> list[str]:
-    """The text with each token's strongest expert on the mean over the layers, for who has no script."""
+    """The text with each token's strongest expert on the mean over the layers, for readers without scripts."""
     strongest = Strongest.of(shown.by_token_TE)
     highest = max(strongest.shares) or 1.0
     found = []
     for token, expert, share in zip(shown.tokens, strongest.experts, strongest.shares, strict=True):
-        colour = "transparent" if expert is None else _faded(shown.colours.get(expert, OTHER), share / highest)
+        colour = "transparent" if expert is None else _fade(shown.colours.get(expert, OTHER), share / highest)
         number = "" if expert is None else f"<sub>{expert + 1}</sub>"
         text = escape(token.replace("\n", "↵"))
         end = "\n" if "\n" in token else ""
@@ -53,7 +53,7 @@ def _tokens(shown: TokenFigures) -> list[str]:
     return found
 
 
-def _faded(colour: str, part: float) -> str:
+def _fade(colour: str, part: float) -> str:
     red, green, blue = (int(colour[at : at + 2], 16) for at in (1, 3, 5))
     return f"rgba({red},{green},{blue},{FAINTEST + (FULLEST - FAINTEST) * part:.3f})"
 
@@ -65,16 +65,16 @@ def _data(shown: TokenFigures) -> dict[str, Any]:
         "layers": shown.layers,
         "experts": shown.experts,
         "prefix": common_prefix(shown.layers),
-        "blocks": list(places(blocks).items()),
-        "kinds": list(places(kinds).items()),
+        "blocks": list(group_places(blocks).items()),
+        "kinds": list(group_places(kinds).items()),
         "colours": [shown.colours.get(expert, OTHER) for expert in range(len(shown.experts))],
         "fullness": [FAINTEST, FULLEST],
         "effects": [shown.effects.get(name) for name in shown.experts],
-        "weights": _packed(shown.w_TLE),
+        "weights": _pack(shown.w_TLE),
     }
 
 
-def _packed(w_TLE: Tensor) -> dict[str, Any]:
+def _pack(w_TLE: Tensor) -> dict[str, Any]:
     """The weights to the last bit, in base64: all of them, or where most are 0 those that are not and their places."""
     w_N = w_TLE.float().flatten()
     # NaN, of a token that a layer never sees, is not 0

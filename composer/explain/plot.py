@@ -17,8 +17,8 @@ from loraweave.composer.explain.shown import (
     TokenFigures,
     block_and_kind,
     common_prefix,
+    group_places,
     last_parts,
-    places,
 )
 
 # of more experts, those with the largest share are shown
@@ -77,8 +77,8 @@ def _layer_maps(layers: tuple[str, ...], w_EL: Tensor) -> list[_Map]:
         prefix = common_prefix(layers)
         names = [layer.removeprefix(prefix) for layer in layers]
         return [_Map(w_EL, names, f"layer of {prefix[:-1]}" if prefix else "layer", "weight by layer, mean over tokens", 1)]
-    whole = _grouped(w_EL, [block for block, _ in blocks])
-    kinds = _grouped(w_EL, [kind for _, kind in blocks])
+    whole = _average_groups(w_EL, [block for block, _ in blocks])
+    kinds = _average_groups(w_EL, [kind for _, kind in blocks])
     prefix = common_prefix(tuple(whole))
     axis = f"block of {prefix[:-1]}" if prefix else "block"
     return [
@@ -233,9 +233,9 @@ class _Strip:
             axes.text(x, y + 0.08, text, fontsize=STRIP_POINTS, va="center", parse_math=False, family=self._glyphs.families)
 
 
-def _grouped(w_EL: Tensor, groups: list[str]) -> dict[str, Tensor]:
+def _average_groups(w_EL: Tensor, groups: list[str]) -> dict[str, Tensor]:
     """w_E of each group: the mean over its layers, in order of their first appearance."""
-    return {group: w_EL[:, members].nanmean(dim=1) for group, members in places(groups).items()}
+    return {group: w_EL[:, members].nanmean(dim=1) for group, members in group_places(groups).items()}
 
 
 FAMILIES = {"sans": "DejaVu Sans", "mono": "DejaVu Sans Mono"}

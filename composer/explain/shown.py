@@ -50,7 +50,7 @@ class TokenFigures:
             )
 
     def with_effects(self, effects: Mapping[str, float]) -> Self:
-        """The same, with what leave_one_out() returned. Raises UnknownExpert for a name that is none of the experts'."""
+        """The same, with what leave_one_out() returned. Raises UnknownExpert for a name that is not an expert's."""
         for name in effects:
             if name not in self.experts:
                 raise unknown_expert(name, self.experts)
@@ -114,7 +114,7 @@ def block_and_kind(layer: str) -> tuple[str, str]:
     return (layer, layer) if block is None else (block, layer[len(block) + 1 :])
 
 
-def places(groups: Sequence[str]) -> dict[str, list[int]]:
+def group_places(groups: Sequence[str]) -> dict[str, list[int]]:
     """The places of each group's members, the groups in order of their first appearance."""
     members: dict[str, list[int]] = {}
     for place, group in enumerate(groups):

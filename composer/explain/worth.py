@@ -46,7 +46,7 @@ def leave_one_out(
         num_rows = router.num_rows
     if num_rows != 1:
         raise ScopeError(f"leave_one_out() takes one mixture for all examples, but this one has {num_rows} rows")
-    rows = scoring.encoded(model, tokenizer, task, task.examples)
+    rows = scoring.encode_pairs(model, tokenizer, task, task.examples)
 
     def mean_loss(mixture: Router) -> float:
         with untouched(model), activate(mixture):
@@ -84,7 +84,7 @@ def expert_losses(
                 for part in batches[name]:
                     num_rows = len(part.targets_BK)
                     with activate([{expert: 1.0} for expert in some for _ in range(num_rows)]):
-                        losses_B = mean_losses(model, part.tiled(len(some)))
+                        losses_B = mean_losses(model, part.tile(len(some)))
                     sums_E = losses_B.view(len(some), num_rows).double().sum(dim=1)
                     for expert, total in zip(some, sums_E.tolist(), strict=True):
                         table[name][expert] += total / len(task.examples)

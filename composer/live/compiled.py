@@ -1,6 +1,6 @@
 """Live mixing below torch.compile: what is traced is one opaque operator per layer, which asks what is active when it runs.
 
-So no part of a mixture is in a graph or its guards, and another mixture compiles nothing anew. The operator's gradient is
+So no part of a mixture is in a graph or its guards, and another mixture recompiles nothing. The operator's gradient is
 that of the eager mixture, calculated again in the backward pass.
 """
 
@@ -41,14 +41,14 @@ _MIXINGS: WeakValueDictionary[int, Mixing] = WeakValueDictionary()
 
 
 def number_of_layer() -> Tensor:
-    """A number for `bind` and `mixed`."""
+    """A number for `bind` and `mix`."""
     # a tensor, whose value no guard looks at: layers that share their code then share what it was compiled to
     with torch.inference_mode(False):
         return torch.tensor(next(_NUMBERS))
 
 
 def bind(number: Tensor, layer: Mixed) -> None:
-    """Lets `mixed` find the layer by its number, as long as the layer lives."""
+    """Lets `mix` find the layer by its number, as long as the layer lives."""
     _LAYERS[int(number)] = layer
 
 
@@ -59,8 +59,8 @@ def number_of_mixing(mixing: Mixing) -> int:
     return number
 
 
-def mixed(layer: Tensor, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
-    """The layer's output y with what is active at the time that this runs; `bias` is the layer's own.
+def mix(layer: Tensor, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+    """The layer's output y with what is active when this runs; `bias` is the layer's own.
 
     Its backward pass belongs inside the activation: CompositionError after that has ended.
     """
@@ -73,7 +73,7 @@ def mixed(layer: Tensor, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @cache
-def outside() -> Callable[[Mixed, Tensor, Tensor], Tensor]:
+def mix_outside() -> Callable[[Mixed, Tensor, Tensor], Tensor]:
     """The eager mixture as something that torch.compile leaves out of its graph, so that gradients reach all they should."""
     found: Callable[[Mixed, Tensor, Tensor], Tensor] = torch.compiler.disable(  # type: ignore[no-untyped-call]
         _eager,
@@ -100,7 +100,7 @@ def _mixed_for_backward(layer: Tensor, x: Tensor, y: Tensor, bias: Tensor | None
 
 
 def _mixed_by(layer: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Mixing | None]:
-    # an operator leaves its inputs alone, and its output is none of them
+    # an operator may neither change nor return its inputs
     y = y.clone(memory_format=torch.contiguous_format)
     # not there: the code was traced inside an activation, and runs when none is open in any thread
     target = _LAYERS.get(int(layer))

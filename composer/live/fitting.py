@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from loraweave.common.process import lock_of
 from loraweave.composer.live.limits import LiveLimits
-from loraweave.composer.model.layers import TargetLayer, bound, require_model, require_values, target_layer
+from loraweave.composer.model.layers import TargetLayer, bind, require_model, require_values, target_layer
 from loraweave.composer.overwritten import OVERWRITTEN, row_sums
 from loraweave.errors import AlreadyActive, BaseModelMismatch, CompositionError, LayerMismatch
 from loraweave.hub.adapter import Adapter, Form
@@ -67,8 +67,8 @@ class Fitting:
     def pool(self, pool: ExpertPool) -> ExpertPool:
         """The pool's experts as `adapter` gives them, now, or for a lazy pool when each is opened."""
         if pool.lazy:
-            return ExpertPool(OnDemand(pool.names, lambda name: self._opened(name, pool.adapters[name])))
-        fitted = {name: self._fitted(name, adapter) for name, adapter in pool.adapters.items()}
+            return ExpertPool(OnDemand(pool.names, lambda name: self._fit_lazily(name, pool.adapters[name])))
+        fitted = {name: self._fit(name, adapter) for name, adapter in pool.adapters.items()}
         self._warn(pool.adapters)
         return ExpertPool(fitted)
 
@@ -78,17 +78,17 @@ class Fitting:
         From then on they are experts of this model, and may be merged with each other whatever base they name.
         """
         if pool.lazy:
-            return ExpertPool(OnDemand(pool.names, lambda name: self._marked(self._seen(name, pool.adapters[name]))))
+            return ExpertPool(OnDemand(pool.names, lambda name: self._mark(self._check(name, pool.adapters[name]))))
         if all(self._own_key(adapter.base).proves(adapter.base) for adapter in pool.adapters.values()):
             return pool
         self.pool(pool)
-        return ExpertPool({name: self._marked(adapter) for name, adapter in pool.adapters.items()})
+        return ExpertPool({name: self._mark(adapter) for name, adapter in pool.adapters.items()})
 
-    def _seen(self, name: str, adapter: Adapter) -> Adapter:
-        self._opened(name, adapter)
+    def _check(self, name: str, adapter: Adapter) -> Adapter:
+        self._fit_lazily(name, adapter)
         return adapter
 
-    def _marked(self, adapter: Adapter) -> Adapter:
+    def _mark(self, adapter: Adapter) -> Adapter:
         has_weights = adapter.fingerprint is not None and adapter.fingerprint.samples
         return adapter if has_weights else replace(adapter, fingerprint=self._key.fingerprint)
 
@@ -99,24 +99,24 @@ class Fitting:
         AlreadyActive where the base's own weights are needed and a fused mixture is in their place. Warns of one whose base
         model is known by names and shapes alone.
         """
-        fitted = self._fitted(name, adapter)
+        fitted = self._fit(name, adapter)
         self._warn({name: adapter})
         return fitted
 
-    def _opened(self, name: str, adapter: Adapter) -> Adapter:
+    def _fit_lazily(self, name: str, adapter: Adapter) -> Adapter:
         """The adapter of a lazy pool, fitted; the first of each base model warns for all of them."""
-        fitted = self._fitted(name, adapter)
+        fitted = self._fit(name, adapter)
         if adapter.base not in self._said:
             self._said.add(adapter.base)
             self._warn({name: adapter})
         return fitted
 
-    def _fitted(self, name: str, adapter: Adapter) -> Adapter:
+    def _fit(self, name: str, adapter: Adapter) -> Adapter:
         require_no_heads(name, adapter)
         with self._lock:
             self._require_base(name, adapter)
             if id(adapter.form) not in self._forms:
-                found = self._targets(name, adapter)
+                found = self._find_layers(name, adapter)
                 new = {layer: found[layer] for layer in found if layer not in self._layers}
                 _require_own_weights(new)
                 self.limits.add(new)
@@ -131,7 +131,7 @@ class Fitting:
             return adapter
         _require_own_weights({layer: layers[layer] for layer in unbound})
         # first, since it refuses weights that have no values to compare
-        resolved = bound(adapter, layers)
+        resolved = bind(adapter, layers)
         self._weights.add(name, {layer: adapter.layers[layer] for layer in unbound}, layers)
         return replace(adapter, layers=resolved)
 
@@ -145,7 +145,7 @@ class Fitting:
         """The model's key, without a fingerprint where the other has none: then no weight is read."""
         return self._key if its.fingerprint else self._unread_key
 
-    def _targets(self, name: str, adapter: Adapter) -> dict[str, TargetLayer]:
+    def _find_layers(self, name: str, adapter: Adapter) -> dict[str, TargetLayer]:
         """The layers that the adapter updates, by module path."""
         try:
             return {layer: target_layer(self._modules, layer, part, name) for layer, part in adapter.layers.items()}

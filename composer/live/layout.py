@@ -80,7 +80,7 @@ class Layout:
         """Of the parts on the devices that are wanted, those included that stay where they are."""
         return sum(size for device, size in self._num_bytes.items() if wanted(device))
 
-    def flats(
+    def make_flats(
         self, adapter: Adapter, wanted: Callable[[torch.device], bool], *, pinned: bool = False
     ) -> dict[Place, Tensor]:
         """New flat tensors on the CPU with the adapter's numbers, for the places that are wanted."""
@@ -101,7 +101,7 @@ class Layout:
                 found[place] = filled.to(place[1])
         return found
 
-    def placed(
+    def make_views(
         self, flats: Mapping[Place, Tensor], adapter: Adapter | None, wanted: Callable[[torch.device], bool]
     ) -> dict[str, PlacedFactors]:
         """Each layer's factors as views of the flat tensors; `adapter` is needed for parts that stay where it has them."""
@@ -114,7 +114,7 @@ class Layout:
             tensors: dict[str, Any] = {"gain_O": None, "bias_O": None}
             for part in parts:
                 if part.offset is None:
-                    tensors[part.name] = _as_it_is(own[part.name])
+                    tensors[part.name] = _keep(own[part.name])
                 else:
                     tensors[part.name] = _view(flats[part.place], part.shape, part.offset)
             found[layer] = PlacedFactors(**tensors)
@@ -150,7 +150,7 @@ def _tensors(factors: Factors) -> dict[str, Tensor]:
     return {name: tensor.detach() if tensor.requires_grad else tensor for name, tensor in found.items()}
 
 
-def _as_it_is(tensor: Tensor) -> Tensor:
+def _keep(tensor: Tensor) -> Tensor:
     found = tensor.to(*IN_PLACE)
     # one that was read below inference_mode could take no part in a later training step
     return found.clone() if found.is_inference() else found
@@ -160,7 +160,7 @@ def _view(flat: Tensor, shape: tuple[int, ...], offset: int) -> Tensor:
     return flat.as_strided(shape, (shape[1], 1) if len(shape) == 2 else (1,), offset)
 
 
-def placement(model: nn.Module, layers: Mapping[str, TargetLayer]) -> dict[str, Place]:
+def find_places(model: nn.Module, layers: Mapping[str, TargetLayer]) -> dict[str, Place]:
     """The place of each layer whose place is known before it runs.
 
     A quantised layer calculates in the dtype of its input, which is taken to be that of the model's first parameter of

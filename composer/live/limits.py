@@ -82,12 +82,12 @@ def _varies(weights: MixtureWeights | Router) -> str:
 
 def _users(layer: str, weights: MixtureWeights | Router, adapters: Mapping[str, Adapter]) -> Iterable[str]:
     """The experts that update the layer and may have a weight there that is not zero."""
-    return (name for name in _used(layer, weights, adapters) if layer in adapters[name].layers)
+    return (name for name in _experts_used(layer, weights, adapters) if layer in adapters[name].layers)
 
 
-def _used(layer: str, weights: MixtureWeights | Router, adapters: Mapping[str, Adapter]) -> Iterable[str]:
+def _experts_used(layer: str, weights: MixtureWeights | Router, adapters: Mapping[str, Adapter]) -> Iterable[str]:
     if isinstance(weights, ByRow):
-        rows = [_used(layer, row, adapters) for row in weights.routers if row is not None]
+        rows = [_experts_used(layer, row, adapters) for row in weights.routers if row is not None]
         return {name for names in rows for name in names}
     if isinstance(weights, MixtureWeights):
         used_E = (weights.for_layer(layer) != 0).flatten(0, 1).any(dim=0).tolist()
@@ -131,7 +131,7 @@ def end_call() -> None:
 
 
 def is_beside() -> bool:
-    """Whether layers of the running call may see images or sounds in the place of its rows."""
+    """Whether layers of the running call may see images or sounds instead of its rows."""
     return _BESIDE.get()
 
 
@@ -220,8 +220,8 @@ class _Traced:
 
 
 class _OwnForward:
-    """Its class's forward as the module's own, until `remove`: what torch.compile made before is then made anew, with the
-    hooks, which it takes for something that never changes."""
+    """Its class's forward as the module's own, until `remove`: torch.compile then recompiles what it had made, with the
+    hooks, which it assumes never to change."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from loraweave.common.process import holding, lock_of
 from loraweave.composer.live.call_router import CallRouter, end_router_call
-from loraweave.composer.live.compiled import bind, mixed, number_of_layer, number_of_mixing, outside
+from loraweave.composer.live.compiled import bind, mix, mix_outside, number_of_layer, number_of_mixing
 from loraweave.composer.live.entry import Entry, Exit
 from loraweave.composer.live.limits import end_call, watch
 from loraweave.composer.live.plan import KEPT_BYTES, Plan, make_plan
@@ -232,7 +232,7 @@ class LiveLayers:
 
     def _choose_place(self) -> None:
         learns = any(each.plan.learns for each in self._open)
-        self.mixes_outside = outside() if learns else None
+        self.mixes_outside = mix_outside() if learns else None
 
     def end_those_of_other_threads(self) -> None:
         """In a forked process, which has none of its parent's other threads: closes what only they could close."""
@@ -408,12 +408,12 @@ class _MixedForward(StandIn):
         return activation.plan.apply(self.layer, x, y, activation.lease, activation.usage)
 
     def _traced(self, x: Tensor, y: Tensor) -> Tensor:
-        """What torch.compile sees in the place of a mixture."""
+        """What torch.compile sees instead of a mixture."""
         if self._live is None:
             return y
         if torch.is_grad_enabled() and self._live.mixes_outside is not None and not torch.compiler.is_exporting():
             return self._live.mixes_outside(self, x, y)
-        return mixed(self._number, x, y, self.layer.parameter("bias"))
+        return mix(self._number, x, y, self.layer.parameter("bias"))
 
     def own(self, name: str) -> Any:
         return self._own

@@ -2,11 +2,11 @@
 
     KeptPlans.plan(weights) -> Plan, of the last few activations
       |- RowWeights     weights known before the call, one set a row: each layer's kernel is made once (row_weights.py)
-      '- TokenWeights   weights by token, of a router, or that learn: weighed anew in every call (token_weights.py)
+      '- TokenWeights   weights by token, of a router, or that learn: weighed again in every call (token_weights.py)
 
     Plan.apply(layer, x, y)
       warm   this layer has met an x of this shape, and nothing learns -> the kernel remembered, which adds into y's memory
-      cold   _general: x_BTI -> LayerMixture(kernel, affine) -> _sum, the equation; if all calls will go alike, remembered
+      cold   _general: x_BTI -> LayerMixture(kernel, affine) -> _sum, the equation; maybe remembered
       other  _projected: an embedding or a convolution, whose hidden values are no product of x with a matrix
 
 `_sum` with `kernels/naive.py` is the naive twin of the warm path (`tests/composer/live/test_plan.py` holds both to the
@@ -254,7 +254,7 @@ def make_plan(weights: MixtureWeights | Router, names: tuple[str, ...], workspac
         return Plan(weights.experts, None, learning, learning)
     with torch.inference_mode(False):
         # the caller may go on to change or to reuse the tensor
-        # with the weights of a layer on end, where its tokens' are many
+        # with the weights of a layer contiguous, since those of its tokens may be many
         values_LEBT = weights.values_BTLE.detach().permute(2, 3, 0, 1).clone(memory_format=torch.contiguous_format)
         used_E = (values_LEBT != 0).transpose(0, 1).flatten(1).any(dim=1)
         active = tuple(name for name, used in zip(weights.experts, used_E.tolist(), strict=True) if used)
@@ -265,7 +265,7 @@ def make_plan(weights: MixtureWeights | Router, names: tuple[str, ...], workspac
 
 NUM_KEPT = 4
 KEPT_BYTES = 2**30
-# of weights with more elements, comparing takes longer than making them anew
+# of weights with more elements, comparing takes longer than making them again
 LARGEST_KEPT = 2**16
 
 

@@ -1,4 +1,4 @@
-"""What layers note while they run: the weights of the last forward where they are small, and all of them for who records.
+"""What layers note while they run: the last forward's weights where they are small, and all of them while somebody records.
 
 A note is one entry in a dictionary and keeps references only. What counts as the last forward, and who records, are
 context variables, so that threads and asyncio tasks are apart.
@@ -25,7 +25,7 @@ from loraweave.errors import CompositionError, ScopeError
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.weights import MixtureWeights
 
-# what is kept of one forward's weights by token, for who asks afterwards
+# what is kept of one forward's weights by token, in case somebody asks afterwards
 KEPT_BYTES = 64 * 2**20
 
 
@@ -92,7 +92,7 @@ class Usage:
             self._tell(layer, note)
 
     def _tell(self, layer: str, note: Note) -> None:
-        """Makes this usage the last one of its context, and gives the note to who records."""
+        """Makes this usage the last one of its context, and gives the note to every open trace."""
         state, owner = _STATE.get(), self.owner()
         if owner is not None and state.by_owner.get(owner) is not self:
             # a new dictionary: contexts that were copied from this one have the old one
@@ -114,7 +114,7 @@ class Usage:
             )
         layers = setting.fitting.layers
         return UsedWeights(
-            experts, {name: _used(self, note, layers[name], experts, setting) for name, note in notes.items()}
+            experts, {name: _weights_of(self, note, layers[name], experts, setting) for name, note in notes.items()}
         )
 
 
@@ -139,14 +139,14 @@ class Trace:
         return tuple(dict.fromkeys(expert for usage in self._usages.values() for expert in usage.experts))
 
     def calls(self, layer: str) -> list[UsedLayer]:
-        """The calls of a layer, over `experts`; those on end that share weights and rows as one."""
+        """The calls of a layer, over `experts`; consecutive ones that share weights and rows as one."""
         experts, target = self.experts, self._setting.fitting.layers[layer]
         found = []
         for (_, by_input, _), group in groupby(self._calls.get(layer, []), key=_kind_of_call):
             same = list(group)
-            first = _used(*same[0], target, experts, self._setting)
+            first = _weights_of(*same[0], target, experts, self._setting)
             if by_input or first.w_BTE.shape[1] > 1:
-                rest = [_used(usage, note, target, experts, self._setting) for usage, note in same[1:]]
+                rest = [_weights_of(usage, note, target, experts, self._setting) for usage, note in same[1:]]
                 found += [first, *rest]
             else:
                 counts = Counter(note.shape for _, note in same)
@@ -160,7 +160,7 @@ class Trace:
 
         Raises ScopeError where calls had different numbers of rows.
         """
-        return UsedWeights(self.experts, {layer: _joined(layer, self.calls(layer)) for layer in self._calls})
+        return UsedWeights(self.experts, {layer: _join(layer, self.calls(layer)) for layer in self._calls})
 
 
 def last_weights(owner: object, setting: Setting) -> UsedWeights:
@@ -183,7 +183,7 @@ def recording(owner: object, setting: Setting) -> Iterator[Trace]:
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """Of a context: the last usage of each engine, and who records."""
+    """Of a context: the last usage of each engine, and the open traces."""
 
     by_owner: WeakKeyDictionary[object, Usage]
     traces: tuple[Trace, ...]
@@ -198,7 +198,7 @@ def _kind_of_call(call: tuple[Usage, Note]) -> tuple[object, bool, int]:
     return id(usage), note.w_BTE is not None, note.shape[0] if note.shape else 1
 
 
-def _used(usage: Usage, note: Note, target: TargetLayer, experts: tuple[str, ...], setting: Setting) -> UsedLayer:
+def _weights_of(usage: Usage, note: Note, target: TargetLayer, experts: tuple[str, ...], setting: Setting) -> UsedLayer:
     """The note's weights over `experts`, with 0 for those that leave the layer alone or were not active."""
     own = usage.experts
     w_BTE = note.w_BTE
@@ -220,7 +220,7 @@ def _rows_and_tokens(layer: TargetLayer, shape: torch.Size, num_tokens: int) -> 
     return rows, tokens
 
 
-def _joined(layer: str, parts: list[UsedLayer]) -> UsedLayer:
+def _join(layer: str, parts: list[UsedLayer]) -> UsedLayer:
     if len(parts) == 1:
         return parts[0]
     rows = list(dict.fromkeys(part.num_rows for part in parts))
@@ -353,7 +353,7 @@ def entropies(w_NE: Tensor) -> Tensor:
 
 
 def spread(w_BTE: Tensor, num_rows: int, num_tokens: int) -> Tensor:
-    """The weights for so many rows and tokens: a size of 1 is shared, B rows serve k B rows, each k of them on end.
+    """The weights for so many rows and tokens: a size of 1 is shared, B rows serve k B rows, each for k consecutive ones.
 
     Raises ScopeError where that does not come out even.
     """

@@ -105,7 +105,7 @@ class Residents:
         what opening an adapter raises.
         """
         names = tuple(dict.fromkeys(names))
-        lease = self._taken(names)
+        lease = self._take(names)
         try:
             lease.fill()
         except BaseException:
@@ -180,11 +180,11 @@ class Residents:
             for shelf in (self._device, self._host):
                 shelf.unlock()
 
-    def _taken(self, names: tuple[str, ...]) -> Lease:
+    def _take(self, names: tuple[str, ...]) -> Lease:
         """A lease whose pages have their room, and are not all there yet."""
         what = f"the {len(names)} experts of this activation" if len(names) != 1 else f"the factors of expert {names[0]!r}"
         while True:
-            moves, layouts, opened = self._laid_out(names)
+            moves, layouts, opened = self._lay_out(names)
             with self._lock:
                 self._forget_other_processes()
                 if moves != self._moves:
@@ -201,13 +201,13 @@ class Residents:
                 self._num_leases.update(names)
                 return Lease(self, moves, layouts, *taken, opened)
 
-    def _laid_out(self, names: tuple[str, ...]) -> tuple[int, dict[str, Layout], list[Adapter]]:
+    def _lay_out(self, names: tuple[str, ...]) -> tuple[int, dict[str, Layout], list[Adapter]]:
         """How often the model has moved, each expert's layout since, and the adapters that were opened to know it."""
         opened: dict[str, Adapter] = {}
         while True:
             with self._lock:
                 # below the lock, so that an older look does not come after a newer one
-                self._look_at(self._places_now())
+                self._notice_moves(self._places_now())
                 for name, adapter in opened.items():
                     self._layout_of.setdefault(name, self._layout(adapter))
                 unknown = [name for name in names if name not in self._layout_of]
@@ -216,7 +216,7 @@ class Residents:
             # the first adapter with a layer may be what makes the layer's place known, so they are asked for again
             opened |= {name: self._adapter(name) for name in unknown}
 
-    def _look_at(self, places: Mapping[str, Place]) -> None:
+    def _notice_moves(self, places: Mapping[str, Place]) -> None:
         if any(places.get(layer) != place for layer, place in self._places.items()):
             self._moves += 1
             self._layouts, self._layout_of = {}, {}
@@ -234,14 +234,14 @@ class Residents:
     def _on_host(self, device: torch.device) -> bool:
         return not self._staged(device)
 
-    def _on_host_page(self, name: str, layout: Layout) -> _Page:
+    def _make_host_page(self, name: str, layout: Layout) -> _Page:
         adapter = self._adapter(name)
-        flats = layout.flats(adapter, self._on_host)
+        flats = layout.make_flats(adapter, self._on_host)
         with self._lock:
             self._from_disk += layout.num_bytes(self._on_host)
-        return _Page(flats, layout.placed(flats, adapter, self._on_host))
+        return _Page(flats, layout.make_views(flats, adapter, self._on_host))
 
-    def _on_device_page(self, name: str, layout: Layout, moves: int) -> _Page:
+    def _make_device_page(self, name: str, layout: Layout, moves: int) -> _Page:
         size = layout.num_bytes(self._staged)
         with self._staging:
             key = _Key(name, True, moves)
@@ -250,7 +250,7 @@ class Residents:
             try:
                 if (page := taken[key].thing) is None:
                     pinned = any(place[0].type == "cuda" for place in layout.places)
-                    page = taken[key].thing = _Page(layout.flats(self._adapter(name), self._staged, pinned=pinned))
+                    page = taken[key].thing = _Page(layout.make_flats(self._adapter(name), self._staged, pinned=pinned))
                     with self._lock:
                         self._from_disk += size
                 flats = {
@@ -263,7 +263,7 @@ class Residents:
         with self._lock:
             self._to_device += size
         events = [torch.cuda.current_stream(place[0]).record_event() for place in flats if place[0].type == "cuda"]
-        return _Page(flats, layout.placed(flats, None, self._staged), tuple(events))
+        return _Page(flats, layout.make_views(flats, None, self._staged), tuple(events))
 
     def _give_back(self, lease: Lease) -> None:
         with self._lock:
@@ -313,12 +313,12 @@ class Lease:
         layout, key = self._layouts[name], _Key(name, False, self.moves)
         parts: dict[str, PlacedFactors] = {}
         if (slot := self.on_device.get(key)) is not None:
-            page = _filled(slot, lambda: self._residents._on_device_page(name, layout, self.moves))
+            page = _fill_slot(slot, lambda: self._residents._make_device_page(name, layout, self.moves))
             for event in page.ready:
                 torch.cuda.current_stream(event.device).wait_event(event)
             parts |= page.parts
         if (slot := self.on_host.get(key)) is not None:
-            parts |= _filled(slot, lambda: self._residents._on_host_page(name, layout)).parts
+            parts |= _fill_slot(slot, lambda: self._residents._make_host_page(name, layout)).parts
         self._parts[name] = parts
 
     def renew(self) -> Lease:
@@ -343,7 +343,7 @@ class Lease:
     def part(self, name: str, layer: str, device: torch.device, dtype: torch.dtype) -> PlacedFactors | None:
         """The expert's factors in a layer, there and in that dtype; None where it has none.
 
-        A layer whose place was not known, or that has moved since, has its factors placed anew, beside the budget.
+        A layer whose place was not known, or that has moved since, has its factors placed again, outside the budget.
         """
         found = self._parts[name].get(layer)
         if found is None and not self.updates(name, layer):
@@ -366,7 +366,7 @@ class Lease:
         self._residents._give_back(self)
 
 
-def _filled(slot: Slot[_Page], make: Callable[[], _Page]) -> _Page:
+def _fill_slot(slot: Slot[_Page], make: Callable[[], _Page]) -> _Page:
     with slot.lock:
         if slot.thing is None:
             # ordinary tensors even below inference_mode: a later training step may have to save them
@@ -403,13 +403,13 @@ class Residency:
             [
                 f"hits       {self.num_hits:,} of {asked:,}{share}, {self.num_evictions:,} evictions",
                 f"moved      {_size(self.bytes_from_disk)} disk to host, {_size(self.bytes_to_device)} host to device",
-                f"on device  {_held(self.num_on_device, self.device_bytes, self.device_budget_bytes)}",
-                f"on host    {_held(self.num_on_host, self.host_bytes, self.host_budget_bytes)}",
+                f"on device  {_describe(self.num_on_device, self.device_bytes, self.device_budget_bytes)}",
+                f"on host    {_describe(self.num_on_host, self.host_bytes, self.host_budget_bytes)}",
             ]
         )
 
 
-def _held(number: int, size: int, budget: int | None) -> str:
+def _describe(number: int, size: int, budget: int | None) -> str:
     limit = "no limit" if budget is None else f"{size / budget:.0%} of {_size(budget)}"
     return f"{number:,} experts, {_size(size)} ({limit})"
 

@@ -27,12 +27,12 @@ def resolve(mixture: Any, pool: ExpertPool, bound: ExpertPool | None = None) -> 
     `bound` has the same experts with all that depends on the base resolved; a router may be for these.
     Weights that learn stay in the order that they are given in, since a copy would not follow them. A list has one mixture
     for each row of the batch: {name: weight}, None, MixtureWeights of one row, or a router.
-    Raises WeightingError for anything else and for a router of another pool, UnknownExpert for a name that the pool has not.
+    Raises WeightingError for anything else and for a router of another pool, UnknownExpert for a name outside the pool.
     """
     if isinstance(mixture, MixtureWeights):
-        return _aligned(mixture, pool)
+        return _align(mixture, pool)
     if isinstance(mixture, Mapping):
-        return _named([mixture], pool)
+        return _weights_by_name([mixture], pool)
     if callable(getattr(mixture, "weights", None)):
         if isinstance(mixture, TokenRouter):
             mixture.require_pool(bound if bound is not None and mixture.members.same_experts(bound) else pool)
@@ -40,15 +40,15 @@ def resolve(mixture: Any, pool: ExpertPool, bound: ExpertPool | None = None) -> 
     if isinstance(mixture, Iterable) and not isinstance(mixture, str):
         rows = list(mixture)
         if all(row is None or isinstance(row, Mapping) for row in rows):
-            return _named(rows, pool)
-        return ByRow([_row(number, row, pool, bound) for number, row in enumerate(rows)], pool.names)
+            return _weights_by_name(rows, pool)
+        return ByRow([_resolve_row(number, row, pool, bound) for number, row in enumerate(rows)], pool.names)
     raise WeightingError(
         f"a mixture is {{name: weight}}, a list with one of these (None: the base) per row, MixtureWeights or a router, "
         f"not {mixture!r}; {{}} is the base model"
     )
 
 
-def _named(rows: list[Mapping[str, float] | None], pool: ExpertPool) -> MixtureWeights:
+def _weights_by_name(rows: list[Mapping[str, float] | None], pool: ExpertPool) -> MixtureWeights:
     """Weights over the experts that the rows name, so that their number and not the pool's size is what counts."""
     used = {name for row in rows if row for name in row}
     for name in used:
@@ -57,7 +57,7 @@ def _named(rows: list[Mapping[str, float] | None], pool: ExpertPool) -> MixtureW
     return MixtureWeights.of(rows, sorted(used, key=pool.places.__getitem__))
 
 
-def _row(number: int, row: Any, pool: ExpertPool, bound: ExpertPool | None) -> Router | None:
+def _resolve_row(number: int, row: Any, pool: ExpertPool, bound: ExpertPool | None) -> Router | None:
     """One row's mixture as a router over all of the pool's experts; weights that learn stay those of their own."""
     if row is None:
         return None
@@ -79,7 +79,7 @@ def _row(number: int, row: Any, pool: ExpertPool, bound: ExpertPool | None) -> R
     return MixtureWeights(values_BTLE.index_copy(3, place_E, resolved.values_BTLE), pool.names, resolved.layers)
 
 
-def _aligned(mixture: MixtureWeights, pool: ExpertPool) -> MixtureWeights:
+def _align(mixture: MixtureWeights, pool: ExpertPool) -> MixtureWeights:
     if len(set(mixture.experts)) != len(mixture.experts):
         raise WeightingError(f"the mixture names an expert twice: {', '.join(map(repr, mixture.experts))}")
     if len(set(mixture.layers)) != len(mixture.layers):
@@ -106,11 +106,11 @@ def _aligned(mixture: MixtureWeights, pool: ExpertPool) -> MixtureWeights:
 
 
 def warn_of_licenses(weights: MixtureWeights | Router, pool: ExpertPool) -> None:
-    """Warns where a row mixes experts whose licenses exclude each other, or derived works; an expert alone is none."""
+    """Warns where a row mixes experts whose licenses exclude each other, or derived works; an expert alone is no mixture."""
     licenses = pool.clashing_licenses
     if not licenses:
         return
-    for names in _mixed_names(weights, pool.names):
+    for names in _names_by_row(weights, pool.names):
         try:
             if len(names) > 1:
                 require_one_work((name, licenses[name]) for name in names)
@@ -120,11 +120,11 @@ def warn_of_licenses(weights: MixtureWeights | Router, pool: ExpertPool) -> None
             return
 
 
-def _mixed_names(weights: MixtureWeights | Router | None, names: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+def _names_by_row(weights: MixtureWeights | Router | None, names: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     """The experts that each row has weights for; all that it knows where a router decides, or where weights learn."""
     if isinstance(weights, ByRow):
         for router in weights.routers:
-            yield from _mixed_names(router, names)
+            yield from _names_by_row(router, names)
     elif isinstance(weights, MixtureWeights) and not weights.values_BTLE.requires_grad:
         used_BE = (weights.values_BTLE != 0).flatten(1, 2).any(dim=1)
         for used_E in set(map(tuple, used_BE.tolist())):

@@ -14,7 +14,7 @@ from torch import Tensor
 from loraweave.common.process import lock_of
 from loraweave.composer.live.kernels._cost import Workload, choose
 from loraweave.composer.live.kernels._own_precision import own_precision
-from loraweave.composer.live.kernels._parts import Kernel, RowSets, place_of, repeated, row_sets
+from loraweave.composer.live.kernels._parts import Kernel, RowSets, place_of, repeat_rows, row_sets
 from loraweave.composer.live.kernels._rank_tables import triton_runs
 from loraweave.composer.live.kernels._some_rows import SomeRows
 from loraweave.composer.live.kernels.dense import Stack
@@ -98,13 +98,13 @@ class RowWeights:
         found = self._layers.get(layer.name)
         with torch.inference_mode(False), torch.no_grad():
             if found is None or found.device != device or found.dtype != dtype:
-                found = self._layers[layer.name] = self._made(layer.name, device, dtype, lease)
+                found = self._layers[layer.name] = self._make_rows(layer.name, device, dtype, lease)
             kernel = None
             if found.ranked.touched:
                 kernel = self._kernel(found, layer, num_rows // self._num_mixtures * num_tokens, lease)
         return LayerMixture(kernel, found.affine)
 
-    def _made(self, layer: str, device: torch.device, dtype: torch.dtype, lease: Lease) -> _LayerRows:
+    def _make_rows(self, layer: str, device: torch.device, dtype: torch.dtype, lease: Lease) -> _LayerRows:
         placed = [lease.part(name, layer, device, dtype) for name in self._mixture.experts]
         ranks = tuple(0 if part is None else part.a_RI.shape[0] for part in placed)
         if self._common is None:
@@ -112,7 +112,7 @@ class RowWeights:
         else:
             ranked = self._ranked.get(ranks) or self._ranked.setdefault(ranks, RankedRows.of(self._common, ranks))
         table = AffineTable.of(placed)
-        affine = None if table is None else table.weighted(self._mixture.for_layer(layer).to(device))
+        affine = None if table is None else table.weigh(self._mixture.for_layer(layer).to(device))
         return _LayerRows(device, dtype, ranked, affine)
 
     def _kernel(self, found: _LayerRows, layer: TargetLayer, tokens: int, lease: Lease) -> Kernel:
@@ -123,10 +123,10 @@ class RowWeights:
         if key not in found.kernels:
             names = [self._mixture.experts[place] for place in found.ranked.places]
             parts = [lease.part(name, layer.name, found.device, found.dtype) for name in names]
-            found.kernels[key] = self._make(choice.path, found, [part for part in parts if part is not None], dtype)
+            found.kernels[key] = self._make_kernel(choice.path, found, [part for part in parts if part is not None], dtype)
         return found.kernels[key]
 
-    def _make(self, path: str, found: _LayerRows, parts: list[PlacedFactors], dtype: torch.dtype) -> Kernel:
+    def _make_kernel(self, path: str, found: _LayerRows, parts: list[PlacedFactors], dtype: torch.dtype) -> Kernel:
         rows = found.ranked.rows
         kernel: Kernel
         if path == "shared":
@@ -142,7 +142,7 @@ class RowWeights:
         elif path == "triton_segments":
             kernel = TritonSegments.of(parts, rows, dtype)
         else:
-            kernel = Stack.of(parts, dtype).weighted(_stacked_weights(rows, len(parts), dtype, found.device))
+            kernel = Stack.of(parts, dtype).weigh(_stack_weights(rows, len(parts), dtype, found.device))
         touched = found.ranked.touched
         if len(touched) == self._num_mixtures:
             return kernel
@@ -233,7 +233,7 @@ class _LayerRows:
         )
 
 
-def _stacked_weights(rows: RowSets, num_parts: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _stack_weights(rows: RowSets, num_parts: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     w_B1P = torch.zeros(len(rows), 1, num_parts, dtype=torch.promote_types(dtype, torch.float32))
     for number, row in enumerate(rows):
         for p, weight in row:
@@ -260,7 +260,7 @@ class AffineTable:
         has_gain = [part is not None and part.gain_O is not None for part in parts]
         return cls(gain_EO, bias_EO, torch.tensor(has_gain, device=present.device))
 
-    def weighted(self, w_BTE: Tensor) -> Affine:
+    def weigh(self, w_BTE: Tensor) -> Affine:
         """The sums over the experts; B and T may be 1."""
         touched_BT1 = None
         if self.gain_EO is not None and not w_BTE.requires_grad:
@@ -287,12 +287,12 @@ class Affine:
         if self.gain_BTO is not None:
             y0_BTO = y_BTO.to(self.gain_BTO.dtype)
             y0_BTO = y0_BTO if base_bias_O is None else y0_BTO - base_bias_O.to(y0_BTO)
-            total = repeated(self.gain_BTO, y_BTO.shape[0]) * y0_BTO
+            total = repeat_rows(self.gain_BTO, y_BTO.shape[0]) * y0_BTO
             if self.touched_BT1 is not None:
                 # a row without a gain stays what it is also where the base has overflowed
-                total = torch.where(repeated(self.touched_BT1, y_BTO.shape[0]), total, 0.0)
+                total = torch.where(repeat_rows(self.touched_BT1, y_BTO.shape[0]), total, 0.0)
         if self.bias_BTO is not None:
-            total = total + repeated(self.bias_BTO, y_BTO.shape[0])
+            total = total + repeat_rows(self.bias_BTO, y_BTO.shape[0])
         return total
 
 

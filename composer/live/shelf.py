@@ -69,13 +69,13 @@ class Shelf(Generic[Key, Thing]):
         Raises BudgetExceeded, naming `what` was to be taken, when they do not fit beside what is in use.
         """
         self.require_room(sizes, what)
-        taken = {key: self._used(self._slots[key]) for key in sizes if key in self._slots}
+        taken = {key: self._use(self._slots[key]) for key in sizes if key in self._slots}
         for key in taken:
             self._idle.pop(key, None)
         fresh = {key: size for key, size in sizes.items() if key not in taken}
         self._make_room(sum(fresh.values()))
         for key, size in fresh.items():
-            taken[key] = self._slots[key] = self._used(Slot(size))
+            taken[key] = self._slots[key] = self._use(Slot(size))
             self.num_bytes += size
         return taken
 
@@ -99,7 +99,7 @@ class Shelf(Generic[Key, Thing]):
         for slot in self._slots.values():
             slot.lock = threading.Lock()
 
-    def _used(self, slot: Slot[Thing]) -> Slot[Thing]:
+    def _use(self, slot: Slot[Thing]) -> Slot[Thing]:
         if slot.num_users == 0:
             self._bytes_in_use += slot.num_bytes
         slot.num_users += 1

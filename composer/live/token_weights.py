@@ -142,8 +142,8 @@ class TokenWeights:
     ) -> LayerMixture:
         """Raises ScopeError, naming the layer and both counts, where rows or tokens are not the weights'."""
         found = self._stack(layer.name, device, dtype, lease)
-        w_BTE, hidden_NS = self._at_once(layer, x_BTI, found, lease)
-        affine = None if found.table is None else found.table.weighted(w_BTE)
+        w_BTE, hidden_NS = self._weigh(layer, x_BTI, found, lease)
+        affine = None if found.table is None else found.table.weigh(w_BTE)
         if not found.experts:
             return LayerMixture(None, affine, w_BTE)
         w_BTP = w_BTE if found.place_P is None else w_BTE[..., found.place_P]
@@ -151,7 +151,7 @@ class TokenWeights:
         if hidden_NS is None and _sorts(found, layer, w_BTP, known, x_BTI):
             return LayerMixture(SortedTokens(_parts(found, layer.name, lease), w_BTP, dtype), affine, w_BTE)
         stack = self._side_by_side(found, layer.name, lease)
-        return LayerMixture(stack.weighted(w_BTP, hidden_NS, known.made), affine, w_BTE)
+        return LayerMixture(stack.weigh(w_BTP, hidden_NS, known.made), affine, w_BTE)
 
     def _known_of(self, layer: str, w_BTP: Tensor) -> _Known:
         """What is known of these weights: of those that were given, or that several layers of a call share."""
@@ -183,12 +183,12 @@ class TokenWeights:
             hidden_BTS = layer.kind.project(layer.module, x, stack.a_SI)
             hidden_BTS = hidden_BTS.reshape(*y_BTO.shape[:2], hidden_BTS.shape[2])
             w_BTP = w_BTE if found.place_P is None else w_BTE[..., found.place_P]
-            update_BTO = stack.weighted(w_BTP).expanded(hidden_BTS)
+            update_BTO = stack.weigh(w_BTP).expanded(hidden_BTS)
         if found.table is not None:
-            update_BTO = update_BTO + found.table.weighted(w_BTE).on(y_BTO, layer.parameter("bias"))
+            update_BTO = update_BTO + found.table.weigh(w_BTE).on(y_BTO, layer.parameter("bias"))
         return update_BTO, w_BTE
 
-    def _at_once(self, layer: TargetLayer, x_BTI: Tensor, found: _LayerStack, lease: Lease) -> tuple[Tensor, Tensor | None]:
+    def _weigh(self, layer: TargetLayer, x_BTI: Tensor, found: _LayerStack, lease: Lease) -> tuple[Tensor, Tensor | None]:
         """w_BTE; and x a^T as (N, S), where that and what a router looks at are one product.
 
         Not where gradients go through the router, nor where the product would be less exact than the router's own.
@@ -224,10 +224,10 @@ class TokenWeights:
         found = self._layers.get(layer)
         if found is None or found.device != device or found.dtype != dtype:
             with torch.inference_mode(False), torch.no_grad():
-                found = self._layers[layer] = self._made(layer, device, dtype, lease)
+                found = self._layers[layer] = self._make_stack(layer, device, dtype, lease)
         return found
 
-    def _made(self, layer: str, device: torch.device, dtype: torch.dtype, lease: Lease) -> _LayerStack:
+    def _make_stack(self, layer: str, device: torch.device, dtype: torch.dtype, lease: Lease) -> _LayerStack:
         placed = [lease.part(name, layer, device, dtype) for name in self._experts]
         with_rank = {index: part for index, part in enumerate(placed) if part is not None and part.a_RI.shape[0]}
         place_P = None if len(with_rank) == len(placed) else torch.tensor(list(with_rank), device=device)

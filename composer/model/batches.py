@@ -35,7 +35,7 @@ class TargetBatch:
     def to(self, device: torch.device) -> TargetBatch:
         return TargetBatch({key: value.to(device) for key, value in self.inputs.items()}, self.targets_BK.to(device))
 
-    def tiled(self, count: int) -> TargetBatch:
+    def tile(self, count: int) -> TargetBatch:
         """The whole batch `count` times, one copy after the other."""
         inputs = {key: value.repeat(count, 1) for key, value in self.inputs.items()}
         return TargetBatch(inputs, self.targets_BK.repeat(count, 1))
@@ -113,23 +113,23 @@ def batch(model: Any, tokenizer: Any, rows: Sequence[EncodedRow]) -> TargetBatch
         for index, row in enumerate(rows):
             targets_BK[index, : len(row.target)] = torch.tensor(row.target)
         # an encoder that has learned its positions counts them from the first column
-        ids, mask = padded_rows(tokenizer, [row.prompt for row in rows], left=False)
+        ids, mask = pad_rows(tokenizer, [row.prompt for row in rows], left=False)
         inputs = {"input_ids": ids, "attention_mask": mask}
         # every model of this kind shifts labels to the right itself; the helper is part of its public face
         inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(targets_BK.to(device)).cpu()
         return TargetBatch(inputs, targets_BK).to(device)
     for index, row in enumerate(rows):
         targets_BK[index, width - len(row.target) :] = torch.tensor(row.labels)
-    ids, mask = padded_rows(tokenizer, [row.prompt + row.target for row in rows])
+    ids, mask = pad_rows(tokenizer, [row.prompt + row.target for row in rows])
     return TargetBatch(with_positions(model, ids, mask), targets_BK).to(device)
 
 
 def pad_id(tokenizer: Any) -> int:
-    """The token that rows are filled up with: the end of sequence where a tokenizer has none for padding."""
-    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+    """The token that fills rows up: the tokenizer's own for padding, its end of sequence, or 0, which the mask hides."""
+    return int(next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0))
 
 
-def padded_rows(tokenizer: Any, rows: Sequence[Sequence[int]], *, left: bool = True) -> tuple[Tensor, Tensor]:
+def pad_rows(tokenizer: Any, rows: Sequence[Sequence[int]], *, left: bool = True) -> tuple[Tensor, Tensor]:
     """(ids_BT, mask_BT) of rows of token ids, filled up on one side."""
     longest = max(len(row) for row in rows)
     ids_BT = torch.full((len(rows), longest), pad_id(tokenizer))
@@ -149,7 +149,7 @@ def with_positions(model: Any, ids_BT: Tensor, mask_BT: Tensor) -> dict[str, Ten
     return inputs
 
 
-def left_aligned(ids_BT: Tensor, mask_BT: Tensor | None) -> dict[str, Tensor]:
+def align_left(ids_BT: Tensor, mask_BT: Tensor | None) -> dict[str, Tensor]:
     """Token ids and mask with all padding moved to the left; no mask is one without padding."""
     if mask_BT is None:
         return {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loraweave.composer.model.batches import pad_id, pad_rows
 from loraweave.errors import CompositionError, ScopeError
 
 # modes whose decoding transformers downloads as code and runs
@@ -33,7 +34,7 @@ class GenerationCall:
         """What `generate` returns; its tokens go to the streamer too, where one is given."""
         arguments = dict(self.arguments) if streamer is None else {**self.arguments, "streamer": streamer}
         if self.seeds is not None:
-            arguments["custom_generate"] = seeded(self.seeds, arguments.get("streamer"))
+            arguments["custom_generate"] = sample_by_seeds(self.seeds, arguments.get("streamer"))
         return model.generate(**arguments)
 
     def texts(self, output: Any) -> list[str]:
@@ -76,7 +77,7 @@ def generation_call(
             f"assisted generation and prompt lookup take one text at a time, but there are {len(texts)}: give them one by "
             "one, or leave the assistant out"
         )
-    batch, pad = encode(model, tokenizer, texts)
+    batch, pad = encode_texts(model, tokenizer, texts)
     own = getattr(model, "generation_config", None)
     if "pad_token_id" not in arguments and getattr(own, "pad_token_id", None) is None:
         arguments["pad_token_id"] = pad
@@ -136,7 +137,7 @@ def _stopping_at(stop: str | Sequence[str], tokenizer: Any, others: Any) -> Any:
     return StoppingCriteriaList([*(others or ()), StopStringCriteria(tokenizer, stop)])
 
 
-def encode(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> tuple[dict[str, Tensor], int]:
+def encode_texts(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> tuple[dict[str, Tensor], int]:
     """The token ids and their mask, padded left (right for an encoder), and the id that pads."""
     encoded = [list(tokenizer(text)["input_ids"]) for text in texts]
     for number, ids in enumerate(encoded):
@@ -146,18 +147,9 @@ def encode(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> tuple[dict
             raise CompositionError(
                 f"text {number} ({texts[number]!r}) has no token, and the tokenizer no bos token to begin with"
             )
-    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    # any id will do where there is none: the mask hides it
-    pad = next((token for token in candidates if token is not None), 0)
-    longest = max(map(len, encoded))
-    ids_BT = torch.full((len(encoded), longest), pad)
-    mask_BT = torch.zeros(len(encoded), longest, dtype=torch.long)
-    for row, ids in enumerate(encoded):
-        place = slice(0, len(ids)) if encodes(model) else slice(longest - len(ids), longest)
-        ids_BT[row, place] = torch.tensor(ids)
-        mask_BT[row, place] = 1
+    ids_BT, mask_BT = pad_rows(tokenizer, encoded, left=not encodes(model))
     device = next(model.parameters()).device
-    return {"input_ids": ids_BT.to(device), "attention_mask": mask_BT.to(device)}, pad
+    return {"input_ids": ids_BT.to(device), "attention_mask": mask_BT.to(device)}, pad_id(tokenizer)
 
 
 def encodes(model: nn.Module) -> bool:
@@ -169,7 +161,7 @@ def encodes(model: nn.Module) -> bool:
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
-def streamed(generate: Callable[[Any], None], tokenizer: Any) -> Iterator[list[str]]:
+def stream(generate: Callable[[Any], None], tokenizer: Any) -> Iterator[list[str]]:
     """One piece of text per sequence, as often as there is any; the pieces of a sequence make up its whole text.
 
     `generate(streamer)` runs in a thread of its own, from the first piece that is asked for on. What it raises is raised
@@ -263,24 +255,24 @@ class _Row:
     def text(self, ids: list[int]) -> str:
         """What these tokens add; "" while a character is incomplete."""
         self._new += [token for token in ids if token not in self._special]
-        return self._difference(complete=True) if self._new else ""
+        return self._new_text(complete=True) if self._new else ""
 
     def rest(self) -> str:
         """What is left at the end."""
-        return self._difference(complete=False) if self._new else ""
+        return self._new_text(complete=False) if self._new else ""
 
-    def _difference(self, *, complete: bool) -> str:
-        old, both = self._decoded(self._before), self._decoded(self._before + self._new)
+    def _new_text(self, *, complete: bool) -> str:
+        old, both = self._decode(self._before), self._decode(self._before + self._new)
         if complete and (both.endswith(INCOMPLETE) or not both.startswith(old) or len(both) == len(old)):
             return ""
         self._before, self._new = self._new, []
         return both[len(old) :]
 
-    def _decoded(self, ids: list[int]) -> str:
+    def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.batch_decode(torch.tensor([ids], dtype=torch.long), skip_special_tokens=True)[0])
 
 
-def seeded(seeds: Sequence[int], streamer: Any) -> Callable[..., Any]:
+def sample_by_seeds(seeds: Sequence[int], streamer: Any) -> Callable[..., Any]:
     """transformers' own sampling loop, as a `custom_generate` of it, with each text's tokens drawn under the text's seed.
 
     A function is the way in because only there is the list of processors complete: temperature, top-k and the like come
@@ -301,7 +293,7 @@ class _SeededRows:
         self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: Tensor, scores_BV: Tensor) -> Tensor:
-        # a text's return sequences are rows on end, and share its generator
+        # a text's return sequences are consecutive rows, and share its generator
         parts = scores_BV.chunk(len(self._generators))
         tokens_B1 = torch.cat(
             [

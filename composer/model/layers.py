@@ -93,7 +93,7 @@ def gives_new_memory(module: nn.Module) -> bool:
 def target_layer(modules: Mapping[str, nn.Module], name: str, factors: Factors, expert: str) -> TargetLayer:
     """The layer that `factors` update; `modules` is the model's named_modules().
 
-    Raises LayerMismatch, naming expert and layer, for a layer that the model has not, that is of no known kind or of
+    Raises LayerMismatch, naming expert and layer, for a layer that is not in the model, that is of no known kind or of
     another one than the factors, that has another shape, that never runs, or whose forward is not that of its weight
     alone; CompositionError for a layer without values that nothing loads.
     """
@@ -201,7 +201,7 @@ def require_values(name: str, adapter: Adapter, layers: Mapping[str, TargetLayer
             )
 
 
-def bound(adapter: Adapter, layers: Mapping[str, TargetLayer]) -> Mapping[str, Factors]:
+def bind(adapter: Adapter, layers: Mapping[str, TargetLayer]) -> Mapping[str, Factors]:
     """The adapter's factors with all that depends on the base layers resolved (DoRA's magnitude, a trained bias).
 
     A bias that is alone gets the layer's kind and number of inputs.
@@ -344,7 +344,7 @@ PARTS = ("transformer", "unet", "model")
 
 
 def require_model(model: Any) -> None:
-    """Raises CompositionError, with the way out, for what is no module; a pipeline is told which part of it is one."""
+    """Raises CompositionError if `model` is not a module; the message names the part of a pipeline that is one."""
     if isinstance(model, nn.Module):
         return
     part = next((name for name in PARTS if isinstance(getattr(model, name, None), nn.Module)), None)

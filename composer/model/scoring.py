@@ -22,7 +22,7 @@ from loraweave.composer.model.batches import (
     losses_of,
     mean_losses,
     pad_id,
-    padded_rows,
+    pad_rows,
     takes,
     token_losses,
     with_positions,
@@ -52,12 +52,12 @@ class Score:
 
 def losses(model: Any, tokenizer: Any, task: Task, pairs: Sequence[tuple[str, Targets]]) -> list[float]:
     """The mean negative log-likelihood of each pair's (first) target, given its prompt."""
-    return losses_of_rows(model, tokenizer, encoded(model, tokenizer, task, pairs))
+    return losses_of_rows(model, tokenizer, encode_pairs(model, tokenizer, task, pairs))
 
 
-def encoded(model: Any, tokenizer: Any, task: Task, pairs: Sequence[tuple[str, Targets]]) -> list[EncodedRow]:
+def encode_pairs(model: Any, tokenizer: Any, task: Task, pairs: Sequence[tuple[str, Targets]]) -> list[EncodedRow]:
     """Token ids of each pair's prompt and (first) target."""
-    return encode(model, tokenizer, [task.prompt(text) for text, _ in pairs], [_accepted(t)[0] for _, t in pairs])
+    return encode(model, tokenizer, [task.prompt(text) for text, _ in pairs], [_list_targets(t)[0] for _, t in pairs])
 
 
 @torch.no_grad()
@@ -83,10 +83,10 @@ def predict(
         return rank(model, tokenizer, prompts, task.labels)
 
     size = BATCH_SIZE if task.labels is None else max(1, 128 // len(task.labels))
-    return by_length(tokenizer, [task.prompt(text) for text in inputs], size, answer)
+    return answer_by_length(tokenizer, [task.prompt(text) for text in inputs], size, answer)
 
 
-def by_length(
+def answer_by_length(
     tokenizer: Any, prompts: Sequence[str], size: int, answer: Callable[[Sequence[str]], Sequence[str]]
 ) -> list[str]:
     """answer(prompts) of up to `size` prompts of similar length at a time, in the order of the prompts."""
@@ -100,7 +100,7 @@ def by_length(
 
 def evaluate(model: Any, tokenizer: Any, task: Task, pairs: GivenRows, *, seed: int = 0) -> Score:
     """Predicts every input and compares with its accepted targets (one text, or several), after trimming white space."""
-    pairs = answered(pairs)
+    pairs = read_answers(pairs)
     # an answer twice as long as any accepted target is wrong however it ends, and the base model often goes on and on
     targets = [target for _, accepted in pairs for target in accepted]
     longest = max(len(ids) for ids in tokenizer(targets)["input_ids"])
@@ -113,8 +113,8 @@ def evaluate(model: Any, tokenizer: Any, task: Task, pairs: GivenRows, *, seed: 
     return Score(float(np.mean(right)), low, high, loss, len(right), right)
 
 
-def answered(rows: GivenRows) -> list[tuple[str, tuple[str, ...]]]:
-    """(input, accepted targets) of each row. Raises InvalidTask without any, and for what is no row with a target."""
+def read_answers(rows: GivenRows) -> list[tuple[str, tuple[str, ...]]]:
+    """(input, accepted targets) of each row. Raises InvalidTask if there is none, or one without a target."""
     read = read_rows(rows, targets="several")
     if not read:
         raise InvalidTask("no rows, (input, target) pairs say, to evaluate on")
@@ -141,7 +141,7 @@ def generate(
 
     `processors` change a step's scores before the best token is taken, as transformers' logits processors do.
     """
-    inputs = padded(model, tokenizer, prompts)
+    inputs = pad_prompts(model, tokenizer, prompts)
     ends = sorted({tokenizer.eos_token_id, *_line_breaks(tokenizer)} - {None})
     with warnings.catch_warnings():
         # a checkpoint's own sampling settings (temperature, top_p) are warned about in every greedy call
@@ -163,7 +163,7 @@ def generate(
 
 def rank(model: Any, tokenizer: Any, prompts: Sequence[str], labels: Sequence[str]) -> list[str]:
     """The label of the highest summed log-likelihood after each prompt, the end-of-sequence token included."""
-    inputs = padded(model, tokenizer, prompts)
+    inputs = pad_prompts(model, tokenizer, prompts)
     losses_BL = label_losses(model, inputs["input_ids"], inputs["attention_mask"], label_ids(tokenizer, labels))
     return [labels[int(best)] for best in losses_BL.argmin(dim=1)]
 
@@ -180,7 +180,7 @@ def label_ids(tokenizer: Any, labels: Sequence[str]) -> list[list[int]]:
 
 
 def label_losses(model: Any, ids_BT: Tensor, mask_BT: Tensor, labels: Sequence[Sequence[int]]) -> Tensor:
-    """loss_BL: the summed negative log-likelihood of each label's tokens after each prompt, padded as `padded` does.
+    """loss_BL: the summed negative log-likelihood of each label's tokens after each prompt, padded as `pad_prompts` does.
 
     A decoder reads each prompt once; its labels share the prompt's keys and values. Raises InvalidTask for labels that
     lie beyond the model's context.
@@ -223,10 +223,10 @@ def _losses_after(model: Any, ids_BT: Tensor, mask_BT: Tensor, targets_NK: Tenso
     return losses_of(logits_NKV, targets_NK)
 
 
-def padded(model: Any, tokenizer: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+def pad_prompts(model: Any, tokenizer: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
     """Prompts as one batch on the model's device, padded on the left for a decoder, on the right for an encoder."""
     left, device = not model.config.is_encoder_decoder, next(model.parameters()).device
-    ids, mask = (tensor.to(device) for tensor in padded_rows(tokenizer, tokenizer(list(prompts))["input_ids"], left=left))
+    ids, mask = (tensor.to(device) for tensor in pad_rows(tokenizer, tokenizer(list(prompts))["input_ids"], left=left))
     return with_positions(model, ids, mask) if left else {"input_ids": ids, "attention_mask": mask}
 
 
@@ -235,7 +235,7 @@ def _line_breaks(tokenizer: Any) -> list[int]:
     return ids if len(ids) == 1 else []
 
 
-def _accepted(targets: Targets) -> list[str]:
+def _list_targets(targets: Targets) -> list[str]:
     return [targets] if isinstance(targets, str) else list(targets)
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from loraweave.composer.experts.forms._form import Weigh, fitting
 from loraweave.composer.experts.parts import LAYOUTS, feed_forward_sites
-from loraweave.composer.live.kernels._chosen_product import by_expert
+from loraweave.composer.live.kernels._chosen_product import sort_by_expert
 from loraweave.composer.model.kinds._kind import by_row
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
 
@@ -85,7 +85,7 @@ class FeedForward(nn.Module):
         h_NF = own.reshape(-1, own.shape[-1]) if kept_NF is None else self.layout.between(block, made) * kept_NF
         mixed_NF = h_NF.to(wide, copy=True)
         update_NO = mixed_NF.new_zeros(len(x_NI), self.site.num_outputs)
-        for expert, rows in enumerate(torch.split(*by_expert(w_NE.detach()))):
+        for expert, rows in enumerate(torch.split(*sort_by_expert(w_NE.detach()))):
             if not len(rows):
                 continue
             some = slice(None) if len(rows) == len(x_NI) else rows

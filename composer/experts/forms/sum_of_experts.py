@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from loraweave.composer.experts.forms._form import Weigh, fitting
 from loraweave.composer.experts.parts import layer_sites
-from loraweave.composer.live.kernels._added_experts import added_experts
+from loraweave.composer.live.kernels._added_experts import add_experts
 from loraweave.composer.live.kernels._expert_product import RankRows
 from loraweave.composer.model.kinds import conv, linear
 from loraweave.composer.model.layers import gives_new_memory
@@ -85,7 +85,7 @@ class SumOfExperts(nn.Module):
         in_place = gives_new_memory(module) and y.is_contiguous() and not _others_saw(module)
         w_NE = w_BTE.reshape(1, -1) if w_BTE.numel() == w_BTE.shape[2] else w_BTE.expand(*y_BTO.shape[:2], -1).flatten(0, 1)
         x_NI = x.reshape(-1, x.shape[-1]).to(dtype)
-        made = added_experts(y if in_place else None, x_NI, w_NE, a, b, rows, ranks=self.shape.ranks, most=self.most)
+        made = add_experts(y if in_place else None, x_NI, w_NE, a, b, rows, ranks=self.shape.ranks, most=self.most)
         return made if in_place else y + made.view(y.shape).to(y.dtype)
 
     @torch.no_grad()

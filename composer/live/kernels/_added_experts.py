@@ -12,7 +12,7 @@ from loraweave.composer.live.kernels._cost import TokenWorkload, choosing_pays, 
 from loraweave.composer.live.kernels._expert_product import ExpertProduct, RankRows, plain_product
 
 
-def added_experts(
+def add_experts(
     y: Tensor | None,
     x_NI: Tensor,
     w_NE: Tensor,
@@ -53,7 +53,7 @@ def added_experts(
 
 
 def _of_one_token(y: Tensor | None, x_1I: Tensor, w_E: Tensor, a_SI: Tensor, b_SO: Tensor, ranks: Sequence[int]) -> Tensor:
-    """What `added_experts` makes for one token; the factors of experts whose weight is 0 are not read."""
+    """What `add_experts` makes for one token; the factors of experts whose weight is 0 are not read."""
     sum_1O = x_1I.new_zeros(1, b_SO.shape[1]) if y is None else y.view(1, -1)
     start = 0
     for weight, rank in zip(w_E.tolist(), ranks, strict=True):

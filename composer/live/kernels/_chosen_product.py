@@ -21,12 +21,12 @@ class ChosenProduct(torch.autograd.Function):
     def forward(
         ctx: Any, y: Tensor | None, x_NI: Tensor, w_NE: Tensor, a_SI: Tensor, b_SO: Tensor, ranks: tuple[int, ...]
     ) -> Tensor:
-        token_Z, counts = by_expert(w_NE)
+        token_Z, counts = sort_by_expert(w_NE)
         sum_NO = x_NI.new_zeros(len(x_NI), b_SO.shape[1]) if y is None else y.view(-1, b_SO.shape[1])
         hidden = []
-        for expert, rows, token_M in _used(token_Z, counts, ranks):
+        for expert, rows, token_M in _chosen_experts(token_Z, counts, ranks):
             hidden_MR = x_NI[token_M] @ a_SI[rows].T
-            mixed_MR = _weighed(hidden_MR, w_NE[token_M, expert, None])
+            mixed_MR = _weigh(hidden_MR, w_NE[token_M, expert, None])
             sum_NO.index_add_(0, token_M, (mixed_MR @ b_SO[rows]).to(sum_NO.dtype))
             hidden.append(hidden_MR)
         ctx.ranks, ctx.counts = ranks, counts
@@ -45,15 +45,15 @@ class ChosenProduct(torch.autograd.Function):
         grad_x = grad_NO.new_zeros(len(grad_NO), a_SI.shape[1]) if learns_x else None
         grad_EN = torch.zeros_like(w_NE.T) if learns_w else None
         grad_a, grad_b = torch.zeros_like(a_SI) if learns_a else None, torch.zeros_like(b_SO) if learns_b else None
-        used = _used(token_Z, ctx.counts, ctx.ranks)
+        used = _chosen_experts(token_Z, ctx.counts, ctx.ranks)
         for (expert, rows, token_M), hidden_MR in zip(used, hidden, strict=True):
             grad_MO, w_M1 = grad_NO[token_M], w_NE[token_M, expert, None]
             if grad_b is not None:
-                grad_b[rows] = _weighed(hidden_MR, w_M1).to(b_SO.dtype).T @ grad_MO
+                grad_b[rows] = _weigh(hidden_MR, w_M1).to(b_SO.dtype).T @ grad_MO
             grad_MR = grad_MO @ b_SO[rows].T
             if grad_EN is not None:
                 grad_EN[expert].index_copy_(0, token_M, (hidden_MR.to(w_NE.dtype) * grad_MR).sum(dim=1))
-            inner_MR = _weighed(grad_MR, w_M1)
+            inner_MR = _weigh(grad_MR, w_M1)
             if grad_x is not None:
                 grad_x.index_add_(0, token_M, (inner_MR @ a_SI[rows]).to(grad_x.dtype))
             if grad_a is not None:
@@ -61,13 +61,13 @@ class ChosenProduct(torch.autograd.Function):
         return grad if learns_y else None, grad_x, None if grad_EN is None else grad_EN.T, grad_a, grad_b, None
 
 
-def by_expert(w_NE: Tensor) -> tuple[Tensor, list[int]]:
+def sort_by_expert(w_NE: Tensor) -> tuple[Tensor, list[int]]:
     """The tokens whose weight of it is not 0, of one expert after the other, and how many each has."""
     chosen_EN = w_NE.T != 0
     return chosen_EN.nonzero()[:, 1], chosen_EN.sum(dim=1).tolist()
 
 
-def _used(token_Z: Tensor, counts: Sequence[int], ranks: Sequence[int]) -> Iterator[tuple[int, slice, Tensor]]:
+def _chosen_experts(token_Z: Tensor, counts: Sequence[int], ranks: Sequence[int]) -> Iterator[tuple[int, slice, Tensor]]:
     """Number, rank rows and tokens of each expert that has tokens."""
     start = 0
     for expert, (token_M, rank) in enumerate(zip(torch.split(token_Z, list(counts)), ranks, strict=True)):
@@ -76,5 +76,5 @@ def _used(token_Z: Tensor, counts: Sequence[int], ranks: Sequence[int]) -> Itera
         start += rank
 
 
-def _weighed(values_MR: Tensor, w_M1: Tensor) -> Tensor:
+def _weigh(values_MR: Tensor, w_M1: Tensor) -> Tensor:
     return (values_MR.to(w_M1.dtype) * w_M1).to(values_MR.dtype)

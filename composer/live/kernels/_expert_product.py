@@ -20,7 +20,7 @@ class RankRows(NamedTuple):
 
     def of_a(self, hidden: Tensor) -> Tensor:
         """Values of the rank rows on the last axis, from those of the rows of a."""
-        return _picked(hidden, self.a_row_S)
+        return _pick(hidden, self.a_row_S)
 
     def of_b(self, b: Tensor) -> Tensor:
         """b_SO of all rank rows."""
@@ -29,7 +29,7 @@ class RankRows(NamedTuple):
 
 def plain_product(y: Tensor | None, x_NI: Tensor, w_NE: Tensor, a: Tensor, b: Tensor, rows: RankRows) -> Tensor:
     """What `ExpertProduct` makes, where nothing learns."""
-    return _added(y, _mixed(rows.of_a(x_NI @ a.T), w_NE, b, rows, learns=False), b)
+    return _add(y, _mix(rows.of_a(x_NI @ a.T), w_NE, b, rows, learns=False), b)
 
 
 class ExpertProduct(torch.autograd.Function):
@@ -44,7 +44,7 @@ class ExpertProduct(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor | None, x_NI: Tensor, w_NE: Tensor, a: Tensor, b: Tensor, rows: RankRows) -> Tensor:
         learns_w, learns_b = ctx.needs_input_grad[2], ctx.needs_input_grad[4]
         hidden_NS = rows.of_a(x_NI @ a.T)
-        mixed = _mixed(hidden_NS, w_NE, b, rows, learns=learns_w)
+        mixed = _mix(hidden_NS, w_NE, b, rows, learns=learns_w)
         ctx.rows = rows
         # of the whole only what a gradient needs; the mixed values are made again
         ctx.save_for_backward(
@@ -52,7 +52,7 @@ class ExpertProduct(torch.autograd.Function):
         )
         if y is not None:
             ctx.mark_dirty(y)
-        return _added(y, mixed, b)
+        return _add(y, mixed, b)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -63,27 +63,27 @@ class ExpertProduct(torch.autograd.Function):
         grad_x, grad_w, grad_a, grad_b = None, None, None, None
         grad_NO = grad.reshape(-1, b.shape[1]).to(b.dtype)
         if learns_b:
-            grad_b = _mixed(hidden_NS, w_NE, b, rows, learns=learns_w).to(b.dtype).T @ grad_NO
+            grad_b = _mix(hidden_NS, w_NE, b, rows, learns=learns_w).to(b.dtype).T @ grad_NO
         if learns_x or learns_w or learns_a:
-            grad_NS = _picked(grad_NO @ b.T, rows.b_row_S)
+            grad_NS = _pick(grad_NO @ b.T, rows.b_row_S)
             if learns_w:
                 by_rank_NS = hidden_NS.to(w_NE.dtype) * grad_NS
                 by_rank_NS = by_rank_NS.sum(dim=0, keepdim=True) if len(w_NE) == 1 else by_rank_NS
                 grad_w = torch.zeros_like(w_NE.T).index_add_(0, rows.owner_S, by_rank_NS.T).T
             if learns_x or learns_a:
                 inner = weigh(grad_NS, w_NE.index_select(1, rows.owner_S), learns=learns_w)
-                inner = _summed(inner, rows.a_row_S, len(a))
+                inner = _sum_shared(inner, rows.a_row_S, len(a))
                 grad_x = inner @ a if learns_x else None
                 grad_a = inner.T @ x_NI if learns_a else None
         return grad if learns_y else None, grad_x, grad_w, grad_a, grad_b, None
 
 
-def _mixed(hidden_NS: Tensor, w_NE: Tensor, b: Tensor, rows: RankRows, *, learns: bool) -> Tensor:
+def _mix(hidden_NS: Tensor, w_NE: Tensor, b: Tensor, rows: RankRows, *, learns: bool) -> Tensor:
     """The hidden values times their weights, by the rows of b."""
-    return _summed(weigh(hidden_NS, w_NE.index_select(1, rows.owner_S), learns=learns), rows.b_row_S, len(b))
+    return _sum_shared(weigh(hidden_NS, w_NE.index_select(1, rows.owner_S), learns=learns), rows.b_row_S, len(b))
 
 
-def _added(y: Tensor | None, mixed: Tensor, b: Tensor) -> Tensor:
+def _add(y: Tensor | None, mixed: Tensor, b: Tensor) -> Tensor:
     if y is None:
         return mixed @ b
     # below autocast the hidden values are in half precision
@@ -91,12 +91,12 @@ def _added(y: Tensor | None, mixed: Tensor, b: Tensor) -> Tensor:
     return y
 
 
-def _picked(values: Tensor, row_S: Tensor | None) -> Tensor:
+def _pick(values: Tensor, row_S: Tensor | None) -> Tensor:
     """Values of the rank rows on the last axis, from those of the rows that they share."""
     return values if row_S is None else values[..., row_S]
 
 
-def _summed(values_NS: Tensor, row_S: Tensor | None, num_rows: int) -> Tensor:
+def _sum_shared(values_NS: Tensor, row_S: Tensor | None, num_rows: int) -> Tensor:
     """The sums over the rank rows that share a row."""
     if row_S is None:
         return values_NS

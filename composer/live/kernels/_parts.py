@@ -26,7 +26,7 @@ class Part(Protocol):
 
 
 class Kernel(Protocol):
-    """A mixture of one layer, ready for inputs in `dtype`. x has k rows on end for each row of the mixture."""
+    """A mixture of one layer, ready for inputs in `dtype`. x has k consecutive rows for each row of the mixture."""
 
     @property
     def dtype(self) -> torch.dtype: ...
@@ -93,7 +93,7 @@ def row_sets(w_BTP: Tensor) -> RowSets | None:
     return tuple(tuple((p, w) for p, w in enumerate(row) if w != 0) for row in w_BTP[:, 0].tolist())
 
 
-def rows_by_mixture(rows: RowSets) -> dict[tuple[tuple[int, float], ...], list[int]]:
+def group_rows(rows: RowSets) -> dict[tuple[tuple[int, float], ...], list[int]]:
     """The distinct mixtures of rows, in their order, and the numbers of each one's rows; rows without parts are left out."""
     found: dict[tuple[tuple[int, float], ...], list[int]] = {}
     for number, row in enumerate(rows):
@@ -103,31 +103,31 @@ def rows_by_mixture(rows: RowSets) -> dict[tuple[tuple[int, float], ...], list[i
 
 
 def place_of(numbers: Sequence[int], device: torch.device) -> slice | Tensor:
-    """Rows as a slice where they lie on end, else as an index."""
+    """Rows as a slice where they are consecutive, else as an index."""
     if numbers[-1] - numbers[0] + 1 == len(numbers):
         return slice(numbers[0], numbers[-1] + 1)
     return torch.tensor(numbers, device=device)
 
 
-def by_mixture(x_BTI: Tensor, num_mixtures: int) -> Tensor:
-    """x with the rows that a mixture counts for on end as one row of the tokens of all."""
+def group_by_mixture(x_BTI: Tensor, num_mixtures: int) -> Tensor:
+    """x as one row a mixture: the tokens of all rows that it counts for, one row after the other."""
     # not -1, which is ambiguous for an input without tokens
     return x_BTI.reshape(num_mixtures, x_BTI.shape[0] * x_BTI.shape[1] // num_mixtures, x_BTI.shape[2])
 
 
-def repeated(w_BTE: Tensor, num_rows: int) -> Tensor:
-    """Weights with each row k times on end for k times as many rows; a size of 1 stays, and broadcasts."""
+def repeat_rows(w_BTE: Tensor, num_rows: int) -> Tensor:
+    """Weights with each row repeated k times, for k times as many rows; a size of 1 stays, and broadcasts."""
     if w_BTE.shape[0] in (1, num_rows):
         return w_BTE
     return w_BTE.repeat_interleave(num_rows // w_BTE.shape[0], dim=0)
 
 
-def stacked_a(parts: Sequence[Part], dtype: torch.dtype) -> Tensor:
+def stack_a(parts: Sequence[Part], dtype: torch.dtype) -> Tensor:
     """a_SI of the parts, one below the other."""
     return torch.cat([part.a_RI for part in parts]).to(dtype)
 
 
-def weighted_b(parts: Sequence[Part], weights: Sequence[float], dtype: torch.dtype) -> Tensor:
+def weigh_b(parts: Sequence[Part], weights: Sequence[float], dtype: torch.dtype) -> Tensor:
     """b_SO of the parts with their weights multiplied in, in fp32 or better, and rounded once."""
     if all(weight == 1.0 for weight in weights):
         return torch.cat([part.b_RO for part in parts]).to(dtype)

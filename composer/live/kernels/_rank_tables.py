@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from loraweave.composer.live.kernels._parts import Part, stacked_a
+from loraweave.composer.live.kernels._parts import Part, stack_a
 
 
 def triton_runs(device: torch.device, dtype: torch.dtype) -> bool:
@@ -40,7 +40,7 @@ class RankTables:
     def of(cls, parts: Sequence[Part], mixtures: Sequence[tuple[tuple[int, float], ...]], dtype: torch.dtype) -> RankTables:
         used = sorted({p for mixture in mixtures for p, _ in mixture})
         distinct = [parts[p] for p in used]
-        a_DI = stacked_a(distinct, dtype).contiguous()
+        a_DI = stack_a(distinct, dtype).contiguous()
         b_DO = torch.cat([part.b_RO for part in distinct]).to(dtype).contiguous()
         first: dict[int, int] = {}
         for p in used:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraweave.composer.live.kernels._parts import AddsInPlace, Kernel, by_mixture
+from loraweave.composer.live.kernels._parts import AddsInPlace, Kernel, group_by_mixture
 
 
 @dataclass(frozen=True, eq=False)
 class SomeRows(AddsInPlace):
-    """`kernel` for the mixtures at `place` among `num_rows`: a slice where they lie on end, else an index."""
+    """`kernel` for the mixtures at `place` among `num_rows`: a slice where they are consecutive, else an index."""
 
     kernel: Kernel
     num_rows: int
@@ -27,13 +27,13 @@ class SomeRows(AddsInPlace):
         return self.kernel.num_bytes
 
     def update(self, x_BTI: Tensor) -> Tensor:
-        found_MNO = self.kernel.update(by_mixture(x_BTI, self.num_rows)[self.place])
+        found_MNO = self.kernel.update(group_by_mixture(x_BTI, self.num_rows)[self.place])
         update_MNO = found_MNO.new_zeros(self.num_rows, *found_MNO.shape[1:])
         update_MNO[self.place] = found_MNO
         return update_MNO.view(*x_BTI.shape[:2], found_MNO.shape[2])
 
     def add_(self, x_BTI: Tensor, y_BTO: Tensor) -> None:
-        x_MNI = by_mixture(x_BTI, self.num_rows)
+        x_MNI = group_by_mixture(x_BTI, self.num_rows)
         y_MNO = y_BTO.view(*x_MNI.shape[:2], y_BTO.shape[2])
         if isinstance(self.place, slice):
             self.kernel.add_(x_MNI[self.place], y_MNO[self.place])

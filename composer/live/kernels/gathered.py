@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loraweave.composer.live.kernels._parts import Adder, AddsInPlace, Part, RowSets, by_mixture, rank_rows, row_sets
+from loraweave.composer.live.kernels._parts import Adder, AddsInPlace, Part, RowSets, group_by_mixture, rank_rows, row_sets
 from loraweave.composer.live.kernels.naive import naive
 
 
@@ -62,11 +62,11 @@ class Gathered(AddsInPlace):
         return self.a_BRI.nbytes + self.b_BRO.nbytes
 
     def update(self, x_BTI: Tensor) -> Tensor:
-        hidden_BTR = self._hidden(by_mixture(x_BTI, self.a_BRI.shape[0]))
+        hidden_BTR = self._hidden(group_by_mixture(x_BTI, self.a_BRI.shape[0]))
         return torch.bmm(hidden_BTR, self.b_BRO).view(*x_BTI.shape[:2], self.b_BRO.shape[2])
 
     def add_(self, x_BTI: Tensor, y_BTO: Tensor) -> None:
-        x_MNI = by_mixture(x_BTI, self.a_BRI.shape[0])
+        x_MNI = group_by_mixture(x_BTI, self.a_BRI.shape[0])
         y_BTO.view(*x_MNI.shape[:2], self.b_BRO.shape[2]).baddbmm_(self._hidden(x_MNI), self.b_BRO)
 
     def adder(self, dtype: torch.dtype, shape: torch.Size) -> Adder:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from loraweave.composer.live.kernels._own_precision import own_precision
-from loraweave.composer.live.kernels._parts import AddsInPlace, Part, rank_rows, row_sets, stacked_a, weighted_b
+from loraweave.composer.live.kernels._parts import AddsInPlace, Part, rank_rows, row_sets, stack_a, weigh_b
 from loraweave.composer.live.kernels.naive import naive
 
 
@@ -25,7 +25,7 @@ class Merged(AddsInPlace):
         used = [parts[p] for p, _ in row]
         exact = torch.promote_types(dtype, torch.float32)
         with own_precision(used[0].a_RI.device):
-            delta_OI = weighted_b(used, [w for _, w in row], exact).T @ stacked_a(used, exact)
+            delta_OI = weigh_b(used, [w for _, w in row], exact).T @ stack_a(used, exact)
         return cls(delta_OI.to(dtype))
 
     @property

@@ -13,10 +13,10 @@ def naive(x_BTI: Tensor, a_SI: Tensor, b_OS: Tensor, w_BTS: Tensor) -> Tensor:
     x, a and b share a dtype, in which the two products run. The weights are applied in fp32 or better. A rank row of
     weight zero adds exactly nothing, even where its hidden value has overflowed.
     """
-    return linear(mixed(linear(x_BTI, a_SI), w_BTS), b_OS)
+    return linear(mix(linear(x_BTI, a_SI), w_BTS), b_OS)
 
 
-def mixed(hidden_BTS: Tensor, w_BTS: Tensor) -> Tensor:
+def mix(hidden_BTS: Tensor, w_BTS: Tensor) -> Tensor:
     """The hidden values times their weights, in the dtype of the hidden values."""
     mixed_BTS = hidden_BTS.to(torch.promote_types(hidden_BTS.dtype, torch.float32)) * w_BTS
     # a weight that learns keeps its gradient at zero

@@ -15,11 +15,11 @@ from loraweave.composer.live.kernels._parts import (
     AddsInPlace,
     Part,
     RowSets,
-    by_mixture,
+    group_by_mixture,
+    group_rows,
     place_of,
     rank_rows,
     row_sets,
-    rows_by_mixture,
 )
 from loraweave.composer.live.kernels.naive import naive
 from loraweave.composer.live.kernels.shared import Shared
@@ -27,7 +27,7 @@ from loraweave.composer.live.kernels.shared import Shared
 
 @dataclass(frozen=True, eq=False)
 class Segments(AddsInPlace):
-    """The distinct mixtures of B rows, and which rows each is for: a slice where they lie on end, else an index."""
+    """The distinct mixtures of B rows, and which rows each is for: a slice where they are consecutive, else an index."""
 
     num_rows: int
     num_outputs: int
@@ -37,7 +37,7 @@ class Segments(AddsInPlace):
     def of(cls, parts: Sequence[Part], rows: RowSets, dtype: torch.dtype) -> Segments:
         """Rows without a part are in no segment."""
         device = parts[0].a_RI.device
-        members = rows_by_mixture(rows).items()
+        members = group_rows(rows).items()
         found = tuple((place_of(numbers, device), Shared.of(parts, row, dtype)) for row, numbers in members)
         return cls(len(rows), parts[0].b_RO.shape[1], found)
 
@@ -50,14 +50,14 @@ class Segments(AddsInPlace):
         return sum(mixture.num_bytes for _, mixture in self.mixtures)
 
     def update(self, x_BTI: Tensor) -> Tensor:
-        x_MNI = by_mixture(x_BTI, self.num_rows)
+        x_MNI = group_by_mixture(x_BTI, self.num_rows)
         update_MNO = x_BTI.new_zeros(*x_MNI.shape[:2], self.num_outputs)
         for place, mixture in self.mixtures:
             update_MNO[place] = mixture.update(x_MNI[place])
         return update_MNO.view(*x_BTI.shape[:2], self.num_outputs)
 
     def add_(self, x_BTI: Tensor, y_BTO: Tensor) -> None:
-        x_MNI = by_mixture(x_BTI, self.num_rows)
+        x_MNI = group_by_mixture(x_BTI, self.num_rows)
         y_MNO = y_BTO.view(*x_MNI.shape[:2], self.num_outputs)
         for place, mixture in self.mixtures:
             if isinstance(place, slice):

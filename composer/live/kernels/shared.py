@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from loraweave.composer.live.kernels._parts import AddsInPlace, Part, rank_rows, row_sets, stacked_a, weighted_b
+from loraweave.composer.live.kernels._parts import AddsInPlace, Part, rank_rows, row_sets, stack_a, weigh_b
 from loraweave.composer.live.kernels.naive import naive
 
 
@@ -23,7 +23,7 @@ class Shared(AddsInPlace):
     @classmethod
     def of(cls, parts: Sequence[Part], row: Sequence[tuple[int, float]], dtype: torch.dtype) -> Shared:
         used = [parts[p] for p, _ in row]
-        return cls(stacked_a(used, dtype), weighted_b(used, [w for _, w in row], dtype))
+        return cls(stack_a(used, dtype), weigh_b(used, [w for _, w in row], dtype))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from loraweave.composer.live.kernels._parts import AddsInPlace, Part, rank_rows, repeated
+from loraweave.composer.live.kernels._parts import AddsInPlace, Part, rank_rows, repeat_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,7 @@ class SortedTokens(AddsInPlace):
         self._into(x_BTI, y_BTO.view(-1, y_BTO.shape[2]))
 
     def _into(self, x_BTI: Tensor, sum_NO: Tensor) -> Tensor:
-        w_BTP = repeated(self.w_BTP, x_BTI.shape[0])
+        w_BTP = repeat_rows(self.w_BTP, x_BTI.shape[0])
         x_NI = x_BTI.reshape(-1, x_BTI.shape[2])
         w_NP = w_BTP.expand(*x_BTI.shape[:2], -1).reshape(-1, w_BTP.shape[2])
         # a weight that learns keeps its gradient at zero

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraweave.composer.live.kernels._parts import AddsInPlace, Part, RowSets, rank_rows, row_sets, rows_by_mixture
+from loraweave.composer.live.kernels._parts import AddsInPlace, Part, RowSets, group_rows, rank_rows, row_sets
 from loraweave.composer.live.kernels._rank_tables import RankTables, triton_runs
 from loraweave.composer.live.kernels.naive import naive
 
@@ -32,7 +32,7 @@ class TritonSegments(AddsInPlace):
 
     @classmethod
     def of(cls, parts: Sequence[Part], rows: RowSets, dtype: torch.dtype) -> TritonSegments:
-        members = rows_by_mixture(rows)
+        members = group_rows(rows)
         tables = RankTables.of(parts, list(members), dtype)
         sizes = [len(numbers) for numbers in members.values()]
         first = [sum(sizes[:g]) for g in range(len(sizes) + 1)]

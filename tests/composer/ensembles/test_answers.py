@@ -62,7 +62,7 @@ def test_labels_are_ranked_by_their_averaged_probabilities(make_model: Any, make
     for text, answer in zip(INPUTS, found, strict=True):
         shares = torch.zeros(4, dtype=torch.float64)
         for member, weight in zip(MEMBERS, WEIGHTS, strict=True):
-            inputs = scoring.padded(engine.model, tokenizer, [text])
+            inputs = scoring.pad_prompts(engine.model, tokenizer, [text])
             with torch.no_grad(), engine.activate(member or {}):
                 losses_BL = scoring.label_losses(
                     engine.model, inputs["input_ids"], inputs["attention_mask"], scoring.label_ids(tokenizer, labels)

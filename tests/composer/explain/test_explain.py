@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from loraweave.composer.compose.composition import Composition
 from loraweave.composer.compose.report import Report
 from loraweave.composer.composer import Composer
-from loraweave.composer.explain.explanation import pieces
+from loraweave.composer.explain.explanation import split_text
 from loraweave.errors import AlreadyActive, CompositionError, ScopeError
 from loraweave.hub.pool import ExpertPool
 from loraweave.types import Task
@@ -177,6 +177,6 @@ def test_tokens_that_share_a_character_all_show_it() -> None:
             return bytes(ids).decode(errors="replace")
 
     ids = list("aé的😀b".encode())
-    assert pieces(Bytes(), ids) == ("a", *["é"] * 2, *["的"] * 3, *["😀"] * 4, "b")
-    assert pieces(Bytes(), ids[:2]) == ("a", "�")
-    assert pieces(Bytes(), [0xE7, 97, 98]) == ("�", "a", "b")
+    assert split_text(Bytes(), ids) == ("a", *["é"] * 2, *["的"] * 3, *["😀"] * 4, "b")
+    assert split_text(Bytes(), ids[:2]) == ("a", "�")
+    assert split_text(Bytes(), [0xE7, 97, 98]) == ("�", "a", "b")

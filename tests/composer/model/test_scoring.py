@@ -27,7 +27,7 @@ def summed(model, tokenizer, prompt, label):
 @torch.no_grad()
 def test_label_losses_with_a_shared_cache_equal_those_of_whole_rows(kind, make_model, tokenizer):
     model = make_model(kind)
-    inputs = scoring.padded(model, tokenizer, PROMPTS)
+    inputs = scoring.pad_prompts(model, tokenizer, PROMPTS)
     found = scoring.label_losses(model, inputs["input_ids"], inputs["attention_mask"], scoring.label_ids(tokenizer, LABELS))
     expected = [[-summed(model, tokenizer, prompt, label) for label in LABELS] for prompt in PROMPTS]
     np.testing.assert_allclose(found.double().numpy(), expected, atol=5e-4)
@@ -48,7 +48,7 @@ def test_an_encoder_decoder_ranks_labels_too(kind, make_model, tokenizer):
         ids = torch.tensor([tokenizer(prompt)["input_ids"]])
         labels = [torch.tensor([tokenizer(f" {label}</s>", add_special_tokens=False)["input_ids"]]) for label in LABELS]
         expected.append([float(model(input_ids=ids, labels=label).loss) * label.shape[1] for label in labels])
-    inputs = scoring.padded(model, tokenizer, PROMPTS)
+    inputs = scoring.pad_prompts(model, tokenizer, PROMPTS)
     found = scoring.label_losses(model, inputs["input_ids"], inputs["attention_mask"], scoring.label_ids(tokenizer, LABELS))
     np.testing.assert_allclose(found.double().numpy(), expected, atol=5e-4)
     best = [LABELS[int(np.argmin(losses))] for losses in expected]

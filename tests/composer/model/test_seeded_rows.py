@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import LogitsProcessorList
 
-from loraweave.composer.model.generate import _SeededRows, seeded
+from loraweave.composer.model.generate import _SeededRows, sample_by_seeds
 
 
 def draws(seeds: list[int], scores_BV: torch.Tensor) -> list[int]:
@@ -36,6 +36,6 @@ def test_the_processors_of_the_call_come_first() -> None:
         def _sample(self, input_ids: torch.Tensor, logits_processor: LogitsProcessorList, streamer: object) -> None:
             seen.extend([*logits_processor, streamer])
 
-    seeded([1], "streamer")(Model(), torch.zeros(1, 1), LogitsProcessorList(["temperature"]))
+    sample_by_seeds([1], "streamer")(Model(), torch.zeros(1, 1), LogitsProcessorList(["temperature"]))
     assert [type(each).__name__ for each in seen] == ["str", "_SeededRows", "str"]
     assert seen[2] == "streamer"

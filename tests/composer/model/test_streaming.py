@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loraweave.composer.composer import Composer
-from loraweave.composer.model.generate import streamed
+from loraweave.composer.model.generate import stream
 from loraweave.errors import CompositionError
 from loraweave.hub.adapter import Adapter
 
@@ -159,7 +159,7 @@ def test_an_iterator_may_end_in_its_own_thread(tokenizer: Any) -> None:
         held.pop().close()
         ended.set()
 
-    pieces = streamed(generate, tokenizer)
+    pieces = stream(generate, tokenizer)
     next(pieces)
     held.append(pieces)
     assert ended.wait(10)
@@ -192,7 +192,7 @@ def test_a_character_comes_whole_when_its_last_byte_has_come() -> None:
             streamer.put(column)
         streamer.end()
 
-    pieces = list(streamed(generate, tokenizer))
+    pieces = list(stream(generate, tokenizer))
     assert joined(iter(pieces)) == texts
     assert [first for first, _ in pieces if first] == list(texts[0])
 
@@ -207,7 +207,7 @@ def test_bytes_that_make_no_character_come_at_the_end() -> None:
             streamer.put(torch.tensor([token]))
         streamer.end()
 
-    assert joined(streamed(generate, tokenizer)) == tokenizer.batch_decode([ids])
+    assert joined(stream(generate, tokenizer)) == tokenizer.batch_decode([ids])
 
 
 def test_autocast_holds_in_the_streams_thread(engine: Composer) -> None:

@@ -141,7 +141,7 @@ def test_a_cache_that_another_mixture_filled_is_refused_by_name(engine, model, p
 def test_labels_are_ranked_with_the_weights_of_the_text_that_they_end(engine, model, pool, tokenizer):
     labels = ["six", "fruit"]
     ids = scoring.label_ids(tokenizer, labels)
-    inputs = scoring.padded(model, tokenizer, TEXTS)
+    inputs = scoring.pad_prompts(model, tokenizer, TEXTS)
     router = by_token(pool, refresh=1)
     with torch.no_grad(), engine.activate(router):
         found = scoring.label_losses(model, inputs["input_ids"], inputs["attention_mask"], ids)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loraweave.composer.live.kernels import _added_experts
-from loraweave.composer.live.kernels._added_experts import added_experts
+from loraweave.composer.live.kernels._added_experts import add_experts
 from loraweave.composer.live.kernels._chosen_product import ChosenProduct
 from loraweave.composer.live.kernels._expert_product import RankRows
 
@@ -30,7 +30,7 @@ def by_formula(x_NI, w_NE, a_SI, b_SO):
 
 
 def added(values, y=None, *, most=1, rows=None):
-    return added_experts(y, *values, RankRows(OWNER_S) if rows is None else rows, ranks=RANKS, most=most)
+    return add_experts(y, *values, RankRows(OWNER_S) if rows is None else rows, ranks=RANKS, most=most)
 
 
 @pytest.fixture
