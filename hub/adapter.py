@@ -24,7 +24,7 @@ from loraweave.hub.formats._peft_config import PICKLE
 from loraweave.hub.formats.peft import Peft
 from loraweave.hub.intake.kept_files import KEPT, as_kept_files
 from loraweave.hub.intake.license_terms import require_one_work, stated_license
-from loraweave.hub.intake.sources import ADAPTER_FILES, name_of, opened_source
+from loraweave.hub.intake.sources import ADAPTER_FILES, name_of, open_source
 from loraweave.hub.merge_report import MergeReport
 from loraweave.lowrank import algebra
 from loraweave.types import BaseKey, Factors, Fingerprint, Kind, own_memory
@@ -98,7 +98,7 @@ class Adapter:
         figures of every layer. Raises AdapterUnsupported where `rank` leaves a larger error, and for what has no such form.
         """
         wanted = (*ADAPTER_FILES, *KEPT, *((PICKLE, *PICKLES) if allow_pickle else ()))
-        with opened_source(
+        with open_source(
             source, revision=revision, token=token, local_files_only=local_files_only, allow_patterns=wanted
         ) as found:
             contents = _reading.read(found.folder, model=model, rank=rank, max_error=max_error, allow_pickle=allow_pickle)

@@ -30,7 +30,7 @@ def to_lora(adapter: Adapter, model: nn.Module, *, rank: int | None = None, max_
     difference to the base's. A layer's whole update is then cut to the smallest rank within `max_error` (Frobenius norm,
     relative to the update) and at most `rank`; `card["conversion"]` has rank and relative error of every layer that had
     such a part. DoRA's updates have full rank, so a small `max_error` gives a large adapter.
-    Raises BaseModelMismatch for another base model, LayerMismatch for a layer it has not, AdapterUnsupported where `rank`
+    Raises BaseModelMismatch for another base model, LayerMismatch for a layer that it lacks, AdapterUnsupported where `rank`
     leaves an error above `max_error`, or the base's weights are quantised.
     """
     bound = Bound(rank, max_error)
@@ -54,7 +54,7 @@ def to_lora(adapter: Adapter, model: nn.Module, *, rank: int | None = None, max_
 
 def _whole(factors: Factors, layer: BaseLayer, where: str) -> Factors | Dense:
     """The update without a gain: factors where only the bias depended on the base, else one matrix."""
-    # a layer of which only the bias was trained is stored without its number of inputs
+    # a layer with only a trained bias is stored without its number of inputs
     inputs = factors.a_RI.shape[1] if factors.rank else layer.num_inputs
     found = (factors.b_OR.shape[0], inputs, factors.kind)
     if found != (layer.num_outputs, layer.num_inputs, layer.kind):
@@ -161,7 +161,7 @@ def _linear_parameters(model: nn.Module, layers: Sequence[str] | None) -> dict[s
             continue
         result |= {f"{name}.{part}": (layer, part) for part, _ in module.named_parameters(recurse=False)}
     if unused:
-        raise LayerMismatch(f"layers names {sorted(unused)[0]!r}, which is no linear layer of the base model")
+        raise LayerMismatch(f"layers names {sorted(unused)[0]!r}, which is not a linear layer of the base model")
     return result
 
 

@@ -29,7 +29,7 @@ from loraweave.types import Factors
 TARGETS = ("peft", "vllm")
 # those that every release of vLLM takes for --max-lora-rank; recent ones also have 1
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-# layers that vLLM computes as one; its loader packs the factors of the parts by itself
+# layers that vLLM computes as one; its loader packs the factors of the parts itself
 PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 # modules whose weights many base models share with each other
 TIED = {"embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "lm_head", "embed_out"}
@@ -58,7 +58,7 @@ class ExportReport:
 
     @property
     def command(self) -> str:
-        """The server's command line for a shell; empty where the target is no server."""
+        """The server's command line for a shell; empty if the target is not a server."""
         return shlex.join(["vllm", "serve", self.base_model, *self.flags]) if self.flags else ""
 
     def to_json(self) -> dict[str, Any]:
@@ -84,14 +84,14 @@ class ExportReport:
 
 
 def require_target(target: str) -> None:
-    """Raises UnknownName for what is no target of an export."""
+    """Raises UnknownName for anything but a target of an export."""
     if target not in TARGETS:
         hint = nearest(target, TARGETS)
         raise UnknownName(f"no export target {target!r}{hint}; there are {', '.join(TARGETS)}")
 
 
 def export(contents: Contents, name: str, folder: Path, *, target: str, max_rank: int | None) -> ExportReport:
-    """Writes the folder and says what it took; `name` is what requests to a server call the adapter.
+    """Writes the folder and reports what that took; `name` is the adapter's name in requests to a server.
 
     Layers above `max_rank` are cut to it, the best approximation in the Frobenius norm; nothing is cut without it.
     Raises UnknownName for a target, WeightingError for a rank below 1, and AdapterUnsupported for what the target cannot

@@ -28,7 +28,7 @@ class BaseLayer:
 
     @cached_property
     def weight_OI(self) -> Tensor:
-        """The weight (O, I) in float64 on the CPU. Raises AdapterUnsupported where it is no plain matrix of floats."""
+        """The weight (O, I) in float64 on the CPU. Raises AdapterUnsupported if it is not a plain matrix of floats."""
         weight = getattr(self.module, "weight", None)
         size = self.num_outputs * self.num_inputs
         if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point() or weight.numel() != size:

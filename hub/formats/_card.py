@@ -42,7 +42,7 @@ def read_card(folder: Path) -> tuple[dict[str, Any], Fingerprint | None, dict[st
     card = read_json(folder, SIDECAR)
     stored, layout = card.pop("fingerprint", None), card.pop("layout", None)
     if not isinstance(card.get("name", ""), str):
-        raise AdapterCorrupt(f"{folder}: {SIDECAR} has a name that is no text")
+        raise AdapterCorrupt(f"{folder}: {SIDECAR} has a name that is not text")
     try:
         fingerprint = None if stored is None else Fingerprint.from_json(stored)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -58,7 +58,7 @@ def base_model_of_readme(folder: Path) -> str:
 
 
 def sidecar_text(card: Mapping[str, Any], fingerprint: Fingerprint | None, layout: Mapping[str, Any]) -> str:
-    """loraweave.json. Raises AdapterUnsupported for a card that is no JSON or above the size that is read back."""
+    """loraweave.json. Raises AdapterUnsupported for a card that is not JSON or is above the size that is read back."""
     own: dict[str, Any] = {key: value for key, value in card.items() if key not in DERIVED}
     if fingerprint is not None:
         own["fingerprint"] = fingerprint.to_json()
@@ -68,13 +68,13 @@ def sidecar_text(card: Mapping[str, Any], fingerprint: Fingerprint | None, layou
 
 
 def json_text(value: Mapping[str, Any], what: str, *, indent: int | None = None) -> str:
-    """The value as JSON. Raises AdapterUnsupported for a card that is no JSON or above the size that is read back."""
+    """The value as JSON. Raises AdapterUnsupported for a card that is not JSON or is above the size that is read back."""
     try:
         separators = (",", ":") if indent is None else None
         text = json.dumps(plain(value), indent=indent, separators=separators, ensure_ascii=False, allow_nan=False)
         size = len(text.encode("utf-8"))
     except (TypeError, ValueError, RecursionError) as error:
-        raise AdapterUnsupported(f"the card is no JSON and cannot be written: {error}") from error
+        raise AdapterUnsupported(f"the card is not JSON and cannot be written: {error}") from error
     if size > MAX_JSON_BYTES:
         raise AdapterUnsupported(f"{what} has {size} bytes as JSON, more than the limit of {MAX_JSON_BYTES}")
     return text
@@ -160,7 +160,7 @@ def _readme(folder: Path) -> tuple[dict[str, Any], str]:
         return {}, ""
     try:
         with open_file(folder, README) as (file, size):
-            # a cut in the middle of a character is no damage
+            # a cut in the middle of a character is not damage
             text = file.read(min(size, MAX_README_BYTES)).decode("utf-8", "strict" if size <= MAX_README_BYTES else "ignore")
         text = text.removeprefix("\ufeff")
         if not text.startswith("---"):

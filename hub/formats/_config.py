@@ -27,7 +27,7 @@ class Config:
 
     @classmethod
     def of(cls, folder: Path) -> Config:
-        """Reads the folder's config. Raises AdapterCorrupt where there is none or it is damaged."""
+        """Reads the folder's config. Raises AdapterCorrupt if it is missing or damaged."""
         if not present(folder, CONFIG):
             raise AdapterCorrupt(f"{folder}: no {CONFIG}; the folder holds {listing(folder)}")
         return cls(folder, read_json(folder, CONFIG))

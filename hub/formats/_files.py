@@ -88,7 +88,7 @@ def _counts(name: str) -> bool:
 
 LFS_MARK = b"version https://git-lfs.github.com/spec/"
 MAX_JSON_BYTES = 4 * 2**20
-# a file of weights above this is no adapter's
+# no adapter has a larger file of weights
 MAX_FILE_BYTES = 32 * 2**30
 # from this size on a file must hold on the disk at least one byte of so many
 HOLES_FROM_BYTES = 2**28
@@ -100,7 +100,7 @@ MAX_LISTED = 12
 def open_file(folder: Path, name: str) -> Iterator[tuple[BinaryIO, int]]:
     """The file `name` of the folder, open for reading, and its size in bytes.
 
-    Raises AdapterCorrupt for what is no regular file (a FIFO would block, a device never end), for a link that leaves the
+    Raises AdapterCorrupt for anything but a regular file (a FIFO would block, a device never end), a link that leaves the
     folder, for a git-LFS pointer, and for a file that is nearly all holes; AdapterUnsupported above `MAX_FILE_BYTES`.
     Links from a snapshot of the model hub's cache to its own blobs are followed.
     """
@@ -146,7 +146,7 @@ def require_held(descriptor: int, size: int, where: str) -> None:
 
 
 def _held_bytes(descriptor: int, size: int) -> int:
-    """How much of a file is no hole, counted until it is enough; all of it where the file system does not say."""
+    """The bytes of a file that are not holes, counted until they are enough; all of it if the file system does not say."""
     held = end = 0
     try:
         while held * MOST_PER_HELD < size:
@@ -162,7 +162,7 @@ def _held_bytes(descriptor: int, size: int) -> int:
 
 
 def read_json(folder: Path, name: str, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """The JSON object in a file. Raises AdapterCorrupt with the reason when it is none, or is above `max_bytes`."""
+    """The JSON object in a file. Raises AdapterCorrupt, with the reason, for anything else and above `max_bytes`."""
     with open_file(folder, name) as (file, size):
         if size > max_bytes:
             raise AdapterCorrupt(f"{folder}: {name} has {size} bytes, more than the limit of {max_bytes}")
@@ -211,7 +211,7 @@ def present(folder: Path, name: str) -> bool:
 
 def _inside(folder: Path, name: str) -> Path:
     path = folder / name
-    # os.path: a name that no file can have is no link either, and is refused on opening
+    # os.path: a name that no file can have is not a link either, and is refused on opening
     if not os.path.islink(path):
         return path
     try:
@@ -241,7 +241,7 @@ def _kind(mode: int) -> str:
 
 
 def _no_constant(literal: str) -> Any:
-    raise ValueError(f"it has the literal {literal}, which is no number in JSON")
+    raise ValueError(f"it has the literal {literal}, which is not a number in JSON")
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

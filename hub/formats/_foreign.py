@@ -239,19 +239,19 @@ class ForeignFormat(ABC):
             if part in cls.parts and all(pieces[:-depth]):
                 return ".".join(pieces[:-depth]), part
         raise AdapterCorrupt(
-            f"{folder}: tensor {key!r} is none of a {cls.peft_type} adapter, whose layers have "
+            f"{folder}: tensor {key!r} does not belong to a {cls.peft_type} adapter, whose layers have "
             f"{', '.join(sorted(cls.parts)[:12])}"
         )
 
 
 def check_size(layer: Layer, rows: int, columns: int) -> None:
-    """Raises AdapterUnsupported for a matrix that a small file could ask for and this machine, or any, should not make."""
+    """Raises AdapterUnsupported for a matrix beyond this machine, or any, which a small file can ask for."""
     free = free_host_bytes()
     # in float64, and as the factors or the error that are computed of it
     if free is not None and 16 * rows * columns > free:
         raise AdapterUnsupported(
-            f"{layer.where}: the update would need a matrix of {rows} x {columns}, and more memory than the {free:,} bytes "
-            "that are free; convert it on a larger machine"
+            f"{layer.where}: the update would need a matrix of {rows} x {columns}, and more memory than the {free:,} free "
+            "bytes; convert it on a larger machine"
         )
     if rows * columns > MAX_VALUES:
         raise AdapterUnsupported(

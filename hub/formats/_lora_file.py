@@ -1,4 +1,4 @@
-"""LoRA files without a config: the names of the tensors say what each is, and the scale stands beside them."""
+"""LoRA files without a config: the tensors' names say what each is, and their scale is stored next to them."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ class FileFormat(ABC):
     @classmethod
     @abstractmethod
     def split(cls, name: str) -> tuple[str, str] | None:
-        """(module as the file names it, part of its update) of a tensor, None for a name that is none of this layout."""
+        """(module as the file names it, part of its update) of a tensor, None for a name of another layout."""
 
     @classmethod
     @abstractmethod
     def place(cls, module: str, base: BaseNames | None, where: str) -> Placement:
-        """Where the module lies in the base. Raises AdapterUnsupported for one that cannot be told without a guess."""
+        """Where the module lies in the base. Raises AdapterUnsupported if only a guess could tell."""
 
     @classmethod
     def scales(cls, held: Mapping[str, Parts], metadata: Mapping[str, str], where: str) -> dict[str, float]:
@@ -63,7 +63,7 @@ class FileFormat(ABC):
 
     @classmethod
     def base_id(cls, source: Path) -> str:
-        """The id of the base model that a folder's card names; empty for a file, of which its neighbours say nothing."""
+        """The base model's id by a folder's card; empty for a file, since its neighbours say nothing about it."""
         return base_model_of_readme(source) if source.is_dir() else ""
 
     @classmethod
@@ -154,7 +154,7 @@ class FileFormat(ABC):
             place = cls.split(key)
             if place is None:
                 raise AdapterUnsupported(
-                    f"{where}: tensor {key!r} is none of those that are read of {cls.__name__}'s layout: "
+                    f"{where}: tensor {key!r} is not one that is read of {cls.__name__}'s layout: "
                     f"{', '.join(sorted(MATRICES))}, alpha"
                 )
             module, part = place

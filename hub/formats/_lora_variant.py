@@ -15,7 +15,7 @@ from loraweave.hub.formats._peft_config import PeftConfig, parse
 
 
 class LoraVariant(ForeignFormat):
-    """A format of peft_type LORA that is told by its own field of the config."""
+    """A format of peft_type LORA that its own field of the config marks."""
 
     peft_type = "LORA"
     parts = frozenset({"lora_A.weight", "lora_B.weight"})

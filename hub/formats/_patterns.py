@@ -32,7 +32,7 @@ json.dump([[index for index, rule in rules if rule.match(layer)] for layer in la
 
 
 class PatternError(ValueError):
-    """A pattern that is no regular expression, or that cannot be run within the limits; the message says which."""
+    """A pattern that is not a regular expression or cannot be run within the limits; the message says which."""
 
 
 def resolve(
@@ -94,7 +94,7 @@ def _compile(key: str) -> re.Pattern[str]:
             warnings.simplefilter("ignore", FutureWarning)
             return re.compile(rf"(.*\.)?({key})$")
     except (re.error, OverflowError, RecursionError) as error:
-        raise PatternError(f"the pattern {key[:60]!r} is no regular expression ({error})") from error
+        raise PatternError(f"the pattern {key[:60]!r} is not a regular expression ({error})") from error
 
 
 def _literal_tail(key: str) -> str:

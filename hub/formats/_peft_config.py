@@ -250,7 +250,7 @@ class Key:
 
 
 def parse_key(key: str) -> Key | None:
-    """The layer and part that a tensor name means, or None for a name that is none of PEFT's LoRA.
+    """The layer and part that a tensor name means, or None for a name that PEFT's LoRA does not use.
 
     The prefix `base_model.model.` may be missing, there once, or doubled (a PeftModel wrapped twice).
     """
@@ -333,7 +333,7 @@ def _refuse_foreign(key: str, found: Key | None, folder: Path) -> None:
 def _refuse_unknown(unknown: list[str], total: int, folder: Path) -> None:
     hint = "; they look like kohya's, not PEFT's" if any(part in unknown[0] for part in _KOHYA) else ""
     raise AdapterCorrupt(
-        f"{folder}: {len(unknown)} of {total} tensors are none of PEFT's LoRA: {', '.join(map(repr, unknown[:3]))}{hint}"
+        f"{folder}: {len(unknown)} of {total} tensors are not PEFT's LoRA: {', '.join(map(repr, unknown[:3]))}{hint}"
     )
 
 

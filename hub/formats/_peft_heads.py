@@ -19,7 +19,7 @@ from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.formats._peft_config import PREFIX, without_prefix
 from loraweave.hub.formats._safetensors import MAX_KEY_LENGTH, require_finite
 
-# what PEFT adds to modules_to_save by itself for a task; only one of the names need exist in the model
+# what PEFT itself adds to modules_to_save for a task; one of the names in the model is enough
 TASK_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -87,7 +87,7 @@ def saved_modules(
     """(modules_to_save, task_type) under which PEFT loads exactly these heads.
 
     The names and the task that the adapter was read with are kept where they fit. A task for which PEFT expects a head is
-    left out when there is none, since PEFT could not load the folder. Raises AdapterUnsupported where no names fit.
+    left out without one, since PEFT could not load the folder. Raises AdapterUnsupported where no names fit.
     """
     stored = recorded.get("task_type")
     task = stored if isinstance(stored, str) else None
@@ -123,10 +123,10 @@ def _check_name(head: str, names: Sequence[str]) -> None:
     depth = _depth(pieces, names) if all(pieces) else None
     if depth is None or set(pieces) & _OF_ADAPTERS or without_prefix(key) != head:
         raise AdapterUnsupported(
-            f"head {head!r} is no parameter of a module by the name that PEFT needs (module path, then parameter)"
+            f"head {head!r} is not a parameter of a module, named as PEFT needs it (module path, then parameter)"
         )
     if len(key) > MAX_KEY_LENGTH or not key.isprintable():
-        raise AdapterUnsupported(f"head {head[:60]!r} bears a name that a PEFT file cannot hold")
+        raise AdapterUnsupported(f"head {head[:60]!r} has a name that a PEFT file cannot hold")
 
 
 def _depth(pieces: Sequence[str], names: Sequence[str]) -> int | None:
@@ -145,7 +145,7 @@ def _own_path(key: str, pieces: list[str], depth: int, folder: Path) -> list[str
             rest = rest[1:] if rest[0] == "default" else []
     if not rest or not all(rest) or (set(pieces[:depth]) | set(rest)) & _OF_ADAPTERS:
         raise AdapterUnsupported(
-            f"{folder}: tensor {key!r} lies in a module of modules_to_save and is none of its own parameters, so what it "
-            "means is not known; save the adapter again with PEFT"
+            f"{folder}: tensor {key!r} lies in a module of modules_to_save and is not one of its parameters, so its "
+            "meaning is unknown; save the adapter again with PEFT"
         )
     return rest

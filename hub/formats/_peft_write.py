@@ -102,7 +102,7 @@ def _check_layer(layer: str, factors: Factors) -> None:
     key = f"{PREFIX}{layer}.lora_A.weight"
     legible = parse_key(key) == Key(layer, "a") and parse_key(f"{PREFIX}{layer}.bias") == Key(layer, "base_bias")
     if not legible or "base_layer" in layer.split(".") or len(key) + 16 > MAX_KEY_LENGTH or not key.isprintable():
-        raise AdapterUnsupported(f"{where} bears a name that cannot be told apart inside a PEFT file")
+        raise AdapterUnsupported(f"{where} has a name that is ambiguous inside a PEFT file")
     for name, tensor in factors.tensors().items():
         if not bool(torch.isfinite(tensor).all()):
             raise AdapterUnsupported(f"{where}: {name} has values that are NaN or infinite")

@@ -86,7 +86,7 @@ def _pickle_in(file: BinaryIO, size: int, where: str) -> bytes:
         if isinstance(error, AdapterCorrupt | AdapterUnsupported):
             raise
         raise AdapterCorrupt(
-            f"{where} is no intact archive of torch.save ({error!s:.300}); files of PyTorch before 1.6 are not read, "
+            f"{where} is not an intact archive of torch.save ({error!s:.300}); files of PyTorch before 1.6 are not read, "
             "load and save them again with a newer one"
         ) from error
 
@@ -120,7 +120,7 @@ def _check_table(table: object, size: int, where: str, dtypes: object) -> None:
     total = 0
     for key, value in table.items():
         if not isinstance(key, str) or not 0 < len(key) <= MAX_KEY_LENGTH or not key.isprintable():
-            raise AdapterCorrupt(f"{where} has the key {key!a:.60}, which is no printable text of up to {MAX_KEY_LENGTH}")
+            raise AdapterCorrupt(f"{where} has the key {key!a:.60}, which is not printable text of up to {MAX_KEY_LENGTH}")
         if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
             raise AdapterUnsupported(f"{where} holds a {type(value).__name__} under {key!r}, not a plain tensor")
         if value.dtype not in dtypes:  # type: ignore[operator]

@@ -69,7 +69,7 @@ class BaseNames:
         return [*self._flat.get(flat, ()), *self._flat.get(f"{component}_{flat}", ())]
 
     def path(self, target: str, where: str) -> str:
-        """The target as this model has it, which may lack a pipeline's prefix. Raises LayerMismatch for one it has not."""
+        """The target's path in this model, with or without a pipeline's prefix. Raises LayerMismatch if it has neither."""
         for name in _shorten(target):
             if name in self.layers:
                 return name
@@ -95,7 +95,7 @@ def only(placements: Sequence[Placement], name: str, where: str, *, model_given:
         return placements[0]
     ways = "" if model_given else "; give the base model, whose names decide: Adapter.from_pretrained(..., model=model)"
     if not placements:
-        raise AdapterUnsupported(f"{where}: {name!r} is no module of the architectures whose names are known here{ways}")
+        raise AdapterUnsupported(f"{where}: {name!r} is not a module of an architecture whose names are known here{ways}")
     listed = " or ".join(repr(" + ".join(placement.targets)) for placement in placements[:3])
     raise AdapterUnsupported(f"{where}: {name!r} can mean {listed}, and nothing in the file says which{ways}")
 

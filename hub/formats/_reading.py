@@ -42,7 +42,7 @@ REFUSED = {
     "POLY": _ROUTED,
     "XLORA": _ROUTED,
     "SHADOW": "a second model beside the base one",
-    "LN_TUNING": "trained norms, which are no linear layers",
+    "LN_TUNING": "trained norms, which are not linear layers",
     "TRAINABLE_TOKENS": "trained rows of an embedding, which may be tied to the output head",
     "ADAMSS": "its subspaces come from a randomised clustering of the base's weights that the file does not hold",
     "FROD": "a joint decomposition of all layers by category, of which the file holds only one half",
@@ -65,7 +65,7 @@ def read(
 
     `model`, `rank`, `max_error` and `allow_pickle` as in `ForeignFormat.read`; a plain LoRA is cut only where `rank` asks
     for it. Raises AdapterUnsupported for a type that has no form as factors, with the reason, and for several adapters;
-    AdapterCorrupt when a file changed meanwhile; AdapterSuspicious for factors whose product is beyond fp32; and what the
+    AdapterCorrupt if a file changed meanwhile; AdapterSuspicious for factors whose product is beyond fp32; and what the
     format's reader raises.
     """
     folder = adapter_folder(Path(folder), is_adapter)

@@ -1,4 +1,4 @@
-"""A folder written whole: beside its place first, then renamed, so that nothing half-written is ever seen there."""
+"""Writes a folder whole: next to its place first, then renamed, so that nobody sees a half-written one."""
 
 from __future__ import annotations
 

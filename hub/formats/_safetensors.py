@@ -124,7 +124,7 @@ def shards(folder: Path, index_name: str) -> list[str]:
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
         if "/" in name or "\\" in name or not name.isprintable() or not name.endswith(".safetensors"):
-            raise AdapterCorrupt(f"{folder}: {index_name} names {name!r}, which is no safetensors file of this folder")
+            raise AdapterCorrupt(f"{folder}: {index_name} names {name!r}, which is not a safetensors file of this folder")
     for name in names:
         held = set(_header_of(folder, name)[0])
         claimed = {key for key, value in weight_map.items() if value == name}
@@ -150,7 +150,7 @@ def _header_of(folder: Path, name: str) -> tuple[dict[str, Entry], int, dict[str
         try:
             return _header(file, size)
         except ValueError as error:
-            raise AdapterCorrupt(f"{folder}: {name} is no intact safetensors file: {error}") from error
+            raise AdapterCorrupt(f"{folder}: {name} is not an intact safetensors file: {error}") from error
 
 
 def _header(file: BinaryIO, size: int) -> tuple[dict[str, Entry], int, dict[str, str]]:
@@ -170,11 +170,11 @@ def _header(file: BinaryIO, size: int) -> tuple[dict[str, Entry], int, dict[str,
             f"{NODES_OF_TENSOR} parts for each and {MAX_NODES} for the rest"
         )
     if not raw.startswith(b"{"):
-        raise ValueError("its header is no JSON object")
+        raise ValueError("its header is not a JSON object")
     table = parse_json(raw)
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("its __metadata__ is no mapping of texts")
+        raise ValueError("its __metadata__ is not a mapping of texts")
     entries = {key: _entry(key, value) for key, value in table.items()}
     _check_cover(entries, size - 8 - length)
     return entries, 8 + length, metadata
@@ -255,5 +255,5 @@ def hashed_tensors(folder: Path, name: str, digest: str, *, said_by: str) -> dic
     try:
         tensors: dict[str, Tensor] = load(raw)
     except (SafetensorError, ValueError) as error:
-        raise AdapterCorrupt(f"{folder / name} is no intact safetensors file: {error}") from error
+        raise AdapterCorrupt(f"{folder / name} is not an intact safetensors file: {error}") from error
     return tensors

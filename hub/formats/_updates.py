@@ -47,12 +47,12 @@ RANKED = ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
 def rank_of(parts: Mapping[str, Tensor]) -> int | None:
     """The rank of an update, None where nothing in it is of low rank (a Kronecker product of whole matrices)."""
     ranked = (parts[name] for name in RANKED if name in parts)
-    # a single number is no matrix, which `update_of` says
+    # `update_of` refuses a single number, which is not a matrix
     return next((matrix.shape[0] for matrix in ranked if matrix.dim()), None)
 
 
 def update_of(parts: Mapping[str, Tensor], scale: float, layer: str, base: BaseLayer | None, where: str) -> Factors | Dense:
-    """The update, its scale in it. Raises AdapterCorrupt for tensors that are no update together."""
+    """The update, its scale in it. Raises AdapterCorrupt for tensors that do not form an update."""
     if {"down", "up"} <= set(parts) <= {"down", "up", "mid"}:
         return _lora(parts, scale, where)
     for layout, prefix in ((Loha, "hada_"), (Lokr, "lokr_")):

@@ -60,7 +60,7 @@ class BaseChange:
         fields = Config.of(folder).fields
         init = _init_of(fields)
         if init not in INITS:
-            raise AdapterUnsupported(f"{folder}: init_lora_weights is none of {', '.join(INITS)}")
+            raise AdapterUnsupported(f"{folder}: init_lora_weights is not one of {', '.join(INITS)}")
         if model is None:
             raise AdapterUnsupported(
                 f"{folder}: init_lora_weights={init!r} changed the base model's weights in training, so the update of the "

@@ -74,7 +74,7 @@ class Compeft:
         """Writes the folder, which appears whole or not at all, and returns its path.
 
         An existing one is replaced only when it is empty or holds nothing but such an adapter (else AdapterExists). Raises
-        AdapterUnsupported for factors that are not ternary (`lw.compeft` makes them so), and for a card that is no JSON.
+        AdapterUnsupported for factors that are not ternary (`lw.compeft` makes them so), and for a card that is not JSON.
         """
         folder = Path(folder)
         description, tensors = take_apart(contents.layers, contents.heads, stored_as="compeft")

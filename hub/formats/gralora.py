@@ -25,7 +25,7 @@ class Gralora(ForeignFormat):
         outputs, own = b_KRO.shape[2], rank // num_blocks
         layer.part("gralora_B", num_blocks, rank, None)
         if rank % num_blocks:
-            raise AdapterCorrupt(f"{layer.where}: rank {rank} is no multiple of the {num_blocks} blocks")
+            raise AdapterCorrupt(f"{layer.where}: rank {rank} is not a multiple of the {num_blocks} blocks")
         check_size(layer, rank * num_blocks, num_blocks * max(inputs, outputs))
         # rank rows by (output block m, input block n, s)
         a = a_KIR.new_zeros(num_blocks, num_blocks, own, num_blocks, inputs)

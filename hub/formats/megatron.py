@@ -74,7 +74,7 @@ class Megatron(FileFormat):
         targets = MODULES.get(hit[2]) if hit is not None else None
         if hit is None or targets is None:
             raise AdapterUnsupported(
-                f"{where}: {module!r} is none of the modules that are known here: {', '.join(MODULES)} below layers.#"
+                f"{where}: {module!r} is not one of the modules known here: {', '.join(MODULES)} below layers.#"
             )
         if base is None:
             raise AdapterUnsupported(
@@ -152,4 +152,4 @@ def _yaml(folder: Path, name: str) -> Any:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0]
-        raise AdapterCorrupt(f"{folder}: {name} is no plain YAML: {reason}") from error
+        raise AdapterCorrupt(f"{folder}: {name} is not plain YAML: {reason}") from error

@@ -28,7 +28,7 @@ class Unilora(ForeignFormat):
             super()._refuse_without_layers(config)
         raise AdapterUnsupported(
             f"{config.folder}: save_indices is false, so the file holds the shared vector without the places that each "
-            "layer takes of it, which PEFT draws anew from proj_seed; train with UniLoraConfig(save_indices=True), or load "
+            "layer takes of it, which PEFT draws again from proj_seed; train with UniLoraConfig(save_indices=True), or load "
             "this one with PEFT onto a copy of the base: lw.extract(base, loaded.merge_and_unload()) makes factors of it"
         )
 

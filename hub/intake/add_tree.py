@@ -1,4 +1,4 @@
-"""Every adapter of a tree of folders into the hub, under names made of their paths; what cannot be added is told."""
+"""Adds every adapter of a tree of folders to the hub, named after its path; the report says what was refused and why."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from loraweave.hub.stores.blobs import content_hash
 from loraweave.hub.stores.errors import storage_errors
 from loraweave.types import Record
 
-# what is wrong with the hub, and not with one adapter, ends the walk; it goes on there when it is called again
+# a fault of the hub, not of one adapter, ends the walk; the next call resumes there
 _ENDING = (HubFull, HubLocked, HubReadOnly, HubCorrupt)
 _TAG_CHARACTERS = 8
 
@@ -78,13 +78,13 @@ def add_tree(
 ) -> TreeReport:
     """Adds every folder, LoRA file and archive at or below `root` that is an adapter; links are not followed.
 
-    A name is `prefix` and the path; where it stands for something else already, a part of the path's hash is added. Called
-    again, also after an interruption, it reads only what was changed since, the refused ones too. `dry_run` only finds and
-    names. AdapterNotFound for a tree without adapters; what is wrong with the hub itself is raised.
+    A name is `prefix` and the path; where it stands for something else already, a part of the path's hash is added. A
+    second call, also after an interruption, reads only what has changed since, refused adapters too. `dry_run` only finds
+    and names. Raises AdapterNotFound for a tree without adapters, and any fault of the hub itself.
     """
     folder = Path(root)
     if not folder.is_dir():
-        raise AdapterNotFound(f"cannot add the adapters below {str(root)!r}: it is no folder")
+        raise AdapterNotFound(f"cannot add the adapters below {str(root)!r}: it is not a folder")
     unread: list[OSError] = []
     sources = tree_sources(folder, unread.append)
     if not sources and not unread:
@@ -95,13 +95,13 @@ def add_tree(
     entries = [_unreadable(folder, error) for error in unread]
     for source in tracked(sources, "adapters", total=len(sources), shown=progress):
         if dry_run:
-            entries.append(walk.found(source))
+            entries.append(walk.find(source))
             continue
-        for entry in walk.taken(source):
+        for entry in walk.take(source):
             entries.append(entry)
             if walk.known.get(entry.path) != entry:
                 journal.write(entry)
-    for entry in walk.settled():
+    for entry in walk.settle():
         entries.append(entry)
         journal.write(entry)
     return TreeReport(folder, tuple(sorted(entries, key=lambda entry: entry.path)))
@@ -130,14 +130,14 @@ class _Walk:
     waiting: list[_Waiting] = field(default_factory=list)
     waiting_bytes: int = 0
 
-    def found(self, source: Path) -> Noted:
+    def find(self, source: Path) -> Noted:
         path = self._path(source)
         name = self._names(path)[0]
         name = self._names(path)[1] if name in self.given else name
         self.given[name] = path
         return Noted(path, "", "found", name)
 
-    def taken(self, source: Path) -> list[Noted]:
+    def take(self, source: Path) -> list[Noted]:
         """Reads one source, unless it is known and as it was; what became of it, and of the batch that it filled."""
         path = self._path(source)
         try:
@@ -158,9 +158,9 @@ class _Walk:
             layers = self.waiting[-1].adapter.layers.values()
             self.waiting_bytes += sum(tensor.nbytes for factors in layers for tensor in factors.tensors().values())
         full = len(self.waiting) >= MAX_BATCH or self.waiting_bytes >= MAX_BATCH_BYTES
-        return [*done, *(self.settled() if full else [])]
+        return [*done, *(self.settle() if full else [])]
 
-    def settled(self) -> list[Noted]:
+    def settle(self) -> list[Noted]:
         """Adds the batch that waits, and says what became of each."""
         waiting, self.waiting, self.waiting_bytes = self.waiting, [], 0
         if not waiting:
@@ -208,7 +208,7 @@ class _Walk:
         return self.hub.record(name) if name in self.hub else None
 
     def _path(self, source: Path) -> str:
-        # a byte that is no text is shown, and gives a name that can be stored
+        # a byte that is not text is shown escaped, which gives a name that can be stored
         return os.fsencode(source.relative_to(self.root)).decode("utf-8", "backslashreplace")
 
     def _names(self, path: str) -> tuple[str, str]:
@@ -270,7 +270,7 @@ class TreeJournal:
         self.path = hub_folder / "trees" / f"{key}.jsonl"
 
     def read(self) -> dict[str, Noted]:
-        """What was noted, by path; a line that cannot be read, such as the last of a killed process, is passed over."""
+        """The notes by path; skips a line that cannot be read, such as the last of a killed process."""
         found: dict[str, Noted] = {}
         with storage_errors(self.path, "reading what was added of the tree"):
             for line in self._lines():

@@ -1,4 +1,4 @@
-"""Adding many adapters in batches: fewer waits for the disk, the same checks, and what is refused is told, not raised."""
+"""Adds many adapters in batches: the same checks with fewer waits for the disk; refusals are reported, not raised."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Archives as sources: a zip or tar unpacked into a private temporary folder, hostile entries refused by name.
+"""Archives as sources: a zip or tar is unpacked into a private temporary folder, and hostile entries are refused by name.
 
 Nothing an archive says is trusted: names are checked before a path is made of them, sizes before and while they are written,
 and no header is read whole that claims to be large. Memory does not grow with the archive.
@@ -44,6 +44,9 @@ MAX_TAR_HEADER_BYTES = 64 * 2**10
 MAX_ZIP_DIRECTORY_BYTES = 4 * 2**20
 MAX_PADDING_BYTES = 2**20
 CHUNK_BYTES = 2**20
+# an xz file can ask for 4 GiB; the command line's defaults need at most 65 MiB
+MAX_XZ_MEMORY_BYTES = 128 * 2**20
+_READ_BYTES = 64 * 2**10
 
 # others than these two can grow without a bound in one step of zipfile's reader
 _ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
@@ -60,7 +63,7 @@ def archive_suffix(path: str | Path) -> str:
 def unpack(archive: Path) -> Iterator[Path]:
     """A temporary folder of this process alone with the archive's files; it is gone at the end, also after an exception.
 
-    Raises AdapterUnsupported for an entry that is no plain file or folder inside the archive (absolute path, `..`, link,
+    Raises AdapterUnsupported for an entry that is not a plain file or folder inside the archive (absolute path, `..`, link,
     device, a name twice) and for one above a limit, AdapterCorrupt for a damaged archive, HubFull when the disk is. An error
     about the files inside names the archive in place of the folder.
     """
@@ -79,7 +82,7 @@ def unpack(archive: Path) -> Iterator[Path]:
 def _unpack(archive: Path, folder: Path) -> None:
     with archive.open("rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise AdapterCorrupt(f"the archive {archive} is no regular file")
+            raise AdapterCorrupt(f"the archive {archive} is not a regular file")
         plan = _Plan(archive, folder, os.fstat(file.fileno()).st_size)
         if archive_suffix(archive).lower() in ZIP_SUFFIXES:
             _unpack_zip(file, plan)
@@ -111,7 +114,7 @@ def _unpack_tar(file: BinaryIO, plan: _Plan) -> None:
     with tarfile.open(fileobj=stream, mode="r:", errorlevel=2) as opened:
         source: Any = opened
         while True:
-            stream.allow(MAX_TAR_HEADER_BYTES)
+            stream.limit_bytes = MAX_TAR_HEADER_BYTES
             member = source.next()
             if member is None:
                 break
@@ -119,7 +122,7 @@ def _unpack_tar(file: BinaryIO, plan: _Plan) -> None:
             # the list that tarfile keeps of all members would grow with the archive
             source.members = []
             if target is not None and (data := source.extractfile(member)) is not None:
-                stream.allow(member.size)
+                stream.limit_bytes = member.size
                 _write(data, target, member.size, f"{plan.archive}: {member.name!r}")
         # tarfile takes a header that it cannot read, or the end of the file, for the end of the archive
         if stream.last != tarfile.NUL * tarfile.BLOCKSIZE:
@@ -160,7 +163,7 @@ class _Plan:
     folders: set[str] = field(default_factory=set)
 
     def admit(self, name: str, kind: str, size: int) -> Path | None:
-        """The path for a file, in a folder that is there; None for a folder. AdapterUnsupported for what is refused."""
+        """The path for a file, in a folder that exists; None for a folder. Raises AdapterUnsupported for a refused entry."""
         shown = f"{self.archive}: entry {name!a:.120}"
         parts = self._checked_parts(name, shown)
         if kind not in ("file", "folder"):
@@ -181,7 +184,7 @@ class _Plan:
         if len(name.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES:
             why = f"its name has more than {MAX_NAME_BYTES:,} bytes"
         elif any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
-            why = "its name has control characters or is no valid text"
+            why = "its name has control characters or is not valid text"
         elif name.startswith("/") or "\\" in name or (len(name) > 1 and name[1] == ":"):
             why = "its name is an absolute path, or one of another system"
         elif ".." in name.split("/"):
@@ -266,11 +269,6 @@ def _named_errors(archive: Path) -> Iterator[None]:
         raise AdapterCorrupt(f"the archive {archive} is damaged ({reason})") from error
 
 
-# xz files can ask for 4 GiB; what its command line writes by default needs at most 65 MiB
-MAX_XZ_MEMORY_BYTES = 128 * 2**20
-_READ_BYTES = 64 * 2**10
-
-
 class ShortReads(io.RawIOBase):
     """A seekable file that refuses to read more than `limit_bytes` at once, with ValueError."""
 
@@ -296,26 +294,21 @@ class ShortReads(io.RawIOBase):
         return True
 
 
-class Forward(io.RawIOBase):
-    """A stream that is read forwards only and no further than allowed, so that a false size ends in ValueError.
+class Forward(ShortReads):
+    """A stream that is read forwards only, and `limit_bytes` from here on, so that a false size ends in ValueError.
 
-    What is passed over counts for nothing. `last` is what the last read gave.
+    Bytes that are skipped do not count. `last` is what the last read returned.
     """
 
-    def __init__(self, file: Any, allowed_bytes: int) -> None:
-        self.file = file
-        self.allowed_bytes = allowed_bytes
+    def __init__(self, file: Any, limit_bytes: int) -> None:
+        super().__init__(file, limit_bytes)
         self.position = 0
         self.last = b""
 
-    def allow(self, num_bytes: int) -> None:
-        """The bytes that may be read from here on."""
-        self.allowed_bytes = num_bytes
-
     def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= self.allowed_bytes:
-            raise ValueError(f"it asks for {size:,} bytes where at most {self.allowed_bytes:,} can be meant")
-        self.allowed_bytes -= size
+        if not 0 <= size <= self.limit_bytes:
+            raise ValueError(f"it asks for {size:,} bytes where at most {self.limit_bytes:,} can be meant")
+        self.limit_bytes -= size
         self.last = self._take(size)
         return self.last
 
@@ -328,12 +321,6 @@ class Forward(io.RawIOBase):
 
     def tell(self) -> int:
         return self.position
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
 
     def _take(self, size: int) -> bytes:
         parts = []

@@ -93,7 +93,7 @@ def _texts(name: str, field: str, values: Any, max_count: int, limit_bytes: int)
 def split_pairs(name: str, examples: GivenRows) -> tuple[list[str], list[str]]:
     """The inputs, and the outputs where the examples have them; a single text is one input.
 
-    InvalidTask for what is no texts and no rows, AdapterUnsupported where some have outputs and some have none, and for an
+    Raises InvalidTask for anything but texts and rows, AdapterUnsupported if only some have outputs and for an
     output above the limit.
     """
     if isinstance(examples, str):

@@ -79,7 +79,7 @@ def as_kept_files(files: Mapping[str, bytes]) -> KeptFiles:
     for name, data in files.items():
         if name not in KEPT or not isinstance(data, bytes):
             raise AdapterUnsupported(
-                f"{name!r} with {type(data).__name__} is no file of an adapter, which are bytes under the names "
+                f"{name!r} with {type(data).__name__} is not a file of an adapter; those are bytes under the names "
                 f"{', '.join(KEPT)}"
             )
         if len(data) > MAX_KEPT_BYTES:

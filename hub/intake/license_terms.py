@@ -50,7 +50,7 @@ _CC = re.compile(r"cc-by(-nc)?(-sa|-nd)?-(\d\.\d)(-[a-z]+)?")
 
 
 def license_of_work(parents: Iterable[tuple[str, Mapping[str, Any]]], *, allowed: bool) -> str | None:
-    """The license of what is made of adapters, given as (name, card), or None where no card states one.
+    """The license of a work made of adapters, given as (name, card); None if no card states one.
 
     Raises InvalidLicense where their licenses exclude each other, or any derived work, unless that is `allowed`.
     """
@@ -88,7 +88,7 @@ def require_one_work(licenses: Iterable[tuple[str, str | None]]) -> None:
 def license_of_all(licenses: Iterable[str | None]) -> str | None:
     """The SPDX expression that binds to all of these: sorted, joined by AND; None where none is known.
 
-    One that is not known beside known ones is `LicenseRef-unknown`; more than an expression may hold are
+    An unknown one among known ones is `LicenseRef-unknown`; more than an expression may hold are
     `LicenseRef-several`.
     """
     parts: set[str] = set()

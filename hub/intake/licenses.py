@@ -78,15 +78,15 @@ def canonical(text: str) -> str:
         return " ".join(map(_current, str(canonicalize_license_expression(wanted)).split(" ")))
     except InvalidLicenseExpression as error:
         raise InvalidLicense(
-            f"the license {wanted[:80]!r} is no SPDX expression ({str(error)[:120]}); {_nearest(folded)} A text "
+            f"the license {wanted[:80]!r} is not an SPDX expression ({str(error)[:120]}); {_nearest(folded)} A text "
             f"that SPDX does not list gets a name of its own, such as {_reference(wanted[:40])!r}"
         ) from error
 
 
 def of_card(text: str, who: str) -> str | None:
-    """The license that a card states; "unknown" is none.
+    """The license that a card states, None for "unknown".
 
-    Others may have written anything there: what is no SPDX expression is kept as `LicenseRef-<text>`, with a warning.
+    Cards hold anything: a text that is not an SPDX expression is kept as `LicenseRef-<text>`, with a warning.
     """
     if not text.strip() or text.strip().casefold() == "unknown":
         return None
@@ -99,7 +99,7 @@ def of_card(text: str, who: str) -> str | None:
 
 
 def is_accepted(license: str | None, wanted: Collection[str] | str) -> bool:
-    """Whether someone who accepts the wanted licenses can take what is under this one.
+    """Whether someone who accepts the wanted licenses can use a work under this one.
 
     Of alternatives (OR) one is enough, of joint terms (AND) all are needed; `+` and WITH only add to what an id permits.
     InvalidLicense for a wish that is no SPDX expression.
@@ -109,7 +109,7 @@ def is_accepted(license: str | None, wanted: Collection[str] | str) -> bool:
 
 
 def as_spdx(license: str) -> str:
-    """The license as an SPDX expression; what is none, as rows of older hubs and cards may hold, as `LicenseRef-<text>`."""
+    """The license as an SPDX expression; any other text of an old row or a card becomes `LicenseRef-<text>`."""
     try:
         return canonical(license)
     except InvalidLicense:

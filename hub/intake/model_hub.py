@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, get_token, snapshot_download
 from huggingface_hub.errors import (
@@ -26,7 +27,7 @@ from loraweave.errors import AdapterNotFound, HubError, HubFull, HubReadOnly, So
 MAX_TRIES = 4
 MAX_WAIT_S = 30.0
 
-# what the client's transport raises is no OSError, and its library is none of our dependencies
+# the client's transport raises no OSError, and its library is not a dependency of ours
 _TRANSPORT: tuple[type[Exception], ...] = tuple(
     kind for kind in HfHubHTTPError.__mro__ if issubclass(kind, Exception) and kind is not Exception
 )
@@ -47,11 +48,10 @@ class Snapshot:
 def download(
     repository: str, *, revision: str | None, token: str | None, local_files_only: bool, allow_patterns: Sequence[str]
 ) -> Snapshot:
-    """The files of `owner/name` that match a pattern, in the model hub's cache; what is there is not asked for again.
+    """The files of `owner/name` that match a pattern, in the model hub's cache; files already there are not asked for again.
 
-    A download that broke off goes on where it stopped. A limit of requests is waited for up to three times. Raises
-    AdapterNotFound for what is not there or not permitted, SourceUnavailable for what may work later, HubFull; a token is
-    in none of their messages.
+    An interrupted download resumes. A limit of requests is waited out up to three times. Raises AdapterNotFound if the
+    repository is missing or not permitted, SourceUnavailable if a later try may work, and HubFull; no message has a token.
     """
     for number in range(1, MAX_TRIES + 1):
         try:
@@ -66,71 +66,61 @@ def download(
             return Snapshot(folder, folder.name if folder.parent.name == "snapshots" else "")
         except ERRORS as error:
             if status_of(error) != 429 or number == MAX_TRIES:
-                asked = _Asked(repository, revision, token, local_files_only)
-                raise asked.named(error) from error
+                raise _download_error(error, repository, revision, token, local_files_only) from error
             wait_s = _wait_s(error, number)
         _logger.warning("the model hub limits requests; asking for %s again in %.0f s", repository, wait_s)
         time.sleep(wait_s)
     raise AssertionError("the last try returns or raises")
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """What was asked for, for the sentence that says why it did not come."""
-
-    repository: str
-    revision: str | None
-    token: str | None
-    local_files_only: bool
-
-    def named(self, error: BaseException) -> HubError:
-        who = f"the repository {self.repository!r}" + (f" at revision {self.revision!r}" if self.revision else "")
-        reason, status = reason_of(error, self.token), status_of(error)
-        if _has(error, GatedRepoError) or status == 403:
-            return AdapterNotFound(
-                f"{who} of the model hub is gated ({reason}); accept its terms on its page there, and pass the token of "
-                "that account as token=, or log in with `hf auth login`"
-            )
-        if _has(error, RevisionNotFoundError):
-            return AdapterNotFound(
-                f"{who} is not on the model hub ({reason}); a branch or tag can be moved or deleted there: leave revision "
-                "out for the newest, or give a commit"
-            )
-        if _has(error, RepositoryNotFoundError) or status in (401, 404):
-            return AdapterNotFound(
-                f"no folder {self.repository!r}, and the model hub gave no repository of that id to this reader ({reason}); "
-                "check the spelling, pass token= if it is private, or pass the path of a local folder"
-            )
-        if type(error).__name__ == "IncompleteSnapshotError":
-            return SourceUnavailable(
-                f"of {who} only a part was downloaded, and the rest cannot be asked for ({reason}); go online and run this "
-                "again: it goes on where it stopped"
-            )
-        if self.local_files_only or _has(error, OfflineModeIsEnabled):
-            mode = "local_files_only=True" if self.local_files_only else "offline mode (HF_HUB_OFFLINE)"
-            return AdapterNotFound(
-                f"no folder {self.repository!r}, and {who} was never downloaded, which {mode} forbids to do now; "
-                "download it first, or pass the path of a local folder"
-            )
-        return self._other(error, who, reason, status)
-
-    def _other(self, error: BaseException, who: str, reason: str, status: int | None) -> HubError:
-        if status == 429:
-            return SourceUnavailable(
-                f"the model hub limits how often it is asked, and refused {who} {MAX_TRIES} times ({reason}); wait some "
-                "minutes, or pass a token, whose limit is higher"
-            )
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            return HubFull(f"no room to download {who} ({reason}); free some, or set HF_HOME to a folder with room")
-        if status is not None or isinstance(error, LocalEntryNotFoundError) or not isinstance(error, OSError | ValueError):
-            return SourceUnavailable(
-                f"no folder {self.repository!r}, and the model hub cannot be reached for {who}, or broke off ({reason}); "
-                "run it again, which goes on where it stopped, or pass the path of a local folder"
-            )
+def _download_error(
+    error: BaseException, repository: str, revision: str | None, token: str | None, local_files_only: bool
+) -> HubError:
+    """The error to raise for a download that failed, with what was asked for and the way out."""
+    who = f"the repository {repository!r}" + (f" at revision {revision!r}" if revision else "")
+    reason, status = reason_of(error, token), status_of(error)
+    if _has(error, GatedRepoError) or status == 403:
         return AdapterNotFound(
-            f"no folder {self.repository!r}, and the model hub gave no repository of that id ({reason}); "
+            f"{who} of the model hub is gated ({reason}); accept its terms on its page there, and pass the token of "
+            "that account as token=, or log in with `hf auth login`"
+        )
+    if _has(error, RevisionNotFoundError):
+        return AdapterNotFound(
+            f"{who} is not on the model hub ({reason}); a branch or tag can be moved or deleted there: leave revision "
+            "out for the newest, or give a commit"
+        )
+    if _has(error, RepositoryNotFoundError) or status in (401, 404):
+        return AdapterNotFound(
+            f"no folder {repository!r}, and the model hub gave no repository of that id to this reader ({reason}); "
+            "check the spelling, pass token= if it is private, or pass the path of a local folder"
+        )
+    if type(error).__name__ == "IncompleteSnapshotError":
+        return SourceUnavailable(
+            f"of {who} only a part was downloaded, and the rest cannot be asked for ({reason}); go online and run this "
+            "again: it goes on where it stopped"
+        )
+    if local_files_only or _has(error, OfflineModeIsEnabled):
+        mode = "local_files_only=True" if local_files_only else "offline mode (HF_HUB_OFFLINE)"
+        return AdapterNotFound(
+            f"no folder {repository!r}, and {who} was never downloaded, which {mode} forbids to do now; "
             "download it first, or pass the path of a local folder"
         )
+    if status == 429:
+        return SourceUnavailable(
+            f"the model hub limits how often it is asked, and refused {who} {MAX_TRIES} times ({reason}); wait some "
+            "minutes, or pass a token, whose limit is higher"
+        )
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return HubFull(f"no room to download {who} ({reason}); free some, or set HF_HOME to a folder with room")
+    if status is not None or isinstance(error, LocalEntryNotFoundError) or not isinstance(error, OSError | ValueError):
+        return SourceUnavailable(
+            f"no folder {repository!r}, and the model hub cannot be reached for {who}, or broke off ({reason}); "
+            "run it again, which goes on where it stopped, or pass the path of a local folder"
+        )
+    return AdapterNotFound(
+        f"no folder {repository!r}, and the model hub gave no repository of that id ({reason}); "
+        "download it first, or pass the path of a local folder"
+    )
 
 
 def reason_of(error: BaseException, token: str | None) -> str:
@@ -155,23 +145,25 @@ def _has(error: BaseException, kind: type[BaseException]) -> bool:
 
 def status_of(error: BaseException) -> int | None:
     """The HTTP status behind an error; the client wraps it where its cache could not help either."""
-    responses = (getattr(cause, "response", None) for cause in _chain(error))
-    return next((response.status_code for response in responses if response is not None), None)
+    return next((response.status_code for response in _responses(error)), None)
+
+
+def _responses(error: BaseException) -> Iterator[Any]:
+    return (response for cause in _chain(error) if (response := getattr(cause, "response", None)) is not None)
 
 
 def _wait_s(error: BaseException, number: int) -> float:
     """What the hub asks to wait, else 1, 2, 4 seconds; never more than half a minute."""
-    responses = [response for cause in _chain(error) if (response := getattr(cause, "response", None)) is not None]
-    asked = responses[0].headers.get("Retry-After", "") if responses else ""
+    asked = next((response.headers.get("Retry-After", "") for response in _responses(error)), "")
     return min(float(asked) if asked.isdigit() else 2.0 ** (number - 1), MAX_WAIT_S)
 
 
 def upload(folder: Path, repository: str, *, token: str | None, private: bool | None, message: str) -> str:
-    """Commits the folder's files to `owner/name`, which is made where there is none; returns the last commit's id.
+    """Commits the folder's files to `owner/name`, which is created if missing; returns the last commit's id.
 
     `private` counts when it is made; None is what the owner's settings say. Files of before stay there. Raises HubReadOnly
     where the token, or the one of `hf auth login`, may not write, AdapterNotFound for an id of another form,
-    SourceUnavailable for what may work later; a token is in none of their messages.
+    SourceUnavailable if a later try may work; no message has a token.
     """
     api = HfApi(token=token)
     try:
@@ -185,7 +177,7 @@ def upload(folder: Path, repository: str, *, token: str | None, private: bool | 
 def _name_error(error: BaseException, repository: str, token: str | None) -> HubError:
     reason, status = reason_of(error, token), status_of(error)
     if isinstance(error, HFValidationError):
-        return AdapterNotFound(f"{repository!r} is no id of a repository ({reason}); it has the form owner/name")
+        return AdapterNotFound(f"{repository!r} is not the id of a repository ({reason}); it has the form owner/name")
     if status in (401, 403):
         return HubReadOnly(
             f"the model hub lets this writer put nothing into {repository!r} ({reason}); pass a token with the right to "

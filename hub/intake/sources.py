@@ -35,7 +35,7 @@ class OpenedSource:
 
 
 @contextmanager
-def opened_source(
+def open_source(
     source: str | Path,
     *,
     revision: str | None = None,
@@ -43,7 +43,7 @@ def opened_source(
     local_files_only: bool = False,
     allow_patterns: Sequence[str] = ADAPTER_FILES,
 ) -> Iterator[OpenedSource]:
-    """The adapter's folder for as long as it is read; an archive is unpacked for the while."""
+    """The adapter's folder while it is read; an archive is unpacked for that time."""
     archive = as_path(source, "an adapter's source", SourceUnavailable)
     if archive_suffix(archive) and archive.is_file():
         with unpack(archive) as folder:
@@ -103,14 +103,14 @@ def _locate(
 
 
 def _parts(source: str | Path) -> tuple[str, str, str]:
-    """Owner, name and file ("" for all) of a repository. AdapterNotFound where the source has not that form."""
+    """Owner, name and file ("" for all) of a repository. Raises AdapterNotFound for another form."""
     text = str(source)
     parts = text.split("/")
     file = "/".join(parts[2:])
     well_formed = len(parts) >= 2 and not {"", ".", ".."}.intersection(parts) and not text.startswith("~")
     if isinstance(source, Path) or not well_formed or (file and Path(file).suffix not in _WEIGHTS):
         raise AdapterNotFound(
-            f"no folder {text!r}, and it has not the form owner/name of a model hub repository, or "
+            f"no folder {text!r}, and it does not have the form owner/name of a model hub repository, or "
             "owner/name/file.safetensors of a file there"
         )
     return parts[0], parts[1], file

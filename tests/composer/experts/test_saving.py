@@ -125,7 +125,7 @@ def test_tensors_that_are_not_the_recipes_are_refused(saved, make_model, change,
 def test_a_file_that_was_cut_off_is_refused(saved, make_model):
     file = saved / "experts.safetensors"
     file.write_bytes(file.read_bytes()[:-7])
-    with pytest.raises(AdapterCorrupt, match="no intact safetensors file"):
+    with pytest.raises(AdapterCorrupt, match="not an intact safetensors file"):
         lw.experts(saved, make_model("llama"))
 
 

@@ -112,7 +112,7 @@ def test_a_failed_write_leaves_the_old_folder_and_nothing_else(tmp_path, monkeyp
 
 
 def test_a_card_that_is_no_json_is_refused(tmp_path):
-    with pytest.raises(AdapterUnsupported, match="no JSON"):
+    with pytest.raises(AdapterUnsupported, match="not JSON"):
         Compeft.write(contents(card={"x": float("nan")}), tmp_path / "x")
     assert not list(tmp_path.iterdir())
 

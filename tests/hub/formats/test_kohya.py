@@ -253,7 +253,7 @@ def test_a_file_whose_names_say_nothing_is_refused_with_the_first_of_them(tmp_pa
 def test_a_damaged_file_is_named_as_one(tmp_path):
     path = put(tmp_path / "a.safetensors", lora(TO_Q))
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(AdapterCorrupt, match=r"a\.safetensors is no intact safetensors file"):
+    with pytest.raises(AdapterCorrupt, match=r"a\.safetensors is not an intact safetensors file"):
         Adapter.from_pretrained(path)
 
 

@@ -109,7 +109,7 @@ REFUSED = {
     "another rank": ({QKV: FITS}, {"text": "peft: {dim: 6, alpha: 6}"}, AdapterCorrupt, "rank 3.*6.*Gather"),
     "no alpha": ({QKV: FITS}, {"text": "peft: {dim: 3}"}, AdapterCorrupt, "no numbers dim and alpha"),
     "no numbers": ({QKV: FITS}, {"text": "peft: {dim: many}"}, AdapterCorrupt, "no numbers dim and alpha"),
-    "objects in YAML": ({QKV: FITS}, {"text": "peft: !!python/object:os.system {}"}, AdapterCorrupt, "no plain YAML"),
+    "objects in YAML": ({QKV: FITS}, {"text": "peft: !!python/object:os.system {}"}, AdapterCorrupt, "not plain YAML"),
     "half of the rows": ({QKV: (FITS[0], FITS[1][:20].clone())}, {}, LayerMismatch, r"12"),
     "rows of no group": ({QKV: (FITS[0], FITS[1][:21].clone())}, {}, AdapterUnsupported, "21 outputs, which do not divide"),
     "an unknown module": ({f"{BRIDGE}mlp.experts.linear_fc1.adapter": FITS}, {}, AdapterUnsupported, "mlp.experts"),

@@ -363,9 +363,9 @@ def contents(heads, layer=LAYER, peft_card=None):
 
 
 REFUSED_HEADS = {
-    "bare parameter": (contents({"weight": HEAD}), "no parameter of a module"),
-    "words of adapters": (contents({"score.lora_A.weight": HEAD}), "no parameter of a module"),
-    "empty step": (contents({"score..weight": HEAD}), "no parameter of a module"),
+    "bare parameter": (contents({"weight": HEAD}), "not a parameter of a module"),
+    "words of adapters": (contents({"score.lora_A.weight": HEAD}), "not a parameter of a module"),
+    "empty step": (contents({"score..weight": HEAD}), "not a parameter of a module"),
     "long name": (contents({f"{'x' * 600}.weight": HEAD}), "cannot hold"),
     "update within the head": (contents({"proj.weight": HEAD}, layer="model.q_proj"), "'model.q_proj' has an update"),
     "not finite": (contents({"score.weight": HEAD / 0}), "infinite"),

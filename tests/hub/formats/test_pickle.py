@@ -142,7 +142,7 @@ def test_a_file_that_was_cut_off_is_a_named_error(tmp_path, part):
     path = tmp_path / "adapter_model.bin"
     raw = path.read_bytes()
     path.write_bytes(raw[: int(len(raw) * part)])
-    with pytest.raises(AdapterCorrupt, match=r"adapter_model\.bin is no intact archive"):
+    with pytest.raises(AdapterCorrupt, match=r"adapter_model\.bin is not an intact archive"):
         Adapter.from_pretrained(tmp_path, allow_pickle=True)
 
 

@@ -272,7 +272,7 @@ def test_a_tree_without_adapters_is_told(hub, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(AdapterNotFound, match=r"at or below .*empty"):
         add_tree(hub, tmp_path / "empty")
-    with pytest.raises(AdapterNotFound, match="no folder"):
+    with pytest.raises(AdapterNotFound, match="not a folder"):
         add_tree(hub, tmp_path / "nowhere")
 
 

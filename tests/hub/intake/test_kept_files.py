@@ -152,7 +152,10 @@ def test_a_file_that_cannot_be_kept_is_named_and_the_rest_is_read(folder, monkey
 
 @pytest.mark.parametrize(
     ("files", "message"),
-    [({"../x": b""}, r"'\.\./x' with bytes is no file"), ({"tokenizer.json": "{}"}, "'tokenizer.json' with str is no file")],
+    [
+        ({"../x": b""}, r"'\.\./x' with bytes is not a file"),
+        ({"tokenizer.json": "{}"}, "'tokenizer.json' with str is not a file"),
+    ],
 )
 def test_other_names_and_texts_are_refused(files, message):
     with pytest.raises(AdapterUnsupported, match=message):

@@ -76,7 +76,7 @@ def test_a_card_may_say_anything_and_a_warning_tells_what_is_stored():
         warnings.simplefilter("error")
         assert of_card("apache-2.0", "x") == "Apache-2.0"
         assert of_card("unknown", "x") is of_card(" ", "x") is None
-    with pytest.warns(UserWarning, match="adapter 'x'.*'LicenseRef-free-for-all'.*no SPDX expression"):
+    with pytest.warns(UserWarning, match="adapter 'x'.*'LicenseRef-free-for-all'.*not an SPDX expression"):
         assert of_card("free for all!", "adapter 'x'") == "LicenseRef-free-for-all"
 
 
