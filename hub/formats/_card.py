@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,13 @@ def read_card(folder: Path) -> tuple[dict[str, Any], Fingerprint | None, dict[st
 
 def base_model_of_readme(folder: Path) -> str:
     """The base model that README.md names, or an empty text."""
-    named = _front_matter(folder).get("base_model")
-    named = named[0] if isinstance(named, list) and len(named) == 1 else named
-    return named if isinstance(named, str) and len(named) < 500 else ""
+    named = as_list(_readme(folder)[0].get("base_model"))
+    return model_id(named[0]) if len(named) == 1 else ""
+
+
+def model_id(value: object) -> str:
+    """The value as a model's id, empty for anything that cannot be one."""
+    return value if isinstance(value, str) and len(value) < 500 else ""
 
 
 def sidecar_text(card: Mapping[str, Any], fingerprint: Fingerprint | None, layout: Mapping[str, Any]) -> str:
@@ -82,14 +87,14 @@ def json_text(value: Mapping[str, Any], what: str, *, indent: int | None = None)
 
 def readme_text(base_model: str, card: Mapping[str, Any], facts: Mapping[str, str]) -> str:
     """README.md: front matter as the model hub reads it, and what the card tells people. `facts` are about the tensors."""
-    tags = [*OWN_TAGS, *[str(tag) for tag in _as_list(card.get("tags"))]]
+    tags = [*OWN_TAGS, *[str(tag) for tag in as_list(card.get("tags"))]]
     matter: dict[str, Any] = {"base_model": base_model} if base_model else {}
     matter |= {"base_model_relation": "adapter"} if base_model else {}
     matter |= {"library_name": "peft", "tags": list(dict.fromkeys(tags))}
-    if isinstance(card.get("license"), str) and card["license"]:
-        matter |= license_fields(card["license"])
+    if license := _text_in(card, "license"):
+        matter |= license_fields(license)
     for key in ("language", "datasets"):
-        if listed := [one for one in _as_list(card.get(key)) if isinstance(one, str)]:
+        if listed := _texts(card.get(key)):
             matter[key] = listed
     front = yaml.safe_dump(matter, allow_unicode=True, sort_keys=False)
     parts = [f"---\n{front}---", f"# {_one_line(card.get('name') or 'LoRA adapter')}"]
@@ -99,7 +104,7 @@ def readme_text(base_model: str, card: Mapping[str, Any], facts: Mapping[str, st
         parts.append(str(card["note"]))
     facts = {"Base model": base_model or "not recorded", **facts}
     parts.append("\n".join(f"- {name}: {_one_line(value)}" for name, value in facts.items()))
-    if examples := _as_list(card.get("examples")):
+    if examples := as_list(card.get("examples")):
         parts.append("## Sample inputs\n\n" + "\n\n".join(_indent(_example(example)) for example in examples[:20]))
     titles = {
         "scores": "Scores",
@@ -136,22 +141,17 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
 def _from_readme(folder: Path) -> dict[str, Any]:
     matter, body = _readme(folder)
     card: dict[str, Any] = {}
-    described = matter.get("description")
-    stated = described if isinstance(described, str) and described else description_of(body)
+    stated = _text_in(matter, "description") or description_of(body)
     for key, value in (("license", license_of_fields(matter)), ("description", stated)):
         if value:
             card[key] = value[:MAX_FALLBACK_TEXT]
     for key in ("tags", "language", "datasets"):
         # YAML reads `no`, the code of Norwegian, as false
-        values = ["no" if one is False else one for one in _as_list("no" if matter.get(key) is False else matter.get(key))]
-        listed = [one[:200] for one in values if isinstance(one, str) and one not in OWN_TAGS]
+        values = ["no" if one is False else one for one in as_list("no" if matter.get(key) is False else matter.get(key))]
+        listed = [one[:200] for one in _texts(values) if one not in OWN_TAGS]
         if listed:
             card[key] = listed[:100]
     return card
-
-
-def _front_matter(folder: Path) -> dict[str, Any]:
-    return _readme(folder)[0]
 
 
 def _readme(folder: Path) -> tuple[dict[str, Any], str]:
@@ -173,10 +173,21 @@ def _readme(folder: Path) -> tuple[dict[str, Any], str]:
     return (value, body) if isinstance(value, dict) and value else ({}, "")
 
 
-def _as_list(value: Any) -> Sequence[Any]:
+def as_list(value: Any) -> Sequence[Any]:
+    """A list as it is, a text as the only entry of one, anything else as none."""
     if isinstance(value, str):
         return [value]
     return list(value) if isinstance(value, list | tuple) else []
+
+
+def _texts(value: Any) -> list[str]:
+    return [one for one in as_list(value) if isinstance(one, str)]
+
+
+def _text_in(table: Mapping[str, Any], key: str) -> str:
+    """The text under a key, empty where there is none or something else."""
+    value = table.get(key)
+    return value if isinstance(value, str) else ""
 
 
 def _example(example: Any) -> str:
@@ -223,17 +234,13 @@ def license_of_fields(matter: Mapping[str, Any]) -> str:
 def _name_license(stated: object, matter: Mapping[str, Any]) -> str:
     if not isinstance(stated, str):
         return ""
-    name = matter.get("license_name")
-    if stated.strip().casefold() != "other" or not isinstance(name, str) or not name.strip():
+    name = _text_in(matter, "license_name")
+    if stated.strip().casefold() != "other" or not name.strip():
         return stated
-    try:
-        return canonical(name)
-    except InvalidLicense:
-        pass
-    try:
-        return canonical(f"LicenseRef-{name.strip()}")
-    except InvalidLicense:
-        return name
+    for text in (name, f"LicenseRef-{name.strip()}"):
+        with suppress(InvalidLicense):
+            return canonical(text)
+    return name
 
 
 MAX_DESCRIPTION = 2_000

@@ -163,18 +163,22 @@ def _held_bytes(descriptor: int, size: int) -> int:
 
 def read_json(folder: Path, name: str, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The JSON object in a file. Raises AdapterCorrupt, with the reason, for anything else and above `max_bytes`."""
-    with open_file(folder, name) as (file, size):
-        if size > max_bytes:
-            raise AdapterCorrupt(f"{folder}: {name} has {size} bytes, more than the limit of {max_bytes}")
-        # no more than the file's size, since reading makes room for what is asked for
-        raw = file.read(size + 1)
     try:
-        value = parse_json(raw)
+        value = parse_json(read_bytes(folder, name, max_bytes))
     except ValueError as error:
         raise AdapterCorrupt(f"{folder}: {name} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise AdapterCorrupt(f"{folder}: {name} holds a JSON {type(value).__name__}, not an object")
     return value
+
+
+def read_bytes(folder: Path, name: str, max_bytes: int) -> bytes:
+    """The file's bytes. Raises AdapterCorrupt above `max_bytes`."""
+    with open_file(folder, name) as (file, size):
+        if size > max_bytes:
+            raise AdapterCorrupt(f"{folder}: {name} has {size} bytes, more than the limit of {max_bytes}")
+        # no more than the file's size, since reading makes room for what is asked for
+        return file.read(size + 1)
 
 
 def parse_json(raw: bytes) -> Any:

@@ -2,6 +2,10 @@
 
 A format states the names of its tensors and config fields and gives one formula, `update`, for one layer. Everything here
 is as strict as the reader of LoRA folders: safetensors only, sizes checked first, unknown names and fields refused.
+
+Why formulas and not the installed PEFT's merge, against which the tests hold them: a formula gives exact factors where a
+type has them, reads without a model where the file is enough, and checks the tensors' sizes before it makes anything. PEFT
+makes its layers from the config, whose sizes a hostile file chooses, and BOFT compiles an extension where there is a GPU.
 """
 
 from __future__ import annotations

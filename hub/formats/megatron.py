@@ -11,7 +11,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
-from loraweave.hub.formats._files import open_file, present
+from loraweave.hub.formats._files import present, read_bytes
 from loraweave.hub.formats._lora_file import FileFormat, Parts
 from loraweave.hub.formats._placing import BaseNames, Placement
 from loraweave.hub.formats._updates import rank_of
@@ -144,12 +144,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _yaml(folder: Path, name: str) -> Any:
-    with open_file(folder, name) as (file, size):
-        if size > MAX_CONFIG_BYTES:
-            raise AdapterCorrupt(f"{folder}: {name} has {size} bytes, more than the limit of {MAX_CONFIG_BYTES}")
-        text = file.read(MAX_CONFIG_BYTES)
     try:
-        return yaml.safe_load(text)
+        return yaml.safe_load(read_bytes(folder, name, MAX_CONFIG_BYTES))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0]
         raise AdapterCorrupt(f"{folder}: {name} is not plain YAML: {reason}") from error

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
+from loraweave.hub.formats._card import model_id
 from loraweave.hub.formats._config import CONFIG, Config
 from loraweave.hub.formats._files import present
 from loraweave.hub.formats._lora_file import FileFormat, Parts
@@ -88,8 +89,8 @@ class Mlx(FileFormat):
 
     @classmethod
     def base_id(cls, source: Path) -> str:
-        named = (_fields(source if source.is_dir() else source.parent) or {}).get("model")
-        return named if isinstance(named, str) and len(named) < 500 else super().base_id(source)
+        fields = _fields(source if source.is_dir() else source.parent) or {}
+        return model_id(fields.get("model")) or super().base_id(source)
 
     @classmethod
     def _files(cls, source: Path, allow_pickle: bool = False) -> list[str]:
