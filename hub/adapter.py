@@ -19,12 +19,12 @@ from loraweave.hub.export import ExportReport, export
 from loraweave.hub.formats import _reading
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._conversion import MAX_ERROR
+from loraweave.hub.formats._kept_files import KEPT, as_kept_files
 from loraweave.hub.formats._lora_file import PICKLES
 from loraweave.hub.formats._peft_config import PICKLE
 from loraweave.hub.formats.peft import Peft
-from loraweave.hub.intake.kept_files import KEPT, as_kept_files
-from loraweave.hub.intake.license_terms import require_one_work, stated_license
 from loraweave.hub.intake.sources import ADAPTER_FILES, name_of, open_source
+from loraweave.hub.licenses import require_one_work, stated_license
 from loraweave.hub.merge_report import MergeReport
 from loraweave.lowrank import algebra
 from loraweave.types import BaseKey, Factors, Fingerprint, Kind, own_memory

@@ -21,7 +21,7 @@ import torch
 from loraweave.errors import AdapterUnsupported, UnknownName, WeightingError
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats.peft import Peft
-from loraweave.hub.intake.license_terms import stated_license
+from loraweave.hub.licenses import stated_license
 from loraweave.lowrank import algebra
 from loraweave.registry import nearest
 from loraweave.types import Factors

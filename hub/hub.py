@@ -20,7 +20,7 @@ from loraweave.common.rows import GivenRows
 from loraweave.errors import AdapterExists, AdapterNotFound, HubError
 from loraweave.hub import quarantine
 from loraweave.hub.intake.fields import card_with_outputs, checked_fields, split_pairs
-from loraweave.hub.intake.licenses import canonical
+from loraweave.hub.licenses import canonical
 from loraweave.hub.listing import Listing
 from loraweave.hub.stores.collect import collect
 from loraweave.hub.stores.errors import storage_errors

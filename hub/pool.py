@@ -17,7 +17,7 @@ from torch import Tensor
 from loraweave.common.names import unknown_expert
 from loraweave.errors import AdapterUnsupported, BaseModelMismatch, InvalidLicense, LayerMismatch, WeightingError
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.intake.license_terms import require_one_work, stated_license
+from loraweave.hub.licenses import require_one_work, stated_license
 from loraweave.types import BaseKey
 
 

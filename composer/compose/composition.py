@@ -45,7 +45,7 @@ from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import base_key, fingerprint
 from loraweave.hub.export import ExportReport
 from loraweave.hub.formats._replacing import replacing
-from loraweave.hub.intake.license_terms import license_of_all, stated_license
+from loraweave.hub.licenses import license_of_all, stated_license
 from loraweave.hub.pool import ExpertPool
 from loraweave.hub.same_base import warn_unverified
 from loraweave.routers.tokens._router import TokenRouter

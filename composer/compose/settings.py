@@ -16,7 +16,7 @@ from loraweave.common.rows import GivenRows, read_inputs
 from loraweave.composer.compose.loss import Penalty
 from loraweave.composer.compose.user_loss import Examples
 from loraweave.errors import InvalidTask, LoraweaveError, ScopeError, UnknownName, WeightingError
-from loraweave.hub.intake.license_terms import require_one_work, stated_license
+from loraweave.hub.licenses import require_one_work, stated_license
 from loraweave.hub.pool import ExpertPool
 from loraweave.registry import get, nearest
 from loraweave.routers.searches._solver import Solver

@@ -13,7 +13,7 @@ import torch
 
 from loraweave.common.names import near_misses, unknown_expert
 from loraweave.errors import InvalidLicense, ScopeError, WeightingError
-from loraweave.hub.intake.license_terms import require_one_work
+from loraweave.hub.licenses import require_one_work
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.combined import ByRow
 from loraweave.routers.tokens._router import TokenRouter

@@ -19,8 +19,8 @@ from loraweave.composer.merge.statistics import Statistics
 from loraweave.composer.merge.updates import TruncatedUpdate
 from loraweave.errors import BaseModelMismatch, CompositionError, LayerMismatch, ScopeError, WeightingError
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.intake.kept_files import shared_files
-from loraweave.hub.intake.license_terms import license_of_work, stated_license
+from loraweave.hub.formats._kept_files import shared_files
+from loraweave.hub.licenses import license_of_work, stated_license
 from loraweave.hub.merge_report import LayerReport, MergeReport
 from loraweave.hub.pool import ExpertPool
 from loraweave.lowrank import algebra

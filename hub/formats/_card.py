@@ -13,8 +13,7 @@ import yaml  # type: ignore[import-untyped]
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported, InvalidLicense
 from loraweave.hub.formats._files import MAX_JSON_BYTES, open_file, present, read_json
-from loraweave.hub.intake.license_terms import license_of_all
-from loraweave.hub.intake.licenses import LISTED, RENAMED, UNLISTED, canonical
+from loraweave.hub.licenses import LISTED, RENAMED, UNLISTED, canonical, license_of_all
 from loraweave.types import Fingerprint
 
 SIDECAR = "loraweave.json"

@@ -16,7 +16,7 @@ class Contents:
     """Layers by module path of the base model, its id, its fingerprint where known, the card as JSON, and heads.
 
     Heads are whole trained tensors by parameter name of the base model (PEFT's modules_to_save), fp32. Files lie beside the
-    weights and are kept as they are (`loraweave.hub.intake.kept_files`).
+    weights and are kept as they are (`loraweave.hub.formats._kept_files`).
     """
 
     base_model: str

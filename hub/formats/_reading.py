@@ -19,11 +19,11 @@ from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._conversion import MAX_ERROR, Bound, cut
 from loraweave.hub.formats._files import adapter_folder, present, require_unchanged
 from loraweave.hub.formats._foreign import ForeignFormat
+from loraweave.hub.formats._kept_files import read_kept
 from loraweave.hub.formats._lora_file import PICKLES, FileFormat, is_pickle, lora_files, refuse_pickle
 from loraweave.hub.formats._pickle import texts_in_pickle
 from loraweave.hub.formats._safetensors import tensor_names
 from loraweave.hub.formats.peft import Peft
-from loraweave.hub.intake.kept_files import read_kept
 from loraweave.lowrank import algebra
 
 _PROMPT = "trained vectors in front of the text or in the cache of attention, not an update of weights"

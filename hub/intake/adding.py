@@ -13,9 +13,9 @@ from torch import Tensor
 from loraweave.common.names import checked_name, now
 from loraweave.common.rows import GivenRows
 from loraweave.errors import AdapterCorrupt, AdapterSuspicious, AdapterUnsupported, LoraweaveError
+from loraweave.hub import licenses
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.health.anomalies import examined
-from loraweave.hub.intake import licenses
 from loraweave.hub.intake.fields import (
     MAX_LABEL_BYTES,
     OWN_FIELDS,

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from loraweave.errors import AdapterCorrupt, HubError
-from loraweave.hub.intake.kept_files import as_kept_files
+from loraweave.hub.formats._kept_files import as_kept_files
 from loraweave.hub.stores.errors import storage_errors
 from loraweave.hub.stores.protocols import BlobStore
 from loraweave.types import Record

@@ -13,9 +13,9 @@ from loraweave.errors import AdapterCorrupt, AdapterExists, HubCorrupt, HubError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import base_key
 from loraweave.hub.formats._base_layer import base_layer
+from loraweave.hub.formats._kept_files import KeptFile, KeptFiles
 from loraweave.hub.health.figures import Figures
 from loraweave.hub.intake.fields import OWN_FIELDS
-from loraweave.hub.intake.kept_files import KeptFile, KeptFiles
 from loraweave.hub.same_base import require_same_base
 from loraweave.hub.stores.blobs import blob_bytes, examine_blob, read_blob, write_blob
 from loraweave.hub.stores.errors import storage_errors

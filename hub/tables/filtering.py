@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from loraweave.hub import quarantine
 from loraweave.hub.intake.fields import one_or_many
-from loraweave.hub.intake.licenses import is_accepted
+from loraweave.hub.licenses import is_accepted
 from loraweave.hub.stores.protocols import Connection
 from loraweave.hub.tables import rows
 from loraweave.hub.tables import rows as labels
