@@ -26,8 +26,8 @@ from loraweave.errors import AdapterUnsupported, ScopeError, UnknownName, Weight
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
+from loraweave.routers.recipes._cluster_gates import ClusterReader
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe
-from loraweave.routers.recipes._row_gates import ClusterReader
 from loraweave.types import Candidate, Factors
 
 

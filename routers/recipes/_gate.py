@@ -1,4 +1,4 @@
-"""The form of every gate."""
+"""The form of every gate, and the call of the model that it looks at."""
 
 from __future__ import annotations
 
@@ -100,3 +100,10 @@ class Call:
     @staticmethod
     def _of(mask_BT: Tensor | None, x_BTI: Tensor) -> Tensor | None:
         return mask_BT if mask_BT is not None and mask_BT.shape == x_BTI.shape[:2] else None
+
+
+@torch.no_grad()
+def draw_linear(weight_EI: Tensor, generator: torch.Generator) -> None:
+    """Fills it as torch draws a linear layer: uniform between -1/sqrt(I) and 1/sqrt(I)."""
+    bound = weight_EI.shape[-1] ** -0.5
+    weight_EI.uniform_(-bound, bound, generator=generator)

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from loraweave.common.checks import is_whole
 from loraweave.errors import LayerMismatch, WeightingError
+from loraweave.routers.losses.mixtral import mixtral
 from loraweave.routers.recipes._gate import Gate
 from loraweave.routers.recipes._option_types import described, fits
+from loraweave.routers.recipes._row_gates import TaskSwitch
 from loraweave.routers.tokens._learned import Step
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -199,6 +201,47 @@ class Recipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvenRecipe(Recipe):
+    """A recipe all of whose sites have `num_experts` experts of its rank."""
+
+    num_experts: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_whole("num_experts")
+
+    @property
+    def num_first_steps(self) -> int:
+        # tokens may have few of the experts
+        return self.num_experts + 1
+
+    def shape(self, site: Site) -> ExpertShape:
+        return ExpertShape((self.rank,) * self.num_experts)
+
+    def require_capacity(self) -> None:
+        """Raises WeightingError for an option `capacity` that is neither above 0 nor None."""
+        capacity = self.options["capacity"]
+        if capacity is not None and not 0 < capacity < math.inf:
+            way_out = "it is a multiple of an expert's even share of a row's tokens, above 0, or None for no limit"
+            self.refuse("capacity", way_out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRecipe(Recipe):
+    """A recipe of one LoRA for each task: y = y0 + alpha / rank * B_e A_e dropout(x), e the expert of the row's task."""
+
+    needs_tasks = True
+
+    def shape(self, site: Site) -> ExpertShape:
+        # until fit() knows the tasks there is one expert
+        return ExpertShape((self.rank,) * max(len(self.tasks), 1))
+
+    def gate(self, site: Site, num_experts: int) -> TaskSwitch:
+        own = [[expert == task for expert in range(num_experts)] for task in range(num_experts)]
+        return TaskSwitch([*own, [False] * num_experts], [1.0] * num_experts)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Frozen(Recipe):
     """A recipe some of whose experts do not learn."""
 
@@ -213,6 +256,13 @@ class Frozen(Recipe):
 def uniform(rank: int, num_inputs: int, generator: torch.Generator) -> Tensor:
     """a_RI between -1/sqrt(I) and 1/sqrt(I), as PEFT draws it (kaiming_uniform with a = sqrt(5))."""
     return float(num_inputs**-0.5) * torch.rand(rank, num_inputs, generator=generator).mul(2).sub(1)
+
+
+def balance_term(coefficient: float, step: Step, top_k: int) -> Mapping[str, Tensor]:
+    """{"balance": coefficient * the mean over sites of the loss `mixtral`}, of `switch` for a `top_k` of 1; {} for 0."""
+    if not coefficient:
+        return {}
+    return {"balance": coefficient * by_layer(step, lambda scores_NE: mixtral(scores_NE, top_k)).mean()}
 
 
 def by_layer(step: Step, loss: Callable[[Tensor], Tensor]) -> Tensor:

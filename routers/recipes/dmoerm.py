@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loraweave.routers.recipes._own_expert import OwnExpert
-from loraweave.routers.recipes._recipe import ATTENTION, FEED_FORWARD
+from loraweave.routers.recipes._recipe import ATTENTION, FEED_FORWARD, TaskRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dmoerm(OwnExpert):
+class Dmoerm(TaskRecipe):
     """Each of `tasks` is a capability point, with a LoRA of its own in every layer and in the head, `score`.
 
     This is the second of the published phases, in which each learns from the preferences that were labelled for its point

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from loraweave.common.checks import is_whole
 from loraweave.routers.recipes._recipe import ExpertShape, Frozen, Site
-from loraweave.routers.recipes._row_gates import MeanGate
-from loraweave.routers.recipes._token_gates import EmbeddingGate
+from loraweave.routers.recipes._row_gates import EmbeddingGate, MeanGate
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraweave.routers.recipes._own_expert import OwnExpert
-from loraweave.routers.recipes._recipe import Site
+from loraweave.routers.recipes._recipe import Site, TaskRecipe
 
 MODES = ("multiplicative", "additive")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flora(OwnExpert):
+class Flora(TaskRecipe):
     """Each of `tasks` has an expert of its own, and a row that of its task: y = (W * (b_e^T a_e)) x + bias, elementwise.
 
     That is the sum over ranks of b_er * (W (a_er * x)), so that one product with W serves rows of all tasks. The first rank

@@ -9,9 +9,8 @@ from random import Random
 
 from loraweave.common.checks import is_whole
 from loraweave.errors import WeightingError
-from loraweave.routers.recipes._recipe import ExpertShape, Site
+from loraweave.routers.recipes._recipe import EvenRecipe, ExpertShape, Site
 from loraweave.routers.recipes._token_gates import TokenGate
-from loraweave.routers.recipes._token_recipe import TokenRecipe
 
 # a silhouette looks at every pair of texts
 MOST_TEXTS = 5000
@@ -19,7 +18,7 @@ WORD = r"(?u)\b\w+\b"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hydralora(TokenRecipe):
+class Hydralora(EvenRecipe):
     """y = y0 + alpha / rank * sum over e of w_e B_e A x with w = softmax(r x) over all experts, for each token and site.
 
     All experts of a site have one A. No loss is added. Sizes are those of the released script; how many experts the data

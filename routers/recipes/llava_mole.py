@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from loraweave.routers.recipes._recipe import FEED_FORWARD, Site
+from loraweave.routers.recipes._recipe import FEED_FORWARD, EvenRecipe, Site, balance_term
 from loraweave.routers.recipes._token_gates import TokenGate
-from loraweave.routers.recipes._token_recipe import TokenRecipe, balanced
 from loraweave.routers.tokens._learned import Step
 
 
 @dataclass(frozen=True, kw_only=True)
-class LlavaMole(TokenRecipe):
+class LlavaMole(EvenRecipe):
     """w = softmax(r x) of the expert where it is highest, 0 for the others, for each token and site of the feed-forward.
 
     The gate learns by that probability alone: which expert is the best has no gradient. `balance` times the mean over sites
@@ -34,4 +33,4 @@ class LlavaMole(TokenRecipe):
         return TokenGate(site.num_inputs, num_experts, top_k=1, sums_to_one=False)
 
     def losses(self, step: Step) -> Mapping[str, Tensor]:
-        return balanced(self.balance, step, 1)
+        return balance_term(self.balance, step, 1)

@@ -11,14 +11,13 @@ from torch import Tensor
 from loraweave import registry
 from loraweave.errors import ScopeError, UnknownName
 from loraweave.routers.losses.localised import localised
-from loraweave.routers.recipes._recipe import FEED_FORWARD, Site
+from loraweave.routers.recipes._recipe import FEED_FORWARD, EvenRecipe, Site
 from loraweave.routers.recipes._token_gates import TokenGate
-from loraweave.routers.recipes._token_recipe import TokenRecipe
 from loraweave.routers.tokens._learned import Step
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loramoe(TokenRecipe):
+class Loramoe(EvenRecipe):
     """w = softmax(r x) over all experts, for each token and site of the feed-forward layers.
 
     `balance` times the sum over sites of the loss `localised` is added: rows of the tasks that `knowledge` names shall use

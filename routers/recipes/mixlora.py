@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from loraweave.routers.losses.z import z
-from loraweave.routers.recipes._recipe import Site, by_layer
+from loraweave.routers.recipes._recipe import EvenRecipe, Site, balance_term, by_layer
 from loraweave.routers.recipes._token_gates import TokenGate
-from loraweave.routers.recipes._token_recipe import TokenRecipe, balanced
 from loraweave.routers.tokens._learned import Step
 
 ROUTINGS = ("top_k", "top_p", "switch")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mixlora(TokenRecipe):
+class Mixlora(EvenRecipe):
     """y = sum over e of w_e * FFN_e(x), where FFN_e is the frozen block with LoRA factors of its own in each of its layers.
 
     The experts are mixed after the non-linearity, so that no expert, and no mixture, is an update of layers.
@@ -70,7 +69,7 @@ class Mixlora(TokenRecipe):
     def losses(self, step: Step) -> Mapping[str, Tensor]:
         if self.routing == "top_p":
             return {"balance": self.balance * _of_those_chosen(step)} if self.balance else {}
-        found = dict(balanced(self.balance, step, self.top_k if self.routing == "top_k" else 1))
+        found = dict(balance_term(self.balance, step, self.top_k if self.routing == "top_k" else 1))
         if self.routing == "switch" and self.z:
             found["z"] = self.z * by_layer(step, z).mean()
         return found

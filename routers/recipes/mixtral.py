@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from loraweave.routers.recipes._recipe import Site
+from loraweave.routers.recipes._recipe import EvenRecipe, Site, balance_term
 from loraweave.routers.recipes._token_gates import TokenGate
-from loraweave.routers.recipes._token_recipe import TokenRecipe, balanced
 from loraweave.routers.tokens._learned import Step
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mixtral(TokenRecipe):
+class Mixtral(EvenRecipe):
     """w = softmax over the `top_k` highest of r x, for each token and site.
 
     `balance` times the mean over sites of the loss `mixtral` is added, which is k where all experts are alike; 0.02 in the
@@ -35,4 +34,4 @@ class Mixtral(TokenRecipe):
         return TokenGate(site.num_inputs, num_experts, top_k=self.top_k, noise=self.noise)
 
     def losses(self, step: Step) -> Mapping[str, Tensor]:
-        return balanced(self.balance, step, self.top_k)
+        return balance_term(self.balance, step, self.top_k)

@@ -6,8 +6,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 from loraweave.common.checks import is_whole
+from loraweave.routers.recipes._cluster_gates import ClusterGate, ClusterReader, ReleasedClusterGate
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
-from loraweave.routers.recipes._row_gates import ClusterGate, ClusterReader, ReleasedClusterGate
 
 RELEASED_FEATURES, RELEASED_NOISE = 384, 0.1
 

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from loraweave.routers.recipes._recipe import FEED_FORWARD, Site
+from loraweave.routers.recipes._recipe import FEED_FORWARD, EvenRecipe, Site, balance_term
 from loraweave.routers.recipes._token_gates import TokenGate
-from loraweave.routers.recipes._token_recipe import TokenRecipe, balanced
 from loraweave.routers.tokens._learned import Step
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moral(TokenRecipe):
+class Moral(EvenRecipe):
     """w = softmax over the `top_k` highest of r x, for each token and site of the feed-forward layers.
 
     What sets MoRAL apart is what it learns from, pairs of a question and its answer one after the other, and how that is
@@ -35,4 +34,4 @@ class Moral(TokenRecipe):
         return TokenGate(site.num_inputs, num_experts, top_k=self.top_k)
 
     def losses(self, step: Step) -> Mapping[str, Tensor]:
-        return balanced(self.balance, step, self.top_k)
+        return balance_term(self.balance, step, self.top_k)

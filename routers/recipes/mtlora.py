@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from loraweave.common.checks import is_whole
 from loraweave.errors import WeightingError
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
-from loraweave.routers.recipes._token_gates import TaskSwitch
+from loraweave.routers.recipes._row_gates import TaskSwitch
 
 MODES = ("matrix", "matrixv2", "addition")
 

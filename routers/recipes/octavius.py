@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
-from loraweave.routers.recipes._token_gates import EmbeddingGate
+from loraweave.routers.recipes._recipe import EvenRecipe, Site
+from loraweave.routers.recipes._row_gates import EmbeddingGate
 
 
 @dataclass(frozen=True, kw_only=True)
-class Octavius(Recipe):
+class Octavius(EvenRecipe):
     """w = softmax over the `top_k` highest of r mean(x), x the input embeddings of the tokens of a row's prompt.
 
     All sites and tokens of a row have the same w. The prompt is what stands before the first label, or what generate() is
@@ -27,19 +27,11 @@ class Octavius(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_whole("num_experts")
         self.require_count("top_k", self.num_experts)
-
-    @property
-    def num_first_steps(self) -> int:
-        return self.num_experts + 1
 
     @property
     def scale(self) -> float:
         return 1.0 if self.as_released else super().scale
-
-    def shape(self, site: Site) -> ExpertShape:
-        return ExpertShape((self.rank,) * self.num_experts)
 
     def gate_key(self, site: Site) -> str:
         return "all"

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from loraweave.routers.losses.nuclear_norm import nuclear_norm
-from loraweave.routers.recipes._own_expert import OwnExpert
-from loraweave.routers.recipes._recipe import ATTENTION, FEED_FORWARD
+from loraweave.routers.recipes._recipe import ATTENTION, FEED_FORWARD, TaskRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardEnsemble(OwnExpert):
+class RewardEnsemble(TaskRecipe):
     """Each of `tasks` is a member: a LoRA of its own in every layer and in the head, `score`, of a reward model.
 
     A row has the member that `task` names; `composer/ensembles/reward_mixture.py` gives the rewards of all of them, and

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from loraweave.routers.recipes._recipe import Site
+from loraweave.routers.recipes._recipe import EvenRecipe, Site, balance_term
 from loraweave.routers.recipes._token_gates import TokenGate
-from loraweave.routers.recipes._token_recipe import TokenRecipe, balanced
 from loraweave.routers.tokens._learned import Step
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sira(TokenRecipe):
+class Sira(EvenRecipe):
     """w = softmax(r x), kept for the `top_k` highest and 0 for the others, for each token and site.
 
     In training alone, a token does without each expert with the probability `expert_dropout`, whose score is then none, so
@@ -57,4 +56,4 @@ class Sira(TokenRecipe):
         )
 
     def losses(self, step: Step) -> Mapping[str, Tensor]:
-        return balanced(self.balance, step, self.top_k)
+        return balance_term(self.balance, step, self.top_k)

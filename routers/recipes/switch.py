@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from loraweave.routers.losses.z import z
-from loraweave.routers.recipes._recipe import Site, by_layer
+from loraweave.routers.recipes._recipe import EvenRecipe, Site, balance_term, by_layer
 from loraweave.routers.recipes._token_gates import TokenGate
-from loraweave.routers.recipes._token_recipe import TokenRecipe, balanced
 from loraweave.routers.tokens._learned import Step
 
 
 @dataclass(frozen=True, kw_only=True)
-class Switch(TokenRecipe):
+class Switch(EvenRecipe):
     """w = softmax(r x) of the expert where it is highest, 0 for the others, for each token and site.
 
     The probability stays below 1, and is what gives the gate a gradient. In training an expert has at most `capacity` times
@@ -45,4 +44,4 @@ class Switch(TokenRecipe):
         )
 
     def losses(self, step: Step) -> Mapping[str, Tensor]:
-        return {**balanced(self.balance, step, 1), **({"z": self.z * by_layer(step, z).mean()} if self.z else {})}
+        return {**balance_term(self.balance, step, 1), **({"z": self.z * by_layer(step, z).mean()} if self.z else {})}

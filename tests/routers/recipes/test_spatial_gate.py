@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from loraweave.errors import ScopeError
 from loraweave.routers.recipes._gate import Call
-from loraweave.routers.recipes._token_gates import SpatialGate
+from loraweave.routers.recipes.mlore import SpatialGate
 
 
 def made(num_tasks=3, **changes):

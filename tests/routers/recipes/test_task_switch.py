@@ -3,7 +3,7 @@
 import torch
 
 from loraweave.routers.recipes._gate import Call
-from loraweave.routers.recipes._token_gates import TaskSwitch
+from loraweave.routers.recipes._row_gates import TaskSwitch
 
 USED = [[False, True, False], [True, False, True], [True, False, False]]
 
