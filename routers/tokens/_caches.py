@@ -6,6 +6,7 @@ to the object, and it is of its own class again when the activation ends. A copy
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
@@ -33,6 +34,34 @@ class Follower(Protocol):
     def batch_select_indices(self, indices: Tensor, /) -> None: ...
 
     def reset(self) -> None: ...
+
+
+class RowsAndTokens(ABC):
+    """A follower made of tensors whose first axes are rows and tokens: what changes a cache changes each of them alike."""
+
+    @abstractmethod
+    def get_seq_length(self) -> int:
+        """How many tokens each row has."""
+
+    @abstractmethod
+    def change(self, make: Callable[[Tensor], Tensor]) -> None:
+        """Replaces each tensor by what `make` makes of it."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.change(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        num_left = self.get_seq_length() - abs(tokens_to_remove)
+        self.change(lambda tensor: tensor[:, :num_left])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.change(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.change(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def reset(self) -> None:
+        self.change(lambda tensor: tensor[:, :0])
 
 
 METHODS = ("reorder_cache", "crop", "batch_repeat_interleave", "batch_select_indices", "reset")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loraweave.common.process import holding
 from loraweave.errors import ScopeError
-from loraweave.routers.tokens._caches import BesideCache
+from loraweave.routers.tokens._caches import BesideCache, RowsAndTokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,8 +170,8 @@ def rows_of_call(arguments: Mapping[str, Any]) -> int:
     return next((len(tensor) for tensor in given if isinstance(tensor, Tensor)), 0)
 
 
-class CachedIds:
-    """ids_BT of the tokens in a cache, beside it (`BesideCache[CachedIds]`)."""
+class CachedIds(RowsAndTokens):
+    """ids_BT of the tokens in a cache."""
 
     def __init__(self, ids_BT: Tensor) -> None:
         self.ids_BT = ids_BT
@@ -182,20 +182,8 @@ class CachedIds:
     def get_seq_length(self) -> int:
         return self.ids_BT.shape[1]
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.ids_BT = self.ids_BT.index_select(0, beam_idx.to(self.ids_BT.device))
-
-    def crop(self, tokens_to_remove: int) -> None:
-        self.ids_BT = self.ids_BT[:, : self.get_seq_length() - abs(tokens_to_remove)]
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.ids_BT = self.ids_BT.repeat_interleave(repeats, dim=0)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.ids_BT = self.ids_BT[indices]
-
-    def reset(self) -> None:
-        self.ids_BT = self.ids_BT[:, :0]
+    def change(self, make: Callable[[Tensor], Tensor]) -> None:
+        self.ids_BT = make(self.ids_BT)
 
 
 class SeenTokens(CachedIds):

@@ -1,20 +1,17 @@
-"""From scores to weights: a softmax over the few best experts, each token for itself."""
+"""What routers compute: weights from scores, token by token, and directions and cores of experts from their factors."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from loraweave.common.checks import is_whole
-from loraweave.common.display import tracked
-from loraweave.errors import ScopeError, WeightingError
+from loraweave.errors import WeightingError
 from loraweave.hub.pool import ExpertPool
 
 
@@ -143,103 +140,3 @@ def power_iteration(a_RI: Tensor, b_OR: Tensor, start_I: Tensor, steps: int) -> 
         v_I = a_RI.T @ (gram_RR @ (a_RI @ v_I))
         v_I = v_I / (v_I.norm() + 1e-8)
     return v_I
-
-
-class RunningSums:
-    """For the tokens in a cache, beside it (`BesideCache[RunningSums]`): which are real, real_BT, and each layer's sums_BTE.
-
-    Token t's sum is over the real tokens up to t, so that tokens can be taken back. A layer that a call did not reach has
-    fewer tokens than the others.
-    """
-
-    def __init__(self, real_BT: Tensor) -> None:
-        self.real_BT = real_BT
-        self.sums: dict[str, Tensor] = {}
-
-    def last(self) -> dict[str, Tensor]:
-        """{layer: sum_B1E over all tokens}, of the layers that have seen them all."""
-        num_tokens = self.get_seq_length()
-        return {layer: s_BTE[:, -1:] for layer, s_BTE in self.sums.items() if num_tokens and s_BTE.shape[1] == num_tokens}
-
-    def append(self, real_BT: Tensor) -> None:
-        self.real_BT = torch.cat([self.real_BT, real_BT.to(self.real_BT.device)], dim=1)
-
-    def put(self, layer: str, sums_BTE: Tensor) -> None:
-        """The sums of the last T tokens."""
-        num_before, known_BTE = self.get_seq_length() - sums_BTE.shape[1], self.sums.get(layer)
-        new_BTE = sums_BTE.detach()
-        self.sums[layer] = new_BTE if known_BTE is None else torch.cat([known_BTE[:, :num_before], new_BTE], dim=1)
-
-    def get_seq_length(self) -> int:
-        return self.real_BT.shape[1]
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._change(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-
-    def crop(self, tokens_to_remove: int) -> None:
-        num_left = self.get_seq_length() - abs(tokens_to_remove)
-        self._change(lambda tensor: tensor[:, :num_left])
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._change(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._change(lambda tensor: tensor[indices.to(tensor.device)])
-
-    def reset(self) -> None:
-        self._change(lambda tensor: tensor[:, :0])
-
-    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
-        self.real_BT = change(self.real_BT)
-        self.sums = {layer: change(s_BTE) for layer, s_BTE in self.sums.items()}
-
-
-def input_means(
-    engine: Any, texts: Mapping[str, Sequence[str]], layers: Mapping[str, Sequence[int]], *, progress: bool
-) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """(expert, {layer: mean_I}) over all tokens of the expert's texts, with that expert at weight 1, in float64.
-
-    `layers` says which experts, by their places, update each. Text by text, so that no padding is among the tokens. Raises
-    ScopeError for a layer that is not called with one vector a token.
-    """
-    modules = dict(engine.model.named_modules())
-    places = engine.pool.places
-    for name in tracked(texts, "reading inputs", total=len(texts), shown=progress):
-        own = {layer: modules[layer] for layer, experts in layers.items() if places[name] in experts}
-        sums = {layer: _Sum(layer) for layer in own}
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(engine.activate({name: 1.0}))
-            for layer, module in own.items():
-                handle = module.register_forward_pre_hook(sums[layer])
-                stack.callback(handle.remove)
-            for text in texts[name]:
-                ids_BT = torch.tensor([engine.tokenizer(text)["input_ids"]], device=engine.model.device)
-                engine.model(input_ids=ids_BT)
-        yield name, {layer: found.mean for layer, found in sums.items()}
-
-
-class _Sum:
-    """A hook that adds up the inputs of one layer."""
-
-    def __init__(self, layer: str) -> None:
-        self._layer = layer
-        self._total: Tensor | None = None
-        self._count = 0
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0]
-        if not x.is_floating_point() or x.ndim not in (2, 3):
-            raise ScopeError(
-                f"layer {self._layer!r} ({type(module).__name__}) is called with {x.dtype} of shape {tuple(x.shape)}, and "
-                "not with one vector for each token, of which there would be a mean: leave out the adapters that update it"
-            )
-        total_I = x.detach().double().reshape(-1, x.shape[-1]).sum(dim=0)
-        self._total = total_I if self._total is None else self._total + total_I
-        self._count += x.numel() // x.shape[-1]
-
-    @property
-    def mean(self) -> Tensor:
-        if self._total is None:
-            raise ScopeError(f"layer {self._layer!r} never ran on the texts, so that its inputs have no mean")
-        return self._total / self._count

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -13,12 +13,12 @@ from loraweave import registry
 from loraweave.errors import ScopeError, WeightingError
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.losses.domain import domain
-from loraweave.routers.tokens._caches import BesideCache
+from loraweave.routers.tokens._caches import BesideCache, RowsAndTokens
 from loraweave.routers.tokens._forms import InputGates, drawn
 from loraweave.routers.tokens._learned import Step
 from loraweave.routers.tokens._members import Members
 from loraweave.routers.tokens._model import CACHE_NAMES, block_of
-from loraweave.routers.tokens._scores import RunningSums, best_of, straight_through, without
+from loraweave.routers.tokens._scores import best_of, straight_through, without
 from loraweave.types import Router
 
 Decision = Literal["sequence", "token"]
@@ -114,6 +114,39 @@ class MixtureOfAdapters(InputGates):
         else:
             self._beside.keep(cache, state)
         return call
+
+
+class RunningSums(RowsAndTokens):
+    """Of the tokens in a cache: real_BT, which of them are real, and sums_BTE for each layer.
+
+    Token t's sum is over the real tokens up to t, so that tokens can be taken back. A layer that a call did not reach has
+    fewer tokens than the others.
+    """
+
+    def __init__(self, real_BT: Tensor) -> None:
+        self.real_BT = real_BT
+        self.sums: dict[str, Tensor] = {}
+
+    def last(self) -> dict[str, Tensor]:
+        """{layer: sum_B1E over all tokens}, of the layers that have seen them all."""
+        num_tokens = self.get_seq_length()
+        return {layer: s_BTE[:, -1:] for layer, s_BTE in self.sums.items() if num_tokens and s_BTE.shape[1] == num_tokens}
+
+    def append(self, real_BT: Tensor) -> None:
+        self.real_BT = torch.cat([self.real_BT, real_BT.to(self.real_BT.device)], dim=1)
+
+    def put(self, layer: str, sums_BTE: Tensor) -> None:
+        """The sums of the last T tokens."""
+        num_before, known_BTE = self.get_seq_length() - sums_BTE.shape[1], self.sums.get(layer)
+        new_BTE = sums_BTE.detach()
+        self.sums[layer] = new_BTE if known_BTE is None else torch.cat([known_BTE[:, :num_before], new_BTE], dim=1)
+
+    def get_seq_length(self) -> int:
+        return self.real_BT.shape[1]
+
+    def change(self, make: Callable[[Tensor], Tensor]) -> None:
+        self.real_BT = make(self.real_BT)
+        self.sums = {layer: make(s_BTE) for layer, s_BTE in self.sums.items()}
 
 
 class _OfCall:
