@@ -149,11 +149,11 @@ def masked(router: Router, place: int, *, renormalise: bool = False) -> Router:
     With `renormalise` the others are scaled so that each token's sum is what it was; where they sum to 0, they stay.
     """
     if isinstance(router, MixtureWeights):
-        return MixtureWeights(_left(router.values_BTLE, place, renormalise), router.experts, router.layers)
-    return derive(router, lambda own, x_BTI, layer: _left(own.weights(x_BTI, layer), place, renormalise))
+        return MixtureWeights(_without_expert(router.values_BTLE, place, renormalise), router.experts, router.layers)
+    return derive(router, lambda own, x_BTI, layer: _without_expert(own.weights(x_BTI, layer), place, renormalise))
 
 
-def _left(w_E: Tensor, place: int, renormalise: bool) -> Tensor:
+def _without_expert(w_E: Tensor, place: int, renormalise: bool) -> Tensor:
     """Weights, experts on the last axis, without one of them."""
     left_E = w_E.clone()
     left_E[..., place] = 0
@@ -186,7 +186,7 @@ def under(weights: Mapping[str, float]) -> Iterator[None]:
 
 
 @contextmanager
-def renamed(names: Mapping[str, str]) -> Iterator[None]:
+def known_as(names: Mapping[str, str]) -> Iterator[None]:
     """Inside, the experts are known by the keys instead of the values."""
     found = _ANSWERING.get()
     if found is None:

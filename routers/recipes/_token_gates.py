@@ -71,7 +71,7 @@ class TokenGate(Gate):
             scores_BTE = noisy(scores_BTE, x_BTI @ self.n_EI.T)
         if self.training and self.expert_dropout:
             scores_BTE = without_some(scores_BTE, self.expert_dropout, self.top_k or 1)
-        w_BTE = self._chosen(scores_BTE)
+        w_BTE = self._choose(scores_BTE)
         if self.training and self.capacity is not None:
             real_BT = call.real_of(x_BTI)
             real_BT = x_BTI.new_ones(x_BTI.shape[:2], dtype=torch.bool) if real_BT is None else real_BT
@@ -79,7 +79,7 @@ class TokenGate(Gate):
             w_BTE = within_capacity(w_BTE, capacity_B, real_BT, prioritised=self.prioritised)
         return Weighing(w_BTE, scores_BTE)
 
-    def _chosen(self, scores_BTE: Tensor) -> Tensor:
+    def _choose(self, scores_BTE: Tensor) -> Tensor:
         if self.top_p is not None:
             w_BTE = top_p_of_softmax(scores_BTE, self.top_p)
             return w_BTE / w_BTE.sum(dim=-1, keepdim=True) if self.sums_to_one else w_BTE

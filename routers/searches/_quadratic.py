@@ -36,13 +36,13 @@ class Quadratic:
     basis_DQ: np.ndarray
     inner_QQ: np.ndarray
 
-    def curved(self, step: np.ndarray) -> np.ndarray:
+    def hessian_times(self, step: np.ndarray) -> np.ndarray:
         """H step."""
         return np.asarray(self.diagonal * step + self.basis_DQ @ (self.inner_QQ @ (self.basis_DQ.T @ step)))
 
     def change(self, step: np.ndarray) -> float:
         """m(c + step) - m(c)."""
-        return float(self.slope @ step + step @ self.curved(step) / 2)
+        return float(self.slope @ step + step @ self.hessian_times(step) / 2)
 
     def lowest(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         """A point of the box [low, high], which has c in it, at which the model has no descent left."""
@@ -54,7 +54,7 @@ class Quadratic:
         unit = max(float(np.abs(self.slope).max()) / scale, 1e-300)
 
         def scaled(step: np.ndarray) -> tuple[float, np.ndarray]:
-            curved = self.curved(step * unit) / (scale * unit)
+            curved = self.hessian_times(step * unit) / (scale * unit)
             slope = self.slope / (scale * unit)
             return float(slope @ step + step @ curved / 2), slope + curved
 
@@ -64,7 +64,7 @@ class Quadratic:
         return np.asarray(np.clip(self.centre + found.x * unit, low, high))
 
 
-def fitted(
+def fit_quadratic(
     centre: np.ndarray, slope: np.ndarray, steps_KD: np.ndarray, changes_KD: np.ndarray, *, curvature: float, ridge: float
 ) -> Quadratic:
     """The model of these s_k and y_k; `curvature` is h where there are none, or none that curves upwards."""

@@ -185,7 +185,7 @@ class Solver(ABC):
         with progress_bar(progress, field="best") as bar:
             shown = bar.add_task(type(self).__name__.lower(), total=self.budget, completed=self.spent, best="")
             while not self.stop() and (candidates := self.ask()):
-                self.tell(*self._evaluated(objective, candidates))
+                self.tell(*self._evaluate(objective, candidates))
                 if path is not None:
                     self.keep(path, kept)
                 made = self.cost * len(candidates)
@@ -215,7 +215,7 @@ class Solver(ABC):
         experts, groups = self.space.experts, self.space.groups
         return {"solver": type(self).__name__, **options, "experts": experts, "start": self.first.tolist(), "groups": groups}
 
-    def _evaluated(
+    def _evaluate(
         self, objective: Objective, candidates: Sequence[MixtureWeights]
     ) -> tuple[Sequence[float], Sequence[Tensor] | None]:
         if not self.needs_gradients:

@@ -52,21 +52,21 @@ class Bayesian(Solver):
     def _propose(self) -> list[np.ndarray]:
         made = len(self._vectors)
         if made < self._num_initial:
-            return [self.first, *self._filling()][made:]
-        units, losses = self._observed()
-        kernel = _fitted(units, losses)
+            return [self.first, *self._fill_box()][made:]
+        units, losses = self._observations()
+        kernel = _fit_kernel(units, losses)
         generator = np.random.default_rng([self.seed, made])
         chosen: list[np.ndarray] = []
         for _ in range(self.population):
-            draws = self._draws(generator, units[int(np.argmin(losses))])
-            mean_N, deviation_N = _posterior(kernel, units, losses, draws)
+            draws = self._draw(generator, units[int(np.argmin(losses))])
+            mean_N, deviation_N = _predict(kernel, units, losses, draws)
             best = int(np.argmax(expected_improvement(mean_N, deviation_N, float(losses.min()))))
             chosen.append(draws[best])
             units, losses = np.vstack([units, draws[best]]), np.append(losses, mean_N[best])
         low, high = self.space.low, self.space.high
         return [low + (high - low) * unit for unit in chosen]
 
-    def _filling(self) -> list[np.ndarray]:
+    def _fill_box(self) -> list[np.ndarray]:
         """A Latin hypercube around the start: of each weight, every part of its range has one point."""
         count, generator = self._num_initial - 1, np.random.default_rng([self.seed, 0])
         places = np.stack([generator.permutation(count) for _ in range(self.space.size)], axis=1)
@@ -76,7 +76,7 @@ class Bayesian(Solver):
         spread = min(1.0, 2 / self.space.size)
         return list(self.first + spread * (points - self.first))
 
-    def _observed(self) -> tuple[np.ndarray, np.ndarray]:
+    def _observations(self) -> tuple[np.ndarray, np.ndarray]:
         """Where the candidates are in the unit box, and the logarithms of their losses, of mean 0 and deviation 1.
 
         The logarithm begins at the lowest loss: spoilt models have losses of a hundred times the differences that matter.
@@ -89,7 +89,7 @@ class Bayesian(Solver):
         units = (np.stack(self._vectors) - self.space.low) / (self.space.high - self.space.low)
         return units, (logs - logs.mean()) / (logs.std() or 1.0)
 
-    def _draws(self, generator: np.random.Generator, best: np.ndarray) -> np.ndarray:
+    def _draw(self, generator: np.random.Generator, best: np.ndarray) -> np.ndarray:
         half, size = NUM_DRAWS // 2, self.space.size
         anywhere = generator.uniform(size=(half, size))
         scales = np.exp(generator.uniform(np.log(NEAREST), np.log(FARTHEST), (half, 1)))
@@ -102,7 +102,7 @@ class Bayesian(Solver):
         require_whole("population", self.population, 1, WeightingError)
 
 
-def _fitted(units: np.ndarray, losses: np.ndarray) -> Any:
+def _fit_kernel(units: np.ndarray, losses: np.ndarray) -> Any:
     """The kernel that makes the losses most likely."""
     # scikit-learn takes a second to import and the catalogue should not wait for it
     from sklearn.exceptions import ConvergenceWarning
@@ -118,7 +118,7 @@ def _fitted(units: np.ndarray, losses: np.ndarray) -> Any:
         return process.fit(units, losses).kernel_
 
 
-def _posterior(kernel: Any, units: np.ndarray, losses: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _predict(kernel: Any, units: np.ndarray, losses: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and deviation of the loss of each draw, without the noise."""
     from sklearn.gaussian_process import GaussianProcessRegressor
 

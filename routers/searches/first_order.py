@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from loraweave.errors import WeightingError
-from loraweave.routers.searches._quadratic import fitted
+from loraweave.routers.searches._quadratic import fit_quadratic
 from loraweave.routers.searches._solver import Solver
 
 RADIUS = 0.5
@@ -65,7 +65,7 @@ class FirstOrder(Solver):
         changes_KD = np.array([change for _, change in others]).reshape(-1, len(best))
         # the largest slope alone leads to the edge of what is trusted
         curvature = float(np.abs(slope).max()) / self.radius or 1.0
-        model = fitted(best, slope, steps_KD, changes_KD, curvature=curvature, ridge=self.ridge)
+        model = fit_quadratic(best, slope, steps_KD, changes_KD, curvature=curvature, ridge=self.ridge)
         low = np.maximum(best - self._trusted, self.space.low)
         high = np.minimum(best + self._trusted, self.space.high)
         lowest = model.lowest(low, high)

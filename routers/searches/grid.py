@@ -81,11 +81,11 @@ class Grid(Solver):
         while self._unchanged < self.space.size:
             others = [strength for strength in self.strengths if strength != self._best[self._place]]
             if others:
-                return [self._changed(strength) for strength in others]
+                return [self._change(strength) for strength in others]
             self._step(unchanged=self._unchanged + 1)
         return []
 
-    def _changed(self, strength: float) -> np.ndarray:
+    def _change(self, strength: float) -> np.ndarray:
         vector = self._best.copy()
         vector[self._place] = strength
         return vector

@@ -53,7 +53,7 @@ class LorahubOriginal(Solver):
 
     def _propose(self) -> list[np.ndarray]:
         if self._candidate is None:
-            self._candidate = self._guarded(self._optimizer.ask)
+            self._candidate = self._guard(self._optimizer.ask)
         return [np.array(self._candidate.value)]
 
     def _learn(self, vectors: Sequence[np.ndarray], losses: Sequence[float], gradients: Sequence[np.ndarray]) -> None:
@@ -62,7 +62,7 @@ class LorahubOriginal(Solver):
             self._worst = max(self._worst, loss)
         # nevergrad has no failed candidates: one counts as slightly worse than the worst
         told = loss if math.isfinite(loss) else 1.0 + (self._worst if math.isfinite(self._worst) else 0.0)
-        self._candidate = self._guarded(lambda: self._next(told))
+        self._candidate = self._guard(lambda: self._next(told))
 
     def _next(self, loss: float) -> Any:
         """The candidate after the one that has this loss, asked for at once: so no thread of nevergrad's is left running."""
@@ -87,7 +87,7 @@ class LorahubOriginal(Solver):
         space.random_state = np.random.RandomState(first)
         return nevergrad.optimizers.NGOpt(parametrization=space, budget=self.budget)
 
-    def _guarded(self, call: Callable[[], Any]) -> Any:
+    def _guard(self, call: Callable[[], Any]) -> Any:
         """What a call of nevergrad gives."""
         outcome: list[Any] = []
 

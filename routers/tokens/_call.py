@@ -56,7 +56,7 @@ def current_prompts() -> Prompts | None:
     return _PROMPTS.get()
 
 
-def copies_of(router: str, prompts: Prompts, num_rows: int) -> int:
+def count_copies(router: str, prompts: Prompts, num_rows: int) -> int:
     """How many rows of a call each prompt has, on end. Raises ScopeError where that does not come out even."""
     if not num_rows or num_rows % len(prompts.rows):
         raise ScopeError(
@@ -94,7 +94,7 @@ class CallText:
                 f"router {router!r} chooses by the text of a row, and this call of the model has no input_ids: call it with "
                 "token ids, or generate() from them"
             )
-        state = None if cache is None else _seen(beside, cache, len(new_BT))
+        state = None if cache is None else _find_seen(beside, cache, len(new_BT))
         if state is None:
             state = SeenTokens(new_BT)
         else:
@@ -132,7 +132,7 @@ def context_length(number: int, num_prompt: int | None, refresh: int) -> int:
     return num_prompt + refresh * (max(number - num_prompt, 0) // refresh)
 
 
-def _seen(beside: BesideCache[SeenTokens], cache: Any, num_rows: int) -> SeenTokens | None:
+def _find_seen(beside: BesideCache[SeenTokens], cache: Any, num_rows: int) -> SeenTokens | None:
     """What a cache has seen: beside it, or as the prompts, where these are what it has."""
     prompts = current_prompts()
     try:
@@ -160,11 +160,11 @@ def _prompt_lengths(router: str, num_rows: int) -> Sequence[int | None]:
     prompts = current_prompts()
     if prompts is None:
         return [None] * num_rows
-    copies = copies_of(router, prompts, num_rows)
+    copies = count_copies(router, prompts, num_rows)
     return [len(prompt) for prompt in prompts.rows for _ in range(copies)]
 
 
-def rows_of_call(arguments: Mapping[str, Any]) -> int:
+def count_rows(arguments: Mapping[str, Any]) -> int:
     """How many rows a call of the model has, by its arguments; 0 where that is not known."""
     given = (arguments.get(name) for name in ("decoder_input_ids", "input_ids", "inputs_embeds", "decoder_inputs_embeds"))
     return next((len(tensor) for tensor in given if isinstance(tensor, Tensor)), 0)

@@ -63,7 +63,7 @@ class OutputRouter(LearnedRouter):
         self.owners_ = LayerTensors({})
         if isinstance(pool, ExpertPool):
             for layer, routed in self.members.layers.items():
-                self.cores_[layer], self.bases_[layer], self.owners_[layer] = _rows(pool, layer, routed)
+                self.cores_[layer], self.bases_[layer], self.owners_[layer] = _factorise(pool, layer, routed)
 
     @property
     def informed(self) -> dict[str, RoutedLayer]:
@@ -84,7 +84,7 @@ class OutputRouter(LearnedRouter):
         return zeros_BTE.index_add(2, self.owners_[layer], values_BTS)
 
 
-def _rows(pool: ExpertPool, layer: str, routed: RoutedLayer) -> tuple[Tensor, Tensor, Tensor]:
+def _factorise(pool: ExpertPool, layer: str, routed: RoutedLayer) -> tuple[Tensor, Tensor, Tensor]:
     """c_SI, q_SO and owner_S of one layer; an expert of more rank than outputs has as many rows as outputs."""
     cores, bases, owners = [torch.zeros(0, routed.num_inputs)], [torch.zeros(0, routed.num_outputs)], []
     for place, a_RI, b_OR in parts(pool, layer):
@@ -116,7 +116,7 @@ class OutputAttention(OutputRouter):
         """s_BTE of the layer's experts, -inf for the others."""
         z_BTS = self.latents(x_BTI, layer)
         if layer in self.queries_:
-            z_BTS = z_BTS * self._asked(x_BTI, layer) * self.scale
+            z_BTS = z_BTS * self._query_products(x_BTI, layer) * self.scale
         scores_BTE = self.by_expert(z_BTS, layer)
         return without(scores_BTE, self.members.layers[layer].experts)
 
@@ -125,7 +125,7 @@ class OutputAttention(OutputRouter):
         scores_BTE = self.scores(x_BTI, layer)
         return self.note(layer, scores_BTE, scores_BTE.softmax(dim=-1))
 
-    def _asked(self, x_BTI: Tensor, layer: str) -> Tensor:
+    def _query_products(self, x_BTI: Tensor, layer: str) -> Tensor:
         """k_s . query(x) for each row s of the bases, (B, T, S), in the cheaper order of the two."""
         q_DI, bias_D = self.queries_[layer], self.query_bias(layer)
         x_BTI = x_BTI.to(q_DI.dtype)
@@ -169,7 +169,7 @@ class InputGates(LearnedRouter):
         return without(scores_BTE, self.members.layers[layer].experts)
 
 
-def drawn(num_experts: int, num_inputs: int) -> Tensor:
+def draw_gates(num_experts: int, num_inputs: int) -> Tensor:
     """g_EI as torch draws a linear layer: uniform between -1/sqrt(I) and 1/sqrt(I)."""
     bound = num_inputs**-0.5
     return torch.empty(num_experts, num_inputs).uniform_(-bound, bound)

@@ -110,7 +110,7 @@ class Members:
             for layer, routed in self.layers.items()
         }
         left = {layer: routed for layer, routed in layers.items() if routed.experts}
-        return replace(self, names=_but(self.names, gone), hashes=_but(self.hashes, gone), layers=MappingProxyType(left))
+        return replace(self, names=_omit(self.names, gone), hashes=_omit(self.hashes, gone), layers=MappingProxyType(left))
 
     def including(self, name: str, adapter: Adapter) -> Members:
         """Them and one more, at the end.
@@ -173,11 +173,11 @@ class Members:
         return cls(names, hashes, str(data["base_model"]), known, MappingProxyType(layers))
 
 
-def _but(values: tuple[str, ...], place: int) -> tuple[str, ...]:
+def _omit(values: tuple[str, ...], place: int) -> tuple[str, ...]:
     return (*values[:place], *values[place + 1 :])
 
 
-def names_in(own: Members, pool: ExpertPool, router: str) -> list[str]:
+def find_names(own: Members, pool: ExpertPool, router: str) -> list[str]:
     """The pool's name of each of a router's own experts, in the router's order; `router` is its name.
 
     Raises BaseModelMismatch for a pool of another base, WeightingError, which lists the differences, for one without
@@ -186,13 +186,13 @@ def names_in(own: Members, pool: ExpertPool, router: str) -> list[str]:
     other = Members.of(pool)
     if why := own.base.differs(other.base):
         raise BaseModelMismatch(f"router {router!r} was made for another base model than the pool's: {why}")
-    found = _matched(own, other)
+    found = _match_experts(own, other)
     if None in found:
-        raise WeightingError(f"router {router!r} is for other experts than the pool's: {_differences(own, other, found)}")
+        raise WeightingError(f"router {router!r} is for other experts than the pool's: {_tell_apart(own, other, found)}")
     return [name for name in found if name is not None]
 
 
-def _matched(own: Members, other: Members) -> list[str | None]:
+def _match_experts(own: Members, other: Members) -> list[str | None]:
     """For each expert the one of the same content: under its own name if that is one, else the first not taken yet."""
     by_hash: dict[str, list[str]] = {}
     for name, digest in zip(other.names, other.hashes, strict=True):
@@ -207,13 +207,13 @@ def _matched(own: Members, other: Members) -> list[str | None]:
     return found
 
 
-def _differences(own: Members, other: Members, found: Sequence[str | None]) -> str:
+def _tell_apart(own: Members, other: Members, found: Sequence[str | None]) -> str:
     lacking = [name for name, place in zip(own.names, found, strict=True) if place is None]
     missing = [name for name in lacking if name not in other.places]
     changed = [name for name in lacking if name in other.places]
     extra = [name for name in other.names if name not in found and name not in own.places]
     groups = (("missing from the pool", missing), ("of other content there", changed), ("not known to the router", extra))
-    listed = "; ".join(f"{what}: {_some(names)}" for what, names in groups if names)
+    listed = "; ".join(f"{what}: {_list_some(names)}" for what, names in groups if names)
     layers = sorted(set(own.layers) ^ set(other.layers))
     apart = f"; {len(layers)} layers are updated by one of the two alone, the first {layers[0]!r}" if layers else ""
     return (
@@ -222,7 +222,7 @@ def _differences(own: Members, other: Members, found: Sequence[str | None]) -> s
     )
 
 
-def _some(names: Sequence[str]) -> str:
+def _list_some(names: Sequence[str]) -> str:
     more = f" and {len(names) - NUM_SHOWN} more" if len(names) > NUM_SHOWN else ""
     return ", ".join(map(repr, names[:NUM_SHOWN])) + more
 

@@ -17,8 +17,8 @@ from loraweave.errors import BaseModelMismatch, ScopeError, TrainingError, Weigh
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.intake.model_hub import upload
 from loraweave.hub.pool import ExpertPool
-from loraweave.routers.combined import begin, derive, needs_call, renamed
-from loraweave.routers.tokens._members import LayerTensors, Members, names_in
+from loraweave.routers.combined import begin, derive, known_as, needs_call
+from loraweave.routers.tokens._members import LayerTensors, Members, find_names
 from loraweave.routers.tokens._written import Contents, router_card, write_router
 from loraweave.types import Router
 
@@ -113,7 +113,7 @@ class TokenRouter(nn.Module):
         differences, for a pool without some of its experts, BaseModelMismatch for one of another base.
         """
 
-        return placed(self, pool if isinstance(pool, ExpertPool) else ExpertPool(pool))
+        return place_onto(self, pool if isinstance(pool, ExpertPool) else ExpertPool(pool))
 
     @property
     def watched(self) -> tuple[str, ...]:
@@ -211,13 +211,13 @@ def by_layer(pool: ExpertPool | Members, make: Callable[[ExpertPool, str], Tenso
     return {layer: make(pool, layer) for layer in Members.of(pool).layers}
 
 
-def placed(router: TokenRouter, pool: ExpertPool) -> TokenRouter:
+def place_onto(router: TokenRouter, pool: ExpertPool) -> TokenRouter:
     """The router for the experts of a pool that has its own, by content, under whatever names and in whatever order.
 
     Itself where the pool is the one it is for. Raises WeightingError, which lists the differences, for a pool without some
     of its experts, BaseModelMismatch for one of another base.
     """
-    names = tuple(names_in(router.members, pool, router.name))
+    names = tuple(find_names(router.members, pool, router.name))
     return router if names == router.experts == pool.names else _Placed(router, pool, names)
 
 
@@ -248,7 +248,7 @@ class _Placed(TokenRouter):
         return needs_call(self.router)
 
     def begin(self, model: Any, arguments: Mapping[str, Any]) -> Router:
-        with renamed(self._names_of_own):
+        with known_as(self._names_of_own):
             of_call = begin(self.router, model, arguments)
         return self if of_call is self.router else derive(of_call, self._spread)
 
@@ -279,13 +279,13 @@ def without_rows(router: R, name: str) -> R:
     for old, part in zip(router.parts, copy.parts, strict=True):
         part.members = members
         for table, owner in (part.per_expert or {}).items():
-            owners = _owners(old, table, owner)
+            owners = _owners_of(old, table, owner)
             kept = {layer: rows[owners[layer] != gone] for layer, rows in _tables(old, table).items()}
-            _put(part, table, {layer: rows for layer, rows in kept.items() if not layer or layer in members.layers})
+            _put_tables(part, table, {layer: rows for layer, rows in kept.items() if not layer or layer in members.layers})
         for owner in _owner_tables(part):
             owners = {layer: owner_S[owner_S != gone] for layer, owner_S in _tables(old, owner).items()}
             shifted = {layer: owner_S - (owner_S > gone).to(owner_S.dtype) for layer, owner_S in owners.items()}
-            _put(part, owner, {layer: owner_S for layer, owner_S in shifted.items() if layer in members.layers})
+            _put_tables(part, owner, {layer: owner_S for layer, owner_S in shifted.items() if layer in members.layers})
         for count in part.counts:
             if (chosen := getattr(part, count)) is not None:
                 setattr(part, count, min(chosen, len(members.names)))
@@ -302,10 +302,10 @@ def with_rows(router: R, name: str, adapter: Adapter) -> R:
         part.members = members
         for table, owner in (part.per_expert or {}).items():
             counts = (place, 1) if owner is None else (0, 0)
-            _put(part, table, _joined(_tables(old, table), _tables(new, table), counts))
+            _put_tables(part, table, _join_rows(_tables(old, table), _tables(new, table), counts))
         for owner in _owner_tables(part):
             later = {layer: owner_S + place for layer, owner_S in _tables(new, owner).items()}
-            _put(part, owner, _joined(_tables(old, owner), later, (0, 0)))
+            _put_tables(part, owner, _join_rows(_tables(old, owner), later, (0, 0)))
     return copy
 
 
@@ -313,14 +313,14 @@ def _owner_tables(part: TokenRouter) -> list[str]:
     return list(dict.fromkeys(owner for owner in (part.per_expert or {}).values() if owner is not None))
 
 
-def _owners(part: TokenRouter, table: str, owner: str | None) -> Tables:
+def _owners_of(part: TokenRouter, table: str, owner: str | None) -> Tables:
     """Whose each row of a table is, as a place among the experts."""
     if owner is not None:
         return _tables(part, owner)
     return {layer: torch.arange(len(rows), device=rows.device) for layer, rows in _tables(part, table).items()}
 
 
-def _joined(first: Tables, second: Tables, num_rows: tuple[int, int]) -> Tables:
+def _join_rows(first: Tables, second: Tables, num_rows: tuple[int, int]) -> Tables:
     """The rows of both below each other; for a layer that one of them lacks, so many rows of zeros there."""
     found = {}
     for layer in dict.fromkeys([*first, *second]):
@@ -340,7 +340,7 @@ def _tables(part: TokenRouter, name: str) -> Tables:
     return {"": held.detach()}
 
 
-def _put(part: TokenRouter, name: str, tables: Mapping[str, Tensor]) -> None:
+def _put_tables(part: TokenRouter, name: str, tables: Mapping[str, Tensor]) -> None:
     held = getattr(part, name)
     if not isinstance(held, LayerTensors):
         setattr(part, name, nn.Parameter(tables[""]) if isinstance(held, nn.Parameter) else tables[""])

@@ -41,7 +41,7 @@ class Saved:
     report: Mapping[str, Any] | None
 
 
-def folder_of(source: str | Path, *, revision: str | None, token: str | None, local_files_only: bool) -> Path:
+def find_folder(source: str | Path, *, revision: str | None, token: str | None, local_files_only: bool) -> Path:
     """The local folder, or what was downloaded of `owner/name`. AdapterNotFound for what is neither."""
     path = Path(source)
     if path.is_dir():
@@ -95,7 +95,7 @@ def read_router(folder: Path, saved: Saved, made_of: type[TokenRouter]) -> Token
     _require_tensors(router, folder / TENSORS)
     router.report = saved.report
     if saved.num_adapters:
-        router.pool = _pool(folder, saved.members)
+        router.pool = _read_pool(folder, saved.members)
     return router.eval()
 
 
@@ -127,7 +127,7 @@ def _require_tensors(router: TokenRouter, file: Path) -> None:
             raise AdapterCorrupt(f"{file} has no tensor for layer {missing[0]!r}, which an expert updates")
 
 
-def _pool(folder: Path, members: Members) -> ExpertPool:
+def _read_pool(folder: Path, members: Members) -> ExpertPool:
     adapters = {}
     for number, (name, digest) in enumerate(zip(members.names, members.hashes, strict=True)):
         where = folder / ADAPTERS / str(number)
@@ -166,7 +166,7 @@ def router(
     if isinstance(name, Path) or "/" in name or (name not in registry.names("routers") and Path(name).is_dir()):
         if options:
             raise WeightingError(f"a saved router has its options already: leave out {', '.join(options)}")
-        folder = folder_of(name, revision=revision, token=token, local_files_only=local_files_only)
+        folder = find_folder(name, revision=revision, token=token, local_files_only=local_files_only)
         saved = read_saved(folder)
         found = read_router(folder, saved, router_class(saved.name))
         return found if experts is None else found.onto(experts)
@@ -186,7 +186,7 @@ def router_class(name: str) -> type[TokenRouter]:
     if name not in registry.names("routers"):
         known = router_names()
         raise UnknownName(f"no router {name!r}{registry.nearest(name, known)}; there are {', '.join(known)}")
-    found = _found(name)
+    found = _look_up(name)
     if not _is_router(found):
         raise UnknownName(
             f"{name!r} searches for the weights of a task and is no router: compose(method={name!r}) runs it; routers are "
@@ -197,10 +197,10 @@ def router_class(name: str) -> type[TokenRouter]:
 
 def router_names() -> list[str]:
     """The names of the routers that look at the input; each file of the registry is imported."""
-    return [name for name in registry.names("routers") if _is_router(_found(name))]
+    return [name for name in registry.names("routers") if _is_router(_look_up(name))]
 
 
-def _found(name: str) -> Any:
+def _look_up(name: str) -> Any:
     found = registry.get("routers", name)
     # a search may have a router beside it that has the same formula for each input
     return getattr(found, "token_router", found)

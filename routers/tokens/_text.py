@@ -18,7 +18,7 @@ from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
 from loraweave.hub.search.search import MAX_SAMPLE_INPUTS
 from loraweave.routers.tokens._caches import BesideCache
-from loraweave.routers.tokens._call import CallText, SeenTokens, copies_of, current_prompts, current_tokenizer, rows_of_call
+from loraweave.routers.tokens._call import CallText, SeenTokens, count_copies, count_rows, current_prompts, current_tokenizer
 from loraweave.routers.tokens._members import Members
 from loraweave.routers.tokens._router import TokenRouter, option_names
 from loraweave.routers.tokens._scores import without
@@ -136,7 +136,7 @@ class TextRouter(TokenRouter):
             # each token that is generated asks again
             if self not in prompts.weights:
                 prompts.weights[self] = self._of_tokens(prompts.rows).to(prompts.ids_BT.device)[:, None]
-            copies = copies_of(self.name, prompts, rows_of_call(arguments))
+            copies = count_copies(self.name, prompts, count_rows(arguments))
             return prompts.weights[self].repeat_interleave(copies, dim=0)
         text = CallText.of(self.name, self._beside, arguments)
         return self._of_tokens(text.rows()).to(text.ids_BT.device)[:, None]
@@ -204,7 +204,7 @@ class TextWeights:
 Examples = Mapping[str, Iterable[str]] | Hub | None
 
 
-def expert_texts(router: str, pool: ExpertPool, examples: Examples, template: str | None) -> dict[str, list[str]]:
+def read_expert_texts(router: str, pool: ExpertPool, examples: Examples, template: str | None) -> dict[str, list[str]]:
     """{expert: texts} of the experts that have some.
 
     Given texts are taken as they are. The sample inputs of a card (None), or of a hub's record of that name, become prompts
@@ -212,7 +212,7 @@ def expert_texts(router: str, pool: ExpertPool, examples: Examples, template: st
     Raises WeightingError for what is no list of texts.
     """
     if isinstance(examples, Mapping):
-        return {name: _texts(router, name, given) for name, given in examples.items()}
+        return {name: _require_texts(router, name, given) for name, given in examples.items()}
     found = {}
     for name in pool.names:
         if isinstance(examples, Hub):
@@ -222,16 +222,16 @@ def expert_texts(router: str, pool: ExpertPool, examples: Examples, template: st
             card = pool.adapters[name].card
             inputs, description = tuple(card.get("examples") or ()), str(card.get("description") or "")
         samples = [text for text in inputs if isinstance(text, str) and text.strip()][:MAX_SAMPLE_INPUTS]
-        found[name] = samples if template is None else _prompts(samples, description, template)
+        found[name] = samples if template is None else _make_prompts(samples, description, template)
     return found
 
 
-def _prompts(inputs: Sequence[str], instruction: str, template: str) -> list[str]:
+def _make_prompts(inputs: Sequence[str], instruction: str, template: str) -> list[str]:
     task = Task([], instruction=instruction, template=template)
     return [task.prompt(text) for text in inputs]
 
 
-def _texts(router: str, name: str, given: Any) -> list[str]:
+def _require_texts(router: str, name: str, given: Any) -> list[str]:
     listed = [given] if isinstance(given, str) else list(given)
     if odd := [text for text in listed if not isinstance(text, str) or not text.strip()]:
         raise WeightingError(
@@ -241,7 +241,7 @@ def _texts(router: str, name: str, given: Any) -> list[str]:
     return listed
 
 
-def labelled_texts(dataset: Any) -> dict[str, list[str]]:
+def read_prompts(dataset: Any) -> dict[str, list[str]]:
     """{name: prompts}, of what `labelled_tasks` takes, and of {name: texts}, which are prompts already; raises like that."""
     if isinstance(dataset, Mapping) and dataset and all(_are_texts(given) for given in dataset.values()):
         return {name: list(given) for name, given in dataset.items()}
@@ -261,11 +261,11 @@ def labelled_tasks(dataset: Any) -> dict[str, Task]:
     """
     if isinstance(dataset, Mapping):
         tasks = {
-            name: given if isinstance(given, Task) else _task(located(given, of=repr(name)))
+            name: given if isinstance(given, Task) else _read_task(located(given, of=repr(name)))
             for name, given in dataset.items()
         }
     else:
-        tasks = {name: _task(rows) for name, rows in _by_expert(dataset).items()}
+        tasks = {name: _read_task(rows) for name, rows in _group_by_expert(dataset).items()}
     if not tasks:
         raise InvalidTask("the data set is empty: give {name: [(input, target), ...]}")
     for name, task in tasks.items():
@@ -274,14 +274,14 @@ def labelled_tasks(dataset: Any) -> dict[str, Task]:
     return tasks
 
 
-def _task(rows: Iterable[tuple[str, Any]]) -> Task:
+def _read_task(rows: Iterable[tuple[str, Any]]) -> Task:
     """Of rows and where they are: prompts are the inputs."""
     plain = Task(())
     read = [read_row(row, where) for where, row in rows]
     return Task([(plain.prompt_of(row), row.targets[0]) for row in read], template="{input}")
 
 
-def _by_expert(dataset: Any) -> dict[str, list[tuple[str, Any]]]:
+def _group_by_expert(dataset: Any) -> dict[str, list[tuple[str, Any]]]:
     grouped: dict[str, list[tuple[str, Any]]] = {}
     for where, row in located(dataset, of="the data set"):
         if not isinstance(row, Mapping) or not row.get("expert"):

@@ -19,7 +19,7 @@ from torch import Tensor
 from loraweave.errors import WeightingError
 from loraweave.hub.formats._replacing import replacing
 from loraweave.hub.pool import ExpertPool
-from loraweave.routers.tokens._members import Members, names_in
+from loraweave.routers.tokens._members import Members, find_names
 
 FORMAT = 1
 FILE, TENSORS, ADAPTERS = "router.json", "router.safetensors", "adapters"
@@ -45,9 +45,9 @@ def write_router(router: Contents, folder: Path, pool: ExpertPool | None) -> Pat
     """
     if folder.exists() and not (folder / FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise WeightingError(f"{folder} holds something that is no router; name another folder")
-    names = [] if pool is None else names_in(router.members, pool, router.name)
+    names = [] if pool is None else find_names(router.members, pool, router.name)
     raw = save({name: value.detach().cpu().contiguous().clone() for name, value in router.tensors.items()})
-    text = _recipe(router, hashlib.sha256(raw).hexdigest(), len(names))
+    text = _to_json(router, hashlib.sha256(raw).hexdigest(), len(names))
     with replacing(folder) as new:
         for number, name in enumerate(names):
             pool.adapters[name].save_pretrained(new / ADAPTERS / str(number))  # type: ignore[union-attr]
@@ -56,7 +56,7 @@ def write_router(router: Contents, folder: Path, pool: ExpertPool | None) -> Pat
     return folder
 
 
-def _recipe(router: Contents, digest: str, num_adapters: int) -> str:
+def _to_json(router: Contents, digest: str, num_adapters: int) -> str:
     recipe = {
         "format": FORMAT,
         "router": router.name,

@@ -17,7 +17,7 @@ from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._forms import ScoredRouter
 from loraweave.routers.tokens._members import LayerTensors, Members
 from loraweave.routers.tokens._scores import without
-from loraweave.routers.tokens._text import labelled_texts
+from loraweave.routers.tokens._text import read_prompts
 
 TOP_K = 2
 
@@ -47,7 +47,7 @@ class AverageActivation(ScoredRouter):
         other experts stay as they are. Raises InvalidTask for rows that name no expert, UnknownExpert for others.
         """
         self.require_engine(engine)
-        texts = {name: given[:num_texts] for name, given in labelled_texts(dataset).items()}
+        texts = {name: given[:num_texts] for name, given in read_prompts(dataset).items()}
         engine.pool.known(texts)
         layers = {layer: self.members.layers[layer].experts for layer in self.layers}
         for name, means in _input_means(engine, texts, layers, progress=progress):

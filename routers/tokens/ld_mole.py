@@ -12,7 +12,7 @@ from torch.nn import functional
 from loraweave.common.checks import is_whole
 from loraweave.errors import WeightingError
 from loraweave.hub.pool import ExpertPool
-from loraweave.routers.tokens._forms import InputGates, drawn
+from loraweave.routers.tokens._forms import InputGates, draw_gates
 from loraweave.routers.tokens._learned import Step
 from loraweave.routers.tokens._members import Members
 from loraweave.routers.tokens._scores import least_lambda, sparsegen
@@ -43,7 +43,7 @@ class LdMole(InputGates):
                 raise WeightingError(f"{option} of router 'ld_mole' is {value!r}; it is a whole number, 1 or more")
         if not 0 <= sparsity < math.inf:
             raise WeightingError(f"sparsity of router 'ld_mole' is {sparsity!r}; it is a coefficient of a loss, 0 or more")
-        super().__init__(pool, drawn)
+        super().__init__(pool, draw_gates)
         self.hidden = hidden
         self.sparsity = sparsity
         self.target = target

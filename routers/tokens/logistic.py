@@ -11,7 +11,7 @@ from torch import Tensor
 from loraweave.errors import UnknownName, WeightingError
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._members import Members
-from loraweave.routers.tokens._text import Examples, TextRouter, expert_texts, labelled_texts
+from loraweave.routers.tokens._text import Examples, TextRouter, read_expert_texts, read_prompts
 from loraweave.types import DEFAULT_TEMPLATE
 
 FORMS = ("selection", "probabilities")
@@ -52,7 +52,7 @@ class Logistic(TextRouter):
         self.register_buffer("coefficients_", torch.empty(0))
         self.register_buffer("intercepts_", torch.empty(0))
         if isinstance(pool, ExpertPool):
-            texts = expert_texts(self.name, pool, examples, template)
+            texts = read_expert_texts(self.name, pool, examples, template)
             if examples is not None or any(texts.values()):
                 self._learn(texts)
 
@@ -64,7 +64,7 @@ class Logistic(TextRouter):
         experts without examples, UnknownExpert for others.
         """
         self.require_engine(engine)
-        self._learn(labelled_texts(dataset))
+        self._learn(read_prompts(dataset))
         return self
 
     def weights_of(self, vectors_ND: Tensor) -> Tensor:
@@ -77,11 +77,11 @@ class Logistic(TextRouter):
         self.require_of_each(texts, "examples")
         of_expert = [self.vectors(texts[name]) for name in self.experts]
         expert_N = torch.tensor([place for place, rows in enumerate(of_expert) for _ in rows])
-        self.coefficients_, self.intercepts_ = _fitted(torch.cat(of_expert), expert_N, self.inverse_penalty)
+        self.coefficients_, self.intercepts_ = _fit(torch.cat(of_expert), expert_N, self.inverse_penalty)
         self.remember_embedder()
 
 
-def _fitted(vectors_ND: Tensor, expert_N: Tensor, inverse_penalty: float) -> tuple[Tensor, Tensor]:
+def _fit(vectors_ND: Tensor, expert_N: Tensor, inverse_penalty: float) -> tuple[Tensor, Tensor]:
     """W_ED and b_E."""
     from sklearn.linear_model import LogisticRegression
 

@@ -14,7 +14,7 @@ from loraweave.errors import ScopeError, WeightingError
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.losses.domain import domain
 from loraweave.routers.tokens._caches import BesideCache, RowsAndTokens
-from loraweave.routers.tokens._forms import InputGates, drawn
+from loraweave.routers.tokens._forms import InputGates, draw_gates
 from loraweave.routers.tokens._learned import Step
 from loraweave.routers.tokens._members import Members
 from loraweave.routers.tokens._model import CACHE_NAMES, block_of
@@ -53,7 +53,7 @@ class MixtureOfAdapters(InputGates):
             raise WeightingError(
                 f"decision of router 'mixture_of_adapters' is {decision!r}{close}; it is one of {', '.join(known)}"
             )
-        super().__init__(pool, drawn)
+        super().__init__(pool, draw_gates)
         self.eta = eta
         self.decision = decision
         self._beside: BesideCache[RunningSums] = BesideCache(self.name)

@@ -59,7 +59,7 @@ class Mole(OutputRouter):
         # z is as long as the output; an expert that adds nothing stays 0
         lengths_BTE = self.by_expert(z_BTS.square(), layer).clamp_min(SHORTEST**2).sqrt()
         units_BTS = z_BTS / lengths_BTE[..., self.owners_[layer]]
-        scores_BTE = units_BTS @ self._projected(layer) / self.log_temperatures_[layer].exp()
+        scores_BTE = units_BTS @ self._project(layer) / self.log_temperatures_[layer].exp()
         return without(scores_BTE, self._present(layer))
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
@@ -100,7 +100,7 @@ class Mole(OutputRouter):
         masked = {self.members.places[name] for name in self.masked}
         return tuple(place for place in self.members.layers[layer].experts if place not in masked)
 
-    def _projected(self, layer: str) -> Tensor:
+    def _project(self, layer: str) -> Tensor:
         """p_SE: each row of the bases with its own expert's projections, once a call instead of once a token."""
         q_SO, e_EOE = self.bases_[layer], self.gates_[layer]
         rows = [q_RO @ e_OE for q_RO, e_OE in zip(torch.split(q_SO, self._num_rows(layer)), e_EOE, strict=True)]

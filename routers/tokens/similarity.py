@@ -18,7 +18,7 @@ from loraweave.errors import UnknownName, WeightingError
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._members import Members
 from loraweave.routers.tokens._scores import require_temperature
-from loraweave.routers.tokens._text import Examples, TextRouter, expert_texts
+from loraweave.routers.tokens._text import Examples, TextRouter, read_expert_texts
 from loraweave.types import DEFAULT_TEMPLATE
 
 FORMS = ("softmax", "selection", "mixture")
@@ -73,7 +73,7 @@ class Similarity(TextRouter):
         self._require_options()
         self.register_buffer("keys_", torch.empty(0))
         if isinstance(pool, ExpertPool):
-            texts = expert_texts(self.name, pool, examples, template)
+            texts = read_expert_texts(self.name, pool, examples, template)
             self.require_of_each(texts, "examples")
             self.keys_ = torch.stack([self._key(texts[name]) for name in self.experts])
             self.remember_embedder()

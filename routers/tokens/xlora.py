@@ -86,7 +86,7 @@ class Xlora(LearnedRouter):
         # what sums to something else says so
         if softmax == "none" or global_scaling != 1 or (softmax == "all" and top_k is not None):
             self.simplex = False
-        self.head = self._made_head()
+        self.head = self._make_head()
         self._beside: BesideCache[DynamicCache] = BesideCache(self.name)
         # layers that share logits and have the same experts share weights, too
         groups = [(name if layerwise else "", self.members.layers[name].experts) for name in self.layers]
@@ -118,10 +118,10 @@ class Xlora(LearnedRouter):
             absent_GE = torch.ones(len(self._groups), len(self.experts), dtype=torch.bool)
             for place_G, (_, present) in enumerate(self._groups):
                 absent_GE[place_G, list(present)] = False
-            w_BTGE = self._chosen(scores_BTGE, absent_GE.to(place))
+            w_BTGE = self._choose(scores_BTGE, absent_GE.to(place))
         return _OfCall(self, scores_BTGE, w_BTGE, arguments.get("logits_to_keep"))
 
-    def _chosen(self, scores_BTGE: Tensor, absent_GE: Tensor) -> Tensor:
+    def _choose(self, scores_BTGE: Tensor, absent_GE: Tensor) -> Tensor:
         """w_BTGE before the global scaling."""
         some_BTGE = scores_BTGE.masked_fill(absent_GE, -torch.inf)
         if self.softmax == "top_k":
@@ -157,7 +157,7 @@ class Xlora(LearnedRouter):
         with under(dict.fromkeys(self.experts, weight)) if weight else nullcontext():
             return last_hidden(self.name, model, arguments, self._beside)
 
-    def _made_head(self) -> nn.Sequential:
+    def _make_head(self) -> nn.Sequential:
         sizes = [self.hidden_size, *[self.size] * (self.depth - 1)]
         inner: list[nn.Module] = []
         for num_inputs, num_outputs in pairwise(sizes):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loraweave.errors import ScopeError
-from loraweave.routers.tokens._call import copies_of, current_prompts, prompted
+from loraweave.routers.tokens._call import count_copies, current_prompts, prompted
 
 IDS_BT = torch.tensor([[0, 5, 6], [7, 8, 9]])
 MASK_BT = torch.tensor([[0, 1, 1], [1, 1, 0]])
@@ -38,6 +38,6 @@ def test_an_error_ends_the_block_too():
 
 def test_a_call_has_a_multiple_of_the_prompts_as_rows():
     with prompted(IDS_BT, MASK_BT):
-        assert copies_of("x", current_prompts(), 6) == 3
+        assert count_copies("x", current_prompts(), 6) == 3
         with pytest.raises(ScopeError, match="knows 2 prompts, but the call has 3 rows"):
-            copies_of("x", current_prompts(), 3)
+            count_copies("x", current_prompts(), 3)

@@ -6,7 +6,7 @@ import pytest
 
 import loraweave as lw
 from loraweave.errors import InvalidTask
-from loraweave.routers.tokens._text import labelled_tasks, labelled_texts
+from loraweave.routers.tokens._text import labelled_tasks, read_prompts
 
 
 def test_rows_are_gathered_by_their_expert_in_the_order_that_they_come_in():
@@ -32,8 +32,8 @@ def test_a_row_may_have_its_instruction_or_be_the_whole_prompt():
 
 
 def test_texts_are_prompts_already_and_examples_become_prompts():
-    assert labelled_texts({"a": ["x", "y"], "b": []}) == {"a": ["x", "y"], "b": []}
-    assert labelled_texts({"a": lw.Task([("x", "y")], template="Q {input} A")}) == {"a": ["Q x A"]}
+    assert read_prompts({"a": ["x", "y"], "b": []}) == {"a": ["x", "y"], "b": []}
+    assert read_prompts({"a": lw.Task([("x", "y")], template="Q {input} A")}) == {"a": ["Q x A"]}
 
 
 @pytest.mark.parametrize(
