@@ -1,4 +1,4 @@
-"""The form of every recipe: data that says what a trainable mixture is made of; `composer/experts` puts it into a model."""
+"""Base classes of recipes: data that says what a trainable mixture is made of. `composer/experts` puts it into a model."""
 
 from __future__ import annotations
 
@@ -86,9 +86,9 @@ class Recipe:
     branches: ClassVar[bool] = False
     # what gates look at of a convolution's input: all below the "kernel" at each position, its "middle", or "nothing"
     gates_see: ClassVar[Literal["kernel", "middle", "nothing"]] = "kernel"
-    # what fit() takes unless it is told otherwise
+    # default learning rate of fit()
     lr: ClassVar[float] = 3e-3
-    # one more whenever the same options have come to mean another training, which then begins anew beside older checkpoints
+    # raised whenever the same options come to mean another training, so that older checkpoints are not resumed
     revision: ClassVar[int] = 1
     # parts of parameters' names without a gradient in the first step, because their factor begins as 0
     silent_at_first: ClassVar[tuple[str, ...]] = ("a_SI",)
@@ -115,7 +115,7 @@ class Recipe:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options that it was made with, by name."""
+        """The options it was made with, by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
@@ -184,17 +184,17 @@ class Recipe:
         return site.num_features
 
     def require_whole(self, option: str) -> None:
-        """Raises WeightingError for an option that is no whole number of at least 1."""
+        """Raises WeightingError unless the option is a whole number of at least 1."""
         if not is_whole(getattr(self, option), 1):
             self.refuse(option, "it is a whole number of at least 1")
 
     def require_coefficient(self, option: str) -> None:
-        """Raises WeightingError for an option that is no coefficient of a loss."""
+        """Raises WeightingError unless the option is a coefficient of a loss, 0 or more."""
         if not 0 <= getattr(self, option) < math.inf:
             self.refuse(option, "it is a coefficient of a loss, 0 or more")
 
     def require_count(self, option: str, num_experts: int, least: int = 1) -> None:
-        """Raises WeightingError for an option that is no number of the experts."""
+        """Raises WeightingError unless the option is None or a number of experts, from `least` to all."""
         value = getattr(self, option)
         if value is not None and not (is_whole(value, least) and value <= num_experts):
             self.refuse(option, f"it is a whole number from {least} to the number of experts, {num_experts}")

@@ -285,7 +285,7 @@ def require_beginning(call: Call) -> None:
 
 
 def of_rows(weighing: Weighing, num_rows: int) -> Weighing:
-    """The weights of rows of which each has several on end, such as beams."""
+    """The weights repeated for consecutive copies of each row, such as beams."""
     w_BTE, scores_BTE = weighing
     copies = num_rows // len(w_BTE)
     if copies <= 1:

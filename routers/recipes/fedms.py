@@ -38,7 +38,7 @@ class Fedms(Frozen):
         return (0,)
 
     def shape(self, site: Site) -> ExpertShape:
-        """Raises WeightingError for a queue or a capability that the model has not the blocks for."""
+        """Raises WeightingError if the model lacks the blocks that the queue or the capability names."""
         return ExpertShape((self.rank, self.rank if self._is_active(site) else 0))
 
     def gate_key(self, site: Site) -> str:

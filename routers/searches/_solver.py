@@ -1,4 +1,4 @@
-"""The form of every search for mixture weights: ask for candidates, be told their losses, stop, give the best.
+"""The base class of searches for mixture weights: ask for candidates, be told their losses, stop, give the best.
 
 A solver sees names and losses, never a model: (experts, objective) -> MixtureWeights.
 """
@@ -25,7 +25,7 @@ from loraweave.routers.weights import LARGEST, MixtureWeights
 
 Start = Mapping[str, float] | MixtureWeights | None
 
-# candidates on end that cannot be scored, after which a search gives up
+# consecutive candidates without a score after which a search gives up
 MAX_FAILED = 16
 
 
@@ -100,7 +100,7 @@ class Solver(ABC):
     def _learn(  # noqa: B027 - a search may ask the same whatever it is told
         self, vectors: Sequence[np.ndarray], losses: Sequence[float], gradients: Sequence[np.ndarray]
     ) -> None:
-        """Takes in the losses of the vectors asked for, infinite where there is none, and the gradients by them."""
+        """Takes in the losses of the vectors asked for, infinite for a failed one, and the gradients by them."""
 
     @property
     def _least(self) -> tuple[int, str]:

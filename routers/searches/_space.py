@@ -64,7 +64,7 @@ class Space:
         return MixtureWeights(values_LE[None, None], self.experts, self.layers)
 
     def vector(self, weights: Mapping[str, float] | MixtureWeights | None) -> np.ndarray:
-        """The vector of a mixture; experts that it does not name get 0, and so does all where there is none.
+        """The vector of a mixture; experts it does not name get 0. None is the vector of zeros.
 
         Of a mixture by layer, a group gets the mean over its layers. Raises WeightingError for names that are no experts,
         weights outside the box, and mixtures of another scope than task.

@@ -35,7 +35,7 @@ class Told:
 
     @classmethod
     def read(cls, path: Path, settings: Mapping[str, Any]) -> Told:
-        """What a checkpoint has, nothing where there is no file; WeightingError for a damaged one or other settings."""
+        """The content of a checkpoint, empty without a file. WeightingError if it is damaged or of other settings."""
         if not path.is_file():
             return cls()
         try:
@@ -53,7 +53,7 @@ class Told:
         return cls(sizes, losses, gradients, seconds)
 
     def write(self, path: Path, settings: Mapping[str, Any]) -> None:
-        """Replaces the checkpoint; where that cannot be done the search goes on and the log says so."""
+        """Replaces the checkpoint. If that fails, the search goes on and the log says so."""
         content = {
             "settings": settings,
             "sizes": self.sizes,

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.special import ndtr
 
 from loraweave.common.checks import require_whole
 from loraweave.errors import WeightingError
-from loraweave.routers.searches._expected_improvement import expected_improvement
 from loraweave.routers.searches._solver import Solver
 
 POPULATION = 4
-# drawn anew for each candidate, half of them in the whole box and half around the best so far
+# drawn for each candidate, half of them in the whole box and half around the best so far
 NUM_DRAWS = 1024
 # of the box's width: the spread of the draws around the best, each at a scale of its own between these
 NEAREST, FARTHEST = 0.01, 0.3
@@ -126,3 +126,13 @@ def _predict(kernel: Any, units: np.ndarray, losses: np.ndarray, draws: np.ndarr
     mean_N, deviation_N = process.predict(draws, return_std=True)
     noise = kernel.k2.noise_level
     return mean_N, np.sqrt(np.maximum(deviation_N**2 - noise, 0.0))
+
+
+def expected_improvement(mean_N: np.ndarray, deviation_N: np.ndarray, best: float) -> np.ndarray:
+    """E[max(best - y, 0)] for each y distributed as N(mean, deviation^2); a deviation of 0 is no uncertainty."""
+    below_N = best - mean_N
+    sure_N = deviation_N <= 0
+    z_N = below_N / np.where(sure_N, 1.0, deviation_N)
+    density_N = np.exp(-(z_N**2) / 2) / math.sqrt(2 * math.pi)
+    expected_N = below_N * ndtr(z_N) + deviation_N * density_N
+    return np.where(sure_N, np.maximum(below_N, 0.0), expected_N)

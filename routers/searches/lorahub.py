@@ -32,7 +32,7 @@ class Lorahub(Solver):
 
     `sigma` is the first step size. Without a start the search begins at the base model; to begin where retrieval points,
     start=Similarity(experts, scores=scores).ask()[0]. When the losses of the last generations differ by less than
-    `tolerance`, or the steps have become too small to matter, the search begins anew at a random point of the box, with
+    `tolerance`, or the steps have become too small to matter, the search restarts at a random point of the box, with
     twice the population and steps of a quarter of the box (IPOP, Auger and Hansen 2005), at most `restarts` times; then it
     is over. The other arguments are `Solver`'s.
     """

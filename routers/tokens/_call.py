@@ -1,4 +1,7 @@
-"""What the rows of the running calls begin with, where somebody knows it: a call alone does not tell prompt from answer."""
+"""What a text router knows of a call: prompts of its rows, tokens in its cache, and the tokenizer.
+
+A call alone does not tell prompt from answer; who generates or scores says so by `with_prompts`.
+"""
 
 from __future__ import annotations
 
@@ -39,25 +42,25 @@ _PROMPTS: ContextVar[Prompts | None] = ContextVar("loraweave_prompts", default=N
 
 
 def prompted(ids_BT: Tensor, mask_BT: Tensor) -> AbstractContextManager[None]:
-    """Says, for the calls inside, what their rows begin with.
+    """Inside, calls know what their rows begin with; an outer block's prompts stay in force.
 
-    A batch of k times as many rows has each prompt k times on end. What a block around this one has said stays.
+    In a batch of k times as many rows each prompt serves k consecutive rows.
     """
     return holding(_PROMPTS, _PROMPTS.get() or Prompts(ids_BT, mask_BT))
 
 
 def unprompted() -> AbstractContextManager[None]:
-    """The calls inside are of other rows than those that a block around this one has said something of."""
+    """Inside, the prompts of an outer block do not apply: calls have other rows."""
     return holding(_PROMPTS, None)
 
 
 def current_prompts() -> Prompts | None:
-    """Those of the running calls, where they are known."""
+    """The prompts of the running calls, None if they are unknown."""
     return _PROMPTS.get()
 
 
 def count_copies(router: str, prompts: Prompts, num_rows: int) -> int:
-    """How many rows of a call each prompt has, on end. Raises ScopeError where that does not come out even."""
+    """How many consecutive rows of a call each prompt has. ScopeError if the rows are no multiple of the prompts."""
     if not num_rows or num_rows % len(prompts.rows):
         raise ScopeError(
             f"router {router!r} knows {len(prompts.rows)} prompts, but the call has {num_rows} rows, no multiple: call the "
@@ -83,7 +86,7 @@ class CallText:
 
     @classmethod
     def of(cls, router: str, beside: BesideCache[SeenTokens], arguments: Mapping[str, Any]) -> Self:
-        """Of a call of the model, whose tokens are kept beside its cache from now on.
+        """The text of a call of the model; its tokens are kept beside the cache from now on.
 
         Raises ScopeError for a call by embeddings, for a mask that does not say which tokens are real, and for a cache with
         tokens that the router has not seen.
@@ -133,7 +136,7 @@ def context_length(number: int, num_prompt: int | None, refresh: int) -> int:
 
 
 def _find_seen(beside: BesideCache[SeenTokens], cache: Any, num_rows: int) -> SeenTokens | None:
-    """What a cache has seen: beside it, or as the prompts, where these are what it has."""
+    """The tokens that a cache has seen: those kept beside it, or the prompts if it has as many tokens."""
     prompts = current_prompts()
     try:
         return beside.of(cache)
@@ -165,7 +168,7 @@ def _prompt_lengths(router: str, num_rows: int) -> Sequence[int | None]:
 
 
 def count_rows(arguments: Mapping[str, Any]) -> int:
-    """How many rows a call of the model has, by its arguments; 0 where that is not known."""
+    """How many rows a call of the model has, judged by its arguments; 0 if unknown."""
     given = (arguments.get(name) for name in ("decoder_input_ids", "input_ids", "inputs_embeds", "decoder_inputs_embeds"))
     return next((len(tensor) for tensor in given if isinstance(tensor, Tensor)), 0)
 
@@ -202,10 +205,10 @@ _TOKENIZER: ContextVar[Any] = ContextVar("loraweave_tokenizer", default=None)
 
 
 def with_tokenizer(tokenizer: Any) -> AbstractContextManager[None]:
-    """Hands a tokenizer to the routers that begin inside."""
+    """Inside, routers that are shown a call read text with this tokenizer."""
     return holding(_TOKENIZER, tokenizer)
 
 
 def current_tokenizer() -> Any:
-    """None outside, and where the engine has none."""
+    """The tokenizer of the running call; None outside of one, or if the engine has none."""
     return _TOKENIZER.get()

@@ -1,4 +1,4 @@
-"""The form of routers whose weights are a softmax over the experts with the highest scores, token by token."""
+"""Base classes of token routers: by scores, by the experts' own outputs, and by a learned matrix of each layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The form of every router with parameters: what it notes while it trains, and what is asked of it besides the loss."""
+"""The base class of routers with parameters, the notes of a training step, and the report of a training."""
 
 from __future__ import annotations
 
@@ -83,20 +83,20 @@ def require_alike(encoder_BT: Tensor, decoder_BT: Tensor) -> None:
 
 
 class LearnedRouter(TokenRouter):
-    """A router whose parameters `fit` trains; the adapters and the base stay as they are.
+    """A router whose parameters `fit` trains; adapters and base stay unchanged.
 
     `weights` calls `note` with what it made. `losses` may add terms to the model's loss, each under a name.
     """
 
     learned: ClassVar[bool] = True
-    # whether every row of the training data has to name the expert whose task it is
+    # whether every training row must name the expert whose task it is
     needs_experts: ClassVar[bool] = False
     # parameters, by the first part of their names, without a gradient in the first step: their factor starts at 0
     silent_at_first: ClassVar[tuple[str, ...]] = ()
-    # whether each expert has parameters of its own, learned from its own rows alone: the loss is then the sum over experts
-    # of each one's mean, every step has rows of each, and no gradient is made shorter for the sake of another's
+    # whether each expert's parameters learn from its own rows alone: the loss is then the sum over experts of each one's
+    # mean, every step has rows of each, and no expert's gradient is clipped because of another's
     apart: ClassVar[bool] = False
-    # what fit() takes unless it is told otherwise
+    # default learning rate of fit()
     lr: ClassVar[float] = 1e-3
 
     def __init__(self, pool: ExpertPool | Members) -> None:
@@ -105,14 +105,14 @@ class LearnedRouter(TokenRouter):
 
     @property
     def training_report(self) -> TrainingReport:
-        """How fit() went, also of a router that was saved after it. TrainingError where it was not fitted."""
+        """How fit() went, also for a router read from a file. TrainingError if it was never fitted."""
         if self.report is None:
             raise TrainingError(f"router {self.name!r} has not been trained: fit() it first")
         return TrainingReport.from_json(self.report)
 
     def note(self, layer: str, scores_BTE: Tensor, w_BTE: Tensor, beside: Tensor | None = None) -> Tensor:
-        """The weights as they are, after a training step has taken note of them."""
-        # a layer that a backward pass runs again was noted before
+        """Returns the weights unchanged, after noting them for the training step."""
+        # a layer that the backward pass runs again has been noted already
         if self.step is not None and torch._C._current_graph_task_id() == -1:
             self.step.scores[layer] = scores_BTE
             self.step.weights[layer] = w_BTE

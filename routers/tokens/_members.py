@@ -1,4 +1,4 @@
-"""Whom a router is for: experts by name and content, the layers that they update, and their base model."""
+"""The experts that a router is for, without their tensors; how they are found in a pool; and tensors by layer."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class RoutedLayer:
 
 @dataclass(frozen=True, eq=False)
 class Members:
-    """The experts of a pool without their tensors."""
+    """A pool's experts without their tensors: names, content hashes, base model, and the layers they update."""
 
     names: tuple[str, ...]
     hashes: tuple[str, ...]
@@ -50,7 +50,7 @@ class Members:
 
     @classmethod
     def of(cls, pool: ExpertPool | Members) -> Members:
-        """Of a pool, found once; a lazy one opens all its adapters. Members are their own."""
+        """The members of a pool, computed once; a lazy pool opens all its adapters. Members are returned unchanged."""
         if isinstance(pool, Members):
             return pool
         if pool not in _KNOWN:
@@ -99,7 +99,7 @@ class Members:
         return BaseKey(self.base_model, None, self.fingerprint)
 
     def without(self, name: str) -> Members:
-        """Them but one, in the same order. UnknownExpert for a name that is not among them, WeightingError for the last."""
+        """All but one, in the same order. UnknownExpert for an unknown name, WeightingError for the last expert."""
         if name not in self.places:
             raise unknown_expert(name, self.names)
         if len(self.names) == 1:
@@ -113,10 +113,10 @@ class Members:
         return replace(self, names=_omit(self.names, gone), hashes=_omit(self.hashes, gone), layers=MappingProxyType(left))
 
     def including(self, name: str, adapter: Adapter) -> Members:
-        """Them and one more, at the end.
+        """All and one more at the end.
 
-        Raises WeightingError for a name that is there already, BaseModelMismatch for an adapter of another base,
-        LayerMismatch where it updates a layer of other shape.
+        Raises WeightingError for a name that is taken, BaseModelMismatch for an adapter of another base,
+        LayerMismatch if it gives a layer another shape.
         """
         if name in self.places:
             raise WeightingError(f"the router has an expert {name!r} already: remove it first, or give another name")
@@ -180,7 +180,7 @@ def _omit(values: tuple[str, ...], place: int) -> tuple[str, ...]:
 def find_names(own: Members, pool: ExpertPool, router: str) -> list[str]:
     """The pool's name of each of a router's own experts, in the router's order; `router` is its name.
 
-    Raises BaseModelMismatch for a pool of another base, WeightingError, which lists the differences, for one without
+    Raises BaseModelMismatch for a pool of another base, WeightingError, listing the differences, for a pool that lacks
     some of the experts.
     """
     other = Members.of(pool)
@@ -193,7 +193,7 @@ def find_names(own: Members, pool: ExpertPool, router: str) -> list[str]:
 
 
 def _match_experts(own: Members, other: Members) -> list[str | None]:
-    """For each expert the one of the same content: under its own name if that is one, else the first not taken yet."""
+    """Each expert's counterpart of the same content: the one of its own name if there is one, else the first free one."""
     by_hash: dict[str, list[str]] = {}
     for name, digest in zip(other.names, other.hashes, strict=True):
         by_hash.setdefault(digest, []).append(name)
@@ -228,7 +228,7 @@ def _list_some(names: Sequence[str]) -> str:
 
 
 class LayerTensors(nn.Module):
-    """{layer: tensor}, parameters where `learned`. What is read from a file takes the place of whatever there was."""
+    """{layer: tensor}, as parameters if `learned`. Loading a file replaces all of them."""
 
     def __init__(self, tensors: Mapping[str, Tensor], *, learned: bool = False) -> None:
         super().__init__()
@@ -270,7 +270,7 @@ class LayerTensors(nn.Module):
 
 
 def _key(layer: str) -> str:
-    # torch takes a dot in a name for a step down
+    # torch reads a dot in a name as a submodule
     return layer.replace(".", "/")
 
 

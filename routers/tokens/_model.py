@@ -1,4 +1,4 @@
-"""A pass through the model's own decoder, without its head: what a router reads that looks at last hidden states."""
+"""What routers read of the running model: its last hidden states, and the input of the block that is running."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The form of every router that looks at the input of a layer: whose experts, which options, kept as a folder."""
+"""The base class of routers that look at a layer's input: their experts and options, how they are saved, grown and moved."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from loraweave.types import Router
 class TokenRouter(nn.Module):
     """w_BTE for each layer of a pool, from that layer's input x_BTI. Its experts are the pool's, in the pool's order.
 
-    A subclass takes the pool and its own options as keywords, keeps each option as an attribute of its name, and all its
-    tensors as parameters and buffers (`LayerTensors` where there is one for each layer). It can be made of `Members` alone,
-    without tensors of experts, to be filled from a file.
+    A subclass takes the pool, and its own options as keywords. It keeps each option as an attribute of the same name, and
+    all its tensors as parameters and buffers (`LayerTensors` for one tensor per layer). Made from `Members` alone it has no
+    tensors of experts yet; a file fills them in.
 
-    Weights of a layer count only for the experts that update it (`self.members.layers[layer].experts`).
+    A layer's weights count only for the experts that update it (`self.members.layers[layer].experts`).
     """
 
     # whether fit() is needed before the weights mean anything
     learned: ClassVar[bool] = False
     # whether the weights of every token sum to 1
     simplex: bool = True
-    # tensors with rows of experts: None where row e is of expert e, else the name of the tensor that says whose each row is;
-    # None for a router that weighs all experts together, so that none can join or leave it
+    # {tensor whose rows belong to experts: tensor that says to which, or None where row e belongs to expert e}; None for a
+    # router that weighs all experts together, so that none can join or leave
     per_expert: ClassVar[Mapping[str, str | None] | None] = None
-    # options that are at most the number of experts
+    # options that cannot exceed the number of experts
     counts: ClassVar[tuple[str, ...]] = ()
 
     # how it was trained, as JSON
@@ -68,7 +68,7 @@ class TokenRouter(nn.Module):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options that it was made with, by name."""
+        """The options it was made with, by name."""
         return {name: getattr(self, name) for name in option_names(type(self))}
 
     @property
@@ -109,32 +109,31 @@ class TokenRouter(nn.Module):
     def onto(self, pool: ExpertPool | Iterable[Adapter] | Mapping[str, Adapter]) -> TokenRouter:
         """The same router for a pool that has its experts in another order, under other names, or among others.
 
-        They are known by their content; experts that it does not know get weight 0. Raises WeightingError, which lists the
-        differences, for a pool without some of its experts, BaseModelMismatch for one of another base.
+        Experts are recognised by content; those it does not know get weight 0. Raises WeightingError, listing the
+        differences, if the pool lacks some of its experts, and BaseModelMismatch for a pool of another base.
         """
-
         return place_onto(self, pool if isinstance(pool, ExpertPool) else ExpertPool(pool))
 
     @property
     def watched(self) -> tuple[str, ...]:
-        """Paths of blocks of the model whose input it looks at (`routing.blocks.running_block`)."""
+        """Paths of the blocks whose input it looks at (`running_block` gives that input)."""
         return ()
 
     @property
     def parts(self) -> list[TokenRouter]:
-        """Itself and the routers that it is made of."""
+        """Itself and the routers it is made of."""
         return [part for part in self.modules() if isinstance(part, TokenRouter)]
 
     def alone(self, pool: ExpertPool) -> Self:
-        """A router like this one for a pool of one expert, from which `add_expert` takes the rows."""
+        """A router like this one for a pool of one expert, whose rows `add_expert` takes over."""
         options = {name: value for name, value in self.options.items() if name not in self.counts}
         return type(self)(pool, **options)
 
     def add_expert(self, name: str, adapter: Adapter) -> Self:
-        """A router with one more expert, at the end, where that is possible without training the others again.
+        """A router with one more expert at the end, if the others need no new training.
 
-        Their rows are those of this router, which stays as it is. Raises ScopeError where it is not possible, WeightingError
-        for a name that it has already, BaseModelMismatch or LayerMismatch for an adapter that does not go with the others.
+        The others keep their rows; this router is unchanged. Raises ScopeError if they would have to be trained again,
+        WeightingError for a name it already has, BaseModelMismatch or LayerMismatch for an adapter that does not fit.
         """
         if any(part.per_expert is None for part in self.parts):
             raise ScopeError(
@@ -144,9 +143,10 @@ class TokenRouter(nn.Module):
         return with_rows(self, name, adapter)
 
     def remove_expert(self, name: str) -> Self:
-        """A router without one expert, the rest as before, where that has a meaning; this one stays as it is.
+        """A router without one expert, the rest as before; this router is unchanged.
 
-        Raises ScopeError where it has none, UnknownExpert for a name that it has not, WeightingError for the last one.
+        Raises ScopeError if the rest means nothing without it, UnknownExpert for an unknown name, WeightingError for the
+        last expert.
         """
         if any(part.per_expert is None for part in self.parts):
             raise ScopeError(
@@ -156,15 +156,15 @@ class TokenRouter(nn.Module):
         return without_rows(self, name)
 
     def fit(self, *given: Any, **settings: Any) -> Self:
-        """Trains a router that learns; TrainingError for one that reads all that it knows off the adapters."""
+        """Trains a router that learns. TrainingError for one that reads all it knows off the adapters."""
         raise TrainingError(f"router {self.name!r} learns nothing, so there is nothing to fit: activate() it as it is")
 
     def save_pretrained(self, folder: str | Path, *, pool: ExpertPool | None = None) -> Path:
-        """Writes router.json and router.safetensors, and with `pool` the adapters of its experts, as PEFT folders.
+        """Writes router.json and router.safetensors, and with `pool` its experts' adapters as PEFT folders.
 
-        `lw.router(folder)` reads it again. The folder appears whole or not at all. Raises WeightingError for a folder that
-        holds something else, and for a pool without its experts; ScopeError for a class that is in no file of routers/,
-        which lw.router() could not find again.
+        `lw.router(folder)` reads it back. The folder appears whole or not at all. Raises WeightingError if the folder holds
+        something else or the pool lacks its experts, ScopeError for a class outside routers/, which lw.router() could not
+        find.
         """
         known = registry.get("routers", self.name) if self.name in registry.names("routers") else None
         if type(self) not in (known, getattr(known, "token_router", None)):
@@ -184,10 +184,10 @@ class TokenRouter(nn.Module):
         private: bool | None = None,
         commit_message: str | None = None,
     ) -> str:
-        """Puts what `save_pretrained` writes into `owner/name` of the model hub, with a card; returns the commit's id.
+        """Uploads what `save_pretrained` writes, with a card, to `owner/name` on the model hub; returns the commit's id.
 
-        A repository that is made is as the owner's settings have it, unless `private` says. `lw.router("owner/name")` reads
-        it again. Raises HubReadOnly where the token may not write there, SourceUnavailable for what may work later,
+        A new repository is public or private as the owner's settings say, unless `private` does. `lw.router("owner/name")`
+        reads it back. Raises HubReadOnly if the token may not write there, SourceUnavailable if a retry may help,
         AdapterNotFound for an id of another form.
         """
         with TemporaryDirectory() as place:
@@ -205,31 +205,27 @@ def option_names(router: type[TokenRouter]) -> list[str]:
 
 
 def by_layer(pool: ExpertPool | Members, make: Callable[[ExpertPool, str], Tensor]) -> Mapping[str, Tensor]:
-    """What `make` gives for each layer of a pool; nothing where there is no pool yet, only its members."""
+    """{layer: make(pool, layer)}; empty while there are only `Members` and no pool."""
     if isinstance(pool, Members):
         return {}
     return {layer: make(pool, layer) for layer in Members.of(pool).layers}
 
 
 def place_onto(router: TokenRouter, pool: ExpertPool) -> TokenRouter:
-    """The router for the experts of a pool that has its own, by content, under whatever names and in whatever order.
-
-    Itself where the pool is the one it is for. Raises WeightingError, which lists the differences, for a pool without some
-    of its experts, BaseModelMismatch for one of another base.
-    """
+    """What `TokenRouter.onto` gives: the router itself if the pool is the one it was made for."""
     names = tuple(find_names(router.members, pool, router.name))
     return router if names == router.experts == pool.names else _Placed(router, pool, names)
 
 
 class _Placed(TokenRouter):
-    """It is saved as the router that it was made of, and trained, added to and taken from as that one alone."""
+    """A router spread over a larger or reordered pool; saved as the router inside, which alone is trained and grown."""
 
     place_P: Tensor
 
     def __init__(self, router: TokenRouter, pool: ExpertPool, names: tuple[str, ...]) -> None:
         super().__init__(pool)
         self.router = router
-        # in layers that it does not know all weights are 0
+        # in layers unknown to it all weights are 0
         self.simplex = router.simplex and set(self.layers) <= set(router.layers)
         self._names_of_own = dict(zip(router.experts, names, strict=True))
         self._own = ExpertPool({own: pool.adapters[name] for own, name in zip(router.experts, names, strict=True)})
@@ -256,7 +252,7 @@ class _Placed(TokenRouter):
         return self._spread(self.router, x_BTI, layer)
 
     def _spread(self, router: Router, x_BTI: Tensor, layer: str) -> Tensor:
-        """w_BTE over the pool's experts, of what `router` says of its own."""
+        """w_BTE over the pool's experts, from the weights that `router` gives to its own."""
         if layer not in self.router.members.layers:
             return x_BTI.new_zeros(1, 1, len(self.experts), dtype=torch.float32)
         w_BTP = router.weights(x_BTI, layer)
@@ -267,12 +263,12 @@ class _Placed(TokenRouter):
 
 
 R = TypeVar("R", bound="TokenRouter")
-# a tensor by its layer, or by no name where there is one for all
+# {layer: tensor}; the key "" where one tensor serves all layers
 Tables = dict[str, Tensor]
 
 
 def without_rows(router: R, name: str) -> R:
-    """A copy without an expert and its rows. All other rows are the same, bit for bit."""
+    """A copy without one expert and its rows. All other rows stay the same, bit for bit."""
     members, gone = router.members.without(name), router.members.places[name]
     copy = deepcopy(router)
     copy.pool = None if router.pool is None else router.pool.without(name)
@@ -293,7 +289,7 @@ def without_rows(router: R, name: str) -> R:
 
 
 def with_rows(router: R, name: str, adapter: Adapter) -> R:
-    """A copy with one more expert, whose rows are those that a router for it alone has. All other rows are the same."""
+    """A copy with one more expert, whose rows come from a router for it alone. All other rows stay the same."""
     members, place = router.members.including(name, adapter), len(router.experts)
     alone = router.alone(ExpertPool({name: adapter}))
     copy = deepcopy(router)
@@ -314,14 +310,14 @@ def _owner_tables(part: TokenRouter) -> list[str]:
 
 
 def _owners_of(part: TokenRouter, table: str, owner: str | None) -> Tables:
-    """Whose each row of a table is, as a place among the experts."""
+    """{layer: the place of the expert that owns each row of a table}."""
     if owner is not None:
         return _tables(part, owner)
     return {layer: torch.arange(len(rows), device=rows.device) for layer, rows in _tables(part, table).items()}
 
 
 def _join_rows(first: Tables, second: Tables, num_rows: tuple[int, int]) -> Tables:
-    """The rows of both below each other; for a layer that one of them lacks, so many rows of zeros there."""
+    """The rows of both, stacked; a layer that one of them lacks gets that many rows of zeros instead."""
     found = {}
     for layer in dict.fromkeys([*first, *second]):
         like = first[layer] if layer in first else second[layer]

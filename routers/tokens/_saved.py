@@ -1,4 +1,4 @@
-"""A router from the folder that `save_pretrained` wrote, or from a repository of the model hub with such files."""
+"""Routers by name, and routers read back from a folder of `save_pretrained` or a repository of the model hub."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FILES = (FILE, TENSORS, *(f"{ADAPTERS}/*/{name}" for name in ADAPTER_FILES))
 
 @dataclass(frozen=True)
 class Saved:
-    """What router.json says; the router's own module is looked up by its name."""
+    """What router.json says. `name` is the router's name in the registry."""
 
     name: str
     options: Mapping[str, Any]
@@ -42,7 +42,7 @@ class Saved:
 
 
 def find_folder(source: str | Path, *, revision: str | None, token: str | None, local_files_only: bool) -> Path:
-    """The local folder, or what was downloaded of `owner/name`. AdapterNotFound for what is neither."""
+    """The local folder, or the download of `owner/name`. AdapterNotFound if it is neither."""
     path = Path(source)
     if path.is_dir():
         return path
@@ -54,8 +54,8 @@ def find_folder(source: str | Path, *, revision: str | None, token: str | None, 
 
 
 def read_saved(folder: Path) -> Saved:
-    """Raises AdapterNotFound for a folder that is no router, AdapterCorrupt for a damaged one, AdapterUnsupported for one
-    that a newer version wrote."""
+    """Raises AdapterNotFound if the folder holds no router, AdapterCorrupt if it is damaged, AdapterUnsupported if a newer
+    version wrote it."""
     if not present(folder, FILE):
         raise AdapterNotFound(f"{folder} is no router: it has no {FILE}, and holds {listing(folder)}")
     recipe = read_json(folder, FILE, max_bytes=MAX_JSON_BYTES)
@@ -79,9 +79,9 @@ def read_saved(folder: Path) -> Saved:
 
 
 def read_router(folder: Path, saved: Saved, made_of: type[TokenRouter]) -> TokenRouter:
-    """The router, with its adapters as `pool` where the folder has them.
+    """The router, with its adapters as `pool` if the folder has them.
 
-    Raises AdapterCorrupt for files that are not as they were written, and what the router's class raises for its options.
+    Raises AdapterCorrupt if the files have changed since they were written, and what the class raises for its options.
     """
     tensors = hashed_tensors(folder, TENSORS, saved.sha256, said_by=FILE)
     try:
@@ -100,8 +100,7 @@ def read_router(folder: Path, saved: Saved, made_of: type[TokenRouter]) -> Token
 
 
 def _require_room(made_of: type[TokenRouter], saved: Saved, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Raises AdapterCorrupt for members and options that ask for more memory than the file's tensors have, before it is
-    taken."""
+    """Raises AdapterCorrupt, before any memory is taken, if members and options ask for more than the file's tensors."""
     with torch.device("meta"):
         asked = sum(tensor.nbytes for tensor in made_of(saved.members, **saved.options).state_dict().values())
     if asked > (held := sum(tensor.nbytes for tensor in tensors.values())):
@@ -112,7 +111,7 @@ def _require_room(made_of: type[TokenRouter], saved: Saved, tensors: Mapping[str
 
 
 def _require_tensors(router: TokenRouter, file: Path) -> None:
-    """Raises AdapterCorrupt for numbers that are not finite, and for tensors that are not those of the router's layers."""
+    """Raises AdapterCorrupt for numbers that are not finite and for tensors of other layers than the router's."""
     for name, tensor in router.state_dict().items():
         if not bool(tensor.isfinite().all()):
             raise AdapterCorrupt(f"{file} has numbers in {name!r} that are not finite: copy or download the folder again")
@@ -122,7 +121,7 @@ def _require_tensors(router: TokenRouter, file: Path) -> None:
             continue
         if strange := sorted(set(part) - layers):
             raise AdapterCorrupt(f"{file} has a tensor for layer {strange[0]!r}, which no expert updates")
-        # what is learned may be of some layers alone
+        # learned tensors may cover only some layers
         if not part.learned and (missing := sorted(layers - set(part))):
             raise AdapterCorrupt(f"{file} has no tensor for layer {missing[0]!r}, which an expert updates")
 
@@ -151,14 +150,14 @@ def router(
     local_files_only: bool = False,
     **options: Any,
 ) -> TokenRouter:
-    """The router of that name for the experts of a pool; or a saved one: of a folder, or of `owner/name` of the model hub.
+    """A new router by name for the experts of a pool, or a saved one from a folder or `owner/name` on the model hub.
 
-    A saved router has its options, and is for the experts that it was saved with, which its `pool` has where they were saved
-    too. With `pool` it is for the experts of that one, in whatever order and beside whatever others (`TokenRouter.onto`).
+    A saved router brings its options and its experts; its `pool` holds their adapters if they were saved, too. With `pool`
+    it works for that pool, whatever its order and other experts (`TokenRouter.onto`).
 
-    Raises UnknownName, which names near misses, for no router's name, WeightingError for an option that the router has not
-    and for a pool without its experts, AdapterNotFound for what holds no router, AdapterCorrupt for damaged files,
-    AdapterUnsupported for those of a newer version, and what a download raises.
+    Raises UnknownName, with near misses, for an unknown name; WeightingError for an unknown option or a pool that lacks its
+    experts; AdapterNotFound if nothing there is a router; AdapterCorrupt for damaged files; AdapterUnsupported for files
+    of a newer version; and what a download raises.
     """
     if not isinstance(name, str | Path) or name == "":
         raise UnknownName(f"{name!r} is no router; give a name of {', '.join(router_names())}, or the folder of a saved one")
@@ -177,12 +176,12 @@ def router(
         if option not in (known := option_names(made_of)):
             has = ", ".join(known) or "none"
             raise WeightingError(f"router {name!r} has no option {option!r}{registry.nearest(option, known)}; it has {has}")
-    # what is not being trained answers alike every time
+    # outside training it gives the same answer every time
     return made_of(experts, **options).eval()
 
 
 def router_class(name: str) -> type[TokenRouter]:
-    """The class of that name. UnknownName for none, and for a search, which makes weights of a task and no router."""
+    """The class of that name. UnknownName for an unknown name, and for a search, which is no router."""
     if name not in registry.names("routers"):
         known = router_names()
         raise UnknownName(f"no router {name!r}{registry.nearest(name, known)}; there are {', '.join(known)}")
@@ -202,7 +201,7 @@ def router_names() -> list[str]:
 
 def _look_up(name: str) -> Any:
     found = registry.get("routers", name)
-    # a search may have a router beside it that has the same formula for each input
+    # a search may name a router with the same formula for each input
     return getattr(found, "token_router", found)
 
 

@@ -1,4 +1,4 @@
-"""The form of routers that choose by the text of a row: what they keep of texts, and how a model's call gets its weights."""
+"""The base class of routers that choose by the text of a row, and how their examples are read."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class TextRouter(TokenRouter):
             )
 
     def require_of_each(self, given: Mapping[str, Any], what: str) -> None:
-        """Raises UnknownExpert for names that the pool has not, WeightingError that names the experts with nothing."""
+        """Raises UnknownExpert for names that are not in the pool, WeightingError naming the experts that have nothing."""
         for name in given:
             if name not in self.members.places:
                 raise unknown_expert(name, self.experts)

@@ -1,4 +1,4 @@
-"""A router as a folder: router.json says what it is and for whom, router.safetensors has its tensors."""
+"""Writes a router as a folder: router.json with options and experts, router.safetensors with its tensors."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _to_json(router: Contents, digest: str, num_adapters: int) -> str:
 
 
 def finite(value: Any) -> Any:
-    """A report with None where a number is not finite, which JSON has no form for."""
+    """The report with None for numbers that are not finite, since JSON cannot express them."""
     if isinstance(value, Mapping):
         return {name: finite(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -80,7 +80,7 @@ def finite(value: Any) -> Any:
 
 
 def with_json_form(what: str, option: str, value: Any) -> Any:
-    """The value as it is. Raises WeightingError where JSON has no form for it."""
+    """The value, unchanged. Raises WeightingError if JSON cannot express it."""
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -116,10 +116,10 @@ def router_card(name: str, members: Members, repository: str, *, with_pool: bool
     """Front matter as the model hub reads it, a few lines of code, and the experts' names."""
     base, names = members.base_model, members.names
     matter: dict[str, Any] = {"library_name": "loraweave", "tags": ["lora", "loraweave", "router"]}
-    # the model hub refuses what is no id, such as a folder
+    # the model hub refuses anything but an id, such as a folder
     if _ID.fullmatch(base):
         matter |= {"base_model": base, "base_model_relation": "adapter"}
-    # names are free text: indented on one line they are no markup
+    # names are free text; indented, on one line, they cannot act as markup
     shown = [" ".join(expert.split()) for expert in names[:NUM_SHOWN]]
     if len(names) > NUM_SHOWN:
         shown.append(f"... and {len(names) - NUM_SHOWN} more")

@@ -85,7 +85,7 @@ class Ramole(OutputAttention):
         return super().add_expert(name, adapter)._settle()
 
     def remove_expert(self, name: str) -> Self:
-        """A router without one expert. Raises UnknownExpert for a name that it has not, WeightingError for the last one."""
+        """A router without one expert. Raises UnknownExpert for an unknown name, WeightingError for the last one."""
         return super().remove_expert(name)._settle()
 
     def _noise(self, scores_BTE: Tensor, layer: str) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 from scipy.integrate import quad
 from scipy.stats import norm
 
-from loraweave.routers.searches._expected_improvement import expected_improvement
+from loraweave.routers.searches.bayesian import expected_improvement
 
 
 @pytest.mark.parametrize(("mean", "deviation"), [(0.3, 0.5), (-1.2, 0.1), (4.0, 1.5), (0.2, 1e-3)])
