@@ -7,7 +7,7 @@ from torch.nn import functional
 import loraweave as lw
 from loraweave.composer.experts.exchange import put_expert
 from loraweave.composer.experts.make import with_options
-from loraweave.errors import LayerMismatch, WeightingError
+from loraweave.errors import LayerMismatch
 
 LAYER = "model.layers.1.mlp.up_proj"
 IDS_BT = torch.tensor([[3, 9, 27, 20, 41], [0, 0, 25, 3, 15]])
@@ -95,20 +95,6 @@ def test_a_client_is_saved_and_read_with_both_experts(make_model, make_adapter, 
         made.save_pretrained(tmp_path / "client")
     with lw.experts(tmp_path / "client", model) as again:
         assert torch.equal(again(input_ids=IDS_BT).logits, own)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"queue": (0, 0)}, r"queue of recipe 'fedms' is \(0, 0\): .* each once"),
-        ({"queue": (2,)}, r"queue of recipe 'fedms' is \(2,\): the model has blocks 0 to 1"),
-        ({"capability": -1}, "capability of recipe 'fedms' is -1"),
-        ({"capability": 3}, "capability of recipe 'fedms' is 3: the queue has 2 blocks"),
-    ],
-)
-def test_values_out_of_range_are_refused_by_name(make_model, options, message):
-    with pytest.raises(WeightingError, match=message):
-        lw.experts("fedms", make_model("llama"), **options)
 
 
 @pytest.fixture

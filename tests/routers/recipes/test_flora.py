@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.errors import ScopeError, UnknownName, WeightingError
+from loraweave.errors import ScopeError, UnknownName
 
 IDS = torch.tensor([[3, 9, 27, 20], [5, 25, 3, 15]])
 TASKS = ("sums", "colours")
@@ -47,16 +47,3 @@ def test_without_tasks_it_waits_for_those_of_fit(make_model):
         assert {shape.num_experts for shape in made.shapes.values()} == {1}
         with pytest.raises(ScopeError, match="recipe 'flora' looks at the task of each row"):
             made(input_ids=IDS)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"mode": "sum"}, "mode of recipe 'flora' is 'sum': it is one of 'multiplicative', 'additive'"),
-        ({"alpha": 4.0}, "alpha of recipe 'flora' is 4.0: it is None where the experts multiply"),
-        ({"dropout": 0.1}, "dropout of recipe 'flora' is 0.1: it is 0 where the experts multiply"),
-    ],
-)
-def test_values_out_of_range_are_refused_by_name(make_model, options, message):
-    with pytest.raises(WeightingError, match=message):
-        lw.experts("flora", make_model("llama"), **{"tasks": TASKS, **options})

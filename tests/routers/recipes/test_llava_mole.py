@@ -1,11 +1,8 @@
 """Each token's one best expert of the feed-forward layers, and how the gate learns from it."""
 
-import pytest
 import torch
 from torch.nn import functional
 
-import loraweave as lw
-from loraweave.errors import WeightingError
 from loraweave.routers.recipes._gate import Call
 from loraweave.routers.recipes._recipe import Site
 from loraweave.routers.recipes.llava_mole import LlavaMole
@@ -39,8 +36,3 @@ def test_its_loss_is_that_of_switch_transformers(terms_of):
     p_NE = scores_BTE[0].softmax(dim=1)
     share_E = torch.stack([(p_NE.argmax(dim=1) == expert).double().mean() for expert in range(3)])
     torch.testing.assert_close(terms["balance"], 0.5 * 3 * (share_E * p_NE.mean(dim=0)).sum())
-
-
-def test_a_balance_out_of_range_is_refused_by_name(make_model):
-    with pytest.raises(WeightingError, match=r"balance of recipe 'llava_mole' is -1\.0"):
-        lw.experts("llava_mole", make_model("llama"), balance=-1.0)

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 import loraweave as lw
-from loraweave.errors import ScopeError, UnknownName, WeightingError
+from loraweave.errors import ScopeError, UnknownName
 
 LAYER = "model.layers.0.mlp.up_proj"
 TASKS = ("facts", "sums", "jokes")
@@ -66,19 +66,6 @@ def test_rows_without_a_task_are_refused_where_tasks_are_told_apart(terms_of):
 def test_knowledge_that_is_no_task_is_refused_with_the_nearest(make_model):
     with pytest.raises(UnknownName, match="knowledge of recipe 'loramoe' names 'fact', did you mean 'facts'"):
         lw.experts("loramoe", make_model("llama"), tasks=TASKS, knowledge=("fact",))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_experts": 5}, "num_experts of recipe 'loramoe' is 5: it is an even number"),
-        ({"delta": 1.0}, r"delta of recipe 'loramoe' is 1\.0"),
-        ({"balance": -0.1}, r"balance of recipe 'loramoe' is -0\.1"),
-    ],
-)
-def test_values_out_of_range_are_refused_by_name(make_model, options, message):
-    with pytest.raises(WeightingError, match=message):
-        lw.experts("loramoe", make_model("llama"), **options)
 
 
 def test_training_makes_tasks_of_knowledge_use_the_first_half_and_others_the_second(make_model, tokenizer):

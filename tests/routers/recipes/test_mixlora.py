@@ -5,7 +5,6 @@ import torch
 from torch.nn import functional
 
 import loraweave as lw
-from loraweave.errors import WeightingError
 
 
 def test_a_block_gives_its_formula(make_model):
@@ -134,19 +133,3 @@ def test_by_switch_scores_are_kept_small(make_model):
         made.train()(input_ids=ids_BT)
         assert list(made.terms) == ["z"]
         torch.testing.assert_close(made.terms["z"].detach(), 0.5 * torch.tensor(4.0).log().square())
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_experts": 0}, "num_experts of recipe 'mixlora' is 0"),
-        ({"num_experts": 2, "top_k": 3}, r"top_k of recipe 'mixlora' is 3: .* from 1 to the number of experts, 2"),
-        ({"balance": -1.0}, "balance of recipe 'mixlora' is -1.0"),
-        ({"routing": "top"}, "routing of recipe 'mixlora' is 'top': it is one of 'top_k', 'top_p', 'switch'"),
-        ({"top_p": 0.0}, "top_p of recipe 'mixlora' is 0.0: it is a share of probability"),
-        ({"capacity": 0.0}, "capacity of recipe 'mixlora' is 0.0"),
-    ],
-)
-def test_values_out_of_range_are_refused_by_name(make_model, options, message):
-    with pytest.raises(WeightingError, match=message):
-        lw.experts("mixlora", make_model("llama"), **options)

@@ -5,7 +5,7 @@ import torch
 
 import loraweave as lw
 from loraweave.composer.experts.make import recipe
-from loraweave.errors import ScopeError, WeightingError
+from loraweave.errors import ScopeError
 
 
 def test_the_scale_is_that_of_the_released_script():
@@ -31,16 +31,3 @@ def test_what_was_chosen_by_the_prompt_holds_for_the_answer(make_model):
         longer = torch.cat([ids_BT, torch.tensor([[44, 58]])], dim=1)
         labels = torch.cat([labels, longer[:, -2:]], dim=1)
         torch.testing.assert_close(made(input_ids=longer, labels=labels).logits[:, :6], answer)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_experts": 3, "rank": 4}, "rank of recipe 'mixlora_conditional' is 4: .* of the 3 of num_experts"),
-        ({"num_experts": 0}, "num_experts of recipe 'mixlora_conditional' is 0"),
-        ({"a_weight": -1.0}, "a_weight of recipe 'mixlora_conditional' is -1.0: it is 0 or more"),
-    ],
-)
-def test_values_out_of_range_are_refused_by_name(options, message):
-    with pytest.raises(WeightingError, match=message):
-        recipe("mixlora_conditional", options)

@@ -1,13 +1,11 @@
 """Each token's best k experts, whose weights sum to 1."""
 
-import pytest
 import torch
 from torch.nn import functional
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 import loraweave as lw
-from loraweave.errors import WeightingError
 from loraweave.routers.recipes._gate import Call
 from loraweave.routers.recipes._recipe import Site
 from loraweave.routers.recipes.mixtral import Mixtral
@@ -65,16 +63,3 @@ def test_noise_is_of_training_alone_and_learned(make_model):
         assert torch.equal(noisy(input_ids=ids_BT).logits, plain(input_ids=ids_BT).logits)
         noisy.train()(input_ids=ids_BT, labels=ids_BT).loss.backward()
         assert all(gate.n_EI.grad.any() for gate in noisy.gates.values())
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"top_k": 9}, r"top_k of recipe 'mixtral' is 9: .* from 1 to the number of experts, 8"),
-        ({"num_experts": True}, "num_experts of recipe 'mixtral' is True"),
-        ({"balance": float("inf")}, "balance of recipe 'mixtral' is inf"),
-    ],
-)
-def test_values_out_of_range_are_refused_by_name(make_model, options, message):
-    with pytest.raises(WeightingError, match=message):
-        lw.experts("mixtral", make_model("llama"), **options)

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 import loraweave as lw
-from loraweave.errors import ScopeError, WeightingError
+from loraweave.errors import ScopeError
 
 DOMAINS = ("law", "games", "health")
 LAYER = "model.layers.1.self_attn.v_proj"
@@ -104,18 +104,6 @@ def test_a_site_that_sees_the_last_token_alone_is_refused(make_model):
         assert made(input_ids=IDS_BT).logits.shape == (2, 5, 61)
         with pytest.raises(ScopeError, match="2 rows of 5 tokens, but its site sees 2 of 1: leave such layers out"):
             made.generate(input_ids=IDS_BT, attention_mask=MASK_BT, max_new_tokens=2)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"eta": -0.1}, "eta of recipe 'mixture_of_loras' is -0.1"),
-        ({"eta": float("nan")}, "eta of recipe 'mixture_of_loras' is nan"),
-    ],
-)
-def test_values_out_of_range_are_refused_by_name(make_model, options, message):
-    with pytest.raises(WeightingError, match=message):
-        lw.experts("mixture_of_loras", make_model("llama"), **{"tasks": DOMAINS, **options})
 
 
 def test_without_domains_there_is_one_expert_until_there_are_some(make_model):

@@ -266,20 +266,6 @@ def test_a_recipe_without_clusters_of_texts_is_refused(make_model):
         fit_clusters(made, TEXTS)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_experts": 0}, "num_experts of recipe 'mocle' is 0"),
-        ({"num_clusters": 0}, "num_clusters of recipe 'mocle' is 0"),
-        ({"num_features": 0}, "num_features of recipe 'mocle' is 0"),
-        ({"temperature": 0.0}, "temperature of recipe 'mocle' is 0.0"),
-    ],
-)
-def test_values_out_of_range_are_refused_by_name(make_model, options, message):
-    with pytest.raises(WeightingError, match=message):
-        lw.experts("mocle", make_model("llama"), embedder="hashing", **options)
-
-
 def test_an_embedder_that_there_is_not_is_refused_by_name(make_model):
     with pytest.raises(UnknownName, match="did you mean 'sentence'"):
         lw.experts("mocle", make_model("llama"), embedder="sentense")

@@ -70,21 +70,6 @@ def test_an_expert_is_an_adapter_like_any_other(make_model, tmp_path):
             made.expert(3)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"top_k": 3, "num_experts": (2, 4)}, r"top_k of recipe 'mola' is 3: .* from 1 to the number of experts, 2"),
-        ({"num_experts": (0,)}, r"num_experts of recipe 'mola' is \(0,\)"),
-        ({"rank": 0}, "rank of recipe 'mola' is 0"),
-        ({"dropout": 1.0}, "dropout of recipe 'mola' is 1.0"),
-        ({"balance": float("nan")}, "balance of recipe 'mola' is nan"),
-    ],
-)
-def test_values_out_of_range_are_refused_by_name(make_model, options, message):
-    with pytest.raises(WeightingError, match=message):
-        lw.experts("mola", make_model("llama"), **options)
-
-
 def test_a_pattern_that_matches_nothing_says_what_there_is(make_model):
     with pytest.raises(UnknownName, match=r"no layer matches 'query' .* end in down_proj, gate_proj"):
         lw.experts("mola", make_model("llama"), target_modules=("query",))

@@ -1,11 +1,9 @@
 """Each token's best k experts of the feed-forward layers."""
 
-import pytest
 import torch
 from torch.nn import functional
 
 import loraweave as lw
-from loraweave.errors import WeightingError
 
 LAYER = "model.layers.0.mlp.gate_proj"
 
@@ -29,15 +27,3 @@ def test_it_adds_a_balance_loss_where_asked_to(terms_of):
     batch = {"input_ids": torch.tensor([[3, 9, 27, 20, 5]])}
     assert terms_of("moral", batch)[0] == {}
     assert set(terms_of("moral", batch, balance=0.1)[0]) == {"balance"}
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"top_k": 0}, r"top_k of recipe 'moral' is 0: .* from 1 to the number of experts, 8"),
-        ({"balance": -0.1}, r"balance of recipe 'moral' is -0\.1"),
-    ],
-)
-def test_values_out_of_range_are_refused_by_name(make_model, options, message):
-    with pytest.raises(WeightingError, match=message):
-        lw.experts("moral", make_model("llama"), **options)

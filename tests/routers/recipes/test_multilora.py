@@ -1,10 +1,8 @@
 """Several LoRAs in parallel, each with a gain for every output."""
 
-import pytest
 import torch
 
 import loraweave as lw
-from loraweave.errors import WeightingError
 
 LAYER = "model.layers.0.mlp.down_proj"
 IDS_BT = torch.tensor([[3, 9, 27, 20], [5, 25, 3, 15]])
@@ -56,8 +54,3 @@ def test_in_the_first_step_gains_alone_learn(make_model):
         made.train()(input_ids=IDS_BT, labels=IDS_BT).loss.backward()
         learning = {name.rsplit(".", 1)[-1] for name, value in made.expert_parameters().items() if bool(value.grad.any())}
     assert learning == {"gain_EO"}
-
-
-def test_values_out_of_range_are_refused_by_name(make_model):
-    with pytest.raises(WeightingError, match="num_experts of recipe 'multilora' is 0"):
-        lw.experts("multilora", make_model("llama"), num_experts=0)

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 import loraweave as lw
-from loraweave.errors import ScopeError, WeightingError
+from loraweave.errors import ScopeError
 
 LAYER = "model.layers.1.mlp.up_proj"
 # the second row is padded on the left
@@ -117,15 +117,3 @@ def test_a_row_without_a_prompt_is_refused_by_its_number(make_model):
         pytest.raises(ScopeError, match=r"row 1 has none, .* to -100"),
     ):
         made(input_ids=IDS_BT, labels=labels_BT)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"top_k": 5}, "top_k of recipe 'octavius' is 5: .* to the number of experts, 4"),
-        ({"num_experts": 0}, "num_experts of recipe 'octavius' is 0"),
-    ],
-)
-def test_values_out_of_range_are_refused_by_name(make_model, options, message):
-    with pytest.raises(WeightingError, match=message):
-        lw.experts("octavius", make_model("llama"), **options)

@@ -1,11 +1,7 @@
 """Each token's one best expert, at its probability."""
 
-import pytest
 import torch
 from torch.nn import functional
-
-import loraweave as lw
-from loraweave.errors import WeightingError
 
 LAYER = "model.layers.1.mlp.up_proj"
 BATCH = {"input_ids": torch.tensor([[3, 9, 27, 20, 5]])}
@@ -55,17 +51,3 @@ def test_its_losses_are_the_published_ones_with_their_coefficients(terms_of):
     assert len(balances) == 4
     torch.testing.assert_close(terms["balance"], 0.5 * torch.stack(balances).mean())
     torch.testing.assert_close(terms["z"], 0.25 * torch.stack(squares).mean())
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_experts": 0}, "num_experts of recipe 'switch' is 0"),
-        ({"capacity": 0}, "capacity of recipe 'switch' is 0: .* above 0, or None"),
-        ({"balance": -1.0}, r"balance of recipe 'switch' is -1\.0"),
-        ({"z": float("nan")}, "z of recipe 'switch' is nan"),
-    ],
-)
-def test_values_out_of_range_are_refused_by_name(make_model, options, message):
-    with pytest.raises(WeightingError, match=message):
-        lw.experts("switch", make_model("llama"), **options)
