@@ -216,6 +216,12 @@ def test_settings_that_no_search_can_use_are_refused(name, options, message):
         make(name, NAMES, **options)
 
 
+@pytest.mark.parametrize("name", [*LEARNING, "uniform"])
+def test_a_pool_without_experts_is_refused(name):
+    with pytest.raises(WeightingError, match="at least one expert"):
+        make(name, [])
+
+
 @pytest.mark.parametrize("name", SEARCHES)
 def test_its_curve_can_be_drawn(name, tmp_path):
     pytest.importorskip("matplotlib")

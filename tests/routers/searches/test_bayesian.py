@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 
-from loraweave.errors import WeightingError
 from loraweave.routers.searches.bayesian import Bayesian
 from loraweave.routers.searches.random import Random
 
@@ -102,17 +101,3 @@ def test_losses_that_are_all_the_same_or_partly_missing_do_not_end_it():
     result = Bayesian(NAMES).solve(holes)
     assert result.failed > 0
     assert result.loss < 0.01
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"budget": 2}, "budget is 2 evaluations, but Bayesian needs at least 3, 2 initial candidates"),
-        ({"initial": 40}, "budget is 40 evaluations, but Bayesian needs at least 41"),
-        ({"initial": 1}, "initial is 1"),
-        ({"population": 0}, "population is 0"),
-    ],
-)
-def test_settings_that_cannot_be_used_are_refused(options, message):
-    with pytest.raises(WeightingError, match=message):
-        Bayesian(NAMES, **options)

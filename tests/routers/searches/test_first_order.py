@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from loraweave.errors import SearchFailed, WeightingError
+from loraweave.errors import SearchFailed
 from loraweave.routers.searches.first_order import FirstOrder
 
 
@@ -137,20 +137,3 @@ def test_resumed_from_its_checkpoint_it_asks_for_the_same_candidates_bit_for_bit
         FirstOrder(names(8), budget=24).solve(killed, checkpoint=log)
     FirstOrder(names(8), budget=24).solve(rest, checkpoint=log)
     assert torch.equal(torch.stack(whole.seen), torch.stack(killed.seen + rest.seen))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"budget": 3}, "budget is 3 evaluations, but FirstOrder needs at least 4"),
-        ({"radius": 0.0}, "radius is 0.0"),
-        ({"radius": math.inf}, "radius is inf"),
-        ({"ridge": -1.0}, "ridge is -1.0"),
-        ({"ridge": math.nan}, "ridge is nan"),
-        ({"low": 1.0, "high": -1.0}, "swap them"),
-        ({"start": {"x": 1.0}}, "'x'"),
-    ],
-)
-def test_settings_that_cannot_be_used_are_refused(options, message):
-    with pytest.raises(WeightingError, match=message):
-        FirstOrder(names(2), **options)

@@ -224,26 +224,6 @@ def test_groups_of_layers_share_their_weights():
     assert not torch.equal(values_LE[0], values_LE[2])
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"budget": 1}, "needs at least 2"),
-        ({"lr": 0.0}, "lr is 0.0"),
-        ({"lr": math.nan}, "lr is nan"),
-        ({"betas": (0.9, 1.0)}, r"betas are \(0.9, 1.0\)"),
-        ({"betas": (0.9,)}, r"betas are \(0.9,\)"),
-        ({"patience": 0}, "patience is 0"),
-        ({"start": {"x": 1.0}}, "'x'"),
-        ({"layers": ["l0", "l0"]}, "'l0' twice"),
-        ({"form": "softmax", "low": 0.0, "high": 0.5}, r"bounds are \[0.0, 0.5\]"),
-        ({"low": 1.0, "high": 0.0}, "swap them"),
-    ],
-)
-def test_settings_that_cannot_be_used_are_refused(options, message):
-    with pytest.raises(WeightingError, match=message):
-        Gradient(NAMES, **options)
-
-
 def test_a_form_that_there_is_not_is_answered_with_those_there_are():
     with pytest.raises(UnknownName, match="softmax, free, softmax_bias"):
         Gradient(NAMES, form="sigmoid")
@@ -254,8 +234,3 @@ def test_a_form_that_there_is_not_is_answered_with_those_there_are():
 def test_an_objective_without_gradients_is_refused():
     with pytest.raises(WeightingError, match="needs an objective with gradients"):
         Gradient(NAMES).solve(lambda candidates: [0.0] * len(candidates))
-
-
-def test_a_pool_without_experts_is_refused():
-    with pytest.raises(WeightingError, match="at least one expert"):
-        Gradient([])

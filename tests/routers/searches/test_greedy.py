@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 
-from loraweave.errors import WeightingError
 from loraweave.routers.searches.greedy import Greedy
 
 
@@ -133,18 +132,3 @@ def test_the_order_of_the_experts_does_not_matter():
     first = Greedy(names(7), budget=100).solve(objective).weights
     second = Greedy([names(7)[place] for place in order], budget=100).solve(turned).weights
     assert first == second
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"budget": 4}, "budget is 4 evaluations, but Greedy needs at least 5"),
-        ({"high": 0.5}, r"weigh up to 1.0 and the others 0, but weights lie in \[-1.5, 0.5\]"),
-        ({"strength": 2.0}, "weigh up to 2.0"),
-        ({"strength": math.nan}, "weigh up to nan"),
-        ({"low": 0.1, "start": dict.fromkeys(names(4), 0.2)}, r"weights lie in \[0.1, 1.5\]"),
-    ],
-)
-def test_settings_that_cannot_be_used_are_refused(options, message):
-    with pytest.raises(WeightingError, match=message):
-        Greedy(names(4), **options)

@@ -6,9 +6,7 @@ import itertools
 import math
 
 import numpy as np
-import pytest
 
-from loraweave.errors import WeightingError
 from loraweave.routers.searches.grid import Grid
 
 NAMES = ("a", "b", "c")
@@ -103,18 +101,3 @@ def test_candidates_that_cannot_be_scored_are_passed_over():
 def test_one_strength_of_one_expert_is_a_lattice_too():
     assert Grid(["a"], budget=2, strengths=[1.0]).solve(Quadratic([0.9])).weights == {"a": 1.0}
     assert Grid(["a"], budget=2, strengths=[1.0], coordinate=True).solve(Quadratic([0.9])).weights == {"a": 1.0}
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"budget": 124}, "budget is 124 evaluations, but 5 strengths of 3 weights are 125 candidates .* coordinate=True"),
-        ({"budget": 12, "coordinate": True}, "budget is 12 evaluations, but Grid needs at least 13"),
-        ({"budget": 200, "strengths": ()}, "at least one strength"),
-        ({"budget": 200, "strengths": (0, 1.75)}, r"strength 1.75 is outside \[-1.5, 1.5\]"),
-        ({"budget": 200, "strengths": (0, math.nan)}, "strength nan is outside"),
-    ],
-)
-def test_settings_that_cannot_be_used_are_refused(options, message):
-    with pytest.raises(WeightingError, match=message):
-        Grid(NAMES, **options)

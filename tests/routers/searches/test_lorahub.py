@@ -228,35 +228,6 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path):
         Lorahub(NAMES).solve(Quadratic(), checkpoint=tmp_path / "log.json")
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"budget": 0}, "budget is 0"),
-        ({"budget": True}, "budget is True"),
-        ({"budget": 8}, "budget is 8 evaluations, but Lorahub needs at least 9"),
-        ({"budget": None}, "a budget of evaluations, or of seconds"),
-        ({"seconds": 0.0}, "seconds is 0.0"),
-        ({"low": 1.0, "high": -1.0}, "low is 1.0 and high is -1.0; swap them"),
-        ({"sigma": 0.0}, "sigma is 0.0"),
-        ({"sigma": math.nan}, "sigma is nan"),
-        ({"population": 1}, "population is 1"),
-        ({"population": 0}, "population is 0"),
-        ({"restarts": -1}, "restarts is -1"),
-        ({"tolerance": math.nan}, "tolerance is nan"),
-        ({"start": {"x": 1.0}}, "'x'"),
-        ({"start": {"a": 2.0}}, r"weight 2.0, outside \[-1.5, 1.5\]"),
-    ],
-)
-def test_settings_that_cannot_be_used_are_refused(options, message):
-    with pytest.raises(WeightingError, match=message):
-        Lorahub(NAMES, **options)
-
-
-def test_a_search_without_experts_is_refused():
-    with pytest.raises(WeightingError, match="at least one expert"):
-        Lorahub([])
-
-
 def test_losses_must_be_told_for_every_candidate():
     search = Lorahub(NAMES)
     search.ask()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from loraweave.errors import WeightingError
 from loraweave.routers.searches.random import Random
 
 NAMES = ("a", "b/c", "🦙")
@@ -56,16 +55,3 @@ def test_a_draw_depends_on_its_number_and_not_on_how_many_are_asked_for_at_a_tim
     assert np.array_equal(
         candidates_of(Random(NAMES, budget=20, seed=3)), candidates_of(Random(NAMES, budget=20, seed=3, population=7))
     )
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"population": 0}, "population is 0"),
-        ({"simplex": True, "high": 0.5}, r"sum to 1 lie in \[0, 1\], but the box is \[-1.5, 0.5\]"),
-        ({"simplex": True, "low": 0.1, "start": dict.fromkeys(NAMES, 0.2)}, r"but the box is \[0.1, 1.5\]"),
-    ],
-)
-def test_settings_that_cannot_be_used_are_refused(options, message):
-    with pytest.raises(WeightingError, match=message):
-        Random(NAMES, **options)

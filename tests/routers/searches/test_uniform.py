@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from loraweave.errors import SearchFailed, WeightingError
+from loraweave.errors import SearchFailed
 from loraweave.routers.searches.uniform import Uniform
 
 
@@ -31,8 +31,3 @@ def test_it_has_nothing_further_to_ask():
 def test_a_uniform_mixture_that_cannot_be_scored_ends_by_name():
     with pytest.raises(SearchFailed, match="none of 1 candidates"):
         Uniform(["a"]).solve(lambda candidates: [float("nan")])
-
-
-def test_a_pool_without_experts_is_refused():
-    with pytest.raises(WeightingError, match="at least one expert"):
-        Uniform([])
