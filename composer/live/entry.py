@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from loraweave.composer.live.call_router import CallRouter, arguments_of
 from loraweave.composer.live.limits import begin_call
 from loraweave.composer.live.plan import Plan
-from loraweave.composer.live.standing_in import StandIn
+from loraweave.composer.live.standing_in import Hook
 from loraweave.errors import CompositionError
 
 # arguments of transformers' models whose first axis are the rows of the batch
@@ -25,8 +25,8 @@ BESIDE_TEXT = ("pixel_values", "pixel_values_videos", "input_features", "input_v
 PAGED_INPUTS = ("cu_seq_lens_q", "write_index")
 
 
-class Entry(StandIn):
-    """A hook for the model, before its forward. A copied or unpickled model has one that does nothing.
+class Entry(Hook):
+    """The hook of the model before its forward.
 
     `require_unchanged` raises where the model has other layers than it had, or other weights than these experts were made
     for; `current_plan` is the running call's, if any.
@@ -71,15 +71,9 @@ class Entry(StandIn):
             known = None if given is None or (given.ndim == 2 and given.is_floating_point()) else num_rows
             begin_call(known, beside=any(kwargs.get(name) is not None and kwargs[name] is not given for name in BESIDE_TEXT))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return _inert
 
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
-        return _get_inert, ()
-
-
-class Exit(StandIn):
-    """A hook for the model, after its forward. That of a copied or unpickled model does nothing."""
+class Exit(Hook):
+    """The hook of the model after its forward."""
 
     def __init__(self, end: Callable[[Any], None]) -> None:
         self._end = end
@@ -87,22 +81,8 @@ class Exit(StandIn):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._end(output)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return _inert
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
-        return _get_inert, ()
-
 
 def _main_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The tensor whose first axis are the rows of a batch, where it can be told from a model's arguments."""
     known = args[:1] or [kwargs[name] for name in MAIN_INPUTS if kwargs.get(name) is not None]
     return known[0] if known and isinstance(known[0], Tensor) and known[0].ndim > 1 else None
-
-
-def _inert(module: nn.Module, args: Any, kwargs: Any) -> None:
-    """The hook of a copied model."""
-
-
-def _get_inert() -> Callable[..., None]:
-    return _inert

@@ -17,7 +17,7 @@ from torch import Size, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils.hooks import RemovableHandle
 
-from loraweave.composer.live.standing_in import StandIn
+from loraweave.composer.live.standing_in import Hook
 from loraweave.composer.model.layers import TargetLayer, use_of
 from loraweave.errors import CompositionError, LayerMismatch, ScopeError
 from loraweave.hub.adapter import Adapter
@@ -234,25 +234,11 @@ class _OwnForward:
             del self._module.forward
 
 
-class Step(StandIn):
-    """A hook that looks at nothing it is given; that of a copied or unpickled model does nothing."""
+class Step(Hook):
+    """A hook that looks at nothing it is given."""
 
     def __init__(self, step: Callable[[], None]) -> None:
         self._step = step
 
     def __call__(self, *given: Any) -> None:
         self._step()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return _nothing
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
-        return _get_nothing, ()
-
-
-def _nothing(*given: Any) -> None:
-    """The hook of a copied model."""
-
-
-def _get_nothing() -> Callable[..., None]:
-    return _nothing

@@ -29,12 +29,12 @@ from loraweave.composer.live.kernels._some_rows import SomeRows
 from loraweave.composer.live.limits import can_be_batch, is_beside, require_batch_first, require_own_rows
 from loraweave.composer.live.recording import Note, Usage
 from loraweave.composer.live.residents import Lease
-from loraweave.composer.live.row_weights import LayerMixture, RowWeights, Workspace
+from loraweave.composer.live.row_weights import LayerMixture, RowWeights, Workspace, require_multiple
 from loraweave.composer.live.token_weights import TokenWeights
 from loraweave.composer.model.kinds import conv, linear
 from loraweave.composer.model.kinds._kind import by_row
 from loraweave.composer.model.layers import TargetLayer, is_floating
-from loraweave.errors import ScopeError, WeightingError
+from loraweave.errors import WeightingError
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Router
 
@@ -121,11 +121,8 @@ class Plan:
 
     def require_rows(self, num_rows: int | None) -> None:
         """Raises ScopeError for a batch whose rows are no multiple of the mixture's; None where they are not known."""
-        if num_rows is not None and num_rows % self.num_mixtures:
-            raise ScopeError(
-                f"the mixture has {self.num_mixtures} rows, but the batch has {num_rows}, no multiple; give one mixture "
-                "for each row of the batch, or one mapping for all"
-            )
+        if num_rows is not None:
+            require_multiple(self.num_mixtures, num_rows, "batch")
 
     def reaches(self, layer: str, lease: Lease) -> bool:
         """Whether some active expert updates the layer, with weights that may not all be zero."""

@@ -43,6 +43,15 @@ class LayerMixture:
     w_BTE: Tensor | None = None
 
 
+# by the names of `_cost.choose`; "gathered" borrows memory, "dense" takes weights as a tensor
+OF_ONE_ROW: dict[str, type[Shared] | type[Merged]] = {"shared": Shared, "merged": Merged}
+OF_ROWS: dict[str, type[Segments] | type[TritonGathered] | type[TritonSegments]] = {
+    "segments": Segments,
+    "triton_gathered": TritonGathered,
+    "triton_segments": TritonSegments,
+}
+
+
 class RowWeights:
     """A mixture for each of M rows, M = 1 for all; `mixture` names the active experts only."""
 
@@ -90,11 +99,7 @@ class RowWeights:
     ) -> LayerMixture:
         """Raises ScopeError, naming the layer and both counts, where the rows are no multiple of the mixture's."""
         num_rows, num_tokens = x_BTI.shape[:2]
-        if num_rows % self._num_mixtures:
-            raise ScopeError(
-                f"the weights have {self._num_mixtures} rows, but the input of layer {layer.name!r} has {num_rows}, no "
-                "multiple; give one mixture for each row of the batch, or one mapping for all"
-            )
+        require_multiple(self._num_mixtures, num_rows, f"input of layer {layer.name!r}")
         found = self._layers.get(layer.name)
         with torch.inference_mode(False), torch.no_grad():
             if found is None or found.device != device or found.dtype != dtype:
@@ -129,18 +134,12 @@ class RowWeights:
     def _make_kernel(self, path: str, found: _LayerRows, parts: list[PlacedFactors], dtype: torch.dtype) -> Kernel:
         rows = found.ranked.rows
         kernel: Kernel
-        if path == "shared":
-            kernel = Shared.of(parts, rows[0], dtype)
-        elif path == "merged":
-            kernel = Merged.of(parts, rows[0], dtype)
+        if path in OF_ONE_ROW:
+            kernel = OF_ONE_ROW[path].of(parts, rows[0], dtype)
+        elif path in OF_ROWS:
+            kernel = OF_ROWS[path].of(parts, rows, dtype)
         elif path == "gathered":
             kernel = Gathered.of(parts, rows, dtype, partial(self._borrow, dtype, found.device))
-        elif path == "segments":
-            kernel = Segments.of(parts, rows, dtype)
-        elif path == "triton_gathered":
-            kernel = TritonGathered.of(parts, rows, dtype)
-        elif path == "triton_segments":
-            kernel = TritonSegments.of(parts, rows, dtype)
         else:
             kernel = Stack.of(parts, dtype).weigh(_stack_weights(rows, len(parts), dtype, found.device))
         touched = found.ranked.touched
@@ -152,6 +151,15 @@ class RowWeights:
         tensor = self._workspace.take(num_elements, dtype, device)
         self._borrowed.append(tensor)
         return tensor
+
+
+def require_multiple(num_mixtures: int, num_rows: int, what: str) -> None:
+    """Raises ScopeError where the rows of `what` are no multiple of the mixture's."""
+    if num_rows % num_mixtures if num_mixtures else num_rows:
+        raise ScopeError(
+            f"the weights have {num_mixtures} rows, but the {what} has {num_rows}, no multiple; give one mixture for each "
+            "row of the batch, or one mapping for all"
+        )
 
 
 def _rows(w_BTE: Tensor) -> RowSets:

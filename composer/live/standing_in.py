@@ -66,6 +66,24 @@ class StandIn:
         return None
 
 
+class Hook(StandIn):
+    """A hook. That of a copied or unpickled module does nothing."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return _do_nothing
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
+        return _inert_hook, ()
+
+
+def _do_nothing(*given: Any) -> None:
+    """The hook of a copied module."""
+
+
+def _inert_hook() -> Callable[..., None]:
+    return _do_nothing
+
+
 class CleanCopies:
     """From `install` to `remove`, a copy or a pickle of the module has nothing that stands in, but what it has otherwise."""
 

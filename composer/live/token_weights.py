@@ -16,7 +16,7 @@ from loraweave.composer.live.kernels.dense import Made, Stack, by_input
 from loraweave.composer.live.kernels.sorted_tokens import SortedTokens
 from loraweave.composer.live.layout import PlacedFactors
 from loraweave.composer.live.residents import Lease
-from loraweave.composer.live.row_weights import AffineTable, LayerMixture
+from loraweave.composer.live.row_weights import AffineTable, LayerMixture, require_multiple
 from loraweave.composer.model.layers import TargetLayer
 from loraweave.errors import ScopeError, WeightingError
 from loraweave.routers.combined import ByRow, needs_call, parts_of
@@ -288,11 +288,7 @@ def _require_fit(w_BTE: Tensor, x_BTI: Tensor, layer: str) -> None:
             f"the weights have {w_BTE.shape[1]} tokens, but the input of layer {layer!r} has {num_tokens}; give weights for "
             "exactly the tokens of this call, or activate() a router, which computes them from the input"
         )
-    if num_rows % w_BTE.shape[0] if w_BTE.shape[0] else num_rows:
-        raise ScopeError(
-            f"the weights have {w_BTE.shape[0]} rows, but the input of layer {layer!r} has {num_rows}, no multiple; "
-            "give one mixture for each row of the batch, or one mapping for all"
-        )
+    require_multiple(w_BTE.shape[0], num_rows, f"input of layer {layer!r}")
 
 
 class MadeWeights:
