@@ -9,10 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,14 @@ from torch.nn.functional import normalize
 from loraweave.common.checks import require_whole
 from loraweave.common.descent import Descent, descend, warmed_cosine
 from loraweave.common.display import progress_bar
+from loraweave.common.files import whole_file
 from loraweave.common.randomness import generator_of
 from loraweave.common.rows import GivenRows, read_inputs
 from loraweave.common.state import TrainingState, checkpoint_folder, drop_state, load_state, save_state, save_tensors
-from loraweave.errors import TrainingError
+from loraweave.errors import HubError, TrainingError
 from loraweave.hub.embedders._embedder import readable
 from loraweave.hub.embedders.sentence import ENCODER_FILE, MAX_TOKENS, MODEL_FILES, Sentence
+from loraweave.hub.formats._replacing import replacing
 from loraweave.hub.hub import Hub
 
 CHECKPOINT_STEPS = 20
@@ -181,28 +182,29 @@ def _inputs(hub_or_inputs: Hub | Mapping[str, GivenRows]) -> dict[str, list[str]
 
 
 def _save(target: Path, begin: Sentence, model: Any, recipe: EncoderRecipe, tasks: Sequence[str]) -> None:
-    """The folder under a temporary name beside it, then renamed, so that it is whole or not there."""
-    temporary = None
+    """The folder, which is whole or not there. TrainingError where it cannot be written."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".writing-"))
-        for name in MODEL_FILES:
-            if name != "model.safetensors":
-                shutil.copyfile(begin.files / name, temporary / name)
-        tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-        save_tensors(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-        about = {"instruction": begin.instruction, "started_from": begin.id, "recipe": asdict(recipe), "tasks": list(tasks)}
-        (temporary / ENCODER_FILE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-        # an empty folder may be there: a rename replaces it
-        os.replace(temporary, target)
-    except OSError as error:
+        with replacing(target) as temporary:
+            for name in MODEL_FILES:
+                if name != "model.safetensors":
+                    shutil.copyfile(begin.files / name, temporary / name)
+            tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+            save_tensors(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+            about = {
+                "instruction": begin.instruction,
+                "started_from": begin.id,
+                "recipe": asdict(recipe),
+                "tasks": list(tasks),
+            }
+            (temporary / ENCODER_FILE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+            # an empty folder may be there; one that was filled meanwhile refuses
+            with suppress(FileNotFoundError):
+                target.rmdir()
+    except HubError as error:
         raise TrainingError(
             f"the trained encoder could not be written to {target} ({error}); with checkpoint=..., its state is kept there: "
             "call again with another folder"
         ) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _key(recipe: EncoderRecipe, inputs: Mapping[str, Sequence[str]], begin: Sentence) -> str:
@@ -228,10 +230,8 @@ def _claim(folder: Path, recipe: EncoderRecipe, key: str) -> None:
                 "give another folder, or the same settings"
             )
         return
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".writing-")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(json.dumps(own, indent=1) + "\n")
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(own, indent=1) + "\n", encoding="utf-8")
 
 
 def _check(recipe: EncoderRecipe, inputs: Mapping[str, Sequence[str]], target: Path) -> None:

@@ -6,8 +6,6 @@ The last hidden states of T members beside each other go through Linear(T h -> h
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
+from loraweave.common.files import whole_file
 from loraweave.common.randomness import with_seed
 from loraweave.common.state import save_tensors
 from loraweave.composer.composer import Composer
@@ -110,15 +109,11 @@ class RewardMixture(nn.Module):
             "hidden_size": self.hidden_size,
             "hashes": self.hashes,
         }
-        temporary = target.with_name(f".{uuid.uuid4().hex}.unfinished")
         tensors = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
         with storage_errors(target, "saving a reward mixture"):
             target.parent.mkdir(parents=True, exist_ok=True)
-            try:
+            with whole_file(target) as temporary:
                 save_tensors(tensors, temporary, metadata={"loraweave": json.dumps(recipe)})
-                os.replace(temporary, target)
-            finally:
-                temporary.unlink(missing_ok=True)
         return target.parent
 
     @classmethod

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from loraweave.common.files import whole_file
 from loraweave.common.state import save_tensors
 from loraweave.errors import AdapterCorrupt, AdapterNotFound
 from loraweave.hub.stores.errors import storage_errors
@@ -62,17 +60,10 @@ class Statistics:
                 tensors[f"{number}.{part}"] = plain.clone() if place in taken else plain
                 taken.add(place)
         header = {"version": FORMAT_VERSION, "adapter_hash": self.adapter_hash, "layers": entries}
-        temporary = target.parent / f".loraweave-{secrets.token_hex(8)}.tmp"
         with storage_errors(target, "saving statistics"):
             target.parent.mkdir(parents=True, exist_ok=True)
-            try:
+            with whole_file(target) as temporary:
                 save_tensors(tensors, temporary, metadata={_METADATA_KEY: json.dumps(header, sort_keys=True)})
-                with temporary.open("rb+") as file:
-                    os.fsync(file.fileno())
-                os.replace(temporary, target)
-            finally:
-                with suppress(FileNotFoundError):
-                    temporary.unlink()
         return target
 
     @classmethod

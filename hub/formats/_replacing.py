@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from loraweave.common.files import sync
 from loraweave.errors import AdapterExists
 from loraweave.hub.stores.errors import storage_errors
 
@@ -49,8 +50,7 @@ def replacing(target: Path) -> Iterator[Path]:
             yield new
             for path in new.rglob("*"):
                 if path.is_file():
-                    with path.open("rb+") as file:
-                        os.fsync(file.fileno())
+                    sync(path)
             _swap(new, target, old)
     finally:
         with suppress(OSError):

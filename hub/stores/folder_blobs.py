@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from loraweave.common.files import remove_file, sync
+from loraweave.common.files import remove_file, sync, whole_file, write_new
 from loraweave.errors import AdapterCorrupt
 
 
@@ -36,7 +36,8 @@ class FolderBlobs:
 
     def claim(self, identity: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        replace_file(self.folder / "hub-id", identity.encode("ascii"))
+        with whole_file(self.folder / "hub-id") as temporary:
+            write_new(temporary, identity.encode("ascii"))
 
     def place(self, content_hash: str) -> str:
         return str(blob_path(self.folder, content_hash))
@@ -55,7 +56,7 @@ class FolderBlobs:
         require_digest(blob_path(self.folder, content_hash), file_sha256, who, trust_cache=False)
 
     def put(self, content_hash: str, data: bytes) -> str:
-        return place_blob(self.folder, blob_path(self.folder, content_hash), data)
+        return self.put_many([(content_hash, data)])[0]
 
     def put_many(self, blobs: Iterable[tuple[str, bytes]]) -> list[str]:
         return place_blobs(self.folder, ((blob_path(self.folder, content_hash), data) for content_hash, data in blobs))
@@ -94,29 +95,11 @@ def stored_blobs(folder: Path) -> Iterator[Path]:
     yield from sorted((folder / "blobs").glob("*/*.safetensors"))
 
 
-def place_blob(folder: Path, target: Path, data: bytes) -> str:
-    """Writes `data` as the blob `target` and returns its sha256.
-
-    The file is synced before it gets its name, and its folder after, so that a blob that is seen is whole even after a power
-    failure. The caller holds the write lock; an error leaves no temporary file behind.
-    """
-    temporary = folder / "tmp" / f"{uuid.uuid4().hex}.safetensors"
-    for parent in (folder / "tmp", folder / "blobs", target.parent):
-        _make_folder(parent)
-    try:
-        _write(temporary, data, synced=True)
-        os.replace(temporary, target)
-    except BaseException:
-        remove_file(temporary)
-        raise
-    sync_folders(folder, target)
-    return hashlib.sha256(data).hexdigest()
-
-
 def place_blobs(folder: Path, blobs: Iterable[tuple[Path, bytes]]) -> list[str]:
-    """`place_blob` for several (target, data), with every folder synced once; returns their sha256 in order.
+    """Writes each (target, data), syncs every folder once, and returns the sha256 of each in order.
 
-    All bytes are on disk before the first file gets its name. After an error some files may have theirs.
+    All bytes are on disk before the first file gets its name, so a blob that is seen is whole even after a power failure.
+    The caller holds the write lock. An error leaves no temporary file behind, but some blobs may have their names by then.
     """
     placed: list[tuple[Path, Path, str]] = []
     try:
@@ -124,7 +107,7 @@ def place_blobs(folder: Path, blobs: Iterable[tuple[Path, bytes]]) -> list[str]:
             for parent in (folder / "tmp", folder / "blobs", target.parent):
                 _make_folder(parent)
             placed.append((folder / "tmp" / f"{uuid.uuid4().hex}.safetensors", target, hashlib.sha256(data).hexdigest()))
-            _write(placed[-1][0], data)
+            write_new(placed[-1][0], data)
         # written first and synced then: the first of these calls waits for the bytes of most others too
         for temporary, _, _ in placed:
             sync(temporary)
@@ -139,18 +122,6 @@ def place_blobs(folder: Path, blobs: Iterable[tuple[Path, bytes]]) -> list[str]:
             remove_file(temporary)
         raise
     return [digest for _, _, digest in placed]
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Gives the file that content for good: whoever reads it sees the old one or the new one, whole."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    try:
-        _write(temporary, data, synced=True)
-        os.replace(temporary, path)
-    except BaseException:
-        remove_file(temporary)
-        raise
-    sync(path.parent)
 
 
 def sync_folders(folder: Path, target: Path) -> None:
@@ -201,20 +172,6 @@ def _digest(path: Path, who: str, trust_cache: bool) -> str:
         with _digests_lock:
             _digests[stamp] = known
     return known
-
-
-def _write(path: Path, data: bytes, *, synced: bool = False) -> None:
-    # private and exclusive: the name cannot be guessed, and a planted file is not followed
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o600)
-    try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(descriptor, view) :]
-        if synced:
-            os.fsync(descriptor)
-        os.fchmod(descriptor, 0o444)
-    finally:
-        os.close(descriptor)
 
 
 def _make_folder(folder: Path) -> None:

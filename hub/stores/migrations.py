@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
+from loraweave.common.files import sync
 from loraweave.errors import HubCorrupt
 from loraweave.hub.tables.filtering import fill
 
@@ -176,9 +177,5 @@ def _back_up(connection: sqlite3.Connection, target: Path) -> None:
         copy.execute("PRAGMA journal_mode = DELETE")
     finally:
         copy.close()
-    descriptor = os.open(unfinished, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(unfinished)
     os.replace(unfinished, target)

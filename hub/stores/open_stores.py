@@ -13,11 +13,11 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraweave.common.files import as_path, cache_folder
+from loraweave.common.files import as_path, cache_folder, whole_file, write_new
 from loraweave.errors import HubCorrupt, HubError
 from loraweave.hub.stores.catalogue import Catalogue, require_row
 from loraweave.hub.stores.errors import storage_errors, without_credentials
-from loraweave.hub.stores.folder_blobs import FolderBlobs, replace_file
+from loraweave.hub.stores.folder_blobs import FolderBlobs
 from loraweave.hub.stores.protocols import BlobStore, CatalogueStore
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
@@ -143,8 +143,8 @@ def read_claim(folder: Path) -> Claim | None:
 def write_claim(folder: Path, place: str) -> Claim:
     """Notes where the blobs of a hub in a folder are. The caller holds the lock."""
     claim = Claim(uuid.uuid4().hex, without_credentials(place))
-    with storage_errors(folder, "opening the hub"):
-        replace_file(folder / _FILE, json.dumps({"hub": claim.identity, "blobs": claim.place}).encode())
+    with storage_errors(folder, "opening the hub"), whole_file(folder / _FILE) as temporary:
+        write_new(temporary, json.dumps({"hub": claim.identity, "blobs": claim.place}).encode())
     return claim
 
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from loraweave.common.files import remove_file, sync
+from loraweave.common.files import whole_file
 
 _DTYPES = {"F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4"}
 _MAX_HEADER_BYTES = 2**20
@@ -38,28 +36,14 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping
     header["__metadata__"] = {"loraweave": json.dumps({**metadata, "sha256": digests}, sort_keys=True)}
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    temporary = path.with_name(f"{uuid.uuid4().hex}.unfinished")
     path.parent.mkdir(exist_ok=True)
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o600)
-        with open(descriptor, "wb") as file:
+    with whole_file(path) as temporary:
+        with temporary.open("xb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for array in arrays.values():
                 for block in _blocks(array):
                     file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-            os.fchmod(file.fileno(), 0o444)
-        os.replace(temporary, path)
-    except BaseException:
-        remove_file(temporary)
-        raise
-    sync(path.parent)
-
-
-def read_metadata(path: Path) -> dict[str, Any]:
-    """What `write_arrays` was given beside the arrays. ValueError or OSError for anything else than such a file."""
-    return _read_header(path)[1]
+        temporary.chmod(0o444)
 
 
 def map_arrays(path: Path, *, all_digests: bool = False) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
+from loraweave.common.files import whole_file
 from loraweave.errors import TrainingError
 
 logger = logging.getLogger(__name__)
@@ -78,15 +79,11 @@ def save_state(folder: Path, key: str, state: TrainingState, *, place: str = RUN
     """Writes the state under a temporary name, then renames. A full disk is said and does not end the training."""
     path = folder / place / f"{key}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-    os.close(handle)
     try:
-        save_tensors(state.tensors, temporary)
-        os.replace(temporary, path)
+        with whole_file(path) as temporary:
+            save_tensors(state.tensors, temporary)
     except OSError as error:
         logger.warning("the checkpoint at step %d was not written (%s); training goes on", state.step, error)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def load_state(folder: Path, key: str, *, place: str = RUNNING) -> TrainingState | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from loraweave.common.display import blank_figure, count_along
+from loraweave.common.files import whole_file
 from loraweave.errors import WeightingError
 from loraweave.routers.weights import MixtureWeights
 
@@ -61,13 +61,11 @@ class Told:
             "gradients": [[value.hex() for value in row] for row in self.gradients],
             "seconds": self.seconds,
         }
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(content))
-            os.replace(temporary, path)
+            with whole_file(path) as temporary:
+                temporary.write_text(json.dumps(content))
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             logger.warning("the search goes on without its checkpoint %s: %s", path, error)
 
 

@@ -6,6 +6,7 @@ from contextlib import suppress
 
 import worlds
 
+import loraweave.common.files
 import loraweave.hub.stores.folder_blobs
 from loraweave.errors import AdapterNotFound
 from loraweave.hub.hub import Hub
@@ -66,11 +67,11 @@ def read(path, done):
 
 def report(folder, num_writers, count):
     """What `num_writers` writers, who add `count` adapters each, two readers, a long reader and gc did to each other."""
-    loraweave.hub.stores.folder_blobs.os = SlowRename()
+    loraweave.hub.stores.folder_blobs.os = loraweave.common.files.os = SlowRename()
     try:
         return crowd(folder, num_writers, count)
     finally:
-        loraweave.hub.stores.folder_blobs.os = os
+        loraweave.hub.stores.folder_blobs.os = loraweave.common.files.os = os
 
 
 def crowd(folder, num_writers, count):

@@ -313,7 +313,7 @@ def test_layers_that_share_a_tensor_are_saved(tmp_path):
 def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     path = SEEN.save(tmp_path / "seen")
     before = path.read_bytes()
-    monkeypatch.setattr("loraweave.composer.merge.statistics.os.replace", lambda *args: 1 / 0)
+    monkeypatch.setattr("loraweave.common.files.os.replace", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         Statistics("other", {}).save(path)
     assert path.read_bytes() == before
