@@ -96,13 +96,13 @@ class Hub(Listing):
         record's `anomalies`; with the policy `anomalies="quarantine"` the adapter is put aside until `release`, "refuse"
         raises AdapterSuspicious, "off" does not look, and a mapping chooses by kind.
         """
-        from loraweave.hub.health.anomalies import examined
+        from loraweave.hub.health.anomalies import examine
         from loraweave.hub.intake.adding import Addition, prepare
         from loraweave.hub.stores.storing import store
 
         addition = Addition(source, name, description, examples, tags, license, base_model, language)
         adapter, record = prepare(addition, stored_as=stored_as, allow_pickle=allow_pickle)
-        record, figures = examined(self._catalogue, self._blobs, adapter, record, anomalies, model)
+        record, figures = examine(self._catalogue, self._blobs, adapter, record, anomalies, model)
         return store(self._catalogue, self._blobs, adapter, record, stored_as=stored_as, as_version=replace, figures=figures)
 
     def add_many(
@@ -145,22 +145,22 @@ class Hub(Listing):
         """
 
         def find() -> rows.Row:
-            row = self._row(name) if version is None else self._version(name, version)
+            row = self._row(name) if version is None else self._version_row(name, version)
             if not quarantined:
                 quarantine.require_released(row.record)
             return row
 
-        return self._opened(find)
+        return self._open(find)
 
     def rollback(self, name: str, version: int) -> Record:
         """Makes an earlier version's content and fields the newest again, as a version of its own: history stays whole."""
         with self._catalogue.writing(f"rolling back adapter {name!r}") as connection:
-            return versions.restore(connection, self._found(connection, name), version)
+            return versions.restore(connection, self._require_row(connection, name), version)
 
     def prune(self, name: str, *, keep: int = 1) -> int:
         """Forgets all but the newest `keep` versions; returns how many. gc() then frees what no version needs."""
         with self._catalogue.writing(f"pruning the versions of adapter {name!r}") as connection:
-            return versions.prune(connection, self._found(connection, name), keep)
+            return versions.prune(connection, self._require_row(connection, name), keep)
 
     def pool(self, names: Iterable[str] | None = None, *, lazy: bool = False) -> ExpertPool:
         """The named adapters as experts, in the order given; all of them, in order of addition, when no names are given.
@@ -173,7 +173,9 @@ class Hub(Listing):
         if lazy:
             listed = self.records() if names is None else [self.record(name) for name in names]
             pinned = {record.name: (record.version, record.hash) for record in listed}
-            return ExpertPool.on_demand([record.name for record in listed], lambda name: self._pinned(name, *pinned[name]))
+            return ExpertPool.on_demand(
+                [record.name for record in listed], lambda name: self._get_pinned(name, *pinned[name])
+            )
         chosen = [record.name for record in self.records()] if names is None else list(names)
         with paused_collector():
             return ExpertPool([self[name] for name in chosen])
@@ -224,7 +226,7 @@ class Hub(Listing):
         given = {"description": description, "examples": examples, "tags": tags, "license": license, "language": language}
         given["license"] = canonical(license) if license else license
         with self._catalogue.writing(f"updating adapter {name!r}") as connection:
-            row = self._found(connection, name)
+            row = self._require_row(connection, name)
             old = {key: getattr(row.record, key) for key in given}
             inputs, outputs = (None, []) if examples is None else split_pairs(row.record.name, examples)
             given["examples"] = inputs
@@ -240,7 +242,7 @@ class Hub(Listing):
         from loraweave.hub.stores.storing import bound_record, stored_adapter
 
         with self._catalogue.writing(f"binding adapter {name!r} to a base model") as connection:
-            row = self._found(connection, name)
+            row = self._require_row(connection, name)
             record = bound_record(row.record, stored_adapter(self._blobs, row), model)
             filtering.remember(connection, record)
             return rows.change(connection, row, record)
@@ -248,20 +250,20 @@ class Hub(Listing):
     def quarantine(self, name: str) -> Record:
         """Puts the adapter aside: it stays stored under its name, and nothing finds or reads it until `release`."""
         with self._catalogue.writing(f"putting adapter {name!r} in quarantine") as connection:
-            row = self._found(connection, name)
+            row = self._require_row(connection, name)
             return rows.change(connection, row, replace(row.record, quarantined=True))
 
     def release(self, name: str) -> Record:
         """Takes the adapter out of quarantine. What was found about it stays in its record."""
         with self._catalogue.writing(f"releasing adapter {name!r}") as connection:
-            row = self._found(connection, name)
+            row = self._require_row(connection, name)
             return rows.change(connection, row, replace(row.record, quarantined=False))
 
     def rename(self, old: str, new: str) -> Record:
         """The record under its new name. AdapterExists when that name is taken, InvalidName when it cannot be stored."""
         target = checked_name(new)
         with self._catalogue.writing(f"renaming adapter {old!r}") as connection:
-            row = self._found(connection, old)
+            row = self._require_row(connection, old)
             taken = rows.find(connection, target)
             if taken is not None and taken.seq != row.seq:
                 raise AdapterExists(
@@ -276,7 +278,7 @@ class Hub(Listing):
         The blobs stay until gc(), so what is mapped from them lives on.
         """
         with self._catalogue.writing(f"removing adapter {name!r}") as connection:
-            row = self._found(connection, name)
+            row = self._require_row(connection, name)
             versions.forget(connection, row)
             rows.delete(connection, row)
 
@@ -303,11 +305,11 @@ class Hub(Listing):
         columns = ("name", "rank", "base model", "license", "tags", "description")
         return ShownTable.of(columns, listed, title=title)._repr_html_()
 
-    def _pinned(self, name: str, version: int, content_hash: str) -> Adapter:
+    def _get_pinned(self, name: str, version: int, content_hash: str) -> Adapter:
         """That version, whatever came since. AdapterNotFound for other content under its number, as after remove and add."""
 
         def find() -> rows.Row:
-            row = self._version(name, version)
+            row = self._version_row(name, version)
             quarantine.require_released(row.record)
             if row.record.hash != content_hash:
                 raise AdapterNotFound(
@@ -316,9 +318,9 @@ class Hub(Listing):
                 )
             return row
 
-        return self._opened(find)
+        return self._open(find)
 
-    def _opened(self, find: Callable[[], rows.Row]) -> Adapter:
+    def _open(self, find: Callable[[], rows.Row]) -> Adapter:
         """The adapter whose row `find` reads; a row whose blob is collected before it is mapped is read anew."""
         from loraweave.hub.stores.storing import stored_adapter
 

@@ -86,7 +86,7 @@ class Listing:
     def history(self, name: str) -> list[Record]:
         """The record of every version of the adapter, oldest first; the last one is what `hub[name]` gives."""
         with self._catalogue.reading() as connection:
-            row = self._found(connection, name)
+            row = self._require_row(connection, name)
             return [*(old.record for old in versions.superseded(connection, row)), row.record]
 
     @property
@@ -151,13 +151,13 @@ class Listing:
 
     def _row(self, name: str) -> rows.Row:
         with self._catalogue.reading() as connection:
-            return self._found(connection, name)
+            return self._require_row(connection, name)
 
-    def _version(self, name: str, version: int) -> rows.Row:
+    def _version_row(self, name: str, version: int) -> rows.Row:
         with self._catalogue.reading() as connection:
-            return versions.chosen(connection, self._found(connection, name), version)
+            return versions.chosen(connection, self._require_row(connection, name), version)
 
-    def _found(self, connection: Connection, name: str) -> rows.Row:
+    def _require_row(self, connection: Connection, name: str) -> rows.Row:
         """The row of that name. AdapterNotFound names near misses."""
         try:
             row = rows.find(connection, checked_name(name))

@@ -43,17 +43,17 @@ class Fusion:
         if not useful:
             return np.full(len(next(iter(parts.values()))), np.nan)
         if self.kind == "logistic":
-            logits_N = standardised(useful) @ np.array([self.weights.get(name, 0.0) for name in useful]) + self.intercept
-            return _known(useful, 0.5 * (1.0 + np.tanh(0.5 * logits_N)))
+            logits_N = standardise(useful) @ np.array([self.weights.get(name, 0.0) for name in useful]) + self.intercept
+            return _mask_unknown(useful, 0.5 * (1.0 + np.tanh(0.5 * logits_N)))
         defaults = _MEAN_WEIGHTS if self.kind == "mean" else {}
         weights_K = np.array([self.weights.get(name, defaults.get(name, 1.0)) for name in useful])
         if not weights_K.sum() > 0:
             raise RetrievalError(
                 f"the weights of {', '.join(useful)} sum to {weights_K.sum():g}; they must be above 0 in all"
             )
-        shape = _ranks if self.kind == "reciprocal_rank" else _filled
+        shape = _ranks if self.kind == "reciprocal_rank" else _fill
         columns_NK = np.stack([shape(scores_N) for scores_N in useful.values()], axis=1)
-        return _known(useful, columns_NK @ weights_K / weights_K.sum())
+        return _mask_unknown(useful, columns_NK @ weights_K / weights_K.sum())
 
     @classmethod
     def fit(cls, searches: Iterable[tuple[Mapping[str, np.ndarray], int]]) -> Fusion:
@@ -65,7 +65,7 @@ class Fusion:
         names: list[str] = []
         for parts, right in searches:
             names = names or list(parts)
-            rows.append(standardised({name: parts[name] for name in names}))
+            rows.append(standardise({name: parts[name] for name in names}))
             labels.append(np.arange(len(rows[-1])) == right)
         if not rows or not any(label_N.any() and not label_N.all() for label_N in labels):
             raise RetrievalError(
@@ -95,24 +95,24 @@ class Fusion:
         return fusion
 
 
-def _known(parts: Mapping[str, np.ndarray], fused_N: np.ndarray) -> np.ndarray:
+def _mask_unknown(parts: Mapping[str, np.ndarray], fused_N: np.ndarray) -> np.ndarray:
     """The scores, NaN where no key has an opinion."""
     silent_N = np.all([np.isnan(scores_N) for scores_N in parts.values()], axis=0)
     known_N: np.ndarray = np.where(silent_N, np.nan, fused_N)
     return known_N
 
 
-def standardised(parts: Mapping[str, np.ndarray]) -> np.ndarray:
+def standardise(parts: Mapping[str, np.ndarray]) -> np.ndarray:
     """Each key's scores at mean 0 and deviation 1 over the adapters (N, K); 0 where it has no opinion or all are equal."""
     columns = []
     for scores_N in parts.values():
-        filled_N = _filled(scores_N)
+        filled_N = _fill(scores_N)
         spread = float(filled_N.std())
         columns.append((filled_N - filled_N.mean()) / spread if spread > 1e-9 else np.zeros(len(filled_N)))
     return np.stack(columns, axis=1)
 
 
-def _filled(scores_N: np.ndarray) -> np.ndarray:
+def _fill(scores_N: np.ndarray) -> np.ndarray:
     """NaN replaced by the mean of the rest."""
     known_N = ~np.isnan(scores_N)
     return np.where(known_N, scores_N, scores_N[known_N].mean() if known_N.any() else 0.0)
@@ -120,7 +120,7 @@ def _filled(scores_N: np.ndarray) -> np.ndarray:
 
 def _ranks(scores_N: np.ndarray) -> np.ndarray:
     """(RANK_CONSTANT + 1) / (RANK_CONSTANT + rank), the best at rank 1; equal scores share the best of their ranks."""
-    filled_N = _filled(scores_N)
+    filled_N = _fill(scores_N)
     better_N = len(filled_N) - np.searchsorted(np.sort(filled_N), filled_N, side="right")
     shares_N: np.ndarray = (RANK_CONSTANT + 1) / (RANK_CONSTANT + 1 + better_N)
     return shares_N

@@ -68,7 +68,7 @@ class Retriever:
         if not isinstance(hub, Hub):
             raise RetrievalError(f"a retriever searches a hub, and {hub!r:.80} is none: pass lw.Hub(path)")
         self.hub = hub
-        self.keys = _resolved(keys)
+        self.keys = _resolve(keys)
         self.fusion = Fusion() if fusion is None else fusion
         self.abstention = abstention
         self._index = SearchIndex(hub, embedder=embedder, index=index)
@@ -134,7 +134,7 @@ class Retriever:
             raise RetrievalError(f"a search is for a text or several, not for {text_or_texts!r:.80}")
         several = [text_or_texts] if isinstance(text_or_texts, str) else list(text_or_texts)
         query_QD = self._index.embed(several)
-        found = self._found([Query((text,)) for text in several], query_QD, request)
+        found = self._find([Query((text,)) for text in several], query_QD, request)
         return found[0] if isinstance(text_or_texts, str) else found
 
     def for_task(
@@ -164,7 +164,7 @@ class Retriever:
             k, base_model, license, tags, min_score, diversity, max_rank, max_size_bytes, language, after, evidence
         )
         query = Query(tuple([texts] if isinstance(texts, str) else texts), (), description)
-        return self._found([query], self._vector(query)[None], request)[0]
+        return self._find([query], self._vector(query)[None], request)[0]
 
     def for_examples(
         self,
@@ -197,7 +197,7 @@ class Retriever:
             )
         query = Query(tuple(row.input for row in rows), tuple(row.targets[0] for row in rows), description)
         extra = ("description",) if description.strip() else ()
-        keys = self.keys or _resolved([*EXAMPLE_KEYS, *extra])
+        keys = self.keys or _resolve([*EXAMPLE_KEYS, *extra])
         return Candidates(self._by_keys(query, self._vector(query), request, keys), self.hub)
 
     def like(
@@ -228,7 +228,7 @@ class Retriever:
         records = self.hub.records_at(self.hub.seqs(request.filters)).values()
         others = [record for record in records if not (isinstance(adapter, str) and record.name == own.name)]
         hits = [Hit(record, 0.0, np.zeros(0)) for record in others]
-        ranked, opinions = self._keyed.ranked(Query(adapter=own), hits, _resolved(keys), Fusion())
+        ranked, opinions = self._keyed.ranked(Query(adapter=own), hits, _resolve(keys), Fusion())
         page = request.page(ranked, request.k)
         found = [Candidate(hit.record.name, hit.score, opinions[hit.record.name], hit.record) for hit in page]
         return Candidates(found, self.hub)
@@ -284,7 +284,7 @@ class Retriever:
         return self.fusion
 
     def _best_score(self, query: Query) -> float:
-        found = self._searched([query], self._vector(query)[None], Request(1))[0]
+        found = self._search([query], self._vector(query)[None], Request(1))[0]
         return found[0].score if found else -1.0
 
     def _vector(self, query: Query) -> np.ndarray:
@@ -301,16 +301,16 @@ class Retriever:
             raise RetrievalError("a task needs at least one input or a description to search by; both are empty")
         return unit(query_D)
 
-    def _found(self, queries: Sequence[Query], query_QD: np.ndarray, request: Request) -> list[list[Candidate]]:
-        return [Candidates(self._kept(found, request), self.hub) for found in self._searched(queries, query_QD, request)]
+    def _find(self, queries: Sequence[Query], query_QD: np.ndarray, request: Request) -> list[list[Candidate]]:
+        return [Candidates(self._abstain(found, request), self.hub) for found in self._search(queries, query_QD, request)]
 
-    def _searched(self, queries: Sequence[Query], query_QD: np.ndarray, request: Request) -> list[list[Candidate]]:
+    def _search(self, queries: Sequence[Query], query_QD: np.ndarray, request: Request) -> list[list[Candidate]]:
         if self.keys:
             pairs = zip(queries, query_QD, strict=True)
             return [self._by_keys(query, query_D, request, self.keys) for query, query_D in pairs]
         found = []
         for query_D, hits in zip(query_QD, self._hits(query_QD, request), strict=True):
-            found.append(self._index.explained(query_D, _chosen(hits, request), evidence=request.evidence))
+            found.append(self._index.explain(query_D, _choose(hits, request), evidence=request.evidence))
         return found
 
     def _hits(self, query_QD: np.ndarray, request: Request) -> list[list[Hit]]:
@@ -328,14 +328,14 @@ class Retriever:
 
     def _by_keys(self, query: Query, query_D: np.ndarray, request: Request, keys: Mapping[str, Key]) -> list[Candidate]:
         ranked, opinions = self._keyed.ranked(query, self._keyed.near(query_D, request), keys, self.fusion)
-        chosen = _chosen(request.page(ranked, _num_choice(request)), request)
-        evidence = [candidate.evidence for candidate in self._index.explained(query_D, chosen, evidence=request.evidence)]
+        chosen = _choose(request.page(ranked, _num_choice(request)), request)
+        evidence = [candidate.evidence for candidate in self._index.explain(query_D, chosen, evidence=request.evidence)]
         return [
             Candidate(hit.record.name, hit.score, f"{opinions[hit.record.name]}; {text}", hit.record)
             for hit, text in zip(chosen, evidence, strict=True)
         ]
 
-    def _kept(self, found: list[Candidate], request: Request) -> list[Candidate]:
+    def _abstain(self, found: list[Candidate], request: Request) -> list[Candidate]:
         """What was found, or nothing where the best is not good enough; later pages follow the first."""
         if self.abstention is None or not found or request.after is not None:
             return found
@@ -354,7 +354,7 @@ class Retriever:
         return f"{self._index.embedder.id} keys {', '.join(self.keys)} fusion {self.fusion.kind}"
 
 
-def _resolved(keys: Sequence[str | Key]) -> dict[str, Key]:
+def _resolve(keys: Sequence[str | Key]) -> dict[str, Key]:
     """Key objects by name. UnknownName for a name that no file of retrieval/keys has."""
     return {
         key if isinstance(key, str) else key_name(key): registry.get("keys", key)() if isinstance(key, str) else key
@@ -369,7 +369,7 @@ def _groups_of(items: Sequence[Item], size: int) -> list[tuple[Item, ...]]:
     return [tuple(items[start : start + size]) for start in range(0, len(items) - size + 1, size)]
 
 
-def _chosen(hits: list[Hit], request: Request) -> list[Hit]:
+def _choose(hits: list[Hit], request: Request) -> list[Hit]:
     """Of the page, or of what diversity chooses from, what is answered."""
     return diverse(hits, request.k, request.diversity) if request.diversity else hits
 

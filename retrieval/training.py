@@ -127,7 +127,7 @@ def _train(
 
     def loss(step: int) -> Tensor:
         texts, task_N = _batch(inputs, recipe, step)
-        unit_ND = _embedded(tokenizer, model, [instruction + readable(text) for text in texts])
+        unit_ND = _embed(tokenizer, model, [instruction + readable(text) for text in texts])
         return contrastive_loss(unit_ND, task_N, recipe.temperature)
 
     def keep(step: int) -> None:
@@ -149,7 +149,7 @@ def _learning(model: Any) -> list[Tensor]:
     return learning
 
 
-def _embedded(tokenizer: Any, model: Any, texts: Sequence[str]) -> Tensor:
+def _embed(tokenizer: Any, model: Any, texts: Sequence[str]) -> Tensor:
     """unit_ND as the embedder `sentence` computes it, with a gradient."""
     tokens = tokenizer(list(texts), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
     hidden_NTD = model(**tokens).last_hidden_state

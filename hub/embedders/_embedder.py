@@ -42,7 +42,7 @@ def embedder_of(given: str | Embedder) -> Embedder:
     return named
 
 
-def embedded(embedder: Embedder, texts: tuple[str, ...]) -> np.ndarray:
+def embed_checked(embedder: Embedder, texts: tuple[str, ...]) -> np.ndarray:
     """Vectors (N, dim) of the texts; DimensionMismatch where the embedder gives something else."""
     rows_ND = np.asarray(embedder.embed(texts), dtype=np.float32)
     wanted = (len(texts), embedder.dim)

@@ -44,7 +44,7 @@ class HiddenState:
         self._given = (model, tokenizer)
 
     @cached_property
-    def _loaded(self) -> tuple[Any, Any]:
+    def _load(self) -> tuple[Any, Any]:
         model, tokenizer = self._given
         if model is None or tokenizer is None:
             model, tokenizer = load_base(self.base_model)
@@ -52,12 +52,12 @@ class HiddenState:
 
     @property
     def dim(self) -> int:
-        return int(self._loaded[0].config.hidden_size)
+        return int(self._load[0].config.hidden_size)
 
     @cached_property
     def id(self) -> str:
         """Digest of all that decides a vector: the base model's fingerprint, truncation, reference texts."""
-        settings = [fingerprint(self._loaded[0]).to_json(), MAX_TOKENS, _REFERENCES]
+        settings = [fingerprint(self._load[0]).to_json(), MAX_TOKENS, _REFERENCES]
         return f"hiddenstate:{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]}"
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
@@ -81,7 +81,7 @@ class HiddenState:
         rows_ND = np.empty((len(texts), self.dim))
         for start in range(0, len(order), BATCH_TEXTS):
             chosen = order[start : start + BATCH_TEXTS]
-            rows_ND[chosen] = _encode(*self._loaded, [texts[row] for row in chosen])
+            rows_ND[chosen] = _encode(*self._load, [texts[row] for row in chosen])
         return rows_ND
 
 

@@ -42,7 +42,7 @@ class Sentence:
         self.folder = None if folder is None else Path(folder).resolve()
         own = INSTRUCTION
         if self.folder is not None:
-            own, self.dim = _trained(self.folder)
+            own, self.dim = _read_trained(self.folder)
         self.instruction = own if instruction is None else instruction
 
     @cached_property
@@ -90,7 +90,7 @@ def _folder() -> Path:
     return Path(next(iter(spec.submodule_search_locations))) / "model"
 
 
-def _trained(folder: Path) -> tuple[str, int]:
+def _read_trained(folder: Path) -> tuple[str, int]:
     """The instruction that an encoder was trained with, and its size. RetrievalError for what is no whole encoder."""
     missing = [name for name in (*MODEL_FILES, ENCODER_FILE) if not (folder / name).is_file()]
     if missing:

@@ -74,7 +74,8 @@ def against_pool(figures: Figures, reference: Sequence[tuple[Array, Array]]) -> 
     for kind, score, own, middle in zip(names, score_4, own_4, middle_4, strict=True):
         # a spectrum is odd on either side: a planted direction makes a dominated update less so
         if math.isfinite(score) and (abs(score) if kind == "spectrum" else score) > THRESHOLD:
-            found.append(Anomaly(kind, _said(kind, own, middle, figures, norm_NL, len(reference)), round(float(score), 2)))
+            detail = _describe(kind, own, middle, figures, norm_NL, len(reference))
+            found.append(Anomaly(kind, detail, round(float(score), 2)))
     return found
 
 
@@ -124,7 +125,7 @@ def _median(values_NF: Array) -> Array:
     return median_F
 
 
-def _said(kind: str, own: float, middle: float, figures: Figures, ref_norm_NL: Array, count: int) -> str:
+def _describe(kind: str, own: float, middle: float, figures: Figures, ref_norm_NL: Array, count: int) -> str:
     others = f"the median of {count} adapters of the same base and layers"
     if kind == "norm":
         return f"its updates are {math.exp(own - middle):.3g} times as large as {others} (geometric mean over layers)"
@@ -151,7 +152,7 @@ _MAX_COMPARED = 3
 _logger = logging.getLogger(__name__)
 
 
-def examined(
+def examine(
     catalogue: CatalogueStore,
     blobs: BlobStore,
     adapter: Adapter,

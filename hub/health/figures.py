@@ -109,8 +109,8 @@ def _code(layers: Mapping[str, Factors]) -> bytes:
     """Signs of sum over layers of +-u^T b a v for fixed random u and v: their products are inner products of updates."""
     sketch_K = torch.zeros(CODE_BITS)
     for name, factors in layers.items():
-        left_KR = _projection(0)[:, : factors.b_OR.shape[0]] @ _folded(factors.b_OR.float(), 0)
-        right_KR = _projection(1)[:, : factors.a_RI.shape[1]] @ _folded(factors.a_RI.float().T, 1)
+        left_KR = _projection(0)[:, : factors.b_OR.shape[0]] @ _fold(factors.b_OR.float(), 0)
+        right_KR = _projection(1)[:, : factors.a_RI.shape[1]] @ _fold(factors.a_RI.float().T, 1)
         sketch_K += _layer_signs(name) * (left_KR * right_KR).sum(dim=1)
     return np.packbits(sketch_K.numpy() > 0).tobytes()
 
@@ -121,7 +121,7 @@ def _layer_signs(name: str) -> Tensor:
     return torch.from_numpy(1 - 2 * bits_K.astype(np.float32))
 
 
-def _folded(rows_NR: Tensor, side: int) -> Tensor:
+def _fold(rows_NR: Tensor, side: int) -> Tensor:
     """Rows beyond `_FOLD` added to those before them with random signs, which keeps inner products in expectation."""
     size = rows_NR.shape[0]
     if size <= _FOLD:

@@ -65,14 +65,14 @@ def _make(folder: Path, path: Path, new: Path) -> None:
     claim = read_claim(folder)
     place = FolderBlobs(folder) if claim is None else open_blobs(claim.place, str(folder.absolute()))
     blobs = dict(_sound_blobs(place))
-    histories = [*_listed(path, blobs)]
-    histories += _unlisted(blobs, histories)
+    histories = [*_read_listed(path, blobs)]
+    histories += _read_unlisted(blobs, histories)
     _write(unfinished, histories, blobs)
     os.replace(unfinished, new)
     sync(folder)
 
 
-def _listed(path: Path, blobs: Blobs) -> Iterator[History]:
+def _read_listed(path: Path, blobs: Blobs) -> Iterator[History]:
     """What the old catalogue still says, without the versions whose row or blob is damaged."""
     taken: set[str] = set()
     for found in _intact_rows(path):
@@ -82,7 +82,7 @@ def _listed(path: Path, blobs: Blobs) -> Iterator[History]:
             yield history
 
 
-def _unlisted(blobs: Blobs, listed: Sequence[History]) -> Iterator[History]:
+def _read_unlisted(blobs: Blobs, listed: Sequence[History]) -> Iterator[History]:
     """The histories of blobs that no listed one has, by what was known when each was written."""
     used = {record.hash for history in listed for record in history}
     taken = {history[-1].name for history in listed}

@@ -10,7 +10,7 @@ _NUM_ROUNDS = 6
 _BLOCK_ROWS = 4096
 
 
-def centres(vectors_ND: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
+def find_centres(vectors_ND: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
     """`count` unit vectors (count, D), from a sample drawn by the seed: the same vectors give the same centres."""
     rng = np.random.default_rng(seed)
     chosen = np.sort(rng.permutation(len(vectors_ND))[: count * _SAMPLES_PER_CENTRE])

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from loraweave.hub.indexes._vectors import Found, checked, checked_mask, rescored
+from loraweave.hub.indexes._vectors import Ranking, check_mask, check_vectors, rescore
 
 # a scan that was not sure asks for so many times more
 _GROWTH = 8
@@ -17,12 +17,12 @@ FEW_ALLOWED = 1 / 16
 # rows whose products are taken at once: 64 queries x 4096 rows x 4 bytes stay in the second cache
 _BLOCK_ROWS = 4096
 
-Scan = Callable[[np.ndarray, int], Found]
+Scan = Callable[[np.ndarray, int], Ranking]
 
 
 def exact_best(
     scan: Scan, query_QD: np.ndarray, vectors_ND: np.ndarray, k: int, num_first: int, slack_Q: np.ndarray
-) -> Found:
+) -> Ranking:
     """The k best rows of each query, as the reference ranks them: scores (Q, K) and positions, ties by position.
 
     `scan(query_QD, r)` gives the r rows, or all there are, with the largest products, each at most `slack_Q` off, in any
@@ -31,7 +31,7 @@ def exact_best(
     """
     num_asked = max(k, num_first)
     nearly_QR, rows_QR = scan(query_QD, num_asked)
-    scores_QK, positions_QK = rescored(query_QD, vectors_ND, rows_QR, k)
+    scores_QK, positions_QK = rescore(query_QD, vectors_ND, rows_QR, k)
     unsure_Q = np.arange(len(query_QD))
     some_QK = scores_QK
     # a scan that gives less than it was asked for has given all
@@ -41,36 +41,60 @@ def exact_best(
             break
         num_asked *= _GROWTH
         nearly_QR, rows_QR = scan(query_QD[unsure_Q], num_asked)
-        some_QK, positions_QK[unsure_Q] = rescored(query_QD[unsure_Q], vectors_ND, rows_QR, k)
+        some_QK, positions_QK[unsure_Q] = rescore(query_QD[unsure_Q], vectors_ND, rows_QR, k)
         scores_QK[unsure_Q] = some_QK
     return scores_QK, positions_QK
 
 
-def asked(
-    query_QD: np.ndarray, vectors_ND: np.ndarray, k: int, allowed_N: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray | None, int, Found | None]:
-    """The queries and the mask, checked; how many rows it allows; and the answer where no index is needed for it.
+class HeldVectors:
+    """An index's vectors of `dim` numbers in order of addition, and the search of those that have a faster one for many.
 
-    That is where nothing can be found, or where the mask leaves so few rows that each is scored.
+    An index says in `_best` how it finds the k best of `count` rows, which are all or those that a mask allows, and in
+    `_append` what it makes of new rows.
     """
-    query_QD = checked(query_QD, vectors_ND.shape[1], "queries")
-    mask_N = checked_mask(allowed_N, len(vectors_ND))
-    count = len(vectors_ND) if mask_N is None else int(mask_N.sum())
-    shape = (len(query_QD), min(k, count))
-    if not all(shape):
-        return query_QD, mask_N, count, (np.empty(shape, np.float32), np.empty(shape, np.int64))
-    if mask_N is not None and count < FEW_ALLOWED * len(vectors_ND):
-        return query_QD, mask_N, count, few_best(query_QD, vectors_ND, mask_N, k)
-    return query_QD, mask_N, count, None
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+        self._vectors_ND = np.empty((0, dim), np.float32)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What is to be saved."""
+        return {"vectors": self._vectors_ND}
+
+    def __len__(self) -> int:
+        return len(self._vectors_ND)
+
+    def add(self, vectors_ND: np.ndarray) -> None:
+        """Appends vectors (N, dim). DimensionMismatch for another size, or values that are not finite."""
+        new_ND = check_vectors(vectors_ND, self.dim, "vectors")
+        self._vectors_ND = np.concatenate([self._vectors_ND, new_ND])
+        self._append(new_ND)
+
+    def search(self, query_QD: np.ndarray, k: int, *, allowed_N: np.ndarray | None = None) -> Ranking:
+        """Scores (Q, K) descending, rounded to 6 decimals, and positions (Q, K), ties by position.
+
+        K is the smaller of k and the number of vectors, or of those that the mask allows. Where the mask leaves few rows,
+        each is scored.
+        """
+        query_QD = check_vectors(query_QD, self.dim, "queries")
+        mask_N = check_mask(allowed_N, len(self))
+        count = len(self) if mask_N is None else int(mask_N.sum())
+        shape = (len(query_QD), min(k, count))
+        if not all(shape):
+            return np.empty(shape, np.float32), np.empty(shape, np.int64)
+        if mask_N is not None and count < FEW_ALLOWED * len(self):
+            rows_R = np.flatnonzero(mask_N)
+            return rescore(query_QD, self._vectors_ND, np.broadcast_to(rows_R, (len(query_QD), len(rows_R))), k)
+        return self._best(query_QD, shape[1], mask_N, count)
+
+    def _append(self, new_ND: np.ndarray) -> None:
+        return
+
+    def _best(self, query_QD: np.ndarray, k: int, mask_N: np.ndarray | None, count: int) -> Ranking:
+        raise NotImplementedError
 
 
-def few_best(query_QD: np.ndarray, vectors_ND: np.ndarray, allowed_N: np.ndarray, k: int) -> Found:
-    """The k best of the allowed rows, scored one by one."""
-    rows_R = np.flatnonzero(allowed_N)
-    return rescored(query_QD, vectors_ND, np.broadcast_to(rows_R, (len(query_QD), len(rows_R))), k)
-
-
-def scan_products(query_QD: np.ndarray, vectors_ND: np.ndarray, num: int, allowed_N: np.ndarray | None) -> Found:
+def scan_products(query_QD: np.ndarray, vectors_ND: np.ndarray, num: int, allowed_N: np.ndarray | None) -> Ranking:
     """The `num` largest fp32 products of each query and their rows, in no order; block by block, a matrix product each.
 
     A block's products are compared with the worst score kept so far, which few reach: so most are looked at once only.

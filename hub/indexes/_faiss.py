@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from loraweave.errors import PackageMissing
-from loraweave.hub.indexes._vectors import Found
+from loraweave.hub.indexes._vectors import Ranking
 
 
 def import_faiss(index: str) -> Any:
@@ -25,7 +25,9 @@ def import_faiss(index: str) -> Any:
     return faiss
 
 
-def scan_vectors(faiss: Any, query_QD: np.ndarray, vectors_ND: np.ndarray, num: int, allowed_N: np.ndarray | None) -> Found:
+def scan_vectors(
+    faiss: Any, query_QD: np.ndarray, vectors_ND: np.ndarray, num: int, allowed_N: np.ndarray | None
+) -> Ranking:
     """The `num` largest fp32 products of each query and their rows."""
     num = min(num, len(vectors_ND) if allowed_N is None else int(allowed_N.sum()))
     scores_QR = np.empty((len(query_QD), num), np.float32)
@@ -57,7 +59,7 @@ class HalfScanner:
             faiss.METRIC_INNER_PRODUCT, None, not numbered, self._selector, False
         )
 
-    def best(self, query_D: np.ndarray, lists: list[tuple[np.ndarray, np.ndarray | None]], num: int) -> Found:
+    def best(self, query_D: np.ndarray, lists: list[tuple[np.ndarray, np.ndarray | None]], num: int) -> Ranking:
         """The `num` largest products over all lists of (codes, their numbers), or over one list without; in no order.
 
         Fewer, when there are fewer.

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from loraweave.hub.indexes._exact import scan_products
-from loraweave.hub.indexes._vectors import rescored
+from loraweave.hub.indexes._vectors import rescore
 
 # of the ten nearest to a vector of the index, itself not counted, so many are found on average
 GOAL = 0.97
@@ -31,7 +31,7 @@ def least_effort(efforts: Sequence[float], search: Search, vectors_ND: np.ndarra
     query_QD = np.ascontiguousarray(vectors_ND[chosen_Q])
     count = _NUM_NEAREST + 1
     near_QR = scan_products(query_QD, vectors_ND, count + _SPARE, None)[1]
-    want_QK = rescored(query_QD, vectors_ND, near_QR, count)[1]
+    want_QK = rescore(query_QD, vectors_ND, near_QR, count)[1]
     for effort, following in pairwise(efforts):
         found_QK = search(query_QD, count, effort)
         shared = sum(len(np.intersect1d(a, b)) - (q in b) for q, a, b in zip(chosen_Q, want_QK, found_QK, strict=True))

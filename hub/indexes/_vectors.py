@@ -20,7 +20,7 @@ _BLOCK_NUMBERS = 2**22
 # as many as 64 queries have
 _FEW_NUMBERS = 2**16
 
-Found = tuple[np.ndarray, np.ndarray]
+Ranking = tuple[np.ndarray, np.ndarray]
 
 # an index class for so many keys
 Choice = Callable[[int], Any]
@@ -60,7 +60,7 @@ def index_choice(index: str) -> Choice:
     return lambda count: registry.get("indexes", "faiss_half" if count < MIN_APPROXIMATE else "faiss_ivf")
 
 
-def checked(vectors_ND: np.ndarray, dim: int, what: str) -> np.ndarray:
+def check_vectors(vectors_ND: np.ndarray, dim: int, what: str) -> np.ndarray:
     """The vectors as a contiguous fp32 (N, dim) array. DimensionMismatch for another size, or values that are not finite."""
     array = np.ascontiguousarray(vectors_ND, dtype=np.float32)
     if array.ndim != 2 or array.shape[1] != dim:
@@ -76,7 +76,7 @@ def checked(vectors_ND: np.ndarray, dim: int, what: str) -> np.ndarray:
     return array
 
 
-def checked_mask(allowed_N: np.ndarray | None, count: int) -> np.ndarray | None:
+def check_mask(allowed_N: np.ndarray | None, count: int) -> np.ndarray | None:
     """The mask as booleans (N,), or None when it allows everything. DimensionMismatch for another length."""
     if allowed_N is None:
         return None
@@ -86,7 +86,7 @@ def checked_mask(allowed_N: np.ndarray | None, count: int) -> np.ndarray | None:
     return None if mask_N.all() else mask_N
 
 
-def saved(arrays: Mapping[str, np.ndarray], name: str, dtype: str, shape: tuple[int | None, ...]) -> np.ndarray:
+def saved_array(arrays: Mapping[str, np.ndarray], name: str, dtype: str, shape: tuple[int | None, ...]) -> np.ndarray:
     """A saved array as it is, not copied. ValueError when it is absent, or of another dtype or shape; None fits any size."""
     array = arrays.get(name)
     if array is None:
@@ -97,18 +97,18 @@ def saved(arrays: Mapping[str, np.ndarray], name: str, dtype: str, shape: tuple[
     return array
 
 
-def ranked(query_D: np.ndarray, vectors_ND: np.ndarray, k: int) -> Found:
+def rank(query_D: np.ndarray, vectors_ND: np.ndarray, k: int) -> Ranking:
     """The k largest inner products and their rows: scores (K,) fp32 descending, ties by row.
 
     Products run in float64, so that the result depends on neither the order of summation nor the kernel.
     """
-    scores_N = _products(query_D, vectors_ND)
+    scores_N = _score(query_D, vectors_ND)
     # stable: equal scores keep the order of addition
     rows_K = np.argsort(-scores_N, kind="stable")[:k]
     return scores_N[rows_K].astype(np.float32), rows_K
 
 
-def rescored(query_QD: np.ndarray, vectors_ND: np.ndarray, positions_QR: np.ndarray, k: int) -> Found:
+def rescore(query_QD: np.ndarray, vectors_ND: np.ndarray, positions_QR: np.ndarray, k: int) -> Ranking:
     """Of each query's R positions the k best by the score of `ranked`: scores (Q, K) descending and positions."""
     positions_QR = np.sort(positions_QR, axis=1)
     scores_QR = np.empty(positions_QR.shape)
@@ -119,7 +119,7 @@ def rescored(query_QD: np.ndarray, vectors_ND: np.ndarray, positions_QR: np.ndar
             near_QRD = vectors_ND[positions_QR[part]].astype(np.float64)
             scores_QR[part] = np.matmul(near_QRD, query_QD[part].astype(np.float64)[:, :, None])[:, :, 0]
         else:
-            scores_QR[start] = _products(query_QD[start], vectors_ND, positions_QR[start])
+            scores_QR[start] = _score(query_QD[start], vectors_ND, positions_QR[start])
     scores_QR = np.round(scores_QR, SCORE_DECIMALS)
     order_QK = np.argsort(-scores_QR, axis=1, kind="stable")[:, :k]
     # plain indexing, since take_along_axis takes as long as the scoring
@@ -127,7 +127,7 @@ def rescored(query_QD: np.ndarray, vectors_ND: np.ndarray, positions_QR: np.ndar
     return scores_QR[rows_Q1, order_QK].astype(np.float32), positions_QR[rows_Q1, order_QK]
 
 
-def _products(query_D: np.ndarray, vectors_ND: np.ndarray, positions_R: np.ndarray | None = None) -> np.ndarray:
+def _score(query_D: np.ndarray, vectors_ND: np.ndarray, positions_R: np.ndarray | None = None) -> np.ndarray:
     """Scores of all rows, or of those at the positions, to six decimals, widened to float64 block by block."""
     count = len(vectors_ND) if positions_R is None else len(positions_R)
     query_D, scores_N = query_D.astype(np.float64), np.empty(count)

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from loraweave.hub.indexes._exact import asked, exact_best, scan_products
+from loraweave.hub.indexes._exact import HeldVectors, exact_best, scan_products
 from loraweave.hub.indexes._faiss import import_faiss, scan_vectors
-from loraweave.hub.indexes._vectors import Found, checked, saved
+from loraweave.hub.indexes._vectors import Ranking, saved_array
 
 # how far an fp32 product of unit vectors can be from the rounded float64 one that decides, with a margin
 SLACK = 1e-5
@@ -21,7 +21,7 @@ MANY_QUERIES = 8
 SPARE = 6
 
 
-class FaissFlat:
+class FaissFlat(HeldVectors):
     """Vectors of `dim` numbers in order of addition. PackageMissing without faiss.
 
     faiss leaves the order of ties open and its fp32 products depend on the kernel. So it only narrows the choice: what is
@@ -31,48 +31,30 @@ class FaissFlat:
     exact = True
 
     def __init__(self, dim: int) -> None:
-        self.dim = dim
+        super().__init__(dim)
         self._faiss: Any = import_faiss("faiss_flat")
-        self._vectors_ND = np.empty((0, dim), np.float32)
         self._largest_norm = 1.0
 
     @classmethod
     def from_arrays(cls, dim: int, arrays: Mapping[str, np.ndarray]) -> FaissFlat:
         """The index of what `arrays` gave, searched in place. ValueError for arrays of another form."""
         index = cls(dim)
-        index._vectors_ND = saved(arrays, "vectors", "<f4", (None, dim))
+        index._vectors_ND = saved_array(arrays, "vectors", "<f4", (None, dim))
         index._largest_norm = largest_norm(index._vectors_ND)
         return index
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """What is to be saved."""
-        return {"vectors": self._vectors_ND}
+    def _append(self, new_ND: np.ndarray) -> None:
+        self._largest_norm = max(self._largest_norm, largest_norm(new_ND))
 
-    def __len__(self) -> int:
-        return len(self._vectors_ND)
-
-    def add(self, vectors_ND: np.ndarray) -> None:
-        """Appends vectors (N, dim). DimensionMismatch for another size, or values that are not finite."""
-        vectors_ND = checked(vectors_ND, self.dim, "vectors")
-        self._largest_norm = max(self._largest_norm, largest_norm(vectors_ND))
-        self._vectors_ND = np.concatenate([self._vectors_ND, vectors_ND])
-
-    def search(self, query_QD: np.ndarray, k: int, *, allowed_N: np.ndarray | None = None) -> Found:
-        """Scores (Q, K) descending, rounded to 6 decimals, and positions (Q, K), ties by position.
-
-        K is the smaller of k and the number of vectors, or of those that the mask allows.
-        """
-        query_QD, mask_N, count, answer = asked(query_QD, self._vectors_ND, k, allowed_N)
-        if answer is not None:
-            return answer
+    def _best(self, query_QD: np.ndarray, k: int, mask_N: np.ndarray | None, count: int) -> Ranking:
         slack_Q = SLACK * np.maximum(1.0, np.linalg.norm(query_QD, axis=1)) * self._largest_norm
 
-        def scan(some_QD: np.ndarray, num: int) -> Found:
+        def scan(some_QD: np.ndarray, num: int) -> Ranking:
             if len(some_QD) >= MANY_QUERIES:
                 return scan_products(some_QD, self._vectors_ND, num, mask_N)
             return scan_vectors(self._faiss, some_QD, self._vectors_ND, num, mask_N)
 
-        return exact_best(scan, query_QD, self._vectors_ND, min(k, count), k + SPARE, slack_Q)
+        return exact_best(scan, query_QD, self._vectors_ND, k, k + SPARE, slack_Q)
 
 
 def largest_norm(vectors_ND: np.ndarray) -> float:

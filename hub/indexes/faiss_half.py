@@ -7,9 +7,9 @@ from functools import partial
 
 import numpy as np
 
-from loraweave.hub.indexes._exact import asked, exact_best, scan_products
+from loraweave.hub.indexes._exact import HeldVectors, exact_best, scan_products
 from loraweave.hub.indexes._faiss import HalfScanner, HalfScanners, import_faiss
-from loraweave.hub.indexes._vectors import Found, checked, saved
+from loraweave.hub.indexes._vectors import Ranking, saved_array
 from loraweave.hub.indexes.faiss_flat import MANY_QUERIES, SLACK, SPARE, largest_norm
 
 # rows that are scored again; among so many the k-th is nearly always further from the last than fp16's rounding
@@ -22,7 +22,7 @@ _BLOCK_ROWS = 2**16
 _LARGEST = 65504.0
 
 
-class FaissHalf:
+class FaissHalf(HeldVectors):
     """Vectors of `dim` numbers in order of addition. PackageMissing without faiss.
 
     The results are the reference's: how far a row is from its fp16 copy is known, so it is known when a row outside those
@@ -32,9 +32,8 @@ class FaissHalf:
     exact = True
 
     def __init__(self, dim: int) -> None:
-        self.dim = dim
+        super().__init__(dim)
         self._scanners = HalfScanners(import_faiss("faiss_half"), dim, numbered=False)
-        self._vectors_ND = np.empty((0, dim), np.float32)
         self._codes_ND = np.empty((0, dim), np.float16)
         # of a row: its largest norm, and its largest distance to its code
         self._bounds = np.array([1.0, 0.0], np.float32)
@@ -46,58 +45,42 @@ class FaissHalf:
         ValueError for arrays of another form.
         """
         index = cls(dim)
-        index._vectors_ND = saved(arrays, "vectors", "<f4", (None, dim))
+        index._vectors_ND = saved_array(arrays, "vectors", "<f4", (None, dim))
         if set(arrays) == {"vectors"}:
-            index._codes_ND, index._bounds = halved(index._vectors_ND)
+            index._codes_ND, index._bounds = halve(index._vectors_ND)
         else:
-            index._codes_ND = saved(arrays, "codes", "<f2", index._vectors_ND.shape)
-            index._bounds = saved(arrays, "bounds", "<f4", (2,))
+            index._codes_ND = saved_array(arrays, "codes", "<f2", index._vectors_ND.shape)
+            index._bounds = saved_array(arrays, "bounds", "<f4", (2,))
         return index
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What is to be saved."""
         return {"vectors": self._vectors_ND, "codes": self._codes_ND, "bounds": self._bounds}
 
-    def __len__(self) -> int:
-        return len(self._vectors_ND)
-
-    def add(self, vectors_ND: np.ndarray) -> None:
-        """Appends vectors (N, dim). DimensionMismatch for another size, or values that are not finite."""
-        vectors_ND = checked(vectors_ND, self.dim, "vectors")
-        codes_ND, bounds = halved(vectors_ND)
+    def _append(self, new_ND: np.ndarray) -> None:
+        codes_ND, bounds = halve(new_ND)
         self._bounds = np.maximum(self._bounds, bounds)
-        self._vectors_ND = np.concatenate([self._vectors_ND, vectors_ND])
         self._codes_ND = np.concatenate([self._codes_ND, codes_ND])
 
-    def search(self, query_QD: np.ndarray, k: int, *, allowed_N: np.ndarray | None = None) -> Found:
-        """Scores (Q, K) descending, rounded to 6 decimals, and positions (Q, K), ties by position.
-
-        K is the smaller of k and the number of vectors, or of those that the mask allows.
-        """
-        query_QD, mask_N, count, answer = asked(query_QD, self._vectors_ND, k, allowed_N)
-        if answer is not None:
-            return answer
-        num_found = min(k, count)
+    def _best(self, query_QD: np.ndarray, k: int, mask_N: np.ndarray | None, count: int) -> Ranking:
         norm_Q = np.maximum(1.0, np.sqrt(np.einsum("qd,qd->q", query_QD, query_QD)))
         largest, distance = self._bounds.tolist()
         if len(query_QD) >= MANY_QUERIES:
             slack_Q = SLACK * norm_Q * largest
-            return exact_best(
-                partial(self._scan_products, mask_N), query_QD, self._vectors_ND, num_found, k + SPARE, slack_Q
-            )
+            return exact_best(partial(self._scan_products, mask_N), query_QD, self._vectors_ND, k, k + SPARE, slack_Q)
         slack_Q = norm_Q * (SLACK * largest + distance)
         halves = partial(self._scan_halves, self._scanners.get(mask_N), count)
-        return exact_best(halves, query_QD, self._vectors_ND, num_found, max(NUM_RESCORED, 2 * k), slack_Q)
+        return exact_best(halves, query_QD, self._vectors_ND, k, max(NUM_RESCORED, 2 * k), slack_Q)
 
-    def _scan_products(self, mask_N: np.ndarray | None, query_QD: np.ndarray, num: int) -> Found:
+    def _scan_products(self, mask_N: np.ndarray | None, query_QD: np.ndarray, num: int) -> Ranking:
         return scan_products(query_QD, self._vectors_ND, num, mask_N)
 
-    def _scan_halves(self, scanner: HalfScanner, count: int, query_QD: np.ndarray, num: int) -> Found:
+    def _scan_halves(self, scanner: HalfScanner, count: int, query_QD: np.ndarray, num: int) -> Ranking:
         found = [scanner.best(query_D, [(self._codes_ND, None)], min(num, count)) for query_D in query_QD]
         return np.stack([scores_R for scores_R, _ in found]), np.stack([rows_R for _, rows_R in found])
 
 
-def halved(vectors_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def halve(vectors_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """fp16 copies of the rows, and (the largest norm, at least 1; the largest distance of a row to its copy)."""
     codes_ND = np.empty(vectors_ND.shape, np.float16)
     distance = 0.0

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from loraweave.hub.indexes._exact import asked, scan_products
+from loraweave.hub.indexes._exact import HeldVectors, scan_products
 from loraweave.hub.indexes._faiss import import_faiss, selector
 from loraweave.hub.indexes._recall import least_effort
-from loraweave.hub.indexes._vectors import Found, checked, rescored, saved
+from loraweave.hub.indexes._vectors import Ranking, rescore, saved_array
 from loraweave.hub.indexes.faiss_half import NUM_RESCORED, FaissHalf
 
 # below this a scan of everything is as fast, and exact
@@ -26,7 +26,7 @@ _EFFORTS = (64, 128, 256, 512, 1024)
 _MANY_WANTED = 500
 
 
-class FaissHnsw:
+class FaissHnsw(HeldVectors):
     """Vectors of `dim` numbers in order of addition. PackageMissing without faiss.
 
     Scores are exact, but a row that the walk does not come by is missed. How far it has to go is measured on a hundred of
@@ -37,9 +37,8 @@ class FaissHnsw:
     exact = False
 
     def __init__(self, dim: int) -> None:
-        self.dim = dim
+        super().__init__(dim)
         self._faiss: Any = import_faiss("faiss_hnsw")
-        self._vectors_ND = np.empty((0, dim), np.float32)
         self._all: FaissHalf | None = FaissHalf(dim)
         self._graph: Any = None
         self._effort = _EFFORTS[-1]
@@ -48,16 +47,16 @@ class FaissHnsw:
     def from_arrays(cls, dim: int, arrays: Mapping[str, np.ndarray]) -> FaissHnsw:
         """The index of what `arrays` gave; with vectors alone the graph is made. ValueError for arrays of another form."""
         index = cls(dim)
-        index._vectors_ND = vectors_ND = saved(arrays, "vectors", "<f4", (None, dim))
+        index._vectors_ND = vectors_ND = saved_array(arrays, "vectors", "<f4", (None, dim))
         if set(arrays) == {"vectors"}:
-            index._link(vectors_ND)
+            index._append(vectors_ND)
         elif "levels" not in arrays:
             index._all = FaissHalf.from_arrays(dim, arrays)
         else:
-            levels_N = saved(arrays, "levels", "<i4", (len(vectors_ND),))
-            entry = saved(arrays, "entry", "<i8", (1,))
-            links = saved(arrays, "links", "<i4", (None,))
-            index._effort = int(saved(arrays, "effort", "<i8", (1,))[0])
+            levels_N = saved_array(arrays, "levels", "<i4", (len(vectors_ND),))
+            entry = saved_array(arrays, "entry", "<i8", (1,))
+            links = saved_array(arrays, "links", "<i4", (None,))
+            index._effort = int(saved_array(arrays, "effort", "<i8", (1,))[0])
             if not 0 < index._effort <= len(vectors_ND):
                 raise ValueError(f"array 'effort' of the saved index is {index._effort}, not from 1 to {len(vectors_ND)}")
             index._all, index._graph = None, index._empty()
@@ -78,39 +77,22 @@ class FaissHnsw:
             "effort": np.array([self._effort], np.int64),
         }
 
-    def __len__(self) -> int:
-        return len(self._vectors_ND)
-
-    def add(self, vectors_ND: np.ndarray) -> None:
-        """Appends vectors (N, dim). DimensionMismatch for another size, or values that are not finite."""
-        vectors_ND = checked(vectors_ND, self.dim, "vectors")
-        self._vectors_ND = np.concatenate([self._vectors_ND, vectors_ND])
-        self._link(vectors_ND)
-
-    def search(self, query_QD: np.ndarray, k: int, *, allowed_N: np.ndarray | None = None) -> Found:
-        """Scores (Q, K) descending, rounded to 6 decimals, and positions (Q, K), ties by position.
-
-        K is the smaller of k and the number of vectors, or of those that the mask allows.
-        """
+    def _best(self, query_QD: np.ndarray, k: int, mask_N: np.ndarray | None, count: int) -> Ranking:
         if self._all is not None:
-            return self._all.search(query_QD, k, allowed_N=allowed_N)
-        query_QD, mask_N, count, answer = asked(query_QD, self._vectors_ND, k, allowed_N)
-        if answer is not None:
-            return answer
-        num_found = min(k, count)
-        if num_found > _MANY_WANTED:
-            rows_QR = scan_products(query_QD, self._vectors_ND, num_found, mask_N)[1]
-            return rescored(query_QD, self._vectors_ND, rows_QR, num_found)
-        num_wanted = min(count, max(num_found, NUM_RESCORED))
+            return self._all._best(query_QD, k, mask_N, count)
+        if k > _MANY_WANTED:
+            rows_QR = scan_products(query_QD, self._vectors_ND, k, mask_N)[1]
+            return rescore(query_QD, self._vectors_ND, rows_QR, k)
+        num_wanted = min(count, max(k, NUM_RESCORED))
         allowed = None if mask_N is None else selector(self._faiss, mask_N)
-        rows_QR = self._walked(query_QD, num_wanted, max(self._effort, 2 * num_found), allowed)
+        rows_QR = self._walk(query_QD, num_wanted, max(self._effort, 2 * k), allowed)
         # a mask can cut the walk off from all that it allows: the places left open are then filled by a scan
         short_Q = (rows_QR < 0).any(axis=1)
         if short_Q.any():
             rows_QR[short_Q] = scan_products(query_QD[short_Q], self._vectors_ND, num_wanted, mask_N)[1]
-        return rescored(query_QD, self._vectors_ND, rows_QR, num_found)
+        return rescore(query_QD, self._vectors_ND, rows_QR, k)
 
-    def _link(self, new_ND: np.ndarray) -> None:
+    def _append(self, new_ND: np.ndarray) -> None:
         if len(self) < MIN_LINKED:
             self._all = FaissHalf.from_arrays(self.dim, {"vectors": self._vectors_ND})
             return
@@ -118,9 +100,9 @@ class FaissHnsw:
             self._all, self._graph, new_ND = None, self._empty(), self._vectors_ND
         self._graph.add(new_ND)
         if len(new_ND) == len(self):
-            self._effort = int(least_effort(_EFFORTS, self._walked, self._vectors_ND))
+            self._effort = int(least_effort(_EFFORTS, self._walk, self._vectors_ND))
 
-    def _walked(self, query_QD: np.ndarray, num: int, effort: float, allowed: Any = None) -> np.ndarray:
+    def _walk(self, query_QD: np.ndarray, num: int, effort: float, allowed: Any = None) -> np.ndarray:
         options = self._faiss.SearchParametersHNSW(efSearch=int(effort), sel=allowed)
         rows_QR: np.ndarray = self._graph.search(query_QD, num, params=options)[1]
         return rows_QR

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from loraweave.hub.indexes._clusters import centres, nearest
-from loraweave.hub.indexes._exact import asked
+from loraweave.hub.indexes._clusters import find_centres, nearest
+from loraweave.hub.indexes._exact import HeldVectors
 from loraweave.hub.indexes._faiss import HalfScanner, HalfScanners, import_faiss
 from loraweave.hub.indexes._recall import least_effort
-from loraweave.hub.indexes._vectors import Found, checked, rescored, saved
-from loraweave.hub.indexes.faiss_half import NUM_RESCORED, FaissHalf, halved
+from loraweave.hub.indexes._vectors import Ranking, rescore, saved_array
+from loraweave.hub.indexes.faiss_half import NUM_RESCORED, FaissHalf, halve
 
 # below this a scan of everything is as fast, and exact
 MIN_CLUSTERED = 10_000
@@ -39,7 +39,7 @@ class _Lists:
     codes_ND: np.ndarray
 
 
-class FaissIvf:
+class FaissIvf(HeldVectors):
     """Vectors of `dim` numbers in order of addition. PackageMissing without faiss.
 
     Scores are exact, but a row in a list that was not looked into is missed. How many lists that takes depends on the
@@ -50,9 +50,8 @@ class FaissIvf:
     exact = False
 
     def __init__(self, dim: int) -> None:
-        self.dim = dim
+        super().__init__(dim)
         self._scanners = HalfScanners(import_faiss("faiss_ivf"), dim, numbered=True)
-        self._vectors_ND = np.empty((0, dim), np.float32)
         self._all: FaissHalf | None = FaissHalf(dim)
         self._lists: _Lists | None = None
 
@@ -63,21 +62,21 @@ class FaissIvf:
         ValueError for arrays of another form.
         """
         index = cls(dim)
-        index._vectors_ND = vectors_ND = saved(arrays, "vectors", "<f4", (None, dim))
+        index._vectors_ND = vectors_ND = saved_array(arrays, "vectors", "<f4", (None, dim))
         if set(arrays) == {"vectors"}:
             index._make()
         elif "centres" not in arrays:
             index._all = FaissHalf.from_arrays(dim, arrays)
         else:
-            centres_CD = saved(arrays, "centres", "<f4", (None, dim))
-            starts = saved(arrays, "starts", "<i8", (len(centres_CD) + 1,))
-            rows_N = saved(arrays, "rows", "<i8", (len(vectors_ND),))
+            centres_CD = saved_array(arrays, "centres", "<f4", (None, dim))
+            starts = saved_array(arrays, "starts", "<i8", (len(centres_CD) + 1,))
+            rows_N = saved_array(arrays, "rows", "<i8", (len(vectors_ND),))
             if not len(centres_CD) or starts[0] or (np.diff(starts) < 0).any() or starts[-1] > len(rows_N):
                 raise ValueError(f"array 'starts' of the saved index does not divide {len(rows_N)} rows")
             if rows_N.min() < 0 or rows_N.max() >= len(rows_N):
                 raise ValueError(f"array 'rows' of the saved index has numbers outside 0 to {len(rows_N) - 1}")
-            codes_ND = saved(arrays, "codes", "<f2", vectors_ND.shape)
-            share = float(saved(arrays, "share", "<f4", (1,))[0])
+            codes_ND = saved_array(arrays, "codes", "<f2", vectors_ND.shape)
+            share = float(saved_array(arrays, "share", "<f4", (1,))[0])
             if not 0 < share <= 1:
                 raise ValueError(f"array 'share' of the saved index is {share}, not above 0 and at most 1")
             index._all, index._lists = None, _Lists(share, centres_CD, starts, rows_N, codes_ND)
@@ -92,45 +91,31 @@ class FaissIvf:
         kept = {"centres": lists.centres_CD, "starts": lists.starts, "rows": lists.rows_N, "codes": lists.codes_ND}
         return {"vectors": self._vectors_ND, **kept, "share": np.array([lists.share], np.float32)}
 
-    def __len__(self) -> int:
-        return len(self._vectors_ND)
-
-    def add(self, vectors_ND: np.ndarray) -> None:
-        """Appends vectors (N, dim). DimensionMismatch for another size, or values that are not finite."""
-        vectors_ND = checked(vectors_ND, self.dim, "vectors")
-        before, lists = len(self), self._lists
-        self._vectors_ND = np.concatenate([self._vectors_ND, vectors_ND])
+    def _append(self, new_ND: np.ndarray) -> None:
+        lists = self._lists
         if lists is None or len(self) - int(lists.starts[-1]) > _MAX_LATE_SHARE * len(self):
             self._make()
             return
-        rows_N = np.concatenate([lists.rows_N, np.arange(before, len(self))])
-        codes_ND = np.concatenate([lists.codes_ND, halved(vectors_ND)[0]])
+        rows_N = np.concatenate([lists.rows_N, np.arange(len(self) - len(new_ND), len(self))])
+        codes_ND = np.concatenate([lists.codes_ND, halve(new_ND)[0]])
         self._lists = _Lists(lists.share, lists.centres_CD, lists.starts, rows_N, codes_ND)
 
-    def search(self, query_QD: np.ndarray, k: int, *, allowed_N: np.ndarray | None = None) -> Found:
-        """Scores (Q, K) descending, rounded to 6 decimals, and positions (Q, K), ties by position.
-
-        K is the smaller of k and the number of vectors, or of those that the mask allows.
-        """
+    def _best(self, query_QD: np.ndarray, k: int, mask_N: np.ndarray | None, count: int) -> Ranking:
         if self._all is not None:
-            return self._all.search(query_QD, k, allowed_N=allowed_N)
+            return self._all._best(query_QD, k, mask_N, count)
         assert self._lists is not None
-        query_QD, mask_N, count, answer = asked(query_QD, self._vectors_ND, k, allowed_N)
-        if answer is not None:
-            return answer
-        num_found = min(k, count)
         # the rarer allowed rows are, the more lists it takes to meet as many of them
-        return self._looked(query_QD, num_found, min(1.0, self._lists.share * len(self) / count), mask_N)
+        return self._look(query_QD, k, min(1.0, self._lists.share * len(self) / count), mask_N)
 
-    def _looked(self, query_QD: np.ndarray, k: int, share: float, mask_N: np.ndarray | None) -> Found:
+    def _look(self, query_QD: np.ndarray, k: int, share: float, mask_N: np.ndarray | None) -> Ranking:
         """The k best rows of that share of the lists, and of more lists where those have less than k."""
         assert self._lists is not None
         scanner = self._scanners.get(mask_N)
         nearness_QC = query_QD @ self._lists.centres_CD.T
         rows = [self._near(scanner, query_D, n_C, k, share) for query_D, n_C in zip(query_QD, nearness_QC, strict=True)]
         if len({len(rows_R) for rows_R in rows}) == 1:
-            return rescored(query_QD, self._vectors_ND, np.stack(rows), k)
-        found = [rescored(q_D[None], self._vectors_ND, rows_R[None], k) for q_D, rows_R in zip(query_QD, rows, strict=True)]
+            return rescore(query_QD, self._vectors_ND, np.stack(rows), k)
+        found = [rescore(q_D[None], self._vectors_ND, rows_R[None], k) for q_D, rows_R in zip(query_QD, rows, strict=True)]
         return np.concatenate([scores for scores, _ in found]), np.concatenate([at for _, at in found])
 
     def _near(self, scanner: HalfScanner, query_D: np.ndarray, nearness_C: np.ndarray, k: int, share: float) -> np.ndarray:
@@ -155,13 +140,13 @@ class FaissIvf:
             self._all, self._lists = FaissHalf.from_arrays(self.dim, {"vectors": self._vectors_ND}), None
             return
         # the work of finding the lists and that of looking into them are then of one size
-        centres_CD = centres(self._vectors_ND, round(2 * math.sqrt(len(self))))
+        centres_CD = find_centres(self._vectors_ND, round(2 * math.sqrt(len(self))))
         nearest_N = nearest(self._vectors_ND, centres_CD)
         rows_N = np.argsort(nearest_N, kind="stable").astype(np.int64)
         starts = np.searchsorted(nearest_N[rows_N], np.arange(len(centres_CD) + 1)).astype(np.int64)
         codes_ND = np.empty(self._vectors_ND.shape, np.float16)
-        codes_ND[:] = halved(self._vectors_ND)[0][rows_N]
+        codes_ND[:] = halve(self._vectors_ND)[0][rows_N]
         made = _Lists(1.0, centres_CD.astype(np.float32), starts, rows_N, codes_ND)
         self._all, self._lists = None, made
-        share = least_effort(SHARES, lambda query_QD, k, share: self._looked(query_QD, k, share, None)[1], self._vectors_ND)
+        share = least_effort(SHARES, lambda query_QD, k, share: self._look(query_QD, k, share, None)[1], self._vectors_ND)
         self._lists = replace(made, share=share)

@@ -15,7 +15,7 @@ from loraweave.common.rows import GivenRows
 from loraweave.errors import AdapterCorrupt, AdapterSuspicious, AdapterUnsupported, LoraweaveError
 from loraweave.hub import licenses
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.health.anomalies import examined
+from loraweave.hub.health.anomalies import examine
 from loraweave.hub.intake.fields import (
     MAX_LABEL_BYTES,
     OWN_FIELDS,
@@ -101,7 +101,7 @@ def add_many(
             continue
         try:
             # what else fails here is the hub's own store, for which no adapter is to blame
-            waiting.append((adapter, *examined(catalogue, blobs, adapter, record, anomalies)))
+            waiting.append((adapter, *examine(catalogue, blobs, adapter, record, anomalies)))
         except AdapterSuspicious as error:
             refused.append((addition.label, error))
             continue

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from loraweave.errors import HubError, RetrievalError
-from loraweave.hub.embedders._embedder import Embedder, embedded, embedder_of, excerpt, unit
+from loraweave.hub.embedders._embedder import Embedder, embed_checked, embedder_of, excerpt, unit
 from loraweave.hub.indexes._vectors import index_choice
 from loraweave.hub.listing import Listing
 from loraweave.hub.search.database import DatabaseSearch
@@ -90,7 +90,7 @@ def search(
     checked_threshold(min_score)
     query_QD = index.embed([query])
     hits = index.hits(query_QD, checked_count(k), filters, min_score=min_score)
-    return index.explained(query_QD[0], hits[0])
+    return index.explain(query_QD[0], hits[0])
 
 
 _SHARED: weakref.WeakKeyDictionary[Any, SearchIndex] = weakref.WeakKeyDictionary()
@@ -151,7 +151,7 @@ class SearchIndex:
                     [Hit(n.record, n.score, n.key_D) for n in found if min_score is None or n.score >= min_score]
                     for found in near
                 ]
-        snapshot = self._current()
+        snapshot = self._update()
         if not len(snapshot.keys):
             _logger.info("the hub is empty, so nothing is found: hub.add(folder, description=..., examples=[...]) fills it")
         if not len(snapshot.keys) or not k:
@@ -159,10 +159,10 @@ class SearchIndex:
         if filters.pass_all:
             ranked = self._hits(snapshot, snapshot.keys.search(query_QD, k))
         else:
-            ranked = self._filtered(snapshot, query_QD, k, filters)
+            ranked = self._filter(snapshot, query_QD, k, filters)
         return [[hit for hit in hits if min_score is None or hit.score >= min_score] for hits in ranked]
 
-    def explained(self, query_D: np.ndarray, hits: Sequence[Hit], *, evidence: bool = True) -> list[Candidate]:
+    def explain(self, query_D: np.ndarray, hits: Sequence[Hit], *, evidence: bool = True) -> list[Candidate]:
         """The hits as candidates; the evidence is the adapter's own text that is nearest to the query, if it is wanted."""
         found = [self._evidence(query_D, hit.record) if evidence else "" for hit in hits]
         return [Candidate(hit.record.name, hit.score, text, hit.record) for hit, text in zip(hits, found, strict=True)]
@@ -173,7 +173,7 @@ class SearchIndex:
         best = int(np.argmax(scores_N))
         return f"{kinds[best]} {excerpt(texts[best])!r} ({scores_N[best]:.2f})"
 
-    def _filtered(self, snapshot: _Snapshot, query_QD: np.ndarray, k: int, filters: Filters) -> list[list[Hit]]:
+    def _filter(self, snapshot: _Snapshot, query_QD: np.ndarray, k: int, filters: Filters) -> list[list[Hit]]:
         # a filter that lets many through is mostly met by the nearest few; the places of all that pass are a long list. For
         # a key of a base model they are asked for, which warns of its namesakes
         num_tried = 0 if isinstance(filters.base_model, BaseKey) else 4 * k + _NUM_TRIED
@@ -203,23 +203,23 @@ class SearchIndex:
             for one in found
         ]
 
-    def _current(self) -> _Snapshot:
+    def _update(self) -> _Snapshot:
         snapshot = self._snapshot
         if snapshot is None:
-            opened = self._opened()
-            snapshot = _Snapshot(opened[1].identity, opened[1].generation, opened[0], {}) if opened else self._nothing()
-            snapshot = self._followed(snapshot)
+            opened = self._load_newest()
+            snapshot = _Snapshot(opened[1].identity, opened[1].generation, opened[0], {}) if opened else self._empty()
+            snapshot = self._follow(snapshot)
             if snapshot.keys.num_late > MAX_LATE:
                 # what is saved now is what the next process does not have to read
                 snapshot = replace(snapshot, keys=snapshot.keys.joined())
         elif snapshot.generation == self.hub.generation:
             return snapshot
         else:
-            snapshot = self._followed(snapshot)
-        self._snapshot = snapshot = self._saved(snapshot)
+            snapshot = self._follow(snapshot)
+        self._snapshot = snapshot = self._save(snapshot)
         return snapshot
 
-    def _opened(self) -> tuple[Keys, Stamp] | None:
+    def _load_newest(self) -> tuple[Keys, Stamp] | None:
         """The newest saved index, if there is one."""
         found = [self._load(place) for place in places(self.hub.path, writable=self.hub.writable)]
         return max(filter(None, found), key=lambda one: one[1].generation, default=None)
@@ -227,10 +227,10 @@ class SearchIndex:
     def _load(self, place: Path) -> tuple[Keys, Stamp] | None:
         return load(place, self.embedder.id, self._index, self.embedder.dim, self._choice)
 
-    def _nothing(self) -> _Snapshot:
+    def _empty(self) -> _Snapshot:
         return _Snapshot("", 0, Keys(self.embedder.dim, self._choice), {})
 
-    def _followed(self, old: _Snapshot) -> _Snapshot:
+    def _follow(self, old: _Snapshot) -> _Snapshot:
         """The snapshot brought up to date by what changed since; made anew when it is not one of this catalogue's past."""
         gone, seqs, keys, records = [], [], [], dict(old.records)
         first, after = None, 0
@@ -238,7 +238,7 @@ class SearchIndex:
             changes = self.hub.changes(self.embedder.id, since=old.generation, after=after)
             first = first or changes
             if old.generation and (changes.identity != old.identity or changes.generation < old.generation):
-                return self._followed(self._nothing())
+                return self._follow(self._empty())
             for change in changes.page:
                 records.pop(change.seq, None)
                 gone.append(change.seq)
@@ -252,10 +252,10 @@ class SearchIndex:
         followed = old.keys.changed(gone_M, np.array(seqs, np.int64), np.concatenate(keys))
         if len(followed) != changes.num_adapters and changes.generation == first.generation and old.generation:
             # a catalogue that was put back from a copy and has gone another way since has the same identity
-            return self._followed(self._nothing())
+            return self._follow(self._empty())
         return _Snapshot(first.identity, first.generation, followed, records)
 
-    def _saved(self, snapshot: _Snapshot) -> _Snapshot:
+    def _save(self, snapshot: _Snapshot) -> _Snapshot:
         """The snapshot, its keys mapped from a file where they are many and were not."""
         keys = snapshot.keys
         if (
@@ -307,7 +307,7 @@ class SearchIndex:
         return unit(key_D + DESCRIPTION_WEIGHT * rows_ND[-1]) if kinds[-1] == "description" else key_D
 
     def _embed(self, texts: tuple[str, ...]) -> np.ndarray:
-        return embedded(self.embedder, texts)
+        return embed_checked(self.embedder, texts)
 
 
 # for each hub, what an embedder made of adapters' own texts: a new search of the hub does not embed them again
@@ -316,7 +316,7 @@ _OWN_TEXTS: weakref.WeakKeyDictionary[Any, dict[tuple[type, str], _Embed]] = wea
 
 def _own_texts(hub: Listing, embedder: Embedder) -> _Embed:
     """What embeds an adapter's texts together and remembers it, shared by the hub's searches with such an embedder."""
-    cache = lru_cache(maxsize=NUM_EVIDENCE_CACHED)(partial(embedded, embedder))
+    cache = lru_cache(maxsize=NUM_EVIDENCE_CACHED)(partial(embed_checked, embedder))
     if isinstance(hub, weakref.ProxyTypes):
         return cache
     return _OWN_TEXTS.setdefault(hub, {}).setdefault((type(embedder), embedder.id), cache)

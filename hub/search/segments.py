@@ -101,12 +101,12 @@ class Keys:
         # the first is joined above only: it is large, and may be a mapped file
         late = list(kept.segments)
         while len(late) > 2 and len(late[-2].seqs_N) <= 2 * len(late[-1].seqs_N):
-            late[-2:] = self._joined(late[-2:])
+            late[-2:] = self._join(late[-2:])
         return replace(kept, segments=tuple(late))
 
     def joined(self) -> Keys:
         """The same as one segment."""
-        return replace(self, segments=tuple(self._joined(self.segments)))
+        return replace(self, segments=tuple(self._join(self.segments)))
 
     def search(self, query_QD: np.ndarray, k: int, allowed_seqs: np.ndarray | None = None) -> list[Hits]:
         """For each query the k best of all keys, or of those at the ascending seqs that are allowed."""
@@ -129,7 +129,7 @@ class Keys:
         best_QK = np.lexsort((seqs_QK, -scores_QK), axis=1)[:, :k]
         return [Hits(s[b], q[b], v[b]) for s, q, v, b in zip(scores_QK, seqs_QK, keys_QKD, best_QK, strict=True)]
 
-    def _joined(self, segments: Sequence[Segment]) -> list[Segment]:
+    def _join(self, segments: Sequence[Segment]) -> list[Segment]:
         alive = [slice(None) if segment.alive_N is None else segment.alive_N for segment in segments]
         seqs = np.concatenate([np.empty(0, np.int64), *(s.seqs_N[a] for s, a in zip(segments, alive, strict=True))])
         if not len(seqs):

@@ -46,7 +46,7 @@ def unpack(places: Any, flat: Tensor) -> dict[str, Tensor]:
         raise ValueError(f"its table of places is {type(places).__name__}, not a list")
     end, sizes = 0, []
     for place in places:
-        name, offset, shape = _checked(place)
+        name, offset, shape = _check_place(place)
         if offset != end:
             raise ValueError(f"tensor {name!r:.60} begins at {offset}, but the one before it ends at {end}")
         sizes.append(math.prod(shape))
@@ -63,7 +63,7 @@ def unpack(places: Any, flat: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def _checked(place: Any) -> tuple[str, int, list[int]]:
+def _check_place(place: Any) -> tuple[str, int, list[int]]:
     if not isinstance(place, list | tuple) or len(place) != 3:
         raise ValueError(f"a place is {place!r:.60}, not [name, offset, shape]")
     name, offset, shape = place
@@ -138,7 +138,7 @@ def put_together(
         listed |= {"signs", "scales"}
     if listed != set(names):
         raise ValueError(f"it lists {len(listed)} tensors that are not the {len(names)} it has")
-    unpacked = iter(_unpacked(entries, tensor) if stored_as == "compeft" else [])
+    unpacked = iter(_unpack(entries, tensor) if stored_as == "compeft" else [])
     layers = {}
     for number, entry in enumerate(entries):
         parts: dict[str, Any] = {part: tensor(f"{number}.{part}") for part in entry["parts"]}
@@ -152,7 +152,7 @@ def put_together(
     return layers, {name: tensor(f"head.{number}") for number, name in enumerate(heads)}
 
 
-def _unpacked(entries: Any, tensor: Callable[[str], Tensor]) -> list[Tensor]:
+def _unpack(entries: Any, tensor: Callable[[str], Tensor]) -> list[Tensor]:
     shapes = []
     for entry in entries:
         sizes = entry["shape"]

@@ -22,7 +22,7 @@ class Translating:
         self.num_changed = 0
 
     def execute(self, statement: str, parameters: Sequence[Any] = (), /) -> Cursor:
-        cursor: Any = self._session.execute(_translated(statement), tuple(parameters))
+        cursor: Any = self._session.execute(_translate(statement), tuple(parameters))
         if cursor.description is None:
             self.num_changed += max(0, cursor.rowcount)
         found: Cursor = cursor
@@ -30,7 +30,7 @@ class Translating:
 
 
 @lru_cache(maxsize=256)
-def _translated(statement: str) -> str:
+def _translate(statement: str) -> str:
     return statement.replace("%", "%%").replace("?", "%s")
 
 
@@ -55,7 +55,7 @@ def postgres_errors(address: PostgresAddress, doing: str) -> Iterator[None]:
         # psycopg itself refuses a text with NUL, which is no error of the server and has no code
         if isinstance(error, psycopg.DataError) and error.sqlstate in _NO_TEXT:
             raise _unstorable(address, error, doing) from error
-        raise _named(address, error.sqlstate, address.redacted(str(error)), doing) from error
+        raise _error_for(address, error.sqlstate, address.redacted(str(error)), doing) from error
 
 
 def _unstorable(address: PostgresAddress, error: Exception, doing: str) -> HubError:
@@ -65,7 +65,7 @@ def _unstorable(address: PostgresAddress, error: Exception, doing: str) -> HubEr
     )
 
 
-def _named(address: PostgresAddress, code: str | None, said: str, doing: str) -> HubError:
+def _error_for(address: PostgresAddress, code: str | None, said: str, doing: str) -> HubError:
     where = address.where
     if code in _FULL:
         return HubFull(f"{doing}: the disk of {where} is full ({said}); nothing was changed, free some space and try again")
@@ -134,7 +134,7 @@ def read_address(url: str) -> PostgresAddress:
         raise HubError(
             f"the hub's schema is {schema!r:.80}; its name has lower case letters, digits and underscores, at most 63"
         )
-    return PostgresAddress(parameters, schema, _shown(parameters, schema))
+    return PostgresAddress(parameters, schema, _message(parameters, schema))
 
 
 def require_psycopg() -> Any:
@@ -150,7 +150,7 @@ def require_psycopg() -> Any:
     return psycopg
 
 
-def _shown(parameters: dict[str, Any], schema: str) -> str:
+def _message(parameters: dict[str, Any], schema: str) -> str:
     user = f"{parameters['user']}@" if parameters.get("user") else ""
     port = f":{parameters['port']}" if parameters.get("port") else ""
     shown = f"postgresql://{user}{parameters.get('host') or ''}{port}/{parameters.get('dbname') or ''}"

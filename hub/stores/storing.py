@@ -187,7 +187,7 @@ def store_many(
     doing = f"adding {len(batch)} adapters"
     warned = []
     with catalogue.locked(doing):
-        wanted = _wanted(catalogue, batch, as_version)
+        wanted = _new_content(catalogue, batch, as_version)
         known = {content: usable_blob(catalogue, blobs, content) for content in wanted}
         missing = {content: wanted[content] for content, blob in known.items() if blob is None}
         absent = [content for content in missing if not blobs.has(content)]
@@ -195,7 +195,7 @@ def store_many(
             with storage_errors(catalogue.where, doing):
                 for content in known.keys() - missing.keys():
                     blobs.settle(content)
-                written = _put(blobs, missing, stored_as)
+                written = _put_blobs(blobs, missing, stored_as)
                 for adapter, _, _ in batch:
                     put_files(blobs, adapter.files)
             with catalogue.transaction(doing) as connection:
@@ -216,7 +216,9 @@ def store_many(
     return outcomes
 
 
-def _wanted(catalogue: CatalogueStore, batch: Sequence[Prepared], as_version: bool) -> dict[str, tuple[Adapter, Record]]:
+def _new_content(
+    catalogue: CatalogueStore, batch: Sequence[Prepared], as_version: bool
+) -> dict[str, tuple[Adapter, Record]]:
     """Content hash -> the first that has it, of those whose name can be used as far as can be told beforehand."""
     wanted: dict[str, tuple[Adapter, Record]] = {}
     with catalogue.reading() as connection:
@@ -227,7 +229,7 @@ def _wanted(catalogue: CatalogueStore, batch: Sequence[Prepared], as_version: bo
     return wanted
 
 
-def _put(blobs: BlobStore, missing: dict[str, tuple[Adapter, Record]], stored_as: str) -> dict[str, rows.BlobRow]:
+def _put_blobs(blobs: BlobStore, missing: dict[str, tuple[Adapter, Record]], stored_as: str) -> dict[str, rows.BlobRow]:
     sizes = []
 
     def each() -> Iterator[tuple[str, bytes]]:

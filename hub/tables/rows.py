@@ -100,7 +100,7 @@ def insert(connection: Connection, record: Record) -> Record:
     connection.execute("UPDATE state SET num_adapters = num_adapters + 1")
     if record.quarantined:
         quarantine.mark(connection, record)
-    return _noted(connection, find(connection, record.name), record.name)
+    return _note_change(connection, find(connection, record.name), record.name)
 
 
 def change(connection: Connection, row: Row, record: Record) -> Record:
@@ -114,7 +114,7 @@ def change(connection: Connection, row: Row, record: Record) -> Record:
     )
     if record.quarantined != row.record.quarantined:
         quarantine.mark(connection, record)
-    return _noted(connection, find(connection, record.name), record.name)
+    return _note_change(connection, find(connection, record.name), record.name)
 
 
 def delete(connection: Connection, row: Row) -> None:
@@ -185,7 +185,7 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is not JSON")
 
 
-def _noted(connection: Connection, row: Row | None, name: str) -> Record:
+def _note_change(connection: Connection, row: Row | None, name: str) -> Record:
     if row is None:
         raise HubCorrupt(f"the catalogue is damaged: the row of adapter {name!r}, just written, cannot be found")
     note(connection, row.seq)

@@ -45,14 +45,14 @@ class Discriminant:
         sampled = [row for row in rows if len(space.samples(records[row]))]
         if not query.inputs or not sampled:
             return scores_N
-        whitened = self._fitted([records[row] for row in sampled], space)
+        whitened = self._fit([records[row] for row in sampled], space)
         query_D = space.embed(query.inputs).mean(axis=0) - whitened.centre_D
         norms_N = whitened.norms_N * np.sqrt(query_D @ whitened.precision_DD @ query_D)
         # the only adapter is the centre itself: it lies in no direction
         scores_N[sampled] = whitened.around_ND @ whitened.precision_DD @ query_D / np.where(norms_N > 1e-12, norms_N, np.inf)
         return scores_N
 
-    def _fitted(self, records: list[Record], space: KeySpace) -> _Whitened:
+    def _fit(self, records: list[Record], space: KeySpace) -> _Whitened:
         """What does not depend on the query; kept, since one search after the other meets the same adapters."""
         last = self._last
         if last is not None and last[1] is space and last[0] == records:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from loraweave.errors import RetrievalError
-from loraweave.retrieval.fusion import Fusion, standardised
+from loraweave.retrieval.fusion import Fusion, standardise
 
 NAN = float("nan")
 
@@ -48,12 +48,12 @@ def test_learned_weights_favour_the_key_that_is_right():
     assert abs(fusion.weights["noise"]) < 0.5
     # the probability is that of the logistic model written out
     parts, _ = searches[0]
-    z = standardised(parts) @ np.array([fusion.weights["good"], fusion.weights["noise"]]) + fusion.intercept
+    z = standardise(parts) @ np.array([fusion.weights["good"], fusion.weights["noise"]]) + fusion.intercept
     np.testing.assert_allclose(fusion.fuse(parts), 1 / (1 + np.exp(-z)))
 
 
 def test_standardised_scores_have_mean_zero_and_deviation_one_and_equal_ones_are_zero():
-    rows = standardised({"a": np.array([1.0, 2.0, 3.0]), "b": np.array([4.0, 4.0, 4.0])})
+    rows = standardise({"a": np.array([1.0, 2.0, 3.0]), "b": np.array([4.0, 4.0, 4.0])})
     np.testing.assert_allclose(rows[:, 0], np.array([-1, 0, 1]) * np.sqrt(1.5))
     np.testing.assert_array_equal(rows[:, 1], 0.0)
 

@@ -56,7 +56,7 @@ def hub(tmp_path):
 
 def found(index, text, k=10, min_score=None, **filters):
     query_QD = index.embed([text])
-    return index.explained(query_QD[0], index.hits(query_QD, k, Filters(**filters), min_score=min_score)[0])
+    return index.explain(query_QD[0], index.hits(query_QD, k, Filters(**filters), min_score=min_score)[0])
 
 
 def scores(candidates):

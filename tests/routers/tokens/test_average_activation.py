@@ -36,11 +36,11 @@ def test_weights_are_a_softmax_over_the_two_nearest_standardised_means(fitted, e
     x_BTI = torch.randn(1, 4, 16)
     present = fitted.members.layers[layer].experts
 
-    def standardised(v):
+    def standardise(v):
         centred = v.double() - v.double().mean(dim=-1, keepdim=True)
         return centred / (centred.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()
 
-    scores_TE = standardised(x_BTI)[0] @ standardised(fitted.means_[layer]).T / 4
+    scores_TE = standardise(x_BTI)[0] @ standardise(fitted.means_[layer]).T / 4
     found_TE = fitted.weights(x_BTI, layer)[0]
     for t in range(4):
         best = sorted(present, key=lambda place: -float(scores_TE[t, place]))[:2]
