@@ -55,11 +55,11 @@ def collect_statistics(
     Raises InvalidTask for texts or settings that cannot be used; what Composer raises for an adapter that does not fit, or
     has layers that are not linear; CompositionError for a layer that never runs or a model without class probabilities.
     """
-    kinds = _checked(what, batch_size, max_tokens)
+    kinds = _require_options(what, batch_size, max_tokens)
     # the heads are written into the model apart, since no mixture has a place for them
     engine = Composer(model, {adapter.name: replace(adapter, heads={})})
     recorders = _recorders(model, [*adapter.layers, *layers], kinds)
-    rows = _encoded(model, tokenizer, texts, max_tokens)
+    rows = _encode_texts(model, tokenizer, texts, max_tokens)
     # one by one for an encoder-decoder: a layer does not tell whether it sees the tokens of the one or of the other
     size = 1 if model.config.is_encoder_decoder else batch_size
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
@@ -111,9 +111,9 @@ class _Recorder:
                 self.gram_II.addmm_(x_TI.T, x_TI)
         if self.fisher_OI is None:
             return None
-        return GradientTap.apply(output, self._wanted, x, self.received)  # type: ignore[no-untyped-call, no-any-return]
+        return GradientTap.apply(output, self._wanted, x, self.receive)  # type: ignore[no-untyped-call, no-any-return]
 
-    def received(self, gradient: Tensor, x: Tensor) -> None:
+    def receive(self, gradient: Tensor, x: Tensor) -> None:
         """The gradient of log p at the layer's output. A layer that ran several times has all of them first."""
         self._seen.append((self._real(gradient), self._real(x)))
         if len(self._seen) == self._num_calls:
@@ -206,7 +206,7 @@ def _draws(rows: Sequence[EncodedRow], seed: int) -> list[np.random.Philox]:
     return streams
 
 
-def _encoded(model: Any, tokenizer: Any, texts: GivenRows, max_tokens: int) -> list[EncodedRow]:
+def _encode_texts(model: Any, tokenizer: Any, texts: GivenRows, max_tokens: int) -> list[EncodedRow]:
     given = read_rows(texts, noun="text", targets="any")
     if not given:
         raise InvalidTask("collect_statistics takes a list of texts, or of rows with input and target, but got none")
@@ -311,7 +311,7 @@ def _mean(name: str, total: Tensor | None, count: int) -> Tensor | None:
     return mean
 
 
-def _checked(what: Collection[str], batch_size: int, max_tokens: int) -> tuple[str, ...]:
+def _require_options(what: Collection[str], batch_size: int, max_tokens: int) -> tuple[str, ...]:
     kinds = (what,) if isinstance(what, str) else tuple(what)
     if not kinds or not set(kinds) <= set(KINDS):
         raise InvalidTask(f"what={what!r} is not one or both of {', '.join(map(repr, KINDS))}")

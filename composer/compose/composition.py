@@ -88,13 +88,13 @@ class Composition:
 
     def __repr__(self) -> str:
         by_size = self._by_size()
-        shown = [f"{_clipped(name)!r}: {weight:.4g}" for name, weight in by_size[:NUM_NAMED]]
+        shown = [f"{_clip(name)!r}: {weight:.4g}" for name, weight in by_size[:NUM_NAMED]]
         rest = [f"{len(by_size) - NUM_NAMED} more"] if len(by_size) > NUM_NAMED else []
         what = "the base model" if self.is_base else f"{{{', '.join([*shown, *rest])}}}"
         if self.router is not None:
             what = f"{type(self.router).__name__} over {len(self._members)} adapters"
         layers = "" if self.by_layer is None else f", means over {len(self.by_layer)} layers"
-        return f"Composition({what}{layers}, method={self.merge_method!r}, chosen={_clipped(self.report.chosen)!r})"
+        return f"Composition({what}{layers}, method={self.merge_method!r}, chosen={_clip(self.report.chosen)!r})"
 
     def _repr_html_(self) -> str:
         weights = "" if self.router is not None else ShownTable.of(("adapter", "weight"), self._by_size())._repr_html_()
@@ -191,7 +191,7 @@ class Composition:
         """
         if self.router is not None:
             return self.engine.leave_one_out(self.task, self.router, progress=False)
-        return rises_without_each(*self._weighed("leave adapters out of"))
+        return rises_without_each(*self._loss_and_mixture("leave adapters out of"))
 
     def prune(self, tolerance: float = 0.01, *, progress: bool = True) -> Composition:
         """Without the adapters that are missed least, as long as the loss rises by at most `tolerance` nats in all.
@@ -200,9 +200,9 @@ class Composition:
         WeightingError for a tolerance below 0.
         """
         started = time.perf_counter()
-        pruned = prune_mixture(*self._weighed("prune"), tolerance, progress=progress)
+        pruned = prune_mixture(*self._loss_and_mixture("prune"), tolerance, progress=progress)
         kept, count = pruned.mixture, len(pruned.mixture.experts)
-        return self._renewed(
+        return self._renew(
             "pruned",
             f"{len(pruned.left_out)} of {count} adapters left out; loss {pruned.loss_before:.3f} became {pruned.loss:.3f}",
             started,
@@ -225,7 +225,7 @@ class Composition:
         smaller = replace(byom(whole, rank), name=whole.name)
         error = smaller.card["compression"]["relative_error"]
         before, after = loss_with(*self._on, whole), loss_with(*self._on, smaller)
-        return self._renewed(
+        return self._renew(
             "cut",
             f"rank {whole.rank} became {smaller.rank}, relative error {error:.3f}; loss {before:.3f} became {after:.3f}",
             started,
@@ -261,7 +261,7 @@ class Composition:
             progress=progress,
         )["composition"]
         after = loss_with(*self._on, trained)
-        return self._renewed(
+        return self._renew(
             "tuned",
             f"{steps} steps on the examples from {self.report.chosen}; loss {before:.3f} became {after:.3f}",
             started,
@@ -386,7 +386,7 @@ class Composition:
         used = self.mean_weights if self.router is None or self.pool is None else self.pool.names
         return self.pool.subset(used).adapters if self.pool and used else {}
 
-    def _weighed(self, verb: str) -> tuple[ExampleLoss, MixtureWeights]:
+    def _loss_and_mixture(self, verb: str) -> tuple[ExampleLoss, MixtureWeights]:
         """The loss on the examples by the adapters that have a weight, and the mixture over them.
 
         Raises CompositionError for a composition without a pool, and for one that is more than its weights say.
@@ -407,7 +407,7 @@ class Composition:
     def _on(self) -> tuple[Any, Any, Task]:
         return self.model, self.tokenizer, self.task
 
-    def _renewed(
+    def _renew(
         self,
         name: str,
         reason: str,
@@ -421,7 +421,7 @@ class Composition:
         """The composition with other `fields`, by `name` in its report; what it does on held-out examples is not known."""
         seconds, new = time.perf_counter() - started, replace(self, **fields)
         row = ReportRow(name, new.all_weights, loss, None, None, seconds, evaluations, new.by_layer, num_trained)
-        return replace(new, report=self.report.continued(row, reason))
+        return replace(new, report=self.report.with_choice(row, reason))
 
     def _recipe(self) -> dict[str, Any]:
         weights = self.mean_weights
@@ -443,5 +443,5 @@ class Composition:
         }
 
 
-def _clipped(name: str) -> str:
+def _clip(name: str) -> str:
     return name if len(name) <= NAME_WIDTH else f"{name[:NAME_WIDTH]}…"

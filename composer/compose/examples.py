@@ -150,10 +150,10 @@ class EncodedExamples:
     def _trees_of(self, examples: tuple[int, ...]) -> list[TokenTree]:
         """The trees of a job, of which each is a row; none where its rows are better run plainly."""
         if examples not in self._trees:
-            self._trees[examples] = self._planted(examples) if self._shares else []
+            self._trees[examples] = self._plant(examples) if self._shares else []
         return self._trees[examples]
 
-    def _planted(self, examples: tuple[int, ...]) -> list[TokenTree]:
+    def _plant(self, examples: tuple[int, ...]) -> list[TokenTree]:
         rows = self._rows_of(examples)
         best: list[TokenTree] = []
         least = self._cost(len(rows), max(map(len, rows)))

@@ -95,10 +95,10 @@ class _Slopes:
 
     def saw(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         x = (args[0] if args else next(iter(kwargs.values()))).detach()
-        return GradientTap.apply(output, self._wanted, x, self.received)  # type: ignore[no-untyped-call, no-any-return]
+        return GradientTap.apply(output, self._wanted, x, self.receive)  # type: ignore[no-untyped-call, no-any-return]
 
     @torch.no_grad()
-    def received(self, gradient: Tensor, x: Tensor) -> None:
+    def receive(self, gradient: Tensor, x: Tensor) -> None:
         """Adds the products of one call of the layer."""
         g_NO = self._kind.rows(self.target.module, gradient).flatten(0, 1)
         # padding gets no gradient, and neither do tokens that no target looks back to

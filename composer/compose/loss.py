@@ -40,7 +40,7 @@ Candidates = Sequence[MixtureWeights]
 def together(objectives: Sequence[Objective], candidates: Sequence[Candidates]) -> list[list[float]]:
     """The losses that each objective gives its own candidates; views of one ExampleLoss share their forward passes."""
     if _are_views_of_one(objectives):
-        losses = iter(scored(_pairs(objectives, candidates)))
+        losses = iter(score(_pairs(objectives, candidates)))
         return [_next(losses, own) for own in candidates]
     return [list(objective(own)) if own else [] for objective, own in zip(objectives, candidates, strict=True)]
 
@@ -50,7 +50,7 @@ def together_with_gradients(
 ) -> list[tuple[list[float], list[Tensor]]]:
     """The losses and gradients of each objective's own candidates, in the same way."""
     if _are_views_of_one(objectives):
-        found = iter(scored_with_gradients(_pairs(objectives, candidates)))
+        found = iter(score_with_gradients(_pairs(objectives, candidates)))
         parts = [_next(found, own) for own in candidates]
         return [([loss for loss, _ in part], [gradient for _, gradient in part]) for part in parts]
     return [objective.gradients(own) if own else ([], []) for objective, own in zip(objectives, candidates, strict=True)]
@@ -143,7 +143,7 @@ class Failures:
         self.first = self.first or (f"{type(why).__name__}: {why}" if isinstance(why, Exception) else why)
 
 
-def described_mixtures(engine: Composer, merge_method: str, penalty: Penalty) -> dict[str, Any]:
+def describe_mixtures(engine: Composer, merge_method: str, penalty: Penalty) -> dict[str, Any]:
     """The base model and its dtype, the experts' hashes, and what weights mean and cost, for JSON.
 
     It opens the experts of a lazy pool.
@@ -236,7 +236,7 @@ class ExampleLoss(OnExamples):
         return {
             "kind": type(self.kind).__name__,
             "tokens": self.encoded.digest(self.only),
-            **described_mixtures(self.engine, self.merge_method, self.penalty),
+            **describe_mixtures(self.engine, self.merge_method, self.penalty),
         }
 
     @property
@@ -245,7 +245,7 @@ class ExampleLoss(OnExamples):
         return self.kind.differentiable and self.merge_method == "linear"
 
     def __call__(self, candidates: Sequence[MixtureWeights]) -> list[float]:
-        return scored([(self, candidate) for candidate in candidates])
+        return score([(self, candidate) for candidate in candidates])
 
     def gradients(self, candidates: Sequence[MixtureWeights]) -> tuple[list[float], list[Tensor]]:
         """The loss of each candidate, and d loss / d values_BTLE, of the shape of its values; NaN for a failed one.
@@ -254,7 +254,7 @@ class ExampleLoss(OnExamples):
         their gradients have fp32 or better. |w| has the slope 0 at 0, and the count of experts has none.
         Raises WeightingError where there are no gradients: for a count of misses, and for merges other than the sum.
         """
-        found = scored_with_gradients([(self, candidate) for candidate in candidates])
+        found = score_with_gradients([(self, candidate) for candidate in candidates])
         return [loss for loss, _ in found], [gradient for _, gradient in found]
 
     def scores(self, candidates: Sequence[MixtureWeights]) -> tuple[np.ndarray, np.ndarray]:
@@ -293,23 +293,23 @@ Pairs = Sequence[tuple[ExampleLoss, MixtureWeights]]
 Found = tuple[float, Tensor | None]
 
 
-def scored(pairs: Pairs) -> list[float]:
+def score(pairs: Pairs) -> list[float]:
     """The loss of each pair's candidate by its objective; the objectives are views of one. NaN for a failed candidate."""
-    return [loss for loss, _ in _contained(pairs, _losses)]
+    return [loss for loss, _ in _contain_failures(pairs, _losses)]
 
 
-def scored_with_gradients(pairs: Pairs) -> list[tuple[float, Tensor]]:
+def score_with_gradients(pairs: Pairs) -> list[tuple[float, Tensor]]:
     """The same, with the gradient by the candidate's values; NaN too for a failed candidate."""
     for objective, _ in pairs:
         objective.require_gradients()
-    found = _contained(pairs, _slopes)
+    found = _contain_failures(pairs, _slopes)
     return [
         (loss, torch.full_like(candidate.values_BTLE, math.nan) if gradient is None else gradient)
         for (_, candidate), (loss, gradient) in zip(pairs, found, strict=True)
     ]
 
 
-def _contained(pairs: Pairs, evaluate: Callable[[Pairs], list[Found]]) -> list[Found]:
+def _contain_failures(pairs: Pairs, evaluate: Callable[[Pairs], list[Found]]) -> list[Found]:
     """What `evaluate` finds for pairs; where it raises an error, those at fault are found by halving."""
     try:
         found = evaluate(pairs) if pairs else []
@@ -319,7 +319,7 @@ def _contained(pairs: Pairs, evaluate: Callable[[Pairs], list[Found]]) -> list[F
             pairs[0][0].failures.add(error)
             return [(math.nan, None)]
         half = len(pairs) // 2
-        return _contained(pairs[:half], evaluate) + _contained(pairs[half:], evaluate)
+        return _contain_failures(pairs[:half], evaluate) + _contain_failures(pairs[half:], evaluate)
     for number, ((objective, _), (loss, gradient)) in enumerate(zip(pairs, found, strict=True)):
         if not math.isfinite(loss):
             objective.failures.add(f"its loss is {loss}")

@@ -50,7 +50,7 @@ def row_sums(engine: Composer, encoded: EncodedExamples, jobs: Sequence[Job], ne
         for part in _passes(encoded, [piece for own in pieces for piece in own], MAX_TOKENS):
             found += _forward(engine, encoded, part, needs)
     in_order = iter(found)
-    return [RowSums.joined([next(in_order) for _ in own]) for own in pieces]
+    return [RowSums.join([next(in_order) for _ in own]) for own in pieces]
 
 
 def learning_sums(

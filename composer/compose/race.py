@@ -39,7 +39,7 @@ class Race:
         # why searches left the race
         self.left: list[str] = []
         self._routed = Routed(bench, settings) if settings.routes else None
-        self._searched = [] if settings.routes else self._entered()
+        self._searched = [] if settings.routes else self._make_searches()
         budgets = [search.budget for search in self._searched]
         self._steps = tuned_steps(budgets, settings.budget, len(folds)) if self._trains_on() else 0
         # evaluations of the searches; a formula has none
@@ -58,10 +58,10 @@ class Race:
         for trial in self._plain:
             trial.run(self._folds)
         if self._settings.method == "auto":
-            return [*self._plain, *self._raced()]
+            return [*self._plain, *self._run_race()]
         if self._settings.name in [trial.name for trial in self._plain] and self._routed is None:
             return self._plain
-        asked = self._asked()
+        asked = self._make_asked()
         asked.run(self._folds)
         return [*self._plain, asked]
 
@@ -73,16 +73,16 @@ class Race:
         weights = dict.fromkeys(bench.names, 1 / len(bench.names))
         uniform = Fixed("uniform", bench, MixtureWeights.of(weights, bench.names))
         base = Fixed("base", bench, MixtureWeights.of({}, bench.names))
-        return [base, BestSingle(bench), self._asked() if self._settings.method == "uniform" else uniform]
+        return [base, BestSingle(bench), self._make_asked() if self._settings.method == "uniform" else uniform]
 
-    def _asked(self) -> Trial[Any]:
+    def _make_asked(self) -> Trial[Any]:
         """The method that was asked for."""
         if self._routed is not None:
             return self._routed
         (search,) = self._searched
         return search if search.solver.learns else search.unsearched()
 
-    def _raced(self) -> list[Trial[Any]]:
+    def _run_race(self) -> list[Trial[Any]]:
         held_out = bool(self._settings.folds)
         measure: Callable[[Trial[Any]], None]
         measure = (lambda trial: trial.hold_out(self._folds)) if held_out else (lambda trial: trial.run(self._folds))
@@ -103,7 +103,7 @@ class Race:
             return False
         return True
 
-    def _entered(self) -> list[Searched]:
+    def _make_searches(self) -> list[Searched]:
         """The searches that will run."""
         settings, names = self._settings, self._bench.names
         alone = len(names) == 1
@@ -115,7 +115,7 @@ class Race:
         if settings.method == "auto":
             # of one adapter there is only with and without
             racers = [] if alone else [method for method in RACERS if settings.can_run(method)]
-            entered = admitted(racers, settings.budget, settings.seconds, len(self._folds))
+            entered = admit(racers, settings.budget, settings.seconds, len(self._folds))
         else:
             entered = [] if settings.method in OTHER_WAYS else [(settings.name, settings.budget, settings.seconds)]
         options = {} if settings.method == "auto" else settings.options
@@ -135,7 +135,7 @@ class Race:
         )
 
 
-def admitted(
+def admit(
     racers: Sequence[str], budget: int | None, seconds: float | None, num_folds: int
 ) -> list[tuple[str, int | None, float | None]]:
     """(method, budget, seconds) of those that the budget admits, the first in any case; equal shares of seconds.

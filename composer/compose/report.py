@@ -92,7 +92,7 @@ class Report:
     def __getitem__(self, name: str) -> ReportRow:
         return next(row for row in self.rows if row.name == name)
 
-    def continued(self, row: ReportRow, reason: str) -> Report:
+    def with_choice(self, row: ReportRow, reason: str) -> Report:
         """With a row of what was made of the chosen one, in the place of an earlier row of that name, as the new choice."""
         return replace(
             self,

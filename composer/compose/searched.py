@@ -48,7 +48,7 @@ class Searched(Mixed):
         self.solver = self._solver(None if isinstance(given, str) else given)
         self.merge_method = settings.merge_method or self.solver.merge_method
         self._loss = settings.objective or self.solver.loss
-        self._inputs = self._unlabelled()
+        self._inputs = self._inputs_without_targets()
         self.learns = self._inputs is None
         if (groups := self.solver.space.groups) and self.merge_method != "linear":
             raise WeightingError(
@@ -112,7 +112,7 @@ class Searched(Mixed):
             options={name: value for name, value in self._options.items() if name != "start"},
         )
 
-    def _unlabelled(self) -> Sequence[str] | None:
+    def _inputs_without_targets(self) -> Sequence[str] | None:
         """The inputs of an objective that looks at no targets; by default those of the examples."""
         if self._loss != "entropy":
             return None
@@ -157,7 +157,7 @@ class _Search:
         try:
             self.solver.tell(losses, gradients)
         except SearchFailed as error:
-            raise self._explained(error) from error
+            raise self._explain_failure(error) from error
         if self._log is not None:
             self.solver.keep(self._log, self._kept)
 
@@ -166,7 +166,7 @@ class _Search:
         try:
             return self.solver.result()
         except SearchFailed as error:
-            raise self._explained(error) from error
+            raise self._explain_failure(error) from error
 
-    def _explained(self, error: SearchFailed) -> SearchFailed:
+    def _explain_failure(self, error: SearchFailed) -> SearchFailed:
         return SearchFailed(f"{error}. The first failed with {self.objective.failures.first}")

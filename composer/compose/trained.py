@@ -59,11 +59,11 @@ class Tuned(Trial[_Continued]):
         self._tuning = tuning
 
     def choose(self, parts: Sequence[Part]) -> list[_Continued]:
-        begun, bench = self._origin.chosen_on(parts), self.bench
+        begun, bench = self._origin.choices_on(parts), self.bench
         base = bench.engine.model, bench.tokenizer, bench.task
         trained = tuned_adapters(
             *base,
-            {part.name: self._merged(result) for part, result in zip(parts, begun, strict=True)},
+            {part.name: self._merge(result) for part, result in zip(parts, begun, strict=True)},
             {part.name: part.seen for part in parts},
             self._tuning,
             target_modules=targets_of(bench.engine.pool),
@@ -87,7 +87,7 @@ class Tuned(Trial[_Continued]):
         stored = replace(chosen.adapter, name="composition")
         return {**super().composition_fields(chosen), "stored": stored, "tuned_steps": self._tuning.steps}
 
-    def _merged(self, result: SearchResult) -> Adapter | None:
+    def _merge(self, result: SearchResult) -> Adapter | None:
         """The mixture as one adapter; None where it is the base model."""
         if not bool(result.mixture.values_BTLE.any()):
             return None
@@ -126,12 +126,12 @@ class Routed(Trial[Router]):
         return STEP_COST * self._steps * (num_folds + 1) if self.learns else 0
 
     def choose(self, parts: Sequence[Part]) -> list[Router]:
-        return [self._trained(part) if self.learns else self._router for part in parts]
+        return [self._train(part) if self.learns else self._router for part in parts]
 
     def scores(self, chosen: Router, examples: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         engine, needs = self.bench.engine, self._kind.needs | self._kind.hit_needs
         with engine.activate(chosen):
-            (sums,) = row_sums(engine, self._encoded, [Job(None, tuple(examples))], needs)
+            (sums,) = row_sums(engine, self._examples, [Job(None, tuple(examples))], needs)
         return self._kind.losses(sums).double().numpy(), self._kind.hits(sums).numpy()
 
     def result(self, chosen: Router) -> SearchResult:
@@ -147,7 +147,7 @@ class Routed(Trial[Router]):
         return kind
 
     @cached_property
-    def _encoded(self) -> EncodedExamples:
+    def _examples(self) -> EncodedExamples:
         """The examples, each in a row of its own: a router may look at the row as a whole."""
         return EncodedExamples(self.bench.engine.model, self.bench.tokenizer, self.bench.task, self._kind, trees=False)
 
@@ -156,7 +156,7 @@ class Routed(Trial[Router]):
             torch.manual_seed(self._seed)
             return router(self.name, self.bench.engine.bound_pool, **self._options)
 
-    def _trained(self, part: Part) -> TokenRouter:
+    def _train(self, part: Part) -> TokenRouter:
         new, folder, task = self._new(), self.bench.checkpoint, self.bench.task
         assert isinstance(new, LearnedRouter)
         new.fit(

@@ -137,7 +137,7 @@ class Trial(ABC, Generic[Chosen]):
         loss = float(self._held_losses_N.mean()) if self._held_losses_N.size else math.inf
         return loss if math.isfinite(loss) else math.inf
 
-    def chosen_on(self, parts: Sequence[Part]) -> list[Chosen]:
+    def choices_on(self, parts: Sequence[Part]) -> list[Chosen]:
         """The choices for these parts; none is made twice."""
         if missing := [part for part in parts if part.name not in self._known]:
             self._known |= {part.name: made for part, made in zip(missing, self.choose(missing), strict=True)}
@@ -147,7 +147,7 @@ class Trial(ABC, Generic[Chosen]):
         """Measures it on held-out examples and on all."""
         started = time.perf_counter()
         folds = folds if self.learns else []
-        self.chosen_on([*folds, self.bench.everything])
+        self.choices_on([*folds, self.bench.everything])
         self.seconds += time.perf_counter() - started
         self.hold_out(folds)
         self.finish()
@@ -157,7 +157,7 @@ class Trial(ABC, Generic[Chosen]):
         started = time.perf_counter()
         size = len(self.bench.task.examples) if folds else 0
         self._held_losses_N, self._held_hits_N = np.zeros(size), np.zeros(size)
-        for part, chosen in zip(folds, self.chosen_on(folds), strict=True):
+        for part, chosen in zip(folds, self.choices_on(folds), strict=True):
             held = list(part.held)
             self._held_losses_N[held], self._held_hits_N[held] = self.scores(chosen, part.held)
         self.seconds += time.perf_counter() - started
@@ -167,7 +167,7 @@ class Trial(ABC, Generic[Chosen]):
         if self.chosen is not None:
             return
         started, everything = time.perf_counter(), self.bench.everything
-        (self.chosen,) = self.chosen_on([everything])
+        (self.chosen,) = self.choices_on([everything])
         if everything.seen:
             self.losses_N, hits_N = self.scores(self.chosen, everything.seen)
             if not self._held_losses_N.size:

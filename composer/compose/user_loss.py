@@ -15,7 +15,7 @@ from loraweave.composer.compose.loss import (
     OnExamples,
     Penalty,
     active_candidate,
-    described_mixtures,
+    describe_mixtures,
 )
 from loraweave.composer.composer import Composer
 from loraweave.composer.model.batches import untouched
@@ -63,7 +63,7 @@ class UserLoss(OnExamples):
             "function": name,
             "instruction": self.task.instruction,
             "examples": [list(self.task.examples[index]) for index in self.only],
-            **described_mixtures(self.engine, self.merge_method, self.penalty),
+            **describe_mixtures(self.engine, self.merge_method, self.penalty),
         }
 
     def __call__(self, candidates: Sequence[MixtureWeights]) -> list[float]:

@@ -60,7 +60,7 @@ def ensemble(
             raise InvalidTask("labels= follow a row's last token: leave tokens= and num_positions= out, or labels=")
         members_MBL = _label_members(engine, members, batch, tuple(labels), rows_per_pass)
         return EnsemblePrediction(members_MBL, weight_M, tuple(labels))
-    reader = _NextTokens(engine.model, num_positions, None if tokens is None else _checked(engine.model, tokens))
+    reader = _NextTokens(engine.model, num_positions, None if tokens is None else _token_ids(engine.model, tokens))
     inputs = without_left_padding(engine.model, batch)
     fitting = rows_that_fit(batch, reader.logits_per_row(batch)) if rows_per_pass is None else rows_per_pass
     members_MBV = member_passes(engine, members, inputs, reader.read, rows_per_pass=min(fitting, num_rows * len(members)))
@@ -85,7 +85,7 @@ def _label_members(
     width = max(map(len, ids))
     prefix = align_left(batch["input_ids"], batch.get("attention_mask"))
     if model.config.is_encoder_decoder:
-        prefix = right_aligned(prefix)
+        prefix = align_right(prefix)
     if rows_per_pass is None:
         logits_per_row = len(ids) * width * model.config.get_text_config().vocab_size
         rows_per_pass = rows_that_fit(prefix, logits_per_row, copies=len(ids))
@@ -108,12 +108,12 @@ class _NextTokens:
         self.tokens = tokens
 
     def logits_per_row(self, batch: Mapping[str, Any]) -> int:
-        kept = self._kept(batch)
+        kept = self._kept_positions(batch)
         length = batch["input_ids"].shape[1] if "input_ids" in batch else 1
         return (length if kept is None else len(kept)) * int(getattr(self.model.config.get_text_config(), "vocab_size", 1))
 
     def read(self, inputs: dict[str, Any]) -> Tensor:
-        kept = self._kept(inputs)
+        kept = self._kept_positions(inputs)
         arguments = inputs if kept is None else {**inputs, "logits_to_keep": kept}
         logits = self.model(**without_cache(self.model, arguments)).logits
         if logits.dim() == 2:
@@ -135,7 +135,7 @@ class _NextTokens:
             logits = logits[..., self.tokens.to(logits.device)]
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
 
-    def _kept(self, inputs: Mapping[str, Any]) -> Tensor | None:
+    def _kept_positions(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """The positions whose logits are needed for some row; None where the model has to give them all."""
         if self.model.config.is_encoder_decoder or "input_ids" not in inputs or not takes(self.model, "logits_to_keep"):
             return None
@@ -143,7 +143,7 @@ class _NextTokens:
         return torch.arange(int(place_BK.min()), int(place_BK.max()) + 1, device=inputs["input_ids"].device)
 
 
-def _checked(model: Any, tokens: Sequence[int]) -> Tensor:
+def _token_ids(model: Any, tokens: Sequence[int]) -> Tensor:
     size = int(getattr(model.config.get_text_config(), "vocab_size", 0))
     whole = all(isinstance(token, int) and not isinstance(token, bool) for token in tokens)
     if not whole or not tokens or len(set(tokens)) != len(tokens) or not all(0 <= token < size for token in tokens):
@@ -244,10 +244,10 @@ def without_left_padding(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]
         return dict(batch)
     if model.can_generate() and not model.config.is_encoder_decoder and takes(model, "position_ids"):
         return {**batch, "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)}
-    return right_aligned(batch)
+    return align_right(batch)
 
 
-def right_aligned(batch: Mapping[str, Any]) -> dict[str, Any]:
+def align_right(batch: Mapping[str, Any]) -> dict[str, Any]:
     """The batch with all padding after a row's tokens: every tensor of the mask's shape moves with it."""
     inputs = dict(batch)
     mask = batch.get("attention_mask")

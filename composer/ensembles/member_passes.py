@@ -45,7 +45,7 @@ def member_passes(
             for member in range(0, len(mixtures), members_per_pass):
                 some = list(mixtures[member : member + members_per_pass])
                 with engine.activate(some):
-                    values = read(_laid_out(batch, slice(row, row + size), len(some)))
+                    values = read(_lay_out(batch, slice(row, row + size), len(some)))
                 found.append(values.view(len(some), size, *values.shape[1:]))
             parts.append(torch.cat(found))
     return torch.cat(parts, dim=1)
@@ -114,7 +114,7 @@ def rows_that_fit(batch: Mapping[str, Any], logits_per_row: int, *, copies: int 
     return max(1, min(MAX_TOKENS // (num_tokens * copies), MAX_LOGITS // logits_per_row))
 
 
-def _laid_out(batch: Mapping[str, Any], rows: slice, count: int) -> Inputs:
+def _lay_out(batch: Mapping[str, Any], rows: slice, count: int) -> Inputs:
     """Some rows of the batch, all of them `count` times; what is no tensor by row stays what it is."""
     num_rows, inputs = rows_of(batch), dict(batch)
     for key, value in batch.items():

@@ -19,13 +19,13 @@ from loraweave.common.files import whole_file
 from loraweave.common.randomness import with_seed
 from loraweave.common.state import save_tensors
 from loraweave.composer.composer import Composer
-from loraweave.composer.ensembles.ensemble import right_aligned, without_cache
+from loraweave.composer.ensembles.ensemble import align_right, without_cache
 from loraweave.composer.ensembles.member_passes import known_members, rows_of
 from loraweave.composer.ensembles.rewards import (
     Epochs,
+    HeadTraining,
     Pairs,
     Rewards,
-    Settings,
     features,
     fit,
     learn,
@@ -154,7 +154,7 @@ def train_reward_mixture(
     Raises WeightingError for other members, InvalidTask for pairs that are none, TrainingError for settings out of range and
     for a loss that is not finite.
     """
-    settings = Settings(steps, lr, batch_size, seed)
+    settings = HeadTraining(steps, lr, batch_size, seed)
     members = known_members(engine, mixtures)
     for number, member in enumerate(members):
         if not (member is None or isinstance(member, Mapping)):
@@ -226,7 +226,7 @@ def train_routed_rewards(
     Raises WeightingError for categories without pairs or members, InvalidTask for a text of two categories, and what
     `train_reward_mixture` raises.
     """
-    settings = Settings(steps, lr, batch_size, seed)
+    settings = HeadTraining(steps, lr, batch_size, seed)
     if not members or set(members) != set(pairs):
         raise WeightingError(
             f"members are for the categories {list(members)} and pairs for {list(pairs)}: give both for each category"
@@ -259,7 +259,7 @@ def _some_rows(batch: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
     num_rows = rows_of(batch)
     return {
         key: value[rows.to(value.device)] if isinstance(value, Tensor) and value.dim() and len(value) == num_rows else value
-        for key, value in right_aligned(batch).items()
+        for key, value in align_right(batch).items()
     }
 
 
@@ -291,7 +291,7 @@ def train_reward_experts(
     of range, for a task without pairs and for a loss that is not finite, CompositionError for a base without a head of one
     label and without a tokenizer.
     """
-    settings = Settings(steps, lr, batch_size, seed)
+    settings = HeadTraining(steps, lr, batch_size, seed)
     _require_reward_model(model)
     by_expert = _pairs_by_expert(model, pairs)
     tokens = _tokens(model, by_expert)
@@ -331,7 +331,7 @@ def _rewards(model: ExpertModel, batch: Mapping[str, Any], experts: list[int]) -
     num_rows = rows_of(batch)
     inputs = {
         key: value.repeat(len(experts), *[1] * (value.dim() - 1)) if _is_by_row(value, num_rows) else value
-        for key, value in right_aligned(batch).items()
+        for key, value in align_right(batch).items()
     }
     return _run(model, inputs, [expert for expert in experts for _ in range(num_rows)]).view(len(experts), num_rows)
 

@@ -22,7 +22,7 @@ from loraweave.common.display import progress_bar, tracked
 from loraweave.common.names import near_misses
 from loraweave.common.randomness import with_seed
 from loraweave.composer.composer import Composer
-from loraweave.composer.ensembles.ensemble import last_positions, right_aligned, without_cache
+from loraweave.composer.ensembles.ensemble import align_right, last_positions, without_cache
 from loraweave.composer.ensembles.member_passes import known_members, member_passes, rows_that_fit
 from loraweave.composer.model.batches import pad_rows, takes
 from loraweave.errors import CompositionError, InvalidTask, TrainingError, UnknownName, WeightingError
@@ -120,7 +120,7 @@ def _own_rewards(engine: Composer, members: Sequence[Any], batch: Mapping[str, A
         logits_N1: Tensor = engine.model(**without_cache(engine.model, inputs)).logits
         return logits_N1.to(torch.promote_types(logits_N1.dtype, torch.float32))[:, 0]
 
-    return member_passes(engine, members, right_aligned(batch), read, rows_per_pass=fitting)
+    return member_passes(engine, members, align_right(batch), read, rows_per_pass=fitting)
 
 
 TEXTS_PER_BATCH = 32
@@ -145,7 +145,7 @@ def features(
         found_NH = hidden_NTH[torch.arange(len(hidden_NTH), device=hidden_NTH.device), place_N]
         return found_NH.to(torch.promote_types(found_NH.dtype, torch.float32))
 
-    return member_passes(engine, members, right_aligned(batch), read, rows_per_pass=fitting)
+    return member_passes(engine, members, align_right(batch), read, rows_per_pass=fitting)
 
 
 def text_features(engine: Composer, mixtures: Sequence[Any], texts: Sequence[str], *, progress: bool = True) -> Tensor:
@@ -198,7 +198,7 @@ Pairs = Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
-class Settings:
+class HeadTraining:
     """How a head is trained. Raises TrainingError for values out of range."""
 
     steps: int
@@ -231,7 +231,7 @@ def train_reward_heads(
     and adapters stay as they are.
     Raises InvalidTask for pairs that are none, TrainingError for settings out of range and for a loss that is not finite.
     """
-    settings = Settings(steps, lr, batch_size, seed)
+    settings = HeadTraining(steps, lr, batch_size, seed)
     preferred_MNH, other_MNH = pair_features(engine, mixtures, pairs, progress=progress)
     heads = []
     for member, (preferred_NH, other_NH) in enumerate(zip(preferred_MNH, other_MNH, strict=True)):
@@ -263,7 +263,7 @@ def require_pairs(pairs: Pairs) -> None:
         raise InvalidTask("there are no pairs to learn a preference from")
 
 
-def fit(head: nn.Module, preferred_MNH: Tensor, other_MNH: Tensor, settings: Settings, *, progress: bool) -> None:
+def fit(head: nn.Module, preferred_MNH: Tensor, other_MNH: Tensor, settings: HeadTraining, *, progress: bool) -> None:
     """Trains a head of features_MBH (M may be 1) on pairs of features, in place."""
     order = Epochs(preferred_MNH.shape[1], settings.seed)
 
@@ -276,7 +276,7 @@ def fit(head: nn.Module, preferred_MNH: Tensor, other_MNH: Tensor, settings: Set
 
 
 def learn(
-    parameters: Iterable[nn.Parameter], settings: Settings, next_loss: Callable[[], Tensor], *, what: str, progress: bool
+    parameters: Iterable[nn.Parameter], settings: HeadTraining, next_loss: Callable[[], Tensor], *, what: str, progress: bool
 ) -> None:
     """Takes the settings' steps of AdamW without weight decay, each down the gradient of the next loss.
 

@@ -139,7 +139,7 @@ def compeft(adapter: Adapter, *, density: float = 0.2, scale: float | str = 1.0,
             f"entries that density={density:g} drops; use per='tensor' or a higher density"
         )
     options = {"density": density, "scale": scale, "per": per}
-    return _derived(adapter, layers, "compeft", options, {"relative_error": (error / total) ** 0.5 if total else 0.0})
+    return _derive(adapter, layers, "compeft", options, {"relative_error": (error / total) ** 0.5 if total else 0.0})
 
 
 def byom(adapter: Adapter, rank: int) -> Adapter:
@@ -158,7 +158,7 @@ def byom(adapter: Adapter, rank: int) -> Adapter:
         "relative_error": (lost / total) ** 0.5 if total else 0.0,
         "layers": {layer: error for layer, (_, error) in cuts.items()},
     }
-    return _derived(adapter, {layer: cut for layer, (cut, _) in cuts.items()}, "byom", {"rank": rank}, errors)
+    return _derive(adapter, {layer: cut for layer, (cut, _) in cuts.items()}, "byom", {"rank": rank}, errors)
 
 
 def _ternary(tau: Tensor, density: float, scale: float | str, where: str) -> Tensor:
@@ -190,7 +190,7 @@ def _largest(magnitude: Tensor, count: int) -> Tensor:
     return kept & (magnitude > 0)
 
 
-def _derived(
+def _derive(
     adapter: Adapter,
     layers: Mapping[str, Factors],
     method: str,

@@ -82,7 +82,7 @@ def _inner(experts: Sequence[_Expert]) -> Array:
 def _sign_conflict(experts: Sequence[_Expert]) -> float:
     if len(experts) < 2:
         return 0.0
-    rows, columns = _spaced(experts[0].b_OR.shape[0]), _spaced(experts[0].a_RI.shape[1])
+    rows, columns = _space_evenly(experts[0].b_OR.shape[0]), _space_evenly(experts[0].a_RI.shape[1])
     low: Any = 0.0
     high: Any = 0.0
     for expert in experts:
@@ -93,7 +93,7 @@ def _sign_conflict(experts: Sequence[_Expert]) -> float:
     return int(np.count_nonzero(below & above)) / touched if touched else 0.0
 
 
-def _spaced(size: int) -> slice:
+def _space_evenly(size: int) -> slice:
     """At most `MAX_SIDE` places of as many, every n-th of them."""
     step = -(-size // MAX_SIDE)
     return slice(step // 2, None, step)

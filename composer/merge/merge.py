@@ -86,9 +86,9 @@ def merge(
     copied = len(given) == 1 and given[0].weight == 1.0 and method == "linear" and rank is None
     cards = [(part.adapter.name, part.adapter.card) for part in given]
     license = license_of_work(cards, allowed=allow_licenses or copied)
-    kept_heads = merged_heads([(part.adapter, part.weight) for part in given], heads)
+    kept_heads = merge_heads([(part.adapter, part.weight) for part in given], heads)
     used = sorted(given, key=lambda part: (part.adapter.hash, part.weight))
-    layers, report = _merged(call, used, rank, seed, progress)
+    layers, report = _merge_layers(call, used, rank, seed, progress)
     if not layers:
         named = ", ".join(repr(part.adapter.name) for part in used)
         raise WeightingError(f"method {method!r} leaves no layer of {named} changed")
@@ -172,13 +172,13 @@ def _layer_calls(
                 [of_layer[name] for name in names],
                 survey=survey,
                 seeds=layer_seeds(seed, [hashes[name] for name in names], layer) if call.takes("seeds") else (),
-                statistics=[_recorded(statistics, name, layer) for name in names],
+                statistics=[_statistics_of(statistics, name, layer) for name in names],
                 rank=rank,
             ),
         )
 
 
-def _merged(
+def _merge_layers(
     call: MethodCall, used: Sequence[_Part], rank: int | None, seed: int, progress: bool
 ) -> tuple[dict[str, Factors], dict[str, LayerReport]]:
     """The layers of the result, and what is reported of each."""
@@ -336,7 +336,7 @@ def _check_rank(rank: int | None, used: Sequence[_Part]) -> None:
         )
 
 
-def _recorded(statistics: Mapping[str, Statistics | None] | None, name: str, layer: str) -> Any:
+def _statistics_of(statistics: Mapping[str, Statistics | None] | None, name: str, layer: str) -> Any:
     seen = statistics.get(name) if statistics is not None else None
     return None if seen is None else seen.layers.get(layer)
 
@@ -397,7 +397,7 @@ def merge_by_layer(
 CHOICES = ("error", "first", "average")
 
 
-def merged_heads(used: Sequence[tuple[Adapter, float]], choice: str) -> dict[str, Tensor]:
+def merge_heads(used: Sequence[tuple[Adapter, float]], choice: str) -> dict[str, Tensor]:
     """The heads of a merge of these adapters, which are in the order that the user gave, with their weights.
 
     One adapter of weight 1 keeps its heads. Otherwise "first" takes each head from the first adapter that has it,

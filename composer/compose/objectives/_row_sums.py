@@ -29,7 +29,7 @@ class RowSums:
     entropy_NR: Tensor | None = None
 
     @classmethod
-    def joined(cls, parts: Sequence[RowSums]) -> RowSums:
+    def join(cls, parts: Sequence[RowSums]) -> RowSums:
         """Those of the parts' examples, in order; of all parts the same have been asked for."""
         if len(parts) == 1:
             return parts[0]

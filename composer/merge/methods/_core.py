@@ -173,8 +173,8 @@ def core_factors(parts: Spectrum, left_PR: Tensor | None = None, right_QR: Tenso
     share no entry either: elementwise rules count entries.
     """
     root_R = parts.s_R.sqrt()
-    b_PR = parts.u_OR * root_R if left_PR is None else cleaned(left_PR * root_R)
-    a_QR = parts.v_IR * root_R if right_QR is None else cleaned(right_QR * root_R)
+    b_PR = parts.u_OR * root_R if left_PR is None else clean(left_PR * root_R)
+    a_QR = parts.v_IR * root_R if right_QR is None else clean(right_QR * root_R)
     return Factors(a_QR.T.float().contiguous(), b_PR.float())
 
 
@@ -206,7 +206,7 @@ def scaled_bias(found: Sequence[Term], scale: float) -> Tensor | None:
     return None if bias_O is None else bias_O * scale
 
 
-def cleaned(x: Tensor) -> Tensor:
+def clean(x: Tensor) -> Tensor:
     """Zeros in place of coordinates that are only rounding beside the largest."""
     magnitude = x.abs()
     bound = 2.0**-20 * float(magnitude.max()) if x.numel() else 0.0

@@ -15,7 +15,7 @@ from loraweave.composer.merge.methods._terms import fraction
 LEVELS = 2**16
 
 
-def quantised(probability: float) -> int:
+def quantise(probability: float) -> int:
     """The number of LEVELS that a keep probability comes to: the nearest, 0 for zero alone."""
     return max(1, round(probability * LEVELS)) if probability > 0 else 0
 
@@ -43,7 +43,7 @@ def prune_random(seeds: Sequence[int], density: float, *, method: str) -> tuple[
 
     Raises WeightingError for a density outside [0, 1].
     """
-    level = quantised(fraction(density, "density", method=method, zero=True))
+    level = quantise(fraction(density, "density", method=method, zero=True))
 
     def prune(entries: Entries, scratch_OI: Tensor) -> Keep:
         draws = Draws(entries, seeds)

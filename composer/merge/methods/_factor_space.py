@@ -24,7 +24,7 @@ Prune = Callable[[Tensor, int], Tensor]
 Combine = Callable[[Tensor, Tensor], Tensor]
 
 
-def aligned(experts: Sequence[Factors | None], weights: Sequence[float], *, method: str, twin: str) -> list[Term]:
+def align(experts: Sequence[Factors | None], weights: Sequence[float], *, method: str, twin: str) -> list[Term]:
     """The experts that count, all of one rank. Raises LayerMismatch, naming the `twin` on updates, for different ranks."""
     found = terms(experts, weights, method=method)
     for term in found:
@@ -36,7 +36,7 @@ def aligned(experts: Sequence[Factors | None], weights: Sequence[float], *, meth
     return found
 
 
-def rooted(found: Sequence[Term], prune: Prune, combine: Combine) -> Factors | None:
+def merge_rooted(found: Sequence[Term], prune: Prune, combine: Combine) -> Factors | None:
     """a and b by that rule with the roots of the weights, and the biases, which enter once, with the weights; fp32."""
     if not found:
         return None

@@ -29,7 +29,7 @@ def regression(found: Sequence[Share], *, off_diagonal: float, from_mean: bool) 
         if share.term is None:
             continue
         a_RI = share.term.factors.a_RI.double()
-        new_RI = inputs.applied(a_RI @ (_shrunken(share, off_diagonal) * share.weight))
+        new_RI = inputs.applied(a_RI @ (_shrink_gram(share, off_diagonal) * share.weight))
         if from_mean:
             new_RI += inputs.unseen(a_RI) * (share.weight / weight_sum)
         parts_a.append(new_RI)
@@ -59,9 +59,9 @@ class _Inputs:
 
     @classmethod
     def of(cls, found: Sequence[Share], off_diagonal: float) -> _Inputs:
-        s_II = _shrunken(found[0], off_diagonal) * found[0].weight
+        s_II = _shrink_gram(found[0], off_diagonal) * found[0].weight
         for share in found[1:]:
-            s_II += _shrunken(share, off_diagonal) * share.weight
+            s_II += _shrink_gram(share, off_diagonal) * share.weight
         live_I = s_II.diagonal() > 0
         if not bool(live_I.all()):
             s_II = s_II[live_I][:, live_I]
@@ -102,7 +102,7 @@ class _Inputs:
         return result_RI
 
 
-def _shrunken(share: Share, off_diagonal: float) -> Tensor:
+def _shrink_gram(share: Share, off_diagonal: float) -> Tensor:
     assert share.seen.gram_II is not None
     gram_II = share.seen.gram_II.double()
     if off_diagonal == 1.0:

@@ -48,7 +48,7 @@ def shares(
                 "negate() the adapter first"
             )
         if found:
-            result.append(Share(found.get(place), float(weight), _checked(seen, part, found, place, method)))
+            result.append(Share(found.get(place), float(weight), _require(seen, part, found, place, method)))
     return result if found else []
 
 
@@ -58,7 +58,7 @@ def share_bias(found: Sequence[Share]) -> Tensor | None:
     return None if total_O is None else total_O / sum(share.weight for share in found)
 
 
-def _checked(seen: LayerStatistics | None, part: str, found: dict[int, Term], place: int, method: str) -> LayerStatistics:
+def _require(seen: LayerStatistics | None, part: str, found: dict[int, Term], place: int, method: str) -> LayerStatistics:
     first = next(iter(found.values())).factors
     num_out, num_in = first.b_OR.shape[0], first.a_RI.shape[1]
     wanted = (num_in, num_in) if part == "gram_II" else (num_out, num_in)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loraweave.composer.merge.methods._core import (
     as_factors,
-    cleaned,
+    clean,
     core_factors,
     joint,
     nothing,
@@ -100,7 +100,7 @@ def _of_factors(found: Sequence[Term]) -> tuple[Tensor, Tensor, list[Factors]]:
     v_IQ, a_QS = _left_singular(torch.cat([term.factors.a_RI for term in found]).double().T)
     ranks = [term.factors.rank for term in found]
     coordinates = zip(b_PS.split_with_sizes(ranks, dim=1), a_QS.split_with_sizes(ranks, dim=1), strict=True)
-    cores = [Factors(cleaned(a_QR).T.float().contiguous(), cleaned(b_PR).float()) for b_PR, a_QR in coordinates]
+    cores = [Factors(clean(a_QR).T.float().contiguous(), clean(b_PR).float()) for b_PR, a_QR in coordinates]
     return u_OP, v_IQ, cores
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loraweave.composer.merge.methods._dropout import LEVELS, Draws, quantised
+from loraweave.composer.merge.methods._dropout import LEVELS, Draws, quantise
 from loraweave.composer.merge.methods._entries import Entries, Keep
 from loraweave.composer.merge.methods._signs import divisor_of, merge_elected
 from loraweave.composer.merge.methods._terms import fraction
@@ -61,7 +61,7 @@ def della(
 def _magprune(entries: Entries, seeds: Sequence[int], density: float, epsilon: float) -> Keep:
     width = entries.shape[1]
     rising = np.linspace(-1.0, 1.0, width) if width > 1 else np.zeros(width)
-    level_of_rank_I = torch.tensor([float(quantised(density + epsilon * step)) for step in rising])
+    level_of_rank_I = torch.tensor([float(quantise(density + epsilon * step)) for step in rising])
     draws = Draws(entries, seeds)
 
     def keep(expert: int, rows: slice, block_BI: Tensor, out_BI: Tensor) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from loraweave.composer.merge.methods._factor_space import aligned
+from loraweave.composer.merge.methods._factor_space import align
 from loraweave.composer.merge.methods._span import mean_weights
 from loraweave.composer.merge.methods._terms import weighted_bias
 from loraweave.types import Factors
@@ -26,7 +26,7 @@ def factor_average(experts: Sequence[Factors | None], weights: Sequence[float]) 
     gains and unbound updates.
     """
     parts = mean_weights(weights, method="factor_average")
-    found = aligned(experts, parts, method="factor_average", twin="average")
+    found = align(experts, parts, method="factor_average", twin="average")
     if not found:
         return None
     a_RI = torch.stack([term.factors.a_RI.double() * term.weight for term in found]).sum(dim=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loraweave.composer.merge.methods._factor_space import aligned, random_rescaled, rooted, weighted_sum
+from loraweave.composer.merge.methods._factor_space import align, merge_rooted, random_rescaled, weighted_sum
 from loraweave.composer.merge.methods._terms import fraction
 from loraweave.types import Factors
 
@@ -21,5 +21,5 @@ def factor_dare_linear(
     density out of range, LayerMismatch for different ranks or shapes, AdapterUnsupported for gains and unbound updates.
     """
     fraction(density, "density", method="factor_dare_linear", zero=True)
-    found = aligned(experts, weights, method="factor_dare_linear", twin="dare_linear")
-    return rooted(found, random_rescaled(density, seeds), weighted_sum)
+    found = align(experts, weights, method="factor_dare_linear", twin="dare_linear")
+    return merge_rooted(found, random_rescaled(density, seeds), weighted_sum)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loraweave.composer.merge.methods._factor_space import aligned, disjoint_mean, random_rescaled, rooted
+from loraweave.composer.merge.methods._factor_space import align, disjoint_mean, merge_rooted, random_rescaled
 from loraweave.composer.merge.methods._terms import fraction
 from loraweave.types import Factors
 
@@ -27,5 +27,5 @@ def factor_dare_ties(
     """
     fraction(density, "density", method="factor_dare_ties", zero=True)
     combine = disjoint_mean(majority, method="factor_dare_ties")
-    found = aligned(experts, weights, method="factor_dare_ties", twin="dare_ties")
-    return rooted(found, random_rescaled(density, seeds), combine)
+    found = align(experts, weights, method="factor_dare_ties", twin="dare_ties")
+    return merge_rooted(found, random_rescaled(density, seeds), combine)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loraweave.composer.merge.methods._factor_space import aligned, rooted, weighted_sum, whole
+from loraweave.composer.merge.methods._factor_space import align, merge_rooted, weighted_sum, whole
 from loraweave.types import Factors
 
 
@@ -19,4 +19,4 @@ def factor_linear(experts: Sequence[Factors | None], weights: Sequence[float]) -
     Weights take any sign; one expert of weight w gives w D. An expert without the layer adds nothing. Biases sum with w_e.
     Raises LayerMismatch for different ranks or shapes, AdapterUnsupported for gains and unbound updates.
     """
-    return rooted(aligned(experts, weights, method="factor_linear", twin="linear"), whole, weighted_sum)
+    return merge_rooted(align(experts, weights, method="factor_linear", twin="linear"), whole, weighted_sum)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loraweave.composer.merge.methods._factor_space import aligned, largest, rooted, weighted_sum
+from loraweave.composer.merge.methods._factor_space import align, largest, merge_rooted, weighted_sum
 from loraweave.composer.merge.methods._terms import fraction
 from loraweave.types import Factors
 
@@ -21,5 +21,5 @@ def factor_magnitude_prune(
     and unbound updates.
     """
     fraction(density, "density", method="factor_magnitude_prune", zero=True)
-    found = aligned(experts, weights, method="factor_magnitude_prune", twin="magnitude_prune")
-    return rooted(found, largest(density), weighted_sum)
+    found = align(experts, weights, method="factor_magnitude_prune", twin="magnitude_prune")
+    return merge_rooted(found, largest(density), weighted_sum)

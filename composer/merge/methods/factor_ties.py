@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loraweave.composer.merge.methods._factor_space import aligned, disjoint_mean, largest, rooted
+from loraweave.composer.merge.methods._factor_space import align, disjoint_mean, largest, merge_rooted
 from loraweave.composer.merge.methods._terms import fraction
 from loraweave.types import Factors
 
@@ -26,4 +26,4 @@ def factor_ties(
     """
     fraction(density, "density", method="factor_ties", zero=True)
     combine = disjoint_mean(majority, method="factor_ties")
-    return rooted(aligned(experts, weights, method="factor_ties", twin="ties_per_layer"), largest(density), combine)
+    return merge_rooted(align(experts, weights, method="factor_ties", twin="ties_per_layer"), largest(density), combine)

@@ -44,7 +44,7 @@ def robust_merge(
     parts = [each for each in spectra(found) if each.rank]
     if not parts:
         return nothing(first, bias_O)
-    pruned = [_pruned(each, density) for each in parts]
+    pruned = [_prune(each, density) for each in parts]
     total_R = torch.zeros(max(each.rank for each in parts), dtype=torch.float64)
     for _, _, s_R in pruned:
         total_R[: len(s_R)] += s_R
@@ -61,7 +61,7 @@ def robust_merge(
     return as_factors(first, b_OS[:, alive_S], a_SI[alive_S], bias_O)
 
 
-def _pruned(parts: Spectrum, density: float) -> tuple[Tensor, Tensor, Tensor]:
+def _prune(parts: Spectrum, density: float) -> tuple[Tensor, Tensor, Tensor]:
     """B', A' and the coefficients s of an expert, 0 for a row of which nothing is left."""
     balanced = core_factors(parts)
     b_OR, a_RI = _largest(balanced.b_OR, density).double(), _largest(balanced.a_RI, density).double()

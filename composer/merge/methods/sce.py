@@ -40,11 +40,11 @@ def sce(
     def rule(entries: Entries, out_OI: Tensor) -> None:
         cut = _select(entries, density, out_OI)
         squares_E = torch.zeros(len(entries), dtype=torch.float64)
-        for _, kept_EN in _kept(entries, cut):
+        for _, kept_EN in _selected(entries, cut):
             squares_E += kept_EN.double().square_().sum(dim=1)
         total = float(squares_E.sum())
         coefficients_E = (squares_E / total if total > 0.0 else squares_E).float()
-        for rows, kept_EN in _kept(entries, cut):
+        for rows, kept_EN in _selected(entries, cut):
             sign_N = decide(vote(kept_EN, "total"), 1.0)
             agreeing_EN = kept_EN.mul_(sign_N).relu_()
             result_N = (coefficients_E @ agreeing_EN).mul_(sign_N)
@@ -63,13 +63,13 @@ def _select(entries: Entries, density: float, scratch_OI: Tensor) -> Cut | None:
 
 
 def _deviations(entries: Entries) -> Iterator[tuple[slice, Tensor]]:
-    for rows, t_EBI in _weighted(entries):
+    for rows, t_EBI in _weigh(entries):
         yield rows, _deviation(t_EBI)
 
 
-def _kept(entries: Entries, cut: Cut | None) -> Iterator[tuple[slice, Tensor]]:
+def _selected(entries: Entries, cut: Cut | None) -> Iterator[tuple[slice, Tensor]]:
     """Blocks (E, N) of the updates t_e at the selected entries, zero elsewhere."""
-    for rows, t_EBI in _weighted(entries):
+    for rows, t_EBI in _weigh(entries):
         if cut is not None:
             selected_BI = _deviation(t_EBI)
             cut.apply(rows, selected_BI, selected_BI)
@@ -77,7 +77,7 @@ def _kept(entries: Entries, cut: Cut | None) -> Iterator[tuple[slice, Tensor]]:
         yield rows, t_EBI.reshape(len(entries), -1)
 
 
-def _weighted(entries: Entries) -> Iterator[tuple[slice, Tensor]]:
+def _weigh(entries: Entries) -> Iterator[tuple[slice, Tensor]]:
     weights_E11 = torch.tensor(entries.weights)[:, None, None]
     for rows, stack_EBI in entries.stacks():
         yield rows, stack_EBI.mul_(weights_E11)

@@ -181,7 +181,7 @@ def test_the_model_is_left_as_it_was(make_model, make_adapters, tokenizer, kind)
 
 def test_an_error_in_the_backward_pass_leaves_the_model_as_it_was(tiny_llama, make_adapter, tokenizer, monkeypatch):
     engine = Composer(tiny_llama, [make_adapter(tiny_llama, "a")])
-    monkeypatch.setattr("loraweave.composer.compose.first_order._Slopes.received", lambda self, gradient, x: 1 / 0)
+    monkeypatch.setattr("loraweave.composer.compose.first_order._Slopes.receive", lambda self, gradient, x: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         first_order(engine, tokenizer, TASK)
     assert not engine.active

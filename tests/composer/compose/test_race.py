@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 import loraweave as lw
 from loraweave.composer.compose import searched
-from loraweave.composer.compose.race import RACERS, admitted, tuned_steps
+from loraweave.composer.compose.race import RACERS, admit, tuned_steps
 from loraweave.errors import InvalidTask, UnknownName, WeightingError
 
 EXAMPLES = [("a", "ab"), ("b", "ba"), ("cc", "c"), ("d", "DD")]
@@ -39,7 +39,7 @@ def compose(model, tokenizer, pool, **options):
 @pytest.mark.parametrize("num_folds", [2, 3, 5])
 @pytest.mark.parametrize("budget", [10, 31, 32, 48, 64, 100, 500])
 def test_what_is_admitted_costs_at_most_the_budget(budget, num_folds):
-    methods, budgets, _ = zip(*admitted(RACERS, budget, None, num_folds), strict=True)
+    methods, budgets, _ = zip(*admit(RACERS, budget, None, num_folds), strict=True)
     steps = tuned_steps(budgets, budget, num_folds)
     # each fold's search sees (F - 1) / F of the examples, so that all F cost F - 1; the winner is run on all examples once
     races = sum(each * (num_folds - 1) for each in budgets) + 3 * steps * (num_folds - 1)
@@ -49,14 +49,14 @@ def test_what_is_admitted_costs_at_most_the_budget(budget, num_folds):
 
 
 def test_more_budget_admits_more_racers_and_then_training():
-    counts = [len(admitted(RACERS, budget, None, 2)) for budget in (32, 47, 48, 64, 1000)]
+    counts = [len(admit(RACERS, budget, None, 2)) for budget in (32, 47, 48, 64, 1000)]
     assert counts == [1, 1, 2, 3, 3]
     assert tuned_steps([16, 16, 16], 94, 2) == 5
     assert tuned_steps([16, 16, 16], 93, 2) == 0
 
 
 def test_seconds_alone_are_shared_by_all_racers_and_the_final_run():
-    assert admitted(RACERS, None, 8.0, 2) == [(method, None, 2.0) for method in RACERS]
+    assert admit(RACERS, None, 8.0, 2) == [(method, None, 2.0) for method in RACERS]
 
 
 def test_the_race_evaluates_no_more_than_its_budget(tiny_llama, tokenizer, pool, monkeypatch):
