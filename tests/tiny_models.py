@@ -324,3 +324,19 @@ def trained() -> Callable[[Any], Any]:
         return made
 
     return differ
+
+
+def random_factors(seed: int, rank: int = 3, num_out: int = 5, num_in: int = 7, **parts: Any) -> Factors:
+    """An update of normal a and b, the same for the same seed; `parts` are its further fields."""
+    generator = torch.Generator().manual_seed(seed)
+    return Factors(torch.randn(rank, num_in, generator=generator), torch.randn(num_out, rank, generator=generator), **parts)
+
+
+def dense(update: Any) -> Tensor:
+    """The update as (O, I) in float64, whatever a merge method gave it as; dense_array is the same for numpy."""
+    held = getattr(update, "factors", update)
+    return held.delta_OI.double() if hasattr(held, "delta_OI") else held.b_OR.double() @ held.a_RI.double()
+
+
+def dense_array(update: Any) -> Any:
+    return dense(update).numpy()

@@ -228,10 +228,12 @@ def test_a_single_weight_of_one_gives_that_adapter(method: Method) -> None:
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in FACTOR_SPACE])
 def test_only_the_updates_count_not_their_factors(name: str) -> None:
     method = Method(name)
-    experts, weights = [factors(0), factors(1)], method.weights(0.7, -0.4)
+    sizes, values = ([(0, 3), (1, 3)], [0.7, -0.4]) if name in PAIRS else ([(0, 2), (1, 1), (2, 3)], [1.0, 0.5, -2.0])
+    experts, weights = [factors(seed, rank, 9, 11) for seed, rank in sizes], method.weights(*values)
     turned = []
     for seed, expert in enumerate(experts):
-        turn_RR = torch.randn(3, 3, generator=torch.Generator().manual_seed(seed)).double() + 3 * torch.eye(3).double()
+        eye_RR = torch.eye(expert.rank).double()
+        turn_RR = torch.randn(eye_RR.shape, generator=torch.Generator().manual_seed(seed)).double() + 3 * eye_RR
         a_RI, b_OR = turn_RR @ expert.a_RI.double(), expert.b_OR.double() @ torch.linalg.inv(turn_RR)
         turned.append(Factors(a_RI.float(), b_OR.float()))
     assert torch.allclose(dense(method(experts, weights)), dense(method(turned, weights)), rtol=1e-4, atol=1e-4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_models import dense
 from torch import Tensor
 
 from loraweave.composer.merge.arithmetic import flexlora_clients
@@ -24,10 +25,6 @@ def adapter(name: str, seed: int, rank: int, layers: tuple[str, ...] = ("one", "
         for layer in layers
     }
     return Adapter(name, "base", made)
-
-
-def dense(factors: Factors) -> Tensor:
-    return factors.b_OR.double() @ factors.a_RI.double()
 
 
 CLIENTS = [adapter("a", 1, 1), adapter("b", 2, 3), adapter("c", 3, 2, ("one",))]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+from tiny_models import random_factors
 
 from loraweave.composer.merge.interference import interference
 from loraweave.types import Factors
 
-
-def factors(seed: int, rank: int = 3, num_out: int = 11, num_in: int = 7) -> Factors:
-    generator = torch.Generator().manual_seed(seed)
-    return Factors(torch.randn(rank, num_in, generator=generator), torch.randn(num_out, rank, generator=generator))
+factors = partial(random_factors, num_out=11, num_in=7)
 
 
 def dense(update: Factors, weight: float) -> torch.Tensor:

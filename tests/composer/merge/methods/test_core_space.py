@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tiny_models import dense_array as dense
+from tiny_models import random_factors
 
 from loraweave import registry
 from loraweave.composer.merge.methods._core import joint, shared_basis, spectra
@@ -20,14 +23,7 @@ from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.errors import UnknownName, WeightingError
 from loraweave.types import Factors
 
-
-def factors(rank: int, seed: int, num_out: int = 9, num_in: int = 11, **parts: torch.Tensor) -> Factors:
-    generator = torch.Generator().manual_seed(seed)
-    return Factors(torch.randn(rank, num_in, generator=generator), torch.randn(num_out, rank, generator=generator), **parts)
-
-
-def dense(update: Factors) -> np.ndarray:
-    return (update.b_OR.double() @ update.a_RI.double()).numpy()
+factors = partial(random_factors, num_out=9, num_in=11)
 
 
 def turned(f: Factors, seed: int) -> Factors:
@@ -70,7 +66,7 @@ def cores(experts: Sequence[Factors]) -> tuple[np.ndarray, list[np.ndarray], np.
 
 @pytest.mark.parametrize("ranks", [(1, 4, 3), (2, 2), (5, 5, 5), (9, 9)])
 def test_with_linear_it_is_the_weighted_sum(ranks: tuple[int, ...]) -> None:
-    experts = [factors(rank, seed) for seed, rank in enumerate(ranks)]
+    experts = [factors(seed, rank) for seed, rank in enumerate(ranks)]
     weights = [0.7, -0.4, 2.0][: len(ranks)]
     expected = sum(w * dense(f) for w, f in zip(weights, experts, strict=True))
     found = core_space(experts, weights, inner="linear")
@@ -91,7 +87,7 @@ SHAPES = {
 def test_ties_is_applied_to_the_cores(
     ranks: tuple[int, ...], num_out: int, num_in: int, basis: str, cores_of: Callable[..., Any], density: float
 ) -> None:
-    experts = [factors(rank, seed, num_out, num_in) for seed, rank in enumerate(ranks)]
+    experts = [factors(seed, rank, num_out=num_out, num_in=num_in) for seed, rank in enumerate(ranks)]
     weights = [1.0, 0.5, -2.0, 0.7][: len(ranks)]
     u, matrices, v = cores_of(experts)
     expected = u @ ties(matrices, weights, density) @ v.T
@@ -103,7 +99,9 @@ def test_ties_is_applied_to_the_cores(
 @pytest.mark.parametrize("density", [0.1, 0.2])
 def test_the_published_basis_is_the_one_by_default_and_counts_the_zeros_of_a_shared_a(density: float) -> None:
     # one a for all: v has three directions and the stack nine rows, so that the cores have six columns of zeros
-    experts = [replace(factors(3, seed, 12, 11), a_RI=factors(3, 7, 12, 11).a_RI) for seed in range(3)]
+    experts = [
+        replace(factors(seed, 3, num_out=12, num_in=11), a_RI=factors(7, 3, num_out=12, num_in=11).a_RI) for seed in range(3)
+    ]
     u, matrices, v = published_cores(experts)
     assert matrices[0].shape == (9, 9)
     expected = u @ ties([m.round(9) for m in matrices], [1.0] * 3, density) @ v.T
@@ -114,7 +112,7 @@ def test_the_published_basis_is_the_one_by_default_and_counts_the_zeros_of_a_sha
 
 
 def test_the_published_basis_depends_on_the_factors_and_that_of_updates_does_not() -> None:
-    experts, options = [factors(2, 0), factors(3, 1)], {"density": 0.5}
+    experts, options = [factors(0, 2), factors(1, 3)], {"density": 0.5}
     split = [turned(f, seed) for seed, f in enumerate(experts)]
     one, other = (dense(core_space(each, [1.0, 1.0], inner_options=options)) for each in (experts, split))
     assert np.abs(one - other).max() > 0.1
@@ -128,21 +126,21 @@ def test_the_published_basis_depends_on_the_factors_and_that_of_updates_does_not
     ("inner", "options"), [("tsv", {"k": 9}), ("iso_c", {}), ("iso_cts", {}), ("wudi", {"minimiser": "exact"})]
 )
 def test_rules_on_singular_values_give_what_they_give_without_it(inner: str, options: dict[str, object]) -> None:
-    experts, weights = [factors(2, 0), factors(1, 1), factors(3, 2)], [1.0, 0.5, -2.0]
+    experts, weights = [factors(0, 2), factors(1, 1), factors(2, 3)], [1.0, 0.5, -2.0]
     direct = registry.get("methods", inner)(experts, weights, **options)
     found = core_space(experts, weights, inner=inner, inner_options=options)
     assert np.abs(dense(found) - dense(direct)).max() < 1e-4
 
 
 def test_the_method_by_default_is_ties_per_layer() -> None:
-    experts = [factors(2, 0), factors(3, 1)]
+    experts = [factors(0, 2), factors(1, 3)]
     by_name = core_space(experts, [1.0, 1.0], inner="ties_per_layer")
     assert torch.equal(core_space(experts, [1.0, 1.0]).b_OR, by_name.b_OR)
 
 
 def test_experts_that_share_no_direction_do_not_disturb_each_other() -> None:
     # in the joint basis their entries stand at different places, and every one is the only one there
-    first, second = factors(2, 0), factors(2, 1)
+    first, second = factors(0, 2), factors(1, 2)
     first = Factors(torch.cat([first.a_RI[:, :5], torch.zeros(2, 6)], 1), torch.cat([first.b_OR[:4], torch.zeros(5, 2)]))
     second = Factors(torch.cat([torch.zeros(2, 5), second.a_RI[:, 5:]], 1), torch.cat([torch.zeros(4, 2), second.b_OR[4:]]))
     found = core_space([first, second], [1.0, 1.0], inner_options={"density": 1.0})
@@ -150,7 +148,7 @@ def test_experts_that_share_no_direction_do_not_disturb_each_other() -> None:
 
 
 def test_with_the_basis_of_updates_only_they_count_and_in_both_not_their_order() -> None:
-    experts, weights = [factors(2, 0), factors(1, 1), factors(3, 2)], [1.0, 0.5, -2.0]
+    experts, weights = [factors(0, 2), factors(1, 1), factors(2, 3)], [1.0, 0.5, -2.0]
     options: dict[str, Any] = {"basis": "updates", "inner_options": {"density": 0.5}}
     found = core_space(experts, weights, **options)
     split = core_space([turned(f, seed) for seed, f in enumerate(experts)], weights, **options)
@@ -162,15 +160,15 @@ def test_with_the_basis_of_updates_only_they_count_and_in_both_not_their_order()
 
 
 def test_no_direction_of_an_expert_is_lost_however_small_it_is_beside_the_others() -> None:
-    small = Factors(factors(2, 1).a_RI, factors(2, 1).b_OR * 1e-7)
-    expected = dense(factors(2, 0)) + 1e7 * dense(small)
+    small = Factors(factors(1, 2).a_RI, factors(1, 2).b_OR * 1e-7)
+    expected = dense(factors(0, 2)) + 1e7 * dense(small)
     for basis in ("factors", "updates"):
-        found = core_space([factors(2, 0), small], [1.0, 1e7], inner="linear", basis=basis)
+        found = core_space([factors(0, 2), small], [1.0, 1e7], inner="linear", basis=basis)
         assert np.abs(dense(found) - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 def test_the_basis_spans_and_is_orthonormal_and_has_its_largest_entries_positive() -> None:
-    experts = [factors(2, 0), factors(3, 1), factors(2, 0)]
+    experts = [factors(0, 2), factors(1, 3), factors(0, 2)]
     parts = spectra(terms(experts, [1.0, -3.0, 0.1], method="test"))
     experts_S = joint(parts)
     basis, inside = shared_basis(experts_S.u_OS, experts_S.s_S)
@@ -195,7 +193,7 @@ def test_the_inner_method_gets_cores_and_seeds_of_each_expert(monkeypatch: pytes
     module.probe = probe  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "probe", module)
     monkeypatch.setattr(registry, "get", lambda folder, name: probe)
-    experts = [factors(2, 0), None, factors(1, 1), factors(1, 5)]
+    experts = [factors(0, 2), None, factors(1, 1), factors(5, 1)]
     found = core_space(
         experts, [0.5, 1.0, 2.0, 0.0], inner="probe", inner_options={"depth": 3}, seeds=[11, 12, 13, 14], scale=2.0
     )
@@ -211,7 +209,7 @@ def test_the_inner_method_gets_cores_and_seeds_of_each_expert(monkeypatch: pytes
 
 
 def test_random_rules_work_and_depend_on_the_seeds() -> None:
-    experts = [factors(2, 0), factors(2, 1)]
+    experts = [factors(0, 2), factors(1, 2)]
     options = {"inner": "dare_linear", "inner_options": {"density": 0.5}}
     one, same, other = (core_space(experts, [1.0, 1.0], seeds=seeds, **options) for seeds in ([1, 2], [1, 2], [3, 4]))
     assert torch.equal(one.b_OR, same.b_OR)
@@ -221,7 +219,7 @@ def test_random_rules_work_and_depend_on_the_seeds() -> None:
 
 
 def test_biases_are_merged_by_the_inner_rule() -> None:
-    experts = [factors(2, 0, bias_O=torch.full((9,), 2.0)), factors(1, 1), factors(1, 2, bias_O=torch.full((9,), -1.0))]
+    experts = [factors(0, 2, bias_O=torch.full((9,), 2.0)), factors(1, 1), factors(2, 1, bias_O=torch.full((9,), -1.0))]
     added = core_space(experts, [1.0, 1.0, 3.0], inner="linear", scale=2.0)
     assert torch.equal(added.bias_O, torch.full((9,), -2.0))
     elected = core_space(experts, [1.0, 1.0, 3.0], inner_options={"density": 1.0})
@@ -229,7 +227,7 @@ def test_biases_are_merged_by_the_inner_rule() -> None:
 
 
 def test_an_expert_of_zeros_and_experts_that_cancel() -> None:
-    zero, f = Factors(torch.zeros(2, 11), torch.zeros(9, 2)), factors(2, 0)
+    zero, f = Factors(torch.zeros(2, 11), torch.zeros(9, 2)), factors(0, 2)
     assert np.abs(dense(core_space([zero, f], [1.0, 1.0], inner="linear")) - dense(f)).max() < 1e-5
     assert not dense(core_space([zero, zero], [1.0, 1.0])).any()
     assert not dense(core_space([f, Factors(f.a_RI, -f.b_OR)], [1.0, 1.0], inner="linear")).round(6).any()
@@ -237,7 +235,7 @@ def test_an_expert_of_zeros_and_experts_that_cancel() -> None:
 
 
 def test_the_kind_of_layer_stays() -> None:
-    f = factors(2, 0, kind="conv", kernel=(1, 1))
+    f = factors(0, 2, kind="conv", kernel=(1, 1))
     found = core_space([f, f], [0.5, 0.5], inner="linear")
     assert (found.kind, found.kernel) == ("conv", (1, 1))
 
@@ -257,4 +255,4 @@ def test_the_kind_of_layer_stays() -> None:
 )
 def test_what_it_cannot_use_is_refused(options: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        core_space([factors(2, 0)], [1.0], **options)
+        core_space([factors(0, 2)], [1.0], **options)

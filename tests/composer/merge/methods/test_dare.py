@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from peft.utils import merge_utils
+from tiny_models import random_factors as factors
 
 from loraweave.composer.merge.methods.dare_linear import dare_linear
 from loraweave.composer.merge.methods.dare_ties import dare_ties
@@ -15,11 +16,6 @@ from loraweave.types import Factors
 METHODS = [dare_linear, dare_ties]
 WEIGHTS = [0.7, -0.4, 1.3]
 SEEDS = [11, 2**62 + 5, 0]
-
-
-def factors(seed: int, rank: int = 3, num_out: int = 5, num_in: int = 7, **parts: torch.Tensor) -> Factors:
-    generator = torch.Generator().manual_seed(seed)
-    return Factors(torch.randn(rank, num_in, generator=generator), torch.randn(num_out, rank, generator=generator), **parts)
 
 
 def dense(update: Factors) -> torch.Tensor:

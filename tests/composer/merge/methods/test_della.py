@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from tiny_models import random_factors as factors
 
 from loraweave.composer.merge.methods.della import della
 from loraweave.errors import AdapterUnsupported, WeightingError
@@ -14,11 +15,6 @@ from loraweave.types import Factors
 
 WEIGHTS = [0.7, -0.4, 1.3]
 SEEDS = [11, 2**62 + 5, 0]
-
-
-def factors(seed: int, rank: int = 3, num_out: int = 5, num_in: int = 7, **parts: torch.Tensor) -> Factors:
-    generator = torch.Generator().manual_seed(seed)
-    return Factors(torch.randn(rank, num_in, generator=generator), torch.randn(num_out, rank, generator=generator), **parts)
 
 
 def dense(update: Factors) -> torch.Tensor:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import dense
+from tiny_models import random_factors as factors
 from torch import Tensor
 
 from loraweave import registry
@@ -19,15 +21,6 @@ from loraweave.composer.merge.methods.factor_magnitude_prune import factor_magni
 from loraweave.composer.merge.methods.factor_ties import factor_ties
 from loraweave.errors import AdapterUnsupported, LayerMismatch, WeightingError
 from loraweave.types import Factors
-
-
-def factors(rank: int, seed: int, num_out: int = 5, num_in: int = 7, **parts: Tensor) -> Factors:
-    generator = torch.Generator().manual_seed(seed)
-    return Factors(torch.randn(rank, num_in, generator=generator), torch.randn(num_out, rank, generator=generator), **parts)
-
-
-def dense(update: Factors) -> Tensor:
-    return update.b_OR.double() @ update.a_RI.double()
 
 
 @pytest.mark.parametrize("kind", ["linear", "embedding"])
@@ -63,7 +56,7 @@ def test_it_gives_the_same_delta_as_peft(
 def test_each_factor_is_what_pefts_helpers_make_of_it(density: float, majority: str) -> None:
     from peft.utils.merge_utils import ties
 
-    experts, weights = [factors(3, seed, 8, 11) for seed in range(4)], [1.0, 0.5, -2.0, 0.3]
+    experts, weights = [factors(seed, 3, 8, 11) for seed in range(4)], [1.0, 0.5, -2.0, 0.3]
     roots = torch.tensor(weights).abs().sqrt()
     found = factor_ties(experts, weights, density=density, majority=majority)
     expected_a = ties([f.a_RI for f in experts], roots * torch.tensor(weights).sign(), density, majority)
@@ -73,14 +66,14 @@ def test_each_factor_is_what_pefts_helpers_make_of_it(density: float, majority: 
 
 def test_with_different_scales_only_the_cross_terms_follow_the_folded_scale() -> None:
     # D_1 and D_2 are the same updates with the scale on b; PEFT would have sqrt(s_1 s_2) in both cross terms
-    first, second = factors(2, 0), factors(2, 1)
+    first, second = factors(0, 2), factors(1, 2)
     found = factor_linear([first, Factors(second.a_RI, 4.0 * second.b_OR)], [1.0, 1.0])
     a1, b1, a2, b2 = (t.double() for t in (first.a_RI, first.b_OR, second.a_RI, second.b_OR))
     assert torch.allclose(dense(found), b1 @ a1 + 4 * b2 @ a2 + b1 @ a2 + 4 * b2 @ a1, rtol=1e-5, atol=1e-5)
 
 
 def test_a_single_weight_counts_once_and_with_its_sign() -> None:
-    expert = factors(3, 0, bias_O=torch.ones(5))
+    expert = factors(0, 3, bias_O=torch.ones(5))
     for weight in (1.0, 0.3, -2.0):
         found = factor_linear([expert], [weight])
         assert torch.allclose(dense(found), weight * dense(expert), rtol=1e-5, atol=1e-6)
@@ -88,7 +81,7 @@ def test_a_single_weight_counts_once_and_with_its_sign() -> None:
 
 
 def test_the_average_is_that_of_each_factor() -> None:
-    experts = [factors(3, seed) for seed in range(3)]
+    experts = [factors(seed, 3) for seed in range(3)]
     found = factor_average(experts, [1.0, 2.0, 5.0])
     for side in ("a_RI", "b_OR"):
         expected = sum(w / 8 * getattr(f, side).double() for w, f in zip([1, 2, 5], experts, strict=True))
@@ -96,7 +89,7 @@ def test_the_average_is_that_of_each_factor() -> None:
 
 
 def test_the_average_of_copies_is_one_of_them_and_an_absent_layer_is_zeros() -> None:
-    expert = factors(3, 0, bias_O=torch.ones(5))
+    expert = factors(0, 3, bias_O=torch.ones(5))
     assert torch.allclose(dense(factor_average([expert] * 4, [1.0, 2.0, 3.0, 4.0])), dense(expert), rtol=1e-5, atol=1e-6)
     half = factor_average([expert, None], [1.0, 1.0])
     assert torch.allclose(dense(half), dense(expert) / 4, rtol=1e-5, atol=1e-6)
@@ -105,15 +98,15 @@ def test_the_average_of_copies_is_one_of_them_and_an_absent_layer_is_zeros() -> 
 
 def test_an_average_over_a_sum_of_zero_is_refused() -> None:
     with pytest.raises(WeightingError, match="factor_average divides"):
-        factor_average([factors(1, 0), factors(1, 1)], [1.0, -1.0])
+        factor_average([factors(0, 1), factors(1, 1)], [1.0, -1.0])
 
 
 @pytest.mark.parametrize("method", [factor_ties, factor_dare_ties])
 def test_biases_go_through_the_rule_with_whole_weights(method) -> None:
     biases = [torch.tensor([3.0, -1.0, 0.0, 2.0, 1.0]), torch.tensor([1.0, 4.0, 0.0, -1.0, 1.0])]
-    experts = [factors(1, seed, bias_O=bias) for seed, bias in enumerate(biases)]
+    experts = [factors(seed, 1, bias_O=bias) for seed, bias in enumerate(biases)]
     extra = {"seeds": [1, 2, 3]} if method is factor_dare_ties else {}
-    found = method([*experts, factors(1, 2)], [0.5, 2.0, 1.0], density=1.0, **extra)
+    found = method([*experts, factors(2, 1)], [0.5, 2.0, 1.0], density=1.0, **extra)
     # elected: + + (0) + +; those of that sign, weighted, over their number
     assert found.bias_O.tolist() == pytest.approx([(1.5 + 2) / 2, 8.0, 0.0, 1.0, (0.5 + 2) / 2])
 
@@ -125,7 +118,7 @@ def expected_dare(stack: Sequence[Tensor], masks: Sequence[Tensor], density: flo
 def test_dare_drops_entries_and_rescales_the_rest_of_each_factor() -> None:
     density, weights = 0.4, [2.0, -0.5]
     # factors without zeros, so that what was dropped is seen in a merge of one expert
-    experts = [Factors(f.a_RI + 10, f.b_OR + 10) for f in (factors(3, 0, 40, 50), factors(3, 1, 40, 50))]
+    experts = [Factors(f.a_RI + 10, f.b_OR + 10) for f in (factors(0, 3, 40, 50), factors(1, 3, 40, 50))]
     alone = [factor_dare_linear([f], [1.0], seeds=[seed], density=density) for f, seed in zip(experts, (5, 6), strict=True)]
     together = factor_dare_linear(experts, weights, seeds=[5, 6], density=density)
     for side, signs in (("a_RI", (1, -1)), ("b_OR", (1, 1))):
@@ -140,7 +133,7 @@ def test_dare_drops_entries_and_rescales_the_rest_of_each_factor() -> None:
 
 
 def test_dare_ties_elects_signs_among_what_stayed() -> None:
-    density, experts = 0.5, [factors(3, seed, 6, 9) for seed in range(3)]
+    density, experts = 0.5, [factors(seed, 3, 6, 9) for seed in range(3)]
     kept = [factor_dare_linear([f], [1.0], seeds=[seed], density=density) for seed, f in enumerate(experts)]
     found = factor_dare_ties(experts, [1.0, 1.0, 1.0], seeds=[0, 1, 2], density=density)
     for side in ("a_RI", "b_OR"):
@@ -155,7 +148,7 @@ def test_dare_ties_elects_signs_among_what_stayed() -> None:
 
 
 def test_what_is_dropped_follows_the_experts_seed_alone() -> None:
-    experts = [factors(2, 0), factors(2, 1)]
+    experts = [factors(0, 2), factors(1, 2)]
     one = factor_dare_linear(experts, [1.0, 1.0], seeds=[3, 4], density=0.5)
     assert torch.equal(one.a_RI, factor_dare_linear(experts[::-1], [1.0, 1.0], seeds=[4, 3], density=0.5).a_RI)
     assert torch.equal(one.a_RI, factor_dare_linear([None, *experts], [1.0, 1.0, 1.0], seeds=[9, 3, 4], density=0.5).a_RI)
@@ -172,20 +165,20 @@ def call(name: str, experts: Sequence[Factors | None], weights: Sequence[float],
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_density_of_zero_leaves_zeros(name: str) -> None:
-    assert not dense(call(name, [factors(2, 0), factors(2, 1)], [1.0, 1.0], density=0.0)).any()
+    assert not dense(call(name, [factors(0, 2), factors(1, 2)], [1.0, 1.0], density=0.0)).any()
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("density", [-0.1, 1.1, math.nan])
 def test_a_density_out_of_range_is_refused(name: str, density: float) -> None:
     with pytest.raises(WeightingError, match=rf"{name}: density={density}"):
-        call(name, [factors(2, 0)], [1.0], density=density)
+        call(name, [factors(0, 2)], [1.0], density=density)
 
 
 @pytest.mark.parametrize("name", ["factor_ties", "factor_dare_ties"])
 def test_another_majority_is_refused(name: str) -> None:
     with pytest.raises(WeightingError, match="majority"):
-        call(name, [factors(2, 0)], [1.0], majority="most")
+        call(name, [factors(0, 2)], [1.0], majority="most")
 
 
 @pytest.mark.parametrize(
@@ -202,9 +195,9 @@ def test_another_majority_is_refused(name: str) -> None:
 def test_different_ranks_are_refused_with_the_twin_on_updates(name: str, twin: str) -> None:
     assert twin in registry.names("methods")
     with pytest.raises(LayerMismatch, match=rf"{name}.*3 and 2: use {twin},"):
-        call(name, [factors(3, 0), factors(2, 1)], [1.0, 1.0])
+        call(name, [factors(0, 3), factors(1, 2)], [1.0, 1.0])
     with pytest.raises(AdapterUnsupported, match=name):
-        call(name, [factors(3, 0, gain_O=torch.ones(5))], [1.0])
+        call(name, [factors(0, 3, gain_O=torch.ones(5))], [1.0])
 
 
 def test_of_equal_magnitudes_exactly_the_wanted_number_stays() -> None:

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_models import dense
+from tiny_models import random_factors as factors
 
 from loraweave.composer.merge.methods.factor_sum import factor_sum
 from loraweave.errors import AdapterUnsupported, LayerMismatch
 from loraweave.types import Factors
 
 
-def factors(rank: int, seed: int, **parts: torch.Tensor) -> Factors:
-    generator = torch.Generator().manual_seed(seed)
-    return Factors(torch.randn(rank, 7, generator=generator), torch.randn(5, rank, generator=generator), **parts)
-
-
-def dense(update: Factors) -> torch.Tensor:
-    return update.b_OR.double() @ update.a_RI.double()
-
-
 def test_it_has_every_cross_term() -> None:
-    experts, weights = [factors(3, seed) for seed in range(3)], [0.7, -0.4, 2.0]
+    experts, weights = [factors(seed, 3) for seed in range(3)], [0.7, -0.4, 2.0]
     expected = sum(
         v * w * f.b_OR.double() @ g.a_RI.double()
         for v, f in zip(weights, experts, strict=True)
@@ -32,20 +25,20 @@ def test_it_has_every_cross_term() -> None:
 
 
 def test_a_single_weight_counts_squared() -> None:
-    f = factors(3, 0)
+    f = factors(0, 3)
     assert torch.allclose(dense(factor_sum([f, None], [0.5, 1.0])), 0.25 * dense(f))
     assert torch.equal(dense(factor_sum([f], [1.0])), dense(f))
 
 
 def test_the_common_sign_of_the_weights_cancels() -> None:
-    experts = [factors(3, 0), factors(3, 1)]
+    experts = [factors(0, 3), factors(1, 3)]
     assert torch.equal(dense(factor_sum(experts, [0.7, -0.4])), dense(factor_sum(experts, [-0.7, 0.4])))
 
 
 def test_with_one_scale_it_is_the_scale_times_the_product_of_the_raw_sums() -> None:
     # as the paper has it: the LoRA scale stays outside, here it is inside b
     scale, weights = 2.5, [0.7, -0.4]
-    raw = [factors(3, 0), factors(3, 1)]
+    raw = [factors(0, 3), factors(1, 3)]
     folded = [Factors(f.a_RI, f.b_OR * scale) for f in raw]
     a_hat = sum(w * f.a_RI for w, f in zip(weights, raw, strict=True))
     b_hat = sum(w * f.b_OR for w, f in zip(weights, raw, strict=True))
@@ -53,7 +46,7 @@ def test_with_one_scale_it_is_the_scale_times_the_product_of_the_raw_sums() -> N
 
 
 def test_it_depends_on_how_an_update_is_split_into_factors() -> None:
-    f, g = factors(3, 0), factors(3, 1)
+    f, g = factors(0, 3), factors(1, 3)
     turned = Factors(2.0 * g.a_RI, 0.5 * g.b_OR)
     assert torch.allclose(dense(g), dense(turned))
     difference = dense(factor_sum([f, g], [0.7, 0.3])) - dense(factor_sum([f, turned], [0.7, 0.3]))
@@ -61,28 +54,28 @@ def test_it_depends_on_how_an_update_is_split_into_factors() -> None:
 
 
 def test_halves_of_different_experts_are_not_the_mean_of_updates() -> None:
-    f, g = factors(3, 0), factors(3, 1)
+    f, g = factors(0, 3), factors(1, 3)
     difference = dense(factor_sum([f, g], [0.5, 0.5])) - (dense(f) + dense(g)) / 2
     assert float(difference.norm()) > 0.1
 
 
 def test_halves_of_one_expert_are_one_expert_of_the_whole_weight() -> None:
     # the sum of factors sees one expert of weight 0.7, and squares that
-    f = factors(3, 0)
+    f = factors(0, 3)
     assert torch.allclose(dense(factor_sum([f, f], [0.35, 0.35])), 0.49 * dense(f), rtol=1e-5, atol=1e-5)
 
 
 def test_different_ranks_are_refused() -> None:
     with pytest.raises(LayerMismatch, match=r"\(3, 7\) and \(2, 7\).*use linear"):
-        factor_sum([factors(3, 0), factors(2, 1)], [1.0, 1.0])
+        factor_sum([factors(0, 3), factors(1, 2)], [1.0, 1.0])
 
 
 def test_gains_and_magnitudes_are_refused() -> None:
     for part in ("gain_O", "magnitude_O"):
         with pytest.raises(AdapterUnsupported, match="use linear"):
-            factor_sum([factors(2, 0, **{part: torch.ones(5)})], [1.0])
+            factor_sum([factors(0, 2, **{part: torch.ones(5)})], [1.0])
 
 
 def test_biases_sum_with_their_weights() -> None:
-    found = factor_sum([factors(2, 0, bias_O=torch.ones(5)), factors(2, 1)], [0.5, 1.0])
+    found = factor_sum([factors(0, 2, bias_O=torch.ones(5)), factors(1, 2)], [0.5, 1.0])
     assert torch.equal(found.bias_O, torch.full((5,), 0.5))

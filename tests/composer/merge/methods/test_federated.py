@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_models import dense
+from tiny_models import random_factors as factors
 
 from loraweave.composer.merge.methods import hetlora as hetlora_module
 from loraweave.composer.merge.methods.ffa import ffa
@@ -12,22 +14,12 @@ from loraweave.composer.merge.methods.hetlora import hetlora
 from loraweave.errors import AdapterUnsupported, LayerMismatch, WeightingError
 from loraweave.types import Factors
 
-
-def factors(rank: int, seed: int, **parts: torch.Tensor) -> Factors:
-    generator = torch.Generator().manual_seed(seed)
-    return Factors(torch.randn(rank, 7, generator=generator), torch.randn(5, rank, generator=generator), **parts)
-
-
-def dense(update: Factors) -> torch.Tensor:
-    return update.b_OR.double() @ update.a_RI.double()
-
-
-CLIENTS = [factors(1, 0), factors(4, 1), factors(3, 2)]
+CLIENTS = [factors(0, 1), factors(1, 4), factors(2, 3)]
 
 
 def frozen(count: int) -> list[Factors]:
-    a_RI = factors(3, 0).a_RI
-    return [Factors(a_RI.clone(), factors(3, seed).b_OR) for seed in range(count)]
+    a_RI = factors(0, 3).a_RI
+    return [Factors(a_RI.clone(), factors(seed, 3).b_OR) for seed in range(count)]
 
 
 def test_with_one_frozen_a_the_mean_of_b_is_the_mean_update() -> None:
@@ -50,7 +42,7 @@ def test_clients_of_another_a_are_refused_with_the_way_out() -> None:
     with pytest.raises(LayerMismatch, match="use average"):
         ffa([clients[0], turned], [1.0, 1.0])
     with pytest.raises(LayerMismatch, match=r"\(3, 7\) and \(2, 7\)"):
-        ffa([clients[0], factors(2, 0)], [1.0, 1.0])
+        ffa([clients[0], factors(0, 2)], [1.0, 1.0])
 
 
 @pytest.mark.parametrize("rank", [1, 3, 5, 50])
@@ -101,7 +93,7 @@ def test_the_weights_of_hetlora_multiply_the_norms() -> None:
 
 
 def test_norms_are_of_the_whole_model_unless_each_layer_is_asked_for() -> None:
-    layers = [CLIENTS, [factors(2, 7), None, factors(1, 8)]]
+    layers = [CLIENTS, [factors(7, 2), None, factors(8, 1)]]
     whole = [
         sum(float(dense(layer[place]).norm()) ** 2 for layer in layers if layer[place] is not None) ** 0.5
         for place in range(3)
@@ -132,7 +124,7 @@ def test_a_padded_client_alone_is_itself() -> None:
 
 
 def test_clients_that_trained_nothing_give_zeros() -> None:
-    untrained = Factors(factors(2, 0).a_RI, torch.zeros(5, 2), bias_O=torch.ones(5))
+    untrained = Factors(factors(0, 2).a_RI, torch.zeros(5, 2), bias_O=torch.ones(5))
     found = hetlora([untrained, untrained], [1.0, 3.0])
     assert not dense(found).any()
     assert torch.equal(found.bias_O, torch.ones(5))
@@ -152,11 +144,11 @@ def test_negative_sizes_are_refused(method) -> None:
 @pytest.mark.parametrize("method", [ffa, hetlora])
 def test_gains_are_no_factors(method) -> None:
     with pytest.raises(AdapterUnsupported, match=method.__name__):
-        method([factors(1, 0, gain_O=torch.ones(5))], [1.0])
+        method([factors(0, 1, gain_O=torch.ones(5))], [1.0])
 
 
 def test_flexlora_averages_gains_and_biases_and_refuses_a_rank_below_one() -> None:
-    found = flexlora([factors(3, 0, gain_O=torch.ones(5)), factors(3, 1, bias_O=torch.ones(5))], [1.0, 3.0], rank=1).factors
+    found = flexlora([factors(0, 3, gain_O=torch.ones(5)), factors(1, 3, bias_O=torch.ones(5))], [1.0, 3.0], rank=1).factors
     assert torch.equal(found.gain_O, torch.full((5,), 0.25))
     assert torch.equal(found.bias_O, torch.full((5,), 0.75))
     with pytest.raises(WeightingError, match="rank=0"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_models import dense as delta
 
 from loraweave.composer.merge.methods import fisher as module
 from loraweave.composer.merge.methods.fisher import fisher
@@ -23,10 +24,6 @@ def seen(fisher_OI, norm=None):
 
 def random_fisher(seed, num_out=4, num_in=5):
     return torch.rand(num_out, num_in, generator=torch.Generator().manual_seed(seed)) ** 4
-
-
-def delta(one):
-    return one.b_OR.double() @ one.a_RI.double()
 
 
 EXPERTS = [factors(0, 1), factors(1, 3), factors(2)]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from tiny_models import dense_array as dense
+from tiny_models import random_factors
 
 from loraweave.composer.merge.merge import layer_updates, merge
 from loraweave.composer.merge.method_call import MethodCall
@@ -16,14 +19,7 @@ from loraweave.errors import WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors
 
-
-def factors(rank: int, seed: int, num_out: int = 6, num_in: int = 8, **parts: torch.Tensor) -> Factors:
-    generator = torch.Generator().manual_seed(seed)
-    return Factors(torch.randn(rank, num_in, generator=generator), torch.randn(num_out, rank, generator=generator), **parts)
-
-
-def dense(update: Factors) -> np.ndarray:
-    return (update.b_OR.double() @ update.a_RI.double()).numpy()
+factors = partial(random_factors, num_out=6, num_in=8)
 
 
 def pieces(experts: Sequence[Factors]) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -52,7 +48,7 @@ def ties(matrices: Sequence[np.ndarray], weights: Sequence[float], density: floa
 @pytest.mark.parametrize("ranks", [(2, 1, 2), (3, 3, 3)])
 @pytest.mark.parametrize("density", [0.25, 0.75])
 def test_ties_by_layer_is_applied_to_the_pieces(ranks: tuple[int, ...], density: float) -> None:
-    experts, weights = [factors(rank, seed) for seed, rank in enumerate(ranks)], [1.0, 0.5, -2.0]
+    experts, weights = [factors(seed, rank) for seed, rank in enumerate(ranks)], [1.0, 0.5, -2.0]
     u, matrices = pieces(experts)
     expected = 0.6 * u @ ties(matrices, weights, density)
     found = knots(experts, weights, inner="ties_per_layer", inner_options={"density": density}, scale=0.6)
@@ -84,7 +80,7 @@ def uneven(name: str, seed: int) -> Adapter:
     """An adapter whose second layer has updates four times as large as the first, and whose third is of another shape."""
     sizes = {"first": (1.0, 8), "second": (4.0, 8), "third": (0.5, 5)}
     layers = {
-        layer: replace(made := factors(2, 10 * seed + place, num_in=num_in), b_OR=made.b_OR * size)
+        layer: replace(made := factors(10 * seed + place, 2, num_in=num_in), b_OR=made.b_OR * size)
         for place, (layer, (size, num_in)) in enumerate(sizes.items())
     }
     return Adapter(name, "tiny", layers)
@@ -104,7 +100,7 @@ def test_by_default_ties_trims_the_pieces_of_all_layers_together(density: float)
 
 
 def test_without_a_survey_a_layer_is_all_layers() -> None:
-    experts = [factors(2, 0), factors(3, 1)]
+    experts = [factors(0, 2), factors(1, 3)]
     wanted = published([[dense(f) for f in experts]], 0.5)[0]
     assert np.abs(dense(knots(experts, [1.0, 1.0], inner_options={"density": 0.5})) - wanted).max() < 1e-5
 
@@ -133,7 +129,7 @@ def test_weights_by_layer_need_an_inner_rule_that_looks_at_one_layer() -> None:
 
 
 def test_with_a_linear_rule_it_changes_nothing() -> None:
-    experts, weights = [factors(2, 0), factors(4, 1), factors(1, 2)], [0.7, -0.4, 2.0]
+    experts, weights = [factors(0, 2), factors(1, 4), factors(2, 1)], [0.7, -0.4, 2.0]
     expected = sum(w * dense(f) for w, f in zip(weights, experts, strict=True))
     for inner in ("linear", "magnitude_prune"):
         options = {"density": 1.0} if inner == "magnitude_prune" else {}
@@ -143,7 +139,7 @@ def test_with_a_linear_rule_it_changes_nothing() -> None:
 
 def test_the_pieces_carry_their_singular_values() -> None:
     # the other reading, V_e^T merged and multiplied by S afterwards, is another method
-    experts = [factors(2, 0), factors(2, 1)]
+    experts = [factors(0, 2), factors(1, 2)]
     deltas = [dense(f) for f in experts]
     u, s, vh = np.linalg.svd(np.hstack(deltas), full_matrices=False)
     other = u[:, :4] @ np.diag(s[:4]) @ ties(np.hsplit(vh[:4], 2), [1.0, 1.0], 0.25)
@@ -154,14 +150,14 @@ def test_the_pieces_carry_their_singular_values() -> None:
 
 
 def test_two_equal_experts_share_one_space_and_count_once() -> None:
-    f = factors(2, 0)
+    f = factors(0, 2)
     found = knots([f, f], [1.0, 1.0], inner_options={"density": 1.0})
     assert found.rank == 2
     assert np.abs(dense(found) - dense(f)).max() < 1e-5
 
 
 def test_only_the_updates_count_and_not_their_order() -> None:
-    experts, weights = [factors(2, 0), factors(1, 1), factors(3, 2)], [1.0, 0.5, -2.0]
+    experts, weights = [factors(0, 2), factors(1, 1), factors(2, 3)], [1.0, 0.5, -2.0]
     found = knots(experts, weights, inner_options={"density": 0.5})
     turn = torch.tensor([[2.0, 1.0], [-1.0, 3.0]]).double()
     split = Factors((turn @ experts[0].a_RI.double()).float(), (experts[0].b_OR.double() @ torch.linalg.inv(turn)).float())
@@ -171,14 +167,14 @@ def test_only_the_updates_count_and_not_their_order() -> None:
 
 
 def test_zeros_and_opposites() -> None:
-    zero, f = Factors(torch.zeros(2, 8), torch.zeros(6, 2)), factors(2, 0)
+    zero, f = Factors(torch.zeros(2, 8), torch.zeros(6, 2)), factors(0, 2)
     assert not dense(knots([zero, zero], [1.0, 1.0])).any()
     assert not dense(knots([f, Factors(f.a_RI, -f.b_OR)], [1.0, 1.0], inner="linear")).round(6).any()
     assert knots([None], [1.0]) is None
 
 
 def test_a_bias_follows_the_inner_rule_and_the_scale() -> None:
-    experts = [factors(2, 0, bias_O=torch.full((6,), 2.0)), factors(1, 1, bias_O=torch.full((6,), -1.0))]
+    experts = [factors(0, 2, bias_O=torch.full((6,), 2.0)), factors(1, 1, bias_O=torch.full((6,), -1.0))]
     elected = knots(experts, [1.0, 3.0], inner="ties_per_layer", inner_options={"density": 1.0}, scale=0.5)
     assert torch.equal(elected.bias_O, torch.full((6,), 1.0))
     assert torch.equal(knots(experts, [1.0, 3.0], inner="linear").bias_O, torch.full((6,), -1.0))
@@ -187,4 +183,4 @@ def test_a_bias_follows_the_inner_rule_and_the_scale() -> None:
 def test_factor_methods_and_itself_are_refused() -> None:
     for inner in ("knots", "factor_sum", "regmean"):
         with pytest.raises(WeightingError, match=f"knots: inner='{inner}'"):
-            knots([factors(2, 0)], [1.0], inner=inner)
+            knots([factors(0, 2)], [1.0], inner=inner)

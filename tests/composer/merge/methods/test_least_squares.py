@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import dense as delta
 
 from loraweave.composer.merge.methods.least_squares import least_squares
 from loraweave.composer.merge.statistics import LayerStatistics
@@ -27,10 +28,6 @@ def inputs(seed, count=20):
 
 def seen(x_NI):
     return LayerStatistics(x_NI.T @ x_NI / len(x_NI), None, len(x_NI))
-
-
-def delta(one):
-    return one.b_OR.double() @ one.a_RI.double()
 
 
 def loss(update, experts, weights, xs):

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
+from tiny_models import dense_array as dense
+from tiny_models import random_factors
 
 from loraweave.composer.merge.methods.lego import lego
 from loraweave.errors import WeightingError
 from loraweave.types import Factors
 
-
-def factors(rank: int, seed: int, num_out: int = 9, num_in: int = 11, **parts: torch.Tensor) -> Factors:
-    generator = torch.Generator().manual_seed(seed)
-    return Factors(torch.randn(rank, num_in, generator=generator), torch.randn(num_out, rank, generator=generator), **parts)
-
-
-def dense(update: Factors) -> np.ndarray:
-    return (update.b_OR.double() @ update.a_RI.double()).numpy()
+factors = partial(random_factors, num_out=9, num_in=11)
 
 
 def near(f: Factors, seed: int, size: float = 0.02) -> Factors:
-    noise = factors(f.rank, seed)
+    noise = factors(seed, f.rank)
     return Factors(f.a_RI + size * noise.a_RI, f.b_OR + size * noise.b_OR)
 
 
 def test_with_as_many_clusters_as_units_it_is_the_weighted_sum() -> None:
-    experts, weights = [factors(1, 0), factors(4, 1), factors(3, 2)], [0.7, -0.4, 2.0]
+    experts, weights = [factors(0, 1), factors(1, 4), factors(2, 3)], [0.7, -0.4, 2.0]
     expected = sum(w * dense(f) for w, f in zip(weights, experts, strict=True))
     for num_clusters in (8, 100):
         found = lego(experts, weights, num_clusters=num_clusters, reweight=False)
@@ -35,7 +32,7 @@ def test_with_as_many_clusters_as_units_it_is_the_weighted_sum() -> None:
 
 
 def test_reweighting_multiplies_that_sum_by_the_root_of_rank_over_clusters() -> None:
-    experts = [factors(2, 0), factors(4, 1)]
+    experts = [factors(0, 2), factors(1, 4)]
     plain = lego(experts, [1.0, 1.0], num_clusters=6, reweight=False)
     assert np.abs(dense(lego(experts, [1.0, 1.0], num_clusters=6)) - (4 / 6) ** 0.5 * dense(plain)).max() < 1e-5
 
@@ -43,7 +40,7 @@ def test_reweighting_multiplies_that_sum_by_the_root_of_rank_over_clusters() -> 
 @pytest.mark.parametrize("reweight", [False, True])
 def test_each_cluster_becomes_its_mean_unit(reweight: bool) -> None:
     # units of the two experts pair up; the definition is written out for the pairs
-    first = factors(3, 0)
+    first = factors(0, 3)
     second = near(first, 1)
     shuffled = Factors(second.a_RI[[2, 0, 1]], second.b_OR[:, [2, 0, 1]])
     weight = 1.5
@@ -63,7 +60,7 @@ def test_each_cluster_becomes_its_mean_unit(reweight: bool) -> None:
 
 
 def test_a_unit_and_its_negative_are_the_same_unit() -> None:
-    first = factors(3, 0)
+    first = factors(0, 3)
     second = near(first, 1)
     sign = torch.tensor([1.0, -1.0, -1.0])
     flipped = Factors(second.a_RI * sign[:, None], second.b_OR * sign)
@@ -71,7 +68,7 @@ def test_a_unit_and_its_negative_are_the_same_unit() -> None:
 
 
 def test_the_order_of_ranks_and_of_experts_plays_no_part() -> None:
-    experts = [factors(3, 0), factors(4, 1), factors(2, 2)]
+    experts = [factors(0, 3), factors(1, 4), factors(2, 2)]
     moved = [Factors(f.a_RI.flip(0), f.b_OR.flip(1)) for f in experts]
     found = dense(lego(experts, [1.0, 0.5, -1.0], num_clusters=4))
     assert np.abs(found - dense(lego(moved, [1.0, 0.5, -1.0], num_clusters=4))).max() < 1e-6
@@ -79,14 +76,14 @@ def test_the_order_of_ranks_and_of_experts_plays_no_part() -> None:
 
 
 def test_it_depends_on_how_an_update_is_split_into_factors() -> None:
-    experts = [factors(2, 0), factors(2, 1)]
+    experts = [factors(0, 2), factors(1, 2)]
     turn = torch.tensor([[1.0, 1.0], [-1.0, 1.0]])
     split = Factors(turn @ experts[0].a_RI, experts[0].b_OR @ torch.linalg.inv(turn))
     assert np.abs(dense(lego(experts, [1.0, 1.0])) - dense(lego([split, experts[1]], [1.0, 1.0]))).max() > 0.1
 
 
 def test_a_single_expert_and_equal_experts_come_back() -> None:
-    f = factors(3, 0)
+    f = factors(0, 3)
     assert np.abs(dense(lego([f], [-0.7])) + 0.7 * dense(f)).max() < 1e-5
     found = lego([f, f], [1.0, 1.0])
     assert found.rank == 3
@@ -96,13 +93,13 @@ def test_a_single_expert_and_equal_experts_come_back() -> None:
 
 
 def test_the_rank_is_the_number_of_clusters_and_the_largest_rank_by_default() -> None:
-    experts = [factors(3, 0), factors(5, 1)]
+    experts = [factors(0, 3), factors(1, 5)]
     assert lego(experts, [1.0, 1.0]).rank == 5
     assert lego(experts, [1.0, 1.0], num_clusters=2).rank == 2
 
 
 def test_zeros_and_opposites() -> None:
-    zero, f = Factors(torch.zeros(2, 11), torch.zeros(9, 2)), factors(2, 0)
+    zero, f = Factors(torch.zeros(2, 11), torch.zeros(9, 2)), factors(0, 2)
     assert lego([zero, zero], [1.0, 1.0]).rank == 0
     assert np.abs(dense(lego([zero, f], [1.0, 1.0])) - dense(f)).max() < 1e-5
     assert np.isfinite(dense(lego([f, Factors(f.a_RI, -f.b_OR)], [1.0, 1.0]))).all()
@@ -111,11 +108,11 @@ def test_zeros_and_opposites() -> None:
 
 
 def test_biases_are_summed_with_weights() -> None:
-    experts = [factors(2, 0, bias_O=torch.ones(9)), factors(1, 1), factors(1, 2, bias_O=torch.ones(9))]
+    experts = [factors(0, 2, bias_O=torch.ones(9)), factors(1, 1), factors(2, 1, bias_O=torch.ones(9))]
     assert torch.equal(lego(experts, [0.5, 1.0, 2.0]).bias_O, torch.full((9,), 2.5))
 
 
 @pytest.mark.parametrize("options", [{"num_clusters": 0}, {"num_clusters": 2.0}, {"random_state": -1}])
 def test_options_out_of_range_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(WeightingError, match=next(iter(options))):
-        lego([factors(2, 0)], [1.0], **options)
+        lego([factors(0, 2)], [1.0], **options)

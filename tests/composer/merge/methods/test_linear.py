@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_models import dense
+from tiny_models import random_factors as factors
 
 from loraweave.composer.merge.methods.linear import linear
 from loraweave.errors import AdapterUnsupported, LayerMismatch
 from loraweave.types import Factors
 
 
-def factors(rank: int, seed: int, **parts: torch.Tensor) -> Factors:
-    generator = torch.Generator().manual_seed(seed)
-    return Factors(torch.randn(rank, 7, generator=generator), torch.randn(5, rank, generator=generator), **parts)
-
-
-def dense(update: Factors) -> torch.Tensor:
-    return update.b_OR.double() @ update.a_RI.double()
-
-
 def test_it_equals_the_sum_of_the_dense_updates() -> None:
-    experts, weights = [factors(1, 0), factors(4, 1), factors(3, 2)], [0.7, -0.4, 2.0]
+    experts, weights = [factors(0, 1), factors(1, 4), factors(2, 3)], [0.7, -0.4, 2.0]
     expected = sum(w * dense(f) for w, f in zip(weights, experts, strict=True))
     found = linear(experts, weights)
     assert found.rank == 8
@@ -28,33 +21,33 @@ def test_it_equals_the_sum_of_the_dense_updates() -> None:
 
 
 def test_half_and_half_of_one_adapter_is_that_adapter() -> None:
-    f = factors(3, 0)
+    f = factors(0, 3)
     assert torch.allclose(dense(linear([f, f], [0.35, 0.35])), 0.7 * dense(f), rtol=1e-6, atol=1e-6)
 
 
 def test_a_negative_weight_subtracts() -> None:
-    f = factors(3, 0)
+    f = factors(0, 3)
     assert torch.equal(dense(linear([f], [-1.0])), -dense(f))
 
 
 def test_gains_and_biases_sum_with_their_weights() -> None:
     gain, bias = torch.arange(5.0), torch.ones(5)
-    found = linear([factors(2, 0, gain_O=gain), factors(2, 1, gain_O=gain, bias_O=bias), factors(1, 2)], [0.5, -2.0, 3.0])
+    found = linear([factors(0, 2, gain_O=gain), factors(1, 2, gain_O=gain, bias_O=bias), factors(2, 1)], [0.5, -2.0, 3.0])
     assert torch.equal(found.gain_O, -1.5 * gain)
     assert torch.equal(found.bias_O, -2.0 * bias)
 
 
 def test_experts_without_the_layer_contribute_nothing() -> None:
-    f = factors(2, 0)
+    f = factors(0, 2)
     assert torch.equal(dense(linear([None, f], [9.0, 1.0])), dense(f))
     assert linear([None, None], [1.0, 1.0]) is None
 
 
 def test_different_shapes_are_refused() -> None:
     with pytest.raises(LayerMismatch):
-        linear([factors(2, 0), Factors(torch.ones(1, 6), torch.ones(5, 1))], [1.0, 1.0])
+        linear([factors(0, 2), Factors(torch.ones(1, 6), torch.ones(5, 1))], [1.0, 1.0])
 
 
 def test_unbound_updates_are_refused() -> None:
     with pytest.raises(AdapterUnsupported, match="DoRA"):
-        linear([factors(2, 0, magnitude_O=torch.ones(5))], [0.5])
+        linear([factors(0, 2, magnitude_O=torch.ones(5))], [0.5])

@@ -7,17 +7,13 @@ import warnings
 import pytest
 import torch
 from peft.utils import merge_utils
+from tiny_models import random_factors as factors
 
 from loraweave.composer.merge.methods.magnitude_prune import magnitude_prune
 from loraweave.errors import AdapterUnsupported, LayerMismatch, WeightingError
 from loraweave.types import Factors
 
 WEIGHTS = [0.7, -0.4, 1.3]
-
-
-def factors(seed: int, rank: int = 3, num_out: int = 5, num_in: int = 7, **parts: torch.Tensor) -> Factors:
-    generator = torch.Generator().manual_seed(seed)
-    return Factors(torch.randn(rank, num_in, generator=generator), torch.randn(num_out, rank, generator=generator), **parts)
 
 
 def dense(update: Factors) -> torch.Tensor:

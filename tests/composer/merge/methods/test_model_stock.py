@@ -7,14 +7,11 @@ import math
 
 import pytest
 import torch
+from tiny_models import dense
 
 from loraweave.composer.merge.methods.model_stock import model_stock
 from loraweave.errors import AdapterUnsupported, WeightingError
 from loraweave.types import Factors
-
-
-def dense(update: Factors) -> torch.Tensor:
-    return update.b_OR.double() @ update.a_RI.double()
 
 
 def related(count: int, common: float = 2.0) -> list[Factors]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tiny_models import dense as delta
 
 from loraweave.composer.merge.methods.regmean import regmean
 from loraweave.composer.merge.statistics import LayerStatistics
@@ -26,10 +27,6 @@ def inputs(seed, count=20):
 
 def seen(x_NI):
     return LayerStatistics(x_NI.T @ x_NI / len(x_NI), None, len(x_NI))
-
-
-def delta(one):
-    return one.b_OR.double() @ one.a_RI.double()
 
 
 EXPERTS = [factors(0, 1), factors(1, 3), factors(2)]

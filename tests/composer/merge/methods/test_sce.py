@@ -6,15 +6,11 @@ import math
 
 import pytest
 import torch
+from tiny_models import random_factors as factors
 
 from loraweave.composer.merge.methods.sce import sce
 from loraweave.errors import AdapterUnsupported, WeightingError
 from loraweave.types import Factors
-
-
-def factors(seed: int, rank: int = 3, num_out: int = 5, num_in: int = 7, **parts: torch.Tensor) -> Factors:
-    generator = torch.Generator().manual_seed(seed)
-    return Factors(torch.randn(rank, num_in, generator=generator), torch.randn(num_out, rank, generator=generator), **parts)
 
 
 def dense(update: Factors) -> torch.Tensor:

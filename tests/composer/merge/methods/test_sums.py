@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import dense
+from tiny_models import random_factors as factors
 
 from loraweave.composer.merge.methods.average import average
 from loraweave.composer.merge.methods.genknowsub import genknowsub
@@ -19,17 +21,8 @@ from loraweave.errors import AdapterUnsupported, LayerMismatch, WeightingError
 from loraweave.types import Factors
 
 
-def factors(rank: int, seed: int, **parts: torch.Tensor) -> Factors:
-    generator = torch.Generator().manual_seed(seed)
-    return Factors(torch.randn(rank, 7, generator=generator), torch.randn(5, rank, generator=generator), **parts)
-
-
 def whole(update: Factors | TruncatedUpdate) -> Factors:
     return update.factors if isinstance(update, TruncatedUpdate) else update
-
-
-def dense(update: Factors) -> torch.Tensor:
-    return update.b_OR.double() @ update.a_RI.double()
 
 
 def close(found: Factors, expected: torch.Tensor) -> bool:
@@ -43,7 +36,7 @@ def summed(experts: Sequence[Factors], weights: Sequence[float]) -> torch.Tensor
     return total
 
 
-EXPERTS = [factors(1, 0), factors(4, 1), factors(3, 2)]
+EXPERTS = [factors(0, 1), factors(1, 4), factors(2, 3)]
 
 
 def test_the_average_is_the_sum_over_the_sum_of_weights() -> None:
@@ -67,14 +60,14 @@ def test_weights_that_sum_to_zero_have_no_average() -> None:
 
 
 def test_gains_and_biases_are_averaged_too() -> None:
-    found = average([factors(1, 0, gain_O=torch.ones(5)), factors(1, 1, bias_O=torch.ones(5)), None], [1.0, 1.0, 2.0])
+    found = average([factors(0, 1, gain_O=torch.ones(5)), factors(1, 1, bias_O=torch.ones(5)), None], [1.0, 1.0, 2.0])
     assert torch.equal(found.gain_O, torch.full((5,), 0.25))
     assert torch.equal(found.bias_O, torch.full((5,), 0.25))
 
 
 def test_task_arithmetic_scales_the_sum_once() -> None:
     assert close(task_arithmetic(EXPERTS, [1.0, 1.0, -1.0], scale=0.3), 0.3 * summed(EXPERTS, [1, 1, -1]))
-    found = task_arithmetic([factors(1, 0, bias_O=torch.ones(5))], [2.0], scale=0.25)
+    found = task_arithmetic([factors(0, 1, bias_O=torch.ones(5))], [2.0], scale=0.25)
     assert torch.equal(found.bias_O, torch.full((5,), 0.5))
 
 
@@ -114,7 +107,7 @@ def test_svd_at_a_high_rank_is_the_sum_itself() -> None:
 
 
 def test_svd_sums_gains_and_biases_exactly() -> None:
-    found = svd([factors(3, 0, gain_O=torch.ones(5), bias_O=torch.ones(5)), factors(3, 1)], [0.5, 1.0], rank=1).factors
+    found = svd([factors(0, 3, gain_O=torch.ones(5), bias_O=torch.ones(5)), factors(1, 3)], [0.5, 1.0], rank=1).factors
     assert torch.equal(found.gain_O, torch.full((5,), 0.5))
     assert torch.equal(found.bias_O, torch.full((5,), 0.5))
 
@@ -156,7 +149,7 @@ def test_a_task_that_is_all_general_knowledge_is_gone() -> None:
 @pytest.mark.parametrize("method", [linear, average, task_arithmetic, svd, genknowsub])
 @pytest.mark.parametrize("part", ["gain_O", "bias_O", "magnitude_O", "base_bias_O"])
 def test_one_expert_of_weight_one_comes_back_whatever_its_kind(method, part: str) -> None:
-    expert = factors(2, 0, **{part: torch.arange(5.0)})
+    expert = factors(0, 2, **{part: torch.arange(5.0)})
     found = whole(method([None, expert, factors(1, 1)], [0.0, 1.0, 0.0]))
     given = expert.tensors()
     assert found.tensors().keys() == given.keys()
@@ -168,7 +161,7 @@ def test_one_expert_of_weight_one_comes_back_whatever_its_kind(method, part: str
 @pytest.mark.parametrize("method", [linear, average, task_arithmetic, svd, genknowsub])
 @pytest.mark.parametrize(("part", "word"), [("magnitude_O", "DoRA"), ("base_bias_O", "base bias")])
 def test_sums_of_updates_that_need_the_base_layer_are_refused(method, part: str, word: str) -> None:
-    unbound = factors(2, 0, **{part: torch.ones(5)})
+    unbound = factors(0, 2, **{part: torch.ones(5)})
     with pytest.raises(AdapterUnsupported, match=word):
         method([unbound, factors(1, 1)], [1.0, 0.5])
 
@@ -176,4 +169,4 @@ def test_sums_of_updates_that_need_the_base_layer_are_refused(method, part: str,
 @pytest.mark.parametrize("method", [average, task_arithmetic, svd, genknowsub])
 def test_updates_of_different_shape_are_refused(method) -> None:
     with pytest.raises(LayerMismatch):
-        method([factors(2, 0), Factors(torch.ones(1, 6), torch.ones(5, 1))], [1.0, 1.0])
+        method([factors(0, 2), Factors(torch.ones(1, 6), torch.ones(5, 1))], [1.0, 1.0])

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from peft.utils import merge_utils
+from tiny_models import random_factors as factors
 
 from loraweave.composer.merge.methods import ties as ties_module
 from loraweave.composer.merge.methods.ties import ties
@@ -19,11 +20,6 @@ from loraweave.types import Factors
 
 METHODS = [ties, ties_per_layer, ties_weighted, ties_count]
 WEIGHTS = [0.7, -0.4, 1.3, 0.9]
-
-
-def factors(seed: int, rank: int = 3, num_out: int = 5, num_in: int = 7, **parts: torch.Tensor) -> Factors:
-    generator = torch.Generator().manual_seed(seed)
-    return Factors(torch.randn(rank, num_in, generator=generator), torch.randn(num_out, rank, generator=generator), **parts)
 
 
 def whole(matrix: list[list[float]]) -> Factors:

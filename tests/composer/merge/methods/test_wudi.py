@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from tiny_models import dense_array as dense
+from tiny_models import random_factors
 
 from loraweave.composer.merge.methods.wudi import wudi
 from loraweave.errors import WeightingError
 from loraweave.types import Factors
 
-
-def factors(rank: int, seed: int, num_out: int = 9, num_in: int = 11, **parts: torch.Tensor) -> Factors:
-    generator = torch.Generator().manual_seed(seed)
-    return Factors(torch.randn(rank, num_in, generator=generator), torch.randn(num_out, rank, generator=generator), **parts)
-
-
-def dense(update: Factors) -> np.ndarray:
-    return (update.b_OR.double() @ update.a_RI.double()).numpy()
+factors = partial(random_factors, num_out=9, num_in=11)
 
 
 def loss(t: np.ndarray, deltas: Sequence[np.ndarray]) -> float:
@@ -121,7 +117,7 @@ def test_no_entry_moves_further_on_average_than_300_steps_of_1e_5() -> None:
 
 def test_another_minimiser_is_refused_by_name() -> None:
     with pytest.raises(WeightingError, match="minimiser='adam' is none of 'early', 'exact'"):
-        wudi([factors(2, 0)], [1.0], minimiser="adam")
+        wudi([factors(0, 2)], [1.0], minimiser="adam")
 
 
 CASES = [((2, 2), (1.0, 1.0)), ((1, 4, 3), (0.7, -0.4, 2.0)), ((6, 6, 6), (1.0, 2.0, 3.0))]
@@ -129,7 +125,7 @@ CASES = [((2, 2), (1.0, 1.0)), ((1, 4, 3), (0.7, -0.4, 2.0)), ((6, 6, 6), (1.0, 
 
 @pytest.mark.parametrize(("ranks", "weights"), CASES)
 def test_exact_equals_the_dense_least_squares_solution(ranks: tuple[int, ...], weights: tuple[float, ...]) -> None:
-    experts = [factors(rank, seed) for seed, rank in enumerate(ranks)]
+    experts = [factors(seed, rank) for seed, rank in enumerate(ranks)]
     deltas = weighted(experts, weights)
     gram = sum(d.T @ d / np.sum(d**2) for d in deltas)
     target = sum(d @ d.T @ d / np.sum(d**2) for d in deltas)
@@ -146,7 +142,7 @@ def test_exact_equals_the_dense_least_squares_solution(ranks: tuple[int, ...], w
 def test_of_the_exact_one_the_gradient_vanishes_and_no_other_update_is_better(
     ranks: tuple[int, ...], weights: tuple[float, ...]
 ) -> None:
-    experts = [factors(rank, seed) for seed, rank in enumerate(ranks)]
+    experts = [factors(seed, rank) for seed, rank in enumerate(ranks)]
     deltas, found = weighted(experts, weights), dense(exact(experts, weights))
     pull = [(found - d) @ d.T @ d / np.sum(d**2) for d in deltas]
     assert np.abs(sum(pull)).max() < 1e-5 * max(np.abs(p).max() for p in pull) + 1e-6
@@ -160,14 +156,14 @@ def test_of_the_exact_one_the_gradient_vanishes_and_no_other_update_is_better(
 
 
 def test_of_all_minimisers_the_exact_one_is_the_one_that_leaves_unseen_inputs_alone() -> None:
-    experts = [factors(2, 0), factors(2, 1)]
+    experts = [factors(0, 2), factors(1, 2)]
     unseen = np.linalg.svd(np.vstack([dense(f) for f in experts]))[2][4:].T
     assert np.abs(dense(exact(experts, [1.0, 1.0])) @ unseen).max() < 1e-5
 
 
 def test_with_two_experts_of_joint_full_row_rank_the_exact_loss_is_zero() -> None:
     # four directions, four demands: T = D_1 on the rows of one and D_2 on those of the other
-    experts = [factors(2, 0), factors(2, 1)]
+    experts = [factors(0, 2), factors(1, 2)]
     deltas = weighted(experts, [1.0, 1.0])
     assert loss(dense(exact(experts, [1.0, 1.0])), deltas) < 1e-8
     assert loss(sum(deltas), deltas) > 1.0
@@ -175,12 +171,12 @@ def test_with_two_experts_of_joint_full_row_rank_the_exact_loss_is_zero() -> Non
 
 @pytest.mark.parametrize("minimiser", ["early", "exact"])
 def test_a_single_expert_comes_back(minimiser: str) -> None:
-    f = factors(3, 0)
+    f = factors(0, 3)
     assert np.abs(dense(wudi([f], [-0.7], minimiser=minimiser)) + 0.7 * dense(f)).max() < 1e-5
 
 
 def test_exact_averages_equal_experts_and_both_sum_orthogonal_ones() -> None:
-    f, other = factors(2, 0), factors(2, 1)
+    f, other = factors(0, 2), factors(1, 2)
     assert np.abs(dense(exact([f, f], [0.5, 2.0])) - 1.25 * dense(f)).max() < 1e-5
     left = Factors(torch.cat([f.a_RI[:, :5], torch.zeros(2, 6)], 1), f.b_OR)
     right = Factors(torch.cat([torch.zeros(2, 5), other.a_RI[:, 5:]], 1), other.b_OR)
@@ -190,13 +186,13 @@ def test_exact_averages_equal_experts_and_both_sum_orthogonal_ones() -> None:
 
 
 def test_exact_is_linear_in_the_weights() -> None:
-    experts = [factors(2, 0), factors(5, 1), factors(6, 2)]
+    experts = [factors(0, 2), factors(1, 5), factors(2, 6)]
     one, other = dense(exact(experts, [1.0, 0.5, -1.0])), dense(exact(experts, [2.0, 1.0, 3.0]))
     assert np.abs(dense(exact(experts, [3.0, 1.5, 2.0])) - one - other).max() < 1e-4
 
 
 def test_only_the_updates_count_and_not_their_order() -> None:
-    experts, weights = [factors(2, 0), factors(5, 1), factors(6, 2)], [1.0, 0.5, -2.0]
+    experts, weights = [factors(0, 2), factors(1, 5), factors(2, 6)], [1.0, 0.5, -2.0]
     found = wudi(experts, weights)
     turn = torch.tensor([[2.0, 1.0], [-1.0, 3.0]]).double()
     split = Factors((turn @ experts[0].a_RI.double()).float(), (experts[0].b_OR.double() @ torch.linalg.inv(turn)).float())
@@ -205,14 +201,14 @@ def test_only_the_updates_count_and_not_their_order() -> None:
 
 
 def test_an_equal_update_in_other_factors_is_the_same_update() -> None:
-    f = factors(3, 0)
+    f = factors(0, 3)
     turn = (torch.randn(3, 3, generator=torch.Generator().manual_seed(7)) + 3 * torch.eye(3)).double()
     split = Factors((turn @ f.a_RI.double()).float(), (f.b_OR.double() @ torch.linalg.inv(turn)).float())
     assert np.abs(dense(exact([f, split], [1.0, 1.0])) - dense(f)).max() < 1e-4
 
 
 def test_zeros_and_opposites() -> None:
-    zero, f = Factors(torch.zeros(2, 11), torch.zeros(9, 2)), factors(2, 0)
+    zero, f = Factors(torch.zeros(2, 11), torch.zeros(9, 2)), factors(0, 2)
     assert wudi([zero, zero], [1.0, 1.0]).rank == 0
     assert np.abs(dense(wudi([zero, f], [1.0, 1.0])) - dense(f)).max() < 1e-5
     assert np.abs(dense(wudi([f, Factors(f.a_RI, -f.b_OR)], [1.0, 1.0]))).max() < 1e-6
@@ -220,5 +216,5 @@ def test_zeros_and_opposites() -> None:
 
 
 def test_biases_are_summed_with_weights() -> None:
-    experts = [factors(2, 0, bias_O=torch.ones(9)), factors(1, 1), factors(1, 2, bias_O=torch.ones(9))]
+    experts = [factors(0, 2, bias_O=torch.ones(9)), factors(1, 1), factors(2, 1, bias_O=torch.ones(9))]
     assert torch.equal(wudi(experts, [0.5, 1.0, 2.0]).bias_O, torch.full((9,), 2.5))
