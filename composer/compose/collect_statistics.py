@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from loraweave.common.checks import is_whole
 from loraweave.common.display import tracked
 from loraweave.common.rows import GivenRows, read_rows
 from loraweave.composer.composer import Composer
@@ -316,7 +317,7 @@ def _require_options(what: Collection[str], batch_size: int, max_tokens: int) ->
     if not kinds or not set(kinds) <= set(KINDS):
         raise InvalidTask(f"what={what!r} is not one or both of {', '.join(map(repr, KINDS))}")
     for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
-        if not isinstance(value, int) or value < 1:
+        if not is_whole(value, 1):
             raise InvalidTask(f"{name}={value!r} is below 1")
     return kinds
 

@@ -61,27 +61,26 @@ def compose(
 ) -> Composition:
     """Finds the `k` adapters of a hub that fit the task's examples best, weighs them, and returns the composition.
 
-    A pool, or a list of adapters, is used whole. `method` "auto" races several searches under one `budget` of evaluations
+    A pool or a list of adapters is used whole. `method` "auto" races several searches under one `budget` of evaluations
     (candidates scored on all examples) or `seconds`, and takes whatever does best on held-out examples (docs/search.md). A
-    name of `names("routers")` is that search alone, "best_single" the adapter of the lowest loss, "manual" the `weights`
-    given, "base" none. A router by its name, with its options, weighs every token by itself; one that learns is trained on
-    the examples for `steps` steps, by default a third of the budget, at the rate `lr`. One that was made, and maybe fitted,
-    is taken as it is.
-    `space`: "deltas" mixes the adapters' updates; "factors" mixes A and B apart, as LoraHub's authors do. `objective`
-    is a name of `names("objectives")`, or any function of (model, examples); "entropy" looks at `inputs` without targets, by
-    default those of the examples. To it come `l1` * mean|w|, `l2` * mean(w^2) and `sparsity` * the number of
-    adapters used. Objective, space and `l1` are the search's own by default.
+    name of `names("routers")` runs that search alone; "best_single" takes the adapter of the lowest loss, "manual" the given
+    `weights`, "base" none. A router, by name and options, weighs every token; one that learns is trained on the examples for
+    `steps` steps (by default a third of the budget) at the rate `lr`. A router object is used as it is.
+    `space` "deltas" mixes the adapters' updates, "factors" mixes A and B apart, as LoraHub's authors do. `objective` is a
+    name of `names("objectives")` or a function of (model, examples); "entropy" reads `inputs` without targets, by default
+    the examples' own. `l1` * mean|w|, `l2` * mean(w^2) and `sparsity` * the number of adapters used are added to it. Each
+    search has its own default objective, space and `l1`.
 
-    The guard: a searched composition is compared with the base and with the best single adapter on held-out examples
-    (cross-validation over at most `folds` folds, 3 by default; each fold's search has the same budget and never sees the
-    fold) and gives way to the better of these two when it is worse there. `folds=0` turns cross-validation and the guard
-    off. The budget of "auto" pays for its folds, 2 by default, and for all that races.
+    The guard: a searched composition must do no worse on held-out examples than the base and the best single adapter, or
+    the better of these two is returned. It is cross-validated over at most `folds` folds, 3 by default; each fold's search
+    has the same budget and never sees the fold. `folds=0` turns the guard off. The budget of "auto" pays for its folds, 2
+    by default, and for all that races.
 
-    With `checkpoint`, a folder, an interrupted search goes on where it stopped, to the same result. `search_options` go to
-    the search. docs/identity.md says which adapters of a hub are for this model. Adapters whose licenses are known to
-    exclude each other, or derived works, are made into one only with `allow_licenses`.
-    Raises UnknownName, InvalidTask, InvalidLicense and WeightingError before anything is run, BaseModelMismatch for a hub
-    without an adapter for this model and EmptyIndex for one without any (but for method="base"), SearchFailed when nothing
+    `checkpoint` is a folder from which an interrupted search resumes, to the same result. `search_options` go to the search.
+    docs/identity.md says which adapters of a hub are for this model. Adapters whose licenses exclude each other, or derived
+    works, are combined only with `allow_licenses`.
+    Raises UnknownName, InvalidTask, InvalidLicense and WeightingError before anything runs, BaseModelMismatch for a hub
+    without an adapter for this model and EmptyIndex for an empty one (unless method="base"), SearchFailed when no candidate
     can be scored.
     """
     settings = Settings.of(
@@ -217,7 +216,7 @@ class _Beside:
 
 
 def _base(hub: Hub, own: BaseKey, beside: _Beside) -> BaseKey:
-    """The model's key, which holds for alike the hub's bases that only names and shapes speak for, where these count."""
+    """The model's key; its `alike` lists the bases in the hub that match by names and shapes only, where that is enough."""
     bases = [first for first, _ in hub.bases()]
     if not says_nothing(own.id) and any(not own.differs(first.base) for first in bases):
         return own
@@ -227,7 +226,7 @@ def _base(hub: Hub, own: BaseKey, beside: _Beside) -> BaseKey:
 
 
 def _hits(retrieve: Callable[..., list[Candidate]], k: int, base: BaseKey, beside: _Beside) -> list[Candidate]:
-    """The `k` best adapters, of which those of bases that are only alike fit the model's layers."""
+    """The `k` best adapters; an adapter whose base matches by names and shapes only must also fit the model's layers."""
     asked = k
     while True:
         hits = retrieve(k=asked)

@@ -106,8 +106,7 @@ class Composition:
 
     @property
     def weights(self) -> dict[str, float] | MixtureWeights | Router:
-        """{name: weight} without the adapters of weight 0; MixtureWeights where layers have weights of their own; a router
-        where tokens have."""
+        """{name: weight} without zeros; MixtureWeights if each layer has its own weights; the router if each token has."""
         if self.router is not None:
             return self.router
         if self.by_layer is not None:
@@ -144,7 +143,7 @@ class Composition:
         """
         require_no_router(self.router, "be one adapter")
         if self.stored is not None:
-            # what was trained on has a card of its own
+            # a tuned or cut adapter keeps its own card
             known = {} if self.license is None else {"license": self.license}
             return replace(self.stored, card={**self.stored.card, **known})
         if self.is_base or self.pool is None:
@@ -170,8 +169,8 @@ class Composition:
 
         Every input is put into the task's prompt, with the task's instruction, whatever instruction its row has. `value` is
         the share of right answers under the task's metric, `low` and `high` its 95 % bootstrap interval over the pairs,
-        `loss` the mean loss of the target tokens, `count` the number of pairs. Raises InvalidTask for what is no row with a
-        target (`loraweave.common.rows`).
+        `loss` the mean loss of the target tokens, `count` the number of pairs. Raises InvalidTask for rows without a target
+        (`loraweave.common.rows`).
         """
         read = scoring.read_answers(pairs)
         with self._active():
@@ -299,7 +298,7 @@ class Composition:
     def save_pretrained(self, folder: str | Path) -> Path:
         """Writes composition.json and, unless it is the base model, the merged adapter as a PEFT folder.
 
-        Where a router weighs, it and its adapters; ScopeError for one that is none of `lw.router`.
+        Where a router weighs, it writes the router and its adapters; ScopeError for a router that `lw.router` cannot make.
         """
         target = as_path(folder, "the folder of a composition", CompositionError)
         if target.exists() and not (target / FILE).is_file() and any(target.iterdir()):

@@ -59,7 +59,7 @@ class JobBatch:
 
 
 class EncodedExamples:
-    """Every example has as many rows as the kind of loss looks at texts after its prompt. Without `trees` they stay rows."""
+    """Each example has one row for every text that the loss reads after its prompt. Without `trees` rows stay rows."""
 
     def __init__(self, model: Any, tokenizer: Any, task: Task, kind: Kind, *, trees: bool = True) -> None:
         self._model = model
@@ -82,7 +82,7 @@ class EncodedExamples:
         return batch(self._model, self._tokenizer, self._rows)
 
     def prepare(self) -> None:
-        """Finds out how rows are to be run; to be called where no mixture is active."""
+        """Decides whether rows run as trees. Call it while no mixture is active."""
         _ = self._shares
 
     def digest(self, examples: Sequence[int]) -> str:
@@ -105,7 +105,7 @@ class EncodedExamples:
         return int(self.counts(examples).gather(1, right[:, None]).sum())
 
     def size(self, examples: tuple[int, ...]) -> tuple[int, int]:
-        """Tokens that are read and logits that are made for one job."""
+        """(tokens read, logits made) for one job."""
         trees = self._trees_of(examples)
         if trees:
             longest, kept = max(map(len, trees)), max(tree.num_predictors for tree in trees)
@@ -148,7 +148,7 @@ class EncodedExamples:
         )
 
     def _trees_of(self, examples: tuple[int, ...]) -> list[TokenTree]:
-        """The trees of a job, of which each is a row; none where its rows are better run plainly."""
+        """The trees of a job, one per row of the batch; none where plain rows are cheaper."""
         if examples not in self._trees:
             self._trees[examples] = self._plant(examples) if self._shares else []
         return self._trees[examples]
@@ -290,7 +290,7 @@ def _could(model: Any, rows: Sequence[EncodedRow]) -> bool:
 
 
 def _some(rows: Sequence[EncodedRow]) -> list[EncodedRow]:
-    """Short and long ones, that differ."""
+    """A few distinct rows, from the shortest to the longest."""
     distinct = sorted(dict.fromkeys(rows), key=len)
     step = max(1, (len(distinct) - 1) / (NUM_TRIED - 1))
     return [distinct[int(number * step)] for number in range(min(NUM_TRIED, len(distinct)))]

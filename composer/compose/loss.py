@@ -57,7 +57,7 @@ def together_with_gradients(
 
 
 def _are_views_of_one(objectives: Sequence[Any]) -> bool:
-    """Whether all are of one model, of the same encoded examples, and mean the same by a candidate."""
+    """Whether all share one model, one set of encoded examples and one merge method."""
     first = objectives[0] if objectives else None
     return isinstance(first, ExampleLoss) and all(
         isinstance(each, ExampleLoss) and each.encoded is first.encoded and each.merge_method == first.merge_method
@@ -74,7 +74,7 @@ def _next(found: Iterator[Any], own: Candidates) -> list[Any]:
 
 
 class OnExamples:
-    """`only` are the examples' indices among all of the task's; the views of an objective share what it has prepared."""
+    """An objective on some examples: `only` are their indices in the task. Views share what the objective has prepared."""
 
     only: tuple[int, ...]
     penalty: Penalty
@@ -105,7 +105,7 @@ NOTHING = "."
 
 
 def with_own_answers(engine: Composer, tokenizer: Any, task: Task, inputs: Sequence[str]) -> Task:
-    """The task with these inputs as its examples. Of labels, which is whose is left open: each has the first.
+    """The task with these inputs as its examples. Labels stay open: every input has the first as its target.
 
     Elsewhere the targets are the first lines that greedy decoding writes under the uniform mixture of the pool, of at most
     16 tokens, "." for an empty one. Raises InvalidTask where there are no inputs.
@@ -122,7 +122,7 @@ def with_own_answers(engine: Composer, tokenizer: Any, task: Task, inputs: Seque
 
 
 def active_candidate(engine: Composer, candidate: MixtureWeights, merge_method: str) -> AbstractContextManager[Any]:
-    """Live for "linear"; any other merge is written into the base, which has to be able to take it, until it is left."""
+    """Activates a "linear" candidate live; any other merge is written into the base until the block ends."""
     if merge_method == "linear":
         return engine.activate(candidate)
     weights = {name: value for name, value in candidate.as_dict().items() if value}
@@ -138,7 +138,7 @@ class Failures:
     first: str = ""
 
     def add(self, why: Exception | str) -> None:
-        """Notes one more."""
+        """Counts one more."""
         self.count += 1
         self.first = self.first or (f"{type(why).__name__}: {why}" if isinstance(why, Exception) else why)
 
@@ -268,7 +268,7 @@ class ExampleLoss(OnExamples):
         return np.stack(losses), np.stack(hits)
 
     def total(self, sums: RowSums, values_BTLE: Tensor) -> Tensor:
-        """The loss of a candidate of these values, of what was summed up for it."""
+        """The loss of a candidate with these values, from its sums."""
         return self.kind.losses(sums).double().mean() + self.penalty(values_BTLE).double()
 
     def term(self, values_BTLE: Tensor) -> tuple[float, Tensor]:
@@ -310,7 +310,7 @@ def score_with_gradients(pairs: Pairs) -> list[tuple[float, Tensor]]:
 
 
 def _contain_failures(pairs: Pairs, evaluate: Callable[[Pairs], list[Found]]) -> list[Found]:
-    """What `evaluate` finds for pairs; where it raises an error, those at fault are found by halving."""
+    """What `evaluate` returns for the pairs; when it raises, the pairs at fault are found by halving."""
     try:
         found = evaluate(pairs) if pairs else []
     # an interruption is no Exception, and ends the search

@@ -78,7 +78,7 @@ def learning_sums(
 
 
 def _pieces(encoded: EncodedExamples, job: Job, max_tokens: int) -> list[Job]:
-    """The job in parts of consecutive examples that each fit into one pass, where that can be."""
+    """The job split into runs of consecutive examples that each fit into one pass, where possible."""
     tokens, logits = encoded.size(job.examples)
     count = min(len(job.examples), max(math.ceil(tokens / max_tokens), math.ceil(logits / MAX_LOGITS)))
     size = math.ceil(len(job.examples) / count)
@@ -90,14 +90,14 @@ def _pieces(encoded: EncodedExamples, job: Job, max_tokens: int) -> list[Job]:
 
 
 def _passes(encoded: EncodedExamples, jobs: Sequence[Job], max_tokens: int) -> Iterator[list[Job]]:
-    """The jobs in their order, as many at once as belong together and fit; one at least."""
+    """The jobs in order, in groups that can share a batch and fit into one pass; at least one job each."""
     part: list[Job] = []
     longest = (0, 0)
     for job in jobs:
         tokens, logits = encoded.size(job.examples)
         size = max(longest[0], tokens), max(longest[1], logits)
         fits = size[0] * (len(part) + 1) <= max_tokens and size[1] * (len(part) + 1) <= MAX_LOGITS
-        if part and not (fits and _alike(encoded, part[0], job)):
+        if part and not (fits and _share_a_batch(encoded, part[0], job)):
             yield part
             part, size = [], (tokens, logits)
         part.append(job)
@@ -106,7 +106,7 @@ def _passes(encoded: EncodedExamples, jobs: Sequence[Job], max_tokens: int) -> I
         yield part
 
 
-def _alike(encoded: EncodedExamples, one: Job, other: Job) -> bool:
+def _share_a_batch(encoded: EncodedExamples, one: Job, other: Job) -> bool:
     """Whether one batch can hold both, under one activation."""
     if encoded.has_trees(one.examples) != encoded.has_trees(other.examples):
         return False
@@ -157,7 +157,7 @@ def _forward(
 
 
 def _sums(logits_BPV: Tensor, batch: JobBatch, needs: frozenset[str]) -> dict[str, Tensor]:
-    """Of each text row that there is, in order: sums over its target tokens."""
+    """For each real text row, in order: sums over its target tokens."""
     num_rows, num_kept, num_words = logits_BPV.shape
     start_B11 = num_kept * torch.arange(1, num_rows + 1, device=logits_BPV.device)[:, None, None]
     place_BRK = start_B11 + batch.slot_BRK

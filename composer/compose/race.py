@@ -158,7 +158,7 @@ def admit(
 
 
 def planned(budgets: Sequence[int | None], steps: int, num_folds: int) -> int | None:
-    """The evaluations to come, each candidate on however many examples counted whole: each fold's and a winner's on all.
+    """How many evaluations will be made: those of each fold and of the winner on all. Each candidate counts as one.
 
     `budgets` are those of the searches; None where only time bounds one.
     """

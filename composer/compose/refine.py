@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from loraweave.common.checks import is_number
 from loraweave.common.display import tracked
 from loraweave.composer.compose.loss import ExampleLoss
 from loraweave.composer.composer import Composer
@@ -138,7 +139,7 @@ def prune_mixture(objective: ExampleLoss, mixture: MixtureWeights, tolerance: fl
 
     `tolerance` is in nats of the mean loss on the examples, in all, and at least 0. One expert stays.
     """
-    if not isinstance(tolerance, int | float) or not 0 <= tolerance < math.inf:
+    if not is_number(tolerance, 0):
         raise WeightingError(
             f"tolerance is {tolerance!r}; it is the rise of the loss that may be lost, a number of at least 0"
         )

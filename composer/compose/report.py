@@ -93,7 +93,7 @@ class Report:
         return next(row for row in self.rows if row.name == name)
 
     def with_choice(self, row: ReportRow, reason: str) -> Report:
-        """With a row of what was made of the chosen one, in the place of an earlier row of that name, as the new choice."""
+        """The report with `row` as its choice; it replaces an earlier row of the same name."""
         return replace(
             self,
             rows=(*(other for other in self.rows if other.name != row.name), row),

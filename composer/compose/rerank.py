@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loraweave.common.checks import require_whole
+from loraweave.common.checks import is_number, require_whole
 from loraweave.common.rows import GivenRows
 from loraweave.composer.compose.compose import experts_of
 from loraweave.composer.compose.first_order import FirstOrder, first_order, update_norm
@@ -141,6 +141,6 @@ def _check(settings: _Settings, task: Task) -> None:
     if not task.examples:
         raise InvalidTask("the task has no examples to rerank by; give at least one (input, target) pair")
     weight, batch_size = settings.weight, settings.batch_size
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight == 0:
+    if not is_number(weight) or weight == 0:
         raise WeightingError(f"weight is {weight!r}; it must be a finite number other than 0")
     require_whole("batch_size", batch_size, 1, WeightingError)

@@ -1,4 +1,4 @@
-"""What compose() was asked for, looked over before anything runs."""
+"""The arguments of compose(), checked before anything runs."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Settings:
 
     @property
     def name(self) -> str:
-        """That of the method."""
+        """The method's name."""
         return router_name(self.method)
 
     @property
@@ -100,7 +100,7 @@ class Settings:
 
     @property
     def _named_loss(self) -> str | None:
-        """The objective's name where it has one; what a method without a search was given as one, too."""
+        """The objective's name, if it has one; also an objective given to a method that does not search."""
         loss = self._loss if self.objective is None else self.objective
         return loss if isinstance(loss, str) else None
 
@@ -112,9 +112,9 @@ class Settings:
         return smooth and self.merge_method in (None, "linear")
 
     def require_licenses(self, pool: ExpertPool) -> None:
-        """Raises InvalidLicense where what is composed would be one work of adapters whose licenses exclude that.
+        """Raises InvalidLicense if the composition would combine adapters whose licenses exclude each other.
 
-        One adapter as it is, the base, and what a router mixes live are no such work.
+        A single adapter, the base, and mixtures that a router makes live combine nothing.
         """
         weights = {name: weight for name, weight in (self.weights or dict.fromkeys(pool.names)).items() if weight != 0.0}
         alone = self.method in ("base", "best_single") or list(weights.values()) == [1.0]
@@ -122,7 +122,7 @@ class Settings:
             require_one_work((name, stated_license(pool[name].card.get("license"))) for name in weights)
 
     def check(self, task: Task, *, from_hub: bool) -> None:
-        """Raises UnknownName, WeightingError or InvalidTask for what cannot be done, as far as no model has to be asked."""
+        """Raises UnknownName, WeightingError or InvalidTask for arguments that cannot work, without looking at a model."""
         if not isinstance(task, Task):
             raise InvalidTask(f"the task is {task!r:.80}; give lw.Task([(input, target), ...], instruction=...)")
         self._check_numbers()
@@ -188,7 +188,7 @@ class Settings:
         if self._named_loss is not None:
             kind = get("objectives", self._named_loss)
             if self._loss is not None and self.inputs is None:
-                # a kind says itself of which tasks it cannot be taken
+                # the kind itself refuses tasks that it cannot score
                 kind(task)
 
     def _check_examples(self, task: Task) -> None:
@@ -201,7 +201,7 @@ class Settings:
             raise WeightingError("folds is 1, which would hold out every example; pass 2 or more, or 0 for none")
 
     def _check_inputs_alone(self) -> None:
-        """A search by entropy needs no examples; what it is compared with, and some starts, would."""
+        """Raises where examples are needed: a search by entropy runs without any, but comparisons and some starts do not."""
         if self.inputs is None or self.method == "auto":
             raise InvalidTask(
                 "the task has no examples; give at least two (input, target) pairs, or inputs=[...] to a search by "
@@ -215,7 +215,7 @@ class Settings:
 
 
 def router_name(router: str | Router) -> str:
-    """Its name in the registry, or of its class where it is in none; a name is its own."""
+    """The router's name in the registry, or else that of its class. A name is returned as it is."""
     if isinstance(router, str):
         return router
     return router.name if isinstance(router, TokenRouter) else type(router).__name__
@@ -248,8 +248,8 @@ def routes(method: str | Router) -> bool:
 
 
 def is_trained(method: str | Router) -> bool:
-    """Whether compose() trains the router of that name on the examples; one that is given is taken as it is."""
-    found = _class_of(method) if isinstance(method, str) else None
+    """Whether compose() trains the router of that name on the examples; a router object is used as it is."""
+    found = _class_of(method)
     return found is not None and issubclass(found, LearnedRouter)
 
 
@@ -276,8 +276,8 @@ def check_router(method: str | Router, options: Mapping[str, Any], unused: Mappi
 
 
 def _options(method: str | Router) -> list[str]:
-    """Those that a router of that name has, and its training; none of one that was made."""
-    found = _class_of(method) if isinstance(method, str) else None
+    """The options of a router of that name, and of its training; a router object has none."""
+    found = _class_of(method)
     if found is None:
         return []
     if not issubclass(found, LearnedRouter):
@@ -290,10 +290,9 @@ def _options(method: str | Router) -> list[str]:
     return [*option_names(found), *TRAINING]
 
 
-def _class_of(name: str) -> type[TokenRouter] | None:
-    if name not in registry.names("routers"):
-        return None
-    found = registry.get("routers", name)
+def _class_of(name: str | Router) -> type[TokenRouter] | None:
+    """The router's class that a name stands for; None for a search, for no name, and for a router that was made."""
+    found = registry.get("routers", name) if isinstance(name, str) and name in registry.names("routers") else None
     return found if isinstance(found, type) and issubclass(found, TokenRouter) else None
 
 
@@ -333,7 +332,7 @@ def takes(found: type[Solver], name: str) -> bool:
 
 
 def check_options(method: str, options: Mapping[str, Any], seed: int, *, from_hub: bool) -> None:
-    """Raises WeightingError or UnknownName for an option that the method does not have, and for values of no use to it."""
+    """Raises WeightingError or UnknownName for options that the method does not have and values that it cannot use."""
     known = [] if method in OTHER_WAYS else own_options(solver_class(method))
     for name, value in options.items():
         if name not in known:
@@ -362,7 +361,7 @@ def _check_start(start: Any, from_hub: bool) -> None:
 
 
 def _try_options(method: str, options: Mapping[str, Any], seed: int) -> None:
-    """A solver says itself what it cannot use: this makes one of two experts, with all but what depends on the experts."""
+    """Makes a solver over two made-up experts, so that it checks its own options; those that name experts are left out."""
     own = {name: value for name, value in options.items() if name not in ("start", "groups")}
     found, supplied = solver_class(method), {"layers": ["layer"]}
     try:
@@ -384,7 +383,7 @@ def make_solver(
     supplied: Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> Solver:
-    """The solver with its limits; of `supplied` (also `start`) it gets what it takes and the options do not say."""
+    """The solver with its limits. Of `supplied` it gets what it takes, unless the options give it."""
     arguments = {name: value for name, value in supplied.items() if takes(found, name)}
     arguments |= options
     limits = {"budget": budget, "seconds": seconds, "seed": seed}

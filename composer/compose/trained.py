@@ -1,4 +1,4 @@
-"""Trials that train: what another trial chose, as one adapter; and a router in the place of a search."""
+"""Trials that train: another trial's choice, merged into one adapter; and a router instead of a search."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ class Routed(Trial[Router]):
             self._router = method.onto(pool_of(method, bench.engine)) if isinstance(method, TokenRouter) else method
 
     def planned(self, num_folds: int) -> int:
-        """The evaluations to come."""
+        """How many evaluations will be made."""
         return STEP_COST * self._steps * (num_folds + 1) if self.learns else 0
 
     def choose(self, parts: Sequence[Part]) -> list[Router]:

@@ -98,7 +98,7 @@ def make_objective(
 ) -> ExampleLoss | UserLoss:
     """An ExampleLoss of a kind of `names("objectives")`, or a UserLoss of `loss(model, examples)`.
 
-    Raises what these raise, UnknownName for a kind that there is not, and InvalidTask for `inputs` of a function.
+    Raises what these raise, UnknownName for an unknown kind, and InvalidTask for a function with `inputs`.
     """
     if isinstance(loss, str):
         return ExampleLoss(

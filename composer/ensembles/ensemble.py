@@ -47,7 +47,7 @@ def ensemble(
     needs the engine's tokenizer. A model that classifies rows gives its classes.
 
     Members run beside each other, `rows_per_pass` rows in a forward pass, by default as many as 2^13 tokens and 2^26 logits
-    allow. Raises WeightingError for members or weights that are none, UnknownExpert, InvalidTask for labels or tokens,
+    allow. Raises WeightingError for invalid members or weights, UnknownExpert, InvalidTask for labels or tokens,
     CompositionError for a batch that cannot be read so; the model is left as it was.
     """
     members = known_members(engine, mixtures)

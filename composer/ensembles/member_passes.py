@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -97,8 +97,13 @@ def member_weights(weights: Sequence[float] | None, num_members: int) -> Tensor:
     return weight_M / weight_M.sum()
 
 
+def is_by_row(value: Any, num_rows: int) -> TypeGuard[Tensor]:
+    """Whether an input of the model is a tensor with a row for each of `num_rows`."""
+    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == num_rows
+
+
 def rows_of(batch: Mapping[str, Any]) -> int:
-    """The number of rows of what goes to the model; CompositionError where there are none."""
+    """The number of rows of the model's inputs. Raises CompositionError if there are none."""
     for value in batch.values():
         if isinstance(value, Tensor) and value.dim() and len(value):
             return len(value)
@@ -108,17 +113,17 @@ def rows_of(batch: Mapping[str, Any]) -> int:
 def rows_that_fit(batch: Mapping[str, Any], logits_per_row: int, *, copies: int = 1) -> int:
     """How many rows one forward pass may have, by the tokens of the longest input and by the logits that a row gives.
 
-    `copies` is how many rows of keys and values come to be for each row.
+    `copies` is how many rows of keys and values each row becomes.
     """
     num_tokens = max(value[0].numel() for value in batch.values() if isinstance(value, Tensor) and value.dim())
     return max(1, min(MAX_TOKENS // (num_tokens * copies), MAX_LOGITS // logits_per_row))
 
 
 def _lay_out(batch: Mapping[str, Any], rows: slice, count: int) -> Inputs:
-    """Some rows of the batch, all of them `count` times; what is no tensor by row stays what it is."""
+    """Some rows of the batch, each `count` times; inputs that are not by row are passed on as they are."""
     num_rows, inputs = rows_of(batch), dict(batch)
     for key, value in batch.items():
-        if isinstance(value, Tensor) and value.dim() and len(value) == num_rows:
+        if is_by_row(value, num_rows):
             inputs[key] = value[rows].repeat(count, *[1] * (value.dim() - 1))
     return inputs
 

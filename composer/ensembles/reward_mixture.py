@@ -20,7 +20,7 @@ from loraweave.common.randomness import with_seed
 from loraweave.common.state import save_tensors
 from loraweave.composer.composer import Composer
 from loraweave.composer.ensembles.ensemble import align_right, without_cache
-from loraweave.composer.ensembles.member_passes import known_members, rows_of
+from loraweave.composer.ensembles.member_passes import is_by_row, known_members, rows_of
 from loraweave.composer.ensembles.rewards import (
     Epochs,
     HeadTraining,
@@ -77,7 +77,7 @@ class RewardMixture(nn.Module):
     def rewards(self, engine: Composer, batch: Mapping[str, Any]) -> Tensor:
         """reward_B of each row of a batch, as the model takes it, padded on either side.
 
-        Raises UnknownExpert for a member that the engine's pool has not, CompositionError for another adapter of its name.
+        Raises UnknownExpert for a member missing from the engine's pool, CompositionError for another adapter of its name.
         """
         members = known_members(engine, self.members)
         for name, known in self.hashes.items():
@@ -151,7 +151,7 @@ def train_reward_mixture(
     Every text is run once under each member; then `steps` steps of AdamW without weight decay on the pairwise logistic loss
     -log sigmoid(r(preferred) - r(other)), over `batch_size` pairs in shuffled epochs. Members are mappings, None, or
     MixtureWeights of task scope that all layers share, so that they can be written down.
-    Raises WeightingError for other members, InvalidTask for pairs that are none, TrainingError for settings out of range and
+    Raises WeightingError for other members, InvalidTask for invalid pairs, TrainingError for settings out of range and
     for a loss that is not finite.
     """
     settings = HeadTraining(steps, lr, batch_size, seed)
@@ -172,7 +172,7 @@ def train_reward_mixture(
 class RoutedRewards(nn.Module):
     """A head for each category, and the linear classifier of the base's features that finds a text's category.
 
-    The published router is a language model of its own that reads the question alone.
+    The published router is a separate language model that reads the question alone.
     """
 
     def __init__(self, heads: Mapping[str, RewardMixture], hidden_size: int) -> None:
@@ -255,10 +255,10 @@ def train_routed_rewards(
 
 
 def _some_rows(batch: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
-    """These rows of a batch; what is no tensor by row stays what it is."""
+    """These rows of a batch; inputs that are not by row are passed on as they are."""
     num_rows = rows_of(batch)
     return {
-        key: value[rows.to(value.device)] if isinstance(value, Tensor) and value.dim() and len(value) == num_rows else value
+        key: value[rows.to(value.device)] if is_by_row(value, num_rows) else value
         for key, value in align_right(batch).items()
     }
 
@@ -287,7 +287,7 @@ def train_reward_experts(
     `pairs` are for all experts, as an ensemble's members learn, or {task: pairs} for each one's own, as the capability
     points of DMoERM do. Each step takes AdamW without weight decay down the mean over `batch_size` pairs, in shuffled
     epochs, of -log sigmoid(r(preferred) - r(other)), the sum of this over experts, and the terms of the recipe.
-    Raises InvalidTask for pairs that are none, UnknownName for a task that the model has not, TrainingError for settings out
+    Raises InvalidTask for invalid pairs, UnknownName for an unknown task, TrainingError for settings out
     of range, for a task without pairs and for a loss that is not finite, CompositionError for a base without a head of one
     label and without a tokenizer.
     """
@@ -330,7 +330,7 @@ def _rewards(model: ExpertModel, batch: Mapping[str, Any], experts: list[int]) -
     """rewards_MB of these experts."""
     num_rows = rows_of(batch)
     inputs = {
-        key: value.repeat(len(experts), *[1] * (value.dim() - 1)) if _is_by_row(value, num_rows) else value
+        key: value.repeat(len(experts), *[1] * (value.dim() - 1)) if is_by_row(value, num_rows) else value
         for key, value in align_right(batch).items()
     }
     return _run(model, inputs, [expert for expert in experts for _ in range(num_rows)]).view(len(experts), num_rows)
@@ -340,10 +340,6 @@ def _run(model: ExpertModel, inputs: Mapping[str, Any], experts: list[int]) -> T
     """The reward of each row from its expert, in fp32 or better."""
     logits_B1: Tensor = model(**without_cache(model.base_model, inputs), task=experts).logits
     return logits_B1.to(torch.promote_types(logits_B1.dtype, torch.float32))[:, 0]
-
-
-def _is_by_row(value: Any, num_rows: int) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == num_rows
 
 
 def _require_reward_model(model: ExpertModel) -> None:

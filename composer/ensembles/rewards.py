@@ -229,7 +229,7 @@ def train_reward_heads(
     A pair is (the text that is preferred, the other one). Each head alone takes `steps` steps of AdamW without weight decay
     on the pairwise logistic loss -log sigmoid(r(preferred) - r(other)), over `batch_size` pairs in shuffled epochs. Model
     and adapters stay as they are.
-    Raises InvalidTask for pairs that are none, TrainingError for settings out of range and for a loss that is not finite.
+    Raises InvalidTask for invalid pairs, TrainingError for settings out of range and for a loss that is not finite.
     """
     settings = HeadTraining(steps, lr, batch_size, seed)
     preferred_MNH, other_MNH = pair_features(engine, mixtures, pairs, progress=progress)
@@ -253,7 +253,7 @@ def pair_features(engine: Composer, mixtures: Sequence[Any], pairs: Pairs, *, pr
 
 
 def require_pairs(pairs: Pairs) -> None:
-    """Raises InvalidTask for pairs that are none."""
+    """Raises InvalidTask unless every pair is two different texts, and there is one."""
     for number, pair in enumerate(pairs, start=1):
         if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise InvalidTask(f"pair {number} is {pair!r}, not two texts: the preferred one, and the other")

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loraweave.common.checks import is_whole
+from loraweave.common.checks import is_number, is_whole
 from loraweave.common.display import tracked
 from loraweave.composer.merge.input import is_of_kind
 from loraweave.composer.merge.merge import merge
@@ -103,7 +103,7 @@ def compeft(adapter: Adapter, *, density: float = 0.2, scale: float | str = 1.0,
     has fewer non-zeros; of equal ones the first), as c * sign(tau) with c = scale * std(tau), std over the whole of tau
     before it was cut. `density` in (0, 1]; `scale` above 0, the alpha that the paper tunes between 0.5 and 10, or
     "least_squares" for the c nearest to tau, which is the mean magnitude of what stays. With per="tensor" each a and b is
-    a tau of its own. Gains, biases, magnitudes and heads stay as they are.
+    its own tau. Gains, biases, magnitudes and heads stay as they are.
 
     tau is that of the factors as stored, with the LoRA scale in b: the result depends on how an update is split into a and
     b. Where the entries of b are far smaller than those of a, one tau for all leaves nothing of b; per="tensor" is then the
@@ -149,7 +149,7 @@ def byom(adapter: Adapter, rank: int) -> Adapter:
     nothing. The card has the relative Frobenius error by layer and in all. Gains, biases, magnitudes (DoRA's, whose b a
     is cut) and heads stay. The result is an ordinary adapter of lower rank. Raises WeightingError for a rank below 1.
     """
-    if not isinstance(rank, int) or rank < 1:
+    if not is_whole(rank, 1):
         raise WeightingError(f"byom: rank={rank!r} is not a whole number of at least 1")
     cuts = {layer: algebra.compress(factors, rank) for layer, factors in adapter.layers.items()}
     squares = {layer: algebra.norm(factors) ** 2 for layer, factors in adapter.layers.items()}
@@ -204,9 +204,9 @@ def _derive(
 
 
 def _check(density: float, scale: float | str, per: str) -> None:
-    if not isinstance(density, int | float) or not 0.0 < density <= 1.0:
+    if not is_number(density, 0.0, 1.0) or density == 0.0:
         raise WeightingError(f"compeft: density={density!r} is outside (0, 1]")
-    if scale != "least_squares" and not (isinstance(scale, int | float) and 0.0 < scale < float("inf")):
+    if scale != "least_squares" and not (is_number(scale) and scale > 0.0):
         raise WeightingError(f"compeft: scale={scale!r} is neither a number above 0 nor 'least_squares'")
     if per not in ("adapter", "tensor"):
         raise WeightingError(f"compeft: per={per!r} is neither 'adapter' nor 'tensor'")
@@ -218,7 +218,7 @@ def genknowsub(
     *,
     progress: bool = True,
 ) -> ExpertPool:
-    """The pool with D_e - mean of D_g in the place of each D_e (GenKnowSub, arXiv 2505.10939), under the same names.
+    """The pool with each D_e replaced by D_e - mean of D_g (GenKnowSub, arXiv 2505.10939), under the same names.
 
     The general adapters are, say, trained on a language's encyclopedia. Updates are subtracted, exactly, so that ranks add
     up; PEFT's Arrow subtracts the mean of a and the mean of b apart, which leaves cross terms (0.5 of the update's norm on

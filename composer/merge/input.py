@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 import torch
 from torch import Tensor
 
+from loraweave.common.checks import is_number
 from loraweave.composer.merge.updates import DenseUpdate, TruncatedUpdate
 from loraweave.errors import CompositionError, WeightingError
 from loraweave.types import Factors
@@ -128,7 +129,7 @@ def is_of_kind(value: object, kind: Any) -> bool:
     if origin is Literal:
         return any(type(value) is type(each) and value == each for each in get_args(kind))
     if kind is int or kind is float:
-        return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool) and _finite(value)
+        return is_number(value) and (kind is float or isinstance(value, int))
     plain = origin or kind
     return isinstance(value, plain) if plain in WORDS else True
 
@@ -141,10 +142,3 @@ def described(kind: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(repr(each) for each in get_args(kind))
     return WORDS.get(origin or kind, str(kind))
-
-
-def _finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False

@@ -284,7 +284,7 @@ def _check_statistics(given: Any, num_adapters: int) -> None:
 
 
 def _require_adapters(given: Any) -> None:
-    """Raises WeightingError, saying how to come by adapters, for what is no list of them."""
+    """Raises WeightingError, which says how to get adapters, for anything but a list of them."""
     listed = isinstance(given, Collection) and not isinstance(given, str | Mapping)
     strange = [each for each in given if not isinstance(each, Adapter)] if listed else [given]
     if strange:

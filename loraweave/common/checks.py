@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TypeGuard
 
 from loraweave.errors import LoraweaveError
@@ -10,6 +11,11 @@ from loraweave.errors import LoraweaveError
 def is_whole(value: object, least: int) -> TypeGuard[int]:
     """Whether a value is an int of at least `least`; True and False, which Python takes for 1 and 0, are none."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_number(value: object, least: float = -sys.float_info.max, most: float = sys.float_info.max) -> TypeGuard[float]:
+    """Whether a value is a finite int or float in [least, most]; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
 
 
 def require_whole(name: str, value: object, least: int, error: type[LoraweaveError]) -> None:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
+from loraweave.common.checks import is_number
 from loraweave.errors import WeightingError
 
 
 def finite(value: float, name: str, *, method: str) -> float:
-    """`value` when it is a finite number. WeightingError otherwise."""
-    if not isinstance(value, int | float) or not math.isfinite(value):
+    """`value`, if it is a finite number. Raises WeightingError otherwise."""
+    if not is_number(value):
         raise WeightingError(f"{method}: {name}={value!r} is not a finite number")
     return float(value)
 
 
 def choice(value: str, name: str, known: Sequence[str], *, method: str) -> None:
-    """WeightingError when `value` is none of the known words."""
+    """Raises WeightingError unless `value` is one of the known words."""
     if value not in known:
         raise WeightingError(f"{method}: {name}={value!r} is none of {', '.join(repr(word) for word in known)}")

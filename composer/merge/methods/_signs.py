@@ -86,7 +86,7 @@ def decide(sums_N: Tensor, tie: float) -> Tensor:
 
 
 def divisor(sums_N: Tensor) -> Tensor:
-    """The sums with 1 in place of zeros (in place), so that nothing divided by nothing is nothing."""
+    """The sums, zeros replaced by 1 in place, so that 0 / 0 is 0."""
     sums = sums_N.numpy()
     # numpy's comparisons are many times faster than torch's on a CPU
     np.add(sums, sums == 0, out=sums)

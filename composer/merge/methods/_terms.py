@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loraweave.common.checks import is_number
 from loraweave.errors import AdapterUnsupported, LayerMismatch, WeightingError
 from loraweave.types import Factors
 
@@ -59,6 +60,6 @@ def weighted_bias(found: Sequence[Term]) -> Tensor | None:
 def fraction(value: float, name: str, *, method: str, zero: bool = False) -> float:
     """`value` when it is in (0, 1], or [0, 1] with `zero`. WeightingError, with the value and the range, otherwise."""
     low = "[" if zero else "("
-    if not isinstance(value, int | float) or not (0.0 <= value <= 1.0) or (value == 0.0 and not zero):
+    if not is_number(value, 0.0, 1.0) or (value == 0.0 and not zero):
         raise WeightingError(f"{method}: {name}={value!r} is outside {low}0, 1]")
     return float(value)

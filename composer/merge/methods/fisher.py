@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from loraweave.common.checks import is_number
 from loraweave.composer.merge.methods._shares import Share, share_bias, shares
 from loraweave.composer.merge.statistics import LayerStatistics
 from loraweave.composer.merge.updates import DenseUpdate
@@ -26,7 +27,7 @@ def fisher(
 ) -> DenseUpdate | None:
     """One layer's sum of w_e F_e * D_e / sum of w_e F_e, entry by entry, with F_e = max(F_e, floor) (eq. 3 of the paper).
 
-    Weights above 0, of which only the proportions count. `floor` >= 0 in units of F: where every F_e lies below it the
+    Weights must be above 0; only their proportions count. `floor` >= 0 in units of F: where every F_e lies below it the
     result is the weighted mean, so it should be small against the F that the model has. `normalise` divides w_e by the
     norm of F_e over all layers of its adapter, so that a confident expert does not outweigh the others everywhere: F_e is
     floored first and divided afterwards, as in the authors' code. Biases, whose Fisher is not recorded, are averaged by
@@ -37,7 +38,7 @@ def fisher(
     that are missing or do not fit. The authors' code floors F of the first model alone unless told otherwise; here all
     experts are alike. fusion_bench adds its minimal weight to F instead of taking the larger one.
     """
-    if not isinstance(floor, int | float) or not 0.0 <= floor < float("inf"):
+    if not is_number(floor, 0.0):
         raise WeightingError(f"fisher: floor={floor!r} is not in [0, infinity)")
     found = shares(experts, weights, statistics, method="fisher", part="fisher_OI")
     if not found:

@@ -1,4 +1,4 @@
-"""Aggregation of clients of different ranks: the mean update, decomposed anew (FlexLoRA)."""
+"""Aggregation of clients of different ranks: the mean update, decomposed again (FlexLoRA)."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import reduce
 
 import torch
 from torch.nn.functional import pad
@@ -47,10 +48,8 @@ def hetlora(
     parts = shares(products if any(products) else values, method="hetlora")
     found = [replace(term, weight=parts[term.place]) for term in found]
     rank = max(term.factors.rank for term in found)
-    a_RI = sum(pad(t.factors.a_RI.double(), (0, 0, 0, rank - t.factors.rank)) * t.weight for t in found)
-    b_OR = sum(pad(t.factors.b_OR.double(), (0, rank - t.factors.rank)) * t.weight for t in found)
-    assert isinstance(a_RI, torch.Tensor)
-    assert isinstance(b_OR, torch.Tensor)
+    a_RI = reduce(torch.add, [pad(t.factors.a_RI.double(), (0, 0, 0, rank - t.factors.rank)) * t.weight for t in found])
+    b_OR = reduce(torch.add, [pad(t.factors.b_OR.double(), (0, rank - t.factors.rank)) * t.weight for t in found])
     return replace(found[0].factors, a_RI=a_RI.float(), b_OR=b_OR.float(), bias_O=weighted_bias(found))
 
 

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from loraweave.common.checks import is_whole
 from loraweave.composer.merge.methods._core import as_factors, nothing, scaled_bias
 from loraweave.composer.merge.methods._terms import Term, terms
 from loraweave.errors import WeightingError
@@ -35,14 +36,14 @@ def lego(
     A unit and its negative (-a, -b) are one and the same update: signs are first aligned along the strongest similarities
     (the third-party code known to us leaves them). Not gauge invariant: units are rows of a as stored, and their means
     depend on how an update is split. Rows or columns of zeros are no units. k-means is scikit-learn's, of seed
-    `random_state`, on the units in an order of their own, so the order of experts plays no part. The LoRA scale is in b.
+    `random_state`, on the units in a fixed order, so the order of experts does not matter. The LoRA scale is in b.
 
     Biases are summed with weights. Raises WeightingError for options out of range, LayerMismatch and AdapterUnsupported for
     updates that do not fit.
     """
-    if num_clusters is not None and (not isinstance(num_clusters, int) or num_clusters < 1):
+    if num_clusters is not None and not is_whole(num_clusters, 1):
         raise WeightingError(f"lego: num_clusters={num_clusters!r} is below 1; leave it out for the largest rank")
-    if not isinstance(random_state, int) or not 0 <= random_state < 2**32:
+    if not is_whole(random_state, 0) or random_state >= 2**32:
         raise WeightingError(f"lego: random_state={random_state!r} is outside [0, 2^32), the seeds of k-means")
     found = terms(experts, weights, method="lego")
     if not found:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from loraweave.common.checks import is_number
 from loraweave.composer.merge.methods._regression import regression
 from loraweave.composer.merge.methods._shares import shares
 from loraweave.composer.merge.statistics import LayerStatistics
@@ -29,7 +30,7 @@ def regmean(
     otherwise. Raises WeightingError for a negative weight, an `off_diagonal` outside its range, and statistics that are
     missing or do not fit. Unlike `least_squares` it shrinks G and starts from the mean, not from the base.
     """
-    if not isinstance(off_diagonal, int | float) or not 0.0 <= off_diagonal <= 1.0:
+    if not is_number(off_diagonal, 0.0, 1.0):
         raise WeightingError(f"regmean: off_diagonal={off_diagonal!r} is outside [0, 1]")
     found = shares(experts, weights, statistics, method="regmean", part="gram_II")
     return regression(found, off_diagonal=float(off_diagonal), from_mean=True) if found else None

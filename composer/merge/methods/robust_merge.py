@@ -20,10 +20,10 @@ def robust_merge(
     """One layer's scale * sum of w_e B'_e diag(c_e) A'_e: pruned factors, the coefficients shared out among the experts.
 
     A'_e and B'_e keep the largest `density` of the entries of A_e and of B_e, each as a whole. What pruning took from rank
-    row i gives its coefficient, s_ei = |row i of A_e|_1 / |row i of A'_e|_1, large for weak rows, of which little is left;
+    row i gives its coefficient, s_ei = |row i of A_e|_1 / |row i of A'_e|_1, large for weak rows, which lose most;
     c_ei = s_ei / sum over the experts of s_fi, so that for each i the coefficients sum to 1 (pruning, complementary
     scaling, cross-task normalisation; `scale` is lambda, 2 in the authors' code for eight experts). Weights of 1 hence give
-    an average. A row of which nothing is left has no coefficient and no part in the sums.
+    an average. A row that is pruned away has no coefficient and takes no part in the sums.
 
     Our reading, from the authors' and a third party's code rather than the paper's text: they prune A and B as trained,
     which depends on how an update is split. Here A_e = sqrt(S) V^T and B_e = U sqrt(S) of the update's SVD, so that row i
@@ -62,7 +62,7 @@ def robust_merge(
 
 
 def _prune(parts: Spectrum, density: float) -> tuple[Tensor, Tensor, Tensor]:
-    """B', A' and the coefficients s of an expert, 0 for a row of which nothing is left."""
+    """B', A' and the coefficients s of an expert, 0 for a row that is pruned away."""
     balanced = core_factors(parts)
     b_OR, a_RI = _largest(balanced.b_OR, density).double(), _largest(balanced.a_RI, density).double()
     whole_R, left_R = balanced.a_RI.double().abs().sum(dim=1), a_RI.abs().sum(dim=1)

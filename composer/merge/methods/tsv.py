@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from loraweave.common.checks import is_whole
 from loraweave.composer.merge.methods._core import (
     Spectrum,
     as_factors,
@@ -38,7 +39,7 @@ def tsv(
     has at most the sum of ranks. Raises WeightingError for options out of range, LayerMismatch and AdapterUnsupported for
     updates that do not fit.
     """
-    if k is not None and (not isinstance(k, int) or k < 1):
+    if k is not None and not is_whole(k, 1):
         raise WeightingError(
             f"tsv: k={k!r} is below 1, the fewest singular vectors to keep of each expert; leave it out for min(O, I) // E"
         )
