@@ -32,11 +32,6 @@ def task():
     return lw.Task(EXAMPLES, instruction="swap")
 
 
-@pytest.fixture
-def pool(tiny_llama, make_adapters):
-    return lw.ExpertPool([dataclasses.replace(a, base_model="tiny") for a in make_adapters(tiny_llama, "llama")])
-
-
 def compose(model, tokenizer, pool, task, **options):
     return lw.compose(
         model, tokenizer, pool, task, **{"method": "lorahub", "budget": 12, "folds": 2, "progress": False, **options}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import pytest
@@ -15,11 +14,6 @@ from loraweave.composer.compose.race import RACERS, admit, tuned_steps
 from loraweave.errors import InvalidTask, UnknownName, WeightingError
 
 EXAMPLES = [("a", "ab"), ("b", "ba"), ("cc", "c"), ("d", "DD")]
-
-
-@pytest.fixture
-def pool(tiny_llama, make_adapters):
-    return lw.ExpertPool([dataclasses.replace(a, base_model="tiny") for a in make_adapters(tiny_llama, "llama")])
 
 
 def test_composing_races_where_nothing_else_is_asked_for(tiny_llama, tokenizer, pool):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -13,11 +11,6 @@ from loraweave.composer.model.batches import batch, encode, mean_losses
 from loraweave.errors import CompositionError, WeightingError
 
 EXAMPLES = [("a", "ab"), ("b", "ba"), ("cc", "c"), ("d", "DD"), ("e f", "fe")]
-
-
-@pytest.fixture
-def pool(tiny_llama, make_adapters):
-    return lw.ExpertPool([dataclasses.replace(a, base_model="tiny") for a in make_adapters(tiny_llama, "llama")])
 
 
 @pytest.fixture

@@ -26,11 +26,6 @@ def candidates_for(names):
 
 
 @pytest.fixture
-def pool(tiny_llama, make_adapters):
-    return lw.ExpertPool(make_adapters(tiny_llama, "llama"))
-
-
-@pytest.fixture
 def candidates(pool):
     return candidates_for(pool.names)
 
