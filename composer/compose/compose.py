@@ -123,19 +123,19 @@ def _compose(
         return Composition(model, tokenizer, task, None, {}, "linear", report, settings.seed)
     settings.require_licenses(pool)
     engine = Composer(model, Fitting(model).accepted(pool), tokenizer=tokenizer)
-    parts = folds(len(task.examples), settings.folds, settings.seed) if settings.learns and task.examples else []
+    splits = folds(len(task.examples), settings.folds, settings.seed) if settings.learns and task.examples else []
     with progress_bar(progress) as bar:
         # unknown until the searches are made, and after that too where only time bounds them
         shown = bar.add_task("measuring adapters", total=None)
         bench = Bench(engine, tokenizer, task, scores, settings.checkpoint, lambda made: bar.update(shown, advance=made))
-        race = Race(bench, settings, parts)
+        race = Race(bench, settings, splits)
         if race.planned != 0:
             total = None if race.planned is None else len(pool) + race.planned
             bar.update(shown, description="searching weights", total=total)
         trials = {trial.name: trial for trial in race.run()}
         bar.update(shown, total=bar.tasks[shown].completed)
     engine.close()
-    chosen, reason = guard(settings.name, {name: each.held_out_loss for name, each in trials.items()}, guarded=bool(parts))
+    chosen, reason = guard(settings.name, {name: each.held_out_loss for name, each in trials.items()}, guarded=bool(splits))
     rows = {name: trial.row() for name, trial in trials.items()}
     spent = time.perf_counter() - started, sum(row.evaluations for row in rows.values())
     report = Report(tuple(rows.values()), chosen, "; ".join([reason, *race.left]), tuple(scores.items()), *spent)

@@ -29,7 +29,7 @@ from loraweave.types import Factors, Task
 
 
 @dataclass(frozen=True)
-class FirstOrder:
+class LossSlopes:
     """The loss on the examples at a mixture, and each expert's d loss / d weight there."""
 
     loss: float
@@ -38,7 +38,7 @@ class FirstOrder:
 
 def first_order(
     engine: Composer, tokenizer: Any, task: Task, *, mixture: Mapping[str, float] | None = None, batch_size: int = 8
-) -> FirstOrder:
+) -> LossSlopes:
     """The slope of the loss for every expert of the engine's pool; the loss is the mean over the task's examples.
 
     It is taken at a `mixture`, by default at the base model. One forward and one backward pass for each `batch_size`
@@ -72,7 +72,7 @@ def first_order(
             if loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
     slope_E = torch.stack([layer.slope_E.cpu() for layer in slopes]).sum(dim=0)
-    return FirstOrder(total, dict(zip(pool.names, slope_E.tolist(), strict=True)))
+    return LossSlopes(total, dict(zip(pool.names, slope_E.tolist(), strict=True)))
 
 
 def update_norm(engine: Composer, name: str) -> float:

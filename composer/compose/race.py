@@ -13,7 +13,7 @@ from loraweave.composer.compose.refine import STEP_COST, Tuning
 from loraweave.composer.compose.searched import Searched
 from loraweave.composer.compose.settings import OTHER_WAYS, Settings
 from loraweave.composer.compose.trained import Routed, Tuned
-from loraweave.composer.compose.trials import Bench, BestSingle, Fixed, Part, Trial
+from loraweave.composer.compose.trials import Bench, BestSingle, Fixed, Split, Trial
 from loraweave.errors import SearchFailed, WeightingError
 from loraweave.routers.weights import MixtureWeights
 
@@ -32,7 +32,7 @@ class Race:
     Making it raises what settings and pool forbid, before anything runs, and then measures every adapter alone.
     """
 
-    def __init__(self, bench: Bench, settings: Settings, folds: Sequence[Part]) -> None:
+    def __init__(self, bench: Bench, settings: Settings, folds: Sequence[Split]) -> None:
         self._bench = bench
         self._settings = settings
         self._folds = folds
@@ -80,7 +80,7 @@ class Race:
         if self._routed is not None:
             return self._routed
         (search,) = self._searched
-        return search if search.solver.learns else search.unsearched()
+        return search if search.solver.learns else search.as_fixed()
 
     def _run_race(self) -> list[Trial[Any]]:
         held_out = bool(self._settings.folds)

@@ -10,7 +10,7 @@ from typing import Any
 from loraweave.common.checks import is_number, require_whole
 from loraweave.common.rows import GivenRows
 from loraweave.composer.compose.compose import experts_of
-from loraweave.composer.compose.first_order import FirstOrder, first_order, update_norm
+from loraweave.composer.compose.first_order import LossSlopes, first_order, update_norm
 from loraweave.composer.compose.loss import ExampleLoss
 from loraweave.composer.composer import Composer
 from loraweave.errors import InvalidTask, SearchFailed, UnknownName, WeightingError
@@ -26,7 +26,7 @@ _Ranking = dict[str, tuple[float, str]]
 
 
 @dataclass(frozen=True)
-class _Settings:
+class _RankOptions:
     """How to rank: at which weight, around which mixture, how many examples at once."""
 
     by: str
@@ -61,15 +61,15 @@ def rerank(
     not fit the model or has a trained head; SearchFailed where no score is finite.
     """
     asked = Task.of(task)
-    settings = _Settings(by, weight, around, batch_size)
-    _check(settings, asked)
+    options = _RankOptions(by, weight, around, batch_size)
+    _check(options, asked)
     if not candidates:
         return []
     names = list(dict.fromkeys(candidate.name for candidate in candidates))
     experts = experts_of(hub_or_pool)
     pool = experts.subset(names) if isinstance(experts, ExpertPool) else experts.pool(names)
     engine = Composer(model, pool, tokenizer=tokenizer)
-    ranked = _WAYS[by](engine, tokenizer, asked, settings)
+    ranked = _WAYS[by](engine, tokenizer, asked, options)
     engine.close()
     if not any(math.isfinite(score) for score, _ in ranked.values()):
         raise SearchFailed(f"none of the {len(names)} candidates has a finite score by {by!r} on the examples")
@@ -81,39 +81,39 @@ def rerank(
     return sorted(found, key=lambda candidate: -candidate.score)
 
 
-def _by_first_order(engine: Composer, tokenizer: Any, task: Task, settings: _Settings) -> _Ranking:
-    found, weight = _slopes(engine, tokenizer, task, settings), settings.weight
-    where = _where(found, settings)
+def _by_first_order(engine: Composer, tokenizer: Any, task: Task, options: _RankOptions) -> _Ranking:
+    found, weight = _slopes(engine, tokenizer, task, options), options.weight
+    where = _where(found, options)
     return {
         name: (-slope * weight, f"{where} begins to change by {slope * weight:+.3f} at weight {weight:g}")
         for name, slope in found.slopes.items()
     }
 
 
-def _by_gradient_similarity(engine: Composer, tokenizer: Any, task: Task, settings: _Settings) -> _Ranking:
-    found = _slopes(engine, tokenizer, task, settings)
-    where = _where(found, settings)
+def _by_gradient_similarity(engine: Composer, tokenizer: Any, task: Task, options: _RankOptions) -> _Ranking:
+    found = _slopes(engine, tokenizer, task, options)
+    where = _where(found, options)
     ranking = {}
     for name, slope in found.slopes.items():
         norm = update_norm(engine, name)
         # an update of norm zero points nowhere
-        score = -slope * math.copysign(1.0, settings.weight) / norm if norm else 0.0
+        score = -slope * math.copysign(1.0, options.weight) / norm if norm else 0.0
         ranking[name] = (score, f"{where} begins to change by {-score:+.4f} per unit of the update's norm")
     return ranking
 
 
-def _where(found: FirstOrder, settings: _Settings) -> str:
-    return f"loss {found.loss:.3f} of the {'base model' if settings.around == 'base' else 'uniform mixture'}"
+def _where(found: LossSlopes, options: _RankOptions) -> str:
+    return f"loss {found.loss:.3f} of the {'base model' if options.around == 'base' else 'uniform mixture'}"
 
 
-def _slopes(engine: Composer, tokenizer: Any, task: Task, settings: _Settings) -> FirstOrder:
+def _slopes(engine: Composer, tokenizer: Any, task: Task, options: _RankOptions) -> LossSlopes:
     names = engine.pool.names
-    mixture = {} if settings.around == "base" else dict.fromkeys(names, settings.weight / len(names))
-    return first_order(engine, tokenizer, task, mixture=mixture, batch_size=settings.batch_size)
+    mixture = {} if options.around == "base" else dict.fromkeys(names, options.weight / len(names))
+    return first_order(engine, tokenizer, task, mixture=mixture, batch_size=options.batch_size)
 
 
-def _by_probe(engine: Composer, tokenizer: Any, task: Task, settings: _Settings) -> _Ranking:
-    names, weight = engine.pool.names, settings.weight
+def _by_probe(engine: Composer, tokenizer: Any, task: Task, options: _RankOptions) -> _Ranking:
+    names, weight = engine.pool.names, options.weight
     objective = ExampleLoss(engine, tokenizer, task, l1=0.0)
     mixtures = [MixtureWeights.of(mixture, names) for mixture in ({}, *({name: weight} for name in names))]
     base, *losses = objective.scores(mixtures)[0].mean(axis=1).tolist()
@@ -123,7 +123,7 @@ def _by_probe(engine: Composer, tokenizer: Any, task: Task, settings: _Settings)
     }
 
 
-_WAYS: dict[str, Callable[[Composer, Any, Task, _Settings], _Ranking]] = {
+_WAYS: dict[str, Callable[[Composer, Any, Task, _RankOptions], _Ranking]] = {
     "first_order": _by_first_order,
     "gradient_similarity": _by_gradient_similarity,
     "probe": _by_probe,
@@ -131,8 +131,8 @@ _WAYS: dict[str, Callable[[Composer, Any, Task, _Settings], _Ranking]] = {
 _PLACES = ("uniform", "base")
 
 
-def _check(settings: _Settings, task: Task) -> None:
-    for given, known, what in ((settings.by, tuple(_WAYS), "way"), (settings.around, _PLACES, "place")):
+def _check(options: _RankOptions, task: Task) -> None:
+    for given, known, what in ((options.by, tuple(_WAYS), "way"), (options.around, _PLACES, "place")):
         if given not in known:
             hint = nearest(str(given), known)
             raise UnknownName(
@@ -140,7 +140,7 @@ def _check(settings: _Settings, task: Task) -> None:
             )
     if not task.examples:
         raise InvalidTask("the task has no examples to rerank by; give at least one (input, target) pair")
-    weight, batch_size = settings.weight, settings.batch_size
+    weight, batch_size = options.weight, options.batch_size
     if not is_number(weight) or weight == 0:
         raise WeightingError(f"weight is {weight!r}; it must be a finite number other than 0")
     require_whole("batch_size", batch_size, 1, WeightingError)

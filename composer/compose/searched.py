@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loraweave.composer.compose.loss import ExampleLoss, Penalty, together, together_with_gradients
 from loraweave.composer.compose.settings import BEST, Settings, make_solver, solver_class
-from loraweave.composer.compose.trials import Bench, Fixed, Mixed, Part
+from loraweave.composer.compose.trials import Bench, Fixed, MixtureTrial, Split
 from loraweave.composer.compose.user_loss import UserLoss, make_objective
 from loraweave.errors import SearchFailed, WeightingError
 from loraweave.routers.searches._solver import Solver, described
@@ -21,10 +21,10 @@ from loraweave.routers.weights import MixtureWeights
 Start = Mapping[str, float] | MixtureWeights | None
 
 
-class Searched(Mixed):
-    """The best candidate of a solver; with a checkpoint, a folder, each part's search has a file of its own there.
+class Searched(MixtureTrial):
+    """The best candidate of a solver; with a checkpoint, a folder, each split's search has a file of its own there.
 
-    An objective of inputs without targets has nothing to hold out: its search sees all of them, whatever the part.
+    An objective of inputs without targets has nothing to hold out: its search sees all of them, whatever the split.
     Raises what the solver's settings raise, before the first forward pass.
     """
 
@@ -56,14 +56,14 @@ class Searched(Mixed):
                 f"{self.merge_method!r}, which takes one weight for each adapter: leave out groups=, or pass space='deltas'"
             )
 
-    def unsearched(self) -> Fixed:
+    def as_fixed(self) -> Fixed:
         """What the solver gives at once, where no example has a part in it."""
         (mixture,) = self.solver.ask()
         return Fixed(self.name, self.bench, mixture, self.merge_method)
 
-    def choose(self, parts: Sequence[Part]) -> list[SearchResult]:
+    def choose(self, splits: Sequence[Split]) -> list[SearchResult]:
         objective = self._objective()
-        searches = [self._search(part, objective) for part in parts]
+        searches = [self._search(split, objective) for split in splits]
         while running := [(search, asked) for search in searches if (asked := search.solver.ask())]:
             objectives, candidates = [search.objective for search, _ in running], [asked for _, asked in running]
             if self.solver.needs_gradients:
@@ -75,16 +75,16 @@ class Searched(Mixed):
                 self._count(search.solver.cost * len(asked))
         return [search.result() for search in searches]
 
-    def _search(self, part: Part, objective: ExampleLoss | UserLoss) -> _Search:
+    def _search(self, split: Split, objective: ExampleLoss | UserLoss) -> _Search:
         folder = self.bench.checkpoint
-        log = None if folder is None else folder / f"{self.name}-{part.name}.json"
-        seen = part.seen if self._inputs is None else range(len(self._inputs))
-        search = _Search(self._solver(self._start(part)), objective.view(seen), log)
+        log = None if folder is None else folder / f"{self.name}-{split.name}.json"
+        seen = split.seen if self._inputs is None else range(len(self._inputs))
+        search = _Search(self._solver(self._start(split)), objective.view(seen), log)
         self._count(search.solver.spent)
         return search
 
-    def _start(self, part: Part) -> Start:
-        """Where the search of a part's examples begins; None for the solver's own default."""
+    def _start(self, split: Split) -> Start:
+        """Where the search of a split's examples begins; None for the solver's own default."""
         given: Start | str = self._options.get("start", solver_class(self.name).begins(self._options))
         if not isinstance(given, str):
             return given
@@ -93,7 +93,7 @@ class Searched(Mixed):
             return dict.fromkeys(names, 1 / len(names))
         if given == "retrieval":
             return Similarity(names, scores=self.bench.scores).ask()[0]
-        return {} if given == "base" else self.bench.best(part.seen, BEST[given])
+        return {} if given == "base" else self.bench.best(split.seen, BEST[given])
 
     def _solver(self, start: Start) -> Solver:
         supplied = {

@@ -24,7 +24,7 @@ from loraweave.composer.compose.refine import (
     tuned_adapters,
 )
 from loraweave.composer.compose.settings import TRAINING, Settings, router_name
-from loraweave.composer.compose.trials import Bench, Mixed, Part, Trial, unsearched
+from loraweave.composer.compose.trials import Bench, MixtureTrial, Split, Trial, result_of
 from loraweave.composer.merge.merge import merge_mixture
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
@@ -51,25 +51,25 @@ class _Continued:
 
 
 class Tuned(Trial[_Continued]):
-    """A few steps of training from what `origin` chooses, on the examples that a part sees; all parts in one batch."""
+    """A few steps of training from what `origin` chooses, on the examples that a split sees; all splits in one batch."""
 
-    def __init__(self, origin: Mixed, tuning: Tuning) -> None:
+    def __init__(self, origin: MixtureTrial, tuning: Tuning) -> None:
         super().__init__(f"{origin.name}+tuned", origin.bench, origin.merge_method)
         self._origin = origin
         self._tuning = tuning
 
-    def choose(self, parts: Sequence[Part]) -> list[_Continued]:
-        begun, bench = self._origin.choices_on(parts), self.bench
+    def choose(self, splits: Sequence[Split]) -> list[_Continued]:
+        begun, bench = self._origin.choices_on(splits), self.bench
         base = bench.engine.model, bench.tokenizer, bench.task
         trained = tuned_adapters(
             *base,
-            {part.name: self._merge(result) for part, result in zip(parts, begun, strict=True)},
-            {part.name: part.seen for part in parts},
+            {split.name: self._merge(result) for split, result in zip(splits, begun, strict=True)},
+            {split.name: split.seen for split in splits},
             self._tuning,
             target_modules=targets_of(bench.engine.pool),
             checkpoint=bench.checkpoint,
         )
-        made = STEP_COST * self._tuning.steps * len(parts)
+        made = STEP_COST * self._tuning.steps * len(splits)
         self.evaluations += made
         bench.on_progress(made)
         loss = example_loss(*base, ExpertPool(trained))
@@ -81,7 +81,7 @@ class Tuned(Trial[_Continued]):
         return losses_CN[0], hits_CN[0]
 
     def result(self, chosen: _Continued) -> SearchResult:
-        return unsearched(chosen.begun.mixture, num_scalars(chosen.adapter))
+        return result_of(chosen.begun.mixture, num_scalars(chosen.adapter))
 
     def composition_fields(self, chosen: _Continued) -> dict[str, Any]:
         stored = replace(chosen.adapter, name="composition")
@@ -102,7 +102,7 @@ BATCH_SIZE = 8
 
 
 class Routed(Trial[Router]):
-    """The router itself, the same for all parts; one that is trained sees a part's examples, up to 8 of them a step."""
+    """The router itself, the same for all splits; one that is trained sees a split's examples, up to 8 of them a step."""
 
     def __init__(self, bench: Bench, settings: Settings) -> None:
         method, options, budget = settings.method, settings.options, settings.budget
@@ -125,8 +125,8 @@ class Routed(Trial[Router]):
         """How many evaluations will be made."""
         return STEP_COST * self._steps * (num_folds + 1) if self.learns else 0
 
-    def choose(self, parts: Sequence[Part]) -> list[Router]:
-        return [self._train(part) if self.learns else self._router for part in parts]
+    def choose(self, splits: Sequence[Split]) -> list[Router]:
+        return [self._train(split) if self.learns else self._router for split in splits]
 
     def scores(self, chosen: Router, examples: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         engine, needs = self.bench.engine, self._kind.needs | self._kind.hit_needs
@@ -136,7 +136,7 @@ class Routed(Trial[Router]):
 
     def result(self, chosen: Router) -> SearchResult:
         count = sum(p.numel() for p in chosen.parameters()) if self.learns and isinstance(chosen, LearnedRouter) else 0
-        return unsearched(MixtureWeights.of({}, self.bench.names), count)
+        return result_of(MixtureWeights.of({}, self.bench.names), count)
 
     def composition_fields(self, chosen: Router) -> dict[str, Any]:
         return {**super().composition_fields(chosen), "router": chosen}
@@ -156,18 +156,18 @@ class Routed(Trial[Router]):
             torch.manual_seed(self._seed)
             return router(self.name, self.bench.engine.bound_pool, **self._options)
 
-    def _train(self, part: Part) -> TokenRouter:
+    def _train(self, split: Split) -> TokenRouter:
         new, folder, task = self._new(), self.bench.checkpoint, self.bench.task
         assert isinstance(new, LearnedRouter)
         new.fit(
             self.bench.engine,
-            replace(task, examples=[task.examples[place] for place in part.seen]),
+            replace(task, examples=[task.examples[place] for place in split.seen]),
             steps=self._steps,
             lr=self._lr,
-            batch_size=min(BATCH_SIZE, len(part.seen)),
+            batch_size=min(BATCH_SIZE, len(split.seen)),
             seed=self._seed,
             warmup=0,
-            checkpoint=None if folder is None else folder / f"{self.name}-{part.name}",
+            checkpoint=None if folder is None else folder / f"{self.name}-{split.name}",
             progress=False,
         )
         self.evaluations += STEP_COST * self._steps

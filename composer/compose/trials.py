@@ -27,7 +27,7 @@ from loraweave.types import Task
 
 
 @dataclass(frozen=True)
-class Part:
+class Split:
     """Indices of the examples that a choice sees, and of those it is measured on afterwards."""
 
     name: str
@@ -35,13 +35,13 @@ class Part:
     held: tuple[int, ...] = ()
 
 
-def folds(num_examples: int, count: int, seed: int) -> list[Part]:
-    """At most `count` parts whose held-out examples cover all, in a shuffled order that depends on the seed alone."""
+def folds(num_examples: int, count: int, seed: int) -> list[Split]:
+    """At most `count` splits whose held-out examples cover all, in a shuffled order that depends on the seed alone."""
     count = min(count, num_examples)
     order = np.random.default_rng(seed).permutation(num_examples).tolist()
     held_out = [tuple(sorted(order[start::count])) for start in range(count)]
     return [
-        Part(f"fold-{number}", tuple(index for index in range(num_examples) if index not in held), held)
+        Split(f"fold-{number}", tuple(index for index in range(num_examples) if index not in held), held)
         for number, held in enumerate(held_out)
     ]
 
@@ -66,9 +66,9 @@ class Bench:
         return self.engine.pool.names
 
     @property
-    def everything(self) -> Part:
+    def everything(self) -> Split:
         """All examples, and none held out."""
-        return Part("all", tuple(range(len(self.task.examples))))
+        return Split("all", tuple(range(len(self.task.examples))))
 
     def loss(self, merge_method: str = "linear") -> ExampleLoss:
         """The loss on all examples, without terms for the weights."""
@@ -96,7 +96,7 @@ Chosen = TypeVar("Chosen")
 
 
 class Trial(ABC, Generic[Chosen]):
-    """Chooses on parts of the examples, and keeps what was measured: on held-out ones, and once it is finished on all.
+    """Chooses on splits of the examples, and keeps what was measured: on held-out ones, and once it is finished on all.
 
     `learns` says whether the examples have a say in the choice, so that some must be held out to judge it.
     """
@@ -116,8 +116,8 @@ class Trial(ABC, Generic[Chosen]):
         self._known: dict[str, Chosen] = {}
 
     @abstractmethod
-    def choose(self, parts: Sequence[Part]) -> list[Chosen]:
-        """A choice for each part, which knows nothing of the part's held-out examples."""
+    def choose(self, splits: Sequence[Split]) -> list[Chosen]:
+        """A choice for each split, which knows nothing of the split's held-out examples."""
 
     @abstractmethod
     def scores(self, chosen: Chosen, examples: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -137,13 +137,13 @@ class Trial(ABC, Generic[Chosen]):
         loss = float(self._held_losses_N.mean()) if self._held_losses_N.size else math.inf
         return loss if math.isfinite(loss) else math.inf
 
-    def choices_on(self, parts: Sequence[Part]) -> list[Chosen]:
-        """The choices for these parts; none is made twice."""
-        if missing := [part for part in parts if part.name not in self._known]:
-            self._known |= {part.name: made for part, made in zip(missing, self.choose(missing), strict=True)}
-        return [self._known[part.name] for part in parts]
+    def choices_on(self, splits: Sequence[Split]) -> list[Chosen]:
+        """The choices for these splits; none is made twice."""
+        if missing := [split for split in splits if split.name not in self._known]:
+            self._known |= {split.name: made for split, made in zip(missing, self.choose(missing), strict=True)}
+        return [self._known[split.name] for split in splits]
 
-    def run(self, folds: Sequence[Part]) -> None:
+    def run(self, folds: Sequence[Split]) -> None:
         """Measures it on held-out examples and on all."""
         started = time.perf_counter()
         folds = folds if self.learns else []
@@ -152,14 +152,14 @@ class Trial(ABC, Generic[Chosen]):
         self.hold_out(folds)
         self.finish()
 
-    def hold_out(self, folds: Sequence[Part]) -> None:
+    def hold_out(self, folds: Sequence[Split]) -> None:
         """Measures it on the held-out examples of all folds."""
         started = time.perf_counter()
         size = len(self.bench.task.examples) if folds else 0
         self._held_losses_N, self._held_hits_N = np.zeros(size), np.zeros(size)
-        for part, chosen in zip(folds, self.choices_on(folds), strict=True):
-            held = list(part.held)
-            self._held_losses_N[held], self._held_hits_N[held] = self.scores(chosen, part.held)
+        for split, chosen in zip(folds, self.choices_on(folds), strict=True):
+            held = list(split.held)
+            self._held_losses_N[held], self._held_hits_N[held] = self.scores(chosen, split.held)
         self.seconds += time.perf_counter() - started
 
     def finish(self) -> None:
@@ -199,12 +199,12 @@ def _used_means(mixture: MixtureWeights) -> dict[str, float]:
     return {name: mean for (name, mean), used in zip(mixture.means().items(), used_E, strict=True) if used}
 
 
-def unsearched(mixture: MixtureWeights, num_trained: int = 0) -> SearchResult:
+def result_of(mixture: MixtureWeights, num_trained: int = 0) -> SearchResult:
     """A mixture that no candidates were tried for."""
     return SearchResult(mixture, math.nan, (), num_trained)
 
 
-class Mixed(Trial[SearchResult]):
+class MixtureTrial(Trial[SearchResult]):
     """A trial whose choice is a mixture."""
 
     def scores(self, chosen: SearchResult, examples: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -215,7 +215,7 @@ class Mixed(Trial[SearchResult]):
         return chosen
 
 
-class Fixed(Mixed):
+class Fixed(MixtureTrial):
     """A mixture that no example had a part in choosing."""
 
     learns = False
@@ -225,11 +225,11 @@ class Fixed(Mixed):
         self.evaluations = 1
         self._mixture = mixture
 
-    def choose(self, parts: Sequence[Part]) -> list[SearchResult]:
-        return [unsearched(self._mixture)] * len(parts)
+    def choose(self, splits: Sequence[Split]) -> list[SearchResult]:
+        return [result_of(self._mixture)] * len(splits)
 
 
-class BestSingle(Mixed):
+class BestSingle(MixtureTrial):
     """The adapter of the lowest mean loss on the examples seen, with weight 1; the earlier one when equal.
 
     Making it measures all of them, on all examples.
@@ -240,8 +240,8 @@ class BestSingle(Mixed):
         self.evaluations = len(bench.names)
         self._measured = bench.alone
 
-    def choose(self, parts: Sequence[Part]) -> list[SearchResult]:
-        return [unsearched(MixtureWeights.of(self.bench.best(part.seen, 1), self.bench.names)) for part in parts]
+    def choose(self, splits: Sequence[Split]) -> list[SearchResult]:
+        return [result_of(MixtureWeights.of(self.bench.best(split.seen, 1), self.bench.names)) for split in splits]
 
     def scores(self, chosen: SearchResult, examples: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         (name,) = (name for name, weight in chosen.mixture.means().items() if weight)

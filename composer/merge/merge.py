@@ -34,7 +34,7 @@ SHARED = 2**22
 
 
 @dataclass(frozen=True, eq=False)
-class _Part:
+class _Parent:
     """An adapter that counts, with its weight and what was recorded of its inputs."""
 
     adapter: Adapter
@@ -74,7 +74,7 @@ def merge(
     CompositionError for heads that need a choice and for adapters and results that are not finite. Nothing is left behind
     by an error.
     """
-    given = _parts(adapters, weights, statistics)
+    given = _parents(adapters, weights, statistics)
     call = MethodCall(method, options)
     if call.takes("statistics") and statistics is None:
         raise WeightingError(
@@ -84,28 +84,28 @@ def merge(
     _check_rank(rank, given)
     require_seed(seed)
     copied = len(given) == 1 and given[0].weight == 1.0 and method == "linear" and rank is None
-    cards = [(part.adapter.name, part.adapter.card) for part in given]
+    cards = [(parent.adapter.name, parent.adapter.card) for parent in given]
     license = license_of_work(cards, allowed=allow_licenses or copied)
-    kept_heads = merge_heads([(part.adapter, part.weight) for part in given], heads)
-    used = sorted(given, key=lambda part: (part.adapter.hash, part.weight))
+    kept_heads = merge_heads([(parent.adapter, parent.weight) for parent in given], heads)
+    used = sorted(given, key=lambda parent: (parent.adapter.hash, parent.weight))
     layers, report = _merge_layers(call, used, rank, seed, progress)
     if not layers:
-        named = ", ".join(repr(part.adapter.name) for part in used)
+        named = ", ".join(repr(parent.adapter.name) for parent in used)
         raise WeightingError(f"method {method!r} leaves no layer of {named} changed")
-    parents = [{**parent_of(part.adapter), "weight": part.weight, "method": method} for part in used]
+    parents = [{**parent_of(parent.adapter), "weight": parent.weight, "method": method} for parent in used]
     recipe = {"method": method, "options": options, "seed": seed, "rank": rank, "parents": parents}
     if kept_heads:
         recipe["heads"] = heads
-    names, numbers = [part.adapter.name for part in used], [part.weight for part in used]
+    names, numbers = [parent.adapter.name for parent in used], [parent.weight for parent in used]
     figures = MergeReport(method, tuple(names), tuple(numbers), report)
     return Adapter(
         name or "+".join(names),
         used[0].adapter.base_model,
         layers,
-        next((part.adapter.fingerprint for part in used if part.adapter.fingerprint), None),
+        next((parent.adapter.fingerprint for parent in used if parent.adapter.fingerprint), None),
         {"recipe": recipe, "report": figures.to_json(), **({} if license is None else {"license": license})},
         kept_heads,
-        shared_files([part.adapter.files for part in used]),
+        shared_files([parent.adapter.files for parent in used]),
     )
 
 
@@ -179,25 +179,25 @@ def _layer_calls(
 
 
 def _merge_layers(
-    call: MethodCall, used: Sequence[_Part], rank: int | None, seed: int, progress: bool
+    call: MethodCall, used: Sequence[_Parent], rank: int | None, seed: int, progress: bool
 ) -> tuple[dict[str, Factors], dict[str, LayerReport]]:
     """The layers of the result, and what is reported of each."""
-    names_used = [part.adapter.name for part in used]
+    names_used = [parent.adapter.name for parent in used]
     labels = {
-        name if names_used.count(name) == 1 else f"{name}#{place}": part
-        for place, (name, part) in enumerate(zip(names_used, used, strict=True))
+        name if names_used.count(name) == 1 else f"{name}#{place}": parent
+        for place, (name, parent) in enumerate(zip(names_used, used, strict=True))
     }
-    experts = {label: part.adapter.layers for label, part in labels.items()}
-    numbers = {label: part.weight for label, part in labels.items()}
-    names = sorted({layer for part in used for layer in part.adapter.layers})
+    experts = {label: parent.adapter.layers for label, parent in labels.items()}
+    numbers = {label: parent.weight for label, parent in labels.items()}
+    names = sorted({layer for parent in used for layer in parent.adapter.layers})
     weights = list(numbers.values())
     calls = _layer_calls(
         call,
         experts,
-        {label: part.adapter.hash for label, part in labels.items()} if call.takes("seeds") else {},
+        {label: parent.adapter.hash for label, parent in labels.items()} if call.takes("seeds") else {},
         dict.fromkeys(names, numbers),
         seed=seed,
-        statistics={label: part.statistics for label, part in labels.items()},
+        statistics={label: parent.statistics for label, parent in labels.items()},
         rank=rank,
     )
 
@@ -236,9 +236,9 @@ def cut(update: Update, rank: int | None) -> tuple[int, Factors, float]:
     return min(update.delta_OI.shape), factors, error
 
 
-def _parts(
+def _parents(
     adapters: Sequence[Adapter], weights: Sequence[float] | None, statistics: Sequence[Statistics] | None
-) -> list[_Part]:
+) -> list[_Parent]:
     """The adapters that count, in the order given; all that can be wrong with the arguments is found here."""
     _require_adapters(adapters)
     if not adapters:
@@ -255,7 +255,7 @@ def _parts(
         _check_statistics(statistics, len(adapters))
     recorded = list(statistics) if statistics is not None else [None] * len(adapters)
     used = [
-        _Part(adapter, weight, seen)
+        _Parent(adapter, weight, seen)
         for adapter, weight, seen in zip(adapters, values, recorded, strict=True)
         if weight != 0.0
     ]
@@ -264,11 +264,11 @@ def _parts(
             f"all {len(adapters)} weights are zero, which is the base model and no adapter; give at least one other weight"
         )
     _check_together(used)
-    for part in used:
-        if part.statistics is not None and part.statistics.adapter_hash != part.adapter.hash:
+    for parent in used:
+        if parent.statistics is not None and parent.statistics.adapter_hash != parent.adapter.hash:
             raise WeightingError(
-                f"the statistics given for {part.adapter.name!r} (hash {part.adapter.hash[:12]}) were collected with an "
-                f"adapter of hash {part.statistics.adapter_hash[:12]}; give them in the adapters' order"
+                f"the statistics given for {parent.adapter.name!r} (hash {parent.adapter.hash[:12]}) were collected with an "
+                f"adapter of hash {parent.statistics.adapter_hash[:12]}; give them in the adapters' order"
             )
     return used
 
@@ -296,37 +296,37 @@ def _require_adapters(given: Any) -> None:
         )
 
 
-def _check_together(used: Sequence[_Part]) -> None:
+def _check_together(used: Sequence[_Parent]) -> None:
     """Whether the adapters have one base and one shape for each layer, and names that tell them apart."""
     by_name: dict[str, Adapter] = {}
-    for part in used:
-        other = by_name.setdefault(part.adapter.name, part.adapter)
-        if other is not part.adapter and other.hash != part.adapter.hash:
+    for parent in used:
+        other = by_name.setdefault(parent.adapter.name, parent.adapter)
+        if other is not parent.adapter and other.hash != parent.adapter.hash:
             raise WeightingError(
-                f"two different adapters are named {part.adapter.name!r} (hashes {other.hash[:12]} and "
-                f"{part.adapter.hash[:12]}); rename one with dataclasses.replace(adapter, name=...)"
+                f"two different adapters are named {parent.adapter.name!r} (hashes {other.hash[:12]} and "
+                f"{parent.adapter.hash[:12]}); rename one with dataclasses.replace(adapter, name=...)"
             )
     ExpertPool(by_name)
     first = used[0].adapter
-    for part in used[1:]:
-        known = part.adapter.fingerprint and first.fingerprint
-        bases = first.base_model, part.adapter.base_model
+    for parent in used[1:]:
+        known = parent.adapter.fingerprint and first.fingerprint
+        bases = first.base_model, parent.adapter.base_model
         if not known and all(bases) and bases[0] != bases[1]:
             raise BaseModelMismatch(
-                f"adapters {first.name!r} (for {bases[0]!r}) and {part.adapter.name!r} (for {bases[1]!r}) name different "
+                f"adapters {first.name!r} (for {bases[0]!r}) and {parent.adapter.name!r} (for {bases[1]!r}) name different "
                 "base models; if both are one model, say so with dataclasses.replace(adapter, base_model=...)"
             )
 
 
-def _check_rank(rank: int | None, used: Sequence[_Part]) -> None:
+def _check_rank(rank: int | None, used: Sequence[_Parent]) -> None:
     if rank is None:
         return
     if not is_whole(rank, 1):
         raise WeightingError(f"rank={rank!r:.80} is no whole number of 1 or more; leave it out to keep the exact rank")
     sides = {
         layer: min(factors.b_OR.shape[0], factors.a_RI.shape[1])
-        for part in used
-        for layer, factors in part.adapter.layers.items()
+        for parent in used
+        for layer, factors in parent.adapter.layers.items()
     }
     layer = max(sides, key=lambda name: sides[name])
     if rank > sides[layer]:
