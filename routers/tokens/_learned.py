@@ -17,6 +17,59 @@ from loraweave.routers.tokens._members import Members
 from loraweave.routers.tokens._router import TokenRouter
 
 
+class LearnedRouter(TokenRouter):
+    """A router whose parameters `fit` trains; adapters and base stay unchanged.
+
+    `weights` calls `note` with what it made. `losses` may add terms to the model's loss, each under a name.
+    """
+
+    learned: ClassVar[bool] = True
+    # whether every training row must name the expert whose task it is
+    needs_experts: ClassVar[bool] = False
+    # parameters, by the first part of their names, without a gradient in the first step: their factor starts at 0
+    silent_at_first: ClassVar[tuple[str, ...]] = ()
+    # whether each expert's parameters learn from its own rows alone: the loss is then the sum over experts of each one's
+    # mean, every step has rows of each, and no expert's gradient is clipped because of another's
+    apart: ClassVar[bool] = False
+    # default learning rate of fit()
+    lr: ClassVar[float] = 1e-3
+
+    def __init__(self, pool: ExpertPool | Members) -> None:
+        super().__init__(pool)
+        self.step: Step | None = None
+
+    @property
+    def training_report(self) -> TrainingReport:
+        """How fit() went, also for a router read from a file. TrainingError if it was never fitted."""
+        if self.report is None:
+            raise TrainingError(f"router {self.name!r} has not been trained: fit() it first")
+        return TrainingReport.from_json(self.report)
+
+    def note(self, layer: str, scores_BTE: Tensor, w_BTE: Tensor, beside: Tensor | None = None) -> Tensor:
+        """Returns the weights unchanged, after noting them for the training step."""
+        # a layer that the backward pass runs again has been noted already
+        if self.step is not None and torch._C._current_graph_task_id() == -1:
+            self.step.scores[layer] = scores_BTE
+            self.step.weights[layer] = w_BTE
+            if beside is not None:
+                self.step.beside[layer] = beside
+        return w_BTE
+
+    def losses(self, step: Step) -> Mapping[str, Tensor]:
+        """Named terms to add to the loss of the step that has just run, already with their coefficients."""
+        return {}
+
+    def fit(self, engine: Any, dataset: Any, **settings: Any) -> Self:
+        """Trains the parameters on a dataset, through `engine`, a Composer with a tokenizer; returns self.
+
+        `settings` are those of `loraweave.composer.train.settings.Settings`.
+        """
+        if not hasattr(engine, "fit"):
+            raise TrainingError(f"a router is trained through a Composer with a tokenizer, and {engine!r:.80} is none")
+        engine.fit(self, dataset, **settings)
+        return self
+
+
 @dataclass(eq=False)
 class Step:
     """A pass of a training step: which tokens are real, whose data each row is, and what each layer made of it.
@@ -80,59 +133,6 @@ def require_alike(encoder_BT: Tensor, decoder_BT: Tensor) -> None:
             "does not say whose a layer sees, and their padding differs: pad the labels with one more -100, or the input "
             "with one more token that attention_mask leaves out"
         )
-
-
-class LearnedRouter(TokenRouter):
-    """A router whose parameters `fit` trains; adapters and base stay unchanged.
-
-    `weights` calls `note` with what it made. `losses` may add terms to the model's loss, each under a name.
-    """
-
-    learned: ClassVar[bool] = True
-    # whether every training row must name the expert whose task it is
-    needs_experts: ClassVar[bool] = False
-    # parameters, by the first part of their names, without a gradient in the first step: their factor starts at 0
-    silent_at_first: ClassVar[tuple[str, ...]] = ()
-    # whether each expert's parameters learn from its own rows alone: the loss is then the sum over experts of each one's
-    # mean, every step has rows of each, and no expert's gradient is clipped because of another's
-    apart: ClassVar[bool] = False
-    # default learning rate of fit()
-    lr: ClassVar[float] = 1e-3
-
-    def __init__(self, pool: ExpertPool | Members) -> None:
-        super().__init__(pool)
-        self.step: Step | None = None
-
-    @property
-    def training_report(self) -> TrainingReport:
-        """How fit() went, also for a router read from a file. TrainingError if it was never fitted."""
-        if self.report is None:
-            raise TrainingError(f"router {self.name!r} has not been trained: fit() it first")
-        return TrainingReport.from_json(self.report)
-
-    def note(self, layer: str, scores_BTE: Tensor, w_BTE: Tensor, beside: Tensor | None = None) -> Tensor:
-        """Returns the weights unchanged, after noting them for the training step."""
-        # a layer that the backward pass runs again has been noted already
-        if self.step is not None and torch._C._current_graph_task_id() == -1:
-            self.step.scores[layer] = scores_BTE
-            self.step.weights[layer] = w_BTE
-            if beside is not None:
-                self.step.beside[layer] = beside
-        return w_BTE
-
-    def losses(self, step: Step) -> Mapping[str, Tensor]:
-        """Named terms to add to the loss of the step that has just run, already with their coefficients."""
-        return {}
-
-    def fit(self, engine: Any, dataset: Any, **settings: Any) -> Self:
-        """Trains the parameters on a dataset, through `engine`, a Composer with a tokenizer; returns self.
-
-        `settings` are those of `loraweave.composer.train.settings.Settings`.
-        """
-        if not hasattr(engine, "fit"):
-            raise TrainingError(f"a router is trained through a Composer with a tokenizer, and {engine!r:.80} is none")
-        engine.fit(self, dataset, **settings)
-        return self
 
 
 # lines in one picture that can be told apart
