@@ -1,7 +1,7 @@
 """Weights from slopes: one backward pass gives the loss's slope by every weight, a few more how the slopes change.
 
 The loss is taken for a quadratic function of the weights, through the slopes at the best candidate and the changes between
-those told so far (`search/quadratic.py` has the formula). The next candidate is the model's lowest point in the box and not
+those told so far (`_quadratic.py` has the formula). The next candidate is the model's lowest point in the box and not
 farther than the trust radius from the best one, which grows while the model foretells the loss and shrinks where it does
 not. A quadratic loss of E weights is solved after E + 1 candidates, one without cross terms after about three.
 """
