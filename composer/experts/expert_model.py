@@ -29,7 +29,7 @@ from loraweave.composer.experts.parts import Parts, Starts, closing_blocks, make
 from loraweave.composer.experts.running import RUNNING, Branch, Running
 from loraweave.composer.experts.saving import as_adapter, one_expert, read_saved_experts, require_updates, write_experts
 from loraweave.composer.live.call_router import arguments_of
-from loraweave.composer.live.kernels._own_precision import own_precision
+from loraweave.composer.live.kernels._parts import own_precision
 from loraweave.composer.model.batches import IGNORED
 from loraweave.composer.train.experts import fit
 from loraweave.composer.train.learner import ExpertLearner, key_of

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraweave.composer.live.kernels._own_precision import own_precision
+from loraweave.composer.live.kernels._parts import own_precision
 from loraweave.errors import CompositionError, ScopeError
 from loraweave.routers.combined import ByRow, begin, derive, parts_of
 from loraweave.routers.tokens._call import with_tokenizer

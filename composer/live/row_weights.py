@@ -13,8 +13,7 @@ from torch import Tensor
 
 from loraweave.common.process import lock_of
 from loraweave.composer.live.kernels._cost import Workload, choose
-from loraweave.composer.live.kernels._own_precision import own_precision
-from loraweave.composer.live.kernels._parts import Kernel, RowSets, place_of, repeat_rows, row_sets
+from loraweave.composer.live.kernels._parts import Kernel, RowSets, own_precision, place_of, repeat_rows, row_sets
 from loraweave.composer.live.kernels._rank_tables import triton_runs
 from loraweave.composer.live.kernels._some_rows import SomeRows
 from loraweave.composer.live.kernels.dense import Stack

@@ -12,7 +12,7 @@ from torch.nn import functional
 from loraweave.common.randomness import seeded
 from loraweave.composer.experts.forms._form import Weigh, fitting
 from loraweave.composer.experts.parts import layer_sites
-from loraweave.composer.live.kernels._own_precision import own_precision
+from loraweave.composer.live.kernels._parts import own_precision
 from loraweave.composer.model.kinds import linear
 from loraweave.composer.model.kinds._kind import by_row
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -133,3 +134,10 @@ def weigh_b(parts: Sequence[Part], weights: Sequence[float], dtype: torch.dtype)
         return torch.cat([part.b_RO for part in parts]).to(dtype)
     exact = torch.promote_types(parts[0].b_RO.dtype, torch.float32)
     return torch.cat([part.b_RO.to(exact) * weight for part, weight in zip(parts, weights, strict=True)]).to(dtype)
+
+
+def own_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Within it, products on the device are in the dtype of their factors, also below autocast."""
+    # some devices, as meta, know no autocast; and without one there is nothing to turn off
+    running = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if running else nullcontext()

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from loraweave.composer.live.kernels._own_precision import own_precision
-from loraweave.composer.live.kernels._parts import AddsInPlace, Part, rank_rows, row_sets, stack_a, weigh_b
+from loraweave.composer.live.kernels._parts import AddsInPlace, Part, own_precision, rank_rows, row_sets, stack_a, weigh_b
 from loraweave.composer.live.kernels.naive import naive
 
 

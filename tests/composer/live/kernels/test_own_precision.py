@@ -9,7 +9,7 @@ from torch import nn
 from loraweave.composer.composer import Composer
 from loraweave.composer.live import row_weights
 from loraweave.composer.live.kernels._cost import Choice
-from loraweave.composer.live.kernels._own_precision import own_precision
+from loraweave.composer.live.kernels._parts import own_precision
 from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors
 
