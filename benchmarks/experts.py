@@ -39,7 +39,7 @@ from loraweave.composer.experts.expert_model import ExpertModel
 from loraweave.composer.experts.make import fit_clusters, with_options
 from loraweave.composer.model import scoring
 from loraweave.composer.model.batches import IGNORED, EncodedRow, batch
-from loraweave.composer.train.steps import called
+from loraweave.composer.train.steps import call_labelled
 
 TASKS = "past_tense,antonym,addition,pick_animal_5"
 LATER = "plural,uppercase,number_words,pick_first_5"
@@ -259,7 +259,7 @@ def train(made: ExpertModel, tokenizer: Any, rows: Stream, *, steps: int, batch_
     made.train()
     for _ in range(steps):
         chosen = [next(rows) for _ in range(batch_size)]
-        output = called(made, _labelled(made, tokenizer, chosen), two_sequences=False)
+        output = call_labelled(made, _labelled(made, tokenizer, chosen), two_sequences=False)
         output.loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         optimizer.step()

@@ -28,10 +28,10 @@ from benchmarks._run import Run, Table
 from benchmarks._timing import Gate, Way, compare, require
 from loraweave.composer.model.batches import IGNORED, TargetBatch, token_losses, with_positions
 from loraweave.composer.model.kinds.linear import shape as linear_shape
-from loraweave.composer.train.fused import JobProgress
 from loraweave.composer.train.jobs import PlannedJob
-from loraweave.composer.train.passes import FusedJobs
+from loraweave.composer.train.passes import LoraJobs
 from loraweave.composer.train.schedule import Pace
+from loraweave.composer.train.shared import JobProgress
 
 NUM_JOBS = 4
 NUM_TARGETS = 6
@@ -55,7 +55,7 @@ class Jobs:
             if name.endswith(endings) and (shape := linear_shape(module))
         }
         names = [f"job{number}" for number in range(NUM_JOBS)]
-        self.fused = FusedJobs(model, layers, names, rank=RANK, alpha=float(RANK), seed=seed)
+        self.fused = LoraJobs(model, layers, names, rank=RANK, alpha=float(RANK), seed=seed)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for _, b_OR in (pair for job in self.fused.members for pair in job.factors.values()):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from loraweave import registry
 from loraweave.common.randomness import seeded
-from loraweave.composer.experts.forms._form import placed
+from loraweave.composer.experts.forms._form import place_like
 from loraweave.composer.experts.running import input_embeddings
 from loraweave.composer.model.kinds import linear
 from loraweave.composer.model.kinds._kind import LayerKind
@@ -53,16 +53,16 @@ def make_parts(
         like = next(base_model.get_submodule(site.name).parameters())
         layer = form(recipe, site, shape)
         layer.reset([start for part in site.parts or (site,) for start in _starts(recipe, part, shape, starts)])
-        layers[key_of(site.name)] = placed(layer, like)
+        layers[key_of(site.name)] = place_like(layer, like)
         key = key_of(recipe.gate_key(site))
         if key not in gates and (gate := recipe.gate(site, shape.num_experts)) is not None:
             gate.reset(seeded(recipe.seed, "gate", key))
-            gates[key] = placed(gate, like)
+            gates[key] = place_like(gate, like)
         if key in gates and gates[key].skips:
             layer.most = gates[key].most  # type: ignore[assignment]
     if (reader := recipe.reader()) is not None:
         reader.reset(seeded(recipe.seed, READER))
-        gates[READER] = placed(reader, next(base_model.parameters()))
+        gates[READER] = place_like(reader, next(base_model.parameters()))
     return Parts({site.name: site for site in sites}, layers, gates)
 
 

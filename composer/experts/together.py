@@ -21,14 +21,14 @@ from loraweave.composer.experts.expert_model import ExpertModel
 from loraweave.composer.experts.running import Running
 from loraweave.composer.model.batches import EncodedRow, has_two_sequences, untouched
 from loraweave.composer.model.kinds.linear import shape as linear_shape
-from loraweave.composer.train.experts import began, determining, remembered
-from loraweave.composer.train.fused import SharedPasses
+from loraweave.composer.train.experts import identity, remember_start, start_digest
 from loraweave.composer.train.jobs import PlannedJob, TrainingJob
 from loraweave.composer.train.learner import key_of
-from loraweave.composer.train.report import JobReport, TrainingReport
+from loraweave.composer.train.report import JobReport, SharedReport
 from loraweave.composer.train.rows import PLAIN, HeldOut, Judging, RowReader, TrainingRow, is_empty, owners_of
 from loraweave.composer.train.schedule import WARMUP_STEPS, Pace
 from loraweave.composer.train.settings import require_memory, require_steps, require_texts
+from loraweave.composer.train.shared import SharedPasses
 from loraweave.composer.train.state import load_finished, save_finished
 from loraweave.composer.train.steps import NO_TOKENIZER
 from loraweave.composer.train.tensor_rows import predicts_tokens
@@ -54,7 +54,7 @@ def train_experts(
     memory_bytes: int | None = None,
     checkpoint: str | Path | None = None,
     progress: bool = True,
-) -> TrainingReport:
+) -> SharedReport:
     """What the training of expert models (`lw.experts`) on this base did; the models are trained where they are.
 
     Each has experts and gates of its own and learns from its own examples, which are what `ExpertModel.fit` takes as a
@@ -86,7 +86,7 @@ def train_experts(
 
     judging = Judging(held_out, evaluate_every, patience)
     judging.require({name: len(own) for name, own in given.items()})
-    rows, judged = judging.parted(given, held, seed)
+    rows, judged = judging.split(given, held, seed)
     folder = checkpoint_folder(checkpoint)
     with ExitStack() as stack:
         stack.enter_context(caller_randomness())
@@ -167,10 +167,10 @@ class Together:
     held_out: Mapping[str, HeldOut]
     pace: Pace
 
-    def train(self) -> TrainingReport:
+    def train(self) -> SharedReport:
         """What was done. A model that was finished before has what it had learned; it is not trained again."""
         kept = self.shared.folder is not None
-        begun = {name: began(model) for name, model in self.models.items()} if kept else {}
+        begun = {name: start_digest(model) for name, model in self.models.items()} if kept else {}
         reports: dict[str, JobReport] = {}
 
         def load(folder: Path, name: str, key: str) -> bool:
@@ -185,12 +185,12 @@ class Together:
 
         with ExitStack() as stack:
             for name in begun:
-                stack.enter_context(remembered(self.models[name], begun[name]))
-            report = self.shared.train(self.models, self._planned, lambda name: self._key(name, begun[name]), load, save)
+                stack.enter_context(remember_start(self.models[name], begun[name]))
+            report = self.shared.train(self.models, self._plan, lambda name: self._key(name, begun[name]), load, save)
         report.jobs = {name: (reports | report.jobs)[name] for name in self.models}
         return report
 
-    def _planned(self, name: str) -> PlannedJob:
+    def _plan(self, name: str) -> PlannedJob:
         rows = self.rows[name]
         # what is counted before the first step are rows of no task
         task = rows[0].expert if rows[0].expert >= 0 else None
@@ -203,7 +203,7 @@ class Together:
         model, held_out = self.models[name], self.held_out.get(name)
         learning = [each for each, parameter in model.expert_parameters().items() if parameter.requires_grad]
         judged = None if held_out is None else [list(map(_said, held_out.rows)), held_out.every, held_out.patience]
-        own = [name, model.recipe.name, determining(model, learning), begun, asdict(self.pace)]
+        own = [name, model.recipe.name, identity(model, learning), begun, asdict(self.pace)]
         content = json.dumps([*own, list(map(_said, self.rows[name])), judged], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:32]
 
@@ -340,7 +340,7 @@ class OwnWidth:
         given = inputs.get("decoder_input_ids")
         if given is None or not rows or given.shape[1] == mask_BT.shape[1]:
             return cls()
-        # as `told_apart` makes it of these rows
+        # as `pad_apart` makes it of these rows
         decoder = max(2, *(len(row.target) for row in rows))
         encoder = real[-1] + 1
         return cls({mask_BT.shape[1]: (0, encoder + (encoder == decoder)), given.shape[1]: (0, decoder)})
@@ -348,7 +348,7 @@ class OwnWidth:
     def cut(self, value: Tensor, *, mask: bool = False) -> Tensor:
         """The job's own columns of a tensor (rows, tokens, ..), whose last one is repeated where the pass has fewer.
 
-        Such a column more is of padding (`told_apart` adds it), as a `mask` says. Other tensors are as they are.
+        Such a column more is of padding (`pad_apart` adds it), as a `mask` says. Other tensors are as they are.
         """
         if value.ndim < 2 or value.shape[1] not in self.columns:
             return value

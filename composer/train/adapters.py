@@ -20,14 +20,14 @@ from loraweave.common.state import checkpoint_folder
 from loraweave.composer.live.fitting import Fitting
 from loraweave.composer.model.batches import EncodedRow, untouched
 from loraweave.composer.model.kinds.linear import shape as linear_shape
-from loraweave.composer.train.fused import SharedPasses
 from loraweave.composer.train.jobs import LoraJob, PlannedJob, TrainingJob
 from loraweave.composer.train.ordered._course import Course
 from loraweave.composer.train.passes import JobTraining, lora_job
 from loraweave.composer.train.report import JobReport, TrainedAdapters
-from loraweave.composer.train.rows import HeldOut, Judging, encoded_task
+from loraweave.composer.train.rows import HeldOut, Judging, encode_task
 from loraweave.composer.train.schedule import WARMUP_STEPS
-from loraweave.composer.train.settings import Recipe, require_memory, require_trainable
+from loraweave.composer.train.settings import LoraSettings, require_memory, require_trainable
+from loraweave.composer.train.shared import SharedPasses
 from loraweave.composer.train.state import load_adapter, save_adapter
 from loraweave.errors import AdapterUnsupported, TrainingError, UnknownName
 from loraweave.hub.adapter import Adapter
@@ -91,7 +91,7 @@ def train_adapters(
         raise TrainingError(f"target_modules is {target_modules!r}; it must be a list of endings of module paths")
     require_whole("rank", rank, 1, TrainingError)
     scale_alpha = 2.0 * rank if alpha is None else alpha
-    recipe = Recipe(rank, scale_alpha, steps, lr, batch_size, tuple(target_modules), seed, warmup, linearized)
+    recipe = LoraSettings(rank, scale_alpha, steps, lr, batch_size, tuple(target_modules), seed, warmup, linearized)
     prepared = require_trainable(recipe, tasks, jobs_per_batch)
     judging = Judging(held_out, evaluate_every, patience)
     judging.require({name: len(task.examples) for name, task in prepared.items()})
@@ -101,7 +101,7 @@ def train_adapters(
     begins = require_startable(model, tasks, start or {})
     needs_layers = continual is not None or len(begins) < len(tasks)
     layers = _target_layers(model, recipe.target_modules) if needs_layers else {}
-    rows, held_out_rows = _parted_rows(model, tokenizer, prepared, judging, seed)
+    rows, held_out_rows = _split_rows(model, tokenizer, prepared, judging, seed)
     base = fingerprint(model)
     folder = checkpoint_folder(checkpoint)
     with untouched(model), progress_bar(progress, field="loss") as bar:
@@ -144,16 +144,16 @@ def _require_way(
         )
 
 
-def _parted_rows(
+def _split_rows(
     model: Any, tokenizer: Any, tasks: Mapping[str, Task], judging: Judging, seed: int
 ) -> tuple[Mapping[str, Sequence[EncodedRow]], dict[str, HeldOut]]:
     """(rows to train on, rows to judge by) of each task."""
 
     def read(name: str, examples: Any) -> list[EncodedRow]:
         task = examples if isinstance(examples, Task) else replace(tasks[name], examples=examples)
-        return encoded_task(model, tokenizer, task)
+        return encode_task(model, tokenizer, task)
 
-    return judging.parted({name: encoded_task(model, tokenizer, task) for name, task in tasks.items()}, read, seed)
+    return judging.split({name: encode_task(model, tokenizer, task) for name, task in tasks.items()}, read, seed)
 
 
 def _target_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
@@ -178,7 +178,7 @@ class Apart:
     """`layers` has (O, I) of each target layer, `begins` the adapters that tasks begin from."""
 
     shared: SharedPasses
-    recipe: Recipe
+    recipe: LoraSettings
     layers: Layers
     tasks: Mapping[str, Task]
     rows: Mapping[str, Sequence[EncodedRow]]
@@ -201,13 +201,13 @@ class Apart:
             if folder is not None:
                 save_adapter(folder, key, finished[job.name])
 
-        report = self.shared.train(self.tasks, self._planned, self._key, load, save)
+        report = self.shared.train(self.tasks, self._plan, self._key, load, save)
         # an adapter that another version has finished says nothing of its training
         told = {name: finished[name].card["training"] for name in self.tasks if "training" in finished[name].card}
         report.jobs = {name: JobReport.from_json(values) for name, values in told.items()}
         return TrainedAdapters({name: finished[name] for name in self.tasks}, report)
 
-    def _planned(self, name: str) -> PlannedJob:
+    def _plan(self, name: str) -> PlannedJob:
         recipe, model = self.recipe, self.shared.model
         start = self.begins[name].layers if name in self.begins else None
 

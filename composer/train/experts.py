@@ -19,7 +19,7 @@ from loraweave.common.display import progress_bar
 from loraweave.common.randomness import caller_randomness, seeded
 from loraweave.common.state import tensor_bytes
 from loraweave.composer.train.checkpointed_blocks import Contexts, checkpointed_blocks
-from loraweave.composer.train.expert_course import Course
+from loraweave.composer.train.expert_steps import ExpertSteps
 from loraweave.composer.train.learner import ExpertLearner
 from loraweave.composer.train.rows import Owners, RowReader, owners_of
 from loraweave.composer.train.schedule import Stream
@@ -53,10 +53,10 @@ def fit(
     before = model.tasks
     if tuple(owners.places) != before:
         model.take_tasks(tuple(owners.places))
-    begun = "" if settings.checkpoint is None else began(model)
-    kept = KeptState.of(model.recipe.name, [*determining(model, list(model.learning())), begun], settings, rows, held)
+    begun = "" if settings.checkpoint is None else start_digest(model)
+    kept = KeptState.of(model.recipe.name, [*identity(model, list(model.learning())), begun], settings, rows, held)
     feed = TensorFeed(model, settings.loss) if tensors else TokenFeed(model, tokenizer)
-    course = Course(model, settings, rows, held, kept, feed)
+    course = ExpertSteps(model, settings, rows, held, kept, feed)
     with ExitStack() as stack:
         stack.enter_context(caller_randomness())
         stack.enter_context(_as_it_was(model))
@@ -69,7 +69,7 @@ def fit(
                 model.take_tasks(before)
             raise
         if begun:
-            stack.enter_context(remembered(model, begun))
+            stack.enter_context(remember_start(model, begun))
         bar = stack.enter_context(progress_bar(settings.progress and trainer.is_world_process_zero(), field="seen"))
         course.progress.show(bar, model.recipe.name)
         if course.progress.first < settings.steps:
@@ -104,7 +104,7 @@ def _as_it_was(model: ExpertLearner) -> Iterator[None]:
 
 
 class ExpertTrainer(Trainer):  # type: ignore[misc]
-    """Trains an expert model; what is kept, watched and checked on the way is its `Course`'s.
+    """Trains an expert model; what is kept, watched and checked on the way is its `ExpertSteps`'s.
 
     The model stays on its device in one process, and each process has it on its own where there are several.
     """
@@ -115,7 +115,7 @@ class ExpertTrainer(Trainer):  # type: ignore[misc]
         settings: ExpertSettings,
         rows: Sequence[Any],
         feed: Feed,
-        course: Course,
+        course: ExpertSteps,
         *,
         folder: str,
     ) -> None:
@@ -160,11 +160,11 @@ class ExpertTrainer(Trainer):  # type: ignore[misc]
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """What the pass counts in its step's loss: the mean over what counts in the step, and over passes of the terms."""
-        output, mean = self.feed.called(model, inputs)
+        output, mean = self.feed.run(model, inputs)
         count = self.feed.count(inputs)
         loss = mean * (count / self._in_step(count, num_items_in_batch))
         terms = {name: term / self.args.gradient_accumulation_steps for name, term in self.model.terms.items()}
-        self._course.saw(loss, terms, inputs)
+        self._course.see(loss, terms, inputs)
         # gradients of several processes are averaged
         whole = torch.stack([self.accelerator.num_processes * loss, *(term.to(loss) for term in terms.values())]).sum()
         return (whole, output) if return_outputs else whole
@@ -262,7 +262,7 @@ def _arguments(model: ExpertLearner, settings: ExpertSettings, folder: str) -> T
     return args
 
 
-def _scheduler(course: Course, settings: ExpertSettings) -> torch.optim.lr_scheduler.LambdaLR:
+def _scheduler(course: ExpertSteps, settings: ExpertSettings) -> torch.optim.lr_scheduler.LambdaLR:
     progress = course.progress
     for group in progress.optimizer.param_groups:
         group["initial_lr"] = settings.highest_rate
@@ -271,7 +271,7 @@ def _scheduler(course: Course, settings: ExpertSettings) -> torch.optim.lr_sched
     )
 
 
-def determining(model: ExpertLearner, learning: list[str]) -> list[Any]:
+def identity(model: ExpertLearner, learning: list[str]) -> list[Any]:
     """What is trained, as JSON."""
     options = {name: repr(value) for name, value in model.recipe.options.items()}
     if model.recipe.revision > 1:
@@ -279,7 +279,7 @@ def determining(model: ExpertLearner, learning: list[str]) -> list[Any]:
     return [options, {name: repr(shape) for name, shape in model.shapes.items()}, learning]
 
 
-def began(model: ExpertLearner) -> str:
+def start_digest(model: ExpertLearner) -> str:
     """What says on which base, and with which parameters, the training begins, or began before it was interrupted."""
     now = _digest(model)
     interrupted, began = model.interrupted
@@ -287,7 +287,7 @@ def began(model: ExpertLearner) -> str:
 
 
 @contextmanager
-def remembered(model: ExpertLearner, began: str) -> Iterator[None]:
+def remember_start(model: ExpertLearner, began: str) -> Iterator[None]:
     """Lets the same call on the same model, which an exception interrupts, know what it began with."""
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a step of fused training takes of memory, estimated before the first one."""
+"""What a step of shared training takes of memory, estimated before the first one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from loraweave.common.process import free_host_bytes
 from loraweave.composer.model.batches import EncodedRow, batch, context_length, pad_id, token_losses
 from loraweave.composer.train.jobs import TrainingJob
-from loraweave.composer.train.passes import FusedPass
+from loraweave.composer.train.passes import SharedPass
 from loraweave.composer.train.schedule import JobSize
 
 PROBED_TOKENS = 16
@@ -90,7 +90,7 @@ def _kept_bytes(model: Any, tokenizer: Any, job: TrainingJob, prompt: int, targe
         return tensor
 
     noting = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-    with torch.enable_grad(), noting, FusedPass(model, [job], [len(rows)]):
+    with torch.enable_grad(), noting, SharedPass(model, [job], [len(rows)]):
         losses = token_losses(model, batch(model, tokenizer, rows))
     # what is kept lives as long as the losses do, so that no storage was counted for two
     del losses

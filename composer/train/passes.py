@@ -21,15 +21,15 @@ from loraweave.common.descent import Descent, descend
 from loraweave.composer.live.call_router import arguments_of
 from loraweave.composer.model.batches import IGNORED, EncodedRow, batch, token_losses
 from loraweave.composer.train.jobs import LinearizedJob, LoraJob, TrainingJob, given_factors, new_factors
-from loraweave.composer.train.settings import Recipe
-from loraweave.composer.train.steps import told_apart
+from loraweave.composer.train.settings import LoraSettings
+from loraweave.composer.train.steps import pad_apart
 from loraweave.errors import LayerMismatch
 from loraweave.hub.adapter import Adapter
 from loraweave.routers.tokens._call import current_prompts
 from loraweave.types import Factors
 
 
-class FusedPass:
+class SharedPass:
     """A context manager: inside it the model's layers add each job's update to that job's rows of the batch.
 
     `row_counts` has the number of rows of each job, in the order of the jobs; without it all have as many. Leaving removes
@@ -42,7 +42,7 @@ class FusedPass:
         self.row_counts = tuple(row_counts or [1] * len(jobs))
         self._handles: list[Any] = []
 
-    def __enter__(self) -> FusedPass:
+    def __enter__(self) -> SharedPass:
         try:
             self._handles.append(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
             for layer in dict.fromkeys(layer for job in self.members for layer in job.layers):
@@ -110,7 +110,7 @@ def _cut(value: Tensor, start: int, stop: int, num_rows: int) -> Tensor:
     return value[start * copies : stop * copies]
 
 
-class FusedJobs(FusedPass):
+class LoraJobs(SharedPass):
     """The pass of jobs with these names, each with new factors for `layers`, which gives each target layer's (O, I).
 
     A job in `start` begins as those factors instead, with their layers and ranks: to the bit where `alpha / rank` is a power
@@ -264,10 +264,10 @@ class JobTraining:
 
     model: Any
     tokenizer: Any
-    recipe: Recipe
+    recipe: LoraSettings
     bar: Progress
 
-    def run(self, jobs: FusedJobs, losses: Losses, *, after_step: Callable[[int], None] | None = None) -> None:
+    def run(self, jobs: LoraJobs, losses: Losses, *, after_step: Callable[[int], None] | None = None) -> None:
         """Takes the recipe's steps down the gradient of `losses`, each job's clipped to norm 1.
 
         Raises TrainingError for a loss that is not finite.
@@ -287,7 +287,7 @@ def range_losses(model: Any, tokenizer: Any, rows: Sequence[EncodedRow], row_cou
     stacked = batch(model, tokenizer, rows)
     if model.config.is_encoder_decoder:
         # what gates are asked for counts the tokens of either
-        stacked = told_apart(stacked)
+        stacked = pad_apart(stacked)
     sums_B = token_losses(model, stacked).sum(dim=1)
     counts_B = (stacked.targets_BK != IGNORED).sum(dim=1)
     sizes = list(row_counts)

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from loraweave.common.descent import Descent
 from loraweave.composer.train.settings import TrainingSettings
-from loraweave.composer.train.state import Best, KeptState, copied, put
+from loraweave.composer.train.state import Best, KeptState, copy_values, put_values
 from loraweave.errors import TrainingError, WeightingError
 from loraweave.routers.tokens._learned import Step, TrainingReport
 
@@ -45,7 +45,7 @@ class TrainingProgress:
         self.parameters = parameters
         self.descent = Descent(parameters, settings.rate, limit=None, weight_decay=settings.weight_decay)
         self.optimizer = self.descent.optimizer
-        self.report = TrainingReport(experts, settings=settings.determining())
+        self.report = TrainingReport(experts, settings=settings.identity())
         self.first = 0
         self._settings, self._state = settings, state
         self._learner, self._owner = learner, owner
@@ -60,7 +60,7 @@ class TrainingProgress:
         self.watch.recent.extend(recent)
         self._before = self.report.seconds
         # after how many steps, and which, parameters the loss was last finite with
-        self._good_step, self._good = self.first, copied(parameters)
+        self._good_step, self._good = self.first, copy_values(parameters)
 
     def show(self, bar: Progress, name: str) -> None:
         """Where the steps are shown from here on, and under which name."""
@@ -99,7 +99,7 @@ class TrainingProgress:
         self.report.losses.append(loss)
         for name, value in terms.items():
             self.report.terms.setdefault(name, []).append(value)
-        seen = self.watch.stepped(number, mean=mean) + seen
+        seen = self.watch.end_step(number, mean=mean) + seen
         last = number == self._settings.steps
         if number % self._settings.evaluate_every == 0 or last:
             evaluate(number)
@@ -136,18 +136,18 @@ class TrainingProgress:
         """The parameters, after so many steps, are those to go back to."""
         if self._good[0].device == self.parameters[0].device:
             # memory that is there already costs less than new memory in every step
-            put(self.parameters, self._good)
+            put_values(self.parameters, self._good)
         else:
             # a Trainer of several processes has moved them since the beginning
-            self._good = copied(self.parameters)
+            self._good = copy_values(self.parameters)
         self._good_step = step
 
     def put_back(self) -> str:
         """Gives the parameters their last good values, and says so."""
-        put(self._good, self.parameters)
+        put_values(self._good, self.parameters)
         return f"The {self._owner} has the parameters after {self._good_step} steps"
 
-    def evaluated(self, step: int, loss: float) -> None:
+    def note_evaluation(self, step: int, loss: float) -> None:
         """Their loss after so many steps. Raises as `require_finite`."""
         self.require_finite(step + 1, {"the loss of the rows held out": loss})
         self.report.evaluations.append((step, loss))
@@ -162,7 +162,7 @@ class TrainingProgress:
     def finish(self) -> dict[str, Any]:
         """The report; the parameters are the best from here on."""
         if self._best.values:
-            put(self._best.values, self.parameters)
+            put_values(self._best.values, self.parameters)
         else:
             self.report.kept = len(self.report.losses)
         return self.report.to_json()
@@ -197,7 +197,7 @@ class Watch:
         self._loads: list[Tensor] = []
         self._entropies: list[float] = []
 
-    def saw(self, step: Step) -> None:
+    def see(self, step: Step) -> None:
         """One pass of the running step."""
         num_experts = len(self._report.experts)
         seen = [_of_layer(step.real(w_BTE.detach()), num_experts) for w_BTE in step.weights.values()]
@@ -206,7 +206,7 @@ class Watch:
             self._loads.append(torch.stack(loads).mean(dim=0).double().cpu())
             self._entropies.append(float(torch.stack(entropies).mean()))
 
-    def stepped(self, number: int, *, mean: Callable[[Tensor], Tensor] = lambda seen: seen) -> str:
+    def end_step(self, number: int, *, mean: Callable[[Tensor], Tensor] = lambda seen: seen) -> str:
         """The step, the `number`th, is over: what to show of it. Warns, once, when one expert has almost all weight.
 
         `mean` makes the mean over processes of what this one has seen.

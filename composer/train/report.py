@@ -1,4 +1,4 @@
-"""What a fused training did and what it cost."""
+"""What a shared training did and what it cost."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class JobReport:
 
 
 @dataclass
-class TrainingReport:
+class SharedReport:
     """The whole run; jobs that a checkpoint had finished before are among `jobs`, and not in the sums.
 
     `num_tokens` are the rows' own and `num_computed` those with padding, `seconds` is the time of the steps without
@@ -62,7 +62,7 @@ class TrainingReport:
     def __str__(self) -> str:
         measured = "" if self.peak_bytes is None else f", {self.peak_bytes / 1e9:.2f} GB measured"
         lines = [
-            f"{self.num_steps} fused steps in {self.seconds:.1f} s, {self.tokens_per_second:,.0f} tokens a second, "
+            f"{self.num_steps} shared steps in {self.seconds:.1f} s, {self.tokens_per_second:,.0f} tokens a second, "
             f"{self.padding:.0%} padding; peak {self.estimated_bytes / 1e9:.2f} GB estimated{measured}"
         ]
         for name, job in self.jobs.items():
@@ -74,6 +74,6 @@ class TrainingReport:
 class TrainedAdapters(dict[str, Adapter]):
     """{task name: Adapter}, with the training's `report`; None where tasks were trained one after the other."""
 
-    def __init__(self, adapters: Mapping[str, Adapter], report: TrainingReport | None = None) -> None:
+    def __init__(self, adapters: Mapping[str, Adapter], report: SharedReport | None = None) -> None:
         super().__init__(adapters)
         self.report = report

@@ -16,16 +16,16 @@ from loraweave.composer.model.batches import IGNORED, TargetBatch, losses_of, ta
 from loraweave.composer.train.checkpointed_blocks import checkpointed_blocks
 from loraweave.composer.train.progress import TrainingProgress
 from loraweave.composer.train.rows import Owners, RowReader, TrainingRow
-from loraweave.composer.train.settings import Settings
+from loraweave.composer.train.settings import RouterSettings
 from loraweave.composer.train.state import KeptState
-from loraweave.composer.train.steps import Pass, passes, streams, target_batch, told_apart
+from loraweave.composer.train.steps import Pass, pad_apart, passes, streams, target_batch
 from loraweave.errors import TrainingError
 from loraweave.routers.losses.z import z
 from loraweave.routers.tokens._learned import LearnedRouter, Step
 from loraweave.routers.tokens._router import TokenRouter
 
 
-class Run:
+class RouterSteps:
     """One training, inside an activation of its router."""
 
     def __init__(
@@ -33,7 +33,7 @@ class Run:
         model: Any,
         tokenizer: Any,
         router: LearnedRouter,
-        settings: Settings,
+        settings: RouterSettings,
         rows: Sequence[TrainingRow],
         held: Sequence[TrainingRow],
         kept: KeptState,
@@ -61,7 +61,7 @@ class Run:
         self._streams = streams(rows, router.experts, settings.seed, apart=router.apart)
         self._kept: dict[Any, Any] = {}
 
-    def all_steps(self) -> None:
+    def take_all(self) -> None:
         """Takes what steps are left, and leaves the router with the best parameters and its report."""
         progress = self._progress
         for number in range(progress.first + 1, self._settings.steps + 1):
@@ -99,7 +99,7 @@ class Run:
         """Adds the gradient of one pass; what it contributes to the step's loss and to each term."""
         inputs, decoder_BT = target_batch(self._model, self._tokenizer, part.rows), None
         if self._model.config.is_encoder_decoder:
-            inputs = told_apart(inputs)
+            inputs = pad_apart(inputs)
             decoder_BT = inputs.targets_BK != IGNORED
         device = inputs.targets_BK.device
         mask_BT = inputs.inputs["attention_mask"]
@@ -118,7 +118,7 @@ class Run:
                 self._accelerator.backward(torch.stack([loss, *terms.values()]).sum())
         finally:
             self._router.step = None
-        self._progress.watch.saw(step)
+        self._progress.watch.see(step)
         self._progress.report.tokens += sum(map(len, part.rows))
         return {"loss": float(loss.detach()), **{name: float(value.detach()) for name, value in terms.items()}}
 
@@ -149,7 +149,7 @@ class Run:
             with self._accelerator.autocast():
                 total += float(self._losses(number + 1, inputs).sum())
             count += int((inputs.targets_BK != IGNORED).sum())
-        self._progress.evaluated(number, total / count)
+        self._progress.note_evaluation(number, total / count)
 
 
 def require_learning(router: Any) -> None:
@@ -175,34 +175,34 @@ def fit(
     dataset: Any,
     given: Mapping[str, Any],
 ) -> None:
-    """Trains `router`, live in the model by `activate(router)`, on a dataset with these `Settings`.
+    """Trains `router`, live in the model by `activate(router)`, on a dataset with these `RouterSettings`.
 
     Raises what `Composer.fit` says.
     """
-    settings = Settings.of(router, given)
+    settings = RouterSettings.of(router, given)
     if not any(parameter.requires_grad for parameter in router.parameters()):
         raise TrainingError(f"no parameter of router {router.name!r} requires a gradient, so there is nothing to fit")
     reader = RowReader(Owners.of(router), model, tokenizer)
     rows = reader.read(dataset)
     held = [] if settings.evaluation is None else reader.read(settings.evaluation, what="evaluation", first=len(rows))
-    kept = KeptState.of(router.name, _determining(router), settings, rows, held)
+    kept = KeptState.of(router.name, _identity(router), settings, rows, held)
     device = next(model.parameters()).device
     router.to(device)
     with ExitStack() as stack:
         stack.enter_context(untouched(model))
-        accelerator = stack.enter_context(accelerating(device, settings.mixed_precision))
+        accelerator = stack.enter_context(accelerator_for(device, settings.mixed_precision))
         bar = stack.enter_context(progress_bar(settings.progress and accelerator.is_main_process, field="seen"))
         stack.enter_context(activate(router))
         # around what the activation has put in: blocks that run again are watched again
         stack.enter_context(checkpointed_blocks(model, settings.gradient_checkpointing))
         try:
-            Run(model, tokenizer, router, settings, rows, held, kept, accelerator, bar).all_steps()
+            RouterSteps(model, tokenizer, router, settings, rows, held, kept, accelerator, bar).take_all()
         finally:
             router.step = None
             router.eval()
 
 
-def _determining(router: LearnedRouter) -> list[Any]:
+def _identity(router: LearnedRouter) -> list[Any]:
     """What is trained, as JSON."""
     learning = [name for name, parameter in router.named_parameters() if parameter.requires_grad]
     return [{name: repr(value) for name, value in router.options.items()}, router.members.to_json(), learning]
@@ -265,7 +265,7 @@ def z_loss(step: Step) -> Tensor:
 
 
 @contextmanager
-def accelerating(device: torch.device, mixed_precision: str) -> Iterator[Any]:
+def accelerator_for(device: torch.device, mixed_precision: str) -> Iterator[Any]:
     """An Accelerator for products of this precision on that device; where the caller has none, none is left.
 
     Raises TrainingError where the caller's own was made for another precision, which accelerate has one of in a process.

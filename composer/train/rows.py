@@ -112,7 +112,7 @@ class TrainingRow(EncodedRow):
     expert: int = UNKNOWN
     number: int = 0
 
-    def determining(self) -> list[Any]:
+    def identity(self) -> list[Any]:
         """All of it but its number, as JSON."""
         return [self.prompt, self.target, self.labels, self.expert]
 
@@ -268,7 +268,7 @@ class Judging:
                 f"task {alone[0]!r} has one example, of which no share can be held out; pass rows as held_out={{name: rows}}"
             )
 
-    def parted(
+    def split(
         self, rows: Mapping[str, Sequence[Row]], read: Callable[[str, Any], Sequence[Row]], seed: int
     ) -> tuple[Mapping[str, Sequence[Row]], dict[str, HeldOut]]:
         """(rows to train on, rows to judge by) of each task, those without the latter left out of the second.
@@ -295,7 +295,7 @@ def _is_share(value: Any) -> bool:
     return not isinstance(value, bool) and isinstance(value, int | float) and 0 < value < 1
 
 
-def encoded_task(model: Any, tokenizer: Any, task: Task) -> list[EncodedRow]:
+def encode_task(model: Any, tokenizer: Any, task: Task) -> list[EncodedRow]:
     """The examples of a task in token ids, each in the task's prompt."""
     prompts = [task.prompt(text) for text, _ in task.examples]
     return encode(model, tokenizer, prompts, [target for _, target in task.examples])

@@ -85,7 +85,7 @@ class TrainingSettings:
         settings._require_ranges()
         return settings
 
-    def determining(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """Those that the result depends on, as JSON; the rows held out are left to the caller."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in self.aside}
 
@@ -134,7 +134,7 @@ class TrainingSettings:
 
 
 @dataclass(frozen=True)
-class Settings(TrainingSettings):
+class RouterSettings(TrainingSettings):
     """Those of a router: as `TrainingSettings`, but where the router learns each expert's part from that expert's rows alone
     a step has `batch_size` rows of every expert, and no gradient is shortened.
 
@@ -152,7 +152,7 @@ class Settings(TrainingSettings):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class LoraSettings:
     """The settings of a training. `alpha / rank` is the scale of an update, `warmup` a number of steps."""
 
     rank: int
@@ -179,7 +179,7 @@ class Recipe:
         return self.pace.rows(rows, job, step)
 
 
-def require_trainable(recipe: Recipe, tasks: Mapping[str, Any], jobs_per_batch: int) -> dict[str, Task]:
+def require_trainable(recipe: LoraSettings, tasks: Mapping[str, Any], jobs_per_batch: int) -> dict[str, Task]:
     """The tasks, read. TrainingError for settings out of range and for tasks without examples, InvalidTask for no rows."""
     if not isinstance(tasks, Mapping) or not tasks:
         raise TrainingError("no tasks to train: pass a mapping of names to examples")
@@ -252,8 +252,8 @@ class ExpertSettings(TrainingSettings):
         """The precision of the model's products."""
         return torch.autocast(device.type, torch.bfloat16, enabled=self.mixed_precision == "bf16")
 
-    def determining(self) -> dict[str, Any]:
-        found = super().determining()
+    def identity(self) -> dict[str, Any]:
+        found = super().identity()
         return found if self.loss is None else {**found, "loss": loss_identity(self.loss)}
 
     aside: ClassVar[tuple[str, ...]] = (*TrainingSettings.aside, "callbacks", "loss")

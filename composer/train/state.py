@@ -27,7 +27,7 @@ BEST, RECENT, REPORT = "best", "recent", "report"
 class KeptRow(Protocol):
     """A row that says, as JSON, what it is."""
 
-    def determining(self) -> list[Any]: ...
+    def identity(self) -> list[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,17 @@ class KeptState:
     def of(
         cls,
         name: str,
-        determining: Sequence[Any],
+        identity: Sequence[Any],
         settings: TrainingSettings,
         rows: Sequence[KeptRow],
         held: Sequence[KeptRow],
     ) -> Self:
-        """`determining` is JSON of what is trained. Raises TrainingError for a folder that cannot be made."""
+        """`identity` is JSON of what is trained. Raises TrainingError for a folder that cannot be made."""
         if settings.checkpoint is None:
             return cls(None, "")
         folder = checkpoint_folder(settings.checkpoint)
-        data = [[row.determining() for row in part] for part in (rows, held)]
-        parts = [name, *determining, settings.determining(), data]
+        data = [[row.identity() for row in part] for part in (rows, held)]
+        parts = [name, *identity, settings.identity(), data]
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         return cls(folder, f"{name}-{digest[:24]}")
 
@@ -173,7 +173,7 @@ class Best:
         if not loss < self.loss:
             self.waited += 1
             return False
-        self.loss, self.values, self.waited = loss, copied(parameters), 0
+        self.loss, self.values, self.waited = loss, copy_values(parameters), 0
         return True
 
     @classmethod
@@ -186,13 +186,13 @@ class Best:
         return best
 
 
-def copied(parameters: Iterable[Tensor]) -> list[Tensor]:
+def copy_values(parameters: Iterable[Tensor]) -> list[Tensor]:
     """Their values now."""
     return [parameter.detach().clone() for parameter in parameters]
 
 
 @torch.no_grad()
-def put(values: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
+def put_values(values: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
     """Gives the parameters these values."""
     for value, parameter in zip(values, parameters, strict=True):
         parameter.copy_(value)

@@ -67,7 +67,7 @@ def target_batch(model: Any, tokenizer: Any, rows: Sequence[TrainingRow]) -> Tar
     return batch(model, NO_TOKENIZER if tokenizer is None else tokenizer, rows)
 
 
-def told_apart(given: TargetBatch) -> TargetBatch:
+def pad_apart(given: TargetBatch) -> TargetBatch:
     """The batch of an encoder-decoder with more padding where it takes some to give the decoder another number of tokens
     than the encoder, and more than 1: the width of what a layer sees then says whose tokens these are."""
     inputs, targets_BK = dict(given.inputs), given.targets_BK
@@ -83,7 +83,7 @@ def told_apart(given: TargetBatch) -> TargetBatch:
     return TargetBatch(inputs, targets_BK)
 
 
-def labelled(base_model: Any, tokenizer: Any, rows: Sequence[TrainingRow], *, whole: bool) -> dict[str, Tensor]:
+def label_rows(base_model: Any, tokenizer: Any, rows: Sequence[TrainingRow], *, whole: bool) -> dict[str, Tensor]:
     """The rows as inputs of the model, with their `labels`, and in `task` each one's place among the tasks.
 
     The labels of a decoder are aligned with its last tokens, one before the longest target and those of it, where the model
@@ -91,7 +91,7 @@ def labelled(base_model: Any, tokenizer: Any, rows: Sequence[TrainingRow], *, wh
     """
     made = target_batch(base_model, tokenizer, rows)
     if base_model.config.is_encoder_decoder:
-        made = told_apart(made)
+        made = pad_apart(made)
         labels = made.targets_BK
     else:
         length, width = made.inputs["input_ids"].shape[1], made.targets_BK.shape[1]
@@ -100,7 +100,7 @@ def labelled(base_model: Any, tokenizer: Any, rows: Sequence[TrainingRow], *, wh
     return {**made.inputs, "labels": labels, "task": torch.tensor([row.expert for row in rows], device=labels.device)}
 
 
-def called(model: Any, inputs: Mapping[str, Tensor], *, two_sequences: bool) -> Any:
+def call_labelled(model: Any, inputs: Mapping[str, Tensor], *, two_sequences: bool) -> Any:
     """The model's output for `labelled` inputs, whose prompts are what stands before the first label."""
     inputs = dict(inputs)
     task_B, labels = inputs.pop("task"), inputs["labels"]

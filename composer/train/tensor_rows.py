@@ -18,7 +18,7 @@ from loraweave.common.rows import located
 from loraweave.composer.model.batches import IGNORED, has_two_sequences, takes
 from loraweave.composer.train.learner import ExpertLearner
 from loraweave.composer.train.rows import Owners, TrainingRow
-from loraweave.composer.train.steps import called, labelled
+from loraweave.composer.train.steps import call_labelled, label_rows
 from loraweave.errors import InvalidTask, TrainingError
 from loraweave.types import Task
 
@@ -47,7 +47,7 @@ class TensorRow:
     def __len__(self) -> int:
         return 1
 
-    def determining(self) -> list[Any]:
+    def identity(self) -> list[Any]:
         """As JSON."""
         return [self.digest, self.expert]
 
@@ -149,13 +149,13 @@ class TensorFeed:
             stacked[name] = value.to(device, dtype if own else None)
         return {**stacked, "task": torch.tensor([row.expert for row in rows], device=device)}
 
-    def called(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:
+    def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:
         """As `Feed`."""
         columns = {name: value for name, value in inputs.items() if name != "task"}
         task_B, tasks = inputs["task"], self._model.tasks
         given = None if bool((task_B < 0).all()) else task_B
         if self._loss is None:
-            return losing(self._model, model(**columns, task=given))
+            return require_loss(self._model, model(**columns, task=given))
         own = {name: value for name, value in columns.items() if name != LABELS and name in self._taken}
         output = model(**own, task=given)
         names = [tasks[place] if place >= 0 else None for place in task_B.tolist()]
@@ -238,7 +238,7 @@ class Feed(Protocol):
     def inputs_of(self, rows: Sequence[Any]) -> dict[str, Any]:
         """The rows as one batch, with each one's place among the tasks in `task`."""
 
-    def called(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:
+    def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:
         """The model's output for a batch, and the mean loss over what counts. Raises TrainingError where there is none."""
 
     def count(self, inputs: Mapping[str, Any]) -> int:
@@ -263,15 +263,15 @@ class TokenFeed:
         head = getattr(base, "get_output_embeddings", lambda: None)()
         # where the head has experts, it sees all tokens that the others see
         whole = any(base.get_submodule(site) is head for site in model.sites)
-        self._labelled = partial(labelled, base, tokenizer, whole=whole)
+        self._labelled = partial(label_rows, base, tokenizer, whole=whole)
 
     def inputs_of(self, rows: Sequence[TrainingRow]) -> dict[str, Any]:
         """As `Feed`."""
         return {**self._labelled(rows)}
 
-    def called(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:
+    def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:
         """As `Feed`."""
-        return losing(self._model, called(model, inputs, two_sequences=self._two_sequences))
+        return require_loss(self._model, call_labelled(model, inputs, two_sequences=self._two_sequences))
 
     def count(self, inputs: Mapping[str, Any]) -> int:
         """Target tokens."""
@@ -287,7 +287,7 @@ class TokenFeed:
         return int(inputs["attention_mask"].sum())
 
 
-def losing(model: ExpertLearner, output: Any) -> tuple[Any, Tensor]:
+def require_loss(model: ExpertLearner, output: Any) -> tuple[Any, Tensor]:
     """The output of a call with labels, and the base's own loss. Raises TrainingError where it has none."""
     if model.own_loss is None:
         raise TrainingError(

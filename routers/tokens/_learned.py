@@ -62,7 +62,7 @@ class LearnedRouter(TokenRouter):
     def fit(self, engine: Any, dataset: Any, **settings: Any) -> Self:
         """Trains the parameters on a dataset, through `engine`, a Composer with a tokenizer; returns self.
 
-        `settings` are those of `loraweave.composer.train.settings.Settings`.
+        `settings` are those of `loraweave.composer.train.settings.RouterSettings`.
         """
         if not hasattr(engine, "fit"):
             raise TrainingError(f"a router is trained through a Composer with a tokenizer, and {engine!r:.80} is none")

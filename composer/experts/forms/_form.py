@@ -50,7 +50,7 @@ class Form(Protocol):
         """The update that the experts make at these constant weights, as detached fp32 copies on the CPU."""
 
 
-def placed(module: nn.Module, like: Tensor) -> nn.Module:
+def place_like(module: nn.Module, like: Tensor) -> nn.Module:
     """The module on the device of a tensor of the base; parameters are fp32, or fp64 where the base is."""
     return module.to(like.device, torch.promote_types(like.dtype, torch.float32))
 

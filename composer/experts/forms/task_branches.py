@@ -43,14 +43,14 @@ class TaskBranches(SumOfExperts):
         if branch.left:
             return super().forward(module, args, branch.take(self.site.name), weigh)
         if self.norm is not None:
-            y0, made = self._summed(module, args, y, weigh)
+            y0, made = self._sum(module, args, y, weigh)
         else:
             y0 = y.clone()
             made = super().forward(module, args, y, weigh)
         branch.note(self.site.name, made.clone() if self.mode == "matrixv2" else y0)
         return made
 
-    def _summed(self, module: nn.Module, args: tuple[Any, ...], y: Tensor, weigh: Weigh) -> tuple[Tensor, Tensor]:
+    def _sum(self, module: nn.Module, args: tuple[Any, ...], y: Tensor, weigh: Weigh) -> tuple[Tensor, Tensor]:
         """y0 of the shared stream, and all streams on end: y0 + LayerNorm(sum over t of y_t), and each y_t."""
         assert self.norm is not None
         num_streams = self.num_tasks + 1

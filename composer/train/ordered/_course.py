@@ -15,8 +15,8 @@ from torch import Tensor
 
 from loraweave.common.rows import GivenRows
 from loraweave.composer.model.batches import EncodedRow
-from loraweave.composer.train.passes import FusedJobs, JobTraining, Losses, job_losses
-from loraweave.composer.train.rows import encoded_task
+from loraweave.composer.train.passes import JobTraining, LoraJobs, Losses, job_losses
+from loraweave.composer.train.rows import encode_task
 from loraweave.composer.train.state import load_adapter, save_adapter
 from loraweave.errors import TrainingError
 from loraweave.hub.adapter import Adapter
@@ -50,10 +50,10 @@ class Course:
         """What is in the model before the first task."""
         return {} if self.start is None else self.start.layers
 
-    def jobs(self, names: Sequence[str], start: Layers | None = None) -> FusedJobs:
+    def jobs(self, names: Sequence[str], start: Layers | None = None) -> LoraJobs:
         """New factors for each name, or such as begin as `start`."""
         recipe, given = self.training.recipe, {} if start is None else dict.fromkeys(names, start)
-        return FusedJobs(
+        return LoraJobs(
             self.training.model, self.layers, names, rank=recipe.rank, alpha=recipe.alpha, seed=recipe.seed, start=given
         )
 
@@ -64,13 +64,13 @@ class Course:
             yield
             return
         recipe = self.training.recipe
-        held = FusedJobs(self.training.model, {}, [""], rank=1, alpha=1.0, seed=recipe.seed, start={"": layers})
+        held = LoraJobs(self.training.model, {}, [""], rank=1, alpha=1.0, seed=recipe.seed, start={"": layers})
         for tensor in held.parameters():
             tensor.requires_grad_(False)
         with held:
             yield
 
-    def plain(self, jobs: FusedJobs, frozen: Layers) -> Losses:
+    def plain(self, jobs: LoraJobs, frozen: Layers) -> Losses:
         """Each job's loss on the rows of its task, over a frozen update."""
         training = self.training
 
@@ -83,7 +83,7 @@ class Course:
 
     def encoded(self, examples: Task | GivenRows) -> list[EncodedRow]:
         """Examples that an option brings, in token ids."""
-        return encoded_task(self.training.model, self.training.tokenizer, Task.of(examples))
+        return encode_task(self.training.model, self.training.tokenizer, Task.of(examples))
 
     def once(self, name: str, make: Callable[[], Sequence[Layers]], kinds: Sequence[str] = ("",)) -> list[Adapter]:
         """The updates, one of each kind, that are known when task `name` is learned: made, or taken from the checkpoint."""

@@ -13,7 +13,7 @@ from loraweave.common.rows import GivenRows
 from loraweave.composer.model.batches import EncodedRow
 from loraweave.composer.train.ordered._course import Course, Layers, require_within
 from loraweave.composer.train.ordered._one_by_one import by_prefix
-from loraweave.composer.train.passes import FusedJobs, job_losses
+from loraweave.composer.train.passes import LoraJobs, job_losses
 from loraweave.errors import TrainingError
 from loraweave.hub.adapter import Adapter
 from loraweave.types import Task
@@ -67,7 +67,7 @@ def gs_lora(
 
 
 def _losses(
-    course: Course, jobs: FusedJobs, prefix: Layers, kept: Sequence[EncodedRow], bound: float, strength: float, step: int
+    course: Course, jobs: LoraJobs, prefix: Layers, kept: Sequence[EncodedRow], bound: float, strength: float, step: int
 ) -> Tensor:
     (name,), training = jobs.jobs, course.training
     recipe = training.recipe
@@ -78,7 +78,7 @@ def _losses(
 
 
 @torch.no_grad()
-def shrink(jobs: FusedJobs, threshold: float, zeroed: set[str]) -> None:
+def shrink(jobs: LoraJobs, threshold: float, zeroed: set[str]) -> None:
     """Scales each block's n factors by max(0, 1 - threshold * sqrt(n) / their norm); `zeroed` has the blocks that are 0."""
     for block, tensors in blocks(jobs).items():
         norm = float(torch.stack([tensor.square().sum() for tensor in tensors]).sum().sqrt())
@@ -90,7 +90,7 @@ def shrink(jobs: FusedJobs, threshold: float, zeroed: set[str]) -> None:
             tensor.mul_(0.0 if block in zeroed else 1 - threshold * size**0.5 / norm)
 
 
-def blocks(jobs: FusedJobs) -> dict[str, list[Tensor]]:
+def blocks(jobs: LoraJobs) -> dict[str, list[Tensor]]:
     """The factors of each block; a layer's block is its path up to the first number, or the whole path without one."""
     found: dict[str, list[Tensor]] = {}
     for layer, pair in (item for job in jobs.members for item in job.factors.items()):

@@ -14,7 +14,7 @@ from loraweave.common.checks import require_whole
 from loraweave.common.randomness import seeded
 from loraweave.composer.model.batches import IGNORED, EncodedRow, TargetBatch, batch, token_losses
 from loraweave.composer.train.ordered._course import Course, Layers, require_within
-from loraweave.composer.train.passes import FusedJobs, job_losses
+from loraweave.composer.train.passes import LoraJobs, job_losses
 from loraweave.errors import TrainingError
 from loraweave.hub.adapter import Adapter
 
@@ -79,7 +79,7 @@ def _learn(
 
 
 @torch.no_grad()
-def follow(slow: FusedJobs, fast: FusedJobs, decay: float) -> None:
+def follow(slow: LoraJobs, fast: LoraJobs, decay: float) -> None:
     """slow = decay * slow + (1 - decay) * fast, factor by factor."""
     for own, its in zip(slow.parameters(), fast.parameters(), strict=True):
         own.mul_(decay).add_(its, alpha=1 - decay)

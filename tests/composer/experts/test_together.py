@@ -12,11 +12,11 @@ from torch.nn import functional
 import loraweave as lw
 from loraweave.composer.experts.together import ExpertJob, train_experts
 from loraweave.composer.model.batches import EncodedRow, batch, encode, token_losses
-from loraweave.composer.train import fused
+from loraweave.composer.train import shared as shared_training
 from loraweave.composer.train.jobs import LoraJob
-from loraweave.composer.train.passes import FusedPass, range_losses
+from loraweave.composer.train.passes import SharedPass, range_losses
 from loraweave.composer.train.rows import TrainingRow
-from loraweave.composer.train.steps import told_apart
+from loraweave.composer.train.steps import pad_apart
 from loraweave.errors import BudgetExceeded, InvalidTask, TrainingError, UnknownName
 
 ROWS = {"upper": [("a", "A"), ("bcd", "B")], "double": [("a", "aa"), ("bb", "bbbb"), ("c", "cc")]}
@@ -64,7 +64,7 @@ def test_the_gradients_of_expert_models_in_one_pass_are_those_of_each_alone(base
     lora = LoraJob("lora", {"model.layers.1.mlp.down_proj": (torch.randn(2, 24), torch.randn(16, 2))}, 1.0)
     jobs = [ExpertJob("upper", models["upper"]), lora, ExpertJob("double", models["double"])]
     stacked = batch(base, tokenizer, [*rows["upper"], rows["double"][0], *rows["double"]])
-    with FusedPass(base, jobs, [2, 1, 3]):
+    with SharedPass(base, jobs, [2, 1, 3]):
         losses_BK = token_losses(base, stacked)
         penalties = [job.penalty() for job in jobs]
     real_BK = stacked.targets_BK != -100
@@ -87,10 +87,10 @@ def test_a_job_s_losses_on_an_encoder_decoder_are_of_its_own_rows_tokens(make_mo
     rows, longer = encoded(base, tokenizer, "double"), encode(base, tokenizer, ["abcdefg"], ["a b c d e f g"])
     for job, own in zip(jobs, (rows, longer), strict=True):
         job.take(own, 0)
-    with FusedPass(base, jobs, [3, 1]):
+    with SharedPass(base, jobs, [3, 1]):
         range_losses(base, tokenizer, [*rows, *longer], [3, 1])
         penalty = jobs[0].penalty()
-    stacked = told_apart(batch(base, tokenizer, rows))
+    stacked = pad_apart(batch(base, tokenizer, rows))
     made = jobs[0].model.train()
     # without the base's dropout
     base.eval()
@@ -252,7 +252,7 @@ def test_rows_of_several_tasks_have_the_gradients_of_being_alone(base, tokenizer
     jobs = [ExpertJob("plain", lw.experts("mola", base, num_experts=(2, 3))), ExpertJob("double", made, task="a")]
     stacked = batch(base, tokenizer, [rows[0], *owned])
     jobs[1].take(owned, 0)
-    with FusedPass(base, jobs, [1, 3]):
+    with SharedPass(base, jobs, [1, 3]):
         losses_BK = token_losses(base, stacked)
         penalty = jobs[1].penalty()
     loss = losses_BK[1:].sum() / (stacked.targets_BK[1:] != -100).sum() + (0.0 if penalty is None else penalty)
@@ -341,8 +341,8 @@ def same(found, expected):
 @pytest.fixture
 def killed(monkeypatch):
     """The training, killed at the ninth of its twelve steps; what was kept is of two at a time."""
-    monkeypatch.setattr(fused, "CHECKPOINT_STEPS", 2)
-    original, calls = fused.range_losses, []
+    monkeypatch.setattr(shared_training, "CHECKPOINT_STEPS", 2)
+    original, calls = shared_training.range_losses, []
 
     def range_losses(*arguments):
         calls.append(len(arguments[3]))
@@ -352,7 +352,7 @@ def killed(monkeypatch):
 
     def training(base, tokenizer, jobs, folder):
         with monkeypatch.context() as patched:
-            patched.setattr(fused, "range_losses", range_losses)
+            patched.setattr(shared_training, "range_losses", range_losses)
             with pytest.raises(_Killed):
                 train_experts(base, tokenizer, jobs, checkpoint=folder, **SETTINGS)
 
@@ -425,7 +425,7 @@ def test_widths_that_tell_encoder_and_decoder_apart_draw_as_alone(make_model, to
     for members, rows in ((jobs[:1], [own, own]), (jobs, [own, own, other, other])):
         for number, job in enumerate(members):
             job.take(rows[2 * number : 2 * number + 2], 0)
-        with FusedPass(base, members, [2] * len(members)):
+        with SharedPass(base, members, [2] * len(members)):
             loss = range_losses(base, tokenizer, rows, [2] * len(members))[0]
             penalty = jobs[0].penalty()
         found.append((loss, penalty, torch.autograd.grad(loss + penalty, jobs[0].parameters())))

@@ -7,9 +7,9 @@ import torch
 from torch.nn import functional
 
 from loraweave.composer.model.batches import encode
-from loraweave.composer.train import fused as fused_training
+from loraweave.composer.train import shared as shared_training
 from loraweave.composer.train.adapters import train_adapters
-from loraweave.composer.train.passes import FusedJobs, job_losses
+from loraweave.composer.train.passes import LoraJobs, job_losses
 from loraweave.errors import InvalidTask, TrainingError, UnknownName
 from loraweave.hub.base import fingerprint
 from loraweave.types import Task
@@ -35,7 +35,7 @@ def rows_of(model, tokenizer, name):
 def test_the_gradients_of_a_job_are_those_of_training_it_alone(make_model, tokenizer):
     model = make_model("llama", dtype=torch.float64)
     names = list(TASKS)
-    fused = FusedJobs(model, LAYERS, names, rank=3, alpha=6.0, seed=0)
+    fused = LoraJobs(model, LAYERS, names, rank=3, alpha=6.0, seed=0)
     with torch.no_grad():
         for index, job in enumerate(fused.members):
             for _, b_OR in job.factors.values():
@@ -109,7 +109,7 @@ def test_the_trained_adapter_in_peft_gives_the_logits_of_the_training_forward(ti
     adapter.save_pretrained(tmp_path / "count")
     ids = torch.tensor([[5, 9, 30, 41]])
     loaded = peft.PeftModel.from_pretrained(make_model("llama"), tmp_path / "count").eval()
-    fused = FusedJobs(tiny_llama, {}, ["count"], rank=3, alpha=6.0, seed=0, start={"count": adapter.layers})
+    fused = LoraJobs(tiny_llama, {}, ["count"], rank=3, alpha=6.0, seed=0, start={"count": adapter.layers})
     with torch.no_grad(), fused:
         assert torch.allclose(tiny_llama(input_ids=ids).logits, loaded(input_ids=ids).logits, atol=1e-5)
 
@@ -119,10 +119,10 @@ class _Killed(Exception):
 
 
 def test_interrupted_training_resumes_to_the_same_bits(tiny_llama, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(fused_training, "CHECKPOINT_STEPS", 2)
+    monkeypatch.setattr(shared_training, "CHECKPOINT_STEPS", 2)
     whole = train(tiny_llama, tokenizer, jobs_per_batch=2)
     calls = 0
-    original = fused_training.range_losses
+    original = shared_training.range_losses
 
     def killed_at_the_ninth_step(*arguments):
         nonlocal calls
@@ -131,7 +131,7 @@ def test_interrupted_training_resumes_to_the_same_bits(tiny_llama, tokenizer, tm
             raise _Killed
         return original(*arguments)
 
-    monkeypatch.setattr(fused_training, "range_losses", killed_at_the_ninth_step)
+    monkeypatch.setattr(shared_training, "range_losses", killed_at_the_ninth_step)
     with pytest.raises(_Killed):
         train(tiny_llama, tokenizer, jobs_per_batch=2, checkpoint=tmp_path)
     assert not any(module._forward_hooks for module in tiny_llama.modules())
@@ -193,7 +193,7 @@ def test_what_cannot_be_trained_is_refused_before_the_first_step(tasks, options,
 def test_a_loss_that_is_not_finite_ends_training_with_the_step_and_keeps_what_was_finished(
     tiny_llama, tokenizer, tmp_path, monkeypatch
 ):
-    original = fused_training.range_losses
+    original = shared_training.range_losses
     calls = 0
 
     def breaks_at_the_eighth_step(*arguments):
@@ -201,7 +201,7 @@ def test_a_loss_that_is_not_finite_ends_training_with_the_step_and_keeps_what_wa
         calls += 1
         return original(*arguments) * (float("nan") if calls == 8 else 1.0)
 
-    monkeypatch.setattr(fused_training, "range_losses", breaks_at_the_eighth_step)
+    monkeypatch.setattr(shared_training, "range_losses", breaks_at_the_eighth_step)
     with pytest.raises(TrainingError, match="is nan at step 2"):
         train(tiny_llama, tokenizer, jobs_per_batch=1, checkpoint=tmp_path)
     assert len(list(tmp_path.glob("finished/*"))) == 1

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from loraweave.composer.train.fused import JobProgress
 from loraweave.composer.train.jobs import LoraJob, PlannedJob
 from loraweave.composer.train.rows import HeldOut
 from loraweave.composer.train.schedule import Pace
+from loraweave.composer.train.shared import JobProgress
 
 
 def begun(patience=None):
@@ -23,7 +23,7 @@ def went_on(progress, loss):
     with torch.no_grad():
         for parameter in progress.job.parameters():
             parameter.fill_(progress.step)
-    progress.evaluated(loss)
+    progress.note_evaluation(loss)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def went_on(progress, loss):
 )
 def test_the_job_ends_with_the_first_of_its_lowest_held_out_losses(losses, best):
     progress = begun()
-    progress.evaluated(0.0)
+    progress.note_evaluation(0.0)
     for loss in losses:
         went_on(progress, loss)
     report = progress.finish()

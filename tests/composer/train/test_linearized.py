@@ -10,9 +10,9 @@ from torch.func import jvp
 
 import loraweave as lw
 from loraweave.composer.model.batches import encode
-from loraweave.composer.train import fused
+from loraweave.composer.train import shared as shared_training
 from loraweave.composer.train.jobs import tangent
-from loraweave.composer.train.passes import FusedJobs, job_losses
+from loraweave.composer.train.passes import LoraJobs, job_losses
 from loraweave.errors import LayerMismatch
 from loraweave.lowrank import algebra
 
@@ -35,7 +35,7 @@ def begin(tiny_llama, make_adapter):
 def moved(tiny_llama, begin):
     """Jobs in float64, one with b0 = 0 and one with a start, moved away from where they began."""
     layers, given = {LAYER: (16, 16)}, {"old": begin.layers}
-    jobs = FusedJobs(tiny_llama, layers, ["new", "old"], rank=3, alpha=6.0, seed=0, start=given, linearized=True)
+    jobs = LoraJobs(tiny_llama, layers, ["new", "old"], rank=3, alpha=6.0, seed=0, start=given, linearized=True)
     generator = torch.Generator().manual_seed(2)
     for job in jobs.members:
         job.origin = {layer: tuple(tensor.double() for tensor in pair) for layer, pair in job.origin.items()}
@@ -77,7 +77,7 @@ def test_parameters_merged_around_the_beginning_superpose_in_each_layer(tiny_lla
     x_NI = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
     names = ["u", "v", "merged", "none"]
     given = dict.fromkeys(names, begin.layers)
-    jobs = FusedJobs(tiny_llama, {}, names, rank=3, alpha=6.0, seed=0, start=given, linearized=True)
+    jobs = LoraJobs(tiny_llama, {}, names, rank=3, alpha=6.0, seed=0, start=given, linearized=True)
     weights = (0.7, -0.4)
     with torch.no_grad():
         for u, v, merged, none in zip(*(job.factors[LAYER] for job in jobs.members), strict=True):
@@ -178,10 +178,10 @@ class _Killed(Exception):
 
 
 def test_interrupted_training_resumes_to_the_same_bits(tiny_llama, tokenizer, begin, tmp_path, monkeypatch):
-    monkeypatch.setattr(fused, "CHECKPOINT_STEPS", 2)
+    monkeypatch.setattr(shared_training, "CHECKPOINT_STEPS", 2)
     # one job with a trained a beside one whose a stays
     whole = train(tiny_llama, tokenizer, start={"double": begin})
-    original, calls = fused.range_losses, []
+    original, calls = shared_training.range_losses, []
 
     def killed_at_the_fifth_step(*arguments):
         calls.append(1)
@@ -189,7 +189,7 @@ def test_interrupted_training_resumes_to_the_same_bits(tiny_llama, tokenizer, be
             raise _Killed
         return original(*arguments)
 
-    monkeypatch.setattr(fused, "range_losses", killed_at_the_fifth_step)
+    monkeypatch.setattr(shared_training, "range_losses", killed_at_the_fifth_step)
     with pytest.raises(_Killed):
         train(tiny_llama, tokenizer, start={"double": begin}, checkpoint=tmp_path)
     resumed = train(tiny_llama, tokenizer, start={"double": begin}, checkpoint=tmp_path)

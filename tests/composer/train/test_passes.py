@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from loraweave.composer.model.batches import batch, encode, token_losses
 from loraweave.composer.train.jobs import LoraJob
-from loraweave.composer.train.passes import FusedPass
+from loraweave.composer.train.passes import SharedPass
 
 LAYER, OTHER = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 ROWS = [("a", "A"), ("abc", "B"), ("c d e", "CC"), ("d", "D"), ("e", "E"), ("hello", "H")]
@@ -65,7 +65,7 @@ def gradients(model, tokenizer, jobs, counts, rows, chosen):
     job = jobs[chosen]
     for parameter in job.parameters():
         parameter.grad = None
-    with FusedPass(model, jobs, counts):
+    with SharedPass(model, jobs, counts):
         losses_BK = token_losses(model, batch(model, tokenizer, rows))
         start = sum(counts[:chosen])
         penalty = job.penalty()
@@ -98,7 +98,7 @@ def test_the_gated_update_is_its_formula_in_the_logits_of_its_rows(model, tokeni
     jobs = jobs_of(torch.Generator().manual_seed(5))
     ids = torch.tensor([[5, 9, 30], [7, 7, 12], [4, 8, 15]])
     gated, dense = jobs[1], make_model("llama", dtype=torch.float64)
-    with torch.no_grad(), FusedPass(model, jobs):
+    with torch.no_grad(), SharedPass(model, jobs):
         found = model(input_ids=ids).logits[1]
 
     def hook(_, args, y):
@@ -115,12 +115,12 @@ def test_leaving_after_an_exception_removes_every_hook(model):
     jobs = jobs_of(torch.Generator().manual_seed(5))
     ids = torch.tensor([[5, 9, 30]])
     before = model(input_ids=ids).logits
-    with pytest.raises(RuntimeError), FusedPass(model, jobs[:1]):
+    with pytest.raises(RuntimeError), SharedPass(model, jobs[:1]):
         raise RuntimeError
     assert torch.equal(model(input_ids=ids).logits, before)
     jobs[0].factors["nowhere"] = jobs[0].factors[OTHER]
     with pytest.raises(AttributeError):
-        FusedPass(model, jobs[:1]).__enter__()
+        SharedPass(model, jobs[:1]).__enter__()
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -129,7 +129,7 @@ def test_a_job_is_told_the_inputs_of_its_own_rows_and_which_are_prompt(model, to
     jobs = jobs_of(torch.Generator().manual_seed(5))
     rows = encode(model, tokenizer, [text for text, _ in ROWS], [target for _, target in ROWS])
     stacked = batch(model, tokenizer, rows)
-    with torch.no_grad(), FusedPass(model, jobs, counts):
+    with torch.no_grad(), SharedPass(model, jobs, counts):
         token_losses(model, stacked)
     own = slice(1, 4) if counts else slice(2, 4)
     ids, prompts = jobs[1].seen

@@ -7,7 +7,7 @@ import torch
 
 import loraweave as lw
 from loraweave.composer.train.ordered import gs_lora as way
-from loraweave.composer.train.passes import FusedJobs, JobTraining, own_parts
+from loraweave.composer.train.passes import JobTraining, LoraJobs, own_parts
 
 RETAIN = [("x", "y"), ("y", "z"), ("z", "u")]
 LAYERS = {
@@ -20,7 +20,7 @@ LAYERS = {
 
 @pytest.fixture
 def jobs(tiny_llama):
-    found = FusedJobs(tiny_llama, LAYERS, ["x"], rank=2, alpha=4.0, seed=0)
+    found = LoraJobs(tiny_llama, LAYERS, ["x"], rank=2, alpha=4.0, seed=0)
     for tensor in found.parameters():
         tensor.data.copy_(torch.randn(tensor.shape))
     return found

@@ -10,8 +10,8 @@ import torch
 import loraweave as lw
 from loraweave.composer.model.batches import batch, encode
 from loraweave.composer.train.ordered import ilora as way
-from loraweave.composer.train.passes import FusedJobs, JobTraining, job_losses
-from loraweave.composer.train.settings import Recipe
+from loraweave.composer.train.passes import JobTraining, LoraJobs, job_losses
+from loraweave.composer.train.settings import LoraSettings
 from loraweave.types import Task
 
 TASKS = {
@@ -25,7 +25,7 @@ LAYERS = {"model.layers.0.self_attn.q_proj": (16, 16)}
 @pytest.fixture
 def pair(tiny_llama):
     """A slow and a fast adapter that differ."""
-    slow, fast = (FusedJobs(tiny_llama, LAYERS, ["x"], rank=2, alpha=4.0, seed=seed) for seed in (1, 2))
+    slow, fast = (LoraJobs(tiny_llama, LAYERS, ["x"], rank=2, alpha=4.0, seed=seed) for seed in (1, 2))
     for jobs in (slow, fast):
         for tensor in jobs.parameters():
             tensor.data.add_(torch.randn(tensor.shape))
@@ -100,7 +100,7 @@ def test_the_loss_of_a_later_task_is_the_mean_of_its_own_and_that_of_replayed_ex
     monkeypatch.setattr(JobTraining, "run", first_loss)
     # with decay 0 both adapters are the one that is returned, and the states do not lag behind
     before = course("ilora", decay=0.0)["upper"]
-    recipe = Recipe(2, 4.0, 4, 1e-2, 2, ("q_proj", "v_proj"), 0)
+    recipe = LoraSettings(2, 4.0, 4, 1e-2, 2, ("q_proj", "v_proj"), 0)
     rows = {
         name: encode(tiny_llama, tokenizer, [Task([]).prompt(x) for x, _ in TASKS[name]], [y for _, y in TASKS[name]])
         for name in ("upper", "double")

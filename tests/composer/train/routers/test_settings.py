@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loraweave.composer.train.settings import Settings
+from loraweave.composer.train.settings import RouterSettings
 from loraweave.errors import TrainingError
 
 
@@ -33,15 +33,15 @@ from loraweave.errors import TrainingError
 )
 def test_settings_out_of_range_are_refused_by_name(gates, pool, given, said):
     with pytest.raises(TrainingError, match=said):
-        Settings.of(gates(pool), given)
+        RouterSettings.of(gates(pool), given)
 
 
 def test_the_rate_is_the_routers_own_unless_another_is_given(gates, pool):
-    assert Settings.of(gates(pool), {}).lr == 0.05
-    assert Settings.of(gates(pool), {"lr": None}).lr == 0.05
-    assert Settings.of(gates(pool), {"lr": 0.2}).lr == 0.2
+    assert RouterSettings.of(gates(pool), {}).lr == 0.05
+    assert RouterSettings.of(gates(pool), {"lr": None}).lr == 0.05
+    assert RouterSettings.of(gates(pool), {"lr": 0.2}).lr == 0.2
 
 
 def test_the_rate_warms_up_and_goes_to_0_as_half_a_cosine(gates, pool):
-    settings = Settings.of(gates(pool), {"lr": 1.0, "warmup": 2, "steps": 6})
+    settings = RouterSettings.of(gates(pool), {"lr": 1.0, "warmup": 2, "steps": 6})
     assert [settings.rate(step) for step in range(6)] == pytest.approx([0.5, 1.0, 1.0, 0.8535534, 0.5, 0.1464466])

@@ -61,13 +61,13 @@ def test_the_norm_is_that_of_all_gradients_and_those_that_are_missing_become_0(p
 
 
 def test_the_best_of_the_evaluations_stays_and_patience_ends_the_training(progress, parameters):
-    progress.evaluated(2, 1.5)
+    progress.note_evaluation(2, 1.5)
     best = moved(parameters)
-    progress.evaluated(4, 0.5)
+    progress.note_evaluation(4, 0.5)
     moved(parameters)
-    progress.evaluated(6, 0.5)
+    progress.note_evaluation(6, 0.5)
     assert not progress.stops
-    progress.evaluated(8, 2.0)
+    progress.note_evaluation(8, 2.0)
     assert progress.stops
     assert progress.finish()["kept"] == 4
     assert all(map(torch.equal, parameters, best))

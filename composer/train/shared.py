@@ -17,10 +17,10 @@ from loraweave.common.state import TrainingState
 from loraweave.composer.model.batches import IGNORED, EncodedRow, batch, token_losses
 from loraweave.composer.train.jobs import PlannedJob, TrainingJob
 from loraweave.composer.train.memory import MemoryModel, MemoryUse, free_bytes
-from loraweave.composer.train.passes import FusedPass, range_losses
-from loraweave.composer.train.report import JobReport, TrainingReport
+from loraweave.composer.train.passes import SharedPass, range_losses
+from loraweave.composer.train.report import JobReport, SharedReport
 from loraweave.composer.train.schedule import JobSize, groups, successor
-from loraweave.composer.train.state import Best, RunningState, put
+from loraweave.composer.train.state import Best, RunningState, put_values
 from loraweave.errors import BudgetExceeded
 
 CHECKPOINT_STEPS = 20
@@ -29,7 +29,7 @@ CHECKPOINT_STEPS = 20
 Ended = Callable[[TrainingJob, JobReport], None]
 
 
-class FusedTraining:
+class SharedTraining:
     """Trains jobs in groups of similar length; when one ends before the others of its group, the next one takes its place.
 
     Admitted is what `memory_bytes` allows by `MemoryModel`: of the whole step, base and all; by default what the device has
@@ -52,7 +52,7 @@ class FusedTraining:
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.report = TrainingReport()
+        self.report = SharedReport()
         self._waiting = {job.name: job for job in planned}
         is_encoder_decoder = bool(model.config.is_encoder_decoder)
         self._sizes = {job.name: job.size(is_encoder_decoder=is_encoder_decoder) for job in planned}
@@ -63,7 +63,7 @@ class FusedTraining:
         self._kept = kept
         self._capacity = 0
 
-    def run(self, ended: Ended) -> TrainingReport:
+    def run(self, ended: Ended) -> SharedReport:
         """Trains all jobs; `ended` is called with each as it ends.
 
         Raises BudgetExceeded before the first step for a job that does not fit alone, TrainingError for a loss that is not
@@ -141,7 +141,7 @@ class FusedTraining:
         rows = [row for own in chosen for row in own]
         for run, own in zip(self._running, chosen, strict=True):
             run.job.take(own, run.step)
-        with FusedPass(self.model, [run.job for run in self._running], [len(own) for own in chosen]):
+        with SharedPass(self.model, [run.job for run in self._running], [len(own) for own in chosen]):
             losses_J = range_losses(self.model, self.tokenizer, rows, [len(own) for own in chosen])
             penalties = [run.job.penalty() for run in self._running]
         pairs = zip(losses_J, penalties, strict=True)
@@ -163,7 +163,7 @@ class FusedTraining:
         """The held-out losses of all jobs for which it is time."""
         due = [run for run in self._running if run.due]
         for run, loss in zip(due, held_out_losses(self.model, self.tokenizer, due), strict=True):
-            run.evaluated(loss)
+            run.note_evaluation(loss)
 
     def _leave(self, ended: Ended) -> bool:
         """Lets go of the jobs that have ended; whether there were any."""
@@ -223,7 +223,7 @@ class SharedPasses:
         key: Callable[[str], str],
         load: Callable[[Path, str, str], bool],
         save: Callable[[Path | None, str, TrainingJob, JobReport], None],
-    ) -> TrainingReport:
+    ) -> SharedReport:
         """Trains the jobs, but for those that the checkpoint has finished; the report's `jobs` are those trained now.
 
         A job of that `key`, of all that its result depends on, is finished where `load(folder, name, key)` says so;
@@ -235,8 +235,8 @@ class SharedPasses:
         running = set() if kept is None else kept.names()
         left = [name for name in names if self.folder is None or name in running or not load(self.folder, name, keys[name])]
         if not left:
-            return TrainingReport()
-        training = FusedTraining(
+            return SharedReport()
+        training = SharedTraining(
             self.model,
             self.tokenizer,
             [plan(name) for name in left],
@@ -287,7 +287,7 @@ class JobProgress:
             return False
         return self.step % plan.every == 0 or self.step == self.planned.pace.steps
 
-    def evaluated(self, loss: float) -> None:
+    def note_evaluation(self, loss: float) -> None:
         """Takes note of the held-out loss at this step, and of the parameters where none was lower after an earlier one."""
         self.held_out.append((self.step, loss))
         if self.step:
@@ -305,7 +305,7 @@ class JobProgress:
         """What it did; the job has the best of its evaluated parameters from here on."""
         best_step = self.step
         if self._best.values:
-            put(self._best.values, self._flat.vectors)
+            put_values(self._best.values, self._flat.vectors)
             best_step = next(step for step, loss in self.held_out if step and loss == self._best.loss)
         return JobReport(
             steps=self.step,
@@ -345,14 +345,14 @@ def held_out_losses(model: Any, tokenizer: Any, due: Sequence[JobProgress]) -> l
     totals, counts = dict.fromkeys(due, 0.0), dict.fromkeys(due, 0)
     while runs := [run for run, rows in waiting.items() if rows]:
         chosen = {run: waiting[run][: run.planned.pace.batch_size] for run in runs}
-        for run, (total, count) in _summed(model, tokenizer, chosen).items():
+        for run, (total, count) in _sum(model, tokenizer, chosen).items():
             totals[run] += total
             counts[run] += count
             waiting[run] = waiting[run][len(chosen[run]) :]
     return [totals[run] / counts[run] for run in due]
 
 
-def _summed(
+def _sum(
     model: Any, tokenizer: Any, chosen: Mapping[JobProgress, Sequence[EncodedRow]]
 ) -> dict[JobProgress, tuple[float, int]]:
     """The sum of the losses, and the number, of each job's target tokens."""
@@ -360,7 +360,7 @@ def _summed(
     stacked = batch(model, tokenizer, [row for rows in chosen.values() for row in rows])
     for run, rows in chosen.items():
         run.job.take(rows, None)
-    with FusedPass(model, [run.job for run in chosen], sizes):
+    with SharedPass(model, [run.job for run in chosen], sizes):
         losses_BK = token_losses(model, stacked)
     real_BK = stacked.targets_BK != IGNORED
     parts = zip(torch.split(losses_BK.double(), sizes), torch.split(real_BK, sizes), strict=True)

@@ -7,7 +7,7 @@ import torch
 
 from loraweave.composer.model.batches import encode
 from loraweave.composer.model.scoring import losses
-from loraweave.composer.train import fused
+from loraweave.composer.train import shared as shared_training
 from loraweave.composer.train.adapters import train_adapters
 from loraweave.errors import BudgetExceeded, TrainingError, UnknownName
 from loraweave.types import Task
@@ -53,8 +53,8 @@ def test_a_job_that_ends_early_comes_out_as_it_does_alone(tiny_llama, tokenizer)
 
 
 def test_the_place_of_a_job_that_ends_early_is_taken(tiny_llama, tokenizer, monkeypatch):
-    shared, original = [], fused.range_losses
-    monkeypatch.setattr(fused, "range_losses", lambda *a: shared.append(len(a[3])) or original(*a))
+    shared, original = [], shared_training.range_losses
+    monkeypatch.setattr(shared_training, "range_losses", lambda *a: shared.append(len(a[3])) or original(*a))
     found = judged(tiny_llama, tokenizer)
     ended = sum(found.report.jobs[name].steps for name in TASKS)
     assert sum(shared) == ended
@@ -98,8 +98,8 @@ def test_patience_ends_a_job_after_so_many_evaluations_without_a_lower_loss(tiny
 
 
 def test_a_share_of_the_examples_is_not_trained_on(tiny_llama, tokenizer, monkeypatch):
-    trained, original = set(), fused.range_losses
-    monkeypatch.setattr(fused, "range_losses", lambda *a: trained.update(a[2]) or original(*a))
+    trained, original = set(), shared_training.range_losses
+    monkeypatch.setattr(shared_training, "range_losses", lambda *a: trained.update(a[2]) or original(*a))
     found = train(tiny_llama, tokenizer, {"upper": TASKS["upper"]}, held_out=0.4)
     texts = [Task([]).prompt(text) for text, _ in TASKS["upper"]]
     rows = set(encode(tiny_llama, tokenizer, texts, [target for _, target in TASKS["upper"]]))
@@ -115,9 +115,9 @@ class _Killed(Exception):
 
 @pytest.mark.parametrize("calls_until", [4, 7, 13, 15])
 def test_training_with_successors_resumes_to_the_same_bits(tiny_llama, tokenizer, tmp_path, monkeypatch, calls_until):
-    monkeypatch.setattr(fused, "CHECKPOINT_STEPS", 2)
+    monkeypatch.setattr(shared_training, "CHECKPOINT_STEPS", 2)
     whole = judged(tiny_llama, tokenizer)
-    calls, original = [], fused.range_losses
+    calls, original = [], shared_training.range_losses
 
     def killed(*arguments):
         calls.append(1)
@@ -125,7 +125,7 @@ def test_training_with_successors_resumes_to_the_same_bits(tiny_llama, tokenizer
             raise _Killed
         return original(*arguments)
 
-    monkeypatch.setattr(fused, "range_losses", killed)
+    monkeypatch.setattr(shared_training, "range_losses", killed)
     with pytest.raises(_Killed):
         judged(tiny_llama, tokenizer, checkpoint=tmp_path)
     resumed = judged(tiny_llama, tokenizer, checkpoint=tmp_path)
@@ -137,8 +137,8 @@ def test_training_with_successors_resumes_to_the_same_bits(tiny_llama, tokenizer
 def test_a_job_whose_adapter_was_written_but_not_its_end_is_trained_on_from_the_state(
     tiny_llama, tokenizer, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(fused, "CHECKPOINT_STEPS", 2)
-    whole, original = judged(tiny_llama, tokenizer), fused.FusedTraining._save
+    monkeypatch.setattr(shared_training, "CHECKPOINT_STEPS", 2)
+    whole, original = judged(tiny_llama, tokenizer), shared_training.SharedTraining._save
 
     def killed_when_one_has_ended(self):
         if self.report.jobs:
@@ -146,7 +146,7 @@ def test_a_job_whose_adapter_was_written_but_not_its_end_is_trained_on_from_the_
         original(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fused.FusedTraining, "_save", killed_when_one_has_ended)
+        patch.setattr(shared_training.SharedTraining, "_save", killed_when_one_has_ended)
         with pytest.raises(_Killed):
             judged(tiny_llama, tokenizer, checkpoint=tmp_path)
     assert list(tmp_path.glob("finished/*"))
@@ -165,8 +165,8 @@ def test_other_held_out_rows_or_another_patience_is_another_training(tiny_llama,
 
 
 def test_the_report_counts_tokens_with_and_without_padding(tiny_llama, tokenizer, monkeypatch):
-    seen, original = [], fused.range_losses
-    monkeypatch.setattr(fused, "range_losses", lambda *a: seen.append(a[2]) or original(*a))
+    seen, original = [], shared_training.range_losses
+    monkeypatch.setattr(shared_training, "range_losses", lambda *a: seen.append(a[2]) or original(*a))
     report = train(tiny_llama, tokenizer, jobs_per_batch=4).report
     assert report.num_steps == 12
     assert report.num_tokens == sum(len(row) for rows in seen for row in rows)
@@ -190,8 +190,8 @@ def test_an_adapter_says_how_its_training_ended(tiny_llama, tokenizer, tmp_path)
 
 def test_with_less_memory_fewer_jobs_share_a_step_and_come_out_the_same(tiny_llama, tokenizer, monkeypatch):
     whole = train(tiny_llama, tokenizer, jobs_per_batch=4)
-    shared, original = [], fused.range_losses
-    monkeypatch.setattr(fused, "range_losses", lambda *a: shared.append(len(a[3])) or original(*a))
+    shared, original = [], shared_training.range_losses
+    monkeypatch.setattr(shared_training, "range_losses", lambda *a: shared.append(len(a[3])) or original(*a))
     memory = int(whole.report.estimated_bytes * 0.8)
     found = train(tiny_llama, tokenizer, jobs_per_batch=4, memory_bytes=memory)
     assert 1 < max(shared) < 4
@@ -202,7 +202,7 @@ def test_with_less_memory_fewer_jobs_share_a_step_and_come_out_the_same(tiny_lla
 
 
 def test_a_job_that_does_not_fit_alone_is_refused_before_the_first_step(tiny_llama, tokenizer, monkeypatch):
-    monkeypatch.setattr(fused, "range_losses", lambda *_: pytest.fail("a step was taken"))
+    monkeypatch.setattr(shared_training, "range_losses", lambda *_: pytest.fail("a step was taken"))
     with pytest.raises(BudgetExceeded, match=r"takes about 0\.00 GB alone \(2 rows of up to \d+ tokens.*raise memory_bytes"):
         train(tiny_llama, tokenizer, memory_bytes=1000)
 

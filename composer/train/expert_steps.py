@@ -24,7 +24,7 @@ from loraweave.routers.recipes._token_gates import TokenGate
 from loraweave.routers.tokens._learned import TrainingReport
 
 
-class Course(TrainerCallback):  # type: ignore[misc]
+class ExpertSteps(TrainerCallback):  # type: ignore[misc]
     """Watches a Trainer's steps."""
 
     def __init__(
@@ -58,15 +58,15 @@ class Course(TrainerCallback):  # type: ignore[misc]
         """The Trainer whose steps these are."""
         self._trainer = trainer
 
-    def saw(self, loss: Tensor, terms: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> None:
+    def see(self, loss: Tensor, terms: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> None:
         """One pass of the running step, and what it counts in its loss and terms."""
         self.num_passes += 1
         # terms of processes are averaged, losses of their tokens added up
         parts = {"": loss.detach(), **{name: term.detach() / self._num_processes for name, term in terms.items()}}
         for name, value in parts.items():
             self._totals[name] = self._totals.get(name, 0.0) + value.double()
-        self.progress.watch.saw(self._model.notes)
-        self._overflow.saw(self._model.notes.weights, self._feed.labels(inputs))
+        self.progress.watch.see(self._model.notes)
+        self._overflow.see(self._model.notes.weights, self._feed.labels(inputs))
         self.progress.report.tokens += self._feed.size(inputs)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -76,7 +76,7 @@ class Course(TrainerCallback):  # type: ignore[misc]
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Gradients are complete, and no parameter has changed."""
         number = state.global_step + 1
-        totals = self._summed(torch.stack(list(self._totals.values()))).tolist()
+        totals = self._sum(torch.stack(list(self._totals.values()))).tolist()
         values = dict(zip(self._totals, totals, strict=True))
         self._totals, self.num_passes = {}, 0
         self.progress.judge(number, values.pop(""), values)
@@ -86,8 +86,8 @@ class Course(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         number = state.global_step
-        seen = self._overflow.stepped(number, self._summed)
-        self.progress.close(number, self._evaluate, mean=self._averaged, seen=seen, saves=state.is_world_process_zero)
+        seen = self._overflow.end_step(number, self._sum)
+        self.progress.close(number, self._evaluate, mean=self._mean, seen=seen, saves=state.is_world_process_zero)
         self._tell(number)
         control.should_training_stop = control.should_training_stop or self.progress.stops
 
@@ -109,12 +109,12 @@ class Course(TrainerCallback):  # type: ignore[misc]
     def _num_processes(self) -> int:
         return int(self._trainer.accelerator.num_processes)
 
-    def _summed(self, values: Tensor) -> Tensor:
+    def _sum(self, values: Tensor) -> Tensor:
         """The sum over processes."""
         found: Tensor = self._trainer.accelerator.reduce(values.to(self._model.device), reduction="sum")
         return found
 
-    def _averaged(self, seen: Tensor) -> Tensor:
+    def _mean(self, seen: Tensor) -> Tensor:
         if self._num_processes == 1:
             return seen
         found: Tensor = self._trainer.accelerator.reduce(seen.to(self._model.device), reduction="mean").cpu()
@@ -134,12 +134,12 @@ class Course(TrainerCallback):  # type: ignore[misc]
         for part in parts[trainer.args.process_index :: trainer.args.world_size]:
             inputs = self._feed.inputs_of(part)
             with self._settings.products(model.device):
-                _, mean = self._feed.called(model, inputs)
+                _, mean = self._feed.run(model, inputs)
             count = self._feed.count(inputs)
             sums += torch.stack([mean.double() * count, mean.new_tensor(count, dtype=torch.float64)])
         model.train(training)
-        total, count = self._summed(sums).tolist()
-        self.progress.evaluated(number, total / count)
+        total, count = self._sum(sums).tolist()
+        self.progress.note_evaluation(number, total / count)
 
 
 class FirstSteps:
@@ -201,7 +201,7 @@ class Overflow:
         self._warned = False
         self._whose = "tokens before a target"
 
-    def saw(self, w_BTE: Mapping[str, Tensor], labels_BK: Tensor | None) -> None:
+    def see(self, w_BTE: Mapping[str, Tensor], labels_BK: Tensor | None) -> None:
         """The weights of each site in a pass of the running step, and the labels of its last tokens; None: all count."""
         if not self._most:
             return
@@ -218,7 +218,7 @@ class Overflow:
             kept = torch.stack([(w_NE != 0).sum() for w_NE in counted]).sum()
             self._counts += torch.tensor([chosen - int(kept), chosen], dtype=torch.float64)
 
-    def stepped(self, number: int, summed: Callable[[Tensor], Tensor]) -> str:
+    def end_step(self, number: int, summed: Callable[[Tensor], Tensor]) -> str:
         """The step, the `number`th, is over: what to show of it. Warns, once, when much has overflowed for some steps.
 
         `summed` adds up over processes.
