@@ -1,4 +1,4 @@
-"""Fine-tunes the sentence encoder on the sample inputs of adapters, so that inputs of one task come to lie together.
+"""Fine-tunes the sentence encoder on the sample inputs of adapters, so that inputs of one task lie close together.
 
 LoraRetriever's loss (Zhao et al. 2024, arXiv 2402.09997): for an input x and another input x+ of the same task,
 -log exp(cos(x, x+) / t) / (exp(cos(x, x+) / t) + sum over inputs x- of the batch's other tasks of exp(cos(x, x-) / t)).

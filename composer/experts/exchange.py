@@ -22,9 +22,9 @@ from loraweave.hub.adapter import Adapter
 def put_expert(model: ExpertModel, expert: int, adapter: Adapter) -> ExpertModel:
     """The model, whose expert of that number is the adapter from now on, at weight 1.
 
-    Layers that the adapter has not are zero, and ranks below the expert's are filled with zeros. Raises LayerMismatch for
+    Layers that the adapter lacks are zero, and ranks below the expert's are filled with zeros. Raises LayerMismatch for
     layers that the model has no expert for, of other sizes or of a larger rank, UnknownName for a number that no expert
-    has, ScopeError for a recipe whose experts are no updates, WeightingError for what is no adapter or no expert
+    has, ScopeError for a recipe whose experts are no updates, WeightingError for a value that is no adapter or expert
     model; the model is then as it was.
     """
     require_expert_model(model, "put_expert()")
@@ -158,7 +158,7 @@ def _mean(values: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
 
 
 def require_expert_model(model: Any, asker: str) -> None:
-    """Raises WeightingError for what is no `ExpertModel`, such as a base model alone."""
+    """Raises WeightingError for anything but an `ExpertModel`, such as a base model alone."""
     if not isinstance(model, ExpertModel):
         raise WeightingError(
             f"{asker} was given {type(model).__name__}, which has no experts: give what lw.experts(recipe, base_model) made"

@@ -185,7 +185,7 @@ class ExpertModel(ExpertLearner):
     def adapter(self, task: str | int | None = None) -> Adapter:
         """The whole mixture as one adapter, where its weights depend on nothing, or on the task alone, which is then given.
 
-        Raises ScopeError for weights that depend on the input, UnknownName for a task that there is not.
+        Raises ScopeError for weights that depend on the input, UnknownName for an unknown task.
         """
         require_updates(self.recipe, self.named_layers(), "the mixture")
         if not all(gate.static for gate in self.gates.values()):
@@ -216,7 +216,7 @@ class ExpertModel(ExpertLearner):
         the recipe has no tasks, it takes the dataset's names. `settings` are those of `composer/train/settings.py`;
         docs/experts.md explains them. Afterwards there is a `training_report`.
 
-        Raises InvalidTask for rows that cannot be used, UnknownName for tasks that the recipe has not, TrainingError for
+        Raises InvalidTask for rows that cannot be used, UnknownName for unknown tasks, TrainingError for
         settings out of range, for parameters without a gradient, and for a loss or gradient that is not finite: the model
         then has the last good parameters.
         """
@@ -225,9 +225,9 @@ class ExpertModel(ExpertLearner):
         return self
 
     def require_trainable(self) -> None:
-        """Raises TrainingError for a closed model, and for one of which nothing learns."""
+        """Raises TrainingError for a closed model, and for one without trainable parameters."""
         if not self._handles:
-            raise TrainingError("the expert model is closed, and its experts are in no call: make it anew, and load() it")
+            raise TrainingError("the expert model is closed, so its experts no longer run: make it again, and load() it")
         if not any(parameter.requires_grad for parameter in self.expert_parameters().values()):
             raise TrainingError(
                 f"no parameter of recipe {self.recipe.name!r} requires a gradient, so there is nothing to fit"
@@ -256,12 +256,12 @@ class ExpertModel(ExpertLearner):
     def save_pretrained(self, folder: str | Path) -> Path:
         """Writes experts, gates, recipe and report as a folder, whole or not at all, that `lw.experts(folder, base)` reads.
 
-        Raises WeightingError for a folder that holds something else or cannot be written, and for what is no path.
+        Raises WeightingError for a folder that holds something else or cannot be written, and for other values than a path.
         """
         if own := [name for name, parameter in self.base_model.named_parameters() if parameter.requires_grad]:
             warnings.warn(
-                f"{folder} gets experts and gates alone, but {own[0]!r} and what else of the base was unfrozen, {len(own)} "
-                "parameters in all, may have learned too: save the base as well, and make this from it",
+                f"{folder} gets experts and gates only, but {own[0]!r} and the base's other unfrozen parameters, "
+                f"{len(own)} in all, may have learned too: save the base as well, and make this from it",
                 stacklevel=2,
             )
         state = self.expert_state()
@@ -285,7 +285,7 @@ class ExpertModel(ExpertLearner):
         return self
 
     def take_tasks(self, tasks: tuple[str, ...]) -> None:
-        """Names what rows may belong to. Parts whose size depends on their number are made anew, others stay as they are."""
+        """Names what rows may belong to. Parts whose size depends on the number of tasks are rebuilt; others stay."""
         recipe = replace(self.recipe, tasks=tasks)
         parts = make_parts(self.base_model, recipe, self._given, self._starts)
         before, by_hand = self.expert_state(), self.set_by_hand()
@@ -303,7 +303,7 @@ class ExpertModel(ExpertLearner):
         return {name: learns for name, learns in found.items() if learns != self._learns[name]}
 
     def set_again(self, by_hand: Mapping[str, bool]) -> None:
-        """Lets those of these parameters that there are learn or not."""
+        """Sets whether the parameters of these names learn."""
         for name, parameter in self.expert_parameters().items():
             parameter.requires_grad_(by_hand.get(name, parameter.requires_grad))
 
@@ -331,7 +331,7 @@ class ExpertModel(ExpertLearner):
     def _require_open(self) -> None:
         if not self._handles:
             raise CompositionError(
-                "the expert model is closed, and would answer without experts: call the base itself, or make it anew"
+                "the expert model is closed, and would answer without experts: call the base itself, or make it again"
             )
 
     def __enter__(self) -> Self:
@@ -359,7 +359,7 @@ class ExpertModel(ExpertLearner):
         return partial(self._weigh, site, layer.shape.num_experts, self.gate_of(site), call)
 
     def _weigh(self, site: Site, num_experts: int, gate: Gate | None, call: Call, x_BTI: Tensor) -> Tensor:
-        """w_BTE of a site, of which a training step takes note."""
+        """w_BTE of a site; a training step takes note of it."""
         if gate is None:
             return x_BTI.new_ones(1, 1, num_experts, dtype=torch.promote_types(x_BTI.dtype, torch.float32))
         with own_precision(x_BTI.device):
@@ -386,7 +386,7 @@ class ExpertModel(ExpertLearner):
         return {name: layer.a_SI for name, layer in self.named_layers().items() if hasattr(layer, "a_SI")}
 
     def task_ids(self, task: Any) -> Tensor | None:
-        """task_B of names or ids, one for each row, or one for all. Raises UnknownName for one that there is not."""
+        """task_B of names or ids, one for each row, or one for all. Raises UnknownName for an unknown one."""
         places = places_of(self.recipe, task)
         return None if places is None else torch.tensor(places, device=self.device)
 

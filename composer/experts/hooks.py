@@ -134,7 +134,7 @@ class AfterPart(BeforePart):
 
 
 def _first_rows(output: Any, share: int) -> Any:
-    """The first of so many equal parts of the rows; what is no tensor as it is."""
+    """The first of `share` equal parts of the rows; a value that is no tensor stays as it is."""
     return output[: len(output) // share] if isinstance(output, Tensor) else output
 
 

@@ -49,9 +49,9 @@ def experts(
     recipe has besides begin as it says.
 
     `lw.names("experts")` are the recipes, whose options their classes document. Raises UnknownName, which names near misses,
-    for no recipe's name and for target_modules that match no layer, WeightingError for an option that the recipe has not, or
-    whose value is out of its range, or for what is no pool, LayerMismatch for a layer that cannot have experts,
-    CompositionError for what is no model; BaseModelMismatch for adapters of another base, AdapterUnsupported for those that
+    for an unknown recipe and for target_modules that match no layer, WeightingError for an unknown option, a value out of
+    range and a value that is not a pool, LayerMismatch for a layer that cannot have experts, CompositionError for a value
+    that is not a model; BaseModelMismatch for adapters of another base, AdapterUnsupported for those that
     are more than products of two factors, ScopeError for recipes whose experts are not; and what `ExpertModel.load` raises
     for a folder.
     """
@@ -64,7 +64,7 @@ def experts(
         return _saved(Path(name), base_model, tokenizer, options | ({} if pool is None else {"pool": pool}))
     if pool is not None:
         return start_from(name, base_model, pool, hub=hub, tokenizer=tokenizer, options=options).eval()
-    # what is not being trained answers alike every time
+    # outside training, a model answers the same every time
     return ExpertModel(base_model, recipe(name, options), tokenizer=tokenizer).eval()
 
 
@@ -106,7 +106,7 @@ def start_from(
 
 
 def _pool_of(pool: Any, hub: Hub | None) -> ExpertPool:
-    """Raises WeightingError for what is no pool, and for candidates of a search without the hub that has them."""
+    """Raises WeightingError for a value that is not a pool, and for candidates of a search without the hub that has them."""
     if isinstance(pool, ExpertPool):
         return ExpertPool({name: pool[name] for name in pool.names}) if pool.lazy else pool
     if isinstance(pool, Hub):
@@ -146,7 +146,7 @@ def _grouped(pool: ExpertPool, num_experts: Any, seed: int) -> ExpertPool:
 
 
 def _require_updates(pool: ExpertPool) -> None:
-    """Raises AdapterUnsupported, naming expert and layer, for what is no product of two factors of a layer."""
+    """Raises AdapterUnsupported, naming expert and layer, for an update that is no product of two factors of a layer."""
     for name, adapter in pool.adapters.items():
         for layer, factors in adapter.layers.items():
             if factors.kind not in ("linear", "conv") or factors.gain_O is not None or factors.bias_O is not None:

@@ -120,7 +120,7 @@ class Running:
         self.call = Call(real_BT, real_BT, ids_BT, task_B, False, self.kept, None, embed, has_two_sequences(model))
 
     def _tasks(self, num_rows: int, task_B: Tensor, *, copies: bool = False) -> Tensor:
-        """The tasks of so many rows; with `copies` each prompt may have several rows on end, such as beams."""
+        """The tasks of `num_rows` rows; with `copies` each prompt may have several adjacent rows, such as beams."""
         if not num_rows or num_rows % len(task_B) or (len(task_B) not in (1, num_rows) and not copies):
             raise ScopeError(
                 f"{len(task_B)} tasks were given for {num_rows} rows: give one for each row in their order, or one for all"

@@ -131,7 +131,7 @@ def write_experts(
         raise WeightingError(f"{given!r:.60} is no folder to save an expert model in: give a path, as 'trained'")
     folder = Path(given)
     if folder.exists() and not (folder / FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise WeightingError(f"{folder} holds something that is no expert model; name another folder")
+        raise WeightingError(f"{folder} holds something that is not an expert model; name another folder")
     raw = tensor_bytes(state)
     found = {
         "format": FORMAT,
@@ -213,7 +213,7 @@ def one_expert(base_model: nn.Module, recipe: Recipe, layers: Mapping[str, Any],
 
 
 def require_updates(recipe: Recipe, layers: Mapping[str, Any], what: str) -> None:
-    """Raises ScopeError for experts that are no updates of layers, of which no adapter can be made."""
+    """Raises ScopeError for experts that are not updates of layers: no adapter can express them."""
     if not all(layer.is_update for layer in layers.values()):
         raise ScopeError(
             f"{what} of recipe {recipe.name!r} is no update of layers, and no adapter: save_pretrained() the whole"
@@ -223,7 +223,7 @@ def require_updates(recipe: Recipe, layers: Mapping[str, Any], what: str) -> Non
 def as_adapter(
     base_model: nn.Module, recipe: Recipe, name: str, layers: Mapping[str, Any], card: Mapping[str, Any]
 ) -> Adapter:
-    """These factors of layers as an adapter, whose card says of which recipe they are."""
+    """These factors as an adapter whose card names the recipe."""
     about = {"method": "loraweave.experts", "recipe": recipe.name, **card}
     base = str(getattr(base_model, "name_or_path", ""))
     return Adapter(name, base, layers, fingerprint(base_model), {"recipe": about})

@@ -65,7 +65,7 @@ def train_experts(
 
     Raises TrainingError for a model of another base, for one that is given twice, and for recipes whose experts are no
     updates of linear layers; InvalidTask for rows that cannot be used, or are of no task where the recipe needs it,
-    UnknownName for tasks that it has not.
+    UnknownName for unknown tasks.
     """
     pace = Pace(steps, lr, batch_size, seed, warmup)
     require_steps(pace, jobs_per_batch)

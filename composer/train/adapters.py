@@ -122,7 +122,7 @@ def _require_way(
     linearized: bool,
     scheduled: bool,
 ) -> None:
-    """UnknownName for a way that is none; TrainingError for an option it does not have, or that only another has."""
+    """Raises UnknownName for an unknown way, TrainingError for an option that the way does not take."""
     if way is None:
         if options:
             raise TrainingError(f"continual_options has {', '.join(options)}, but continual names no way to train")
@@ -187,7 +187,7 @@ class Apart:
     base: Fingerprint
 
     def train(self) -> TrainedAdapters:
-        """{task: its adapter}, of which a checkpoint has what was finished."""
+        """{task: its adapter}; finished ones come from the checkpoint."""
         finished: dict[str, Adapter] = {}
 
         def load(folder: Path, name: str, key: str) -> bool:
@@ -252,17 +252,18 @@ TRAINED = {"a_RI", "b_OR"}
 
 
 def require_startable(model: Any, tasks: Collection[str], start: Mapping[str, Adapter]) -> dict[str, Adapter]:
-    """{task name: adapter}, all of which fit the model and are factors of linear layers alone.
+    """{task name: adapter}; each fits the model and has only factors of linear layers.
 
-    Raises TrainingError for what are no adapters, UnknownName for a name without a task, BaseModelMismatch or LayerMismatch
-    for an adapter of another model, AdapterUnsupported for heads, gains, biases, magnitudes, embeddings and convolutions.
+    Raises TrainingError for values other than adapters, UnknownName for a name without a task, BaseModelMismatch or
+    LayerMismatch for an adapter of another model, AdapterUnsupported for heads, gains, biases, magnitudes, embeddings
+    and convolutions.
     """
     if not isinstance(start, Mapping):
         raise TrainingError(f"start is {start!r:.60}; pass {{task: the adapter that it begins as}}")
     if strange := [name for name, adapter in start.items() if not isinstance(adapter, Adapter)]:
         raise TrainingError(f"task {strange[0]!r} cannot start from {start[strange[0]]!r:.60}: pass an Adapter")
     if unknown := [name for name in start if name not in tasks]:
-        raise UnknownName(f"start has an adapter for {unknown[0]!r}, which is no task; there are {', '.join(tasks)}")
+        raise UnknownName(f"start has an adapter for {unknown[0]!r}, which is not a task; the tasks are {', '.join(tasks)}")
     fitting = Fitting(model)
     for name, adapter in start.items():
         fitting.adapter(adapter.name, adapter)

@@ -170,7 +170,7 @@ class ExpertTrainer(Trainer):  # type: ignore[misc]
         return (whole, output) if return_outputs else whole
 
     def _in_step(self, count: int, num_labels: Any) -> Any:
-        """What counts in all passes and processes of a step, of which a pass has `count`."""
+        """How much counts in all passes and processes of a step; `count` is the part of one pass."""
         if self.feed.counts_rows:
             return self._settings.batch_size
         return count if num_labels is None else num_labels

@@ -12,11 +12,11 @@ from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
 
 
 class ExpertLearner(nn.Module):
-    """Called like its base, with `task` for the tasks of the rows. `ExpertModel` is the one that there is.
+    """Called like its base, with `task` for the tasks of the rows. `ExpertModel` is the implementation.
 
     The last call leaves `own_loss`, the base's loss of a call with labels, `terms`, the recipe's losses by name, and in
-    training mode `notes`, what the gates did. `interrupted` has digests of what an interrupted training left, and of what it
-    began with; `report` is that of the last training.
+    training mode `notes`, what the gates did. `interrupted` has digests of the parameters that an interrupted training left,
+    and began with; `report` is that of the last training.
     """
 
     base_model: nn.Module
@@ -74,7 +74,7 @@ class ExpertLearner(nn.Module):
         return {name: value for name, value in self.named_parameters() if value.requires_grad}
 
     def take_tasks(self, tasks: tuple[str, ...]) -> None:
-        """Names what rows may belong to. Parts whose size depends on their number are made anew, others stay as they are."""
+        """Names what rows may belong to. Parts whose size depends on the number of tasks are rebuilt; others stay."""
         raise NotImplementedError
 
 

@@ -1,4 +1,4 @@
-"""What a step of shared training takes of memory, estimated before the first one."""
+"""How much memory a shared step takes, estimated before the first one."""
 
 from __future__ import annotations
 

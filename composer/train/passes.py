@@ -103,7 +103,7 @@ class SharedPass:
 
 
 def _cut(value: Tensor, start: int, stop: int, num_rows: int) -> Tensor:
-    """The part of its first axis that is a job's, where that has the batch's rows; what has not is for all."""
+    """A job's part of the first axis where that axis has the batch's rows; other tensors serve all jobs."""
     if value.ndim == 0 or len(value) % num_rows:
         return value
     copies = len(value) // num_rows
@@ -278,12 +278,12 @@ class JobTraining:
 
 
 def job_losses(model: Any, tokenizer: Any, rows: Sequence[EncodedRow], num_jobs: int) -> Tensor:
-    """loss_J: the mean over the target tokens of each job's rows, of which all have as many."""
+    """loss_J: the mean over the target tokens of each job's rows; all jobs have the same number of rows."""
     return range_losses(model, tokenizer, rows, [len(rows) // num_jobs] * num_jobs)
 
 
 def range_losses(model: Any, tokenizer: Any, rows: Sequence[EncodedRow], row_counts: Sequence[int]) -> Tensor:
-    """loss_J: the mean over the target tokens of each job's rows, of which it has as many as its count."""
+    """loss_J: the mean over the target tokens of each job's rows; `row_counts` has their numbers."""
     stacked = batch(model, tokenizer, rows)
     if model.config.is_encoder_decoder:
         # what gates are asked for counts the tokens of either

@@ -1,4 +1,4 @@
-"""A training on its way: its optimiser, its report, and the best and the last good that its parameters have been."""
+"""A running training: its steps, its report, and the best and the last good values of its parameters."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from loraweave.routers.tokens._learned import Step, TrainingReport
 
 
 class TrainingProgress:
-    """What the steps of a router and of a model of experts have in common, whoever takes them.
+    """What the steps of a router and of a model of experts share, whether our loop or a Trainer takes them.
 
     It goes on from what `state` has kept: `first` steps were taken before. A step is `judge`d while its gradients are there,
     and `close`d when it is taken. `experts_of_layers` and `taught` are those of `Watch`.

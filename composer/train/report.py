@@ -1,4 +1,4 @@
-"""What a shared training did and what it cost."""
+"""What jobs that share passes did, and what it cost."""
 
 from __future__ import annotations
 

@@ -163,7 +163,7 @@ def require_learning(router: Any) -> None:
             "its own pool, and put it onto() this one afterwards"
         )
     if callable(own := getattr(type(router), "fit", None)) and own is not TokenRouter.fit:
-        raise TrainingError(f"router {name!r} has no parameters to train: router.fit(engine, dataset) is its own way")
+        raise TrainingError(f"router {name!r} has no parameters to train: call router.fit(engine, dataset)")
     raise TrainingError(f"{name!r} learns nothing, so there is nothing to fit: it can be activated as it is")
 
 

@@ -1,4 +1,4 @@
-"""The data of a router's training as rows of token ids, each with the expert whose task it is, where that is known."""
+"""Training data as rows of token ids, each with its expert or task where that is known."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class RowReader:
     def read(self, dataset: Any, *, what: str = "dataset", first: int = 0, task: Task = PLAIN) -> list[TrainingRow]:
         """The rows in their order, numbered from `first`; those of no Task of their own are in the prompts of `task`.
 
-        Raises InvalidTask for what is no such data, UnknownExpert for an expert that the pool has not.
+        Raises InvalidTask for data of another form, UnknownExpert for an expert that is not in the pool.
         """
         found = [
             (content, expert)
@@ -241,7 +241,7 @@ class Judging:
     def require(self, counts: Mapping[str, int]) -> None:
         """`counts` are those of the tasks' examples.
 
-        TrainingError for what is out of range or misses its counterpart, UnknownName for rows of no task.
+        Raises TrainingError for values out of range or without their counterpart, UnknownName for rows of an unknown task.
         """
         require_whole("evaluate_every", self.every, 1, TrainingError)
         if self.patience is not None and not is_whole(self.patience, 1):
@@ -254,7 +254,9 @@ class Judging:
             return
         if isinstance(self.held_out, Mapping):
             if unknown := [name for name in self.held_out if name not in counts]:
-                raise UnknownName(f"held_out has rows of {unknown[0]!r}, which is no task; there are {', '.join(counts)}")
+                raise UnknownName(
+                    f"held_out has rows of {unknown[0]!r}, which is not a task; the tasks are {', '.join(counts)}"
+                )
             if strange := [name for name, rows in self.held_out.items() if isinstance(rows, int | float | None)]:
                 raise TrainingError(
                     f"held_out of task {strange[0]!r} is {self.held_out[strange[0]]!r}; pass rows, (input, target) say"
@@ -265,7 +267,7 @@ class Judging:
             raise TrainingError(f"held_out is {self.held_out!r}; it must be a share above 0 and below 1, or rows by task")
         elif alone := [name for name, count in counts.items() if count < 2]:
             raise TrainingError(
-                f"task {alone[0]!r} has one example, of which no share can be held out; pass rows as held_out={{name: rows}}"
+                f"task {alone[0]!r} has one example, too few to hold out a share; pass rows as held_out={{name: rows}}"
             )
 
     def split(
@@ -327,7 +329,7 @@ def owners_of(recipe: Recipe) -> Owners:
 def places_of(recipe: Recipe, task: Any) -> list[int] | None:
     """The places, among the recipe's tasks, of names or ids, one for each row, or of one for all; None where none is given.
 
-    Raises UnknownName for a task that the recipe has not, ScopeError for none where it looks at them.
+    Raises UnknownName for an unknown task, ScopeError for none where the recipe needs one.
     """
     if task is None:
         if recipe.needs_tasks:

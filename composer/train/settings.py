@@ -1,4 +1,4 @@
-"""What determines a router's training besides its data and its experts."""
+"""Settings of a training: what the result depends on besides data, model and start."""
 
 from __future__ import annotations
 
@@ -207,13 +207,13 @@ def require_steps(pace: Pace, jobs_per_batch: int) -> None:
 
 
 def require_memory(memory_bytes: Any) -> None:
-    """TrainingError for what is no number of bytes, nor None."""
+    """Raises TrainingError for a value that is neither a number of bytes nor None."""
     if memory_bytes is not None and not is_whole(memory_bytes, 1):
         raise TrainingError(f"memory_bytes is {memory_bytes!r}; it must be None or a whole number of at least 1")
 
 
 def require_texts(what: str, names: Iterable[Any]) -> None:
-    """TrainingError for names that are no texts."""
+    """Raises TrainingError for names that are not texts."""
     if strange := [name for name in names if not isinstance(name, str)]:
         raise TrainingError(f"{what} {strange[0]!r} has no text for a name: name it by one")
 
@@ -234,7 +234,7 @@ class ExpertSettings(TrainingSettings):
 
     `loss(output, columns)` is the mean loss of a pass, instead of the base's own: `columns` are those of its rows, stacked,
     with the names of their tasks in "task". A checkpoint knows it by its name, its code and what it is bound to
-    (`loss_identity`): with another one the training begins anew.
+    (`loss_identity`): with another loss, training starts from the beginning.
     """
 
     callbacks: Sequence[Any] = ()

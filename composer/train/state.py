@@ -64,7 +64,7 @@ class KeptState:
         recent: Sequence[Tensor],
         report: TrainingReport,
     ) -> None:
-        """Visible only when whole. A full disk is said and does not end the training."""
+        """Visible only when complete. A full disk is logged and does not end the training."""
         if self.folder is None:
             return
         tensors = TrainingState.of(step, parameters, optimizer).tensors
@@ -100,7 +100,7 @@ def save_adapter(folder: Path, key: str, adapter: Adapter) -> None:
 
 
 def load_adapter(folder: Path, key: str) -> Adapter | None:
-    """The finished adapter of that key, or None; a damaged folder counts as none and is said."""
+    """The finished adapter of that key, or None; a damaged folder is logged and counts as none."""
     path = folder / FINISHED / key
     if not path.is_dir():
         return None
@@ -120,7 +120,7 @@ def save_finished(folder: Path, key: str, tensors: Mapping[str, Tensor], report:
 
 
 def load_finished(folder: Path, key: str) -> tuple[dict[str, Tensor], JobReport] | None:
-    """What `save_finished` kept below that key, or None; a damaged file counts as none and is said."""
+    """What `save_finished` kept below that key, or None; a damaged file is logged and counts as none."""
     state = load_state(folder, key, place=FINISHED)
     if state is None:
         return None
@@ -130,7 +130,7 @@ def load_finished(folder: Path, key: str) -> tuple[dict[str, Tensor], JobReport]
 
 @dataclass(frozen=True)
 class RunningState:
-    """The state of the jobs that run together; `keys` has for each job of a training a key of what its result depends on.
+    """The state of the jobs that run together; `keys` has a hash of what each job's result depends on.
 
     A state is that of this very training: other jobs, or another way to share batches (`sharing`), make other neighbours.
     """

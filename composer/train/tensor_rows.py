@@ -1,4 +1,4 @@
-"""Examples of expert models whose inputs are no token ids of one language model: rows of tensors, as the base takes them."""
+"""Rows of tensors, as a base takes them: examples of expert models that are not language models."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class TensorReader:
         self._first: tuple[str, dict[str, Tensor]] | None = None
 
     def read(self, dataset: Any, *, what: str = "dataset") -> list[TensorRow]:
-        """Raises InvalidTask for what is no such data, UnknownName for a task that there is not."""
+        """Raises InvalidTask for data of another form, UnknownName for an unknown task."""
         rows = [row for where, own, part in self._owners.parts(dataset, what) for row in self._rows(part, own, where)]
         if not rows:
             raise InvalidTask(f"{what} is empty: {FORMS}")
@@ -78,7 +78,7 @@ class TensorReader:
         if isinstance(source, str | bytes) or not (isinstance(source, Iterable) or hasattr(source, "__getitem__")):
             raise InvalidTask(f"{where} is {source!r:.80}, not rows: {FORMS}")
         if isinstance(source, DataLoader):
-            raise InvalidTask(f"{where} is a DataLoader, whose batches are no rows: give its dataset")
+            raise InvalidTask(f"{where} is a DataLoader, whose batches are not rows: give its dataset")
         if not _is_numbered(source):
             source = [row for _, row in located(source, of=where)]
         if not len(source):
@@ -186,8 +186,8 @@ def predicts_tokens(model: nn.Module) -> bool:
 
 
 def are_tensors(dataset: Any, model: nn.Module, loss: Loss | None) -> bool:
-    """Whether rows are read as tensors: for a loss of the caller's own, for what is no language model, and for a row that
-    has more than tokens, such as an image."""
+    """Whether rows are read as tensors: for a loss of the caller's own, for a model that is not a language
+    model, and for a row that has more than tokens, such as an image."""
     if loss is not None or not predicts_tokens(model):
         return True
     part: Any = next(iter(dataset.values()), None) if isinstance(dataset, Mapping) else dataset
@@ -215,7 +215,7 @@ def _columns(row: Any, task_key: str, where: str) -> dict[str, Tensor]:
             found[name] = torch.as_tensor(value)
         except (TypeError, ValueError, RuntimeError) as error:
             raise InvalidTask(
-                f"{where} has {value!r:.60} as {name!r}, of which no tensor can be made ({error}): {FORMS}. Images are made "
+                f"{where} has {value!r:.60} as {name!r}, which cannot become a tensor ({error}): {FORMS}. Images are made "
                 "tensors by the model's image processor"
             ) from error
     return found

@@ -20,7 +20,7 @@ from loraweave.errors import TrainingError
 
 logger = logging.getLogger(__name__)
 
-# the place in a checkpoint of what is not finished
+# the subfolder of a checkpoint for states of unfinished jobs
 RUNNING = "running"
 
 
@@ -56,7 +56,7 @@ class TrainingState:
 def checkpoint_folder(given: str | Path | None) -> Path | None:
     """The folder for the states of a training, made where there is none; None for None.
 
-    Raises TrainingError for what is no path, and for a folder that cannot be made or written in.
+    Raises TrainingError for a value that is not a path, and for a folder that cannot be made or written to.
     """
     if given is None:
         return None
@@ -76,7 +76,7 @@ def checkpoint_folder(given: str | Path | None) -> Path | None:
 
 
 def save_state(folder: Path, key: str, state: TrainingState, *, place: str = RUNNING) -> None:
-    """Writes the state under a temporary name, then renames. A full disk is said and does not end the training."""
+    """Writes the state under a temporary name, then renames. A full disk is logged and does not end the training."""
     path = folder / place / f"{key}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -87,7 +87,7 @@ def save_state(folder: Path, key: str, state: TrainingState, *, place: str = RUN
 
 
 def load_state(folder: Path, key: str, *, place: str = RUNNING) -> TrainingState | None:
-    """The last whole state, or None; a damaged file counts as none and is said."""
+    """The last whole state, or None; a damaged file is logged and counts as none."""
     path = folder / place / f"{key}.safetensors"
     if not path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""Experts that multiply a layer's weight elementwise, of which each row has one of its own."""
+"""Experts that multiply a layer's weight elementwise; each row has one of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Factors of rank 1 in two pools, of which each row gets its own few, paired by how good they are."""
+"""Factors of rank 1 in two pools, from which each row gets a few of its own, paired by score."""
 
 from __future__ import annotations
 

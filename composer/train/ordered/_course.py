@@ -51,7 +51,7 @@ class Course:
         return {} if self.start is None else self.start.layers
 
     def jobs(self, names: Sequence[str], start: Layers | None = None) -> LoraJobs:
-        """New factors for each name, or such as begin as `start`."""
+        """New factors for each name, or copies of `start`."""
         recipe, given = self.training.recipe, {} if start is None else dict.fromkeys(names, start)
         return LoraJobs(
             self.training.model, self.layers, names, rank=recipe.rank, alpha=recipe.alpha, seed=recipe.seed, start=given
@@ -130,6 +130,6 @@ def added(first: Layers, second: Layers) -> dict[str, Factors]:
 
 
 def require_within(name: str, value: Any, low: float, high: float) -> None:
-    """TrainingError for what is no number in [low, high]."""
+    """Raises TrainingError for a value that is not a number in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise TrainingError(f"{name} is {value!r}; it must be a number from {low:g} to {high:g}")

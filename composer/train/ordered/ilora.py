@@ -28,7 +28,7 @@ def ilora(course: Course, *, decay: float = 0.25, reservoir: int = 500, consiste
     hidden states of all layers at the real tokens of x', with the fast and with the slow adapter in the model.
 
     `decay` is in [0, 1]. The authors' code has 0.25, with which the slow adapter keeps a quarter of itself at each step and
-    is nearly the fast one; with 1 it is the mean over all steps. n goes on from task to task: counted anew, the slow
+    is nearly the fast one; with 1 it is the mean over all steps. n goes on from task to task: starting again at 1, the slow
     adapter would begin each task as the fast one.
     """
     require_within("decay", decay, 0.0, 1.0)

@@ -45,7 +45,7 @@ def test_the_folder_has_recipe_options_tasks_and_ranks(saved):
 def test_a_folder_that_holds_something_else_is_left_alone(make_model, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with lw.experts("mola", make_model("llama"), **OPTIONS) as made:
-        with pytest.raises(WeightingError, match="holds something that is no expert model"):
+        with pytest.raises(WeightingError, match="holds something that is not an expert model"):
             made.save_pretrained(tmp_path)
         assert (tmp_path / "thesis.txt").read_text() == "years of work"
         made.save_pretrained(tmp_path / "new")

@@ -213,7 +213,7 @@ def test_a_job_that_does_not_fit_alone_is_refused_before_the_first_step(tiny_lla
         ({"patience": 2}, TrainingError, "patience is 2, but nothing is held out"),
         ({"held_out": 1.0}, TrainingError, "held_out is 1.0; it must be a share"),
         ({"held_out": True}, TrainingError, "held_out is True"),
-        ({"held_out": {"uper": [("a", "A")]}}, UnknownName, "rows of 'uper', which is no task"),
+        ({"held_out": {"uper": [("a", "A")]}}, UnknownName, "rows of 'uper', which is not a task"),
         ({"held_out": {"upper": []}}, TrainingError, "no rows of task 'upper'"),
         ({"held_out": 0.5, "patience": 0}, TrainingError, "patience is 0"),
         ({"held_out": 0.5, "evaluate_every": 1.5}, TrainingError, "evaluate_every is 1.5"),

@@ -120,7 +120,7 @@ def test_a_start_that_does_not_fit_is_refused_before_the_first_step(tiny_llama, 
     rows = make_adapter(tiny_llama, "rows", targets=("q_proj",))
     words = {"model.embed_tokens": replace(next(iter(rows.layers.values())), kind="embedding", a_RI=torch.randn(3, 61))}
     cases = [
-        ({"uper": begin}, UnknownName, "'uper', which is no task; there are upper"),
+        ({"uper": begin}, UnknownName, "'uper', which is not a task; the tasks are upper"),
         ({"upper": replace(begin, fingerprint=fingerprint(other))}, BaseModelMismatch, "'begin' was made for another"),
         ({"upper": make_adapter(other, "small")}, LayerMismatch, "small"),
         ({"upper": gained}, AdapterUnsupported, "'gained': layer .* has gain_O"),

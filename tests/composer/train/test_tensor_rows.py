@@ -128,7 +128,7 @@ def test_each_task_of_an_image_has_a_loss_of_its_own_and_an_unfrozen_head_learns
     last = float(of_scenes(output, {**columns, "task": [row["task"] for row in scenes]}))
     # a step further than the last that the report has
     assert last == pytest.approx(report.losses[-1], rel=0.05)
-    with pytest.warns(UserWarning, match=r"'decode_head.classifier.weight' and .* 2 parameters in all, may have learned"):
+    with pytest.warns(UserWarning, match=r"'decode_head.classifier.weight' and .* 2 in all, may have learned"):
         made.save_pretrained(tmp_path / "saved")
 
 
@@ -291,7 +291,10 @@ def changed(images, place, **columns):
             lambda images: changed(images, 0, label=1),
             "row 1 of dataset has 'label', which ViTFor.* does not take; it takes pix",
         ),
-        (lambda images: changed(images, 2, labels="cat"), "row 3 of dataset has 'cat' as 'labels', of which no tensor"),
+        (
+            lambda images: changed(images, 2, labels="cat"),
+            "row 3 of dataset has 'cat' as 'labels', which cannot become a tensor",
+        ),
         (lambda images: changed(images, 1, pixel_values=torch.zeros(3, 8, 8, dtype=torch.uint8)), "of torch.uint8: let the"),
         (lambda images: changed(images, 0, pixel_values=torch.rand(1, 3, 8, 8)), r"\(1, 3, 8, 8\), a batch of one"),
         (
@@ -303,7 +306,10 @@ def changed(images, place, **columns):
             lambda images: changed(images, 1, labels=0.5),
             "'labels' of row 2 of dataset is of torch.float32, but of torch.int64",
         ),
-        (lambda images: torch.utils.data.DataLoader(images), "is a DataLoader, whose batches are no rows: give its dataset"),
+        (
+            lambda images: torch.utils.data.DataLoader(images),
+            "is a DataLoader, whose batches are not rows: give its dataset",
+        ),
         (lambda images: {"cats": []}, r"dataset\['cats'\] is empty"),
     ],
 )
