@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from rich.progress import Progress
 
-from loraweave.common.descent import Descent
+from loraweave.common.descent import Descent, descend
 from loraweave.composer.train.schedule import Pace
+from loraweave.errors import TrainingError
+
+BAR = Progress(disable=True)
 
 
 @pytest.mark.parametrize("length", [0.5, 3.0])
@@ -29,3 +33,40 @@ def test_steps_are_adamw_on_the_gradient_shortened_to_1_at_the_rates_of_the_pace
     found = torch.cat([parameter.detach().flatten() for parameter in parameters])
     # the norm is taken with 1e-6 added to it
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def learners_of(sizes):
+    """Parameters of 1 each, and their descents at the rate 0.1."""
+    parameters = {name: torch.ones(size, requires_grad=True) for name, size in sizes.items()}
+    return parameters, {name: Descent([own], lambda _: 0.1) for name, own in parameters.items()}
+
+
+def losses_of(parameters):
+    return lambda step: torch.stack([(own - step).square().sum() for own in parameters.values()])
+
+
+def test_learners_that_take_steps_together_end_at_the_bits_of_each_alone():
+    together, descents = learners_of({"a": 3, "b": 5})
+    descend(descents, losses_of(together), 4, BAR, title="")
+    for name, own in together.items():
+        alone, descent = learners_of({name: len(own)})
+        descend(descent, losses_of(alone), 4, BAR, title="")
+        assert torch.equal(own, alone[name])
+
+
+def test_steps_that_were_taken_before_are_left_out_and_each_other_one_is_told_after_it():
+    parameters, descents = learners_of({"a": 2})
+    taken = []
+    descend(descents, losses_of(parameters), 5, BAR, title="", first=3, after_step=taken.append)
+    assert taken == [3, 4]
+
+
+def test_a_loss_that_is_not_finite_ends_the_steps_with_its_learner_named_and_nothing_changed():
+    parameters, descents = learners_of({"a": 2, "job 'b'": 2})
+
+    def losses(step):
+        return losses_of(parameters)(step) * torch.tensor([1.0, float("nan")])
+
+    with pytest.raises(TrainingError, match="the loss of job 'b' is nan at step 1; lower lr"):
+        descend(descents, losses, 5, BAR, title="")
+    assert all(bool((own == 1).all()) for own in parameters.values())
