@@ -30,6 +30,7 @@ LoraweaveError
 │   └── BudgetExceeded (MemoryError)      experts, or a training, that need more bytes than they may
 ├── TrainingError (RuntimeError)          training that cannot start, go on or resume
 ├── PackageMissing (ImportError)          an optional package; the message has the install command
+├── PluginFailed (ImportError)            what another package registers and cannot be used
 └── UnknownName (LookupError)             no file of that name in a registry folder
 
 A leaf also inherits the built-in exception that a caller would guess. Errors are raised before anything has changed, and
@@ -159,6 +160,10 @@ class TrainingError(LoraweaveError, RuntimeError):
 
 class PackageMissing(LoraweaveError, ImportError):
     """An optional package that is not installed."""
+
+
+class PluginFailed(LoraweaveError, ImportError):
+    """Another package's entry point that cannot be used."""
 
 
 class UnknownName(LoraweaveError, LookupError):

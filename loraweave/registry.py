@@ -1,4 +1,8 @@
-"""A folder is a registry: `get("methods", "ties")` imports `composer/merge/methods/ties.py` and returns its `ties`."""
+"""A folder is a registry: `get("methods", "ties")` imports `composer/merge/methods/ties.py` and returns its `ties`.
+
+Other packages add a file of theirs by an entry point, `loraweave.methods` with `name = package.name` for a method; a name
+of ours stays ours. Nothing has to be listed anywhere else.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,12 @@ import importlib
 import pkgutil
 import sys
 from collections.abc import Iterable
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 from typing import Any
 
-from loraweave.errors import UnknownName
+from loraweave.errors import PluginFailed, UnknownName
 
 FOLDERS: dict[str, str | tuple[str, ...]] = {
     "methods": "loraweave.composer.merge.methods",
@@ -28,13 +34,45 @@ FOLDERS: dict[str, str | tuple[str, ...]] = {
 }
 
 
+# where a folder's entry points are called otherwise than the folder
+GROUPS = {"experts": "loraweave.recipes"}
+
+
 def names(folder: str) -> list[str]:
     """The sorted names that `get(folder, name)` accepts; only the folder is read, none of its files is imported."""
     return sorted(modules(folder))
 
 
 def modules(folder: str) -> dict[str, str]:
-    """{name: module} of a registry. Of two files of one name, the one of the package that is listed first."""
+    """{name: module} of a registry: our files, then what other packages register. Of one name the first counts."""
+    return {name: point.module for name, point in _plugins(folder, tuple(sys.path)).items()} | _files(folder)
+
+
+def get(folder: str, name: str) -> Any:
+    """The function `name` or the class `Name` of the file `name.py` in a registry folder, or of another package's.
+
+    Raises UnknownName, which names near misses, and PluginFailed for another package's file that cannot be used.
+    """
+    module = _loaded(folder, name)
+    if module is None:
+        # a folder takes a millisecond to list, and reading an adapter asks for every format
+        files = _files(folder)
+        if name not in files:
+            return _from_plugin(folder, name)
+        module = importlib.import_module(files[name])
+    return _entry(module, name)
+
+
+def _entry(module: ModuleType, name: str) -> Any:
+    camel = "".join(part.capitalize() for part in name.split("_"))
+    for attribute in (name, camel):
+        if hasattr(module, attribute):
+            return getattr(module, attribute)
+    raise UnknownName(f"{module.__name__} defines neither {name!r} nor {camel!r}")
+
+
+def _files(folder: str) -> dict[str, str]:
+    """{name: module} of our own files."""
     found: dict[str, str] = {}
     for package in _packages(folder):
         try:
@@ -47,22 +85,30 @@ def modules(folder: str) -> dict[str, str]:
     return found
 
 
-def get(folder: str, name: str) -> Any:
-    """The function `name` or the class `Name` of the file `name.py` in a registry folder."""
-    module = _loaded(folder, name)
-    if module is None:
-        # a folder takes a millisecond to list, and reading an adapter asks for every format
+@cache
+def _plugins(folder: str, path: tuple[str, ...]) -> dict[str, EntryPoint]:
+    """{name: entry point} of the packages on a path; nothing of them is imported."""
+    found: dict[str, EntryPoint] = {}
+    for point in entry_points(group=GROUPS.get(folder, f"loraweave.{folder}")):
+        found.setdefault(point.name, point)
+    return found
+
+
+def _from_plugin(folder: str, name: str) -> Any:
+    point = _plugins(folder, tuple(sys.path)).get(name)
+    what = folder.removesuffix("s")
+    if point is None:
         known = modules(folder)
-        if name not in known:
-            raise UnknownName(
-                f"no {folder.removesuffix('s')} {name!r}{nearest(name, known)}; there are {', '.join(sorted(known))}"
-            )
-        module = importlib.import_module(known[name])
-    camel = "".join(part.capitalize() for part in name.split("_"))
-    for attribute in (name, camel):
-        if hasattr(module, attribute):
-            return getattr(module, attribute)
-    raise UnknownName(f"{module.__name__} defines neither {name!r} nor {camel!r}")
+        raise UnknownName(f"no {what} {name!r}{nearest(name, known)}; there are {', '.join(sorted(known))}")
+    whose = f"{what} {name!r} of package {point.dist.name if point.dist else '?'!r} ({point.value})"
+    if point.module.rpartition(".")[2] != name:
+        # saved folders know a thing by the name of its file
+        raise PluginFailed(f"{whose} is registered by another name than its file has; give both the same")
+    try:
+        found = point.load()
+        return _entry(found, name) if isinstance(found, ModuleType) else found
+    except Exception as error:
+        raise PluginFailed(f"{whose} cannot be used: {type(error).__name__}: {error}") from error
 
 
 def _packages(folder: str) -> tuple[str, ...]:

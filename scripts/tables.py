@@ -21,6 +21,16 @@ assert {"linear", "svd", "ties"} <= set(lw.names("methods"))
 
 A folder is a registry: a file in it is an entry, its first line the description below. `scripts/tables.py` writes this page,
 and a test compares it with the folders.
+
+Another package adds a file of its own by an entry point, and is then named, checked and saved like ours:
+
+```toml
+[project.entry-points."loraweave.methods"]
+my_method = "my_package.my_method"
+```
+
+The groups are `loraweave.` with the names below, and `loraweave.recipes` for `experts`. A name is that of the file. Names of
+ours cannot be taken; a file that cannot be imported raises `PluginFailed` when it is asked for, and only then.
 """
 
 

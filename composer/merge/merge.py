@@ -14,7 +14,7 @@ from loraweave.common.display import tracked
 from loraweave.common.threads import side_by_side
 from loraweave.composer.merge.input import finite_weights, require_seed, require_sound
 from loraweave.composer.merge.interference import interference
-from loraweave.composer.merge.method_call import MethodCall, Update, layer_seeds
+from loraweave.composer.merge.method_call import Method, MethodCall, Update, layer_seeds
 from loraweave.composer.merge.statistics import Statistics
 from loraweave.composer.merge.updates import TruncatedUpdate
 from loraweave.errors import BaseModelMismatch, CompositionError, LayerMismatch, ScopeError, WeightingError
@@ -46,7 +46,7 @@ def merge(
     adapters: Sequence[Adapter],
     weights: Sequence[float] | None = None,
     *,
-    method: str = "linear",
+    method: str | Method = "linear",
     rank: int | None = None,
     name: str | None = None,
     seed: int = 0,
@@ -56,7 +56,8 @@ def merge(
     allow_licenses: bool = False,
     **options: Any,
 ) -> Adapter:
-    """The adapters combined by `method`, a name of `names("methods")`, with one finite weight each, of any sign.
+    """The adapters combined by `method`, a name of `names("methods")` or a function of the signature of one, with one finite
+    weight each, of any sign.
 
     Without weights all have equal shares, which sum to 1. Experts of weight zero are left out; the order of the rest does
     not matter. `rank` cuts every layer to at most that rank (the best approximation in the Frobenius norm); without it the
@@ -76,6 +77,7 @@ def merge(
     """
     given = _parents(adapters, weights, statistics)
     call = MethodCall(method, options)
+    method = call.method
     if call.takes("statistics") and statistics is None:
         raise WeightingError(
             f"method {method!r} weighs by data: pass statistics=[collect_statistics(model, tokenizer, adapter, texts), ...] "
@@ -83,7 +85,7 @@ def merge(
         )
     _check_rank(rank, given)
     require_seed(seed)
-    copied = len(given) == 1 and given[0].weight == 1.0 and method == "linear" and rank is None
+    copied = len(given) == 1 and given[0].weight == 1.0 and call.given == "linear" and rank is None
     cards = [(parent.adapter.name, parent.adapter.card) for parent in given]
     license = license_of_work(cards, allowed=allow_licenses or copied)
     kept_heads = merge_heads([(parent.adapter, parent.weight) for parent in given], heads)

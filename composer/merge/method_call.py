@@ -17,6 +17,8 @@ from loraweave.errors import CompositionError, LoraweaveError, UnknownName, Weig
 from loraweave.types import Factors
 
 Update = Factors | DenseUpdate | TruncatedUpdate
+# (experts, weights, *, options) -> the update of one layer, as the files of `methods` are
+Method = Callable[..., Update | None]
 
 # what a method may ask for beyond the experts and weights, and is no option of the user's
 SUPPLIED = ("seeds", "statistics", "survey", "rank")
@@ -24,18 +26,25 @@ SUPPLIED = ("seeds", "statistics", "survey", "rank")
 
 @dataclass(frozen=True, eq=False)
 class MethodCall:
-    """`method` with `options`.
+    """A method, by its name or as a function, with its options.
 
     Raises UnknownName, or WeightingError for an option that the method does not have or whose value is of another kind
-    than the method's signature says.
+    than the method's signature says, and for a function that takes no experts and weights.
     """
 
-    method: str
+    given: str | Method
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.method, str):
-            raise UnknownName(f"a method is given by its name, not as {self.method!r:.80}; names('methods') has them")
+        if not isinstance(self.given, str) and not inspect.isfunction(self.given):
+            raise UnknownName(
+                f"a method is given by its name or as a function, not as {self.given!r:.80}; names('methods') has the names"
+            )
+        if len([each for each in self._signature.values() if each.kind <= each.POSITIONAL_OR_KEYWORD]) < 2:
+            raise WeightingError(
+                f"method {self.method!r} takes ({', '.join(self._signature)}); a method takes experts and weights first, "
+                "and its options by name"
+            )
         if not isinstance(self.options, Mapping):
             raise WeightingError(
                 f"the options of method {self.method!r} are {self.options!r:.80}, and not a mapping of names to values; "
@@ -51,6 +60,11 @@ class MethodCall:
                 raise WeightingError(
                     f"method {self.method!r} got {option}={value!r:.80}; it takes {described(kinds[option])}"
                 )
+
+    @property
+    def method(self) -> str:
+        """The method's name: that of the function where one was given."""
+        return self.given if isinstance(self.given, str) else self.given.__name__
 
     @property
     def own_options(self) -> list[str]:
@@ -88,9 +102,14 @@ class MethodCall:
         extra = {name: value for name, value in supplied.items() if self.takes(name)}
         having = ", ".join(repr(name) for name, factors in experts.items() if factors is not None)
         try:
-            result: Update | None = self._function(list(experts.values()), weights, **self.options, **extra)
+            result = self._function(list(experts.values()), weights, **self.options, **extra)
         except LoraweaveError as error:
             raise type(error)(f"layer {layer!r} of {having}: {error}") from error
+        if not isinstance(result, Update | None):
+            raise CompositionError(
+                f"method {self.method!r} gave a {type(result).__name__} for layer {layer!r}; a method gives Factors, a "
+                "DenseUpdate or a TruncatedUpdate, or None for a layer that it leaves alone"
+            )
         if result is not None and not holds(result):
             raise CompositionError(
                 f"method {self.method!r} gave values that are NaN or infinite for layer {layer!r} of {having}; the weights "
@@ -100,7 +119,7 @@ class MethodCall:
 
     @cached_property
     def _function(self) -> Any:
-        return registry.get("methods", self.method)
+        return registry.get("methods", self.given) if isinstance(self.given, str) else self.given
 
     @property
     def _module(self) -> Any:
@@ -112,8 +131,12 @@ class MethodCall:
         return {name: value for name, value in self.options.items() if name in known}
 
     @cached_property
+    def _signature(self) -> Mapping[str, inspect.Parameter]:
+        return inspect.signature(self._function).parameters
+
+    @property
     def _parameters(self) -> list[str]:
-        return list(inspect.signature(self._function).parameters)[2:]
+        return list(self._signature)[2:]
 
 
 def layer_seeds(seed: int, hashes: Sequence[str], layer: str) -> list[int]:

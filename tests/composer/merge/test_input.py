@@ -152,9 +152,9 @@ def test_a_value_of_another_kind_is_named_with_what_the_option_takes(
         merged(method, [adapter("a", 0), adapter("b", 1)], [1.0, 1.0], **options)
 
 
-@pytest.mark.parametrize("method", [None, 5, [], merge])
+@pytest.mark.parametrize("method", [None, 5, [], WeightingError])
 def test_a_method_that_is_no_name_is_refused(method: Any) -> None:
-    with pytest.raises(UnknownName, match="a method is given by its name"):
+    with pytest.raises(UnknownName, match="a method is given by its name or as a function"):
         merge([adapter("a", 0)], [1.0], method=method)
 
 
@@ -172,7 +172,7 @@ def test_statistics_that_are_none_are_refused(statistics: Any) -> None:
         (None, {"seed": "x"}, "seed='x' is no whole number"),
         (None, {"method": "ties", "density": "a"}, "it takes a finite number"),
         (None, {"method": "knots", "inner_options": None}, "it takes a mapping"),
-        (None, {"method": None}, "a method is given by its name"),
+        (None, {"method": None}, "a method is given by its name or as a function"),
     ],
 )
 def test_fused_refuses_the_same_and_leaves_the_model_as_it_was(
