@@ -7,28 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 import loraweave as lw
-from loraweave._inputs import read_pool
 from loraweave.cli import app
-from loraweave.cli_hub import hub as hub_app
+from loraweave.cli._inputs import read_pool
 from loraweave.types import Factors
 
 COMMANDS = ["compose", "demo", "eval", "explain", "export", "merge", "train"]
-HUB_COMMANDS = [
-    "add",
-    "add-tree",
-    "gc",
-    "list",
-    "quarantine",
-    "release",
-    "remove",
-    "search",
-    "show",
-    "train-encoder",
-    "verify",
-]
+HUB_COMMANDS = ["add", "add-tree", "bind", "gc", "history", "list", "prune", "quarantine", "release", "remove", "rollback"]
+HUB_COMMANDS += ["search", "show", "train-encoder", "verify"]
 LAYERS = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj")
 PAIRS = [("a", "b"), ("c", "d"), ("e", "f")]
 SETTINGS = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -116,9 +105,9 @@ def test_every_command_teaches_by_an_example(words):
 
 
 def test_the_commands_tested_here_are_all_there_are():
-    named = {command.name or command.callback.__name__ for command in app.registered_commands}
-    hub_named = {command.name or command.callback.__name__ for command in hub_app.registered_commands}
-    assert (named, hub_named) == (set(COMMANDS), set(HUB_COMMANDS))
+    root = typer.main.get_command(app)
+    assert set(root.commands) == {*COMMANDS, "hub"}
+    assert set(root.commands["hub"].commands) == set(HUB_COMMANDS)
 
 
 def test_the_version_is_the_packages(here):

@@ -7,8 +7,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 import loraweave as lw
-from loraweave import cli_versions
 from loraweave.cli import app
+from loraweave.cli import versions as cli_versions
 from loraweave.hub.base import fingerprint
 from loraweave.types import Factors
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave._inputs import read_rows as read_file
+from loraweave.cli._inputs import read_rows as read_file
 from loraweave.composer.compose.report import Report
 from loraweave.composer.ensembles.ensemble import answers
 from loraweave.errors import InvalidTask

@@ -7,6 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 import loraweave.cli
+from loraweave.cli import compositions
 from loraweave.composer.compose.composition import Composition
 from loraweave.composer.compose.report import Report
 from loraweave.composer.composer import Composer
@@ -54,7 +55,7 @@ def test_composition_that_is_the_base_has_nothing_to_export(composed, tmp_path):
 
 def test_command_exports_a_stored_composition(composed, tmp_path, monkeypatch):
     composed.save_pretrained(tmp_path / "c")
-    monkeypatch.setattr(loraweave.cli, "load_model", lambda base: (composed.model, composed.tokenizer))
+    monkeypatch.setattr(compositions, "load_model", lambda base: (composed.model, composed.tokenizer))
     words = ["export", str(tmp_path / "c"), "--target", "vllm", "--out", str(tmp_path / "p")]
     done = CliRunner().invoke(loraweave.cli.app, words)
     assert done.exit_code == 0, done.stderr

@@ -1,33 +1,21 @@
-"""`loraweave hub`: adapters on disk, under names. None of these commands but add, search and verify needs torch."""
+"""`loraweave hub`: adapters on disk, under names. Only add, add-tree, search, verify and train-encoder need torch."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from loraweave._inputs import open_hub
-from loraweave._printing import note, plain, print_json, print_rows, record_row
+from loraweave.cli._flags import DEFAULT_HUB, AnomaliesOption, BlobsOption, HubOption, JsonOption, ManyTagsOption, SeedOption
+from loraweave.cli._inputs import open_hub
+from loraweave.cli._printing import note, plain, print_json, print_rows, record_row
+from loraweave.cli.versions import versions
 from loraweave.common.rows import located, read_row
 from loraweave.errors import HubCorrupt
 
-HubOption = Annotated[
-    str, typer.Option("--hub", envvar="LORAWEAVE_HUB", metavar="PLACE", help="The hub: a folder, or postgresql://...")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
-AnomaliesOption = Annotated[
-    str, typer.Option(metavar="POLICY", help="What looks wrong about an adapter: off, report, quarantine or refuse.")
-]
-AllowLicensesOption = Annotated[
-    bool, typer.Option("--allow-licenses", help="Also where licenses are known to exclude each other, or derived works.")
-]
-BlobsOption = Annotated[
-    str | None,
-    typer.Option(envvar="LORAWEAVE_BLOBS", metavar="PLACE", help="Where a new hub keeps its files: a folder, or s3://..."),
-]
-DEFAULT_HUB = "adapters"
 # what `show` prints of one field
 MAX_CELL = 400
 
@@ -50,7 +38,7 @@ def add(
             help='Sample inputs, {"input": ..., "target": ...} a line; searched too.',
         ),
     ] = None,
-    tag: Annotated[list[str] | None, typer.Option(help="A tag; may be given several times.")] = None,
+    tag: ManyTagsOption = None,
     license: Annotated[str | None, typer.Option(help="SPDX expression, for instance Apache-2.0.")] = None,
     language: Annotated[list[str] | None, typer.Option(help="A language code; may be given several times.")] = None,
     replace: Annotated[
@@ -97,6 +85,46 @@ def add(
                 note(f"{record.name!r} is in quarantine; `loraweave hub release` takes it out")
     if as_json:
         print_json([record_row(record) for record in stored])
+
+
+@hub.command("add-tree", epilog="Example: loraweave hub add-tree examples/pool --tag pool --report added.json")
+def add_tree(
+    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Searched with all folders below it.")],
+    prefix: Annotated[str, typer.Option(help="What names begin with; the path below FOLDER follows.")] = "",
+    tag: ManyTagsOption = None,
+    license: Annotated[str | None, typer.Option(help="SPDX id, for those whose card has none.")] = None,
+    anomalies: AnomaliesOption = "report",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only find and name them.")] = False,
+    report: Annotated[Path | None, typer.Option(metavar="JSON", dir_okay=False, help="Write the report here too.")] = None,
+    hub: HubOption = DEFAULT_HUB,
+    blobs: BlobsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Store every adapter below a folder; run again, it goes on, and reads only what was changed."""
+    import loraweave as lw
+    from loraweave.hub.intake.add_tree import add_tree
+
+    with lw.Hub(hub, blobs=blobs) as opened:
+        found = add_tree(
+            opened,
+            folder,
+            prefix=prefix,
+            tags=tag or (),
+            license=license,
+            anomalies=anomalies,
+            dry_run=dry_run,
+            progress=sys.stderr.isatty(),
+        )
+    if report is not None:
+        report.write_text(json.dumps(plain(found.to_json()), indent=1) + "\n", encoding="utf-8")
+    if as_json:
+        print_json(found.to_json())
+        return
+    # what is there already is no news
+    rows = [(entry.path, entry.state, entry.name, entry.why) for entry in found.entries if entry.state != "present"]
+    if rows:
+        print_rows(("path", "state", "name", "why"), rows)
+    note(", ".join(f"{count} {state}" for state, count in found.counts().items()))
 
 
 @hub.command("list", epilog="Example: loraweave hub list --tag pool --json")
@@ -215,6 +243,34 @@ def gc(hub: HubOption = DEFAULT_HUB, as_json: JsonOption = False) -> None:
         print_json({"freed_bytes": freed_bytes})
     else:
         note(f"freed {_kilobytes(freed_bytes)} kB")
+
+
+@hub.command("train-encoder", epilog="Example: loraweave hub train-encoder encoder --steps 60 --checkpoint encoder-state")
+def train_encoder(
+    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the encoder goes; hub search --encoder takes it.")],
+    steps: Annotated[int, typer.Option(min=1, help="Steps of training.")] = 60,
+    lr: Annotated[float, typer.Option(help="The learning rate at its highest.")] = 2e-5,
+    seed: SeedOption = 0,
+    checkpoint: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Keeps the state here; the same command goes on from it.")
+    ] = None,
+    hub: HubOption = DEFAULT_HUB,
+    as_json: JsonOption = False,
+) -> None:
+    """Fine-tune the search's encoder on the sample inputs of the hub's adapters."""
+    import loraweave as lw
+
+    with open_hub(hub) as opened:
+        trained = lw.train_encoder(
+            opened, out, steps=steps, lr=lr, seed=seed, checkpoint=checkpoint, progress=sys.stderr.isatty()
+        )
+    tasks = json.loads((out / "encoder.json").read_text(encoding="utf-8"))["tasks"]
+    if as_json:
+        print_json({"out": out, "id": trained.id, "tasks": tasks})
+    note(f"saved the encoder to {out}; it learned from the inputs of {len(tasks)} adapters")
+
+
+hub.add_typer(versions)
 
 
 def _samples(path: Path) -> list[str] | list[tuple[str, str]]:

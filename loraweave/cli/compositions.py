@@ -1,19 +1,28 @@
-"""The command line. Thin: every command calls the public API, and imports what is heavy only when it runs."""
+"""`loraweave compose`, `eval`, `explain` and `export`: a composition is made, scored, looked at and handed on."""
 
 from __future__ import annotations
 
-import io
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loraweave import __version__
-from loraweave._application import INTERRUPTED, Application, one_line, quiet_libraries
-from loraweave._inputs import (
+from loraweave.cli._application import one_line
+from loraweave.cli._flags import (
+    DEFAULT_HUB,
+    AllowLicensesOption,
+    BaseOption,
+    ExactRankOption,
+    HubOption,
+    InstructionOption,
+    JsonOption,
+    LabelsOption,
+    OptionOption,
+    SeedOption,
+)
+from loraweave.cli._inputs import (
     ADAPTER_FILE,
     COMPOSITION_FILE,
     is_given,
@@ -27,103 +36,16 @@ from loraweave._inputs import (
     recorded_base,
     require_free,
 )
-from loraweave._printing import note, print_json, print_rows, print_table, progress_to_stderr
-from loraweave.cli_encoder import ENCODER_EXAMPLE, train_encoder
-from loraweave.cli_explain import EXPLAIN_EXAMPLE, explain
-from loraweave.cli_hub import DEFAULT_HUB, AllowLicensesOption, HubOption, JsonOption, hub
-from loraweave.cli_merge import MERGE_EXAMPLE, merge
-from loraweave.cli_quarantine import QUARANTINE_EXAMPLE, RELEASE_EXAMPLE, quarantine, release
-from loraweave.cli_tree import TREE_EXAMPLE, add_tree
-from loraweave.cli_versions import versions
+from loraweave.cli._printing import note, print_json, print_rows, print_table
 
 if TYPE_CHECKING:
     import loraweave as lw
 
-BaseOption = Annotated[
-    str | None, typer.Option("--base", metavar="MODEL", help="Base model: a folder or hub id; the embedded one by default.")
-]
-OptionOption = Annotated[
-    list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="A setting of the method; may be repeated.")
-]
-InstructionOption = Annotated[str | None, typer.Option(help="What the task asks for; from the rows when they agree on one.")]
-LabelsOption = Annotated[str | None, typer.Option(metavar="A,B", help="The only possible answers, separated by commas.")]
-SeedOption = Annotated[int, typer.Option(min=0, help="The same seed gives the same result.")]
-NUM_SAMPLES = 20
-
-app = typer.Typer(
-    cls=Application,
-    help="Find stored LoRA adapters, weigh them, and compose them into new skills.",
-    epilog="Start with: loraweave demo",
-    rich_markup_mode=None,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-hub.command("add-tree", epilog=TREE_EXAMPLE)(add_tree)
-hub.command(epilog=QUARANTINE_EXAMPLE)(quarantine)
-hub.command(epilog=RELEASE_EXAMPLE)(release)
-hub.command("train-encoder", epilog=ENCODER_EXAMPLE)(train_encoder)
-hub.add_typer(versions)
-app.add_typer(hub, name="hub")
-app.command(epilog=MERGE_EXAMPLE)(merge)
-app.command(epilog=EXPLAIN_EXAMPLE)(explain)
+composing = typer.Typer(rich_markup_mode=None)
+PLOTS = (".png", ".svg", ".pdf")
 
 
-def main() -> None:
-    """The entry point of the command `loraweave`."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # a name that the terminal's encoding lacks must not end the command
-        sys.stdout.reconfigure(errors="replace")
-    if "--debug" not in sys.argv:
-        quiet_libraries()
-    try:
-        app(prog_name="loraweave")
-    except KeyboardInterrupt:
-        # outside of a command, for instance while modules are loaded
-        typer.echo("interrupted", err=True)
-        sys.exit(INTERRUPTED)
-
-
-def _version(asked: bool) -> None:
-    if asked:
-        typer.echo(f"loraweave {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
-    ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; works after any command.")] = False,
-) -> None:
-    progress_to_stderr()
-
-
-@app.command(epilog="Example: loraweave demo --task plural_upper --budget 20")
-def demo(
-    task: Annotated[str, typer.Option(help="A task that no adapter of the pool was trained for.")] = "pick_verb_5",
-    pool: Annotated[
-        Path | None,
-        typer.Option(exists=True, file_okay=False, help="A folder of adapter folders; examples/pool by default."),
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(exists=True, file_okay=False, help="A folder of tasks with MANIFEST.json; examples/data by default."),
-    ] = None,
-    k: Annotated[int, typer.Option(min=1, help="How many adapters to choose from.")] = 20,
-    budget: Annotated[int, typer.Option(min=1, help="How many mixtures the search tries.")] = 40,
-    seed: SeedOption = 0,
-    num_test: Annotated[int, typer.Option(min=1, help="How many test inputs to answer.")] = 50,
-    as_json: JsonOption = False,
-) -> None:
-    """Compose stored adapters for a task nobody trained, and compare with the base model."""
-    from loraweave.demo import run
-
-    run(pool=pool, data=data, task=task, k=k, budget=budget, seed=seed, num_test=num_test, as_json=as_json)
-
-
-@app.command(
+@composing.command(
     epilog="Example: loraweave compose --pool examples/pool --examples examples/data/unseen/pick_color_5.jsonl "
     "--num-examples 5 --out composed"
 )
@@ -226,7 +148,7 @@ def _print_weights(composed: lw.Composition) -> None:
     print_rows(("adapter", heading), [(name, weights[name]) for name in by_size])
 
 
-@app.command("eval", epilog="Example: loraweave eval composed examples/data/unseen/pick_color_5.jsonl --json")
+@composing.command("eval", epilog="Example: loraweave eval composed examples/data/unseen/pick_color_5.jsonl --json")
 def evaluate(
     folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A composition's or an adapter's folder.")],
     rows: Annotated[
@@ -263,85 +185,64 @@ def evaluate(
     )
 
 
-@app.command(epilog="Example: loraweave train antonym.jsonl plural.jsonl --out trained --rank 8 --steps 60")
-def train(
-    files: Annotated[
-        list[Path], typer.Argument(metavar="JSONL|CSV", exists=True, dir_okay=False, help="One file, one task, one adapter.")
-    ],
-    out: Annotated[Path, typer.Option(metavar="FOLDER", file_okay=False, help="Gets a PEFT folder for each file.")],
-    base: BaseOption = None,
-    instruction: Annotated[
-        list[str] | None, typer.Option(help="What a task asks for: once for each file, in order; from the rows by default.")
+def _evaluate_adapter(adapter: Any, base: str | None, task: Any, pairs: Any) -> dict[str, Any]:
+    import loraweave as lw
+    from loraweave.composer.model.scoring import evaluate
+
+    model, tokenizer = load_model(base or adapter.base_model or None)
+    with lw.Composer(model, [adapter]).activate({adapter.name: 1.0}):
+        score = evaluate(model, tokenizer, task, pairs)
+    return {"value": score.value, "low": score.low, "high": score.high, "loss": score.loss, "count": score.count}
+
+
+@composing.command(epilog='Example: loraweave explain composed "The king is old." --plot weights.png')
+def explain(
+    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A composition's folder.")],
+    text: Annotated[str, typer.Argument(help="An input of its task.")],
+    base: Annotated[
+        str | None,
+        typer.Option("--base", metavar="MODEL", help="Base model; the one that the composition names by default."),
     ] = None,
-    split: Annotated[str, typer.Option(help='Of rows with a field "split", those of this one.')] = "train",
-    rank: Annotated[int, typer.Option(min=1, help="The adapters' rank.")] = 8,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps for each adapter.")] = 60,
-    lr: Annotated[float, typer.Option(min=0.0, help="The highest learning rate.")] = 3e-3,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows of each task in a step.")] = 8,
-    jobs: Annotated[int, typer.Option(min=1, help="How many adapters are trained at once, at most.")] = 4,
-    held_out: Annotated[
-        float | None, typer.Option(help="Share of the rows that is not trained on but tells which factors are the best.")
+    max_new_tokens: Annotated[int, typer.Option(min=0, help="Explain so many tokens of the answer too.")] = 0,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the weights by layer and token: .png, .svg or .pdf.")
     ] = None,
-    patience: Annotated[
-        int | None,
-        typer.Option(min=1, help="Stop after so many evaluations, 10 steps apart, without a lower held-out loss."),
-    ] = None,
-    seed: SeedOption = 0,
-    samples: Annotated[int, typer.Option(min=0, help="Sample inputs kept in each card, which searches read.")] = NUM_SAMPLES,
-    checkpoint: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", file_okay=False, help="Where work is kept; OUT/.checkpoint by default.")
+    page: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write all weights as a page for a browser: .html.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train an adapter for each file. After an interruption the same command goes on where it stopped."""
-    names = [path.stem for path in files]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise typer.BadParameter(f"two files would make the adapter {twice[0]!r}; rename one")
-    if instruction and len(instruction) != len(files):
-        raise typer.BadParameter(f"--instruction is given {len(instruction)} times for {len(files)} files; once for each")
-    for name in names:
-        require_free(out / name, ADAPTER_FILE)
-    read = {path.stem: read_rows(path, split=split) for path in files}
+    """Show how much each adapter of a composition counts for the tokens of an input, layer by layer."""
+    if plot is not None and plot.suffix.lower() not in PLOTS:
+        raise typer.BadParameter(f"--plot takes a file that ends in {', '.join(PLOTS)}, not {plot.name!r}")
+    if page is not None and page.suffix.lower() != ".html":
+        raise typer.BadParameter(f"--page takes a file that ends in .html, not {page.name!r}")
     import loraweave as lw
 
-    asked = instruction or [rows.instruction for rows in read.values()]
-    tasks = {
-        name: lw.Task(rows.examples(), instruction=text) for (name, rows), text in zip(read.items(), asked, strict=True)
-    }
-    model, tokenizer = load_model(base)
-    trained = lw.train_adapters(
-        model,
-        tokenizer,
-        tasks,
-        rank=rank,
-        steps=steps,
-        jobs_per_batch=jobs,
-        seed=seed,
-        lr=lr,
-        batch_size=batch_size,
-        held_out=held_out,
-        patience=patience,
-        checkpoint=checkpoint or out / ".checkpoint",
-        progress=sys.stderr.isatty(),
-    )
-    results = []
-    for name, adapter in trained.items():
-        inputs = [text for text, _ in tasks[name].examples][:samples]
-        card = {**adapter.card, "description": tasks[name].instruction, "examples": inputs}
-        folder = replace(adapter, card=card).save_pretrained(out / name)
-        results.append({"name": name, "rows": len(tasks[name].examples), "rank": adapter.rank, "out": str(folder)})
+    recorded = recorded_base(folder)
+    model, tokenizer = load_model(base or recorded)
+    composed = lw.Composition.from_pretrained(folder, model, tokenizer)
+    explanation = composed.explain(text, max_new_tokens=max_new_tokens)
+    if plot is not None:
+        explanation.plot(plot)
+    if page is not None:
+        explanation.page(page)
     if as_json:
-        print_json(results)
-    else:
-        print_rows(("name", "rows", "rank", "folder"), [tuple(result.values()) for result in results])
+        print_json({**explanation.to_json(), "plot": plot, "page": page})
+        return
+    print_table(explanation.table())
+    if plot is not None:
+        note(f"drew {plot}")
+    if page is not None:
+        note(f"wrote {page}")
 
 
-@app.command(epilog="Example: loraweave export composed --target vllm --max-rank 16 --out composed-vllm")
+@composing.command(epilog="Example: loraweave export composed --target vllm --max-rank 16 --out composed-vllm")
 def export(
     folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A composition's or an adapter's folder.")],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the PEFT folder goes.")],
     target: Annotated[str, typer.Option(help="What will read it: peft or vllm.")] = "peft",
-    max_rank: Annotated[int | None, typer.Option(min=1, help="Cut every layer to this rank; exact by default.")] = None,
+    max_rank: ExactRankOption = None,
     base: BaseOption = None,
     allow_licenses: AllowLicensesOption = False,
     as_json: JsonOption = False,
@@ -365,13 +266,3 @@ def export(
         return
     for line in str(report).splitlines():
         typer.echo(one_line(line))
-
-
-def _evaluate_adapter(adapter: Any, base: str | None, task: Any, pairs: Any) -> dict[str, Any]:
-    import loraweave as lw
-    from loraweave.composer.model.scoring import evaluate
-
-    model, tokenizer = load_model(base or adapter.base_model or None)
-    with lw.Composer(model, [adapter]).activate({adapter.name: 1.0}):
-        score = evaluate(model, tokenizer, task, pairs)
-    return {"value": score.value, "low": score.low, "high": score.high, "loss": score.loss, "count": score.count}

@@ -1,4 +1,4 @@
-"""`loraweave hub history`, `rollback`, `prune` and `bind`: the versions of an adapter, and the base model it belongs to."""
+"""`loraweave hub history`, `rollback`, `prune`, `bind`, `quarantine` and `release`: what becomes of a stored adapter."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from loraweave._inputs import load_model, open_hub
-from loraweave._printing import note, print_json, print_rows, record_row
-from loraweave.cli_hub import DEFAULT_HUB, HubOption, JsonOption
+from loraweave.cli._flags import DEFAULT_HUB, BaseOption, HubOption, JsonOption
+from loraweave.cli._inputs import load_model, open_hub
+from loraweave.cli._printing import note, print_json, print_rows, record_row
 
 versions = typer.Typer(rich_markup_mode=None)
 
@@ -64,10 +64,7 @@ def prune(
 @versions.command(epilog="Example: loraweave hub bind antonym --base path/to/model")
 def bind(
     names: Annotated[list[str], typer.Argument(metavar="NAME", help="Adapters of the hub.")],
-    base: Annotated[
-        str | None,
-        typer.Option("--base", metavar="MODEL", help="Base model: a folder or hub id; the embedded one by default."),
-    ] = None,
+    base: BaseOption = None,
     hub: HubOption = DEFAULT_HUB,
     as_json: JsonOption = False,
 ) -> None:
@@ -83,3 +80,38 @@ def bind(
         return
     for record in records:
         note(f"{record.name!r} fits {record.base_model!r}, whose fingerprint it has now")
+
+
+@versions.command(epilog="Example: loraweave hub quarantine antonym")
+def quarantine(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Adapters of the hub.")] = None,
+    hub: HubOption = DEFAULT_HUB,
+    as_json: JsonOption = False,
+) -> None:
+    """Put adapters aside, so that nothing finds or reads them; without a name, list those that are."""
+    with open_hub(hub) as opened:
+        # all or none: a misspelt name is told before anything changes
+        for name in names or ():
+            opened.record(name)
+        for name in names or ():
+            opened.quarantine(name)
+            note(f"{name!r} is in quarantine; `loraweave hub release` takes it back")
+        held = opened.records(quarantined=True)
+    if as_json:
+        print_json([record_row(record) for record in held])
+    elif not names:
+        print_rows(("name", "what was found"), [(r.name, "; ".join(a.detail for a in r.anomalies)) for r in held])
+
+
+@versions.command(epilog="Example: loraweave hub release antonym")
+def release(
+    names: Annotated[list[str], typer.Argument(metavar="NAME", help="Adapters in quarantine.")],
+    hub: HubOption = DEFAULT_HUB,
+) -> None:
+    """Take adapters out of quarantine."""
+    with open_hub(hub) as opened:
+        for name in names:
+            opened.record(name)
+        for name in names:
+            opened.release(name)
+            note(f"released {name!r}")

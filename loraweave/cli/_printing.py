@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from loraweave._application import one_line
+from loraweave.cli._application import one_line
 from loraweave.types import Record
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from loraweave._printing import note
+from loraweave.cli._printing import note
 from loraweave.common.rows import Row, located, read_row
 from loraweave.errors import AdapterExists, AdapterNotFound, HubError, InvalidTask, WeightingError
 from loraweave.types import shared_instruction

@@ -8,9 +8,17 @@ from typing import Annotated
 
 import typer
 
-from loraweave._inputs import ADAPTER_FILE, read_adapter, read_options, read_weights, require_free
-from loraweave._printing import note, print_json, print_rows, print_table
-from loraweave.cli_hub import DEFAULT_HUB, AllowLicensesOption, HubOption, JsonOption
+from loraweave.cli._flags import (
+    DEFAULT_HUB,
+    AllowLicensesOption,
+    ExactRankOption,
+    HubOption,
+    JsonOption,
+    OptionOption,
+    SeedOption,
+)
+from loraweave.cli._inputs import ADAPTER_FILE, read_adapter, read_options, read_weights, require_free
+from loraweave.cli._printing import note, print_json, print_rows, print_table
 
 MERGE_EXAMPLE = "Example: loraweave merge trained/antonym trained/plural --weights 0.7,-0.4 --rank 8 --out merged"
 # arguments of lw.merge that are flags here, or cannot be given as text
@@ -43,10 +51,8 @@ def merge(
         bool,
         typer.Option("--list-methods", callback=show_methods, is_eager=True, help="Show all methods and options."),
     ] = False,
-    option: Annotated[
-        list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="A setting of the method; may be repeated.")
-    ] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="Cut every layer to this rank; exact by default.")] = None,
+    option: OptionOption = None,
+    rank: ExactRankOption = None,
     heads: Annotated[
         str, typer.Option(help="What becomes of trained heads: error, first (the first adapter's) or average.")
     ] = "error",
@@ -54,7 +60,7 @@ def merge(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw each adapter's share of every layer: .png, .svg or .pdf.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same result.")] = 0,
+    seed: SeedOption = 0,
     force: Annotated[bool, typer.Option("--force", help="Write over the adapter that --out holds.")] = False,
     allow_licenses: AllowLicensesOption = False,
     hub: HubOption = DEFAULT_HUB,
