@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 
 from loraweave import registry
 from loraweave.common.checks import is_whole, require_whole
+from loraweave.common.options import described, options_of, require_known
 from loraweave.common.rows import GivenRows, read_inputs
 from loraweave.composer.compose.loss import Penalty
 from loraweave.composer.compose.user_loss import Examples
@@ -261,10 +261,7 @@ def check_router(method: str | Router, options: Mapping[str, Any], unused: Mappi
             f"a router {name!r} that was made already is for its own experts: pass the pool that it was made for, as in "
             "hub.pool(router.experts), and not a hub"
         )
-    for option in options:
-        if option not in known:
-            has = ", ".join(known) or "no options"
-            raise WeightingError(f"method {name!r} has no option {option!r}{nearest(option, known)}; it has {has}")
+    require_known(f"method {name!r}", options, known)
     if "steps" in options:
         require_whole(f"steps of method {name!r}", options["steps"], 1, WeightingError)
     for argument, value in unused.items():
@@ -320,29 +317,26 @@ def solver_class(method: str) -> type[Solver]:
     return found
 
 
-def own_options(found: type[Solver]) -> list[str]:
-    """The names of the options that a user may set, `start` among them where the solver has one."""
-    parameters = list(inspect.signature(found).parameters)
-    return [name for name in parameters if name not in (*_LIMITS, *SUPPLIED)]
+def own_options(found: type[Solver]) -> dict[str, Any]:
+    """{name: kind} of the options that a user may set, `start` among them where the solver has one."""
+    return options_of(found, beside=(*_LIMITS, *SUPPLIED))
 
 
 def takes(found: type[Solver], name: str) -> bool:
     """Whether the solver's __init__ has an argument of that name."""
-    return name in inspect.signature(found).parameters
+    return name in options_of(found)
 
 
 def check_options(method: str, options: Mapping[str, Any], seed: int, *, from_hub: bool) -> None:
     """Raises WeightingError or UnknownName for options that the method does not have and values that it cannot use."""
-    known = [] if method in OTHER_WAYS else own_options(solver_class(method))
+    kinds = {} if method in OTHER_WAYS else own_options(solver_class(method))
+    require_known(f"method {method!r}", options, kinds)
     for name, value in options.items():
-        if name not in known:
-            hint = registry.nearest(name, known)
-            has = ", ".join(known) if known else "no options"
-            raise WeightingError(f"method {method!r} has no option {name!r}{hint}; it has {has}")
-        wanted = str(inspect.signature(solver_class(method)).parameters[name].annotation)
         # a start may have a name, whatever the solver takes
-        if isinstance(value, str) and "str" not in wanted and name not in ("start", "groups"):
-            raise WeightingError(f"option {name!r} of method {method!r} is the text {value!r}; it must be {wanted}")
+        if isinstance(value, str) and "str" not in str(kinds[name]) and name not in ("start", "groups"):
+            raise WeightingError(
+                f"option {name!r} of method {method!r} is the text {value!r}; it must be {described(kinds[name])}"
+            )
     if not isinstance(options.get("groups", {}), Mapping | None):
         raise WeightingError(f"groups is {options['groups']!r:.80}; give {{name: [layers]}}")
     _check_start(options.get("start"), from_hub)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from loraweave import registry
 from loraweave.common.checks import is_whole
+from loraweave.common.options import require_known
 from loraweave.composer.experts.exchange import require_expert_model
 from loraweave.composer.experts.expert_model import ExpertModel
 from loraweave.composer.experts.forms.sum_of_experts import SumOfExperts
@@ -221,12 +222,7 @@ def with_options(model: ExpertModel, **options: Any) -> ExpertModel:
     """
     require_expert_model(model, "with_options()")
     recipe = model.recipe
-    for option in options:
-        if option not in recipe.options:
-            close = registry.nearest(option, list(recipe.options))
-            raise WeightingError(
-                f"recipe {recipe.name!r} has no option {option!r}{close}; it has {', '.join(recipe.options)}"
-            )
+    require_known(f"recipe {recipe.name!r}", options, recipe.options)
     other = replace(recipe, **options)
     if other.tasks[: len(recipe.tasks)] != recipe.tasks:
         raise WeightingError(

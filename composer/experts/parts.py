@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from loraweave import registry
+from loraweave.common.options import options_of, require_known
 from loraweave.common.randomness import seeded
 from loraweave.composer.experts.forms._form import place_like
 from loraweave.composer.experts.running import input_embeddings
 from loraweave.composer.model.kinds import linear
 from loraweave.composer.model.kinds._kind import LayerKind
 from loraweave.composer.train.learner import key_of
-from loraweave.errors import LayerMismatch, UnknownName, WeightingError
+from loraweave.errors import LayerMismatch, UnknownName
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
 from loraweave.routers.tokens._model import block_of
 
@@ -289,11 +290,7 @@ def _does_what_it_says(block: nn.Module, layout: Layout) -> bool:
 def recipe(name: str, options: Mapping[str, Any]) -> Recipe:
     """The recipe of that name with these options; lists are taken for tuples."""
     made_of: type[Recipe] = registry.get("experts", name)
-    known = [field.name for field in fields(made_of)]
-    for option in options:
-        if option not in known:
-            close = registry.nearest(option, known)
-            raise WeightingError(f"recipe {name!r} has no option {option!r}{close}; it has {', '.join(known)}")
+    require_known(f"recipe {name!r}", options, options_of(made_of))
     given: dict[str, Any] = {
         option: tuple(value) if isinstance(value, Iterable) and not isinstance(value, str | Mapping) else value
         for option, value in options.items()

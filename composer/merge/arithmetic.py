@@ -23,7 +23,7 @@ from torch import Tensor
 
 from loraweave.common.checks import is_number, is_whole
 from loraweave.common.display import tracked
-from loraweave.composer.merge.input import is_of_kind
+from loraweave.common.options import fits
 from loraweave.composer.merge.merge import merge
 from loraweave.errors import AdapterUnsupported, WeightingError
 from loraweave.hub.adapter import Adapter
@@ -67,7 +67,7 @@ def analogy(a: Adapter, b: Adapter, c: Adapter, *, name: str | None = None, head
 
 def unlearn(a: Adapter, b: Adapter, strength: float = 1.0, *, name: str | None = None, heads: str = "error") -> Adapter:
     """D_a - strength * D_b: a without what b learned; `strength` is 0 or more, and 0 gives a."""
-    if not is_of_kind(strength, float) or strength < 0.0:
+    if not fits(strength, float) or strength < 0.0:
         raise WeightingError(f"unlearn: strength={strength!r} is not a finite number of 0 or more; add() adds")
     return merge([a, b], [1.0, -strength], name=name, heads=heads, progress=False)
 
@@ -78,7 +78,7 @@ def ema(slow: Adapter, fast: Adapter, decay: float, *, name: str | None = None, 
     On a and on b apart, as there (`factor_average`), so cross terms are part of it, and both have one rank. `decay` is in
     [0, 1]: 1 leaves slow, 0 takes fast.
     """
-    if not is_of_kind(decay, float) or not 0.0 <= decay <= 1.0:
+    if not fits(decay, float) or not 0.0 <= decay <= 1.0:
         raise WeightingError(f"ema: decay={decay!r} is outside [0, 1]")
     return merge(
         [slow, fast], [decay, 1.0 - decay], method="factor_average", name=name or slow.name, heads=heads, progress=False

@@ -11,7 +11,8 @@ from functools import cached_property
 from typing import Any
 
 from loraweave import registry
-from loraweave.composer.merge.input import described, holds, is_of_kind, kinds_of, require_sound
+from loraweave.common.options import described, fits, options_of, require_known
+from loraweave.composer.merge.input import holds, require_sound
 from loraweave.composer.merge.updates import DenseUpdate, TruncatedUpdate
 from loraweave.errors import CompositionError, LoraweaveError, UnknownName, WeightingError
 from loraweave.types import Factors
@@ -50,15 +51,12 @@ class MethodCall:
                 f"the options of method {self.method!r} are {self.options!r:.80}, and not a mapping of names to values; "
                 "leave them out for none"
             )
-        known, kinds = self.own_options, kinds_of(self._function)
+        kinds = self._kinds
+        require_known(f"method {self.method!r}", self.options, kinds)
         for option, value in self.options.items():
-            if option not in known:
-                hint = registry.nearest(str(option), known)
-                has = ", ".join(known) if known else "no options"
-                raise WeightingError(f"method {self.method!r} has no option {option!r}{hint}; it has {has}")
-            if not is_of_kind(value, kinds.get(option, Any)):
+            if not fits(value, kinds[option]):
                 raise WeightingError(
-                    f"method {self.method!r} got {option}={value!r:.80}; it takes {described(kinds[option])}"
+                    f"method {self.method!r} got {option}={value!r:.80}; it takes {described(kinds[option], value)}"
                 )
 
     @property
@@ -69,11 +67,11 @@ class MethodCall:
     @property
     def own_options(self) -> list[str]:
         """The names of the options that a user may set."""
-        return [name for name in self._parameters if name not in SUPPLIED]
+        return list(self._kinds)
 
     def takes(self, parameter: str) -> bool:
         """Whether the method asks for one of `SUPPLIED`."""
-        return parameter in self._parameters
+        return parameter in self._signature
 
     @cached_property
     def looks_at_all_layers(self) -> bool:
@@ -127,16 +125,16 @@ class MethodCall:
 
     def _options_of(self, function: Callable[..., Any]) -> dict[str, Any]:
         """The options that are parameters of this function too."""
-        known = inspect.signature(function).parameters
-        return {name: value for name, value in self.options.items() if name in known}
+        return {name: value for name, value in self.options.items() if name in options_of(function)}
 
     @cached_property
     def _signature(self) -> Mapping[str, inspect.Parameter]:
         return inspect.signature(self._function).parameters
 
-    @property
-    def _parameters(self) -> list[str]:
-        return list(self._signature)[2:]
+    @cached_property
+    def _kinds(self) -> Mapping[str, Any]:
+        """The kind of every option that a user may set."""
+        return options_of(self._function, after=2, beside=SUPPLIED)
 
 
 def layer_seeds(seed: int, hashes: Sequence[str], layer: str) -> list[int]:

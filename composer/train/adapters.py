@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,6 +14,7 @@ from torch import nn
 from loraweave import registry
 from loraweave.common.checks import require_whole
 from loraweave.common.display import progress_bar
+from loraweave.common.options import options_of, require_known
 from loraweave.common.rows import GivenRows
 from loraweave.common.state import checkpoint_folder
 from loraweave.composer.live.fitting import Fitting
@@ -131,11 +131,8 @@ def _require_way(
         raise TrainingError(f"continual={way!r} trains adapters that are not linearized: pass one of both")
     if scheduled:
         raise TrainingError(f"continual={way!r} has neither held_out nor memory_bytes: leave them out")
-    known = list(inspect.signature(registry.get("continual", way)).parameters)[1:]
-    for option in options:
-        if option not in known:
-            hint = registry.nearest(option, known)
-            raise TrainingError(f"continual {way!r} has no option {option!r}{hint}; it has {', '.join(known) or 'none'}")
+    known = options_of(registry.get("continual", way), after=1)
+    require_known(f"continual {way!r}", options, known, error=TrainingError)
     first = next(iter(tasks))
     if later := [name for name in start if name != first]:
         raise TrainingError(

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from loraweave.common.checks import is_whole, require_whole
+from loraweave.common.options import options_of, require_known
 from loraweave.composer.model.batches import EncodedRow
 from loraweave.composer.train.loss_identity import loss_identity
 from loraweave.composer.train.schedule import WARMUP_STEPS, Pace
 from loraweave.errors import InvalidTask, TrainingError
-from loraweave.registry import nearest
 from loraweave.routers.weights import LARGEST
 from loraweave.types import Task
 
@@ -76,10 +76,7 @@ class TrainingSettings:
     @classmethod
     def of(cls, learner: Learner, given: Mapping[str, Any]) -> Self:
         """The settings of a call of fit(). Raises TrainingError for unknown ones and for values out of range."""
-        known = [field.name for field in fields(cls)]
-        for name in given:
-            if name not in known:
-                raise TrainingError(f"fit() has no setting {name!r}{nearest(name, known)}; it has {', '.join(known)}")
+        require_known("fit()", given, options_of(cls), noun="setting", error=TrainingError)
         settings = cls(**given)
         settings = replace(settings, lr=learner.lr if settings.lr is None else settings.lr)
         settings._require_ranges()

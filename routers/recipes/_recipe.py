@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, get_type_hints
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from loraweave.common.checks import is_whole
+from loraweave.common.options import described, fits, options_of
 from loraweave.errors import LayerMismatch, WeightingError
 from loraweave.routers.losses.mixtral import mixtral
 from loraweave.routers.recipes._gate import Gate
-from loraweave.routers.recipes._option_types import described, fits
 from loraweave.routers.recipes._row_gates import TaskSwitch
 from loraweave.routers.tokens._learned import Step
 
@@ -94,10 +94,10 @@ class Recipe:
     silent_at_first: ClassVar[tuple[str, ...]] = ("a_SI",)
 
     def __post_init__(self) -> None:
-        kinds = get_type_hints(type(self))
+        kinds = options_of(type(self))
         for option, value in self.options.items():
             if not fits(value, kinds[option]):
-                self.refuse(option, f"it is {described(kinds[option])}")
+                self.refuse(option, f"it is {described(kinds[option], value)}")
         self.require_whole("rank")
         if self.alpha is not None and not 0 < self.alpha < math.inf:
             self.refuse("alpha", "it is above 0, or None for twice the rank")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from loraweave import registry
 from loraweave.common.checks import is_whole
 from loraweave.routers.recipes._recipe import ExpertShape, Frozen, Site
 from loraweave.routers.recipes._row_gates import ConstantGate
@@ -36,8 +35,6 @@ class Pfedlora(Frozen):
             self.refuse("shared_rank", "it is a whole number of at least 1")
         if not 0 < self.mu < 1:
             self.refuse("mu", "it is the share of the expert that clients exchange, above 0 and below 1")
-        if self.phase not in (known := get_args(Phase)):
-            self.refuse("phase", f"it is one of {', '.join(known)}{registry.nearest(str(self.phase), known)}")
 
     @property
     def frozen(self) -> tuple[int, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loraweave import registry
+from loraweave.common.options import options_of
 from loraweave.errors import BaseModelMismatch, ScopeError, TrainingError, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.intake.model_hub import upload
@@ -200,8 +200,7 @@ class TokenRouter(nn.Module):
 
 def option_names(router: type[TokenRouter]) -> list[str]:
     """The names of the options that a router takes."""
-    parameters = inspect.signature(router).parameters.values()
-    return [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+    return list(options_of(router, after=1))
 
 
 def by_layer(pool: ExpertPool | Members, make: Callable[[ExpertPool, str], Tensor]) -> Mapping[str, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from loraweave import registry
 from loraweave.common.checks import is_whole
+from loraweave.common.options import require_known
 from loraweave.errors import AdapterCorrupt, AdapterNotFound, AdapterUnsupported, LoraweaveError, UnknownName, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.formats._files import listing, present, read_json
@@ -172,10 +173,7 @@ def router(
     made_of = router_class(name)
     if experts is None:
         raise WeightingError(f"router {name!r} is made for the experts of a pool: pass one, or the folder of a saved router")
-    for option in options:
-        if option not in (known := option_names(made_of)):
-            has = ", ".join(known) or "none"
-            raise WeightingError(f"router {name!r} has no option {option!r}{registry.nearest(option, known)}; it has {has}")
+    require_known(f"router {name!r}", options, option_names(made_of))
     # outside training it gives the same answer every time
     return made_of(experts, **options).eval()
 

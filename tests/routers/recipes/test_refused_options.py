@@ -70,11 +70,11 @@ NEEDED = {
         ("octavius", {"num_experts": 0}, "num_experts of recipe 'octavius' is 0"),
         ("pfedlora", {"shared_rank": 0}, "shared_rank of recipe 'pfedlora' is 0"),
         ("pfedlora", {"mu": 1.0}, "mu of recipe 'pfedlora' is 1.0"),
-        ("pfedlora", {"phase": 3}, "phase of recipe 'pfedlora' is 3: it is a text"),
+        ("pfedlora", {"phase": 3}, "phase of recipe 'pfedlora' is 3: it is one of 'local', 'shared'"),
         (
             "pfedlora",
             {"phase": "locl"},
-            "phase of recipe 'pfedlora' is 'locl': it is one of local, shared, did you mean 'local'",
+            "phase of recipe 'pfedlora' is 'locl': it is one of 'local', 'shared', did you mean 'local'",
         ),
         ("sira", {"top_k": 17}, r"top_k of recipe 'sira' is 17: .* from 1 to the number of experts, 16"),
         ("sira", {"capacity": 0.0}, r"capacity of recipe 'sira' is 0\.0: .* above 0, or None for no limit"),

@@ -1,0 +1,86 @@
+"""What a method, search, router or recipe takes, as its own signature declares it, and the one check of what it is given.
+
+A file of a registry says what it takes where it is defined: the parameters of its function or class, and their kinds.
+Errors, near misses and the tables of the command line follow from that alone, for a file of another package too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import types
+import typing
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, Literal, get_args, get_origin
+
+from loraweave.common.checks import is_number
+from loraweave.errors import LoraweaveError, WeightingError
+from loraweave.registry import nearest
+
+WORDS: dict[Any, str] = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a finite number",
+    str: "a text",
+    type(None): "None",
+    Mapping: "a mapping of names to values",
+}
+
+
+def options_of(thing: Callable[..., Any], *, after: int = 0, beside: Collection[str] = ()) -> dict[str, Any]:
+    """{name: kind} of what a function or class takes by name, but for its first parameters and those named in `beside`.
+
+    The kind is the annotation, Any where there is none or where it names what is imported for type checkers alone.
+    """
+    parameters = list(inspect.signature(thing).parameters.values())[after:]
+    named = [each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+    try:
+        # the fields of a dataclass may come from several modules, in which their annotations are read
+        made = inspect.isclass(thing) and not dataclasses.is_dataclass(thing)
+        kinds = typing.get_type_hints(thing.__init__ if made else thing)  # type: ignore[misc]
+    except NameError:
+        kinds = {}
+    return {name: kinds.get(name, Any) for name in named if name not in beside}
+
+
+def require_known(
+    whose: str,
+    given: Iterable[str],
+    known: Collection[str],
+    *,
+    noun: str = "option",
+    error: type[LoraweaveError] = WeightingError,
+) -> None:
+    """Raises `error` for a name that is none of the known ones, with the nearest and all of them."""
+    for name in given:
+        if name not in known:
+            has = ", ".join(known) or f"no {noun}s"
+            raise error(f"{whose} has no {noun} {name!r}{nearest(str(name), known)}; it has {has}")
+
+
+def fits(value: object, kind: Any) -> bool:
+    """Whether a value is of an annotated kind. Numbers are finite, True and False are none; all fits a kind unknown here."""
+    origin = get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, each) for each in get_args(kind))
+    if origin is Literal:
+        return any(type(value) is type(each) and value == each for each in get_args(kind))
+    if origin is tuple:
+        return isinstance(value, tuple) and all(fits(each, get_args(kind)[0]) for each in value)
+    if kind is int or kind is float:
+        return is_number(value) and (kind is float or isinstance(value, int))
+    plain = origin or kind
+    return isinstance(value, plain) if plain in WORDS else True
+
+
+def described(kind: Any, value: object = None) -> str:
+    """What a value of that kind is, in words; with the nearest to `value` where only a few texts are."""
+    origin = get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(described(each, value) for each in get_args(kind))
+    if origin is Literal:
+        hint = nearest(value, get_args(kind)) if isinstance(value, str) else ""
+        return "one of " + ", ".join(repr(each) for each in get_args(kind)) + hint
+    if origin is tuple:
+        return f"a list, each of which is {described(get_args(kind)[0])}"
+    return WORDS.get(origin or kind, str(kind))

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import pytest
+
+from loraweave.common.options import described, fits, options_of, require_known
+from loraweave.errors import TrainingError, WeightingError
+
+Word = Literal["mean", "sum"]
+
+
+def function(experts, weights, *, density: float = 0.2, aggregate: Word = "mean", seeds: tuple[int, ...] = (), **rest):
+    pass
+
+
+class Router:
+    size: str = "a class's own annotation is no option"
+
+    def __init__(self, pool, *, top_k: int | None = None):
+        pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    rank: int = 8
+    words: tuple[str, ...] = ()
+    form: ClassVar[str] = "sum"
+
+
+def test_the_options_are_those_that_the_signature_declares():
+    assert options_of(function, after=2, beside=("seeds",)) == {"density": float, "aggregate": Word}
+    assert options_of(Router, after=1) == {"top_k": int | None}
+    assert options_of(Recipe) == {"rank": int, "words": tuple[str, ...]}
+
+
+def test_an_annotation_that_cannot_be_found_leaves_every_kind_open():
+    def known_to_type_checkers_alone(experts, weights, *, layers: Unknown = None):  # noqa: F821
+        pass
+
+    assert options_of(known_to_type_checkers_alone, after=2) == {"layers": Any}
+
+
+def test_an_unknown_name_is_told_with_the_nearest_and_all():
+    with pytest.raises(
+        WeightingError, match=r"^router 'x' has no option 'topk', did you mean 'top_k'\?; it has top_k, seed$"
+    ):
+        require_known("router 'x'", {"topk": 1}, ["top_k", "seed"])
+    with pytest.raises(TrainingError, match=r"^fit\(\) has no setting 'a'; it has no settings$"):
+        require_known("fit()", ["a"], [], noun="setting", error=TrainingError)
+    require_known("router 'x'", {"seed": 1}, ["top_k", "seed"])
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "expected"),
+    [
+        (1, int, True),
+        (True, int, False),
+        (1, float, True),
+        (float("inf"), float, False),
+        (10**400, float, False),
+        (1.5, int, False),
+        (True, bool, True),
+        (None, int | None, True),
+        ("mean", Word, True),
+        ("median", Word, False),
+        (("a", "b"), tuple[str, ...], True),
+        (("a", 1), tuple[str, ...], False),
+        ("ab", tuple[str, ...], False),
+        ({}, Mapping[str, Any], True),
+        ([], Mapping[str, Any], False),
+        (object(), Recipe, True),
+    ],
+)
+def test_a_value_fits_its_kind(value, kind, expected):
+    assert fits(value, kind) is expected
+
+
+def test_a_kind_is_told_in_words():
+    assert described(int | None) == "a whole number or None"
+    assert described(tuple[float, ...]) == "a list, each of which is a finite number"
+    assert described(Word, "men") == "one of 'mean', 'sum', did you mean 'mean'?"
