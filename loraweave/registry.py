@@ -10,11 +10,11 @@ import difflib
 import importlib
 import pkgutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from loraweave.errors import PluginFailed, UnknownName
 
@@ -33,6 +33,8 @@ FOLDERS: dict[str, str | tuple[str, ...]] = {
     "formats": "loraweave.hub.formats",
 }
 
+
+T = TypeVar("T", bound=Callable[..., Any])
 
 # where a folder's entry points are called otherwise than the folder
 GROUPS = {"experts": "loraweave.recipes"}
@@ -61,6 +63,25 @@ def get(folder: str, name: str) -> Any:
             return _from_plugin(folder, name)
         module = importlib.import_module(files[name])
     return _entry(module, name)
+
+
+def traits(*names: str) -> Callable[[T], T]:
+    """Says beside a function or class of a registry what is true of it, for `traits_of`; a subclass inherits its bases' own.
+
+    The conformance suite of each registry knows the words and skips what a trait rules out, so that no list elsewhere has to
+    name the newcomer.
+    """
+
+    def said(thing: T) -> T:
+        thing.__traits__ = traits_of(thing) | set(names)  # type: ignore[attr-defined]
+        return thing
+
+    return said
+
+
+def traits_of(thing: Any) -> frozenset[str]:
+    """What `traits` says of a function or class; nothing where nothing is said."""
+    return frozenset(getattr(thing, "__traits__", ()))
 
 
 def _entry(module: ModuleType, name: str) -> Any:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from loraweave.errors import RetrievalError
+from loraweave.registry import traits
 from loraweave.retrieval.keyed_search import KeySpace
 from loraweave.retrieval.request import Query
 from loraweave.types import Record
@@ -26,6 +27,7 @@ class _Whitened:
     norms_N: np.ndarray
 
 
+@traits("relative")
 class Discriminant:
     """The cosine of the query's mean with an adapter's, both around the mean of all and whitened within adapters.
 

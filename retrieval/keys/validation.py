@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from loraweave.errors import RetrievalError
+from loraweave.registry import traits
 from loraweave.retrieval.keyed_search import KeySpace
 from loraweave.retrieval.request import Query
 from loraweave.types import Record
 
 
+@traits("relative")
 class Validation:
     """An adapter's mean score over the tasks, each task weighted by how like the query is to it.
 

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from loraweave.common.checks import is_whole
 from loraweave.errors import ScopeError, WeightingError
+from loraweave.registry import traits
 from loraweave.routers.losses.cv_squared import cv_squared
 from loraweave.routers.recipes._gate import Call, Gate, Weighing
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site, uniform
@@ -21,6 +22,7 @@ from loraweave.routers.tokens._learned import Step
 from loraweave.routers.tokens._scores import top_k_softmax
 
 
+@traits("images")
 @dataclass(frozen=True, kw_only=True)
 class Mlore(Recipe):
     """y = y0 + sum over e of w_e(task, x) B_e A_e x + G x + p(task, x) B_task A_task x, the A with the kernel of the layer.

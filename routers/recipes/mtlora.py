@@ -9,12 +9,14 @@ from typing import Any, ClassVar
 
 from loraweave.common.checks import is_whole
 from loraweave.errors import WeightingError
+from loraweave.registry import traits
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
 from loraweave.routers.recipes._row_gates import TaskSwitch
 
 MODES = ("matrix", "matrixv2", "addition")
 
 
+@traits("images")
 @dataclass(frozen=True, kw_only=True)
 class Mtlora(Recipe):
     """Shared stream: y = W x + s B A x. In the last block of each stage a task's branch leaves it, with experts of its own

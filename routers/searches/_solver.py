@@ -19,6 +19,7 @@ from torch import Tensor
 from loraweave.common.checks import is_whole, require_whole
 from loraweave.common.display import progress_bar
 from loraweave.errors import SearchFailed, WeightingError
+from loraweave.registry import traits
 from loraweave.routers.searches._space import Space
 from loraweave.routers.searches._told import SearchResult, Told
 from loraweave.routers.weights import LARGEST, MixtureWeights
@@ -261,6 +262,7 @@ class Solver(ABC):
             )
 
 
+@traits("ends_early")
 @dataclass(eq=False, kw_only=True)
 class ClosedForm(Solver):
     """Asks for the weights of the formula and is done: it chooses nothing, and makes one evaluation whatever the budget.

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from loraweave.errors import WeightingError
+from loraweave.registry import traits
 from loraweave.routers.searches._quadratic import fit_quadratic
 from loraweave.routers.searches._solver import Solver
 
@@ -26,6 +27,7 @@ LEAST_STEP = 1e-5
 LEAST_FALL = 1e-9
 
 
+@traits("ends_early", "orderless")
 @dataclass(eq=False, kw_only=True)
 class FirstOrder(Solver):
     """Asks for the start, the base model unless given, and then for the lowest point of the model, one at a time.

@@ -18,6 +18,7 @@ import numpy as np
 
 from loraweave.common.checks import is_whole
 from loraweave.errors import UnknownName, WeightingError
+from loraweave.registry import traits
 from loraweave.routers.searches._forms import Adam, Form, Free, Softmax, SoftmaxBias
 from loraweave.routers.searches._solver import Solver
 from loraweave.routers.searches._space import layer_groups
@@ -29,6 +30,7 @@ WARMUP = 2
 SCHEDULES = ("cosine", "constant")
 
 
+@traits("orderless")
 @dataclass(eq=False, kw_only=True)
 class Gradient(Solver):
     """Takes one step of Adam for each candidate told, and returns the best candidate, not the last.

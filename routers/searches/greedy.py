@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from loraweave.errors import WeightingError
+from loraweave.registry import traits
 from loraweave.routers.searches._solver import Solver
 
 
+@traits("ends_early", "orderless")
 @dataclass(eq=False, kw_only=True)
 class Greedy(Solver):
     """Asks for the start and every expert alone, then adds experts, then takes out those that do not help.

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from loraweave.errors import WeightingError
+from loraweave.registry import traits
 from loraweave.routers.searches._solver import Solver
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -19,6 +20,7 @@ STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 POPULATION = 8
 
 
+@traits("ends_early")
 @dataclass(eq=False, kw_only=True)
 class Grid(Solver):
     """Asks for the start, then for every other point of the lattice in order, the last weight varying fastest.

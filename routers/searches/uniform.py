@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from loraweave.registry import traits
 from loraweave.routers.searches._solver import ClosedForm
 
 
+@traits("orderless")
 class Uniform(ClosedForm):
     """w_e = 1/E; with `groups`, in their layers only."""
 

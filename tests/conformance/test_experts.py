@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import loraweave as lw
+from loraweave import registry
 from loraweave.composer.experts.make import recipe as make_recipe
 from loraweave.composer.live.kernels import _added_experts
 from loraweave.errors import WeightingError
@@ -33,7 +34,7 @@ OPTIONS: dict[str, dict] = {
     "dmoerm": {"tasks": TASKS, "target_modules": ("q_proj", "down_proj")},
 }
 # recipes for dense prediction, on images
-VISION = ("mlore", "mtlora")
+VISION = [name for name in RECIPES if "images" in registry.traits_of(registry.get("experts", name))]
 TEXT = tuple(name for name in RECIPES if name not in VISION)
 on_text = pytest.mark.parametrize("name", TEXT, indirect=True)
 

@@ -17,45 +17,11 @@ from loraweave.composer.merge.updates import DenseUpdate, TruncatedUpdate
 from loraweave.types import Factors
 
 METHODS = registry.names("methods")
-# methods that mix a and b apart, and say so in their docstring: they depend on how an update is split into factors
-FACTOR_SPACE = {name for name in METHODS if name.startswith("factor_")} | {"hetlora", "ffa", "lego", "core_space"}
-# an adapter comes back from these only in part, by their formula, however the weights are set
-LOSSY = {
-    "breadcrumbs",
-    "core_space",
-    "dare_linear",
-    "dare_ties",
-    "della",
-    "factor_dare_linear",
-    "factor_dare_ties",
-    "factor_magnitude_prune",
-    "factor_ties",
-    "iso_c",
-    "iso_cts",
-    "knots",
-    "magnitude_prune",
-    "robust_merge",
-    "ties",
-    "ties_count",
-    "ties_per_layer",
-    "ties_weighted",
-}
-# formulas for so many experts and no other number
-PAIRS = {"slerp", "nuslerp"}
-# weights are shares of a mean here, so only their proportions count and the sign has no meaning
-SHARES = {
-    "slerp",
-    "nuslerp",
-    "karcher",
-    "ffa",
-    "flexlora",
-    "hetlora",
-    "fisher",
-    "regmean",
-    "least_squares",
-    "average",
-    "factor_average",
-}
+# lossy: an adapter comes back only in part, by the formula, however the weights are set. shares: only the proportions of
+# the weights count, and their sign has no meaning. pairs: two experts and no other number. by_factors: a and b are mixed
+# apart, so that the split of an update into factors counts. one_a: all experts have one a
+TRAITS = {name: registry.traits_of(registry.get("methods", name)) for name in METHODS}
+KNOWN = {"lossy", "shares", "pairs", "by_factors", "one_a"}
 
 Update = Factors | DenseUpdate | TruncatedUpdate
 
@@ -96,10 +62,12 @@ class Method:
 
     def experts(self, *wanted: Factors) -> list[Factors]:
         """The experts as this method needs them: one A for all where its formula has one."""
-        return [replace(each, a_RI=wanted[0].a_RI.clone()) for each in wanted] if self.name == "ffa" else list(wanted)
+        return (
+            [replace(each, a_RI=wanted[0].a_RI.clone()) for each in wanted] if "one_a" in TRAITS[self.name] else list(wanted)
+        )
 
     def weights(self, *wanted: float) -> list[float]:
-        return [abs(weight) for weight in wanted] if self.name in SHARES else list(wanted)
+        return [abs(weight) for weight in wanted] if "shares" in TRAITS[self.name] else list(wanted)
 
 
 @pytest.fixture(params=METHODS)
@@ -122,6 +90,10 @@ def test_there_are_methods() -> None:
     assert {"linear", "factor_sum", "ties", "core_space", "svd", "fisher"} <= set(METHODS)
 
 
+def test_a_method_says_of_itself_only_what_is_tested_here() -> None:
+    assert set().union(*TRAITS.values()) == KNOWN
+
+
 @pytest.mark.parametrize("name", METHODS)
 @settings(max_examples=12, deadline=None)
 @given(
@@ -135,7 +107,7 @@ def test_the_result_fits_the_layer_and_is_finite(
     name: str, num_experts: int, rank: int, num_out: int, num_in: int, seed: int
 ) -> None:
     method = Method(name)
-    if name in PAIRS:
+    if "pairs" in TRAITS[name]:
         num_experts = 2
     experts = method.experts(*[factors(seed + n, rank, num_out, num_in) for n in range(num_experts)])
     found = method(experts, method.weights(*[0.5 - n for n in range(num_experts)]))
@@ -185,7 +157,7 @@ def test_it_is_deterministic(method: Method) -> None:
 
 
 def test_the_order_of_experts_does_not_matter(method: Method) -> None:
-    seeds, values = ([0, 1], [0.7, -0.4]) if method.name in PAIRS else ([0, 1, 2], [0.7, -0.4, 1.3])
+    seeds, values = ([0, 1], [0.7, -0.4]) if "pairs" in TRAITS[method.name] else ([0, 1, 2], [0.7, -0.4, 1.3])
     experts, weights = method.experts(*map(factors, seeds)), method.weights(*values)
     forth, back = method(experts, weights, seeds), method(experts[::-1], weights[::-1], seeds[::-1])
     assert torch.allclose(dense(forth), dense(back), rtol=1e-5, atol=1e-5)
@@ -198,7 +170,7 @@ def test_weights_of_zero_change_nothing(method: Method) -> None:
 
 def test_an_expert_of_weight_zero_does_not_count(method: Method) -> None:
     experts = method.experts(factors(0), factors(1), factors(2))
-    if method.name in PAIRS:
+    if "pairs" in TRAITS[method.name]:
         some, all_but_one = method(experts, [0.7, 0.0, 0.3]), method([experts[0], experts[2]], [0.7, 0.3])
     else:
         some, all_but_one = method(experts, [0.7, 0.0, 0.3]), method([experts[0], experts[2]], [0.7, 0.3], [0, 2])
@@ -210,14 +182,14 @@ def test_no_expert_with_the_layer_leaves_it_alone(method: Method) -> None:
 
 
 def test_an_expert_without_the_layer_counts_as_zero(method: Method) -> None:
-    if method.name in PAIRS or method.name in SHARES:
+    if TRAITS[method.name] & {"pairs", "shares"}:
         pytest.skip("an absent layer is a zero update of its own share here, which its own tests check")
     found = method([None, factors(1)], [0.5, 1.0])
     assert torch.allclose(dense(found), dense(method([factors(1)], [1.0], [1])), rtol=1e-6, atol=1e-6)
 
 
 def test_a_single_weight_of_one_gives_that_adapter(method: Method) -> None:
-    if method.name in LOSSY:
+    if "lossy" in TRAITS[method.name]:
         pytest.skip("its formula changes a single adapter too")
     for rank in (1, 3):
         experts = method.experts(factors(0, rank), factors(1, rank), factors(2, rank))
@@ -225,10 +197,11 @@ def test_a_single_weight_of_one_gives_that_adapter(method: Method) -> None:
         assert torch.allclose(dense(found), dense(experts[1]), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in FACTOR_SPACE])
+@pytest.mark.parametrize("name", [name for name in METHODS if "by_factors" not in TRAITS[name]])
 def test_only_the_updates_count_not_their_factors(name: str) -> None:
     method = Method(name)
-    sizes, values = ([(0, 3), (1, 3)], [0.7, -0.4]) if name in PAIRS else ([(0, 2), (1, 1), (2, 3)], [1.0, 0.5, -2.0])
+    pair, three = ([(0, 3), (1, 3)], [0.7, -0.4]), ([(0, 2), (1, 1), (2, 3)], [1.0, 0.5, -2.0])
+    sizes, values = pair if "pairs" in TRAITS[name] else three
     experts, weights = [factors(seed, rank, 9, 11) for seed, rank in sizes], method.weights(*values)
     turned = []
     for seed, expert in enumerate(experts):

@@ -25,10 +25,10 @@ NEEDED = {
     "manual": {"weights": {"b": 0.4}},
     "similarity": {"scores": {"a": 0.2, "v_proj": 0.1}},
 }
-# these may come to an end of their own within the budget
-ENDING = {"first_order", "greedy", "grid", *FORMULAS}
-# these give every expert what it has, wherever it stands: no draw and no order is in them
-ORDERLESS = ("adamerging", "first_order", "gradient", "greedy", "uniform")
+# ends_early: it may come to an end of its own within the budget. orderless: every expert gets what it has wherever it
+# stands, since no draw and no order is in it
+TRAITS = {name: registry.traits_of(CLASSES[name]) for name in SEARCHES}
+ORDERLESS = [name for name in SEARCHES if "orderless" in TRAITS[name]]
 
 
 def make(name, experts, **options):
@@ -73,7 +73,7 @@ def test_it_stops_after_exactly_its_budget_and_returns_the_best(name, budget):
         solver.tell(losses, gradients)
     # what costs two evaluations leaves one of an odd budget
     assert len(told) <= budget // solver.cost
-    assert len(told) == budget // solver.cost or name in ENDING
+    assert len(told) == budget // solver.cost or "ends_early" in TRAITS[name]
     assert len(told) == 1 or name not in FORMULAS
     assert solver.stop()
     assert solver.ask() == []
@@ -181,7 +181,7 @@ def test_seconds_end_it_too(name, monkeypatch):
     result = solver.solve(objective)
     # the first population is whole, whatever it takes
     assert result.seconds <= max(13.0, objective.sizes[0])
-    assert result.seconds == 13.0 or name in ENDING
+    assert result.seconds == 13.0 or "ends_early" in TRAITS[name]
 
 
 @pytest.mark.parametrize("name", LEARNING)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from loraweave.composer.merge.methods._span import combination, counted, mean_weights
+from loraweave.registry import traits
 from loraweave.types import Factors
 
 
+@traits("shares")
 def average(experts: Sequence[Factors | None], weights: Sequence[float]) -> Factors | None:
     """One layer's sum of w_e D_e over the sum of w_e, by concatenation: of rank sum of R_e.
 

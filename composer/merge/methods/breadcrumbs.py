@@ -11,9 +11,11 @@ from loraweave.composer.merge.methods._entries import Entries, Keep, sum_pruned
 from loraweave.composer.merge.methods._terms import fraction
 from loraweave.composer.merge.methods._thresholds import count_of, keep_largest
 from loraweave.composer.merge.updates import DenseUpdate
+from loraweave.registry import traits
 from loraweave.types import Factors
 
 
+@traits("lossy")
 def breadcrumbs(
     experts: Sequence[Factors | None],
     weights: Sequence[float],

@@ -21,9 +21,11 @@ from loraweave.composer.merge.methods._core import (
 from loraweave.composer.merge.methods._inner import NO_OPTIONS, combined, inner_call, with_biases
 from loraweave.composer.merge.methods._options import choice, finite
 from loraweave.composer.merge.methods._terms import Term, terms
+from loraweave.registry import traits
 from loraweave.types import Factors
 
 
+@traits("lossy", "by_factors")
 def core_space(
     experts: Sequence[Factors | None],
     weights: Sequence[float],

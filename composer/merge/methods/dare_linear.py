@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from loraweave.composer.merge.methods._dropout import prune_random
 from loraweave.composer.merge.methods._entries import sum_pruned
 from loraweave.composer.merge.updates import DenseUpdate
+from loraweave.registry import traits
 from loraweave.types import Factors
 
 
+@traits("lossy")
 def dare_linear(
     experts: Sequence[Factors | None],
     weights: Sequence[float],

@@ -15,9 +15,11 @@ from loraweave.composer.merge.methods._signs import divisor_of, merge_elected
 from loraweave.composer.merge.methods._terms import fraction
 from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.errors import WeightingError
+from loraweave.registry import traits
 from loraweave.types import Factors
 
 
+@traits("lossy")
 def della(
     experts: Sequence[Factors | None],
     weights: Sequence[float],

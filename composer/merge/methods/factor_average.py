@@ -10,9 +10,11 @@ import torch
 from loraweave.composer.merge.methods._factor_space import align
 from loraweave.composer.merge.methods._span import mean_weights
 from loraweave.composer.merge.methods._terms import weighted_bias
+from loraweave.registry import traits
 from loraweave.types import Factors
 
 
+@traits("shares", "by_factors")
 def factor_average(experts: Sequence[Factors | None], weights: Sequence[float]) -> Factors | None:
     """One layer's a = sum of p_e a_e and b = sum of p_e b_e with p_e = w_e over the sum of the weights.
 

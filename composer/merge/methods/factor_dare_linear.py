@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 from loraweave.composer.merge.methods._factor_space import align, merge_rooted, random_rescaled, weighted_sum
 from loraweave.composer.merge.methods._terms import fraction
+from loraweave.registry import traits
 from loraweave.types import Factors
 
 
+@traits("lossy", "by_factors")
 def factor_dare_linear(
     experts: Sequence[Factors | None], weights: Sequence[float], *, seeds: Sequence[int], density: float = 0.5
 ) -> Factors | None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from loraweave.composer.merge.methods._factor_space import align, merge_rooted, weighted_sum, whole
+from loraweave.registry import traits
 from loraweave.types import Factors
 
 
+@traits("by_factors")
 def factor_linear(experts: Sequence[Factors | None], weights: Sequence[float]) -> Factors | None:
     """One layer's a = sum of sign(w_e) sqrt|w_e| a_e and b = sum of sqrt|w_e| b_e.
 

@@ -8,9 +8,11 @@ from dataclasses import replace
 import torch
 
 from loraweave.errors import AdapterUnsupported, LayerMismatch
+from loraweave.registry import traits
 from loraweave.types import Factors
 
 
+@traits("by_factors")
 def factor_sum(experts: Sequence[Factors | None], weights: Sequence[float]) -> Factors | None:
     """One layer's A = sum of w_e a_e and B = sum of w_e b_e, hence the update sum over i, j of w_i w_j b_i a_j.
 

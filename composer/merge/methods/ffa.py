@@ -10,9 +10,11 @@ import torch
 from loraweave.composer.merge.methods._span import shares
 from loraweave.composer.merge.methods._terms import terms, weighted_bias
 from loraweave.errors import LayerMismatch
+from loraweave.registry import traits
 from loraweave.types import Factors
 
 
+@traits("shares", "by_factors", "one_a")
 def ffa(experts: Sequence[Factors | None], weights: Sequence[float]) -> Factors | None:
     """One layer's mean of b over the common a: exactly the mean update, at the clients' rank.
 

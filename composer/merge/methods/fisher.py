@@ -11,12 +11,14 @@ from loraweave.composer.merge.methods._shares import Share, share_bias, shares
 from loraweave.composer.merge.statistics import LayerStatistics
 from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.errors import WeightingError
+from loraweave.registry import traits
 from loraweave.types import Factors
 
 # rows of the update that are held in float64 at once
 BLOCK_ROWS = 256
 
 
+@traits("shares")
 def fisher(
     experts: Sequence[Factors | None],
     weights: Sequence[float],

@@ -12,9 +12,11 @@ from loraweave.composer.merge.updates import TruncatedUpdate
 from loraweave.errors import WeightingError
 from loraweave.lowrank import algebra
 from loraweave.lowrank.truncation import compress_sum
+from loraweave.registry import traits
 from loraweave.types import Factors
 
 
+@traits("shares")
 def flexlora(
     experts: Sequence[Factors | None], weights: Sequence[float], *, rank: int | None = None
 ) -> TruncatedUpdate | None:

@@ -13,11 +13,13 @@ from loraweave.composer.merge.methods._options import choice
 from loraweave.composer.merge.methods._span import shares
 from loraweave.composer.merge.methods._terms import terms, weighted_bias
 from loraweave.lowrank import algebra
+from loraweave.registry import traits
 from loraweave.types import Factors
 
 NORMS = ("model", "layer")
 
 
+@traits("shares", "by_factors")
 def hetlora(
     experts: Sequence[Factors | None],
     weights: Sequence[float],

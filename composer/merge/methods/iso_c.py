@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from loraweave.composer.merge.methods._core import as_factors, counted, gram_svd, joint, nothing, scaled_bias, spectra
 from loraweave.composer.merge.methods._options import finite
 from loraweave.composer.merge.methods._terms import terms
+from loraweave.registry import traits
 from loraweave.types import Factors
 
 
+@traits("lossy")
 def iso_c(experts: Sequence[Factors | None], weights: Sequence[float], *, scale: float = 1.0) -> Factors | None:
     """One layer's scale * mean(sigma) U V^T, where U diag(sigma) V^T is the compact SVD of the sum of w_e D_e.
 

@@ -21,9 +21,11 @@ from loraweave.composer.merge.methods._core import (
 )
 from loraweave.composer.merge.methods._options import finite
 from loraweave.composer.merge.methods._terms import fraction, terms
+from loraweave.registry import traits
 from loraweave.types import Factors
 
 
+@traits("lossy")
 def iso_cts(
     experts: Sequence[Factors | None], weights: Sequence[float], *, common_space_fraction: float = 0.8, scale: float = 1.0
 ) -> Factors | None:

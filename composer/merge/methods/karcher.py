@@ -11,9 +11,11 @@ from torch import Tensor
 from loraweave.composer.merge.methods._span import combination, gram, shares
 from loraweave.composer.merge.methods._terms import terms
 from loraweave.errors import WeightingError
+from loraweave.registry import traits
 from loraweave.types import Factors
 
 
+@traits("shares")
 def karcher(
     experts: Sequence[Factors | None], weights: Sequence[float], *, tolerance: float = 1e-9, max_steps: int = 100
 ) -> Factors | None:

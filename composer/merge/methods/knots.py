@@ -20,9 +20,11 @@ from loraweave.composer.merge.methods._inner import NO_OPTIONS, combined, inner_
 from loraweave.composer.merge.methods._options import finite
 from loraweave.composer.merge.methods._terms import Term, terms
 from loraweave.composer.merge.updates import DenseUpdate
+from loraweave.registry import traits
 from loraweave.types import Factors
 
 
+@traits("lossy")
 def knots(
     experts: Sequence[Factors | None],
     weights: Sequence[float],

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from loraweave.composer.merge.methods._regression import regression
 from loraweave.composer.merge.methods._shares import shares
 from loraweave.composer.merge.statistics import LayerStatistics
+from loraweave.registry import traits
 from loraweave.types import Factors
 
 
+@traits("shares")
 def least_squares(
     experts: Sequence[Factors | None],
     weights: Sequence[float],

@@ -14,9 +14,11 @@ from loraweave.common.checks import is_whole
 from loraweave.composer.merge.methods._core import as_factors, nothing, scaled_bias
 from loraweave.composer.merge.methods._terms import Term, terms
 from loraweave.errors import WeightingError
+from loraweave.registry import traits
 from loraweave.types import Factors
 
 
+@traits("by_factors")
 def lego(
     experts: Sequence[Factors | None],
     weights: Sequence[float],

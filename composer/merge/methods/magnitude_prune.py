@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from loraweave.composer.merge.methods._entries import sum_pruned
 from loraweave.composer.merge.methods._thresholds import prune_smallest
 from loraweave.composer.merge.updates import DenseUpdate
+from loraweave.registry import traits
 from loraweave.types import Factors
 
 
+@traits("lossy")
 def magnitude_prune(
     experts: Sequence[Factors | None], weights: Sequence[float], *, density: float = 0.5, scale: float = 1.0
 ) -> DenseUpdate | None:

@@ -12,12 +12,14 @@ from loraweave.composer.merge.methods._span import combination, gram
 from loraweave.composer.merge.methods._sphere import interpolation, pair
 from loraweave.composer.merge.methods._terms import terms
 from loraweave.lowrank import algebra
+from loraweave.registry import traits
 from loraweave.types import Factors
 
 # cosine of 1e-4: on a smaller angle to a line, fp32 factors no longer say which great circle leads from one to the other
 MAX_COSINE = 1.0 - 0.5e-8
 
 
+@traits("pairs", "shares")
 def nuslerp(experts: Sequence[Factors | None], weights: Sequence[float], *, row_wise: bool = False) -> Factors | None:
     """One layer's sin((1-t) A)/sin A * D_1 + sin(t A)/sin A * D_2, with an angle A for the layer or for each of its rows.
 

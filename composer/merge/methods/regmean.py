@@ -9,9 +9,11 @@ from loraweave.composer.merge.methods._regression import regression
 from loraweave.composer.merge.methods._shares import shares
 from loraweave.composer.merge.statistics import LayerStatistics
 from loraweave.errors import WeightingError
+from loraweave.registry import traits
 from loraweave.types import Factors
 
 
+@traits("shares")
 def regmean(
     experts: Sequence[Factors | None],
     weights: Sequence[float],

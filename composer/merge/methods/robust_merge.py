@@ -11,9 +11,11 @@ from loraweave.composer.merge.methods._core import Spectrum, as_factors, core_fa
 from loraweave.composer.merge.methods._options import finite
 from loraweave.composer.merge.methods._terms import fraction, terms
 from loraweave.composer.merge.methods._thresholds import count_of
+from loraweave.registry import traits
 from loraweave.types import Factors
 
 
+@traits("lossy")
 def robust_merge(
     experts: Sequence[Factors | None], weights: Sequence[float], *, density: float = 0.2, scale: float = 1.0
 ) -> Factors | None:

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from loraweave.composer.merge.methods._span import combination, gram
 from loraweave.composer.merge.methods._sphere import interpolation, pair
 from loraweave.composer.merge.methods._terms import fraction, terms
+from loraweave.registry import traits
 from loraweave.types import Factors
 
 
+@traits("pairs", "shares")
 def slerp(experts: Sequence[Factors | None], weights: Sequence[float], *, collinear: float = 0.9995) -> Factors | None:
     """One layer's sin((1-t) A)/sin A * D_1 + sin(t A)/sin A * D_2, A being the angle between the two updates.
 

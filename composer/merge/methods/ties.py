@@ -13,6 +13,7 @@ from loraweave.composer.merge.methods._signs import divisor_of, merge_elected, v
 from loraweave.composer.merge.methods._terms import Term, fraction, terms
 from loraweave.composer.merge.methods._thresholds import EVERYTHING, NOTHING, Cut, Histogram, count_of, keep_above
 from loraweave.composer.merge.updates import DenseUpdate
+from loraweave.registry import traits
 from loraweave.types import Factors
 
 
@@ -41,6 +42,7 @@ class Survey:
         return 1.0 if balance >= 0 else -1.0
 
 
+@traits("lossy")
 def ties(
     experts: Sequence[Factors | None],
     weights: Sequence[float],

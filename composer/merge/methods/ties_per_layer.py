@@ -8,9 +8,11 @@ from typing import Literal
 from loraweave.composer.merge.methods._signs import merge_elected
 from loraweave.composer.merge.methods._thresholds import prune_smallest
 from loraweave.composer.merge.updates import DenseUpdate
+from loraweave.registry import traits
 from loraweave.types import Factors
 
 
+@traits("lossy")
 def ties_per_layer(
     experts: Sequence[Factors | None],
     weights: Sequence[float],
