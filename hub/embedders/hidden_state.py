@@ -17,6 +17,7 @@ import numpy as np
 
 from loraweave.hub.base import fingerprint, load_base
 from loraweave.hub.embedders._embedder import readable
+from loraweave.registry import traits
 
 MAX_TOKENS = 256
 BATCH_TEXTS = 16
@@ -32,6 +33,7 @@ _REFERENCES = (
 )
 
 
+@traits("base_model", "centred")
 class HiddenState:
     """Unit vectors as wide as the base model. `model` and `tokenizer` are given together; else `base_model` is loaded on
     first use (None: the embedded default).

@@ -116,8 +116,8 @@ def compose(
     if routes(method) and not prune is tune is rank is None:
         raise typer.BadParameter(f"--prune, --tune and --rank change weights, but {method!r} is a router: leave them out")
     model, tokenizer = load_model(base)
-    composed = lw.compose(model, tokenizer, source, task, **arguments, progress=sys.stderr.isatty())
     shown = sys.stderr.isatty()
+    composed = lw.compose(model, tokenizer, source, task, **arguments, progress=shown)
     if prune is not None and not composed.is_base:
         composed = composed.prune(prune, progress=shown)
     if tune is not None:
@@ -126,6 +126,10 @@ def compose(
         composed = composed.cut(rank)
     if out is not None:
         composed.save_pretrained(out)
+    _show(composed, method, out, as_json)
+
+
+def _show(composed: lw.Composition, method: str, out: Path | None, as_json: bool) -> None:
     if as_json:
         router = None if composed.router is None else method
         told = {"weights": composed.mean_weights, "router": router, "license": composed.license}

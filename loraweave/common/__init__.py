@@ -1,1 +1,1 @@
-"""What every room may import: nothing here imports a room, or torch."""
+"""What every room may import: nothing here imports a room."""
