@@ -424,7 +424,7 @@ def test_a_folder_with_something_else_is_never_overwritten(tiny_llama, tokenizer
         ({"budget": 0}, WeightingError, "budget is 0"),
         ({"k": 0}, WeightingError, "k is 0"),
         ({"folds": 1}, WeightingError, "folds is 1"),
-        ({"sigma": "big"}, WeightingError, "the text 'big'; it must be float"),
+        ({"sigma": "big"}, WeightingError, "the text 'big'; it must be a finite number"),
         ({"method": "gradient", "lr": "0.1"}, WeightingError, "the text '0.1'"),
         ({"seconds": "2"}, WeightingError, "seconds is '2'"),
         ({"l1": "none"}, WeightingError, "l1 is 'none'"),

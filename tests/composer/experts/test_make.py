@@ -17,7 +17,7 @@ def test_what_is_no_model_is_refused():
         ("num_experts", 4, "a list, each of which is a whole number"),
         ("target_modules", "q_proj", "a list, each of which is a text"),
         ("as_released", 1, "True or False"),
-        ("alpha", True, "a number or None"),
+        ("alpha", True, "a finite number or None"),
     ],
 )
 def test_an_option_of_another_type_says_what_it_should_be(make_model, option, value, message):

@@ -62,7 +62,7 @@ def test_a_hit_is_a_target_token_that_is_the_most_likely_one(tiny_llama, tokeniz
 
 def test_a_tiled_batch_repeats_all_rows_in_their_order(tiny_llama, tokenizer):
     prepared = batch(tiny_llama, tokenizer, encode(tiny_llama, tokenizer, PROMPTS, TARGETS))
-    tiled = prepared.tiled(2)
+    tiled = prepared.tile(2)
     assert torch.equal(tiled.targets_BK[3:], prepared.targets_BK)
     assert torch.equal(tiled.inputs["input_ids"][:3], prepared.inputs["input_ids"])
 
