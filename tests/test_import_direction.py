@@ -10,6 +10,8 @@ import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+from loraweave.registry import FOLDERS
+
 ROOT = Path(__file__).parents[1]
 # upstream first
 ROOMS = ("hub", "retrieval", "routers", "composer")
@@ -93,13 +95,25 @@ def test_imports_are_absolute_and_never_load_a_room_as_a_top_level_package():
     assert wrong == []
 
 
-def test_no_module_imports_itself_through_others():
-    graph = {
-        name: imported(path, MODULES, at_run_time=True, inside_functions=False) & set(MODULES)
-        for name, path in MODULES.items()
-    }
+def test_no_module_imports_itself_through_others_not_even_for_types_or_in_a_function():
+    graph = {name: imported(path, MODULES) & set(MODULES) - {name} for name, path in MODULES.items()}
     # raises CycleError, which names the cycle
     assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(MODULES)
+
+
+def test_a_floor_asks_only_the_registries_of_itself_and_of_what_is_below_it():
+    wrong = set()
+    for module, path in MODULES.items():
+        floor = module.split(".")[1] if "." in module else ""
+        if floor not in ROOMS:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("registry.get", "registry.names") and node.args:
+                folder = getattr(node.args[0], "value", None)
+                place = FOLDERS.get(folder, ())
+                floors = {package.split(".")[1] for package in ((place,) if isinstance(place, str) else place)}
+                wrong |= {(module, folder) for above in floors if ROOMS.index(above) > ROOMS.index(floor)}
+    assert wrong == set()
 
 
 def test_every_third_party_import_is_declared():

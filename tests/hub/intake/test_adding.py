@@ -177,7 +177,7 @@ def test_progress_goes_to_the_terminal_and_not_to_the_output(hub, capsys):
 
 
 def test_a_store_that_fails_while_an_adapter_is_looked_over_is_told_and_no_adapter_is_blamed(hub, monkeypatch):
-    real, looked_over = adding.examined, []
+    real, looked_over = adding.examine, []
 
     def failing(catalogue, blobs, one, *rest):
         looked_over.append(one.name)
@@ -185,7 +185,7 @@ def test_a_store_that_fails_while_an_adapter_is_looked_over_is_told_and_no_adapt
             raise HubError("reading the hub: stale file handle")
         return real(catalogue, blobs, one, *rest)
 
-    monkeypatch.setattr(adding, "examined", failing)
+    monkeypatch.setattr(adding, "examine", failing)
     with pytest.raises(HubError, match="stale"):
         hub.add_many(MANY)
     assert len(hub) == 0
