@@ -11,7 +11,7 @@ import torch
 
 import loraweave as lw
 from loraweave.composer.composer import Composer
-from loraweave.composer.model import scoring
+from loraweave.composer.model import batches, scoring
 from loraweave.errors import CompositionError, ScopeError, UnknownExpert, UnknownName, WeightingError
 from loraweave.hub.embedders.hashing import Hashing
 from loraweave.hub.pool import ExpertPool
@@ -38,7 +38,7 @@ def softmax(scores_NE, temperature=0.05):
 
 
 def encoded(tokenizer, texts):
-    batch = scoring.padded_rows(tokenizer, tokenizer(list(texts))["input_ids"])
+    batch = batches.pad_rows(tokenizer, tokenizer(list(texts))["input_ids"])
     return dict(zip(("input_ids", "attention_mask"), batch, strict=True))
 
 

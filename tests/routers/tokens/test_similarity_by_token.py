@@ -11,7 +11,7 @@ import torch
 
 import loraweave as lw
 from loraweave.composer.composer import Composer
-from loraweave.composer.model import scoring
+from loraweave.composer.model import batches, scoring
 from loraweave.errors import ScopeError
 from loraweave.hub.embedders.hashing import Hashing
 from loraweave.hub.pool import ExpertPool
@@ -45,7 +45,7 @@ def weights_of(text):
 
 
 def encoded(tokenizer, texts):
-    ids_BT, mask_BT = scoring.padded_rows(tokenizer, tokenizer(list(texts))["input_ids"])
+    ids_BT, mask_BT = batches.pad_rows(tokenizer, tokenizer(list(texts))["input_ids"])
     return {"input_ids": ids_BT, "attention_mask": mask_BT, "position_ids": (mask_BT.cumsum(dim=1) - 1).clamp(min=0)}
 
 

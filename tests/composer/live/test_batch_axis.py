@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 from loraweave.composer.composer import Composer
-from loraweave.composer.model import limits
+from loraweave.composer.live import limits
 from loraweave.errors import ScopeError
 from loraweave.hub.adapter import Adapter
 from loraweave.routers.weights import MixtureWeights
