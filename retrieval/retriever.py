@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeVar, overload
 
 import numpy as np
 
-from loraweave import registry
+import loraweave.registry as registry
 from loraweave.common.checks import is_whole
 from loraweave.common.rows import GivenRows, read_inputs, read_rows
 from loraweave.errors import RetrievalError

@@ -58,7 +58,8 @@ def imported(path, modules=(), *, at_run_time=False, inside_functions=True):
         elif node.level == 0:
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
-                found.add(inner if inner in modules else node.module)
+                # what is taken out of the door itself names the door, whatever it is
+                found |= {node.module} if inner not in modules else {inner, *({"loraweave"} & {node.module})}
     return found
 
 

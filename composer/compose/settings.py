@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from loraweave import registry
+import loraweave.registry as registry
 from loraweave.common.checks import is_whole, require_whole
 from loraweave.common.options import described, options_of, require_known
 from loraweave.common.rows import GivenRows, read_inputs

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraweave import registry
+import loraweave.registry as registry
 from loraweave.common.checks import is_whole
 from loraweave.common.options import require_known
 from loraweave.composer.experts.exchange import require_expert_model

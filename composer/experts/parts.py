@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from loraweave import registry
+import loraweave.registry as registry
 from loraweave.common.options import options_of, require_known
 from loraweave.common.randomness import seeded
 from loraweave.composer.experts.forms._form import place_like

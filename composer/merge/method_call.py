@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from loraweave import registry
+import loraweave.registry as registry
 from loraweave.common.options import described, fits, options_of, require_known
 from loraweave.composer.merge.input import holds, require_sound
 from loraweave.composer.merge.updates import DenseUpdate, TruncatedUpdate

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from loraweave import registry
+import loraweave.registry as registry
 from loraweave.common.checks import require_whole
 from loraweave.common.display import progress_bar
 from loraweave.common.options import options_of, require_known

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from loraweave import registry
+import loraweave.registry as registry
 from loraweave.errors import DimensionMismatch
 
 # far above the 256 tokens that a sentence encoder reads; a longer text costs minutes in a tokenizer that then drops it

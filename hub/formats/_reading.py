@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from loraweave import registry
+import loraweave.registry as registry
 from loraweave.errors import AdapterUnsupported
 from loraweave.hub.formats._config import CONFIG, Config
 from loraweave.hub.formats._contents import Contents

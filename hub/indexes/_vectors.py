@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from loraweave import registry
+import loraweave.registry as registry
 from loraweave.errors import DimensionMismatch
 
 # fp32 embeddings of one text differ from batch to batch by some 1e-7; such noise must not decide the order of equals

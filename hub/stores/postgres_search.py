@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from loraweave import registry
+import loraweave.registry as registry
 from loraweave.hub import quarantine
 from loraweave.hub.stores.postgres_migrations import MAX_SEARCHED_DIM
 from loraweave.hub.stores.protocols import CatalogueStore, Connection, Near

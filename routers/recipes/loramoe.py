@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraweave import registry
+import loraweave.registry as registry
 from loraweave.errors import ScopeError, UnknownName
 from loraweave.routers.losses.localised import localised
 from loraweave.routers.recipes._recipe import FEED_FORWARD, EvenRecipe, Site

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraweave import registry
+import loraweave.registry as registry
 from loraweave.common.checks import is_whole
 from loraweave.common.options import require_known
 from loraweave.errors import AdapterCorrupt, AdapterNotFound, AdapterUnsupported, LoraweaveError, UnknownName, WeightingError

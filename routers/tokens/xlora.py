@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from loraweave import registry
+import loraweave.registry as registry
 from loraweave.common.checks import is_whole
 from loraweave.errors import ScopeError, WeightingError
 from loraweave.hub.pool import ExpertPool

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from loraweave import registry
+import loraweave.registry as registry
 from loraweave.composer.merge.method_call import MethodCall
 from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.errors import WeightingError
