@@ -10,6 +10,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from counted_words import Counts
 
 from loraweave import registry
 from loraweave.errors import DimensionMismatch, HubReadOnly, RetrievalError, UnknownName
@@ -19,24 +20,6 @@ from loraweave.hub.search import search as search_module
 from loraweave.hub.search.search import DESCRIPTION_WEIGHT, MAX_SAMPLE_INPUTS, SearchIndex, checked_count
 from loraweave.hub.tables.filtering import Filters
 from loraweave.types import Factors
-
-WORDS = ("cat", "dog", "sum", "film", "word")
-
-
-class Counts:
-    """The unit vector of how often each of five words occurs, so that keys can be written out by hand."""
-
-    dim = 5
-
-    def __init__(self, name="counts"):
-        self.id = name
-        self.seen = []
-
-    def embed(self, texts):
-        self.seen.extend(texts)
-        rows = np.array([[text.split().count(word) for word in WORDS] for text in texts], dtype=np.float64).reshape(-1, 5)
-        norms = np.linalg.norm(rows, axis=1, keepdims=True)
-        return (rows / np.where(norms, norms, 1)).astype(np.float32)
 
 
 def adapter(name, base_model="base"):

@@ -8,6 +8,7 @@ import sqlite3
 import numpy as np
 import pytest
 import torch
+from counted_words import WORDS, Counts
 
 from loraweave.errors import HubCorrupt
 from loraweave.hub.adapter import Adapter
@@ -18,22 +19,6 @@ from loraweave.hub.search.search import SearchIndex
 from loraweave.hub.tables.changes import CHANGED, read_changes
 from loraweave.hub.tables.filtering import Filters
 from loraweave.types import BaseKey, Factors
-
-WORDS = ("cat", "dog", "sum", "film", "word")
-
-
-class Counts:
-    dim = 5
-
-    def __init__(self, name="counts"):
-        self.id = name
-        self.seen = []
-
-    def embed(self, texts):
-        self.seen.extend(texts)
-        rows = np.array([[text.split().count(word) for word in WORDS] for text in texts], dtype=np.float64).reshape(-1, 5)
-        norms = np.linalg.norm(rows, axis=1, keepdims=True)
-        return (rows / np.where(norms, norms, 1)).astype(np.float32)
 
 
 def adapter(name, seed=0):
