@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 import loraweave.registry as registry
-from loraweave.common.options import described, fits, options_of, require_known
+from loraweave.common.options import check_options, options_of
 from loraweave.composer.merge.input import holds, require_sound
 from loraweave.composer.merge.updates import DenseUpdate, TruncatedUpdate
 from loraweave.errors import CompositionError, LoraweaveError, UnknownName, WeightingError
@@ -51,13 +51,7 @@ class MethodCall:
                 f"the options of method {self.method!r} are {self.options!r:.80}, and not a mapping of names to values; "
                 "leave them out for none"
             )
-        kinds = self._kinds
-        require_known(f"method {self.method!r}", self.options, kinds)
-        for option, value in self.options.items():
-            if not fits(value, kinds[option]):
-                raise WeightingError(
-                    f"method {self.method!r} got {option}={value!r:.80}; it takes {described(kinds[option], value)}"
-                )
+        check_options(f"method {self.method!r}", self.options, self._kinds)
 
     @property
     def method(self) -> str:

@@ -11,7 +11,7 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from loraweave.common.checks import is_number
 from loraweave.errors import LoraweaveError, WeightingError
@@ -27,6 +27,39 @@ WORDS: dict[Any, str] = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The numbers that an option takes, as in `Annotated[float, Range(above=0, most=1)]`. Bounds left out are infinite."""
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+
+    def holds(self, value: float) -> bool:
+        """Whether a number is within all bounds."""
+        return (
+            (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.most is None or value <= self.most)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        bounds = {"of at least": self.least, "above": self.above, "of at most": self.most, "below": self.below}
+        words = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
+        return words.replace(" and of ", " and ")
+
+
+Count = Annotated[int, Range(least=1)]
+Seed = Annotated[int, Range(least=0)]
+Positive = Annotated[float, Range(above=0)]
+NonNegative = Annotated[float, Range(least=0)]
+Fraction = Annotated[float, Range(least=0, most=1)]
+# a part of a whole that is not nothing
+Share = Annotated[float, Range(above=0, most=1)]
+
+
 def options_of(thing: Callable[..., Any], *, after: int = 0, beside: Collection[str] = ()) -> dict[str, Any]:
     """{name: kind} of what a function or class takes by name, but for its first parameters and those named in `beside`.
 
@@ -37,7 +70,7 @@ def options_of(thing: Callable[..., Any], *, after: int = 0, beside: Collection[
     try:
         # the fields of a dataclass may come from several modules, in which their annotations are read
         made = inspect.isclass(thing) and not dataclasses.is_dataclass(thing)
-        kinds = typing.get_type_hints(thing.__init__ if made else thing)  # type: ignore[misc]
+        kinds = typing.get_type_hints(thing.__init__ if made else thing, include_extras=True)  # type: ignore[misc]
     except NameError:
         kinds = {}
     return {name: kinds.get(name, Any) for name in named if name not in beside}
@@ -51,16 +84,37 @@ def require_known(
     noun: str = "option",
     error: type[LoraweaveError] = WeightingError,
 ) -> None:
-    """Raises `error` for a name that is none of the known ones, with the nearest and all of them."""
+    """Raises `error` for an unknown name, with the nearest one and all of them."""
     for name in given:
         if name not in known:
             has = ", ".join(known) or f"no {noun}s"
             raise error(f"{whose} has no {noun} {name!r}{nearest(str(name), known)}; it has {has}")
 
 
+def check_options(
+    whose: str,
+    given: Mapping[str, Any],
+    kinds: Mapping[str, Any],
+    *,
+    noun: str = "option",
+    error: type[LoraweaveError] = WeightingError,
+) -> None:
+    """Raises `error` for an unknown name, with the nearest and all names, and for a value outside its kind or range."""
+    require_known(whose, given, kinds, noun=noun, error=error)
+    for name, value in given.items():
+        if not fits(value, kinds[name]):
+            raise error(f"{whose} got {name}={value!r:.80}; it takes {described(kinds[name], value)}")
+
+
 def fits(value: object, kind: Any) -> bool:
-    """Whether a value is of an annotated kind. Numbers are finite, True and False are none; all fits a kind unknown here."""
+    """Whether a value is of an annotated kind and in its range.
+
+    Numbers are finite; True and False are not numbers. Every value fits a kind that this function does not know.
+    """
     origin = get_origin(kind)
+    if origin is Annotated:
+        plain, *rules = get_args(kind)
+        return fits(value, plain) and all(rule.holds(value) for rule in rules)
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, each) for each in get_args(kind))
     if origin is Literal:
@@ -76,6 +130,9 @@ def fits(value: object, kind: Any) -> bool:
 def described(kind: Any, value: object = None) -> str:
     """What a value of that kind is, in words; with the nearest to `value` where only a few texts are."""
     origin = get_origin(kind)
+    if origin is Annotated:
+        plain, *rules = get_args(kind)
+        return " ".join([described(plain), *map(str, rules)])
     if origin in (typing.Union, types.UnionType):
         return " or ".join(described(each, value) for each in get_args(kind))
     if origin is Literal:

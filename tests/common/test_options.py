@@ -2,11 +2,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
 
-from loraweave.common.options import described, fits, options_of, require_known
+from loraweave.common.options import Count, Range, Share, check_options, described, fits, options_of, require_known
 from loraweave.errors import TrainingError, WeightingError
 
 Word = Literal["mean", "sum"]
@@ -72,13 +72,33 @@ def test_an_unknown_name_is_told_with_the_nearest_and_all():
         ({}, Mapping[str, Any], True),
         ([], Mapping[str, Any], False),
         (object(), Recipe, True),
+        (1, Count, True),
+        (0, Count, False),
+        (1.0, Count, False),
+        (None, Count | None, True),
+        (0, Share, False),
+        (1, Share, True),
+        ("1", Share, False),
+        (0, Annotated[float, Range(least=0, below=1)], True),
+        (1, Annotated[float, Range(least=0, below=1)], False),
     ],
 )
 def test_a_value_fits_its_kind(value, kind, expected):
     assert fits(value, kind) is expected
 
 
+def test_a_value_outside_its_range_is_told_with_the_range():
+    with pytest.raises(
+        WeightingError, match=r"^method 'm' got share=3; it takes a finite number above 0 and at most 1 or None$"
+    ):
+        check_options("method 'm'", {"share": 3}, {"share": Share | None})
+    with pytest.raises(TrainingError, match=r"^fit\(\) has no setting 'shar', did you mean 'share'\?; it has share$"):
+        check_options("fit()", {"shar": 1}, {"share": Share}, noun="setting", error=TrainingError)
+    check_options("method 'm'", {"share": 0.5}, {"share": Share})
+
+
 def test_a_kind_is_told_in_words():
+    assert described(Count) == "a whole number of at least 1"
     assert described(int | None) == "a whole number or None"
     assert described(tuple[float, ...]) == "a list, each of which is a finite number"
     assert described(Word, "men") == "one of 'mean', 'sum', did you mean 'mean'?"
