@@ -1,26 +1,20 @@
+"""`loraweave hub history`, `rollback`, `prune` and `bind`."""
+
 import json
+from functools import partial
 from types import SimpleNamespace
 
+import command_line
 import pytest
 import torch
+from command_line import call
 from torch import nn
-from typer.testing import CliRunner
 
 import loraweave as lw
-from loraweave.cli import app
 from loraweave.cli import versions as cli_versions
 from loraweave.hub.base import fingerprint
-from loraweave.types import Factors
 
-
-def adapter(name, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    layers = {"0": Factors(torch.randn(2, 5, generator=generator), torch.randn(3, 2, generator=generator))}
-    return lw.Adapter(name, "org/base", layers)
-
-
-def call(*words):
-    return CliRunner().invoke(app, [str(word) for word in words])
+adapter = partial(command_line.adapter, layers=("0",), base_model="org/base")
 
 
 @pytest.fixture
@@ -78,7 +72,7 @@ def test_show_tells_identity_provenance_license_and_versions(hub):
 
 def test_bind_stores_the_key_of_the_base(hub, monkeypatch):
     torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(5, 3))
+    base = nn.Sequential(nn.Linear(16, 16))
     base.name_or_path = "org/base"
     asked = []
     monkeypatch.setattr(cli_versions, "load_model", lambda name: (asked.append(name) or base, SimpleNamespace()))

@@ -1,34 +1,24 @@
+"""`loraweave hub`: adding, listing, searching, putting aside, whole trees and the search's encoder."""
+
 import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import command_line
+import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
+from command_line import call
 
 import loraweave as lw
-from loraweave.cli import app
+from loraweave.hub.embedders.sentence import Sentence
+from loraweave.retrieval import training
 from loraweave.types import Factors
 
-
-def adapter(name, seed=0, **fields):
-    generator = torch.Generator().manual_seed(seed)
-    layers = {"model.q_proj": Factors(torch.randn(2, 5, generator=generator), torch.randn(3, 2, generator=generator))}
-    return lw.Adapter(name, fields.pop("base_model", "org/base"), layers, **fields)
-
-
-def call(*words, **options):
-    return CliRunner().invoke(app, [str(word) for word in words], **options)
-
-
-@pytest.fixture
-def hub(here):
-    with lw.Hub("adapters") as opened:
-        opened.add(adapter("antonym", 0), tags=["lexical"], license="MIT", description="the opposite of a word")
-        opened.add(adapter("[bold] :smile: 😀", 1, base_model="org/other", card={"steps": 3}), tags=["lexical", "odd"])
-        yield opened
+adapter = partial(command_line.adapter, base_model="org/base")
 
 
 class WordEmbedder:
@@ -38,10 +28,16 @@ class WordEmbedder:
     id = "words"
 
     def embed(self, texts):
-        import numpy as np
-
         counts = np.array([[text.count(word) + 1e-3 for word in ("opposite", "smile", "query")] for text in texts])
         return (counts / np.linalg.norm(counts, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture
+def hub(here):
+    with lw.Hub("adapters") as opened:
+        opened.add(adapter("antonym", 0), tags=["lexical"], license="MIT", description="the opposite of a word")
+        opened.add(adapter("[bold] :smile: 😀", 1, base_model="org/other", card={"steps": 3}), tags=["lexical", "odd"])
+        yield opened
 
 
 @pytest.fixture
@@ -284,3 +280,128 @@ def test_a_hub_on_a_server_is_named_by_a_url_and_its_files_by_another(here, post
     assert failed.exit_code == 1
     assert "AdapterNotFound: no adapter 'two' in the hub postgresql://weaver@127.0.0.1" in failed.stderr
     assert postgres_server.password not in failed.stderr
+
+
+@pytest.fixture
+def pair(here):
+    """Two adapters in a hub, and the first of them in a folder."""
+    with lw.Hub("adapters") as opened:
+        opened.add_many([adapter("a0", 0), adapter("a1", 1)])
+    adapter("a0", 0).save_pretrained("again")
+    return here
+
+
+def test_what_looks_wrong_is_told_and_put_aside_when_asked(pair):
+    done = call("hub", "add", "again", "--name", "again", "--anomalies", "quarantine")
+    assert done.exit_code == 0, done.stderr
+    assert "duplicate: it has the content of 'a0'" in done.stderr
+    assert "in quarantine" in done.stderr
+    assert [row["name"] for row in json.loads(call("hub", "list", "--json").stdout)] == ["a0", "a1"]
+    assert [row["name"] for row in json.loads(call("hub", "quarantine", "--json").stdout)] == ["again"]
+    assert "it has the content of 'a0'" in call("hub", "quarantine").stdout
+
+
+def test_what_looks_wrong_is_refused_when_asked(pair):
+    done = call("hub", "add", "again", "--name", "again", "--anomalies", "refuse")
+    assert (done.exit_code, done.stderr.startswith("AdapterSuspicious: ")) == (1, True)
+
+
+def test_show_has_what_was_found(pair):
+    call("hub", "add", "again", "--name", "again")
+    told = json.loads(call("hub", "show", "again", "--json").stdout)
+    assert [anomaly["kind"] for anomaly in told["anomalies"]] == ["duplicate"]
+    assert told["quarantined"] is False
+    assert "it has the content of" in call("hub", "show", "again").stdout
+
+
+def test_putting_aside_and_taking_back(pair):
+    assert "in quarantine" in call("hub", "quarantine", "a0").stderr
+    assert [row["name"] for row in json.loads(call("hub", "list", "--json").stdout)] == ["a1"]
+    assert "released" in call("hub", "release", "a0").stderr
+    assert [row["name"] for row in json.loads(call("hub", "list", "--json").stdout)] == ["a0", "a1"]
+
+
+def test_a_misspelt_name_changes_nothing(pair):
+    done = call("hub", "quarantine", "a0", "nothing")
+    assert (done.exit_code, "AdapterNotFound" in done.stderr) == (1, True)
+    with lw.Hub("adapters") as opened:
+        assert len(opened) == 2
+
+
+@pytest.fixture
+def tree(here):
+    for seed, name in enumerate(("one", "below/two")):
+        layers = {"q": Factors(torch.full((1, 3), seed + 1.0), torch.ones(2, 1))}
+        lw.Adapter("x", "org/base", layers).save_pretrained(Path("tree", name))
+    Path("tree", "broken").mkdir()
+    Path("tree", "broken", "adapter_config.json").write_text("{")
+
+
+def test_a_tree_is_added_with_a_report(tree):
+    done = call("hub", "add-tree", "tree", "--tag", "bulk", "--report", "report.json", "--json")
+    assert done.exit_code == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["counts"] == {"added": 2, "refused": 1}
+    assert json.loads(Path("report.json").read_text()) == told
+    with lw.Hub("adapters") as opened:
+        assert [(record.name, record.tags) for record in opened] == [("below/two", ("bulk",)), ("one", ("bulk",))]
+
+
+def test_the_table_has_what_is_new_and_the_reasons(tree):
+    first = call("hub", "add-tree", "tree")
+    assert "below/two" in first.stdout
+    assert "AdapterCorrupt" in first.stdout
+    assert "2 added, 1 refused" in first.stderr
+    second = call("hub", "add-tree", "tree")
+    assert "below/two" not in second.stdout
+    assert "AdapterCorrupt" in second.stdout
+    assert "2 present, 1 refused" in second.stderr
+
+
+def test_a_dry_run_adds_nothing(tree):
+    done = call("hub", "add-tree", "tree", "--dry-run", "--json")
+    assert json.loads(done.stdout)["counts"] == {"found": 3}
+    with lw.Hub("adapters") as opened:
+        assert len(opened) == 0
+
+
+def test_a_tree_without_adapters_is_an_error(here):
+    Path("empty").mkdir()
+    done = call("hub", "add-tree", "empty")
+    assert (done.exit_code, "AdapterNotFound" in done.stderr) == (1, True)
+
+
+INPUTS = {"count": ["1 2 3", "4 5 6", "7 8 9"], "vowels": ["a e i", "o u a", "e i o"]}
+
+
+@pytest.fixture
+def inputs(here, tiny_encoder, monkeypatch):
+    # the default one takes minutes
+    monkeypatch.setattr(training, "Sentence", lambda folder=None: Sentence(folder=folder or tiny_encoder))
+    with lw.Hub("adapters") as opened:
+        for number, (name, texts) in enumerate(INPUTS.items(), start=1):
+            layers = {"q_proj": Factors(torch.full((1, 3), float(number)), torch.ones(2, 1))}
+            opened.add(lw.Adapter(name, "tiny", layers), examples=texts)
+    return here
+
+
+def test_an_encoder_is_trained_on_the_hub_and_searches_it(inputs):
+    done = call("hub", "train-encoder", "encoder", "--steps", 2, "--json")
+    assert done.exit_code == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["tasks"], told["id"]) == (sorted(INPUTS), Sentence(folder="encoder").id)
+    found = json.loads(call("hub", "search", "7 8 9", "--encoder", "encoder", "--json").stdout)
+    assert (found[0]["name"], found[0]["evidence"]) == ("count", "sample input '7 8 9' (1.00)")
+
+
+def test_settings_of_the_training_come_from_the_flags(inputs):
+    call("hub", "train-encoder", "encoder", "--steps", 2, "--seed", 3, "--lr", "0.001", "--checkpoint", "state")
+    recipe = json.loads((inputs / "encoder" / "encoder.json").read_text())["recipe"]
+    assert (recipe["steps"], recipe["seed"], recipe["lr"]) == (2, 3, 0.001)
+    assert (inputs / "state" / "recipe.json").is_file()
+
+
+def test_a_folder_that_holds_something_is_one_line_of_stderr(inputs):
+    done = call("hub", "train-encoder", "adapters", "--steps", 1)
+    assert done.exit_code == 1
+    assert done.stderr.startswith("TrainingError: adapters is a file, or a folder that holds something")

@@ -1,0 +1,387 @@
+"""`loraweave compose`, `eval`, `explain` and `export`."""
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import LAYERS, adapter, call, process, write_rows
+
+import loraweave as lw
+from loraweave.types import Factors
+
+PAIRS = [("a", "b"), ("c", "d"), ("e", "f")]
+TASK = lw.Task([("ab", "c")], instruction="Once.")
+
+
+def test_a_composition_is_made_scored_and_exported(two, base, rows):
+    words = ["--base", base, "--pool", two, "--examples", rows, "--method", "lorahub", "--budget", "9", "--out", "c"]
+    made = process("compose", *words, "--json", cwd=two.parent)
+    assert made.returncode == 0, made.stderr
+    told = json.loads(made.stdout)
+    assert {row["name"] for row in told["report"]["rows"]} >= {"base", "best_single", "uniform", "lorahub"}
+    assert told["out"] == "c"
+
+    # the base is the one that the composition names
+    scored = call("eval", "c", rows, "--json")
+    assert scored.exit_code == 0, scored.stderr
+    model, tokenizer = lw.load_base(str(base))
+    assert json.loads(scored.stdout) == pytest.approx(
+        lw.Composition.from_pretrained("c", model, tokenizer).evaluate(PAIRS), rel=1e-6
+    )
+
+
+def test_a_composition_by_a_router_is_made_scored_and_explained_and_never_exported(two, base, rows):
+    words = ["--base", base, "--pool", two, "--examples", rows, "--method", "arrow", "--out", "c"]
+    made = call("compose", *words, "--option", "top_k=1")
+    assert made.exit_code == 0, made.stderr
+    assert "router 'arrow' weighs every adapter for each token and layer" in made.stderr
+    told = json.loads(call("compose", *words, "--json").stdout)
+    assert (told["weights"], told["router"], told["report"]["chosen"]) == ({}, "arrow", "arrow")
+    scored = call("eval", "c", rows, "--json")
+    model, tokenizer = lw.load_base(str(base))
+    kept = lw.Composition.from_pretrained("c", model, tokenizer)
+    assert json.loads(scored.stdout) == pytest.approx(kept.evaluate(PAIRS), rel=1e-6)
+    explained = json.loads(call("explain", "c", "a text", "--json").stdout)
+    assert explained["experts"] == ["left", "right"]
+    exported = call("export", "c", "--out", "p")
+    assert (exported.exit_code, exported.stderr.split(":")[0]) == (1, "ScopeError")
+    assert not Path("p").exists()
+
+
+def test_a_composition_is_pruned_tuned_and_cut_on_the_way(two, base, rows):
+    words = ["--base", base, "--pool", two, "--examples", rows, "--out", "c", "--method", "manual"]
+    made = call(
+        "compose", *words, "--weight", "left=1", "--weight", "right=1", "--prune", "100", "--tune", "2", "--rank", "1"
+    )
+    assert made.exit_code == 0, made.stderr
+    assert "rank" in made.stdout
+    model, tokenizer = lw.load_base(str(base))
+    kept = lw.Composition.from_pretrained("c", model, tokenizer)
+    assert [row.name for row in kept.report.rows][-3:] == ["pruned", "tuned", "cut"]
+    assert (len(kept.weights), kept.adapter.rank, kept.tuned_steps) == (1, 1, 2)
+
+
+def test_export_gives_the_weighted_sum_as_a_peft_folder(two, base, rows):
+    words = ["--base", base, "--pool", two, "--examples", rows, "--out", "c", "--method", "manual"]
+    made = call("compose", *words, "--weight", "left=0.25", "--weight", "right=-1")
+    assert made.exit_code == 0, made.stderr
+    assert "saved to c" in made.stderr
+    done = call("export", "c", "--out", "p")
+    assert done.exit_code == 0, done.stderr
+    want = 0.25 * adapter("left", 0).delta(LAYERS[0]) - adapter("right", 1).delta(LAYERS[0])
+    torch.testing.assert_close(lw.Adapter.from_pretrained("p").delta(LAYERS[0]), want)
+
+
+def test_compose_shows_its_weights_by_size(two, base, rows):
+    words = ["--base", base, "--pool", two, "--examples", rows, "--method", "manual"]
+    done = call("compose", *words, "--weight", "left=0.25", "--weight", "right=-1")
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("│ left", "│ right"))]
+    assert [[cell.strip() for cell in line.strip("│").split("│")] for line in lines] == [["right", "-1"], ["left", "0.25"]]
+
+
+def test_compose_asks_for_licenses_before_the_base_is_loaded(here, base, rows):
+    for name, license in (("left", "gpl-3.0"), ("right", "cc-by-nc-4.0")):
+        adapter(name, card={"license": license}).save_pretrained(here / "pool" / name)
+    words = ["compose", "--pool", "pool", "--examples", rows, "--method", "uniform", "--out", "c"]
+    done = call(*words, "--base", "no/such/base")
+    assert done.exit_code == 1
+    assert "InvalidLicense: " in done.stderr
+    with pytest.warns(UserWarning, match="this mixture may be used"):
+        done = call(*words, "--base", base, "--allow-licenses")
+    assert done.exit_code == 0, done.stderr
+    assert "license: CC-BY-NC-4.0 AND GPL-3.0-only" in done.stderr
+    assert json.loads(Path("c/composition.json").read_text())["license"] == "CC-BY-NC-4.0 AND GPL-3.0-only"
+
+
+def test_compose_uses_the_hub_by_default(here, base, rows, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "loraweave.composer.compose.compose.compose", lambda *given, **options: seen.append((given, options)) or 1 / 0
+    )
+    lw.Hub("adapters").close()
+    done = call("compose", "--base", base, "--examples", rows, "--num-examples", "2", "--instruction", "Go on.", "--k", "3")
+    assert isinstance(done.exception, ZeroDivisionError)
+    (_, _, source, task), options = seen[0]
+    assert isinstance(source, lw.Hub)
+    assert (task.examples, task.instruction) == ((("a", "b"), ("c", "d")), "Go on.")
+    assert (options["method"], options["k"], options["budget"], options["seed"]) == ("auto", 3, 40, 0)
+
+
+def test_compose_says_on_one_line_which_check_of_the_base_was_possible(two, base, rows):
+    words = ("--base", base, "--pool", two, "--examples", rows, "--method", "manual", "--weight", "left=1", "--out", "c")
+    done = call("compose", *words)
+    assert done.exit_code == 0, done.stderr
+    told = [line for line in done.stderr.splitlines() if "names and shapes" in line]
+    assert len(told) == 1
+    assert told[0].startswith(f"warning: 'left', 'right': made for 'tiny', while this model is '{base}'")
+
+
+def test_a_composition_of_nothing_is_an_error_and_saves_nothing(two, base, rows):
+    with lw.Hub("adapters") as hub:
+        layers = {"model.layers.0.self_attn.q_proj": Factors(torch.ones(1, 8), torch.ones(8, 1))}
+        hub.add(lw.Adapter("narrow", "org/narrow", layers))
+    done = call("compose", "--base", base, "--examples", rows, "--out", "c")
+    assert done.exit_code == 1
+    assert done.stderr.splitlines()[-1].startswith("BaseModelMismatch: none of the hub's 1 adapters is for this base model")
+    assert "1 for 'org/narrow'" in done.stderr
+    assert not Path("c").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["--method", "lorahbu"], 1, "UnknownName: no method 'lorahbu' to compose with, did you mean 'lorahub'?"),
+        (["--option", "objective=entropi"], 1, "UnknownName: no objective 'entropi', did you mean 'entropy'?"),
+        (["--option", "objective=labels"], 1, "InvalidTask: objective 'labels' ranks the labels of a task"),
+        (["--method", "lorahub", "--option", "sigmma=1"], 1, "WeightingError: method 'lorahub' has no option 'sigmma'"),
+        (["--method", "lorahub", "--option", "sigma=-1"], 1, "WeightingError: sigma is -1"),
+        (["--option", "folds=1"], 1, "WeightingError: folds is 1"),
+        (["--method", "similarity"], 1, "WeightingError: method 'similarity' weighs by retrieval scores"),
+        (["--method", "arrow", "--rank", "2"], 2, "but 'arrow' is a router: leave them out"),
+        (["--hub", "missing"], 2, "--pool and --hub both name adapters"),
+    ],
+)
+def test_compose_looks_at_names_and_options_before_the_base_is_loaded(words, status, said, two, rows):
+    done = call("compose", "--base", "no/such-base", "--pool", two, "--examples", rows, *words)
+    assert (done.exit_code, said in " ".join(done.stderr.split())) == (status, True), done.stderr
+
+
+def test_a_hub_of_the_environment_gives_way_to_a_pool(two, base, rows):
+    words = ("compose", "--base", base, "--pool", two, "--examples", rows, "--method", "uniform")
+    assert call(*words, env={"LORAWEAVE_HUB": "missing"}).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "words", [["eval", "broken", "rows.jsonl"], ["export", "broken", "--out", "e"], ["explain", "broken", "a"]]
+)
+def test_a_damaged_composition_is_named_before_the_base_is_loaded(words, here, rows):
+    Path("broken").mkdir()
+    Path("broken/composition.json").write_text('{"format": 2, "base_model": "no/such-base"}')
+    for more in ([], ["--base", "no/such-base"]):
+        done = call(*words, *more)
+        assert (done.exit_code, done.stderr.split(":")[0]) == (1, "AdapterCorrupt"), done.stderr
+
+
+def test_export_looks_at_its_target_before_the_base_is_loaded(here):
+    Path("made").mkdir()
+    done = call("export", "made", "--target", "vlmm", "--out", "e", "--base", "no/such-base")
+    assert done.stderr.startswith("UnknownName: no export target 'vlmm', did you mean 'vllm'?")
+
+
+def test_compose_looks_at_its_target_before_the_base_is_loaded(two, rows):
+    Path("mine").mkdir()
+    Path("mine/diary.txt").write_text("dear")
+    done = call("compose", "--base", "no/such-base", "--pool", two, "--examples", rows, "--out", "mine")
+    assert (done.exit_code, done.stderr.split(":")[0]) == (1, "AdapterExists")
+
+
+def test_compose_without_a_hub_makes_none(here, rows):
+    done = call("compose", "--examples", rows)
+    assert (done.exit_code, done.stderr.split(":")[0]) == (1, "HubError")
+    assert not Path("adapters").exists()
+
+
+def test_a_pool_without_adapters_is_refused(here, rows):
+    Path("empty").mkdir()
+    done = call("compose", "--examples", rows, "--pool", "empty")
+    assert (done.exit_code, done.stderr.split(":")[0]) == (1, "WeightingError")
+
+
+def test_eval_of_an_adapter_is_that_of_the_model_with_it(two, base, rows):
+    done = call("eval", two / "left", rows, "--base", base, "--json", "--instruction", "Next letter.")
+    assert done.exit_code == 0, done.stderr
+    model, tokenizer = lw.load_base(str(base))
+    with torch.no_grad():
+        for layer in LAYERS:
+            module = model.get_submodule(layer)
+            module.weight += adapter("left", 0).delta(layer)
+    losses = []
+    for text, target in PAIRS:
+        prompt = tokenizer(f"Next letter.\nInput: {text}\nOutput:")["input_ids"]
+        answer = tokenizer(f" {target}")["input_ids"]
+        logits = model(input_ids=torch.tensor([[*prompt, *answer, 2]])).logits[0].detach().log_softmax(dim=-1)
+        wanted = [*answer, 2]
+        losses.append(
+            -sum(float(logits[len(prompt) - 1 + place, token]) for place, token in enumerate(wanted)) / len(wanted)
+        )
+    told = json.loads(done.stdout)
+    assert told["count"] == 3
+    assert told["loss"] == pytest.approx(sum(losses) / 3, rel=1e-4)
+
+
+def test_eval_counts_every_accepted_target(two, base, here):
+    rows = [{"input": "a", "target": "a", "also_ok": ["b", "c"]}, {"input": "b", "target": ["c", "b", "a"]}]
+    file = write_rows(here / "many.jsonl", rows)
+    done = call("eval", two / "left", file, "--base", base, "--labels", "a,b,c", "--json")
+    # every label is accepted, so whatever is ranked first is right
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["value"] == 1.0
+
+
+def test_a_composition_keeps_its_own_instruction(here, rows):
+    Path("c").mkdir()
+    Path("c/composition.json").write_text("{}")
+    assert call("eval", "c", rows, "--instruction", "other").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "has no rows"),
+        ("\n\n", "has no rows"),
+        ('{"input": "a", "target": "b"}\n{"input": "a"', "line 2 is not JSON"),
+        ("[1, 2]\n", "line 1 is [1, 2], not a pair of texts"),
+        ('{"target": "b"}\n', "line 1 has ['target'], and no 'input'"),
+        ('{"input": "a"}\n', "line 1 has ['input'], and no 'target'"),
+        ('{"input": "a", "target": " "}\n', "line 1 (input 'a') has an empty target"),
+        ('{"input": "a", "target": []}\n', "line 1 has [] as 'target'"),
+        ('{"input": "a", "target": "b", "split": "test"}\n', "no rows of split 'train'; its splits are test"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_named_by_file_and_line(two, text, said):
+    Path("bad.jsonl").write_text(text)
+    done = call("compose", "--pool", two, "--examples", "bad.jsonl")
+    assert done.exit_code == 1
+    assert done.stderr.startswith("InvalidTask: bad.jsonl")
+    assert said in done.stderr
+
+
+def test_rows_that_are_no_text_are_refused(two):
+    Path("bad.jsonl").write_bytes(b'{"input": "\xff\xfe"}')
+    done = call("compose", "--pool", two, "--examples", "bad.jsonl")
+    assert (done.exit_code, done.stderr.startswith("InvalidTask: bad.jsonl is not UTF-8 text")) == (1, True)
+
+
+def composed(base, folder, weights):
+    model, tokenizer = lw.load_base(str(base))
+    layers = {layer: Factors(torch.ones(2, 16), torch.ones(16, 2)) for layer in LAYERS}
+    pool = lw.ExpertPool([lw.Adapter(name, str(base), layers) for name in ("[left]", "$right")])
+    method = "manual" if weights else "base"
+    made = lw.compose(model, tokenizer, pool, TASK, method=method, weights=weights or None, progress=False)
+    return made.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def saved(base, tmp_path_factory):
+    return composed(base, tmp_path_factory.mktemp("c") / "composed", {"[left]": 0.75, "$right": -0.25})
+
+
+def test_the_table_has_the_adapters_by_their_share(saved, here):
+    done = call("explain", saved, "ab")
+    assert done.exit_code == 0, done.stderr
+    rows = [[cell.strip() for cell in line.split("│")[1:5]] for line in done.stdout.splitlines() if line.startswith("│")]
+    assert rows == [["[left]", "75.0%", "100.0%", "0.75"], ["$right", "25.0%", "100.0%", "-0.25"]]
+
+
+def test_json_has_tokens_layers_and_weights(saved, here):
+    done = call("explain", saved, "ab", "--json")
+    told = json.loads(done.stdout)
+    assert "".join(told["tokens"]) == TASK.prompt("ab")
+    assert (told["layers"], told["experts"], told["plot"]) == (list(LAYERS), ["[left]", "$right"], None)
+    # the same for all tokens and layers
+    assert told["weights"] == [[[0.75, -0.25]]]
+    assert told["load"][LAYERS[0]]["share"] == [0.75, 0.25]
+
+
+def test_tokens_of_the_answer_are_explained_when_asked_for(saved, here):
+    tokens = json.loads(call("explain", saved, "ab", "--max-new-tokens", "4", "--json").stdout)["tokens"]
+    assert len(TASK.prompt("ab")) < len(tokens) <= len(TASK.prompt("ab")) + 3
+
+
+def test_the_plot_is_written_where_it_is_wanted(saved, here):
+    done = call("explain", saved, "ab", "--plot", "weights.svg")
+    assert (done.exit_code, done.stderr) == (0, "drew weights.svg\n")
+    assert "<svg" in (here / "weights.svg").read_text()
+
+
+def test_the_page_is_written_where_it_is_wanted(saved, here):
+    done = call("explain", saved, "ab", "--page", "weights.html")
+    assert (done.exit_code, done.stderr) == (0, "wrote weights.html\n")
+    assert (here / "weights.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_the_base_model_has_a_table_and_no_picture(base, here):
+    folder = composed(base, here / "c", {})
+    assert "the base model itself" in call("explain", folder, "ab").stdout
+    done = call("explain", folder, "ab", "--plot", "x.png")
+    assert (done.exit_code, done.stderr.split(":")[0]) == (1, "CompositionError")
+    assert not (here / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (("nowhere", "ab"), 2, "'nowhere' does not exist"),
+        (("empty", "ab"), 1, "AdapterNotFound: empty holds no composition.json"),
+        (("composed",), 2, "Missing argument 'text'"),
+        (("composed", "ab", "--plot", "x.bmp2"), 2, "ends in .png, .svg, .pdf, not 'x.bmp2'"),
+        (("composed", "ab", "--page", "x.png"), 2, "ends in .html, not 'x.png'"),
+        (("composed", "ab", "--max-new-tokens", "-1"), 2, "--max-new-tokens"),
+        (("composed", "ab", "--plot", "no/such/folder/x.png"), 1, "FileNotFoundError"),
+    ],
+)
+def test_a_wrong_use_of_explain_is_named(base, saved, here, words, status, said):
+    (here / "empty").mkdir()
+    shutil.copytree(saved, here / "composed")
+    done = call("explain", *words, "--base", base)
+    assert (done.exit_code, done.stdout) == (status, "")
+    assert said in " ".join(done.stderr.split())
+
+
+@pytest.fixture
+def stored(here):
+    adapter("mine", rank=12, layers=LAYERS[:1], base_model="org/base").save_pretrained(here / "mine")
+    return here
+
+
+def test_an_adapter_is_exported_without_a_model(stored):
+    done = call("export", "mine", "--out", "p")
+    assert done.exit_code == 0, done.stderr
+    assert "wrote 1 layers of rank up to 12 for peft to p" in done.stdout
+    assert lw.Adapter.from_pretrained("p").hash == lw.Adapter.from_pretrained("mine").hash
+
+
+def test_vllm_gets_its_flags_and_the_error_of_the_cut(stored):
+    done = call("export", "mine", "--target", "vllm", "--max-rank", "8", "--out", "p")
+    assert done.exit_code == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("rank cut in 1 layers: relative error 0.") for line in lines)
+    command = shlex.split(next(line for line in lines if line.startswith("serve it: ")).removeprefix("serve it: "))
+    assert command[:8] == ["vllm", "serve", "org/base", "--enable-lora", "--max-lora-rank", "8", "--max-loras", "2"]
+    assert command[8:] == ["--lora-modules", f"mine={stored / 'p'}"]
+    assert lw.Adapter.from_pretrained("p").rank == 8
+
+
+def test_json_has_the_errors_by_layer_and_the_flags(stored):
+    done = call("export", "mine", "--target", "vllm", "--out", "p", "--json")
+    told = json.loads(done.stdout)
+    assert told["errors"] == {LAYERS[0]: 0.0}
+    assert (told["rank"], told["flags"][:3]) == (12, ["--enable-lora", "--max-lora-rank", "16"])
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (("--target", "vlm"), 1, "did you mean 'vllm'"),
+        (("--max-rank", "0"), 2, "--max-rank"),
+        (("--base",), 2, "--base"),
+    ],
+)
+def test_a_wrong_use_of_export_is_named_and_writes_nothing(stored, words, status, said):
+    done = call("export", "mine", "--out", "p", *words)
+    assert done.exit_code == status
+    assert said in " ".join(done.stderr.split())
+    assert not (stored / "p").exists()
+
+
+def test_a_head_that_vllm_cannot_load_is_one_line_of_stderr(stored):
+    head = {"lm_head.weight": torch.ones(4, 16)}
+    layers = lw.Adapter.from_pretrained("mine").layers
+    lw.Adapter("headed", "org/base", layers, heads=head).save_pretrained("headed")
+    done = call("export", "headed", "--target", "vllm", "--out", "p")
+    assert done.exit_code == 1
+    assert "lm_head.weight" in done.stderr
+    assert call("export", "headed", "--out", "p").exit_code == 0
