@@ -27,13 +27,9 @@ from torch import Tensor
 
 from benchmarks._run import Run, Table, console
 from benchmarks._timing import Gate, require
-from loraweave.composer.live.kernels._cost import RATES, Choice, Cost, Rates, Workload, choose, costs
+from loraweave.composer.live.kernels._cost import RATES, Cost, Rates, Workload
 from loraweave.composer.live.kernels._parts import Kernel, RankRow, RowSets
-from loraweave.composer.live.kernels.dense import Stack
-from loraweave.composer.live.kernels.gathered import Gathered
-from loraweave.composer.live.kernels.merged import Merged
-from loraweave.composer.live.kernels.segments import Segments
-from loraweave.composer.live.kernels.shared import Shared
+from loraweave.composer.live.row_weights import Choice, choose, costs, row_kernels
 
 LAYERS = ((576, 576), (576, 192), (576, 1536), (1536, 576))
 # factors of so many bytes are cycled through, more than a cache holds
@@ -102,20 +98,9 @@ def parts(case: Case, dtype: torch.dtype, seed: int) -> list[RankRow]:
 
 
 def made(path: str, experts: list[RankRow], sets: RowSets, dtype: torch.dtype) -> Kernel:
-    if path == "shared":
-        return Shared.of(experts, sets[0], dtype)
-    if path == "merged":
-        return Merged.of(experts, sets[0], dtype)
-    if path == "gathered":
-        return Gathered.of(experts, sets, dtype)
-    if path == "segments":
-        return Segments.of(experts, sets, dtype)
-    used = sorted({p for row in sets for p, _ in row})
-    w_B1P = torch.zeros(len(sets), 1, len(used), dtype=torch.promote_types(dtype, torch.float32))
-    for number, row in enumerate(sets):
-        for p, weight in row:
-            w_B1P[number, 0, used.index(p)] = weight
-    return Stack.of([experts[p] for p in used], dtype).weigh(w_B1P)
+    number = {p: number for number, p in enumerate(sorted({p for row in sets for p, _ in row}))}
+    rows = tuple(tuple((number[p], weight) for p, weight in row) for row in sets)
+    return row_kernels()[path].of([experts[p] for p in number], rows, dtype)
 
 
 @torch.inference_mode()
@@ -183,7 +168,7 @@ def main(
         work = workload(case, kind)
         ways = [Choice(path) for path in costs(work)]
         if kind.itemsize == 2 and case.rows * case.tokens <= MOST_EXACT:
-            ways += [Choice(path, exact=True) for path in costs(work) if path != "merged"]
+            ways += [Choice(path, exact=True) for path in costs(work) if row_kernels()[path].widens]
         measured.append((work, {way: seconds(way, case, kind, repeats, timer) for way in ways}))
     pairs = [(costs(work)[way.path], s) for work, found in measured for way, s in found.items() if not way.exact]
     console.print(f"fitted for {dtype}, {run.threads} thread(s): {fitted(pairs)}")

@@ -1,4 +1,4 @@
-"""A package of another's adds a method, router, recipe, key, embedder, index or format by one file and one line each."""
+"""A package adds a method, router, recipe, key, embedder, index, kernel or format by one file and one line each."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 import loraweave as lw
 from loraweave import registry
+from loraweave.composer.live import row_weights
 from loraweave.errors import PluginFailed, UnknownName
 
 FILES = {
@@ -71,6 +72,15 @@ class GuestFormat:
         a, b = map(float, (folder / "guest.txt").read_text().split())
         return Contents("base", {"layer": Factors(torch.tensor([[a]]), torch.tensor([[b]]))})
 """,
+    "guest_kernel": """
+from loraweave.composer.live.kernels._cost import Cost
+from loraweave.composer.live.kernels.shared import Shared
+class GuestKernel(Shared):
+    "The shared product, at no cost."
+    @staticmethod
+    def cost(work):
+        return Cost(0, 0, 0) if work.num_segments == 1 else None
+""",
     "ties": "def ties(experts, weights): return None",
     "broken": "raise RuntimeError('no luck')",
 }
@@ -90,6 +100,8 @@ guest_key = guests.guest_key
 guest_embedder = guests.guest_embedder
 [loraweave.indexes]
 guest_index = guests.guest_index
+[loraweave.kernels]
+guest_kernel = guests.guest_kernel
 [loraweave.formats]
 guest_format = guests.guest_format
 """
@@ -158,6 +170,17 @@ def test_an_embedder_an_index_and_a_key_search_a_hub(make_adapter, tiny_llama, t
         assert [hit.name for hit in found] == ["plural"]
         keyed = lw.Retriever(hub, embedder="hashing", keys=["guest_key"])
         assert [hit.name for hit in keyed.for_examples([("negation", "y")], k=1)] == ["negation"]
+
+
+def test_a_kernel_is_chosen_where_it_costs_least(make_adapters, tiny_llama, monkeypatch):
+    # as in a process that has mixed nothing yet
+    monkeypatch.setattr(row_weights, "row_kernels", row_weights.row_kernels.__wrapped__)
+    monkeypatch.setattr(row_weights, "choose", row_weights.choose.__wrapped__)
+    engine = lw.Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
+    for weights, names in (({"a": 1.0}, {"guest_kernel"}), ([{"a": 1.0}, {"a": 2.0}], {"gathered"})):
+        with engine.activate(weights):
+            tiny_llama(torch.tensor([[3, 9, 27], [4, 8, 16]]))
+        assert {used.kernel for used in engine.last_weights.layers.values()} - {""} == names
 
 
 def test_a_format_is_read(tmp_path):

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache, partial
 from weakref import finalize
 
 import torch
 from torch import Tensor
 
+import loraweave.registry as registry
 from loraweave.common.process import lock_of
-from loraweave.composer.live.kernels._cost import Workload, choose
-from loraweave.composer.live.kernels._parts import Kernel, RowSets, own_precision, place_of, repeat_rows, row_sets
+from loraweave.composer.live.kernels._cost import Cost, Workload
+from loraweave.composer.live.kernels._parts import (
+    Kernel,
+    RowKernel,
+    RowSets,
+    own_precision,
+    place_of,
+    repeat_rows,
+    row_sets,
+)
 from loraweave.composer.live.kernels._rank_tables import triton_runs
 from loraweave.composer.live.kernels._some_rows import SomeRows
-from loraweave.composer.live.kernels.dense import Stack
-from loraweave.composer.live.kernels.gathered import Gathered
-from loraweave.composer.live.kernels.merged import Merged
-from loraweave.composer.live.kernels.segments import Segments
-from loraweave.composer.live.kernels.shared import Shared
-from loraweave.composer.live.kernels.triton_gathered import TritonGathered
-from loraweave.composer.live.kernels.triton_segments import TritonSegments
 from loraweave.composer.live.layout import PlacedFactors
 from loraweave.composer.live.residents import Lease
 from loraweave.composer.model.layers import TargetLayer
@@ -42,13 +44,43 @@ class LayerMixture:
     w_BTE: Tensor | None = None
 
 
-# by the names of `_cost.choose`; "gathered" borrows memory, "dense" takes weights as a tensor
-OF_ONE_ROW: dict[str, type[Shared] | type[Merged]] = {"shared": Shared, "merged": Merged}
-OF_ROWS: dict[str, type[Segments] | type[TritonGathered] | type[TritonSegments]] = {
-    "segments": Segments,
-    "triton_gathered": TritonGathered,
-    "triton_segments": TritonSegments,
-}
+@dataclass(frozen=True)
+class Choice:
+    """The name of a kernel; `exact` if it runs in fp32 although the layer's own dtype is shorter."""
+
+    path: str
+    exact: bool = False
+
+
+@cache
+def row_kernels() -> dict[str, type[RowKernel]]:
+    """The kernels of the registry for weights by row."""
+    kernels = {name: registry.get("kernels", name) for name in registry.names("kernels")}
+    return {name: kernel for name, kernel in kernels.items() if hasattr(kernel, "cost")}
+
+
+@lru_cache(maxsize=4096)
+def choose(work: Workload) -> Choice:
+    """The cheapest kernel.
+
+    On a CPU, products of a few tokens are faster in fp32 than in half precision, whose library calls take longer than
+    the products themselves.
+    """
+    seconds = {Choice(path): work.rates.seconds(cost) for path, cost in costs(work).items()}
+    if work.device == "cpu" and work.itemsize == 2:
+        wide = replace(work, itemsize=4)
+        # x goes to fp32, and the update back
+        cast = Cost(0, 6 * work.num_mixtures * work.tokens * (work.num_inputs + work.num_outputs), 2)
+        for path, cost in costs(wide).items():
+            if row_kernels()[path].widens:
+                seconds[Choice(path, exact=True)] = wide.rates.seconds(cost) + wide.rates.seconds(cast)
+    return min(seconds, key=lambda choice: seconds[choice])
+
+
+def costs(work: Workload) -> dict[str, Cost]:
+    """What each kernel that is for such a workload would do."""
+    found = {path: kernel.cost(work) for path, kernel in row_kernels().items()}
+    return {path: cost for path, cost in found.items() if cost is not None}
 
 
 class RowWeights:
@@ -127,24 +159,10 @@ class RowWeights:
         if key not in found.kernels:
             names = [self._mixture.experts[place] for place in found.ranked.places]
             parts = [lease.part(name, layer.name, found.device, found.dtype) for name in names]
-            found.kernels[key] = self._make_kernel(choice.path, found, [part for part in parts if part is not None], dtype)
+            own = [part for part in parts if part is not None]
+            kernel = row_kernels()[choice.path].of(own, found.ranked.rows, dtype, partial(self._borrow, dtype, found.device))
+            found.kernels[key] = found.ranked.among_all(kernel, self._num_mixtures, found.device)
         return found.kernels[key]
-
-    def _make_kernel(self, path: str, found: _LayerRows, parts: list[PlacedFactors], dtype: torch.dtype) -> Kernel:
-        rows = found.ranked.rows
-        kernel: Kernel
-        if path in OF_ONE_ROW:
-            kernel = OF_ONE_ROW[path].of(parts, rows[0], dtype)
-        elif path in OF_ROWS:
-            kernel = OF_ROWS[path].of(parts, rows, dtype)
-        elif path == "gathered":
-            kernel = Gathered.of(parts, rows, dtype, partial(self._borrow, dtype, found.device))
-        else:
-            kernel = Stack.of(parts, dtype).weigh(_stack_weights(rows, len(parts), dtype, found.device))
-        touched = found.ranked.touched
-        if len(touched) == self._num_mixtures:
-            return kernel
-        return SomeRows(kernel, self._num_mixtures, place_of(touched, found.device))
 
     def _borrow(self, dtype: torch.dtype, device: torch.device, num_elements: int) -> Tensor:
         tensor = self._workspace.take(num_elements, dtype, device)
@@ -207,6 +225,12 @@ class RankedRows:
             stacked=sum(own[p] for p in {p for row in distinct for p, _ in row}),
         )
 
+    def among_all(self, kernel: Kernel, num_mixtures: int, device: torch.device) -> Kernel:
+        """The kernel of `rows` for all rows, of which those without an expert take no part."""
+        if len(self.touched) == num_mixtures:
+            return kernel
+        return SomeRows(kernel, num_mixtures, place_of(self.touched, device))
+
 
 class _LayerRows:
     """One layer's rows, and the kernels that were made of them."""
@@ -238,14 +262,6 @@ class _LayerRows:
             device=self.device.type,
             triton=triton_runs(self.device, self.dtype),
         )
-
-
-def _stack_weights(rows: RowSets, num_parts: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    w_B1P = torch.zeros(len(rows), 1, num_parts, dtype=torch.promote_types(dtype, torch.float32))
-    for number, row in enumerate(rows):
-        for p, weight in row:
-            w_B1P[number, 0, p] = weight
-    return w_B1P.to(device)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from loraweave.composer.live.call_router import CallRouter, in_own_precision
-from loraweave.composer.live.kernels._cost import TokenWorkload, sorting_pays
+from loraweave.composer.live.kernels._cost import TokenWorkload
 from loraweave.composer.live.kernels.dense import Made, Stack, by_input
-from loraweave.composer.live.kernels.sorted_tokens import SortedTokens
+from loraweave.composer.live.kernels.sorted_tokens import SortedTokens, sorting_pays
 from loraweave.composer.live.layout import PlacedFactors
 from loraweave.composer.live.residents import Lease
 from loraweave.composer.live.row_weights import AffineTable, LayerMixture, require_multiple

@@ -8,8 +8,15 @@ import torch
 from torch import Tensor
 
 from loraweave.composer.live.kernels._chosen_product import ChosenProduct
-from loraweave.composer.live.kernels._cost import TokenWorkload, choosing_pays, skipping_pays
+from loraweave.composer.live.kernels._cost import RATES, S_PER_OP, Cost, TokenWorkload
 from loraweave.composer.live.kernels._expert_product import ExpertProduct, RankRows, plain_product
+
+# of an operation on one expert's tokens, which are few and copied before it
+S_PER_EXPERT_OP = 8e-6
+# estimates are right to about a third
+CLEARLY = 0.75
+# of a token's factors, which come from memory: between two layers of the same kind the caches have seen a whole block
+S_PER_COLD_BYTE = 1e-10
 
 
 def add_experts(
@@ -63,3 +70,27 @@ def _of_one_token(y: Tensor | None, x_1I: Tensor, w_E: Tensor, a_SI: Tensor, b_S
             sum_1O.addmm_(hidden_1R.to(sum_1O.dtype), b_SO[start : start + rank].to(sum_1O.dtype), alpha=weight)
         start += rank
     return sum_1O if y is None else y
+
+
+def choosing_pays(work: TokenWorkload, *, learns: bool) -> bool:
+    """Whether, on a CPU, `ChosenProduct` clearly takes less time than `ExpertProduct`: in the forward pass, or where the
+    experts learn in both passes."""
+    rates = RATES["cpu", work.itemsize]
+    width, rank = work.num_inputs + work.num_outputs, work.stacked / work.num_experts
+    products, operations = (6, 13) if learns else (2, 5)
+    # inputs and gradients are copied; a sum is read and written, and so is what is added to it
+    of_inputs, of_outputs = (8, 6) if learns else (2, 4)
+    moved = work.chosen * (of_inputs * work.num_inputs + of_outputs * work.num_outputs)
+    # products with few rank rows are slower than long ones
+    flops = products * work.chosen * rank * width * (1 + 8 / rank)
+    chosen = rates.seconds(Cost(flops, 2 * work.itemsize * moved, 0))
+    chosen += S_PER_EXPERT_OP * (operations * min(work.num_experts, work.chosen) + 10)
+    return chosen < CLEARLY * rates.seconds(Cost(products * work.num_tokens * work.stacked * width, 0, 0))
+
+
+def skipping_pays(most: int, num_experts: int, num_bytes: int) -> bool:
+    """Whether, on a CPU, a call for each of one token's own experts takes less time than one that reads the factors of all,
+    of so many bytes."""
+    # two products and their parts of the factors, against two products, and the weights of all rank rows
+    extra_calls = 5 * most - 7
+    return num_bytes * (1 - most / num_experts) * S_PER_COLD_BYTE > extra_calls * S_PER_OP

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
+
+from loraweave.composer.live.kernels._cost import Cost, Workload
 
 # of each row of a batch: which parts count for it, and how much; parts of weight 0 are left out
 RowSets = tuple[tuple[tuple[int, float], ...], ...]
 
 Adder = Callable[[Tensor, Tensor], object]
+# flat memory of so many elements, of the kernel's dtype
+Lend = Callable[[int], Tensor]
 
 
 class Part(Protocol):
@@ -72,6 +77,23 @@ class AddsInPlace:
             y_BTO.add_(self.update(x_BTI.to(self.dtype)))
 
         return add
+
+
+class RowKernel(AddsInPlace):
+    """A kernel of mixtures known for each row before the model runs. Of those in this folder the cheapest is taken."""
+
+    # whether it may run in fp32 for a layer in half precision
+    widens: ClassVar[bool] = True
+
+    @staticmethod
+    @abstractmethod
+    def cost(work: Workload) -> Cost | None:
+        """What it does beside the base layer; None for a workload that is not for it."""
+
+    @classmethod
+    @abstractmethod
+    def of(cls, parts: Sequence[Part], rows: RowSets, dtype: torch.dtype, lend: Lend | None = None) -> Kernel:
+        """The kernel of rows that each have a part; what it gathers is in memory that was lent, if any."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from loraweave.composer.live.kernels._parts import Part, stack_a
+from loraweave.composer.live.kernels._parts import Part, RowKernel, stack_a
 
 
 def triton_runs(device: torch.device, dtype: torch.dtype) -> bool:
@@ -62,3 +64,43 @@ class RankTables:
     @property
     def num_bytes(self) -> int:
         return sum(each.nbytes for each in (self.a_DI, self.b_DO, self.index_GR, self.w_GR, self.count_G))
+
+
+class TableKernel(RowKernel):
+    """A kernel that reads `tables`."""
+
+    tables: RankTables
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tables.a_DI.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return self.tables.num_bytes
+
+    def update(self, x_BTI: Tensor) -> Tensor:
+        update_BTO: Tensor = _Product.apply(x_BTI, self, False)  # type: ignore[no-untyped-call]
+        return update_BTO
+
+    def add_(self, x_BTI: Tensor, y_BTO: Tensor) -> None:
+        self.run(x_BTI, self.tables.a_DI, self.tables.b_DO, y_BTO)
+
+    @abstractmethod
+    def run(self, x_BTI: Tensor, in_DI: Tensor, out_DO: Tensor, y_BTO: Tensor | None) -> Tensor:
+        """x in^T * w out, added to y where there is one."""
+
+
+class _Product(torch.autograd.Function):
+    """x a^T * w b; its gradient is the same with a and b in each other's place."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BTI: Tensor, kernel: TableKernel, turned: bool) -> Tensor:
+        ctx.kernel, ctx.turned = kernel, turned
+        factors = kernel.tables.a_DI, kernel.tables.b_DO
+        return kernel.run(x_BTI, *(factors[::-1] if turned else factors), None)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BTO: Tensor) -> tuple[Tensor, None, None]:
+        # as a product with a gradient of its own, for those who differentiate twice
+        return _Product.apply(grad_BTO, ctx.kernel, not ctx.turned), None, None  # type: ignore[no-untyped-call]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from loraweave.composer.live.kernels._parts import AddsInPlace, Part, rank_rows, repeat_rows, stack_a
+from loraweave.composer.live.kernels._cost import Cost, TokenWorkload, Workload
+from loraweave.composer.live.kernels._parts import Lend, Part, RowKernel, RowSets, repeat_rows, stack_a
 from loraweave.composer.live.kernels._weighted_product import WeightedProduct, weigh
 from loraweave.composer.live.kernels.naive import mix
 
@@ -46,13 +47,36 @@ class Stack:
 
 
 @dataclass(frozen=True, eq=False)
-class Dense(AddsInPlace):
+class Dense(RowKernel):
     """A stack of factors and the weights of its experts, in fp32 or better."""
 
     stack: Stack
     w_BTP: Tensor
     hidden_NS: Tensor | None = None
     made: Made | None = None
+
+    @staticmethod
+    def cost(work: Workload) -> Cost | None:
+        if work.num_segments == 1:
+            return None
+        elements = work.num_mixtures * work.tokens * work.stacked
+        # the hidden values go through fp32 and a mask
+        return work.of_products(elements, work.stacked, calls=6, extra=6 * elements)
+
+    @staticmethod
+    def token_cost(work: TokenWorkload) -> Cost:
+        """What it does where weights vary by token."""
+        width, elements = work.num_inputs + work.num_outputs, work.num_tokens * work.stacked
+        return Cost(2 * elements * width, work.itemsize * (work.stacked * width + 8 * elements), calls=6)
+
+    @classmethod
+    def of(cls, parts: Sequence[Part], rows: RowSets, dtype: torch.dtype, lend: Lend | None = None) -> Dense:
+        w_B1P = torch.zeros(len(rows), 1, len(parts), dtype=torch.promote_types(dtype, torch.float32))
+        for number, row in enumerate(rows):
+            for p, weight in row:
+                w_B1P[number, 0, p] = weight
+        stack = Stack.of(parts, dtype)
+        return stack.weigh(w_B1P.to(stack.b_SO.device))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -132,10 +156,3 @@ def by_input(a_SI: Tensor) -> Tensor:
 
 def _may_change(y_BTO: Tensor) -> bool:
     return y_BTO.is_contiguous() and not (y_BTO.requires_grad and (y_BTO.is_leaf or y_BTO._is_view()))
-
-
-def dense(x_BTI: Tensor, a_SI: Tensor, b_OS: Tensor, w_BTS: Tensor) -> Tensor:
-    """The same as `naive`."""
-    if not a_SI.shape[0]:
-        return x_BTI.new_zeros(*x_BTI.shape[:2], b_OS.shape[0])
-    return Stack.of(rank_rows(a_SI, b_OS), x_BTI.dtype).weigh(w_BTS).update(x_BTI)

@@ -6,7 +6,7 @@ rows' factors are gathered once, with the weights in b, and used by every forwar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -14,22 +14,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loraweave.composer.live.kernels._parts import Adder, AddsInPlace, Part, RowSets, group_by_mixture, rank_rows, row_sets
-from loraweave.composer.live.kernels.naive import naive
+from loraweave.composer.live.kernels._cost import Cost, Workload
+from loraweave.composer.live.kernels._parts import Adder, Lend, Part, RowKernel, RowSets, group_by_mixture
 
 
 @dataclass(frozen=True, eq=False)
-class Gathered(AddsInPlace):
+class Gathered(RowKernel):
     """The factors of B mixtures, each filled up with zeros to the R rank rows of the largest; weights are in b."""
 
     a_BRI: Tensor
     b_BRO: Tensor
 
+    @staticmethod
+    def cost(work: Workload) -> Cost | None:
+        if work.num_segments == 1:
+            return None
+        rank_rows = work.num_mixtures * work.largest
+        return work.of_products(rank_rows * work.tokens, rank_rows, calls=2, items=2 * work.num_mixtures)
+
     @classmethod
-    def of(
-        cls, parts: Sequence[Part], rows: RowSets, dtype: torch.dtype, empty: Callable[[int], Tensor] | None = None
-    ) -> Gathered:
-        """Of rows that each have at least one part. `empty` gives flat tensors of `dtype` to fill."""
+    def of(cls, parts: Sequence[Part], rows: RowSets, dtype: torch.dtype, lend: Lend | None = None) -> Gathered:
         filling = _filling(rows, tuple(part.a_RI.shape[0] for part in parts))
         largest = filling.largest
         a_pieces = [part.a_RI for part in parts]
@@ -43,14 +47,14 @@ class Gathered(AddsInPlace):
             a_pieces = [a_pieces[p] for p, _ in filling.pieces]
             b_pieces = [b_pieces[p] for p, _ in filling.pieces]
         num_rows = len(rows) * largest
-        a_BRI = _joined(a_pieces, num_rows, empty).to(dtype).view(len(rows), largest, -1)
-        b_SO = _joined(b_pieces, num_rows, empty)
+        a_BRI = _joined(a_pieces, num_rows, lend).to(dtype).view(len(rows), largest, -1)
+        b_SO = _joined(b_pieces, num_rows, lend)
         if filling.weights is not None:
             w_S1 = torch.tensor(filling.weights, dtype=torch.promote_types(dtype, torch.float32), device=b_SO.device)[
                 :, None
             ]
             # a product of a half and a single is rounded once
-            b_SO = b_SO * w_S1 if empty is None else b_SO.mul_(w_S1)
+            b_SO = b_SO * w_S1 if lend is None else b_SO.mul_(w_S1)
         return cls(a_BRI, b_SO.to(dtype).view(len(rows), largest, -1))
 
     @property
@@ -119,16 +123,8 @@ def _filling(rows: RowSets, ranks: tuple[int, ...]) -> _Filling:
     return _Filling(largest, pieces, padded, None if all(w in (0.0, 1.0) for w in weights) else weights)
 
 
-def _joined(pieces: list[Tensor], num_rows: int, empty: Callable[[int], Tensor] | None) -> Tensor:
-    if empty is None:
+def _joined(pieces: list[Tensor], num_rows: int, lend: Lend | None) -> Tensor:
+    if lend is None:
         return torch.cat(pieces)
     width = pieces[0].shape[1]
-    return torch.cat(pieces, out=empty(num_rows * width).view(num_rows, width))
-
-
-def gathered(x_BTI: Tensor, a_SI: Tensor, b_OS: Tensor, w_BTS: Tensor) -> Tensor:
-    """The same as `naive`, by each row's own factors where every row has some."""
-    rows = row_sets(w_BTS)
-    if not rows or not all(rows):
-        return naive(x_BTI, a_SI, b_OS, w_BTS)
-    return Gathered.of(rank_rows(a_SI, b_OS), rows, x_BTI.dtype).update(x_BTI)
+    return torch.cat(pieces, out=lend(num_rows * width).view(num_rows, width))

@@ -4,27 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from loraweave.composer.live.kernels._parts import AddsInPlace, Part, own_precision, rank_rows, row_sets, stack_a, weigh_b
-from loraweave.composer.live.kernels.naive import naive
+from loraweave.composer.live.kernels._cost import Cost, Workload
+from loraweave.composer.live.kernels._parts import Lend, Part, RowKernel, RowSets, own_precision, stack_a, weigh_b
 
 
 @dataclass(frozen=True, eq=False)
-class Merged(AddsInPlace):
+class Merged(RowKernel):
     """The sum of w_e b_e a_e, multiplied in fp32 or better and rounded once."""
+
+    # a full matrix in fp32 would take twice the layer's own memory
+    widens: ClassVar[bool] = False
 
     delta_OI: Tensor
 
+    @staticmethod
+    def cost(work: Workload) -> Cost | None:
+        if work.num_segments > 1:
+            return None
+        full = work.num_inputs * work.num_outputs
+        return Cost(2 * work.num_mixtures * work.tokens * full, work.itemsize * (work.moved + full), calls=1)
+
     @classmethod
-    def of(cls, parts: Sequence[Part], row: Sequence[tuple[int, float]], dtype: torch.dtype) -> Merged:
-        used = [parts[p] for p, _ in row]
+    def of(cls, parts: Sequence[Part], rows: RowSets, dtype: torch.dtype, lend: Lend | None = None) -> Merged:
+        used = [parts[p] for p, _ in rows[0]]
         exact = torch.promote_types(dtype, torch.float32)
         with own_precision(used[0].a_RI.device):
-            delta_OI = weigh_b(used, [w for _, w in row], exact).T @ stack_a(used, exact)
+            delta_OI = weigh_b(used, [w for _, w in rows[0]], exact).T @ stack_a(used, exact)
         return cls(delta_OI.to(dtype))
 
     @property
@@ -41,11 +52,3 @@ class Merged(AddsInPlace):
     def add_(self, x_BTI: Tensor, y_BTO: Tensor) -> None:
         num_outputs, num_inputs = self.delta_OI.shape
         y_BTO.view(-1, num_outputs).addmm_(x_BTI.reshape(-1, num_inputs), self.delta_OI.T)
-
-
-def merged(x_BTI: Tensor, a_SI: Tensor, b_OS: Tensor, w_BTS: Tensor) -> Tensor:
-    """The same as `naive`, by one dense product where all rows have one mixture."""
-    rows = row_sets(w_BTS)
-    if rows is None or not rows or len(set(rows)) > 1 or not rows[0]:
-        return naive(x_BTI, a_SI, b_OS, w_BTS)
-    return Merged.of(rank_rows(a_SI, b_OS), rows[0], x_BTI.dtype).update(x_BTI)

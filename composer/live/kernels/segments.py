@@ -11,34 +11,31 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraweave.composer.live.kernels._parts import (
-    AddsInPlace,
-    Part,
-    RowSets,
-    group_by_mixture,
-    group_rows,
-    place_of,
-    rank_rows,
-    row_sets,
-)
-from loraweave.composer.live.kernels.naive import naive
+from loraweave.composer.live.kernels._cost import Cost, Workload
+from loraweave.composer.live.kernels._parts import Lend, Part, RowKernel, RowSets, group_by_mixture, group_rows, place_of
 from loraweave.composer.live.kernels.shared import Shared
 
 
 @dataclass(frozen=True, eq=False)
-class Segments(AddsInPlace):
+class Segments(RowKernel):
     """The distinct mixtures of B rows, and which rows each is for: a slice where they are consecutive, else an index."""
 
     num_rows: int
     num_outputs: int
     mixtures: tuple[tuple[slice | Tensor, Shared], ...]
 
+    @staticmethod
+    def cost(work: Workload) -> Cost | None:
+        if work.num_segments == 1:
+            return None
+        return work.of_products(work.total * work.tokens, work.distinct, calls=3 * work.num_segments)
+
     @classmethod
-    def of(cls, parts: Sequence[Part], rows: RowSets, dtype: torch.dtype) -> Segments:
+    def of(cls, parts: Sequence[Part], rows: RowSets, dtype: torch.dtype, lend: Lend | None = None) -> Segments:
         """Rows without a part are in no segment."""
         device = parts[0].a_RI.device
         members = group_rows(rows).items()
-        found = tuple((place_of(numbers, device), Shared.of(parts, row, dtype)) for row, numbers in members)
+        found = tuple((place_of(numbers, device), Shared.of(parts, (row,), dtype)) for row, numbers in members)
         return cls(len(rows), parts[0].b_RO.shape[1], found)
 
     @property
@@ -64,13 +61,3 @@ class Segments(AddsInPlace):
                 mixture.add_(x_MNI[place], y_MNO[place])
             else:
                 y_MNO.index_add_(0, place, mixture.update(x_MNI[place]))
-
-
-def segments(x_BTI: Tensor, a_SI: Tensor, b_OS: Tensor, w_BTS: Tensor) -> Tensor:
-    """The same as `naive`, by one pair of products for each distinct mixture of rows."""
-    rows = row_sets(w_BTS)
-    if not rows or not any(rows):
-        return naive(x_BTI, a_SI, b_OS, w_BTS)
-    if len(rows) == 1:
-        rows = rows * max(x_BTI.shape[0], 1)
-    return Segments.of(rank_rows(a_SI, b_OS), rows, x_BTI.dtype).update(x_BTI)

@@ -9,21 +9,27 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from loraweave.composer.live.kernels._parts import AddsInPlace, Part, rank_rows, row_sets, stack_a, weigh_b
-from loraweave.composer.live.kernels.naive import naive
+from loraweave.composer.live.kernels._cost import Cost, Workload
+from loraweave.composer.live.kernels._parts import Lend, Part, RowKernel, RowSets, stack_a, weigh_b
 
 
 @dataclass(frozen=True, eq=False)
-class Shared(AddsInPlace):
+class Shared(RowKernel):
     """The factors of one mixture, its weights in b."""
 
     a_RI: Tensor
     b_RO: Tensor
 
+    @staticmethod
+    def cost(work: Workload) -> Cost | None:
+        if work.num_segments > 1:
+            return None
+        return work.of_products(work.num_mixtures * work.tokens * work.largest, work.largest, calls=2)
+
     @classmethod
-    def of(cls, parts: Sequence[Part], row: Sequence[tuple[int, float]], dtype: torch.dtype) -> Shared:
-        used = [parts[p] for p, _ in row]
-        return cls(stack_a(used, dtype), weigh_b(used, [w for _, w in row], dtype))
+    def of(cls, parts: Sequence[Part], rows: RowSets, dtype: torch.dtype, lend: Lend | None = None) -> Shared:
+        used = [parts[p] for p, _ in rows[0]]
+        return cls(stack_a(used, dtype), weigh_b(used, [w for _, w in rows[0]], dtype))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -39,11 +45,3 @@ class Shared(AddsInPlace):
     def add_(self, x_BTI: Tensor, y_BTO: Tensor) -> None:
         hidden_NR = linear(x_BTI.reshape(-1, self.a_RI.shape[1]), self.a_RI)
         y_BTO.view(-1, self.b_RO.shape[1]).addmm_(hidden_NR.to(y_BTO.dtype), self.b_RO)
-
-
-def shared(x_BTI: Tensor, a_SI: Tensor, b_OS: Tensor, w_BTS: Tensor) -> Tensor:
-    """The same as `naive`, by one pair of products where all rows have one mixture."""
-    rows = row_sets(w_BTS)
-    if rows is None or not rows or len(set(rows)) > 1 or not rows[0]:
-        return naive(x_BTI, a_SI, b_OS, w_BTS)
-    return Shared.of(rank_rows(a_SI, b_OS), rows[0], x_BTI.dtype).update(x_BTI)

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from loraweave.composer.live.kernels._parts import AddsInPlace, Part, rank_rows, repeat_rows
+from loraweave.composer.live.kernels._cost import RATES, S_PER_OP, Cost, TokenWorkload
+from loraweave.composer.live.kernels._parts import AddsInPlace, Part, repeat_rows
+from loraweave.composer.live.kernels.dense import Dense
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +55,12 @@ class SortedTokens(AddsInPlace):
         return sum_NO
 
 
-def sorted_tokens(x_BTI: Tensor, a_SI: Tensor, b_OS: Tensor, w_BTS: Tensor) -> Tensor:
-    """The same as `naive`, by each rank row's own tokens."""
-    if not a_SI.shape[0]:
-        return x_BTI.new_zeros(*x_BTI.shape[:2], b_OS.shape[0])
-    return SortedTokens(rank_rows(a_SI, b_OS), w_BTS, x_BTI.dtype).update(x_BTI)
+def sorting_pays(work: TokenWorkload) -> bool:
+    """Whether, on a CPU, tokens sorted by expert take less time than all experts for all (`Dense`)."""
+    rates = RATES["cpu", work.itemsize]
+    width, num_used = work.num_inputs + work.num_outputs, min(work.num_experts, work.chosen)
+    # a chosen token's input is copied, and its output read and written twice
+    moved = work.chosen * (2 * work.num_inputs + 3 * work.num_outputs) + work.stacked * width
+    ranks = work.chosen * work.stacked / work.num_experts
+    by_expert = Cost(2 * ranks * width, work.itemsize * moved + 24 * work.num_tokens * work.num_experts, 2 * num_used)
+    return rates.seconds(by_expert) + S_PER_OP * (5 * num_used + 10) < rates.seconds(Dense.token_cost(work))

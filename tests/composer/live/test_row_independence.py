@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from loraweave.composer.composer import Composer
 from loraweave.composer.live import row_weights
-from loraweave.composer.live.kernels._cost import Choice
 from loraweave.hub.adapter import Adapter
 
 WEIGHT = st.floats(-2, 2, width=32)
@@ -58,7 +57,7 @@ def test_a_row_of_a_layer_is_what_it_is_alone(
 def test_padding_changes_no_row(
     path: str, tiny_llama: nn.Module, make_adapters: Callable[..., Any], monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(row_weights, "choose", lambda work: Choice(path if work.num_segments > 1 else "shared"))
+    monkeypatch.setattr(row_weights, "choose", lambda work: row_weights.Choice(path if work.num_segments > 1 else "shared"))
     engine = Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
     rows = [{"a": 1.0}, {"b": -0.5, "c": 0.3}]
     ids = torch.randint(3, 60, (2, 6), generator=torch.Generator().manual_seed(1))
@@ -77,7 +76,7 @@ def test_padding_changes_no_row(
 def test_neighbours_of_the_same_ranks_change_no_bit(
     path: str, tiny_llama: nn.Module, make_adapter: Callable[..., Adapter], monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(row_weights, "choose", lambda work: Choice(path))
+    monkeypatch.setattr(row_weights, "choose", lambda work: row_weights.Choice(path))
     engine = Composer(tiny_llama, [make_adapter(tiny_llama, name, rank=3, seed=seed) for seed, name in enumerate("abcd")])
     ids = torch.randint(3, 60, (3, 6), generator=torch.Generator().manual_seed(1))
     found = []
@@ -101,7 +100,7 @@ def test_every_path_is_the_dense_formula_in_a_whole_model(
     with_dense_update: Callable[..., nn.Module],
     monkeypatch: Any,
 ) -> None:
-    monkeypatch.setattr(row_weights, "choose", lambda work: Choice(path, exact))
+    monkeypatch.setattr(row_weights, "choose", lambda work: row_weights.Choice(path, exact))
     dtype = torch.bfloat16 if exact else torch.float64
     model = make_model("llama", dtype=dtype)
     adapters = make_adapters(model, "llama")

@@ -6,15 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from loraweave.composer.live.kernels._cost import (
-    Choice,
-    TokenWorkload,
-    Workload,
-    choose,
-    choosing_pays,
-    skipping_pays,
-    sorting_pays,
-)
+from loraweave.composer.live.kernels._added_experts import choosing_pays, skipping_pays
+from loraweave.composer.live.kernels._cost import TokenWorkload, Workload
+from loraweave.composer.live.kernels.sorted_tokens import sorting_pays
+from loraweave.composer.live.row_weights import Choice, choose
 
 # eight rows of 128 tokens, each with one adapter of rank 8 of its own
 OWN = Workload(

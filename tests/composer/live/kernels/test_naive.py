@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -40,16 +41,25 @@ def token_by_token(x_BTI: Tensor, a_SI: Tensor, b_OS: Tensor, w_BTS: Tensor) -> 
     seed=st.integers(0, 99),
 )
 def test_values_and_gradients_equal_the_formula(
-    name: str, learning: bool, b: int, t: int, i: int, o: int, s: int, shared: tuple[bool, bool], zeros: bool, seed: int
+    product: Callable[..., Tensor],
+    name: str,
+    learning: bool,
+    b: int,
+    t: int,
+    i: int,
+    o: int,
+    s: int,
+    shared: tuple[bool, bool],
+    zeros: bool,
+    seed: int,
 ) -> None:
-    kernel: Callable[..., Tensor] = registry.get("kernels", name)
     generator = torch.Generator().manual_seed(seed)
     shapes = [(b, t, i), (s, i), (o, s), (1 if shared[0] else b, 1 if shared[1] else t, s)]
     tensors = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes]
     if zeros:
         tensors[3] *= torch.rand(shapes[3], generator=generator) < 0.5
     values, gradients = [], []
-    for function in (kernel, token_by_token):
+    for function in (partial(product, name), token_by_token):
         leaves = [tensor.clone().requires_grad_(learning or index < 3) for index, tensor in enumerate(tensors)]
         y_BTO = function(*leaves)
         # a mixture without a weight has no graph
@@ -65,46 +75,48 @@ def test_values_and_gradients_equal_the_formula(
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_the_result_has_the_dtype_of_the_input(name: str) -> None:
+def test_the_result_has_the_dtype_of_the_input(product: Callable[..., Tensor], name: str) -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         x, a, b = torch.ones(2, 3, 4, dtype=dtype), torch.ones(2, 4, dtype=dtype), torch.ones(5, 2, dtype=dtype)
-        y_BTO = registry.get("kernels", name)(x, a, b, torch.tensor([[[0.5, -1.5]]]))
+        y_BTO = product(name, x, a, b, torch.tensor([[[0.5, -1.5]]]))
         assert y_BTO.dtype == dtype
         assert torch.equal(y_BTO, torch.full((2, 3, 5), -4.0, dtype=dtype))
 
 
 @pytest.mark.parametrize("tokens", [1, 3], ids=["by row", "by token"])
 @pytest.mark.parametrize("name", KERNELS)
-def test_the_sums_are_the_same_in_half_precision_below_autocast(name: str, tokens: int) -> None:
+def test_the_sums_are_the_same_in_half_precision_below_autocast(
+    product: Callable[..., Tensor], name: str, tokens: int
+) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, 3, 4), (20, 4), (5, 20), (2, tokens, 20))
     x, a, b, w = (torch.randn(*shape, generator=generator) for shape in shapes)
     w *= torch.rand(w.shape, generator=generator) < 0.3
     with torch.autocast("cpu", torch.bfloat16):
-        found = registry.get("kernels", name)(x, a, b, w)
+        found = product(name, x, a, b, w)
     expected = token_by_token(x, a, b, w)
     assert float((found - expected).abs().max()) <= 0.02 * float(expected.abs().max())
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_weights_are_applied_in_fp32(name: str) -> None:
+def test_weights_are_applied_in_fp32(product: Callable[..., Tensor], name: str) -> None:
     # 1 + 2^-8 is no bf16 number: rounding it first would lose it. With it, 96 becomes 96.5, and the product 9264 rounds up.
     x, a, b = (torch.full((1,) * axes, value, dtype=torch.bfloat16) for axes, value in ((3, 96.0), (2, 1.0), (2, 96.0)))
-    y_BTO = registry.get("kernels", name)(x, a, b, torch.tensor([[[1 + 2.0**-8]]]))
+    y_BTO = product(name, x, a, b, torch.tensor([[[1 + 2.0**-8]]]))
     assert float(y_BTO) == 9280.0
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_a_row_of_weight_zero_adds_nothing_even_after_an_overflow(name: str) -> None:
+def test_a_row_of_weight_zero_adds_nothing_even_after_an_overflow(product: Callable[..., Tensor], name: str) -> None:
     x = torch.ones(1, 1, 4, dtype=torch.float16)
     a = torch.tensor([[6e4] * 4, [1.0] * 4], dtype=torch.float16)
-    y_BTO = registry.get("kernels", name)(x, a, torch.ones(2, 2, dtype=torch.float16), torch.tensor([[[0.0, 1.0]]]))
+    y_BTO = product(name, x, a, torch.ones(2, 2, dtype=torch.float16), torch.tensor([[[0.0, 1.0]]]))
     assert y_BTO.tolist() == [[[4.0, 4.0]]]
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_no_rows_no_tokens_and_no_ranks_are_fine(name: str) -> None:
+def test_no_rows_no_tokens_and_no_ranks_are_fine(product: Callable[..., Tensor], name: str) -> None:
     for b, t, s in ((0, 3, 2), (2, 0, 2), (2, 3, 0)):
-        y_BTO = registry.get("kernels", name)(torch.ones(b, t, 4), torch.ones(s, 4), torch.ones(5, s), torch.ones(1, 1, s))
+        y_BTO = product(name, torch.ones(b, t, 4), torch.ones(s, 4), torch.ones(5, s), torch.ones(1, 1, s))
         assert y_BTO.shape == (b, t, 5)
         assert not y_BTO.any()

@@ -8,7 +8,6 @@ from torch import nn
 
 from loraweave.composer.composer import Composer
 from loraweave.composer.live import row_weights
-from loraweave.composer.live.kernels._cost import Choice
 from loraweave.composer.live.kernels._parts import own_precision
 from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors
@@ -19,7 +18,7 @@ from loraweave.types import Factors
 def test_a_mixture_first_used_below_autocast_is_exact_outside_it(
     path: str, affine: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(row_weights, "choose", lambda work: Choice(path))
+    monkeypatch.setattr(row_weights, "choose", lambda work: row_weights.Choice(path))
     generator = torch.Generator().manual_seed(0)
     linear = nn.Linear(7, 5)
     a_RI, b_OR, gain_O, bias_O = (torch.randn(*shape, generator=generator) for shape in ((3, 7), (5, 3), (5,), (5,)))

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from loraweave.composer.composer import Composer
-from loraweave.composer.live.kernels._cost import Choice
 from loraweave.composer.live.kernels._parts import rank_rows, row_sets
 from loraweave.composer.live.kernels.naive import naive
-from loraweave.composer.live.kernels.triton_gathered import TritonGathered, triton_gathered
-from loraweave.composer.live.kernels.triton_segments import TritonSegments, triton_segments
+from loraweave.composer.live.row_weights import Choice, row_kernels
 from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors
 
@@ -23,7 +22,7 @@ DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 # mixtures, rows on end for each, tokens, I, O and rank rows: none a multiple of a block
 SHAPES = [(3, 1, 1, 17, 33, 5), (4, 1, 1, 300, 257, 21), (2, 3, 5, 65, 130, 9), (3, 1, 19, 31, 1, 40), (1, 4, 3, 16, 64, 16)]
-KERNELS = {triton_gathered: TritonGathered, triton_segments: TritonSegments}
+KERNELS = ("triton_gathered", "triton_segments")
 
 
 def case(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -64,12 +63,12 @@ def close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_values_and_gradients_equal_naives(
-    kernel: Callable[..., Tensor], shape: tuple[int, ...], dtype: torch.dtype
+    product: Callable[..., Tensor], kernel: str, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     x_BTI, a_SI, b_OS, w_BTS, grad_BTO = case(shape, dtype)
     wanted, wanted_grad = exact(x_BTI, a_SI, b_OS, w_BTS, grad_BTO)
     x_BTI.requires_grad_()
-    found = kernel(x_BTI, a_SI, b_OS, w_BTS)
+    found = product(kernel, x_BTI, a_SI, b_OS, w_BTS)
     found.backward(grad_BTO)
     assert x_BTI.grad is not None
     assert close(found.detach(), wanted, dtype)
@@ -78,17 +77,15 @@ def test_values_and_gradients_equal_naives(
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("kernel", KERNELS.values())
-def test_added_in_place_it_is_rounded_once(
-    kernel: type[TritonGathered | TritonSegments], shape: tuple[int, ...], dtype: torch.dtype
-) -> None:
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_added_in_place_it_is_rounded_once(kernel: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x_BTI, a_SI, b_OS, w_BTS, y_BTO = case(shape, dtype)
     wanted, _ = exact(x_BTI, a_SI, b_OS, w_BTS, y_BTO)
     wanted += y_BTO.double()
     rows = row_sets(w_BTS)
     assert rows is not None
     base = y_BTO.clone()
-    kernel.of(rank_rows(a_SI, b_OS), rows, dtype).add_(x_BTI, y_BTO)
+    row_kernels()[kernel].of(rank_rows(a_SI, b_OS), rows, dtype).add_(x_BTI, y_BTO)
     assert close(y_BTO, wanted, dtype)
     on_end = x_BTI.shape[0] // len(rows)
     for number, row in enumerate(rows):
@@ -98,34 +95,34 @@ def test_added_in_place_it_is_rounded_once(
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_gradient_can_be_differentiated_again(kernel: Callable[..., Tensor]) -> None:
+def test_a_gradient_can_be_differentiated_again(product: Callable[..., Tensor], kernel: str) -> None:
     x_BTI, a_SI, b_OS, w_BTS, _ = case((3, 1, 2, 5, 4, 3), torch.float32)
     found = []
-    for product in (kernel, naive):
+    for function in (partial(product, kernel), naive):
         x = x_BTI.detach().clone().requires_grad_()
-        (first,) = torch.autograd.grad(product(x, a_SI, b_OS, w_BTS).square().sum(), x, create_graph=True)
+        (first,) = torch.autograd.grad(function(x, a_SI, b_OS, w_BTS).square().sum(), x, create_graph=True)
         (second,) = torch.autograd.grad(first.square().sum(), x)
         found.append(second)
     assert torch.allclose(found[0], found[1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_an_input_without_tokens_or_mixtures_has_an_empty_or_no_update(kernel: Callable[..., Tensor]) -> None:
+def test_an_input_without_tokens_or_mixtures_has_an_empty_or_no_update(product: Callable[..., Tensor], kernel: str) -> None:
     x_BTI, a_SI, b_OS, w_BTS, _ = case((3, 1, 2, 5, 4, 3), torch.float32)
-    assert kernel(x_BTI[:, :0], a_SI, b_OS, w_BTS).shape == (3, 0, 4)
-    assert not kernel(x_BTI, a_SI, b_OS, torch.zeros_like(w_BTS)).any()
+    assert product(kernel, x_BTI[:, :0], a_SI, b_OS, w_BTS).shape == (3, 0, 4)
+    assert not product(kernel, x_BTI, a_SI, b_OS, torch.zeros_like(w_BTS)).any()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_no_row_depends_on_another(kernel: Callable[..., Tensor]) -> None:
+def test_no_row_depends_on_another(product: Callable[..., Tensor], kernel: str) -> None:
     x_BTI, a_SI, b_OS, w_BTS, _ = case((4, 1, 3, 33, 20, 9), torch.float32)
-    together = kernel(x_BTI, a_SI, b_OS, w_BTS)
+    together = product(kernel, x_BTI, a_SI, b_OS, w_BTS)
     for row in (0, 2, 3):
-        assert torch.equal(kernel(x_BTI[row : row + 1], a_SI, b_OS, w_BTS[row : row + 1])[0], together[row])
+        assert torch.equal(product(kernel, x_BTI[row : row + 1], a_SI, b_OS, w_BTS[row : row + 1])[0], together[row])
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("path", ["triton_gathered", "triton_segments"])
+@pytest.mark.parametrize("path", KERNELS)
 def test_a_model_is_mixed_by_them_through_the_composer(path: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loraweave.composer.live.row_weights.choose", lambda workload: Choice(path))
     generator = torch.Generator().manual_seed(0)
