@@ -118,6 +118,9 @@ def guests(tmp_path, monkeypatch):
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: guests\nVersion: 1.0\n")
     (about / "entry_points.txt").write_text(POINTS)
     monkeypatch.syspath_prepend(tmp_path)
+    # a process asks once which kernels there are
+    monkeypatch.setattr(row_weights, "row_kernels", row_weights.row_kernels.__wrapped__)
+    monkeypatch.setattr(row_weights, "choose", row_weights.choose.__wrapped__)
     yield
     for name in [name for name in sys.modules if name.split(".")[0] == "guests"]:
         del sys.modules[name]
@@ -172,10 +175,7 @@ def test_an_embedder_an_index_and_a_key_search_a_hub(make_adapter, tiny_llama, t
         assert [hit.name for hit in keyed.for_examples([("negation", "y")], k=1)] == ["negation"]
 
 
-def test_a_kernel_is_chosen_where_it_costs_least(make_adapters, tiny_llama, monkeypatch):
-    # as in a process that has mixed nothing yet
-    monkeypatch.setattr(row_weights, "row_kernels", row_weights.row_kernels.__wrapped__)
-    monkeypatch.setattr(row_weights, "choose", row_weights.choose.__wrapped__)
+def test_a_kernel_is_chosen_where_it_costs_least(make_adapters, tiny_llama):
     engine = lw.Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
     for weights, names in (({"a": 1.0}, {"guest_kernel"}), ([{"a": 1.0}, {"a": 2.0}], {"gathered"})):
         with engine.activate(weights):
