@@ -85,18 +85,21 @@ class MethodCall:
     def combine(
         self, layer: str, experts: Mapping[str, Factors | None], weights: Sequence[float], **supplied: Any
     ) -> Update | None:
-        """One layer's experts combined, all finite. An error of the method also names the layer and the experts.
+        """One layer's experts combined, all finite; None where no expert has the layer and a weight other than 0.
 
-        `supplied` has what the method asks for by `takes`; the rest of it is left out. Raises CompositionError for experts
-        and results that are not finite, and for weights that take an update beyond what fp32 holds.
+        An error of the method also names the method, the layer and the experts. `supplied` has what the method asks for by
+        `takes`; the rest of it is left out. Raises CompositionError for experts and results that are not finite, and for
+        weights that take an update beyond what fp32 holds.
         """
         require_sound(layer, experts, weights, self.method)
+        if not any(factors is not None and weight for factors, weight in zip(experts.values(), weights, strict=True)):
+            return None
         extra = {name: value for name, value in supplied.items() if self.takes(name)}
         having = ", ".join(repr(name) for name, factors in experts.items() if factors is not None)
         try:
             result = self._function(list(experts.values()), weights, **self.options, **extra)
         except LoraweaveError as error:
-            raise type(error)(f"layer {layer!r} of {having}: {error}") from error
+            raise type(error)(f"method {self.method!r}, layer {layer!r} of {having}: {error}") from error
         if not isinstance(result, Update | None):
             raise CompositionError(
                 f"method {self.method!r} gave a {type(result).__name__} for layer {layer!r}; a method gives Factors, a "

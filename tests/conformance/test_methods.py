@@ -6,14 +6,18 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraweave import registry
+from loraweave.composer.merge.method_call import MethodCall
+from loraweave.composer.merge.methods import _entries
 from loraweave.composer.merge.statistics import LayerStatistics
 from loraweave.composer.merge.updates import DenseUpdate, TruncatedUpdate
+from loraweave.errors import AdapterUnsupported, LayerMismatch, WeightingError
 from loraweave.types import Factors
 
 METHODS = registry.names("methods")
@@ -38,27 +42,27 @@ def recorded(seed: int, num_out: int, num_in: int) -> LayerStatistics:
 
 
 class Method:
-    """A registered method that gets, beside experts and weights, the seeds and statistics that it asks for."""
+    """A registered method as `merge` calls it, with the seeds and statistics that it asks for."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._function: Callable[..., Update | None] = registry.get("methods", name)
-        self._asks = set(inspect.signature(self._function).parameters)
 
     def __call__(
-        self, experts: Sequence[Factors | None], weights: Sequence[float], places: Sequence[int] | None = None
+        self,
+        experts: Sequence[Factors | None],
+        weights: Sequence[float],
+        places: Sequence[int] | None = None,
+        **options: object,
     ) -> Update | None:
         """`places` names the experts, for seeds and statistics that follow them; their order by default."""
         own = list(range(len(experts)) if places is None else places)
-        extra: dict[str, object] = {}
-        if "seeds" in self._asks:
-            extra["seeds"] = [11 + place for place in own]
-        if "statistics" in self._asks:
-            extra["statistics"] = [
-                None if f is None else recorded(place, f.b_OR.shape[0], f.a_RI.shape[1])
-                for place, f in zip(own, experts, strict=True)
-            ]
-        return self._function(experts, weights, **extra)
+        seen = [
+            None if f is None else recorded(place, f.b_OR.shape[0], f.a_RI.shape[1])
+            for place, f in zip(own, experts, strict=True)
+        ]
+        named = {str(number): expert for number, expert in enumerate(experts)}
+        seeds = [11 + place for place in own]
+        return MethodCall(self.name, options).combine("layer", named, weights, seeds=seeds, statistics=seen)
 
     def experts(self, *wanted: Factors) -> list[Factors]:
         """The experts as this method needs them: one A for all where its formula has one."""
@@ -131,6 +135,13 @@ def test_the_result_fits_the_layer_and_is_finite(
 def test_hard_experts_give_no_nan(method: Method, make: Callable[[], list[Factors]]) -> None:
     found = method(method.experts(*make()), [1.0, 1.0])
     assert found is None or bool(torch.isfinite(dense(found)).all())
+
+
+@pytest.mark.parametrize("rank", [2, 0])
+def test_updates_of_zero_give_zero(method: Method, rank: int) -> None:
+    zero = Factors(torch.zeros(rank, 7), torch.zeros(5, rank))
+    found = method([zero, zero], [1.0, 1.0])
+    assert found is None or not dense(found).any()
 
 
 def test_the_experts_are_not_changed(method: Method) -> None:
@@ -210,3 +221,117 @@ def test_only_the_updates_count_not_their_factors(name: str) -> None:
         a_RI, b_OR = turn_RR @ expert.a_RI.double(), expert.b_OR.double() @ torch.linalg.inv(turn_RR)
         turned.append(Factors(a_RI.float(), b_OR.float()))
     assert torch.allclose(dense(method(experts, weights)), dense(method(turned, weights)), rtol=1e-4, atol=1e-4)
+
+
+def test_the_kind_of_layer_stays(method: Method) -> None:
+    experts = [replace(each, kind="conv", kernel=(1, 1)) for each in method.experts(factors(0), factors(1))]
+    found = method(experts, [0.5, 0.5])
+    held = found.factors if isinstance(found, TruncatedUpdate) else found
+    assert (held.kind, held.kernel) == ("conv", (1, 1))
+
+
+def test_blocks_and_threads_do_not_show(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = method.experts(factors(0, 3, 37, 11), factors(1, 3, 37, 11))
+    before = dense(method(experts, method.weights(0.7, -0.4)))
+    monkeypatch.setattr(_entries, "BLOCK", 50)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if threads > 1 else 2)
+    try:
+        after = dense(method(experts, method.weights(0.7, -0.4)))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.allclose(after, before, rtol=1e-6, atol=1e-6)
+
+
+def test_the_global_generators_are_not_touched(method: Method) -> None:
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    method(method.experts(factors(0), factors(1)), [1.0, 1.0])
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert (np.random.get_state()[1] == numpy_state).all()
+
+
+def test_updates_of_different_shape_are_refused(method: Method) -> None:
+    for other in (factors(1, 3, 5, 6), replace(factors(1), kind="conv", kernel=(1, 1))):
+        with pytest.raises(LayerMismatch):
+            method([factors(0), other], [1.0, 1.0])
+
+
+@pytest.mark.parametrize(("part", "word"), [("magnitude_O", "DoRA"), ("base_bias_O", "base bias")])
+def test_updates_that_need_the_base_layer_are_refused(method: Method, part: str, word: str) -> None:
+    plain, unbound = method.experts(factors(0), factors(1))
+    with pytest.raises(AdapterUnsupported, match=rf"method '{method.name}', layer .*{word}"):
+        method([plain, replace(unbound, **{part: torch.ones(5)})], [1.0, 0.5])
+
+
+def test_a_gain_is_merged_or_refused_and_never_lost(method: Method) -> None:
+    plain, gaining = method.experts(factors(0), factors(1))
+    try:
+        found = method([plain, replace(gaining, gain_O=torch.ones(5))], [1.0, 0.5])
+    except AdapterUnsupported:
+        return
+    held = found.factors if isinstance(found, TruncatedUpdate) else found
+    assert held.gain_O.any()
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if "shares" in TRAITS[name]])
+def test_shares_are_not_negative(name: str) -> None:
+    method = Method(name)
+    with pytest.raises(WeightingError, match=r"shares|sum to 0"):
+        method(method.experts(factors(0), factors(1)), [1.0, -1.0])
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if "pairs" in TRAITS[name]])
+def test_a_method_for_pairs_refuses_three(name: str) -> None:
+    with pytest.raises(WeightingError, match=r"got 3.*karcher"):
+        Method(name)([factors(0), factors(1), None], [1.0, 1.0, 1.0])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_defaults_of_the_options_are_in_their_ranges(name: str) -> None:
+    parameters = inspect.signature(registry.get("methods", name)).parameters
+    MethodCall(name, {option: parameters[option].default for option in MethodCall(name).own_options})
+
+
+NAN, INF = float("nan"), float("inf")
+# the option, values outside its range, and the methods that have it so; methods of other packages may differ
+OUTSIDE: list[tuple[str, list[object], str]] = [
+    (
+        "density",
+        [-0.1, 1.1, NAN, None],
+        "breadcrumbs dare_linear dare_ties della factor_dare_linear factor_dare_ties factor_magnitude_prune factor_ties "
+        "magnitude_prune sce ties ties_count ties_per_layer ties_weighted",
+    ),
+    ("density", [0.0, 1.5], "robust_merge"),
+    (
+        "scale",
+        [NAN, INF, None],
+        "breadcrumbs core_space dare_linear dare_ties della iso_c iso_cts knots magnitude_prune robust_merge sce "
+        "task_arithmetic ties ties_count ties_per_layer ties_weighted tsv",
+    ),
+    ("majority", ["max"], "dare_ties factor_dare_ties factor_ties ties_per_layer ties_weighted"),
+    ("aggregate", ["max"], "della ties ties_count"),
+    ("gamma", [-0.1, 1.1], "breadcrumbs"),
+    ("epsilon", [-0.1, 1.1], "della"),
+    ("collinear", [0.0, 1.5, NAN], "slerp"),
+    ("common_space_fraction", [1.1, NAN], "iso_cts"),
+    ("off_diagonal", [-0.1, 1.1, NAN], "regmean"),
+    ("floor", [-1e-9, NAN, INF], "fisher"),
+    ("tolerance", [-1.0, NAN], "karcher"),
+    ("max_steps", [0], "karcher"),
+    ("k", [0, 1.5], "tsv"),
+    ("num_clusters", [0, 2.0], "lego"),
+    ("random_state", [-1, 2**32], "lego"),
+    ("norms", ["matrix"], "hetlora"),
+    ("angles", ["cosine"], "model_stock"),
+    ("minimiser", ["adam"], "wudi"),
+    ("basis", ["both"], "core_space"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "values"), [(name, option, values) for option, values, names in OUTSIDE for name in names.split()]
+)
+def test_options_outside_their_range_are_refused(name: str, option: str, values: list[object]) -> None:
+    for value in values:
+        with pytest.raises(WeightingError, match=f"method '{name}' got {option}="):
+            MethodCall(name, {option: value})

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from loraweave.composer.merge.methods._terms import Term, weighted_bias
+from loraweave.composer.merge.methods._terms import Experts, Term, Weights, terms, weighted_bias
 from loraweave.types import Factors
 
 # A direction counts as null when it is this small beside the largest: 32 units in the last place of fp32, which is what
@@ -45,6 +45,12 @@ class Spectrum:
     @property
     def norm(self) -> float:
         return float(self.s_R.norm())
+
+
+def opened(experts: Experts, weights: Weights, scale: float = 1.0) -> tuple[Factors, Tensor | None, list[Spectrum]]:
+    """An update of the result's kind, scale * the sum of w_e bias_e, and the spectra of the updates that are not zero."""
+    found = terms(experts, weights)
+    return found[0].factors, scaled_bias(found, scale), [each for each in spectra(found) if each.rank]
 
 
 def spectra(found: Sequence[Term]) -> list[Spectrum]:
@@ -179,9 +185,14 @@ def core_factors(parts: Spectrum, left_PR: Tensor | None = None, right_QR: Tenso
 
 
 def assemble(
-    first: Factors, left_OP: Tensor, core_PQ: Tensor, right_IQ: Tensor, bias_O: Tensor | None, floor: float
+    first: Factors, experts_S: Joint, core_PQ: Tensor, sides: tuple[Tensor, Tensor], bias_O: Tensor | None, scale: float
 ) -> Factors:
-    """left core right^T as balanced fp32 factors of the kind of `first`; singular values up to `floor` are left out."""
+    """(u left) core (v right)^T with `sides` = (left_SP, right_SQ), as balanced fp32 factors of the kind of `first`.
+
+    What is only rounding beside scale * the largest of the experts' singular values is left out.
+    """
+    left_OP, right_IQ = experts_S.u_OS @ sides[0], experts_S.v_IS @ sides[1]
+    floor = 1e-12 * float(experts_S.size_S.abs().max()) * abs(scale)
     u_PR, s_R, vh_RQ = torch.linalg.svd(core_PQ, full_matrices=False)
     keep = int((s_R > floor).sum())
     root_R = s_R[:keep].sqrt()
@@ -191,13 +202,6 @@ def assemble(
 def as_factors(first: Factors, b_OR: Tensor, a_RI: Tensor, bias_O: Tensor | None) -> Factors:
     """b a with the kind and kernel of `first`, fp32, in memory of its own."""
     return replace(first, a_RI=a_RI.float().contiguous(), b_OR=b_OR.float().contiguous(), bias_O=bias_O)
-
-
-def nothing(first: Factors, bias_O: Tensor | None) -> Factors:
-    """An update of rank 0, which may still have a bias."""
-    return as_factors(
-        first, first.b_OR.new_zeros(first.b_OR.shape[0], 0), first.a_RI.new_zeros(0, first.a_RI.shape[1]), bias_O
-    )
 
 
 def scaled_bias(found: Sequence[Term], scale: float) -> Tensor | None:

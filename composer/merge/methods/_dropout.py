@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loraweave.composer.merge.methods._entries import ROW_GROUP, Entries, Keep, Prune
-from loraweave.composer.merge.methods._terms import fraction
 
 # an entry's draw is 16 bits, so a probability is a multiple of 1 / LEVELS
 LEVELS = 2**16
@@ -38,12 +37,9 @@ class Draws:
         return raw.astype("<u8", copy=False).view("<u2")[:size].reshape(tuple(block_BI.shape))
 
 
-def prune_random(seeds: Sequence[int], density: float, *, method: str) -> tuple[Prune, float]:
-    """Keeps each entry with a probability of `density`, and that probability as it was quantised (1 where it is zero).
-
-    Raises WeightingError for a density outside [0, 1].
-    """
-    level = quantise(fraction(density, "density", method=method, zero=True))
+def prune_random(seeds: Sequence[int], density: float) -> tuple[Prune, float]:
+    """Keeps each entry with a probability of `density`, and that probability as quantised (1 where it is zero)."""
+    level = quantise(density)
 
     def prune(entries: Entries, scratch_OI: Tensor) -> Keep:
         draws = Draws(entries, seeds)

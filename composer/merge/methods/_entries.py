@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from loraweave.composer.merge.methods._options import finite
-from loraweave.composer.merge.methods._terms import Term, terms
+from loraweave.composer.merge.methods._terms import Experts, Term, Weights, terms
 from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.types import Factors
 
@@ -84,10 +83,8 @@ def tensors(found: Sequence[Term]) -> Iterator[Entries]:
         yield Entries([_row(term.factors) for term in found], found, bias=True)
 
 
-def merged(found: Sequence[Term], rule: Callable[[Entries, Tensor], None]) -> DenseUpdate | None:
-    """`rule(entries, out_OI)` applied to each of the tensors; out_OI comes uninitialised. None without terms."""
-    if not found:
-        return None
+def merged(found: Sequence[Term], rule: Callable[[Entries, Tensor], None]) -> DenseUpdate:
+    """`rule(entries, out_OI)` applied to each of the tensors; out_OI comes uninitialised."""
     results = []
     for entries in tensors(found):
         out_OI = torch.empty(entries.shape)
@@ -97,21 +94,11 @@ def merged(found: Sequence[Term], rule: Callable[[Entries, Tensor], None]) -> De
     return DenseUpdate(results[0], results[1][0] if len(results) > 1 else None, first.kind, first.kernel)
 
 
-def sum_pruned(
-    experts: Sequence[Factors | None],
-    weights: Sequence[float],
-    prune: Prune,
-    *,
-    method: str,
-    scale: float = 1.0,
-    kept: float = 1.0,
-) -> DenseUpdate | None:
+def sum_pruned(experts: Experts, weights: Weights, prune: Prune, *, scale: float = 1.0, kept: float = 1.0) -> DenseUpdate:
     """One layer's scale * sum of w_e tau_e / kept, tau_e being what `prune` leaves of expert e.
 
-    `kept` is the probability of an entry to be kept, where chance prunes. Raises WeightingError for options out of range,
-    LayerMismatch and AdapterUnsupported for updates that do not fit.
+    `kept` is the probability of an entry to be kept, where chance prunes.
     """
-    finite(scale, "scale", method=method)
 
     def rule(entries: Entries, out_OI: Tensor) -> None:
         weights_E11 = torch.tensor([weight * (scale / kept) for weight in entries.weights])[:, None, None]
@@ -119,7 +106,7 @@ def sum_pruned(
             # multiplied before the sum, not within it: a fused product would leave a rounding error of x - x
             torch.sum(stack_EBI.mul_(weights_E11), dim=0, out=out_OI[rows])
 
-    return merged(terms(experts, weights, method=method), rule)
+    return merged(terms(experts, weights), rule)
 
 
 def _plain(factor: Tensor) -> Tensor:

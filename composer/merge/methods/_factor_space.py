@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loraweave.composer.merge.methods._options import choice
-from loraweave.composer.merge.methods._terms import Term, terms
+from loraweave.composer.merge.methods._terms import Experts, Term, Weights, terms
 from loraweave.errors import LayerMismatch
 from loraweave.types import Factors
 
@@ -24,22 +23,20 @@ Prune = Callable[[Tensor, int], Tensor]
 Combine = Callable[[Tensor, Tensor], Tensor]
 
 
-def align(experts: Sequence[Factors | None], weights: Sequence[float], *, method: str, twin: str) -> list[Term]:
+def align(experts: Experts, weights: Weights, *, twin: str) -> list[Term]:
     """The experts that count, all of one rank. Raises LayerMismatch, naming the `twin` on updates, for different ranks."""
-    found = terms(experts, weights, method=method)
+    found = terms(experts, weights)
     for term in found:
         if term.factors.rank != found[0].factors.rank:
             raise LayerMismatch(
-                f"{method} mixes a and b apart and needs equal ranks, but found {found[0].factors.rank} and "
+                f"the method mixes a and b apart and needs equal ranks, but found {found[0].factors.rank} and "
                 f"{term.factors.rank}: use {twin}, which works on the updates and takes any ranks"
             )
     return found
 
 
-def merge_rooted(found: Sequence[Term], prune: Prune, combine: Combine) -> Factors | None:
+def merge_rooted(found: Sequence[Term], prune: Prune, combine: Combine) -> Factors:
     """a and b by that rule with the roots of the weights, and the biases, which enter once, with the weights; fp32."""
-    if not found:
-        return None
     w_E = torch.tensor([term.weight for term in found], dtype=torch.float64)
     root_E = w_E.abs().sqrt()
 
@@ -95,13 +92,12 @@ def weighted_sum(tensors: Tensor, weight_E: Tensor) -> Tensor:
     return torch.einsum("e...,e->...", tensors, weight_E)
 
 
-def disjoint_mean(majority: str, *, method: str) -> Combine:
+def disjoint_mean(majority: str) -> Combine:
     """The rule of TIES as PEFT has it: entries that have the elected sign, weighted, over how many they are.
 
     The sign is that of the sum of the unweighted entries ("total") or of their signs ("frequency"), + for 0; zeros have
     no sign and do not count.
     """
-    choice(majority, "majority", ("total", "frequency"), method=method)
 
     def combine(tensors: Tensor, weight_E: Tensor) -> Tensor:
         votes = tensors if majority == "total" else tensors.sign()

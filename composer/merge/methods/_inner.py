@@ -11,6 +11,7 @@ import torch
 
 import loraweave.registry as registry
 from loraweave.composer.merge.method_call import MethodCall
+from loraweave.composer.merge.methods._terms import Experts, Weights
 from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.errors import WeightingError
 from loraweave.types import Factors
@@ -41,13 +42,7 @@ def inner_call(name: str, options: Mapping[str, Any], *, method: str) -> MethodC
 
 
 def combined(
-    call: MethodCall,
-    experts: Sequence[Factors | None],
-    weights: Sequence[float],
-    seeds: Sequence[int],
-    *,
-    method: str,
-    survey: Any = None,
+    call: MethodCall, experts: Experts, weights: Weights, seeds: Sequence[int], *, survey: Any = None
 ) -> Factors | DenseUpdate | None:
     """What the inner method makes of the experts. It gets their seeds if it asks for seeds: WeightingError without them.
 
@@ -57,15 +52,14 @@ def combined(
     if call.takes("seeds"):
         if len(seeds) != len(experts):
             raise WeightingError(
-                f"{method}: inner={call.method!r} is random and needs a seed for each of {len(experts)} experts, got "
-                f"{len(seeds)}"
+                f"inner={call.method!r} is random and needs a seed for each of {len(experts)} experts, got {len(seeds)}"
             )
         extra["seeds"] = seeds
     result: Factors | DenseUpdate | None = registry.get("methods", call.method)(experts, weights, **call.options, **extra)
     return result
 
 
-def with_biases(experts: Sequence[Factors | None], originals: Sequence[Factors | None]) -> list[Factors | None]:
+def with_biases(experts: Experts, originals: Sequence[Factors | None]) -> list[Factors | None]:
     """The experts with the biases of the originals, zeros for one that has none: the inner rule merges them as they are."""
     known = [each.bias_O for each in originals if each is not None and each.bias_O is not None]
     if not known:

@@ -35,12 +35,7 @@ def regression(found: Sequence[Share], *, off_diagonal: float, from_mean: bool) 
         parts_a.append(new_RI)
         parts_b.append(share.term.factors.b_OR.float())
     first = next(share.term for share in found if share.term is not None).factors
-    return replace(
-        first,
-        a_RI=torch.cat(parts_a).float(),
-        b_OR=torch.cat(parts_b, dim=1),
-        bias_O=share_bias(found),
-    )
+    return replace(first, a_RI=torch.cat(parts_a).float(), b_OR=torch.cat(parts_b, dim=1), bias_O=share_bias(found))
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraweave.composer.merge.methods._terms import Term, terms, weighted_bias
+from loraweave.composer.merge.methods._terms import Experts, Term, Weights, terms, weighted_bias
 from loraweave.composer.merge.statistics import LayerStatistics
 from loraweave.errors import WeightingError
-from loraweave.types import Factors
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,32 +22,25 @@ class Share:
     seen: LayerStatistics
 
 
-def shares(
-    experts: Sequence[Factors | None],
-    weights: Sequence[float],
-    statistics: Sequence[LayerStatistics | None],
-    *,
-    method: str,
-    part: str,
-) -> list[Share]:
+def shares(experts: Experts, weights: Weights, statistics: Sequence[LayerStatistics | None], *, part: str) -> list[Share]:
     """The experts that take part in a layer's mean, in the order given; empty when none has an update there.
 
     An expert without the layer is a zero update where its inputs were recorded there (collect_statistics(layers=...)),
     and has no part in the mean otherwise: it has seen nothing. Raises WeightingError for a negative weight and for an
     expert with the layer whose `part` of the statistics is missing, of another shape or not finite.
     """
-    found = {term.place: term for term in terms(experts, weights, method=method)}
+    found = {term.place: term for term in terms(experts, weights)}
     result = []
     for place, (expert, weight, seen) in enumerate(zip(experts, weights, statistics, strict=True)):
         if weight == 0.0 or (expert is None and (seen is None or getattr(seen, part) is None)):
             continue
         if weight < 0.0:
             raise WeightingError(
-                f"{method}: weight {weight:g} of expert {place} is below 0; weights are shares of a mean here: to subtract, "
+                f"weight {weight:g} of expert {place} is below 0; weights are shares of a mean here: to subtract, "
                 "negate() the adapter first"
             )
         if found:
-            result.append(Share(found.get(place), float(weight), _require(seen, part, found, place, method)))
+            result.append(Share(found.get(place), float(weight), _require(seen, part, found, place)))
     return result if found else []
 
 
@@ -58,7 +50,7 @@ def share_bias(found: Sequence[Share]) -> Tensor | None:
     return None if total_O is None else total_O / sum(share.weight for share in found)
 
 
-def _require(seen: LayerStatistics | None, part: str, found: dict[int, Term], place: int, method: str) -> LayerStatistics:
+def _require(seen: LayerStatistics | None, part: str, found: dict[int, Term], place: int) -> LayerStatistics:
     first = next(iter(found.values())).factors
     num_out, num_in = first.b_OR.shape[0], first.a_RI.shape[1]
     wanted = (num_in, num_in) if part == "gram_II" else (num_out, num_in)
@@ -66,11 +58,11 @@ def _require(seen: LayerStatistics | None, part: str, found: dict[int, Term], pl
     if seen is None or tensor is None:
         what = part.split("_")[0]
         raise WeightingError(
-            f"{method} needs {part} of expert {place}, whose statistics do not have it for this layer: collect them with "
+            f"the method needs {part} of expert {place}, whose statistics do not have it for this layer: collect them with "
             f"collect_statistics(model, tokenizer, adapter, texts, what=({what!r},))"
         )
     if tuple(tensor.shape) != wanted:
-        raise WeightingError(f"{method}: {part} of expert {place} has shape {tuple(tensor.shape)}, but the layer {wanted}")
+        raise WeightingError(f"{part} of expert {place} has shape {tuple(tensor.shape)}, but the layer {wanted}")
     if not bool(torch.isfinite(tensor.sum())):
-        raise WeightingError(f"{method}: {part} of expert {place} has values that are NaN or infinite; collect it again")
+        raise WeightingError(f"{part} of expert {place} has values that are NaN or infinite; collect it again")
     return seen

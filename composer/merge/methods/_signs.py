@@ -5,35 +5,32 @@ A method of this family is a file with its formula, its source and its defaults,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from loraweave.composer.merge.methods._entries import Entries, Prune, merged
-from loraweave.composer.merge.methods._options import choice, finite
-from loraweave.composer.merge.methods._terms import terms
+from loraweave.composer.merge.methods._terms import Experts, Weights, terms
 from loraweave.composer.merge.updates import DenseUpdate
-from loraweave.types import Factors
 
 # sums of fp32 numbers are zero or at least 2^-149, so this decides zeros alone
 FEATHER = 2.0**-200
 
 
 def merge_elected(
-    experts: Sequence[Factors | None],
-    weights: Sequence[float],
+    experts: Experts,
+    weights: Weights,
     prune: Prune,
     *,
-    method: str,
     weighted: bool = True,
     majority: str = "total",
     divide: str = "count",
     scale: float = 1.0,
     factor: float = 1.0,
     tie: Callable[[], float] | None = None,
-) -> DenseUpdate | None:
+) -> DenseUpdate:
     """One layer's scale * (sum of factor * w_e * tau_e over the experts that agree with the elected sign) / divisor.
 
     tau_e is what `prune` leaves of expert e. The sign is that of the sum over experts of the votes, taken in float64:
@@ -41,11 +38,7 @@ def merge_elected(
     vote has the elected sign; zeros never do. The divisor is the number of experts that agree (`divide`="count"), the
     sum of their "weights", or 1 ("nothing"); where it is zero, 1. `tie()` gives the sign, 1 or -1, of a sum that is zero
     although somebody voted; it is called only when that happens.
-
-    Raises WeightingError for options out of range, LayerMismatch and AdapterUnsupported for updates that do not fit.
     """
-    choice(majority, "majority", ("total", "frequency"), method=method)
-    finite(scale, "scale", method=method)
 
     def rule(entries: Entries, out_OI: Tensor) -> None:
         keep, weights_E = prune(entries, out_OI), torch.tensor(entries.weights)
@@ -64,12 +57,11 @@ def merge_elected(
                 result_N.div_(divisor(present_EN.sum(dim=0) if divide == "count" else weights_E @ present_EN))
             out_OI[rows] = result_N.mul_(scale * factor).view(stack_EBI.shape[1:])
 
-    return merged(terms(experts, weights, method=method), rule)
+    return merged(terms(experts, weights), rule)
 
 
-def divisor_of(aggregate: str, *, method: str) -> str:
-    """What a merge divides by for a "mean" or a "sum". WeightingError for another word."""
-    choice(aggregate, "aggregate", ("mean", "sum"), method=method)
+def divisor_of(aggregate: str) -> str:
+    """What a merge divides by for a "mean" or a "sum"."""
     return "count" if aggregate == "mean" else "nothing"
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loraweave.composer.merge.methods._terms import Experts, Weights
 from loraweave.errors import WeightingError
 from loraweave.lowrank import algebra
 from loraweave.types import Factors
@@ -46,43 +47,39 @@ def combination(updates: Sequence[Factors], coefficients: Sequence[float]) -> Fa
     return replace(total, **copies)
 
 
-def nothing(like: Factors) -> Factors:
-    """The update of rank 0 on a layer of that shape."""
-    return Factors(
-        like.a_RI.new_zeros(0, like.a_RI.shape[1]),
-        like.b_OR.new_zeros(like.b_OR.shape[0], 0),
-        kind=like.kind,
-        kernel=like.kernel,
-    )
+def nothing(like: Factors, bias_O: Tensor | None = None) -> Factors:
+    """The update of rank 0 on a layer of that shape, which may still have a bias."""
+    a_RI, b_OR = like.a_RI.new_zeros(0, like.a_RI.shape[1]), like.b_OR.new_zeros(like.b_OR.shape[0], 0)
+    return Factors(a_RI.float(), b_OR.float(), bias_O=bias_O, kind=like.kind, kernel=like.kernel)
 
 
-def counted(experts: Sequence[Factors | None], weights: Sequence[float]) -> tuple[list[Factors], list[float]]:
+def counted(experts: Experts, weights: Weights) -> tuple[list[Factors], list[float]]:
     """The experts that have the layer and a weight other than zero, of any kind, and their weights."""
     found = [(f, float(w)) for f, w in zip(experts, weights, strict=True) if f is not None and w != 0.0]
     return [factors for factors, _ in found], [weight for _, weight in found]
 
 
-def mean_weights(weights: Sequence[float], *, method: str) -> list[float]:
+def mean_weights(weights: Weights) -> list[float]:
     """The weights over their sum. Raises WeightingError when that is zero and not all weights are."""
     values = [float(weight) for weight in weights]
     total = sum(values)
     if total == 0.0 and any(values):
         raise WeightingError(
-            f"{method} divides by the sum of the weights, and {_listed(values)} sum to 0: use task_arithmetic or linear, "
+            f"the method divides by the sum of the weights, and {_listed(values)} sum to 0: use task_arithmetic or linear, "
             "which do not divide"
         )
     return [value / total for value in values] if total else values
 
 
-def shares(weights: Sequence[float], *, method: str) -> list[float]:
+def shares(weights: Weights) -> list[float]:
     """The weights over their sum, for formulas in which they are shares. Raises WeightingError for a negative one."""
     if any(weight < 0.0 for weight in weights):
         raise WeightingError(
-            f"{method} takes the weights as shares, which are positive, but got {_listed(weights)}: use linear, which "
+            f"the method takes the weights as shares, which are positive, but got {_listed(weights)}: use linear, which "
             "takes weights of any sign"
         )
-    return mean_weights(weights, method=method)
+    return mean_weights(weights)
 
 
-def _listed(weights: Sequence[float]) -> str:
+def _listed(weights: Weights) -> str:
     return ", ".join(f"{weight:g}" for weight in weights)

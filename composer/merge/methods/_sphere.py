@@ -8,18 +8,19 @@ import torch
 from torch import Tensor
 
 from loraweave.composer.merge.methods._span import shares
+from loraweave.composer.merge.methods._terms import Weights
 from loraweave.errors import WeightingError
 
 
-def pair(weights: Sequence[float], *, method: str) -> list[float]:
+def pair(weights: Weights) -> list[float]:
     """The weights over their sum, where two at most are not zero. Raises WeightingError for more, or a negative one."""
     count = sum(weight != 0.0 for weight in weights)
     if count > 2:
         raise WeightingError(
-            f"{method} interpolates between two experts and got {count}: merge two at a time, or use karcher, which takes "
+            f"the method interpolates between two experts and got {count}: merge two at a time, or use karcher, which takes "
             "any number"
         )
-    return shares(weights, method=method)
+    return shares(weights)
 
 
 def interpolation(inner_EE: Tensor, parts: Sequence[float], *, max_cosine: float) -> Tensor:

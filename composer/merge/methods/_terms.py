@@ -8,9 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraweave.common.checks import is_number
-from loraweave.errors import AdapterUnsupported, LayerMismatch, WeightingError
+from loraweave.errors import AdapterUnsupported, LayerMismatch
 from loraweave.types import Factors
+
+# one layer's update of each expert, None for an expert without the layer; a method gets at least one of weight other than 0
+Experts = Sequence[Factors | None]
+Weights = Sequence[float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +25,7 @@ class Term:
     place: int
 
 
-def terms(experts: Sequence[Factors | None], weights: Sequence[float], *, method: str, gains: bool = False) -> list[Term]:
+def terms(experts: Experts, weights: Weights, *, gains: bool = False) -> list[Term]:
     """The experts that have the layer and a weight other than zero, in the order given; all of one shape and kind.
 
     Raises AdapterUnsupported for an update that depends on the base layer: an unbound one (DoRA's magnitude, a trained
@@ -36,12 +39,12 @@ def terms(experts: Sequence[Factors | None], weights: Sequence[float], *, method
     for term in found:
         if not term.factors.bound or (term.factors.gain_O is not None and not gains):
             raise AdapterUnsupported(
-                f"{method} works on the update as a matrix, and DoRA's magnitude, a gain or a trained base bias needs the "
+                "the method works on the update as a matrix, and DoRA's magnitude, a gain or a trained base bias needs the "
                 "base layer: turn the adapter into a plain LoRA with the model first (lw.to_lora), or use linear"
             )
         if signature(term.factors) != signature(found[0].factors):
             raise LayerMismatch(
-                f"{method} cannot combine updates of (O, I, kind, kernel) {signature(found[0].factors)} and "
+                f"the method cannot combine updates of (O, I, kind, kernel) {signature(found[0].factors)} and "
                 f"{signature(term.factors)}"
             )
     return found
@@ -55,11 +58,3 @@ def weighted_bias(found: Sequence[Term]) -> Tensor | None:
     """The sum of w_e bias_e over the terms that have one, fp32; None when no term has."""
     parts = [term.factors.bias_O.double() * term.weight for term in found if term.factors.bias_O is not None]
     return torch.stack(parts).sum(dim=0).float() if parts else None
-
-
-def fraction(value: float, name: str, *, method: str, zero: bool = False) -> float:
-    """`value` when it is in (0, 1], or [0, 1] with `zero`. WeightingError, with the value and the range, otherwise."""
-    low = "[" if zero else "("
-    if not is_number(value, 0.0, 1.0) or (value == 0.0 and not zero):
-        raise WeightingError(f"{method}: {name}={value!r} is outside {low}0, 1]")
-    return float(value)

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loraweave.composer.merge.methods._entries import Entries, Keep, Prune
-from loraweave.composer.merge.methods._terms import fraction
 
 # how many of an fp32 number's 32 bits the second look at a histogram resolves
 LOW_BITS = 16
@@ -79,12 +78,8 @@ def keep_largest(entries: Entries, count: int, scratch_OI: Tensor) -> Keep:
     return keep_above([largest(_magnitudes(entries, expert), count, scratch_OI) for expert in range(len(entries))])
 
 
-def prune_smallest(density: float, *, method: str) -> Prune:
-    """Keeps the int(density * entries) largest magnitudes of each expert's tensor, of equal ones the earlier.
-
-    Raises WeightingError for a density outside [0, 1].
-    """
-    fraction(density, "density", method=method, zero=True)
+def prune_smallest(density: float) -> Prune:
+    """Keeps the int(density * entries) largest magnitudes of each expert's tensor, of equal ones the earlier."""
     return lambda entries, scratch_OI: keep_largest(entries, count_of(density, entries.size), scratch_OI)
 
 

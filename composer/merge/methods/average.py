@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from loraweave.composer.merge.methods._span import combination, counted, mean_weights
+from loraweave.composer.merge.methods._terms import Experts, Weights
 from loraweave.registry import traits
 from loraweave.types import Factors
 
 
 @traits("shares")
-def average(experts: Sequence[Factors | None], weights: Sequence[float]) -> Factors | None:
+def average(experts: Experts, weights: Weights) -> Factors:
     """One layer's sum of w_e D_e over the sum of w_e, by concatenation: of rank sum of R_e.
 
     Only proportions of the weights count; with equal weights it is the mean of the fine-tuned models (model soups,
     Wortsman et al. 2022, arXiv 2203.05482). An expert without the layer is a zero update, so that its weight stays in the
     denominator. Gains and biases enter as the update does; a single expert comes back as it is, of whatever kind.
 
-    Raises WeightingError for weights that sum to zero, LayerMismatch for updates of different shape, AdapterUnsupported
-    for unbound updates in a mean of several. `factor_average` averages a and b apart, which is another thing.
+    Raises WeightingError for weights that sum to zero. `factor_average` averages a and b apart, which is another thing.
     """
-    updates, values = counted(experts, mean_weights(weights, method="average"))
-    return combination(updates, values) if updates else None
+    updates, values = counted(experts, mean_weights(weights))
+    return combination(updates, values)

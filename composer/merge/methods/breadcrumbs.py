@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from loraweave.common.options import Fraction
 from loraweave.composer.merge.methods._entries import Entries, Keep, sum_pruned
-from loraweave.composer.merge.methods._terms import fraction
+from loraweave.composer.merge.methods._terms import Experts, Weights
 from loraweave.composer.merge.methods._thresholds import count_of, keep_largest
 from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.registry import traits
-from loraweave.types import Factors
 
 
 @traits("lossy")
 def breadcrumbs(
-    experts: Sequence[Factors | None],
-    weights: Sequence[float],
-    *,
-    density: float = 0.9,
-    gamma: float = 0.01,
-    scale: float = 1.0,
-) -> DenseUpdate | None:
+    experts: Experts, weights: Weights, *, density: Fraction = 0.9, gamma: Fraction = 0.01, scale: float = 1.0
+) -> DenseUpdate:
     """One layer's scale * sum of w_e tau_e, tau_e being an update without its outliers and its small entries.
 
     Of each expert's n entries in a layer, in order of magnitude (of equal ones the earlier first), the first
@@ -31,11 +24,8 @@ def breadcrumbs(
     outliers are dropped. This is mergekit's definition (`breadcrumbs`, without a sign election); the paper states the
     two masks, gamma and beta, as percentiles. `density` and `gamma` in [0, 1]; `scale` is the paper's alpha.
 
-    fp32 products. Raises WeightingError for options out of range, LayerMismatch and AdapterUnsupported for updates that do
-    not fit.
+    fp32 products.
     """
-    fraction(density, "density", method="breadcrumbs", zero=True)
-    fraction(gamma, "gamma", method="breadcrumbs", zero=True)
 
     def prune(entries: Entries, scratch_OI: Tensor) -> Keep:
         target = count_of(density, entries.size)
@@ -55,4 +45,4 @@ def breadcrumbs(
 
         return keep
 
-    return sum_pruned(experts, weights, prune, method="breadcrumbs", scale=scale)
+    return sum_pruned(experts, weights, prune, scale=scale)

@@ -8,27 +8,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from loraweave.composer.merge.methods._core import (
-    as_factors,
-    clean,
-    core_factors,
-    joint,
-    nothing,
-    scaled_bias,
-    shared_basis,
-    spectra,
-)
+from loraweave.composer.merge.methods._core import as_factors, clean, core_factors, joint, scaled_bias, shared_basis, spectra
 from loraweave.composer.merge.methods._inner import NO_OPTIONS, combined, inner_call, with_biases
-from loraweave.composer.merge.methods._options import choice, finite
-from loraweave.composer.merge.methods._terms import Term, terms
+from loraweave.composer.merge.methods._span import nothing
+from loraweave.composer.merge.methods._terms import Experts, Term, Weights, terms
 from loraweave.registry import traits
 from loraweave.types import Factors
 
 
 @traits("lossy", "by_factors")
 def core_space(
-    experts: Sequence[Factors | None],
-    weights: Sequence[float],
+    experts: Experts,
+    weights: Weights,
     *,
     inner: str = "ties_per_layer",
     inner_options: Mapping[str, Any] = NO_OPTIONS,
@@ -53,16 +44,11 @@ def core_space(
     positive, and singular values that are equal leave a choice. Rules on singular values (`iso_c`, `wudi` with
     minimiser="exact", `tsv` with `k`) see no basis and give what they give without this.
 
-    Biases are merged by the inner rule as they are. `seeds` come from `merge`, for random rules. Raises WeightingError for
-    options out of range or an inner method on factors or statistics, LayerMismatch and AdapterUnsupported for updates that
-    do not fit, and what the inner method raises.
+    Biases are merged by the inner rule as they are. `seeds` come from `merge`, for random rules. Raises WeightingError
+    for an inner method on factors or statistics.
     """
     call = inner_call(inner, inner_options, method="core_space")
-    choice(basis, "basis", ("factors", "updates"), method="core_space")
-    finite(scale, "scale", method="core_space")
-    found = terms(experts, weights, method="core_space")
-    if not found:
-        return None
+    found = terms(experts, weights)
     first = found[0].factors
     u_OP, v_IQ, cores = _of_factors(found) if basis == "factors" else _of_updates(found)
     if not u_OP.shape[1] or not v_IQ.shape[1]:
@@ -70,7 +56,7 @@ def core_space(
     placed: list[Factors | None] = [None] * len(experts)
     for term, core in zip(found, cores, strict=True):
         placed[term.place] = core
-    merged = combined(call, with_biases(placed, experts), weights, seeds, method="core_space")
+    merged = combined(call, with_biases(placed, experts), weights, seeds)
     if merged is None:
         return None
     bias_O = None if merged.bias_O is None else merged.bias_O * scale

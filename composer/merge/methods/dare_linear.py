@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from loraweave.common.options import Fraction
 from loraweave.composer.merge.methods._dropout import prune_random
 from loraweave.composer.merge.methods._entries import sum_pruned
+from loraweave.composer.merge.methods._terms import Experts, Weights
 from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.registry import traits
-from loraweave.types import Factors
 
 
 @traits("lossy")
 def dare_linear(
-    experts: Sequence[Factors | None],
-    weights: Sequence[float],
-    *,
-    seeds: Sequence[int],
-    density: float = 0.5,
-    scale: float = 1.0,
-) -> DenseUpdate | None:
+    experts: Experts, weights: Weights, *, seeds: Sequence[int], density: Fraction = 0.5, scale: float = 1.0
+) -> DenseUpdate:
     """One layer's scale * sum of w_e m_e delta_e / q, m_e being 1 with probability q for each entry on its own, else 0.
 
     On average this is the weighted sum. `density` = 1 - p in [0, 1] is the probability of keeping an entry, rounded to a
@@ -28,7 +24,6 @@ def dare_linear(
 
     Differs from mergekit's, which rescales to the L1 norm of the update, and from PEFT's `dare_linear`, which drops
     entries of the factors; PEFT's `dare_linear_svd` is this, cut to a rank and with other random numbers.
-    Raises WeightingError for options out of range, LayerMismatch and AdapterUnsupported for updates that do not fit.
     """
-    prune, kept = prune_random(seeds, density, method="dare_linear")
-    return sum_pruned(experts, weights, prune, method="dare_linear", scale=scale, kept=kept)
+    prune, kept = prune_random(seeds, density)
+    return sum_pruned(experts, weights, prune, scale=scale, kept=kept)

@@ -5,39 +5,38 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from loraweave.common.options import Fraction
 from loraweave.composer.merge.methods._dropout import prune_random
 from loraweave.composer.merge.methods._signs import merge_elected
+from loraweave.composer.merge.methods._terms import Experts, Weights
 from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.registry import traits
-from loraweave.types import Factors
 
 
 @traits("lossy")
 def dare_ties(
-    experts: Sequence[Factors | None],
-    weights: Sequence[float],
+    experts: Experts,
+    weights: Weights,
     *,
     seeds: Sequence[int],
-    density: float = 0.5,
+    density: Fraction = 0.5,
     majority: Literal["total", "frequency"] = "total",
     scale: float = 1.0,
-) -> DenseUpdate | None:
+) -> DenseUpdate:
     """One layer's TIES merge of randomly dropped updates tau_e = m_e delta_e / q (m_e and q as in `dare_linear`).
 
     gamma = sign of the sum of tau_e, or of their signs (`majority`="frequency"); 1 where that is zero. The result is
     scale * (sum of w_e tau_e over experts with sign gamma) / (their number), as in `ties_per_layer`.
 
-    `density` in [0, 1] is the probability of keeping an entry, rounded to a multiple of 2^-16; 0 gives zeros. fp32 products,
-    votes in float64. PEFT's `dare_ties` drops entries of the factors; its `dare_ties_svd` is this, cut to a rank and with
-    other random numbers; mergekit's votes with the weights and rescales to the L1 norm.
-    Raises WeightingError for options out of range, LayerMismatch and AdapterUnsupported for updates that do not fit.
+    `density` in [0, 1] is the probability of keeping an entry, rounded to a multiple of 2^-16; 0 gives zeros. fp32
+    products, votes in float64. PEFT's `dare_ties` drops entries of the factors; its `dare_ties_svd` is this, cut to a
+    rank and with other random numbers; mergekit's votes with the weights and rescales to the L1 norm.
     """
-    prune, kept = prune_random(seeds, density, method="dare_ties")
+    prune, kept = prune_random(seeds, density)
     return merge_elected(
         experts,
         weights,
         prune,
-        method="dare_ties",
         weighted=False,
         majority=majority,
         scale=scale,

@@ -9,27 +9,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loraweave.common.options import Fraction
 from loraweave.composer.merge.methods._dropout import LEVELS, Draws, quantise
 from loraweave.composer.merge.methods._entries import Entries, Keep
 from loraweave.composer.merge.methods._signs import divisor_of, merge_elected
-from loraweave.composer.merge.methods._terms import fraction
+from loraweave.composer.merge.methods._terms import Experts, Weights
 from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.errors import WeightingError
 from loraweave.registry import traits
-from loraweave.types import Factors
 
 
 @traits("lossy")
 def della(
-    experts: Sequence[Factors | None],
-    weights: Sequence[float],
+    experts: Experts,
+    weights: Weights,
     *,
     seeds: Sequence[int],
-    density: float = 0.5,
-    epsilon: float = 0.15,
+    density: Fraction = 0.5,
+    epsilon: Fraction = 0.15,
     aggregate: Literal["mean", "sum"] = "mean",
     scale: float = 1.0,
-) -> DenseUpdate | None:
+) -> DenseUpdate:
     """One layer's DELLA merge: MAGPRUNE on each update, then the sign election and disjoint merge of `ties`.
 
     MAGPRUNE keeps an entry with probability p and divides it by p. Within a row of I entries, p rises linearly with the
@@ -38,14 +38,11 @@ def della(
     sum of w_e tau_e, 1 where that is zero, and the result is scale * the mean or sum (`aggregate`) of w_e tau_e over the
     experts with sign gamma. Weights of one are the paper; `scale` is its lambda, and its window is 2 epsilon wide.
 
-    `density` in [0, 1]: 0 gives zeros and 1 drops nothing, whatever epsilon; between them density - epsilon must be above
-    0 and density + epsilon at most 1. The masks depend on seeds[e] and the place of an entry alone. fp32 products, votes in
-    float64. mergekit's `della` rescales to the L1 norm of the update instead.
-    Raises WeightingError for options out of range, LayerMismatch and AdapterUnsupported for updates that do not fit.
+    `density` in [0, 1]: 0 gives zeros and 1 drops nothing, whatever epsilon; between them density - epsilon must be
+    above 0 and density + epsilon at most 1. The masks depend on seeds[e] and the place of an entry alone. fp32 products,
+    votes in float64. mergekit's `della` rescales to the L1 norm of the update instead.
     """
-    fraction(density, "density", method="della", zero=True)
-    fraction(epsilon, "epsilon", method="della", zero=True)
-    divide = divisor_of(aggregate, method="della")
+    divide = divisor_of(aggregate)
     if density in (0.0, 1.0):
         epsilon = 0.0
     elif density - epsilon <= 0.0 or density + epsilon > 1.0:
@@ -57,7 +54,7 @@ def della(
     def prune(entries: Entries, scratch_OI: Tensor) -> Keep:
         return _magprune(entries, seeds, density, epsilon)
 
-    return merge_elected(experts, weights, prune, method="della", divide=divide, scale=scale)
+    return merge_elected(experts, weights, prune, divide=divide, scale=scale)
 
 
 def _magprune(entries: Entries, seeds: Sequence[int], density: float, epsilon: float) -> Keep:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
 from loraweave.composer.merge.methods._factor_space import align
 from loraweave.composer.merge.methods._span import mean_weights
-from loraweave.composer.merge.methods._terms import weighted_bias
+from loraweave.composer.merge.methods._terms import Experts, Weights, weighted_bias
 from loraweave.registry import traits
 from loraweave.types import Factors
 
 
 @traits("shares", "by_factors")
-def factor_average(experts: Sequence[Factors | None], weights: Sequence[float]) -> Factors | None:
+def factor_average(experts: Experts, weights: Weights) -> Factors:
     """One layer's a = sum of p_e a_e and b = sum of p_e b_e with p_e = w_e over the sum of the weights.
 
     The addition of PEM arithmetic (Zhang et al. 2023, arXiv 2306.14870), adapter soups (Chronopoulou et al. 2023, arXiv
@@ -24,13 +23,10 @@ def factor_average(experts: Sequence[Factors | None], weights: Sequence[float]) 
     a_e and b_f of different experts multiply. An expert without the layer has zeros there, and its weight stays in the
     sum. Biases take the mean.
 
-    Raises WeightingError for weights that sum to zero, LayerMismatch for different ranks or shapes, AdapterUnsupported for
-    gains and unbound updates.
+    Raises WeightingError for weights that sum to zero, LayerMismatch for different ranks.
     """
-    parts = mean_weights(weights, method="factor_average")
-    found = align(experts, parts, method="factor_average", twin="average")
-    if not found:
-        return None
+    parts = mean_weights(weights)
+    found = align(experts, parts, twin="average")
     a_RI = torch.stack([term.factors.a_RI.double() * term.weight for term in found]).sum(dim=0)
     b_OR = torch.stack([term.factors.b_OR.double() * term.weight for term in found]).sum(dim=0)
     return replace(found[0].factors, a_RI=a_RI.float(), b_OR=b_OR.float(), bias_O=weighted_bias(found))

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from loraweave.common.options import Fraction
 from loraweave.composer.merge.methods._factor_space import align, merge_rooted, random_rescaled, weighted_sum
-from loraweave.composer.merge.methods._terms import fraction
+from loraweave.composer.merge.methods._terms import Experts, Weights
 from loraweave.registry import traits
 from loraweave.types import Factors
 
 
 @traits("lossy", "by_factors")
-def factor_dare_linear(
-    experts: Sequence[Factors | None], weights: Sequence[float], *, seeds: Sequence[int], density: float = 0.5
-) -> Factors | None:
+def factor_dare_linear(experts: Experts, weights: Weights, *, seeds: Sequence[int], density: Fraction = 0.5) -> Factors:
     """One layer's a and b, each the sum over experts of a random part of the entries, divided by `density`.
 
-    PEFT's combination type "dare_linear" (drop and rescale, Yu et al. 2024, arXiv 2311.03099, on a and b apart): each entry
-    stays with probability `density`, in [0, 1]; sqrt|w_e| on both sides, the sign of w_e on a. The draws follow `seeds`,
-    one for each expert, so they depend on neither order nor device. In expectation it is `factor_linear`. Biases likewise,
-    with w_e. On updates this is `dare_linear`. An expert without the layer adds nothing. Raises WeightingError for a
-    density out of range, LayerMismatch for different ranks or shapes, AdapterUnsupported for gains and unbound updates.
+    PEFT's combination type "dare_linear" (drop and rescale, Yu et al. 2024, arXiv 2311.03099, on a and b apart): each
+    entry stays with probability `density`, in [0, 1]; sqrt|w_e| on both sides, the sign of w_e on a. The draws follow
+    `seeds`, one for each expert, so they depend on neither order nor device. In expectation it is `factor_linear`.
+    Biases likewise, with w_e. On updates this is `dare_linear`. An expert without the layer adds nothing. Raises
+    LayerMismatch for different ranks.
     """
-    fraction(density, "density", method="factor_dare_linear", zero=True)
-    found = align(experts, weights, method="factor_dare_linear", twin="dare_linear")
+    found = align(experts, weights, twin="dare_linear")
     return merge_rooted(found, random_rescaled(density, seeds), weighted_sum)

@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
+from loraweave.common.options import Fraction
 from loraweave.composer.merge.methods._factor_space import align, disjoint_mean, merge_rooted, random_rescaled
-from loraweave.composer.merge.methods._terms import fraction
+from loraweave.composer.merge.methods._terms import Experts, Weights
 from loraweave.registry import traits
 from loraweave.types import Factors
 
 
 @traits("lossy", "by_factors")
 def factor_dare_ties(
-    experts: Sequence[Factors | None],
-    weights: Sequence[float],
+    experts: Experts,
+    weights: Weights,
     *,
     seeds: Sequence[int],
-    density: float = 0.5,
-    majority: str = "total",
-) -> Factors | None:
+    density: Fraction = 0.5,
+    majority: Literal["total", "frequency"] = "total",
+) -> Factors:
     """One layer's a and b, each by election of signs and disjoint mean over a random part of the experts' entries.
 
-    PEFT's combination type "dare_ties": each entry stays with probability `density`, in [0, 1], divided by that (Yu et al.
-    2024, arXiv 2311.03099); then signs and mean as in `factor_ties`, with `majority` "total" or "frequency". The draws
-    follow `seeds`, one for each expert, so they depend on neither order nor device. Biases likewise, with w_e. On updates
-    this is `dare_ties`. An expert without the layer does not vote. Raises WeightingError for options out of range,
-    LayerMismatch for different ranks or shapes, AdapterUnsupported for gains and unbound updates.
+    PEFT's combination type "dare_ties": each entry stays with probability `density`, in [0, 1], divided by that (Yu et
+    al. 2024, arXiv 2311.03099); then signs and mean as in `factor_ties`, with `majority` "total" or "frequency". The
+    draws follow `seeds`, one for each expert, so they depend on neither order nor device. Biases likewise, with w_e. On
+    updates this is `dare_ties`. An expert without the layer does not vote. Raises LayerMismatch for different ranks.
     """
-    fraction(density, "density", method="factor_dare_ties", zero=True)
-    combine = disjoint_mean(majority, method="factor_dare_ties")
-    found = align(experts, weights, method="factor_dare_ties", twin="dare_ties")
+    combine = disjoint_mean(majority)
+    found = align(experts, weights, twin="dare_ties")
     return merge_rooted(found, random_rescaled(density, seeds), combine)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from loraweave.composer.merge.methods._factor_space import align, merge_rooted, weighted_sum, whole
+from loraweave.composer.merge.methods._terms import Experts, Weights
 from loraweave.registry import traits
 from loraweave.types import Factors
 
 
 @traits("by_factors")
-def factor_linear(experts: Sequence[Factors | None], weights: Sequence[float]) -> Factors | None:
+def factor_linear(experts: Experts, weights: Weights) -> Factors:
     """One layer's a = sum of sign(w_e) sqrt|w_e| a_e and b = sum of sqrt|w_e| b_e.
 
     PEFT's combination type "linear". The update is the sum over e, f of sqrt|w_e w_f| sign(w_f) b_e a_f: the weighted sum
@@ -18,7 +17,7 @@ def factor_linear(experts: Sequence[Factors | None], weights: Sequence[float]) -
     equal where all s_e are, and otherwise differ in the cross terms (this is PEFT's result for the same updates stored
     with lora_alpha = r).
 
-    Weights take any sign; one expert of weight w gives w D. An expert without the layer adds nothing. Biases sum with w_e.
-    Raises LayerMismatch for different ranks or shapes, AdapterUnsupported for gains and unbound updates.
+    Weights take any sign; one expert of weight w gives w D. An expert without the layer adds nothing. Biases sum with
+    w_e. Raises LayerMismatch for different ranks.
     """
-    return merge_rooted(align(experts, weights, method="factor_linear", twin="linear"), whole, weighted_sum)
+    return merge_rooted(align(experts, weights, twin="linear"), whole, weighted_sum)

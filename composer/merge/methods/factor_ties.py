@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Literal
 
+from loraweave.common.options import Fraction
 from loraweave.composer.merge.methods._factor_space import align, disjoint_mean, largest, merge_rooted
-from loraweave.composer.merge.methods._terms import fraction
+from loraweave.composer.merge.methods._terms import Experts, Weights
 from loraweave.registry import traits
 from loraweave.types import Factors
 
 
 @traits("lossy", "by_factors")
 def factor_ties(
-    experts: Sequence[Factors | None], weights: Sequence[float], *, density: float = 0.2, majority: str = "total"
-) -> Factors | None:
+    experts: Experts, weights: Weights, *, density: Fraction = 0.2, majority: Literal["total", "frequency"] = "total"
+) -> Factors:
     """One layer's a and b, each by trimming, election of signs and disjoint mean over the experts' a and over their b.
 
     PEFT's combination type "ties". Of each tensor the int(density * size) largest magnitudes stay, `density` in [0, 1];
     the sign of an entry is that of the sum of values ("total") or of signs ("frequency"), without weights; entries of that
     sign are summed with sqrt|w_e| (sign of w_e on a) and divided by their number. Biases likewise, with w_e.
 
-    Not TIES of Yadav et al. 2023, which is on updates (`ties`; `ties_per_layer` trims as here): it depends on how updates
-    are split into factors. As the
-    LoRA scale is part of b here, it is PEFT's result where all scales are equal. An expert without the layer does not
-    vote. Raises WeightingError for options out of range, LayerMismatch for different ranks or shapes, AdapterUnsupported
-    for gains and unbound updates.
+    Not TIES of Yadav et al. 2023, which is on updates (`ties`; `ties_per_layer` trims as here): it depends on how
+    updates are split into factors. As the LoRA scale is part of b here, it is PEFT's result where all scales are equal.
+    An expert without the layer does not vote. Raises LayerMismatch for different ranks.
     """
-    fraction(density, "density", method="factor_ties", zero=True)
-    combine = disjoint_mean(majority, method="factor_ties")
-    return merge_rooted(align(experts, weights, method="factor_ties", twin="ties_per_layer"), largest(density), combine)
+    combine = disjoint_mean(majority)
+    return merge_rooted(align(experts, weights, twin="ties_per_layer"), largest(density), combine)

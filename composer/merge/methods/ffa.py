@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
 from loraweave.composer.merge.methods._span import shares
-from loraweave.composer.merge.methods._terms import terms, weighted_bias
+from loraweave.composer.merge.methods._terms import Experts, Weights, terms, weighted_bias
 from loraweave.errors import LayerMismatch
 from loraweave.registry import traits
 from loraweave.types import Factors
 
 
 @traits("shares", "by_factors", "one_a")
-def ffa(experts: Sequence[Factors | None], weights: Sequence[float]) -> Factors | None:
+def ffa(experts: Experts, weights: Weights) -> Factors:
     """One layer's mean of b over the common a: exactly the mean update, at the clients' rank.
 
     b = sum of w_e b_e over sum of w_e (Sun et al. 2024, arXiv 2403.12313). Weights are the clients' sizes: positive, and
@@ -24,9 +23,7 @@ def ffa(experts: Sequence[Factors | None], weights: Sequence[float]) -> Factors 
     Raises LayerMismatch unless every a is the same, bit for bit, WeightingError for a negative weight, and
     AdapterUnsupported for gains and unbound updates.
     """
-    found = terms(experts, shares(weights, method="ffa"), method="ffa")
-    if not found:
-        return None
+    found = terms(experts, shares(weights))
     first = found[0].factors
     for term in found[1:]:
         if not torch.equal(term.factors.a_RI, first.a_RI):

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
-from loraweave.common.checks import is_number
+from loraweave.common.options import NonNegative
 from loraweave.composer.merge.methods._shares import Share, share_bias, shares
+from loraweave.composer.merge.methods._terms import Experts, Weights
 from loraweave.composer.merge.statistics import LayerStatistics
 from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.errors import WeightingError
 from loraweave.registry import traits
-from loraweave.types import Factors
 
 # rows of the update that are held in float64 at once
 BLOCK_ROWS = 256
@@ -20,13 +20,13 @@ BLOCK_ROWS = 256
 
 @traits("shares")
 def fisher(
-    experts: Sequence[Factors | None],
-    weights: Sequence[float],
+    experts: Experts,
+    weights: Weights,
     *,
     statistics: Sequence[LayerStatistics | None],
-    floor: float = 1e-6,
+    floor: NonNegative = 1e-6,
     normalise: bool = False,
-) -> DenseUpdate | None:
+) -> DenseUpdate:
     """One layer's sum of w_e F_e * D_e / sum of w_e F_e, entry by entry, with F_e = max(F_e, floor) (eq. 3 of the paper).
 
     Weights must be above 0; only their proportions count. `floor` >= 0 in units of F: where every F_e lies below it the
@@ -40,11 +40,7 @@ def fisher(
     that are missing or do not fit. The authors' code floors F of the first model alone unless told otherwise; here all
     experts are alike. fusion_bench adds its minimal weight to F instead of taking the larger one.
     """
-    if not is_number(floor, 0.0):
-        raise WeightingError(f"fisher: floor={floor!r} is not in [0, infinity)")
-    found = shares(experts, weights, statistics, method="fisher", part="fisher_OI")
-    if not found:
-        return None
+    found = shares(experts, weights, statistics, part="fisher_OI")
     first = next(share.term for share in found if share.term is not None).factors
     num_out, num_in = first.b_OR.shape[0], first.a_RI.shape[1]
     total = sum(share.weight for share in found)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
 from loraweave.composer.merge.methods._span import combination, counted, shares
+from loraweave.composer.merge.methods._terms import Experts, Weights
 from loraweave.composer.merge.updates import TruncatedUpdate
-from loraweave.errors import WeightingError
 from loraweave.lowrank import algebra
 from loraweave.lowrank.truncation import compress_sum
 from loraweave.registry import traits
@@ -17,9 +16,7 @@ from loraweave.types import Factors
 
 
 @traits("shares")
-def flexlora(
-    experts: Sequence[Factors | None], weights: Sequence[float], *, rank: int | None = None
-) -> TruncatedUpdate | None:
+def flexlora(experts: Experts, weights: Weights, *, rank: int | None = None) -> TruncatedUpdate:
     """One layer's mean update U Sigma V^T cut to `rank`, with b = U Sigma and a = V^T (Bai et al. 2024, arXiv 2402.11505).
 
     Weights are the clients' sizes: positive, and only their proportions count. `rank` is at least 1; None takes the
@@ -27,14 +24,8 @@ def flexlora(
     first r of them are the best approximation of rank r: `flexlora_clients` gives each client its own from one
     decomposition. From the factors alone, in float64. An expert without the layer is a zero update.
     Gains and biases take the mean.
-
-    Raises WeightingError for a negative weight or a rank below 1, LayerMismatch and AdapterUnsupported as `linear` does.
     """
-    if rank is not None and rank < 1:
-        raise WeightingError(f"flexlora: rank={rank} is below 1")
-    updates, values = counted(experts, shares(weights, method="flexlora"))
-    if not updates:
-        return None
+    updates, values = counted(experts, shares(weights))
     total = sum(update.rank for update in updates)
     limit = max(max(update.rank for update in updates) if rank is None else rank, 1)
     if len(updates) == 1 and not updates[0].bound:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from loraweave.composer.merge.methods._span import combination, counted
+from loraweave.composer.merge.methods._terms import Experts, Weights
 from loraweave.types import Factors
 
 
-def genknowsub(experts: Sequence[Factors | None], weights: Sequence[float]) -> Factors | None:
+def genknowsub(experts: Experts, weights: Weights) -> Factors:
     """One layer's sum of w_e D_e over the tasks, minus the mean of the general updates (GenKnowSub, arXiv 2505.10939).
 
     The sign of a weight says what an expert is. Positive: a task, which adds w_e D_e. Negative: general knowledge (say of
@@ -17,9 +16,8 @@ def genknowsub(experts: Sequence[Factors | None], weights: Sequence[float]) -> F
     single task. Without a negative weight it is `linear`. An expert without the layer is a zero update: its weight stays
     in the mean. By concatenation, so exact; gains and biases enter likewise.
 
-    Raises LayerMismatch and AdapterUnsupported as `linear` does. PEFT's version subtracts the mean of a and the mean of b
-    apart, which is no subtraction of updates.
+    PEFT's version subtracts the mean of a and the mean of b apart, which is no subtraction of updates.
     """
     general = sum(-float(weight) for weight in weights if weight < 0.0)
     updates, values = counted(experts, [w / general if w < 0.0 else w for w in weights])
-    return combination(updates, values) if updates else None
+    return combination(updates, values)

@@ -5,28 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import reduce
+from typing import Literal
 
 import torch
 from torch.nn.functional import pad
 
-from loraweave.composer.merge.methods._options import choice
 from loraweave.composer.merge.methods._span import shares
-from loraweave.composer.merge.methods._terms import terms, weighted_bias
+from loraweave.composer.merge.methods._terms import Experts, Weights, terms, weighted_bias
 from loraweave.lowrank import algebra
 from loraweave.registry import traits
 from loraweave.types import Factors
 
-NORMS = ("model", "layer")
-
 
 @traits("shares", "by_factors")
 def hetlora(
-    experts: Sequence[Factors | None],
-    weights: Sequence[float],
-    *,
-    norms: str = "model",
-    survey: Sequence[float] | None = None,
-) -> Factors | None:
+    experts: Experts, weights: Weights, *, norms: Literal["model", "layer"] = "model", survey: Sequence[float] | None = None
+) -> Factors:
     """One layer's sum of p_e a_e and sum of p_e b_e, each padded with zeros to the largest rank.
 
     p_e = w_e |D_e| / sum of w_j |D_j| with the Frobenius norm of the update (Cho et al. 2024, arXiv 2401.06432); weights
@@ -36,18 +30,14 @@ def hetlora(
     without the layer has zeros there. Biases sum with p_e.
 
     Not a mean of updates: a_e and b_e of different experts multiply, and the result depends on how each update is split
-    and ordered (rank 1 of one meets rank 1 of another). `flexlora` is the exact counterpart. Raises WeightingError for a
-    negative weight or another `norms`, AdapterUnsupported for gains and unbound updates.
+    and ordered (rank 1 of one meets rank 1 of another). `flexlora` is the exact counterpart.
     """
-    values = shares(weights, method="hetlora")
-    choice(norms, "norms", NORMS, method="hetlora")
-    found = terms(experts, values, method="hetlora")
-    if not found:
-        return None
+    values = shares(weights)
+    found = terms(experts, values)
     if norms == "layer" or survey is None:
         survey = [0.0 if factors is None else algebra.norm(factors) for factors in experts]
     products = [norm * value for norm, value in zip(survey, values, strict=True)]
-    parts = shares(products if any(products) else values, method="hetlora")
+    parts = shares(products if any(products) else values)
     found = [replace(term, weight=parts[term.place]) for term in found]
     rank = max(term.factors.rank for term in found)
     a_RI = reduce(torch.add, [pad(t.factors.a_RI.double(), (0, 0, 0, rank - t.factors.rank)) * t.weight for t in found])
@@ -55,11 +45,8 @@ def hetlora(
     return replace(found[0].factors, a_RI=a_RI.float(), b_OR=b_OR.float(), bias_O=weighted_bias(found))
 
 
-def survey(
-    layers: Iterable[Sequence[Factors | None]], weights: Sequence[float], *, norms: str = "model"
-) -> list[float] | None:
+def survey(layers: Iterable[Experts], weights: Weights, *, norms: Literal["model", "layer"] = "model") -> list[float] | None:
     """The norm of each expert's update, all layers together; None when `norms` is "layer"."""
-    choice(norms, "norms", NORMS, method="hetlora")
     if norms == "layer":
         return None
     squares = [0.0] * len(weights)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from loraweave.composer.merge.methods._core import as_factors, counted, gram_svd, joint, nothing, scaled_bias, spectra
-from loraweave.composer.merge.methods._options import finite
-from loraweave.composer.merge.methods._terms import terms
+from loraweave.composer.merge.methods._core import as_factors, counted, gram_svd, joint, opened
+from loraweave.composer.merge.methods._span import nothing
+from loraweave.composer.merge.methods._terms import Experts, Weights
 from loraweave.registry import traits
 from loraweave.types import Factors
 
 
 @traits("lossy")
-def iso_c(experts: Sequence[Factors | None], weights: Sequence[float], *, scale: float = 1.0) -> Factors | None:
+def iso_c(experts: Experts, weights: Weights, *, scale: float = 1.0) -> Factors:
     """One layer's scale * mean(sigma) U V^T, where U diag(sigma) V^T is the compact SVD of the sum of w_e D_e.
 
     The mean runs over the singular values that are not zero (above 2^-18 beside the largest of the experts' own), and only
@@ -20,17 +18,12 @@ def iso_c(experts: Sequence[Factors | None], weights: Sequence[float], *, scale:
     and writes the mean into the null directions too, which for LoRAs makes an update of full rank that acts on inputs no
     expert has seen; here mean(sigma) is larger by min(O, I) / rank, and nothing acts on null directions.
 
-    Biases are summed with weights. Raises WeightingError for a scale that is not finite, LayerMismatch and
-    AdapterUnsupported for updates that do not fit.
+    Biases are summed with weights.
     """
-    finite(scale, "scale", method="iso_c")
-    found = terms(experts, weights, method="iso_c")
-    if not found:
-        return None
-    first, bias_O = found[0].factors, scaled_bias(found, scale)
-    experts_S = joint(spectra(found))
-    if not sum(experts_S.ranks) or not scale:
+    first, bias_O, parts = opened(experts, weights, scale)
+    if not parts or not scale:
         return nothing(first, bias_O)
+    experts_S = joint(parts)
     # the sum is u diag(size) v^T; with v = (v r) diag(z) z^T orthonormal, its left part carries all singular values
     right_SQ, z_Q, zh_QS = gram_svd(experts_S.v_IS)
     mix_SQ = experts_S.size_S[:, None] * zh_QS.T * z_Q

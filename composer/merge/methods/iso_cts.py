@@ -7,28 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loraweave.composer.merge.methods._core import (
-    Joint,
-    Spectrum,
-    as_factors,
-    assemble,
-    counted,
-    gram_svd,
-    joint,
-    nothing,
-    scaled_bias,
-    spectra,
-)
-from loraweave.composer.merge.methods._options import finite
-from loraweave.composer.merge.methods._terms import fraction, terms
+from loraweave.common.options import Fraction
+from loraweave.composer.merge.methods._core import Joint, Spectrum, as_factors, assemble, counted, gram_svd, joint, opened
+from loraweave.composer.merge.methods._span import nothing
+from loraweave.composer.merge.methods._terms import Experts, Weights
 from loraweave.registry import traits
 from loraweave.types import Factors
 
 
 @traits("lossy")
-def iso_cts(
-    experts: Sequence[Factors | None], weights: Sequence[float], *, common_space_fraction: float = 0.8, scale: float = 1.0
-) -> Factors | None:
+def iso_cts(experts: Experts, weights: Weights, *, common_space_fraction: Fraction = 0.8, scale: float = 1.0) -> Factors:
     """One layer's scale * mean(sigma) U* V*^T over the top directions of the sum and what each expert has beyond them.
 
     Of the d dimensions that the experts span together (the smaller of their joint column and row space), E * n are given
@@ -36,19 +24,13 @@ def iso_cts(
     vectors U_c. The n top singular triplets of (1 - U_c U_c^T) w_e D_e of each expert are set beside those of the sum, both
     sides are made orthonormal by their polar factors, and all singular values become their mean.
 
-    Everything stays within the experts' joint support: d takes the place of min(O, I), triplets that are zero (2^-18 beside
-    the experts' own) are neither kept nor averaged, and polar factors are null where their stack is. The released code
-    counts min(O, I) dimensions and for LoRAs fills most of them with directions that no expert has. `common_space_fraction`
-    in [0, 1]. An expert with an update of zeros counts as not given. Biases are summed with weights. Raises WeightingError
-    for options out of range, LayerMismatch and AdapterUnsupported for updates that do not fit.
+    Everything stays within the experts' joint support: d takes the place of min(O, I), triplets that are zero (2^-18
+    beside the experts' own) are neither kept nor averaged, and polar factors are null where their stack is. The released
+    code counts min(O, I) dimensions and for LoRAs fills most of them with directions that no expert has.
+    `common_space_fraction` in [0, 1]. An expert with an update of zeros counts as not given. Biases are summed with
+    weights.
     """
-    fraction(common_space_fraction, "common_space_fraction", method="iso_cts", zero=True)
-    finite(scale, "scale", method="iso_cts")
-    found = terms(experts, weights, method="iso_cts")
-    if not found:
-        return None
-    first, bias_O = found[0].factors, scaled_bias(found, scale)
-    parts = [each for each in spectra(found) if each.rank]
+    first, bias_O, parts = opened(experts, weights, scale)
     if not parts or not scale:
         return nothing(first, bias_O)
     experts_S = joint(parts)
@@ -70,8 +52,7 @@ def iso_cts(
     polar_PQ = _polar(left_PM) @ _polar(right_QM).T * (float(sigma_M.mean()) * scale)
     if polar_PQ.shape == (len(sigma_M),) * 2:
         return as_factors(first, experts_S.u_OS @ left_SP, (polar_PQ @ right_SQ.T) @ experts_S.v_IS.T, bias_O)
-    floor = 1e-12 * largest * abs(scale)
-    return assemble(first, experts_S.u_OS @ left_SP, polar_PQ, experts_S.v_IS @ right_SQ, bias_O, floor)
+    return assemble(first, experts_S, polar_PQ, (left_SP, right_SQ), bias_O, scale)
 
 
 def _beyond(

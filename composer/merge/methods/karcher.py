@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from loraweave.common.options import Count, NonNegative
 from loraweave.composer.merge.methods._span import combination, gram, shares
-from loraweave.composer.merge.methods._terms import terms
-from loraweave.errors import WeightingError
+from loraweave.composer.merge.methods._terms import Experts, Weights, terms
 from loraweave.registry import traits
 from loraweave.types import Factors
 
 
 @traits("shares")
-def karcher(
-    experts: Sequence[Factors | None], weights: Sequence[float], *, tolerance: float = 1e-9, max_steps: int = 100
-) -> Factors | None:
+def karcher(experts: Experts, weights: Weights, *, tolerance: NonNegative = 1e-9, max_steps: Count = 100) -> Factors:
     """One layer's direction m of least sum of p_e angle(m, D_e)^2, times the mean of the norms, sum of p_e |D_e|.
 
     Riemannian centre of mass (Karcher 1977) of unit vectors, each update being one long vector, by gradient steps
@@ -28,17 +25,9 @@ def karcher(
 
     p_e = w_e over the sum of the weights, which are positive shares; mergekit's are all equal. Zero updates and absent
     layers have no direction and bring their share of norm 0. Directions whose mean vanishes (opposite ones) have no one
-    centre; then it is the mean of the updates. Biases take the coefficients of the updates. Raises WeightingError for a
-    negative weight or an option out of range, LayerMismatch for updates of different shape, AdapterUnsupported for gains
-    and unbound updates.
+    centre; then it is the mean of the updates. Biases take the coefficients of the updates.
     """
-    if not tolerance >= 0.0:
-        raise WeightingError(f"karcher: tolerance={tolerance!r} is below 0")
-    if max_steps < 1:
-        raise WeightingError(f"karcher: max_steps={max_steps!r} is below 1")
-    found = terms(experts, shares(weights, method="karcher"), method="karcher")
-    if not found:
-        return None
+    found = terms(experts, shares(weights))
     updates = [term.factors for term in found]
     part_E = torch.tensor([term.weight for term in found], dtype=torch.float64)
     inner_EE = gram(updates)

@@ -7,18 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from loraweave.composer.merge.methods._core import (
-    as_factors,
-    core_factors,
-    joint,
-    nothing,
-    scaled_bias,
-    shared_basis,
-    spectra,
-)
+from loraweave.composer.merge.methods._core import as_factors, core_factors, joint, scaled_bias, shared_basis, spectra
 from loraweave.composer.merge.methods._inner import NO_OPTIONS, combined, inner_call, with_biases
-from loraweave.composer.merge.methods._options import finite
-from loraweave.composer.merge.methods._terms import Term, terms
+from loraweave.composer.merge.methods._span import nothing
+from loraweave.composer.merge.methods._terms import Experts, Term, Weights, terms
 from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.registry import traits
 from loraweave.types import Factors
@@ -26,8 +18,8 @@ from loraweave.types import Factors
 
 @traits("lossy")
 def knots(
-    experts: Sequence[Factors | None],
-    weights: Sequence[float],
+    experts: Experts,
+    weights: Weights,
     *,
     inner: str = "ties",
     inner_options: Mapping[str, Any] = NO_OPTIONS,
@@ -48,20 +40,16 @@ def knots(
     equal singular values have no unique basis, and an elementwise rule sees the one chosen.
 
     Biases are merged by the inner rule as they are. `seeds`, and `survey`, which is what the inner rule has seen of all
-    layers' pieces, come from `merge`; without a survey this layer is all of them. Raises WeightingError for options out of
-    range or an inner method on factors or statistics, LayerMismatch and AdapterUnsupported for updates that do not fit, and
-    what the inner method raises.
+    layers' pieces, come from `merge`; without a survey this layer is all of them. Raises WeightingError for an inner
+    method on factors or statistics.
     """
     call = inner_call(inner, inner_options, method="knots")
-    finite(scale, "scale", method="knots")
-    found = terms(experts, weights, method="knots")
-    if not found:
-        return None
+    found = terms(experts, weights)
     first = found[0].factors
     u_OP, pieces = _pieces(experts, found)
     if not u_OP.shape[1]:
         return nothing(first, scaled_bias(found, scale))
-    merged = combined(call, pieces, weights, seeds, method="knots", survey=survey)
+    merged = combined(call, pieces, weights, seeds, survey=survey)
     if merged is None:
         return None
     bias_O = None if merged.bias_O is None else merged.bias_O * scale
@@ -77,19 +65,15 @@ def needs_survey(*, inner: str = "ties", inner_options: Mapping[str, Any] = NO_O
 
 
 def survey(
-    layers: Iterable[Sequence[Factors | None]],
-    weights: Sequence[float],
-    *,
-    inner: str = "ties",
-    inner_options: Mapping[str, Any] = NO_OPTIONS,
+    layers: Iterable[Experts], weights: Weights, *, inner: str = "ties", inner_options: Mapping[str, Any] = NO_OPTIONS
 ) -> Any:
     """What the inner rule needs to know of the pieces of all layers before it merges the first ones."""
     call = inner_call(inner, inner_options, method="knots")
-    found = ((experts, terms(experts, weights, method="knots")) for experts in layers)
+    found = ((experts, terms(experts, weights)) for experts in layers)
     return call.survey((_pieces(experts, kept)[1] if kept else [None] * len(experts) for experts, kept in found), weights)
 
 
-def _pieces(experts: Sequence[Factors | None], found: Sequence[Term]) -> tuple[Tensor, list[Factors | None]]:
+def _pieces(experts: Experts, found: Sequence[Term]) -> tuple[Tensor, list[Factors | None]]:
     """U and each expert's U^T D_e with its bias; None for one that does not count, and for all where no update is left."""
     pieces: list[Factors | None] = [None] * len(experts)
     parts = spectra(found)

@@ -6,18 +6,14 @@ from collections.abc import Sequence
 
 from loraweave.composer.merge.methods._regression import regression
 from loraweave.composer.merge.methods._shares import shares
+from loraweave.composer.merge.methods._terms import Experts, Weights
 from loraweave.composer.merge.statistics import LayerStatistics
 from loraweave.registry import traits
 from loraweave.types import Factors
 
 
 @traits("shares")
-def least_squares(
-    experts: Sequence[Factors | None],
-    weights: Sequence[float],
-    *,
-    statistics: Sequence[LayerStatistics | None],
-) -> Factors | None:
+def least_squares(experts: Experts, weights: Weights, *, statistics: Sequence[LayerStatistics | None]) -> Factors:
     """One layer's smallest D that minimises sum of w_e |(D - D_e) X_e|^2 / n_e, of rank sum of R_e.
 
     D = (sum of w_e D_e G_e)(sum of w_e G_e)^+: where the minimum is not unique, the one nearest to the base model, which
@@ -30,5 +26,5 @@ def least_squares(
     otherwise. Raises WeightingError for a negative weight and statistics that are missing or do not fit. Unlike `regmean`
     nothing is shrunk, so that the loss is never above that of any other merge.
     """
-    found = shares(experts, weights, statistics, method="least_squares", part="gram_II")
-    return regression(found, off_diagonal=1.0, from_mean=False) if found else None
+    found = shares(experts, weights, statistics, part="gram_II")
+    return regression(found, off_diagonal=1.0, from_mean=False)

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loraweave.common.checks import is_whole
-from loraweave.composer.merge.methods._core import as_factors, nothing, scaled_bias
-from loraweave.composer.merge.methods._terms import Term, terms
-from loraweave.errors import WeightingError
+from loraweave.common.options import Count, Range
+from loraweave.composer.merge.methods._core import as_factors
+from loraweave.composer.merge.methods._span import nothing
+from loraweave.composer.merge.methods._terms import Experts, Term, Weights, terms, weighted_bias
 from loraweave.registry import traits
 from loraweave.types import Factors
 
 
 @traits("by_factors")
 def lego(
-    experts: Sequence[Factors | None],
-    weights: Sequence[float],
+    experts: Experts,
+    weights: Weights,
     *,
-    num_clusters: int | None = None,
+    num_clusters: Count | None = None,
     reweight: bool = True,
-    random_state: int = 0,
-) -> Factors | None:
+    random_state: Annotated[int, Range(least=0, below=2**32)] = 0,
+) -> Factors:
     """One layer rebuilt from k minimal semantic units: the centroids of clusters of all experts' rank-one units.
 
     A unit is a row of a with its column of b times w_e. Units are clustered by k-means on [a / |a|; b / |b|]; each cluster
@@ -40,17 +41,10 @@ def lego(
     depend on how an update is split. Rows or columns of zeros are no units. k-means is scikit-learn's, of seed
     `random_state`, on the units in a fixed order, so the order of experts does not matter. The LoRA scale is in b.
 
-    Biases are summed with weights. Raises WeightingError for options out of range, LayerMismatch and AdapterUnsupported for
-    updates that do not fit.
+    Biases are summed with weights.
     """
-    if num_clusters is not None and not is_whole(num_clusters, 1):
-        raise WeightingError(f"lego: num_clusters={num_clusters!r} is below 1; leave it out for the largest rank")
-    if not is_whole(random_state, 0) or random_state >= 2**32:
-        raise WeightingError(f"lego: random_state={random_state!r} is outside [0, 2^32), the seeds of k-means")
-    found = terms(experts, weights, method="lego")
-    if not found:
-        return None
-    first, bias_O = found[0].factors, scaled_bias(found, 1.0)
+    found = terms(experts, weights)
+    first, bias_O = found[0].factors, weighted_bias(found)
     a_NI, b_NO = _units(found)
     if not len(a_NI):
         return nothing(first, bias_O)

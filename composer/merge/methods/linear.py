@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from loraweave.composer.merge.methods._span import combination, counted
+from loraweave.composer.merge.methods._terms import Experts, Weights
 from loraweave.types import Factors
 
 
-def linear(experts: Sequence[Factors | None], weights: Sequence[float]) -> Factors | None:
+def linear(experts: Experts, weights: Weights) -> Factors:
     """One layer's sum over e of w_e * update_e, of rank sum of R_e; each weight enters once, on b.
 
     None stands for an expert without this layer, and is the answer when nothing is left. Gains and biases sum likewise.
@@ -16,4 +15,4 @@ def linear(experts: Sequence[Factors | None], weights: Sequence[float]) -> Facto
     shape, AdapterUnsupported for any other sum with an unbound update (DoRA's magnitude, a trained base bias).
     """
     updates, values = counted(experts, weights)
-    return combination(updates, values) if updates else None
+    return combination(updates, values)

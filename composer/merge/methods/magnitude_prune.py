@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+from loraweave.common.options import Fraction
 from loraweave.composer.merge.methods._entries import sum_pruned
+from loraweave.composer.merge.methods._terms import Experts, Weights
 from loraweave.composer.merge.methods._thresholds import prune_smallest
 from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.registry import traits
-from loraweave.types import Factors
 
 
 @traits("lossy")
-def magnitude_prune(
-    experts: Sequence[Factors | None], weights: Sequence[float], *, density: float = 0.5, scale: float = 1.0
-) -> DenseUpdate | None:
+def magnitude_prune(experts: Experts, weights: Weights, *, density: Fraction = 0.5, scale: float = 1.0) -> DenseUpdate:
     """One layer's scale * sum of w_e tau_e, tau_e being the largest entries of each update (peft 0.21, `magnitude_prune`).
 
     Exactly the int(density * entries) largest magnitudes of a layer are kept, of equal ones the earlier; `density` in
-    [0, 1]. fp32 products. PEFT's type of that name prunes the factors instead; its `magnitude_prune_svd` is this, cut to a
-    rank. Raises WeightingError for options out of range, LayerMismatch and AdapterUnsupported for updates that do not fit.
+    [0, 1]. fp32 products. PEFT's type of that name prunes the factors instead; its `magnitude_prune_svd` is this, cut to
+    a rank.
     """
-    prune = prune_smallest(density, method="magnitude_prune")
-    return sum_pruned(experts, weights, prune, method="magnitude_prune", scale=scale)
+    prune = prune_smallest(density)
+    return sum_pruned(experts, weights, prune, scale=scale)

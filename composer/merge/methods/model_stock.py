@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from loraweave.composer.merge.methods._options import choice
 from loraweave.composer.merge.methods._span import combination, gram
-from loraweave.composer.merge.methods._terms import terms
+from loraweave.composer.merge.methods._terms import Experts, Weights, terms
 from loraweave.types import Factors
-
-ANGLES = ("mean_cosine", "mean_angle")
 
 
 def model_stock(
-    experts: Sequence[Factors | None], weights: Sequence[float], *, angles: str = "mean_cosine"
-) -> Factors | None:
+    experts: Experts, weights: Weights, *, angles: Literal["mean_cosine", "mean_angle"] = "mean_cosine"
+) -> Factors:
     """One layer's t/N * sum of w_e D_e with t = N cos A / (1 + (N-1) cos A), clamped to [0, 1].
 
     Jang et al. 2024, arXiv 2403.19522; A is the angle between updates, and for more than two either of mean cosine
@@ -27,13 +24,9 @@ def model_stock(
 
     Unrelated LoRA updates are nearly orthogonal: then t is near 0 and the result near the base model, and a mean cosine
     below 0, for which mergekit gives a negative t, gives t = 0 here, an update of rank 0. Exact, of rank sum of R_e;
-    biases take the coefficients of the updates. Raises WeightingError for other `angles`, LayerMismatch for updates of
-    different shape, AdapterUnsupported for gains and unbound updates.
+    biases take the coefficients of the updates.
     """
-    choice(angles, "angles", ANGLES, method="model_stock")
-    found = terms(experts, weights, method="model_stock")
-    if not found:
-        return None
+    found = terms(experts, weights)
     updates = [term.factors for term in found]
     w_E = torch.tensor([term.weight for term in found], dtype=torch.float64)
     inner_EE = gram(updates) * w_E[:, None] * w_E

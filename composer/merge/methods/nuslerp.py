@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loraweave.composer.merge.methods._span import combination, gram
 from loraweave.composer.merge.methods._sphere import interpolation, pair
-from loraweave.composer.merge.methods._terms import terms
+from loraweave.composer.merge.methods._terms import Experts, Weights, terms
 from loraweave.lowrank import algebra
 from loraweave.registry import traits
 from loraweave.types import Factors
@@ -20,7 +20,7 @@ MAX_COSINE = 1.0 - 0.5e-8
 
 
 @traits("pairs", "shares")
-def nuslerp(experts: Sequence[Factors | None], weights: Sequence[float], *, row_wise: bool = False) -> Factors | None:
+def nuslerp(experts: Experts, weights: Weights, *, row_wise: bool = False) -> Factors:
     """One layer's sin((1-t) A)/sin A * D_1 + sin(t A)/sin A * D_2, with an angle A for the layer or for each of its rows.
 
     t = w_2 / (w_1 + w_2): weights are positive, and only their proportion counts. Two experts of other weights than zero,
@@ -30,12 +30,9 @@ def nuslerp(experts: Sequence[Factors | None], weights: Sequence[float], *, row_
 
     mergekit's method of that name with a base model; there the rows of a weight are the vectors under
     nuslerp_flatten=false, and nuslerp_row_wise takes its columns. Unlike `slerp`, nearly parallel updates are still
-    rotated. Biases take the coefficients of the updates (of their row). Raises WeightingError for three experts or more
-    or a negative weight, LayerMismatch for updates of different shape, AdapterUnsupported for gains and unbound updates.
+    rotated. Biases take the coefficients of the updates (of their row). Raises WeightingError for three experts or more.
     """
-    found = terms(experts, pair(weights, method="nuslerp"), method="nuslerp")
-    if not found:
-        return None
+    found = terms(experts, pair(weights))
     updates, parts = [term.factors for term in found], [term.weight for term in found]
     if len(updates) == 1:
         return combination(updates, parts)

@@ -6,26 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from loraweave.composer.merge.methods._core import (
-    NULL,
-    as_factors,
-    core_factors,
-    gram_svd,
-    joint,
-    nothing,
-    scaled_bias,
-    spectra,
-)
+from loraweave.composer.merge.methods._core import NULL, as_factors, core_factors, gram_svd, joint, spectra
 from loraweave.composer.merge.methods._inner import NO_OPTIONS, combined, inner_call, with_biases
-from loraweave.composer.merge.methods._terms import terms
+from loraweave.composer.merge.methods._span import nothing
+from loraweave.composer.merge.methods._terms import Experts, Weights, terms, weighted_bias
 from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.lowrank import algebra
 from loraweave.types import Factors
 
 
 def pico(
-    experts: Sequence[Factors | None],
-    weights: Sequence[float],
+    experts: Experts,
+    weights: Weights,
     *,
     inner: str = "linear",
     inner_options: Mapping[str, Any] = NO_OPTIONS,
@@ -45,19 +37,16 @@ def pico(
     are those of [D_1 | ... | D_E], and only updates count. E is the number of updates that are not zero. Weights have no
     part in C. Should the experts cancel each other (to 2^-18), the rest is rounding and gamma is 1.
 
-    Biases are merged by the inner rule as they are. `seeds` come from `merge`, for random rules. Raises WeightingError for
-    an inner method on factors or statistics, LayerMismatch and AdapterUnsupported for updates that do not fit, and what
-    the inner method raises.
+    Biases are merged by the inner rule as they are. `seeds` come from `merge`, for random rules. Raises WeightingError
+    for an inner method on factors or statistics.
     """
     call = inner_call(inner, inner_options, method="pico")
-    found = terms(experts, weights, method="pico")
-    if not found:
-        return None
+    found = terms(experts, weights)
     first = found[0].factors
     parts = spectra(found)
     num = sum(each.rank > 0 for each in parts)
     if not num:
-        return nothing(first, scaled_bias(found, 1.0))
+        return nothing(first, weighted_bias(found))
     experts_S = joint(parts)
     stack_OS = experts_S.u_OS * experts_S.s_S
     t_SP, sigma_P, _ = gram_svd(stack_OS)
@@ -69,7 +58,7 @@ def pico(
     for each, u_OR in zip(parts, experts_S.each(turned_OS), strict=True):
         own = core_factors(replace(each, u_OR=u_OR))
         calibrated[each.place] = replace(own, kind=first.kind, kernel=first.kernel)
-    merged = combined(call, with_biases(calibrated, experts), weights, seeds, method="pico")
+    merged = combined(call, with_biases(calibrated, experts), weights, seeds)
     if merged is None:
         return None
     aim = sum(abs(each.weight) * each.norm for each in parts) / num

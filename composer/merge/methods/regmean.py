@@ -4,23 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loraweave.common.checks import is_number
+from loraweave.common.options import Fraction
 from loraweave.composer.merge.methods._regression import regression
 from loraweave.composer.merge.methods._shares import shares
+from loraweave.composer.merge.methods._terms import Experts, Weights
 from loraweave.composer.merge.statistics import LayerStatistics
-from loraweave.errors import WeightingError
 from loraweave.registry import traits
 from loraweave.types import Factors
 
 
 @traits("shares")
 def regmean(
-    experts: Sequence[Factors | None],
-    weights: Sequence[float],
-    *,
-    statistics: Sequence[LayerStatistics | None],
-    off_diagonal: float = 0.9,
-) -> Factors | None:
+    experts: Experts, weights: Weights, *, statistics: Sequence[LayerStatistics | None], off_diagonal: Fraction = 0.9
+) -> Factors:
     """One layer's (sum of w_e D_e G_e)(sum of w_e G_e)^-1, of rank sum of R_e (eq. 2 of the paper, on updates).
 
     G_e = X_e^T X_e / n has its off-diagonal multiplied by `off_diagonal` in [0, 1] (0.9 in the paper, 0.95 in fusion_bench),
@@ -32,7 +28,5 @@ def regmean(
     otherwise. Raises WeightingError for a negative weight, an `off_diagonal` outside its range, and statistics that are
     missing or do not fit. Unlike `least_squares` it shrinks G and starts from the mean, not from the base.
     """
-    if not is_number(off_diagonal, 0.0, 1.0):
-        raise WeightingError(f"regmean: off_diagonal={off_diagonal!r} is outside [0, 1]")
-    found = shares(experts, weights, statistics, method="regmean", part="gram_II")
-    return regression(found, off_diagonal=float(off_diagonal), from_mean=True) if found else None
+    found = shares(experts, weights, statistics, part="gram_II")
+    return regression(found, off_diagonal=off_diagonal, from_mean=True)

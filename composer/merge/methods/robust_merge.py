@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from loraweave.composer.merge.methods._core import Spectrum, as_factors, core_factors, nothing, scaled_bias, spectra
-from loraweave.composer.merge.methods._options import finite
-from loraweave.composer.merge.methods._terms import fraction, terms
+from loraweave.common.options import Share
+from loraweave.composer.merge.methods._core import Spectrum, as_factors, core_factors, opened
+from loraweave.composer.merge.methods._span import nothing
+from loraweave.composer.merge.methods._terms import Experts, Weights
 from loraweave.composer.merge.methods._thresholds import count_of
 from loraweave.registry import traits
 from loraweave.types import Factors
 
 
 @traits("lossy")
-def robust_merge(
-    experts: Sequence[Factors | None], weights: Sequence[float], *, density: float = 0.2, scale: float = 1.0
-) -> Factors | None:
+def robust_merge(experts: Experts, weights: Weights, *, density: Share = 0.2, scale: float = 1.0) -> Factors:
     """One layer's scale * sum of w_e B'_e diag(c_e) A'_e: pruned factors, the coefficients shared out among the experts.
 
     A'_e and B'_e keep the largest `density` of the entries of A_e and of B_e, each as a whole. What pruning took from rank
@@ -34,16 +31,9 @@ def robust_merge(
     and B'_e of different experts apart, with cross terms, and raises small coefficients to their 80 % quantile.
 
     `density` in (0, 1]: int(density * entries), but at least one, and those equal to the last are kept. Biases are
-    summed with weights. The result has at most the sum of ranks. Raises WeightingError for options out of range,
-    LayerMismatch and AdapterUnsupported for updates that do not fit.
+    summed with weights. The result has at most the sum of ranks.
     """
-    fraction(density, "density", method="robust_merge")
-    finite(scale, "scale", method="robust_merge")
-    found = terms(experts, weights, method="robust_merge")
-    if not found:
-        return None
-    first, bias_O = found[0].factors, scaled_bias(found, scale)
-    parts = [each for each in spectra(found) if each.rank]
+    first, bias_O, parts = opened(experts, weights, scale)
     if not parts:
         return nothing(first, bias_O)
     pruned = [_prune(each, density) for each in parts]

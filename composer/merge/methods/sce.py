@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from loraweave.common.options import Fraction
 from loraweave.composer.merge.methods._entries import Entries, merged
-from loraweave.composer.merge.methods._options import finite
 from loraweave.composer.merge.methods._signs import decide, divisor, vote
-from loraweave.composer.merge.methods._terms import fraction, terms
+from loraweave.composer.merge.methods._terms import Experts, Weights, terms
 from loraweave.composer.merge.methods._thresholds import Cut, count_of, largest
 from loraweave.composer.merge.updates import DenseUpdate
-from loraweave.types import Factors
 
 
-def sce(
-    experts: Sequence[Factors | None], weights: Sequence[float], *, density: float = 0.1, scale: float = 1.0
-) -> DenseUpdate | None:
+def sce(experts: Experts, weights: Weights, *, density: Fraction = 0.1, scale: float = 1.0) -> DenseUpdate:
     """One layer's SCE merge of the updates t_e = w_e delta_e; weights of one are the paper.
 
     1. Select: keep the entries at which the variance over experts is among the int(density * n) largest, n being the
@@ -28,14 +25,11 @@ def sce(
     3. Erase: gamma = sign of the sum of t_e, 1 where that is zero; entries of the other sign are left out. The result is
        scale * (sum of c_e t_e) / (sum of c_e), both over the experts with sign gamma.
 
-    `density` in [0, 1] is the fraction kept (mergekit's select_topk; 1 selects everything). Since the result is an average,
-    two equal experts of weight one half give half of one. Experts without the layer take no part; matrix and bias have
-    coefficients of their own. fp32 products, float64 variances, votes and norms. mergekit's `sce` has no weights, and takes
-    equal coefficients once the mean squares are below 1e-6, which those of a LoRA often are.
-    Raises WeightingError for options out of range, LayerMismatch and AdapterUnsupported for updates that do not fit.
+    `density` in [0, 1] is the fraction kept (mergekit's select_topk; 1 selects everything). Since the result is an
+    average, two equal experts of weight one half give half of one. Experts without the layer take no part; matrix and
+    bias have coefficients of their own. fp32 products, float64 variances, votes and norms. mergekit's `sce` has no
+    weights, and takes equal coefficients once the mean squares are below 1e-6, which those of a LoRA often are.
     """
-    fraction(density, "density", method="sce", zero=True)
-    finite(scale, "scale", method="sce")
 
     def rule(entries: Entries, out_OI: Tensor) -> None:
         cut = _select(entries, density, out_OI)
@@ -51,7 +45,7 @@ def sce(
             result_N.div_(divisor(coefficients_E @ agreeing_EN.sign_())).mul_(scale)
             out_OI[rows] = result_N.view(-1, entries.shape[1])
 
-    return merged(terms(experts, weights, method="sce"), rule)
+    return merged(terms(experts, weights), rule)
 
 
 def _select(entries: Entries, density: float, scratch_OI: Tensor) -> Cut | None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+from loraweave.common.options import Share
 from loraweave.composer.merge.methods._span import combination, gram
 from loraweave.composer.merge.methods._sphere import interpolation, pair
-from loraweave.composer.merge.methods._terms import fraction, terms
+from loraweave.composer.merge.methods._terms import Experts, Weights, terms
 from loraweave.registry import traits
 from loraweave.types import Factors
 
 
 @traits("pairs", "shares")
-def slerp(experts: Sequence[Factors | None], weights: Sequence[float], *, collinear: float = 0.9995) -> Factors | None:
+def slerp(experts: Experts, weights: Weights, *, collinear: Share = 0.9995) -> Factors:
     """One layer's sin((1-t) A)/sin A * D_1 + sin(t A)/sin A * D_2, A being the angle between the two updates.
 
     Shoemake 1985, with each update as one long vector and t = w_2 / (w_1 + w_2): weights are positive, and
@@ -21,17 +20,12 @@ def slerp(experts: Sequence[Factors | None], weights: Sequence[float], *, collin
     `collinear`, in (0, 1], and where an update is zero or its layer absent, it is (1-t) D_1 + t D_2.
 
     A is that between updates, from the factors alone, not that between whole fine-tuned weights, as where the base takes
-    part. The result is exact and of rank R_1 + R_2; biases take the coefficients of the updates. Raises WeightingError for
-    three experts or more, a negative weight or an option out of range, LayerMismatch for updates of different shape,
-    AdapterUnsupported for gains and unbound updates.
+    part. The result is exact and of rank R_1 + R_2; biases take the coefficients of the updates. Raises WeightingError
+    for three experts or more.
     """
-    limit = fraction(collinear, "collinear", method="slerp")
-    values = pair(weights, method="slerp")
-    found = terms(experts, values, method="slerp")
-    if not found:
-        return None
+    found = terms(experts, pair(weights))
     updates = [term.factors for term in found]
     coefficients = [term.weight for term in found]
     if len(updates) == 2:
-        coefficients = [float(c) for c in interpolation(gram(updates), coefficients, max_cosine=limit)]
+        coefficients = [float(c) for c in interpolation(gram(updates), coefficients, max_cosine=collinear)]
     return combination(updates, coefficients)

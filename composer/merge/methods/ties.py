@@ -8,13 +8,13 @@ from typing import Literal
 
 import torch
 
+from loraweave.common.options import Fraction
 from loraweave.composer.merge.methods._entries import Entries, Keep, tensors
 from loraweave.composer.merge.methods._signs import divisor_of, merge_elected, vote
-from loraweave.composer.merge.methods._terms import Term, fraction, terms
+from loraweave.composer.merge.methods._terms import Experts, Term, Weights, terms
 from loraweave.composer.merge.methods._thresholds import EVERYTHING, NOTHING, Cut, Histogram, count_of, keep_above
 from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.registry import traits
-from loraweave.types import Factors
 
 
 class Survey:
@@ -44,14 +44,14 @@ class Survey:
 
 @traits("lossy")
 def ties(
-    experts: Sequence[Factors | None],
-    weights: Sequence[float],
+    experts: Experts,
+    weights: Weights,
     *,
-    density: float = 0.2,
+    density: Fraction = 0.2,
     aggregate: Literal["mean", "sum"] = "mean",
     scale: float = 1.0,
     survey: Survey | None = None,
-) -> DenseUpdate | None:
+) -> DenseUpdate:
     """One layer's TIES merge, trimmed over the whole model, as in the paper and its authors' code.
 
     1. Trim: of each expert's entries in all layers together (biases too), keep those whose magnitude is at least the
@@ -65,27 +65,24 @@ def ties(
     PEFT's TIES is `ties_per_layer`, mergekit's `ties_weighted`, the one with counted signs `ties_count`.
     Raises WeightingError for options out of range, LayerMismatch and AdapterUnsupported for updates that do not fit.
     """
-    fraction(density, "density", method="ties", zero=True)
-    seen = _survey([terms(experts, weights, method="ties")], density) if survey is None else survey
+    seen = _survey([terms(experts, weights)], density) if survey is None else survey
     return merge_elected(
         experts,
         weights,
         lambda entries, scratch_OI: seen.keep(entries),
-        method="ties",
-        divide=divisor_of(aggregate, method="ties"),
+        divide=divisor_of(aggregate),
         scale=scale,
         tie=lambda: seen.majority,
     )
 
 
-def survey(layers: Iterable[Sequence[Factors | None]], weights: Sequence[float], *, density: float = 0.2) -> Survey:
+def survey(layers: Iterable[Experts], weights: Weights, *, density: Fraction = 0.2) -> Survey:
     """What `ties` needs to know of all layers before it merges the first one."""
-    return _survey([terms(experts, weights, method="ties") for experts in layers], density)
+    return _survey([terms(experts, weights) for experts in layers], density)
 
 
 def _survey(layers: Sequence[Sequence[Term]], density: float) -> Survey:
     """Each expert's k-th largest magnitude over all layers: counted by bit pattern, in two passes over the products."""
-    fraction(density, "density", method="ties", zero=True)
     size = sum(entries.size for found in layers if found for entries in tensors(found))
     places = sorted({term.place for found in layers for term in found})
     count = count_of(density, size)

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
+from loraweave.common.options import Fraction
 from loraweave.composer.merge.methods._signs import merge_elected
+from loraweave.composer.merge.methods._terms import Experts, Weights
 from loraweave.composer.merge.methods._thresholds import prune_smallest
 from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.registry import traits
-from loraweave.types import Factors
 
 
 @traits("lossy")
 def ties_per_layer(
-    experts: Sequence[Factors | None],
-    weights: Sequence[float],
+    experts: Experts,
+    weights: Weights,
     *,
-    density: float = 0.2,
+    density: Fraction = 0.2,
     majority: Literal["total", "frequency"] = "total",
     scale: float = 1.0,
-) -> DenseUpdate | None:
+) -> DenseUpdate:
     """One layer's TIES merge as PEFT's `ties_svd` computes it before its SVD (`ties` there mixes factors).
 
     Of each expert, exactly the int(density * entries) largest magnitudes are kept, of equal ones the earlier. gamma = sign
@@ -28,7 +28,6 @@ def ties_per_layer(
     w_e tau_e over experts with sign gamma) / (their number): weights take no part in the vote, nor in the divisor.
 
     `density` in [0, 1] is the fraction kept. fp32 products, votes in float64. `ties` trims over the whole model instead.
-    Raises WeightingError for options out of range, LayerMismatch and AdapterUnsupported for updates that do not fit.
     """
-    prune, method = prune_smallest(density, method="ties_per_layer"), "ties_per_layer"
-    return merge_elected(experts, weights, prune, method=method, weighted=False, majority=majority, scale=scale)
+    prune = prune_smallest(density)
+    return merge_elected(experts, weights, prune, weighted=False, majority=majority, scale=scale)

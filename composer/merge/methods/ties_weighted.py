@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
+from loraweave.common.options import Fraction
 from loraweave.composer.merge.methods._signs import merge_elected
+from loraweave.composer.merge.methods._terms import Experts, Weights
 from loraweave.composer.merge.methods._thresholds import prune_smallest
 from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.registry import traits
-from loraweave.types import Factors
 
 
 @traits("lossy")
 def ties_weighted(
-    experts: Sequence[Factors | None],
-    weights: Sequence[float],
+    experts: Experts,
+    weights: Weights,
     *,
-    density: float = 0.2,
+    density: Fraction = 0.2,
     majority: Literal["total", "frequency"] = "total",
     normalize: bool = True,
     scale: float = 1.0,
-) -> DenseUpdate | None:
+) -> DenseUpdate:
     """One layer's TIES merge (Yadav et al. 2023, arXiv 2306.01708) as mergekit defines it for full weights.
 
     Of each expert, exactly the int(density * entries) largest magnitudes are kept, of equal ones the earlier. gamma = sign
@@ -29,8 +29,8 @@ def ties_weighted(
     w_e tau_e over the experts for which w_e tau_e has sign gamma, with `normalize` divided by the sum of their w_e (by 1
     where that is zero; weights of both signs can make it small). One expert is thus given back whatever its weight.
 
-    `density` in [0, 1] is the fraction kept. fp32 products, votes in float64. `ties_per_layer` votes without the weights.
-    Raises WeightingError for options out of range, LayerMismatch and AdapterUnsupported for updates that do not fit.
+    `density` in [0, 1] is the fraction kept. fp32 products, votes in float64. `ties_per_layer` votes without the
+    weights.
     """
-    prune, divide = prune_smallest(density, method="ties_weighted"), "weights" if normalize else "nothing"
-    return merge_elected(experts, weights, prune, method="ties_weighted", majority=majority, divide=divide, scale=scale)
+    prune, divide = prune_smallest(density), "weights" if normalize else "nothing"
+    return merge_elected(experts, weights, prune, majority=majority, divide=divide, scale=scale)

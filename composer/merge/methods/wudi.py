@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from loraweave.composer.merge.methods._core import as_factors, gram_svd, joint, nothing, scaled_bias, spectra
-from loraweave.composer.merge.methods._options import choice
-from loraweave.composer.merge.methods._terms import terms
+from loraweave.composer.merge.methods._core import as_factors, gram_svd, joint, opened
+from loraweave.composer.merge.methods._span import nothing
+from loraweave.composer.merge.methods._terms import Experts, Weights
 from loraweave.types import Factors
 
 # how far 300 steps of Adam at a rate of 1e-5 carry an entry whose gradient keeps its size
 RELEASED_PATH = 300 * 1e-5
 
 
-def wudi(
-    experts: Sequence[Factors | None], weights: Sequence[float], *, minimiser: Literal["early", "exact"] = "early"
-) -> Factors | None:
+def wudi(experts: Experts, weights: Weights, *, minimiser: Literal["early", "exact"] = "early") -> Factors:
     """One layer's T on the way from the sum of D_e = w_e * update to the minimum of sum of |(T - D_e) D_e^T|^2 / |D_e|^2.
 
     With G = sum of D_e^T D_e / |D_e|^2 and C = sum of D_e D_e^T D_e / |D_e|^2 the loss falls along C - T G. Followed from
@@ -40,16 +37,10 @@ def wudi(
     size of the updates. Where the experts' A nearly coincide its norm is hundreds of times that of the sum. Eigenvalues
     below 2^-36 of the largest are rounding and do not count.
 
-    A single expert and experts of orthogonal row spaces are at the minimum already and are summed. An update of zeros asks
-    for nothing and is left out. Biases are summed with weights. Raises WeightingError for another `minimiser`, LayerMismatch
-    and AdapterUnsupported for updates that do not fit.
+    A single expert and experts of orthogonal row spaces are at the minimum already and are summed. An update of zeros
+    asks for nothing and is left out. Biases are summed with weights.
     """
-    choice(minimiser, "minimiser", ("early", "exact"), method="wudi")
-    found = terms(experts, weights, method="wudi")
-    if not found:
-        return None
-    first, bias_O = found[0].factors, scaled_bias(found, 1.0)
-    parts = [each for each in spectra(found) if each.rank]
+    first, bias_O, parts = opened(experts, weights)
     if not parts:
         return nothing(first, bias_O)
     experts_S = joint(parts)

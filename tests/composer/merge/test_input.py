@@ -141,7 +141,7 @@ def test_every_option_takes_its_kind_or_is_refused(method: str) -> None:
         ("core_space", {"inner": None}, "'core_space' got inner=None; it takes a text"),
         ("ties", {"density": "a"}, "'ties' got density='a'; it takes a finite number"),
         ("ties", {"aggregate": 1}, "'ties' got aggregate=1; it takes one of 'mean', 'sum'"),
-        ("lego", {"num_clusters": True}, "'lego' got num_clusters=True; it takes a whole number or None"),
+        ("lego", {"num_clusters": True}, "'lego' got num_clusters=True; it takes a whole number of at least 1 or None"),
         ("pico", {"rescale": "yes"}, "'pico' got rescale='yes'; it takes True or False"),
     ],
 )

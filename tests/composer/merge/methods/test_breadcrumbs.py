@@ -7,7 +7,6 @@ import torch
 from tiny_models import random_factors as factors
 
 from loraweave.composer.merge.methods.breadcrumbs import breadcrumbs
-from loraweave.errors import AdapterUnsupported, WeightingError
 from loraweave.types import Factors
 
 
@@ -50,25 +49,7 @@ def test_equal_magnitudes_are_counted_in_order() -> None:
     assert found.tolist() == [[0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0]]
 
 
-def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    from loraweave.composer.merge.methods import _entries
-
-    even = Factors(torch.ones(1, 3), torch.ones(29, 1))
-    before = breadcrumbs([even, factors(0, 3, 29, 3)], [1.0, 0.5], density=0.5, gamma=0.2).delta_OI
-    monkeypatch.setattr(_entries, "BLOCK", 12)
-    after = breadcrumbs([even, factors(0, 3, 29, 3)], [1.0, 0.5], density=0.5, gamma=0.2).delta_OI
-    assert torch.allclose(before, after, rtol=1e-6, atol=1e-6)
-
-
 def test_a_bias_has_outliers_of_its_own() -> None:
     bias = torch.tensor([4.0, -3.0, 2.0, -1.0, 0.5])
     found = breadcrumbs([factors(0, bias_O=bias), factors(1)], [0.5, 1.0], density=0.4, gamma=0.2)
     assert found.bias_O.tolist() == [0.0, -1.5, 1.0, 0.0, 0.0]
-
-
-def test_what_does_not_fit_is_refused() -> None:
-    for option in ("density", "gamma"):
-        with pytest.raises(WeightingError, match=rf"{option}=-0.1 is outside \[0, 1\]"):
-            breadcrumbs([factors(0)], [1.0], **{option: -0.1})
-    with pytest.raises(AdapterUnsupported, match="as a matrix"):
-        breadcrumbs([factors(0, gain_O=torch.ones(5))], [1.0])

@@ -10,7 +10,6 @@ from tiny_models import random_factors as factors
 
 from loraweave.composer.merge.methods.dare_linear import dare_linear
 from loraweave.composer.merge.methods.dare_ties import dare_ties
-from loraweave.errors import AdapterUnsupported, WeightingError
 from loraweave.types import Factors
 
 METHODS = [dare_linear, dare_ties]
@@ -89,60 +88,9 @@ def test_a_tiny_density_is_the_smallest_that_keeps_the_mean() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_mask_belongs_to_the_seed_not_to_the_order(method) -> None:
-    experts = [factors(seed) for seed in range(3)]
-    forth = method(experts, WEIGHTS, seeds=SEEDS, density=0.4).delta_OI
-    back = method(experts[::-1], WEIGHTS[::-1], seeds=SEEDS[::-1], density=0.4).delta_OI
-    assert torch.allclose(forth, back, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_an_expert_left_out_does_not_shift_the_seeds(method) -> None:
-    experts = [factors(seed) for seed in range(3)]
-    for absent in ([None, *experts[1:]], experts):
-        weights = WEIGHTS if absent[0] is None else [0.0, *WEIGHTS[1:]]
-        found = method(absent, weights, seeds=SEEDS, density=0.4).delta_OI
-        assert torch.equal(found, method(experts[1:], WEIGHTS[1:], seeds=SEEDS[1:], density=0.4).delta_OI)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_blocks_and_threads_do_not_show(method, monkeypatch: pytest.MonkeyPatch) -> None:
-    from loraweave.composer.merge.methods import _entries
-
-    experts = [factors(seed, 3, 37, 11) for seed in range(3)]
-    before = method(experts, WEIGHTS, seeds=SEEDS, density=0.4).delta_OI
-    monkeypatch.setattr(_entries, "BLOCK", 50)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1 if threads > 1 else 2)
-    try:
-        after = method(experts, WEIGHTS, seeds=SEEDS, density=0.4).delta_OI
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.allclose(before, after, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_the_global_generators_are_not_touched(method) -> None:
-    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    method([factors(0)], [1.0], seeds=[3], density=0.4)
-    assert torch.equal(torch.get_rng_state(), torch_state)
-    assert (np.random.get_state()[1] == numpy_state).all()
-
-
-@pytest.mark.parametrize("method", METHODS)
 def test_a_bias_has_a_mask_of_its_own(method) -> None:
     bias = torch.arange(1.0, 41.0)
     update = factors(0, 2, 40, 1, bias_O=bias)
     found = method([update], [1.0], seeds=[3], density=0.5)
     assert torch.allclose(found.bias_O, 2 * bias * mask(3, (1, 40), 0.5, part=1)[0])
     assert not torch.equal(found.bias_O != 0, found.delta_OI[:, 0] != 0)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_what_does_not_fit_is_refused(method) -> None:
-    with pytest.raises(WeightingError, match=r"density=1.5 is outside \[0, 1\]"):
-        method([factors(0)], [1.0], seeds=[0], density=1.5)
-    with pytest.raises(AdapterUnsupported, match="as a matrix"):
-        method([factors(0, gain_O=torch.ones(5))], [1.0], seeds=[0])
-    with pytest.raises(WeightingError, match="majority='max' is none of"):
-        dare_ties([factors(0)], [1.0], seeds=[0], majority="max")

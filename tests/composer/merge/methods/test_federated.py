@@ -11,7 +11,7 @@ from loraweave.composer.merge.methods import hetlora as hetlora_module
 from loraweave.composer.merge.methods.ffa import ffa
 from loraweave.composer.merge.methods.flexlora import flexlora
 from loraweave.composer.merge.methods.hetlora import hetlora
-from loraweave.errors import AdapterUnsupported, LayerMismatch, WeightingError
+from loraweave.errors import LayerMismatch
 from loraweave.types import Factors
 
 CLIENTS = [factors(0, 1), factors(1, 4), factors(2, 3)]
@@ -130,26 +130,7 @@ def test_clients_that_trained_nothing_give_zeros() -> None:
     assert torch.equal(found.bias_O, torch.ones(5))
 
 
-def test_other_norms_are_refused() -> None:
-    with pytest.raises(WeightingError, match="'model', 'layer'"):
-        hetlora(CLIENTS, [1.0] * 3, norms="matrix")
-
-
-@pytest.mark.parametrize("method", [ffa, flexlora, hetlora])
-def test_negative_sizes_are_refused(method) -> None:
-    with pytest.raises(WeightingError, match=f"{method.__name__} takes the weights as shares"):
-        method(frozen(2), [1.0, -1.0])
-
-
-@pytest.mark.parametrize("method", [ffa, hetlora])
-def test_gains_are_no_factors(method) -> None:
-    with pytest.raises(AdapterUnsupported, match=method.__name__):
-        method([factors(0, 1, gain_O=torch.ones(5))], [1.0])
-
-
-def test_flexlora_averages_gains_and_biases_and_refuses_a_rank_below_one() -> None:
+def test_flexlora_averages_gains_and_biases() -> None:
     found = flexlora([factors(0, 3, gain_O=torch.ones(5)), factors(1, 3, bias_O=torch.ones(5))], [1.0, 3.0], rank=1).factors
     assert torch.equal(found.gain_O, torch.full((5,), 0.25))
     assert torch.equal(found.bias_O, torch.full((5,), 0.75))
-    with pytest.raises(WeightingError, match="rank=0"):
-        flexlora(CLIENTS, [1.0] * 3, rank=0)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from tiny_models import dense
 from tiny_models import random_factors as factors
 
 from loraweave.composer.merge.methods.linear import linear
-from loraweave.errors import AdapterUnsupported, LayerMismatch
-from loraweave.types import Factors
 
 
 def test_it_equals_the_sum_of_the_dense_updates() -> None:
@@ -35,19 +32,3 @@ def test_gains_and_biases_sum_with_their_weights() -> None:
     found = linear([factors(0, 2, gain_O=gain), factors(1, 2, gain_O=gain, bias_O=bias), factors(2, 1)], [0.5, -2.0, 3.0])
     assert torch.equal(found.gain_O, -1.5 * gain)
     assert torch.equal(found.bias_O, -2.0 * bias)
-
-
-def test_experts_without_the_layer_contribute_nothing() -> None:
-    f = factors(0, 2)
-    assert torch.equal(dense(linear([None, f], [9.0, 1.0])), dense(f))
-    assert linear([None, None], [1.0, 1.0]) is None
-
-
-def test_different_shapes_are_refused() -> None:
-    with pytest.raises(LayerMismatch):
-        linear([factors(0, 2), Factors(torch.ones(1, 6), torch.ones(5, 1))], [1.0, 1.0])
-
-
-def test_unbound_updates_are_refused() -> None:
-    with pytest.raises(AdapterUnsupported, match="DoRA"):
-        linear([factors(0, 2, magnitude_O=torch.ones(5))], [0.5])

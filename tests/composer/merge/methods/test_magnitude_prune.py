@@ -10,7 +10,6 @@ from peft.utils import merge_utils
 from tiny_models import random_factors as factors
 
 from loraweave.composer.merge.methods.magnitude_prune import magnitude_prune
-from loraweave.errors import AdapterUnsupported, LayerMismatch, WeightingError
 from loraweave.types import Factors
 
 WEIGHTS = [0.7, -0.4, 1.3]
@@ -56,17 +55,3 @@ def test_a_bias_is_pruned_as_a_vector_of_its_own() -> None:
     bias = torch.tensor([4.0, -3.0, 2.0, -1.0, 0.5])
     found = magnitude_prune([factors(0, bias_O=bias), factors(1)], [0.5, 1.0], density=0.4)
     assert found.bias_O.tolist() == [2.0, -1.5, 0.0, 0.0, 0.0]
-
-
-def test_the_layer_s_kind_is_kept() -> None:
-    found = magnitude_prune([factors(0, num_in=18, kind="conv", kernel=(3, 3))], [1.0])
-    assert (found.kind, found.kernel) == ("conv", (3, 3))
-
-
-def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(WeightingError, match=r"density=1.5 is outside \[0, 1\]"):
-        magnitude_prune([factors(0)], [1.0], density=1.5)
-    with pytest.raises(AdapterUnsupported, match="as a matrix"):
-        magnitude_prune([factors(0, magnitude_O=torch.ones(5))], [1.0])
-    with pytest.raises(LayerMismatch):
-        magnitude_prune([factors(0), factors(1, num_in=6)], [1.0, 1.0])

@@ -89,10 +89,8 @@ def test_the_result_has_the_mean_norm_of_the_experts() -> None:
 
 
 def test_experts_that_cancel_are_not_blown_up_from_their_rounding() -> None:
-    zero, f = Factors(torch.zeros(2, 11), torch.zeros(9, 2)), factors(0, 2)
+    f = factors(0, 2)
     assert np.abs(dense(pico([f, Factors(f.a_RI, -f.b_OR)], [1.0, 1.0]))).max() < 1e-5
-    assert not dense(pico([zero, zero], [1.0, 1.0])).any()
-    assert pico([None], [1.0]) is None
 
 
 def test_biases_are_merged_by_the_inner_rule_and_not_rescaled() -> None:

@@ -9,7 +9,7 @@ from tiny_models import dense as delta
 
 from loraweave.composer.merge.methods.regmean import regmean
 from loraweave.composer.merge.statistics import LayerStatistics
-from loraweave.errors import AdapterUnsupported, WeightingError
+from loraweave.errors import WeightingError
 from loraweave.types import Factors
 
 NUM_OUT, NUM_IN = 4, 6
@@ -133,16 +133,9 @@ def test_rank_zero_takes_part_as_a_zero_update():
     assert torch.allclose(delta(found), densely([EXPERTS[0], zero], [1.0, 1.0], INPUTS[:2], 0.9), rtol=1e-4, atol=1e-5)
 
 
-def test_what_does_not_fit_is_refused():
+def test_statistics_that_are_missing_or_do_not_fit_are_refused():
     statistics = [seen(x) for x in INPUTS]
-    with pytest.raises(WeightingError, match="below 0"):
-        regmean(EXPERTS, [1.0, 1.0, -1.0], statistics=statistics)
-    for value in (-0.1, 1.1, float("nan")):
-        with pytest.raises(WeightingError, match="off_diagonal="):
-            regmean(EXPERTS, WEIGHTS, statistics=statistics, off_diagonal=value)
     with pytest.raises(WeightingError, match=r"gram_II of expert 1.*what=\('gram',\)"):
         regmean(EXPERTS, WEIGHTS, statistics=[statistics[0], None, statistics[2]])
     with pytest.raises(WeightingError, match=r"\(3, 3\), but the layer \(6, 6\)"):
         regmean(EXPERTS[:1], [1.0], statistics=[LayerStatistics(torch.eye(3), None, 1)])
-    with pytest.raises(AdapterUnsupported, match="regmean"):
-        regmean([factors(0, gain_O=torch.ones(4))], [1.0], statistics=statistics[:1])

@@ -12,7 +12,6 @@ from tiny_models import dense_array as dense
 from tiny_models import random_factors
 
 from loraweave.composer.merge.methods.robust_merge import robust_merge
-from loraweave.errors import WeightingError
 from loraweave.types import Factors
 
 factors = partial(random_factors, num_out=9, num_in=11)
@@ -75,25 +74,6 @@ def test_weak_directions_gain_what_pruning_takes_from_them() -> None:
     assert np.abs(row[np.abs(row) >= bound]).sum() < 0.5 * np.abs(row).sum()
 
 
-def test_zeros_opposites_and_equal_magnitudes() -> None:
-    zero, f, flat = (
-        Factors(torch.zeros(2, 11), torch.zeros(9, 2)),
-        factors(0, 2),
-        Factors(torch.ones(1, 11), torch.ones(9, 1)),
-    )
-    assert robust_merge([zero, zero], [1.0, 1.0]).rank == 0
+def test_an_update_of_zeros_does_not_count() -> None:
+    zero, f = Factors(torch.zeros(2, 11), torch.zeros(9, 2)), factors(0, 2)
     assert np.abs(dense(robust_merge([zero, f], [1.0, 1.0])) - dense(robust_merge([f], [1.0]))).max() < 1e-6
-    assert np.isfinite(dense(robust_merge([f, Factors(f.a_RI, -f.b_OR)], [1.0, 1.0]))).all()
-    assert np.isfinite(dense(robust_merge([flat, flat], [1.0, 1.0]))).all()
-    assert robust_merge([None], [1.0]) is None
-
-
-def test_biases_are_summed_with_weights_and_scaled() -> None:
-    experts = [factors(0, 2, bias_O=torch.ones(9)), factors(1, 1), factors(2, 1, bias_O=torch.ones(9))]
-    assert torch.equal(robust_merge(experts, [0.5, 1.0, 2.0], scale=2.0).bias_O, torch.full((9,), 5.0))
-
-
-@pytest.mark.parametrize("options", [{"density": 0.0}, {"density": 1.5}, {"scale": float("nan")}])
-def test_options_out_of_range_are_refused(options: dict[str, object]) -> None:
-    with pytest.raises(WeightingError, match=next(iter(options))):
-        robust_merge([factors(0, 2)], [1.0], **options)

@@ -23,11 +23,11 @@ def test_a_combination_without_coefficients_has_rank_zero_and_the_layers_shape()
 
 
 def test_weights_become_shares_of_their_sum() -> None:
-    assert shares([1.0, 0.0, 3.0], method="m") == [0.25, 0.0, 0.75]
-    assert mean_weights([3.0, -1.0], method="m") == [1.5, -0.5]
-    assert shares([0.0, 0.0], method="m") == [0.0, 0.0]
+    assert shares([1.0, 0.0, 3.0]) == [0.25, 0.0, 0.75]
+    assert mean_weights([3.0, -1.0]) == [1.5, -0.5]
+    assert shares([0.0, 0.0]) == [0.0, 0.0]
 
 
 def test_negative_shares_are_refused_with_the_weights() -> None:
-    with pytest.raises(WeightingError, match=r"m takes the weights as shares.*1, -0.5"):
-        shares([1.0, -0.5], method="m")
+    with pytest.raises(WeightingError, match=r"takes the weights as shares.*1, -0.5"):
+        shares([1.0, -0.5])

@@ -13,7 +13,6 @@ from torch import Tensor
 from loraweave.composer.merge.methods.karcher import karcher
 from loraweave.composer.merge.methods.nuslerp import nuslerp
 from loraweave.composer.merge.methods.slerp import slerp
-from loraweave.errors import AdapterUnsupported, LayerMismatch, WeightingError
 from loraweave.types import Factors
 
 
@@ -88,7 +87,6 @@ def test_with_a_zero_update_or_an_absent_layer_it_is_the_straight_mean(method) -
     zero = Factors(torch.zeros(0, 7), torch.zeros(5, 0))
     for other in (zero, scaled(FIRST, 0.0), None):
         assert close(method([other, SECOND], [1.0, 3.0]), 0.75 * dense(SECOND))
-    assert not dense(method([zero, zero], [1.0, 3.0])).any()
 
 
 def test_nearly_parallel_updates_are_interpolated_straight_by_slerp_alone() -> None:
@@ -109,28 +107,6 @@ def test_biases_take_the_coefficients_of_the_updates(method) -> None:
     angle = math.acos(float((dense(FIRST) * dense(SECOND)).sum() / dense(FIRST).norm() / dense(SECOND).norm()))
     found = method([first, SECOND], [0.4, 0.6])
     assert found.bias_O.tolist() == pytest.approx([math.sin(0.4 * angle) / math.sin(angle)] * 5, rel=1e-5)
-
-
-@pytest.mark.parametrize("method", [slerp, nuslerp])
-def test_three_experts_are_refused(method) -> None:
-    with pytest.raises(WeightingError, match=r"got 3.*karcher"):
-        method([FIRST, SECOND, None], [1.0, 1.0, 1.0])
-
-
-@pytest.mark.parametrize("method", [slerp, nuslerp, karcher])
-def test_negative_weights_gains_and_other_shapes_are_refused(method) -> None:
-    with pytest.raises(WeightingError, match="shares"):
-        method([FIRST, SECOND], [1.0, -1.0])
-    with pytest.raises(AdapterUnsupported, match=method.__name__):
-        method([FIRST, factors(2, 1, gain_O=torch.ones(5))], [1.0, 1.0])
-    with pytest.raises(LayerMismatch):
-        method([FIRST, Factors(torch.ones(1, 6), torch.ones(5, 1))], [1.0, 1.0])
-
-
-@pytest.mark.parametrize("collinear", [0.0, 1.5, math.nan])
-def test_a_cosine_out_of_range_is_refused(collinear: float) -> None:
-    with pytest.raises(WeightingError, match="collinear"):
-        slerp([FIRST, SECOND], [1.0, 1.0], collinear=collinear)
 
 
 def centre(vectors: list[Tensor], parts: list[float]) -> Tensor:
@@ -195,9 +171,3 @@ def test_zero_updates_bring_karcher_their_share_of_no_norm() -> None:
 
 def test_opposites_have_no_centre_and_give_the_mean_of_the_updates() -> None:
     assert close(karcher([FIRST, scaled(FIRST, -3.0)], [1.0, 1.0]), -dense(FIRST), 1e-5)
-
-
-@pytest.mark.parametrize("option", [{"tolerance": -1.0}, {"tolerance": math.nan}, {"max_steps": 0}])
-def test_karcher_options_out_of_range_are_refused(option: dict[str, float]) -> None:
-    with pytest.raises(WeightingError, match=next(iter(option))):
-        karcher([FIRST, SECOND], [1.0, 1.0], **option)

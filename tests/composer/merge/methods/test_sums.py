@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from loraweave.composer.merge.methods.linear import linear
 from loraweave.composer.merge.methods.svd import svd
 from loraweave.composer.merge.methods.task_arithmetic import task_arithmetic
 from loraweave.composer.merge.updates import TruncatedUpdate
-from loraweave.errors import AdapterUnsupported, LayerMismatch, WeightingError
+from loraweave.errors import WeightingError
 from loraweave.types import Factors
 
 
@@ -51,7 +50,6 @@ def test_only_the_proportions_of_an_average_count() -> None:
 
 def test_an_absent_layer_is_zero_in_the_average_and_its_weight_stays() -> None:
     assert close(average([EXPERTS[0], None], [1.0, 3.0]), dense(EXPERTS[0]) / 4.0)
-    assert average([None, None], [1.0, 3.0]) is None
 
 
 def test_weights_that_sum_to_zero_have_no_average() -> None:
@@ -82,12 +80,6 @@ def test_a_scale_of_zero_leaves_an_update_of_rank_zero() -> None:
     assert not dense(found).any()
 
 
-@pytest.mark.parametrize("scale", [math.nan, math.inf])
-def test_a_scale_that_is_not_finite_is_refused(scale: float) -> None:
-    with pytest.raises(WeightingError, match="scale"):
-        task_arithmetic(EXPERTS, [1.0, 1.0, 1.0], scale=scale)
-
-
 @pytest.mark.parametrize("rank", [1, 2, 4])
 def test_svd_is_the_truncated_decomposition_of_the_dense_sum(rank: int) -> None:
     weights = [0.7, -0.4, 2.0]
@@ -110,11 +102,6 @@ def test_svd_sums_gains_and_biases_exactly() -> None:
     found = svd([factors(0, 3, gain_O=torch.ones(5), bias_O=torch.ones(5)), factors(1, 3)], [0.5, 1.0], rank=1).factors
     assert torch.equal(found.gain_O, torch.full((5,), 0.5))
     assert torch.equal(found.bias_O, torch.full((5,), 0.5))
-
-
-def test_svd_below_rank_one_is_refused() -> None:
-    with pytest.raises(WeightingError, match="rank=0"):
-        svd(EXPERTS, [1.0, 1.0, 1.0], rank=0)
 
 
 @pytest.mark.parametrize(("method", "peft_type"), [(linear, "cat"), (task_arithmetic, "cat"), (svd, "svd")])
@@ -156,17 +143,3 @@ def test_one_expert_of_weight_one_comes_back_whatever_its_kind(method, part: str
     for name, tensor in found.tensors().items():
         assert torch.equal(tensor, given[name])
         assert tensor.data_ptr() != given[name].data_ptr()
-
-
-@pytest.mark.parametrize("method", [linear, average, task_arithmetic, svd, genknowsub])
-@pytest.mark.parametrize(("part", "word"), [("magnitude_O", "DoRA"), ("base_bias_O", "base bias")])
-def test_sums_of_updates_that_need_the_base_layer_are_refused(method, part: str, word: str) -> None:
-    unbound = factors(0, 2, **{part: torch.ones(5)})
-    with pytest.raises(AdapterUnsupported, match=word):
-        method([unbound, factors(1, 1)], [1.0, 0.5])
-
-
-@pytest.mark.parametrize("method", [average, task_arithmetic, svd, genknowsub])
-def test_updates_of_different_shape_are_refused(method) -> None:
-    with pytest.raises(LayerMismatch):
-        method([factors(0, 2), Factors(torch.ones(1, 6), torch.ones(5, 1))], [1.0, 1.0])

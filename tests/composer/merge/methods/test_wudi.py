@@ -12,7 +12,6 @@ from tiny_models import dense_array as dense
 from tiny_models import random_factors
 
 from loraweave.composer.merge.methods.wudi import wudi
-from loraweave.errors import WeightingError
 from loraweave.types import Factors
 
 factors = partial(random_factors, num_out=9, num_in=11)
@@ -115,11 +114,6 @@ def test_no_entry_moves_further_on_average_than_300_steps_of_1e_5() -> None:
         assert np.sqrt(np.mean(moved**2)) < 0.003
 
 
-def test_another_minimiser_is_refused_by_name() -> None:
-    with pytest.raises(WeightingError, match="minimiser='adam' is none of 'early', 'exact'"):
-        wudi([factors(0, 2)], [1.0], minimiser="adam")
-
-
 CASES = [((2, 2), (1.0, 1.0)), ((1, 4, 3), (0.7, -0.4, 2.0)), ((6, 6, 6), (1.0, 2.0, 3.0))]
 
 
@@ -191,30 +185,7 @@ def test_exact_is_linear_in_the_weights() -> None:
     assert np.abs(dense(exact(experts, [3.0, 1.5, 2.0])) - one - other).max() < 1e-4
 
 
-def test_only_the_updates_count_and_not_their_order() -> None:
-    experts, weights = [factors(0, 2), factors(1, 5), factors(2, 6)], [1.0, 0.5, -2.0]
-    found = wudi(experts, weights)
-    turn = torch.tensor([[2.0, 1.0], [-1.0, 3.0]]).double()
-    split = Factors((turn @ experts[0].a_RI.double()).float(), (experts[0].b_OR.double() @ torch.linalg.inv(turn)).float())
-    assert np.abs(dense(found) - dense(wudi([split, *experts[1:]], weights))).max() < 1e-4
-    assert np.abs(dense(found) - dense(wudi(experts[::-1], weights[::-1]))).max() < 1e-5
-
-
-def test_an_equal_update_in_other_factors_is_the_same_update() -> None:
-    f = factors(0, 3)
-    turn = (torch.randn(3, 3, generator=torch.Generator().manual_seed(7)) + 3 * torch.eye(3)).double()
-    split = Factors((turn @ f.a_RI.double()).float(), (f.b_OR.double() @ torch.linalg.inv(turn)).float())
-    assert np.abs(dense(exact([f, split], [1.0, 1.0])) - dense(f)).max() < 1e-4
-
-
 def test_zeros_and_opposites() -> None:
     zero, f = Factors(torch.zeros(2, 11), torch.zeros(9, 2)), factors(0, 2)
-    assert wudi([zero, zero], [1.0, 1.0]).rank == 0
     assert np.abs(dense(wudi([zero, f], [1.0, 1.0])) - dense(f)).max() < 1e-5
     assert np.abs(dense(wudi([f, Factors(f.a_RI, -f.b_OR)], [1.0, 1.0]))).max() < 1e-6
-    assert wudi([None], [1.0]) is None
-
-
-def test_biases_are_summed_with_weights() -> None:
-    experts = [factors(0, 2, bias_O=torch.ones(9)), factors(1, 1), factors(2, 1, bias_O=torch.ones(9))]
-    assert torch.equal(wudi(experts, [0.5, 1.0, 2.0]).bias_O, torch.full((9,), 2.5))
