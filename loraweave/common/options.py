@@ -11,10 +11,10 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 
 from loraweave.common.checks import is_number
-from loraweave.errors import LoraweaveError, WeightingError
+from loraweave.errors import LoraweaveError, UnknownName, WeightingError
 from loraweave.registry import nearest
 
 WORDS: dict[Any, str] = {
@@ -52,10 +52,13 @@ class Range:
 
 
 Count = Annotated[int, Range(least=1)]
-Seed = Annotated[int, Range(least=0)]
+Whole = Annotated[int, Range(least=0)]
+Seed = Whole
 Positive = Annotated[float, Range(above=0)]
 NonNegative = Annotated[float, Range(least=0)]
 Fraction = Annotated[float, Range(least=0, most=1)]
+# a probability that is not certainty
+Rate = Annotated[float, Range(least=0, below=1)]
 # a part of a whole that is not nothing
 Share = Annotated[float, Range(above=0, most=1)]
 
@@ -103,7 +106,37 @@ def check_options(
     require_known(whose, given, kinds, noun=noun, error=error)
     for name, value in given.items():
         if not fits(value, kinds[name]):
-            raise error(f"{whose} got {name}={value!r:.80}; it takes {described(kinds[name], value)}")
+            unknown = isinstance(value, str) and error is WeightingError and get_origin(kinds[name]) is Literal
+            found = UnknownWord if unknown else error
+            raise found(f"{whose} got {name}={value!r:.80}; it takes {described(kinds[name], value)}")
+
+
+class UnknownWord(UnknownName, WeightingError):
+    """A text that is not one of the few that an option takes."""
+
+
+class Declared:
+    """A class that checks its options, given by name, against their annotations before its __init__ sees them."""
+
+    # what its instances are called in messages, and what a value outside its kind raises
+    noun: ClassVar[str]
+    error: ClassVar[type[LoraweaveError]] = WeightingError
+
+    def __new__(cls, *given: Any, **options: Any) -> Self:
+        cls.check(options)
+        return super().__new__(cls)
+
+    @classmethod
+    def check(cls, options: Mapping[str, Any]) -> None:
+        """Raises `error` for a value outside its kind; Python itself refuses an unknown name."""
+        kinds = options_of(cls)
+        known = {name: value for name, value in options.items() if name in kinds}
+        check_options(f"{cls.noun} {cls.registered_name()!r}", known, kinds, error=cls.error)
+
+    @classmethod
+    def registered_name(cls) -> str:
+        """The name in the registry, which is that of its file."""
+        return cls.__module__.rpartition(".")[2]
 
 
 def fits(value: object, kind: Any) -> bool:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Never
 
 import torch
 from torch import Tensor
 
-from loraweave.common.checks import is_whole
-from loraweave.common.options import described, fits, options_of
+from loraweave.common.options import Count, Declared, NonNegative, Positive, Rate
 from loraweave.errors import LayerMismatch, WeightingError
 from loraweave.routers.losses.mixtral import mixtral
 from loraweave.routers.recipes._gate import Gate
 from loraweave.routers.recipes._row_gates import TaskSwitch
+from loraweave.routers.recipes._token_gates import TokenGate
 from loraweave.routers.tokens._learned import Step
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -62,20 +61,21 @@ class ExpertShape:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(Declared):
     """Options that every recipe has. y = y0 + sum over e of w_e * alpha / rank * B_e A_e dropout(x) at each site.
 
     `target_modules` are endings of module paths. `tasks` names what a row may belong to, in the order of their ids; fit()
     takes the names of its dataset where it is left empty. `seed` determines all initial values.
     """
 
-    rank: int = 8
-    alpha: float | None = None
-    dropout: float = 0.0
+    rank: Count = 8
+    alpha: Positive | None = None
+    dropout: Rate = 0.0
     target_modules: tuple[str, ...] = ATTENTION + FEED_FORWARD
     tasks: tuple[str, ...] = ()
     seed: int = 0
 
+    noun: ClassVar[str] = "recipe"
     # how the experts of a site enter its output: a file of composer/experts/forms
     form: ClassVar[str] = "sum_of_experts"
     # whether every row has to have a task
@@ -94,15 +94,6 @@ class Recipe:
     silent_at_first: ClassVar[tuple[str, ...]] = ("a_SI",)
 
     def __post_init__(self) -> None:
-        kinds = options_of(type(self))
-        for option, value in self.options.items():
-            if not fits(value, kinds[option]):
-                self.refuse(option, f"it is {described(kinds[option], value)}")
-        self.require_whole("rank")
-        if self.alpha is not None and not 0 < self.alpha < math.inf:
-            self.refuse("alpha", "it is above 0, or None for twice the rank")
-        if not 0 <= self.dropout < 1:
-            self.refuse("dropout", "it is the share of inputs that training leaves out, at least 0 and below 1")
         if not self.target_modules:
             self.refuse("target_modules", "name the endings of the layers that get experts")
         if len(set(self.tasks)) < len(self.tasks):
@@ -111,7 +102,7 @@ class Recipe:
     @property
     def name(self) -> str:
         """The recipe's name in the registry."""
-        return type(self).__module__.rpartition(".")[2]
+        return self.registered_name()
 
     @property
     def options(self) -> dict[str, Any]:
@@ -170,9 +161,9 @@ class Recipe:
         """Named terms of what the experts' factors a are at each site, with their coefficients."""
         return {}
 
-    def refuse(self, option: str, way_out: str) -> None:
+    def refuse(self, option: str, way_out: str) -> Never:
         """Raises WeightingError for an option's value."""
-        raise WeightingError(f"{option} of recipe {self.name!r} is {getattr(self, option)!r}: {way_out}")
+        raise WeightingError(f"recipe {self.name!r} got {option}={getattr(self, option)!r}; {way_out}")
 
     def embedding_size(self, site: Site) -> int:
         """The size of the model's input embeddings. Raises LayerMismatch where it has none."""
@@ -183,32 +174,17 @@ class Recipe:
             )
         return site.num_features
 
-    def require_whole(self, option: str) -> None:
-        """Raises WeightingError unless the option is a whole number of at least 1."""
-        if not is_whole(getattr(self, option), 1):
-            self.refuse(option, "it is a whole number of at least 1")
-
-    def require_coefficient(self, option: str) -> None:
-        """Raises WeightingError unless the option is a coefficient of a loss, 0 or more."""
-        if not 0 <= getattr(self, option) < math.inf:
-            self.refuse(option, "it is a coefficient of a loss, 0 or more")
-
-    def require_count(self, option: str, num_experts: int, least: int = 1) -> None:
-        """Raises WeightingError unless the option is None or a number of experts, from `least` to all."""
-        value = getattr(self, option)
-        if value is not None and not (is_whole(value, least) and value <= num_experts):
-            self.refuse(option, f"it is a whole number from {least} to the number of experts, {num_experts}")
+    def require_top_k(self, num_experts: int) -> None:
+        """Raises WeightingError for a `top_k` above the number of experts."""
+        if self.options["top_k"] > num_experts:
+            self.refuse("top_k", f"it takes a whole number from 1 to the number of experts, {num_experts}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvenRecipe(Recipe):
     """A recipe all of whose sites have `num_experts` experts of its rank."""
 
-    num_experts: int = 8
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require_whole("num_experts")
+    num_experts: Count = 8
 
     @property
     def num_first_steps(self) -> int:
@@ -218,12 +194,23 @@ class EvenRecipe(Recipe):
     def shape(self, site: Site) -> ExpertShape:
         return ExpertShape((self.rank,) * self.num_experts)
 
-    def require_capacity(self) -> None:
-        """Raises WeightingError for an option `capacity` that is neither above 0 nor None."""
-        capacity = self.options["capacity"]
-        if capacity is not None and not 0 < capacity < math.inf:
-            way_out = "it is a multiple of an expert's even share of a row's tokens, above 0, or None for no limit"
-            self.refuse("capacity", way_out)
+
+@dataclass(frozen=True, kw_only=True)
+class TopKRecipe(EvenRecipe):
+    """An even recipe whose tokens each have `top_k` experts. `balance` times the loss `mixtral` is added."""
+
+    top_k: Count = 2
+    balance: NonNegative = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_top_k(self.num_experts)
+
+    def gate(self, site: Site, num_experts: int) -> TokenGate:
+        return TokenGate(site.num_inputs, num_experts, top_k=self.top_k)
+
+    def losses(self, step: Step) -> Mapping[str, Tensor]:
+        return balance_term(self.balance, step, self.top_k)
 
 
 @dataclass(frozen=True, kw_only=True)

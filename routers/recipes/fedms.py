@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loraweave.common.checks import is_whole
+from loraweave.common.options import Whole
 from loraweave.routers.recipes._recipe import ExpertShape, Frozen, Site
 from loraweave.routers.recipes._row_gates import EmbeddingGate, MeanGate
 
@@ -23,15 +23,13 @@ class Fedms(Frozen):
     """
 
     per_site: bool = False
-    queue: tuple[int, ...] = ()
-    capability: int | None = None
+    queue: tuple[Whole, ...] = ()
+    capability: Whole | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not all(is_whole(block, 0) for block in self.queue) or len(set(self.queue)) < len(self.queue):
-            self.refuse("queue", "it has the numbers of blocks, from 0, each once")
-        if self.capability is not None and not is_whole(self.capability, 0):
-            self.refuse("capability", "it is how many blocks have a local expert, 0 or more, or None for all")
+        if len(set(self.queue)) < len(self.queue):
+            self.refuse("queue", "it takes the numbers of blocks, each once")
 
     @property
     def frozen(self) -> tuple[int, ...]:

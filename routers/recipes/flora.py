@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from loraweave.routers.recipes._recipe import Site, TaskRecipe
-
-MODES = ("multiplicative", "additive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,18 +20,16 @@ class Flora(TaskRecipe):
     There is no scale and no dropout. `mode` "additive" is y = W x + alpha / rank * b_e^T a_e x, a LoRA for each task.
     """
 
-    mode: str = "multiplicative"
+    mode: Literal["multiplicative", "additive"] = "multiplicative"
 
     silent_at_first = ("a_SI", "a_ERI")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mode not in MODES:
-            self.refuse("mode", f"it is one of {', '.join(map(repr, MODES))}")
         if self.mode == "multiplicative" and self.alpha is not None:
-            self.refuse("alpha", "it is None where the experts multiply the weight: there is no scale")
+            self.refuse("alpha", "it takes None where the experts multiply the weight: there is no scale")
         if self.mode == "multiplicative" and self.dropout:
-            self.refuse("dropout", "it is 0 where the experts multiply the weight: there is no input of their own")
+            self.refuse("dropout", "it takes 0 where the experts multiply the weight: there is no input of their own")
 
     @property
     def form(self) -> str:  # type: ignore[override]

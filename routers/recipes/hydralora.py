@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from random import Random
 
 from loraweave.common.checks import is_whole
+from loraweave.common.options import Count, Positive, Rate
 from loraweave.errors import WeightingError
 from loraweave.routers.recipes._recipe import EvenRecipe, ExpertShape, Site
 from loraweave.routers.recipes._token_gates import TokenGate
@@ -25,10 +26,10 @@ class Hydralora(EvenRecipe):
     asks for, `Hydralora.experts_for(texts)` says.
     """
 
-    rank: int = 4
-    alpha: float | None = 32.0
-    dropout: float = 0.05
-    num_experts: int = 4
+    rank: Count = 4
+    alpha: Positive | None = 32.0
+    dropout: Rate = 0.05
+    num_experts: Count = 4
 
     def shape(self, site: Site) -> ExpertShape:
         return ExpertShape((self.rank,) * self.num_experts, shared_a=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from loraweave.common.options import Count, NonNegative
 from loraweave.routers.recipes._recipe import FEED_FORWARD, EvenRecipe, Site, balance_term
 from loraweave.routers.recipes._token_gates import TokenGate
 from loraweave.routers.tokens._learned import Step
@@ -20,14 +21,10 @@ class LlavaMole(EvenRecipe):
     of the loss `switch`, 1 where all experts are alike, is added. Published, for three kinds of data: 3 experts of rank 32.
     """
 
-    rank: int = 32
-    num_experts: int = 3
-    balance: float = 0.01
+    rank: Count = 32
+    num_experts: Count = 3
+    balance: NonNegative = 0.01
     target_modules: tuple[str, ...] = FEED_FORWARD
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require_coefficient("balance")
 
     def gate(self, site: Site, num_experts: int) -> TokenGate:
         return TokenGate(site.num_inputs, num_experts, top_k=1, sums_to_one=False)

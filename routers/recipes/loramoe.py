@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import loraweave.registry as registry
+from loraweave.common.options import Count, NonNegative, Positive, Rate
 from loraweave.errors import ScopeError, UnknownName
 from loraweave.routers.losses.localised import localised
 from loraweave.routers.recipes._recipe import FEED_FORWARD, EvenRecipe, Site
@@ -29,22 +30,19 @@ class Loramoe(EvenRecipe):
     padding, too; here, only real tokens count, and a row counts as much as another of any length.
     """
 
-    rank: int = 4
-    alpha: float | None = 32.0
-    dropout: float = 0.05
+    rank: Count = 4
+    alpha: Positive | None = 32.0
+    dropout: Rate = 0.05
     target_modules: tuple[str, ...] = FEED_FORWARD
-    balance: float = 0.1
-    delta: float = 0.1
+    balance: NonNegative = 0.1
+    delta: Rate = 0.1
     knowledge: tuple[str, ...] = ()
     as_released: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_coefficient("balance")
         if self.num_experts % 2:
-            self.refuse("num_experts", "it is an even number, half for knowledge and half for other tasks")
-        if not 0 <= self.delta < 1:
-            self.refuse("delta", "it is by how much the halves differ, at least 0 and below 1")
+            self.refuse("num_experts", "it takes an even number, half for knowledge and half for other tasks")
         # fit() may be told the tasks, and puts them in
         for task in self.knowledge if self.tasks else ():
             if task not in self.tasks:

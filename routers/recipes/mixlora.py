@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from loraweave.common.options import Count, NonNegative, Positive, Share
 from loraweave.routers.losses.z import z
 from loraweave.routers.recipes._recipe import EvenRecipe, Site, balance_term, by_layer
 from loraweave.routers.recipes._token_gates import TokenGate
 from loraweave.routers.tokens._learned import Step
-
-ROUTINGS = ("top_k", "top_p", "switch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,26 +36,19 @@ class Mixlora(EvenRecipe):
     """
 
     target_modules: tuple[str, ...] = ("mlp",)
-    routing: str = "top_k"
-    top_k: int = 2
-    top_p: float = 0.8
-    capacity: float | None = None
-    balance: float = 0.001
-    z: float = 0.001
+    routing: Literal["top_k", "top_p", "switch"] = "top_k"
+    top_k: Count = 2
+    top_p: Share = 0.8
+    capacity: Positive | None = None
+    balance: NonNegative = 0.001
+    z: NonNegative = 0.001
 
     form: ClassVar[str] = "feed_forward"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.routing not in ROUTINGS:
-            self.refuse("routing", f"it is one of {', '.join(map(repr, ROUTINGS))}")
         if self.routing == "top_k":
-            self.require_count("top_k", self.num_experts)
-        if not 0 < self.top_p <= 1:
-            self.refuse("top_p", "it is a share of probability, above 0 and at most 1")
-        self.require_capacity()
-        for coefficient in ("balance", "z"):
-            self.require_coefficient(coefficient)
+            self.require_top_k(self.num_experts)
 
     def gate(self, site: Site, num_experts: int) -> TokenGate:
         chosen: dict[str, dict[str, Any]] = {

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+from loraweave.common.options import Count, NonNegative
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
 from loraweave.routers.recipes._row_gates import FactorGate
 
@@ -25,10 +25,10 @@ class MixloraConditional(Recipe):
     in a generation of the latest one alone; here it is of the prompt, also then.
     """
 
-    rank: int = 4
-    num_experts: int = 16
+    rank: Count = 4
+    num_experts: Count = 16
     conditional: bool = True
-    a_weight: float = 1.0
+    a_weight: NonNegative = 1.0
     as_released: bool = False
 
     form: ClassVar[str] = "selected_factors"
@@ -36,11 +36,8 @@ class MixloraConditional(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_whole("num_experts")
         if self.rank > self.num_experts:
             self.refuse("rank", f"so many factors are chosen of the {self.num_experts} of num_experts: take that at most")
-        if not 0 <= self.a_weight < math.inf:
-            self.refuse("a_weight", "it is 0 or more")
 
     @property
     def scale(self) -> float:

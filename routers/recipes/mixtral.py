@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from loraweave.routers.recipes._recipe import EvenRecipe, Site, balance_term
+from loraweave.common.options import NonNegative
+from loraweave.routers.recipes._recipe import Site, TopKRecipe
 from loraweave.routers.recipes._token_gates import TokenGate
-from loraweave.routers.tokens._learned import Step
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mixtral(EvenRecipe):
+class Mixtral(TopKRecipe):
     """w = softmax over the `top_k` highest of r x, for each token and site.
 
     `balance` times the mean over sites of the loss `mixtral` is added, which is k where all experts are alike; 0.02 in the
@@ -21,17 +18,8 @@ class Mixtral(EvenRecipe):
     softplus(n x), n learned from 0 on: noisy top-k gating (Shazeer et al. 2017, arXiv 1701.06538).
     """
 
-    top_k: int = 2
-    balance: float = 0.02
+    balance: NonNegative = 0.02
     noise: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require_coefficient("balance")
-        self.require_count("top_k", self.num_experts)
 
     def gate(self, site: Site, num_experts: int) -> TokenGate:
         return TokenGate(site.num_inputs, num_experts, top_k=self.top_k, noise=self.noise)
-
-    def losses(self, step: Step) -> Mapping[str, Tensor]:
-        return balance_term(self.balance, step, self.top_k)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from loraweave.common.options import NonNegative
 from loraweave.routers.losses.domain import domain
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
 from loraweave.routers.recipes._row_gates import DomainGate
@@ -29,15 +29,10 @@ class MixtureOfLoras(Recipe):
     LoRA for each domain alone: those can be what the experts begin with.
     """
 
-    eta: float = 0.1
+    eta: NonNegative = 0.1
     oracle: bool = False
 
     heeds_tasks: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.eta < math.inf:
-            self.refuse("eta", "it is a coefficient of a loss, 0 or more")
 
     @property
     def num_first_steps(self) -> int:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loraweave.common.checks import is_whole
-from loraweave.errors import ScopeError, WeightingError
+from loraweave.common.options import Count, NonNegative
+from loraweave.errors import ScopeError
 from loraweave.registry import traits
 from loraweave.routers.losses.cv_squared import cv_squared
 from loraweave.routers.recipes._gate import Call, Gate, Weighing
@@ -41,12 +41,12 @@ class Mlore(Recipe):
     In evaluation a row's weights are constants, and the sum one convolution: W + sum of w B A.
     """
 
-    rank: int = 72
-    ranks: tuple[int, ...] = (16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120, 128)
-    top_k: int = 9
+    rank: Count = 72
+    ranks: tuple[Count, ...] = (16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120, 128)
+    top_k: Count = 9
     generic: bool = True
     renormalised: bool = True
-    balance: float = 0.0003
+    balance: NonNegative = 0.0003
     # the convolutions of UperNet, and of decoders after its pattern
     target_modules: tuple[str, ...] = ("conv",)
     as_released: bool = False
@@ -57,12 +57,10 @@ class Mlore(Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.alpha is not None:
-            self.refuse("alpha", "it is None: the gate alone scales the sum")
-        if not self.ranks or not all(is_whole(rank, 1) for rank in self.ranks):
-            self.refuse("ranks", "it has a whole number of at least 1 for each of the mixed experts")
-        self.require_count("top_k", len(self.ranks))
-        if not 0 <= self.balance < math.inf:
-            self.refuse("balance", "it is a coefficient of a loss, 0 or more")
+            self.refuse("alpha", "it takes None: the gate alone scales the sum")
+        if not self.ranks:
+            self.refuse("ranks", "it takes the rank of each mixed expert")
+        self.require_top_k(len(self.ranks))
 
     @property
     def scale(self) -> float:
@@ -70,7 +68,7 @@ class Mlore(Recipe):
 
     def shape(self, site: Site) -> ExpertShape:
         if not self.tasks:
-            raise WeightingError(f"tasks of recipe {self.name!r} is (): name those that get experts of their own")
+            self.refuse("tasks", "name those that get experts of their own")
         generic = (min(site.num_inputs, site.num_outputs),) if self.generic else ()
         return ExpertShape(self.ranks + generic + (self.rank,) * len(self.tasks))
 

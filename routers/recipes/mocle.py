@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-from loraweave.common.checks import is_whole
+from loraweave.common.options import Count, Positive
 from loraweave.routers.recipes._cluster_gates import ClusterGate, ClusterReader, ReleasedClusterGate
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
 
@@ -28,10 +28,10 @@ class Mocle(Recipe):
     y0 + p^2 E_best(x) + (1 - p) E_universal(x). Its other sizes are alpha=32, dropout=0.1 and ("q_proj", "v_proj").
     """
 
-    num_experts: int = 4
-    num_clusters: int = 64
-    num_features: int | None = None
-    temperature: float = 0.05
+    num_experts: Count = 4
+    num_clusters: Count = 64
+    num_features: Count | None = None
+    temperature: Positive = 0.05
     embedder: str = "sentence"
     by_task: bool = False
     as_released: bool = False
@@ -40,11 +40,6 @@ class Mocle(Recipe):
         super().__post_init__()
         if self.num_features is None:
             object.__setattr__(self, "num_features", RELEASED_FEATURES if self.as_released else 64)
-        for option in ("num_experts", "num_clusters", "num_features"):
-            if not is_whole(getattr(self, option), 1):
-                self.refuse(option, "it is a whole number of at least 1")
-        if not 0 < self.temperature < float("inf"):
-            self.refuse("temperature", "it is above 0: small values choose one expert, large ones weigh all alike")
 
     @property
     def needs_tasks(self) -> bool:  # type: ignore[override]

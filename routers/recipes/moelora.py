@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraweave.common.checks import is_whole
+from loraweave.common.options import Count
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
 from loraweave.routers.recipes._row_gates import TaskGate
 
@@ -26,20 +26,17 @@ class Moelora(Recipe):
     The released code has 4 experts by default and the paper 8; one more embedding there, of no task, is left out.
     """
 
-    rank: int = 16
-    num_experts: int = 8
-    num_features: int = 64
+    rank: Count = 16
+    num_experts: Count = 8
+    num_features: Count = 64
     shared: bool = False
 
     needs_tasks = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_whole("num_experts")
         if self.rank % self.num_experts:
             self.refuse("rank", f"the {self.num_experts} experts of num_experts share it evenly: take a multiple of that")
-        if not is_whole(self.num_features, 1):
-            self.refuse("num_features", "it is a whole number of at least 1, the size of a task's embedding")
 
     def shape(self, site: Site) -> ExpertShape:
         return ExpertShape((self.rank // self.num_experts,) * self.num_experts)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from loraweave.common.checks import is_whole
+from loraweave.common.options import Count, NonNegative
 from loraweave.routers.losses.mixtral import mixtral
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
 from loraweave.routers.recipes._token_gates import TokenGate
@@ -33,17 +33,16 @@ class Mola(Recipe):
     # the balance loss was a mean over sites
     revision: ClassVar[int] = 2
 
-    num_experts: tuple[int, ...] = (2, 4, 6, 8)
-    top_k: int = 2
-    balance: float = 0.001
+    num_experts: tuple[Count, ...] = (2, 4, 6, 8)
+    top_k: Count = 2
+    balance: NonNegative = 0.001
     as_released: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.num_experts or not all(is_whole(count, 1) for count in self.num_experts):
-            self.refuse("num_experts", "it has a whole number of at least 1 for each group of blocks, as in (2, 4, 6, 8)")
-        self.require_count("top_k", min(self.num_experts))
-        self.require_coefficient("balance")
+        if not self.num_experts:
+            self.refuse("num_experts", "it takes a number for each group of blocks, as in (2, 4, 6, 8)")
+        self.require_top_k(min(self.num_experts))
 
     @property
     def num_first_steps(self) -> int:
@@ -52,8 +51,9 @@ class Mola(Recipe):
     def shape(self, site: Site) -> ExpertShape:
         """Raises WeightingError for more groups than the model has blocks."""
         if len(self.num_experts) > max(1, site.num_blocks):
-            way_out = f"it has a number for each group of blocks, and the model has {site.num_blocks} blocks: give fewer"
-            self.refuse("num_experts", way_out)
+            self.refuse(
+                "num_experts", f"it takes a number for each group of blocks, and the model has {site.num_blocks} blocks"
+            )
         return ExpertShape((self.rank,) * self.num_experts[_group(site, len(self.num_experts))])
 
     def gate(self, site: Site, num_experts: int) -> TokenGate:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from loraweave.common.checks import is_whole
-from loraweave.errors import WeightingError
+from loraweave.common.options import Count, Positive, Rate
 from loraweave.registry import traits
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
 from loraweave.routers.recipes._row_gates import TaskSwitch
-
-MODES = ("matrix", "matrixv2", "addition")
 
 
 @traits("images")
@@ -36,13 +32,13 @@ class Mtlora(Recipe):
     several is several rows. A place outside the blocks is of the branch.
     """
 
-    rank: int = 32
-    task_rank: int | tuple[int, ...] = 4
-    mode: str = "matrix"
-    shared_scale: float = 4.0
-    task_scale: float | tuple[float, ...] = 4.0
+    rank: Count = 32
+    task_rank: Count | tuple[Count, ...] = 4
+    mode: Literal["matrix", "matrixv2", "addition"] = "matrix"
+    shared_scale: Positive = 4.0
+    task_scale: Positive | tuple[Positive, ...] = 4.0
     trainable_scales: bool = False
-    dropout: float = 0.05
+    dropout: Rate = 0.05
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
     task_modules: tuple[str, ...] = ("o_proj", "fc1", "fc2")
     as_released: bool = False
@@ -55,15 +51,9 @@ class Mtlora(Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.alpha is not None:
-            self.refuse("alpha", "it is None: the scales are shared_scale and task_scale")
-        if self.mode not in MODES:
-            self.refuse("mode", f"it is one of {', '.join(map(repr, MODES))}")
-        if not all(is_whole(rank, 1) for rank in self._for_tasks("task_rank")):
-            self.refuse("task_rank", "it is a whole number of at least 1, or one for each task")
-        if not 0 < self.shared_scale < math.inf:
-            self.refuse("shared_scale", "it is above 0")
-        if not all(0 < scale < math.inf for scale in self._for_tasks("task_scale")):
-            self.refuse("task_scale", "it is above 0, or one for each task")
+            self.refuse("alpha", "it takes None: the scales are shared_scale and task_scale")
+        self._for_tasks("task_rank")
+        self._for_tasks("task_scale")
         if not any(
             _ends(target, ending) or _ends(ending, target) for target in self.target_modules for ending in self.task_modules
         ):
@@ -102,7 +92,7 @@ class Mtlora(Recipe):
     def is_branched(self, site: Site) -> bool:
         """Whether the tasks have experts of their own here."""
         if not self.tasks:
-            raise WeightingError(f"tasks of recipe {self.name!r} is (): name those that get experts of their own")
+            self.refuse("tasks", "name those that get experts of their own")
         found = site.closing and any(_ends(site.name, ending) for ending in self.task_modules)
         if found and self.mode == "addition" and site.block is None:
             self.refuse(
@@ -115,7 +105,7 @@ class Mtlora(Recipe):
         value = getattr(self, option)
         values = value if isinstance(value, tuple) else (value,) * max(len(self.tasks), 1)
         if self.tasks and len(values) != len(self.tasks):
-            self.refuse(option, f"it is one for all, or one for each of the {len(self.tasks)} tasks {self.tasks}")
+            self.refuse(option, f"it takes one for all, or one for each of the {len(self.tasks)} tasks {self.tasks}")
         return values
 
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from loraweave.common.options import Count
 from loraweave.routers.recipes._gate import Gate
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site, uniform
 
@@ -21,13 +22,9 @@ class Multilora(Recipe):
     paper has 3 to 5 experts of rank 32.
     """
 
-    num_experts: int = 3
+    num_experts: Count = 3
 
     silent_at_first: ClassVar[tuple[str, ...]] = ("a_SI", "b_SO")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require_whole("num_experts")
 
     def shape(self, site: Site) -> ExpertShape:
         return ExpertShape((self.rank,) * self.num_experts, gains=True)

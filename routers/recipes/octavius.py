@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from loraweave.common.options import Count
 from loraweave.routers.recipes._recipe import EvenRecipe, Site
 from loraweave.routers.recipes._row_gates import EmbeddingGate
 
@@ -20,14 +21,14 @@ class Octavius(EvenRecipe):
     prefers one expert from the beginning. Rules there for a second expert have no effect, and are left out.
     """
 
-    rank: int = 32
-    num_experts: int = 4
-    top_k: int = 2
+    rank: Count = 32
+    num_experts: Count = 4
+    top_k: Count = 2
     as_released: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_count("top_k", self.num_experts)
+        self.require_top_k(self.num_experts)
 
     @property
     def scale(self) -> float:

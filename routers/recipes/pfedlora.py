@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from loraweave.common.checks import is_whole
+from loraweave.common.options import Count, Range
 from loraweave.routers.recipes._recipe import ExpertShape, Frozen, Site
 from loraweave.routers.recipes._row_gates import ConstantGate
 
@@ -25,16 +25,9 @@ class Pfedlora(Frozen):
     by mu; here the base is frozen as everywhere, and both halves are updates of its layers, weighed in their outputs.
     """
 
-    shared_rank: int = 4
-    mu: float = 0.5
+    shared_rank: Count = 4
+    mu: Annotated[float, Range(above=0, below=1)] = 0.5
     phase: Phase = "local"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not is_whole(self.shared_rank, 1):
-            self.refuse("shared_rank", "it is a whole number of at least 1")
-        if not 0 < self.mu < 1:
-            self.refuse("mu", "it is the share of the expert that clients exchange, above 0 and below 1")
 
     @property
     def frozen(self) -> tuple[int, ...]:

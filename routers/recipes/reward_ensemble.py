@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loraweave.common.options import NonNegative
 from loraweave.routers.losses.nuclear_norm import nuclear_norm
 from loraweave.routers.recipes._recipe import ATTENTION, FEED_FORWARD, TaskRecipe
 
@@ -24,11 +25,7 @@ class RewardEnsemble(TaskRecipe):
 
     target_modules: tuple[str, ...] = (*ATTENTION, *FEED_FORWARD, "score")
     tasks: tuple[str, ...] = ("0", "1", "2", "3", "4")
-    diversity: float = 0.01
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require_coefficient("diversity")
+    diversity: NonNegative = 0.01
 
     def factor_losses(self, a_SI: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         if not self.diversity:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from loraweave.routers.recipes._recipe import EvenRecipe, Site, balance_term
+from loraweave.common.options import Count, NonNegative, Positive, Rate
+from loraweave.routers.recipes._recipe import Site, TopKRecipe
 from loraweave.routers.recipes._token_gates import TokenGate
-from loraweave.routers.tokens._learned import Step
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sira(EvenRecipe):
+class Sira(TopKRecipe):
     """w = softmax(r x), kept for the `top_k` highest and 0 for the others, for each token and site.
 
     In training alone, a token does without each expert with the probability `expert_dropout`, whose score is then none, so
@@ -27,22 +24,12 @@ class Sira(EvenRecipe):
     little for the answer, the tokens that are learned from.
     """
 
-    num_experts: int = 16
-    top_k: int = 4
-    balance: float = 0.01
-    capacity: float | None = 1.25
+    num_experts: Count = 16
+    top_k: Count = 4
+    balance: NonNegative = 0.01
+    capacity: Positive | None = 1.25
     prioritised: bool = True
-    expert_dropout: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require_coefficient("balance")
-        self.require_count("top_k", self.num_experts)
-        self.require_capacity()
-        if not 0 <= self.expert_dropout < 1:
-            self.refuse(
-                "expert_dropout", "it is the probability that a token does without an expert, at least 0 and below 1"
-            )
+    expert_dropout: Rate = 0.1
 
     def gate(self, site: Site, num_experts: int) -> TokenGate:
         return TokenGate(
@@ -54,6 +41,3 @@ class Sira(EvenRecipe):
             capacity=self.capacity,
             prioritised=self.prioritised,
         )
-
-    def losses(self, step: Step) -> Mapping[str, Tensor]:
-        return balance_term(self.balance, step, self.top_k)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from loraweave.common.options import NonNegative, Positive
 from loraweave.routers.losses.z import z
 from loraweave.routers.recipes._recipe import EvenRecipe, Site, balance_term, by_layer
 from loraweave.routers.recipes._token_gates import TokenGate
@@ -27,16 +28,10 @@ class Switch(EvenRecipe):
     row's output depends on another. Its noise on the gate's inputs in training is left out.
     """
 
-    balance: float = 0.01
-    z: float = 0.0
-    capacity: float | None = 1.25
+    balance: NonNegative = 0.01
+    z: NonNegative = 0.0
+    capacity: Positive | None = 1.25
     prioritised: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require_coefficient("balance")
-        self.require_coefficient("z")
-        self.require_capacity()
 
     def gate(self, site: Site, num_experts: int) -> TokenGate:
         return TokenGate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -126,7 +127,7 @@ class SoftmaxBias(Form):
 class Adam:
     """The steps of Adam (Kingma and Ba 2015, arXiv 1412.6980) with its bias correction, in float64."""
 
-    def __init__(self, size: int, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
+    def __init__(self, size: int, betas: Sequence[float] = (0.9, 0.999), eps: float = 1e-8) -> None:
         self.betas = betas
         self.eps = eps
         self._count = 0

@@ -16,8 +16,8 @@ from typing import Any, ClassVar, Protocol, cast
 import numpy as np
 from torch import Tensor
 
-from loraweave.common.checks import is_whole, require_whole
 from loraweave.common.display import progress_bar
+from loraweave.common.options import Count, Declared, Positive, Seed
 from loraweave.errors import SearchFailed, WeightingError
 from loraweave.registry import traits
 from loraweave.routers.searches._space import Space
@@ -31,7 +31,7 @@ MAX_FAILED = 16
 
 
 @dataclass(eq=False)
-class Solver(ABC):
+class Solver(Declared, ABC):
     """Asks for candidates until `budget` evaluations are spent, or `seconds`, whichever comes first.
 
     `experts` are the names the weights belong to, which lie in [low, high]. `start` is the first candidate: a mapping, or
@@ -46,6 +46,7 @@ class Solver(ABC):
     Raises WeightingError for settings that cannot be used, SearchFailed when no candidate can be scored.
     """
 
+    noun: ClassVar[str] = "method"
     needs_gradients: ClassVar[bool] = False
     # what compose() minimises and what its weights mean, unless it is told otherwise
     loss: ClassVar[str] = "cross_entropy"
@@ -58,9 +59,9 @@ class Solver(ABC):
 
     experts: Sequence[str]
     _: KW_ONLY
-    budget: int | None = 40
-    seconds: float | None = None
-    seed: int = 0
+    budget: Count | None = 40
+    seconds: Positive | None = None
+    seed: Seed = 0
     start: Start = None
     low: float = -1.5
     high: float = 1.5
@@ -95,12 +96,10 @@ class Solver(ABC):
     def _propose(self) -> list[np.ndarray]:
         """The next vectors; those beyond the budget are dropped."""
 
-    def _require_options(self) -> None:  # noqa: B027 - most have none
+    def _require_options(self) -> None:
         """Raises WeightingError for options of the subclass that cannot be used."""
 
-    def _learn(  # noqa: B027 - a search may ask the same whatever it is told
-        self, vectors: Sequence[np.ndarray], losses: Sequence[float], gradients: Sequence[np.ndarray]
-    ) -> None:
+    def _learn(self, vectors: Sequence[np.ndarray], losses: Sequence[float], gradients: Sequence[np.ndarray]) -> None:
         """Takes in the losses of the vectors asked for, infinite for a failed one, and the gradients by them."""
 
     @property
@@ -247,15 +246,8 @@ class Solver(ABC):
     def _require_limits(self) -> None:
         if self.budget is None and self.seconds is None:
             raise WeightingError("a search needs a budget of evaluations, or of seconds, or both")
-        if self.seconds is not None and not self.seconds > 0:
-            raise WeightingError(f"seconds is {self.seconds!r}; it must be above 0")
-        require_whole("seed", self.seed, 0, WeightingError)
-        if self.budget is None:
-            return
-        if not is_whole(self.budget, 1):
-            raise WeightingError(f"budget is {self.budget!r} evaluations; it must be a whole number of at least 1")
         least, what = self._least
-        if self.budget < least:
+        if self.budget is not None and self.budget < least:
             raise WeightingError(
                 f"budget is {self.budget} evaluations, but {type(self).__name__} needs at least {least}, {what}; "
                 "raise the budget, or ask for less"

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+from loraweave.common.options import Count
 from loraweave.routers.searches.gradient import Gradient
 
 # as published: 1000 steps of 1e-3 from 0.3, so that a weight can go about 1 from where it began
@@ -31,10 +32,10 @@ class Adamerging(Gradient):
 
     loss: ClassVar[str] = "entropy"
 
-    budget: int | None = BUDGET
+    budget: Count | None = BUDGET
     by_layer: bool | None = True
-    form: str = field(default="free", init=False)
-    schedule: str = field(default="constant", init=False)
+    form: Literal["free"] = field(default="free", init=False)
+    schedule: Literal["constant"] = field(default="constant", init=False)
 
     def __post_init__(self) -> None:
         if self.lr is None:

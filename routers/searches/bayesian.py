@@ -10,13 +10,12 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from scipy.special import ndtr
 
-from loraweave.common.checks import require_whole
-from loraweave.errors import WeightingError
+from loraweave.common.options import Count, Range
 from loraweave.routers.searches._solver import Solver
 
 POPULATION = 4
@@ -35,8 +34,8 @@ class Bayesian(Solver):
     arguments are `Solver`'s.
     """
 
-    initial: int | None = None
-    population: int = POPULATION
+    initial: Annotated[int, Range(least=2)] | None = None
+    population: Count = POPULATION
 
     @property
     def _num_initial(self) -> int:
@@ -95,11 +94,6 @@ class Bayesian(Solver):
         scales = np.exp(generator.uniform(np.log(NEAREST), np.log(FARTHEST), (half, 1)))
         near = best + scales * generator.standard_normal((half, size))
         return np.vstack([anywhere, np.clip(near, 0.0, 1.0)])
-
-    def _require_options(self) -> None:
-        if self.initial is not None:
-            require_whole("initial", self.initial, 2, WeightingError)
-        require_whole("population", self.population, 1, WeightingError)
 
 
 def _fit_kernel(units: np.ndarray, losses: np.ndarray) -> Any:

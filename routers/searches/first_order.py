@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from loraweave.errors import WeightingError
+from loraweave.common.options import Positive
 from loraweave.registry import traits
 from loraweave.routers.searches._quadratic import fit_quadratic
 from loraweave.routers.searches._solver import Solver
@@ -39,8 +39,8 @@ class FirstOrder(Solver):
     needs_gradients: ClassVar[bool] = True
     cost: ClassVar[int] = 2
 
-    radius: float = RADIUS
-    ridge: float = RIDGE
+    radius: Positive = RADIUS
+    ridge: Positive = RIDGE
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,9 +91,3 @@ class FirstOrder(Solver):
 
     def _best(self) -> tuple[np.ndarray, float, np.ndarray]:
         return min(self._known, key=lambda known: known[1])
-
-    def _require_options(self) -> None:
-        if not self.radius > 0 or not math.isfinite(self.radius):
-            raise WeightingError(f"radius is {self.radius!r}; the first step must be above 0")
-        if not self.ridge > 0 or not math.isfinite(self.ridge):
-            raise WeightingError(f"ridge is {self.ridge!r}; it must be above 0")

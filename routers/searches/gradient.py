@@ -12,12 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from loraweave.common.checks import is_whole
-from loraweave.errors import UnknownName, WeightingError
+from loraweave.common.options import Count, Positive
+from loraweave.errors import WeightingError
 from loraweave.registry import traits
 from loraweave.routers.searches._forms import Adam, Form, Free, Softmax, SoftmaxBias
 from loraweave.routers.searches._solver import Solver
@@ -27,7 +27,6 @@ FORMS: Mapping[str, type[Form]] = {"softmax": Softmax, "free": Free, "softmax_bi
 # the largest step of Adam for each form: held for all steps, 0.05 overfits five examples; ended at zero, 0.04 beats 0.02
 RATES = {"softmax": 0.3, "free": 0.04, "softmax_bias": 0.05}
 WARMUP = 2
-SCHEDULES = ("cosine", "constant")
 
 
 @traits("orderless")
@@ -49,15 +48,13 @@ class Gradient(Solver):
 
     layers: Sequence[str] | None = None
     by_layer: bool | None = None
-    form: str = "free"
-    lr: float | None = None
-    schedule: str = "cosine"
-    betas: tuple[float, float] = (0.9, 0.999)
-    patience: int | None = None
+    form: Literal["softmax", "free", "softmax_bias"] = "free"
+    lr: Positive | None = None
+    schedule: Literal["cosine", "constant"] = "cosine"
+    betas: Sequence[float] = (0.9, 0.999)
+    patience: Count | None = None
 
     def __post_init__(self) -> None:
-        if self.form not in FORMS:
-            raise UnknownName(f"no form {self.form!r} of learned weights; there are {', '.join(FORMS)}")
         if self.lr is None:
             self.lr = RATES[self.form]
         if self.start is None:
@@ -114,12 +111,5 @@ class Gradient(Solver):
         return 0.5 if made <= warmup else 0.5 * (1 + math.cos(math.pi * (made - warmup) / max(steps - warmup, 1)))
 
     def _require_options(self) -> None:
-        if not self._step > 0 or not math.isfinite(self._step):
-            raise WeightingError(f"lr is {self.lr!r}; a step must be above 0")
-        if self.schedule not in SCHEDULES:
-            raise UnknownName(f"no schedule {self.schedule!r} of steps; there are {', '.join(SCHEDULES)}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise WeightingError(f"betas are {self.betas!r}; Adam has two, each at least 0 and below 1")
-        patience = self.patience
-        if patience is not None and not is_whole(patience, 1):
-            raise WeightingError(f"patience is {patience!r} candidates; it must be a whole number of at least 1")

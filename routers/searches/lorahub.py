@@ -10,12 +10,11 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
-from loraweave.common.checks import is_whole
-from loraweave.errors import WeightingError
+from loraweave.common.options import NonNegative, Positive, Range, Whole
 from loraweave.routers.searches._solver import Solver
 
 # at 40 evaluations in 20 dimensions a step of 0.5 hardly improves; 0.2 halves the loss
@@ -40,10 +39,10 @@ class Lorahub(Solver):
     # the paper's
     l1 = 0.05
 
-    sigma: float = SIGMA
-    population: int = POPULATION
-    restarts: int = RESTARTS
-    tolerance: float = TOLERANCE
+    sigma: Positive = SIGMA
+    population: Annotated[int, Range(least=2)] = POPULATION
+    restarts: Whole = RESTARTS
+    tolerance: NonNegative = TOLERANCE
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,13 +96,3 @@ class Lorahub(Solver):
             return cma.CMAEvolutionStrategy(self.first, self.sigma, options)
         place = self._generator.uniform(low, high, self.space.size)
         return cma.CMAEvolutionStrategy(place, (high - low) / 4, options)
-
-    def _require_options(self) -> None:
-        if not self.sigma > 0 or not math.isfinite(self.sigma):
-            raise WeightingError(f"sigma is {self.sigma!r}; the first step size must be above 0")
-        if not is_whole(self.population, 2):
-            raise WeightingError(f"population is {self.population!r}; a generation has at least 2 candidates")
-        if not is_whole(self.restarts, 0):
-            raise WeightingError(f"restarts is {self.restarts!r}; it must be a whole number, 0 for none")
-        if not self.tolerance >= 0 or not math.isfinite(self.tolerance):
-            raise WeightingError(f"tolerance is {self.tolerance!r}; it is a difference of losses, 0 or more")

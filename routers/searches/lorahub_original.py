@@ -43,7 +43,7 @@ class LorahubOriginal(Solver):
         self._optimizer = self._ngopt()
 
     def _require_options(self) -> None:
-        if isinstance(self.seed, int) and self.seed >= 2**32:
+        if self.seed >= 2**32:
             raise WeightingError(f"seed is {self.seed}, but the authors' generator takes seeds below 2**32")
         if self.budget is None and self.seconds is not None:
             raise WeightingError(

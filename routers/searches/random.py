@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loraweave.common.checks import is_whole
+from loraweave.common.options import Count
 from loraweave.errors import WeightingError
 from loraweave.routers.searches._solver import Solver
 
@@ -22,7 +22,7 @@ class Random(Solver):
     """
 
     simplex: bool = False
-    population: int = POPULATION
+    population: Count = POPULATION
 
     def _propose(self) -> list[np.ndarray]:
         made = len(self._vectors)
@@ -36,8 +36,6 @@ class Random(Solver):
         return generator.dirichlet(np.ones(num_experts), self.space.size // num_experts).flatten()
 
     def _require_options(self) -> None:
-        if not is_whole(self.population, 1):
-            raise WeightingError(f"population is {self.population!r}; at least 1 candidate is asked for at a time")
         if self.simplex and not (self.space.low <= 0 and self.space.high >= 1):
             raise WeightingError(
                 f"weights that sum to 1 lie in [0, 1], but the box is [{self.space.low}, {self.space.high}]; "

@@ -10,20 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 
-from loraweave.common.checks import is_whole
 from loraweave.common.names import unknown_expert
-from loraweave.errors import UnknownName, WeightingError
+from loraweave.common.options import Count, Positive
+from loraweave.errors import WeightingError
 from loraweave.routers.searches._solver import ClosedForm
 from loraweave.routers.tokens.similarity import Similarity as SimilarityRouter
 
 # LoraRetriever's k of its mixtures and fusions
 NEAREST = 3
 TEMPERATURE = 0.1
-FORMS = ("selection", "mixture", "fusion", "softmax")
 
 
 @dataclass(eq=False, kw_only=True)
@@ -34,23 +33,21 @@ class Similarity(ClosedForm):
     have a score); "softmax" is exp(score / `temperature`), normalised, over the `nearest` ones (by default all of them).
     Of equal scores the one named first is nearer. `merge_method` is the method that composes the weights as published.
 
-    Raises UnknownName for another form, UnknownExpert for scores of other experts, WeightingError for scores that are not
-    finite, for none, for `nearest` beyond their number and for a temperature not above 0.
+    Raises UnknownExpert for scores of other experts, WeightingError for scores that are not finite, for none, and for
+    `nearest` beyond their number.
     """
 
     token_router: ClassVar[type] = SimilarityRouter
 
     scores: Mapping[str, float]
-    form: str = "softmax"
-    nearest: int | None = None
-    temperature: float = TEMPERATURE
+    form: Literal["selection", "mixture", "fusion", "softmax"] = "softmax"
+    nearest: Count | None = None
+    temperature: Positive = TEMPERATURE
 
     def _weights(self) -> Mapping[str, float]:
         scores = self.scores
         _require_scores(scores, self.experts)
         count = _count(self.form, self.nearest, len(scores))
-        if not self.temperature > 0 or not math.isfinite(self.temperature):
-            raise WeightingError(f"temperature is {self.temperature!r}; it must be above 0")
         # fusion is of the factors apart, cross terms and all
         self.merge_method = "factor_sum" if self.form == "fusion" else "linear"
         names = sorted(scores, key=lambda name: -scores[name])[:count]
@@ -74,16 +71,12 @@ def _require_scores(scores: Mapping[str, float], experts: Sequence[str]) -> None
 
 def _count(form: str, nearest: int | None, num_scored: int) -> int:
     """How many experts get a weight."""
-    if form not in FORMS:
-        raise UnknownName(f"no form {form!r} of similarity weights; there are {', '.join(FORMS)}")
     if form == "selection" and nearest not in (None, 1):
         raise WeightingError(f"nearest is {nearest!r}, but a selection is of 1 expert; 'mixture' takes several")
     if nearest is None:
         return {"selection": 1, "softmax": num_scored}.get(form, min(NEAREST, num_scored))
-    if not is_whole(nearest, 1) or nearest > num_scored:
-        raise WeightingError(
-            f"nearest is {nearest!r}, but {num_scored} experts have a score; it is a whole number from 1 to that"
-        )
+    if nearest > num_scored:
+        raise WeightingError(f"nearest is {nearest}, but {num_scored} experts have a score; take that at most")
     return nearest
 
 

@@ -13,14 +13,13 @@ from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._learned import LearnedRouter
 from loraweave.routers.tokens._members import LayerTensors, Members, RoutedLayer
 from loraweave.routers.tokens._router import TokenRouter
-from loraweave.routers.tokens._scores import parts, require_temperature, require_top_k, top_k_softmax, without
+from loraweave.routers.tokens._scores import parts, top_k_softmax, without
 
 
 class ScoredRouter(TokenRouter):
     """w = softmax(scores / temperature) over the `top_k` highest scores of each token; the others get 0.
 
-    Without a `top_k` it is `default`, or all experts of a smaller pool. Raises WeightingError for a top_k above the pool
-    and a temperature that is not above 0.
+    Without a `top_k` it is `default`, or all experts of a smaller pool. Raises WeightingError for a top_k above the pool.
     """
 
     counts: ClassVar[tuple[str, ...]] = ("top_k",)
@@ -29,8 +28,6 @@ class ScoredRouter(TokenRouter):
         super().__init__(pool)
         self.top_k = min(default, len(self.experts)) if top_k is None else top_k
         self.temperature = temperature
-        require_top_k(self.name, self.top_k, len(self.experts))
-        require_temperature(self.name, temperature)
 
     def scores(self, x_BTI: Tensor, layer: str) -> Tensor:
         """scores_BTE in fp32 or better, -inf for experts that leave the layer alone."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import loraweave.registry as registry
-from loraweave.common.options import options_of
+from loraweave.common.options import Declared, options_of
 from loraweave.errors import BaseModelMismatch, ScopeError, TrainingError, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.intake.model_hub import upload
@@ -23,16 +23,17 @@ from loraweave.routers.tokens._written import Contents, router_card, write_route
 from loraweave.types import Router
 
 
-class TokenRouter(nn.Module):
+class TokenRouter(Declared, nn.Module):
     """w_BTE for each layer of a pool, from that layer's input x_BTI. Its experts are the pool's, in the pool's order.
 
     A subclass takes the pool, and its own options as keywords. It keeps each option as an attribute of the same name, and
     all its tensors as parameters and buffers (`LayerTensors` for one tensor per layer). Made from `Members` alone it has no
-    tensors of experts yet; a file fills them in.
+    tensors of experts yet; a file fills them in. Raises WeightingError for an option outside its annotated kind.
 
     A layer's weights count only for the experts that update it (`self.members.layers[layer].experts`).
     """
 
+    noun: ClassVar[str] = "router"
     # whether fit() is needed before the weights mean anything
     learned: ClassVar[bool] = False
     # whether the weights of every token sum to 1
@@ -48,6 +49,16 @@ class TokenRouter(nn.Module):
     # the adapters that lay in its folder
     pool: ExpertPool | None = None
 
+    def __new__(cls, pool: Any = None, *given: Any, **options: Any) -> Self:
+        made = super().__new__(cls, pool, *given, **options)
+        for option in cls.counts:
+            if (count := options.get(option)) is not None and count > len(pool.names):
+                raise WeightingError(
+                    f"router {cls.registered_name()!r} got {option}={count}, but the pool has {len(pool.names)} experts; it "
+                    "takes a whole number from 1 to that"
+                )
+        return made
+
     def __init__(self, pool: ExpertPool | Members) -> None:
         super().__init__()
         self.members = Members.of(pool)
@@ -55,7 +66,7 @@ class TokenRouter(nn.Module):
     @property
     def name(self) -> str:
         """The router's name in the registry."""
-        return type(self).__module__.rpartition(".")[2]
+        return self.registered_name()
 
     @property
     def experts(self) -> tuple[str, ...]:

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from loraweave.common.checks import is_whole
-from loraweave.errors import WeightingError
 from loraweave.hub.pool import ExpertPool
 
 
@@ -53,26 +51,6 @@ def best_of(scores_BTE: Tensor, p_BTE: Tensor) -> Tensor:
         return chosen_BTE
     # the difference is 0, but for its gradient
     return chosen_BTE + (p_BTE - p_BTE.detach())
-
-
-def require_top_k(router: str, top_k: int | None, num_experts: int, *, option: str = "top_k") -> None:
-    """Raises WeightingError for a top_k, or another option, that is no number of the pool's experts."""
-    if top_k is not None and not (is_whole(top_k, 1) and top_k <= num_experts):
-        raise WeightingError(
-            f"{option} of router {router!r} is {top_k!r}, but the pool has {num_experts} experts; it is a whole number "
-            "from 1 to that, or None for the default"
-        )
-
-
-def require_temperature(router: str, temperature: float) -> None:
-    """Raises WeightingError for a temperature that is not finite and above 0."""
-    # NaN and infinity too
-    is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
-    if not (is_number and 0 < temperature < math.inf):
-        raise WeightingError(
-            f"temperature of router {router!r} is {temperature!r}; it must be above 0: small values choose one expert, "
-            "large ones weigh all alike"
-        )
 
 
 def sparsegen(scores_BTE: Tensor, lambda_BT1: Tensor) -> Tensor:

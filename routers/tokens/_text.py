@@ -51,11 +51,6 @@ class TextRouter(TokenRouter):
 
     def __init__(self, pool: ExpertPool | Members, embedder: str) -> None:
         super().__init__(pool)
-        if not isinstance(embedder, str):
-            raise WeightingError(
-                f"embedder of router {self.name!r} is a {type(embedder).__name__}, which no file could keep: give a name of "
-                "names('embedders'), or the folder of an encoder that train_encoder wrote"
-            )
         self.embedder = embedder
         self._kept: dict[str, Tensor] = {}
         self._beside: BesideCache[SeenTokens] = BesideCache(self.name)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loraweave.common.checks import is_whole
-from loraweave.errors import WeightingError
+from loraweave.common.options import Count, Positive
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._forms import OutputAttention
 from loraweave.routers.tokens._members import LayerTensors, Members
-from loraweave.routers.tokens._scores import require_temperature
 
 # of queries and keys at the start, as published
 STD = 0.02
@@ -26,16 +24,10 @@ class AdapterFusion(OutputAttention):
     a fusion of its own.
 
     `dim` is the number of queries and keys, by default the smaller of the layer's inputs and outputs, which in a square
-    layer is the published size; a small number costs less and trains faster. Raises WeightingError for a dim below 1 and
-    a temperature that is not above 0, and what `OutputRouter` raises.
+    layer is the published size; a small number costs less and trains faster. Raises what `OutputRouter` raises.
     """
 
-    def __init__(self, pool: ExpertPool | Members, *, dim: int | None = None, temperature: float = 1.0) -> None:
-        require_temperature("adapter_fusion", temperature)
-        if dim is not None and not is_whole(dim, 1):
-            raise WeightingError(
-                f"dim of router 'adapter_fusion' is {dim!r}; it is a whole number, 1 or more, or None for the layer's size"
-            )
+    def __init__(self, pool: ExpertPool | Members, *, dim: Count | None = None, temperature: Positive = 1.0) -> None:
         super().__init__(pool, scale=1 / temperature)
         self.dim = dim
         self.temperature = temperature

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from loraweave.common.checks import is_whole
-from loraweave.errors import UnknownName, WeightingError
+from loraweave.common.options import Count, Positive, Seed
 from loraweave.hub.pool import ExpertPool
-from loraweave.registry import nearest
 from loraweave.routers.tokens._forms import ScoredRouter
 from loraweave.routers.tokens._members import LayerTensors, Members
 from loraweave.routers.tokens._router import by_layer
@@ -20,8 +18,6 @@ from loraweave.routers.tokens._scores import parts, power_iteration, top_directi
 TOP_K = 4
 # of PEFT's power iteration
 STEPS = 15
-DIRECTIONS = ("exact", "power_iteration")
-NORMS = ("none", "unit")
 
 
 class Arrow(ScoredRouter):
@@ -44,18 +40,13 @@ class Arrow(ScoredRouter):
         self,
         pool: ExpertPool | Members,
         *,
-        top_k: int | None = None,
-        temperature: float = 1.0,
-        input_norm: str = "none",
-        direction: str = "exact",
-        seed: int = 0,
+        top_k: Count | None = None,
+        temperature: Positive = 1.0,
+        input_norm: Literal["none", "unit"] = "none",
+        direction: Literal["exact", "power_iteration"] = "exact",
+        seed: Seed = 0,
     ) -> None:
         super().__init__(pool, top_k, temperature, default=TOP_K)
-        for option, value, known in (("input_norm", input_norm, NORMS), ("direction", direction, DIRECTIONS)):
-            if value not in known:
-                raise UnknownName(f"no {option} {value!r} of Arrow{nearest(value, known)}; there are {', '.join(known)}")
-        if not is_whole(seed, 0):
-            raise WeightingError(f"seed of router {self.name!r} is {seed!r}; it is a whole number from 0")
         self.input_norm = input_norm
         self.direction = direction
         self.seed = seed

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
 from loraweave.common.display import tracked
+from loraweave.common.options import Count, Positive
 from loraweave.errors import ScopeError, WeightingError
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._forms import ScoredRouter
@@ -33,7 +34,7 @@ class AverageActivation(ScoredRouter):
 
     per_expert: ClassVar[Mapping[str, str | None] | None] = {"means_": None}
 
-    def __init__(self, pool: ExpertPool | Members, *, top_k: int | None = None, temperature: float = 1.0) -> None:
+    def __init__(self, pool: ExpertPool | Members, *, top_k: Count | None = None, temperature: Positive = 1.0) -> None:
         super().__init__(pool, top_k, temperature, default=TOP_K)
         shapes = {name: layer.num_inputs for name, layer in self.members.layers.items()}
         # those that were looked over: asking a GPU in every call would wait for it

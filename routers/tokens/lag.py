@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from loraweave.common.options import Count, Positive
 from loraweave.errors import WeightingError
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._forms import ScoredRouter
 from loraweave.routers.tokens._members import Members
-from loraweave.routers.tokens._scores import require_top_k
 from loraweave.routers.tokens.arrow import Arrow
 from loraweave.routers.tokens.spectr import Spectr
 
@@ -34,13 +34,12 @@ class Lag(ScoredRouter):
         self,
         pool: ExpertPool | Members,
         *,
-        candidates: int | None = None,
-        top_k: int | None = None,
-        temperature: float = 1.0,
+        candidates: Count | None = None,
+        top_k: Count | None = None,
+        temperature: Positive = 1.0,
     ) -> None:
         super().__init__(pool, top_k, temperature, default=TOP_K)
         self.candidates = min(max(CANDIDATES, self.top_k), len(self.experts)) if candidates is None else candidates
-        require_top_k("lag", self.candidates, len(self.experts), option="candidates")
         if self.candidates < self.top_k:
             raise WeightingError(
                 f"router 'lag' is to choose top_k={self.top_k} of candidates={self.candidates}; give as many, or more"

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loraweave.common.checks import is_whole
-from loraweave.errors import WeightingError
+from loraweave.common.options import Count, NonNegative
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._forms import InputGates, draw_gates
 from loraweave.routers.tokens._learned import Step
@@ -34,15 +32,12 @@ class LdMole(InputGates):
 
     `sparsity`, 0 or more, is the coefficient of a loss that draws towards at most `target` experts a token: how far lambda
     is below the least that has no more, a mean over real tokens and layers. 0 where it is reached; scores are not moved by
-    it. Raises WeightingError for another coefficient, and for a target or hidden below 1.
+    it.
     """
 
-    def __init__(self, pool: ExpertPool | Members, *, hidden: int = 256, sparsity: float = 0.0, target: int = 2) -> None:
-        for option, value in (("hidden", hidden), ("target", target)):
-            if not is_whole(value, 1):
-                raise WeightingError(f"{option} of router 'ld_mole' is {value!r}; it is a whole number, 1 or more")
-        if not 0 <= sparsity < math.inf:
-            raise WeightingError(f"sparsity of router 'ld_mole' is {sparsity!r}; it is a coefficient of a loss, 0 or more")
+    def __init__(
+        self, pool: ExpertPool | Members, *, hidden: Count = 256, sparsity: NonNegative = 0.0, target: Count = 2
+    ) -> None:
         super().__init__(pool, draw_gates)
         self.hidden = hidden
         self.sparsity = sparsity

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
-from loraweave.errors import UnknownName, WeightingError
+from loraweave.common.options import Positive
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._members import Members
 from loraweave.routers.tokens._text import Examples, TextRouter, read_expert_texts, read_prompts
 from loraweave.types import DEFAULT_TEMPLATE
-
-FORMS = ("selection", "probabilities")
 
 
 class Logistic(TextRouter):
@@ -25,7 +23,7 @@ class Logistic(TextRouter):
     the optimum, without a draw.
 
     `examples`, `template` and `embedder` are those of router `similarity`; where the cards have no sample inputs either,
-    `fit` comes first. Raises WeightingError that names the experts without examples, and for options out of range.
+    `fit` comes first. Raises WeightingError that names the experts without examples.
     """
 
     by_expert: ClassVar[tuple[str, ...]] = ("coefficients_", "intercepts_")
@@ -39,16 +37,12 @@ class Logistic(TextRouter):
         *,
         examples: Examples = None,
         embedder: str = "sentence",
-        form: str = "selection",
-        inverse_penalty: float = 10.0,
+        form: Literal["selection", "probabilities"] = "selection",
+        inverse_penalty: Positive = 10.0,
         template: str | None = DEFAULT_TEMPLATE,
     ) -> None:
         super().__init__(pool, embedder)
         self.form, self.inverse_penalty, self.template = form, inverse_penalty, template
-        if form not in FORMS:
-            raise UnknownName(f"no form {form!r} of router 'logistic'; there are {', '.join(FORMS)}")
-        if not 0 < inverse_penalty < float("inf"):
-            raise WeightingError(f"inverse_penalty of router 'logistic' is {inverse_penalty!r}; it is a number above 0")
         self.register_buffer("coefficients_", torch.empty(0))
         self.register_buffer("intercepts_", torch.empty(0))
         if isinstance(pool, ExpertPool):

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from loraweave.common.checks import is_whole
-from loraweave.errors import LayerMismatch, UnknownName, WeightingError
+from loraweave.common.options import Count
+from loraweave.errors import LayerMismatch, WeightingError
 from loraweave.hub.pool import ExpertPool
-from loraweave.registry import nearest
 from loraweave.routers.tokens._learned import LearnedRouter
 from loraweave.routers.tokens._members import LayerTensors, Members, RoutedLayer
 from loraweave.routers.tokens._model import block_of, running_block
 from loraweave.routers.tokens._scores import without
-
-BIASES = ("outside", "inside")
 
 
 class LoraFlow(LearnedRouter):
@@ -30,19 +28,16 @@ class LoraFlow(LearnedRouter):
     `bias="inside"` is softmax(g x + c), which accounts of the paper print.
 
     `width` is the number I of features of the block's input. Where it is None, it is what all layers of a block read or
-    write; where two numbers are left, what its layers read. Raises UnknownName for another bias, WeightingError for a width
-    that is no whole number above 0 and where none can be told; a block whose input has another width raises LayerMismatch
-    when it runs.
+    write; where two numbers are left, what its layers read. Raises WeightingError where none can be told; a block whose
+    input has another width raises LayerMismatch when it runs.
     """
 
     simplex: bool = False
 
-    def __init__(self, pool: ExpertPool | Members, *, bias: str = "outside", width: int | None = None) -> None:
+    def __init__(
+        self, pool: ExpertPool | Members, *, bias: Literal["outside", "inside"] = "outside", width: Count | None = None
+    ) -> None:
         super().__init__(pool)
-        if bias not in BIASES:
-            raise UnknownName(f"no bias {bias!r} of LoRA-Flow{nearest(bias, BIASES)}; there are {', '.join(BIASES)}")
-        if width is not None and not is_whole(width, 1):
-            raise WeightingError(f"width of router 'lora_flow' is {width!r}; it is a whole number above 0, or None")
         self.bias = bias
         self.width = width
         self._blocks: dict[str, list[str]] = {}

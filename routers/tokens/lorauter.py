@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from loraweave.common.checks import is_whole
+from loraweave.common.options import Count, Positive
 from loraweave.errors import InvalidTask, WeightingError
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._members import Members
-from loraweave.routers.tokens._scores import require_temperature
 from loraweave.routers.tokens._text import TextRouter, labelled_tasks
 
 # ours: the abstract, by which this is written, names none
@@ -32,10 +31,11 @@ class Lorauter(TextRouter):
     the lowest loss on its examples. `fit` measures these; `tasks` {task: prompts} and `losses` {task: {expert: loss}} are
     a table that was measured elsewhere, perhaps with more experts. By default 3 tasks, or all of fewer, and 1 adapter each.
 
-    Raises WeightingError for options out of range and for a table that lacks a task or an expert.
+    Raises WeightingError for a table that lacks a task or an expert.
     """
 
     by_expert: ClassVar[tuple[str, ...]] = ("losses_",)
+    counts: ClassVar[tuple[str, ...]] = ("best",)
 
     keys_: Tensor
     losses_: Tensor
@@ -47,20 +47,12 @@ class Lorauter(TextRouter):
         tasks: Mapping[str, Iterable[str]] | None = None,
         losses: Mapping[str, Mapping[str, float]] | None = None,
         embedder: str = "sentence",
-        num_tasks: int = NUM_TASKS,
-        best: int = 1,
-        temperature: float = TEMPERATURE,
+        num_tasks: Count = NUM_TASKS,
+        best: Count = 1,
+        temperature: Positive = TEMPERATURE,
     ) -> None:
         super().__init__(pool, embedder)
         self.num_tasks, self.best, self.temperature = num_tasks, best, temperature
-        require_temperature(self.name, temperature)
-        if not is_whole(num_tasks, 1):
-            raise WeightingError(f"num_tasks of router 'lorauter' is {num_tasks!r}; it is a number of tasks, 1 or more")
-        if not is_whole(best, 1) or best > len(self.experts):
-            raise WeightingError(
-                f"best of router 'lorauter' is {best!r}, but the pool has {len(self.experts)} experts; it is a whole number "
-                "from 1 to that"
-            )
         self.register_buffer("keys_", torch.empty(0))
         self.register_buffer("losses_", torch.empty(0))
         if tasks is not None or losses is not None:

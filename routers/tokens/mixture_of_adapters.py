@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-import loraweave.registry as registry
-from loraweave.errors import ScopeError, WeightingError
+from loraweave.common.options import NonNegative
+from loraweave.errors import ScopeError
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.losses.domain import domain
 from loraweave.routers.tokens._caches import BesideCache, RowsAndTokens
@@ -39,20 +38,13 @@ class MixtureOfAdapters(InputGates):
     own expert leaves alone learn nothing of it. g_EI starts as torch draws a linear layer.
 
     "sequence" is for models of one sequence of tokens, called with an attention mask (rows, tokens) or none; ScopeError for
-    others. Raises WeightingError for options out of their ranges.
+    others.
     """
 
     needs_experts: ClassVar[bool] = True
     lr: ClassVar[float] = 1e-2
 
-    def __init__(self, pool: ExpertPool | Members, *, eta: float = 0.1, decision: Decision = "sequence") -> None:
-        if not 0 <= eta < math.inf:
-            raise WeightingError(f"eta of router 'mixture_of_adapters' is {eta!r}; it is a coefficient of a loss, 0 or more")
-        if decision not in (known := get_args(Decision)):
-            close = registry.nearest(str(decision), known)
-            raise WeightingError(
-                f"decision of router 'mixture_of_adapters' is {decision!r}{close}; it is one of {', '.join(known)}"
-            )
+    def __init__(self, pool: ExpertPool | Members, *, eta: NonNegative = 0.1, decision: Decision = "sequence") -> None:
         super().__init__(pool, draw_gates)
         self.eta = eta
         self.decision = decision

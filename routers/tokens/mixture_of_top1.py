@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 import loraweave.registry as registry
-from loraweave.errors import UnknownName
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._forms import ScoredRouter
 from loraweave.routers.tokens._members import Members
 from loraweave.routers.tokens._router import TokenRouter
-
-SCORES = ("arrow", "spectr")
 
 
 class MixtureOfTop1(TokenRouter):
     """Weight 1 for the expert with the highest score, 0 for the others; of equal scores the expert named first.
 
     `score` names the router whose scores count. A probability below 1 in the place of the 1 would shrink an update that was
-    trained at its full strength (unit scale; Hard-Routed MoR-LoRA, arXiv 2606.31413). Raises UnknownName for another score.
+    trained at its full strength (unit scale; Hard-Routed MoR-LoRA, arXiv 2606.31413).
     """
 
     per_expert: ClassVar = {}
 
-    def __init__(self, pool: ExpertPool | Members, *, score: str = "arrow") -> None:
+    def __init__(self, pool: ExpertPool | Members, *, score: Literal["arrow", "spectr"] = "arrow") -> None:
         super().__init__(pool)
-        if score not in SCORES:
-            hint = registry.nearest(score, SCORES)
-            raise UnknownName(f"no score {score!r} of router 'mixture_of_top1'{hint}; there are {', '.join(SCORES)}")
         self.score = score
         self.scored: ScoredRouter = registry.get("routers", score)(pool)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Self
 
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor
 
 from loraweave.common.names import unknown_expert
-from loraweave.errors import ScopeError, WeightingError
+from loraweave.common.options import NonNegative
+from loraweave.errors import ScopeError
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._forms import OutputRouter
 from loraweave.routers.tokens._learned import Step
@@ -33,14 +33,11 @@ class Mole(OutputRouter):
 
     `balance`, 0 or more, is the coefficient of -log of the product over experts of q_i, the expert's mean weight over the
     real tokens and its layers: E log E where all weigh alike, without bound where one is not used. `masked` names experts
-    that get no weight, like `masking`. Raises WeightingError for another coefficient, UnknownExpert for other names, and
-    what `OutputRouter` raises.
+    that get no weight, like `masking`. Raises UnknownExpert for other names, and what `OutputRouter` raises.
     """
 
-    def __init__(self, pool: ExpertPool | Members, *, balance: float = 0.5, masked: Iterable[str] = ()) -> None:
+    def __init__(self, pool: ExpertPool | Members, *, balance: NonNegative = 0.5, masked: Iterable[str] = ()) -> None:
         super().__init__(pool)
-        if not 0 <= balance < math.inf:
-            raise WeightingError(f"balance of router 'mole' is {balance!r}; it is a coefficient of a loss, 0 or more")
         self.balance = balance
         self.masked = self._known(masked)
         self.gates_ = LayerTensors({}, learned=True)

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from loraweave.common.options import Count
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._forms import InputGates
 from loraweave.routers.tokens._learned import Step
 from loraweave.routers.tokens._members import Members
-from loraweave.routers.tokens._scores import require_top_k, top_k_softmax, without
+from loraweave.routers.tokens._scores import top_k_softmax, without
 
 TOP_K = 2
 
@@ -29,7 +30,6 @@ class Phatgoose(InputGates):
     `add_expert` gives a new adapter's gate without training the others: `fit` it on the new adapter's rows.
 
     A gate of zeros, which has not been trained, gives its adapter no weight in its layer; where all are, all weigh alike.
-    Raises WeightingError for a top_k that is no number of experts.
     """
 
     per_expert: ClassVar = {"gates_": None}
@@ -38,10 +38,9 @@ class Phatgoose(InputGates):
     apart: ClassVar[bool] = True
     lr: ClassVar[float] = 5e-3
 
-    def __init__(self, pool: ExpertPool | Members, *, top_k: int | None = None) -> None:
+    def __init__(self, pool: ExpertPool | Members, *, top_k: Count | None = None) -> None:
         super().__init__(pool, torch.zeros)
         self.top_k = min(TOP_K, len(self.experts)) if top_k is None else top_k
-        require_top_k(self.name, self.top_k, len(self.experts))
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
         """w_BTE; they sum to 1, but in a step of training are sigmoid(v_e . x) of the row's own expert e alone."""

@@ -7,21 +7,19 @@ Per row it is LoraRetriever's composition (Zhao et al. 2024, arXiv 2402.09997), 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from loraweave.common.checks import is_whole
-from loraweave.errors import UnknownName, WeightingError
+from loraweave.common.options import Count, Positive
+from loraweave.errors import WeightingError
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._members import Members
-from loraweave.routers.tokens._scores import require_temperature
 from loraweave.routers.tokens._text import Examples, TextRouter, read_expert_texts
 from loraweave.types import DEFAULT_TEMPLATE
 
-FORMS = ("softmax", "selection", "mixture")
 # LoraRetriever's k
 NEAREST = 3
 # the right adapter of the pool then has .91 of the weight on prompts that no key has seen, .65 at 0.1, .97 at 0.02
@@ -45,7 +43,7 @@ class Similarity(TextRouter):
     adapters' cards. Sample inputs become prompts by `template`, with the description as the instruction (None: as they are);
     it has to be the form of the prompts that will come.
     `embedder` is a name of `names("embedders")` or an encoder's folder. `examples` themselves are not kept.
-    Raises WeightingError that names the experts without examples, and for options out of range.
+    Raises WeightingError that names the experts without examples, and for a form that no live mixture has.
     """
 
     per_expert: ClassVar[Mapping[str, str | None] | None] = {"keys_": None}
@@ -60,23 +58,34 @@ class Similarity(TextRouter):
         *,
         examples: Examples = None,
         embedder: str = "sentence",
-        form: str = "softmax",
-        nearest: int | None = None,
-        temperature: float = TEMPERATURE,
+        form: Literal["softmax", "selection", "mixture"] = "softmax",
+        nearest: Count | None = None,
+        temperature: Positive = TEMPERATURE,
         per: Literal["row", "token"] = "row",
-        refresh: int = REFRESH,
+        refresh: Count = REFRESH,
         template: str | None = DEFAULT_TEMPLATE,
     ) -> None:
         super().__init__(pool, embedder)
         self.form, self.nearest, self.temperature, self.template = form, nearest, temperature, template
         self.per, self.refresh = per, refresh
-        self._require_options()
+        if form == "selection" and nearest not in (None, 1):
+            raise WeightingError(f"nearest is {nearest!r}, but a selection is of 1 expert; 'mixture' takes several")
         self.register_buffer("keys_", torch.empty(0))
         if isinstance(pool, ExpertPool):
             texts = read_expert_texts(self.name, pool, examples, template)
             self.require_of_each(texts, "examples")
             self.keys_ = torch.stack([self._key(texts[name]) for name in self.experts])
             self.remember_embedder()
+
+    @classmethod
+    def check(cls, options: Mapping[str, Any]) -> None:
+        """Raises WeightingError for a value outside its kind, and for the form that the search of this name has besides."""
+        if options.get("form") == "fusion":
+            raise WeightingError(
+                "form 'fusion' sums the factors of the adapters apart, with cross terms, and no live mixture does that: "
+                "take form='mixture', or compose(..., method='similarity', form='fusion') to merge the adapters of a task so"
+            )
+        super().check(options)
 
     def weights_of(self, vectors_ND: Tensor) -> Tensor:
         scores_NE = vectors_ND @ self.keys_.double().T
@@ -97,24 +106,3 @@ class Similarity(TextRouter):
 
     def _key(self, texts: list[str]) -> Tensor:
         return functional.normalize(self.vectors(texts).mean(dim=0), dim=0).float()
-
-    def _require_options(self) -> None:
-        if self.form == "fusion":
-            raise WeightingError(
-                "form 'fusion' sums the factors of the adapters apart, with cross terms, and no live mixture does that: "
-                "take form='mixture', or compose(..., method='similarity', form='fusion') to merge the adapters of a task so"
-            )
-        if self.form not in FORMS:
-            raise UnknownName(f"no form {self.form!r} of router 'similarity'; there are {', '.join(FORMS)}")
-        if self.per not in ("row", "token"):
-            raise UnknownName(f"per of router 'similarity' is {self.per!r}; it is 'row' or 'token'")
-        if self.nearest is not None and not (is_whole(self.nearest, 1) and self.nearest <= len(self.experts)):
-            raise WeightingError(
-                f"nearest of router 'similarity' is {self.nearest!r}, but the pool has {len(self.experts)} experts; it is a "
-                "whole number from 1 to that"
-            )
-        if self.form == "selection" and self.nearest not in (None, 1):
-            raise WeightingError(f"nearest is {self.nearest!r}, but a selection is of 1 expert; 'mixture' takes several")
-        require_temperature("similarity", self.temperature)
-        if not is_whole(self.refresh, 1):
-            raise WeightingError(f"refresh of router 'similarity' is {self.refresh!r}; it is a number of tokens, 1 or more")

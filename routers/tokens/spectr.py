@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from loraweave.common.options import Count, Positive
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._forms import ScoredRouter
 from loraweave.routers.tokens._members import LayerTensors, Members
@@ -26,7 +27,7 @@ class Spectr(ScoredRouter):
 
     per_expert: ClassVar = {"cores_": "owners_"}
 
-    def __init__(self, pool: ExpertPool | Members, *, top_k: int | None = None, temperature: float = 1.0) -> None:
+    def __init__(self, pool: ExpertPool | Members, *, top_k: Count | None = None, temperature: Positive = 1.0) -> None:
         super().__init__(pool, top_k, temperature, default=TOP_K)
         self.cores_ = LayerTensors(by_layer(pool, _cores))
         self.owners_ = LayerTensors(by_layer(pool, _owners))

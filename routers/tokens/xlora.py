@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-import loraweave.registry as registry
-from loraweave.common.checks import is_whole
+from loraweave.common.options import Count, Positive, Range, Rate
 from loraweave.errors import ScopeError, WeightingError
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.combined import under
@@ -21,7 +19,7 @@ from loraweave.routers.tokens._caches import BesideCache
 from loraweave.routers.tokens._learned import LearnedRouter
 from loraweave.routers.tokens._members import Members
 from loraweave.routers.tokens._model import last_hidden
-from loraweave.routers.tokens._scores import require_temperature, require_top_k, top_k_softmax
+from loraweave.routers.tokens._scores import top_k_softmax
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
@@ -51,7 +49,6 @@ class Xlora(LearnedRouter):
     Every call of the model is preceded by a pass of its tokens through the base. Under a key-value cache that pass has a
     cache of its own beside it, so that generation with a cache is generation without. While it trains, the states of each
     row are kept, up to 512 MiB, and a row that comes again needs no such pass.
-    Raises WeightingError for options out of their ranges.
     """
 
     counts: ClassVar[tuple[str, ...]] = ("top_k",)
@@ -61,15 +58,15 @@ class Xlora(LearnedRouter):
         pool: ExpertPool | Members,
         *,
         layerwise: bool = False,
-        depth: int = 1,
-        size: int = 2048,
-        dropout: float = 0.2,
-        top_k: int | None = None,
-        temperature: float = 1.0,
+        depth: Count = 1,
+        size: Count = 2048,
+        dropout: Rate = 0.2,
+        top_k: Count | None = None,
+        temperature: Positive = 1.0,
         softmax: Softmax = "top_k",
         scaling_pass_value: float = 0.0,
-        global_scaling: float = 1.0,
-        hidden_size: int | None = None,
+        global_scaling: Positive | Annotated[float, Range(below=0)] = 1.0,
+        hidden_size: Count | None = None,
     ) -> None:
         super().__init__(pool)
         self.layerwise = layerwise
@@ -82,7 +79,6 @@ class Xlora(LearnedRouter):
         self.scaling_pass_value = scaling_pass_value
         self.global_scaling = global_scaling
         self.hidden_size = _most_frequent_size(self.members) if hidden_size is None else hidden_size
-        self._require_options()
         # what sums to something else says so
         if softmax == "none" or global_scaling != 1 or (softmax == "all" and top_k is not None):
             self.simplex = False
@@ -164,28 +160,6 @@ class Xlora(LearnedRouter):
             inner += [nn.Linear(num_inputs, num_outputs), nn.ReLU(), nn.Dropout(self.dropout)]
         num_sets = len(self.layers) if self.layerwise else 1
         return nn.Sequential(*inner, nn.Linear(sizes[-1], num_sets * len(self.experts)))
-
-    def _require_options(self) -> None:
-        require_top_k(self.name, self.top_k, len(self.experts))
-        require_temperature(self.name, self.temperature)
-        for option in ("depth", "size", "hidden_size"):
-            if not is_whole(value := getattr(self, option), 1):
-                raise WeightingError(f"{option} of router {self.name!r} is {value!r}; it is a whole number from 1")
-        if not 0 <= self.dropout < 1:
-            raise WeightingError(f"dropout of router {self.name!r} is {self.dropout!r}; it is at least 0 and below 1")
-        if not 0 < abs(self.global_scaling) < math.inf:
-            raise WeightingError(
-                f"global_scaling of router {self.name!r} is {self.global_scaling!r}; it is finite and not 0"
-            )
-        if not math.isfinite(self.scaling_pass_value):
-            raise WeightingError(
-                f"scaling_pass_value of router {self.name!r} is {self.scaling_pass_value!r}; it is finite, 0 for the base"
-            )
-        if self.softmax not in (known := get_args(Softmax)):
-            close = registry.nearest(str(self.softmax), known)
-            raise WeightingError(
-                f"softmax of router {self.name!r} is {self.softmax!r}{close}; it is one of {', '.join(known)}"
-            )
 
 
 class _OfCall:

@@ -293,7 +293,7 @@ def test_blocks_that_run_again_in_the_backward_pass_have_the_same_gradients(name
 
 
 def test_an_option_of_another_type_is_refused_by_name(name, make_model):
-    with pytest.raises(WeightingError, match=f"dropout of recipe '{name}' is 'much': it is a finite number"):
+    with pytest.raises(WeightingError, match=f"recipe '{name}' got dropout='much'; it takes a finite number"):
         built(name, make_model(kind_of(name)), dropout="much")
 
 

@@ -203,11 +203,11 @@ def test_a_search_without_any_loss_fails_by_name(name):
     ("options", "message"),
     [
         ({"low": 1.0, "high": -1.0}, "low is 1.0 and high is -1.0; swap them"),
-        ({"budget": 0}, "budget is 0 evaluations"),
+        ({"budget": 0}, "got budget=0;"),
         ({"budget": None}, "a budget of evaluations, or of seconds"),
-        ({"seconds": -1.0}, "seconds is -1.0"),
-        ({"seed": -1}, "seed is -1"),
-        ({"seed": None}, "seed is None"),
+        ({"seconds": -1.0}, "got seconds=-1.0;"),
+        ({"seed": -1}, "got seed=-1;"),
+        ({"seed": None}, "got seed=None;"),
         ({"groups": {"early": []}}, "group 'early' has no layers"),
     ],
 )

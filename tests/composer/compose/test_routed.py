@@ -166,7 +166,7 @@ def test_fusing_a_router_is_refused_with_the_way_out(tiny_llama, pool):
         ({"method": "ramole", "steps": 0}, WeightingError, "steps of method 'ramole' is 0"),
         ({"method": "ramole", "folds": 1}, WeightingError, "would hold out every example"),
         ({"method": "arrow", "steps": 2}, WeightingError, "has no option 'steps'"),
-        ({"method": "arrow", "top_k": 9}, WeightingError, "top_k of router 'arrow' is 9"),
+        ({"method": "arrow", "top_k": 9}, WeightingError, "router 'arrow' got top_k=9"),
         ({"method": "arrow", "space": "factors"}, WeightingError, "leave space out"),
         ({"method": "arrow", "objective": "exact_match"}, WeightingError, "leave objective out"),
         ({"method": "arrow", "l1": 0.1}, WeightingError, "leave l1 out"),

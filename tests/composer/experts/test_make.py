@@ -17,11 +17,11 @@ def test_what_is_no_model_is_refused():
         ("num_experts", 4, "a list, each of which is a whole number"),
         ("target_modules", "q_proj", "a list, each of which is a text"),
         ("as_released", 1, "True or False"),
-        ("alpha", True, "a finite number or None"),
+        ("alpha", True, "a finite number above 0 or None"),
     ],
 )
 def test_an_option_of_another_type_says_what_it_should_be(make_model, option, value, message):
-    with pytest.raises(WeightingError, match=f"{option} of recipe 'mola' is {value!r}: it is {message}"):
+    with pytest.raises(WeightingError, match=f"recipe 'mola' got {option}={value!r}; it takes {message}"):
         lw.experts("mola", make_model("llama"), **{option: value})
 
 

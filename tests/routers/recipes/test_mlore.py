@@ -137,12 +137,12 @@ def test_balance_is_the_variation_of_the_mean_weights_of_the_mixed_experts(model
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"top_k": 5}, r"top_k of recipe 'mlore' is 5: .* from 1 to the number of experts, 4"),
-        ({"ranks": ()}, r"ranks of recipe 'mlore' is \(\)"),
-        ({"ranks": (2, 0)}, r"ranks of recipe 'mlore' is \(2, 0\)"),
-        ({"balance": -1.0}, "balance of recipe 'mlore' is -1.0"),
-        ({"alpha": 2.0}, "alpha of recipe 'mlore' is 2.0"),
-        ({"tasks": ()}, r"tasks of recipe 'mlore' is \(\)"),
+        ({"top_k": 5}, r"recipe 'mlore' got top_k=5; .* from 1 to the number of experts, 4"),
+        ({"ranks": ()}, r"recipe 'mlore' got ranks=\(\)"),
+        ({"ranks": (2, 0)}, r"recipe 'mlore' got ranks=\(2, 0\)"),
+        ({"balance": -1.0}, "recipe 'mlore' got balance=-1.0"),
+        ({"alpha": 2.0}, "recipe 'mlore' got alpha=2.0"),
+        ({"tasks": ()}, r"recipe 'mlore' got tasks=\(\)"),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(model, options, message):

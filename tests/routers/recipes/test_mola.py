@@ -139,7 +139,7 @@ def test_the_published_balance_is_as_strong_as_the_released_codes_on_as_many_blo
 
 def test_more_groups_than_blocks_are_refused_before_the_base_is_touched(make_model):
     model = make_model("llama")
-    message = r"num_experts of recipe 'mola' is \(2, 2, 2, 2, 2\): .* the model has 2 blocks"
+    message = r"recipe 'mola' got num_experts=\(2, 2, 2, 2, 2\); .* the model has 2 blocks"
     with pytest.raises(WeightingError, match=message):
         lw.experts("mola", model, num_experts=(2, 2, 2, 2, 2))
     assert all(parameter.requires_grad for parameter in model.parameters())

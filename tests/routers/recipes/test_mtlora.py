@@ -210,14 +210,14 @@ def test_statistics_of_batches_stay_the_bases_while_it_trains(make_model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "matrices"}, "mode of recipe 'mtlora' is 'matrices': it is one of 'matrix', 'matrixv2', 'addition'"),
-        ({"task_rank": (1, 2)}, r"task_rank of recipe 'mtlora' is \(1, 2\): it is one for all, or one for each of the 3"),
-        ({"task_rank": 0}, "task_rank of recipe 'mtlora' is 0"),
-        ({"task_scale": (1.0, 0.0, 1.0)}, "task_scale of recipe 'mtlora' is"),
-        ({"shared_scale": float("inf")}, "shared_scale of recipe 'mtlora' is inf"),
-        ({"alpha": 8.0}, "alpha of recipe 'mtlora' is 8.0: it is None"),
-        ({"task_modules": ("dense",)}, r"task_modules of recipe 'mtlora' is \('dense',\): name endings of layers"),
-        ({"tasks": ()}, r"tasks of recipe 'mtlora' is \(\): name those"),
+        ({"mode": "matrices"}, "recipe 'mtlora' got mode='matrices'; it takes one of 'matrix', 'matrixv2', 'addition'"),
+        ({"task_rank": (1, 2)}, r"recipe 'mtlora' got task_rank=\(1, 2\); it takes one for all, or one for each of the 3"),
+        ({"task_rank": 0}, "recipe 'mtlora' got task_rank=0"),
+        ({"task_scale": (1.0, 0.0, 1.0)}, "recipe 'mtlora' got task_scale="),
+        ({"shared_scale": float("inf")}, "recipe 'mtlora' got shared_scale=inf"),
+        ({"alpha": 8.0}, "recipe 'mtlora' got alpha=8.0; it takes None"),
+        ({"task_modules": ("dense",)}, r"recipe 'mtlora' got task_modules=\('dense',\); name endings of layers"),
+        ({"tasks": ()}, r"recipe 'mtlora' got tasks=\(\); name those"),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(stages, options, message):
@@ -227,7 +227,7 @@ def test_values_out_of_range_are_refused_by_name(stages, options, message):
 
 def test_addition_outside_the_blocks_is_refused(make_model):
     options = {**OPTIONS, "target_modules": ("classifier",), "task_modules": ("classifier",)}
-    with pytest.raises(WeightingError, match=r"mode of recipe 'mtlora' is 'addition': 'decode_head\.classifier' is outside"):
+    with pytest.raises(WeightingError, match=r"recipe 'mtlora' got mode='addition'; 'decode_head\.classifier' is outside"):
         lw.experts("mtlora", make_model("segformer"), mode="addition", **options)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from loraweave.errors import SearchFailed, UnknownName, WeightingError
+from loraweave.errors import SearchFailed, WeightingError
 from loraweave.routers.searches.gradient import Gradient
 from loraweave.routers.weights import MixtureWeights
 
@@ -222,13 +222,6 @@ def test_groups_of_layers_share_their_weights():
     values_LE = result.mixture.values_BTLE[0, 0]
     assert torch.equal(values_LE[0], values_LE[1])
     assert not torch.equal(values_LE[0], values_LE[2])
-
-
-def test_a_form_that_there_is_not_is_answered_with_those_there_are():
-    with pytest.raises(UnknownName, match="softmax, free, softmax_bias"):
-        Gradient(NAMES, form="sigmoid")
-    with pytest.raises(UnknownName, match="cosine, constant"):
-        Gradient(NAMES, schedule="linear")
 
 
 def test_an_objective_without_gradients_is_refused():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from loraweave.composer.composer import Composer
-from loraweave.errors import AdapterUnsupported, UnknownName, WeightingError
+from loraweave.errors import AdapterUnsupported
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._saved import router
@@ -127,25 +127,6 @@ def test_the_named_mode_is_the_installed_peft(make_model, make_adapter, tmp_path
             assert torch.allclose(model(ids_BT).logits, expected, atol=1e-5)
         with Composer(model, adapters).activate(router("arrow", adapters, **settings)):
             assert not torch.allclose(model(ids_BT).logits, expected, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"top_k": 6}, WeightingError, "top_k of router 'arrow' is 6, but the pool has 5 experts"),
-        ({"top_k": 0}, WeightingError, "top_k of router 'arrow' is 0"),
-        ({"temperature": "cold"}, WeightingError, "it must be above 0"),
-        ({"seed": "a"}, WeightingError, "seed of router .arrow. is .a."),
-        ({"temperature": 0.0}, WeightingError, "temperature of router 'arrow' is 0.0; it must be above 0"),
-        ({"temperature": float("nan")}, WeightingError, "it must be above 0"),
-        ({"direction": "power_iterations"}, UnknownName, "did you mean 'power_iteration'"),
-        ({"input_norm": "l2"}, UnknownName, "there are none, unit"),
-        ({"topk": 2}, WeightingError, "has no option 'topk', did you mean 'top_k'"),
-    ],
-)
-def test_options_out_of_range_are_refused_by_name(options, error, message):
-    with pytest.raises(error, match=message):
-        router("arrow", random_pool(), **options)
 
 
 def test_an_update_that_needs_its_base_layer_is_refused_by_name():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loraweave.errors import WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._learned import Step
@@ -109,12 +108,3 @@ def test_the_sparsity_loss_alone_brings_tokens_down_to_the_target(pool, x_BTI):
         optimizer.step()
     counts = (made.weights(x_BTI, "q") > 0).sum(dim=-1)
     assert int(counts.max()) <= 2
-
-
-def test_options_out_of_range_are_refused_by_name(pool):
-    with pytest.raises(WeightingError, match="hidden of router 'ld_mole' is 0"):
-        router("ld_mole", pool, hidden=0)
-    with pytest.raises(WeightingError, match="target of router 'ld_mole' is 0"):
-        router("ld_mole", pool, target=0)
-    with pytest.raises(WeightingError, match="sparsity of router 'ld_mole' is -1"):
-        router("ld_mole", pool, sparsity=-1)

@@ -8,7 +8,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 import loraweave as lw
-from loraweave.errors import InvalidTask, UnknownExpert, UnknownName, WeightingError
+from loraweave.errors import InvalidTask, UnknownExpert, WeightingError
 from loraweave.hub.embedders.hashing import Hashing
 
 EXAMPLES = {"a": ["red apple", "green apple", "a pear"], "b": ["one two", "four"], "c": ["paris in france", "rome"]}
@@ -92,17 +92,9 @@ def test_a_data_set_without_the_labels_it_needs_is_refused(pool, engine, dataset
         lw.router("logistic", pool, embedder="hashing").fit(engine, dataset)
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"form": "mixture"}, UnknownName, "selection, probabilities"),
-        ({"inverse_penalty": 0.0}, WeightingError, "inverse_penalty of router 'logistic' is 0.0"),
-        ({"examples": {"a": ["x"]}}, WeightingError, "has none of 'b', 'c'"),
-    ],
-)
-def test_what_cannot_be_used_is_refused_by_name(pool, options, error, message):
-    with pytest.raises(error, match=message):
-        logistic(pool, **options)
+def test_experts_without_examples_are_named(pool):
+    with pytest.raises(WeightingError, match="has none of 'b', 'c'"):
+        logistic(pool, examples={"a": ["x"]})
 
 
 def test_the_engines_own_fit_points_to_the_routers(pool, engine):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from loraweave.composer.composer import Composer
-from loraweave.errors import LayerMismatch, ScopeError, UnknownName, WeightingError
+from loraweave.errors import LayerMismatch, ScopeError
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._model import block_of
 from loraweave.routers.tokens._saved import router
@@ -172,10 +172,3 @@ def test_cross_attention_is_refused_also_where_both_texts_are_as_long(make_model
     made = trained(pool)
     with torch.no_grad(), Composer(model, pool).activate(made), pytest.raises(ScopeError, match="EncDecAttention"):
         model(input_ids=IDS_BT, decoder_input_ids=IDS_BT[:, :num_targets])
-
-
-def test_options_are_refused_by_name(pool):
-    with pytest.raises(UnknownName, match="no bias 'inner' of LoRA-Flow"):
-        router("lora_flow", pool, bias="inner")
-    with pytest.raises(WeightingError, match="width of router 'lora_flow' is 0"):
-        router("lora_flow", pool, width=0)

@@ -107,9 +107,6 @@ def test_an_adapter_without_a_finite_loss_is_chosen_by_no_task(pool):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"temperature": -1.0}, WeightingError, "temperature of router 'lorauter' is -1.0"),
-        ({"num_tasks": 0}, WeightingError, "num_tasks of router 'lorauter' is 0"),
-        ({"best": 4}, WeightingError, "best of router 'lorauter' is 4, but the pool has 3"),
         ({"losses": None}, WeightingError, "have only one of them"),
         ({"tasks": {"fruit": []}, "losses": {"fruit": LOSSES["fruit"]}}, WeightingError, "'fruit'.*no prompts"),
         ({"losses": LOSSES | {"fruit": {"a": 1.0}}}, WeightingError, "the losses of task 'fruit' lack 'b', 'c'"),

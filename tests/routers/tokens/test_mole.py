@@ -9,7 +9,7 @@ import torch
 
 from loraweave.composer.composer import Composer
 from loraweave.composer.train.checkpointed_blocks import checkpointed_blocks
-from loraweave.errors import AdapterUnsupported, ScopeError, UnknownExpert, WeightingError
+from loraweave.errors import AdapterUnsupported, ScopeError, UnknownExpert
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._learned import Step
@@ -198,13 +198,11 @@ def test_masking_an_expert_keeps_the_ratios_of_the_others(pool, x_BTI):
     assert not bool(made.masking("e1", "e3").weights(x_BTI, "v").any())
 
 
-def test_what_is_no_expert_or_coefficient_is_refused_by_name(pool):
+def test_what_is_no_expert_is_refused_by_name(pool):
     with pytest.raises(UnknownExpert, match="e22"):
         router("mole", pool).masking("e22")
     with pytest.raises(UnknownExpert, match="e22"):
         router("mole", pool, masked=["e22"])
-    with pytest.raises(WeightingError, match=r"balance of router 'mole' is -1.*0 or more"):
-        router("mole", pool, balance=-1)
     with pytest.raises(ScopeError, match=r"masking\('e2'\)"):
         router("mole", pool).remove_expert("e2")
 

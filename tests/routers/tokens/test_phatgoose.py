@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from loraweave.composer.composer import Composer
-from loraweave.errors import WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._learned import Step
@@ -150,8 +149,3 @@ def test_fitting_a_new_adapter_leaves_the_bits_of_the_others(make_model, make_ad
     for layer in made.layers:
         assert torch.equal(more.gates_[layer][:2], made.gates_[layer])
     assert all(more.gates_[layer][2].any() for layer in new.layers)
-
-
-def test_a_top_k_that_is_no_number_of_experts_is_refused(pool):
-    with pytest.raises(WeightingError, match="top_k of router 'phatgoose' is 5, but the pool has 4 experts"):
-        router("phatgoose", pool, top_k=5)

@@ -193,11 +193,7 @@ def test_without_dropout_training_sees_all_experts(pool, x_BTI):
     assert torch.equal(made.train().weights(x_BTI, LAYER), made.eval().weights(x_BTI, LAYER))
 
 
-def test_bad_options_and_pools_are_refused_by_name(pool):
-    with pytest.raises(WeightingError, match="rank of router 'ramole' is 0"):
-        router("ramole", pool, rank=0)
-    with pytest.raises(WeightingError, match=r"dropout of router 'ramole' is 1\.0.*below 1"):
-        router("ramole", pool, dropout=1.0)
+def test_pools_of_other_layers_or_another_base_are_refused_by_name(pool):
     with pytest.raises(
         WeightingError, match="trained for 2 layers, the first 'q', but the pool updates 1 others, the first 'o'"
     ):

@@ -191,16 +191,7 @@ def test_the_models_generate_is_its_own_again_and_a_copy_has_its_own(engine, mod
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"temperature": 0.0}, WeightingError, "temperature of router 'similarity' is 0.0"),
-        ({"nearest": 4}, WeightingError, "nearest of router 'similarity' is 4, but the pool has 3"),
-        ({"nearest": 0}, WeightingError, "nearest of router 'similarity' is 0"),
-        ({"form": "selection", "nearest": 2}, WeightingError, "a selection is of 1 expert"),
-        ({"refresh": 0}, WeightingError, "refresh of router 'similarity' is 0"),
-        ({"form": "fusion"}, WeightingError, "no live mixture does that.*compose"),
-        ({"form": "mean"}, UnknownName, "no form 'mean'"),
-        ({"per": "layer"}, UnknownName, "'row' or 'token'"),
         ({"embedder": "hasing"}, UnknownName, "did you mean 'hashing'"),
-        ({"embedder": Hashing()}, WeightingError, "is a Hashing, which no file could keep"),
         ({"examples": {"a": ["x"], "b": []}}, WeightingError, "has none of 'b', 'c'"),
         ({"examples": None}, WeightingError, "has none of 'a', 'b', 'c'"),
         ({"examples": EXAMPLES | {"d": ["x"]}}, UnknownExpert, "no expert 'd'"),

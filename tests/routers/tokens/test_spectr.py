@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loraweave.errors import UnknownName, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._saved import router
@@ -86,12 +85,3 @@ def test_the_top_1_has_weight_1_whatever_its_probability(pool, x_BTI, score):
     soft = router(score, pool, top_k=1).weights(x_BTI, LAYER)
     assert torch.equal(found, soft)
     assert set(found.flatten().tolist()) == {0.0, 1.0}
-
-
-def test_few_candidates_and_unknown_scores_are_refused_by_name(pool):
-    with pytest.raises(WeightingError, match="top_k=3 of candidates=2"):
-        router("lag", pool, candidates=2, top_k=3)
-    with pytest.raises(WeightingError, match="candidates of router 'lag' is 6, but the pool has 5"):
-        router("lag", pool, candidates=6)
-    with pytest.raises(UnknownName, match="no score 'arow' of router 'mixture_of_top1', did you mean 'arrow'"):
-        router("mixture_of_top1", pool, score="arow")

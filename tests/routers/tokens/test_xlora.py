@@ -357,20 +357,3 @@ def test_the_head_is_as_large_as_hidden_states_are(model, make_model, pool, make
     made = xlora(pool, hidden_size=12)
     with torch.no_grad(), Composer(model, pool).activate(made), pytest.raises(WeightingError, match="hidden_size=16"):
         model(IDS_BT)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"top_k": 4}, "top_k of router 'xlora' is 4, but the pool has 3"),
-        ({"temperature": 0.0}, "must be above 0"),
-        ({"depth": 0}, "depth of router 'xlora' is 0"),
-        ({"size": 2.5}, "size of router 'xlora' is 2.5"),
-        ({"dropout": 1.0}, "dropout of router 'xlora' is 1.0"),
-        ({"global_scaling": float("nan")}, "global_scaling of router 'xlora' is nan"),
-        ({"softmax": "topk"}, "softmax of router 'xlora' is 'topk', did you mean 'top_k'"),
-    ],
-)
-def test_options_out_of_their_ranges_are_named(pool, options, message):
-    with pytest.raises(WeightingError, match=message):
-        router("xlora", pool, **options)
