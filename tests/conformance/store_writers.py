@@ -5,34 +5,14 @@ imports; the test's own process has threads, which a fork would lose.
 """
 
 import json
-import os
 import sys
 from contextlib import suppress
 
 import torch
+from tiny_hubs import adapter, ended, forked
 
 from loraweave.errors import AdapterNotFound
-from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
-from loraweave.types import Factors
-
-
-def adapter(seed):
-    generator = torch.Generator().manual_seed(seed)
-    factors = Factors(torch.randn(2, 5, generator=generator), torch.randn(3, 2, generator=generator))
-    return Adapter(f"adapter {seed}", "org/base", {"layer": factors})
-
-
-def forked(work):
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        work()
-        status = 0
-    finally:
-        os._exit(status)
 
 
 def write(place, first):
@@ -65,9 +45,9 @@ def main():
         children = [forked(lambda: write(place, 0)), forked(lambda: write(place, 5)), forked(lambda: read(place))]  # noqa: B023
         children.append(forked(lambda: hub.add(adapter(10))))  # noqa: B023
         hub.add(adapter(11))
-        ended = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        statuses = [ended(child) for child in children]
         hub.remove("adapter 999")
-        found.append([ended, sorted(record.name for record in hub), list(hub.verify().problems)])
+        found.append([statuses, sorted(record.name for record in hub), list(hub.verify().problems)])
         hub.close()
     print(json.dumps(found))
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from tiny_hubs import run_program
 
 PROGRAM = Path(__file__).with_name("run.py")
 
@@ -26,12 +24,7 @@ SHORT = {
 
 
 def reports(folder, parts, timeout_s):
-    # more threads would only take memory that is counted
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(PROGRAM), str(folder), json.dumps(parts)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return run_program(PROGRAM, folder, json.dumps(parts), timeout_s=timeout_s)
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ CALLS = {
     "update": lambda hub: hub.update("adapter 0", description="new"),
     "rename": lambda hub: hub.rename("adapter 0", "new"),
     "remove": lambda hub: hub.remove("adapter 0"),
+    "store_vectors": lambda hub: hub.store_vectors("e", [("adapter 0", "d", [1.0, 1.0, 1.0])]),
     "gc": lambda hub: hub.gc(),
 }
 

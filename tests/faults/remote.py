@@ -10,32 +10,14 @@ import signal
 import sys
 from contextlib import suppress
 
-import numpy as np
 import psycopg
 import s3fs
 import torch
+from tiny_hubs import CHANGES, ended, fill, forked, state
 
-from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
-from loraweave.types import Factors
 
 STORE_CALLS = ("pipe_file", "rm_file", "cat_file", "open", "find", "info", "exists")
-
-
-def adapter(seed):
-    generator = torch.Generator().manual_seed(seed)
-    factors = Factors(torch.randn(2, 5, generator=generator), torch.randn(3, 2, generator=generator))
-    return Adapter(f"adapter {seed}", "org/base", {"layer": factors})
-
-
-CHANGES = {
-    "add": lambda hub: hub.add(adapter(9)),
-    "replace": lambda hub: hub.add(adapter(9), name="adapter 0", replace=True),
-    "update": lambda hub: hub.update("adapter 0", description="new"),
-    "remove": lambda hub: hub.remove("adapter 0"),
-    "store_vectors": lambda hub: hub.store_vectors("e", [("adapter 1", "d", np.ones(3))]),
-    "gc": lambda hub: hub.gc(),
-}
 
 
 class Killer:
@@ -61,18 +43,6 @@ class Killer:
         setattr(kind, name, counted)
 
 
-def forked(work):
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    status = 1
-    try:
-        work()
-        status = 0
-    finally:
-        os._exit(status)
-
-
 class Place:
     """A hub, which only children open: neither library's connections survive a fork."""
 
@@ -85,10 +55,7 @@ class Place:
 
     def fill(self):
         with self.open() as hub:
-            for seed in range(3):
-                hub.add(adapter(seed))
-            # something for gc to do
-            hub.remove("adapter 2")
+            fill(hub)
 
     def change(self, change, number):
         hub = self.open()
@@ -100,15 +67,13 @@ class Place:
         with self.open() as hub:
             for record in hub:
                 assert hub[record.name].hash == record.hash
-            found = [[record.name, record.hash, record.description, record.version] for record in hub]
-            report = hub.verify()
             with open(self.answer, "w") as file:
-                json.dump([[*found, sorted(hub.vectors("e"))], list(report.problems)], file)
+                json.dump(state(hub), file)
 
     def state(self):
         with suppress(FileNotFoundError):
             os.unlink(self.answer)
-        assert forked(self.look) == 0
+        assert ended(forked(self.look)) == 0
         with open(self.answer) as file:
             return json.load(file)
 
@@ -116,16 +81,16 @@ class Place:
 def kill_at_every_message(folder, postgres, s3, change):
     def fresh(label):
         place = Place(folder, postgres, s3, f"{change}_{label}")
-        assert forked(place.fill) == 0
+        assert ended(forked(place.fill)) == 0
         return place
 
     whole = fresh("whole")
     old = whole.state()[0]
-    assert forked(lambda: whole.change(change, 0)) == 0
+    assert ended(forked(lambda: whole.change(change, 0))) == 0
     new = whole.state()[0]
     place, bad = fresh("0"), []
     for number in range(1, 200):
-        status = forked(lambda place=place, number=number: place.change(change, number))
+        status = ended(forked(lambda place=place, number=number: place.change(change, number)))
         found, problems = place.state()
         if problems or found not in (old, new) or (status == 0 and found != new) or status not in (0, -signal.SIGKILL):
             bad.append([number, status, found, problems])

@@ -6,22 +6,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import torch
+from tiny_hubs import adapter
 
 from loraweave.errors import AdapterCorrupt, HubCorrupt
-from loraweave.hub.adapter import Adapter
 from loraweave.hub.health.rebuild import rebuild
 from loraweave.hub.hub import Hub
 from loraweave.hub.stores.folder_blobs import blob_path
-from loraweave.types import Factors
 
 STORES = Path(__file__).parent / "stores"
-
-
-def adapter(seed):
-    generator = torch.Generator().manual_seed(seed)
-    factors = Factors(torch.randn(2, 5, generator=generator), torch.randn(3, 2, generator=generator))
-    return Adapter(f"adapter {seed}", "org/base", {"layer": factors})
 
 
 def listed(hub):
@@ -121,7 +113,7 @@ def test_a_folder_that_cannot_be_written_is_read_and_every_change_is_refused_by_
     said = found["said"]
     assert said["names"] == ["adapter 0", "adapter 1", "second name"]
     assert (said["same"], said["problems"]) == (True, [])
-    for call in ("add", "update", "rename", "remove", "gc"):
+    for call in ("add", "update", "rename", "remove", "store_vectors", "gc"):
         assert "cannot be written" in said[call], call
 
 

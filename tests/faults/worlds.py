@@ -1,7 +1,6 @@
 """Hubs to be harmed, the changes that are interrupted in them, and what may be found afterwards."""
 
 import shutil
-import sqlite3
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,24 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tiny_hubs import adapter, flip, run_sql
 
-from loraweave.hub.adapter import Adapter
 from loraweave.hub.health.rebuild import rebuild
 from loraweave.hub.hub import Hub
 from loraweave.hub.search import search
 from loraweave.hub.stores import migrations
-from loraweave.types import Factors
 
 # so that a hub of a few adapters has an index file too
 search.MIN_SAVED = 1
 
 NEXT_STEP = ("CREATE TABLE later (id INTEGER PRIMARY KEY)", "INSERT INTO later VALUES (1)")
-
-
-def adapter(seed):
-    generator = torch.Generator().manual_seed(seed)
-    factors = Factors(torch.randn(2, 5, generator=generator), torch.randn(3, 2, generator=generator))
-    return Adapter(f"adapter {seed}", "org/base", {"layer": factors})
 
 
 def fresh(path):
@@ -50,19 +42,13 @@ def versioned(path):
 def harmed(path):
     """The same with one blob flipped, so that adding its adapter again heals it."""
     fresh(path)
-    blob = next(file for file in path.glob("blobs/*/*") if adapter(0).hash in file.name)
-    data = bytearray(blob.read_bytes())
-    data[-1] ^= 1
-    blob.chmod(0o644)
-    blob.write_bytes(data)
+    flip(next(file for file in path.glob("blobs/*/*") if adapter(0).hash in file.name))
 
 
 def headless(path):
     """The same with a catalogue that lost its row of state and can be rebuilt."""
     fresh(path)
-    connection = sqlite3.connect(path / "catalogue.sqlite", isolation_level=None)
-    connection.execute("DELETE FROM state")
-    connection.close()
+    run_sql(path, "DELETE FROM state")
 
 
 def emptied(path):

@@ -7,130 +7,56 @@ import json
 import os
 import random
 import signal
-import sqlite3
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
+from tiny_hubs import CHANGES, Steps, adapter, ended, fill, forked, state
 
-import loraweave.common.files
-import loraweave.hub.stores.catalogue
-import loraweave.hub.stores.folder_blobs
-from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
-from loraweave.types import Factors
+
+COUNTED = ("mkdir", "open", "write", "fsync", "fchmod", "close", "replace", "unlink")
 
 
-def adapter(seed):
-    generator = torch.Generator().manual_seed(seed)
-    factors = Factors(torch.randn(2, 5, generator=generator), torch.randn(3, 2, generator=generator))
-    return Adapter(f"adapter {seed}", "org/base", {"layer": factors})
+def killed_at(step, path, change):
+    """The exit status of a writer that is killed before that step of the change, or of opening the hub without one."""
+
+    def work():
+        steps = Steps(lambda what: os.kill(os.getpid(), signal.SIGKILL), calls=COUNTED, left=0 if change else step)
+        steps.install()
+        hub = Hub(path)
+        if change:
+            steps.left = step
+            change(hub)
+            hub.close()
+
+    return ended(forked(work))
 
 
-def forked(work):
-    """Starts `work` in a child, which ends without the parent's clean-up; returns its process id."""
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        work()
-        status = 0
-    finally:
-        os._exit(status)
-
-
-def ended(child):
-    """The child's exit status, or minus the signal that killed it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-class Killer:
-    """Kills the process before the n-th counted step, which is after the step before it."""
-
-    def __init__(self):
-        self.left = 0
-
-    def before(self, act, *args, **kwargs):
-        self.left -= 1
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return act(*args, **kwargs)
-
-    def install(self):
-        killer, real_connect = self, sqlite3.connect
-
-        class CountedOs:
-            def __getattr__(self, name):
-                real = getattr(os, name)
-                if name not in ("mkdir", "open", "write", "fsync", "fchmod", "close", "replace", "unlink"):
-                    return real
-                return lambda *args, **kwargs: killer.before(real, *args, **kwargs)
-
-        class Connection(sqlite3.Connection):
-            def execute(self, *args):
-                return killer.before(super().execute, *args)
-
-            def close(self):
-                return killer.before(super().close)
-
-        loraweave.hub.stores.folder_blobs.os = loraweave.common.files.os = CountedOs()
-        sqlite3.connect = lambda *args, **kwargs: real_connect(*args, **kwargs, factory=Connection)
-
-
-CHANGES = {
-    "add": lambda hub: hub.add(adapter(9)),
-    "update": lambda hub: hub.update("adapter 0", description="new"),
-    "rename": lambda hub: hub.rename("adapter 0", "new"),
-    "remove": lambda hub: hub.remove("adapter 0"),
-    "replace": lambda hub: hub.add(adapter(7), name="adapter 0", replace=True),
-    "rollback": lambda hub: hub.rollback("adapter 1", 1),
-    "store_vectors": lambda hub: hub.store_vectors("e", [("adapter 1", "d", np.ones(3))]),
-    "gc": lambda hub: hub.gc(),
-}
-
-
-def state(path):
+def found_in(path):
     with Hub(path) as hub:
-        report = hub.verify()
-        vectors = sorted(hub.vectors("e"))
-        rows = [(record.name, record.version, record.hash, record.description) for record in hub]
-        return rows + vectors, list(report.problems)
+        return state(hub)
 
 
 def fresh(path):
     with Hub(path) as hub:
-        for seed in range(3):
-            hub.add(adapter(seed))
-        hub.add(adapter(6), name="adapter 1", replace=True)
-        # something for gc to do
-        hub.remove("adapter 2")
+        fill(hub)
 
 
 def kill_at_every_step(folder, change):
     """Number of kills, and the states that were neither the old nor the new one."""
     bad, kills = [], 0
     fresh(folder / "whole")
-    old = state(folder / "whole")[0]
+    old = found_in(folder / "whole")[0]
     with Hub(folder / "whole") as hub:
         CHANGES[change](hub)
-    new = state(folder / "whole")[0]
+    new = found_in(folder / "whole")[0]
     fresh(path := folder / "0")
     for step in range(1, 1000):
-
-        def work(path=path, step=step):
-            killer = Killer()
-            killer.install()
-            hub = Hub(path)
-            killer.left = step
-            CHANGES[change](hub)
-            hub.close()
-
-        status = ended(forked(work))
+        status = killed_at(step, path, CHANGES[change])
         kills += status == -signal.SIGKILL
-        found, problems = state(path)
+        found, problems = found_in(path)
         if problems or found not in (old, new) or (status == 0 and found != new):
             bad.append([step, status, found, problems])
         if status == 0 or bad:
@@ -144,17 +70,9 @@ def kill_at_every_step(folder, change):
 def kill_while_creating(folder):
     bad = []
     for step in range(1, 1000):
-        path = folder / str(step)
-
-        def work(path=path, step=step):
-            killer = Killer()
-            killer.install()
-            killer.left = step
-            Hub(path)
-
-        status = ended(forked(work))
-        found, problems = state(path)
-        if found or problems:
+        status = killed_at(step, folder / str(step), None)
+        found, problems = found_in(folder / str(step))
+        if found != [[], []] or problems:
             bad.append([step, found, problems])
         if status == 0:
             return {"kills": step - 1, "bad": bad}
@@ -193,22 +111,14 @@ def kill_at_random(path, rounds):
         "kills": kills,
         "acknowledged": len(acknowledged),
         "there": names,
-        "lost": lost,
-        "wrong": wrong,
-        "problems": problems,
-        "left": left,
+        "bad": [lost, wrong, problems, left],
     }
 
 
 def read_while_another_adds(path):
     """Whether every list was a beginning of the final one and every listed adapter could be read."""
     hub = Hub(path)
-
-    def work():
-        for seed in range(25):
-            hub.add(adapter(seed))
-
-    child = forked(work)
+    child = forked(lambda: [hub.add(adapter(seed)) for seed in range(25)])
     seen, unread = [], []
     while os.waitpid(child, os.WNOHANG) == (0, 0):
         records = hub.records()

@@ -6,21 +6,13 @@ import json
 import sqlite3
 
 import pytest
-import torch
+from tiny_hubs import adapter
 
 from loraweave.errors import HubCorrupt, HubError
-from loraweave.hub.adapter import Adapter
 from loraweave.hub.health.rebuild import rebuild
 from loraweave.hub.hub import Hub
 from loraweave.hub.stores import migrations
 from loraweave.hub.stores.folder_blobs import FolderBlobs
-from loraweave.types import Factors
-
-
-def adapter(seed):
-    generator = torch.Generator().manual_seed(seed)
-    factors = Factors(torch.randn(2, 5, generator=generator), torch.randn(3, 2, generator=generator))
-    return Adapter(f"adapter {seed}", "org/base", {"layer": factors})
 
 
 @pytest.fixture

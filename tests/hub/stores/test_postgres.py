@@ -13,23 +13,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tiny_hubs import adapter
 
 import loraweave.hub.stores.postgres_migrations
 from loraweave.errors import HubCorrupt, HubError, HubFull, HubLocked, HubReadOnly
-from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 from loraweave.retrieval.retriever import Retriever
-from loraweave.types import Factors, Fingerprint
+from loraweave.types import Fingerprint
 
 psycopg = pytest.importorskip("psycopg")
 
 NUMBERS = itertools.count()
-
-
-def adapter(seed):
-    generator = torch.Generator().manual_seed(seed)
-    factors = Factors(torch.randn(2, 5, generator=generator), torch.randn(3, 2, generator=generator))
-    return Adapter(f"adapter {seed}", "org/base", {"layer": factors})
 
 
 @pytest.fixture
