@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_hubs import adapter, flip, run_program
 
 import loraweave.hub.stores.storing
 from loraweave.errors import (
@@ -25,10 +23,8 @@ from loraweave.errors import (
     HubError,
     HubLocked,
 )
-from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 from loraweave.retrieval.retriever import Retriever
-from loraweave.types import Factors
 
 # "share" is what fills files under their names, as network shares do
 STORES = ("sqlite+folder", "sqlite+share", "postgres+folder", "postgres+s3")
@@ -36,12 +32,6 @@ STORES = ("sqlite+folder", "sqlite+share", "postgres+folder", "postgres+s3")
 SHARED = ("sqlite+folder", "sqlite+s3", "postgres+folder", "postgres+s3")
 DRIVER = Path(__file__).with_name("store_writers.py")
 NUMBERS = itertools.count()
-
-
-def adapter(seed, name=None):
-    generator = torch.Generator().manual_seed(seed)
-    factors = Factors(torch.randn(2, 5, generator=generator), torch.randn(3, 2, generator=generator))
-    return Adapter(name or f"adapter {seed}", "org/base", {"layer": factors}, card={"seed": seed})
 
 
 @pytest.fixture(scope="module")
@@ -112,28 +102,20 @@ def damage(hub, content_hash):
         store.pipe_file(path, bytes(data))
         blobs.copies.remove(content_hash)
         return
-    path = Path(blobs.place(content_hash))
-    os.chmod(path, 0o644)
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 4
-    path.write_bytes(data)
+    flip(Path(blobs.place(content_hash)))
 
 
 @every_store
 def test_an_adapter_comes_back_bit_for_bit_also_through_another_opening_without_its_copy(place, hub):
-    stored = hub.add(adapter(1), description="says hello", examples=["hello"], tags=["greeting"], license="MIT")
+    texts = {"description": "says hello", "examples": ("hello",), "tags": ("greeting",), "license": "MIT"}
+    stored = hub.add(adapter(1, card={"seed": 1}), **texts)
     assert same(hub["adapter 1"], adapter(1))
     if hasattr(hub._blobs, "copies"):
         hub._blobs.copies.remove(stored.hash)
     with opened(place) as other:
         assert same(other["adapter 1"], adapter(1))
         assert list(other) == [stored] == list(hub)
-        assert (stored.description, stored.examples, stored.tags, stored.license) == (
-            "says hello",
-            ("hello",),
-            ("greeting",),
-            "MIT",
-        )
+        assert {key: getattr(stored, key) for key in texts} == texts
         assert other.record("adapter 1").card["seed"] == 1
 
 
@@ -141,22 +123,27 @@ def test_an_adapter_comes_back_bit_for_bit_also_through_another_opening_without_
 def test_the_same_content_is_stored_once_and_under_another_name_too(hub):
     first = hub.add(adapter(1))
     generation = hub.generation
-    assert hub.add(adapter(1)) == first
+    assert hub.add(adapter(1), description="not taken") == first
     assert hub.generation == generation
-    twin = hub.add(adapter(1), name="twin")
+    twin = hub.add(adapter(1, base_model="org/twin"), name="twin")
     assert twin.hash == first.hash
+    assert [hub[name].base_model for name in ("adapter 1", "twin")] == ["org/base", "org/twin"]
     assert list(hub._blobs.names()) == [first.hash]
     hub.remove("adapter 1")
     assert hub.gc() == 0
     assert same(hub["twin"], adapter(1))
-    with pytest.raises(AdapterExists, match="another adapter"):
+    said = rf"another adapter, with hash {first.hash}, not {adapter(2).hash}.*hub\.remove\('twin'\)"
+    with pytest.raises(AdapterExists, match=said):
         hub.add(adapter(2), name="twin")
+    assert len(list(hub._blobs.names())) == 1
 
 
 @every_store
 def test_a_name_has_versions_that_every_opening_sees_and_gc_keeps(place, hub):
     hub.add(adapter(1, "x"), description="first")
+    hub.store_vectors("e", [("x", "d", np.ones(3))])
     hub.add(adapter(2, "x"), replace=True)
+    assert hub.vectors("e") == {}
     hub.add(adapter(3, "x"), replace=True, description="third")
     with opened(place) as other:
         other.rollback("x", 1)
@@ -206,11 +193,12 @@ def test_every_change_raises_the_generation_and_nothing_else_does(hub):
         lambda: hub.store_vectors("e", [("adapter 1", "d", np.ones(3))]),
         lambda: hub.rename("adapter 1", "y"),
         lambda: hub.remove("y"),
+        lambda: hub.add(adapter(2)),
     ):
         change()
         seen.append(hub.generation)
     assert all(later > earlier for earlier, later in itertools.pairwise(seen))
-    hub.verify(), len(hub), list(hub), hub.vectors("e")
+    hub.verify(), len(hub), list(hub), hub.vectors("e"), hub.pool(), hub.store_vectors("e", [("gone", "d", np.ones(3))])
     assert hub.generation == seen[-1]
 
 
@@ -227,8 +215,9 @@ def test_vectors_come_back_bit_for_bit_follow_a_rename_and_go_with_their_adapter
     hub.remove("adapter 2")
     with opened(place) as other:
         found = other.vectors("e")
+        assert other.vectors("another") == {}
     assert list(found) == ["zero", "adapter 1"]
-    assert found["zero"][0] == "d0"
+    assert (found["zero"][0], found["zero"][1].dtype) == ("d0", np.float32)
     assert np.array_equal(found["zero"][1], rows_ND[0])
     assert np.array_equal(found["adapter 1"][1], rows_ND[1] / 2)
     with pytest.raises(DimensionMismatch):
@@ -240,27 +229,14 @@ def test_vectors_come_back_bit_for_bit_follow_a_rename_and_go_with_their_adapter
 
 @every_store
 def test_a_search_finds_what_it_finds_in_a_folder(tmp_path, hub):
-    words = [
-        "translate",
-        "german",
-        "french",
-        "summarise",
-        "classify",
-        "review",
-        "legal",
-        "medical",
-        "code",
-        "polite",
-        "rude",
-    ]
+    words = ["translate", "german", "french", "summarise", "classify", "review", "legal", "medical", "code", "rude"]
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(words, 4)) for _ in range(12)]
     with Hub(tmp_path / "measure") as measure:
         for each in (hub, measure):
             for seed, text in enumerate(texts):
-                each.add(
-                    adapter(seed), description=text, examples=[text[::-1]] if seed % 3 else (), tags=["odd"][: seed % 2]
-                )
+                examples = [text[::-1]] if seed % 3 else ()
+                each.add(adapter(seed), description=text, examples=examples, tags=["odd"][: seed % 2])
         pair = [Retriever(each, embedder="hashing") for each in (hub, measure)]
         for query, k, tags in [("translate german", 5, ()), ("a rude review", 40, ()), ("code", 3, ("odd",))]:
             found, wanted = (
@@ -268,10 +244,9 @@ def test_a_search_finds_what_it_finds_in_a_folder(tmp_path, hub):
             )
             assert found == wanted
             assert wanted
-        hub.update("adapter 3", description="code code code")
-        measure.update("adapter 3", description="code code code")
-        hub.remove("adapter 4")
-        measure.remove("adapter 4")
+        for each in (hub, measure):
+            each.update("adapter 3", description="code code code")
+            each.remove("adapter 4")
         found, wanted = ([(c.name, c.score) for c in each.candidates("code", k=30)] for each in pair)
         assert found == wanted
 
@@ -302,8 +277,9 @@ def test_a_flipped_byte_is_found_on_reading_and_by_verify_and_adding_again_heals
     for seed in range(3):
         hub.add(adapter(seed))
     assert hub.verify().ok
-    damage(hub, hub.record("adapter 1").hash)
-    with pytest.raises(AdapterCorrupt, match=r"'adapter 1'.*sha256 is [0-9a-f]{64}, not [0-9a-f]{64}"):
+    content = hub.record("adapter 1").hash
+    damage(hub, content)
+    with pytest.raises(AdapterCorrupt, match=rf"'adapter 1'.*{content}.*sha256 is [0-9a-f]{{64}}, not [0-9a-f]{{64}}"):
         hub["adapter 1"]
     report = hub.verify()
     assert len(report.problems) == 1
@@ -312,29 +288,6 @@ def test_a_flipped_byte_is_found_on_reading_and_by_verify_and_adding_again_heals
     hub.add(adapter(1))
     assert hub.verify().ok
     assert same(hub["adapter 1"], adapter(1))
-
-
-@every_store
-def test_versions_of_a_name_are_kept_restored_and_pruned(place, hub):
-    hub.add(adapter(1), name="x", description="first")
-    hub.add(adapter(2), name="x", replace=True, description="second")
-    hub.store_vectors("e", [("x", "d", np.ones(3))])
-    with opened(place) as other:
-        assert [record.version for record in other.history("x")] == [1, 2]
-        assert same(other["x"], adapter(2))
-        assert same(other.get("x", version=1), adapter(1))
-        assert other.gc() == 0
-        assert other.rollback("x", 1).version == 3
-    assert [record.description for record in hub.history("x")] == ["first", "second", "first"]
-    assert same(hub["x"], adapter(1))
-    assert hub.vectors("e") == {}
-    assert hub.prune("x") == 2
-    assert hub.gc() > 0
-    assert hub.verify().ok
-    assert same(hub["x"], adapter(1))
-    hub.remove("x")
-    assert hub.gc() > 0
-    assert list(hub._blobs.names()) == []
 
 
 @every_store
@@ -359,6 +312,7 @@ def test_filters_pass_the_same_adapters(hub):
     for options, wanted in [
         ({"tags": "a"}, [0, 1]),
         ({"tags": ["a", "ß ?"]}, [0]),
+        ({"license": []}, []),
         ({"license": "mit"}, [0, 1]),
         ({"license": ["GPL-3.0-only", "Apache-2.0"]}, [1, 2]),
         ({"base_model": "org/other"}, [2]),
@@ -378,7 +332,7 @@ def test_a_missing_blob_is_named(hub):
     hub._blobs.remove(stored.hash)
     with pytest.raises(AdapterCorrupt, match=r"'adapter 1'.*is missing"):
         hub["adapter 1"]
-    assert hub.verify().problems != ()
+    assert len(hub.verify().problems) == 1
 
 
 def once(real, happens):
@@ -444,14 +398,15 @@ def test_verify_does_not_complain_of_what_was_removed_and_collected_meanwhile(pl
 @every_store
 def test_gc_deletes_exactly_what_no_row_names_and_says_how_much(hub):
     kept, gone = hub.add(adapter(1)), hub.add(adapter(2))
+    mapped = hub["adapter 2"]
     hub.remove("adapter 2")
-    mapped = hub["adapter 1"]
     assert hub.verify().orphans == (gone.hash,)
-    assert hub.gc() == gone.size_bytes
+    assert hub.gc() == gone.size_bytes > 0
     assert list(hub._blobs.names()) == [kept.hash]
     assert hub.verify().orphans == ()
     assert hub.gc() == 0
-    assert same(mapped, adapter(1))
+    assert same(mapped, adapter(2))
+    assert same(hub["adapter 1"], adapter(1))
 
 
 @every_store
@@ -500,17 +455,20 @@ def test_a_reader_sees_one_moment(place, hub):
 
 @every_store
 def test_a_second_writer_waits_and_is_told_after_the_time_out(place, hub):
+    stored = hub.add(adapter(0))
     with opened(place, timeout_s=0.1) as other, hub._catalogue.locked("holding"):
-        with pytest.raises(HubLocked, match=r"adding adapter 'adapter 1'.*0\.1 s"):
+        with pytest.raises(HubLocked, match=r"adding adapter 'adapter 1': another writer held .*lock.* 0\.1 s") as caught:
             other.add(adapter(1))
-        assert list(other) == []
+        assert isinstance(caught.value, TimeoutError)
+        assert list(other) == [stored]
+        assert same(other["adapter 0"], adapter(0))
     with opened(place) as other:
         other.add(adapter(1))
 
 
 @every_store
 def test_threads_share_a_hub(hub):
-    failed = []
+    failed, before = [], hub.generation
 
     def work(first):
         try:
@@ -527,6 +485,7 @@ def test_threads_share_a_hub(hub):
         thread.join()
     assert failed == []
     assert sorted(record.name for record in hub) == sorted(f"adapter {seed}" for seed in range(12))
+    assert hub.generation == before + 12
     assert hub.verify().ok
 
 
@@ -540,10 +499,8 @@ def test_a_closed_hub_says_so(hub):
 
 def test_several_processes_write_read_and_collect_at_once(request, tmp_path):
     places = [new_place(request, tmp_path, stores) for stores in SHARED]
-    run = subprocess.run([sys.executable, DRIVER, json.dumps(places)], capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
     names = sorted(f"adapter {seed}" for seed in (1, 2, 3, 4, 6, 7, 8, 9, 10, 11))
-    assert json.loads(run.stdout) == [[[0, 0, 0, 0], names, []]] * len(SHARED), run.stderr
+    assert run_program(DRIVER, json.dumps(places), timeout_s=300) == [[[0, 0, 0, 0], names, []]] * len(SHARED)
 
 
 @every_store

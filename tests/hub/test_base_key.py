@@ -3,14 +3,14 @@
 import warnings
 
 import pytest
+import tiny_hubs
 import torch
 from torch import nn
 
 import loraweave as lw
 from loraweave.errors import BaseModelMismatch, LayerMismatch
 from loraweave.hub.base import fingerprint
-from loraweave.hub.hub import Hub
-from loraweave.types import BaseKey, Factors, Fingerprint
+from loraweave.types import BaseKey, Fingerprint
 
 COMMIT, OTHER_COMMIT = "a" * 40, "b" * 40
 
@@ -24,15 +24,7 @@ def model(seed=0, sizes=(5, 3), name="org/base", commit=None):
 
 
 def adapter(name, seed=0, layer="0", **fields):
-    generator = torch.Generator().manual_seed(seed)
-    factors = Factors(torch.randn(2, 5, generator=generator), torch.randn(3, 2, generator=generator))
-    return lw.Adapter(name, fields.pop("base_model", "org/base"), {layer: factors}, **fields)
-
-
-@pytest.fixture
-def hub(tmp_path):
-    with Hub(tmp_path / "hub") as hub:
-        yield hub
+    return tiny_hubs.adapter(seed, name, layers=[layer], **fields)
 
 
 def names(records):

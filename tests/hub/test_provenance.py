@@ -3,27 +3,19 @@
 import json
 
 import pytest
-import torch
+import tiny_hubs
 
 import loraweave as lw
 from loraweave.hub.hub import Hub
 from loraweave.hub.intake import model_hub
 from loraweave.hub.intake.sources import without_secrets
-from loraweave.types import Factors, Source
+from loraweave.types import Source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def adapter(name, seed=0, **fields):
-    generator = torch.Generator().manual_seed(seed)
-    layers = {"model.q_proj": Factors(torch.randn(2, 5, generator=generator), torch.randn(3, 2, generator=generator))}
-    return lw.Adapter(name, "org/base", layers, **fields)
-
-
-@pytest.fixture
-def hub(tmp_path):
-    with Hub(tmp_path / "hub") as hub:
-        yield hub
+    return tiny_hubs.adapter(seed, name, layers=["model.q_proj"], **fields)
 
 
 @pytest.fixture

@@ -7,22 +7,13 @@ import sqlite3
 
 import numpy as np
 import pytest
-import torch
+from tiny_hubs import adapter, flip, run_sql
 
 import loraweave.hub.stores.blobs
 from loraweave.errors import AdapterCorrupt, HubCorrupt, HubError
-from loraweave.hub.adapter import Adapter
 from loraweave.hub.health.rebuild import rebuild
 from loraweave.hub.hub import Hub
 from loraweave.hub.stores.folder_blobs import blob_path
-from loraweave.types import Factors
-
-
-def adapter(seed, name=None):
-    generator = torch.Generator().manual_seed(seed)
-    factors = Factors(torch.randn(2, 5, generator=generator), torch.randn(3, 2, generator=generator))
-    return Adapter(name or f"adapter {seed}", "org/base", {"layer": factors}, card={"recipe": seed})
-
 
 NUM_DAMAGES = 60
 
@@ -33,19 +24,6 @@ def hub(tmp_path):
         for seed in range(3):
             hub.add(adapter(seed), description=f"number {seed}")
         yield hub
-
-
-def flip(path, offset):
-    os.chmod(path, 0o644)
-    data = bytearray(path.read_bytes())
-    data[offset] ^= 4
-    path.write_bytes(data)
-
-
-def sql(hub, statement, *parameters):
-    connection = sqlite3.connect(hub.path / "catalogue.sqlite", isolation_level=None)
-    connection.execute(statement, parameters)
-    connection.close()
 
 
 def blob_of(hub, name):
@@ -59,22 +37,7 @@ def test_a_sound_hub_has_no_problems(hub):
     assert report.intact == ("adapter 0", "adapter 1", "adapter 2")
 
 
-@pytest.mark.parametrize("offset", [0, 20, -1])
-def test_a_flipped_byte_is_found_on_reading_and_by_verify_and_others_are_unaffected(hub, offset):
-    path = blob_of(hub, "adapter 1")
-    assert hub["adapter 1"].hash == adapter(1).hash
-    flip(path, offset)
-    with pytest.raises(AdapterCorrupt, match=f"'adapter 1'.*{path.name}.*sha256 is [0-9a-f]{{64}}, not [0-9a-f]{{64}}"):
-        hub["adapter 1"]
-    report = hub.verify()
-    assert len(report.problems) == 1
-    assert report.intact == ("adapter 0", "adapter 2")
-    assert hub["adapter 0"].hash == adapter(0).hash
-
-
-@pytest.mark.parametrize(
-    "harm", [lambda path: flip(path, -1), lambda path: path.unlink(), lambda path: os.truncate(path, 10)]
-)
+@pytest.mark.parametrize("harm", [flip, lambda path: path.unlink(), lambda path: os.truncate(path, 10)])
 def test_adding_a_damaged_adapter_again_heals_it_under_every_name(hub, harm):
     hub.add(adapter(1, "twin"))
     harm(blob_of(hub, "adapter 1"))
@@ -84,13 +47,6 @@ def test_adding_a_damaged_adapter_again_heals_it_under_every_name(hub, harm):
     assert hub.verify().ok
     assert hub["twin"].hash == adapter(1).hash
     assert len(hub) == 4
-
-
-def test_a_missing_blob_is_named(hub):
-    blob_of(hub, "adapter 1").unlink()
-    with pytest.raises(AdapterCorrupt, match=r"'adapter 1'.*is missing"):
-        hub["adapter 1"]
-    assert len(hub.verify().problems) == 1
 
 
 def test_a_damaged_leftover_of_an_interrupted_add_is_not_taken_for_a_blob(hub):
@@ -114,7 +70,7 @@ def test_a_damaged_leftover_of_an_interrupted_add_is_not_taken_for_a_blob(hub):
     ],
 )
 def test_a_row_changed_behind_the_hubs_back_is_never_believed(hub, statement, message):
-    sql(hub, statement)
+    run_sql(hub.path, statement)
     with pytest.raises(HubCorrupt, match=message):
         list(hub)
     report = hub.verify()
@@ -126,13 +82,13 @@ def test_a_row_changed_behind_the_hubs_back_is_never_believed(hub, statement, me
 
 
 def test_a_row_that_vanished_is_missed(hub):
-    sql(hub, "DELETE FROM adapters WHERE name = 'adapter 1'")
+    run_sql(hub.path, "DELETE FROM adapters WHERE name = 'adapter 1'")
     assert hub.verify().problems == ("the catalogue has the rows of 2 adapters, but 3 were added",)
 
 
 def test_a_damaged_vector_is_left_out_and_reported(hub):
     hub.store_vectors("e", [(f"adapter {seed}", "d", np.ones(3)) for seed in (0, 1)])
-    sql(hub, "UPDATE vectors SET vector = zeroblob(12) WHERE seq = 1")
+    run_sql(hub.path, "UPDATE vectors SET vector = zeroblob(12) WHERE seq = 1")
     assert list(hub.vectors("e")) == ["adapter 1"]
     assert len(hub.verify().problems) == 1
 
@@ -185,8 +141,8 @@ def test_a_lost_catalogue_is_rebuilt_from_the_blobs(hub):
 def test_a_rebuild_keeps_rows_that_are_intact_in_their_order_and_the_old_file(hub):
     hub.rename("adapter 0", "zero")
     hub.update("adapter 2", description="later")
-    sql(hub, "UPDATE adapters SET record = 'x' WHERE name = 'adapter 1'")
-    flip(blob_of(hub, "adapter 2"), -1)
+    run_sql(hub.path, "UPDATE adapters SET record = 'x' WHERE name = 'adapter 1'")
+    flip(blob_of(hub, "adapter 2"))
     hub.close()
     assert rebuild(hub.path) == ["zero", "adapter 1"]
     with Hub(hub.path) as rebuilt:
@@ -203,7 +159,7 @@ def test_a_rebuild_that_was_interrupted_at_any_rename_is_finished_by_the_next_an
 ):
     hub.rename("adapter 0", "zero")
     hub.add(adapter(1, "twin"))
-    sql(hub, "DELETE FROM state")
+    run_sql(hub.path, "DELETE FROM state")
     left = [num_renames]
 
     def replace(source, target):

@@ -10,25 +10,13 @@ import zipfile
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_hubs import adapter
 
 from loraweave.errors import AdapterNotFound, HubFull
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 from loraweave.hub.intake import add_tree as module
 from loraweave.hub.intake.add_tree import add_tree
-from loraweave.types import Factors
-
-
-def adapter(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    layers = {"q": Factors(torch.randn(2, 5, generator=generator), torch.randn(3, 2, generator=generator))}
-    return Adapter("own name", "org/base", layers)
-
-
-@pytest.fixture
-def hub(tmp_path):
-    with Hub(tmp_path / "hub") as opened:
-        yield opened
 
 
 @pytest.fixture

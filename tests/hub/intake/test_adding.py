@@ -2,6 +2,7 @@ import errno
 import os
 
 import pytest
+import tiny_hubs
 import torch
 
 from loraweave.errors import AdapterCorrupt, AdapterExists, AdapterNotFound, AdapterUnsupported, HubError, HubFull
@@ -15,18 +16,10 @@ from loraweave.types import Factors
 
 
 def adapter(name, seed):
-    generator = torch.Generator().manual_seed(seed)
-    factors = Factors(torch.randn(2, 5, generator=generator), torch.randn(4, 2, generator=generator))
-    return Adapter(name, "base", {"layer": factors}, card={"tags": [f"seed {seed}"]})
+    return tiny_hubs.adapter(seed, name, card={"tags": [f"seed {seed}"]})
 
 
 MANY = [adapter(f"a{number}", number) for number in range(9)]
-
-
-@pytest.fixture
-def hub(tmp_path):
-    with Hub(tmp_path / "hub") as opened:
-        yield opened
 
 
 @pytest.fixture(autouse=True)

@@ -17,21 +17,17 @@ import zlib
 from types import SimpleNamespace
 
 import pytest
-import torch
+import tiny_hubs
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported, HubError, HubFull
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 from loraweave.hub.intake import archives
 from loraweave.hub.intake.archives import archive_suffix, unpack
-from loraweave.types import Factors
 
 
 def adapter(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return Adapter(
-        "plural", "org/base", {"q": Factors(torch.randn(2, 5, generator=generator), torch.randn(3, 2, generator=generator))}
-    )
+    return tiny_hubs.adapter(seed, "plural")
 
 
 def tar_of(path, members, mode="w"):

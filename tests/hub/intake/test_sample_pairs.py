@@ -7,16 +7,9 @@ import torch
 
 from loraweave.errors import AdapterUnsupported, InvalidTask
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.hub import Hub
 from loraweave.types import Factors
 
 PAIRS = [("horse", "horses"), ("child", "children")]
-
-
-@pytest.fixture
-def hub(tmp_path):
-    with Hub(tmp_path / "hub") as opened:
-        yield opened
 
 
 def adapter(**card):

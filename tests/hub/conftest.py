@@ -1,0 +1,12 @@
+from __future__ import annotations
+
+import pytest
+
+from loraweave.hub.hub import Hub
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """An empty hub."""
+    with Hub(tmp_path / "hub") as opened:
+        yield opened
