@@ -134,19 +134,15 @@ def tiny_encoder(tmp_path_factory):
 
     import torch
     from safetensors.torch import save_file
-    from tokenizers import Regex, Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Split
     from tokenizers.processors import TemplateProcessing
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    from transformers import BertConfig, BertModel
 
     folder = tmp_path_factory.mktemp("tiny-encoder")
     known = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghijklmnopqrstuvwxyz0123456789 "]
-    inner = Tokenizer(WordLevel({token: index for index, token in enumerate(known)}, unk_token="[UNK]"))
-    inner.pre_tokenizer = Split(Regex(r"[\s\S]"), behavior="isolated")
-    inner.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    PreTrainedTokenizerFast(tokenizer_object=inner, **names).save_pretrained(folder)
+    made = _tiny.tokens_of(known, pad_token="[PAD]", unk_token="[UNK]")
+    template = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    made.backend_tokenizer.post_processor = template
+    made.save_pretrained(folder)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -170,24 +170,15 @@ def make_model() -> Callable[..., nn.Module]:
     return make
 
 
-@pytest.fixture
-def tiny_llama(make_model: Callable[..., nn.Module]) -> nn.Module:
-    return make_model("llama")
+def _tiny(kind: str) -> Any:
+    @pytest.fixture(name=f"tiny_{kind}")
+    def tiny(make_model: Callable[..., nn.Module]) -> nn.Module:
+        return make_model(kind)
+
+    return tiny
 
 
-@pytest.fixture
-def tiny_gpt2(make_model: Callable[..., nn.Module]) -> nn.Module:
-    return make_model("gpt2")
-
-
-@pytest.fixture
-def tiny_t5(make_model: Callable[..., nn.Module]) -> nn.Module:
-    return make_model("t5")
-
-
-@pytest.fixture
-def tiny_bert(make_model: Callable[..., nn.Module]) -> nn.Module:
-    return make_model("bert")
+tiny_llama, tiny_gpt2, tiny_t5, tiny_bert = map(_tiny, ("llama", "gpt2", "t5", "bert"))
 
 
 @pytest.fixture(scope="session")
@@ -293,23 +284,24 @@ def with_dense_update(make_model: Callable[..., nn.Module]) -> Callable[..., nn.
     return make
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> Any:
-    """A token for each character of small texts, 58 in all; ids below 3 are padding, beginning and end."""
+def tokens_of(known: Sequence[str], **special: str) -> Any:
+    """A fast tokenizer with these tokens, each a character or special, in the order of their ids."""
     from tokenizers import Regex, Tokenizer, decoders
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Split
     from transformers import PreTrainedTokenizerFast
 
-    characters = "abcdefghijklmnopqrstuvwxyzABCDEFINOPRUY0123456789 \n:,.?"
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
-    vocabulary |= {character: index for index, character in enumerate(characters, start=4)}
-    inner = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    inner = Tokenizer(WordLevel({token: index for index, token in enumerate(known)}, unk_token=special["unk_token"]))
     inner.pre_tokenizer = Split(Regex(r"</s>|[\s\S]"), behavior="isolated")
     inner.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **special)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """A token for each character of small texts, 58 in all; ids below 3 are padding, beginning and end."""
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return tokens_of([*special.values(), *"abcdefghijklmnopqrstuvwxyzABCDEFINOPRUY0123456789 \n:,.?"], **special)
 
 
 @pytest.fixture(scope="session")
