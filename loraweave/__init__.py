@@ -77,39 +77,32 @@ if TYPE_CHECKING:
     from loraweave.routers.tokens._saved import router
     from loraweave.routers.weights import MixtureWeights
 
-# the same names with their module: a process imports what it uses, a type checker reads the imports above
-_LAZY = {
-    "Adapter": "loraweave.hub.adapter",
-    "ExpertPool": "loraweave.hub.pool",
-    "Hub": "loraweave.hub.hub",
-    "base_key": "loraweave.hub.base",
-    "load_base": "loraweave.hub.base",
-    "Retriever": "loraweave.retrieval.retriever",
-    "MixtureWeights": "loraweave.routers.weights",
-    "Composer": "loraweave.composer.composer",
-    "Composition": "loraweave.composer.compose.composition",
-    "compose": "loraweave.composer.compose.compose",
-    "clusters": "loraweave.composer.merge.arithmetic",
-    "genknowsub": "loraweave.composer.merge.arithmetic",
-    "merge": "loraweave.composer.merge.merge",
-    "ensemble": "loraweave.composer.ensembles.ensemble",
-    "experts": "loraweave.composer.experts.make",
-    "rerank": "loraweave.composer.compose.rerank",
-    "router": "loraweave.routers.tokens._saved",
-    "collect_statistics": "loraweave.composer.compose.collect_statistics",
-    "Statistics": "loraweave.composer.merge.statistics",
-    "flexlora_clients": "loraweave.composer.merge.arithmetic",
-    "train_adapters": "loraweave.composer.train.adapters",
-    "train_experts": "loraweave.composer.experts.together",
-    "train_encoder": "loraweave.retrieval.training",
-    "extract": "loraweave.hub.conversion",
-    "to_lora": "loraweave.hub.conversion",
-    **dict.fromkeys(("byom", "compeft"), "loraweave.composer.merge.arithmetic"),
-    **dict.fromkeys(
-        ("add", "analogy", "ema", "negate", "scale", "subtract", "subtract_general", "unlearn"),
-        "loraweave.composer.merge.arithmetic",
-    ),
+# the same names by module: a process imports what it uses, a type checker reads the imports above
+_MODULES = {
+    "hub.adapter": "Adapter",
+    "hub.pool": "ExpertPool",
+    "hub.hub": "Hub",
+    "hub.base": "base_key load_base",
+    "retrieval.retriever": "Retriever",
+    "routers.weights": "MixtureWeights",
+    "composer.composer": "Composer",
+    "composer.compose.composition": "Composition",
+    "composer.compose.compose": "compose",
+    "composer.merge.arithmetic": "add analogy byom clusters compeft ema flexlora_clients "
+    "genknowsub negate scale subtract subtract_general unlearn",
+    "composer.merge.merge": "merge",
+    "composer.ensembles.ensemble": "ensemble",
+    "composer.experts.make": "experts",
+    "composer.compose.rerank": "rerank",
+    "routers.tokens._saved": "router",
+    "composer.compose.collect_statistics": "collect_statistics",
+    "composer.merge.statistics": "Statistics",
+    "composer.train.adapters": "train_adapters",
+    "composer.experts.together": "train_experts",
+    "retrieval.training": "train_encoder",
+    "hub.conversion": "extract to_lora",
 }
+_LAZY = {name: f"loraweave.{module}" for module, held in _MODULES.items() for name in held.split()}
 
 __version__ = "0.1.0"
 

@@ -18,19 +18,19 @@ from typing import Any, TypeVar
 
 from loraweave.errors import PluginFailed, UnknownName
 
-FOLDERS: dict[str, str | tuple[str, ...]] = {
-    "methods": "loraweave.composer.merge.methods",
-    "kernels": "loraweave.composer.live.kernels",
-    "objectives": "loraweave.composer.compose.objectives",
-    "continual": "loraweave.composer.train.ordered",
+FOLDERS: dict[str, tuple[str, ...]] = {
+    "methods": ("loraweave.composer.merge.methods",),
+    "kernels": ("loraweave.composer.live.kernels",),
+    "objectives": ("loraweave.composer.compose.objectives",),
+    "continual": ("loraweave.composer.train.ordered",),
     "routers": ("loraweave.routers.searches", "loraweave.routers.tokens"),
-    "experts": "loraweave.routers.recipes",
-    "losses": "loraweave.routers.losses",
-    "forms": "loraweave.composer.experts.forms",
-    "embedders": "loraweave.hub.embedders",
-    "keys": "loraweave.retrieval.keys",
-    "indexes": "loraweave.hub.indexes",
-    "formats": "loraweave.hub.formats",
+    "experts": ("loraweave.routers.recipes",),
+    "losses": ("loraweave.routers.losses",),
+    "forms": ("loraweave.composer.experts.forms",),
+    "embedders": ("loraweave.hub.embedders",),
+    "keys": ("loraweave.retrieval.keys",),
+    "indexes": ("loraweave.hub.indexes",),
+    "formats": ("loraweave.hub.formats",),
 }
 
 
@@ -135,8 +135,7 @@ def _from_plugin(folder: str, name: str) -> Any:
 def _packages(folder: str) -> tuple[str, ...]:
     if folder not in FOLDERS:
         raise UnknownName(f"no registry {folder!r}{nearest(folder, list(FOLDERS))}; there are {', '.join(FOLDERS)}")
-    packages = FOLDERS[folder]
-    return (packages,) if isinstance(packages, str) else packages
+    return FOLDERS[folder]
 
 
 def _loaded(folder: str, name: str) -> ModuleType | None:

@@ -194,10 +194,10 @@ class Record:
     @property
     def parents(self) -> tuple[str, ...]:
         """The hashes of the adapters that this one was merged from; none for one that was trained."""
-        recipe = self.card.get("recipe")
-        parents = recipe.get("parents") if isinstance(recipe, Mapping) else None
-        listed = parents if isinstance(parents, list | tuple) else ()
-        return tuple(str(parent["hash"]) for parent in listed if isinstance(parent, Mapping) and "hash" in parent)
+        match self.card.get("recipe"):
+            case {"parents": [*parents]}:
+                return tuple(str(parent["hash"]) for parent in parents if isinstance(parent, Mapping) and "hash" in parent)
+        return ()
 
 
 @dataclass(frozen=True)

@@ -111,8 +111,7 @@ def test_a_floor_asks_only_the_registries_of_itself_and_of_what_is_below_it():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("registry.get", "registry.names") and node.args:
                 folder = getattr(node.args[0], "value", None)
-                place = FOLDERS.get(folder, ())
-                floors = {package.split(".")[1] for package in ((place,) if isinstance(place, str) else place)}
+                floors = {package.split(".")[1] for package in FOLDERS.get(folder, ())}
                 wrong |= {(module, folder) for above in floors if ROOMS.index(above) > ROOMS.index(floor)}
     assert wrong == set()
 

@@ -18,7 +18,7 @@ def folder(tmp_path, monkeypatch):
     package.mkdir()
     (package / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(registry.FOLDERS, "things", "registry_fixture")
+    monkeypatch.setitem(registry.FOLDERS, "things", ("registry_fixture",))
 
     def add(name, text):
         (package / f"{name}.py").write_text(text)

@@ -13,10 +13,9 @@ from loraweave import __version__
 from loraweave.cli._application import INTERRUPTED, Application, quiet_libraries
 from loraweave.cli._flags import JsonOption, SeedOption
 from loraweave.cli._printing import progress_to_stderr
+from loraweave.cli.adapters import MERGE_EXAMPLE, TRAIN_EXAMPLE, merge, train
 from loraweave.cli.compositions import composing
 from loraweave.cli.hub import hub
-from loraweave.cli.merge import MERGE_EXAMPLE, merge
-from loraweave.cli.train import TRAIN_EXAMPLE, train
 
 app = typer.Typer(
     cls=Application,

@@ -55,37 +55,22 @@ def progress_to_stderr() -> None:
 
 def record_row(record: Record) -> dict[str, Any]:
     """A record without its card, as JSON."""
-    names = (
-        "name",
-        "hash",
-        "base_model",
-        "rank",
-        "target_modules",
-        "license",
-        "tags",
-        "description",
-        "size_bytes",
-        "created",
-        "language",
-        "version",
-        "restored",
-        "base_revision",
-    )
-    source = record.source and {"location": record.source.location, "revision": record.source.revision}
-    shown = {name: plain(getattr(record, name)) for name in names}
-    return {**shown, "source": source, "parents": plain(record.parents)}
+    names = "name hash base_model rank target_modules license tags description size_bytes created language version restored"
+    shown = {name: plain(getattr(record, name)) for name in (*names.split(), "base_revision")}
+    return {**shown, "source": record.source and vars(record.source), "parents": plain(record.parents)}
 
 
 def plain(value: Any) -> Any:
     """The value as JSON types."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(inner) for inner in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, str | int | bool):
-        return value
+    match value:
+        case Mapping():
+            return {str(key): plain(inner) for key, inner in value.items()}
+        case list() | tuple():
+            return [plain(inner) for inner in value]
+        case float():
+            return value if math.isfinite(value) else None
+        case None | str() | int():
+            return value
     return str(value)
 
 

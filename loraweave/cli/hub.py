@@ -1,4 +1,4 @@
-"""`loraweave hub`: adapters on disk, under names. Only add, add-tree, search, verify and train-encoder need torch."""
+"""`loraweave hub`: adapters on disk, under names. Only add, add-tree, search, verify, bind and train-encoder need torch."""
 
 from __future__ import annotations
 
@@ -9,15 +9,25 @@ from typing import Annotated
 
 import typer
 
-from loraweave.cli._flags import DEFAULT_HUB, AnomaliesOption, BlobsOption, HubOption, JsonOption, ManyTagsOption, SeedOption
-from loraweave.cli._inputs import open_hub
+from loraweave.cli._flags import (
+    DEFAULT_HUB,
+    AnomaliesOption,
+    BaseOption,
+    BlobsOption,
+    HubOption,
+    JsonOption,
+    ManyTagsOption,
+    SeedOption,
+)
+from loraweave.cli._inputs import load_model, open_hub
 from loraweave.cli._printing import note, plain, print_json, print_rows, record_row
-from loraweave.cli.versions import versions
 from loraweave.common.rows import located, read_row
 from loraweave.errors import HubCorrupt
 
 # what `show` prints of one field
 MAX_CELL = 400
+NamesArgument = Annotated[list[str], typer.Argument(metavar="NAME", help="Adapters of the hub.")]
+NameArgument = Annotated[str, typer.Argument(help="An adapter of the hub.")]
 
 hub = typer.Typer(help="Keep adapters under names, list them and search them.", rich_markup_mode=None, no_args_is_help=True)
 
@@ -176,7 +186,7 @@ def search(
 
 @hub.command(epilog="Example: loraweave hub show antonym --json")
 def show(
-    name: Annotated[str, typer.Argument(help="An adapter of the hub.")],
+    name: NameArgument,
     hub: HubOption = DEFAULT_HUB,
     as_json: JsonOption = False,
 ) -> None:
@@ -206,7 +216,7 @@ def _brief(text: str) -> str:
 
 @hub.command(epilog="Example: loraweave hub remove antonym")
 def remove(
-    names: Annotated[list[str], typer.Argument(metavar="NAME", help="Adapters of the hub.")],
+    names: NamesArgument,
     hub: HubOption = DEFAULT_HUB,
 ) -> None:
     """Take adapters out of the catalogue; `gc` then frees their files."""
@@ -270,7 +280,106 @@ def train_encoder(
     note(f"saved the encoder to {out}; it learned from the inputs of {len(tasks)} adapters")
 
 
-hub.add_typer(versions)
+@hub.command(epilog="Example: loraweave hub history antonym")
+def history(name: NameArgument, hub: HubOption = DEFAULT_HUB, as_json: JsonOption = False) -> None:
+    """List the versions of an adapter, oldest first; the last one is in use."""
+    with open_hub(hub) as opened:
+        records = opened.history(name)
+    if as_json:
+        print_json([record_row(record) for record in records])
+        return
+    rows = [
+        (r.version, r.created, r.hash[:12], f"back to {r.restored}" if r.restored else "", r.description) for r in records
+    ]
+    print_rows(("version", "created", "hash", "rollback", "description"), rows)
+
+
+@hub.command(epilog="Example: loraweave hub rollback antonym 1")
+def rollback(
+    name: NameArgument,
+    version: Annotated[int, typer.Argument(help="The version to go back to; `hub history` lists them.")],
+    hub: HubOption = DEFAULT_HUB,
+    as_json: JsonOption = False,
+) -> None:
+    """Bring an earlier version back, as a new one: nothing of the history is lost."""
+    with open_hub(hub) as opened:
+        record = opened.rollback(name, version)
+    if as_json:
+        print_json(record_row(record))
+    else:
+        note(f"{record.name!r} is at version {record.version}, with the content of version {record.restored or version}")
+
+
+@hub.command(epilog="Example: loraweave hub prune antonym --keep 3")
+def prune(
+    name: NameArgument,
+    keep: Annotated[int, typer.Option(min=1, help="How many versions stay, the newest ones.")] = 1,
+    hub: HubOption = DEFAULT_HUB,
+    as_json: JsonOption = False,
+) -> None:
+    """Forget old versions of an adapter; `gc` then frees their files."""
+    with open_hub(hub) as opened:
+        num_forgotten = opened.prune(name, keep=keep)
+    if as_json:
+        print_json({"forgotten": num_forgotten})
+    else:
+        note(f"{num_forgotten} versions of {name!r} are forgotten; `loraweave hub gc` frees their files")
+
+
+@hub.command(epilog="Example: loraweave hub bind antonym --base path/to/model")
+def bind(
+    names: NamesArgument,
+    base: BaseOption = None,
+    hub: HubOption = DEFAULT_HUB,
+    as_json: JsonOption = False,
+) -> None:
+    """Check adapters against their base model and store its revision and fingerprint with them."""
+    with open_hub(hub) as opened:
+        # a misspelt name is told before a model is loaded
+        for name in names:
+            opened.record(name)
+        model, _ = load_model(base)
+        records = [opened.bind(name, model) for name in dict.fromkeys(names)]
+    if as_json:
+        print_json([record_row(record) for record in records])
+        return
+    for record in records:
+        note(f"{record.name!r} fits {record.base_model!r}, whose fingerprint it has now")
+
+
+@hub.command(epilog="Example: loraweave hub quarantine antonym")
+def quarantine(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Adapters of the hub.")] = None,
+    hub: HubOption = DEFAULT_HUB,
+    as_json: JsonOption = False,
+) -> None:
+    """Put adapters aside, so that nothing finds or reads them; without a name, list those that are."""
+    with open_hub(hub) as opened:
+        # all or none: a misspelt name is told before anything changes
+        for name in names or ():
+            opened.record(name)
+        for name in names or ():
+            opened.quarantine(name)
+            note(f"{name!r} is in quarantine; `loraweave hub release` takes it back")
+        held = opened.records(quarantined=True)
+    if as_json:
+        print_json([record_row(record) for record in held])
+    elif not names:
+        print_rows(("name", "what was found"), [(r.name, "; ".join(a.detail for a in r.anomalies)) for r in held])
+
+
+@hub.command(epilog="Example: loraweave hub release antonym")
+def release(
+    names: Annotated[list[str], typer.Argument(metavar="NAME", help="Adapters in quarantine.")],
+    hub: HubOption = DEFAULT_HUB,
+) -> None:
+    """Take adapters out of quarantine."""
+    with open_hub(hub) as opened:
+        for name in names:
+            opened.record(name)
+        for name in names:
+            opened.release(name)
+            note(f"released {name!r}")
 
 
 def _samples(path: Path) -> list[str] | list[tuple[str, str]]:

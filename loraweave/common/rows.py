@@ -88,7 +88,7 @@ def read_row(row: Any, where: str, *, targets: Targets = "one") -> Row:
     if isinstance(row, str) and targets in ("any", "none"):
         return Row(row)
     is_pair = isinstance(row, Sequence) and not isinstance(row, str | bytes) and len(row) == 2
-    if not is_pair or not isinstance(row[0], str) or not _are_targets(row[1], targets):
+    if not is_pair or not _are_texts(row[:1]) or not _are_targets(row[1], targets):
         what = "a text, nor a pair of texts" if targets in ("any", "none") else "a pair of texts (input, target)"
         raise InvalidTask(f"{where} is {row!r:.80}, not {what}: {FORMS}")
     return Row(row[0], _checked(row[1], row[0], where, targets))
@@ -130,7 +130,7 @@ def _class_names(features: Any) -> dict[str, Sequence[str]]:
     if not isinstance(features, Mapping):
         return {}
     named = {column: getattr(feature, "names", None) for column, feature in features.items()}
-    return {column: names for column, names in named.items() if isinstance(names, list | tuple)}
+    return {column: names for column, names in named.items() if _is_list(names)}
 
 
 def _with_names(row: Mapping[str, Any], names_of: Mapping[str, Sequence[str]]) -> dict[str, Any]:
@@ -177,14 +177,14 @@ def _of_csv(path: Path, text: str) -> Iterator[tuple[str, Any]]:
 def _of_mapping(row: Mapping[str, Any], where: str, targets: Targets) -> Row:
     instruction = row.get("instruction") or row.get("definition") or ""
     split = row.get("split", "")
-    if not isinstance(instruction, str):
+    if not _are_texts([instruction]):
         raise InvalidTask(f"{where} has {instruction!r:.60} as its instruction, which is no text")
     column, answer = _columns(row, where, targets)
     text, given = row[column], None if answer is None else row[answer]
     if column == "messages":
         system, text, given = _turns(text, where, targets)
         instruction = system or instruction
-    if not isinstance(text, str):
+    if not _are_texts([text]):
         raise InvalidTask(f"{where} has {text!r:.60} as {column!r}, which is no text: {FORMS}")
     found: tuple[str, ...] = ()
     if given is not None and targets != "none":
@@ -193,7 +193,7 @@ def _of_mapping(row: Mapping[str, Any], where: str, targets: Targets) -> Row:
             way = "; give the names of labels, not their numbers" if isinstance(given, int) else ""
             raise InvalidTask(f"{where} has {given!r:.60} as {answer!r}, which is not {kind}{way}")
         also = _listed(row.get("also_ok", []) if targets == "several" else [])
-        if not all(isinstance(target, str) for target in also):
+        if not _are_texts(also):
             raise InvalidTask(f"{where} has {also!r:.60} as 'also_ok', which is no list of texts")
         found = _checked([*_listed(given), *also], text, where, targets)
     return Row(text, found, instruction, column == "prompt", str(split))
@@ -228,7 +228,7 @@ def _turns(turns: Any, where: str, targets: Targets) -> tuple[str, str, str | No
 
     One turn of the user is the input as it is; several turns are lines "role: content".
     """
-    if not isinstance(turns, list | tuple) or not all(_is_turn(turn) for turn in turns):
+    if not _is_list(turns) or not all(_is_turn(turn) for turn in turns):
         raise InvalidTask(
             f"{where} has {turns!r:.80} as 'messages', which is no list of {{'role', 'content'}} with texts alone"
         )
@@ -246,7 +246,7 @@ def _turns(turns: Any, where: str, targets: Targets) -> tuple[str, str, str | No
 def _is_turn(turn: Any) -> bool:
     if not isinstance(turn, Mapping) or turn.get("tool_calls"):
         return False
-    return all(isinstance(turn.get(key), str) for key in ("role", "content"))
+    return _are_texts([turn.get("role"), turn.get("content")])
 
 
 def _is_missing(value: Any) -> bool:
@@ -254,15 +254,22 @@ def _is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
+
+
+def _are_texts(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
 def _listed(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [value]
+    return list(value) if _is_list(value) else [value]
 
 
 def _are_targets(value: Any, targets: Targets) -> bool:
     if targets == "none":
         return True
-    several = isinstance(value, list | tuple) and targets in _LISTS and len(value) > 0
-    return all(isinstance(text, str) for text in value) if several else isinstance(value, str)
+    return _are_texts(value if _is_list(value) and targets in _LISTS and len(value) > 0 else [value])
 
 
 def _checked(value: Any, text: str, where: str, targets: Targets) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from command_line import call
 from torch import nn
 
 import loraweave as lw
-from loraweave.cli import versions as cli_versions
+from loraweave.cli import hub as cli_hub
 from loraweave.hub.base import fingerprint
 
 adapter = partial(command_line.adapter, layers=("0",), base_model="org/base")
@@ -75,7 +75,7 @@ def test_bind_stores_the_key_of_the_base(hub, monkeypatch):
     base = nn.Sequential(nn.Linear(16, 16))
     base.name_or_path = "org/base"
     asked = []
-    monkeypatch.setattr(cli_versions, "load_model", lambda name: (asked.append(name) or base, SimpleNamespace()))
+    monkeypatch.setattr(cli_hub, "load_model", lambda name: (asked.append(name) or base, SimpleNamespace()))
     assert call("hub", "bind", "nobody").exit_code == 1
     assert asked == []
     done = call("hub", "bind", "antonym", "--base", "folder")

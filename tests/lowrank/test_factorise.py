@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from loraweave.lowrank import factorise as module
-from loraweave.lowrank.factorise import factorise
-from loraweave.lowrank.subspace import energy_missed, top_subspace
+from loraweave.lowrank.factorise import energy_missed, factorise, top_subspace
 
 
 def orthogonal(seed, rows, columns):
