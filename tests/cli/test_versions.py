@@ -1,5 +1,6 @@
 """`loraweave hub history`, `rollback`, `prune` and `bind`."""
 
+import importlib
 import json
 from functools import partial
 from types import SimpleNamespace
@@ -11,7 +12,6 @@ from command_line import call
 from torch import nn
 
 import loraweave as lw
-from loraweave.cli import hub as cli_hub
 from loraweave.hub.base import fingerprint
 
 adapter = partial(command_line.adapter, layers=("0",), base_model="org/base")
@@ -75,7 +75,11 @@ def test_bind_stores_the_key_of_the_base(hub, monkeypatch):
     base = nn.Sequential(nn.Linear(16, 16))
     base.name_or_path = "org/base"
     asked = []
-    monkeypatch.setattr(cli_hub, "load_model", lambda name: (asked.append(name) or base, SimpleNamespace()))
+    monkeypatch.setattr(
+        importlib.import_module("loraweave.cli.hub"),
+        "load_model",
+        lambda name: (asked.append(name) or base, SimpleNamespace()),
+    )
     assert call("hub", "bind", "nobody").exit_code == 1
     assert asked == []
     done = call("hub", "bind", "antonym", "--base", "folder")
