@@ -17,8 +17,10 @@ from loraweave.common.files import as_path
 from loraweave.errors import AdapterUnsupported
 from loraweave.hub.export import ExportReport, export
 from loraweave.hub.formats import _reading
+from loraweave.hub.formats._card import as_list
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._conversion import MAX_ERROR
+from loraweave.hub.formats._files import entry
 from loraweave.hub.formats._kept_files import KEPT, as_kept_files
 from loraweave.hub.formats._lora_file import PICKLES
 from loraweave.hub.formats._peft_config import PICKLE
@@ -132,11 +134,9 @@ class Adapter:
 
     def _is_copy(self, max_rank: int | None) -> bool:
         """Whether a cut to `max_rank` leaves an adapter as somebody published it: neither cut nor made of others."""
-        recipe = self.card.get("recipe")
-        parents = recipe.get("parents") if isinstance(recipe, Mapping) else None
-        listed = parents if isinstance(parents, list | tuple) else ()
+        parents = as_list(entry(self.card.get("recipe"), "parents", object))
         # a merge of one at weight 1 is that one
-        made = any(not isinstance(parent, Mapping) or parent.get("hash") != self.hash for parent in listed)
+        made = any(entry(parent, "hash", str) != self.hash for parent in parents)
         return not made and (max_rank is None or self.rank <= max_rank)
 
     def _contents(self) -> Contents:
@@ -146,9 +146,7 @@ class Adapter:
     @property
     def base(self) -> BaseKey:
         """The base model as a key; its revision is the one that PEFT's config names."""
-        config = self.card.get("peft")
-        revision = config.get("revision") if isinstance(config, Mapping) else None
-        return BaseKey(self.base_model, revision if isinstance(revision, str) and revision else None, self.fingerprint)
+        return BaseKey(self.base_model, entry(self.card.get("peft"), "revision", str) or None, self.fingerprint)
 
     @property
     def rank(self) -> int:

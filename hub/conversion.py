@@ -48,7 +48,7 @@ def to_lora(adapter: Adapter, model: nn.Module, *, rank: int | None = None, max_
             continue
         layer = base_layer(modules, name, f"adapter {adapter.name!r}")
         update = _whole(factors, layer, where)
-        layers[name], notes[name] = cut(update, bound, where, kind=factors.kind, kernel=factors.kernel)
+        layers[name], notes[name] = cut(update, bound, where, layer)
     return replace(adapter, layers=layers, fingerprint=own.fingerprint, card={**adapter.card, "conversion": notes})
 
 

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -29,17 +30,15 @@ class BaseLayer:
     @cached_property
     def weight_OI(self) -> Tensor:
         """The weight (O, I) in float64 on the CPU. Raises AdapterUnsupported if it is not a plain matrix of floats."""
-        weight = getattr(self.module, "weight", None)
+        weight: Any = getattr(self.module, "weight", None)
         size = self.num_outputs * self.num_inputs
-        if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point() or weight.numel() != size:
-            what = (
-                "no tensor" if not isinstance(weight, Tensor) else f"{weight.dtype} {tuple(weight.shape)} on {weight.device}"
-            )
+        what = f"{weight.dtype} {tuple(weight.shape)} on {weight.device}" if isinstance(weight, Tensor) else "no tensor"
+        if what == "no tensor" or weight.is_meta or not weight.is_floating_point() or weight.numel() != size:
             raise AdapterUnsupported(
                 f"the weight of the base layer {self.name!r} ({type(self.module).__name__}) is {what}; its values are "
                 "needed, so load the base model unquantised"
             )
-        dense = weight.detach().cpu().double()
+        dense: Tensor = weight.detach().cpu().double()
         return dense.T if self.transposed else dense.flatten(1)
 
     @property
@@ -71,15 +70,16 @@ def base_layer(modules: Mapping[str, nn.Module], name: str, asker: str) -> BaseL
 
 def as_base_layer(name: str, module: nn.Module) -> BaseLayer | None:
     """The module as a layer with one weight matrix, None for any other module."""
-    if isinstance(module, Conv1D):
-        return BaseLayer(name, module, int(module.nf), int(module.nx), transposed=True)
-    if isinstance(module, nn.Linear):
-        return BaseLayer(name, module, int(module.out_features), int(module.in_features))
-    if isinstance(module, nn.Embedding):
-        sizes = int(module.embedding_dim), int(module.num_embeddings)
-        return BaseLayer(name, module, *sizes, kind="embedding", transposed=True)
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1:
-        kernel = tuple(int(size) for size in module.kernel_size)
-        inputs = int(module.weight[0].numel())
-        return BaseLayer(name, module, int(module.out_channels), inputs, kind="conv", kernel=kernel)
+    match module:
+        case Conv1D():
+            return BaseLayer(name, module, int(module.nf), int(module.nx), transposed=True)
+        case nn.Linear():
+            return BaseLayer(name, module, int(module.out_features), int(module.in_features))
+        case nn.Embedding():
+            sizes = int(module.embedding_dim), int(module.num_embeddings)
+            return BaseLayer(name, module, *sizes, kind="embedding", transposed=True)
+        case nn.Conv1d() | nn.Conv2d() | nn.Conv3d() if module.groups == 1:
+            kernel = tuple(int(size) for size in module.kernel_size)
+            inputs = int(module.weight[0].numel())
+            return BaseLayer(name, module, int(module.out_channels), inputs, kind="conv", kernel=kernel)
     return None

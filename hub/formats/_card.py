@@ -12,7 +12,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported, InvalidLicense
-from loraweave.hub.formats._files import MAX_JSON_BYTES, open_file, present, read_json
+from loraweave.hub.formats._files import MAX_JSON_BYTES, entry, open_file, present, read_json
 from loraweave.hub.licenses import LISTED, RENAMED, UNLISTED, canonical, license_of_all
 from loraweave.types import Fingerprint
 
@@ -40,14 +40,16 @@ def read_card(folder: Path) -> tuple[dict[str, Any], Fingerprint | None, dict[st
     if not present(folder, SIDECAR):
         return _from_readme(folder), None, {}
     card = read_json(folder, SIDECAR)
-    stored, layout = card.pop("fingerprint", None), card.pop("layout", None)
-    if not isinstance(card.get("name", ""), str):
+    layout = entry(card, "layout", dict) or {}
+    stored = card.pop("fingerprint", None)
+    card.pop("layout", None)
+    if "name" in card and entry(card, "name", str) is None:
         raise AdapterCorrupt(f"{folder}: {SIDECAR} has a name that is not text")
     try:
         fingerprint = None if stored is None else Fingerprint.from_json(stored)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise AdapterCorrupt(f"{folder}: {SIDECAR} has a fingerprint that cannot be read ({error!r})") from error
-    return card, fingerprint, layout if isinstance(layout, dict) else {}
+    return card, fingerprint, layout
 
 
 def base_model_of_readme(folder: Path) -> str:
@@ -90,10 +92,10 @@ def readme_text(base_model: str, card: Mapping[str, Any], facts: Mapping[str, st
     matter: dict[str, Any] = {"base_model": base_model} if base_model else {}
     matter |= {"base_model_relation": "adapter"} if base_model else {}
     matter |= {"library_name": "peft", "tags": list(dict.fromkeys(tags))}
-    if license := _text_in(card, "license"):
+    if license := entry(card, "license", str):
         matter |= license_fields(license)
     for key in ("language", "datasets"):
-        if listed := _texts(card.get(key)):
+        if listed := texts(card.get(key)):
             matter[key] = listed
     front = yaml.safe_dump(matter, allow_unicode=True, sort_keys=False)
     parts = [f"---\n{front}---", f"# {_one_line(card.get('name') or 'LoRA adapter')}"]
@@ -104,7 +106,9 @@ def readme_text(base_model: str, card: Mapping[str, Any], facts: Mapping[str, st
     facts = {"Base model": base_model or "not recorded", **facts}
     parts.append("\n".join(f"- {name}: {_one_line(value)}" for name, value in facts.items()))
     if examples := as_list(card.get("examples")):
-        parts.append("## Sample inputs\n\n" + "\n\n".join(_indent(_example(example)) for example in examples[:20]))
+        # an input alone, or with its output
+        shown = ["\n-> ".join(map(str, as_list(one))) or _text(one) for one in examples[:20]]
+        parts.append("## Sample inputs\n\n" + "\n\n".join(map(_indent, shown)))
     titles = {
         "scores": "Scores",
         "data_license": "Licence of the data",
@@ -119,12 +123,13 @@ def readme_text(base_model: str, card: Mapping[str, Any], facts: Mapping[str, st
 
 def plain(value: Any) -> Any:
     """Mappings, tuples and sets as the dicts and lists that JSON has."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(inner) for inner in value]
-    if isinstance(value, set | frozenset):
-        return sorted(plain(inner) for inner in value)
+    match value:
+        case Mapping():
+            return {str(key): plain(inner) for key, inner in value.items()}
+        case list() | tuple():
+            return [plain(inner) for inner in value]
+        case set() | frozenset():
+            return sorted(plain(inner) for inner in value)
     return value
 
 
@@ -140,14 +145,14 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
 def _from_readme(folder: Path) -> dict[str, Any]:
     matter, body = _readme(folder)
     card: dict[str, Any] = {}
-    stated = _text_in(matter, "description") or description_of(body)
+    stated = entry(matter, "description", str) or description_of(body)
     for key, value in (("license", license_of_fields(matter)), ("description", stated)):
         if value:
             card[key] = value[:MAX_FALLBACK_TEXT]
     for key in ("tags", "language", "datasets"):
         # YAML reads `no`, the code of Norwegian, as false
         values = ["no" if one is False else one for one in as_list("no" if matter.get(key) is False else matter.get(key))]
-        listed = [one[:200] for one in _texts(values) if one not in OWN_TAGS]
+        listed = [one[:200] for one in texts(values) if one not in OWN_TAGS]
         if listed:
             card[key] = listed[:100]
     return card
@@ -174,25 +179,17 @@ def _readme(folder: Path) -> tuple[dict[str, Any], str]:
 
 def as_list(value: Any) -> Sequence[Any]:
     """A list as it is, a text as the only entry of one, anything else as none."""
-    if isinstance(value, str):
-        return [value]
-    return list(value) if isinstance(value, list | tuple) else []
+    match value:
+        case str():
+            return [value]
+        case list() | tuple():
+            return list(value)
+    return []
 
 
-def _texts(value: Any) -> list[str]:
+def texts(value: Any) -> list[str]:
+    """The texts among `as_list(value)`."""
     return [one for one in as_list(value) if isinstance(one, str)]
-
-
-def _text_in(table: Mapping[str, Any], key: str) -> str:
-    """The text under a key, empty where there is none or something else."""
-    value = table.get(key)
-    return value if isinstance(value, str) else ""
-
-
-def _example(example: Any) -> str:
-    if isinstance(example, list | tuple):
-        return "\n-> ".join(str(part) for part in example)
-    return _text(example)
 
 
 def _text(value: Any) -> str:
@@ -233,7 +230,7 @@ def license_of_fields(matter: Mapping[str, Any]) -> str:
 def _name_license(stated: object, matter: Mapping[str, Any]) -> str:
     if not isinstance(stated, str):
         return ""
-    name = _text_in(matter, "license_name")
+    name = entry(matter, "license_name", str) or ""
     if stated.strip().casefold() != "other" or not name.strip():
         return stated
     for text in (name, f"LicenseRef-{name.strip()}"):

@@ -47,11 +47,16 @@ class Config:
     def number(self, name: str, default: float | None = None) -> float:
         return self._number(self.fields.get(name, default), name)
 
-    def count(self, name: str, default: int | None = None, *, least: int = 1) -> int:
-        value = self.fields.get(name, default)
-        if type(value) is not int or not least <= value <= MAX_COUNT:
-            raise AdapterCorrupt(f"{self.folder}: {name} is {shorten(value)}, not a whole number of at least {least}")
-        return value
+    def numbers(self, name: str) -> dict[str, float]:
+        """The numbers of a table of layer patterns."""
+        return {key: self._number(value, f"{name}[{key!r}]") for key, value in self.table(name).items()}
+
+    def count(self, name: str, default: int | None = None, *, least: int = 1, most: int = MAX_COUNT) -> int:
+        return self._count(self.fields.get(name, default), name, least, most)
+
+    def counts(self, name: str, *, most: int = MAX_COUNT) -> dict[str, int]:
+        """The whole numbers, from 1 to `most`, of a table of layer patterns."""
+        return {key: self._count(value, f"{name}[{key!r}]", 1, most) for key, value in self.table(name).items()}
 
     def flag(self, name: str, default: bool = False) -> bool:
         value = self.fields.get(name, default)
@@ -84,17 +89,15 @@ class Config:
         return tuple(dict.fromkeys(value))
 
     def table(self, name: str) -> Mapping[str, Any]:
-        """An object from layer patterns to values; empty where the field is missing or null."""
-        value = self.fields.get(name)
-        if value is not None and not isinstance(value, dict):
+        """An object from layer patterns to values; empty where the field is missing, null or empty."""
+        value = self.fields.get(name) or {}
+        if not isinstance(value, dict):
             raise AdapterCorrupt(f"{self.folder}: {name} is {shorten(value)}, not an object of layer patterns")
-        return value or {}
+        return value
 
     def matched(self, pattern: str, layer: str, default: str) -> float:
         """The number that the patterns in field `pattern` give a layer by PEFT's rule, else that of field `default`."""
-        table = self.table(pattern) if self.fields.get(pattern) else {}
-        values = {key: self._number(value, f"{pattern}[{key!r}]") for key, value in table.items()}
-        numbers, disputed = resolve_patterns(self.folder, pattern, values, [layer], self.number(default))
+        numbers, disputed = resolve_patterns(self.folder, pattern, self.numbers(pattern), [layer], self.number(default))
         if disputed:
             raise AdapterUnsupported(f"{self.folder}: {pattern} gives layer {layer!r} several values, {disputed[layer]}")
         return numbers[layer]
@@ -104,6 +107,11 @@ class Config:
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
             raise AdapterCorrupt(f"{self.folder}: {name} is {shorten(value)}, not a finite number")
         return float(value)
+
+    def _count(self, value: Any, name: str, least: int, most: int) -> int:
+        if type(value) is not int or not least <= value <= most:
+            raise AdapterCorrupt(f"{self.folder}: {name} is {shorten(value)}, not a whole number from {least} to {most}")
+        return value
 
 
 def config_fields(folder: Path) -> Mapping[str, Any]:
@@ -127,6 +135,11 @@ def resolve_patterns(
 def says_something(value: Any) -> bool:
     """Whether a field's value is anything but null, false or empty."""
     return value is not None and value is not False and value not in ({}, [], "")
+
+
+def words(text: str) -> frozenset[str]:
+    """The words of a text, as a table of names that takes a few lines."""
+    return frozenset(text.split())
 
 
 def shorten(value: Any) -> str:

@@ -1,13 +1,18 @@
-"""What a format reads from files and writes to them: an adapter without a name."""
+"""What a format reads from files and writes to them: an adapter without a name; and how every reader is called."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from loraweave.errors import AdapterUnsupported
+from loraweave.hub.formats._conversion import MAX_ERROR, Bound
+from loraweave.lowrank import algebra
 from loraweave.types import Factors, Fingerprint
 
 
@@ -25,3 +30,39 @@ class Contents:
     card: Mapping[str, Any] = field(default_factory=dict)
     heads: Mapping[str, Tensor] = field(default_factory=dict)
     files: Mapping[str, bytes] = field(default_factory=dict)
+
+    def require_effect(self, where: str, why: str = "every update is zero") -> None:
+        """Raises AdapterUnsupported for an adapter that changes nothing."""
+        if not self.heads and all(map(algebra.is_zero, self.layers.values())):
+            raise AdapterUnsupported(f"{where}: the adapter is without effect: {why}")
+
+
+class Reader(ABC):
+    """A format that is read only: what it reads is written as an ordinary LoRA."""
+
+    @classmethod
+    def read(
+        cls,
+        source: Path,
+        *,
+        model: nn.Module | None = None,
+        rank: int | None = None,
+        max_error: float = MAX_ERROR,
+        allow_pickle: bool = False,
+    ) -> Contents:
+        """The adapter as factors of a plain LoRA. `card["conversion"]` has rank and relative error of every converted layer.
+
+        `model` is the base model: its names and sizes are checked, and types whose file does not determine the update need
+        it. Updates that are not of low rank are cut to the smallest rank within `max_error` (Frobenius norm, relative to the
+        layer's update) and at most `rank`. Raises AdapterUnsupported where the two contradict, for features without a form
+        as factors, and for an adapter without effect; AdapterCorrupt for damaged files; LayerMismatch and BaseModelMismatch
+        for another model. A pickle is read only with `allow_pickle`.
+        """
+        contents = cls._read(Path(source), Bound(rank, max_error), model, allow_pickle)
+        contents.require_effect(str(source))
+        return contents
+
+    @classmethod
+    @abstractmethod
+    def _read(cls, source: Path, bound: Bound, model: nn.Module | None, allow_pickle: bool) -> Contents:
+        """The contents of the folder or file."""

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraweave.errors import AdapterCorrupt, AdapterUnsupported
+from loraweave.errors import AdapterCorrupt, AdapterUnsupported, LayerMismatch
+from loraweave.hub.formats._base_layer import BaseLayer
 from loraweave.lowrank import algebra
 from loraweave.lowrank.factorise import factorise
 from loraweave.types import Factors, Kind
@@ -43,22 +44,27 @@ class Bound:
             raise AdapterUnsupported(f"max_error is {self.max_error!r}, not a number from 0 to 1")
 
 
-def cut(
-    update: Factors | Dense, bound: Bound, where: str, *, kind: Kind = "linear", kernel: tuple[int, ...] = ()
-) -> tuple[Factors, dict[str, Any]]:
+def cut(update: Factors | Dense, bound: Bound, where: str, layer: BaseLayer | None = None) -> tuple[Factors, dict[str, Any]]:
     """The update as factors within the bound, and its note {rank, relative_error} for the card.
 
     Factors stay exactly what they are unless their rank is above `bound.rank` or above the smaller side. A matrix gets the
-    smallest rank within `max_error`. Raises AdapterUnsupported, naming both numbers, where the rank leaves a larger error.
+    smallest rank within `max_error`. They take the kind and kernel of the base's `layer`, where it is known. Raises
+    AdapterUnsupported, naming both numbers, where the rank leaves a larger error; LayerMismatch for a layer of another size.
     """
     if isinstance(update, Factors):
+        sides: tuple[int, ...] = (update.b_OR.shape[0], update.a_RI.shape[1])
         factors, error = _lower(update, bound, where)
     else:
-        delta_OI = update.delta_OI.float()
-        a_RI, b_OR, error = factorise(delta_OI, rank=bound.rank, max_error=bound.max_error or 0.0)
-        factors = Factors(
-            a_RI, b_OR, bias_O=None if update.bias_O is None else update.bias_O.float(), kind=kind, kernel=kernel
-        )
+        sides = tuple(update.delta_OI.shape)
+        a_RI, b_OR, error = factorise(update.delta_OI.float(), rank=bound.rank, max_error=bound.max_error or 0.0)
+        factors = Factors(a_RI, b_OR, bias_O=None if update.bias_O is None else update.bias_O.float())
+    if layer is not None:
+        if sides != (layer.num_outputs, layer.num_inputs):
+            raise LayerMismatch(
+                f"{where}: the update has shape (O, I) = {sides}, but the model's {type(layer.module).__name__} has "
+                f"{(layer.num_outputs, layer.num_inputs)}"
+            )
+        factors = replace(factors, kind=layer.kind, kernel=layer.kernel)
     if bound.max_error is not None and error > max(bound.max_error, 1e-6):
         raise AdapterUnsupported(_refusal(update, bound, error, where))
     for name, tensor in factors.tensors().items():

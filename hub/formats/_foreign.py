@@ -10,51 +10,36 @@ makes its layers from the config, whose sizes a hostile file chooses, and BOFT c
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from loraweave.common.process import free_host_bytes
-from loraweave.errors import AdapterCorrupt, AdapterUnsupported, BaseModelMismatch, LayerMismatch
+from loraweave.errors import AdapterCorrupt, AdapterUnsupported, BaseModelMismatch
 from loraweave.hub.base import fingerprint
 from loraweave.hub.formats._base_layer import BaseLayer, base_layer
 from loraweave.hub.formats._card import base_model_of_readme, read_card
-from loraweave.hub.formats._config import Config, config_fields, shorten
-from loraweave.hub.formats._contents import Contents
-from loraweave.hub.formats._conversion import MAX_ERROR, Bound, Dense, cut
-from loraweave.hub.formats._peft_config import stored_tensors
-from loraweave.hub.formats._peft_heads import TASK_HEADS, check_heads, take_heads
+from loraweave.hub.formats._config import Config, config_fields, shorten, words
+from loraweave.hub.formats._contents import Contents, Reader
+from loraweave.hub.formats._conversion import Bound, Dense, cut
+from loraweave.hub.formats._peft_config import PeftConfig, parse, stored_tensors
+from loraweave.hub.formats._peft_heads import take_heads
 from loraweave.hub.formats._safetensors import gather, require_finite
-from loraweave.lowrank import algebra
 from loraweave.types import Factors, Fingerprint
 
 ROOT = "base_model."
 MAX_VALUES = 2**31
 
 # fields of every type that say where or how training happened, or that the common reader handles
-COMMON = frozenset(
-    {
-        "peft_type",
-        "base_model_name_or_path",
-        "revision",
-        "task_type",
-        "auto_mapping",
-        "peft_version",
-        "inference_mode",
-        "target_modules",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-        "modules_to_save",
-        "init_weights",
-        "bias",
-        "fan_in_fan_out",
-    }
+COMMON = words(
+    "peft_type base_model_name_or_path revision task_type auto_mapping peft_version inference_mode target_modules "
+    "exclude_modules layers_to_transform layers_pattern modules_to_save init_weights bias fan_in_fan_out"
 )
 
 
@@ -78,12 +63,24 @@ class Layer:
         return name in self.tensors
 
     def part(self, name: str, *sizes: int | None) -> Tensor:
-        """A tensor of this layer in float64 (int64 for places), after checking its sizes; None stands for any."""
-        return self._check(self.tensors, name, sizes)
+        """A tensor of this layer, or one that all layers share, in float64 (int64 for places).
 
-    def common(self, name: str, *sizes: int | None) -> Tensor:
-        """A tensor that all layers share."""
-        return self._check(self.shared, name, sizes)
+        Raises AdapterCorrupt for one that is missing or has other sizes; None stands for any size.
+        """
+        tensor = self.shared.get(name, self.tensors.get(name))
+        if tensor is None:
+            raise AdapterCorrupt(f"{self.where} lacks the tensor {name!r}; it has {', '.join(sorted(self.tensors))}")
+        shape = tuple(tensor.shape)
+        fits = len(sizes) == len(shape) and all(size in (None, own) for size, own in zip(sizes, shape, strict=True))
+        if sizes and not fits:
+            wanted = ", ".join("any" if size is None else str(size) for size in sizes)
+            raise AdapterCorrupt(f"{self.where}: {name!r} has shape {shape}, not ({wanted})")
+        return tensor.double() if tensor.is_floating_point() else tensor
+
+    def pair(self, name_a: str, name_b: str) -> tuple[Tensor, Tensor]:
+        """The factors (R, I) and (O, R) of these names, which must have one rank."""
+        a_RI = self.part(name_a, None, None)
+        return a_RI, self.part(name_b, None, a_RI.shape[0])
 
     @property
     def base(self) -> BaseLayer:
@@ -103,30 +100,11 @@ class Layer:
             raise AdapterCorrupt(f"{self.where}: {name!r} has places outside 0 to {below - 1}")
         return whole
 
-    def _check(self, held: Mapping[str, Tensor], name: str, sizes: tuple[int | None, ...]) -> Tensor:
-        if name not in held:
-            raise AdapterCorrupt(f"{self.where} lacks the tensor {name!r}; it has {', '.join(sorted(self.tensors))}")
-        tensor = held[name]
-        fits = len(sizes) == tensor.dim() and all(size in (None, own) for size, own in zip(sizes, tensor.shape, strict=True))
-        if sizes and not fits:
-            wanted = ", ".join("any" if size is None else str(size) for size in sizes)
-            raise AdapterCorrupt(f"{self.where}: {name!r} has shape {tuple(tensor.shape)}, not ({wanted})")
-        return tensor.double() if tensor.is_floating_point() else tensor
 
-
-class ForeignFormat(ABC):
-    """A format of one peft_type that is not LoRA. It is read only: what has been read is written as an ordinary LoRA."""
+class PeftReader(Reader):
+    """A format that the config of a PEFT folder names."""
 
     peft_type: ClassVar[str]
-    # names below a layer's path, and below the adapter itself
-    parts: ClassVar[frozenset[str]]
-    shared: ClassVar[frozenset[str]] = frozenset()
-    # config fields that `update` reads, those that do not change what the tensors mean, and what has no form as factors
-    handled: ClassVar[frozenset[str]] = frozenset()
-    benign: ClassVar[frozenset[str]] = frozenset()
-    refused: ClassVar[Mapping[str, str]] = {}
-    # the formula holds for linear layers alone
-    linear_only: ClassVar[bool] = False
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
@@ -138,40 +116,36 @@ class ForeignFormat(ABC):
         """`recognises` for a folder whose config has been read."""
         return fields.get("peft_type") == cls.peft_type
 
-    @classmethod
-    def read(
-        cls,
-        folder: Path,
-        *,
-        model: nn.Module | None = None,
-        rank: int | None = None,
-        max_error: float = MAX_ERROR,
-        allow_pickle: bool = False,
-    ) -> Contents:
-        """The adapter as factors of a plain LoRA. `card["conversion"]` has rank and relative error of every layer.
 
-        `model` is the base model, for types whose file does not determine the update. Updates that are not of low rank are
-        cut to the smallest rank within `max_error` (Frobenius norm, relative to the layer's update) and at most `rank`.
-        Raises AdapterUnsupported where the two contradict, and for features without a form as factors; AdapterCorrupt for
-        damaged files; LayerMismatch and BaseModelMismatch for another model. A .bin is read with `allow_pickle` alone.
-        """
-        folder, bound = Path(folder), Bound(rank, max_error)
-        config = cls._config(folder)
-        card, stored_print, _ = read_card(folder)
-        tensors, dtypes = gather(stored_tensors(folder, allow_pickle=allow_pickle, integers=True), folder)
+class ForeignFormat(PeftReader):
+    """A format of one type of PEFT whose tensors are not those of a plain LoRA."""
+
+    # names below a layer's path, and below the adapter itself
+    parts: ClassVar[frozenset[str]]
+    shared: ClassVar[frozenset[str]] = frozenset()
+    # config fields that `update` reads, those that do not change what the tensors mean, and what has no form as factors
+    handled: ClassVar[frozenset[str]] = frozenset()
+    benign: ClassVar[frozenset[str]] = frozenset()
+    refused: ClassVar[Mapping[str, str]] = {}
+    # the formula holds for linear layers alone
+    linear_only: ClassVar[bool] = False
+
+    @classmethod
+    def _read(cls, source: Path, bound: Bound, model: nn.Module | None, allow_pickle: bool) -> Contents:
+        config = cls._config(source)
+        card, stored_print, _ = read_card(source)
+        tensors, dtypes = gather(stored_tensors(source, allow_pickle=allow_pickle, integers=True), source)
         for key, tensor in tensors.items():
-            require_finite(tensor, str(folder), repr(key))
-        heads = _heads(tensors, config)
+            require_finite(tensor, str(source), repr(key))
+        heads, _ = take_heads(tensors, config.names("modules_to_save"), config.text("task_type"), "none", source)
         layers = list(cls._layers(tensors, config, model))
-        own_print = _same_base(stored_print, model, folder)
+        own_print = _same_base(stored_print, model, source)
         factors: dict[str, Factors] = {}
         notes: dict[str, Any] = {}
         for layer in layers:
-            factors[layer.name], notes[layer.name] = _convert_in_memory(cls, layer, bound)
-        if not heads and all(algebra.is_zero(part) for part in factors.values()):
-            raise AdapterUnsupported(f"{folder}: the adapter is without effect: every update is zero")
+            factors[layer.name], notes[layer.name] = _convert(cls, layer, bound)
         card |= {"converted_from": cls.peft_type, "conversion": notes, "stored_dtype": dtypes}
-        base_model = config.text("base_model_name_or_path") or base_model_of_readme(folder)
+        base_model = config.text("base_model_name_or_path") or base_model_of_readme(source)
         return Contents(base_model, factors, own_print, card, heads)
 
     @classmethod
@@ -189,12 +163,9 @@ class ForeignFormat(ABC):
     @classmethod
     def _config(cls, folder: Path) -> Config:
         config = cls._own_config(folder)
-        fields = config.fields
         config.check_fields(COMMON | cls.handled | cls.benign, cls.refused)
-        if fields.get("bias", "none") != "none":
-            raise AdapterUnsupported(
-                f"{folder}: bias={shorten(fields['bias'])}: trained biases are read of LoRA adapters only"
-            )
+        if (bias := config.fields.get("bias", "none")) != "none":
+            raise AdapterUnsupported(f"{folder}: bias={shorten(bias)}: trained biases are read of LoRA adapters only")
         return config
 
     @classmethod
@@ -209,21 +180,12 @@ class ForeignFormat(ABC):
             target[part] = tensor
         if not held:
             cls._refuse_without_layers(config)
-        modules = None if model is None else dict(model.named_modules())
-        places = {} if modules is None else {name: place for place, name in enumerate(modules)}
-        known = {} if modules is None else {name: base_layer(modules, name, str(config.folder)) for name in held}
-        order = sorted(held, key=lambda name: places[name]) if places else sorted(held)
-        for number, name in enumerate(order):
-            yield Layer(
-                name,
-                f"{config.folder}: layer {name!r}",
-                held[name],
-                shared,
-                config,
-                known.get(name),
-                number if places else None,
-                len(held),
-            )
+        modules = {} if model is None else dict(model.named_modules())
+        known = {name: base_layer(modules, name, str(config.folder)) for name in held} if modules else {}
+        # a model has its modules in an order of its own
+        for number, name in enumerate([name for name in modules if name in held] or sorted(held)):
+            where, place = f"{config.folder}: layer {name!r}", number if modules else None
+            yield Layer(name, where, held[name], shared, config, known.get(name), place, len(held))
 
     @classmethod
     def _refuse_without_layers(cls, config: Config) -> NoReturn:
@@ -248,6 +210,43 @@ class ForeignFormat(ABC):
         )
 
 
+class LoraVariant(ForeignFormat):
+    """A variant of LoRA: its config is a LoRA's with one field more, which changes what the tensors mean."""
+
+    peft_type = "LORA"
+    parts = frozenset({"lora_A.weight", "lora_B.weight"})
+    field: ClassVar[str]
+
+    @classmethod
+    def claims(cls, folder: Path, fields: Mapping[str, Any]) -> bool:
+        """Whether the config is a LoRA's with this field set."""
+        return super().claims(folder, fields) and bool(fields.get(cls.field))
+
+    @classmethod
+    def settings(cls, config: Config) -> PeftConfig:
+        """The rest of the config, that of a LoRA."""
+        return parse({**config.fields, cls.field: None}, config.folder)
+
+    @classmethod
+    def scale(cls, layer: Layer, rank: int) -> float:
+        """alpha / r of a layer. Raises AdapterCorrupt where the config gives it another rank than the file."""
+        settings = cls.settings(layer.config)
+        expected = settings.ranks([layer.name])[layer.name]
+        if expected != rank:
+            raise AdapterCorrupt(f"{layer.where} has rank {rank} in the file and rank {expected} in adapter_config.json")
+        return settings.scales({layer.name: rank})[layer.name]
+
+    @classmethod
+    def _config(cls, folder: Path) -> Config:
+        config = cls._own_config(folder)
+        settings = cls.settings(config)
+        flags: dict[str, Any] = {"use_dora": settings.use_dora, "lora_bias": settings.lora_bias}
+        for name, value in {**flags, "bias": settings.bias != "none" and settings.bias}.items():
+            if value:
+                raise AdapterUnsupported(f"{folder}: {name}={value!r} beside {cls.field}, which is not read")
+        return config
+
+
 def check_size(layer: Layer, rows: int, columns: int) -> None:
     """Raises AdapterUnsupported for a matrix beyond this machine, or any, which a small file can ask for."""
     free = free_host_bytes()
@@ -263,12 +262,23 @@ def check_size(layer: Layer, rows: int, columns: int) -> None:
         )
 
 
-def _convert_in_memory(layout: type[ForeignFormat], layer: Layer, bound: Bound) -> tuple[Factors, dict[str, Any]]:
-    """`_convert`, where a small file that stands for a matrix too large for this machine is a named error."""
+def block_diagonal(rows: Tensor, blocks: int, where: str) -> Tensor:
+    """The matrix of which only the blocks on the diagonal are stored, one below the other: (rows, blocks * columns).
+
+    Raises AdapterCorrupt where the rows do not divide.
+    """
+    if blocks < 1 or rows.shape[0] % blocks:
+        raise AdapterCorrupt(f"{where}: a factor of shape {tuple(rows.shape)} does not divide into {blocks} equal blocks")
+    whole: Tensor = torch.block_diag(*rows.chunk(blocks))  # type: ignore[no-untyped-call]
+    return whole
+
+
+def _convert(layout: type[ForeignFormat], layer: Layer, bound: Bound) -> tuple[Factors, dict[str, Any]]:
+    """The layer's factors and note. A small file that stands for a matrix too large for this machine is a named error."""
     if layout.linear_only and layer.base.kind != "linear":
         raise AdapterUnsupported(f"{layer.where} is a {type(layer.base.module).__name__}; only linear layers can be read")
     try:
-        return _convert(layer, layout.update(layer), bound)
+        return cut(layout.update(layer), bound, layer.where, layer.known_base)
     except (MemoryError, RuntimeError) as error:
         # torch has no class of its own for this
         if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
@@ -277,30 +287,6 @@ def _convert_in_memory(layout: type[ForeignFormat], layer: Layer, bound: Bound) 
             f"{layer.where}: its {layout.peft_type} form stands for a matrix that needs more memory than there is; "
             "convert it on a larger machine"
         ) from error
-
-
-def _convert(layer: Layer, update: Factors | Dense, bound: Bound) -> tuple[Factors, dict[str, Any]]:
-    base = layer.known_base
-    shape = update.delta_OI.shape if isinstance(update, Dense) else (update.b_OR.shape[0], update.a_RI.shape[1])
-    if base is not None and tuple(shape) != (base.num_outputs, base.num_inputs):
-        raise LayerMismatch(
-            f"{layer.where}: the update has shape (O, I) = {tuple(shape)}, but the model's {type(base.module).__name__} has "
-            f"{(base.num_outputs, base.num_inputs)}"
-        )
-    kind, kernel = ("linear", ()) if base is None else (base.kind, base.kernel)
-    if isinstance(update, Factors):
-        update = replace(update, kind=kind, kernel=kernel)
-    return cut(update, bound, layer.where, kind=kind, kernel=kernel)
-
-
-def _heads(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """The heads (modules_to_save), taken out of `tensors`."""
-    listed = config.names("modules_to_save")
-    task = config.text("task_type")
-    found = take_heads(tensors, (*listed, *TASK_HEADS.get(task, ())), "none", config.folder)
-    heads = {parameter: tensor.float() for parameter, tensor in found.items()}
-    check_heads(heads, listed, task, config.folder)
-    return heads
 
 
 def _same_base(stored: Fingerprint | None, model: nn.Module | None, folder: Path) -> Fingerprint | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -14,16 +14,19 @@ from torch import Tensor, nn
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.base import fingerprint
+from loraweave.hub.formats._base_layer import BaseLayer
 from loraweave.hub.formats._card import base_model_of_readme, read_card
-from loraweave.hub.formats._contents import Contents
-from loraweave.hub.formats._conversion import MAX_ERROR, Bound, cut
+from loraweave.hub.formats._config import Config, words
+from loraweave.hub.formats._contents import Contents, Reader
+from loraweave.hub.formats._conversion import Bound, Dense, cut, matrices, plain
 from loraweave.hub.formats._files import listing, open_file
+from loraweave.hub.formats._foreign import Layer
 from loraweave.hub.formats._peft_config import WEIGHTS
 from loraweave.hub.formats._pickle import read_pickle, texts_in_pickle
 from loraweave.hub.formats._placing import BaseNames, Placement, divide
 from loraweave.hub.formats._safetensors import INTEGERS, dtype_name, file_metadata, read_tensors, tensor_names
-from loraweave.hub.formats._updates import MATRICES, rank_of, update_of
-from loraweave.lowrank import algebra
+from loraweave.hub.formats.loha import Loha
+from loraweave.hub.formats.lokr import Lokr
 from loraweave.types import Factors
 
 # as diffusers and NeMo name them
@@ -32,11 +35,21 @@ MAX_FILES = 64
 MAX_NOTES = 40
 MAX_NOTE_TEXT = 400
 
+# a small file could ask for a huge matrix by a wide kernel
+MAX_KERNEL = 16
+
+# the tensors of one update, and those among them whose first size is its rank
+MATRICES = words(
+    "down up mid hada_w1_b hada_w1_a hada_w2_a hada_w2_b hada_t1 hada_t2 lokr_w1_b lokr_w2_b lokr_w1 lokr_w1_a lokr_w2 "
+    "lokr_w2_a lokr_t2"
+)
+RANKED = ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
+
 Parts = Mapping[str, Tensor]
 
 
-class FileFormat(ABC):
-    """A layout of one safetensors file, alone or in a folder. Read only: what was read is written as an ordinary LoRA."""
+class FileFormat(Reader):
+    """A layout of one safetensors file, alone or in a folder."""
 
     # the names of one layer's factors in such a file
     example: ClassVar[tuple[str, str]]
@@ -72,23 +85,14 @@ class FileFormat(ABC):
         return bool(cls._files(source, allow_pickle))
 
     @classmethod
-    def read(
-        cls,
-        source: Path,
-        *,
-        model: nn.Module | None = None,
-        rank: int | None = None,
-        max_error: float = MAX_ERROR,
-        allow_pickle: bool = False,
-    ) -> Contents:
-        """The update of every module as factors, under the paths of the base's modules.
+    def _read(cls, source: Path, bound: Bound, model: nn.Module | None, allow_pickle: bool) -> Contents:
+        """The update of every module, under the paths of the base's modules.
 
-        With `model`, its names decide what the file's mean, and sizes are checked. `rank` and `max_error` cut updates as in
-        `ForeignFormat.read`. The base model's id is what the folder's README names. Raises AdapterUnsupported for names
-        that cannot be mapped without a guess, for several such files in one folder, and for an adapter without effect.
+        With `model`, its names decide what the file's mean. The base model's id is what the folder's README names. Raises
+        AdapterUnsupported for names that cannot be mapped without a guess, and for several such files in one folder.
         """
-        folder, name = cls._file(Path(source), allow_pickle)
-        where, bound = str(folder / name), Bound(rank, max_error)
+        folder, name = cls._file(source, allow_pickle)
+        where = str(folder / name)
         metadata = {} if is_pickle(name) else file_metadata(folder, name)
         held, dtypes = cls._held(folder, name)
         scales = cls.scales(held, metadata, where)
@@ -106,12 +110,10 @@ class FileFormat(ABC):
                     raise AdapterCorrupt(f"{where}: several modules are layer {path!r}, one is {module!r}")
                 layers[path] = factors if base is None else base.fitted(path, factors, where)
                 notes |= {path: note} if note else {}
-        if all(algebra.is_zero(factors) for factors in layers.values()):
-            raise AdapterUnsupported(f"{where}: the adapter is without effect: every update is zero")
-        card = _card(Path(source), metadata) | {"stored_dtype": "+".join(sorted(dtypes))}
+        card = _card(source, metadata) | {"stored_dtype": "+".join(sorted(dtypes))}
         card |= {"conversion": notes} if notes else {}
         own_print = None if model is None else fingerprint(model)
-        return Contents(cls.base_id(Path(source)), layers, own_print, card)
+        return Contents(cls.base_id(source), layers, own_print, card)
 
     @classmethod
     def _files(cls, source: Path, allow_pickle: bool = False) -> list[str]:
@@ -234,8 +236,7 @@ def _factors(
     update = update_of(matrices, scale, placement.targets[0], known, here)
     if isinstance(update, Factors) and "down" in parts and (bound.rank is None or update.rank <= bound.rank):
         return update, {}
-    kind, kernel = ("linear", ()) if known is None else (known.kind, known.kernel)
-    return cut(update, bound, here, kind=kind, kernel=kernel)
+    return cut(update, bound, here, known)
 
 
 def _card(source: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -243,3 +244,49 @@ def _card(source: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     card = read_card(source)[0] if source.is_dir() else {}
     notes = {key: text for key, text in sorted(metadata.items()) if len(text) <= MAX_NOTE_TEXT}
     return card | ({"file_metadata": dict(list(notes.items())[:MAX_NOTES])} if notes else {})
+
+
+def rank_of(parts: Parts) -> int | None:
+    """The rank of an update, None where nothing in it is of low rank (a Kronecker product of whole matrices)."""
+    ranked = (parts[name] for name in RANKED if name in parts)
+    # `update_of` refuses a single number, which is not a matrix
+    return next((matrix.shape[0] for matrix in ranked if matrix.dim()), None)
+
+
+def update_of(parts: Parts, scale: float, layer: str, base: BaseLayer | None, where: str) -> Factors | Dense:
+    """The update, its scale in it. Raises AdapterCorrupt for tensors that do not form an update."""
+    if {"down", "up"} <= set(parts) <= {"down", "up", "mid"}:
+        return _lora(parts, scale, where)
+    for layout, prefix in ((Loha, "hada_"), (Lokr, "lokr_")):
+        if parts and all(name.startswith(prefix) for name in parts):
+            _require_linear(layer, base, where)
+            rank = rank_of(parts) or 1
+            config = Config(Path(where), {"alpha": scale * rank, "r": rank})
+            return layout.update(Layer(layer, where, parts, {}, config, base, None, 1))
+    raise AdapterCorrupt(f"{where} has {', '.join(sorted(parts)) or 'no matrices'}, which are not the parts of one update")
+
+
+def _lora(parts: Parts, scale: float, where: str) -> Factors:
+    down, up = parts["down"], parts["up"]
+    if "mid" in parts:
+        mid = parts["mid"]
+        if down.dim() != 4 or mid.dim() != 4 or max(down.shape[2:]) > 1 or mid.shape[1] != down.shape[0]:
+            raise AdapterCorrupt(
+                f"{where}: lora_down has shape {tuple(down.shape)} and lora_mid {tuple(mid.shape)}, which are not the first "
+                "two of three convolutions in a row"
+            )
+        if max(mid.shape[2:]) > MAX_KERNEL:
+            raise AdapterUnsupported(f"{where}: a kernel of {tuple(mid.shape[2:])}, above the limit of {MAX_KERNEL}")
+        # a convolution of width 1 before another is one convolution
+        down = torch.einsum("srkl,ri->sikl", mid.double(), down[:, :, 0, 0].double())
+    factors = matrices(down, up, False, where)
+    return plain(factors.a_RI, factors.b_OR.double() * scale, kind=factors.kind, kernel=factors.kernel)
+
+
+def _require_linear(layer: str, base: BaseLayer | None, where: str) -> None:
+    last = layer.rsplit(".", 1)[-1]
+    if base is None and layer.startswith("unet.") and (last.startswith("conv") or last in ("proj_in", "proj_out")):
+        raise AdapterUnsupported(
+            f"{where}: LoHa and LoKr do not say whether {layer!r} is a convolution, nor of which kernel; give the base "
+            "model: Adapter.from_pretrained(..., model=model)"
+        )

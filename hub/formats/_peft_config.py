@@ -16,7 +16,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from loraweave.errors import AdapterCorrupt, AdapterSuspicious, AdapterUnsupported
-from loraweave.hub.formats._config import Config, resolve_patterns, shorten
+from loraweave.hub.formats._config import Config, resolve_patterns, shorten, words
 from loraweave.hub.formats._files import listing, open_file, present
 from loraweave.hub.formats._pickle import read_pickle
 from loraweave.hub.formats._safetensors import read_tensors, shards
@@ -25,24 +25,10 @@ from loraweave.lowrank.algebra import MAX_FP32
 MAX_RANK = 65_536
 
 # read by `PeftConfig` and by the reader of the tensors
-HANDLED = {
-    "peft_type",
-    "base_model_name_or_path",
-    "revision",
-    "task_type",
-    "r",
-    "lora_alpha",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_rslora",
-    "use_dora",
-    "lora_bias",
-    "bias",
-    "fan_in_fan_out",
-    "target_modules",
-    "init_lora_weights",
-    "modules_to_save",
-}
+HANDLED = words(
+    "peft_type base_model_name_or_path revision task_type r lora_alpha rank_pattern alpha_pattern use_rslora use_dora "
+    "lora_bias bias fan_in_fan_out target_modules init_lora_weights modules_to_save"
+)
 
 # where the adapter was trained or how: the tensors in the file say which layers exist and what they hold
 BENIGN = {
@@ -125,12 +111,20 @@ class PeftConfig:
 
 
 def parse(config: Mapping[str, Any], folder: Path) -> PeftConfig:
-    """The parsed config. Raises AdapterUnsupported for what has no exact form, AdapterCorrupt for a wrong type."""
-    _check_type(config, folder)
+    """The parsed config.
+
+    Raises AdapterUnsupported for what has no exact form, AdapterCorrupt for a wrong type, AdapterSuspicious for an alpha
+    beyond fp32, in which PEFT multiplies by it.
+    """
+    if "peft_type" not in config:
+        raise AdapterUnsupported(f"{folder}: adapter_config.json has no peft_type, so it is no PEFT config of a LoRA")
+    if config["peft_type"] != "LORA":
+        raise AdapterUnsupported(f"{folder}: peft_type is {shorten(config['peft_type'])}; only 'LORA' can be read")
     given = Config(folder, config)
     given.check_fields(HANDLED | BENIGN.keys(), {name: f"{what} {_NO_FORM}" for name, what in REFUSED.items()})
     _check_init(config.get("init_lora_weights", True), folder)
-    flags = {name: _flag(given, name) for name in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out")}
+    switches = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out")
+    flags = {name: config.get(name) is not None and given.flag(name) for name in switches}
     if flags["use_dora"] and flags["lora_bias"]:
         raise AdapterUnsupported(f"{folder}: use_dora and lora_bias are both true, which PEFT does not define")
     if flags["use_dora"] and config.get("init_lora_weights") == "mica":
@@ -141,14 +135,17 @@ def parse(config: Mapping[str, Any], folder: Path) -> PeftConfig:
     recorded["fan_in_fan_out"] = flags["fan_in_fan_out"]
     if revision := given.text("revision"):
         recorded["revision"] = revision
-    ranks, alphas = given.table("rank_pattern"), given.table("alpha_pattern")
+    alpha, alphas = given.number("lora_alpha"), given.numbers("alpha_pattern")
+    for name, value in {"lora_alpha": alpha, **{f"alpha_pattern[{key!r}]": each for key, each in alphas.items()}}.items():
+        if abs(value) > MAX_FP32:
+            raise AdapterSuspicious(f"{folder}: {name} is {value:g}, beyond what fp32 holds ({MAX_FP32:.3g})")
     return PeftConfig(
         folder=folder,
         base_model=given.text("base_model_name_or_path"),
-        rank=_rank(config.get("r"), "r", folder),
-        alpha=_alpha(config.get("lora_alpha"), "lora_alpha", folder),
-        rank_pattern={key: _rank(value, f"rank_pattern[{key!r}]", folder) for key, value in ranks.items()},
-        alpha_pattern={key: _alpha(value, f"alpha_pattern[{key!r}]", folder) for key, value in alphas.items()},
+        rank=given.count("r", most=MAX_RANK),
+        alpha=alpha,
+        rank_pattern=given.counts("rank_pattern", most=MAX_RANK),
+        alpha_pattern=alphas,
         use_rslora=flags["use_rslora"],
         use_dora=flags["use_dora"],
         lora_bias=flags["lora_bias"],
@@ -162,45 +159,14 @@ def parse(config: Mapping[str, Any], folder: Path) -> PeftConfig:
 _NO_FORM = "cannot be represented exactly as low-rank factors"
 
 
-def _check_type(config: Mapping[str, Any], folder: Path) -> None:
-    if "peft_type" not in config:
-        raise AdapterUnsupported(f"{folder}: adapter_config.json has no peft_type, so it is no PEFT config of a LoRA")
-    if config["peft_type"] != "LORA":
-        raise AdapterUnsupported(f"{folder}: peft_type is {shorten(config['peft_type'])}; only 'LORA' can be read")
-
-
 def _check_init(init: Any, folder: Path) -> None:
-    if init is None or isinstance(init, bool) or (isinstance(init, str) and init.lower() in HARMLESS_INITS):
+    if init is None or type(init) is bool or str(init).lower() in HARMLESS_INITS:
         return
     raise AdapterUnsupported(
         f"{folder}: init_lora_weights={shorten(init)} changed the base model's weights in training, so the factors are no "
         "update of the original ones; convert the adapter with PEFT's save_pretrained(..., "
         "path_initial_model_for_weight_conversion=...), which writes an ordinary LoRA"
     )
-
-
-def _flag(config: Config, name: str) -> bool:
-    return config.fields.get(name) is not None and config.flag(name)
-
-
-def _rank(value: Any, name: str, folder: Path) -> int:
-    if type(value) is not int or not 1 <= value <= MAX_RANK:
-        raise AdapterCorrupt(f"{folder}: {name} is {shorten(value)}, not a whole number from 1 to {MAX_RANK}")
-    return value
-
-
-def _alpha(value: Any, name: str, folder: Path) -> float:
-    try:
-        number = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise AdapterCorrupt(f"{folder}: {name} is {shorten(value)}, not a finite number")
-    if abs(number) > MAX_FP32:
-        raise AdapterSuspicious(
-            f"{folder}: {name} is {shorten(value)}, beyond what fp32 holds ({MAX_FP32:.3g}), in which PEFT multiplies by it"
-        )
-    return number
 
 
 PREFIX = "base_model.model."
@@ -225,18 +191,7 @@ _FOREIGN = {
     "lora_monteclora_sampler": "Monteclora's sampler",
 }
 # modules that PEFT saves whole next to the factors: its names for embeddings and heads, and the layer below an embedding's
-_WHOLE = {
-    "base_layer",
-    "embed_tokens",
-    "lm_head",
-    "wte",
-    "shared",
-    "word_embeddings",
-    "embed_in",
-    "embed_out",
-    "classifier",
-    "score",
-}
+_WHOLE = words("base_layer embed_tokens lm_head wte shared word_embeddings embed_in embed_out classifier score")
 _KOHYA = ("lora_down", "lora_up")
 
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
+from loraweave.hub.formats._card import texts
+from loraweave.hub.formats._config import words
+from loraweave.hub.formats._files import entry
 from loraweave.hub.formats._peft_config import PREFIX, without_prefix
 from loraweave.hub.formats._safetensors import MAX_KEY_LENGTH, require_finite
 
@@ -26,50 +28,40 @@ TASK_HEADS = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 
-_OF_ADAPTERS = {
-    "lora_A",
-    "lora_B",
-    "lora_embedding_A",
-    "lora_embedding_B",
-    "lora_magnitude_vector",
-    "base_layer",
-    "original_module",
-    "modules_to_save",
-    "token_adapter",
-    "trainable_tokens_delta",
-}
+_OF_ADAPTERS = words(
+    "lora_A lora_B lora_embedding_A lora_embedding_B lora_magnitude_vector base_layer original_module modules_to_save "
+    "token_adapter trainable_tokens_delta"
+)
 
 
-def take_heads(stored: dict[str, Tensor], names: Sequence[str], bias: str, folder: Path) -> dict[str, Tensor]:
-    """{parameter of the base model: tensor} of what lies in modules saved under one of `names`, taken out of `stored`.
+def take_heads(
+    stored: dict[str, Tensor], listed: Sequence[str], task: str, bias: str, folder: Path
+) -> tuple[dict[str, Tensor], list[str]]:
+    """({parameter of the base model: tensor in fp32}, the module names they were found under), taken out of `stored`.
 
-    The file may have the module's own path, or PEFT's inner one (`score.modules_to_save.default.weight`). With `bias`
-    "all" PEFT also writes the bias of the copy a second time, and that of the base's module, which it does not compute
-    with. Raises AdapterUnsupported for any other part of an adapter inside such a module, AdapterCorrupt for one
-    parameter with two values.
+    `listed` is the config's modules_to_save, to which a task adds its own. The file may have the module's own path, or
+    PEFT's inner one (`score.modules_to_save.default.weight`). With `bias` "all" PEFT also writes the bias of the copy a
+    second time, and that of the base's module, which it does not compute with. Raises AdapterUnsupported for any other
+    part of an adapter inside such a module, AdapterCorrupt for one parameter with two values, and for a listed module, or
+    values, that are missing.
     """
+    names = list(dict.fromkeys((*listed, *TASK_HEADS.get(task, ()))))
     heads: dict[str, Tensor] = {}
     for key in list(stored) if names else ():
         pieces = without_prefix(key).split(".")
         depth = _depth(pieces, names)
         if depth is None:
             continue
-        tensor = stored.pop(key)
+        tensor = stored.pop(key).float()
         if bias == "all" and pieces[depth] == "original_module" and pieces[-1] == "bias":
             continue
         parameter = ".".join(pieces[:depth] + _own_path(key, pieces, depth, folder))
         if (other := heads.setdefault(parameter, tensor)) is not tensor and not torch.equal(other, tensor):
             raise AdapterCorrupt(f"{folder}: several tensors are the head {parameter!r}, one is {key!r}")
-    return heads
-
-
-def check_heads(heads: Mapping[str, Tensor], listed: Sequence[str], task: str, folder: Path) -> list[str]:
-    """The names that heads were found for. Raises AdapterCorrupt for a listed module, or values, that are missing."""
     for parameter, tensor in heads.items():
         if not tensor.numel():
             raise AdapterCorrupt(f"{folder}: head {parameter!r} has shape {tuple(tensor.shape)} and holds nothing")
         require_finite(tensor, str(folder), f"head {parameter!r}")
-    names = list(dict.fromkeys((*listed, *TASK_HEADS.get(task, ()))))
     found = [name for name in names if any(_depth(parameter.split("."), [name]) for parameter in heads)]
     optional = TASK_HEADS.get(task, ()) if found else ()
     missing = [name for name in listed if name not in found and name not in optional]
@@ -78,23 +70,20 @@ def check_heads(heads: Mapping[str, Tensor], listed: Sequence[str], task: str, f
             f"{folder}: modules_to_save lists {missing[0]!r}, but the file has no tensor of such a module; PEFT could not "
             "load it either, so take the name out if the base model has no such module, or save the adapter again"
         )
-    return found
+    return heads, found
 
 
-def saved_modules(
-    heads: Mapping[str, Tensor], layers: Iterable[str], recorded: Mapping[str, Any]
-) -> tuple[list[str], str | None]:
+def saved_modules(heads: Mapping[str, Tensor], layers: Iterable[str], recorded: object) -> tuple[list[str], str | None]:
     """(modules_to_save, task_type) under which PEFT loads exactly these heads.
 
     The names and the task that the adapter was read with are kept where they fit. A task for which PEFT expects a head is
     left out without one, since PEFT could not load the folder. Raises AdapterUnsupported where no names fit.
     """
-    stored = recorded.get("task_type")
-    task = stored if isinstance(stored, str) else None
+    task = entry(recorded, "task_type", str)
     of_task = [name for name in TASK_HEADS.get(task or "", ()) if any(_depth(head.split("."), [name]) for head in heads)]
     if task in TASK_HEADS and not of_task:
         task = None
-    names = _names(heads, of_task, recorded.get("modules_to_save"))
+    names = _names(heads, of_task, texts(entry(recorded, "modules_to_save", object)))
     in_effect = [*names, *TASK_HEADS.get(task or "", ())]
     for head in heads:
         _check_name(head, in_effect)
@@ -107,10 +96,9 @@ def saved_modules(
     return names, task
 
 
-def _names(heads: Mapping[str, Tensor], of_task: Sequence[str], recorded: Any) -> list[str]:
-    kept = [name for name in recorded if isinstance(name, str)] if isinstance(recorded, list | tuple) else []
+def _names(heads: Mapping[str, Tensor], of_task: Sequence[str], recorded: Sequence[str]) -> list[str]:
     # PEFT runs the names as regular expressions when it looks for target modules
-    plain = [name for name in kept if re.fullmatch(r"[\w.-]+", name)]
+    plain = [name for name in recorded if re.fullmatch(r"[\w.-]+", name)]
     known = list(dict.fromkeys([*plain, *of_task]))
     uncovered = [head for head in heads if _depth(head.split("."), known) is None]
     used = [name for name in known if any(_depth(head.split("."), [name]) for head in heads)]

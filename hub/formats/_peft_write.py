@@ -15,6 +15,7 @@ from loraweave.common.state import save_tensors
 from loraweave.errors import AdapterUnsupported
 from loraweave.hub.formats._card import README, SIDECAR, readme_text, sidecar_text
 from loraweave.hub.formats._contents import Contents
+from loraweave.hub.formats._files import entry
 from loraweave.hub.formats._peft_config import PREFIX, Key, parse_key
 from loraweave.hub.formats._peft_heads import saved_modules
 from loraweave.hub.formats._replacing import replacing, require_replaceable
@@ -61,21 +62,20 @@ def _config(contents: Contents) -> dict[str, Any]:
     common = Counter(ranks.values()).most_common(1)[0][0]
     # anchored, since PEFT would otherwise match the name as the end of a longer one
     pattern = {f"^{_escape(layer)}": rank for layer, rank in ranks.items() if rank != common}
-    stored = contents.card.get("peft")
-    known: Mapping[str, Any] = stored if isinstance(stored, Mapping) else {}
+    known = contents.card.get("peft")
     saved, task = saved_modules(contents.heads, layers, known)
     return {
         "peft_type": "LORA",
         "task_type": task,
         "base_model_name_or_path": contents.base_model or None,
-        "revision": known.get("revision") if isinstance(known.get("revision"), str) else None,
+        "revision": entry(known, "revision", str),
         "inference_mode": True,
         "r": common,
         "lora_alpha": common,
         "rank_pattern": pattern,
         "alpha_pattern": dict(pattern),
         "target_modules": _targets(wrapped, [layer for layer in layers if layer not in set(wrapped)]),
-        "fan_in_fan_out": known.get("fan_in_fan_out") is True,
+        "fan_in_fan_out": entry(known, "fan_in_fan_out", bool) or False,
         "lora_dropout": 0.0,
         "init_lora_weights": True,
         "use_rslora": False,

@@ -5,6 +5,7 @@ A PEFT folder names its type; a folder without adapter_config.json is asked of e
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,7 @@ from loraweave.errors import AdapterUnsupported
 from loraweave.hub.formats._config import CONFIG, Config
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._conversion import MAX_ERROR, Bound, cut
-from loraweave.hub.formats._files import adapter_folder, present, require_unchanged
-from loraweave.hub.formats._foreign import ForeignFormat
+from loraweave.hub.formats._files import MAX_LISTED, present, require_unchanged
 from loraweave.hub.formats._kept_files import read_kept
 from loraweave.hub.formats._lora_file import PICKLES, FileFormat, is_pickle, lora_files, refuse_pickle
 from loraweave.hub.formats._pickle import texts_in_pickle
@@ -31,16 +31,9 @@ _ROUTED = "the update depends on the input, so that no one matrix is it"
 
 # the types of PEFT 0.21 that have no form as factors of linear layers, and those whose form the file does not determine
 REFUSED = {
-    "PROMPT_TUNING": _PROMPT,
-    "MULTITASK_PROMPT_TUNING": _PROMPT,
-    "P_TUNING": _PROMPT,
-    "PREFIX_TUNING": _PROMPT,
-    "CPT": _PROMPT,
-    "CARTRIDGE": _PROMPT,
-    "ADAPTION_PROMPT": _PROMPT,
-    "LILY": _ROUTED,
-    "POLY": _ROUTED,
-    "XLORA": _ROUTED,
+    **dict.fromkeys(("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"), _PROMPT),
+    **dict.fromkeys(("CPT", "CARTRIDGE", "ADAPTION_PROMPT"), _PROMPT),
+    **dict.fromkeys(("LILY", "POLY", "XLORA"), _ROUTED),
     "SHADOW": "a second model beside the base one",
     "LN_TUNING": "trained norms, which are not linear layers",
     "TRAINABLE_TOKENS": "trained rows of an embedding, which may be tied to the output head",
@@ -51,6 +44,9 @@ REFUSED = {
         "between machines, change the update"
     ),
 }
+
+MAX_DEPTH = 3
+MAX_ENTRIES = 10_000
 
 
 def read(
@@ -68,7 +64,7 @@ def read(
     AdapterCorrupt if a file changed meanwhile; AdapterSuspicious for factors whose product is beyond fp32; and what the
     format's reader raises.
     """
-    folder = adapter_folder(Path(folder), is_adapter)
+    folder = _adapter_folder(Path(folder))
     with require_unchanged(folder):
         contents = _read(folder, model, rank, max_error, allow_pickle)
         if folder.is_dir():
@@ -101,6 +97,43 @@ def _read(folder: Path, model: nn.Module | None, rank: int | None, max_error: fl
     return contents
 
 
+def _adapter_folder(folder: Path) -> Path:
+    """`folder` where it holds an adapter itself, else the one folder below it that does, else `folder` as it is.
+
+    Links and hidden folders are not entered. Raises AdapterUnsupported, listing them, where several folders below it hold
+    adapters, since nothing says which one is meant.
+    """
+    if not folder.is_dir() or is_adapter(folder):
+        return folder
+    found = [path for path in _folders_below(folder) if is_adapter(path)]
+    if len(found) > 1:
+        names = [path.relative_to(folder).as_posix() for path in found]
+        more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+        raise AdapterUnsupported(
+            f"{folder}: {len(names)} folders in it hold adapters, and none stands above the others: "
+            f"{', '.join(names[:MAX_LISTED])}{more}; give the path of one, for instance {str(found[-1])!r}"
+        )
+    return found[0] if found else folder
+
+
+def _folders_below(folder: Path) -> Iterator[Path]:
+    """The folders below, in order of their names, a folder before what it holds."""
+    seen = 0
+    for here, folders, files in os.walk(folder):
+        path = Path(here)
+        if path != folder:
+            yield path
+        if len(path.relative_to(folder).parts) == MAX_DEPTH:
+            folders.clear()
+            continue
+        seen += len(folders) + len(files)
+        if seen > MAX_ENTRIES:
+            raise AdapterUnsupported(
+                f"{folder}: no adapter in it, and below it more than {MAX_ENTRIES} files; give the adapter's own folder"
+            )
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and not (path / name).is_symlink())
+
+
 def _layout_of(kind: object, folder: Path, fields: Mapping[str, Any], allow_pickle: bool) -> Any:
     """The format of a folder whose config names `kind`, None for a plain LoRA."""
     if kind == "LORA":
@@ -117,10 +150,10 @@ def _layout_of(kind: object, folder: Path, fields: Mapping[str, Any], allow_pick
     return None
 
 
-def _foreign(kind: str, folder: Path) -> type[ForeignFormat]:
+def _foreign(kind: str, folder: Path) -> Any:
     """The format of a peft_type. Raises AdapterUnsupported for an unknown one, with the nearest."""
     layout = registry.get("formats", kind.lower()) if kind.lower() in registry.names("formats") else None
-    if isinstance(layout, type) and issubclass(layout, ForeignFormat) and layout.peft_type == kind:
+    if getattr(layout, "peft_type", None) == kind:
         return layout
     known = [name.upper() for name in registry.names("formats")]
     hint = registry.nearest(kind.upper(), [*known, *REFUSED, "LORA"])

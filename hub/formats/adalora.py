@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from loraweave.errors import AdapterUnsupported
+from loraweave.hub.formats._config import words
 from loraweave.hub.formats._conversion import plain
 from loraweave.hub.formats._foreign import ForeignFormat, Layer
 from loraweave.types import Factors
@@ -14,33 +15,15 @@ class Adalora(ForeignFormat):
     peft_type = "ADALORA"
     parts = frozenset({"lora_A", "lora_B", "lora_E"})
     handled = frozenset({"init_r", "lora_alpha"})
-    benign = frozenset(
-        {
-            "r",
-            "target_r",
-            "tinit",
-            "tfinal",
-            "deltaT",
-            "beta1",
-            "beta2",
-            "orth_reg_weight",
-            "total_step",
-            "lora_dropout",
-            "rank_pattern",
-            "alpha_pattern",
-            "megatron_core",
-            "loftq_config",
-            "qalora_group_size",
-            "runtime_config",
-            "init_lora_weights",
-        }
+    benign = words(
+        "r target_r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step lora_dropout rank_pattern alpha_pattern "
+        "megatron_core loftq_config qalora_group_size runtime_config init_lora_weights"
     )
 
     @classmethod
     def update(cls, layer: Layer) -> Factors:
-        a_RI, b_OR = layer.part("lora_A", None, None), layer.part("lora_B", None, None)
+        a_RI, b_OR = layer.pair("lora_A", "lora_B")
         e_R = layer.part("lora_E", a_RI.shape[0], 1)[:, 0]
-        layer.part("lora_B", None, a_RI.shape[0])
         alpha = layer.config.number("lora_alpha")
         if alpha <= 0:
             raise AdapterUnsupported(

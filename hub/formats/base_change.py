@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.base import fingerprint
 from loraweave.hub.formats._base_layer import BaseLayer, base_layer
-from loraweave.hub.formats._config import Config, config_fields
+from loraweave.hub.formats._config import Config
 from loraweave.hub.formats._contents import Contents
-from loraweave.hub.formats._conversion import MAX_ERROR, Bound, cut, plain
+from loraweave.hub.formats._conversion import Bound, cut, plain
+from loraweave.hub.formats._foreign import PeftReader
 from loraweave.hub.formats._peft_config import parse
 from loraweave.hub.formats.peft import Peft
 from loraweave.types import Factors
@@ -23,7 +24,7 @@ from loraweave.types import Factors
 INITS = ("pissa", "olora", "milora")
 
 
-class BaseChange:
+class BaseChange(PeftReader):
     """Delta = s B A - s B0 A0 relative to the original weights, exactly of rank 2 r.
 
     The part taken out is the sum of the largest singular terms of W for PiSSA (Meng et al. 2024, arXiv 2404.02948), of the
@@ -34,48 +35,32 @@ class BaseChange:
     peft_type = "LORA"
 
     @classmethod
-    def recognises(cls, folder: Path) -> bool:
-        """Whether the folder's config is a LoRA with one of these starts."""
-        return cls.claims(folder, config_fields(folder))
-
-    @staticmethod
-    def claims(folder: Path, fields: Mapping[str, Any]) -> bool:
-        """`recognises` for a folder whose config has been read."""
+    def claims(cls, folder: Path, fields: Mapping[str, Any]) -> bool:
+        """Whether the config is a LoRA's with one of these starts."""
         return _init_of(fields) in INITS
 
-    @staticmethod
-    def read(
-        folder: Path,
-        *,
-        model: nn.Module | None = None,
-        rank: int | None = None,
-        max_error: float = MAX_ERROR,
-        allow_pickle: bool = False,
-    ) -> Contents:
-        """The adapter relative to the original weights of `model`, which must be given.
-
-        Raises AdapterUnsupported without a model, and for use_dora, lora_bias and layers that are not linear.
-        """
-        folder, bound = Path(folder), Bound(rank, max_error)
-        fields = Config.of(folder).fields
+    @classmethod
+    def _read(cls, source: Path, bound: Bound, model: nn.Module | None, allow_pickle: bool) -> Contents:
+        """Needs the model. Raises AdapterUnsupported for use_dora, lora_bias and layers that are not linear."""
+        fields = Config.of(source).fields
         init = _init_of(fields)
         if init not in INITS:
-            raise AdapterUnsupported(f"{folder}: init_lora_weights is not one of {', '.join(INITS)}")
+            raise AdapterUnsupported(f"{source}: init_lora_weights is not one of {', '.join(INITS)}")
         if model is None:
             raise AdapterUnsupported(
-                f"{folder}: init_lora_weights={init!r} changed the base model's weights in training, so the update of the "
+                f"{source}: init_lora_weights={init!r} changed the base model's weights in training, so the update of the "
                 "original ones depends on them; give the base model: Adapter.from_pretrained(..., model=model)"
             )
-        contents = Peft.read(folder, assumed={"init_lora_weights": True}, allow_pickle=allow_pickle)
-        scales = parse({**fields, "init_lora_weights": True}, folder).scales(
+        contents = Peft.read(source, assumed={"init_lora_weights": True}, allow_pickle=allow_pickle)
+        scales = parse({**fields, "init_lora_weights": True}, source).scales(
             {name: factors.rank for name, factors in contents.layers.items()}
         )
         modules = dict(model.named_modules())
         layers: dict[str, Factors] = {}
         notes: dict[str, Any] = {}
         for name, factors in contents.layers.items():
-            where = f"{folder}: layer {name!r}"
-            layer = base_layer(modules, name, str(folder))
+            where = f"{source}: layer {name!r}"
+            layer = base_layer(modules, name, str(source))
             if factors.kind != "linear" or layer.kind != "linear" or not factors.bound or factors.bias_O is not None:
                 raise AdapterUnsupported(f"{where}: {init!r} is read of plain linear updates only")
             whole = _without_start(factors, layer, init, scales[name], where)

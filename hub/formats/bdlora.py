@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.formats._config import Config
 from loraweave.hub.formats._conversion import plain
-from loraweave.hub.formats._foreign import Layer, check_size
-from loraweave.hub.formats._lora_variant import LoraVariant, block_diagonal
+from loraweave.hub.formats._foreign import Layer, LoraVariant, block_diagonal, check_size
 from loraweave.types import Factors
 
 _FIELDS = {"target_modules_bd_a", "target_modules_bd_b", "nblocks", "match_strict"}
@@ -42,14 +40,9 @@ class Bdlora(LoraVariant):
         return config
 
 
-def _blocks(config: Config) -> tuple[list[str], list[str], int]:
+def _blocks(config: Config) -> tuple[tuple[str, ...], tuple[str, ...], int]:
     """(names of modules with blocks in A, in B, how many blocks)."""
-    value: Any = config.fields["use_bdlora"]
-    if not isinstance(value, dict):
-        raise AdapterCorrupt(f"{config.folder}: use_bdlora is {str(value)[:80]}, not an object")
-    if unknown := sorted(set(value) - _FIELDS):
+    inner = Config(config.folder, config.table("use_bdlora"))
+    if unknown := sorted(set(inner.fields) - _FIELDS):
         raise AdapterUnsupported(f"{config.folder}: use_bdlora has the unknown field {unknown[0]!r:.80}")
-    names = [value.get(name) or [] for name in ("target_modules_bd_a", "target_modules_bd_b")]
-    if any(not isinstance(each, list) or not all(isinstance(name, str) for name in each) for each in names):
-        raise AdapterCorrupt(f"{config.folder}: use_bdlora has {str(names)[:80]}, not two lists of module names")
-    return names[0], names[1], Config(config.folder, value).count("nblocks", 1)
+    return inner.names("target_modules_bd_a"), inner.names("target_modules_bd_b"), inner.count("nblocks", 1)

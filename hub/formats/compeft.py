@@ -5,21 +5,19 @@ The form is this library's own; the paper's authors left none. See `loraweave.hu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from loraweave.errors import AdapterCorrupt, AdapterUnsupported
+from loraweave.errors import AdapterCorrupt
 from loraweave.hub.formats._card import json_text
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._files import listing, present, read_json
 from loraweave.hub.formats._replacing import replacing, require_replaceable
-from loraweave.hub.formats._safetensors import read_tensors
+from loraweave.hub.formats._safetensors import read_tensors, require_finite
 from loraweave.hub.stores.packing import put_together, take_apart
-from loraweave.lowrank import algebra
 from loraweave.types import Factors, Fingerprint
 
 DESCRIPTION = "compeft.json"
@@ -51,6 +49,8 @@ class Compeft:
                 raise AdapterCorrupt(f"{folder}: no {name}; the folder holds {listing(folder)}")
         description = read_json(folder, DESCRIPTION)
         tensors = {key: _to_stored(dtype, tensor) for key, dtype, tensor in read_tensors(folder, [WEIGHTS], integers=True)}
+        for key, tensor in tensors.items():
+            require_finite(tensor, str(folder), repr(key))
         try:
             if description["version"] != FORMAT_VERSION:
                 raise ValueError(f"its version is {description['version']!r:.60}, not {FORMAT_VERSION}")
@@ -62,12 +62,11 @@ class Compeft:
                 raise ValueError("its base_model, card or name are of another type")
             for layer, factors in layers.items():
                 _check(layer, factors)
-            _check_finite(tensors)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise AdapterCorrupt(f"{folder}: cannot be read ({type(error).__name__}: {error})") from error
-        if not layers or (not heads and all(map(algebra.is_zero, layers.values()))):
-            raise AdapterUnsupported(f"{folder}: the adapter is without effect: every update is zero")
-        return Contents(base_model, layers, fingerprint, card, heads)
+        contents = Contents(base_model, layers, fingerprint, card, heads)
+        contents.require_effect(str(folder))
+        return contents
 
     @staticmethod
     def write(contents: Contents, folder: Path) -> Path:
@@ -78,8 +77,7 @@ class Compeft:
         """
         folder = Path(folder)
         description, tensors = take_apart(contents.layers, contents.heads, stored_as="compeft")
-        if not contents.layers or (not contents.heads and all(map(algebra.is_zero, contents.layers.values()))):
-            raise AdapterUnsupported(f"cannot write to {folder}: the adapter is without effect, every update is zero")
+        contents.require_effect(f"cannot write to {folder}")
         head = {
             "version": FORMAT_VERSION,
             "base_model": contents.base_model,
@@ -111,9 +109,3 @@ def _check(layer: str, factors: Factors) -> None:
     for part, tensor in factors.tensors().items():
         if part not in ("a_RI", "b_OR") and tuple(tensor.shape) != (num_out,):
             raise ValueError(f"layer {layer!r} has {part} of shape {tuple(tensor.shape)}, not ({num_out},)")
-
-
-def _check_finite(tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"tensor {name!r} has values that are NaN or infinite")

@@ -19,9 +19,7 @@ class Delora(ForeignFormat):
 
     @classmethod
     def update(cls, layer: Layer) -> Factors:
-        a_RI, b_OR = layer.part("delora_A", None, None), layer.part("delora_B", None, None)
-        rank = a_RI.shape[0]
-        layer.part("delora_B", None, rank)
+        a_RI, b_OR = layer.pair("delora_A", "delora_B")
         norms_R = a_RI.norm(dim=1).clamp(min=SMALLEST_NORM) * b_OR.norm(dim=0).clamp(min=SMALLEST_NORM)
-        scale_R = layer.part("delora_lambda", 1) / rank / norms_R
+        scale_R = layer.part("delora_lambda", 1) / a_RI.shape[0] / norms_R
         return plain(a_RI * layer.part("delora_w_norm", a_RI.shape[1]), b_OR * scale_R)

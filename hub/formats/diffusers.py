@@ -9,10 +9,9 @@ from typing import Any
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.formats._files import parse_json
-from loraweave.hub.formats._lora_file import FileFormat, Parts
+from loraweave.hub.formats._lora_file import FileFormat, Parts, rank_of
 from loraweave.hub.formats._peft_config import parse
 from loraweave.hub.formats._placing import BaseNames, Placement
-from loraweave.hub.formats._updates import rank_of
 
 # the parts of diffusers' pipelines that are trained with LoRA
 COMPONENTS = (

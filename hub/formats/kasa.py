@@ -6,8 +6,7 @@ import torch
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.formats._conversion import plain
-from loraweave.hub.formats._foreign import Layer
-from loraweave.hub.formats._lora_variant import LoraVariant
+from loraweave.hub.formats._foreign import Layer, LoraVariant
 from loraweave.types import Factors
 
 
@@ -19,9 +18,9 @@ class Kasa(LoraVariant):
 
     @classmethod
     def update(cls, layer: Layer) -> Factors:
-        a_RI = layer.part("lora_A.weight", None, None)
+        a_RI, b_OR = layer.pair("lora_A.weight", "lora_B.weight")
         rank, num_in = a_RI.shape
-        b_OR, diagonal_R = layer.part("lora_B.weight", None, rank), layer.part("lora_diag", rank)
+        diagonal_R = layer.part("lora_diag", rank)
         if layer.base.kind != "linear" or layer.base.transposed:
             raise AdapterUnsupported(f"{layer.where}: KaSA is read of linear layers only")
         weight_OI = layer.base.weight_OI

@@ -8,9 +8,8 @@ from functools import cache
 
 from loraweave.errors import AdapterUnsupported
 from loraweave.hub.formats._known_modules import FLUX, ORIGINAL_FLUX, ORIGINAL_UNET, UNET, text_encoder
-from loraweave.hub.formats._lora_file import FileFormat
+from loraweave.hub.formats._lora_file import MATRICES, FileFormat
 from loraweave.hub.formats._placing import BaseNames, Placement, Rules, only
-from loraweave.hub.formats._updates import MATRICES
 
 # the prefix of a module, the pipeline's part that it belongs to, and the architectures that may be
 PREFIXES = {

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
+from loraweave.hub.formats._config import words
 from loraweave.hub.formats._conversion import plain
 from loraweave.hub.formats._foreign import ForeignFormat, Layer, check_size
 from loraweave.types import Factors
@@ -17,16 +18,7 @@ class Lokr(ForeignFormat):
     peft_type = "LOKR"
     parts = frozenset({"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"})
     handled = frozenset({"r", "alpha", "rank_pattern", "alpha_pattern"})
-    benign = frozenset(
-        {
-            "rank_dropout",
-            "module_dropout",
-            "rank_dropout_scale",
-            "use_effective_conv2d",
-            "decompose_both",
-            "decompose_factor",
-        }
-    )
+    benign = words("rank_dropout module_dropout rank_dropout_scale use_effective_conv2d decompose_both decompose_factor")
 
     @classmethod
     def update(cls, layer: Layer) -> Factors:

@@ -37,9 +37,9 @@ class LoraXs(ForeignFormat):
 
     @classmethod
     def update(cls, layer: Layer) -> Factors:
-        a_RI = layer.part("lora_A.weight", None, None)
+        a_RI, b_OR = layer.pair("lora_A.weight", "lora_B.weight")
         rank = a_RI.shape[0]
-        b_OR, middle_RR = layer.part("lora_B.weight", None, rank), layer.part(MIDDLE, rank, rank)
+        middle_RR = layer.part(MIDDLE, rank, rank)
         settings = parse(layer.config.fields, layer.config.folder)
         if settings.ranks([layer.name])[layer.name] != rank:
             raise AdapterCorrupt(f"{layer.where} has rank {rank}, which is not what adapter_config.json gives it")

@@ -11,10 +11,9 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
-from loraweave.hub.formats._files import present, read_bytes
-from loraweave.hub.formats._lora_file import FileFormat, Parts
+from loraweave.hub.formats._files import entry, present, read_bytes
+from loraweave.hub.formats._lora_file import FileFormat, Parts, rank_of
 from loraweave.hub.formats._placing import BaseNames, Placement
-from loraweave.hub.formats._updates import rank_of
 
 # a module below its layer, as the generations of the software name it, and the base's modules that it updates, in B's order
 _ATTENTION, _MLP = "self_attn", "mlp"
@@ -124,8 +123,8 @@ def _settings(folder: Path) -> tuple[float, float]:
             continue
         fields: Any = _yaml(folder, name)
         for step in steps:
-            fields = fields.get(step) if isinstance(fields, dict) else None
-        values = fields if isinstance(fields, dict) else {}
+            fields = entry(fields, step, dict)
+        values = fields or {}
         rank: Any = values.get(rank_name)
         # NeMo leaves an alpha out that equals the rank
         alpha: Any = values.get("alpha", rank if name == "model_config.yaml" else None)

@@ -10,8 +10,8 @@ from torch import Tensor
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.formats._config import Config
 from loraweave.hub.formats._conversion import plain
-from loraweave.hub.formats._foreign import Layer
-from loraweave.hub.formats._lora_variant import LoraVariant, block_diagonal
+from loraweave.hub.formats._files import entry
+from loraweave.hub.formats._foreign import Layer, LoraVariant, block_diagonal
 from loraweave.types import Factors
 
 
@@ -51,10 +51,10 @@ class MergedLinear(LoraVariant):
 
 
 def _parts_in_use(config: Config) -> list[bool]:
-    value = config.fields.get("enable_lora")
-    if not isinstance(value, list) or not all(isinstance(entry, bool) for entry in value) or not any(value):
-        raise AdapterCorrupt(f"{config.folder}: enable_lora is {str(value)[:80]}, not a list of truth values with one true")
-    return list(value)
+    used = entry(config.fields, "enable_lora", list) or []
+    if not any(used) or any(type(part) is not bool for part in used):
+        raise AdapterCorrupt(f"{config.folder}: enable_lora is not a list of truth values with one true")
+    return used
 
 
 def _spread(b_PR: Tensor, used: list[bool]) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.formats._card import model_id
 from loraweave.hub.formats._config import CONFIG, Config
-from loraweave.hub.formats._files import present
+from loraweave.hub.formats._files import entry, present
 from loraweave.hub.formats._lora_file import FileFormat, Parts
 from loraweave.hub.formats._placing import BaseNames, Placement
 
@@ -115,4 +115,4 @@ class Mlx(FileFormat):
 def _fields(folder: Path) -> Mapping[str, Any] | None:
     """MLX's config in a folder, None where there is none."""
     fields = Config.of(folder).fields if present(folder, CONFIG) else {}
-    return fields if isinstance(fields.get("lora_parameters"), dict) and "peft_type" not in fields else None
+    return None if "peft_type" in fields or entry(fields, "lora_parameters", dict) is None else fields

@@ -17,7 +17,7 @@ from loraweave.hub.formats._card import base_model_of_readme, read_card
 from loraweave.hub.formats._config import CONFIG, Config
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._conversion import matrices
-from loraweave.hub.formats._files import present
+from loraweave.hub.formats._files import entry, present
 from loraweave.hub.formats._peft_config import (
     INDEX,
     PICKLE,
@@ -28,10 +28,9 @@ from loraweave.hub.formats._peft_config import (
     parse,
     stored_tensors,
 )
-from loraweave.hub.formats._peft_heads import TASK_HEADS, check_heads, take_heads
+from loraweave.hub.formats._peft_heads import take_heads
 from loraweave.hub.formats._peft_write import write_folder
 from loraweave.hub.formats._safetensors import gather, require_finite
-from loraweave.lowrank import algebra
 from loraweave.types import Factors
 
 Parts = dict[Part, Tensor]
@@ -60,14 +59,13 @@ class Peft:
         config = parse({**Config.of(folder).fields, **(assumed or {})}, folder)
         card, fingerprint, layout = read_card(folder)
         stored, dtypes = gather(stored_tensors(folder, allow_pickle=allow_pickle), folder)
-        heads, saved = _heads_of(stored, config)
+        heads, saved = take_heads(stored, config.modules_to_save, config.task_type, config.bias, folder)
         layers = _layers_of(_parts_of(stored, folder), config, layout)
-        if not heads and all(algebra.is_zero(factors) for factors in layers.values()):
-            why = "lora_alpha is 0" if config.alpha == 0 else "every update is zero"
-            raise AdapterUnsupported(f"{folder}: the adapter is without effect: {why}")
         recorded = dict(config.recorded) | ({"modules_to_save": saved} if saved else {})
         card |= {"peft": recorded, "stored_dtype": dtypes}
-        return Contents(config.base_model or base_model_of_readme(folder), layers, fingerprint, card, heads)
+        contents = Contents(config.base_model or base_model_of_readme(folder), layers, fingerprint, card, heads)
+        contents.require_effect(str(folder), "every update is zero" if config.alpha else "lora_alpha is 0")
+        return contents
 
     @staticmethod
     def write(contents: Contents, folder: Path, *, dtype: torch.dtype = torch.float32) -> Path:
@@ -77,16 +75,8 @@ class Peft:
         all; an existing one is replaced only when it is empty or holds nothing but an adapter (else AdapterExists).
         Raises AdapterUnsupported for a gain without DoRA's magnitude, and for other contents that PEFT has no form for.
         """
-        if not contents.heads and all(algebra.is_zero(factors) for factors in contents.layers.values()):
-            raise AdapterUnsupported(f"cannot write to {folder}: the adapter is without effect, every update is zero")
+        contents.require_effect(f"cannot write to {folder}")
         return write_folder(contents, Path(folder), dtype=dtype)
-
-
-def _heads_of(stored: dict[str, Tensor], config: PeftConfig) -> tuple[dict[str, Tensor], list[str]]:
-    """The heads, taken out of `stored`, and the names of modules_to_save that they were found under."""
-    names = (*config.modules_to_save, *TASK_HEADS.get(config.task_type, ()))
-    heads = take_heads(stored, names, config.bias, config.folder)
-    return heads, check_heads(heads, config.modules_to_save, config.task_type, config.folder)
 
 
 def _parts_of(stored: Mapping[str, Tensor], folder: Path) -> dict[str, Parts]:
@@ -190,10 +180,10 @@ def _scale(layer: str, factors: Factors, scale: float, config: PeftConfig) -> Fa
 
 def _undo_layout(layer: str, factors: Factors, layout: Mapping[str, Any]) -> Factors:
     """Undoes what our writer had to add for PEFT: zeros only, so that the notes in a foreign file cannot change a value."""
-    padded, rank_zero = layout.get("padded_bias"), layout.get("rank_zero")
-    if isinstance(padded, list) and layer in padded and factors.bias_O is not None and not bool(factors.bias_O.any()):
+    padded = layer in (entry(layout, "padded_bias", list) or ())
+    if padded and factors.bias_O is not None and not bool(factors.bias_O.any()):
         factors = replace(factors, bias_O=None)
-    size = rank_zero.get(layer) if isinstance(rank_zero, dict) else None
+    size = (entry(layout, "rank_zero", dict) or {}).get(layer)
     if type(size) is int and 0 <= size < 2**31 and not bool(factors.a_RI.any()) and not bool(factors.b_OR.any()):
         inputs = size if factors.rank == 0 else factors.a_RI.shape[1]
         factors = replace(factors, a_RI=torch.zeros(0, inputs), b_OR=factors.b_OR[:, :0])

@@ -24,7 +24,7 @@ class Randlora(ForeignFormat):
         lambda_RN = layer.part("randlora_lambda", None, None)
         rank, bases = lambda_RN.shape
         gamma_NI = layer.part("randlora_gamma", bases, small)
-        a_RI, b_ONR = layer.common("randlora_A", rank, 1, None)[:, 0, :small], layer.common("randlora_B", None, None, rank)
+        a_RI, b_ONR = layer.part("randlora_A", rank, 1, None)[:, 0, :small], layer.part("randlora_B", None, None, rank)
         if a_RI.shape[1] < small or b_ONR.shape[0] < large or b_ONR.shape[1] < bases:
             raise AdapterCorrupt(f"{layer.where}: the shared matrices are smaller than the layer, {(large, small)}")
         # PEFT lays the rank rows of A out by (r, n) and those of B by (n, r), and pairs them in that order

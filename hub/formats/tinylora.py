@@ -26,11 +26,11 @@ class Tinylora(ForeignFormat):
                 f"{layer.where}: the random matrices are not in the file, only the seed they were drawn with, which gives "
                 "other numbers in another version of torch; save the adapter with save_projection=True"
             )
-        a_RI = layer.part("tinylora_A", None, None)
+        a_RI, b_OR = layer.pair("tinylora_A", "tinylora_B")
         rank = a_RI.shape[0]
-        v_U = layer.common(f"tinylora_v.{_group(layer)}", None)
+        v_U = layer.part(f"tinylora_v.{_group(layer)}", None)
         middle_RR = torch.einsum("u,urs->rs", v_U, layer.part("tinylora_P", v_U.shape[0], rank, rank))
-        return plain(a_RI, layer.part("tinylora_B", None, rank) @ middle_RR)
+        return plain(a_RI, b_OR @ middle_RR)
 
 
 def _group(layer: Layer) -> int:

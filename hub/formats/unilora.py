@@ -38,6 +38,6 @@ class Unilora(ForeignFormat):
 
 
 def _matrix(layer: Layer, side: str) -> Tensor:
-    theta = layer.common("unilora_theta_d", None)
+    theta = layer.part("unilora_theta_d", None)
     places = layer.places(f"unilora_indices_{side}", None, None, below=theta.shape[0])
     return theta[places] * layer.part(f"unilora_scales_{side}", *places.shape)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from loraweave.errors import AdapterCorrupt
+from loraweave.hub.formats._config import words
 from loraweave.hub.formats._conversion import plain
 from loraweave.hub.formats._foreign import ForeignFormat, Layer
 from loraweave.types import Factors
@@ -18,21 +19,13 @@ class Vblora(ForeignFormat):
     parts = frozenset(f"vblora_logits_{side}{form}" for side in "AB" for form in ("", "_topk_indices", "_topk_weights"))
     shared = frozenset({"vblora_vector_bank"})
     handled = frozenset({"topk"})
-    benign = frozenset(
-        {
-            "r",
-            "num_vectors",
-            "vector_length",
-            "save_only_topk_weights",
-            "vblora_dropout",
-            "init_vector_bank_bound",
-            "init_logits_std",
-        }
+    benign = words(
+        "r num_vectors vector_length save_only_topk_weights vblora_dropout init_vector_bank_bound init_logits_std"
     )
 
     @classmethod
     def update(cls, layer: Layer) -> Factors:
-        bank_VL = layer.common("vblora_vector_bank", None, None)
+        bank_VL = layer.part("vblora_vector_bank", None, None)
         a, b = _mix(layer, "A", bank_VL), _mix(layer, "B", bank_VL)
         if a.shape[0] != b.shape[1]:
             raise AdapterCorrupt(f"{layer.where}: A has rank {a.shape[0]} and B has rank {b.shape[1]}")

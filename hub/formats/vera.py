@@ -31,7 +31,7 @@ class Vera(ForeignFormat):
 def projections(layer: Layer, name_a: str, name_b: str) -> tuple[Tensor, Tensor]:
     """The shared A and B. Raises AdapterUnsupported where the file leaves them out, AdapterCorrupt for smaller ones."""
     require_shared(layer, name_a, name_b)
-    a, b = layer.common(name_a), layer.common(name_b)
+    a, b = layer.part(name_a), layer.part(name_b)
     if a.shape[-1] < layer.base.num_inputs or b.shape[0] < layer.base.num_outputs:
         raise AdapterCorrupt(
             f"{layer.where}: the shared matrices {tuple(a.shape)} and {tuple(b.shape)} are smaller than the layer, which "

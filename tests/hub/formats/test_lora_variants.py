@@ -34,7 +34,7 @@ REFUSED = {
     "no object": ({"use_bdlora": True}, {}, AdapterCorrupt, "not an object"),
     "an unknown field": (blocks(new=1), {}, AdapterUnsupported, "'new'"),
     "no count": (blocks(nblocks=0), {}, AdapterCorrupt, "nblocks is 0"),
-    "no list": (blocks(target_modules_bd_b="q_proj"), {}, AdapterCorrupt, "two lists"),
+    "no list": (blocks(target_modules_bd_b="q_proj"), {}, AdapterCorrupt, "target_modules_bd_b is 'q_proj', not a list"),
     "both factors": (blocks(target_modules_bd_b=["q"]), {}, AdapterCorrupt, "both factors"),
     "rows that do not divide": (blocks(nblocks=3), {}, AdapterCorrupt, r"\(4, 3\) does not divide into 3"),
     "another rank": ({**blocks(), "r": 2}, {}, AdapterCorrupt, "rank 4 in the file and rank 2"),

@@ -64,7 +64,7 @@ def test_hidden_folders_links_and_what_lies_too_deep_are_not_entered(tmp_path):
 
 
 def test_a_folder_of_very_many_files_is_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr("loraweave.hub.formats._files.MAX_ENTRIES", 3)
+    monkeypatch.setattr("loraweave.hub.formats._reading.MAX_ENTRIES", 3)
     for number in range(4):
         (tmp_path / f"{number}.txt").write_text("")
     with pytest.raises(AdapterUnsupported, match=r"more than 3 files; give the adapter's own folder"):
