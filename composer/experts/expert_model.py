@@ -15,16 +15,7 @@ from torch import Tensor, nn
 
 from loraweave.common.process import holding
 from loraweave.composer.experts.forms._form import Weigh
-from loraweave.composer.experts.hooks import (
-    AfterBranch,
-    AfterPart,
-    AfterSite,
-    BeforeBranch,
-    BeforeCall,
-    BeforePart,
-    require_same_call,
-    same_call,
-)
+from loraweave.composer.experts.hooks import Hook, require_same_call, same_call
 from loraweave.composer.experts.parts import Parts, Starts, closing_blocks, make_parts, shapes_of
 from loraweave.composer.experts.running import RUNNING, Branch, Running
 from loraweave.composer.experts.saving import as_adapter, one_expert, read_saved_experts, require_updates, write_experts
@@ -74,20 +65,23 @@ class ExpertModel(ExpertLearner):
         self._take(make_parts(base_model, recipe, shapes, starts))
         self._learning = [parameter for parameter in base_model.parameters() if parameter.requires_grad]
         base_model.requires_grad_(False)
-        self._handles = [base_model.register_forward_pre_hook(BeforeCall(self), with_kwargs=True)]
+        own = type(self)
+        self._handles = [base_model.register_forward_pre_hook(Hook(self, own._before_call), with_kwargs=True)]
         for name, site in self.sites.items():
             if not site.parts:
-                self._handles.append(base_model.get_submodule(name).register_forward_hook(AfterSite(self, name)))
+                self._put_in(name, own._after_site, name)
             for number, part in enumerate(site.parts):
-                module = base_model.get_submodule(part.name)
-                self._handles.append(module.register_forward_pre_hook(BeforePart(self, name, number)))
-                self._handles.append(module.register_forward_hook(AfterPart(self, name, number)))
-        if recipe.branches:
-            for block in closing_blocks(base_model):
-                if any(name.startswith(f"{block}.") for name in self.sites):
-                    module = base_model.get_submodule(block)
-                    self._handles.append(module.register_forward_pre_hook(BeforeBranch(self, block)))
-                    self._handles.append(module.register_forward_hook(AfterBranch(self)))
+                self._put_in(part.name, own._after_part, name, number, before=own._before_part)
+        for block in closing_blocks(base_model) if recipe.branches else ():
+            if any(name.startswith(f"{block}.") for name in self.sites):
+                self._put_in(block, own._after_branch, block, before=own._before_branch)
+
+    def _put_in(self, path: str, after: Any, *place: Any, before: Any = None) -> None:
+        """Has a module of the base do `before` and `after` its forward what these methods do, given the place."""
+        module = self.base_model.get_submodule(path)
+        if before is not None:
+            self._handles.append(module.register_forward_pre_hook(Hook(self, before, *place)))
+        self._handles.append(module.register_forward_hook(Hook(self, after, *place)))
 
     @property
     def hf_device_map(self) -> Any:
@@ -158,22 +152,34 @@ class ExpertModel(ExpertLearner):
         found: Tensor = layer(module, args, y, self._weighing(self.sites[name], layer, call))
         return found
 
-    def before_part(self, name: str, part: int, args: tuple[Any, ...], running: Running) -> tuple[Any, ...]:
+    def _before_call(self, running: Running, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        running.begin(module, args, kwargs)
+        self.show_gates(running.call)
+
+    def _after_site(self, running: Running, name: str, module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
+        return self.with_experts(name, module, args, y, running.call)
+
+    def _before_part(self, running: Running, name: str, part: int, _: nn.Module, args: tuple[Any, ...]) -> Any:
         """What a part of a site is called with instead of `args`."""
         layer: Any = self.layers[key_of(name)]
         seen = running.within.setdefault(name, {})
-        module = self.base_model.get_submodule(name)
         weigh = self._weighing(self.sites[name], layer, running.call)
-        found: tuple[Any, ...] = layer.before(part, module, args, weigh, seen)
-        return found
+        return layer.before(part, self.base_model.get_submodule(name), args, weigh, seen)
 
-    def after_part(self, name: str, part: int, args: tuple[Any, ...], y: Tensor, running: Running) -> Tensor:
+    def _after_part(self, running: Running, name: str, part: int, _: nn.Module, args: tuple[Any, ...], y: Tensor) -> Any:
         """The output of a part of a site, whose module gave y for `args`."""
         layer: Any = self.layers[key_of(name)]
         is_last = part + 1 == len(self.sites[name].parts)
         seen = running.within.pop(name) if is_last else running.within[name]
-        found: Tensor = layer.after(part, self.base_model.get_submodule(name), args, y, seen)
-        return found
+        return layer.after(part, self.base_model.get_submodule(name), args, y, seen)
+
+    def _before_branch(self, running: Running, block: str, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Before the block where branches leave the shared stream: its input is the shared stream's."""
+        return None if running.branch is None else running.branch.enter(block, args)
+
+    def _after_branch(self, running: Running, block: str, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """After that block: the shared stream's output alone goes on, while it runs."""
+        return None if running.branch is None else running.branch.leave(output)
 
     def expert(self, number: int) -> Adapter:
         """One expert alone, at weight 1 wherever it is, as an adapter of its own.
@@ -313,7 +319,7 @@ class ExpertModel(ExpertLearner):
             handle.remove()
         self._handles.clear()
         hooks = self.base_model._forward_pre_hooks.values()
-        others = [hook.owner for hook in hooks if isinstance(hook, BeforeCall) and isinstance(hook.owner, ExpertModel)]
+        others = [hook.owner for hook in hooks if isinstance(hook, Hook) and hook.owner is not None]
         for other in others[:1]:
             # the base stays frozen for those that are still on it
             other._learning += self._learning

@@ -50,6 +50,29 @@ class Branch:
             raise ScopeError(f"{path!r} runs for a task, but not in the shared stream: the model has to run the same layers")
         return self.noted[path].clone()
 
+    def enter(self, block: str, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """What a block where branches leave is called with instead of `args`; None for these."""
+        if not args:
+            raise ScopeError(
+                f"block {block!r} is given its input by name, so that no branch of a task can leave there: take a "
+                "recipe without branches"
+            )
+        if self.left:
+            return self.take(block), *args[1:]
+        # blocks may add to it in its own memory
+        self.note(block, args[0].clone())
+        return None if self.num_streams == 1 else (torch.cat([args[0]] * self.num_streams), *args[1:])
+
+    def leave(self, output: Any) -> Any:
+        """The block's output for the first of the streams; values of a tuple that are no tensors stay as they are."""
+        if self.left or self.num_streams == 1:
+            return output
+        of_first = [
+            each[: len(each) // self.num_streams] if isinstance(each, Tensor) else each
+            for each in (output if isinstance(output, tuple) else (output,))
+        ]
+        return tuple(of_first) if isinstance(output, tuple) else of_first[0]
+
 
 @dataclass(eq=False)
 class Running:

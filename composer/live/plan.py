@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,28 +42,6 @@ from loraweave.types import Router
 NUM_KEPT_SHAPES = 64
 
 
-class _Weights(Protocol):
-    @property
-    def learns(self) -> bool: ...
-
-    @property
-    def num_mixtures(self) -> int: ...
-
-    @property
-    def num_tokens(self) -> int: ...
-
-    @property
-    def num_bytes(self) -> int: ...
-
-    def skips(self, layer: str) -> bool: ...
-
-    def escaped(self) -> None: ...
-
-    def mixture(
-        self, layer: TargetLayer, x_BTI: Tensor, device: torch.device, dtype: torch.dtype, lease: Lease
-    ) -> LayerMixture: ...
-
-
 class _Remembered(NamedTuple):
     """How a layer's update is added for inputs of one shape, what they and the outputs have to be, and what to note."""
 
@@ -80,7 +58,11 @@ class Plan:
     """
 
     def __init__(
-        self, experts: tuple[str, ...], mixture: MixtureWeights | None, weights: _Weights, by_token: TokenWeights
+        self,
+        experts: tuple[str, ...],
+        mixture: MixtureWeights | None,
+        weights: RowWeights | TokenWeights,
+        by_token: TokenWeights,
     ) -> None:
         self.experts = experts
         self.mixture = mixture
@@ -166,7 +148,10 @@ class Plan:
         self._tell(usage, layer.name, note, mixture.w_BTE)
         if kernel is not None and affine is None and x.ndim == 3 and layer.fresh and isinstance(self._weights, RowWeights):
             add = kernel.adder(dtype, x.shape)
-            self._remember(layer.name, x.shape, _Remembered(add, dtype, y.device, note))
+            by_shape = self._remembered.setdefault(layer.name, {})
+            if len(by_shape) >= NUM_KEPT_SHAPES:
+                by_shape.clear()
+            by_shape[x.shape] = _Remembered(add, dtype, y.device, note)
             if _in_place(x, y, dtype, y.device):
                 add(x, y)
                 return y
@@ -175,12 +160,6 @@ class Plan:
         # a view of it could not be changed where it has a gradient
         y_BTO = y if y.shape[:-1] == x_BTI.shape[:2] else y.reshape(*x_BTI.shape[:2], layer.num_outputs)
         return _sum(mixture, layer, x_BTI, y_BTO).reshape(y.shape)
-
-    def _remember(self, layer: str, shape: torch.Size, remembered: _Remembered) -> None:
-        by_shape = self._remembered.setdefault(layer, {})
-        if len(by_shape) >= NUM_KEPT_SHAPES:
-            by_shape.clear()
-        by_shape[shape] = remembered
 
     def _projected(self, layer: TargetLayer, x: Tensor, y: Tensor, dtype: torch.dtype, lease: Lease, usage: Usage) -> Tensor:
         if self._by_place and layer.kind is not conv:

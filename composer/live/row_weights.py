@@ -87,6 +87,7 @@ class RowWeights:
     """A mixture for each of M rows, M = 1 for all; `mixture` names the active experts only."""
 
     learns = False
+    num_tokens = 1
 
     def __init__(self, mixture: MixtureWeights, workspace: Workspace) -> None:
         self._mixture = mixture
@@ -95,7 +96,7 @@ class RowWeights:
         self._borrowed: list[Tensor] = []
         self._return = finalize(self, workspace.give, self._borrowed)
         self._return.atexit = False
-        self._num_mixtures = mixture.values_BTLE.shape[0]
+        self.num_mixtures = mixture.values_BTLE.shape[0]
         self._common = _rows(mixture.values_BTLE[:, :, 0]) if not mixture.layers else None
         self._used = {
             layer for index, layer in enumerate(mixture.layers) if bool((mixture.values_BTLE[:, :, index] != 0).any())
@@ -103,14 +104,6 @@ class RowWeights:
         self._layers: dict[str, _LayerRows] = {}
         # of the layers in which the experts have these ranks, 0 where one has none
         self._ranked: dict[tuple[int, ...], RankedRows] = {}
-
-    @property
-    def num_mixtures(self) -> int:
-        return self._num_mixtures
-
-    @property
-    def num_tokens(self) -> int:
-        return 1
 
     @property
     def num_bytes(self) -> int:
@@ -130,14 +123,14 @@ class RowWeights:
     ) -> LayerMixture:
         """Raises ScopeError, naming the layer and both counts, where the rows are no multiple of the mixture's."""
         num_rows, num_tokens = x_BTI.shape[:2]
-        require_multiple(self._num_mixtures, num_rows, f"input of layer {layer.name!r}")
+        require_multiple(self.num_mixtures, num_rows, f"input of layer {layer.name!r}")
         found = self._layers.get(layer.name)
         with torch.inference_mode(False), torch.no_grad():
             if found is None or found.device != device or found.dtype != dtype:
                 found = self._layers[layer.name] = self._make_rows(layer.name, device, dtype, lease)
             kernel = None
             if found.ranked.touched:
-                kernel = self._kernel(found, layer, num_rows // self._num_mixtures * num_tokens, lease)
+                kernel = self._kernel(found, layer, num_rows // self.num_mixtures * num_tokens, lease)
         return LayerMixture(kernel, found.affine)
 
     def _make_rows(self, layer: str, device: torch.device, dtype: torch.dtype, lease: Lease) -> _LayerRows:
@@ -161,7 +154,7 @@ class RowWeights:
             parts = [lease.part(name, layer.name, found.device, found.dtype) for name in names]
             own = [part for part in parts if part is not None]
             kernel = row_kernels()[choice.path].of(own, found.ranked.rows, dtype, partial(self._borrow, dtype, found.device))
-            found.kernels[key] = found.ranked.among_all(kernel, self._num_mixtures, found.device)
+            found.kernels[key] = found.ranked.among_all(kernel, self.num_mixtures, found.device)
         return found.kernels[key]
 
     def _borrow(self, dtype: torch.dtype, device: torch.device, num_elements: int) -> Tensor:
@@ -190,17 +183,13 @@ class RankedRows:
     """Rows of mixtures in layers where the experts have certain ranks.
 
     `places` are the experts that have any, `touched` the numbers of the rows that use one of those, and `rows` their sets,
-    by place among `places`. The sums of ranks are those of a `Workload`.
+    by place among `places`. `work` counts ranks, and still lacks what the layer and its input say.
     """
 
     places: tuple[int, ...]
     touched: tuple[int, ...]
     rows: RowSets
-    largest: int
-    total: int
-    num_segments: int
-    distinct: int
-    stacked: int
+    work: Workload
 
     @classmethod
     def of(cls, rows: RowSets, ranks: tuple[int, ...]) -> RankedRows:
@@ -214,16 +203,15 @@ class RankedRows:
         rows = tuple(rows[number] for number in touched)
         sums = [sum(own[p] for p, _ in row) for row in rows]
         distinct = set(rows)
-        return cls(
-            places,
-            touched,
-            rows,
+        work = Workload(
+            num_mixtures=len(rows),
             largest=max(sums, default=0),
             total=sum(sums),
             num_segments=len(distinct),
             distinct=sum(sum(own[p] for p, _ in row) for row in distinct),
             stacked=sum(own[p] for p in {p for row in distinct for p, _ in row}),
         )
+        return cls(places, touched, rows, work)
 
     def among_all(self, kernel: Kernel, num_mixtures: int, device: torch.device) -> Kernel:
         """The kernel of `rows` for all rows, of which those without an expert take no part."""
@@ -247,15 +235,9 @@ class _LayerRows:
         return sum(kernel.num_bytes for kernel in list(self.kernels.values()))
 
     def workload(self, num_inputs: int, num_outputs: int, tokens: int) -> Workload:
-        ranked = self.ranked
-        return Workload(
-            num_mixtures=len(ranked.touched),
+        return replace(
+            self.ranked.work,
             tokens=tokens,
-            largest=ranked.largest,
-            total=ranked.total,
-            num_segments=ranked.num_segments,
-            distinct=ranked.distinct,
-            stacked=ranked.stacked,
             num_inputs=num_inputs,
             num_outputs=num_outputs,
             itemsize=self.dtype.itemsize,

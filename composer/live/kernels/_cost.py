@@ -57,15 +57,15 @@ class Workload:
     """
 
     num_mixtures: int
-    tokens: int
     largest: int
     total: int
     num_segments: int
     distinct: int
     stacked: int
-    num_inputs: int
-    num_outputs: int
-    itemsize: int
+    tokens: int = 1
+    num_inputs: int = 0
+    num_outputs: int = 0
+    itemsize: int = 4
     device: str = "cpu"
     triton: bool = False
 
