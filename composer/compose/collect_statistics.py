@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from loraweave.common.checks import is_whole
 from loraweave.common.display import tracked
+from loraweave.common.options import Count, check_options
 from loraweave.common.rows import GivenRows, read_rows
 from loraweave.composer.composer import Composer
 from loraweave.composer.merge.statistics import LayerStatistics, Statistics
-from loraweave.composer.model.batches import EncodedRow, batch, encode, takes, untouched
+from loraweave.composer.model.batches import EncodedRow, batch, encode, pad_rows, takes, untouched
 from loraweave.composer.model.kinds.linear import shape as linear_shape
 from loraweave.composer.model.layers import tied_parameters
 from loraweave.errors import CompositionError, InvalidTask, LayerMismatch
@@ -56,7 +56,11 @@ def collect_statistics(
     Raises InvalidTask for texts or settings that cannot be used; what Composer raises for an adapter that does not fit, or
     has layers that are not linear; CompositionError for a layer that never runs or a model without class probabilities.
     """
-    kinds = _require_options(what, batch_size, max_tokens)
+    kinds = (what,) if isinstance(what, str) else tuple(what)
+    if not kinds or not set(kinds) <= set(KINDS):
+        raise InvalidTask(f"what={what!r} is not one or both of {', '.join(map(repr, KINDS))}")
+    sizes = {"batch_size": batch_size, "max_tokens": max_tokens}
+    check_options("collect_statistics()", sizes, dict.fromkeys(sizes, Count), error=InvalidTask)
     # the heads are written into the model apart, since no mixture has a place for them
     engine = Composer(model, {adapter.name: replace(adapter, heads={})})
     recorders = _recorders(model, [*adapter.layers, *layers], kinds)
@@ -238,13 +242,7 @@ def _inputs(model: Any, tokenizer: Any, rows: Sequence[EncodedRow]) -> tuple[dic
     if model.config.is_encoder_decoder:
         inputs = batch(model, tokenizer, rows).inputs
         return inputs, inputs["attention_mask"].bool()
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    longest = max(map(len, rows))
-    ids_BT = torch.full((len(rows), longest), pad)
-    mask_BT = torch.zeros(len(rows), longest, dtype=torch.long)
-    for index, row in enumerate(rows):
-        ids_BT[index, : len(row)] = torch.tensor(row.prompt)
-        mask_BT[index, : len(row)] = 1
+    ids_BT, mask_BT = pad_rows(tokenizer, [row.prompt for row in rows], left=False)
     device = next(model.parameters()).device
     return {"input_ids": ids_BT.to(device), "attention_mask": mask_BT.to(device)}, mask_BT.to(device).bool()
 
@@ -310,16 +308,6 @@ def _mean(name: str, total: Tensor | None, count: int) -> Tensor | None:
     if not bool(torch.isfinite(mean).all()):
         raise CompositionError(f"layer {name!r} has activations or gradients that are NaN or infinite on these texts")
     return mean
-
-
-def _require_options(what: Collection[str], batch_size: int, max_tokens: int) -> tuple[str, ...]:
-    kinds = (what,) if isinstance(what, str) else tuple(what)
-    if not kinds or not set(kinds) <= set(KINDS):
-        raise InvalidTask(f"what={what!r} is not one or both of {', '.join(map(repr, KINDS))}")
-    for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
-        if not is_whole(value, 1):
-            raise InvalidTask(f"{name}={value!r} is below 1")
-    return kinds
 
 
 # gradient at the output, input of the layer

@@ -96,8 +96,7 @@ class EncodedExamples:
 
     def counts(self, examples: Sequence[int]) -> Tensor:
         """count_NR: the target tokens of each row."""
-        counts = [[len(row.target) for row in self._rows_of([example])] for example in examples]
-        return torch.tensor(counts)
+        return torch.tensor([[len(row.target) for row in self._rows_of([example])] for example in examples])
 
     def num_targets(self, examples: Sequence[int]) -> int:
         """The tokens of the examples' own targets."""
@@ -106,8 +105,7 @@ class EncodedExamples:
 
     def size(self, examples: tuple[int, ...]) -> tuple[int, int]:
         """(tokens read, logits made) for one job."""
-        trees = self._trees_of(examples)
-        if trees:
+        if trees := self._trees_of(examples):
             longest, kept = max(map(len, trees)), max(tree.num_predictors for tree in trees)
             return len(trees) * longest, len(trees) * kept
         rows = self._rows_of(examples)
@@ -120,32 +118,24 @@ class EncodedExamples:
         index = [row for job in jobs for example in job for row in self._places(example)]
         chosen = self._plain.rows(index)
         target_BRK = chosen.targets_BK[:, None]
-        num_kept = target_BRK.shape[2]
-        slot_BRK = torch.arange(-num_kept, 0, device=target_BRK.device).expand(target_BRK.shape)
-        real_BR = torch.ones(target_BRK.shape[:2], dtype=torch.bool, device=target_BRK.device)
+        num_kept, device = target_BRK.shape[2], target_BRK.device
+        slot_BRK = torch.arange(-num_kept, 0, device=device).expand(target_BRK.shape)
+        real_BR = torch.ones(target_BRK.shape[:2], dtype=torch.bool, device=device)
         rows_of_job = tuple(len(job) * self.num_texts for job in jobs)
         return JobBatch(chosen.inputs, num_kept, slot_BRK, target_BRK, real_BR, rows_of_job)
 
     def _as_trees(self, jobs: Sequence[list[TokenTree]]) -> JobBatch:
         trees = [tree for job in jobs for tree in job]
-        parameter = next(parameter for parameter in self._model.parameters() if parameter.is_floating_point())
-        num_rows = max(tree.target_RK.shape[0] for tree in trees)
-        width = max(tree.target_RK.shape[1] for tree in trees)
-        slot_BRK = torch.full((len(trees), num_rows, width), -1)
-        target_BRK = torch.full((len(trees), num_rows, width), IGNORED)
+        shape = len(trees), *(max(tree.target_RK.shape[axis] for tree in trees) for axis in (0, 1))
+        slot_BRK, target_BRK = torch.full(shape, -1), torch.full(shape, IGNORED)
         for number, tree in enumerate(trees):
             place = number, slice(tree.target_RK.shape[0]), slice(tree.target_RK.shape[1])
             slot_BRK[place], target_BRK[place] = tree.slot_RK, tree.target_RK
-        inputs = tree_inputs(trees, 0, parameter.dtype, parameter.device)
-        target_BRK = target_BRK.to(parameter.device)
-        return JobBatch(
-            inputs,
-            max(tree.num_predictors for tree in trees),
-            slot_BRK.to(parameter.device),
-            target_BRK,
-            (target_BRK != IGNORED).any(dim=2),
-            tuple(map(len, jobs)),
-        )
+        device = next(self._model.parameters()).device
+        inputs = tree_inputs(trees, 0, _dtype(self._model), device)
+        target_BRK = target_BRK.to(device)
+        num_kept, real_BR = max(tree.num_predictors for tree in trees), (target_BRK != IGNORED).any(dim=2)
+        return JobBatch(inputs, num_kept, slot_BRK.to(device), target_BRK, real_BR, tuple(map(len, jobs)))
 
     def _trees_of(self, examples: tuple[int, ...]) -> list[TokenTree]:
         """The trees of a job, one per row of the batch; none where plain rows are cheaper."""
@@ -265,7 +255,10 @@ def runs_trees(model: nn.Module, tokenizer: Any, rows: Sequence[EncodedRow]) -> 
     """
     if not _could(model, rows):
         return False
-    tried = _some(rows)
+    # distinct rows, from the shortest to the longest
+    distinct = sorted(dict.fromkeys(rows), key=len)
+    step = max(1, (len(distinct) - 1) / (NUM_TRIED - 1))
+    tried = [distinct[int(number * step)] for number in range(min(NUM_TRIED, len(distinct)))]
     with untouched(model), torch.no_grad():
         apart_B = mean_losses(model, batch(model, tokenizer, tried)).double()
         try:
@@ -287,13 +280,6 @@ def _could(model: Any, rows: Sequence[EncodedRow]) -> bool:
     if any(isinstance(window, int) and window < longest for window in windows):
         return False
     return getattr(config, "_attn_implementation", None) in MASKED
-
-
-def _some(rows: Sequence[EncodedRow]) -> list[EncodedRow]:
-    """A few distinct rows, from the shortest to the longest."""
-    distinct = sorted(dict.fromkeys(rows), key=len)
-    step = max(1, (len(distinct) - 1) / (NUM_TRIED - 1))
-    return [distinct[int(number * step)] for number in range(min(NUM_TRIED, len(distinct)))]
 
 
 def _as_tree(model: Any, rows: Sequence[EncodedRow]) -> torch.Tensor:

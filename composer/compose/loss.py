@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loraweave.common.options import NonNegative, check_options, options_of
 from loraweave.composer.compose.examples import EncodedExamples
 from loraweave.composer.compose.objectives._row_sums import Kind, RowSums
 from loraweave.composer.compose.population import (
@@ -74,21 +75,27 @@ def _next(found: Iterator[Any], own: Candidates) -> list[Any]:
 
 
 class OnExamples:
-    """An objective on some examples: `only` are their indices in the task. Views share what the objective has prepared."""
+    """An objective on some examples: `only` are their indices in the task, by default all. `terms` are those of `Penalty`.
 
-    only: tuple[int, ...]
-    penalty: Penalty
-    failures: Failures
+    Views share what the objective has prepared.
+    """
+
+    def __init__(
+        self, engine: Composer, task: Task, merge_method: str, only: Sequence[int] | None, terms: Mapping[str, float]
+    ) -> None:
+        self.engine, self.task, self.merge_method = engine, task, merge_method
+        self.penalty = Penalty(**terms)
+        self.only = tuple(range(len(task.examples)) if only is None else only)
+        self.failures = Failures()
 
     def view(self, only: Sequence[int], *, penalised: bool = True) -> Self:
         """The same objective on these examples, by their index among all of the task's; without terms unless `penalised`.
 
         It counts failures of its own.
         """
-        found = copy.copy(self)
+        found = self.penalised(self.penalty if penalised else Penalty(0.0, 0.0, 0.0))
         found.only = tuple(only)
-        found.failures = Failures()
-        return found if penalised else found.penalised(Penalty(0.0, 0.0, 0.0))
+        return found
 
     def penalised(self, penalty: Penalty) -> Self:
         """The same objective with these terms for the weights."""
@@ -96,6 +103,19 @@ class OnExamples:
         found.failures = Failures()
         found.penalty = penalty
         return found
+
+    def _describe_mixtures(self) -> dict[str, Any]:
+        """The base model and its dtype, the experts' hashes, and what weights mean and cost, for JSON.
+
+        It opens the experts of a lazy pool.
+        """
+        return {
+            "base": fingerprint(self.engine.model).to_json(),
+            "dtype": str(next(self.engine.model.parameters()).dtype),
+            "experts": {name: adapter.hash for name, adapter in self.engine.pool.adapters.items()},
+            "merge_method": self.merge_method,
+            "penalty": asdict(self.penalty),
+        }
 
 
 # longer answers tell little more of how sure a model is
@@ -143,22 +163,6 @@ class Failures:
         self.first = self.first or (f"{type(why).__name__}: {why}" if isinstance(why, Exception) else why)
 
 
-def describe_mixtures(engine: Composer, merge_method: str, penalty: Penalty) -> dict[str, Any]:
-    """The base model and its dtype, the experts' hashes, and what weights mean and cost, for JSON.
-
-    It opens the experts of a lazy pool.
-    """
-    return {
-        "base": fingerprint(engine.model).to_json(),
-        "dtype": str(next(engine.model.parameters()).dtype),
-        "experts": {name: adapter.hash for name, adapter in engine.pool.adapters.items()},
-        "merge_method": merge_method,
-        "penalty": asdict(penalty),
-    }
-
-
-# its published factor of mean|w|
-LORAHUB_L1 = Lorahub.l1
 # an expert whose weights are all of this size or smaller is not counted
 COUNTED = 0.01
 
@@ -168,17 +172,15 @@ class Penalty:
     """l1 * mean|w| + l2 * mean(w^2) + sparsity * (how many experts have a weight of more than 0.01 in some layer).
 
     The means are over experts and, where weights differ by layer, layers. The count takes no part in gradients.
-    Raises WeightingError for factors that are negative or not finite.
+    By default `l1` is LoraHub's published one. Raises WeightingError for factors that are negative or not finite.
     """
 
-    l1: float = LORAHUB_L1
-    l2: float = 0.0
-    sparsity: float = 0.0
+    l1: NonNegative = Lorahub.l1
+    l2: NonNegative = 0.0
+    sparsity: NonNegative = 0.0
 
     def __post_init__(self) -> None:
-        for name, value in (("l1", self.l1), ("l2", self.l2), ("sparsity", self.sparsity)):
-            if not 0 <= value < math.inf:
-                raise WeightingError(f"{name} is {value!r}; the factor of a term of the loss is a finite number, 0 or more")
+        check_options("the loss", asdict(self), options_of(Penalty), noun="term")
 
     def __call__(self, values_BTLE: Tensor) -> Tensor:
         """The sum of the terms, a scalar of the weights' dtype."""
@@ -196,8 +198,8 @@ class Penalty:
 class ExampleLoss(OnExamples):
     """An objective: the mean over a task's examples of a kind of loss, and terms for the weights alone.
 
-    `kind` is a name of `names("objectives")`, by default the mean loss of the target's tokens. The terms are `l1` * mean|w|,
-    LoraHub's with its published 0.05, `l2` * mean(w^2) and `sparsity` * (how many experts have a weight above 0.01 in size).
+    `kind` is a name of `names("objectives")`, by default the mean loss of the target's tokens; `terms` are those of
+    `Penalty`: l1, by default LoraHub's published 0.05, l2 and sparsity.
     `merge_method` says what weights mean: "linear" is the sum of deltas, run live with one mixture a row; any other name is
     merged and written into the base for each candidate. `only` restricts the loss to some examples, by index. `inputs`, for
     "entropy" alone, are texts without targets that take the place of the task's examples.
@@ -214,20 +216,14 @@ class ExampleLoss(OnExamples):
         *,
         kind: str = "cross_entropy",
         merge_method: str = "linear",
-        l1: float = LORAHUB_L1,
-        l2: float = 0.0,
-        sparsity: float = 0.0,
         only: Sequence[int] | None = None,
         inputs: Sequence[str] | None = None,
+        **terms: float,
     ) -> None:
         if inputs is not None and kind != "entropy":
             raise InvalidTask(f"objective {kind!r} needs targets; inputs without them are for 'entropy'")
         task = task if inputs is None else with_own_answers(engine, tokenizer, task, inputs)
-        self.engine = engine
-        self.merge_method = merge_method
-        self.penalty = Penalty(l1, l2, sparsity)
-        self.only = tuple(range(len(task.examples)) if only is None else only)
-        self.failures = Failures()
+        super().__init__(engine, task, merge_method, only, terms)
         self.kind: Kind = get("objectives", kind)(task)
         self.encoded = EncodedExamples(engine.model, tokenizer, task, self.kind)
 
@@ -236,7 +232,7 @@ class ExampleLoss(OnExamples):
         return {
             "kind": type(self.kind).__name__,
             "tokens": self.encoded.digest(self.only),
-            **describe_mixtures(self.engine, self.merge_method, self.penalty),
+            **self._describe_mixtures(),
         }
 
     @property

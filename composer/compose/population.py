@@ -9,12 +9,13 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from loraweave.composer.compose.examples import EncodedExamples, JobBatch
-from loraweave.composer.compose.objectives._row_sums import RowSums
+from loraweave.composer.compose.objectives._row_sums import ENTROPY, LOSS, MISS, RowSums
 from loraweave.composer.composer import Composer
 from loraweave.composer.model.batches import IGNORED, untouched
 from loraweave.errors import ScopeError
@@ -62,16 +63,14 @@ def learning_sums(
     to be taken before the next pass. They have fp32 or better.
     """
     encoded.prepare()
-    pieces = [
-        (number, piece) for number, job in enumerate(jobs) for piece in _pieces(encoded, job, MAX_TOKENS_WITH_GRADIENTS)
-    ]
-    numbers = iter([number for number, _ in pieces])
+    pieces = [_pieces(encoded, job, MAX_TOKENS_WITH_GRADIENTS) for job in jobs]
+    numbers = iter([number for number, own in enumerate(pieces) for _ in own])
     with ExitStack() as stack:
         stack.enter_context(untouched(engine.model))
         # below a caller's inference_mode, tensors would take no part in a backward pass
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        for part in _passes(encoded, [piece for _, piece in pieces], MAX_TOKENS_WITH_GRADIENTS):
+        for part in _passes(encoded, [piece for own in pieces for piece in own], MAX_TOKENS_WITH_GRADIENTS):
             values_CTLE = _values(part).detach().clone()
             values_CTLE = values_CTLE.to(torch.promote_types(values_CTLE.dtype, torch.float32)).requires_grad_()
             yield values_CTLE, [next(numbers) for _ in part], _forward(engine, encoded, part, needs, values_CTLE)
@@ -97,7 +96,7 @@ def _passes(encoded: EncodedExamples, jobs: Sequence[Job], max_tokens: int) -> I
         tokens, logits = encoded.size(job.examples)
         size = max(longest[0], tokens), max(longest[1], logits)
         fits = size[0] * (len(part) + 1) <= max_tokens and size[1] * (len(part) + 1) <= MAX_LOGITS
-        if part and not (fits and _share_a_batch(encoded, part[0], job)):
+        if part and not (fits and _shared_key(encoded, part[0]) == _shared_key(encoded, job)):
             yield part
             part, size = [], (tokens, logits)
         part.append(job)
@@ -106,13 +105,10 @@ def _passes(encoded: EncodedExamples, jobs: Sequence[Job], max_tokens: int) -> I
         yield part
 
 
-def _share_a_batch(encoded: EncodedExamples, one: Job, other: Job) -> bool:
-    """Whether one batch can hold both, under one activation."""
-    if encoded.has_trees(one.examples) != encoded.has_trees(other.examples):
-        return False
-    if one.mixture is None or other.mixture is None:
-        return one.mixture is other.mixture
-    return (one.mixture.experts, one.mixture.layers) == (other.mixture.experts, other.mixture.layers)
+def _shared_key(encoded: EncodedExamples, job: Job) -> Any:
+    """The same for jobs that one batch can hold under one activation."""
+    mixture = job.mixture
+    return encoded.has_trees(job.examples), None if mixture is None else (mixture.experts, mixture.layers)
 
 
 def _values(jobs: Sequence[Job]) -> Tensor:
@@ -128,11 +124,7 @@ def _values(jobs: Sequence[Job]) -> Tensor:
 
 
 def _forward(
-    engine: Composer,
-    encoded: EncodedExamples,
-    jobs: Sequence[Job],
-    needs: frozenset[str],
-    values_CTLE: Tensor | None = None,
+    engine: Composer, encoded: EncodedExamples, jobs: Sequence[Job], needs: frozenset[str], values_CTLE: Tensor | None = None
 ) -> list[RowSums]:
     """`values_CTLE` are the jobs' own where gradients are to reach them."""
     batch = encoded.batch([job.examples for job in jobs])
@@ -145,14 +137,13 @@ def _forward(
             # job c owns rows c * k to (c + 1) * k, the order in which live mixing expands rows
             stack.enter_context(engine.activate(MixtureWeights(values, first.experts, first.layers)))
         sums = _sums(batch.logits(engine.model), batch, needs)
-    sizes = [len(job.examples) for job in jobs]
-    parts = {name: sum_M.view(-1, encoded.num_texts) for name, sum_M in sums.items()}
     found, start = [], 0
-    for job, size in zip(jobs, sizes, strict=True):
-        own = {f"{name}_NR": part[start : start + size].cpu() for name, part in parts.items()}
-        start += size
+    for job in jobs:
+        end = start + len(job.examples)
+        own = {name: sum_M.view(-1, encoded.num_texts)[start:end].cpu() for name, sum_M in sums.items()}
+        start = end
         num_targets = encoded.num_targets(job.examples) if job.num_targets is None else job.num_targets
-        found.append(RowSums(encoded.counts(job.examples), encoded.right_N[list(job.examples)], num_targets, **own))
+        found.append(RowSums(encoded.counts(job.examples), encoded.right_N[list(job.examples)], num_targets, own))
     return found
 
 
@@ -166,14 +157,13 @@ def _sums(logits_BPV: Tensor, batch: JobBatch, needs: frozenset[str]) -> dict[st
     logits_NV = logits_BPV.reshape(-1, num_words)
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     values = {}
-    if "loss" in needs:
-        log_sum_N = logits_NV.logsumexp(dim=1)
-        values["loss"] = log_sum_N[place_BRK] - logits_NV[place_BRK, target_BRK]
-    if "miss" in needs:
-        values["miss"] = (logits_NV.argmax(dim=1)[place_BRK] != target_BRK).to(logits_NV.dtype)
-    if "entropy" in needs:
+    if LOSS in needs:
+        values[LOSS] = logits_NV.logsumexp(dim=1)[place_BRK] - logits_NV[place_BRK, target_BRK]
+    if MISS in needs:
+        values[MISS] = (logits_NV.argmax(dim=1)[place_BRK] != target_BRK).to(logits_NV.dtype)
+    if ENTROPY in needs:
         logs_NV = logits_NV.log_softmax(dim=1)
-        values["entropy"] = -(logs_NV.exp() * logs_NV).sum(dim=1)[place_BRK]
+        values[ENTROPY] = -(logs_NV.exp() * logs_NV).sum(dim=1)[place_BRK]
     return {name: torch.where(known_BRK, value_BRK, 0.0).sum(dim=2)[batch.real_BR] for name, value_BRK in values.items()}
 
 
@@ -206,14 +196,16 @@ def factor_sums(engine: Composer, mixtures: Sequence[MixtureWeights]) -> Compose
     w_CE = torch.cat([each.values_BTLE for each in mixtures])[:, 0, 0].float()
     layers: list[dict[str, Factors]] = [{} for _ in mixtures]
     for layer in pool.layer_names:
-        own = {
-            place: adapter.layers[layer] for place, adapter in enumerate(pool.adapters.values()) if layer in adapter.layers
-        }
+        members = enumerate(pool.adapters.values())
+        own = {place: adapter.layers[layer] for place, adapter in members if layer in adapter.layers}
         w_CP = w_CE[:, list(own)]
         a_CRI = _factor_sums(w_CP, [factors.a_RI for factors in own.values()])
         b_COR = _factor_sums(w_CP, [factors.b_OR for factors in own.values()])
-        bias_CO = _biases(w_CP, list(own.values()))
         first = next(iter(own.values()))
+        bias_CO = None
+        if any(factors.bias_O is not None for factors in own.values()):
+            zeros_O = torch.zeros(first.b_OR.shape[0])
+            bias_CO = _factor_sums(w_CP, [zeros_O if each.bias_O is None else each.bias_O for each in own.values()])
         for number, found in enumerate(layers):
             bias_O = None if bias_CO is None else bias_CO[number]
             found[layer] = replace(first, a_RI=a_CRI[number], b_OR=b_COR[number], bias_O=bias_O)
@@ -225,10 +217,3 @@ def factor_sums(engine: Composer, mixtures: Sequence[MixtureWeights]) -> Compose
 def _factor_sums(w_CP: Tensor, parts: Sequence[Tensor]) -> Tensor:
     """sum over p of w_cp part_p, for each c."""
     return (w_CP @ torch.stack(list(parts)).float().flatten(1)).view(len(w_CP), *parts[0].shape)
-
-
-def _biases(w_CP: Tensor, factors: Sequence[Factors]) -> Tensor | None:
-    if all(each.bias_O is None for each in factors):
-        return None
-    zeros_O = torch.zeros(factors[0].b_OR.shape[0])
-    return _factor_sums(w_CP, [zeros_O if each.bias_O is None else each.bias_O for each in factors])

@@ -7,6 +7,7 @@ searches see (F - 1) / F of the examples each, a racer of b evaluations costs b 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from loraweave.composer.compose.refine import STEP_COST, Tuning
@@ -40,13 +41,11 @@ class Race:
         self.left: list[str] = []
         self._routed = Routed(bench, settings) if settings.routes else None
         self._searched = [] if settings.routes else self._make_searches()
-        budgets = [search.budget for search in self._searched]
+        budgets = [search.settings.budget for search in self._searched]
         self._steps = tuned_steps(budgets, settings.budget, len(folds)) if self._trains_on() else 0
         # evaluations of the searches; a formula has none
-        learning = [search.budget for search in self._searched if search.solver.learns]
-        self.planned = planned(learning, self._steps, len(folds))
-        if self._routed is not None:
-            self.planned = self._routed.planned(len(folds))
+        learning = [search.settings.budget for search in self._searched if search.solver.learns]
+        self.planned = self._routed.planned(len(folds)) if self._routed else planned(learning, self._steps, len(folds))
         self._plain = self._plain_trials()
 
     def run(self) -> list[Trial[Any]]:
@@ -112,16 +111,13 @@ class Race:
                 f"method {settings.name!r} weighs adapters against each other, but there is only {names[0]!r}: "
                 "take it as it is (method='best_single'), let method='grid' find its strength, or give more adapters"
             )
-        if settings.method == "auto":
-            # of one adapter there is only with and without
-            racers = [] if alone else [method for method in RACERS if settings.can_run(method)]
-            entered = admit(racers, settings.budget, settings.seconds, len(self._folds))
-        else:
-            entered = [] if settings.method in OTHER_WAYS else [(settings.name, settings.budget, settings.seconds)]
-        options = {} if settings.method == "auto" else settings.options
+        if settings.method != "auto":
+            return [] if settings.method in OTHER_WAYS else [Searched(self._bench, settings)]
+        # of one adapter there is only with and without
+        racers = [] if alone else [method for method in RACERS if settings.can_run(method)]
         return [
-            Searched(method, self._bench, settings, budget=budget, seconds=seconds, options=options)
-            for method, budget, seconds in entered
+            Searched(self._bench, replace(settings, method=method, budget=budget, seconds=seconds, options={}))
+            for method, budget, seconds in admit(racers, settings.budget, settings.seconds, len(self._folds))
         ]
 
     def _trains_on(self) -> bool:

@@ -105,17 +105,23 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """All of it; a loss that is not finite, which JSON has no number for, is None."""
-        rows = [_finite(asdict(row)) for row in self.rows]
-        return {**asdict(self), "rows": rows}
+        found = asdict(self)
+        for row in found["rows"]:
+            row |= {name: None for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
+        return found
 
     def table(self) -> ShownTable:
         """The rows as a table; the chosen one is marked."""
+
+        def cell(value: float | None, form: str) -> str:
+            return "-" if value is None else format(value, form)
+
         table = ShownTable(title=f"chosen: {self.chosen} ({self.reason})", title_justify="left")
         for column in ("", "loss", "held-out loss", "held-out hits", "trained", "seconds", "evaluations"):
             # where it is narrow, headings are broken before names are
             table.add_column(column, justify="left" if not column else "right", no_wrap=not column, overflow="fold")
         for row in self.rows:
-            figures = (_cell(row.loss, ".3f"), _cell(row.held_out_loss, ".3f"), _cell(row.held_out_hits, ".0%"))
+            figures = (cell(row.loss, ".3f"), cell(row.held_out_loss, ".3f"), cell(row.held_out_hits, ".0%"))
             spent = (str(row.num_trained), f"{row.seconds:.1f}", str(row.evaluations))
             style = "bold" if row.name == self.chosen else ""
             table.add_row(row.name, *figures, *spent, style=style)
@@ -147,11 +153,3 @@ class Report:
         axes.legend(frameon=False)
         figure.savefig(path)
         return Path(path)
-
-
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
-
-
-def _cell(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)

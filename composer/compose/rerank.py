@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from loraweave.common.checks import is_number, require_whole
+from loraweave.common.options import Count, check_options
 from loraweave.common.rows import GivenRows
 from loraweave.composer.compose.compose import experts_of
 from loraweave.composer.compose.first_order import LossSlopes, first_order, update_norm
@@ -24,15 +24,8 @@ from loraweave.types import Candidate, Task
 # score (higher is better) and evidence of every expert
 _Ranking = dict[str, tuple[float, str]]
 
-
-@dataclass(frozen=True)
-class _RankOptions:
-    """How to rank: at which weight, around which mixture, how many examples at once."""
-
-    by: str
-    weight: float
-    around: str
-    batch_size: int
+WAYS = ("first_order", "gradient_similarity", "probe")
+PLACES = ("uniform", "base")
 
 
 def rerank(
@@ -61,15 +54,28 @@ def rerank(
     not fit the model or has a trained head; SearchFailed where no score is finite.
     """
     asked = Task.of(task)
-    options = _RankOptions(by, weight, around, batch_size)
-    _check(options, asked)
+    for given, known, what, to in ((by, WAYS, "way", "by"), (around, PLACES, "place", "around")):
+        if given not in known:
+            hint = nearest(str(given), known)
+            raise UnknownName(f"no {what} {given!r} to rerank {to}{hint}; there are {', '.join(known)}")
+    if not asked.examples:
+        raise InvalidTask("the task has no examples to rerank by; give at least one (input, target) pair")
+    check_options("rerank()", {"weight": weight, "batch_size": batch_size}, {"weight": float, "batch_size": Count})
+    if weight == 0:
+        raise WeightingError(f"weight is {weight!r}; it must be a finite number other than 0")
     if not candidates:
         return []
     names = list(dict.fromkeys(candidate.name for candidate in candidates))
     experts = experts_of(hub_or_pool)
     pool = experts.subset(names) if isinstance(experts, ExpertPool) else experts.pool(names)
     engine = Composer(model, pool, tokenizer=tokenizer)
-    ranked = _WAYS[by](engine, tokenizer, asked, options)
+    if by == "probe":
+        ranked = _by_probe(engine, tokenizer, asked, weight)
+    else:
+        mixture = {} if around == "base" else dict.fromkeys(names, weight / len(names))
+        begun = first_order(engine, tokenizer, asked, mixture=mixture, batch_size=batch_size)
+        start = f"loss {begun.loss:.3f} of the {'base model' if around == 'base' else 'uniform mixture'} begins to change by"
+        ranked = _by_slope(begun.slopes, weight, start) if by == "first_order" else _by_cosine(engine, begun, weight, start)
     engine.close()
     if not any(math.isfinite(score) for score, _ in ranked.values()):
         raise SearchFailed(f"none of the {len(names)} candidates has a finite score by {by!r} on the examples")
@@ -81,39 +87,23 @@ def rerank(
     return sorted(found, key=lambda candidate: -candidate.score)
 
 
-def _by_first_order(engine: Composer, tokenizer: Any, task: Task, options: _RankOptions) -> _Ranking:
-    found, weight = _slopes(engine, tokenizer, task, options), options.weight
-    where = _where(found, options)
-    return {
-        name: (-slope * weight, f"{where} begins to change by {slope * weight:+.3f} at weight {weight:g}")
-        for name, slope in found.slopes.items()
-    }
+def _by_slope(slopes: Mapping[str, float], weight: float, start: str) -> _Ranking:
+    changes = {name: slope * weight for name, slope in slopes.items()}
+    return {name: (-change, f"{start} {change:+.3f} at weight {weight:g}") for name, change in changes.items()}
 
 
-def _by_gradient_similarity(engine: Composer, tokenizer: Any, task: Task, options: _RankOptions) -> _Ranking:
-    found = _slopes(engine, tokenizer, task, options)
-    where = _where(found, options)
+def _by_cosine(engine: Composer, begun: LossSlopes, weight: float, start: str) -> _Ranking:
     ranking = {}
-    for name, slope in found.slopes.items():
+    for name, slope in begun.slopes.items():
         norm = update_norm(engine, name)
         # an update of norm zero points nowhere
-        score = -slope * math.copysign(1.0, options.weight) / norm if norm else 0.0
-        ranking[name] = (score, f"{where} begins to change by {-score:+.4f} per unit of the update's norm")
+        score = -slope * math.copysign(1.0, weight) / norm if norm else 0.0
+        ranking[name] = (score, f"{start} {-score:+.4f} per unit of the update's norm")
     return ranking
 
 
-def _where(found: LossSlopes, options: _RankOptions) -> str:
-    return f"loss {found.loss:.3f} of the {'base model' if options.around == 'base' else 'uniform mixture'}"
-
-
-def _slopes(engine: Composer, tokenizer: Any, task: Task, options: _RankOptions) -> LossSlopes:
+def _by_probe(engine: Composer, tokenizer: Any, task: Task, weight: float) -> _Ranking:
     names = engine.pool.names
-    mixture = {} if options.around == "base" else dict.fromkeys(names, options.weight / len(names))
-    return first_order(engine, tokenizer, task, mixture=mixture, batch_size=options.batch_size)
-
-
-def _by_probe(engine: Composer, tokenizer: Any, task: Task, options: _RankOptions) -> _Ranking:
-    names, weight = engine.pool.names, options.weight
     objective = ExampleLoss(engine, tokenizer, task, l1=0.0)
     mixtures = [MixtureWeights.of(mixture, names) for mixture in ({}, *({name: weight} for name in names))]
     base, *losses = objective.scores(mixtures)[0].mean(axis=1).tolist()
@@ -121,26 +111,3 @@ def _by_probe(engine: Composer, tokenizer: Any, task: Task, options: _RankOption
         name: (base - loss, f"loss {base:.3f} becomes {loss:.3f} at weight {weight:g}")
         for name, loss in zip(names, losses, strict=True)
     }
-
-
-_WAYS: dict[str, Callable[[Composer, Any, Task, _RankOptions], _Ranking]] = {
-    "first_order": _by_first_order,
-    "gradient_similarity": _by_gradient_similarity,
-    "probe": _by_probe,
-}
-_PLACES = ("uniform", "base")
-
-
-def _check(options: _RankOptions, task: Task) -> None:
-    for given, known, what in ((options.by, tuple(_WAYS), "way"), (options.around, _PLACES, "place")):
-        if given not in known:
-            hint = nearest(str(given), known)
-            raise UnknownName(
-                f"no {what} {given!r} to rerank {'by' if what == 'way' else 'around'}{hint}; there are {', '.join(known)}"
-            )
-    if not task.examples:
-        raise InvalidTask("the task has no examples to rerank by; give at least one (input, target) pair")
-    weight, batch_size = options.weight, options.batch_size
-    if not is_number(weight) or weight == 0:
-        raise WeightingError(f"weight is {weight!r}; it must be a finite number other than 0")
-    require_whole("batch_size", batch_size, 1, WeightingError)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from loraweave.composer.compose.loss import ExampleLoss, Penalty, together, together_with_gradients
-from loraweave.composer.compose.settings import BEST, Settings, make_solver, solver_class
+from loraweave.composer.compose.settings import BEST, Settings
 from loraweave.composer.compose.trials import Bench, Fixed, MixtureTrial, Split
 from loraweave.composer.compose.user_loss import UserLoss, make_objective
 from loraweave.errors import SearchFailed, WeightingError
@@ -28,31 +28,23 @@ class Searched(MixtureTrial):
     Raises what the solver's settings raise, before the first forward pass.
     """
 
-    def __init__(
-        self,
-        method: str,
-        bench: Bench,
-        settings: Settings,
-        *,
-        budget: int | None,
-        seconds: float | None,
-        options: Mapping[str, Any],
-    ) -> None:
-        self._settings = settings
-        self.budget = budget
-        self._seconds = seconds
-        self._options = options
-        given = options.get("start")
-        super().__init__(method, bench)
+    def __init__(self, bench: Bench, settings: Settings) -> None:
+        super().__init__(settings.name, bench)
+        self.settings = settings
+        given = settings.options.get("start")
         # of a start that is found on examples, nothing is known yet
         self.solver = self._solver(None if isinstance(given, str) else given)
         self.merge_method = settings.merge_method or self.solver.merge_method
         self._loss = settings.objective or self.solver.loss
-        self._inputs = self._inputs_without_targets()
+        self._inputs: Sequence[str] | None = None
+        if self._loss == "entropy":
+            # which looks at no targets
+            texts = [text for text, _ in bench.task.examples]
+            self._inputs = texts if settings.inputs is None else settings.inputs
         self.learns = self._inputs is None
         if (groups := self.solver.space.groups) and self.merge_method != "linear":
             raise WeightingError(
-                f"method {method!r} is to weigh {len(groups)} groups of layers apart, but what its weights mean is "
+                f"method {self.name!r} is to weigh {len(groups)} groups of layers apart, but what its weights mean is "
                 f"{self.merge_method!r}, which takes one weight for each adapter: leave out groups=, or pass space='deltas'"
             )
 
@@ -85,7 +77,8 @@ class Searched(MixtureTrial):
 
     def _start(self, split: Split) -> Start:
         """Where the search of a split's examples begins; None for the solver's own default."""
-        given: Start | str = self._options.get("start", solver_class(self.name).begins(self._options))
+        options = self.settings.options
+        given: Start | str = options.get("start", self.solver.begins(options))
         if not isinstance(given, str):
             return given
         names = self.bench.names
@@ -99,42 +92,20 @@ class Searched(MixtureTrial):
         supplied = {
             "scores": self.bench.scores,
             "layers": list(self.bench.engine.target_layers),
-            "weights": self._settings.weights,
+            "weights": self.settings.weights,
             "start": start,
         }
-        return make_solver(
-            solver_class(self.name),
-            self.bench.names,
-            budget=self.budget,
-            seconds=self._seconds,
-            seed=self._settings.seed,
-            supplied=supplied,
-            options={name: value for name, value in self._options.items() if name != "start"},
-        )
-
-    def _inputs_without_targets(self) -> Sequence[str] | None:
-        """The inputs of an objective that looks at no targets; by default those of the examples."""
-        if self._loss != "entropy":
-            return None
-        given = self._settings.inputs
-        return [text for text, _ in self.bench.task.examples] if given is None else given
+        options = {name: value for name, value in self.settings.options.items() if name != "start"}
+        return replace(self.settings, options=options).solver(self.bench.names, supplied)
 
     def _objective(self) -> ExampleLoss | UserLoss:
-        settings, bench = self._settings, self.bench
+        settings, bench = self.settings, self.bench
         l1 = self.solver.l1 if settings.l1 is None else settings.l1
+        terms = {"l1": l1, "l2": settings.l2, "sparsity": settings.sparsity}
         if self._loss == "cross_entropy" and self.merge_method == "linear" and bench.task.examples:
-            return bench.loss().penalised(Penalty(l1, settings.l2, settings.sparsity))
-        return make_objective(
-            bench.engine,
-            bench.tokenizer,
-            bench.task,
-            self._loss,
-            merge_method=self.merge_method,
-            l1=l1,
-            l2=settings.l2,
-            sparsity=settings.sparsity,
-            inputs=self._inputs,
-        )
+            return bench.loss().penalised(Penalty(**terms))
+        on = bench.engine, bench.tokenizer, bench.task
+        return make_objective(*on, self._loss, merge_method=self.merge_method, inputs=self._inputs, **terms)
 
     def _count(self, made: int) -> None:
         self.evaluations += made

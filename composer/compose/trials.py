@@ -178,9 +178,14 @@ class Trial(ABC, Generic[Chosen]):
         """Its row of a report."""
         result = None if self.chosen is None else self.result(self.chosen)
         mixture = None if result is None else result.mixture
+        used: dict[str, float] = {}
+        if mixture is not None:
+            # a weight that cancels out over the layers counts too
+            used_E = mixture.values_BTLE.flatten(0, 2).any(dim=0).tolist()
+            used = {name: mean for (name, mean), is_used in zip(mixture.means().items(), used_E, strict=True) if is_used}
         return ReportRow(
             name=self.name,
-            weights={} if mixture is None else _used_means(mixture),
+            weights=used,
             loss=None if self.losses_N is None else float(self.losses_N.mean()),
             held_out_loss=self.held_out_loss if self._held_losses_N.size else None,
             held_out_hits=float(self._held_hits_N.mean()) if self._held_hits_N.size else None,
@@ -191,12 +196,6 @@ class Trial(ABC, Generic[Chosen]):
             failed=0 if result is None else result.failed,
             losses=() if result is None else tuple(loss if math.isfinite(loss) else None for loss in result.losses),
         )
-
-
-def _used_means(mixture: MixtureWeights) -> dict[str, float]:
-    """{name: mean weight} of the experts that have a weight in some layer, also where these cancel out."""
-    used_E = mixture.values_BTLE.flatten(0, 2).any(dim=0).tolist()
-    return {name: mean for (name, mean), used in zip(mixture.means().items(), used_E, strict=True) if used}
 
 
 def result_of(mixture: MixtureWeights, num_trained: int = 0) -> SearchResult:

@@ -8,15 +8,7 @@ from typing import Any
 
 import torch
 
-from loraweave.composer.compose.loss import (
-    LORAHUB_L1,
-    ExampleLoss,
-    Failures,
-    OnExamples,
-    Penalty,
-    active_candidate,
-    describe_mixtures,
-)
+from loraweave.composer.compose.loss import ExampleLoss, OnExamples, active_candidate
 from loraweave.composer.composer import Composer
 from loraweave.composer.model.batches import untouched
 from loraweave.errors import InvalidTask
@@ -43,18 +35,11 @@ class UserLoss(OnExamples):
         function: Callable[[Any, Examples], float],
         *,
         merge_method: str = "linear",
-        l1: float = LORAHUB_L1,
-        l2: float = 0.0,
-        sparsity: float = 0.0,
         only: Sequence[int] | None = None,
+        **terms: float,
     ) -> None:
-        self.engine = engine
-        self.task = task
+        super().__init__(engine, task, merge_method, only, terms)
         self.function = function
-        self.merge_method = merge_method
-        self.penalty = Penalty(l1, l2, sparsity)
-        self.only = tuple(range(len(task.examples)) if only is None else only)
-        self.failures = Failures()
 
     def describe(self) -> dict[str, Any]:
         """What the losses depend on; of the function itself the name alone."""
@@ -63,7 +48,7 @@ class UserLoss(OnExamples):
             "function": name,
             "instruction": self.task.instruction,
             "examples": [list(self.task.examples[index]) for index in self.only],
-            **describe_mixtures(self.engine, self.merge_method, self.penalty),
+            **self._describe_mixtures(),
         }
 
     def __call__(self, candidates: Sequence[MixtureWeights]) -> list[float]:
@@ -91,27 +76,16 @@ def make_objective(
     loss: str | Callable[[Any, Examples], float],
     *,
     merge_method: str = "linear",
-    l1: float = LORAHUB_L1,
-    l2: float = 0.0,
-    sparsity: float = 0.0,
     inputs: Sequence[str] | None = None,
+    **terms: float,
 ) -> ExampleLoss | UserLoss:
     """An ExampleLoss of a kind of `names("objectives")`, or a UserLoss of `loss(model, examples)`.
 
-    Raises what these raise, UnknownName for an unknown kind, and InvalidTask for a function with `inputs`.
+    `terms` are those of `Penalty`. Raises what the objectives raise, UnknownName for an unknown kind, and InvalidTask for a
+    function with `inputs`.
     """
     if isinstance(loss, str):
-        return ExampleLoss(
-            engine,
-            tokenizer,
-            task,
-            kind=loss,
-            merge_method=merge_method,
-            l1=l1,
-            l2=l2,
-            sparsity=sparsity,
-            inputs=inputs,
-        )
+        return ExampleLoss(engine, tokenizer, task, kind=loss, merge_method=merge_method, inputs=inputs, **terms)
     if inputs is not None:
         raise InvalidTask("a function as the objective is called with the task's examples; inputs are for 'entropy'")
-    return UserLoss(engine, task, loss, merge_method=merge_method, l1=l1, l2=l2, sparsity=sparsity)
+    return UserLoss(engine, task, loss, merge_method=merge_method, **terms)

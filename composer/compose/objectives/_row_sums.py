@@ -2,122 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from loraweave.types import Task
 
+# the sums that there are: of negative log-likelihoods, of tokens that are not the most likely ones, and of the entropies of
+# the predicted distributions, in nats
+LOSS, MISS, ENTROPY = "loss", "miss", "entropy"
+
 
 @dataclass(frozen=True, eq=False)
 class RowSums:
-    """Of N examples with R rows each, summed over a row's target tokens; None where it was not asked for.
+    """Of N examples with R rows each: `sums` over a row's target tokens, (N, R) each, by the names that were asked for.
 
-    loss: negative log-likelihoods; miss: how many tokens are not the most likely one; entropy: that of the predicted
-    distributions, in nats. count_NR has the number of target tokens, right_N which of its rows is an example's target.
-    `num_targets` counts the tokens of the targets of all examples of the loss, of which these N may be a part.
+    count_NR is the number of target tokens, right_N which of its rows is an example's target. `num_targets` counts the
+    tokens of the targets of all examples of the loss, of which these N may be a part.
     """
 
     count_NR: Tensor
     right_N: Tensor
     num_targets: int
-    loss_NR: Tensor | None = None
-    miss_NR: Tensor | None = None
-    entropy_NR: Tensor | None = None
+    sums: Mapping[str, Tensor]
 
     @classmethod
     def join(cls, parts: Sequence[RowSums]) -> RowSums:
-        """Those of the parts' examples, in order; of all parts the same have been asked for."""
-        if len(parts) == 1:
-            return parts[0]
+        """The sums of all parts' examples, in order; the parts have the same names."""
+        first = parts[0]
+        sums = {name: torch.cat([part.sums[name] for part in parts]) for name in first.sums}
+        count_NR, right_N = torch.cat([part.count_NR for part in parts]), torch.cat([part.right_N for part in parts])
+        return cls(count_NR, right_N, first.num_targets, sums)
 
-        def whole(name: str) -> Tensor | None:
-            own = [getattr(part, name) for part in parts]
-            return None if own[0] is None else torch.cat(own)
-
-        count_NR = torch.cat([part.count_NR for part in parts])
-        right_N = torch.cat([part.right_N for part in parts])
-        return cls(count_NR, right_N, parts[0].num_targets, whole("loss_NR"), whole("miss_NR"), whole("entropy_NR"))
-
-    def asked(self, name: str) -> Tensor:
-        """One of the three, which has been asked for."""
-        found = {"loss": self.loss_NR, "miss": self.miss_NR, "entropy": self.entropy_NR}[name]
-        assert found is not None
-        return found
+    def log_shares(self) -> Tensor:
+        """The logarithm of each label's share of the likelihood of all labels, log_NR."""
+        return torch.log_softmax(-self.sums[LOSS], dim=1)
 
 
-class Kind(Protocol):
+class Kind(ABC):
     """A kind of loss on the examples of one task.
 
-    `needs` and `hit_needs` name the sums that `losses` and `hits` look at; `differentiable` says whether gradients of
-    `losses` mean anything. `targets` has the texts that follow each example's prompt, as many for each.
+    `targets` are the texts that follow each example's prompt: its own target, or all `labels`; `right` says which of them is
+    its target. `needs` and `hit_needs` name the sums that `losses` and `hits` look at. `differentiable` says whether
+    gradients of `losses` mean anything.
     """
 
-    differentiable: ClassVar[bool]
+    differentiable: ClassVar[bool] = True
 
-    @property
-    def needs(self) -> frozenset[str]: ...
+    def __init__(self, task: Task, labels: Sequence[str] | None = None) -> None:
+        self.labels = tuple(labels or ())
+        own = [target for _, target in task.examples]
+        self.targets = [self.labels or (target,) for target in own]
+        self.right = [texts.index(target) for texts, target in zip(self.targets, own, strict=True)]
+        self.needs = frozenset({LOSS})
+        self.hit_needs = frozenset({LOSS if self.labels else MISS})
 
-    @property
-    def hit_needs(self) -> frozenset[str]: ...
-
-    @property
-    def targets(self) -> Sequence[Sequence[str]]: ...
-
-    @property
-    def right(self) -> Sequence[int]:
-        """Which of an example's texts is its target."""
-        ...
-
+    @abstractmethod
     def losses(self, sums: RowSums) -> Tensor:
         """loss_N, one for each example."""
-        ...
 
     def hits(self, sums: RowSums) -> Tensor:
-        """hit_N: whether the model would answer with the target."""
-        ...
-
-
-class OneTarget:
-    """For kinds that look at each example's own target alone."""
-
-    def __init__(self, task: Task) -> None:
-        self.targets = tuple((target,) for _, target in task.examples)
-        self.right = (0,) * len(self.targets)
-
-    @property
-    def hit_needs(self) -> frozenset[str]:
-        return frozenset({"miss"})
-
-    def hits(self, sums: RowSums) -> Tensor:
-        """Whether greedy decoding would write the target and then end."""
-        return sums.asked("miss")[:, 0] == 0
-
-
-class AllLabels:
-    """For kinds that compare the labels of a task."""
-
-    def __init__(self, task: Task) -> None:
-        labels = tuple(task.labels or ())
-        self.targets = (labels,) * len(task.examples)
-        self.right = tuple(labels.index(target) for _, target in task.examples)
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"loss"})
-
-    @property
-    def hit_needs(self) -> frozenset[str]:
-        return frozenset({"loss"})
-
-    def hits(self, sums: RowSums) -> Tensor:
-        """Whether the target has the highest likelihood of all labels."""
-        return sums.asked("loss").argmin(dim=1) == sums.right_N
-
-
-def log_shares(sums: RowSums) -> Tensor:
-    """The logarithm of each label's share of the likelihood of all labels, log_NR."""
-    return torch.log_softmax(-sums.asked("loss"), dim=1)
+        """hit_N: whether the target is the likeliest label or, without labels, what greedy decoding would write."""
+        return sums.sums[LOSS].argmin(dim=1) == sums.right_N if self.labels else sums.sums[MISS][:, 0] == 0

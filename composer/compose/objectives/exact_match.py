@@ -6,11 +6,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from loraweave.composer.compose.objectives._row_sums import AllLabels, OneTarget, RowSums
+from loraweave.composer.compose.objectives._row_sums import Kind, RowSums
 from loraweave.types import Task
 
 
-class ExactMatch:
+class ExactMatch(Kind):
     """1 for an example whose answer is not its target, else 0; without gradients.
 
     No text is generated: greedy decoding writes a target exactly when, with the target's own tokens before it, each of them
@@ -21,14 +21,9 @@ class ExactMatch:
     differentiable: ClassVar[bool] = False
 
     def __init__(self, task: Task) -> None:
-        self._answers = AllLabels(task) if task.labels else OneTarget(task)
-        self.targets, self.right = self._answers.targets, self._answers.right
-        self.needs = self.hit_needs = self._answers.hit_needs
+        super().__init__(task, task.labels)
+        self.needs = self.hit_needs
 
     def losses(self, sums: RowSums) -> Tensor:
         """0 or 1."""
         return (~self.hits(sums)).float()
-
-    def hits(self, sums: RowSums) -> Tensor:
-        """Whether the answer is the target."""
-        return self._answers.hits(sums)

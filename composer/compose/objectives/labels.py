@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 
-from loraweave.composer.compose.objectives._row_sums import AllLabels, RowSums, log_shares
+from loraweave.composer.compose.objectives._row_sums import Kind, RowSums
 from loraweave.errors import InvalidTask
 from loraweave.types import Task
 
 
-class Labels(AllLabels):
+class Labels(Kind):
     """-log softmax over the labels of their summed log-likelihoods, at the target: what a prediction with labels ranks by.
 
     A label ends with the end-of-sequence token. Raises InvalidTask for a task without labels.
     """
-
-    differentiable: ClassVar[bool] = True
 
     def __init__(self, task: Task) -> None:
         if not task.labels:
@@ -25,8 +21,8 @@ class Labels(AllLabels):
                 "objective 'labels' ranks the labels of a task, but this task has none: give Task(..., labels=[...]), or "
                 "take 'cross_entropy'"
             )
-        super().__init__(task)
+        super().__init__(task, task.labels)
 
     def losses(self, sums: RowSums) -> Tensor:
         """In nats; log of the number of labels where all are as likely."""
-        return -log_shares(sums).gather(1, sums.right_N[:, None])[:, 0]
+        return -sums.log_shares().gather(1, sums.right_N[:, None])[:, 0]

@@ -5,26 +5,18 @@ With an L1 term of 0.05 and merge method "factor_sum" it is what `LorahubOrigina
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 
-from loraweave.composer.compose.objectives._row_sums import OneTarget, RowSums
+from loraweave.composer.compose.objectives._row_sums import LOSS, Kind, RowSums
 
 
-class LorahubOriginal(OneTarget):
+class LorahubOriginal(Kind):
     """The mean over all target tokens of all examples together, divided by the number of examples.
 
     The authors add up the mean token loss of each batch and divide by the examples instead of the batches; all examples are
     one batch, as by default in their code. An L1 term thus weighs as many times more than it says. Long targets count more.
     """
 
-    differentiable: ClassVar[bool] = True
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"loss"})
-
     def losses(self, sums: RowSums) -> Tensor:
         """Shares of it: their mean over the examples is the loss."""
-        return sums.asked("loss")[:, 0] / sums.num_targets
+        return sums.sums[LOSS][:, 0] / sums.num_targets

@@ -193,7 +193,7 @@ def test_the_terms_are_added_as_defined(objective):
 @pytest.mark.parametrize("term", ["l1", "l2", "sparsity"])
 @pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
 def test_terms_that_cannot_be_used_are_refused(value, term, objective):
-    with pytest.raises(WeightingError, match=f"{term} is {value}"):
+    with pytest.raises(WeightingError, match=f"the loss got {term}={value}; it takes a finite number of at least 0"):
         objective(**{term: value})
 
 

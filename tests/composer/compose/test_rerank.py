@@ -130,8 +130,8 @@ def test_a_candidate_that_breaks_the_model_is_last(tiny_llama, tokenizer, pool):
         ({"by": "first-order"}, UnknownName, "did you mean 'first_order'"),
         ({"around": "unifrom"}, UnknownName, "no place 'unifrom' to rerank around, did you mean 'uniform'"),
         ({"weight": 0.0}, WeightingError, "weight is 0.0"),
-        ({"weight": float("nan")}, WeightingError, "weight is nan"),
-        ({"batch_size": 0}, WeightingError, "batch_size is 0"),
+        ({"weight": float("nan")}, WeightingError, r"rerank\(\) got weight=nan; it takes a finite number"),
+        ({"batch_size": 0}, WeightingError, "got batch_size=0; it takes a whole number of at least 1"),
     ],
 )
 def test_settings_that_cannot_be_used_are_named_before_anything_runs(tokenizer, options, error, said):
