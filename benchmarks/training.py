@@ -31,6 +31,7 @@ from loraweave.composer.model.kinds.linear import shape as linear_shape
 from loraweave.composer.train.jobs import PlannedJob
 from loraweave.composer.train.passes import LoraJobs
 from loraweave.composer.train.schedule import Pace
+from loraweave.composer.train.settings import LoraSettings
 from loraweave.composer.train.shared import JobProgress
 
 NUM_JOBS = 4
@@ -55,7 +56,7 @@ class Jobs:
             if name.endswith(endings) and (shape := linear_shape(module))
         }
         names = [f"job{number}" for number in range(NUM_JOBS)]
-        self.fused = LoraJobs(model, layers, names, rank=RANK, alpha=float(RANK), seed=seed)
+        self.fused = LoraJobs(model, layers, names, LoraSettings(rank=RANK, alpha=float(RANK), seed=seed))
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for _, b_OR in (pair for job in self.fused.members for pair in job.factors.values()):

@@ -63,7 +63,7 @@ class Settings:
     seed: Seed
     folds: Annotated[int, Range(least=0)]
     space: str | None
-    weights: Mapping[str, float] | MixtureWeights | None
+    weights: Mapping[str, float] | None
     objective: str | Callable[[Any, Examples], float] | None
     inputs: Sequence[str] | None
     l1: NonNegative | None
@@ -119,7 +119,7 @@ class Settings:
         found = solver_class(self.name)
         given = {**supplied, **{name: getattr(self, name) for name in LIMITS}}
         known = options_of(found)
-        return found(experts, **{name: value for name, value in given.items() if name in known} | self.options)
+        return found(experts, **{name: value for name, value in given.items() if name in known}, **self.options)
 
     def require_licenses(self, pool: ExpertPool) -> None:
         """Raises InvalidLicense if the composition would combine adapters whose licenses exclude each other.
@@ -144,8 +144,6 @@ class Settings:
             self._check_search(from_hub)
         if (self.method == "manual") != (self.weights is not None):
             raise WeightingError("method 'manual' takes weights={name: weight}, and no other method does")
-        if self.weights is not None and not isinstance(self.weights, Mapping | MixtureWeights):
-            raise WeightingError(f"weights are {self.weights!r:.80}; give {{name: weight}}")
         self._check_objective(task)
         self._check_examples(task)
 

@@ -85,7 +85,7 @@ def make_objective(
     function with `inputs`.
     """
     if isinstance(loss, str):
-        return ExampleLoss(engine, tokenizer, task, kind=loss, merge_method=merge_method, inputs=inputs, **terms)
+        return ExampleLoss(engine, tokenizer, task, kind=loss, merge_method=merge_method, only=None, inputs=inputs, **terms)
     if inputs is not None:
         raise InvalidTask("a function as the objective is called with the task's examples; inputs are for 'entropy'")
-    return UserLoss(engine, task, loss, merge_method=merge_method, **terms)
+    return UserLoss(engine, task, loss, merge_method=merge_method, only=None, **terms)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeGuard
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def member_passes(
             for member in range(0, len(mixtures), members_per_pass):
                 some = list(mixtures[member : member + members_per_pass])
                 with engine.activate(some):
-                    values = read(_lay_out(batch, slice(row, row + size), len(some)))
+                    values = read(by_rows(batch, partial(repeated, count=len(some), rows=slice(row, row + size))))
                 found.append(values.view(len(some), size, *values.shape[1:]))
             parts.append(torch.cat(found))
     return torch.cat(parts, dim=1)
@@ -53,9 +54,9 @@ def member_passes(
 
 def _require_rows(batch: Mapping[str, Any], num_rows: int) -> None:
     for key, value in batch.items():
-        by_row = not isinstance(value, Tensor) or value.dim() < 2 or len(value) in (1, num_rows)
-        if not by_row or (key in ("past_key_values", "cache") and value is not None):
-            what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        odd = isinstance(value, Tensor) and value.dim() > 1 and len(value) not in (1, num_rows)
+        if odd or (key in ("past_key_values", "cache") and value is not None):
+            what = f"shape {tuple(value.shape)}" if odd else type(value).__name__
             raise CompositionError(
                 f"{key!r} of the batch ({what}) cannot be given to each member's {num_rows} rows: give inputs that have as "
                 "many rows as the batch, and no cache"
@@ -97,17 +98,29 @@ def member_weights(weights: Sequence[float] | None, num_members: int) -> Tensor:
     return weight_M / weight_M.sum()
 
 
-def is_by_row(value: Any, num_rows: int) -> TypeGuard[Tensor]:
-    """Whether an input of the model is a tensor with a row for each of `num_rows`."""
-    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == num_rows
+def _tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The inputs that may have rows."""
+    return {key: value for key, value in batch.items() if isinstance(value, Tensor) and value.dim()}
 
 
 def rows_of(batch: Mapping[str, Any]) -> int:
     """The number of rows of the model's inputs. Raises CompositionError if there are none."""
-    for value in batch.values():
-        if isinstance(value, Tensor) and value.dim() and len(value):
+    for value in _tensors(batch).values():
+        if len(value):
             return len(value)
     raise CompositionError("the batch has no tensor with rows; give the model's inputs, as a tokenizer returns them")
+
+
+def by_rows(batch: Mapping[str, Any], change: Callable[[Tensor], Tensor]) -> Inputs:
+    """The batch with `change` made to the tensors that have its rows; all else is passed on as it is."""
+    num_rows = rows_of(batch)
+    changed = {key: change(value) for key, value in _tensors(batch).items() if len(value) == num_rows}
+    return {**batch, **changed}
+
+
+def repeated(tensor: Tensor, count: int, rows: slice = slice(None)) -> Tensor:
+    """Some rows, then all of these again, `count` times."""
+    return tensor[rows].repeat(count, *[1] * (tensor.dim() - 1))
 
 
 def rows_that_fit(batch: Mapping[str, Any], logits_per_row: int, *, copies: int = 1) -> int:
@@ -115,17 +128,8 @@ def rows_that_fit(batch: Mapping[str, Any], logits_per_row: int, *, copies: int 
 
     `copies` is how many rows of keys and values each row becomes.
     """
-    num_tokens = max(value[0].numel() for value in batch.values() if isinstance(value, Tensor) and value.dim())
+    num_tokens = max(value[0].numel() for value in _tensors(batch).values())
     return max(1, min(MAX_TOKENS // (num_tokens * copies), MAX_LOGITS // logits_per_row))
-
-
-def _lay_out(batch: Mapping[str, Any], rows: slice, count: int) -> Inputs:
-    """Some rows of the batch, each `count` times; inputs that are not by row are passed on as they are."""
-    num_rows, inputs = rows_of(batch), dict(batch)
-    for key, value in batch.items():
-        if is_by_row(value, num_rows):
-            inputs[key] = value[rows].repeat(count, *[1] * (value.dim() - 1))
-    return inputs
 
 
 def _by_name(mixture: Any) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from loraweave.common.randomness import with_seed
 from loraweave.common.state import save_tensors
 from loraweave.composer.composer import Composer
 from loraweave.composer.ensembles.ensemble import align_right, without_cache
-from loraweave.composer.ensembles.member_passes import is_by_row, known_members, rows_of
+from loraweave.composer.ensembles.member_passes import by_rows, known_members, repeated, rows_of
 from loraweave.composer.ensembles.rewards import (
     Epochs,
     HeadTraining,
@@ -29,13 +30,15 @@ from loraweave.composer.ensembles.rewards import (
     features,
     fit,
     learn,
+    own_reward,
+    padded,
     pair_features,
     require_pairs,
+    require_reward_head,
     text_features,
 )
 from loraweave.composer.experts.exchange import require_expert_model
 from loraweave.composer.experts.expert_model import ExpertModel
-from loraweave.composer.model.batches import pad_rows
 from loraweave.errors import (
     AdapterCorrupt,
     AdapterNotFound,
@@ -154,7 +157,12 @@ def train_reward_mixture(
     Raises WeightingError for other members, InvalidTask for invalid pairs, TrainingError for settings out of range and
     for a loss that is not finite.
     """
-    settings = HeadTraining(steps, lr, batch_size, seed)
+    return _trained_mixture(engine, mixtures, pairs, HeadTraining(steps, lr, batch_size, seed), progress)
+
+
+def _trained_mixture(
+    engine: Composer, mixtures: Sequence[Any], pairs: Pairs, settings: HeadTraining, progress: bool
+) -> RewardMixture:
     members = known_members(engine, mixtures)
     for number, member in enumerate(members):
         if not (member is None or isinstance(member, Mapping)):
@@ -164,7 +172,7 @@ def train_reward_mixture(
     names = {name for member in members if member for name in member}
     hashes = {name: engine.pool.adapters[name].hash for name in sorted(names)}
     preferred_MNH, other_MNH = pair_features(engine, members, pairs, progress=progress)
-    head = with_seed(seed, lambda: RewardMixture(members, preferred_MNH.shape[2], hashes=hashes)).to(preferred_MNH)
+    head = with_seed(settings.seed, lambda: RewardMixture(members, preferred_MNH.shape[2], hashes=hashes)).to(preferred_MNH)
     fit(head, preferred_MNH, other_MNH, settings, progress=progress)
     return head
 
@@ -198,7 +206,8 @@ class RoutedRewards(nn.Module):
         for place in sorted(set(place_B.tolist())):
             rows = (place_B == place).nonzero()[:, 0]
             head: Any = self.heads[place]
-            reward_B[rows] = head.rewards(engine, _some_rows(batch, rows)).to(reward_B)
+            some = by_rows(align_right(batch), lambda value, rows=rows: value[rows.to(value.device)])  # type: ignore[misc]
+            reward_B[rows] = head.rewards(engine, some).to(reward_B)
         return reward_B
 
     @torch.no_grad()
@@ -237,12 +246,7 @@ def train_routed_rewards(
             if category.setdefault(text, place) != place:
                 other = list(members)[category[text]]
                 raise InvalidTask(f"text {text[:60]!r} has two categories, {other!r} and {name!r}: give it one")
-    heads = {
-        name: train_reward_mixture(
-            engine, own, pairs[name], steps=steps, lr=lr, batch_size=batch_size, seed=seed, progress=progress
-        )
-        for name, own in members.items()
-    }
+    heads = {name: _trained_mixture(engine, own, pairs[name], settings, progress) for name, own in members.items()}
     features_NH = text_features(engine, [None], list(category), progress=progress)[0]
     routed = with_seed(seed, lambda: RoutedRewards(heads, features_NH.shape[1])).to(features_NH)
     category_N = torch.tensor(list(category.values()), device=features_NH.device)
@@ -254,22 +258,16 @@ def train_routed_rewards(
     return routed
 
 
-def _some_rows(batch: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
-    """These rows of a batch; inputs that are not by row are passed on as they are."""
-    num_rows = rows_of(batch)
-    return {
-        key: value[rows.to(value.device)] if is_by_row(value, num_rows) else value
-        for key, value in align_right(batch).items()
-    }
-
-
 def expert_rewards(model: ExpertModel, batch: Mapping[str, Any]) -> Rewards:
     """The reward that the expert of each of the model's tasks gives each row of a batch, padded on either side.
 
     All run in one pass, beside each other. Raises CompositionError for a base without a head of one label.
     """
     _require_reward_model(model)
-    return Rewards(_rewards(model, batch, [*range(len(model.tasks))]))
+    num_experts, num_rows = len(model.tasks), rows_of(batch)
+    inputs = by_rows(align_right(batch), partial(repeated, count=num_experts))
+    experts = [expert for expert in range(num_experts) for _ in range(num_rows)]
+    return Rewards(_rewards(model, inputs, experts).view(num_experts, num_rows))
 
 
 def train_reward_experts(
@@ -318,37 +316,20 @@ def _loss(model: ExpertModel, chosen: Sequence[Pairs], tokens: Mapping[str, list
     """The sum over experts of the mean over their pairs, and the recipe's terms, in one pass of the model."""
     rows = [tokens[pair[side]] for side in (0, 1) for own in chosen for pair in own]
     experts = [expert for expert, own in enumerate(chosen) for _ in own]
-    ids_BT, mask_BT = pad_rows(model.tokenizer, rows, left=False)
-    batch = {"input_ids": ids_BT.to(model.device), "attention_mask": mask_BT.to(model.device)}
-    preferred_N, other_N = _run(model, batch, 2 * experts).chunk(2)
+    preferred_N, other_N = _rewards(model, padded(model.tokenizer, rows, model.device), 2 * experts).chunk(2)
     by_pair_N = functional.softplus(other_N - preferred_N)
     loss = by_pair_N.view(len(chosen), -1).mean(dim=1).sum()
     return torch.stack([loss, *(term.to(loss) for term in model.terms.values())]).sum()
 
 
-def _rewards(model: ExpertModel, batch: Mapping[str, Any], experts: list[int]) -> Tensor:
-    """rewards_MB of these experts."""
-    num_rows = rows_of(batch)
-    inputs = {
-        key: value.repeat(len(experts), *[1] * (value.dim() - 1)) if is_by_row(value, num_rows) else value
-        for key, value in align_right(batch).items()
-    }
-    return _run(model, inputs, [expert for expert in experts for _ in range(num_rows)]).view(len(experts), num_rows)
-
-
-def _run(model: ExpertModel, inputs: Mapping[str, Any], experts: list[int]) -> Tensor:
-    """The reward of each row from its expert, in fp32 or better."""
-    logits_B1: Tensor = model(**without_cache(model.base_model, inputs), task=experts).logits
-    return logits_B1.to(torch.promote_types(logits_B1.dtype, torch.float32))[:, 0]
+def _rewards(model: ExpertModel, inputs: Mapping[str, Any], experts: list[int]) -> Tensor:
+    """The reward of each row from its expert."""
+    return own_reward(model(**without_cache(model.base_model, inputs), task=experts))
 
 
 def _require_reward_model(model: ExpertModel) -> None:
     require_expert_model(model, "a reward ensemble")
-    base: Any = model.base_model
-    if getattr(base.config, "num_labels", None) != 1 or base.can_generate():
-        raise CompositionError(
-            f"{type(base).__name__} has no head that gives one reward: load it as a sequence classifier with num_labels=1"
-        )
+    require_reward_head(model.base_model)
 
 
 def _pairs_by_expert(model: ExpertModel, pairs: Pairs | Mapping[str, Pairs]) -> list[Pairs]:

@@ -7,7 +7,6 @@ one for all, are the ensembles of Zhang et al., 2024 (arXiv 2401.16635).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,16 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loraweave.common.checks import require_whole
 from loraweave.common.descent import Descent, descend
 from loraweave.common.display import progress_bar, tracked
-from loraweave.common.names import near_misses
+from loraweave.common.options import Count, NonNegative, Positive, check_options, options_of
 from loraweave.common.randomness import with_seed
 from loraweave.composer.composer import Composer
 from loraweave.composer.ensembles.ensemble import align_right, last_positions, without_cache
-from loraweave.composer.ensembles.member_passes import known_members, member_passes, rows_that_fit
+from loraweave.composer.ensembles.member_passes import Inputs, known_members, member_passes, rows_that_fit
 from loraweave.composer.model.batches import pad_rows, takes
 from loraweave.errors import CompositionError, InvalidTask, TrainingError, UnknownName, WeightingError
+from loraweave.registry import nearest
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,11 +52,8 @@ class Rewards:
         Raises UnknownName for another way, WeightingError for a penalty that is negative or not finite.
         """
         if by not in _WAYS:
-            close = near_misses(by, _WAYS)
-            hint = f", did you mean {close[0]!r}?" if close else ""
-            raise UnknownName(f"no way {by!r} to aggregate rewards{hint}; there are {', '.join(_WAYS)}")
-        if not math.isfinite(penalty) or penalty < 0:
-            raise WeightingError(f"penalty is {penalty!r}; it must be a finite number of at least 0")
+            raise UnknownName(f"no way {by!r} to aggregate rewards{nearest(by, _WAYS)}; there are {', '.join(_WAYS)}")
+        check_options("aggregated()", {"penalty": penalty}, {"penalty": NonNegative})
         return _WAYS[by](self, penalty)
 
 
@@ -109,17 +105,34 @@ def head_rewards(heads: Sequence[nn.Module], features_MBH: Tensor) -> Tensor:
 
 
 def _own_rewards(engine: Composer, members: Sequence[Any], batch: Mapping[str, Any], rows_per_pass: int | None) -> Tensor:
-    fitting = rows_that_fit(batch, 1) if rows_per_pass is None else rows_per_pass
-    if getattr(engine.model.config, "num_labels", None) != 1 or engine.model.can_generate():  # type: ignore[operator]
+    model: Any = engine.model
+    require_reward_head(model, ", or pass heads=")
+    return _passes(engine, members, batch, rows_per_pass, lambda inputs: own_reward(model(**without_cache(model, inputs))))
+
+
+def require_reward_head(model: Any, beside: str = "") -> None:
+    """Raises CompositionError, with `beside` at the end of the way out, for a model without a head of one label."""
+    if getattr(model.config, "num_labels", None) != 1 or model.can_generate():
         raise CompositionError(
-            f"{type(engine.model).__name__} has no head that gives one reward: load it as a sequence classifier with "
-            "num_labels=1, or pass heads="
+            f"{type(model).__name__} has no head that gives one reward: load it as a sequence classifier with "
+            f"num_labels=1{beside}"
         )
 
-    def read(inputs: dict[str, Any]) -> Tensor:
-        logits_N1: Tensor = engine.model(**without_cache(engine.model, inputs)).logits
-        return logits_N1.to(torch.promote_types(logits_N1.dtype, torch.float32))[:, 0]
 
+def own_reward(output: Any) -> Tensor:
+    """reward_N of the rows of an output with one logit each, in fp32 or better."""
+    logits_N1: Tensor = output.logits
+    return logits_N1.to(torch.promote_types(logits_N1.dtype, torch.float32))[:, 0]
+
+
+def _passes(
+    engine: Composer,
+    members: Sequence[Any],
+    batch: Mapping[str, Any],
+    rows_per_pass: int | None,
+    read: Callable[[Inputs], Tensor],
+) -> Tensor:
+    fitting = rows_that_fit(batch, 1) if rows_per_pass is None else rows_per_pass
     return member_passes(engine, members, align_right(batch), read, rows_per_pass=fitting)
 
 
@@ -136,7 +149,6 @@ def features(
     """
     members = known_members(engine, mixtures)
     model: Any = engine.model
-    fitting = rows_that_fit(batch, 1) if rows_per_pass is None else rows_per_pass
 
     def read(inputs: dict[str, Any]) -> Tensor:
         hidden_NTH = _last_hidden(model, inputs)
@@ -145,7 +157,7 @@ def features(
         found_NH = hidden_NTH[torch.arange(len(hidden_NTH), device=hidden_NTH.device), place_N]
         return found_NH.to(torch.promote_types(found_NH.dtype, torch.float32))
 
-    return member_passes(engine, members, align_right(batch), read, rows_per_pass=fitting)
+    return _passes(engine, members, batch, rows_per_pass, read)
 
 
 def text_features(engine: Composer, mixtures: Sequence[Any], texts: Sequence[str], *, progress: bool = True) -> Tensor:
@@ -163,7 +175,7 @@ def text_features(engine: Composer, mixtures: Sequence[Any], texts: Sequence[str
     parts = []
     for start in tracked(starts, "features", total=len(starts), shown=progress):
         rows = [ids[index] for index in order[start : start + TEXTS_PER_BATCH]]
-        parts.append(features(engine, mixtures, _right_padded(engine, rows)))
+        parts.append(features(engine, mixtures, padded(engine.tokenizer, rows, next(engine.model.parameters()).device)))
     place_N = torch.tensor(order).argsort()
     return torch.cat(parts, dim=1)[:, place_N.to(parts[0].device)]
 
@@ -188,9 +200,9 @@ def _last_hidden(model: Any, inputs: dict[str, Any]) -> Tensor:
     return seen[-1]
 
 
-def _right_padded(engine: Composer, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    device = next(engine.model.parameters()).device
-    ids_BT, mask_BT = pad_rows(engine.tokenizer, rows, left=False)
+def padded(tokenizer: Any, rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
+    """Rows of token ids as the inputs of a model, filled up on the right."""
+    ids_BT, mask_BT = pad_rows(tokenizer, rows, left=False)
     return {"input_ids": ids_BT.to(device), "attention_mask": mask_BT.to(device)}
 
 
@@ -201,16 +213,13 @@ Pairs = Sequence[tuple[str, str]]
 class HeadTraining:
     """How a head is trained. Raises TrainingError for values out of range."""
 
-    steps: int
-    lr: float
-    batch_size: int
+    steps: Count
+    lr: Positive
+    batch_size: Count
     seed: int
 
     def __post_init__(self) -> None:
-        for name, value in {"steps": self.steps, "batch_size": self.batch_size}.items():
-            require_whole(name, value, 1, TrainingError)
-        if not self.lr > 0 or not math.isfinite(self.lr):
-            raise TrainingError(f"lr is {self.lr!r}; it must be above 0")
+        check_options("the training", vars(self), options_of(HeadTraining), noun="setting", error=TrainingError)
 
 
 def train_reward_heads(

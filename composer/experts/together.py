@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loraweave.common.display import progress_bar
+from loraweave.common.options import Count, Positive, Whole, check_options, options_of
 from loraweave.common.randomness import caller_randomness, seeded
 from loraweave.common.state import checkpoint_folder
 from loraweave.composer.experts.expert_model import ExpertModel
@@ -27,7 +28,7 @@ from loraweave.composer.train.learner import key_of
 from loraweave.composer.train.report import JobReport, SharedReport
 from loraweave.composer.train.rows import PLAIN, HeldOut, Judging, RowReader, TrainingRow, is_empty, owners_of
 from loraweave.composer.train.schedule import WARMUP_STEPS, Pace
-from loraweave.composer.train.settings import require_memory, require_steps, require_texts
+from loraweave.composer.train.settings import require_texts
 from loraweave.composer.train.shared import SharedPasses
 from loraweave.composer.train.state import load_finished, save_finished
 from loraweave.composer.train.steps import NO_TOKENIZER
@@ -42,16 +43,16 @@ def train_experts(
     tokenizer: Any,
     jobs: Mapping[str, tuple[ExpertModel, Any]],
     *,
-    steps: int = 60,
-    lr: float = 3e-3,
-    batch_size: int = 8,
-    warmup: int = WARMUP_STEPS,
+    steps: Count = 60,
+    lr: Positive = 3e-3,
+    batch_size: Count = 8,
+    warmup: Whole = WARMUP_STEPS,
     seed: int = 0,
-    jobs_per_batch: int = 4,
+    jobs_per_batch: Count = 4,
     held_out: float | Mapping[str, Any] | None = None,
-    evaluate_every: int = 10,
-    patience: int | None = None,
-    memory_bytes: int | None = None,
+    evaluate_every: Count = 10,
+    patience: Count | None = None,
+    memory_bytes: Count | None = None,
     checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> SharedReport:
@@ -68,8 +69,9 @@ def train_experts(
     UnknownName for unknown tasks.
     """
     pace = Pace(steps, lr, batch_size, seed, warmup)
-    require_steps(pace, jobs_per_batch)
-    require_memory(memory_bytes)
+    shared_by: dict[str, Any] = {"jobs_per_batch": jobs_per_batch, "memory_bytes": memory_bytes}
+    checked = {**vars(pace), **shared_by, "evaluate_every": evaluate_every, "patience": patience}
+    check_options("train_experts()", checked, options_of(train_experts), error=TrainingError)
     _require_jobs(jobs)
     models = {name: made for name, (made, _) in jobs.items()}
     _require_apart(model, models)
@@ -95,7 +97,7 @@ def train_experts(
         stack.enter_context(_in_their_modes(models.values()))
         bar = stack.enter_context(progress_bar(progress, field="loss"))
         texts = NO_TOKENIZER if tokenizer is None else tokenizer
-        shared = SharedPasses(model, texts, bar, jobs_per_batch, memory_bytes, folder)
+        shared = SharedPasses(model, texts, bar, folder=folder, **shared_by)
         return Together(shared, models, rows, judged, pace).train()
 
 
@@ -214,7 +216,7 @@ def _said(row: EncodedRow) -> dict[str, Any]:
     return {"prompt": row.prompt, "target": row.target, "labels": row.labels, "task": row.expert}
 
 
-class ExpertJob:
+class ExpertJob(TrainingJob):
     """A `TrainingJob`: the experts and gates of the model, for rows that are of their own tasks, or else of `task`.
 
     Gates see the job's own rows alone, and the recipe's losses are its penalty. What a step draws (dropout, noise of gates)
@@ -266,9 +268,6 @@ class ExpertJob:
             self._tell_decoder_tokens()
             self._seed_draws()
             self.model.show_gates(self._running.call)
-
-    def low_rank(self, layer: str) -> None:
-        """Never: the weights are the gates'."""
 
     def update(self, layer: str, x_BTI: Tensor) -> Tensor:
         """What the site's experts add to its output."""

@@ -6,15 +6,15 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 import loraweave.registry as registry
-from loraweave.common.checks import require_whole
 from loraweave.common.display import progress_bar
-from loraweave.common.options import options_of, require_known
+from loraweave.common.options import Count, Positive, Whole, check_options, options_of
 from loraweave.common.rows import GivenRows
 from loraweave.common.state import checkpoint_folder
 from loraweave.composer.live.fitting import Fitting
@@ -22,11 +22,11 @@ from loraweave.composer.model.batches import EncodedRow, untouched
 from loraweave.composer.model.kinds.linear import shape as linear_shape
 from loraweave.composer.train.jobs import LoraJob, PlannedJob, TrainingJob
 from loraweave.composer.train.ordered._course import Course
-from loraweave.composer.train.passes import JobTraining, lora_job
+from loraweave.composer.train.passes import lora_job
 from loraweave.composer.train.report import JobReport, TrainedAdapters
 from loraweave.composer.train.rows import HeldOut, Judging, encode_task
 from loraweave.composer.train.schedule import WARMUP_STEPS
-from loraweave.composer.train.settings import LoraSettings, require_memory, require_trainable
+from loraweave.composer.train.settings import LoraSettings, read_tasks
 from loraweave.composer.train.shared import SharedPasses
 from loraweave.composer.train.state import load_adapter, save_adapter
 from loraweave.errors import AdapterUnsupported, TrainingError, UnknownName
@@ -40,23 +40,23 @@ def train_adapters(
     tokenizer: Any,
     tasks: Mapping[str, Task | GivenRows],
     *,
-    rank: int = 8,
-    steps: int = 60,
-    jobs_per_batch: int = 4,
+    rank: Count = 8,
+    steps: Count = 60,
+    jobs_per_batch: Count = 4,
     seed: int = 0,
-    alpha: float | None = None,
-    lr: float = 3e-3,
-    batch_size: int = 8,
+    alpha: Positive | None = None,
+    lr: Positive = 3e-3,
+    batch_size: Count = 8,
     target_modules: Sequence[str] = ("q_proj", "v_proj"),
     start: Mapping[str, Adapter] | None = None,
     linearized: bool = False,
     continual: str | None = None,
     continual_options: Mapping[str, Any] | None = None,
-    warmup: int = WARMUP_STEPS,
+    warmup: Whole = WARMUP_STEPS,
     held_out: float | Mapping[str, Task | GivenRows] | None = None,
-    evaluate_every: int = 10,
-    patience: int | None = None,
-    memory_bytes: int | None = None,
+    evaluate_every: Count = 10,
+    patience: Count | None = None,
+    memory_bytes: Count | None = None,
     checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> TrainedAdapters:
@@ -89,28 +89,37 @@ def train_adapters(
     """
     if isinstance(target_modules, str) or not isinstance(target_modules, Collection) or not target_modules:
         raise TrainingError(f"target_modules is {target_modules!r}; it must be a list of endings of module paths")
-    require_whole("rank", rank, 1, TrainingError)
+    lora: dict[str, Any] = {"rank": rank, "steps": steps, "lr": lr, "batch_size": batch_size, "seed": seed, "warmup": warmup}
+    shared_by: dict[str, Any] = {"jobs_per_batch": jobs_per_batch, "memory_bytes": memory_bytes}
+    judged_by = {"evaluate_every": evaluate_every, "patience": patience}
+    given = {**lora, **shared_by, **judged_by, "alpha": alpha}
+    check_options("train_adapters()", given, options_of(train_adapters), error=TrainingError)
+    targets = tuple(target_modules)
     scale_alpha = 2.0 * rank if alpha is None else alpha
-    recipe = LoraSettings(rank, scale_alpha, steps, lr, batch_size, tuple(target_modules), seed, warmup, linearized)
-    prepared = require_trainable(recipe, tasks, jobs_per_batch)
+    settings = LoraSettings(**lora, alpha=scale_alpha, target_modules=targets, linearized=linearized)
+    prepared = read_tasks(tasks)
     judging = Judging(held_out, evaluate_every, patience)
     judging.require({name: len(task.examples) for name, task in prepared.items()})
-    require_memory(memory_bytes)
     options = dict(continual_options or {})
     _require_way(continual, options, tasks, start or {}, linearized, held_out is not None or memory_bytes is not None)
     begins = require_startable(model, tasks, start or {})
     needs_layers = continual is not None or len(begins) < len(tasks)
-    layers = _target_layers(model, recipe.target_modules) if needs_layers else {}
-    rows, held_out_rows = _split_rows(model, tokenizer, prepared, judging, seed)
+    layers = _target_layers(model, targets) if needs_layers else {}
+
+    def read(name: str, examples: Any) -> list[EncodedRow]:
+        task = examples if isinstance(examples, Task) else replace(prepared[name], examples=examples)
+        return encode_task(model, tokenizer, task)
+
+    encoded = {name: encode_task(model, tokenizer, task) for name, task in prepared.items()}
+    rows, held_out_rows = judging.split(encoded, read, seed)
     base = fingerprint(model)
     folder = checkpoint_folder(checkpoint)
     with untouched(model), progress_bar(progress, field="loss") as bar:
         if continual is None:
-            shared = SharedPasses(model, tokenizer, bar, jobs_per_batch, memory_bytes, folder)
-            return Apart(shared, recipe, layers, prepared, rows, held_out_rows, begins, base).train()
-        training = JobTraining(model, tokenizer, recipe, bar)
-        begin = begins.get(next(iter(tasks)))
-        course = Course(continual, options, training, layers, prepared, rows, begin, base, jobs_per_batch, folder)
+            shared = SharedPasses(model, tokenizer, bar, folder=folder, **shared_by)
+            return Apart(shared, settings, layers, prepared, rows, held_out_rows, begins, base).train()
+        on, begin = (model, tokenizer, settings, bar), begins.get(next(iter(tasks)))
+        course = Course(continual, options, *on, layers, prepared, rows, begin, base, jobs_per_batch, folder)
         return TrainedAdapters(registry.get("continual", continual)(course, **options))
 
 
@@ -132,25 +141,13 @@ def _require_way(
     if scheduled:
         raise TrainingError(f"continual={way!r} has neither held_out nor memory_bytes: leave them out")
     known = options_of(registry.get("continual", way), after=1)
-    require_known(f"continual {way!r}", options, known, error=TrainingError)
+    check_options(f"continual {way!r}", options, known, error=TrainingError)
     first = next(iter(tasks))
     if later := [name for name in start if name != first]:
         raise TrainingError(
             f"start has an adapter for task {later[0]!r}, but tasks that are learned one after the other begin once: "
             f"give the adapter to the first, {first!r}"
         )
-
-
-def _split_rows(
-    model: Any, tokenizer: Any, tasks: Mapping[str, Task], judging: Judging, seed: int
-) -> tuple[Mapping[str, Sequence[EncodedRow]], dict[str, HeldOut]]:
-    """(rows to train on, rows to judge by) of each task."""
-
-    def read(name: str, examples: Any) -> list[EncodedRow]:
-        task = examples if isinstance(examples, Task) else replace(tasks[name], examples=examples)
-        return encode_task(model, tokenizer, task)
-
-    return judging.split({name: encode_task(model, tokenizer, task) for name, task in tasks.items()}, read, seed)
 
 
 def _target_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
@@ -175,7 +172,7 @@ class Apart:
     """`layers` has (O, I) of each target layer, `begins` the adapters that tasks begin from."""
 
     shared: SharedPasses
-    recipe: LoraSettings
+    settings: LoraSettings
     layers: Layers
     tasks: Mapping[str, Task]
     rows: Mapping[str, Sequence[EncodedRow]]
@@ -205,30 +202,18 @@ class Apart:
         return TrainedAdapters({name: finished[name] for name in self.tasks}, report)
 
     def _plan(self, name: str) -> PlannedJob:
-        recipe, model = self.recipe, self.shared.model
+        settings = self.settings
         start = self.begins[name].layers if name in self.begins else None
-
-        def make() -> LoraJob:
-            return lora_job(
-                name,
-                self.layers,
-                start,
-                rank=recipe.rank,
-                alpha=recipe.alpha,
-                seed=recipe.seed,
-                device=next(model.parameters()).device,
-                linearized=recipe.linearized,
-            )
-
+        make = partial(lora_job, self.shared.model, name, self.layers, settings, start)
         if start is None:
-            num_parameters = sum(recipe.rank * (outputs + inputs) for outputs, inputs in self.layers.values())
+            num_parameters = sum(settings.rank * (outputs + inputs) for outputs, inputs in self.layers.values())
         else:
             num_parameters = sum(part.a_RI.numel() + part.b_OR.numel() for part in start.values())
-        return PlannedJob(name, make, num_parameters, self.rows[name], recipe.pace, self.held_out.get(name))
+        return PlannedJob(name, make, num_parameters, self.rows[name], settings, self.held_out.get(name))
 
     def _adapter(self, job: LoraJob, report: JobReport) -> Adapter:
         start = self.begins.get(job.name)
-        recipe: dict[str, Any] = {"method": "loraweave.train_adapters", **asdict(self.recipe)}
+        recipe: dict[str, Any] = {"method": "loraweave.train_adapters", **asdict(self.settings)}
         if start is not None:
             recipe["start"] = {"hash": start.hash, "name": start.name}
         card = {"recipe": recipe, "training": report.to_json()}
@@ -237,7 +222,7 @@ class Apart:
     def _key(self, name: str) -> str:
         """Of all that a task's adapter depends on."""
         task, begin = self.tasks[name], self.begins.get(name)
-        parts: list[Any] = [asdict(self.recipe), name, task.examples, task.instruction, task.template, self.base.to_json()]
+        parts: list[Any] = [asdict(self.settings), name, task.examples, task.instruction, task.template, self.base.to_json()]
         parts.append(None if begin is None else begin.hash)
         if (held_out := self.held_out.get(name)) is not None:
             rows = [[row.prompt, row.target] for row in held_out.rows]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class LowRank(NamedTuple):
     scale: float
 
 
-class TrainingJob(Protocol):
+class TrainingJob(ABC):
     """Parameters, and what they add to the outputs of the base's layers, for the rows of a batch that are the job's own.
 
     An adapter's is one product of factors in each layer (`LoraJob`); all jobs' products of a layer then are one step of
@@ -37,46 +38,43 @@ class TrainingJob(Protocol):
     training it alone.
     """
 
-    @property
-    def name(self) -> str: ...
+    name: str
 
     @property
+    @abstractmethod
     def layers(self) -> Collection[str]:
         """Module paths of the layers whose outputs it changes."""
-        ...
 
+    @abstractmethod
     def parameters(self) -> list[Tensor]:
         """What is trained, in an order that does not change."""
-        ...
 
-    def take(self, rows: Sequence[EncodedRow], step: int | None) -> None:
+    def take(self, rows: Sequence[EncodedRow], step: int | None) -> None:  # noqa: B027 - factors are the same for all rows
         """The next forward has these rows of the job: of a step, counted from 0, or of an evaluation."""
-        ...
 
-    def begin(self, inputs: Mapping[str, Any], prompt_BT: Tensor | None) -> None:
+    def begin(self, inputs: Mapping[str, Any], prompt_BT: Tensor | None) -> None:  # noqa: B027
         """A forward begins with these arguments of the model, cut to the job's rows; so is the mask of what is prompt.
 
         With gradients it is a step of training, without it is an evaluation.
         """
-        ...
 
     def low_rank(self, layer: str) -> LowRank | None:
         """The update of a layer where it is one product of factors; else None, and `update` is asked."""
-        ...
+        return None
 
+    @abstractmethod
     def update(self, layer: str, x_BTI: Tensor) -> Tensor:
         """update_BTO of a layer for the job's rows of its input."""
-        ...
 
     def penalty(self) -> Tensor | None:
         """What its loss of the forward that has just run has beside the loss of the targets, a scalar, if anything."""
-        ...
+        return None
 
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
 
 
-class LoraJob:
+class LoraJob(TrainingJob):
     """Trainable factors {layer: (a_RI, b_OR)} in fp32; the update of a layer is `scale` times their product."""
 
     def __init__(self, name: str, factors: Pairs, scale: float) -> None:
@@ -99,12 +97,6 @@ class LoraJob:
         for a_RI, _ in self.factors.values():
             a_RI.requires_grad_(False)
 
-    def take(self, rows: Sequence[EncodedRow], step: int | None) -> None:
-        """Nothing, like `begin`."""
-
-    def begin(self, inputs: Mapping[str, Any], prompt_BT: Tensor | None) -> None:
-        """Nothing: factors are the same for all rows."""
-
     def low_rank(self, layer: str) -> LowRank:
         return LowRank(*self.factors[layer], self.scale)
 
@@ -112,9 +104,6 @@ class LoraJob:
         """In the dtype of x."""
         a_RI, b_OR, scale = self.low_rank(layer)
         return functional.linear(functional.linear(x_BTI, a_RI.to(x_BTI.dtype)), (scale * b_OR).to(x_BTI.dtype))
-
-    def penalty(self) -> None:
-        """Nothing."""
 
     def result(self) -> dict[str, Factors]:
         """The update as factors with the scale folded into b, detached copies on the CPU."""
@@ -129,10 +118,12 @@ def new_factors(
     name: str, layers: Mapping[str, tuple[int, int]], *, rank: int, seed: int, device: torch.device
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """For layers of (O, I): a uniform in +-1/sqrt(I), as PEFT's default, a function of seed, name and layer; b zero."""
-    return {
-        layer: (_initial(seed, name, layer, rank, num_inputs).to(device), torch.zeros(num_outputs, rank, device=device))
-        for layer, (num_outputs, num_inputs) in layers.items()
-    }
+    found = {}
+    for layer, (num_outputs, num_inputs) in layers.items():
+        # seeded by names, so that a job starts the same whatever jobs share its batch
+        a_RI = torch.rand(rank, num_inputs, generator=seeded(seed, name, layer)).mul(2).sub(1)
+        found[layer] = (float(num_inputs**-0.5) * a_RI).to(device), torch.zeros(num_outputs, rank, device=device)
+    return found
 
 
 def given_factors(start: Mapping[str, Factors], *, scale: float, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
@@ -141,12 +132,6 @@ def given_factors(start: Mapping[str, Factors], *, scale: float, device: torch.d
         layer: (part.a_RI.to(device, torch.float32, copy=True), part.b_OR.to(device, torch.float32) / scale)
         for layer, part in start.items()
     }
-
-
-def _initial(seed: int, name: str, layer: str, rank: int, num_inputs: int) -> Tensor:
-    # seeded by names, so that a job starts the same whatever jobs share its batch
-    bound = float(num_inputs**-0.5)
-    return bound * torch.rand(rank, num_inputs, generator=seeded(seed, name, layer)).mul(2).sub(1)
 
 
 class LinearizedJob(LoraJob):
@@ -217,12 +202,16 @@ class PlannedJob:
     pace: Pace
     held_out: HeldOut | None = None
 
+    def rows_at(self, step: int) -> list[EncodedRow]:
+        """The rows of a step."""
+        return self.pace.rows(self.rows, self.name, step)
+
     def size(self, *, is_encoder_decoder: bool) -> JobSize:
         """What it will bring to a step."""
         held_out = () if self.held_out is None else self.held_out.rows
         seen = [*self.rows, *held_out]
         steps = range(min(self.pace.steps, MEASURED_STEPS))
-        widths = [max(len(row) for row in self.pace.rows(self.rows, self.name, step)) for step in steps]
+        widths = [max(len(row) for row in self.rows_at(step)) for step in steps]
         return JobSize(
             num_rows=self.pace.batch_size,
             width=sum(widths) / len(widths),

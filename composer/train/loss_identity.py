@@ -25,7 +25,7 @@ def loss_identity(function: Any) -> Any:
 
 
 def _identity(value: Any, seen: dict[int, Any]) -> Any:
-    if isinstance(value, int | float | str | None):
+    if value is None or isinstance(value, int | float | str):
         return value
     if isinstance(value, Tensor):
         return _digest(value)
@@ -33,32 +33,29 @@ def _identity(value: Any, seen: dict[int, Any]) -> Any:
     if id(value) in seen:
         return "above"
     seen[id(value)] = value
-    if isinstance(value, tuple):
-        return [_identity(each, seen) for each in value]
-    if isinstance(value, partial):
-        return ["partial", _identity(value.func, seen), _identity(value.args, seen), _named(value.keywords, seen)]
-    if isinstance(value, MethodType):
-        return ["method", _identity(value.__func__, seen), _identity(value.__self__, seen)]
-    if isinstance(value, FunctionType):
-        return [value.__qualname__, _code(value.__code__), _named(_bound(value), seen)]
-    return _of_object(value, seen)
+    match value:
+        case tuple():
+            return [_identity(each, seen) for each in value]
+        case partial():
+            return ["partial", _identity(value.func, seen), _identity(value.args, seen), _named(value.keywords, seen)]
+        case MethodType():
+            return ["method", _identity(value.__func__, seen), _identity(value.__self__, seen)]
+        case FunctionType():
+            return [value.__qualname__, _code(value.__code__), _named(_bound(value), seen)]
+        case type() | BuiltinFunctionType():
+            return value.__qualname__
+        case nn.Module():
+            tensors = {**dict(value.named_parameters()), **dict(value.named_buffers())}
+            return _of_object(value, {**vars(value), **tensors}, type(value).forward, seen)
+    callable_object = callable(value) and hasattr(value, "__dict__")
+    return _of_object(value, vars(value) if callable_object else {}, type(value).__call__ if callable_object else None, seen)
 
 
-def _of_object(value: Any, seen: dict[int, Any]) -> Any:
-    if isinstance(value, type | BuiltinFunctionType):
-        return value.__qualname__
-    kind = type(value)
-    if isinstance(value, nn.Module):
-        held: dict[str, Any] = {**vars(value), **dict(value.named_parameters()), **dict(value.named_buffers())}
-        run: Any = kind.forward
-    else:
-        held, run = (dict(vars(value)), kind.__call__) if callable(value) and hasattr(value, "__dict__") else ({}, None)
+def _of_object(value: Any, held: Mapping[str, Any], run: Any, seen: dict[int, Any]) -> Any:
+    """`held` are its attributes, and `run` what a call of it runs."""
     code = _code(run.__code__) if isinstance(run, FunctionType) else None
-    return [
-        kind.__qualname__,
-        code,
-        _named({name: each for name, each in held.items() if not isinstance(each, dict)}, seen),
-    ]
+    attributes = {name: each for name, each in held.items() if not isinstance(each, dict)}
+    return [type(value).__qualname__, code, _named(attributes, seen)]
 
 
 def _bound(function: FunctionType) -> dict[str, Any]:

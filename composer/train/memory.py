@@ -114,7 +114,12 @@ class MemoryUse:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._peak = self._highest()
-        self._begun = torch.cuda.memory_allocated(device) if device.type == "cuda" else _resident_bytes()
+        self._begun: int | None = None
+        if device.type == "cuda":
+            self._begun = torch.cuda.memory_allocated(device)
+        elif STATUS.is_file():
+            fields = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
+            self._begun = 1024 * int(fields["VmRSS"].split()[0])
 
     def grown(self) -> int | None:
         """Bytes; None where more had been in use before, or the system does not say."""
@@ -129,10 +134,3 @@ class MemoryUse:
         import resource
 
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def _resident_bytes() -> int | None:
-    if not STATUS.is_file():
-        return None
-    fields = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
-    return 1024 * int(fields["VmRSS"].split()[0])

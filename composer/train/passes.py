@@ -6,18 +6,17 @@ parameters of another (Ye et al. 2023, arXiv 2312.02515).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
-from rich.progress import Progress
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from loraweave.common.descent import Descent, descend
 from loraweave.composer.live.call_router import arguments_of
 from loraweave.composer.model.batches import IGNORED, EncodedRow, batch, token_losses
 from loraweave.composer.train.jobs import LinearizedJob, LoraJob, TrainingJob, given_factors, new_factors
@@ -47,7 +46,7 @@ class SharedPass:
             self._handles.append(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
             for layer in dict.fromkeys(layer for job in self.members for layer in job.layers):
                 module = self.model.get_submodule(layer)
-                self._handles.append(module.register_forward_hook(self._hook(layer)))
+                self._handles.append(module.register_forward_hook(partial(self._add_updates, layer)))
         except BaseException:
             self.__exit__()
             raise
@@ -67,11 +66,8 @@ class SharedPass:
             job.begin(own, None if known is None else _cut(known.mask_BT, *place))
             start += count
 
-    def _hook(self, layer: str) -> Any:
-        def add_updates(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return self.added(layer, args[0], output)
-
-        return add_updates
+    def _add_updates(self, layer: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return self.added(layer, args[0], output)
 
     def added(self, layer: str, x: Tensor, y: Tensor) -> Tensor:
         """y, the layer's output for x, with all jobs' updates, maybe in its own memory."""
@@ -124,24 +120,11 @@ class LoraJobs(SharedPass):
         model: nn.Module,
         layers: Mapping[str, tuple[int, int]],
         jobs: Sequence[str],
-        *,
-        rank: int,
-        alpha: float,
-        seed: int,
+        settings: LoraSettings,
         start: Mapping[str, Mapping[str, Factors]] | None = None,
-        linearized: bool = False,
     ) -> None:
-        device = next(model.parameters()).device
         given = start or {}
-        super().__init__(
-            model,
-            [
-                lora_job(
-                    name, layers, given.get(name), rank=rank, alpha=alpha, seed=seed, device=device, linearized=linearized
-                )
-                for name in jobs
-            ],
-        )
+        super().__init__(model, [lora_job(model, name, layers, settings, given.get(name)) for name in jobs])
         self.jobs = tuple(jobs)
 
     def parameters(self) -> list[Tensor]:
@@ -159,23 +142,20 @@ class LoraJobs(SharedPass):
 
 
 def lora_job(
+    model: nn.Module,
     name: str,
     layers: Mapping[str, tuple[int, int]],
+    settings: LoraSettings,
     start: Mapping[str, Factors] | None,
-    *,
-    rank: int,
-    alpha: float,
-    seed: int,
-    device: torch.device,
-    linearized: bool = False,
 ) -> LoraJob:
     """A job with new factors, or with those of `start`. Linearised jobs all begin with the same new a."""
-    scale = alpha / rank
+    scale, device = settings.alpha / settings.rank, next(model.parameters()).device
     if start is None:
-        pairs = new_factors("" if linearized else name, layers, rank=rank, seed=seed, device=device)
+        key = "" if settings.linearized else name
+        pairs = new_factors(key, layers, rank=settings.rank, seed=settings.seed, device=device)
     else:
         pairs = given_factors(start, scale=scale, device=device)
-    return (LinearizedJob if linearized else LoraJob)(name, pairs, scale)
+    return (LinearizedJob if settings.linearized else LoraJob)(name, pairs, scale)
 
 
 class RowRange(NamedTuple):
@@ -252,29 +232,6 @@ class _RowProducts(torch.autograd.Function):
             found.append((mixed_MR.T @ x_NI[start:stop]).to(a_RI.dtype) if needed[3 + 2 * index] else None)
             found.append((hidden[index].T @ grad_MO).T.to(b_OR.dtype) if needed[4 + 2 * index] else None)
         return grad if needed[0] else None, None if grad_x_NI is None else grad_x_NI.view_as(x), None, *found
-
-
-# loss_J of one step, by its number
-Losses = Callable[[int], Tensor]
-
-
-@dataclass(frozen=True)
-class JobTraining:
-    """Where jobs are trained and shown."""
-
-    model: Any
-    tokenizer: Any
-    recipe: LoraSettings
-    bar: Progress
-
-    def run(self, jobs: LoraJobs, losses: Losses, *, after_step: Callable[[int], None] | None = None) -> None:
-        """Takes the recipe's steps down the gradient of `losses`, each job's clipped to norm 1.
-
-        Raises TrainingError for a loss that is not finite.
-        """
-        recipe = self.recipe
-        learners = {f"job {job.name!r}": Descent(job.parameters(), recipe.rate) for job in jobs.members}
-        descend(learners, losses, recipe.steps, self.bar, title=", ".join(jobs.jobs), after_step=after_step)
 
 
 def job_losses(model: Any, tokenizer: Any, rows: Sequence[EncodedRow], num_jobs: int) -> Tensor:

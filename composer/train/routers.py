@@ -180,12 +180,15 @@ def fit(
     Raises what `Composer.fit` says.
     """
     settings = RouterSettings.of(router, given)
-    if not any(parameter.requires_grad for parameter in router.parameters()):
+    learning = [name for name, parameter in router.named_parameters() if parameter.requires_grad]
+    if not learning:
         raise TrainingError(f"no parameter of router {router.name!r} requires a gradient, so there is nothing to fit")
     reader = RowReader(Owners.of(router), model, tokenizer)
     rows = reader.read(dataset)
     held = [] if settings.evaluation is None else reader.read(settings.evaluation, what="evaluation", first=len(rows))
-    kept = KeptState.of(router.name, _identity(router), settings, rows, held)
+    # what is trained, as JSON
+    trained = [{name: repr(value) for name, value in router.options.items()}, router.members.to_json(), learning]
+    kept = KeptState.of(router.name, trained, settings, rows, held)
     device = next(model.parameters()).device
     router.to(device)
     with ExitStack() as stack:
@@ -202,12 +205,6 @@ def fit(
             router.eval()
 
 
-def _identity(router: LearnedRouter) -> list[Any]:
-    """What is trained, as JSON."""
-    learning = [name for name, parameter in router.named_parameters() if parameter.requires_grad]
-    return [{name: repr(value) for name, value in router.options.items()}, router.members.to_json(), learning]
-
-
 def require_gradients(router: LearnedRouter, taught: Collection[int]) -> None:
     """Raises TrainingError, naming them, where parameters got no gradient that should have one.
 
@@ -217,8 +214,8 @@ def require_gradients(router: LearnedRouter, taught: Collection[int]) -> None:
     silent = [
         name
         for name, parameter in router.named_parameters()
-        if parameter.requires_grad and not name.startswith(router.silent_at_first) and not _has_gradient(parameter)
-        if _promised(router, name, taught)
+        if parameter.requires_grad and not name.startswith(router.silent_at_first)
+        if (parameter.grad is None or not parameter.grad.any()) and _promised(router, name, taught)
     ]
     if silent:
         shown = ", ".join(silent[:5]) + (f" and {len(silent) - 5} more" if len(silent) > 5 else "")
@@ -226,10 +223,6 @@ def require_gradients(router: LearnedRouter, taught: Collection[int]) -> None:
             f"the first step gave no gradient to {len(silent)} parameters of router {router.name!r}: {shown}. Its weights "
             "must follow from them by operations that autograd knows; freeze what is not to learn (requires_grad_(False))"
         )
-
-
-def _has_gradient(parameter: nn.Parameter) -> bool:
-    return parameter.grad is not None and bool(parameter.grad.any())
 
 
 def _promised(router: LearnedRouter, name: str, taught: Collection[int]) -> bool:

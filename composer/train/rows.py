@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 import torch
 
-from loraweave.common.checks import is_whole, require_whole
+from loraweave.common.checks import is_whole
 from loraweave.common.names import unknown_expert
+from loraweave.common.options import Range, fits
 from loraweave.common.randomness import seeded
 from loraweave.common.rows import FORMS, located, read_row
 from loraweave.composer.model.batches import IGNORED, EncodedRow, context_length, encode
@@ -62,12 +63,13 @@ class Owners:
 
     def known(self, name: Any, where: str) -> int:
         """The place of an owner. Raises what `unknown` gives for another name."""
-        if isinstance(name, str) and self.grows:
-            return self.places.setdefault(name, len(self.places))
-        if not isinstance(name, str) or name not in self.places:
-            error = self.unknown(name)
-            raise type(error)(f"{where}: {error}")
-        return self.places[name]
+        if isinstance(name, str):
+            if self.grows:
+                self.places.setdefault(name, len(self.places))
+            if name in self.places:
+                return self.places[name]
+        error = self.unknown(name)
+        raise type(error)(f"{where}: {error}")
 
     def of_row(self, row: Any, own: int, where: str) -> int:
         """The place of a row's owner: the one it names, or that of its part. Raises InvalidTask where one is needed."""
@@ -80,12 +82,6 @@ class Owners:
                 f"pass {{name of {an} {self.key}: rows}}"
             )
         return owner
-
-    def _place(self, name: Any, where: str) -> int:
-        """An owner's place; where the learner does not ask for owners, other names are those of tasks."""
-        if self.needed or self.grows or self.heeded:
-            return self.known(name, where)
-        return self.places.get(name, UNKNOWN)
 
     def parts(self, dataset: Any, what: str) -> Iterator[tuple[str, int, Any]]:
         """(what it is called, place of its owner, rows) of each part of the data; rows alone are one, of no owner."""
@@ -101,7 +97,9 @@ class Owners:
             )
         for name, rows in dataset.items():
             where = f"{what}[{name!r}]"
-            yield where, self._place(name, where), rows
+            # where the learner does not ask for owners, other names are those of tasks
+            asked = self.needed or self.grows or self.heeded
+            yield where, self.known(name, where) if asked else self.places.get(name, UNKNOWN), rows
 
 
 @dataclass(frozen=True)
@@ -121,10 +119,8 @@ class TrainingRow(EncodedRow):
         return sum(label != IGNORED for label in self.labels)
 
 
-@dataclass(frozen=True)
-class _Text:
-    prompt: str
-    target: str
+# a row before it is encoded: its prompt and target as texts, or the tokens that the caller gave; and its owner's place
+Read = tuple[tuple[str, str] | None, TrainingRow | None, int]
 
 
 class RowReader:
@@ -141,43 +137,36 @@ class RowReader:
         Raises InvalidTask for data of another form, UnknownExpert for an expert that is not in the pool.
         """
         found = [
-            (content, expert)
-            for where, own, rows in self._owners.parts(dataset, what)
-            for content, expert in self._rows(rows, own, where, task)
+            read for where, own, rows in self._owners.parts(dataset, what) for read in self._rows(rows, own, where, task)
         ]
         if not found:
             raise InvalidTask(f"{what} is empty: {self._owners.forms}")
-        texts = [content for content, _ in found if isinstance(content, _Text)]
+        texts = [text for text, _, _ in found if text is not None]
         if texts and self._tokenizer is None:
             raise InvalidTask(
                 f"{what} has texts, but no tokenizer is known: pass tokenizer=... (a Composer is made with it), or token ids"
             )
-        prompts, targets = [text.prompt for text in texts], [text.target for text in texts]
+        prompts, targets = [prompt for prompt, _ in texts], [target for _, target in texts]
         encoded = iter(encode(self._model, self._tokenizer, prompts, targets))
         rows = []
-        for number, (content, expert) in enumerate(found, start=first):
-            row = next(encoded) if isinstance(content, _Text) else content
-            rows.append(TrainingRow(row.prompt, row.target, row.labels, expert, number))
+        for number, (_, tokens, owner) in enumerate(found, start=first):
+            row = next(encoded) if tokens is None else tokens
+            rows.append(TrainingRow(row.prompt, row.target, row.labels, owner, number))
         return rows
 
-    def _rows(self, rows: Any, own: int, part: str, task: Task) -> Iterable[tuple[_Text | TrainingRow, int]]:
-        given = rows.examples if isinstance(rows, Task) else rows
+    def _rows(self, rows: Any, own: int, part: str, task: Task) -> Iterable[Read]:
+        task, given = (rows, rows.examples) if isinstance(rows, Task) else (task, rows)
         empty = True
         for where, row in located(given, of=part):
             empty = False
-            yield self._row(row, rows if isinstance(rows, Task) else task, own, where)
+            owner = self._owners.of_row(row, own, where)
+            if isinstance(row, Mapping) and "input_ids" in row:
+                yield None, self._tokens(row, where), owner
+            else:
+                read = read_row(row, where)
+                yield (task.prompt_of(read), read.targets[0]), None, owner
         if empty:
             raise InvalidTask(f"{part} is empty: {self._owners.forms}")
-
-    def _row(self, row: Any, task: Task, own: int, where: str) -> tuple[_Text | TrainingRow, int]:
-        owner = self._owners.of_row(row, own, where)
-        content: _Text | TrainingRow
-        if isinstance(row, Mapping) and "input_ids" in row:
-            content = self._tokens(row, where)
-        else:
-            read = read_row(row, where)
-            content = _Text(task.prompt_of(read), read.targets[0])
-        return content, owner
 
     def _tokens(self, row: Mapping[str, Any], where: str) -> TrainingRow:
         """A row of token ids; labels are aligned with them (IGNORED: no loss), or a decoder's of their own."""
@@ -241,11 +230,8 @@ class Judging:
     def require(self, counts: Mapping[str, int]) -> None:
         """`counts` are those of the tasks' examples.
 
-        Raises TrainingError for values out of range or without their counterpart, UnknownName for rows of an unknown task.
+        Raises TrainingError for a share out of range and for patience without rows, UnknownName for rows of an unknown task.
         """
-        require_whole("evaluate_every", self.every, 1, TrainingError)
-        if self.patience is not None and not is_whole(self.patience, 1):
-            raise TrainingError(f"patience is {self.patience!r}; it must be None or a whole number of at least 1")
         if self.held_out is None:
             if self.patience is not None:
                 raise TrainingError(
@@ -263,7 +249,7 @@ class Judging:
                 )
             if empty := [name for name, rows in self.held_out.items() if is_empty(rows)]:
                 raise TrainingError(f"held_out has no rows of task {empty[0]!r}; leave it out, or give it some")
-        elif not _is_share(self.held_out):
+        elif not fits(self.held_out, Annotated[float, Range(above=0, below=1)]):
             raise TrainingError(f"held_out is {self.held_out!r}; it must be a share above 0 and below 1, or rows by task")
         elif alone := [name for name, count in counts.items() if count < 2]:
             raise TrainingError(
@@ -275,15 +261,21 @@ class Judging:
     ) -> tuple[Mapping[str, Sequence[Row]], dict[str, HeldOut]]:
         """(rows to train on, rows to judge by) of each task, those without the latter left out of the second.
 
-        `read` makes rows of the examples of a task, by its name, that are to be judged by.
+        `read` makes rows of the examples of a task, by its name, to be judged by. A share is drawn by seed and name.
         """
         if self.held_out is None:
             return rows, {}
         if isinstance(self.held_out, Mapping):
             judged = {name: read(name, examples) for name, examples in self.held_out.items()}
         else:
-            both = {name: _split(name, own, self.held_out, seed) for name, own in rows.items()}
-            rows, judged = ({name: pair[part] for name, pair in both.items()} for part in (0, 1))
+            trained, judged = {}, {}
+            for name, own in rows.items():
+                # at least one row of each
+                count = min(len(own) - 1, max(1, round(self.held_out * len(own))))
+                chosen = set(torch.randperm(len(own), generator=seeded(seed, name, "held out")).tolist()[:count])
+                trained[name] = [row for index, row in enumerate(own) if index not in chosen]
+                judged[name] = [own[index] for index in sorted(chosen)]
+            rows = trained
         return rows, {name: HeldOut(own, self.every, self.patience) for name, own in judged.items()}
 
 
@@ -293,37 +285,24 @@ def is_empty(rows: Any) -> bool:
     return isinstance(given, Sized) and not len(given)
 
 
-def _is_share(value: Any) -> bool:
-    return not isinstance(value, bool) and isinstance(value, int | float) and 0 < value < 1
-
-
 def encode_task(model: Any, tokenizer: Any, task: Task) -> list[EncodedRow]:
     """The examples of a task in token ids, each in the task's prompt."""
     prompts = [task.prompt(text) for text, _ in task.examples]
     return encode(model, tokenizer, prompts, [target for _, target in task.examples])
 
 
-def _split(name: str, rows: Sequence[Row], share: float, seed: int) -> tuple[Sequence[Row], Sequence[Row]]:
-    """(those to train on, those held out), at least one of each, by the seed and the name."""
-    count = min(len(rows) - 1, max(1, round(share * len(rows))))
-    chosen = set(torch.randperm(len(rows), generator=seeded(seed, name, "held out")).tolist()[:count])
-    return [row for index, row in enumerate(rows) if index not in chosen], [rows[index] for index in sorted(chosen)]
-
-
 def owners_of(recipe: Recipe) -> Owners:
     """The tasks that rows may belong to; those that a dataset names, where the recipe has none."""
-    name, tasks = recipe.name, recipe.tasks
+    learner, tasks = f"recipe {recipe.name!r}", recipe.tasks
 
     def unknown(task: object) -> UnknownName:
         if not isinstance(task, str):
-            return UnknownName(f"recipe {name!r} has no task {task!r}: tasks are told by their names, which are texts")
+            return UnknownName(f"{learner} has no task {task!r}: tasks are told by their names, which are texts")
         known = ", ".join(map(repr, tasks)) or "none yet, but those that the rows it was trained on have named"
-        return UnknownName(f"recipe {name!r} has no task {task!r}{nearest(task, tasks)}; it has {known}")
+        return UnknownName(f"{learner} has no task {task!r}{nearest(task, tasks)}; it has {known}")
 
     places = {task: place for place, task in enumerate(tasks)}
-    return Owners(
-        places, f"recipe {name!r}", "task", recipe.needs_tasks, unknown, grows=not tasks, heeded=recipe.heeds_tasks
-    )
+    return Owners(places, learner, "task", recipe.needs_tasks, unknown, grows=not tasks, heeded=recipe.heeds_tasks)
 
 
 def places_of(recipe: Recipe, task: Any) -> list[int] | None:
@@ -340,15 +319,14 @@ def places_of(recipe: Recipe, task: Any) -> list[int] | None:
     given = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
     if not given:
         raise ScopeError("task is empty: give the task of each row, one for all, or None")
-    return [_place(recipe, each) for each in given]
-
-
-def _place(recipe: Recipe, task: Any) -> int:
-    if isinstance(task, str) and task in recipe.tasks:
-        return recipe.tasks.index(task)
-    unknown = task == UNKNOWN and not recipe.needs_tasks
-    if unknown or (is_whole(task, 0) and task < len(recipe.tasks)):
-        return int(task)
-    known = ", ".join(map(repr, recipe.tasks)) or "none: pass tasks=(...) or fit() it on {task: rows}"
-    close = nearest(task, recipe.tasks) if isinstance(task, str) else ""
-    raise UnknownName(f"recipe {recipe.name!r} has no task {task!r}{close}; it has {known}")
+    places = {task: place for place, task in enumerate(recipe.tasks)}
+    found = []
+    for each in given:
+        if isinstance(each, str) and each in places:
+            found.append(places[each])
+        elif (each == UNKNOWN and not recipe.needs_tasks) or (is_whole(each, 0) and each < len(places)):
+            found.append(int(each))
+        else:
+            known = ", ".join(map(repr, places)) or "none: pass tasks=(...) or fit() it on {task: rows}"
+            raise UnknownName(f"recipe {recipe.name!r} has no task {each!r}{nearest(str(each), places)}; it has {known}")
+    return found

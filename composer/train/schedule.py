@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 import torch
 
 from loraweave.common.descent import warmed_cosine
+from loraweave.common.options import Count, Positive, Whole
 from loraweave.common.randomness import seeded
 from loraweave.composer.model.batches import EncodedRow
 
@@ -21,11 +22,11 @@ WARMUP_STEPS = 10
 class Pace:
     """`steps` of `batch_size` rows each; `warmup` is a number of steps."""
 
-    steps: int
-    lr: float
-    batch_size: int
-    seed: int
-    warmup: int = WARMUP_STEPS
+    steps: Count = 60
+    lr: Positive = 3e-3
+    batch_size: Count = 8
+    seed: int = 0
+    warmup: Whole = WARMUP_STEPS
 
     def rate(self, step: int) -> float:
         """The learning rate: linear warm-up to `lr` in at most half of the steps, then half a cosine down to 0."""

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from numbers import Real
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from loraweave.common.checks import is_whole, require_whole
-from loraweave.common.options import options_of, require_known
-from loraweave.composer.model.batches import EncodedRow
+from loraweave.common.options import Count, NonNegative, Positive, Range, Whole, check_options, options_of
 from loraweave.composer.train.loss_identity import loss_identity
-from loraweave.composer.train.schedule import WARMUP_STEPS, Pace
+from loraweave.composer.train.schedule import Pace
 from loraweave.errors import InvalidTask, TrainingError
 from loraweave.routers.weights import LARGEST
 from loraweave.types import Task
 
-PRECISIONS = ("no", "bf16")
 # AdamW divides its first step by 1 - beta1
 FIRST_STEP = 10
-# what numpy takes
-SEEDS = 2**32
-COUNTS = ("steps", "batch_size", "gradient_accumulation", "evaluate_every", "checkpoint_every")
 
 
 class Learner(Protocol):
@@ -51,35 +43,34 @@ class TrainingSettings:
     on where it was interrupted, to the same bits.
     """
 
-    steps: int = 100
-    lr: float | None = None
-    batch_size: int = 8
-    seed: int = 0
-    warmup: int = 10
-    weight_decay: float = 0.0
-    clip: float | None = 1.0
-    gradient_accumulation: int | None = None
+    steps: Count = 100
+    lr: Positive | None = None
+    batch_size: Count = 8
+    # what numpy takes
+    seed: Annotated[int, Range(least=0, below=2**32)] = 0
+    warmup: Whole = 10
+    weight_decay: NonNegative = 0.0
+    clip: Positive | None = 1.0
+    gradient_accumulation: Count | None = None
     gradient_checkpointing: bool = False
-    mixed_precision: str = "no"
+    mixed_precision: Literal["no", "bf16"] = "no"
     evaluation: Mapping[str, Any] | Iterable[Any] | None = None
-    evaluate_every: int = 20
-    patience: int | None = None
+    evaluate_every: Count = 20
+    patience: Count | None = None
     checkpoint: str | Path | None = None
-    checkpoint_every: int = 20
+    checkpoint_every: Count = 20
     progress: bool = True
 
-    # coefficients, which are 0 or more
-    coefficients: ClassVar[tuple[str, ...]] = ("weight_decay",)
     # what the result does not depend on, or the caller looks at itself
     aside: ClassVar[tuple[str, ...]] = ("evaluation", "checkpoint", "checkpoint_every", "progress")
 
     @classmethod
     def of(cls, learner: Learner, given: Mapping[str, Any]) -> Self:
         """The settings of a call of fit(). Raises TrainingError for unknown ones and for values out of range."""
-        require_known("fit()", given, options_of(cls), noun="setting", error=TrainingError)
+        check_options("fit()", given, options_of(cls), noun="setting", error=TrainingError)
         settings = cls(**given)
         settings = replace(settings, lr=learner.lr if settings.lr is None else settings.lr)
-        settings._require_ranges()
+        settings._require_sense()
         return settings
 
     def identity(self) -> dict[str, Any]:
@@ -95,30 +86,10 @@ class TrainingSettings:
         """The learning rate of a step, counted from 0."""
         return Pace(self.steps, self.highest_rate, self.batch_size, self.seed, self.warmup).rate(step)
 
-    def _require_ranges(self) -> None:
-        for name in COUNTS:
-            if name != "gradient_accumulation" or self.gradient_accumulation is not None:
-                require_whole(name, getattr(self, name), 1, TrainingError)
-        if not is_whole(self.seed, 0) or self.seed >= SEEDS:
-            raise TrainingError(f"seed is {self.seed!r}; it must be a whole number from 0 to {SEEDS - 1}")
-        if not is_whole(self.warmup, 0):
-            raise TrainingError(f"warmup is {self.warmup!r}; it must be a whole number of steps, 0 for none")
-        if self.patience is not None and not is_whole(self.patience, 1):
-            raise TrainingError(f"patience is {self.patience!r}; it must be a whole number of evaluations, or None")
+    def _require_sense(self) -> None:
+        """Raises TrainingError for settings that contradict each other, and for what their kinds do not say."""
         if self.patience is not None and self.evaluation is None:
             raise TrainingError("patience counts evaluations, but there is no evaluation: pass evaluation=rows held out")
-        for name in ("lr", "clip", *self.coefficients):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
-                raise TrainingError(f"{name} is {value!r}; it must be a number")
-        # NaN fails every comparison
-        if not 0 < self.highest_rate < math.inf:
-            raise TrainingError(f"lr is {self.lr!r}; it must be above 0")
-        if self.clip is not None and not self.clip > 0:
-            raise TrainingError(f"clip is {self.clip!r}; it must be above 0, or None for no limit")
-        for name in self.coefficients:
-            if not 0 <= (value := getattr(self, name)) < math.inf:
-                raise TrainingError(f"{name} is {value!r}; it must be at least 0, which is without")
         if self.highest_rate * max(FIRST_STEP, self.weight_decay) > LARGEST:
             raise TrainingError(
                 f"lr is {self.lr!r} and weight_decay {self.weight_decay!r}: AdamW's steps would be beyond {LARGEST:.1e}, "
@@ -126,8 +97,6 @@ class TrainingSettings:
             )
         if not isinstance(self.checkpoint, str | Path | None):
             raise TrainingError(f"checkpoint is {self.checkpoint!r}; it must be a folder, or None")
-        if self.mixed_precision not in PRECISIONS:
-            raise TrainingError(f"mixed_precision is {self.mixed_precision!r}; it must be 'no' or 'bf16'")
 
 
 @dataclass(frozen=True)
@@ -142,48 +111,25 @@ class RouterSettings(TrainingSettings):
     is `z` times the mean squared logarithm of the scores' partition sum, which keeps scores small. 0.01 and 0.001 are usual.
     """
 
-    balance: float = 0.0
-    z: float = 0.0
-
-    coefficients: ClassVar[tuple[str, ...]] = ("balance", "z", "weight_decay")
+    balance: NonNegative = 0.0
+    z: NonNegative = 0.0
 
 
 @dataclass(frozen=True)
-class LoraSettings:
-    """The settings of a training. `alpha / rank` is the scale of an update, `warmup` a number of steps."""
+class LoraSettings(Pace):
+    """The settings of a training of adapters. `alpha / rank` is the scale of an update, `warmup` a number of steps."""
 
-    rank: int
-    alpha: float
-    steps: int
-    lr: float
-    batch_size: int
-    target_modules: tuple[str, ...]
-    seed: int
-    warmup: int = WARMUP_STEPS
+    rank: Count = 8
+    alpha: Positive = 16.0
+    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
     linearized: bool = False
 
-    @property
-    def pace(self) -> Pace:
-        """Its steps, whatever is trained in them."""
-        return Pace(self.steps, self.lr, self.batch_size, self.seed, self.warmup)
 
-    def rate(self, step: int) -> float:
-        """The learning rate of a step."""
-        return self.pace.rate(step)
-
-    def rows(self, rows: Sequence[EncodedRow], job: str, step: int) -> list[EncodedRow]:
-        """The job's rows of one step."""
-        return self.pace.rows(rows, job, step)
-
-
-def require_trainable(recipe: LoraSettings, tasks: Mapping[str, Any], jobs_per_batch: int) -> dict[str, Task]:
-    """The tasks, read. TrainingError for settings out of range and for tasks without examples, InvalidTask for no rows."""
+def read_tasks(tasks: Mapping[str, Any]) -> dict[str, Task]:
+    """The tasks by name. Raises TrainingError for no tasks and for tasks without examples, InvalidTask for other rows."""
     if not isinstance(tasks, Mapping) or not tasks:
         raise TrainingError("no tasks to train: pass a mapping of names to examples")
     require_texts("task", tasks)
-    require_steps(recipe.pace, jobs_per_batch)
-    require_whole("rank", recipe.rank, 1, TrainingError)
-    _require_positive("alpha", recipe.alpha)
     read = {}
     for name, given in tasks.items():
         try:
@@ -195,31 +141,10 @@ def require_trainable(recipe: LoraSettings, tasks: Mapping[str, Any], jobs_per_b
     return read
 
 
-def require_steps(pace: Pace, jobs_per_batch: int) -> None:
-    """TrainingError for numbers of steps, rows and jobs, and for rates, that are out of range."""
-    counts = {"steps": (pace.steps, 1), "batch_size": (pace.batch_size, 1), "jobs_per_batch": (jobs_per_batch, 1)}
-    for field, (value, least) in {**counts, "warmup": (pace.warmup, 0)}.items():
-        require_whole(field, value, least, TrainingError)
-    _require_positive("lr", pace.lr)
-
-
-def require_memory(memory_bytes: Any) -> None:
-    """Raises TrainingError for a value that is neither a number of bytes nor None."""
-    if memory_bytes is not None and not is_whole(memory_bytes, 1):
-        raise TrainingError(f"memory_bytes is {memory_bytes!r}; it must be None or a whole number of at least 1")
-
-
 def require_texts(what: str, names: Iterable[Any]) -> None:
     """Raises TrainingError for names that are not texts."""
     if strange := [name for name in names if not isinstance(name, str)]:
         raise TrainingError(f"{what} {strange[0]!r} has no text for a name: name it by one")
-
-
-def _require_positive(field: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TrainingError(f"{field} is {value!r}; it must be a number")
-    if not 0 < float(value) < math.inf:
-        raise TrainingError(f"{field} is {value!r}; it must be above 0")
 
 
 @dataclass(frozen=True)
@@ -237,8 +162,8 @@ class ExpertSettings(TrainingSettings):
     callbacks: Sequence[Any] = ()
     loss: Callable[[Any, Mapping[str, Any]], Tensor] | None = None
 
-    def _require_ranges(self) -> None:
-        super()._require_ranges()
+    def _require_sense(self) -> None:
+        super()._require_sense()
         given = self.callbacks
         if not isinstance(given, Sequence) or not all(hasattr(each, "on_step_end") for each in given):
             raise TrainingError(f"callbacks is {given!r:.80}; it must be a list of transformers' TrainerCallbacks")

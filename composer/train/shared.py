@@ -14,7 +14,7 @@ from torch import Tensor
 
 from loraweave.common.descent import Descent, FlatParameters, backward
 from loraweave.common.state import TrainingState
-from loraweave.composer.model.batches import IGNORED, EncodedRow, batch, token_losses
+from loraweave.composer.model.batches import IGNORED, batch, token_losses
 from loraweave.composer.train.jobs import PlannedJob, TrainingJob
 from loraweave.composer.train.memory import MemoryModel, MemoryUse, free_bytes
 from loraweave.composer.train.passes import SharedPass, range_losses
@@ -39,27 +39,14 @@ class SharedTraining:
     same training goes on from there, with the same neighbours, to the same bits.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        planned: Sequence[PlannedJob],
-        bar: Progress,
-        *,
-        jobs_per_batch: int,
-        memory_bytes: int | None = None,
-        kept: RunningState | None = None,
-    ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
+    def __init__(self, shared: SharedPasses, planned: Sequence[PlannedJob], kept: RunningState | None) -> None:
+        self.model, self.tokenizer = shared.model, shared.tokenizer
         self.report = SharedReport()
         self._waiting = {job.name: job for job in planned}
-        is_encoder_decoder = bool(model.config.is_encoder_decoder)
+        is_encoder_decoder = bool(self.model.config.is_encoder_decoder)
         self._sizes = {job.name: job.size(is_encoder_decoder=is_encoder_decoder) for job in planned}
         self._running: list[JobProgress] = []
-        self._bar = bar
-        self._jobs_per_batch = jobs_per_batch
-        self._budget = memory_bytes
+        self._bar, self._jobs_per_batch, self._budget = shared.bar, shared.jobs_per_batch, shared.memory_bytes
         self._kept = kept
         self._capacity = 0
 
@@ -69,7 +56,8 @@ class SharedTraining:
         Raises BudgetExceeded before the first step for a job that does not fit alone, TrainingError for a loss that is not
         finite; of the jobs that had ended before, nothing is lost.
         """
-        self._memory = self._measured_model()
+        largest = max(self._waiting.values(), key=lambda job: job.num_parameters)
+        self._memory = MemoryModel.of(self.model, self.tokenizer, largest.make())
         self._require_room()
         usage = MemoryUse(self._device)
         self._total = sum(job.pace.steps for job in self._waiting.values())
@@ -93,10 +81,6 @@ class SharedTraining:
     def _device(self) -> torch.device:
         device: torch.device = next(self.model.parameters()).device
         return device
-
-    def _measured_model(self) -> MemoryModel:
-        largest = max(self._waiting.values(), key=lambda job: job.num_parameters)
-        return MemoryModel.of(self.model, self.tokenizer, largest.make())
 
     def _require_room(self) -> None:
         free = free_bytes(self._device)
@@ -137,7 +121,7 @@ class SharedTraining:
 
     def _step(self) -> None:
         started = time.perf_counter()
-        chosen = [run.next_rows() for run in self._running]
+        chosen = [run.planned.rows_at(run.step) for run in self._running]
         rows = [row for own in chosen for row in own]
         for run, own in zip(self._running, chosen, strict=True):
             run.job.take(own, run.step)
@@ -152,12 +136,10 @@ class SharedTraining:
         self.report.seconds += time.perf_counter() - started
         self.report.num_steps += 1
         self.report.num_tokens += sum(len(row) for row in rows)
-        self.report.num_computed += len(rows) * self._width(rows)
-
-    def _width(self, rows: Sequence[EncodedRow]) -> int:
+        width = max(len(row) for row in rows)
         if self.model.config.is_encoder_decoder:
-            return max(len(row.prompt) for row in rows) + max(len(row.target) for row in rows)
-        return max(len(row) for row in rows)
+            width = max(len(row.prompt) for row in rows) + max(len(row.target) for row in rows)
+        self.report.num_computed += len(rows) * width
 
     def _evaluate(self) -> None:
         """The held-out losses of all jobs for which it is time."""
@@ -236,15 +218,7 @@ class SharedPasses:
         left = [name for name in names if self.folder is None or name in running or not load(self.folder, name, keys[name])]
         if not left:
             return SharedReport()
-        training = SharedTraining(
-            self.model,
-            self.tokenizer,
-            [plan(name) for name in left],
-            self.bar,
-            jobs_per_batch=self.jobs_per_batch,
-            memory_bytes=self.memory_bytes,
-            kept=kept,
-        )
+        training = SharedTraining(self, [plan(name) for name in left], kept)
         return training.run(lambda job, report: save(self.folder, keys[job.name], job, report))
 
 
@@ -266,10 +240,6 @@ class JobProgress:
         # on a GPU the fused one wants its count of steps there
         is_on_cpu = all(vector.device.type == "cpu" for vector in self._flat.vectors)
         self._descent = Descent(self._flat.vectors, planned.pace.rate, fused=is_on_cpu)
-
-    def next_rows(self) -> list[EncodedRow]:
-        """Those of the step to be taken."""
-        return self.planned.pace.rows(self.planned.rows, self.planned.name, self.step)
 
     def take_step(self, loss: float, num_tokens: int) -> None:
         """Down the gradient that the parameters have, clipped to norm 1, and forgets it."""
@@ -307,14 +277,8 @@ class JobProgress:
         if self._best.values:
             put_values(self._best.values, self._flat.vectors)
             best_step = next(step for step, loss in self.held_out if step and loss == self._best.loss)
-        return JobReport(
-            steps=self.step,
-            best_step=best_step,
-            stopped=self.stopped or "",
-            num_tokens=self.num_tokens,
-            losses=tuple(self.losses),
-            held_out=tuple(self.held_out),
-        )
+        points = tuple(self.losses), tuple(self.held_out)
+        return JobReport(self.step, best_step, self.stopped or "", self.num_tokens, *points)
 
     def state(self) -> dict[str, Tensor]:
         """All that `restore` needs to go on from here to the same bits."""
@@ -340,28 +304,20 @@ class JobProgress:
 
 @torch.no_grad()
 def held_out_losses(model: Any, tokenizer: Any, due: Sequence[JobProgress]) -> list[float]:
-    """The mean over all target tokens of each job's held-out rows, as many rows at a time as in its steps."""
+    """The mean over all target tokens of each job's held-out rows, run in batches as large as in its steps."""
     waiting = {run: list(run.planned.held_out.rows) for run in due if run.planned.held_out is not None}
     totals, counts = dict.fromkeys(due, 0.0), dict.fromkeys(due, 0)
     while runs := [run for run, rows in waiting.items() if rows]:
         chosen = {run: waiting[run][: run.planned.pace.batch_size] for run in runs}
-        for run, (total, count) in _sum(model, tokenizer, chosen).items():
-            totals[run] += total
-            counts[run] += count
+        sizes = [len(rows) for rows in chosen.values()]
+        stacked = batch(model, tokenizer, [row for rows in chosen.values() for row in rows])
+        for run, rows in chosen.items():
+            run.job.take(rows, None)
+        with SharedPass(model, [run.job for run in runs], sizes):
+            losses_BK = token_losses(model, stacked).double()
+        real_BK = stacked.targets_BK != IGNORED
+        for run, losses, real in zip(runs, torch.split(losses_BK, sizes), torch.split(real_BK, sizes), strict=True):
+            totals[run] += float(losses.sum())
+            counts[run] += int(real.sum())
             waiting[run] = waiting[run][len(chosen[run]) :]
     return [totals[run] / counts[run] for run in due]
-
-
-def _sum(
-    model: Any, tokenizer: Any, chosen: Mapping[JobProgress, Sequence[EncodedRow]]
-) -> dict[JobProgress, tuple[float, int]]:
-    """The sum of the losses, and the number, of each job's target tokens."""
-    sizes = [len(rows) for rows in chosen.values()]
-    stacked = batch(model, tokenizer, [row for rows in chosen.values() for row in rows])
-    for run, rows in chosen.items():
-        run.job.take(rows, None)
-    with SharedPass(model, [run.job for run in chosen], sizes):
-        losses_BK = token_losses(model, stacked)
-    real_BK = stacked.targets_BK != IGNORED
-    parts = zip(torch.split(losses_BK.double(), sizes), torch.split(real_BK, sizes), strict=True)
-    return {run: (float(own.sum()), int(real.sum())) for run, (own, real) in zip(chosen, parts, strict=True)}

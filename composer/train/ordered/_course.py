@@ -7,36 +7,43 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from rich.progress import Progress
 from torch import Tensor
 
+from loraweave.common.descent import Descent, descend
 from loraweave.common.rows import GivenRows
 from loraweave.composer.model.batches import EncodedRow
-from loraweave.composer.train.passes import JobTraining, LoraJobs, Losses, job_losses
+from loraweave.composer.train.passes import LoraJobs, job_losses
 from loraweave.composer.train.rows import encode_task
+from loraweave.composer.train.settings import LoraSettings
 from loraweave.composer.train.state import load_adapter, save_adapter
-from loraweave.errors import TrainingError
 from loraweave.hub.adapter import Adapter
 from loraweave.lowrank import algebra
 from loraweave.types import Factors, Fingerprint, Task
 
 Layers = Mapping[str, Factors]
+# loss_J of one step, by its number
+Losses = Callable[[int], Tensor]
 
 
 @dataclass(frozen=True)
 class Course:
     """`tasks` in the order in which they are learned; `start` is the adapter that the first one begins from.
 
-    `layers` has (O, I) of each target layer, `settings` the options of this way of training. With `folder`, a checkpoint,
-    what is made `once` is kept there.
+    `layers` has (O, I) of each target layer, `options` are those of this way of training. What is made `once` is kept in
+    `folder`, a checkpoint, where there is one.
     """
 
     way: str
-    settings: Mapping[str, Any]
-    training: JobTraining
+    options: Mapping[str, Any]
+    model: Any
+    tokenizer: Any
+    settings: LoraSettings
+    bar: Progress
     layers: Mapping[str, tuple[int, int]]
     tasks: Mapping[str, Task]
     rows: Mapping[str, Sequence[EncodedRow]]
@@ -52,10 +59,8 @@ class Course:
 
     def jobs(self, names: Sequence[str], start: Layers | None = None) -> LoraJobs:
         """New factors for each name, or copies of `start`."""
-        recipe, given = self.training.recipe, {} if start is None else dict.fromkeys(names, start)
-        return LoraJobs(
-            self.training.model, self.layers, names, rank=recipe.rank, alpha=recipe.alpha, seed=recipe.seed, start=given
-        )
+        given = {} if start is None else dict.fromkeys(names, start)
+        return LoraJobs(self.model, self.layers, names, self.settings, given)
 
     @contextmanager
     def frozen(self, layers: Layers) -> Iterator[None]:
@@ -63,8 +68,7 @@ class Course:
         if not layers:
             yield
             return
-        recipe = self.training.recipe
-        held = LoraJobs(self.training.model, {}, [""], rank=1, alpha=1.0, seed=recipe.seed, start={"": layers})
+        held = LoraJobs(self.model, {}, [""], replace(self.settings, rank=1, alpha=1.0), {"": layers})
         for tensor in held.parameters():
             tensor.requires_grad_(False)
         with held:
@@ -72,28 +76,43 @@ class Course:
 
     def plain(self, jobs: LoraJobs, frozen: Layers) -> Losses:
         """Each job's loss on the rows of its task, over a frozen update."""
-        training = self.training
 
         def losses(step: int) -> Tensor:
-            chosen = [row for job in jobs.jobs for row in training.recipe.rows(self.rows[job], job, step)]
+            chosen = [row for job in jobs.jobs for row in self.settings.rows(self.rows[job], job, step)]
             with self.frozen(frozen), jobs:
-                return job_losses(training.model, training.tokenizer, chosen, len(jobs.jobs))
+                return job_losses(self.model, self.tokenizer, chosen, len(jobs.jobs))
 
         return losses
 
+    def run(self, jobs: LoraJobs, losses: Losses, *, after_step: Callable[[int], None] | None = None) -> None:
+        """Takes all steps down the gradient of `losses`, each job's clipped to norm 1.
+
+        Raises TrainingError for a loss that is not finite.
+        """
+        learners = {f"job {job.name!r}": Descent(job.parameters(), self.settings.rate) for job in jobs.members}
+        descend(learners, losses, self.settings.steps, self.bar, title=", ".join(jobs.jobs), after_step=after_step)
+
+    def learned(self, name: str, start: Layers | None = None, frozen: Layers | None = None) -> Layers:
+        """What a job learns of its task alone, from new factors or `start`, over a frozen update."""
+        jobs = self.jobs([name], start)
+        self.run(jobs, self.plain(jobs, frozen or {}))
+        return jobs.layers_of(name)
+
     def encoded(self, examples: Task | GivenRows) -> list[EncodedRow]:
         """Examples that an option brings, in token ids."""
-        return encode_task(self.training.model, self.training.tokenizer, Task.of(examples))
+        return encode_task(self.model, self.tokenizer, Task.of(examples))
 
     def once(self, name: str, make: Callable[[], Sequence[Layers]], kinds: Sequence[str] = ("",)) -> list[Adapter]:
         """The updates, one of each kind, that are known when task `name` is learned: made, or taken from the checkpoint."""
         keys = [self._key(name, kind) for kind in kinds]
         kept = [] if self.folder is None else [load_adapter(self.folder, key) for key in keys]
         if kept and None not in kept:
-            return [self._ordered(adapter) for adapter in kept if adapter is not None]
+            # in the model's order, as they were when they were made: sums over layers then round alike
+            order = [path for path, _ in self.model.named_modules()]
+            found = [adapter for adapter in kept if adapter is not None]
+            return [replace(a, layers={path: a.layers[path] for path in order if path in a.layers}) for a in found]
         card = {"recipe": {**self._recipe, "after": self._until(name)}}
-        path = self.training.model.name_or_path
-        made = [Adapter(name, path, layers, self.base, card) for layers in make()]
+        made = [Adapter(name, self.model.name_or_path, layers, self.base, card) for layers in make()]
         if self.folder is not None:
             for key, adapter in zip(keys, made, strict=True):
                 save_adapter(self.folder, key, adapter)
@@ -105,22 +124,17 @@ class Course:
 
     @cached_property
     def _recipe(self) -> dict[str, Any]:
-        plain = {key: value for key, value in self.settings.items() if value is None or isinstance(value, int | float | str)}
+        plain = {key: value for key, value in self.options.items() if isinstance(value, int | float | str | None)}
         begin = {} if self.start is None else {"start": {"hash": self.start.hash, "name": self.start.name}}
-        recipe = asdict(self.training.recipe)
-        return {"method": "loraweave.train_adapters", **recipe, "continual": self.way, "settings": plain, **begin}
+        settings = asdict(self.settings)
+        return {"method": "loraweave.train_adapters", **settings, "continual": self.way, "settings": plain, **begin}
 
     def _key(self, name: str, kind: str) -> str:
         """A hash of all that an update which is known after `name` depends on."""
         until = [[task, *asdict(self.tasks[task]).values()] for task in self._until(name)]
-        settings = sorted((key, repr(value)) for key, value in self.settings.items())
-        content = json.dumps([self._recipe, settings, until, len(self.tasks), self.base.to_json(), kind], sort_keys=True)
+        options = sorted((key, repr(value)) for key, value in self.options.items())
+        content = json.dumps([self._recipe, options, until, len(self.tasks), self.base.to_json(), kind], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:32]
-
-    def _ordered(self, adapter: Adapter) -> Adapter:
-        """Its layers in the model's order, as they were when it was made: sums over layers then round alike."""
-        names = [name for name, _ in self.training.model.named_modules() if name in adapter.layers]
-        return replace(adapter, layers={name: adapter.layers[name] for name in names})
 
 
 def added(first: Layers, second: Layers) -> dict[str, Factors]:
@@ -129,7 +143,24 @@ def added(first: Layers, second: Layers) -> dict[str, Factors]:
     return {name: algebra.add([part[name] for part in (first, second) if name in part]) for name in names}
 
 
-def require_within(name: str, value: Any, low: float, high: float) -> None:
-    """Raises TrainingError for a value that is not a number in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise TrainingError(f"{name} is {value!r}; it must be a number from {low:g} to {high:g}")
+# what a task makes of the layers that the one before it left
+Lesson = Callable[[str, Layers], Layers]
+
+
+def one_by_one(course: Course, lesson: Lesson) -> dict[str, Adapter]:
+    """{task: the adapter after it}; `lesson(task, layers)` gives its layers, from those after the task before."""
+    found: dict[str, Adapter] = {}
+    layers = course.first
+    for name in course.rows:
+        (found[name],) = course.once(name, partial(_alone, lesson, name, layers))
+        layers = found[name].layers
+    return found
+
+
+def _alone(lesson: Lesson, name: str, layers: Layers) -> list[Layers]:
+    return [lesson(name, layers)]
+
+
+def by_prefix(course: Course, lesson: Lesson) -> dict[str, Adapter]:
+    """{task: the sum after it}; `lesson(task, prefix)` gives the update that the task adds to the frozen prefix."""
+    return one_by_one(course, lambda name, prefix: added(prefix, lesson(name, prefix)))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from loraweave.composer.train.ordered._course import Course, Layers
-from loraweave.composer.train.ordered._one_by_one import by_prefix
+from loraweave.composer.train.ordered._course import Course, by_prefix
 from loraweave.hub.adapter import Adapter
 
 
@@ -15,10 +14,4 @@ def construct_vl(course: Course) -> dict[str, Adapter]:
     of tasks and layer (`ada_weights`, off by default there) and its adversarial pseudo-replay, which perturbs the text
     embeddings of a vision-language head, are not built.
     """
-    return by_prefix(course, lambda name, prefix: _learn(course, name, prefix))
-
-
-def _learn(course: Course, name: str, prefix: Layers) -> Layers:
-    jobs = course.jobs([name])
-    course.training.run(jobs, course.plain(jobs, prefix))
-    return jobs.layers_of(name)
+    return by_prefix(course, lambda name, prefix: course.learned(name, frozen=prefix))

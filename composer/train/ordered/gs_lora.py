@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
-
 import torch
 from torch import Tensor
 
-from loraweave.common.checks import require_whole
+from loraweave.common.options import NonNegative, Whole
 from loraweave.common.rows import GivenRows
-from loraweave.composer.model.batches import EncodedRow
-from loraweave.composer.train.ordered._course import Course, Layers, require_within
-from loraweave.composer.train.ordered._one_by_one import by_prefix
+from loraweave.composer.train.ordered._course import Course, Layers, by_prefix
 from loraweave.composer.train.passes import LoraJobs, job_losses
 from loraweave.errors import TrainingError
 from loraweave.hub.adapter import Adapter
@@ -23,10 +18,10 @@ def gs_lora(
     course: Course,
     *,
     retain: Task | GivenRows = (),
-    bound: float = 5.0,
-    strength: float = 0.15,
-    sparsity: float = 0.3,
-    dense_steps: int = 10,
+    bound: NonNegative = 5.0,
+    strength: NonNegative = 0.15,
+    sparsity: NonNegative = 0.3,
+    dense_steps: Whole = 10,
 ) -> dict[str, Adapter]:
     """{task t: the sum of the updates that made the model forget tasks 0 to t}. The tasks are what is to be forgotten.
 
@@ -42,39 +37,29 @@ def gs_lora(
     learn is 0 after rates of about 0.02 / sparsity in all.
     Raises TrainingError without `retain`.
     """
-    require_within("bound", bound, 0.0, float("inf"))
-    require_within("strength", strength, 0.0, float("inf"))
-    require_within("sparsity", sparsity, 0.0, float("inf"))
-    require_whole("dense_steps", dense_steps, 0, TrainingError)
     kept = course.encoded(retain)
     if not kept:
         raise TrainingError("gs_lora needs retain=examples of what must not be forgotten, in continual_options")
 
     def learn(name: str, prefix: Layers) -> Layers:
         jobs = course.jobs([name])
-        losses = partial(_losses, course, jobs, prefix, kept, bound, strength)
-
         zeroed: set[str] = set()
+
+        def losses(step: int) -> Tensor:
+            forgotten = course.settings.rows(course.rows[name], name, step)
+            rows = [*course.settings.rows(kept, f"{name} retained", step), *forgotten]
+            with course.frozen(prefix), jobs:
+                both = job_losses(course.model, course.tokenizer, rows, 2)
+            return both[:1] + strength * (bound - both[1:]).clamp(min=0)
 
         def after_step(step: int) -> None:
             if step >= dense_steps:
-                shrink(jobs, course.training.recipe.rate(step) * sparsity, zeroed)
+                shrink(jobs, course.settings.rate(step) * sparsity, zeroed)
 
-        course.training.run(jobs, losses, after_step=after_step)
+        course.run(jobs, losses, after_step=after_step)
         return jobs.layers_of(name)
 
     return by_prefix(course, learn)
-
-
-def _losses(
-    course: Course, jobs: LoraJobs, prefix: Layers, kept: Sequence[EncodedRow], bound: float, strength: float, step: int
-) -> Tensor:
-    (name,), training = jobs.jobs, course.training
-    recipe = training.recipe
-    rows = [*recipe.rows(kept, f"{name} retained", step), *recipe.rows(course.rows[name], name, step)]
-    with course.frozen(prefix), jobs:
-        both = job_losses(training.model, training.tokenizer, rows, 2)
-    return both[:1] + strength * (bound - both[1:]).clamp(min=0)
 
 
 @torch.no_grad()

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraweave.common.checks import require_whole
+from loraweave.common.options import Count, Fraction, NonNegative
 from loraweave.common.randomness import seeded
 from loraweave.composer.model.batches import IGNORED, EncodedRow, TargetBatch, batch, token_losses
-from loraweave.composer.train.ordered._course import Course, Layers, require_within
+from loraweave.composer.train.ordered._course import Course, Layers
 from loraweave.composer.train.passes import LoraJobs, job_losses
-from loraweave.errors import TrainingError
 from loraweave.hub.adapter import Adapter
 
 
-def ilora(course: Course, *, decay: float = 0.25, reservoir: int = 500, consistency: float = 1.0) -> dict[str, Adapter]:
+def ilora(
+    course: Course, *, decay: Fraction = 0.25, reservoir: Count = 500, consistency: NonNegative = 1.0
+) -> dict[str, Adapter]:
     """{task: the slow adapter after that task}; the fast one goes on learning from task to task.
 
     After step n of the whole course slow = d * slow + (1 - d) * fast with d = min(1 - 1 / (n + 1), decay), on a and on b
@@ -27,13 +28,10 @@ def ilora(course: Course, *, decay: float = 0.25, reservoir: int = 500, consiste
     many examples of earlier tasks, out of a reservoir that is an even sample of at most `reservoir` of them, and h are the
     hidden states of all layers at the real tokens of x', with the fast and with the slow adapter in the model.
 
-    `decay` is in [0, 1]. The authors' code has 0.25, with which the slow adapter keeps a quarter of itself at each step and
+    The authors' code has a `decay` of 0.25, with which the slow adapter keeps a quarter of itself at each step and
     is nearly the fast one; with 1 it is the mean over all steps. n goes on from task to task: starting again at 1, the slow
     adapter would begin each task as the fast one.
     """
-    require_within("decay", decay, 0.0, 1.0)
-    require_within("consistency", consistency, 0.0, float("inf"))
-    require_whole("reservoir", reservoir, 1, TrainingError)
     found: dict[str, Adapter] = {}
     fast = slow = course.first or None
     for number, name in enumerate(course.rows):
@@ -53,18 +51,17 @@ def _learn(
     decay: float,
     consistency: float,
 ) -> list[Layers]:
-    training = course.training
-    recipe, model, tokenizer = training.recipe, training.model, training.tokenizer
+    settings, model, tokenizer = course.settings, course.model, course.tokenizer
     fast, slow = course.jobs([name], fast_layers), course.jobs([name], slow_layers)
-    done = list(course.rows).index(name) * recipe.steps
+    done = list(course.rows).index(name) * settings.steps
 
     def losses(step: int) -> Tensor:
-        rows = recipe.rows(course.rows[name], name, step)
+        rows = settings.rows(course.rows[name], name, step)
         with fast:
             loss_J = job_losses(model, tokenizer, rows, 1)
         if not past:
             return loss_J
-        replayed = batch(model, tokenizer, recipe.rows(past, f"{name} replayed", step))
+        replayed = batch(model, tokenizer, settings.rows(past, f"{name} replayed", step))
         with torch.no_grad(), slow:
             _, stable = states(model, replayed)
         with fast:
@@ -74,7 +71,7 @@ def _learn(
     def after_step(step: int) -> None:
         follow(slow, fast, min(1 - 1 / (done + step + 1), decay))
 
-    training.run(fast, losses, after_step=after_step)
+    course.run(fast, losses, after_step=after_step)
     return [slow.layers_of(name), fast.layers_of(name)]
 
 
@@ -112,7 +109,7 @@ def states(model: Any, stacked: TargetBatch) -> tuple[Tensor, Tensor]:
 def _reservoir(course: Course, past: Sequence[str], size: int) -> list[EncodedRow]:
     """At most `size` rows of the tasks, each row as likely as any other (Vitter's algorithm R)."""
     kept: list[EncodedRow] = []
-    generator = seeded(course.training.recipe.seed, "reservoir")
+    generator = seeded(course.settings.seed, "reservoir")
     for seen, row in enumerate(row for name in past for row in course.rows[name]):
         if len(kept) < size:
             kept.append(row)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import partial
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from loraweave.common.checks import require_whole
-from loraweave.composer.train.ordered._course import Course, Layers, added, require_within
-from loraweave.composer.train.ordered._gram import input_grams
+from loraweave.common.options import Count, Fraction
+from loraweave.composer.model.batches import batch, target_logits
+from loraweave.composer.train.ordered._course import Course, Layers, added
 from loraweave.errors import TrainingError
 from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors
 
+ROWS_AT_ONCE = 8
+
 
 def inflora(
-    course: Course, *, energy_first: float = 0.95, energy_last: float = 1.0, max_examples: int = 256
+    course: Course, *, energy_first: Fraction = 0.95, energy_last: Fraction = 1.0, max_examples: Count = 256
 ) -> dict[str, Adapter]:
     """{task t: the sum of the updates of tasks 0 to t}; of task t's update a is designed and frozen, b alone is trained.
 
@@ -32,9 +35,6 @@ def inflora(
     complement of an M of more than half of all directions, which is the same space. Their loss over the current classes
     alone has no counterpart for texts. Raises TrainingError when nothing is free in a layer.
     """
-    require_within("energy_first", energy_first, 0.0, 1.0)
-    require_within("energy_last", energy_last, 0.0, 1.0)
-    require_whole("max_examples", max_examples, 1, TrainingError)
     found: dict[str, Adapter] = {}
     prefix = course.first
     bases = {layer: torch.zeros(inputs, 0, dtype=torch.float64) for layer, (_, inputs) in course.layers.items()}
@@ -49,7 +49,7 @@ def inflora(
 
 
 def _learn(course: Course, name: str, prefix: Layers, bases: dict[str, Tensor], max_examples: int) -> list[Layers]:
-    grams, rank = input_grams(course, name, prefix, max_examples), course.training.recipe.rank
+    grams, rank = input_grams(course, name, prefix, max_examples), course.settings.rank
     begin = {}
     for layer, (num_outputs, _) in course.layers.items():
         a_RI = designed(grams[layer], bases[layer], rank).float()
@@ -61,8 +61,37 @@ def _learn(course: Course, name: str, prefix: Layers, bases: dict[str, Tensor], 
         begin[layer] = Factors(a_RI, torch.zeros(num_outputs, len(a_RI)))
     jobs = course.jobs([name], begin)
     jobs.freeze_a()
-    course.training.run(jobs, course.plain(jobs, prefix))
+    course.run(jobs, course.plain(jobs, prefix))
     return [added(prefix, jobs.layers_of(name))]
+
+
+@torch.no_grad()
+def input_grams(course: Course, name: str, update: Layers, max_examples: int) -> dict[str, Tensor]:
+    """gram_II = X^T X / n of each target layer, float64 on the CPU, over the n real tokens of the task's first examples.
+
+    `update` is in the model. An encoder-decoder runs its examples one by one, without padding.
+    """
+    model = course.model
+    alone = bool(model.config.is_encoder_decoder)
+    rows, size = course.rows[name][:max_examples], 1 if alone else ROWS_AT_ONCE
+    grams = {layer: torch.zeros(inputs, inputs, dtype=torch.float64) for layer, (_, inputs) in course.layers.items()}
+    counts = dict.fromkeys(grams, 0)
+    mask_BT = torch.zeros(0)
+
+    def see(layer: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x_NI = (args[0].flatten(0, -2) if alone else args[0][mask_BT]).double().cpu()
+        grams[layer].addmm_(x_NI.T, x_NI)
+        counts[layer] += len(x_NI)
+
+    with ExitStack() as stack:
+        stack.enter_context(course.frozen(update))
+        for layer in grams:
+            stack.callback(model.get_submodule(layer).register_forward_pre_hook(partial(see, layer)).remove)
+        for first in range(0, len(rows), size):
+            stacked = batch(model, course.tokenizer, rows[first : first + size])
+            mask_BT = stacked.inputs["attention_mask"].bool()
+            target_logits(model, stacked)
+    return {layer: gram_II / max(1, counts[layer]) for layer, gram_II in grams.items()}
 
 
 def designed(gram_II: Tensor, basis_IM: Tensor, rank: int) -> Tensor:

@@ -4,30 +4,34 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Annotated
 
 import torch
-from torch import Tensor
 
-from loraweave.common.checks import require_whole
+from loraweave.common.options import Range, Whole
 from loraweave.common.randomness import seeded
 from loraweave.composer.model.batches import EncodedRow
-from loraweave.composer.train.ordered._course import Course, Layers, added, require_within
-from loraweave.composer.train.passes import job_losses
+from loraweave.composer.train.ordered._course import Course, Layers, added
 from loraweave.errors import TrainingError
 from loraweave.hub.adapter import Adapter
 from loraweave.lowrank import algebra
 
 
-def task_arithmetic(course: Course, *, weight: float = 0.5, exemplars: int = 0, tuning_steps: int = 0) -> dict[str, Adapter]:
+def task_arithmetic(
+    course: Course,
+    *,
+    weight: Annotated[float, Range(least=0, most=2)] = 0.5,
+    exemplars: Whole = 0,
+    tuning_steps: Whole = 0,
+) -> dict[str, Adapter]:
     """{task t: weight * the sum of the adapters of tasks 0 to t}, each trained without the others (arXiv 2311.02428).
 
     The order of tasks does not change the last model, and tasks are trained `jobs_per_batch` at once. With `tuning_steps`,
-    each sum is then tuned so many steps on `exemplars` examples of every task in it. `weight` is in [0, 2]; 0 is the model
-    before the first task. Ranks add up.
+    each sum is then tuned so many steps on `exemplars` examples of every task in it. With `weight` 0 the model stays
+    that before the first task. Ranks add up.
     """
-    require_within("weight", weight, 0.0, 2.0)
-    require_whole("tuning_steps", tuning_steps, 0, TrainingError)
-    require_whole("exemplars", exemplars, 1 if tuning_steps else 0, TrainingError)
+    if tuning_steps and not exemplars:
+        raise TrainingError(f"tuning_steps is {tuning_steps}, but exemplars is 0: give at least 1 example of each task")
     names = list(course.rows)
     found: dict[str, Adapter] = {}
     total = course.first
@@ -42,7 +46,7 @@ def task_arithmetic(course: Course, *, weight: float = 0.5, exemplars: int = 0, 
 
 def _learn(course: Course, group: list[str]) -> list[Layers]:
     jobs = course.jobs(group)
-    course.training.run(jobs, course.plain(jobs, course.first))
+    course.run(jobs, course.plain(jobs, course.first))
     return [jobs.layers_of(name) for name in group]
 
 
@@ -50,19 +54,9 @@ def _tuned(course: Course, name: str, total: Layers, exemplars: int, steps: int)
     """The sum after a few steps on exemplars of the tasks up to `name`."""
     if not steps:
         return [total]
-    training = replace(course.training, recipe=replace(course.training.recipe, steps=steps))
-    known = list(course.rows)[: list(course.rows).index(name) + 1]
-    rows = [row for task in known for row in _drawn(course, task, exemplars)]
-    jobs = course.jobs([name], total)
-
-    def losses(step: int) -> Tensor:
-        with jobs:
-            return job_losses(training.model, training.tokenizer, training.recipe.rows(rows, name, step), 1)
-
-    training.run(jobs, losses)
-    return [jobs.layers_of(name)]
-
-
-def _drawn(course: Course, task: str, count: int) -> list[EncodedRow]:
-    order = torch.randperm(len(course.rows[task]), generator=seeded(course.training.recipe.seed, task, "exemplars"))
-    return [course.rows[task][int(index)] for index in order[:count]]
+    rows: list[EncodedRow] = []
+    for task in list(course.rows)[: list(course.rows).index(name) + 1]:
+        order = torch.randperm(len(course.rows[task]), generator=seeded(course.settings.seed, task, "exemplars"))
+        rows += [course.rows[task][place] for place in order[:exemplars].tolist()]
+    tuned = replace(course, settings=replace(course.settings, steps=steps), rows={name: rows})
+    return [tuned.learned(name, start=total)]

@@ -59,7 +59,11 @@ def pool():
         ({"method": "adamerging", "inputs": "abc"}, InvalidTask, "the inputs: got 'abc', not rows"),
         ({"method": "adamerging", "inputs": []}, InvalidTask, r"inputs are \[\]"),
         ({"method": "adamerging", "inputs": ["a", 5]}, InvalidTask, "input 2 is 5, not a text"),
-        ({"method": "manual", "weights": [1.0, 2.0]}, WeightingError, r"weights are \[1.0, 2.0\]"),
+        (
+            {"method": "manual", "weights": [1.0, 2.0]},
+            WeightingError,
+            r"got weights=\[1.0, 2.0\]; it takes a mapping of names to values",
+        ),
         ({"checkpoint": 5}, WeightingError, "checkpoint is 5"),
         ({"method": 5}, WeightingError, "method is 5"),
         ({"method": "lorahub2"}, UnknownName, "did you mean 'lorahub'"),

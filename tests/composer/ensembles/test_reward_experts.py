@@ -139,7 +139,7 @@ def test_what_cannot_be_learned_from_is_refused(make_ensemble):
         train_reward_experts(made, {"frist": PAIRS})
     with pytest.raises(TrainingError, match="task 'second' has no pairs to learn from"):
         train_reward_experts(made, {"first": PAIRS})
-    with pytest.raises(TrainingError, match="steps is 0"):
+    with pytest.raises(TrainingError, match="the training got steps=0; it takes a whole number of at least 1"):
         train_reward_experts(made, PAIRS, steps=0)
 
 

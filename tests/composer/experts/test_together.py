@@ -210,9 +210,9 @@ def test_what_cannot_share_a_pass_is_refused_before_the_first_step(base, models,
         with pytest.raises(error, match=message):
             train_experts(base, tokenizer, jobs, steps=1, progress=False)
     settings = [
-        ({"steps": 0}, "steps is 0"),
-        ({"lr": "fast"}, "lr is 'fast'; it must be a number"),
-        ({"memory_bytes": "all"}, "memory_bytes is 'all'"),
+        ({"steps": 0}, "got steps=0"),
+        ({"lr": "fast"}, "got lr='fast'; it takes a finite number"),
+        ({"memory_bytes": "all"}, "got memory_bytes='all'"),
         ({"held_out": "some"}, "held_out is 'some'; it must be a share"),
         ({"held_out": {"u": 5}}, "held_out of task 'u' is 5"),
     ]

@@ -10,6 +10,7 @@ from loraweave.composer.model.batches import encode
 from loraweave.composer.train import shared as shared_training
 from loraweave.composer.train.adapters import train_adapters
 from loraweave.composer.train.passes import LoraJobs, job_losses
+from loraweave.composer.train.settings import LoraSettings
 from loraweave.errors import InvalidTask, TrainingError, UnknownName
 from loraweave.hub.base import fingerprint
 from loraweave.types import Task
@@ -35,7 +36,7 @@ def rows_of(model, tokenizer, name):
 def test_the_gradients_of_a_job_are_those_of_training_it_alone(make_model, tokenizer):
     model = make_model("llama", dtype=torch.float64)
     names = list(TASKS)
-    fused = LoraJobs(model, LAYERS, names, rank=3, alpha=6.0, seed=0)
+    fused = LoraJobs(model, LAYERS, names, LoraSettings(rank=3, alpha=6.0))
     with torch.no_grad():
         for index, job in enumerate(fused.members):
             for _, b_OR in job.factors.values():
@@ -109,7 +110,7 @@ def test_the_trained_adapter_in_peft_gives_the_logits_of_the_training_forward(ti
     adapter.save_pretrained(tmp_path / "count")
     ids = torch.tensor([[5, 9, 30, 41]])
     loaded = peft.PeftModel.from_pretrained(make_model("llama"), tmp_path / "count").eval()
-    fused = LoraJobs(tiny_llama, {}, ["count"], rank=3, alpha=6.0, seed=0, start={"count": adapter.layers})
+    fused = LoraJobs(tiny_llama, {}, ["count"], LoraSettings(rank=3, alpha=6.0), start={"count": adapter.layers})
     with torch.no_grad(), fused:
         assert torch.allclose(tiny_llama(input_ids=ids).logits, loaded(input_ids=ids).logits, atol=1e-5)
 
@@ -179,9 +180,9 @@ def test_an_adapter_carries_its_recipe_and_the_fingerprint_of_its_base(tiny_llam
         ({"blank": [("a", " ")]}, {}, InvalidTask, "task 'blank': example 1 .* empty target"),
         ({"upper": 5}, {}, InvalidTask, "task 'upper': the examples: got 5, not rows"),
         ({"upper": [("a", "b"), {"foo": 1}]}, {}, InvalidTask, r"task 'upper': example 2 has \['foo'\]"),
-        (TASKS, {"steps": 0}, TrainingError, "steps is 0"),
-        (TASKS, {"rank": 2.5}, TrainingError, "rank is 2.5"),
-        (TASKS, {"lr": float("nan")}, TrainingError, "lr is nan"),
+        (TASKS, {"steps": 0}, TrainingError, "got steps=0"),
+        (TASKS, {"rank": 2.5}, TrainingError, "got rank=2.5; it takes a whole number of at least 1"),
+        (TASKS, {"lr": float("nan")}, TrainingError, "got lr=nan"),
         (TASKS, {"target_modules": ("q_prog",)}, UnknownName, "'q_prog'.*q_proj"),
     ],
 )
@@ -222,9 +223,9 @@ def test_a_checkpoint_that_cannot_be_written_is_refused_before_the_first_step(ti
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lr": None}, "lr is None; it must be a number"),
-        ({"alpha": "8"}, "alpha is '8'; it must be a number"),
-        ({"rank": None}, "rank is None; it must be a whole number"),
+        ({"lr": None}, "got lr=None; it takes a finite number above 0"),
+        ({"alpha": "8"}, "got alpha='8'"),
+        ({"rank": None}, "got rank=None; it takes a whole number"),
         ({"target_modules": "q_proj"}, "target_modules is 'q_proj'; it must be a list"),
         ({"target_modules": ()}, "must be a list"),
         ({"held_out": "some"}, "held_out is 'some'; it must be a share"),

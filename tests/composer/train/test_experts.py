@@ -361,8 +361,8 @@ def test_blocks_that_run_again_train_to_the_same_bits(model, name):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"seed": "a"}, "seed is 'a'; it must be a whole number from 0"),
-        ({"seed": -1}, "seed is -1; it must be a whole number from 0"),
+        ({"seed": "a"}, "got seed='a'; it takes a whole number of at least 0 and below 4294967296"),
+        ({"seed": -1}, "got seed=-1"),
         ({"callbacks": 5}, "callbacks is 5; it must be a list"),
         ({"callbacks": [5]}, r"callbacks is \[5\]; it must be a list of transformers' TrainerCallbacks"),
     ],

@@ -13,6 +13,7 @@ from loraweave.composer.model.batches import encode
 from loraweave.composer.train import shared as shared_training
 from loraweave.composer.train.jobs import tangent
 from loraweave.composer.train.passes import LoraJobs, job_losses
+from loraweave.composer.train.settings import LoraSettings
 from loraweave.errors import LayerMismatch
 from loraweave.lowrank import algebra
 
@@ -35,7 +36,7 @@ def begin(tiny_llama, make_adapter):
 def moved(tiny_llama, begin):
     """Jobs in float64, one with b0 = 0 and one with a start, moved away from where they began."""
     layers, given = {LAYER: (16, 16)}, {"old": begin.layers}
-    jobs = LoraJobs(tiny_llama, layers, ["new", "old"], rank=3, alpha=6.0, seed=0, start=given, linearized=True)
+    jobs = LoraJobs(tiny_llama, layers, ["new", "old"], LoraSettings(rank=3, alpha=6.0, linearized=True), start=given)
     generator = torch.Generator().manual_seed(2)
     for job in jobs.members:
         job.origin = {layer: tuple(tensor.double() for tensor in pair) for layer, pair in job.origin.items()}
@@ -77,7 +78,7 @@ def test_parameters_merged_around_the_beginning_superpose_in_each_layer(tiny_lla
     x_NI = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
     names = ["u", "v", "merged", "none"]
     given = dict.fromkeys(names, begin.layers)
-    jobs = LoraJobs(tiny_llama, {}, names, rank=3, alpha=6.0, seed=0, start=given, linearized=True)
+    jobs = LoraJobs(tiny_llama, {}, names, LoraSettings(rank=3, alpha=6.0, linearized=True), start=given)
     weights = (0.7, -0.4)
     with torch.no_grad():
         for u, v, merged, none in zip(*(job.factors[LAYER] for job in jobs.members), strict=True):

@@ -9,6 +9,7 @@ from loraweave.composer.model.batches import EncodedRow, batch, token_losses
 from loraweave.composer.train.memory import MemoryModel
 from loraweave.composer.train.passes import LoraJobs
 from loraweave.composer.train.schedule import JobSize
+from loraweave.composer.train.settings import LoraSettings
 
 LAYERS = {"llama": {"model.layers.0.self_attn.q_proj": (16, 16)}, "gpt2": {"transformer.h.0.attn.c_attn": (48, 16)}}
 LAYERS["t5"] = {"encoder.block.0.layer.0.SelfAttention.q": (16, 16)}
@@ -35,7 +36,7 @@ def kept_bytes(model, tokenizer, jobs, num_rows, tokens, targets):
 @pytest.mark.parametrize(("num_rows", "tokens", "targets"), [(2, 23, 3), (6, 41, 7), (4, 60, 1)])
 def test_what_is_kept_of_a_batch_is_as_estimated(kind, num_rows, tokens, targets, make_model, tokenizer):
     model = make_model(kind).requires_grad_(False)
-    jobs = LoraJobs(model, LAYERS[kind], ["one", "two"], rank=3, alpha=6.0, seed=0)
+    jobs = LoraJobs(model, LAYERS[kind], ["one", "two"], LoraSettings(rank=3, alpha=6.0))
     estimate = MemoryModel.of(model, tokenizer, jobs.members[0])
     kept = num_rows * (estimate.token_bytes * tokens + estimate.pair_bytes * tokens**2 + estimate.target_bytes * targets)
     assert kept == pytest.approx(kept_bytes(model, tokenizer, jobs, num_rows, tokens, targets), rel=0.15)
@@ -50,7 +51,7 @@ def test_the_peak_is_weights_factors_with_their_copies_what_is_kept_and_the_logi
 
 
 def test_the_weights_are_those_of_the_base(tiny_llama, tokenizer):
-    job = LoraJobs(tiny_llama, LAYERS["llama"], ["one"], rank=3, alpha=6.0, seed=0).members[0]
+    job = LoraJobs(tiny_llama, LAYERS["llama"], ["one"], LoraSettings(rank=3, alpha=6.0)).members[0]
     expected = sum(p.numel() * 4 for p in tiny_llama.parameters()) + sum(b.nbytes for b in tiny_llama.buffers())
     found = MemoryModel.of(tiny_llama.requires_grad_(False), tokenizer, job)
     assert (found.weight_bytes, found.vocabulary) == (expected, 61)

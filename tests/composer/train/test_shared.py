@@ -215,11 +215,11 @@ def test_a_job_that_does_not_fit_alone_is_refused_before_the_first_step(tiny_lla
         ({"held_out": True}, TrainingError, "held_out is True"),
         ({"held_out": {"uper": [("a", "A")]}}, UnknownName, "rows of 'uper', which is not a task"),
         ({"held_out": {"upper": []}}, TrainingError, "no rows of task 'upper'"),
-        ({"held_out": 0.5, "patience": 0}, TrainingError, "patience is 0"),
-        ({"held_out": 0.5, "evaluate_every": 1.5}, TrainingError, "evaluate_every is 1.5"),
+        ({"held_out": 0.5, "patience": 0}, TrainingError, "got patience=0"),
+        ({"held_out": 0.5, "evaluate_every": 1.5}, TrainingError, "got evaluate_every=1.5"),
         ({"held_out": 0.5, "tasks": {"one": [("a", "A")]}}, TrainingError, "task 'one' has one example"),
         ({"held_out": 0.5, "continual": "sequential"}, TrainingError, "'sequential' has neither held_out"),
-        ({"memory_bytes": 0}, TrainingError, "memory_bytes is 0"),
+        ({"memory_bytes": 0}, TrainingError, "got memory_bytes=0"),
     ],
 )
 def test_what_cannot_be_asked_for_is_refused_by_name(options, error, message, tiny_llama, tokenizer):

@@ -42,7 +42,7 @@ def equal(left, right):
 
 
 def test_before_the_first_step_a_job_is_the_adapter_that_it_starts_from_to_the_bit(tiny_llama, begin):
-    jobs = LoraJobs(tiny_llama, LAYERS, ["new", "old"], rank=3, alpha=6.0, seed=0, start={"old": begin.layers})
+    jobs = LoraJobs(tiny_llama, LAYERS, ["new", "old"], LoraSettings(rank=3, alpha=6.0), start={"old": begin.layers})
     assert equal(jobs.layers_of("old"), begin.layers)
     assert {layer: factors.rank for layer, factors in jobs.layers_of("new").items()} == dict.fromkeys(LAYERS, 3)
 
@@ -50,7 +50,7 @@ def test_before_the_first_step_a_job_is_the_adapter_that_it_starts_from_to_the_b
 def test_the_forward_of_a_started_job_is_that_of_the_adapters_dense_update(make_model, begin, with_dense_update):
     model = make_model("llama", dtype=torch.float64)
     ids = torch.tensor([[5, 9, 30, 41], [7, 7, 12, 3]])
-    jobs = LoraJobs(model, LAYERS, ["new", "old"], rank=3, alpha=6.0, seed=0, start={"old": begin.layers})
+    jobs = LoraJobs(model, LAYERS, ["new", "old"], LoraSettings(rank=3, alpha=6.0), start={"old": begin.layers})
     with torch.no_grad(), jobs:
         found = model(input_ids=ids).logits
     expected = with_dense_update("llama", [begin], [1.0], dtype=torch.float64)
@@ -60,7 +60,7 @@ def test_the_forward_of_a_started_job_is_that_of_the_adapters_dense_update(make_
 
 
 def test_jobs_of_other_layers_and_ranks_get_gradients_in_their_own_factors_alone(tiny_llama, tokenizer, begin):
-    jobs = LoraJobs(tiny_llama, LAYERS, ["new", "old"], rank=3, alpha=6.0, seed=0, start={"old": begin.layers})
+    jobs = LoraJobs(tiny_llama, LAYERS, ["new", "old"], LoraSettings(rank=3, alpha=6.0), start={"old": begin.layers})
     rows = encode(tiny_llama, tokenizer, ["a", "b", "c", "d"], ["A", "B", "C", "D"])
     new, old = jobs.members
     with jobs:
@@ -110,7 +110,7 @@ def test_the_checkpoint_of_one_start_is_not_that_of_another(tiny_llama, tokenize
     ("warmup", "expected"), [(0, [1.0, 0.853553, 0.5, 0.146447]), (1, [1.0, 1.0, 0.75, 0.25]), (9, [0.5, 1.0, 1.0, 0.5])]
 )
 def test_warm_up_takes_as_many_steps_as_asked_and_at_most_half(warmup, expected):
-    recipe = LoraSettings(2, 4.0, 4, 1.0, 1, ("q_proj",), 0, warmup)
+    recipe = LoraSettings(steps=4, lr=1.0, warmup=warmup)
     assert [recipe.rate(step) for step in range(4)] == pytest.approx(expected, abs=1e-6)
 
 
@@ -129,5 +129,5 @@ def test_a_start_that_does_not_fit_is_refused_before_the_first_step(tiny_llama, 
     for start, error, message in cases:
         with pytest.raises(error, match=message):
             train(tiny_llama, tokenizer, start=start)
-    with pytest.raises(TrainingError, match="warmup is -1"):
+    with pytest.raises(TrainingError, match="got warmup=-1"):
         train(tiny_llama, tokenizer, warmup=-1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.composer.train.passes import JobTraining
+from loraweave.composer.train.ordered._course import Course
 from loraweave.errors import TrainingError, UnknownName
 
 TASKS = {
@@ -91,7 +91,7 @@ class _Killed(Exception):
 @pytest.mark.parametrize("way", WAYS)
 def test_a_course_killed_in_its_last_task_resumes_to_the_same_bits(way, tiny_llama, tokenizer, tmp_path, monkeypatch):
     whole = train(tiny_llama, tokenizer, way, jobs_per_batch=1)
-    original, runs = JobTraining.run, []
+    original, runs = Course.run, []
 
     def killed_in_the_third(self, jobs, *arguments, **options):
         runs.append(jobs.jobs)
@@ -99,7 +99,7 @@ def test_a_course_killed_in_its_last_task_resumes_to_the_same_bits(way, tiny_lla
             raise _Killed
         return original(self, jobs, *arguments, **options)
 
-    monkeypatch.setattr(JobTraining, "run", killed_in_the_third)
+    monkeypatch.setattr(Course, "run", killed_in_the_third)
     with pytest.raises(_Killed):
         train(tiny_llama, tokenizer, way, jobs_per_batch=1, checkpoint=tmp_path)
     resumed = train(tiny_llama, tokenizer, way, jobs_per_batch=1, checkpoint=tmp_path)
@@ -127,14 +127,18 @@ def test_an_option_that_a_way_does_not_have_is_named_before_the_first_step(way, 
 @pytest.mark.parametrize(
     ("way", "options", "message"),
     [
-        ("task_arithmetic", {"weight": -1.0}, "weight is -1.0; it must be a number from 0 to 2"),
-        ("task_arithmetic", {"tuning_steps": 3}, "exemplars is 0; it must be a whole number of at least 1"),
-        ("ilora", {"decay": 1.5}, "decay is 1.5"),
-        ("ilora", {"reservoir": 0}, "reservoir is 0"),
-        ("inflora", {"energy_first": True}, "energy_first is True"),
+        (
+            "task_arithmetic",
+            {"weight": -1.0},
+            "'task_arithmetic' got weight=-1.0; it takes a finite number of at least 0 and at most 2",
+        ),
+        ("task_arithmetic", {"tuning_steps": 3}, "exemplars is 0: give at least 1"),
+        ("ilora", {"decay": 1.5}, "got decay=1.5"),
+        ("ilora", {"reservoir": 0}, "got reservoir=0"),
+        ("inflora", {"energy_first": True}, "got energy_first=True"),
         ("inflora", {"energy_first": 1.0}, "nowhere to learn in layer"),
         ("gs_lora", {}, "needs retain="),
-        ("gs_lora", {"retain": [("a", "b")], "bound": float("nan")}, "bound is nan"),
+        ("gs_lora", {"retain": [("a", "b")], "bound": float("nan")}, "got bound=nan"),
     ],
 )
 def test_settings_that_cannot_be_used_are_refused(way, options, message, tiny_llama, tokenizer):

@@ -7,7 +7,9 @@ import torch
 
 import loraweave as lw
 from loraweave.composer.train.ordered import gs_lora as way
-from loraweave.composer.train.passes import JobTraining, LoraJobs, own_parts
+from loraweave.composer.train.ordered._course import Course
+from loraweave.composer.train.passes import LoraJobs, own_parts
+from loraweave.composer.train.settings import LoraSettings
 
 RETAIN = [("x", "y"), ("y", "z"), ("z", "u")]
 LAYERS = {
@@ -20,7 +22,7 @@ LAYERS = {
 
 @pytest.fixture
 def jobs(tiny_llama):
-    found = LoraJobs(tiny_llama, LAYERS, ["x"], rank=2, alpha=4.0, seed=0)
+    found = LoraJobs(tiny_llama, LAYERS, ["x"], LoraSettings(rank=2, alpha=4.0))
     for tensor in found.parameters():
         tensor.data.copy_(torch.randn(tensor.shape))
     return found
@@ -78,13 +80,13 @@ def test_much_sparsity_zeroes_whole_blocks_and_no_scattered_entries(course):
 
 
 def test_the_forgetting_term_is_0_once_the_loss_is_beyond_the_bound(course, tiny_llama, monkeypatch):
-    found, original = [], JobTraining.run
+    found, original = [], Course.run
 
     def first_loss(self, jobs, losses, **options):
         found.append(float(losses(0).detach()))
         original(self, jobs, losses, **options)
 
-    monkeypatch.setattr(JobTraining, "run", first_loss)
+    monkeypatch.setattr(Course, "run", first_loss)
     for bound, strength in ((0.0, 0.5), (0.0, 0.0), (40.0, 0.5), (50.0, 0.5)):
         course("gs_lora", {"upper": [("a", "A"), ("b", "B")]}, retain=RETAIN, bound=bound, strength=strength)
     within, retained, beyond, further = found

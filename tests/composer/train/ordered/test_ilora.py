@@ -10,7 +10,8 @@ import torch
 import loraweave as lw
 from loraweave.composer.model.batches import batch, encode
 from loraweave.composer.train.ordered import ilora as way
-from loraweave.composer.train.passes import JobTraining, LoraJobs, job_losses
+from loraweave.composer.train.ordered._course import Course
+from loraweave.composer.train.passes import LoraJobs, job_losses
 from loraweave.composer.train.settings import LoraSettings
 from loraweave.types import Task
 
@@ -25,7 +26,7 @@ LAYERS = {"model.layers.0.self_attn.q_proj": (16, 16)}
 @pytest.fixture
 def pair(tiny_llama):
     """A slow and a fast adapter that differ."""
-    slow, fast = (LoraJobs(tiny_llama, LAYERS, ["x"], rank=2, alpha=4.0, seed=seed) for seed in (1, 2))
+    slow, fast = (LoraJobs(tiny_llama, LAYERS, ["x"], LoraSettings(rank=2, alpha=4.0, seed=seed)) for seed in (1, 2))
     for jobs in (slow, fast):
         for tensor in jobs.parameters():
             tensor.data.add_(torch.randn(tensor.shape))
@@ -91,16 +92,16 @@ def test_hidden_states_are_those_of_real_tokens_and_do_not_see_padding(tiny_llam
 def test_the_loss_of_a_later_task_is_the_mean_of_its_own_and_that_of_replayed_examples(
     course, tiny_llama, tokenizer, monkeypatch
 ):
-    found, original = [], JobTraining.run
+    found, original = [], Course.run
 
     def first_loss(self, jobs, losses, **options):
         found.append(float(losses(0).detach()))
         original(self, jobs, losses, **options)
 
-    monkeypatch.setattr(JobTraining, "run", first_loss)
+    monkeypatch.setattr(Course, "run", first_loss)
     # with decay 0 both adapters are the one that is returned, and the states do not lag behind
     before = course("ilora", decay=0.0)["upper"]
-    recipe = LoraSettings(2, 4.0, 4, 1e-2, 2, ("q_proj", "v_proj"), 0)
+    recipe = LoraSettings(rank=2, alpha=4.0, steps=4, lr=1e-2, batch_size=2)
     rows = {
         name: encode(tiny_llama, tokenizer, [Task([]).prompt(x) for x, _ in TASKS[name]], [y for _, y in TASKS[name]])
         for name in ("upper", "double")
@@ -112,13 +113,13 @@ def test_the_loss_of_a_later_task_is_the_mean_of_its_own_and_that_of_replayed_ex
 
 
 def test_a_consistency_loss_is_added_where_the_adapters_differ(course, monkeypatch):
-    found, original = {}, JobTraining.run
+    found, original = {}, Course.run
 
     def first_loss(self, jobs, losses, **options):
         found.setdefault(factor, []).append(float(losses(0).detach()))
         original(self, jobs, losses, **options)
 
-    monkeypatch.setattr(JobTraining, "run", first_loss)
+    monkeypatch.setattr(Course, "run", first_loss)
     for factor in (0.0, 1.0, 3.0):
         course("ilora", {name: TASKS[name] for name in ("upper", "double")}, decay=0.9, consistency=factor)
     lag = found[1.0][1] - found[0.0][1]
@@ -127,10 +128,10 @@ def test_a_consistency_loss_is_added_where_the_adapters_differ(course, monkeypat
 
 
 def test_the_reservoir_keeps_at_most_its_size_and_every_row_alike():
-    recipe = SimpleNamespace(seed=0)
-    course = SimpleNamespace(rows={"first": range(30), "second": range(30, 40)}, training=SimpleNamespace(recipe=recipe))
+    settings = SimpleNamespace(seed=0)
+    course = SimpleNamespace(rows={"first": range(30), "second": range(30, 40)}, settings=settings)
     counts = torch.zeros(40)
-    for recipe.seed in range(400):
+    for settings.seed in range(400):
         kept = way._reservoir(course, ["first", "second"], 10)
         assert len(set(kept)) == 10
         counts[kept] += 1
