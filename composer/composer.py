@@ -73,7 +73,7 @@ class Composer:
         self._closed = False
         self._plans = KeptPlans()
         self._fitting = Fitting(model)
-        self._pool = pool if isinstance(pool, ExpertPool) else ExpertPool(pool)
+        self._pool = ExpertPool.of(pool)
         self._bound = self._fitting.pool(self._pool)
         self._live = LiveLayers(model, self._fitting.layers, self._fitting.require_unchanged)
         self._residents = Residents(
@@ -387,7 +387,7 @@ class Composer:
         """
         with self._lock:
             self._require_idle("swap the pool")
-            pool = pool if isinstance(pool, ExpertPool) else ExpertPool(pool)
+            pool = ExpertPool.of(pool)
             fitting = Fitting(self.model)
             bound, before = fitting.pool(pool), self._bound
             stay: set[str] = set()

@@ -270,9 +270,4 @@ def _check_statistics(method: str, statistics: Mapping[str, Statistics], used: s
                 f"method {method!r} weighs by data, and there is none for expert {expert!r}: pass statistics={{name: "
                 "collect_statistics(model, tokenizer, adapter, texts), ...}"
             )
-        found, wanted = statistics[expert].adapter_hash, pool.adapters[expert].hash
-        if found != wanted:
-            raise WeightingError(
-                f"the statistics given for expert {expert!r} (hash {wanted[:12]}) were collected with an adapter of "
-                f"hash {found[:12]}"
-            )
+        statistics[expert].require_of(expert, pool.adapters[expert].hash)

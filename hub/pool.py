@@ -63,6 +63,11 @@ class ExpertPool:
             _check_one_base(named)
 
     @classmethod
+    def of(cls, given: ExpertPool | Iterable[Adapter] | Mapping[str, Adapter]) -> ExpertPool:
+        """`given` itself where it is a pool, else a pool of it."""
+        return given if isinstance(given, ExpertPool) else cls(given)
+
+    @classmethod
     def on_demand(cls, names: Iterable[str], opener: Callable[[str], Adapter]) -> ExpertPool:
         """The lazy pool of these names; `opener` gives the adapter of one, the same content every time, to any thread.
 

@@ -15,7 +15,8 @@ from loraweave.composer.explain.page import page
 from loraweave.composer.explain.plot import draw
 from loraweave.composer.explain.shown import TokenFigures
 from loraweave.composer.live.recording import Load, Trace, UsedLayer
-from loraweave.composer.model.generate import encode_texts, encodes, generation_call
+from loraweave.composer.model.batches import has_two_sequences
+from loraweave.composer.model.generate import encode_texts, generation_call
 from loraweave.errors import CompositionError
 from loraweave.routers.tokens._call import prompted
 
@@ -187,7 +188,7 @@ def plan_reading(model: nn.Module, tokenizer: Any, text: str, max_new_tokens: in
         call = generation_call(model, tokenizer, [text], None, settings)
         output = call.output(model)
         answer_ids = (output if isinstance(output, Tensor) else output.sequences)[0, call.start : -1]
-    if not encodes(model):
+    if not has_two_sequences(model):
         ids = torch.cat([text_ids, answer_ids])
         return Reading(
             {"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])}, (ids,), (len(ids),), len(text_ids)

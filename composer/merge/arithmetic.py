@@ -14,16 +14,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from decimal import Decimal
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loraweave.common.checks import is_number, is_whole
+from loraweave.common.checks import is_whole
 from loraweave.common.display import tracked
-from loraweave.common.options import fits
+from loraweave.common.options import Count, Fraction, NonNegative, Positive, Share, check_options, options_of
 from loraweave.composer.merge.merge import merge
 from loraweave.errors import AdapterUnsupported, WeightingError
 from loraweave.hub.adapter import Adapter
@@ -67,8 +67,7 @@ def analogy(a: Adapter, b: Adapter, c: Adapter, *, name: str | None = None, head
 
 def unlearn(a: Adapter, b: Adapter, strength: float = 1.0, *, name: str | None = None, heads: str = "error") -> Adapter:
     """D_a - strength * D_b: a without what b learned; `strength` is 0 or more, and 0 gives a."""
-    if not fits(strength, float) or strength < 0.0:
-        raise WeightingError(f"unlearn: strength={strength!r} is not a finite number of 0 or more; add() adds")
+    check_options("unlearn", {"strength": strength}, {"strength": NonNegative})
     return merge([a, b], [1.0, -strength], name=name, heads=heads, progress=False)
 
 
@@ -78,8 +77,7 @@ def ema(slow: Adapter, fast: Adapter, decay: float, *, name: str | None = None, 
     On a and on b apart, as there (`factor_average`), so cross terms are part of it, and both have one rank. `decay` is in
     [0, 1]: 1 leaves slow, 0 takes fast.
     """
-    if not fits(decay, float) or not 0.0 <= decay <= 1.0:
-        raise WeightingError(f"ema: decay={decay!r} is outside [0, 1]")
+    check_options("ema", {"decay": decay}, {"decay": Fraction})
     return merge(
         [slow, fast], [decay, 1.0 - decay], method="factor_average", name=name or slow.name, heads=heads, progress=False
     )
@@ -96,7 +94,13 @@ def subtract_general(
 FACTORS = ("a_RI", "b_OR")
 
 
-def compeft(adapter: Adapter, *, density: float = 0.2, scale: float | str = 1.0, per: str = "adapter") -> Adapter:
+def compeft(
+    adapter: Adapter,
+    *,
+    density: Share = 0.2,
+    scale: Positive | Literal["least_squares"] = 1.0,
+    per: Literal["adapter", "tensor"] = "adapter",
+) -> Adapter:
     """The adapter with every value of its factors a and b turned into -c, 0 or c: ComPEFT (Yadav et al. 2023, Alg. 1).
 
     Of the vector tau of all entries of all a and b, the floor(density * n) largest by magnitude stay (fewer only where tau
@@ -112,7 +116,8 @@ def compeft(adapter: Adapter, *, density: float = 0.2, scale: float | str = 1.0,
     Raises WeightingError for options outside their range, AdapterUnsupported when nothing would be left of the update, and
     for a std of 0.
     """
-    _check(density, scale, per)
+    options = {"density": density, "scale": scale, "per": per}
+    check_options("compeft", options, options_of(compeft, after=1))
     places = [(layer, part) for layer in sorted(adapter.layers) for part in FACTORS]
     tensors = [adapter.layers[layer].tensors()[part].detach().float() for layer, part in places]
     groups = [range(len(places))] if per == "adapter" else [range(n, n + 1) for n in range(len(places))]
@@ -138,7 +143,6 @@ def compeft(adapter: Adapter, *, density: float = 0.2, scale: float | str = 1.0,
             f"compeft leaves nothing of adapter {adapter.name!r}: in each layer all of a or all of b is among the "
             f"entries that density={density:g} drops; use per='tensor' or a higher density"
         )
-    options = {"density": density, "scale": scale, "per": per}
     return _derive(adapter, layers, "compeft", options, {"relative_error": (error / total) ** 0.5 if total else 0.0})
 
 
@@ -149,8 +153,7 @@ def byom(adapter: Adapter, rank: int) -> Adapter:
     nothing. The card has the relative Frobenius error by layer and in all. Gains, biases, magnitudes (DoRA's, whose b a
     is cut) and heads stay. The result is an ordinary adapter of lower rank. Raises WeightingError for a rank below 1.
     """
-    if not is_whole(rank, 1):
-        raise WeightingError(f"byom: rank={rank!r} is not a whole number of at least 1")
+    check_options("byom", {"rank": rank}, {"rank": Count})
     cuts = {layer: algebra.compress(factors, rank) for layer, factors in adapter.layers.items()}
     squares = {layer: algebra.norm(factors) ** 2 for layer, factors in adapter.layers.items()}
     lost, total = sum(cuts[layer][1] ** 2 * square for layer, square in squares.items()), sum(squares.values())
@@ -203,15 +206,6 @@ def _derive(
     return replace(adapter, layers=layers, card={**card, "recipe": recipe, "compression": dict(errors)})
 
 
-def _check(density: float, scale: float | str, per: str) -> None:
-    if not is_number(density, 0.0, 1.0) or density == 0.0:
-        raise WeightingError(f"compeft: density={density!r} is outside (0, 1]")
-    if scale != "least_squares" and not (is_number(scale) and scale > 0.0):
-        raise WeightingError(f"compeft: scale={scale!r} is neither a number above 0 nor 'least_squares'")
-    if per not in ("adapter", "tensor"):
-        raise WeightingError(f"compeft: per={per!r} is neither 'adapter' nor 'tensor'")
-
-
 def genknowsub(
     pool: ExpertPool | Iterable[Adapter] | Mapping[str, Adapter],
     generals: Iterable[Adapter] | Mapping[str, Adapter],
@@ -224,7 +218,7 @@ def genknowsub(
     up; PEFT's Arrow subtracts the mean of a and the mean of b apart, which leaves cross terms (0.5 of the update's norm on
     random factors). Raises WeightingError without general adapters, and what `subtract_general` raises.
     """
-    pool = pool if isinstance(pool, ExpertPool) else ExpertPool(pool)
+    pool = ExpertPool.of(pool)
     subtracted = list(generals.values()) if isinstance(generals, Mapping) else list(generals)
     if not subtracted:
         raise WeightingError("genknowsub() subtracts the mean of general adapters, and got none: the pool is as it was")
@@ -250,7 +244,7 @@ def clusters(
     """
     from sklearn.cluster import KMeans
 
-    pool = pool if isinstance(pool, ExpertPool) else ExpertPool(pool)
+    pool = ExpertPool.of(pool)
     if not is_whole(num_clusters, 1) or num_clusters > len(pool):
         raise WeightingError(
             f"num_clusters is {num_clusters!r}, but the pool has {len(pool)} adapters; it is a whole number from 1 to that"

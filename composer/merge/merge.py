@@ -91,24 +91,29 @@ def merge(
     kept_heads = merge_heads([(parent.adapter, parent.weight) for parent in given], heads)
     used = sorted(given, key=lambda parent: (parent.adapter.hash, parent.weight))
     layers, report = _merge_layers(call, used, rank, seed, progress)
+    names, numbers = tuple(parent.adapter.name for parent in used), tuple(parent.weight for parent in used)
     if not layers:
-        named = ", ".join(repr(parent.adapter.name) for parent in used)
-        raise WeightingError(f"method {method!r} leaves no layer of {named} changed")
+        raise WeightingError(f"method {method!r} leaves no layer of {', '.join(map(repr, names))} changed")
     parents = [{**parent_of(parent.adapter), "weight": parent.weight, "method": method} for parent in used]
     recipe = {"method": method, "options": options, "seed": seed, "rank": rank, "parents": parents}
     if kept_heads:
         recipe["heads"] = heads
-    names, numbers = [parent.adapter.name for parent in used], [parent.weight for parent in used]
-    figures = MergeReport(method, tuple(names), tuple(numbers), report)
-    return Adapter(
-        name or "+".join(names),
-        used[0].adapter.base_model,
-        layers,
-        next((parent.adapter.fingerprint for parent in used if parent.adapter.fingerprint), None),
-        {"recipe": recipe, "report": figures.to_json(), **({} if license is None else {"license": license})},
-        kept_heads,
-        shared_files([parent.adapter.files for parent in used]),
-    )
+    card = {"recipe": recipe, "report": MergeReport(method, names, numbers, report).to_json()}
+    return _child(name or "+".join(names), [parent.adapter for parent in used], layers, card, license, kept_heads)
+
+
+def _child(
+    name: str,
+    parents: Sequence[Adapter],
+    layers: Mapping[str, Factors],
+    card: Mapping[str, Any],
+    license: str | None,
+    heads: Mapping[str, Tensor],
+) -> Adapter:
+    """The merged adapter, with the base model, fingerprint and files of its parents."""
+    card = dict(card) if license is None else {**card, "license": license}
+    known = next((parent.fingerprint for parent in parents if parent.fingerprint), None)
+    return Adapter(name, parents[0].base_model, layers, known, card, heads, shared_files([each.files for each in parents]))
 
 
 def parent_of(adapter: Adapter) -> dict[str, Any]:
@@ -126,15 +131,13 @@ def layer_updates(
     *,
     seed: int,
     statistics: Mapping[str, Statistics | None] | None = None,
-    rank: int | None = None,
 ) -> Iterator[tuple[str, Update]]:
     """(layer, update) of every layer in `weights`, which has the weight of each expert by layer; unchanged layers not.
 
-    `rank` reaches the methods whose formula limits the rank; None is their own default.
     A method that needs a look at all layers first takes one weight for each expert: raises WeightingError otherwise.
     """
     require_seed(seed)
-    calls = _layer_calls(call, experts, hashes, weights, seed=seed, statistics=statistics, rank=rank)
+    calls = _layer_calls(call, experts, hashes, weights, seed=seed, statistics=statistics or {}, rank=None)
     return ((layer, update) for layer, combine in calls if (update := combine()) is not None)
 
 
@@ -145,10 +148,10 @@ def _layer_calls(
     weights: Mapping[str, Mapping[str, float]],
     *,
     seed: int,
-    statistics: Mapping[str, Statistics | None] | None,
+    statistics: Mapping[str, Statistics | None],
     rank: int | None,
 ) -> Iterator[tuple[str, Callable[[], Update | None]]]:
-    """What `layer_updates` is made of: each layer with the call that gives its update."""
+    """Each layer with the call that gives its update; `rank` is for methods whose formula limits the rank."""
     survey = None
     if call.looks_at_all_layers:
         shared = next(iter(weights.values()), {})
@@ -162,22 +165,13 @@ def _layer_calls(
             ([experts[name].get(layer) for name in shared] for layer in weights), [float(w) for w in shared.values()]
         )
     for layer, of_layer in weights.items():
-        names = list(of_layer)
-        if not any(layer in experts[name] for name in names):
+        updates = {name: experts[name].get(layer) for name in of_layer}
+        if all(factors is None for factors in updates.values()):
             continue
-        yield (
-            layer,
-            partial(
-                call.combine,
-                layer,
-                {name: experts[name].get(layer) for name in names},
-                [of_layer[name] for name in names],
-                survey=survey,
-                seeds=layer_seeds(seed, [hashes[name] for name in names], layer) if call.takes("seeds") else (),
-                statistics=[_statistics_of(statistics, name, layer) for name in names],
-                rank=rank,
-            ),
-        )
+        seeds = layer_seeds(seed, [hashes[name] for name in of_layer], layer) if call.takes("seeds") else ()
+        recorded = [None if (seen := statistics.get(name)) is None else seen.layers.get(layer) for name in of_layer]
+        supplied = {"survey": survey, "seeds": seeds, "statistics": recorded, "rank": rank}
+        yield layer, partial(call.combine, layer, updates, list(of_layer.values()), **supplied)
 
 
 def _merge_layers(
@@ -255,23 +249,16 @@ def _parents(
     values = finite_weights(weights, [adapter.name for adapter in adapters])
     if statistics is not None:
         _check_statistics(statistics, len(adapters))
-    recorded = list(statistics) if statistics is not None else [None] * len(adapters)
-    used = [
-        _Parent(adapter, weight, seen)
-        for adapter, weight, seen in zip(adapters, values, recorded, strict=True)
-        if weight != 0.0
-    ]
+    recorded = statistics if statistics is not None else [None] * len(adapters)
+    used = [_Parent(*each) for each in zip(adapters, values, recorded, strict=True) if each[1] != 0.0]
     if not used:
         raise WeightingError(
             f"all {len(adapters)} weights are zero, which is the base model and no adapter; give at least one other weight"
         )
     _check_together(used)
     for parent in used:
-        if parent.statistics is not None and parent.statistics.adapter_hash != parent.adapter.hash:
-            raise WeightingError(
-                f"the statistics given for {parent.adapter.name!r} (hash {parent.adapter.hash[:12]}) were collected with an "
-                f"adapter of hash {parent.statistics.adapter_hash[:12]}; give them in the adapters' order"
-            )
+        if parent.statistics is not None:
+            parent.statistics.require_of(parent.adapter.name, parent.adapter.hash)
     return used
 
 
@@ -325,22 +312,14 @@ def _check_rank(rank: int | None, used: Sequence[_Parent]) -> None:
         return
     if not is_whole(rank, 1):
         raise WeightingError(f"rank={rank!r:.80} is no whole number of 1 or more; leave it out to keep the exact rank")
-    sides = {
-        layer: min(factors.b_OR.shape[0], factors.a_RI.shape[1])
-        for parent in used
-        for layer, factors in parent.adapter.layers.items()
-    }
+    layers = {layer: factors for parent in used for layer, factors in parent.adapter.layers.items()}
+    sides = {layer: min(factors.b_OR.shape[0], factors.a_RI.shape[1]) for layer, factors in layers.items()}
     layer = max(sides, key=lambda name: sides[name])
     if rank > sides[layer]:
         raise WeightingError(
             f"rank={rank} is above {sides[layer]}, the smaller side of the largest layer ({layer!r}): no update has more; "
             "leave it out to keep the exact rank"
         )
-
-
-def _statistics_of(statistics: Mapping[str, Statistics | None] | None, name: str, layer: str) -> Any:
-    seen = statistics.get(name) if statistics is not None else None
-    return None if seen is None else seen.layers.get(layer)
 
 
 def merge_mixture(
@@ -379,21 +358,13 @@ def merge_by_layer(
         raise WeightingError("all weights are zero, which is the base model and no adapter; give at least one other weight")
     experts = {expert: pool[expert] for expert in names}
     license = license_of_work([(e, adapter.card) for e, adapter in experts.items()], allowed=allow_licenses)
-    updates = layer_updates(
-        MethodCall(method, {}),
-        {expert: adapter.layers for expert, adapter in experts.items()},
-        {expert: adapter.hash for expert, adapter in experts.items()},
-        used,
-        seed=0,
-    )
+    parts = {expert: adapter.layers for expert, adapter in experts.items()}
+    hashes = {expert: adapter.hash for expert, adapter in experts.items()}
+    updates = layer_updates(MethodCall(method), parts, hashes, used, seed=0)
     layers = {layer: cut(update, None)[1] for layer, update in updates}
     parents = [{**parent_of(adapter), "name": expert, "method": method} for expert, adapter in experts.items()]
     recipe = {"method": method, "options": {}, "seed": 0, "rank": None, "parents": parents, "weights_by_layer": used}
-    first = next(iter(experts.values()))
-    known = next((adapter.fingerprint for adapter in experts.values() if adapter.fingerprint), None)
-    card = {"recipe": recipe, **({} if license is None else {"license": license})}
-    files = shared_files([adapter.files for adapter in experts.values()])
-    return Adapter(name, first.base_model, layers, known, card, files=files)
+    return _child(name, list(experts.values()), layers, {"recipe": recipe}, license, {})
 
 
 CHOICES = ("error", "first", "average")

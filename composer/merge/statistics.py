@@ -14,7 +14,7 @@ from torch import Tensor
 
 from loraweave.common.files import whole_file
 from loraweave.common.state import save_tensors
-from loraweave.errors import AdapterCorrupt, AdapterNotFound
+from loraweave.errors import AdapterCorrupt, AdapterNotFound, WeightingError
 from loraweave.hub.stores.errors import storage_errors
 
 FORMAT_VERSION = 1
@@ -41,6 +41,14 @@ class Statistics:
 
     adapter_hash: str
     layers: Mapping[str, LayerStatistics]
+
+    def require_of(self, name: str, content_hash: str) -> None:
+        """Raises WeightingError unless these are the statistics of the adapter with that name and hash."""
+        if self.adapter_hash != content_hash:
+            raise WeightingError(
+                f"the statistics given for {name!r} (hash {content_hash[:12]}) were collected with an adapter of hash "
+                f"{self.adapter_hash[:12]}; give each adapter its own"
+            )
 
     def save(self, path: str | Path) -> Path:
         """Writes one safetensors file, which appears whole or not at all, and returns its path."""

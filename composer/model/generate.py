@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraweave.composer.model.batches import pad_id, pad_rows
+from loraweave.composer.model.batches import has_two_sequences, pad_id, pad_rows
 from loraweave.errors import CompositionError, ScopeError
 
 # modes whose decoding transformers downloads as code and runs
@@ -85,7 +85,7 @@ def generation_call(
         arguments["stopping_criteria"] = _stopping_at(stop, tokenizer, arguments.get("stopping_criteria"))
     if seeds is not None:
         _require_seedable(mode, seeds, len(texts), settings)
-    start = 0 if encodes(model) else batch["input_ids"].shape[1]
+    start = 0 if has_two_sequences(model) else batch["input_ids"].shape[1]
     return GenerationCall(tokenizer, {**arguments, **batch}, seeds, mode, start)
 
 
@@ -147,14 +147,9 @@ def encode_texts(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> tupl
             raise CompositionError(
                 f"text {number} ({texts[number]!r}) has no token, and the tokenizer no bos token to begin with"
             )
-    ids_BT, mask_BT = pad_rows(tokenizer, encoded, left=not encodes(model))
+    ids_BT, mask_BT = pad_rows(tokenizer, encoded, left=not has_two_sequences(model))
     device = next(model.parameters()).device
     return {"input_ids": ids_BT.to(device), "attention_mask": mask_BT.to(device)}, pad_id(tokenizer)
-
-
-def encodes(model: nn.Module) -> bool:
-    """Whether it is an encoder-decoder."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 # what a decoder writes for bytes of a character that is not complete

@@ -123,7 +123,7 @@ class TokenRouter(Declared, nn.Module):
         Experts are recognised by content; those it does not know get weight 0. Raises WeightingError, listing the
         differences, if the pool lacks some of its experts, and BaseModelMismatch for a pool of another base.
         """
-        return place_onto(self, pool if isinstance(pool, ExpertPool) else ExpertPool(pool))
+        return place_onto(self, ExpertPool.of(pool))
 
     @property
     def watched(self) -> tuple[str, ...]:

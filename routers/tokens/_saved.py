@@ -162,7 +162,7 @@ def router(
     """
     if not isinstance(name, str | Path) or name == "":
         raise UnknownName(f"{name!r} is no router; give a name of {', '.join(router_names())}, or the folder of a saved one")
-    experts = pool if pool is None or isinstance(pool, ExpertPool) else ExpertPool(pool)
+    experts = None if pool is None else ExpertPool.of(pool)
     if isinstance(name, Path) or "/" in name or (name not in registry.names("routers") and Path(name).is_dir()):
         if options:
             raise WeightingError(f"a saved router has its options already: leave out {', '.join(options)}")

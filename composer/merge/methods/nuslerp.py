@@ -8,8 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from loraweave.composer.merge.methods._span import combination, gram
-from loraweave.composer.merge.methods._sphere import interpolation, pair
+from loraweave.composer.merge.methods._span import combination, gram, interpolation, pair
 from loraweave.composer.merge.methods._terms import Experts, Weights, terms
 from loraweave.lowrank import algebra
 from loraweave.registry import traits

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from loraweave.common.options import Share
-from loraweave.composer.merge.methods._span import combination, gram
-from loraweave.composer.merge.methods._sphere import interpolation, pair
+from loraweave.composer.merge.methods._span import combination, gram, interpolation, pair
 from loraweave.composer.merge.methods._terms import Experts, Weights, terms
 from loraweave.registry import traits
 from loraweave.types import Factors

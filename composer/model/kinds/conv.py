@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -23,9 +25,8 @@ def shape(module: nn.Module) -> Shape | None:
     return None
 
 
-def refusal(module: nn.Module) -> str:
+def refusal(module: Any) -> str:
     """Not exact are a convolution in groups, whose weight is not one matrix, and one that does more than convolve."""
-    assert isinstance(module, _CLASSES)
     if module.groups > 1:
         return f"whose groups={module.groups} see different channels, so that its weight is no single matrix"
     plain = next(kind for kind in _CLASSES if isinstance(module, kind))
@@ -34,23 +35,20 @@ def refusal(module: nn.Module) -> str:
     return ""
 
 
-def project(module: nn.Module, x: Tensor, a_SI: Tensor) -> Tensor:
+def project(module: Any, x: Tensor, a_SI: Tensor) -> Tensor:
     """hidden_BTS: the convolution with a as its weight, with the stride, padding and dilation of the layer."""
-    assert isinstance(module, _CLASSES)
     kernels = a_SI.reshape(-1, module.in_channels, *module.kernel_size)
     return rows(module, module._conv_forward(x.to(a_SI.dtype), kernels, None))
 
 
-def inputs(module: nn.Module, x: Tensor, like: Tensor) -> Tensor:
+def inputs(module: Any, x: Tensor, like: Tensor) -> Tensor:
     """The patch below the kernel at each output position, gathered by a convolution with the identity."""
-    size = shape(module)
-    assert size is not None
-    return project(module, x, torch.eye(size.num_inputs, dtype=like.dtype, device=like.device))
+    num_inputs = module.in_channels // module.groups * torch.Size(module.kernel_size).numel()
+    return project(module, x, torch.eye(num_inputs, dtype=like.dtype, device=like.device))
 
 
-def middle(module: nn.Module, x: Tensor, like: Tensor) -> Tensor:
+def middle(module: Any, x: Tensor, like: Tensor) -> Tensor:
     """x_BTC: the channels below the middle of the kernel at each output position, with the dtype of `like`."""
-    assert isinstance(module, _CLASSES)
     kernel = torch.zeros(1, 1, *module.kernel_size, dtype=like.dtype, device=like.device)
     kernel.view(-1)[kernel.numel() // 2] = 1
     # each channel as a row of its own, as the layer pads and strides all alike
@@ -59,9 +57,8 @@ def middle(module: nn.Module, x: Tensor, like: Tensor) -> Tensor:
     return found.reshape(*x_BC.shape[:2], -1).mT
 
 
-def rows(module: nn.Module, y: Tensor) -> Tensor:
+def rows(module: Any, y: Tensor) -> Tensor:
     """The output's channels by row and position; an output without a batch axis is one row."""
-    assert isinstance(module, _CLASSES)
     return (y if y.ndim == 2 + len(module.kernel_size) else y[None]).flatten(2).mT
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from loraweave.composer.model.kinds import _kind
 from loraweave.composer.model.kinds._kind import Shape, by_row
 from loraweave.types import Kind
 
 name: Kind = "embedding"
 modules = "torch.nn.Embedding"
+rows, put_back = _kind.rows, _kind.put_back
 
 
 def shape(module: nn.Module) -> Shape | None:
@@ -20,9 +24,8 @@ def shape(module: nn.Module) -> Shape | None:
     return None
 
 
-def refusal(module: nn.Module) -> str:
+def refusal(module: Any) -> str:
     """Not exact are an embedding that changes its weight while it runs, and one that does more than look up and scale."""
-    assert isinstance(module, nn.Embedding)
     if module.max_norm is not None:
         return f"whose max_norm={module.max_norm} changes its weight at every call"
     if type(module).forward is not nn.Embedding.forward and not _looks_up_and_scales(module):
@@ -30,33 +33,22 @@ def refusal(module: nn.Module) -> str:
     return ""
 
 
-def project(module: nn.Module, x: Tensor, a_SI: Tensor) -> Tensor:
+def project(module: Any, x: Tensor, a_SI: Tensor) -> Tensor:
     """hidden_BTS: the columns of a at the tokens, times the embedding's scale, which takes them to fp32 or better."""
     return _scaled(module, by_row(functional.embedding(x, a_SI.T)))
 
 
-def inputs(module: nn.Module, x: Tensor, like: Tensor) -> Tensor:
+def inputs(module: Any, x: Tensor, like: Tensor) -> Tensor:
     """The tokens as one-hot rows of vocabulary size, times the embedding's scale: as many values as logits have."""
-    one_hot = functional.one_hot(x.long(), int(module.num_embeddings)).to(like.dtype)  # type: ignore[arg-type]
+    one_hot = functional.one_hot(x.long(), int(module.num_embeddings)).to(like.dtype)
     return _scaled(module, by_row(one_hot)).to(like.dtype)
 
 
-def rows(module: nn.Module, y: Tensor) -> Tensor:
-    """The output by row and token."""
-    return by_row(y)
-
-
-def put_back(y_BTO: Tensor, y: Tensor) -> Tensor:
-    """The values in the shape of y."""
-    return y_BTO.reshape(y.shape)
-
-
-def _scaled(module: nn.Module, looked_up: Tensor) -> Tensor:
+def _scaled(module: Any, looked_up: Tensor) -> Tensor:
     """Times the factor of a scaled embedding (gemma's sqrt(hidden size)), rounded as the module itself rounds it."""
     scale = getattr(module, "embed_scale", None)
     if scale is None or type(module).forward is nn.Embedding.forward:
         return looked_up
-    assert isinstance(module, nn.Embedding)
     if isinstance(scale, Tensor):
         scale = scale.to(looked_up.device, module.weight.dtype)
     return looked_up.to(torch.promote_types(looked_up.dtype, torch.float32)) * scale

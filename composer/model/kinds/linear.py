@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from loraweave.composer.model.kinds import _kind
 from loraweave.composer.model.kinds._kind import Shape, by_row
 from loraweave.types import Kind
 
 name: Kind = "linear"
 modules = "torch.nn.Linear and transformers' Conv1D"
+inputs, rows, put_back = _kind.inputs_by_row, _kind.rows, _kind.put_back
 
 
 def shape(module: nn.Module) -> Shape | None:
@@ -23,31 +27,16 @@ def shape(module: nn.Module) -> Shape | None:
     return None
 
 
-def refusal(module: nn.Module) -> str:
+def refusal(module: Any) -> str:
     """Not exact is a layer whose forward is more than W x + bias."""
     if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward and not _is_plain(module):
         return "whose forward is its own, and is not W x + bias"
     return ""
 
 
-def project(module: nn.Module, x: Tensor, a_SI: Tensor) -> Tensor:
+def project(module: Any, x: Tensor, a_SI: Tensor) -> Tensor:
     """hidden_BTS = x a^T."""
     return functional.linear(by_row(x).to(a_SI.dtype), a_SI)
-
-
-def inputs(module: nn.Module, x: Tensor, like: Tensor) -> Tensor:
-    """The input by row and token, in its own dtype."""
-    return by_row(x)
-
-
-def rows(module: nn.Module, y: Tensor) -> Tensor:
-    """The output by row and token."""
-    return by_row(y)
-
-
-def put_back(y_BTO: Tensor, y: Tensor) -> Tensor:
-    """The values in the shape of y."""
-    return y_BTO.reshape(y.shape)
 
 
 def _is_quantised_by_torch(module: nn.Module) -> bool:

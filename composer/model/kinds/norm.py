@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
+from loraweave.composer.model.kinds import _kind
 from loraweave.composer.model.kinds._kind import Shape, by_row
 from loraweave.types import Kind
 
 # of an update without rank rows
 name: Kind = "linear"
 modules = "torch.nn.LayerNorm"
+inputs, rows, put_back = _kind.inputs_by_row, _kind.rows, _kind.put_back
 
 
 def shape(module: nn.Module) -> Shape | None:
@@ -19,28 +23,13 @@ def shape(module: nn.Module) -> Shape | None:
     return None
 
 
-def refusal(module: nn.Module) -> str:
+def refusal(module: Any) -> str:
     """Not exact is a norm whose forward may do more."""
     if type(module).forward is not nn.LayerNorm.forward:
         return "whose forward is its own, and may do more than add its bias at the end"
     return ""
 
 
-def project(module: nn.Module, x: Tensor, a_SI: Tensor) -> Tensor:
+def project(module: Any, x: Tensor, a_SI: Tensor) -> Tensor:
     """No hidden value for each token."""
     return by_row(x)[..., :0].to(a_SI.dtype)
-
-
-def inputs(module: nn.Module, x: Tensor, like: Tensor) -> Tensor:
-    """The input by row and token."""
-    return by_row(x)
-
-
-def rows(module: nn.Module, y: Tensor) -> Tensor:
-    """The output by row and token."""
-    return by_row(y)
-
-
-def put_back(y_BTO: Tensor, y: Tensor) -> Tensor:
-    """The values in the shape of y."""
-    return y_BTO.reshape(y.shape)
