@@ -245,8 +245,7 @@ class LiveLayers:
     def current(self) -> Activation | None:
         """What counts for the running call."""
         activation = _current(self)
-        thread = threading.current_thread()
-        if activation is None and torch._C._current_graph_task_id() != -1 and isinstance(thread, threading._DummyThread):
+        if activation is None and _in_backward_thread():
             # gradient checkpointing runs the forward again in a thread of autograd's own, which has no context
             candidates = list(self._open)
             if len(candidates) > 1:
@@ -423,3 +422,8 @@ class _MixedForward(StandIn):
         """Gives the layer its own forward back. Where another stands in for this one by now, that stays, and calls this."""
         if not give_back(self.layer.module, "forward", self._own, self):
             self._live = None
+
+
+def _in_backward_thread() -> bool:
+    in_backward = torch._C._current_graph_task_id() != -1
+    return in_backward and isinstance(threading.current_thread(), threading._DummyThread)

@@ -1,7 +1,5 @@
 """What every recipe of trainable experts promises, by the file that it is in."""
 
-from __future__ import annotations
-
 import copy
 import json
 
@@ -18,7 +16,7 @@ from loraweave.errors import WeightingError
 RECIPES = lw.names("experts")
 # options that a recipe needs beside its defaults, on a model of two blocks with 16 features
 TASKS = ("sums", "colours")
-OPTIONS: dict[str, dict] = {
+OPTIONS = {
     "mixture_of_loras": {"tasks": TASKS},
     "mola": {"num_experts": (2, 4)},
     "mocle": {"by_task": True, "tasks": TASKS},

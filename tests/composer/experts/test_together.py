@@ -1,7 +1,5 @@
 """Expert models that share passes, against each one's own forward and training."""
 
-from __future__ import annotations
-
 import shutil
 from functools import partial
 

@@ -1,7 +1,5 @@
 """A training in as many processes as were launched, which the test beside it starts: two_processes.py folder."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,9 +1,5 @@
 """Gains and biases of a row's own experts are all that it gets of them."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
@@ -13,7 +9,7 @@ from loraweave.hub.adapter import Adapter
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Factors
 
-ROWS: list[Any] = [{"plain": 1.0}, {"gain": 1.0}, None, {"bias": 1.0}]
+ROWS = [{"plain": 1.0}, {"gain": 1.0}, None, {"bias": 1.0}]
 BY_TOKEN = MixtureWeights(
     torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 0], [0, 0, 1]]).view(4, 1, 1, 3).expand(4, 2, 1, 3),
     ("plain", "gain", "bias"),
@@ -22,7 +18,7 @@ BY_TOKEN = MixtureWeights(
 
 @pytest.mark.parametrize("mixture", [ROWS, BY_TOKEN], ids=["by row", "by token"])
 @torch.no_grad()
-def test_a_neighbours_gain_changes_no_row_whose_base_has_overflowed(mixture: Any) -> None:
+def test_a_neighbours_gain_changes_no_row_whose_base_has_overflowed(mixture):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3)).half()
     model[0].weight.fill_(3e4)

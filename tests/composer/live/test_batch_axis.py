@@ -1,34 +1,30 @@
 """Models that put something else than the batch first: weights by row are refused there, one mixture for all rows works."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
 from loraweave.composer.composer import Composer
 from loraweave.composer.live import limits
 from loraweave.errors import ScopeError
 from loraweave.hub.adapter import Adapter
 from loraweave.routers.weights import MixtureWeights
-from loraweave.types import Factors, Kind
+from loraweave.types import Factors
 
 IDS = torch.randint(3, 60, (3, 6), generator=torch.Generator().manual_seed(1))
 
 
-def _xlnet() -> tuple[nn.Module, str, Kind]:
+def _xlnet():
     config = transformers.XLNetConfig(vocab_size=61, d_model=16, n_layer=1, n_head=2, d_inner=24)
     return transformers.XLNetModel(config), "layer.0.ff.layer_1", "linear"
 
 
-def _xlnet_embedding() -> tuple[nn.Module, str, Kind]:
+def _xlnet_embedding():
     return _xlnet()[0], "word_embedding", "embedding"
 
 
-def _longformer() -> tuple[nn.Module, str, Kind]:
+def _longformer():
     config = transformers.LongformerConfig(
         vocab_size=61,
         hidden_size=16,
@@ -44,7 +40,7 @@ def _longformer() -> tuple[nn.Module, str, Kind]:
 
 @pytest.mark.parametrize("make", [_xlnet, _xlnet_embedding, _longformer])
 @torch.no_grad()
-def test_weights_by_row_are_refused_where_the_tokens_come_first(make: Any) -> None:
+def test_weights_by_row_are_refused_where_the_tokens_come_first(make):
     torch.manual_seed(0)
     model, layer, kind = make()
     model.eval().name_or_path = "tiny"
@@ -67,18 +63,18 @@ def test_weights_by_row_are_refused_where_the_tokens_come_first(make: Any) -> No
 class Counting(nn.Module):
     """A layer that meets three windows of each row."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.inner = nn.Linear(4, 4)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         if x.shape[1] == 5:
             raise RuntimeError("injected")
         return self.inner(x.unflatten(1, (3, -1)).flatten(0, 1))
 
 
 @torch.no_grad()
-def test_windows_of_a_row_are_its_own_and_an_error_leaves_no_rows_behind() -> None:
+def test_windows_of_a_row_are_its_own_and_an_error_leaves_no_rows_behind():
     torch.manual_seed(0)
     model = Counting()
     update = Factors(torch.randn(2, 4), torch.randn(4, 2))
@@ -97,7 +93,7 @@ def test_windows_of_a_row_are_its_own_and_an_error_leaves_no_rows_behind() -> No
 
 
 @torch.no_grad()
-def test_pooled_rows_are_no_tokens_of_one_row() -> None:
+def test_pooled_rows_are_no_tokens_of_one_row():
     torch.manual_seed(0)
     sizes = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
     model = transformers.BertModel(transformers.BertConfig(num_hidden_layers=1, **sizes)).eval()
@@ -113,13 +109,13 @@ def test_pooled_rows_are_no_tokens_of_one_row() -> None:
 
 @pytest.mark.parametrize("flattened", ["by the caller", "by the model"])
 @torch.no_grad()
-def test_tokens_in_one_axis_are_those_of_the_rows(flattened: str) -> None:
+def test_tokens_in_one_axis_are_those_of_the_rows(flattened):
     class Flattening(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             self.inner = nn.Linear(4, 4)
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x):
             return self.inner(x.flatten(0, -2))
 
     torch.manual_seed(0)
@@ -135,12 +131,12 @@ def test_tokens_in_one_axis_are_those_of_the_rows(flattened: str) -> None:
 class Seeing(nn.Module):
     """Reads texts, and looks at images, of which a text may have any number, as llava does."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.embed, self.patch = nn.Embedding(9, 4), nn.Conv2d(3, 4, 2, stride=2)
         self.look, self.read = nn.Linear(4, 4), nn.Linear(4, 4)
 
-    def forward(self, input_ids: Tensor, pixel_values: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, input_ids, pixel_values=None):
         seen = None if pixel_values is None else self.look(self.patch(pixel_values).flatten(2).mT)
         return self.read(self.embed(input_ids)), seen
 
@@ -150,10 +146,10 @@ SEEING = {"look": ((4, 4), "linear", ()), "patch": ((4, 12), "conv", (2, 2)), "r
 
 @pytest.mark.parametrize("layer", ["look", "patch"])
 @torch.no_grad()
-def test_images_that_are_not_one_for_each_text_take_no_weights_by_row(layer: str) -> None:
+def test_images_that_are_not_one_for_each_text_take_no_weights_by_row(layer):
     torch.manual_seed(0)
     updates = {
-        name: Factors(torch.randn(2, size[1]), torch.randn(size[0], 2), kind=kind, kernel=kernel)  # type: ignore[arg-type]
+        name: Factors(torch.randn(2, size[1]), torch.randn(size[0], 2), kind=kind, kernel=kernel)
         for name, (size, kind, kernel) in SEEING.items()
         if name in (layer, "read")
     }

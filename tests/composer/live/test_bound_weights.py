@@ -1,18 +1,13 @@
 """What depends on the base's weights is never calculated from older ones than the model has."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from loraweave.composer.composer import Composer
 from loraweave.errors import CompositionError
-from loraweave.hub.adapter import Adapter
 
 IDS = torch.randint(3, 60, (2, 5), generator=torch.Generator().manual_seed(5))
 LAYER = "model.layers.1.self_attn.q_proj"
@@ -20,24 +15,24 @@ CHANGED = rf"weight of layer '{LAYER}' has changed since expert 'd', .* engine\.
 
 
 @torch.no_grad()
-def logits(model: nn.Module) -> Tensor:
+def logits(model):
     return model(input_ids=IDS).logits
 
 
 @pytest.fixture
-def model(make_model: Callable[..., nn.Module]) -> nn.Module:
+def model(make_model):
     return make_model("llama", dtype=torch.float64)
 
 
 @pytest.fixture
-def engine(model: nn.Module, make_adapter: Callable[..., Adapter]) -> Composer:
+def engine(model, make_adapter):
     """One expert with DoRA's magnitude, which has no fingerprint of the base, and a plain one."""
     plain = make_adapter(model, "d", targets=("q_proj",))
     layers = {name: replace(f, magnitude_O=torch.linspace(0.5, 2.0, f.b_OR.shape[0])) for name, f in plain.layers.items()}
     return Composer(model, [replace(plain, layers=layers, fingerprint=None), make_adapter(model, "p", seed=1)])
 
 
-def of_the_formula(model: nn.Module, adapter: Adapter) -> Tensor:
+def of_the_formula(model, adapter):
     """What the model answers with DoRA's m (W + b a) / |W + b a| for W."""
     before = {name: model.get_submodule(name).weight.detach().clone() for name in adapter.layers}
     with torch.no_grad():
@@ -51,27 +46,25 @@ def of_the_formula(model: nn.Module, adapter: Adapter) -> Tensor:
     return found
 
 
-def in_place(layer: nn.Linear) -> None:
+def in_place(layer):
     with torch.no_grad():
         layer.weight[3] *= 2
 
 
-def through_data(layer: nn.Linear) -> None:
+def through_data(layer):
     layer.weight.data *= 2
 
 
-def loaded(layer: nn.Linear) -> None:
+def loaded(layer):
     layer.load_state_dict({"weight": layer.weight * 0.5})
 
 
-def replaced(layer: nn.Linear) -> None:
+def replaced(layer):
     layer.weight = nn.Parameter(layer.weight.detach() + 0.1)
 
 
 @pytest.mark.parametrize("change", [in_place, through_data, loaded, replaced])
-def test_a_gain_of_other_weights_is_refused_and_swap_takes_the_new_ones(
-    change: Callable[[Any], None], model: nn.Module, engine: Composer
-) -> None:
+def test_a_gain_of_other_weights_is_refused_and_swap_takes_the_new_ones(change, model, engine):
     change(model.get_submodule(LAYER))
     with pytest.raises(CompositionError, match=CHANGED):
         engine.activate({"d": 1.0})
@@ -87,7 +80,7 @@ def test_a_gain_of_other_weights_is_refused_and_swap_takes_the_new_ones(
         torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_change_within_an_activation_is_refused_in_the_next_call(model: nn.Module, engine: Composer) -> None:
+def test_a_change_within_an_activation_is_refused_in_the_next_call(model, engine):
     with engine.activate({"d": 1.0}):
         logits(model)
         in_place(model.get_submodule(LAYER))
@@ -97,7 +90,7 @@ def test_a_change_within_an_activation_is_refused_in_the_next_call(model: nn.Mod
             logits(model)
 
 
-def test_a_trained_bias_of_another_base_s_bias_is_refused(model: nn.Module, make_adapter: Callable[..., Adapter]) -> None:
+def test_a_trained_bias_of_another_base_s_bias_is_refused(model, make_adapter):
     layer = model.get_submodule(LAYER)
     layer.bias = nn.Parameter(torch.zeros(layer.out_features, dtype=torch.float64))
     plain = make_adapter(model, "d", targets=("q_proj",))
@@ -109,7 +102,7 @@ def test_a_trained_bias_of_another_base_s_bias_is_refused(model: nn.Module, make
         engine.activate({"d": 1.0})
 
 
-def test_what_is_fused_and_restored_moved_or_cast_is_no_change(model: nn.Module, engine: Composer) -> None:
+def test_what_is_fused_and_restored_moved_or_cast_is_no_change(model, engine):
     with engine.activate({"d": 1.0}):
         before = logits(model)
     with engine.fused({"p": 1.0}) as handle:
@@ -124,7 +117,7 @@ def test_what_is_fused_and_restored_moved_or_cast_is_no_change(model: nn.Module,
         logits(model)
 
 
-def test_an_expert_that_is_loaded_later_is_of_the_weights_of_then(model: nn.Module, engine: Composer) -> None:
+def test_an_expert_that_is_loaded_later_is_of_the_weights_of_then(model, engine):
     in_place(model.get_submodule(LAYER))
     dora = engine.pool.adapters["d"]
     engine.load("e", replace(dora, name="e"))

@@ -1,7 +1,5 @@
 """Routers that look at the whole input of a call before its first layer."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,18 +1,14 @@
 """torch.compile: compiled models answer as the eager one, and no mixture compiles anything anew."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from loraweave.composer.composer import Composer
@@ -23,7 +19,7 @@ from loraweave.types import Factors
 
 IDS = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(5))
 # other experts, weights, row sets, rank sums, and the base
-MIXTURES: list[Any] = [
+MIXTURES = [
     {"a": 1.0},
     {"a": 0.3, "b": 2.0},
     [{"a": 1.0}, None, {"c": 1.0}],
@@ -34,20 +30,19 @@ MIXTURES: list[Any] = [
 
 
 @pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
+def _fresh_compiler():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
 
 
 @torch.no_grad()
-def logits(model: Callable[..., Any], ids: Tensor = IDS) -> Tensor:
-    found: Tensor = model(input_ids=ids, use_cache=False).logits
-    return found
+def logits(model, ids=IDS):
+    return model(input_ids=ids, use_cache=False).logits
 
 
-def in_thread(call: Callable[[], Any]) -> Any:
-    answer: list[Any] = []
+def in_thread(call):
+    answer = []
     thread = threading.Thread(target=lambda: answer.append(call()))
     thread.start()
     thread.join()
@@ -55,15 +50,13 @@ def in_thread(call: Callable[[], Any]) -> Any:
 
 
 @pytest.fixture
-def engine(make_model: Callable[..., nn.Module], make_adapters: Callable[..., list[Adapter]]) -> Composer:
+def engine(make_model, make_adapters):
     model = make_model("llama", num_hidden_layers=1)
     return Composer(model, make_adapters(model, "llama"))
 
 
 @pytest.mark.parametrize(("kind", "backend"), [("llama", "aot_eager"), ("gpt2", "eager")])
-def test_every_mixture_answers_as_eagerly_and_compiles_nothing_anew(
-    kind: str, backend: str, make_model: Callable[..., nn.Module], make_adapters: Callable[..., list[Adapter]]
-) -> None:
+def test_every_mixture_answers_as_eagerly_and_compiles_nothing_anew(kind, backend, make_model, make_adapters):
     model = make_model(kind)
     engine = Composer(model, make_adapters(model, kind))
     counter = CompileCounterWithBackend(backend)
@@ -77,11 +70,7 @@ def test_every_mixture_answers_as_eagerly_and_compiles_nothing_anew(
     assert counter.frame_count == 1
 
 
-def test_one_expert_is_that_adapters_dense_update(
-    make_model: Callable[..., nn.Module],
-    make_adapters: Callable[..., list[Adapter]],
-    with_dense_update: Callable[..., nn.Module],
-) -> None:
+def test_one_expert_is_that_adapters_dense_update(make_model, make_adapters, with_dense_update):
     model = make_model("llama")
     adapters = make_adapters(model, "llama")
     dense = with_dense_update("llama", [adapters[1]], [1.0])
@@ -91,36 +80,34 @@ def test_one_expert_is_that_adapters_dense_update(
         assert torch.allclose(logits(compiled), logits(dense), rtol=1e-4, atol=1e-4)
 
 
-def wrapped(model: nn.Module, **options: Any) -> Callable[..., Any]:
+def wrapped(model, **options):
     return torch.compile(model, **options)
 
 
-def itself(model: nn.Module, **options: Any) -> Callable[..., Any]:
+def itself(model, **options):
     model.compile(**options)
     return model
 
 
-def its_blocks(model: nn.Module, **options: Any) -> Callable[..., Any]:
+def its_blocks(model, **options):
     for block in model.model.layers:
         block.compile(**options)
     return model
 
 
-def a_target(model: nn.Module, **options: Any) -> Callable[..., Any]:
+def a_target(model, **options):
     model.lm_head.compile(**options)
     model.model.layers[0].self_attn.q_proj.compile(**options)
     return model
 
 
-def its_forward(model: nn.Module, **options: Any) -> Callable[..., Any]:
+def its_forward(model, **options):
     model.forward = torch.compile(model.forward, **options)
     return model
 
 
 @pytest.mark.parametrize("compile_it", [wrapped, itself, its_blocks, a_target, its_forward])
-def test_what_was_compiled_and_called_before_notices_that_an_activation_opens_and_ends(
-    compile_it: Callable[..., Callable[..., Any]], engine: Composer
-) -> None:
+def test_what_was_compiled_and_called_before_notices_that_an_activation_opens_and_ends(compile_it, engine):
     expected = []
     for mixture in MIXTURES:
         with engine.activate(mixture):
@@ -138,7 +125,7 @@ def test_what_was_compiled_and_called_before_notices_that_an_activation_opens_an
     assert counts[0] == counts[1]
 
 
-def test_a_forward_of_the_layers_own_is_kept_and_noticed_too(engine: Composer) -> None:
+def test_a_forward_of_the_layers_own_is_kept_and_noticed_too(engine):
     # what accelerate does to a layer
     layer = engine.model.lm_head
     old = layer.forward
@@ -158,9 +145,7 @@ def test_a_forward_of_the_layers_own_is_kept_and_noticed_too(engine: Composer) -
 # bloom's own activation function
 @pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("compile_it", [wrapped, itself])
-def test_a_layer_that_its_owner_reads_instead_of_calling_is_noticed_in_code_that_was_compiled_before(
-    compile_it: Callable[..., Callable[..., Any]],
-) -> None:
+def test_a_layer_that_its_owner_reads_instead_of_calling_is_noticed_in_code_that_was_compiled_before(compile_it):
     from transformers import BloomConfig, BloomForCausalLM
 
     model = BloomForCausalLM(BloomConfig(vocab_size=61, hidden_size=16, n_layer=1, n_head=2)).eval()
@@ -184,9 +169,7 @@ def test_a_layer_that_its_owner_reads_instead_of_calling_is_noticed_in_code_that
     assert not [module for module in model.modules() if "forward" in vars(module)]
 
 
-def test_another_pool_and_another_composer_compile_nothing_anew(
-    engine: Composer, make_adapters: Callable[..., list[Adapter]]
-) -> None:
+def test_another_pool_and_another_composer_compile_nothing_anew(engine, make_adapters):
     model = engine.model
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
@@ -201,9 +184,7 @@ def test_another_pool_and_another_composer_compile_nothing_anew(
     assert counter.frame_count == 1
 
 
-def test_layers_that_share_their_code_share_what_it_was_compiled_to(
-    make_model: Callable[..., nn.Module], make_adapters: Callable[..., list[Adapter]]
-) -> None:
+def test_layers_that_share_their_code_share_what_it_was_compiled_to(make_model, make_adapters):
     model = make_model("llama", num_hidden_layers=9)
     engine = Composer(model, make_adapters(model, "llama"))
     with engine.activate({"a": 1.0, "b": 1.0}):
@@ -215,7 +196,7 @@ def test_layers_that_share_their_code_share_what_it_was_compiled_to(
     assert counter.frame_count == 1
 
 
-def test_batches_of_other_shapes_compile_no_more_than_the_base_does(engine: Composer) -> None:
+def test_batches_of_other_shapes_compile_no_more_than_the_base_does(engine):
     model = engine.model
     shapes = [(3, 7), (2, 5), (1, 3), (8, 1)]
     counts = []
@@ -235,9 +216,7 @@ def test_batches_of_other_shapes_compile_no_more_than_the_base_does(engine: Comp
 
 
 @pytest.mark.parametrize(("kind", "backend"), [("llama", "eager"), ("gpt2", "aot_eager")])
-def test_gradients_are_those_of_the_eager_model(
-    kind: str, backend: str, make_model: Callable[..., nn.Module], make_adapter: Callable[..., Adapter]
-) -> None:
+def test_gradients_are_those_of_the_eager_model(kind, backend, make_model, make_adapter):
     model = make_model(kind)
     targets = ("q_proj", "down_proj") if kind == "llama" else ("c_attn", "c_fc")
     affine = {"gain": True, "bias": True} if kind == "gpt2" else {}
@@ -256,21 +235,21 @@ def test_gradients_are_those_of_the_eager_model(
 
 
 class _Learned(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor([0.1, 0.2, 0.3]))
 
-    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+    def weights(self, x_BTI, layer):
         return (self.weight * x_BTI.mean(-1, keepdim=True)).softmax(-1)
 
 
 # torch's own, where a graph ends between layers
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("routed", [False, True])
-def test_weights_that_learn_and_routers_get_their_gradients(routed: bool, engine: Composer) -> None:
+def test_weights_that_learn_and_routers_get_their_gradients(routed, engine):
     router = _Learned()
     values = torch.full((3, 1, 1, 3), 0.5, requires_grad=True)
-    mixture: Any = router if routed else MixtureWeights(values, ("a", "b", "c"))
+    mixture = router if routed else MixtureWeights(values, ("a", "b", "c"))
     learned = router.weight if routed else values
     compiled = torch.compile(engine.model, backend="eager")
     logits(compiled)
@@ -279,7 +258,6 @@ def test_weights_that_learn_and_routers_get_their_gradients(routed: bool, engine
         learned.grad = None
         with engine.activate(mixture):
             each(input_ids=IDS, use_cache=False).logits.sin().sum().backward()
-        assert learned.grad is not None
         found.append(learned.grad.clone())
     assert torch.allclose(found[0], found[1], rtol=1e-4, atol=1e-4 * float(found[0].abs().max()))
     # the next steps compile nothing anew
@@ -292,7 +270,7 @@ def test_weights_that_learn_and_routers_get_their_gradients(routed: bool, engine
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
 
 
-def test_a_router_in_one_whole_graph_works_without_gradients_and_is_refused_with_them(engine: Composer) -> None:
+def test_a_router_in_one_whole_graph_works_without_gradients_and_is_refused_with_them(engine):
     compiled = torch.compile(engine.model, backend="eager", fullgraph=True)
     with engine.activate(_Learned()):
         assert torch.equal(logits(compiled), logits(engine.model))
@@ -300,7 +278,7 @@ def test_a_router_in_one_whole_graph_works_without_gradients_and_is_refused_with
             compiled(input_ids=IDS, use_cache=False)
 
 
-def test_a_backward_pass_after_the_block_is_refused(engine: Composer) -> None:
+def test_a_backward_pass_after_the_block_is_refused(engine):
     compiled = torch.compile(engine.model, backend="aot_eager")
     with engine.activate({"a": 1.0}):
         total = compiled(input_ids=IDS, use_cache=False).logits.sum()
@@ -310,9 +288,7 @@ def test_a_backward_pass_after_the_block_is_refused(engine: Composer) -> None:
 
 # the name that transformers 5.3 knows
 @pytest.mark.filterwarnings("ignore:`(gradient_checkpointing_enable|is_gradient_checkpointing)` is deprecated:FutureWarning")
-def test_gradient_checkpointing_gives_the_same_gradients(
-    make_model: Callable[..., nn.Module], make_adapters: Callable[..., list[Adapter]]
-) -> None:
+def test_gradient_checkpointing_gives_the_same_gradients(make_model, make_adapters):
     gradients = []
     for compiled in (False, True):
         model = make_model("llama").train()
@@ -325,11 +301,11 @@ def test_gradient_checkpointing_gives_the_same_gradients(
 
 
 @pytest.mark.parametrize("cache", ["static", "dynamic"])
-def test_generation_with_a_compiled_forward_gives_the_eager_ones_tokens(cache: str, engine: Composer) -> None:
+def test_generation_with_a_compiled_forward_gives_the_eager_ones_tokens(cache, engine):
     from transformers import CompileConfig
 
     model = engine.model
-    options: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     expected = []
     for mixture in MIXTURES:
         with engine.activate(mixture):
@@ -350,7 +326,7 @@ def test_generation_with_a_compiled_forward_gives_the_eager_ones_tokens(cache: s
     assert counts[-1] == counts[0]
 
 
-def test_inference_mode_and_training_share_a_compiled_model(engine: Composer) -> None:
+def test_inference_mode_and_training_share_a_compiled_model(engine):
     compiled = torch.compile(engine.model, backend="aot_eager", fullgraph=True)
     with engine.activate({"a": 1.0}):
         expected = logits(engine.model)
@@ -360,7 +336,7 @@ def test_inference_mode_and_training_share_a_compiled_model(engine: Composer) ->
     assert engine.model.model.embed_tokens.weight.grad is not None
 
 
-def test_a_thread_without_a_mixture_gets_the_base_from_the_same_compiled_model(engine: Composer) -> None:
+def test_a_thread_without_a_mixture_gets_the_base_from_the_same_compiled_model(engine):
     base = logits(engine.model)
     compiled = torch.compile(engine.model, backend="aot_eager", fullgraph=True)
     with engine.activate({"a": 1.0}):
@@ -369,15 +345,15 @@ def test_a_thread_without_a_mixture_gets_the_base_from_the_same_compiled_model(e
         assert torch.equal(logits(compiled), inside)
 
 
-def test_threads_with_different_mixtures_share_a_compiled_model(engine: Composer) -> None:
+def test_threads_with_different_mixtures_share_a_compiled_model(engine):
     compiled = torch.compile(engine.model, backend="aot_eager", fullgraph=True)
     expected = []
     for mixture in MIXTURES:
         with engine.activate(mixture):
             expected.append(logits(compiled))
-    wrong: list[int] = []
+    wrong = []
 
-    def work(index: int) -> None:
+    def work(index):
         for _ in range(10):
             with engine.activate(MIXTURES[index]):
                 if not torch.equal(logits(compiled), expected[index]):
@@ -391,7 +367,7 @@ def test_threads_with_different_mixtures_share_a_compiled_model(engine: Composer
     assert wrong == []
 
 
-def test_the_weights_of_a_compiled_forward_are_told_like_those_of_an_eager_one(engine: Composer) -> None:
+def test_the_weights_of_a_compiled_forward_are_told_like_those_of_an_eager_one(engine):
     compiled = torch.compile(engine.model, backend="eager", fullgraph=True)
     found = []
     for each in (engine.model, compiled):
@@ -403,14 +379,14 @@ def test_the_weights_of_a_compiled_forward_are_told_like_those_of_an_eager_one(e
         assert all(torch.equal(used.w_BTE, other.layers[name].w_BTE) for name, used in eager.layers.items())
 
 
-def test_a_copy_made_while_active_compiles_to_the_base(engine: Composer) -> None:
+def test_a_copy_made_while_active_compiles_to_the_base(engine):
     base = logits(engine.model)
     with engine.activate({"a": 1.0}):
         twin = copy.deepcopy(engine.model)
         assert torch.equal(logits(torch.compile(twin, backend="eager", fullgraph=True)), base)
 
 
-def test_rows_that_do_not_match_are_refused_and_leave_a_compiled_model_usable(engine: Composer) -> None:
+def test_rows_that_do_not_match_are_refused_and_leave_a_compiled_model_usable(engine):
     compiled = torch.compile(engine.model, backend="aot_eager", fullgraph=True)
     with engine.activate([{"a": 1.0}, {"b": 1.0}]), pytest.raises(ScopeError, match="2 rows"):
         logits(compiled)
@@ -419,7 +395,7 @@ def test_rows_that_do_not_match_are_refused_and_leave_a_compiled_model_usable(en
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_a_program_exported_inside_an_activation_follows_activations(strict: bool) -> None:
+def test_a_program_exported_inside_an_activation_follows_activations(strict):
     model, engine = _sequence(torch.float32)
     x = torch.randn(2, 4, 9)
     base = model(x)
@@ -431,12 +407,12 @@ def test_a_program_exported_inside_an_activation_follows_activations(strict: boo
     assert torch.equal(program(x), base)
 
 
-def test_no_cuda_graph_holds_an_operator() -> None:
+def test_no_cuda_graph_holds_an_operator():
     for name in ("mixed", "mixed_for_backward", "mixed_backward"):
         assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.loraweave, name).default.tags
 
 
-def _sequence(dtype: torch.dtype) -> tuple[nn.Module, Composer]:
+def _sequence(dtype):
     generator = torch.Generator().manual_seed(0)
     model = nn.Sequential(nn.Linear(9, 5), nn.GELU(), nn.Linear(5, 3)).to(dtype)
     layers = {"0": Factors(torch.randn(2, 9, generator=generator), torch.randn(5, 2, generator=generator))}
@@ -445,7 +421,7 @@ def _sequence(dtype: torch.dtype) -> tuple[nn.Module, Composer]:
 
 # opcheck looks at every tensor's gradient
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_the_operators_keep_torchs_rules() -> None:
+def test_the_operators_keep_torchs_rules():
     model, engine = _sequence(torch.float64)
     x = torch.randn(2, 4, 9, dtype=torch.float64, requires_grad=True)
     y = model[0](x).detach().requires_grad_()
@@ -456,17 +432,16 @@ def test_the_operators_keep_torchs_rules() -> None:
 
 
 class _Convolved(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.embed = nn.Embedding(11, 6)
         self.convolve = nn.Conv1d(6, 5, 2)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        features: Tensor = self.convolve(self.embed(ids).mT)
-        return features
+    def forward(self, ids):
+        return self.convolve(self.embed(ids).mT)
 
 
-def test_embeddings_and_convolutions_are_compiled_with_the_eager_outputs_and_gradients() -> None:
+def test_embeddings_and_convolutions_are_compiled_with_the_eager_outputs_and_gradients():
     model, ids = _Convolved(), torch.randint(0, 11, (3, 4))
     factors = {
         "embed": Factors(torch.randn(2, 11), torch.randn(6, 2), kind="embedding"),
@@ -490,7 +465,7 @@ def test_embeddings_and_convolutions_are_compiled_with_the_eager_outputs_and_gra
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="inductor needs a C++ compiler")
 # torch's own, on its import
 @pytest.mark.filterwarnings("ignore")
-def test_inductors_code_gives_the_eager_outputs_and_gradients() -> None:
+def test_inductors_code_gives_the_eager_outputs_and_gradients():
     model, engine = _sequence(torch.float32)
     counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
@@ -503,7 +478,6 @@ def test_inductors_code_gives_the_eager_outputs_and_gradients() -> None:
             with engine.activate(mixture):
                 output = each(x)
                 output.sin().sum().backward()
-            assert x.grad is not None
             found.append((output.detach(), x.grad.clone()))
         for eager, other in zip(*found, strict=True):
             assert torch.allclose(eager, other, rtol=1e-5, atol=1e-6)

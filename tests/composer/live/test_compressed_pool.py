@@ -1,7 +1,5 @@
 """Pools of adapters that a hub keeps in few bits, and of adapters trained to first order, are searched like any other."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,24 +1,18 @@
 """Live mixtures on a GPU: what they are on the CPU, without waiting for the GPU, and in its graphs."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from loraweave.composer.composer import Composer
 from loraweave.errors import WeightingError
-from loraweave.hub.adapter import Adapter
 from loraweave.routers.weights import MixtureWeights
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 IDS = torch.randint(3, 60, (4, 7), generator=torch.Generator().manual_seed(5))
-MIXTURES: list[Any] = [
+MIXTURES = [
     {"a": 1.0, "b": 0.5},
     [{"a": 1.0}, {"b": 1.0}, {"a": 0.5, "c": 1.0}, {"c": -1.0}],
     [{"a": 1.0}, None, {"b": 1.0}, {"a": 1.0}],
@@ -28,13 +22,13 @@ MIXTURES: list[Any] = [
 
 
 @torch.no_grad()
-def logits(model: Callable[..., Any], ids: Tensor) -> Tensor:
-    found: Tensor = model(input_ids=ids, use_cache=False).logits
+def logits(model, ids):
+    found = model(input_ids=ids, use_cache=False).logits
     return found.clone()
 
 
 @contextmanager
-def no_waiting() -> Iterator[None]:
+def no_waiting():
     """An error for whatever waits for the GPU."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
@@ -45,7 +39,7 @@ def no_waiting() -> Iterator[None]:
 
 
 @pytest.fixture
-def engines(make_model: Callable[..., nn.Module], make_adapters: Callable[..., list[Adapter]]) -> tuple[Composer, Composer]:
+def engines(make_model, make_adapters):
     """The same on the CPU and on the GPU."""
     models = [make_model("llama"), make_model("llama").to("cuda")]
     on_cpu, on_gpu = (Composer(model, make_adapters(model, "llama")) for model in models)
@@ -53,7 +47,7 @@ def engines(make_model: Callable[..., nn.Module], make_adapters: Callable[..., l
 
 
 @pytest.mark.parametrize("mixture", MIXTURES, ids=range(len(MIXTURES)))
-def test_a_mixture_is_what_it_is_on_the_cpu(mixture: Any, engines: tuple[Composer, Composer]) -> None:
+def test_a_mixture_is_what_it_is_on_the_cpu(mixture, engines):
     on_cpu, on_gpu = engines
     with on_cpu.activate(mixture):
         wanted = logits(on_cpu.model, IDS)
@@ -63,9 +57,7 @@ def test_a_mixture_is_what_it_is_on_the_cpu(mixture: Any, engines: tuple[Compose
 
 
 @pytest.mark.parametrize("mixture", MIXTURES, ids=range(len(MIXTURES)))
-def test_a_second_forward_waits_for_nothing_and_can_be_recorded_as_a_graph(
-    mixture: Any, engines: tuple[Composer, Composer]
-) -> None:
+def test_a_second_forward_waits_for_nothing_and_can_be_recorded_as_a_graph(mixture, engines):
     model, layer = engines[1].model, "model.layers.0.self_attn.q_proj"
     x_BTI = torch.randn(4, 7, 16, device="cuda")
     with engines[1].activate(mixture), torch.no_grad():
@@ -82,7 +74,7 @@ def test_a_second_forward_waits_for_nothing_and_can_be_recorded_as_a_graph(
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_cuda_graphs_of_torch_compile_repeat_no_mixture(engines: tuple[Composer, Composer]) -> None:
+def test_cuda_graphs_of_torch_compile_repeat_no_mixture(engines):
     engine, ids = engines[1], IDS.cuda()
     compiled = torch.compile(engine.model, mode="reduce-overhead")
     for _ in range(3):
@@ -91,11 +83,9 @@ def test_cuda_graphs_of_torch_compile_repeat_no_mixture(engines: tuple[Composer,
                 assert torch.allclose(logits(compiled, ids), logits(engine.model, ids), rtol=1e-3, atol=1e-3)
 
 
-def test_weights_of_a_router_that_are_no_numbers_are_named_when_the_activation_ends(
-    engines: tuple[Composer, Composer],
-) -> None:
+def test_weights_of_a_router_that_are_no_numbers_are_named_when_the_activation_ends(engines):
     class Broken:
-        def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+        def weights(self, x_BTI, layer):
             w_BTE = torch.ones(*x_BTI.shape[:2], 3, device=x_BTI.device)
             return w_BTE * float("nan") if layer.endswith("1.self_attn.v_proj") else w_BTE
 

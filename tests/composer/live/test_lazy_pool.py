@@ -1,14 +1,10 @@
 """A pool whose adapters are opened when they are used, beside one that has them all; and what attaching costs."""
 
-from __future__ import annotations
-
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from loraweave.composer.composer import Composer
 from loraweave.composer.live import fitting
@@ -23,39 +19,37 @@ MIXTURES = [{"a": 0.7, "c": -0.4}, [{"b": 1.0}, {"a": 0.5, "b": 0.5}], [None, {"
 
 
 @torch.no_grad()
-def logits(model: nn.Module) -> Tensor:
+def logits(model):
     return model(input_ids=IDS).logits
 
 
 class Shelf:
     """A lazy pool of adapters that knows which were opened."""
 
-    def __init__(self, adapters: list[Adapter]) -> None:
+    def __init__(self, adapters):
         self._adapters = {adapter.name: adapter for adapter in adapters}
-        self.opened: list[str] = []
+        self.opened = []
         self.pool = ExpertPool.on_demand(self._adapters, self)
 
-    def __call__(self, name: str) -> Adapter:
+    def __call__(self, name):
         self.opened.append(name)
         return replace(self._adapters[name])
 
 
 @pytest.fixture
-def adapters(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> list[Adapter]:
+def adapters(tiny_llama, make_adapters):
     return make_adapters(tiny_llama, "llama")
 
 
 @pytest.mark.parametrize("mixture", MIXTURES)
-def test_a_lazy_pool_gives_the_same_bits_as_one_that_is_not(
-    mixture: object, tiny_llama: nn.Module, adapters: list[Adapter]
-) -> None:
+def test_a_lazy_pool_gives_the_same_bits_as_one_that_is_not(mixture, tiny_llama, adapters):
     with Composer(tiny_llama, adapters).activate(mixture):
         expected = logits(tiny_llama)
     with Composer(tiny_llama, Shelf(adapters).pool).activate(mixture):
         assert torch.equal(logits(tiny_llama), expected)
 
 
-def test_only_the_experts_of_a_mixture_are_opened_and_each_once(tiny_llama: nn.Module, adapters: list[Adapter]) -> None:
+def test_only_the_experts_of_a_mixture_are_opened_and_each_once(tiny_llama, adapters):
     shelf = Shelf(adapters)
     engine = Composer(tiny_llama, shelf.pool)
     assert (shelf.opened, engine.pool.names, dict(engine.target_layers)) == ([], ("a", "b", "c"), {})
@@ -66,7 +60,7 @@ def test_only_the_experts_of_a_mixture_are_opened_and_each_once(tiny_llama: nn.M
     assert set(engine.target_layers) == set(adapters[0].layers)
 
 
-def test_a_lazy_pool_fuses_the_same_bits_and_opens_what_it_fuses(tiny_llama: nn.Module, adapters: list[Adapter]) -> None:
+def test_a_lazy_pool_fuses_the_same_bits_and_opens_what_it_fuses(tiny_llama, adapters):
     with Composer(tiny_llama, adapters).fused({"a": 0.7, "c": -0.4}):
         expected = logits(tiny_llama)
     shelf = Shelf(adapters)
@@ -76,9 +70,7 @@ def test_a_lazy_pool_fuses_the_same_bits_and_opens_what_it_fuses(tiny_llama: nn.
     assert sorted(set(shelf.opened)) == ["a", "c"]
 
 
-def test_an_expert_of_a_lazy_pool_that_does_not_fit_is_named_when_it_is_activated(
-    tiny_llama: nn.Module, adapters: list[Adapter]
-) -> None:
+def test_an_expert_of_a_lazy_pool_that_does_not_fit_is_named_when_it_is_activated(tiny_llama, adapters):
     wide = Factors(torch.ones(1, 999), torch.ones(16, 1))
     bad = [
         Adapter("wide", "tiny", {"model.layers.0.self_attn.q_proj": wide}),
@@ -105,21 +97,19 @@ def test_an_expert_of_a_lazy_pool_that_does_not_fit_is_named_when_it_is_activate
         assert not torch.equal(logits(tiny_llama), before)
 
 
-def test_an_expert_that_fits_the_fingerprint_is_taken(tiny_llama: nn.Module, adapters: list[Adapter]) -> None:
+def test_an_expert_that_fits_the_fingerprint_is_taken(tiny_llama, adapters):
     known = [replace(adapter, fingerprint=fingerprint(tiny_llama)) for adapter in adapters]
     with Composer(tiny_llama, Shelf(known).pool).activate({"a": 1.0, "b": 1.0}):
         logits(tiny_llama)
 
 
-def test_layers_of_an_expert_opened_later_reach_an_activation_of_another_thread(
-    tiny_llama: nn.Module, adapters: list[Adapter]
-) -> None:
+def test_layers_of_an_expert_opened_later_reach_an_activation_of_another_thread(tiny_llama, adapters):
     with Composer(tiny_llama, adapters).activate({"b": 1.0}):
         expected = logits(tiny_llama)
     engine = Composer(tiny_llama, Shelf(adapters).pool)
     found = []
 
-    def other() -> None:
+    def other():
         with engine.activate({"b": 1.0}):
             found.append(logits(tiny_llama))
 
@@ -133,9 +123,7 @@ def test_layers_of_an_expert_opened_later_reach_an_activation_of_another_thread(
     assert not any(module._forward_hooks for module in tiny_llama.modules())
 
 
-def test_an_unbound_expert_is_bound_when_it_is_opened_and_refused_while_the_base_is_fused(
-    tiny_llama: nn.Module, adapters: list[Adapter]
-) -> None:
+def test_an_unbound_expert_is_bound_when_it_is_opened_and_refused_while_the_base_is_fused(tiny_llama, adapters):
     layer = "model.layers.0.self_attn.q_proj"
     factors = replace(adapters[0].layers[layer], magnitude_O=torch.full((16,), 2.0))
     dora = Adapter("dora", "tiny", {layer: factors})
@@ -151,22 +139,20 @@ def test_an_unbound_expert_is_bound_when_it_is_opened_and_refused_while_the_base
 
 
 @pytest.fixture
-def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def looked_at(monkeypatch):
     """The layers that are compared with the model's."""
-    found: list[str] = []
+    found = []
     real = fitting.target_layer
 
-    def counted(modules: object, name: str, *rest: object) -> object:
+    def counted(modules, name, *rest):
         found.append(name)
-        return real(modules, name, *rest)  # type: ignore[arg-type]
+        return real(modules, name, *rest)
 
     monkeypatch.setattr(fitting, "target_layer", counted)
     return found
 
 
-def test_adapters_of_one_form_are_compared_with_the_model_once(
-    tiny_llama: nn.Module, make_adapter: Callable[..., Adapter], looked_at: list[str]
-) -> None:
+def test_adapters_of_one_form_are_compared_with_the_model_once(tiny_llama, make_adapter, looked_at):
     many = [make_adapter(tiny_llama, f"e{seed}", rank=1 + seed % 3, seed=seed) for seed in range(50)]
     engine = Composer(tiny_llama, many)
     assert sorted(looked_at) == sorted(many[0].layers)

@@ -1,11 +1,8 @@
 """Layers that a live mixture cannot reach are refused when it is activated, and can be fused into."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 import threading
-from typing import Any
 
 import pytest
 import torch
@@ -19,7 +16,7 @@ from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors
 
 
-def adapter(layer: str, num_out: int, num_in: int) -> Adapter:
+def adapter(layer, num_out, num_in):
     torch.manual_seed(0)
     return Adapter("a", "tiny", {layer: Factors(torch.randn(2, num_in), torch.randn(num_out, 2))})
 
@@ -27,35 +24,35 @@ def adapter(layer: str, num_out: int, num_in: int) -> Adapter:
 class Everything(nn.Module):
     """Uses its layers in every way that there is."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.called, self.read, self.both = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
         self.asked, self.typed, self.within = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
         self.elsewhere, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
         nn.init.ones_(self.called.weight)
 
-    def tie_weights(self) -> None:
+    def tie_weights(self):
         self.called.weight = self.called.weight
 
-    def fused_weights(self) -> Tensor:
+    def fused_weights(self):
         return torch.cat([self.elsewhere.weight, self.called.weight])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         x = self.called(x) if x.ndim else self.both(x)
         return self.rest(nn.functional.linear(x, self.read.weight, self.read.bias))
 
-    def rest(self, x: Tensor) -> Tensor:
+    def rest(self, x):
         x = x @ self.both.weight.T
         if isinstance(self.typed.weight, Tensor) and self.asked.weight.dtype == x.dtype:
             x = self.typed(x) + self.asked(x.to(self.asked.weight.device))
-        return sum([x @ weight for weight in [self.within.weight]])  # type: ignore[return-value]
+        return sum([x @ weight for weight in [self.within.weight]])
 
 
 USES = {"called": "called", "read": "read", "both": "both", "asked": "called", "typed": "called", "within": "read"}
 
 
 @pytest.mark.parametrize(("name", "use"), [*USES.items(), ("elsewhere", "called"), ("unused", "called")])
-def test_how_a_layer_is_used_is_seen_from_its_owners_methods(name: str, use: str) -> None:
+def test_how_a_layer_is_used_is_seen_from_its_owners_methods(name, use):
     assert use_of(Everything(), name) == use
 
     class Inheriting(Everything):
@@ -64,13 +61,13 @@ def test_how_a_layer_is_used_is_seen_from_its_owners_methods(name: str, use: str
     assert use_of(Inheriting(), name) == use
 
 
-def _attention() -> tuple[nn.Module, str, Any]:
+def _attention():
     torch.manual_seed(0)
     x = torch.randn(2, 3, 4)
     return nn.Sequential(nn.MultiheadAttention(4, 2)).eval(), "0.out_proj", lambda model: model[0](x, x, x)[0]
 
 
-def _wavlm() -> tuple[nn.Module, str, Any]:
+def _wavlm():
     torch.manual_seed(0)
     config = transformers.WavLMConfig(
         hidden_size=4,
@@ -92,7 +89,7 @@ def _wavlm() -> tuple[nn.Module, str, Any]:
 
 @pytest.mark.parametrize("make", [_attention, _wavlm])
 @torch.no_grad()
-def test_a_layer_that_its_owner_never_calls_is_refused_live_and_fused_right(make: Any) -> None:
+def test_a_layer_that_its_owner_never_calls_is_refused_live_and_fused_right(make):
     model, layer, run = make()
     own = adapter(layer, 4, 4)
     base = run(model)
@@ -113,9 +110,9 @@ def test_a_layer_that_its_owner_never_calls_is_refused_live_and_fused_right(make
     assert torch.equal(run(model), base)
 
 
-def test_a_router_is_refused_for_a_layer_that_never_runs() -> None:
+def test_a_router_is_refused_for_a_layer_that_never_runs():
     class Constant:
-        def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+        def weights(self, x_BTI, layer):
             return torch.ones(1, 1, 1)
 
     model, layer, _ = _attention()
@@ -126,17 +123,17 @@ def test_a_router_is_refused_for_a_layer_that_never_runs() -> None:
 class Sometimes(nn.Module):
     """Calls its layer, or with `fast` computes with its weight."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.inner = nn.Linear(4, 4)
         self.fast = False
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return nn.functional.linear(x, self.inner.weight, self.inner.bias) if self.fast else self.inner(x)
 
 
 @torch.no_grad()
-def test_an_owner_that_did_not_call_its_layer_this_time_is_noticed() -> None:
+def test_an_owner_that_did_not_call_its_layer_this_time_is_noticed():
     torch.manual_seed(0)
     model, x = nn.Sequential(Sometimes()), torch.randn(2, 4)
     base, own = model(x), {name: set(vars(module)) for name, module in model.named_modules()}
@@ -163,8 +160,8 @@ def test_an_owner_that_did_not_call_its_layer_this_time_is_noticed() -> None:
     assert sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()) == 0
 
 
-def in_thread(call: Any) -> Any:
-    answers: list[Any] = []
+def in_thread(call):
+    answers = []
     thread = threading.Thread(target=lambda: answers.append(call()))
     thread.start()
     thread.join()
@@ -172,7 +169,7 @@ def in_thread(call: Any) -> Any:
 
 
 @torch.no_grad()
-def test_a_layer_with_a_watched_owner_can_be_compiled() -> None:
+def test_a_layer_with_a_watched_owner_can_be_compiled():
     torch.manual_seed(0)
     model, x = nn.Sequential(Sometimes()), torch.randn(2, 4)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -185,20 +182,20 @@ def test_a_layer_with_a_watched_owner_can_be_compiled() -> None:
 class Model(nn.Module):
     """Embeds tokens unless they are embedded already, and looks its own weight up, as gemma 4 does."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.embed_tokens = nn.Embedding(5, 4)
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self):
         return self.embed_tokens
 
-    def forward(self, ids: Tensor | None = None, embedded: Tensor | None = None) -> Tensor:
+    def forward(self, ids=None, embedded=None):
         embedded = self.embed_tokens(ids) if embedded is None else embedded
         return (embedded[:, :, None] == self.embed_tokens.weight).all(dim=-1)
 
 
 @torch.no_grad()
-def test_tokens_may_come_embedded() -> None:
+def test_tokens_may_come_embedded():
     model, ids = nn.Sequential(Model()), torch.tensor([[1, 4, 2]])
     update = Factors(torch.ones(1, 5), torch.ones(4, 1), kind="embedding")
     with Composer(model, [Adapter("a", "tiny", {"0.embed_tokens": update})]).activate({"a": 1.0}):

@@ -1,17 +1,14 @@
 """Any order of opening, nesting, closing, fusing, switching, swapping and failing: the model is what the formula says."""
 
-from __future__ import annotations
-
 import hashlib
 from contextlib import ExitStack
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from torch import Tensor, nn
+from torch import nn
 
 from loraweave.composer.composer import Composer
 from loraweave.errors import AlreadyActive, UnknownExpert
@@ -26,12 +23,12 @@ weights = st.dictionaries(st.sampled_from(("a", "c")), st.sampled_from([-1.0, 0.
 mixtures = weights | st.lists(st.none() | weights, min_size=ROWS, max_size=ROWS)
 
 
-def _random(generator: torch.Generator, *shape: int) -> Tensor:
+def _random(generator, *shape):
     return torch.randn(*shape, generator=generator)
 
 
 class Machine(RuleBasedStateMachine):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         self.model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
@@ -53,23 +50,23 @@ class Machine(RuleBasedStateMachine):
         }
         self.base = self.output()
         self.digest = self.digested()
-        self.open: list[Any] = []
-        self.mixtures: list[Any] = []
-        self.fusion: Any = None
+        self.open = []
+        self.mixtures = []
+        self.fusion = None
         self.fused_block = ExitStack()
 
-    def pool(self, which: str) -> list[Adapter]:
+    def pool(self, which):
         return [self.adapters[name] for name in POOLS[which]]
 
     @torch.no_grad()
-    def output(self) -> Tensor:
+    def output(self):
         return self.model(self.x)
 
-    def digested(self) -> str:
+    def digested(self):
         state = self.model.state_dict()
         return hashlib.sha256(b"".join(state[name].numpy().tobytes() for name in sorted(state))).hexdigest()
 
-    def formula(self, mixture: Any) -> Tensor:
+    def formula(self, mixture):
         """Every row through W + sum of w_e b_e a_e of its own, written out."""
         rows = mixture if isinstance(mixture, list) else [mixture] * ROWS
         found = []
@@ -86,11 +83,11 @@ class Machine(RuleBasedStateMachine):
         return torch.stack(found)
 
     @property
-    def busy(self) -> bool:
+    def busy(self):
         return bool(self.open) or self.fusion is not None
 
     @rule(mixture=mixtures)
-    def activate(self, mixture: Any) -> None:
+    def activate(self, mixture):
         if self.fusion is not None:
             with pytest.raises(AlreadyActive, match="fused"):
                 self.engine.activate(mixture)
@@ -100,7 +97,7 @@ class Machine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.open)
     @rule(depth=st.integers(0, 5), data=st.data())
-    def close(self, depth: int, data: st.DataObject) -> None:
+    def close(self, depth, data):
         place = max(len(self.open) - 1 - depth, 0)
         if place < len(self.open) - 1 and data.draw(st.booleans()):
             with pytest.raises(AlreadyActive, match="opened later"):
@@ -114,13 +111,13 @@ class Machine(RuleBasedStateMachine):
 
     @precondition(lambda self: len(self.open) > 1)
     @rule(depth=st.integers(1, 5))
-    def leave_a_block(self, depth: int) -> None:
+    def leave_a_block(self, depth):
         place = max(len(self.open) - 1 - depth, 0)
         self.open[place].__exit__(None, None, None)
         del self.open[place:], self.mixtures[place:]
 
     @rule(mixture=weights)
-    def fuse(self, mixture: Any) -> None:
+    def fuse(self, mixture):
         if self.busy:
             with pytest.raises(AlreadyActive):
                 self.engine.fused(mixture).__enter__()
@@ -130,18 +127,18 @@ class Machine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.fusion is not None)
     @rule(mixture=weights)
-    def switch(self, mixture: Any) -> None:
+    def switch(self, mixture):
         self.fusion.switch(mixture)
         self.mixtures = [mixture]
 
     @precondition(lambda self: self.fusion is not None)
     @rule()
-    def unfuse(self) -> None:
+    def unfuse(self):
         self.fused_block.close()
         self.fusion, self.mixtures = None, []
 
     @rule(which=st.sampled_from(sorted(POOLS)))
-    def swap(self, which: str) -> None:
+    def swap(self, which):
         if self.busy:
             with pytest.raises(AlreadyActive):
                 self.engine.swap(self.pool(which))
@@ -149,8 +146,8 @@ class Machine(RuleBasedStateMachine):
             self.engine.swap(self.pool(which))
 
     @rule(layer=st.sampled_from(["0", "1", "2"]), error=st.sampled_from([RuntimeError, KeyboardInterrupt]))
-    def fail_in_a_forward(self, layer: str, error: type[BaseException]) -> None:
-        def fail(*_: Any) -> None:
+    def fail_in_a_forward(self, layer, error):
+        def fail(*_):
             raise error("injected")
 
         handle = self.model.get_submodule(layer).register_forward_hook(fail)
@@ -160,8 +157,8 @@ class Machine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.fusion is None)
     @rule(mixture=mixtures, inner=mixtures)
-    def fail_in_a_block(self, mixture: Any, inner: Any) -> None:
-        def careless() -> None:
+    def fail_in_a_block(self, mixture, inner):
+        def careless():
             with self.engine.activate(mixture):
                 self.engine.activate(inner)
                 assert torch.allclose(self.output(), self.formula(inner), rtol=1e-9, atol=1e-9)
@@ -171,25 +168,25 @@ class Machine(RuleBasedStateMachine):
             careless()
 
     @rule()
-    def ask_for_what_is_not_there(self) -> None:
+    def ask_for_what_is_not_there(self):
         with pytest.raises((UnknownExpert, AlreadyActive)):
             self.engine.activate({"d": 1.0})
 
     @invariant()
-    def the_output_is_the_formulas(self) -> None:
+    def the_output_is_the_formulas(self):
         assert self.engine.active == self.busy
         expected = self.formula(self.mixtures[-1] if self.mixtures else None)
         assert torch.allclose(self.output(), expected, rtol=1e-9, atol=1e-9)
 
     @invariant()
-    def at_rest_it_is_the_base_bit_for_bit(self) -> None:
+    def at_rest_it_is_the_base_bit_for_bit(self):
         if self.fusion is None:
             assert self.digested() == self.digest
         if not self.busy:
             assert torch.equal(self.output(), self.base)
             assert sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in self.model.modules()) == 0
 
-    def teardown(self) -> None:
+    def teardown(self):
         self.fused_block.close()
         for handle in reversed(self.open):
             handle.close()
@@ -206,7 +203,7 @@ TestMachine = Machine.TestCase
 
 
 @pytest.mark.slow
-def test_ten_thousand_steps() -> None:
+def test_ten_thousand_steps():
     from hypothesis.stateful import run_state_machine_as_test
 
     run_state_machine_as_test(

@@ -1,7 +1,5 @@
 """The running model under what users do to it: errors anywhere, threads, forks, hooks of their own."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import os
@@ -9,38 +7,35 @@ import signal
 import sys
 import threading
 import weakref
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from loraweave.composer.composer import Composer
-from loraweave.hub.adapter import Adapter
 
 IDS = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(5))
-ROWS: list[Any] = [{"a": 1.0}, None, {"b": 1.0, "c": -0.5}]
+ROWS = [{"a": 1.0}, None, {"b": 1.0, "c": -0.5}]
 SETTINGS = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 4, "do_sample": False}
 
 
 @torch.no_grad()
-def logits(model: nn.Module) -> Tensor:
+def logits(model):
     return model(input_ids=IDS).logits
 
 
-def num_hooks(model: nn.Module) -> int:
+def num_hooks(model):
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
 
 
 @pytest.fixture
-def engine(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> Composer:
+def engine(tiny_llama, make_adapters):
     return Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
 
 
 @pytest.fixture
-def unharmed(engine: Composer) -> Any:
+def unharmed(engine):
     """After the test: nothing active, no hook, the base's bits, and an engine that still works."""
     base = logits(engine.model)
     state = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
@@ -58,11 +53,11 @@ def unharmed(engine: Composer) -> Any:
 class Stumbling:
     """A router that raises at its n-th layer."""
 
-    def __init__(self, at: int, error: type[BaseException]) -> None:
+    def __init__(self, at, error):
         self.left = at
         self.error = error
 
-    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+    def weights(self, x_BTI, layer):
         if self.left == 0:
             raise self.error("injected")
         self.left -= 1
@@ -71,7 +66,7 @@ class Stumbling:
 
 @pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError, KeyboardInterrupt])
 @pytest.mark.usefixtures("unharmed")
-def test_a_router_that_raises_at_any_layer_leaves_nothing(error: type[BaseException], engine: Composer) -> None:
+def test_a_router_that_raises_at_any_layer_leaves_nothing(error, engine):
     for at in range(len(engine.target_layers)):
         with pytest.raises(error, match="injected"), engine.activate(Stumbling(at, error)):
             logits(engine.model)
@@ -80,11 +75,11 @@ def test_a_router_that_raises_at_any_layer_leaves_nothing(error: type[BaseExcept
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.usefixtures("unharmed")
-def test_an_exception_at_any_module_of_a_later_token_leaves_nothing(error: type[BaseException], engine: Composer) -> None:
+def test_an_exception_at_any_module_of_a_later_token_leaves_nothing(error, engine):
     for module in (each for each in engine.model.modules() if not isinstance(each, nn.ModuleList)):
         calls = 0
 
-        def fail(*_: Any) -> None:
+        def fail(*_):
             nonlocal calls
             calls += 1
             if calls == 2:
@@ -99,13 +94,13 @@ def test_an_exception_at_any_module_of_a_later_token_leaves_nothing(error: type[
 
 
 @pytest.mark.usefixtures("unharmed")
-def test_an_exception_in_a_streamer_leaves_nothing(engine: Composer) -> None:
+def test_an_exception_in_a_streamer_leaves_nothing(engine):
     class Failing:
-        def put(self, tokens: Tensor) -> None:
+        def put(self, tokens):
             if tokens.ndim == 1:
                 raise BrokenPipeError
 
-        def end(self) -> None:
+        def end(self):
             pass
 
     with pytest.raises(BrokenPipeError), engine.activate(ROWS):
@@ -116,8 +111,8 @@ def test_an_exception_in_a_streamer_leaves_nothing(engine: Composer) -> None:
     "where", ["lm_head", "model.layers.1.mlp.down_proj", "model.layers.0.self_attn.q_proj", "model.norm"]
 )
 @pytest.mark.usefixtures("unharmed")
-def test_an_exception_in_the_backward_leaves_nothing(where: str, engine: Composer) -> None:
-    def fail(*_: Any) -> None:
+def test_an_exception_in_the_backward_leaves_nothing(where, engine):
+    def fail(*_):
         raise RuntimeError("injected")
 
     handle = engine.model.get_submodule(where).register_full_backward_hook(fail)
@@ -130,7 +125,7 @@ def test_an_exception_in_the_backward_leaves_nothing(where: str, engine: Compose
 # one that strikes while a weak reference is cleared is reported, and goes no further
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.usefixtures("unharmed")
-def test_interruptions_at_any_moment_of_a_forward_leave_nothing(engine: Composer) -> None:
+def test_interruptions_at_any_moment_of_a_forward_leave_nothing(engine):
     stopped = 0
     for tenths_of_ms in range(1, 41):
         handle = engine.activate(ROWS)
@@ -150,7 +145,7 @@ def test_interruptions_at_any_moment_of_a_forward_leave_nothing(engine: Composer
 # one that strikes while a weak reference is cleared is reported, and goes no further
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.usefixtures("unharmed")
-def test_interruptions_at_any_moment_of_opening_and_closing_leave_nothing(engine: Composer) -> None:
+def test_interruptions_at_any_moment_of_opening_and_closing_leave_nothing(engine):
     interrupted_inside = 0
     for microseconds in range(20, 620, 2):
         try:
@@ -177,8 +172,8 @@ class _Alarm(BaseException):
 
 
 @pytest.fixture(autouse=True)
-def alarms() -> Any:
-    def ring(*_: Any) -> None:
+def alarms():
+    def ring(*_):
         raise _Alarm
 
     before, grad_enabled = signal.signal(signal.SIGALRM, ring), torch.is_grad_enabled()
@@ -189,18 +184,18 @@ def alarms() -> Any:
 
 
 @pytest.mark.usefixtures("unharmed")
-def test_eight_threads_generate_under_their_own_mixtures(engine: Composer) -> None:
-    mixtures: list[Any] = [{"a": 1.0}, {"b": 1.0}, {"c": 1.0}, ROWS, ROWS[::-1], {"a": -1.0, "c": 0.5}, {}, None]
+def test_eight_threads_generate_under_their_own_mixtures(engine):
+    mixtures = [{"a": 1.0}, {"b": 1.0}, {"c": 1.0}, ROWS, ROWS[::-1], {"a": -1.0, "c": 0.5}, {}, None]
 
-    def generated(mixture: Any) -> Tensor:
+    def generated(mixture):
         with contextlib.nullcontext() if mixture is None else engine.activate(mixture):
             return engine.model.generate(IDS, **SETTINGS)
 
     expected = [generated(mixture) for mixture in mixtures]
     barrier = threading.Barrier(len(mixtures))
-    wrong: list[Any] = []
+    wrong = []
 
-    def work(index: int) -> None:
+    def work(index):
         barrier.wait()
         for _ in range(4):
             found = generated(mixtures[index])
@@ -216,7 +211,7 @@ def test_eight_threads_generate_under_their_own_mixtures(engine: Composer) -> No
 
 
 @pytest.mark.usefixtures("unharmed")
-def test_threads_that_open_new_mixtures_all_the_time_do_not_disturb_each_other(engine: Composer) -> None:
+def test_threads_that_open_new_mixtures_all_the_time_do_not_disturb_each_other(engine):
     threads, times = 6, 10
     mixtures = [[{"a": 1.0 + number / 8, "b": thread / 8} for number in range(times)] for thread in range(threads)]
     # the same one again in every thread, at its own time
@@ -228,9 +223,9 @@ def test_threads_that_open_new_mixtures_all_the_time_do_not_disturb_each_other(e
                 expected.append(logits(engine.model))
     fresh = Composer(engine.model, engine.pool)
     barrier = threading.Barrier(threads)
-    found: list[Any] = [None] * threads
+    found = [None] * threads
 
-    def work(index: int) -> None:
+    def work(index):
         barrier.wait()
         answers = []
         for mixture in mixtures[index]:
@@ -255,7 +250,7 @@ def test_threads_that_open_new_mixtures_all_the_time_do_not_disturb_each_other(e
 
 
 @pytest.fixture
-def one_thread() -> Any:
+def one_thread():
     """torch on one thread: a forked process has none of OpenMP's others, and torch would wait for them."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -263,7 +258,7 @@ def one_thread() -> Any:
     torch.set_num_threads(before)
 
 
-def in_child(call: Callable[[], bool]) -> bool:
+def in_child(call):
     """Whether `call` returns True in a forked process, within ten seconds."""
     process = os.fork()
     if process == 0:
@@ -278,13 +273,13 @@ def in_child(call: Callable[[], bool]) -> bool:
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 @pytest.mark.usefixtures("one_thread", "unharmed")
-def test_a_forked_process_answers_like_its_parent(engine: Composer) -> None:
+def test_a_forked_process_answers_like_its_parent(engine):
     base = logits(engine.model)
     with engine.activate(ROWS):
         expected = logits(engine.model)
         assert in_child(lambda: torch.equal(logits(engine.model), expected))
 
-        def close_in_child() -> bool:
+        def close_in_child():
             with engine.activate({"a": 1.0}):
                 logits(engine.model)
             return torch.equal(logits(engine.model), expected)
@@ -296,18 +291,18 @@ def test_a_forked_process_answers_like_its_parent(engine: Composer) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 @pytest.mark.usefixtures("one_thread", "unharmed")
-def test_a_process_forked_while_another_thread_opens_and_closes_is_free_of_it(engine: Composer) -> None:
+def test_a_process_forked_while_another_thread_opens_and_closes_is_free_of_it(engine):
     base = logits(engine.model)
     with engine.activate({"c": 1.0}):
         expected = logits(engine.model)
     stop = threading.Event()
 
-    def open_and_close() -> None:
+    def open_and_close():
         while not stop.is_set():
             with engine.activate(ROWS):
                 pass
 
-    def answer() -> bool:
+    def answer():
         rested = not engine.active and torch.equal(logits(engine.model), base)
         with engine.activate({"c": 1.0}):
             mixed = torch.equal(logits(engine.model), expected)
@@ -326,16 +321,13 @@ def test_a_process_forked_while_another_thread_opens_and_closes_is_free_of_it(en
 
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_users_own_hooks_meet_the_layer_as_if_its_weights_were_the_mixtures(
-    order: str,
-    make_model: Callable[..., nn.Module],
-    make_adapters: Callable[..., list[Adapter]],
-    with_dense_update: Callable[..., nn.Module],
-) -> None:
+    order, make_model, make_adapters, with_dense_update
+):
     model = make_model("llama", dtype=torch.float64)
     adapters = make_adapters(model, "llama")
     dense = with_dense_update("llama", adapters, [1.0, 0.0, -0.5], dtype=torch.float64)
 
-    def hooked(model: nn.Module, seen: list[Tensor]) -> list[Any]:
+    def hooked(model, seen):
         layer = model.model.layers[1].self_attn.v_proj
         return [
             layer.register_forward_pre_hook(lambda module, args: (args[0] * 1.5,)),
@@ -345,15 +337,15 @@ def test_users_own_hooks_meet_the_layer_as_if_its_weights_were_the_mixtures(
             model.register_forward_hook(lambda module, args, output: seen.append(output.logits.detach())),
         ]
 
-    def run(model: nn.Module) -> None:
+    def run(model):
         # the input's gradient exists only below a parameter that learns
         model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
 
-    expected: list[Tensor] = []
+    expected = []
     hooked(dense, expected)
     run(dense)
 
-    found: list[Tensor] = []
+    found = []
     handles = hooked(model, found) if order == "before" else []
     with Composer(model, adapters).activate({"a": 1.0, "c": -0.5}):
         handles += hooked(model, found) if order == "after" else []
@@ -365,7 +357,7 @@ def test_users_own_hooks_meet_the_layer_as_if_its_weights_were_the_mixtures(
     assert all(torch.allclose(one, other, rtol=1e-9, atol=1e-9) for one, other in zip(found, expected, strict=True))
 
 
-def test_what_users_set_on_the_model_while_active_stays(engine: Composer) -> None:
+def test_what_users_set_on_the_model_while_active_stays(engine):
     with engine.activate(ROWS):
         mixed = logits(engine.model)
         engine.model.train()
@@ -378,8 +370,8 @@ def test_what_users_set_on_the_model_while_active_stays(engine: Composer) -> Non
 
 @pytest.mark.parametrize("times", [1_000, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("unharmed")
-def test_activations_by_the_thousand_leave_memory_flat(times: int, engine: Composer) -> None:
-    def open_and_close(times: int) -> int:
+def test_activations_by_the_thousand_leave_memory_flat(times, engine):
+    def open_and_close(times):
         for number in range(times):
             with engine.activate([{"a": float(number)}, None, {"b": 1.0}]):
                 pass
@@ -390,7 +382,7 @@ def test_activations_by_the_thousand_leave_memory_flat(times: int, engine: Compo
     assert open_and_close(times) <= first + 20
 
 
-def test_a_forward_that_someone_put_around_a_layer_meanwhile_stays_and_mixes_once(engine: Composer) -> None:
+def test_a_forward_that_someone_put_around_a_layer_meanwhile_stays_and_mixes_once(engine):
     base = logits(engine.model)
     with engine.activate(ROWS):
         mixed = logits(engine.model)
@@ -404,9 +396,7 @@ def test_a_forward_that_someone_put_around_a_layer_meanwhile_stays_and_mixes_onc
         assert torch.equal(logits(engine.model), base)
 
 
-def test_a_model_is_freed_with_its_last_reference(
-    make_model: Callable[..., nn.Module], make_adapters: Callable[..., list[Adapter]], tokenizer: Any
-) -> None:
+def test_a_model_is_freed_with_its_last_reference(make_model, make_adapters, tokenizer):
     model = make_model("llama")
     engine = Composer(model, make_adapters(model, "llama"), tokenizer=tokenizer)
     with engine.activate(ROWS) as closed:

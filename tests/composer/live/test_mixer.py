@@ -1,7 +1,5 @@
 """Live mixing leaves nothing behind, and keeps contexts apart."""
 
-from __future__ import annotations
-
 import asyncio
 import contextvars
 import copy
@@ -9,8 +7,6 @@ import gc
 import pickle
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -29,11 +25,11 @@ IDS = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(5))
 
 
 @torch.no_grad()
-def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
+def logits(model, ids=IDS):
     return model(input_ids=ids).logits
 
 
-def num_hooks(model: nn.Module) -> int:
+def num_hooks(model):
     """Hooks, and forwards that stand in for a module's own."""
     return sum(
         len(module._forward_hooks) + len(module._forward_pre_hooks) + ("forward" in vars(module))
@@ -42,15 +38,15 @@ def num_hooks(model: nn.Module) -> int:
 
 
 @pytest.fixture
-def engine(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> Composer:
+def engine(tiny_llama, make_adapters):
     return Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
 
 
 @pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError, KeyboardInterrupt])
-def test_an_exception_in_any_module_leaves_nothing(error: type[BaseException], engine: Composer) -> None:
+def test_an_exception_in_any_module_leaves_nothing(error, engine):
     base = logits(engine.model)
 
-    def fail(module: nn.Module, args: Any, output: Any) -> None:
+    def fail(module, args, output):
         raise error("injected")
 
     # a module list is never called
@@ -64,7 +60,7 @@ def test_an_exception_in_any_module_leaves_nothing(error: type[BaseException], e
     assert torch.equal(logits(engine.model), base)
 
 
-def test_an_exception_in_the_update_itself_leaves_nothing(engine: Composer) -> None:
+def test_an_exception_in_the_update_itself_leaves_nothing(engine):
     base = logits(engine.model)
     with pytest.raises(ValueError, match="batch_size"), engine.activate({"a": 1.0}):
         engine.model(input_ids=IDS, labels=IDS[:, :2])
@@ -75,12 +71,12 @@ def test_an_exception_in_the_update_itself_leaves_nothing(engine: Composer) -> N
 
 
 class _Failing:
-    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+    def weights(self, x_BTI, layer):
         return torch.full((1, 1, 3), 1 / 0)
 
 
-def test_an_exception_with_an_inner_handle_left_open_leaves_nothing(engine: Composer) -> None:
-    def careless() -> None:
+def test_an_exception_with_an_inner_handle_left_open_leaves_nothing(engine):
+    def careless():
         with engine.activate({"a": 1.0}):
             engine.activate({"b": 1.0})
             raise RuntimeError("oops")
@@ -92,7 +88,7 @@ def test_an_exception_with_an_inner_handle_left_open_leaves_nothing(engine: Comp
     assert torch.equal(logits(engine.model), base)
 
 
-def test_the_inner_activation_replaces_the_outer(engine: Composer) -> None:
+def test_the_inner_activation_replaces_the_outer(engine):
     expected = {}
     for name in "ab":
         with engine.activate({name: 1.0}):
@@ -103,7 +99,7 @@ def test_the_inner_activation_replaces_the_outer(engine: Composer) -> None:
         assert torch.equal(logits(engine.model), expected["a"])
 
 
-def test_handles_close_once_and_from_the_inside_out(engine: Composer) -> None:
+def test_handles_close_once_and_from_the_inside_out(engine):
     outer = engine.activate({"a": 1.0})
     inner = engine.activate({"b": 1.0})
     with pytest.raises(AlreadyActive, match="close that one first"):
@@ -116,11 +112,11 @@ def test_handles_close_once_and_from_the_inside_out(engine: Composer) -> None:
     assert num_hooks(engine.model) == 0
 
 
-def in_thread(call: Callable[[], Any]) -> Any:
+def in_thread(call):
     """What `call` returns, or the exception it raises, in a thread of its own."""
-    answer: list[Any] = []
+    answer = []
 
-    def run() -> None:
+    def run():
         try:
             answer.append(call())
         except BaseException as error:
@@ -132,14 +128,14 @@ def in_thread(call: Callable[[], Any]) -> Any:
     return answer[0]
 
 
-def test_a_handle_is_not_closed_by_another_thread(engine: Composer) -> None:
+def test_a_handle_is_not_closed_by_another_thread(engine):
     handle = engine.activate({"a": 1.0})
     assert isinstance(in_thread(handle.close), AlreadyActive)
     assert engine.active
     handle.close()
 
 
-def test_the_handle_of_a_thread_that_ended_can_be_closed(engine: Composer) -> None:
+def test_the_handle_of_a_thread_that_ended_can_be_closed(engine):
     base = logits(engine.model)
     handle = in_thread(lambda: engine.activate({"a": 1.0}))
     assert engine.active
@@ -148,7 +144,7 @@ def test_the_handle_of_a_thread_that_ended_can_be_closed(engine: Composer) -> No
     assert not engine.active
 
 
-def test_a_thread_of_ones_own_is_the_base_unless_the_activation_runs_it(engine: Composer) -> None:
+def test_a_thread_of_ones_own_is_the_base_unless_the_activation_runs_it(engine):
     base = logits(engine.model)
     with engine.activate([{"a": 1.0}, None, {"b": 1.0}]) as activation:
         inside = logits(engine.model)
@@ -163,17 +159,17 @@ def test_a_thread_of_ones_own_is_the_base_unless_the_activation_runs_it(engine: 
         activation.run(logits, engine.model)
 
 
-def test_a_run_keeps_its_mixture_when_the_activation_is_closed_meanwhile(engine: Composer) -> None:
+def test_a_run_keeps_its_mixture_when_the_activation_is_closed_meanwhile(engine):
     entered, closed = threading.Event(), threading.Event()
 
-    def work() -> Tensor:
+    def work():
         entered.set()
         closed.wait(10)
         return logits(engine.model)
 
     with engine.activate({"a": 1.0}):
         expected = logits(engine.model)
-    found: list[Tensor] = []
+    found = []
     with engine.activate({"a": 1.0}) as activation:
         thread = threading.Thread(target=lambda: found.append(activation.run(work)))
         thread.start()
@@ -185,8 +181,8 @@ def test_a_run_keeps_its_mixture_when_the_activation_is_closed_meanwhile(engine:
     assert not engine.active
 
 
-def test_to_thread_takes_the_mixture_along(engine: Composer) -> None:
-    async def answer() -> Tensor:
+def test_to_thread_takes_the_mixture_along(engine):
+    async def answer():
         with engine.activate({"a": 1.0}):
             return await asyncio.to_thread(logits, engine.model)
 
@@ -195,16 +191,16 @@ def test_to_thread_takes_the_mixture_along(engine: Composer) -> None:
         assert torch.equal(found, logits(engine.model))
 
 
-def test_threads_with_different_mixtures_do_not_meet(engine: Composer) -> None:
-    mixtures: list[Any] = [{"a": 1.0}, {"b": -1.0}, None]
+def test_threads_with_different_mixtures_do_not_meet(engine):
+    mixtures = [{"a": 1.0}, {"b": -1.0}, None]
     expected = []
     for mixture in mixtures:
         with engine.activate(mixture or {}):
             expected.append(logits(engine.model))
-    wrong: list[int] = []
+    wrong = []
     barrier = threading.Barrier(len(mixtures))
 
-    def work(index: int) -> None:
+    def work(index):
         barrier.wait()
         for _ in range(50):
             if mixtures[index] is None:
@@ -224,15 +220,15 @@ def test_threads_with_different_mixtures_do_not_meet(engine: Composer) -> None:
     assert num_hooks(engine.model) == 0
 
 
-def test_asyncio_tasks_do_not_meet(engine: Composer) -> None:
-    async def answer(mixture: dict[str, float]) -> Tensor:
+def test_asyncio_tasks_do_not_meet(engine):
+    async def answer(mixture):
         with engine.activate(mixture):
             await asyncio.sleep(0)
             found = logits(engine.model)
             await asyncio.sleep(0)
         return found
 
-    async def both() -> list[Tensor]:
+    async def both():
         return await asyncio.gather(answer({"a": 1.0}), answer({"b": 1.0}))
 
     together = asyncio.run(both())
@@ -241,7 +237,7 @@ def test_asyncio_tasks_do_not_meet(engine: Composer) -> None:
             assert torch.equal(found, logits(engine.model))
 
 
-def test_a_context_that_outlives_its_activation_is_the_base(engine: Composer) -> None:
+def test_a_context_that_outlives_its_activation_is_the_base(engine):
     base = logits(engine.model)
     with engine.activate({"a": 1.0}):
         context = contextvars.copy_context()
@@ -250,8 +246,8 @@ def test_a_context_that_outlives_its_activation_is_the_base(engine: Composer) ->
     assert torch.equal(context.run(logits, engine.model), base)
 
 
-def test_an_abandoned_generator_leaves_nothing(engine: Composer) -> None:
-    def stream() -> Iterator[Tensor]:
+def test_an_abandoned_generator_leaves_nothing(engine):
+    def stream():
         with engine.activate({"a": 1.0}):
             while True:
                 yield logits(engine.model)
@@ -269,7 +265,7 @@ def test_an_abandoned_generator_leaves_nothing(engine: Composer) -> None:
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
 )
-def test_a_copy_made_while_active_is_the_base(copied: Callable[[nn.Module], nn.Module], engine: Composer) -> None:
+def test_a_copy_made_while_active_is_the_base(copied, engine):
     base = logits(engine.model)
     with engine.activate({"a": 1.0}):
         twin = copied(engine.model)
@@ -277,7 +273,7 @@ def test_a_copy_made_while_active_is_the_base(copied: Callable[[nn.Module], nn.M
     assert torch.equal(logits(twin), base)
 
 
-def attributes(model: nn.Module) -> dict[str, dict[str, int]]:
+def attributes(model):
     """What every module has beside its class, and how much is in it."""
     return {
         name: {key: len(value) if isinstance(value, dict) else 1 for key, value in vars(module).items()}
@@ -285,24 +281,18 @@ def attributes(model: nn.Module) -> dict[str, dict[str, int]]:
     }
 
 
-def unpickled(model: nn.Module) -> nn.Module:
+def unpickled(model):
     return pickle.loads(pickle.dumps(model))
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, unpickled])
 @pytest.mark.parametrize("kind", ["one mixture", "blocks", "prompts"])
-def test_a_copy_made_while_active_has_nothing_that_the_base_has_not(
-    kind: str,
-    copied: Callable[[nn.Module], nn.Module],
-    make_model: Callable[..., nn.Module],
-    make_adapters: Callable[..., list[Adapter]],
-    tokenizer: Any,
-) -> None:
+def test_a_copy_made_while_active_has_nothing_that_the_base_has_not(kind, copied, make_model, make_adapters, tokenizer):
     model = make_model("llama")
     pool = ExpertPool(make_adapters(model, "llama"))
     model.lm_head.register_forward_hook(seen, with_kwargs=True)
     before, base = attributes(model), logits(model)
-    mixtures: dict[str, Any] = {"blocks": LoraFlow(pool), "prompts": ReadsText(pool.names)}
+    mixtures = {"blocks": LoraFlow(pool), "prompts": ReadsText(pool.names)}
     with Composer(model, pool, tokenizer=tokenizer).activate(mixtures.get(kind, {"a": 1.0})):
         assert ("generate" in vars(model)) == (kind == "prompts")
         twin, part = copied(model), copied(model.model)
@@ -317,21 +307,21 @@ class ReadsText:
 
     needs_tokenizer = True
 
-    def __init__(self, experts: tuple[str, ...]) -> None:
+    def __init__(self, experts):
         self._weights = MixtureWeights.of({experts[0]: 1.0}, experts)
 
-    def begin(self, model: nn.Module, arguments: Any) -> MixtureWeights:
+    def begin(self, model, arguments):
         return self._weights
 
-    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+    def weights(self, x_BTI, layer):
         return self._weights.weights(x_BTI, layer)
 
 
-def seen(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+def seen(module, args, kwargs, output):
     """A hook of the caller's own, which a copy keeps."""
 
 
-def test_state_and_saved_files_while_active_are_the_bases(engine: Composer, tmp_path: Any) -> None:
+def test_state_and_saved_files_while_active_are_the_bases(engine, tmp_path):
     before = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
     base = logits(engine.model)
     with engine.activate({"a": 1.0}):
@@ -342,7 +332,7 @@ def test_state_and_saved_files_while_active_are_the_bases(engine: Composer, tmp_
     assert torch.equal(logits(type(engine.model).from_pretrained(tmp_path).eval()), base)
 
 
-def test_users_hooks_see_the_mixed_output(engine: Composer) -> None:
+def test_users_hooks_see_the_mixed_output(engine):
     seen = []
     layer = engine.model.lm_head
     handle = layer.register_forward_hook(lambda module, args, output: seen.append(output))
@@ -353,7 +343,7 @@ def test_users_hooks_see_the_mixed_output(engine: Composer) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_the_factors_follow_a_model_that_changes_its_dtype(dtype: torch.dtype, engine: Composer) -> None:
+def test_the_factors_follow_a_model_that_changes_its_dtype(dtype, engine):
     with engine.activate({"a": 0.5, "b": -0.5}):
         before = logits(engine.model)
         engine.model.to(dtype)
@@ -363,7 +353,7 @@ def test_the_factors_follow_a_model_that_changes_its_dtype(dtype: torch.dtype, e
     assert float((before.double() - after.double()).abs().max()) <= tolerance
 
 
-def test_autocast_mixes_like_any_half_precision_layer(engine: Composer) -> None:
+def test_autocast_mixes_like_any_half_precision_layer(engine):
     with engine.activate({"a": 0.5, "b": -0.5}):
         exact = logits(engine.model)
         with torch.autocast("cpu", torch.bfloat16):
@@ -371,7 +361,7 @@ def test_autocast_mixes_like_any_half_precision_layer(engine: Composer) -> None:
     assert float((exact - found.float()).abs().max()) <= 0.3
 
 
-def test_training_works_after_a_first_use_in_inference_mode(engine: Composer) -> None:
+def test_training_works_after_a_first_use_in_inference_mode(engine):
     mixture = MixtureWeights(torch.ones(1, 1, 1, 3), ("a", "b", "c"))
     with engine.activate(mixture):
         with torch.inference_mode():
@@ -381,10 +371,10 @@ def test_training_works_after_a_first_use_in_inference_mode(engine: Composer) ->
 
 
 @pytest.mark.parametrize("start", [0.0, 0.7])
-def test_gradients_of_weights_and_input_equal_the_dense_formulas(start: float) -> None:
+def test_gradients_of_weights_and_input_equal_the_dense_formulas(start):
     generator = torch.Generator().manual_seed(0)
 
-    def random(*shape: int) -> Tensor:
+    def random(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     model = nn.Sequential(nn.Linear(5, 4)).double()
@@ -411,9 +401,7 @@ def test_gradients_of_weights_and_input_equal_the_dense_formulas(start: float) -
 # the name that transformers 5.3 knows
 @pytest.mark.filterwarnings("ignore:`(gradient_checkpointing_enable|is_gradient_checkpointing)` is deprecated:FutureWarning")
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_gives_the_same_gradients(
-    reentrant: bool, make_model: Callable[..., nn.Module], make_adapters: Callable[..., list[Adapter]]
-) -> None:
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant, make_model, make_adapters):
     gradients = []
     for checkpointed in (False, True):
         model = make_model("llama").train()
@@ -426,7 +414,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(
     assert torch.equal(gradients[0], gradients[1])
 
 
-def test_a_replica_of_the_model_is_refused(engine: Composer) -> None:
+def test_a_replica_of_the_model_is_refused(engine):
     with engine.activate({"a": 1.0}):
         # what DataParallel makes for each device: another object with the same attributes
         replica = engine.model._replicate_for_data_parallel()
@@ -435,7 +423,7 @@ def test_a_replica_of_the_model_is_refused(engine: Composer) -> None:
     assert "replica" in str(answer)
 
 
-def test_other_activations_do_not_see_each_others_engines(make_adapter: Callable[..., Adapter]) -> None:
+def test_other_activations_do_not_see_each_others_engines(make_adapter):
     models = [nn.Sequential(nn.Linear(4, 4)) for _ in range(2)]
     adapter = Adapter("a", "tiny", {"0": Factors(torch.ones(1, 4), torch.ones(4, 1))})
     engines = [Composer(model, [adapter]) for model in models]
@@ -447,7 +435,7 @@ def test_other_activations_do_not_see_each_others_engines(make_adapter: Callable
             assert torch.allclose(models[1](x), base[1] + 8.0)
 
 
-def test_many_activations_and_swaps_leave_no_memory(engine: Composer, make_adapters: Callable[..., list[Adapter]]) -> None:
+def test_many_activations_and_swaps_leave_no_memory(engine, make_adapters):
     adapters = make_adapters(engine.model, "llama")
     counts = []
     for _ in range(3):
@@ -460,7 +448,7 @@ def test_many_activations_and_swaps_leave_no_memory(engine: Composer, make_adapt
     assert counts[1] == counts[2]
 
 
-def test_a_composer_is_freed_with_its_last_reference(tiny_llama: nn.Module, make_adapters: Callable[..., Any]) -> None:
+def test_a_composer_is_freed_with_its_last_reference(tiny_llama, make_adapters):
     engine = Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
     with engine.activate({"a": 1.0}):
         logits(tiny_llama)
@@ -470,14 +458,12 @@ def test_a_composer_is_freed_with_its_last_reference(tiny_llama: nn.Module, make
     assert gone() is None
 
 
-def test_an_interruption_while_layers_are_taken_over_leaves_nothing(
-    engine: Composer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interruption_while_layers_are_taken_over_leaves_nothing(engine, monkeypatch):
     original = mixer._MixedForward
     for stop_at in range(len(engine.pool.layer_names)):
         calls = 0
 
-        def interrupted(*args: Any, stop_at: int = stop_at) -> Any:
+        def interrupted(*args, stop_at=stop_at):
             nonlocal calls
             calls += 1
             if calls - 1 == stop_at:
@@ -494,9 +480,7 @@ def test_an_interruption_while_layers_are_taken_over_leaves_nothing(
         pass
 
 
-def test_a_thread_of_autograd_belongs_to_the_only_activation_or_is_named(
-    engine: Composer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_thread_of_autograd_belongs_to_the_only_activation_or_is_named(engine, monkeypatch):
     # with a GPU, autograd runs checkpointed layers again in a thread of its own, which has no context
     monkeypatch.setattr("loraweave.composer.live.mixer._in_backward_thread", lambda: True)
     with engine.activate({"a": 1.0}):

@@ -1,19 +1,13 @@
 """A layer that the model no longer runs is noticed, whoever put another in its place."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
-
 import peft
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from loraweave.composer.composer import Composer
 from loraweave.composer.live.fitting import ModulePaths
 from loraweave.errors import CompositionError, LayerMismatch
-from loraweave.hub.adapter import Adapter
 
 # peft asks transformers 5 under the former name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -22,11 +16,11 @@ IDS = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(5))
 
 
 @torch.no_grad()
-def logits(model: nn.Module) -> Tensor:
+def logits(model):
     return model(input_ids=IDS).logits
 
 
-def test_another_module_anywhere_on_the_way_is_named() -> None:
+def test_another_module_anywhere_on_the_way_is_named():
     model = nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2))
     paths = ModulePaths(model)
     paths.add(["0.0", "1"])
@@ -46,17 +40,17 @@ def test_another_module_anywhere_on_the_way_is_named() -> None:
 
 
 @pytest.fixture
-def engine(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> Composer:
+def engine(tiny_llama, make_adapters):
     return Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
 
 
-def use(engine: Composer, how: str) -> None:
+def use(engine, how):
     with engine.activate({"a": 1.0}) if how == "activate" else engine.fused({"a": 1.0}):
         pass
 
 
 @pytest.mark.parametrize("how", ["activate", "fused"])
-def test_a_layer_replaced_since_is_refused(how: str, engine: Composer) -> None:
+def test_a_layer_replaced_since_is_refused(how, engine):
     own = engine.model.lm_head
     engine.model.lm_head = nn.Linear(16, 61)
     with pytest.raises(CompositionError, match="'lm_head' of the model is not the Linear that was there"):
@@ -66,9 +60,7 @@ def test_a_layer_replaced_since_is_refused(how: str, engine: Composer) -> None:
     use(engine, how)
 
 
-def test_resized_token_embeddings_are_noticed_where_they_replace_a_target(
-    engine: Composer, tiny_llama: nn.Module, make_adapter: Callable[..., Adapter]
-) -> None:
+def test_resized_token_embeddings_are_noticed_where_they_replace_a_target(engine, tiny_llama, make_adapter):
     elsewhere = Composer(tiny_llama, [make_adapter(tiny_llama, "a", targets=("q_proj",))])
     tiny_llama.resize_token_embeddings(70, mean_resizing=False)
     with pytest.raises(CompositionError, match="'lm_head'"):
@@ -80,12 +72,12 @@ def test_resized_token_embeddings_are_noticed_where_they_replace_a_target(
     assert torch.equal(logits(tiny_llama), base)
 
 
-def test_a_layer_replaced_while_active_is_refused_before_any_layer_runs(engine: Composer) -> None:
+def test_a_layer_replaced_while_active_is_refused_before_any_layer_runs(engine):
     base = logits(engine.model)
     own = engine.model.lm_head
     with engine.activate({"a": 1.0}):
         engine.model.lm_head = nn.Linear(16, 61)
-        calls: list[Any] = []
+        calls = []
         handle = engine.model.model.embed_tokens.register_forward_hook(lambda *_: calls.append(1))
         with pytest.raises(CompositionError, match="'lm_head' of the model is not the Linear that was there"):
             logits(engine.model)
@@ -96,12 +88,12 @@ def test_a_layer_replaced_while_active_is_refused_before_any_layer_runs(engine: 
     assert "forward" not in vars(own)
 
 
-def peft_model(model: nn.Module) -> Any:
+def peft_model(model):
     config = peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
     return peft.get_peft_model(model, config)
 
 
-def test_peft_on_the_same_model_is_named(engine: Composer) -> None:
+def test_peft_on_the_same_model_is_named(engine):
     base = logits(engine.model)
     wrapped = peft_model(engine.model)
     with pytest.raises(CompositionError, match=r"q_proj' of the model .*unload\(\)"):
@@ -111,7 +103,7 @@ def test_peft_on_the_same_model_is_named(engine: Composer) -> None:
     use(engine, "activate")
 
 
-def test_peft_put_in_while_active_is_named_and_goes_without_a_trace(engine: Composer) -> None:
+def test_peft_put_in_while_active_is_named_and_goes_without_a_trace(engine):
     base = logits(engine.model)
     with engine.activate({"a": 1.0}):
         mixed = logits(engine.model)
@@ -123,9 +115,7 @@ def test_peft_put_in_while_active_is_named_and_goes_without_a_trace(engine: Comp
     assert torch.equal(logits(engine.model), base)
 
 
-def test_a_model_with_pefts_adapters_in_it_is_refused(
-    make_model: Callable[..., nn.Module], make_adapters: Callable[..., list[Adapter]]
-) -> None:
+def test_a_model_with_pefts_adapters_in_it_is_refused(make_model, make_adapters):
     model = make_model("llama")
     adapters = make_adapters(model, "llama")
     wrapped = peft_model(model)

@@ -3,11 +3,6 @@
 The meta device stands in for the GPU: whoever asks it for a value gets an error, and nothing from the CPU may meet it.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -27,11 +22,11 @@ WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", 
 class _Watch(TorchDispatchMode):
     """Collects the operations that would wait for a GPU."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
-        self.found: list[str] = []
+        self.found = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
         name = func.name().split(".")[0]
         if name in WAITING or any(each.device.type == "cpu" for each in tensors):
@@ -40,13 +35,13 @@ class _Watch(TorchDispatchMode):
 
 
 class _Router:
-    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+    def weights(self, x_BTI, layer):
         return x_BTI[..., :3].softmax(-1)
 
 
 VALUES = torch.randn(3, 4, 1, 3, generator=torch.Generator().manual_seed(1))
 NAMES = ("a", "b", "c")
-MIXTURES: dict[str, Callable[[], Any]] = {
+MIXTURES = {
     "shared": lambda: {"a": 1.0, "b": 0.5},
     "rows": lambda: [{"a": 1.0}, {"b": 1.0}, {"a": 0.5, "c": 1.0}],
     "rows of two mixtures": lambda: [{"a": 1.0}, {"b": 1.0}, {"a": 1.0}],
@@ -60,8 +55,8 @@ TOKEN_ROUTERS = ("arrow", "spectr", "mixture_of_top1", "lag", "ramole", "adapter
 
 
 @pytest.fixture(params=[False, True], ids=["factors", "gain and bias"])
-def engine(request: pytest.FixtureRequest) -> Composer:
-    def factors(rank: int, num_inputs: int, num_outputs: int) -> Factors:
+def engine(request):
+    def factors(rank, num_inputs, num_outputs):
         affine = {"gain_O": torch.ones(num_outputs), "bias_O": torch.ones(num_outputs)} if request.param else {}
         return Factors(torch.ones(rank, num_inputs), torch.ones(num_outputs, rank), **affine)
 
@@ -76,7 +71,7 @@ def engine(request: pytest.FixtureRequest) -> Composer:
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("mixture", MIXTURES)
-def test_a_forward_asks_the_device_for_nothing_and_sends_it_nothing(mixture: str, training: bool, engine: Composer) -> None:
+def test_a_forward_asks_the_device_for_nothing_and_sends_it_nothing(mixture, training, engine):
     x_BTI = torch.empty(3, 4, 6, device="meta")
     with engine.activate(MIXTURES[mixture]()), torch.set_grad_enabled(training):
         engine.model(x_BTI)
@@ -87,7 +82,7 @@ def test_a_forward_asks_the_device_for_nothing_and_sends_it_nothing(mixture: str
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", TOKEN_ROUTERS)
-def test_neither_does_a_router_which_goes_to_where_the_layers_are(name: str, training: bool, engine: Composer) -> None:
+def test_neither_does_a_router_which_goes_to_where_the_layers_are(name, training, engine):
     x_BTI = torch.empty(3, 4, 6, device="meta")
     made = router(name, engine.pool).train(training)
     with engine.activate(made), torch.set_grad_enabled(training):
@@ -100,7 +95,7 @@ def test_neither_does_a_router_which_goes_to_where_the_layers_are(name: str, tra
 
 @pytest.mark.parametrize("mixture", ["shared", "rows", "some rows", "tokens"])
 @pytest.mark.parametrize("kind", ["embedding", "conv"])
-def test_neither_does_one_of_another_kind_of_layer(kind: str, mixture: str) -> None:
+def test_neither_does_one_of_another_kind_of_layer(kind, mixture):
     model: nn.Module
     if kind == "embedding":
         model, num_inputs, options = nn.Embedding(6, 5), 6, {}

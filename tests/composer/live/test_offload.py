@@ -1,15 +1,9 @@
 """Models whose weights accelerate keeps elsewhere: they are on the meta device but for the moment in which a layer runs."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from torch import Tensor, nn
+from torch import nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from loraweave.composer.composer import Composer
@@ -22,30 +16,30 @@ EVERY = ("q_proj", "down_proj", "lm_head")
 
 
 @torch.no_grad()
-def logits(model: nn.Module) -> Tensor:
+def logits(model):
     return model(input_ids=IDS).logits
 
 
-def _by_cpu(model: nn.Module, folder: Path) -> nn.Module:
-    return cpu_offload(model, execution_device=torch.device("cpu"))  # type: ignore[no-any-return]
+def _by_cpu(model, folder):
+    return cpu_offload(model, execution_device=torch.device("cpu"))
 
 
-def _by_disk(model: nn.Module, folder: Path) -> nn.Module:
+def _by_disk(model, folder):
     disk_offload(model, str(folder), execution_device=torch.device("cpu"))
     return model
 
 
-def _by_device_map(model: nn.Module, folder: Path) -> nn.Module:
+def _by_device_map(model, folder):
     places = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu"}
     places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}
-    return dispatch_model(model, places, main_device="cpu", offload_dir=str(folder))  # type: ignore[no-any-return]
+    return dispatch_model(model, places, main_device="cpu", offload_dir=str(folder))
 
 
 offloading = pytest.mark.parametrize("offload", [_by_cpu, _by_disk, _by_device_map])
 
 
 @pytest.fixture
-def adapters(make_adapter: Callable[..., Adapter], tiny_llama: nn.Module) -> list[Adapter]:
+def adapters(make_adapter, tiny_llama):
     embedding = Factors(torch.randn(2, 61), torch.randn(16, 2), kind="embedding")
     first = make_adapter(tiny_llama, "a", targets=EVERY, seed=1)
     return [
@@ -55,10 +49,8 @@ def adapters(make_adapter: Callable[..., Adapter], tiny_llama: nn.Module) -> lis
 
 
 @offloading
-def test_offloaded_layers_mix_live_and_are_offloaded_again(
-    offload: Callable[..., nn.Module], make_model: Callable[..., nn.Module], adapters: list[Adapter], tmp_path: Path
-) -> None:
-    rows: Any = [{"a": 1.0}, {"a": 0.5, "b": -0.5}, None]
+def test_offloaded_layers_mix_live_and_are_offloaded_again(offload, make_model, adapters, tmp_path):
+    rows = [{"a": 1.0}, {"a": 0.5, "b": -0.5}, None]
     plain = make_model("llama")
     with Composer(plain, adapters).activate(rows):
         expected = logits(plain)
@@ -73,9 +65,7 @@ def test_offloaded_layers_mix_live_and_are_offloaded_again(
 
 
 @offloading
-def test_fusing_into_offloaded_layers_is_refused(
-    offload: Callable[..., nn.Module], make_model: Callable[..., nn.Module], adapters: list[Adapter], tmp_path: Path
-) -> None:
+def test_fusing_into_offloaded_layers_is_refused(offload, make_model, adapters, tmp_path):
     model = offload(make_model("llama"), tmp_path)
     base = logits(model)
     with pytest.raises(CompositionError, match=r"on meta.*activate\(\)"), Composer(model, adapters).fused({"a": 1.0}):
@@ -83,7 +73,7 @@ def test_fusing_into_offloaded_layers_is_refused(
     assert torch.equal(logits(model), base)
 
 
-def test_what_needs_an_offloaded_layers_own_values_is_refused_before_anything_runs() -> None:
+def test_what_needs_an_offloaded_layers_own_values_is_refused_before_anything_runs():
     model = cpu_offload(nn.Sequential(nn.Linear(4, 3)), execution_device=torch.device("cpu"))
     factors = {"a_RI": torch.ones(1, 4), "b_OR": torch.ones(3, 1)}
     Composer(model, [Adapter("a", "tiny", {"0": Factors(**factors)})])
@@ -93,7 +83,7 @@ def test_what_needs_an_offloaded_layers_own_values_is_refused_before_anything_ru
             Composer(model, [adapter])
 
 
-def test_an_offloaded_embedding_keeps_its_scale() -> None:
+def test_an_offloaded_embedding_keeps_its_scale():
     torch.manual_seed(0)
     update = Factors(torch.randn(2, 61), torch.randn(16, 2), kind="embedding")
     module = Gemma3TextScaledWordEmbedding(61, 16, 0, embed_scale=4.0)

@@ -1,17 +1,12 @@
 """A Composer whose experts page within a budget answers as one that holds them all; loading and unloading while it runs."""
 
-from __future__ import annotations
-
 import gc
 import threading
 import weakref
-from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from loraweave.composer.composer import Composer
 from loraweave.composer.live import fitting
@@ -35,36 +30,34 @@ NAMES = [f"e{number}" for number in range(10)]
 
 
 @torch.no_grad()
-def logits(model: nn.Module) -> Tensor:
+def logits(model):
     return model(input_ids=IDS).logits
 
 
 @pytest.fixture
-def adapters(tiny_llama: nn.Module, make_adapter: Callable[..., Adapter]) -> dict[str, Adapter]:
+def adapters(tiny_llama, make_adapter):
     return {
         name: make_adapter(tiny_llama, name, rank=1 + seed % 3, seed=seed, targets=("q_proj", "v_proj", "down_proj"))
         for seed, name in enumerate(NAMES)
     }
 
 
-def size_of(adapter: Adapter) -> int:
+def size_of(adapter):
     return sum(factors.a_RI.nbytes + factors.b_OR.nbytes for factors in adapter.layers.values())
 
 
 @pytest.fixture
-def budget(adapters: dict[str, Adapter]) -> int:
+def budget(adapters):
     """Room for any three."""
     return 3 * max(map(size_of, adapters.values()))
 
 
-def mixtures() -> Iterator[list[dict[str, float]]]:
+def mixtures():
     for turn in range(30):
         yield [{NAMES[turn * 3 % 10]: 1.0}, {NAMES[turn * 7 % 10]: 0.5, NAMES[(turn * 3 + 1) % 10]: -0.5}]
 
 
-def test_experts_that_page_within_a_budget_give_the_same_bits(
-    tiny_llama: nn.Module, adapters: dict[str, Adapter], budget: int
-) -> None:
+def test_experts_that_page_within_a_budget_give_the_same_bits(tiny_llama, adapters, budget):
     whole, paged = Composer(tiny_llama, adapters), Composer(tiny_llama, adapters, host_budget_bytes=budget)
     for mixture in mixtures():
         with whole.activate(mixture):
@@ -78,8 +71,8 @@ def test_experts_that_page_within_a_budget_give_the_same_bits(
 
 
 def test_more_experts_than_the_budget_holds_are_refused_before_the_model_runs_and_it_still_answers(
-    tiny_llama: nn.Module, adapters: dict[str, Adapter], budget: int
-) -> None:
+    tiny_llama, adapters, budget
+):
     engine = Composer(tiny_llama, adapters, host_budget_bytes=budget)
     base = logits(tiny_llama)
     needed = sum(map(size_of, adapters.values()))
@@ -94,19 +87,17 @@ def test_more_experts_than_the_budget_holds_are_refused_before_the_model_runs_an
         assert torch.equal(logits(tiny_llama), inside)
 
 
-def test_what_an_activation_leaves_behind_does_not_keep_an_expert_that_has_gone(
-    tiny_llama: nn.Module, adapters: dict[str, Adapter], budget: int
-) -> None:
-    alive: weakref.WeakSet[Adapter] = weakref.WeakSet()
+def test_what_an_activation_leaves_behind_does_not_keep_an_expert_that_has_gone(tiny_llama, adapters, budget):
+    alive = weakref.WeakSet()
 
-    def opener(name: str) -> Adapter:
+    def opener(name):
         opened = replace(
             adapters[name], layers={k: replace(v, a_RI=v.a_RI.clone()) for k, v in adapters[name].layers.items()}
         )
         alive.add(opened)
         return opened
 
-    tensors: weakref.WeakSet[Any] = weakref.WeakSet()
+    tensors = weakref.WeakSet()
     engine = Composer(tiny_llama, ExpertPool.on_demand(adapters, opener), host_budget_bytes=budget)
     for _ in range(3):
         for name in NAMES:
@@ -117,7 +108,7 @@ def test_what_an_activation_leaves_behind_does_not_keep_an_expert_that_has_gone(
     assert len(tensors) == engine.residency.num_on_host <= 4
 
 
-def test_the_figures_of_an_engine_count_hits_and_misses(tiny_llama: nn.Module, adapters: dict[str, Adapter]) -> None:
+def test_the_figures_of_an_engine_count_hits_and_misses(tiny_llama, adapters):
     engine = Composer(tiny_llama, adapters)
     for _ in range(3):
         with engine.activate({"e0": 1.0, "e1": 0.5}):
@@ -128,9 +119,7 @@ def test_the_figures_of_an_engine_count_hits_and_misses(tiny_llama: nn.Module, a
 
 
 @pytest.mark.parametrize("wanted", [["e1", "e2"], {"e1": 1.0, "e2": 0.5}, [{"e1": 1.0}, {"e2": 1.0}]])
-def test_what_was_prefetched_is_a_hit_for_the_activation(
-    wanted: Any, tiny_llama: nn.Module, adapters: dict[str, Adapter]
-) -> None:
+def test_what_was_prefetched_is_a_hit_for_the_activation(wanted, tiny_llama, adapters):
     engine = Composer(tiny_llama, ExpertPool.on_demand(adapters, adapters.__getitem__))
     engine.prefetch(wanted).result(timeout=10)
     before = engine.residency
@@ -140,10 +129,8 @@ def test_what_was_prefetched_is_a_hit_for_the_activation(
     engine.close()
 
 
-def test_an_error_while_prefetching_is_raised_by_the_activation_that_wants_the_expert(
-    tiny_llama: nn.Module, adapters: dict[str, Adapter]
-) -> None:
-    def opener(name: str) -> Adapter:
+def test_an_error_while_prefetching_is_raised_by_the_activation_that_wants_the_expert(tiny_llama, adapters):
+    def opener(name):
         if name == "e3":
             raise AdapterNotFound("no adapter 'e3' any more")
         return adapters[name]
@@ -161,18 +148,16 @@ def test_an_error_while_prefetching_is_raised_by_the_activation_that_wants_the_e
         engine.prefetch(["e1"])
 
 
-def test_prefetching_beside_activations_in_threads_leaves_each_its_own_mixture(
-    tiny_llama: nn.Module, adapters: dict[str, Adapter]
-) -> None:
+def test_prefetching_beside_activations_in_threads_leaves_each_its_own_mixture(tiny_llama, adapters):
     expected = {}
     for name in NAMES:
         with Composer(tiny_llama, adapters).activate({name: 1.0}):
             expected[name] = logits(tiny_llama)
     budget = 6 * max(map(size_of, adapters.values()))
     engine = Composer(tiny_llama, ExpertPool.on_demand(adapters, adapters.__getitem__), host_budget_bytes=budget)
-    wrong: list[str] = []
+    wrong = []
 
-    def work(number: int) -> None:
+    def work(number):
         for turn in range(12):
             name = NAMES[(number * 3 + turn) % 10]
             with engine.activate({name: 1.0}):
@@ -190,7 +175,7 @@ def test_prefetching_beside_activations_in_threads_leaves_each_its_own_mixture(
     assert engine.residency.host_bytes == 0
 
 
-def test_a_model_that_moved_has_its_experts_moved_too(tiny_llama: nn.Module, adapters: dict[str, Adapter]) -> None:
+def test_a_model_that_moved_has_its_experts_moved_too(tiny_llama, adapters):
     engine = Composer(tiny_llama, adapters)
     with engine.activate({"e0": 1.0}):
         logits(tiny_llama)
@@ -203,9 +188,7 @@ def test_a_model_that_moved_has_its_experts_moved_too(tiny_llama: nn.Module, ada
 
 
 @pytest.mark.parametrize("lazy", [False, True])
-def test_an_expert_is_loaded_and_unloaded_while_another_is_in_use(
-    lazy: bool, tiny_llama: nn.Module, adapters: dict[str, Adapter], make_adapter: Callable[..., Adapter]
-) -> None:
+def test_an_expert_is_loaded_and_unloaded_while_another_is_in_use(lazy, tiny_llama, adapters, make_adapter):
     more = make_adapter(tiny_llama, "more", targets=("down_proj", "lm_head"), seed=77)
     with Composer(tiny_llama, [more]).activate({"more": 1.0}):
         expected = logits(tiny_llama)
@@ -230,9 +213,7 @@ def test_an_expert_is_loaded_and_unloaded_while_another_is_in_use(
         engine.activate({"more": 1.0})
 
 
-def test_a_name_that_was_unloaded_may_be_loaded_with_another_adapter(
-    tiny_llama: nn.Module, adapters: dict[str, Adapter]
-) -> None:
+def test_a_name_that_was_unloaded_may_be_loaded_with_another_adapter(tiny_llama, adapters):
     engine = Composer(tiny_llama, adapters)
     with engine.activate({"e1": 1.0}):
         expected = logits(tiny_llama)
@@ -244,9 +225,7 @@ def test_a_name_that_was_unloaded_may_be_loaded_with_another_adapter(
         assert torch.equal(logits(tiny_llama), expected)
 
 
-def test_what_cannot_be_loaded_or_unloaded_is_named_and_changes_nothing(
-    tiny_llama: nn.Module, adapters: dict[str, Adapter]
-) -> None:
+def test_what_cannot_be_loaded_or_unloaded_is_named_and_changes_nothing(tiny_llama, adapters):
     engine = Composer(tiny_llama, adapters)
     pool = engine.pool
     with pytest.raises(WeightingError, match="the pool has an expert 'e1' already: unload"):
@@ -270,15 +249,13 @@ def test_what_cannot_be_loaded_or_unloaded_is_named_and_changes_nothing(
             change()
 
 
-def test_one_more_adapter_costs_one_comparison_with_the_model_whatever_the_pool(
-    tiny_llama: nn.Module, make_adapter: Callable[..., Adapter], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_more_adapter_costs_one_comparison_with_the_model_whatever_the_pool(tiny_llama, make_adapter, monkeypatch):
     many = {f"e{seed}": make_adapter(tiny_llama, f"e{seed}", seed=seed) for seed in range(300)}
     engine = Composer(tiny_llama, many)
-    compared: list[str] = []
+    compared = []
     real = fitting.Fitting.adapter
 
-    def counted(self: fitting.Fitting, name: str, adapter: Adapter) -> Adapter:
+    def counted(self, name, adapter):
         compared.append(name)
         return real(self, name, adapter)
 
@@ -288,7 +265,7 @@ def test_one_more_adapter_costs_one_comparison_with_the_model_whatever_the_pool(
     assert compared == ["more0", "more1", "more2"]
 
 
-def test_a_swap_keeps_what_is_resident_of_adapters_that_stay(tiny_llama: nn.Module, adapters: dict[str, Adapter]) -> None:
+def test_a_swap_keeps_what_is_resident_of_adapters_that_stay(tiny_llama, adapters):
     engine = Composer(tiny_llama, adapters)
     with engine.activate({"e0": 1.0, "e1": 1.0}):
         logits(tiny_llama)
@@ -300,11 +277,9 @@ def test_a_swap_keeps_what_is_resident_of_adapters_that_stay(tiny_llama: nn.Modu
     assert (engine.residency.num_hits, engine.residency.num_misses) == (1, 3)
 
 
-def test_a_hundred_cycles_of_loading_using_and_unloading_leave_no_adapter_behind(
-    tiny_llama: nn.Module, adapters: dict[str, Adapter], make_adapter: Callable[..., Adapter]
-) -> None:
+def test_a_hundred_cycles_of_loading_using_and_unloading_leave_no_adapter_behind(tiny_llama, adapters, make_adapter):
     engine = Composer(tiny_llama, adapters)
-    alive: weakref.WeakSet[Adapter] = weakref.WeakSet()
+    alive = weakref.WeakSet()
     for number in range(100):
         more = make_adapter(tiny_llama, "more", seed=number)
         alive.add(more)
@@ -318,8 +293,8 @@ def test_a_hundred_cycles_of_loading_using_and_unloading_leave_no_adapter_behind
     assert engine.residency.num_on_host == 1
 
 
-def test_an_activation_looks_only_at_the_experts_that_it_names(tiny_llama: nn.Module, adapters: dict[str, Adapter]) -> None:
-    def refuse(name: str) -> Adapter:
+def test_an_activation_looks_only_at_the_experts_that_it_names(tiny_llama, adapters):
+    def refuse(name):
         if name.startswith("other"):
             raise AssertionError(f"{name} was opened")
         return adapters[name]

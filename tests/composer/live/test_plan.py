@@ -1,14 +1,10 @@
 """A layer's output is written to only where nothing else needs it as it was."""
 
-from __future__ import annotations
-
 import sys
-from types import FrameType
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from loraweave.composer.composer import Composer
 from loraweave.hub.adapter import Adapter
@@ -17,7 +13,7 @@ from loraweave.types import Factors
 
 
 @pytest.fixture
-def engine() -> Composer:
+def engine():
     """Of one layer that is frozen, and adapters "a" and "b" of different ranks."""
     generator = torch.Generator().manual_seed(0)
     model = nn.Sequential(nn.Linear(7, 5)).double().requires_grad_(False)
@@ -25,7 +21,7 @@ def engine() -> Composer:
     return Composer(model, [Adapter(name, "tiny", {"0": f}) for name, f in zip("ab", factors, strict=True)])
 
 
-def formula(engine: Composer, x: Tensor, rows: list[dict[str, float]]) -> Tensor:
+def formula(engine, x, rows):
     """What the layer should give, row by row, with dense updates."""
     found = []
     for x_TI, row in zip(x, rows, strict=True):
@@ -37,13 +33,11 @@ def formula(engine: Composer, x: Tensor, rows: list[dict[str, float]]) -> Tensor
     return torch.stack(found)
 
 
-ROWS: list[dict[str, float]] = [{"a": 1.0}, {"b": -0.5, "a": 0.25}]
+ROWS = [{"a": 1.0}, {"b": -0.5, "a": 0.25}]
 
 
 @pytest.mark.parametrize("rows", [[ROWS[0]] * 2, ROWS], ids=["one for all", "by row"])
-def test_a_layer_is_the_formula_cold_warm_with_a_gradient_and_with_weights_by_token(
-    rows: list[dict[str, float]], engine: Composer
-) -> None:
+def test_a_layer_is_the_formula_cold_warm_with_a_gradient_and_with_weights_by_token(rows, engine):
     x = torch.randn(2, 3, 7, dtype=torch.float64)
     known = MixtureWeights.of(rows, engine.pool.names)
     by_token = MixtureWeights(known.values_BTLE.repeat(1, 3, 1, 1), known.experts)
@@ -56,10 +50,10 @@ def test_a_layer_is_the_formula_cold_warm_with_a_gradient_and_with_weights_by_to
 
 
 @pytest.mark.parametrize("mixture", [{"a": 1.0}, ROWS], ids=["one for all", "by row"])
-def test_a_warm_layer_is_at_most_three_frames_of_ours_deep(mixture: Any, engine: Composer) -> None:
+def test_a_warm_layer_is_at_most_three_frames_of_ours_deep(mixture, engine):
     layer, x, depths = engine.model[0], torch.randn(2, 1, 7, dtype=torch.float64), []
 
-    def count(frame: FrameType | None, event: str, _: Any) -> None:
+    def count(frame, event, _):
         depth = 0
         while event == "call" and frame is not None:
             depth += "loraweave" in frame.f_globals["__name__"]
@@ -77,13 +71,13 @@ def test_a_warm_layer_is_at_most_three_frames_of_ours_deep(mixture: Any, engine:
 
 
 @pytest.mark.parametrize("mixture", [{"a": 1.0}, ROWS], ids=["one for all", "by row"])
-def test_an_output_that_a_forward_of_the_users_remembers_stays(mixture: Any, engine: Composer) -> None:
+def test_an_output_that_a_forward_of_the_users_remembers_stays(mixture, engine):
     layer, x = engine.model[0], torch.randn(2, 3, 7, dtype=torch.float64)
     with engine.activate(mixture):
         wanted = layer(x)
     own, known = layer.forward, {}
 
-    def remembering(x: Tensor) -> Tensor:
+    def remembering(x):
         if x not in known:
             known[x] = own(x)
         return known[x]
@@ -100,7 +94,7 @@ def test_an_output_that_a_forward_of_the_users_remembers_stays(mixture: Any, eng
 # torch itself uses what it warns of
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("rows", [[ROWS[0]] * 2, ROWS], ids=["one for all", "by row"])
-def test_forward_mode_derivatives_go_through_what_is_written_to(rows: list[dict[str, float]], engine: Composer) -> None:
+def test_forward_mode_derivatives_go_through_what_is_written_to(rows, engine):
     x, direction = torch.randn(2, 2, 3, 7, dtype=torch.float64)
     wanted = torch.func.jvp(lambda x: formula(engine, x, rows), (x,), (direction,))
     with engine.activate(rows):
@@ -110,7 +104,7 @@ def test_forward_mode_derivatives_go_through_what_is_written_to(rows: list[dict[
 
 
 @pytest.mark.parametrize("rows", [[ROWS[0]] * 2, ROWS], ids=["one for all", "by row"])
-def test_gradients_of_gradients_are_the_formulas(rows: list[dict[str, float]], engine: Composer) -> None:
+def test_gradients_of_gradients_are_the_formulas(rows, engine):
     x = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
     found = []
     with engine.activate(rows):
@@ -122,7 +116,7 @@ def test_gradients_of_gradients_are_the_formulas(rows: list[dict[str, float]], e
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("rows", [[ROWS[0]] * 2, ROWS], ids=["one for all", "by row"])
-def test_batches_of_batches_are_mixed_one_by_one(rows: list[dict[str, float]], engine: Composer) -> None:
+def test_batches_of_batches_are_mixed_one_by_one(rows, engine):
     x = torch.randn(4, 2, 3, 7, dtype=torch.float64)
     with engine.activate(rows):
         for _ in range(2):
@@ -130,7 +124,7 @@ def test_batches_of_batches_are_mixed_one_by_one(rows: list[dict[str, float]], e
     assert torch.allclose(found, torch.stack([formula(engine, each, rows) for each in x]), rtol=1e-10)
 
 
-def test_a_gradient_outlives_the_mixture_whose_memory_others_want(engine: Composer) -> None:
+def test_a_gradient_outlives_the_mixture_whose_memory_others_want(engine):
     x = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
     with engine.activate(ROWS):
         y = engine.model(x)

@@ -1,7 +1,5 @@
 """The model's generate while a router reads text: it says what the prompts are, and is the model's own again after it."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,17 +1,13 @@
 """engine.last_weights and engine.record(): what the layers used, in this thread and no other."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import threading
 import weakref
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from loraweave.composer.composer import Composer
 from loraweave.composer.live import recording
@@ -27,44 +23,44 @@ IDS = torch.arange(3, 24).reshape(3, 7)
 class ByInput:
     """A router whose weights are the first features of each token; keeps what it gave."""
 
-    def __init__(self, num_experts: int = 3) -> None:
+    def __init__(self, num_experts=3):
         self.num_experts = num_experts
-        self.given: dict[str, list[Tensor]] = {}
+        self.given = {}
 
-    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+    def weights(self, x_BTI, layer):
         w_BTE = x_BTI[..., : self.num_experts].float()
         self.given.setdefault(layer, []).append(w_BTE)
         return w_BTE
 
 
 @pytest.fixture
-def engine(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]], tokenizer: Any) -> Composer:
+def engine(tiny_llama, make_adapters, tokenizer):
     return Composer(tiny_llama, make_adapters(tiny_llama, "llama"), tokenizer=tokenizer)
 
 
 @pytest.fixture
-def alike(tiny_llama: nn.Module, make_adapter: Callable[..., Adapter], tokenizer: Any) -> Composer:
+def alike(tiny_llama, make_adapter, tokenizer):
     """All experts update the same layers."""
     adapters = [make_adapter(tiny_llama, name, seed=seed) for seed, name in enumerate("abc")]
     return Composer(tiny_llama, adapters, tokenizer=tokenizer)
 
 
-def run(engine: Composer, ids_BT: Tensor = IDS, **more: Any) -> Any:
+def run(engine, ids_BT=IDS, **more):
     with torch.no_grad():
         return engine.model(input_ids=ids_BT, **more)
 
 
-def plain(engine: Composer) -> dict[str, list[Any]]:
+def plain(engine):
     return {layer: w_BTE.tolist() for layer, w_BTE in engine.last_weights.items()}
 
 
-def test_before_any_forward_there_are_no_weights(engine: Composer) -> None:
+def test_before_any_forward_there_are_no_weights(engine):
     assert dict(engine.last_weights) == {}
     with engine.activate({"a": 1.0}):
         assert dict(engine.last_weights) == {}
 
 
-def test_a_fixed_mixture_is_seen_in_every_layer_that_ran(engine: Composer) -> None:
+def test_a_fixed_mixture_is_seen_in_every_layer_that_ran(engine):
     with engine.activate({"a": 0.5, "c": -2.0}):
         run(engine)
     used = engine.last_weights
@@ -77,7 +73,7 @@ def test_a_fixed_mixture_is_seen_in_every_layer_that_ran(engine: Composer) -> No
         assert (used.layers[layer].num_rows, used.layers[layer].num_tokens) == (3, 7)
 
 
-def test_layers_without_weight_and_the_base_have_zeros(alike: Composer) -> None:
+def test_layers_without_weight_and_the_base_have_zeros(alike):
     layers = tuple(alike.target_layers)
     values_BTLE = torch.ones(1, 1, 1, 3)
     with alike.activate(MixtureWeights(values_BTLE, ("a", "b", "c"), layers[:1])):
@@ -89,7 +85,7 @@ def test_layers_without_weight_and_the_base_have_zeros(alike: Composer) -> None:
     assert plain(alike) == {layer: [[[]]] for layer in layers}
 
 
-def test_a_routers_weights_are_those_that_it_gave(alike: Composer) -> None:
+def test_a_routers_weights_are_those_that_it_gave(alike):
     router = ByInput()
     with alike.activate(router):
         run(alike)
@@ -97,7 +93,7 @@ def test_a_routers_weights_are_those_that_it_gave(alike: Composer) -> None:
     assert {layer: w_BTE[-1].tolist() for layer, w_BTE in router.given.items()} == plain(alike)
 
 
-def test_the_last_forward_counts_whichever_activation_it_belongs_to(alike: Composer) -> None:
+def test_the_last_forward_counts_whichever_activation_it_belongs_to(alike):
     with alike.activate({"a": 1.0}):
         run(alike)
         with alike.activate({"b": 1.0}):
@@ -108,18 +104,18 @@ def test_the_last_forward_counts_whichever_activation_it_belongs_to(alike: Compo
         assert alike.last_weights.experts == ("a",)
 
 
-def test_another_pool_has_no_weights_yet(alike: Composer) -> None:
+def test_another_pool_has_no_weights_yet(alike):
     with alike.activate({"a": 1.0}):
         run(alike)
     alike.swap(alike.pool)
     assert dict(alike.last_weights) == {}
 
 
-def test_threads_are_apart(alike: Composer) -> None:
-    found: dict[str, tuple[str, ...]] = {}
+def test_threads_are_apart(alike):
+    found = {}
     barrier = threading.Barrier(2)
 
-    def work(name: str) -> None:
+    def work(name):
         with alike.activate({name: 1.0}):
             run(alike)
             barrier.wait()
@@ -134,14 +130,14 @@ def test_threads_are_apart(alike: Composer) -> None:
     assert dict(alike.last_weights) == {}
 
 
-def test_asyncio_tasks_are_apart(alike: Composer) -> None:
-    async def use(name: str) -> tuple[str, ...]:
+def test_asyncio_tasks_are_apart(alike):
+    async def use(name):
         with alike.activate({name: 1.0}):
             run(alike)
             await asyncio.sleep(0)
         return alike.last_weights.experts
 
-    async def both() -> list[tuple[str, ...]]:
+    async def both():
         with alike.activate({"c": 1.0}):
             run(alike)
         return await asyncio.gather(use("a"), use("b"))
@@ -149,7 +145,7 @@ def test_asyncio_tasks_are_apart(alike: Composer) -> None:
     assert asyncio.run(both()) == [("a",), ("b",)]
 
 
-def test_two_engines_are_apart() -> None:
+def test_two_engines_are_apart():
     models = [nn.Sequential(nn.Linear(4, 4)) for _ in range(2)]
     adapters = [Adapter(name, "tiny", {"0": Factors(torch.ones(1, 4), torch.ones(4, 1))}) for name in "ab"]
     first, second = (Composer(model, [adapter]) for model, adapter in zip(models, adapters, strict=True))
@@ -159,7 +155,7 @@ def test_two_engines_are_apart() -> None:
     assert (plain(first), plain(second)) == ({"0": [[[1.0]]]}, {"0": [[[2.0]]]})
 
 
-def test_weights_by_token_are_kept_up_to_a_limit(alike: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_by_token_are_kept_up_to_a_limit(alike, monkeypatch):
     one_layer = 3 * 7 * 3 * 4
     monkeypatch.setattr(recording, "KEPT_BYTES", len(alike.target_layers) * one_layer)
     with alike.activate(ByInput()):
@@ -177,14 +173,14 @@ def test_weights_by_token_are_kept_up_to_a_limit(alike: Composer, monkeypatch: p
         assert len(alike.last_weights) == len(alike.target_layers)
 
 
-def test_nothing_of_the_graph_is_kept(alike: Composer) -> None:
+def test_nothing_of_the_graph_is_kept(alike):
     values = torch.ones(1, 1, 1, 3, requires_grad=True)
     with alike.activate(MixtureWeights(values, ("a", "b", "c"))):
         alike.model(input_ids=IDS)
     assert not any(w_BTE.requires_grad for w_BTE in alike.last_weights.values())
 
 
-def test_an_engine_is_freed_with_its_last_reference(tiny_llama: nn.Module, make_adapter: Callable[..., Adapter]) -> None:
+def test_an_engine_is_freed_with_its_last_reference(tiny_llama, make_adapter):
     engine = Composer(tiny_llama, [make_adapter(tiny_llama, "a")])
     with engine.activate({"a": 1.0}) as activation:
         run(engine)
@@ -194,7 +190,7 @@ def test_an_engine_is_freed_with_its_last_reference(tiny_llama: nn.Module, make_
     assert (gone(), usage()) == (None, None)
 
 
-def test_a_trace_joins_the_prompt_and_the_tokens_that_follow(alike: Composer) -> None:
+def test_a_trace_joins_the_prompt_and_the_tokens_that_follow(alike):
     router = ByInput()
     with alike.activate(router), alike.record() as trace:
         alike.model.generate(input_ids=IDS, max_new_tokens=4, do_sample=False, eos_token_id=None)
@@ -204,7 +200,7 @@ def test_a_trace_joins_the_prompt_and_the_tokens_that_follow(alike: Composer) ->
         assert (trace.weights.layers[layer].num_rows, trace.weights.layers[layer].num_tokens) == (3, 10)
 
 
-def test_a_trace_of_a_fixed_mixture_counts_the_tokens(alike: Composer) -> None:
+def test_a_trace_of_a_fixed_mixture_counts_the_tokens(alike):
     with alike.activate([{"a": 1.0}, {"b": 0.5}, None]), alike.record() as trace:
         alike.model.generate(input_ids=IDS, max_new_tokens=4, do_sample=False, eos_token_id=None)
     for layer, load in trace.weights.load().items():
@@ -212,7 +208,7 @@ def test_a_trace_of_a_fixed_mixture_counts_the_tokens(alike: Composer) -> None:
         assert (load.num_tokens, load.share_E.tolist()) == (30, [2 / 3, 1 / 3])
 
 
-def test_a_trace_of_weights_by_token_has_them_call_after_call(alike: Composer) -> None:
+def test_a_trace_of_weights_by_token_has_them_call_after_call(alike):
     values_BTE = torch.randn(1, 7, 2)
     with alike.activate(MixtureWeights(values_BTE[:, :, None], ("a", "c"))), alike.record() as trace:
         run(alike)
@@ -222,7 +218,7 @@ def test_a_trace_of_weights_by_token_has_them_call_after_call(alike: Composer) -
         assert torch.equal(w_BTE, values_BTE.repeat(3, 2, 1)), layer
 
 
-def test_a_trace_spans_mixtures_of_different_experts(alike: Composer) -> None:
+def test_a_trace_spans_mixtures_of_different_experts(alike):
     with alike.record() as trace:
         with alike.activate({"c": 1.0}):
             run(alike, IDS[:, :2])
@@ -232,7 +228,7 @@ def test_a_trace_spans_mixtures_of_different_experts(alike: Composer) -> None:
     assert all(w_BTE[2].tolist() == [[1.0, 0.0], [1.0, 0.0], [0.0, 0.5]] for w_BTE in trace.weights.values())
 
 
-def test_calls_of_different_batches_are_not_joined(alike: Composer) -> None:
+def test_calls_of_different_batches_are_not_joined(alike):
     with alike.record() as trace, alike.activate({"a": 1.0}):
         run(alike)
         run(alike, IDS[:2])
@@ -240,7 +236,7 @@ def test_calls_of_different_batches_are_not_joined(alike: Composer) -> None:
         trace.weights  # noqa: B018
 
 
-def test_only_the_block_and_only_the_engine_is_recorded(alike: Composer) -> None:
+def test_only_the_block_and_only_the_engine_is_recorded(alike):
     other = Composer(
         nn.Sequential(nn.Linear(4, 4)), [Adapter("x", "tiny", {"0": Factors(torch.ones(1, 4), torch.ones(4, 1))})]
     )
@@ -253,7 +249,7 @@ def test_only_the_block_and_only_the_engine_is_recorded(alike: Composer) -> None
 
 # the name that transformers 5.3 knows
 @pytest.mark.filterwarnings("ignore:`(gradient_checkpointing_enable|is_gradient_checkpointing)` is deprecated:FutureWarning")
-def test_a_layer_that_the_backward_pass_runs_again_is_noted_once(alike: Composer) -> None:
+def test_a_layer_that_the_backward_pass_runs_again_is_noted_once(alike):
     alike.model.train().gradient_checkpointing_enable({"use_reentrant": False})
     alike.model.enable_input_require_grads()
     with alike.activate({"a": 1.0}), alike.record() as trace:
@@ -261,7 +257,7 @@ def test_a_layer_that_the_backward_pass_runs_again_is_noted_once(alike: Composer
     assert {used.num_tokens for used in trace.weights.layers.values()} == {7}
 
 
-def test_padding_counts_in_no_load(alike: Composer) -> None:
+def test_padding_counts_in_no_load(alike):
     ids_BT = IDS.clone()
     mask_BT = torch.ones_like(ids_BT)
     mask_BT[0, :3], mask_BT[1, :5] = 0, 0
@@ -277,7 +273,7 @@ def test_padding_counts_in_no_load(alike: Composer) -> None:
         assert load.num_tokens == 13
 
 
-def test_a_mask_over_a_cache_and_a_head_on_the_last_token_fit(engine: Composer) -> None:
+def test_a_mask_over_a_cache_and_a_head_on_the_last_token_fit(engine):
     mask_BT = torch.ones_like(IDS)
     mask_BT[0, :3] = 0
     with engine.activate({"c": 1.0}):
@@ -286,14 +282,14 @@ def test_a_mask_over_a_cache_and_a_head_on_the_last_token_fit(engine: Composer) 
     assert (loads["lm_head"].num_tokens, loads["model.layers.0.self_attn.q_proj"].num_tokens) == (3, 18)
 
 
-def test_the_mask_of_another_batch_is_named(engine: Composer) -> None:
+def test_the_mask_of_another_batch_is_named(engine):
     with engine.activate({"c": 1.0}):
         run(engine)
     with pytest.raises(ScopeError, match="mask of 2 rows and 7 tokens is none for a forward of 3 rows and 7 tokens"):
         engine.last_weights.load(torch.ones(2, 7))
 
 
-def test_beams_count_with_the_mixture_and_the_mask_of_their_text(alike: Composer) -> None:
+def test_beams_count_with_the_mixture_and_the_mask_of_their_text(alike):
     mask_BT = torch.ones_like(IDS)
     mask_BT[0, :3] = 0
     with alike.activate([{"a": 1.0}, {"b": 1.0}, None]), alike.record() as trace:
@@ -302,7 +298,7 @@ def test_beams_count_with_the_mixture_and_the_mask_of_their_text(alike: Composer
         assert (load.num_tokens, load.chosen_E.tolist()) == (36, [8 / 36, 14 / 36])
 
 
-def test_a_router_for_one_row_and_weights_for_another_are_both_seen(alike: Composer) -> None:
+def test_a_router_for_one_row_and_weights_for_another_are_both_seen(alike):
     with alike.activate([ByInput(), {"b": 0.5}, None]):
         run(alike)
     for layer, w_BTE in alike.last_weights.items():
@@ -311,7 +307,7 @@ def test_a_router_for_one_row_and_weights_for_another_are_both_seen(alike: Compo
         assert bool((w_BTE[0] != 0).all())
 
 
-def test_compiled_code_is_seen_too(alike: Composer) -> None:
+def test_compiled_code_is_seen_too(alike):
     torch._dynamo.reset()
     compiled = torch.compile(alike.model, backend="eager", fullgraph=True)
     for mixture in ({"a": 1.0}, {"b": 0.5}, ByInput()):
@@ -324,10 +320,10 @@ def test_compiled_code_is_seen_too(alike: Composer) -> None:
         assert {used.num_tokens for used in recorded} == {7}
 
 
-def test_reading_the_weights_of_a_lazy_pool_opens_each_expert_once(alike: Composer) -> None:
-    opened: list[str] = []
+def test_reading_the_weights_of_a_lazy_pool_opens_each_expert_once(alike):
+    opened = []
 
-    def opener(name: str) -> Adapter:
+    def opener(name):
         opened.append(name)
         return alike.pool[name]
 

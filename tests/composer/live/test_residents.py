@@ -1,26 +1,21 @@
 """Paging: what is leased is the adapter's own numbers, never goes, and never takes more than its budget."""
 
-from __future__ import annotations
-
 import gc
 import os
 import signal
 import threading
 import time
 import tracemalloc
-from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
-from torch import Tensor
 
-from loraweave.composer.live.layout import ALIGNMENT_BYTES, Place
-from loraweave.composer.live.residents import Lease, Residents
+from loraweave.composer.live.layout import ALIGNMENT_BYTES
+from loraweave.composer.live.residents import Residents
 from loraweave.errors import AdapterNotFound, BudgetExceeded, CompositionError
 from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors
@@ -32,11 +27,11 @@ PLACES = dict.fromkeys(LAYERS, FP32)
 NAMES = [f"e{number}" for number in range(8)]
 
 
-def random(*shape: int, generator: torch.Generator) -> Tensor:
+def random(*shape, generator):
     return torch.randn(*shape, generator=generator)
 
 
-def adapter(number: int, *, affine: bool = False) -> Adapter:
+def adapter(number, *, affine=False):
     """Ranks and layers that depend on the number."""
     generator = torch.Generator().manual_seed(number)
     layers = {}
@@ -55,7 +50,7 @@ def adapter(number: int, *, affine: bool = False) -> Adapter:
 ADAPTERS = {name: adapter(number, affine=number > 4) for number, name in enumerate(NAMES)}
 
 
-def size_of(name: str, itemsize: int = 4) -> int:
+def size_of(name, itemsize=4):
     return sum(
         itemsize * (factors.a_RI.numel() + factors.b_OR.numel())
         + 4 * sum(tensor.numel() for tensor in (factors.gain_O, factors.bias_O) if tensor is not None)
@@ -63,19 +58,18 @@ def size_of(name: str, itemsize: int = 4) -> int:
     )
 
 
-def everything(device: torch.device) -> bool:
+def everything(device):
     """Has the CPU treated as a device that is filled by way of the host."""
     return True
 
 
-def assert_the_adapters_own(lease: Lease, name: str, place: Place = FP32) -> None:
+def assert_the_adapters_own(lease, name, place=FP32):
     for layer in LAYERS:
         part = lease.part(name, layer, *place)
         factors = ADAPTERS[name].layers.get(layer)
         if factors is None:
             assert part is None
             continue
-        assert part is not None
         assert torch.equal(part.a_RI, factors.a_RI.to(*place))
         assert torch.equal(part.b_RO, factors.b_OR.T.to(*place))
         for found, own in ((part.gain_O, factors.gain_O), (part.bias_O, factors.bias_O)):
@@ -85,31 +79,26 @@ def assert_the_adapters_own(lease: Lease, name: str, place: Place = FP32) -> Non
 
 @pytest.mark.parametrize("staged", [None, everything])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_a_lease_has_the_adapters_numbers_in_the_layers_dtype(
-    dtype: torch.dtype, staged: Callable[[torch.device], bool] | None
-) -> None:
-    options: Any = {} if staged is None else {"staged": staged}
+def test_a_lease_has_the_adapters_numbers_in_the_layers_dtype(dtype, staged):
+    options = {} if staged is None else {"staged": staged}
     residents = Residents(ADAPTERS.__getitem__, lambda: dict.fromkeys(LAYERS, (CPU, dtype)), **options)
     lease = residents.lease(NAMES)
     for name in NAMES:
         if dtype == torch.float64:
             for layer, factors in ADAPTERS[name].layers.items():
                 part = lease.part(name, layer, CPU, dtype)
-                assert part is not None
                 assert torch.equal(part.b_RO, factors.b_OR.T.double())
         else:
             assert_the_adapters_own(lease, name, (CPU, dtype))
 
 
-def test_each_layer_may_have_a_place_of_its_own() -> None:
+def test_each_layer_may_have_a_place_of_its_own():
     places = {"q": (CPU, torch.float32), "v": (CPU, torch.bfloat16), "down": (torch.device("meta"), torch.float16)}
     residents = Residents(ADAPTERS.__getitem__, lambda: places)
     lease = residents.lease(["e1", "e5"])
     for layer, place in places.items():
         part = lease.part("e5", layer, *place)
-        assert part is not None
         assert (part.a_RI.device, part.a_RI.dtype) == place
-        assert part.bias_O is not None
         assert part.bias_O.dtype == torch.float32
     figures = residents.residency
     on_meta = sum(
@@ -120,18 +109,15 @@ def test_each_layer_may_have_a_place_of_its_own() -> None:
     assert (figures.num_on_device, figures.num_misses) == (2, 2)
 
 
-def test_what_is_fp32_on_the_cpu_is_not_copied() -> None:
+def test_what_is_fp32_on_the_cpu_is_not_copied():
     lease = Residents(ADAPTERS.__getitem__, lambda: PLACES).lease(["e5"])
     part, factors = lease.part("e5", "down", *FP32), ADAPTERS["e5"].layers["down"]
-    assert part is not None
-    assert part.bias_O is not None
-    assert factors.bias_O is not None
     assert part.a_RI.data_ptr() == factors.a_RI.data_ptr()
     assert part.b_RO.data_ptr() == factors.b_OR.data_ptr()
     assert part.bias_O.data_ptr() == factors.bias_O.data_ptr()
 
 
-def test_an_expert_on_a_device_is_one_allocation_there_and_one_copy() -> None:
+def test_an_expert_on_a_device_is_one_allocation_there_and_one_copy():
     residents = Residents(ADAPTERS.__getitem__, lambda: PLACES, staged=everything)
     lease = residents.lease(["e1"])
     assert all(part.a_RI.is_contiguous() and part.b_RO.is_contiguous() for part in lease._parts["e1"].values())
@@ -141,10 +127,10 @@ def test_an_expert_on_a_device_is_one_allocation_there_and_one_copy() -> None:
     assert len(memory) == 1
 
 
-def test_an_expert_that_was_used_lately_is_not_opened_again() -> None:
-    opened: list[str] = []
+def test_an_expert_that_was_used_lately_is_not_opened_again():
+    opened = []
 
-    def opener(name: str) -> Adapter:
+    def opener(name):
         opened.append(name)
         return ADAPTERS[name]
 
@@ -159,13 +145,11 @@ def test_an_expert_that_was_used_lately_is_not_opened_again() -> None:
 
 
 @pytest.mark.parametrize("staged", [None, everything])
-def test_a_budget_too_small_for_one_activation_is_refused_with_both_figures_before_anything_is_allocated(
-    staged: Callable[[torch.device], bool] | None,
-) -> None:
+def test_a_budget_too_small_for_one_activation_is_refused_with_both_figures_before_anything_is_allocated(staged):
     sizes = [size_of(name) for name in NAMES]
     budget = sum(sizes) - 1
     option = "host_budget_bytes" if staged is None else "device_budget_bytes"
-    options: Any = {option: budget} if staged is None else {option: budget, "staged": staged}
+    options = {option: budget} if staged is None else {option: budget, "staged": staged}
     residents = Residents(ADAPTERS.__getitem__, lambda: PLACES, **options)
     residents.lease(NAMES[:2]).release()
     before = residents.residency
@@ -177,14 +161,14 @@ def test_a_budget_too_small_for_one_activation_is_refused_with_both_figures_befo
     residents.lease(NAMES[:7]).release()
 
 
-def test_a_host_budget_without_room_for_one_expert_on_its_way_to_a_device_is_refused() -> None:
+def test_a_host_budget_without_room_for_one_expert_on_its_way_to_a_device_is_refused():
     residents = Residents(ADAPTERS.__getitem__, lambda: PLACES, staged=everything, host_budget_bytes=size_of("e1") - 1)
     with pytest.raises(BudgetExceeded, match=f"expert 'e1' need {size_of('e1')} bytes, but host_budget_bytes is"):
         residents.lease(["e1"])
     assert residents.residency.device_bytes == residents.residency.host_bytes == 0
 
 
-def test_a_host_budget_of_one_expert_fills_a_device_with_many() -> None:
+def test_a_host_budget_of_one_expert_fills_a_device_with_many():
     budget = max(map(size_of, NAMES))
     residents = Residents(ADAPTERS.__getitem__, lambda: PLACES, staged=everything, host_budget_bytes=budget)
     lease = residents.lease(NAMES)
@@ -194,7 +178,7 @@ def test_a_host_budget_of_one_expert_fills_a_device_with_many() -> None:
     assert residents.residency.host_bytes <= budget
 
 
-def test_experts_of_other_leases_stay_and_are_named_where_there_is_no_room_beside_them() -> None:
+def test_experts_of_other_leases_stay_and_are_named_where_there_is_no_room_beside_them():
     budget = size_of("e1") + size_of("e2")
     residents = Residents(ADAPTERS.__getitem__, lambda: PLACES, host_budget_bytes=budget)
     first = residents.lease(["e1", "e2"])
@@ -205,7 +189,7 @@ def test_experts_of_other_leases_stay_and_are_named_where_there_is_no_room_besid
     assert_the_adapters_own(residents.lease(["e3"]), "e3")
 
 
-def test_a_renewed_lease_holds_the_same_factors_after_the_first_has_ended_and_an_ended_one_is_not_renewed() -> None:
+def test_a_renewed_lease_holds_the_same_factors_after_the_first_has_ended_and_an_ended_one_is_not_renewed():
     residents = Residents(ADAPTERS.__getitem__, lambda: PLACES, host_budget_bytes=size_of("e5"))
     first = residents.lease(["e5"])
     second = first.renew()
@@ -224,7 +208,7 @@ def test_a_renewed_lease_holds_the_same_factors_after_the_first_has_ended_and_an
     assert residents.residency.num_hits == before.num_hits
 
 
-def test_the_expert_used_longest_ago_goes_first() -> None:
+def test_the_expert_used_longest_ago_goes_first():
     residents = Residents(lambda name: adapter(1), lambda: PLACES, host_budget_bytes=3 * size_of("e1"))
     for name in ("a", "b", "c", "a", "d"):
         residents.lease([name]).release()
@@ -236,12 +220,12 @@ def test_the_expert_used_longest_ago_goes_first() -> None:
 
 @pytest.mark.parametrize("budget", [0, -1, 1.5, True, "1 GB"])
 @pytest.mark.parametrize("option", ["device_budget_bytes", "host_budget_bytes"])
-def test_a_budget_that_is_no_number_of_bytes_is_refused(option: str, budget: Any) -> None:
+def test_a_budget_that_is_no_number_of_bytes_is_refused(option, budget):
     with pytest.raises(CompositionError, match=f"{option} is .*at least 1, or None"):
         Residents(ADAPTERS.__getitem__, lambda: PLACES, **{option: budget})
 
 
-def test_a_model_that_moves_has_its_experts_in_the_new_place_and_lets_the_old_ones_go() -> None:
+def test_a_model_that_moves_has_its_experts_in_the_new_place_and_lets_the_old_ones_go():
     places = dict(PLACES)
     residents = Residents(ADAPTERS.__getitem__, lambda: places)
     open_one = residents.lease(["e1"])
@@ -255,7 +239,7 @@ def test_a_model_that_moves_has_its_experts_in_the_new_place_and_lets_the_old_on
     assert residents.residency.host_bytes == sum(size_of(name, itemsize=2) for name in ("e1", "e2"))
 
 
-def test_a_layer_whose_place_is_not_known_gets_its_factors_when_it_asks() -> None:
+def test_a_layer_whose_place_is_not_known_gets_its_factors_when_it_asks():
     residents = Residents(ADAPTERS.__getitem__, dict)
     lease = residents.lease(["e1", "e6"])
     assert_the_adapters_own(lease, "e6")
@@ -263,21 +247,20 @@ def test_a_layer_whose_place_is_not_known_gets_its_factors_when_it_asks() -> Non
     assert residents.residency.host_bytes == 0
 
 
-def test_factors_made_below_inference_mode_can_be_trained_through_later() -> None:
+def test_factors_made_below_inference_mode_can_be_trained_through_later():
     residents = Residents(lambda name: adapter(1), lambda: PLACES)
     with torch.inference_mode():
         lease = residents.lease(["e1"])
     part = lease.part("e1", "q", *FP32)
-    assert part is not None
     assert not part.a_RI.is_inference()
     assert not part.b_RO.is_inference()
 
 
 @pytest.mark.parametrize("failing", [1, 2, 3])
-def test_an_adapter_that_cannot_be_opened_is_raised_and_leaves_no_lease(failing: int) -> None:
+def test_an_adapter_that_cannot_be_opened_is_raised_and_leaves_no_lease(failing):
     calls = 0
 
-    def opener(name: str) -> Adapter:
+    def opener(name):
         nonlocal calls
         calls += 1
         if calls == failing:
@@ -295,10 +278,10 @@ def test_an_adapter_that_cannot_be_opened_is_raised_and_leaves_no_lease(failing:
     assert residents.residency.host_bytes == 0
 
 
-def test_prefetched_experts_are_hits_and_an_error_is_the_futures_and_again_the_leases() -> None:
-    opened: list[str] = []
+def test_prefetched_experts_are_hits_and_an_error_is_the_futures_and_again_the_leases():
+    opened = []
 
-    def opener(name: str) -> Adapter:
+    def opener(name):
         opened.append(threading.current_thread().name)
         if name == "lost":
             raise AdapterNotFound("no adapter 'lost'")
@@ -317,7 +300,7 @@ def test_prefetched_experts_are_hits_and_an_error_is_the_futures_and_again_the_l
     residents.close()
 
 
-def succeeds_in_a_fork(call: Callable[[], object]) -> bool:
+def succeeds_in_a_fork(call):
     child = os.fork()
     if not child:
         signal.alarm(20)
@@ -331,11 +314,11 @@ def succeeds_in_a_fork(call: Callable[[], object]) -> bool:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-def test_a_forked_process_does_not_wait_for_the_thread_that_it_does_not_have() -> None:
+def test_a_forked_process_does_not_wait_for_the_thread_that_it_does_not_have():
     residents = Residents(ADAPTERS.__getitem__, lambda: PLACES)
     residents.prefetch(["e1"]).result(timeout=10)
 
-    def there() -> None:
+    def there():
         residents.settle()
         residents.prefetch(["e2"]).result(timeout=10)
 
@@ -345,11 +328,11 @@ def test_a_forked_process_does_not_wait_for_the_thread_that_it_does_not_have() -
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-def test_a_process_forked_while_an_expert_is_on_its_way_brings_it_itself() -> None:
+def test_a_process_forked_while_an_expert_is_on_its_way_brings_it_itself():
     begun, go = threading.Event(), threading.Event()
     here = os.getpid()
 
-    def opener(name: str) -> Adapter:
+    def opener(name):
         if os.getpid() == here and begun.is_set():
             go.wait(timeout=20)
         begun.set()
@@ -369,7 +352,7 @@ def test_a_process_forked_while_an_expert_is_on_its_way_brings_it_itself() -> No
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_is_filled_from_pinned_memory_within_its_budget() -> None:
+def test_a_gpu_is_filled_from_pinned_memory_within_its_budget():
     place = (torch.device("cuda", 0), torch.float32)
     budget = 3 * max(map(size_of, NAMES))
     residents = Residents(
@@ -385,7 +368,7 @@ def test_a_gpu_is_filled_from_pinned_memory_within_its_budget() -> None:
     residents.close()
 
 
-def test_forgotten_names_may_stand_for_other_adapters() -> None:
+def test_forgotten_names_may_stand_for_other_adapters():
     named = {"x": ADAPTERS["e1"]}
     residents = Residents(named.__getitem__, lambda: PLACES)
     residents.lease(["x"]).release()
@@ -393,12 +376,11 @@ def test_forgotten_names_may_stand_for_other_adapters() -> None:
     assert residents.residency.host_bytes == 0
     named["x"] = ADAPTERS["e5"]
     part = residents.lease(["x"]).part("x", "down", *FP32)
-    assert part is not None
     assert torch.equal(part.a_RI, ADAPTERS["e5"].layers["down"].a_RI)
 
 
-def test_the_thousandth_expert_moves_the_bytes_that_the_first_did_and_memory_stays_flat() -> None:
-    def opener(name: str) -> Adapter:
+def test_the_thousandth_expert_moves_the_bytes_that_the_first_did_and_memory_stays_flat():
+    def opener(name):
         return adapter(1)
 
     residents = Residents(opener, lambda: PLACES, staged=everything, device_budget_bytes=20_000, host_budget_bytes=20_000)
@@ -412,10 +394,10 @@ def test_the_thousandth_expert_moves_the_bytes_that_the_first_did_and_memory_sta
     residents.close()
 
 
-def test_a_hundred_cycles_of_loading_and_unloading_leave_memory_flat() -> None:
+def test_a_hundred_cycles_of_loading_and_unloading_leave_memory_flat():
     residents = Residents(lambda name: adapter(1), lambda: PLACES, staged=everything)
 
-    def cycles(number: int) -> int:
+    def cycles(number):
         for _ in range(number):
             residents.lease(["x"]).release()
             residents.forget()
@@ -432,16 +414,16 @@ def test_a_hundred_cycles_of_loading_and_unloading_leave_memory_flat() -> None:
     assert residents.residency.device_bytes == residents.residency.host_bytes == 0
 
 
-def test_layers_that_become_known_while_others_lease_move_nothing() -> None:
-    places: dict[str, Place] = {}
+def test_layers_that_become_known_while_others_lease_move_nothing():
+    places = {}
 
-    def opener(name: str) -> Adapter:
+    def opener(name):
         places.update(dict.fromkeys(ADAPTERS[name].layers, FP32))
         return ADAPTERS[name]
 
     residents = Residents(opener, lambda: dict(places))
 
-    def work(number: int) -> None:
+    def work(number):
         for turn in range(16):
             lease = residents.lease([NAMES[(number * 2 + turn) % 8]])
             assert_the_adapters_own(lease, *lease.names)
@@ -452,11 +434,11 @@ def test_layers_that_become_known_while_others_lease_move_nothing() -> None:
     assert residents.residency.bytes_from_disk == sum(map(size_of, NAMES))
 
 
-def test_threads_that_lease_the_same_experts_at_once_bring_each_once() -> None:
+def test_threads_that_lease_the_same_experts_at_once_bring_each_once():
     residents = Residents(ADAPTERS.__getitem__, lambda: PLACES, staged=everything)
     barrier = threading.Barrier(4)
 
-    def work(number: int) -> None:
+    def work(number):
         barrier.wait()
         for turn in range(20):
             names = [NAMES[(number + turn) % 8], NAMES[(turn * 3) % 8]]
@@ -475,9 +457,9 @@ class Paging(RuleBasedStateMachine):
 
     leases = Bundle("leases")
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
-        self.places: dict[str, Place] = dict(PLACES)
+        self.places = dict(PLACES)
         self.budget = 3 * max(map(size_of, NAMES))
         self.residents = Residents(
             ADAPTERS.__getitem__,
@@ -486,10 +468,10 @@ class Paging(RuleBasedStateMachine):
             device_budget_bytes=self.budget,
             host_budget_bytes=2 * max(map(size_of, NAMES)),
         )
-        self.open: list[tuple[Lease, Mapping[str, Place]]] = []
+        self.open = []
 
     @rule(target=leases, names=st.lists(st.sampled_from(NAMES), min_size=1, max_size=4, unique=True))
-    def lease(self, names: list[str]) -> object:
+    def lease(self, names):
         try:
             lease = self.residents.lease(names)
         except BudgetExceeded:
@@ -502,44 +484,44 @@ class Paging(RuleBasedStateMachine):
         return lease
 
     @rule(lease=consumes(leases))
-    def release(self, lease: Any) -> None:
+    def release(self, lease):
         if lease is not None:
             self.open = [pair for pair in self.open if pair[0] is not lease]
             lease.release()
             lease.release()
 
     @rule(names=st.lists(st.sampled_from(NAMES), min_size=1, max_size=2, unique=True))
-    def prefetch(self, names: list[str]) -> None:
+    def prefetch(self, names):
         error = self.residents.prefetch(names).exception(timeout=10)
         assert error is None or isinstance(error, BudgetExceeded)
 
     @rule(dtype=st.sampled_from([torch.float32, torch.bfloat16]))
-    def move(self, dtype: torch.dtype) -> None:
+    def move(self, dtype):
         self.places = dict.fromkeys(LAYERS, (CPU, dtype))
 
     @rule()
-    def forget(self) -> None:
+    def forget(self):
         self.residents.forget()
 
     @invariant()
-    def within_budget(self) -> None:
+    def within_budget(self):
         figures = self.residents.residency
         assert figures.device_bytes <= self.budget
         assert figures.host_bytes <= 2 * max(map(size_of, NAMES))
 
     @invariant()
-    def leased_experts_are_on_their_shelf(self) -> None:
+    def leased_experts_are_on_their_shelf(self):
         for lease, _ in self.open:
             assert set(lease.on_device) == {key for key in lease.on_device if self.residents._device.in_use(key)}
             assert {key.name for key in lease.on_device} == set(lease.names)
 
     @invariant()
-    def leased_experts_are_the_adapters_own(self) -> None:
+    def leased_experts_are_the_adapters_own(self):
         for lease, places in self.open:
             for name in lease.names:
                 assert_the_adapters_own(lease, name, places["q"])
 
-    def teardown(self) -> None:
+    def teardown(self):
         leases, self.open = [lease for lease, _ in self.open], []
         for lease in leases:
             lease.release()
@@ -554,7 +536,7 @@ Paging.TestCase.settings = settings(
 TestPaging = Paging.TestCase
 
 
-def test_the_figures_print_as_a_small_table() -> None:
+def test_the_figures_print_as_a_small_table():
     residents = Residents(ADAPTERS.__getitem__, lambda: PLACES, host_budget_bytes=10_000)
     residents.lease(["e1"]).release()
     residents.lease(["e1"]).release()

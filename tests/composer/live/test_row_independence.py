@@ -1,19 +1,13 @@
 """A row of a batch is what it would be alone, whichever path its mixture takes, and whoever its neighbours are."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 from loraweave.composer.composer import Composer
 from loraweave.composer.live import row_weights
-from loraweave.hub.adapter import Adapter
 
 WEIGHT = st.floats(-2, 2, width=32)
 ROW = st.one_of(st.none(), st.dictionaries(st.sampled_from("abc"), WEIGHT, max_size=3))
@@ -21,20 +15,18 @@ BY_ROW = ("gathered", "segments", "dense")
 
 
 @torch.no_grad()
-def logits(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+def logits(model, ids, mask=None):
     return model(input_ids=ids, attention_mask=mask).logits
 
 
-def scale(values: Tensor) -> float:
+def scale(values):
     return float(values.abs().max())
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-13), (torch.float32, 1e-6)])
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.lists(ROW, min_size=1, max_size=5), tokens=st.integers(1, 6), seed=st.integers(0, 99))
-def test_a_row_of_a_layer_is_what_it_is_alone(
-    make_adapter: Callable[..., Any], dtype: torch.dtype, limit: float, rows: list[Any], tokens: int, seed: int
-) -> None:
+def test_a_row_of_a_layer_is_what_it_is_alone(make_adapter, dtype, limit, rows, tokens, seed):
     generator = torch.Generator().manual_seed(seed)
     model = nn.Sequential(nn.Linear(24, 40)).to(dtype)
     adapters = [
@@ -54,9 +46,7 @@ def test_a_row_of_a_layer_is_what_it_is_alone(
 
 
 @pytest.mark.parametrize("path", BY_ROW)
-def test_padding_changes_no_row(
-    path: str, tiny_llama: nn.Module, make_adapters: Callable[..., Any], monkeypatch: Any
-) -> None:
+def test_padding_changes_no_row(path, tiny_llama, make_adapters, monkeypatch):
     monkeypatch.setattr(row_weights, "choose", lambda work: row_weights.Choice(path if work.num_segments > 1 else "shared"))
     engine = Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
     rows = [{"a": 1.0}, {"b": -0.5, "c": 0.3}]
@@ -73,9 +63,7 @@ def test_padding_changes_no_row(
 
 
 @pytest.mark.parametrize("path", BY_ROW)
-def test_neighbours_of_the_same_ranks_change_no_bit(
-    path: str, tiny_llama: nn.Module, make_adapter: Callable[..., Adapter], monkeypatch: Any
-) -> None:
+def test_neighbours_of_the_same_ranks_change_no_bit(path, tiny_llama, make_adapter, monkeypatch):
     monkeypatch.setattr(row_weights, "choose", lambda work: row_weights.Choice(path))
     engine = Composer(tiny_llama, [make_adapter(tiny_llama, name, rank=3, seed=seed) for seed, name in enumerate("abcd")])
     ids = torch.randint(3, 60, (3, 6), generator=torch.Generator().manual_seed(1))
@@ -93,13 +81,8 @@ def test_neighbours_of_the_same_ranks_change_no_bit(
 @pytest.mark.parametrize("exact", [False, True], ids=["own dtype", "fp32"])
 @pytest.mark.parametrize("path", [*BY_ROW, "shared", "merged"])
 def test_every_path_is_the_dense_formula_in_a_whole_model(
-    path: str,
-    exact: bool,
-    make_model: Callable[..., nn.Module],
-    make_adapters: Callable[..., Any],
-    with_dense_update: Callable[..., nn.Module],
-    monkeypatch: Any,
-) -> None:
+    path, exact, make_model, make_adapters, with_dense_update, monkeypatch
+):
     monkeypatch.setattr(row_weights, "choose", lambda work: row_weights.Choice(path, exact))
     dtype = torch.bfloat16 if exact else torch.float64
     model = make_model("llama", dtype=dtype)

@@ -1,14 +1,9 @@
 """Routers over pools of which every token uses little."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from loraweave.composer.composer import Composer
-from loraweave.hub.adapter import Adapter
 
 NUM_EXPERTS = 96
 
@@ -16,15 +11,13 @@ NUM_EXPERTS = 96
 class TopOne:
     """Each token of a layer's input gets the one expert that its first feature points to, with a weight of its own."""
 
-    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+    def weights(self, x_BTI, layer):
         index_BT1 = (x_BTI[..., :1].abs() * 1000).long() % NUM_EXPERTS
         w_BTE = torch.zeros(*x_BTI.shape[:2], NUM_EXPERTS)
         return w_BTE.scatter(2, index_BT1, x_BTI[..., 1:2].float())
 
 
-def test_a_router_of_one_expert_a_token_is_its_formula_though_only_chosen_experts_are_multiplied(
-    make_adapter: Callable[..., Adapter],
-) -> None:
+def test_a_router_of_one_expert_a_token_is_its_formula_though_only_chosen_experts_are_multiplied(make_adapter):
     model = nn.Sequential(nn.Linear(256, 192)).double()
     adapters = [make_adapter(model, f"expert {n}", rank=4, targets=("0",), seed=n) for n in range(NUM_EXPERTS)]
     x_BTI = torch.randn(3, 150, 256, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -1,10 +1,8 @@
 """Weights that are made in a call fit it, or are refused by name."""
 
-from __future__ import annotations
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from loraweave.composer.composer import Composer
 from loraweave.errors import ScopeError
@@ -16,15 +14,15 @@ from loraweave.types import Factors
 class Constant:
     """A router of ones."""
 
-    def __init__(self, *shape: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, *shape, dtype=torch.float32):
         self.w_BTE = torch.ones(shape, dtype=dtype)
 
-    def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
+    def weights(self, x_BTI, layer):
         return self.w_BTE
 
 
 @pytest.fixture
-def engine() -> Composer:
+def engine():
     torch.manual_seed(0)
     return Composer(
         nn.Sequential(nn.Linear(4, 3)), [Adapter("a", "tiny", {"0": Factors(torch.ones(1, 4), torch.ones(3, 1))})]
@@ -34,13 +32,13 @@ def engine() -> Composer:
 @pytest.mark.parametrize(
     ("shape", "named"), [((0, 1, 1), "0 rows"), ((3, 1, 1), "3 rows"), ((1, 0, 1), "0 tokens")], ids=str
 )
-def test_weights_of_other_rows_or_tokens_are_named(shape: tuple[int, ...], named: str, engine: Composer) -> None:
+def test_weights_of_other_rows_or_tokens_are_named(shape, named, engine):
     with engine.activate(Constant(*shape)), pytest.raises(ScopeError, match=f"have {named}, but the input of layer '0'"):
         engine.model(torch.ones(2, 5, 4))
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 4), (2, 0, 4)], ids=["rows", "tokens"])
-def test_a_batch_without_rows_or_tokens_is_mixed_by_a_router_of_many_experts(shape: tuple[int, ...]) -> None:
+def test_a_batch_without_rows_or_tokens_is_mixed_by_a_router_of_many_experts(shape):
     adapters = [Adapter(name, "tiny", {"0": Factors(torch.ones(9, 4), torch.ones(3, 9))}) for name in "abcdef"]
     engine = Composer(nn.Sequential(nn.Linear(4, 3)).bfloat16(), adapters)
     with engine.activate(Constant(*shape[:2], 6)), torch.no_grad():
@@ -48,7 +46,7 @@ def test_a_batch_without_rows_or_tokens_is_mixed_by_a_router_of_many_experts(sha
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64, torch.bool], ids=str)
-def test_weights_of_any_dtype_count_as_numbers(dtype: torch.dtype, engine: Composer) -> None:
+def test_weights_of_any_dtype_count_as_numbers(dtype, engine):
     x_BTI = torch.randn(2, 5, 4)
     with engine.activate(Constant(1, 1, 1, dtype=dtype)):
         found = engine.model(x_BTI)
@@ -56,7 +54,7 @@ def test_weights_of_any_dtype_count_as_numbers(dtype: torch.dtype, engine: Compo
     assert torch.allclose(found, engine.model(x_BTI) + x_BTI.sum(dim=-1, keepdim=True), atol=1e-5)
 
 
-def test_a_router_answers_in_its_own_precision_below_autocast() -> None:
+def test_a_router_answers_in_its_own_precision_below_autocast():
     draw = torch.Generator().manual_seed(0)
     adapters = [
         Adapter(name, "tiny", {"0": Factors(torch.randn(3, 64, generator=draw), torch.randn(32, 3, generator=draw))})

@@ -1,7 +1,5 @@
 """Memory that was given back is used again, and no more of it is kept than asked for."""
 
-from __future__ import annotations
-
 import torch
 
 from loraweave.composer.live.row_weights import Workspace
@@ -9,7 +7,7 @@ from loraweave.composer.live.row_weights import Workspace
 CPU = torch.device("cpu")
 
 
-def test_what_was_given_back_is_taken_again_by_its_like_only() -> None:
+def test_what_was_given_back_is_taken_again_by_its_like_only():
     workspace = Workspace(1000)
     first = workspace.take(10, torch.float32, CPU)
     workspace.give([first])
@@ -20,7 +18,7 @@ def test_what_was_given_back_is_taken_again_by_its_like_only() -> None:
     assert workspace.num_bytes == 0
 
 
-def test_the_kinds_longest_unused_go_first() -> None:
+def test_the_kinds_longest_unused_go_first():
     workspace = Workspace(100)
     old, new = (workspace.take(size, torch.float32, CPU) for size in (15, 20))
     workspace.give([old])

@@ -1,7 +1,5 @@
 """Compiles the Triton kernels for a GPU that need not be there, in all dtypes; prints what uses tensor cores."""
 
-from __future__ import annotations
-
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource

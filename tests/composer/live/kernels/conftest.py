@@ -1,12 +1,8 @@
 """Every kernel of the folder as a function of stacked factors."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from torch import Tensor
 
 from loraweave import registry
 from loraweave.composer.live.kernels._parts import RowKernel, rank_rows, row_sets
@@ -15,7 +11,7 @@ from loraweave.composer.live.kernels.naive import naive
 from loraweave.composer.live.row_weights import RankedRows, _LayerRows
 
 
-def by_rank_rows(name: str, x_BTI: Tensor, a_SI: Tensor, b_OS: Tensor, w_BTS: Tensor) -> Tensor:
+def by_rank_rows(name, x_BTI, a_SI, b_OS, w_BTS):
     """What a kernel makes of each rank row as an expert; `naive` where such weights are not for it."""
     kernel, parts, rows = registry.get("kernels", name), rank_rows(a_SI, b_OS), row_sets(w_BTS)
     if kernel is naive or not parts:
@@ -35,6 +31,6 @@ def by_rank_rows(name: str, x_BTI: Tensor, a_SI: Tensor, b_OS: Tensor, w_BTS: Te
 
 
 @pytest.fixture(scope="session")
-def product() -> Callable[..., Tensor]:
+def product():
     """`by_rank_rows`."""
     return by_rank_rows

@@ -1,7 +1,5 @@
 """The choice between paths, where it is beyond doubt."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest
@@ -26,33 +24,33 @@ OWN = Workload(
 )
 
 
-def test_rows_with_adapters_of_their_own_are_gathered() -> None:
+def test_rows_with_adapters_of_their_own_are_gathered():
     assert choose(OWN).path == "gathered"
     assert choose(replace(OWN, tokens=1)).path == "gathered"
 
 
-def test_one_mixture_for_all_rows_is_one_pair_of_products() -> None:
+def test_one_mixture_for_all_rows_is_one_pair_of_products():
     one = replace(OWN, num_mixtures=1, tokens=1024, total=8, num_segments=1, distinct=8, stacked=8)
     assert choose(one).path == "shared"
 
 
-def test_ranks_beyond_a_full_matrix_are_multiplied_out() -> None:
+def test_ranks_beyond_a_full_matrix_are_multiplied_out():
     one = replace(OWN, num_mixtures=1, tokens=1024, largest=800, total=800, num_segments=1, distinct=800, stacked=800)
     assert choose(one).path == "merged"
 
 
-def test_long_rows_of_very_different_ranks_are_segments() -> None:
+def test_long_rows_of_very_different_ranks_are_segments():
     uneven = replace(OWN, tokens=4096, largest=512, total=512 + 7 * 4, distinct=540, stacked=540)
     assert choose(uneven).path == "segments"
 
 
-def test_a_few_tokens_in_half_precision_are_multiplied_in_single_on_a_cpu_only() -> None:
+def test_a_few_tokens_in_half_precision_are_multiplied_in_single_on_a_cpu_only():
     short = replace(OWN, tokens=1, itemsize=2)
     assert choose(short) == Choice("gathered", exact=True)
     assert not choose(replace(short, device="cuda")).exact
 
 
-def test_triton_takes_rows_of_different_ranks_by_token_and_by_segment_where_it_runs() -> None:
+def test_triton_takes_rows_of_different_ranks_by_token_and_by_segment_where_it_runs():
     decode = replace(OWN, num_mixtures=32, tokens=1, largest=64, total=312, num_segments=32, distinct=312, stacked=312)
     on_gpu = replace(decode, itemsize=2, device="cuda", triton=True)
     wide = replace(on_gpu, num_inputs=4096, num_outputs=4096)
@@ -76,14 +74,12 @@ def test_triton_takes_rows_of_different_ranks_by_token_and_by_segment_where_it_r
         (64, 4, 16, False),  # 0.84
     ],
 )
-def test_tokens_are_sorted_by_expert_where_that_was_measured_to_pay(
-    num_tokens: int, per_token: int, num_experts: int, pays: bool
-) -> None:
+def test_tokens_are_sorted_by_expert_where_that_was_measured_to_pay(num_tokens, per_token, num_experts, pays):
     work = TokenWorkload(num_tokens, num_tokens * per_token, num_experts, num_experts * 8, 576, 1536, itemsize=4)
     assert sorting_pays(work) == pays
 
 
-def test_tokens_that_use_every_expert_are_not_sorted() -> None:
+def test_tokens_that_use_every_expert_are_not_sorted():
     assert not sorting_pays(TokenWorkload(1024, 1024 * 20, 20, 160, 576, 1536, itemsize=4))
 
 
@@ -91,9 +87,7 @@ def test_tokens_that_use_every_expert_are_not_sorted() -> None:
     ("num_tokens", "num_experts", "rank", "pays"),
     [(512, 8, 8, False), (512, 8, 32, True), (512, 32, 8, False), (512, 32, 16, True), (8, 32, 16, False)],
 )
-def test_trained_experts_meet_their_own_tokens_alone_where_all_have_many_rank_rows(
-    num_tokens: int, num_experts: int, rank: int, pays: bool
-) -> None:
+def test_trained_experts_meet_their_own_tokens_alone_where_all_have_many_rank_rows(num_tokens, num_experts, rank, pays):
     work = TokenWorkload(num_tokens, num_tokens * 2, num_experts, num_experts * rank, 576, 576, itemsize=4)
     assert choosing_pays(work, learns=True) == pays
 
@@ -102,7 +96,5 @@ def test_trained_experts_meet_their_own_tokens_alone_where_all_have_many_rank_ro
 @pytest.mark.parametrize(
     ("most", "num_experts", "rank", "pays"), [(2, 8, 8, True), (2, 4, 64, True), (2, 3, 2, False), (6, 8, 8, False)]
 )
-def test_one_token_leaves_experts_out_where_their_bytes_take_longer_than_calls_of_its_own(
-    most: int, num_experts: int, rank: int, pays: bool
-) -> None:
+def test_one_token_leaves_experts_out_where_their_bytes_take_longer_than_calls_of_its_own(most, num_experts, rank, pays):
     assert skipping_pays(most, num_experts, num_bytes=4 * num_experts * rank * (576 + 576)) == pays

@@ -1,31 +1,28 @@
 """Kernels of per-row mixtures of whole experts against the formula written out row by row."""
 
-from __future__ import annotations
-
 import pytest
 import torch
-from torch import Tensor
 
-from loraweave.composer.live.kernels._parts import Kernel, Part, RankRow, RowSets
+from loraweave.composer.live.kernels._parts import RankRow
 from loraweave.composer.live.kernels._some_rows import SomeRows
 from loraweave.composer.live.kernels.gathered import Gathered
 from loraweave.composer.live.kernels.segments import Segments
 
 RANKS = (2, 1, 4)
 # rows of one, two and all experts; the first and the third have the same mixture
-ROWS: RowSets = (((0, 0.5),), ((1, 1.0), (2, -1.5)), ((0, 0.5),), ((0, 2.0), (1, 0.3), (2, 1.0)))
+ROWS = (((0, 0.5),), ((1, 1.0), (2, -1.5)), ((0, 0.5),), ((0, 2.0), (1, 0.3), (2, 1.0)))
 
 
-def experts(i: int = 7, o: int = 5, dtype: torch.dtype = torch.float64) -> list[Part]:
+def experts(i=7, o=5, dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
 
-    def random(*shape: int) -> Tensor:
+    def random(*shape):
         return torch.randn(*shape, generator=generator, dtype=dtype)
 
     return [RankRow(random(rank, i), random(rank, o)) for rank in RANKS]
 
 
-def expected(x: Tensor, parts: list[Part], rows: RowSets, copies: int = 1) -> Tensor:
+def expected(x, parts, rows, copies=1):
     found = []
     for number, x_TI in enumerate(x):
         dense_IO = torch.zeros(x.shape[2], parts[0].b_RO.shape[1], dtype=x.dtype)
@@ -42,7 +39,7 @@ KERNELS = {"gathered": Gathered.of, "segments": Segments.of}
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("tokens", [1, 3, 0])
 @pytest.mark.parametrize("copies", [1, 2])
-def test_rows_get_their_own_sums_for_as_many_rows_on_end_as_the_batch_is_larger(name: str, tokens: int, copies: int) -> None:
+def test_rows_get_their_own_sums_for_as_many_rows_on_end_as_the_batch_is_larger(name, tokens, copies):
     parts = experts()
     kernel = KERNELS[name](parts, ROWS, torch.float64)
     x = torch.randn(4 * copies, tokens, 7, dtype=torch.float64)
@@ -56,7 +53,7 @@ def test_rows_get_their_own_sums_for_as_many_rows_on_end_as_the_batch_is_larger(
 
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("place", [slice(1, 5), torch.tensor([0, 2, 3, 5])], ids=["on end", "scattered"])
-def test_rows_of_the_base_alone_take_no_part(name: str, place: slice | Tensor) -> None:
+def test_rows_of_the_base_alone_take_no_part(name, place):
     parts = experts()
     kernel = SomeRows(KERNELS[name](parts, ROWS, torch.float64), 6, place)
     numbers = torch.arange(6)[place].tolist()
@@ -74,9 +71,9 @@ def test_rows_of_the_base_alone_take_no_part(name: str, place: slice | Tensor) -
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_the_gradient_of_the_input_is_that_of_the_formula(name: str) -> None:
+def test_the_gradient_of_the_input_is_that_of_the_formula(name):
     parts = experts()
-    kernel: Kernel = SomeRows(KERNELS[name](parts, ROWS, torch.float64), 5, slice(1, 5))
+    kernel = SomeRows(KERNELS[name](parts, ROWS, torch.float64), 5, slice(1, 5))
     gradients = []
     for function in (kernel.update, lambda x: expected(x, parts, ((), *ROWS))):
         x = torch.linspace(-1, 1, 5 * 2 * 7, dtype=torch.float64).view(5, 2, 7).requires_grad_()
@@ -85,7 +82,7 @@ def test_the_gradient_of_the_input_is_that_of_the_formula(name: str) -> None:
     assert torch.allclose(gradients[0], gradients[1], rtol=1e-12, atol=1e-12)
 
 
-def test_a_row_depends_on_no_other_by_a_bit_where_ranks_are_equal() -> None:
+def test_a_row_depends_on_no_other_by_a_bit_where_ranks_are_equal():
     parts = [part for part in experts(dtype=torch.float32) if part.a_RI.shape[0] == 4] * 3
     x = torch.randn(3, 5, 7)
     together = Gathered.of(parts, (((0, 0.5),), ((1, 2.0),), ((2, -1.0),)), torch.float32).update(x)
@@ -93,7 +90,7 @@ def test_a_row_depends_on_no_other_by_a_bit_where_ranks_are_equal() -> None:
     assert torch.equal(together[1:2], alone)
 
 
-def test_padding_to_the_largest_rank_adds_nothing_even_after_an_overflow() -> None:
+def test_padding_to_the_largest_rank_adds_nothing_even_after_an_overflow():
     parts = [RankRow(torch.full((2, 2), 6e4, dtype=torch.float16), torch.ones(2, 1, dtype=torch.float16))]
     parts.append(RankRow(torch.ones(1, 2, dtype=torch.float16), torch.ones(1, 1, dtype=torch.float16)))
     kernel = Gathered.of(parts, (((0, 1.0),), ((1, 1.0),)), torch.float16)
@@ -101,7 +98,7 @@ def test_padding_to_the_largest_rank_adds_nothing_even_after_an_overflow() -> No
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_factors_of_a_shorter_dtype_are_widened_and_not_rounded_again(name: str) -> None:
+def test_factors_of_a_shorter_dtype_are_widened_and_not_rounded_again(name):
     parts = [RankRow(part.a_RI.bfloat16(), part.b_RO.bfloat16()) for part in experts()]
     exact = [RankRow(part.a_RI.double(), part.b_RO.double()) for part in parts]
     x = torch.randn(4, 3, 7)

@@ -1,15 +1,11 @@
 """Every kernel against the mixture written out token by token; a new file in the folder is tested when it exists."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from loraweave import registry
 
@@ -17,7 +13,7 @@ KERNELS = registry.names("kernels")
 SIZES = st.integers(1, 5)
 
 
-def token_by_token(x_BTI: Tensor, a_SI: Tensor, b_OS: Tensor, w_BTS: Tensor) -> Tensor:
+def token_by_token(x_BTI, a_SI, b_OS, w_BTS):
     """sum over s of w_s (a_s . x) b_s, one token after the other."""
     w_BTS = w_BTS.expand(*x_BTI.shape[:2], -1)
     rows = [
@@ -40,19 +36,7 @@ def token_by_token(x_BTI: Tensor, a_SI: Tensor, b_OS: Tensor, w_BTS: Tensor) -> 
     zeros=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_values_and_gradients_equal_the_formula(
-    product: Callable[..., Tensor],
-    name: str,
-    learning: bool,
-    b: int,
-    t: int,
-    i: int,
-    o: int,
-    s: int,
-    shared: tuple[bool, bool],
-    zeros: bool,
-    seed: int,
-) -> None:
+def test_values_and_gradients_equal_the_formula(product, name, learning, b, t, i, o, s, shared, zeros, seed):
     generator = torch.Generator().manual_seed(seed)
     shapes = [(b, t, i), (s, i), (o, s), (1 if shared[0] else b, 1 if shared[1] else t, s)]
     tensors = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes]
@@ -75,7 +59,7 @@ def test_values_and_gradients_equal_the_formula(
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_the_result_has_the_dtype_of_the_input(product: Callable[..., Tensor], name: str) -> None:
+def test_the_result_has_the_dtype_of_the_input(product, name):
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         x, a, b = torch.ones(2, 3, 4, dtype=dtype), torch.ones(2, 4, dtype=dtype), torch.ones(5, 2, dtype=dtype)
         y_BTO = product(name, x, a, b, torch.tensor([[[0.5, -1.5]]]))
@@ -85,9 +69,7 @@ def test_the_result_has_the_dtype_of_the_input(product: Callable[..., Tensor], n
 
 @pytest.mark.parametrize("tokens", [1, 3], ids=["by row", "by token"])
 @pytest.mark.parametrize("name", KERNELS)
-def test_the_sums_are_the_same_in_half_precision_below_autocast(
-    product: Callable[..., Tensor], name: str, tokens: int
-) -> None:
+def test_the_sums_are_the_same_in_half_precision_below_autocast(product, name, tokens):
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, 3, 4), (20, 4), (5, 20), (2, tokens, 20))
     x, a, b, w = (torch.randn(*shape, generator=generator) for shape in shapes)
@@ -99,7 +81,7 @@ def test_the_sums_are_the_same_in_half_precision_below_autocast(
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_weights_are_applied_in_fp32(product: Callable[..., Tensor], name: str) -> None:
+def test_weights_are_applied_in_fp32(product, name):
     # 1 + 2^-8 is no bf16 number: rounding it first would lose it. With it, 96 becomes 96.5, and the product 9264 rounds up.
     x, a, b = (torch.full((1,) * axes, value, dtype=torch.bfloat16) for axes, value in ((3, 96.0), (2, 1.0), (2, 96.0)))
     y_BTO = product(name, x, a, b, torch.tensor([[[1 + 2.0**-8]]]))
@@ -107,7 +89,7 @@ def test_weights_are_applied_in_fp32(product: Callable[..., Tensor], name: str) 
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_a_row_of_weight_zero_adds_nothing_even_after_an_overflow(product: Callable[..., Tensor], name: str) -> None:
+def test_a_row_of_weight_zero_adds_nothing_even_after_an_overflow(product, name):
     x = torch.ones(1, 1, 4, dtype=torch.float16)
     a = torch.tensor([[6e4] * 4, [1.0] * 4], dtype=torch.float16)
     y_BTO = product(name, x, a, torch.ones(2, 2, dtype=torch.float16), torch.tensor([[[0.0, 1.0]]]))
@@ -115,7 +97,7 @@ def test_a_row_of_weight_zero_adds_nothing_even_after_an_overflow(product: Calla
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_no_rows_no_tokens_and_no_ranks_are_fine(product: Callable[..., Tensor], name: str) -> None:
+def test_no_rows_no_tokens_and_no_ranks_are_fine(product, name):
     for b, t, s in ((0, 3, 2), (2, 0, 2), (2, 3, 0)):
         y_BTO = product(name, torch.ones(b, t, 4), torch.ones(s, 4), torch.ones(5, s), torch.ones(1, 1, s))
         assert y_BTO.shape == (b, t, 5)

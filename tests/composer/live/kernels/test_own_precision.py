@@ -1,7 +1,5 @@
 """What is made in a call below autocast, and kept, is as exact as what is made outside it."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn
@@ -15,9 +13,7 @@ from loraweave.types import Factors
 
 @pytest.mark.parametrize("affine", [False, True], ids=["factors", "gain and bias"])
 @pytest.mark.parametrize("path", ["merged", "shared"])
-def test_a_mixture_first_used_below_autocast_is_exact_outside_it(
-    path: str, affine: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_mixture_first_used_below_autocast_is_exact_outside_it(path, affine, monkeypatch):
     monkeypatch.setattr(row_weights, "choose", lambda work: row_weights.Choice(path))
     generator = torch.Generator().manual_seed(0)
     linear = nn.Linear(7, 5)
@@ -37,6 +33,6 @@ def test_a_mixture_first_used_below_autocast_is_exact_outside_it(
     assert torch.allclose(found.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_a_device_without_autocast_needs_nothing() -> None:
+def test_a_device_without_autocast_needs_nothing():
     with own_precision(torch.device("meta")):
         assert (torch.empty(2, 3, device="meta") @ torch.empty(3, 2, device="meta")).dtype == torch.float32

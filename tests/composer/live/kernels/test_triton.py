@@ -1,7 +1,5 @@
 """The Triton kernels equal naive in Triton's interpreter, compile without a GPU, and equal it on one."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -23,7 +21,7 @@ HERE = Path(__file__).parent
 with_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
 
-def run(*arguments: str | Path, **environment: str) -> str:
+def run(*arguments, **environment):
     """What a process of its own prints: whether Triton interprets is settled when it is imported."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, *arguments]
@@ -33,21 +31,21 @@ def run(*arguments: str | Path, **environment: str) -> str:
 
 
 @with_triton
-def test_the_kernels_keep_their_rules_in_the_interpreter() -> None:
+def test_the_kernels_keep_their_rules_in_the_interpreter():
     printed = run("-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "triton_cases.py", TRITON_INTERPRET="1")
     assert " passed" in printed
     assert "skipped" not in printed
 
 
 @with_triton
-def test_the_kernels_conform_like_every_other_in_the_interpreter() -> None:
+def test_the_kernels_conform_like_every_other_in_the_interpreter():
     # but for a case of rounding to bfloat16, which the interpreter cuts off
     cases = ("-k", "triton and not applied_in_fp32", HERE / "test_naive.py")
     assert " passed" in run("-m", "pytest", "-q", "-p", "no:cacheprovider", *cases, TRITON_INTERPRET="1")
 
 
 @with_triton
-def test_the_kernels_compile_for_a_gpu_and_use_its_tensor_cores_in_half_precision(tmp_path: Path) -> None:
+def test_the_kernels_compile_for_a_gpu_and_use_its_tensor_cores_in_half_precision(tmp_path):
     printed = run(HERE / "compile_triton.py", TRITON_CACHE_DIR=str(tmp_path))
     lines = [line.split() for line in printed.splitlines()]
     assert len(lines) == 12
@@ -60,11 +58,11 @@ def test_the_kernels_compile_for_a_gpu_and_use_its_tensor_cores_in_half_precisio
 @pytest.mark.gpu
 @with_triton
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_kernels_keep_their_rules_on_a_gpu() -> None:
+def test_the_kernels_keep_their_rules_on_a_gpu():
     assert " passed" in run("-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "triton_cases.py")
 
 
-def test_nothing_imports_triton_before_a_kernel_runs() -> None:
+def test_nothing_imports_triton_before_a_kernel_runs():
     code = (
         "import sys, torch; from loraweave.composer.composer import Composer; "
         "from loraweave.composer.live.row_weights import row_kernels; "
@@ -75,9 +73,7 @@ def test_nothing_imports_triton_before_a_kernel_runs() -> None:
 
 
 @pytest.mark.parametrize("installed", [False, True])
-def test_a_layer_on_a_gpu_is_offered_them_where_triton_is_installed(
-    installed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_layer_on_a_gpu_is_offered_them_where_triton_is_installed(installed, monkeypatch):
     monkeypatch.setattr("loraweave.composer.live.kernels._rank_tables._is_installed", lambda: installed)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     ranked = RankedRows.of(tuple(((number, 1.0),) for number in range(32)), (64, *31 * [8]))
@@ -90,7 +86,7 @@ def test_a_layer_on_a_gpu_is_offered_them_where_triton_is_installed(
 
 
 @pytest.mark.parametrize("path", ["triton_gathered", "triton_segments"])
-def test_what_was_chosen_is_what_a_layer_gets(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_chosen_is_what_a_layer_gets(path, monkeypatch):
     monkeypatch.setattr("loraweave.composer.live.row_weights.choose", lambda workload: Choice(path))
     found = []
     for kernel in (TritonGathered, TritonSegments):

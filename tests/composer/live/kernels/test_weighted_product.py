@@ -1,25 +1,22 @@
 """The weighted product and its gradients against the formula, and what it keeps for the backward pass."""
 
-from __future__ import annotations
-
 import pytest
 import torch
-from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from loraweave.composer.live.kernels._parts import RankRow
-from loraweave.composer.live.kernels.dense import Dense, Made, Stack
+from loraweave.composer.live.kernels.dense import Dense, Stack
 
 RANKS = (2, 1, 4)
 
 
-def stack(dtype: torch.dtype = torch.float64, i: int = 7, o: int = 5, ranks: tuple[int, ...] = RANKS) -> Stack:
+def stack(dtype=torch.float64, i=7, o=5, ranks=RANKS):
     generator = torch.Generator().manual_seed(0)
     draw = [(torch.randn(r, i, generator=generator), torch.randn(r, o, generator=generator)) for r in ranks]
     return Stack.of([RankRow(a_RI.to(dtype), b_RO.to(dtype)) for a_RI, b_RO in draw], dtype)
 
 
-def formula(x_BTI: Tensor, w_BTP: Tensor, of: Stack) -> Tensor:
+def formula(x_BTI, w_BTP, of):
     """sum over experts of w_p (x a_p^T) b_p."""
     copies = x_BTI.shape[0] // w_BTP.shape[0]
     w_BTP = w_BTP.repeat_interleave(copies, dim=0)
@@ -33,7 +30,7 @@ def formula(x_BTI: Tensor, w_BTP: Tensor, of: Stack) -> Tensor:
 SHAPES = [(1, 1), (1, 3), (2, 1), (2, 3), (4, 3)]
 
 
-def inputs(shape: tuple[int, int], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(shape, dtype=torch.float64):
     generator = torch.Generator().manual_seed(1)
     x_BTI, y_BTO = torch.randn(4, 3, 7, generator=generator), torch.randn(4, 3, 5, generator=generator)
     w_BTP = torch.randn(*shape, len(RANKS), generator=generator) * (torch.rand(*shape, 3, generator=generator) < 0.7)
@@ -42,7 +39,7 @@ def inputs(shape: tuple[int, int], dtype: torch.dtype = torch.float64) -> tuple[
 
 @pytest.mark.parametrize("learning", [True, False], ids=["weights learn", "weights are fixed"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_values_and_gradients_are_those_of_the_formula(shape: tuple[int, int], learning: bool) -> None:
+def test_values_and_gradients_are_those_of_the_formula(shape, learning):
     x, y, w = inputs(shape)
     found = []
     for ours in (True, False):
@@ -59,13 +56,13 @@ def test_values_and_gradients_are_those_of_the_formula(shape: tuple[int, int], l
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_gradients_are_those_of_finite_differences(shape: tuple[int, int]) -> None:
+def test_gradients_are_those_of_finite_differences(shape):
     x, _, w = inputs(shape)
     kept = stack()
     assert torch.autograd.gradcheck(lambda x, w: Dense(kept, w).update(x), (x.requires_grad_(), w.requires_grad_()))
 
 
-def test_a_second_derivative_is_refused() -> None:
+def test_a_second_derivative_is_refused():
     x, _, w = inputs((4, 3))
     out = Dense(stack(), w.requires_grad_()).update(x.requires_grad_())
     (grad,) = torch.autograd.grad(out.sin().sum(), x, create_graph=True)
@@ -73,14 +70,14 @@ def test_a_second_derivative_is_refused() -> None:
         grad.sum().backward()
 
 
-def test_the_sum_is_written_into_the_output_of_the_layer_also_where_gradients_go_through() -> None:
+def test_the_sum_is_written_into_the_output_of_the_layer_also_where_gradients_go_through():
     x, y, w = inputs((4, 3))
     for learning in (True, False):
         z = y.clone().requires_grad_(learning) * 1
         assert Dense(stack(), w).plus(x, z).data_ptr() == z.data_ptr()
 
 
-def test_a_leaf_that_learns_is_left_as_it_is() -> None:
+def test_a_leaf_that_learns_is_left_as_it_is():
     x, y, w = inputs((4, 3))
     leaf = y.clone().requires_grad_()
     out = Dense(stack(), w).plus(x, leaf)
@@ -88,7 +85,7 @@ def test_a_leaf_that_learns_is_left_as_it_is() -> None:
     assert torch.allclose(out, y + formula(x, w, stack()), rtol=1e-12, atol=1e-12)
 
 
-def test_only_hidden_values_and_weights_are_kept_for_the_backward_pass() -> None:
+def test_only_hidden_values_and_weights_are_kept_for_the_backward_pass():
     x, _, w = inputs((4, 3))
     of, sizes = stack(), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(tuple(t.shape)), t)[1], lambda t: t):
@@ -97,7 +94,7 @@ def test_only_hidden_values_and_weights_are_kept_for_the_backward_pass() -> None
     assert sorted(sizes) == sorted([(num_ranks, num_tokens), (3, num_tokens), of.a_SI.shape, of.b_SO.shape, (num_ranks,)])
 
 
-def test_checkpointing_gives_the_same_gradients() -> None:
+def test_checkpointing_gives_the_same_gradients():
     x, _, w = inputs((4, 3))
     grads = []
     for again in (True, False):
@@ -111,18 +108,17 @@ def test_checkpointing_gives_the_same_gradients() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_is_close_to_the_formula(dtype: torch.dtype) -> None:
+def test_half_precision_is_close_to_the_formula(dtype):
     x, y, w = inputs((4, 3), dtype)
     expected = y.double() + formula(x.double(), w.double(), stack())
     found = Dense(stack(dtype), w.requires_grad_()).plus(x.requires_grad_(), y.requires_grad_() * 1)
     assert found.dtype == dtype
     assert float((found - expected).detach().abs().max()) < 0.03 * float(expected.abs().max())
     found.sum().backward()
-    assert x.grad is not None
     assert x.grad.dtype == dtype
 
 
-def test_gradients_below_autocast_are_close_to_the_formula() -> None:
+def test_gradients_below_autocast_are_close_to_the_formula():
     x, y, w = inputs((4, 3), torch.float32)
     leaves = x.clone().requires_grad_(), w.clone().requires_grad_()
     exact = x.double().requires_grad_(), w.double().requires_grad_()
@@ -132,11 +128,10 @@ def test_gradients_below_autocast_are_close_to_the_formula() -> None:
     (y.double() + formula(*exact, stack())).square().sum().backward()
     for mine, theirs in zip(leaves, exact, strict=True):
         assert mine.grad is not None
-        assert theirs.grad is not None
         assert float((mine.grad - theirs.grad).abs().max()) < 0.05 * float(theirs.grad.abs().max())
 
 
-def test_vectorised_calls_are_the_formula_too() -> None:
+def test_vectorised_calls_are_the_formula_too():
     x, _, w = inputs((4, 3))
     kept = stack()
     found = torch.func.vmap(lambda x: Dense(kept, w).update(x))(torch.stack([x, 2 * x]))
@@ -145,11 +140,9 @@ def test_vectorised_calls_are_the_formula_too() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("ranks", [(2, 1, 4), (2, 2, 2)], ids=["unequal ranks", "equal ranks"])
-def test_without_gradients_it_is_the_formula_also_where_layers_share_what_is_made_of_weights(
-    ranks: tuple[int, ...], shape: tuple[int, int]
-) -> None:
+def test_without_gradients_it_is_the_formula_also_where_layers_share_what_is_made_of_weights(ranks, shape):
     x, y, w = inputs(shape)
-    made: Made = {}
+    made = {}
     for of in (stack(ranks=ranks), stack(ranks=ranks, o=6), stack(ranks=(4, 3, 1))):
         z = torch.cat([y, y], dim=2)[..., : of.b_SO.shape[1]].contiguous()
         expected = z + formula(x, w, of)
@@ -160,7 +153,7 @@ def test_without_gradients_it_is_the_formula_also_where_layers_share_what_is_mad
 
 
 @pytest.mark.parametrize("ranks", [(2, 1, 4), (2, 2, 2)], ids=["unequal ranks", "equal ranks"])
-def test_an_expert_of_weight_zero_adds_nothing_where_its_hidden_values_overflow(ranks: tuple[int, ...]) -> None:
+def test_an_expert_of_weight_zero_adds_nothing_where_its_hidden_values_overflow(ranks):
     x, y, w = inputs((4, 3))
     of = stack(ranks=ranks)
     of.a_SI[of.owner_S == 1] = torch.inf

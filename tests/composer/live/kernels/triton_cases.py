@@ -1,14 +1,11 @@
 """What must be true of the Triton kernels; test_triton.py runs this in a process with Triton's interpreter, or on a GPU."""
 
-from __future__ import annotations
-
 import os
-from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from loraweave.composer.composer import Composer
 from loraweave.composer.live.kernels._parts import rank_rows, row_sets
@@ -25,12 +22,12 @@ SHAPES = [(3, 1, 1, 17, 33, 5), (4, 1, 1, 300, 257, 21), (2, 3, 5, 65, 130, 9), 
 KERNELS = ("triton_gathered", "triton_segments")
 
 
-def case(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def case(shape, dtype):
     """x, a, b, w and the gradient of the output; one mixture is empty and one there twice, where there are enough."""
     num_mixtures, on_end, tokens, num_inputs, num_outputs, num_ranks = shape
     generator = torch.Generator().manual_seed(sum(shape))
 
-    def random(*sizes: int) -> Tensor:
+    def random(*sizes):
         return torch.randn(*sizes, generator=generator)
 
     w_BTS = random(num_mixtures, 1, num_ranks) * (torch.rand(num_mixtures, 1, num_ranks, generator=generator) < 0.5)
@@ -44,7 +41,7 @@ def case(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Te
     return x_BTI, a_SI, b_OS, w_BTS.to(DEVICE), grad_BTO
 
 
-def exact(x_BTI: Tensor, a_SI: Tensor, b_OS: Tensor, w_BTS: Tensor, grad_BTO: Tensor) -> tuple[Tensor, Tensor]:
+def exact(x_BTI, a_SI, b_OS, w_BTS, grad_BTO):
     """naive's values and gradient of x, in fp64."""
     x_BTI = x_BTI.double().requires_grad_()
     w_BTS = w_BTS.double().repeat_interleave(x_BTI.shape[0] // w_BTS.shape[0], dim=0)
@@ -54,7 +51,7 @@ def exact(x_BTI: Tensor, a_SI: Tensor, b_OS: Tensor, w_BTS: Tensor, grad_BTO: Te
     return found.detach(), x_BTI.grad
 
 
-def close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
+def close(found, wanted, dtype):
     assert found.dtype == dtype
     return float((found.double() - wanted).abs().max()) <= TOLERANCE[dtype] * max(float(wanted.abs().max()), 1.0)
 
@@ -62,9 +59,7 @@ def close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_values_and_gradients_equal_naives(
-    product: Callable[..., Tensor], kernel: str, shape: tuple[int, ...], dtype: torch.dtype
-) -> None:
+def test_values_and_gradients_equal_naives(product, kernel, shape, dtype):
     x_BTI, a_SI, b_OS, w_BTS, grad_BTO = case(shape, dtype)
     wanted, wanted_grad = exact(x_BTI, a_SI, b_OS, w_BTS, grad_BTO)
     x_BTI.requires_grad_()
@@ -78,7 +73,7 @@ def test_values_and_gradients_equal_naives(
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_added_in_place_it_is_rounded_once(kernel: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_added_in_place_it_is_rounded_once(kernel, shape, dtype):
     x_BTI, a_SI, b_OS, w_BTS, y_BTO = case(shape, dtype)
     wanted, _ = exact(x_BTI, a_SI, b_OS, w_BTS, y_BTO)
     wanted += y_BTO.double()
@@ -95,7 +90,7 @@ def test_added_in_place_it_is_rounded_once(kernel: str, shape: tuple[int, ...], 
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_gradient_can_be_differentiated_again(product: Callable[..., Tensor], kernel: str) -> None:
+def test_a_gradient_can_be_differentiated_again(product, kernel):
     x_BTI, a_SI, b_OS, w_BTS, _ = case((3, 1, 2, 5, 4, 3), torch.float32)
     found = []
     for function in (partial(product, kernel), naive):
@@ -107,14 +102,14 @@ def test_a_gradient_can_be_differentiated_again(product: Callable[..., Tensor], 
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_an_input_without_tokens_or_mixtures_has_an_empty_or_no_update(product: Callable[..., Tensor], kernel: str) -> None:
+def test_an_input_without_tokens_or_mixtures_has_an_empty_or_no_update(product, kernel):
     x_BTI, a_SI, b_OS, w_BTS, _ = case((3, 1, 2, 5, 4, 3), torch.float32)
     assert product(kernel, x_BTI[:, :0], a_SI, b_OS, w_BTS).shape == (3, 0, 4)
     assert not product(kernel, x_BTI, a_SI, b_OS, torch.zeros_like(w_BTS)).any()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_no_row_depends_on_another(product: Callable[..., Tensor], kernel: str) -> None:
+def test_no_row_depends_on_another(product, kernel):
     x_BTI, a_SI, b_OS, w_BTS, _ = case((4, 1, 3, 33, 20, 9), torch.float32)
     together = product(kernel, x_BTI, a_SI, b_OS, w_BTS)
     for row in (0, 2, 3):
@@ -123,7 +118,7 @@ def test_no_row_depends_on_another(product: Callable[..., Tensor], kernel: str) 
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("path", KERNELS)
-def test_a_model_is_mixed_by_them_through_the_composer(path: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_is_mixed_by_them_through_the_composer(path, training, monkeypatch):
     monkeypatch.setattr("loraweave.composer.live.row_weights.choose", lambda workload: Choice(path))
     generator = torch.Generator().manual_seed(0)
     factors = [Factors(*(torch.randn(*s, generator=generator) for s in ((r, 7), (5, r)))) for r in (2, 3)]
