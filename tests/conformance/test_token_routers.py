@@ -158,6 +158,22 @@ def test_the_order_of_the_experts_does_not_matter(name, model, pool):
 
 
 @pytest.mark.parametrize("name", ROUTERS)
+def test_other_factors_of_the_same_updates_give_the_same_weights(name, model, pool):
+    draw = torch.Generator().manual_seed(3)
+
+    def turned(part):
+        gauge_RR = torch.eye(part.rank, dtype=torch.float64) * 2 + 0.1 * torch.randn(part.rank, part.rank, generator=draw)
+        b_OR = part.b_OR.double() @ torch.linalg.inv(gauge_RR)
+        return replace(part, a_RI=(gauge_RR @ part.a_RI.double()).float(), b_OR=b_OR.float())
+
+    layers = {own: {layer: turned(part) for layer, part in a.layers.items()} for own, a in pool.adapters.items()}
+    other = ExpertPool([replace(a, layers=layers[own]) for own, a in pool.adapters.items()])
+    found, expected = weights_of(model, other, make(name, other))[0], weights_of(model, pool, make(name, pool))[0]
+    for layer, w_BTE in expected.items():
+        assert torch.allclose(found[layer], w_BTE, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
 def test_every_parameter_gets_a_gradient_through_the_model(name, model, pool):
     made = make(name, pool).train()
     if not made.learned:

@@ -8,28 +8,15 @@ import pytest
 import torch
 
 from loraweave.composer.composer import Composer
-from loraweave.errors import AdapterUnsupported
-from loraweave.hub.adapter import Adapter
-from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._saved import router
 from loraweave.routers.tokens._scores import power_iteration, top_direction
-from loraweave.types import Factors
 
 LAYER = "q"
 
 
-def adapter(name, a_RI, b_OR, **fields):
-    return Adapter(name, "tiny", layers={LAYER: Factors(a_RI.float(), b_OR.float(), **fields)})
-
-
-def random_pool(num_experts=5, num_in=32, num_out=24, ranks=(4, 2, 6, 1, 3), seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    return ExpertPool(
-        [
-            adapter(f"e{n}", torch.randn(ranks[n], num_in, generator=draw), torch.randn(num_out, ranks[n], generator=draw))
-            for n in range(num_experts)
-        ]
-    )
+@pytest.fixture
+def pool(random_pool):
+    return random_pool(*({LAYER: (rank, 32, 24)} for rank in (4, 2, 6, 1, 3)))
 
 
 def dense_directions(pool):
@@ -38,8 +25,7 @@ def dense_directions(pool):
     return torch.stack([torch.linalg.svd(delta).Vh[0] for delta in deltas])
 
 
-def test_weights_are_the_formula_with_the_dense_singular_vectors():
-    pool = random_pool()
+def test_weights_are_the_formula_with_the_dense_singular_vectors(pool):
     x_BTI = torch.randn(2, 7, 32)
     found_BTE = router("arrow", pool, top_k=3, temperature=0.7).weights(x_BTI, LAYER)
     scores_BTE = (x_BTI.double() @ dense_directions(pool).T).abs()
@@ -52,38 +38,24 @@ def test_weights_are_the_formula_with_the_dense_singular_vectors():
             assert torch.allclose(found_BTE[b, t].double(), expected_E, atol=1e-5)
 
 
-def test_another_gauge_of_the_factors_gives_the_same_weights():
-    pool, draw = random_pool(), torch.Generator().manual_seed(1)
-    turned = []
-    for name, a in pool.adapters.items():
-        factors = a.layers[LAYER]
-        gauge_RR = torch.randn(factors.rank, factors.rank, generator=draw, dtype=torch.float64) + 2 * torch.eye(factors.rank)
-        turned.append(adapter(name, gauge_RR @ factors.a_RI.double(), factors.b_OR.double() @ torch.linalg.inv(gauge_RR)))
-    x_BTI = torch.randn(1, 9, 32)
-    first, second = router("arrow", pool), router("arrow", ExpertPool(turned))
-    cosines_E = (first.directions_[LAYER] * second.directions_[LAYER]).sum(dim=1)
-    assert torch.allclose(cosines_E, torch.ones(5), atol=1e-5)
-    assert torch.allclose(first.weights(x_BTI, LAYER), second.weights(x_BTI, LAYER), atol=1e-4)
-
-
-def test_the_sign_of_an_input_and_the_scale_of_an_update_do_not_matter():
-    pool = random_pool()
-    scaled = ExpertPool([adapter(n, a.layers[LAYER].a_RI, -3 * a.layers[LAYER].b_OR) for n, a in pool.adapters.items()])
+def test_the_sign_of_an_input_and_the_scale_of_an_update_do_not_matter(pool):
+    layers = [
+        {layer: replace(part, b_OR=-3 * part.b_OR) for layer, part in a.layers.items()} for a in pool.adapters.values()
+    ]
+    scaled = [replace(a, layers=own) for a, own in zip(pool.adapters.values(), layers, strict=True)]
     x_BTI = torch.randn(1, 9, 32)
     expected = router("arrow", pool).weights(x_BTI, LAYER)
     assert torch.allclose(router("arrow", scaled).weights(-x_BTI, LAYER), expected, atol=1e-5)
 
 
-def test_of_one_expert_a_token_it_is_the_largest_projection():
-    pool = random_pool()
+def test_of_one_expert_a_token_it_is_the_largest_projection(pool):
     x_BTI = torch.randn(1, 20, 32)
     w_BTE = router("arrow", pool, top_k=1).weights(x_BTI, LAYER)
     best_BT = (x_BTI.double() @ dense_directions(pool).T).abs().argmax(dim=-1)
     assert torch.equal(w_BTE, torch.nn.functional.one_hot(best_BT, 5).float())
 
 
-def test_ten_times_the_input_is_a_tenth_of_the_temperature_unless_inputs_are_made_unit():
-    pool = random_pool()
+def test_ten_times_the_input_is_a_tenth_of_the_temperature_unless_inputs_are_made_unit(pool):
     x_BTI = torch.randn(1, 5, 32)
     long = router("arrow", pool).weights(10 * x_BTI, LAYER)
     assert torch.allclose(long, router("arrow", pool, temperature=0.1).weights(x_BTI, LAYER), atol=1e-5)
@@ -127,10 +99,3 @@ def test_the_named_mode_is_the_installed_peft(make_model, make_adapter, tmp_path
             assert torch.allclose(model(ids_BT).logits, expected, atol=1e-5)
         with Composer(model, adapters).activate(router("arrow", adapters, **settings)):
             assert not torch.allclose(model(ids_BT).logits, expected, atol=1e-5)
-
-
-def test_an_update_that_needs_its_base_layer_is_refused_by_name():
-    factors = random_pool().adapters["e0"].layers[LAYER]
-    unbound = Adapter("dora", "tiny", layers={LAYER: replace(factors, magnitude_O=torch.ones(24))})
-    with pytest.raises(AdapterUnsupported, match="'dora'"):
-        router("arrow", [unbound])

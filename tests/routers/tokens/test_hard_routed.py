@@ -6,27 +6,14 @@ import pytest
 import torch
 
 from loraweave.composer.composer import Composer
-from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._saved import router
-from loraweave.types import Factors
 
 
 @pytest.fixture
-def pool():
-    draw = torch.Generator().manual_seed(0)
-
-    def part(num_inputs):
-        return Factors(torch.randn(2, num_inputs, generator=draw), torch.randn(12, 2, generator=draw))
-
-    layers = [{"k": part(20), "q": part(20), "v": part(7)} for _ in range(3)]
-    del layers[1]["k"]
-    return ExpertPool([Adapter(f"e{number}", "tiny", own) for number, own in enumerate(layers)])
-
-
-@pytest.fixture
-def x_BTI():
-    return torch.randn(2, 5, 20, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+def pool(random_pool):
+    every = {"k": (2, 20, 12), "q": (2, 20, 12), "v": (2, 7, 12)}
+    return random_pool(every, {"q": (2, 20, 12), "v": (2, 7, 12)}, every)
 
 
 def made_of(pool, **options):

@@ -5,31 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loraweave.hub.adapter import Adapter
-from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._learned import Step
 from loraweave.routers.tokens._saved import router
 from loraweave.routers.tokens._scores import sparsegen
-from loraweave.types import Factors
-
-NAMES = ("e0", "e1", "e2", "e3")
 
 
 @pytest.fixture
-def pool():
-    draw = torch.Generator().manual_seed(0)
-
-    def part(num_inputs):
-        return Factors(torch.randn(2, num_inputs, generator=draw), torch.randn(12, 2, generator=draw))
-
-    layers = [{"k": part(20), "q": part(20), "v": part(7)} for _ in NAMES]
-    del layers[1]["k"]
-    return ExpertPool([Adapter(name, "tiny", own) for name, own in zip(NAMES, layers, strict=True)])
+def pool(random_pool):
+    every = {"k": (2, 20, 12), "q": (2, 20, 12), "v": (2, 7, 12)}
+    return random_pool(every, {"q": (2, 20, 12), "v": (2, 7, 12)}, every, every)
 
 
 @pytest.fixture
-def x_BTI():
-    return 3 * torch.randn(2, 5, 20, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+def x_BTI(x_BTI):
+    return 3 * x_BTI
 
 
 def made_of(pool, **options):

@@ -3,51 +3,31 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
 from loraweave.composer.composer import Composer
 from loraweave.composer.train.checkpointed_blocks import checkpointed_blocks
-from loraweave.errors import AdapterUnsupported, ScopeError, UnknownExpert
-from loraweave.hub.adapter import Adapter
+from loraweave.errors import ScopeError, UnknownExpert
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._learned import Step
-from loraweave.routers.tokens._members import Members
 from loraweave.routers.tokens._saved import router
-from loraweave.routers.tokens.mole import Mole
-from loraweave.types import Factors
 
 LAYER = "q"
-# the third has more ranks than outputs
-RANKS = (4, 2, 30, 1)
-NAMES = ("e0", "e1", "e2", "e3")
 
 
 @pytest.fixture
-def pool():
-    draw = torch.Generator().manual_seed(0)
-    parts = [Factors(torch.randn(r, 20, generator=draw), torch.randn(12, r, generator=draw)) for r in RANKS]
-    layers = [{LAYER: part} for part in parts]
-    # "v" is a layer of two of them
-    layers[1]["v"] = Factors(torch.randn(3, 20, generator=draw), torch.randn(7, 3, generator=draw))
-    layers[3]["v"] = Factors(torch.randn(2, 20, generator=draw), torch.randn(7, 2, generator=draw))
-    return ExpertPool([Adapter(name, "tiny", each) for name, each in zip(NAMES, layers, strict=True)])
+def pool(random_pool):
+    # "v" is a layer of two of them; the third has more ranks than outputs
+    second, last = {LAYER: (2, 20, 12), "v": (3, 20, 7)}, {LAYER: (1, 20, 12), "v": (2, 20, 7)}
+    return random_pool({LAYER: (4, 20, 12)}, second, {LAYER: (30, 20, 12)}, last)
 
 
 @pytest.fixture
-def x_BTI():
-    return torch.randn(2, 5, 20, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-
-def trained(pool, **options):
-    """A router in float64 with parameters as training may leave them."""
-    torch.manual_seed(2)
-    made = router("mole", pool, **options).double()
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.add_(torch.randn_like(parameter))
-    return made
+def trained(trained_router):
+    return partial(trained_router, "mole")
 
 
 def written_out(pool, made, x_I, layer):
@@ -70,7 +50,7 @@ def written_out(pool, made, x_I, layer):
 
 
 @pytest.mark.parametrize("layer", [LAYER, "v"])
-def test_weights_are_the_softmax_of_the_projected_normalised_outputs(pool, x_BTI, layer):
+def test_weights_are_the_softmax_of_the_projected_normalised_outputs(pool, x_BTI, layer, trained):
     made = trained(pool)
     found = made.weights(x_BTI, layer)
     for b in range(2):
@@ -84,7 +64,7 @@ def test_it_begins_close_to_uniform(pool, x_BTI):
     assert not torch.equal(found[0, 0], found[0, 1])
 
 
-def test_a_high_temperature_weighs_all_alike_and_a_low_one_chooses(pool, x_BTI):
+def test_a_high_temperature_weighs_all_alike_and_a_low_one_chooses(pool, x_BTI, trained):
     made = trained(pool)
     with torch.no_grad():
         made.log_temperatures_[LAYER].fill_(math.log(1e6))
@@ -93,30 +73,14 @@ def test_a_high_temperature_weighs_all_alike_and_a_low_one_chooses(pool, x_BTI):
         assert bool((made.weights(x_BTI, LAYER).max(dim=-1).values > 0.999).all())
 
 
-def test_the_length_of_an_output_does_not_count(pool, x_BTI):
+def test_the_length_of_an_output_does_not_count(pool, x_BTI, trained):
     made = trained(pool)
     assert torch.allclose(made.weights(3 * x_BTI, LAYER), made.weights(x_BTI, LAYER), atol=1e-12)
 
 
-def test_another_gauge_gives_the_same_weights(pool, x_BTI):
-    draw = torch.Generator().manual_seed(3)
-    turned = []
-    for name, adapter in pool.adapters.items():
-        layers = {}
-        for layer, part in adapter.layers.items():
-            gauge_RR = torch.eye(part.rank, dtype=torch.float64) * 2 + 0.1 * torch.randn(
-                part.rank, part.rank, generator=draw
-            )
-            b_OR = part.b_OR.double() @ torch.linalg.inv(gauge_RR)
-            layers[layer] = Factors((gauge_RR @ part.a_RI.double()).float(), b_OR.float())
-        turned.append(Adapter(name, "tiny", layers))
-    found = trained(ExpertPool(turned)).weights(x_BTI, LAYER)
-    assert torch.allclose(found, trained(pool).weights(x_BTI, LAYER), atol=1e-4)
-
-
-def test_experts_in_another_order_with_their_parameters_get_the_same_weights(pool, x_BTI):
+def test_experts_in_another_order_with_their_parameters_get_the_same_weights(pool, x_BTI, trained):
     order = [2, 0, 3, 1]
-    made, turned = trained(pool), trained(pool.subset(NAMES[place] for place in order))
+    made, turned = trained(pool), trained(pool.subset(pool.names[place] for place in order))
     with torch.no_grad():
         for layer in (LAYER, "v"):
             turned.gates_[layer].copy_(made.gates_[layer][order][..., order])
@@ -124,25 +88,9 @@ def test_experts_in_another_order_with_their_parameters_get_the_same_weights(poo
             assert torch.allclose(turned.weights(x_BTI, layer), made.weights(x_BTI, layer)[..., order], atol=1e-12)
 
 
-def test_gradients_are_those_of_finite_differences(pool, x_BTI):
-    made = trained(pool)
-
-    def weights(x_BTI, gates, log_temperature):
-        parameters = {f"gates_.{LAYER}": gates, f"log_temperatures_.{LAYER}": log_temperature}
-        return torch.func.functional_call(_Weighing(made), {f"made.{name}": p for name, p in parameters.items()}, (x_BTI,))
-
-    parameters = (made.gates_[LAYER].detach().clone(), made.log_temperatures_[LAYER].detach().clone())
-    arguments = [tensor.requires_grad_() for tensor in (x_BTI[:1, :2], *parameters)]
-    assert torch.autograd.gradcheck(weights, arguments)
-
-
-class _Weighing(torch.nn.Module):
-    def __init__(self, made):
-        super().__init__()
-        self.made = made
-
-    def forward(self, x_BTI):
-        return self.made.weights(x_BTI, LAYER)
+def test_gradients_are_those_of_finite_differences(pool, x_BTI, trained, has_exact_gradients):
+    names = (f"gates_.{LAYER}", f"log_temperatures_.{LAYER}")
+    assert has_exact_gradients(trained(pool), LAYER, x_BTI[:1, :2], names)
 
 
 def test_an_input_of_zeros_has_finite_weights_and_gradients(pool):
@@ -159,7 +107,7 @@ def noted(made, x_BTI, mask_BT):
     return made.step
 
 
-def test_the_balance_loss_is_minus_the_log_of_the_product_of_mean_weights(pool, x_BTI):
+def test_the_balance_loss_is_minus_the_log_of_the_product_of_mean_weights(pool, x_BTI, trained):
     made = trained(pool, balance=0.3)
     mask_BT = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     step = noted(made, x_BTI, mask_BT)
@@ -172,7 +120,7 @@ def test_the_balance_loss_is_minus_the_log_of_the_product_of_mean_weights(pool, 
     assert made.losses(step)["balance"].item() == pytest.approx(-0.3 * math.log(math.prod(q)), rel=1e-6)
 
 
-def test_the_balance_loss_is_least_where_all_weigh_alike(pool, x_BTI):
+def test_the_balance_loss_is_least_where_all_weigh_alike(pool, x_BTI, trained):
     full = pool.subset(["e1", "e3"])
     made = trained(full, balance=1.0)
     with torch.no_grad():
@@ -185,7 +133,7 @@ def test_the_balance_loss_is_least_where_all_weigh_alike(pool, x_BTI):
     assert trained(full, balance=0.0).losses(step) == {}
 
 
-def test_masking_an_expert_keeps_the_ratios_of_the_others(pool, x_BTI):
+def test_masking_an_expert_keeps_the_ratios_of_the_others(pool, x_BTI, trained):
     made = trained(pool)
     masked = made.masking("e2")
     before, after = made.weights(x_BTI, LAYER), masked.weights(x_BTI, LAYER)
@@ -205,40 +153,6 @@ def test_what_is_no_expert_is_refused_by_name(pool):
         router("mole", pool, masked=["e22"])
     with pytest.raises(ScopeError, match=r"masking\('e2'\)"):
         router("mole", pool).remove_expert("e2")
-
-
-def test_unbound_experts_are_refused_by_name(pool):
-    part = pool.adapters["e0"].layers[LAYER]
-    dora = Factors(part.a_RI, part.b_OR, magnitude_O=torch.ones(12))
-    with pytest.raises(AdapterUnsupported, match="'dora' is not bound"):
-        router("mole", pool.including("dora", Adapter("dora", "tiny", {LAYER: dora})))
-
-
-def test_tensors_from_a_file_make_the_same_router(pool, x_BTI):
-    made = trained(pool)
-    loaded = Mole(Members.from_json(made.members.to_json())).double()
-    loaded.load_state_dict(made.state_dict())
-    for layer in (LAYER, "v"):
-        assert torch.equal(loaded.weights(x_BTI, layer), made.weights(x_BTI, layer))
-
-
-def test_training_lowers_the_loss(make_model, make_adapters):
-    model = make_model("llama").requires_grad_(False)
-    pool = ExpertPool(make_adapters(model, "llama"))
-    torch.manual_seed(0)
-    made = router("mole", pool)
-    ids_BT = torch.randint(3, 61, (2, 8))
-    optimiser = torch.optim.Adam(made.parameters(), lr=0.05)
-    losses = []
-    with Composer(model, pool).activate(made):
-        for _ in range(15):
-            made.step = Step(torch.ones(2, 8), torch.full((2,), -1))
-            loss = model(input_ids=ids_BT, labels=ids_BT).loss
-            losses.append(loss.item())
-            optimiser.zero_grad()
-            (loss + made.losses(made.step)["balance"]).backward()
-            optimiser.step()
-    assert losses[-1] < losses[0] - 0.05
 
 
 def test_the_balance_loss_has_the_same_gradient_with_gradient_checkpointing(make_model, make_adapters):

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
 from loraweave.composer.composer import Composer
-from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._learned import Step
 from loraweave.routers.tokens._saved import router
-from loraweave.types import Factors
 
-NAMES = ("e0", "e1", "e2", "e3")
 SIZE = 20
 DATA = {
     "a": [("abc", "cba"), ("ba", "ab"), ("dog", "god"), ("tip", "pit")],
@@ -24,28 +22,20 @@ DATA = {
 
 
 @pytest.fixture
-def pool():
-    draw = torch.Generator().manual_seed(0)
-
-    def part():
-        return Factors(torch.randn(2, SIZE, generator=draw), torch.randn(12, 2, generator=draw))
-
-    layers = [{"q": part(), "v": part()} if name != "e1" else {"q": part()} for name in NAMES]
-    return ExpertPool([Adapter(name, "tiny", own) for name, own in zip(NAMES, layers, strict=True)])
+def pool(random_pool):
+    every = {"q": (2, SIZE, 12), "v": (2, SIZE, 12)}
+    return random_pool(every, {"q": (2, SIZE, 12)}, every, every)
 
 
 @pytest.fixture
-def x_BTI():
-    return 3 * torch.randn(2, 5, SIZE, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 1
+def x_BTI(x_BTI):
+    return 3 * x_BTI + 1
 
 
-def trained(pool, **options):
-    made = router("phatgoose", pool, **options).double()
-    draw = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=draw, dtype=torch.float64))
-    return made
+@pytest.fixture
+def trained(trained_router):
+    # gates begin as zeros
+    return partial(trained_router, "phatgoose")
 
 
 def centred(v_I):
@@ -56,7 +46,7 @@ def centred(v_I):
 
 @pytest.mark.parametrize(("layer", "present"), [("q", [0, 1, 2, 3]), ("v", [0, 2, 3])])
 @pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_weights_are_the_softmax_over_the_best_products_of_the_two_layer_norms(pool, x_BTI, layer, present, top_k):
+def test_weights_are_the_softmax_over_the_best_products_of_the_two_layer_norms(pool, x_BTI, layer, present, top_k, trained):
     made = trained(pool, top_k=top_k)
     v_EI = made.gates_[layer].detach()
     w_BTE = made.weights(x_BTI, layer)
@@ -69,7 +59,7 @@ def test_weights_are_the_softmax_over_the_best_products_of_the_two_layer_norms(p
             assert w_BTE[b, t].tolist() == pytest.approx(expected, abs=1e-9)
 
 
-def test_scores_are_at_most_the_root_of_the_number_of_inputs(pool):
+def test_scores_are_at_most_the_root_of_the_number_of_inputs(pool, trained):
     made = trained(pool, top_k=4)
     # a token along a gate
     w_E = made.weights(1e4 * made.gates_["q"].detach()[2][None, None], "q")[0, 0].detach()
@@ -95,7 +85,7 @@ def test_untrained_gates_give_nothing_beside_trained_ones_and_weigh_alike_among_
     assert torch.equal(made.weights(x_BTI, "q")[1, 3], torch.tensor([0, 1, 0, 0], dtype=torch.float64))
 
 
-def test_while_it_learns_a_row_has_its_own_expert_at_the_sigmoid_of_its_gate(pool, x_BTI):
+def test_while_it_learns_a_row_has_its_own_expert_at_the_sigmoid_of_its_gate(pool, x_BTI, trained):
     made = trained(pool)
     made.step = Step(torch.ones(2, 5), torch.tensor([2, 1]))
     w_BTE = made.weights(x_BTI, "q")

@@ -1,0 +1,52 @@
+"""What tests of token routers share: experts of random factors, inputs, and routers as training may leave them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.pool import ExpertPool
+from loraweave.routers.tokens._saved import router
+from loraweave.types import Factors
+
+
+@pytest.fixture(scope="session")
+def random_adapter():
+    """random_adapter(name, {layer: (rank, inputs, outputs)}, seed): an adapter of random factors."""
+
+    def make(name, layers, seed):
+        draw = torch.Generator().manual_seed(seed)
+        drawn = {
+            layer: Factors(torch.randn(rank, num_in, generator=draw), torch.randn(num_out, rank, generator=draw))
+            for layer, (rank, num_in, num_out) in layers.items()
+        }
+        return Adapter(name, "tiny", drawn)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_pool(random_adapter):
+    """random_pool({layer: (rank, inputs, outputs)}, ...): a pool of e0, e1, ..."""
+    return lambda *experts: ExpertPool([random_adapter(f"e{n}", layers, n) for n, layers in enumerate(experts)])
+
+
+@pytest.fixture
+def x_BTI():
+    return torch.randn(2, 5, 20, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@pytest.fixture(scope="session")
+def trained_router():
+    """trained_router(name, pool, spread, **options): in float64, with parameters that training may have left."""
+
+    def make(name, pool, spread=1.0, **options):
+        torch.manual_seed(2)
+        made = router(name, pool, **options).double()
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter.add_(spread * torch.randn_like(parameter))
+        return made
+
+    return make
