@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
-import threading
 import weakref
 
 import pytest
@@ -224,26 +223,3 @@ def test_it_reads_with_the_cache_what_it_reads_without(way, make_model, make_ada
         for seen_BT in read:
             num_sure = max(seen_BT.shape[1] - 2, 5)
             assert torch.equal(seen_BT[:, :num_sure], output[:, :num_sure])
-
-
-def test_two_threads_read_their_own_text(make_model, make_adapters):
-    model = make_model("llama")
-    adapters = make_adapters(model, "llama")
-    reader = Reader(tuple(a.name for a in adapters))
-    engine, together, found = Composer(model, adapters), threading.Barrier(2), {}
-
-    def generate(number):
-        with torch.no_grad(), engine.activate(reader):
-            together.wait()
-            found[number] = model.generate(IDS_BT[[number]], max_new_tokens=8, min_new_tokens=8, do_sample=False)
-
-    threads = [threading.Thread(target=generate, args=(number,)) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    seen = {tuple(read[0, :4].tolist()) for read in reader.read}
-    assert seen == {tuple(row) for row in IDS_BT.tolist()}
-    for read in reader.read:
-        number = IDS_BT[:, 0].tolist().index(int(read[0, 0]))
-        assert torch.equal(read, found[number][:, : read.shape[1]])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import threading
 
 import pytest
 import torch
@@ -106,26 +105,6 @@ def test_a_copy_of_the_model_made_while_it_is_active_is_the_base(model, pool):
             copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
         for copied in copies:
             assert torch.equal(copied(IDS_BT).logits, expected)
-
-
-def test_threads_have_the_weights_of_their_own_calls(model, pool):
-    made, engine = trained(pool), Composer(model, pool)
-    rows = [IDS_BT[:1], IDS_BT[1:, :3]]
-    with torch.no_grad(), engine.activate(made):
-        expected = [model(row).logits for row in rows]
-    found = {}
-
-    def run(number):
-        with torch.no_grad(), engine.activate(made):
-            found[number] = [model(rows[number]).logits for _ in range(20)]
-
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for number in range(2):
-        assert all(torch.allclose(logits, expected[number], atol=1e-5) for logits in found[number])
 
 
 @pytest.mark.filterwarnings("ignore:`(gradient_checkpointing_enable|is_gradient_checkpointing)` is deprecated:FutureWarning")

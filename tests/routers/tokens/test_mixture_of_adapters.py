@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
 from transformers import DynamicCache
@@ -98,55 +96,6 @@ def test_its_gradient_is_that_of_the_mean(model, pool):
     assert torch.allclose(made.gates_[layer].grad.double(), g_EI.grad, atol=1e-4)
 
 
-WAYS = {
-    "greedy": {},
-    "sampling": {"do_sample": True, "temperature": 0.8},
-    "return sequences": {"do_sample": True, "num_return_sequences": 3},
-    "beams": {"num_beams": 3},
-}
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-def test_generation_with_the_cache_is_generation_without(kind, way, make_model, make_adapters):
-    model = make_model(kind)
-    pool = ExpertPool(make_adapters(model, kind))
-    made, found = sharp(pool), []
-    for use_cache in (True, False):
-        torch.manual_seed(0)
-        found.append(generated(model, pool, made, use_cache=use_cache, **way))
-    assert torch.equal(*found)
-
-
-def test_guesses_from_the_prompt_change_nothing(model, pool):
-    made, ids_BT = sharp(pool), torch.tensor([[5, 9, 5, 9, 5]])
-    settings = {"ids_BT": ids_BT, "mask_BT": torch.ones_like(ids_BT), "max_new_tokens": 24, "min_new_tokens": 24}
-    assert torch.equal(
-        generated(model, pool, made, **settings), generated(model, pool, made, prompt_lookup_num_tokens=3, **settings)
-    )
-
-
-def test_a_conversation_goes_on_under_its_cache(model, pool, cache_argument):
-    name, made, cache, engine = cache_argument(model), sharp(pool), DynamicCache(), Composer(model, pool)
-    whole = logits_of(model, pool, made, attention_mask=MASK_BT, use_cache=False)
-    found = []
-    # other calls in between and another activation change nothing
-    for first, last in ((0, 3), (3, 4), (4, 5)):
-        with torch.no_grad(), engine.activate(made):
-            model(IDS_BT.flip(0))
-            found.append(model(IDS_BT[:, first:last], attention_mask=MASK_BT[:, :last], **{name: cache}).logits)
-    assert torch.allclose(torch.cat(found, dim=1), whole, atol=1e-5)
-
-
-def test_a_call_that_makes_the_cache_itself_can_be_gone_on_from(model, pool, cache_argument):
-    made, name = sharp(pool), cache_argument(model)
-    whole = logits_of(model, pool, made, use_cache=False)
-    with torch.no_grad(), Composer(model, pool).activate(made):
-        first = model(IDS_BT[:, :2], use_cache=True)
-        second = model(IDS_BT[:, 2:], **{name: first[name]})
-    assert torch.allclose(torch.cat([first.logits, second.logits], dim=1), whole, atol=1e-5)
-
-
 @pytest.mark.parametrize("block", [0, 1])
 def test_a_call_that_broke_off_leaves_the_sums_as_the_cache_is(block, model, pool, cache_argument):
     made, cache, name = sharp(pool), DynamicCache(), cache_argument(model)
@@ -193,37 +142,6 @@ def test_gates_that_know_each_rows_domain_give_that_domains_adapter(make_model, 
         assert torch.allclose(found[row], expected[row], atol=1e-6)
 
 
-def test_two_threads_that_generate_at_once_are_each_as_alone(model, pool):
-    made, engine, together, found = sharp(pool), Composer(model, pool), threading.Barrier(2), {}
-
-    def generate(number):
-        ids_BT = IDS_BT[[number], : 5 - number]
-        with torch.no_grad(), engine.activate(made):
-            together.wait()
-            found[number] = model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), **GREEDY)
-
-    threads = [threading.Thread(target=generate, args=(number,)) for number in (0, 2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for number in (0, 2):
-        ids_BT = IDS_BT[[number], : 5 - number]
-        assert torch.equal(found[number], generated(model, pool, made, ids_BT, torch.ones_like(ids_BT)))
-
-
-def test_some_rows_of_a_batch_have_it_and_others_not(model, pool):
-    made, other = sharp(pool), sharp(pool)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.neg_()
-    for mixtures in ([made, None, other], [made, other, made], [None, made, made]):
-        for ways in ({}, {"num_beams": 2}):
-            alone = [generated(model, pool, {} if each is None else each, **ways) for each in mixtures]
-            found = generated(model, pool, mixtures, **ways)
-            assert torch.equal(found, torch.stack([each[row] for row, each in enumerate(alone)]))
-
-
 @pytest.mark.filterwarnings("ignore:`(gradient_checkpointing_enable|is_gradient_checkpointing)` is deprecated:FutureWarning")
 def test_gradient_checkpointing_gives_the_same_gradient_and_sums_nothing_twice(model, pool, monkeypatch):
     found, put, own = [], [], RunningSums.put
@@ -260,8 +178,6 @@ def test_where_the_tokens_are_not_known_it_is_refused_by_name(model, pool, make_
         for mask in (torch.ones(3, 1, 5, 5), torch.ones(3, 4)):
             with pytest.raises(ScopeError, match=r"attention mask .* decision='token'"):
                 model(IDS_BT, attention_mask=mask)
-        with pytest.raises(ScopeError, match="StaticCache"):
-            model.generate(IDS_BT, max_new_tokens=2, cache_implementation="static", attention_mask=MASK_BT)
     with pytest.raises(ScopeError, match="no input_ids"):
         made.begin(model, {"pixel_values": torch.zeros(1, 3, 4, 4)})
     call = made.begin(model, {"input_ids": IDS_BT})
@@ -269,12 +185,6 @@ def test_where_the_tokens_are_not_known_it_is_refused_by_name(model, pool, make_
         call.weights(torch.randn(1, 15, 16), made.layers[1])
     other = make_model("t5")
     experts = ExpertPool(make_adapters(other, "t5"))
-    with (
-        torch.no_grad(),
-        Composer(other, experts).activate(made_of(experts)),
-        pytest.raises(ScopeError, match="an encoder and"),
-    ):
-        other(input_ids=IDS_BT, decoder_input_ids=IDS_BT)
     with torch.no_grad(), Composer(other, experts).activate(made_of(experts, decision="token")):
         other(input_ids=IDS_BT, decoder_input_ids=IDS_BT)
 

@@ -40,6 +40,18 @@ def pool(tiny_llama, make_adapters):
     return ExpertPool(make_adapters(tiny_llama, "llama"))
 
 
+@pytest.fixture
+def folder(pool, tmp_path):
+    """Of a saved Arrow."""
+    return router("arrow", pool).save_pretrained(tmp_path / "router")
+
+
+def put_tensors(folder, tensors):
+    """Other tensors, whose checksum router.json has."""
+    save_file(tensors, folder / "router.safetensors")
+    changed(folder, sha256=hashlib.sha256((folder / "router.safetensors").read_bytes()).hexdigest())
+
+
 def logits(model, pool, mixture):
     with torch.no_grad(), Composer(model, pool).activate(mixture):
         return model(IDS_BT).logits
@@ -74,8 +86,7 @@ def test_experts_are_known_by_their_content_under_other_names(tiny_llama, pool, 
     assert router(again.save_pretrained(tmp_path / "again", pool=renamed)).pool.names == pool.names
 
 
-def test_a_pool_without_some_of_the_experts_is_refused_with_the_differences(tiny_llama, pool, make_adapter, tmp_path):
-    folder = router("arrow", pool).save_pretrained(tmp_path / "router")
+def test_a_pool_without_some_of_the_experts_is_refused_with_the_differences(tiny_llama, pool, make_adapter, folder):
     other = make_adapter(tiny_llama, "b", rank=2, targets=("o_proj",), seed=99)
     with pytest.raises(WeightingError) as raised:
         router(folder, ExpertPool({"c": pool["c"], "b": other, "d": other}))
@@ -83,8 +94,7 @@ def test_a_pool_without_some_of_the_experts_is_refused_with_the_differences(tiny
         assert words in str(raised.value)
 
 
-def test_a_pool_of_another_base_is_refused(pool, tmp_path):
-    folder = router("arrow", pool).save_pretrained(tmp_path / "router")
+def test_a_pool_of_another_base_is_refused(pool, folder):
     with pytest.raises(BaseModelMismatch, match="another base model than the pool's"):
         router(folder, [replace(adapter, base_model="other") for adapter in pool.adapters.values()])
 
@@ -108,8 +118,7 @@ def test_a_folder_without_a_router_is_refused(tmp_path, pool):
         router(router("arrow", pool).save_pretrained(tmp_path / "router"), top_k=1)
 
 
-def test_a_newer_format_is_refused(tmp_path, pool):
-    folder = router("arrow", pool).save_pretrained(tmp_path / "router")
+def test_a_newer_format_is_refused(folder):
     changed(folder, format=2)
     with pytest.raises(AdapterUnsupported, match="newer version of loraweave"):
         router(folder)
@@ -129,16 +138,14 @@ def test_a_newer_format_is_refused(tmp_path, pool):
         {"report": 3},
     ],
 )
-def test_a_damaged_recipe_is_refused(tmp_path, pool, fields):
-    folder = router("arrow", pool).save_pretrained(tmp_path / "router")
+def test_a_damaged_recipe_is_refused(fields, folder):
     changed(folder, **fields)
     with pytest.raises(AdapterCorrupt):
         router(folder)
 
 
 @pytest.mark.parametrize("routed", LAYERS_OF_NONE)
-def test_layers_of_no_expert_or_kind_are_refused(tmp_path, pool, routed):
-    folder = router("arrow", pool).save_pretrained(tmp_path / "router")
+def test_layers_of_no_expert_or_kind_are_refused(routed, folder):
     members = json.loads((folder / "router.json").read_text())["members"]
     changed(folder, members={**members, "layers": {**members["layers"], "lm_head": routed}})
     with pytest.raises(AdapterCorrupt, match="is damaged"):
@@ -156,8 +163,7 @@ def test_sizes_that_the_tensors_do_not_have_are_refused_before_memory_is_taken(n
         router(folder)
 
 
-def test_damaged_tensors_are_refused(tmp_path, pool):
-    folder = router("arrow", pool).save_pretrained(tmp_path / "router")
+def test_damaged_tensors_are_refused(folder):
     path = folder / "router.safetensors"
     raw = path.read_bytes()
     path.write_bytes(raw[:-8])
@@ -171,18 +177,12 @@ def test_damaged_tensors_are_refused(tmp_path, pool):
         router(folder)
 
 
-def test_tensors_of_layers_that_no_expert_updates_are_refused(tmp_path, pool):
-    import hashlib
-
-    folder = router("arrow", pool).save_pretrained(tmp_path / "router")
-    path = folder / "router.safetensors"
-    tensors = load_file(path)
-    save_file({**tensors, "directions_.lm_tail": torch.zeros(3, 16)}, path)
-    changed(folder, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+def test_tensors_of_layers_that_no_expert_updates_are_refused(folder):
+    tensors = load_file(folder / "router.safetensors")
+    put_tensors(folder, {**tensors, "directions_.lm_tail": torch.zeros(3, 16)})
     with pytest.raises(AdapterCorrupt, match="'lm_tail', which no expert updates"):
         router(folder)
-    save_file({**tensors, "strange": torch.zeros(3)}, path)
-    changed(folder, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    put_tensors(folder, {**tensors, "strange": torch.zeros(3)})
     with pytest.raises(AdapterCorrupt, match="strange"):
         router(folder)
 
@@ -196,10 +196,18 @@ def test_numbers_that_are_not_finite_and_layers_without_any_are_refused(name, tm
         ({key: tensors[key] for key in tensors if key != of_factors}, "no tensor for layer"),
         ({**tensors, of_factors: tensors[of_factors] / 0}, "not finite"),
     ):
-        save_file(damaged, folder / "router.safetensors")
-        changed(folder, sha256=hashlib.sha256((folder / "router.safetensors").read_bytes()).hexdigest())
+        put_tensors(folder, damaged)
         with pytest.raises(AdapterCorrupt, match=said):
             router(folder)
+
+
+def test_a_file_with_keys_of_other_experts_is_refused(tmp_path, pool):
+    texts = {name: ["red apple", "green apple"] for name in pool.names}
+    folder = router("similarity", pool, examples=texts, embedder="hashing").save_pretrained(tmp_path / "router")
+    tensors = load_file(folder / "router.safetensors")
+    put_tensors(folder, tensors | {"keys_": tensors["keys_"][:2].clone()})
+    with pytest.raises(AdapterCorrupt, match="keys_ has 2 rows, but there are 3 experts"):
+        router(folder)
 
 
 @pytest.mark.parametrize("name", ["", None, 3])

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 
 import pytest
 import torch
-from transformers import DynamicCache
 
 from loraweave.composer.composer import Composer
-from loraweave.errors import ScopeError, WeightingError
+from loraweave.errors import WeightingError
 from loraweave.hub.formats.peft import Peft
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._saved import router
@@ -183,67 +181,6 @@ def test_it_is_pefts_with_the_same_network(theirs, ours, model, pool, make_model
         assert torch.allclose(model(input_ids=IDS_BT, attention_mask=MASK_BT).logits, expected, atol=1e-5)
 
 
-WAYS = {
-    "greedy": {"do_sample": False},
-    "sampling": {"do_sample": True, "temperature": 0.8},
-    "return sequences": {"do_sample": True, "num_return_sequences": 3},
-    "beams": {"num_beams": 3, "do_sample": False},
-    "sampling beams": {"num_beams": 2, "do_sample": True, "num_return_sequences": 2},
-}
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-def test_generation_with_the_cache_is_generation_without(kind, way, make_model, make_adapters):
-    model = make_model(kind)
-    pool = ExpertPool(make_adapters(model, kind))
-    made = xlora(pool, layerwise=True, hidden_size=16)
-    found = []
-    for use_cache in (True, False):
-        torch.manual_seed(0)
-        with torch.no_grad(), Composer(model, pool).activate(made):
-            settings = {"attention_mask": MASK_BT, "max_new_tokens": 12, "min_new_tokens": 12, "pad_token_id": 0}
-            found.append(model.generate(IDS_BT, use_cache=use_cache, **settings, **way))
-    assert torch.equal(*found)
-
-
-def test_guesses_from_the_prompt_change_nothing(model, pool):
-    made, ids_BT = xlora(pool), torch.tensor([[5, 9, 5, 9, 5]])
-    found = []
-    for guesses in ({}, {"prompt_lookup_num_tokens": 2}):
-        with torch.no_grad(), Composer(model, pool).activate(made):
-            settings = {"attention_mask": torch.ones_like(ids_BT), "max_new_tokens": 16, "min_new_tokens": 16}
-            found.append(model.generate(ids_BT, do_sample=False, **settings, **guesses))
-    assert torch.equal(*found)
-
-
-def test_a_conversation_goes_on_under_its_cache(model, pool, cache_argument):
-    name = cache_argument(model)
-    made, cache, engine = xlora(pool), DynamicCache(), Composer(model, pool)
-    with torch.no_grad(), engine.activate(made):
-        whole = model(IDS_BT[:1], use_cache=False).logits
-        first = model(IDS_BT[:1, :2], **{name: cache}).logits
-    # in another activation, too
-    with torch.no_grad(), engine.activate(made):
-        rest = model(IDS_BT[:1, 2:], **{name: cache}).logits
-    assert torch.allclose(torch.cat([first, rest], dim=1), whole, atol=1e-5)
-    with torch.no_grad():
-        model(IDS_BT[:1, :2], **{name: cache})
-        with engine.activate(made), pytest.raises(ScopeError, match="of the 7 in this one it has seen 0"):
-            model(IDS_BT[:1, :2], **{name: cache})
-
-
-def test_a_call_that_makes_the_cache_itself_can_be_gone_on_from(model, pool, cache_argument):
-    made, name = xlora(pool), cache_argument(model)
-    with torch.no_grad(), Composer(model, pool).activate(made):
-        whole = model(IDS_BT, use_cache=False).logits
-        first = model(IDS_BT[:, :2], use_cache=True)
-        second = model(IDS_BT[:, 2:3], **{name: first[name]})
-        third = model(IDS_BT[:, 3:], **{name: second[name]})
-    assert torch.allclose(torch.cat([first.logits, second.logits, third.logits], dim=1), whole, atol=1e-5)
-    assert type(third[name]) is DynamicCache
-
-
 def test_a_scaling_pass_under_the_adapters_is_cached_and_not_recorded(model, pool, make_adapter):
     made = xlora(pool, scaling_pass_value=0.4)
     engine = Composer(model, pool)
@@ -300,56 +237,6 @@ def test_a_classifier_that_reads_both_ways_has_weights_of_its_hidden_states(make
     expected_BTE = (hidden_BTD @ made.head[0].weight.T + made.head[0].bias).softmax(dim=-1)
     layer = next(name for name in pool.layer_names if name.endswith("query"))
     assert torch.allclose(engine.last_weights[layer], expected_BTE, atol=1e-5)
-
-
-def test_a_static_cache_and_an_encoder_decoder_are_refused_by_name(model, pool, make_model, make_adapters):
-    with torch.no_grad(), Composer(model, pool).activate(xlora(pool)), pytest.raises(ScopeError, match="StaticCache"):
-        model.generate(IDS_BT, max_new_tokens=2, cache_implementation="static", attention_mask=MASK_BT)
-    other = make_model("t5")
-    experts = ExpertPool(make_adapters(other, "t5"))
-    with (
-        torch.no_grad(),
-        Composer(other, experts).activate(xlora(experts)),
-        pytest.raises(ScopeError, match="an encoder and"),
-    ):
-        other(input_ids=IDS_BT, decoder_input_ids=IDS_BT)
-
-
-def test_two_threads_that_generate_at_once_are_each_as_alone(model, pool):
-    made, engine, together, found = xlora(pool), Composer(model, pool), threading.Barrier(2), {}
-
-    def generate(number):
-        ids_BT = IDS_BT[[number], : 5 - number]
-        with torch.no_grad(), engine.activate(made):
-            if together.n_waiting or threading.current_thread() is not threading.main_thread():
-                together.wait()
-            return model.generate(
-                ids_BT, max_new_tokens=12, min_new_tokens=12, do_sample=False, attention_mask=torch.ones_like(ids_BT)
-            )
-
-    alone = {number: generate(number) for number in (0, 2)}
-    threads = [threading.Thread(target=lambda number=number: found.update({number: generate(number)})) for number in (0, 2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(torch.equal(found[number], alone[number]) for number in (0, 2))
-
-
-def test_some_rows_of_a_batch_have_it_and_others_not(model, pool):
-    made, engine = xlora(pool), Composer(model, pool)
-    other = xlora(pool, top_k=1)
-    batch = {"attention_mask": MASK_BT, "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    expected = []
-    for mixture in (made, {}, other):
-        with torch.no_grad(), engine.activate(mixture):
-            expected.append(model.generate(IDS_BT, **batch))
-    with torch.no_grad(), engine.activate([made, None, other]):
-        found = model.generate(IDS_BT, **batch)
-        assert torch.equal(found, torch.stack([each[row] for row, each in enumerate(expected)]))
-        beams = model.generate(IDS_BT, num_beams=2, **batch)
-    with torch.no_grad(), engine.activate(other):
-        assert torch.equal(beams[2], model.generate(IDS_BT, num_beams=2, **batch)[2])
 
 
 def test_the_head_is_as_large_as_hidden_states_are(model, make_model, pool, make_adapter):
