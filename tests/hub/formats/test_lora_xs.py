@@ -3,6 +3,7 @@
 import peft
 import pytest
 import torch
+from peft_models import TARGETS, save
 from safetensors.torch import load_file, save_file
 
 from loraweave.errors import AdapterCorrupt
@@ -10,13 +11,11 @@ from loraweave.hub.adapter import Adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
-TARGETS = ["first", "inner.0", "last"]
-
 
 @pytest.fixture(params=[".default_lora_latent_mapping.weight", "_lora_latent_mapping.weight"])
-def stored(request, foreign, tmp_path):
+def stored(request, tmp_path):
     """(folder, middle matrices, the LoRA without them): both spellings that versions of peft write."""
-    foreign.save(peft.LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS, rank_pattern={"last": 2}), tmp_path)
+    save(peft.LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS, rank_pattern={"last": 2}), tmp_path)
     plain = Adapter.from_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     middles = {name: torch.randn(factors.rank, factors.rank) for name, factors in plain.layers.items()}

@@ -5,6 +5,7 @@ import json
 import peft
 import pytest
 import torch
+from peft_models import FREE, TARGETS, edit, odd, save, tiny
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -16,25 +17,19 @@ from loraweave.hub.formats._reading import REFUSED
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
-TARGETS = ["first", "inner.0", "last"]
-FREE = {"target_modules": TARGETS, "init_weights": False}
+FIRST = "base_model.model.first.hada_w"
 
 
 @pytest.fixture
-def loha(tmp_path, foreign):
-    foreign.save(peft.LoHaConfig(r=2, **FREE), tmp_path)
+def loha(tmp_path):
+    save(peft.LoHaConfig(r=2, **FREE), tmp_path)
     return tmp_path
 
 
 @pytest.fixture
-def oft(tmp_path, foreign):
-    foreign.save(peft.OFTConfig(r=0, oft_block_size=4, **FREE), tmp_path)
+def oft(tmp_path):
+    save(peft.OFTConfig(r=0, oft_block_size=4, **FREE), tmp_path)
     return tmp_path
-
-
-def edit_config(folder, **fields):
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
 def edit_tensors(folder, change):
@@ -43,31 +38,31 @@ def edit_tensors(folder, change):
     save_file({key: value.contiguous() for key, value in change(tensors).items()}, path)
 
 
-def test_uni_lora_without_its_places_names_the_option_that_keeps_them(tmp_path, foreign):
-    trained = foreign.save(peft.UniLoraConfig(r=2, theta_d_length=40, **FREE), tmp_path)
+def test_uni_lora_without_its_places_names_the_option_that_keeps_them(tmp_path):
+    trained = save(peft.UniLoraConfig(r=2, theta_d_length=40, **FREE), tmp_path)
     with pytest.raises(AdapterUnsupported, match=r"save_indices is false.*save_indices=True.*lw\.extract"):
         Adapter.from_pretrained(tmp_path)
     # the way out that the message names
-    assert extract(foreign.tiny(), trained.merge_and_unload()).rank == 2
-    edit_config(tmp_path, save_indices=True)
+    assert extract(tiny(), trained.merge_and_unload()).rank == 2
+    edit(tmp_path, save_indices=True)
     with pytest.raises(AdapterCorrupt, match="no layer of a UNILORA adapter"):
         Adapter.from_pretrained(tmp_path)
 
 
-def test_a_rank_and_an_error_that_contradict_are_both_named(oft, foreign):
+def test_a_rank_and_an_error_that_contradict_are_both_named(oft):
     with pytest.raises(AdapterUnsupported, match=r"'first'.*rank 2 leaves.*max_error=0\.01.*rank 1\d would.*allow rank 2"):
-        Adapter.from_pretrained(oft, model=foreign.tiny(), rank=2, max_error=0.01)
+        Adapter.from_pretrained(oft, model=tiny(), rank=2, max_error=0.01)
 
 
-def test_the_error_that_the_message_suggests_is_enough(oft, foreign):
+def test_the_error_that_the_message_suggests_is_enough(oft):
     error = 1e-3
     for _ in TARGETS:
         try:
-            Adapter.from_pretrained(oft, model=foreign.tiny(), rank=2, max_error=error)
+            Adapter.from_pretrained(oft, model=tiny(), rank=2, max_error=error)
             break
         except AdapterUnsupported as refusal:
             error = float(str(refusal).split(", and max_error=")[1].split()[0])
-    assert Adapter.from_pretrained(oft, model=foreign.tiny(), rank=2, max_error=error).rank == 2
+    assert Adapter.from_pretrained(oft, model=tiny(), rank=2, max_error=error).rank == 2
 
 
 def test_an_exact_type_is_cut_where_a_rank_asks_for_it(loha):
@@ -76,8 +71,8 @@ def test_an_exact_type_is_cut_where_a_rank_asks_for_it(loha):
     assert Adapter.from_pretrained(loha, rank=3, max_error=0.9).rank == 3
 
 
-def test_a_plain_lora_is_cut_where_a_rank_asks_for_it(tmp_path, foreign):
-    foreign.save(peft.LoraConfig(r=4, target_modules=TARGETS), tmp_path)
+def test_a_plain_lora_is_cut_where_a_rank_asks_for_it(tmp_path):
+    save(peft.LoraConfig(r=4, target_modules=TARGETS), tmp_path)
     assert Adapter.from_pretrained(tmp_path, rank=4).card.get("conversion") is None
     cut = Adapter.from_pretrained(tmp_path, rank=2, max_error=0.9)
     assert {note["rank"] for note in cut.card["conversion"].values()} == {2}
@@ -91,14 +86,14 @@ def test_bounds_outside_their_range_are_refused(loha, options):
 
 @pytest.mark.parametrize("kind", sorted(REFUSED))
 def test_a_type_without_a_form_as_factors_is_refused_with_the_reason(loha, kind):
-    edit_config(loha, peft_type=kind)
+    edit(loha, peft_type=kind)
     with pytest.raises(AdapterUnsupported, match=f"{kind}.*cannot be read as factors: [a-z]"):
         Adapter.from_pretrained(loha)
 
 
 @pytest.mark.parametrize("kind", ["NEWTYPE", "PEFT", "BASE_CHANGE", "LORA_XS", "_FOREIGN", "", None, 3, ["LOHA"]])
 def test_an_unknown_type_is_refused(loha, kind):
-    edit_config(loha, peft_type=kind)
+    edit(loha, peft_type=kind)
     with pytest.raises(AdapterUnsupported, match="peft_type"):
         Adapter.from_pretrained(loha)
 
@@ -114,9 +109,9 @@ def test_every_type_of_the_installed_peft_is_read_or_refused_with_a_reason():
 
 def test_an_unknown_field_is_refused_unless_it_says_nothing(loha):
     before = Adapter.from_pretrained(loha).hash
-    edit_config(loha, twist=None, spin=False, turns=[])
+    edit(loha, twist=None, spin=False, turns=[])
     assert Adapter.from_pretrained(loha).hash == before
-    edit_config(loha, twist=2)
+    edit(loha, twist=2)
     with pytest.raises(AdapterUnsupported, match="unknown field twist=2"):
         Adapter.from_pretrained(loha)
 
@@ -134,7 +129,7 @@ def test_an_unknown_field_is_refused_unless_it_says_nothing(loha):
     ],
 )
 def test_fields_of_a_wrong_kind_are_refused(loha, fields, error, words):
-    edit_config(loha, **fields)
+    edit(loha, **fields)
     if error is None:
         Adapter.from_pretrained(loha)
         return
@@ -142,36 +137,43 @@ def test_fields_of_a_wrong_kind_are_refused(loha, fields, error, words):
         Adapter.from_pretrained(loha)
 
 
-def test_values_that_are_not_finite_are_refused(loha):
-    edit_tensors(loha, lambda tensors: {key: value * torch.nan for key, value in tensors.items()})
-    with pytest.raises(AdapterCorrupt, match="NaN or infinite"):
-        Adapter.from_pretrained(loha)
+def without(tensors, part):
+    return {key: value for key, value in tensors.items() if part not in key}
 
 
-def test_a_missing_tensor_is_named(loha):
-    edit_tensors(loha, lambda tensors: {key: value for key, value in tensors.items() if "first.hada_w2_b" not in key})
-    with pytest.raises(AdapterCorrupt, match=r"'first' lacks the tensor 'hada_w2_b'"):
-        Adapter.from_pretrained(loha)
+THIN = {
+    "w1_a": torch.ones(70_000, 1),
+    "w2_a": torch.ones(70_000, 1),
+    "w1_b": torch.ones(1, 70_000),
+    "w2_b": torch.ones(1, 70_000),
+}
+CHANGED = {
+    "NaN": (lambda held: {key: value * torch.nan for key, value in held.items()}, AdapterCorrupt, "NaN or infinite"),
+    "a missing tensor": (
+        lambda held: without(held, "first.hada_w2_b"),
+        AdapterCorrupt,
+        r"'first' lacks the tensor 'hada_w2_b'",
+    ),
+    "an unknown tensor": (lambda held: {**held, f"{FIRST}3": torch.ones(2)}, AdapterCorrupt, "hada_w3"),
+    "another size": (
+        lambda held: {**held, f"{FIRST}2_b": torch.ones(2, 11)},
+        AdapterCorrupt,
+        r"'hada_w2_b' has shape \(2, 11\), not \(any, 12\)",
+    ),
+    "zeros": (lambda held: {key: value * 0 for key, value in held.items()}, AdapterUnsupported, "without effect"),
+    "a huge matrix of a small file": (
+        lambda _: {f"base_model.model.first.hada_{name}": tensor for name, tensor in THIN.items()},
+        AdapterUnsupported,
+        "70000 x 70000",
+    ),
+}
 
 
-def test_an_unknown_tensor_is_named(loha):
-    edit_tensors(loha, lambda tensors: {**tensors, "base_model.model.first.hada_w3": torch.ones(2)})
-    with pytest.raises(AdapterCorrupt, match="hada_w3"):
-        Adapter.from_pretrained(loha)
-
-
-def test_a_tensor_of_another_size_is_named_with_both_sizes(loha):
-    def change(tensors):
-        return {**tensors, "base_model.model.first.hada_w2_b": torch.ones(2, 11)}
-
+@pytest.mark.parametrize("case", CHANGED)
+def test_other_tensors_are_refused_by_name(loha, case):
+    change, error, words = CHANGED[case]
     edit_tensors(loha, change)
-    with pytest.raises(AdapterCorrupt, match=r"'hada_w2_b' has shape \(2, 11\), not \(any, 12\)"):
-        Adapter.from_pretrained(loha)
-
-
-def test_an_adapter_of_zeros_is_refused(loha):
-    edit_tensors(loha, lambda tensors: {key: value * 0 for key, value in tensors.items()})
-    with pytest.raises(AdapterUnsupported, match="without effect"):
+    with pytest.raises(error, match=words):
         Adapter.from_pretrained(loha)
 
 
@@ -181,17 +183,9 @@ def test_weights_in_a_pickle_are_refused(loha):
         Adapter.from_pretrained(loha)
 
 
-def test_a_small_file_cannot_ask_for_a_huge_matrix(loha):
-    thin = torch.ones(70_000, 1)
-    names = {"hada_w1_a": thin, "hada_w2_a": thin, "hada_w1_b": thin.T, "hada_w2_b": thin.T}
-    edit_tensors(loha, lambda _: {f"base_model.model.first.{name}": tensor.clone() for name, tensor in names.items()})
-    with pytest.raises(AdapterUnsupported, match="70000 x 70000"):
-        Adapter.from_pretrained(loha)
-
-
-def test_a_model_of_other_sizes_is_refused_with_both_shapes(loha, foreign):
+def test_a_model_of_other_sizes_is_refused_with_both_shapes(loha):
     with pytest.raises(LayerMismatch, match=r"\(16, 12\).*\(13, 7\)"):
-        Adapter.from_pretrained(loha, model=foreign.odd())
+        Adapter.from_pretrained(loha, model=odd())
 
 
 def test_a_model_without_the_layer_is_refused_with_the_nearest(loha):
@@ -199,49 +193,44 @@ def test_a_model_without_the_layer_is_refused_with_the_nearest(loha):
         Adapter.from_pretrained(loha, model=nn.ModuleDict({"firsts": nn.Linear(12, 16)}))
 
 
-def test_another_base_model_is_refused_where_the_folder_recorded_one(loha, foreign):
-    (loha / "loraweave.json").write_text(json.dumps({"fingerprint": fingerprint(foreign.odd()).to_json()}))
+def test_another_base_model_is_refused_where_the_folder_recorded_one(loha):
+    (loha / "loraweave.json").write_text(json.dumps({"fingerprint": fingerprint(odd()).to_json()}))
     with pytest.raises(BaseModelMismatch, match="another base model"):
-        Adapter.from_pretrained(loha, model=foreign.tiny())
+        Adapter.from_pretrained(loha, model=tiny())
 
 
-def test_weights_on_the_meta_device_are_refused_where_values_are_needed(oft, foreign):
+def test_weights_on_the_meta_device_are_refused_where_values_are_needed(oft):
     with pytest.raises(AdapterUnsupported, match="values are needed"):
-        Adapter.from_pretrained(oft, model=foreign.tiny().to("meta"))
+        Adapter.from_pretrained(oft, model=tiny().to("meta"))
 
 
-@pytest.mark.parametrize(
-    ("config", "words"), [(peft.VeraConfig, "save_projection=True"), (peft.RandLoraConfig, "save_projection=True")]
-)
-def test_random_matrices_that_are_stored_as_a_seed_are_refused(tmp_path, foreign, config, words):
-    foreign.save(config(r=3, save_projection=False, **FREE), tmp_path)
+OPTIONS = {
+    "vera as a seed": (lambda: peft.VeraConfig(r=3, save_projection=False, **FREE), "save_projection=True"),
+    "randlora as a seed": (lambda: peft.RandLoraConfig(r=3, save_projection=False, **FREE), "save_projection=True"),
+    "a wavelet without a filter here": (lambda: peft.WaveFTConfig(n_frequency=9, wavelet_family="sym2", **FREE), "sym2"),
+    "a sampling pvera": (lambda: peft.PveraConfig(r=4, sample_at_inference=True, **FREE), "sample_at_inference"),
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_an_option_that_leaves_no_one_update_is_refused_by_name(tmp_path, case):
+    config, words = OPTIONS[case]
+    save(config(), tmp_path)
     with pytest.raises(AdapterUnsupported, match=words):
-        Adapter.from_pretrained(tmp_path, model=foreign.tiny())
+        Adapter.from_pretrained(tmp_path, model=tiny())
 
 
-def test_places_outside_the_matrix_are_refused(tmp_path, foreign):
-    foreign.save(peft.ShiraConfig(r=1, **FREE), tmp_path)
+def test_places_outside_the_matrix_are_refused(tmp_path):
+    save(peft.ShiraConfig(r=1, **FREE), tmp_path)
     edit_tensors(
         tmp_path, lambda tensors: {key: value + 100 if "indices" in key else value for key, value in tensors.items()}
     )
     with pytest.raises(AdapterCorrupt, match="places outside"):
-        Adapter.from_pretrained(tmp_path, model=foreign.tiny())
+        Adapter.from_pretrained(tmp_path, model=tiny())
 
 
-def test_a_wavelet_without_a_filter_here_is_refused(tmp_path, foreign):
-    foreign.save(peft.WaveFTConfig(n_frequency=9, wavelet_family="sym2", **FREE), tmp_path)
-    with pytest.raises(AdapterUnsupported, match="sym2"):
-        Adapter.from_pretrained(tmp_path, model=foreign.tiny())
-
-
-def test_a_sampling_pvera_is_refused(tmp_path, foreign):
-    foreign.save(peft.PveraConfig(r=4, sample_at_inference=True, **FREE), tmp_path)
-    with pytest.raises(AdapterUnsupported, match="sample_at_inference"):
-        Adapter.from_pretrained(tmp_path, model=foreign.tiny())
-
-
-def test_heads_next_to_another_type_are_kept(tmp_path, foreign):
-    model = foreign.save(peft.LoHaConfig(r=2, target_modules=["first"], modules_to_save=["last"]), tmp_path)
+def test_heads_next_to_another_type_are_kept(tmp_path):
+    model = save(peft.LoHaConfig(r=2, target_modules=["first"], modules_to_save=["last"]), tmp_path)
     adapter = Adapter.from_pretrained(tmp_path)
     assert set(adapter.layers) == {"first"}
     trained = model.base_model.model.last.modules_to_save["default"]
@@ -255,9 +244,9 @@ def convolutions():
 
 
 @pytest.mark.parametrize("config", [peft.LoHaConfig, peft.AdaLoraConfig])
-def test_a_convolution_is_read_as_one_where_the_model_says_so(tmp_path, foreign, config):
+def test_a_convolution_is_read_as_one_where_the_model_says_so(tmp_path, config):
     options = {"init_r": 2, "total_step": 9} if config is peft.AdaLoraConfig else {"r": 2}
-    model = foreign.save(config(target_modules=["0", "1"], **options), tmp_path, convolutions())
+    model = save(config(target_modules=["0", "1"], **options), tmp_path, convolutions())
     own = convolutions()
     adapter = Adapter.from_pretrained(tmp_path, model=own)
     assert {(factors.kind, factors.kernel) for factors in adapter.layers.values()} == {("conv", (3, 3)), ("conv", (1, 1))}
@@ -278,7 +267,7 @@ def test_a_convolution_is_read_as_one_where_the_model_says_so(tmp_path, foreign,
         (lambda: peft.IA3Config(target_modules=["0"], feedforward_modules=[], init_ia3_weights=False), "only linear layers"),
     ],
 )
-def test_a_convolution_in_another_form_is_refused_by_name(tmp_path, foreign, config, words):
-    foreign.save(config(), tmp_path, convolutions())
+def test_a_convolution_in_another_form_is_refused_by_name(tmp_path, config, words):
+    save(config(), tmp_path, convolutions())
     with pytest.raises(AdapterUnsupported, match=words):
         Adapter.from_pretrained(tmp_path, model=convolutions())
