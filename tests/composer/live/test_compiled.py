@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from live_models import IDS, in_thread
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -17,7 +18,6 @@ from loraweave.hub.adapter import Adapter
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Factors
 
-IDS = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(5))
 # other experts, weights, row sets, rank sums, and the base
 MIXTURES = [
     {"a": 1.0},
@@ -39,14 +39,6 @@ def _fresh_compiler():
 @torch.no_grad()
 def logits(model, ids=IDS):
     return model(input_ids=ids, use_cache=False).logits
-
-
-def in_thread(call):
-    answer = []
-    thread = threading.Thread(target=lambda: answer.append(call()))
-    thread.start()
-    thread.join()
-    return answer[0]
 
 
 @pytest.fixture

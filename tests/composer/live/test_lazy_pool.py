@@ -1,10 +1,10 @@
 """A pool whose adapters are opened when they are used, beside one that has them all; and what attaching costs."""
 
-import threading
 from dataclasses import replace
 
 import pytest
 import torch
+from live_models import IDS, in_thread, logits
 
 from loraweave.composer.composer import Composer
 from loraweave.composer.live import fitting
@@ -14,13 +14,8 @@ from loraweave.hub.base import fingerprint
 from loraweave.hub.pool import ExpertPool
 from loraweave.types import Factors, Fingerprint
 
-IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+ROWS = IDS[:2]
 MIXTURES = [{"a": 0.7, "c": -0.4}, [{"b": 1.0}, {"a": 0.5, "b": 0.5}], [None, {"c": 2.0}]]
-
-
-@torch.no_grad()
-def logits(model):
-    return model(input_ids=IDS).logits
 
 
 class Shelf:
@@ -44,9 +39,9 @@ def adapters(tiny_llama, make_adapters):
 @pytest.mark.parametrize("mixture", MIXTURES)
 def test_a_lazy_pool_gives_the_same_bits_as_one_that_is_not(mixture, tiny_llama, adapters):
     with Composer(tiny_llama, adapters).activate(mixture):
-        expected = logits(tiny_llama)
+        expected = logits(tiny_llama, ROWS)
     with Composer(tiny_llama, Shelf(adapters).pool).activate(mixture):
-        assert torch.equal(logits(tiny_llama), expected)
+        assert torch.equal(logits(tiny_llama, ROWS), expected)
 
 
 def test_only_the_experts_of_a_mixture_are_opened_and_each_once(tiny_llama, adapters):
@@ -55,17 +50,17 @@ def test_only_the_experts_of_a_mixture_are_opened_and_each_once(tiny_llama, adap
     assert (shelf.opened, engine.pool.names, dict(engine.target_layers)) == ([], ("a", "b", "c"), {})
     for _ in range(3):
         with engine.activate([{"a": 1.0, "b": 0.0}, None]):
-            logits(tiny_llama)
+            logits(tiny_llama, ROWS)
     assert shelf.opened == ["a"]
     assert set(engine.target_layers) == set(adapters[0].layers)
 
 
 def test_a_lazy_pool_fuses_the_same_bits_and_opens_what_it_fuses(tiny_llama, adapters):
     with Composer(tiny_llama, adapters).fused({"a": 0.7, "c": -0.4}):
-        expected = logits(tiny_llama)
+        expected = logits(tiny_llama, ROWS)
     shelf = Shelf(adapters)
     with Composer(tiny_llama, shelf.pool).fused({"a": 0.7, "c": -0.4}) as handle:
-        assert torch.equal(logits(tiny_llama), expected)
+        assert torch.equal(logits(tiny_llama, ROWS), expected)
         handle.switch({"a": 0.7})
     assert sorted(set(shelf.opened)) == ["a", "c"]
 
@@ -79,7 +74,7 @@ def test_an_expert_of_a_lazy_pool_that_does_not_fit_is_named_when_it_is_activate
         replace(adapters[0], name="alien", fingerprint=Fingerprint("of another model")),
     ]
     engine = Composer(tiny_llama, Shelf([*adapters, *bad]).pool)
-    before = logits(tiny_llama)
+    before = logits(tiny_llama, ROWS)
     for name, error in (
         ("wide", LayerMismatch),
         ("lost", LayerMismatch),
@@ -92,34 +87,31 @@ def test_an_expert_of_a_lazy_pool_that_does_not_fit_is_named_when_it_is_activate
     with pytest.raises(UnknownExpert):
         engine.activate({"x": 1.0})
     assert not engine.active
-    assert torch.equal(logits(tiny_llama), before)
+    assert torch.equal(logits(tiny_llama, ROWS), before)
     with engine.activate({"a": 1.0}):
-        assert not torch.equal(logits(tiny_llama), before)
+        assert not torch.equal(logits(tiny_llama, ROWS), before)
 
 
 def test_an_expert_that_fits_the_fingerprint_is_taken(tiny_llama, adapters):
     known = [replace(adapter, fingerprint=fingerprint(tiny_llama)) for adapter in adapters]
     with Composer(tiny_llama, Shelf(known).pool).activate({"a": 1.0, "b": 1.0}):
-        logits(tiny_llama)
+        logits(tiny_llama, ROWS)
 
 
 def test_layers_of_an_expert_opened_later_reach_an_activation_of_another_thread(tiny_llama, adapters):
     with Composer(tiny_llama, adapters).activate({"b": 1.0}):
-        expected = logits(tiny_llama)
+        expected = logits(tiny_llama, ROWS)
     engine = Composer(tiny_llama, Shelf(adapters).pool)
-    found = []
 
     def other():
         with engine.activate({"b": 1.0}):
-            found.append(logits(tiny_llama))
+            return logits(tiny_llama, ROWS)
 
     with engine.activate({"a": 1.0}):
-        before = logits(tiny_llama)
-        thread = threading.Thread(target=other)
-        thread.start()
-        thread.join()
-        assert torch.equal(logits(tiny_llama), before)
-    assert torch.equal(found[0], expected)
+        before = logits(tiny_llama, ROWS)
+        found = in_thread(other)
+        assert torch.equal(logits(tiny_llama, ROWS), before)
+    assert torch.equal(found, expected)
     assert not any(module._forward_hooks for module in tiny_llama.modules())
 
 
@@ -128,14 +120,14 @@ def test_an_unbound_expert_is_bound_when_it_is_opened_and_refused_while_the_base
     factors = replace(adapters[0].layers[layer], magnitude_O=torch.full((16,), 2.0))
     dora = Adapter("dora", "tiny", {layer: factors})
     with Composer(tiny_llama, [*adapters, dora]).activate({"dora": 1.0}):
-        expected = logits(tiny_llama)
+        expected = logits(tiny_llama, ROWS)
     engine = Composer(tiny_llama, Shelf([*adapters, dora]).pool)
     with engine.fused({"a": 1.0}) as handle:
         handle.switch({"b": 1.0})
         with pytest.raises(AlreadyActive, match=r"layer .* holds the weights of a fused mixture"):
             handle.switch({"dora": 1.0})
     with engine.activate({"dora": 1.0}):
-        assert torch.equal(logits(tiny_llama), expected)
+        assert torch.equal(logits(tiny_llama, ROWS), expected)
 
 
 @pytest.fixture

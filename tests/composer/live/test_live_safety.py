@@ -7,31 +7,17 @@ import signal
 import sys
 import threading
 import weakref
+from functools import partial
 
 import pytest
 import torch
-from torch import Tensor, nn
+from live_models import IDS, in_threads, logits, num_hooks
+from torch import nn
 
 from loraweave.composer.composer import Composer
 
-IDS = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(5))
 ROWS = [{"a": 1.0}, None, {"b": 1.0, "c": -0.5}]
 SETTINGS = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 4, "do_sample": False}
-
-
-@torch.no_grad()
-def logits(model):
-    return model(input_ids=IDS).logits
-
-
-def num_hooks(model):
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
-
-
-@pytest.fixture
-def engine(tiny_llama, make_adapters):
-    return Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
 
 
 @pytest.fixture
@@ -191,23 +177,12 @@ def test_eight_threads_generate_under_their_own_mixtures(engine):
         with contextlib.nullcontext() if mixture is None else engine.activate(mixture):
             return engine.model.generate(IDS, **SETTINGS)
 
-    expected = [generated(mixture) for mixture in mixtures]
-    barrier = threading.Barrier(len(mixtures))
-    wrong = []
-
-    def work(index):
-        barrier.wait()
+    def work(mixture, expected):
         for _ in range(4):
-            found = generated(mixtures[index])
-            if not torch.equal(found, expected[index]):
-                wrong.append(index)
+            assert torch.equal(generated(mixture), expected)
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(mixtures))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    calls = [partial(work, mixture, generated(mixture)) for mixture in mixtures]
+    assert in_threads(calls) == [None] * len(mixtures)
 
 
 @pytest.mark.usefixtures("unharmed")
@@ -222,30 +197,20 @@ def test_threads_that_open_new_mixtures_all_the_time_do_not_disturb_each_other(e
             with engine.activate(mixture):
                 expected.append(logits(engine.model))
     fresh = Composer(engine.model, engine.pool)
-    barrier = threading.Barrier(threads)
-    found = [None] * threads
 
-    def work(index):
-        barrier.wait()
+    def work(own):
         answers = []
-        for mixture in mixtures[index]:
-            try:
-                with fresh.activate(mixture):
-                    answers.append(logits(engine.model))
-            except Exception as error:
-                answers.append(error)
-        found[index] = answers
+        for mixture in own:
+            with fresh.activate(mixture):
+                answers.append(logits(engine.model))
+        return answers
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
-    workers = [threading.Thread(target=work, args=(index,)) for index in range(threads)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    found = in_threads([partial(work, own) for own in mixtures])
     sys.setswitchinterval(interval)
+    assert [answers for answers in found if isinstance(answers, BaseException)] == []
     flat = [answer for answers in found for answer in answers]
-    assert [answer for answer in flat if not isinstance(answer, Tensor)] == []
     assert all(torch.equal(one, other) for one, other in zip(flat, expected, strict=True))
 
 

@@ -7,9 +7,12 @@ import gc
 import pickle
 import threading
 import weakref
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
+from live_models import IDS, in_thread, in_threads, logits, num_hooks
 from torch import Tensor, nn
 
 from loraweave.composer.composer import Composer
@@ -20,26 +23,6 @@ from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens.lora_flow import LoraFlow
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Factors
-
-IDS = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(5))
-
-
-@torch.no_grad()
-def logits(model, ids=IDS):
-    return model(input_ids=ids).logits
-
-
-def num_hooks(model):
-    """Hooks, and forwards that stand in for a module's own."""
-    return sum(
-        len(module._forward_hooks) + len(module._forward_pre_hooks) + ("forward" in vars(module))
-        for module in model.modules()
-    )
-
-
-@pytest.fixture
-def engine(tiny_llama, make_adapters):
-    return Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
 
 
 @pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError, KeyboardInterrupt])
@@ -112,22 +95,6 @@ def test_handles_close_once_and_from_the_inside_out(engine):
     assert num_hooks(engine.model) == 0
 
 
-def in_thread(call):
-    """What `call` returns, or the exception it raises, in a thread of its own."""
-    answer = []
-
-    def run():
-        try:
-            answer.append(call())
-        except BaseException as error:
-            answer.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    return answer[0]
-
-
 def test_a_handle_is_not_closed_by_another_thread(engine):
     handle = engine.activate({"a": 1.0})
     assert isinstance(in_thread(handle.close), AlreadyActive)
@@ -197,26 +164,14 @@ def test_threads_with_different_mixtures_do_not_meet(engine):
     for mixture in mixtures:
         with engine.activate(mixture or {}):
             expected.append(logits(engine.model))
-    wrong = []
-    barrier = threading.Barrier(len(mixtures))
 
-    def work(index):
-        barrier.wait()
+    def work(mixture, expected):
         for _ in range(50):
-            if mixtures[index] is None:
-                found = logits(engine.model)
-            else:
-                with engine.activate(mixtures[index]):
-                    found = logits(engine.model)
-            if not torch.equal(found, expected[index]):
-                wrong.append(index)
+            with nullcontext() if mixture is None else engine.activate(mixture):
+                assert torch.equal(logits(engine.model), expected)
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(mixtures))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    calls = [partial(work, *each) for each in zip(mixtures, expected, strict=True)]
+    assert in_threads(calls) == [None] * 3
     assert num_hooks(engine.model) == 0
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
+from live_models import IDS, logits
 from torch import nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
@@ -11,13 +12,7 @@ from loraweave.errors import CompositionError
 from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors
 
-IDS = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(5))
 EVERY = ("q_proj", "down_proj", "lm_head")
-
-
-@torch.no_grad()
-def logits(model):
-    return model(input_ids=IDS).logits
 
 
 def _by_cpu(model, folder):

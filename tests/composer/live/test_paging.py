@@ -1,12 +1,13 @@
 """A Composer whose experts page within a budget answers as one that holds them all; loading and unloading while it runs."""
 
 import gc
-import threading
 import weakref
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from live_models import IDS, in_threads, logits
 
 from loraweave.composer.composer import Composer
 from loraweave.composer.live import fitting
@@ -25,13 +26,8 @@ from loraweave.hub.pool import ExpertPool
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Factors
 
-IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+ROWS = IDS[:2]
 NAMES = [f"e{number}" for number in range(10)]
-
-
-@torch.no_grad()
-def logits(model):
-    return model(input_ids=IDS).logits
 
 
 @pytest.fixture
@@ -61,9 +57,9 @@ def test_experts_that_page_within_a_budget_give_the_same_bits(tiny_llama, adapte
     whole, paged = Composer(tiny_llama, adapters), Composer(tiny_llama, adapters, host_budget_bytes=budget)
     for mixture in mixtures():
         with whole.activate(mixture):
-            expected = logits(tiny_llama)
+            expected = logits(tiny_llama, ROWS)
         with paged.activate(mixture):
-            assert torch.equal(logits(tiny_llama), expected)
+            assert torch.equal(logits(tiny_llama, ROWS), expected)
         assert paged.residency.host_bytes <= budget
     assert paged.residency.num_evictions > 10
     assert whole.residency.num_evictions == 0
@@ -74,17 +70,17 @@ def test_more_experts_than_the_budget_holds_are_refused_before_the_model_runs_an
     tiny_llama, adapters, budget
 ):
     engine = Composer(tiny_llama, adapters, host_budget_bytes=budget)
-    base = logits(tiny_llama)
+    base = logits(tiny_llama, ROWS)
     needed = sum(map(size_of, adapters.values()))
     with pytest.raises(BudgetExceeded, match=rf"the 10 experts .* need {needed:,} bytes, but host.* is {budget:,}"):
         engine.activate(dict.fromkeys(NAMES, 0.1))
     assert not engine.active
-    assert torch.equal(logits(tiny_llama), base)
+    assert torch.equal(logits(tiny_llama, ROWS), base)
     with engine.activate({"e2": 1.0}):
-        inside = logits(tiny_llama)
+        inside = logits(tiny_llama, ROWS)
         with pytest.raises(BudgetExceeded, match=r"beside the .* that open activations use"):
             engine.activate({"e1": 1.0, "e4": 1.0, "e5": 1.0})
-        assert torch.equal(logits(tiny_llama), inside)
+        assert torch.equal(logits(tiny_llama, ROWS), inside)
 
 
 def test_what_an_activation_leaves_behind_does_not_keep_an_expert_that_has_gone(tiny_llama, adapters, budget):
@@ -102,7 +98,7 @@ def test_what_an_activation_leaves_behind_does_not_keep_an_expert_that_has_gone(
     for _ in range(3):
         for name in NAMES:
             with engine.activate({name: 1.0}):
-                logits(tiny_llama)
+                logits(tiny_llama, ROWS)
                 tensors.update(engine._residents._host._slots[key].thing for key in engine._residents._host._slots)
     gc.collect()
     assert len(tensors) == engine.residency.num_on_host <= 4
@@ -112,7 +108,7 @@ def test_the_figures_of_an_engine_count_hits_and_misses(tiny_llama, adapters):
     engine = Composer(tiny_llama, adapters)
     for _ in range(3):
         with engine.activate({"e0": 1.0, "e1": 0.5}):
-            logits(tiny_llama)
+            logits(tiny_llama, ROWS)
     figures = engine.residency
     assert (figures.num_hits, figures.num_misses, figures.num_on_host) == (4, 2, 2)
     assert figures.host_bytes == size_of(adapters["e0"]) + size_of(adapters["e1"])
@@ -124,7 +120,7 @@ def test_what_was_prefetched_is_a_hit_for_the_activation(wanted, tiny_llama, ada
     engine.prefetch(wanted).result(timeout=10)
     before = engine.residency
     with engine.activate({"e1": 1.0, "e2": 0.5}):
-        logits(tiny_llama)
+        logits(tiny_llama, ROWS)
     assert (before.num_misses, engine.residency.num_misses, engine.residency.num_hits) == (2, 2, 2)
     engine.close()
 
@@ -138,7 +134,7 @@ def test_an_error_while_prefetching_is_raised_by_the_activation_that_wants_the_e
     engine = Composer(tiny_llama, ExpertPool.on_demand(adapters, opener))
     assert isinstance(engine.prefetch(["e3"]).exception(timeout=10), AdapterNotFound)
     with engine.activate({"e1": 1.0}):
-        logits(tiny_llama)
+        logits(tiny_llama, ROWS)
     with pytest.raises(AdapterNotFound, match="no adapter 'e3' any more"):
         engine.activate({"e3": 1.0})
     with pytest.raises(UnknownExpert):
@@ -152,60 +148,53 @@ def test_prefetching_beside_activations_in_threads_leaves_each_its_own_mixture(t
     expected = {}
     for name in NAMES:
         with Composer(tiny_llama, adapters).activate({name: 1.0}):
-            expected[name] = logits(tiny_llama)
+            expected[name] = logits(tiny_llama, ROWS)
     budget = 6 * max(map(size_of, adapters.values()))
     engine = Composer(tiny_llama, ExpertPool.on_demand(adapters, adapters.__getitem__), host_budget_bytes=budget)
-    wrong = []
 
     def work(number):
         for turn in range(12):
             name = NAMES[(number * 3 + turn) % 10]
             with engine.activate({name: 1.0}):
                 engine.prefetch([NAMES[(number * 3 + turn + 1) % 10]])
-                if not torch.equal(logits(tiny_llama), expected[name]):
-                    wrong.append(name)
+                assert torch.equal(logits(tiny_llama, ROWS), expected[name])
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    assert in_threads([partial(work, number) for number in range(4)]) == [None] * 4
     engine.close()
-    assert wrong == []
     assert engine.residency.host_bytes == 0
 
 
 def test_a_model_that_moved_has_its_experts_moved_too(tiny_llama, adapters):
     engine = Composer(tiny_llama, adapters)
     with engine.activate({"e0": 1.0}):
-        logits(tiny_llama)
+        logits(tiny_llama, ROWS)
     tiny_llama.to(torch.bfloat16)
     with engine.activate({"e0": 1.0, "e1": 1.0}):
-        found = logits(tiny_llama)
+        found = logits(tiny_llama, ROWS)
     assert engine.residency.host_bytes == (size_of(adapters["e0"]) + size_of(adapters["e1"])) // 2
     with Composer(tiny_llama, adapters).activate({"e0": 1.0, "e1": 1.0}):
-        assert torch.equal(logits(tiny_llama), found)
+        assert torch.equal(logits(tiny_llama, ROWS), found)
 
 
 @pytest.mark.parametrize("lazy", [False, True])
 def test_an_expert_is_loaded_and_unloaded_while_another_is_in_use(lazy, tiny_llama, adapters, make_adapter):
     more = make_adapter(tiny_llama, "more", targets=("down_proj", "lm_head"), seed=77)
     with Composer(tiny_llama, [more]).activate({"more": 1.0}):
-        expected = logits(tiny_llama)
+        expected = logits(tiny_llama, ROWS)
     engine = Composer(tiny_llama, ExpertPool.on_demand(adapters, adapters.__getitem__) if lazy else ExpertPool(adapters))
     with engine.activate({"e0": 1.0}):
-        before = logits(tiny_llama)
+        before = logits(tiny_llama, ROWS)
         engine.load("more", more)
         assert engine.pool.names == (*NAMES, "more")
-        assert torch.equal(logits(tiny_llama), before)
+        assert torch.equal(logits(tiny_llama, ROWS), before)
         with engine.activate({"more": 1.0}):
-            assert torch.equal(logits(tiny_llama), expected)
+            assert torch.equal(logits(tiny_llama, ROWS), expected)
             with pytest.raises(AlreadyActive, match="expert 'more' is in use by an open activation"):
                 engine.unload("more")
         engine.unload("more")
         with pytest.raises(AlreadyActive, match="expert 'e0' is in use"):
             engine.unload("e0")
-        assert torch.equal(logits(tiny_llama), before)
+        assert torch.equal(logits(tiny_llama, ROWS), before)
     engine.unload("e0")
     assert engine.pool.names == tuple(NAMES[1:])
     assert engine.bound_pool.names == engine.pool.names
@@ -216,13 +205,13 @@ def test_an_expert_is_loaded_and_unloaded_while_another_is_in_use(lazy, tiny_lla
 def test_a_name_that_was_unloaded_may_be_loaded_with_another_adapter(tiny_llama, adapters):
     engine = Composer(tiny_llama, adapters)
     with engine.activate({"e1": 1.0}):
-        expected = logits(tiny_llama)
+        expected = logits(tiny_llama, ROWS)
     with engine.activate({"e0": 1.0}):
-        logits(tiny_llama)
+        logits(tiny_llama, ROWS)
     engine.unload("e0")
     engine.load("e0", adapters["e1"])
     with engine.activate({"e0": 1.0}):
-        assert torch.equal(logits(tiny_llama), expected)
+        assert torch.equal(logits(tiny_llama, ROWS), expected)
 
 
 def test_what_cannot_be_loaded_or_unloaded_is_named_and_changes_nothing(tiny_llama, adapters):
@@ -268,12 +257,12 @@ def test_one_more_adapter_costs_one_comparison_with_the_model_whatever_the_pool(
 def test_a_swap_keeps_what_is_resident_of_adapters_that_stay(tiny_llama, adapters):
     engine = Composer(tiny_llama, adapters)
     with engine.activate({"e0": 1.0, "e1": 1.0}):
-        logits(tiny_llama)
+        logits(tiny_llama, ROWS)
     engine.swap({**adapters, "e1": adapters["e5"], "more": adapters["e2"]})
     with Composer(tiny_llama, adapters).activate({"e0": 1.0, "e5": 1.0}):
-        expected = logits(tiny_llama)
+        expected = logits(tiny_llama, ROWS)
     with engine.activate({"e0": 1.0, "e1": 1.0}):
-        assert torch.equal(logits(tiny_llama), expected)
+        assert torch.equal(logits(tiny_llama, ROWS), expected)
     assert (engine.residency.num_hits, engine.residency.num_misses) == (1, 3)
 
 
@@ -285,7 +274,7 @@ def test_a_hundred_cycles_of_loading_using_and_unloading_leave_no_adapter_behind
         alive.add(more)
         engine.load("more", more)
         with engine.activate({"more": 1.0, "e0": 0.5}):
-            logits(tiny_llama)
+            logits(tiny_llama, ROWS)
         engine.unload("more")
     del more
     gc.collect()
@@ -307,11 +296,11 @@ def test_an_activation_looks_only_at_the_experts_that_it_names(tiny_llama, adapt
         # in the order of the pool
         assert weights.experts == ("e1", "e3")
         with engine.activate(mixture):
-            logits(tiny_llama)
+            logits(tiny_llama, ROWS)
     with engine.activate(MixtureWeights(torch.ones(1, 1, 1, 1), ("e1",), ("model.layers.0.self_attn.q_proj",))):
-        logits(tiny_llama)
+        logits(tiny_llama, ROWS)
     with pytest.raises(WeightingError, match="layer 'nowhere'"):
         engine.activate(MixtureWeights(torch.ones(1, 1, 1, 1), ("e1",), ("nowhere",)))
     for nothing in ({}, [None, None]):
         with engine.activate(nothing):
-            logits(tiny_llama)
+            logits(tiny_llama, ROWS)

@@ -1,8 +1,13 @@
-"""What activate() takes: one batch of rows with mixtures of every kind."""
+"""What activate() takes: rows of every kind in one batch, and a word where their licenses exclude each other."""
+
+import dataclasses
+import warnings
 
 import pytest
 import torch
+from live_models import logits
 
+import loraweave as lw
 from loraweave.composer.composer import Composer
 from loraweave.composer.live.resolve import resolve
 from loraweave.errors import ScopeError, WeightingError
@@ -19,13 +24,7 @@ class Sharpest:
         return torch.stack([chosen_BT, ~chosen_BT, torch.zeros_like(chosen_BT)], dim=-1).float()
 
 
-@torch.no_grad()
-def logits(model, ids):
-    return model(input_ids=ids).logits
-
-
-def test_rows_of_every_kind_are_in_one_batch_what_each_is_alone(tiny_llama, make_adapters):
-    engine = Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
+def test_rows_of_every_kind_are_in_one_batch_what_each_is_alone(engine, tiny_llama):
     tokens = MixtureWeights(torch.linspace(-1, 1, 18).view(1, 6, 1, 3), ("a", "b", "c"))
     by_layer = MixtureWeights(torch.tensor([[[[0.5, 0.0], [0.0, 2.0]]]]), ("c", "a"), (LAYERS[0], LAYERS[1]))
     rows = [{"a": 0.7, "c": -0.2}, Sharpest(), None, tokens, by_layer]
@@ -77,8 +76,7 @@ def test_weights_that_learn_are_followed_from_step_to_step(names, by_row, make_m
     assert losses == losses_of(activate, once=False)
 
 
-def test_a_row_that_is_no_row_is_named(tiny_llama, make_adapters):
-    engine = Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
+def test_a_row_that_is_no_row_is_named(engine):
     two = MixtureWeights(torch.ones(2, 1, 1, 3), ("a", "b", "c"))
     with pytest.raises(ScopeError, match=r"row 1.*for 2 rows"):
         engine.activate([None, two])
@@ -92,8 +90,82 @@ def test_a_row_that_is_no_row_is_named(tiny_llama, make_adapters):
 
 
 @pytest.mark.parametrize("learning", [False, True])
-def test_a_layer_that_is_named_twice_is_refused(learning, tiny_llama, make_adapters):
-    engine = Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
+def test_a_layer_that_is_named_twice_is_refused(learning, engine):
     values = torch.tensor([[[[1.0], [2.0]]]], requires_grad=learning)
     with pytest.raises(WeightingError, match=f"names a layer twice: '{LAYERS[0]}', '{LAYERS[0]}'"):
         engine.activate(MixtureWeights(values, ("a",), (LAYERS[0], LAYERS[0])))
+
+
+LICENSES = ("gpl-3.0", "cc-by-nc-4.0", "mit")
+
+
+class Even:
+    """A router: every expert alike."""
+
+    def __init__(self, num_experts):
+        self.num_experts = num_experts
+
+    def weights(self, x_BTI, layer):
+        return torch.full((1, 1, self.num_experts), 1 / self.num_experts)
+
+
+@pytest.fixture
+def licensed(tiny_llama, make_adapters):
+    pairs = zip(make_adapters(tiny_llama, "llama"), LICENSES, strict=True)
+    return lw.Composer(tiny_llama, [dataclasses.replace(adapter, card={"license": license}) for adapter, license in pairs])
+
+
+def warned(licensed, mixture):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        licensed.activate(mixture).close()
+    return [str(each.message) for each in seen]
+
+
+@pytest.mark.parametrize(
+    "mixture",
+    [
+        {"a": 1.0},
+        {"a": 1.0, "c": 1.0},
+        {"a": 1.0, "b": 0.0},
+        [{"a": 1.0}, {"b": 1.0}, None],
+        [{"a": 1.0, "c": 0.5}, {"b": 1.0, "c": 0.5}],
+        lw.MixtureWeights.of({"a": 1.0, "b": 0.0}, ["a", "b"]),
+    ],
+)
+def test_what_fits_together_in_each_row_gives_no_word(licensed, mixture):
+    assert warned(licensed, mixture) == []
+
+
+@pytest.mark.parametrize(
+    "mixture",
+    [
+        {"a": 1.0, "b": 1.0},
+        [{"c": 1.0}, {"a": 0.1, "b": 0.5}],
+        lw.MixtureWeights.of([{"a": 1.0, "b": 1.0}], ["a", "b"]),
+        [lw.MixtureWeights.of({"a": 1.0, "b": 1.0}, ["a", "b"]), {"c": 1.0}],
+        Even(3),
+        [Even(3), None],
+    ],
+)
+def test_a_mixture_of_licenses_that_exclude_each_other_warns(licensed, mixture):
+    [said] = warned(licensed, mixture)
+    assert "'a' is under GPL-3.0-only" in said
+    assert "'b' under CC-BY-NC-4.0" in said
+
+
+def test_it_is_said_once_in_a_program_and_the_mixture_works(licensed):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            licensed.activate({"a": 1.0, "b": 1.0}).close()
+        with licensed.fused({"a": 1.0, "b": 1.0}):
+            pass
+    assert len(seen) == 1
+
+
+def test_fusing_and_switching_warn_too(licensed):
+    with pytest.warns(UserWarning, match="GPL-3.0-only"), licensed.fused({"a": 1.0, "b": 1.0}):
+        pass
+    with licensed.fused({"a": 1.0, "c": 1.0}) as fused, pytest.warns(UserWarning, match="GPL-3.0-only"):
+        fused.switch({"a": 1.0, "b": 1.0})

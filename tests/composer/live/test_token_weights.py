@@ -1,4 +1,4 @@
-"""Weights that are made in a call fit it, or are refused by name."""
+"""Weights that are made in a call: they fit it or are named, come with the experts' own product, or choose few experts."""
 
 import pytest
 import torch
@@ -66,3 +66,131 @@ def test_a_router_answers_in_its_own_precision_below_autocast():
     with torch.no_grad(), engine.activate(made), torch.autocast("cpu", torch.bfloat16):
         engine.model(x_BTI)
     assert torch.equal(engine.last_weights["0"], made.weights(x_BTI, "0"))
+
+
+NUM_INPUTS, NUM_OUTPUTS = 63, 37
+
+
+class Squared:
+    """A router that is none of loraweave's: two directions for three experts."""
+
+    def __init__(self, *, learned=False):
+        self.v_PI = torch.randn(2, NUM_INPUTS, generator=torch.Generator().manual_seed(5)).requires_grad_(learned)
+        self.calls = []
+
+    def directions(self, layer):
+        return self.v_PI
+
+    def weights_along(self, z_BTP, x_BTI, layer):
+        self.calls.append("along")
+        return self._of(z_BTP)
+
+    def weights(self, x_BTI, layer):
+        self.calls.append("alone")
+        return self._of(x_BTI.to(self.v_PI.dtype) @ self.v_PI.T)
+
+    def _of(self, z_BTP):
+        return torch.cat([z_BTP.square(), z_BTP.sum(dim=-1, keepdim=True)], dim=-1)
+
+
+@pytest.fixture
+def three(make_adapter):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(NUM_INPUTS, NUM_OUTPUTS)).requires_grad_(False)
+    return Composer(
+        model, [make_adapter(model, name, rank=rank, targets=("0",)) for rank, name in enumerate("abc", start=1)]
+    )
+
+
+def expected(engine, router, x_BTI):
+    w_BTE = router._of(x_BTI @ router.v_PI.T)
+    total = engine.model(x_BTI)
+    for place, adapter in enumerate(engine.pool.adapters.values()):
+        factors = adapter.layers["0"]
+        total = total + w_BTE[..., place, None] * (x_BTI @ factors.a_RI.T @ factors.b_OR.T)
+    return total
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (1, 1), (3, 63)], ids=str)
+def test_one_product_gives_scores_and_hidden_values(shape, three):
+    router, x_BTI = Squared(), torch.randn(*shape, NUM_INPUTS)
+    with torch.no_grad():
+        formula = expected(three, router, x_BTI)
+        with three.activate(router):
+            found = three.model(x_BTI)
+    assert router.calls == ["along"]
+    assert torch.allclose(found, formula, rtol=1e-4, atol=1e-4 * float(formula.abs().max()))
+
+
+def test_directions_that_change_count_from_then_on(three):
+    router, x_BTI = Squared(), torch.randn(2, 5, NUM_INPUTS)
+    with torch.no_grad(), three.activate(router):
+        for _ in range(2):
+            found = three.model(x_BTI)
+            with three.activate({}):
+                formula = expected(three, router, x_BTI)
+            assert torch.allclose(found, formula, rtol=1e-4, atol=1e-4 * float(formula.abs().max()))
+            router.v_PI.mul_(0.5)
+
+
+def test_gradients_go_through_the_router_itself(three):
+    router = Squared(learned=True)
+    x_BTI = torch.randn(2, 5, NUM_INPUTS, requires_grad=True)
+    grads = []
+    for ours in (True, False):
+        if ours:
+            with three.activate(router):
+                found = three.model(x_BTI)
+        else:
+            found = expected(three, router, x_BTI)
+        grads.append(torch.autograd.grad(found.sin().sum(), [x_BTI, router.v_PI]))
+    assert router.calls == ["alone"]
+    for mine, theirs in zip(*grads, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+
+
+def test_half_precision_leaves_the_scores_to_the_router(three):
+    router = Squared()
+    three.model.bfloat16()
+    x_BTI = torch.randn(2, 5, NUM_INPUTS).bfloat16()
+    with torch.no_grad(), three.activate(router):
+        three.model(x_BTI)
+        used = three.last_weights["0"]
+    assert router.calls == ["alone"]
+    assert torch.equal(used, router._of(x_BTI.float() @ router.v_PI.T))
+
+
+def test_the_directions_are_counted_as_memory(three):
+    router = Squared()
+    with torch.no_grad(), three.activate(router) as activation:
+        three.model(torch.randn(1, 2, NUM_INPUTS))
+        assert activation.plan.num_bytes == 4 * (6 * (NUM_INPUTS + NUM_OUTPUTS) + 2 * NUM_INPUTS)
+
+
+NUM_EXPERTS = 96
+
+
+class TopOne:
+    """Each token of a layer's input gets the one expert that its first feature points to, with a weight of its own."""
+
+    def weights(self, x_BTI, layer):
+        index_BT1 = (x_BTI[..., :1].abs() * 1000).long() % NUM_EXPERTS
+        w_BTE = torch.zeros(*x_BTI.shape[:2], NUM_EXPERTS)
+        return w_BTE.scatter(2, index_BT1, x_BTI[..., 1:2].float())
+
+
+def test_a_router_of_one_expert_a_token_is_its_formula_though_only_chosen_experts_are_multiplied(make_adapter):
+    model = nn.Sequential(nn.Linear(256, 192)).double()
+    adapters = [make_adapter(model, f"expert {n}", rank=4, targets=("0",), seed=n) for n in range(NUM_EXPERTS)]
+    x_BTI = torch.randn(3, 150, 256, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    engine = Composer(model, adapters)
+    with torch.no_grad(), engine.activate(TopOne()):
+        found_BTO = model(x_BTI)
+        used = engine.cost()
+    assert next(iter(used.layers.values())).kernel == "sorted_tokens"
+    w_BTE = TopOne().weights(x_BTI, "0").double()
+    expected_BTO = model(x_BTI).detach().clone()
+    for number, adapter in enumerate(adapters):
+        factors = adapter.layers["0"]
+        expected_BTO += w_BTE[..., number, None] * (x_BTI @ factors.a_RI.double().T @ factors.b_OR.double().T)
+    assert torch.allclose(found_BTO, expected_BTO, rtol=1e-10, atol=1e-10)

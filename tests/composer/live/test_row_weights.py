@@ -4,19 +4,19 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from live_models import logits
 from torch import nn
 
 from loraweave.composer.composer import Composer
 from loraweave.composer.live import row_weights
+from loraweave.composer.live.row_weights import Workspace
+from loraweave.hub.adapter import Adapter
+from loraweave.routers.weights import MixtureWeights
+from loraweave.types import Factors
 
 WEIGHT = st.floats(-2, 2, width=32)
 ROW = st.one_of(st.none(), st.dictionaries(st.sampled_from("abc"), WEIGHT, max_size=3))
 BY_ROW = ("gathered", "segments", "dense")
-
-
-@torch.no_grad()
-def logits(model, ids, mask=None):
-    return model(input_ids=ids, attention_mask=mask).logits
 
 
 def scale(values):
@@ -46,16 +46,15 @@ def test_a_row_of_a_layer_is_what_it_is_alone(make_adapter, dtype, limit, rows, 
 
 
 @pytest.mark.parametrize("path", BY_ROW)
-def test_padding_changes_no_row(path, tiny_llama, make_adapters, monkeypatch):
+def test_padding_changes_no_row(path, tiny_llama, engine, monkeypatch):
     monkeypatch.setattr(row_weights, "choose", lambda work: row_weights.Choice(path if work.num_segments > 1 else "shared"))
-    engine = Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
     rows = [{"a": 1.0}, {"b": -0.5, "c": 0.3}]
     ids = torch.randint(3, 60, (2, 6), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
     with engine.activate(rows):
-        padded = logits(tiny_llama, ids, mask)[0, 3:]
-        padded_otherwise = logits(tiny_llama, torch.where(mask == 1, ids, 7), mask)[0, 3:]
+        padded = logits(tiny_llama, ids, attention_mask=mask)[0, 3:]
+        padded_otherwise = logits(tiny_llama, torch.where(mask == 1, ids, 7), attention_mask=mask)[0, 3:]
     with engine.activate(rows[0]):
         alone = logits(tiny_llama, ids[:1, 3:])[0]
     assert torch.equal(padded, padded_otherwise)
@@ -98,3 +97,48 @@ def test_every_path_is_the_dense_formula_in_a_whole_model(
         expected = logits(with_dense_update("llama", adapters, values, dtype=torch.float64), ids)[number].double()
         limit = 0.1 if exact else 1e-12
         assert float((found[number].double() - expected).abs().max()) <= limit * scale(expected)
+
+
+ROWS = [{"plain": 1.0}, {"gain": 1.0}, None, {"bias": 1.0}]
+BY_TOKEN = MixtureWeights(
+    torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 0], [0, 0, 1]]).view(4, 1, 1, 3).expand(4, 2, 1, 3),
+    ("plain", "gain", "bias"),
+)
+
+
+@pytest.mark.parametrize("mixture", [ROWS, BY_TOKEN], ids=["by row", "by token"])
+@torch.no_grad()
+def test_a_neighbours_gain_changes_no_row_whose_base_has_overflowed(mixture):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3)).half()
+    model[0].weight.fill_(3e4)
+    a_RI, b_OR, gain_O, bias_O = torch.ones(1, 4), torch.ones(3, 1), torch.full((3,), 0.5), torch.ones(3)
+    experts = {"plain": Factors(a_RI, b_OR), "gain": Factors(a_RI, b_OR, gain_O), "bias": Factors(a_RI, b_OR, None, bias_O)}
+    engine = Composer(model, [Adapter(name, "tiny", {"0": factors}) for name, factors in experts.items()])
+    x_BTI = torch.ones(4, 2, 4).half()
+    with engine.activate(mixture):
+        assert torch.equal(model(x_BTI), torch.full((4, 2, 3), torch.inf).half())
+
+
+CPU = torch.device("cpu")
+
+
+def test_what_was_given_back_is_taken_again_by_its_like_only():
+    workspace = Workspace(1000)
+    first = workspace.take(10, torch.float32, CPU)
+    workspace.give([first])
+    assert workspace.take(10, torch.float64, CPU).data_ptr() != first.data_ptr()
+    assert workspace.take(11, torch.float32, CPU).data_ptr() != first.data_ptr()
+    assert workspace.take(10, torch.float32, CPU) is first
+    assert workspace.take(10, torch.float32, CPU) is not first
+    assert workspace.num_bytes == 0
+
+
+def test_the_kinds_longest_unused_go_first():
+    workspace = Workspace(100)
+    old, new = (workspace.take(size, torch.float32, CPU) for size in (15, 20))
+    workspace.give([old])
+    workspace.give([new])
+    assert workspace.num_bytes == 80
+    assert workspace.take(15, torch.float32, CPU) is not old
+    assert workspace.take(20, torch.float32, CPU) is new

@@ -1,0 +1,11 @@
+"""The engine that most tests of live mixing ask."""
+
+import pytest
+
+from loraweave.composer.composer import Composer
+
+
+@pytest.fixture
+def engine(tiny_llama, make_adapters):
+    """Of experts "a", "b" and "c" of different ranks."""
+    return Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
