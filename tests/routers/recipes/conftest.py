@@ -52,6 +52,31 @@ def seen_at(make_model):
 
 
 @pytest.fixture
+def adds_up(make_model, trained):
+    """adds_up(recipe, layer, inputs, weights, scale, **options): checks y = W x + scale * sum over e of w_e B_e A_e x.
+
+    `weights(made, row, x_TI, x_I)` gives w_E of a token of a row.
+    """
+
+    def check(name, layer, inputs, weights, scale, **options):
+        model, seen = make_model("llama", dtype=torch.float64), {}
+        with lw.experts(name, model, target_modules=(layer,), **options) as made:
+            experts = trained(made).layers[layer.replace(".", "/")].starts()
+            module = model.get_submodule(layer)
+            handle = module.register_forward_hook(lambda _, args, y: seen.update(x=args[0], y=y))
+            made(**inputs)
+            handle.remove()
+            for row, (x_TI, y_TO) in enumerate(zip(seen["x"], seen["y"], strict=True)):
+                for x_I, y_O in zip(x_TI, y_TO, strict=True):
+                    expected_O = module.weight @ x_I
+                    for w, (a_RI, b_RO) in zip(weights(made, row, x_TI, x_I), experts, strict=True):
+                        expected_O = expected_O + scale * w * (b_RO.T @ (a_RI @ x_I))
+                    torch.testing.assert_close(y_O, expected_O)
+
+    return check
+
+
+@pytest.fixture
 def terms_of(make_model):
     """terms_of(recipe, batch, **options): (the losses of a training pass in fp64, what its gates noted)."""
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.nn import functional
 
 import loraweave as lw
 from loraweave.errors import WeightingError
@@ -14,15 +13,6 @@ TEXTS = [
     *(f"fry {food} with butter and salt" for food in ("eggs", "onions", "fish", "beans", "rice")),
     *(f"goalkeeper {name} saved every penalty kick" for name in ("Ann", "Bo", "Cy", "Di")),
 ]
-
-
-def test_a_site_adds_its_formula(seen_at):
-    site = seen_at("hydralora", LAYER, num_experts=3, rank=2, alpha=6.0, dropout=0.0)
-    for x_I, y0_O, y_O in zip(site.x_TI, site.y0_TO, site.y_TO, strict=True):
-        p_E = functional.softmax(site.gate.r_EI @ x_I, dim=0)
-        # with one A for all, mixing factors is mixing updates
-        mixed_RO = sum(p_E[expert] * site.b_ERO[expert] for expert in range(3))
-        torch.testing.assert_close(y_O, y0_O + 3.0 * mixed_RO.T @ (site.a_ERI[0] @ x_I))
 
 
 def test_a_site_learns_one_a_and_a_b_of_each_expert(make_model):

@@ -36,24 +36,12 @@ def encoded(tokenizer, *texts):
     return dict(tokenizer(list(texts), return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False))
 
 
-def test_a_site_adds_its_formula(make_model, trained):
-    model = make_model("llama", dtype=torch.float64)
-    options = {"by_task": True, "tasks": CLUSTERS, "rank": 2, "alpha": 5.0, "num_experts": 3, "target_modules": (LAYER,)}
-    with lw.experts("mocle", model, **options) as made:
-        key = LAYER.replace(".", "/")
-        factors, gate = trained(made).layers[key], made.gates[key]
-        seen = {}
-        model.get_submodule(LAYER).register_forward_hook(lambda _, args, y: seen.update(x=args[0], y=y))
-        made(input_ids=IDS_BT, task=["names", "sums"])
-        weight = model.get_submodule(LAYER).weight
-        for row, cluster in enumerate((2, 0)):
-            w_E = weights_of(gate, made.gates["reader"].c_KH[cluster])
-            for x_I, y_O in zip(seen["x"][row], seen["y"][row], strict=True):
-                expected_O = weight @ x_I
-                for expert in range(4):
-                    a_RI, b_RO = factors.a_SI[2 * expert : 2 * expert + 2], factors.b_SO[2 * expert : 2 * expert + 2]
-                    expected_O = expected_O + 5.0 / 2 * w_E[expert] * (b_RO.T @ (a_RI @ x_I))
-                torch.testing.assert_close(y_O, expected_O)
+def test_a_site_adds_its_formula(adds_up):
+    def weights(made, row, x_TI, x_I):
+        return weights_of(made.gates[LAYER.replace(".", "/")], made.gates["reader"].c_KH[(2, 0)[row]])
+
+    options = {"by_task": True, "tasks": CLUSTERS, "rank": 2, "alpha": 5.0, "num_experts": 3}
+    adds_up("mocle", LAYER, {"input_ids": IDS_BT, "task": ["names", "sums"]}, weights, 5.0 / 2, **options)
 
 
 def released_weights(gate, cluster, noise_E=0.0):
@@ -66,26 +54,16 @@ def released_weights(gate, cluster, noise_E=0.0):
     return w_E
 
 
-def test_as_released_each_site_has_its_own_embeddings_a_bias_and_the_square_of_its_best(make_model, trained):
-    model = make_model("llama", dtype=torch.float64)
+def test_as_released_each_site_has_its_own_embeddings_a_bias_and_the_square_of_its_best(make_model, adds_up):
     options = {"by_task": True, "tasks": CLUSTERS, "rank": 2, "alpha": 5.0, "num_experts": 3, "as_released": True}
-    with lw.experts("mocle", model, target_modules=(LAYER, "q_proj"), **options) as made:
-        key = LAYER.replace(".", "/")
-        factors, gate = trained(made).layers[key], made.gates[key]
-        assert gate.c_KH.shape == (3, 384)
+
+    def weights(made, row, x_TI, x_I):
+        return released_weights(made.gates[LAYER.replace(".", "/")], (2, 0)[row])
+
+    adds_up("mocle", LAYER, {"input_ids": IDS_BT, "task": ["names", "sums"]}, weights, 5.0 / 2, **options)
+    with lw.experts("mocle", make_model("llama"), target_modules=(LAYER, "q_proj"), **options) as made:
+        assert made.gates[LAYER.replace(".", "/")].c_KH.shape == (3, 384)
         assert not any(name.startswith("gates.reader") for name in made.expert_parameters())
-        seen = {}
-        model.get_submodule(LAYER).register_forward_hook(lambda _, args, y: seen.update(x=args[0], y=y))
-        made(input_ids=IDS_BT, task=["names", "sums"])
-        weight = model.get_submodule(LAYER).weight
-        for row, cluster in enumerate((2, 0)):
-            w_E = released_weights(gate, cluster)
-            for x_I, y_O in zip(seen["x"][row], seen["y"][row], strict=True):
-                expected_O = weight @ x_I
-                for expert in range(4):
-                    a_RI, b_RO = factors.a_SI[2 * expert : 2 * expert + 2], factors.b_SO[2 * expert : 2 * expert + 2]
-                    expected_O = expected_O + 5.0 / 2 * w_E[expert] * (b_RO.T @ (a_RI @ x_I))
-                torch.testing.assert_close(y_O, expected_O)
 
 
 def test_as_released_training_adds_noise_to_the_scores_and_use_does_not(make_model, trained):
@@ -124,11 +102,13 @@ def test_as_released_sites_give_a_prompt_the_weights_of_its_cluster_and_are_save
         assert torch.equal(again(**inputs).logits, own)
 
 
-def test_experts_that_were_saved_before_there_was_as_released_are_loaded(make_model, tokenizer, tmp_path, trained):
+def test_clusters_are_saved_with_the_experts_also_before_there_was_as_released(make_model, tokenizer, tmp_path, trained):
     model, inputs = make_model("llama"), encoded(tokenizer, "12 and 11", "red or red")
     with by_text(trained, model, tokenizer) as made:
         own = made(**inputs).logits
         made.save_pretrained(tmp_path / "made")
+    with lw.experts(tmp_path / "made", model, tokenizer=tokenizer) as again:
+        assert torch.equal(again(**inputs).logits, own)
     file = tmp_path / "made" / "experts.json"
     found = json.loads(file.read_text())
     assert found["options"].pop("as_released") is False
@@ -201,15 +181,6 @@ def test_one_cluster_is_one_set_of_weights(make_model, tokenizer, trained):
         made.train()(**encoded(tokenizer, "12 and 11", "red or red"))
         for w_BTE in made.notes.weights.values():
             assert torch.equal(w_BTE[0], w_BTE[1])
-
-
-def test_clusters_are_saved_with_the_experts(make_model, tokenizer, tmp_path, trained):
-    model, inputs = make_model("llama"), encoded(tokenizer, "12 and 11", "red or red")
-    with by_text(trained, model, tokenizer) as made:
-        own = made(**inputs).logits
-        made.save_pretrained(tmp_path / "made")
-    with lw.experts(tmp_path / "made", model, tokenizer=tokenizer) as again:
-        assert torch.equal(again(**inputs).logits, own)
 
 
 def test_what_is_read_into_a_model_replaces_the_clusters_that_it_knew(make_model, tokenizer, tmp_path, trained):

@@ -12,25 +12,13 @@ LAYER = "model.layers.1.self_attn.q_proj"
 IDS_BT = torch.tensor([[3, 9, 27, 20], [5, 25, 3, 15]])
 
 
-def test_a_site_adds_its_formula(make_model, trained):
-    model = make_model("llama", dtype=torch.float64)
-    options = {"tasks": TASKS, "rank": 6, "num_experts": 3, "alpha": 9.0, "num_features": 5, "target_modules": (LAYER,)}
-    with lw.experts("moelora", model, **options) as made:
-        trained(made)
-        key = LAYER.replace(".", "/")
-        factors, gate = made.layers[key], made.gates[key]
-        seen = {}
-        model.get_submodule(LAYER).register_forward_hook(lambda _, args, y: seen.update(x=args[0], y=y))
-        made(input_ids=IDS_BT, task=["drugs", "ct"])
-        weight = model.get_submodule(LAYER).weight
-        for row, task in enumerate((2, 0)):
-            w_E = functional.softmax(gate.g_ED @ gate.e_KD[task], dim=0)
-            for x_I, y_O in zip(seen["x"][row], seen["y"][row], strict=True):
-                expected_O = weight @ x_I
-                for expert in range(3):
-                    a_RI, b_RO = factors.a_SI[2 * expert : 2 * expert + 2], factors.b_SO[2 * expert : 2 * expert + 2]
-                    expected_O = expected_O + 9.0 / 6 * w_E[expert] * (b_RO.T @ (a_RI @ x_I))
-                torch.testing.assert_close(y_O, expected_O)
+def test_a_site_adds_its_formula(adds_up):
+    def weights(made, row, x_TI, x_I):
+        gate = made.gates[LAYER.replace(".", "/")]
+        return functional.softmax(gate.g_ED @ gate.e_KD[(2, 0)[row]], dim=0)
+
+    options = {"tasks": TASKS, "rank": 6, "num_experts": 3, "alpha": 9.0, "num_features": 5}
+    adds_up("moelora", LAYER, {"input_ids": IDS_BT, "task": ["drugs", "ct"]}, weights, 9.0 / 6, **options)
 
 
 @pytest.mark.parametrize("shared", [False, True])

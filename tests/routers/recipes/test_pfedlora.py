@@ -10,18 +10,9 @@ LAYER = "model.layers.1.mlp.up_proj"
 IDS_BT = torch.tensor([[3, 9, 27, 20, 41], [6, 2, 25, 3, 15]])
 
 
-def test_a_site_adds_its_formula(make_model, trained):
-    model = make_model("llama", dtype=torch.float64)
-    with lw.experts("pfedlora", model, rank=3, shared_rank=2, mu=0.2, alpha=6.0, target_modules=(LAYER,)) as made:
-        (a0_RI, b0_RO), (a1_RI, b1_RO) = trained(made).layers[LAYER.replace(".", "/")].starts()
-        assert (len(a0_RI), len(a1_RI)) == (2, 3)
-        seen = {}
-        model.get_submodule(LAYER).register_forward_hook(lambda _, args, y: seen.update(x=args[0], y=y))
-        made(input_ids=IDS_BT)
-        weight = model.get_submodule(LAYER).weight
-        for x_I, y_O in zip(seen["x"][1], seen["y"][1], strict=True):
-            update_O = 0.2 * (b0_RO.T @ (a0_RI @ x_I)) + 0.8 * (b1_RO.T @ (a1_RI @ x_I))
-            torch.testing.assert_close(y_O, weight @ x_I + 6.0 / 3 * update_O)
+def test_a_site_adds_its_formula(adds_up):
+    options = {"rank": 3, "shared_rank": 2, "mu": 0.2, "alpha": 6.0}
+    adds_up("pfedlora", LAYER, {"input_ids": IDS_BT}, lambda made, row, x_TI, x_I: (0.2, 0.8), 6.0 / 3, **options)
 
 
 def test_the_adapter_is_the_model(make_model, trained):
