@@ -5,11 +5,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
 
-from loraweave.errors import HubError, RetrievalError
+from loraweave.common.options import Declared
+from loraweave.errors import HubError, LoraweaveError, RetrievalError
 from loraweave.hub.embedders._embedder import unit
 from loraweave.hub.hub import Hub
 from loraweave.hub.indexes._vectors import SCORE_DECIMALS
@@ -65,6 +66,13 @@ def _opinion(scores: Mapping[str, float]) -> str:
 def key_name(key: Key) -> str:
     """A key object under the name of its class, as files of the registry are named."""
     return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in type(key).__name__).lstrip("_")
+
+
+class DeclaredKey(Declared):
+    """A key with options, which are checked against their annotations; RetrievalError for a value outside its kind."""
+
+    noun: ClassVar[str] = "key"
+    error: ClassVar[type[LoraweaveError]] = RetrievalError
 
 
 class Key(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
@@ -18,11 +18,26 @@ if TYPE_CHECKING:
     from loraweave.hub.adapter import Adapter
 
 
-@dataclass(frozen=True)
-class Request:
-    """The keywords that every search of Retriever shares; RetrievalError for one that cannot be meant."""
+class SearchOptions(TypedDict, total=False):
+    """The keywords that every search of a Retriever takes."""
 
     k: int
+    base_model: str | BaseKey | None
+    license: Collection[str] | str | None
+    tags: Collection[str] | str
+    min_score: float | None
+    diversity: float
+    max_rank: int | None
+    max_size_bytes: int | None
+    language: Collection[str] | str | None
+    after: Candidate | None
+
+
+@dataclass(frozen=True)
+class Request:
+    """The keywords of one search; RetrievalError for one that cannot be meant."""
+
+    k: int = 20
     base_model: str | BaseKey | None = None
     license: Collection[str] | str | None = None
     tags: Collection[str] | str = ()

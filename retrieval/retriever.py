@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar, overload
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar, Unpack, overload
 
 import numpy as np
 
@@ -17,8 +17,8 @@ from loraweave.hub.search.search import Hit, SearchIndex
 from loraweave.retrieval.abstention import Abstention
 from loraweave.retrieval.fusion import Fusion
 from loraweave.retrieval.keyed_search import Key, KeyedSearch, key_name
-from loraweave.retrieval.request import Query, Request, diverse
-from loraweave.types import BaseKey, Candidate
+from loraweave.retrieval.request import Query, Request, SearchOptions, diverse
+from loraweave.types import Candidate
 
 if TYPE_CHECKING:
     from loraweave.hub.adapter import Adapter
@@ -50,8 +50,9 @@ class Retriever:
     them, and scores are what `fusion` makes of these. With `abstention` (see `calibrate`) a search by texts whose best score
     is below its threshold finds nothing.
 
-    All searches share the filters `base_model`, `license`, `tags`, `language` (one, or any of several), `max_rank` and
-    `max_size_bytes`, and page by `after`: the last candidate of the page before.
+    All searches give `k` adapters (20), take a `min_score` and a `diversity`, share the filters `base_model`, `license`,
+    `tags`, `language` (one, or any of several), `max_rank` and `max_size_bytes`, and page by `after`: the last candidate of
+    the page before.
     """
 
     def __init__(
@@ -79,57 +80,27 @@ class Retriever:
     def candidates(  # type: ignore[overload-overlap]
         self,
         text_or_texts: str,
-        *,
-        k: int = 20,
-        base_model: str | BaseKey | None = None,
-        license: Collection[str] | str | None = None,
-        tags: Collection[str] | str = (),
-        min_score: float | None = None,
-        diversity: float = 0.0,
-        language: Collection[str] | str | None = None,
-        max_rank: int | None = None,
-        max_size_bytes: int | None = None,
-        after: Candidate | None = None,
+        **options: Unpack[SearchOptions],
     ) -> list[Candidate]: ...
 
     @overload
     def candidates(
         self,
         text_or_texts: Iterable[str],
-        *,
-        k: int = 20,
-        base_model: str | BaseKey | None = None,
-        license: Collection[str] | str | None = None,
-        tags: Collection[str] | str = (),
-        min_score: float | None = None,
-        diversity: float = 0.0,
-        language: Collection[str] | str | None = None,
-        max_rank: int | None = None,
-        max_size_bytes: int | None = None,
-        after: Candidate | None = None,
+        **options: Unpack[SearchOptions],
     ) -> list[list[Candidate]]: ...
 
     def candidates(
         self,
         text_or_texts: str | Iterable[str],
-        *,
-        k: int = 20,
-        base_model: str | BaseKey | None = None,
-        license: Collection[str] | str | None = None,
-        tags: Collection[str] | str = (),
-        min_score: float | None = None,
-        diversity: float = 0.0,
-        language: Collection[str] | str | None = None,
-        max_rank: int | None = None,
-        max_size_bytes: int | None = None,
-        after: Candidate | None = None,
+        **options: Unpack[SearchOptions],
     ) -> list[Candidate] | list[list[Candidate]]:
         """The k adapters that fit a text best, or for several texts a list for each.
 
         `diversity` above 0 trades fit for difference (maximal marginal relevance; Carbonell and Goldstein 1998): adapters
         are chosen one by one by (1 - diversity) * score - diversity * their largest similarity to one already chosen.
         """
-        request = Request(k, base_model, license, tags, min_score, diversity, max_rank, max_size_bytes, language, after)
+        request = Request(**options)
         if not isinstance(text_or_texts, Iterable):
             raise RetrievalError(f"a search is for a text or several, not for {text_or_texts!r:.80}")
         several = [text_or_texts] if isinstance(text_or_texts, str) else list(text_or_texts)
@@ -142,17 +113,8 @@ class Retriever:
         texts: Iterable[str],
         *,
         description: str = "",
-        k: int = 20,
-        base_model: str | BaseKey | None = None,
-        license: Collection[str] | str | None = None,
-        tags: Collection[str] | str = (),
-        min_score: float | None = None,
-        diversity: float = 0.0,
-        language: Collection[str] | str | None = None,
-        max_rank: int | None = None,
-        max_size_bytes: int | None = None,
-        after: Candidate | None = None,
         evidence: bool = True,
+        **options: Unpack[SearchOptions],
     ) -> list[Candidate]:
         """The k adapters that fit one task best, by the mean embedding of several of its inputs.
 
@@ -160,9 +122,7 @@ class Retriever:
         more still. Without `evidence`, what matched is left empty, which saves embedding the found adapters' own texts.
         RetrievalError without any text and description.
         """
-        request = Request(
-            k, base_model, license, tags, min_score, diversity, max_rank, max_size_bytes, language, after, evidence
-        )
+        request = Request(evidence=evidence, **options)
         query = Query(tuple([texts] if isinstance(texts, str) else texts), (), description)
         return self._find([query], self._vector(query)[None], request)[0]
 
@@ -171,16 +131,7 @@ class Retriever:
         examples: GivenRows,
         *,
         description: str = "",
-        k: int = 20,
-        base_model: str | BaseKey | None = None,
-        license: Collection[str] | str | None = None,
-        tags: Collection[str] | str = (),
-        min_score: float | None = None,
-        diversity: float = 0.0,
-        language: Collection[str] | str | None = None,
-        max_rank: int | None = None,
-        max_size_bytes: int | None = None,
-        after: Candidate | None = None,
+        **options: Unpack[SearchOptions],
     ) -> list[Candidate]:
         """The k adapters that fit a task best, by examples of it: rows in any form of `loraweave.common.rows`.
 
@@ -189,7 +140,7 @@ class Retriever:
         `description`. An example with an empty output counts by its input alone. RetrievalError without an example,
         InvalidTask for what is no row.
         """
-        request = Request(k, base_model, license, tags, min_score, diversity, max_rank, max_size_bytes, language, after)
+        request = Request(**options)
         rows = read_rows(examples, noun="example", targets="blank")
         if not rows:
             raise RetrievalError(
@@ -205,25 +156,18 @@ class Retriever:
         adapter: str | Adapter,
         *,
         keys: Sequence[str | Key] = ("spectral",),
-        k: int = 20,
-        base_model: str | BaseKey | None = None,
-        license: Collection[str] | str | None = None,
-        tags: Collection[str] | str = (),
-        min_score: float | None = None,
-        diversity: float = 0.0,
-        language: Collection[str] | str | None = None,
-        max_rank: int | None = None,
-        max_size_bytes: int | None = None,
-        after: Candidate | None = None,
+        **options: Unpack[SearchOptions],
     ) -> list[Candidate]:
         """The k adapters whose weights are most like those of an adapter, which is named or given, best first.
 
         A named adapter is not among them. Only the keys `spectral` and `subspace` read weights. The first search reads every
         adapter once; the sketches are kept in the catalogue. AdapterNotFound for a name that the hub does not have.
         """
-        request = Request(k, base_model, license, tags, min_score, diversity, max_rank, max_size_bytes, language, after)
-        if diversity:
-            raise RetrievalError(f"diversity={diversity:g} compares texts, but like() searches by weights; leave it at 0")
+        request = Request(**options)
+        if request.diversity:
+            raise RetrievalError(
+                f"diversity={request.diversity:g} compares texts, but like() compares weights; leave it at 0"
+            )
         own = self.hub[adapter] if isinstance(adapter, str) else adapter
         records = self.hub.records_at(self.hub.seqs(request.filters)).values()
         others = [record for record in records if not (isinstance(adapter, str) and record.name == own.name)]

@@ -14,16 +14,16 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from loraweave.common.checks import require_whole
 from loraweave.common.descent import Descent, descend, warmed_cosine
 from loraweave.common.display import progress_bar
 from loraweave.common.files import whole_file
+from loraweave.common.options import Count, Positive, Range, Seed, check_options, options_of
 from loraweave.common.randomness import generator_of
 from loraweave.common.rows import GivenRows, read_inputs
 from loraweave.common.state import TrainingState, checkpoint_folder, drop_state, load_state, save_state, save_tensors
@@ -41,12 +41,12 @@ RECIPE_FILE = "recipe.json"
 class EncoderRecipe:
     """What determines a fine-tuned encoder, besides the texts and the encoder that it began as."""
 
-    steps: int
-    tasks_per_step: int
-    inputs_per_task: int
-    lr: float
-    temperature: float
-    seed: int
+    steps: Count
+    tasks_per_step: Annotated[int, Range(least=2)]
+    inputs_per_task: Annotated[int, Range(least=2)]
+    lr: Positive
+    temperature: Positive
+    seed: Seed
 
 
 def train_encoder(
@@ -235,13 +235,7 @@ def _claim(folder: Path, recipe: EncoderRecipe, key: str) -> None:
 
 
 def _check(recipe: EncoderRecipe, inputs: Mapping[str, Sequence[str]], target: Path) -> None:
-    least = {"steps": 1, "tasks_per_step": 2, "inputs_per_task": 2, "seed": 0}
-    for field, smallest in least.items():
-        require_whole(field, getattr(recipe, field), smallest, TrainingError)
-    for field in ("lr", "temperature"):
-        value = getattr(recipe, field)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not (value > 0 and math.isfinite(value)):
-            raise TrainingError(f"{field} is {value!r}; it must be a finite number above 0")
+    check_options("train_encoder()", asdict(recipe), options_of(EncoderRecipe), error=TrainingError)
     if len(inputs) < 2:
         raise TrainingError(
             f"{len(inputs)} tasks have two or more different inputs, and two are needed: each is told from the others; "

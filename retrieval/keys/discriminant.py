@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loraweave.errors import RetrievalError
+from loraweave.common.options import Share
 from loraweave.registry import traits
-from loraweave.retrieval.keyed_search import KeySpace
+from loraweave.retrieval.keyed_search import DeclaredKey, KeySpace
 from loraweave.retrieval.request import Query
 from loraweave.types import Record
 
@@ -28,15 +28,13 @@ class _Whitened:
 
 
 @traits("relative")
-class Discriminant:
+class Discriminant(DeclaredKey):
     """The cosine of the query's mean with an adapter's, both around the mean of all and whitened within adapters.
 
     `shrinkage`, 0 to 1, draws the covariance towards a multiple of the identity: few samples know few directions.
     """
 
-    def __init__(self, *, shrinkage: float = 0.5) -> None:
-        if not 0 < shrinkage <= 1:
-            raise RetrievalError(f"shrinkage is {shrinkage}; it must be above 0 and at most 1")
+    def __init__(self, *, shrinkage: Share = 0.5) -> None:
         self.shrinkage = shrinkage
         self._last: tuple[list[Record], KeySpace, _Whitened] | None = None
 

@@ -6,20 +6,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from loraweave.errors import RetrievalError
-from loraweave.retrieval.keyed_search import KeySpace
+from loraweave.common.options import Count
+from loraweave.retrieval.keyed_search import DeclaredKey, KeySpace
 from loraweave.retrieval.request import Query
 from loraweave.types import Record
 
 _MAX_ROUNDS = 20
 
 
-class Prototypes:
+class Prototypes(DeclaredKey):
     """For adapters of several kinds of input. `count`: prototypes of an adapter at most, 1 or more."""
 
-    def __init__(self, *, count: int = 3) -> None:
-        if count < 1:
-            raise RetrievalError(f"count is {count}; an adapter needs at least 1 prototype")
+    def __init__(self, *, count: Count = 3) -> None:
         self.count = count
 
     def scores(self, query: Query, records: Sequence[Record], space: KeySpace) -> np.ndarray:

@@ -6,24 +6,22 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from loraweave.errors import RetrievalError
+from loraweave.common.options import Positive
 from loraweave.registry import traits
-from loraweave.retrieval.keyed_search import KeySpace
+from loraweave.retrieval.keyed_search import DeclaredKey, KeySpace
 from loraweave.retrieval.request import Query
 from loraweave.types import Record
 
 
 @traits("relative")
-class Validation:
+class Validation(DeclaredKey):
     """An adapter's mean score over the tasks, each task weighted by how like the query is to it.
 
     `tasks` names some inputs of each task; without it, tasks are the adapters themselves, by their sample inputs. Cards
     hold the scores as `task_scores`, {task: number from 0 to 1}. A low `temperature` lets the nearest task decide.
     """
 
-    def __init__(self, *, tasks: Mapping[str, Sequence[str]] | None = None, temperature: float = 0.05) -> None:
-        if not temperature > 0:
-            raise RetrievalError(f"temperature is {temperature}; it must be above 0")
+    def __init__(self, *, tasks: Mapping[str, Sequence[str]] | None = None, temperature: Positive = 0.05) -> None:
         self.tasks = None if tasks is None else {name: tuple(inputs) for name, inputs in tasks.items()}
         self.temperature = temperature
 

@@ -6,18 +6,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from loraweave.errors import RetrievalError
-from loraweave.retrieval.keyed_search import KeySpace
+from loraweave.common.options import Count
+from loraweave.retrieval.keyed_search import DeclaredKey, KeySpace
 from loraweave.retrieval.request import Query
 from loraweave.types import Record
 
 
-class Voting:
+class Voting(DeclaredKey):
     """`nearest`: how many sample inputs vote on one input, 1 or more; an adapter with fewer is judged by all of them."""
 
-    def __init__(self, *, nearest: int = 5) -> None:
-        if nearest < 1:
-            raise RetrievalError(f"nearest is {nearest}; at least 1 sample input must vote")
+    def __init__(self, *, nearest: Count = 5) -> None:
         self.nearest = nearest
 
     def scores(self, query: Query, records: Sequence[Record], space: KeySpace) -> np.ndarray:

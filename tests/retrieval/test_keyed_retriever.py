@@ -18,21 +18,6 @@ from loraweave.retrieval.retriever import Retriever
 from loraweave.types import Factors
 
 
-class Plane:
-    """Texts are angles in degrees, embedded on the unit circle; other texts point to 270."""
-
-    dim = 2
-    id = "plane"
-
-    def embed(self, texts):
-        angles = np.radians([float(text) if text.replace("-", "").isdigit() else 270.0 for text in texts])
-        return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32).reshape(-1, 2)
-
-
-def cosine(degrees):
-    return pytest.approx(math.cos(math.radians(degrees)), abs=3e-6)
-
-
 def add(hub, name, angle, rank=1, **card):
     layers = {"layer": Factors(torch.ones(rank, 3), torch.ones(2, rank))}
     hub.add(Adapter(name, "base", layers, card=card), examples=[str(angle)])
@@ -50,8 +35,8 @@ def names(candidates):
     return [candidate.name for candidate in candidates]
 
 
-def test_pages_that_follow_each_other_are_the_whole_list(hub):
-    retriever = Retriever(hub, embedder=Plane())
+def test_pages_that_follow_each_other_are_the_whole_list(hub, plane):
+    retriever = Retriever(hub, embedder=plane)
     whole = retriever.candidates("10")
     found, after = [], None
     while page := retriever.candidates("10", k=2, after=after):
@@ -61,8 +46,8 @@ def test_pages_that_follow_each_other_are_the_whole_list(hub):
 
 
 @pytest.mark.parametrize("keys", [(), ("mean",)])
-def test_a_page_neither_repeats_nor_loses_when_adapters_come_and_go(hub, keys):
-    retriever = Retriever(hub, embedder=Plane(), keys=keys)
+def test_a_page_neither_repeats_nor_loses_when_adapters_come_and_go(hub, keys, plane):
+    retriever = Retriever(hub, embedder=plane, keys=keys)
     first = retriever.candidates("0", k=2)
     assert names(first) == ["at 0", "at 20"]
     add(hub, "better", 1)
@@ -71,10 +56,10 @@ def test_a_page_neither_repeats_nor_loses_when_adapters_come_and_go(hub, keys):
     assert names(retriever.candidates("0", k=2, after=first[-1])) == ["at 40", "worse"]
 
 
-def test_equal_scores_are_paged_in_order_of_addition(hub):
+def test_equal_scores_are_paged_in_order_of_addition(hub, plane):
     for number in range(5):
         add(hub, f"twin {number}", 0, rank=number + 6)
-    retriever = Retriever(hub, embedder=Plane())
+    retriever = Retriever(hub, embedder=plane)
     found, after = [], None
     for _ in range(3):
         page = retriever.candidates("0", k=2, after=after)
@@ -82,16 +67,16 @@ def test_equal_scores_are_paged_in_order_of_addition(hub):
     assert found == ["at 0", *(f"twin {number}" for number in range(5))]
 
 
-def test_paging_and_diversity_together_are_refused(hub):
-    retriever = Retriever(hub, embedder=Plane())
+def test_paging_and_diversity_together_are_refused(hub, plane):
+    retriever = Retriever(hub, embedder=plane)
     after = retriever.candidates("0", k=1)[0]
     with pytest.raises(RetrievalError, match=r"by score, which diversity=0\.5 does not keep"):
         retriever.candidates("0", after=after, diversity=0.5)
 
 
 @pytest.mark.parametrize("keys", [(), ("mean",)])
-def test_filters_of_rank_size_and_language_pass_the_best_that_fit(hub, keys):
-    retriever = Retriever(hub, embedder=Plane(), keys=keys)
+def test_filters_of_rank_size_and_language_pass_the_best_that_fit(hub, keys, plane):
+    retriever = Retriever(hub, embedder=plane, keys=keys)
     assert names(retriever.candidates("0", max_rank=3)) == ["at 0", "at 20", "at 40"]
     assert names(retriever.candidates("0", k=1, language="de")) == ["at 40"]
     assert names(retriever.candidates("0", language=("fr", "es"))) == ["at 0", "at 20"]
@@ -102,24 +87,24 @@ def test_filters_of_rank_size_and_language_pass_the_best_that_fit(hub, keys):
     assert retriever.candidates("0", language="xx") == []
 
 
-def test_a_filter_that_passes_only_the_last_of_many_finds_it(tmp_path):
+def test_a_filter_that_passes_only_the_last_of_many_finds_it(tmp_path, plane):
     with Hub(tmp_path) as hub:
         for angle in range(150):
             add(hub, str(angle), angle, rank=1 if angle == 140 else 2)
-        assert names(Retriever(hub, embedder=Plane()).candidates("0", k=1, max_rank=1)) == ["140"]
+        assert names(Retriever(hub, embedder=plane).candidates("0", k=1, max_rank=1)) == ["140"]
 
 
 @pytest.mark.parametrize("limit", [-1, 1.5, True, "2"])
-def test_a_limit_that_is_no_count_is_refused(hub, limit):
+def test_a_limit_that_is_no_count_is_refused(hub, limit, plane):
     with pytest.raises(RetrievalError, match="max_rank is "):
-        Retriever(hub, embedder=Plane()).candidates("0", max_rank=limit)
+        Retriever(hub, embedder=plane).candidates("0", max_rank=limit)
 
 
-def test_outputs_tell_adapters_of_the_same_inputs_apart(tmp_path):
+def test_outputs_tell_adapters_of_the_same_inputs_apart(tmp_path, cosine, plane):
     with Hub(tmp_path) as hub:
         add(hub, "plus thirty", 10, outputs=["40"])
         add(hub, "plus sixty", 10, outputs=["70"])
-        retriever = Retriever(hub, embedder=Plane())
+        retriever = Retriever(hub, embedder=plane)
         assert [c.score for c in retriever.candidates("12")] == [cosine(2)] * 2
         for shift, best in ((30, "plus thirty"), (60, "plus sixty")):
             found = retriever.for_examples([("12", str(12 + shift)), ("8", str(8 + shift))])
@@ -127,22 +112,22 @@ def test_outputs_tell_adapters_of_the_same_inputs_apart(tmp_path):
             assert "outputs 1.00" in found[0].evidence
 
 
-def test_the_score_of_examples_is_the_weighted_mean_of_the_keys(tmp_path):
+def test_the_score_of_examples_is_the_weighted_mean_of_the_keys(tmp_path, plane):
     with Hub(tmp_path) as hub:
         add(hub, "one", 10, outputs=["50"])
-        retriever = Retriever(hub, embedder=Plane(), keys=("mean", "outputs"), fusion=Fusion("mean", {"outputs": 3.0}))
+        retriever = Retriever(hub, embedder=plane, keys=("mean", "outputs"), fusion=Fusion("mean", {"outputs": 3.0}))
         (found,) = retriever.for_examples([("30", "60")])
         expected = (math.cos(math.radians(20)) + 3 * math.cos(math.radians(10))) / 4
         assert found.score == pytest.approx(expected, abs=2e-6)
         assert found.evidence == "mean 0.94, outputs 0.98; sample input '10' (0.94)"
 
 
-def test_a_description_counts_in_a_search_by_examples(tmp_path):
+def test_a_description_counts_in_a_search_by_examples(tmp_path, plane):
     with Hub(tmp_path) as hub:
         for name, text in (("one", "0"), ("two", "90")):
             add(hub, name, 10)
             hub.update(name, description=text)
-        retriever = Retriever(hub, embedder=Plane())
+        retriever = Retriever(hub, embedder=plane)
         assert names(retriever.for_examples([("10", "x")], description="80", k=1)) == ["two"]
         assert names(retriever.for_examples([("10", "x")], description="20", k=1)) == ["one"]
 
@@ -156,28 +141,28 @@ def test_a_description_counts_in_a_search_by_examples(tmp_path):
         ([("", "2")], RetrievalError, "query 1 of 1 is empty"),
     ],
 )
-def test_examples_that_are_no_pairs_of_texts_are_refused(hub, examples, error, message):
+def test_examples_that_are_no_pairs_of_texts_are_refused(hub, examples, error, message, plane):
     with pytest.raises(error, match=message):
-        Retriever(hub, embedder=Plane()).for_examples(examples)
+        Retriever(hub, embedder=plane).for_examples(examples)
 
 
-def test_an_example_with_an_empty_output_counts_by_its_input_alone(tmp_path):
+def test_an_example_with_an_empty_output_counts_by_its_input_alone(tmp_path, plane):
     with Hub(tmp_path) as hub:
         add(hub, "one", 10, outputs=["50"])
         hub.update("one", description="30")
-        retriever = Retriever(hub, embedder=Plane(), keys=("mean", "outputs", "description"))
+        retriever = Retriever(hub, embedder=plane, keys=("mean", "outputs", "description"))
         (found,) = retriever.for_examples([("30", "60"), ("10", ""), ("20", " \n")])
         # the inputs' mean points to 20, the only output is 60, and inputs and outputs together point to 30
         space = [math.cos(math.radians(angle)) for angle in (10, 10)]
         together = sum(math.cos(math.radians(angle - 30)) for angle in (30, 10, 20, 60))
         across = sum(math.sin(math.radians(angle - 30)) for angle in (30, 10, 20, 60))
         assert found.score == pytest.approx((sum(space) + together / math.hypot(together, across)) / 3, abs=2e-6)
-        related = Retriever(hub, embedder=Plane(), keys=("relation",))
+        related = Retriever(hub, embedder=plane, keys=("relation",))
         assert related.for_examples([("a b", "B A"), ("c", "")])[0].score == related.for_examples([("a b", "B A")])[0].score
 
 
-def test_a_search_by_the_mean_key_finds_what_the_index_finds(hub):
-    plain, keyed = Retriever(hub, embedder=Plane()), Retriever(hub, embedder=Plane(), keys=("mean",))
+def test_a_search_by_the_mean_key_finds_what_the_index_finds(hub, plane):
+    plain, keyed = Retriever(hub, embedder=plane), Retriever(hub, embedder=plane, keys=("mean",))
     for text in ("10", "70", "200"):
         assert names(plain.candidates(text)) == names(keyed.candidates(text))
         np.testing.assert_allclose(
@@ -187,20 +172,20 @@ def test_a_search_by_the_mean_key_finds_what_the_index_finds(hub):
     assert names(keyed.candidates("10", k=2, diversity=1.0)) == names(plain.candidates("10", k=2, diversity=1.0))
 
 
-def test_only_the_shortlist_is_scored_by_keys(hub):
-    assert len(Retriever(hub, embedder=Plane(), keys=("mean",), shortlist=2).candidates("10")) == 2
+def test_only_the_shortlist_is_scored_by_keys(hub, plane):
+    assert len(Retriever(hub, embedder=plane, keys=("mean",), shortlist=2).candidates("10")) == 2
     for shortlist in (0, True):
         with pytest.raises(RetrievalError, match="shortlist is"):
-            Retriever(hub, embedder=Plane(), shortlist=shortlist)
+            Retriever(hub, embedder=plane, shortlist=shortlist)
 
 
-def test_a_misspelled_key_is_found_out_at_once(hub):
+def test_a_misspelled_key_is_found_out_at_once(hub, plane):
     with pytest.raises(UnknownName, match="did you mean 'voting'"):
-        Retriever(hub, embedder=Plane(), keys=("votting",))
+        Retriever(hub, embedder=plane, keys=("votting",))
 
 
-def test_below_the_calibrated_threshold_the_base_model_is_the_answer(hub):
-    retriever = Retriever(hub, embedder=Plane())
+def test_below_the_calibrated_threshold_the_base_model_is_the_answer(hub, plane):
+    retriever = Retriever(hub, embedder=plane)
     found = retriever.calibrate(["1", "19", "41"], ["120", "130", "140", "100"], false_accept=0.25)
     # the best adapter is at 80 degrees: 40 degrees from 120, which must not pass, and 20 from 100, which may
     assert found.threshold == pytest.approx(math.cos(math.radians(40)) + 1e-6, abs=2e-6)
@@ -211,18 +196,18 @@ def test_below_the_calibrated_threshold_the_base_model_is_the_answer(hub):
     assert retriever.for_task(["125"]) == []
 
 
-def test_a_threshold_for_another_search_is_refused(hub, tmp_path):
-    threshold = Retriever(hub, embedder=Plane()).calibrate(["1"], ["120"])
+def test_a_threshold_for_another_search_is_refused(hub, tmp_path, plane):
+    threshold = Retriever(hub, embedder=plane).calibrate(["1"], ["120"])
     threshold.save(tmp_path / "threshold.json")
     loaded = Abstention.load(tmp_path / "threshold.json")
-    assert Retriever(hub, embedder=Plane(), abstention=loaded).candidates("150") == []
+    assert Retriever(hub, embedder=plane, abstention=loaded).candidates("150") == []
     with pytest.raises(RetrievalError, match="calibrated for searches by 'plane', but this one is by 'plane keys mean"):
-        Retriever(hub, embedder=Plane(), keys=("mean",), abstention=loaded).candidates("1")
+        Retriever(hub, embedder=plane, keys=("mean",), abstention=loaded).candidates("1")
     assert dataclasses.asdict(loaded) == dataclasses.asdict(threshold)
 
 
-def test_a_calibration_that_fails_leaves_the_threshold_as_it_was(hub):
-    retriever = Retriever(hub, embedder=Plane())
+def test_a_calibration_that_fails_leaves_the_threshold_as_it_was(hub, plane):
+    retriever = Retriever(hub, embedder=plane)
     before = retriever.calibrate(["1"], ["120"])
     for wrong in (["1", ""], []):
         with pytest.raises(RetrievalError):
@@ -234,11 +219,11 @@ def test_a_calibration_that_fails_leaves_the_threshold_as_it_was(hub):
     assert retriever.abstention == before
 
 
-def test_learned_weights_find_the_key_that_knows(tmp_path):
+def test_learned_weights_find_the_key_that_knows(tmp_path, plane):
     with Hub(tmp_path) as hub:
         for number in range(4):
             add(hub, f"task {number}", 10, outputs=[str(45 * number)])
-        retriever = Retriever(hub, embedder=Plane(), keys=("mean", "outputs"))
+        retriever = Retriever(hub, embedder=plane, keys=("mean", "outputs"))
         held_out = {f"task {n}": [(str(8 + i), str(45 * n + 2 * i - 4)) for i in range(5)] for n in range(4)}
         fusion = retriever.fit_fusion(held_out)
         assert fusion.weights["outputs"] > 1.0 > abs(fusion.weights["mean"])
@@ -246,11 +231,11 @@ def test_learned_weights_find_the_key_that_knows(tmp_path):
         with pytest.raises(AdapterNotFound):
             retriever.fit_fusion({"nobody": ["10"]})
         with pytest.raises(RetrievalError, match="no keys to weigh"):
-            Retriever(hub, embedder=Plane()).fit_fusion(held_out)
+            Retriever(hub, embedder=plane).fit_fusion(held_out)
 
 
-def test_like_refuses_what_it_cannot_do(hub):
-    retriever = Retriever(hub, embedder=Plane())
+def test_like_refuses_what_it_cannot_do(hub, plane):
+    retriever = Retriever(hub, embedder=plane)
     with pytest.raises(AdapterNotFound):
         retriever.like("nobody")
     with pytest.raises(RetrievalError, match=r"diversity=0\.5 compares texts"):
@@ -259,9 +244,9 @@ def test_like_refuses_what_it_cannot_do(hub):
 
 
 @pytest.mark.parametrize("keys", [("mean",), ("voting", "description")])
-def test_an_empty_hub_finds_nothing(tmp_path, keys):
+def test_an_empty_hub_finds_nothing(tmp_path, keys, plane):
     with Hub(tmp_path) as hub:
-        retriever = Retriever(hub, embedder=Plane(), keys=keys)
+        retriever = Retriever(hub, embedder=plane, keys=keys)
         assert retriever.candidates("10") == []
         assert retriever.for_examples([("10", "20")]) == []
 
@@ -278,8 +263,8 @@ def test_odd_texts_are_searched_by_every_text_key_like_any_other(tmp_path, text)
 
 
 @pytest.mark.parametrize("row", [[float("nan"), 1.0], [1.0, 0.0, 0.0]])
-def test_an_embedder_that_breaks_its_word_is_named(hub, row):
-    class Broken(Plane):
+def test_an_embedder_that_breaks_its_word_is_named(hub, row, plane):
+    class Broken(type(plane)):
         def embed(self, texts):
             return np.tile(np.array(row, dtype=np.float32), (len(texts), 1))
 

@@ -14,21 +14,6 @@ from loraweave.retrieval.retriever import TASK_DESCRIPTION_WEIGHT, Retriever
 from loraweave.types import Factors
 
 
-class Plane:
-    """Texts are angles in degrees, embedded on the unit circle."""
-
-    dim = 2
-    id = "plane"
-
-    def embed(self, texts):
-        angles = np.radians([float(text) for text in texts])
-        return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32).reshape(-1, 2)
-
-
-def cosine(degrees):
-    return pytest.approx(math.cos(math.radians(degrees)), abs=2e-6)
-
-
 def filled(folder, **angles):
     hub = Hub(folder)
     for name, angle in angles.items():
@@ -38,17 +23,17 @@ def filled(folder, **angles):
 
 
 @pytest.fixture
-def retriever(tmp_path):
+def retriever(tmp_path, plane):
     # not in order of the angle, so that order of addition and order by score differ
     with filled(tmp_path, thirty=30, zero=0, sixty=60, straight=90, back=180) as hub:
-        yield Retriever(hub, embedder=Plane())
+        yield Retriever(hub, embedder=plane)
 
 
 def names(candidates):
     return [candidate.name for candidate in candidates]
 
 
-def test_one_text_gives_candidates_by_descending_score(retriever):
+def test_one_text_gives_candidates_by_descending_score(retriever, cosine):
     found = retriever.candidates("10")
     assert names(found) == ["zero", "thirty", "sixty", "straight", "back"]
     assert [c.score for c in found] == [cosine(angle) for angle in (10, 20, 50, 80, 170)]
@@ -64,14 +49,14 @@ def test_no_texts_give_no_lists(retriever):
     assert retriever.candidates([]) == []
 
 
-def test_a_task_is_searched_by_the_mean_of_its_inputs(retriever):
+def test_a_task_is_searched_by_the_mean_of_its_inputs(retriever, cosine):
     # the mean of unit vectors at 20 and 60 degrees points to 40
     found = retriever.for_task(["20", "60"], k=2)
     assert names(found) == ["thirty", "sixty"]
     assert [c.score for c in found] == [cosine(10), cosine(20)]
 
 
-def test_a_tasks_description_weighs_as_much_as_the_mean_of_its_inputs(retriever):
+def test_a_tasks_description_weighs_as_much_as_the_mean_of_its_inputs(retriever, cosine):
     assert TASK_DESCRIPTION_WEIGHT == 1.0
     # inputs point to 40, the description to 80, both together to 60
     (best,) = retriever.for_task(["20", "60"], description="80", k=1)
@@ -148,9 +133,9 @@ def test_filters_apply_to_single_texts_and_to_tasks(retriever):
     assert retriever.candidates("10", base_model="unknown") == []
 
 
-def test_an_empty_hub_gives_an_empty_list(tmp_path):
+def test_an_empty_hub_gives_an_empty_list(tmp_path, plane):
     with Hub(tmp_path) as hub:
-        retriever = Retriever(hub, embedder=Plane())
+        retriever = Retriever(hub, embedder=plane)
         assert retriever.candidates("10") == []
         assert retriever.candidates(["10", "20"], diversity=0.5) == [[], []]
 
@@ -170,7 +155,7 @@ def test_odd_texts_are_searched_like_any_other(tmp_path, text):
         assert len(Retriever(hub, embedder="hashing").candidates(text)) == 2
 
 
-def test_the_exact_sample_input_of_an_adapter_finds_it(tmp_path):
+def test_the_exact_sample_input_of_an_adapter_finds_it(tmp_path, cosine):
     layers = {"layer": Factors(torch.ones(1, 3), torch.ones(2, 1))}
     with Hub(tmp_path) as hub:
         hub.add(Adapter("french", "base", layers), examples=["translate house to French"])

@@ -160,11 +160,11 @@ def test_a_hub_s_sample_inputs_are_trained_on(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"steps": 0}, "steps is 0; .* at least 1"),
-        ({"tasks_per_step": 1}, "tasks_per_step is 1; .* at least 2"),
-        ({"inputs_per_task": True}, "inputs_per_task is True"),
-        ({"lr": math.nan}, "lr is nan"),
-        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"steps": 0}, "got steps=0; .* at least 1"),
+        ({"tasks_per_step": 1}, "got tasks_per_step=1; .* at least 2"),
+        ({"inputs_per_task": True}, "got inputs_per_task=True"),
+        ({"lr": math.nan}, "got lr=nan"),
+        ({"temperature": 0.0}, "got temperature=0.0"),
         ({"inputs": {"a": ["x", "y"], "b": ["z", "z", " "]}}, "1 tasks have two or more different inputs"),
     ],
 )

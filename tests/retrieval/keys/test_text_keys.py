@@ -19,32 +19,17 @@ from loraweave.retrieval.keys.mean import Mean
 from loraweave.retrieval.keys.outputs import Outputs
 from loraweave.retrieval.keys.prototypes import Prototypes, centres
 from loraweave.retrieval.keys.relation import Relation, relation_of
-from loraweave.retrieval.keys.validation import Validation
+from loraweave.retrieval.keys.validation import Validation, _score
 from loraweave.retrieval.keys.voting import Voting
 from loraweave.retrieval.request import Query
-from loraweave.types import Factors
-
-
-class Plane:
-    """Texts are angles in degrees, embedded on the unit circle."""
-
-    dim = 2
-    id = "plane"
-
-    def embed(self, texts):
-        angles = np.radians([float(text) for text in texts])
-        return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32).reshape(-1, 2)
-
-
-def cosine(degrees):
-    return pytest.approx(math.cos(math.radians(degrees)), abs=2e-6)
+from loraweave.types import Factors, Record
 
 
 @pytest.fixture
-def score(tmp_path):
+def score(tmp_path, plane):
     """score(key, query, angles of the samples, ...): the key's score of one adapter."""
     with Hub(tmp_path) as hub:
-        space = KeySpace(hub, SearchIndex(hub, embedder=Plane()))
+        space = KeySpace(hub, SearchIndex(hub, embedder=plane))
 
         def call(key, query, *samples, description="", **card):
             if "one" in hub:
@@ -56,11 +41,11 @@ def score(tmp_path):
         yield call
 
 
-def test_mean_is_the_cosine_between_the_two_means(score):
+def test_mean_is_the_cosine_between_the_two_means(score, cosine):
     assert score(Mean(), Query(("20", "60")), "0", "30") == cosine(25)
 
 
-def test_description_compares_with_the_description_and_without_one_with_the_examples(score):
+def test_description_compares_with_the_description_and_without_one_with_the_examples(score, cosine):
     assert score(Description(), Query(("90",), (), "30"), description="10") == cosine(20)
     assert score(Description(), Query(("20",), ("60",)), description="10") == cosine(30)
     assert np.isnan(score(Description(), Query(("20",)), "20"))
@@ -76,17 +61,17 @@ def test_votes_are_averaged_over_the_inputs(score):
     assert score(Voting(nearest=1), Query(("0", "30")), "0") == pytest.approx(expected, abs=1e-6)
 
 
-def test_the_nearest_prototype_counts(score):
+def test_the_nearest_prototype_counts(score, cosine):
     query = Query(("91",))
     assert score(Prototypes(count=2), query, "0", "2", "90", "92") == cosine(0)
     assert score(Prototypes(count=1), query, "0", "2", "90", "92") == cosine(45)
 
 
-def test_prototypes_are_the_means_of_clusters_and_no_more_than_there_are_different_samples():
-    found = centres(Plane().embed(["0", "10", "180", "190"]).astype(np.float64), 2)
+def test_prototypes_are_the_means_of_clusters_and_no_more_than_there_are_different_samples(plane):
+    found = centres(plane.embed(["0", "10", "180", "190"]).astype(np.float64), 2)
     angles = sorted(np.degrees(np.arctan2(found[:, 1], found[:, 0])) % 360)
     np.testing.assert_allclose(angles, [5, 185], atol=1e-4)
-    assert len(centres(Plane().embed(["7", "7", "7"]).astype(np.float64), 3)) == 1
+    assert len(centres(plane.embed(["7", "7", "7"]).astype(np.float64), 3)) == 1
 
 
 def test_the_discriminant_counts_less_in_a_direction_in_which_samples_vary(tmp_path):
@@ -128,7 +113,7 @@ def test_the_discriminant_counts_less_in_a_direction_in_which_samples_vary(tmp_p
     assert right - left > plain[1] - plain[0]
 
 
-def test_outputs_are_compared_where_the_card_has_one_for_each_example(score):
+def test_outputs_are_compared_where_the_card_has_one_for_each_example(score, cosine):
     query = Query(("0",), ("20",))
     assert score(Outputs(), query, "0", "0", outputs=["30", "50"]) == cosine(20)
     for outputs in (["30"], "30", None, [1, 2]):
@@ -152,36 +137,23 @@ def test_validation_is_the_mean_score_over_tasks_weighted_by_their_likeness(scor
     assert found == pytest.approx(expected, abs=1e-6)
 
 
-def test_scores_that_are_none_are_no_opinion(score):
-    key = Validation(tasks={"near": ["10"]})
-    for value in (True, "0.9", 7, -1, None, float("nan")):
-        assert np.isnan(key.scores(Query(("0",)), [_with_scores(score, value)], _EMPTY)[0])
+@pytest.mark.parametrize("value", [True, "0.9", 7, -1, None])
+def test_scores_that_are_none_are_no_opinion(score, value):
+    assert np.isnan(score(Validation(tasks={"near": ["10"]}), Query(("0",)), "45", task_scores={"near": value}))
 
 
-class _Empty:
-    def embed(self, texts):
-        return Plane().embed(texts).astype(np.float64)
-
-    def mean(self, rows):
-        return rows.mean(axis=0)
-
-
-_EMPTY = _Empty()
-
-
-def _with_scores(score, value):
-    from loraweave.types import Record
-
-    return Record("one", "", "base", 1, (), None, (), "", 0, "", card={"task_scores": {"near": value}})
+def test_a_score_that_is_not_a_number_is_no_opinion():
+    record = Record("one", "", "base", 1, (), None, (), "", 0, "", card={"task_scores": {"near": math.nan}})
+    assert math.isnan(_score(record, "near"))
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Voting(nearest=0), "nearest is 0"),
-        (lambda: Prototypes(count=0), "count is 0"),
-        (lambda: Discriminant(shrinkage=0.0), "shrinkage is 0.0"),
-        (lambda: Validation(temperature=0.0), "temperature is 0.0"),
+        (lambda: Voting(nearest=0), "key 'voting' got nearest=0"),
+        (lambda: Prototypes(count=0), "key 'prototypes' got count=0"),
+        (lambda: Discriminant(shrinkage=0.0), "key 'discriminant' got shrinkage=0.0"),
+        (lambda: Validation(temperature=0.0), "key 'validation' got temperature=0.0"),
     ],
 )
 def test_settings_without_a_meaning_are_refused(make, message):
