@@ -102,8 +102,12 @@ class Hub(Listing):
 
         addition = Addition(source, name, description, examples, tags, license, base_model, language)
         adapter, record = prepare(addition, stored_as=stored_as, allow_pickle=allow_pickle)
-        record, figures = examine(self._catalogue, self._blobs, adapter, record, anomalies, model)
-        return store(self._catalogue, self._blobs, adapter, record, stored_as=stored_as, as_version=replace, figures=figures)
+        examined = examine(self._catalogue, self._blobs, adapter, record, anomalies, model)
+        batch = [(adapter, *examined)]
+        ((stored, refused),) = store(self._catalogue, self._blobs, batch, stored_as=stored_as, as_version=replace)
+        if refused is not None:
+            raise refused
+        return stored
 
     def add_many(
         self,

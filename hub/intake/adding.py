@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loraweave.common.display import tracked
 from loraweave.common.names import checked_name, now
 from loraweave.common.rows import GivenRows
 from loraweave.errors import AdapterCorrupt, AdapterSuspicious, AdapterUnsupported, LoraweaveError
@@ -29,7 +30,7 @@ from loraweave.hub.stores.blobs import content_hash
 from loraweave.hub.stores.kept_files import with_files
 from loraweave.hub.stores.packing import take_apart
 from loraweave.hub.stores.protocols import BlobStore, CatalogueStore
-from loraweave.hub.stores.storing import Prepared, store_many
+from loraweave.hub.stores.storing import Prepared, store
 from loraweave.hub.tables import rows
 from loraweave.lowrank import algebra
 from loraweave.types import Factors, Record, Source
@@ -53,9 +54,14 @@ class Addition:
     language: Collection[str] | str = ()
 
     @property
+    def adapter(self) -> Adapter | None:
+        """The source where that is an adapter; None for a place to read one from."""
+        return self.source if isinstance(self.source, Adapter) else None
+
+    @property
     def label(self) -> str:
         """What to call it before its name is known."""
-        return self.name or (self.source.name if isinstance(self.source, Adapter) else str(self.source))
+        return self.name or (self.adapter.name if self.adapter else str(self.source))
 
 
 @dataclass(frozen=True)
@@ -84,15 +90,15 @@ def add_many(
     waiting_bytes = 0
 
     def settle() -> None:
-        outcomes = store_many(catalogue, blobs, waiting, stored_as=stored_as, as_version=replace) if waiting else []
-        for (_, record, _), outcome in zip(waiting, outcomes, strict=True):
-            if isinstance(outcome, Record):
-                records.append(outcome)
+        for record, error in store(catalogue, blobs, waiting, stored_as=stored_as, as_version=replace) if waiting else ():
+            if error is None:
+                records.append(record)
             else:
-                refused.append((record.name, outcome))
+                refused.append((record.name, error))
         waiting.clear()
 
-    for source in _show_progress(sources, progress):
+    total = len(sources) if isinstance(sources, Sized) else None
+    for source in tracked(sources, "adding adapters", total=total, shown=progress):
         addition = source if isinstance(source, Addition) else Addition(source)
         try:
             adapter, record = prepare(addition, stored_as=stored_as, allow_pickle=allow_pickle)
@@ -115,35 +121,13 @@ def add_many(
 
 def prepare(addition: Addition, *, stored_as: str, allow_pickle: bool) -> tuple[Adapter, Record]:
     """The adapter that is to be added, read and checked, and its record. Raises what `Hub.add` raises before it writes."""
-    source, name = addition.source, addition.name
-    adapter = (
-        source if isinstance(source, Adapter) else Adapter.from_pretrained(source, name=name, allow_pickle=allow_pickle)
-    )
-    given = {
-        "description": addition.description,
-        "examples": addition.examples,
-        "tags": addition.tags,
-        "license": addition.license,
-        "language": addition.language,
-    }
+    name = addition.name
+    adapter = addition.adapter or Adapter.from_pretrained(addition.source, name=name, allow_pickle=allow_pickle)
+    given = {key: getattr(addition, key) for key in OWN_FIELDS}
     own_name = checked_name(adapter.name if name is None else name)
-    place = None if isinstance(source, Adapter) else source
-    record = new_record(adapter, own_name, given, addition.base_model, place)
+    record = new_record(adapter, own_name, given, addition.base_model, None if addition.adapter else str(addition.source))
     require_storable(adapter, stored_as)
     return adapter, record
-
-
-def _show_progress(
-    sources: Iterable[str | Path | Adapter | Addition], progress: bool
-) -> Iterator[str | Path | Adapter | Addition]:
-    if not progress:
-        yield from sources
-        return
-    from rich.console import Console
-    from rich.progress import track
-
-    total = len(sources) if isinstance(sources, Collection) else None
-    yield from track(sources, description="adding adapters", total=total, console=Console(stderr=True))
 
 
 def require_storable(adapter: Adapter, stored_as: str = "factors") -> None:
@@ -196,9 +180,7 @@ def _require_finite(where: str, tensor: Tensor) -> None:
         )
 
 
-def new_record(
-    adapter: Adapter, name: str, given: Mapping[str, Any], base_model: str | None, source: str | Path | None
-) -> Record:
+def new_record(adapter: Adapter, name: str, given: Mapping[str, Any], base_model: str | None, place: str | None) -> Record:
     """The record of version 1 under that name. AdapterUnsupported for fields of a wrong type or above their limit."""
     inputs, outputs = split_pairs(name, given["examples"])
     fields = checked_fields(name, _fields_with_card(name, {**given, "examples": inputs}, adapter.card))
@@ -220,7 +202,7 @@ def new_record(
         language=fields.language,
         fingerprint=adapter.fingerprint,
         base_revision=revision if revision is not None and len(revision) <= MAX_LABEL_BYTES else None,
-        source=_source(adapter.card, source),
+        source=_source(adapter.card, place),
         card=card,
     )
     rows.encode_within_limit(record)
@@ -230,18 +212,18 @@ def new_record(
 def _fields_with_card(name: str, given: Mapping[str, Any], card: Mapping[str, Any]) -> dict[str, Any]:
     """The fields given; the card's value where none was."""
     fields = {key: given[key] or card.get(key) or given[key] for key in OWN_FIELDS}
-    if isinstance(given["license"], str) and given["license"]:
-        fields["license"] = licenses.canonical(given["license"])
-    elif isinstance(fields["license"], str):
-        fields["license"] = licenses.of_card(fields["license"], f"adapter {name!r}")
+    if fields["license"]:
+        said = checked_text(name, "license", fields["license"], MAX_LABEL_BYTES)
+        fields["license"] = licenses.canonical(said) if given["license"] else licenses.of_card(said, f"adapter {name!r}")
     return fields
 
 
-def _source(card: Mapping[str, Any], given: str | Path | None) -> Source | None:
+def _source(card: Mapping[str, Any], place: str | None) -> Source | None:
     """The repository and commit that the card has from reading it, else the place as the caller named it."""
     known = card.get("source")
-    repository = known.get("repository") if isinstance(known, Mapping) else None
-    if isinstance(known, Mapping) and isinstance(repository, str) and given in (None, repository):
-        revision = known.get("revision")
+    repository, revision = (
+        (known.get(key) for key in ("repository", "revision")) if isinstance(known, Mapping) else (None, None)
+    )
+    if isinstance(repository, str) and place in (None, repository):
         return Source(repository, revision if isinstance(revision, str) else None)
-    return None if given is None else Source(without_secrets(given))
+    return None if place is None else Source(without_secrets(place))

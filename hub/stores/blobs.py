@@ -24,7 +24,6 @@ from loraweave.errors import AdapterCorrupt
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.stores.folder_blobs import file_digest
 from loraweave.hub.stores.packing import put_together, take_apart
-from loraweave.hub.stores.protocols import BlobStore
 from loraweave.types import Factors
 
 # 1: a tensor for every factor; 2: heads too, or factors in another form than their own; 3: one packed tensor
@@ -44,28 +43,17 @@ class Blob:
         return content_hash(self.layers, self.heads)
 
 
-def write_blob(
-    blobs: BlobStore,
+def blob_bytes(
     layers: Mapping[str, Factors],
-    content_hash: str,
     origin: str,
     *,
     heads: Mapping[str, Tensor] = MappingProxyType({}),
     stored_as: str = "factors",
-) -> tuple[str, int]:
-    """Writes the blob of layers and heads; returns the sha256 of the file and its size in bytes. `origin` is JSON.
-
-    `stored_as="compeft"` keeps ternary factors in few bits, bit for bit. The caller holds the write lock. An error leaves
-    no temporary file behind. Raises AdapterUnsupported, with nothing written, for factors that are not ternary then.
-    """
-    data = blob_bytes(layers, origin, heads=heads, stored_as=stored_as)
-    return blobs.put(content_hash, data), len(data)
-
-
-def blob_bytes(
-    layers: Mapping[str, Factors], origin: str, *, heads: Mapping[str, Tensor], stored_as: str = "factors"
 ) -> bytes:
-    """What `write_blob` writes."""
+    """The file of layers and heads. `origin` is JSON; `stored_as="compeft"` keeps ternary factors in few bits, bit for bit.
+
+    Raises AdapterUnsupported for factors that are not ternary then.
+    """
     description, tensors = take_apart(layers, heads, stored_as=stored_as)
     header = {"version": FORMAT_VERSIONS[-1], **description, "origin": json.loads(origin)}
     data: bytes = save(tensors, metadata={_METADATA_KEY: json.dumps(header, sort_keys=True)})

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 from torch import nn
 
@@ -17,7 +18,7 @@ from loraweave.hub.formats._kept_files import KeptFile, KeptFiles
 from loraweave.hub.health.figures import Figures
 from loraweave.hub.intake.fields import OWN_FIELDS
 from loraweave.hub.same_base import require_same_base
-from loraweave.hub.stores.blobs import blob_bytes, examine_blob, read_blob, write_blob
+from loraweave.hub.stores.blobs import blob_bytes, examine_blob, read_blob
 from loraweave.hub.stores.errors import storage_errors
 from loraweave.hub.stores.kept_files import LISTED, file_bytes, listed, put_files, without_files
 from loraweave.hub.stores.protocols import BlobStore, CatalogueStore, Connection
@@ -25,32 +26,6 @@ from loraweave.hub.tables import filtering, rows, versions
 from loraweave.hub.tables.figure_rows import store_figures
 from loraweave.hub.tables.rows import Row
 from loraweave.types import Record
-
-
-def store(
-    catalogue: CatalogueStore,
-    blobs: BlobStore,
-    adapter: Adapter,
-    record: Record,
-    *,
-    stored_as: str,
-    as_version: bool,
-    figures: Figures | None,
-) -> Record:
-    """The record as stored. What is there already, content and name, is not written again, and its record is returned.
-
-    Other content under the name becomes the next version with `as_version`, and is AdapterExists without.
-    """
-    doing = f"adding adapter {record.name!r}"
-    with catalogue.locked(doing):
-        with catalogue.reading() as connection:
-            existing = rows.find(connection, record.name)
-            other_base = filtering.contradiction(connection, record)
-        record = beside(existing, record, as_version=as_version)
-        stored = _store(catalogue, blobs, adapter, record, existing, stored_as, figures)
-    if other_base:
-        warn_of_base(record, other_base)
-    return stored
 
 
 def beside(existing: rows.Row | None, record: Record, *, as_version: bool) -> Record:
@@ -63,54 +38,9 @@ def beside(existing: rows.Row | None, record: Record, *, as_version: bool) -> Re
             f"{record.hash}; pass replace=True to make this one its next version, hub.remove({record.name!r}) first, or "
             "choose another name"
         )
-    return _successor(existing.record, record)
-
-
-def warn_of_base(record: Record, other_base: str) -> None:
-    warnings.warn(
-        f"adapter {record.name!r} is stored, but its base {record.base_model!r} is not the model that others in this "
-        f"hub call so: {other_base}; a search for a model at hand, base_model=lw.base_key(model), tells them apart",
-        stacklevel=4,
-    )
-
-
-def _successor(old: Record, new: Record) -> Record:
-    """The next version; what people wrote about the adapter stays where nothing new was said."""
-    kept = {key: getattr(new, key) or getattr(old, key) for key in OWN_FIELDS}
-    return replace(new, version=old.version + 1, **kept)
-
-
-def _store(
-    catalogue: CatalogueStore,
-    blobs: BlobStore,
-    adapter: Adapter,
-    record: Record,
-    existing: rows.Row | None,
-    stored_as: str,
-    figures: Figures | None,
-) -> Record:
-    """The caller holds the lock."""
-    doing = f"adding adapter {record.name!r}"
-    absent = not blobs.has(record.hash)
-    try:
-        with storage_errors(catalogue.where, doing):
-            known = usable_blob(catalogue, blobs, record.hash)
-            written = known is None
-            if known is None:
-                origin = rows.encode(record)
-                placed = write_blob(blobs, adapter.layers, record.hash, origin, heads=adapter.heads, stored_as=stored_as)
-                known = rows.BlobRow(record.hash, *placed)
-            else:
-                blobs.settle(record.hash)
-            put_files(blobs, adapter.files)
-        with catalogue.transaction(doing) as connection:
-            return put_rows(connection, record, known, existing, figures, written=written)
-    except HubFull:
-        # the row is certainly not there, and the space is needed; after other errors gc decides
-        if absent:
-            with suppress(OSError, HubError):
-                blobs.remove(record.hash)
-        raise
+    # what people wrote about the adapter stays where nothing new was said
+    kept = {key: getattr(record, key) or getattr(existing.record, key) for key in OWN_FIELDS}
+    return replace(record, version=existing.record.version + 1, **kept)
 
 
 def put_rows(
@@ -172,19 +102,17 @@ def usable_blob(catalogue: CatalogueStore, blobs: BlobStore, content: str) -> ro
 Prepared = tuple[Adapter, Record, Figures | None]
 
 
-def store_many(
-    catalogue: CatalogueStore,
-    blobs: BlobStore,
-    batch: Sequence[Prepared],
-    *,
-    stored_as: str,
-    as_version: bool,
-) -> list[Record | AdapterExists]:
-    """For each of the batch, in order, the record as `store` gives it, or why its name cannot be used.
+def store(
+    catalogue: CatalogueStore, blobs: BlobStore, batch: Sequence[Prepared], *, stored_as: str, as_version: bool
+) -> list[tuple[Record, AdapterExists | None]]:
+    """For each of the batch, in order, its record as stored, and why its name cannot be used where that is so.
 
-    Any other error leaves the catalogue as it was before the batch.
+    What is there already, content and name, is not written again, and its record is returned. Other content under the name
+    becomes the next version with `as_version`, and is AdapterExists without. Any error that is raised leaves the catalogue
+    as it was before the batch.
     """
-    doing = f"adding {len(batch)} adapters"
+    doing = f"adding adapter {batch[0][1].name!r}" if len(batch) == 1 else f"adding {len(batch)} adapters"
+    outcomes: list[tuple[Record, AdapterExists | None]] = []
     warned = []
     with catalogue.locked(doing):
         wanted = _new_content(catalogue, batch, as_version)
@@ -196,15 +124,25 @@ def store_many(
                 for content in known.keys() - missing.keys():
                     blobs.settle(content)
                 written = _put_blobs(blobs, missing, stored_as)
-                for adapter, _, _ in batch:
-                    put_files(blobs, adapter.files)
+                for adapter, record, _ in batch:
+                    if record.hash in wanted:
+                        put_files(blobs, adapter.files)
             with catalogue.transaction(doing) as connection:
-                outcomes: list[Record | AdapterExists] = []
                 for _, record, figures in batch:
-                    why = filtering.contradiction(connection, record)
-                    outcomes.append(_rows(connection, record, figures, known, written, as_version))
-                    if why and isinstance(outcomes[-1], Record):
-                        warned.append((outcomes[-1], why))
+                    existing = rows.find(connection, record.name)
+                    other_base = filtering.contradiction(connection, record)
+                    try:
+                        new = beside(existing, record, as_version=as_version)
+                    except AdapterExists as error:
+                        # also of two of one name in the batch: the first took it
+                        outcomes.append((record, error))
+                        continue
+                    blob = written.get(new.hash) or known[new.hash]
+                    assert blob is not None
+                    stored = put_rows(connection, new, blob, existing, figures, written=new.hash in written)
+                    outcomes.append((stored, None))
+                    if other_base:
+                        warned.append((stored, other_base))
         except HubFull:
             # no row is there, and the space is needed; after other errors gc decides
             for content in absent:
@@ -212,7 +150,11 @@ def store_many(
                     blobs.remove(content)
             raise
     for record, why in warned:
-        warn_of_base(record, why)
+        warnings.warn(
+            f"adapter {record.name!r} is stored, but its base {record.base_model!r} is not the model that others in this "
+            f"hub call so: {why}; a search for a model at hand, base_model=lw.base_key(model), tells them apart",
+            stacklevel=3,
+        )
     return outcomes
 
 
@@ -224,8 +166,8 @@ def _new_content(
     with catalogue.reading() as connection:
         for adapter, record, _ in batch:
             with suppress(AdapterExists):
-                beside(rows.find(connection, record.name), record, as_version=as_version)
-                wanted.setdefault(record.hash, (adapter, record))
+                new = beside(rows.find(connection, record.name), record, as_version=as_version)
+                wanted.setdefault(record.hash, (adapter, new))
     return wanted
 
 
@@ -246,25 +188,6 @@ def _put_blobs(blobs: BlobStore, missing: dict[str, tuple[Adapter, Record]], sto
     }
 
 
-def _rows(
-    connection: Connection,
-    record: Record,
-    figures: Figures | None,
-    known: dict[str, rows.BlobRow | None],
-    written: dict[str, rows.BlobRow],
-    as_version: bool,
-) -> Record | AdapterExists:
-    existing = rows.find(connection, record.name)
-    try:
-        record = beside(existing, record, as_version=as_version)
-    except AdapterExists as error:
-        # two of one name in the batch: the first took it
-        return error
-    blob = written.get(record.hash) or known[record.hash]
-    assert blob is not None
-    return put_rows(connection, record, blob, existing, figures, written=record.hash in written)
-
-
 def stored_adapter(blobs: BlobStore, row: Row) -> Adapter:
     """The adapter that a row describes, its tensors mapped from the blob. AdapterCorrupt for a damaged or missing blob."""
     record = row.record
@@ -275,13 +198,11 @@ def stored_adapter(blobs: BlobStore, row: Row) -> Adapter:
             blob = read_blob(blobs.local(record.hash, row.blob.file_sha256, who), who)
         except FileNotFoundError as error:
             raise AdapterCorrupt(f"{who}: blob {place} is missing; add the adapter again from its source") from error
-    files = KeptFiles({name: KeptFile(*found, _reader(blobs, found[0], who)) for name, found in listed(record).items()})
+    files = KeptFiles(
+        {name: KeptFile(*found, partial(file_bytes, blobs, found[0], who)) for name, found in listed(record).items()}
+    )
     card = without_files(record.card)
     return Adapter(record.name, record.base_model, blob.layers, record.fingerprint, card, blob.heads, files)
-
-
-def _reader(blobs: BlobStore, digest: str, who: str) -> Callable[[], bytes]:
-    return lambda: file_bytes(blobs, digest, who)
 
 
 def bound_record(record: Record, adapter: Adapter, model: nn.Module) -> Record:

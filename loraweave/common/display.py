@@ -28,7 +28,7 @@ def progress_bar(shown: bool, *, field: str = "") -> Progress:
     return Progress(*columns, *texts, disable=not shown)
 
 
-def tracked(items: Iterable[Item], label: str, *, total: int, shown: bool = True) -> Iterator[Item]:
+def tracked(items: Iterable[Item], label: str, *, total: int | None, shown: bool = True) -> Iterator[Item]:
     """The items one by one; a bar on stderr from the first second on, if that is a terminal and `shown` is true."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=not (shown and sys.stderr.isatty()))

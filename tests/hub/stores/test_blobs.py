@@ -12,11 +12,9 @@ from safetensors.torch import save_file
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.stores import folder_blobs
-from loraweave.hub.stores.blobs import content_hash, examine_blob, read_blob, write_blob
+from loraweave.hub.stores.blobs import blob_bytes, content_hash, examine_blob, read_blob
 from loraweave.hub.stores.folder_blobs import FolderBlobs, blob_path, require_digest, sweep
 from loraweave.types import Factors
-
-ORIGIN = '{"name":"x"}'
 
 
 def factors(seed, rank=3, outputs=5, inputs=7, **parts):
@@ -37,9 +35,9 @@ LAYERS = {
 }
 
 
-def write(folder, layers=LAYERS):
-    content = content_hash(layers)
-    digest, _ = write_blob(FolderBlobs(folder), layers, content, ORIGIN)
+def write(folder, layers=LAYERS, **options):
+    content = content_hash(layers, options.get("heads", {}))
+    digest = FolderBlobs(folder).put(content, blob_bytes(layers, '{"name":"x"}', **options))
     return blob_path(folder, content), digest
 
 
@@ -154,8 +152,7 @@ HEADS = {"score.weight": torch.randn(3, 5), "odd/.. \nname": torch.ones(())}
 def test_heads_come_back_bit_for_bit_and_are_a_part_of_the_content(tmp_path):
     content = content_hash(LAYERS, HEADS)
     assert content != content_hash(LAYERS)
-    write_blob(FolderBlobs(tmp_path), LAYERS, content, ORIGIN, heads=HEADS)
-    path = blob_path(tmp_path, content)
+    path, _ = write(tmp_path, heads=HEADS)
     blob = read_blob(path, "x")
     assert blob.heads.keys() == HEADS.keys()
     assert all(torch.equal(blob.heads[name], tensor) for name, tensor in HEADS.items())
@@ -209,19 +206,17 @@ TERNARY = {
 
 
 def test_ternary_factors_come_back_bit_for_bit_from_few_bits(tmp_path):
-    content = content_hash(TERNARY, HEADS)
-    write_blob(FolderBlobs(tmp_path), TERNARY, content, ORIGIN, heads=HEADS, stored_as="compeft")
-    path = blob_path(tmp_path, content)
+    path, _ = write(tmp_path, TERNARY, heads=HEADS, stored_as="compeft")
     with safe_open(path, framework="pt") as file:
         assert set(file.keys()) == {"signs", "scales", "packed"}
-    assert read_blob(path, "x").content_hash() == content
+    assert read_blob(path, "x").content_hash() == path.stem
 
 
 def test_factors_that_are_not_ternary_leave_no_file_in_that_form(tmp_path):
     with pytest.raises(AdapterUnsupported, match=r"a_RI of layer 'conv'.*lw\.compeft"):
-        write_blob(FolderBlobs(tmp_path), LAYERS, content_hash(LAYERS), ORIGIN, stored_as="compeft")
+        write(tmp_path, stored_as="compeft")
     with pytest.raises(AdapterUnsupported, match="'factors' or 'compeft', not as 'zip'"):
-        write_blob(FolderBlobs(tmp_path), LAYERS, content_hash(LAYERS), ORIGIN, stored_as="zip")
+        write(tmp_path, stored_as="zip")
     assert not list(tmp_path.iterdir())
 
 
