@@ -14,7 +14,6 @@ from loraweave.hub.stores.blobs import read_blob
 from loraweave.hub.stores.kept_files import file_problems
 from loraweave.hub.stores.protocols import BlobStore, CatalogueStore, Connection
 from loraweave.hub.tables import rows, vectors, versions
-from loraweave.hub.tables import rows as labels
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def _row(connection: Connection, seq: int, problems: list[str]) -> list[rows.Row
     if row is None:
         problems.append(f"row {seq} is listed by an index of the catalogue, but cannot be found")
         return []
-    if labels.stored(connection, seq) != labels.labels(row.record):
+    if rows.stored_labels(connection, seq) != rows.labels(row.record):
         problems.append(f"row {seq}: the labels of adapter {row.record.name!r}, which filters ask for, are not its record's")
     return [row]
 

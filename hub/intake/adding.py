@@ -221,9 +221,8 @@ def _fields_with_card(name: str, given: Mapping[str, Any], card: Mapping[str, An
 def _source(card: Mapping[str, Any], place: str | None) -> Source | None:
     """The repository and commit that the card has from reading it, else the place as the caller named it."""
     known = card.get("source")
-    repository, revision = (
-        (known.get(key) for key in ("repository", "revision")) if isinstance(known, Mapping) else (None, None)
-    )
+    known = known if isinstance(known, Mapping) else {}
+    repository, revision = known.get("repository"), known.get("revision")
     if isinstance(repository, str) and place in (None, repository):
         return Source(repository, revision if isinstance(revision, str) else None)
     return None if place is None else Source(without_secrets(place))

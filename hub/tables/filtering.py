@@ -15,7 +15,6 @@ from loraweave.hub.intake.fields import one_or_many
 from loraweave.hub.licenses import is_accepted
 from loraweave.hub.stores.protocols import Connection
 from loraweave.hub.tables import rows
-from loraweave.hub.tables import rows as labels
 from loraweave.hub.tables.rows import storable
 from loraweave.types import BaseKey, Fingerprint, Record
 
@@ -50,7 +49,7 @@ class Filters:
             fits
             and (self.license is None or is_accepted(record.license, self.license))
             and set(one_or_many(self.tags)).issubset(record.tags)
-            and (self.language is None or not labels.languages(self.language).isdisjoint(labels.languages(record.language)))
+            and (self.language is None or not rows.languages(self.language).isdisjoint(rows.languages(record.language)))
             and (self.max_rank is None or record.rank <= self.max_rank)
             and (self.max_size_bytes is None or record.size_bytes <= self.max_size_bytes)
         )
@@ -65,16 +64,18 @@ def matching(connection: Connection, filters: Filters) -> list[int]:
     if filters.base_model is not None:
         found.append(_for_base(connection, filters.base_model))
     if filters.license is not None:
-        permitted = [value for value in labels.values(connection, "license") if is_accepted(value, filters.license)]
-        found.append({seq for value in permitted for seq in labels.seqs(connection, "license", value)})
-    found += [set(labels.seqs(connection, "tag", labels.storable(tag))) for tag in sorted(set(one_or_many(filters.tags)))]
+        permitted = [value for value in rows.label_values(connection, "license") if is_accepted(value, filters.license)]
+        found.append(rows.labelled(connection, "license", *permitted))
+    found += [rows.labelled(connection, "tag", storable(tag)) for tag in sorted(set(one_or_many(filters.tags)))]
     if filters.language is not None:
-        wanted = sorted(labels.languages(filters.language))
-        found.append({seq for value in wanted for seq in labels.seqs(connection, "language", value)})
+        found.append(rows.labelled(connection, "language", *sorted(rows.languages(filters.language))))
     if filters.max_rank is not None:
-        found.append(set(labels.seqs_up_to(connection, "rank", labels.rank_label(filters.max_rank))))
+        found.append(rows.within_rank(connection, filters.max_rank))
     if filters.max_size_bytes is not None:
-        found.append(set(_up_to_size(connection, filters.max_size_bytes)))
+        # the size is the blob's, which may be written again in another form
+        statement = "SELECT adapters.seq FROM blobs JOIN adapters ON adapters.hash = blobs.hash WHERE blobs.size_bytes <= ?"
+        sized = connection.execute(statement, (min(filters.max_size_bytes, _LARGEST),)).fetchall()
+        found.append({seq for (seq,) in sized})
     if not found:
         found.append({seq for (seq,) in connection.execute("SELECT seq FROM adapters").fetchall()})
     return sorted(set.intersection(*found) - set(quarantine.seqs(connection)))
@@ -83,11 +84,8 @@ def matching(connection: Connection, filters: Filters) -> list[int]:
 def bases(connection: Connection) -> list[tuple[Record, int]]:
     """For every different base model its first record and the number of its adapters, those in quarantine aside."""
     held = set(quarantine.seqs(connection))
-    listed = (
-        [seq for seq in labels.seqs(connection, "base", value) if seq not in held]
-        for value in labels.values(connection, "base")
-    )
-    counts = {seqs[0]: len(seqs) for seqs in listed if seqs}
+    listed = [rows.labelled(connection, "base", value) - held for value in rows.label_values(connection, "base")]
+    counts = {min(seqs): len(seqs) for seqs in listed if seqs}
     return [(row.record, counts[row.seq]) for row in rows.some(connection, list(counts))]
 
 
@@ -98,26 +96,19 @@ def fill(connection: Connection) -> None:
             record = rows.record_from_json(json.loads(text))
         except (ValueError, TypeError, KeyError, AttributeError):
             continue
-        labels.put(connection, seq, record)
+        rows.put_labels(connection, seq, record)
 
 
 def _for_base(connection: Connection, base_model: str | BaseKey) -> set[int]:
-    digests = list(labels.values(connection, "base"))
-    examples = [row.record for row in rows.some(connection, [labels.first(connection, "base", value) for value in digests])]
-    fitting = {labels.base_digest(record) for record in examples if Filters(base_model).passes(record)}
+    firsts = [rows.first_labelled(connection, "base", value) for value in rows.label_values(connection, "base")]
+    examples = [row.record for row in rows.some(connection, firsts)]
+    fitting = {rows.base_digest(record) for record in examples if Filters(base_model).passes(record)}
     if isinstance(base_model, BaseKey):
-        namesakes = {labels.base_digest(one) for one in examples if one.base_model == base_model.id} - fitting
-        left_out = sorted(seq for value in namesakes for seq in labels.seqs(connection, "base", value))
+        namesakes = {rows.base_digest(one) for one in examples if one.base_model == base_model.id} - fitting
+        left_out = rows.labelled(connection, "base", *namesakes)
         # it is this that warns
-        for_base((row.record for row in rows.some(connection, left_out)), base_model)
-    return {seq for value in fitting for seq in labels.seqs(connection, "base", value)}
-
-
-def _up_to_size(connection: Connection, max_size_bytes: int) -> list[int]:
-    # the size is the blob's, which may be written anew in another form
-    statement = "SELECT adapters.seq FROM blobs JOIN adapters ON adapters.hash = blobs.hash WHERE blobs.size_bytes <= ?"
-    found = connection.execute(statement, (min(max_size_bytes, _LARGEST),)).fetchall()
-    return [seq for (seq,) in found]
+        for_base((row.record for row in rows.some(connection, sorted(left_out))), base_model)
+    return rows.labelled(connection, "base", *fitting)
 
 
 _MAX_LISTED = 100

@@ -189,7 +189,7 @@ def _note_change(connection: Connection, row: Row | None, name: str) -> Record:
     if row is None:
         raise HubCorrupt(f"the catalogue is damaged: the row of adapter {name!r}, just written, cannot be found")
     note(connection, row.seq)
-    put(connection, row.seq, row.record)
+    put_labels(connection, row.seq, row.record)
     return row.record
 
 
@@ -279,27 +279,27 @@ def _sha256(text: str) -> str:
 _LARGEST_RANK = 10**10 - 1
 
 
-def put(connection: Connection, seq: int, record: Record) -> None:
+def put_labels(connection: Connection, seq: int, record: Record) -> None:
     """Stores the labels of a row, in place of those it had; a row that is deleted takes its labels along."""
     connection.execute("DELETE FROM labels WHERE seq = ?", (seq,))
     for kind, value in sorted(labels(record)):
         connection.execute("INSERT INTO labels (kind, value, seq) VALUES (?, ?, ?)", (kind, value, seq))
 
 
-def stored(connection: Connection, seq: int) -> set[tuple[str, str]]:
+def stored_labels(connection: Connection, seq: int) -> set[tuple[str, str]]:
     """The labels of a row as (kind, value)."""
     return set(connection.execute("SELECT kind, value FROM labels WHERE seq = ?", (seq,)).fetchall())
 
 
 def labels(record: Record) -> set[tuple[str, str]]:
-    """What `put` stores for a record: tags, license, languages, rank, a digest of all that is known of its base model."""
+    """What `put_labels` stores: tags, license, languages, rank, and a digest of all that is known of the base model."""
     found = {("base", base_digest(record)), ("rank", rank_label(record.rank))}
     found |= {("tag", storable(tag)) for tag in record.tags}
     found |= {("language", language) for language in languages(record.language)}
     return found if record.license is None else found | {("license", storable(record.license))}
 
 
-def values(connection: Connection, kind: str) -> Iterator[str]:
+def label_values(connection: Connection, kind: str) -> Iterator[str]:
     """The different values of a kind, each found by one step in the table's order."""
     following = "SELECT min(value) FROM labels WHERE kind = ? AND value > ?"
     (value,) = connection.execute("SELECT min(value) FROM labels WHERE kind = ?", (kind,)).fetchone()
@@ -308,21 +308,21 @@ def values(connection: Connection, kind: str) -> Iterator[str]:
         (value,) = connection.execute(following, (kind, value)).fetchone()
 
 
-def seqs(connection: Connection, kind: str, value: str) -> list[int]:
-    """The rows that carry a label, in order of addition."""
-    found = connection.execute("SELECT seq FROM labels WHERE kind = ? AND value = ? ORDER BY seq", (kind, value)).fetchall()
-    return [seq for (seq,) in found]
+def labelled(connection: Connection, kind: str, *wanted: str) -> set[int]:
+    """The rows that carry one of the labels."""
+    statement = "SELECT seq FROM labels WHERE kind = ? AND value = ?"
+    return {seq for value in wanted for (seq,) in connection.execute(statement, (kind, value)).fetchall()}
 
 
-def seqs_up_to(connection: Connection, kind: str, value: str) -> list[int]:
-    """The rows that carry a label of the kind which is not behind that value."""
-    found = connection.execute("SELECT seq FROM labels WHERE kind = ? AND value <= ?", (kind, value)).fetchall()
-    return [seq for (seq,) in found]
-
-
-def first(connection: Connection, kind: str, value: str) -> int:
+def first_labelled(connection: Connection, kind: str, value: str) -> int:
     """The first row that carries a label, which one does."""
     return int(connection.execute("SELECT min(seq) FROM labels WHERE kind = ? AND value = ?", (kind, value)).fetchone()[0])
+
+
+def within_rank(connection: Connection, max_rank: int) -> set[int]:
+    """The rows whose rank is at most that."""
+    statement = "SELECT seq FROM labels WHERE kind = 'rank' AND value <= ?"
+    return {seq for (seq,) in connection.execute(statement, (rank_label(max_rank),)).fetchall()}
 
 
 def base_digest(record: Record) -> str:
