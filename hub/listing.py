@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self
 from loraweave.common.names import checked_name, near_misses
 from loraweave.errors import AdapterNotFound, InvalidName
 from loraweave.hub import quarantine
-from loraweave.hub.stores.catalogue import require_row
+from loraweave.hub.stores.catalogue import state_row
 from loraweave.hub.stores.protocols import CatalogueStore, Connection, VectorSearch
 from loraweave.hub.tables import rows, versions
 from loraweave.hub.tables.changes import Changes, read_changes
@@ -43,8 +43,8 @@ class Listing:
     def __len__(self) -> int:
         """The number of adapters that are not in quarantine."""
         with self._catalogue.reading() as connection:
-            found = connection.execute("SELECT num_adapters FROM state").fetchone()
-            return int(require_row(found, self._catalogue.where)[0]) - quarantine.count(connection)
+            (num_adapters,) = state_row(connection, "num_adapters", self._catalogue.where)
+            return int(num_adapters) - quarantine.count(connection)
 
     def __iter__(self) -> Iterator[Record]:
         """The records in order of addition, as of now."""
@@ -93,8 +93,7 @@ class Listing:
     def generation(self) -> int:
         """A number that every committed change raises, so that an index can tell whether it is stale."""
         with self._catalogue.reading() as connection:
-            found = connection.execute("SELECT generation FROM state").fetchone()
-        return int(require_row(found, self._catalogue.where)[0])
+            return int(state_row(connection, "generation", self._catalogue.where)[0])
 
     @property
     def writable(self) -> bool:
@@ -104,7 +103,8 @@ class Listing:
     def changes(self, embedder_id: str, *, since: int = 0, after: int = 0, limit: int = 4096) -> Changes:
         """The next `limit` adapters above seq `after` that changed later than generation `since`; since 0 it is all."""
         with self._catalogue.reading() as connection:
-            return read_changes(connection, embedder_id, since=since, after=after, limit=limit)
+            where = self._catalogue.where
+            return read_changes(connection, embedder_id, since=since, after=after, limit=limit, where=where)
 
     def records_at(self, seqs: Sequence[int]) -> dict[int, Record]:
         """The records of those places in the order of addition that are still taken."""

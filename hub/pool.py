@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
@@ -48,14 +48,17 @@ class ExpertPool:
     adapters: Mapping[str, Adapter]
 
     def __init__(self, adapters: Iterable[Adapter] | Mapping[str, Adapter]) -> None:
-        if isinstance(adapters, OnDemand):
-            named: Mapping[str, Adapter] = adapters
-        elif isinstance(adapters, Mapping):
-            named = MappingProxyType({name: _adapter(adapter) for name, adapter in adapters.items()})
-        elif isinstance(adapters, Iterable):
-            named = MappingProxyType(_by_name([_adapter(adapter) for adapter in adapters]))
-        else:
-            raise WeightingError(f"a pool is made of a list of adapters or of {{name: adapter}}, not of {adapters!r:.80}")
+        match adapters:
+            case OnDemand():
+                named: Mapping[str, Adapter] = adapters
+            case Mapping():
+                named = MappingProxyType({name: _adapter(adapter) for name, adapter in adapters.items()})
+            case Iterable():
+                named = MappingProxyType(_by_name([_adapter(adapter) for adapter in adapters]))
+            case _:
+                raise WeightingError(
+                    f"a pool is made of a list of adapters or of {{name: adapter}}, not of {adapters!r:.80}"
+                )
         if not named:
             raise WeightingError("the pool is empty: it needs at least one adapter")
         object.__setattr__(self, "adapters", named)
@@ -78,7 +81,11 @@ class ExpertPool:
     @property
     def lazy(self) -> bool:
         """Whether adapters are opened when they are asked for, and dropped again."""
-        return isinstance(self.adapters, OnDemand)
+        return self._on_demand is not None
+
+    @property
+    def _on_demand(self) -> OnDemand | None:
+        return self.adapters if isinstance(self.adapters, OnDemand) else None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -124,14 +131,14 @@ class ExpertPool:
 
     def subset(self, names: Iterable[str]) -> ExpertPool:
         """The pool of the named experts, in the order given; lazy where this one is."""
-        if isinstance(self.adapters, OnDemand):
-            return ExpertPool(self.adapters.subset(self.known(names)))
+        if self._on_demand is not None:
+            return ExpertPool(self._on_demand.subset(self.known(names)))
         return ExpertPool({name: self[name] for name in names})
 
     def including(self, name: str, adapter: Adapter) -> ExpertPool:
         """This pool and one more expert, at its end; under a name that is there already, in its place."""
-        if isinstance(self.adapters, OnDemand):
-            return ExpertPool(self.adapters.including(name, adapter))
+        if self._on_demand is not None:
+            return ExpertPool(self._on_demand.including(name, adapter))
         return ExpertPool({**self.adapters, name: adapter})
 
     def without(self, name: str) -> ExpertPool:
@@ -154,11 +161,9 @@ class ExpertPool:
     @cached_property
     def clashing_licenses(self) -> Mapping[str, str | None]:
         """{expert: license} where no one work of all experts keeps to their licenses; empty where one may, and if lazy."""
-        licenses = (
-            {}
-            if self.lazy
-            else {name: stated_license(adapter.card.get("license")) for name, adapter in self.adapters.items()}
-        )
+        if self.lazy:
+            return {}
+        licenses = {name: stated_license(adapter.card.get("license")) for name, adapter in self.adapters.items()}
         try:
             require_one_work(licenses.items())
         except InvalidLicense:
@@ -217,12 +222,14 @@ def _adapter(found: object) -> Adapter:
 
 
 def _by_name(adapters: list[Adapter]) -> dict[str, Adapter]:
-    named = {adapter.name: adapter for adapter in adapters}
-    if len(named) != len(adapters):
-        counts = Counter(adapter.name for adapter in adapters)
-        twice = min(name for name, count in counts.items() if count > 1)
-        raise WeightingError(f"the pool has several adapters named {twice!r}; pass a mapping with distinct names")
-    return named
+    _require_distinct([adapter.name for adapter in adapters], "pass a mapping with distinct names")
+    return {adapter.name: adapter for adapter in adapters}
+
+
+def _require_distinct(names: Sequence[str], way_out: str) -> None:
+    if len(set(names)) != len(names):
+        twice = min(name for name, count in Counter(names).items() if count > 1)
+        raise WeightingError(f"the pool has several adapters named {twice!r}; {way_out}")
 
 
 def _check_one_base(adapters: Mapping[str, Adapter]) -> None:
@@ -268,9 +275,7 @@ class OnDemand(Mapping[str, Adapter]):
         listed = tuple(names)
         # a dict keeps their order, and knows what is among them; None stands for one that is opened
         self._adapters: dict[str, Adapter | None] = dict.fromkeys(listed)
-        if len(self._adapters) != len(listed):
-            twice = next(name for number, name in enumerate(listed) if name in listed[:number])
-            raise WeightingError(f"the pool has several adapters named {twice!r}; give every name once")
+        _require_distinct(listed, "give every name once")
         self._opened = _Opened(opener, num_kept)
 
     def __getitem__(self, name: str) -> Adapter:

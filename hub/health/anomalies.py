@@ -19,12 +19,11 @@ from torch import nn
 
 from loraweave.errors import AdapterSuspicious, AdapterUnsupported, HubError
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.health.figures import Figures, figures_of
+from loraweave.hub.health.figures import Figures, alike, figures_of, reference
 from loraweave.hub.search.similar import cosine
 from loraweave.hub.stores.protocols import BlobStore, CatalogueStore
 from loraweave.hub.stores.storing import stored_adapter
 from loraweave.hub.tables import rows
-from loraweave.hub.tables.figure_rows import alike, reference
 from loraweave.lowrank import algebra
 from loraweave.types import Anomaly, Record
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Self
 
 import numpy as np
 
-from loraweave.hub.indexes._vectors import Ranking, check_mask, check_vectors, rescore
+from loraweave.hub.indexes._vectors import Ranking, check_mask, check_vectors, rescore, saved_array
 
 # a scan that was not sure asks for so many times more
 _GROWTH = 8
@@ -49,13 +50,27 @@ def exact_best(
 class HeldVectors:
     """An index's vectors of `dim` numbers in order of addition, and the search of those that have a faster one for many.
 
-    An index says in `_best` how it finds the k best of `count` rows, which are all or those that a mask allows, and in
-    `_append` what it makes of new rows.
+    An index says in `_best` how it finds the k best of `count` rows, which are all or those that a mask allows, in `_append`
+    what it makes of new rows, and in `_load` how it takes up saved arrays beside the vectors.
     """
 
     def __init__(self, dim: int) -> None:
         self.dim = dim
         self._vectors_ND = np.empty((0, dim), np.float32)
+
+    @classmethod
+    def from_arrays(cls, dim: int, arrays: Mapping[str, np.ndarray]) -> Self:
+        """The index of what `arrays` gave, searched in place; with vectors alone the rest is made.
+
+        ValueError for arrays of another form.
+        """
+        index = cls(dim)
+        index._vectors_ND = saved_array(arrays, "vectors", "<f4", (None, dim))
+        if set(arrays) == {"vectors"}:
+            index._append(index._vectors_ND)
+        else:
+            index._load(arrays)
+        return index
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What is to be saved."""
@@ -90,11 +105,14 @@ class HeldVectors:
     def _append(self, new_ND: np.ndarray) -> None:
         return
 
+    def _load(self, arrays: Mapping[str, np.ndarray]) -> None:
+        raise ValueError(f"the saved index has the arrays {sorted(arrays)}, of which this kind has 'vectors' alone")
+
     def _best(self, query_QD: np.ndarray, k: int, mask_N: np.ndarray | None, count: int) -> Ranking:
         raise NotImplementedError
 
 
-def scan_products(query_QD: np.ndarray, vectors_ND: np.ndarray, num: int, allowed_N: np.ndarray | None) -> Ranking:
+def scan_products(vectors_ND: np.ndarray, allowed_N: np.ndarray | None, query_QD: np.ndarray, num: int) -> Ranking:
     """The `num` largest fp32 products of each query and their rows, in no order; block by block, a matrix product each.
 
     A block's products are compared with the worst score kept so far, which few reach: so most are looked at once only.

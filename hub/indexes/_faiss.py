@@ -26,7 +26,7 @@ def import_faiss(index: str) -> Any:
 
 
 def scan_vectors(
-    faiss: Any, query_QD: np.ndarray, vectors_ND: np.ndarray, num: int, allowed_N: np.ndarray | None
+    faiss: Any, vectors_ND: np.ndarray, allowed_N: np.ndarray | None, query_QD: np.ndarray, num: int
 ) -> Ranking:
     """The `num` largest fp32 products of each query and their rows."""
     num = min(num, len(vectors_ND) if allowed_N is None else int(allowed_N.sum()))

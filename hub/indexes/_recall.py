@@ -30,7 +30,7 @@ def least_effort(efforts: Sequence[float], search: Search, vectors_ND: np.ndarra
     chosen_Q = np.sort(np.random.default_rng(0).permutation(len(vectors_ND))[:_NUM_QUERIES])
     query_QD = np.ascontiguousarray(vectors_ND[chosen_Q])
     count = _NUM_NEAREST + 1
-    near_QR = scan_products(query_QD, vectors_ND, count + _SPARE, None)[1]
+    near_QR = scan_products(vectors_ND, None, query_QD, count + _SPARE)[1]
     want_QK = rescore(query_QD, vectors_ND, near_QR, count)[1]
     for effort, following in pairwise(efforts):
         found_QK = search(query_QD, count, effort)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from loraweave.hub.indexes._exact import HeldVectors, exact_best, scan_products
 from loraweave.hub.indexes._faiss import import_faiss, scan_vectors
-from loraweave.hub.indexes._vectors import Ranking, saved_array
+from loraweave.hub.indexes._vectors import Ranking
 
 # how far an fp32 product of unit vectors can be from the rounded float64 one that decides, with a margin
 SLACK = 1e-5
@@ -35,14 +34,6 @@ class FaissFlat(HeldVectors):
         self._faiss: Any = import_faiss("faiss_flat")
         self._largest_norm = 1.0
 
-    @classmethod
-    def from_arrays(cls, dim: int, arrays: Mapping[str, np.ndarray]) -> FaissFlat:
-        """The index of what `arrays` gave, searched in place. ValueError for arrays of another form."""
-        index = cls(dim)
-        index._vectors_ND = saved_array(arrays, "vectors", "<f4", (None, dim))
-        index._largest_norm = largest_norm(index._vectors_ND)
-        return index
-
     def _append(self, new_ND: np.ndarray) -> None:
         self._largest_norm = max(self._largest_norm, largest_norm(new_ND))
 
@@ -51,8 +42,8 @@ class FaissFlat(HeldVectors):
 
         def scan(some_QD: np.ndarray, num: int) -> Ranking:
             if len(some_QD) >= MANY_QUERIES:
-                return scan_products(some_QD, self._vectors_ND, num, mask_N)
-            return scan_vectors(self._faiss, some_QD, self._vectors_ND, num, mask_N)
+                return scan_products(self._vectors_ND, mask_N, some_QD, num)
+            return scan_vectors(self._faiss, self._vectors_ND, mask_N, some_QD, num)
 
         return exact_best(scan, query_QD, self._vectors_ND, k, k + SPARE, slack_Q)
 

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 from loraweave.hub.indexes._exact import HeldVectors, exact_best, scan_products
-from loraweave.hub.indexes._faiss import HalfScanner, HalfScanners, import_faiss
+from loraweave.hub.indexes._faiss import HalfScanners, import_faiss
 from loraweave.hub.indexes._vectors import Ranking, saved_array
 from loraweave.hub.indexes.faiss_flat import MANY_QUERIES, SLACK, SPARE, largest_norm
 
@@ -38,21 +38,6 @@ class FaissHalf(HeldVectors):
         # of a row: its largest norm, and its largest distance to its code
         self._bounds = np.array([1.0, 0.0], np.float32)
 
-    @classmethod
-    def from_arrays(cls, dim: int, arrays: Mapping[str, np.ndarray]) -> FaissHalf:
-        """The index of what `arrays` gave, searched in place; with vectors alone the rest is made.
-
-        ValueError for arrays of another form.
-        """
-        index = cls(dim)
-        index._vectors_ND = saved_array(arrays, "vectors", "<f4", (None, dim))
-        if set(arrays) == {"vectors"}:
-            index._codes_ND, index._bounds = halve(index._vectors_ND)
-        else:
-            index._codes_ND = saved_array(arrays, "codes", "<f2", index._vectors_ND.shape)
-            index._bounds = saved_array(arrays, "bounds", "<f4", (2,))
-        return index
-
     def arrays(self) -> dict[str, np.ndarray]:
         """What is to be saved."""
         return {"vectors": self._vectors_ND, "codes": self._codes_ND, "bounds": self._bounds}
@@ -60,24 +45,26 @@ class FaissHalf(HeldVectors):
     def _append(self, new_ND: np.ndarray) -> None:
         codes_ND, bounds = halve(new_ND)
         self._bounds = np.maximum(self._bounds, bounds)
-        self._codes_ND = np.concatenate([self._codes_ND, codes_ND])
+        self._codes_ND = np.concatenate([self._codes_ND, codes_ND]) if len(self._codes_ND) else codes_ND
+
+    def _load(self, arrays: Mapping[str, np.ndarray]) -> None:
+        self._codes_ND = saved_array(arrays, "codes", "<f2", self._vectors_ND.shape)
+        self._bounds = saved_array(arrays, "bounds", "<f4", (2,))
 
     def _best(self, query_QD: np.ndarray, k: int, mask_N: np.ndarray | None, count: int) -> Ranking:
         norm_Q = np.maximum(1.0, np.sqrt(np.einsum("qd,qd->q", query_QD, query_QD)))
         largest, distance = self._bounds.tolist()
         if len(query_QD) >= MANY_QUERIES:
-            slack_Q = SLACK * norm_Q * largest
-            return exact_best(partial(self._scan_products, mask_N), query_QD, self._vectors_ND, k, k + SPARE, slack_Q)
+            products = partial(scan_products, self._vectors_ND, mask_N)
+            return exact_best(products, query_QD, self._vectors_ND, k, k + SPARE, SLACK * norm_Q * largest)
+        scanner = self._scanners.get(mask_N)
+
+        def halves(some_QD: np.ndarray, num: int) -> Ranking:
+            found = [scanner.best(query_D, [(self._codes_ND, None)], min(num, count)) for query_D in some_QD]
+            return np.stack([scores_R for scores_R, _ in found]), np.stack([rows_R for _, rows_R in found])
+
         slack_Q = norm_Q * (SLACK * largest + distance)
-        halves = partial(self._scan_halves, self._scanners.get(mask_N), count)
         return exact_best(halves, query_QD, self._vectors_ND, k, max(NUM_RESCORED, 2 * k), slack_Q)
-
-    def _scan_products(self, mask_N: np.ndarray | None, query_QD: np.ndarray, num: int) -> Ranking:
-        return scan_products(query_QD, self._vectors_ND, num, mask_N)
-
-    def _scan_halves(self, scanner: HalfScanner, count: int, query_QD: np.ndarray, num: int) -> Ranking:
-        found = [scanner.best(query_D, [(self._codes_ND, None)], min(num, count)) for query_D in query_QD]
-        return np.stack([scores_R for scores_R, _ in found]), np.stack([rows_R for _, rows_R in found])
 
 
 def halve(vectors_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -43,26 +43,6 @@ class FaissHnsw(HeldVectors):
         self._graph: Any = None
         self._effort = _EFFORTS[-1]
 
-    @classmethod
-    def from_arrays(cls, dim: int, arrays: Mapping[str, np.ndarray]) -> FaissHnsw:
-        """The index of what `arrays` gave; with vectors alone the graph is made. ValueError for arrays of another form."""
-        index = cls(dim)
-        index._vectors_ND = vectors_ND = saved_array(arrays, "vectors", "<f4", (None, dim))
-        if set(arrays) == {"vectors"}:
-            index._append(vectors_ND)
-        elif "levels" not in arrays:
-            index._all = FaissHalf.from_arrays(dim, arrays)
-        else:
-            levels_N = saved_array(arrays, "levels", "<i4", (len(vectors_ND),))
-            entry = saved_array(arrays, "entry", "<i8", (1,))
-            links = saved_array(arrays, "links", "<i4", (None,))
-            index._effort = int(saved_array(arrays, "effort", "<i8", (1,))[0])
-            if not 0 < index._effort <= len(vectors_ND):
-                raise ValueError(f"array 'effort' of the saved index is {index._effort}, not from 1 to {len(vectors_ND)}")
-            index._all, index._graph = None, index._empty()
-            index._fill(levels_N, _offsets(levels_N), links, int(entry[0]))
-        return index
-
     def arrays(self) -> dict[str, np.ndarray]:
         """What is to be saved."""
         if self._all is not None:
@@ -81,7 +61,7 @@ class FaissHnsw(HeldVectors):
         if self._all is not None:
             return self._all._best(query_QD, k, mask_N, count)
         if k > _MANY_WANTED:
-            rows_QR = scan_products(query_QD, self._vectors_ND, k, mask_N)[1]
+            rows_QR = scan_products(self._vectors_ND, mask_N, query_QD, k)[1]
             return rescore(query_QD, self._vectors_ND, rows_QR, k)
         num_wanted = min(count, max(k, NUM_RESCORED))
         allowed = None if mask_N is None else selector(self._faiss, mask_N)
@@ -89,7 +69,7 @@ class FaissHnsw(HeldVectors):
         # a mask can cut the walk off from all that it allows: the places left open are then filled by a scan
         short_Q = (rows_QR < 0).any(axis=1)
         if short_Q.any():
-            rows_QR[short_Q] = scan_products(query_QD[short_Q], self._vectors_ND, num_wanted, mask_N)[1]
+            rows_QR[short_Q] = scan_products(self._vectors_ND, mask_N, query_QD[short_Q], num_wanted)[1]
         return rescore(query_QD, self._vectors_ND, rows_QR, k)
 
     def _append(self, new_ND: np.ndarray) -> None:
@@ -101,6 +81,19 @@ class FaissHnsw(HeldVectors):
         self._graph.add(new_ND)
         if len(new_ND) == len(self):
             self._effort = int(least_effort(_EFFORTS, self._walk, self._vectors_ND))
+
+    def _load(self, arrays: Mapping[str, np.ndarray]) -> None:
+        if "levels" not in arrays:
+            self._all = FaissHalf.from_arrays(self.dim, arrays)
+            return
+        levels_N = saved_array(arrays, "levels", "<i4", (len(self),))
+        entry = saved_array(arrays, "entry", "<i8", (1,))
+        links = saved_array(arrays, "links", "<i4", (None,))
+        self._effort = int(saved_array(arrays, "effort", "<i8", (1,))[0])
+        if not 0 < self._effort <= len(self):
+            raise ValueError(f"array 'effort' of the saved index is {self._effort}, not from 1 to {len(self)}")
+        self._all, self._graph = None, self._empty()
+        self._fill(levels_N, _offsets(levels_N), links, int(entry[0]))
 
     def _walk(self, query_QD: np.ndarray, num: int, effort: float, allowed: Any = None) -> np.ndarray:
         options = self._faiss.SearchParametersHNSW(efSearch=int(effort), sel=allowed)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from loraweave.hub.indexes._clusters import find_centres, nearest
 from loraweave.hub.indexes._exact import HeldVectors
 from loraweave.hub.indexes._faiss import HalfScanner, HalfScanners, import_faiss
 from loraweave.hub.indexes._recall import least_effort
@@ -55,33 +54,6 @@ class FaissIvf(HeldVectors):
         self._all: FaissHalf | None = FaissHalf(dim)
         self._lists: _Lists | None = None
 
-    @classmethod
-    def from_arrays(cls, dim: int, arrays: Mapping[str, np.ndarray]) -> FaissIvf:
-        """The index of what `arrays` gave, searched in place; with vectors alone the rest is made.
-
-        ValueError for arrays of another form.
-        """
-        index = cls(dim)
-        index._vectors_ND = vectors_ND = saved_array(arrays, "vectors", "<f4", (None, dim))
-        if set(arrays) == {"vectors"}:
-            index._make()
-        elif "centres" not in arrays:
-            index._all = FaissHalf.from_arrays(dim, arrays)
-        else:
-            centres_CD = saved_array(arrays, "centres", "<f4", (None, dim))
-            starts = saved_array(arrays, "starts", "<i8", (len(centres_CD) + 1,))
-            rows_N = saved_array(arrays, "rows", "<i8", (len(vectors_ND),))
-            if not len(centres_CD) or starts[0] or (np.diff(starts) < 0).any() or starts[-1] > len(rows_N):
-                raise ValueError(f"array 'starts' of the saved index does not divide {len(rows_N)} rows")
-            if rows_N.min() < 0 or rows_N.max() >= len(rows_N):
-                raise ValueError(f"array 'rows' of the saved index has numbers outside 0 to {len(rows_N) - 1}")
-            codes_ND = saved_array(arrays, "codes", "<f2", vectors_ND.shape)
-            share = float(saved_array(arrays, "share", "<f4", (1,))[0])
-            if not 0 < share <= 1:
-                raise ValueError(f"array 'share' of the saved index is {share}, not above 0 and at most 1")
-            index._all, index._lists = None, _Lists(share, centres_CD, starts, rows_N, codes_ND)
-        return index
-
     def arrays(self) -> dict[str, np.ndarray]:
         """What is to be saved."""
         if self._all is not None:
@@ -99,6 +71,23 @@ class FaissIvf(HeldVectors):
         rows_N = np.concatenate([lists.rows_N, np.arange(len(self) - len(new_ND), len(self))])
         codes_ND = np.concatenate([lists.codes_ND, halve(new_ND)[0]])
         self._lists = _Lists(lists.share, lists.centres_CD, lists.starts, rows_N, codes_ND)
+
+    def _load(self, arrays: Mapping[str, np.ndarray]) -> None:
+        if "centres" not in arrays:
+            self._all = FaissHalf.from_arrays(self.dim, arrays)
+            return
+        centres_CD = saved_array(arrays, "centres", "<f4", (None, self.dim))
+        starts = saved_array(arrays, "starts", "<i8", (len(centres_CD) + 1,))
+        rows_N = saved_array(arrays, "rows", "<i8", (len(self),))
+        if not len(centres_CD) or starts[0] or (np.diff(starts) < 0).any() or starts[-1] > len(rows_N):
+            raise ValueError(f"array 'starts' of the saved index does not divide {len(rows_N)} rows")
+        if rows_N.min() < 0 or rows_N.max() >= len(rows_N):
+            raise ValueError(f"array 'rows' of the saved index has numbers outside 0 to {len(rows_N) - 1}")
+        codes_ND = saved_array(arrays, "codes", "<f2", self._vectors_ND.shape)
+        share = float(saved_array(arrays, "share", "<f4", (1,))[0])
+        if not 0 < share <= 1:
+            raise ValueError(f"array 'share' of the saved index is {share}, not above 0 and at most 1")
+        self._all, self._lists = None, _Lists(share, centres_CD, starts, rows_N, codes_ND)
 
     def _best(self, query_QD: np.ndarray, k: int, mask_N: np.ndarray | None, count: int) -> Ranking:
         if self._all is not None:
@@ -140,8 +129,8 @@ class FaissIvf(HeldVectors):
             self._all, self._lists = FaissHalf.from_arrays(self.dim, {"vectors": self._vectors_ND}), None
             return
         # the work of finding the lists and that of looking into them are then of one size
-        centres_CD = find_centres(self._vectors_ND, round(2 * math.sqrt(len(self))))
-        nearest_N = nearest(self._vectors_ND, centres_CD)
+        centres_CD = _find_centres(self._vectors_ND, round(2 * math.sqrt(len(self))))
+        nearest_N = _nearest(self._vectors_ND, centres_CD)
         rows_N = np.argsort(nearest_N, kind="stable").astype(np.int64)
         starts = np.searchsorted(nearest_N[rows_N], np.arange(len(centres_CD) + 1)).astype(np.int64)
         codes_ND = np.empty(self._vectors_ND.shape, np.float16)
@@ -150,3 +139,43 @@ class FaissIvf(HeldVectors):
         self._all, self._lists = None, made
         share = least_effort(SHARES, lambda query_QD, k, share: self._look(query_QD, k, share, None)[1], self._vectors_ND)
         self._lists = replace(made, share=share)
+
+
+# so few vectors a centre settle it nearly as well as all, at a fraction of the work
+_SAMPLES_PER_CENTRE = 32
+_NUM_ROUNDS = 6
+_BLOCK_ROWS = 4096
+
+
+def _find_centres(vectors_ND: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
+    """`count` unit vectors (count, D) that vectors gather around, by spherical k-means (Dhillon and Modha 2001).
+
+    They come from a sample drawn by the seed: the same vectors give the same centres.
+    """
+    rng = np.random.default_rng(seed)
+    chosen = np.sort(rng.permutation(len(vectors_ND))[: count * _SAMPLES_PER_CENTRE])
+    sample_SD = _unit(vectors_ND[chosen])
+    centres_CD = sample_SD[np.sort(rng.permutation(len(sample_SD))[:count])]
+    for _ in range(_NUM_ROUNDS):
+        nearest_S = _nearest(sample_SD, centres_CD)
+        order_S = np.argsort(nearest_S, kind="stable")
+        used_U, first_U = np.unique(nearest_S[order_S], return_index=True)
+        # a centre without a vector moves to one of the sample, where it can win some
+        centres_CD = sample_SD[rng.integers(len(sample_SD), size=count)]
+        centres_CD[used_U] = _unit(np.add.reduceat(sample_SD[order_S], first_U, axis=0))
+    return centres_CD
+
+
+def _nearest(vectors_ND: np.ndarray, centres_CD: np.ndarray) -> np.ndarray:
+    """The centre with the largest inner product for each vector (N,)."""
+    found_N = np.empty(len(vectors_ND), np.int64)
+    for start in range(0, len(vectors_ND), _BLOCK_ROWS):
+        part = slice(start, start + _BLOCK_ROWS)
+        found_N[part] = (vectors_ND[part] @ centres_CD.T).argmax(axis=1)
+    return found_N
+
+
+def _unit(vectors_ND: np.ndarray) -> np.ndarray:
+    norm_N = np.linalg.norm(vectors_ND, axis=1, keepdims=True)
+    scaled: np.ndarray = vectors_ND / np.where(norm_N > 0, norm_N, 1)
+    return scaled

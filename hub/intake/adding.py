@@ -54,14 +54,9 @@ class Addition:
     language: Collection[str] | str = ()
 
     @property
-    def adapter(self) -> Adapter | None:
-        """The source where that is an adapter; None for a place to read one from."""
-        return self.source if isinstance(self.source, Adapter) else None
-
-    @property
     def label(self) -> str:
         """What to call it before its name is known."""
-        return self.name or (self.adapter.name if self.adapter else str(self.source))
+        return self.name or (self.source.name if isinstance(self.source, Adapter) else str(self.source))
 
 
 @dataclass(frozen=True)
@@ -121,11 +116,13 @@ def add_many(
 
 def prepare(addition: Addition, *, stored_as: str, allow_pickle: bool) -> tuple[Adapter, Record]:
     """The adapter that is to be added, read and checked, and its record. Raises what `Hub.add` raises before it writes."""
-    name = addition.name
-    adapter = addition.adapter or Adapter.from_pretrained(addition.source, name=name, allow_pickle=allow_pickle)
+    source, name = addition.source, addition.name
+    adapter = (
+        source if isinstance(source, Adapter) else Adapter.from_pretrained(source, name=name, allow_pickle=allow_pickle)
+    )
     given = {key: getattr(addition, key) for key in OWN_FIELDS}
     own_name = checked_name(adapter.name if name is None else name)
-    record = new_record(adapter, own_name, given, addition.base_model, None if addition.adapter else str(addition.source))
+    record = new_record(adapter, own_name, given, addition.base_model, None if source is adapter else str(source))
     require_storable(adapter, stored_as)
     return adapter, record
 

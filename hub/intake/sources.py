@@ -43,7 +43,12 @@ def open_source(
     local_files_only: bool = False,
     allow_patterns: Sequence[str] = ADAPTER_FILES,
 ) -> Iterator[OpenedSource]:
-    """The adapter's folder while it is read; an archive is unpacked for that time."""
+    """What `source` names while it is read: a folder, a file of weights, or an archive, which is unpacked for that time.
+
+    Else it is a repository `owner/name` or `owner/name/file` of the model hub, of which the files needed are downloaded.
+    Raises AdapterNotFound when neither exists, with what was tried, AdapterUnsupported for a repository without a file in
+    which adapters are kept. A token never appears in a message.
+    """
     archive = as_path(source, "an adapter's source", SourceUnavailable)
     if archive_suffix(archive) and archive.is_file():
         with unpack(archive) as folder:
@@ -56,24 +61,6 @@ def name_of(source: str | Path) -> str:
     """The last part of a path or id, without the suffix of an archive or of a file of weights."""
     last = str(source).rstrip("/").rsplit("/", 1)[-1]
     return last.removesuffix(archive_suffix(last)).removesuffix(".safetensors") or last
-
-
-def local_folder(
-    source: str | Path,
-    *,
-    revision: str | None = None,
-    token: str | None = None,
-    local_files_only: bool = False,
-    allow_patterns: Sequence[str] = ADAPTER_FILES,
-) -> Path:
-    """The folder or file named by `source`, or what was downloaded of the repository `owner/name` or `owner/name/file`.
-
-    Only the files needed are downloaded.
-
-    Raises AdapterNotFound when neither exists, with what was tried, AdapterUnsupported for a repository without a file in
-    which adapters are kept. A token never appears in a message.
-    """
-    return _locate(source, revision, token, local_files_only, allow_patterns).folder
 
 
 def _locate(

@@ -27,8 +27,8 @@ from loraweave.errors import HubError, RetrievalError
 from loraweave.hub.embedders._embedder import Embedder, embed_checked, embedder_of, excerpt, unit
 from loraweave.hub.indexes._vectors import index_choice
 from loraweave.hub.listing import Listing
-from loraweave.hub.search.database import DatabaseSearch
 from loraweave.hub.search.segments import MAX_LATE, MIN_SAVED, Hits, Keys, Stamp, load, places, save
+from loraweave.hub.stores.protocols import VectorSearch
 from loraweave.hub.tables.changes import Change
 from loraweave.hub.tables.filtering import Filters
 from loraweave.types import BaseKey, Candidate, Record
@@ -46,6 +46,9 @@ NUM_EVIDENCE_CACHED = 1024
 
 # of the nearest, so many more than four times those wanted are tried on a filter
 _NUM_TRIED = 32
+
+# adapters whose keys a database gets at a time: a first search that is interrupted keeps what it has
+_BATCH = 500
 
 # records that a snapshot keeps
 _MAX_RECORDS = 4096
@@ -105,22 +108,21 @@ class SearchIndex:
     """
 
     def __init__(self, hub: Listing, *, embedder: str | Embedder = "sentence", index: str = "auto") -> None:
-        in_database = hub.vector_search if index == "auto" else None
         self.hub = hub
         self.embedder = embedder_of(embedder)
         self._index = index
         self._choice = index_choice(index)
         self._snapshot: _Snapshot | None = None
         self._unstored: dict[str, tuple[str, np.ndarray]] = {}
-        self._database = (
-            None if in_database is None else DatabaseSearch(hub, in_database, self.embedder.id, self._key, _digest)
-        )
+        # what ranks the stored vectors itself, so that only the hits come to this machine, and the generation it has keys of
+        self._database = hub.vector_search if index == "auto" else None
+        self._ready: int | None = None
         self._embedded = _own_texts(hub, self.embedder)
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors (Q, D) of query texts. RetrievalError for what is not a text or has no visible character."""
         self.check(texts)
-        return self._embed(tuple(texts))
+        return embed_checked(self.embedder, tuple(texts))
 
     def check(self, texts: Sequence[str]) -> None:
         """RetrievalError for what is not a text or has no visible character."""
@@ -144,13 +146,9 @@ class SearchIndex:
         """For each query the k best adapters that pass the filters, by descending score, ties in order of addition."""
         checked_threshold(min_score)
         if self._database is not None and k and len(self.hub):
-            seqs = None if filters.pass_all else self.hub.seqs(filters)
-            near = self._database.hits(query_QD, k, seqs)
+            near = self._near(self._database, query_QD, k, None if filters.pass_all else self.hub.seqs(filters))
             if near is not None:
-                return [
-                    [Hit(n.record, n.score, n.key_D) for n in found if min_score is None or n.score >= min_score]
-                    for found in near
-                ]
+                return [_reaching(hits, min_score) for hits in near]
         snapshot = self._update()
         if not len(snapshot.keys):
             _logger.info("the hub is empty, so nothing is found: hub.add(folder, description=..., examples=[...]) fills it")
@@ -160,12 +158,41 @@ class SearchIndex:
             ranked = self._hits(snapshot, snapshot.keys.search(query_QD, k))
         else:
             ranked = self._filter(snapshot, query_QD, k, filters)
-        return [[hit for hit in hits if min_score is None or hit.score >= min_score] for hits in ranked]
+        return [_reaching(hits, min_score) for hits in ranked]
 
     def explain(self, query_D: np.ndarray, hits: Sequence[Hit], *, evidence: bool = True) -> list[Candidate]:
         """The hits as candidates; the evidence is the adapter's own text that is nearest to the query, if it is wanted."""
         found = [self._evidence(query_D, hit.record) if evidence else "" for hit in hits]
         return [Candidate(hit.record.name, hit.score, text, hit.record) for hit, text in zip(hits, found, strict=True)]
+
+    def _near(
+        self, database: VectorSearch, query_QD: np.ndarray, k: int, seqs: Sequence[int] | None
+    ) -> list[list[Hit]] | None:
+        """For each query the k best by the database, of `seqs` only, if they are given.
+
+        None when the stored vectors do not suffice, because they cannot be written, or one of them is damaged or was made
+        by another release: then all adapters have to be looked at here.
+        """
+        try:
+            # read before the rows: a write in between makes the next search look again, never the reverse
+            generation = self.hub.generation
+            while generation != self._ready and (records := database.unready(self.embedder.id, _BATCH)):
+                _logger.info("embedding %d adapters with %s", len(records), self.embedder.id)
+                made = [(record.name, _digest(record), self._key(record)) for record in records]
+                self.hub.store_vectors(self.embedder.id, made)
+                generation = self.hub.generation
+            self._ready = generation
+        except HubError as error:
+            # searching only reads: a hub that is read-only, full or locked still answers
+            _logger.info("the embeddings cannot be stored, so the search runs here: %s", error)
+            return None
+        found = []
+        for query_D in query_QD:
+            nearest = database.nearest(self.embedder.id, query_D, k, seqs)
+            if nearest is None or any(near.text_digest != _digest(near.record) for near in nearest):
+                return None
+            found.append([Hit(near.record, near.score, near.key_D) for near in nearest])
+        return found
 
     def _evidence(self, query_D: np.ndarray, record: Record) -> str:
         kinds, texts = zip(*_texts(record), strict=True)
@@ -206,7 +233,8 @@ class SearchIndex:
     def _update(self) -> _Snapshot:
         snapshot = self._snapshot
         if snapshot is None:
-            opened = self._load_newest()
+            saved = [self._load(place) for place in places(self.hub.path, writable=self.hub.writable)]
+            opened = max(filter(None, saved), key=lambda one: one[1].generation, default=None)
             snapshot = _Snapshot(opened[1].identity, opened[1].generation, opened[0], {}) if opened else self._empty()
             snapshot = self._follow(snapshot)
             if snapshot.keys.num_late > MAX_LATE:
@@ -218,11 +246,6 @@ class SearchIndex:
             snapshot = self._follow(snapshot)
         self._snapshot = snapshot = self._save(snapshot)
         return snapshot
-
-    def _load_newest(self) -> tuple[Keys, Stamp] | None:
-        """The newest saved index, if there is one."""
-        found = [self._load(place) for place in places(self.hub.path, writable=self.hub.writable)]
-        return max(filter(None, found), key=lambda one: one[1].generation, default=None)
 
     def _load(self, place: Path) -> tuple[Keys, Stamp] | None:
         return load(place, self.embedder.id, self._index, self.embedder.dim, self._choice)
@@ -306,9 +329,6 @@ class SearchIndex:
         key_D = unit(samples_ND.mean(axis=0))
         return unit(key_D + DESCRIPTION_WEIGHT * rows_ND[-1]) if kinds[-1] == "description" else key_D
 
-    def _embed(self, texts: tuple[str, ...]) -> np.ndarray:
-        return embed_checked(self.embedder, texts)
-
 
 # for each hub, what an embedder made of adapters' own texts: a new search of the hub does not embed them again
 _OWN_TEXTS: weakref.WeakKeyDictionary[Any, dict[tuple[type, str], _Embed]] = weakref.WeakKeyDictionary()
@@ -320,6 +340,10 @@ def _own_texts(hub: Listing, embedder: Embedder) -> _Embed:
     if isinstance(hub, weakref.ProxyTypes):
         return cache
     return _OWN_TEXTS.setdefault(hub, {}).setdefault((type(embedder), embedder.id), cache)
+
+
+def _reaching(hits: list[Hit], min_score: float | None) -> list[Hit]:
+    return hits if min_score is None else [hit for hit in hits if hit.score >= min_score]
 
 
 def checked_count(k: Any) -> int:

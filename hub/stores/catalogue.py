@@ -245,8 +245,9 @@ class Catalogue:
                 self._changed.notify_all()
 
 
-def require_row(row: tuple[Any, ...] | None, where: str) -> tuple[Any, ...]:
-    """The row, or HubCorrupt: the single row of `state` is missing."""
+def state_row(connection: Connection, columns: str, where: str) -> tuple[Any, ...]:
+    """Columns of the single row of `state`. HubCorrupt when it is missing."""
+    row: tuple[Any, ...] | None = connection.execute(f"SELECT {columns} FROM state").fetchone()
     if row is None:
         raise HubCorrupt(
             f"the catalogue {where} is damaged: its state row is missing; Hub.verify() lists what can still be read"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 
 from loraweave.errors import HubCorrupt, HubFull
-from loraweave.hub.stores.catalogue import require_row
+from loraweave.hub.stores.catalogue import state_row
 from loraweave.hub.stores.errors import storage_errors
 from loraweave.hub.stores.kept_files import digests
 from loraweave.hub.stores.protocols import BlobStore, CatalogueStore
@@ -45,7 +45,7 @@ def _records(catalogue: CatalogueStore, doing: str) -> list[Record]:
     with catalogue.reading() as connection:
         newest = [row.record for row in rows.every(connection)]
         older = [old.record for key in versions.every(connection) if (old := versions.at(connection, *key))]
-        counted = require_row(connection.execute("SELECT num_adapters, num_versions FROM state").fetchone(), catalogue.where)
+        counted = state_row(connection, "num_adapters, num_versions", catalogue.where)
     kinds = ("adapters", newest, counted[0]), ("superseded versions", older, counted[1])
     for what, listed, num_added in kinds:
         if len(listed) != num_added:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from loraweave.common.files import as_path, cache_folder, whole_file, write_new
 from loraweave.errors import HubCorrupt, HubError
-from loraweave.hub.stores.catalogue import Catalogue, require_row
+from loraweave.hub.stores.catalogue import Catalogue, state_row
 from loraweave.hub.stores.errors import storage_errors, without_credentials
 from loraweave.hub.stores.folder_blobs import FolderBlobs
 from loraweave.hub.stores.protocols import BlobStore, CatalogueStore
@@ -169,7 +169,7 @@ def settle(catalogue: CatalogueStore, blobs: BlobStore, identity: str) -> None:
             "unused; give the hub a place of its own, such as another prefix, or restore its catalogue from a dump"
         )
     with catalogue.reading() as connection:
-        (num_adapters,) = require_row(connection.execute("SELECT num_adapters FROM state").fetchone(), catalogue.where)
+        (num_adapters,) = state_row(connection, "num_adapters", catalogue.where)
     if num_adapters:
         raise HubError(
             f"the hub {catalogue.where} has {num_adapters} adapters, but {root} is not the place of their blobs; is it "

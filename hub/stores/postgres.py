@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from loraweave.errors import HubError, HubLocked, HubReadOnly
-from loraweave.hub.stores.catalogue import require_row
+from loraweave.hub.stores.catalogue import state_row
 from loraweave.hub.stores.postgres_migrations import STEPS, migrate, schema_version, set_search_path
 from loraweave.hub.stores.postgres_search import PostgresSearch, make_embeddings
 from loraweave.hub.stores.postgres_session import PostgresAddress, Translating, postgres_errors, require_psycopg
@@ -122,7 +122,7 @@ class PostgresCatalogue:
     def claim(self) -> tuple[str, str | None]:
         """The hub's identity, and the URL of its blobs where one is noted."""
         with self.reading() as connection:
-            identity, place = require_row(connection.execute("SELECT identity, blobs FROM state").fetchone(), self.where)
+            identity, place = state_row(connection, "identity, blobs", self.where)
         return identity, place
 
     def note_blobs(self, place: str) -> None:

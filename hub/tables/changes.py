@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loraweave.errors import HubCorrupt
 from loraweave.hub import quarantine
+from loraweave.hub.stores.catalogue import state_row
 from loraweave.hub.stores.protocols import Connection
 from loraweave.hub.tables import rows, vectors
 from loraweave.types import Record
@@ -43,11 +43,9 @@ class Changes:
     page: tuple[Change, ...]
 
 
-def read_changes(connection: Connection, embedder: str, *, since: int, after: int, limit: int) -> Changes:
+def read_changes(connection: Connection, embedder: str, *, since: int, after: int, limit: int, where: str) -> Changes:
     """The next `limit` changes later than generation `since`, of rows above `after`; since 0 it is every adapter."""
-    state = connection.execute("SELECT identity, generation, num_adapters FROM state").fetchone()
-    if state is None:
-        raise HubCorrupt("the catalogue is damaged: its state row is missing; Hub.verify() lists what can still be read")
+    identity, generation, num_adapters = state_row(connection, "identity, generation, num_adapters", where)
     if since:
         seqs = [seq for (seq,) in connection.execute(CHANGED, (since, after, limit)).fetchall()]
     else:
@@ -57,5 +55,4 @@ def read_changes(connection: Connection, embedder: str, *, since: int, after: in
     records = {row.seq: row.record for row in rows.some(connection, seqs) if not row.record.quarantined}
     stored = vectors.vectors_at(connection, embedder, list(records))
     page = [Change(seq, records.get(seq), stored.get(seq)) for seq in seqs]
-    identity, generation, num_adapters = state
     return Changes(str(identity), int(generation), int(num_adapters) - quarantine.count(connection), tuple(page))

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, O
 from loraweave.errors import AdapterNotFound, HubFull, SourceUnavailable
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.intake import model_hub
-from loraweave.hub.intake.sources import local_folder
+from loraweave.hub.intake.sources import open_source
 from loraweave.types import Factors
 
 DRIVER = Path(__file__).with_name("model_hub.py")
@@ -28,6 +28,11 @@ def driver_module():
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def local_folder(source, **options):
+    with open_source(source, **options) as opened:
+        return opened.folder
 
 
 def adapter(value):

@@ -8,7 +8,12 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from loraweave.errors import AdapterNotFound, AdapterUnsupported, SourceUnavailable
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.intake import model_hub
-from loraweave.hub.intake.sources import local_folder
+from loraweave.hub.intake.sources import open_source
+
+
+def local_folder(source, **options):
+    with open_source(source, **options) as opened:
+        return opened.folder
 
 
 @pytest.fixture

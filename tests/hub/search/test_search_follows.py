@@ -222,7 +222,7 @@ def test_rows_and_vectors_are_read_by_few_statements(hub):
     statements = []
     with hub._catalogue.reading() as connection:
         connection.set_trace_callback(statements.append)
-        changes = read_changes(connection, "counts", since=0, after=0, limit=4096)
+        changes = read_changes(connection, "counts", since=0, after=0, limit=4096, where="here")
         connection.set_trace_callback(None)
     assert [change.record.name for change in changes.page][-1] == "a59"
     assert all(change.vector is not None for change in changes.page)
