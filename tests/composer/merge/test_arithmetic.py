@@ -1,4 +1,4 @@
-"""Adapters as vectors: every operator against dense sums, and the identities of a vector space."""
+"""Adapters as vectors: every operator against dense sums, and pools of differences, clients and clusters."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from tiny_models import dense
 from torch import Tensor, nn
 
 from loraweave.composer.merge import arithmetic
+from loraweave.composer.merge.arithmetic import clusters, flexlora_clients, genknowsub, similarities
 from loraweave.errors import AdapterUnsupported, CompositionError, LayerMismatch, WeightingError
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.pool import ExpertPool
 from loraweave.types import Factors
 
 SHAPES = {"one": (5, 7), "two": (6, 4), "three": (3, 3)}
@@ -28,23 +32,15 @@ def adapter(name: str, seed: int, rank: int = 2, layers: tuple[str, ...] = ("one
     return Adapter(name, "base", made)
 
 
-def dense(found: Adapter, layer: str) -> Tensor:
-    if layer not in found.layers:
-        return torch.zeros(SHAPES[layer], dtype=torch.float64)
-    factors = found.layers[layer]
-    return factors.b_OR.double() @ factors.a_RI.double()
-
-
 def equals(found: Adapter, weights: dict[Adapter, float]) -> bool:
-    return all(
-        torch.allclose(
-            dense(found, layer),
-            sum((w * dense(a, layer) for a, w in weights.items()), torch.zeros(SHAPES[layer]).double()),
-            rtol=1e-5,
-            atol=1e-5,
-        )
-        for layer in SHAPES
-    )
+    for layer, shape in SHAPES.items():
+        wanted = torch.zeros(shape).double()
+        for each, weight in weights.items():
+            wanted += weight * dense(each.layers[layer]) if layer in each.layers else 0.0
+        got = dense(found.layers[layer]) if layer in found.layers else torch.zeros(shape).double()
+        if not torch.allclose(got, wanted, rtol=1e-5, atol=1e-5):
+            return False
+    return True
 
 
 A, B, C = adapter("a", 1), adapter("b", 2, 3, ("two", "three")), adapter("c", 3, 1, ("one", "three"))
@@ -162,3 +158,127 @@ def test_a_negated_adapter_undoes_the_adapter_in_a_model(
     opposite = replace(arithmetic.negate(given), base_model=given.base_model)
     with Composer(tiny_llama, [given, opposite]).activate({"a": 1.0, "negated a": 1.0}):
         assert torch.allclose(tiny_llama(**inputs).logits, base, atol=1e-5)
+
+
+def test_the_mean_of_the_general_updates_is_subtracted_from_each(make_model, make_adapter):
+    model = make_model("llama")
+    tasks = [make_adapter(model, f"task {n}", rank=2, targets=("q_proj", "v_proj"), seed=n) for n in range(3)]
+    generals = [make_adapter(model, f"general {n}", rank=3 + n, targets=("q_proj",), seed=9 + n) for n in range(2)]
+    pool = genknowsub(tasks, generals, progress=False)
+    assert pool.names == ("task 0", "task 1", "task 2")
+    for task in tasks:
+        for layer in task.layers:
+            mean_OI = sum(g.delta(layer).double() for g in generals if layer in g.layers) / 2
+            expected_OI = task.delta(layer).double() - mean_OI
+            assert torch.allclose(pool[task.name].delta(layer).double(), expected_OI, atol=1e-5)
+
+
+def test_without_general_adapters_it_says_so(make_model, make_adapter):
+    task = make_adapter(make_model("llama"), "task", rank=2, targets=("q_proj",), seed=0)
+    with pytest.raises(WeightingError, match="got none"):
+        genknowsub([task], [])
+
+
+CLIENTS = [adapter("a", 1, 1), adapter("b", 2, 3), adapter("c", 3, 2, ("one",))]
+SIZES = [2.0, 3.0, 5.0]
+
+
+def decomposed(layer: str) -> tuple[Tensor, Tensor, Tensor]:
+    mean = sum(w / 10 * dense(c.layers[layer]) for w, c in zip(SIZES, CLIENTS, strict=True) if layer in c.layers)
+    return torch.linalg.svd(mean, full_matrices=False)
+
+
+@pytest.mark.parametrize("ranks", [[1, 2, 3], [5, 2], [1]])
+def test_each_client_gets_the_best_update_of_its_rank(ranks: list[int]) -> None:
+    found = flexlora_clients(CLIENTS, SIZES, ranks)
+    for client, rank in zip(found, ranks, strict=True):
+        for layer in ("one", "two"):
+            u, sigma, vh = decomposed(layer)
+            factors = client.layers[layer]
+            assert factors.rank <= rank
+            assert torch.allclose(dense(factors), u[:, :rank] * sigma[:rank] @ vh[:rank], rtol=1e-5, atol=1e-5)
+            # a zero singular value has no direction of its own
+            norms_R = factors.a_RI.norm(dim=1)[: int((sigma[:rank] > 1e-6).sum())]
+            assert torch.allclose(norms_R, torch.ones_like(norms_R), atol=1e-5)
+
+
+def test_the_report_has_the_error_of_each_clients_cut() -> None:
+    for client, rank in zip(flexlora_clients(CLIENTS, SIZES, [1, 2, 5]), [1, 2, 5], strict=True):
+        for layer in ("one", "two"):
+            _, sigma, _ = decomposed(layer)
+            lost = float((sigma[rank:].square().sum() / sigma.square().sum()).sqrt())
+            assert client.report[layer].relative_error == pytest.approx(lost, rel=1e-4, abs=1e-6)
+            assert client.report[layer].rank_out == client.layers[layer].rank
+
+
+def test_a_smaller_client_has_the_first_rows_of_a_larger_one() -> None:
+    small, large = flexlora_clients(CLIENTS, SIZES, [1, 3])
+    assert torch.equal(small.layers["one"].a_RI, large.layers["one"].a_RI[:1])
+
+
+def test_clients_are_named_and_carry_the_recipe() -> None:
+    found = flexlora_clients(CLIENTS, SIZES, [1, 3], names=["phone", "server"])
+    assert [client.name for client in found] == ["phone", "server"]
+    assert [client.card["recipe"]["rank"] for client in found] == [1, 3]
+    assert [client.name for client in flexlora_clients(CLIENTS, SIZES, [1, 3])] == ["flexlora-r1", "flexlora-r3"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options", "word"),
+    [
+        ([], {}, "none"),
+        ([2, 0], {}, "rank 0 of client 2"),
+        (["a", 1], {}, "rank 'a' of client 1 is no whole number"),
+        ([1, 2.5], {}, "rank 2.5 of client 2"),
+        ([1, 9], {}, "rank=9"),
+        ([1, 2], {"names": ["x"]}, "2 ranks and 1 names"),
+    ],
+)
+def test_ranks_and_names_that_do_not_fit_are_refused(ranks: list[int], options: dict, word: str) -> None:
+    with pytest.raises(WeightingError, match=word):
+        flexlora_clients(CLIENTS, SIZES, ranks, **options)
+
+
+LAYERS = {"q": (24, 32), "v": (16, 32)}
+
+
+@pytest.fixture
+def pool():
+    """Three times three adapters that are one update each but for noise, every one in a gauge of its own."""
+    draw = torch.Generator().manual_seed(0)
+    adapters = {}
+    for group in range(3):
+        plain = {n: (torch.randn(4, i, generator=draw), torch.randn(o, 4, generator=draw)) for n, (o, i) in LAYERS.items()}
+        for member in range(3):
+            layers = {}
+            for layer, (a_RI, b_OR) in plain.items():
+                gauge_RR = torch.eye(4) * 3 + torch.randn(4, 4, generator=draw)
+                noisy_RI = a_RI + 0.1 * torch.randn(a_RI.shape, generator=draw)
+                layers[layer] = Factors(gauge_RR @ noisy_RI, b_OR @ torch.linalg.inv(gauge_RR))
+            adapters[f"{member} of {group}"] = Adapter(f"{member} of {group}", "tiny", layers=layers)
+    order = sorted(adapters)
+    return ExpertPool({name: adapters[name] for name in order})
+
+
+def test_similarities_are_the_cosines_of_the_dense_updates(pool):
+    dense = [np.concatenate([a.delta(layer).double().numpy().ravel() for layer in LAYERS]) for a in pool.adapters.values()]
+    rows = np.stack([row / np.linalg.norm(row) for row in dense])
+    assert np.allclose(similarities(pool), rows @ rows.T, atol=1e-6)
+
+
+def test_planted_clusters_are_found_whatever_the_gauge_of_the_factors(pool):
+    found = clusters(pool, num_clusters=3)
+    assert sorted(found) == [tuple(f"{member} of {group}" for member in range(3)) for group in range(3)]
+    assert clusters(pool, num_clusters=3, seed=4) == clusters(pool, num_clusters=3, seed=4)
+
+
+def test_one_cluster_is_the_pool_and_more_than_adapters_are_refused(pool):
+    assert clusters(pool, num_clusters=1) == [pool.names]
+    with pytest.raises(WeightingError, match="num_clusters is 10, but the pool has 9 adapters"):
+        clusters(pool)
+
+
+def test_an_adapter_that_updates_nothing_is_refused_by_name(pool):
+    zero = Adapter("zero", "tiny", layers={"q": Factors(torch.zeros(1, 32), torch.zeros(24, 1))})
+    with pytest.raises(WeightingError, match="'zero' updates nothing"):
+        clusters(pool.including("zero", zero), num_clusters=2)

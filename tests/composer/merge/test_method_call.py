@@ -9,7 +9,7 @@ import torch
 
 from loraweave.composer.merge.merge import merge
 from loraweave.composer.merge.method_call import MethodCall, layer_seeds
-from loraweave.errors import UnknownName, WeightingError
+from loraweave.errors import WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors
 
@@ -51,11 +51,6 @@ def test_what_merge_supplies_is_no_option_of_the_user(spied: list[object]) -> No
         MethodCall("spy", {"seeds": [1]})
     with pytest.raises(WeightingError, match="did you mean 'density'"):
         MethodCall("spy", {"densty": 0.5})
-
-
-def test_an_unknown_method_is_named_with_the_nearest() -> None:
-    with pytest.raises(UnknownName, match="did you mean 'linear'"):
-        MethodCall("lineer")
 
 
 def test_a_survey_sees_every_layer_once_and_reaches_every_call(spied: list[object]) -> None:

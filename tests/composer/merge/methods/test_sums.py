@@ -1,4 +1,4 @@
-"""average, task_arithmetic, svd and genknowsub against dense sums in float64."""
+"""linear, average, task_arithmetic, svd and genknowsub against dense sums in float64."""
 
 from __future__ import annotations
 
@@ -143,3 +143,23 @@ def test_one_expert_of_weight_one_comes_back_whatever_its_kind(method, part: str
     for name, tensor in found.tensors().items():
         assert torch.equal(tensor, given[name])
         assert tensor.data_ptr() != given[name].data_ptr()
+
+
+def test_it_equals_the_sum_of_the_dense_updates() -> None:
+    experts, weights = [factors(0, 1), factors(1, 4), factors(2, 3)], [0.7, -0.4, 2.0]
+    expected = sum(w * dense(f) for w, f in zip(weights, experts, strict=True))
+    found = linear(experts, weights)
+    assert found.rank == 8
+    assert torch.allclose(dense(found), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_half_and_half_of_one_adapter_is_that_adapter() -> None:
+    f = factors(0, 3)
+    assert torch.allclose(dense(linear([f, f], [0.35, 0.35])), 0.7 * dense(f), rtol=1e-6, atol=1e-6)
+
+
+def test_gains_and_biases_sum_with_their_weights() -> None:
+    gain, bias = torch.arange(5.0), torch.ones(5)
+    found = linear([factors(0, 2, gain_O=gain), factors(1, 2, gain_O=gain, bias_O=bias), factors(2, 1)], [0.5, -2.0, 3.0])
+    assert torch.equal(found.gain_O, -1.5 * gain)
+    assert torch.equal(found.bias_O, -2.0 * bias)
