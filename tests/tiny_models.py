@@ -318,6 +318,18 @@ def trained() -> Callable[[Any], Any]:
     return differ
 
 
+def model_inputs(kind: str, rows: int = 3, tokens: int = 7, seed: int = 5) -> dict[str, Tensor]:
+    """Random tokens for a tiny model of that kind, without padding."""
+    ids = torch.randint(3, 60, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return {**batch, "decoder_input_ids": ids[:, :4]} if kind == "t5" else batch
+
+
+@torch.no_grad()
+def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return model(**batch).logits  # type: ignore[no-any-return]
+
+
 def random_factors(seed: int, rank: int = 3, num_out: int = 5, num_in: int = 7, **parts: Any) -> Factors:
     """An update of normal a and b, the same for the same seed; `parts` are its further fields."""
     generator = torch.Generator().manual_seed(seed)

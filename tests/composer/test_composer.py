@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import logits
+from tiny_models import model_inputs as inputs
 from torch import Tensor, nn
 
 from loraweave.composer.composer import Composer
@@ -22,16 +24,9 @@ KINDS = ["llama", "gpt2", "t5", "bert"]
 LAYER = "model.layers.0.self_attn.q_proj"
 
 
-def inputs(kind: str, rows: int = 3, tokens: int = 7, seed: int = 5) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, 60, (rows, tokens), generator=generator)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return {**batch, "decoder_input_ids": ids[:, :4]} if kind == "t5" else batch
-
-
-@torch.no_grad()
-def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    return model(**batch).logits
+@pytest.fixture
+def engine(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> Composer:
+    return Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -141,12 +136,11 @@ def test_a_router_sees_each_layers_input(tiny_llama: nn.Module, make_adapter: Ca
     assert seen == {"lm_head": (3, 7, 16)}
 
 
-def test_mixture_weights_are_matched_by_name_not_by_place(tiny_llama: nn.Module, make_adapters: Callable[..., Any]) -> None:
-    engine = Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
+def test_mixture_weights_are_matched_by_name_not_by_place(engine: Composer) -> None:
     with engine.activate({"a": 0.25, "c": 1.0}):
-        expected = logits(tiny_llama, inputs("llama"))
+        expected = logits(engine.model, inputs("llama"))
     with engine.activate(MixtureWeights(torch.tensor([[[[1.0, 0.25]]]]), ("c", "a"))):
-        assert torch.equal(logits(tiny_llama, inputs("llama")), expected)
+        assert torch.equal(logits(engine.model, inputs("llama")), expected)
 
 
 def test_the_order_of_the_pool_does_not_matter(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> None:
@@ -243,12 +237,9 @@ def test_rows_of_a_two_axis_input_hold_their_tokens_on_end() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 5])
-def test_rows_that_do_not_fit_the_batch_are_named(
-    rows: int, tiny_llama: nn.Module, make_adapters: Callable[..., Any]
-) -> None:
-    engine = Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
+def test_rows_that_do_not_fit_the_batch_are_named(rows: int, engine: Composer) -> None:
     with engine.activate([{"a": 1.0}, {"b": 1.0}, None]), pytest.raises(ScopeError, match=rf"3 rows.*batch has {rows}"):
-        logits(tiny_llama, inputs("llama", rows=rows))
+        logits(engine.model, inputs("llama", rows=rows))
 
 
 def test_tokens_that_do_not_fit_the_input_are_named(tiny_llama: nn.Module, make_adapter: Callable[..., Adapter]) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import logits
+from tiny_models import model_inputs as inputs
 from torch import Tensor, nn
 
 from loraweave.composer.composer import Composer
@@ -30,16 +32,9 @@ from loraweave.types import Factors
 LAYER = "model.layers.0.self_attn.q_proj"
 
 
-def inputs(kind: str, rows: int = 3, tokens: int = 7, seed: int = 5) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, 60, (rows, tokens), generator=generator)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return {**batch, "decoder_input_ids": ids[:, :4]} if kind == "t5" else batch
-
-
-@torch.no_grad()
-def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    return model(**batch).logits
+@pytest.fixture
+def engine(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> Composer:
+    return Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
 
 
 @pytest.mark.parametrize("name", ["mlp", "0", "a/b", "v_proj", "🧶", "", "model.layers.0"])
@@ -95,17 +90,13 @@ def test_an_adapter_for_another_base_is_refused(
         (MixtureWeights(torch.ones(1, 1, 1, 1), ("a",), ("no.such.layer",)), WeightingError),
     ],
 )
-def test_mixtures_that_do_not_fit_raise_and_leave_nothing(
-    mixture: Any, error: type[Exception], tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]
-) -> None:
-    engine = Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
+def test_mixtures_that_do_not_fit_raise_and_leave_nothing(mixture: Any, error: type[Exception], engine: Composer) -> None:
     with pytest.raises(error):
         engine.activate(mixture)
     assert not engine.active
 
 
-def test_a_near_miss_of_a_layers_name_is_named(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> None:
-    engine = Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
+def test_a_near_miss_of_a_layers_name_is_named(engine: Composer) -> None:
     misspelt = LAYER.replace("self_attn", "selfattn")
     with pytest.raises(WeightingError, match=f"layer '{misspelt}'.* did you mean '{LAYER}'"):
         engine.activate(MixtureWeights(torch.ones(1, 1, 1, 1), ("a",), (misspelt,)))
@@ -220,8 +211,7 @@ def test_swap_takes_another_pool(tiny_llama: nn.Module, make_adapters: Callable[
         assert torch.equal(logits(tiny_llama, inputs("llama")), expected)
 
 
-def test_a_refused_swap_keeps_the_old_pool(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> None:
-    engine = Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
+def test_a_refused_swap_keeps_the_old_pool(engine: Composer) -> None:
     with pytest.raises(LayerMismatch):
         engine.swap([Adapter("odd", "tiny", {"nowhere": Factors(torch.ones(1, 4), torch.ones(4, 1))})])
     assert engine.pool.names == ("a", "b", "c")

@@ -7,25 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from tiny_models import logits
+from tiny_models import model_inputs as inputs
+from torch import nn
 
 from loraweave.composer.composer import Composer
 from loraweave.composer.merge.merge import merge
 from loraweave.hub.adapter import Adapter
 
 KINDS = ["llama", "gpt2", "t5", "bert"]
-
-
-def inputs(kind: str, rows: int = 3, tokens: int = 7, seed: int = 5) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, 60, (rows, tokens), generator=generator)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return {**batch, "decoder_input_ids": ids[:, :4]} if kind == "t5" else batch
-
-
-@torch.no_grad()
-def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    return model(**batch).logits
 
 
 def as_peft(model: nn.Module, adapters: Sequence[Adapter]) -> Any:

@@ -12,6 +12,8 @@ import transformers
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from tiny_models import logits
+from tiny_models import model_inputs as inputs
 from torch import Tensor, nn
 
 from loraweave.composer.composer import Composer
@@ -21,18 +23,6 @@ from loraweave.errors import (
 )
 from loraweave.hub.adapter import Adapter
 from loraweave.routers.weights import MixtureWeights
-
-
-def inputs(kind: str, rows: int = 3, tokens: int = 7, seed: int = 5) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, 60, (rows, tokens), generator=generator)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return {**batch, "decoder_input_ids": ids[:, :4]} if kind == "t5" else batch
-
-
-@torch.no_grad()
-def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    return model(**batch).logits
 
 
 class Tokens:
@@ -51,6 +41,17 @@ class Tokens:
 
 TEXTS = ["5 8 13 21 34", "9", "7 30 11"]
 ROWS = [{"a": 1.0}, {"b": 0.5, "c": -0.5}, None]
+
+
+@pytest.fixture
+def engine(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> Composer:
+    return Composer(tiny_llama, make_adapters(tiny_llama, "llama"), tokenizer=Tokens())
+
+
+@pytest.fixture
+def exact(make_model: Callable[..., nn.Module], make_adapters: Callable[..., list[Adapter]]) -> Composer:
+    model = make_model("llama", dtype=torch.float64)
+    return Composer(model, make_adapters(model, "llama"), tokenizer=Tokens())
 
 
 @pytest.mark.parametrize(
@@ -78,15 +79,11 @@ def test_generation_of_a_mixed_batch_equals_each_text_alone(
     assert not engine.active
 
 
-def test_sampled_return_sequences_are_scored_by_their_own_mixture(
-    make_model: Callable[..., nn.Module], make_adapters: Callable[..., list[Adapter]]
-) -> None:
-    model = make_model("llama", dtype=torch.float64)
-    engine = Composer(model, make_adapters(model, "llama"))
+def test_sampled_return_sequences_are_scored_by_their_own_mixture(exact: Composer) -> None:
     batch = inputs("llama")
     torch.manual_seed(0)
-    with engine.activate(ROWS):
-        output = model.generate(
+    with exact.activate(ROWS):
+        output = exact.model.generate(
             **batch,
             do_sample=True,
             num_return_sequences=3,
@@ -98,20 +95,16 @@ def test_sampled_return_sequences_are_scored_by_their_own_mixture(
     assert output.sequences.shape[0] == 9
     scored = torch.stack(output.logits, dim=1)
     for index, sequence in enumerate(output.sequences):
-        with engine.activate(ROWS[index // 3] or {}):
-            alone = logits(model, {"input_ids": sequence[None]})[0, 6:-1]
+        with exact.activate(ROWS[index // 3] or {}):
+            alone = logits(exact.model, {"input_ids": sequence[None]})[0, 6:-1]
         assert torch.allclose(scored[index].double(), alone, rtol=1e-5, atol=1e-5)
 
 
-def test_sampled_beams_are_scored_by_their_own_mixture(
-    make_model: Callable[..., nn.Module], make_adapters: Callable[..., list[Adapter]]
-) -> None:
-    model = make_model("llama", dtype=torch.float64)
-    engine = Composer(model, make_adapters(model, "llama"))
+def test_sampled_beams_are_scored_by_their_own_mixture(exact: Composer) -> None:
     settings = {"num_beams": 3, "do_sample": True, "top_k": 0, "length_penalty": 0.0, "num_return_sequences": 2}
     torch.manual_seed(0)
-    with engine.activate(ROWS):
-        output = model.generate(
+    with exact.activate(ROWS):
+        output = exact.model.generate(
             **inputs("llama"),
             **settings,
             min_new_tokens=4,
@@ -120,28 +113,23 @@ def test_sampled_beams_are_scored_by_their_own_mixture(
             return_dict_in_generate=True,
         )
     for index, sequence in enumerate(output.sequences):
-        with engine.activate(ROWS[index // 2] or {}):
-            alone_TV = logits(model, {"input_ids": sequence[None]})[0, 6:-1]
+        with exact.activate(ROWS[index // 2] or {}):
+            alone_TV = logits(exact.model, {"input_ids": sequence[None]})[0, 6:-1]
         expected = alone_TV.log_softmax(-1).gather(1, sequence[7:, None]).sum()
         assert torch.allclose(output.sequences_scores[index].double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_cached_generation_equals_uncached(make_model: Callable[..., nn.Module], make_adapters: Callable[..., Any]) -> None:
-    model = make_model("llama", dtype=torch.float64)
-    engine = Composer(model, make_adapters(model, "llama"), tokenizer=Tokens())
+def test_cached_generation_equals_uncached(exact: Composer) -> None:
     cached, uncached = (
-        engine.generate(TEXTS, mixture=ROWS, max_new_tokens=8, do_sample=False, use_cache=use) for use in (True, False)
+        exact.generate(TEXTS, mixture=ROWS, max_new_tokens=8, do_sample=False, use_cache=use) for use in (True, False)
     )
     assert cached == uncached
-    assert cached != engine.generate(TEXTS, max_new_tokens=8, do_sample=False)
+    assert cached != exact.generate(TEXTS, max_new_tokens=8, do_sample=False)
 
 
-def test_generation_returns_the_continuation_only(
-    tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]
-) -> None:
-    engine = Composer(tiny_llama, make_adapters(tiny_llama, "llama"), tokenizer=Tokens())
+def test_generation_returns_the_continuation_only(engine: Composer) -> None:
     ids = torch.tensor([[9]])
-    expected = tiny_llama.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+    expected = engine.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
     assert engine.generate(["9"], max_new_tokens=4, do_sample=False) == Tokens().batch_decode(
         expected[:, 1:], skip_special_tokens=True
     )
@@ -156,14 +144,10 @@ def test_generation_returns_the_continuation_only(
     ],
     ids=["static", "dynamic", "no cache"],
 )
-def test_every_kind_of_cache_gives_each_text_its_own_continuation(
-    settings: dict[str, Any], make_model: Callable[..., nn.Module], make_adapters: Callable[..., Any]
-) -> None:
-    model = make_model("llama", dtype=torch.float64)
-    engine = Composer(model, make_adapters(model, "llama"), tokenizer=Tokens())
-    together = engine.generate(TEXTS, mixture=ROWS, max_new_tokens=6, do_sample=False, **settings)
+def test_every_kind_of_cache_gives_each_text_its_own_continuation(settings: dict[str, Any], exact: Composer) -> None:
+    together = exact.generate(TEXTS, mixture=ROWS, max_new_tokens=6, do_sample=False, **settings)
     for index, text in enumerate(TEXTS):
-        alone = engine.generate([text], mixture=ROWS[index] or {}, max_new_tokens=6, do_sample=False, **settings)
+        alone = exact.generate([text], mixture=ROWS[index] or {}, max_new_tokens=6, do_sample=False, **settings)
         assert [together[index]] == alone
 
 
@@ -233,18 +217,12 @@ def test_assisted_generation_gives_the_mixtures_own_tokens(
     assert found != engine.generate([text], max_new_tokens=12, do_sample=False)
 
 
-def test_a_cache_of_a_common_beginning_is_used_on(
-    make_model: Callable[..., nn.Module],
-    make_adapters: Callable[..., list[Adapter]],
-    cache_argument: Callable[[nn.Module], str],
-) -> None:
-    model = make_model("llama", dtype=torch.float64)
-    engine = Composer(model, make_adapters(model, "llama"))
+def test_a_cache_of_a_common_beginning_is_used_on(cache_argument: Callable[[nn.Module], str], exact: Composer) -> None:
     batch = inputs("llama", tokens=7)
-    with engine.activate(ROWS):
-        expected = model.generate(**batch, max_new_tokens=6, do_sample=False)
-        cache = model(input_ids=batch["input_ids"][:, :5]).past_key_values
-        found = model.generate(**batch, **{cache_argument(model): cache}, max_new_tokens=6, do_sample=False)
+    with exact.activate(ROWS):
+        expected = exact.model.generate(**batch, max_new_tokens=6, do_sample=False)
+        cache = exact.model(input_ids=batch["input_ids"][:, :5]).past_key_values
+        found = exact.model.generate(**batch, **{cache_argument(exact.model): cache}, max_new_tokens=6, do_sample=False)
     assert torch.equal(found, expected)
 
 
@@ -292,9 +270,8 @@ def test_stop_strings_need_no_tokenizer_of_the_callers(
 )
 @pytest.mark.parametrize("call", ["generate", "stream"])
 def test_ways_of_decoding_that_would_leave_the_mixture_are_refused(
-    call: str, settings: dict[str, Any], message: str, tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]
+    call: str, settings: dict[str, Any], message: str, engine: Composer
 ) -> None:
-    engine = Composer(tiny_llama, make_adapters(tiny_llama, "llama"), tokenizer=Tokens())
     with pytest.raises((CompositionError, ScopeError), match=message):
         getattr(engine, call)(TEXTS, mixture=ROWS, max_new_tokens=3, **settings)
     assert not engine.active
@@ -357,8 +334,7 @@ def test_settings_may_come_as_a_generation_config(
         engine.generate(TEXTS, mixture=ROWS, generation_config=GenerationConfig(dola_layers="high"))
 
 
-def test_a_decoding_function_of_ones_own_is_passed_on(tiny_llama: nn.Module, make_adapters: Callable[..., Any]) -> None:
-    engine = Composer(tiny_llama, make_adapters(tiny_llama, "llama"), tokenizer=Tokens())
+def test_a_decoding_function_of_ones_own_is_passed_on(engine: Composer) -> None:
 
     def decode(model: Any, input_ids: Tensor, **_: Any) -> Tensor:
         return torch.cat([input_ids, model(input_ids=input_ids).logits[:, -1:].argmax(-1)], dim=1)
@@ -372,23 +348,18 @@ class _Halves:
         return torch.full((1, 1, 3), 0.5)
 
 
-def test_a_router_per_text_is_for_as_many_texts(
-    make_model: Callable[..., nn.Module], make_adapters: Callable[..., list[Adapter]]
-) -> None:
-    model = make_model("llama", dtype=torch.float64)
-    engine = Composer(model, make_adapters(model, "llama"), tokenizer=Tokens())
+def test_a_router_per_text_is_for_as_many_texts(exact: Composer) -> None:
     rows = [_Halves(), {"b": 0.5, "c": -0.5}, None]
     options = {"max_new_tokens": 6, "do_sample": False}
-    expected = engine.generate(TEXTS, mixture=[{"a": 0.5, "b": 0.5, "c": 0.5}, *ROWS[1:]], **options)
-    assert engine.generate(TEXTS, mixture=rows, **options) == expected
+    expected = exact.generate(TEXTS, mixture=[{"a": 0.5, "b": 0.5, "c": 0.5}, *ROWS[1:]], **options)
+    assert exact.generate(TEXTS, mixture=rows, **options) == expected
     with pytest.raises(ScopeError, match="3 rows, but there are 6 texts"):
-        engine.generate([*TEXTS, *TEXTS], mixture=rows, **options)
-    with engine.activate(rows), pytest.raises(ScopeError, match="3 rows, but the batch has 4"):
-        logits(model, inputs("llama", rows=4))
+        exact.generate([*TEXTS, *TEXTS], mixture=rows, **options)
+    with exact.activate(rows), pytest.raises(ScopeError, match="3 rows, but the batch has 4"):
+        logits(exact.model, inputs("llama", rows=4))
 
 
-def test_weights_for_fixed_tokens_are_refused(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> None:
-    engine = Composer(tiny_llama, make_adapters(tiny_llama, "llama"), tokenizer=Tokens())
+def test_weights_for_fixed_tokens_are_refused(engine: Composer) -> None:
     with pytest.raises(ScopeError, match="5 tokens, and none for those to come"):
         engine.generate(["5 6 7 8 9"], mixture=MixtureWeights(torch.ones(1, 5, 1, 1), ("a",)), max_new_tokens=2)
 
@@ -422,13 +393,9 @@ def test_generation_refuses_what_it_cannot_do(tiny_llama: nn.Module, make_adapte
     st.integers(1, 3),
 )
 @hypothesis_settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-def test_texts_of_any_lengths_and_mixtures_share_a_batch(
-    make_model: Callable[..., nn.Module], make_adapters: Callable[..., Any], rows: list[Any], num_beams: int
-) -> None:
-    model = make_model("llama", dtype=torch.float64)
-    engine = Composer(model, make_adapters(model, "llama"), tokenizer=Tokens())
+def test_texts_of_any_lengths_and_mixtures_share_a_batch(exact: Composer, rows: list[Any], num_beams: int) -> None:
     options = {"max_new_tokens": 4, "do_sample": False, "num_beams": num_beams}
     texts = [" ".join(map(str, ids)) for ids, _ in rows]
-    together = engine.generate(texts, mixture=[mixture for _, mixture in rows], **options)
+    together = exact.generate(texts, mixture=[mixture for _, mixture in rows], **options)
     for text, (_, mixture), found in zip(texts, rows, together, strict=True):
-        assert engine.generate([text], mixture=mixture or {}, **options) == [found]
+        assert exact.generate([text], mixture=mixture or {}, **options) == [found]
