@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from loraweave import registry
-from loraweave.errors import HubError
+from loraweave.errors import AdapterExists, AdapterUnsupported, HubError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._foreign import ForeignFormat
@@ -19,10 +20,8 @@ from loraweave.types import Factors
 
 FORMATS = {name: registry.get("formats", name) for name in registry.names("formats")}
 # types that PEFT trains and we only read: what was read of them is written as an ordinary LoRA
-FILES = {name: layout for name, layout in FORMATS.items() if isinstance(layout, type) and issubclass(layout, FileFormat)}
-FOREIGN = {
-    name: layout for name, layout in FORMATS.items() if isinstance(layout, type) and issubclass(layout, ForeignFormat)
-}
+FILES = {name: layout for name, layout in FORMATS.items() if issubclass(layout, FileFormat)}
+FOREIGN = {name: layout for name, layout in FORMATS.items() if issubclass(layout, ForeignFormat)}
 
 
 @pytest.fixture(params=FORMATS)
@@ -50,13 +49,16 @@ def contents(seed=0, *, ternary=True):
     return Contents("base", layers, card={"description": "sorts", "tags": ["words"]})
 
 
+def hash_of(given):
+    return Adapter("a", "base", given.layers).hash
+
+
 def test_values_of_any_kind_come_back_exactly_or_are_refused(written, tmp_path):
     given = contents(ternary=False)
     folder = tmp_path / "adapter"
     with contextlib.suppress(HubError):
         written.write(given, folder)
-    read = [Adapter("a", "base", written.read(folder).layers).hash] if folder.exists() else []
-    assert read in ([], [Adapter("b", "base", given.layers).hash])
+    assert not folder.exists() or hash_of(written.read(folder)) == hash_of(given)
 
 
 def test_reading_gives_back_what_was_written(written, tmp_path):
@@ -64,19 +66,65 @@ def test_reading_gives_back_what_was_written(written, tmp_path):
     folder = written.write(given, tmp_path / "adapter")
     assert written.recognises(folder)
     found = written.read(folder)
-    assert Adapter("a", "base", found.layers).hash == Adapter("b", "base", given.layers).hash
+    assert hash_of(found) == hash_of(given)
     assert found.base_model == given.base_model
     assert found.card["description"] == "sorts"
 
 
 def test_every_tensor_of_the_files_matters(written, tmp_path):
     first, second = (written.read(written.write(contents(seed), tmp_path / str(seed))) for seed in (1, 2))
-    assert Adapter("a", "base", first.layers).hash != Adapter("a", "base", second.layers).hash
+    assert hash_of(first) != hash_of(second)
 
 
 def test_an_adapter_of_any_written_format_is_read_without_naming_it(written, tmp_path):
     folder = written.write(contents(), tmp_path / "adapter")
-    assert Adapter.from_pretrained(folder).hash == Adapter("a", "base", written.read(folder).layers).hash
+    assert Adapter.from_pretrained(folder).hash == hash_of(written.read(folder))
+
+
+def test_an_empty_folder_missing_parents_and_an_older_adapter_give_way(written, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "empty", tmp_path / "a" / "b", tmp_path / "empty"):
+        written.write(contents(1), folder)
+        assert hash_of(written.read(written.write(contents(2), folder))) == hash_of(contents(2))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "empty"]
+
+
+def test_a_folder_with_other_files_and_a_file_are_left_alone(written, tmp_path):
+    folder = written.write(contents(), tmp_path / "adapter")
+    (folder / "thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("mine")
+    for target, named in ((folder, r"thesis\.txt"), (tmp_path / "file", "is a file")):
+        with pytest.raises(AdapterExists, match=named):
+            written.write(contents(1), target)
+    assert hash_of(written.read(folder)) == hash_of(contents())
+
+
+def test_a_failure_while_writing_leaves_the_older_adapter_and_nothing_else(written, tmp_path, monkeypatch):
+    def interrupted(descriptor):
+        raise KeyboardInterrupt
+
+    folder = written.write(contents(), tmp_path / "adapter")
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        written.write(contents(1), folder)
+    assert hash_of(written.read(folder)) == hash_of(contents())
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+ZEROS = {"q": Factors(torch.zeros(1, 4), torch.zeros(3, 1))}
+UNWRITTEN = {
+    "NaN on the card": (Contents("base", contents().layers, card={"x": float("nan")}), "not JSON"),
+    "an object on the card": (Contents("base", contents().layers, card={"x": object()}), "not JSON"),
+    "no effect": (Contents("base", ZEROS), "without effect"),
+}
+
+
+@pytest.mark.parametrize("case", UNWRITTEN)
+def test_what_cannot_be_written_is_refused_and_nothing_appears(written, tmp_path, case):
+    given, named = UNWRITTEN[case]
+    with pytest.raises(AdapterUnsupported, match=named):
+        written.write(given, tmp_path / "adapter")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_of_something_else_is_not_recognised_and_refused_by_name(layout, tmp_path):

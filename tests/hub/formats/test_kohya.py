@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft_models import Tree
 from safetensors.torch import save_file
 from torch import nn
 
@@ -35,21 +36,6 @@ def lora(module, *, num_in=5, num_out=7, rank=2, alpha=3.0, kernel=()):
 def put(path, *tables, metadata=None):
     save_file({key: tensor for table in tables for key, tensor in table.items()}, path, metadata=metadata)
     return path
-
-
-class Tiny(nn.Module):
-    """A module tree with the paths that are named, each an own layer."""
-
-    def __init__(self, layers):
-        super().__init__()
-        for path, layer in layers.items():
-            here = self
-            *steps, last = path.split(".")
-            for step in steps:
-                if step not in here._modules:
-                    here.add_module(step, nn.Module())
-                here = here._modules[step]
-            here.add_module(last, layer)
 
 
 @pytest.mark.parametrize("alpha", [3.0, 0.5, None])
@@ -165,7 +151,7 @@ def test_loha_of_a_convolution_needs_the_base_for_its_kernel(tmp_path):
     path = put(tmp_path / "a.safetensors", held)
     with pytest.raises(AdapterUnsupported, match=r"convolution.*model=model"):
         Adapter.from_pretrained(path)
-    model = Tiny({"up_blocks.1.resnets.2.conv1": nn.Conv2d(5, 7, 3)})
+    model = Tree({"up_blocks.1.resnets.2.conv1": nn.Conv2d(5, 7, 3)})
     factors = Adapter.from_pretrained(path, model=model).layers["up_blocks.1.resnets.2.conv1"]
     assert (factors.kind, factors.kernel, factors.rank) == ("conv", (3, 3), 1)
 
@@ -175,18 +161,18 @@ def test_the_base_model_says_what_underscores_mean_in_an_architecture_that_no_ta
     with pytest.raises(AdapterUnsupported, match=r"my_blocks_0_cross_attn_q_proj.*model=model"):
         Adapter.from_pretrained(path)
     for layer in ("my_blocks.0.cross_attn.q_proj", "unet.my_blocks.0.cross_attn.q_proj"):
-        assert list(Adapter.from_pretrained(path, model=Tiny({layer: nn.Linear(5, 7)})).layers) == [layer]
+        assert list(Adapter.from_pretrained(path, model=Tree({layer: nn.Linear(5, 7)})).layers) == [layer]
 
 
 def test_a_name_that_means_two_layers_of_the_base_is_refused_with_both(tmp_path):
     path = put(tmp_path / "a.safetensors", lora("lora_unet_a_b"))
     with pytest.raises(AdapterUnsupported, match=r"can mean 'a\.b' or 'a_b'"):
-        Adapter.from_pretrained(path, model=Tiny({"a.b": nn.Linear(5, 7), "a_b": nn.Linear(5, 7)}))
+        Adapter.from_pretrained(path, model=Tree({"a.b": nn.Linear(5, 7), "a_b": nn.Linear(5, 7)}))
 
 
 def test_a_text_encoder_without_the_step_that_transformers_took_out_is_met(tmp_path):
     path = put(tmp_path / "a.safetensors", lora("lora_te_text_model_encoder_layers_0_mlp_fc1"))
-    assert list(Adapter.from_pretrained(path, model=Tiny({"encoder.layers.0.mlp.fc1": nn.Linear(5, 7)})).layers) == [
+    assert list(Adapter.from_pretrained(path, model=Tree({"encoder.layers.0.mlp.fc1": nn.Linear(5, 7)})).layers) == [
         "encoder.layers.0.mlp.fc1"
     ]
 
@@ -195,9 +181,9 @@ def test_a_text_encoder_without_the_step_that_transformers_took_out_is_met(tmp_p
 def test_another_base_is_refused_with_both_sizes(tmp_path, layer):
     path = put(tmp_path / "a.safetensors", lora(TO_Q))
     with pytest.raises(LayerMismatch, match=r"\(7, 5\)"):
-        Adapter.from_pretrained(path, model=Tiny({TO_Q_PATH: layer}))
+        Adapter.from_pretrained(path, model=Tree({TO_Q_PATH: layer}))
     with pytest.raises(LayerMismatch, match="does not have"):
-        Adapter.from_pretrained(path, model=Tiny({"other": layer}))
+        Adapter.from_pretrained(path, model=Tree({"other": layer}))
 
 
 BROKEN = {

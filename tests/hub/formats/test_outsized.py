@@ -10,7 +10,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from peft_models import lora, put
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -26,7 +26,6 @@ from loraweave.lowrank import algebra
 from loraweave.types import Factors
 
 RANK = 30_000
-WEIGHTS = "adapter_model.safetensors"
 
 
 class Largest(TorchDispatchMode):
@@ -40,34 +39,25 @@ class Largest(TorchDispatchMode):
         return made
 
 
-def config(folder, rank):
-    folder.mkdir()
-    fields = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "base_model_name_or_path": "org/base"}
-    (folder / "adapter_config.json").write_text(json.dumps(fields))
-    return folder
-
-
 @pytest.fixture
 def tall(tmp_path):
     """A file of 0.96 MB: rank 30,000 on a layer of four inputs and outputs."""
     made = torch.Generator().manual_seed(0)
-    tensors = {
-        "base_model.model.up.lora_A.weight": torch.randn(RANK, 4, generator=made),
-        "base_model.model.up.lora_B.weight": torch.randn(4, RANK, generator=made),
-    }
-    save_file(tensors, config(tmp_path / "tall", RANK) / WEIGHTS)
-    return tmp_path / "tall"
+    held = lora("up", a=torch.randn(RANK, 4, generator=made), b=torch.randn(4, RANK, generator=made))
+    return put(tmp_path / "tall", held, r=RANK, lora_alpha=RANK)
 
 
 def hollow(folder, num_bytes):
     """An adapter whose two tensors the header has in full, and the disk not at all."""
     half = num_bytes // 2
+    first, second = lora("up")
+    put(folder, lora("up"), r=1, lora_alpha=1)
     entries = {
-        "base_model.model.up.lora_A.weight": {"dtype": "F32", "shape": [1, half // 4], "data_offsets": [0, half]},
-        "base_model.model.up.lora_B.weight": {"dtype": "F32", "shape": [half // 4, 1], "data_offsets": [half, 2 * half]},
+        first: {"dtype": "F32", "shape": [1, half // 4], "data_offsets": [0, half]},
+        second: {"dtype": "F32", "shape": [half // 4, 1], "data_offsets": [half, 2 * half]},
     }
     header = json.dumps(entries).encode()
-    with (config(folder, 1) / WEIGHTS).open("wb") as file:
+    with (folder / "adapter_model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
         file.truncate(8 + len(header) + 2 * half)
     return folder
@@ -118,11 +108,12 @@ def test_refusing_a_rank_names_the_one_that_is_enough_without_the_dense_update()
 
 
 def test_a_file_of_holes_is_refused_before_it_is_read(tmp_path):
+    beyond, empty = hollow(tmp_path / "64", 64 * 2**30), hollow(tmp_path / "8", 8 * 2**30)
     with Largest() as made:
         with pytest.raises(AdapterUnsupported, match=r"68,719,4.* above the limit of 34,359,738,368"):
-            Adapter.from_pretrained(hollow(tmp_path / "64", 64 * 2**30))
+            Adapter.from_pretrained(beyond)
         with pytest.raises(AdapterCorrupt, match=r"the disk holds only .* holes"):
-            Adapter.from_pretrained(hollow(tmp_path / "8", 8 * 2**30))
+            Adapter.from_pretrained(empty)
     assert made.entries == 0
 
 

@@ -4,8 +4,10 @@ import json
 import os
 import struct
 
+import peft_models
 import pytest
 import torch
+from peft_models import LORA, PREFIX, lora
 from safetensors.torch import save_file
 
 from loraweave.errors import AdapterCorrupt, AdapterSuspicious, AdapterUnsupported
@@ -13,30 +15,16 @@ from loraweave.hub.adapter import Adapter
 from loraweave.hub.formats.peft import Peft
 
 LAYER = "model.layers.0.self_attn.q_proj"
-PATH = f"base_model.model.{LAYER}"
-CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "a/base", "target_modules": ["q_proj"]}
-
-
-def tensors(**extra):
-    generator = torch.Generator().manual_seed(0)
-    held = {
-        f"{PATH}.lora_A.weight": torch.randn(2, 5, generator=generator),
-        f"{PATH}.lora_B.weight": torch.randn(3, 2, generator=generator),
-    }
-    return {name: tensor for name, tensor in {**held, **extra}.items() if tensor is not None}
+PATH = f"{PREFIX}{LAYER}"
 
 
 @pytest.fixture
 def folder(tmp_path):
-    path = tmp_path / "some-adapter"
-    path.mkdir()
-    put(path)
-    return path
+    return put(tmp_path / "some-adapter")
 
 
 def put(path, config=None, **extra):
-    (path / "adapter_config.json").write_text(json.dumps({**CONFIG, **(config or {})}))
-    save_file(tensors(**extra), path / "adapter_model.safetensors")
+    return peft_models.put(path, lora(LAYER) | extra, **(config or {}))
 
 
 def put_raw(path, header, data=b""):
@@ -93,30 +81,20 @@ def test_unknown_field_that_is_switched_off_is_read(folder, value):
     assert list(Peft.read(folder).layers) == [LAYER]
 
 
-WRONG_VALUES = [
-    ("r", "4"),
-    ("r", True),
-    ("r", 0),
-    ("r", -4),
-    ("r", 4.5),
-    ("r", None),
-    ("r", 10**12),
-    ("lora_alpha", None),
-    ("lora_alpha", "8"),
-    ("lora_alpha", True),
-    ("lora_alpha", [8]),
-    ("use_dora", "yes"),
-    ("use_rslora", 1),
-    ("bias", "some"),
-    ("rank_pattern", [4]),
-    ("rank_pattern", {"q_proj": "4"}),
-    ("alpha_pattern", {"q_proj": None}),
-    ("base_model_name_or_path", 3),
-    ("task_type", ["CAUSAL_LM"]),
-]
+WRONG_VALUES = {
+    "r": ["4", True, 0, -4, 4.5, None, 10**12],
+    "lora_alpha": [None, "8", True, [8]],
+    "use_dora": ["yes"],
+    "use_rslora": [1],
+    "bias": ["some"],
+    "rank_pattern": [[4], {"q_proj": "4"}],
+    "alpha_pattern": [{"q_proj": None}],
+    "base_model_name_or_path": [3],
+    "task_type": [["CAUSAL_LM"]],
+}
 
 
-@pytest.mark.parametrize(("field", "value"), WRONG_VALUES)
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in WRONG_VALUES.items() for value in values])
 def test_value_of_a_wrong_type_is_refused_by_name(folder, field, value):
     put(folder, {field: value})
     with pytest.raises(AdapterCorrupt, match=field):
@@ -125,8 +103,8 @@ def test_value_of_a_wrong_type_is_refused_by_name(folder, field, value):
 
 RAW_CONFIGS = {
     "not JSON": b"{'r': 4",
-    "byte order mark": b"\xef\xbb\xbf" + json.dumps(CONFIG).encode(),
-    "UTF-16": json.dumps(CONFIG).encode("utf-16"),
+    "byte order mark": b"\xef\xbb\xbf" + json.dumps(LORA).encode(),
+    "UTF-16": json.dumps(LORA).encode("utf-16"),
     "NaN literal": b'{"peft_type": "LORA", "r": 2, "lora_alpha": NaN}',
     "beyond floats": b'{"peft_type": "LORA", "r": 2, "lora_alpha": 1e400}',
     "a list": b"[]",
@@ -146,7 +124,7 @@ def test_config_that_is_no_clean_json_object_is_refused(folder, case):
 
 
 def test_config_with_windows_line_ends_is_read(folder):
-    text = json.dumps(CONFIG, indent=1).replace("\n", "\r\n")
+    text = json.dumps(LORA, indent=1).replace("\n", "\r\n")
     (folder / "adapter_config.json").write_bytes(text.encode())
     assert Peft.read(folder).base_model == "a/base"
 
@@ -271,7 +249,7 @@ def test_numbers_without_a_scale_are_refused(folder, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float64])
 def test_every_floating_point_dtype_is_read_in_fp32_and_recorded(folder, dtype):
-    stored = {name: tensor.to(dtype) for name, tensor in tensors().items()}
+    stored = {name: tensor.to(dtype) for name, tensor in lora(LAYER).items()}
     put(folder, **stored)
     contents = Peft.read(folder)
     assert contents.card["stored_dtype"] == str(dtype).removeprefix("torch.")
@@ -279,83 +257,61 @@ def test_every_floating_point_dtype_is_read_in_fp32_and_recorded(folder, dtype):
     assert torch.equal(contents.layers[LAYER].b_OR, (stored[B].double() * 2).float())
 
 
-ODD_TENSORS = {
-    "B missing": ({B: None}, AdapterCorrupt, LAYER),
-    "A missing": ({A: None}, AdapterCorrupt, LAYER),
-    "foreign names": ({f"junk.{i}": torch.ones(1) for i in range(5)}, AdapterCorrupt, r"5 of 7 .*junk\.0.*junk\.1.*junk\.2"),
-    "kohya names": ({"lora_unet_x.lora_down.weight": torch.ones(2, 2)}, AdapterCorrupt, "kohya"),
-    "head": ({"base_model.model.score.weight": torch.ones(2, 2)}, AdapterUnsupported, "score"),
-    "head of modules_to_save": ({f"{PATH}.modules_to_save.weight": torch.ones(2, 2)}, AdapterUnsupported, "modules_to_save"),
-    "trained tokens": ({f"{PATH}.token_adapter.trainable_tokens_delta": torch.ones(2)}, AdapterUnsupported, "token"),
-    "two adapters": (
-        {"base_model.model.x.lora_A.one.weight": torch.ones(2, 2), "base_model.model.x.lora_B.one.weight": torch.ones(2, 2)},
-        AdapterUnsupported,
-        "2 adapters",
-    ),
-    "one tensor under two names": ({f"{LAYER}.lora_A.weight": torch.ones(2, 5)}, AdapterCorrupt, LAYER),
-    "fused experts": (
-        {f"{PATH}.base_layer.lora_A.weight": torch.ones(2, 2), f"{PATH}.base_layer.lora_B.weight": torch.ones(2, 2)},
-        AdapterUnsupported,
-        "base_layer",
-    ),
-    "ranks of A and B differ": ({B: torch.ones(3, 4)}, AdapterCorrupt, r"\(2, 5\).*\(3, 4\)"),
-    "one axis": ({A: torch.ones(10)}, AdapterCorrupt, LAYER),
-    "NaN": ({A: torch.tensor([[float("nan")] * 2 + [1.0] * 3] * 2)}, AdapterCorrupt, f"{LAYER}.*4 of 10"),
-    "infinite": ({B: torch.full((3, 2), float("inf"))}, AdapterCorrupt, f"{LAYER}.*6 of 6"),
-    "overflow by the scale": ({B: torch.full((3, 2), 3e38)}, AdapterCorrupt, "beyond what fp32 holds"),
-    "DoRA without the flag": ({f"{PATH}.lora_magnitude_vector": torch.ones(3)}, AdapterCorrupt, "use_dora"),
-    "bias of B without the flag": ({f"{PATH}.lora_B.bias": torch.ones(3)}, AdapterCorrupt, "lora_bias"),
-    "bias of another size": ({f"{PATH}.base_layer.bias": torch.ones(4)}, AdapterCorrupt, r"\(4,\), not \(3,\)"),
-    "grouped convolution": ({A: torch.ones(2, 4, 3), B: torch.ones(6, 1, 1)}, AdapterUnsupported, "groups"),
-    "every update zero": ({B: torch.zeros(3, 2)}, AdapterUnsupported, "without effect"),
-}
+DORA = {"use_dora": True}
+MAGNITUDE = f"{PATH}.lora_magnitude_vector"
 
 
-@pytest.mark.parametrize("case", ODD_TENSORS)
-def test_tensors_that_are_no_exact_update_are_refused(folder, case):
-    extra, error, message = ODD_TENSORS[case]
-    put(folder, **extra)
-    with pytest.raises(error, match=message):
-        Peft.read(folder)
+def embedding(a, b):
+    return {A: None, B: None, f"{PATH}.lora_embedding_A": a, f"{PATH}.lora_embedding_B": b}
 
 
-ODD_PAIRS = {
-    "use_dora without magnitudes": ({"use_dora": True}, {}, AdapterCorrupt, "use_dora=true"),
-    "lora_bias without biases": ({"lora_bias": True}, {}, AdapterCorrupt, "lora_bias=true"),
-    "use_dora with lora_bias": ({"use_dora": True, "lora_bias": True}, {}, AdapterUnsupported, "lora_bias"),
-    "alpha of zero": ({"lora_alpha": 0}, {}, AdapterUnsupported, "lora_alpha is 0"),
+# what the config has, what the file has, and what the message names
+CORRUPT = {
+    "B missing": ({}, {B: None}, LAYER),
+    "A missing": ({}, {A: None}, LAYER),
+    "foreign names": ({}, {f"junk.{i}": torch.ones(1) for i in range(5)}, r"5 of 7 .*junk\.0.*junk\.1.*junk\.2"),
+    "kohya names": ({}, {"lora_unet_x.lora_down.weight": torch.ones(2, 2)}, "kohya"),
+    "one tensor under two names": ({}, {f"{LAYER}.lora_A.weight": torch.ones(2, 5)}, LAYER),
+    "ranks of A and B differ": ({}, {B: torch.ones(3, 4)}, r"\(2, 5\).*\(3, 4\)"),
+    "one axis": ({}, {A: torch.ones(10)}, LAYER),
+    "NaN": ({}, {A: torch.tensor([[float("nan")] * 2 + [1.0] * 3] * 2)}, f"{LAYER}.*4 of 10"),
+    "infinite": ({}, {B: torch.full((3, 2), float("inf"))}, f"{LAYER}.*6 of 6"),
+    "overflow by the scale": ({}, {B: torch.full((3, 2), 3e38)}, "beyond what fp32 holds"),
+    "DoRA without the flag": ({}, {MAGNITUDE: torch.ones(3)}, "use_dora"),
+    "bias of B without the flag": ({}, {f"{PATH}.lora_B.bias": torch.ones(3)}, "lora_bias"),
+    "bias of another size": ({}, {f"{PATH}.base_layer.bias": torch.ones(4)}, r"\(4,\), not \(3,\)"),
+    "use_dora without magnitudes": (DORA, {}, "use_dora=true"),
+    "lora_bias without biases": ({"lora_bias": True}, {}, "lora_bias=true"),
     "DoRA on a convolution along another axis": (
-        {"use_dora": True},
-        {A: torch.ones(2, 5, 3), B: torch.ones(3, 2, 1), f"{PATH}.lora_magnitude_vector": torch.ones(3, 1, 1)},
-        AdapterCorrupt,
+        DORA,
+        {A: torch.ones(2, 5, 3), B: torch.ones(3, 2, 1), MAGNITUDE: torch.ones(3, 1, 1)},
         r"magnitude has shape \(3, 1, 1\), not \(3,\)",
     ),
     "DoRA on an embedding along the vocabulary": (
-        {"use_dora": True},
-        {
-            A: None,
-            B: None,
-            f"{PATH}.lora_embedding_A": torch.ones(2, 5),
-            f"{PATH}.lora_embedding_B": torch.ones(3, 2),
-            f"{PATH}.lora_magnitude_vector": torch.ones(5),
-        },
-        AdapterCorrupt,
+        DORA,
+        embedding(torch.ones(2, 5), torch.ones(3, 2)) | {MAGNITUDE: torch.ones(5)},
         r"magnitude has shape \(5,\), not \(3,\)",
     ),
-    "embedding stored transposed": (
-        {},
-        {A: None, B: None, f"{PATH}.lora_embedding_A": torch.ones(5, 2), f"{PATH}.lora_embedding_B": torch.ones(2, 3)},
-        AdapterCorrupt,
-        r"\(5, 2\)",
-    ),
+    "embedding stored transposed": ({}, embedding(torch.ones(5, 2), torch.ones(2, 3)), r"\(5, 2\)"),
+}
+UNSUPPORTED = {
+    "head": ({}, {f"{PREFIX}score.weight": torch.ones(2, 2)}, "score"),
+    "head of modules_to_save": ({}, {f"{PATH}.modules_to_save.weight": torch.ones(2, 2)}, "modules_to_save"),
+    "trained tokens": ({}, {f"{PATH}.token_adapter.trainable_tokens_delta": torch.ones(2)}, "token"),
+    "two adapters": ({}, {f"{PREFIX}x.lora_{side}.one.weight": torch.ones(2, 2) for side in "AB"}, "2 adapters"),
+    "fused experts": ({}, {f"{PATH}.base_layer.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}, "base_layer"),
+    "grouped convolution": ({}, {A: torch.ones(2, 4, 3), B: torch.ones(6, 1, 1)}, "groups"),
+    "every update zero": ({}, {B: torch.zeros(3, 2)}, "without effect"),
+    "use_dora with lora_bias": ({"use_dora": True, "lora_bias": True}, {}, "lora_bias"),
+    "alpha of zero": ({"lora_alpha": 0}, {}, "lora_alpha is 0"),
 }
 
 
-@pytest.mark.parametrize("case", ODD_PAIRS)
-def test_config_and_tensors_that_contradict_each_other_are_refused(folder, case):
-    config, extra, error, message = ODD_PAIRS[case]
+@pytest.mark.parametrize("case", [*CORRUPT, *UNSUPPORTED])
+def test_tensors_that_are_no_exact_update_or_contradict_the_config_are_refused(folder, case):
+    config, extra, message = CORRUPT.get(case) or UNSUPPORTED[case]
     put(folder, config, **extra)
-    with pytest.raises(error, match=message):
+    with pytest.raises(AdapterCorrupt if case in CORRUPT else AdapterUnsupported, match=message):
         Peft.read(folder)
 
 
@@ -381,7 +337,7 @@ def test_target_patterns_are_never_run(folder):
 
 
 def split(folder, names, weight_map=None):
-    held = tensors()
+    held = lora(LAYER)
     (folder / "adapter_model.safetensors").unlink()
     for name, key in zip(names, held, strict=True):
         save_file({key: held[key]}, folder / name)
@@ -405,7 +361,7 @@ def test_shards_are_read_as_one_file(folder):
 def test_index_that_disagrees_with_its_shards_is_refused(folder, weight_map):
     split(folder, SHARDS, weight_map)
     if weight_map == {A: SHARDS[0]}:
-        save_file(tensors(), folder / SHARDS[0])
+        save_file(lora(LAYER), folder / SHARDS[0])
     with pytest.raises(AdapterCorrupt):
         Peft.read(folder)
 
@@ -416,20 +372,15 @@ def test_recognises_a_folder_by_its_file_names(folder, tmp_path):
     assert not Peft.recognises(tmp_path / "nothing")
 
 
+BEYOND = rf"{LAYER}.*reaches 4e\+40, beyond what fp32 holds"
+
+
 @pytest.mark.parametrize(
     ("config", "extra", "message"),
     [
-        (
-            {},
-            {A: torch.full((2, 5), 1e20), B: torch.full((3, 2), 1e20)},
-            rf"{LAYER}.*reaches 4e\+40, beyond what fp32 holds",
-        ),
+        ({}, {A: torch.full((2, 5), 1e20), B: torch.full((3, 2), 1e20)}, BEYOND),
         # their sum is 2e33, but each term of it is beyond fp32
-        (
-            {},
-            {A: torch.tensor([[1e20] * 5, [1e20] * 4 + [1e20 * (1 - 1e-7)]]), B: torch.tensor([[1e20, -1e20]] * 3)},
-            rf"{LAYER}.*reaches 4e\+40, beyond what fp32 holds",
-        ),
+        ({}, {A: torch.tensor([[1e20] * 5, [1e20] * 4 + [9.999999e19]]), B: torch.tensor([[1e20, -1e20]] * 3)}, BEYOND),
         ({"lora_alpha": 1e39}, {}, r"lora_alpha is 1e\+39, beyond what fp32 holds"),
         ({"alpha_pattern": {"q_proj": -1e39}}, {}, r"alpha_pattern\['q_proj'\] is -1e\+39"),
     ],

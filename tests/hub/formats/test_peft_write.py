@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from loraweave.errors import AdapterCorrupt, AdapterExists, AdapterUnsupported
+from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats.peft import Peft
@@ -75,7 +75,6 @@ REFUSED = {
     "bias of an embedding": ({"m__q": factors(kind="embedding", bias_O=torch.ones(3))}, "embedding"),
     "bias next to an embedding": ({"m__q": factors(bias_O=torch.ones(3)), "emb": factors(kind="embedding")}, "embedding"),
     "only trained biases": ({"m__q": factors(0, base_bias_O=torch.ones(3))}, "no low-rank update"),
-    "without effect": ({"m__q": Factors(torch.ones(2, 5), torch.zeros(3, 2))}, "without effect"),
     "not finite": ({"m__q": Factors(torch.ones(1, 2), torch.tensor([[float("inf")]]))}, "infinite"),
     "name that cannot be told apart": ({"m__base_layer__q": factors()}, "name"),
     "name with PEFT's prefix": ({"base_model__model__q": factors()}, "name"),
@@ -110,10 +109,8 @@ def test_scale_is_one_because_it_is_in_b(tmp_path):
 
 
 def test_full_paths_are_listed_as_targets(tmp_path):
-    assert config_of(Peft.write(contents(m__q=factors(), m__k=factors()), tmp_path / "out"))["target_modules"] == [
-        "m.k",
-        "m.q",
-    ]
+    config = config_of(Peft.write(contents(m__q=factors(), m__k=factors()), tmp_path / "out"))
+    assert config["target_modules"] == ["m.k", "m.q"]
 
 
 def test_name_that_ends_another_layers_name_is_matched_exactly(tmp_path):
@@ -144,9 +141,8 @@ def test_readme_has_safe_front_matter_and_tells_the_card(tmp_path):
         "tags": ["a: b"],
         "examples": [["in", "out"]],
     }
-    text = (
-        Peft.write(contents(card | {"scores": {"em": 0.5}, "recipe": "r=2"}), tmp_path / "out") / "README.md"
-    ).read_text()
+    folder = Peft.write(contents(card | {"scores": {"em": 0.5}, "recipe": "r=2"}), tmp_path / "out")
+    text = (folder / "README.md").read_text()
     matter = yaml.safe_load(text.split("---\n# ")[0].removeprefix("---\n").split("\n---\n\n#")[0])
     assert matter["base_model"] == "a/base"
     assert matter["library_name"] == "peft"
@@ -155,23 +151,13 @@ def test_readme_has_safe_front_matter_and_tells_the_card(tmp_path):
     assert all(part in text for part in ("Sorts words.", "in", '"em": 0.5', "r=2"))
 
 
-def test_card_that_is_no_json_is_refused(tmp_path):
-    for value in (object(), float("nan")):
-        with pytest.raises(AdapterUnsupported, match="JSON"):
-            Peft.write(contents({"recipe": value}), tmp_path / "out")
-
-
 def test_readme_alone_gives_license_tags_description_and_base(tmp_path):
     out = Peft.write(contents(), tmp_path / "out")
     (out / "loraweave.json").unlink()
     (out / "adapter_config.json").write_text(json.dumps(config_of(out) | {"base_model_name_or_path": None}))
     (out / "README.md").write_text("---\nlicense: mit\ntags: [a, b]\ndescription: d\nbase_model: x/y\n---\ntext")
     again = Peft.read(out)
-    assert {key: again.card[key] for key in ("license", "tags", "description")} == {
-        "license": "mit",
-        "tags": ["a", "b"],
-        "description": "d",
-    }
+    assert (again.card["license"], again.card["tags"], again.card["description"]) == ("mit", ["a", "b"], "d")
     assert again.base_model == "x/y"
 
 
@@ -208,46 +194,6 @@ def test_layout_notes_cannot_change_a_value(tmp_path):
     out = Peft.write(given, tmp_path / "out")
     (out / "loraweave.json").write_text(json.dumps({"layout": {"padded_bias": ["m.q"], "rank_zero": {"m.q": 10**30}}}))
     assert digest(Peft.read(out)) == digest(given)
-
-
-def test_adapter_folder_is_replaced(tmp_path):
-    first, second = contents(m__q=factors(seed=1)), contents(m__q=factors(seed=2))
-    Peft.write(first, tmp_path / "out")
-    Peft.write(second, tmp_path / "out")
-    assert digest(Peft.read(tmp_path / "out")) == digest(second)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_empty_folder_and_missing_parents_are_filled(tmp_path):
-    (tmp_path / "out").mkdir()
-    for folder in (tmp_path / "out", tmp_path / "a" / "b"):
-        assert digest(Peft.read(Peft.write(contents(), folder))) == digest(contents())
-
-
-def test_folder_with_other_files_is_left_alone(tmp_path):
-    (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(AdapterExists, match=r"thesis\.txt"):
-        Peft.write(contents(), tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
-
-
-def test_file_in_the_place_of_the_folder_is_left_alone(tmp_path):
-    (tmp_path / "out").write_text("x")
-    with pytest.raises(AdapterExists, match="file"):
-        Peft.write(contents(), tmp_path / "out")
-
-
-def test_failure_while_writing_leaves_the_old_adapter_and_nothing_else(tmp_path, monkeypatch):
-    out = Peft.write(contents(), tmp_path / "out")
-
-    def broken(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "fsync", broken)
-    with pytest.raises(KeyboardInterrupt):
-        Peft.write(contents(m__q=factors(seed=5)), out)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert digest(Peft.read(out)) == digest(contents())
 
 
 def test_written_tensors_do_not_share_memory_with_the_factors(tmp_path):

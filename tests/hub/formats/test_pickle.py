@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft_models import LORA, lora
+from safetensors.torch import save_file
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 
-PATH = "base_model.model.model.layers.0.self_attn.q_proj"
-CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "a/base", "target_modules": ["q_proj"]}
 REAL = Path(__file__).parents[4] / "shared" / "data" / "real_adapters"
 ran = []
 
@@ -29,15 +29,11 @@ class Hostile:
 
 
 def tensors(dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
-    return {
-        f"{PATH}.lora_A.weight": torch.randn(2, 5, generator=generator).to(dtype),
-        f"{PATH}.lora_B.weight": torch.randn(3, 2, generator=generator).to(dtype),
-    }
+    return {name: tensor.to(dtype) for name, tensor in lora().items()}
 
 
 def put(folder, table, **options):
-    (folder / "adapter_config.json").write_text(json.dumps(CONFIG))
+    (folder / "adapter_config.json").write_text(json.dumps(LORA))
     torch.save(table, folder / "adapter_model.bin", **options)
     return folder
 
@@ -55,10 +51,11 @@ def rewritten(folder, change, *, compression=zipfile.ZIP_STORED):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_with_consent_a_pickle_gives_what_the_same_safetensors_give(tmp_path, dtype):
     given = tensors(dtype)
+    a, b = given.values()
     adapter = Adapter.from_pretrained(put(tmp_path, given), allow_pickle=True)
     factors = adapter.layers["model.layers.0.self_attn.q_proj"]
-    assert torch.equal(factors.a_RI, given[f"{PATH}.lora_A.weight"].float())
-    assert torch.equal(factors.b_OR, (given[f"{PATH}.lora_B.weight"].double() * 2).float())
+    assert torch.equal(factors.a_RI, a.float())
+    assert torch.equal(factors.b_OR, (b.double() * 2).float())
     assert adapter.card["stored_dtype"] == str(dtype).removeprefix("torch.")
 
 
@@ -74,8 +71,6 @@ def test_the_hub_refuses_a_pickle_without_consent_and_stores_it_with(tmp_path):
 
 
 def test_safetensors_beside_a_pickle_are_read_and_the_pickle_is_not_opened(tmp_path):
-    from safetensors.torch import save_file
-
     put(tmp_path, tensors())
     (tmp_path / "adapter_model.bin").write_bytes(b"no archive")
     save_file(tensors(), tmp_path / "adapter_model.safetensors")
@@ -181,7 +176,7 @@ def test_every_flipped_byte_of_the_pickle_is_read_or_named(tmp_path):
 
 
 def test_a_git_lfs_pointer_is_named_as_one(tmp_path):
-    (tmp_path / "adapter_config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "adapter_config.json").write_text(json.dumps(LORA))
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 12345\n"
     (tmp_path / "adapter_model.bin").write_text(pointer)
     for consent in (False, True):

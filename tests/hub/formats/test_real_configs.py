@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 import peft
 import pytest
 import torch
+from peft_models import Tree, save
 from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -39,20 +40,10 @@ LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 MAX_ERROR = 1e-4
 
 
-class Tree(nn.Module):
-    """Layers under the given paths, called one by one."""
-
-    def __init__(self, layers, model_type):
-        super().__init__()
-        self.config = {"model_type": model_type}
-        for path, layer in layers.items():
-            here = self
-            *steps, last = path.split(".")
-            for step in steps:
-                if step not in here._modules:
-                    here.add_module(step, nn.Module())
-                here = here._modules[step]
-            here.add_module(last, layer)
+def tree(layers, model_type):
+    base = Tree(layers).eval()
+    base.config = {"model_type": model_type}
+    return base
 
 
 def base_of(fields):
@@ -64,7 +55,7 @@ def base_of(fields):
     targets = fields.get("target_modules") or LLAMA
     paths = [name if "layers." in name else f"model.layers.{n}.{name}" for n in range(2) for name in targets]
     paths += fields.get("modules_to_save") or []
-    return Tree({path: nn.Linear(size, 2 * size) for path in dict.fromkeys(paths)}, "llama").eval()
+    return tree({path: nn.Linear(size, 2 * size) for path in dict.fromkeys(paths)}, "llama")
 
 
 def trained(base, folder):
@@ -72,14 +63,7 @@ def trained(base, folder):
     config = peft.PeftConfig.from_pretrained(folder)
     # what a task adds to a model, and where the base came from, do not change the layers
     config.task_type, config.base_model_name_or_path, config.revision, config.inference_mode = None, None, None, False
-    model = peft.get_peft_model(copy.deepcopy(base), config)
-    torch.manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            start = torch.where(parameter.data.abs() < 10, parameter.data, 0.0)
-            parameter.data = start + 0.1 * torch.randn_like(parameter)
-    model.eval().save_pretrained(folder)
-    return model.base_model.model
+    return save(config, folder, copy.deepcopy(base), scale=0.1).base_model.model
 
 
 def by_mlx(base, settings, folder):
@@ -179,7 +163,7 @@ def test_a_real_adapter_computes_what_peft_computes_with_it(name):
     adapter = Adapter.from_pretrained(folder)
     torch.manual_seed(0)
     shapes = {path: (factors.b_OR.shape[0], factors.a_RI.shape[1]) for path, factors in adapter.layers.items()}
-    base = Tree({path: Conv1D(*shape) for path, shape in shapes.items()}, "gpt2").eval()
+    base = tree({path: Conv1D(*shape) for path, shape in shapes.items()}, "gpt2")
     config = peft.PeftConfig.from_pretrained(folder)
     config.task_type = config.base_model_name_or_path = None
     model = peft.get_peft_model(copy.deepcopy(base), config)

@@ -1,18 +1,21 @@
-"""A folder that cannot be written for want of room is an error of the hub's, and leaves what was there."""
+"""Files of tensors: without room for one what was there stays, and one with another hash than is said is refused."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import resource
 from contextlib import contextmanager
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from loraweave.common.state import save_tensors
-from loraweave.errors import HubError, HubFull, HubReadOnly
+from loraweave.errors import AdapterCorrupt, HubError, HubFull, HubReadOnly
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.formats import _peft_write
+from loraweave.hub.formats._safetensors import hashed_tensors
 from loraweave.types import Factors
 
 
@@ -63,3 +66,12 @@ def test_the_number_of_a_failure_is_the_systems(tmp_path):
     assert found.value.errno == errno.EFBIG
     with pytest.raises(FileNotFoundError):
         save_tensors({"a": torch.zeros(4)}, tmp_path / "absent" / "a.safetensors")
+
+
+def test_tensors_are_read_where_the_hash_is_theirs_and_another_is_refused_with_both(tmp_path):
+    save_file({"a": torch.arange(3.0)}, tmp_path / "values.safetensors")
+    digest = hashlib.sha256((tmp_path / "values.safetensors").read_bytes()).hexdigest()
+    found = hashed_tensors(tmp_path, "values.safetensors", digest, said_by="about.json")
+    assert {name: tensor.tolist() for name, tensor in found.items()} == {"a": [0.0, 1.0, 2.0]}
+    with pytest.raises(AdapterCorrupt, match=f"has SHA-256 {digest[:12]}, but about.json says 000000000000"):
+        hashed_tensors(tmp_path, "values.safetensors", "0" * 64, said_by="about.json")

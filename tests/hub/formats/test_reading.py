@@ -1,28 +1,31 @@
-"""Folders of folders: the one adapter inside is found, several are listed, and nothing else is looked at."""
+"""Which adapter of a folder is read: the one inside or above others, and none that somebody writes to meanwhile."""
 
-import json
 import os
 
+import peft_models
 import pytest
 import torch
+from peft_models import lora
 from safetensors.torch import save_file
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.adapter import Adapter
+from loraweave.hub.formats import peft
+from loraweave.hub.hub import Hub
 
-CONFIG = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "base_model_name_or_path": "a/base"}
+LAYER = "model.layers.0.q_proj"
+
+
+def weights(value):
+    return lora(LAYER, a=torch.full((1, 3), value), b=torch.ones(2, 1))
 
 
 def put(folder, value=1.0):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps(CONFIG))
-    path = "base_model.model.model.layers.0.q_proj"
-    held = {f"{path}.lora_A.weight": torch.full((1, 3), value), f"{path}.lora_B.weight": torch.ones(2, 1)}
-    save_file(held, folder / "adapter_model.safetensors")
+    return peft_models.put(folder, weights(value), r=1, lora_alpha=1)
 
 
 def value_of(source):
-    return float(Adapter.from_pretrained(source).layers["model.layers.0.q_proj"].a_RI[0, 0])
+    return float(Adapter.from_pretrained(source).layers[LAYER].a_RI[0, 0])
 
 
 @pytest.mark.parametrize("below", ["checkpoint-500", "final", "adapter", "runs/one/adapter"])
@@ -83,14 +86,8 @@ def test_the_output_folder_of_llama_factory_is_the_adapter_at_its_top(tmp_path):
     put(tmp_path, 2.0)
     for step in (100, 200):
         put(tmp_path / f"checkpoint-{step}", 1.0)
-    for name in (
-        "all_results.json",
-        "train_results.json",
-        "trainer_state.json",
-        "tokenizer.json",
-        "special_tokens_map.json",
-    ):
-        (tmp_path / name).write_text("{}")
+    for name in ("all_results", "train_results", "trainer_state", "tokenizer", "special_tokens_map"):
+        (tmp_path / f"{name}.json").write_text("{}")
     (tmp_path / "trainer_log.jsonl").write_text('{"loss": 1.0}\n')
     (tmp_path / "llamaboard_config.yaml").write_text("top.booster: none\n")
     (tmp_path / "training_args.bin").write_bytes(b"no pickle")
@@ -99,3 +96,61 @@ def test_the_output_folder_of_llama_factory_is_the_adapter_at_its_top(tmp_path):
     )
     assert value_of(tmp_path) == 2.0
     assert "llama-factory" in Adapter.from_pretrained(tmp_path).card["tags"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return put(tmp_path / "adapter")
+
+
+def replaced(folder):
+    save_file(weights(2.0), folder / "new.safetensors")
+    os.replace(folder / "new.safetensors", folder / "adapter_model.safetensors")
+
+
+def rewritten(folder):
+    text = (folder / "adapter_config.json").read_text().replace('"lora_alpha": 1', '"lora_alpha": 2')
+    (folder / "adapter_config.json").write_text(text)
+
+
+def cut_off(folder):
+    with open(folder / "adapter_model.safetensors", "r+b") as file:
+        file.truncate(100)
+
+
+def added(folder):
+    (folder / "loraweave.json").write_text("{}")
+
+
+def rewritten_at_the_same_time(folder):
+    path = folder / "adapter_config.json"
+    status = path.stat()
+    path.write_text(path.read_text().replace('"lora_alpha": 1', '"lora_alpha": 2'))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change", [replaced, rewritten, rewritten_at_the_same_time, cut_off, added])
+@pytest.mark.parametrize("moment", ["gather", "_layers_of"])
+def test_a_change_between_config_and_the_end_is_named_and_nothing_is_stored(folder, tmp_path, monkeypatch, change, moment):
+    own = getattr(peft, moment)
+
+    def meanwhile(*arguments):
+        change(folder)
+        return own(*arguments)
+
+    monkeypatch.setattr(peft, moment, meanwhile)
+    with Hub(tmp_path / "hub") as hub:
+        with pytest.raises(AdapterCorrupt, match=r"changed while it was read.*read the adapter again"):
+            hub.add(folder)
+        assert len(hub) == 0
+
+
+def test_other_files_may_change_while_the_adapter_is_read(folder, monkeypatch):
+    own = peft.gather
+
+    def meanwhile(*arguments):
+        (folder / "optimizer.pt").write_bytes(b"x")
+        return own(*arguments)
+
+    monkeypatch.setattr(peft, "gather", meanwhile)
+    assert Adapter.from_pretrained(folder).rank == 1
