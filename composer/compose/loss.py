@@ -59,11 +59,8 @@ def together_with_gradients(
 
 def _are_views_of_one(objectives: Sequence[Any]) -> bool:
     """Whether all share one model, one set of encoded examples and one merge method."""
-    first = objectives[0] if objectives else None
-    return isinstance(first, ExampleLoss) and all(
-        isinstance(each, ExampleLoss) and each.encoded is first.encoded and each.merge_method == first.merge_method
-        for each in objectives
-    )
+    shared = {(id(getattr(each, "encoded", None)), getattr(each, "merge_method", "")) for each in objectives}
+    return len(shared) == 1 and hasattr(objectives[0], "encoded")
 
 
 def _pairs(objectives: Sequence[Any], candidates: Sequence[Candidates]) -> list[tuple[ExampleLoss, MixtureWeights]]:
@@ -88,12 +85,9 @@ class OnExamples:
         self.only = tuple(range(len(task.examples)) if only is None else only)
         self.failures = Failures()
 
-    def view(self, only: Sequence[int], *, penalised: bool = True) -> Self:
-        """The same objective on these examples, by their index among all of the task's; without terms unless `penalised`.
-
-        It counts failures of its own.
-        """
-        found = self.penalised(self.penalty if penalised else Penalty(0.0, 0.0, 0.0))
+    def view(self, only: Sequence[int]) -> Self:
+        """The same objective on these examples, by their index among all of the task's. It counts failures of its own."""
+        found = self.penalised(self.penalty)
         found.only = tuple(only)
         return found
 
@@ -157,10 +151,14 @@ class Failures:
     count: int = 0
     first: str = ""
 
-    def add(self, why: Exception | str) -> None:
+    def add(self, why: str) -> None:
         """Counts one more."""
         self.count += 1
-        self.first = self.first or (f"{type(why).__name__}: {why}" if isinstance(why, Exception) else why)
+        self.first = self.first or why
+
+    def add_error(self, error: Exception) -> None:
+        """Counts one that raised an error."""
+        self.add(f"{type(error).__name__}: {error}")
 
 
 # an expert whose weights are all of this size or smaller is not counted
@@ -312,7 +310,7 @@ def _contain_failures(pairs: Pairs, evaluate: Callable[[Pairs], list[Found]]) ->
     # an interruption is no Exception, and ends the search
     except Exception as error:
         if len(pairs) == 1:
-            pairs[0][0].failures.add(error)
+            pairs[0][0].failures.add_error(error)
             return [(math.nan, None)]
         half = len(pairs) // 2
         return _contain_failures(pairs[:half], evaluate) + _contain_failures(pairs[half:], evaluate)

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from loraweave.composer.compose.loss import ExampleLoss, Penalty, together, together_with_gradients
-from loraweave.composer.compose.settings import BEST, Settings
+from loraweave.composer.compose.settings import BEST, Settings, solver_class
 from loraweave.composer.compose.trials import Bench, Fixed, MixtureTrial, Split
 from loraweave.composer.compose.user_loss import UserLoss, make_objective
 from loraweave.errors import SearchFailed, WeightingError
@@ -31,9 +31,10 @@ class Searched(MixtureTrial):
     def __init__(self, bench: Bench, settings: Settings) -> None:
         super().__init__(settings.name, bench)
         self.settings = settings
-        given = settings.options.get("start")
+        self._start_name = settings.start_name(solver_class(settings.name))
         # of a start that is found on examples, nothing is known yet
-        self.solver = self._solver(None if isinstance(given, str) else given)
+        self._start_weights: Start = None if self._start_name else settings.options.get("start")
+        self.solver = self._solver(self._start_weights)
         self.merge_method = settings.merge_method or self.solver.merge_method
         self._loss = settings.objective or self.solver.loss
         self._inputs: Sequence[str] | None = None
@@ -77,11 +78,9 @@ class Searched(MixtureTrial):
 
     def _start(self, split: Split) -> Start:
         """Where the search of a split's examples begins; None for the solver's own default."""
-        options = self.settings.options
-        given: Start | str = options.get("start", self.solver.begins(options))
-        if not isinstance(given, str):
-            return given
-        names = self.bench.names
+        names, given = self.bench.names, self._start_name
+        if given is None:
+            return self._start_weights
         if given == "uniform":
             return dict.fromkeys(names, 1 / len(names))
         if given == "retrieval":

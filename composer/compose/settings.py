@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import loraweave.registry as registry
 from loraweave.common.checks import require_whole
@@ -50,6 +50,9 @@ PLENTY = 10**9
 FOR_SEARCHES = ("seconds", "space", "objective", "inputs", "l1", "l2", "sparsity")
 # what compose() adds to the options of a router that is trained
 TRAINING = ("steps", "lr")
+
+
+Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True)
@@ -98,14 +101,18 @@ class Settings:
         """Whether the examples have a say in the weights, so that some must be held out to judge them."""
         if self.routes:
             # a router object is used as it is
-            found = _class_of(self.method)
-            return found is not None and issubclass(found, LearnedRouter)
+            return _class_of(self.method, LearnedRouter) is not None
         return self.method == "auto" if self.method in OTHER_WAYS else solver_class(self.name).learns
 
     @property
     def merge_method(self) -> str | None:
         """What the search's weights mean; None for what the search itself says."""
         return None if self.space is None else SPACES[self.space]
+
+    def start_name(self, found: type[Solver]) -> str | None:
+        """The name of where a search begins; None where weights say it, and for the solver's own default."""
+        start = self.options.get("start", found.begins(self.options))
+        return start if isinstance(start, str) else None
 
     def can_run(self, method: str) -> bool:
         """Whether the objective gives the search of that name the gradients that it needs."""
@@ -186,19 +193,20 @@ class Settings:
         require_known(f"method {self.name!r}", self.options, known)
         if found is not None:
             # a start may have a name, whatever the solver takes
-            found.check({name: value for name, value in self.options.items() if name not in ("start", "groups")})
-        if not isinstance(self.options.get("groups", {}), Mapping | None):
-            raise WeightingError(f"groups is {self.options['groups']!r:.80}; give {{name: [layers]}}")
-        start = self.options.get("start")
-        if isinstance(start, str) and start not in STARTS:
-            hint = nearest(start, STARTS)
-            raise UnknownName(f"no start {start!r} of a search{hint}; there are {', '.join(STARTS)}, or give weights")
-        if start == "retrieval" and not from_hub:
+            found.check({name: value for name, value in self.options.items() if name != "start"})
+            self._check_start(found, from_hub)
+            if found.learns:
+                self._try_options()
+
+    def _check_start(self, found: type[Solver], from_hub: bool) -> None:
+        start, name = self.options.get("start"), self.start_name(found)
+        if name is not None and name not in STARTS:
+            hint = nearest(name, STARTS)
+            raise UnknownName(f"no start {name!r} of a search{hint}; there are {', '.join(STARTS)}, or give weights")
+        if name == "retrieval" and not from_hub:
             raise WeightingError("start='retrieval' takes the softmax of retrieval scores, so it needs a hub, not a pool")
-        if not isinstance(start, str | Mapping | MixtureWeights | None):
+        if name is None and not isinstance(start, Mapping | MixtureWeights | None):
             raise WeightingError(f"start is {start!r:.80}; give {{name: weight}}, or one of {', '.join(STARTS)}")
-        if found is not None and found.learns:
-            self._try_options()
 
     def _try_options(self) -> None:
         """Makes a solver over two made-up experts, so that it checks its options; those that name experts are left out."""
@@ -247,8 +255,7 @@ class Settings:
                 "the task has no examples; give at least two (input, target) pairs, or inputs=[...] to a search by "
                 "'entropy', as method='adamerging' is"
             )
-        start = self.options.get("start", solver_class(self.name).begins(self.options))
-        if isinstance(start, str) and start in BEST:
+        if (start := self.start_name(solver_class(self.name))) in BEST:
             raise WeightingError(
                 f"start {start!r} is found on examples, and the task has none: give start='uniform', or weights as the start"
             )
@@ -274,7 +281,7 @@ def require_no_router(router: Router | None, verb: str) -> None:
 def routes(method: str | Router) -> bool:
     """Whether this is a router, or the name of one. Raises WeightingError unless it is a name or a router."""
     if isinstance(method, str):
-        return _class_of(method) is not None
+        return _class_of(method, TokenRouter) is not None
     if isinstance(method, MixtureWeights) or not callable(getattr(method, "weights", None)):
         raise WeightingError(
             f"method is {method!r}; give the name of a search or a router, or a router that was made. Known weights "
@@ -285,12 +292,10 @@ def routes(method: str | Router) -> bool:
 
 def _options(method: str | Router) -> list[str]:
     """The options of a router of that name, and of its training; a router object has none."""
-    found = _class_of(method)
-    if found is None:
-        return []
-    if not issubclass(found, LearnedRouter):
-        return option_names(found)
-    if found.needs_experts:
+    found, learned = _class_of(method, TokenRouter), _class_of(method, LearnedRouter)
+    if found is None or learned is None:
+        return [] if found is None else option_names(found)
+    if learned.needs_experts:
         raise WeightingError(
             f"router {method!r} learns from rows that name their expert, and a task's examples name none: fit() one on the "
             "experts' own data, and pass it as method=router"
@@ -298,10 +303,10 @@ def _options(method: str | Router) -> list[str]:
     return [*option_names(found), *TRAINING]
 
 
-def _class_of(name: str | Router) -> type[TokenRouter] | None:
-    """The router's class that a name stands for; None for a search, for an unknown name, and for a router that was made."""
-    found = registry.get("routers", name) if isinstance(name, str) and name in registry.names("routers") else None
-    return found if isinstance(found, type) and issubclass(found, TokenRouter) else None
+def _class_of(name: str | Router, kind: type[Kind]) -> type[Kind] | None:
+    """The class of this kind that a name stands for; None for others, for unknown names and for routers that were made."""
+    found = get("routers", name) if isinstance(name, str) and name in registry.names("routers") else None
+    return found if isinstance(found, type) and issubclass(found, kind) else None
 
 
 def solver_class(method: str) -> type[Solver]:
@@ -311,7 +316,6 @@ def solver_class(method: str) -> type[Solver]:
         raise UnknownName(
             f"no method {method!r} to compose with{nearest(method, known)}; there are {', '.join(sorted(known))}"
         )
-    found = get("routers", method)
-    if not (isinstance(found, type) and issubclass(found, Solver)):
+    if (found := _class_of(method, Solver)) is None:  # type: ignore[type-abstract]
         raise UnknownName(f"router {method!r} does not search for weights: activate() it instead of composing with it")
     return found

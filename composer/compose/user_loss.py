@@ -61,7 +61,7 @@ class UserLoss(OnExamples):
                 loss = float(self.function(self.engine.model, list(examples)))
         # an interruption is no Exception, and ends the search
         except Exception as error:
-            self.failures.add(error)
+            self.failures.add_error(error)
             return math.nan
         if not math.isfinite(loss):
             self.failures.add(f"its loss is {loss}")

@@ -5,15 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from loraweave.common.checks import require_whole
+from loraweave.common.options import Range, fits
 from loraweave.common.rows import GivenRows, read_inputs
 from loraweave.composer.composer import Composer
-from loraweave.composer.ensembles.member_passes import known_members, member_passes, member_weights, rows_of, rows_that_fit
+from loraweave.composer.ensembles.member_passes import (
+    known_members,
+    member_passes,
+    member_weights,
+    rows_of,
+    rows_that_fit,
+    tensors_of,
+)
 from loraweave.composer.model import scoring
 from loraweave.composer.model.batches import align_left, takes
 from loraweave.composer.model.scoring import label_ids, label_losses
@@ -145,8 +153,8 @@ class _NextTokens:
 
 def _token_ids(model: Any, tokens: Sequence[int]) -> Tensor:
     size = int(getattr(model.config.get_text_config(), "vocab_size", 0))
-    whole = all(isinstance(token, int) and not isinstance(token, bool) for token in tokens)
-    if not whole or not tokens or len(set(tokens)) != len(tokens) or not all(0 <= token < size for token in tokens):
+    known = fits(tuple(tokens), tuple[Annotated[int, Range(least=0, below=size)], ...])
+    if not known or not tokens or len(set(tokens)) != len(tokens):
         raise InvalidTask(f"tokens are {tokens!r}; give at least one id below {size}, each once")
     return torch.tensor(list(tokens))
 
@@ -238,9 +246,7 @@ def without_left_padding(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]
     A decoder gets position ids from the mask, unless some are given; for any other model the padding goes to the end.
     """
     mask = batch.get("attention_mask")
-    if mask is None or mask.dim() != 2 or not bool((mask[:, 0] == 0).any()):
-        return dict(batch)
-    if "position_ids" in batch:
+    if mask is None or mask.dim() != 2 or not bool((mask[:, 0] == 0).any()) or "position_ids" in batch:
         return dict(batch)
     if model.can_generate() and not model.config.is_encoder_decoder and takes(model, "position_ids"):
         return {**batch, "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)}
@@ -249,15 +255,12 @@ def without_left_padding(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]
 
 def align_right(batch: Mapping[str, Any]) -> dict[str, Any]:
     """The batch with all padding after a row's tokens: every tensor of the mask's shape moves with it."""
-    inputs = dict(batch)
     mask = batch.get("attention_mask")
     if mask is None or mask.dim() != 2:
-        return inputs
+        return dict(batch)
     order_BT = mask.eq(0).int().argsort(dim=1, stable=True)
-    for key, value in batch.items():
-        if isinstance(value, Tensor) and value.shape == mask.shape and not key.startswith("decoder"):
-            inputs[key] = value.gather(1, order_BT)
-    return inputs
+    own = {key: value for key, value in tensors_of(batch).items() if not key.startswith("decoder")}
+    return {**batch, **{key: value.gather(1, order_BT) for key, value in own.items() if value.shape == mask.shape}}
 
 
 def without_cache(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:

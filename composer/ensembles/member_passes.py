@@ -98,14 +98,14 @@ def member_weights(weights: Sequence[float] | None, num_members: int) -> Tensor:
     return weight_M / weight_M.sum()
 
 
-def _tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+def tensors_of(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """The inputs that may have rows."""
     return {key: value for key, value in batch.items() if isinstance(value, Tensor) and value.dim()}
 
 
 def rows_of(batch: Mapping[str, Any]) -> int:
     """The number of rows of the model's inputs. Raises CompositionError if there are none."""
-    for value in _tensors(batch).values():
+    for value in tensors_of(batch).values():
         if len(value):
             return len(value)
     raise CompositionError("the batch has no tensor with rows; give the model's inputs, as a tokenizer returns them")
@@ -114,7 +114,7 @@ def rows_of(batch: Mapping[str, Any]) -> int:
 def by_rows(batch: Mapping[str, Any], change: Callable[[Tensor], Tensor]) -> Inputs:
     """The batch with `change` made to the tensors that have its rows; all else is passed on as it is."""
     num_rows = rows_of(batch)
-    changed = {key: change(value) for key, value in _tensors(batch).items() if len(value) == num_rows}
+    changed = {key: change(value) for key, value in tensors_of(batch).items() if len(value) == num_rows}
     return {**batch, **changed}
 
 
@@ -128,7 +128,7 @@ def rows_that_fit(batch: Mapping[str, Any], logits_per_row: int, *, copies: int 
 
     `copies` is how many rows of keys and values each row becomes.
     """
-    num_tokens = max(value[0].numel() for value in _tensors(batch).values())
+    num_tokens = max(value[0].numel() for value in tensors_of(batch).values())
     return max(1, min(MAX_TOKENS // (num_tokens * copies), MAX_LOGITS // logits_per_row))
 
 

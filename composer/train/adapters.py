@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -190,8 +190,7 @@ class Apart:
             return adapter is not None
 
         def save(folder: Path | None, key: str, job: TrainingJob, report: JobReport) -> None:
-            assert isinstance(job, LoraJob)
-            finished[job.name] = self._adapter(job, report)
+            finished[job.name] = self._adapter(cast(LoraJob, job), report)
             if folder is not None:
                 save_adapter(folder, key, finished[job.name])
 

@@ -95,8 +95,6 @@ class TrainingSettings:
                 f"lr is {self.lr!r} and weight_decay {self.weight_decay!r}: AdamW's steps would be beyond {LARGEST:.1e}, "
                 "the largest number of fp32; rates are usually below 1"
             )
-        if not isinstance(self.checkpoint, str | Path | None):
-            raise TrainingError(f"checkpoint is {self.checkpoint!r}; it must be a folder, or None")
 
 
 @dataclass(frozen=True)

@@ -56,23 +56,27 @@ def exact_loss(model, tokenizer, task):
     return float(torch.stack(losses).mean())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_slopes_are_those_of_autograd_through_the_weights_of_a_live_mixture(
-    make_model, make_adapters, tokenizer, kind, batch_size
-):
-    model, adapters = adapters_of_all_parts(make_model, make_adapters, kind)
-    engine = Composer(model, adapters)
-    weights = torch.zeros(1, 1, 1, len(adapters), dtype=torch.float64, requires_grad=True)
-    with engine.activate(MixtureWeights(weights, engine.pool.names)):
-        loss = losses_of(model, tokenizer, TASK)
+def assert_slopes_are_those_of_autograd(engine, tokenizer, at=None, **options):
+    """Through the weights of the live mixture, which are 0 unless `at` has them."""
+    names = engine.pool.names
+    weights = torch.tensor([(at or {}).get(name, 0.0) for name in names], dtype=torch.float64).requires_grad_()
+    with engine.activate(MixtureWeights(weights.view(1, 1, 1, -1), names)):
+        loss = losses_of(engine.model, tokenizer, TASK)
         loss.backward()
-    found = first_order(engine, tokenizer, TASK, batch_size=batch_size)
-    assert found.loss == pytest.approx(float(loss.detach()), rel=1e-6)
-    assert list(found.slopes) == [adapter.name for adapter in adapters]
-    torch.testing.assert_close(
-        torch.tensor(list(found.slopes.values())).double(), weights.grad.flatten(), rtol=1e-5, atol=1e-6
-    )
+    found = first_order(engine, tokenizer, TASK, mixture=at, **options)
+    assert found.loss == pytest.approx(float(loss.detach()), rel=1e-5 if at else 1e-6)
+    assert list(found.slopes) == list(names)
+    slope_E = torch.tensor(list(found.slopes.values()), dtype=torch.float64)
+    torch.testing.assert_close(slope_E, weights.grad, rtol=1e-4 if at else 1e-5, atol=1e-5 if at else 1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "options", [{"batch_size": 1}, {"batch_size": 3}, {"at": {"a": 0.3, "b": -0.2, "with gain and bias": 0.1}}], ids=str
+)
+def test_slopes_are_those_of_autograd(make_model, make_adapters, tokenizer, kind, options):
+    model, adapters = adapters_of_all_parts(make_model, make_adapters, kind)
+    assert_slopes_are_those_of_autograd(Composer(model, adapters), tokenizer, **options)
 
 
 def test_slopes_of_an_embedding_are_those_of_autograd(make_model, tokenizer):
@@ -81,26 +85,7 @@ def test_slopes_of_an_embedding_are_those_of_autograd(make_model, tokenizer):
     a_RI, b_OR, gain_O = (torch.randn(*shape, generator=generator) * 0.3 for shape in ((2, 61), (16, 2), (16,)))
     factors = Factors(a_RI, b_OR, gain_O=gain_O, kind="embedding")
     engine = Composer(model, [Adapter("a", "tiny", {"model.embed_tokens": factors})])
-    weights = torch.zeros(1, 1, 1, 1, dtype=torch.float64, requires_grad=True)
-    with engine.activate(MixtureWeights(weights, ("a",))):
-        losses_of(model, tokenizer, TASK).backward()
-    found = first_order(engine, tokenizer, TASK, batch_size=3)
-    assert found.slopes["a"] == pytest.approx(float(weights.grad), rel=1e-5)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_slopes_at_a_mixture_are_those_of_autograd_there(make_model, make_adapters, tokenizer, kind):
-    model, adapters = adapters_of_all_parts(make_model, make_adapters, kind)
-    engine = Composer(model, adapters)
-    at = [0.3, -0.2, 0.0, 0.1]
-    weights = torch.tensor(at, dtype=torch.float64).view(1, 1, 1, -1).requires_grad_()
-    with engine.activate(MixtureWeights(weights, engine.pool.names)):
-        loss = losses_of(model, tokenizer, TASK)
-        loss.backward()
-    found = first_order(engine, tokenizer, TASK, mixture=dict(zip(engine.pool.names, at, strict=True)))
-    assert found.loss == pytest.approx(float(loss.detach()), rel=1e-5)
-    slope_E = torch.tensor(list(found.slopes.values()), dtype=torch.float64)
-    torch.testing.assert_close(slope_E, weights.grad.flatten(), rtol=1e-4, atol=1e-5)
+    assert_slopes_are_those_of_autograd(engine, tokenizer, batch_size=3)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -125,10 +110,7 @@ def test_a_trained_magnitude_counts_as_the_base_at_hand_resolves_it(make_model, 
     plain = make_adapter(model, "dora")
     layers = {name: Factors(f.a_RI, f.b_OR, magnitude_O=torch.rand(len(f.b_OR)) + 0.5) for name, f in plain.layers.items()}
     engine = Composer(model, [Adapter("dora", "tiny", layers)])
-    weights = torch.zeros(1, 1, 1, 1, dtype=torch.float64, requires_grad=True)
-    with engine.activate(MixtureWeights(weights, ("dora",))):
-        losses_of(model, tokenizer, TASK).backward()
-    assert first_order(engine, tokenizer, TASK).slopes["dora"] == pytest.approx(float(weights.grad), rel=1e-6)
+    assert_slopes_are_those_of_autograd(engine, tokenizer)
 
 
 def test_padding_does_not_count(make_model, make_adapters, tokenizer):
@@ -152,10 +134,7 @@ def test_a_layer_that_runs_twice_has_the_slope_of_both_calls(make_model, make_ad
     model = make_model("llama", dtype=torch.float64)
     model.model.layers[1].mlp.down_proj = model.model.layers[0].mlp.down_proj
     engine = Composer(model, [make_adapter(model, "a", targets=("down_proj",))])
-    weights = torch.zeros(1, 1, 1, 1, dtype=torch.float64, requires_grad=True)
-    with engine.activate(MixtureWeights(weights, ("a",))):
-        losses_of(model, tokenizer, TASK).backward()
-    assert first_order(engine, tokenizer, TASK).slopes["a"] == pytest.approx(float(weights.grad), rel=1e-6)
+    assert_slopes_are_those_of_autograd(engine, tokenizer)
 
 
 def test_bf16_slopes_are_near_those_of_float64(make_model, make_adapters, tokenizer):

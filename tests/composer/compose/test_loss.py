@@ -10,7 +10,7 @@ import torch
 import loraweave as lw
 from loraweave.composer.compose import population
 from loraweave.composer.compose.first_order import first_order
-from loraweave.composer.compose.loss import ExampleLoss, together, together_with_gradients
+from loraweave.composer.compose.loss import ExampleLoss, Penalty, together, together_with_gradients
 from loraweave.errors import WeightingError
 
 EXAMPLES = [("a", "ab"), ("b", "ba"), ("cc", "c"), ("d", "DD"), ("e f", "fe")]
@@ -77,15 +77,6 @@ def test_gradients_at_zero_are_those_of_the_first_order_model(objective, tokeniz
     # which takes its losses in fp32
     assert value == pytest.approx(found.loss, rel=1e-5)
     assert gradient.flatten().tolist() == pytest.approx([found.slopes[name] for name in "abc"], rel=1e-3, abs=1e-4)
-
-
-def test_gradients_do_not_depend_on_how_candidates_are_split_into_passes(objective, monkeypatch):
-    loss, candidates = objective(), [candidate(seed) for seed in range(5)]
-    losses, gradients = loss.gradients(candidates)
-    monkeypatch.setattr(population, "MAX_TOKENS_WITH_GRADIENTS", 1)
-    losses_alone, gradients_alone = loss.gradients(candidates)
-    assert losses == pytest.approx(losses_alone, rel=1e-9)
-    assert torch.allclose(torch.cat(gradients), torch.cat(gradients_alone), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -186,7 +177,7 @@ def test_the_terms_are_added_as_defined(objective):
     (found,) = objective(l1=0.05, l2=0.3, sparsity=0.2)([mixture])
     terms = 0.05 * (0.5 + 0.01 + 1.5) / 3 + 0.3 * (0.25 + 0.0001 + 2.25) / 3 + 0.2 * 2
     assert found - plain == pytest.approx(terms, rel=1e-9)
-    (bare,) = objective(l1=0.05, l2=0.3, sparsity=0.2).view(range(5), penalised=False)([mixture])
+    (bare,) = objective(l1=0.05, l2=0.3, sparsity=0.2).penalised(Penalty(0.0))([mixture])
     assert bare == pytest.approx(plain, rel=1e-12)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -16,18 +17,22 @@ from loraweave.errors import InvalidTask, UnknownName, WeightingError
 EXAMPLES = [("a", "ab"), ("b", "ba"), ("cc", "c"), ("d", "DD")]
 
 
-def test_composing_races_where_nothing_else_is_asked_for(tiny_llama, tokenizer, pool):
-    task = lw.Task(EXAMPLES, instruction="swap")
-    found, asked = (lw.compose(tiny_llama, tokenizer, pool, task, progress=False, **way) for way in ({}, {"method": "auto"}))
+def test_composing_races_where_nothing_else_is_asked_for(compose_on):
+    found, asked = (compose_on(**way) for way in ({}, {"method": "auto"}))
     assert [(row.name, row.held_out_loss) for row in found.report.rows] == [
         (row.name, row.held_out_loss) for row in asked.report.rows
     ]
     assert {"base", "best_single", "uniform", "gradient"} == {row.name for row in found.report.rows}
 
 
-def compose(model, tokenizer, pool, **options):
-    task = lw.Task(EXAMPLES, instruction="swap")
-    return lw.compose(model, tokenizer, pool, task, **{"method": "auto", "progress": False, **options})
+@pytest.fixture
+def task():
+    return lw.Task(EXAMPLES, instruction="swap")
+
+
+@pytest.fixture
+def compose(compose_on):
+    return partial(compose_on, method="auto")
 
 
 @pytest.mark.parametrize("num_folds", [2, 3, 5])
@@ -53,7 +58,7 @@ def test_seconds_alone_are_shared_by_all_racers_and_the_final_run():
     assert admit(RACERS, None, 8.0, 2) == [(method, None, 2.0) for method in RACERS]
 
 
-def test_the_race_evaluates_no_more_than_its_budget(tiny_llama, tokenizer, pool, monkeypatch):
+def test_the_race_evaluates_no_more_than_its_budget(compose, monkeypatch):
     seen = 0
     cost = {"together": 1, "together_with_gradients": 2}
 
@@ -70,7 +75,7 @@ def test_the_race_evaluates_no_more_than_its_budget(tiny_llama, tokenizer, pool,
 
     for name in cost:
         monkeypatch.setattr(searched, name, spied(name))
-    report = compose(tiny_llama, tokenizer, pool, budget=70).report
+    report = compose(budget=70).report
     assert [row.name for row in report.rows] == ["base", "best_single", "uniform", *RACERS]
     assert 50 < seen / len(EXAMPLES) <= 70
     finished = [row.name for row in report.rows if row.name in RACERS and row.loss is not None]
@@ -78,8 +83,8 @@ def test_the_race_evaluates_no_more_than_its_budget(tiny_llama, tokenizer, pool,
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_what_is_returned_is_never_worse_on_held_out_examples(seed, tiny_llama, tokenizer, pool):
-    composition = compose(tiny_llama, tokenizer, pool, seed=seed, budget=150)
+def test_what_is_returned_is_never_worse_on_held_out_examples(compose, seed):
+    composition = compose(seed=seed, budget=150)
     report = composition.report
     assert [row.name for row in report.rows][-1] == "gradient+tuned"
     assert report[report.chosen].held_out_loss == min(row.held_out_loss for row in report.rows)
@@ -87,97 +92,67 @@ def test_what_is_returned_is_never_worse_on_held_out_examples(seed, tiny_llama, 
     assert sum(composition.losses()) / 4 == pytest.approx(report[report.chosen].loss, abs=2e-3)
 
 
-def test_objectives_without_gradients_race_searches_that_need_none(tiny_llama, tokenizer, pool):
+def test_objectives_without_gradients_race_searches_that_need_none(compose):
     for options in ({"objective": "exact_match"}, {"space": "factors"}, {"objective": lambda model, examples: 1.0}):
-        rows = [row.name for row in compose(tiny_llama, tokenizer, pool, budget=40, **options).report.rows]
+        rows = [row.name for row in compose(budget=40, **options).report.rows]
         assert rows == ["base", "best_single", "uniform", "lorahub"]
 
 
-def test_a_racer_whose_candidates_all_fail_leaves_the_race(tiny_llama, tokenizer, pool, monkeypatch):
+def test_a_racer_whose_candidates_all_fail_leaves_the_race(compose, pool, monkeypatch):
     num_layers = len({layer for adapter in pool.adapters.values() for layer in adapter.layers})
 
     def failing(objectives, candidates):
         return [([math.nan] * len(asked), [torch.zeros(1, 1, num_layers, 3)] * len(asked)) for asked in candidates]
 
     monkeypatch.setattr(searched, "together_with_gradients", failing)
-    report = compose(tiny_llama, tokenizer, pool, budget=150).report
+    report = compose(budget=150).report
     assert [row.name for row in report.rows] == ["base", "best_single", "uniform", "lorahub", "lorahub+tuned"]
     assert "gradient left the race: none of" in report.reason
     assert "first_order left the race: none of" in report.reason
 
 
 @pytest.mark.parametrize("folds", [0, 2])
-def test_a_race_that_all_left_takes_the_better_of_base_and_best_single(folds, tiny_llama, tokenizer, pool):
-    report = compose(tiny_llama, tokenizer, pool, budget=40, folds=folds, objective=lambda model, examples: math.nan).report
+def test_a_race_that_all_left_takes_the_better_of_base_and_best_single(compose, folds):
+    report = compose(budget=40, folds=folds, objective=lambda model, examples: math.nan).report
     assert [row.name for row in report.rows] == ["base", "best_single", "uniform"]
     assert report[report.chosen].held_out_loss == min(row.held_out_loss for row in report.rows)
     assert "lorahub left the race: none of" in report.reason
 
 
-def test_a_winner_that_fails_on_all_examples_leaves_the_race_too(tiny_llama, tokenizer, pool):
-    report = compose(
-        tiny_llama, tokenizer, pool, budget=40, objective=lambda model, examples: math.nan if len(examples) == 4 else 1.0
-    ).report
+def test_a_winner_that_fails_on_all_examples_leaves_the_race_too(compose):
+    report = compose(budget=40, objective=lambda model, examples: math.nan if len(examples) == 4 else 1.0).report
     assert [row.name for row in report.rows] == ["base", "best_single", "uniform"]
     assert "lorahub left the race: none of" in report.reason
 
 
-def test_a_budget_below_one_step_of_the_race_is_refused(tiny_llama, tokenizer, pool):
+def test_a_budget_below_one_step_of_the_race_is_refused(compose):
     with pytest.raises(WeightingError, match="budget is 3 evaluations, but method 'auto' with 2 folds needs at least 4"):
-        compose(tiny_llama, tokenizer, pool, budget=3)
+        compose(budget=3)
 
 
-def test_an_interrupted_race_resumes_to_the_same_composition(tiny_llama, tokenizer, pool, tmp_path, monkeypatch):
-    whole = compose(tiny_llama, tokenizer, pool, budget=150)
-    original, calls = searched.together, iter(range(100))
-
-    def killed(objectives, candidates):
-        if next(calls) == 1:
-            raise KeyboardInterrupt
-        return original(objectives, candidates)
-
-    monkeypatch.setattr(searched, "together", killed)
+def test_an_interrupted_race_resumes_to_the_same_composition(compose, interrupt_search, tmp_path):
+    whole = compose(budget=150)
+    interrupt_search()
     with pytest.raises(KeyboardInterrupt):
-        compose(tiny_llama, tokenizer, pool, budget=150, checkpoint=tmp_path)
-    monkeypatch.setattr(searched, "together", original)
-    resumed = compose(tiny_llama, tokenizer, pool, budget=150, checkpoint=tmp_path)
+        compose(budget=150, checkpoint=tmp_path)
+    resumed = compose(budget=150, checkpoint=tmp_path)
     assert resumed.losses() == pytest.approx(whole.losses(), abs=1e-6)
     assert resumed.report.chosen == whole.report.chosen
 
 
-def test_a_start_is_named_or_given_as_weights(tiny_llama, tokenizer, pool):
+def test_a_start_is_named_or_given_as_weights(compose, pool):
     for start in ("base", "uniform", "best_single", "best_three", {"a": 0.5}):
-        report = compose(tiny_llama, tokenizer, pool, method="gradient", start=start, budget=6, folds=0).report
+        report = compose(method="gradient", start=start, budget=6, folds=0).report
         assert report["gradient"].num_trained == 3 * len({layer for a in pool.adapters.values() for layer in a.layers})
     with pytest.raises(UnknownName, match="did you mean 'best_single'"):
-        compose(tiny_llama, tokenizer, pool, method="gradient", start="best_singl")
+        compose(method="gradient", start="best_singl")
 
 
-def test_entropy_looks_at_inputs_and_never_at_targets(tiny_llama, tokenizer, pool):
-    found = [
-        lw.compose(
-            tiny_llama,
-            tokenizer,
-            pool,
-            lw.Task([(text, target) for text in ("a", "b")], instruction="swap"),
-            method="adamerging",
-            inputs=["c", "d e", "f"],
-            budget=8,
-            progress=False,
-            folds=0,
-        )
-        for target in ("x", "y z")
-    ]
-    first, second = (composition.report["adamerging"].by_layer for composition in found)
-    assert first == second
-
-
-def test_entropy_needs_no_examples(tiny_llama, tokenizer, pool, tmp_path):
-    options = {"method": "adamerging", "inputs": ["c", "d e", "f"], "budget": 8, "progress": False}
-    told = lw.Task([("a", "x"), ("b", "y")], instruction="swap")
-    with_examples = lw.compose(tiny_llama, tokenizer, pool, told, folds=0, **options)
-    found = lw.compose(tiny_llama, tokenizer, pool, lw.Task([], instruction="swap"), **options)
-    assert found.report["adamerging"].by_layer == with_examples.report["adamerging"].by_layer
+def test_entropy_looks_at_inputs_and_never_at_targets_and_needs_no_examples(compose_on, tiny_llama, tokenizer, tmp_path):
+    options = {"method": "adamerging", "inputs": ["c", "d e", "f"], "budget": 8}
+    rows = [[(text, target) for text in ("a", "b")] for target in ("x", "y z")]
+    *told, found = (compose_on(task=lw.Task(each, instruction="swap"), folds=0, **options) for each in (*rows, []))
+    assert all(each.report["adamerging"].by_layer == found.report["adamerging"].by_layer for each in told)
     (row,) = found.report.rows
     assert (row.name, row.loss, row.held_out_loss, row.held_out_hits) == ("adamerging", None, None, None)
     assert found.report.chosen == "adamerging"
@@ -186,39 +161,39 @@ def test_entropy_needs_no_examples(tiny_llama, tokenizer, pool, tmp_path):
     assert lw.Composition.from_pretrained(tmp_path / "kept", tiny_llama, tokenizer).report.rows == found.report.rows
 
 
-def test_what_needs_examples_says_so(tiny_llama, tokenizer, pool):
+def test_what_needs_examples_says_so(compose_on):
     task = lw.Task([], instruction="swap")
     for options in ({"method": "lorahub"}, {"method": "adamerging"}, {"method": "auto"}, {"method": "best_single"}):
         with pytest.raises(InvalidTask, match=r"no examples; give at least two .* or inputs="):
-            lw.compose(tiny_llama, tokenizer, pool, task, **options)
+            compose_on(task=task, **options)
     with pytest.raises(WeightingError, match="start 'best_three' is found on examples"):
-        lw.compose(tiny_llama, tokenizer, pool, task, method="gradient", objective="entropy", inputs=["a"])
+        compose_on(task=task, method="gradient", objective="entropy", inputs=["a"])
 
 
-def test_one_adapter_alone_is_not_searched_but_its_strength_is(tiny_llama, tokenizer, pool):
+def test_one_adapter_alone_is_not_searched_but_its_strength_is(compose, pool):
     one = pool.subset(["a"])
     with pytest.raises(WeightingError, match="'lorahub' weighs adapters against each other, but there is only 'a'"):
-        compose(tiny_llama, tokenizer, one, method="lorahub")
-    found = compose(tiny_llama, tokenizer, one, method="grid", folds=0).report["grid"].weights
+        compose(one, method="lorahub")
+    found = compose(one, method="grid", folds=0).report["grid"].weights
     assert set(found) <= {"a"}
-    assert [row.name for row in compose(tiny_llama, tokenizer, one).report.rows] == ["base", "best_single", "uniform"]
+    assert [row.name for row in compose(one).report.rows] == ["base", "best_single", "uniform"]
 
 
 @pytest.mark.parametrize(
     ("options", "num_folds"),
     [({"method": "lorahub", "budget": 11}, 3), ({"method": "random", "budget": 5, "folds": 0}, 0), ({"budget": 32}, 2)],
 )
-def test_the_bar_ends_at_its_total(options, num_folds, tiny_llama, tokenizer, pool, monkeypatch):
+def test_the_bar_ends_at_its_total(compose, options, num_folds, pool, monkeypatch):
     completed, totals = shown_by_the_bar(monkeypatch)
-    compose(tiny_llama, tokenizer, pool, progress=True, **options)
+    compose(progress=True, **options)
     each = 16 if options.get("method") is None else options["budget"]
     assert completed[-1] == totals[-1] == len(pool) + (num_folds + 1) * each
 
 
 @pytest.mark.parametrize("options", [{"budget": None, "seconds": 0.4}, {"budget": 150}, {"budget": 10}], ids=str)
-def test_the_bar_never_runs_past_its_total_and_ends_there(options, tiny_llama, tokenizer, pool, monkeypatch):
+def test_the_bar_never_runs_past_its_total_and_ends_there(compose, options, pool, monkeypatch):
     completed, totals = shown_by_the_bar(monkeypatch)
-    compose(tiny_llama, tokenizer, pool, progress=True, **options)
+    compose(progress=True, **options)
     assert completed[-1] == totals[-1] > len(pool)
     assert all(total is None or done <= total for done, total in zip(completed, totals, strict=True))
 

@@ -1,14 +1,25 @@
-"""A composition made smaller or trained on: what is left out, what it costs, and that answers follow."""
+"""A composition made smaller, trained on or exported: what is left out, what it costs, and that answers follow."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import loraweave as lw
+import loraweave.cli
+from loraweave.cli import compositions
+from loraweave.composer.compose.composition import Composition
 from loraweave.composer.compose.report import Report
+from loraweave.composer.composer import Composer
 from loraweave.composer.model.batches import batch, encode, mean_losses
-from loraweave.errors import CompositionError, WeightingError
+from loraweave.errors import AdapterUnsupported, CompositionError, WeightingError
+from loraweave.hub.adapter import Adapter
+from loraweave.hub.pool import ExpertPool
+from loraweave.types import Task
 
 EXAMPLES = [("a", "ab"), ("b", "ba"), ("cc", "c"), ("d", "DD"), ("e f", "fe")]
 
@@ -182,9 +193,68 @@ def test_what_only_the_merged_adapter_is_left_of_cannot_be_pruned(composed, tmp_
 
 
 def test_the_report_of_a_refined_composition_prints_and_is_json(composed):
-    import json
-
     report = composed({"a": 0.5, "b": 0.1}).prune(1.0).tune(1, progress=False).report
     assert [row.name for row in report.rows] == ["pruned", "tuned"]
     assert json.loads(json.dumps(report.to_json()))["chosen"] == "tuned"
     assert report.table().row_count == 2
+
+
+HEAD = {"lm_head.weight": torch.ones(2, 2)}
+
+
+@pytest.fixture
+def pair(tiny_llama, make_adapter, tokenizer):
+    tiny_llama.name_or_path = "org/base"
+    pool = ExpertPool(
+        [replace(make_adapter(tiny_llama, name, seed=seed), base_model="org/base") for seed, name in enumerate("ab")]
+    )
+    report = Report((), "manual", "", (), 0.0, 0)
+    return Composition(tiny_llama, tokenizer, Task([("x", "y")]), pool, {"a": 0.5, "b": -1.0}, "linear", report)
+
+
+@pytest.mark.parametrize("target", ["peft", "vllm"])
+def test_exported_composition_is_the_weighted_sum(pair, tmp_path, target):
+    report = pair.export(tmp_path / "out", target=target)
+    first, second = pair.pool["a"], pair.pool["b"]
+    again = Adapter.from_pretrained(report.folder)
+    assert set(again.layers) == set(first.layers)
+    for layer in first.layers:
+        want = 0.5 * first.delta(layer) - second.delta(layer)
+        torch.testing.assert_close(again.delta(layer), want, rtol=1e-5, atol=1e-6)
+    assert report.rank == first.rank + second.rank
+    assert report.relative_error == 0.0
+
+
+def test_exported_composition_can_be_cut(pair, tmp_path):
+    report = pair.export(tmp_path / "out", target="vllm", max_rank=1)
+    assert report.rank == 1
+    assert 0 < report.relative_error < 1
+
+
+def test_composition_that_is_the_base_has_nothing_to_export(pair, tmp_path):
+    with pytest.raises(CompositionError, match="the base model itself"):
+        replace(pair, all_weights={}).export(tmp_path / "out")
+
+
+def test_command_exports_a_stored_composition(pair, tmp_path, monkeypatch):
+    pair.save_pretrained(tmp_path / "c")
+    monkeypatch.setattr(compositions, "load_model", lambda base: (pair.model, pair.tokenizer))
+    words = ["export", str(tmp_path / "c"), "--target", "vllm", "--out", str(tmp_path / "p")]
+    done = CliRunner().invoke(loraweave.cli.app, words)
+    assert done.exit_code == 0, done.stderr
+    assert f"composition={tmp_path / 'p'}" in done.stdout
+    assert Adapter.from_pretrained(tmp_path / "p").rank == pair.adapter.rank
+
+
+def test_head_is_never_left_out_of_a_mixture_without_a_word(pair):
+    headed = replace(pair.pool["a"], heads=HEAD)
+    for use in (
+        lambda: Composer(pair.model, [headed]),
+        lambda: Composer(pair.model, [pair.pool["b"], headed]),
+        lambda: Composer(pair.model, [pair.pool["b"]]).swap(ExpertPool([headed])),
+        lambda: ExpertPool([headed]).stacked(next(iter(headed.layers))),
+        lambda: replace(pair, stored=headed).predict(["x"]),
+    ):
+        with pytest.raises(AdapterUnsupported, match=r"expert 'a' has a trained head \(lm_head.weight\).*heads=\{\}"):
+            use()
+    Composer(pair.model, [replace(headed, heads={})]).close()

@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+from functools import partial
 
 import pytest
 import torch
 
 import loraweave as lw
-from loraweave.composer.model.batches import batch, encode, mean_losses
-from loraweave.errors import AdapterCorrupt, AdapterUnsupported, CompositionError, ScopeError, UnknownName, WeightingError
+from loraweave.errors import AdapterCorrupt, AdapterUnsupported, ScopeError, UnknownName, WeightingError
 from loraweave.routers.tokens.ramole import Ramole
 
 EXAMPLES = [("a", "ab"), ("b", "ba"), ("cc", "c"), ("d", "DD"), ("e f", "fe")]
 
 
 @pytest.fixture
-def task():
-    return lw.Task(EXAMPLES, instruction="swap")
+def compose(compose_on):
+    return partial(compose_on, folds=2)
 
 
-def compose(model, tokenizer, pool, task, **options):
-    return lw.compose(model, tokenizer, pool, task, **{"folds": 2, "progress": False, **options})
+@pytest.fixture
+def losses_under(tiny_llama, pool, losses_alone):
+    """losses_under(mixture): each example's mean target loss."""
 
+    def losses(mixture, experts=pool):
+        with lw.Composer(tiny_llama, experts).activate(mixture):
+            return losses_alone(tiny_llama)
 
-def losses_under(model, tokenizer, pool, task, mixture):
-    """Each example's mean target loss, one row at a time."""
-    rows = encode(model, tokenizer, [task.prompt(text) for text, _ in EXAMPLES], [target for _, target in EXAMPLES])
-    with torch.no_grad(), lw.Composer(model, pool).activate(mixture):
-        return [float(mean_losses(model, batch(model, tokenizer, [row]))[0]) for row in rows]
+    return losses
 
 
 class Half:
@@ -41,31 +40,31 @@ class Half:
         return w_BTE
 
 
-def test_the_weights_of_the_composition_are_the_router(tiny_llama, tokenizer, pool, task):
-    composed = compose(tiny_llama, tokenizer, pool, task, method="arrow", top_k=2)
+def test_the_weights_of_the_composition_are_the_router(compose, losses_under, pool):
+    composed = compose(method="arrow", top_k=2)
     router = lw.router("arrow", pool, top_k=2)
     assert composed.weights.name == "arrow"
     assert composed.weights.options == router.options
     assert composed.mean_weights == {}
     assert not composed.is_base
-    expected = losses_under(tiny_llama, tokenizer, pool, task, router)
+    expected = losses_under(router)
     assert composed.losses() == pytest.approx(expected, rel=1e-4)
     row = composed.report["arrow"]
     assert row.loss == pytest.approx(sum(expected) / len(expected), rel=1e-4)
     assert (row.weights, row.num_trained, row.evaluations) == ({}, 0, 1)
 
 
-def test_the_report_has_base_best_single_and_uniform_beside_it(tiny_llama, tokenizer, pool, task):
-    report = compose(tiny_llama, tokenizer, pool, task, method="spectr").report
+def test_the_report_has_base_best_single_and_uniform_beside_it(compose, losses_under):
+    report = compose(method="spectr").report
     assert [row.name for row in report.rows] == ["base", "best_single", "uniform", "spectr"]
     assert report.chosen == "spectr"
-    base = losses_under(tiny_llama, tokenizer, pool, task, {})
+    base = losses_under({})
     assert report["base"].loss == pytest.approx(sum(base) / len(base), rel=1e-4)
     report.table()
 
 
-def test_answers_and_explanations_are_live(tiny_llama, tokenizer, pool, task):
-    composed = compose(tiny_llama, tokenizer, pool, task, method="arrow")
+def test_answers_and_explanations_are_live(compose, tiny_llama, tokenizer, pool, task):
+    composed = compose(method="arrow")
     engine = lw.Composer(tiny_llama, pool, tokenizer=tokenizer)
     assert len(composed.predict(["a b"])) == 1
     assert composed.evaluate(EXAMPLES)["count"] == 5
@@ -75,8 +74,8 @@ def test_answers_and_explanations_are_live(tiny_llama, tokenizer, pool, task):
     assert torch.allclose(explanation.w_TLE, expected.w_TLE, atol=1e-6)
 
 
-def test_without_an_expert_the_others_have_the_weights_that_the_router_gives(tiny_llama, tokenizer, pool, task):
-    composed = compose(tiny_llama, tokenizer, pool, task, method="arrow", top_k=2)
+def test_without_an_expert_the_others_have_the_weights_that_the_router_gives(compose, losses_under):
+    composed = compose(method="arrow", top_k=2)
     router = composed.weights
 
     class Without:
@@ -86,7 +85,7 @@ def test_without_an_expert_the_others_have_the_weights_that_the_router_gives(tin
 
     rise = composed.leave_one_out()
     assert list(rise) == ["a", "b", "c"]
-    whole, without = (losses_under(tiny_llama, tokenizer, pool, task, each) for each in (router, Without()))
+    whole, without = (losses_under(each) for each in (router, Without()))
     assert rise["b"] == pytest.approx((sum(without) - sum(whole)) / len(whole), abs=1e-4)
 
 
@@ -100,16 +99,16 @@ def test_without_an_expert_the_others_have_the_weights_that_the_router_gives(tin
         lambda composed, folder: composed.prune(),
     ],
 )
-def test_what_needs_weights_that_do_not_vary_is_refused_with_the_way_out(call, tiny_llama, tokenizer, pool, task, tmp_path):
-    composed = compose(tiny_llama, tokenizer, pool, task, method="arrow")
+def test_what_needs_weights_that_do_not_vary_is_refused_with_the_way_out(compose, call, tmp_path):
+    composed = compose(method="arrow")
     with pytest.raises(ScopeError, match=r"router 'arrow' cannot .*engine.activate\(composition\.weights\)"):
         call(composed, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("method", ["arrow", "lag", "mixture_of_top1"])
-def test_saved_and_read_again_it_answers_the_same(method, tiny_llama, tokenizer, pool, task, tmp_path, make_model):
-    composed = compose(tiny_llama, tokenizer, pool, task, method=method)
+def test_saved_and_read_again_it_answers_the_same(compose, method, tokenizer, pool, tmp_path, make_model):
+    composed = compose(method=method)
     folder = composed.save_pretrained(tmp_path / "composed")
     again = lw.Composition.from_pretrained(folder, make_model("llama"), tokenizer)
     assert again.losses() == composed.losses()
@@ -119,27 +118,27 @@ def test_saved_and_read_again_it_answers_the_same(method, tiny_llama, tokenizer,
     assert json.loads((second / "composition.json").read_text()) == json.loads((folder / "composition.json").read_text())
 
 
-def test_a_saved_composition_without_its_adapters_is_refused(tiny_llama, tokenizer, pool, task, tmp_path):
-    folder = compose(tiny_llama, tokenizer, pool, task, method="arrow").save_pretrained(tmp_path / "composed")
+def test_a_saved_composition_without_its_adapters_is_refused(compose, tiny_llama, tokenizer, pool, tmp_path):
+    folder = compose(method="arrow").save_pretrained(tmp_path / "composed")
     lw.router("arrow", pool).save_pretrained(folder / "router")
     with pytest.raises(AdapterCorrupt, match="a router without its adapters"):
         lw.Composition.from_pretrained(folder, tiny_llama, tokenizer)
 
 
-def test_a_router_that_was_made_already_is_taken_as_it_is(tiny_llama, tokenizer, pool, task):
+def test_a_router_that_was_made_already_is_taken_as_it_is(compose, losses_under, pool):
     router = lw.router("arrow", pool, temperature=0.3)
-    assert compose(tiny_llama, tokenizer, pool, task, method=router).weights is router
+    assert compose(method=router).weights is router
     turned = pool.subset(["c", "a", "b"])
-    composed = compose(tiny_llama, tokenizer, turned, task, method=router)
+    composed = compose(turned, method=router)
     assert composed.weights.experts == ("c", "a", "b")
-    expected = losses_under(tiny_llama, tokenizer, pool, task, router)
+    expected = losses_under(router)
     assert composed.losses() == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_router_of_ones_own_makes_a_composition_that_answers(tiny_llama, tokenizer, pool, task, tmp_path):
-    composed = compose(tiny_llama, tokenizer, pool, task, method=Half())
+def test_a_router_of_ones_own_makes_a_composition_that_answers(compose, losses_under, tmp_path):
+    composed = compose(method=Half())
     assert composed.report.chosen == "Half"
-    expected = losses_under(tiny_llama, tokenizer, pool, task, {"a": 0.5, "b": 0.5})
+    expected = losses_under({"a": 0.5, "b": 0.5})
     assert composed.losses() == pytest.approx(expected, rel=1e-4)
     with pytest.raises(ScopeError, match="router 'Half' is none that loraweave can write"):
         composed.save_pretrained(tmp_path / "composed")
@@ -173,54 +172,47 @@ def test_fusing_a_router_is_refused_with_the_way_out(tiny_llama, pool):
         ({"method": "arrow", "weights": {"a": 1.0}}, WeightingError, "method 'manual' takes weights"),
     ],
 )
-def test_what_cannot_be_done_is_refused_before_anything_runs(options, error, message, tiny_llama, tokenizer, pool, task):
+def test_what_cannot_be_done_is_refused_before_anything_runs(compose, options, error, message):
     with pytest.raises(error, match=message):
-        compose(tiny_llama, tokenizer, pool, task, **options)
+        compose(**options)
 
 
-def test_a_router_that_was_made_is_refused_for_a_hub_and_for_other_experts(tiny_llama, tokenizer, pool, task, tmp_path):
+def test_a_router_that_was_made_is_refused_for_a_hub_and_for_other_experts(compose, pool, tmp_path):
     router = lw.router("arrow", pool)
     with pytest.raises(WeightingError, match="pass the pool that it was made for"):
-        compose(tiny_llama, tokenizer, lw.Hub(tmp_path / "hub"), task, method=router)
+        compose(lw.Hub(tmp_path / "hub"), method=router)
     with pytest.raises(WeightingError, match="missing from the pool: 'b'"):
-        compose(tiny_llama, tokenizer, pool.without("b"), task, method=router)
+        compose(pool.without("b"), method=router)
     with pytest.raises(WeightingError, match="has no option 'top_k'"):
-        compose(tiny_llama, tokenizer, pool, task, method=router, top_k=1)
+        compose(method=router, top_k=1)
 
 
-def test_a_router_is_made_for_what_retrieval_finds(tiny_llama, tokenizer, pool, task, tmp_path):
+def test_a_router_is_made_for_what_retrieval_finds(compose, tiny_llama, pool, tmp_path):
     hub = lw.Hub(tmp_path / "hub")
     tiny_llama.name_or_path = "tiny"
     for adapter in pool.adapters.values():
         hub.add(adapter, description="swap letters", anomalies="off")
-    composed = compose(tiny_llama, tokenizer, hub, task, method="arrow", k=2)
+    composed = compose(hub, method="arrow", k=2)
     assert len(composed.weights.experts) == 2
     assert composed.weights.experts == composed.pool.names
 
 
-def test_adapters_with_magnitudes_are_routed_and_not_written(tiny_llama, tokenizer, make_adapter, task, tmp_path):
-    def dora(adapter):
-        norms = {name: tiny_llama.get_submodule(name).weight.detach().norm(dim=1) for name in adapter.layers}
-        layers = {name: dataclasses.replace(each, magnitude_O=1.1 * norms[name]) for name, each in adapter.layers.items()}
-        return dataclasses.replace(adapter, layers=layers)
-
-    pool = lw.ExpertPool([dora(make_adapter(tiny_llama, name, seed=seed)) for seed, name in enumerate("ab")])
-    composed = compose(tiny_llama, tokenizer, pool, task, method="spectr")
-    expected = losses_under(tiny_llama, tokenizer, pool, task, composed.weights)
+def test_adapters_with_magnitudes_are_routed_and_not_written(compose, losses_under, dora_pool, tmp_path):
+    composed = compose(dora_pool, method="spectr")
+    expected = losses_under(composed.weights, dora_pool)
     assert composed.losses() == pytest.approx(expected, rel=1e-4)
-    assert compose(tiny_llama, tokenizer, pool, task, method=composed.weights).losses() == composed.losses()
+    assert compose(dora_pool, method=composed.weights).losses() == composed.losses()
     with pytest.raises(AdapterUnsupported):
         composed.save_pretrained(tmp_path / "composed")
     assert not list(tmp_path.iterdir())
 
 
-def own_loss(router, model, tokenizer, pool, task, examples):
-    """The mean loss of these examples, one row at a time."""
-    losses = losses_under(model, tokenizer, pool, task, router)
+def own_loss(losses, examples):
+    """The mean of the losses of these examples."""
     return sum(losses[EXAMPLES.index(pair)] for pair in examples) / len(examples)
 
 
-def test_a_learned_router_is_trained_on_what_each_fold_sees(tiny_llama, tokenizer, pool, task, tmp_path, monkeypatch):
+def test_a_learned_router_is_trained_on_what_each_fold_sees(compose, losses_under, pool, tmp_path, monkeypatch):
     calls = []
 
     def fit(engine, router, dataset, **settings):
@@ -229,9 +221,7 @@ def test_a_learned_router_is_trained_on_what_each_fold_sees(tiny_llama, tokenize
 
     true_fit = lw.Composer.fit
     monkeypatch.setattr(lw.Composer, "fit", fit)
-    composed = compose(
-        tiny_llama, tokenizer, pool, task, method="ramole", rank=2, budget=14, lr=0.02, seed=5, checkpoint=tmp_path / "kept"
-    )
+    composed = compose(method="ramole", rank=2, budget=14, lr=0.02, seed=5, checkpoint=tmp_path / "kept")
     *folds, (rows, settings, _, _) = calls
     assert rows == EXAMPLES
     held = [[row for row in EXAMPLES if row not in seen] for seen, *_ in folds]
@@ -242,28 +232,26 @@ def test_a_learned_router_is_trained_on_what_each_fold_sees(tiny_llama, tokenize
     row = composed.report["ramole"]
     assert row.num_trained == sum(p.numel() for p in lw.router("ramole", pool, rank=2).parameters())
     assert row.evaluations == 3 * 3 * 4
-    losses = [own_loss(call[3], tiny_llama, tokenizer, pool, task, part) for call, part in zip(folds, held, strict=True)]
+    losses = [own_loss(losses_under(call[3]), part) for call, part in zip(folds, held, strict=True)]
     expected = sum(loss * len(part) for loss, part in zip(losses, held, strict=True)) / len(EXAMPLES)
     assert row.held_out_loss == pytest.approx(expected, rel=1e-4)
-    assert row.loss == pytest.approx(own_loss(calls[-1][3], tiny_llama, tokenizer, pool, task, EXAMPLES), rel=1e-4)
+    assert row.loss == pytest.approx(own_loss(losses_under(calls[-1][3]), EXAMPLES), rel=1e-4)
 
 
-def test_a_router_that_needs_rows_of_experts_is_refused_by_name(tiny_llama, tokenizer, pool, task, monkeypatch):
+def test_a_router_that_needs_rows_of_experts_is_refused_by_name(compose, pool, monkeypatch):
     monkeypatch.setattr(Ramole, "needs_experts", True)
     with pytest.raises(WeightingError, match=r"'ramole' learns from rows that name their expert.*method=router"):
-        compose(tiny_llama, tokenizer, pool, task, method="ramole")
-    assert compose(tiny_llama, tokenizer, pool, task, method=lw.router("ramole", pool)).report.chosen == "ramole"
+        compose(method="ramole")
+    assert compose(method=lw.router("ramole", pool)).report.chosen == "ramole"
 
 
-def test_the_same_seed_trains_the_same_router(tiny_llama, tokenizer, pool, task):
-    first, second = (
-        compose(tiny_llama, tokenizer, pool, task, method="mole", steps=2, folds=0, seed=3).losses() for _ in range(2)
-    )
+def test_the_same_seed_trains_the_same_router(compose):
+    first, second = (compose(method="mole", steps=2, folds=0, seed=3).losses() for _ in range(2))
     assert first == second
 
 
-def test_a_learned_router_that_is_worse_on_held_out_examples_gives_way(tiny_llama, tokenizer, pool, task):
-    composed = compose(tiny_llama, tokenizer, pool, task, method="ramole", steps=1)
+def test_a_learned_router_that_is_worse_on_held_out_examples_gives_way(compose):
+    composed = compose(method="ramole", steps=1)
     report = composed.report
     plain = min(("base", "best_single"), key=lambda name: report[name].held_out_loss)
     worse = report["ramole"].held_out_loss > report[plain].held_out_loss
@@ -271,18 +259,10 @@ def test_a_learned_router_that_is_worse_on_held_out_examples_gives_way(tiny_llam
     assert (composed.router is None) == worse
 
 
-def test_a_learned_composition_is_read_again_with_what_it_learned(tiny_llama, tokenizer, pool, task, tmp_path):
-    composed = compose(tiny_llama, tokenizer, pool, task, method="ramole", steps=3, folds=0)
+def test_a_learned_composition_is_read_again_with_what_it_learned(compose, tiny_llama, tokenizer, tmp_path):
+    composed = compose(method="ramole", steps=3, folds=0)
     assert composed.report.chosen == "ramole"
     again = lw.Composition.from_pretrained(composed.save_pretrained(tmp_path / "composed"), tiny_llama, tokenizer)
     assert again.losses() == composed.losses()
     assert again.router.training_report == composed.router.training_report
     assert len(again.router.training_report.losses) == 3
-
-
-def test_a_newer_composition_is_refused(tiny_llama, tokenizer, pool, task, tmp_path):
-    folder = compose(tiny_llama, tokenizer, pool, task, method="arrow").save_pretrained(tmp_path / "composed")
-    path = folder / "composition.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 4}))
-    with pytest.raises(CompositionError, match="format 4"):
-        lw.Composition.from_pretrained(folder, tiny_llama, tokenizer)

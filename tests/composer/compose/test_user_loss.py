@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.composer.compose.loss import together
+from loraweave.composer.compose.loss import Penalty, together
 from loraweave.composer.compose.user_loss import UserLoss, make_objective
 from loraweave.errors import InvalidTask, UnknownName
 from loraweave.routers.searches.lorahub import Lorahub
@@ -43,7 +43,7 @@ def test_the_function_sees_the_model_with_the_candidate_active(method, engine):
 
 def test_the_function_gets_the_examples_of_the_view(engine):
     seen = []
-    view = UserLoss(engine, TASK, lambda model, examples: seen.append(examples) or 1.0).view([2, 0], penalised=False)
+    view = UserLoss(engine, TASK, lambda model, examples: seen.append(examples) or 1.0).view([2, 0]).penalised(Penalty(0.0))
     assert view(candidates(0.5)) == [1.0]
     assert seen == [[("cc", "c"), ("a", "ab")]]
 

@@ -16,27 +16,8 @@ BATCH = {
 
 
 @pytest.fixture
-def reward_model():
-    from transformers import LlamaConfig, LlamaForSequenceClassification
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return (
-            LlamaForSequenceClassification(
-                LlamaConfig(
-                    vocab_size=61,
-                    hidden_size=16,
-                    intermediate_size=24,
-                    num_hidden_layers=2,
-                    num_attention_heads=4,
-                    num_key_value_heads=2,
-                    pad_token_id=0,
-                    num_labels=1,
-                )
-            )
-            .eval()
-            .double()
-        )
+def reward_model(reward_model_of):
+    return reward_model_of("llama")
 
 
 @pytest.fixture

@@ -1,10 +1,9 @@
-"""DMoERM's inner mixture: its formula, its order of members, its training, its file."""
+"""DMoERM's inner mixture, its formula, training and file; and the outer one, a text's category and its head's reward."""
 
 from __future__ import annotations
 
 import random
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from loraweave.composer.composer import Composer
-from loraweave.composer.ensembles.reward_mixture import FILE, RewardMixture, train_reward_mixture
+from loraweave.composer.ensembles.reward_mixture import FILE, RewardMixture, train_reward_mixture, train_routed_rewards
 from loraweave.composer.ensembles.rewards import features, head_rewards, rewards, text_features, train_reward_heads
 from loraweave.errors import (
     AdapterCorrupt,
@@ -34,15 +33,15 @@ BATCH = {
 
 
 @pytest.fixture
-def engine(tiny_llama: nn.Module, make_adapters: Any, tokenizer: Any) -> Composer:
+def engine(tiny_llama, make_adapters, tokenizer):
     return Composer(tiny_llama, make_adapters(tiny_llama, "llama"), tokenizer=tokenizer)
 
 
-def short(engine: Composer, **changes: Any) -> RewardMixture:
+def short(engine, **changes):
     return train_reward_mixture(engine, MEMBERS, PAIRS, **{"steps": 3, "progress": False, **changes})
 
 
-def test_it_is_a_perceptron_on_the_members_features_beside_each_other(engine: Composer) -> None:
+def test_it_is_a_perceptron_on_the_members_features_beside_each_other(engine):
     mixture = short(engine)
     found_B = mixture.rewards(engine, BATCH)
     for row in range(2):
@@ -56,7 +55,7 @@ def test_it_is_a_perceptron_on_the_members_features_beside_each_other(engine: Co
     assert mixture.inner.weight.shape == (16, 48)
 
 
-def test_one_member_is_a_plain_perceptron_on_its_features(engine: Composer) -> None:
+def test_one_member_is_a_plain_perceptron_on_its_features(engine):
     mixture = train_reward_mixture(engine, [{"a": 1.0}], PAIRS, steps=2, progress=False)
     plain = nn.Sequential(mixture.inner, mixture.activation, mixture.outer)
     assert mixture.inner.weight.shape == (16, 16)
@@ -64,7 +63,7 @@ def test_one_member_is_a_plain_perceptron_on_its_features(engine: Composer) -> N
     assert torch.allclose(mixture.rewards(engine, BATCH), found, rtol=1e-5)
 
 
-def test_another_order_of_members_permutes_the_columns(engine: Composer) -> None:
+def test_another_order_of_members_permutes_the_columns(engine):
     mixture = short(engine)
     other = mixture.reordered([2, 0, 1])
     assert other.members == (None, {"a": 1.0}, {"b": 1.0})
@@ -74,7 +73,7 @@ def test_another_order_of_members_permutes_the_columns(engine: Composer) -> None
         mixture.reordered([0, 1])
 
 
-def test_a_step_follows_the_pairwise_logistic_loss(engine: Composer) -> None:
+def test_a_step_follows_the_pairwise_logistic_loss(engine):
     """One step of AdamW from the same start, with the gradient of -log sigmoid of the margin written out."""
     features_MNH = text_features(engine, MEMBERS, [text for pair in PAIRS for text in pair], progress=False)
     start = short(engine, lr=1e-12)
@@ -86,7 +85,7 @@ def test_a_step_follows_the_pairwise_logistic_loss(engine: Composer) -> None:
     assert torch.allclose(first.outer.weight, start.outer.weight - 1e-3 * gradient.sign(), atol=2e-5)
 
 
-def test_features_are_made_once_for_each_text_whatever_the_steps(engine: Composer) -> None:
+def test_features_are_made_once_for_each_text_whatever_the_steps(engine):
     rows = []
     handle = engine.model.register_forward_pre_hook(
         lambda model, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
@@ -97,12 +96,12 @@ def test_features_are_made_once_for_each_text_whatever_the_steps(engine: Compose
     assert sum(rows) == 6 * len(MEMBERS)
 
 
-def texts(count: int, seed: int) -> list[str]:
+def texts(count, seed):
     draw = random.Random(seed)
     return ["".join(draw.choice("abcdefghij ") for _ in range(draw.randint(4, 9))) for _ in range(count)]
 
 
-def test_trained_on_preferences_it_beats_the_mean_of_the_members(engine: Composer) -> None:
+def test_trained_on_preferences_it_beats_the_mean_of_the_members(engine):
     """The preferred text has the larger |u . f_a| - |v . f_b|, which no sum of linear heads can follow."""
     members = [{"a": 1.0}, {"b": 1.0}]
     all_texts = list(dict.fromkeys(texts(900, 1)))
@@ -127,7 +126,7 @@ def test_trained_on_preferences_it_beats_the_mean_of_the_members(engine: Compose
     assert agreement > 0.75
 
 
-def test_training_leaves_the_model_and_the_random_numbers_of_others_alone(engine: Composer) -> None:
+def test_training_leaves_the_model_and_the_random_numbers_of_others_alone(engine):
     before = {name: value.clone() for name, value in engine.model.state_dict().items()}
     wanted = torch.random.get_rng_state()
     one, other = short(engine), short(engine)
@@ -137,7 +136,7 @@ def test_training_leaves_the_model_and_the_random_numbers_of_others_alone(engine
     assert not torch.equal(one.outer.weight, short(engine, seed=1).outer.weight)
 
 
-def test_what_is_saved_and_loaded_gives_the_same_rewards(engine: Composer, tmp_path: Any) -> None:
+def test_what_is_saved_and_loaded_gives_the_same_rewards(engine, tmp_path):
     mixture = short(engine)
     loaded = RewardMixture.from_pretrained(mixture.save_pretrained(tmp_path / "reward"))
     assert loaded.members == mixture.members
@@ -145,7 +144,7 @@ def test_what_is_saved_and_loaded_gives_the_same_rewards(engine: Composer, tmp_p
     assert [path.name for path in (tmp_path / "reward").iterdir()] == [FILE]
 
 
-def test_a_missing_or_damaged_file_is_named(engine: Composer, tmp_path: Any) -> None:
+def test_a_missing_or_damaged_file_is_named(engine, tmp_path):
     with pytest.raises(AdapterNotFound, match=FILE):
         RewardMixture.from_pretrained(tmp_path)
     path = short(engine).save_pretrained(tmp_path) / FILE
@@ -154,7 +153,7 @@ def test_a_missing_or_damaged_file_is_named(engine: Composer, tmp_path: Any) -> 
         RewardMixture.from_pretrained(tmp_path)
 
 
-def test_another_adapter_of_the_same_name_is_refused(engine: Composer, make_adapter: Any) -> None:
+def test_another_adapter_of_the_same_name_is_refused(engine, make_adapter):
     mixture = short(engine)
     adapters = dict(engine.pool.adapters)
     impostor = replace(make_adapter(engine.model, "a", seed=9), name="a")
@@ -165,7 +164,7 @@ def test_another_adapter_of_the_same_name_is_refused(engine: Composer, make_adap
         mixture.rewards(Composer(engine.model, adapters), BATCH)
 
 
-def test_bad_pairs_and_settings_are_refused_before_the_model_runs(engine: Composer) -> None:
+def test_bad_pairs_and_settings_are_refused_before_the_model_runs(engine):
     engine.model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
     for pairs, told in ([[], "no pairs"], [[("a", "a")], "to itself"], [["ab"], "pair 1"], [[("a", "")], "no tokens"]):
         with pytest.raises(InvalidTask, match=told):
@@ -180,6 +179,64 @@ def test_bad_pairs_and_settings_are_refused_before_the_model_runs(engine: Compos
         train_reward_heads(Composer(engine.model, engine.pool), MEMBERS, PAIRS)
 
 
-def test_a_loss_that_is_not_finite_ends_the_training(engine: Composer) -> None:
+def test_a_loss_that_is_not_finite_ends_the_training(engine):
     with pytest.raises(TrainingError, match="lower lr"):
         short(engine, steps=50, lr=1e30)
+
+
+CATEGORIES = {"sums, and such": [{"a": 1.0}, {"b": 1.0}], "talk": [{"c": 1.0}]}
+CATEGORY_PAIRS = {
+    "sums, and such": [("1 2 3", "1 1 1"), ("4 5", "5 5")],
+    "talk": [("yes, it is", "no"), ("to be", "or not")],
+}
+
+
+@pytest.fixture
+def routed(engine):
+    return train_routed_rewards(engine, CATEGORIES, CATEGORY_PAIRS, steps=150, lr=1e-2, progress=False)
+
+
+def batch_of(engine, *texts):
+    rows = engine.tokenizer(list(texts), padding=True, padding_side="left", return_tensors="pt")
+    return {key: rows[key] for key in ("input_ids", "attention_mask")}
+
+
+def test_texts_have_the_categories_that_they_were_trained_with(engine, routed):
+    batch = batch_of(engine, "no", "1 2 3", "to be", "5 5")
+    assert routed.categories_of(engine, batch) == ["talk", "sums, and such", "talk", "sums, and such"]
+
+
+def test_a_category_is_the_highest_of_a_linear_map_of_the_base_s_features(engine, routed):
+    texts = ["it is", "2 3 4", "or"]
+    features_BH = text_features(engine, [None], texts, progress=False)[0]
+    with torch.no_grad():
+        places = (features_BH @ routed.outer.weight.T + routed.outer.bias).argmax(dim=1).tolist()
+    assert routed.categories_of(engine, batch_of(engine, *texts)) == [list(CATEGORIES)[place] for place in places]
+
+
+def test_a_row_s_reward_is_that_of_its_category_s_head_alone(engine, routed):
+    texts = ["no", "1 2 3", "to be"]
+    together_B = routed.rewards(engine, batch_of(engine, *texts))
+    for row, head in enumerate((1, 0, 1)):
+        alone = routed.heads[head].rewards(engine, batch_of(engine, texts[row]))[0]
+        torch.testing.assert_close(together_B[row].detach(), alone, rtol=1e-4, atol=1e-5)
+
+
+def test_the_question_can_decide_instead(engine, routed):
+    answers, questions = batch_of(engine, "no", "no"), batch_of(engine, "to be", "1 2 3")
+    rewards_B = routed.rewards(engine, answers, questions=questions)
+    alone = [routed.heads[head].rewards(engine, batch_of(engine, "no"))[0] for head in (1, 0)]
+    torch.testing.assert_close(rewards_B, torch.stack(alone), rtol=1e-4, atol=1e-5)
+    with pytest.raises(WeightingError, match="there are 1 questions for 2 rows"):
+        routed.rewards(engine, answers, questions=batch_of(engine, "no"))
+
+
+def test_its_state_has_the_heads_of_all_categories(routed):
+    assert {"outer.weight", "heads.0.inner.weight", "heads.1.outer.bias"} <= set(routed.state_dict())
+
+
+def test_categories_have_members_and_pairs_and_texts_one_category(engine):
+    with pytest.raises(WeightingError, match=r"members are for the categories \['x'\] and pairs for \['y'\]"):
+        train_routed_rewards(engine, {"x": [{"a": 1.0}]}, {"y": [("a", "b")]})
+    with pytest.raises(InvalidTask, match="text 'b' has two categories, 'x' and 'y'"):
+        train_routed_rewards(engine, {"x": [None], "y": [None]}, {"x": [("a", "b")], "y": [("b", "c")]})

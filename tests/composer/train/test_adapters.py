@@ -70,14 +70,6 @@ def _plain_lora_gradients(model, tokenizer, fused, index, rows):
     return {layer: (a.grad, b.grad) for layer, (a, b) in leaves.items()}
 
 
-def test_a_job_comes_out_the_same_alone_and_among_others(tiny_llama, tokenizer):
-    together = train(tiny_llama, tokenizer)
-    alone = train(tiny_llama, tokenizer, {"double": TASKS["double"]}, jobs_per_batch=1)
-    for layer, factors in alone["double"].layers.items():
-        assert torch.allclose(together["double"].layers[layer].b_OR, factors.b_OR, atol=1e-5)
-        assert torch.allclose(together["double"].layers[layer].a_RI, factors.a_RI, atol=1e-5)
-
-
 def test_training_lowers_the_loss_and_gives_adapters_in_the_order_of_the_tasks(tiny_llama, tokenizer):
     from loraweave.composer.composer import Composer
     from loraweave.composer.model.scoring import losses

@@ -156,11 +156,6 @@ def test_rows_that_do_not_divide_among_passes_are_refused(model):
         lw.experts("mola", model, **OPTIONS).fit(ROWS, **SETTINGS, gradient_accumulation=3)
 
 
-def test_an_unknown_setting_is_refused_by_name(model):
-    with pytest.raises(TrainingError, match="no setting 'step', did you mean 'steps'"):
-        lw.experts("mola", model, **OPTIONS).fit(ROWS, step=3)
-
-
 def test_a_parameter_without_a_gradient_is_named_and_all_is_put_back(model):
     made = lw.experts("mola", model, **OPTIONS)
     name = next(name for name in made.expert_parameters() if name.endswith("b_SO"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -9,6 +11,10 @@ from loraweave.composer.model.batches import encode
 from loraweave.composer.model.scoring import losses
 from loraweave.composer.train import shared as shared_training
 from loraweave.composer.train.adapters import train_adapters
+from loraweave.composer.train.jobs import LoraJob, PlannedJob
+from loraweave.composer.train.rows import HeldOut
+from loraweave.composer.train.schedule import Pace
+from loraweave.composer.train.shared import JobProgress
 from loraweave.errors import BudgetExceeded, TrainingError, UnknownName
 from loraweave.types import Task
 
@@ -225,3 +231,31 @@ def test_a_job_that_does_not_fit_alone_is_refused_before_the_first_step(tiny_lla
 def test_what_cannot_be_asked_for_is_refused_by_name(options, error, message, tiny_llama, tokenizer):
     with pytest.raises(error, match=message):
         train(tiny_llama, tokenizer, **options)
+
+
+def begun(patience=None):
+    job = LoraJob("x", {"layer": (torch.zeros(1, 3), torch.zeros(2, 1))}, scale=1.0)
+    pace = Pace(steps=9, lr=0.1, batch_size=1, seed=0, warmup=0)
+    return JobProgress(PlannedJob("x", lambda: job, 5, [], pace, HeldOut([], every=1, patience=patience)))
+
+
+def went_on(progress, loss):
+    """A step, after which all parameters are its number, and the held-out loss there."""
+    progress.take_step(0.5, 3)
+    with torch.no_grad():
+        for parameter in progress.job.parameters():
+            parameter.fill_(progress.step)
+    progress.note_evaluation(loss)
+
+
+@pytest.mark.parametrize(
+    ("losses", "best"), [([3.0, 1.0, 2.0], 2), ([1.0, 1.0, 1.0], 1), ([math.nan, 2.0, 3.0], 2), ([2.0, math.nan, 1.0], 3)]
+)
+def test_the_job_ends_with_the_first_of_its_lowest_held_out_losses(losses, best):
+    progress = begun()
+    progress.note_evaluation(0.0)
+    for loss in losses:
+        went_on(progress, loss)
+    report = progress.finish()
+    assert (report.steps, report.best_step) == (3, best)
+    assert all(bool((parameter == best).all()) for parameter in progress.job.parameters())

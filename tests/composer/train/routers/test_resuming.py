@@ -1,4 +1,4 @@
-"""A training that was interrupted goes on."""
+"""A training that was interrupted goes on, and what it keeps on its way."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from loraweave.common.state import load_state
+from loraweave.composer.train.progress import TrainingProgress
+from loraweave.composer.train.settings import TrainingSettings
+from loraweave.composer.train.state import KeptState
 from loraweave.errors import TrainingError
 
 SCRIPT = Path(__file__).with_name("killed.py")
@@ -63,6 +66,8 @@ def test_a_checkpoint_that_can_be_no_folder_is_refused_before_the_first_step(eng
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(TrainingError, match="cannot be made a folder"):
             made.fit(engine, data, checkpoint=place, **SETTINGS)
+    with pytest.raises(TrainingError, match="checkpoint is 3; it must be a folder"):
+        made.fit(engine, data, checkpoint=3, **SETTINGS)
     assert made.report is None
     assert (tmp_path / "file").read_text() == "kept"
 
@@ -140,3 +145,12 @@ def test_a_killed_process_leaves_a_state_from_which_another_reaches_the_same_bit
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value)
     assert figures(resumed) == figures(whole)
+
+
+def test_the_norm_is_that_of_all_gradients_and_those_that_are_missing_become_0():
+    parameters = [torch.ones(shape, requires_grad=True) for shape in ((3, 1), (7,))]
+    parameters[0].grad = torch.tensor([[3.0], [0.0], [-4.0]])
+    settings, seen = TrainingSettings(lr=0.1), {"experts_of_layers": [(0, 1)], "taught": {0, 1}}
+    progress = TrainingProgress(parameters, settings, ("a", "b"), KeptState(None, ""), learner="", owner="", **seen)
+    assert progress.judge(1, 0.5, {}) == 5.0
+    assert torch.equal(parameters[1].grad, torch.zeros(7))
