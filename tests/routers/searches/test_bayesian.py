@@ -6,8 +6,10 @@ import math
 
 import numpy as np
 import pytest
+from scipy.integrate import quad
+from scipy.stats import norm
 
-from loraweave.routers.searches.bayesian import Bayesian
+from loraweave.routers.searches.bayesian import Bayesian, expected_improvement
 from loraweave.routers.searches.random import Random
 
 NAMES = ("a", "b/c", "🦙")
@@ -101,3 +103,15 @@ def test_losses_that_are_all_the_same_or_partly_missing_do_not_end_it():
     result = Bayesian(NAMES).solve(holes)
     assert result.failed > 0
     assert result.loss < 0.01
+
+
+@pytest.mark.parametrize(("mean", "deviation"), [(0.3, 0.5), (-1.2, 0.1), (4.0, 1.5), (0.2, 1e-3)])
+def test_expected_improvement_is_its_integral(mean, deviation):
+    integral, _ = quad(lambda y: (0.2 - y) * norm.pdf(y, mean, deviation), mean - 12 * deviation, 0.2)
+    found = expected_improvement(np.array([mean]), np.array([deviation]), 0.2)
+    assert found == pytest.approx([integral], abs=1e-7)
+
+
+def test_without_uncertainty_expected_improvement_is_the_improvement_itself():
+    found = expected_improvement(np.array([-1.0, 0.5]), np.zeros(2), 0.2)
+    assert found.tolist() == pytest.approx([1.2, 0.0])

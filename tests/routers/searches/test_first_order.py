@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
@@ -83,28 +82,9 @@ def test_a_step_that_the_model_did_not_foretell_is_followed_by_shorter_ones_from
     assert result.weights["expert 0"] == pytest.approx(0.06, abs=1e-3)
 
 
-def test_no_candidate_leaves_the_box():
-    smooth = Smooth(lambda w_E: ((w_E - torch.tensor([3.0, -3.0])) ** 2).sum())
-    result = FirstOrder(names(2), low=-0.3, high=0.6).solve(smooth)
-    seen = torch.stack(smooth.seen).float()
-    assert seen.min() >= np.float32(-0.3)
-    assert seen.max() <= np.float32(0.6)
-    assert list(result.weights.values()) == pytest.approx([0.6, -0.3])
-
-
 def test_it_ends_before_its_budget_where_the_loss_is_flat():
     result = FirstOrder(names(3), budget=40).solve(Smooth(lambda w_E: (0 * w_E).sum() + 2.0))
     assert (result.evaluations, result.loss) == (2, 2.0)
-
-
-def test_groups_have_weights_of_their_own():
-    goal_LE = torch.tensor([[0.5, 0.1], [0.5, 0.1], [-0.2, 0.7]], dtype=torch.float64)
-    smooth = Smooth(lambda w: ((w.view(3, 2) - goal_LE) ** 2).sum())
-    groups = {"early": ["l0", "l1"], "late": ["l2"]}
-    result = FirstOrder(["a", "b"], groups=groups).solve(smooth)
-    assert result.num_trained == 4
-    assert result.mixture.for_layer("l1").flatten().tolist() == pytest.approx([0.5, 0.1], abs=1e-4)
-    assert result.mixture.for_layer("l2").flatten().tolist() == pytest.approx([-0.2, 0.7], abs=1e-4)
 
 
 @pytest.mark.parametrize("spoil", [{1}, {1, 2}, {2, 4}])
@@ -118,22 +98,3 @@ def test_after_a_candidate_without_a_score_shorter_steps_are_taken(spoil):
 def test_when_the_start_has_no_score_the_search_ends_by_name():
     with pytest.raises(SearchFailed, match="none of 1 candidates"):
         FirstOrder(names(2)).solve(Smooth(lambda w_E: w_E.sum(), spoil={0}))
-
-
-def test_resumed_from_its_checkpoint_it_asks_for_the_same_candidates_bit_for_bit(tmp_path):
-    loss, _ = quadratic(8, crossed=True)
-    whole = Smooth(loss)
-    FirstOrder(names(8), budget=24).solve(whole)
-
-    class Killed(Smooth):
-        def gradients(self, candidates):
-            if len(self.seen) == 5:
-                raise KeyboardInterrupt
-            return super().gradients(candidates)
-
-    killed, rest = Killed(loss), Smooth(loss)
-    log = tmp_path / "search.json"
-    with pytest.raises(KeyboardInterrupt):
-        FirstOrder(names(8), budget=24).solve(killed, checkpoint=log)
-    FirstOrder(names(8), budget=24).solve(rest, checkpoint=log)
-    assert torch.equal(torch.stack(whole.seen), torch.stack(killed.seen + rest.seen))

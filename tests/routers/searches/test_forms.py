@@ -1,4 +1,4 @@
-"""Parameters and the weights they stand for: derivatives, inverses and bounds."""
+"""Parameters and the weights they stand for: derivatives, inverses and bounds; and Adam's steps, which are torch's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from loraweave.errors import WeightingError
-from loraweave.routers.searches._forms import Free, Softmax, SoftmaxBias
+from loraweave.routers.searches._forms import Adam, Free, Softmax, SoftmaxBias
 from loraweave.routers.searches._space import Space
 
 SPACE = Space(("a", "b", "c"), groups={"early": ("l0", "l1"), "late": ("l2",)})
@@ -67,3 +67,16 @@ def test_a_softmax_begins_at_the_shares_of_positive_weights_with_a_tenth_of_an_e
 def test_a_box_that_a_softmax_would_leave_is_refused(low, high):
     with pytest.raises(WeightingError, match=f"the bounds are \\[{low}, {high}\\]"):
         Softmax(Space(("a", "b"), low, high))
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.5), (0.8, 0.0)])
+def test_the_steps_are_those_of_torch(betas):
+    gradients = np.random.default_rng(0).normal(size=(7, 5)) * np.logspace(-6, 3, 5)
+    parameter = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+    theirs = torch.optim.Adam([parameter], lr=0.03, betas=betas)
+    ours, place = Adam(5, betas), np.zeros(5)
+    for gradient in gradients:
+        parameter.grad = torch.from_numpy(gradient)
+        theirs.step()
+        place = place + ours.step(gradient, 0.03)
+        assert place == pytest.approx(parameter.detach().numpy(), rel=1e-9, abs=1e-12)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from loraweave.errors import SearchFailed, WeightingError
+from loraweave.errors import SearchFailed
 from loraweave.routers.searches.gradient import Gradient
 from loraweave.routers.weights import MixtureWeights
 
@@ -142,11 +142,6 @@ def test_the_best_candidate_is_returned_not_the_last():
     assert result.loss == min(result.losses) < result.losses[-1]
 
 
-def test_each_step_counts_two_evaluations():
-    result = Gradient(NAMES, budget=41).solve(Valley())
-    assert (len(result.losses), result.evaluations) == (20, 40)
-
-
 def test_patience_ends_it_after_so_many_steps_without_a_lower_loss():
     valley = Valley()
     start = dict(zip(NAMES, valley.best_E.tolist(), strict=True))
@@ -222,8 +217,3 @@ def test_groups_of_layers_share_their_weights():
     values_LE = result.mixture.values_BTLE[0, 0]
     assert torch.equal(values_LE[0], values_LE[1])
     assert not torch.equal(values_LE[0], values_LE[2])
-
-
-def test_an_objective_without_gradients_is_refused():
-    with pytest.raises(WeightingError, match="needs an objective with gradients"):
-        Gradient(NAMES).solve(lambda candidates: [0.0] * len(candidates))

@@ -122,13 +122,3 @@ def test_an_expert_that_cannot_be_scored_is_left_out():
     result = Greedy(names(6), budget=100).solve(objective)
     assert result.loss == min(recipe(objective.loss, 6)[1], objective.loss([0.0] * 6))
     assert result.failed == 2
-
-
-def test_the_order_of_the_experts_does_not_matter():
-    objective = Mixed(7, seed=5)
-    order = [3, 0, 6, 2, 5, 1, 4]
-    turned = Mixed(7, seed=5)
-    turned.directions = objective.directions[order]
-    first = Greedy(names(7), budget=100).solve(objective).weights
-    second = Greedy([names(7)[place] for place in order], budget=100).solve(turned).weights
-    assert first == second

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import random
 
 import numpy as np
 import pytest
 
-from loraweave.errors import SearchFailed, WeightingError
+from loraweave.errors import WeightingError
 from loraweave.routers.searches.lorahub import Lorahub
 from loraweave.routers.searches.similarity import Similarity
 
@@ -37,13 +36,6 @@ def test_it_asks_for_the_papers_l1_term():
     assert Lorahub(NAMES).l1 == 0.05
 
 
-@pytest.mark.parametrize("budget", [9, 10, 16, 17, 40])
-def test_exactly_the_budget_is_evaluated(budget):
-    objective = Quadratic()
-    result = Lorahub(NAMES, budget=budget).solve(objective)
-    assert len(objective.seen) == result.evaluations == budget
-
-
 def test_the_search_comes_close_to_the_optimum():
     result = Lorahub(NAMES, budget=400).solve(Quadratic())
     assert [result.weights[name] for name in NAMES] == pytest.approx(BEST.tolist(), abs=0.02)
@@ -57,34 +49,11 @@ def test_the_first_candidate_is_the_start_and_the_base_by_default():
     assert started.seen[0].tolist() == [0, 1, 0, 0]
 
 
-def test_the_result_is_never_worse_than_the_start():
-    result = Lorahub(NAMES, budget=12, seed=3).solve(Quadratic())
-    assert result.loss <= float((BEST**2).sum())
-    assert result.loss == min(result.losses)
-
-
-def test_no_candidate_leaves_the_box():
-    objective = Quadratic()
-    Lorahub(NAMES, budget=200, low=-0.3, high=0.3, sigma=1.0, seed=1).solve(objective)
-    # the values pass through fp32
-    assert np.abs(objective.seen).max() <= 0.3 + 1e-6
-
-
-def test_a_seed_decides_every_candidate_and_global_generators_are_left_alone():
-    np.random.seed(5)
-    random.seed(5)
-    expected = (np.random.rand(), random.random())
-    np.random.seed(5)
-    random.seed(5)
-    first, second, other = Quadratic(), Quadratic(), Quadratic()
+def test_another_seed_gives_other_candidates():
+    first, other = Quadratic(), Quadratic()
     Lorahub(NAMES, budget=30, seed=7).solve(first)
-    np.random.rand()
-    np.random.seed(5)
-    Lorahub(NAMES, budget=30, seed=7).solve(second)
     Lorahub(NAMES, budget=30, seed=8).solve(other)
-    assert np.array_equal(first.seen, second.seen)
     assert not np.array_equal(first.seen, other.seen)
-    assert (np.random.rand(), random.random()) == expected
 
 
 class Wells:
@@ -153,18 +122,6 @@ def test_a_search_can_begin_at_the_softmax_of_retrieval_scores():
     assert objective.seen[0] == pytest.approx([1 / total, math.exp(-2) / total, math.exp(-2) / total, 0])
 
 
-def test_groups_of_layers_are_searched_together():
-    target_LE = np.array([[0.9, 0.0], [0.9, 0.0], [-0.4, 0.2]])
-
-    def objective(candidates):
-        return [float(((candidate.values_BTLE[0, 0].double().numpy() - target_LE) ** 2).sum()) for candidate in candidates]
-
-    groups = {"early": ["q0", "q1"], "late": ["q2"]}
-    result = Lorahub(["a", "b"], budget=500, groups=groups).solve(objective)
-    assert result.mixture.values_BTLE[0, 0].double().numpy() == pytest.approx(target_LE, abs=0.02)
-    assert result.num_trained == 4
-
-
 @pytest.mark.parametrize("num_experts", [1, 2, 31])
 def test_pools_of_any_size_can_be_searched(num_experts):
     names = [f"expert {index}" for index in range(num_experts)]
@@ -181,39 +138,6 @@ def test_candidates_that_cannot_be_scored_count_and_are_never_chosen():
     result = Lorahub(NAMES, budget=400).solve(objective)
     assert result.evaluations == 400
     assert [result.weights[name] for name in NAMES] == pytest.approx(BEST.tolist(), abs=0.1)
-
-
-def test_a_search_in_which_nothing_can_be_scored_ends_by_name():
-    with pytest.raises(SearchFailed, match="17 of 40 evaluations"):
-        Lorahub(NAMES).solve(lambda candidates: [math.nan] * len(candidates))
-
-
-def test_an_infinite_loss_everywhere_within_a_small_budget_ends_by_name():
-    with pytest.raises(SearchFailed, match="none of 9 candidates"):
-        Lorahub(NAMES, budget=9).solve(lambda candidates: [math.inf] * len(candidates))
-
-
-@pytest.mark.parametrize("killed_after", [1, 2, 3, 5])
-def test_an_interrupted_search_resumes_to_the_same_result(killed_after, tmp_path):
-    whole = Lorahub(NAMES, budget=40, seed=2).solve(Quadratic())
-    objective, calls = Quadratic(), 0
-
-    def killed(candidates):
-        nonlocal calls
-        calls += 1
-        if calls > killed_after:
-            raise KeyboardInterrupt
-        return objective(candidates)
-
-    log = tmp_path / "runs" / "search.json"
-    with pytest.raises(KeyboardInterrupt):
-        Lorahub(NAMES, budget=40, seed=2).solve(killed, checkpoint=log)
-    done = len(objective.seen)
-    resumed = Lorahub(NAMES, budget=40, seed=2).solve(objective, checkpoint=log)
-    assert resumed == whole
-    # nothing that was told before the interruption is evaluated again
-    assert len(objective.seen) == 40
-    assert done < 40
 
 
 def test_a_checkpoint_of_another_search_is_refused(tmp_path):

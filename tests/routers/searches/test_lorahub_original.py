@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import subprocess
 import sys
 
@@ -66,33 +65,6 @@ def test_forty_candidates_are_asked_for_one_by_one_and_the_first_is_zero():
         search.tell([1.0 + len(asked)])
     assert [len(candidates) for candidates in asked] == [1] * 40
     assert asked[0] == [[0.0] * 5]
-
-
-def test_no_candidate_leaves_the_box_and_none_is_better_than_the_result():
-    objective = Bowl()
-    result = LorahubOriginal(NAMES, low=-0.25, high=0.25).solve(objective)
-    assert np.abs(objective.seen).max() <= 0.25 + 1e-6
-    assert result.loss == min(result.losses) <= objective.loss([0.0] * 5)
-
-
-def test_numpys_global_generator_is_left_alone():
-    np.random.seed(5)
-    expected = np.random.rand()
-    np.random.seed(5)
-    LorahubOriginal(NAMES, seed=3).solve(Bowl())
-    assert np.random.rand() == expected
-
-
-def test_candidates_that_cannot_be_scored_count_and_are_never_chosen():
-    objective = Bowl()
-
-    def spoilt(candidates):
-        (loss,) = objective(candidates)
-        return [math.nan if len(objective.seen) % 3 == 2 else loss]
-
-    result = LorahubOriginal(NAMES).solve(spoilt)
-    assert (result.evaluations, result.failed) == (40, 13)
-    assert result.loss < objective.loss([0.0] * 5)
 
 
 def test_a_failure_inside_nevergrad_is_named(monkeypatch):

@@ -189,12 +189,6 @@ def test_an_objective_without_gradients_is_refused_by_name():
         Descent(NAMES).solve(distance)
 
 
-def test_the_curve_is_drawn(tmp_path):
-    pytest.importorskip("matplotlib")
-    path = Walk(NAMES, budget=6).solve(distance).plot(tmp_path / "curve.png")
-    assert path.read_bytes().startswith(b"\x89PNG")
-
-
 def test_progress_is_told_in_evaluations():
     made = []
     Descent(NAMES, budget=7).solve(Smooth(), on_progress=made.append)

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 
-from loraweave.errors import SearchFailed
 from loraweave.routers.searches.uniform import Uniform
 
 
@@ -18,16 +17,3 @@ def test_with_groups_layers_outside_them_are_left_alone():
     mixture = Uniform(["a", "b"], groups={"early": ["l0", "l1"]}).ask()[0]
     assert mixture.for_layer("l1").flatten().tolist() == [0.5, 0.5]
     assert mixture.for_layer("l2").flatten().tolist() == [0.0, 0.0]
-
-
-def test_it_has_nothing_further_to_ask():
-    solver = Uniform(["a", "b"])
-    solver.ask()
-    solver.tell([1.0])
-    assert solver.stop()
-    assert solver.ask() == []
-
-
-def test_a_uniform_mixture_that_cannot_be_scored_ends_by_name():
-    with pytest.raises(SearchFailed, match="none of 1 candidates"):
-        Uniform(["a"]).solve(lambda candidates: [float("nan")])
