@@ -28,7 +28,8 @@ from torch import Tensor
 from benchmarks._run import Run, Table, console
 from benchmarks._timing import Gate, require
 from loraweave.composer.live.kernels._cost import RATES, Cost, Rates, Workload
-from loraweave.composer.live.kernels._parts import Kernel, RankRow, RowSets
+from loraweave.composer.live.kernels._parts import Kernel, RowSets
+from loraweave.composer.live.layout import PlacedFactors
 from loraweave.composer.live.row_weights import Choice, choose, costs, row_kernels
 
 LAYERS = ((576, 576), (576, 192), (576, 1536), (1536, 576))
@@ -85,19 +86,19 @@ def workload(case: Case, dtype: torch.dtype) -> Workload:
     )
 
 
-def parts(case: Case, dtype: torch.dtype, seed: int) -> list[RankRow]:
+def parts(case: Case, dtype: torch.dtype, seed: int) -> list[PlacedFactors]:
     generator = torch.Generator().manual_seed(seed)
 
     def random_factors(*shape: int) -> Tensor:
         return (torch.randn(*shape, generator=generator) * 0.1).to(dtype)
 
     return [
-        RankRow(random_factors(case.rank, case.num_inputs), random_factors(case.rank, case.num_outputs))
+        PlacedFactors(random_factors(case.rank, case.num_inputs), random_factors(case.rank, case.num_outputs))
         for _ in range(case.pool)
     ]
 
 
-def made(path: str, experts: list[RankRow], sets: RowSets, dtype: torch.dtype) -> Kernel:
+def made(path: str, experts: list[PlacedFactors], sets: RowSets, dtype: torch.dtype) -> Kernel:
     number = {p: number for number, p in enumerate(sorted({p for row in sets for p, _ in row}))}
     rows = tuple(tuple((number[p], weight) for p, weight in row) for row in sets)
     return row_kernels()[path].of([experts[p] for p in number], rows, dtype)

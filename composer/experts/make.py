@@ -16,7 +16,7 @@ from loraweave.common.options import require_known
 from loraweave.composer.experts.exchange import require_expert_model
 from loraweave.composer.experts.expert_model import ExpertModel
 from loraweave.composer.experts.forms.sum_of_experts import SumOfExperts
-from loraweave.composer.experts.parts import READER, Start, recipe, shapes_of
+from loraweave.composer.experts.parts import READER, Start, shapes_of
 from loraweave.composer.experts.parts import recipe as make_recipe
 from loraweave.composer.experts.saving import read_saved_experts
 from loraweave.composer.live.fitting import Fitting
@@ -66,7 +66,7 @@ def experts(
     if pool is not None:
         return start_from(name, base_model, pool, hub=hub, tokenizer=tokenizer, options=options).eval()
     # outside training, a model answers the same every time
-    return ExpertModel(base_model, recipe(name, options), tokenizer=tokenizer).eval()
+    return ExpertModel(base_model, make_recipe(name, options), tokenizer=tokenizer).eval()
 
 
 def _saved(folder: Path, base_model: nn.Module, tokenizer: Any, options: Mapping[str, Any]) -> ExpertModel:
@@ -74,7 +74,7 @@ def _saved(folder: Path, base_model: nn.Module, tokenizer: Any, options: Mapping
         raise WeightingError(f"{folder} has options of its own; {', '.join(options)} cannot be given again")
     saved = read_saved_experts(folder)
     saved.require_base(base_model)
-    made = recipe(saved.recipe, saved.options)
+    made = make_recipe(saved.recipe, saved.options)
     # what does not fit is found before memory is taken and the base is touched
     tensors = saved.tensors(base_model, made)
     model = ExpertModel(base_model, made, tokenizer=tokenizer, shapes=saved.shapes, names=saved.names)

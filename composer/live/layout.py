@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,8 +32,8 @@ class PlacedFactors:
 
     a_RI: Tensor
     b_RO: Tensor
-    gain_O: Tensor | None
-    bias_O: Tensor | None
+    gain_O: Tensor | None = None
+    bias_O: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ class Layout:
                 continue
             kept = adapter is not None and any(part.offset is None for part in parts)
             own = _tensors(adapter.layers[layer]) if adapter is not None and kept else {}
-            tensors: dict[str, Any] = {"gain_O": None, "bias_O": None}
+            tensors: dict[str, Tensor] = {}
             for part in parts:
                 if part.offset is None:
                     tensors[part.name] = _keep(own[part.name])

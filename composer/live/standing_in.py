@@ -69,9 +69,7 @@ class StandIn:
 class Hook(StandIn):
     """A hook. That of a copied or unpickled module does nothing."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return _do_nothing
-
+    # for copy and pickle
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
         return _inert_hook, ()
 

@@ -1,14 +1,13 @@
-"""(x a^T * w) b^T with gradients of x, w, a and b: the sum of trained experts' updates as one operation."""
+"""(x a^T * w) b^T with gradients of x, w, a and b: the weighted sum of experts' updates as one operation."""
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from loraweave.composer.live.kernels._weighted_product import weigh
 
 
 class RankRows(NamedTuple):
@@ -101,3 +100,12 @@ def _sum_shared(values_NS: Tensor, row_S: Tensor | None, num_rows: int) -> Tenso
     if row_S is None:
         return values_NS
     return values_NS.new_zeros(len(values_NS), num_rows).index_add_(1, row_S, values_NS)
+
+
+def weigh(hidden: Tensor, w: Tensor, *, learns: bool) -> Tensor:
+    """The hidden values times their weights, in their own dtype; the axes broadcast."""
+    mixed = hidden.to(w.dtype) * w
+    # a sum over what has not overflowed is finite, and costs less than a mask; elsewhere than on a CPU one would wait for it
+    if not learns and not (mixed.device.type == "cpu" and math.isfinite(float(mixed.sum()))):
+        mixed = mixed.masked_fill(w == 0, 0.0)
+    return mixed.to(hidden.dtype)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
@@ -94,19 +93,6 @@ class RowKernel(AddsInPlace):
     @abstractmethod
     def of(cls, parts: Sequence[Part], rows: RowSets, dtype: torch.dtype, lend: Lend | None = None) -> Kernel:
         """The kernel of rows that each have a part; what it gathers is in memory that was lent, if any."""
-
-
-@dataclass(frozen=True, eq=False)
-class RankRow:
-    """A rank row of stacked factors as a part of its own."""
-
-    a_RI: Tensor
-    b_RO: Tensor
-
-
-def rank_rows(a_SI: Tensor, b_OS: Tensor) -> list[RankRow]:
-    """Each rank row of stacked factors as a part."""
-    return [RankRow(a_SI[s : s + 1], b_OS[:, s : s + 1].T) for s in range(a_SI.shape[0])]
 
 
 def row_sets(w_BTP: Tensor) -> RowSets | None:

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from loraweave.composer.live.kernels._cost import Cost, TokenWorkload, Workload
+from loraweave.composer.live.kernels._expert_product import ExpertProduct, RankRows, weigh
 from loraweave.composer.live.kernels._parts import Lend, Part, RowKernel, RowSets, repeat_rows, stack_a
-from loraweave.composer.live.kernels._weighted_product import WeightedProduct, weigh
 from loraweave.composer.live.kernels.naive import mix
 
 # what was made of one tensor of weights, for layers with the same ranks: w_NS by these and the axes of the tokens
@@ -120,10 +120,9 @@ class Dense(RowKernel):
 
     def _product(self, y_BTO: Tensor | None, x_BTI: Tensor) -> Tensor:
         stack = self.stack
-        w_PN = self._by_token(x_BTI.shape).T.contiguous()
-        x_NI = x_BTI.reshape(-1, x_BTI.shape[2])
-        found: Tensor = WeightedProduct.apply(  # type: ignore[no-untyped-call]
-            y_BTO, x_NI, w_PN, stack.a_SI, stack.b_SO, stack.owner_S
+        x_NI, w_NP = x_BTI.reshape(-1, x_BTI.shape[2]), self._by_token(x_BTI.shape)
+        found: Tensor = ExpertProduct.apply(  # type: ignore[no-untyped-call]
+            y_BTO, x_NI, w_NP, stack.a_SI, stack.b_SO, RankRows(stack.owner_S)
         )
         return found
 

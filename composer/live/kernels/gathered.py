@@ -35,27 +35,15 @@ class Gathered(RowKernel):
     @classmethod
     def of(cls, parts: Sequence[Part], rows: RowSets, dtype: torch.dtype, lend: Lend | None = None) -> Gathered:
         filling = _filling(rows, tuple(part.a_RI.shape[0] for part in parts))
-        largest = filling.largest
-        a_pieces = [part.a_RI for part in parts]
-        b_pieces = [part.b_RO for part in parts]
-        if filling.padded:
-            a_pieces.append(a_pieces[0].new_zeros(largest, a_pieces[0].shape[1]))
-            b_pieces.append(b_pieces[0].new_zeros(largest, b_pieces[0].shape[1]))
-            a_pieces = [a_pieces[p] if size is None else a_pieces[p][:size] for p, size in filling.pieces]
-            b_pieces = [b_pieces[p] if size is None else b_pieces[p][:size] for p, size in filling.pieces]
-        else:
-            a_pieces = [a_pieces[p] for p, _ in filling.pieces]
-            b_pieces = [b_pieces[p] for p, _ in filling.pieces]
-        num_rows = len(rows) * largest
-        a_BRI = _joined(a_pieces, num_rows, lend).to(dtype).view(len(rows), largest, -1)
-        b_SO = _joined(b_pieces, num_rows, lend)
+        num_rows, largest = len(rows), filling.largest
+        a_BRI = _joined([part.a_RI for part in parts], filling, num_rows, lend).to(dtype).view(num_rows, largest, -1)
+        b_SO = _joined([part.b_RO for part in parts], filling, num_rows, lend)
         if filling.weights is not None:
-            w_S1 = torch.tensor(filling.weights, dtype=torch.promote_types(dtype, torch.float32), device=b_SO.device)[
-                :, None
-            ]
+            exact = torch.promote_types(dtype, torch.float32)
+            w_S1 = torch.tensor(filling.weights, dtype=exact, device=b_SO.device)[:, None]
             # a product of a half and a single is rounded once
             b_SO = b_SO * w_S1 if lend is None else b_SO.mul_(w_S1)
-        return cls(a_BRI, b_SO.to(dtype).view(len(rows), largest, -1))
+        return cls(a_BRI, b_SO.to(dtype).view(num_rows, largest, -1))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -123,8 +111,13 @@ def _filling(rows: RowSets, ranks: tuple[int, ...]) -> _Filling:
     return _Filling(largest, pieces, padded, None if all(w in (0.0, 1.0) for w in weights) else weights)
 
 
-def _joined(pieces: list[Tensor], num_rows: int, lend: Lend | None) -> Tensor:
+def _joined(factors: list[Tensor], filling: _Filling, num_rows: int, lend: Lend | None) -> Tensor:
+    """The rows' pieces of the parts' factors, one below the other."""
+    width = factors[0].shape[1]
+    if filling.padded:
+        factors.append(factors[0].new_zeros(filling.largest, width))
+    pieces = [factors[p] if size is None else factors[p][:size] for p, size in filling.pieces]
     if lend is None:
         return torch.cat(pieces)
-    width = pieces[0].shape[1]
-    return torch.cat(pieces, out=lend(num_rows * width).view(num_rows, width))
+    num_ranks = num_rows * filling.largest
+    return torch.cat(pieces, out=lend(num_ranks * width).view(num_ranks, width))

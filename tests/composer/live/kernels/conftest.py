@@ -5,10 +5,16 @@ from dataclasses import replace
 import pytest
 
 from loraweave import registry
-from loraweave.composer.live.kernels._parts import RowKernel, rank_rows, row_sets
+from loraweave.composer.live.kernels._parts import RowKernel, row_sets
 from loraweave.composer.live.kernels.dense import Dense, Stack
 from loraweave.composer.live.kernels.naive import naive
+from loraweave.composer.live.layout import PlacedFactors
 from loraweave.composer.live.row_weights import RankedRows, _LayerRows
+
+
+def rank_rows(a_SI, b_OS):
+    """Each rank row of stacked factors as an expert."""
+    return [PlacedFactors(a_SI[s : s + 1], b_OS[:, s : s + 1].T) for s in range(a_SI.shape[0])]
 
 
 def by_rank_rows(name, x_BTI, a_SI, b_OS, w_BTS):

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from loraweave.composer.live.kernels._parts import RankRow
 from loraweave.composer.live.kernels._some_rows import SomeRows
 from loraweave.composer.live.kernels.gathered import Gathered
 from loraweave.composer.live.kernels.segments import Segments
+from loraweave.composer.live.layout import PlacedFactors
 
 RANKS = (2, 1, 4)
 # rows of one, two and all experts; the first and the third have the same mixture
@@ -19,7 +19,7 @@ def experts(i=7, o=5, dtype=torch.float64):
     def random(*shape):
         return torch.randn(*shape, generator=generator, dtype=dtype)
 
-    return [RankRow(random(rank, i), random(rank, o)) for rank in RANKS]
+    return [PlacedFactors(random(rank, i), random(rank, o)) for rank in RANKS]
 
 
 def expected(x, parts, rows, copies=1):
@@ -91,16 +91,16 @@ def test_a_row_depends_on_no_other_by_a_bit_where_ranks_are_equal():
 
 
 def test_padding_to_the_largest_rank_adds_nothing_even_after_an_overflow():
-    parts = [RankRow(torch.full((2, 2), 6e4, dtype=torch.float16), torch.ones(2, 1, dtype=torch.float16))]
-    parts.append(RankRow(torch.ones(1, 2, dtype=torch.float16), torch.ones(1, 1, dtype=torch.float16)))
+    parts = [PlacedFactors(torch.full((2, 2), 6e4, dtype=torch.float16), torch.ones(2, 1, dtype=torch.float16))]
+    parts.append(PlacedFactors(torch.ones(1, 2, dtype=torch.float16), torch.ones(1, 1, dtype=torch.float16)))
     kernel = Gathered.of(parts, (((0, 1.0),), ((1, 1.0),)), torch.float16)
     assert kernel.update(torch.full((2, 1, 2), 2.0, dtype=torch.float16))[1].item() == 4.0
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_factors_of_a_shorter_dtype_are_widened_and_not_rounded_again(name):
-    parts = [RankRow(part.a_RI.bfloat16(), part.b_RO.bfloat16()) for part in experts()]
-    exact = [RankRow(part.a_RI.double(), part.b_RO.double()) for part in parts]
+    parts = [PlacedFactors(part.a_RI.bfloat16(), part.b_RO.bfloat16()) for part in experts()]
+    exact = [PlacedFactors(part.a_RI.double(), part.b_RO.double()) for part in parts]
     x = torch.randn(4, 3, 7)
     found = KERNELS[name](parts, ROWS, torch.float32).update(x)
     assert torch.allclose(found.double(), expected(x.double(), exact, ROWS), rtol=1e-5, atol=1e-5)

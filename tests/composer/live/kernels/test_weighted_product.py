@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from loraweave.composer.live.kernels._parts import RankRow
 from loraweave.composer.live.kernels.dense import Dense, Stack
+from loraweave.composer.live.layout import PlacedFactors
 
 RANKS = (2, 1, 4)
 
@@ -13,7 +13,7 @@ RANKS = (2, 1, 4)
 def stack(dtype=torch.float64, i=7, o=5, ranks=RANKS):
     generator = torch.Generator().manual_seed(0)
     draw = [(torch.randn(r, i, generator=generator), torch.randn(r, o, generator=generator)) for r in ranks]
-    return Stack.of([RankRow(a_RI.to(dtype), b_RO.to(dtype)) for a_RI, b_RO in draw], dtype)
+    return Stack.of([PlacedFactors(a_RI.to(dtype), b_RO.to(dtype)) for a_RI, b_RO in draw], dtype)
 
 
 def formula(x_BTI, w_BTP, of):
@@ -91,7 +91,7 @@ def test_only_hidden_values_and_weights_are_kept_for_the_backward_pass():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(tuple(t.shape)), t)[1], lambda t: t):
         Dense(of, w.requires_grad_()).update(x.requires_grad_())
     num_ranks, num_tokens = sum(RANKS), 12
-    assert sorted(sizes) == sorted([(num_ranks, num_tokens), (3, num_tokens), of.a_SI.shape, of.b_SO.shape, (num_ranks,)])
+    assert sorted(sizes) == sorted([(num_tokens, num_ranks), (num_tokens, 3), of.a_SI.shape, of.b_SO.shape])
 
 
 def test_checkpointing_gives_the_same_gradients():

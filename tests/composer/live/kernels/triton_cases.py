@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from loraweave.composer.composer import Composer
-from loraweave.composer.live.kernels._parts import rank_rows, row_sets
+from loraweave.composer.live.kernels._parts import row_sets
 from loraweave.composer.live.kernels.naive import naive
+from loraweave.composer.live.layout import PlacedFactors
 from loraweave.composer.live.row_weights import Choice, row_kernels
 from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors
@@ -80,7 +81,9 @@ def test_added_in_place_it_is_rounded_once(kernel, shape, dtype):
     rows = row_sets(w_BTS)
     assert rows is not None
     base = y_BTO.clone()
-    row_kernels()[kernel].of(rank_rows(a_SI, b_OS), rows, dtype).add_(x_BTI, y_BTO)
+    row_kernels()[kernel].of(
+        [PlacedFactors(a_S1[None], b_1O[None]) for a_S1, b_1O in zip(a_SI, b_OS.T, strict=True)], rows, dtype
+    ).add_(x_BTI, y_BTO)
     assert close(y_BTO, wanted, dtype)
     on_end = x_BTI.shape[0] // len(rows)
     for number, row in enumerate(rows):
