@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import re
@@ -43,6 +44,17 @@ LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+def pytest_collection_finish() -> None:
+    """Collections of garbage pass over what imports and the listing of tests made: a Trainer makes one for every fit."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    # bindings that are frozen when the interpreter ends are reported as leaks
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -37,12 +37,17 @@ def embedder(request):
     return made
 
 
+@pytest.fixture(scope="module")
+def rows(embedder):
+    """The rows of all texts in one call."""
+    return embedder.embed(TEXTS)
+
+
 def rounding(embedder):
     return 2e-5 if "centred" in registry.traits_of(type(embedder)) else 2e-6
 
 
-def test_embeddings_are_finite_fp32_rows_of_unit_norm(embedder):
-    rows = embedder.embed(TEXTS)
+def test_embeddings_are_finite_fp32_rows_of_unit_norm(embedder, rows):
     assert rows.shape == (len(TEXTS), embedder.dim)
     assert rows.dtype == np.float32
     np.testing.assert_allclose((rows.astype(np.float64) ** 2).sum(axis=1), 1.0, atol=1e-5)
@@ -52,23 +57,21 @@ def test_no_texts_give_no_rows(embedder):
     assert embedder.embed([]).shape == (0, embedder.dim)
 
 
-def test_a_batch_equals_its_texts_one_by_one(embedder):
+def test_a_batch_equals_its_texts_one_by_one(embedder, rows):
     one_by_one = np.concatenate([embedder.embed([text]) for text in TEXTS])
-    np.testing.assert_allclose(embedder.embed(TEXTS), one_by_one, atol=rounding(embedder))
+    np.testing.assert_allclose(rows, one_by_one, atol=rounding(embedder))
 
 
-def test_the_order_of_a_batch_does_not_matter(embedder):
-    atol = rounding(embedder)
-    np.testing.assert_allclose(embedder.embed(TEXTS[::-1])[::-1], embedder.embed(TEXTS), atol=atol)
+def test_the_order_of_a_batch_does_not_matter(embedder, rows):
+    np.testing.assert_allclose(embedder.embed(TEXTS[::-1])[::-1], rows, atol=rounding(embedder))
 
 
-def test_equal_texts_get_equal_rows(embedder):
-    rows = embedder.embed(TEXTS)
+def test_equal_texts_get_equal_rows(rows):
     assert rows[0].tobytes() == rows[7].tobytes()
 
 
-def test_a_second_call_gives_the_same_bytes(embedder):
-    assert embedder.embed(TEXTS).tobytes() == embedder.embed(TEXTS).tobytes()
+def test_a_second_call_gives_the_same_bytes(embedder, rows):
+    assert embedder.embed(TEXTS).tobytes() == rows.tobytes()
 
 
 def test_different_texts_differ(embedder):

@@ -35,15 +35,15 @@ def best_single(objective):
 @pytest.mark.parametrize("form", ["free", "softmax"])
 def test_a_few_steps_on_weights_by_layer_beat_every_adapter_alone(form, objective, best_single):
     layers = list(objective.engine.target_layers)
-    result = Gradient(NAMES, form=form, layers=layers, budget=16).solve(objective)
+    result = Gradient(NAMES, form=form, layers=layers, budget=10).solve(objective)
     assert result.num_trained == len(NAMES) * len(layers)
     assert result.loss < best_single
 
 
 def test_with_gradients_no_search_ends_above_lorahub_at_the_same_number_of_evaluations(objective):
     layers = list(objective.engine.target_layers)
-    hub = Lorahub(NAMES, budget=20).solve(objective)
-    for solver in (FirstOrder(NAMES, budget=20), Gradient(NAMES, layers=layers, budget=20)):
+    hub = Lorahub(NAMES, budget=12).solve(objective)
+    for solver in (FirstOrder(NAMES, budget=12), Gradient(NAMES, layers=layers, budget=12)):
         result = solver.solve(objective)
         assert result.evaluations <= hub.evaluations
         assert result.loss <= hub.loss
