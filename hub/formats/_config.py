@@ -6,12 +6,13 @@ import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.formats._files import listing, present, read_json
 from loraweave.hub.formats._patterns import Number, PatternError, resolve
 
+T = TypeVar("T")
 CONFIG = "adapter_config.json"
 MAX_TEXT = 4_096
 MAX_NAMES = 1_000
@@ -59,10 +60,7 @@ class Config:
         return {key: self._count(value, f"{name}[{key!r}]", 1, most) for key, value in self.table(name).items()}
 
     def flag(self, name: str, default: bool = False) -> bool:
-        value = self.fields.get(name, default)
-        if not isinstance(value, bool):
-            raise AdapterCorrupt(f"{self.folder}: {name} is {shorten(value)}, not true or false")
-        return value
+        return self._typed(name, self.fields.get(name, default), bool, "true or false")
 
     def choice(self, name: str, options: Iterable[Any], default: Any = None) -> Any:
         """Raises AdapterUnsupported for any other value than one of the options."""
@@ -75,25 +73,20 @@ class Config:
     def text(self, name: str) -> str:
         """The text, empty where the field is missing or null."""
         value = self.fields.get(name)
-        if value is not None and (not isinstance(value, str) or len(value) > MAX_TEXT):
-            raise AdapterCorrupt(f"{self.folder}: {name} is {shorten(value)}, not a text of up to {MAX_TEXT} characters")
-        return value or ""
+        return self._typed(name, "" if value is None else value, str, f"a text of up to {MAX_TEXT} characters")
 
     def names(self, name: str) -> tuple[str, ...]:
         """A list of module names, each once; empty where the field is missing or null."""
-        value = self.fields.get(name) or []
-        if not isinstance(value, list) or not all(isinstance(each, str) and 0 < len(each) <= MAX_TEXT for each in value):
-            raise AdapterCorrupt(f"{self.folder}: {name} is {shorten(value)}, not a list of module names")
+        value = self._typed(name, self.fields.get(name) or [], list, "a list of module names")
         if len(value) > MAX_NAMES:
             raise AdapterCorrupt(f"{self.folder}: {name} lists {len(value)} names, above the limit of {MAX_NAMES}")
+        if not all(type(each) is str and 0 < len(each) <= MAX_TEXT for each in value):
+            raise AdapterCorrupt(f"{self.folder}: {name} is {shorten(value)}, not a list of module names")
         return tuple(dict.fromkeys(value))
 
     def table(self, name: str) -> Mapping[str, Any]:
         """An object from layer patterns to values; empty where the field is missing, null or empty."""
-        value = self.fields.get(name) or {}
-        if not isinstance(value, dict):
-            raise AdapterCorrupt(f"{self.folder}: {name} is {shorten(value)}, not an object of layer patterns")
-        return value
+        return self._typed(name, self.fields.get(name) or {}, dict, "an object of layer patterns")
 
     def matched(self, pattern: str, layer: str, default: str) -> float:
         """The number that the patterns in field `pattern` give a layer by PEFT's rule, else that of field `default`."""
@@ -102,9 +95,14 @@ class Config:
             raise AdapterUnsupported(f"{self.folder}: {pattern} gives layer {layer!r} several values, {disputed[layer]}")
         return numbers[layer]
 
+    def _typed(self, name: str, value: Any, kind: type[T], what: str) -> T:
+        if not isinstance(value, kind) or (isinstance(value, str) and len(value) > MAX_TEXT):
+            raise AdapterCorrupt(f"{self.folder}: {name} is {shorten(value)}, not {what}")
+        return value
+
     def _number(self, value: Any, name: str) -> float:
         # compared, since math.isfinite fails for a whole number that no float can hold
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
             raise AdapterCorrupt(f"{self.folder}: {name} is {shorten(value)}, not a finite number")
         return float(value)
 

@@ -41,7 +41,7 @@ def require_unchanged(folder: Path) -> Iterator[None]:
     _compare(before, _states(folder, fresh_ns), folder, None)
 
 
-def _compare(before: dict[str, State], after: dict[str, State], folder: Path, cause: object) -> None:
+def _compare(before: dict[str, State], after: dict[str, State], folder: Path, cause: HubError | None) -> None:
     changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     if changed:
         name = changed[0]
@@ -49,7 +49,7 @@ def _compare(before: dict[str, State], after: dict[str, State], folder: Path, ca
         raise AdapterCorrupt(
             f"{folder}: {name} changed while it was read ({sizes[0]} before, {sizes[1]} after); read the adapter again when "
             "nothing writes to the folder"
-        ) from (cause if isinstance(cause, BaseException) else None)
+        ) from cause
 
 
 def _states(folder: Path, fresh_ns: int) -> dict[str, State]:

@@ -16,21 +16,11 @@ from weakref import WeakValueDictionary
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.formats._files import open_file, present
 
-KEPT = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "merges.txt",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "value_head.safetensors",
-    "vocab.json",
-    "vocab.txt",
-)
+_KEPT = """
+added_tokens.json chat_template.jinja chat_template.json merges.txt sentencepiece.bpe.model special_tokens_map.json
+spiece.model tokenizer.json tokenizer.model tokenizer_config.json value_head.safetensors vocab.json vocab.txt
+"""
+KEPT = tuple(_KEPT.split())
 # the largest tokenizers have half of it
 MAX_KEPT_BYTES = 64 * 2**20
 # what could be meant as well, and is left out with a warning

@@ -82,9 +82,9 @@ def _pickle_in(file: BinaryIO, size: int, where: str) -> bytes:
                     f"file has {size} bytes, and a pickle may have {MAX_HEADER_BYTES}"
                 )
             return archive.read(held[0])
+    except (AdapterCorrupt, AdapterUnsupported):
+        raise
     except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, AdapterCorrupt | AdapterUnsupported):
-            raise
         raise AdapterCorrupt(
             f"{where} is not an intact archive of torch.save ({error!s:.300}); files of PyTorch before 1.6 are not read, "
             "load and save them again with a newer one"

@@ -18,7 +18,7 @@ from loraweave.errors import AdapterUnsupported
 from loraweave.hub.formats._config import CONFIG, Config
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._conversion import MAX_ERROR, Bound, cut
-from loraweave.hub.formats._files import MAX_LISTED, present, require_unchanged
+from loraweave.hub.formats._files import MAX_LISTED, entry, present, require_unchanged
 from loraweave.hub.formats._kept_files import read_kept
 from loraweave.hub.formats._lora_file import PICKLES, FileFormat, is_pickle, lora_files, refuse_pickle
 from loraweave.hub.formats._pickle import texts_in_pickle
@@ -84,10 +84,7 @@ def is_adapter(folder: Path) -> bool:
 def _read(folder: Path, model: nn.Module | None, rank: int | None, max_error: float, allow_pickle: bool) -> Contents:
     bound = Bound(rank, max_error)
     fields = Config.of(folder).fields if present(folder, CONFIG) else {}
-    kind = fields.get("peft_type")
-    if isinstance(kind, str) and kind in REFUSED:
-        raise AdapterUnsupported(f"{folder}: peft_type is {kind!r}, which cannot be read as factors: {REFUSED[kind]}")
-    layout = _layout_of(kind, folder, fields, allow_pickle)
+    layout = _layout_of(folder, fields, allow_pickle)
     if layout is None:
         return _cut_ranks(Peft.read(folder, allow_pickle=allow_pickle), bound, folder)
     # a format that is written too is read as it was written
@@ -134,14 +131,15 @@ def _folders_below(folder: Path) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith(".") and not (path / name).is_symlink())
 
 
-def _layout_of(kind: object, folder: Path, fields: Mapping[str, Any], allow_pickle: bool) -> Any:
-    """The format of a folder whose config names `kind`, None for a plain LoRA."""
+def _layout_of(folder: Path, fields: Mapping[str, Any], allow_pickle: bool) -> Any:
+    """The format of a folder with these fields in its config, None for a plain LoRA."""
+    kind = entry(fields, "peft_type", str)
     if kind == "LORA":
         variants = (layout for layout in _formats() if getattr(layout, "peft_type", "") == kind)
         return next((layout for layout in variants if layout.claims(folder, fields)), None)
-    if isinstance(kind, str):
+    if kind is not None:
         return _foreign(kind, folder)
-    if kind is None:
+    if fields.get("peft_type") is None:
         for layout in _own_formats():
             consent = {"allow_pickle": allow_pickle} if issubclass(layout, FileFormat) else {}
             if layout.recognises(folder, **consent):
@@ -151,7 +149,9 @@ def _layout_of(kind: object, folder: Path, fields: Mapping[str, Any], allow_pick
 
 
 def _foreign(kind: str, folder: Path) -> Any:
-    """The format of a peft_type. Raises AdapterUnsupported for an unknown one, with the nearest."""
+    """The format of a peft_type. Raises AdapterUnsupported for one that is not read, with the reason or the nearest."""
+    if kind in REFUSED:
+        raise AdapterUnsupported(f"{folder}: peft_type is {kind!r}, which cannot be read as factors: {REFUSED[kind]}")
     layout = registry.get("formats", kind.lower()) if kind.lower() in registry.names("formats") else None
     if getattr(layout, "peft_type", None) == kind:
         return layout

@@ -40,19 +40,8 @@ FLOATS = {
 # only for formats that store places in another tensor
 INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 # known to the format, yet integers and truth values carry no scale and complex or block-scaled numbers no single value
-SIZES_OF_OTHERS = {
-    "I64": 8,
-    "U64": 8,
-    "I32": 4,
-    "U32": 4,
-    "I16": 2,
-    "U16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-    "C64": 8,
-    "F8_E8M0": 1,
-}
+SIZES_OF_OTHERS = {"U64": 8, "U32": 4, "U16": 2, "BOOL": 1, "C64": 8, "F8_E8M0": 1}
+SIZES_OF_OTHERS |= {dtype: kind.itemsize for dtype, kind in INTEGERS.items()}
 
 
 @dataclass(frozen=True)

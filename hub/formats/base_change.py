@@ -16,6 +16,7 @@ from loraweave.hub.formats._base_layer import BaseLayer, base_layer
 from loraweave.hub.formats._config import Config
 from loraweave.hub.formats._contents import Contents
 from loraweave.hub.formats._conversion import Bound, cut, plain
+from loraweave.hub.formats._files import entry
 from loraweave.hub.formats._foreign import PeftReader
 from loraweave.hub.formats._peft_config import parse
 from loraweave.hub.formats.peft import Peft
@@ -70,8 +71,7 @@ class BaseChange(PeftReader):
 
 
 def _init_of(fields: Mapping[str, Any]) -> str:
-    init = fields.get("init_lora_weights")
-    return init.lower() if fields.get("peft_type") == "LORA" and isinstance(init, str) else ""
+    return (entry(fields, "init_lora_weights", str) or "").lower() if fields.get("peft_type") == "LORA" else ""
 
 
 def _without_start(factors: Factors, layer: BaseLayer, init: str, scale: float, where: str) -> Factors:

@@ -14,7 +14,7 @@ from torch import Tensor
 from loraweave.errors import AdapterCorrupt
 from loraweave.hub.formats._card import json_text
 from loraweave.hub.formats._contents import Contents
-from loraweave.hub.formats._files import listing, present, read_json
+from loraweave.hub.formats._files import entry, present, read_json
 from loraweave.hub.formats._replacing import replacing, require_replaceable
 from loraweave.hub.formats._safetensors import read_tensors, require_finite
 from loraweave.hub.stores.packing import put_together, take_apart
@@ -44,9 +44,6 @@ class Compeft:
         for an adapter without effect.
         """
         folder = Path(folder)
-        for name in (DESCRIPTION, WEIGHTS):
-            if not present(folder, name):
-                raise AdapterCorrupt(f"{folder}: no {name}; the folder holds {listing(folder)}")
         description = read_json(folder, DESCRIPTION)
         tensors = {key: _to_stored(dtype, tensor) for key, dtype, tensor in read_tensors(folder, [WEIGHTS], integers=True)}
         for key, tensor in tensors.items():
@@ -57,8 +54,8 @@ class Compeft:
             layers, heads = put_together(description, tensors.keys(), tensors.__getitem__)
             stored = description["fingerprint"]
             fingerprint = None if stored is None else Fingerprint.from_json(stored)
-            base_model, card = description["base_model"], description["card"]
-            if not isinstance(base_model, str) or not isinstance(card, dict) or not isinstance(card.get("name", ""), str):
+            base_model, card = entry(description, "base_model", str), entry(description, "card", dict)
+            if base_model is None or card is None or entry({"name": "", **card}, "name", str) is None:
                 raise ValueError("its base_model, card or name are of another type")
             for layer, factors in layers.items():
                 _check(layer, factors)
@@ -100,11 +97,8 @@ def _to_stored(dtype: str, tensor: Tensor) -> Tensor:
 def _check(layer: str, factors: Factors) -> None:
     """ValueError for parts that do not fit each other."""
     num_out, rank = factors.b_OR.shape
-    if (
-        not isinstance(layer, str)
-        or factors.a_RI.shape[0] != rank
-        or not all(type(n) is int and n > 0 for n in factors.kernel)
-    ):
+    kernel_fits = all(type(size) is int and size > 0 for size in factors.kernel)
+    if type(layer) is not str or factors.rank != rank or not kernel_fits:
         raise ValueError(f"layer {layer!r:.60} has factors or a kernel that do not fit")
     for part, tensor in factors.tensors().items():
         if part not in ("a_RI", "b_OR") and tuple(tensor.shape) != (num_out,):

@@ -27,10 +27,7 @@ class Mlx(FileFormat):
     model, which follow the checkpoint's; `model` checks them. An embedding needs it, since it is stored like a linear layer.
     """
 
-    example = (
-        "model.layers.0.self_attn.q_proj.lora_a",
-        "model.layers.0.self_attn.q_proj.lora_b",
-    )
+    example = ("model.layers.0.self_attn.q_proj.lora_a", "model.layers.0.self_attn.q_proj.lora_b")
 
     @classmethod
     def knows(cls, names: Collection[str]) -> bool:

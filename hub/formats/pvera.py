@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from loraweave.hub.formats._conversion import plain
 from loraweave.hub.formats._foreign import ForeignFormat, Layer
-from loraweave.hub.formats.vera import projections
+from loraweave.hub.formats.vera import scaled_projections
 from loraweave.types import Factors
 
 
@@ -25,8 +24,4 @@ class Pvera(ForeignFormat):
 
     @classmethod
     def update(cls, layer: Layer) -> Factors:
-        num_out, num_in = layer.base.num_outputs, layer.base.num_inputs
-        a_RI, b_OR = projections(layer, "pvera_A", "pvera_B")
-        rank = layer.part("pvera_lambda_d", None).shape[0] // 2
-        lambda_b_O, lambda_d_R = layer.part("pvera_lambda_b", num_out), layer.part("pvera_lambda_d", 2 * rank)[:rank]
-        return plain(lambda_d_R[:, None] * a_RI[:rank, :num_in], lambda_b_O[:, None] * b_OR[:num_out, :rank])
+        return scaled_projections(layer, "pvera", values_per_rank=2)

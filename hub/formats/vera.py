@@ -21,14 +21,20 @@ class Vera(ForeignFormat):
 
     @classmethod
     def update(cls, layer: Layer) -> Factors:
-        num_out, num_in = layer.base.num_outputs, layer.base.num_inputs
-        a_RI, b_OR = projections(layer, "vera_A", "vera_B")
-        rank = layer.part("vera_lambda_d", None).shape[0]
-        lambda_b_O, lambda_d_R = layer.part("vera_lambda_b", num_out), layer.part("vera_lambda_d", rank)
-        return plain(lambda_d_R[:, None] * a_RI[:rank, :num_in], lambda_b_O[:, None] * b_OR[:num_out, :rank])
+        return scaled_projections(layer, "vera")
 
 
-def projections(layer: Layer, name_a: str, name_b: str) -> tuple[Tensor, Tensor]:
+def scaled_projections(layer: Layer, name: str, *, values_per_rank: int = 1) -> Factors:
+    """The update of tensors called `name`; of `values_per_rank` runs of r values in lambda_d the first counts."""
+    num_out, num_in = layer.base.num_outputs, layer.base.num_inputs
+    a_RI, b_OR = _projections(layer, f"{name}_A", f"{name}_B")
+    rank = layer.part(f"{name}_lambda_d", None).shape[0] // values_per_rank
+    lambda_d_R = layer.part(f"{name}_lambda_d", values_per_rank * rank)[:rank]
+    lambda_b_O = layer.part(f"{name}_lambda_b", num_out)
+    return plain(lambda_d_R[:, None] * a_RI[:rank, :num_in], lambda_b_O[:, None] * b_OR[:num_out, :rank])
+
+
+def _projections(layer: Layer, name_a: str, name_b: str) -> tuple[Tensor, Tensor]:
     """The shared A and B. Raises AdapterUnsupported where the file leaves them out, AdapterCorrupt for smaller ones."""
     require_shared(layer, name_a, name_b)
     a, b = layer.part(name_a), layer.part(name_b)
