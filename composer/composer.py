@@ -34,7 +34,7 @@ from loraweave.composer.train.routers import fit, require_learning
 from loraweave.errors import AlreadyActive, CompositionError, ScopeError, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
-from loraweave.routers.combined import ByRow
+from loraweave.routers.combined import num_rows_of
 from loraweave.routers.tokens._learned import LearnedRouter
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Router, Task
@@ -293,10 +293,10 @@ class Composer:
         """The mixture for these texts, both looked over."""
         self._require_open()
         self._require_tokenizer("generate() and stream()", "need")
-        if isinstance(texts, str):
-            raise CompositionError("generate() and stream() take a list of texts, but got one text: put it into a list")
-        if not isinstance(texts, Collection):
-            raise CompositionError(f"generate() and stream() take a list of texts, but got {texts!r:.80}")
+        if isinstance(texts, str) or not isinstance(texts, Collection):
+            raise CompositionError(
+                f"generate() and stream() take a list of texts, but got {texts!r:.80}: put one text into a list"
+            )
         for number, text in enumerate(texts):
             if not isinstance(text, str):
                 raise CompositionError(
@@ -306,9 +306,9 @@ class Composer:
         if mixture is None:
             return None
         resolved = resolve(mixture, self._pool, self._bound)
-        num_rows, num_tokens = resolved.num_rows if isinstance(resolved, ByRow) else 1, 1
+        num_rows, num_tokens = num_rows_of(resolved), 1
         if isinstance(resolved, MixtureWeights):
-            num_rows, num_tokens = resolved.values_BTLE.shape[:2]
+            num_tokens = resolved.values_BTLE.shape[1]
         if num_rows not in (1, len(texts)):
             raise ScopeError(f"the mixture has {num_rows} rows, but there are {len(texts)} texts; give one for each")
         if num_tokens != 1:

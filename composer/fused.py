@@ -22,7 +22,7 @@ from loraweave.composer.live.resolve import resolve, warn_of_licenses
 from loraweave.composer.merge.merge import layer_updates
 from loraweave.composer.merge.method_call import MethodCall
 from loraweave.composer.merge.statistics import Statistics
-from loraweave.composer.merge.updates import DenseUpdate, TruncatedUpdate
+from loraweave.composer.merge.updates import DenseUpdate, without_figures
 from loraweave.composer.model.layers import TargetLayer, tied_parameters
 from loraweave.composer.overwritten import OVERWRITTEN, Originals, Overwritten, Place, Scratch
 from loraweave.errors import CompositionError, ScopeError, WeightingError
@@ -260,7 +260,7 @@ def mixture_updates(
         _check_statistics(method, statistics or {}, wanted, pool)
     hashes = {expert: pool.adapters[expert].hash for expert in experts} if call.takes("seeds") else {}
     found = layer_updates(call, experts, hashes, per_layer, seed=seed, statistics=statistics)
-    return ((layers[name], update.factors if isinstance(update, TruncatedUpdate) else update) for name, update in found)
+    return ((layers[name], without_figures(update)) for name, update in found)
 
 
 def _check_statistics(method: str, statistics: Mapping[str, Statistics], used: set[str], pool: ExpertPool) -> None:

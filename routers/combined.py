@@ -143,6 +143,13 @@ def _sees_batch(router: Router) -> bool:
     return needs_call(router) or any(getattr(part, "watched", ()) for part in parts_of(router))
 
 
+def num_rows_of(router: Router) -> int:
+    """How many rows of a batch a mixture tells apart; 1 for weights or a router that all rows share."""
+    if isinstance(router, MixtureWeights):
+        return int(router.values_BTLE.shape[0])
+    return router.num_rows if isinstance(router, ByRow) else 1
+
+
 def masked(router: Router, place: int, *, renormalise: bool = False) -> Router:
     """Weight 0 for the expert at that place, all other weights as they are.
 

@@ -186,8 +186,7 @@ def plan_reading(model: nn.Module, tokenizer: Any, text: str, max_new_tokens: in
     if max_new_tokens:
         settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
         call = generation_call(model, tokenizer, [text], None, settings)
-        output = call.output(model)
-        answer_ids = (output if isinstance(output, Tensor) else output.sequences)[0, call.start : -1]
+        answer_ids = call.new_tokens(call.output(model))[0, :-1]
     if not has_two_sequences(model):
         ids = torch.cat([text_ids, answer_ids])
         return Reading(

@@ -13,7 +13,7 @@ from loraweave.common.display import progress_bar, tracked
 from loraweave.composer.model import scoring
 from loraweave.composer.model.batches import TargetBatch, batch, encode, mean_losses, untouched
 from loraweave.errors import InvalidTask, ScopeError
-from loraweave.routers.combined import ByRow, masked
+from loraweave.routers.combined import masked, num_rows_of
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Router, Task
 
@@ -39,11 +39,8 @@ def leave_one_out(
 
     `router` is resolved over the experts `names`. Raises ScopeError for a mixture of several rows.
     """
-    num_rows = 1
-    if isinstance(router, MixtureWeights):
-        names, num_rows = router.experts, router.values_BTLE.shape[0]
-    elif isinstance(router, ByRow):
-        num_rows = router.num_rows
+    names = router.experts if isinstance(router, MixtureWeights) else names
+    num_rows = num_rows_of(router)
     if num_rows != 1:
         raise ScopeError(f"leave_one_out() takes one mixture for all examples, but this one has {num_rows} rows")
     rows = scoring.encode_pairs(model, tokenizer, task, task.examples)

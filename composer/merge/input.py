@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraweave.composer.merge.updates import DenseUpdate, TruncatedUpdate
+from loraweave.common.options import fits
+from loraweave.composer.merge.updates import DenseUpdate, TruncatedUpdate, without_figures
 from loraweave.errors import CompositionError, WeightingError
 from loraweave.types import Factors
 
@@ -35,7 +36,7 @@ def finite_weights(weights: Any, names: Sequence[str]) -> list[float]:
 
 def require_seed(seed: object) -> None:
     """Raises WeightingError for a seed that is no whole number."""
-    if not isinstance(seed, int) or isinstance(seed, bool):
+    if not fits(seed, int):
         raise WeightingError(
             f"seed={seed!r:.80} is no whole number; give one, such as 0, and the same one for the same result"
         )
@@ -66,7 +67,7 @@ def require_sound(layer: str, experts: Mapping[str, Factors | None], weights: Se
 
 def holds(update: Factors | DenseUpdate | TruncatedUpdate) -> bool:
     """Whether a result is finite: its tensors, and the product of its factors in fp32."""
-    held = update.factors if isinstance(update, TruncatedUpdate) else update
+    held = without_figures(update)
     if isinstance(held, DenseUpdate):
         return _all_finite(held.delta_OI) and (held.bias_O is None or _all_finite(held.bias_O))
     limit = torch.finfo(torch.float32).max

@@ -202,12 +202,13 @@ def _merge_layers(
         update = combine()
         if update is None:
             return None
-        rank_in, factors, error = cut(update, rank)
+        found = cut(update, rank)
+        factors = found.factors
         if not factors.rank and factors.bound and factors.gain_O is None and factors.bias_O is None:
             return None
-        inner_EE = update.inner_EE if isinstance(update, TruncatedUpdate) else None
-        seen = interference([experts[label].get(layer) for label in labels], weights, inner_EE=inner_EE)
-        return layer, factors, LayerReport(rank_in, factors.rank, error, seen.norms, seen.cosines, seen.sign_conflict)
+        seen = interference([experts[label].get(layer) for label in labels], weights, inner_EE=found.inner_EE)
+        figures = (found.rank_in, factors.rank, found.relative_error, seen.norms, seen.cosines, seen.sign_conflict)
+        return layer, factors, LayerReport(*figures)
 
     def worth(item: tuple[str, Callable[[], Update | None]]) -> bool:
         updates = [f for found in experts.values() if (f := found.get(item[0])) is not None]
@@ -220,16 +221,17 @@ def _merge_layers(
     return {layer: factors for layer, factors, _ in found}, {layer: row for layer, _, row in found}
 
 
-def cut(update: Update, rank: int | None) -> tuple[int, Factors, float]:
-    """The rank of the update by the method's formula, the update as factors of at most `rank`, and the relative error."""
-    if isinstance(update, TruncatedUpdate):
-        return update.rank_in, update.factors, update.relative_error
-    if isinstance(update, Factors):
-        cut, error = (update, 0.0) if rank is None else algebra.compress(update, rank)
-        return update.rank, cut, error
+def cut(update: Update, rank: int | None) -> TruncatedUpdate:
+    """The update as factors of at most `rank`; one that its method has cut stays as it is."""
+    match update:
+        case TruncatedUpdate():
+            return update
+        case Factors():
+            factors, error = (update, 0.0) if rank is None else algebra.compress(update, rank)
+            return TruncatedUpdate(factors, update.rank, error)
     a_RI, b_OR, error = factorise(update.delta_OI, rank=rank)
     factors = Factors(a_RI, b_OR, bias_O=update.bias_O, kind=update.kind, kernel=update.kernel)
-    return min(update.delta_OI.shape), factors, error
+    return TruncatedUpdate(factors, min(update.delta_OI.shape), error)
 
 
 def _parents(
@@ -361,7 +363,7 @@ def merge_by_layer(
     parts = {expert: adapter.layers for expert, adapter in experts.items()}
     hashes = {expert: adapter.hash for expert, adapter in experts.items()}
     updates = layer_updates(MethodCall(method), parts, hashes, used, seed=0)
-    layers = {layer: cut(update, None)[1] for layer, update in updates}
+    layers = {layer: cut(update, None).factors for layer, update in updates}
     parents = [{**parent_of(adapter), "name": expert, "method": method} for expert, adapter in experts.items()]
     recipe = {"method": method, "options": {}, "seed": 0, "rank": None, "parents": parents, "weights_by_layer": used}
     return _child(name, list(experts.values()), layers, {"recipe": recipe}, license, {})

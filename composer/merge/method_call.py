@@ -56,7 +56,7 @@ class MethodCall:
     @property
     def method(self) -> str:
         """The method's name: that of the function where one was given."""
-        return self.given if isinstance(self.given, str) else self.given.__name__
+        return str(getattr(self.given, "__name__", self.given))
 
     @property
     def own_options(self) -> list[str]:
@@ -114,7 +114,7 @@ class MethodCall:
 
     @cached_property
     def _function(self) -> Any:
-        return registry.get("methods", self.given) if isinstance(self.given, str) else self.given
+        return self.given if callable(self.given) else registry.get("methods", self.given)
 
     @property
     def _module(self) -> Any:

@@ -32,3 +32,8 @@ class TruncatedUpdate:
     rank_in: int
     relative_error: float
     inner_EE: NDArray[np.float64] | None = None
+
+
+def without_figures(update: Factors | DenseUpdate | TruncatedUpdate) -> Factors | DenseUpdate:
+    """The update itself, which a `TruncatedUpdate` has as factors."""
+    return update.factors if isinstance(update, TruncatedUpdate) else update

@@ -37,10 +37,14 @@ class GenerationCall:
             arguments["custom_generate"] = sample_by_seeds(self.seeds, arguments.get("streamer"))
         return model.generate(**arguments)
 
+    def new_tokens(self, output: Any) -> Tensor:
+        """The new tokens of every sequence that `generate` returned."""
+        sequences: Tensor = getattr(output, "sequences", output)
+        return sequences[:, self.start :]
+
     def texts(self, output: Any) -> list[str]:
         """The new text of every sequence that `generate` returned."""
-        sequences = output if isinstance(output, Tensor) else output.sequences
-        return list(self.tokenizer.batch_decode(sequences[:, self.start :], skip_special_tokens=True))
+        return list(self.tokenizer.batch_decode(self.new_tokens(output), skip_special_tokens=True))
 
     def require_streaming(self) -> None:
         """CompositionError where tokens are not known one by one, or go to somebody else."""

@@ -218,7 +218,10 @@ def bind(adapter: Adapter, layers: Mapping[str, TargetLayer]) -> Mapping[str, Fa
             with torch.inference_mode(False), torch.no_grad():
                 # nothing but DoRA looks at the weight, which may be quantised
                 weight_OI = torch.zeros(0) if part.magnitude_O is None else layer.dense_weight_OI().cpu()
-                factors[name] = algebra.bind(_on_cpu(part), weight_OI, _cpu(layer.parameter("bias")))
+                moved: dict[str, Any] = {name: tensor.cpu() for name, tensor in part.tensors().items()}
+                bias_O = layer.parameter("bias")
+                bias_O = None if bias_O is None else bias_O.detach().cpu()
+                factors[name] = algebra.bind(replace(part, **moved), weight_OI, bias_O)
     return factors
 
 
@@ -236,15 +239,6 @@ def with_magnitudes(adapter: Adapter, model: nn.Module) -> Adapter:
             for name, part in adapter.layers.items()
         }
     return replace(adapter, layers=layers)
-
-
-def _on_cpu(factors: Factors) -> Factors:
-    moved: dict[str, Any] = {part: tensor.cpu() for part, tensor in factors.tensors().items()}
-    return replace(factors, **moved)
-
-
-def _cpu(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().cpu()
 
 
 def tied_parameters(model: nn.Module) -> dict[str, str]:
@@ -304,20 +298,20 @@ def _reachable(owner: type[nn.Module]) -> list[CodeType]:
     names, seen, found = ["forward"], {"forward"}, []
     while names:
         function = inspect.unwrap(getattr(owner, names.pop(), None))  # type: ignore[arg-type]
-        code = getattr(function, "__code__", None)
-        if isinstance(code, CodeType):
+        for code in _with_inner(function.__code__) if hasattr(function, "__code__") else ():
             found.append(code)
-            more = {name for name in _names(code) if name not in seen and hasattr(owner, name)}
+            more = {name for name in code.co_names if name not in seen and hasattr(owner, name)}
             seen |= more
             names.extend(sorted(more))
     return found
 
 
-def _names(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
+def _with_inner(code: CodeType) -> Iterator[CodeType]:
+    """The code of a function and of those within it."""
+    yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _names(constant)
+            yield from _with_inner(constant)
 
 
 def _loads(code: CodeType) -> Iterator[tuple[str, bool]]:
@@ -334,9 +328,6 @@ def _loads(code: CodeType) -> Iterator[tuple[str, bool]]:
         asked = then[1] in _ABOUT or any(argument == "isinstance" for _, argument in steps[max(0, place - 2) : place])
         if part[1] == "weight" and not asked:
             yield str(attribute), True
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _loads(constant)
 
 
 # where pipelines keep the model that adapters are for

@@ -10,13 +10,12 @@ from loraweave.types import Factors
 
 @traits("shares")
 def average(experts: Experts, weights: Weights) -> Factors:
-    """One layer's sum of w_e D_e over the sum of w_e, by concatenation: of rank sum of R_e.
+    """One layer's sum of w_e D_e over the sum of w_e, by concatenation, so exact and of rank sum of R_e.
 
-    Only proportions of the weights count; with equal weights it is the mean of the fine-tuned models (model soups,
-    Wortsman et al. 2022, arXiv 2203.05482). An expert without the layer is a zero update, so that its weight stays in the
-    denominator. Gains and biases enter as the update does; a single expert comes back as it is, of whatever kind.
-
-    Raises WeightingError for weights that sum to zero. `factor_average` averages a and b apart, which is another thing.
+    Only proportions of the weights count; equal ones give the mean of the fine-tuned models (model soups, Wortsman et al.
+    2022, arXiv 2203.05482). An expert without the layer is a zero update whose weight stays in the denominator. Gains and
+    biases enter as the update does; a single expert of any kind comes back as it is. Raises WeightingError for weights that
+    sum to zero. `factor_average` averages a and b apart, which is not this.
     """
     updates, values = counted(experts, mean_weights(weights))
     return combination(updates, values)

@@ -19,12 +19,10 @@ def breadcrumbs(
 ) -> DenseUpdate:
     """One layer's scale * sum of w_e tau_e, tau_e being an update without its outliers and its small entries.
 
-    Of each expert's n entries in a layer, in order of magnitude (of equal ones the earlier first), the first
-    int(gamma * n) are dropped, the next int(density * n) kept, the rest dropped; where that is more than there are, fewer
-    outliers are dropped. This is mergekit's definition (`breadcrumbs`, without a sign election); the paper states the
-    two masks, gamma and beta, as percentiles. `density` and `gamma` in [0, 1]; `scale` is the paper's alpha.
-
-    fp32 products.
+    Of an expert's n entries in a layer, by magnitude (of equal ones the earlier first), the first int(gamma * n) are
+    dropped, the next int(density * n) kept, the rest dropped; where that exceeds n, fewer outliers are dropped. So does
+    mergekit's `breadcrumbs`, without a sign election; the paper states both masks as percentiles. `scale` is the paper's
+    alpha. fp32 products.
     """
 
     def prune(entries: Entries, scratch_OI: Tensor) -> Keep:

@@ -29,23 +29,22 @@ def core_space(
 ) -> Factors | None:
     """One layer's scale * U merge(M_1, ..., M_E) V^T with M_e = U^T D_e V, U (O, P) and V (I, Q) spanning all updates.
 
-    `inner` names the method of the registry that merges the cores M_e; it gets the weights and `inner_options` (as
-    `{"density": 0.5}`). Nothing is lost on the way: inner="linear" is the weighted sum. A rule that looks at all layers
-    takes this one for all, as in the released code.
+    `inner` names the method that merges the cores M_e, with the weights and `inner_options` (as `{"density": 0.5}`). Nothing
+    is lost: inner="linear" is the weighted sum. A rule that looks at all layers takes this one for all, as in the released
+    code.
 
     basis="factors" is the published one: U has the left singular vectors of [B_1 | ... | B_E] and V the right ones of the A
-    one above the other, largest first. P = min(O, S) and Q = min(I, S), S being the sum of ranks as stored; where factors
-    share directions the cores have rows or columns of zeros, which count for a rule that keeps a fraction of the entries.
-    So an elementwise rule depends on how an update is split into A and B. The authors leave out alpha / rank, which is in B
-    here: it takes part where the adapters' differ.
+    one above the other, largest first; P = min(O, S) and Q = min(I, S), S being the sum of ranks as stored. Where factors
+    share directions the cores have rows or columns of zeros, which count for a rule that keeps a fraction of the entries:
+    the result depends on how an update is split into A and B. The authors leave out alpha / rank, which is in B here.
 
     basis="updates" depends on the updates alone: U has the left singular vectors of [D_1 | ... | D_E] and V the right ones
-    of the updates one above the other, P and Q their ranks. In either one the entry of largest magnitude of a vector is
-    positive, and singular values that are equal leave a choice. Rules on singular values (`iso_c`, `wudi` with
-    minimiser="exact", `tsv` with `k`) see no basis and give what they give without this.
+    of the updates one above the other, P and Q their ranks. In both, the largest entry of a vector is positive, and equal
+    singular values leave a choice. Rules on singular values (`iso_c`, `wudi` with minimiser="exact", `tsv` with `k`) see no
+    basis and give what they give alone.
 
-    Biases are merged by the inner rule as they are. `seeds` come from `merge`, for random rules. Raises WeightingError
-    for an inner method on factors or statistics.
+    The inner rule merges biases as they are. `merge` supplies `seeds` for random rules. Raises WeightingError for an inner
+    method on factors or statistics.
     """
     call = inner_call(inner, inner_options, method="core_space")
     found = terms(experts, weights)

@@ -16,14 +16,13 @@ from loraweave.registry import traits
 def dare_linear(
     experts: Experts, weights: Weights, *, seeds: Sequence[int], density: Fraction = 0.5, scale: float = 1.0
 ) -> DenseUpdate:
-    """One layer's scale * sum of w_e m_e delta_e / q, m_e being 1 with probability q for each entry on its own, else 0.
+    """One layer's scale * sum of w_e m_e delta_e / q, each entry of m_e being 1 with probability q, else 0.
 
-    On average this is the weighted sum. `density` = 1 - p in [0, 1] is the probability of keeping an entry, rounded to a
-    multiple q of 2^-16 (at least one, so that the average holds; 0 gives zeros), by which the rest is divided. The masks
-    depend on seeds[e] and the place of an entry alone. fp32 products.
+    On average this is the weighted sum. `density` = 1 - p is the probability of keeping an entry, rounded to a multiple q of
+    2^-16 (at least one; 0 gives zeros). Masks depend on seeds[e] and an entry's place alone. fp32 products.
 
-    Differs from mergekit's, which rescales to the L1 norm of the update, and from PEFT's `dare_linear`, which drops
-    entries of the factors; PEFT's `dare_linear_svd` is this, cut to a rank and with other random numbers.
+    mergekit's rescales to the L1 norm of the update, and PEFT's `dare_linear` drops entries of the factors; PEFT's
+    `dare_linear_svd` is this, cut to a rank and with other random numbers.
     """
     prune, kept = prune_random(seeds, density)
     return sum_pruned(experts, weights, prune, scale=scale, kept=kept)

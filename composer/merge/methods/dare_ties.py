@@ -25,12 +25,10 @@ def dare_ties(
 ) -> DenseUpdate:
     """One layer's TIES merge of randomly dropped updates tau_e = m_e delta_e / q (m_e and q as in `dare_linear`).
 
-    gamma = sign of the sum of tau_e, or of their signs (`majority`="frequency"); 1 where that is zero. The result is
-    scale * (sum of w_e tau_e over experts with sign gamma) / (their number), as in `ties_per_layer`.
-
-    `density` in [0, 1] is the probability of keeping an entry, rounded to a multiple of 2^-16; 0 gives zeros. fp32
-    products, votes in float64. PEFT's `dare_ties` drops entries of the factors; its `dare_ties_svd` is this, cut to a
-    rank and with other random numbers; mergekit's votes with the weights and rescales to the L1 norm.
+    gamma = sign of the sum of tau_e, or of their signs (`majority`="frequency"); 1 where that is zero. The result is scale *
+    (sum of w_e tau_e over experts with sign gamma) / (their number), as in `ties_per_layer`. fp32 products, votes in
+    float64. PEFT's `dare_ties` drops entries of the factors; its `dare_ties_svd` is this, cut to a rank and with other
+    random numbers; mergekit's votes with the weights and rescales to the L1 norm.
     """
     prune, kept = prune_random(seeds, density)
     return merge_elected(

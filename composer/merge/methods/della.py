@@ -38,9 +38,9 @@ def della(
     sum of w_e tau_e, 1 where that is zero, and the result is scale * the mean or sum (`aggregate`) of w_e tau_e over the
     experts with sign gamma. Weights of one are the paper; `scale` is its lambda, and its window is 2 epsilon wide.
 
-    `density` in [0, 1]: 0 gives zeros and 1 drops nothing, whatever epsilon; between them density - epsilon must be
-    above 0 and density + epsilon at most 1. The masks depend on seeds[e] and the place of an entry alone. fp32 products,
-    votes in float64. mergekit's `della` rescales to the L1 norm of the update instead.
+    A `density` of 0 gives zeros and 1 drops nothing, whatever epsilon; between them density - epsilon must be above 0 and
+    density + epsilon at most 1. Masks depend on seeds[e] and an entry's place alone. fp32 products, votes in float64.
+    mergekit's `della` rescales to the L1 norm of the update.
     """
     divide = divisor_of(aggregate)
     if density in (0.0, 1.0):

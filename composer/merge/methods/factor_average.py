@@ -18,12 +18,10 @@ def factor_average(experts: Experts, weights: Weights) -> Factors:
     """One layer's a = sum of p_e a_e and b = sum of p_e b_e with p_e = w_e over the sum of the weights.
 
     The addition of PEM arithmetic (Zhang et al. 2023, arXiv 2306.14870), adapter soups (Chronopoulou et al. 2023, arXiv
-    2302.07027), FedAvg on LoRA; with weights decay and 1 - decay for a slow and a fast adapter one step of I-LoRA's moving
-    average (Ren et al. 2024, arXiv 2402.18865). Only proportions of the weights count. Not a mean of updates (`average`):
-    a_e and b_f of different experts multiply. An expert without the layer has zeros there, and its weight stays in the
-    sum. Biases take the mean.
-
-    Raises WeightingError for weights that sum to zero, LayerMismatch for different ranks.
+    2302.07027), FedAvg on LoRA; for a slow and a fast adapter of weights decay and 1 - decay a step of I-LoRA's moving
+    average (Ren et al. 2024, arXiv 2402.18865). Not a mean of updates (`average`): a_e and b_f of different experts
+    multiply. An expert without the layer has zeros, and its weight stays in the sum. Biases take the mean. Raises
+    WeightingError for weights that sum to zero, LayerMismatch for different ranks.
     """
     parts = mean_weights(weights)
     found = align(experts, parts, twin="average")

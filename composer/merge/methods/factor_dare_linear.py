@@ -15,11 +15,10 @@ from loraweave.types import Factors
 def factor_dare_linear(experts: Experts, weights: Weights, *, seeds: Sequence[int], density: Fraction = 0.5) -> Factors:
     """One layer's a and b, each the sum over experts of a random part of the entries, divided by `density`.
 
-    PEFT's combination type "dare_linear" (drop and rescale, Yu et al. 2024, arXiv 2311.03099, on a and b apart): each
-    entry stays with probability `density`, in [0, 1]; sqrt|w_e| on both sides, the sign of w_e on a. The draws follow
-    `seeds`, one for each expert, so they depend on neither order nor device. In expectation it is `factor_linear`.
-    Biases likewise, with w_e. On updates this is `dare_linear`. An expert without the layer adds nothing. Raises
-    LayerMismatch for different ranks.
+    PEFT's combination type "dare_linear" (drop and rescale, Yu et al. 2024, arXiv 2311.03099, on a and b apart): each entry
+    stays with probability `density`; sqrt|w_e| on both sides, the sign of w_e on a. Draws follow `seeds`, one for each
+    expert, and so neither order nor device. In expectation it is `factor_linear`; on updates it is `dare_linear`. Biases
+    likewise, with w_e. An expert without the layer adds nothing. Raises LayerMismatch for different ranks.
     """
     found = align(experts, weights, twin="dare_linear")
     return merge_rooted(found, random_rescaled(density, seeds), weighted_sum)

@@ -23,10 +23,10 @@ def factor_dare_ties(
 ) -> Factors:
     """One layer's a and b, each by election of signs and disjoint mean over a random part of the experts' entries.
 
-    PEFT's combination type "dare_ties": each entry stays with probability `density`, in [0, 1], divided by that (Yu et
-    al. 2024, arXiv 2311.03099); then signs and mean as in `factor_ties`, with `majority` "total" or "frequency". The
-    draws follow `seeds`, one for each expert, so they depend on neither order nor device. Biases likewise, with w_e. On
-    updates this is `dare_ties`. An expert without the layer does not vote. Raises LayerMismatch for different ranks.
+    PEFT's combination type "dare_ties": each entry stays with probability `density`, divided by that (Yu et al. 2024, arXiv
+    2311.03099); then signs and mean as in `factor_ties`. Draws follow `seeds`, one for each expert, and so neither order nor
+    device. Biases likewise, with w_e. On updates this is `dare_ties`. An expert without the layer does not vote. Raises
+    LayerMismatch for different ranks.
     """
     combine = disjoint_mean(majority)
     found = align(experts, weights, twin="dare_ties")

@@ -13,10 +13,10 @@ from loraweave.types import Factors
 def factor_magnitude_prune(experts: Experts, weights: Weights, *, density: Fraction = 0.5) -> Factors:
     """One layer's a and b, each the sum over experts of their int(density * size) entries of largest magnitude.
 
-    PEFT's combination type "magnitude_prune": sqrt|w_e| on both sides, the sign of w_e on a. `density`, in [0, 1], is
-    the fraction kept, of a and of b apart. Biases likewise, with w_e. On updates this is `magnitude_prune`. As the LoRA
-    scale is part of b here, it is PEFT's result where all scales are equal. An expert without the layer adds nothing.
-    Raises LayerMismatch for different ranks.
+    PEFT's combination type "magnitude_prune": sqrt|w_e| on both sides, the sign of w_e on a; `density` is the fraction kept,
+    of a and of b apart. Biases likewise, with w_e. On updates this is `magnitude_prune`. With the LoRA scale part of b, it
+    is PEFT's result where all scales are equal. An expert without the layer adds nothing. Raises LayerMismatch for different
+    ranks.
     """
     found = align(experts, weights, twin="magnitude_prune")
     return merge_rooted(found, largest(density), weighted_sum)

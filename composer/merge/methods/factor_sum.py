@@ -16,11 +16,10 @@ from loraweave.types import Factors
 def factor_sum(experts: Experts, weights: Weights) -> Factors:
     """One layer's A = sum of w_e a_e and B = sum of w_e b_e, hence the update sum over i, j of w_i w_j b_i a_j.
 
-    This is not the weighted sum of updates: a single expert of weight w counts w^2, the sign of all weights cancels, and
-    the result depends on how each update was split into a and b. The LoRA scale s is folded into b, so for experts of
-    one scale this equals s * B_hat A_hat of the paper; experts of different scales each bring their own.
-
-    Biases sum with weight w. Raises LayerMismatch for different ranks.
+    Not the weighted sum of updates: a single expert of weight w counts w^2, the sign of all weights cancels, and the result
+    depends on how an update is split into a and b. The LoRA scale s is folded into b, so for experts of one scale this
+    equals s * B_hat A_hat of the paper. An expert without the layer adds nothing. Biases sum with w. Raises LayerMismatch
+    for different ranks.
     """
     found = [(term.factors, term.weight) for term in align(experts, weights, twin="linear")]
     biases = [factors.bias_O * weight for factors, weight in found if factors.bias_O is not None]

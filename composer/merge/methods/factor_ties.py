@@ -17,13 +17,13 @@ def factor_ties(
 ) -> Factors:
     """One layer's a and b, each by trimming, election of signs and disjoint mean over the experts' a and over their b.
 
-    PEFT's combination type "ties". Of each tensor the int(density * size) largest magnitudes stay, `density` in [0, 1];
-    the sign of an entry is that of the sum of values ("total") or of signs ("frequency"), without weights; entries of that
-    sign are summed with sqrt|w_e| (sign of w_e on a) and divided by their number. Biases likewise, with w_e.
+    PEFT's combination type "ties". Of each tensor the int(density * size) largest magnitudes stay; the sign of an entry is
+    that of the sum of values ("total") or of signs ("frequency"), without weights; entries of that sign are summed with
+    sqrt|w_e| (sign of w_e on a) and divided by their number. Biases likewise, with w_e.
 
-    Not TIES of Yadav et al. 2023, which is on updates (`ties`; `ties_per_layer` trims as here): it depends on how
-    updates are split into factors. As the LoRA scale is part of b here, it is PEFT's result where all scales are equal.
-    An expert without the layer does not vote. Raises LayerMismatch for different ranks.
+    Not TIES of Yadav et al. 2023, which works on updates (`ties`; `ties_per_layer` trims as here): it depends on how updates
+    are split into factors. With the LoRA scale part of b, it is PEFT's result where all scales are equal. An expert without
+    the layer does not vote. Raises LayerMismatch for different ranks.
     """
     combine = disjoint_mean(majority)
     return merge_rooted(align(experts, weights, twin="ties_per_layer"), largest(density), combine)

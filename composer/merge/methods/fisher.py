@@ -29,16 +29,14 @@ def fisher(
 ) -> DenseUpdate:
     """One layer's sum of w_e F_e * D_e / sum of w_e F_e, entry by entry, with F_e = max(F_e, floor) (eq. 3 of the paper).
 
-    Weights must be above 0; only their proportions count. `floor` >= 0 in units of F: where every F_e lies below it the
-    result is the weighted mean, so it should be small against the F that the model has. `normalise` divides w_e by the
-    norm of F_e over all layers of its adapter, so that a confident expert does not outweigh the others everywhere: F_e is
-    floored first and divided afterwards, as in the authors' code. Biases, whose Fisher is not recorded, are averaged by
-    weight.
+    Only proportions of the weights count. `floor` is in units of F: where every F_e lies below it the result is the weighted
+    mean, so it should be small against the F of the model. `normalise` divides w_e by the norm of F_e over all layers of its
+    adapter, so that a confident expert does not outweigh the others everywhere: F_e is floored first and divided afterwards,
+    as in the authors' code. Biases, whose Fisher is not recorded, are averaged by weight.
 
-    None stands for an expert without this layer: a zero update where its statistics have the layer, no part of the mean
-    otherwise. Raises WeightingError for a negative weight, a floor below 0, a norm of zero with `normalise`, and statistics
-    that are missing or do not fit. The authors' code floors F of the first model alone unless told otherwise; here all
-    experts are alike. fusion_bench adds its minimal weight to F instead of taking the larger one.
+    An expert without the layer is a zero update where its statistics have the layer, and no part of the mean otherwise.
+    Raises WeightingError for statistics that are missing or do not fit, and for a norm of zero with `normalise`. The
+    authors' code floors F of the first model alone unless told otherwise; fusion_bench adds its minimal weight to F.
     """
     found = shares(experts, weights, statistics, part="fisher_OI")
     first = next(share.term for share in found if share.term is not None).factors

@@ -19,11 +19,10 @@ from loraweave.types import Factors
 def flexlora(experts: Experts, weights: Weights, *, rank: int | None = None) -> TruncatedUpdate:
     """One layer's mean update U Sigma V^T cut to `rank`, with b = U Sigma and a = V^T (Bai et al. 2024, arXiv 2402.11505).
 
-    Weights are the clients' sizes: positive, and only their proportions count. `rank` is at least 1; None takes the
-    largest rank among the experts that count. Rows of a are orthonormal and ordered by singular value, so that the
-    first r of them are the best approximation of rank r: `flexlora_clients` gives each client its own from one
-    decomposition. From the factors alone, in float64. An expert without the layer is a zero update.
-    Gains and biases take the mean.
+    Weights are the clients' sizes: only their proportions count. Without `rank` it is the largest among the experts that
+    count. Rows of a are orthonormal and ordered by singular value, so that the first r of them are the best approximation of
+    rank r: `flexlora_clients` gives each client its own from one decomposition. From the factors alone, in float64. An
+    expert without the layer is a zero update. Gains and biases take the mean.
     """
     updates, values = counted(experts, shares(weights))
     total = sum(update.rank for update in updates)

@@ -10,13 +10,11 @@ from loraweave.types import Factors
 def genknowsub(experts: Experts, weights: Weights) -> Factors:
     """One layer's sum of w_e D_e over the tasks, minus the mean of the general updates (GenKnowSub, arXiv 2505.10939).
 
-    The sign of a weight says what an expert is. Positive: a task, which adds w_e D_e. Negative: general knowledge (say of
-    one language); together these subtract sum of |w_g| D_g / sum of |w_g|, so that one or many of them subtract as much,
-    and only the proportions of their weights count. The mean is subtracted once, from the sum, as in the paper for a
-    single task. Without a negative weight it is `linear`. An expert without the layer is a zero update: its weight stays
-    in the mean. By concatenation, so exact; gains and biases enter likewise.
-
-    PEFT's version subtracts the mean of a and the mean of b apart, which is no subtraction of updates.
+    A positive weight says that an expert is a task, which adds w_e D_e; a negative one that it is general knowledge (say of
+    one language). Together these subtract sum of |w_g| D_g / sum of |w_g|, once, from the sum: only proportions of their
+    weights count. Without a negative weight it is `linear`. An expert without the layer is a zero update whose weight stays
+    in the mean. By concatenation, so exact; gains and biases enter likewise. PEFT's version subtracts the means of a and of
+    b apart, which is no subtraction of updates.
     """
     general = sum(-float(weight) for weight in weights if weight < 0.0)
     updates, values = counted(experts, [w / general if w < 0.0 else w for w in weights])

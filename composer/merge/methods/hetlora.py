@@ -23,14 +23,13 @@ def hetlora(
 ) -> Factors:
     """One layer's sum of p_e a_e and sum of p_e b_e, each padded with zeros to the largest rank.
 
-    p_e = w_e |D_e| / sum of w_j |D_j| with the Frobenius norm of the update (Cho et al. 2024, arXiv 2401.06432); weights
-    of 1 are the paper's, others multiply the norms, and only proportions count. `norms` says of what the norm is taken:
-    "model" for all layers of an expert together, "layer" for each layer apart. `survey` has the norms of the whole
-    model; without it this layer is the model. Where every norm is 0 the p_e are the w_e over their sum. An expert
-    without the layer has zeros there. Biases sum with p_e.
+    p_e = w_e |D_e| / sum of w_j |D_j| with the Frobenius norm of the update (Cho et al. 2024, arXiv 2401.06432); weights of
+    1 are the paper's, and only proportions count. `norms` takes the norm over all layers of an expert ("model") or of each
+    layer apart ("layer"). `survey` has the norms of the whole model; without it this layer is the model. Where every norm is
+    0 the p_e are the w_e over their sum. An expert without the layer has zeros there. Biases sum with p_e.
 
-    Not a mean of updates: a_e and b_e of different experts multiply, and the result depends on how each update is split
-    and ordered (rank 1 of one meets rank 1 of another). `flexlora` is the exact counterpart.
+    Not a mean of updates: a_e and b_e of different experts multiply, and the result depends on how each update is split and
+    ordered. `flexlora` is the exact counterpart.
     """
     values = shares(weights)
     found = terms(experts, values)

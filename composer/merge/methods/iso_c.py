@@ -14,11 +14,9 @@ def iso_c(experts: Experts, weights: Weights, *, scale: float = 1.0) -> Factors:
     """One layer's scale * mean(sigma) U V^T, where U diag(sigma) V^T is the compact SVD of the sum of w_e D_e.
 
     The mean runs over the singular values that are not zero (above 2^-18 beside the largest of the experts' own), and only
-    their directions are kept: the rank is that of the sum. The released code averages over all min(O, I) singular values
-    and writes the mean into the null directions too, which for LoRAs makes an update of full rank that acts on inputs no
-    expert has seen; here mean(sigma) is larger by min(O, I) / rank, and nothing acts on null directions.
-
-    Biases are summed with weights.
+    their directions are kept: the rank is that of the sum. The released code averages over all min(O, I) singular values and
+    writes the mean into null directions too, which makes of LoRAs an update of full rank that acts on inputs no expert has
+    seen; here mean(sigma) is larger by min(O, I) / rank. Biases are summed with weights.
     """
     first, bias_O, parts = opened(experts, weights, scale)
     if not parts or not scale:

@@ -24,11 +24,10 @@ def iso_cts(experts: Experts, weights: Weights, *, common_space_fraction: Fracti
     vectors U_c. The n top singular triplets of (1 - U_c U_c^T) w_e D_e of each expert are set beside those of the sum, both
     sides are made orthonormal by their polar factors, and all singular values become their mean.
 
-    Everything stays within the experts' joint support: d takes the place of min(O, I), triplets that are zero (2^-18
-    beside the experts' own) are neither kept nor averaged, and polar factors are null where their stack is. The released
-    code counts min(O, I) dimensions and for LoRAs fills most of them with directions that no expert has.
-    `common_space_fraction` in [0, 1]. An expert with an update of zeros counts as not given. Biases are summed with
-    weights.
+    All stays within the experts' joint support: d replaces min(O, I), triplets that are zero (2^-18 beside the experts' own)
+    are neither kept nor averaged, and polar factors are null where their stack is. The released code counts min(O, I)
+    dimensions and for LoRAs fills most of them with directions that no expert has. An update of zeros counts as not given.
+    Biases are summed with weights.
     """
     first, bias_O, parts = opened(experts, weights, scale)
     if not parts or not scale:

@@ -20,12 +20,12 @@ def karcher(experts: Experts, weights: Weights, *, tolerance: NonNegative = 1e-9
 
     Riemannian centre of mass (Karcher 1977) of unit vectors, each update being one long vector, by gradient steps
     m <- Exp_m(sum of p_e Log_m(D_e / |D_e|)) from their normalised mean until a step turns m by less than `tolerance`
-    (radians, 0 or more) or after `max_steps` (at least 1). As m stays in the span of the updates, the steps need their
-    Gram matrix alone, in float64, and the result is exact, of rank sum of R_e.
+    radians or after `max_steps`. As m stays in the span of the updates, the steps need their Gram matrix alone, in float64,
+    and the result is exact, of rank sum of R_e.
 
-    p_e = w_e over the sum of the weights, which are positive shares; mergekit's are all equal. Zero updates and absent
-    layers have no direction and bring their share of norm 0. Directions whose mean vanishes (opposite ones) have no one
-    centre; then it is the mean of the updates. Biases take the coefficients of the updates.
+    p_e = w_e over the sum of the weights; mergekit's are all equal. Zero updates and absent layers have no direction and
+    bring their share of norm 0. Directions whose mean vanishes (opposite ones) have no one centre and give the mean of the
+    updates. Biases take the coefficients of the updates.
     """
     found = terms(experts, shares(weights))
     updates = [term.factors for term in found]

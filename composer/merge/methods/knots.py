@@ -29,19 +29,18 @@ def knots(
 ) -> Factors | None:
     """One layer's scale * U merge(S V_1^T, ..., S V_E^T), where [D_1 | ... | D_E] = U S [V_1^T | ... | V_E^T].
 
-    `inner` names the method of the registry that merges the pieces S V_e^T = U^T D_e, each (P, I) with P the dimension of
-    the joint column space; it gets the weights and `inner_options` (as `{"density": 0.5}`). By default TIES as published,
-    which trims the pieces of all layers together; "ties_per_layer" trims layer by layer. U is that of the updates without
-    weights, with all directions that any expert has. For a rule that is linear KnOTS changes nothing: inner="linear" is the
-    weighted sum itself.
+    `inner` names the method that merges the pieces S V_e^T = U^T D_e, each (P, I) with P the dimension of the joint column
+    space, with the weights and `inner_options` (as `{"density": 0.5}`). By default TIES as published, which trims the pieces
+    of all layers together; "ties_per_layer" trims layer by layer. U is that of the updates without weights, with all
+    directions that any expert has. A linear rule is unchanged: inner="linear" is the weighted sum itself.
 
     The pieces keep their singular values, as in the authors' code. The KnOTS in Core Space's released code merges V_e^T
     alone, layer by layer, and multiplies by S afterwards, which differs for every rule that compares entries. Directions of
     equal singular values have no unique basis, and an elementwise rule sees the one chosen.
 
-    Biases are merged by the inner rule as they are. `seeds`, and `survey`, which is what the inner rule has seen of all
-    layers' pieces, come from `merge`; without a survey this layer is all of them. Raises WeightingError for an inner
-    method on factors or statistics.
+    The inner rule merges biases as they are. `merge` supplies `seeds`, and `survey`, what the inner rule has seen of all
+    layers' pieces; without a survey this layer is all of them. Raises WeightingError for an inner method on factors or
+    statistics.
     """
     call = inner_call(inner, inner_options, method="knots")
     found = terms(experts, weights)

@@ -16,15 +16,14 @@ from loraweave.types import Factors
 def least_squares(experts: Experts, weights: Weights, *, statistics: Sequence[LayerStatistics | None]) -> Factors:
     """One layer's smallest D that minimises sum of w_e |(D - D_e) X_e|^2 / n_e, of rank sum of R_e.
 
-    D = (sum of w_e D_e G_e)(sum of w_e G_e)^+: where the minimum is not unique, the one nearest to the base model, which
-    is where the authors' L-BFGS starts and what it goes towards. Inputs that no expert has seen therefore get the base.
-    Directions whose share of the inputs is below the rounding of fp32 count as not seen. Weights are above 0 and say how
-    much each expert's inputs count; the authors' alpha, which scales an update before it is fused, is `scale`. Biases,
-    which the authors leave out, are averaged by weight.
+    D = (sum of w_e D_e G_e)(sum of w_e G_e)^+: of several minima the one nearest to the base model, where the authors'
+    L-BFGS starts. Inputs that no expert has seen therefore get the base; directions whose share of the inputs is below the
+    rounding of fp32 count as not seen. Weights say how much each expert's inputs count; the authors' alpha, which scales an
+    update before it is fused, is `scale`. Biases, which the authors leave out, are averaged by weight.
 
-    None stands for an expert without this layer: a zero update where its statistics have the layer, no part of the mean
-    otherwise. Raises WeightingError for a negative weight and statistics that are missing or do not fit. Unlike `regmean`
-    nothing is shrunk, so that the loss is never above that of any other merge.
+    An expert without the layer is a zero update where its statistics have the layer, and no part of the mean otherwise.
+    Raises WeightingError for statistics that are missing or do not fit. Nothing is shrunk, unlike in `regmean`, so that the
+    loss is never above that of any other merge.
     """
     found = shares(experts, weights, statistics, part="gram_II")
     return regression(found, off_diagonal=1.0, from_mean=False)

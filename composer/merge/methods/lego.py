@@ -31,17 +31,15 @@ def lego(
     """One layer rebuilt from k minimal semantic units: the centroids of clusters of all experts' rank-one units.
 
     A unit is a row of a with its column of b times w_e. Units are clustered by k-means on [a / |a|; b / |b|]; each cluster
-    gives the mean of its units, so units of one cluster are averaged, not summed. `reweight` restores what averaging takes
-    (dual re-weighting): a centroid [a; b] is scaled to the mean largest magnitude of its units, and the update by
-    sqrt(r / k), r being the largest rank. k = `num_clusters`, by default r, and never more than there are different units.
-    With k = sum of ranks and no re-weighting the result is the weighted sum exactly; a single expert comes back as it is.
+    gives the mean of its units, not the sum. `reweight` restores what averaging takes (dual re-weighting): a centroid [a; b]
+    is scaled to the mean largest magnitude of its units, and the update by sqrt(r / k), r being the largest rank. k =
+    `num_clusters`, by default r, and never more than there are different units. With k = sum of ranks and no re-weighting
+    the result is the weighted sum exactly; a single expert comes back as it is.
 
-    A unit and its negative (-a, -b) are one and the same update: signs are first aligned along the strongest similarities
-    (the third-party code known to us leaves them). Not gauge invariant: units are rows of a as stored, and their means
-    depend on how an update is split. Rows or columns of zeros are no units. k-means is scikit-learn's, of seed
-    `random_state`, on the units in a fixed order, so the order of experts does not matter. The LoRA scale is in b.
-
-    Biases are summed with weights.
+    A unit and its negative (-a, -b) are one update: signs are first aligned along the strongest similarities (the
+    third-party code known to us leaves them). The result depends on how an update is split, since units are rows of a as
+    stored. Rows or columns of zeros are no units. k-means is scikit-learn's, of seed `random_state`, on the units in a fixed
+    order, so the order of experts does not matter. The LoRA scale is in b. Biases are summed with weights.
     """
     found = terms(experts, weights)
     first, bias_O = found[0].factors, weighted_bias(found)

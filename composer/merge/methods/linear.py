@@ -10,9 +10,8 @@ from loraweave.types import Factors
 def linear(experts: Experts, weights: Weights) -> Factors:
     """One layer's sum over e of w_e * update_e, of rank sum of R_e; each weight enters once, on b.
 
-    None stands for an expert without this layer, and is the answer when nothing is left. Gains and biases sum likewise.
-    A single expert of weight 1 comes back as it is, of whatever kind. Raises LayerMismatch for updates of different
-    shape, AdapterUnsupported for any other sum with an unbound update (DoRA's magnitude, a trained base bias).
+    An expert without the layer adds nothing. Gains and biases sum likewise. A single expert of weight 1 comes back as it is,
+    of whatever kind.
     """
     updates, values = counted(experts, weights)
     return combination(updates, values)

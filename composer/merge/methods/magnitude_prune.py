@@ -14,9 +14,8 @@ from loraweave.registry import traits
 def magnitude_prune(experts: Experts, weights: Weights, *, density: Fraction = 0.5, scale: float = 1.0) -> DenseUpdate:
     """One layer's scale * sum of w_e tau_e, tau_e being the largest entries of each update (peft 0.21, `magnitude_prune`).
 
-    Exactly the int(density * entries) largest magnitudes of a layer are kept, of equal ones the earlier; `density` in
-    [0, 1]. fp32 products. PEFT's type of that name prunes the factors instead; its `magnitude_prune_svd` is this, cut to
-    a rank.
+    Exactly the int(density * entries) largest magnitudes of a layer are kept, of equal ones the earlier. fp32 products.
+    PEFT's type of that name prunes the factors instead; its `magnitude_prune_svd` is this, cut to a rank.
     """
     prune = prune_smallest(density)
     return sum_pruned(experts, weights, prune, scale=scale)

@@ -17,14 +17,14 @@ def model_stock(
 ) -> Factors:
     """One layer's t/N * sum of w_e D_e with t = N cos A / (1 + (N-1) cos A), clamped to [0, 1].
 
-    Jang et al. 2024, arXiv 2403.19522; A is the angle between updates, and for more than two either of mean cosine
-    over all pairs (`angles`="mean_cosine", as mergekit has it) or of mean angle ("mean_angle", as FusionBench has it). The
-    paper's weights are all 1; others multiply the updates first, so a negative one turns its update around. N counts the
-    experts with an update other than zero in this layer; one alone has t = 1.
+    Jang et al. 2024, arXiv 2403.19522; A is the angle between updates, and for more than two that of the mean cosine over
+    all pairs (`angles`="mean_cosine", as in mergekit) or the mean angle ("mean_angle", as in FusionBench). The paper's
+    weights are all 1; others multiply the updates first. N counts the experts with an update other than zero in this layer;
+    one alone has t = 1.
 
-    Unrelated LoRA updates are nearly orthogonal: then t is near 0 and the result near the base model, and a mean cosine
-    below 0, for which mergekit gives a negative t, gives t = 0 here, an update of rank 0. Exact, of rank sum of R_e;
-    biases take the coefficients of the updates.
+    Unrelated LoRA updates are nearly orthogonal: then t is near 0 and the result near the base model. A mean cosine below 0,
+    for which mergekit gives a negative t, gives an update of rank 0 here. Exact, of rank sum of R_e; biases take the
+    coefficients of the updates.
     """
     found = terms(experts, weights)
     updates = [term.factors for term in found]

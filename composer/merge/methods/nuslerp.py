@@ -22,14 +22,14 @@ MAX_COSINE = 1.0 - 0.5e-8
 def nuslerp(experts: Experts, weights: Weights, *, row_wise: bool = False) -> Factors:
     """One layer's sin((1-t) A)/sin A * D_1 + sin(t A)/sin A * D_2, with an angle A for the layer or for each of its rows.
 
-    t = w_2 / (w_1 + w_2): weights are positive, and only their proportion counts. Two experts of other weights than zero,
-    or one, which then comes back as it is. With `row_wise` each output's row of the updates is a vector of its own, which
-    scales the rows of b and keeps the rank at R_1 + R_2. The coefficients go onto the updates themselves, so that their
-    lengths take part. Vectors on one line (an angle below 1e-4), zero ones and absent layers give (1-t) D_1 + t D_2.
+    t = w_2 / (w_1 + w_2). Two experts of other weights than zero, or one, which comes back as it is. With `row_wise` each
+    output's row of the updates is a vector of its own, which scales the rows of b and keeps the rank at R_1 + R_2. The
+    coefficients go onto the updates themselves, so that their lengths take part. Vectors on one line (an angle below 1e-4),
+    zero ones and absent layers give (1-t) D_1 + t D_2.
 
     mergekit's method of that name with a base model; there the rows of a weight are the vectors under
-    nuslerp_flatten=false, and nuslerp_row_wise takes its columns. Unlike `slerp`, nearly parallel updates are still
-    rotated. Biases take the coefficients of the updates (of their row). Raises WeightingError for three experts or more.
+    nuslerp_flatten=false, and nuslerp_row_wise takes its columns. Unlike `slerp`, it rotates nearly parallel updates too.
+    Biases take the coefficients of the updates (of their row). Raises WeightingError for three experts or more.
     """
     found = terms(experts, pair(weights))
     updates, parts = [term.factors for term in found], [term.weight for term in found]

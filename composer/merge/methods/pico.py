@@ -27,18 +27,18 @@ def pico(
     """One layer's gamma * merge(C D_1, ..., C D_E), C turning down the output directions that the experts have in common.
 
     With U diag(sigma) the left singular vectors and values of [B_1 | ... | B_E] and s_j = sigma_j^2 / sum of sigma^2, the
-    share of direction j, C = 1 + U diag(alpha - 1) U^T with alpha_j = 1 / (1 + (E - 1) s_j). `inner` names the method of the
-    registry that merges, with the weights and `inner_options`. gamma brings the Frobenius norm of the result to the mean
-    of |w_e| |D_e| (`rescale`=False: 1): with weights of 1 this is the paper's mean norm of the sources, and a single expert
-    of weight w gives w D. The formulas are those of the authors' code.
+    share of direction j, C = 1 + U diag(alpha - 1) U^T with alpha_j = 1 / (1 + (E - 1) s_j). `inner` names the method that
+    merges, with the weights and `inner_options`. gamma brings the Frobenius norm of the result to the mean of |w_e| |D_e|
+    (`rescale`=False: 1), the paper's mean norm of the sources for weights of 1; a single expert of weight w gives w D. The
+    formulas are those of the authors' code.
 
     Our reading: the authors take B as trained, which depends on how an update is split. Here B_e = U_e S_e, the B that an
     update has when the rows of its A are orthonormal, as those of a LoRA nearly are from their random start; so U and sigma
-    are those of [D_1 | ... | D_E], and only updates count. E is the number of updates that are not zero. Weights have no
-    part in C. Should the experts cancel each other (to 2^-18), the rest is rounding and gamma is 1.
+    are those of [D_1 | ... | D_E]. E is the number of updates that are not zero. Weights have no part in C. Should the
+    experts cancel each other (to 2^-18), the rest is rounding and gamma is 1.
 
-    Biases are merged by the inner rule as they are. `seeds` come from `merge`, for random rules. Raises WeightingError
-    for an inner method on factors or statistics.
+    The inner rule merges biases as they are. `merge` supplies `seeds` for random rules. Raises WeightingError for an inner
+    method on factors or statistics.
     """
     call = inner_call(inner, inner_options, method="pico")
     found = terms(experts, weights)

@@ -19,14 +19,14 @@ def regmean(
 ) -> Factors:
     """One layer's (sum of w_e D_e G_e)(sum of w_e G_e)^-1, of rank sum of R_e (eq. 2 of the paper, on updates).
 
-    G_e = X_e^T X_e / n has its off-diagonal multiplied by `off_diagonal` in [0, 1] (0.9 in the paper, 0.95 in fusion_bench),
-    which keeps the inverse apart from noise. On updates or on whole weights is the same: the base is common. Weights are
-    above 0, say how much each expert's inputs count, and only their proportions matter. Inputs that no expert has seen get
-    the weighted mean of the updates. Biases are averaged by weight.
+    G_e = X_e^T X_e / n has its off-diagonal multiplied by `off_diagonal` (0.9 in the paper, 0.95 in fusion_bench), which
+    keeps the inverse apart from noise. Updates and whole weights give the same: the base is common. Weights say how much
+    each expert's inputs count; only their proportions matter. Inputs that no expert has seen get the weighted mean of the
+    updates. Biases are averaged by weight.
 
-    None stands for an expert without this layer: a zero update where its statistics have the layer, no part of the mean
-    otherwise. Raises WeightingError for a negative weight, an `off_diagonal` outside its range, and statistics that are
-    missing or do not fit. Unlike `least_squares` it shrinks G and starts from the mean, not from the base.
+    An expert without the layer is a zero update where its statistics have the layer, and no part of the mean otherwise.
+    Raises WeightingError for statistics that are missing or do not fit. Unlike `least_squares` it shrinks G and starts from
+    the mean, not from the base.
     """
     found = shares(experts, weights, statistics, part="gram_II")
     return regression(found, off_diagonal=off_diagonal, from_mean=True)

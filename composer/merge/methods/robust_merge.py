@@ -18,19 +18,17 @@ from loraweave.types import Factors
 def robust_merge(experts: Experts, weights: Weights, *, density: Share = 0.2, scale: float = 1.0) -> Factors:
     """One layer's scale * sum of w_e B'_e diag(c_e) A'_e: pruned factors, the coefficients shared out among the experts.
 
-    A'_e and B'_e keep the largest `density` of the entries of A_e and of B_e, each as a whole. What pruning took from rank
-    row i gives its coefficient, s_ei = |row i of A_e|_1 / |row i of A'_e|_1, large for weak rows, which lose most;
-    c_ei = s_ei / sum over the experts of s_fi, so that for each i the coefficients sum to 1 (pruning, complementary
-    scaling, cross-task normalisation; `scale` is lambda, 2 in the authors' code for eight experts). Weights of 1 hence give
-    an average. A row that is pruned away has no coefficient and takes no part in the sums.
+    A'_e and B'_e keep the largest `density` of the entries of A_e and of B_e, each as a whole: int(density * entries), at
+    least one, and those equal to the last. What pruning took from rank row i gives its coefficient, s_ei = |row i of A_e|_1
+    / |row i of A'_e|_1, large for weak rows, which lose most; c_ei = s_ei / sum over the experts of s_fi, so that for each i
+    the coefficients sum to 1 (pruning, complementary scaling, cross-task normalisation; `scale` is lambda, 2 in the authors'
+    code for eight experts). Weights of 1 hence give an average. A row that is pruned away takes no part.
 
     Our reading, from the authors' and a third party's code rather than the paper's text: they prune A and B as trained,
     which depends on how an update is split. Here A_e = sqrt(S) V^T and B_e = U sqrt(S) of the update's SVD, so that row i
     is the i-th singular direction of every expert, and the weak rows are the small singular values that the paper is
     about. Updates are summed, as in the third party's version of Algorithm 1 (TARA-Merge); the authors' code adds up A'_e
-    and B'_e of different experts apart, with cross terms, and raises small coefficients to their 80 % quantile.
-
-    `density` in (0, 1]: int(density * entries), but at least one, and those equal to the last are kept. Biases are
+    and B'_e of different experts apart, with cross terms, and raises small coefficients to their 80 % quantile. Biases are
     summed with weights. The result has at most the sum of ranks.
     """
     first, bias_O, parts = opened(experts, weights, scale)

@@ -25,10 +25,10 @@ def sce(experts: Experts, weights: Weights, *, density: Fraction = 0.1, scale: f
     3. Erase: gamma = sign of the sum of t_e, 1 where that is zero; entries of the other sign are left out. The result is
        scale * (sum of c_e t_e) / (sum of c_e), both over the experts with sign gamma.
 
-    `density` in [0, 1] is the fraction kept (mergekit's select_topk; 1 selects everything). Since the result is an
-    average, two equal experts of weight one half give half of one. Experts without the layer take no part; matrix and
-    bias have coefficients of their own. fp32 products, float64 variances, votes and norms. mergekit's `sce` has no
-    weights, and takes equal coefficients once the mean squares are below 1e-6, which those of a LoRA often are.
+    `density` is mergekit's select_topk; 1 selects everything. Since the result is an average, two equal experts of weight
+    one half give half of one. Experts without the layer take no part; matrix and bias have coefficients of their own. fp32
+    products, float64 variances, votes and norms. mergekit's `sce` has no weights, and takes equal coefficients once the mean
+    squares are below 1e-6, which those of a LoRA often are.
     """
 
     def rule(entries: Entries, out_OI: Tensor) -> None:

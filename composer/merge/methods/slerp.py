@@ -13,14 +13,12 @@ from loraweave.types import Factors
 def slerp(experts: Experts, weights: Weights, *, collinear: Share = 0.9995) -> Factors:
     """One layer's sin((1-t) A)/sin A * D_1 + sin(t A)/sin A * D_2, A being the angle between the two updates.
 
-    Shoemake 1985, with each update as one long vector and t = w_2 / (w_1 + w_2): weights are positive, and
-    only their proportion counts. Two experts of other weights than zero, or one, which then comes back as it is. The
-    coefficients go onto the updates themselves, not onto unit vectors, as mergekit does. Where |cos A| is above
-    `collinear`, in (0, 1], and where an update is zero or its layer absent, it is (1-t) D_1 + t D_2.
+    Shoemake 1985, with each update as one long vector and t = w_2 / (w_1 + w_2). Two experts of other weights than zero, or
+    one, which comes back as it is. The coefficients go onto the updates themselves, not onto unit vectors, as in mergekit.
+    Where |cos A| is above `collinear`, and where an update is zero or its layer absent, it is (1-t) D_1 + t D_2.
 
-    A is that between updates, from the factors alone, not that between whole fine-tuned weights, as where the base takes
-    part. The result is exact and of rank R_1 + R_2; biases take the coefficients of the updates. Raises WeightingError
-    for three experts or more.
+    A is that between updates, from the factors alone, not between whole fine-tuned weights. The result is exact and of rank
+    R_1 + R_2; biases take the coefficients of the updates. Raises WeightingError for three experts or more.
     """
     found = terms(experts, pair(weights))
     updates = [term.factors for term in found]

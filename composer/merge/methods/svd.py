@@ -12,11 +12,9 @@ from loraweave.lowrank.truncation import compress_sum
 def svd(experts: Experts, weights: Weights, *, rank: int | None = None) -> TruncatedUpdate:
     """The best approximation of one layer's sum of w_e D_e at `rank` (Eckart-Young), from the factors alone.
 
-    `rank` is at least 1; None takes the largest rank among the experts that count, as PEFT's `svd` does. A rank at or
-    above the sum's own leaves it exact. Both factors carry the root of the singular values. Gains and biases are no part
-    of the matrix and sum exactly. An expert without the layer is a zero update.
-
-    PEFT before 0.21 applied the LoRA scale twice here.
+    Without `rank` it is the largest among the experts that count, as in PEFT's `svd`, which before 0.21 applied the LoRA
+    scale twice. A rank at or above the sum's own leaves it exact. Both factors carry the root of the singular values. Gains
+    and biases are no part of the matrix and sum exactly. An expert without the layer is a zero update.
     """
     updates, values = counted(experts, weights)
     total = sum(update.rank for update in updates)

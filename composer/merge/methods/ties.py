@@ -60,10 +60,9 @@ def ties(
        the whole model have, 1 if those balance.
     3. Merge: scale * the mean (`aggregate`="mean", the paper's) or sum of w_e tau_e over the experts with sign gamma.
 
-    Weights of one are the paper. `density` in [0, 1] is the fraction kept (the authors' code keeps one entry more);
-    `scale` is the paper's lambda. Without `survey` this layer is the whole model. fp32 products, votes in float64.
-    PEFT's TIES is `ties_per_layer`, mergekit's `ties_weighted`, the one with counted signs `ties_count`.
-    Raises WeightingError for options out of range, LayerMismatch and AdapterUnsupported for updates that do not fit.
+    Weights of one are the paper, and `scale` is its lambda; the authors' code keeps one entry more. Without `survey` this
+    layer is the whole model. fp32 products, votes in float64. PEFT's TIES is `ties_per_layer`, mergekit's `ties_weighted`,
+    the one with counted signs `ties_count`.
     """
     seen = _survey([terms(experts, weights)], density) if survey is None else survey
     return merge_elected(

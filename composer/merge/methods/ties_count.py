@@ -25,10 +25,8 @@ def ties_count(
 
     Of each expert, exactly the int(density * entries) largest magnitudes of the layer are kept, of equal ones the earlier.
     gamma = sign of the sum of sign(w_e tau_e). The result is scale * the mean or sum (`aggregate`) of w_e tau_e over the
-    experts with that sign. Weights of one are TARA's.
-
-    `density` in [0, 1] is the fraction kept. fp32 products. `ties_per_layer` with majority="frequency" counts the signs
-    of tau_e instead, so that it differs for negative weights.
+    experts with that sign. Weights of one are TARA's. fp32 products. `ties_per_layer` with majority="frequency" counts the
+    signs of tau_e, and so differs for negative weights.
     """
     prune, divide = prune_smallest(density), divisor_of(aggregate)
     return merge_elected(experts, weights, prune, majority="frequency", divide=divide, scale=scale)

@@ -27,10 +27,8 @@ def ties_weighted(
     Of each expert, exactly the int(density * entries) largest magnitudes are kept, of equal ones the earlier. gamma = sign
     of the sum of w_e tau_e, or of their signs (`majority`="frequency"); 1 where that is zero. The result is scale * sum of
     w_e tau_e over the experts for which w_e tau_e has sign gamma, with `normalize` divided by the sum of their w_e (by 1
-    where that is zero; weights of both signs can make it small). One expert is thus given back whatever its weight.
-
-    `density` in [0, 1] is the fraction kept. fp32 products, votes in float64. `ties_per_layer` votes without the
-    weights.
+    where that is zero; weights of both signs can make it small). One expert is thus given back whatever its weight. fp32
+    products, votes in float64. `ties_per_layer` votes without the weights.
     """
     prune, divide = prune_smallest(density), "weights" if normalize else "nothing"
     return merge_elected(experts, weights, prune, majority=majority, divide=divide, scale=scale)

@@ -15,16 +15,15 @@ def tsv(experts: Experts, weights: Weights, *, k: Count | None = None, scale: fl
     """One layer's scale * U* diag(s) V*^T: the top singular vectors of all experts, made orthonormal together.
 
     Of each update w_e D_e the min(k, rank) largest singular triplets are kept; [U_1 | ... | U_E] and [V_1 | ... | V_E] are
-    replaced by their polar factors, the nearest matrices with orthonormal columns. `k`, 1 or more, is min(O, I) // E by
-    default as in the released code, E being the experts whose update of this layer is not zero: the stacks have no more
-    columns than the layer has dimensions. k=min(O, I) keeps everything. Weights multiply singular values. A single expert
-    comes back as it is, and experts that share no direction are summed; what they share is shared out: two equal updates of
-    weight w/2 give D w/2.
+    replaced by their polar factors, the nearest matrices with orthonormal columns. `k` is by default min(O, I) // E as in
+    the released code, E being the experts whose update of this layer is not zero: the stacks then have no more columns than
+    the layer has dimensions. k=min(O, I) keeps everything. Weights multiply singular values. A single expert comes back as
+    it is, and experts that share no direction are summed; two equal updates of weight w/2 give D w/2.
 
-    The polar factors are taken within the range of the stacks, so that inputs that no expert sees stay unseen: the
-    released code keeps its k triplets whatever the rank, and with low-rank updates whitens directions that are zero.
-    More experts than dimensions keep one triplet each, where the released code keeps none. Biases are summed with
-    weights. The result has at most the sum of ranks.
+    The polar factors are taken within the range of the stacks, so that inputs that no expert sees stay unseen: the released
+    code keeps its k triplets whatever the rank, and with low-rank updates whitens directions that are zero. More experts
+    than dimensions keep one triplet each, where the released code keeps none. Biases are summed with weights. The result has
+    at most the sum of ranks.
     """
     first, bias_O, parts = opened(experts, weights, scale)
     if not parts or not scale:

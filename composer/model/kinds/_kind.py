@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from loraweave.types import Kind
@@ -68,3 +69,8 @@ def rows(module: Any, y: Tensor) -> Tensor:
 def put_back(y_BTO: Tensor, y: Tensor) -> Tensor:
     """The values in the shape of y."""
     return y_BTO.reshape(y.shape)
+
+
+def is_near(y: object, expected: Tensor, *, atol: float) -> bool:
+    """Whether what a module gave is a tensor of that shape, and within 1 % or `atol` of it."""
+    return isinstance(y, Tensor) and y.shape == expected.shape and torch.allclose(y.float(), expected.float(), 1e-2, atol)

@@ -374,7 +374,7 @@ def test_generation_refuses_what_it_cannot_do(tiny_llama: nn.Module, make_adapte
     with pytest.raises(CompositionError, match="tokenizer="):
         Composer(tiny_llama, adapters).generate(["5"])
     engine = Composer(tiny_llama, adapters, tokenizer=Tokens())
-    with pytest.raises(CompositionError, match="put it into a list"):
+    with pytest.raises(CompositionError, match="put one text into a list"):
         engine.generate("5")
     with pytest.raises(ScopeError, match="3 rows, but there are 2 texts"):
         engine.generate(["5", "6"], mixture=ROWS)
