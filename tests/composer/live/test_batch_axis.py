@@ -25,15 +25,9 @@ def _xlnet_embedding():
 
 
 def _longformer():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
     config = transformers.LongformerConfig(
-        vocab_size=61,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=24,
-        attention_window=4,
-        pad_token_id=0,
-        max_position_embeddings=64,
+        vocab_size=61, attention_window=4, pad_token_id=0, max_position_embeddings=64, **sizes
     )
     return transformers.LongformerModel(config), "encoder.layer.0.attention.self.value", "linear"
 

@@ -4,11 +4,10 @@ import copy
 import functools
 import os
 import shutil
-import threading
 
 import pytest
 import torch
-from live_models import IDS, in_thread
+from live_models import IDS, in_thread, in_threads
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -343,20 +342,14 @@ def test_threads_with_different_mixtures_share_a_compiled_model(engine):
     for mixture in MIXTURES:
         with engine.activate(mixture):
             expected.append(logits(compiled))
-    wrong = []
 
-    def work(index):
+    def work(mixture, expected):
         for _ in range(10):
-            with engine.activate(MIXTURES[index]):
-                if not torch.equal(logits(compiled), expected[index]):
-                    wrong.append(index)
+            with engine.activate(mixture):
+                assert torch.equal(logits(compiled), expected)
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(MIXTURES))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    calls = [functools.partial(work, *each) for each in zip(MIXTURES, expected, strict=True)]
+    assert in_threads(calls) == [None] * len(MIXTURES)
 
 
 def test_the_weights_of_a_compiled_forward_are_told_like_those_of_an_eager_one(engine):

@@ -2,11 +2,11 @@
 
 import copy
 import pickle
-import threading
 
 import pytest
 import torch
 import transformers
+from live_models import in_thread
 from torch import Tensor, nn
 
 from loraweave.composer.composer import Composer
@@ -69,19 +69,10 @@ def _attention():
 
 def _wavlm():
     torch.manual_seed(0)
-    config = transformers.WavLMConfig(
-        hidden_size=4,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=8,
-        conv_dim=(8,),
-        conv_stride=(2,),
-        conv_kernel=(3,),
-        num_feat_extract_layers=1,
-        num_conv_pos_embeddings=4,
-        num_conv_pos_embedding_groups=2,
-    )
-    model = transformers.WavLMModel(config).eval()
+    sizes = {"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    sizes |= {"conv_dim": (8,), "conv_stride": (2,), "conv_kernel": (3,), "num_feat_extract_layers": 1}
+    sizes |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    model = transformers.WavLMModel(transformers.WavLMConfig(**sizes)).eval()
     model.name_or_path = "tiny"
     x = torch.randn(2, 20)
     return model, "encoder.layers.0.attention.v_proj", lambda model: model(x).last_hidden_state
@@ -158,14 +149,6 @@ def test_an_owner_that_did_not_call_its_layer_this_time_is_noticed():
     with engine.fused({"a": 1.0}):
         assert torch.allclose(model(x), live, rtol=1e-5, atol=1e-5)
     assert sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()) == 0
-
-
-def in_thread(call):
-    answers = []
-    thread = threading.Thread(target=lambda: answers.append(call()))
-    thread.start()
-    thread.join()
-    return answers[0]
 
 
 @torch.no_grad()

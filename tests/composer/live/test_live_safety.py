@@ -59,16 +59,20 @@ def test_a_router_that_raises_at_any_layer_leaves_nothing(error, engine):
         assert not engine.active
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize(
+    ("error", "call"),
+    [(RuntimeError, 1), (torch.OutOfMemoryError, 1), (KeyboardInterrupt, 1), (RuntimeError, 2), (KeyboardInterrupt, 2)],
+)
 @pytest.mark.usefixtures("unharmed")
-def test_an_exception_at_any_module_of_a_later_token_leaves_nothing(error, engine):
+def test_an_exception_at_any_module_of_the_prompt_or_a_later_token_leaves_nothing(error, call, engine):
+    # a module list is never called
     for module in (each for each in engine.model.modules() if not isinstance(each, nn.ModuleList)):
         calls = 0
 
         def fail(*_):
             nonlocal calls
             calls += 1
-            if calls == 2:
+            if calls == call:
                 raise error("injected")
 
         handle = module.register_forward_hook(fail)

@@ -5,9 +5,11 @@ import gc
 import math
 import threading
 import weakref
+from functools import partial
 
 import pytest
 import torch
+from live_models import in_threads
 from torch import nn
 
 from loraweave.composer.composer import Composer
@@ -114,21 +116,15 @@ def test_another_pool_has_no_weights_yet(alike):
 
 
 def test_threads_are_apart(alike):
-    found = {}
     barrier = threading.Barrier(2)
 
     def work(name):
         with alike.activate({name: 1.0}):
             run(alike)
             barrier.wait()
-            found[name] = alike.last_weights.experts
+            return alike.last_weights.experts
 
-    threads = [threading.Thread(target=work, args=(name,)) for name in "ab"]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == {"a": ("a",), "b": ("b",)}
+    assert in_threads([partial(work, name) for name in "ab"]) == [("a",), ("b",)]
     assert dict(alike.last_weights) == {}
 
 
