@@ -170,7 +170,7 @@ class Retriever:
             )
         own = self.hub[adapter] if isinstance(adapter, str) else adapter
         records = self.hub.records_at(self.hub.seqs(request.filters)).values()
-        others = [record for record in records if not (isinstance(adapter, str) and record.name == own.name)]
+        others = [record for record in records if own is adapter or record.name != own.name]
         hits = [Hit(record, 0.0, np.zeros(0)) for record in others]
         ranked, opinions = self._keyed.ranked(Query(adapter=own), hits, _resolve(keys), Fusion())
         page = request.page(ranked, request.k)
@@ -300,10 +300,7 @@ class Retriever:
 
 def _resolve(keys: Sequence[str | Key]) -> dict[str, Key]:
     """Key objects by name. UnknownName for a name that no file of retrieval/keys has."""
-    return {
-        key if isinstance(key, str) else key_name(key): registry.get("keys", key)() if isinstance(key, str) else key
-        for key in keys
-    }
+    return dict((key, registry.get("keys", key)()) if isinstance(key, str) else (key_name(key), key) for key in keys)
 
 
 def _groups_of(items: Sequence[Item], size: int) -> list[tuple[Item, ...]]:

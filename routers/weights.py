@@ -48,7 +48,9 @@ class MixtureWeights:
             )
 
     @classmethod
-    def of(cls, weights: Mapping[str, float] | Sequence[RowWeights], experts: Sequence[str]) -> MixtureWeights:
+    def of(
+        cls, weights: MixtureWeights | Mapping[str, float] | Sequence[RowWeights], experts: Sequence[str]
+    ) -> MixtureWeights:
         """Task scope from {name: weight}; instance scope from a list with one such mapping, or None (base), per row."""
         if isinstance(weights, MixtureWeights):
             return weights

@@ -129,9 +129,8 @@ class SpatialGate(Gate):
 
     def reset(self, generator: torch.Generator) -> None:
         """Each U, V and their biases uniform between -1/sqrt(I) and 1/sqrt(I), as torch draws a linear layer."""
-        for part in self.children():
-            if isinstance(part, _Linear):
-                part.reset(generator)
+        for part in (self.u1, self.u3, self.u2, self.v):
+            part.reset(generator)
 
     def forward(self, x_BTC: Tensor, call: Call) -> Weighing:
         """Raises ScopeError for a layer that sees parts of images, for texts, and for a call whose tasks are not known."""

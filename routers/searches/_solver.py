@@ -269,8 +269,7 @@ class ClosedForm(Solver):
     high: float = field(default=LARGEST, init=False)
 
     def __post_init__(self) -> None:
-        weights = self._weights()
-        found = weights if isinstance(weights, MixtureWeights) else MixtureWeights.of(weights, self.experts)
+        found = MixtureWeights.of(self._weights(), self.experts)
         if self.groups is None:
             self.groups = {layer: (layer,) for layer in found.layers}
         self.start = found

@@ -89,13 +89,14 @@ class LorahubOriginal(Solver):
 
     def _guard(self, call: Callable[[], Any]) -> Any:
         """What a call of nevergrad gives."""
-        outcome: list[Any] = []
+        found: list[Any] = []
+        errors: list[Exception] = []
 
         def run() -> None:
             try:
-                outcome.append(call())
+                found.append(call())
             except Exception as error:
-                outcome.append(error)
+                errors.append(error)
 
         # nevergrad runs scipy's searches in threads that wait for losses. They inherit being a daemon from this one, without
         # which a search that was left early would keep the interpreter from ending
@@ -105,10 +106,9 @@ class LorahubOriginal(Solver):
             warnings.simplefilter("ignore")
             thread.start()
             thread.join()
-        (found,) = outcome
-        if isinstance(found, Exception):
+        for error in errors:
             raise SearchFailed(
                 f"nevergrad's NGOpt failed for {self.space.size} weights and {self.budget} evaluations after {self.spent} "
-                f"({type(found).__name__}: {found}); take another budget, or method 'lorahub'"
-            ) from found
-        return found
+                f"({type(error).__name__}: {error}); take another budget, or method 'lorahub'"
+            ) from error
+        return found[0]

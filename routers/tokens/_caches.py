@@ -70,13 +70,12 @@ class BesideCache(Generic[S]):
             crop(state, known - num_tokens)
         return state
 
-    def keep(self, cache: Any, state: S) -> None:
-        """Keeps the state beside the cache from now on."""
-        follow(cache, self, state)
-
-    def keep_returned(self, state: S) -> None:
-        """Keeps the state beside the cache that the running call makes, if it gives one back."""
-        follow_returned(self, state)
+    def keep(self, cache: Any | None, state: S) -> None:
+        """Keeps the state beside the cache from now on; None is the one that the running call gives back, if any."""
+        if cache is not None:
+            follow(cache, self, state)
+        elif (current := _CURRENT.get()) is not None:
+            current.wait(self, state)
 
     def _require_followable(self, cache: Any) -> None:
         from transformers.cache_utils import BaseQuantizedLayer, Cache, DynamicLayer
@@ -203,12 +202,6 @@ def follow(cache: Any, owner: object, state: Follower) -> None:
         current.add(cache)
 
 
-def follow_returned(owner: object, state: Follower) -> None:
-    """`state` is changed as the cache is that the running call gives back."""
-    if (current := _CURRENT.get()) is not None:
-        current.wait(owner, state)
-
-
 def _release(cache: Any) -> None:
     if _is_followed(cache):
         _LAST_TENSORS[cache] = [ref(tensor) for tensor in _tensors(cache)]
@@ -220,7 +213,7 @@ def _is_followed(cache: Any) -> bool:
 
 
 def _tensors(cache: Any) -> list[Tensor]:
-    return [layer.keys for layer in cache.layers if isinstance(getattr(layer, "keys", None), Tensor)]
+    return [layer.keys for layer in cache.layers if getattr(layer, "keys", None) is not None]
 
 
 def _followed(kind: Any) -> type:

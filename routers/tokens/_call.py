@@ -102,10 +102,7 @@ class CallText:
             state = SeenTokens(new_BT)
         else:
             state.append(new_BT)
-        if cache is not None:
-            beside.keep(cache, state)
-        else:
-            beside.keep_returned(state)
+        beside.keep(cache, state)
         mask_BT = _mask(router, arguments.get("attention_mask"), state.ids_BT)
         return cls(state.ids_BT, mask_BT, state.num_first, new_BT.shape[1])
 
@@ -147,11 +144,12 @@ def _find_seen(beside: BesideCache[SeenTokens], cache: Any, num_rows: int) -> Se
         return SeenTokens(prompts.ids_BT.repeat_interleave(num_rows // len(prompts.ids_BT), dim=0))
 
 
-def _mask(router: str, given: Any, ids_BT: Tensor) -> Tensor:
+def _mask(router: str, given: Tensor | None, ids_BT: Tensor) -> Tensor:
     if given is None:
         return torch.ones_like(ids_BT)
-    if not isinstance(given, Tensor) or given.shape != ids_BT.shape:
-        found = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+    shape = getattr(given, "shape", None)
+    if shape != ids_BT.shape:
+        found = type(given).__name__ if shape is None else tuple(shape)
         raise ScopeError(
             f"router {router!r} chooses by the text of a row, and cannot tell from the attention mask {found} which of its "
             f"tokens {tuple(ids_BT.shape)} are real: give a mask of that shape, or none"
@@ -170,7 +168,17 @@ def _prompt_lengths(router: str, num_rows: int) -> Sequence[int | None]:
 def count_rows(arguments: Mapping[str, Any]) -> int:
     """How many rows a call of the model has, judged by its arguments; 0 if unknown."""
     given = (arguments.get(name) for name in ("decoder_input_ids", "input_ids", "inputs_embeds", "decoder_inputs_embeds"))
-    return next((len(tensor) for tensor in given if isinstance(tensor, Tensor)), 0)
+    return next((len(tensor) for tensor in given if tensor is not None), 0)
+
+
+def asked_of_head(w_BTE: Tensor, num_tokens: int, logits_to_keep: int | Tensor | None) -> Tensor:
+    """w_BTE of the tokens that the language head is asked for, in a layer that sees fewer than the call has.
+
+    `logits_to_keep` is the call's argument: the last tokens, or those of an index.
+    """
+    if logits_to_keep is None or w_BTE.shape[1] in (1, num_tokens):
+        return w_BTE
+    return w_BTE[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else w_BTE[:, logits_to_keep]
 
 
 class CachedIds(RowsAndTokens):

@@ -58,9 +58,9 @@ class OutputRouter(LearnedRouter):
         self.cores_ = LayerTensors({})
         self.bases_ = LayerTensors({})
         self.owners_ = LayerTensors({})
-        if isinstance(pool, ExpertPool):
+        if (given := Members.pool_of(pool)) is not None:
             for layer, routed in self.members.layers.items():
-                self.cores_[layer], self.bases_[layer], self.owners_[layer] = _factorise(pool, layer, routed)
+                self.cores_[layer], self.bases_[layer], self.owners_[layer] = factorise(given, layer, routed)
 
     @property
     def informed(self) -> dict[str, RoutedLayer]:
@@ -81,7 +81,7 @@ class OutputRouter(LearnedRouter):
         return zeros_BTE.index_add(2, self.owners_[layer], values_BTS)
 
 
-def _factorise(pool: ExpertPool, layer: str, routed: RoutedLayer) -> tuple[Tensor, Tensor, Tensor]:
+def factorise(pool: ExpertPool, layer: str, routed: RoutedLayer) -> tuple[Tensor, Tensor, Tensor]:
     """c_SI, q_SO and owner_S of one layer; an expert of more rank than outputs has as many rows as outputs."""
     cores, bases, owners = [torch.zeros(0, routed.num_inputs)], [torch.zeros(0, routed.num_outputs)], []
     for place, a_RI, b_OR in parts(pool, layer):

@@ -57,6 +57,11 @@ class Members:
             _KNOWN[pool] = cls._of(pool)
         return _KNOWN[pool]
 
+    @staticmethod
+    def pool_of(given: ExpertPool | Members) -> ExpertPool | None:
+        """What a router is made for, if it is a pool; None for members alone, whose tensors a file fills in."""
+        return None if isinstance(given, Members) else given
+
     @classmethod
     def _of(cls, pool: ExpertPool) -> Members:
         places: dict[str, list[int]] = {}
@@ -251,7 +256,7 @@ class LayerTensors(nn.Module):
         del self._tensors[_key(layer)]
 
     def __contains__(self, layer: object) -> bool:
-        return isinstance(layer, str) and _key(layer) in self._tensors
+        return _key(str(layer)) in self._tensors
 
     def __iter__(self) -> Iterator[str]:
         return (_layer(key) for key in self._tensors)

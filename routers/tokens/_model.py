@@ -63,17 +63,15 @@ def last_hidden(router: str, model: Any, arguments: Mapping[str, Any], beside: B
     if "use_cache" in parameters:
         passed["use_cache"] = own is not None
     with torch.no_grad():
-        hidden = getattr(decoder(**passed), "last_hidden_state", None)
-    if not isinstance(hidden, Tensor) or hidden.ndim != 3:
+        hidden: Any = getattr(decoder(**passed), "last_hidden_state", None)
+    if getattr(hidden, "ndim", 0) != 3:
         raise ScopeError(
             f"router {router!r} reads the last hidden state (rows, tokens, features), and {type(decoder).__name__} gives "
             "none: take a router that looks at each layer's input"
         )
-    if given is not None and own is not None:
+    if own is not None:
         beside.keep(given, own)
-    elif own is not None:
-        beside.keep_returned(own)
-    return hidden
+    return hidden  # type: ignore[no-any-return]
 
 
 def _makes_cache(model: Any, arguments: Mapping[str, Any]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +19,7 @@ from loraweave.hub.intake.model_hub import upload
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.combined import begin, derive, known_as, needs_call
 from loraweave.routers.tokens._members import LayerTensors, Members, find_names
-from loraweave.routers.tokens._written import Contents, router_card, write_router
+from loraweave.routers.tokens._written import router_card, write_router
 from loraweave.types import Router
 
 
@@ -183,8 +183,8 @@ class TokenRouter(Declared, nn.Module):
                 f"router {type(self).__name__} is in no file of routers/, so lw.router() could not read it again: keep its "
                 "state_dict() with safetensors, and make it anew"
             )
-        contents = Contents(self.name, self.options, self.members, self.state_dict(), self.report)
-        return write_router(contents, Path(folder), pool)
+        kept: dict[str, Any] = {"options": self.options, "members": self.members, "report": self.report}
+        return write_router(Path(folder), pool, name=self.name, tensors=self.state_dict(), **kept)
 
     def push_to_hub(
         self,
@@ -212,13 +212,6 @@ class TokenRouter(Declared, nn.Module):
 def option_names(router: type[TokenRouter]) -> list[str]:
     """The names of the options that a router takes."""
     return list(options_of(router, after=1))
-
-
-def by_layer(pool: ExpertPool | Members, make: Callable[[ExpertPool, str], Tensor]) -> Mapping[str, Tensor]:
-    """{layer: make(pool, layer)}; empty while there are only `Members` and no pool."""
-    if isinstance(pool, Members):
-        return {}
-    return {layer: make(pool, layer) for layer in Members.of(pool).layers}
 
 
 def place_onto(router: TokenRouter, pool: ExpertPool) -> TokenRouter:

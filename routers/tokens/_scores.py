@@ -92,15 +92,10 @@ def parts(pool: ExpertPool, layer: str) -> Iterator[tuple[int, Tensor, Tensor]]:
             yield place, factors.a_SI[mine_S].double(), factors.b_OS[:, mine_S].double()
 
 
-def core(a_RI: Tensor, b_OR: Tensor) -> Tensor:
-    """c_RI with |c x| = |b a x| for every x: b = q r with orthonormal q, and c = r a."""
-    r_RR: Tensor = torch.linalg.qr(b_OR).R
-    return r_RR @ a_RI
-
-
 def top_direction(a_RI: Tensor, b_OR: Tensor) -> Tensor:
     """The top right singular vector v_I of b a, the sign being that of its largest entry; zero where b a is."""
-    _, values_R, vectors_RI = torch.linalg.svd(core(a_RI, b_OR), full_matrices=False)
+    # |r a x| = |b a x| for every x, where b = q r with orthonormal q
+    _, values_R, vectors_RI = torch.linalg.svd(torch.linalg.qr(b_OR).R @ a_RI, full_matrices=False)
     v_I: Tensor = vectors_RI[0]
     sign = v_I[v_I.abs().argmax()].sign()
     return v_I.mul(sign).mul(values_R[0] > 0)

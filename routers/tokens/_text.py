@@ -18,7 +18,15 @@ from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
 from loraweave.hub.search.search import MAX_SAMPLE_INPUTS
 from loraweave.routers.tokens._caches import BesideCache
-from loraweave.routers.tokens._call import CallText, SeenTokens, count_copies, count_rows, current_prompts, current_tokenizer
+from loraweave.routers.tokens._call import (
+    CallText,
+    SeenTokens,
+    asked_of_head,
+    count_copies,
+    count_rows,
+    current_prompts,
+    current_tokenizer,
+)
 from loraweave.routers.tokens._members import Members
 from loraweave.routers.tokens._router import TokenRouter, option_names
 from loraweave.routers.tokens._scores import without
@@ -165,7 +173,7 @@ class TextRouter(TokenRouter):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # as many as the router was made from, which is known from the file alone
         for name in self._buffers:
-            if isinstance(found := state_dict.get(prefix + name), Tensor):
+            if (found := state_dict.get(prefix + name)) is not None:
                 self._buffers[name] = found.clone()
         super()._load_from_state_dict(state_dict, prefix, *rest)
         problems: list[str] = rest[-1]
@@ -178,10 +186,7 @@ class TextRouter(TokenRouter):
 
 
 class TextWeights:
-    """w_BTE, with 0 for an expert in the layers that it leaves alone.
-
-    `logits_to_keep` is the call's argument, which has the language head see fewer tokens: the last, or those of an index.
-    """
+    """w_BTE, with 0 for an expert in the layers that it leaves alone; `logits_to_keep` is the call's argument."""
 
     def __init__(self, w_BTE: Tensor, members: Members, logits_to_keep: int | Tensor | None) -> None:
         self._w_BTE = w_BTE
@@ -189,11 +194,8 @@ class TextWeights:
         self._logits_to_keep = logits_to_keep
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
-        w_BTE, present = self._w_BTE, self._members.layers[layer].experts
-        keep = self._logits_to_keep
-        if keep is not None and w_BTE.shape[1] not in (1, x_BTI.shape[1]):
-            w_BTE = w_BTE[:, keep] if isinstance(keep, Tensor) else w_BTE[:, -keep:]
-        return without(w_BTE, present, filling=0.0)
+        w_BTE = asked_of_head(self._w_BTE, x_BTI.shape[1], self._logits_to_keep)
+        return without(w_BTE, self._members.layers[layer].experts, filling=0.0)
 
 
 Examples = Mapping[str, Iterable[str]] | Hub | None

@@ -7,7 +7,6 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,18 +25,16 @@ FILE, TENSORS, ADAPTERS = "router.json", "router.safetensors", "adapters"
 PACKAGES = ("loraweave", "torch", "transformers")
 
 
-@dataclass(frozen=True)
-class Contents:
-    """All that is kept of a router: its name in the registry, options, experts, tensors, and how it was trained."""
-
-    name: str
-    options: Mapping[str, Any]
-    members: Members
-    tensors: Mapping[str, Tensor]
-    report: Mapping[str, Any] | None
-
-
-def write_router(router: Contents, folder: Path, pool: ExpertPool | None) -> Path:
+def write_router(
+    folder: Path,
+    pool: ExpertPool | None,
+    *,
+    name: str,
+    options: Mapping[str, Any],
+    members: Members,
+    tensors: Mapping[str, Tensor],
+    report: Mapping[str, Any] | None,
+) -> Path:
     """Writes the folder whole or not at all, with the adapters of the router's experts if a pool is given.
 
     Each adapter's folder has a number and not its name, which is free text. Raises WeightingError for a folder that holds
@@ -45,29 +42,25 @@ def write_router(router: Contents, folder: Path, pool: ExpertPool | None) -> Pat
     """
     if folder.exists() and not (folder / FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise WeightingError(f"{folder} holds something that is no router; name another folder")
-    names = [] if pool is None else find_names(router.members, pool, router.name)
-    raw = save({name: value.detach().cpu().contiguous().clone() for name, value in router.tensors.items()})
-    text = _to_json(router, hashlib.sha256(raw).hexdigest(), len(names))
+    experts = [] if pool is None else [pool.adapters[expert] for expert in find_names(members, pool, name)]
+    raw = save({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()})
+    recipe = {
+        "format": FORMAT,
+        "router": name,
+        "options": {option: with_json_form(f"router {name!r}", option, value) for option, value in options.items()},
+        "members": members.to_json(),
+        "sha256": hashlib.sha256(raw).hexdigest(),
+        "adapters": len(experts),
+        "report": finite(report),
+        "versions": {package: version(package) for package in PACKAGES},
+    }
+    text = json.dumps(recipe, indent=1, ensure_ascii=False, allow_nan=False)
     with replacing(folder) as new:
-        for number, name in enumerate(names):
-            pool.adapters[name].save_pretrained(new / ADAPTERS / str(number))  # type: ignore[union-attr]
+        for number, adapter in enumerate(experts):
+            adapter.save_pretrained(new / ADAPTERS / str(number))
         (new / TENSORS).write_bytes(raw)
         (new / FILE).write_text(text, encoding="utf-8")
     return folder
-
-
-def _to_json(router: Contents, digest: str, num_adapters: int) -> str:
-    recipe = {
-        "format": FORMAT,
-        "router": router.name,
-        "options": {name: with_json_form(f"router {router.name!r}", name, value) for name, value in router.options.items()},
-        "members": router.members.to_json(),
-        "sha256": digest,
-        "adapters": num_adapters,
-        "report": finite(router.report),
-        "versions": {package: version(package) for package in PACKAGES},
-    }
-    return json.dumps(recipe, indent=1, ensure_ascii=False, allow_nan=False)
 
 
 def finite(value: Any) -> Any:

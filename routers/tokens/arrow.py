@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -12,7 +11,6 @@ from loraweave.common.options import Count, Positive, Seed
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._forms import ScoredRouter
 from loraweave.routers.tokens._members import LayerTensors, Members
-from loraweave.routers.tokens._router import by_layer
 from loraweave.routers.tokens._scores import parts, power_iteration, top_direction, without
 
 TOP_K = 4
@@ -50,8 +48,10 @@ class Arrow(ScoredRouter):
         self.input_norm = input_norm
         self.direction = direction
         self.seed = seed
-        make = partial(_directions, seed=seed if direction == "power_iteration" else None)
-        self.directions_ = LayerTensors(by_layer(pool, make))
+        self.directions_ = LayerTensors({})
+        if (given := Members.pool_of(pool)) is not None:
+            for layer in self.layers:
+                self.directions_[layer] = _directions(given, layer, seed if direction == "power_iteration" else None)
 
     def scores(self, x_BTI: Tensor, layer: str) -> Tensor:
         """|v_e x|, -inf for experts that leave the layer alone."""
@@ -75,7 +75,7 @@ class Arrow(ScoredRouter):
         return without(scores_BTE, self.members.layers[layer].experts)
 
 
-def _directions(pool: ExpertPool, layer: str, *, seed: int | None) -> Tensor:
+def _directions(pool: ExpertPool, layer: str, seed: int | None) -> Tensor:
     """v_EI of one layer, unit vectors; zero for an expert without factors there."""
     num_inputs = Members.of(pool).layers[layer].num_inputs
     v_EI = torch.zeros(len(pool), num_inputs)

@@ -45,8 +45,8 @@ class Logistic(TextRouter):
         self.form, self.inverse_penalty, self.template = form, inverse_penalty, template
         self.register_buffer("coefficients_", torch.empty(0))
         self.register_buffer("intercepts_", torch.empty(0))
-        if isinstance(pool, ExpertPool):
-            texts = read_expert_texts(self.name, pool, examples, template)
+        if (given := Members.pool_of(pool)) is not None:
+            texts = read_expert_texts(self.name, given, examples, template)
             if examples is not None or any(texts.values()):
                 self._learn(texts)
 

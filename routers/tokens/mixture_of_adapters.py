@@ -101,10 +101,7 @@ class MixtureOfAdapters(InputGates):
         if state is None:
             state = RunningSums(new_BT[:, :0])
         call = _OfCall(self, state, new_BT)
-        if cache is None:
-            self._beside.keep_returned(state)
-        else:
-            self._beside.keep(cache, state)
+        self._beside.keep(cache, state)
         return call
 
 
@@ -204,7 +201,7 @@ class _OfCall:
 def _real_tokens(router: str, arguments: Mapping[str, Any]) -> Tensor:
     """real_BT of the tokens of a call."""
     given = next((arguments[name] for name in ("input_ids", "inputs_embeds") if arguments.get(name) is not None), None)
-    if not isinstance(given, Tensor) or given.ndim < 2:
+    if given is None or given.ndim < 2:
         raise ScopeError(
             f"router {router!r} decides by the tokens of a row, and this call of the model has no input_ids or "
             "inputs_embeds: call it with these, or make the router with decision='token'"
@@ -213,9 +210,9 @@ def _real_tokens(router: str, arguments: Mapping[str, Any]) -> Tensor:
     mask = arguments.get("attention_mask")
     if mask is None:
         return torch.ones(num_rows, num_tokens, dtype=torch.bool, device=given.device)
-    fits = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[0] == num_rows and mask.shape[1] >= num_tokens
-    if not fits:
-        found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+    shape = tuple(getattr(mask, "shape", ()))
+    if len(shape) != 2 or shape[0] != num_rows or shape[1] < num_tokens:
+        found = shape or type(mask).__name__
         raise ScopeError(
             f"router {router!r} cannot tell from the attention mask {found} which of the {(num_rows, num_tokens)} tokens "
             "are real: give one of rows and tokens, or none, or make the router with decision='token'"

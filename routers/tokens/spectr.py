@@ -9,10 +9,9 @@ from torch import Tensor
 
 from loraweave.common.options import Count, Positive
 from loraweave.hub.pool import ExpertPool
-from loraweave.routers.tokens._forms import ScoredRouter
+from loraweave.routers.tokens._forms import ScoredRouter, factorise
 from loraweave.routers.tokens._members import LayerTensors, Members
-from loraweave.routers.tokens._router import by_layer
-from loraweave.routers.tokens._scores import core, parts, without
+from loraweave.routers.tokens._scores import without
 
 TOP_K = 4
 
@@ -29,8 +28,12 @@ class Spectr(ScoredRouter):
 
     def __init__(self, pool: ExpertPool | Members, *, top_k: Count | None = None, temperature: Positive = 1.0) -> None:
         super().__init__(pool, top_k, temperature, default=TOP_K)
-        self.cores_ = LayerTensors(by_layer(pool, _cores))
-        self.owners_ = LayerTensors(by_layer(pool, _owners))
+        # the experts' r a below each other, and whose each row is
+        self.cores_ = LayerTensors({})
+        self.owners_ = LayerTensors({})
+        if (given := Members.pool_of(pool)) is not None:
+            for layer, routed in self.members.layers.items():
+                self.cores_[layer], _, self.owners_[layer] = factorise(given, layer, routed)
 
     def scores(self, x_BTI: Tensor, layer: str) -> Tensor:
         """|b_e a_e x|, -inf for experts that leave the layer alone."""
@@ -41,15 +44,3 @@ class Spectr(ScoredRouter):
         # the root of 0 has no gradient
         lengths_BTE = squares_BTE.clamp_min(torch.finfo(squares_BTE.dtype).tiny).sqrt()
         return without(lengths_BTE, self.members.layers[layer].experts)
-
-
-def _cores(pool: ExpertPool, layer: str) -> Tensor:
-    """c_SI: the experts' cores below each other."""
-    rows = [core(a_RI, b_OR).float() for _, a_RI, b_OR in parts(pool, layer)]
-    return torch.cat(rows) if rows else torch.zeros(0, Members.of(pool).layers[layer].num_inputs)
-
-
-def _owners(pool: ExpertPool, layer: str) -> Tensor:
-    """owner_S: the place of the expert of each row of the cores."""
-    owned = [torch.full((min(b_OR.shape),), place) for place, _, b_OR in parts(pool, layer)]
-    return torch.cat(owned) if owned else torch.zeros(0, dtype=torch.long)

@@ -16,6 +16,7 @@ from loraweave.errors import ScopeError, WeightingError
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.combined import under
 from loraweave.routers.tokens._caches import BesideCache
+from loraweave.routers.tokens._call import asked_of_head
 from loraweave.routers.tokens._learned import LearnedRouter
 from loraweave.routers.tokens._members import Members
 from loraweave.routers.tokens._model import last_hidden
@@ -163,18 +164,18 @@ class Xlora(LearnedRouter):
 
 
 class _OfCall:
-    """What an X-LoRA made of one call's tokens; `head_tokens` are those that the model's own head is asked for."""
+    """What an X-LoRA made of one call's tokens; `logits_to_keep` is the call's argument."""
 
     # the tensors that weights() gives stay as they are: what is made of one for a layer counts for others
     shares_weights = True
 
-    def __init__(self, router: Xlora, scores_BTGE: Tensor, w_BTGE: Tensor, head_tokens: Any) -> None:
+    def __init__(self, router: Xlora, scores_BTGE: Tensor, w_BTGE: Tensor, logits_to_keep: Any) -> None:
         self._router = router
         self._scores_BTGE = scores_BTGE
         self._w_BTGE = w_BTGE
         # as they come, and scaled
         self._of_group: dict[int, tuple[Tensor, Tensor]] = {}
-        self._head_tokens = slice(-head_tokens, None) if isinstance(head_tokens, int) and head_tokens else head_tokens
+        self._logits_to_keep = logits_to_keep
 
     def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
         group, scaling = self._router._group_of[layer], self._router.global_scaling
@@ -183,9 +184,7 @@ class _OfCall:
             self._of_group[group] = w_BTE, w_BTE if scaling == 1 else w_BTE * scaling
         noted_BTE, w_BTE = self._of_group[group]
         self._router.note(layer, self._scores_BTGE[:, :, group], noted_BTE)
-        if x_BTI.shape[1] != w_BTE.shape[1] and isinstance(self._head_tokens, slice | Tensor):
-            return w_BTE[:, self._head_tokens]
-        return w_BTE
+        return asked_of_head(w_BTE, x_BTI.shape[1], self._logits_to_keep)
 
 
 def _most_frequent_size(members: Members) -> int:

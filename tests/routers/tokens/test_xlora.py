@@ -9,7 +9,6 @@ import torch
 
 from loraweave.composer.composer import Composer
 from loraweave.errors import WeightingError
-from loraweave.hub.formats.peft import Peft
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._saved import router
 
@@ -146,8 +145,7 @@ def of_peft(model, pool, folder, settings):
 
     paths = {}
     for name, adapter in pool.adapters.items():
-        Peft().write(adapter, folder / name)
-        paths[name] = str(folder / name)
+        paths[name] = str(adapter.save_pretrained(folder / name))
     model.config.use_cache = False
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
