@@ -55,24 +55,16 @@ class Adapter:
     def __post_init__(self) -> None:
         if not self.layers:
             raise AdapterUnsupported(f"adapter {self.name!r} has no layers")
-        object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
-        object.__setattr__(self, "card", MappingProxyType(dict(self.card)))
-        object.__setattr__(self, "heads", MappingProxyType(dict(self.heads)))
+        for mapping in ("layers", "card", "heads"):
+            object.__setattr__(self, mapping, MappingProxyType(dict(getattr(self, mapping))))
         object.__setattr__(self, "files", as_kept_files(self.files))
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __reduce__(self) -> tuple[Any, ...]:
         # a read-only view has no pickle
+        views = {"layers": dict(self.layers), "card": dict(self.card)}
+        heads = {name: own_memory(head) for name, head in self.heads.items()}
         own = {one.name: getattr(self, one.name) for one in fields(self)}
-        return {
-            **own,
-            "layers": dict(self.layers),
-            "card": dict(self.card),
-            "heads": {name: own_memory(head) for name, head in self.heads.items()},
-        }
-
-    def __setstate__(self, state: Mapping[str, Any]) -> None:
-        views = {name: MappingProxyType(state[name]) for name in ("layers", "card", "heads")}
-        vars(self).update(state, **views)
+        return type(self), tuple({**own, **views, "heads": heads}.values())
 
     @classmethod
     def from_pretrained(

@@ -218,19 +218,12 @@ def _notes(contents: Contents, modules: Iterable[str], rank: int, target: str) -
             for head in sorted(contents.heads)
             if set(head.split(".")) & TIED
         ]
-        return (
-            beside
-            + heads
-            + [
-                f"{module!r} has an update: on a base that ties its embeddings, merging it into the base changes both sides"
-                for module in tied
-            ]
-        )
-    notes = beside + [
-        f"{module!r} has an update: vLLM loads it only for architectures that list it among their embedding_modules, and "
-        "refuses the adapter for others"
-        for module in tied
-    ]
+        both = "on a base that ties its embeddings, merging it into the base changes both sides"
+        return [*beside, *heads, *(f"{module!r} has an update: {both}" for module in tied)]
+    only = (
+        "vLLM loads it only for architectures that list it among their embedding_modules, and refuses the adapter for others"
+    )
+    notes = [*beside, *(f"{module!r} has an update: {only}" for module in tied)]
     for packed, parts in PACKED.items():
         if own := sorted(present & set(parts)):
             notes.append(

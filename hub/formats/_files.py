@@ -33,23 +33,21 @@ def require_unchanged(folder: Path) -> Iterator[None]:
     """
     fresh_ns = time.time_ns() - int(FRESH_S * 1e9)
     before = _states(folder, fresh_ns)
+    cause: HubError | None = None
     try:
         yield
     except HubError as error:
-        _compare(before, _states(folder, fresh_ns), folder, error)
-        raise
-    _compare(before, _states(folder, fresh_ns), folder, None)
-
-
-def _compare(before: dict[str, State], after: dict[str, State], folder: Path, cause: HubError | None) -> None:
+        cause = error
+    after = _states(folder, fresh_ns)
     changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     if changed:
-        name = changed[0]
-        sizes = [f"{state[name][2]} bytes" if name in state else "absent" for state in (before, after)]
+        sizes = [f"{state[changed[0]][2]} bytes" if changed[0] in state else "absent" for state in (before, after)]
         raise AdapterCorrupt(
-            f"{folder}: {name} changed while it was read ({sizes[0]} before, {sizes[1]} after); read the adapter again when "
-            "nothing writes to the folder"
+            f"{folder}: {changed[0]} changed while it was read ({sizes[0]} before, {sizes[1]} after); read the adapter "
+            "again when nothing writes to the folder"
         ) from cause
+    if cause is not None:
+        raise cause
 
 
 def _states(folder: Path, fresh_ns: int) -> dict[str, State]:

@@ -75,16 +75,14 @@ def _run_here(keys: list[tuple[int, str]], names: list[str]) -> list[list[int]]:
     for name in names:
         found = []
         for index, tail, key in tails:
-            if name.endswith(tail) and _rule(rules, key).match(name):
+            if not name.endswith(tail):
+                continue
+            if key not in rules:
+                rules[key] = _compile(key)
+            if rules[key].match(name):
                 found.append(index)
         hits.append(found)
     return hits
-
-
-def _rule(rules: dict[str, re.Pattern[str]], key: str) -> re.Pattern[str]:
-    if key not in rules:
-        rules[key] = _compile(key)
-    return rules[key]
 
 
 def _compile(key: str) -> re.Pattern[str]:

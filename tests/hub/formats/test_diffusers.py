@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from peft_models import Tree
 from safetensors.torch import save_file
 from torch import nn
 
@@ -13,18 +14,13 @@ from loraweave.hub.adapter import Adapter
 
 ATTENTION = "down_blocks.0.attentions.1.transformer_blocks.0.attn1"
 DOWN, UP = torch.arange(10.0).reshape(2, 5) / 7, torch.arange(14.0).reshape(7, 2) / 5
+TO_Q = f"unet.{ATTENTION}.to_q"
 NAMES = {
-    "by PEFT's names": (f"unet.{ATTENTION}.to_q.lora_A.weight", f"unet.{ATTENTION}.to_q.lora_B.weight"),
-    "by its own names": (f"unet.{ATTENTION}.to_q.lora.down.weight", f"unet.{ATTENTION}.to_q.lora.up.weight"),
-    "in processors": (
-        f"unet.{ATTENTION}.processor.to_q_lora.down.weight",
-        f"unet.{ATTENTION}.processor.to_q_lora.up.weight",
-    ),
-    "in processors of the unet alone": (
-        f"{ATTENTION}.processor.to_q_lora.down.weight",
-        f"{ATTENTION}.processor.to_q_lora.up.weight",
-    ),
-    "by kohya's names with dots": (f"unet.{ATTENTION}.to_q.lora_down.weight", f"unet.{ATTENTION}.to_q.lora_up.weight"),
+    "by PEFT's names": f"{TO_Q}.lora_A.weight {TO_Q}.lora_B.weight",
+    "by its own names": f"{TO_Q}.lora.down.weight {TO_Q}.lora.up.weight",
+    "in processors": f"unet.{ATTENTION}.processor.to_q_lora.down.weight unet.{ATTENTION}.processor.to_q_lora.up.weight",
+    "of the unet alone": f"{ATTENTION}.processor.to_q_lora.down.weight {ATTENTION}.processor.to_q_lora.up.weight",
+    "by kohya's names with dots": f"{TO_Q}.lora_down.weight {TO_Q}.lora_up.weight",
 }
 
 
@@ -33,36 +29,31 @@ def put(folder, held, **metadata):
     return folder
 
 
-def lora(module, form=("lora_A.weight", "lora_B.weight")):
-    return {f"{module}.{form[0]}": DOWN, f"{module}.{form[1]}": UP}
+def lora(module, down="lora_A", up="lora_B"):
+    return {f"{module}.{down}.weight": DOWN, f"{module}.{up}.weight": UP}
 
 
 @pytest.mark.parametrize("form", NAMES)
 def test_the_same_update_is_read_under_every_name_it_has_had(tmp_path, form):
-    down, up = NAMES[form]
+    down, up = NAMES[form].split()
     adapter = Adapter.from_pretrained(put(tmp_path, {down: DOWN, up: UP}))
-    assert list(adapter.layers) == [f"unet.{ATTENTION}.to_q"]
-    torch.testing.assert_close(adapter.delta(f"unet.{ATTENTION}.to_q"), UP @ DOWN)
+    assert list(adapter.layers) == [TO_Q]
+    torch.testing.assert_close(adapter.delta(TO_Q), UP @ DOWN)
+
+
+CLIP, FLUX = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj", "transformer.single_transformer_blocks.3.proj_out"
 
 
 @pytest.mark.parametrize(
-    ("module", "form", "path"),
+    ("held", "path"),
     [
-        (f"unet.{ATTENTION}.processor.to_out_lora", ("down.weight", "up.weight"), f"unet.{ATTENTION}.to_out.0"),
-        (
-            "text_encoder.text_model.encoder.layers.0.self_attn.q_proj",
-            ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight"),
-            "text_encoder.text_model.encoder.layers.0.self_attn.q_proj",
-        ),
-        (
-            "transformer.single_transformer_blocks.3.proj_out",
-            ("lora_A.weight", "lora_B.weight"),
-            "transformer.single_transformer_blocks.3.proj_out",
-        ),
+        (lora(f"unet.{ATTENTION}.processor.to_out_lora", "down", "up"), f"unet.{ATTENTION}.to_out.0"),
+        (lora(CLIP, "lora_linear_layer.down", "lora_linear_layer.up"), CLIP),
+        (lora(FLUX), FLUX),
     ],
 )
-def test_a_module_keeps_its_path_below_the_part_of_the_pipeline(tmp_path, module, form, path):
-    assert list(Adapter.from_pretrained(put(tmp_path, lora(module, form))).layers) == [path]
+def test_a_module_keeps_its_path_below_the_part_of_the_pipeline(tmp_path, held, path):
+    assert list(Adapter.from_pretrained(put(tmp_path, held)).layers) == [path]
 
 
 def test_an_alpha_beside_the_factors_scales_them(tmp_path):
@@ -78,7 +69,7 @@ def test_a_config_in_the_header_scales_each_layer_of_its_part_alone(tmp_path):
         "unet.target_modules": ["to_q", "proj_in"],
         "unet.bias": "none",
     }
-    paths = (f"unet.{ATTENTION}.to_q", "unet.mid_block.attentions.0.proj_in", "text_encoder.encoder.layers.0.mlp.fc1")
+    paths = (TO_Q, "unet.mid_block.attentions.0.proj_in", "text_encoder.encoder.layers.0.mlp.fc1")
     held = {key: tensor.clone() for path in paths for key, tensor in lora(path).items()}
     adapter = Adapter.from_pretrained(put(tmp_path, held, lora_adapter_metadata=json.dumps(config)))
     for path, scale in zip(paths, (1.5, 4.0, 1.0), strict=True):
@@ -99,41 +90,35 @@ CONFIGS = {
 def test_a_config_in_the_header_that_is_not_understood_is_refused(tmp_path, case):
     config, error, named = CONFIGS[case]
     with pytest.raises(error, match=named):
-        Adapter.from_pretrained(put(tmp_path, lora(f"unet.{ATTENTION}.to_q"), lora_adapter_metadata=json.dumps(config)))
+        Adapter.from_pretrained(put(tmp_path, lora(TO_Q), lora_adapter_metadata=json.dumps(config)))
 
 
 def test_the_base_model_names_the_layers_and_a_part_that_it_is_itself_needs_no_prefix(tmp_path):
-    class Unet(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.mid = nn.ModuleDict({"to_q": nn.Linear(5, 7)})
-
     put(tmp_path, lora("unet.mid.to_q"))
-    adapter = Adapter.from_pretrained(tmp_path, model=Unet())
-    assert list(adapter.layers) == ["mid.to_q"]
-    assert adapter.fingerprint is not None
-    assert list(Adapter.from_pretrained(tmp_path, model=nn.ModuleDict({"unet": Unet()})).layers) == ["unet.mid.to_q"]
+    for layer in ("mid.to_q", "unet.mid.to_q"):
+        adapter = Adapter.from_pretrained(tmp_path, model=Tree({layer: nn.Linear(5, 7)}))
+        assert list(adapter.layers) == [layer]
+        assert adapter.fingerprint is not None
 
 
 def test_a_file_in_a_models_own_names_needs_that_model(tmp_path):
     put(tmp_path, lora("diffusion_model.mid.to_q"))
     with pytest.raises(AdapterUnsupported, match=r"'diffusion_model\.mid\.to_q'.*model=model"):
         Adapter.from_pretrained(tmp_path)
-    model = nn.ModuleDict({"mid": nn.ModuleDict({"to_q": nn.Linear(5, 7)})})
-    assert list(Adapter.from_pretrained(tmp_path, model=model).layers) == ["mid.to_q"]
+    assert list(Adapter.from_pretrained(tmp_path, model=Tree({"mid.to_q": nn.Linear(5, 7)})).layers) == ["mid.to_q"]
 
 
 @pytest.mark.parametrize(
     "extra",
     [
-        {f"unet.{ATTENTION}.to_q.lora_magnitude_vector": torch.ones(7)},
+        {f"{TO_Q}.lora_magnitude_vector": torch.ones(7)},
         {"unet.conv_in.weight": torch.ones(2)},
         {"diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight": DOWN.clone()},
     ],
 )
 def test_a_tensor_that_is_no_part_of_a_lora_is_refused_by_name(tmp_path, extra):
     with pytest.raises(AdapterUnsupported, match=next(iter(extra)).rsplit(".lora_A", 1)[0].replace(".", r"\.")):
-        Adapter.from_pretrained(put(tmp_path, {**lora(f"unet.{ATTENTION}.to_q"), **extra}))
+        Adapter.from_pretrained(put(tmp_path, {**lora(TO_Q), **extra}))
 
 
 def test_the_file_that_diffusers_writes_is_read_as_diffusers_applies_it(tmp_path):

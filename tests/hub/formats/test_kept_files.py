@@ -40,12 +40,6 @@ def folder(tmp_path):
     return path
 
 
-@pytest.fixture
-def hub(tmp_path):
-    with Hub(tmp_path / "hub") as opened:
-        yield opened
-
-
 def blobs(hub):
     return {path.stem for path in (hub.path / "blobs").glob("*/*")}
 

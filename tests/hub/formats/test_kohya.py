@@ -49,29 +49,24 @@ def test_the_update_is_alpha_over_rank_times_up_down_and_without_alpha_unscaled(
     assert (adapter.name, adapter.base_model, list(adapter.layers)) == ("style", "", [TO_Q_PATH])
 
 
-@pytest.mark.parametrize("name", GOLDEN)
-def test_the_original_names_of_the_unet_mean_what_diffusers_says(name):
-    assert Kohya.place(f"lora_unet_{name}", None, "file").targets == (GOLDEN[name],)
+TEXT = "text_model.encoder.layers"
+KNOWN = {
+    "lora_te_text_model_encoder_layers_11_self_attn_q_proj": f"text_encoder.{TEXT}.11.self_attn.q_proj",
+    "lora_te1_text_model_encoder_layers_0_mlp_fc1": f"text_encoder.{TEXT}.0.mlp.fc1",
+    "lora_te2_text_model_encoder_layers_31_mlp_fc2": f"text_encoder_2.{TEXT}.31.mlp.fc2",
+    "lora_unet_mid_block_resnets_0_time_emb_proj": "unet.mid_block.resnets.0.time_emb_proj",
+    "lora_unet_up_blocks_3_attentions_2_proj_out": "unet.up_blocks.3.attentions.2.proj_out",
+    "lora_unet_down_blocks_2_downsamplers_0_conv": "unet.down_blocks.2.downsamplers.0.conv",
+    "lora_unet_conv_in": "unet.conv_in",
+    "lora_transformer_single_transformer_blocks_9_attn_to_k": "transformer.single_transformer_blocks.9.attn.to_k",
+}
+# the original names of the unet mean what diffusers says
+KNOWN |= {f"lora_unet_{name}": path for name, path in GOLDEN.items()}
 
 
-@pytest.mark.parametrize(
-    ("name", "path"),
-    [
-        (
-            "lora_te_text_model_encoder_layers_11_self_attn_q_proj",
-            "text_encoder.text_model.encoder.layers.11.self_attn.q_proj",
-        ),
-        ("lora_te1_text_model_encoder_layers_0_mlp_fc1", "text_encoder.text_model.encoder.layers.0.mlp.fc1"),
-        ("lora_te2_text_model_encoder_layers_31_mlp_fc2", "text_encoder_2.text_model.encoder.layers.31.mlp.fc2"),
-        ("lora_unet_mid_block_resnets_0_time_emb_proj", "unet.mid_block.resnets.0.time_emb_proj"),
-        ("lora_unet_up_blocks_3_attentions_2_proj_out", "unet.up_blocks.3.attentions.2.proj_out"),
-        ("lora_unet_down_blocks_2_downsamplers_0_conv", "unet.down_blocks.2.downsamplers.0.conv"),
-        ("lora_unet_conv_in", "unet.conv_in"),
-        ("lora_transformer_single_transformer_blocks_9_attn_to_k", "transformer.single_transformer_blocks.9.attn.to_k"),
-    ],
-)
-def test_a_name_of_a_known_architecture_is_looked_up(name, path):
-    assert Kohya.place(name, None, "file").targets == (path,)
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_name_of_a_known_architecture_is_looked_up(name):
+    assert Kohya.place(name, None, "file").targets == (KNOWN[name],)
 
 
 def test_every_layer_of_diffusers_own_models_is_found_under_one_path():
@@ -172,9 +167,8 @@ def test_a_name_that_means_two_layers_of_the_base_is_refused_with_both(tmp_path)
 
 def test_a_text_encoder_without_the_step_that_transformers_took_out_is_met(tmp_path):
     path = put(tmp_path / "a.safetensors", lora("lora_te_text_model_encoder_layers_0_mlp_fc1"))
-    assert list(Adapter.from_pretrained(path, model=Tree({"encoder.layers.0.mlp.fc1": nn.Linear(5, 7)})).layers) == [
-        "encoder.layers.0.mlp.fc1"
-    ]
+    adapter = Adapter.from_pretrained(path, model=Tree({"encoder.layers.0.mlp.fc1": nn.Linear(5, 7)}))
+    assert list(adapter.layers) == ["encoder.layers.0.mlp.fc1"]
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(6, 7), nn.Linear(5, 8), nn.Conv2d(5, 7, 3)])

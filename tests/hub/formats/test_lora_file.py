@@ -40,9 +40,8 @@ def test_a_folder_is_known_by_the_name_that_diffusers_gives_the_pickle(tmp_path)
         assert Adapter.from_pretrained(source, allow_pickle=True).rank == 2
         with pytest.raises(AdapterUnsupported, match=r"is a pickle.*allow_pickle=True"):
             Adapter.from_pretrained(source)
-    save_file(
-        {key: 2 * tensor for key, tensor in tensors(name).items()}, tmp_path / "run" / "pytorch_lora_weights.safetensors"
-    )
+    doubled = {key: 2 * tensor for key, tensor in tensors(name).items()}
+    save_file(doubled, tmp_path / "run" / "pytorch_lora_weights.safetensors")
     assert float(Adapter.from_pretrained(tmp_path, allow_pickle=True).delta("unet.mid_block.to_q")[0, 1]) == 4 * 6.0
 
 

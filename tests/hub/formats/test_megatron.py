@@ -15,17 +15,9 @@ NEMO = "model.decoder.layers.1."
 
 @pytest.fixture(scope="module")
 def model():
-    config = LlamaConfig(
-        vocab_size=11,
-        hidden_size=HIDDEN,
-        intermediate_size=INNER,
-        num_hidden_layers=2,
-        num_attention_heads=HEADS,
-        num_key_value_heads=GROUPS,
-        head_dim=SIZE,
-    )
-    torch.manual_seed(0)
-    return LlamaForCausalLM(config)
+    heads = {"num_attention_heads": HEADS, "num_key_value_heads": GROUPS, "head_dim": SIZE}
+    sizes = {"vocab_size": 11, "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads))
 
 
 def pair(num_out, num_in, seed):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from peft_models import Tree
 from safetensors.torch import save_file
 from torch import nn
 
@@ -14,11 +15,15 @@ LAYER = "model.layers.0.self_attn.q_proj"
 A, B = torch.arange(10.0).reshape(5, 2) / 7, torch.arange(14.0).reshape(2, 7) / 5
 
 
+def lora(layer, a=A, b=B):
+    return {f"{layer}.lora_a": a, f"{layer}.lora_b": b}
+
+
 def put(folder, *, settings=None, held=None, **fields):
     parameters = {"rank": 2, "scale": 20.0, "dropout": 0.0, **(settings or {})}
     config = {"model": "a/base", "fine_tune_type": "lora", "num_layers": 4, "lora_parameters": parameters, **fields}
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    save_file(held or {f"{LAYER}.lora_a": A, f"{LAYER}.lora_b": B}, folder / "adapters.safetensors")
+    save_file(held or lora(LAYER), folder / "adapters.safetensors")
     return folder
 
 
@@ -33,7 +38,7 @@ def test_the_scale_is_the_configs_and_an_older_alpha_multiplies_it(tmp_path, set
 
 def test_numbered_checkpoints_lie_beside_the_last_state_which_is_read(tmp_path):
     put(tmp_path)
-    save_file({f"{LAYER}.lora_a": 2 * A, f"{LAYER}.lora_b": B}, tmp_path / "0000100_adapters.safetensors")
+    save_file(lora(LAYER, 2 * A), tmp_path / "0000100_adapters.safetensors")
     torch.testing.assert_close(Adapter.from_pretrained(tmp_path).delta(LAYER), 20.0 * (A @ B).T)
     earlier = Adapter.from_pretrained(tmp_path / "0000100_adapters.safetensors")
     torch.testing.assert_close(earlier.delta(LAYER), 40.0 * (A @ B).T)
@@ -42,11 +47,10 @@ def test_numbered_checkpoints_lie_beside_the_last_state_which_is_read(tmp_path):
 
 def test_an_embedding_is_told_from_a_linear_layer_by_the_base(tmp_path):
     name = "model.embed_tokens"
-    put(tmp_path, held={f"{name}.lora_a": A, f"{name}.lora_b": B})
+    put(tmp_path, held=lora(name))
     with pytest.raises(AdapterUnsupported, match=r"embedding.*model=model"):
         Adapter.from_pretrained(tmp_path)
-    model = nn.ModuleDict({"model": nn.ModuleDict({"embed_tokens": nn.Embedding(5, 7)})})
-    assert Adapter.from_pretrained(tmp_path, model=model).layers[name].kind == "embedding"
+    assert Adapter.from_pretrained(tmp_path, model=Tree({name: nn.Embedding(5, 7)})).layers[name].kind == "embedding"
 
 
 REFUSED = {
@@ -55,16 +59,8 @@ REFUSED = {
     "another rank": ({"settings": {"rank": 4}}, AdapterCorrupt, "rank 2, but lora_parameters say 4"),
     "no scale": ({"settings": {"scale": None}}, AdapterCorrupt, "scale is None"),
     "an unknown field": ({"settings": {"new": 1}}, AdapterUnsupported, "'new'"),
-    "experts": (
-        {"held": {f"{LAYER}.lora_a": torch.ones(3, 2, 5), f"{LAYER}.lora_b": torch.ones(3, 7, 2)}},
-        AdapterUnsupported,
-        "experts",
-    ),
-    "a magnitude": (
-        {"held": {f"{LAYER}.lora_a": A, f"{LAYER}.lora_b": B, f"{LAYER}.m": torch.ones(7)}},
-        AdapterUnsupported,
-        r"q_proj\.m",
-    ),
+    "experts": ({"held": lora(LAYER, torch.ones(3, 2, 5), torch.ones(3, 7, 2))}, AdapterUnsupported, "experts"),
+    "a magnitude": ({"held": lora(LAYER) | {f"{LAYER}.m": torch.ones(7)}}, AdapterUnsupported, r"q_proj\.m"),
 }
 
 
