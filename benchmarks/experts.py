@@ -39,7 +39,7 @@ from loraweave.composer.experts.expert_model import ExpertModel
 from loraweave.composer.experts.make import fit_clusters, with_options
 from loraweave.composer.model import scoring
 from loraweave.composer.model.batches import IGNORED, EncodedRow, batch
-from loraweave.composer.train.steps import call_labelled
+from loraweave.composer.train.schedule import call_labelled
 
 TASKS = "past_tense,antonym,addition,pick_animal_5"
 LATER = "plural,uppercase,number_words,pick_first_5"

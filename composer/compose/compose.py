@@ -237,7 +237,6 @@ def _hits(retrieve: Callable[..., list[Candidate]], k: int, base: BaseKey, besid
 
 
 def _nothing_for(hub: Hub, base: BaseKey, beside: _Beside) -> BaseModelMismatch | EmptyIndex:
-    """What is raised where the hub has no adapter for the model."""
     counts: Counter[str] = Counter()
     for first, number in hub.bases():
         counts[first.base_model] += number

@@ -407,15 +407,7 @@ class Composition:
         return self.model, self.tokenizer, self.task
 
     def _renew(
-        self,
-        name: str,
-        reason: str,
-        started: float,
-        *,
-        loss: float,
-        evaluations: int,
-        num_trained: int = 0,
-        **fields: Any,
+        self, name: str, reason: str, started: float, *, loss: float, evaluations: int, num_trained: int = 0, **fields: Any
     ) -> Composition:
         """The composition with other `fields`, by `name` in its report; what it does on held-out examples is not known."""
         seconds, new = time.perf_counter() - started, replace(self, **fields)

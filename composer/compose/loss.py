@@ -227,11 +227,7 @@ class ExampleLoss(OnExamples):
 
     def describe(self) -> dict[str, Any]:
         """What the losses depend on: the kind and its terms, the tokens, the experts and the base model."""
-        return {
-            "kind": type(self.kind).__name__,
-            "tokens": self.encoded.digest(self.only),
-            **self._describe_mixtures(),
-        }
+        return {"kind": type(self.kind).__name__, "tokens": self.encoded.digest(self.only), **self._describe_mixtures()}
 
     @property
     def differentiable(self) -> bool:

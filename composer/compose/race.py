@@ -75,16 +75,15 @@ class Race:
         return [base, BestSingle(bench), self._make_asked() if self._settings.method == "uniform" else uniform]
 
     def _make_asked(self) -> Trial[Any]:
-        """The method that was asked for."""
         if self._routed is not None:
             return self._routed
         (search,) = self._searched
         return search if search.solver.learns else search.as_fixed()
 
     def _run_race(self) -> list[Trial[Any]]:
-        held_out = bool(self._settings.folds)
-        measure: Callable[[Trial[Any]], None]
-        measure = (lambda trial: trial.hold_out(self._folds)) if held_out else (lambda trial: trial.run(self._folds))
+        def measure(trial: Trial[Any]) -> None:
+            (trial.hold_out if self._settings.folds else trial.run)(self._folds)
+
         searches = [search for search in self._searched if self._stays(search, measure)]
         raced: list[Trial[Any]] = [*searches]
         if self._steps and searches:
@@ -103,7 +102,6 @@ class Race:
         return True
 
     def _make_searches(self) -> list[Searched]:
-        """The searches that will run."""
         settings, names = self._settings, self._bench.names
         alone = len(names) == 1
         if alone and settings.learns and settings.method not in ("auto", "grid"):

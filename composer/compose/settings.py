@@ -10,16 +10,7 @@ from typing import Annotated, Any, TypeVar
 
 import loraweave.registry as registry
 from loraweave.common.checks import require_whole
-from loraweave.common.options import (
-    Count,
-    NonNegative,
-    Positive,
-    Range,
-    Seed,
-    check_options,
-    options_of,
-    require_known,
-)
+from loraweave.common.options import Count, NonNegative, Positive, Range, Seed, check_options, options_of, require_known
 from loraweave.common.rows import GivenRows, read_inputs
 from loraweave.composer.compose.user_loss import Examples
 from loraweave.errors import InvalidTask, LoraweaveError, ScopeError, UnknownName, WeightingError

@@ -323,7 +323,6 @@ def _loss(model: ExpertModel, chosen: Sequence[Pairs], tokens: Mapping[str, list
 
 
 def _rewards(model: ExpertModel, inputs: Mapping[str, Any], experts: list[int]) -> Tensor:
-    """The reward of each row from its expert."""
     return own_reward(model(**without_cache(model.base_model, inputs), task=experts))
 
 
@@ -351,7 +350,6 @@ def _pairs_by_expert(model: ExpertModel, pairs: Pairs | Mapping[str, Pairs]) -> 
 
 
 def _tokens(model: ExpertModel, by_expert: Sequence[Pairs]) -> dict[str, list[int]]:
-    """The token ids of every text."""
     if model.tokenizer is None:
         raise CompositionError("texts need a tokenizer: make the expert model with tokenizer=...")
     texts = list(dict.fromkeys(text for pairs in by_expert for pair in pairs for text in pair))

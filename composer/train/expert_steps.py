@@ -110,7 +110,6 @@ class ExpertSteps(TrainerCallback):  # type: ignore[misc]
         return int(self._trainer.accelerator.num_processes)
 
     def _sum(self, values: Tensor) -> Tensor:
-        """The sum over processes."""
         found: Tensor = self._trainer.accelerator.reduce(values.to(self._model.device), reduction="sum")
         return found
 
@@ -150,11 +149,7 @@ class FirstSteps:
     """
 
     def __init__(
-        self,
-        recipe: Recipe,
-        parameters: Mapping[str, nn.Parameter],
-        rows: Sequence[Any],
-        settings: ExpertSettings,
+        self, recipe: Recipe, parameters: Mapping[str, nn.Parameter], rows: Sequence[Any], settings: ExpertSettings
     ) -> None:
         self._recipe, self._settings = recipe, settings
         self._parameters = parameters
@@ -169,7 +164,11 @@ class FirstSteps:
         self._due -= {name for name in self._due if bool(self._parameters[name].grad.any())}  # type: ignore[union-attr]
         if number > 1:
             self._unseen -= {row.expert for row in self._stream.at(number - 1, self._settings.batch_size)}
-        silent = sorted(name for name in self._due if number >= self._recipe.num_first_steps or not self._waits(name))
+
+        def waits(name: str) -> bool:
+            return name.startswith("gates.") or any(part in name for part in self._recipe.silent_at_first)
+
+        silent = sorted(name for name in self._due if number >= self._recipe.num_first_steps or not waits(name))
         if not silent or self._unseen or (number == 1 and self._recipe.needs_tasks):
             return ""
         shown = ", ".join(silent[:5]) + (f" and {len(silent) - 5} more" if len(silent) > 5 else "")
@@ -177,9 +176,6 @@ class FirstSteps:
             f"{len(silent)} parameters of recipe {self._recipe.name!r} had no gradient after {number} steps: {shown}. What "
             "is not to learn is frozen with requires_grad_(False)"
         )
-
-    def _waits(self, name: str) -> bool:
-        return name.startswith("gates.") or any(part in name for part in self._recipe.silent_at_first)
 
 
 MUCH = 0.2

@@ -162,18 +162,14 @@ class ExpertTrainer(Trainer):  # type: ignore[misc]
         """What the pass counts in its step's loss: the mean over what counts in the step, and over passes of the terms."""
         output, mean = self.feed.run(model, inputs)
         count = self.feed.count(inputs)
-        loss = mean * (count / self._in_step(count, num_items_in_batch))
+        # how much counts in all passes and processes of a step
+        whole_count = count if num_items_in_batch is None else num_items_in_batch
+        loss = mean * (count / (self._settings.batch_size if self.feed.counts_rows else whole_count))
         terms = {name: term / self.args.gradient_accumulation_steps for name, term in self.model.terms.items()}
         self._course.see(loss, terms, inputs)
         # gradients of several processes are averaged
         whole = torch.stack([self.accelerator.num_processes * loss, *(term.to(loss) for term in terms.values())]).sum()
         return (whole, output) if return_outputs else whole
-
-    def _in_step(self, count: int, num_labels: Any) -> Any:
-        """How much counts in all passes and processes of a step; `count` is the part of one pass."""
-        if self.feed.counts_rows:
-            return self._settings.batch_size
-        return count if num_labels is None else num_labels
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The course has put the state back before."""

@@ -20,8 +20,8 @@ from torch.nn import functional
 from loraweave.composer.live.call_router import arguments_of
 from loraweave.composer.model.batches import IGNORED, EncodedRow, batch, token_losses
 from loraweave.composer.train.jobs import LinearizedJob, LoraJob, TrainingJob, given_factors, new_factors
+from loraweave.composer.train.schedule import pad_apart
 from loraweave.composer.train.settings import LoraSettings
-from loraweave.composer.train.steps import pad_apart
 from loraweave.errors import LayerMismatch
 from loraweave.hub.adapter import Adapter
 from loraweave.routers.tokens._call import current_prompts

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from loraweave.common.display import progress_bar
 from loraweave.common.randomness import seeded
-from loraweave.composer.model.batches import IGNORED, TargetBatch, losses_of, target_logits, untouched
+from loraweave.composer.model.batches import IGNORED, TargetBatch, batch, losses_of, target_logits, untouched
 from loraweave.composer.train.checkpointed_blocks import checkpointed_blocks
 from loraweave.composer.train.progress import TrainingProgress
 from loraweave.composer.train.rows import Owners, RowReader, TrainingRow
+from loraweave.composer.train.schedule import NO_TOKENIZER, Pass, pad_apart, passes, streams
 from loraweave.composer.train.settings import RouterSettings
 from loraweave.composer.train.state import KeptState
-from loraweave.composer.train.steps import Pass, pad_apart, passes, streams, target_batch
 from loraweave.errors import TrainingError
 from loraweave.routers.losses.z import z
 from loraweave.routers.tokens._learned import LearnedRouter, Step
@@ -40,7 +40,7 @@ class RouterSteps:
         accelerator: Any,
         bar: Progress,
     ) -> None:
-        self._model, self._tokenizer = model, tokenizer
+        self._model, self._tokenizer = model, NO_TOKENIZER if tokenizer is None else tokenizer
         self._router, self._settings, self._held = router, settings, held
         self._accelerator = accelerator
         learning = [parameter for parameter in router.parameters() if parameter.requires_grad]
@@ -97,7 +97,7 @@ class RouterSteps:
 
     def _pass(self, number: int, index: int, part: Pass) -> dict[str, float]:
         """Adds the gradient of one pass; what it contributes to the step's loss and to each term."""
-        inputs, decoder_BT = target_batch(self._model, self._tokenizer, part.rows), None
+        inputs, decoder_BT = batch(self._model, self._tokenizer, part.rows), None
         if self._model.config.is_encoder_decoder:
             inputs = pad_apart(inputs)
             decoder_BT = inputs.targets_BK != IGNORED
@@ -145,7 +145,7 @@ class RouterSteps:
         total, count = 0.0, 0
         ordered = sorted(self._held, key=len)
         for start in range(0, len(ordered), self._settings.batch_size):
-            inputs = target_batch(self._model, self._tokenizer, ordered[start : start + self._settings.batch_size])
+            inputs = batch(self._model, self._tokenizer, ordered[start : start + self._settings.batch_size])
             with self._accelerator.autocast():
                 total += float(self._losses(number + 1, inputs).sum())
             count += int((inputs.targets_BK != IGNORED).sum())

@@ -39,12 +39,7 @@ class KeptState:
 
     @classmethod
     def of(
-        cls,
-        name: str,
-        identity: Sequence[Any],
-        settings: TrainingSettings,
-        rows: Sequence[KeptRow],
-        held: Sequence[KeptRow],
+        cls, name: str, identity: Sequence[Any], settings: TrainingSettings, rows: Sequence[KeptRow], held: Sequence[KeptRow]
     ) -> Self:
         """`identity` is JSON of what is trained. Raises TrainingError for a folder that cannot be made."""
         if settings.checkpoint is None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from loraweave.common.rows import located
 from loraweave.composer.model.batches import IGNORED, has_two_sequences, takes
 from loraweave.composer.train.learner import ExpertLearner
 from loraweave.composer.train.rows import Owners, TrainingRow
-from loraweave.composer.train.steps import call_labelled, label_rows
+from loraweave.composer.train.schedule import NO_TOKENIZER, call_labelled, label_rows
 from loraweave.errors import InvalidTask, TrainingError
 from loraweave.types import Task
 
@@ -131,11 +132,50 @@ class TensorReader:
                 )
 
 
-class TensorFeed:
+class Feed(ABC):
+    """How the rows of a training go through its model. With `counts_rows` each row counts alike in the loss of a step."""
+
+    counts_rows: bool
+
+    def __init__(self, model: ExpertLearner) -> None:
+        self._model = model
+
+    @abstractmethod
+    def inputs_of(self, rows: Sequence[Any]) -> dict[str, Any]:
+        """The rows as one batch, with each one's place among the tasks in `task`."""
+
+    @abstractmethod
+    def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:
+        """The model's output for a batch, and the mean loss over what counts. Raises TrainingError where there is none."""
+
+    @abstractmethod
+    def size(self, inputs: Mapping[str, Any]) -> int:
+        """What the report counts: tokens without padding, or rows."""
+
+    def count(self, inputs: Mapping[str, Any]) -> int:
+        """How much of the batch counts: target tokens, or rows."""
+        return len(inputs["task"]) if self.counts_rows else int((inputs[LABELS] != IGNORED).sum())
+
+    def labels(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """labels_BK of the last tokens, with `IGNORED` where no loss is asked; None where labels are not those of tokens."""
+        return None if self.counts_rows else inputs[LABELS]
+
+    def _own_loss(self, output: Any) -> tuple[Any, Tensor]:
+        """The output of a call with labels, and the base's own loss. Raises TrainingError where it has none."""
+        if self._model.own_loss is None:
+            raise TrainingError(
+                f"{type(self._model.base_model).__name__} gives no loss for labels, so there is nothing to learn: pass "
+                "loss=function(output, row's columns)"
+            )
+        return output, self._model.own_loss
+
+
+class TensorFeed(Feed):
     """Stacked rows; the loss is the base's own for `labels`, or `loss(output, columns)`."""
 
     def __init__(self, model: ExpertLearner, loss: Loss | None) -> None:
-        self._model, self._loss = model, loss
+        super().__init__(model)
+        self._loss = loss
         self._taken = set(inspect.signature(model.base_model.forward).parameters)
         self.counts_rows = loss is not None or not predicts_tokens(model.base_model)
 
@@ -155,7 +195,7 @@ class TensorFeed:
         task_B, tasks = inputs["task"], self._model.tasks
         given = None if bool((task_B < 0).all()) else task_B
         if self._loss is None:
-            return require_loss(self._model, model(**columns, task=given))
+            return self._own_loss(model(**columns, task=given))
         own = {name: value for name, value in columns.items() if name != LABELS and name in self._taken}
         output = model(**own, task=given)
         names = [tasks[place] if place >= 0 else None for place in task_B.tolist()]
@@ -164,14 +204,6 @@ class TensorFeed:
             found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) and loss.ndim else f"{loss!r:.60}"
             raise TrainingError(f"loss() gave {found}; it must be one number of a tensor that came from the output")
         return output, loss
-
-    def count(self, inputs: Mapping[str, Any]) -> int:
-        """Target tokens of a model that predicts tokens, else rows."""
-        return len(inputs["task"]) if self.counts_rows else int((inputs[LABELS] != IGNORED).sum())
-
-    def labels(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """As `Feed`."""
-        return None if self.counts_rows else inputs[LABELS]
 
     def size(self, inputs: Mapping[str, Any]) -> int:
         """Rows."""
@@ -230,40 +262,19 @@ def _digest(columns: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-class Feed(Protocol):
-    """How the rows of a training go through its model. With `counts_rows` each row counts alike in the loss of a step."""
-
-    counts_rows: bool
-
-    def inputs_of(self, rows: Sequence[Any]) -> dict[str, Any]:
-        """The rows as one batch, with each one's place among the tasks in `task`."""
-
-    def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:
-        """The model's output for a batch, and the mean loss over what counts. Raises TrainingError where there is none."""
-
-    def count(self, inputs: Mapping[str, Any]) -> int:
-        """How much of the batch counts: target tokens, or rows."""
-
-    def labels(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """labels_BK of the last tokens, with `IGNORED` where no loss is asked; None where labels are not those of tokens."""
-
-    def size(self, inputs: Mapping[str, Any]) -> int:
-        """What the report counts: tokens without padding, or rows."""
-
-
-class TokenFeed:
+class TokenFeed(Feed):
     """Rows of token ids and their targets; the loss is that of the target tokens."""
 
     counts_rows = False
 
     def __init__(self, model: ExpertLearner, tokenizer: Any) -> None:
+        super().__init__(model)
         base = model.base_model
-        self._model = model
         self._two_sequences = has_two_sequences(base)
         head = getattr(base, "get_output_embeddings", lambda: None)()
         # where the head has experts, it sees all tokens that the others see
         whole = any(base.get_submodule(site) is head for site in model.sites)
-        self._labelled = partial(label_rows, base, tokenizer, whole=whole)
+        self._labelled = partial(label_rows, base, NO_TOKENIZER if tokenizer is None else tokenizer, whole=whole)
 
     def inputs_of(self, rows: Sequence[TrainingRow]) -> dict[str, Any]:
         """As `Feed`."""
@@ -271,27 +282,8 @@ class TokenFeed:
 
     def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:
         """As `Feed`."""
-        return require_loss(self._model, call_labelled(model, inputs, two_sequences=self._two_sequences))
-
-    def count(self, inputs: Mapping[str, Any]) -> int:
-        """Target tokens."""
-        return int((inputs["labels"] != IGNORED).sum())
-
-    def labels(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """As `Feed`."""
-        labels: Tensor = inputs["labels"]
-        return labels
+        return self._own_loss(call_labelled(model, inputs, two_sequences=self._two_sequences))
 
     def size(self, inputs: Mapping[str, Any]) -> int:
         """Tokens without padding."""
         return int(inputs["attention_mask"].sum())
-
-
-def require_loss(model: ExpertLearner, output: Any) -> tuple[Any, Tensor]:
-    """The output of a call with labels, and the base's own loss. Raises TrainingError where it has none."""
-    if model.own_loss is None:
-        raise TrainingError(
-            f"{type(model.base_model).__name__} gives no loss for labels, so there is nothing to learn: pass "
-            "loss=function(output, row's columns)"
-        )
-    return output, model.own_loss

@@ -18,11 +18,7 @@ from loraweave.lowrank import algebra
 
 
 def task_arithmetic(
-    course: Course,
-    *,
-    weight: Annotated[float, Range(least=0, most=2)] = 0.5,
-    exemplars: Whole = 0,
-    tuning_steps: Whole = 0,
+    course: Course, *, weight: Annotated[float, Range(least=0, most=2)] = 0.5, exemplars: Whole = 0, tuning_steps: Whole = 0
 ) -> dict[str, Adapter]:
     """{task t: weight * the sum of the adapters of tasks 0 to t}, each trained without the others (arXiv 2311.02428).
 

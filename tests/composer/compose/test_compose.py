@@ -365,9 +365,7 @@ def test_weights_that_cannot_be_used_are_refused_and_the_model_stays(compose, op
 @pytest.mark.parametrize("examples", [[], [("a", "b")]])
 def test_too_few_examples_to_hold_out_are_refused(compose, examples):
     with pytest.raises(InvalidTask, match="example"):
-        compose(
-            task=lw.Task(examples),
-        )
+        compose(task=lw.Task(examples))
 
 
 def test_an_empty_hub_gives_the_base_model_where_it_is_asked_for_and_says_why(compose, tmp_path):

@@ -147,10 +147,7 @@ def test_a_router_of_ones_own_makes_a_composition_that_answers(compose, losses_u
 
 def test_fusing_a_router_is_refused_with_the_way_out(tiny_llama, pool):
     engine = lw.Composer(tiny_llama, pool)
-    with (
-        pytest.raises(ScopeError, match=r"router Arrow.*activate\(\) them instead"),
-        engine.fused(lw.router("arrow", pool)),
-    ):
+    with pytest.raises(ScopeError, match=r"router Arrow.*activate\(\) them instead"), engine.fused(lw.router("arrow", pool)):
         pass
 
 

@@ -14,7 +14,7 @@ from loraweave.composer.train import shared as shared_training
 from loraweave.composer.train.jobs import LoraJob
 from loraweave.composer.train.passes import SharedPass, range_losses
 from loraweave.composer.train.rows import TrainingRow
-from loraweave.composer.train.steps import pad_apart
+from loraweave.composer.train.schedule import pad_apart
 from loraweave.errors import BudgetExceeded, InvalidTask, TrainingError, UnknownName
 
 ROWS = {"upper": [("a", "A"), ("bcd", "B")], "double": [("a", "aa"), ("bb", "bbbb"), ("c", "cc")]}

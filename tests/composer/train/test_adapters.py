@@ -107,30 +107,16 @@ def test_the_trained_adapter_in_peft_gives_the_logits_of_the_training_forward(ti
         assert torch.allclose(tiny_llama(input_ids=ids).logits, loaded(input_ids=ids).logits, atol=1e-5)
 
 
-class _Killed(Exception):
-    pass
-
-
-def test_interrupted_training_resumes_to_the_same_bits(tiny_llama, tokenizer, tmp_path, monkeypatch):
+def test_interrupted_training_resumes_to_the_same_bits(tiny_llama, tokenizer, tmp_path, monkeypatch, watch_steps):
     monkeypatch.setattr(shared_training, "CHECKPOINT_STEPS", 2)
     whole = train(tiny_llama, tokenizer, jobs_per_batch=2)
-    calls = 0
-    original = shared_training.range_losses
-
-    def killed_at_the_ninth_step(*arguments):
-        nonlocal calls
-        calls += 1
-        if calls == 9:
-            raise _Killed
-        return original(*arguments)
-
-    monkeypatch.setattr(shared_training, "range_losses", killed_at_the_ninth_step)
-    with pytest.raises(_Killed):
+    steps = watch_steps(kill_at=9)
+    with pytest.raises(KeyboardInterrupt):
         train(tiny_llama, tokenizer, jobs_per_batch=2, checkpoint=tmp_path)
     assert not any(module._forward_hooks for module in tiny_llama.modules())
     resumed = train(tiny_llama, tokenizer, jobs_per_batch=2, checkpoint=tmp_path)
     # six steps of the first group and two of the second were kept: four were left
-    assert calls == 9 + 4
+    assert len(steps) == 9 + 4
     assert {name: adapter.hash for name, adapter in resumed.items()} == {n: a.hash for n, a in whole.items()}
 
 

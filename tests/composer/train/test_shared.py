@@ -58,10 +58,10 @@ def test_a_job_that_ends_early_comes_out_as_it_does_alone(tiny_llama, tokenizer)
             assert torch.allclose(together[name].layers[layer].b_OR, factors.b_OR, atol=1e-5)
 
 
-def test_the_place_of_a_job_that_ends_early_is_taken(tiny_llama, tokenizer, monkeypatch):
-    shared, original = [], shared_training.range_losses
-    monkeypatch.setattr(shared_training, "range_losses", lambda *a: shared.append(len(a[3])) or original(*a))
+def test_the_place_of_a_job_that_ends_early_is_taken(tiny_llama, tokenizer, watch_steps):
+    steps = watch_steps()
     found = judged(tiny_llama, tokenizer)
+    shared = [len(counts) for _, counts in steps]
     ended = sum(found.report.jobs[name].steps for name in TASKS)
     assert sum(shared) == ended
     # two by two as long as any waits: one is alone for no longer than the last has left
@@ -103,10 +103,10 @@ def test_patience_ends_a_job_after_so_many_evaluations_without_a_lower_loss(tiny
     assert [loss for step, loss in found.held_out if step] == pytest.approx(after[: expected + 1], abs=1e-6)
 
 
-def test_a_share_of_the_examples_is_not_trained_on(tiny_llama, tokenizer, monkeypatch):
-    trained, original = set(), shared_training.range_losses
-    monkeypatch.setattr(shared_training, "range_losses", lambda *a: trained.update(a[2]) or original(*a))
+def test_a_share_of_the_examples_is_not_trained_on(tiny_llama, tokenizer, watch_steps):
+    steps = watch_steps()
     found = train(tiny_llama, tokenizer, {"upper": TASKS["upper"]}, held_out=0.4)
+    trained = {row for rows, _ in steps for row in rows}
     texts = [Task([]).prompt(text) for text, _ in TASKS["upper"]]
     rows = set(encode(tiny_llama, tokenizer, texts, [target for _, target in TASKS["upper"]]))
     assert len(rows) == 5
@@ -115,24 +115,14 @@ def test_a_share_of_the_examples_is_not_trained_on(tiny_llama, tokenizer, monkey
     assert [step for step, _ in found.report.jobs["upper"].held_out] == [0, 10, 12]
 
 
-class _Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("calls_until", [4, 7, 13, 15])
-def test_training_with_successors_resumes_to_the_same_bits(tiny_llama, tokenizer, tmp_path, monkeypatch, calls_until):
+def test_training_with_successors_resumes_to_the_same_bits(
+    tiny_llama, tokenizer, tmp_path, monkeypatch, calls_until, watch_steps
+):
     monkeypatch.setattr(shared_training, "CHECKPOINT_STEPS", 2)
     whole = judged(tiny_llama, tokenizer)
-    calls, original = [], shared_training.range_losses
-
-    def killed(*arguments):
-        calls.append(1)
-        if len(calls) == calls_until:
-            raise _Killed
-        return original(*arguments)
-
-    monkeypatch.setattr(shared_training, "range_losses", killed)
-    with pytest.raises(_Killed):
+    watch_steps(kill_at=calls_until)
+    with pytest.raises(KeyboardInterrupt):
         judged(tiny_llama, tokenizer, checkpoint=tmp_path)
     resumed = judged(tiny_llama, tokenizer, checkpoint=tmp_path)
     assert {name: adapter.hash for name, adapter in resumed.items()} == {n: a.hash for n, a in whole.items()}
@@ -148,12 +138,12 @@ def test_a_job_whose_adapter_was_written_but_not_its_end_is_trained_on_from_the_
 
     def killed_when_one_has_ended(self):
         if self.report.jobs:
-            raise _Killed
+            raise KeyboardInterrupt
         original(self)
 
     with monkeypatch.context() as patch:
         patch.setattr(shared_training.SharedTraining, "_save", killed_when_one_has_ended)
-        with pytest.raises(_Killed):
+        with pytest.raises(KeyboardInterrupt):
             judged(tiny_llama, tokenizer, checkpoint=tmp_path)
     assert list(tmp_path.glob("finished/*"))
     resumed = judged(tiny_llama, tokenizer, checkpoint=tmp_path)
@@ -170,11 +160,11 @@ def test_other_held_out_rows_or_another_patience_is_another_training(tiny_llama,
     assert (kept, len(list(tmp_path.glob("finished/*")))) == (1, 4)
 
 
-def test_the_report_counts_tokens_with_and_without_padding(tiny_llama, tokenizer, monkeypatch):
-    seen, original = [], shared_training.range_losses
-    monkeypatch.setattr(shared_training, "range_losses", lambda *a: seen.append(a[2]) or original(*a))
+def test_the_report_counts_tokens_with_and_without_padding(tiny_llama, tokenizer, watch_steps):
+    steps = watch_steps()
     report = train(tiny_llama, tokenizer, jobs_per_batch=4).report
     assert report.num_steps == 12
+    seen = [rows for rows, _ in steps]
     assert report.num_tokens == sum(len(row) for rows in seen for row in rows)
     assert report.num_computed == sum(len(rows) * max(len(row) for row in rows) for rows in seen)
     assert report.padding == pytest.approx(1 - report.num_tokens / report.num_computed)
@@ -194,13 +184,12 @@ def test_an_adapter_says_how_its_training_ended(tiny_llama, tokenizer, tmp_path)
     assert again.report.num_steps == 0
 
 
-def test_with_less_memory_fewer_jobs_share_a_step_and_come_out_the_same(tiny_llama, tokenizer, monkeypatch):
+def test_with_less_memory_fewer_jobs_share_a_step_and_come_out_the_same(tiny_llama, tokenizer, watch_steps):
     whole = train(tiny_llama, tokenizer, jobs_per_batch=4)
-    shared, original = [], shared_training.range_losses
-    monkeypatch.setattr(shared_training, "range_losses", lambda *a: shared.append(len(a[3])) or original(*a))
+    steps = watch_steps()
     memory = int(whole.report.estimated_bytes * 0.8)
     found = train(tiny_llama, tokenizer, jobs_per_batch=4, memory_bytes=memory)
-    assert 1 < max(shared) < 4
+    assert 1 < max(len(counts) for _, counts in steps) < 4
     assert found.report.estimated_bytes <= memory < whole.report.estimated_bytes
     for name, adapter in whole.items():
         for layer, factors in adapter.layers.items():

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from loraweave.composer.model.batches import batch, encode, token_losses
-from loraweave.composer.train import shared as shared_training
 from loraweave.composer.train.adapters import train_adapters
 from loraweave.composer.train.passes import LoraJobs
 from loraweave.composer.train.settings import LoraSettings
@@ -89,13 +88,11 @@ def test_a_started_adapter_keeps_layers_and_ranks_and_says_what_it_began_from(ti
     assert not equal(found.layers, begin.layers)
 
 
-def test_folds_of_one_task_are_jobs_of_one_batch(tiny_llama, tokenizer, begin, monkeypatch):
-    widths = []
-    original = shared_training.range_losses
-    monkeypatch.setattr(shared_training, "range_losses", lambda *a: widths.append((len(a[2]), a[3])) or original(*a))
+def test_folds_of_one_task_are_jobs_of_one_batch(tiny_llama, tokenizer, begin, watch_steps):
+    steps = watch_steps()
     folds = {f"fold-{index}": TASKS["upper"][:index] + TASKS["upper"][index + 2 :] for index in range(3)}
     found = train(tiny_llama, tokenizer, folds, start=dict.fromkeys(folds, begin), batch_size=3, steps=2)
-    assert widths == [(9, [3, 3, 3])] * 2
+    assert [(len(rows), counts) for rows, counts in steps] == [(9, [3, 3, 3])] * 2
     assert len({adapter.hash for adapter in found.values()}) == 3
 
 

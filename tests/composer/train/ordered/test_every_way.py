@@ -9,19 +9,19 @@ import loraweave as lw
 from loraweave.composer.train.ordered._course import Course
 from loraweave.errors import TrainingError, UnknownName
 
-TASKS = {
-    "upper": [("a", "A"), ("b", "B"), ("c", "C"), ("d", "D")],
-    "double": [("a", "aa"), ("bb", "bbbb"), ("c", "cc")],
-    "count": [("one", "1"), ("two", "2")],
-}
 NEEDED = {"gs_lora": {"retain": [("x", "y"), ("y", "z"), ("z", "u")]}}
 WAYS = lw.names("continual")
 
 
-def train(model, tokenizer, way, tasks=TASKS, **options):
-    settings = {"rank": 2, "steps": 4, "batch_size": 2, "lr": 1e-2, "progress": False, "jobs_per_batch": 2}
-    needed = NEEDED.get(way, {})
-    return lw.train_adapters(model, tokenizer, tasks, continual=way, **{"continual_options": needed, **settings, **options})
+@pytest.fixture
+def train(course):
+    """train("ilora"): a course by that way, with the options that it needs."""
+
+    def run(way, **settings):
+        given = {name: settings.pop(name) for name in ("tasks", "model") if name in settings}
+        return course(way, **given, settings={"continual_options": NEEDED.get(way, {}), **settings})
+
+    return run
 
 
 @pytest.fixture
@@ -34,12 +34,12 @@ def test_there_are_the_ways_of_the_docs():
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_each_task_has_an_adapter_that_mixes_like_any_other(way, tiny_llama, tokenizer):
-    found = train(tiny_llama, tokenizer, way)
-    assert list(found) == list(TASKS)
+def test_each_task_has_an_adapter_that_mixes_like_any_other(train, way, tiny_llama, tasks):
+    found = train(way)
+    assert list(found) == list(tasks)
     last = found["count"]
     assert last.card["recipe"]["continual"] == way
-    assert last.card["recipe"]["after"] == list(TASKS)
+    assert last.card["recipe"]["after"] == list(tasks)
     engine = lw.Composer(tiny_llama, found)
     ids = torch.tensor([[5, 9, 30, 41]])
     with torch.no_grad():
@@ -53,9 +53,9 @@ def test_each_task_has_an_adapter_that_mixes_like_any_other(way, tiny_llama, tok
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_base_is_left_as_it_was(way, tiny_llama, tokenizer):
+def test_the_base_is_left_as_it_was(train, way, tiny_llama):
     before = {name: tensor.clone() for name, tensor in tiny_llama.state_dict().items()}
-    train(tiny_llama, tokenizer, way)
+    train(way)
     assert all(torch.equal(before[name], tensor) for name, tensor in tiny_llama.state_dict().items())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in tiny_llama.parameters())
     hooks = [hook for m in tiny_llama.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
@@ -65,10 +65,10 @@ def test_the_base_is_left_as_it_was(way, tiny_llama, tokenizer):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("kind", "targets"), [("t5", ("q", "v", "wo")), ("gpt2", ("c_attn",))])
-def test_encoder_decoders_and_transposed_weights_are_trained_too(way, kind, targets, make_model, tokenizer):
+def test_encoder_decoders_and_transposed_weights_are_trained_too(train, way, kind, targets, make_model):
     model = make_model(kind)
-    before = train(model, tokenizer, way, target_modules=targets, lr=1e-30)
-    after = train(model, tokenizer, way, target_modules=targets)
+    before = train(way, model=model, target_modules=targets, lr=1e-30)
+    after = train(way, model=model, target_modules=targets)
     moved = [
         layer for layer in after["count"].layers if not torch.equal(*(a["count"].delta(layer) for a in (before, after)))
     ]
@@ -76,9 +76,9 @@ def test_encoder_decoders_and_transposed_weights_are_trained_too(way, kind, targ
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_without_a_step_worth_the_name_every_model_is_the_start(way, tiny_llama, tokenizer, begin):
+def test_without_a_step_worth_the_name_every_model_is_the_start(train, way, begin):
     for start in ({}, {"upper": begin}):
-        for adapter in train(tiny_llama, tokenizer, way, start=start, lr=1e-30).values():
+        for adapter in train(way, start=start, lr=1e-30).values():
             for layer in adapter.layers:
                 expected = begin.delta(layer) if start else torch.zeros(())
                 assert torch.allclose(adapter.delta(layer), expected, atol=1e-5)
@@ -89,8 +89,8 @@ class _Killed(Exception):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_course_killed_in_its_last_task_resumes_to_the_same_bits(way, tiny_llama, tokenizer, tmp_path, monkeypatch):
-    whole = train(tiny_llama, tokenizer, way, jobs_per_batch=1)
+def test_a_course_killed_in_its_last_task_resumes_to_the_same_bits(train, way, tmp_path, monkeypatch):
+    whole = train(way, jobs_per_batch=1)
     original, runs = Course.run, []
 
     def killed_in_the_third(self, jobs, *arguments, **options):
@@ -101,27 +101,25 @@ def test_a_course_killed_in_its_last_task_resumes_to_the_same_bits(way, tiny_lla
 
     monkeypatch.setattr(Course, "run", killed_in_the_third)
     with pytest.raises(_Killed):
-        train(tiny_llama, tokenizer, way, jobs_per_batch=1, checkpoint=tmp_path)
-    resumed = train(tiny_llama, tokenizer, way, jobs_per_batch=1, checkpoint=tmp_path)
+        train(way, jobs_per_batch=1, checkpoint=tmp_path)
+    resumed = train(way, jobs_per_batch=1, checkpoint=tmp_path)
     assert runs == [("upper",), ("double",), ("count",), ("count",)]
     assert {name: adapter.hash for name, adapter in resumed.items()} == {name: a.hash for name, a in whole.items()}
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_another_order_of_earlier_tasks_is_another_course(way, tiny_llama, tokenizer, tmp_path):
-    first = train(tiny_llama, tokenizer, way, checkpoint=tmp_path)
-    swapped = {name: TASKS[name] for name in ("double", "upper", "count")}
-    second = train(tiny_llama, tokenizer, way, swapped, checkpoint=tmp_path)
-    assert {n: a.hash for n, a in second.items()} == {
-        n: a.hash for n, a in train(tiny_llama, tokenizer, way, swapped).items()
-    }
+def test_another_order_of_earlier_tasks_is_another_course(train, way, tmp_path, tasks):
+    first = train(way, checkpoint=tmp_path)
+    swapped = {name: tasks[name] for name in ("double", "upper", "count")}
+    second = train(way, tasks=swapped, checkpoint=tmp_path)
+    assert {n: a.hash for n, a in second.items()} == {n: a.hash for n, a in train(way, tasks=swapped).items()}
     assert first["upper"].hash != second["upper"].hash
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_an_option_that_a_way_does_not_have_is_named_before_the_first_step(way, tiny_llama, tokenizer):
+def test_an_option_that_a_way_does_not_have_is_named_before_the_first_step(train, way):
     with pytest.raises(TrainingError, match=f"'{way}' has no option 'wieght'"):
-        train(tiny_llama, tokenizer, way, continual_options={"wieght": 1.0})
+        train(way, continual_options={"wieght": 1.0})
 
 
 @pytest.mark.parametrize(
@@ -141,17 +139,17 @@ def test_an_option_that_a_way_does_not_have_is_named_before_the_first_step(way, 
         ("gs_lora", {"retain": [("a", "b")], "bound": float("nan")}, "got bound=nan"),
     ],
 )
-def test_settings_that_cannot_be_used_are_refused(way, options, message, tiny_llama, tokenizer):
+def test_settings_that_cannot_be_used_are_refused(train, way, options, message):
     with pytest.raises(TrainingError, match=message):
-        train(tiny_llama, tokenizer, way, continual_options=options)
+        train(way, continual_options=options)
 
 
-def test_what_contradicts_itself_is_refused(tiny_llama, tokenizer, begin):
+def test_what_contradicts_itself_is_refused(train, begin, tasks):
     with pytest.raises(UnknownName, match="'sequental', did you mean 'sequential'"):
-        train(tiny_llama, tokenizer, "sequental")
+        train("sequental")
     with pytest.raises(TrainingError, match="'double', but tasks that are learned one after the other begin once"):
-        train(tiny_llama, tokenizer, "sequential", start={"double": begin})
+        train("sequential", start={"double": begin})
     with pytest.raises(TrainingError, match="not linearized"):
-        train(tiny_llama, tokenizer, "sequential", linearized=True)
+        train("sequential", linearized=True)
     with pytest.raises(TrainingError, match="continual names no way"):
-        train(tiny_llama, tokenizer, None, continual_options={"weight": 1.0})
+        train(None, continual_options={"weight": 1.0})

@@ -15,11 +15,6 @@ from loraweave.composer.train.passes import LoraJobs, job_losses
 from loraweave.composer.train.settings import LoraSettings
 from loraweave.types import Task
 
-TASKS = {
-    "upper": [("a", "A"), ("b", "B"), ("c", "C"), ("d", "D")],
-    "double": [("a", "aa"), ("bb", "bbbb"), ("c", "cc")],
-    "count": [("one", "1"), ("two", "2")],
-}
 LAYERS = {"model.layers.0.self_attn.q_proj": (16, 16)}
 
 
@@ -90,7 +85,7 @@ def test_hidden_states_are_those_of_real_tokens_and_do_not_see_padding(tiny_llam
 
 
 def test_the_loss_of_a_later_task_is_the_mean_of_its_own_and_that_of_replayed_examples(
-    course, tiny_llama, tokenizer, monkeypatch
+    course, tiny_llama, tokenizer, monkeypatch, tasks
 ):
     found, original = [], Course.run
 
@@ -103,7 +98,7 @@ def test_the_loss_of_a_later_task_is_the_mean_of_its_own_and_that_of_replayed_ex
     before = course("ilora", decay=0.0)["upper"]
     recipe = LoraSettings(rank=2, alpha=4.0, steps=4, lr=1e-2, batch_size=2)
     rows = {
-        name: encode(tiny_llama, tokenizer, [Task([]).prompt(x) for x, _ in TASKS[name]], [y for _, y in TASKS[name]])
+        name: encode(tiny_llama, tokenizer, [Task([]).prompt(x) for x, _ in tasks[name]], [y for _, y in tasks[name]])
         for name in ("upper", "double")
     }
     chosen = [recipe.rows(rows["double"], "double", 0), recipe.rows(rows["upper"], "double replayed", 0)]
@@ -112,7 +107,7 @@ def test_the_loss_of_a_later_task_is_the_mean_of_its_own_and_that_of_replayed_ex
     assert found[1] == pytest.approx(sum(expected) / 2, abs=1e-5)
 
 
-def test_a_consistency_loss_is_added_where_the_adapters_differ(course, monkeypatch):
+def test_a_consistency_loss_is_added_where_the_adapters_differ(course, monkeypatch, tasks):
     found, original = {}, Course.run
 
     def first_loss(self, jobs, losses, **options):
@@ -121,7 +116,7 @@ def test_a_consistency_loss_is_added_where_the_adapters_differ(course, monkeypat
 
     monkeypatch.setattr(Course, "run", first_loss)
     for factor in (0.0, 1.0, 3.0):
-        course("ilora", {name: TASKS[name] for name in ("upper", "double")}, decay=0.9, consistency=factor)
+        course("ilora", {name: tasks[name] for name in ("upper", "double")}, decay=0.9, consistency=factor)
     lag = found[1.0][1] - found[0.0][1]
     assert lag > 1e-4
     assert found[3.0][1] - found[0.0][1] == pytest.approx(3 * lag, rel=1e-2)

@@ -241,17 +241,11 @@ def test_the_report_is_json_and_knows_load_and_entropy(engine, gates, pool, data
     assert report.plot(tmp_path / "curve.svg").stat().st_size > 1000
 
 
-def test_a_router_without_parameters_is_refused(engine, pool, data):
+def test_a_router_that_cannot_learn_here_is_refused(engine, gates, pool, data):
     with pytest.raises(TrainingError, match="'arrow' learns nothing"):
         engine.fit(Arrow(pool), data)
-
-
-def test_a_router_whose_parameters_are_all_frozen_is_refused(engine, gates, pool, data):
     with pytest.raises(TrainingError, match="no parameter"):
         gates(pool).requires_grad_(False).fit(engine, data)
-
-
-def test_a_router_of_another_pool_is_refused(engine, gates, pool, data):
     with pytest.raises(WeightingError, match="in this order"):
         gates(ExpertPool(list(pool.adapters.values())[:2])).fit(engine, data)
 

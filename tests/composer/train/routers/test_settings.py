@@ -13,6 +13,8 @@ from loraweave.errors import TrainingError
     [
         ({"step": 3}, "no setting 'step', did you mean 'steps'"),
         ({"steps": 0}, r"fit\(\) got steps=0; it takes a whole number of at least 1"),
+        ({"seed": "a"}, "got seed='a'; it takes a whole number of at least 0 and below 4294967296"),
+        ({"seed": -1}, "got seed=-1"),
         ({"batch_size": True}, "got batch_size=True"),
         ({"gradient_accumulation": 0}, "got gradient_accumulation=0"),
         ({"lr": 0.0}, "got lr=0.0"),
