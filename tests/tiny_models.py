@@ -344,3 +344,24 @@ def dense(update: Any) -> Tensor:
 
 def dense_array(update: Any) -> Any:
     return dense(update).numpy()
+
+
+def write_tiny_base(folder: Any, *, dtype: torch.dtype = torch.float32, pad: bool = False) -> nn.Module:
+    """A random llama of five words with its tokenizer, written to a folder; returns the model."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "<pad>": 4}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    special = {"pad_token": "<pad>"} if pad else {}
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>", **special
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=5, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4)
+    ).to(dtype)
+    model.save_pretrained(folder)
+    return model

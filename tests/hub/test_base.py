@@ -11,31 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import write_tiny_base as write_tiny_model
 
 from loraweave.errors import AdapterCorrupt, BaseModelMismatch, PackageMissing
 from loraweave.hub import base
 from loraweave.hub.base import EMBEDDED, cache_folder, fingerprint, load_base
-
-
-def write_tiny_model(folder, *, dtype=torch.float32, pad=False):
-    """A random llama of five words with its tokenizer, written to a folder; returns the model."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    words = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "<pad>": 4}, unk_token="<unk>"))
-    words.pre_tokenizer = Whitespace()
-    special = {"pad_token": "<pad>"} if pad else {}
-    PreTrainedTokenizerFast(
-        tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>", **special
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=5, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4)
-    ).to(dtype)
-    model.save_pretrained(folder)
-    return model
 
 
 @pytest.fixture

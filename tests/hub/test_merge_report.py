@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_hubs
 import torch
 from rich.console import Console
 
@@ -15,16 +16,10 @@ from loraweave.composer.merge.merge import merge
 from loraweave.errors import CompositionError, PackageMissing
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.merge_report import MergeReport
-from loraweave.types import Factors
 
 
 def adapter(name: str, seed: int, layers: tuple[str, ...] = ("m.0.q", "m.1.q", "m.0.v")) -> Adapter:
-    generator = torch.Generator().manual_seed(seed)
-    return Adapter(
-        name,
-        "tiny",
-        {n: Factors(torch.randn(2, 7, generator=generator), torch.randn(5, 2, generator=generator)) for n in layers},
-    )
+    return tiny_hubs.adapter(seed, name, layers=layers, base_model="tiny")
 
 
 @pytest.fixture
@@ -49,7 +44,7 @@ def test_the_report_survives_the_folder(merged: Adapter, tmp_path: Path) -> None
 def test_the_cosine_of_whole_updates_is_that_of_one_long_vector(merged: Adapter) -> None:
     a, b = adapter("left", 0), adapter("right", 1, ("m.0.q",))
     left = torch.cat([0.5 * a.delta(n).flatten() for n in sorted(a.layers)])
-    right = torch.cat([(-2.0 * b.delta(n) if n in b.layers else torch.zeros(5, 7)).flatten() for n in sorted(a.layers)])
+    right = torch.cat([(-2.0 * b.delta(n) if n in b.layers else torch.zeros(3, 5)).flatten() for n in sorted(a.layers)])
     wanted = float(left @ right / left.norm() / right.norm())
     found = merged.report.cosines()
     assert found[0][1] == found[1][0] == pytest.approx(wanted, abs=1e-5)

@@ -7,21 +7,18 @@ import threading
 import weakref
 
 import pytest
+import tiny_hubs
 import torch
 
 from loraweave.errors import AdapterNotFound, AdapterQuarantined, AdapterUnsupported, UnknownExpert, WeightingError
-from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 from loraweave.hub.pool import NUM_KEPT, ExpertPool, OnDemand
-from loraweave.types import Factors
 
 NAMES = [f"e{number:03d}" for number in range(100)]
 
 
-def adapter(name, seed=0, layer="q"):
-    generator = torch.Generator().manual_seed(seed)
-    factors = Factors(torch.randn(2, 7, generator=generator), torch.randn(5, 2, generator=generator))
-    return Adapter(name, "base", {layer: factors})
+def adapter(name, seed=0):
+    return tiny_hubs.adapter(seed, name, layers=["q"])
 
 
 class Shelf:

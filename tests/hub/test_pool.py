@@ -6,17 +6,12 @@ import pickle
 
 import pytest
 import torch
+from tiny_models import random_factors as factors
 
 from loraweave.errors import AdapterUnsupported, BaseModelMismatch, LayerMismatch, UnknownExpert, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.pool import ExpertPool
-from loraweave.types import Factors, Fingerprint
-
-
-def factors(seed, rank=3, outputs=5, inputs=7, **parts):
-    generator = torch.Generator().manual_seed(seed)
-    return Factors(torch.randn(rank, inputs, generator=generator), torch.randn(outputs, rank, generator=generator), **parts)
-
+from loraweave.types import Fingerprint
 
 A = Adapter("a", "base", {"q": factors(0, rank=2), "v": factors(1, rank=1)})
 B = Adapter("b", "base", {"v": factors(2, rank=4, bias_O=torch.ones(5))})
@@ -148,7 +143,7 @@ def test_a_contradiction_is_found_behind_an_expert_without_a_fingerprint():
 
 @pytest.mark.parametrize(
     "other",
-    [factors(9, outputs=6), factors(9, inputs=8), factors(9, kind="embedding"), factors(9, kind="conv", kernel=(1, 7))],
+    [factors(9, num_out=6), factors(9, num_in=8), factors(9, kind="embedding"), factors(9, kind="conv", kernel=(1, 7))],
 )
 def test_experts_that_update_a_layer_with_other_shapes_are_refused_with_both(other):
     with pytest.raises(LayerMismatch, match=r"'a' and 'x' update layer 'q'.*\(5, 7, 'linear', \(\)\) and "):
@@ -161,7 +156,7 @@ def test_a_pool_including_one_more_has_it_at_its_end_and_checks_it():
     assert pool.including("a", C)["a"] is C
     assert pool.names == ("a", "b")
     with pytest.raises(LayerMismatch, match="'a' and 'x' update layer 'q'"):
-        pool.including("x", Adapter("x", "base", {"q": factors(9, outputs=6)}))
+        pool.including("x", Adapter("x", "base", {"q": factors(9, num_out=6)}))
 
 
 def test_a_pool_without_one_has_the_others_in_order():

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import time
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,18 +10,9 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, O
 
 from loraweave.errors import AdapterNotFound, HubFull, SourceUnavailable
 from loraweave.hub.adapter import Adapter
-from loraweave.hub.intake import model_hub
+from loraweave.hub.intake import model_hub as client
 from loraweave.hub.intake.sources import open_source
 from loraweave.types import Factors
-
-DRIVER = Path(__file__).with_name("model_hub.py")
-
-
-def driver_module():
-    spec = spec_from_file_location("model_hub_server", DRIVER)
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def local_folder(source, **options):
@@ -40,26 +25,15 @@ def adapter(value):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(tmp_path_factory, model_hub, loaded_from):
     """What each call gave in a process of its own, and what the server saw."""
     served, home = tmp_path_factory.mktemp("served"), tmp_path_factory.mktemp("home")
     for name in ("lora", "limited", "flooded", "down", "gated", "cut", "severed", "private", "moving"):
         adapter(1.0).save_pretrained(served / "tiny" / name)
     adapter(2.0).save_pretrained(served / "tiny" / "second")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    environment |= {
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_VERBOSITY": "debug",
-    }
-    server = driver_module()
-    with server.serving(served) as (address, _, ranges):
-        environment["HF_ENDPOINT"] = address
-        words = [sys.executable, str(DRIVER), "troubles", str(served)]
-        run = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240)
-    assert run.returncode == 0, run.stderr
-    return {**json.loads(run.stdout), "printed": run.stdout + run.stderr, "ranges": ranges, "server": server}
+    with model_hub.serving(served) as (address, _, ranges):
+        found = loaded_from(address, home, "troubles", served, HF_HUB_VERBOSITY="debug")
+    return {**found, "ranges": ranges, "server": model_hub}
 
 
 @pytest.mark.parametrize(
@@ -122,7 +96,7 @@ def failing(monkeypatch):
             calls.append(keywords)
             raise error from cause
 
-        monkeypatch.setattr(model_hub, "snapshot_download", fail)
+        monkeypatch.setattr(client, "snapshot_download", fail)
         return calls
 
     return fail_with

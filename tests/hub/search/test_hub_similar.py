@@ -1,8 +1,8 @@
 import math
-import os
 
 import pytest
 import torch
+from tiny_models import random_factors
 
 from loraweave.errors import RetrievalError
 from loraweave.hub.adapter import Adapter
@@ -10,17 +10,13 @@ from loraweave.hub.hub import Hub
 from loraweave.hub.stores.folder_blobs import blob_path
 from loraweave.types import Factors
 
-
-def factors(seed, rank=2, inputs=7):
-    generator = torch.Generator().manual_seed(seed)
-    return Factors(torch.randn(rank, inputs, generator=generator), torch.randn(5, rank, generator=generator))
-
-
-ONE = Adapter("one", "base", {"p": factors(0), "q": factors(1)})
-OTHER = Adapter("other", "base", {"q": factors(2, rank=3), "r": factors(3)})
-NEAR = Adapter("near", "base", {"p": factors(0), "q": factors(1), "r": factors(3)})
+ONE = Adapter("one", "base", {"p": random_factors(0, rank=2), "q": random_factors(1, rank=2)})
+OTHER = Adapter("other", "base", {"q": random_factors(2), "r": random_factors(3, rank=2)})
+NEAR = Adapter(
+    "near", "base", {"p": random_factors(0, rank=2), "q": random_factors(1, rank=2), "r": random_factors(3, rank=2)}
+)
 OPPOSITE = Adapter("opposite", "base", {name: Factors(-f.a_RI, f.b_OR) for name, f in ONE.layers.items()})
-FAR_BASE = Adapter("far base", "another", {"q": factors(4, inputs=9)})
+FAR_BASE = Adapter("far base", "another", {"q": random_factors(4, num_in=9)})
 
 
 def dense_cosine(left, right):
@@ -74,7 +70,7 @@ def test_k_is_a_whole_number_and_none_or_all_are_fine(hub):
 
 def test_a_damaged_adapter_is_left_out_with_a_warning(hub):
     path = blob_path(hub.path, NEAR.hash)
-    os.chmod(path, 0o644)
+    path.chmod(0o644)
     path.write_bytes(b"x")
     with pytest.warns(UserWarning, match=r"left out.*'near'"):
         found = hub.similar("one")
