@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -87,23 +88,17 @@ def _read_unlisted(blobs: Blobs, listed: Sequence[History]) -> Iterator[History]
     used = {record.hash for history in listed for record in history}
     taken = {history[-1].name for history in listed}
     lost: dict[str, list[Record]] = {}
-    for origin in sorted((origin for hash, (_, origin) in blobs.items() if hash not in used), key=_age):
+    for origin in sorted(
+        (origin for hash, (_, origin) in blobs.items() if hash not in used), key=attrgetter("created", "name")
+    ):
         lost.setdefault(origin.name, []).append(origin)
     for name, origins in lost.items():
         numbers = [origin.version for origin in origins]
         is_history = name not in taken and len(set(numbers)) == len(numbers)
-        for history in [sorted(origins, key=_number)] if is_history else [[origin] for origin in origins]:
+        for history in [sorted(origins, key=attrgetter("version"))] if is_history else [[origin] for origin in origins]:
             own = name if name not in taken else f"{name[:180]} {history[-1].hash[:12]}"
             taken.add(own)
             yield [replace(origin, name=own) for origin in history]
-
-
-def _age(record: Record) -> tuple[str, str]:
-    return record.created, record.name
-
-
-def _number(record: Record) -> int:
-    return record.version
 
 
 def _sound_blobs(blobs: BlobStore) -> Iterator[tuple[str, tuple[rows.BlobRow, Record]]]:
@@ -143,10 +138,10 @@ def _intact_rows(path: Path) -> Iterator[History]:
 
 
 def _intact(read: Callable[..., rows.Row | None], *where: Any) -> rows.Row | None:
-    found: list[rows.Row | None] = []
+    found: tuple[rows.Row | None, ...] = (None,)
     with _damage_ignored():
-        found.append(read(*where))
-    return found[0] if found else None
+        found = (read(*where),)
+    return found[0]
 
 
 @contextmanager

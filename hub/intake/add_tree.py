@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import unicodedata
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -92,7 +93,10 @@ def add_tree(
     options = {"tags": sorted(tags), "license": license, "prefix": prefix, "anomalies": checked_policy(anomalies)}
     journal = TreeJournal(hub.path, folder)
     walk = _Walk(hub, folder, prefix, options, {} if dry_run else journal.read())
-    entries = [_unreadable(folder, error) for error in unread]
+    entries = []
+    for error in unread:
+        path = os.path.relpath(error.filename or folder, folder)
+        entries.append(Noted(path, "", "refused", "", why=f"the folder cannot be read: {error.strerror}"))
     for source in tracked(sources, "adapters", total=len(sources), shown=progress):
         if dry_run:
             entries.append(walk.find(source))
@@ -107,16 +111,6 @@ def add_tree(
     return TreeReport(folder, tuple(sorted(entries, key=lambda entry: entry.path)))
 
 
-@dataclass(frozen=True)
-class _Waiting:
-    """An adapter that has been read and named, and waits for its batch."""
-
-    adapter: Adapter
-    path: str
-    stamp: str
-    name: str
-
-
 @dataclass
 class _Walk:
     """One walk: where names come from, what is known from before, and the names that this walk has given."""
@@ -127,13 +121,14 @@ class _Walk:
     options: Mapping[str, Any]
     known: Mapping[str, Noted]
     given: dict[str, str] = field(default_factory=dict)
-    waiting: list[_Waiting] = field(default_factory=list)
+    # adapters that wait for their batch, with what is noted once they are there
+    waiting: list[tuple[Adapter, Noted]] = field(default_factory=list)
     waiting_bytes: int = 0
 
     def find(self, source: Path) -> Noted:
         path = self._path(source)
-        name = self._names(path)[0]
-        name = self._names(path)[1] if name in self.given else name
+        name, other = self._names(path)
+        name = other if name in self.given else name
         self.given[name] = path
         return Noted(path, "", "found", name)
 
@@ -145,9 +140,11 @@ class _Walk:
         except OSError as error:
             return [Noted(path, "", "refused", "", why=f"it cannot be read: {error}")]
         before = self.known.get(path)
-        if before is not None and before.stamp == now and self._still_true(before):
-            self.given[before.name] = path
-            return [replace(before, state="refused" if before.state == "refused" else "present")]
+        if before is not None and before.stamp == now:
+            refused = before.state == "refused"
+            if refused or ((record := self._record(before.name)) is not None and record.hash == before.hash):
+                self.given[before.name] = path
+                return [replace(before, state="refused" if refused else "present")]
         try:
             done = self._read(source, path, now, before)
         except _ENDING:
@@ -155,7 +152,7 @@ class _Walk:
         except HubError as error:
             return [_refusal(path, now, self._names(path)[0], error)]
         if not done:
-            layers = self.waiting[-1].adapter.layers.values()
+            layers = self.waiting[-1][0].layers.values()
             self.waiting_bytes += sum(tensor.nbytes for factors in layers for tensor in factors.tensors().values())
         full = len(self.waiting) >= MAX_BATCH or self.waiting_bytes >= MAX_BATCH_BYTES
         return [*done, *(self.settle() if full else [])]
@@ -166,22 +163,16 @@ class _Walk:
         if not waiting:
             return []
         tags, license = self.options["tags"], self.options["license"]
-        additions = [Addition(one.adapter, one.name, tags=tags, license=license) for one in waiting]
+        additions = [Addition(adapter, noted.name, tags=tags, license=license) for adapter, noted in waiting]
         added = self.hub.add_many(additions, anomalies=self.options["anomalies"])
-        records = {record.name: record for record in added.records}
+        why = {record.name: _oddities(record) for record in added.records}
         errors = dict(added.refused)
-        found = []
-        for one in waiting:
-            record = records.get(one.name)
-            if record is None:
-                found.append(_refusal(one.path, one.stamp, one.name, errors[one.name]))
-            else:
-                found.append(Noted(one.path, one.stamp, "added", one.name, record.hash, _oddities(record)))
-        return found
-
-    def _still_true(self, before: Noted) -> bool:
-        record = self._record(before.name)
-        return before.state == "refused" or (record is not None and record.hash == before.hash)
+        return [
+            replace(noted, why=why[noted.name])
+            if noted.name in why
+            else _refusal(noted.path, noted.stamp, noted.name, errors[noted.name])
+            for _, noted in waiting
+        ]
 
     def _read(self, source: Path, path: str, now: str, before: Noted | None) -> list[Noted]:
         """What became of one source; nothing for one that waits for its batch."""
@@ -194,7 +185,7 @@ class _Walk:
                 continue
             self.given[name] = path
             if record is None:
-                self.waiting.append(_Waiting(adapter, path, now, name))
+                self.waiting.append((adapter, Noted(path, now, "added", name, content)))
                 return []
             if record.hash == content:
                 return [Noted(path, now, "present", name, content)]
@@ -220,7 +211,10 @@ class _Walk:
         tag = f"~{hashlib.sha256(path.encode()).hexdigest()[:_TAG_CHARACTERS]}"
         short = unicodedata.normalize("NFC", shown).strip() or "adapter"
         tagged = f"{short[-(MAX_NAME_CHARACTERS - len(tag)) :].strip()}{tag}"
-        return (short if _can_be_stored(short) else tagged), tagged
+        try:
+            return (short if checked_name(short) == short else tagged), tagged
+        except InvalidName:
+            return tagged, tagged
 
 
 def _refusal(path: str, now: str, name: str, error: LoraweaveError) -> Noted:
@@ -232,18 +226,6 @@ def _refusal(path: str, now: str, name: str, error: LoraweaveError) -> Noted:
 def _oddities(record: Record) -> str:
     found = "; ".join(f"{anomaly.kind}: {anomaly.detail}" for anomaly in record.anomalies)
     return f"in quarantine: {found}" if record.quarantined else found
-
-
-def _can_be_stored(name: str) -> bool:
-    try:
-        return checked_name(name) == name
-    except InvalidName:
-        return False
-
-
-def _unreadable(root: Path, error: OSError) -> Noted:
-    path = os.path.relpath(error.filename or root, root)
-    return Noted(path, "", "refused", "", why=f"the folder cannot be read: {error.strerror}")
 
 
 # lines of one adapter; longer ones come from a damaged journal
@@ -272,14 +254,12 @@ class TreeJournal:
     def read(self) -> dict[str, Noted]:
         """The notes by path; skips a line that cannot be read, such as the last of a killed process."""
         found: dict[str, Noted] = {}
-        with storage_errors(self.path, "reading what was added of the tree"):
-            for line in self._lines():
-                try:
-                    fields = json.loads(line)
-                    noted = Noted(**{key: str(value) for key, value in fields.items()})
-                except (ValueError, TypeError, AttributeError):
-                    continue
-                found[noted.path] = noted
+        reading = storage_errors(self.path, "reading what was added of the tree")
+        with reading, suppress(FileNotFoundError), self.path.open("rb") as file:
+            while line := file.readline(_MAX_LINE_BYTES):
+                with suppress(ValueError, TypeError, AttributeError):
+                    noted = Noted(**{key: str(value) for key, value in json.loads(line).items()})
+                    found[noted.path] = noted
         return found
 
     def write(self, noted: Noted) -> None:
@@ -289,13 +269,6 @@ class TreeJournal:
             line = json.dumps({key: value for key, value in vars(noted).items() if value}) + "\n"
             with self.path.open("a", encoding="ascii") as file:
                 file.write(line)
-
-    def _lines(self) -> Iterator[bytes]:
-        if not self.path.exists():
-            return
-        with self.path.open("rb") as file:
-            while line := file.readline(_MAX_LINE_BYTES):
-                yield line
 
 
 def stamp(source: Path, options: Mapping[str, Any]) -> str:
@@ -309,10 +282,6 @@ def stamp(source: Path, options: Mapping[str, Any]) -> str:
     return hashlib.sha256(repr((version("loraweave"), sorted(options.items()), seen)).encode()).hexdigest()[:32]
 
 
-# version control keeps thousands of folders and no adapter of its own
-_PASSED_OVER = (".git",)
-
-
 def tree_sources(root: Path, unread: Callable[[OSError], None]) -> list[Path]:
     """Every folder at or below `root` that is an adapter, every LoRA file and archive, sorted; links are not followed.
 
@@ -320,7 +289,8 @@ def tree_sources(root: Path, unread: Callable[[OSError], None]) -> list[Path]:
     """
     found = []
     for path, folders, files in os.walk(root, onerror=unread):
-        folders[:] = [name for name in folders if name not in _PASSED_OVER]
+        # version control keeps thousands of folders and no adapter of its own
+        folders[:] = [name for name in folders if name != ".git"]
         here = Path(path)
         files_of_weights = [here / name for name in files if name.endswith(".safetensors")]
         # of a folder of LoRA files each is an adapter, and keeps its name when another comes

@@ -21,7 +21,7 @@ from loraweave.common.files import sync
 from loraweave.errors import HubCorrupt, HubError, HubLocked, HubReadOnly
 from loraweave.hub.stores.errors import storage_errors
 from loraweave.hub.stores.migrations import migrate, needs_migration
-from loraweave.hub.stores.protocols import BlobStore, Connection, VectorSearch
+from loraweave.hub.stores.protocols import BlobStore, CatalogueStore, Connection
 
 # the log may grow to this before a write moves it into the database
 CHECKPOINT_BYTES = 4 * 2**20
@@ -30,7 +30,7 @@ CHECKPOINT_BYTES = 4 * 2**20
 _FORK_WAIT_S = 2.0
 
 
-class Catalogue:
+class Catalogue(CatalogueStore):
     """The SQLite file of one hub. `writable` says whether the folder can be written; reading works either way.
 
     `blobs` are those that the rows describe: a hub that has some is never given an empty catalogue.
@@ -59,10 +59,6 @@ class Catalogue:
     @property
     def where(self) -> str:
         return str(self.folder)
-
-    @property
-    def vector_search(self) -> VectorSearch | None:
-        return None
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
@@ -114,12 +110,6 @@ class Catalogue:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
             self._checkpoint(connection)
-
-    @contextmanager
-    def writing(self, doing: str) -> Iterator[sqlite3.Connection]:
-        """The write lock and a transaction."""
-        with self.locked(doing), self.transaction(doing) as connection:
-            yield connection
 
     def problems(self, connection: Connection) -> list[str]:
         """What SQLite's own check of the file finds."""

@@ -17,9 +17,10 @@ from pathlib import Path
 
 from loraweave.common.files import remove_file, sync, whole_file, write_new
 from loraweave.errors import AdapterCorrupt
+from loraweave.hub.stores.protocols import BlobStore
 
 
-class FolderBlobs:
+class FolderBlobs(BlobStore):
     """A `BlobStore` whose blobs are the files below `folder`/blobs, mapped where they lie."""
 
     def __init__(self, folder: Path) -> None:
@@ -59,13 +60,40 @@ class FolderBlobs:
         return self.put_many([(content_hash, data)])[0]
 
     def put_many(self, blobs: Iterable[tuple[str, bytes]]) -> list[str]:
-        return place_blobs(self.folder, ((blob_path(self.folder, content_hash), data) for content_hash, data in blobs))
+        """Stores each (content hash, data), syncs every folder once, and returns the sha256 of each file in order.
+
+        All bytes are on disk before the first file gets its name, so a blob that is seen is whole even after a power
+        failure. An error leaves no temporary file behind, but some blobs may have their names by then.
+        """
+        placed: list[tuple[Path, Path, str]] = []
+        try:
+            for content_hash, data in blobs:
+                target = blob_path(self.folder, content_hash)
+                for parent in (self.folder / "tmp", self.folder / "blobs", target.parent):
+                    if not parent.is_dir():
+                        # readers of a remote store make folders for their copies, and take no lock
+                        with suppress(FileExistsError):
+                            os.mkdir(parent)
+                temporary = self.folder / "tmp" / f"{uuid.uuid4().hex}.safetensors"
+                placed.append((temporary, target, hashlib.sha256(data).hexdigest()))
+                write_new(temporary, data)
+            # written first and synced then: the first of these calls waits for the bytes of most others too
+            for temporary, _, _ in placed:
+                sync(temporary)
+            for temporary, target, _ in placed:
+                os.replace(temporary, target)
+            self._sync_names(target.parent for _, target, _ in placed)
+        except BaseException:
+            for temporary, _, _ in placed:
+                remove_file(temporary)
+            raise
+        return [digest for _, _, digest in placed]
 
     def settle(self, content_hash: str) -> None:
-        sync_folders(self.folder, blob_path(self.folder, content_hash))
+        self._sync_names([blob_path(self.folder, content_hash).parent])
 
     def names(self) -> Iterator[str]:
-        for path in stored_blobs(self.folder):
+        for path in sorted((self.folder / "blobs").glob("*/*.safetensors")):
             yield path.stem
 
     def remove(self, content_hash: str) -> int:
@@ -75,7 +103,19 @@ class FolderBlobs:
         return size_bytes
 
     def sweep(self, older_than_s: float) -> int:
-        return sweep(self.folder, older_than_s)
+        freed = 0
+        for path in (self.folder / "tmp").glob("*"):
+            # another process may have swept it
+            with suppress(FileNotFoundError):
+                found = path.lstat()
+                if time.time() - found.st_mtime >= older_than_s:
+                    path.unlink()
+                    freed += found.st_size
+        return freed
+
+    def _sync_names(self, folders: Iterable[Path]) -> None:
+        for parent in (*sorted(set(folders)), self.folder / "blobs", self.folder):
+            sync(parent)
 
 
 # a writer that lives holds its temporary file for seconds
@@ -88,46 +128,6 @@ _digests_lock = threading.Lock()
 
 def blob_path(folder: Path, content_hash: str) -> Path:
     return folder / "blobs" / content_hash[:2] / f"{content_hash}.safetensors"
-
-
-def stored_blobs(folder: Path) -> Iterator[Path]:
-    """Every blob file, sorted."""
-    yield from sorted((folder / "blobs").glob("*/*.safetensors"))
-
-
-def place_blobs(folder: Path, blobs: Iterable[tuple[Path, bytes]]) -> list[str]:
-    """Writes each (target, data), syncs every folder once, and returns the sha256 of each in order.
-
-    All bytes are on disk before the first file gets its name, so a blob that is seen is whole even after a power failure.
-    The caller holds the write lock. An error leaves no temporary file behind, but some blobs may have their names by then.
-    """
-    placed: list[tuple[Path, Path, str]] = []
-    try:
-        for target, data in blobs:
-            for parent in (folder / "tmp", folder / "blobs", target.parent):
-                _make_folder(parent)
-            placed.append((folder / "tmp" / f"{uuid.uuid4().hex}.safetensors", target, hashlib.sha256(data).hexdigest()))
-            write_new(placed[-1][0], data)
-        # written first and synced then: the first of these calls waits for the bytes of most others too
-        for temporary, _, _ in placed:
-            sync(temporary)
-        for temporary, target, _ in placed:
-            os.replace(temporary, target)
-        for parent in sorted({target.parent for _, target, _ in placed}):
-            sync(parent)
-        for parent in (folder / "blobs", folder):
-            sync(parent)
-    except BaseException:
-        for temporary, _, _ in placed:
-            remove_file(temporary)
-        raise
-    return [digest for _, _, digest in placed]
-
-
-def sync_folders(folder: Path, target: Path) -> None:
-    """Makes the names of a blob and of its folders last; a writer killed after its rename may have left that undone."""
-    for parent in (target.parent, folder / "blobs", folder):
-        sync(parent)
 
 
 def require_digest(path: Path, expected: str, who: str, *, trust_cache: bool = True) -> None:
@@ -145,21 +145,6 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sweep(folder: Path, older_than_s: float = STALE_TMP_S) -> int:
-    """Removes what killed writers left in tmp/ and returns the bytes freed."""
-    freed = 0
-    for path in (folder / "tmp").glob("*"):
-        try:
-            found = path.lstat()
-            if time.time() - found.st_mtime >= older_than_s:
-                path.unlink()
-                freed += found.st_size
-        except FileNotFoundError:
-            # another process swept it
-            continue
-    return freed
-
-
 def _digest(path: Path, who: str, trust_cache: bool) -> str:
     found = path.lstat()
     if not stat.S_ISREG(found.st_mode):
@@ -172,10 +157,3 @@ def _digest(path: Path, who: str, trust_cache: bool) -> str:
         with _digests_lock:
             _digests[stamp] = known
     return known
-
-
-def _make_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        # readers of a remote store make folders for their copies, and take no lock
-        with suppress(FileExistsError):
-            os.mkdir(folder)

@@ -19,7 +19,7 @@ from loraweave.hub.stores.catalogue import state_row
 from loraweave.hub.stores.postgres_migrations import STEPS, migrate, schema_version, set_search_path
 from loraweave.hub.stores.postgres_search import PostgresSearch, make_embeddings
 from loraweave.hub.stores.postgres_session import PostgresAddress, Translating, postgres_errors, require_psycopg
-from loraweave.hub.stores.protocols import Connection, VectorSearch
+from loraweave.hub.stores.protocols import CatalogueStore, Connection, VectorSearch
 
 # "LoWv": advisory locks are shared with every other program that uses the database
 _LOCK_CLASS = 0x4C6F5776
@@ -28,7 +28,7 @@ _LOCK_CLASS = 0x4C6F5776
 _INHERITED: list[Any] = []
 
 
-class PostgresCatalogue:
+class PostgresCatalogue(CatalogueStore):
     """The rows of one hub in a schema of a PostgreSQL database. `writable` says whether this user may write them."""
 
     def __init__(self, address: PostgresAddress, timeout_s: float) -> None:
@@ -105,12 +105,6 @@ class PostgresCatalogue:
                     session.execute("ROLLBACK")
                 raise
 
-    @contextmanager
-    def writing(self, doing: str) -> Iterator[Connection]:
-        """The write lock and a transaction."""
-        with self.locked(doing), self.transaction(doing) as connection:
-            yield connection
-
     def problems(self, connection: Connection) -> list[str]:
         """Indexes that PostgreSQL does not trust; it checks its pages itself where data checksums are on."""
         broken = connection.execute(
@@ -129,9 +123,6 @@ class PostgresCatalogue:
         """Notes the URL of the hub's blobs, so that the next opening need not give it."""
         with self.writing("opening the hub") as connection:
             connection.execute("UPDATE state SET blobs = ?", (place,))
-
-    def empty_log(self) -> None:
-        """Nothing: PostgreSQL gives space back by itself."""
 
     def close(self) -> None:
         """Closes the sessions; a second call does nothing."""

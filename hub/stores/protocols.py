@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -56,18 +56,17 @@ class VectorSearch(Protocol):
 class CatalogueStore(Protocol):
     """The rows. Every method raises leaves of HubError; several processes and threads may use one catalogue at once."""
 
+    writable: bool
+
     @property
     def where(self) -> str:
         """The place as a message may name it: without a password."""
         ...
 
     @property
-    def writable(self) -> bool: ...
-
-    @property
     def vector_search(self) -> VectorSearch | None:
         """What ranks the stored vectors in the database itself; None where that must be done here."""
-        ...
+        return None
 
     def reading(self) -> AbstractContextManager[Connection]:
         """A connection on which everything read belongs to the same moment."""
@@ -81,17 +80,19 @@ class CatalogueStore(Protocol):
         """One write transaction, committed on leaving; the caller holds the lock. A change of rows raises the generation."""
         ...
 
-    def writing(self, doing: str) -> AbstractContextManager[Connection]:
+    @contextmanager
+    def writing(self, doing: str) -> Iterator[Connection]:
         """The write lock and a transaction."""
-        ...
+        with self.locked(doing), self.transaction(doing) as connection:
+            yield connection
 
     def problems(self, connection: Connection) -> list[str]:
         """What the database itself finds wrong with its files."""
         ...
 
     def empty_log(self) -> None:
-        """Gives back space that the database needs no more. The caller holds the lock."""
-        ...
+        """Gives back space that the database needs no more, where it does not do so itself. The caller holds the lock."""
+        return
 
     def close(self) -> None: ...
 
@@ -136,11 +137,11 @@ class BlobStore(Protocol):
 
     def put_many(self, blobs: Iterable[tuple[str, bytes]]) -> list[str]:
         """Stores blobs of different content as `put` does, all for good when it returns; after an error some may be."""
-        ...
+        return [self.put(content_hash, data) for content_hash, data in blobs]
 
     def settle(self, content_hash: str) -> None:
-        """Makes a blob that is there already last: a writer that was killed may have left that undone."""
-        ...
+        """Makes a blob that is there already last, where a writer that was killed may have left that undone."""
+        return
 
     def names(self) -> Iterator[str]:
         """The content hashes of all blobs, sorted."""

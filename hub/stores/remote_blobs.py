@@ -6,7 +6,7 @@ import hashlib
 import os
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from loraweave.errors import AdapterCorrupt, HubError, PackageMissing
 from loraweave.hub.stores.errors import remote_errors, storage_errors, without_credentials
 from loraweave.hub.stores.folder_blobs import STALE_TMP_S, FolderBlobs, blob_path
+from loraweave.hub.stores.protocols import BlobStore
 
 # their uploads show the old object or the whole new one; elsewhere a file grows under its name, so it gets that by renaming
 _WHOLE_UPLOADS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "hf", "memory"}
@@ -21,7 +22,7 @@ _WHOLE_UPLOADS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss",
 _CHUNK_BYTES = 8 * 2**20
 
 
-class RemoteBlobs:
+class RemoteBlobs(BlobStore):
     """A `BlobStore` at a URL. `copies` is a folder of this machine, whose files are compared before they are used.
 
     Every upload is read back and compared before its row is written. Credentials come from where the store's own package
@@ -94,12 +95,6 @@ class RemoteBlobs:
         with suppress(OSError):
             self._keep(content_hash, data)
         return digest
-
-    def put_many(self, blobs: Iterable[tuple[str, bytes]]) -> list[str]:
-        return [self.put(content_hash, data) for content_hash, data in blobs]
-
-    def settle(self, content_hash: str) -> None:
-        """Nothing: what a store shows, it has."""
 
     def names(self) -> Iterator[str]:
         store, root = self._store()

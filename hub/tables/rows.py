@@ -15,8 +15,20 @@ from loraweave.hub.stores.protocols import Connection
 from loraweave.types import Anomaly, Fingerprint, Record, Source
 
 _COLUMNS = "adapters.seq, adapters.name, adapters.hash, adapters.record, adapters.sha256"
-_BLOB_COLUMNS = "blobs.hash, blobs.file_sha256, blobs.size_bytes, blobs.sha256"
-_SELECT = f"SELECT {_COLUMNS}, {_BLOB_COLUMNS} FROM adapters LEFT JOIN blobs ON blobs.hash = adapters.hash"
+BLOB_COLUMNS = "blobs.hash, blobs.file_sha256, blobs.size_bytes, blobs.sha256"
+_SELECT = f"SELECT {_COLUMNS}, {BLOB_COLUMNS} FROM adapters LEFT JOIN blobs ON blobs.hash = adapters.hash"
+
+# of a record, stored as they are
+_PLAIN = ("name", "hash", "base_model", "rank", "created", "version", "restored", "base_revision", "quarantined")
+_UNKNOWN_TO_SCHEMA_1: dict[str, Any] = {
+    "language": (),
+    "version": 1,
+    "restored": None,
+    "base_revision": None,
+    "quarantined": False,
+    "source": None,
+    "anomalies": (),
+}
 
 # databases bound the number of parameters
 MOST_PARAMETERS = 500
@@ -83,7 +95,7 @@ def names_like(connection: Connection, name: str) -> list[str]:
 
 
 def find_blob(connection: Connection, content_hash: str) -> BlobRow | None:
-    found = connection.execute(f"SELECT {_BLOB_COLUMNS} FROM blobs WHERE hash = ?", (content_hash,)).fetchone()
+    found = connection.execute(f"SELECT {BLOB_COLUMNS} FROM blobs WHERE hash = ?", (content_hash,)).fetchone()
     return None if found is None else _decode_blob(found)
 
 
@@ -137,25 +149,10 @@ def encode(record: Record) -> str:
 
     The size belongs to the blob. Raises AdapterUnsupported when the card is not JSON.
     """
-    data = {
-        "name": record.name,
-        "hash": record.hash,
-        "base_model": record.base_model,
-        "rank": record.rank,
-        "target_modules": list(record.target_modules),
-        "license": record.license,
-        "tags": list(record.tags),
-        "description": record.description,
-        "examples": list(record.examples),
-        "language": list(record.language),
-        "created": record.created,
-        "version": record.version,
-        "restored": record.restored,
-        "base_revision": record.base_revision,
+    data = {field: getattr(record, field) for field in (*_PLAIN, *OWN_FIELDS, "target_modules")} | {
         "source": None if record.source is None else [record.source.location, record.source.revision],
         "fingerprint": None if record.fingerprint is None else record.fingerprint.to_json(),
         "anomalies": [[anomaly.kind, anomaly.detail, anomaly.score] for anomaly in record.anomalies],
-        "quarantined": record.quarantined,
         # the fields above are the card's too; kept once, they cannot disagree
         "card": {key: value for key, value in record.card.items() if key not in OWN_FIELDS},
     }
@@ -229,30 +226,18 @@ def _decode(found: tuple[Any, ...]) -> Row:
 
 def record_from_json(data: Mapping[str, Any], size_bytes: int = 0) -> Record:
     """The record that `encode` wrote; the size is not in it."""
-    fingerprint = data["fingerprint"]
-    # what schema 1 did not know has its default
-    languages = tuple(data.get("language", ()))
-    fields = Fields(data["description"], tuple(data["examples"]), tuple(data["tags"]), data["license"], languages)
+    data = {**_UNKNOWN_TO_SCHEMA_1, **data}
+    source, fingerprint = data["source"], data["fingerprint"]
+    lists = {key: tuple(data[key]) for key in ("examples", "tags", "language")}
+    fields = Fields(description=data["description"], license=data["license"], **lists)
     return Record(
-        name=data["name"],
-        hash=data["hash"],
-        base_model=data["base_model"],
-        rank=data["rank"],
+        **{field: data[field] for field in _PLAIN},
+        **vars(fields),
         target_modules=tuple(data["target_modules"]),
-        license=fields.license,
-        tags=fields.tags,
-        description=fields.description,
         size_bytes=size_bytes,
-        created=data["created"],
-        examples=fields.examples,
-        language=fields.language,
-        version=data.get("version", 1),
-        restored=data.get("restored"),
-        base_revision=data.get("base_revision"),
-        source=Source(*source) if (source := data.get("source")) else None,
+        source=None if source is None else Source(*source),
         fingerprint=None if fingerprint is None else Fingerprint.from_json(fingerprint),
-        anomalies=tuple(Anomaly(*found) for found in data.get("anomalies", ())),
-        quarantined=data.get("quarantined", False),
+        anomalies=tuple(Anomaly(*found) for found in data["anomalies"]),
         card={**data["card"], **fields.as_card()},
     )
 

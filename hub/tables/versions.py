@@ -17,8 +17,7 @@ from loraweave.hub.tables import rows
 from loraweave.types import Record
 
 _COLUMNS = "versions.seq, NULL, versions.hash, versions.record, versions.sha256"
-_BLOBS = "blobs.hash, blobs.file_sha256, blobs.size_bytes, blobs.sha256"
-_SELECT = f"SELECT {_COLUMNS}, {_BLOBS} FROM versions LEFT JOIN blobs ON blobs.hash = versions.hash"
+_SELECT = f"SELECT {_COLUMNS}, {rows.BLOB_COLUMNS} FROM versions LEFT JOIN blobs ON blobs.hash = versions.hash"
 
 
 def supersede(connection: Connection, row: rows.Row, record: Record) -> Record:

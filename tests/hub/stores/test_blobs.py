@@ -13,7 +13,7 @@ from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.stores import folder_blobs
 from loraweave.hub.stores.blobs import blob_bytes, content_hash, examine_blob, read_blob
-from loraweave.hub.stores.folder_blobs import FolderBlobs, blob_path, require_digest, sweep
+from loraweave.hub.stores.folder_blobs import STALE_TMP_S, FolderBlobs, blob_path, require_digest
 from loraweave.types import Factors
 
 
@@ -142,7 +142,7 @@ def test_only_old_temporary_files_are_swept(tmp_path):
     old.write_bytes(b"12345")
     new.write_bytes(b"123")
     os.utime(old, (0, 0))
-    assert sweep(tmp_path) == 5
+    assert FolderBlobs(tmp_path).sweep(STALE_TMP_S) == 5
     assert [path.name for path in (tmp_path / "tmp").iterdir()] == ["new"]
 
 
