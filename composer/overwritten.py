@@ -295,7 +295,7 @@ def added_product(into_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> Tensor:
 
 @cache
 def _onednn_linear() -> Any:
-    """The operation x, w, bias, ... -> x w^T + bias; None where this torch has it not, or with another meaning."""
+    """The operation x, w, bias, ... -> x w^T + bias; None where this torch lacks it or means something else."""
     try:
         operation = torch.ops.mkldnn._linear_pointwise
         x, w = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0], [5.0, 6.0]])

@@ -148,7 +148,7 @@ BROKEN = "\N{REPLACEMENT CHARACTER}"
 class Reading:
     """The arguments of one forward, and the token ids in it: of the text, and for an encoder-decoder of its answer.
 
-    `lengths` are how many tokens a layer is called with for each part, which never are the same for two. The first
+    `lengths` are how many tokens a layer is called with for each part, which differs from part to part. The first
     `num_prompt` tokens are the text.
     """
 

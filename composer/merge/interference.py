@@ -44,11 +44,10 @@ def interference(
     """
     places = [place for place, factors in enumerate(experts) if factors is not None]
     present = [_Expert(factors, weight) for factors, weight in zip(experts, weights, strict=True) if factors is not None]
-    if not present:
-        inner_EE = np.zeros((len(experts), len(experts)))
-    else:
-        inner_EE = _inner(present) if inner_EE is None else inner_EE
-        inner_EE = inner_EE if len(present) == len(experts) else among(inner_EE, places, len(experts))
+    if inner_EE is None:
+        inner_EE = _inner(present) if present else np.zeros((0, 0))
+    if len(present) < len(experts):
+        inner_EE = among(inner_EE, places, len(experts))
     norms_E = np.sqrt(np.maximum(inner_EE.diagonal(), 0.0))
     scale_EE = norms_E * norms_E[:, None]
     cosines_EE = np.divide(inner_EE, scale_EE, out=np.zeros_like(scale_EE), where=scale_EE > 0).clip(-1.0, 1.0)

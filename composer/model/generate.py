@@ -86,7 +86,10 @@ def generation_call(
     if "pad_token_id" not in arguments and getattr(own, "pad_token_id", None) is None:
         arguments["pad_token_id"] = pad
     if (stop := arguments.pop("stop_strings", None)) is not None:
-        arguments["stopping_criteria"] = _stopping_at(stop, tokenizer, arguments.get("stopping_criteria"))
+        from transformers import StoppingCriteriaList, StopStringCriteria
+
+        others = arguments.get("stopping_criteria") or ()
+        arguments["stopping_criteria"] = StoppingCriteriaList([*others, StopStringCriteria(tokenizer, stop)])
     if seeds is not None:
         _require_seedable(mode, seeds, len(texts), settings)
     start = 0 if has_two_sequences(model) else batch["input_ids"].shape[1]
@@ -133,12 +136,6 @@ def _require_seedable(mode: str, seeds: Sequence[int], num_texts: int, settings:
 
 def _words(mode: str) -> str:
     return mode.replace("_", " ") or "of an unknown kind"
-
-
-def _stopping_at(stop: str | Sequence[str], tokenizer: Any, others: Any) -> Any:
-    from transformers import StoppingCriteriaList, StopStringCriteria
-
-    return StoppingCriteriaList([*(others or ()), StopStringCriteria(tokenizer, stop)])
 
 
 def encode_texts(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> tuple[dict[str, Tensor], int]:

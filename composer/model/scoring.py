@@ -57,7 +57,8 @@ def losses(model: Any, tokenizer: Any, task: Task, pairs: Sequence[tuple[str, Ta
 
 def encode_pairs(model: Any, tokenizer: Any, task: Task, pairs: Sequence[tuple[str, Targets]]) -> list[EncodedRow]:
     """Token ids of each pair's prompt and (first) target."""
-    return encode(model, tokenizer, [task.prompt(text) for text, _ in pairs], [_list_targets(t)[0] for _, t in pairs])
+    targets = [accepted if isinstance(accepted, str) else accepted[0] for _, accepted in pairs]
+    return encode(model, tokenizer, [task.prompt(text) for text, _ in pairs], targets)
 
 
 @torch.no_grad()
@@ -142,7 +143,8 @@ def generate(
     `processors` change a step's scores before the best token is taken, as transformers' logits processors do.
     """
     inputs = pad_prompts(model, tokenizer, prompts)
-    ends = sorted({tokenizer.eos_token_id, *_line_breaks(tokenizer)} - {None})
+    line_break = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    ends = sorted({tokenizer.eos_token_id, *(line_break if len(line_break) == 1 else ())} - {None})
     with warnings.catch_warnings():
         # a checkpoint's own sampling settings (temperature, top_p) are warned about in every greedy call
         warnings.filterwarnings("ignore", message=".*(do_sample|generation flags).*")
@@ -228,15 +230,6 @@ def pad_prompts(model: Any, tokenizer: Any, prompts: Sequence[str]) -> dict[str,
     left, device = not model.config.is_encoder_decoder, next(model.parameters()).device
     ids, mask = (tensor.to(device) for tensor in pad_rows(tokenizer, tokenizer(list(prompts))["input_ids"], left=left))
     return with_positions(model, ids, mask) if left else {"input_ids": ids, "attention_mask": mask}
-
-
-def _line_breaks(tokenizer: Any) -> list[int]:
-    ids = tokenizer("\n", add_special_tokens=False)["input_ids"]
-    return ids if len(ids) == 1 else []
-
-
-def _list_targets(targets: Targets) -> list[str]:
-    return [targets] if isinstance(targets, str) else list(targets)
 
 
 def _chunks(items: Sequence[int], size: int) -> list[Sequence[int]]:

@@ -43,8 +43,18 @@ def bits(model: nn.Module) -> dict[str, tuple[int, int, bytes]]:
 
 
 @pytest.fixture
-def engine(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> Composer:
-    return Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
+def engine(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> Iterator[Composer]:
+    """A Composer whose model has every bit of the base at the end of each test, and nothing that is active."""
+    before = bits(tiny_llama)
+    made = Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
+    yield made
+    assert bits(tiny_llama) == before
+    assert not made.active
+
+
+def refused(engine: Composer, error: type[Exception], match: str, mixture: Any = None, **options: Any) -> None:
+    with pytest.raises(error, match=match), engine.fused({"a": 1.0} if mixture is None else mixture, **options):
+        pass
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -145,11 +155,8 @@ def test_the_fused_weight_is_the_exact_one_rounded_once(
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_exception_inside_gives_back_every_bit(error: type[BaseException], engine: Composer) -> None:
-    before = bits(engine.model)
     with pytest.raises(error), engine.fused(MIXTURE):
         raise error
-    assert bits(engine.model) == before
-    assert not engine.active
 
 
 @contextmanager
@@ -190,8 +197,9 @@ def test_an_interruption_at_any_line_gives_back_every_bit() -> None:
 
 
 def test_an_error_about_one_parameter_does_not_keep_the_others_from_coming_back(
-    engine: Composer, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    engine = Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
     before = bits(engine.model)
     original = overwritten.Overwritten.restore
     broken = f"{LAYER}.weight"
@@ -212,8 +220,7 @@ def test_an_adapter_that_is_not_finite_is_refused(tiny_llama: nn.Module) -> None
     sound = Factors(torch.ones(1, 16), torch.ones(16, 1))
     later = LAYER.replace("layers.0", "layers.1")
     engine = Composer(tiny_llama, [Adapter("a", "tiny", {LAYER: sound, later: Factors(sound.a_RI * torch.nan, sound.b_OR)})])
-    with pytest.raises(CompositionError, match=rf"{later}.*NaN|NaN.*{later}"), engine.fused({"a": 1.0}):
-        pass
+    refused(engine, CompositionError, rf"{later}.*NaN|NaN.*{later}")
     assert {name: p._version for name, p in tiny_llama.named_parameters()} == versions
 
 
@@ -303,27 +310,20 @@ def test_originals_on_disk_have_no_name_that_another_process_could_open(
     engine: Composer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    before = bits(engine.model)
     with engine.fused(MIXTURE, originals="disk"):
         assert not list(tmp_path.iterdir())
-    assert bits(engine.model) == before
 
 
 def test_a_full_disk_is_told_before_anything_is_written(engine: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    before = bits(engine.model)
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
-    with pytest.raises(CompositionError, match=r"TMPDIR.*originals='memory'"), engine.fused(MIXTURE, originals="disk"):
-        pass
-    assert bits(engine.model) == before
+    refused(engine, CompositionError, r"TMPDIR.*originals='memory'", MIXTURE, originals="disk")
 
 
 def test_another_place_for_originals_is_refused(engine: Composer) -> None:
-    with pytest.raises(CompositionError, match="originals='cloud' is neither"), engine.fused(MIXTURE, originals="cloud"):
-        pass
-    assert not engine.active
+    refused(engine, CompositionError, "originals='cloud' is neither", MIXTURE, originals="cloud")
 
 
 @pytest.mark.parametrize("place", ["memory", "disk"])
@@ -368,7 +368,6 @@ def test_a_switch_that_fails_half_way_leaves_the_base() -> None:
 
 
 def test_a_switch_does_not_write_over_what_others_have_changed(engine: Composer) -> None:
-    base = bits(engine.model)
     module = engine.model.get_submodule(LAYER)
     block = engine.fused(MIXTURE)
     now = block.__enter__()
@@ -379,20 +378,16 @@ def test_a_switch_does_not_write_over_what_others_have_changed(engine: Composer)
     assert torch.equal(module.weight, mine)
     with pytest.raises(CompositionError, match="are back"):
         block.__exit__(None, None, None)
-    assert bits(engine.model) == base
 
 
 def test_a_handle_outlives_its_block_without_effect(engine: Composer) -> None:
-    base = bits(engine.model)
     with engine.fused(MIXTURE) as now:
         pass
     with pytest.raises(CompositionError, match="has ended"):
         now.switch({"a": 1.0})
-    assert bits(engine.model) == base
 
 
 def test_switching_in_one_thread_and_leaving_in_another_ends_with_the_base(engine: Composer) -> None:
-    base = bits(engine.model)
     refused = threading.Event()
 
     def switch(now: Any) -> None:
@@ -408,7 +403,6 @@ def test_switching_in_one_thread_and_leaving_in_another_ends_with_the_base(engin
         thread.start()
     thread.join(timeout=20)
     assert refused.is_set()
-    assert bits(engine.model) == base
 
 
 def test_a_model_made_in_inference_mode_is_fused_and_restored() -> None:
@@ -448,7 +442,6 @@ def test_a_method_that_weighs_by_data_gets_the_statistics_of_its_experts(
         engine.fused({"b": 1.0}, method="by_data", statistics={"a": own}).__enter__()
     with pytest.raises(WeightingError, match=r"given for 'b' \(hash .*with an adapter of hash"):
         engine.fused({"b": 1.0}, method="by_data", statistics={"b": own}).__enter__()
-    assert not engine.active
 
 
 @torch.no_grad()
@@ -463,12 +456,9 @@ def change_weight(module: nn.Module, how: str) -> None:
 
 @pytest.mark.parametrize("change", ["value", "data", "object"])
 def test_a_change_by_others_is_told_and_taken_back(change: str, engine: Composer) -> None:
-    before = bits(engine.model)
     module = engine.model.get_submodule(LAYER)
     with pytest.raises(CompositionError, match=rf"{LAYER}\.weight"), engine.fused(MIXTURE):
         change_weight(module, change)
-    assert bits(engine.model) == before
-    assert not engine.active
 
 
 def test_a_change_by_others_does_not_hide_the_exception_in_flight(engine: Composer) -> None:
@@ -483,8 +473,10 @@ def test_a_change_by_others_does_not_hide_the_exception_in_flight(engine: Compos
 
 
 def test_a_model_that_changes_its_dtype_while_fused_comes_back_in_that_dtype(
-    engine: Composer, make_model: Callable[..., nn.Module]
+    make_adapters: Callable[..., list[Adapter]], make_model: Callable[..., nn.Module]
 ) -> None:
+    model = make_model("llama")
+    engine = Composer(model, make_adapters(model, "llama"))
     with engine.fused(MIXTURE):
         engine.model.to(torch.bfloat16)
     expected = make_model("llama").to(torch.bfloat16)
@@ -508,10 +500,7 @@ class _AnyRouter:
     ids=["rows", "tokens", "router"],
 )
 def test_weights_that_vary_with_the_input_are_refused(mixture: Any, engine: Composer) -> None:
-    before = bits(engine.model)
-    with pytest.raises(ScopeError, match=r"activate\(\) them instead"), engine.fused(mixture):
-        pass
-    assert bits(engine.model) == before
+    refused(engine, ScopeError, r"activate\(\) them instead", mixture)
 
 
 def test_tied_weights_are_refused_with_both_names(
@@ -520,8 +509,7 @@ def test_tied_weights_are_refused_with_both_names(
     model = make_model("llama", tie_word_embeddings=True)
     engine = Composer(model, [make_adapter(model, "a", targets=("q_proj", "lm_head"))])
     before = bits(model)
-    with pytest.raises(CompositionError, match=r"lm_head\.weight.*model\.embed_tokens\.weight"), engine.fused({"a": 1.0}):
-        pass
+    refused(engine, CompositionError, r"lm_head\.weight.*model\.embed_tokens\.weight")
     assert bits(model) == before
     ids = torch.tensor([[3, 4]])
     with torch.no_grad():
@@ -545,16 +533,14 @@ def test_tensors_side_by_side_in_one_memory_are_not_tied() -> None:
 
 def test_a_bias_without_a_place_is_refused(tiny_llama: nn.Module, make_adapter: Callable[..., Adapter]) -> None:
     engine = Composer(tiny_llama, [make_adapter(tiny_llama, "a", bias=True)])
-    with pytest.raises(CompositionError, match=r"q_proj.*has none; activate\(\)"), engine.fused({"a": 1.0}):
-        pass
+    refused(engine, CompositionError, r"q_proj.*has none; activate\(\)")
 
 
 def test_weights_without_values_are_refused(make_adapter: Callable[..., Adapter]) -> None:
     model = nn.Sequential(nn.Linear(4, 3))
     engine = Composer(model, [Adapter("a", "tiny", {"0": Factors(torch.ones(1, 4), torch.ones(3, 1))})])
     model.to("meta")
-    with pytest.raises(CompositionError, match="meta"), engine.fused({"a": 1.0}):
-        pass
+    refused(engine, CompositionError, "meta")
 
 
 def test_packed_weights_are_refused_but_mix_live() -> None:
@@ -573,23 +559,19 @@ def test_packed_weights_are_refused_but_mix_live() -> None:
     x = torch.ones(2, 5, 4)
     with engine.activate({"a": 0.5}):
         assert torch.equal(model(x), torch.full((2, 5, 3), 6.0))
-    with pytest.raises(CompositionError, match=r"uint8 \(6, 1\)"), engine.fused({"a": 1.0}):
-        pass
+    refused(engine, CompositionError, r"uint8 \(6, 1\)")
 
 
 def test_a_weight_computed_on_the_way_is_refused() -> None:
     model = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)))
     name = next(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
     engine = Composer(model, [Adapter("a", "tiny", {name: Factors(torch.ones(1, 4), torch.ones(3, 1))})])
-    with pytest.raises(CompositionError, match="computed on the way"), engine.fused({"a": 1.0}):
-        pass
+    refused(engine, CompositionError, "computed on the way")
 
 
 def test_an_unknown_method_or_option_is_named_with_the_nearest(engine: Composer) -> None:
-    with pytest.raises(UnknownName, match="did you mean 'linear'"), engine.fused(MIXTURE, method="linaer"):
-        pass
-    with pytest.raises(WeightingError, match=r"no option 'density'.*no options"), engine.fused(MIXTURE, density=0.5):
-        pass
+    refused(engine, UnknownName, "did you mean 'linear'", MIXTURE, method="linaer")
+    refused(engine, WeightingError, r"no option 'density'.*no options", MIXTURE, density=0.5)
 
 
 def test_a_factor_method_fuses_its_own_formula(tiny_llama: nn.Module, make_adapter: Callable[..., Adapter]) -> None:
@@ -602,14 +584,11 @@ def test_a_factor_method_fuses_its_own_formula(tiny_llama: nn.Module, make_adapt
 
 
 def test_a_method_that_refuses_names_layer_and_experts(engine: Composer) -> None:
-    before = bits(engine.model)
     with (
         pytest.raises(LayerMismatch, match=r"layer 'model.*'b', 'c'.*equal ranks"),
         engine.fused({"b": 1.0, "c": 1.0}, method="factor_sum"),
     ):
         pass
-    assert bits(engine.model) == before
-    assert not engine.active
 
 
 def test_a_composer_is_not_made_from_fused_weights(engine: Composer) -> None:

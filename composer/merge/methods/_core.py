@@ -83,7 +83,7 @@ def counted(s_R: Tensor, *, beside: float | None = None) -> int:
 def gram_svd(stack_NS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(t_SP, s_P, vh_PS) of a stack: its thin SVD is (stack t) diag(s) vh, s descending, null directions left out.
 
-    Only the smaller of its two Gram matrices is decomposed; the tall u = stack t is formed by who needs it.
+    Only the smaller of its two Gram matrices is decomposed; callers form the tall u = stack t where they need it.
     """
     num_rows, num_columns = stack_NS.shape
     if num_rows >= num_columns:

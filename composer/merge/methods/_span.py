@@ -16,6 +16,7 @@ from torch import Tensor
 from loraweave.composer.merge.methods._terms import Experts, Weights
 from loraweave.errors import WeightingError
 from loraweave.lowrank import algebra
+from loraweave.lowrank.truncation import summed_by_owner
 from loraweave.types import Factors
 
 
@@ -24,10 +25,7 @@ def gram(updates: Sequence[Factors]) -> Tensor:
     a_SI = torch.cat([factors.a_RI for factors in updates]).double()
     b_OS = torch.cat([factors.b_OR for factors in updates], dim=1).double()
     product_SS = (a_SI @ a_SI.T) * (b_OS.T @ b_OS)
-    ranks = torch.tensor([factors.rank for factors in updates])
-    owner_S = torch.repeat_interleave(torch.arange(len(updates)), ranks)
-    rows_ES = product_SS.new_zeros(len(updates), len(owner_S)).index_add_(0, owner_S, product_SS)
-    inner_EE = rows_ES.new_zeros(len(updates), len(updates)).index_add_(1, owner_S, rows_ES)
+    inner_EE = torch.from_numpy(summed_by_owner(product_SS.detach().numpy(), [factors.rank for factors in updates]))
     return (inner_EE + inner_EE.T) / 2
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from loraweave.composer.merge.methods._span import combination, counted, mean_weights
+from loraweave.composer.merge.methods._span import mean_weights
 from loraweave.composer.merge.methods._terms import Experts, Weights
+from loraweave.composer.merge.methods.linear import linear
 from loraweave.registry import traits
 from loraweave.types import Factors
 
@@ -17,5 +18,4 @@ def average(experts: Experts, weights: Weights) -> Factors:
     biases enter as the update does; a single expert of any kind comes back as it is. Raises WeightingError for weights that
     sum to zero. `factor_average` averages a and b apart, which is not this.
     """
-    updates, values = counted(experts, mean_weights(weights))
-    return combination(updates, values)
+    return linear(experts, mean_weights(weights))

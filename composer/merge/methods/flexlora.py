@@ -6,11 +6,10 @@ from dataclasses import replace
 
 import torch
 
-from loraweave.composer.merge.methods._span import combination, counted, shares
+from loraweave.composer.merge.methods._span import shares
 from loraweave.composer.merge.methods._terms import Experts, Weights
+from loraweave.composer.merge.methods.svd import svd
 from loraweave.composer.merge.updates import TruncatedUpdate
-from loraweave.lowrank import algebra
-from loraweave.lowrank.truncation import compress_sum
 from loraweave.registry import traits
 from loraweave.types import Factors
 
@@ -24,15 +23,9 @@ def flexlora(experts: Experts, weights: Weights, *, rank: int | None = None) -> 
     rank r: `flexlora_clients` gives each client its own from one decomposition. From the factors alone, in float64. An
     expert without the layer is a zero update. Gains and biases take the mean.
     """
-    updates, values = counted(experts, shares(weights))
-    total = sum(update.rank for update in updates)
-    limit = max(max(update.rank for update in updates) if rank is None else rank, 1)
-    if len(updates) == 1 and not updates[0].bound:
-        cut, error = algebra.compress(combination(updates, values), limit)
-        return TruncatedUpdate(cut, total, error)
-    algebra.require_alike(updates)
-    cut, error, _ = compress_sum(updates, values, limit)
-    return TruncatedUpdate(_right_orthonormal(cut), total, error)
+    found = svd(experts, shares(weights), rank=rank)
+    # one client of an update that needs the base layer keeps the factors of the cut
+    return replace(found, factors=_right_orthonormal(found.factors)) if found.factors.bound else found
 
 
 def _right_orthonormal(factors: Factors) -> Factors:

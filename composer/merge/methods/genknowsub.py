@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from loraweave.composer.merge.methods._span import combination, counted
 from loraweave.composer.merge.methods._terms import Experts, Weights
+from loraweave.composer.merge.methods.linear import linear
 from loraweave.types import Factors
 
 
@@ -17,5 +17,4 @@ def genknowsub(experts: Experts, weights: Weights) -> Factors:
     b apart, which is no subtraction of updates.
     """
     general = sum(-float(weight) for weight in weights if weight < 0.0)
-    updates, values = counted(experts, [w / general if w < 0.0 else w for w in weights])
-    return combination(updates, values)
+    return linear(experts, [w / general if w < 0.0 else w for w in weights])

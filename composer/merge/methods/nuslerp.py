@@ -8,8 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from loraweave.composer.merge.methods._span import combination, gram, interpolation, pair
+from loraweave.composer.merge.methods._span import combination, interpolation, pair
 from loraweave.composer.merge.methods._terms import Experts, Weights, terms
+from loraweave.composer.merge.methods.slerp import slerp
 from loraweave.lowrank import algebra
 from loraweave.registry import traits
 from loraweave.types import Factors
@@ -31,12 +32,12 @@ def nuslerp(experts: Experts, weights: Weights, *, row_wise: bool = False) -> Fa
     nuslerp_flatten=false, and nuslerp_row_wise takes its columns. Unlike `slerp`, it rotates nearly parallel updates too.
     Biases take the coefficients of the updates (of their row). Raises WeightingError for three experts or more.
     """
+    if not row_wise:
+        return slerp(experts, weights, collinear=MAX_COSINE)
     found = terms(experts, pair(weights))
     updates, parts = [term.factors for term in found], [term.weight for term in found]
     if len(updates) == 1:
         return combination(updates, parts)
-    if not row_wise:
-        return combination(updates, [float(c) for c in interpolation(gram(updates), parts, max_cosine=MAX_COSINE)])
     rows_EO = interpolation(_row_gram(updates), parts, max_cosine=MAX_COSINE)
     return algebra.add([_with_rows(update, row_O) for update, row_O in zip(updates, rows_EO, strict=True)])
 

@@ -106,7 +106,7 @@ def test_names_and_tokens_are_text_and_nothing_else(tmp_path: Path) -> None:
     assert pages[0].data["experts"] == list(hostile.experts)
     assert pages[0].data["tokens"] == list(hostile.tokens)
     assert pages[0].data["layers"] == list(hostile.layers)
-    # the text is there for who has no script, too
+    # readers without scripts get the text too
     shown = [text for text in pages[0].texts["bdi"] if text]
     assert shown == [token.replace("\n", "↵") for token in hostile.tokens]
 
