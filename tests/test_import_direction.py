@@ -7,6 +7,7 @@ import graphlib
 import re
 import sys
 import tomllib
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -33,6 +34,11 @@ def sources():
     return {name.removesuffix(".__init__"): path for name, path in found.items()}
 
 
+@cache
+def parsed(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def only_for_types(node):
     return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 
@@ -51,8 +57,7 @@ def statements(tree, *, at_run_time, inside_functions):
 def imported(path, modules=(), *, at_run_time=False, inside_functions=True):
     """The dotted names of the modules that a file imports; `from a import b` is a.b where that is a module of ours."""
     found = set()
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in statements(tree, at_run_time=at_run_time, inside_functions=inside_functions):
+    for node in statements(parsed(path), at_run_time=at_run_time, inside_functions=inside_functions):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif node.level == 0:
@@ -88,8 +93,7 @@ def test_imports_are_absolute_and_never_load_a_room_as_a_top_level_package():
     others = [path for folder in ("tests", "examples", "benchmarks", "scripts") for path in (ROOT / folder).rglob("*.py")]
     wrong = []
     for path in (*MODULES.values(), *others):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        relative = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+        relative = [node.lineno for node in ast.walk(parsed(path)) if isinstance(node, ast.ImportFrom) and node.level]
         bare = {name.split(".")[0] for name in imported(path)} & set(ROOMS)
         if relative or bare:
             wrong.append((path, relative, bare))
@@ -108,7 +112,7 @@ def test_a_floor_asks_only_the_registries_of_itself_and_of_what_is_below_it():
         floor = module.split(".")[1] if "." in module else ""
         if floor not in ROOMS:
             continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("registry.get", "registry.names") and node.args:
                 folder = getattr(node.args[0], "value", None)
                 floors = {package.split(".")[1] for package in FOLDERS.get(folder, ())}

@@ -68,11 +68,11 @@ def test_data_without_a_licence_are_not_in_the_repository(adapters):
     assert all("written for this card" in adapters[name].card["note"] for name in without)
 
 
-@pytest.mark.parametrize("name", ["past_tense", "passive"])
-def test_the_score_in_a_card_is_measured_again(name, adapters, base):
+@pytest.mark.parametrize(("name", "count"), [("past_tense", None), ("passive", 40)])
+def test_the_score_in_a_card_is_measured_again(name, count, adapters, base):
     model, tokenizer = base
     rows = read_rows(EXAMPLES / "data" / "pool" / f"{name}.jsonl")
-    test = [(row["input"], row["target"]) for row in rows if row["split"] == "test"]
+    test = [(row["input"], row["target"]) for row in rows if row["split"] == "test"][:count]
     task = lw.Task([], instruction=rows[0]["definition"])
     with lw.Composer(model, [adapters[name]]).activate({name: 1.0}):
         score = evaluate(model, tokenizer, task, test)
@@ -90,7 +90,7 @@ def test_a_mixture_agrees_with_peft_in_every_way_of_carrying_it_out():
 
 def test_two_sentence_skills_add_up_to_one_that_neither_has(adapters, base):
     model, tokenizer = base
-    unseen = load_task(EXAMPLES / "data", "negated_passive", 0, 20)
+    unseen = load_task(EXAMPLES / "data", "negated_passive", 0, 12)
     engine = lw.Composer(model, [adapters["passive"], adapters["negation"]])
     scores = {}
     mixtures = {"passive": {"passive": 1.0}, "negation": {"negation": 1.0}, "both": {"passive": 0.7, "negation": 0.7}}
@@ -127,7 +127,7 @@ def test_the_retriever_puts_related_adapters_first_for_an_unseen_task(tmp_path):
 
 
 def test_the_demo_answers_better_than_the_base_model(tmp_path):
-    command = [sys.executable, "-m", "loraweave", "demo", "--num-test", "20", "--json"]
+    command = [sys.executable, "-m", "loraweave", "demo", "--num-test", "10", "--k", "8", "--budget", "20", "--json"]
     finished = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=1200, check=False)
     assert finished.returncode == 0, finished.stderr[-2000:]
     figures = json.loads(finished.stdout)
