@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -124,19 +124,23 @@ class ExpertModel(ExpertLearner):
 
     def terms_of(self, step: Step) -> dict[str, Tensor]:
         """The recipe's losses in a pass, by name."""
-        return {**self.recipe.losses(step), **self.recipe.factor_losses(self._factors())}
+        factors = {name: layer.a_SI for name, layer in self.named_layers().items() if hasattr(layer, "a_SI")}
+        return {**self.recipe.losses(step), **self.recipe.factor_losses(factors)}
 
     def generate(self, *args: Any, task: Any = None, **kwargs: Any) -> Any:
         """The base's generate; what a gate decides by the prompt holds for the answer."""
         if self.recipe.branches:
             raise ScopeError(f"recipe {self.recipe.name!r} has branches for tasks, and generates no tokens: call the model")
         self._require_open()
+        tensors = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
         names = ("inputs", "input_ids", "inputs_embeds", getattr(self.base_model, "main_input_name", "input_ids"))
-        given = args[0] if args else next((kwargs[name] for name in names if kwargs.get(name) is not None), None)
-        mask_BT = kwargs.get("attention_mask")
+        given: Any = args[0] if args else next((tensors[name] for name in names if name in tensors), None)
+        mask_BT = tensors.get("attention_mask")
+        is_text = given is not None and given.ndim == 2 and not given.is_floating_point()
+        prompts = prompted(given, torch.ones_like(given) if mask_BT is None else mask_BT) if is_text else nullcontext()
         running = Running(self, self.task_ids(task), generates=True)
-        with holding(RUNNING, running), self._prompts(given, mask_BT):
-            running.begin_generation(self.base_model, given, kwargs.get("inputs_embeds"), mask_BT)
+        with holding(RUNNING, running), prompts:
+            running.begin_generation(self.base_model, given, tensors.get("inputs_embeds"), mask_BT)
             self.show_gates(running.call)
             return self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
 
@@ -387,20 +391,10 @@ class ExpertModel(ExpertLearner):
             return None
         return self.gates[key]  # type: ignore[return-value]
 
-    def _factors(self) -> dict[str, Tensor]:
-        """a_SI of each site that has them."""
-        return {name: layer.a_SI for name, layer in self.named_layers().items() if hasattr(layer, "a_SI")}
-
     def task_ids(self, task: Any) -> Tensor | None:
         """task_B of names or ids, one for each row, or one for all. Raises UnknownName for an unknown one."""
         places = places_of(self.recipe, task)
         return None if places is None else torch.tensor(places, device=self.device)
-
-    @staticmethod
-    def _prompts(ids_BT: Any, mask_BT: Any) -> AbstractContextManager[None]:
-        if not isinstance(ids_BT, Tensor) or ids_BT.ndim != 2 or ids_BT.is_floating_point():
-            return nullcontext()
-        return prompted(ids_BT, mask_BT if isinstance(mask_BT, Tensor) else torch.ones_like(ids_BT))
 
 
 def _share_of_step(kwargs: Mapping[str, Any]) -> Any:

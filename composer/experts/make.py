@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import loraweave.registry as registry
 from loraweave.common.checks import is_whole
@@ -29,7 +29,7 @@ from loraweave.hub.hub import Hub
 from loraweave.hub.pool import ExpertPool
 from loraweave.routers.recipes._cluster_gates import ClusterReader
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe
-from loraweave.types import Candidate, Factors
+from loraweave.types import Candidate
 
 
 def experts(
@@ -102,7 +102,11 @@ def start_from(
     recipe = make_recipe(name, {**options, **_following(name, members, options), "target_modules": members.layer_names})
     members = members if "num_experts" in recipe.options else _by_task(recipe, members)
     shapes = {site: _shape(recipe, site, own, members) for site, own in shapes_of(base_model, recipe).items()}
-    starts = {site: [_start(recipe, adapter.layers.get(site)) for adapter in members.adapters.values()] for site in shapes}
+    # what the recipe's scale makes the adapter's update of
+    starts: dict[str, list[Start | None]] = {site: [] for site in shapes}
+    for site, of_site in starts.items():
+        for factors in (adapter.layers.get(site) for adapter in members.adapters.values()):
+            of_site.append(None if factors is None else (factors.a_RI.clone(), factors.b_OR.T / recipe.scale))
     return ExpertModel(base_model, recipe, tokenizer=tokenizer, shapes=shapes, starts=starts, names=members.names)
 
 
@@ -194,11 +198,6 @@ def _shape(recipe: Recipe, site: str, own: ExpertShape, pool: ExpertPool) -> Exp
     return ExpertShape(ranks + own.ranks[len(pool) :])
 
 
-def _start(recipe: Recipe, factors: Factors | None) -> tuple[Tensor, Tensor] | None:
-    """What the recipe's scale makes the adapter's update of."""
-    return None if factors is None else (factors.a_RI.clone(), factors.b_OR.T / recipe.scale)
-
-
 FACTORS = ("a_SI", "b_SO")
 
 
@@ -279,7 +278,10 @@ def _take_over(model: ExpertModel, made: ExpertModel) -> None:
                 raise WeightingError(
                     f"expert {gone[0]!r} at {layer.site.name!r}, and what it learned, would have no place: make a new model"
                 )
-            layer.reset([_either(new, own.get(role)) for role, new in zip(roles, layer.starts(), strict=True)])
+            # an expert that has another rank now begins untrained
+            starts = dict(zip(roles, layer.starts(), strict=True))
+            starts |= {role: start for role, start in own.items() if len(start[0]) == len(starts[role][0])}
+            layer.reset(list(starts.values()))
     for name, value in made.expert_state().items():
         if name in by_expert or name not in known:
             continue
@@ -289,11 +291,6 @@ def _take_over(model: ExpertModel, made: ExpertModel) -> None:
                 f"{name!r} is {old_sizes} and would be {sizes}, with no place for all that was learned: make a new model"
             )
         value[tuple(slice(0, size) for size in old_sizes)] = known[name]
-
-
-def _either(new: Start, old: Start | None) -> Start:
-    """What an expert was, unless it has another rank now."""
-    return new if old is None or len(old[0]) != len(new[0]) else old
 
 
 def fit_clusters(model: ExpertModel, texts: Sequence[str], *, seed: int = 0) -> ExpertModel:

@@ -95,11 +95,12 @@ class Running:
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A call of the base with these arguments begins. Raises ScopeError for no rows, and for tasks of others."""
-        found = arguments_of(model, args, kwargs)
+        arguments = arguments_of(model, args, kwargs)
+        found = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
         ids_BT, given = found.get("input_ids"), found.get("inputs_embeds")
         main = ids_BT if given is None else given
         if main is None:
-            main = next((value for value in found.values() if isinstance(value, Tensor)), None)
+            main = next(iter(found.values()), None)
         num_rows = _num_rows(main)
         real_BT = _real_tokens(main, found.get("attention_mask"))
         if real_BT is None and self.begun_BT is not None and num_rows and main is not None:
@@ -112,11 +113,11 @@ class Running:
             mask_BT = torch.ones(num_rows, 1) if main is None or main.ndim < 2 else torch.ones(main.shape[:2])
             step = Step(mask_BT.to(main.device) if real_BT is None and main is not None else real_BT, labels_B)  # type: ignore[arg-type]
             step.decoder_BT = _decoder_tokens(found) if two_sequences else None
-        past = found.get("past_key_values")
+        past = arguments.get("past_key_values")
         follows = past is not None and past.get_seq_length() > 0
         # those of an encoder and a decoder are the decoder's
         labels = None if two_sequences else found.get("labels")
-        if "logits_to_keep" in found:
+        if "logits_to_keep" in arguments:
             labels = _of_last_tokens(main, labels)
         prompt_BT = None if main is None else _prompt_tokens(main, real_BT, labels)
         embed = None if ids_BT is None and given is None else partial(_embedded, model, ids_BT, given)
@@ -126,11 +127,13 @@ class Running:
         if step is not None and step.decoder_BT is not None:
             self.call.real_BT, self.call.decoder_BT = step.mask_BT.bool(), step.decoder_BT
 
-    def begin_generation(self, model: nn.Module, given: Any, embeds_BTI: Tensor | None, mask: Any) -> None:
+    def begin_generation(
+        self, model: nn.Module, given: Tensor | None, embeds_BTI: Tensor | None, mask: Tensor | None
+    ) -> None:
         """A generation begins, from the prompts that are known or what else is `given`: an encoder runs outside the calls of
         the base. Raises ScopeError for no rows, and for tasks of others."""
         known = current_prompts()
-        if known is None and not isinstance(given, Tensor):
+        if known is None and given is None:
             return
         ids_BT, main = (None, given) if known is None else (known.ids_BT, known.ids_BT)
         real_BT = _real_tokens(main, mask) if known is None else known.mask_BT.bool()
@@ -164,21 +167,21 @@ def _num_rows(main: Tensor | None) -> int:
     return len(main)
 
 
-def _real_tokens(main: Tensor | None, mask: Any) -> Tensor | None:
+def _real_tokens(main: Tensor | None, mask: Tensor | None) -> Tensor | None:
     """real_BT of the call's own tokens; None where no mask of that form was given."""
-    if main is None or main.ndim < 2 or not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < main.shape[1]:
+    if main is None or main.ndim < 2 or mask is None or mask.ndim != 2 or mask.shape[1] < main.shape[1]:
         return None
     return mask[:, -main.shape[1] :].bool()
 
 
-def _decoder_tokens(found: Mapping[str, Any]) -> Tensor | None:
+def _decoder_tokens(found: Mapping[str, Tensor]) -> Tensor | None:
     """decoder_BT, the real tokens of a decoder, as labels or else its own arguments say; None where neither does."""
     labels, mask, ids = (found.get(name) for name in ("labels", "decoder_attention_mask", "decoder_input_ids"))
-    if isinstance(labels, Tensor) and labels.ndim == 2:
+    if labels is not None and labels.ndim == 2:
         return labels != IGNORED
-    if isinstance(mask, Tensor):
+    if mask is not None:
         return mask.bool()
-    return torch.ones_like(ids, dtype=torch.bool) if isinstance(ids, Tensor) else None
+    return None if ids is None else torch.ones_like(ids, dtype=torch.bool)
 
 
 def _of_beams(real_BT: Tensor, main: Tensor) -> Tensor | None:
@@ -189,9 +192,9 @@ def _of_beams(real_BT: Tensor, main: Tensor) -> Tensor | None:
     return real_BT.to(main.device).repeat_interleave(copies, dim=0)
 
 
-def _of_last_tokens(main: Tensor | None, labels: Any) -> Any:
+def _of_last_tokens(main: Tensor | None, labels: Tensor | None) -> Tensor | None:
     """Labels of the last tokens alone, whose logits are kept, as those of all."""
-    if main is None or not isinstance(labels, Tensor) or labels.ndim != 2 or labels.shape[1] >= main.shape[1]:
+    if main is None or labels is None or labels.ndim != 2 or labels.shape[1] >= main.shape[1]:
         return labels
     return functional.pad(labels, (main.shape[1] - labels.shape[1], 0), value=IGNORED)
 
@@ -215,7 +218,7 @@ def input_embeddings(model: nn.Module) -> Any:
     return found if isinstance(found, nn.Embedding) else None
 
 
-def _prompt_tokens(main: Tensor, real_BT: Tensor | None, labels: Any) -> Tensor | None:
+def _prompt_tokens(main: Tensor, real_BT: Tensor | None, labels: Tensor | None) -> Tensor | None:
     """prompt_BT of the call's tokens: those that `prompted` says, or that stand before the first label; None for all."""
     known = current_prompts()
     if known is not None:
@@ -224,7 +227,7 @@ def _prompt_tokens(main: Tensor, real_BT: Tensor | None, labels: Any) -> Tensor 
         if beyond or known.mask_BT.shape[1] != main.shape[1]:
             return real_BT
         return known.mask_BT.to(main.device).bool().repeat_interleave(copies, dim=0)
-    if isinstance(labels, Tensor) and labels.shape == main.shape[:2]:
+    if labels is not None and labels.shape == main.shape[:2]:
         before_BT = (labels != IGNORED).cumsum(dim=1) == 0
         return before_BT if real_BT is None else before_BT & real_BT
     return real_BT

@@ -259,7 +259,10 @@ class ExpertJob(TrainingJob):
             name: self._own.cut(value, mask=name == "attention_mask") if isinstance(value, Tensor) else value
             for name, value in inputs.items()
         }
-        self._running = Running(self.model, self._task_ids(), notes=learns)
+        # of the rows, or of all where the job has one task; None where no row has any
+        tasks = [getattr(row, "expert", -1) for row in self._rows]
+        task_B = self.model.task_ids(tasks if any(task >= 0 for task in tasks) else self.task)
+        self._running = Running(self.model, task_B, notes=learns)
         with unprompted():
             self._running.begin(base, (), own)
             if prompt_BT is not None:
@@ -285,11 +288,6 @@ class ExpertJob(TrainingJob):
         step = self._running.call.step
         terms = {} if step is None else self.model.terms_of(step)
         return torch.stack(list(terms.values())).sum() if terms else None
-
-    def _task_ids(self) -> Tensor | None:
-        """task_B of the rows; one for all of them where the job has one, None where no row has any."""
-        tasks = [row.expert for row in self._rows if isinstance(row, TrainingRow)]
-        return self.model.task_ids(tasks if any(task >= 0 for task in tasks) else self.task)
 
     def _tell_decoder_tokens(self) -> None:
         """A batch of an encoder-decoder has no labels to tell them by, but the rows have."""

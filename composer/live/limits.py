@@ -56,14 +56,16 @@ class LiveLimits:
 
         A router for all rows computes its weights from the layer's own input, whatever the order of that is.
         """
+        rows = list(weights.routers) if isinstance(weights, ByRow) else [weights]
         for name, why in self._never_called.items():
-            for expert in _users(name, weights, adapters):
+            for expert in _users(name, rows, adapters):
                 raise LayerMismatch(
                     f"expert {expert!r} updates layer {name!r}, {why}: use fused(), which changes the weight"
                 )
-        varies = _varies(weights)
+        # a row or token is told from its place on an axis
+        varies = "row" if len(rows) > 1 else _VARIES.get(getattr(weights, "scope", ""), "")
         for name, why in self._out_of_order.items() if varies else ():
-            for expert in _users(name, weights, adapters):
+            for expert in _users(name, rows, adapters):
                 raise ScopeError(
                     f"the weights vary by {varies}, but layer {name!r}, which "
                     f"expert {expert!r} updates, {why}: give one mixture for all rows, or name the other layers in "
@@ -71,28 +73,18 @@ class LiveLimits:
                 )
 
 
-def _varies(weights: MixtureWeights | Router) -> str:
-    """By what the weights vary that is told from the place on an axis; empty where by nothing."""
-    if isinstance(weights, ByRow):
-        return "row" if weights.num_rows > 1 else ""
-    if not isinstance(weights, MixtureWeights) or weights.scope == "task":
-        return ""
-    return "row" if weights.scope == "instance" else "token"
+# by a mixture's scope
+_VARIES = {"instance": "row", "token": "token"}
 
 
-def _users(layer: str, weights: MixtureWeights | Router, adapters: Mapping[str, Adapter]) -> Iterable[str]:
-    """The experts that update the layer and may have a weight there that is not zero."""
-    return (name for name in _experts_used(layer, weights, adapters) if layer in adapters[name].layers)
-
-
-def _experts_used(layer: str, weights: MixtureWeights | Router, adapters: Mapping[str, Adapter]) -> Iterable[str]:
-    if isinstance(weights, ByRow):
-        rows = [_experts_used(layer, row, adapters) for row in weights.routers if row is not None]
-        return {name for names in rows for name in names}
-    if isinstance(weights, MixtureWeights):
-        used_E = (weights.for_layer(layer) != 0).flatten(0, 1).any(dim=0).tolist()
-        return [name for name, used in zip(weights.experts, used_E, strict=True) if used]
-    return adapters
+def _users(layer: str, rows: Iterable[Router | None], adapters: Mapping[str, Adapter]) -> Iterable[str]:
+    """The experts that update the layer and may have a weight there that is not zero: a router may use all of them."""
+    for row in rows:
+        names: Iterable[str] = () if row is None else adapters
+        if isinstance(row, MixtureWeights):
+            used_E = (row.for_layer(layer) != 0).flatten(0, 1).any(dim=0).tolist()
+            names = [name for name, used in zip(row.experts, used_E, strict=True) if used]
+        yield from (name for name in names if layer in adapters[name].layers)
 
 
 def _token_embeddings(model: nn.Module) -> set[int] | None:

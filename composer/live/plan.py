@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 
 from loraweave.composer.live.call_router import CallRouter
-from loraweave.composer.live.kernels._parts import Adder, Kernel
-from loraweave.composer.live.kernels._some_rows import SomeRows
+from loraweave.composer.live.kernels._parts import Adder
 from loraweave.composer.live.limits import can_be_batch, is_beside, require_batch_first, require_own_rows
 from loraweave.composer.live.recording import Note, Usage
 from loraweave.composer.live.residents import Lease
@@ -144,9 +143,10 @@ class Plan:
         x_BTI = _by_token(by_row(x_BTI), self._weights.num_tokens, x.ndim)
         mixture = self._weights.mixture(layer, x_BTI, y.device, dtype, lease)
         kernel, affine = mixture.kernel, mixture.affine
-        note = Note(y.shape, _kernel_class(kernel))
+        # for some rows of a batch, a kernel is within another
+        note = Note(y.shape, None if kernel is None else type(getattr(kernel, "kernel", kernel)))
         self._tell(usage, layer.name, note, mixture.w_BTE)
-        if kernel is not None and affine is None and x.ndim == 3 and layer.fresh and isinstance(self._weights, RowWeights):
+        if kernel is not None and affine is None and x.ndim == 3 and layer.fresh and mixture.w_BTE is None:
             add = kernel.adder(dtype, x.shape)
             by_shape = self._remembered.setdefault(layer.name, {})
             if len(by_shape) >= NUM_KEPT_SHAPES:
@@ -190,10 +190,6 @@ def _sum(mixture: LayerMixture, layer: TargetLayer, x_BTI: Tensor, y_BTO: Tensor
         return kernel.plus(x_BTI, y_BTO)
     # into the update's own memory, which nothing else refers to, rather than a third tensor of this size
     return kernel.update(x_BTI).to(y_BTO.dtype).add_(y_BTO)
-
-
-def _kernel_class(kernel: Kernel | None) -> type | None:
-    return type(kernel.kernel if isinstance(kernel, SomeRows) else kernel) if kernel is not None else None
 
 
 def _in_place(x: Tensor, y: Tensor, dtype: torch.dtype, device: torch.device) -> bool:

@@ -124,6 +124,14 @@ def group_by_mixture(x_BTI: Tensor, num_mixtures: int) -> Tensor:
     return x_BTI.reshape(num_mixtures, x_BTI.shape[0] * x_BTI.shape[1] // num_mixtures, x_BTI.shape[2])
 
 
+def add_at(kernel: Kernel, place: slice | Tensor, x_MNI: Tensor, y_MNO: Tensor) -> None:
+    """Adds the kernel's updates to the rows at a place, in their own memory."""
+    if isinstance(place, slice):
+        kernel.add_(x_MNI[place], y_MNO[place])
+    else:
+        y_MNO.index_add_(0, place, kernel.update(x_MNI[place]).to(y_MNO.dtype))
+
+
 def repeat_rows(w_BTE: Tensor, num_rows: int) -> Tensor:
     """Weights with each row repeated k times, for k times as many rows; a size of 1 stays, and broadcasts."""
     if w_BTE.shape[0] in (1, num_rows):

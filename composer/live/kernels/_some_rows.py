@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraweave.composer.live.kernels._parts import AddsInPlace, Kernel, group_by_mixture
+from loraweave.composer.live.kernels._parts import AddsInPlace, Kernel, add_at, group_by_mixture
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +35,4 @@ class SomeRows(AddsInPlace):
     def add_(self, x_BTI: Tensor, y_BTO: Tensor) -> None:
         x_MNI = group_by_mixture(x_BTI, self.num_rows)
         y_MNO = y_BTO.view(*x_MNI.shape[:2], y_BTO.shape[2])
-        if isinstance(self.place, slice):
-            self.kernel.add_(x_MNI[self.place], y_MNO[self.place])
-        else:
-            update_MNO = self.kernel.update(x_MNI[self.place])
-            y_MNO.index_add_(0, self.place, update_MNO.to(y_BTO.dtype))
+        add_at(self.kernel, self.place, x_MNI, y_MNO)

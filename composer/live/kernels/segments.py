@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from loraweave.composer.live.kernels._cost import Cost, Workload
-from loraweave.composer.live.kernels._parts import Lend, Part, RowKernel, RowSets, group_by_mixture, group_rows, place_of
+from loraweave.composer.live.kernels._parts import (
+    Lend,
+    Part,
+    RowKernel,
+    RowSets,
+    add_at,
+    group_by_mixture,
+    group_rows,
+    place_of,
+)
 from loraweave.composer.live.kernels.shared import Shared
 
 
@@ -57,7 +66,4 @@ class Segments(RowKernel):
         x_MNI = group_by_mixture(x_BTI, self.num_rows)
         y_MNO = y_BTO.view(*x_MNI.shape[:2], self.num_outputs)
         for place, mixture in self.mixtures:
-            if isinstance(place, slice):
-                mixture.add_(x_MNI[place], y_MNO[place])
-            else:
-                y_MNO.index_add_(0, place, mixture.update(x_MNI[place]))
+            add_at(mixture, place, x_MNI, y_MNO)
