@@ -1,9 +1,9 @@
-"""A search in two steps: the index brings the nearest adapters, keys score them, and a fusion makes one score of theirs."""
+"""What a key is, and the texts and adapters of a hub that keys look at."""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -13,54 +13,12 @@ from loraweave.common.options import Declared
 from loraweave.errors import HubError, LoraweaveError, RetrievalError
 from loraweave.hub.embedders._embedder import unit
 from loraweave.hub.hub import Hub
-from loraweave.hub.indexes._vectors import SCORE_DECIMALS
-from loraweave.hub.search.search import MAX_SAMPLE_INPUTS, Hit, SearchIndex
-from loraweave.retrieval.fusion import Fusion
-from loraweave.retrieval.request import Query, Request
+from loraweave.hub.search.search import MAX_SAMPLE_INPUTS, SearchIndex
+from loraweave.retrieval.request import Query
 from loraweave.types import Record
 
 if TYPE_CHECKING:
     from loraweave.hub.adapter import Adapter
-
-
-class KeyedSearch:
-    """Scores a hub's adapters by keys. `shortlist`: how many the index brings; a hub of fewer adapters is scored whole."""
-
-    def __init__(self, hub: Hub, index: SearchIndex, shortlist: int) -> None:
-        if isinstance(shortlist, bool) or operator.index(shortlist) < 1:
-            raise RetrievalError(f"shortlist is {shortlist!r}; it must be an int of 1 or more")
-        self.hub = hub
-        self.shortlist = shortlist
-        self._index = index
-        self.space = KeySpace(hub, index)
-
-    def near(self, query_D: np.ndarray, request: Request) -> list[Hit]:
-        """The shortlist of the index that passes the filters."""
-        return self._index.hits(query_D[None], self.shortlist, request.filters)[0]
-
-    def parts(self, query: Query, records: Sequence[Record], keys: Mapping[str, Key]) -> dict[str, np.ndarray]:
-        """Each key's scores_N of the records."""
-        return {name: key.scores(query, records, self.space) for name, key in keys.items()}
-
-    def ranked(
-        self, query: Query, hits: Sequence[Hit], keys: Mapping[str, Key], fusion: Fusion
-    ) -> tuple[list[Hit], dict[str, str]]:
-        """The hits by descending fused score, ties in their order, and by name what the keys said of each.
-
-        Adapters that no key has an opinion on are left out.
-        """
-        if not hits:
-            return [], {}
-        parts = self.parts(query, [hit.record for hit in hits], keys)
-        fused_N = np.round(fusion.fuse(parts), SCORE_DECIMALS)
-        # stable: equal scores keep the order they came in
-        order = [int(n) for n in np.argsort(-fused_N, kind="stable") if not np.isnan(fused_N[n])]
-        opinions = {hits[n].record.name: _opinion({name: float(part_N[n]) for name, part_N in parts.items()}) for n in order}
-        return [Hit(hits[n].record, float(fused_N[n]), hits[n].key_D) for n in order], opinions
-
-
-def _opinion(scores: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {score:.2f}" for name, score in scores.items() if not np.isnan(score))
 
 
 def key_name(key: Key) -> str:
@@ -100,7 +58,8 @@ class KeySpace:
         self.hub = hub
         self._index = index
         self._embed = lru_cache(maxsize=_NUM_TEXTS_CACHED)(index.embed)
-        self._adapter = lru_cache(maxsize=_NUM_ADAPTERS_CACHED)(self._read)
+        # by name and content hash
+        self._adapter = lru_cache(maxsize=_NUM_ADAPTERS_CACHED)(lambda name, content_hash: hub[name])
         self._made_once: dict[tuple[str, str], tuple[Record, np.ndarray]] = {}
 
     @property
@@ -157,29 +116,16 @@ class KeySpace:
         for record in records:
             digest, vector_D = known.get(record.name, ("", None))
             if digest != record.hash or vector_D is None:
-                vector_D = self._made(record, make)
-                if vector_D is not None:
+                vector_D = None
+                with suppress(HubError):
+                    vector_D = make(self.adapter(record)).astype(np.float32)
                     made.append((record.name, record.hash, vector_D))
             rows.append(vector_D)
         if made:
-            self._store(key_id, made)
+            # a hub that is read-only, full or locked is searched all the same; the vectors are made again next time
+            with suppress(HubError):
+                self.hub.store_vectors(key_id, made)
         width = max((len(row) for row in rows if row is not None), default=0)
         return np.array([np.full(width, np.nan) if row is None else row for row in rows], dtype=np.float64).reshape(
             -1, width
         )
-
-    def _made(self, record: Record, make: Callable[[Adapter], np.ndarray]) -> np.ndarray | None:
-        try:
-            return make(self.adapter(record)).astype(np.float32)
-        except HubError:
-            return None
-
-    def _store(self, key_id: str, made: list[tuple[str, str, np.ndarray]]) -> None:
-        try:
-            self.hub.store_vectors(key_id, made)
-        except HubError:
-            # a hub that is read-only, full or locked is searched all the same; the vectors are made again next time
-            return
-
-    def _read(self, name: str, content_hash: str) -> Adapter:
-        return self.hub[name]

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from loraweave.hub.adapter import Adapter
 
 
+# how many hits diversity chooses from, at least and per candidate wanted
+_MIN_CHOICE = 50
+_CHOICE_PER_CANDIDATE = 5
+
+
 class SearchOptions(TypedDict, total=False):
     """The keywords that every search of a Retriever takes."""
 
@@ -62,6 +67,15 @@ class Request:
         for name, limit in (("max_rank", self.max_rank), ("max_size_bytes", self.max_size_bytes)):
             if limit is not None and not is_whole(limit, 0):
                 raise RetrievalError(f"{name} is {limit!r}; it must be an int of 0 or more, or None for no limit")
+
+    @property
+    def num_choice(self) -> int:
+        """How many hits diversity chooses from; without it, how many are answered."""
+        return max(_MIN_CHOICE, _CHOICE_PER_CANDIDATE * self.k) if self.diversity and self.k else self.k
+
+    def choose(self, hits: list[Hit]) -> list[Hit]:
+        """What is answered, of the page or of what diversity chooses from."""
+        return diverse(hits, self.k, self.diversity) if self.diversity else hits
 
     @property
     def filters(self) -> Filters:

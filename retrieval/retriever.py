@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar, Unpack, overload
 
@@ -13,12 +14,13 @@ from loraweave.common.rows import GivenRows, read_inputs, read_rows
 from loraweave.errors import RetrievalError
 from loraweave.hub.embedders._embedder import Embedder, unit
 from loraweave.hub.hub import Candidates, Hub
+from loraweave.hub.indexes._vectors import SCORE_DECIMALS
 from loraweave.hub.search.search import Hit, SearchIndex
 from loraweave.retrieval.abstention import Abstention
 from loraweave.retrieval.fusion import Fusion
-from loraweave.retrieval.keyed_search import Key, KeyedSearch, key_name
-from loraweave.retrieval.request import Query, Request, SearchOptions, diverse
-from loraweave.types import Candidate
+from loraweave.retrieval.keyed_search import Key, KeySpace, key_name
+from loraweave.retrieval.request import Query, Request, SearchOptions
+from loraweave.types import Candidate, Record
 
 if TYPE_CHECKING:
     from loraweave.hub.adapter import Adapter
@@ -32,9 +34,8 @@ EXAMPLE_KEYS = ("mean", "outputs", "relation")
 
 Item = TypeVar("Item")
 
-# how many hits diversity chooses from, at least and per candidate wanted
-_MIN_CHOICE = 50
-_CHOICE_PER_CANDIDATE = 5
+# how many hits the index is asked for, at least, when a page needs more
+_LEAST_ASKED = 50
 
 
 class Retriever:
@@ -73,7 +74,10 @@ class Retriever:
         self.fusion = Fusion() if fusion is None else fusion
         self.abstention = abstention
         self._index = SearchIndex(hub, embedder=embedder, index=index)
-        self._keyed = KeyedSearch(hub, self._index, shortlist)
+        if isinstance(shortlist, bool) or operator.index(shortlist) < 1:
+            raise RetrievalError(f"shortlist is {shortlist!r}; it must be an int of 1 or more")
+        self._shortlist = shortlist
+        self._space = KeySpace(hub, self._index)
 
     # mypy cannot know that the first case wins for a str, which is an Iterable[str] too
     @overload
@@ -172,7 +176,7 @@ class Retriever:
         records = self.hub.records_at(self.hub.seqs(request.filters)).values()
         others = [record for record in records if own is adapter or record.name != own.name]
         hits = [Hit(record, 0.0, np.zeros(0)) for record in others]
-        ranked, opinions = self._keyed.ranked(Query(adapter=own), hits, _resolve(keys), Fusion())
+        ranked, opinions = self._ranked(Query(adapter=own), hits, _resolve(keys), Fusion())
         page = request.page(ranked, request.k)
         found = [Candidate(hit.record.name, hit.score, opinions[hit.record.name], hit.record) for hit in page]
         return Candidates(found, self.hub)
@@ -220,10 +224,10 @@ class Retriever:
             for group in _groups_of(read, inputs_per_query):
                 outputs = tuple(row.targets[0] for row in group if row.targets and row.targets[0].strip())
                 query = Query(tuple(row.input for row in group), outputs if len(outputs) == len(group) else ())
-                hits = self._keyed.near(self._vector(query), Request(1))
+                hits = self._near(self._vector(query), Request(1))
                 records = [hit.record for hit in hits]
                 place = next((i for i, record in enumerate(records) if record.name == right), -1)
-                searches.append((self._keyed.parts(query, records, self.keys), place))
+                searches.append((self._parts(query, records, self.keys), place))
         self.fusion = Fusion.fit(searches)
         return self.fusion
 
@@ -231,10 +235,37 @@ class Retriever:
         found = self._search([query], self._vector(query)[None], Request(1))[0]
         return found[0].score if found else -1.0
 
+    def _near(self, query_D: np.ndarray, request: Request) -> list[Hit]:
+        """The shortlist of the index that passes the filters."""
+        return self._index.hits(query_D[None], self._shortlist, request.filters)[0]
+
+    def _parts(self, query: Query, records: Sequence[Record], keys: Mapping[str, Key]) -> dict[str, np.ndarray]:
+        """Each key's scores_N of the records."""
+        return {name: key.scores(query, records, self._space) for name, key in keys.items()}
+
+    def _ranked(
+        self, query: Query, hits: Sequence[Hit], keys: Mapping[str, Key], fusion: Fusion
+    ) -> tuple[list[Hit], dict[str, str]]:
+        """The hits by descending fused score, ties in their order, and by name what the keys said of each.
+
+        Adapters that no key has an opinion on are left out.
+        """
+        if not hits:
+            return [], {}
+        parts = self._parts(query, [hit.record for hit in hits], keys)
+        fused_N = np.round(fusion.fuse(parts), SCORE_DECIMALS)
+        # stable: equal scores keep the order they came in
+        order = [int(n) for n in np.argsort(-fused_N, kind="stable") if not np.isnan(fused_N[n])]
+        opinions = {}
+        for n in order:
+            said = [f"{name} {part_N[n]:.2f}" for name, part_N in parts.items() if not np.isnan(part_N[n])]
+            opinions[hits[n].record.name] = ", ".join(said)
+        return [Hit(hits[n].record, float(fused_N[n]), hits[n].key_D) for n in order], opinions
+
     def _vector(self, query: Query) -> np.ndarray:
         """What the index is searched by: the direction of the inputs' mean plus that of the description."""
-        # through the keys' space, which keeps the vectors for the keys
-        embed = self._keyed.space.embed
+        # the keys' space keeps the vectors for the keys
+        embed = self._space.embed
         query_D = np.zeros(self._index.embedder.dim)
         if query.inputs:
             self._index.check(query.inputs)
@@ -254,12 +285,12 @@ class Retriever:
             return [self._by_keys(query, query_D, request, self.keys) for query, query_D in pairs]
         found = []
         for query_D, hits in zip(query_QD, self._hits(query_QD, request), strict=True):
-            found.append(self._index.explain(query_D, _choose(hits, request), evidence=request.evidence))
+            found.append(self._index.explain(query_D, request.choose(hits), evidence=request.evidence))
         return found
 
     def _hits(self, query_QD: np.ndarray, request: Request) -> list[list[Hit]]:
         """The page of each query from the index, or what diversity chooses from."""
-        num_choice = _num_choice(request)
+        num_choice = request.num_choice
         num_asked = num_choice
         while True:
             found = self._index.hits(query_QD, num_asked, request.filters)
@@ -268,11 +299,11 @@ class Retriever:
                 len(hits) < num_asked or request.is_settled_by(hits, num_choice) for hits in found
             ):
                 return [request.page(hits, num_choice) for hits in found]
-            num_asked = max(_MIN_CHOICE, 4 * num_asked)
+            num_asked = max(_LEAST_ASKED, 4 * num_asked)
 
     def _by_keys(self, query: Query, query_D: np.ndarray, request: Request, keys: Mapping[str, Key]) -> list[Candidate]:
-        ranked, opinions = self._keyed.ranked(query, self._keyed.near(query_D, request), keys, self.fusion)
-        chosen = _choose(request.page(ranked, _num_choice(request)), request)
+        ranked, opinions = self._ranked(query, self._near(query_D, request), keys, self.fusion)
+        chosen = request.choose(request.page(ranked, request.num_choice))
         evidence = [candidate.evidence for candidate in self._index.explain(query_D, chosen, evidence=request.evidence)]
         return [
             Candidate(hit.record.name, hit.score, f"{opinions[hit.record.name]}; {text}", hit.record)
@@ -308,12 +339,3 @@ def _groups_of(items: Sequence[Item], size: int) -> list[tuple[Item, ...]]:
     if not is_whole(size, 1):
         raise RetrievalError(f"inputs_per_query is {size!r}; it must be an int of 1 or more")
     return [tuple(items[start : start + size]) for start in range(0, len(items) - size + 1, size)]
-
-
-def _choose(hits: list[Hit], request: Request) -> list[Hit]:
-    """Of the page, or of what diversity chooses from, what is answered."""
-    return diverse(hits, request.k, request.diversity) if request.diversity else hits
-
-
-def _num_choice(request: Request) -> int:
-    return max(_MIN_CHOICE, _CHOICE_PER_CANDIDATE * request.k) if request.diversity and request.k else request.k

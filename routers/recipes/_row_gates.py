@@ -20,16 +20,24 @@ _HAVE_PROMPTS = "every row has a prompt"
 
 
 class RowGate(Gate):
-    """Weighs the experts of a site by the mean of its input over the real tokens of a row's prompt.
+    """scores = r mean(x) with r_EI, x the site's input at the real tokens of a row's prompt, of which `weights` makes w_B1E.
 
-    What was decided for a row holds for the tokens that follow its prompt. A subclass says how means become weights.
-    `padding` counts the prompt's padding in its mean.
+    What was decided for a row holds for the tokens that follow its prompt. `padding` counts the prompt's padding, too.
     """
 
     padding = False
 
-    def of_means(self, mean_BI: Tensor, call: Call) -> Weighing:
-        """w_B1E and scores_B1E of the call's rows, whose prompts have these means, in fp32 or better."""
+    def __init__(self, num_inputs: int, num_experts: int) -> None:
+        super().__init__(num_experts)
+        self.r_EI = nn.Parameter(torch.empty(num_experts, num_inputs))
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        """r_EI uniform between -1/sqrt(I) and 1/sqrt(I), as torch draws a linear layer."""
+        draw_linear(self.r_EI, generator)
+
+    def weights(self, scores_B1E: Tensor, call: Call) -> Tensor:
+        """w_B1E."""
         raise NotImplementedError
 
     def forward(self, x_BTI: Tensor, call: Call) -> Weighing:
@@ -40,7 +48,9 @@ class RowGate(Gate):
         if place in call.kept and torch._C._current_graph_task_id() == -1:
             return of_rows(call.kept[place], len(x_BTI))
         self._require_prompts(x_BTI, call)
-        found = self.of_means(prompt_mean(x_BTI, call, padding=self.padding), call)
+        mean_BI = prompt_mean(x_BTI, call, padding=self.padding)
+        scores_B1E = (mean_BI.to(self.r_EI.dtype) @ self.r_EI.T)[:, None]
+        found = Weighing(self.weights(scores_B1E, call), scores_B1E)
         call.kept[place] = found
         return found
 
@@ -63,35 +73,14 @@ class RowGate(Gate):
             )
 
 
-class ScoredRowGate(RowGate):
-    """scores = r mean(x) with r_EI, of which `weights` makes w_B1E."""
-
-    def __init__(self, num_inputs: int, num_experts: int) -> None:
-        super().__init__(num_experts)
-        self.r_EI = nn.Parameter(torch.empty(num_experts, num_inputs))
-
-    @torch.no_grad()
-    def reset(self, generator: torch.Generator) -> None:
-        """r_EI uniform between -1/sqrt(I) and 1/sqrt(I), as torch draws a linear layer."""
-        draw_linear(self.r_EI, generator)
-
-    def of_means(self, mean_BI: Tensor, call: Call) -> Weighing:
-        scores_B1E = (mean_BI.to(self.r_EI.dtype) @ self.r_EI.T)[:, None]
-        return Weighing(self.weights(scores_B1E, call), scores_B1E)
-
-    def weights(self, scores_B1E: Tensor, call: Call) -> Tensor:
-        """w_B1E."""
-        raise NotImplementedError
-
-
-class MeanGate(ScoredRowGate):
+class MeanGate(RowGate):
     """w = softmax(r mean(x)) with r_EI."""
 
     def weights(self, scores_B1E: Tensor, call: Call) -> Tensor:
         return scores_B1E.softmax(dim=-1)
 
 
-class DomainGate(ScoredRowGate):
+class DomainGate(RowGate):
     """w = 1 for the expert with the highest r mean(x), 0 for the others, with the gradient of softmax(r mean(x)); r_EI.
 
     With `oracle` a row whose domain the call knows has the expert of that place instead.
@@ -109,7 +98,7 @@ class DomainGate(ScoredRowGate):
         return w_B1E
 
 
-class FactorGate(ScoredRowGate):
+class FactorGate(RowGate):
     """w = [softmax(r_a h), softmax(r_b h)] with h = mean(x) over a row's prompt: of E factors a, and of E factors b.
 
     They are scores, of which a form chooses the best. r_EI is that of the factors a, and then of b.
@@ -124,31 +113,10 @@ class FactorGate(ScoredRowGate):
         return torch.cat([of_a.softmax(dim=-1), of_b.softmax(dim=-1)], dim=-1)
 
 
-class ModelGate(Gate):
-    """Weighs the experts of all sites alike, by what a row's prompt says before the model has read it."""
-
-    def of_prompts(self, call: Call) -> Weighing:
-        """w_B1E and scores_B1E of the rows of a call."""
-        raise NotImplementedError
-
-    def begin(self, call: Call) -> None:
-        """Decides. Raises ScopeError for a call that goes on from a cache that another one has begun."""
-        if self not in call.kept:
-            require_beginning(call)
-            call.kept[self] = self.of_prompts(call)
-
-    def forward(self, x_BTI: Tensor, call: Call) -> Weighing:
-        """Raises ScopeError where no call of the whole model has begun."""
-        if self not in call.kept:
-            raise ScopeError(
-                "the gate decides by the prompts of the whole model's call, and this layer runs outside of one: call the "
-                "model with token ids, or generate() from them"
-            )
-        return of_rows(call.kept[self], len(x_BTI))
-
-
-class EmbeddingGate(ModelGate):
+class EmbeddingGate(Gate):
     """w = softmax over the `top_k` highest of r mean(x), x the input embeddings of the prompt's tokens, with r_EH.
+
+    All sites that share it have these weights, which are decided before the model has read the prompt.
 
     `normal` draws r_EH from the normal distribution instead of uniformly, and `padding` counts the prompt's padding in its
     mean.
@@ -170,6 +138,21 @@ class EmbeddingGate(ModelGate):
             self.r_EH.normal_(generator=generator)
         else:
             draw_linear(self.r_EH, generator)
+
+    def begin(self, call: Call) -> None:
+        """Decides. Raises ScopeError for a call that goes on from a cache that another one has begun."""
+        if self not in call.kept:
+            require_beginning(call)
+            call.kept[self] = self.of_prompts(call)
+
+    def forward(self, x_BTI: Tensor, call: Call) -> Weighing:
+        """Raises ScopeError where no call of the whole model has begun."""
+        if self not in call.kept:
+            raise ScopeError(
+                "the gate decides by the prompts of the whole model's call, and this layer runs outside of one: call the "
+                "model with token ids, or generate() from them"
+            )
+        return of_rows(call.kept[self], len(x_BTI))
 
     def of_prompts(self, call: Call) -> Weighing:
         """Raises ScopeError for a call whose tokens are not known."""
