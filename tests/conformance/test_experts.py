@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 import loraweave as lw
 from loraweave import registry
-from loraweave.composer.experts.make import recipe as make_recipe
+from loraweave.composer.experts.parts import recipe as make_recipe
 from loraweave.composer.live.kernels import _added_experts
 from loraweave.errors import WeightingError
 

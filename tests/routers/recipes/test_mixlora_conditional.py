@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import loraweave as lw
-from loraweave.composer.experts.make import recipe
+from loraweave.composer.experts.parts import recipe
 from loraweave.errors import ScopeError
 
 

@@ -5,7 +5,7 @@ import torch
 
 import loraweave as lw
 from loraweave.composer.experts.forms.multiplied import Multiplied
-from loraweave.composer.experts.make import recipe
+from loraweave.composer.experts.parts import recipe
 from loraweave.errors import ScopeError
 from loraweave.routers.recipes._recipe import ExpertShape, Site
 
