@@ -47,7 +47,7 @@ class Key(Protocol):
 # adapters whose texts stay embedded: 50 x 428 x 4 bytes = 86 kB each at most
 _NUM_TEXTS_CACHED = 2048
 _NUM_ADAPTERS_CACHED = 64
-# vectors that keys made of records; all are made anew after so many
+# vectors that keys made of records; all are dropped after so many
 _NUM_MADE_KEPT = 8192
 
 

@@ -36,7 +36,7 @@ _tiny = _beside("tiny_models.py")
 make_model, make_adapter, make_adapters = _tiny.make_model, _tiny.make_adapter, _tiny.make_adapters
 tiny_llama, tiny_gpt2, tiny_t5, tiny_bert = _tiny.tiny_llama, _tiny.tiny_gpt2, _tiny.tiny_t5, _tiny.tiny_bert
 cache_argument, with_dense_update, tokenizer = _tiny.cache_argument, _tiny.with_dense_update, _tiny.tokenizer
-trained = _tiny.trained
+trained, model, pool, engine = _tiny.trained, _tiny.model, _tiny.pool, _tiny.engine
 
 ROOT = Path(__file__).parents[1]
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}

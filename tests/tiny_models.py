@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import loraweave as lw
 from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors
 
@@ -302,6 +303,21 @@ def tokenizer() -> Any:
     """A token for each character of small texts, 58 in all; ids below 3 are padding, beginning and end."""
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     return tokens_of([*special.values(), *"abcdefghijklmnopqrstuvwxyzABCDEFINOPRUY0123456789 \n:,.?"], **special)
+
+
+@pytest.fixture
+def model(make_model: Callable[..., nn.Module]) -> nn.Module:
+    return make_model("llama")
+
+
+@pytest.fixture
+def pool(model: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> lw.ExpertPool:
+    return lw.ExpertPool(make_adapters(model, "llama"))
+
+
+@pytest.fixture
+def engine(model: nn.Module, pool: lw.ExpertPool, tokenizer: Any) -> lw.Composer:
+    return lw.Composer(model, pool, tokenizer=tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -60,7 +60,7 @@ class Free(Form):
 class Softmax(Form):
     """w = softmax(p) over the experts of each group: positive, and of sum 1.
 
-    A vector that is none is made one: negative weights count as 0, all are divided by their sum, and those below
+    Any other vector is changed into one: negative weights count as 0, all are divided by their sum, and those below
     LEAST_SHARE / E are raised to it; where nothing is positive, the weights are even.
     """
 

@@ -1,6 +1,6 @@
 """What a text router knows of a call: prompts of its rows, tokens in its cache, and the tokenizer.
 
-A call alone does not tell prompt from answer; who generates or scores says so by `with_prompts`.
+A call alone does not tell prompt from answer; code that generates or scores says so by `prompted`.
 """
 
 from __future__ import annotations

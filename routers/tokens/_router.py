@@ -181,7 +181,7 @@ class TokenRouter(Declared, nn.Module):
         if type(self) not in (known, getattr(known, "token_router", None)):
             raise ScopeError(
                 f"router {type(self).__name__} is in no file of routers/, so lw.router() could not read it again: keep its "
-                "state_dict() with safetensors, and make it anew"
+                "state_dict() with safetensors, and make it again"
             )
         kept: dict[str, Any] = {"options": self.options, "members": self.members, "report": self.report}
         return write_router(Path(folder), pool, name=self.name, tensors=self.state_dict(), **kept)

@@ -51,11 +51,6 @@ def shown(adapter, examples):
 
 
 @pytest.fixture
-def model(make_model):
-    return make_model("llama")
-
-
-@pytest.fixture
 def pool(model, make_adapters):
     texts = [["f j l", "c e"], ["h i d", "h h"], ["e e e", "f e"]]
     return ExpertPool([shown(a, own) for a, own in zip(make_adapters(model, "llama"), texts, strict=True)])

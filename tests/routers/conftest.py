@@ -1,27 +1,9 @@
-"""What tests of routers share: a tiny model, its three adapters, and gradients of weights by finite differences."""
+"""What tests of routers share: gradients of weights by finite differences."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-
-from loraweave.composer.composer import Composer
-from loraweave.hub.pool import ExpertPool
-
-
-@pytest.fixture
-def model(make_model):
-    return make_model("llama")
-
-
-@pytest.fixture
-def pool(model, make_adapters):
-    return ExpertPool(make_adapters(model, "llama"))
-
-
-@pytest.fixture
-def engine(model, pool, tokenizer):
-    return Composer(model, pool, tokenizer=tokenizer)
 
 
 class Weighing(torch.nn.Module):

@@ -48,11 +48,6 @@ def test_what_is_no_name_is_refused(make_model, name):
 
 
 @pytest.fixture
-def model(make_model):
-    return make_model("llama")
-
-
-@pytest.fixture
 def adapters(model, make_adapters):
     """Of ranks 1, 4 and 3, in different layers."""
     return make_adapters(model, "llama")

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from loraweave.composer.composer import Composer
-from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._call import current_prompts
 
 IDS_BT = torch.tensor([[0, 0, 7, 8], [4, 5, 6, 9]])
@@ -26,16 +25,6 @@ class Reader:
         prompts = current_prompts()
         self.seen.append(None if prompts is None else prompts.rows)
         return self
-
-
-@pytest.fixture
-def model(make_model):
-    return make_model("llama")
-
-
-@pytest.fixture
-def pool(model, make_adapters):
-    return ExpertPool(make_adapters(model, "llama"))
 
 
 @pytest.fixture

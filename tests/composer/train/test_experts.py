@@ -18,11 +18,6 @@ ROWS = [
 TASKS = {"sums": [("1 2", "3"), ("2 2", "4"), ("3 4", "7")], "capitals": [("france", "paris"), ("italy", "rome")]}
 
 
-@pytest.fixture
-def model(make_model):
-    return make_model("llama")
-
-
 def state(made):
     return {name: value.clone() for name, value in made.expert_state().items()}
 

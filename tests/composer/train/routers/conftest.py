@@ -8,8 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraweave.composer.composer import Composer
-from loraweave.hub.pool import ExpertPool
 from loraweave.routers.tokens._learned import LearnedRouter
 from loraweave.routers.tokens._members import LayerTensors
 from loraweave.routers.tokens._scores import without
@@ -53,21 +51,6 @@ DATA = {
     "b": [("one", "1"), ("two", "2"), ("three", "3")],
     "c": [("cat", "cats"), ("apple", "apples"), ("bird", "birds")],
 }
-
-
-@pytest.fixture
-def model(make_model):
-    return make_model("llama")
-
-
-@pytest.fixture
-def pool(model, make_adapters):
-    return ExpertPool(make_adapters(model, "llama"))
-
-
-@pytest.fixture
-def engine(model, pool, tokenizer):
-    return Composer(model, pool, tokenizer=tokenizer)
 
 
 @pytest.fixture(scope="session")
