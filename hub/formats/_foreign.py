@@ -165,7 +165,7 @@ class ForeignFormat(PeftReader):
         config = cls._own_config(folder)
         config.check_fields(COMMON | cls.handled | cls.benign, cls.refused)
         if (bias := config.fields.get("bias", "none")) != "none":
-            raise AdapterUnsupported(f"{folder}: bias={shorten(bias)}: trained biases are read of LoRA adapters only")
+            raise AdapterUnsupported(f"{folder}: bias={shorten(bias)}: trained biases are supported for LoRA adapters only")
         return config
 
     @classmethod
@@ -243,7 +243,7 @@ class LoraVariant(ForeignFormat):
         flags: dict[str, Any] = {"use_dora": settings.use_dora, "lora_bias": settings.lora_bias}
         for name, value in {**flags, "bias": settings.bias != "none" and settings.bias}.items():
             if value:
-                raise AdapterUnsupported(f"{folder}: {name}={value!r} beside {cls.field}, which is not read")
+                raise AdapterUnsupported(f"{folder}: {name}={value!r} beside {cls.field}, which is not supported")
         return config
 
 
@@ -276,7 +276,7 @@ def block_diagonal(rows: Tensor, blocks: int, where: str) -> Tensor:
 def _convert(layout: type[ForeignFormat], layer: Layer, bound: Bound) -> tuple[Factors, dict[str, Any]]:
     """The layer's factors and note. A small file that stands for a matrix too large for this machine is a named error."""
     if layout.linear_only and layer.base.kind != "linear":
-        raise AdapterUnsupported(f"{layer.where} is a {type(layer.base.module).__name__}; only linear layers can be read")
+        raise AdapterUnsupported(f"{layer.where} is a {type(layer.base.module).__name__}; only linear layers are supported")
     try:
         return cut(layout.update(layer), bound, layer.where, layer.known_base)
     except (MemoryError, RuntimeError) as error:

@@ -156,7 +156,7 @@ class FileFormat(Reader):
             place = cls.split(key)
             if place is None:
                 raise AdapterUnsupported(
-                    f"{where}: tensor {key!r} is not one that is read of {cls.__name__}'s layout: "
+                    f"{where}: tensor {key!r} is not part of {cls.__name__}'s layout, which has "
                     f"{', '.join(sorted(MATRICES))}, alpha"
                 )
             module, part = place

@@ -117,7 +117,7 @@ def parse(config: Mapping[str, Any], folder: Path) -> PeftConfig:
     beyond fp32, in which PEFT multiplies by it.
     """
     if "peft_type" not in config:
-        raise AdapterUnsupported(f"{folder}: adapter_config.json has no peft_type, so it is no PEFT config of a LoRA")
+        raise AdapterUnsupported(f"{folder}: adapter_config.json has no peft_type, so it is not the config of a LoRA")
     if config["peft_type"] != "LORA":
         raise AdapterUnsupported(f"{folder}: peft_type is {shorten(config['peft_type'])}; only 'LORA' can be read")
     given = Config(folder, config)

@@ -86,8 +86,8 @@ def _pickle_in(file: BinaryIO, size: int, where: str) -> bytes:
         raise
     except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, ValueError, RuntimeError) as error:
         raise AdapterCorrupt(
-            f"{where} is not an intact archive of torch.save ({error!s:.300}); files of PyTorch before 1.6 are not read, "
-            "load and save them again with a newer one"
+            f"{where} is not an intact archive of torch.save ({error!s:.300}); files of PyTorch before 1.6 are not "
+            "supported, load and save them again with a newer one"
         ) from error
 
 

@@ -27,7 +27,7 @@ def require_replaceable(folder: Path, is_own: Callable[[Path], bool]) -> Path:
     foreign = sorted(entry.name for entry in target.iterdir() if not is_own(entry))
     if foreign:
         raise AdapterExists(
-            f"{target} holds {len(foreign)} entries that are no part of an adapter ({', '.join(foreign[:3])}); "
+            f"{target} holds {len(foreign)} entries that are not part of an adapter ({', '.join(foreign[:3])}); "
             "replacing it would lose them, so give another folder"
         )
     return target

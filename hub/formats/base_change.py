@@ -63,7 +63,7 @@ class BaseChange(PeftReader):
             where = f"{source}: layer {name!r}"
             layer = base_layer(modules, name, str(source))
             if factors.kind != "linear" or layer.kind != "linear" or not factors.bound or factors.bias_O is not None:
-                raise AdapterUnsupported(f"{where}: {init!r} is read of plain linear updates only")
+                raise AdapterUnsupported(f"{where}: {init!r} is supported for plain linear updates only")
             whole = _without_start(factors, layer, init, scales[name], where)
             layers[name], notes[name] = cut(whole, bound, where)
         card = {**contents.card, "converted_from": init, "conversion": notes}

@@ -84,15 +84,18 @@ class Diffusers(FileFormat):
         for component, config in settings.items():
             parsed = parse({"peft_type": "LORA", **config}, Path(where))
             if parsed.use_dora or parsed.lora_bias:
-                raise AdapterUnsupported(
-                    f"{where}: the config of {component!r} has use_dora or lora_bias, which is not read"
-                )
+                raise AdapterUnsupported(f"{where}: {component!r} has use_dora or lora_bias, which are not supported")
             own = {name: parts for name, parts in held.items() if _component(name) == component}
             below = {name: name.removeprefix(f"{component}.") for name in own}
             ranks = {below[name]: rank_of(parts) or 1 for name, parts in own.items()}
             if any("alpha" in parts for parts in own.values()):
                 raise AdapterUnsupported(f"{where}: {component!r} has both a config and tensors of alpha, which may differ")
-            _require_ranks(parsed.ranks(ranks), ranks, component, where)
+            for name, expected in parsed.ranks(ranks).items():
+                if ranks[name] != expected:
+                    raise AdapterUnsupported(
+                        f"{where}: {component}.{name} has rank {ranks[name]}, but the config in the header says {expected}, "
+                        "so its scale is not known"
+                    )
             found = parsed.scales(ranks)
             scales |= {name: found[path] for name, path in below.items()}
         return scales
@@ -132,12 +135,3 @@ def _settings(metadata: Mapping[str, str], where: str) -> dict[str, dict[str, An
         component = _component(key)
         found.setdefault(component, {})[key.removeprefix(f"{component}.")] = value
     return found
-
-
-def _require_ranks(expected: Mapping[str, int], found: Mapping[str, int], component: str, where: str) -> None:
-    for name, rank in found.items():
-        if rank != expected[name]:
-            raise AdapterUnsupported(
-                f"{where}: {component}.{name} has rank {rank}, but the config in the header says {expected[name]}, so its "
-                "scale is not known"
-            )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from loraweave.errors import AdapterCorrupt
 from loraweave.hub.formats._conversion import plain
@@ -25,7 +24,8 @@ class Hra(ForeignFormat):
         norms_R = u_IR.norm(dim=0)
         if not bool(norms_R.all()):
             raise AdapterCorrupt(f"{layer.where}: reflection {int((norms_R == 0).nonzero()[0])} has a vector of zeros")
-        u_IR = _orthogonal(u_IR) if layer.config.flag("apply_GS") else u_IR / norms_R
+        # Gram-Schmidt by QR, whose signs do not matter for reflections
+        u_IR = torch.linalg.qr(u_IR)[0] if layer.config.flag("apply_GS") else u_IR / norms_R
         images_OR = layer.base.weight_OI @ u_IR
         gram_RR = u_IR.T @ u_IR
         b_OR = torch.zeros_like(images_OR)
@@ -33,9 +33,3 @@ class Hra(ForeignFormat):
             # what the reflections before this one have left of W u
             b_OR[:, step] = -2 * (images_OR[:, step] + b_OR[:, :step] @ gram_RR[:step, step])
         return plain(u_IR.T, b_OR)
-
-
-def _orthogonal(u_IR: Tensor) -> Tensor:
-    """Gram-Schmidt, whose signs do not matter for reflections."""
-    basis_IR: Tensor = torch.linalg.qr(u_IR)[0]
-    return basis_IR

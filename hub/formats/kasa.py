@@ -22,7 +22,7 @@ class Kasa(LoraVariant):
         rank, num_in = a_RI.shape
         diagonal_R = layer.part("lora_diag", rank)
         if layer.base.kind != "linear" or layer.base.transposed:
-            raise AdapterUnsupported(f"{layer.where}: KaSA is read of linear layers only")
+            raise AdapterUnsupported(f"{layer.where}: KaSA is supported for linear layers only")
         weight_OI = layer.base.weight_OI
         if tuple(weight_OI.shape) != (b_OR.shape[0], num_in) or rank >= min(weight_OI.shape):
             raise AdapterCorrupt(

@@ -36,7 +36,7 @@ _OTHERS = {
 class Kohya(FileFormat):
     """Delta = alpha/r up down, as LoRA, LoCon (convolutions), LoHa or LoKr. A name is looked up, never taken apart.
 
-    Underscores stand for dots and for themselves. What a name means is told by the base model where it is given, else by a
+    Underscores stand for dots and for themselves. The base model, where it is given, says what a name means, else a
     table of the modules of Stable Diffusion 1, 2 and XL and FLUX.1 with their CLIP text encoders; the paths then begin with
     the part of diffusers' pipeline, as in `unet.mid_block.attentions.0.proj_in`.
     """
@@ -54,7 +54,9 @@ class Kohya(FileFormat):
     def split(cls, name: str) -> tuple[str, str] | None:
         module, _, part = name.partition(".")
         if part in _OTHERS:
-            raise AdapterUnsupported(f"tensor {name!r} is {_OTHERS[part]}, which is not read; train or export a plain LoRA")
+            raise AdapterUnsupported(
+                f"tensor {name!r} is {_OTHERS[part]}, which is not supported; train or export a plain LoRA"
+            )
         found = _PARTS.get(part, part if part in MATRICES else None)
         return None if found is None or (found in ("down", "up", "mid") and part not in _PARTS) else (module, found)
 

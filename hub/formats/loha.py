@@ -23,7 +23,8 @@ class Loha(ForeignFormat):
     def update(cls, layer: Layer) -> Factors | Dense:
         if layer.has("hada_t1") or layer.has("hada_t2"):
             raise AdapterUnsupported(
-                f"{layer.where} is a convolution in Tucker form (use_effective_conv2d), which is not read; train with False"
+                f"{layer.where} is a convolution in Tucker form (use_effective_conv2d), which is not "
+                "supported; train with False"
             )
         w1a_OR, w2a_OR = layer.part("hada_w1_a", None, None), layer.part("hada_w2_a", None, None)
         (num_out, rank), second = w1a_OR.shape, w2a_OR.shape[1]

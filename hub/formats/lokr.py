@@ -24,7 +24,7 @@ class Lokr(ForeignFormat):
     def update(cls, layer: Layer) -> Factors:
         if layer.has("lokr_t2") or layer.tensors.get("lokr_w2", torch.zeros(1, 1)).dim() != 2:
             raise AdapterUnsupported(
-                f"{layer.where} is a convolution whose kernel is part of the Kronecker product, which is not read"
+                f"{layer.where} is a convolution whose kernel is part of the Kronecker product, which is not supported"
             )
         (p, q), (r, s) = _factors(layer, "lokr_w1"), _factors(layer, "lokr_w2")
         alpha = layer.config.matched("alpha_pattern", layer.name, "alpha")

@@ -45,7 +45,9 @@ class MergedLinear(LoraVariant):
         config = super()._config(folder)
         settings = cls.settings(config)
         if settings.use_rslora or settings.rank_pattern or settings.alpha_pattern:
-            raise AdapterUnsupported(f"{folder}: enable_lora beside a field of later versions of PEFT, which is not read")
+            raise AdapterUnsupported(
+                f"{folder}: enable_lora beside a field of later versions of PEFT, which is not supported"
+            )
         _parts_in_use(config)
         return config
 

@@ -66,7 +66,7 @@ class Mlx(FileFormat):
         if kind != "lora" or fields.get("use_dora"):
             raise AdapterUnsupported(
                 f"{folder}: fine_tune_type is {kind!r:.80} and use_dora {fields.get('use_dora')!r:.20}; only MLX's plain "
-                "LoRA is read"
+                "LoRA is supported"
             )
         settings = fields["lora_parameters"]
         unknown = sorted(set(settings) - {"rank", "scale", "alpha", "dropout", "keys"})

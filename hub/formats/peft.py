@@ -82,7 +82,7 @@ class Peft:
 def _parts_of(stored: Mapping[str, Tensor], folder: Path) -> dict[str, Parts]:
     """The tensors by layer and part, all finite."""
     if not stored:
-        raise AdapterUnsupported(f"{folder}: the file holds trained heads but no low-rank update, so it is no LoRA")
+        raise AdapterUnsupported(f"{folder}: the file holds trained heads but no low-rank update, so it is not a LoRA")
     parts: dict[str, Parts] = defaultdict(dict)
     for key, parsed in check_all_known(stored, folder).items():
         tensor, where = stored[key], f"{folder}: layer {parsed.layer!r}"

@@ -55,13 +55,6 @@ def test_everything_comes_back_bit_for_bit(tmp_path):
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["x"]
 
 
-def test_an_adapter_is_read_from_the_folder(tmp_path):
-    given = contents()
-    folder = Compeft.write(given, tmp_path / "x")
-    found = Adapter.from_pretrained(folder)
-    assert (found.name, found.hash) == ("n", hash_of(given))
-
-
 @pytest.mark.parametrize("density", [0.05, 0.1, 0.2, 0.382, 0.5])
 def test_the_weights_file_is_within_five_percent_of_the_entropy_bound(tmp_path, density):
     layers = {

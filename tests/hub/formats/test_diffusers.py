@@ -116,7 +116,7 @@ def test_a_file_in_a_models_own_names_needs_that_model(tmp_path):
         {"diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight": DOWN.clone()},
     ],
 )
-def test_a_tensor_that_is_no_part_of_a_lora_is_refused_by_name(tmp_path, extra):
+def test_a_tensor_that_is_not_part_of_a_lora_is_refused_by_name(tmp_path, extra):
     with pytest.raises(AdapterUnsupported, match=next(iter(extra)).rsplit(".lora_A", 1)[0].replace(".", r"\.")):
         Adapter.from_pretrained(put(tmp_path, {**lora(TO_Q), **extra}))
 

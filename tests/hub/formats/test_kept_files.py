@@ -69,8 +69,8 @@ def test_saving_and_exporting_write_them_back(folder, tmp_path, target):
     assert dict(Adapter.from_pretrained(read.save_pretrained(tmp_path / "saved")).files) == FILES
 
 
-def test_saving_over_files_that_the_adapter_has_not_is_refused(folder):
-    with pytest.raises(AdapterExists, match=r"5 entries that are no part of an adapter \(added_tokens\.json"):
+def test_saving_over_files_of_another_adapter_is_refused(folder):
+    with pytest.raises(AdapterExists, match=r"5 entries that are not part of an adapter \(added_tokens\.json"):
         adapter().save_pretrained(folder)
 
 

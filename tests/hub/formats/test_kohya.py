@@ -165,7 +165,7 @@ def test_a_name_that_means_two_layers_of_the_base_is_refused_with_both(tmp_path)
         Adapter.from_pretrained(path, model=Tree({"a.b": nn.Linear(5, 7), "a_b": nn.Linear(5, 7)}))
 
 
-def test_a_text_encoder_without_the_step_that_transformers_took_out_is_met(tmp_path):
+def test_a_text_encoder_is_found_without_the_step_that_transformers_took_out(tmp_path):
     path = put(tmp_path / "a.safetensors", lora("lora_te_text_model_encoder_layers_0_mlp_fc1"))
     adapter = Adapter.from_pretrained(path, model=Tree({"encoder.layers.0.mlp.fc1": nn.Linear(5, 7)}))
     assert list(adapter.layers) == ["encoder.layers.0.mlp.fc1"]
@@ -204,7 +204,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_what_cannot_be_told_is_refused_by_name(tmp_path, case):
+def test_ambiguous_and_damaged_files_are_refused_by_name(tmp_path, case):
     held, error, named = BROKEN[case]
     with pytest.raises(error, match=named):
         Adapter.from_pretrained(put(tmp_path / "a.safetensors", held))

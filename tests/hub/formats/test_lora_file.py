@@ -45,7 +45,7 @@ def test_a_folder_is_known_by_the_name_that_diffusers_gives_the_pickle(tmp_path)
     assert float(Adapter.from_pretrained(tmp_path, allow_pickle=True).delta("unet.mid_block.to_q")[0, 1]) == 4 * 6.0
 
 
-def test_a_pickle_that_wants_a_class_or_is_none_is_refused_by_name(tmp_path):
+def test_a_pickle_that_names_a_class_and_a_damaged_one_are_refused(tmp_path):
     path = tmp_path / "style.ckpt"
     torch.save({**tensors("style.ckpt"), "epoch": torch.nn.Linear(1, 1)}, path)
     with pytest.raises(AdapterUnsupported, match=r"wants torch\.nn\.modules\.linear\.Linear"):

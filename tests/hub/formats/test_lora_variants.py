@@ -106,7 +106,7 @@ def test_one_part_with_the_two_groups_that_peft_always_took(tmp_path):
 
 
 @pytest.mark.parametrize("value", [[], [False, False], [1, 0], "q", [True, None]])
-def test_a_list_that_names_no_part_is_no_such_adapter_or_refused(tmp_path, value):
+def test_a_list_without_a_part_in_use_is_refused(tmp_path, value):
     put_merged(tmp_path, [True, True], config={"enable_lora": value})
     with pytest.raises((AdapterCorrupt, AdapterUnsupported)):
         MergedLinear.read(tmp_path)

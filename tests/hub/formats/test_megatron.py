@@ -110,7 +110,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_told_is_refused_by_name(tmp_path, model, case):
+def test_ambiguous_and_damaged_files_are_refused_by_name(tmp_path, model, case):
     modules, options, error, named = REFUSED[case]
     with pytest.raises(error, match=named):
         Adapter.from_pretrained(put(tmp_path, modules, **options), model=model)

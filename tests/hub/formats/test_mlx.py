@@ -65,7 +65,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_no_plain_lora_is_refused_by_name(tmp_path, case):
+def test_other_adapters_of_mlx_are_refused_by_name(tmp_path, case):
     given, error, named = REFUSED[case]
     with pytest.raises(error, match=named):
         Adapter.from_pretrained(put(tmp_path, **given))

@@ -117,7 +117,7 @@ RAW_CONFIGS = {
 
 
 @pytest.mark.parametrize("case", RAW_CONFIGS)
-def test_config_that_is_no_clean_json_object_is_refused(folder, case):
+def test_config_that_is_not_a_clean_json_object_is_refused(folder, case):
     (folder / "adapter_config.json").write_bytes(RAW_CONFIGS[case])
     with pytest.raises(AdapterCorrupt, match="some-adapter"):
         Peft.read(folder)
@@ -308,7 +308,7 @@ UNSUPPORTED = {
 
 
 @pytest.mark.parametrize("case", [*CORRUPT, *UNSUPPORTED])
-def test_tensors_that_are_no_exact_update_or_contradict_the_config_are_refused(folder, case):
+def test_tensors_that_do_not_form_an_update_or_contradict_the_config_are_refused(folder, case):
     config, extra, message = CORRUPT.get(case) or UNSUPPORTED[case]
     put(folder, config, **extra)
     with pytest.raises(AdapterCorrupt if case in CORRUPT else AdapterUnsupported, match=message):

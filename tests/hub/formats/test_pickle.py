@@ -112,7 +112,7 @@ def test_a_table_of_something_else_than_tensors_is_refused(tmp_path, extra):
         Adapter.from_pretrained(tmp_path, allow_pickle=True)
 
 
-def test_a_file_that_is_no_table_is_refused(tmp_path):
+def test_a_file_that_is_not_a_table_is_refused(tmp_path):
     with pytest.raises(AdapterUnsupported, match="holds a Tensor, not a table"):
         Adapter.from_pretrained(put(tmp_path, torch.ones(3)), allow_pickle=True)
 

@@ -158,9 +158,10 @@ def test_the_page_has_the_counts_of_what_comes_in_and_what_is_refused():
 
 
 @pytest.mark.parametrize("name", ["gpt2_legal", "gpt2_medical", "gpt2_sports"])
-def test_a_real_adapter_computes_what_peft_computes_with_it(name):
+def test_a_real_adapter_computes_what_peft_computes_with_it_and_is_written_as_it_is(name, tmp_path):
     folder = SHARED / "real_adapters" / name
     adapter = Adapter.from_pretrained(folder)
+    assert Adapter.from_pretrained(adapter.save_pretrained(tmp_path / "again")).hash == adapter.hash
     torch.manual_seed(0)
     shapes = {path: (factors.b_OR.shape[0], factors.a_RI.shape[1]) for path, factors in adapter.layers.items()}
     base = tree({path: Conv1D(*shape) for path, shape in shapes.items()}, "gpt2")
