@@ -15,6 +15,9 @@ import loraweave as lw
 from loraweave.hub.adapter import Adapter
 from loraweave.types import Factors
 
+# what the fixtures that make models and adapters are, in signatures of tests
+Make = Callable[..., Any]
+
 
 def _llama(**changes: Any) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM

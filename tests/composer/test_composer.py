@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import logits
+from tiny_models import Make, logits
 from tiny_models import model_inputs as inputs
 from torch import Tensor, nn
 
 from loraweave.composer.composer import Composer
-from loraweave.errors import (
-    ScopeError,
-)
+from loraweave.errors import ScopeError
 from loraweave.hub.adapter import Adapter
 from loraweave.routers.weights import MixtureWeights
 from loraweave.types import Factors
@@ -25,18 +22,14 @@ LAYER = "model.layers.0.self_attn.q_proj"
 
 
 @pytest.fixture
-def engine(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> Composer:
+def engine(tiny_llama: nn.Module, make_adapters: Make) -> Composer:
     return Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("kind", KINDS)
 def test_live_equals_the_dense_formula(
-    kind: str,
-    dtype: torch.dtype,
-    make_model: Callable[..., nn.Module],
-    make_adapters: Callable[..., list[Adapter]],
-    with_dense_update: Callable[..., nn.Module],
+    kind: str, dtype: torch.dtype, make_model: Make, make_adapters: Make, with_dense_update: Make
 ) -> None:
     model = make_model(kind, dtype=dtype)
     adapters = make_adapters(model, kind)
@@ -49,9 +42,7 @@ def test_live_equals_the_dense_formula(
 
 
 def test_live_equals_the_dense_formula_to_float64_precision(
-    make_model: Callable[..., nn.Module],
-    make_adapters: Callable[..., list[Adapter]],
-    with_dense_update: Callable[..., nn.Module],
+    make_model: Make, make_adapters: Make, with_dense_update: Make
 ) -> None:
     model = make_model("llama", dtype=torch.float64)
     adapters = make_adapters(model, "llama")
@@ -62,10 +53,7 @@ def test_live_equals_the_dense_formula_to_float64_precision(
 
 @pytest.mark.parametrize("mode", ["live", "fused"])
 def test_gain_and_bias_enter_with_their_weight(
-    mode: str,
-    make_model: Callable[..., nn.Module],
-    make_adapter: Callable[..., Adapter],
-    with_dense_update: Callable[..., nn.Module],
+    mode: str, make_model: Make, make_adapter: Make, with_dense_update: Make
 ) -> None:
     model = make_model("gpt2")
     adapters = [
@@ -82,9 +70,7 @@ def test_gain_and_bias_enter_with_their_weight(
         assert torch.allclose(logits(model, inputs("gpt2")), logits(dense, inputs("gpt2")), rtol=1e-4, atol=1e-4)
 
 
-def test_weights_may_differ_between_layers(
-    make_model: Callable[..., nn.Module], make_adapter: Callable[..., Adapter], with_dense_update: Callable[..., nn.Module]
-) -> None:
+def test_weights_may_differ_between_layers(make_model: Make, make_adapter: Make, with_dense_update: Make) -> None:
     model = make_model("llama", dtype=torch.float64)
     adapter = make_adapter(model, "a")
     layers = tuple(sorted(adapter.layers))
@@ -104,7 +90,7 @@ def test_weights_may_differ_between_layers(
         assert torch.allclose(logits(model, inputs("llama")), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_token_scope_equals_each_token_alone(tiny_llama: nn.Module, make_adapter: Callable[..., Adapter]) -> None:
+def test_token_scope_equals_each_token_alone(tiny_llama: nn.Module, make_adapter: Make) -> None:
     # on lm_head alone, a token's logits depend on its own weights and on nothing else
     adapters = [make_adapter(tiny_llama, name, targets=("lm_head",), seed=seed) for seed, name in enumerate("ab")]
     engine = Composer(tiny_llama, adapters)
@@ -116,7 +102,7 @@ def test_token_scope_equals_each_token_alone(tiny_llama: nn.Module, make_adapter
             assert torch.allclose(together[:, token], logits(tiny_llama, inputs("llama"))[:, token], atol=1e-5)
 
 
-def test_a_router_sees_each_layers_input(tiny_llama: nn.Module, make_adapter: Callable[..., Adapter]) -> None:
+def test_a_router_sees_each_layers_input(tiny_llama: nn.Module, make_adapter: Make) -> None:
     seen: dict[str, tuple[int, ...]] = {}
 
     class ByInput:
@@ -143,7 +129,7 @@ def test_mixture_weights_are_matched_by_name_not_by_place(engine: Composer) -> N
         assert torch.equal(logits(engine.model, inputs("llama")), expected)
 
 
-def test_the_order_of_the_pool_does_not_matter(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> None:
+def test_the_order_of_the_pool_does_not_matter(tiny_llama: nn.Module, make_adapters: Make) -> None:
     adapters = make_adapters(tiny_llama, "llama")
     found = []
     for order in (adapters, adapters[::-1]):
@@ -152,7 +138,7 @@ def test_the_order_of_the_pool_does_not_matter(tiny_llama: nn.Module, make_adapt
     assert torch.allclose(found[0], found[1], rtol=1e-5, atol=1e-5)
 
 
-def test_a_large_pool_costs_only_its_active_experts(tiny_llama: nn.Module, make_adapter: Callable[..., Adapter]) -> None:
+def test_a_large_pool_costs_only_its_active_experts(tiny_llama: nn.Module, make_adapter: Make) -> None:
     adapters = [make_adapter(tiny_llama, f"expert {n}", rank=2, seed=n) for n in range(40)]
     engine = Composer(tiny_llama, adapters)
     with engine.activate({"expert 3": 1.0, "expert 30": 0.5}) as handle:
@@ -162,9 +148,7 @@ def test_a_large_pool_costs_only_its_active_experts(tiny_llama: nn.Module, make_
     assert 0 < handle.plan.num_bytes <= 2 * (16 * 16 + 8 * 16) * 4
 
 
-def test_a_dora_adapter_equals_its_own_formula(
-    make_model: Callable[..., nn.Module], make_adapter: Callable[..., Adapter]
-) -> None:
+def test_a_dora_adapter_equals_its_own_formula(make_model: Make, make_adapter: Make) -> None:
     model = make_model("llama")
     plain = make_adapter(model, "d", targets=("q_proj",))
     layers = {name: replace(f, magnitude_O=torch.linspace(0.5, 2.0, f.b_OR.shape[0])) for name, f in plain.layers.items()}
@@ -183,16 +167,14 @@ def test_a_dora_adapter_equals_its_own_formula(
 
 @pytest.mark.parametrize("mixture", [{}, {"a": 0.0, "b": 0.0}, [None, None, None], [{}, {"c": 0.0}, None]])
 @pytest.mark.parametrize("kind", KINDS)
-def test_zero_weights_are_the_base_bit_for_bit(
-    kind: str, mixture: Any, make_model: Callable[..., nn.Module], make_adapters: Callable[..., list[Adapter]]
-) -> None:
+def test_zero_weights_are_the_base_bit_for_bit(kind: str, mixture: Any, make_model: Make, make_adapters: Make) -> None:
     model = make_model(kind)
     base = logits(model, inputs(kind))
     with Composer(model, make_adapters(model, kind)).activate(mixture):
         assert torch.equal(logits(model, inputs(kind)), base)
 
 
-def test_a_row_of_zero_weights_is_the_base_bit_for_bit(tiny_llama: nn.Module, make_adapters: Callable[..., Any]) -> None:
+def test_a_row_of_zero_weights_is_the_base_bit_for_bit(tiny_llama: nn.Module, make_adapters: Make) -> None:
     base = logits(tiny_llama, inputs("llama"))
     with Composer(tiny_llama, make_adapters(tiny_llama, "llama")).activate([{"a": 1.0}, None, {"b": 2.0, "c": 1.0}]):
         found = logits(tiny_llama, inputs("llama"))
@@ -200,7 +182,7 @@ def test_a_row_of_zero_weights_is_the_base_bit_for_bit(tiny_llama: nn.Module, ma
     assert not torch.allclose(found[0], base[0], atol=1e-2)
 
 
-def test_an_overflowing_expert_does_not_reach_the_rows_of_others(make_adapter: Callable[..., Adapter]) -> None:
+def test_an_overflowing_expert_does_not_reach_the_rows_of_others(make_adapter: Make) -> None:
     model = nn.Sequential(nn.Linear(4, 3)).half()
     huge = Adapter("huge", "tiny", {"0": Factors(torch.full((1, 4), 6e4), torch.ones(3, 1))})
     mild = Adapter("mild", "tiny", {"0": Factors(torch.ones(1, 4), torch.ones(3, 1))})
@@ -213,9 +195,7 @@ def test_an_overflowing_expert_does_not_reach_the_rows_of_others(make_adapter: C
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_does_not_depend_on_its_batch_mates(
-    kind: str, make_model: Callable[..., nn.Module], make_adapters: Callable[..., list[Adapter]]
-) -> None:
+def test_a_row_does_not_depend_on_its_batch_mates(kind: str, make_model: Make, make_adapters: Make) -> None:
     model = make_model(kind)
     engine = Composer(model, make_adapters(model, kind))
     rows = [{"a": 1.0}, {"b": 0.5, "c": -0.5}, None]
@@ -242,7 +222,7 @@ def test_rows_that_do_not_fit_the_batch_are_named(rows: int, engine: Composer) -
         logits(engine.model, inputs("llama", rows=rows))
 
 
-def test_tokens_that_do_not_fit_the_input_are_named(tiny_llama: nn.Module, make_adapter: Callable[..., Adapter]) -> None:
+def test_tokens_that_do_not_fit_the_input_are_named(tiny_llama: nn.Module, make_adapter: Make) -> None:
     engine = Composer(tiny_llama, [make_adapter(tiny_llama, "a")])
     mixture = MixtureWeights(torch.ones(1, 5, 1, 1), ("a",))
     with engine.activate(mixture), pytest.raises(ScopeError, match=r"5 tokens.*has 7"):

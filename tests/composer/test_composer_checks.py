@@ -10,19 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import logits
+from tiny_models import Make, logits
 from tiny_models import model_inputs as inputs
 from torch import Tensor, nn
 
 from loraweave.composer.composer import Composer
-from loraweave.errors import (
-    AlreadyActive,
-    BaseModelMismatch,
-    CompositionError,
-    LayerMismatch,
-    UnknownExpert,
-    WeightingError,
-)
+from loraweave.errors import AlreadyActive, BaseModelMismatch, CompositionError, LayerMismatch, UnknownExpert, WeightingError
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.base import fingerprint
 from loraweave.hub.pool import ExpertPool
@@ -33,12 +26,12 @@ LAYER = "model.layers.0.self_attn.q_proj"
 
 
 @pytest.fixture
-def engine(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> Composer:
+def engine(tiny_llama: nn.Module, make_adapters: Make) -> Composer:
     return Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
 
 
 @pytest.mark.parametrize("name", ["mlp", "0", "a/b", "v_proj", "🧶", "", "model.layers.0"])
-def test_any_text_is_a_name(name: str, tiny_llama: nn.Module, make_adapter: Callable[..., Adapter]) -> None:
+def test_any_text_is_a_name(name: str, tiny_llama: nn.Module, make_adapter: Make) -> None:
     adapter = make_adapter(tiny_llama, "plain")
     with Composer(tiny_llama, [adapter]).activate({"plain": 1.0}):
         expected = logits(tiny_llama, inputs("llama"))
@@ -64,9 +57,7 @@ def test_another_shape_is_named_with_both(tiny_llama: nn.Module) -> None:
     assert "(16, 16)" in message
 
 
-def test_an_adapter_for_another_base_is_refused(
-    make_model: Callable[..., nn.Module], make_adapter: Callable[..., Adapter]
-) -> None:
+def test_an_adapter_for_another_base_is_refused(make_model: Make, make_adapter: Make) -> None:
     model, other = make_model("llama"), make_model("llama", intermediate_size=20)
     adapter = make_adapter(model, "a")
     Composer(model, [replace(adapter, fingerprint=fingerprint(model))])
@@ -102,7 +93,7 @@ def test_a_near_miss_of_a_layers_name_is_named(engine: Composer) -> None:
         engine.activate(MixtureWeights(torch.ones(1, 1, 1, 1), ("a",), (misspelt,)))
 
 
-def test_a_router_of_the_wrong_shape_is_named(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> None:
+def test_a_router_of_the_wrong_shape_is_named(tiny_llama: nn.Module, make_adapters: Make) -> None:
     class TooFew:
         def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
             return torch.ones(1, 1, 2)
@@ -116,7 +107,7 @@ def test_a_router_of_the_wrong_shape_is_named(tiny_llama: nn.Module, make_adapte
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_router_of_weights_that_are_no_numbers_is_named_with_layer_and_expert(
-    bad: float, tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]
+    bad: float, tiny_llama: nn.Module, make_adapters: Make
 ) -> None:
     class Broken:
         def weights(self, x_BTI: Tensor, layer: str) -> Tensor:
@@ -131,9 +122,7 @@ def test_a_router_of_weights_that_are_no_numbers_is_named_with_layer_and_expert(
     assert not engine.active
 
 
-def test_weights_that_learned_to_be_no_numbers_are_named(
-    tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]
-) -> None:
+def test_weights_that_learned_to_be_no_numbers_are_named(tiny_llama: nn.Module, make_adapters: Make) -> None:
     values_BTLE = torch.ones(1, 1, 1, 3, requires_grad=True)
     engine = Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
     with engine.activate(MixtureWeights(values_BTLE, ("a", "b", "c"))):
@@ -143,7 +132,7 @@ def test_weights_that_learned_to_be_no_numbers_are_named(
             logits(tiny_llama, inputs("llama"))
 
 
-def test_large_weights_are_numbers(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> None:
+def test_large_weights_are_numbers(tiny_llama: nn.Module, make_adapters: Make) -> None:
     """Also where their sum is none."""
 
     class Large:
@@ -154,7 +143,7 @@ def test_large_weights_are_numbers(tiny_llama: nn.Module, make_adapters: Callabl
         logits(tiny_llama, inputs("llama"))
 
 
-def test_a_router_for_another_pool_is_refused(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> None:
+def test_a_router_for_another_pool_is_refused(tiny_llama: nn.Module, make_adapters: Make) -> None:
     class Reordered:
         experts = ("b", "a", "c")
 
@@ -165,7 +154,7 @@ def test_a_router_for_another_pool_is_refused(tiny_llama: nn.Module, make_adapte
         Composer(tiny_llama, make_adapters(tiny_llama, "llama")).activate(Reordered())
 
 
-def test_making_and_closing_a_composer_changes_nothing(tiny_llama: nn.Module, make_adapters: Callable[..., Any]) -> None:
+def test_making_and_closing_a_composer_changes_nothing(tiny_llama: nn.Module, make_adapters: Make) -> None:
     before = {name: (id(p), p.data_ptr(), p._version) for name, p in tiny_llama.named_parameters()}
     kept = dict(vars(tiny_llama))
     engine = Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
@@ -175,7 +164,7 @@ def test_making_and_closing_a_composer_changes_nothing(tiny_llama: nn.Module, ma
     assert vars(tiny_llama) == kept
 
 
-def test_a_closed_composer_says_so(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> None:
+def test_a_closed_composer_says_so(tiny_llama: nn.Module, make_adapters: Make) -> None:
     adapters = make_adapters(tiny_llama, "llama")
     engine = Composer(tiny_llama, adapters, tokenizer=object())
     engine.close()
@@ -192,13 +181,13 @@ def test_a_closed_composer_says_so(tiny_llama: nn.Module, make_adapters: Callabl
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_a_copy_of_a_composer_is_refused_with_the_way_out(
-    copied: Callable[[Any], Any], tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]
+    copied: Callable[[Any], Any], tiny_llama: nn.Module, make_adapters: Make
 ) -> None:
     with pytest.raises(CompositionError, match="copy the model, and make a Composer for it"):
         copied(Composer(tiny_llama, make_adapters(tiny_llama, "llama")))
 
 
-def test_swap_takes_another_pool(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> None:
+def test_swap_takes_another_pool(tiny_llama: nn.Module, make_adapters: Make) -> None:
     a, b, c = make_adapters(tiny_llama, "llama")
     with Composer(tiny_llama, [c]).activate({"c": 1.0}):
         expected = logits(tiny_llama, inputs("llama"))
@@ -217,7 +206,7 @@ def test_a_refused_swap_keeps_the_old_pool(engine: Composer) -> None:
     assert engine.pool.names == ("a", "b", "c")
 
 
-def test_what_is_forbidden_while_active(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> None:
+def test_what_is_forbidden_while_active(tiny_llama: nn.Module, make_adapters: Make) -> None:
     adapters = make_adapters(tiny_llama, "llama")
     engine = Composer(tiny_llama, adapters)
     with engine.activate({"a": 1.0}):
@@ -228,7 +217,7 @@ def test_what_is_forbidden_while_active(tiny_llama: nn.Module, make_adapters: Ca
     assert not engine.active
 
 
-def test_what_is_forbidden_while_fused(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> None:
+def test_what_is_forbidden_while_fused(tiny_llama: nn.Module, make_adapters: Make) -> None:
     adapters = make_adapters(tiny_llama, "llama")
     engine = Composer(tiny_llama, adapters)
     with engine.fused({"a": 1.0}):
@@ -246,9 +235,7 @@ def test_what_is_forbidden_while_fused(tiny_llama: nn.Module, make_adapters: Cal
 
 @pytest.mark.parametrize("first", ["activate", "fused"])
 @pytest.mark.parametrize("second", ["activate", "fused"])
-def test_two_composers_on_one_model_take_turns(
-    first: str, second: str, tiny_llama: nn.Module, make_adapter: Callable[..., Adapter]
-) -> None:
+def test_two_composers_on_one_model_take_turns(first: str, second: str, tiny_llama: nn.Module, make_adapter: Make) -> None:
     engines = [Composer(tiny_llama, [make_adapter(tiny_llama, "a", targets=(target,))]) for target in ("q_proj", "v_proj")]
     base = logits(tiny_llama, inputs("llama"))
     with getattr(engines[0], first)({"a": 1.0}):
@@ -260,14 +247,14 @@ def test_two_composers_on_one_model_take_turns(
     assert torch.equal(logits(tiny_llama, inputs("llama")), base)
 
 
-def test_a_composer_on_a_part_of_a_busy_model_waits_too(tiny_llama: nn.Module, make_adapter: Callable[..., Adapter]) -> None:
+def test_a_composer_on_a_part_of_a_busy_model_waits_too(tiny_llama: nn.Module, make_adapter: Make) -> None:
     whole = Composer(tiny_llama, [make_adapter(tiny_llama, "a")])
     part = Composer(tiny_llama.model, [make_adapter(tiny_llama.model, "a")])
     with whole.activate({"a": 1.0}), pytest.raises(AlreadyActive):
         part.activate({"a": 1.0})
 
 
-def test_a_pool_is_taken_as_it_is(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> None:
+def test_a_pool_is_taken_as_it_is(tiny_llama: nn.Module, make_adapters: Make) -> None:
     pool = ExpertPool(make_adapters(tiny_llama, "llama"))
     engine = Composer(tiny_llama, pool)
     assert engine.pool is pool

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import logits
+from tiny_models import Make, logits
 from tiny_models import model_inputs as inputs
 from torch import nn
 
@@ -49,9 +49,7 @@ quiet_peft = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 @quiet_peft
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_adapter_equals_peft(
-    kind: str, make_model: Callable[..., nn.Module], make_adapters: Callable[..., list[Adapter]]
-) -> None:
+def test_one_adapter_equals_peft(kind: str, make_model: Make, make_adapters: Make) -> None:
     model = make_model(kind)
     adapter = make_adapters(model, kind)[2]
     with Composer(model, [adapter]).activate({"c": 1.0}):
@@ -61,7 +59,7 @@ def test_one_adapter_equals_peft(
 
 
 @quiet_peft
-def test_a_weighted_mix_equals_pefts_cat(make_model: Callable[..., nn.Module], make_adapter: Callable[..., Adapter]) -> None:
+def test_a_weighted_mix_equals_pefts_cat(make_model: Make, make_adapter: Make) -> None:
     model = make_model("llama")
     adapters = [make_adapter(model, "a", rank=2, seed=1), make_adapter(model, "b", rank=5, seed=2)]
     theirs = as_peft(make_model("llama"), adapters)
@@ -73,9 +71,7 @@ def test_a_weighted_mix_equals_pefts_cat(make_model: Callable[..., nn.Module], m
 
 
 @quiet_peft
-def test_one_mixture_per_row_equals_pefts_mixed_batch(
-    make_model: Callable[..., nn.Module], make_adapter: Callable[..., Adapter]
-) -> None:
+def test_one_mixture_per_row_equals_pefts_mixed_batch(make_model: Make, make_adapter: Make) -> None:
     model = make_model("llama")
     adapters = [make_adapter(model, "a", rank=2, seed=1), make_adapter(model, "b", rank=5, seed=2)]
     theirs = as_peft(make_model("llama"), adapters)
@@ -86,9 +82,7 @@ def test_one_mixture_per_row_equals_pefts_mixed_batch(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_live_fused_and_merged_agree(
-    kind: str, make_model: Callable[..., nn.Module], make_adapters: Callable[..., list[Adapter]]
-) -> None:
+def test_live_fused_and_merged_agree(kind: str, make_model: Make, make_adapters: Make) -> None:
     model = make_model(kind)
     adapters = make_adapters(model, kind)
     engine = Composer(model, adapters)
@@ -107,7 +101,7 @@ def test_live_fused_and_merged_agree(
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module is `Conv1D`:UserWarning")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_live_mixture_equals_the_merged_adapter_reloaded_by_peft(
-    kind: str, tmp_path: Any, make_model: Callable[..., nn.Module], make_adapters: Callable[..., list[Adapter]]
+    kind: str, tmp_path: Any, make_model: Make, make_adapters: Make
 ) -> None:
     from peft import PeftModel
 

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import Make
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -43,7 +44,7 @@ def bits(model: nn.Module) -> dict[str, tuple[int, int, bytes]]:
 
 
 @pytest.fixture
-def engine(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> Iterator[Composer]:
+def engine(tiny_llama: nn.Module, make_adapters: Make) -> Iterator[Composer]:
     """A Composer whose model has every bit of the base at the end of each test, and nothing that is active."""
     before = bits(tiny_llama)
     made = Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
@@ -125,7 +126,7 @@ def test_many_cycles_of_sixteen_adapters_give_back_every_bit(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_cycles_on_a_transformer_give_back_every_bit(
-    kind: str, dtype: torch.dtype, make_model: Callable[..., nn.Module], make_adapters: Callable[..., list[Adapter]]
+    kind: str, dtype: torch.dtype, make_model: Make, make_adapters: Make
 ) -> None:
     model = make_model(kind, dtype=dtype)
     engine = Composer(model, make_adapters(model, kind))
@@ -137,9 +138,7 @@ def test_cycles_on_a_transformer_give_back_every_bit(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_fused_weight_is_the_exact_one_rounded_once(
-    dtype: torch.dtype, make_model: Callable[..., nn.Module], make_adapters: Callable[..., list[Adapter]]
-) -> None:
+def test_the_fused_weight_is_the_exact_one_rounded_once(dtype: torch.dtype, make_model: Make, make_adapters: Make) -> None:
     model = make_model("llama", dtype=dtype)
     adapters = make_adapters(model, "llama")
     weight = model.get_submodule(LAYER).weight
@@ -197,7 +196,7 @@ def test_an_interruption_at_any_line_gives_back_every_bit() -> None:
 
 
 def test_an_error_about_one_parameter_does_not_keep_the_others_from_coming_back(
-    tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]], monkeypatch: pytest.MonkeyPatch
+    tiny_llama: nn.Module, make_adapters: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
     before = bits(engine.model)
@@ -238,10 +237,7 @@ def test_values_beyond_the_dtype_are_refused_before_anything_is_written(dtype: t
     versions = [p._version for p in model.parameters()]
     large = Factors(torch.full((1, 7), size), torch.full((9, 1), size))
     engine = Composer(model, [Adapter("a", "tiny", {**small_adapter("a", 0, "01").layers, "2": large})])
-    with (
-        pytest.raises(CompositionError, match=says),
-        engine.fused({"a": 1.0}),
-    ):
+    with pytest.raises(CompositionError, match=says), engine.fused({"a": 1.0}):
         pass
     assert [p._version for p in model.parameters()] == versions
     assert not engine.active
@@ -275,7 +271,7 @@ def test_the_size_of_the_blocks_changes_nothing(block: int, monkeypatch: pytest.
         assert all(torch.allclose(p, q, rtol=1e-12) for p, q in zip(engine.model.parameters(), expected, strict=True))
 
 
-def test_a_method_with_a_dense_result_fuses_it(make_adapter: Callable[..., Adapter], tiny_llama: nn.Module) -> None:
+def test_a_method_with_a_dense_result_fuses_it(make_adapter: Make, tiny_llama: nn.Module) -> None:
     experts = [make_adapter(tiny_llama, name, rank=2, seed=seed) for seed, name in enumerate("ab")]
     dense = get("methods", "ties_per_layer")([expert.layers[LAYER] for expert in experts], [0.7, 0.4], density=0.5)
     weight = tiny_llama.get_submodule(LAYER).weight
@@ -472,9 +468,7 @@ def test_a_change_by_others_does_not_hide_the_exception_in_flight(engine: Compos
     assert any(LAYER in note for note in caught.value.__notes__)
 
 
-def test_a_model_that_changes_its_dtype_while_fused_comes_back_in_that_dtype(
-    make_adapters: Callable[..., list[Adapter]], make_model: Callable[..., nn.Module]
-) -> None:
+def test_a_model_that_changes_its_dtype_while_fused_comes_back_in_that_dtype(make_adapters: Make, make_model: Make) -> None:
     model = make_model("llama")
     engine = Composer(model, make_adapters(model, "llama"))
     with engine.fused(MIXTURE):
@@ -503,9 +497,7 @@ def test_weights_that_vary_with_the_input_are_refused(mixture: Any, engine: Comp
     refused(engine, ScopeError, r"activate\(\) them instead", mixture)
 
 
-def test_tied_weights_are_refused_with_both_names(
-    make_model: Callable[..., nn.Module], make_adapter: Callable[..., Adapter]
-) -> None:
+def test_tied_weights_are_refused_with_both_names(make_model: Make, make_adapter: Make) -> None:
     model = make_model("llama", tie_word_embeddings=True)
     engine = Composer(model, [make_adapter(model, "a", targets=("q_proj", "lm_head"))])
     before = bits(model)
@@ -531,12 +523,12 @@ def test_tensors_side_by_side_in_one_memory_are_not_tied() -> None:
     assert torch.equal(memory, before)
 
 
-def test_a_bias_without_a_place_is_refused(tiny_llama: nn.Module, make_adapter: Callable[..., Adapter]) -> None:
+def test_a_bias_without_a_place_is_refused(tiny_llama: nn.Module, make_adapter: Make) -> None:
     engine = Composer(tiny_llama, [make_adapter(tiny_llama, "a", bias=True)])
     refused(engine, CompositionError, r"q_proj.*has none; activate\(\)")
 
 
-def test_weights_without_values_are_refused(make_adapter: Callable[..., Adapter]) -> None:
+def test_weights_without_values_are_refused(make_adapter: Make) -> None:
     model = nn.Sequential(nn.Linear(4, 3))
     engine = Composer(model, [Adapter("a", "tiny", {"0": Factors(torch.ones(1, 4), torch.ones(3, 1))})])
     model.to("meta")
@@ -574,7 +566,7 @@ def test_an_unknown_method_or_option_is_named_with_the_nearest(engine: Composer)
     refused(engine, WeightingError, r"no option 'density'.*no options", MIXTURE, density=0.5)
 
 
-def test_a_factor_method_fuses_its_own_formula(tiny_llama: nn.Module, make_adapter: Callable[..., Adapter]) -> None:
+def test_a_factor_method_fuses_its_own_formula(tiny_llama: nn.Module, make_adapter: Make) -> None:
     a, b = (make_adapter(tiny_llama, name, rank=2, seed=seed) for seed, name in enumerate("ab"))
     weight = tiny_llama.get_submodule(LAYER).weight
     f, g = a.layers[LAYER], b.layers[LAYER]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from tiny_models import Make
 from torch import nn
 
 from loraweave.composer.composer import Composer
@@ -105,7 +105,7 @@ def test_the_base_alone_costs_nothing_more(engine: Composer) -> None:
     assert cost.base_flops == 2 * 12 * IN * OUT
 
 
-def test_the_total_is_the_sum_and_the_table_shows_it(tiny_llama: nn.Module, make_adapters: Callable[..., Any]) -> None:
+def test_the_total_is_the_sum_and_the_table_shows_it(tiny_llama: nn.Module, make_adapters: Make) -> None:
     engine = Composer(tiny_llama, make_adapters(tiny_llama, "llama"))
     with engine.activate({"a": 1.0, "c": 1.0}):
         tiny_llama(input_ids=torch.arange(3, 9)[None])

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_models import dense
+from tiny_models import Make, dense
 from torch import Tensor, nn
 
 from loraweave.composer.merge import arithmetic
@@ -147,9 +147,7 @@ def test_numbers_out_of_range_are_refused(call: Callable[[], Adapter], word: str
 
 
 @torch.no_grad()
-def test_a_negated_adapter_undoes_the_adapter_in_a_model(
-    tiny_llama: nn.Module, make_adapter: Callable[..., Adapter]
-) -> None:
+def test_a_negated_adapter_undoes_the_adapter_in_a_model(tiny_llama: nn.Module, make_adapter: Make) -> None:
     from loraweave.composer.composer import Composer
 
     given = make_adapter(tiny_llama, "a", seed=1)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import Make
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -62,10 +63,7 @@ def _updated(base_OI: Tensor, adapters: dict[str, Adapter], row: Any, layer: str
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @torch.no_grad()
 def test_a_cache_made_under_other_weights_gives_the_token_scope_formula(
-    kind: str,
-    make_model: Callable[..., nn.Module],
-    make_adapters: Callable[..., list[Adapter]],
-    cache_argument: Callable[[nn.Module], str],
+    kind: str, make_model: Make, make_adapters: Make, cache_argument: Callable[[nn.Module], str]
 ) -> None:
     model = make_model(kind, dtype=torch.float64)
     adapters = make_adapters(model, kind)
@@ -86,7 +84,7 @@ def test_a_cache_made_under_other_weights_gives_the_token_scope_formula(
 @pytest.mark.parametrize("settings", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
 @torch.no_grad()
 def test_a_change_in_the_middle_of_generate_holds_from_the_next_forward_on(
-    settings: dict[str, Any], make_model: Callable[..., nn.Module], make_adapters: Callable[..., list[Adapter]]
+    settings: dict[str, Any], make_model: Make, make_adapters: Make
 ) -> None:
     model = make_model("llama", dtype=torch.float64)
     adapters = make_adapters(model, "llama")
@@ -126,9 +124,7 @@ def test_a_change_in_the_middle_of_generate_holds_from_the_next_forward_on(
 
 @torch.no_grad()
 def test_what_a_decoder_takes_over_from_the_encoder_keeps_the_weights_of_its_first_step(
-    make_model: Callable[..., nn.Module],
-    make_adapters: Callable[..., list[Adapter]],
-    cache_argument: Callable[[nn.Module], str],
+    make_model: Make, make_adapters: Make, cache_argument: Callable[[nn.Module], str]
 ) -> None:
     model = make_model("t5", dtype=torch.float64)
     adapters = make_adapters(model, "t5")

@@ -12,16 +12,12 @@ import transformers
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from tiny_models import logits
+from tiny_models import Make, logits
 from tiny_models import model_inputs as inputs
 from torch import Tensor, nn
 
 from loraweave.composer.composer import Composer
-from loraweave.errors import (
-    CompositionError,
-    ScopeError,
-)
-from loraweave.hub.adapter import Adapter
+from loraweave.errors import CompositionError, ScopeError
 from loraweave.routers.weights import MixtureWeights
 
 
@@ -44,12 +40,12 @@ ROWS = [{"a": 1.0}, {"b": 0.5, "c": -0.5}, None]
 
 
 @pytest.fixture
-def engine(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> Composer:
+def engine(tiny_llama: nn.Module, make_adapters: Make) -> Composer:
     return Composer(tiny_llama, make_adapters(tiny_llama, "llama"), tokenizer=Tokens())
 
 
 @pytest.fixture
-def exact(make_model: Callable[..., nn.Module], make_adapters: Callable[..., list[Adapter]]) -> Composer:
+def exact(make_model: Make, make_adapters: Make) -> Composer:
     model = make_model("llama", dtype=torch.float64)
     return Composer(model, make_adapters(model, "llama"), tokenizer=Tokens())
 
@@ -66,7 +62,7 @@ def exact(make_model: Callable[..., nn.Module], make_adapters: Callable[..., lis
 )
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
 def test_generation_of_a_mixed_batch_equals_each_text_alone(
-    kind: str, settings: dict[str, Any], make_model: Callable[..., nn.Module], make_adapters: Callable[..., list[Adapter]]
+    kind: str, settings: dict[str, Any], make_model: Make, make_adapters: Make
 ) -> None:
     model = make_model(kind, dtype=torch.float64)
     engine = Composer(model, make_adapters(model, kind), tokenizer=Tokens())
@@ -137,11 +133,7 @@ def test_generation_returns_the_continuation_only(engine: Composer) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {"cache_implementation": "static"},
-        {"cache_implementation": "dynamic"},
-        {"use_cache": False},
-    ],
+    [{"cache_implementation": "static"}, {"cache_implementation": "dynamic"}, {"use_cache": False}],
     ids=["static", "dynamic", "no cache"],
 )
 def test_every_kind_of_cache_gives_each_text_its_own_continuation(settings: dict[str, Any], exact: Composer) -> None:
@@ -161,10 +153,7 @@ def test_every_kind_of_cache_gives_each_text_its_own_continuation(settings: dict
     ids=["static", "8-bit", "in chunks"],
 )
 def test_caches_of_other_kinds_give_the_tokens_of_a_model_with_these_weights(
-    settings: dict[str, Any],
-    make_model: Callable[..., nn.Module],
-    make_adapters: Callable[..., list[Adapter]],
-    with_dense_update: Callable[..., nn.Module],
+    settings: dict[str, Any], make_model: Make, make_adapters: Make, with_dense_update: Make
 ) -> None:
     if "cache_config" in settings and not hasattr(transformers.cache_utils, "Fp8QuantizedLayer"):
         pytest.skip("of later versions of transformers")
@@ -183,7 +172,7 @@ def test_caches_of_other_kinds_give_the_tokens_of_a_model_with_these_weights(
 @pytest.mark.parametrize("each", [1, 3])
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_seeded_sampling_draws_for_each_text_what_it_draws_alone(
-    kind: str, each: int, make_model: Callable[..., nn.Module], make_adapters: Callable[..., list[Adapter]]
+    kind: str, each: int, make_model: Make, make_adapters: Make
 ) -> None:
     model = make_model(kind, dtype=torch.float64)
     engine = Composer(model, make_adapters(model, kind), tokenizer=Tokens())
@@ -204,7 +193,7 @@ def test_seeded_sampling_draws_for_each_text_what_it_draws_alone(
     ids=["prompt lookup", "early exit", "another model"],
 )
 def test_assisted_generation_gives_the_mixtures_own_tokens(
-    assistance: dict[str, Any], make_model: Callable[..., nn.Module], make_adapters: Callable[..., list[Adapter]]
+    assistance: dict[str, Any], make_model: Make, make_adapters: Make
 ) -> None:
     model = make_model("llama", dtype=torch.float64)
     engine = Composer(model, make_adapters(model, "llama"), tokenizer=Tokens())
@@ -226,7 +215,7 @@ def test_a_cache_of_a_common_beginning_is_used_on(cache_argument: Callable[[nn.M
     assert torch.equal(found, expected)
 
 
-def test_stopping_criteria_end_each_text_by_itself(tiny_llama: nn.Module, make_adapters: Callable[..., Any]) -> None:
+def test_stopping_criteria_end_each_text_by_itself(tiny_llama: nn.Module, make_adapters: Make) -> None:
     from transformers import StoppingCriteriaList
 
     engine = Composer(tiny_llama, make_adapters(tiny_llama, "llama"), tokenizer=Tokens())
@@ -242,9 +231,7 @@ def test_stopping_criteria_end_each_text_by_itself(tiny_llama: nn.Module, make_a
     assert [text.split() for text in found] == [text.split()[: int(n) - 5] for text, n in zip(full, lengths, strict=True)]
 
 
-def test_stop_strings_need_no_tokenizer_of_the_callers(
-    tiny_llama: nn.Module, make_adapters: Callable[..., Any], tokenizer: Any
-) -> None:
+def test_stop_strings_need_no_tokenizer_of_the_callers(tiny_llama: nn.Module, make_adapters: Make, tokenizer: Any) -> None:
     engine = Composer(tiny_llama, make_adapters(tiny_llama, "llama"), tokenizer=tokenizer)
     (full,) = engine.generate(["what"], mixture={"a": 1.0}, max_new_tokens=8, do_sample=False)
     (found,) = engine.generate(["what"], mixture={"a": 1.0}, max_new_tokens=8, do_sample=False, stop_strings=full[2:4])
@@ -279,9 +266,7 @@ def test_ways_of_decoding_that_would_leave_the_mixture_are_refused(
 
 @pytest.mark.skipif(not hasattr(transformers, "ContinuousBatchingConfig"), reason="of later versions of transformers")
 def test_continuous_batching_is_refused_while_an_activation_is_open_and_works_under_fused(
-    make_model: Callable[..., nn.Module],
-    make_adapters: Callable[..., list[Adapter]],
-    with_dense_update: Callable[..., nn.Module],
+    make_model: Make, make_adapters: Make, with_dense_update: Make
 ) -> None:
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
     model = make_model("llama")
@@ -305,10 +290,7 @@ def test_continuous_batching_is_refused_while_an_activation_is_open_and_works_un
 @pytest.mark.parametrize("rows", [1, 2, 4, 5])
 @torch.no_grad()
 def test_rows_that_do_not_fit_are_refused_before_the_cache_takes_anything(
-    rows: int,
-    tiny_llama: nn.Module,
-    make_adapter: Callable[..., Adapter],
-    cache_argument: Callable[[nn.Module], str],
+    rows: int, tiny_llama: nn.Module, make_adapter: Make, cache_argument: Callable[[nn.Module], str]
 ) -> None:
     # an expert for the last layer alone: those before it would have run
     engine = Composer(tiny_llama, [make_adapter(tiny_llama, name, targets=("lm_head",)) for name in "ab"])
@@ -321,9 +303,7 @@ def test_rows_that_do_not_fit_are_refused_before_the_cache_takes_anything(
     assert cache.get_seq_length() == 4
 
 
-def test_settings_may_come_as_a_generation_config(
-    tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]
-) -> None:
+def test_settings_may_come_as_a_generation_config(tiny_llama: nn.Module, make_adapters: Make) -> None:
     from transformers import GenerationConfig
 
     engine = Composer(tiny_llama, make_adapters(tiny_llama, "llama"), tokenizer=Tokens())
@@ -364,12 +344,12 @@ def test_weights_for_fixed_tokens_are_refused(engine: Composer) -> None:
         engine.generate(["5 6 7 8 9"], mixture=MixtureWeights(torch.ones(1, 5, 1, 1), ("a",)), max_new_tokens=2)
 
 
-def test_a_model_that_does_not_generate_is_named(tiny_bert: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> None:
+def test_a_model_that_does_not_generate_is_named(tiny_bert: nn.Module, make_adapters: Make) -> None:
     with pytest.raises(CompositionError, match="BertForSequenceClassification does not generate"):
         Composer(tiny_bert, make_adapters(tiny_bert, "bert"), tokenizer=Tokens()).generate(["5"])
 
 
-def test_generation_refuses_what_it_cannot_do(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]]) -> None:
+def test_generation_refuses_what_it_cannot_do(tiny_llama: nn.Module, make_adapters: Make) -> None:
     adapters = make_adapters(tiny_llama, "llama")
     with pytest.raises(CompositionError, match="tokenizer="):
         Composer(tiny_llama, adapters).generate(["5"])

@@ -97,10 +97,7 @@ FAMILIES = {
     ),
     "falcon": Family(LM, {**SPECIAL, **SIZES}, ("word_embeddings", "query_key_value", "dense_4h_to_h"), text),
     "bloom": Family(
-        LM,
-        {**SPECIAL, "hidden_size": 16, "n_layer": 2, "n_head": 2},
-        ("word_embeddings", "dense", "dense_h_to_4h"),
-        text,
+        LM, {**SPECIAL, "hidden_size": 16, "n_layer": 2, "n_head": 2}, ("word_embeddings", "dense", "dense_h_to_4h"), text
     ),
     "mamba": Family(
         LM,

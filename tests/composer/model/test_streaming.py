@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from tiny_models import Make
 from torch import Tensor, nn
 
 from loraweave.composer.composer import Composer
 from loraweave.composer.model.generate import stream
 from loraweave.errors import CompositionError
-from loraweave.hub.adapter import Adapter
 
 TEXTS = ["what is it?", "no", "Read: "]
 ROWS = [{"a": 1.0}, {"b": 0.5, "c": -0.5}, None]
 
 
 @pytest.fixture
-def engine(tiny_llama: nn.Module, make_adapters: Callable[..., list[Adapter]], tokenizer: Any) -> Iterator[Composer]:
+def engine(tiny_llama: nn.Module, make_adapters: Make, tokenizer: Any) -> Iterator[Composer]:
     yield Composer(tiny_llama, make_adapters(tiny_llama, "llama"), tokenizer=tokenizer)
     assert [thread for thread in threading.enumerate() if thread.name == "loraweave-stream"] == []
     assert sum(len(module._forward_hooks) for module in tiny_llama.modules()) == 0
@@ -47,9 +47,7 @@ def test_the_pieces_are_what_generate_returns(settings: dict[str, Any], engine: 
     assert len(pieces) > 10
 
 
-def test_an_encoder_decoder_streams_its_answer(
-    make_model: Callable[..., nn.Module], make_adapters: Callable[..., list[Adapter]], tokenizer: Any
-) -> None:
+def test_an_encoder_decoder_streams_its_answer(make_model: Make, make_adapters: Make, tokenizer: Any) -> None:
     model = make_model("t5")
     engine = Composer(model, make_adapters(model, "t5"), tokenizer=tokenizer)
     expected = engine.generate(TEXTS, mixture=ROWS, max_new_tokens=12, do_sample=False)

@@ -17,6 +17,8 @@ from tiny_models import random_factors
 
 from loraweave import registry
 from loraweave.composer.merge.methods.core_space import core_space
+from loraweave.composer.merge.methods.knots import knots
+from loraweave.composer.merge.methods.pico import pico
 from loraweave.composer.merge.updates import DenseUpdate
 from loraweave.errors import UnknownName, WeightingError
 from loraweave.types import Factors
@@ -217,17 +219,25 @@ def test_an_expert_of_zeros_and_experts_that_cancel() -> None:
     assert not dense(core_space([f, Factors(f.a_RI, -f.b_OR)], [1.0, 1.0], inner="linear")).round(6).any()
 
 
+@pytest.mark.parametrize("method", [core_space, knots, pico])
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"inner": "core_space"}, WeightingError, "inner='core_space' is the method itself"),
+        ({"inner": "itself"}, WeightingError, r"inner='\w+' is the method itself"),
         ({"inner": "factor_sum"}, WeightingError, "inner='factor_sum' mixes the factors a and b"),
         ({"inner": "lego"}, WeightingError, "inner='lego' mixes the factors"),
         ({"inner": "fisher"}, WeightingError, "inner='fisher' needs statistics"),
         ({"inner": "tiess"}, UnknownName, "did you mean 'ties'"),
-        ({"inner_options": {"densty": 0.2}}, WeightingError, "no option 'densty', did you mean 'density'"),
+        (
+            {"inner": "ties_per_layer", "inner_options": {"densty": 0.2}},
+            WeightingError,
+            "no option 'densty', did you mean 'density'",
+        ),
     ],
 )
-def test_what_it_cannot_use_is_refused(options: dict[str, object], error: type[Exception], message: str) -> None:
+def test_an_inner_rule_that_they_cannot_use_is_refused(
+    options: dict[str, Any], error: type[Exception], message: str, method: Callable[..., object]
+) -> None:
+    options = {"inner": method.__name__} if options == {"inner": "itself"} else options
     with pytest.raises(error, match=message):
-        core_space([factors(0, 2)], [1.0], **options)
+        method([factors(0, 2)], [1.0], **options)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
 import torch
-from tiny_models import dense
+from tiny_models import Make, dense
 from tiny_models import random_factors as factors
 from torch import Tensor
 
@@ -38,7 +37,7 @@ from loraweave.types import Factors
     ],
 )
 def test_it_gives_the_same_delta_as_peft(
-    method, peft_type: str, options: dict, scale: float, kind: str, in_peft: Callable[..., tuple[Any, list[Factors]]]
+    method, peft_type: str, options: dict, scale: float, kind: str, in_peft: Make
 ) -> None:
     weights = [0.7, -0.4, 1.3]
     model, experts = in_peft([scale] * 3, [4, 4, 4], kind)

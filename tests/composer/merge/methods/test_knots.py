@@ -166,9 +166,3 @@ def test_a_bias_follows_the_inner_rule_and_the_scale() -> None:
     elected = knots(experts, [1.0, 3.0], inner="ties_per_layer", inner_options={"density": 1.0}, scale=0.5)
     assert torch.equal(elected.bias_O, torch.full((6,), 1.0))
     assert torch.equal(knots(experts, [1.0, 3.0], inner="linear").bias_O, torch.full((6,), -1.0))
-
-
-def test_factor_methods_and_itself_are_refused() -> None:
-    for inner in ("knots", "factor_sum", "regmean"):
-        with pytest.raises(WeightingError, match=f"knots: inner='{inner}'"):
-            knots([factors(0, 2)], [1.0], inner=inner)

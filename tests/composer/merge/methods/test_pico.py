@@ -14,7 +14,6 @@ from tiny_models import random_factors
 from loraweave.composer.merge.methods.pico import pico
 from loraweave.composer.merge.methods.ties_per_layer import ties_per_layer
 from loraweave.composer.merge.updates import DenseUpdate
-from loraweave.errors import WeightingError
 from loraweave.types import Factors
 
 factors = partial(random_factors, num_out=9, num_in=11)
@@ -98,9 +97,3 @@ def test_biases_are_merged_by_the_inner_rule_and_not_rescaled() -> None:
     assert torch.equal(pico(experts, [1.0, 3.0]).bias_O, torch.full((9,), -1.0))
     elected = pico(experts, [1.0, 3.0], inner="ties_per_layer", inner_options={"density": 1.0})
     assert torch.equal(elected.bias_O, torch.full((9,), 2.0))
-
-
-def test_factor_methods_and_itself_are_refused() -> None:
-    for inner in ("pico", "factor_sum", "hetlora"):
-        with pytest.raises(WeightingError, match=f"pico: inner='{inner}'"):
-            pico([factors(0, 2)], [1.0], inner=inner)

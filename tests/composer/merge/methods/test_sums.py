@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
 import torch
-from tiny_models import dense
+from tiny_models import Make, dense
 from tiny_models import random_factors as factors
 
 from loraweave.composer.merge.methods.average import average
@@ -105,7 +104,7 @@ def test_svd_sums_gains_and_biases_exactly() -> None:
 
 
 @pytest.mark.parametrize(("method", "peft_type"), [(linear, "cat"), (task_arithmetic, "cat"), (svd, "svd")])
-def test_it_gives_the_same_delta_as_peft(method, peft_type: str, in_peft: Callable[..., tuple[Any, list[Factors]]]) -> None:
+def test_it_gives_the_same_delta_as_peft(method, peft_type: str, in_peft: Make) -> None:
     model, experts = in_peft([1.0, 2.5, 0.5], [2, 3, 1])
     weights = [0.7, 0.4, 1.3]
     model.add_weighted_adapter(["0", "1", "2"], weights, "merged", combination_type=peft_type)
