@@ -60,7 +60,8 @@ def federated_average(
     for model in models:
         require_expert_model(model, "federated_average()")
     amounts = list(sizes) if isinstance(sizes, Iterable) else []
-    if len(amounts) != len(models) or not all(map(_is_amount, amounts)) or not sum(amounts):
+    are_amounts = all(isinstance(amount, Real) and 0 <= float(amount) < math.inf for amount in amounts)
+    if len(amounts) != len(models) or not are_amounts or not sum(amounts):
         raise WeightingError(f"sizes {sizes!r:.60} are not {len(models)} amounts of data, 0 or more, one for each client")
     shares = [amount / sum(amounts) for amount in amounts]
     clients = _layers(models, experts)
@@ -97,8 +98,8 @@ def _layers(models: Sequence[ExpertModel], experts: Sequence[int]) -> list[dict[
     for model in models if experts else ():
         layers = {}
         for name in model.sites:
-            layer = model.layers[key_of(name)]
-            if not isinstance(layer, SumOfExperts) or not layer.is_update:
+            layer: Any = model.layers[key_of(name)]
+            if not layer.is_update:
                 raise ScopeError(f"experts of recipe {model.recipe.name!r} are no updates of layers, and are not exchanged")
             if layer.shape.shared_a or layer.shape.shared_b or layer.shape.gains:
                 raise ScopeError(
@@ -117,10 +118,6 @@ def _layers(models: Sequence[ExpertModel], experts: Sequence[int]) -> list[dict[
     ]
     _require_same(models, "the layers with these experts", have)
     return found
-
-
-def _is_amount(size: Any) -> bool:
-    return isinstance(size, Real) and 0 <= float(size) < math.inf
 
 
 def _has(layer: SumOfExperts, expert: int) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,40 +14,51 @@ from loraweave.types import Factors
 
 # w_BTE of the experts of the site for its input x_BTI
 Weigh = Callable[[Tensor], Tensor]
+# of a module's call
+Args = tuple[Any, ...]
+Seen = dict[str, Any]
 
 
-class Form(Protocol):
-    """The class of a file of this folder."""
+class Form(nn.Module):
+    """The class of a file of this folder: the experts of one place. For sites with parts, `before` and `after` are for each
+    part, where `module` is that of the whole place and `seen` the same mapping until the last part has run; for others
+    `forward` is."""
 
     # whether the sum of its experts at constant weights is an update of the layer, as factors
-    is_update: ClassVar[bool]
+    is_update: ClassVar[bool] = False
 
-    def __init__(self, recipe: Recipe, site: Site, shape: ExpertShape) -> None: ...
+    def __init__(self, recipe: Recipe, site: Site, shape: ExpertShape) -> None:
+        super().__init__()
+        self.site = site
+        self.shape = shape
+        self.scale = recipe.scale
+        self.dropout = recipe.dropout
 
     @staticmethod
     def sites(model: nn.Module, recipe: Recipe) -> list[Site]:
         """The places that the recipe's target modules name, in the model's order. Raises UnknownName where one names none,
         LayerMismatch where a place cannot have experts of this form."""
+        raise NotImplementedError
 
     def reset(self, starts: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Puts in what each expert begins with: (a_RI, b_RO), of one part of the site after the other."""
+        raise NotImplementedError
 
-    def forward(self, module: nn.Module, args: tuple[Any, ...], y: Tensor, weigh: Weigh) -> Tensor:
-        """The output of the place, whose module gave y for `args`; maybe in y's own memory. For sites without parts."""
+    def forward(self, module: nn.Module, args: Args, y: Tensor, weigh: Weigh) -> Tensor:
+        """The output of the place, whose module gave y for `args`; maybe in y's own memory."""
+        raise NotImplementedError
 
-    def before(
-        self, part: int, module: nn.Module, args: tuple[Any, ...], weigh: Weigh, seen: dict[str, Any]
-    ) -> tuple[Any, ...]:
-        """What a part of the place is called with instead of `args`, where `module` is that of the whole place.
+    def before(self, part: int, module: nn.Module, args: Args, weigh: Weigh, seen: Seen) -> Args:
+        """What a part of the place is called with instead of `args`."""
+        raise NotImplementedError
 
-        `seen` is the same mapping until the last part has run.
-        """
-
-    def after(self, part: int, module: nn.Module, args: tuple[Any, ...], y: Tensor, seen: dict[str, Any]) -> Tensor:
+    def after(self, part: int, module: nn.Module, args: Args, y: Tensor, seen: Seen) -> Tensor:
         """What a part of the place gives instead of y."""
+        raise NotImplementedError
 
     def factors(self, w_E: Tensor) -> Factors:
         """The update that the experts make at these constant weights, as detached fp32 copies on the CPU."""
+        raise NotImplementedError
 
 
 def place_like(module: nn.Module, like: Tensor) -> nn.Module:

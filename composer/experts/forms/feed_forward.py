@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loraweave.composer.experts.forms._form import Weigh, fitting
+from loraweave.composer.experts.forms._form import Args, Form, Seen, Weigh, fitting
 from loraweave.composer.experts.parts import LAYOUTS, feed_forward_sites
 from loraweave.composer.live.kernels._chosen_product import sort_by_expert
 from loraweave.composer.model.kinds._kind import by_row
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
 
 
-class FeedForward(nn.Module):
+class FeedForward(Form):
     """sum over e of w_e * FFN_e(x) + (1 - sum of w_e) * FFN(x), with FFN_e(x) = D_e(act(G_e x) * U_e x).
 
     G_e = G + scale * B_e A_e, and so U_e and D_e: the frozen layers are those of the block, and run once for all experts.
@@ -25,14 +24,8 @@ class FeedForward(nn.Module):
     has no gradient. All experts see the same dropout of x, and each its own of what it has before D.
     """
 
-    is_update: ClassVar[bool] = False
-
     def __init__(self, recipe: Recipe, site: Site, shape: ExpertShape) -> None:
-        super().__init__()
-        self.site = site
-        self.shape = shape
-        self.scale = recipe.scale
-        self.dropout = recipe.dropout
+        super().__init__(recipe, site, shape)
         names = [part.name.rpartition(".")[2] for part in site.parts]
         self.layout = next(layout for layout in LAYOUTS if [*layout.first, layout.down] == names)
         self.parts = nn.ModuleDict({name: _Factors(part, shape.ranks) for name, part in zip(names, site.parts, strict=True)})
@@ -49,9 +42,7 @@ class FeedForward(nn.Module):
             factors.a_SI.copy_(torch.cat(own_a))
             factors.b_SO.copy_(torch.cat(own_b))
 
-    def before(
-        self, part: int, block: nn.Module, args: tuple[Any, ...], weigh: Weigh, seen: dict[str, Any]
-    ) -> tuple[Any, ...]:
+    def before(self, part: int, block: nn.Module, args: Args, weigh: Weigh, seen: Seen) -> Args:
         if part == 0:
             seen["x"] = args[0]
         if part + 1 < len(self.site.parts):
@@ -60,7 +51,7 @@ class FeedForward(nn.Module):
         mixed, seen["update"] = self._mixed(block, seen["x"], made, args[0], weigh)
         return (mixed.to(args[0].dtype), *args[1:])
 
-    def after(self, part: int, block: nn.Module, args: tuple[Any, ...], y: Tensor, seen: dict[str, Any]) -> Tensor:
+    def after(self, part: int, block: nn.Module, args: Args, y: Tensor, seen: Seen) -> Tensor:
         if part + 1 == len(self.site.parts):
             update: Tensor = seen["update"]
             return y + update.to(y.dtype)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from loraweave.composer.experts.forms._form import Weigh, fitting
+from loraweave.composer.experts.forms._form import Args, Form, Seen, Weigh, fitting
 from loraweave.composer.experts.parts import layer_sites
 from loraweave.composer.model.kinds import linear
 from loraweave.composer.model.kinds._kind import by_row
@@ -17,19 +16,15 @@ from loraweave.errors import ScopeError
 from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
 
 
-class Multiplied(nn.Module):
+class Multiplied(Form):
     """sum over ranks r of b_er * (W (a_er * x)) + bias, where e is the expert that weighs most in the row.
 
     The weight is W * (b_e^T a_e), elementwise, and is never formed: the layer runs once on all rows, each as often as the
     rank and multiplied with a. Raises ScopeError for weights that vary within a row.
     """
 
-    is_update: ClassVar[bool] = False
-
     def __init__(self, recipe: Recipe, site: Site, shape: ExpertShape) -> None:
-        super().__init__()
-        self.site = site
-        self.shape = shape
+        super().__init__(recipe, site, shape)
         rank = shape.ranks[0]
         self.a_ERI = nn.Parameter(torch.ones(shape.num_experts, rank, site.num_inputs))
         self.b_ERO = nn.Parameter(torch.ones(shape.num_experts, rank, site.num_outputs))
@@ -45,9 +40,7 @@ class Multiplied(nn.Module):
         self.a_ERI.copy_(torch.stack(own_a))
         self.b_ERO.copy_(torch.stack(own_b))
 
-    def before(
-        self, part: int, module: nn.Module, args: tuple[Any, ...], weigh: Weigh, seen: dict[str, Any]
-    ) -> tuple[Any, ...]:
+    def before(self, part: int, module: nn.Module, args: Args, weigh: Weigh, seen: Seen) -> Args:
         x_BTI = by_row(args[0])
         w_BTE = fitting(weigh(x_BTI), self.site, *x_BTI.shape[:2])
         if w_BTE.shape[1] > 1:
@@ -60,7 +53,7 @@ class Multiplied(nn.Module):
         a_BR1I = self.a_ERI[expert_B].to(x_BTI.dtype)[:, :, None]
         return ((x_BTI[:, None] * a_BR1I).flatten(0, 1), *args[1:])
 
-    def after(self, part: int, module: nn.Module, args: tuple[Any, ...], y: Tensor, seen: dict[str, Any]) -> Tensor:
+    def after(self, part: int, module: nn.Module, args: Args, y: Tensor, seen: Seen) -> Tensor:
         b_BRO = self.b_ERO[seen["expert_B"]].to(y.dtype)
         y_BRTO = y.view(*b_BRO.shape[:2], *y.shape[1:])
         y_BTO = (y_BRTO * b_BRO[:, :, None]).sum(dim=1)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from loraweave.common.randomness import seeded
-from loraweave.composer.experts.forms._form import Weigh, fitting
+from loraweave.composer.experts.forms._form import Args, Form, Weigh, fitting
 from loraweave.composer.experts.parts import layer_sites
 from loraweave.composer.live.kernels._parts import own_precision
 from loraweave.composer.model.kinds import linear
@@ -19,21 +18,17 @@ from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
 from loraweave.routers.recipes.mixlora_conditional import MixloraConditional
 
 
-class SelectedFactors(nn.Module):
+class SelectedFactors(Form):
     """y0 + scale * sum over p of b_p (a_p dropout(x)), where a_p and b_p have the p-th best scores of their pools in a row.
 
     A site's weights are scores of the factors a, then of the factors b. With k_REI those of b get, times `a_weight`, a
     softmax over the sum of softmax(k_p a_p).
     """
 
-    is_update: ClassVar[bool] = False
-
     def __init__(self, recipe: Recipe, site: Site, shape: ExpertShape) -> None:
-        super().__init__()
+        super().__init__(recipe, site, shape)
         assert isinstance(recipe, MixloraConditional)
         self.recipe = recipe
-        self.site = site
-        self.shape = shape
         self.a_EI = nn.Parameter(torch.zeros(shape.num_experts, site.num_inputs))
         self.b_EO = nn.Parameter(torch.zeros(shape.num_experts, site.num_outputs))
         k_REI = torch.zeros(recipe.rank, shape.num_experts, site.num_inputs)
@@ -53,7 +48,7 @@ class SelectedFactors(nn.Module):
             bound = (self.recipe.rank * self.site.num_inputs) ** -0.5
             self.k_REI.uniform_(-bound, bound, generator=seeded(self.recipe.seed, "conditional", self.site.name))
 
-    def forward(self, module: nn.Module, args: tuple[Any, ...], y: Tensor, weigh: Weigh) -> Tensor:
+    def forward(self, module: nn.Module, args: Args, y: Tensor, weigh: Weigh) -> Tensor:
         """Raises ScopeError, naming the layer and both counts, where rows are not the weights'."""
         x_BTI, y_BTO = by_row(args[0]), by_row(y)
         scores_BTE = fitting(weigh(x_BTI), self.site, *x_BTI.shape[:2])

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loraweave.composer.experts.forms._form import Weigh, fitting
+from loraweave.composer.experts.forms._form import Args, Form, Weigh, fitting
 from loraweave.composer.experts.parts import layer_sites
 from loraweave.composer.live.kernels._added_experts import add_experts
 from loraweave.composer.live.kernels._expert_product import RankRows
@@ -20,7 +20,7 @@ from loraweave.routers.recipes._recipe import ExpertShape, Recipe, Site
 from loraweave.types import Factors
 
 
-class SumOfExperts(nn.Module):
+class SumOfExperts(Form):
     """y0 + scale * sum over e of w_e * gain_e * (dropout(x) a_e^T) b_e^T.
 
     Factors are stacked by rank rows: a_SI and b_SO, or those of one expert where all share them. All experts of a place see
@@ -32,11 +32,7 @@ class SumOfExperts(nn.Module):
     own_row_S: Tensor
 
     def __init__(self, recipe: Recipe, site: Site, shape: ExpertShape) -> None:
-        super().__init__()
-        self.site = site
-        self.shape = shape
-        self.scale = recipe.scale
-        self.dropout = recipe.dropout
+        super().__init__(recipe, site, shape)
         self.gates_see = recipe.gates_see
         # experts that can count in a token; fewer where the gate skips the others
         self.most = shape.num_experts
@@ -68,7 +64,7 @@ class SumOfExperts(nn.Module):
         b_SO = b[self.own_row_S] if self.shape.shared_b else b
         return [(a_SI[own_S].clone(), b_SO[own_S].clone()) for own_S in self._own_rows()]
 
-    def forward(self, module: nn.Module, args: tuple[Any, ...], y: Tensor, weigh: Weigh) -> Tensor:
+    def forward(self, module: nn.Module, args: Args, y: Tensor, weigh: Weigh) -> Tensor:
         """Raises ScopeError, naming the layer and both counts, where rows or tokens are not the weights'."""
         kind = conv if self.site.kernel else linear
         dtype = torch.get_autocast_dtype(y.device.type) if torch.is_autocast_enabled(y.device.type) else y.dtype

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from loraweave.composer.experts.forms._form import Weigh
+from loraweave.composer.experts.forms._form import Args, Weigh
 from loraweave.composer.experts.forms.sum_of_experts import SumOfExperts
 from loraweave.composer.experts.running import RUNNING
 from loraweave.composer.model.kinds import conv, linear
@@ -35,7 +35,7 @@ class TaskBranches(SumOfExperts):
             self.norm = nn.LayerNorm(site.num_outputs)
             nn.init.constant_(self.norm.weight, float(recipe.as_released))
 
-    def forward(self, module: nn.Module, args: tuple[Any, ...], y: Tensor, weigh: Weigh) -> Tensor:
+    def forward(self, module: nn.Module, args: Args, y: Tensor, weigh: Weigh) -> Tensor:
         running = RUNNING.get()
         branch = None if running is None else running.branch
         if branch is None or not self.is_branched:
@@ -50,7 +50,7 @@ class TaskBranches(SumOfExperts):
         branch.note(self.site.name, made.clone() if self.mode == "matrixv2" else y0)
         return made
 
-    def _sum(self, module: nn.Module, args: tuple[Any, ...], y: Tensor, weigh: Weigh) -> tuple[Tensor, Tensor]:
+    def _sum(self, module: nn.Module, args: Args, y: Tensor, weigh: Weigh) -> tuple[Tensor, Tensor]:
         """y0 of the shared stream, and all streams on end: y0 + LayerNorm(sum over t of y_t), and each y_t."""
         assert self.norm is not None
         num_streams = self.num_tasks + 1
