@@ -165,12 +165,12 @@ def _run(
             settings["logits_to_keep"] = 1
         model(**inputs, **settings)
         return
-    logits = getattr(model(**inputs, **settings), "logits", None)
-    if not isinstance(logits, Tensor) or logits.shape[-1] < 2 or not 2 <= logits.ndim <= 3:
-        found = tuple(logits.shape) if isinstance(logits, Tensor) else "none"
+    logits: Any = getattr(model(**inputs, **settings), "logits", None)
+    shape = tuple(getattr(logits, "shape", ()))
+    if not 2 <= len(shape) <= 3 or shape[-1] < 2:
         raise CompositionError(
             f"the Fisher information needs the probabilities of classes or tokens, but {type(model).__name__} gives logits "
-            f"of shape {found}; take what=('gram',), or a model with a head that classifies"
+            f"of shape {shape or 'none'}; take what=('gram',), or a model with a head that classifies"
         )
     if not logits.requires_grad:
         raise CompositionError(f"none of the {len(recorders)} layers takes part in the model's output")

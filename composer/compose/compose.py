@@ -105,7 +105,7 @@ def compose(
     settings.check(task, from_hub=isinstance(experts, Hub))
     require_model(model)
     if not callable(tokenizer):
-        raise CompositionError(f"the examples need the model's tokenizer, and {type(tokenizer).__name__} is none")
+        raise CompositionError(f"the examples need the model's tokenizer, and {type(tokenizer).__name__} is not one")
     return _compose(model, tokenizer, experts, task, settings, progress)
 
 

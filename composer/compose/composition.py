@@ -11,7 +11,7 @@ from functools import cached_property
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -307,8 +307,8 @@ class Composition:
             if self.router is not None:
                 if not isinstance(self.router, TokenRouter):
                     raise ScopeError(
-                        f"router {router_name(self.router)!r} is none that loraweave can write to a file: routers of "
-                        "lw.router() are saved"
+                        f"loraweave cannot write router {router_name(self.router)!r} to a file: only routers of lw.router() "
+                        "can be saved"
                     )
                 self.router.save_pretrained(new / "router", pool=pool_of(self.router, self.engine))
             elif not self.is_base:
@@ -398,8 +398,9 @@ class Composition:
             )
         if self.is_base:
             raise CompositionError(f"cannot {verb} this composition: it is the base model itself")
-        pool, weights = self.pool.subset(self.mean_weights), self.weights
-        mixture = weights if isinstance(weights, MixtureWeights) else MixtureWeights.of(self.mean_weights, pool.names)
+        pool = self.pool.subset(self.mean_weights)
+        by_layer = self.by_layer is not None
+        mixture = cast(MixtureWeights, self.weights) if by_layer else MixtureWeights.of(self.mean_weights, pool.names)
         return example_loss(*self._on, pool, self.merge_method), mixture
 
     @property

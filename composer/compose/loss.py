@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
@@ -42,7 +42,7 @@ def together(objectives: Sequence[Objective], candidates: Sequence[Candidates]) 
     """The losses that each objective gives its own candidates; views of one ExampleLoss share their forward passes."""
     if _are_views_of_one(objectives):
         losses = iter(score(_pairs(objectives, candidates)))
-        return [_next(losses, own) for own in candidates]
+        return [[next(losses) for _ in own] for own in candidates]
     return [list(objective(own)) if own else [] for objective, own in zip(objectives, candidates, strict=True)]
 
 
@@ -52,7 +52,7 @@ def together_with_gradients(
     """The losses and gradients of each objective's own candidates, in the same way."""
     if _are_views_of_one(objectives):
         found = iter(score_with_gradients(_pairs(objectives, candidates)))
-        parts = [_next(found, own) for own in candidates]
+        parts = [[next(found) for _ in own] for own in candidates]
         return [([loss for loss, _ in part], [gradient for _, gradient in part]) for part in parts]
     return [objective.gradients(own) if own else ([], []) for objective, own in zip(objectives, candidates, strict=True)]
 
@@ -65,10 +65,6 @@ def _are_views_of_one(objectives: Sequence[Any]) -> bool:
 
 def _pairs(objectives: Sequence[Any], candidates: Sequence[Candidates]) -> list[tuple[ExampleLoss, MixtureWeights]]:
     return [(objective, each) for objective, own in zip(objectives, candidates, strict=True) for each in own]
-
-
-def _next(found: Iterator[Any], own: Candidates) -> list[Any]:
-    return [next(found) for _ in own]
 
 
 class OnExamples:

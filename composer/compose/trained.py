@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -135,7 +135,7 @@ class Routed(Trial[Router]):
         return self._kind.losses(sums).double().numpy(), self._kind.hits(sums).numpy()
 
     def result(self, chosen: Router) -> SearchResult:
-        count = sum(p.numel() for p in chosen.parameters()) if self.learns and isinstance(chosen, LearnedRouter) else 0
+        count = sum(p.numel() for p in cast(LearnedRouter, chosen).parameters()) if self.learns else 0
         return result_of(MixtureWeights.of({}, self.bench.names), count)
 
     def composition_fields(self, chosen: Router) -> dict[str, Any]:
@@ -157,8 +157,7 @@ class Routed(Trial[Router]):
             return router(self.name, self.bench.engine.bound_pool, **self._options)
 
     def _train(self, split: Split) -> TokenRouter:
-        new, folder, task = self._new(), self.bench.checkpoint, self.bench.task
-        assert isinstance(new, LearnedRouter)
+        new, folder, task = cast(LearnedRouter, self._new()), self.bench.checkpoint, self.bench.task
         new.fit(
             self.bench.engine,
             replace(task, examples=[task.examples[place] for place in split.seen]),

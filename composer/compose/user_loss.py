@@ -84,7 +84,7 @@ def make_objective(
     `terms` are those of `Penalty`. Raises what the objectives raise, UnknownName for an unknown kind, and InvalidTask for a
     function with `inputs`.
     """
-    if isinstance(loss, str):
+    if not callable(loss):
         return ExampleLoss(engine, tokenizer, task, kind=loss, merge_method=merge_method, only=None, inputs=inputs, **terms)
     if inputs is not None:
         raise InvalidTask("a function as the objective is called with the task's examples; inputs are for 'entropy'")

@@ -77,7 +77,7 @@ def known_members(engine: Composer, mixtures: Sequence[Any]) -> list[Any]:
             )
     if not isinstance(engine, Composer):
         raise WeightingError(
-            f"an ensemble is of mixtures of a Composer, and {engine!r:.80} is none: lw.Composer(model, pool)"
+            f"an ensemble mixes the experts of a Composer, and {engine!r:.80} is not one: pass lw.Composer(model, pool)"
         )
     members = [_by_name(mixture) for mixture in mixtures]
     resolve(members, engine.pool, engine.bound_pool)
@@ -85,7 +85,7 @@ def known_members(engine: Composer, mixtures: Sequence[Any]) -> list[Any]:
 
 
 def member_weights(weights: Sequence[float] | None, num_members: int) -> Tensor:
-    """weight_M of the members in fp64, which sum to 1; None is the same for all. WeightingError for what are no shares."""
+    """weight_M in fp64, which sums to 1; None gives all members the same. Raises WeightingError unless they are shares."""
     if weights is None:
         return torch.full((num_members,), 1 / num_members, dtype=torch.float64)
     weight_M = torch.tensor([float(weight) for weight in weights], dtype=torch.float64)

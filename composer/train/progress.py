@@ -70,7 +70,7 @@ class TrainingProgress:
     def judge(self, number: int, loss: float, terms: Mapping[str, float]) -> float:
         """The length of the gradient of a step, which every parameter has from here on; no parameter has changed.
 
-        Raises TrainingError, with the last good parameters put back, for what is not finite.
+        Raises TrainingError and puts the last good parameters back if a value is not finite.
         """
         self.require_finite(number, {"the loss": loss, **{f"term {name!r}": value for name, value in terms.items()}})
         for parameter in self.parameters:

@@ -25,7 +25,7 @@ from loraweave.errors import BudgetExceeded
 
 CHECKPOINT_STEPS = 20
 
-# what is told of each job that has ended
+# called with each job that has ended
 Ended = Callable[[TrainingJob, JobReport], None]
 
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -24,12 +24,6 @@ from loraweave.routers.tokens._learned import TrainingReport
 BEST, RECENT, REPORT = "best", "recent", "report"
 
 
-class KeptRow(Protocol):
-    """A row that says, as JSON, what it is."""
-
-    def identity(self) -> list[Any]: ...
-
-
 @dataclass(frozen=True)
 class KeptState:
     """Where the state of one call of fit() is kept: in `folder`, if there is one, under a key of all that determines it."""
@@ -39,9 +33,9 @@ class KeptState:
 
     @classmethod
     def of(
-        cls, name: str, identity: Sequence[Any], settings: TrainingSettings, rows: Sequence[KeptRow], held: Sequence[KeptRow]
+        cls, name: str, identity: Sequence[Any], settings: TrainingSettings, rows: Sequence[Any], held: Sequence[Any]
     ) -> Self:
-        """`identity` is JSON of what is trained. Raises TrainingError for a folder that cannot be made."""
+        """`identity` is what is trained, as JSON; so is each row's. Raises TrainingError if the folder cannot be made."""
         if settings.checkpoint is None:
             return cls(None, "")
         folder = checkpoint_folder(settings.checkpoint)

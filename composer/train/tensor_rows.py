@@ -201,7 +201,7 @@ class TensorFeed(Feed):
         names = [tasks[place] if place >= 0 else None for place in task_B.tolist()]
         loss = self._loss(output, {**columns, "task": names})
         if not isinstance(loss, Tensor) or loss.ndim or (torch.is_grad_enabled() and not loss.requires_grad):
-            found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) and loss.ndim else f"{loss!r:.60}"
+            found = f"a tensor of shape {tuple(loss.shape)}" if getattr(loss, "ndim", 0) else f"{loss!r:.60}"
             raise TrainingError(f"loss() gave {found}; it must be one number of a tensor that came from the output")
         return output, loss
 
