@@ -57,10 +57,8 @@ class MergeReport(Mapping[str, LayerReport]):
     @classmethod
     def from_card(cls, card: Mapping[str, Any]) -> MergeReport:
         """The report in an adapter's card; figures that are missing or damaged there are left out."""
-        stored, recipe = card.get("report"), card.get("recipe")
-        if not isinstance(stored, Mapping) or not isinstance(recipe, Mapping):
-            return cls()
         try:
+            stored, recipe = card["report"], card["recipe"]
             parents = [(str(parent["name"]), float(parent["weight"])) for parent in recipe["parents"]]
             layers = {
                 str(layer): LayerReport(
@@ -73,10 +71,10 @@ class MergeReport(Mapping[str, LayerReport]):
                 )
                 for layer, row in stored.items()
             }
+            names, weights = zip(*parents, strict=True) if parents else ((), ())
+            return cls(str(recipe.get("method", "")), names, weights, layers)
         except (KeyError, TypeError, ValueError, AttributeError):
             return cls()
-        names, weights = zip(*parents, strict=True) if parents else ((), ())
-        return cls(str(recipe.get("method", "")), names, weights, layers)
 
     def to_json(self) -> dict[str, dict[str, Any]]:
         """What the card stores: the figures of each layer, to six significant digits."""
@@ -179,6 +177,9 @@ def _clip(name: str) -> str:
 
 
 def _round(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    return [_round(each) for each in value] if isinstance(value, tuple) else value
+    match value:
+        case float():
+            return float(f"{value:.6g}")
+        case tuple():
+            return [_round(each) for each in value]
+    return value

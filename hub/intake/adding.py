@@ -213,9 +213,9 @@ def _fields_with_card(name: str, given: Mapping[str, Any], card: Mapping[str, An
 
 def _source(card: Mapping[str, Any], place: str | None) -> Source | None:
     """The repository and commit that the card has from reading it, else the place as the caller named it."""
-    known = card.get("source")
-    known = known if isinstance(known, Mapping) else {}
-    repository, revision = known.get("repository"), known.get("revision")
-    if isinstance(repository, str) and place in (None, repository):
-        return Source(repository, revision if isinstance(revision, str) else None)
+    match card.get("source"):
+        case {"repository": str() as repository, "revision": str() as revision} if place in (None, repository):
+            return Source(repository, revision)
+        case {"repository": str() as repository} if place in (None, repository):
+            return Source(repository, None)
     return None if place is None else Source(without_secrets(place))

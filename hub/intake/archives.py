@@ -239,6 +239,11 @@ def _write(data: IO[bytes], target: Path, size: int, where: str) -> None:
         raise AdapterCorrupt(f"{where} claims {size:,} bytes, and has {'more' if written > size else f'{written:,}'}")
 
 
+# what the readers of the standard library raise for broken bytes
+_BROKEN = (tarfile.TarError, zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, struct.error, lzma.LZMAError)
+_DAMAGE = (*_BROKEN, EOFError, ValueError, OverflowError, RuntimeError, IndexError)
+
+
 @contextmanager
 def _named_errors(archive: Path) -> Iterator[None]:
     try:
@@ -251,19 +256,7 @@ def _named_errors(archive: Path) -> Iterator[None]:
                 f"no room to unpack {archive} in {tempfile.gettempdir()}; set TMPDIR to a folder with room"
             ) from error
         raise AdapterCorrupt(f"the archive {archive} cannot be read ({type(error).__name__}: {error})") from error
-    except (
-        tarfile.TarError,
-        zipfile.BadZipFile,
-        zipfile.LargeZipFile,
-        zlib.error,
-        struct.error,
-        EOFError,
-        ValueError,
-        OverflowError,
-        RuntimeError,
-        IndexError,
-        lzma.LZMAError,
-    ) as error:
+    except _DAMAGE as error:
         # zipfile quotes the bytes that stand where a name should be, up to 64 KiB of them
         reason = f"{type(error).__name__}: {str(error)[:200]}"
         raise AdapterCorrupt(f"the archive {archive} is damaged ({reason})") from error

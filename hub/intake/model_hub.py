@@ -67,7 +67,9 @@ def download(
         except ERRORS as error:
             if status_of(error) != 429 or number == MAX_TRIES:
                 raise _download_error(error, repository, revision, token, local_files_only) from error
-            wait_s = _wait_s(error, number)
+            # what the hub asks to wait, else 1, 2, 4 seconds
+            asked = next((response.headers.get("Retry-After", "") for response in _responses(error)), "")
+            wait_s = min(float(asked) if asked.isdigit() else 2.0 ** (number - 1), MAX_WAIT_S)
         _logger.warning("the model hub limits requests; asking for %s again in %.0f s", repository, wait_s)
         time.sleep(wait_s)
     raise AssertionError("the last try returns or raises")
@@ -150,12 +152,6 @@ def status_of(error: BaseException) -> int | None:
 
 def _responses(error: BaseException) -> Iterator[Any]:
     return (response for cause in _chain(error) if (response := getattr(cause, "response", None)) is not None)
-
-
-def _wait_s(error: BaseException, number: int) -> float:
-    """What the hub asks to wait, else 1, 2, 4 seconds; never more than half a minute."""
-    asked = next((response.headers.get("Retry-After", "") for response in _responses(error)), "")
-    return min(float(asked) if asked.isdigit() else 2.0 ** (number - 1), MAX_WAIT_S)
 
 
 def upload(folder: Path, repository: str, *, token: str | None, private: bool | None, message: str) -> str:

@@ -31,7 +31,7 @@ from loraweave.hub.search.segments import MAX_LATE, MIN_SAVED, Hits, Keys, Stamp
 from loraweave.hub.stores.protocols import VectorSearch
 from loraweave.hub.tables.changes import Change
 from loraweave.hub.tables.filtering import Filters
-from loraweave.types import BaseKey, Candidate, Record
+from loraweave.types import Candidate, Record
 
 # The description's share of a key. The largest that costs queries by inputs nothing on the pool's training rows, while
 # queries by another wording of it find the adapter first in .68 instead of .19 of the cases (benchmarks/retrieval.py).
@@ -203,7 +203,7 @@ class SearchIndex:
     def _filter(self, snapshot: _Snapshot, query_QD: np.ndarray, k: int, filters: Filters) -> list[list[Hit]]:
         # a filter that lets many through is mostly met by the nearest few; the places of all that pass are a long list. For
         # a key of a base model they are asked for, which warns of its namesakes
-        num_tried = 0 if isinstance(filters.base_model, BaseKey) else 4 * k + _NUM_TRIED
+        num_tried = 0 if filters.key is not None else 4 * k + _NUM_TRIED
         tried = self._hits(snapshot, snapshot.keys.search(query_QD, num_tried))
         passing = [[hit for hit in hits if filters.passes(hit.record)][:k] for hits in tried]
         if num_tried >= len(snapshot.keys) or all(len(hits) == k for hits in passing):

@@ -186,7 +186,9 @@ def save(folder: Path, keys: Keys, stamp: Stamp) -> bool:
         if cache_folder() in folder.parents:
             # a hub's own folder that is gone stays so
             folder.mkdir(parents=True, exist_ok=True)
-        _sweep(path.parent)
+        for left in path.parent.glob("*.unfinished"):
+            if time.time() - left.stat().st_mtime >= STALE_TMP_S:
+                remove_file(left)
         write_arrays(path, {"seqs": segment.seqs_N, **segment.index.arrays()}, metadata)
     except OSError as error:
         _logger.info("the search index is not saved: %s", error)
@@ -230,9 +232,3 @@ def problems(folder: Path) -> Iterator[str]:
             continue
         except (OSError, ValueError) as error:
             yield f"the search index {path} is damaged ({error}); delete it, and the next search makes it anew"
-
-
-def _sweep(folder: Path) -> None:
-    for path in folder.glob("*.unfinished"):
-        if time.time() - path.stat().st_mtime >= STALE_TMP_S:
-            remove_file(path)

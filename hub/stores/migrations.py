@@ -9,12 +9,13 @@ from pathlib import Path
 
 from loraweave.common.files import sync
 from loraweave.errors import HubCorrupt
+from loraweave.hub.stores.protocols import Connection
 from loraweave.hub.tables.filtering import fill
 
 # "LoWv", so that a file can be told from another program's database
 APPLICATION_ID = 0x4C6F5776
 
-Step = tuple[str | Callable[[sqlite3.Connection], None], ...]
+Step = tuple[str | Callable[[Connection], None], ...]
 
 # A row holds its record as canonical JSON with a sha256: a damaged page can change text without SQLite noticing. For the
 # same reason `state` counts the adapters: rows that vanish are missed. `seq` orders by addition, whatever the clock says.
@@ -149,17 +150,22 @@ def migrate(connection: sqlite3.Connection, path: Path) -> None:
     for number, step in enumerate(STEPS[version:], start=version + 1):
         connection.execute("BEGIN IMMEDIATE")
         try:
-            for action in step:
-                if isinstance(action, str):
-                    connection.execute(action)
-                else:
-                    action(connection)
+            run_step(connection, step)
             connection.execute(f"PRAGMA user_version = {number:d}")
             connection.execute("COMMIT")
         except BaseException:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             raise
+
+
+def run_step(connection: Connection, step: Step) -> None:
+    """Runs the statements and functions of a step in the transaction at hand."""
+    for action in step:
+        if isinstance(action, str):
+            connection.execute(action)
+        else:
+            action(connection)
 
 
 def _version(connection: sqlite3.Connection) -> int:

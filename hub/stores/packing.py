@@ -64,11 +64,11 @@ def unpack(places: Any, flat: Tensor) -> dict[str, Tensor]:
 
 
 def _check_place(place: Any) -> tuple[str, int, list[int]]:
-    if not isinstance(place, list | tuple) or len(place) != 3:
-        raise ValueError(f"a place is {place!r:.60}, not [name, offset, shape]")
-    name, offset, shape = place
-    if not isinstance(name, str) or not isinstance(shape, list) or len(shape) > _MAX_AXES:
-        raise ValueError(f"a place is {place!r:.60}, not [name, offset, shape] with at most {_MAX_AXES} axes")
+    match place:
+        case [str() as name, offset, list() as shape] if len(shape) <= _MAX_AXES:
+            pass
+        case _:
+            raise ValueError(f"a place is {place!r:.60}, not [name, offset, shape] with at most {_MAX_AXES} axes")
     # a loop: any() over a generator takes three times as long, and there are hundreds of places in a blob
     for number in (offset, *shape):
         if type(number) is not int or not 0 <= number < 2**62:

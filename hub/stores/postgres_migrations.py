@@ -5,12 +5,11 @@ A step that has been released is never edited: a change is a new step there and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from loraweave.errors import HubCorrupt, HubError, HubReadOnly
+from loraweave.hub.stores.migrations import Step, run_step
 from loraweave.hub.stores.postgres_session import PostgresAddress, Translating, require_psycopg
-from loraweave.hub.stores.protocols import Connection
 from loraweave.hub.tables.filtering import fill
 
 # pgvector stores at most this many numbers; longer vectors are kept, but searched at the client
@@ -19,7 +18,7 @@ MAX_SEARCHED_DIM = 16_000
 # The columns are those of SQLite, so that both are read by the same statements. `embedding` is derived from `vector`: its
 # bytes are what a row's sha256 covers, and whoever changes them leaves the embedding to be made anew. `stale` marks what
 # was made before the adapter's record changed, which may have changed its texts.
-STEPS: tuple[tuple[str | Callable[[Connection], None], ...], ...] = (
+STEPS: tuple[Step, ...] = (
     (
         """CREATE TABLE state (
             id INTEGER PRIMARY KEY CHECK (id = 1),
@@ -155,11 +154,7 @@ def migrate(connection: Any, address: PostgresAddress) -> None:
         else:
             _back_up(connection, address.schema, f"{address.schema}_v{version}_backup")
         for step in STEPS[version:]:
-            for action in step:
-                if isinstance(action, str):
-                    connection.execute(action)
-                else:
-                    action(Translating(connection))
+            run_step(Translating(connection), step)
         connection.execute("UPDATE state SET schema_version = %s", (len(STEPS),))
 
 

@@ -35,16 +35,18 @@ class Filters:
     max_size_bytes: int | None = None
 
     @property
+    def key(self) -> BaseKey | None:
+        """The base model where it is the key of a model at hand."""
+        return self.base_model if isinstance(self.base_model, BaseKey) else None
+
+    @property
     def pass_all(self) -> bool:
         asked = (self.base_model, self.license, self.language, self.max_rank, self.max_size_bytes)
         return not self.tags and all(one is None for one in asked)
 
     def passes(self, record: Record) -> bool:
         """Whether `matching` gives the record's row."""
-        if isinstance(self.base_model, BaseKey):
-            fits = not self.base_model.differs(record.base)
-        else:
-            fits = self.base_model is None or record.base_model == self.base_model
+        fits = self.base_model in (None, record.base_model) if self.key is None else not self.key.differs(record.base)
         return (
             fits
             and (self.license is None or is_accepted(record.license, self.license))
@@ -62,7 +64,7 @@ def matching(connection: Connection, filters: Filters) -> list[int]:
     """
     found: list[set[int]] = []
     if filters.base_model is not None:
-        found.append(_for_base(connection, filters.base_model))
+        found.append(_for_base(connection, Filters(filters.base_model)))
     if filters.license is not None:
         permitted = [value for value in rows.label_values(connection, "license") if is_accepted(value, filters.license)]
         found.append(rows.labelled(connection, "license", *permitted))
@@ -99,15 +101,20 @@ def fill(connection: Connection) -> None:
         rows.put_labels(connection, seq, record)
 
 
-def _for_base(connection: Connection, base_model: str | BaseKey) -> set[int]:
+def _for_base(connection: Connection, base: Filters) -> set[int]:
+    """Of a text the id must be equal, of a key nothing known may contradict it; warns of namesakes of a key's model."""
     firsts = [rows.first_labelled(connection, "base", value) for value in rows.label_values(connection, "base")]
     examples = [row.record for row in rows.some(connection, firsts)]
-    fitting = {rows.base_digest(record) for record in examples if Filters(base_model).passes(record)}
-    if isinstance(base_model, BaseKey):
-        namesakes = {rows.base_digest(one) for one in examples if one.base_model == base_model.id} - fitting
-        left_out = rows.labelled(connection, "base", *namesakes)
-        # it is this that warns
-        for_base((row.record for row in rows.some(connection, sorted(left_out))), base_model)
+    fitting = {rows.base_digest(record) for record in examples if base.passes(record)}
+    if (key := base.key) is not None:
+        namesakes = {rows.base_digest(one) for one in examples if one.base_model == key.id} - fitting
+        left_out = [row.record for row in rows.some(connection, sorted(rows.labelled(connection, "base", *namesakes)))]
+        if left_out:
+            warnings.warn(
+                f"{len(left_out)} adapters are left out, {left_out[0].name!r} the first: they name the base model "
+                f"{key.id!r}, but were made for another ({key.differs(left_out[0].base)})",
+                stacklevel=2,
+            )
     return rows.labelled(connection, "base", *fitting)
 
 
@@ -159,24 +166,3 @@ def _read(text: str) -> Fingerprint | None:
         return Fingerprint.from_json(json.loads(text))
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
-
-
-def for_base(records: Iterable[Record], wanted: str | BaseKey | None) -> list[Record]:
-    """The records for that base model: of a text the id must be equal, of a key nothing known may contradict it.
-
-    Adapters under the key's id that were made for another model are left out with a warning.
-    """
-    if wanted is None:
-        return list(records)
-    if isinstance(wanted, str):
-        return [record for record in records if record.base_model == wanted]
-    reasons = [(record, wanted.differs(record.base)) for record in records]
-    namesakes = [(record, why) for record, why in reasons if why and record.base_model == wanted.id]
-    if namesakes:
-        first, why = namesakes[0]
-        warnings.warn(
-            f"{len(namesakes)} adapters are left out, {first.name!r} the first: they name the base model {wanted.id!r}, but "
-            f"were made for another ({why})",
-            stacklevel=3,
-        )
-    return [record for record, why in reasons if not why]
