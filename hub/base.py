@@ -129,11 +129,11 @@ def _complete(folder: Path) -> bool:
     except (ValueError, KeyError, TypeError, AttributeError):
         files = []
     if not files:
-        logger.warning("%s is damaged and the model is made anew", manifest)
+        logger.warning("%s is damaged; the model is converted again", manifest)
         return False
     for path, size, digest in files:
         if not path.is_file() or path.stat().st_size != size or file_digest(path) != digest:
-            logger.warning("%s is damaged and is made anew", path)
+            logger.warning("%s is damaged; the model is converted again", path)
             return False
     return True
 

@@ -325,7 +325,7 @@ class Hub(Listing):
         return self._open(find)
 
     def _open(self, find: Callable[[], rows.Row]) -> Adapter:
-        """The adapter whose row `find` reads; a row whose blob is collected before it is mapped is read anew."""
+        """The adapter whose row `find` reads; a row whose blob is collected before it is mapped is read again."""
         from loraweave.hub.stores.storing import stored_adapter
 
         row = find()

@@ -41,7 +41,7 @@ class ExpertPool:
 
     A pool that is `lazy` knows its names only and opens an adapter when it is asked for; what is said below about the
     experts beside each other is then for the Composer to find, which compares each with the model when it is first used.
-    Raises WeightingError for an empty pool, a repeated name or what is no adapter, BaseModelMismatch when two experts
+    Raises WeightingError for an empty pool, a repeated name or anything but an adapter, BaseModelMismatch when two experts
     contradict each other about their base model, LayerMismatch when they update one layer with different shapes.
     """
 
@@ -122,7 +122,7 @@ class ExpertPool:
         vars(self).update(adapters=MappingProxyType(state["adapters"]))
 
     def known(self, names: Iterable[str]) -> tuple[str, ...]:
-        """The names as they are. UnknownExpert, which says what was perhaps meant, for one that the pool has not."""
+        """The names as they are. UnknownExpert, with the nearest names, for one that the pool does not have."""
         names = tuple(names)
         for name in names:
             if name not in self.adapters:

@@ -23,7 +23,7 @@ ENCODER_FILE = "encoder.json"
 MAX_TOKENS = 256
 BATCH_TEXTS = 64
 
-# LoraRetriever puts one instruction before keys and queries alike. This encoder was trained without one, and on the
+# LoraRetriever puts one instruction before both keys and queries. This encoder was trained without one, and on the
 # pool's training inputs each instruction tried lowers recall@1 (.58 without, .52 to .55 with; benchmarks/retrieval.py).
 INSTRUCTION = ""
 
@@ -83,10 +83,12 @@ def _folder() -> Path:
 
 
 def _read_trained(folder: Path) -> tuple[str, int]:
-    """The instruction that an encoder was trained with, and its size. RetrievalError for what is no whole encoder."""
+    """The instruction that an encoder was trained with, and its size. RetrievalError where a file is missing or damaged."""
     missing = [name for name in (*MODEL_FILES, ENCODER_FILE) if not (folder / name).is_file()]
     if missing:
-        raise RetrievalError(f"{folder} is no encoder's folder, it has no {', '.join(missing)}; train_encoder writes one")
+        raise RetrievalError(
+            f"{folder} is not an encoder's folder: it has no {', '.join(missing)}; train_encoder writes one"
+        )
     try:
         about, config = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (ENCODER_FILE, "config.json"))
         return str(about["instruction"]), int(config["hidden_size"])

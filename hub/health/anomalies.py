@@ -51,7 +51,7 @@ def checked_policy(policy: str | Mapping[str, str]) -> dict[str, str]:
     for kind, chosen in given.items():
         if kind not in KINDS or chosen not in POLICIES:
             raise AdapterUnsupported(
-                f"anomalies={policy!r} is no policy: it is one of {', '.join(POLICIES)}, or a mapping to them from "
+                f"anomalies={policy!r} is not a policy; give one of {', '.join(POLICIES)}, or a mapping to them from "
                 f"{', '.join(KINDS)}"
             )
     return given

@@ -110,7 +110,7 @@ def _sound_blobs(blobs: BlobStore) -> Iterator[tuple[str, tuple[rows.BlobRow, Re
                 row = rows.BlobRow(content_hash, file_digest(file), file.stat().st_size)
                 yield content_hash, (row, rows.record_from_json(blob.origin))
         except AdapterCorrupt:
-            # it stays where it is, for whoever can mend it
+            # it stays where it is, for someone who can mend it
             continue
 
 

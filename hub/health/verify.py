@@ -106,7 +106,7 @@ def _vector_problems(connection: Connection) -> Iterator[str]:
     columns = "SELECT embedder, seq, text_digest, vector, sha256 FROM vectors"
     for embedder, seq, text_digest, vector, digest in connection.execute(columns).fetchall():
         if vectors.row_sha256(embedder, seq, text_digest, vector) != digest:
-            yield f"the vector of row {seq} from embedder {embedder!r} is damaged; the next search makes it anew"
+            yield f"the vector of row {seq} from embedder {embedder!r} is damaged; the next search makes it again"
 
 
 def _blob_problems(blobs: BlobStore, row: rows.Row, who: str) -> Iterator[str]:

@@ -17,7 +17,7 @@ SCORE_DECIMALS = 6
 # numbers that are widened to float64 at a time: 32 MB
 _BLOCK_NUMBERS = 2**22
 
-# as many as 64 queries have
+# the size of some 64 queries
 _FEW_NUMBERS = 2**16
 
 Ranking = tuple[np.ndarray, np.ndarray]

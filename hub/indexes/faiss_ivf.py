@@ -20,7 +20,7 @@ MIN_CLUSTERED = 10_000
 # shares of the lists to look into: the least that finds enough is measured whenever the lists are made
 SHARES = (1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 
-# vectors added later are scanned one by one; when they are so many of all, the lists are made anew
+# vectors added later are scanned one by one; when they are too large a share of all, the lists are made again
 _MAX_LATE_SHARE = 0.2
 
 

@@ -254,7 +254,7 @@ class SearchIndex:
         return _Snapshot("", 0, Keys(self.embedder.dim, self._choice), {})
 
     def _follow(self, old: _Snapshot) -> _Snapshot:
-        """The snapshot brought up to date by what changed since; made anew when it is not one of this catalogue's past."""
+        """The snapshot brought up to date by what changed since; a new one where it is not of this catalogue's past."""
         gone, seqs, keys, records = [], [], [], dict(old.records)
         first, after = None, 0
         while True:

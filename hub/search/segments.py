@@ -178,7 +178,7 @@ def index_path(folder: Path, embedder: str, index: str) -> Path:
 
 
 def save(folder: Path, keys: Keys, stamp: Stamp) -> bool:
-    """Whether the keys, which are one segment, were saved. A folder that is full is no error."""
+    """Saves the keys, which are one segment; False, and no error, where that fails, as in a full folder."""
     (segment,) = keys.segments
     path = index_path(folder, stamp.embedder, stamp.index)
     metadata = {**vars(stamp), "format": _FORMAT, "dim": keys.dim, "kind": type(segment.index).__name__}
@@ -197,7 +197,7 @@ def save(folder: Path, keys: Keys, stamp: Stamp) -> bool:
 
 
 def load(folder: Path, embedder: str, index: str, dim: int, choice: Choice) -> tuple[Keys, Stamp] | None:
-    """The saved keys and what they are of. None when there are none, or for a file that is damaged or of another form."""
+    """The saved keys and their stamp; None where there are none, or the file is damaged or of another form."""
     path = index_path(folder, embedder, index)
     try:
         metadata, arrays = map_arrays(path)
@@ -218,7 +218,7 @@ def load(folder: Path, embedder: str, index: str, dim: int, choice: Choice) -> t
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        _logger.info("the search index %s is made anew: %s", path, error)
+        _logger.info("the search index %s is made again: %s", path, error)
         return None
     return Keys(dim, choice, (Segment(seqs_N, found),)), stamp
 
@@ -231,4 +231,4 @@ def problems(folder: Path) -> Iterator[str]:
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:
-            yield f"the search index {path} is damaged ({error}); delete it, and the next search makes it anew"
+            yield f"the search index {path} is damaged ({error}); delete it, and the next search makes it again"

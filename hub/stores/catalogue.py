@@ -187,7 +187,7 @@ class Catalogue(CatalogueStore):
                     connection.close()
 
     def _connect(self, mode: str) -> sqlite3.Connection:
-        # a URI because its mode keeps a vanished hub from being created anew; as_uri() escapes ? # %
+        # a URI because its mode keeps a vanished hub from being created again; as_uri() escapes ? # %
         uri = f"{self.path.absolute().as_uri()}?mode={mode}"
         wal = self.path.with_name(f"{self.path.name}-wal")
         if mode == "ro" and not wal.exists():
@@ -274,7 +274,7 @@ def _after_fork() -> None:
 
 def _after_fork_in_child() -> None:
     for catalogue in _PAUSED:
-        # whoever was busy is a thread of the parent
+        # only threads of the parent were busy
         catalogue._num_busy = 0
     _after_fork()
 

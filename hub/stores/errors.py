@@ -27,7 +27,7 @@ def remote_errors(place: str, doing: str, *, writing: bool = False) -> Iterator[
     except Exception as error:
         shown = f"{doing} {without_credentials(place)}: {type(error).__name__}: {without_credentials(str(error))}"
         if isinstance(error, PermissionError) and writing:
-            raise HubReadOnly(f"{shown}; these credentials may not write there, reading may still work") from error
+            raise HubReadOnly(f"{shown}; these credentials may not write there; reading may still work") from error
         raise HubError(
             f"{shown}; nothing was changed. Is the store reachable, and are its credentials in the environment?"
         ) from error

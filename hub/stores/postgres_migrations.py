@@ -16,7 +16,7 @@ from loraweave.hub.tables.filtering import fill
 MAX_SEARCHED_DIM = 16_000
 
 # The columns are those of SQLite, so that both are read by the same statements. `embedding` is derived from `vector`: its
-# bytes are what a row's sha256 covers, and whoever changes them leaves the embedding to be made anew. `stale` marks what
+# bytes are what a row's sha256 covers, and a change of them leaves the embedding to be made again. `stale` marks what
 # was made before the adapter's record changed, which may have changed its texts.
 STEPS: tuple[Step, ...] = (
     (

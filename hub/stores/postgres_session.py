@@ -83,7 +83,7 @@ def _error_for(address: PostgresAddress, code: str | None, said: str, doing: str
     if code is None or code.startswith(("08", "57P")):
         return HubError(
             f"{doing}: no connection to {where} ({said}); nothing was changed. Is the server running and reachable? "
-            "Then try again: a lost connection is opened anew"
+            "Then try again: a lost connection is opened again"
         )
     return HubError(f"{doing}: {where} refused ({code}: {said})")
 

@@ -128,7 +128,7 @@ class BlobStore(Protocol):
         ...
 
     def require(self, content_hash: str, file_sha256: str, who: str) -> None:
-        """Reads the blob's bytes anew, from where they are stored, and compares their sha256."""
+        """Reads the blob's bytes again from where they are stored, and compares their sha256."""
         ...
 
     def put(self, content_hash: str, data: bytes) -> str:

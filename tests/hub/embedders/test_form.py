@@ -20,10 +20,6 @@ def test_words_of_one_length_and_case_have_one_form():
     assert abs(cosine("horse", "table") - 1.0) < 1e-6
 
 
-def test_the_norm_of_the_empty_text_is_one():
-    np.testing.assert_allclose(np.linalg.norm(Form().embed([""])), 1.0, atol=1e-6)
-
-
 def test_every_mark_counts():
     plain = Form().embed(["a b c"])[0]
     for mark in ",.?!:;\"'-([@#/=\n":

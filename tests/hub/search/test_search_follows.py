@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import sqlite3
 
 import numpy as np
 import pytest
 import torch
 from counted_words import WORDS, Counts
+from tiny_hubs import flip, run_sql
 
 from loraweave.errors import HubCorrupt
 from loraweave.hub.adapter import Adapter
@@ -40,6 +40,11 @@ def names(index, text, k=1, **filters):
 
 def files(hub):
     return sorted((hub.path / "index").iterdir())
+
+
+def add_new(hub):
+    for number in range(3):
+        hub.add(adapter(f"new {number}", 9 + number), examples=["cat cat dog"])
 
 
 def reads(hub, monkeypatch):
@@ -102,43 +107,32 @@ def test_the_saved_index_is_one_file_for_an_embedder_and_a_kind_of_index(hub):
     assert len(files(hub)) == 3
 
 
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-9])
+def behind(data, mark, new):
+    """The data with `new` in place of what stands behind the mark."""
+    at = data.index(mark) + len(mark)
+    return data[:at] + new + data[at + len(new) :]
 
 
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[-3] ^= 64
-    path.write_bytes(data)
+DAMAGES = {
+    "cut": lambda data: data[:-9],
+    "flipped": lambda data: data[:-3] + bytes([data[-3] ^ 64]) + data[-2:],
+    "other format": lambda data: data.replace(b'\\"format\\": 1', b'\\"format\\": 9'),
+    "other size": lambda data: data.replace(b'\\"dim\\": 5', b'\\"dim\\": 6'),
+    "other catalogue": lambda data: behind(data, b'\\"identity\\": \\"', b"0" * 32),
+    "from the future": lambda data: behind(data, b'\\"generation\\": ', b"9"),
+    "missing": None,
+}
 
 
-def other_format(path):
-    path.write_bytes(path.read_bytes().replace(b'\\"format\\": 1', b'\\"format\\": 9'))
-
-
-def other_size(path):
-    path.write_bytes(path.read_bytes().replace(b'\\"dim\\": 5', b'\\"dim\\": 6'))
-
-
-def other_catalogue(path):
-    data = path.read_bytes()
-    at = data.index(b'\\"identity\\": \\"') + len(b'\\"identity\\": \\"')
-    path.write_bytes(data[:at] + b"0" * 32 + data[at + 32 :])
-
-
-def from_the_future(path):
-    data = path.read_bytes()
-    at = data.index(b'\\"generation\\": ') + len(b'\\"generation\\": ')
-    path.write_bytes(data[:at] + b"9" + data[at + 1 :])
-
-
-@pytest.mark.parametrize("damage", [cut, flip, other_format, other_size, other_catalogue, from_the_future, "unlink"])
-def test_an_index_file_that_is_damaged_foreign_or_missing_is_made_anew(hub, damage):
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_an_index_file_that_is_damaged_foreign_or_missing_is_made_again(hub, damage):
     names(SearchIndex(hub, embedder=Counts()), "cat")
     (path,) = files(hub)
     before = path.read_bytes()
-    path.chmod(0o644)
-    path.unlink() if damage == "unlink" else damage(path)
+    path.unlink()
+    if DAMAGES[damage] is not None:
+        path.write_bytes(damaged := DAMAGES[damage](before))
+        assert damaged != before
     with Hub(hub.path) as other:
         embedder = Counts()
         index = SearchIndex(other, embedder=embedder)
@@ -153,8 +147,7 @@ def test_verify_names_a_damaged_index_file(hub):
     names(SearchIndex(hub, embedder=Counts()), "cat")
     assert hub.verify().ok
     (path,) = files(hub)
-    path.chmod(0o644)
-    flip(path)
+    flip(path, -3)
     (problem,) = hub.verify().problems
     assert str(path) in problem
     assert "made" not in problem.split(";")[0]
@@ -190,8 +183,7 @@ def test_the_index_of_a_read_only_hub_is_saved_in_the_cache_and_mapped_by_the_ne
 
 def test_a_read_only_hub_is_searched_by_the_newer_of_its_own_index_and_the_caches(hub, monkeypatch):
     names(SearchIndex(hub, embedder=Counts()), "cat")
-    for number in range(3):
-        hub.add(adapter(f"new {number}", 9 + number), examples=["cat cat dog"])
+    add_new(hub)
     monkeypatch.setattr(search_module, "MAX_LATE", 2)
     asked = reads(hub, monkeypatch)
     with monkeypatch.context() as patch:
@@ -205,8 +197,7 @@ def test_a_read_only_hub_is_searched_by_the_newer_of_its_own_index_and_the_cache
 
 def test_a_process_that_follows_many_changes_saves_the_index_for_the_next(hub, monkeypatch):
     names(SearchIndex(hub, embedder=Counts()), "cat")
-    for number in range(3):
-        hub.add(adapter(f"new {number}", 9 + number), examples=["cat cat dog"])
+    add_new(hub)
     monkeypatch.setattr(search_module, "MAX_LATE", 2)
     asked = reads(hub, monkeypatch)
     for _ in range(2):
@@ -285,9 +276,7 @@ def test_records_are_filtered_by_their_labels(hub, filters, want):
 
 
 def test_verify_names_labels_that_are_not_the_records(hub):
-    connection = sqlite3.connect(hub.path / "catalogue.sqlite", isolation_level=None)
-    connection.execute("UPDATE labels SET value = 'x' WHERE kind = 'tag' AND value = 'odd' AND seq = 2")
-    connection.close()
+    run_sql(hub.path, "UPDATE labels SET value = 'x' WHERE kind = 'tag' AND value = 'odd' AND seq = 2")
     (problem,) = hub.verify().problems
     assert "adapter 'dog'" in problem
     assert "labels" in problem
@@ -295,9 +284,7 @@ def test_verify_names_labels_that_are_not_the_records(hub):
 
 def test_a_missing_state_row_is_named_by_a_search(hub):
     index = SearchIndex(hub, embedder=Counts())
-    connection = sqlite3.connect(hub.path / "catalogue.sqlite", isolation_level=None)
-    connection.execute("DELETE FROM state")
-    connection.close()
+    run_sql(hub.path, "DELETE FROM state")
     with pytest.raises(HubCorrupt, match="state row is missing"):
         names(index, "cat")
 
