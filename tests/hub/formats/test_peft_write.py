@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import yaml
+from tiny_models import random_factors
 
 from loraweave.errors import AdapterCorrupt, AdapterUnsupported
 from loraweave.hub.adapter import Adapter
@@ -14,8 +15,7 @@ from loraweave.types import Factors, Fingerprint
 
 
 def factors(rank=2, inputs=5, outputs=3, seed=0, **more):
-    generator = torch.Generator().manual_seed(seed)
-    return Factors(torch.randn(rank, inputs, generator=generator), torch.randn(outputs, rank, generator=generator), **more)
+    return random_factors(seed, rank, outputs, inputs, **more)
 
 
 def contents(card=None, fingerprint=None, **layers):
@@ -101,31 +101,29 @@ def test_value_beyond_half_precision_is_refused_when_that_is_asked_for(tmp_path)
         Peft.write(contents(q=Factors(torch.ones(1, 2), torch.full((2, 1), 1e6))), tmp_path / "out", dtype=torch.float16)
 
 
-def test_scale_is_one_because_it_is_in_b(tmp_path):
-    config = config_of(Peft.write(contents(m__q=factors(4), m__k=factors(4), m__v=factors(2)), tmp_path / "out"))
-    assert (config["r"], config["lora_alpha"]) == (4, 4)
-    assert config["rank_pattern"] == config["alpha_pattern"] == {r"^m\.v": 2}
+CONFIGS = {
+    "the scale is one since it is in b": (
+        {"m__q": factors(4), "m__k": factors(4), "m__v": factors(2)},
+        {"r": 4, "lora_alpha": 4, "rank_pattern": {r"^m\.v": 2}, "alpha_pattern": {r"^m\.v": 2}},
+    ),
+    "full paths are listed": ({"m__q": factors(), "m__k": factors()}, {"target_modules": ["m.k", "m.q"]}),
+    "a name that ends another one's is matched exactly": (
+        {"m__q": factors(), "x__m__q": factors(0, base_bias_O=torch.ones(3))},
+        {"target_modules": r"m\.q"},
+    ),
+}
 
 
-def test_full_paths_are_listed_as_targets(tmp_path):
-    config = config_of(Peft.write(contents(m__q=factors(), m__k=factors()), tmp_path / "out"))
-    assert config["target_modules"] == ["m.k", "m.q"]
-
-
-def test_name_that_ends_another_layers_name_is_matched_exactly(tmp_path):
-    layers = {"m__q": factors(), "x__m__q": factors(0, base_bias_O=torch.ones(3))}
-    assert config_of(Peft.write(contents(**layers), tmp_path / "out"))["target_modules"] == r"m\.q"
+@pytest.mark.parametrize("case", CONFIGS)
+def test_the_config_says_what_the_tensors_are(case, tmp_path):
+    layers, fields = CONFIGS[case]
+    config = config_of(Peft.write(contents(**layers), tmp_path / "out"))
+    assert {name: config[name] for name in fields} == fields
 
 
 def test_card_and_fingerprint_come_back(tmp_path):
-    card = {
-        "name": "näme",
-        "description": "Tells: 'yes' or #no",
-        "examples": [["a", "b"]],
-        "tags": ["x"],
-        "license": "mit",
-        "scores": {"em": 0.5},
-    }
+    card = {"name": "näme", "description": "Tells: 'yes' or #no", "examples": [["a", "b"]], "license": "mit"}
+    card |= {"tags": ["x"], "scores": {"em": 0.5}}
     again = Peft.read(Peft.write(contents(card, Fingerprint("abc", (0.5, 1.0))), tmp_path / "out"))
     assert {key: again.card[key] for key in card} == card
     assert again.fingerprint == Fingerprint("abc", (0.5, 1.0))
@@ -133,14 +131,9 @@ def test_card_and_fingerprint_come_back(tmp_path):
 
 
 def test_readme_has_safe_front_matter_and_tells_the_card(tmp_path):
-    card = {
-        "name": "n",
-        "description": "Sorts words.",
-        "license": "mit: #1\n---\nx",
-        "tags": ["a: b"],
-        "examples": [["in", "out"]],
-    }
-    folder = Peft.write(contents(card | {"scores": {"em": 0.5}, "recipe": "r=2"}), tmp_path / "out")
+    card = {"name": "n", "description": "Sorts words.", "license": "mit: #1\n---\nx", "tags": ["a: b"]}
+    card |= {"examples": [["in", "out"]], "scores": {"em": 0.5}, "recipe": "r=2"}
+    folder = Peft.write(contents(card), tmp_path / "out")
     text = (folder / "README.md").read_text()
     matter = yaml.safe_load(text.split("---\n# ")[0].removeprefix("---\n").split("\n---\n\n#")[0])
     assert matter["base_model"] == "a/base"
