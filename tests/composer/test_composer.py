@@ -33,22 +33,13 @@ def test_live_equals_the_dense_formula(
 ) -> None:
     model = make_model(kind, dtype=dtype)
     adapters = make_adapters(model, kind)
-    expected = logits(with_dense_update(kind, adapters, [0.7, -0.4, 1.3], dtype=dtype), inputs(kind))
-    with Composer(model, adapters).activate({"a": 0.7, "b": -0.4, "c": 1.3}):
-        found = logits(model, inputs(kind))
-    # weights pass through fp32 on their way in
-    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
-    assert not torch.allclose(found, logits(model, inputs(kind)), atol=1e-2)
-
-
-def test_live_equals_the_dense_formula_to_float64_precision(
-    make_model: Make, make_adapters: Make, with_dense_update: Make
-) -> None:
-    model = make_model("llama", dtype=torch.float64)
-    adapters = make_adapters(model, "llama")
-    expected = logits(with_dense_update("llama", adapters, [0.5, -0.25, 1.5], dtype=torch.float64), inputs("llama"))
+    # numbers that fp32, which weights pass through, holds exactly
+    expected = logits(with_dense_update(kind, adapters, [0.5, -0.25, 1.5], dtype=dtype), inputs(kind))
     with Composer(model, adapters).activate({"a": 0.5, "b": -0.25, "c": 1.5}):
-        assert torch.allclose(logits(model, inputs("llama")), expected, rtol=1e-11, atol=1e-11)
+        found = logits(model, inputs(kind))
+    tolerance = 1e-11 if dtype == torch.float64 else 1e-5
+    assert torch.allclose(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+    assert not torch.allclose(found, logits(model, inputs(kind)), atol=1e-2)
 
 
 @pytest.mark.parametrize("mode", ["live", "fused"])
@@ -194,32 +185,12 @@ def test_an_overflowing_expert_does_not_reach_the_rows_of_others(make_adapter: M
         assert torch.equal(found[2], torch.nn.functional.linear(x, model[0].weight, model[0].bias)[2])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_row_does_not_depend_on_its_batch_mates(kind: str, make_model: Make, make_adapters: Make) -> None:
-    model = make_model(kind)
-    engine = Composer(model, make_adapters(model, kind))
-    rows = [{"a": 1.0}, {"b": 0.5, "c": -0.5}, None]
-    batch = inputs(kind)
-    with engine.activate(rows):
-        together = logits(model, batch)
-    for index, row in enumerate(rows):
-        with engine.activate(row or {}):
-            alone = logits(model, {name: tensor[index : index + 1] for name, tensor in batch.items()})
-        assert torch.allclose(together[index], alone[0], rtol=1e-4, atol=1e-4)
-
-
 def test_rows_of_a_two_axis_input_hold_their_tokens_on_end() -> None:
     model = nn.Sequential(nn.Linear(4, 3))
     adapter = Adapter("a", "tiny", {"0": Factors(torch.randn(2, 4), torch.randn(3, 2))})
     x_BTI = torch.randn(2, 5, 4)
     with torch.no_grad(), Composer(model, [adapter]).activate([{"a": 1.0}, {"a": -2.0}]):
         assert torch.allclose(model(x_BTI.reshape(10, 4)).reshape(2, 5, 3), model(x_BTI), atol=1e-6)
-
-
-@pytest.mark.parametrize("rows", [1, 2, 4, 5])
-def test_rows_that_do_not_fit_the_batch_are_named(rows: int, engine: Composer) -> None:
-    with engine.activate([{"a": 1.0}, {"b": 1.0}, None]), pytest.raises(ScopeError, match=rf"3 rows.*batch has {rows}"):
-        logits(engine.model, inputs("llama", rows=rows))
 
 
 def test_tokens_that_do_not_fit_the_input_are_named(tiny_llama: nn.Module, make_adapter: Make) -> None:

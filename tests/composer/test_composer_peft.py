@@ -48,29 +48,6 @@ quiet_peft = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 
 @quiet_peft
-@pytest.mark.parametrize("kind", KINDS)
-def test_one_adapter_equals_peft(kind: str, make_model: Make, make_adapters: Make) -> None:
-    model = make_model(kind)
-    adapter = make_adapters(model, kind)[2]
-    with Composer(model, [adapter]).activate({"c": 1.0}):
-        found = logits(model, inputs(kind))
-    expected = logits(as_peft(make_model(kind), [adapter]), inputs(kind))
-    assert float((found - expected).abs().max()) <= 1e-5 * max(1.0, float(expected.abs().max()))
-
-
-@quiet_peft
-def test_a_weighted_mix_equals_pefts_cat(make_model: Make, make_adapter: Make) -> None:
-    model = make_model("llama")
-    adapters = [make_adapter(model, "a", rank=2, seed=1), make_adapter(model, "b", rank=5, seed=2)]
-    theirs = as_peft(make_model("llama"), adapters)
-    theirs.add_weighted_adapter(["peft a", "peft b"], [0.7, 0.3], "mix", combination_type="cat")
-    theirs.set_adapter("mix")
-    with Composer(model, adapters).activate({"a": 0.7, "b": 0.3}):
-        found = logits(model, inputs("llama"))
-    assert torch.allclose(found, logits(theirs, inputs("llama")), rtol=1e-5, atol=1e-5)
-
-
-@quiet_peft
 def test_one_mixture_per_row_equals_pefts_mixed_batch(make_model: Make, make_adapter: Make) -> None:
     model = make_model("llama")
     adapters = [make_adapter(model, "a", rank=2, seed=1), make_adapter(model, "b", rank=5, seed=2)]

@@ -214,15 +214,6 @@ def test_an_error_about_one_parameter_does_not_keep_the_others_from_coming_back(
     assert [name for name in before if after[name] != before[name]] == [broken]
 
 
-def test_an_adapter_that_is_not_finite_is_refused(tiny_llama: nn.Module) -> None:
-    versions = {name: p._version for name, p in tiny_llama.named_parameters()}
-    sound = Factors(torch.ones(1, 16), torch.ones(16, 1))
-    later = LAYER.replace("layers.0", "layers.1")
-    engine = Composer(tiny_llama, [Adapter("a", "tiny", {LAYER: sound, later: Factors(sound.a_RI * torch.nan, sound.b_OR)})])
-    refused(engine, CompositionError, rf"{later}.*NaN|NaN.*{later}")
-    assert {name: p._version for name, p in tiny_llama.named_parameters()} == versions
-
-
 @pytest.mark.parametrize(
     ("dtype", "size", "says"),
     [
@@ -559,11 +550,6 @@ def test_a_weight_computed_on_the_way_is_refused() -> None:
     name = next(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
     engine = Composer(model, [Adapter("a", "tiny", {name: Factors(torch.ones(1, 4), torch.ones(3, 1))})])
     refused(engine, CompositionError, "computed on the way")
-
-
-def test_an_unknown_method_or_option_is_named_with_the_nearest(engine: Composer) -> None:
-    refused(engine, UnknownName, "did you mean 'linear'", MIXTURE, method="linaer")
-    refused(engine, WeightingError, r"no option 'density'.*no options", MIXTURE, density=0.5)
 
 
 def test_a_factor_method_fuses_its_own_formula(tiny_llama: nn.Module, make_adapter: Make) -> None:

@@ -94,14 +94,11 @@ def merged(found: Sequence[Term], rule: Callable[[Entries, Tensor], None]) -> De
     return DenseUpdate(results[0], results[1][0] if len(results) > 1 else None, first.kind, first.kernel)
 
 
-def sum_pruned(experts: Experts, weights: Weights, prune: Prune, *, scale: float = 1.0, kept: float = 1.0) -> DenseUpdate:
-    """One layer's scale * sum of w_e tau_e / kept, tau_e being what `prune` leaves of expert e.
-
-    `kept` is the probability of an entry to be kept, where chance prunes.
-    """
+def sum_pruned(experts: Experts, weights: Weights, prune: Prune, *, scale: float = 1.0) -> DenseUpdate:
+    """One layer's scale * sum of w_e tau_e, tau_e being what `prune` leaves of expert e."""
 
     def rule(entries: Entries, out_OI: Tensor) -> None:
-        weights_E11 = torch.tensor([weight * (scale / kept) for weight in entries.weights])[:, None, None]
+        weights_E11 = torch.tensor([weight * scale for weight in entries.weights])[:, None, None]
         for rows, stack_EBI in entries.stacks(prune(entries, out_OI)):
             # multiplied before the sum, not within it: a fused product would leave a rounding error of x - x
             torch.sum(stack_EBI.mul_(weights_E11), dim=0, out=out_OI[rows])

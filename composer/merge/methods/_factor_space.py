@@ -35,7 +35,7 @@ def align(experts: Experts, weights: Weights, *, twin: str) -> list[Term]:
     return found
 
 
-def merge_rooted(found: Sequence[Term], prune: Prune, combine: Combine) -> Factors:
+def merge_rooted(found: Sequence[Term], combine: Combine, prune: Prune = lambda tensor, place: tensor) -> Factors:
     """a and b by that rule with the roots of the weights, and the biases, which enter once, with the weights; fp32."""
     w_E = torch.tensor([term.weight for term in found], dtype=torch.float64)
     root_E = w_E.abs().sqrt()
@@ -51,11 +51,6 @@ def merge_rooted(found: Sequence[Term], prune: Prune, combine: Combine) -> Facto
     if any(term.factors.bias_O is not None for term in found):
         bias_O = merged([_bias(term.factors) for term in found], w_E)
     return replace(found[0].factors, a_RI=a_RI, b_OR=b_OR, bias_O=bias_O)
-
-
-def whole(tensor: Tensor, place: int) -> Tensor:
-    """Prunes nothing."""
-    return tensor
 
 
 def largest(density: float) -> Prune:

@@ -28,10 +28,9 @@ def merge_elected(
     majority: str = "total",
     divide: str = "count",
     scale: float = 1.0,
-    factor: float = 1.0,
     tie: Callable[[], float] | None = None,
 ) -> DenseUpdate:
-    """One layer's scale * (sum of factor * w_e * tau_e over the experts that agree with the elected sign) / divisor.
+    """One layer's scale * (sum of w_e * tau_e over the experts that agree with the elected sign) / divisor.
 
     tau_e is what `prune` leaves of expert e. The sign is that of the sum over experts of the votes, taken in float64:
     w_e tau_e when `weighted`, tau_e otherwise, or their signs when `majority` is "frequency". An expert agrees where its
@@ -55,7 +54,7 @@ def merge_elected(
             if divide != "nothing":
                 present_EN = agreeing_EN.sign_()
                 result_N.div_(divisor(present_EN.sum(dim=0) if divide == "count" else weights_E @ present_EN))
-            out_OI[rows] = result_N.mul_(scale * factor).view(stack_EBI.shape[1:])
+            out_OI[rows] = result_N.mul_(scale).view(stack_EBI.shape[1:])
 
     return merged(terms(experts, weights), rule)
 

@@ -25,11 +25,11 @@ class Term:
     place: int
 
 
-def terms(experts: Experts, weights: Weights, *, gains: bool = False) -> list[Term]:
+def terms(experts: Experts, weights: Weights) -> list[Term]:
     """The experts that have the layer and a weight other than zero, in the order given; all of one shape and kind.
 
-    Raises AdapterUnsupported for an update that depends on the base layer: an unbound one (DoRA's magnitude, a trained
-    base bias) always, one with a gain unless `gains`. Raises LayerMismatch, with both shapes, for updates that differ.
+    Raises AdapterUnsupported for an update that depends on the base layer: one with a gain, DoRA's magnitude or a trained
+    base bias. Raises LayerMismatch, with both shapes, for updates that differ.
     """
     found = [
         Term(factors, float(weight), place)
@@ -37,7 +37,7 @@ def terms(experts: Experts, weights: Weights, *, gains: bool = False) -> list[Te
         if factors is not None and weight != 0.0
     ]
     for term in found:
-        if not term.factors.bound or (term.factors.gain_O is not None and not gains):
+        if not term.factors.bound or term.factors.gain_O is not None:
             raise AdapterUnsupported(
                 "the method works on the update as a matrix, and DoRA's magnitude, a gain or a trained base bias needs the "
                 "base layer: turn the adapter into a plain LoRA with the model first (lw.to_lora), or use linear"

@@ -25,4 +25,4 @@ def dare_linear(
     `dare_linear_svd` is this, cut to a rank and with other random numbers.
     """
     prune, kept = prune_random(seeds, density)
-    return sum_pruned(experts, weights, prune, scale=scale, kept=kept)
+    return sum_pruned(experts, weights, prune, scale=scale / kept)

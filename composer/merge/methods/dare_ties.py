@@ -31,13 +31,6 @@ def dare_ties(
     random numbers; mergekit's votes with the weights and rescales to the L1 norm.
     """
     prune, kept = prune_random(seeds, density)
-    return merge_elected(
-        experts,
-        weights,
-        prune,
-        weighted=False,
-        majority=majority,
-        scale=scale,
-        # all experts are rescaled alike, so the vote need not be
-        factor=1.0 / kept,
-    )
+    # all experts are rescaled alike, so the vote need not be
+    scale *= 1.0 / kept
+    return merge_elected(experts, weights, prune, weighted=False, majority=majority, scale=scale)

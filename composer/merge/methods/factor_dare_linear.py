@@ -21,4 +21,4 @@ def factor_dare_linear(experts: Experts, weights: Weights, *, seeds: Sequence[in
     likewise, with w_e. An expert without the layer adds nothing. Raises LayerMismatch for different ranks.
     """
     found = align(experts, weights, twin="dare_linear")
-    return merge_rooted(found, random_rescaled(density, seeds), weighted_sum)
+    return merge_rooted(found, weighted_sum, random_rescaled(density, seeds))

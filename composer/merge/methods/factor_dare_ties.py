@@ -30,4 +30,4 @@ def factor_dare_ties(
     """
     combine = disjoint_mean(majority)
     found = align(experts, weights, twin="dare_ties")
-    return merge_rooted(found, random_rescaled(density, seeds), combine)
+    return merge_rooted(found, combine, random_rescaled(density, seeds))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loraweave.composer.merge.methods._factor_space import align, merge_rooted, weighted_sum, whole
+from loraweave.composer.merge.methods._factor_space import align, merge_rooted, weighted_sum
 from loraweave.composer.merge.methods._terms import Experts, Weights
 from loraweave.registry import traits
 from loraweave.types import Factors
@@ -18,4 +18,4 @@ def factor_linear(experts: Experts, weights: Weights) -> Factors:
     of weight w gives w D. An expert without the layer adds nothing. Biases sum with w_e. Raises LayerMismatch for different
     ranks.
     """
-    return merge_rooted(align(experts, weights, twin="linear"), whole, weighted_sum)
+    return merge_rooted(align(experts, weights, twin="linear"), weighted_sum)

@@ -19,4 +19,4 @@ def factor_magnitude_prune(experts: Experts, weights: Weights, *, density: Fract
     ranks.
     """
     found = align(experts, weights, twin="magnitude_prune")
-    return merge_rooted(found, largest(density), weighted_sum)
+    return merge_rooted(found, weighted_sum, largest(density))

@@ -26,4 +26,4 @@ def factor_ties(
     the layer does not vote. Raises LayerMismatch for different ranks.
     """
     combine = disjoint_mean(majority)
-    return merge_rooted(align(experts, weights, twin="ties_per_layer"), largest(density), combine)
+    return merge_rooted(align(experts, weights, twin="ties_per_layer"), combine, largest(density))

@@ -57,8 +57,10 @@ def exact(make_model: Make, make_adapters: Make) -> Composer:
         {"num_beams": 3},
         {"num_beams": 3, "num_return_sequences": 2},
         {"num_beams": 2, "length_penalty": -1.0, "early_stopping": True, "repetition_penalty": 1.2},
+        {"cache_implementation": "static"},
+        {"use_cache": False},
     ],
-    ids=["greedy", "beams", "several beams", "penalties"],
+    ids=["greedy", "beams", "several beams", "penalties", "static cache", "no cache"],
 )
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
 def test_generation_of_a_mixed_batch_equals_each_text_alone(
@@ -129,18 +131,6 @@ def test_generation_returns_the_continuation_only(engine: Composer) -> None:
     assert engine.generate(["9"], max_new_tokens=4, do_sample=False) == Tokens().batch_decode(
         expected[:, 1:], skip_special_tokens=True
     )
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{"cache_implementation": "static"}, {"cache_implementation": "dynamic"}, {"use_cache": False}],
-    ids=["static", "dynamic", "no cache"],
-)
-def test_every_kind_of_cache_gives_each_text_its_own_continuation(settings: dict[str, Any], exact: Composer) -> None:
-    together = exact.generate(TEXTS, mixture=ROWS, max_new_tokens=6, do_sample=False, **settings)
-    for index, text in enumerate(TEXTS):
-        alone = exact.generate([text], mixture=ROWS[index] or {}, max_new_tokens=6, do_sample=False, **settings)
-        assert [together[index]] == alone
 
 
 @pytest.mark.parametrize(

@@ -215,14 +215,6 @@ def test_with_one_scale_it_is_the_scale_times_the_product_of_the_raw_sums() -> N
     assert torch.allclose(dense(factor_sum(folded, weights)), (scale * b_hat @ a_hat).double(), rtol=1e-5, atol=1e-5)
 
 
-def test_it_depends_on_how_an_update_is_split_into_factors() -> None:
-    f, g = factors(0, 3), factors(1, 3)
-    turned = Factors(2.0 * g.a_RI, 0.5 * g.b_OR)
-    assert torch.allclose(dense(g), dense(turned))
-    difference = dense(factor_sum([f, g], [0.7, 0.3])) - dense(factor_sum([f, turned], [0.7, 0.3]))
-    assert float(difference.norm()) > 0.1
-
-
 def test_halves_of_different_experts_are_not_the_mean_of_updates() -> None:
     f, g = factors(0, 3), factors(1, 3)
     difference = dense(factor_sum([f, g], [0.5, 0.5])) - (dense(f) + dense(g)) / 2

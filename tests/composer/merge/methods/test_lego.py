@@ -74,13 +74,6 @@ def test_the_order_of_ranks_and_of_experts_plays_no_part() -> None:
     assert np.abs(found - dense(lego(experts[::-1], [-1.0, 0.5, 1.0], num_clusters=4))).max() < 1e-6
 
 
-def test_it_depends_on_how_an_update_is_split_into_factors() -> None:
-    experts = [factors(0, 2), factors(1, 2)]
-    turn = torch.tensor([[1.0, 1.0], [-1.0, 1.0]])
-    split = Factors(turn @ experts[0].a_RI, experts[0].b_OR @ torch.linalg.inv(turn))
-    assert np.abs(dense(lego(experts, [1.0, 1.0])) - dense(lego([split, experts[1]], [1.0, 1.0]))).max() > 0.1
-
-
 def test_a_single_expert_and_equal_experts_come_back() -> None:
     f = factors(0, 3)
     assert np.abs(dense(lego([f], [-0.7])) + 0.7 * dense(f)).max() < 1e-5

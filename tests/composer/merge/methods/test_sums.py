@@ -1,4 +1,4 @@
-"""linear, average, task_arithmetic, svd and genknowsub against dense sums in float64."""
+"""linear, average, task_arithmetic, svd and genknowsub against dense sums in float64, and what they are made of."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from tiny_models import Make, dense
 from tiny_models import random_factors as factors
 
+from loraweave.composer.merge.methods._span import combination, gram, mean_weights, shares
 from loraweave.composer.merge.methods.average import average
 from loraweave.composer.merge.methods.genknowsub import genknowsub
 from loraweave.composer.merge.methods.linear import linear
@@ -162,3 +163,26 @@ def test_gains_and_biases_sum_with_their_weights() -> None:
     found = linear([factors(0, 2, gain_O=gain), factors(1, 2, gain_O=gain, bias_O=bias), factors(2, 1)], [0.5, -2.0, 3.0])
     assert torch.equal(found.gain_O, -1.5 * gain)
     assert torch.equal(found.bias_O, -2.0 * bias)
+
+
+def test_the_gram_matrix_has_the_inner_products_of_the_dense_updates() -> None:
+    updates = [factors(0, 1), factors(1, 0), factors(2, 4), factors(3, 3)]
+    deltas = [f.b_OR.double() @ f.a_RI.double() for f in updates]
+    expected = torch.stack([torch.stack([(x * y).sum() for y in deltas]) for x in deltas])
+    assert torch.allclose(gram(updates), expected, rtol=1e-13, atol=1e-13)
+
+
+def test_a_combination_without_coefficients_has_rank_zero_and_the_layers_shape() -> None:
+    found = combination([factors(0, 2)], [0.0])
+    assert (found.a_RI.shape, found.b_OR.shape) == ((0, 7), (5, 0))
+
+
+def test_weights_become_shares_of_their_sum() -> None:
+    assert shares([1.0, 0.0, 3.0]) == [0.25, 0.0, 0.75]
+    assert mean_weights([3.0, -1.0]) == [1.5, -0.5]
+    assert shares([0.0, 0.0]) == [0.0, 0.0]
+
+
+def test_negative_shares_are_refused_with_the_weights() -> None:
+    with pytest.raises(WeightingError, match=r"takes the weights as shares.*1, -0.5"):
+        shares([1.0, -0.5])
