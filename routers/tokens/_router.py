@@ -123,7 +123,9 @@ class TokenRouter(Declared, nn.Module):
         Experts are recognised by content; those it does not know get weight 0. Raises WeightingError, listing the
         differences, if the pool lacks some of its experts, and BaseModelMismatch for a pool of another base.
         """
-        return place_onto(self, ExpertPool.of(pool))
+        given = ExpertPool.of(pool)
+        names = tuple(find_names(self.members, given, self.name))
+        return self if names == self.experts == given.names else _Placed(self, given, names)
 
     @property
     def watched(self) -> tuple[str, ...]:
@@ -212,12 +214,6 @@ class TokenRouter(Declared, nn.Module):
 def option_names(router: type[TokenRouter]) -> list[str]:
     """The names of the options that a router takes."""
     return list(options_of(router, after=1))
-
-
-def place_onto(router: TokenRouter, pool: ExpertPool) -> TokenRouter:
-    """What `TokenRouter.onto` gives: the router itself if the pool is the one it was made for."""
-    names = tuple(find_names(router.members, pool, router.name))
-    return router if names == router.experts == pool.names else _Placed(router, pool, names)
 
 
 class _Placed(TokenRouter):

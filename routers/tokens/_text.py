@@ -219,13 +219,11 @@ def read_expert_texts(router: str, pool: ExpertPool, examples: Examples, templat
             card = pool.adapters[name].card
             inputs, description = tuple(card.get("examples") or ()), str(card.get("description") or "")
         samples = [text for text in inputs if isinstance(text, str) and text.strip()][:MAX_SAMPLE_INPUTS]
-        found[name] = samples if template is None else _make_prompts(samples, description, template)
+        if template is not None:
+            task = Task([], instruction=description, template=template)
+            samples = [task.prompt(text) for text in samples]
+        found[name] = samples
     return found
-
-
-def _make_prompts(inputs: Sequence[str], instruction: str, template: str) -> list[str]:
-    task = Task([], instruction=instruction, template=template)
-    return [task.prompt(text) for text in inputs]
 
 
 def _require_texts(router: str, name: str, given: Any) -> list[str]:

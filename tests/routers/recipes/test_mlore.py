@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 import loraweave as lw
-from loraweave.errors import ScopeError, WeightingError
+from loraweave.errors import ScopeError
 
 TASKS = ("segmentation", "depth")
 PLACE = "decode_head.fpn_convs.0.conv"
@@ -132,22 +132,6 @@ def test_balance_is_the_variation_of_the_mean_weights_of_the_mixed_experts(model
         torch.testing.assert_close(made.terms["balance"], expected, rtol=1e-6, atol=1e-9)
         made.eval()(pixel_values=pixels, task=0)
         assert not made.terms
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"top_k": 5}, r"recipe 'mlore' got top_k=5; .* from 1 to the number of experts, 4"),
-        ({"ranks": ()}, r"recipe 'mlore' got ranks=\(\)"),
-        ({"ranks": (2, 0)}, r"recipe 'mlore' got ranks=\(2, 0\)"),
-        ({"balance": -1.0}, "recipe 'mlore' got balance=-1.0"),
-        ({"alpha": 2.0}, "recipe 'mlore' got alpha=2.0"),
-        ({"tasks": ()}, r"recipe 'mlore' got tasks=\(\)"),
-    ],
-)
-def test_values_out_of_range_are_refused_by_name(model, options, message):
-    with pytest.raises(WeightingError, match=message):
-        lw.experts("mlore", model, **{**OPTIONS, **options})
 
 
 def test_layers_that_see_windows_are_refused(model, pixels):

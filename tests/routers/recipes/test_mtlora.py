@@ -207,24 +207,6 @@ def test_statistics_of_batches_stay_the_bases_while_it_trains(make_model):
     assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"mode": "matrices"}, "recipe 'mtlora' got mode='matrices'; it takes one of 'matrix', 'matrixv2', 'addition'"),
-        ({"task_rank": (1, 2)}, r"recipe 'mtlora' got task_rank=\(1, 2\); it takes one for all, or one for each of the 3"),
-        ({"task_rank": 0}, "recipe 'mtlora' got task_rank=0"),
-        ({"task_scale": (1.0, 0.0, 1.0)}, "recipe 'mtlora' got task_scale="),
-        ({"shared_scale": float("inf")}, "recipe 'mtlora' got shared_scale=inf"),
-        ({"alpha": 8.0}, "recipe 'mtlora' got alpha=8.0; it takes None"),
-        ({"task_modules": ("dense",)}, r"recipe 'mtlora' got task_modules=\('dense',\); name endings of layers"),
-        ({"tasks": ()}, r"recipe 'mtlora' got tasks=\(\); name those"),
-    ],
-)
-def test_values_out_of_range_are_refused_by_name(stages, options, message):
-    with pytest.raises(WeightingError, match=message):
-        lw.experts("mtlora", stages, **{**OPTIONS, "task_rank": 2, **TARGETS, **options})
-
-
 def test_addition_outside_the_blocks_is_refused(make_model):
     options = {**OPTIONS, "target_modules": ("classifier",), "task_modules": ("classifier",)}
     with pytest.raises(WeightingError, match=r"recipe 'mtlora' got mode='addition'; 'decode_head\.classifier' is outside"):

@@ -11,7 +11,11 @@ NEEDED = {
     "mixture_of_loras": {"tasks": ("a", "b", "c")},
     "mocle": {"embedder": "hashing"},
     "moelora": {"tasks": ("a", "b", "c")},
+    "mlore": {"tasks": ("a", "b"), "ranks": (1, 4, 2, 3), "top_k": 2, "rank": 2},
+    "mtlora": {"tasks": ("a", "b", "c"), "task_rank": 2},
 }
+# recipes for images
+MODELS = {"mlore": "upernet", "mtlora": "segformer"}
 
 
 @pytest.mark.parametrize(
@@ -67,6 +71,21 @@ NEEDED = {
         ("mola", {"rank": 0}, "recipe 'mola' got rank=0"),
         ("mola", {"dropout": 1.0}, "recipe 'mola' got dropout=1.0"),
         ("mola", {"balance": float("nan")}, "recipe 'mola' got balance=nan"),
+        ("mola", {"num_experts": (2,) * 5}, r"recipe 'mola' got num_experts=\(2, 2, 2, 2, 2\); .* the model has 2 blocks"),
+        ("mlore", {"top_k": 5}, r"recipe 'mlore' got top_k=5; .* from 1 to the number of experts, 4"),
+        ("mlore", {"ranks": ()}, r"recipe 'mlore' got ranks=\(\)"),
+        ("mlore", {"ranks": (2, 0)}, r"recipe 'mlore' got ranks=\(2, 0\)"),
+        ("mlore", {"balance": -1.0}, "recipe 'mlore' got balance=-1.0"),
+        ("mlore", {"alpha": 2.0}, "recipe 'mlore' got alpha=2.0"),
+        ("mlore", {"tasks": ()}, r"recipe 'mlore' got tasks=\(\)"),
+        ("mtlora", {"mode": "matrices"}, "got mode='matrices'; it takes one of 'matrix', 'matrixv2', 'addition'"),
+        ("mtlora", {"task_rank": (1, 2)}, r"got task_rank=\(1, 2\); it takes one for all, or one for each of the 3"),
+        ("mtlora", {"task_rank": 0}, "recipe 'mtlora' got task_rank=0"),
+        ("mtlora", {"task_scale": (1.0, 0.0, 1.0)}, "recipe 'mtlora' got task_scale="),
+        ("mtlora", {"shared_scale": float("inf")}, "recipe 'mtlora' got shared_scale=inf"),
+        ("mtlora", {"alpha": 8.0}, "recipe 'mtlora' got alpha=8.0; it takes None"),
+        ("mtlora", {"task_modules": ("dense",)}, r"got task_modules=\('dense',\); name endings of layers"),
+        ("mtlora", {"tasks": ()}, r"recipe 'mtlora' got tasks=\(\); name those"),
         ("moral", {"top_k": 0}, r"recipe 'moral' got top_k=0; it takes a whole number of at least 1"),
         ("moral", {"balance": -0.1}, r"recipe 'moral' got balance=-0\.1"),
         ("multilora", {"num_experts": 0}, "recipe 'multilora' got num_experts=0"),
@@ -91,7 +110,7 @@ NEEDED = {
     ],
 )
 def test_values_out_of_range_are_refused_by_name(make_model, name, options, message):
-    model = make_model("llama")
+    model = make_model(MODELS.get(name, "llama"))
     with pytest.raises(WeightingError, match=message):
         lw.experts(name, model, **{**NEEDED.get(name, {}), **options})
     assert all(parameter.requires_grad for parameter in model.parameters())

@@ -11,7 +11,6 @@ import torch
 from loraweave.errors import SearchFailed, WeightingError
 from loraweave.routers.searches import _solver as solver_module
 from loraweave.routers.searches._solver import Solver
-from loraweave.routers.searches._told import Told
 
 NAMES = ("a", "b")
 
@@ -136,32 +135,6 @@ def test_groups_are_trained_by_the_gradients_of_their_layers():
     assert result.num_trained == 4
     assert result.mixture.for_layer("q1").flatten().tolist() == pytest.approx([0.5, 0.5], abs=1e-3)
     assert result.mixture.for_layer("q2").flatten().tolist() == pytest.approx([0.5, 0.5], abs=1e-3)
-
-
-@pytest.mark.parametrize("search", [Walk, Descent])
-@pytest.mark.parametrize("killed_after", [1, 3])
-def test_an_interrupted_search_comes_to_the_same_end(search, killed_after, tmp_path):
-    whole = search(NAMES, budget=20).solve(Smooth())
-
-    class Killed(Smooth):
-        calls = 0
-
-        def __call__(self, candidates):
-            self.calls += 1
-            if self.calls > killed_after:
-                raise KeyboardInterrupt
-            return super().__call__(candidates)
-
-        def gradients(self, candidates):
-            return self(candidates), super().gradients(candidates)[1]
-
-    log = tmp_path / "search.json"
-    with pytest.raises(KeyboardInterrupt):
-        search(NAMES, budget=20).solve(Killed(), checkpoint=log)
-    resumed = search(NAMES, budget=20).solve(Smooth(), checkpoint=log)
-    assert resumed == whole
-    assert torch.equal(resumed.mixture.values_BTLE, whole.mixture.values_BTLE)
-    assert len(Told.read(log, search(NAMES, budget=20).settings()).losses) == len(whole.losses)
 
 
 def test_a_loss_or_gradient_that_is_not_finite_fails_its_candidate():
