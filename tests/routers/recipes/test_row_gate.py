@@ -1,11 +1,11 @@
-"""Gates that decide once for a whole row."""
+"""Gates that decide once for a whole row: by its prompt, or by its task."""
 
 import pytest
 import torch
 
 from loraweave.errors import ScopeError
 from loraweave.routers.recipes._gate import Call, Weighing
-from loraweave.routers.recipes._row_gates import MeanGate, of_rows, prompt_mean
+from loraweave.routers.recipes._row_gates import MeanGate, TaskSwitch, of_rows, prompt_mean
 
 X_BTI = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
 REAL_BT = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]).bool()
@@ -74,3 +74,25 @@ def test_windows_of_images_are_no_rows(gate):
 
 def test_a_decision_without_scores_has_none_for_beams():
     assert of_rows(Weighing(torch.ones(1, 1, 2)), 3).scores_BTE is None
+
+
+USED = [[False, True, False], [True, False, True], [True, False, False]]
+
+
+def test_a_row_has_the_experts_of_its_task_and_a_row_without_one_the_last():
+    gate = TaskSwitch(USED, [0.5, 2.0, 3.0])
+    w_BTE = gate(None, Call(task_B=torch.tensor([1, -1, 0, 1]))).w_BTE
+    expected = torch.tensor([[0.5, 0.0, 3.0], [0.5, 0.0, 0.0], [0.0, 2.0, 0.0], [0.5, 0.0, 3.0]])
+    assert torch.equal(w_BTE, expected[:, None])
+    assert gate.most == 2
+
+
+def test_a_call_without_tasks_is_of_rows_without_one():
+    assert torch.equal(TaskSwitch(USED, [0.5, 2.0, 3.0])(None, Call()).w_BTE, torch.tensor([[[0.5, 0.0, 0.0]]]))
+
+
+def test_a_scale_learns_from_the_rows_that_use_it_alone():
+    gate = TaskSwitch(USED, [0.5, 2.0, 3.0], learned=True)
+    gate(None, Call(task_B=torch.tensor([1, -1]))).w_BTE.sum().backward()
+    assert torch.equal(gate.scale_E.grad, torch.tensor([2.0, 0.0, 1.0]))
+    assert not list(TaskSwitch(USED, [0.5, 2.0, 3.0]).parameters())

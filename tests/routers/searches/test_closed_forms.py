@@ -7,6 +7,7 @@ import torch
 
 from loraweave.errors import UnknownExpert, WeightingError
 from loraweave.routers.searches.manual import Manual
+from loraweave.routers.searches.uniform import Uniform
 from loraweave.routers.weights import MixtureWeights
 
 NAMES = ("a", "b/c", "🦙")
@@ -39,3 +40,17 @@ def test_weights_by_row_are_refused():
     rows = MixtureWeights.of([{"a": 1.0}, None], NAMES)
     with pytest.raises(WeightingError, match="instance scope"):
         Manual(NAMES, weights=rows)
+
+
+@pytest.mark.parametrize("num_experts", [1, 2, 7])
+def test_each_expert_gets_its_share_of_1_and_one_evaluation_is_made(num_experts):
+    names = [f"expert {number}" for number in range(num_experts)]
+    result = Uniform(names, budget=40, seed=3).solve(lambda candidates: [0.25] * len(candidates))
+    assert result.weights == pytest.approx(dict.fromkeys(names, 1 / num_experts))
+    assert (result.loss, result.evaluations, result.num_trained) == (0.25, 1, 0)
+
+
+def test_with_groups_layers_outside_them_are_left_alone():
+    mixture = Uniform(["a", "b"], groups={"early": ["l0", "l1"]}).ask()[0]
+    assert mixture.for_layer("l1").flatten().tolist() == [0.5, 0.5]
+    assert mixture.for_layer("l2").flatten().tolist() == [0.0, 0.0]
