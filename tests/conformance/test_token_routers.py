@@ -14,12 +14,15 @@ from transformers import DynamicCache
 from loraweave.composer.compose.compose import compose
 from loraweave.composer.compose.composition import Composition
 from loraweave.composer.composer import Composer
+from loraweave.composer.train.checkpointed_blocks import checkpointed_blocks
 from loraweave.errors import ScopeError, WeightingError
 from loraweave.hub.pool import ExpertPool
-from loraweave.routers.tokens._saved import router, router_names
+from loraweave.routers.tokens._learned import Step
+from loraweave.routers.tokens._saved import router, router_class, router_names
 from loraweave.types import Factors, Task
 
 ROUTERS = router_names()
+LEARNED = [name for name in ROUTERS if router_class(name).learned]
 # what a router cannot do without, besides the pool
 NEEDED = {
     "similarity": {"embedder": "hashing"},
@@ -180,6 +183,23 @@ def test_every_parameter_gets_a_gradient_through_the_model(name, model, pool):
         model(input_ids=IDS_BT, labels=IDS_BT).loss.backward()
     still = [name for name, parameter in made.named_parameters() if parameter.grad is None or not parameter.grad.any()]
     assert still == []
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_blocks_that_run_again_for_their_gradients_give_the_same(name, model, pool):
+    made, gradients = make(name, pool).train(), []
+    model.requires_grad_(False)
+    for checkpointing in (False, True):
+        made.zero_grad()
+        made.step = Step(torch.ones_like(IDS_BT), torch.tensor([0, 1, 2]))
+        torch.manual_seed(5)
+        with composer(model, pool).activate(made), checkpointed_blocks(model, checkpointing):
+            loss = model(input_ids=IDS_BT, labels=IDS_BT, use_cache=False).loss
+            (loss + sum(made.losses(made.step).values())).backward()
+        gradients.append({key: parameter.grad.clone() for key, parameter in made.named_parameters()})
+    for key, gradient in gradients[0].items():
+        assert torch.allclose(gradients[1][key], gradient, atol=1e-5), key
+    assert any(bool(gradient.any()) for gradient in gradients[0].values())
 
 
 @pytest.mark.parametrize("name", ROUTERS)

@@ -107,22 +107,6 @@ def test_a_copy_of_the_model_made_while_it_is_active_is_the_base(model, pool):
             assert torch.equal(copied(IDS_BT).logits, expected)
 
 
-@pytest.mark.filterwarnings("ignore:`(gradient_checkpointing_enable|is_gradient_checkpointing)` is deprecated:FutureWarning")
-def test_gradient_checkpointing_gives_the_same_gradients(model, pool):
-    model.requires_grad_(False)
-    gradients = []
-    for checkpointed in (False, True):
-        made = trained(pool)
-        if checkpointed:
-            model.train()
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.enable_input_require_grads()
-        with Composer(model, pool).activate(made):
-            model(input_ids=IDS_BT, labels=IDS_BT).loss.backward()
-        gradients.append({name: parameter.grad for name, parameter in made.named_parameters()})
-    assert all(torch.allclose(gradients[0][name], gradients[1][name], atol=1e-5) for name in gradients[0])
-
-
 def test_a_layer_outside_a_call_of_its_block_is_refused(model, pool):
     with Composer(model, pool).activate(trained(pool)), pytest.raises(ScopeError, match=r"ran in no call of it"):
         model.model.layers[0].self_attn.q_proj(torch.ones(1, 2, 16))
