@@ -6,8 +6,19 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
 
-from loraweave.common.options import Count, Range, Share, check_options, described, fits, options_of, require_known
-from loraweave.errors import TrainingError, WeightingError
+from loraweave import registry
+from loraweave.common.options import (
+    Count,
+    Declared,
+    Range,
+    Share,
+    check_options,
+    described,
+    fits,
+    options_of,
+    require_known,
+)
+from loraweave.errors import TrainingError, UnknownName, WeightingError
 
 Word = Literal["mean", "sum"]
 
@@ -102,3 +113,24 @@ def test_a_kind_is_told_in_words():
     assert described(int | None) == "a whole number or None"
     assert described(tuple[float, ...]) == "a list, each of which is a finite number"
     assert described(Word, "men") == "one of 'mean', 'sum', did you mean 'mean'?"
+
+
+@pytest.mark.parametrize("folder", ["routers", "experts", "keys"])
+def test_every_option_of_a_router_search_recipe_and_key_has_a_kind_that_can_be_read(folder):
+    for name in registry.names(folder):
+        assert Any not in options_of(registry.get(folder, name)).values(), name
+
+
+def test_a_declared_class_refuses_a_value_outside_its_kind_before_its_init_and_leaves_unknown_names_to_python():
+    class Made(Declared):
+        noun = "thing"
+
+        def __init__(self, *, size: Count = 1, form: Word = "mean"):
+            raise AssertionError("not reached")
+
+    with pytest.raises(WeightingError, match=r"^thing 'test_options' got size=0; it takes a whole number of at least 1$"):
+        Made(size=0)
+    with pytest.raises(UnknownName, match="one of 'mean', 'sum', did you mean 'mean'"):
+        Made(form="men")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'sise'"):
+        Made(sise=1)
