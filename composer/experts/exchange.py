@@ -59,7 +59,7 @@ def federated_average(
         raise WeightingError(f"clients are {models!r:.60}: give a list of the expert models of all")
     for model in models:
         require_expert_model(model, "federated_average()")
-    amounts = list(sizes) if isinstance(sizes, Iterable) else []
+    amounts: list[Any] = list(sizes) if isinstance(sizes, Iterable) else []
     are_amounts = all(isinstance(amount, Real) and 0 <= float(amount) < math.inf for amount in amounts)
     if len(amounts) != len(models) or not are_amounts or not sum(amounts):
         raise WeightingError(f"sizes {sizes!r:.60} are not {len(models)} amounts of data, 0 or more, one for each client")

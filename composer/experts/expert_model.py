@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from loraweave.common.process import holding
 from loraweave.composer.experts.forms._form import Weigh
-from loraweave.composer.experts.hooks import Hook, require_same_call, same_call
 from loraweave.composer.experts.parts import Parts, Starts, closing_blocks, make_parts, shapes_of
-from loraweave.composer.experts.running import RUNNING, Branch, Running
+from loraweave.composer.experts.running import RUNNING, Branch, Hook, Running, require_same_call, same_call
 from loraweave.composer.experts.saving import as_adapter, one_expert, read_saved_experts, require_updates, write_experts
 from loraweave.composer.live.call_router import arguments_of
 from loraweave.composer.live.kernels._parts import own_precision

@@ -18,13 +18,13 @@ from loraweave.composer.live.kernels._parts import (
     Kernel,
     RowKernel,
     RowSets,
+    SomeRows,
     own_precision,
     place_of,
     repeat_rows,
     row_sets,
 )
 from loraweave.composer.live.kernels._rank_tables import triton_runs
-from loraweave.composer.live.kernels._some_rows import SomeRows
 from loraweave.composer.live.layout import PlacedFactors
 from loraweave.composer.live.residents import Lease
 from loraweave.composer.model.layers import TargetLayer

@@ -12,6 +12,7 @@
                                 sorted_tokens    each expert meets only the tokens that chose it
     experts in training         _added_experts takes one of _expert_product, _chosen_product and one token's own experts
 
-`_cost.py` says which is the cheapest. `tests/composer/live/kernels/test_naive.py` compares every path with a name with the
-formula, `test_*_product.py` and `test_added_experts.py` those for training, and `test_triton.py` the GPU's with `naive`.
+Each file with a name says for which mixtures its path is, and what it costs; `row_weights.choose` takes the cheapest. A new
+path is one more file, tested by `tests/composer/live/kernels/test_naive.py`, which compares each with the formula.
+`test_weighted_product.py` and `test_added_experts.py` are for those that learn, `test_triton.py` compares the GPU's.
 """

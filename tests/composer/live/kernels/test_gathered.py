@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from loraweave.composer.live.kernels._some_rows import SomeRows
+from loraweave.composer.live.kernels._parts import SomeRows
 from loraweave.composer.live.kernels.gathered import Gathered
 from loraweave.composer.live.kernels.segments import Segments
 from loraweave.composer.live.layout import PlacedFactors
