@@ -1,11 +1,11 @@
-"""The one runner of all measurements: what they share is said before the name, what is particular to one after it.
+"""Runs every measurement: shared options come before its name, its own after it.
 
 \b
-    python -m benchmarks --cpu --rounds 5 live prefill          a measurement; each has a --help of its own
-    python -m benchmarks --out runs/unseen unseen               one that goes on where it was interrupted
-    python -m benchmarks --out runs/unseen --report unseen      only the tables of what it has measured so far
+    python -m benchmarks --cpu --rounds 5 live prefill          a measurement; each has its own --help
+    python -m benchmarks --out runs/unseen unseen               one that resumes after an interruption
+    python -m benchmarks --out runs/unseen --report unseen      only the tables measured so far
     python -m benchmarks --save live live decode                the figures go to data/figures/live.json and to TABLES.md
-    python -m benchmarks tables                                 TABLES.md, written anew from data
+    python -m benchmarks tables                                 rewrites TABLES.md from data
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NAMES = sorted(path.stem for path in HERE.glob("[a-z]*.py") if "\napp = " in pat
 
 
 class Measurements(TyperGroup):
-    """A command for each file that has an `app`; it is imported when it is asked for."""
+    """A command for each file that has an `app`; a file is imported when it is run."""
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         name = cmd_name.replace("-", "_")
@@ -63,7 +63,7 @@ app = typer.Typer(
 @app.callback()
 def shared(
     context: typer.Context,
-    rounds: Annotated[int | None, typer.Option(help="at most so many rounds")] = None,
+    rounds: Annotated[int | None, typer.Option(help="at most this many rounds")] = None,
     seconds: Annotated[float | None, typer.Option(help="no round that would end later")] = None,
     threads: Annotated[int, typer.Option(help="of torch; 0 leaves its own number")] = 1,
     cpu: Annotated[bool, typer.Option("--cpu", help="count processor time, for one thread on a busy machine")] = False,

@@ -93,7 +93,7 @@ class Run:
 
     @contextmanager
     def hub(self) -> Iterator[lw.Hub]:
-        """A hub of all of them, which goes at the end."""
+        """A temporary hub of all of them."""
         with tempfile.TemporaryDirectory() as folder, lw.Hub(folder) as hub:
             for path in self.adapters():
                 hub.add(path)
@@ -114,7 +114,7 @@ def interval(draws_R: np.ndarray, digits: int = 2, unit: Callable[[float], str] 
 
 
 def best_of(run: Callable[[], object], timer: Callable[[], float], times: int) -> float:
-    """The least seconds of so many runs."""
+    """The fewest seconds of that many runs."""
     taken = []
     for _ in range(times):
         before = timer()

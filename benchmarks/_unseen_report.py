@@ -1,7 +1,7 @@
 """Tables of what `unseen` has measured.
 
-Every interval is the central 95 % of bootstrap draws: each draw takes a task's seeds anew, and its test items anew, the same
-ones for all ways that are compared with each other.
+Every interval is the central 95 % of bootstrap draws: each draw resamples a task's seeds and its test items, the
+same for all ways that are compared with each other.
 """
 
 from __future__ import annotations

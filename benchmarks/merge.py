@@ -374,7 +374,7 @@ def main(
     context: typer.Context,
     section: Annotated[Section, typer.Argument(help="what is measured")] = "all",
     quick: Annotated[bool, typer.Option("--quick", help="one block and fewer cases, about a minute")] = False,
-    blocks: Annotated[int, typer.Option(help="of the model, at most so many")] = WHOLE,
+    blocks: Annotated[int, typer.Option(help="of the model, at most this many")] = WHOLE,
 ) -> None:
     """Speed, exactness and memory of merges."""
     run: Run = context.obj

@@ -47,7 +47,7 @@ Folder = Annotated[Path, typer.Option(help="for the hub and peft's folders")]
 
 @contextmanager
 def hub_of(model: Any, num_names: int, distinct: int, folder: Path) -> Iterator[lw.Hub]:
-    """A hub with so many names in a new folder, which goes at the end."""
+    """A hub with that many names in a temporary folder."""
     path = Path(tempfile.mkdtemp(prefix="pool", dir=folder))
     try:
         hub = lw.Hub(path / "hub")

@@ -13,7 +13,7 @@ set (`oracle`); for joined skills the adapter that is best on the test items (`a
 other (`two_passes`); and every method of `compose()` by its name.
 
 Every measurement is kept in --out as it is made, so that an interrupted run goes on; it goes on, too, from what
-data/unseen.json holds. Several processes share the work by --part. --again measures ways anew.
+data/unseen.json holds. Several processes share the work by --part. --again repeats ways.
 """
 
 from __future__ import annotations

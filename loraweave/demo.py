@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -136,17 +135,14 @@ def _table(composition: lw.Composition, scores: dict[str, dict[str, float]]) -> 
     table = Table(title="Right answers on the test inputs", title_justify="left")
     for column in ("", "score", "95 % interval", "loss", "seconds"):
         table.add_column(column, justify="right" if column else "left")
-    chosen = composition.report.chosen
+    chosen, cells = composition.report.chosen, {}
     for name, figures in scores.items():
-        table.add_row(LABELS.get(name, name), *_cells(figures))
+        interval = f"{figures['low']:.0%} to {figures['high']:.0%}"
+        cells[name] = f"{figures['value']:.0%}", interval, f"{figures['loss']:.3f}", f"{figures['seconds']:.1f}"
+        table.add_row(LABELS.get(name, name), *cells[name])
     table.add_section()
-    table.add_row(f"chosen composition ({LABELS.get(chosen, chosen)})", *_cells(scores[chosen]), style="bold")
+    table.add_row(f"chosen composition ({LABELS.get(chosen, chosen)})", *cells[chosen], style="bold")
     return table
-
-
-def _cells(figures: dict[str, float]) -> Iterable[str]:
-    interval = f"{figures['low']:.0%} to {figures['high']:.0%}"
-    return f"{figures['value']:.0%}", interval, f"{figures['loss']:.3f}", f"{figures['seconds']:.1f}"
 
 
 def _shipped(name: str, option: str) -> Path:

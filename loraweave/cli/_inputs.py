@@ -119,7 +119,7 @@ def hub_exists(place: str) -> bool:
 
 
 def open_hub(place: str) -> lw.Hub:
-    """The hub in a folder or at a URL. Looking at a folder never makes a hub in it: HubError when there is none."""
+    """Opens the hub in a folder or at a URL. Never creates one: raises HubError if there is none."""
     import loraweave as lw
 
     if not hub_exists(place):
@@ -131,7 +131,7 @@ def open_hub(place: str) -> lw.Hub:
 
 
 def read_adapter(source: str, hub: str) -> lw.Adapter:
-    """The adapter of a folder, or of that name in the hub. A word that is both is refused (wrong usage)."""
+    """The adapter in a folder, or of that name in the hub. A word that is both is wrong usage."""
     import loraweave as lw
 
     has_hub = hub_exists(hub)
@@ -150,7 +150,7 @@ def read_adapter(source: str, hub: str) -> lw.Adapter:
 
 
 def read_pool(folder: Path) -> lw.ExpertPool:
-    """Every adapter folder directly in `folder`, in order of their names. WeightingError when there is none."""
+    """The adapter folders directly in `folder`, in order of their names. Raises WeightingError if there is none."""
     import loraweave as lw
 
     found = sorted(path.parent for path in folder.glob(f"*/{ADAPTER_FILE}"))
@@ -172,15 +172,15 @@ def load_model(base: str | None) -> tuple[Any, Any]:
 
 
 def is_given(context: typer.Context, name: str) -> bool:
-    """Whether an option was written in the command, and has neither its default nor what the environment says."""
+    """Whether an option was written in the command, rather than left to its default or the environment."""
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
 
 
 def require_free(folder: Path, own: str, *, replace: bool = True) -> None:
-    """Before long work: AdapterExists when `folder` holds something else than an earlier result, known by its file `own`.
+    """Raises AdapterExists, before long work, if `folder` holds anything but an earlier result, known by its file `own`.
 
-    Without `replace` also when it holds one, which --force would write over.
+    Without `replace` also if it holds a result, which --force would overwrite.
     """
     if folder.exists() and not (folder.is_dir() and ((folder / own).is_file() or not any(folder.iterdir()))):
         raise AdapterExists(f"{folder} is a file, or holds something that has no {own}; name another folder with --out")

@@ -17,7 +17,7 @@ from loraweave.types import Record
 if TYPE_CHECKING:
     from rich.table import Table
 
-# in a pipe a row is one line, however long, so that grep and cut work
+# in a pipe a row is one line of any length, so that grep and cut work
 PIPE_WIDTH = 10_000
 
 
@@ -44,6 +44,15 @@ def print_rows(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None
 def note(text: str) -> None:
     """A line for the person at the terminal."""
     typer.echo(one_line(text), err=True)
+
+
+def answer(as_json: bool, value: Any, *notes: str) -> None:
+    """The value as JSON on stdout, or notes for a person."""
+    if as_json:
+        print_json(value)
+        return
+    for text in notes:
+        note(text)
 
 
 def progress_to_stderr() -> None:

@@ -131,7 +131,7 @@ def train(
     ] = None,
     patience: Annotated[
         int | None,
-        typer.Option(min=1, help="Stop after so many evaluations, 10 steps apart, without a lower held-out loss."),
+        typer.Option(min=1, help="Stop after this many evaluations, 10 steps apart, without a lower held-out loss."),
     ] = None,
     seed: SeedOption = 0,
     samples: Annotated[int, typer.Option(min=0, help="Sample inputs kept in each card, which searches read.")] = NUM_SAMPLES,

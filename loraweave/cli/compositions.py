@@ -59,7 +59,7 @@ def compose(
     pool: Annotated[
         Path | None, typer.Option(exists=True, file_okay=False, help="A folder of adapter folders, used whole, not a hub.")
     ] = None,
-    num_examples: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows; all by default.")] = None,
+    num_examples: Annotated[int | None, typer.Option(min=1, help="Use only the first rows; all by default.")] = None,
     split: Annotated[str, typer.Option(help='Of rows with a field "split", those of this one.')] = "train",
     instruction: InstructionOption = None,
     labels: LabelsOption = None,
@@ -207,7 +207,7 @@ def explain(
         str | None,
         typer.Option("--base", metavar="MODEL", help="Base model; the one that the composition names by default."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=0, help="Explain so many tokens of the answer too.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=0, help="Also explain this many tokens of the answer.")] = 0,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the weights by layer and token: .png, .svg or .pdf.")
     ] = None,

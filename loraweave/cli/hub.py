@@ -20,7 +20,7 @@ from loraweave.cli._flags import (
     SeedOption,
 )
 from loraweave.cli._inputs import load_model, open_hub
-from loraweave.cli._printing import note, plain, print_json, print_rows, record_row
+from loraweave.cli._printing import answer, note, plain, print_json, print_rows, record_row
 from loraweave.common.rows import located, read_row
 from loraweave.errors import HubCorrupt
 
@@ -249,10 +249,7 @@ def gc(hub: HubOption = DEFAULT_HUB, as_json: JsonOption = False) -> None:
     """Delete the files that no adapter of the catalogue needs."""
     with open_hub(hub) as opened:
         freed_bytes = opened.gc()
-    if as_json:
-        print_json({"freed_bytes": freed_bytes})
-    else:
-        note(f"freed {_kilobytes(freed_bytes)} kB")
+    answer(as_json, {"freed_bytes": freed_bytes}, f"freed {_kilobytes(freed_bytes)} kB")
 
 
 @hub.command("train-encoder", epilog="Example: loraweave hub train-encoder encoder --steps 60 --checkpoint encoder-state")
@@ -304,10 +301,8 @@ def rollback(
     """Bring an earlier version back, as a new one: nothing of the history is lost."""
     with open_hub(hub) as opened:
         record = opened.rollback(name, version)
-    if as_json:
-        print_json(record_row(record))
-    else:
-        note(f"{record.name!r} is at version {record.version}, with the content of version {record.restored or version}")
+    told = f"{record.name!r} is at version {record.version}, with the content of version {record.restored or version}"
+    answer(as_json, record_row(record), told)
 
 
 @hub.command(epilog="Example: loraweave hub prune antonym --keep 3")
@@ -320,10 +315,8 @@ def prune(
     """Forget old versions of an adapter; `gc` then frees their files."""
     with open_hub(hub) as opened:
         num_forgotten = opened.prune(name, keep=keep)
-    if as_json:
-        print_json({"forgotten": num_forgotten})
-    else:
-        note(f"{num_forgotten} versions of {name!r} are forgotten; `loraweave hub gc` frees their files")
+    told = f"{num_forgotten} versions of {name!r} are forgotten; `loraweave hub gc` frees their files"
+    answer(as_json, {"forgotten": num_forgotten}, told)
 
 
 @hub.command(epilog="Example: loraweave hub bind antonym --base path/to/model")
@@ -340,11 +333,8 @@ def bind(
             opened.record(name)
         model, _ = load_model(base)
         records = [opened.bind(name, model) for name in dict.fromkeys(names)]
-    if as_json:
-        print_json([record_row(record) for record in records])
-        return
-    for record in records:
-        note(f"{record.name!r} fits {record.base_model!r}, whose fingerprint it has now")
+    told = (f"{record.name!r} fits {record.base_model!r}, whose fingerprint it has now" for record in records)
+    answer(as_json, [record_row(record) for record in records], *told)
 
 
 @hub.command(epilog="Example: loraweave hub quarantine antonym")

@@ -18,12 +18,12 @@ _MAX_HEADER_BYTES = 2**20
 _ALIGNMENT = 64
 _BLOCK_BYTES = 2**24
 
-# an array up to this is compared with its digest whenever it is read: some 20 ms
+# smaller arrays are compared with their digests on every read, which takes up to 20 ms
 CHECKED_BYTES = 2**25
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
-    """Writes the file beside its place and syncs it, then gives it its name; an error leaves nothing behind."""
+    """Writes and syncs a temporary file, then renames it to `path`; an error leaves nothing behind."""
     header: dict[str, Any] = {}
     end = 0
     # the format allows no gaps: wide numbers first, so that every array begins at a multiple of its numbers' size
@@ -47,9 +47,9 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping
 
 
 def map_arrays(path: Path, *, all_digests: bool = False) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """(metadata, arrays mapped from the file, not writeable). ValueError or OSError for a file that is not whole.
+    """(metadata, arrays mapped from the file, not writeable). Raises ValueError or OSError for an incomplete file.
 
-    Arrays above 32 MB are compared with their digests only on request: that reads them, and mapping does not.
+    Arrays above 32 MB are checked against their digests only on request, since that reads them and mapping does not.
     """
     table, metadata, start = _read_header(path)
     mapped = np.memmap(path, dtype=np.uint8, mode="r")

@@ -1,4 +1,4 @@
-"""What counts as a number of things."""
+"""Checks of counts and numbers."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from loraweave.errors import LoraweaveError
 
 
 def is_whole(value: object, least: int) -> TypeGuard[int]:
-    """Whether a value is an int of at least `least`; True and False, which Python takes for 1 and 0, are none."""
+    """Whether a value is an int of at least `least`; True and False do not count as numbers."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def is_number(value: object, least: float = -sys.float_info.max, most: float = sys.float_info.max) -> TypeGuard[float]:
-    """Whether a value is a finite int or float in [least, most]; True and False are none."""
+    """Whether a value is a finite int or float in [least, most]; True and False do not count as numbers."""
     return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
 
 
 def require_whole(name: str, value: object, least: int, error: type[LoraweaveError]) -> None:
-    """Raises `error`, with the name and the value, for what is no whole number of at least `least`."""
+    """Raises `error`, with the name and the value, unless the value is a whole number of at least `least`."""
     if not is_whole(value, least):
         raise error(f"{name} is {value!r}; it must be a whole number of at least {least}")

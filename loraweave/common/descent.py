@@ -1,7 +1,6 @@
-"""Gradient descent, whatever learns: the rate of a step, the optimizer, and what a step is checked for.
+"""Gradient descent for everything that learns: learning rates, the optimizer, and the checks of a step.
 
-Adapters, ways to learn tasks in order, routers, experts, encoders and reward heads bring parameters and losses. The steps
-are the same for all of them, and stand here once.
+Adapters, continual training, routers, experts, encoders and reward heads bring parameters and losses; all take steps here.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ def warmed_cosine(highest: float, step: int, steps: int, warmup: int) -> float:
 
 
 class Descent:
-    """AdamW at the rates of `rate(step)`, down gradients that are clipped to the norm `limit`; None for no limit.
+    """AdamW at the rates `rate(step)`, with gradients clipped to the norm `limit` (None: not clipped).
 
-    With `fused` it goes through the parameters once, and rounds otherwise.
+    `fused` makes one pass over the parameters and rounds differently.
     """
 
     def __init__(
@@ -45,7 +44,7 @@ class Descent:
         self._rate, self._limit = rate, limit
 
     def step(self, number: int) -> None:
-        """The step of this number, from 0. Gradients stay."""
+        """Takes the step of this number, from 0, and keeps the gradients."""
         if self._limit is not None:
             nn.utils.clip_grad_norm_(self.parameters, self._limit)
         for group in self.optimizer.param_groups:
@@ -63,9 +62,9 @@ def descend(
     first: int = 0,
     after_step: Callable[[int], None] | None = None,
 ) -> None:
-    """Takes the steps from `first` on, each down the gradient of `losses(step)`: one loss for each learner, in their order.
+    """Takes the steps from `first` on, each along the gradient of `losses(step)`: one loss for each learner, in their order.
 
-    A loss reaches the parameters of its own learner alone. Raises TrainingError for one that is not finite.
+    A loss depends on the parameters of its own learner alone. Raises TrainingError for one that is not finite.
     """
     shown = bar.add_task(title, total=steps, completed=first, loss="")
     for step in range(first, steps):
@@ -80,9 +79,9 @@ def descend(
 
 
 def backward(loss_J: Tensor, steps: Mapping[str, int]) -> list[float]:
-    """The losses as numbers, after their gradients were added to the parameters'. `steps` has each learner's step, from 0.
+    """Adds the gradients of the losses and returns the losses as numbers. `steps` has each learner's step, from 0.
 
-    Raises TrainingError before for a loss that is not finite.
+    Raises TrainingError for a loss that is not finite, before any gradient changes.
     """
     losses: list[float] = loss_J.tolist()
     for (name, step), loss in zip(steps.items(), losses, strict=True):
@@ -95,7 +94,7 @@ def backward(loss_J: Tensor, steps: Mapping[str, int]) -> list[float]:
 class FlatParameters:
     """Moves parameters, and gradients for them, into one vector for each dtype; all keep their shapes, strides and identity.
 
-    `vectors` are what an optimiser is given. A parameter that gets no gradient has one of zeros.
+    Pass `vectors` to an optimiser. A parameter without a gradient has one of zeros.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
@@ -104,7 +103,7 @@ class FlatParameters:
             self.vectors.append(_gathered([parameter for parameter in parameters if parameter.dtype == dtype]))
 
     def zero_grad(self) -> None:
-        """Gradients stay where they are, as zeros."""
+        """Sets the gradients to zero in place."""
         for vector in self.vectors:
             if vector.grad is not None:
                 vector.grad.zero_()

@@ -1,4 +1,4 @@
-"""A progress bar for work that takes longer than a person waits without wondering."""
+"""Progress bars, figures and tables for people."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Item = TypeVar("Item")
 
 
 def progress_bar(shown: bool, *, field: str = "") -> Progress:
-    """A bar with the task's description, count and time left, and with a text that the task has in `field`, if any."""
+    """A bar with the task's description, count and time left, and the text of the task's `field`, if given."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     texts = [TextColumn(f"{{task.fields[{field}]}}")] if field else []
     return Progress(*columns, *texts, disable=not shown)
@@ -47,7 +47,7 @@ def tracked(items: Iterable[Item], label: str, *, total: int | None, shown: bool
 
 
 def blank_figure(why: str, **settings: Any) -> Any:
-    """A matplotlib Figure made with these settings. PackageMissing, which says `why`, where there is no matplotlib."""
+    """A matplotlib Figure with these settings. Raises PackageMissing, which says `why`, without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -56,16 +56,16 @@ def blank_figure(why: str, **settings: Any) -> Any:
 
 
 def count_along(axes: Any) -> None:
-    """Makes the horizontal axis show whole numbers only: it counts steps, candidates or evaluations."""
+    """Labels the horizontal axis with whole numbers only: it counts steps, candidates or evaluations."""
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
 class ShownTable(Table):
-    """A rich Table that a plain Python prompt shows as a table, and a notebook as HTML with nothing but text in it."""
+    """A rich Table that a plain Python prompt prints as a table and a notebook shows as HTML that holds only text."""
 
     @classmethod
     def of(cls, columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None) -> ShownTable:
-        """The table of these rows; columns of numbers are right-aligned, other values are shown as their text."""
+        """The table of these rows; columns of numbers are right-aligned, other values appear as text."""
         listed = [list(row) for row in rows]
         table = cls(title=title, title_justify="left")
         for position, column in enumerate(columns):

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, synced, renamed. Every room that saves one writes so."""
+"""Atomic files: written beside their target, synced, renamed. Every room saves files this way."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from loraweave.errors import HubError, LoraweaveError
 
 @contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
-    """A path in the folder of `target` to write to. The file takes the place of `target`, for good, when the block ends.
+    """Yields a path beside `target` to write to; the file durably replaces `target` when the block ends.
 
-    Whoever reads `target` sees what was there before or all that was written. After an error nothing else is left. Raises
-    OSError where the file system fails, also for a folder that does not exist.
+    Readers of `target` see the old file or the complete new one. An error leaves nothing else behind. Raises OSError if the
+    file system fails, also for a folder that does not exist.
     """
     temporary = target.with_name(f".{uuid.uuid4().hex}.unfinished")
     try:
@@ -31,7 +31,7 @@ def whole_file(target: Path) -> Iterator[Path]:
 
 
 def write_new(path: Path, data: bytes) -> None:
-    """Writes a file that is not there yet, readable by its owner alone until it is complete, and then by all."""
+    """Writes a new file, readable by its owner alone until it is complete, and by all afterwards."""
     # exclusive: the name cannot be guessed, and a planted file is not followed
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o600)
     try:
@@ -44,7 +44,7 @@ def write_new(path: Path, data: bytes) -> None:
 
 
 def cache_folder() -> Path:
-    """The one folder outside the environment that loraweave writes: $LORAWEAVE_CACHE, else ~/.cache/loraweave."""
+    """The only folder outside the environment that loraweave writes to: $LORAWEAVE_CACHE, else ~/.cache/loraweave."""
     own = os.environ.get("LORAWEAVE_CACHE")
     if own:
         return Path(own)
@@ -52,14 +52,14 @@ def cache_folder() -> Path:
 
 
 def as_path(value: object, what: str, error: type[LoraweaveError] = HubError) -> Path:
-    """The path; raises `error`, which names `what` it was to be, for what is neither a text nor a path."""
+    """The value as a path. Raises `error`, which names `what` was expected, unless it is a text or a path."""
     if not isinstance(value, str | PathLike):
         raise error(f"{what} is {value!r:.80}; give its path")
     return Path(value)
 
 
 def sync(path: Path) -> None:
-    """Makes a file's bytes, or a folder's names, last through a power failure."""
+    """Makes a file's bytes, or a folder's names, survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -68,9 +68,9 @@ def sync(path: Path) -> None:
 
 
 def remove_file(path: Path) -> None:
-    """Removes a temporary file if it can be removed."""
+    """Removes a temporary file if possible."""
     try:
         os.unlink(path)
     except OSError:
-        # the error that brought us here is the one to tell; the next open sweeps the file
+        # the original error is the one to report; the next opening sweeps the file
         return

@@ -1,4 +1,4 @@
-"""The rules for an adapter's name: free text that can be shown on one line. A name never becomes a path or a module key."""
+"""Rules for adapter names: free text that fits on one line. A name never becomes a path or a module key."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _REFUSED_CATEGORIES = {"Cc", "Cs", "Zl", "Zp"}
 
 
 def checked_name(name: object) -> str:
-    """The name in Unicode form NFC, so that two ways of typing one name are one name. InvalidName when a rule forbids it."""
+    """The name in Unicode form NFC, so that two ways of typing it are one name. Raises InvalidName if a rule forbids it."""
     if not isinstance(name, str):
         raise InvalidName(f"an adapter's name is text, not {type(name).__name__} {_short(name)}")
     normal = unicodedata.normalize("NFC", name)
@@ -41,7 +41,7 @@ def checked_name(name: object) -> str:
 
 
 def near_misses(name: str, known: Iterable[str]) -> list[str]:
-    """At most three names of `known` that `name` may have meant, the nearest first; differences of case count little."""
+    """At most three names of `known` that `name` may stand for, the nearest first, ignoring case."""
     by_folded: dict[str, list[str]] = {}
     for other in known:
         by_folded.setdefault(other.casefold(), []).append(other)
@@ -50,7 +50,7 @@ def near_misses(name: str, known: Iterable[str]) -> list[str]:
 
 
 def _short(value: object) -> str:
-    # ascii, so that a lone surrogate in a message cannot break the printing of it
+    # ascii, so that a message with a lone surrogate can be printed
     text = ascii(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -60,7 +60,7 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-# a pool may have thousands, and a message is read by a person
+# a pool may have thousands, and people read messages
 NUM_SHOWN = 8
 
 

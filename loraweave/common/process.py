@@ -1,4 +1,4 @@
-"""Making many objects that stay, without the garbage collector looking at all of them again and again on the way."""
+"""State of the process: garbage collection, locks across forks, context variables and free memory."""
 
 from __future__ import annotations
 
@@ -32,10 +32,9 @@ _OWNERS: WeakSet[Any] = WeakSet()
 
 
 def lock_of(owner: Any) -> Any:
-    """A reentrant lock to be kept as `owner._lock`; in a forked process, that is another one, which nobody holds.
+    """A reentrant lock to keep as `owner._lock`; a forked process replaces it with a free one.
 
-    No class of its own around the lock: `with` takes one of the interpreter's without a moment at which an interruption
-    could leave it taken.
+    The lock has no wrapper class: `with` acquires the interpreter's own in a way that no interruption can leave it taken.
     """
     _OWNERS.add(owner)
     return threading.RLock()
@@ -55,7 +54,7 @@ T = TypeVar("T")
 
 @contextmanager
 def holding(variable: ContextVar[T], value: T) -> Iterator[None]:
-    """Inside, the variable has the value, in this thread or asyncio task; afterwards what it had before."""
+    """Sets the variable inside the block, in this thread or asyncio task, and restores it afterwards."""
     token = variable.set(value)
     try:
         yield
@@ -68,7 +67,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_host_bytes() -> int | None:
-    """What a process may still take; in a container what its limit leaves. None where the system does not say."""
+    """The memory a process may still take, within a container's limit. None if the system does not tell."""
     if not MEMINFO.is_file():
         return None
     lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
@@ -77,7 +76,7 @@ def free_host_bytes() -> int | None:
 
 
 def _cgroup_bytes() -> list[int]:
-    """What the limit of a container leaves, with the cached files that it would give up; nothing where there is none."""
+    """What a container's limit leaves, including reclaimable cached files; empty without a limit."""
     limit, used, statistics = (CGROUP / name for name in ("memory.max", "memory.current", "memory.stat"))
     if not limit.is_file() or (text := limit.read_text().strip()) == "max":
         return []

@@ -1,4 +1,4 @@
-"""Random numbers that follow from what they are for, and leave those of the caller as they were."""
+"""Random numbers derived from their purpose, which leave the caller's generators unchanged."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def generator_of(text: str) -> torch.Generator:
 
 
 def with_seed(seed: int, make: Callable[[], Made]) -> Made:
-    """make(), with torch's random numbers of that seed; those of the caller go on as if nothing had happened."""
+    """make(), with torch seeded; the caller's random numbers continue unaffected."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make()
@@ -34,7 +34,7 @@ def with_seed(seed: int, make: Callable[[], Made]) -> Made:
 
 @contextmanager
 def caller_randomness() -> Iterator[None]:
-    """Inside, the generators of Python, numpy and torch may be seeded; after it they go on where they were before."""
+    """Lets the block seed the generators of Python, numpy and torch, and restores them afterwards."""
     python, array = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     try:

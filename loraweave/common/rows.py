@@ -1,8 +1,8 @@
-"""Rows of examples in every usual form: the one reader of the whole project.
+"""Rows of examples in every usual form, read in one place for the whole project.
 
 A row is a pair (input, target), or a mapping with the columns of one of `COLUMNS` or with `messages`. Rows come as an
 iterable of such, as a data set with named columns (`datasets.Dataset`, whose integer labels get their names), as a data
-frame, or as the path of a .jsonl or .csv file. Whatever else comes is refused, never guessed at.
+frame, or as the path of a .jsonl or .csv file. Anything else is refused, never guessed at.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Row:
 def read_rows(given: GivenRows, *, noun: str = "row", of: str = "", targets: Targets = "one") -> list[Row]:
     """The rows in their order. `noun` and `of` name them in messages: "row 3 of dataset".
 
-    Raises InvalidTask for what is no rows, and for a row of another form, by its number and what it has.
+    Raises InvalidTask if these are not rows, and for a row of another form, with its number and contents.
     """
     rows = located(given, noun=noun, of=of, one_split=targets != "none")
     return [read_row(row, where, targets=targets) for where, row in rows]
@@ -68,8 +68,8 @@ def read_inputs(given: GivenRows, *, of: str = "") -> list[str]:
 def located(given: GivenRows, *, noun: str = "row", of: str = "", one_split: bool = True) -> Iterator[tuple[str, Any]]:
     """(where it is, the row as it came) of each row; integer labels of a data set are already their names.
 
-    Raises InvalidTask for what is no rows, for a file that cannot be read, and, with `one_split`, for rows whose column
-    `split` has more than one value.
+    Raises InvalidTask if these are not rows, for an unreadable file, and, with `one_split`, for rows of more than one
+    `split`.
     """
     first = ""
     for where, row in _source(given, noun, of):
@@ -250,7 +250,7 @@ def _is_turn(turn: Any) -> bool:
 
 
 def _is_missing(value: Any) -> bool:
-    """Whether it stands for no value, as data sets and frames fill them up."""
+    """Whether a data set or frame marks the value as missing."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 

@@ -1,4 +1,4 @@
-"""The state of a running training: safetensors, visible only when whole."""
+"""The state of a running training: safetensors, visible only once complete."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ class TrainingState:
 
 
 def checkpoint_folder(given: str | Path | None) -> Path | None:
-    """The folder for the states of a training, made where there is none; None for None.
+    """The folder for the states of a training, created if needed; None for None.
 
-    Raises TrainingError for a value that is not a path, and for a folder that cannot be made or written to.
+    Raises TrainingError unless the value is a path, and for a folder that cannot be created or written to.
     """
     if given is None:
         return None
@@ -66,7 +66,7 @@ def checkpoint_folder(given: str | Path | None) -> Path | None:
     try:
         running = folder / RUNNING
         running.mkdir(parents=True, exist_ok=True)
-        # a folder that is there may still be another user's
+        # an existing folder may belong to another user
         tempfile.TemporaryFile(dir=running).close()
     except OSError as error:
         raise TrainingError(
@@ -87,7 +87,7 @@ def save_state(folder: Path, key: str, state: TrainingState, *, place: str = RUN
 
 
 def load_state(folder: Path, key: str, *, place: str = RUNNING) -> TrainingState | None:
-    """The last whole state, or None; a damaged file is logged and counts as none."""
+    """The last complete state, or None; a damaged file is logged and ignored."""
     path = folder / place / f"{key}.safetensors"
     if not path.is_file():
         return None
@@ -115,7 +115,7 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes the file. OSError where the file system fails, with the number of the failure; safetensors hides it."""
+    """Writes the file. Raises OSError with the error number if the file system fails; safetensors hides it."""
     try:
         save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
     except SafetensorError as error:

@@ -1,4 +1,4 @@
-"""Many small pieces of linear algebra at once: threads over the pieces are faster than threads inside each of them."""
+"""Many small pieces of linear algebra at once: threads across pieces are faster than threads inside each."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ _blas = _BlasThreads()
 
 @contextmanager
 def one_blas_thread(wanted: bool = True) -> Iterator[None]:
-    """Inside it, BLAS and LAPACK of numpy and scipy use one thread, in the whole process; the last to leave restores them.
+    """Limits BLAS and LAPACK of numpy and scipy to one thread in the whole process, until the last such block ends.
 
-    On matrices of a few hundred rows their threads wait for each other longer than they work. Not `wanted`, it does nothing.
+    On matrices of a few hundred rows their threads wait longer than they work. Does nothing unless `wanted`.
     """
     if not wanted:
         yield
@@ -63,10 +63,10 @@ def one_blas_thread(wanted: bool = True) -> Iterator[None]:
 def side_by_side(
     function: Callable[[Item], Result], items: Iterable[Item], *, worth: Callable[[Item], bool] = lambda item: True
 ) -> Iterator[Result]:
-    """`function` of each item, in order, on as many threads as torch uses, while the next items are made.
+    """`function` of each item, in order, on as many threads as torch uses, while further items are produced.
 
-    At most two items more than threads exist at a time. Those not `worth` a thread are done in the caller's own. Until the
-    end, BLAS has one thread. An error comes where its result would, after what has begun is finished.
+    At most two more items than threads exist at a time. Items not `worth` a thread run in the caller's. BLAS has one thread
+    meanwhile. An error is raised in place of its result, after running calls have finished.
     """
     threads = torch.get_num_threads()
     waiting: deque[Future[Result]] = deque()

@@ -137,7 +137,7 @@ def test_a_composition_of_nothing_is_an_error_and_saves_nothing(two, base, rows)
         (["--option", "objective=entropi"], 1, "UnknownName: no objective 'entropi', did you mean 'entropy'?"),
         (["--option", "objective=labels"], 1, "InvalidTask: objective 'labels' ranks the labels of a task"),
         (["--method", "lorahub", "--option", "sigmma=1"], 1, "WeightingError: method 'lorahub' has no option 'sigmma'"),
-        (["--method", "lorahub", "--option", "sigma=-1"], 1, "WeightingError: sigma is -1"),
+        (["--method", "lorahub", "--option", "sigma=-1"], 1, "WeightingError: method 'lorahub' got sigma=-1; it takes"),
         (["--option", "folds=1"], 1, "WeightingError: folds is 1"),
         (["--method", "similarity"], 1, "WeightingError: method 'similarity' weighs by retrieval scores"),
         (["--method", "arrow", "--rank", "2"], 2, "but 'arrow' is a router: leave them out"),
