@@ -47,7 +47,7 @@ def load_base(
     Raises PackageMissing without the embedded default's package, AdapterCorrupt for a damaged cache or package file, and
     BaseModelMismatch when nothing of that name can be loaded.
     """
-    if name is None or (str(name) == EMBEDDED and _gguf_path(required=False) is not None):
+    if name is None or (str(name) == EMBEDDED and _gguf_path() is not None):
         folder = _embedded_folder()
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -76,8 +76,9 @@ def _load_named(name: str | Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
 
 def _embedded_folder() -> Path:
     """The cached safetensors of the embedded default, made on first use; safe when several processes start at once."""
-    gguf = _gguf_path(required=True)
-    assert gguf is not None
+    gguf = _gguf_path()
+    if gguf is None:
+        raise PackageMissing(f"the embedded base model {EMBEDDED} comes with a package that is not installed: {INSTALL}")
     folder = cache_folder() / "base" / f"smollm2-135m-instruct-{GGUF_SHA256[:12]}-{LAYOUT}"
     if _complete(folder):
         return folder
@@ -138,16 +139,11 @@ def _complete(folder: Path) -> bool:
     return True
 
 
-def _gguf_path(*, required: bool) -> Path | None:
+def _gguf_path() -> Path | None:
     # the package is located, never imported: its import would need llama.cpp
     spec = importlib.util.find_spec(PACKAGE)
-    if spec is not None and spec.origin is not None:
-        path = Path(spec.origin).with_name(GGUF_FILE)
-        if path.is_file():
-            return path
-    if required:
-        raise PackageMissing(f"the embedded base model {EMBEDDED} comes with a package that is not installed: {INSTALL}")
-    return None
+    path = None if spec is None or spec.origin is None else Path(spec.origin).with_name(GGUF_FILE)
+    return path if path is not None and path.is_file() else None
 
 
 def base_key(model: nn.Module, *, weights: bool = True) -> BaseKey:

@@ -49,7 +49,7 @@ def scan_vectors(
 class HalfScanner:
     """Scans rows kept in half precision, `codes_ND` as fp16, with the query in full precision. For one thread."""
 
-    def __init__(self, faiss: Any, dim: int, allowed_N: np.ndarray | None, *, numbered: bool) -> None:
+    def __init__(self, faiss: Any, dim: int, allowed_N: np.ndarray | None, numbered: bool) -> None:
         self._faiss = faiss
         # both are referred to by the scanner, which does not keep them alive
         self._quantizer = faiss.ScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16)
@@ -81,20 +81,16 @@ class HalfScanner:
         return scores_R, rows_R
 
 
-class HalfScanners:
+class HalfScanners(threading.local):
     """Scanners of codes: one for every thread that searches without a mask, a new one for every mask."""
 
     def __init__(self, faiss: Any, dim: int, *, numbered: bool) -> None:
-        self._faiss, self._dim, self._numbered = faiss, dim, numbered
-        self._local = threading.local()
+        self._arguments = faiss, dim
+        self._numbered = numbered
+        self._unmasked = HalfScanner(faiss, dim, None, numbered)
 
     def get(self, allowed_N: np.ndarray | None) -> HalfScanner:
-        known: HalfScanner | None = None if allowed_N is not None else getattr(self._local, "scanner", None)
-        if known is None:
-            known = HalfScanner(self._faiss, self._dim, allowed_N, numbered=self._numbered)
-            if allowed_N is None:
-                self._local.scanner = known
-        return known
+        return self._unmasked if allowed_N is None else HalfScanner(*self._arguments, allowed_N, self._numbered)
 
 
 def selector(faiss: Any, allowed_N: np.ndarray) -> Any:

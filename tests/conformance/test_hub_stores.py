@@ -45,7 +45,7 @@ def share():
     fsspec.register_implementation("share", Share, clobber=True)
 
 
-@pytest.fixture
+@pytest.fixture(params=STORES)
 def place(request, tmp_path):
     """Where the hub of a test is: the arguments of `Hub`."""
     return new_place(request, tmp_path, request.param)
@@ -79,16 +79,9 @@ def opened(place, **options):
     return Hub(place[0], blobs=place[1], **options)
 
 
-every_store = pytest.mark.parametrize("place", STORES, indirect=True)
-
-
 def same(first, second):
-    return all(
-        torch.equal(one, other)
-        for one, other in zip(
-            first.layers["layer"].tensors().values(), second.layers["layer"].tensors().values(), strict=True
-        )
-    )
+    pairs = zip(first.layers["layer"].tensors().values(), second.layers["layer"].tensors().values(), strict=True)
+    return all(torch.equal(one, other) for one, other in pairs)
 
 
 def damage(hub, content_hash):
@@ -105,7 +98,6 @@ def damage(hub, content_hash):
     flip(Path(blobs.place(content_hash)))
 
 
-@every_store
 def test_an_adapter_comes_back_bit_for_bit_also_through_another_opening_without_its_copy(place, hub):
     texts = {"description": "says hello", "examples": ("hello",), "tags": ("greeting",), "license": "MIT"}
     stored = hub.add(adapter(1, card={"seed": 1}), **texts)
@@ -119,7 +111,6 @@ def test_an_adapter_comes_back_bit_for_bit_also_through_another_opening_without_
         assert other.record("adapter 1").card["seed"] == 1
 
 
-@every_store
 def test_the_same_content_is_stored_once_and_under_another_name_too(hub):
     first = hub.add(adapter(1))
     generation = hub.generation
@@ -138,7 +129,6 @@ def test_the_same_content_is_stored_once_and_under_another_name_too(hub):
     assert len(list(hub._blobs.names())) == 1
 
 
-@every_store
 def test_a_name_has_versions_that_every_opening_sees_and_gc_keeps(place, hub):
     hub.add(adapter(1, "x"), description="first")
     hub.store_vectors("e", [("x", "d", np.ones(3))])
@@ -164,7 +154,6 @@ def test_a_name_has_versions_that_every_opening_sees_and_gc_keeps(place, hub):
         assert hub.verify().ok
 
 
-@every_store
 def test_names_are_free_text_and_changes_show_at_once_in_order_of_addition(place, hub):
     names = ["b", "a", "A", "it's 100% ?; DROP TABLE adapters", "C:\\x", "名前 🦙", "%s"]
     for seed, name in enumerate(names):
@@ -184,7 +173,6 @@ def test_names_are_free_text_and_changes_show_at_once_in_order_of_addition(place
             other["A"]
 
 
-@every_store
 def test_every_change_raises_the_generation_and_nothing_else_does(hub):
     seen = [hub.generation]
     for change in (
@@ -202,7 +190,6 @@ def test_every_change_raises_the_generation_and_nothing_else_does(hub):
     assert hub.generation == seen[-1]
 
 
-@every_store
 def test_vectors_come_back_bit_for_bit_follow_a_rename_and_go_with_their_adapter(place, hub):
     rng = np.random.default_rng(0)
     # subnormal and large numbers too
@@ -227,7 +214,6 @@ def test_vectors_come_back_bit_for_bit_follow_a_rename_and_go_with_their_adapter
     assert list(hub.vectors("e")) == ["zero"]
 
 
-@every_store
 def test_a_search_finds_what_it_finds_in_a_folder(tmp_path, hub):
     words = ["translate", "german", "french", "summarise", "classify", "review", "legal", "medical", "code", "rude"]
     rng = np.random.default_rng(0)
@@ -251,7 +237,6 @@ def test_a_search_finds_what_it_finds_in_a_folder(tmp_path, hub):
         assert found == wanted
 
 
-@every_store
 def test_anomalies_are_found_and_put_aside_and_a_search_finds_the_rest(place, hub):
     for seed in range(13):
         hub.add(adapter(seed), description="code")
@@ -272,7 +257,6 @@ def test_anomalies_are_found_and_put_aside_and_a_search_finds_the_rest(place, hu
         assert other.verify().problems == ()
 
 
-@every_store
 def test_a_flipped_byte_is_found_on_reading_and_by_verify_and_adding_again_heals_it(hub):
     for seed in range(3):
         hub.add(adapter(seed))
@@ -290,7 +274,6 @@ def test_a_flipped_byte_is_found_on_reading_and_by_verify_and_adding_again_heals
     assert same(hub["adapter 1"], adapter(1))
 
 
-@every_store
 def test_many_are_added_in_batches_and_again_without_a_second_copy(place, hub):
     added = hub.add_many([adapter(1), adapter(2), adapter(1, "twin"), adapter(3, "not a\nname")])
     assert [record.name for record in added.records] == ["adapter 1", "adapter 2", "twin"]
@@ -304,7 +287,6 @@ def test_many_are_added_in_batches_and_again_without_a_second_copy(place, hub):
         assert other.verify().ok
 
 
-@every_store
 def test_filters_pass_the_same_adapters(hub):
     hub.add(adapter(0), license="MIT", tags=["a", "b", "ß ?"])
     hub.add(adapter(1), license="MIT OR GPL-3.0-only", tags=["a"])
@@ -326,7 +308,6 @@ def test_filters_pass_the_same_adapters(hub):
     assert [record.name for record in hub.records(tags="a")] == ["adapter 1"]
 
 
-@every_store
 def test_a_missing_blob_is_named(hub):
     stored = hub.add(adapter(1))
     hub._blobs.remove(stored.hash)
@@ -355,7 +336,6 @@ MOMENTS = {
 }
 
 
-@every_store
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_who_has_read_a_row_gets_its_bytes_or_adapter_not_found_whenever_gc_comes(place, hub, monkeypatch, moment):
     target, attribute = MOMENTS[moment](hub)
@@ -383,7 +363,6 @@ def test_who_has_read_a_row_gets_its_bytes_or_adapter_not_found_whenever_gc_come
             read(collected)
 
 
-@every_store
 def test_verify_does_not_complain_of_what_was_removed_and_collected_meanwhile(place, hub, monkeypatch):
     hub.add(adapter(1), name="x")
     hub.add(adapter(2), name="x", replace=True)
@@ -395,7 +374,6 @@ def test_verify_does_not_complain_of_what_was_removed_and_collected_meanwhile(pl
     assert (found.problems, found.intact, found.orphans) == ((), ("adapter 3",), ())
 
 
-@every_store
 def test_gc_deletes_exactly_what_no_row_names_and_says_how_much(hub):
     kept, gone = hub.add(adapter(1)), hub.add(adapter(2))
     mapped = hub["adapter 2"]
@@ -409,7 +387,6 @@ def test_gc_deletes_exactly_what_no_row_names_and_says_how_much(hub):
     assert same(hub["adapter 1"], adapter(1))
 
 
-@every_store
 def test_a_row_changed_behind_the_hubs_back_is_never_believed(hub):
     for seed in range(2):
         hub.add(adapter(seed))
@@ -425,7 +402,6 @@ def test_a_row_changed_behind_the_hubs_back_is_never_believed(hub):
     assert same(hub["adapter 0"], adapter(0))
 
 
-@every_store
 def test_a_change_that_fails_half_way_changes_nothing(hub):
     hub.add(adapter(0))
     before, generation = list(hub), hub.generation
@@ -441,7 +417,6 @@ def test_a_change_that_fails_half_way_changes_nothing(hub):
     assert hub.verify().ok
 
 
-@every_store
 def test_a_reader_sees_one_moment(place, hub):
     hub.add(adapter(0))
     with hub._catalogue.reading() as connection:
@@ -453,7 +428,6 @@ def test_a_reader_sees_one_moment(place, hub):
     assert len(hub) == 2
 
 
-@every_store
 def test_a_second_writer_waits_and_is_told_after_the_time_out(place, hub):
     stored = hub.add(adapter(0))
     with opened(place, timeout_s=0.1) as other, hub._catalogue.locked("holding"):
@@ -466,7 +440,6 @@ def test_a_second_writer_waits_and_is_told_after_the_time_out(place, hub):
         other.add(adapter(1))
 
 
-@every_store
 def test_threads_share_a_hub(hub):
     failed, before = [], hub.generation
 
@@ -489,7 +462,6 @@ def test_threads_share_a_hub(hub):
     assert hub.verify().ok
 
 
-@every_store
 def test_a_closed_hub_says_so(hub):
     hub.close()
     hub.close()
@@ -503,7 +475,6 @@ def test_several_processes_write_read_and_collect_at_once(request, tmp_path):
     assert run_program(DRIVER, json.dumps(places), timeout_s=300) == [[[0, 0, 0, 0], names, []]] * len(SHARED)
 
 
-@every_store
 def test_files_beside_the_weights_are_stored_once_given_back_and_collected(hub):
     files = {"tokenizer.json": b'{"a": 1}', "chat_template.jinja": b"{{ messages }}"}
     for seed in (0, 1):
