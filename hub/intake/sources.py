@@ -67,7 +67,7 @@ def _locate(
     source: str | Path, revision: str | None, token: str | None, local_files_only: bool, allow_patterns: Sequence[str]
 ) -> OpenedSource:
     folder = Path(source)
-    if str(source) and (_is_folder(folder) or _is_weights(folder)):
+    if str(source) and _is_there(folder):
         return OpenedSource(folder)
     owner, name, file = _parts(source)
     repository = f"{owner}/{name}"
@@ -75,7 +75,7 @@ def _locate(
     found = download(repository, revision=revision, token=token, local_files_only=local_files_only, allow_patterns=patterns)
     origin = {"repository": str(source), "revision": found.commit, "asked": revision or "main"}
     if file:
-        if not _is_weights(found.folder / file):
+        if not _is_there(found.folder / file):
             raise AdapterNotFound(
                 f"the repository {repository!r} of the model hub has no file {file!r}; see its list of files there"
             )
@@ -113,16 +113,10 @@ def without_secrets(source: str | Path) -> str:
     return urlunsplit((parts.scheme, host, parts.path, "", ""))
 
 
-def _is_folder(path: Path) -> bool:
+def _is_there(path: Path) -> bool:
+    """Whether the path is a folder or a file of weights."""
     try:
-        return path.is_dir()
+        return path.is_dir() or (path.suffix in _WEIGHTS and path.is_file())
     except OSError:
         # a name longer than the file system takes
-        return False
-
-
-def _is_weights(path: Path) -> bool:
-    try:
-        return path.suffix in _WEIGHTS and path.is_file()
-    except OSError:
         return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from loraweave.errors import AdapterCorrupt, HubError
@@ -48,14 +48,21 @@ def put_files(blobs: BlobStore, files: Mapping[str, bytes]) -> None:
         blobs.put(file.sha256, file.read())
 
 
-def file_bytes(blobs: BlobStore, digest: str, who: str) -> bytes:
-    """The bytes of a stored file. AdapterCorrupt for one that is missing or damaged."""
-    place = blobs.place(digest)
+@contextmanager
+def reading_blob(blobs: BlobStore, content_hash: str, who: str) -> Iterator[None]:
+    """Names the errors of reading a blob of `who` inside. AdapterCorrupt for one that is missing."""
+    place = blobs.place(content_hash)
     with storage_errors(place, f"reading {who}"):
         try:
-            return blobs.local(digest, digest, who).read_bytes()
+            yield
         except FileNotFoundError as error:
             raise AdapterCorrupt(f"{who}: blob {place} is missing; add the adapter again from its source") from error
+
+
+def file_bytes(blobs: BlobStore, digest: str, who: str) -> bytes:
+    """The bytes of a stored file. AdapterCorrupt for one that is missing or damaged."""
+    with reading_blob(blobs, digest, who):
+        return blobs.local(digest, digest, who).read_bytes()
 
 
 def file_problems(blobs: BlobStore, record: Record, known: dict[str, str]) -> Iterator[str]:

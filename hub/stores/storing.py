@@ -20,7 +20,7 @@ from loraweave.hub.intake.fields import OWN_FIELDS
 from loraweave.hub.same_base import require_same_base
 from loraweave.hub.stores.blobs import blob_bytes, examine_blob, read_blob
 from loraweave.hub.stores.errors import storage_errors
-from loraweave.hub.stores.kept_files import LISTED, file_bytes, listed, put_files, without_files
+from loraweave.hub.stores.kept_files import LISTED, file_bytes, listed, put_files, reading_blob, without_files
 from loraweave.hub.stores.protocols import BlobStore, CatalogueStore, Connection
 from loraweave.hub.tables import filtering, rows, versions
 from loraweave.hub.tables.rows import Row
@@ -191,12 +191,8 @@ def stored_adapter(blobs: BlobStore, row: Row) -> Adapter:
     """The adapter that a row describes, its tensors mapped from the blob. AdapterCorrupt for a damaged or missing blob."""
     record = row.record
     who = f"adapter {record.name!r}"
-    place = blobs.place(record.hash)
-    with storage_errors(place, f"reading {who}"):
-        try:
-            blob = read_blob(blobs.local(record.hash, row.blob.file_sha256, who), who)
-        except FileNotFoundError as error:
-            raise AdapterCorrupt(f"{who}: blob {place} is missing; add the adapter again from its source") from error
+    with reading_blob(blobs, record.hash, who):
+        blob = read_blob(blobs.local(record.hash, row.blob.file_sha256, who), who)
     files = KeptFiles(
         {name: KeptFile(*found, partial(file_bytes, blobs, found[0], who)) for name, found in listed(record).items()}
     )
