@@ -102,7 +102,7 @@ def compose(
         options=search_options,
     )
     experts = experts_of(hub_or_pool)
-    settings.check(task, from_hub=isinstance(experts, Hub))
+    settings.check(task, experts)
     require_model(model)
     if not callable(tokenizer):
         raise CompositionError(f"the examples need the model's tokenizer, and {type(tokenizer).__name__} is not one")
@@ -162,7 +162,7 @@ def check_arguments(experts: Hub | ExpertPool, task: Task, **arguments: Any) -> 
     known = {field.name for field in fields(Settings)}
     named = {name: value for name, value in given.arguments.items() if name in known}
     settings = Settings.of(**named, options=given.arguments["search_options"])
-    settings.check(task, from_hub=isinstance(experts, Hub))
+    settings.check(task, experts)
     if isinstance(experts, ExpertPool):
         settings.require_licenses(experts)
 

@@ -14,6 +14,7 @@ from loraweave.common.options import Count, NonNegative, Positive, Range, Seed, 
 from loraweave.common.rows import GivenRows, read_inputs
 from loraweave.composer.compose.user_loss import Examples
 from loraweave.errors import InvalidTask, LoraweaveError, ScopeError, UnknownName, WeightingError
+from loraweave.hub.hub import Hub
 from loraweave.hub.licenses import require_one_work, stated_license
 from loraweave.hub.pool import ExpertPool
 from loraweave.registry import get, nearest
@@ -129,8 +130,9 @@ class Settings:
         if not (alone or self.routes or self.allow_licenses):
             require_one_work((name, stated_license(pool[name].card.get("license"))) for name in weights)
 
-    def check(self, task: Task, *, from_hub: bool) -> None:
+    def check(self, task: Task, experts: Hub | ExpertPool) -> None:
         """Raises UnknownName, WeightingError or InvalidTask for arguments that cannot work, without looking at a model."""
+        from_hub = isinstance(experts, Hub)
         if not isinstance(task, Task):
             raise InvalidTask(f"the task is {task!r:.80}; give lw.Task([(input, target), ...], instruction=...)")
         check_options("compose()", vars(self), options_of(Settings), noun="argument")

@@ -25,10 +25,11 @@ def loss_identity(function: Any) -> Any:
 
 
 def _identity(value: Any, seen: dict[int, Any]) -> Any:
-    if value is None or isinstance(value, int | float | str):
-        return value
-    if isinstance(value, Tensor):
-        return _digest(value)
+    match value:
+        case None | int() | float() | str():
+            return value
+        case Tensor():
+            return _digest(value)
     # a function may have itself in its scope
     if id(value) in seen:
         return "above"
