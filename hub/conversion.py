@@ -114,7 +114,7 @@ def extract(
     notes: dict[str, Any] = {}
     left: dict[str, Any] = {}
     heads: dict[str, Tensor] = {}
-    biases: dict[str, Tensor] = {}
+    biases: list[tuple[BaseLayer, Tensor]] = []
     for done, (parameter, tensor) in enumerate(_tuned_parameters(tuned_model, base_model, base), start=1):
         change = _change(parameter, base[parameter], tensor)
         if change is not None:
@@ -124,7 +124,7 @@ def extract(
                 if others == "heads":
                     heads[parameter] = tensor.detach().cpu().float().clone()
             elif part == "bias":
-                biases[layer.name] = change.float()
+                biases.append((layer, change.float()))
             else:
                 delta_OI = change.T if layer.transposed else change.flatten(1)
                 found[layer.name], notes[layer.name] = cut(Dense(delta_OI), bound, f"layer {layer.name!r}")
@@ -169,7 +169,8 @@ def _tuned_parameters(
     source: nn.Module | Mapping[str, Tensor] | str | Path, model: nn.Module, base: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     """(parameter, tuned tensor) of every parameter of the base, one at a time, in whatever order the source has."""
-    tied = {name: _first_name(name, model, base) for name, _ in model.named_parameters(remove_duplicate=False)}
+    first = {id(parameter): name for name, parameter in base.items()}
+    tied = {name: first[id(own)] for name, own in model.named_parameters(remove_duplicate=False)}
     buffers = {name for name, _ in model.named_buffers()}
     seen: set[str] = set()
     for name, tensor in _items(source):
@@ -182,13 +183,6 @@ def _tuned_parameters(
         yield own, tensor
     if missing := sorted(set(base) - seen):
         raise LayerMismatch(f"the tuned model lacks {len(missing)} parameters of the base model, the first {missing[0]!r}")
-
-
-def _first_name(name: str, model: nn.Module, base: Mapping[str, Tensor]) -> str:
-    if name in base:
-        return name
-    own = model.get_parameter(name)
-    return next(first for first, parameter in base.items() if parameter is own)
 
 
 def _items(source: nn.Module | Mapping[str, Tensor] | str | Path) -> Iterable[tuple[str, Tensor]]:
@@ -239,15 +233,13 @@ def _refusal(left: Mapping[str, Any], layers: Sequence[str] | None) -> str:
 
 
 def _with_biases(
-    found: dict[str, Factors], biases: Mapping[str, Tensor], model: nn.Module, notes: dict[str, Any]
+    found: dict[str, Factors], biases: list[tuple[BaseLayer, Tensor]], model: nn.Module, notes: dict[str, Any]
 ) -> dict[str, Factors]:
     result = dict(found)
-    for name, bias_O in biases.items():
-        if name not in result:
-            layer = as_base_layer(name, model.get_submodule(name))
-            assert layer is not None
-            result[name] = Factors(torch.zeros(0, layer.num_inputs), torch.zeros(layer.num_outputs, 0))
-            notes[name] = {"rank": 0, "relative_error": 0.0}
-        result[name] = replace(result[name], bias_O=bias_O)
+    for layer, bias_O in biases:
+        if layer.name not in result:
+            result[layer.name] = Factors(torch.zeros(0, layer.num_inputs), torch.zeros(layer.num_outputs, 0))
+            notes[layer.name] = {"rank": 0, "relative_error": 0.0}
+        result[layer.name] = replace(result[layer.name], bias_O=bias_O)
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     return dict(sorted(result.items(), key=lambda item: order[item[0]]))

@@ -95,7 +95,7 @@ def of_card(text: str, who: str) -> str | None:
 
     Cards hold anything: a text that is not an SPDX expression is kept as `LicenseRef-<text>`, with a warning.
     """
-    if not text.strip() or text.strip().casefold() == "unknown":
+    if text.strip().casefold() in ("", "unknown"):
         return None
     try:
         return canonical(text)
@@ -172,9 +172,7 @@ def _one(words: list[str], of_id: Callable[[str, str | None], _T]) -> tuple[_T, 
 
 def _current(word: str) -> str:
     bare = _BARE_GNU.fullmatch(word)
-    if bare is None:
-        return word
-    return f"{bare[1]}{'-or-later' if bare[2] else '-only'}"
+    return word if bare is None else f"{bare[1]}{'-or-later' if bare[2] else '-only'}"
 
 
 def _reference(text: str) -> str:

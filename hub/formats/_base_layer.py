@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -56,9 +56,7 @@ def base_layer(modules: Mapping[str, nn.Module], name: str, asker: str) -> BaseL
     """The layer of that name. Raises LayerMismatch, naming `asker`, for one that is missing or has no weight matrix."""
     module = modules.get(name)
     if module is None:
-        close = difflib.get_close_matches(name, modules, n=1)
-        hint = f"; the nearest is {close[0]!r}" if close else ""
-        raise LayerMismatch(f"{asker} updates layer {name!r}, which the model does not have{hint}")
+        raise missing_layer(asker, name, modules)
     found = as_base_layer(name, module)
     if found is None:
         raise LayerMismatch(
@@ -66,6 +64,13 @@ def base_layer(modules: Mapping[str, nn.Module], name: str, asker: str) -> BaseL
             "without groups have an update as factors"
         )
     return found
+
+
+def missing_layer(asker: str, name: str, known: Iterable[str]) -> LayerMismatch:
+    """The error for an update of a layer that is not among the model's; it names the nearest."""
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"; the nearest is {close[0]!r}" if close else ""
+    return LayerMismatch(f"{asker} updates layer {name!r}, which the model does not have{hint}")
 
 
 def as_base_layer(name: str, module: nn.Module) -> BaseLayer | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from loraweave.errors import AdapterUnsupported, LayerMismatch
-from loraweave.hub.formats._base_layer import BaseLayer, as_base_layer
+from loraweave.hub.formats._base_layer import BaseLayer, as_base_layer, missing_layer
 from loraweave.hub.formats._known_modules import Rule
 from loraweave.types import Factors
 
@@ -73,9 +72,7 @@ class BaseNames:
         for name in _shorten(target):
             if name in self.layers:
                 return name
-        close = difflib.get_close_matches(target, self.layers, n=1)
-        hint = f"; the nearest is {close[0]!r}" if close else ""
-        raise LayerMismatch(f"{where} updates layer {target!r}, which the model does not have{hint}")
+        raise missing_layer(where, target, self.layers)
 
     def fitted(self, path: str, factors: Factors, where: str) -> Factors:
         """The factors with the layer's kind. Raises LayerMismatch for another size."""

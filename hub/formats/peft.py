@@ -108,8 +108,7 @@ def _layers_of(parts: Mapping[str, Parts], config: PeftConfig, layout: Mapping[s
 
 def _warn_of_other_ranks(found: Mapping[str, int], scales: Mapping[str, float], config: PeftConfig) -> None:
     expected = config.ranks(found)
-    others = [layer for layer, rank in found.items() if rank != expected[layer]]
-    if others:
+    if others := [layer for layer, rank in found.items() if rank != expected[layer]]:
         layer = others[0]
         warnings.warn(
             f"{config.folder}: {len(others)} of {len(found)} layers have another rank in the file than in "
