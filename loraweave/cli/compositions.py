@@ -137,19 +137,15 @@ def _show(composed: lw.Composition, method: str, out: Path | None, as_json: bool
         return
     print_table(composed.report.table())
     if composed.router is None:
-        _print_weights(composed)
+        weights = composed.mean_weights
+        by_size = sorted(weights, key=lambda name: abs(weights[name]), reverse=True)
+        heading = "weight" if composed.by_layer is None else "mean weight over layers"
+        print_rows(("adapter", heading), [(name, weights[name]) for name in by_size])
     else:
         note(f"router {method!r} weighs every adapter for each token and layer: `loraweave explain` shows what counted")
     if out is not None:
         more = ", `loraweave export` makes a PEFT folder of it" if composed.router is None else ""
         note(f"saved to {out}, license: {composed.license or 'unknown'}; `loraweave eval {out} FILE.jsonl` scores it{more}")
-
-
-def _print_weights(composed: lw.Composition) -> None:
-    weights = composed.mean_weights
-    heading = "weight" if composed.by_layer is None else "mean weight over layers"
-    by_size = sorted(weights, key=lambda name: abs(weights[name]), reverse=True)
-    print_rows(("adapter", heading), [(name, weights[name]) for name in by_size])
 
 
 @composing.command("eval", epilog="Example: loraweave eval composed examples/data/unseen/pick_color_5.jsonl --json")

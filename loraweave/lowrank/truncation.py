@@ -8,7 +8,7 @@ the S x S core take over.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy.linalg import lapack
 from torch import Tensor
 
-from loraweave.common.threads import one_blas_thread, side_by_side
+from loraweave.common.threads import one_blas_thread
 from loraweave.errors import AdapterUnsupported
 from loraweave.types import Factors
 
@@ -109,11 +109,6 @@ def among(values_PP: Array, places: Sequence[int], size: int) -> Array:
     found = np.zeros((size, size), dtype=values_PP.dtype)
     found[np.ix_(places, places)] = values_PP
     return found
-
-
-def compress_many(updates: Iterable[Factors], rank: int) -> Iterator[tuple[Factors, float]]:
-    """`compress` of each in order, side by side on as many threads as torch uses."""
-    return side_by_side(lambda update: compress(update, rank), updates, worth=lambda update: worth_a_thread([update]))
 
 
 def worth_a_thread(updates: Sequence[Factors]) -> bool:

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from loraweave.errors import AdapterUnsupported
-from loraweave.lowrank import truncation
-from loraweave.lowrank.truncation import compress, compress_many, compress_sum
+from loraweave.lowrank.truncation import compress, compress_sum
 from loraweave.types import Factors
 
 OUT, IN = 23, 31
@@ -152,20 +151,6 @@ def test_the_sign_of_the_experts_basis_does_not_show_in_the_factors():
     small, other = compress(update, 2)[0], compress(flipped, 2)[0]
     torch.testing.assert_close(small.a_RI, other.a_RI, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(small.b_OR, other.b_OR, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_many_are_compressed_as_one_by_one_in_order(threads, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    # each worth a thread, or none
-    for small_work in (0.0, 1e12):
-        monkeypatch.setattr(truncation, "SMALL", small_work)
-        updates = [factors(seed, 5 + seed, 20 + seed) for seed in range(6)]
-        for update, (small, error) in zip(updates, compress_many(updates, 3), strict=True):
-            alone, alone_error = compress(update, 3)
-            assert torch.equal(small.a_RI, alone.a_RI)
-            assert torch.equal(small.b_OR, alone.b_OR)
-            assert error == alone_error
 
 
 def test_a_result_shares_no_memory_with_the_update():
