@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from itertools import count
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 from weakref import WeakValueDictionary
 
 import torch
@@ -17,23 +17,10 @@ from torch import Tensor
 
 from loraweave.errors import CompositionError
 
-
-class Mixing(Protocol):
-    """What counts for a layer at one call: an open activation. `number` is from `numbered`."""
-
-    number: int
-    closed: bool
-
-    def apply(self, layer: Any, x: Tensor, y: Tensor) -> Tensor: ...
-
-
-class Mixed(Protocol):
-    """A layer whose output is mixed."""
-
-    layer: Any
-
-    def mixing(self) -> Mixing | None: ...
-
+# of the mixer, which imports this file: an open activation (`number`, `closed`, `apply(layer, x, y)`), and a layer whose
+# output is mixed (`layer`, and `mixing()`, the activation that counts now, or None)
+Mixing: TypeAlias = Any
+Mixed: TypeAlias = Any
 
 _NUMBERS = count(1)
 _LAYERS: WeakValueDictionary[int, Mixed] = WeakValueDictionary()
@@ -114,10 +101,6 @@ def _mixed_shape(layer: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return torch.empty_like(y, memory_format=torch.contiguous_format)
 
 
-def _mixed_for_backward_shapes(layer: Tensor, x: Tensor, y: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    return _mixed_shape(layer, x, y), torch.empty_like(layer)
-
-
 def _mixed_backward(
     grad: Tensor, layer: Tensor, mixing: Tensor, x: Tensor, y: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -187,7 +170,7 @@ _define(
     "mixed_for_backward",
     "(Tensor layer, Tensor x, Tensor y, Tensor? bias) -> (Tensor, Tensor)",
     _mixed_for_backward,
-    _mixed_for_backward_shapes,
+    lambda layer, x, y, bias: (_mixed_shape(layer, x, y), torch.empty_like(layer)),
 )
 _define(
     "mixed_backward",

@@ -9,6 +9,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
+from itertools import compress
 from types import MethodType
 from typing import Any
 
@@ -82,8 +83,7 @@ def _users(layer: str, rows: Iterable[Router | None], adapters: Mapping[str, Ada
     for row in rows:
         names: Iterable[str] = () if row is None else adapters
         if isinstance(row, MixtureWeights):
-            used_E = (row.for_layer(layer) != 0).flatten(0, 1).any(dim=0).tolist()
-            names = [name for name, used in zip(row.experts, used_E, strict=True) if used]
+            names = compress(row.experts, (row.for_layer(layer) != 0).flatten(0, 1).any(dim=0).tolist())
         yield from (name for name in names if layer in adapters[name].layers)
 
 

@@ -6,7 +6,8 @@ Mixing gives nothing away, so licenses that exclude each other are warned of, an
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from itertools import compress
 from typing import Any
 
 import torch
@@ -110,7 +111,8 @@ def warn_of_licenses(weights: MixtureWeights | Router, pool: ExpertPool) -> None
     licenses = pool.clashing_licenses
     if not licenses:
         return
-    for names in _names_by_row(weights, pool.names):
+    rows = weights.routers if isinstance(weights, ByRow) else [weights]
+    for names in (names for row in rows if row is not None for names in _names_by_row(row, pool.names)):
         try:
             if len(names) > 1:
                 require_one_work((name, licenses[name]) for name in names)
@@ -120,14 +122,12 @@ def warn_of_licenses(weights: MixtureWeights | Router, pool: ExpertPool) -> None
             return
 
 
-def _names_by_row(weights: MixtureWeights | Router | None, names: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+def _names_by_row(weights: MixtureWeights | Router, names: tuple[str, ...]) -> Iterable[tuple[str, ...]]:
     """The experts that each row has weights for; all that it knows where a router decides, or where weights learn."""
-    if isinstance(weights, ByRow):
-        for router in weights.routers:
-            yield from _names_by_row(router, names)
-    elif isinstance(weights, MixtureWeights) and not weights.values_BTLE.requires_grad:
-        used_BE = (weights.values_BTLE != 0).flatten(1, 2).any(dim=1)
-        for used_E in set(map(tuple, used_BE.tolist())):
-            yield tuple(name for name, used in zip(weights.experts, used_E, strict=True) if used)
-    elif weights is not None:
-        yield weights.experts if isinstance(weights, MixtureWeights) else names
+    if not isinstance(weights, MixtureWeights):
+        return [names]
+    if weights.values_BTLE.requires_grad:
+        return [weights.experts]
+    used_BE = (weights.values_BTLE != 0).flatten(1, 2).any(dim=1)
+    distinct = dict.fromkeys(map(tuple, used_BE.tolist()))
+    return [tuple(compress(weights.experts, used_E)) for used_E in distinct]
