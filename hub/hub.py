@@ -10,6 +10,7 @@ Functions that need tensors therefore import them themselves, the accepted excep
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,14 +18,15 @@ from typing import TYPE_CHECKING
 from loraweave.common.names import checked_name
 from loraweave.common.process import paused_collector
 from loraweave.common.rows import GivenRows
-from loraweave.errors import AdapterExists, AdapterNotFound, HubError
+from loraweave.errors import AdapterExists, AdapterNotFound, HubCorrupt, HubError, HubFull
 from loraweave.hub import quarantine
 from loraweave.hub.intake.fields import card_with_outputs, checked_fields, split_pairs
 from loraweave.hub.licenses import canonical
 from loraweave.hub.listing import Listing
-from loraweave.hub.stores.collect import collect
+from loraweave.hub.stores.catalogue import state_row
 from loraweave.hub.stores.errors import storage_errors
 from loraweave.hub.stores.folder_blobs import STALE_TMP_S
+from loraweave.hub.stores.kept_files import digests
 from loraweave.hub.stores.open_stores import open_stores
 from loraweave.hub.tables import filtering, rows, versions
 from loraweave.hub.tables.filtering import Filters
@@ -293,11 +295,44 @@ class Hub(Listing):
         return verify(self._catalogue, self._blobs, self.path)
 
     def gc(self) -> int:
-        """Deletes blobs that no row names and what killed writers left; returns the bytes freed.
+        """Deletes blobs and files that no version of an adapter has, and what killed writers left; returns the bytes freed.
 
         HubCorrupt, with nothing deleted, when a row is damaged or missing: a blob might be its.
         """
-        return collect(self._catalogue, self._blobs)
+        doing = "collecting unused blobs"
+        with self._catalogue.locked(doing):
+            records = self._all_versions(doing)
+            named = {record.hash for record in records} | digests(records)
+            with storage_errors(self._catalogue.where, doing):
+                # under the lock every temporary file is a dead writer's
+                freed = self._blobs.sweep(older_than_s=0.0)
+                for content_hash in self._blobs.names():
+                    if content_hash not in named:
+                        freed += self._blobs.remove(content_hash)
+            # files first: on a full disk the catalogue can be written only once they are gone, and a blob's row without its
+            # file does no harm, so that a next call may do what this one could not
+            with suppress(HubFull), self._catalogue.transaction(doing) as connection:
+                filtering.tidy(connection, records)
+                connection.execute(
+                    "DELETE FROM blobs WHERE hash NOT IN (SELECT hash FROM adapters UNION SELECT hash FROM versions)"
+                )
+            self._catalogue.empty_log()
+        return freed
+
+    def _all_versions(self, doing: str) -> list[Record]:
+        """The records of all versions of all adapters. HubCorrupt when one is damaged or missing."""
+        with self._catalogue.reading() as connection:
+            newest = [row.record for row in rows.every(connection)]
+            older = [old.record for key in versions.every(connection) if (old := versions.at(connection, *key))]
+            counted = state_row(connection, "num_adapters, num_versions", self._catalogue.where)
+        kinds = ("adapters", newest, counted[0]), ("superseded versions", older, counted[1])
+        for what, listed, num_added in kinds:
+            if len(listed) != num_added:
+                raise HubCorrupt(
+                    f"{doing}: the catalogue has the rows of {len(listed)} {what}, but {num_added} were added; nothing was "
+                    "deleted, and Hub.verify() lists what can still be read"
+                )
+        return [*newest, *older]
 
     def _repr_html_(self) -> str:
         from loraweave.common.display import ShownTable
