@@ -22,7 +22,7 @@ from loraweave.routers.searches._solver import Solver
 
 RADIUS = 0.5
 RIDGE = 1e-4
-# a step or a foretold fall of the loss below these is none, and ends the search
+# a smaller step, or a smaller foretold fall of the loss, ends the search
 LEAST_STEP = 1e-5
 LEAST_FALL = 1e-9
 

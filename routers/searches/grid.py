@@ -61,7 +61,7 @@ class Grid(Solver):
 
     @property
     def _start_number(self) -> int:
-        """The start's place in the lattice, or the number of its points when it is none of them."""
+        """The start's place in the lattice, or the number of its points when the start lies beside it."""
         if not set(self.first.tolist()) <= set(self.strengths):
             return self._size
         number = 0

@@ -216,7 +216,7 @@ def test_a_loss_that_is_not_finite_ends_the_training_with_the_step(tiny, tmp_pat
 def test_a_folder_that_is_no_encoder_is_refused_with_what_it_lacks(tiny, tmp_path):
     with pytest.raises(RetrievalError, match=r"it has no config.json, .*model.safetensors, encoder.json"):
         Sentence(folder=tmp_path)
-    with lw.Hub(tmp_path / "hub") as hub, pytest.raises(RetrievalError, match="no encoder's folder"):
+    with lw.Hub(tmp_path / "hub") as hub, pytest.raises(RetrievalError, match="not an encoder's folder"):
         lw.Retriever(hub, embedder=str(tmp_path))
 
 
