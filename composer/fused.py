@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from loraweave.composer.live.fitting import Fitting
 from loraweave.composer.live.resolve import resolve, warn_of_licenses
-from loraweave.composer.merge.merge import layer_updates
+from loraweave.composer.merge.input import require_seed
+from loraweave.composer.merge.merge import layer_calls, layer_updates
 from loraweave.composer.merge.method_call import MethodCall
 from loraweave.composer.merge.statistics import Statistics
 from loraweave.composer.merge.updates import DenseUpdate, without_figures
@@ -247,6 +248,7 @@ def mixture_updates(
         raise ScopeError(f"cannot fuse weights that vary with the input ({scope}): activate() them instead")
     warn_of_licenses(weights, pool)
     call = MethodCall(method, options)
+    require_seed(seed)
     used = weights.values_BTLE[0, 0].any(dim=0).nonzero()[:, 0].tolist()
     experts = {weights.experts[place]: bound.adapters[weights.experts[place]].layers for place in used}
     # after the experts, since those of a lazy pool bring their layers along
@@ -259,7 +261,7 @@ def mixture_updates(
         wanted = {expert for weighed in per_layer.values() for expert in weighed}
         _check_statistics(method, statistics or {}, wanted, pool)
     hashes = {expert: pool.adapters[expert].hash for expert in experts} if call.takes("seeds") else {}
-    found = layer_updates(call, experts, hashes, per_layer, seed=seed, statistics=statistics)
+    found = layer_updates(layer_calls(call, experts, hashes, per_layer, seed=seed, statistics=statistics))
     return ((layers[name], without_figures(update)) for name, update in found)
 
 

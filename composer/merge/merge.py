@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,6 +31,9 @@ from loraweave.types import Factors
 
 # entries of a layer: larger ones are merged one at a time, so that no two dense updates of theirs exist at once
 SHARED = 2**22
+
+# a layer, and what gives its update
+LayerCall = tuple[str, Callable[[], Update | None]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +126,12 @@ def parent_of(adapter: Adapter) -> dict[str, Any]:
     return {"hash": adapter.hash, "name": adapter.name, "license": license, **files}
 
 
-def layer_updates(
+def layer_updates(calls: Iterable[LayerCall]) -> Iterator[tuple[str, Update]]:
+    """(layer, update) of every layer that changes, calculated one at a time."""
+    return ((layer, update) for layer, combine in calls if (update := combine()) is not None)
+
+
+def layer_calls(
     call: MethodCall,
     experts: Mapping[str, Mapping[str, Factors]],
     hashes: Mapping[str, str],
@@ -131,27 +139,14 @@ def layer_updates(
     *,
     seed: int,
     statistics: Mapping[str, Statistics | None] | None = None,
-) -> Iterator[tuple[str, Update]]:
-    """(layer, update) of every layer in `weights`, which has the weight of each expert by layer; unchanged layers not.
+    rank: int | None = None,
+) -> Iterator[LayerCall]:
+    """What gives the update of every layer in `weights`, which has the weight of each expert by layer.
 
+    `rank` reaches the methods whose formula limits the rank; None is their own default.
     A method that needs a look at all layers first takes one weight for each expert: raises WeightingError otherwise.
     """
-    require_seed(seed)
-    calls = _layer_calls(call, experts, hashes, weights, seed=seed, statistics=statistics or {}, rank=None)
-    return ((layer, update) for layer, combine in calls if (update := combine()) is not None)
-
-
-def _layer_calls(
-    call: MethodCall,
-    experts: Mapping[str, Mapping[str, Factors]],
-    hashes: Mapping[str, str],
-    weights: Mapping[str, Mapping[str, float]],
-    *,
-    seed: int,
-    statistics: Mapping[str, Statistics | None],
-    rank: int | None,
-) -> Iterator[tuple[str, Callable[[], Update | None]]]:
-    """Each layer with the call that gives its update; `rank` is for methods whose formula limits the rank."""
+    statistics = statistics or {}
     survey = None
     if call.looks_at_all_layers:
         shared = next(iter(weights.values()), {})
@@ -187,7 +182,7 @@ def _merge_layers(
     numbers = {label: parent.weight for label, parent in labels.items()}
     names = sorted({layer for parent in used for layer in parent.adapter.layers})
     weights = list(numbers.values())
-    calls = _layer_calls(
+    calls = layer_calls(
         call,
         experts,
         {label: parent.adapter.hash for label, parent in labels.items()} if call.takes("seeds") else {},
@@ -197,7 +192,7 @@ def _merge_layers(
         rank=rank,
     )
 
-    def done(item: tuple[str, Callable[[], Update | None]]) -> tuple[str, Factors, LayerReport] | None:
+    def done(item: LayerCall) -> tuple[str, Factors, LayerReport] | None:
         layer, combine = item
         update = combine()
         if update is None:
@@ -210,7 +205,7 @@ def _merge_layers(
         figures = (found.rank_in, factors.rank, found.relative_error, seen.norms, seen.cosines, seen.sign_conflict)
         return layer, factors, LayerReport(*figures)
 
-    def worth(item: tuple[str, Callable[[], Update | None]]) -> bool:
+    def worth(item: LayerCall) -> bool:
         updates = [f for found in experts.values() if (f := found.get(item[0])) is not None]
         entries = updates[0].b_OR.shape[0] * updates[0].a_RI.shape[1]
         return entries <= SHARED and worth_a_thread(updates)
@@ -362,7 +357,7 @@ def merge_by_layer(
     license = license_of_work([(e, adapter.card) for e, adapter in experts.items()], allowed=allow_licenses)
     parts = {expert: adapter.layers for expert, adapter in experts.items()}
     hashes = {expert: adapter.hash for expert, adapter in experts.items()}
-    updates = layer_updates(MethodCall(method), parts, hashes, used, seed=0)
+    updates = layer_updates(layer_calls(MethodCall(method), parts, hashes, used, seed=0))
     layers = {layer: cut(update, None).factors for layer, update in updates}
     parents = [{**parent_of(adapter), "name": expert, "method": method} for expert, adapter in experts.items()]
     recipe = {"method": method, "options": {}, "seed": 0, "rank": None, "parents": parents, "weights_by_layer": used}

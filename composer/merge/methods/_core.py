@@ -185,12 +185,22 @@ def core_factors(parts: Spectrum, left_PR: Tensor | None = None, right_QR: Tenso
 
 
 def assemble(
-    first: Factors, experts_S: Joint, core_PQ: Tensor, sides: tuple[Tensor, Tensor], bias_O: Tensor | None, scale: float
+    first: Factors,
+    experts_S: Joint,
+    core_PQ: Tensor,
+    sides: tuple[Tensor, Tensor],
+    bias_O: Tensor | None,
+    *,
+    num: int,
+    scale: float,
 ) -> Factors:
-    """(u left) core (v right)^T with `sides` = (left_SP, right_SQ), as balanced fp32 factors of the kind of `first`.
+    """(u left) core (v right)^T with `sides` = (left_SP, right_SQ), as fp32 factors of the kind of `first`.
 
-    What is only rounding beside scale * the largest of the experts' singular values is left out.
+    A core of full rank `num` stays as it is, since nothing can cancel. Otherwise the factors are balanced, and what is only
+    rounding beside scale * the largest of the experts' singular values is left out.
     """
+    if core_PQ.shape == (num, num):
+        return as_factors(first, experts_S.u_OS @ sides[0], (core_PQ @ sides[1].T) @ experts_S.v_IS.T, bias_O)
     left_OP, right_IQ = experts_S.u_OS @ sides[0], experts_S.v_IS @ sides[1]
     floor = 1e-12 * float(experts_S.size_S.abs().max()) * abs(scale)
     u_PR, s_R, vh_RQ = torch.linalg.svd(core_PQ, full_matrices=False)

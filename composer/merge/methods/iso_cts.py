@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from loraweave.common.options import Fraction
-from loraweave.composer.merge.methods._core import Joint, Spectrum, as_factors, assemble, counted, gram_svd, joint, opened
+from loraweave.composer.merge.methods._core import Joint, Spectrum, assemble, counted, gram_svd, joint, opened
 from loraweave.composer.merge.methods._span import nothing
 from loraweave.composer.merge.methods._terms import Experts, Weights
 from loraweave.registry import traits
@@ -49,9 +49,7 @@ def iso_cts(experts: Experts, weights: Weights, *, common_space_fraction: Fracti
     if not len(sigma_M):
         return nothing(first, bias_O)
     polar_PQ = _polar(left_PM) @ _polar(right_QM).T * (float(sigma_M.mean()) * scale)
-    if polar_PQ.shape == (len(sigma_M),) * 2:
-        return as_factors(first, experts_S.u_OS @ left_SP, (polar_PQ @ right_SQ.T) @ experts_S.v_IS.T, bias_O)
-    return assemble(first, experts_S, polar_PQ, (left_SP, right_SQ), bias_O, scale)
+    return assemble(first, experts_S, polar_PQ, (left_SP, right_SQ), bias_O, num=len(sigma_M), scale=scale)
 
 
 def _beyond(

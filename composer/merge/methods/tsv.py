@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from loraweave.common.options import Count
-from loraweave.composer.merge.methods._core import as_factors, assemble, gram_svd, joint, opened
+from loraweave.composer.merge.methods._core import assemble, gram_svd, joint, opened
 from loraweave.composer.merge.methods._span import nothing
 from loraweave.composer.merge.methods._terms import Experts, Weights
 from loraweave.types import Factors
@@ -35,7 +35,4 @@ def tsv(experts: Experts, weights: Weights, *, k: Count | None = None, scale: fl
     left_SP, _, left_PS = gram_svd(kept.u_OS)
     right_SQ, _, right_QS = gram_svd(kept.v_IS)
     core_PQ = (left_PS * (kept.size_S * scale)) @ right_QS.T
-    if core_PQ.shape == (sum(kept.ranks),) * 2:
-        # full rank: nothing can cancel
-        return as_factors(first, kept.u_OS @ left_SP, (core_PQ @ right_SQ.T) @ kept.v_IS.T, bias_O)
-    return assemble(first, kept, core_PQ, (left_SP, right_SQ), bias_O, scale)
+    return assemble(first, kept, core_PQ, (left_SP, right_SQ), bias_O, num=sum(kept.ranks), scale=scale)

@@ -16,7 +16,7 @@ from tiny_models import dense_array as dense
 from tiny_models import random_factors
 
 from loraweave import registry
-from loraweave.composer.merge.merge import layer_updates, merge
+from loraweave.composer.merge.merge import layer_calls, layer_updates, merge
 from loraweave.composer.merge.method_call import MethodCall
 from loraweave.composer.merge.methods.core_space import core_space
 from loraweave.composer.merge.methods.knots import knots
@@ -336,9 +336,9 @@ def test_weights_by_layer_need_an_inner_rule_that_looks_at_one_layer() -> None:
     experts = {name: each.layers for name, each in adapters.items()}
     hashes = {name: each.hash for name, each in adapters.items()}
     call = MethodCall("knots", {"inner": "ties_per_layer"})
-    assert len(dict(layer_updates(call, experts, hashes, weights, seed=0))) == 2
+    assert len(dict(layer_updates(layer_calls(call, experts, hashes, weights, seed=0)))) == 2
     with pytest.raises(WeightingError, match="'knots' looks at all layers together and takes one weight per adapter"):
-        dict(layer_updates(MethodCall("knots"), experts, hashes, weights, seed=0))
+        dict(layer_updates(layer_calls(MethodCall("knots"), experts, hashes, weights, seed=0)))
 
 
 def test_knots_with_a_linear_rule_changes_nothing() -> None:
