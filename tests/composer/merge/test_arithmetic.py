@@ -139,6 +139,13 @@ def test_trained_heads_need_a_choice() -> None:
         (lambda: arithmetic.scale(A, math.nan), "finite"),
         (lambda: arithmetic.scale(A, 0.0), "zero"),
         (lambda: arithmetic.add(), "one adapter or more"),
+        (lambda: arithmetic.byom(A, 0), "rank=0"),
+        (lambda: arithmetic.compeft(A, density=0.0), "density=0.0"),
+        (lambda: arithmetic.compeft(A, density=1.1), "density=1.1"),
+        (lambda: arithmetic.compeft(A, density=math.nan), "density=nan"),
+        (lambda: arithmetic.compeft(A, scale=0), "scale=0"),
+        (lambda: arithmetic.compeft(A, scale="best"), "scale='best'"),
+        (lambda: arithmetic.compeft(A, per="layer"), "per='layer'"),
     ],
 )
 def test_numbers_out_of_range_are_refused(call: Callable[[], Adapter], word: str) -> None:

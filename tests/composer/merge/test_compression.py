@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from loraweave.composer.merge.arithmetic import byom, compeft
-from loraweave.errors import AdapterUnsupported, WeightingError
+from loraweave.errors import AdapterUnsupported
 from loraweave.hub.adapter import Adapter
 from loraweave.hub.hub import Hub
 from loraweave.types import Factors
@@ -121,15 +121,6 @@ def test_a_standard_deviation_of_zero_is_refused():
         compeft(adapter(x=Factors(torch.ones(1, 3), torch.ones(2, 1))))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"density": 0.0}, {"density": 1.1}, {"density": float("nan")}, {"scale": 0}, {"scale": "best"}, {"per": "layer"}],
-)
-def test_options_outside_their_range_are_refused(options):
-    with pytest.raises(WeightingError, match=next(iter(options))):
-        compeft(adapter(), **options)
-
-
 def test_byom_cuts_each_layer_by_its_singular_values_and_tells_the_error():
     given = adapter()
     found = byom(given, 2)
@@ -148,8 +139,6 @@ def test_byom_cuts_each_layer_by_its_singular_values_and_tells_the_error():
 def test_byom_at_the_rank_it_has_loses_nothing():
     given = adapter()
     assert byom(given, 4).hash == given.hash
-    with pytest.raises(WeightingError, match="rank=0"):
-        byom(given, 0)
 
 
 @pytest.mark.parametrize("per", ["adapter", "tensor"])

@@ -367,10 +367,21 @@ def test_an_adapter_of_target_parameters_is_refused_when_it_is_read_with_the_way
         Adapter.from_pretrained(tmp_path)
 
 
-def test_a_router_of_a_mixture_of_experts_is_named() -> None:
-    update = Factors(torch.ones(2, 16), torch.ones(4, 2))
-    with pytest.raises(LayerMismatch, match="MixtralTopKRouter"):
-        Composer(make("mixtral"), [Adapter("a", "tiny", {"model.layers.0.mlp.gate": update})])
+@pytest.mark.parametrize(
+    ("family", "layer", "size", "message"),
+    [
+        ("mixtral", "model.layers.0.mlp.gate", (4, 16), "MixtralTopKRouter"),
+        # an embedding that only holds the weight of others
+        ("t5", "shared", (16, 61), r"never runs: .* to 'encoder\.embed_tokens'"),
+        ("bart", "model.shared", (16, 61), r"never runs: .* to 'encoder\.embed_tokens'"),
+    ],
+)
+def test_a_layer_that_an_update_cannot_change_is_refused(
+    family: str, layer: str, size: tuple[int, int], message: str
+) -> None:
+    update = Factors(torch.ones(1, size[1]), torch.ones(size[0], 1), kind="embedding" if size[1] == 61 else "linear")
+    with pytest.raises(LayerMismatch, match=message):
+        Composer(make(family), [Adapter("a", "tiny", {layer: update})])
 
 
 @pytest.mark.parametrize(
@@ -416,13 +427,6 @@ def test_an_expert_among_modules_takes_one_mixture_for_all_rows(name: str) -> No
         engine.activate([{"a": 1.0}, None])
     with engine.activate({"a": 1.0}):
         pass
-
-
-@pytest.mark.parametrize(("family", "layer"), [("t5", "shared"), ("bart", "model.shared")])
-def test_the_embedding_that_only_holds_the_weight_of_others_is_refused(family: str, layer: str) -> None:
-    update = Factors(torch.ones(1, 61), torch.ones(16, 1), kind="embedding")
-    with pytest.raises(LayerMismatch, match=r"never runs: .* to 'encoder\.embed_tokens'"):
-        Composer(make(family), [Adapter("a", "tiny", {layer: update})])
 
 
 @pytest.mark.parametrize("layer", ["model.embed_tokens", "lm_head"])
