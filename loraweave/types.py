@@ -251,7 +251,10 @@ class Task:
     none is given and all rows have the same. Every input is put into the template, whatever its column is called.
     `labels` closes the set of answers: the label with the highest likelihood is predicted and `metric` becomes
     "rank_classification". Otherwise the first line of a greedy generation is compared with the target ("exact_match").
-    `template` has the fields {instruction} and {input}. Raises InvalidTask for what cannot be used.
+    `template` has the fields {instruction} and {input}. `demonstrations` are (input, target) pairs that every prompt shows
+    first, each in the template with its answer; True shows the examples. A prompt never shows its own input, so that what is
+    learned on an example is learned under the others (MetaICL, Min et al. 2022, arXiv 2110.15943).
+    Raises InvalidTask for what cannot be used.
     """
 
     examples: Sequence[tuple[str, str]]
@@ -259,11 +262,13 @@ class Task:
     labels: Sequence[str] | None = field(default=None, kw_only=True)
     metric: str = field(default="exact_match", kw_only=True)
     template: str | None = field(default=None, kw_only=True)
+    demonstrations: Sequence[tuple[str, str]] | bool = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         rows = read_rows(self.examples, noun="example")
         examples = tuple((row.input, row.targets[0]) for row in rows)
         object.__setattr__(self, "examples", examples)
+        object.__setattr__(self, "demonstrations", self._read_demonstrations())
         if not self.instruction:
             object.__setattr__(self, "instruction", shared_instruction(rows))
         if self.labels is not None:
@@ -287,7 +292,15 @@ class Task:
         return given if isinstance(given, Task) else cls(cast(Sequence[tuple[str, str]], given))
 
     def prompt(self, text: str) -> str:
-        """The text shown to the model for one input; the answer follows after a space."""
+        """The text shown to the model for one input, after the demonstrations; the answer follows after a space."""
+        shown = [
+            f"{self._ask(given)} {target}\n\n"
+            for given, target in cast(Sequence[tuple[str, str]], self.demonstrations)
+            if given != text
+        ]
+        return "".join([*shown, self._ask(text)])
+
+    def _ask(self, text: str) -> str:
         template = DEFAULT_TEMPLATE if self.template is None else self.template
         # replaced in one pass over the template, so that braces in the user's text stay what they are
         parts = template.split("{input}")
@@ -297,7 +310,14 @@ class Task:
         """The prompt of a row that may have an instruction of its own, or be a whole prompt already."""
         if row.whole_prompt:
             return row.input
-        return Task((), instruction=row.instruction or self.instruction, template=self.template).prompt(row.input)
+        own = row.instruction or self.instruction
+        return Task((), instruction=own, template=self.template, demonstrations=self.demonstrations).prompt(row.input)
+
+    def _read_demonstrations(self) -> tuple[tuple[str, str], ...]:
+        if isinstance(self.demonstrations, bool):
+            return tuple(self.examples) if self.demonstrations else ()
+        rows = read_rows(self.demonstrations, noun="demonstration")
+        return tuple((row.input, row.targets[0]) for row in rows)
 
 
 def shared_instruction(rows: Sequence[Row]) -> str:

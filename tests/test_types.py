@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from loraweave.common.rows import Row
 from loraweave.errors import InvalidTask
 from loraweave.types import Candidate, Factors, Fingerprint, Record, Router, Task
 
@@ -112,6 +114,21 @@ def test_a_template_of_its_own_is_filled():
     assert Task([("a", "b")], instruction="Do", template="Q: {input} [{instruction}] A:").prompt("x") == "Q: x [Do] A:"
 
 
+def test_a_prompt_shows_the_demonstrations_but_never_its_own_input():
+    task = Task([("a", "A"), ("b", "B")], instruction="Up.", demonstrations=True)
+    assert task.prompt("c") == "Up.\nInput: a\nOutput: A\n\nUp.\nInput: b\nOutput: B\n\nUp.\nInput: c\nOutput:"
+    assert task.prompt("a") == "Up.\nInput: b\nOutput: B\n\nUp.\nInput: a\nOutput:"
+    assert replace(task, examples=[("d", "D")]).prompt("c") == task.prompt("c")
+
+
+def test_demonstrations_are_rows_in_any_form_and_fill_the_template():
+    given = [{"question": "a", "answer": "A"}, ["b", "B"]]
+    task = Task((), template="{input}={instruction}", instruction="?", demonstrations=given)
+    assert task.demonstrations == (("a", "A"), ("b", "B"))
+    assert task.prompt("{input}") == "a=? A\n\nb=? B\n\n{input}=?"
+    assert task.prompt_of(Row("c", instruction="!")) == "a=! A\n\nb=! B\n\nc=!"
+
+
 @pytest.mark.parametrize("text", ["{instruction}", "{input}", "{", "}}{0}", "\\n", ""])
 def test_braces_in_an_input_stay_what_they_are(text):
     assert Task([("a", "b")], instruction="I").prompt(text) == f"I\nInput: {text}\nOutput:"
@@ -137,6 +154,7 @@ def test_braces_in_an_instruction_stay_what_they_are(instruction):
         ({"examples": [("a", "b")], "labels": ["b", "d", "b"]}, "give each once"),
         ({"examples": [("a", "b")], "labels": ["c", "d"]}, "example 1 has target 'b', which is none of the labels"),
         ({"examples": [("a", "b")], "template": "no field"}, "'no field' has no field {input}"),
+        ({"examples": [("a", "b")], "demonstrations": [("a", "")]}, r"demonstration 1 \(input 'a'\) has an empty target"),
     ],
 )
 def test_what_cannot_be_a_task_is_refused_with_what_was_found(arguments, message):

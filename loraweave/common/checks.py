@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from numbers import Real
 from typing import TypeGuard
 
 from loraweave.errors import LoraweaveError
@@ -14,8 +15,8 @@ def is_whole(value: object, least: int) -> TypeGuard[int]:
 
 
 def is_number(value: object, least: float = -sys.float_info.max, most: float = sys.float_info.max) -> TypeGuard[float]:
-    """Whether a value is a finite int or float in [least, most]; True and False do not count as numbers."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+    """Whether a value is a finite real number in [least, most], of numpy too; True and False do not count as numbers."""
+    return isinstance(value, Real) and not isinstance(value, bool) and least <= value <= most
 
 
 def require_whole(name: str, value: object, least: int, error: type[LoraweaveError]) -> None:

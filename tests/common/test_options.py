@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 import pytest
 
 from loraweave import registry
@@ -70,6 +71,8 @@ def test_an_unknown_name_is_told_with_the_nearest_and_all():
         (1, int, True),
         (True, int, False),
         (1, float, True),
+        (np.float32(0.5), float, True),
+        (np.bool_(True), float, False),
         (float("inf"), float, False),
         (10**400, float, False),
         (1.5, int, False),
