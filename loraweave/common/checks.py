@@ -16,7 +16,9 @@ def is_whole(value: object, least: int) -> TypeGuard[int]:
 
 def is_number(value: object, least: float = -sys.float_info.max, most: float = sys.float_info.max) -> TypeGuard[float]:
     """Whether a value is a finite real number in [least, most], of numpy too; True and False do not count as numbers."""
-    return isinstance(value, Real) and not isinstance(value, bool) and least <= value <= most
+    if isinstance(value, int):
+        return not isinstance(value, bool) and least <= value <= most
+    return isinstance(value, Real) and least <= float(value) <= most
 
 
 def require_whole(name: str, value: object, least: int, error: type[LoraweaveError]) -> None:
