@@ -103,6 +103,13 @@ def test_debug_lets_the_error_through_with_its_traceback_wherever_it_is_written(
         call(*words[:place], "--debug", *words[place:], catch_exceptions=False)
 
 
+def test_debug_shows_the_traceback(two):
+    done = process("merge", "pool/left", "nobody", "--out", "m", "--debug", cwd=two.parent)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback (most recent call last):")
+    assert "AdapterNotFound: no folder 'nobody'" in done.stderr
+
+
 def test_debug_after_two_dashes_is_an_argument_like_any_other(here):
     done = call("merge", "--out", "m", "--", "--debug")
     assert (done.exit_code, done.stderr.split(":")[0]) == (1, "AdapterNotFound")
@@ -161,7 +168,7 @@ def test_what_libraries_say_while_they_start_stands_above_no_error(tmp_path, wor
     lw.Hub(tmp_path / "adapters").close()
     code = """
 import logging, warnings
-import torch
+import torch, transformers
 import loraweave.hub.hub as module
 from loraweave.errors import HubCorrupt
 
