@@ -172,9 +172,13 @@ NUM_SHOWN = 5
 
 def experts_of(given: Any) -> Hub | ExpertPool:
     """The hub or the pool; a list or a mapping of adapters as a pool. Raises WeightingError for anything else."""
-    if isinstance(given, str | PathLike):
-        raise WeightingError(f"adapters are chosen from a hub, and {str(given)!r} is its path: pass lw.Hub({str(given)!r})")
-    return given if isinstance(given, Hub | ExpertPool) else ExpertPool(given)
+    match given:
+        case Hub() | ExpertPool():
+            return given
+        case str() | PathLike():
+            path = str(given)
+            raise WeightingError(f"adapters are chosen from a hub, and {path!r} is its path: pass lw.Hub({path!r})")
+    return ExpertPool(given)
 
 
 def candidates(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import loraweave.registry as registry
 from loraweave.common.checks import require_whole
+from loraweave.common.files import as_path
 from loraweave.common.options import Count, NonNegative, Positive, Range, Seed, check_options, options_of, require_known
 from loraweave.common.rows import GivenRows, read_inputs
 from loraweave.composer.compose.user_loss import Examples
@@ -71,12 +71,11 @@ class Settings:
     @classmethod
     def of(cls, *, folds: int | None, checkpoint: str | Path | None, inputs: GivenRows | None, **arguments: Any) -> Settings:
         """The arguments of compose() by name. WeightingError for a checkpoint that is not a path, InvalidTask for inputs."""
-        if not isinstance(checkpoint, str | PathLike | None):
-            raise WeightingError(f"checkpoint is {checkpoint!r:.80}; give the path of a folder")
         if folds is None:
             folds = FOLDS_OF_A_RACE if arguments["method"] == "auto" else FOLDS
         texts = None if inputs is None else read_inputs(inputs)
-        return cls(folds=folds, checkpoint=None if checkpoint is None else Path(checkpoint), inputs=texts, **arguments)
+        folder = None if checkpoint is None else as_path(checkpoint, "checkpoint", WeightingError)
+        return cls(folds=folds, checkpoint=folder, inputs=texts, **arguments)
 
     @property
     def name(self) -> str:
@@ -256,9 +255,12 @@ class Settings:
 
 def router_name(router: str | Router) -> str:
     """The router's name in the registry, or else that of its class. A name is returned as it is."""
-    if isinstance(router, str):
-        return router
-    return router.name if isinstance(router, TokenRouter) else type(router).__name__
+    match router:
+        case str():
+            return router
+        case TokenRouter():
+            return router.name
+    return type(router).__name__
 
 
 def require_no_router(router: Router | None, verb: str) -> None:

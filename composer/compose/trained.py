@@ -116,10 +116,13 @@ class Routed(Trial[Router]):
         self._seed = settings.seed
         # what its options or the pool forbid is raised before anything runs
         self._router: Router
-        if isinstance(method, str):
-            self._router = self._new()
-        else:
-            self._router = method.onto(pool_of(method, bench.engine)) if isinstance(method, TokenRouter) else method
+        match method:
+            case str():
+                self._router = self._new()
+            case TokenRouter():
+                self._router = method.onto(pool_of(method, bench.engine))
+            case _:
+                self._router = method
 
     def planned(self, num_folds: int) -> int:
         """How many evaluations will be made."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loraweave.common.checks import is_list
 from loraweave.composer.composer import Composer
 from loraweave.composer.live.resolve import resolve
 from loraweave.errors import CompositionError, WeightingError
@@ -53,8 +54,9 @@ def member_passes(
 
 
 def _require_rows(batch: Mapping[str, Any], num_rows: int) -> None:
+    tensors = tensors_of(batch)
     for key, value in batch.items():
-        odd = isinstance(value, Tensor) and value.dim() > 1 and len(value) not in (1, num_rows)
+        odd = key in tensors and value.dim() > 1 and len(value) not in (1, num_rows)
         if odd or (key in ("past_key_values", "cache") and value is not None):
             what = f"shape {tuple(value.shape)}" if odd else type(value).__name__
             raise CompositionError(
@@ -65,7 +67,7 @@ def _require_rows(batch: Mapping[str, Any], num_rows: int) -> None:
 
 def known_members(engine: Composer, mixtures: Sequence[Any]) -> list[Any]:
     """The members, each what activate() takes for one row. Raises WeightingError for anything else, UnknownExpert."""
-    if isinstance(mixtures, str | Mapping | MixtureWeights) or not isinstance(mixtures, Sequence) or not mixtures:
+    if not is_list(mixtures) or not mixtures:
         raise WeightingError(
             f"the members of an ensemble are a list of at least one mixture, not {mixtures!r}; put a single one into a list"
         )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from loraweave.common.checks import is_list
 from loraweave.common.descent import Descent, descend
 from loraweave.common.display import progress_bar, tracked
 from loraweave.common.options import Count, NonNegative, Positive, check_options, options_of
@@ -264,7 +265,7 @@ def pair_features(engine: Composer, mixtures: Sequence[Any], pairs: Pairs, *, pr
 def require_pairs(pairs: Pairs) -> None:
     """Raises InvalidTask unless every pair is two different texts, and there is one."""
     for number, pair in enumerate(pairs, start=1):
-        if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+        if not is_list(pair, str) or len(pair) != 2:
             raise InvalidTask(f"pair {number} is {pair!r}, not two texts: the preferred one, and the other")
         if pair[0] == pair[1]:
             raise InvalidTask(f"pair {number} prefers {pair[0][:60]!r} to itself")

@@ -13,6 +13,7 @@ from typing import Any, cast
 from torch import nn
 
 import loraweave.registry as registry
+from loraweave.common.checks import is_collection
 from loraweave.common.display import progress_bar
 from loraweave.common.options import Count, Positive, Whole, check_options, options_of
 from loraweave.common.rows import GivenRows
@@ -65,10 +66,9 @@ def train_adapters(
     Each step runs up to `jobs_per_batch` jobs of similar length through the frozen base together, `batch_size` rows of each;
     a job gets the gradients of training it alone. When one ends, the next takes its place. `memory_bytes` is what a step may
     take, base and all, as `MemoryModel` estimates it: fewer jobs then share a step; by default it is what is free.
-    AdamW without weight decay, `warmup` steps of warm-up (at most half of all), then a cosine to zero, each job's gradient
-    clipped to norm 1. `alpha` is 2 * rank by default. The dict's `report` has tokens a second, padding, memory, and how each
-    job ended. `checkpoint`, a folder, keeps finished adapters and the state of running ones: the same call goes on where it
-    was interrupted, to the same result.
+    AdamW without weight decay, `warmup` steps of warm-up (at most half of all), then a cosine to zero; each job's gradient
+    is clipped to norm 1. `alpha` is 2 * rank by default. `report` of the result has tokens a second, padding, memory, and
+    how each job ended. The same call goes on from what `checkpoint`, a folder, has kept, to the same result.
 
     `held_out`, a share of each task's examples between 0 and 1, or examples by task, is not trained on, but evaluated every
     `evaluate_every` steps and after the last; the factors of the lowest loss are kept. With `patience`, a task ends when so
@@ -82,38 +82,33 @@ def train_adapters(
     With `continual`, a way of `lw.names("continual")` (docs/continual.md) and its `continual_options`, tasks are trained one
     after the other; a task's adapter is the whole model after it, and `start` can only have the first task's.
 
-    Raises InvalidTask for examples that cannot be used, UnknownName when no layer matches `target_modules` or no task a name
-    in `start` or `held_out`, BudgetExceeded for a task that does not fit into memory alone, TrainingError for settings out
-    of range, a checkpoint that cannot be written, and a loss that is not finite (finished jobs stay in the checkpoint);
-    BaseModelMismatch, LayerMismatch or AdapterUnsupported for an adapter that cannot be started from.
+    Raises InvalidTask for unusable examples, UnknownName when no layer matches `target_modules` or no task a name in `start`
+    or `held_out`, BudgetExceeded for a task that alone exceeds the memory, TrainingError for settings out of range, a
+    checkpoint that cannot be written, and a loss that is not finite (finished jobs stay in the checkpoint);
+    BaseModelMismatch, LayerMismatch or AdapterUnsupported for an adapter that no task can start from.
     """
-    if isinstance(target_modules, str) or not isinstance(target_modules, Collection) or not target_modules:
+    if not is_collection(target_modules) or not target_modules:
         raise TrainingError(f"target_modules is {target_modules!r}; it must be a list of endings of module paths")
     lora: dict[str, Any] = {"rank": rank, "steps": steps, "lr": lr, "batch_size": batch_size, "seed": seed, "warmup": warmup}
     shared_by: dict[str, Any] = {"jobs_per_batch": jobs_per_batch, "memory_bytes": memory_bytes}
-    judged_by = {"evaluate_every": evaluate_every, "patience": patience}
-    given = {**lora, **shared_by, **judged_by, "alpha": alpha}
+    given = {**lora, **shared_by, "evaluate_every": evaluate_every, "patience": patience, "alpha": alpha}
     check_options("train_adapters()", given, options_of(train_adapters), error=TrainingError)
-    targets = tuple(target_modules)
-    scale_alpha = 2.0 * rank if alpha is None else alpha
-    settings = LoraSettings(**lora, alpha=scale_alpha, target_modules=targets, linearized=linearized)
+    lora["alpha"] = 2.0 * rank if alpha is None else alpha
+    settings = LoraSettings(**lora, target_modules=tuple(target_modules), linearized=linearized)
     prepared = read_tasks(tasks)
     judging = Judging(held_out, evaluate_every, patience)
     judging.require({name: len(task.examples) for name, task in prepared.items()})
     options = dict(continual_options or {})
     _require_way(continual, options, tasks, start or {}, linearized, held_out is not None or memory_bytes is not None)
     begins = require_startable(model, tasks, start or {})
-    needs_layers = continual is not None or len(begins) < len(tasks)
-    layers = _target_layers(model, targets) if needs_layers else {}
+    layers = _target_layers(model, settings.target_modules) if continual is not None or len(begins) < len(tasks) else {}
 
     def read(name: str, examples: Any) -> list[EncodedRow]:
         task = examples if isinstance(examples, Task) else replace(prepared[name], examples=examples)
         return encode_task(model, tokenizer, task)
 
-    encoded = {name: encode_task(model, tokenizer, task) for name, task in prepared.items()}
-    rows, held_out_rows = judging.split(encoded, read, seed)
-    base = fingerprint(model)
-    folder = checkpoint_folder(checkpoint)
+    rows, held_out_rows = judging.split({name: read(name, task) for name, task in prepared.items()}, read, seed)
+    base, folder = fingerprint(model), checkpoint_folder(checkpoint)
     with untouched(model), progress_bar(progress, field="loss") as bar:
         if continual is None:
             shared = SharedPasses(model, tokenizer, bar, folder=folder, **shared_by)

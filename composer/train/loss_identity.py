@@ -79,8 +79,14 @@ def _digest(tensor: Tensor) -> Any:
 
 def _code(code: CodeType) -> str:
     """A digest that does not depend on where the code stands."""
-    constants = [
-        _code(each) if isinstance(each, CodeType) else sorted(map(repr, each)) if isinstance(each, frozenset) else repr(each)
-        for each in code.co_consts
-    ]
+    constants = list(map(_constant, code.co_consts))
     return hashlib.sha256(repr((code.co_code, code.co_names, constants)).encode()).hexdigest()
+
+
+def _constant(value: Any) -> Any:
+    match value:
+        case CodeType():
+            return _code(value)
+        case frozenset():
+            return sorted(map(repr, value))
+    return repr(value)

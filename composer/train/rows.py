@@ -9,7 +9,7 @@ from typing import Annotated, Any, Self, TypeVar
 
 import torch
 
-from loraweave.common.checks import is_whole
+from loraweave.common.checks import is_list, is_whole
 from loraweave.common.names import unknown_expert
 from loraweave.common.options import Range, fits
 from loraweave.common.randomness import seeded
@@ -73,15 +73,16 @@ class Owners:
 
     def of_row(self, row: Any, own: int, where: str) -> int:
         """The place of a row's owner: the one it names, or that of its part. Raises InvalidTask where one is needed."""
-        named = row.get(self.key) if isinstance(row, Mapping) else None
-        owner = own if named is None else self.known(named, where)
-        if owner == UNKNOWN and self.needed:
+        match row:
+            case {self.key: named} if named is not None:
+                return self.known(named, where)
+        if own == UNKNOWN and self.needed:
             an = "an" if self.key == "expert" else "a"
             raise InvalidTask(
                 f"{where} does not say whose task it is, which {self.learner} learns from: give it {an} {self.key!r}, or "
                 f"pass {{name of {an} {self.key}: rows}}"
             )
-        return owner
+        return own
 
     def parts(self, dataset: Any, what: str) -> Iterator[tuple[str, int, Any]]:
         """(what it is called, place of its owner, rows) of each part of the data; rows alone are one, of no owner."""
@@ -155,16 +156,17 @@ class RowReader:
         return rows
 
     def _rows(self, rows: Any, own: int, part: str, task: Task) -> Iterable[Read]:
-        task, given = (rows, rows.examples) if isinstance(rows, Task) else (task, rows)
+        task = rows if isinstance(rows, Task) else task
         empty = True
-        for where, row in located(given, of=part):
+        for where, row in located(examples_of(rows), of=part):
             empty = False
             owner = self._owners.of_row(row, own, where)
-            if isinstance(row, Mapping) and "input_ids" in row:
-                yield None, self._tokens(row, where), owner
-            else:
-                read = read_row(row, where)
-                yield (task.prompt_of(read), read.targets[0]), None, owner
+            match row:
+                case {"input_ids": _}:
+                    yield None, self._tokens(row, where), owner
+                case _:
+                    read = read_row(row, where)
+                    yield (task.prompt_of(read), read.targets[0]), None, owner
         if empty:
             raise InvalidTask(f"{part} is empty: {self._owners.forms}")
 
@@ -202,7 +204,7 @@ class RowReader:
 
 def _ints(values: Any, where: str) -> tuple[int, ...]:
     found = values.tolist() if hasattr(values, "tolist") else values
-    if not isinstance(found, Sequence) or not all(isinstance(value, int) for value in found):
+    if not is_list(found, int):
         raise InvalidTask(f"{where} has {values!r:.60}, which is no list of token ids")
     return tuple(found)
 
@@ -263,26 +265,32 @@ class Judging:
 
         `read` makes rows of the examples of a task, by its name, to be judged by. A share is drawn by seed and name.
         """
-        if self.held_out is None:
-            return rows, {}
-        if isinstance(self.held_out, Mapping):
-            judged = {name: read(name, examples) for name, examples in self.held_out.items()}
-        else:
-            trained, judged = {}, {}
-            for name, own in rows.items():
-                # at least one row of each
-                count = min(len(own) - 1, max(1, round(self.held_out * len(own))))
-                chosen = set(torch.randperm(len(own), generator=seeded(seed, name, "held out")).tolist()[:count])
-                trained[name] = [row for index, row in enumerate(own) if index not in chosen]
-                judged[name] = [own[index] for index in sorted(chosen)]
-            rows = trained
+        match self.held_out:
+            case None:
+                return rows, {}
+            case Mapping() as by_task:
+                judged = {name: read(name, examples) for name, examples in by_task.items()}
+            case share:
+                trained, judged = {}, {}
+                for name, own in rows.items():
+                    # at least one row of each
+                    count = min(len(own) - 1, max(1, round(share * len(own))))
+                    chosen = set(torch.randperm(len(own), generator=seeded(seed, name, "held out")).tolist()[:count])
+                    trained[name] = [row for index, row in enumerate(own) if index not in chosen]
+                    judged[name] = [own[index] for index in sorted(chosen)]
+                rows = trained
         return rows, {name: HeldOut(own, self.every, self.patience) for name, own in judged.items()}
 
 
 def is_empty(rows: Any) -> bool:
     """Whether there are no rows, as far as can be seen without reading them."""
-    given = rows.examples if isinstance(rows, Task) else rows
+    given = examples_of(rows)
     return isinstance(given, Sized) and not len(given)
+
+
+def examples_of(rows: Any) -> Any:
+    """A task's examples; rows as they are."""
+    return rows.examples if isinstance(rows, Task) else rows
 
 
 def encode_task(model: Any, tokenizer: Any, task: Task) -> list[EncodedRow]:

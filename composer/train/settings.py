@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 import torch
 from torch import Tensor
 
+from loraweave.common.checks import is_list
 from loraweave.common.options import Count, NonNegative, Positive, Range, Whole, check_options, options_of
 from loraweave.composer.train.loss_identity import loss_identity
 from loraweave.composer.train.schedule import Pace
@@ -163,7 +164,7 @@ class ExpertSettings(TrainingSettings):
     def _require_sense(self) -> None:
         super()._require_sense()
         given = self.callbacks
-        if not isinstance(given, Sequence) or not all(hasattr(each, "on_step_end") for each in given):
+        if not is_list(given) or not all(hasattr(each, "on_step_end") for each in given):
             raise TrainingError(f"callbacks is {given!r:.80}; it must be a list of transformers' TrainerCallbacks")
         if self.loss is not None and not callable(self.loss):
             raise TrainingError(f"loss is {self.loss!r:.80}; it must be a function of the output and the rows' columns")

@@ -18,10 +18,9 @@ from loraweave.common.display import tracked
 from loraweave.common.rows import located
 from loraweave.composer.model.batches import IGNORED, has_two_sequences, takes
 from loraweave.composer.train.learner import ExpertLearner
-from loraweave.composer.train.rows import Owners, TrainingRow
+from loraweave.composer.train.rows import Owners, TrainingRow, examples_of
 from loraweave.composer.train.schedule import NO_TOKENIZER, call_labelled, label_rows
 from loraweave.errors import InvalidTask, TrainingError
-from loraweave.types import Task
 
 LABELS, IMAGES, EMBEDDINGS = "labels", "pixel_values", "inputs_embeds"
 FORMS = (
@@ -75,7 +74,7 @@ class TensorReader:
         return rows
 
     def _rows(self, given: Any, own: int, where: str) -> list[TensorRow]:
-        source = given.examples if isinstance(given, Task) else given
+        source = examples_of(given)
         if isinstance(source, str | bytes) or not (isinstance(source, Iterable) or hasattr(source, "__getitem__")):
             raise InvalidTask(f"{where} is {source!r:.80}, not rows: {FORMS}")
         if isinstance(source, DataLoader):
@@ -225,8 +224,11 @@ def are_tensors(dataset: Any, model: nn.Module, loss: Loss | None) -> bool:
     part: Any = next(iter(dataset.values()), None) if isinstance(dataset, Mapping) else dataset
     # a new iteration begins at the first row of what is numbered, and spends what is not
     row = next((row for _, row in located(part)), None) if _is_numbered(part) or hasattr(part, "columns") else None
-    arrays = {name: value for name, value in row.items() if hasattr(value, "dtype")} if isinstance(row, Mapping) else {}
-    return any(takes(model, name) and torch.as_tensor(value).is_floating_point() for name, value in arrays.items())
+    match row:
+        case Mapping() as columns:
+            arrays = {name: value for name, value in columns.items() if hasattr(value, "dtype")}
+            return any(takes(model, name) and torch.as_tensor(value).is_floating_point() for name, value in arrays.items())
+    return False
 
 
 def _is_numbered(rows: Any) -> bool:

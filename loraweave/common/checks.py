@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Real
-from typing import TypeGuard
+from types import UnionType
+from typing import Any, TypeGuard
 
 from loraweave.errors import LoraweaveError
 
@@ -19,6 +21,16 @@ def is_number(value: object, least: float = -sys.float_info.max, most: float = s
     if isinstance(value, int):
         return not isinstance(value, bool) and least <= value <= most
     return isinstance(value, Real) and least <= float(value) <= most
+
+
+def is_list(value: object, of: type | UnionType = object) -> TypeGuard[Sequence[Any]]:
+    """Whether a value is a list, a tuple or another sequence, not a text, whose elements are all of one type."""
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes) and all(isinstance(each, of) for each in value)
+
+
+def is_collection(value: object) -> TypeGuard[Collection[Any]]:
+    """Whether a value holds elements in any order, such as a list, a set or a view, and is neither a text nor a mapping."""
+    return isinstance(value, Collection) and not isinstance(value, str | bytes | Mapping)
 
 
 def require_whole(name: str, value: object, least: int, error: type[LoraweaveError]) -> None:
